@@ -1,0 +1,1 @@
+"""Joins the rooms to Megatron: the only room that imports megatron.training."""

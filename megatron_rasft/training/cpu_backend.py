@@ -1,0 +1,202 @@
+"""Runs the unmodified Megatron on a machine without CUDA, over gloo.
+
+Megatron asks torch.cuda for streams, devices and random states whatever machine it is on. On a CPU
+there is one device and everything is in order, so each question has a plain answer: ``enable`` gives
+it. With CUDA present ``enable`` does nothing, so the same program runs untouched on a GPU.
+"""
+
+import contextlib
+import logging
+import types
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch.optim._functional import adam, adamw
+from torch.overrides import TorchFunctionMode
+
+_CPU = torch.device("cpu")
+_HOST_MEMORY_BYTES = 8 << 30
+"""What get_device_properties reports; only read for log lines."""
+
+
+def _is_cuda(device: Any) -> bool:
+    return (isinstance(device, str) and device.startswith("cuda")) or (
+        isinstance(device, torch.device) and device.type == "cuda"
+    )
+
+
+class _CudaMeansCpu(TorchFunctionMode):
+    """Rewrites device='cuda' to the CPU, .cuda() to the tensor itself, and drops pinning.
+
+    Tensor.type() keeps its 'torch.cuda.' spelling, which Megatron's optimizers test for.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            return func(args[0]).replace("torch.", "torch.cuda.", 1)
+        if _is_cuda(kwargs.get("device")):
+            kwargs = {**kwargs, "device": _CPU}
+        if kwargs.get("pin_memory"):
+            kwargs = {**kwargs, "pin_memory": False}
+        if func is torch.Tensor.to:
+            args = tuple(_CPU if _is_cuda(a) else a for a in args)
+        return func(*args, **kwargs)
+
+
+class _InOrder:
+    """Stands in for torch.cuda.Stream and Event: on a CPU everything is already in order."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __enter__(self) -> "_InOrder":
+        return self
+
+    def __exit__(self, *exc: object) -> bool:
+        return False
+
+    def wait_stream(self, *args: Any) -> None: ...
+
+    def wait_event(self, *args: Any) -> None: ...
+
+    def record_event(self, *args: Any) -> "_InOrder":
+        return self
+
+    def record(self, *args: Any) -> None: ...
+
+    def wait(self, *args: Any) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, other: object) -> float:
+        return 0.0
+
+
+_enabled = False
+
+
+def enable() -> bool:
+    """Answer torch.cuda's questions for a machine without CUDA; call before building anything.
+
+    Returns:
+        True if the backend is active, False where CUDA is available and nothing was changed.
+    """
+    global _enabled
+    if torch.cuda.is_available():
+        return False
+    if _enabled:
+        return True
+    _enabled = True
+    stream = _InOrder()
+    answers = {
+        "current_device": lambda: _CPU,
+        "device_count": lambda: 1,
+        "set_device": lambda *a: None,
+        "synchronize": lambda *a, **k: None,
+        "empty_cache": lambda: None,
+        "current_stream": lambda *a: stream,
+        "default_stream": lambda *a: stream,
+        "stream": lambda s: contextlib.nullcontext(),
+        "manual_seed": lambda s: torch.default_generator.manual_seed(int(s)) and None,
+        "get_rng_state": lambda *a, **k: torch.get_rng_state(),
+        "set_rng_state": lambda state, *a, **k: torch.set_rng_state(state),
+        "is_bf16_supported": lambda *a, **k: True,
+        "get_device_capability": lambda *a, **k: (9, 0),
+        "get_device_properties": lambda *a, **k: types.SimpleNamespace(
+            major=9, minor=0, name="cpu", multi_processor_count=1, total_memory=_HOST_MEMORY_BYTES
+        ),
+        "memory_stats": lambda *a, **k: defaultdict(int),
+        "reset_peak_memory_stats": lambda *a, **k: None,
+    }
+    for counter in ("allocated", "reserved"):
+        answers[f"memory_{counter}"] = answers[f"max_memory_{counter}"] = lambda *a, **k: 0
+    for name, answer in answers.items():
+        setattr(torch.cuda, name, answer)
+    torch.cuda.random.get_rng_state = torch.cuda.get_rng_state
+    torch.cuda.random.set_rng_state = torch.cuda.set_rng_state
+    torch.cuda.Stream = torch.cuda.Event = _InOrder  # type: ignore[assignment,misc]
+
+    import megatron.core.tensor_parallel.random as mcore_random
+
+    mcore_random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+    # fork() warns whenever the CPU stream moved: here it is the stream, so that one line is noise.
+    logging.getLogger(mcore_random.__name__).addFilter(lambda r: "CPU RNG state changed" not in r.getMessage())
+    _CudaMeansCpu().__enter__()
+    return True
+
+
+class CpuFusedAdam(torch.optim.Optimizer):
+    """Adam(W) with the interface and state layout of Transformer Engine's FusedAdam.
+
+    Megatron's DistributedOptimizer cannot restore torch.optim.AdamW, whose 'step' is a tensor per
+    parameter: it asserts before the first step, raises KeyError('step') on a reshardable load, and
+    hands all parameters one step tensor that then advances once per parameter. With 'step' in the
+    param group Megatron takes its FusedAdam branch, and a checkpoint has a GPU checkpoint's layout.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        bias_correction: bool = True,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        adam_w_mode: bool = True,
+        weight_decay: float = 0.0,
+        **unused: Any,
+    ) -> None:
+        defaults = {"lr": lr, "bias_correction": bias_correction, "betas": betas}
+        super().__init__(params, {**defaults, "eps": eps, "weight_decay": weight_decay})
+        self.adam_w_mode = adam_w_mode
+
+    @torch.no_grad()
+    def step(self, closure: Any = None, grad_scaler: Any = None) -> None:  # type: ignore[override]
+        update = adamw if self.adam_w_mode else adam
+        for group in self.param_groups:
+            group["step"] = int(group.get("step", 0)) + 1  # for empty groups too: ranks must agree
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            for p in params:
+                if not self.state[p]:
+                    self.state[p] = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            update(
+                params,
+                [p.grad for p in params],
+                [self.state[p]["exp_avg"] for p in params],
+                [self.state[p]["exp_avg_sq"] for p in params],
+                [],
+                [torch.tensor(float(group["step"] - 1)) for _ in params],
+                foreach=True,
+                amsgrad=False,
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+            )
+
+
+def use_cpu_fused_adam() -> bool:
+    """Make Megatron build CpuFusedAdam where neither Transformer Engine nor Apex brings FusedAdam.
+
+    Returns:
+        True if CpuFusedAdam is in place, False if a real FusedAdam is installed.
+    """
+    import megatron.core.optimizer as optimizer
+    from megatron.core.optimizer import distrib_optimizer
+
+    if not optimizer.USING_PYTORCH_OPTIMIZER:
+        return False
+    optimizer.Adam = distrib_optimizer.Adam = CpuFusedAdam
+    optimizer.USING_PYTORCH_OPTIMIZER = False
+    distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_APEX_OPTIMIZER = True
+    return True

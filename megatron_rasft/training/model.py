@@ -1,0 +1,34 @@
+"""The layer specification: Transformer Engine's modules where asked for, plain torch otherwise."""
+
+from typing import Any
+
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_rasft.training.attention import RMSNorm, SdpaCoreAttention
+
+
+def layer_spec(config: TransformerConfig, vp_stage: int | None = None) -> ModuleSpec | TransformerBlockSubmodules:
+    """Specification of the decoder block for GPTModel.
+
+    ``config.transformer_impl`` decides: "transformer_engine" gives Megatron's own TE layers, anything
+    else the same layers with this package's RMSNorm and SdpaCoreAttention. Parameter names in a
+    checkpoint are the same for both.
+    """
+    norm: dict[str, Any] = {"qk_layernorm": config.qk_layernorm}
+    if config.transformer_impl == "transformer_engine":
+        return get_gpt_layer_with_transformer_engine_spec(**norm)
+    spec = get_gpt_layer_local_spec(normalization="RMSNorm", **norm)
+    layer = spec.submodules
+    layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
+    attention = layer.self_attention.submodules
+    attention.core_attention = SdpaCoreAttention
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    num_layers = get_num_layers_to_build(config, vp_stage)
+    return TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=RMSNorm)
