@@ -1,0 +1,173 @@
+"""What a config.json means: the model's sizes, and Megatron's arguments for it.
+
+Whatever would make Megatron compute something else than transformers is refused here.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from megatron_rasft.errors import ModelFolderError
+from megatron_rasft.weights.families import FAMILIES, Family, ModelShape
+
+if TYPE_CHECKING:
+    from megatron_rasft.weights.folder import HfFolder
+
+_MEGATRON_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+"""Fixed in Megatron's RotaryEmbedding._apply_scaling (core/models/common/embeddings)."""
+
+_DEFAULT_ROPE_THETA = 10000.0
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary embedding: base, and Llama 3's scaling factor (None: not scaled)."""
+
+    theta: float
+    llama3_factor: float | None
+
+
+def read_family(config: dict[str, Any]) -> Family:
+    """The family of a config.json, or ModelFolderError naming what is supported."""
+    named = config.get("architectures") or []
+    for architecture in named:
+        if architecture in FAMILIES:
+            return FAMILIES[architecture]
+    found = ", ".join(map(str, named)) or f"none (model_type {config.get('model_type')!r})"
+    raise ModelFolderError(f"architecture {found} is not supported; supported are {', '.join(FAMILIES)}")
+
+
+def _positive_int(config: dict[str, Any], key: str, default: int | None = None) -> int:
+    value = config.get(key)
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+        raise ModelFolderError(f"config.json must have a positive integer {key}, found {value!r}")
+    return value
+
+
+def read_shape(config: dict[str, Any], family: Family) -> ModelShape:
+    """The sizes of the model; refuses features that Megatron's GPTModel is not set up for."""
+    _refuse_unsupported(config, family)
+    hidden_size = _positive_int(config, "hidden_size")
+    heads = _positive_int(config, "num_attention_heads")
+    groups = _positive_int(config, "num_key_value_heads", default=heads)
+    if heads % groups:
+        raise ModelFolderError(
+            f"num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}"
+        )
+    head_dim = config.get("head_dim") or family.default_head_dim
+    if head_dim is None and hidden_size % heads:
+        raise ModelFolderError(
+            f"config.json has no head_dim, and num_attention_heads {heads} does not divide "
+            f"hidden_size {hidden_size}"
+        )
+    return ModelShape(
+        num_layers=_positive_int(config, "num_hidden_layers"),
+        hidden_size=hidden_size,
+        ffn_hidden_size=_positive_int(config, "intermediate_size"),
+        num_attention_heads=heads,
+        num_query_groups=groups,
+        head_dim=head_dim or hidden_size // heads,
+        vocab_size=_positive_int(config, "vocab_size"),
+        is_tied=bool(config.get("tie_word_embeddings", False)),
+        has_qkv_bias=family.has_qkv_bias,
+        has_qk_norm=family.has_qk_norm,
+    )
+
+
+def _refuse_unsupported(config: dict[str, Any], family: Family) -> None:
+    if config.get("quantization_config"):
+        method = config["quantization_config"].get("quant_method", "unknown method")
+        raise ModelFolderError(
+            f"the model is quantized (quantization_config, {method}); use a folder with plain bf16, fp16 or "
+            "fp32 weights"
+        )
+    for key in ("attention_bias", "mlp_bias"):
+        if config.get(key):
+            raise ModelFolderError(f"{key} is true, which is not supported for {family.architecture}")
+    activation = config.get("hidden_act", "silu")
+    if activation != "silu":
+        raise ModelFolderError(f"hidden_act {activation!r} is not supported; supported is 'silu'")
+    if _uses_sliding_window(config):
+        raise ModelFolderError(
+            "sliding-window attention is in use, which is not supported; if the model was trained with full "
+            "attention, set use_sliding_window to false in config.json"
+        )
+
+
+def _uses_sliding_window(config: dict[str, Any]) -> bool:
+    if any(kind != "full_attention" for kind in config.get("layer_types") or []):
+        return True
+    if not config.get("use_sliding_window", False) or config.get("sliding_window") is None:
+        return False
+    # transformers gives the window to the layers from max_window_layers on
+    return config.get("max_window_layers", 28) < config["num_hidden_layers"]
+
+
+def read_rope(config: dict[str, Any], family: Family) -> Rope:
+    """Rotary embedding of a config.json, written by transformers 5 (rope_parameters) or earlier."""
+    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    theta = rope.get("rope_theta") or config.get("rope_theta") or _DEFAULT_ROPE_THETA
+    partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor")) or 1.0
+    if partial != 1.0:
+        raise ModelFolderError(f"partial_rotary_factor {partial} is not supported; supported is 1.0")
+    if theta != int(theta):
+        raise ModelFolderError(
+            f"rope_theta {theta} is not an integer, which Megatron's --rotary-base demands"
+        )
+    if kind == "default":
+        return Rope(theta, None)
+    if kind != "llama3":
+        raise ModelFolderError(
+            f"rope scaling type {kind!r} is not supported; supported are 'default' and 'llama3'"
+        )
+    rope.setdefault(
+        "original_max_position_embeddings",
+        config.get("max_position_embeddings", family.default_max_position_embeddings),
+    )
+    for key, value in _MEGATRON_LLAMA3.items():
+        if rope.get(key) != value:
+            raise ModelFolderError(
+                f"llama3 rope scaling with {key} {rope.get(key)} cannot be given to Megatron, "
+                f"where it is fixed at {value:g}"
+            )
+    if not isinstance(rope.get("factor"), int | float):
+        raise ModelFolderError("llama3 rope scaling has no factor")
+    return Rope(theta, float(rope["factor"]))
+
+
+def megatron_args(folder: "HfFolder") -> dict[str, Any]:
+    """Values of Megatron's arguments (attributes of its args) that the folder's model implies.
+
+    ``use_rope_scaling`` and ``rope_scaling_factor`` are arguments of GPTModel too: megatron.training
+    0.19 passes the first on but not the second, so whoever builds the model must pass both.
+    """
+    shape, config = folder.shape, folder.config
+    return {
+        "num_layers": shape.num_layers,
+        "hidden_size": shape.hidden_size,
+        "ffn_hidden_size": shape.ffn_hidden_size,
+        "num_attention_heads": shape.num_attention_heads,
+        "group_query_attention": True,
+        "num_query_groups": shape.num_query_groups,
+        "kv_channels": shape.head_dim,
+        "max_position_embeddings": config.get("max_position_embeddings")
+        or folder.family.default_max_position_embeddings,
+        "position_embedding_type": "rope",
+        "rotary_base": int(folder.rope.theta),
+        "rotary_percent": 1.0,
+        "rotary_interleaved": False,
+        "use_rope_scaling": folder.rope.llama3_factor is not None,
+        "rope_scaling_factor": folder.rope.llama3_factor or 8.0,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": config.get("rms_norm_eps", 1e-6),
+        "swiglu": True,
+        "add_bias_linear": False,
+        "add_qkv_bias": shape.has_qkv_bias,
+        "qk_layernorm": shape.has_qk_norm,
+        "untie_embeddings_and_output_weights": not shape.is_tied,
+        "vocab_size": shape.vocab_size,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "init_method_std": config.get("initializer_range", 0.02),
+    }

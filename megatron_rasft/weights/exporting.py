@@ -1,0 +1,295 @@
+"""Model chunks -> a Hugging Face folder, streamed, never half-written under its final name."""
+
+import json
+import math
+import os
+import shutil
+import struct
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from megatron_rasft.errors import CheckpointError, ModelFolderError
+from megatron_rasft.weights.folder import DTYPES, INDEX_FILE, SINGLE_FILE, HfFolder
+from megatron_rasft.weights.gathering import TensorPlan, gather_tensors, plan_tensors
+
+_COPIED = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
+"""What travels with the weights, as far as the template folder has it."""
+
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class ShardWriter:
+    """Writes one safetensors file tensor by tensor; the plan gives the header, so nothing is held back."""
+
+    def __init__(self, path: Path, plans: Sequence[TensorPlan]) -> None:
+        # wide types first, so that every tensor is aligned to its element size
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        self._spans: dict[str, tuple[int, int]] = {}
+        position = 0
+        for name, shape, dtype in sorted(plans, key=lambda plan: -plan.dtype.itemsize):
+            end = position + math.prod(shape) * dtype.itemsize
+            header[name] = {
+                "dtype": _DTYPE_NAMES[dtype],
+                "shape": list(shape),
+                "data_offsets": [position, end],
+            }
+            self._spans[name] = (position, end)
+            position = end
+        encoded = json.dumps(header, separators=(",", ":")).encode()
+        encoded += b" " * (-len(encoded) % 8)
+        self.num_bytes = position
+        self._data_start = 8 + len(encoded)
+        self._file: BinaryIO = path.open("wb")
+        self._file.write(struct.pack("<Q", len(encoded)) + encoded)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Put a CPU tensor where the header says; the last one closes the file."""
+        start, end = self._spans.pop(name)
+        raw = tensor.contiguous().reshape(-1).view(torch.uint8)
+        assert raw.numel() == end - start, f"{name}: {raw.numel()} bytes for a place of {end - start}"
+        self._file.seek(self._data_start + start)
+        self._file.write(memoryview(raw.numpy()))
+        if not self._spans:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def export(
+    chunks: Sequence[torch.nn.Module],
+    template: HfFolder,
+    out_dir: str | Path,
+    *,
+    layer_offsets: Sequence[int],
+    tp_group: ProcessGroup | None = None,
+    pp_rank: int = 0,
+    is_first_replica: bool = True,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Write the model as a folder that transformers loads. Every rank of the default group must call it.
+
+    Each pipeline stage writes its own files through rank 0 of its ``tp_group``, all into one temporary folder
+    beside ``out_dir`` (so all writers must see one file system), which gets its name when everything is
+    there. Collectives: a gather per sharded parameter on ``tp_group``, and a few object gathers on the
+    default group; an error on one rank is raised on all.
+
+    Args:
+        chunks: the model chunks of this rank, wrapped or not.
+        template: the folder the architecture came from; gives config, tokenizer, chat template and dtypes.
+        out_dir: must not exist, or be an empty folder.
+        layer_offsets: global index of the first decoder layer of each chunk.
+        tp_group: the tensor-parallel group; None where there is none.
+        pp_rank: this rank's pipeline stage.
+        is_first_replica: True where data- and context-parallel rank are 0; other ranks only wait.
+        dtype: type of all weights; None keeps the type of each tensor in ``template``.
+        max_shard_bytes: size at which a stage begins another file, in bytes.
+
+    Raises:
+        ValueError: ``out_dir`` is in use.
+        CheckpointError: the folder could not be written; nothing is left under ``out_dir``.
+    """
+    out_dir = Path(out_dir)
+    is_lead = _rank() == 0
+    temporary = _begin(out_dir, is_lead)
+    files: dict[str, list[str]] = {}
+    num_bytes, failure = 0, ""
+    if is_first_replica:
+        try:
+            files, num_bytes = _write_stage(
+                chunks, template, temporary, layer_offsets, tp_group, pp_rank, dtype, max_shard_bytes
+            )
+        except (OSError, ModelFolderError, ValueError) as error:
+            failure = str(error)
+    reports = _exchange((files, num_bytes, failure))
+    failure = next((f for _, _, f in reports if f), "")
+    if is_lead:
+        try:
+            if not failure:
+                _finish(reports, template, temporary, out_dir, dtype)
+        except (OSError, ModelFolderError) as error:
+            failure = str(error)
+        if failure:
+            shutil.rmtree(temporary, ignore_errors=True)
+    failure = next((f for f in _exchange(failure) if f), "")
+    if failure:
+        raise CheckpointError(f"cannot export to {out_dir}: {failure}")
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _exchange(value: Any) -> list[Any]:
+    """Every rank's value, on every rank."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def _begin(out_dir: Path, is_lead: bool) -> Path:
+    """Refuse an out_dir in use, else make the temporary folder; the same outcome on every rank."""
+    temporary, refusal, failure = None, "", ""
+    if is_lead:
+        if out_dir.exists() and not (out_dir.is_dir() and not any(out_dir.iterdir())):
+            refusal = (
+                f"export to {out_dir}: it exists and is not an empty folder. Remove it, or give another name."
+            )
+        else:
+            try:
+                temporary = out_dir.absolute().parent / f".{out_dir.name}.partial-{uuid.uuid4().hex[:8]}"
+                temporary.mkdir(parents=True)
+            except OSError as error:
+                failure = f"cannot export to {out_dir}: {error}"
+    temporary, refusal, failure = _exchange((temporary, refusal, failure))[0]
+    if refusal:
+        raise ValueError(refusal)
+    if failure:
+        raise CheckpointError(failure)
+    assert temporary is not None
+    return temporary
+
+
+def _write_stage(
+    chunks: Sequence[torch.nn.Module],
+    template: HfFolder,
+    folder: Path,
+    layer_offsets: Sequence[int],
+    tp_group: ProcessGroup | None,
+    pp_rank: int,
+    dtype: torch.dtype | None,
+    max_shard_bytes: int,
+) -> tuple[dict[str, list[str]], int]:
+    """Write this stage; returns {file: tensor names} and bytes of weights (none but on the writer)."""
+    dtypes = {name: dtype or stored.dtype for name, stored in template.tensors.items()}
+    plans = plan_tensors(
+        chunks, template.table, layer_offsets=layer_offsets, tp_group=tp_group, dtypes=dtypes
+    )
+    shards = _split(plans, max_shard_bytes)
+    paths = [folder / f"stage-{pp_rank:04d}-{i:05d}.safetensors" for i in range(len(shards))]
+    shard_of = {plan.name: i for i, shard in enumerate(shards) for plan in shard}
+    writers: dict[int, ShardWriter] = {}
+    failure: OSError | None = None
+    tensors = gather_tensors(
+        chunks, template.table, layer_offsets=layer_offsets, tp_group=tp_group, dtypes=dtypes, device="cpu"
+    )
+    for name, tensor in tensors:
+        if tensor is None or failure is not None:
+            continue  # keep drawing: the other ranks of tp_group are in the same gathers
+        i = shard_of[name]
+        try:
+            if i not in writers:
+                writers[i] = ShardWriter(paths[i], shards[i])
+            writers[i].write(name, tensor)
+        except OSError as error:
+            failure = error
+    if failure is not None:
+        for writer in writers.values():
+            writer.close()
+        raise failure
+    files = {paths[i].name: [plan.name for plan in shards[i]] for i in writers}
+    return files, sum(writer.num_bytes for writer in writers.values())
+
+
+def _split(plans: list[TensorPlan], max_shard_bytes: int) -> list[list[TensorPlan]]:
+    """Cut the plan into files of at most max_shard_bytes, or of one tensor."""
+    shards: list[list[TensorPlan]] = []
+    room = 0
+    for plan in plans:
+        size = math.prod(plan.shape) * plan.dtype.itemsize
+        if not shards or size > room:
+            shards.append([])
+            room = max_shard_bytes
+        shards[-1].append(plan)
+        room -= size
+    return shards
+
+
+def _finish(
+    reports: list[tuple[dict[str, list[str]], int, str]],
+    template: HfFolder,
+    temporary: Path,
+    out_dir: Path,
+    dtype: torch.dtype | None,
+) -> None:
+    """Name the files, write index and configuration, and move the folder to its name."""
+    files = {file: names for stage_files, _, _ in reports for file, names in stage_files.items()}
+    written = [name for names in files.values() for name in names]
+    _check_complete(written, template)
+    weight_map: dict[str, str] = {}
+    for i, file in enumerate(sorted(files)):
+        final = SINGLE_FILE if len(files) == 1 else f"model-{i + 1:05d}-of-{len(files):05d}.safetensors"
+        if not (temporary / file).exists():
+            raise ModelFolderError(
+                f"{file} is not there on the first rank: the output must be on a file system that all nodes "
+                "share"
+            )
+        (temporary / file).rename(temporary / final)
+        weight_map.update(dict.fromkeys(files[file], final))
+    if len(files) > 1:
+        total_size = sum(num_bytes for _, num_bytes, _ in reports)
+        index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
+        (temporary / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    _copy_companions(template.path, temporary)
+    _write_config(template, temporary, dtype)
+    temporary.rename(out_dir.absolute())
+
+
+def _check_complete(written: list[str], template: HfFolder) -> None:
+    missing = [name for name in template.table.hf_shapes if name not in set(written)]
+    if missing:
+        raise ModelFolderError(f"{len(missing)} tensors were written by no rank, the first is {missing[0]}")
+    if len(written) != len(set(written)):
+        twice = next(name for name in written if written.count(name) > 1)
+        raise ModelFolderError(
+            f"tensor {twice} was written by two ranks; is_first_replica must hold on one replica only"
+        )
+
+
+def _copy_companions(source: Path, target: Path) -> None:
+    for pattern in _COPIED:
+        for path in sorted(source.glob(pattern)):
+            if path.is_dir():
+                shutil.copytree(path, target / path.name)
+            else:
+                shutil.copyfile(path, target / path.name)
+
+
+def _write_config(template: HfFolder, target: Path, dtype: torch.dtype | None) -> None:
+    if dtype is None:
+        shutil.copyfile(template.path / "config.json", target / "config.json")
+        return
+    config = dict(template.config)
+    # transformers 5 reads and writes "dtype", earlier releases "torch_dtype"
+    key = "dtype" if "dtype" in config else "torch_dtype"
+    config[key] = str(dtype).removeprefix("torch.")
+    (target / "config.json").write_text(
+        json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+    )

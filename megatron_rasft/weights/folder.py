@@ -1,0 +1,218 @@
+"""A Hugging Face model folder: checked in full when opened, read slice by slice afterwards."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from megatron_rasft.errors import ModelFolderError
+from megatron_rasft.weights.architecture import Rope, read_family, read_rope, read_shape
+from megatron_rasft.weights.families import Family, ModelShape, NameTable
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
+"""Safetensors' names of the weight types that can be loaded."""
+
+_NOT_WEIGHTS = ".rotary_emb.inv_freq"
+"""Buffers that old Llama folders carry; transformers drops them on load."""
+
+_COMPARE_ROWS = 4096
+
+
+class StoredTensor(NamedTuple):
+    """Where and how one tensor is stored."""
+
+    file: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class HfFolder:
+    """An opened folder; ``open`` is the way to get one. Holds headers and memory maps, no weights."""
+
+    path: Path
+    config: dict[str, Any]
+    family: Family
+    shape: ModelShape
+    rope: Rope
+    table: NameTable
+    tensors: dict[str, StoredTensor]
+    """The tensors of the model by Hugging Face name, exactly those of ``table``."""
+    _shards: dict[str, Any] = field(repr=False)
+
+    @classmethod
+    def open(cls, path: str | Path) -> "HfFolder":
+        """Open a folder and check it against the table of its family.
+
+        Raises:
+            ModelFolderError: one line with the folder, what is wrong and, where there is one, the way out.
+        """
+        path = Path(path)
+        try:
+            config = _read_json(path / "config.json", missing=_describe_missing_config(path))
+            family = read_family(config)
+            shape, rope = read_shape(config, family), read_rope(config, family)
+            table = NameTable(family, shape)
+            shards, stored = _open_shards(path)
+            folder = cls(path, config, family, shape, rope, table, stored, shards)
+            folder._check_tensors()
+            _check_tokenizer(path, shape.vocab_size)
+        except ModelFolderError as error:
+            raise ModelFolderError(f"model folder {path}: {error}") from error.__cause__
+        return folder
+
+    def read(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> Tensor:
+        """Tensor ``name``, or its range ``start:stop`` along ``dim``, in its stored dtype on the CPU."""
+        view = self._shards[self.tensors[name].file].get_slice(name)
+        whole = slice(None)
+        try:
+            return view[(whole,) * dim + (slice(start, stop),)]
+        except (SafetensorError, OSError) as error:
+            raise ModelFolderError(
+                f"{self.path / self.tensors[name].file}: cannot read {name}: {error}"
+            ) from error
+
+    def _check_tensors(self) -> None:
+        expected = self.table.hf_shapes
+        for name in [n for n in self.tensors if n.endswith(_NOT_WEIGHTS)]:
+            del self.tensors[name]
+        if self.shape.is_tied and "lm_head.weight" in self.tensors:
+            self._drop_stored_tied_output()
+        missing = [name for name in expected if name not in self.tensors]
+        extra = [name for name in self.tensors if name not in expected]
+        if missing:
+            raise ModelFolderError(
+                f"{len(missing)} tensors of the model are missing, the first is {missing[0]}"
+            )
+        if extra:
+            raise ModelFolderError(
+                f"{len(extra)} tensors are unknown to {self.family.architecture}, the first is {extra[0]}"
+            )
+        for name, size in expected.items():
+            if self.tensors[name].shape != size:
+                raise ModelFolderError(
+                    f"tensor {name} has shape {list(self.tensors[name].shape)}, "
+                    f"config.json implies {list(size)}"
+                )
+
+    def _drop_stored_tied_output(self) -> None:
+        """Some tied folders store the output layer too: harmless if it is the embedding."""
+        embedding = self.tensors.get("model.embed_tokens.weight")
+        output = self.tensors["lm_head.weight"]
+        is_same = embedding is not None and output[1:] == embedding[1:]
+        for start in range(0, output.shape[0] if is_same else 0, _COMPARE_ROWS):
+            rows = (
+                self.read(n, 0, start, start + _COMPARE_ROWS)
+                for n in ("lm_head.weight", "model.embed_tokens.weight")
+            )
+            is_same = is_same and torch.equal(*rows)
+        if not is_same:
+            raise ModelFolderError(
+                "tie_word_embeddings is true but the stored lm_head.weight is not the embedding; "
+                "set tie_word_embeddings to false in config.json, or delete the tensor"
+            )
+        del self.tensors["lm_head.weight"]
+
+
+def _describe_missing_config(path: Path) -> str:
+    if not path.exists():
+        return "the folder does not exist; give a local folder in Hugging Face format (nothing is downloaded)"
+    if not path.is_dir():
+        return "is a file; give the folder that holds config.json"
+    return "has no config.json, so it is not a Hugging Face model folder"
+
+
+def _read_json(path: Path, missing: str) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise ModelFolderError(missing) from None
+    except (OSError, ValueError) as error:
+        raise ModelFolderError(f"{path.name} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise ModelFolderError(f"{path.name} is not a JSON object")
+    return content
+
+
+def _shard_files(path: Path) -> dict[str, list[str] | None]:
+    """File name -> names of the tensors the index promises there (None: whatever the file holds)."""
+    if (path / INDEX_FILE).exists():
+        weight_map = _read_json(path / INDEX_FILE, missing="").get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ModelFolderError(f"{INDEX_FILE} has no weight_map")
+        files: dict[str, list[str] | None] = {}
+        for name, file in weight_map.items():
+            promised = files.setdefault(str(file), [])
+            assert promised is not None
+            promised.append(name)
+        return files
+    if (path / SINGLE_FILE).exists():
+        return {SINGLE_FILE: None}
+    pickles = sorted(p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
+    if pickles:
+        raise ModelFolderError(
+            f"holds only pickled weights ({pickles[0]}), which are not loaded; "
+            "convert them with save_pretrained(..., safe_serialization=True) of transformers"
+        )
+    raise ModelFolderError(f"has no weights: neither {SINGLE_FILE} nor {INDEX_FILE}")
+
+
+def _open_shards(path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
+    shards: dict[str, Any] = {}
+    stored: dict[str, StoredTensor] = {}
+    for file, promised in _shard_files(path).items():
+        shards[file] = shard = _open_shard(path / file)
+        present = list(shard.keys())
+        for name in promised or ():
+            if name not in present:
+                raise ModelFolderError(f"{file} does not hold {name}, which {INDEX_FILE} says it does")
+        for name in present:
+            if name in stored:
+                raise ModelFolderError(f"tensor {name} is in both {stored[name].file} and {file}")
+            view = shard.get_slice(name)
+            if view.get_dtype() not in DTYPES:
+                raise ModelFolderError(
+                    f"tensor {name} is stored as {view.get_dtype()}; supported are {', '.join(DTYPES)}"
+                )
+            stored[name] = StoredTensor(file, tuple(view.get_shape()), DTYPES[view.get_dtype()])
+    return shards, stored
+
+
+def _open_shard(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except FileNotFoundError:
+        raise ModelFolderError(f"{path.name} is missing, though {INDEX_FILE} names it") from None
+    except (SafetensorError, OSError) as error:
+        with path.open("rb") as file:
+            if file.read(12) == b"version http":
+                raise ModelFolderError(
+                    f"{path.name} is a Git LFS pointer; fetch the weights with git lfs pull"
+                ) from None
+        size = path.stat().st_size
+        raise ModelFolderError(
+            f"{path.name} ({size} bytes) is truncated or not safetensors: {error}"
+        ) from error
+
+
+def _check_tokenizer(path: Path, vocab_size: int) -> None:
+    """Every id the tokenizer can give must have a row in the embedding."""
+    if not (path / "tokenizer.json").exists():
+        return
+    content = _read_json(path / "tokenizer.json", missing="")
+    vocab = (content.get("model") or {}).get("vocab") or {}
+    ids = [len(vocab) - 1] if isinstance(vocab, list) else list(vocab.values())
+    ids += [token["id"] for token in content.get("added_tokens") or ()]
+    highest = max(ids, default=-1)
+    if highest >= vocab_size:
+        raise ModelFolderError(
+            f"the tokenizer has ids up to {highest}, but the embedding has only {vocab_size} rows; "
+            "the tokenizer belongs to another model, or tokens were added without resizing the embedding"
+        )

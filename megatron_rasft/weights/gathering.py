@@ -1,0 +1,114 @@
+"""Model chunks -> Hugging Face tensors, one parameter at a time."""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from megatron_rasft.weights.families import Binding, NameTable
+from megatron_rasft.weights.loading import bound_parameters
+
+
+class TensorPlan(NamedTuple):
+    """One tensor that ``gather_tensors`` will give."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def _rank_and_size(group: ProcessGroup | None) -> tuple[int, int]:
+    return (0, 1) if group is None else (group.rank(), group.size())
+
+
+def plan_tensors(
+    chunks: Sequence[torch.nn.Module],
+    table: NameTable,
+    *,
+    layer_offsets: Sequence[int],
+    tp_group: ProcessGroup | None,
+    dtypes: dict[str, torch.dtype] | None = None,
+) -> list[TensorPlan]:
+    """What ``gather_tensors`` gives with the same arguments, in its order; runs no collective."""
+    rank, size = _rank_and_size(tp_group)
+    plans = []
+    for param, binding, _ in bound_parameters(chunks, table, layer_offsets, rank, size):
+        if not binding.is_copy:
+            for name, shape in zip(binding.hf_names, binding.hf_shapes, strict=True):
+                plans.append(TensorPlan(name, shape, (dtypes or {}).get(name, param.dtype)))
+    return plans
+
+
+@torch.no_grad()
+def gather_tensors(
+    chunks: Sequence[torch.nn.Module],
+    table: NameTable,
+    *,
+    layer_offsets: Sequence[int],
+    tp_group: ProcessGroup | None,
+    dtypes: dict[str, torch.dtype] | None = None,
+    device: torch.device | str | None = None,
+) -> Iterator[tuple[str, Tensor | None]]:
+    """The Hugging Face tensors of this pipeline stage, whole on rank 0 of ``tp_group``.
+
+    Runs one gather per sharded parameter on ``tp_group``, so all its ranks must draw to the end, in step.
+    The tied output layer's copy on the last stage is left out. Beside the model there is at most one
+    parameter in memory, twice on rank 0.
+
+    Args:
+        chunks: the model chunks of this rank, wrapped or not.
+        table: names and layouts, ``HfFolder.table``.
+        layer_offsets: global index of the first decoder layer of each chunk.
+        tp_group: the tensor-parallel group; None where there is none.
+        dtypes: type to give, by name; the parameter's own where a name is not in it.
+        device: where to put the tensors together; None: where the parameters are.
+
+    Yields:
+        (name, tensor) on rank 0 of ``tp_group``, (name, None) on its other ranks.
+    """
+    rank, size = _rank_and_size(tp_group)
+    for param, binding, _ in bound_parameters(chunks, table, layer_offsets, rank, size):
+        if binding.is_copy:
+            continue
+        wanted = [(dtypes or {}).get(name, param.dtype) for name in binding.hf_names]
+        # one type travels; q, k and v of different stored types (unheard of) travel as the parameter is
+        shard = param.detach().to(wanted[0] if len(set(wanted)) == 1 else param.dtype).contiguous()
+        shards = _gather(shard, tp_group) if binding.entry.is_sharded else [shard] if rank == 0 else None
+        if shards is None:
+            yield from ((name, None) for name in binding.hf_names)
+            continue
+        tensors = _assemble(shards, binding, table, device)
+        del shards
+        for name, tensor, dtype in zip(binding.hf_names, tensors, wanted, strict=True):
+            yield name, tensor.to(dtype)
+
+
+def _gather(shard: Tensor, tp_group: ProcessGroup | None) -> list[Tensor] | None:
+    """The shards of all ranks on rank 0, None on the others."""
+    if tp_group is None or tp_group.size() == 1:
+        return [shard]
+    # as bytes: every backend can move those, whatever the type
+    raw = shard.view(torch.uint8)
+    raws = [torch.empty_like(raw) for _ in range(tp_group.size())] if tp_group.rank() == 0 else None
+    dist.gather(raw, raws, group=tp_group, group_dst=0)
+    return None if raws is None else [r.view(shard.dtype) for r in raws]
+
+
+def _assemble(
+    shards: list[Tensor], binding: Binding, table: NameTable, device: torch.device | str | None
+) -> list[Tensor]:
+    """Whole Hugging Face tensors out of the shards of all tensor-parallel ranks."""
+    dtype, device = shards[0].dtype, device or shards[0].device
+    tensors = [torch.empty(shape, dtype=dtype, device=device) for shape in binding.hf_shapes]
+    size = len(shards) if binding.entry.is_sharded else 1
+    for rank, shard in enumerate(shards):
+        layout = binding.entry.layout(table.shape, rank, size, shard.shape[0])
+        position = 0
+        for source, start, stop in layout.pieces:
+            piece = shard.narrow(layout.dim, position, stop - start)
+            tensors[source].narrow(layout.dim, start, stop - start).copy_(piece)
+            position += stop - start
+    return tensors

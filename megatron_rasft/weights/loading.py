@@ -1,0 +1,110 @@
+"""Hugging Face folder -> model chunks, in place, every rank reading only its own slices."""
+
+from collections.abc import Iterator, Sequence
+from functools import reduce
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from megatron_rasft.errors import ModelFolderError
+from megatron_rasft.weights.families import Binding, NameTable, ShardLayout
+from megatron_rasft.weights.folder import HfFolder
+
+
+def bound_parameters(
+    chunks: Sequence[torch.nn.Module],
+    table: NameTable,
+    layer_offsets: Sequence[int],
+    tp_rank: int,
+    tp_size: int,
+) -> Iterator[tuple[Tensor, Binding, ShardLayout]]:
+    """Every parameter of the chunks with its place in the table; refuses one that has none or does not fit.
+
+    Wrappers (DistributedDataParallel, Float16Module) are seen through.
+    """
+    if len(chunks) != len(layer_offsets):
+        raise ValueError(
+            f"{len(chunks)} model chunks but {len(layer_offsets)} layer_offsets; give one per chunk."
+        )
+    for chunk, layer_offset in zip(chunks, layer_offsets, strict=True):
+        for full_name, param in chunk.named_parameters():
+            name = _unwrapped(full_name)
+            binding = table.bind(name, layer_offset)
+            if binding is None:
+                raise ModelFolderError(
+                    f"parameter {name} (layer offset {layer_offset}) has no counterpart in the Hugging Face "
+                    "model; the model was not built with the arguments that its config.json implies"
+                )
+            layout = binding.entry.layout(table.shape, tp_rank, tp_size, param.shape[0])
+            expected = binding.shard_shape(layout)
+            if tuple(param.shape) != expected:
+                raise ModelFolderError(
+                    f"parameter {name} has shape {list(param.shape)} on tensor-parallel rank {tp_rank} of "
+                    f"{tp_size}, config.json implies {list(expected)}"
+                )
+            yield param, binding, layout
+
+
+def _unwrapped(name: str) -> str:
+    while name.startswith("module."):
+        name = name.removeprefix("module.")
+    return name
+
+
+@torch.no_grad()
+def load_into(
+    chunks: Sequence[torch.nn.Module],
+    folder: HfFolder,
+    *,
+    tp_rank: int,
+    tp_size: int,
+    layer_offsets: Sequence[int],
+    pp_group: ProcessGroup | None = None,
+) -> None:
+    """Copy the folder's weights into the parameters of this rank, in place, cast to each parameter's dtype.
+
+    Reads this rank's slices only; beside the model there is never more than one shard of one parameter and
+    one slice in memory. Rows of the padded vocabulary become zero. With an optimizer that keeps main
+    parameters, call its ``reload_model_params()`` afterwards.
+
+    Args:
+        chunks: the model chunks of this rank, wrapped or not.
+        folder: an opened folder; its architecture must be the one the chunks were built with.
+        tp_rank: rank in the tensor-parallel group.
+        tp_size: size of the tensor-parallel group.
+        layer_offsets: global index of the first decoder layer of each chunk.
+        pp_group: group over which the layers are split. Given, one all_gather_object runs on it, to know
+            that the stages together took every tensor; None says that these chunks are the whole model.
+
+    Raises:
+        ModelFolderError: a parameter without a tensor, a tensor without a parameter, or another shape.
+    """
+    taken: set[str] = set()
+    for param, binding, layout in bound_parameters(chunks, folder.table, layer_offsets, tp_rank, tp_size):
+        param.copy_(_read_shard(folder, binding, layout))
+        taken.update(binding.hf_names)
+    if pp_group is not None:
+        stages: list[set[str]] = [set()] * pp_group.size()
+        dist.all_gather_object(stages, taken, group=pp_group)
+        taken = set().union(*stages)
+    left = [name for name in folder.table.hf_shapes if name not in taken]
+    if left:
+        raise ModelFolderError(
+            f"model folder {folder.path}: {len(left)} tensors have no parameter in the model, the first is "
+            f"{left[0]}; "
+            "the model was not built with the arguments that its config.json implies"
+        )
+
+
+def _read_shard(folder: HfFolder, binding: Binding, layout: ShardLayout) -> Tensor:
+    """One parameter's shard in the stored dtype, on the CPU."""
+    dtype = reduce(torch.promote_types, (folder.tensors[name].dtype for name in binding.hf_names))
+    shard = torch.zeros(binding.shard_shape(layout), dtype=dtype)
+    position = 0
+    for source, start, stop in layout.pieces:
+        target = shard.narrow(layout.dim, position, stop - start)
+        target.copy_(folder.read(binding.hf_names[source], layout.dim, start, stop))
+        position += stop - start
+    return shard
