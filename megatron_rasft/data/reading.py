@@ -1,0 +1,348 @@
+"""Rows of .jsonl, .jsonl.gz and .parquet files, each with its place, each fault named."""
+
+import gzip
+import json
+import math
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_rasft.config.data import DataConfig
+from megatron_rasft.errors import DataError
+
+Message = dict[str, str]
+
+CHAT_ROLES = ("system", "user", "assistant")
+_NUM_NAMED = 10
+"""Rows that an error message names one by one; the rest is a count."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Row:
+    """One usable row: what the prompt is made of, the response and the gold answer."""
+
+    problem_id: str
+    source: str
+    """``file:line``; in parquet the row number. Both count from 1."""
+    problem: str
+    response: str
+    answer: str | None
+    messages: list[Message]
+    """The chat before the response, as it stands in the row; a plain row is one user message."""
+
+
+@dataclass(kw_only=True, slots=True)
+class RowFault:
+    """One row that cannot be used, and why."""
+
+    source: str
+    """``file:line``."""
+    reason: str
+    """Short and the same for all rows of a kind: the report counts by it."""
+    detail: str = ""
+    """What only this row says."""
+
+    def __str__(self) -> str:
+        return f"{self.source}: {self.reason}" + (f" ({self.detail})" if self.detail else "")
+
+
+@dataclass(kw_only=True, slots=True)
+class DataReport:
+    """What became of every row that was read."""
+
+    num_rows: int = 0
+    num_demonstrations: int = 0
+    num_prompt_tokens: int = 0
+    num_response_tokens: int = 0
+    max_tokens_found: int = 0
+    """Tokens of the longest sequence, over-long ones included."""
+    num_plain_endings: int = 0
+    """Rows whose response the chat template changes: tokenised as it stands and closed by hand."""
+    faults: list[RowFault] = field(default_factory=list)
+    overlong: list[RowFault] = field(default_factory=list)
+    """Rows with more tokens than fit; not faults."""
+
+    @property
+    def num_faults_by_reason(self) -> dict[str, int]:
+        """Faulty rows per reason, the most frequent first."""
+        return dict(Counter(fault.reason for fault in self.faults).most_common())
+
+    def check(self, config: DataConfig) -> None:
+        """Raise DataError if ``config`` refuses what is in the report, or if nothing is left to train on."""
+        if self.faults and config.data_bad_rows == "refuse":
+            raise DataError(
+                f"{len(self.faults)} of {self.num_rows} rows cannot be used:\n{_name_rows(self.faults)}\n"
+                "Correct them, or train without them: --data-bad-rows skip."
+            )
+        if self.overlong and config.data_overlong == "refuse":
+            raise DataError(
+                f"{len(self.overlong)} of {self.num_rows} rows are too long:\n{_name_rows(self.overlong)}\n"
+                "Raise --seq-length, or train without them: --data-overlong drop."
+            )
+        if not self.num_demonstrations:
+            raise DataError(
+                f"none of the {self.num_rows} rows can be trained on: {len(self.faults)} faulty, {len(self.overlong)} "
+                f"too long:\n{_name_rows(self.faults + self.overlong)}\n"
+                "Check --data-problem-field, --data-response-field, --data-answer-field and --seq-length."
+            )
+
+    def describe(self) -> str:
+        """The report as lines of text, without a final line break."""
+        lines = [f"rows            {self.num_rows}"]
+        if self.num_demonstrations:
+            lines.append(f"usable          {self.num_demonstrations}")
+        if self.max_tokens_found:
+            lines.append(f"prompt tokens   {self.num_prompt_tokens}")
+            lines.append(f"response tokens {self.num_response_tokens} (trained)")
+            lines.append(f"longest row     {self.max_tokens_found} tokens")
+        if self.num_plain_endings:
+            lines.append(
+                f"closed by hand  {self.num_plain_endings} (the chat template changes their response)"
+            )
+        lines.append(f"too long        {len(self.overlong)}")
+        if self.overlong:
+            lines.append(_name_rows(self.overlong))
+        lines.append(f"faulty          {len(self.faults)}")
+        lines.extend(f"  {num} x {reason}" for reason, num in self.num_faults_by_reason.items())
+        if self.faults:
+            lines.append(_name_rows(self.faults))
+        return "\n".join(lines)
+
+
+def read_rows(config: DataConfig, require_answer: bool = True) -> Iterator[Row | RowFault]:
+    """Stream the rows of ``config.train_data``, a RowFault in the place of each that cannot be used.
+
+    Nothing is refused here, ``DataReport.check`` decides; only a file that is missing, empty or unreadable raises
+    DataError, the missing ones before any row is read.
+
+    Args:
+        config: the files and the names of their fields.
+        require_answer: a row without gold answer is a fault; False is for runs without any rollouts.
+    """
+    paths = _check_files(config.train_data)
+    names = [path.name for path in paths]
+    first_seen: dict[str, str] = {}
+    for path in paths:
+        # Two folders may hold files of one name: their rows are then called by the whole path.
+        label = path.name if names.count(path.name) == 1 else str(path)
+        num_rows = 0
+        for line, record in _read_records(path, config):
+            num_rows += 1
+            source = f"{path}:{line}"
+            try:
+                if isinstance(record, _Fault):
+                    raise record
+                row = _parse_record(
+                    record, config, require_answer, source=source, default_id=f"{label}:{line}"
+                )
+                if row.problem_id in first_seen:
+                    raise _Fault(
+                        "duplicate id", f"{row.problem_id!r} is also at {first_seen[row.problem_id]}"
+                    )
+            except _Fault as fault:
+                yield RowFault(source=source, reason=fault.reason, detail=fault.detail)
+                continue
+            first_seen[row.problem_id] = source
+            yield row
+        if not num_rows:
+            raise DataError(
+                f"{path} holds no rows. Write the demonstrations to it or take it out of --train-data."
+            )
+
+
+class _Fault(Exception):
+    """Why the row being parsed cannot be used; never leaves this module."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.detail = detail
+
+
+def _name_rows(rows: list[RowFault]) -> str:
+    lines = [f"  {row}" for row in rows[:_NUM_NAMED]]
+    if len(rows) > _NUM_NAMED:
+        lines.append(f"  ... and {len(rows) - _NUM_NAMED} more")
+    return "\n".join(lines)
+
+
+def _check_files(files: list[str]) -> list[Path]:
+    """The files as paths, after every one of them was found to be there, not empty and named once."""
+    if not files:
+        raise DataError("there is no training data. Name at least one file: --train-data FILE.jsonl")
+    paths: dict[Path, Path] = {}
+    for file in files:
+        path = Path(file)
+        if not path.is_file():
+            kind = "is a folder" if path.is_dir() else "does not exist"
+            raise DataError(
+                f"--train-data must name files, {path} {kind} (seen from {Path.cwd()}). Correct the path."
+            )
+        if not path.stat().st_size:
+            raise DataError(
+                f"{path} is empty. Write the demonstrations to it or take it out of --train-data."
+            )
+        real_path = path.resolve()
+        if real_path in paths:
+            raise DataError(
+                f"{path} and {paths[real_path]} are one file. Take one of them out of --train-data."
+            )
+        paths[real_path] = path
+    return list(paths.values())
+
+
+def _read_records(path: Path, config: DataConfig) -> Iterator[tuple[int, Any]]:
+    """(line, parsed JSON or _Fault) of each row; lines count from 1 and blank ones are no rows."""
+    if path.suffix == ".parquet":
+        yield from _read_parquet(path, config)
+        return
+    is_gzip = path.suffix == ".gz"
+    line = 0
+    try:
+        # Bytes, so that only a line feed ends a row and bad UTF-8 spoils one row, not the file.
+        with gzip.open(path, "rb") if is_gzip else open(path, "rb") as stream:
+            for raw in stream:
+                line += 1
+                if line == 1:
+                    raw = raw.removeprefix(b"\xef\xbb\xbf")
+                if raw.strip():
+                    yield line, _parse_json(raw)
+    except (OSError, EOFError, zlib.error) as error:
+        kind = "gzip file" if is_gzip else "file"
+        raise DataError(
+            f"{path} is not a readable {kind} after line {line}: {error}. Copy or make it again."
+        ) from error
+
+
+def _read_parquet(path: Path, config: DataConfig) -> Iterator[tuple[int, dict[str, Any]]]:
+    # Only parquet files need pyarrow, and importing it takes longer than reading a small .jsonl.
+    import pyarrow  # type: ignore[import-untyped]
+    import pyarrow.parquet  # type: ignore[import-untyped]
+
+    wanted = [
+        config.data_problem_field,
+        config.data_response_field,
+        config.data_answer_field,
+        config.data_messages_field,
+        config.data_id_field,
+    ]
+    line = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as table:
+            names = table.schema_arrow.names
+            if not {config.data_problem_field, config.data_messages_field}.intersection(names):
+                raise DataError(
+                    f"{path} has neither a column {config.data_problem_field!r} nor {config.data_messages_field!r}; its "
+                    f"columns are {', '.join(names)}. Name them: --data-problem-field or --data-messages-field."
+                )
+            for batch in table.iter_batches(
+                batch_size=1024, columns=[name for name in names if name in wanted]
+            ):
+                for record in batch.to_pylist():
+                    line += 1
+                    yield line, record
+    except (OSError, pyarrow.ArrowException) as error:
+        raise DataError(
+            f"{path} is not a readable parquet file after row {line}: {error}. Copy or make it again."
+        ) from error
+
+
+def _parse_json(raw: bytes) -> Any:
+    try:
+        return json.loads(raw.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        return _Fault("not UTF-8", f"byte {error.start} of the line")
+    except json.JSONDecodeError as error:
+        return _Fault("not JSON", f"{error.msg}, character {error.colno} of the line")
+    except (ValueError, RecursionError):  # a number of thousands of digits, brackets thousands deep
+        return _Fault("not JSON", "a number or a nesting beyond Python's limits")
+
+
+def _parse_record(record: Any, config: DataConfig, require_answer: bool, source: str, default_id: str) -> Row:
+    if not isinstance(record, dict):
+        raise _Fault("not a JSON object", f"it is a {type(record).__name__}")
+
+    def is_present(name: str) -> bool:
+        return record.get(name) is not None
+
+    problem_field, response_field = config.data_problem_field, config.data_response_field
+    # Published sets often carry both forms; the plain one is taken where it is complete.
+    is_plain = is_present(problem_field) and is_present(response_field)
+    if is_plain or not is_present(config.data_messages_field):
+        problem = _parse_text(record, problem_field)
+        response = _parse_text(record, response_field)
+        messages = [{"role": "user", "content": problem}]
+    else:
+        messages = _parse_messages(record[config.data_messages_field], config.data_messages_field)
+        response = messages.pop()["content"]
+        problem = next(message["content"] for message in reversed(messages) if message["role"] == "user")
+    return Row(
+        problem_id=_parse_id(record, config.data_id_field) or default_id,
+        source=source,
+        problem=problem,
+        response=response,
+        answer=_parse_answer(record, config.data_answer_field, require_answer),
+        messages=messages,
+    )
+
+
+def _parse_text(record: dict[str, Any], name: str) -> str:
+    value = record.get(name)
+    if value is None:
+        raise _Fault(f'no "{name}"', f"the row has {', '.join(map(str, record)) or 'no fields'}")
+    return _check_text(value, f'"{name}"')
+
+
+def _check_text(value: Any, what: str) -> str:
+    if not isinstance(value, str):
+        raise _Fault(f"{what} is not text", f"it is a {type(value).__name__}")
+    if not value.strip():
+        raise _Fault(f"{what} is empty")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair, a tokenizer cannot read it
+        raise _Fault(f"{what} is not valid Unicode", f"character {error.start}") from None
+    return value
+
+
+def _parse_answer(record: dict[str, Any], name: str, require_answer: bool) -> str | None:
+    value = record.get(name)
+    is_blank = value is None or (isinstance(value, str) and not value.strip())
+    if is_blank and not require_answer:
+        return None
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        return str(value)
+    return _parse_text(record, name)
+
+
+def _parse_id(record: dict[str, Any], name: str) -> str | None:
+    value = record.get(name)
+    if value is None:
+        return None
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    return _check_text(value, f'"{name}"')
+
+
+def _parse_messages(value: Any, name: str) -> list[Message]:
+    """The whole chat, checked: at least one user message, an assistant message last."""
+    if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
+        raise _Fault(f'"{name}" is not a list of messages')
+    for index, message in enumerate(value):
+        role = message.get("role")
+        if role not in CHAT_ROLES:
+            raise _Fault(
+                "unknown chat role", f"message {index} has {role!r}, known are {', '.join(CHAT_ROLES)}"
+            )
+        try:
+            _check_text(message.get("content"), f'content of a message in "{name}"')
+        except _Fault as fault:
+            raise _Fault(fault.reason, f"message {index}") from None
+    if not value or value[-1]["role"] != "assistant":
+        raise _Fault(f'"{name}" does not end with an assistant message')
+    if all(message["role"] != "user" for message in value):
+        raise _Fault(f'"{name}" has no user message')
+    return [{"role": message["role"], "content": message["content"]} for message in value]
