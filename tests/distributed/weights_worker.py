@@ -1,0 +1,161 @@
+"""One rank of test_weights.py: loads, compares and exports every case in every layout of its world size.
+
+Usage: weights_worker.py RANK WORLD_SIZE ROOT, where ROOT holds a folder and logits.pt per case.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_rasft.training import cpu_backend
+
+cpu_backend.enable()
+
+from megatron.core import parallel_state as ps  # noqa: E402
+from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed  # noqa: E402
+
+from megatron_rasft.errors import CheckpointError  # noqa: E402
+from megatron_rasft.weights import HfFolder, export, load_into  # noqa: E402
+from tests.tiny_models import CASES, build_chunks, some_tokens  # noqa: E402
+
+LAYOUTS: dict[int, list[tuple[int, int, int | None]]] = {
+    2: [(2, 1, None), (1, 2, None), (1, 2, 2), (1, 1, None)],
+    4: [(2, 2, None), (4, 1, None), (2, 2, 2)],
+}
+"""World size -> (tp, pp, vpp); what is left over is data parallel."""
+
+PADDED_VOCAB_SIZE = 128
+
+
+def main(rank: int, world_size: int, root: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{root}/store{world_size}", rank=rank, world_size=world_size)
+    for tp, pp, vpp in LAYOUTS[world_size]:
+        ps.initialize_model_parallel(tp, pp, virtual_pipeline_model_parallel_size=vpp)
+        model_parallel_cuda_manual_seed(123)
+        for case in CASES:
+            if case == "llama_scaled_tied" and tp == 4 or case == "qwen2_tied" and tp == 4:
+                continue  # six heads
+            check(case, root, f"tp{tp}pp{pp}vpp{vpp}", vpp, tp)
+        ps.destroy_model_parallel()
+    check_shared_failure(root)
+    dist.destroy_process_group()
+
+
+def check(case: str, root: Path, layout: str, vpp: int | None, tp: int) -> None:
+    folder = HfFolder.open(root / case)
+    chunks, offsets = build_chunks(folder, PADDED_VOCAB_SIZE, vpp)
+    with torch.no_grad():
+        for chunk in chunks:
+            for param in chunk.parameters():
+                param.fill_(float("nan"))
+    read = counting_reads(folder)
+    load_into(
+        chunks,
+        folder,
+        tp_rank=ps.get_tensor_model_parallel_rank(),
+        tp_size=ps.get_tensor_model_parallel_world_size(),
+        layer_offsets=offsets,
+        pp_group=ps.get_pipeline_model_parallel_group(),
+    )
+    held = sum(param.numel() for chunk in chunks for param in chunk.parameters())
+    assert read() <= held, f"{case} {layout}: read {read()} elements for {held} parameters"
+    compare_logits(chunks, case, root, layout, vpp)
+    out = root / f"{case}-{layout}"
+    export(
+        chunks,
+        folder,
+        out,
+        layer_offsets=offsets,
+        tp_group=ps.get_tensor_model_parallel_group(),
+        pp_rank=ps.get_pipeline_model_parallel_rank(),
+        is_first_replica=ps.get_data_parallel_rank(with_context_parallel=True) == 0,
+    )
+    exported = HfFolder.open(out)  # on every rank: nobody returned before the folder was there
+    if dist.get_rank() == 0:
+        for name in folder.tensors:
+            assert torch.equal(exported.read(name), folder.read(name)), f"{case} {layout}: {name}"
+        print("round trip", case, layout, flush=True)
+
+
+def counting_reads(folder: HfFolder) -> Any:
+    """Counts the elements that are read from now on."""
+    total, plain_read = [0], folder.read
+
+    def read(*args: Any) -> torch.Tensor:
+        tensor = plain_read(*args)
+        total[0] += tensor.numel()
+        return tensor
+
+    object.__setattr__(folder, "read", read)
+    return lambda: total[0]
+
+
+def compare_logits(chunks: list, case: str, root: Path, layout: str, vpp: int | None) -> None:
+    """Forward through the pipeline schedule; the last stage compares its vocabulary shard with transformers."""
+    tokens = some_tokens()
+    micro_batches = [tokens[:1], tokens[1:]]
+
+    def forward_step(iterator: Any, model: Any) -> tuple[torch.Tensor, Any]:
+        batch = next(iterator)
+        output = model(batch, torch.arange(batch.shape[1])[None], None)
+        return output, lambda logits, non_loss_data=True: logits
+
+    found = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=[iter(micro_batches) for _ in chunks] if vpp else iter(micro_batches),
+        model=chunks if vpp else chunks[0],
+        num_microbatches=2,
+        seq_length=tokens.shape[1],
+        micro_batch_size=1,
+        forward_only=True,
+        collect_non_loss_data=True,
+    )
+    if not ps.is_pipeline_last_stage(ignore_virtual=True):
+        return
+    got = torch.cat(found)
+    expected = torch.load(root / f"{case}.logits.pt")
+    width = got.shape[-1]
+    expected = torch.nn.functional.pad(expected, (0, PADDED_VOCAB_SIZE - expected.shape[-1]))
+    start = width * ps.get_tensor_model_parallel_rank()
+    gap = (got - expected[..., start : start + width]).abs().max().item()
+    assert gap < 1e-5, f"{case} {layout}: logits differ by {gap}"
+
+
+def check_shared_failure(root: Path) -> None:
+    """A disk error on one rank is an error on all, and leaves nothing."""
+    ps.initialize_model_parallel(1, 2)
+    model_parallel_cuda_manual_seed(123)
+    folder = HfFolder.open(root / "llama")
+    chunks, offsets = build_chunks(folder, PADDED_VOCAB_SIZE)
+    out = root / "failed" / "out"
+    if ps.get_pipeline_model_parallel_rank() == 1:
+        from megatron_rasft.weights.exporting import ShardWriter
+
+        def full_disk(self: ShardWriter, name: str, tensor: torch.Tensor) -> None:
+            raise OSError(28, "No space left on device")
+
+        ShardWriter.write = full_disk  # type: ignore[method-assign]
+    try:
+        export(
+            chunks,
+            folder,
+            out,
+            layer_offsets=offsets,
+            pp_rank=ps.get_pipeline_model_parallel_rank(),
+            is_first_replica=ps.get_data_parallel_rank() == 0,
+        )
+    except CheckpointError as error:
+        assert "No space left" in str(error)
+    else:
+        raise AssertionError("export returned, though a stage could not write")
+    assert list(out.parent.iterdir()) == []
+    ps.destroy_model_parallel()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))

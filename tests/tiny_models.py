@@ -1,0 +1,137 @@
+"""Tiny Hugging Face folders of every supported family, and the Megatron models for them."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from megatron_rasft.weights import HfFolder, megatron_args
+
+_SIZES = {"hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": 4, "vocab_size": 101}
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {"num_attention_heads": 4, "num_key_value_heads": 2}),
+    "llama_scaled_tied": (
+        "Llama",
+        {
+            "num_attention_heads": 6,
+            "num_key_value_heads": 2,
+            "tie_word_embeddings": True,
+            "rope_parameters": _LLAMA3,
+            "max_position_embeddings": 131072,
+        },
+    ),
+    "llama_one_group_head_dim": ("Llama", {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 16}),
+    "llama_groups_are_heads": ("Llama", {"num_attention_heads": 4, "num_key_value_heads": 4, "rms_norm_eps": 1e-3}),
+    "qwen2_tied": ("Qwen2", {"num_attention_heads": 6, "num_key_value_heads": 2, "tie_word_embeddings": True}),
+    "qwen2_one_group": ("Qwen2", {"num_attention_heads": 4, "num_key_value_heads": 1, "vocab_size": 128}),
+    "qwen3": ("Qwen3", {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}),
+    "qwen3_tied": (
+        "Qwen3",
+        {
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "head_dim": 8,
+            "tie_word_embeddings": True,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+        },
+    ),
+}
+
+
+def hf_model(case: str) -> transformers.PreTrainedModel:
+    """A random fp32 model, norms and biases off their trivial values."""
+    family, overrides = CASES[case]
+    config = getattr(transformers, family + "Config")(**{**_SIZES, **overrides})
+    torch.manual_seed(1234)
+    model = getattr(transformers, family + "ForCausalLM")(config).float().eval()
+    with torch.no_grad():
+        for param in model.parameters():
+            param.add_(0.1 * torch.randn_like(param)) if param.ndim == 1 else param.normal_(0, 0.08)
+    return model
+
+
+def write_folder(case: str, path: Path, dtype: torch.dtype = torch.float32, **save: Any) -> Path:
+    """Save the case's model as transformers does."""
+    hf_model(case).to(dtype).save_pretrained(path, **save)
+    return path
+
+
+def some_tokens(batch: int = 2, length: int = 64) -> Tensor:
+    """[b, s] int64 ids below every case's vocabulary."""
+    return torch.randint(0, 101, (batch, length), generator=torch.Generator().manual_seed(7))
+
+
+def transformer_config(folder: HfFolder, **overrides: Any) -> Any:
+    """Megatron's TransformerConfig for the folder; model parallelism must be initialised."""
+    import torch.nn.functional as F
+    from megatron.core import parallel_state as ps
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    args = megatron_args(folder)
+    assert args["swiglu"] and args["group_query_attention"]
+    same = {k: v for k, v in args.items() if k in TransformerConfig.__dataclass_fields__}
+    values = {
+        **same,
+        "gated_linear_unit": True,
+        "activation_func": F.silu,
+        "gradient_accumulation_fusion": False,
+        "bias_activation_fusion": False,
+        "bias_dropout_fusion": False,
+        "masked_softmax_fusion": False,
+        "persist_layer_norm": False,
+        "transformer_impl": "local",
+        "params_dtype": torch.float32,
+        "pipeline_dtype": torch.float32,
+        "tensor_model_parallel_size": ps.get_tensor_model_parallel_world_size(),
+        "pipeline_model_parallel_size": ps.get_pipeline_model_parallel_world_size(),
+        **overrides,
+    }
+    return TransformerConfig(**values)
+
+
+def build_chunks(
+    folder: HfFolder, padded_vocab_size: int, vpp: int | None = None, **overrides: Any
+) -> tuple[list[Any], list[int]]:
+    """This rank's GPTModel chunks with random weights, and the layer offset of each."""
+    from megatron.core import parallel_state as ps
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+
+    from megatron_rasft.training.model import layer_spec
+
+    args = megatron_args(folder)
+    config = transformer_config(folder, virtual_pipeline_model_parallel_size=vpp, **overrides)
+    chunks, offsets = [], []
+    for stage in [None] if vpp is None else range(vpp):
+        first = ps.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage)
+        last = ps.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage)
+        chunk = GPTModel(
+            config=config,
+            transformer_layer_spec=layer_spec(config, stage),
+            vocab_size=padded_vocab_size,
+            max_sequence_length=args["max_position_embeddings"],
+            pre_process=first,
+            post_process=last,
+            parallel_output=True,
+            position_embedding_type=args["position_embedding_type"],
+            rotary_base=args["rotary_base"],
+            rotary_percent=args["rotary_percent"],
+            rope_scaling=args["use_rope_scaling"],
+            rope_scaling_factor=args["rope_scaling_factor"],
+            share_embeddings_and_output_weights=not args["untie_embeddings_and_output_weights"],
+            vp_stage=stage,
+        )
+        chunks.append(chunk.eval())
+        offsets.append(get_transformer_layer_offset(config, vp_stage=stage))
+    return chunks, offsets

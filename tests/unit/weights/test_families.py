@@ -1,0 +1,105 @@
+"""The tables and layouts, against independent formulas."""
+
+import pytest
+import torch
+
+from megatron_rasft.weights.families import FAMILIES, ModelShape, NameTable
+
+LAYER = "decoder.layers.1."
+
+
+def shape(heads: int = 4, groups: int = 2, tied: bool = False, **more: int) -> ModelShape:
+    sizes = {"num_layers": 3, "hidden_size": 8, "ffn_hidden_size": 12, "head_dim": 4, "vocab_size": 11, **more}
+    return ModelShape(
+        num_attention_heads=heads,
+        num_query_groups=groups,
+        is_tied=tied,
+        has_qkv_bias=False,
+        has_qk_norm=False,
+        **sizes,
+    )
+
+
+def shards(table: NameTable, name: str, hf: list[torch.Tensor], tp_size: int, rows: int | None = None) -> list:
+    """Every rank's shard, by the layouts of the table."""
+    binding = table.bind(name, 0)
+    assert binding is not None
+    result = []
+    for rank in range(tp_size):
+        layout = binding.entry.layout(table.shape, rank, tp_size, rows)
+        pieces = [hf[p.source].narrow(layout.dim, p.start, p.stop - p.start) for p in layout.pieces]
+        result.append(torch.cat(pieces, layout.dim) if pieces else torch.empty(0))
+    return result
+
+
+@pytest.mark.parametrize("heads,groups", [(4, 2), (4, 4), (4, 1), (6, 2), (6, 3), (8, 2), (12, 6)])
+@pytest.mark.parametrize("tp_size", [1, 2, 4])
+def test_query_key_value_are_interleaved_by_group(heads: int, groups: int, tp_size: int) -> None:
+    table = NameTable(FAMILIES["LlamaForCausalLM"], shape(heads, groups))
+    d, per_group = 4, heads // groups
+    q, k, v = (torch.randn(n * d, 8) for n in (heads, groups, groups))
+    by_group = torch.cat([q.view(groups, per_group, d, 8), k.view(groups, 1, d, 8), v.view(groups, 1, d, 8)], 1)
+    expected = by_group.reshape(-1, 8).chunk(tp_size)
+    got = shards(table, LAYER + "self_attention.linear_qkv.weight", [q, k, v], tp_size)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_gate_and_up_are_concatenated_per_rank() -> None:
+    table = NameTable(FAMILIES["LlamaForCausalLM"], shape())
+    gate, up = torch.randn(12, 8), torch.randn(12, 8)
+    got = shards(table, LAYER + "mlp.linear_fc1.weight", [gate, up], 2)
+    assert torch.equal(got[1], torch.cat([gate[6:], up[6:]]))
+
+
+def test_row_parallel_weights_are_cut_along_their_columns() -> None:
+    table = NameTable(FAMILIES["LlamaForCausalLM"], shape())
+    down = torch.randn(8, 12)
+    assert torch.equal(shards(table, LAYER + "mlp.linear_fc2.weight", [down], 3)[2], down[:, 8:])
+
+
+def test_padding_rows_have_no_source() -> None:
+    table = NameTable(FAMILIES["LlamaForCausalLM"], shape())
+    embedding = torch.randn(11, 8)
+    got = shards(table, "embedding.word_embeddings.weight", [embedding], 4, rows=4)
+    assert [g.shape[0] for g in got] == [4, 4, 3, 0]
+    assert torch.equal(torch.cat(got[:3]), embedding)
+
+
+def test_padded_vocabulary_may_not_be_smaller_than_the_model() -> None:
+    table = NameTable(FAMILIES["LlamaForCausalLM"], shape())
+    with pytest.raises(ValueError, match="--padded-vocab-size 10 is smaller"):
+        shards(table, "output_layer.weight", [torch.randn(11, 8)], 1, rows=10)
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_every_hf_tensor_has_exactly_one_parameter(architecture: str, is_tied: bool) -> None:
+    family = FAMILIES[architecture]
+    table = NameTable(family, shape(tied=is_tied))
+    names = ["embedding.word_embeddings.weight", "decoder.final_layernorm.weight"]
+    names += [] if is_tied else ["output_layer.weight"]
+    names += [f"decoder.layers.{i}.{entry.megatron[0]}" for i in range(3) for entry in family.layer_entries]
+    bound = [hf for name in names for hf in table.bind(name, 0).hf_names]
+    assert sorted(bound) == sorted(table.hf_shapes)
+
+
+def test_fused_norm_names_of_transformer_engine_are_known() -> None:
+    table = NameTable(FAMILIES["Qwen3ForCausalLM"], shape())
+    for fused, plain in [
+        ("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight"),
+        ("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight"),
+    ]:
+        assert table.bind(LAYER + fused, 1) == table.bind(LAYER + plain, 1)
+    assert table.bind(LAYER + fused, 1).hf_names == ("model.layers.2.post_attention_layernorm.weight",)
+
+
+def test_unknown_parameters_and_layers_are_not_bound() -> None:
+    table = NameTable(FAMILIES["LlamaForCausalLM"], shape())
+    assert table.bind(LAYER + "mlp.linear_fc1.bias", 0) is None
+    assert table.bind(LAYER + "self_attention.linear_qkv.bias", 0) is None
+    assert table.bind("decoder.layers.2.mlp.linear_fc1.weight", 1) is None
+
+
+def test_tied_output_layer_is_a_copy_of_the_embedding() -> None:
+    binding = NameTable(FAMILIES["LlamaForCausalLM"], shape(tied=True)).bind("output_layer.weight", 0)
+    assert binding.is_copy and binding.hf_names == ("model.embed_tokens.weight",)

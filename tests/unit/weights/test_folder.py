@@ -1,0 +1,227 @@
+"""A folder that cannot be used is refused when it is opened, in one line."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_rasft.errors import ModelFolderError
+from megatron_rasft.weights import HfFolder, megatron_args
+from tests.tiny_models import write_folder
+
+WEIGHTS = "model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("folders")
+    folders = {case: write_folder(case, root / case) for case in ("llama", "qwen2_tied", "qwen3")}
+    folders["sharded"] = write_folder("llama", root / "sharded", max_shard_size="60KB")
+    return folders
+
+
+@pytest.fixture
+def folder(made: dict[str, Path], tmp_path: Path) -> Callable[..., Path]:
+    """Copy of a made folder with config.json and tensors changed."""
+
+    def copy(
+        case: str = "llama", config: dict | None = None, tensors: Callable[[dict], None] | None = None
+    ) -> Path:
+        target = tmp_path / case
+        target.mkdir()
+        for path in made[case].iterdir():
+            (target / path.name).write_bytes(path.read_bytes())
+        if config:
+            merged = json.loads((target / "config.json").read_text()) | config
+            (target / "config.json").write_text(json.dumps(merged))
+        if tensors:
+            state = load_file(target / WEIGHTS)
+            tensors(state)
+            save_file(state, target / WEIGHTS)
+        return target
+
+    return copy
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(ModelFolderError) as caught:
+        HfFolder.open(path)
+    message = str(caught.value)
+    assert "\n" not in message and str(path) in message
+    return message
+
+
+def test_sharded_and_single_folders_hold_the_same(made: dict[str, Path]) -> None:
+    single, sharded = HfFolder.open(made["llama"]), HfFolder.open(made["sharded"])
+    assert len({t.file for t in sharded.tensors.values()}) > 1
+    assert list(single.table.hf_shapes) == list(sharded.table.hf_shapes)
+    for name in single.tensors:
+        assert torch.equal(single.read(name), sharded.read(name))
+
+
+def test_slices_are_read_along_either_dimension(made: dict[str, Path]) -> None:
+    opened = HfFolder.open(made["llama"])
+    name = "model.layers.2.mlp.down_proj.weight"
+    whole = opened.read(name)
+    assert torch.equal(opened.read(name, 0, 3, 9), whole[3:9])
+    assert torch.equal(opened.read(name, 1, 3, 9), whole[:, 3:9])
+
+
+def test_missing_folder_and_missing_config(tmp_path: Path) -> None:
+    assert "does not exist" in refusal(tmp_path / "nowhere")
+    assert "no config.json" in refusal(tmp_path)
+
+
+def test_folder_without_weights(folder: Callable[..., Path]) -> None:
+    path = folder()
+    (path / WEIGHTS).rename(path / "pytorch_model.bin")
+    assert "only pickled weights (pytorch_model.bin)" in refusal(path)
+    (path / "pytorch_model.bin").unlink()
+    assert "has no weights" in refusal(path)
+
+
+def test_missing_shard_file(folder: Callable[..., Path]) -> None:
+    path = folder("sharded")
+    next(path.glob("model-00002-*")).unlink()
+    assert "model-00002-of" in refusal(path)
+
+
+@pytest.mark.parametrize(
+    "damage,word",
+    [
+        (lambda b: b[:-10], "truncated"),
+        (lambda b: b[:4], "truncated"),
+        (lambda b: b"", "truncated"),
+        (lambda b: b"\xff" * 64 + b[64:], "not safetensors"),
+        (lambda b: b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
+    ],
+)
+def test_damaged_shard_file(folder: Callable[..., Path], damage: Callable[[bytes], bytes], word: str) -> None:
+    path = folder()
+    (path / WEIGHTS).write_bytes(damage((path / WEIGHTS).read_bytes()))
+    assert word in refusal(path) and WEIGHTS in refusal(path)
+
+
+def test_missing_tensor(folder: Callable[..., Path]) -> None:
+    name = "model.layers.3.mlp.up_proj.weight"
+    path = folder(tensors=lambda s: s.pop(name))
+    assert f"the first is {name}" in refusal(path)
+
+
+def test_extra_tensor(folder: Callable[..., Path]) -> None:
+    path = folder(tensors=lambda s: s.update({"model.layers.4.input_layernorm.weight": torch.ones(48)}))
+    assert "unknown to LlamaForCausalLM" in refusal(path)
+
+
+def test_misshapen_tensor(folder: Callable[..., Path]) -> None:
+    path = folder(tensors=lambda s: s.update({"model.norm.weight": torch.ones(47)}))
+    assert "model.norm.weight has shape [47], config.json implies [48]" in refusal(path)
+
+
+def test_old_inverse_frequency_buffers_are_ignored(folder: Callable[..., Path]) -> None:
+    extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(6)}
+    assert len(HfFolder.open(folder(tensors=lambda s: s.update(extra))).tensors) == 3 + 9 * 4
+
+
+def test_stored_output_of_a_tied_model_must_be_the_embedding(folder: Callable[..., Path]) -> None:
+    def store_copy(state: dict) -> None:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
+
+    path = folder("qwen2_tied", tensors=store_copy)
+    assert "lm_head.weight" not in HfFolder.open(path).tensors
+    state = load_file(path / WEIGHTS)
+    state["lm_head.weight"][100, 5] += 1
+    save_file(state, path / "changed.safetensors")
+    (path / "changed.safetensors").rename(path / WEIGHTS)
+    assert "is not the embedding" in refusal(path)
+
+
+@pytest.mark.parametrize(
+    "case,config,words",
+    [
+        ("llama", {"architectures": ["MixtralForCausalLM"]}, "LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM"),
+        ("llama", {"architectures": None}, "model_type 'llama'"),
+        ("llama", {"attention_bias": True}, "attention_bias is true"),
+        ("qwen3", {"attention_bias": True}, "attention_bias is true"),
+        ("llama", {"mlp_bias": True}, "mlp_bias is true"),
+        ("llama", {"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ("llama", {"quantization_config": {"quant_method": "fp8"}}, "quantized (quantization_config, fp8)"),
+        ("llama", {"hidden_size": None}, "positive integer hidden_size"),
+        ("llama", {"num_key_value_heads": 3}, "not a multiple"),
+        ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "'yarn'"),
+        ("llama", {"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic'"),
+        ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.5}}, "--rotary-base"),
+        ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
+        (
+            "qwen2_tied",
+            {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 2, "layer_types": None},
+            "sliding-window",
+        ),
+        ("qwen3", {"layer_types": ["full_attention"] * 3 + ["sliding_attention"]}, "sliding-window"),
+    ],
+)
+def test_unsupported_features(folder: Callable[..., Path], case: str, config: dict, words: str) -> None:
+    assert words in refusal(folder(case, config))
+
+
+def test_sliding_window_that_no_layer_uses_is_accepted(folder: Callable[..., Path]) -> None:
+    unused = {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 4, "layer_types": None}
+    HfFolder.open(folder("qwen2_tied", unused))
+
+
+@pytest.mark.parametrize("key,value", [("low_freq_factor", 2.0), ("high_freq_factor", 8.0)])
+def test_llama3_scaling_that_megatron_cannot_represent(folder: Callable[..., Path], key: str, value: float) -> None:
+    rope = {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    assert key in refusal(folder("llama", {"rope_parameters": rope | {key: value}}))
+
+
+def test_rope_of_older_folders_is_understood(folder: Callable[..., Path]) -> None:
+    path = folder("llama", {"rope_parameters": None, "rope_theta": 500000.0, "dtype": None, "torch_dtype": "float32"})
+    args = megatron_args(HfFolder.open(path))
+    assert args["rotary_base"] == 500000 and args["use_rope_scaling"] is False
+    old = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    config = json.loads((path / "config.json").read_text())
+    config["rope_scaling"] = old | {"original_max_position_embeddings": 8192}
+    (path / "config.json").write_text(json.dumps(config))
+    args = megatron_args(HfFolder.open(path))
+    assert (args["rotary_base"], args["use_rope_scaling"], args["rope_scaling_factor"]) == (500000, True, 32.0)
+
+
+def test_integer_weights_are_refused(folder: Callable[..., Path]) -> None:
+    path = folder(tensors=lambda s: s.update({"model.norm.weight": torch.ones(48, dtype=torch.int8)}))
+    assert "stored as I8" in refusal(path)
+
+
+def test_tokenizer_must_fit_the_embedding(folder: Callable[..., Path]) -> None:
+    path = folder()
+    tokenizer = {"model": {"vocab": {"a": 0, "b": 100}}, "added_tokens": []}
+    (path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    HfFolder.open(path)
+    tokenizer["added_tokens"] = [{"id": 101, "content": "<extra>"}]
+    (path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert "ids up to 101" in refusal(path) and "101 rows" in refusal(path)
+
+
+def test_arguments_of_a_folder_are_known_to_megatron(made: dict[str, Path]) -> None:
+    import argparse
+
+    from megatron_rasft.training import cpu_backend
+
+    cpu_backend.enable()
+    from megatron.training.arguments import add_megatron_arguments
+
+    known = vars(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)).parse_args([]))
+    for case in ("llama", "qwen2_tied", "qwen3"):
+        assert set(megatron_args(HfFolder.open(made[case]))) <= set(known)
+    args = megatron_args(HfFolder.open(made["qwen3"]))
+    assert (args["kv_channels"], args["qk_layernorm"], args["add_qkv_bias"]) == (16, True, False)
+    assert args["max_position_embeddings"] == 32768 and args["layernorm_epsilon"] == 1e-6

@@ -1,0 +1,229 @@
+"""One process: a loaded GPTModel computes what transformers computes, and goes back to the same bits."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import transformers
+from safetensors import safe_open
+
+from megatron_rasft.errors import CheckpointError, ModelFolderError
+from megatron_rasft.training import cpu_backend
+
+cpu_backend.enable()
+
+from megatron.core import parallel_state  # noqa: E402
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed  # noqa: E402
+
+from megatron_rasft.weights import HfFolder, export, gather_tensors, load_into  # noqa: E402
+from tests.tiny_models import CASES, build_chunks, hf_model, some_tokens, write_folder  # noqa: E402
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    if torch.cuda.is_available():
+        pytest.skip("the CPU backend is off where CUDA is available")
+    store = tmp_path_factory.mktemp("dist") / "store"
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    parallel_state.initialize_model_parallel()
+    model_parallel_cuda_manual_seed(123)
+    yield
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, HfFolder]:
+    root = tmp_path_factory.mktemp("hf")
+    return {case: HfFolder.open(write_folder(case, root / case)) for case in CASES}
+
+
+def load(folder: HfFolder, **overrides: object) -> tuple[list, list[int]]:
+    chunks, offsets = build_chunks(folder, padded_vocab_size=128, **overrides)
+    with torch.no_grad():
+        for param in chunks[0].parameters():
+            param.fill_(float("nan"))  # whatever the load leaves out shows
+    load_into(chunks, folder, tp_rank=0, tp_size=1, layer_offsets=offsets)
+    return chunks, offsets
+
+
+def assert_same_tensors(a: HfFolder, b: HfFolder) -> None:
+    assert a.tensors.keys() == b.tensors.keys()
+    for name in a.tensors:
+        assert a.tensors[name].dtype == b.tensors[name].dtype
+        assert torch.equal(a.read(name), b.read(name)), name
+
+
+@torch.no_grad()
+def logits(chunks: list, tokens: torch.Tensor) -> torch.Tensor:
+    positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+    return chunks[0](tokens, positions, None)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_equal_those_of_transformers(folders: dict[str, HfFolder], case: str) -> None:
+    chunks, _ = load(folders[case])
+    tokens = some_tokens()
+    with torch.no_grad():
+        expected = hf_model(case)(tokens).logits
+    vocab = expected.shape[-1]
+    got = logits(chunks, tokens)
+    assert expected.std() > 0.1
+    assert (got[..., :vocab] - expected).abs().max() < 1e-5
+    assert (got[..., vocab:] == 0).all()
+
+
+def test_llama3_scaling_changes_the_logits(folders: dict[str, HfFolder]) -> None:
+    """So the parity of the scaled case is not empty."""
+    chunks, _ = load(folders["llama_scaled_tied"])
+    tokens = some_tokens()
+    scaled = logits(chunks, tokens)
+    model = chunks[0]
+    freqs = torch.arange(0, 8, 2, dtype=torch.float32) / 8
+    model.rotary_pos_emb.inv_freq = 1.0 / 500000.0**freqs
+    type(model.rotary_pos_emb).forward.cache_clear()
+    assert (logits(chunks, tokens) - scaled).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_round_trip_is_bit_equal(tmp_path: Path, case: str, dtype: torch.dtype) -> None:
+    folder = HfFolder.open(write_folder(case, tmp_path / "in", dtype))
+    chunks, offsets = load(folder)  # fp32 parameters hold bf16 values exactly
+    export(chunks, folder, tmp_path / "out", layer_offsets=offsets)
+    assert_same_tensors(HfFolder.open(tmp_path / "out"), folder)
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+    ]
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    expected = hf_model(case).to(dtype).state_dict()
+    assert loaded.dtype == dtype
+    assert all(torch.equal(value, expected[name]) for name, value in loaded.state_dict().items())
+
+
+def test_wrapped_bf16_model_round_trips(tmp_path: Path) -> None:
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.transformer.module import Float16Module
+
+    folder = HfFolder.open(write_folder("qwen2_tied", tmp_path / "in", torch.bfloat16))
+    chunks, offsets = build_chunks(folder, 128, params_dtype=torch.bfloat16, bf16=True)
+    config = chunks[0].config
+    ddp_config = DistributedDataParallelConfig(use_distributed_optimizer=True)
+    wrapped = DistributedDataParallel(config, ddp_config, Float16Module(config, chunks[0]))
+    addresses = [p.data_ptr() for p in wrapped.parameters()]
+    load_into([wrapped], folder, tp_rank=0, tp_size=1, layer_offsets=offsets)
+    assert addresses == [p.data_ptr() for p in wrapped.parameters()]  # in place: DDP's buffer holds them
+    export([wrapped], folder, tmp_path / "out", layer_offsets=offsets)
+    assert_same_tensors(HfFolder.open(tmp_path / "out"), folder)
+
+
+def test_export_in_another_dtype_says_so_in_the_config(tmp_path: Path, folders: dict[str, HfFolder]) -> None:
+    folder = folders["llama"]
+    chunks, offsets = load(folder)
+    export(chunks, folder, tmp_path / "out", layer_offsets=offsets, dtype=torch.bfloat16)
+    out = HfFolder.open(tmp_path / "out")
+    assert out.config == folder.config | {"dtype": "bfloat16"}
+    for name in folder.tensors:
+        assert torch.equal(out.read(name), folder.read(name).to(torch.bfloat16))
+
+
+def test_export_splits_files_and_writes_an_index(tmp_path: Path, folders: dict[str, HfFolder]) -> None:
+    folder = folders["qwen3"]
+    chunks, offsets = load(folder)
+    export(chunks, folder, tmp_path / "out", layer_offsets=offsets, max_shard_bytes=60_000)
+    assert_same_tensors(HfFolder.open(tmp_path / "out"), folder)
+    files = sorted((tmp_path / "out").glob("*.safetensors"))
+    assert len(files) > 1
+    index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
+    assert sorted(set(index["weight_map"].values())) == [f.name for f in files]
+    assert index["metadata"]["total_size"] == sum(4 * p.numel() for p in hf_model("qwen3").parameters())
+    transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_mixed_dtypes_in_one_file_stay_readable(tmp_path: Path, folders: dict[str, HfFolder]) -> None:
+    from safetensors.torch import load_file, save_file
+
+    path = write_folder("llama", tmp_path / "in", torch.bfloat16)
+    state = load_file(path / "model.safetensors")
+    for name in state:
+        if "norm" in name:
+            state[name] = state[name].float()
+    save_file(state, path / "model.safetensors", {"format": "pt"})
+    folder = HfFolder.open(path)
+    chunks, offsets = load(folder)
+    export(chunks, folder, tmp_path / "out", layer_offsets=offsets)
+    assert_same_tensors(HfFolder.open(tmp_path / "out"), folder)
+    with safe_open(tmp_path / "out/model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
+def test_companion_files_travel_and_pickles_do_not(tmp_path: Path) -> None:
+    path = write_folder("llama", tmp_path / "in")
+    (path / "tokenizer.json").write_text('{"model": {"vocab": {"a": 0}}}')
+    (path / "chat_template.jinja").write_text("{{ messages }}")
+    (path / "additional_chat_templates").mkdir()
+    (path / "additional_chat_templates/tools.jinja").write_text("{{ tools }}")
+    (path / "training_args.bin").write_bytes(b"x")
+    (path / "modeling_custom.py").write_text("raise SystemExit")
+    folder = HfFolder.open(path)
+    chunks, offsets = load(folder)
+    export(chunks, folder, tmp_path / "out", layer_offsets=offsets)
+    out = tmp_path / "out"
+    assert (out / "chat_template.jinja").read_text() == "{{ messages }}"
+    assert (out / "additional_chat_templates/tools.jinja").exists() and (out / "tokenizer.json").exists()
+    assert (out / "config.json").read_bytes() == (path / "config.json").read_bytes()
+    assert not (out / "training_args.bin").exists() and not (out / "modeling_custom.py").exists()
+
+
+def test_export_refuses_a_folder_in_use(tmp_path: Path, folders: dict[str, HfFolder]) -> None:
+    chunks, offsets = load(folders["llama"])
+    (tmp_path / "out").mkdir()
+    export(chunks, folders["llama"], tmp_path / "out", layer_offsets=offsets)  # empty: taken
+    before = (tmp_path / "out/config.json").stat().st_mtime_ns
+    with pytest.raises(ValueError, match="not an empty folder"):
+        export(chunks, folders["llama"], tmp_path / "out", layer_offsets=offsets)
+    assert (tmp_path / "out/config.json").stat().st_mtime_ns == before
+
+
+def test_failed_export_leaves_nothing(
+    tmp_path: Path, folders: dict[str, HfFolder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megatron_rasft.weights.exporting import ShardWriter
+
+    def full_disk(self: ShardWriter, name: str, tensor: torch.Tensor) -> None:
+        raise OSError(28, "No space left on device")
+
+    chunks, offsets = load(folders["llama"])
+    monkeypatch.setattr(ShardWriter, "write", full_disk)
+    with pytest.raises(CheckpointError, match="No space left"):
+        export(chunks, folders["llama"], tmp_path / "out", layer_offsets=offsets)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "built,loaded,words",
+    [
+        ("qwen2_tied", "llama_scaled_tied", "has no counterpart"),  # parameters without tensors: QKV bias
+        ("llama_scaled_tied", "qwen2_tied", "tensors have no parameter"),
+        ("llama", "llama_groups_are_heads", "has shape"),
+    ],
+)
+def test_model_of_another_architecture_is_refused(
+    folders: dict[str, HfFolder], built: str, loaded: str, words: str
+) -> None:
+    chunks, offsets = build_chunks(folders[built], 128)
+    with pytest.raises(ModelFolderError, match=words):
+        load_into(chunks, folders[loaded], tp_rank=0, tp_size=1, layer_offsets=offsets)
+
+
+def test_gathered_tensors_cover_the_table(folders: dict[str, HfFolder]) -> None:
+    folder = folders["qwen3_tied"]
+    chunks, offsets = load(folder)
+    got = dict(gather_tensors(chunks, folder.table, layer_offsets=offsets, tp_group=None))
+    assert sorted(got) == sorted(folder.table.hf_shapes)
+    assert all(torch.equal(tensor, folder.read(name)) for name, tensor in got.items())
