@@ -1,0 +1,62 @@
+"""The append-only record of every rollout: replays, reports and crashes all go through it."""
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+from megatron_rasft.errors import RolloutError
+from megatron_rasft.types import Rollout
+
+
+class RolloutStore:
+    """One JSON object per rollout and line.
+
+    ``offset`` is part of a checkpoint: resuming cuts away what was written after it, so that an
+    interrupted and resumed run leaves the file an unbroken run leaves.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def offset(self) -> int:
+        """Bytes in the store now."""
+        return self.path.stat().st_size if self.path.exists() else 0
+
+    def append(self, rollouts: Iterable[Rollout]) -> None:
+        """Write rollouts and wait until they are on disk."""
+        lines = "".join(json.dumps(asdict(r), ensure_ascii=False) + "\n" for r in rollouts)
+        with self.path.open("a", encoding="utf-8", newline="\n") as file:
+            file.write(lines)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def truncate(self, offset: int) -> None:
+        """Cut away what a run wrote after the checkpoint it resumes from."""
+        if offset > self.offset:
+            raise RolloutError(
+                f"{self.path} has {self.offset} bytes, but the checkpoint was written when it had {offset}: it was "
+                "moved or cut. Put the file back, or give another --rollout-store to start a new one."
+            )
+        if self.path.exists():
+            os.truncate(self.path, offset)
+
+
+def read_rollouts(path: str | Path) -> Iterator[Rollout]:
+    """Every rollout of a store, in the order it was written.
+
+    Raises:
+        RolloutError: the file is missing or a line is not a rollout.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise RolloutError(f"rollout store {path} does not exist. Check --rollout-replay.")
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                yield Rollout(**json.loads(line))
+            except (ValueError, TypeError) as error:
+                raise RolloutError(f"{path}:{number} is not a rollout ({error}). Cut the line out to go on.") from error

@@ -1,0 +1,127 @@
+"""Adds this package's flags to Megatron's parser, and fills in what the machine and the model decide."""
+
+import argparse
+import os
+import warnings
+from typing import Any
+
+import torch
+from megatron.training.argument_utils import ArgumentGroupFactory
+
+from megatron_rasft.config import RasftConfig
+
+_TITLES = {
+    "run": "rasft run",
+    "data": "rasft data",
+    "curriculum": "rasft curriculum",
+    "rollout": "rasft rollouts",
+    "verify": "rasft verification",
+    "weighting": "rasft weighting",
+    "objective": "rasft objective",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """One group per room; defaults of Megatron's own flags are those of supervised fine-tuning."""
+    for room, kind in RasftConfig.rooms().items():
+        ArgumentGroupFactory(kind).build_group(parser, title=_TITLES[room])
+    for action in parser._actions:
+        # argparse expands % in help texts
+        if action.help and action.dest in _our_fields():
+            action.help = action.help.replace("%", "%%")
+    parser.set_defaults(
+        micro_batch_size=1,
+        global_batch_size=256,
+        lr=5e-5,
+        min_lr=0.0,
+        lr_decay_style="cosine",
+        lr_warmup_iters=4,
+        weight_decay=0.0,
+        adam_beta2=0.95,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        calculate_per_token_loss=True,
+        use_distributed_optimizer=True,
+        dist_ckpt_optim_fully_reshardable=True,
+        exit_signal_handler=True,
+        log_interval=1,
+        save_interval=100,
+        rerun_mode="disabled",
+        num_workers=0,
+        position_embedding_type="rope",
+        tokenizer_type="NullTokenizer",
+    )
+    return parser
+
+
+def _our_fields() -> set[str]:
+    return {name for kind in RasftConfig.rooms().values() for name in kind.__dataclass_fields__}
+
+
+def fill_in(args: argparse.Namespace, architecture: dict[str, Any]) -> None:
+    """Set what the user need not type: the architecture, and what this machine can run.
+
+    Args:
+        args: parsed, not yet validated by Megatron.
+        architecture: Megatron argument names and values that the model's config.json implies.
+    """
+    for name, value in architecture.items():
+        setattr(args, name, value)
+    if args.seq_length is None:
+        args.seq_length = min(args.max_position_embeddings, 2048)
+    if args.seq_length > args.max_position_embeddings:
+        raise ValueError(
+            f"--seq-length {args.seq_length} is longer than the {args.max_position_embeddings} positions the model "
+            "was made for (config.json, max_position_embeddings). Give a shorter one."
+        )
+    args.decoder_seq_length = None
+    if not has_transformer_engine():
+        _without_transformer_engine(args)
+    if not torch.cuda.is_available() or not _has_device():
+        args.distributed_backend = "gloo"
+        args.masked_softmax_fusion = False
+        if args.fp8 is not None:
+            raise ValueError(
+                "--fp8-format needs a GPU of compute capability 8.9 or higher with Transformer Engine; this machine has "
+                "no GPU. Leave the flag out, or use --bf16."
+            )
+    if args.tensor_model_parallel_size > 1 or args.context_parallel_size > 1:
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    if args.load is None:
+        args.load = args.save
+    if args.tensorboard_dir is None and args.save is not None and _importable("tensorboard"):
+        args.tensorboard_dir = os.path.join(args.save, "tensorboard")
+
+
+def has_transformer_engine() -> bool:
+    """Whether Transformer Engine imports here and there is a GPU for it."""
+    return _has_device() and _importable("transformer_engine.pytorch")
+
+
+def _has_device() -> bool:
+    return torch.version.cuda is not None and os.path.exists("/dev/nvidiactl")
+
+
+def _importable(name: str) -> bool:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            __import__(name)
+    except ImportError:
+        return False
+    return True
+
+
+def _without_transformer_engine(args: argparse.Namespace) -> None:
+    if args.fp8 is not None:
+        raise ValueError(
+            "--fp8-format needs Transformer Engine, which does not import here. Install the extra: "
+            "pip install 'megatron-rasft[te]', or leave the flag out."
+        )
+    args.transformer_impl = "local"
+    args.gradient_accumulation_fusion = False
+    args.bias_swiglu_fusion = False
+    args.bias_dropout_fusion = False
+    args.apply_rope_fusion = False
+    args.no_persist_layer_norm = True
+    args.cross_entropy_loss_fusion = False

@@ -1,0 +1,172 @@
+"""What the pipeline schedule runs for a micro-batch: the model, the log-probabilities, the loss."""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_and_async_allreduce
+from torch import Tensor
+
+from megatron_rasft.config import ObjectiveConfig
+from megatron_rasft.objective.logprobs import chunked_logprobs, chunked_logprobs_and_kl
+from megatron_rasft.objective.token_losses import LossSums, PackedTokens, token_loss_sums
+from megatron_rasft.training.batches import MicroBatch
+
+
+class Forward:
+    """The forward steps of one run, for Megatron's schedules.
+
+    Args:
+        config: of the objective.
+        vocab_size: true vocabulary; padded entries have no probability.
+    """
+
+    def __init__(self, config: ObjectiveConfig, vocab_size: int) -> None:
+        self.config = config
+        self.vocab_size = vocab_size
+        self.ref_output_weight: Tensor | None = None
+        """[v/tp, h] of the frozen reference, on the last stage, where the objective has a full-vocabulary KL."""
+        self.ref_hidden: dict[int, Tensor] = {}
+        """id of a micro-batch -> the reference's hidden states for it, this step only."""
+
+    def train_step(self, data_iterator: Iterator[MicroBatch], model: Any) -> tuple[Tensor, Callable]:
+        """Forward step of training: returns the model's output and the loss function of it."""
+        batch = next(data_iterator)
+        return self._run(model, batch, self._training_output), partial(self._loss, batch)
+
+    def score_step(self, data_iterator: Iterator[MicroBatch], model: Any) -> tuple[Tensor, Callable]:
+        """Forward step of scoring: the loss function hands the log-probabilities through."""
+        batch = next(data_iterator)
+        return self._run(model, batch, self._logprobs_output), lambda out, non_loss_data=True: out
+
+    def reference_step(self, data_iterator: Iterator[MicroBatch], model: Any) -> tuple[Tensor, Callable]:
+        """Forward step with the reference's weights in place: keeps its hidden states for the KL of this step."""
+        batch = next(data_iterator)
+        return self._run(model, batch, self._keep_hidden), lambda out, non_loss_data=True: out
+
+    def _run(self, model: Any, batch: MicroBatch, output: Callable[..., Tensor]) -> Tensor:
+        return model(
+            batch.tokens,
+            batch.position_ids,
+            None,
+            packed_seq_params=batch.packed_seq_params,
+            output_processor=output,
+            output_processor_context=batch,
+        )
+
+    def _logprobs_output(
+        self, *, hidden_states: Tensor, output_layer: Any, output_weight: Tensor | None, context: MicroBatch, **_: Any
+    ) -> Tensor:
+        """[s/cp(/tp), b, h] -> [b * s/cp] fp32 log-probabilities of the labels."""
+        return chunked_logprobs(
+            _flat(hidden_states, output_layer),
+            _projection(output_layer, output_weight),
+            context.labels,
+            output_layer.tp_group,
+            self.vocab_size,
+            self.config.objective_logprob_chunk_tokens,
+        )
+
+    def _training_output(self, *, context: MicroBatch, **given: Any) -> Tensor:
+        """[b * s/cp], or [2, b * s/cp] with the KL to the reference as second row."""
+        if not self.config.needs_reference_distribution():
+            return self._logprobs_output(context=context, **given)
+        layer, hidden = given["output_layer"], given["hidden_states"]
+        assert self.ref_output_weight is not None, "a KL objective runs reference_step before each train step"
+        logprobs, kl = chunked_logprobs_and_kl(
+            _flat(hidden, layer),
+            _projection(layer, given["output_weight"]),
+            _flat(self.ref_hidden[id(context)], layer),
+            _projection(layer, self.ref_output_weight),
+            context.labels,
+            layer.tp_group,
+            self.vocab_size,
+            self.config.objective_logprob_chunk_tokens,
+            self.config.kl_term().direction,
+        )
+        return torch.stack([logprobs, kl])
+
+    def _keep_hidden(self, *, hidden_states: Tensor, context: MicroBatch, **_: Any) -> Tensor:
+        self.ref_hidden[id(context)] = hidden_states.detach()
+        return hidden_states.new_zeros(1)
+
+    def _loss(self, batch: MicroBatch, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """The masked sum, its denominator, and [sum, count] of each metric: divided by Megatron over the batch."""
+        logprobs, kl = (output, None) if output.dim() == 1 else output.unbind(0)
+        sums: LossSums = token_loss_sums(
+            PackedTokens(
+                logprobs=logprobs,
+                loss_mask=batch.loss_mask,
+                segment_ids=batch.segment_ids,
+                num_segments=batch.num_segments,
+                weights=batch.weights,
+                ref_logprobs=batch.ref_logprobs,
+                old_logprobs=batch.old_logprobs,
+                kl=kl,
+                cp_group=parallel_state.get_context_parallel_group(),
+            ),
+            self.config,
+        )
+        count = sums.denominator.detach()
+        report = {"loss": torch.stack([sums.loss_sum.detach().float(), count.float()]), **sums.metrics}
+        return sums.loss_sum, count.to(torch.int), report
+
+
+def _flat(hidden: Tensor, output_layer: Any) -> Tensor:
+    """[s/cp(/tp), b, h] -> [b * s/cp, h], whole on every tensor-parallel rank."""
+    if output_layer.sequence_parallel:
+        hidden = gather_from_sequence_parallel_region(hidden, group=output_layer.tp_group)
+    return hidden.transpose(0, 1).reshape(-1, hidden.shape[-1])
+
+
+def _projection(output_layer: Any, weight: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """The output layer for tokens that are already gathered: [t, h] -> [t, v/tp].
+
+    With sequence parallelism the backward of the gather sums the ranks' gradients of the hidden
+    states; without it the linear's own all-reduce does.
+    """
+    weight = output_layer.weight if weight is None else weight
+
+    def project(hidden: Tensor) -> Tensor:
+        logits = linear_with_grad_accumulation_and_async_allreduce(
+            hidden[:, None],
+            weight,
+            None,
+            gradient_accumulation_fusion=output_layer.gradient_accumulation_fusion and weight.requires_grad,
+            allreduce_dgrad=output_layer.allreduce_dgrad,
+            sequence_parallel=False,
+            tp_group=output_layer.tp_group,
+        )
+        return logits[:, 0]
+
+    return project
+
+
+def run_forward_only(step: Callable, batches: Sequence[MicroBatch], model: Sequence[Any]) -> list[Any]:
+    """Run a forward step over this rank's micro-batches.
+
+    Returns:
+        On the last pipeline stage what the step's loss function gave, per micro-batch; elsewhere [].
+    """
+    training = [chunk.training for chunk in model]
+    for chunk in model:
+        chunk.eval()
+    iterators = [iter(batches) for _ in model]
+    with torch.no_grad():
+        results = get_forward_backward_func()(
+            forward_step_func=step,
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=list(model),
+            num_microbatches=len(batches),
+            seq_length=batches[0].tokens.shape[1] * parallel_state.get_context_parallel_world_size(),
+            micro_batch_size=batches[0].tokens.shape[0],
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
+    for chunk, was_training in zip(model, training, strict=True):
+        chunk.train(was_training)
+    return results

@@ -1,0 +1,490 @@
+"""The one adapter to megatron.training: arguments, set-up, a step, logging and checkpoints.
+
+Everything that could change with Megatron's version is here; what is written in a docstring as a fact
+about Megatron was seen in 0.19.2.
+"""
+
+import contextlib
+import io
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.enums import ModelType
+from megatron.core.models.gpt import GPTModel
+from megatron.core.num_microbatches_calculator import reconfigure_num_microbatches_calculator
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+from megatron.core.utils import get_model_config
+from megatron.training import checkpointing, training
+from megatron.training.arguments import parse_args, validate_args
+from megatron.training.argument_utils import core_transformer_config_from_args
+from megatron.training.global_vars import get_signal_handler, get_tensorboard_writer, get_wandb_writer, set_global_variables
+from megatron.training.initialize import initialize_megatron
+from megatron.training.utils import unwrap_model
+
+from megatron_rasft.config import RasftConfig
+from megatron_rasft.errors import CheckpointError
+from megatron_rasft.training.arguments import add_arguments, fill_in
+from megatron_rasft.training.batches import BatchLayout, MicroBatch, micro_batches, response_values
+from megatron_rasft.training.forward import Forward, run_forward_only
+from megatron_rasft.training.generation import LiveModel, Request, Response, SamplingParams
+from megatron_rasft.training.model import layer_spec
+from megatron_rasft.training.ranks import gather_to_all, on_rank_zero
+from megatron_rasft.training.reference import FrozenReference
+from megatron_rasft.types import TrainingSample
+from megatron_rasft.weights.architecture import megatron_args
+from megatron_rasft.weights.exporting import export
+from megatron_rasft.weights.folder import HfFolder
+from megatron_rasft.weights.loading import load_into
+
+STATE_FILE = "rasft_state.json"
+"""Beside Megatron's own files in a checkpoint: where the data, curriculum and rollout store stood."""
+
+
+@dataclass(kw_only=True)
+class StepResult:
+    """What one training step reports, the same on every rank."""
+
+    metrics: dict[str, float]
+    """Objective metrics, each divided once over the global batch."""
+    grad_norm: float
+    learning_rate: float
+    is_skipped: bool
+    num_tokens: int
+    """Tokens computed, padding left out."""
+
+
+def parse(argv: Sequence[str] | None = None) -> tuple[Any, RasftConfig, HfFolder]:
+    """Parse and check the command line; nothing is initialised, no weight is read.
+
+    Returns:
+        Megatron's arguments, our configuration, and the opened model folder.
+
+    Raises:
+        ValueError, ModelFolderError: with the flag or the file, the rule and the way out.
+    """
+    if argv is not None:
+        sys.argv = [sys.argv[0], *argv]
+    args = parse_args(add_arguments)
+    config = RasftConfig.from_args(args)
+    if args.hf_model is None:
+        raise ValueError("--hf-model DIR is missing: the Hugging Face folder of the model to train.")
+    if not args.train_data:
+        raise ValueError("--train-data FILE is missing: the demonstrations to train on (.jsonl, .jsonl.gz or .parquet).")
+    if args.export_hf is not None and os.path.exists(args.export_hf):
+        raise ValueError(f"--export-hf {args.export_hf} exists already. Name a folder that does not, or move it away.")
+    folder = HfFolder.open(args.hf_model)
+    fill_in(args, megatron_args(folder))
+    _check_layout(args)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            validate_args(args, {})
+    except AssertionError as error:
+        raise ValueError(_first_line(error)) from error
+    if args.vocab_size is not None and args.padded_vocab_size is None:
+        unit = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
+        args.padded_vocab_size = -(-args.vocab_size // unit) * unit
+    return args, config, folder
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return text[0] if text else "Megatron refuses these arguments"
+
+
+def _check_layout(args: Any) -> None:
+    tp, pp, cp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.context_parallel_size
+    size = tp * pp * cp
+    if args.world_size % size:
+        raise ValueError(
+            f"tensor x pipeline x context parallel = {tp} x {pp} x {cp} = {size} does not fit {args.world_size} "
+            f"processes. Start a multiple of {size} with --nproc-per-node, or choose smaller sizes."
+        )
+    per_step = args.micro_batch_size * args.world_size // size
+    if args.global_batch_size % per_step:
+        raise ValueError(
+            f"--global-batch-size {args.global_batch_size} is not a multiple of micro batch size x data parallel = "
+            f"{args.micro_batch_size} x {args.world_size // size} = {per_step}. Use one that is."
+        )
+
+
+def start(args: Any) -> None:
+    """Initialise torch.distributed, Megatron's groups, timers, writers and random states."""
+    import megatron.core.datasets.utils as datasets_utils
+
+    # The wheel has the compiled helper but not the Makefile that this would call.
+    datasets_utils.compile_helpers = lambda: None
+    if args.distributed_backend == "gloo" and not torch.distributed.is_initialized():
+        # Given beforehand, so that no CUDA device id is passed to gloo.
+        for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "0")):
+            os.environ.setdefault(name, value)
+        torch.distributed.init_process_group("gloo")
+    with _quiet():
+        set_global_variables(args, build_tokenizer=False)
+        initialize_megatron(allow_no_cuda=True)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Megatron prints a page at start-up; the resolved configuration is written to a file instead."""
+    if os.environ.get("MEGATRON_RASFT_VERBOSE"):
+        yield
+        return
+    with contextlib.redirect_stdout(io.StringIO()):
+        yield
+
+
+class Trainer:
+    """Model, optimizer and schedule of one run, and what is done with them.
+
+    Every method is a collective of the whole world.
+    """
+
+    def __init__(self, args: Any, config: RasftConfig, folder: HfFolder) -> None:
+        self.args = args
+        self.config = config
+        self.folder = folder
+        self.forward = Forward(config.objective, folder.shape.vocab_size)
+        self.max_tokens = args.seq_length
+        load, args.load = args.load, None
+        with _quiet():
+            self.model, self.optimizer, self.scheduler = training.setup_model_and_optimizer(
+                ModelType.encoder_or_decoder, self._build_chunk
+            )
+        args.load = load
+        self.chunks = unwrap_model(self.model)
+        self._layer_offsets = [
+            get_transformer_layer_offset(c.config, vp_stage=getattr(c, "vp_stage", None)) for c in self.chunks
+        ]
+        load_into(
+            self.model,
+            folder,
+            tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+            tp_size=parallel_state.get_tensor_model_parallel_world_size(),
+            layer_offsets=self._layer_offsets,
+            pp_group=parallel_state.get_pipeline_model_parallel_group(),
+        )
+        self.optimizer.reload_model_params()
+        objective = config.objective
+        needs_reference = objective.needs_reference_logprobs() or objective.needs_reference_distribution()
+        self.reference = FrozenReference(self.model) if needs_reference else None
+        if objective.needs_reference_distribution() and self.chunks[-1].post_process:
+            assert self.reference is not None
+            self.forward.ref_output_weight = self.reference.output_weight(self.chunks[-1])
+        self._prepare_config()
+        self.live = LiveModel(self.chunks, folder.shape.vocab_size)
+        self.iteration = 0
+        self._floating_point_operations = 0.0
+        self._checkpointing_context: dict[str, Any] = {}
+
+    def _build_chunk(self, pre_process: bool = True, post_process: bool = True, vp_stage: int | None = None, **_: Any):
+        args = self.args
+        config = core_transformer_config_from_args(args)
+        config.variable_seq_lengths = False
+        if args.distributed_backend == "gloo":
+            # Sends are asynchronous and hold the tensor, whose storage Megatron would free.
+            config.deallocate_pipeline_outputs = False
+        return GPTModel(
+            config,
+            layer_spec(config, vp_stage),
+            args.padded_vocab_size,
+            args.max_position_embeddings,
+            pre_process=pre_process,
+            post_process=post_process,
+            share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
+            position_embedding_type="rope",
+            rotary_percent=args.rotary_percent,
+            rotary_base=args.rotary_base,
+            rope_scaling=args.use_rope_scaling,
+            rope_scaling_factor=args.rope_scaling_factor,
+            vp_stage=vp_stage,
+        )
+
+    def _prepare_config(self) -> None:
+        """The hooks that Megatron's train() hangs on the model's config."""
+        args, config = self.args, get_model_config(self.model[0])
+        config.grad_scale_func = self.optimizer.scale_loss
+        config.finalize_model_grads_func = finalize_model_grads
+        config.timers = None
+        if args.overlap_grad_reduce:
+            config.no_sync_func = _one_or_list([m.no_sync for m in self.model])
+            if args.align_grad_reduce:
+                config.grad_sync_func = _one_or_list([m.start_grad_sync for m in self.model])
+        if args.overlap_param_gather and args.align_param_gather:
+            config.param_sync_func = _one_or_list([m.start_param_sync for m in self.model])
+        self.model_config = config
+        for chunk in self.model:
+            chunk.train()
+
+    @property
+    def layout(self) -> BatchLayout:
+        """How this rank cuts a global batch."""
+        args = self.args
+        tp, cp = args.tensor_model_parallel_size, args.context_parallel_size
+        multiple = cp * (tp if args.sequence_parallel else 1)
+        if args.fp8 is not None:
+            multiple *= 128
+        elif torch.cuda.is_available() and args.distributed_backend == "nccl":
+            multiple *= 8
+        interleaved = args.virtual_pipeline_model_parallel_size is not None
+        return BatchLayout(
+            micro_batch_size=args.micro_batch_size,
+            seq_length=self.max_tokens,
+            is_packed=self.config.run.rasft_batch_layout == "packed",
+            dp_rank=parallel_state.get_data_parallel_rank(),
+            dp_size=parallel_state.get_data_parallel_world_size(),
+            cp_rank=parallel_state.get_context_parallel_rank(),
+            cp_size=cp,
+            token_multiple=multiple,
+            micro_batch_multiple=args.pipeline_model_parallel_size if interleaved else 1,
+        )
+
+    def _cut(self, samples: Sequence[TrainingSample]) -> list[MicroBatch]:
+        return micro_batches(samples, self.layout, self.live.device)
+
+    # ---- the Policy of a refresh
+
+    def score(self, samples: Sequence[TrainingSample], *, with_reference: bool) -> list[list[float]]:
+        """Per sample the log-probabilities of its response, on every rank, nats."""
+        if not samples:
+            return []
+        with self._settled():
+            if with_reference:
+                assert self.reference is not None, "only an objective with a reference asks for it"
+                with self.reference.in_place():
+                    return self._score(samples)
+            return self._score(samples)
+
+    def _score(self, samples: Sequence[TrainingSample]) -> list[list[float]]:
+        # Attached values are for training; a scoring batch carries none.
+        plain = [
+            TrainingSample(
+                problem_id=s.problem_id, kind=s.kind, prompt_ids=s.prompt_ids, response_ids=s.response_ids, weight=1.0
+            )
+            for s in samples
+        ]
+        batches = self._cut(plain)
+        outputs = run_forward_only(self.forward.score_step, batches, self.model)
+        mine: dict[int, list[float]] = {}
+        cp_group = parallel_state.get_context_parallel_group()
+        for output, batch in zip(outputs, batches[: len(outputs)], strict=True):
+            mine.update(response_values(output, batch, cp_group))
+        speaks = parallel_state.get_tensor_model_parallel_rank() == 0 and parallel_state.get_context_parallel_rank() == 0
+        merged: dict[int, list[float]] = {}
+        for part in gather_to_all(mine if speaks else {}):
+            merged.update(part)
+        return [merged[i] for i in range(len(samples))]
+
+    def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[list[Response]]:
+        """Sample the live weights; see LiveModel.generate."""
+        with self._settled():
+            return self.live.generate(requests, params)
+
+    @contextlib.contextmanager
+    def _settled(self) -> Iterator[None]:
+        """With overlapped parameter gathering: have all weights here, and nothing gathered behind our back."""
+        if not (self.args.use_distributed_optimizer and self.args.overlap_param_gather) or self.iteration == 0:
+            yield
+            return
+        training.disable_forward_pre_hook(self.model)
+        try:
+            yield
+        finally:
+            training.enable_forward_pre_hook(self.model)
+
+    # ---- training
+
+    def step(self, samples: Sequence[TrainingSample], num_problems: int) -> StepResult:
+        """One optimizer step on a global batch; without any sample only the schedules move on."""
+        args = self.args
+        learning_rate = _learning_rate(self.optimizer)
+        if not samples:
+            self.scheduler.step(increment=args.global_batch_size)
+            self.iteration += 1
+            args.consumed_train_samples += num_problems
+            return StepResult(metrics={}, grad_norm=0.0, learning_rate=learning_rate, is_skipped=True, num_tokens=0)
+        batches = self._cut(samples)
+        if self.config.objective.needs_reference_distribution():
+            assert self.reference is not None
+            self.forward.ref_hidden = {}
+            with self._settled(), self.reference.in_place():
+                run_forward_only(self.forward.reference_step, batches, self.model)
+        width = batches[0].tokens.shape[1] * args.context_parallel_size
+        iterators = [iter(batches) for _ in self.model]
+        with self._batch_shape(width, batches[0].tokens.shape[0], len(batches)):
+            metrics, skipped, _, _, _, grad_norm, *_ = training.train_step(
+                self.forward.train_step,
+                iterators if len(iterators) > 1 else iterators[0],
+                self.model,
+                self.optimizer,
+                _OncePerStep(self.scheduler, args.global_batch_size),
+                self.model_config,
+                get_forward_backward_func(),
+                iteration=self.iteration,
+            )
+        self.forward.ref_hidden = {}
+        self.iteration += 1
+        args.consumed_train_samples += num_problems
+        values = gather_to_all({k: float(v) for k, v in metrics.items()})
+        return StepResult(
+            metrics=max(values, key=len),  # the last pipeline stage has them
+            grad_norm=float(grad_norm or 0.0),
+            learning_rate=learning_rate,
+            is_skipped=bool(skipped),
+            num_tokens=sum(s.num_tokens for s in samples),
+        )
+
+    @contextlib.contextmanager
+    def _batch_shape(self, width: int, rows: int, num_batches: int) -> Iterator[None]:
+        """Tell Megatron, which reads them from its arguments, this step's shape and number of micro-batches."""
+        args = self.args
+        kept = args.seq_length, args.micro_batch_size
+        args.seq_length, args.micro_batch_size = width, rows
+        dp = parallel_state.get_data_parallel_world_size()
+        try:
+            _set_num_microbatches(num_batches * dp, 1, dp)
+            yield
+        finally:
+            args.seq_length, args.micro_batch_size = kept
+            _set_num_microbatches(args.global_batch_size, args.micro_batch_size, dp)
+
+    def should_exit(self) -> bool:
+        """Whether any rank was sent SIGTERM."""
+        return any(get_signal_handler().signals_received())
+
+    # ---- checkpoints
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Write a checkpoint and this run's state; an earlier checkpoint stays until this one is complete."""
+        args = self.args
+        folder = Path(checkpointing.get_checkpoint_name(args.save, self.iteration, return_base_dir=True))
+
+        def write_state() -> None:
+            folder.mkdir(parents=True, exist_ok=True)
+            temporary = folder / (STATE_FILE + ".tmp")
+            temporary.write_text(json.dumps(state), encoding="utf-8")
+            temporary.replace(folder / STATE_FILE)
+
+        try:
+            on_rank_zero(write_state)
+            with self._settled(), _quiet():
+                checkpointing.save_checkpoint(
+                    self.iteration,
+                    self.model,
+                    self.optimizer,
+                    self.scheduler,
+                    self._floating_point_operations,
+                    checkpointing_context=self._checkpointing_context,
+                )
+        except OSError as error:
+            raise CheckpointError(
+                f"the checkpoint of step {self.iteration} could not be written to {folder}: {error}. Earlier checkpoints "
+                "are untouched; make room or change --save, and start again to go on from the last one."
+            ) from error
+
+    def resume(self) -> dict[str, Any] | None:
+        """Load the newest checkpoint of --load (by default --save) if there is one; its state, on every rank."""
+        args = self.args
+        if args.load is None or not checkpointing.checkpoint_exists(args.load):
+            return None
+        self._check_same_model(Path(args.load))
+        with _quiet():
+            iteration, self._floating_point_operations = checkpointing.load_checkpoint(
+                self.model, self.optimizer, self.scheduler, checkpointing_context=self._checkpointing_context
+            )
+        self.iteration = args.iteration = iteration
+        path = Path(checkpointing.get_checkpoint_name(args.load, iteration, return_base_dir=True)) / STATE_FILE
+
+        def read_state() -> dict[str, Any]:
+            if not path.is_file():
+                raise CheckpointError(
+                    f"checkpoint {path.parent} has no {STATE_FILE}: it was not written by this program. Use --hf-model "
+                    "with an exported folder to start from those weights."
+                )
+            return json.loads(path.read_text(encoding="utf-8"))
+
+        return on_rank_zero(read_state)
+
+    def _check_same_model(self, load: Path) -> None:
+        """Refuse a checkpoint of another architecture before Megatron trips over a shape."""
+
+        def check() -> None:
+            iteration = (load / "latest_checkpointed_iteration.txt").read_text().strip()
+            path = load / f"iter_{int(iteration):07d}" / STATE_FILE
+            if not path.is_file():
+                return
+            made_for = json.loads(path.read_text(encoding="utf-8")).get("architecture")
+            mine = architecture_of(self.args)
+            if made_for != mine:
+                differing = [f"{k} {made_for.get(k)} != {v}" for k, v in mine.items() if made_for.get(k) != v]
+                raise CheckpointError(
+                    f"checkpoint {path.parent} is of another model ({', '.join(differing)}). Give the --hf-model it was "
+                    "made from, or another --save folder."
+                )
+
+        on_rank_zero(check)
+
+    def finish_saves(self) -> None:
+        """Wait for checkpoints that are still being written (--async-save)."""
+        training.maybe_finalize_async_save(blocking=True)
+
+    def export(self, path: str) -> None:
+        """Write the model as a Hugging Face folder."""
+        with self._settled():
+            export(
+                self.model,
+                self.folder,
+                path,
+                layer_offsets=self._layer_offsets,
+                tp_group=parallel_state.get_tensor_model_parallel_group(),
+                pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+                is_first_replica=parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0,
+            )
+
+
+class _OncePerStep:
+    """The learning-rate schedule counts global batches, whatever number of micro-batches one was cut into."""
+
+    def __init__(self, scheduler: Any, increment: int) -> None:
+        self._scheduler = scheduler
+        self._increment = increment
+
+    def step(self, increment: int) -> None:
+        self._scheduler.step(increment=self._increment)
+
+
+def architecture_of(args: Any) -> dict[str, Any]:
+    """What two checkpoints must share to be of one model."""
+    names = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels")
+    return {name: getattr(args, name) for name in (*names, "vocab_size", "untie_embeddings_and_output_weights")}
+
+
+def writers() -> tuple[Any | None, Any | None]:
+    """Megatron's TensorBoard and Weights & Biases writers; on most ranks None."""
+    return get_tensorboard_writer(), get_wandb_writer()
+
+
+def _set_num_microbatches(global_batch_size: int, micro_batch_size: int, dp: int) -> None:
+    reconfigure_num_microbatches_calculator(
+        rank=1,  # silences the log line of rank 0
+        global_batch_size=global_batch_size,
+        micro_batch_size=micro_batch_size,
+        data_parallel_size=dp,
+    )
+
+
+def _learning_rate(optimizer: Any) -> float:
+    return max((g["lr"] for g in optimizer.param_groups if not math.isnan(g["lr"])), default=0.0)
+
+
+def _one_or_list(values: list[Any]) -> Any:
+    return values[0] if len(values) == 1 else values

@@ -1,0 +1,125 @@
+"""The frozen reference: a host copy of the initial weights, and a disk cache of what it thinks of tokens."""
+
+import contextlib
+import hashlib
+import sqlite3
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_rasft.types import TrainingSample
+
+
+class FrozenReference:
+    """The reference policy's weights, sharded like the model, in (pinned) host memory.
+
+    Args:
+        chunks: model chunks of this rank while they hold the reference's weights.
+    """
+
+    def __init__(self, chunks: Sequence[torch.nn.Module]) -> None:
+        self._chunks = chunks
+        self._frozen = [self._to_host(p) for p in self._parameters()]
+
+    def _parameters(self) -> Iterator[Tensor]:
+        for chunk in self._chunks:
+            for _, parameter in sorted(chunk.named_parameters()):
+                yield parameter.data
+
+    @staticmethod
+    def _to_host(value: Tensor) -> Tensor:
+        host = torch.empty(value.shape, dtype=value.dtype, device="cpu", pin_memory=value.is_cuda)
+        return host.copy_(value)
+
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Put the reference's weights into the model for the duration; the live ones come back bit for bit."""
+        live = [self._to_host(p) for p in self._parameters()]
+        try:
+            self._put(self._frozen)
+            yield
+        finally:
+            self._put(live)
+
+    def _put(self, values: Iterable[Tensor]) -> None:
+        for parameter, value in zip(self._parameters(), values, strict=True):
+            parameter.copy_(value, non_blocking=True)
+        torch.cuda.synchronize()
+
+    def output_weight(self, chunk: Any) -> Tensor:
+        """[v/tp, h] reference copy of the output projection, on the model's device; last stage only."""
+        target = chunk.shared_embedding_or_output_weight()
+        if target is None:
+            target = chunk.output_layer.weight
+        for parameter, frozen in zip(self._parameters(), self._frozen, strict=True):
+            if parameter.data_ptr() == target.data_ptr():
+                return frozen.to(parameter.device, copy=True)
+        raise AssertionError("the output projection is not among the parameters of this stage")
+
+
+class LogprobCache:
+    """Reference log-probabilities on disk, by content: a property of (reference weights, tokens).
+
+    Rank 0 only. Values are stored as they were computed (fp64 of an fp32 result), so a hit is exact.
+
+    Args:
+        path: SQLite file, made if missing; None keeps the cache in memory.
+        fingerprint: names the reference weights and the precision they run in.
+    """
+
+    def __init__(self, path: str | Path | None, fingerprint: str) -> None:
+        if path is not None:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+        self._database = sqlite3.connect(":memory:" if path is None else str(path))
+        self._database.execute("CREATE TABLE IF NOT EXISTS logprobs (key BLOB PRIMARY KEY, value BLOB)")
+        self._fingerprint = fingerprint.encode()
+
+    def _key(self, sample: TrainingSample) -> bytes:
+        digest = hashlib.sha256(self._fingerprint)
+        digest.update(array("q", [len(sample.prompt_ids), *sample.prompt_ids, *sample.response_ids]).tobytes())
+        return digest.digest()
+
+    def fill(self, samples: Iterable[TrainingSample]) -> list[TrainingSample]:
+        """Set ``ref_logprobs`` of the samples that are known.
+
+        Returns:
+            Those that are not, each content once.
+        """
+        unknown: dict[bytes, TrainingSample] = {}
+        for sample in samples:
+            key = self._key(sample)
+            row = self._database.execute("SELECT value FROM logprobs WHERE key = ?", (key,)).fetchone()
+            if row is None:
+                unknown.setdefault(key, sample)
+            else:
+                values = array("d")
+                values.frombytes(row[0])
+                sample.ref_logprobs = values.tolist()
+        return list(unknown.values())
+
+    def add(self, samples: Iterable[TrainingSample], logprobs: Iterable[list[float]]) -> None:
+        """Remember the reference's log-probabilities of these samples' responses."""
+        rows = [(self._key(s), array("d", v).tobytes()) for s, v in zip(samples, logprobs, strict=True)]
+        with self._database:
+            self._database.executemany("INSERT OR REPLACE INTO logprobs VALUES (?, ?)", rows)
+
+
+def weights_fingerprint(folder: Path, precision: str) -> str:
+    """Names a Hugging Face folder's weights without reading all of them.
+
+    Hashes config.json and, of each safetensors file, its size, its header and samples of its content.
+    """
+    digest = hashlib.sha256(precision.encode())
+    digest.update((folder / "config.json").read_bytes())
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            for part in range(64):
+                file.seek(part * max(1, size // 64))
+                digest.update(file.read(1 << 14))
+    return digest.hexdigest()

@@ -1,0 +1,352 @@
+"""A refresh: which problems come next, what the policy makes of them, and the batches that follow.
+
+``Planner.next_window`` is a collective of the whole world. Rank 0 decides (curriculum, verification, weights
+are plain Python); every rank takes part in scoring and sampling; the finished batches, token ids and
+log-probabilities included, are broadcast.
+"""
+
+import hashlib
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+from megatron_rasft.config import RasftConfig
+from megatron_rasft.curriculum.planner import Curriculum
+from megatron_rasft.objective.weighting import make_samples
+from megatron_rasft.rollout.replay import ReplayEngine
+from megatron_rasft.rollout.store import RolloutStore
+from megatron_rasft.training.generation import Request, Response, SamplingParams
+from megatron_rasft.training.ranks import on_rank_zero
+from megatron_rasft.training.reference import LogprobCache
+from megatron_rasft.types import Demonstration, Rollout, RolloutGroup, TrainingSample
+from megatron_rasft.verify.pool import VerifierPool
+from megatron_rasft.verify.text_quality import deduplicate, first_failed_filter, max_similarity
+
+
+class Policy(Protocol):
+    """What a refresh needs of the model; every method is a collective of the whole world."""
+
+    def score(self, samples: Sequence[TrainingSample], *, with_reference: bool) -> list[list[float]]:
+        """Per sample the log-probabilities of its response, on every rank."""
+
+    def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[list[Response]]:
+        """Per request its responses, on every rank."""
+
+
+@dataclass
+class Batch:
+    """One step's problems: samples may be fewer, or more, than problems."""
+
+    num_problems: int
+    samples: list[TrainingSample]
+
+
+@dataclass
+class WindowReport:
+    """What happened at a refresh, for the log."""
+
+    num_problems: int = 0
+    num_sampled: int = 0
+    verdicts: Counter[str] = field(default_factory=Counter)
+    num_filtered: int = 0
+    num_duplicates: int = 0
+    num_solved: int = 0
+    """Problems with at least one correct rollout."""
+    mean_response_tokens: float = 0.0
+    mean_difficulty: float = float("nan")
+    expert_weight: float = float("nan")
+    rollout_weight: float = float("nan")
+    score_s: float = 0.0
+    generate_s: float = 0.0
+    verify_s: float = 0.0
+    reference_s: float = 0.0
+
+    @property
+    def num_rollouts(self) -> int:
+        return sum(self.verdicts.values())
+
+    @property
+    def solve_rate(self) -> float:
+        """Correct over all rollouts; NaN if there were none."""
+        return self.verdicts["correct"] / self.num_rollouts if self.num_rollouts else float("nan")
+
+
+class Planner:
+    """Makes the windows of a run, one after the other.
+
+    Args:
+        demonstrations: all problems; needed on rank 0 only, others may pass [].
+        num_problems: number of all problems, on every rank.
+        batch_size: problems per step.
+        total_steps: steps of the whole run, for the curriculum's slide.
+        policy: the model.
+        decode: token ids -> text; rank 0 only.
+        stop_ids: ids that end a response.
+        max_tokens: longest prompt plus response.
+        verifier: grades rollouts; rank 0 only, None where nothing is sampled.
+        store: keeps rollouts; rank 0 only.
+        cache: reference log-probabilities; rank 0 only.
+    """
+
+    def __init__(
+        self,
+        config: RasftConfig,
+        demonstrations: Sequence[Demonstration],
+        *,
+        batch_size: int,
+        total_steps: int,
+        policy: Policy,
+        decode: Callable[[list[int]], str],
+        stop_ids: frozenset[int],
+        max_tokens: int,
+        verifier: VerifierPool | None,
+        store: RolloutStore | None,
+        cache: LogprobCache | None,
+    ) -> None:
+        self.config = config
+        self.batch_size = batch_size
+        self.total_steps = total_steps
+        self.policy = policy
+        self.decode = decode
+        self.max_tokens = max_tokens
+        self.verifier = verifier
+        self.store = store
+        self.cache = cache
+        self._by_id = {d.problem_id: d for d in demonstrations}
+        self._curriculum = (
+            Curriculum(
+                list(self._by_id),
+                config.curriculum,
+                seed=config.data.data_seed,
+                memory=config.weighting.weighting_memory,
+            )
+            if demonstrations
+            else None
+        )
+        self._replay = ReplayEngine(config.rollout.rollout_replay) if config.rollout.rollout_replay else None
+        rollout = config.rollout
+        self._sampling = SamplingParams(
+            num_samples=rollout.rollout_num_samples,
+            max_new_tokens=rollout.rollout_max_new_tokens,
+            temperature=rollout.rollout_temperature,
+            top_p=rollout.rollout_top_p,
+            repetition_penalty=rollout.rollout_repetition_penalty,
+            stop_ids=stop_ids,
+            max_batch_size=rollout.rollout_batch_size,
+        )
+
+    def next_window(self, iteration: int) -> tuple[list[Batch], WindowReport]:
+        """The batches of the next refresh interval, the same on every rank.
+
+        Args:
+            iteration: optimizer steps done, which is the version of the weights.
+        """
+        report = WindowReport()
+        size = self.batch_size * min(self.config.run.rasft_refresh_interval, max(1, self.total_steps - iteration))
+        ids: list[str] = on_rank_zero(lambda: self._curriculum.next_window(size))
+        report.num_problems = len(ids)
+        chosen = self._choose(ids, iteration, report)
+        groups = self._sample(chosen, iteration, report) if chosen else {}
+        samples: dict[str, list[TrainingSample]] = on_rank_zero(lambda: self._weigh(ids, groups, report))
+        flat = [s for problem in ids for s in samples[problem]]
+        self._attach_logprobs(flat, iteration, report)
+        report = on_rank_zero(lambda: report)
+        batches = []
+        for start in range(0, len(ids), self.batch_size):
+            part = ids[start : start + self.batch_size]
+            batches.append(Batch(num_problems=len(part), samples=[s for problem in part for s in samples[problem]]))
+        return batches, report
+
+    def _expert(self, problem_id: str) -> TrainingSample:
+        demonstration = self._by_id[problem_id]
+        return TrainingSample(
+            problem_id=problem_id,
+            kind="expert",
+            prompt_ids=demonstration.prompt_ids,
+            response_ids=demonstration.response_ids,
+            weight=1.0,
+        )
+
+    def _difficulties(self, ids: Sequence[str]) -> dict[str, float]:
+        """Mean cross-entropy of each demonstration under the policy of the moment, nats per token."""
+        samples = on_rank_zero(lambda: [self._expert(i) for i in ids])
+        logprobs = self.policy.score(samples, with_reference=False)
+        return {s.problem_id: -sum(v) / max(1, len(v)) for s, v in zip(samples, logprobs, strict=True)}
+
+    def _choose(self, ids: list[str], iteration: int, report: WindowReport) -> list[str]:
+        """The problems to sample now, the same list on every rank."""
+        if not self.config.samples_rollouts:
+            return []
+        if self.config.curriculum.curriculum_mode != "window":
+            return on_rank_zero(lambda: self._curriculum.choose_for_rollouts(dict.fromkeys(ids, "middle")))
+        began = time.monotonic()
+        calibration: list[str] = on_rank_zero(
+            lambda: self._curriculum.calibration_sample() if self._curriculum.thresholds is None else []
+        )
+        if calibration:
+            reference = self._difficulties(calibration)
+            on_rank_zero(lambda: self._curriculum.calibrate(reference.values()))
+        difficulties = self._difficulties(ids)
+        report.mean_difficulty = sum(difficulties.values()) / len(difficulties)
+        report.score_s = time.monotonic() - began
+        progress = iteration / max(1, self.total_steps)
+        return on_rank_zero(
+            lambda: self._curriculum.choose_for_rollouts(self._curriculum.route(difficulties, progress))
+        )
+
+    def _sample(self, chosen: list[str], iteration: int, report: WindowReport) -> dict[str, RolloutGroup]:
+        """Rollouts of the chosen problems, verified and filtered; rank 0's result is the one that counts."""
+        began = time.monotonic()
+        if self._replay is not None:
+            groups = on_rank_zero(lambda: self._replayed(chosen))
+        else:
+            requests: list[Request] = on_rank_zero(lambda: [self._request(i, iteration) for i in chosen])
+            responses = self.policy.generate(requests, self._limited(requests))
+            groups = on_rank_zero(lambda: self._grouped(chosen, requests, responses, iteration))
+        report.generate_s = time.monotonic() - began
+        return on_rank_zero(lambda: self._verified(groups, report))
+
+    def _limited(self, requests: Sequence[Request]) -> SamplingParams:
+        longest = max(len(r.prompt_ids) for r in requests)
+        allowed = min(self._sampling.max_new_tokens, self.max_tokens - longest)
+        return SamplingParams(**{**asdict(self._sampling), "max_new_tokens": max(1, allowed)})
+
+    def _request(self, problem_id: str, iteration: int) -> Request:
+        seeds = [
+            int.from_bytes(
+                hashlib.sha256(
+                    f"{self.config.rollout.rollout_seed} {problem_id} {iteration} {index}".encode()
+                ).digest()[:7],
+                "big",
+            )
+            for index in range(self._sampling.num_samples)
+        ]
+        return Request(prompt_ids=self._by_id[problem_id].prompt_ids, seeds=seeds)
+
+    def _grouped(
+        self, chosen: list[str], requests: list[Request], responses: list[list[Response]], iteration: int
+    ) -> dict[str, RolloutGroup]:
+        groups = {}
+        for problem_id, request, answers in zip(chosen, requests, responses, strict=True):
+            groups[problem_id] = RolloutGroup(
+                problem_id=problem_id,
+                rollouts=[
+                    Rollout(
+                        problem_id=problem_id,
+                        sample_index=index,
+                        weight_version=iteration,
+                        prompt_ids=request.prompt_ids,
+                        response_ids=answer.token_ids,
+                        response_logprobs=answer.logprobs,
+                        finish_reason="stop" if answer.is_finished else "length",
+                        text=self.decode(answer.token_ids),
+                    )
+                    for index, answer in enumerate(answers)
+                ],
+            )
+        return groups
+
+    def _replayed(self, chosen: list[str]) -> dict[str, RolloutGroup]:
+        groups = {}
+        for problem_id in chosen:
+            known = self._curriculum.solvability.get(problem_id)
+            rollouts = self._replay.take(
+                problem_id,
+                self._by_id[problem_id].prompt_ids,
+                self._sampling.num_samples,
+                0 if known is None else known.num_refreshes,
+            )
+            if rollouts:
+                groups[problem_id] = RolloutGroup(problem_id=problem_id, rollouts=rollouts)
+        return groups
+
+    def _verified(self, groups: dict[str, RolloutGroup], report: WindowReport) -> dict[str, RolloutGroup]:
+        began = time.monotonic()
+        rollouts = [r for group in groups.values() for r in group.rollouts]
+        assert self.verifier is not None, "a run that samples has a verifier"
+        self.verifier.verify(rollouts, {i: self._by_id[i].answer or "" for i in groups})
+        for rollout in rollouts:
+            rollout.filtered_by = first_failed_filter(rollout.text, self.config.verify)
+        report.num_sampled = len(groups)
+        report.verdicts = Counter(r.verdict or "unverifiable" for r in rollouts)
+        report.num_filtered = sum(bool(r.filtered_by) for r in rollouts)
+        report.num_solved = sum(group.num_correct > 0 for group in groups.values())
+        report.mean_response_tokens = sum(len(r.response_ids) for r in rollouts) / max(1, len(rollouts))
+        report.verify_s = time.monotonic() - began
+        return groups
+
+    def _weigh(
+        self, ids: list[str], groups: dict[str, RolloutGroup], report: WindowReport
+    ) -> dict[str, list[TrainingSample]]:
+        verify = self.config.verify
+        curriculum = self._curriculum
+        assert curriculum is not None, "rank 0 has the curriculum"
+        samples: dict[str, list[TrainingSample]] = {}
+        # A probed problem of an earlier window is not trained now: only what is learnt about it is kept.
+        for problem_id in [*ids, *(i for i in groups if i not in set(ids))]:
+            group = groups.get(problem_id)
+            made = make_samples(
+                self.config.objective.objective,
+                self._by_id[problem_id],
+                group,
+                config=self.config.weighting,
+                remembered=curriculum.remembered(problem_id),
+                deduplicate=lambda texts: deduplicate(texts, verify.verify_dedup_threshold, verify.verify_dedup_ngram),
+                similarity=lambda a, b: max_similarity(a, [b]),
+            )
+            samples[problem_id] = [
+                s for s in made if len(s.response_ids) > 0 and s.num_tokens <= self.max_tokens
+            ]
+            if group is not None:
+                decided = [r for r in group.rollouts if r.verdict in ("correct", "wrong") and r.finish_reason != "abort"]
+                curriculum.record(problem_id, group.num_correct, len(decided))
+        if self.store is not None and self._replay is None:
+            self.store.append(r for group in groups.values() for r in group.rollouts)
+        trained = [s for i in ids for s in samples[i]]
+        for kind in ("expert", "rollout"):
+            weights = [s.weight for s in trained if s.kind == kind]
+            setattr(report, f"{kind}_weight", sum(weights) / len(weights) if weights else float("nan"))
+        return {i: samples[i] for i in ids}
+
+    def _attach_logprobs(self, samples: list[TrainingSample], iteration: int, report: WindowReport) -> None:
+        """Set the log-probabilities the objective needs, on every rank."""
+        objective = self.config.objective
+        began = time.monotonic()
+        if objective.needs_reference_logprobs():
+            unknown: list[TrainingSample] = on_rank_zero(
+                lambda: self.cache.fill(samples) if self.cache is not None else samples
+            )
+            if unknown:
+                # Before the first update the policy is the reference: no weights to swap.
+                logprobs = self.policy.score(unknown, with_reference=iteration > 0)
+                on_rank_zero(lambda: self.cache.add(unknown, logprobs) if self.cache is not None else None)
+            known = on_rank_zero(lambda: self._looked_up(samples))
+            for sample, values in zip(samples, known, strict=True):
+                sample.ref_logprobs = values
+        if objective.needs_old_logprobs() and samples:
+            for sample, values in zip(samples, self.policy.score(samples, with_reference=False), strict=True):
+                sample.old_logprobs = values
+        report.reference_s = time.monotonic() - began
+
+    def _looked_up(self, samples: list[TrainingSample]) -> list[list[float] | None]:
+        assert self.cache is not None, "an objective with a reference has a cache"
+        left = self.cache.fill(samples)
+        assert not left, f"{len(left)} samples have no reference log-probabilities"
+        return [s.ref_logprobs for s in samples]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values that a resumed run goes on from; rank 0 only."""
+        assert self._curriculum is not None, "rank 0 has the curriculum"
+        return {
+            "curriculum": self._curriculum.state_dict(),
+            "store_offset": self.store.offset if self.store is not None else None,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from ``state_dict()``; rank 0 only. Cuts the rollout store back to where it was."""
+        assert self._curriculum is not None, "rank 0 has the curriculum"
+        self._curriculum.load_state_dict(state["curriculum"])
+        if self.store is not None and state["store_offset"] is not None:
+            self.store.truncate(state["store_offset"])
