@@ -1,0 +1,293 @@
+"""The parts of a run that pretrain_rasft.py names: problems, planner, the queue of batches, the report."""
+
+import json
+import os
+import time
+from collections import deque
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from megatron_rasft import metrics
+from megatron_rasft.config import RasftConfig
+from megatron_rasft.data.reading import read_rows
+from megatron_rasft.data.tokenizing import build_demonstrations
+from megatron_rasft.errors import ModelFolderError
+from megatron_rasft.report.progress import Progress
+from megatron_rasft.rollout.store import RolloutStore
+from megatron_rasft.training.host import StepResult, Trainer, architecture_of, writers
+from megatron_rasft.training.ranks import on_rank_zero
+from megatron_rasft.training.reference import LogprobCache, weights_fingerprint
+from megatron_rasft.training.window import Batch, Planner, WindowReport
+from megatron_rasft.types import Demonstration, TrainingSample
+from megatron_rasft.verify.pool import VerifierPool
+from megatron_rasft.weights.folder import HfFolder
+
+
+class Problems:
+    """The demonstrations and the tokenizer that made them; both on rank 0 only."""
+
+    def __init__(self, args: Any, config: RasftConfig) -> None:
+        self.demonstrations: list[Demonstration] = []
+        self.tokenizer: Any = None
+        self.summary = ""
+        needs_answers = config.samples_rollouts
+
+        def read() -> int:
+            self.tokenizer = _tokenizer(args.hf_model)
+            self.demonstrations, report = build_demonstrations(
+                read_rows(config.data, needs_answers),
+                self.tokenizer,
+                config.data,
+                args.seq_length,
+                needs_answers,
+            )
+            self.summary = str(report)
+            return len(self.demonstrations)
+
+        self.num = on_rank_zero(read)
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of a response, special tokens left out; rank 0 only."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def stop_ids(self, args: Any) -> frozenset[int]:
+        """Ids that end a response: the model's own, and what the demonstrations end with."""
+
+        def collect() -> list[int]:
+            ids = {d.response_ids[-1] for d in self.demonstrations}
+            path = Path(args.hf_model) / "generation_config.json"
+            eos = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
+            for value in (eos if isinstance(eos, list) else [eos], [self.tokenizer.eos_token_id]):
+                ids.update(i for i in value if i is not None)
+            return sorted(ids)
+
+        return frozenset(on_rank_zero(collect))
+
+
+def _tokenizer(folder: str) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ModelFolderError(
+            f"--hf-model {folder} has no tokenizer that transformers can load ({str(error).splitlines()[0]}). "
+            "Copy tokenizer.json and tokenizer_config.json into it."
+        ) from error
+
+
+def set_length(args: Any, config: RasftConfig, num_problems: int) -> int:
+    """Set --train-iters from the epochs where it was not given; the number of steps."""
+    per_epoch = -(-num_problems // args.global_batch_size)
+    if args.train_iters is None:
+        args.train_iters = config.data.data_epochs * per_epoch
+    warmup = args.lr_warmup_iters
+    if warmup and warmup >= args.train_iters:
+        args.lr_warmup_iters = max(0, args.train_iters - 1) // 2
+    return args.train_iters
+
+
+class Run:
+    """One run: the queue of batches between planner and trainer, what is saved and what is said.
+
+    Use it as a context manager: it owns the verifier's processes.
+    """
+
+    def __init__(self, args: Any, config: RasftConfig, folder: HfFolder, problems: Problems, trainer: Trainer) -> None:
+        self.args = args
+        self.config = config
+        self.trainer = trainer
+        self.problems = problems
+        self.total_steps = args.train_iters
+        self.is_lead = torch.distributed.get_rank() == 0
+        self._save = None if args.save is None else Path(args.save)
+        self.verifier = VerifierPool(config.verify) if self.is_lead and config.samples_rollouts else None
+        self.planner = Planner(
+            config,
+            problems.demonstrations,
+            batch_size=args.global_batch_size,
+            total_steps=self.total_steps,
+            policy=trainer,
+            decode=problems.decode,
+            stop_ids=problems.stop_ids(args),
+            max_tokens=trainer.max_tokens,
+            verifier=self.verifier,
+            store=self._store() if self.is_lead else None,
+            cache=self._cache(folder) if self.is_lead else None,
+        )
+        tensorboard, wandb = writers()
+        self.progress = Progress(
+            self.total_steps,
+            None if self._save is None else self._save / "metrics.jsonl",
+            tensorboard,
+            wandb,
+            is_silent=not self.is_lead,
+        )
+        self._writes_elsewhere = (tensorboard, wandb)
+        self.queue: deque[Batch] = deque()
+        self._last_refresh: dict[str, float] = {}
+        self._verdicts: dict[str, int] = {}
+
+    def _store(self) -> RolloutStore | None:
+        path = self.config.rollout.rollout_store
+        if path is None and self._save is not None:
+            path = str(self._save / "rollouts.jsonl")
+        return None if path is None else RolloutStore(path)
+
+    def _cache(self, folder: HfFolder) -> LogprobCache | None:
+        if not self.config.objective.needs_reference_logprobs():
+            return None
+        path: str | Path | None = self.config.run.rasft_ref_cache
+        if path is None and self._save is not None:
+            path = self._save / "ref_logprobs.sqlite"
+        precision = f"{self.args.params_dtype} {self.args.fp8} {self.args.fp8_recipe if self.args.fp8 else ''}"
+        return LogprobCache(path, weights_fingerprint(folder.path, precision))
+
+    def __enter__(self) -> "Run":
+        if self.verifier is not None:
+            self.verifier.__enter__()
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        if self.verifier is not None:
+            self.verifier.__exit__(*exc)
+
+    def begin(self) -> None:
+        """Go on from a checkpoint if there is one, write the resolved configuration, and say what will be done."""
+        state = self.trainer.resume()
+        if state is not None:
+            self.queue = deque(
+                Batch(b["num_problems"], [TrainingSample(**s) for s in b["samples"]]) for b in state["queue"]
+            )
+            self._last_refresh = state["last_refresh"]
+            on_rank_zero(lambda: self.planner.load_state_dict(state["planner"]))
+        if self.is_lead and self._save is not None:
+            self._save.mkdir(parents=True, exist_ok=True)
+            resolved = {"rasft": self.config.as_dict(), "megatron": {k: str(v) for k, v in sorted(vars(self.args).items())}}
+            (self._save / "config.json").write_text(json.dumps(resolved, indent=1), encoding="utf-8")
+        args = self.args
+        where = "GPU" if args.distributed_backend == "nccl" else "CPU"
+        self.progress.say(
+            f"{self.config.objective.objective} on {args.hf_model}: {self.problems.num} problems, {self.total_steps} steps of "
+            f"{args.global_batch_size}, {args.world_size} {where} process(es), tp {args.tensor_model_parallel_size} pp "
+            f"{args.pipeline_model_parallel_size} cp {args.context_parallel_size}, {str(args.params_dtype)[6:]}"
+            + (f", going on after step {self.trainer.iteration}" if state is not None else "")
+        )
+        if self.problems.summary:
+            self.progress.say(self.problems.summary)
+
+    @property
+    def is_over(self) -> bool:
+        return self.trainer.iteration >= self.total_steps
+
+    def refresh_if_due(self) -> None:
+        """Refill the queue when it has run dry."""
+        if self.queue:
+            return
+        began = time.monotonic()
+        batches, report = self.planner.next_window(self.trainer.iteration)
+        self.queue.extend(batches)
+        self._last_refresh = _window_values(report)
+        for verdict, count in report.verdicts.items():
+            self._verdicts[verdict] = self._verdicts.get(verdict, 0) + count
+        self.progress.refresh(self.trainer.iteration, self._last_refresh, _window_line(report, time.monotonic() - began))
+
+    def train_step(self) -> None:
+        """One step on the next batch, and its line."""
+        batch = self.queue.popleft()
+        began = time.monotonic()
+        result = self.trainer.step(batch.samples, batch.num_problems)
+        self.progress.step(self.trainer.iteration, self._step_values(result, batch, time.monotonic() - began))
+
+    def _step_values(self, result: StepResult, batch: Batch, seconds: float) -> dict[str, float]:
+        values = {f"objective/{name}": value for name, value in result.metrics.items()}
+        values[metrics.GRAD_NORM] = result.grad_norm
+        values[metrics.LEARNING_RATE] = result.learning_rate
+        values[metrics.NUM_SAMPLES] = len(batch.samples)
+        values[metrics.NUM_TOKENS] = result.num_tokens
+        values[metrics.QUEUE] = len(self.queue)
+        values[metrics.STEP_S] = seconds
+        values[metrics.TOKENS_PER_S] = result.num_tokens / seconds
+        for name in (metrics.SOLVE_RATE,):
+            if name in self._last_refresh:
+                values[name] = self._last_refresh[name]
+        for kind, name in (("expert", metrics.EXPERT_WEIGHT), ("rollout", metrics.ROLLOUT_WEIGHT)):
+            weights = [s.weight for s in batch.samples if s.kind == kind]
+            if weights:
+                values[name] = sum(weights) / len(weights)
+        return values
+
+    def save_if_due(self) -> bool:
+        """Save every --save-interval steps, at the end, and on SIGTERM; True if the run is to stop now."""
+        stops = self.trainer.should_exit()
+        is_due = self.trainer.iteration % self.args.save_interval == 0 if self.args.save_interval else False
+        if self._save is not None and (is_due or stops or self.is_over):
+            self.trainer.save(self._state())
+        if stops:
+            self.progress.say(
+                f"stopped by a signal after step {self.trainer.iteration}"
+                + ("; saved, the same command goes on from here" if self._save is not None else "; --save was not given")
+            )
+        return stops
+
+    def _state(self) -> dict[str, Any]:
+        planner = on_rank_zero(lambda: self.planner.state_dict())
+        return {
+            "planner": planner,
+            "queue": [asdict(b) for b in self.queue],
+            "last_refresh": self._last_refresh,
+            "architecture": architecture_of(self.args),
+        }
+
+    def finish(self) -> None:
+        """Wait for saves, export the model, and say what became of the rollouts."""
+        self.trainer.finish_saves()
+        if self.args.export_hf is not None:
+            self.trainer.export(self.args.export_hf)
+            self.progress.say(f"exported to {self.args.export_hf}")
+        if self._verdicts:
+            counts = ", ".join(f"{count} {verdict}" for verdict, count in sorted(self._verdicts.items()))
+            self.progress.say(f"rollouts: {counts}")
+
+
+def _window_values(report: WindowReport) -> dict[str, float]:
+    total = max(1, report.num_rollouts)
+    return {
+        metrics.SOLVE_RATE: report.solve_rate,
+        metrics.SOLVED_PROBLEMS: report.num_solved / report.num_sampled if report.num_sampled else float("nan"),
+        metrics.EXPERT_WEIGHT: report.expert_weight,
+        metrics.ROLLOUT_WEIGHT: report.rollout_weight,
+        "rollout/num_rollouts": report.num_rollouts,
+        "rollout/response_tokens_mean": report.mean_response_tokens,
+        "verify/filtered_frac": report.num_filtered / total,
+        **{f"verify/{verdict}_frac": count / total for verdict, count in report.verdicts.items()},
+        "curriculum/sampled_problems": report.num_sampled,
+        "curriculum/difficulty_mean_nats": report.mean_difficulty,
+        "rollout/generate_s": report.generate_s,
+        "verify/verify_s": report.verify_s,
+        "curriculum/score_s": report.score_s,
+        "training/reference_s": report.reference_s,
+    }
+
+
+def _window_line(report: WindowReport, seconds: float) -> str:
+    line = f"refresh: {report.num_problems} problems"
+    if report.num_rollouts:
+        line += (
+            f", {report.num_rollouts} rollouts of {report.num_sampled}, {report.solve_rate:.1%} correct, "
+            f"{report.num_solved} solved at least once, {report.num_filtered} filtered, "
+            f"{report.mean_response_tokens:.0f} tokens each; generate {report.generate_s:.1f} s, verify {report.verify_s:.1f} s,"
+        )
+    return f"{line} reference {report.reference_s:.1f} s, {seconds:.1f} s in all"
+
+
+def process_exit_code(error: BaseException) -> int:
+    """2 for what the user gave, 1 for what the world did."""
+    return 2 if isinstance(error, ValueError) else 1
+
+
+def is_lead_process() -> bool:
+    """Whether this process is the one that prints errors, also before torch.distributed is up."""
+    return int(os.environ.get("RANK", "0")) == 0

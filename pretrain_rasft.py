@@ -1,0 +1,50 @@
+"""Train a reasoning model with Rollout-Adaptive Supervised Fine-Tuning on Megatron-Core.
+
+torchrun --nproc-per-node N pretrain_rasft.py --hf-model DIR --train-data FILE.jsonl [any Megatron flag]
+"""
+
+import sys
+
+from megatron_rasft.training import cpu_backend
+
+cpu_backend.enable()
+cpu_backend.use_cpu_fused_adam()
+
+import torch.distributed as dist  # noqa: E402
+
+from megatron_rasft.errors import RasftError  # noqa: E402
+from megatron_rasft.training import host  # noqa: E402
+from megatron_rasft.training.ranks import FailedElsewhere  # noqa: E402
+from megatron_rasft.training.run import Problems, Run, is_lead_process, process_exit_code, set_length  # noqa: E402
+
+
+def main() -> None:
+    """One run, top to bottom."""
+    args, config, folder = host.parse()
+    host.start(args)
+    problems = Problems(args, config)
+    set_length(args, config, problems.num)
+    trainer = host.Trainer(args, config, folder)
+    with Run(args, config, folder, problems, trainer) as run:
+        run.begin()
+        while not run.is_over:
+            run.refresh_if_due()
+            run.train_step()
+            if run.save_if_due():
+                return
+        run.finish()
+
+
+if __name__ == "__main__":
+    code = 0
+    try:
+        main()
+    except FailedElsewhere:
+        code = 1
+    except (ValueError, RasftError) as error:
+        code = process_exit_code(error)
+        if is_lead_process():
+            print(f"error: {error}", file=sys.stderr, flush=True)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    sys.exit(code)
