@@ -10,6 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
+from megatron_rasft.config.objective import KLDirection
 from megatron_rasft.objective.logprobs import (
     chunked_logprobs,
     chunked_logprobs_and_kl,
@@ -17,7 +18,7 @@ from megatron_rasft.objective.logprobs import (
     vocab_parallel_logprobs,
 )
 
-DIRECTIONS = ("forward", "reverse")
+DIRECTIONS: tuple[KLDirection, ...] = ("forward", "reverse")
 TP = 2
 
 
@@ -34,7 +35,7 @@ def expected_logprobs(logits: Tensor, labels: Tensor, vocab_size: int) -> Tensor
     return log_softmax.gather(-1, labels[..., None])[..., 0]
 
 
-def expected_kl(policy: Tensor, ref: Tensor, vocab_size: int, direction: str) -> Tensor:
+def expected_kl(policy: Tensor, ref: Tensor, vocab_size: int, direction: KLDirection) -> Tensor:
     log_p = policy.double()[..., :vocab_size].log_softmax(-1)
     log_q = ref.double()[..., :vocab_size].log_softmax(-1)
     if direction == "reverse":
@@ -64,7 +65,9 @@ def test_logprobs_and_gradient_equal_the_formula(shape: tuple[int, ...], vocab_s
     torch.testing.assert_close(
         gradient(logprobs, logits).double(), gradient(expected, reference), rtol=1e-5, atol=1e-6
     )
-    assert (gradient(vocab_parallel_logprobs(logits, labels, None, vocab_size), logits)[..., vocab_size:] == 0).all()
+    assert (
+        gradient(vocab_parallel_logprobs(logits, labels, None, vocab_size), logits)[..., vocab_size:] == 0
+    ).all()
 
 
 def test_bf16_logits_are_computed_in_fp32_and_get_bf16_gradients() -> None:
@@ -119,7 +122,7 @@ def test_logprobs_and_kl_pass_gradcheck(vocab_size: int) -> None:
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("vocab_size", [16, 13])
-def test_kl_and_gradient_equal_the_formula(direction: str, vocab_size: int) -> None:
+def test_kl_and_gradient_equal_the_formula(direction: KLDirection, vocab_size: int) -> None:
     ref = logits_of(7, 16, seed=3).float().requires_grad_()
     policy = logits_of(7, 16).float().requires_grad_()
     reference = policy.detach().double().requires_grad_()
@@ -136,7 +139,7 @@ def test_kl_and_gradient_equal_the_formula(direction: str, vocab_size: int) -> N
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_kl_of_a_distribution_with_itself_is_exactly_zero(direction: str) -> None:
+def test_kl_of_a_distribution_with_itself_is_exactly_zero(direction: KLDirection) -> None:
     logits = logits_of(5, 12).float().requires_grad_()
     kl = vocab_parallel_kl(logits, logits.detach(), None, 11, direction)
     assert (kl == 0).all()
@@ -187,7 +190,9 @@ def test_projection_is_recomputed_only_where_it_saves_memory() -> None:
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("chunk_tokens", [0, 3])
-def test_chunked_kl_equals_whole_one_and_spares_the_reference(direction: str, chunk_tokens: int) -> None:
+def test_chunked_kl_equals_whole_one_and_spares_the_reference(
+    direction: KLDirection, chunk_tokens: int
+) -> None:
     hidden, ref_hidden = logits_of(7, 6).requires_grad_(), logits_of(7, 5, seed=9).requires_grad_()
     head, ref_head = Head(logits_of(16, 6, seed=2, scale=0.3)), Head(logits_of(16, 5, seed=4, scale=0.3))
     ref_head.weight.requires_grad_()
@@ -210,9 +215,15 @@ def test_chunked_kl_equals_whole_one_and_spares_the_reference(direction: str, ch
     assert ref_hidden.grad is None and ref_head.weight.grad is None
 
 
-# -- two processes -------------------------------------------------------------------------------------------------
+# two processes
 
-SHARDED_VOCAB_SIZES = (16, 15, 9, 8, 5)  # width 16 on two ranks: from 8 down the second shard is padding alone
+SHARDED_VOCAB_SIZES = (
+    16,
+    15,
+    9,
+    8,
+    5,
+)  # width 16 on two ranks: from 8 down the second shard is padding alone
 
 
 def sharded_results(rank: int) -> Iterator[tuple[str, Tensor]]:

@@ -1,0 +1,470 @@
+"""The losses against the method's vectors, identities and independent fp64 formulas."""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from megatron_rasft.config.objective import ObjectiveConfig
+from megatron_rasft.objective.token_losses import OBJECTIVES, LossSums, PackedTokens, token_loss_sums
+
+LENGTHS = (
+    7,
+    1,
+    12,
+    4,
+)  # response tokens of each sequence; two prompt tokens before each, three of padding behind
+WEIGHTS = (1.0, 0.2779, 1.7, 0.5)
+
+
+def batch(
+    dtype: torch.dtype = torch.float64, weights: tuple[float, ...] = WEIGHTS, seed: int = 0
+) -> PackedTokens:
+    """Four sequences with every field filled; what the mask hides is NaN."""
+    generator = torch.Generator().manual_seed(seed)
+    segment_ids = torch.cat(
+        [torch.full((length + 2,), i) for i, length in enumerate(LENGTHS)] + [torch.zeros(3)]
+    )
+    loss_mask = torch.cat(
+        [torch.tensor([0] * 2 + [1] * length) for length in LENGTHS] + [torch.zeros(3)]
+    ).bool()
+    num_tokens = loss_mask.numel()
+
+    def values(scale: float) -> Tensor:
+        drawn = torch.rand(num_tokens, generator=generator, dtype=torch.float64) * scale
+        return torch.where(loss_mask, drawn, float("nan")).to(dtype)
+
+    logprobs = -values(3.0)
+    return PackedTokens(
+        logprobs=logprobs.requires_grad_(),
+        loss_mask=loss_mask,
+        segment_ids=segment_ids.long(),
+        num_segments=len(LENGTHS),
+        weights=torch.tensor(weights, dtype=dtype),
+        ref_logprobs=-values(4.0),
+        old_logprobs=logprobs.detach() + values(0.8) - 0.4,
+        kl=values(0.5).requires_grad_(),
+    )
+
+
+def loss_and_gradient(tokens: PackedTokens, config: ObjectiveConfig) -> tuple[LossSums, Tensor]:
+    sums = token_loss_sums(tokens, config)
+    (grad,) = torch.autograd.grad(sums.loss_sum, tokens.logprobs, retain_graph=True)
+    return sums, grad
+
+
+def assert_same_bits(tokens: PackedTokens, one: ObjectiveConfig, other: ObjectiveConfig) -> None:
+    (sums, grad), (other_sums, other_grad) = loss_and_gradient(tokens, one), loss_and_gradient(tokens, other)
+    assert sums.loss_sum.isfinite() and grad.isfinite().all()
+    assert torch.equal(sums.loss_sum, other_sums.loss_sum)
+    assert torch.equal(sums.denominator, other_sums.denominator)
+    assert torch.equal(grad, other_grad)
+
+
+def mean(metric: Tensor) -> float:
+    return (metric[0] / metric[1]).item()
+
+
+# the method's vectors and identities
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_loss_vector_of_the_method(dtype: torch.dtype) -> None:
+    tokens = PackedTokens(
+        logprobs=torch.tensor([-0.1, -1, -2, -0.5, -0.3], dtype=dtype, requires_grad=True),
+        loss_mask=torch.ones(5),
+        segment_ids=torch.tensor([0, 0, 0, 1, 1]),
+        num_segments=2,
+        weights=torch.tensor([1.0, 0.2779], dtype=dtype),
+        ref_logprobs=torch.tensor([-0.2, -0.5, -1, -1.5, -2.3], dtype=dtype),
+    )
+    sums = token_loss_sums(tokens, ObjectiveConfig())
+    loss = sums.loss_sum / sums.denominator
+    loss.backward()
+    tolerance = 1e-9 if dtype == torch.float64 else 1e-7
+    assert loss.item() == pytest.approx(0.1866512559, abs=tolerance)
+    weights = torch.tensor([1.085805, 0.441455, 0.162402, 0.067422, 0.082349], dtype=dtype)
+    torch.testing.assert_close(tokens.logprobs.grad, -weights / 5, rtol=0, atol=2e-7)
+    assert mean(sums.metrics["objective/ratio_mean"]) == pytest.approx((1.2 + 0.4) / 2)
+    assert sums.metrics["objective/ratio_clip_frac"].tolist() == [2, 2]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("level", ["sequence", "token", "off"])
+def test_rasft_with_policy_equal_to_reference_is_dft(dtype: torch.dtype, level: Any) -> None:
+    tokens = batch(dtype, weights=(1.0,) * 4)
+    tokens = replace(tokens, ref_logprobs=tokens.logprobs.detach().clone())
+    assert_same_bits(tokens, ObjectiveConfig(objective_ratio=level), ObjectiveConfig(objective="dft"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_bare_rasft_is_sft(dtype: torch.dtype) -> None:
+    bare = ObjectiveConfig(objective_ratio="off", objective_dft_factor=False)
+    for weights in ((1.0,) * 4, WEIGHTS):
+        assert_same_bits(batch(dtype, weights), bare, ObjectiveConfig(objective="sft"))
+
+
+@pytest.mark.parametrize("level", ["sequence", "token"])
+def test_inverted_squared_rasft_is_iw_sft(level: Any) -> None:
+    rasft = ObjectiveConfig(
+        objective_ratio=level,
+        objective_ratio_direction="policy_over_ref",
+        objective_ratio_power=2.0,
+        objective_ratio_clip_low=0.0,
+        objective_ratio_clip_high=16.0,
+        objective_dft_factor=False,
+    )
+    iw_sft = ObjectiveConfig(
+        objective="iw_sft",
+        objective_iw_level=level,
+        objective_iw_power=2.0,
+        objective_iw_clip_low=0.0,
+        objective_iw_clip_high=16.0,
+    )
+    assert_same_bits(batch(torch.float32), rasft, iw_sft)
+    assert_same_bits(batch(torch.float64), rasft, iw_sft)
+    if level == "sequence":
+        assert iw_sft.iw_rule() == ObjectiveConfig(objective="iw_sft").iw_rule()
+
+
+def test_gft_lies_between_dft_and_sft() -> None:
+    tokens = batch(torch.float32)
+    for threshold, name in ((1.0, "dft"), (0.0, "sft")):
+        gft = ObjectiveConfig(objective="gft", objective_gft_threshold=threshold)
+        assert_same_bits(tokens, gft, ObjectiveConfig(objective=name))  # type: ignore[arg-type]
+
+
+def test_raft_is_the_loss_it_names_and_zero_kl_changes_nothing() -> None:
+    tokens = batch(torch.float32)
+    for name in ("dft", "sft"):
+        raft = ObjectiveConfig(objective="raft", objective_raft_loss=name)  # type: ignore[arg-type]
+        assert_same_bits(tokens, raft, ObjectiveConfig(objective=name))  # type: ignore[arg-type]
+    for name, bare in (("asft", "dft"), ("sft_kl", "sft")):
+        with_kl = ObjectiveConfig(objective=name, objective_kl_coef=0.0)  # type: ignore[arg-type]
+        assert_same_bits(tokens, with_kl, ObjectiveConfig(objective=bare))  # type: ignore[arg-type]
+
+
+def test_profit_without_threshold_is_sft() -> None:
+    profit = ObjectiveConfig(objective="profit", objective_profit_threshold=0.0)
+    assert_same_bits(batch(torch.float32), profit, ObjectiveConfig(objective="sft"))
+
+
+# each objective against a formula written token by token
+
+Formula = Callable[[float, float, float, float, float, float], tuple[float, float]]
+"""(l, r, old, A, mean l, mean r) -> loss and d loss / d l of one token, KL term left out."""
+
+
+def clip(x: float, low: float, high: float) -> float:
+    return min(max(x, low), high)
+
+
+def weighted(weight: Callable[..., float]) -> Formula:
+    def formula(*args: float) -> tuple[float, float]:
+        return weight(*args) * -args[0], -weight(*args)
+
+    return formula
+
+
+def surrogate(low: float, high: float, beta: float = 0.0) -> Formula:
+    def formula(lp: float, r: float, old: float, a: float, lm: float, rm: float) -> tuple[float, float]:
+        q = math.exp(lp - old)
+        acts = clip(q, low, high) * a < q * a
+        kl, kl_grad = math.exp(r - lp) - (r - lp) - 1, 1 - math.exp(r - lp)
+        return -min(q * a, clip(q, low, high) * a) + beta * kl, (0.0 if acts else -q * a) + beta * kl_grad
+
+    return formula
+
+
+P = math.exp
+FORMULAS: dict[str, tuple[dict[str, Any], Formula]] = {
+    "rasft": ({}, weighted(lambda lp, r, o, a, lm, rm: clip(P(rm - lm), 0.4, 1.2) * a * P(lp))),
+    "rasft token": (
+        {"objective_ratio": "token"},
+        weighted(lambda lp, r, o, a, lm, rm: clip(P(r - lp), 0.4, 1.2) * a * P(lp)),
+    ),
+    "rasft inverted": (
+        {
+            "objective_ratio_direction": "policy_over_ref",
+            "objective_ratio_power": 1.5,
+            "objective_dft_factor": False,
+        },
+        weighted(lambda lp, r, o, a, lm, rm: clip(P(1.5 * (lm - rm)), 0.4, 1.2) * a),
+    ),
+    "sft": ({}, weighted(lambda lp, r, o, a, lm, rm: a)),
+    "sft_kl": ({}, weighted(lambda lp, r, o, a, lm, rm: a)),
+    "dft": ({}, weighted(lambda lp, r, o, a, lm, rm: a * P(lp))),
+    "asft": ({}, weighted(lambda lp, r, o, a, lm, rm: a * P(lp))),
+    "profit": (
+        {"objective_profit_threshold": 0.2},
+        weighted(lambda lp, r, o, a, lm, rm: a if P(lp) > 0.2 else 0.0),
+    ),
+    "iw_sft": ({}, weighted(lambda lp, r, o, a, lm, rm: clip(P(2 * (lm - rm)), 0, 16) * a)),
+    "iw_sft token": (
+        {"objective_iw_level": "token"},
+        weighted(lambda lp, r, o, a, lm, rm: clip(P(lp - r), 0.2, 1.8) * a),
+    ),
+    "psft": ({}, surrogate(0.8, 1.28)),
+    "gft": (
+        {"objective_gft_threshold": 0.3},
+        weighted(lambda lp, r, o, a, lm, rm: a * (1.0 if P(lp) > 0.3 else P(lp))),
+    ),
+    "raft": ({}, weighted(lambda lp, r, o, a, lm, rm: a * P(lp))),
+    "raft sft": ({"objective_raft_loss": "sft"}, weighted(lambda lp, r, o, a, lm, rm: a)),
+    "grpo": ({}, surrogate(0.8, 1.2, beta=0.001)),
+    "grpo beta": ({"objective_grpo_beta": 0.3}, surrogate(0.8, 1.2, beta=0.3)),
+    "grpo dapo": ({"objective_grpo_dapo": True}, surrogate(0.8, 1.28)),
+}
+KL_COEF = {"sft_kl": 0.1, "asft": 0.05}
+
+
+def config_of(case: str) -> ObjectiveConfig:
+    return ObjectiveConfig(objective=case.split()[0], **FORMULAS[case][0])  # type: ignore[arg-type]
+
+
+def test_every_objective_has_a_formula() -> None:
+    assert {case.split()[0] for case in FORMULAS} == set(OBJECTIVES)
+
+
+@pytest.mark.parametrize("weights", [WEIGHTS, (1.2, -0.7, -1.1, 0.4)])
+@pytest.mark.parametrize("case", FORMULAS)
+def test_loss_and_gradient_equal_the_formula(case: str, weights: tuple[float, ...]) -> None:
+    tokens, config, formula = batch(weights=weights), config_of(case), FORMULAS[case][1]
+    assert tokens.ref_logprobs is not None and tokens.old_logprobs is not None and tokens.kl is not None
+    means = []
+    for i in range(tokens.num_segments):
+        mine = tokens.loss_mask & (tokens.segment_ids == i)
+        means.append((tokens.logprobs[mine].mean().item(), tokens.ref_logprobs[mine].mean().item()))
+    total, expected_grad, coef = 0.0, torch.zeros_like(tokens.logprobs), KL_COEF.get(config.objective, 0.0)
+    for t in tokens.loss_mask.nonzero().flatten().tolist():
+        i = int(tokens.segment_ids[t])
+        given = (tokens.logprobs[t].item(), tokens.ref_logprobs[t].item(), tokens.old_logprobs[t].item())
+        loss, expected_grad[t] = formula(*given, weights[i], *means[i])
+        total += loss + coef * weights[i] * tokens.kl[t].item()
+
+    sums, grad = loss_and_gradient(tokens, config)
+    assert sums.loss_sum.item() == pytest.approx(total, rel=1e-12)
+    torch.testing.assert_close(grad, expected_grad, rtol=1e-12, atol=1e-14)
+    num_counted = sum(LENGTHS)
+    if config.objective == "profit":
+        num_counted = int((tokens.logprobs.exp() > 0.2).sum())
+        assert 0 < num_counted < sum(LENGTHS)
+    assert sums.denominator.item() == num_counted
+    assert sums.denominator.dtype == torch.int64
+    if coef:
+        (kl_grad,) = torch.autograd.grad(sums.loss_sum, tokens.kl)
+        mask = tokens.loss_mask.double()
+        expected_kl_grad = coef * mask * tokens.weights[tokens.segment_ids]
+        torch.testing.assert_close(kl_grad, expected_kl_grad, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("case", ["sft", "sft_kl", "profit", "psft", "grpo", "grpo beta", "grpo dapo"])
+def test_objectives_without_detached_parts_pass_gradcheck(case: str) -> None:
+    tokens = batch(weights=(1.2, -0.7, -1.1, 0.4))
+    mask, config = tokens.loss_mask, config_of(case)
+
+    def loss(logprobs: Tensor, kl: Tensor) -> Tensor:
+        return token_loss_sums(replace(tokens, logprobs=logprobs, kl=kl), config).loss_sum
+
+    assert tokens.kl is not None
+    logprobs = torch.where(mask, tokens.logprobs, -1.0).detach().requires_grad_()
+    kl = torch.where(mask, tokens.kl, 0.1).detach().requires_grad_(config.needs_reference_distribution())
+    assert torch.autograd.gradcheck(loss, (logprobs, kl))
+
+
+# splitting, order, masks
+
+
+def select(
+    tokens: PackedTokens, index: Tensor, leaf: Tensor, sequences: list[int] | None = None
+) -> PackedTokens:
+    """The tokens of ``index``, with logprobs drawn from ``leaf`` and sequences renumbered."""
+    sequences = list(range(tokens.num_segments)) if sequences is None else sequences
+    number = torch.zeros(tokens.num_segments, dtype=torch.int64)
+    number[sequences] = torch.arange(len(sequences))
+
+    def at(values: Tensor | None) -> Tensor | None:
+        return None if values is None else values.detach()[index]
+
+    return PackedTokens(
+        logprobs=leaf[index],
+        loss_mask=tokens.loss_mask[index],
+        segment_ids=number[tokens.segment_ids[index]],
+        num_segments=len(sequences),
+        weights=tokens.weights[sequences],
+        ref_logprobs=at(tokens.ref_logprobs),
+        old_logprobs=at(tokens.old_logprobs),
+        kl=at(tokens.kl),
+        cp_group=tokens.cp_group,
+    )
+
+
+@pytest.mark.parametrize("case", FORMULAS)
+def test_splitting_into_micro_batches_changes_nothing(case: str) -> None:
+    tokens, config = batch(torch.float32), config_of(case)
+    whole, grad = loss_and_gradient(tokens, config)
+    leaf = tokens.logprobs.detach().clone().requires_grad_()
+    parts = []
+    for sequences in ([2, 0], [3], [1]):
+        index = torch.cat([(tokens.segment_ids == i).nonzero().flatten() for i in sequences])
+        parts.append(token_loss_sums(select(tokens, index, leaf, sequences), config))
+    sum(part.loss_sum for part in parts).backward()  # type: ignore[union-attr]
+    assert leaf.grad is not None
+
+    assert torch.equal(leaf.grad, grad)
+    total = torch.stack([part.loss_sum.detach() for part in parts]).sum()
+    torch.testing.assert_close(total, whole.loss_sum.detach(), rtol=1e-6, atol=1e-6)
+    assert sum(int(part.denominator) for part in parts) == whole.denominator
+    for name, metric in whole.metrics.items():
+        torch.testing.assert_close(sum(part.metrics[name] for part in parts), metric, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", FORMULAS)
+def test_order_of_the_packed_tokens_changes_nothing(case: str) -> None:
+    tokens, config = batch(torch.float32), config_of(case)
+    whole, grad = loss_and_gradient(tokens, config)
+    leaf = tokens.logprobs.detach().clone().requires_grad_()
+    order = torch.randperm(leaf.numel(), generator=torch.Generator().manual_seed(3))
+    sums = token_loss_sums(select(tokens, order, leaf, [3, 1, 0, 2]), config)
+    sums.loss_sum.backward()
+    assert leaf.grad is not None
+    assert torch.equal(leaf.grad, grad)
+    torch.testing.assert_close(sums.loss_sum, whole.loss_sum, rtol=1e-6, atol=1e-6)
+    assert sums.denominator == whole.denominator
+
+
+@pytest.mark.parametrize("case", FORMULAS)
+def test_micro_batch_without_response_tokens_adds_zero(case: str) -> None:
+    tokens = batch(torch.float32)
+    sums, grad = loss_and_gradient(
+        replace(tokens, loss_mask=torch.zeros_like(tokens.loss_mask)), config_of(case)
+    )
+    assert sums.loss_sum == 0 and sums.denominator == 0
+    assert (grad == 0).all()
+    for metric in sums.metrics.values():
+        assert metric.tolist() == [0, 0]
+
+
+def test_token_certain_or_hopeless_stays_finite() -> None:
+    tokens = batch(torch.float32)
+    extreme = torch.linspace(-200.0, 0.0, tokens.logprobs.numel())
+    for case in FORMULAS:
+        for logprobs, ref in ((extreme, extreme.flip(0)), (extreme.flip(0), extreme)):
+            given = replace(
+                tokens, logprobs=logprobs.clone().requires_grad_(), ref_logprobs=ref, old_logprobs=ref
+            )
+            sums, grad = loss_and_gradient(given, config_of(case))
+            assert sums.loss_sum.isfinite() and grad.isfinite().all(), case
+
+
+def test_missing_input_is_named() -> None:
+    tokens = replace(batch(), ref_logprobs=None, old_logprobs=None, kl=None)
+    for case, name in (("rasft", "ref_logprobs"), ("psft", "old_logprobs"), ("asft", "kl")):
+        with pytest.raises(AssertionError, match=f"needs {name}"):
+            token_loss_sums(tokens, config_of(case))
+    for case in ("sft", "dft", "profit", "gft", "raft"):
+        token_loss_sums(tokens, config_of(case))
+
+
+def test_metrics_are_sums_and_counts() -> None:
+    tokens = batch()
+    mask = tokens.loss_mask
+    logprobs = tokens.logprobs.detach()[mask]
+    metrics = token_loss_sums(tokens, config_of("rasft")).metrics
+    assert all(metric.shape == (2,) and metric.dtype == torch.float32 for metric in metrics.values())
+    assert mean(metrics["objective/ce_nats"]) == pytest.approx(-logprobs.mean().item(), rel=1e-6)
+    assert mean(metrics["objective/p_mean"]) == pytest.approx(logprobs.exp().mean().item(), rel=1e-6)
+    assert metrics["objective/ratio_mean"][1] == len(LENGTHS)
+    names = {case: set(token_loss_sums(tokens, config_of(case)).metrics) for case in FORMULAS}
+    assert "objective/ratio_clip_frac" in names["iw_sft"]
+    assert "objective/kept_frac" in names["profit"]
+    assert {"objective/clip_frac", "objective/kl_nats"} <= names["grpo"]
+    assert "objective/kl_nats" in names["sft_kl"] & names["asft"]
+
+
+# context parallelism
+
+
+def context_parallel_worker(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    results = {}
+    for case in FORMULAS:
+        tokens = batch(torch.float32)
+        leaf = tokens.logprobs.detach().clone().requires_grad_()
+        # the single token of the second sequence lies on one rank only
+        index = torch.arange(rank, leaf.numel(), 2)
+        mine = replace(select(tokens, index, leaf), cp_group=dist.group.WORLD)
+        sums = token_loss_sums(mine, config_of(case))
+        sums.loss_sum.backward()
+        results[case] = (sums.loss_sum.detach(), sums.denominator, leaf.grad, sums.metrics)
+    torch.save(results, f"{folder}/rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_context_parallel_ranks_add_up_to_one_process(tmp_path: Path) -> None:
+    mp.spawn(context_parallel_worker, args=(str(tmp_path),), nprocs=2)
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
+    for case in FORMULAS:
+        whole, grad = loss_and_gradient(batch(torch.float32), config_of(case))
+        (loss_0, count_0, grad_0, metrics_0), (loss_1, count_1, grad_1, metrics_1) = (r[case] for r in ranks)
+        torch.testing.assert_close(loss_0 + loss_1, whole.loss_sum.detach(), rtol=1e-6, atol=1e-6)
+        assert count_0 + count_1 == whole.denominator
+        torch.testing.assert_close(grad_0 + grad_1, grad, rtol=1e-6, atol=0)
+        for name, metric in whole.metrics.items():
+            torch.testing.assert_close(metrics_0[name] + metrics_1[name], metric, rtol=1e-5, atol=1e-5)
+
+
+# the options
+
+
+@pytest.mark.parametrize(
+    ("fields", "flag"),
+    [
+        ({"objective_ratio_clip_low": 1.3}, "--objective-ratio-clip-low"),
+        ({"objective_ratio_clip_low": -0.1}, "--objective-ratio-clip-low"),
+        ({"objective_ratio_power": 0.0}, "--objective-ratio-power"),
+        ({"objective_iw_power": -2.0}, "--objective-iw-power"),
+        ({"objective_iw_clip_low": 17.0}, "--objective-iw-clip-low"),
+        ({"objective_kl_coef": -0.1}, "--objective-kl-coef"),
+        ({"objective_kl_coef": math.nan}, "--objective-kl-coef"),
+        ({"objective_profit_threshold": 1.0}, "--objective-profit-threshold"),
+        ({"objective_gft_threshold": 1.1}, "--objective-gft-threshold"),
+        ({"objective_psft_clip_low": 1.1}, "--objective-psft-clip-low"),
+        ({"objective_psft_clip_high": 0.28}, "--objective-psft-clip-high"),
+        ({"objective_grpo_clip_low": 1.5}, "--objective-grpo-clip-low"),
+        ({"objective_grpo_clip_high": -0.2}, "--objective-grpo-clip-high"),
+        ({"objective_grpo_beta": -1.0}, "--objective-grpo-beta"),
+        ({"objective_logprob_chunk_tokens": -1}, "--objective-logprob-chunk-tokens"),
+    ],
+)
+def test_wrong_option_is_named(fields: dict[str, Any], flag: str) -> None:
+    with pytest.raises(ValueError, match=flag):
+        ObjectiveConfig(**fields)
+
+
+def test_options_say_what_the_objective_needs() -> None:
+    def needs(**fields: Any) -> str:
+        config = ObjectiveConfig(**fields)
+        answers = {
+            "r": config.needs_reference_logprobs(),
+            "o": config.needs_old_logprobs(),
+            "d": config.needs_reference_distribution(),
+            "s": config.uses_rollouts(),
+        }
+        return "".join(letter for letter, answer in answers.items() if answer)
+
+    table = {"rasft": "rs", "iw_sft": "r", "sft_kl": "d", "asft": "d", "psft": "o", "gft": "s", "raft": "s"}
+    table |= {"sft": "", "dft": "", "profit": "", "grpo": "ros"}
+    assert {name: needs(objective=name) for name in OBJECTIVES} == table
+    assert needs(objective_ratio="off") == "s"
+    assert needs(objective="grpo", objective_grpo_dapo=True) == "os"
+    assert ObjectiveConfig(objective="asft").kl_term() == (0.05, "reverse")
+    assert ObjectiveConfig(objective="sft_kl", objective_kl_direction="reverse").kl_term() == (0.1, "reverse")
