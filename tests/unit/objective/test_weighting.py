@@ -1,0 +1,504 @@
+"""Weights from verified rollouts: the published rule computed twice, the adaptive one by properties."""
+
+import itertools
+import random
+
+import numpy as np
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from megatron_rasft.config.weighting import WeightingConfig
+from megatron_rasft.objective.weighting import (
+    DEMONSTRATION_OBJECTIVES,
+    adaptive_weights,
+    count_solved,
+    estimate_solvability,
+    expert_weight,
+    gft_advantages,
+    grpo_advantages,
+    make_samples,
+    neutral_solvability,
+    published_weights,
+    rollout_total,
+)
+from megatron_rasft.types import Demonstration, Rollout, RolloutGroup
+
+NO_PRIOR = WeightingConfig(weighting_prior_strength=0.0)
+
+
+def rollout(index=0, verdict="correct", text=None, finish="stop", filtered="", num_tokens=3):
+    return Rollout(
+        problem_id="p",
+        sample_index=index,
+        weight_version=0,
+        prompt_ids=[1, 2],
+        response_ids=[10 + index] * num_tokens,
+        response_logprobs=[-0.5] * num_tokens,
+        finish_reason=finish,
+        text=f"text {index}" if text is None else text,
+        verdict=verdict,
+        filtered_by=filtered,
+    )
+
+
+def make_group(*rollouts):
+    return RolloutGroup(problem_id="p", rollouts=list(rollouts))
+
+
+def counted_group(num_correct, num_wrong):
+    verdicts = ["correct"] * num_correct + ["wrong"] * num_wrong
+    return make_group(*(rollout(i, verdict) for i, verdict in enumerate(verdicts)))
+
+
+def demonstration():
+    return Demonstration(
+        problem_id="p", problem="?", response="!", answer="1", prompt_ids=[1, 2], response_ids=[3, 4]
+    )
+
+
+def weights_of(samples):
+    return [(s.kind, pytest.approx(s.weight)) for s in samples]
+
+
+# ---- published
+
+
+@pytest.mark.parametrize(
+    ("num_correct", "num_wrong", "expert", "each"),
+    [
+        (0, 3, 1.0, 0.0),
+        (1, 2, 0.2779, 0.00869),
+        (2, 1, 0.1551, 0.005),
+        (3, 0, 1.0, 0.0),
+        (8, 0, 1.0, 0.0),
+    ],
+)
+def test_published_vectors_of_few_samples(num_correct, num_wrong, expert, each):
+    weights = published_weights(counted_group(num_correct, num_wrong))
+    assert weights.expert == pytest.approx(expert, abs=5e-5)
+    assert weights.rollouts == pytest.approx([each] * num_correct + [0.0] * num_wrong, abs=5e-6)
+
+
+@pytest.mark.parametrize(
+    ("num_correct", "num_wrong", "expert", "each"),
+    [(1, 7, 0.31638, 0.011623), (4, 4, 0.12773, 0.007502), (7, 1, 0.04749, 0.005)],
+)
+def test_published_vectors_of_eight_samples_keep_three_wrong(num_correct, num_wrong, expert, each):
+    weights = published_weights(counted_group(num_correct, num_wrong))
+    assert weights.expert == pytest.approx(expert, abs=5e-6)
+    assert weights.rollouts[:num_correct] == pytest.approx([each] * num_correct, abs=5e-7)
+    assert not any(weights.rollouts[num_correct:])
+
+
+def word_overlap(a, b):
+    left, right = set(a.split()), set(b.split())
+    return len(left & right) / max(1, len(left | right))
+
+
+def near_distinct(texts):
+    kept = []
+    for i, text in enumerate(texts):
+        if all(word_overlap(text, texts[j]) < 0.82 for j in kept):
+            kept.append(i)
+    return kept
+
+
+def published_again(group):
+    """The published rule in numpy, table-wise and with the wrong rollouts really ranked."""
+    attempts = [
+        r
+        for r in group.rollouts
+        if r.finish_reason != "abort" and r.verdict != "timeout" and r.response_ids != []
+    ]
+    kept = [attempts[i] for i in near_distinct([r.text for r in attempts])]
+    survivors = [r for r in kept if r.filtered_by == ""]
+    right = [r for r in survivors if r.verdict == "correct" and r.finish_reason == "stop"]
+    wrong = [r for r in survivors if r.verdict != "correct"]
+    table = np.zeros(len(group.rollouts), dtype=np.float64)
+    if not right:
+        return 1.0, table
+    likeness = np.array([[word_overlap(w.text, c.text) for c in right] for w in wrong]).reshape(
+        -1, len(right)
+    )
+    nearest = likeness.max(axis=1)
+    nearest = nearest[nearest < 0.88]
+    wrong_kept = np.argsort(np.abs(nearest - 0.45), kind="stable")[:3]
+    rewards = np.concatenate(
+        [[3.0 - 2.0 * len(right) / len(kept)], np.ones(len(right)), np.zeros(len(wrong_kept))]
+    )
+    if np.ptp(rewards) == 0:
+        return 1.0, table
+    a = np.tanh(0.4 * (rewards - rewards.mean()) / (rewards.std(ddof=0) + 1e-6)) / (1 + len(right))
+    for r, value in zip(right, np.clip(a[1 : 1 + len(right)], 0.02, 0.15), strict=True):
+        table[next(i for i, other in enumerate(group.rollouts) if other is r)] = 0.25 * value
+    return a[0], table
+
+
+def test_published_agrees_with_a_second_computation_on_random_groups():
+    rng = random.Random(0)
+    outcomes = set()
+    for _ in range(5000):
+        group = make_group(
+            *(
+                rollout(
+                    i,
+                    rng.choice(["correct", "correct", "wrong", "wrong", "unverifiable", "timeout"]),
+                    text=" ".join(rng.choice("abcdefgh") for _ in range(rng.randint(3, 9))),
+                    finish=rng.choice(["stop", "stop", "stop", "stop", "length", "abort"]),
+                    filtered=rng.choice(["", "", "", "loop"]),
+                    num_tokens=rng.choice([0, 1, 2, 3, 4]),
+                )
+                for i in range(rng.randint(0, 12))
+            )
+        )
+        weights = published_weights(group, deduplicate=near_distinct, similarity=word_overlap)
+        expert, table = published_again(group)
+        assert weights.expert == pytest.approx(expert, rel=1e-12, abs=1e-15)
+        np.testing.assert_allclose(weights.rollouts, table, rtol=1e-12, atol=1e-15)
+        outcomes.add(round(expert, 6))
+    assert len(outcomes) > 20, "the random groups are too much alike to prove anything"
+
+
+def test_published_wrong_copies_of_a_correct_text_leave_the_group():
+    one_copy = make_group(rollout(0), rollout(1, "wrong"), rollout(2, "wrong"))
+    copies = published_weights(one_copy, similarity=lambda w, c: 0.88 if w == "text 2" else 0.879)
+    # d is still 2/3: the copy was sampled, it is only no longer an example of a wrong answer.
+    rewards = np.array([1 + 4 / 3, 1.0, 0.0])
+    z = (rewards - rewards.mean()) / (rewards.std() + 1e-6)
+    assert copies.expert == pytest.approx(np.tanh(0.4 * z[0]) / 2, rel=1e-12)
+
+
+# ---- the adaptive curve
+
+configs = st.builds(
+    WeightingConfig,
+    weighting_expert_max=st.floats(1.01, 5.0),
+    weighting_expert_min=st.floats(0.01, 0.9),
+    weighting_expert_exponent=st.floats(0.3, 4.0),
+    weighting_rollout_total=st.floats(0.01, 3.0),
+    weighting_rollout_exponent=st.floats(0.3, 4.0),
+    weighting_prior_strength=st.floats(0.0, 5.0),
+    weighting_memory=st.floats(0.0, 1.0),
+)
+shares = st.integers(0, 1000).map(lambda n: n / 1000)
+
+
+@given(configs, shares, shares)
+def test_expert_falls_and_rollouts_rise_with_solvability(config, one, other):
+    assume(one != other)
+    low, high = sorted((one, other))
+    assert expert_weight(low, config) >= expert_weight(high, config)
+    assert rollout_total(low, config) < rollout_total(high, config)
+    if (1 - low) ** config.weighting_expert_exponent - (1 - high) ** config.weighting_expert_exponent > 1e-12:
+        assert expert_weight(low, config) > expert_weight(high, config)
+
+
+@given(configs)
+def test_ends_of_the_curve_are_the_flags(config):
+    assert (
+        expert_weight(0.0, config) == pytest.approx(config.weighting_expert_max)
+        and config.weighting_expert_max > 1
+    )
+    assert expert_weight(1.0, config) == config.weighting_expert_min < 1
+    assert rollout_total(0.0, config) == 0.0
+    assert rollout_total(1.0, config) == config.weighting_rollout_total
+
+
+@given(configs)
+def test_expert_weight_is_that_of_an_unsampled_problem_at_the_neutral_point(config):
+    assert 0 < neutral_solvability(config) < 1
+    assert expert_weight(neutral_solvability(config), config) == pytest.approx(1.0)
+
+
+def test_default_constants():
+    config = WeightingConfig()
+    assert config.rasft_weighting == "adaptive"
+    assert (expert_weight(0.0, config), expert_weight(1.0, config)) == pytest.approx((1.5, 0.3))
+    assert rollout_total(0.5, config) == pytest.approx(0.35)
+    assert neutral_solvability(config) == pytest.approx(5 / 12)
+
+
+# ---- the adaptive weights of a group
+
+
+@given(configs, st.integers(0, 12), st.integers(0, 12))
+def test_adaptive_total_is_bounded_and_shared_evenly(config, num_correct, num_wrong):
+    group = counted_group(num_correct, num_wrong)
+    weights = adaptive_weights(group, config)
+    assert len(weights.rollouts) == num_correct + num_wrong
+    assert weights.expert + sum(weights.rollouts) <= (
+        config.weighting_expert_max + config.weighting_rollout_total + 1e-9
+    )
+    assert not any(weights.rollouts[num_correct:])
+    if num_correct:
+        total = rollout_total(weights.solvability, config)
+        assert weights.rollouts[:num_correct] == pytest.approx([total / num_correct] * num_correct)
+    if not group.rollouts:
+        assert (weights.expert, weights.solvability) == (1.0, None)
+
+
+@given(st.integers(0, 6), st.integers(0, 6), st.integers(2, 5))
+def test_adaptive_weights_do_not_depend_on_the_number_of_samples(num_correct, num_wrong, times):
+    assume(num_correct + num_wrong > 0)
+    few = adaptive_weights(counted_group(num_correct, num_wrong), NO_PRIOR)
+    many = adaptive_weights(counted_group(num_correct * times, num_wrong * times), NO_PRIOR)
+    assert few.expert == pytest.approx(many.expert)
+    assert sum(few.rollouts) == pytest.approx(sum(many.rollouts))
+
+
+@given(configs, st.integers(1, 12))
+def test_adaptive_is_monotone_in_the_number_of_correct_rollouts(config, num_samples):
+    ladder = [adaptive_weights(counted_group(c, num_samples - c), config) for c in range(num_samples + 1)]
+    for worse, better in itertools.pairwise(ladder):
+        assert worse.expert > better.expert
+        assert sum(worse.rollouts) < sum(better.rollouts)
+    assert sum(ladder[0].rollouts) == 0
+    assert ladder[0].expert > 1 > ladder[-1].expert
+
+
+def test_unsampled_problem_keeps_weight_one():
+    assert adaptive_weights(None, WeightingConfig()).expert == 1.0
+    assert published_weights(None).expert == 1.0
+
+
+@pytest.mark.parametrize("weigh", [lambda g: adaptive_weights(g, WeightingConfig()), published_weights])
+def test_failed_rollouts_are_not_wrong_answers(weigh):
+    failed = make_group(
+        rollout(0, None, finish="abort"), rollout(1, "timeout"), rollout(2, "wrong", num_tokens=0)
+    )
+    assert weigh(failed).expert == 1.0
+    assert weigh(failed).solvability is None
+
+
+def test_near_duplicates_share_one_weight_but_count_as_draws():
+    group = make_group(rollout(0, text="same"), rollout(1, text="same"), rollout(2), rollout(3, "wrong"))
+    weights = adaptive_weights(group, NO_PRIOR)
+    assert weights.solvability == 0.75
+    assert weights.rollouts == pytest.approx([0.7 * 0.75 / 2, 0, 0.7 * 0.75 / 2, 0])
+
+
+def test_a_wrong_text_does_not_shadow_the_correct_one_like_it():
+    group = make_group(rollout(0, "wrong", text="same"), rollout(1, text="same"))
+    assert adaptive_weights(group, NO_PRIOR).rollouts == pytest.approx([0, 0.35])
+
+
+@pytest.mark.parametrize(
+    ("rollouts", "expected"),
+    [
+        ([], (0, 0)),
+        ([rollout(0), rollout(1, "wrong")], (1, 2)),
+        ([rollout(0, finish="length"), rollout(1)], (1, 2)),
+        ([rollout(0, filtered="shortcut"), rollout(1)], (1, 2)),
+        ([rollout(0, filtered="duplicate"), rollout(1)], (2, 2)),
+        ([rollout(0, "unverifiable"), rollout(1, "wrong")], (0, 2)),
+        ([rollout(0, "unverifiable"), rollout(1, "unverifiable")], (0, 0)),
+        ([rollout(0, "unverifiable", finish="length"), rollout(1, "unverifiable")], (0, 2)),
+        ([rollout(0, "timeout"), rollout(1)], (1, 1)),
+        ([rollout(0, None, finish="abort"), rollout(1)], (1, 1)),
+    ],
+)
+def test_what_counts_as_solved(rollouts, expected):
+    assert count_solved(make_group(*rollouts)) == expected
+
+
+# ---- memory and prior
+
+
+@given(configs, st.integers(0, 20), st.integers(1, 20), shares, st.floats(0, 50))
+def test_estimate_is_the_mean_of_the_pooled_beta_posterior(
+    config, num_correct, num_samples, past, past_samples
+):
+    assume(num_correct <= num_samples)
+    mean, kept = neutral_solvability(config), config.weighting_memory * past_samples
+    alpha = config.weighting_prior_strength * mean + num_correct + kept * past
+    beta = config.weighting_prior_strength * (1 - mean) + (num_samples - num_correct) + kept * (1 - past)
+    estimate = estimate_solvability(num_correct, num_samples, config, (past, past_samples))
+    assert estimate == pytest.approx(alpha / (alpha + beta))
+
+
+def test_remembered_solvability_weighs_a_problem_that_is_not_sampled_again():
+    weights = adaptive_weights(None, NO_PRIOR, remembered=(1.0, 4.0))
+    assert (weights.expert, weights.rollouts) == (pytest.approx(0.3), ())
+
+
+def test_memory_zero_forgets():
+    config = WeightingConfig(weighting_memory=0.0)
+    assert estimate_solvability(1, 4, config, (1.0, 100.0)) == estimate_solvability(1, 4, config)
+    assert estimate_solvability(0, 0, config, (1.0, 100.0)) is None
+
+
+def test_little_evidence_is_treated_nearly_as_none():
+    config = WeightingConfig(weighting_prior_strength=1e6)
+    assert adaptive_weights(counted_group(0, 3), config).expert == pytest.approx(1.0, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("num_correct", "num_samples", "remembered"),
+    [(2, 1, None), (-1, 1, None), (0, 1, (1.5, 1)), (0, 1, (0.5, -1))],
+)
+def test_impossible_evidence_is_refused(num_correct, num_samples, remembered):
+    with pytest.raises(ValueError):
+        estimate_solvability(num_correct, num_samples, WeightingConfig(), remembered)
+
+
+# ---- advantages
+
+
+@given(st.lists(st.integers(-3, 3).map(float), min_size=1, max_size=16))
+def test_grpo_advantages_are_population_z_scores(rewards):
+    advantages = grpo_advantages(rewards)
+    x = np.array(rewards)
+    assert advantages.is_degenerate == (np.ptp(x) == 0)
+    np.testing.assert_allclose(advantages.values, (x - x.mean()) / (x.std() + 1e-6), rtol=1e-12, atol=1e-12)
+
+
+def test_equal_rewards_have_advantage_exactly_zero():
+    assert grpo_advantages([0.1] * 3).values == (0.0, 0.0, 0.0)
+    assert grpo_advantages([]).is_degenerate
+
+
+def test_gft_group_includes_the_expert():
+    values = gft_advantages([1.0, 0.0, 0.0]).values
+    assert values == pytest.approx([1, 1, -1, -1], abs=1e-5)
+    assert gft_advantages([1.0, 1.0]).is_degenerate
+    assert gft_advantages([]).is_degenerate
+
+
+# ---- samples
+
+MIXED = (
+    {"index": 0, "verdict": "correct"},
+    {"index": 1, "verdict": "wrong"},
+    {"index": 2, "verdict": "correct", "finish": "length"},
+    {"index": 3, "verdict": "correct", "finish": "abort"},
+    {"index": 4, "verdict": "correct", "num_tokens": 0},
+    {"index": 5, "verdict": "wrong", "finish": "length"},
+)
+
+
+def mixed_group():
+    return make_group(*(rollout(**fields) for fields in MIXED))
+
+
+@pytest.mark.parametrize("objective", sorted(DEMONSTRATION_OBJECTIVES))
+def test_demonstration_objectives_ignore_rollouts(objective):
+    group = mixed_group()
+    group.rollouts[0].weight = 9.0
+    samples = make_samples(objective, demonstration(), group, config=WeightingConfig())
+    assert weights_of(samples) == [("expert", 1.0)]
+    assert (samples[0].prompt_ids, samples[0].response_ids) == ([1, 2], [3, 4])
+    assert [r.weight for r in group.rollouts] == [0.0] * 6
+
+
+def test_rasft_trains_the_demonstration_and_the_complete_correct_rollouts():
+    group = mixed_group()
+    samples = make_samples("rasft", demonstration(), group, config=NO_PRIOR)
+    # four attempts, one solved: s = 1/4
+    assert weights_of(samples) == [("expert", 1.5 - 1.2 / 4), ("rollout", 0.7 / 4)]
+    assert samples[1].response_ids == [10, 10, 10]
+    assert [r.weight for r in group.rollouts] == pytest.approx([0.175, 0, 0, 0, 0, 0])
+
+
+def test_rasft_published_uses_the_published_rule():
+    samples = make_samples(
+        "rasft", demonstration(), counted_group(1, 2), config=WeightingConfig(rasft_weighting="published")
+    )
+    assert [s.weight for s in samples] == pytest.approx([0.2779, 0.00869], abs=5e-5)
+
+
+def test_rasft_without_rollout_weight_trains_no_rollout():
+    config = WeightingConfig(weighting_rollout_total=0.0)
+    assert len(make_samples("rasft", demonstration(), counted_group(3, 1), config=config)) == 1
+
+
+def test_raft_trains_distinct_correct_rollouts_only():
+    group = make_group(rollout(0, text="a"), rollout(1, text="a"), *mixed_group().rollouts[1:])
+    samples = make_samples("raft", demonstration(), group, config=WeightingConfig())
+    assert weights_of(samples) == [("rollout", 1.0)]
+    assert make_samples("raft", demonstration(), counted_group(0, 3), config=WeightingConfig()) == []
+    assert make_samples("raft", demonstration(), config=WeightingConfig()) == []
+
+
+def test_grpo_trains_every_delivered_rollout_with_its_advantage():
+    group = mixed_group()
+    samples = make_samples("grpo", demonstration(), group, config=WeightingConfig())
+    assert [s.response_ids[0] for s in samples] == [10, 11, 12, 15]
+    x = np.array([1.0, 0.0, 0.0, 0.0])  # the correct one cut by length earns nothing
+    assert [s.weight for s in samples] == pytest.approx(list((x - 0.25) / (x.std() + 1e-6)))
+    assert [r.weight for r in group.rollouts if r.weight] == [s.weight for s in samples]
+
+
+@pytest.mark.parametrize(("skip", "num_samples"), [(False, 3), (True, 0)])
+def test_grpo_degenerate_groups_can_be_skipped(skip, num_samples):
+    config = WeightingConfig(weighting_skip_degenerate=skip)
+    samples = make_samples("grpo", demonstration(), counted_group(3, 0), config=config)
+    assert [s.weight for s in samples] == [0.0] * num_samples
+    assert make_samples("grpo", demonstration(), config=config) == []
+
+
+def test_gft_standardises_demonstration_and_rollouts_together():
+    samples = make_samples("gft", demonstration(), counted_group(1, 2), config=WeightingConfig())
+    assert [s.kind for s in samples] == ["expert", "rollout", "rollout", "rollout"]
+    assert [s.weight for s in samples] == pytest.approx([1, 1, -1, -1], abs=1e-5)
+
+
+@pytest.mark.parametrize("group", [None, make_group(), counted_group(3, 0)])
+def test_gft_falls_back_to_the_demonstration(group):
+    assert weights_of(make_samples("gft", demonstration(), group, config=WeightingConfig())) == [
+        ("expert", 1.0)
+    ]
+
+
+@pytest.mark.parametrize("objective", ["rasft", "raft", "grpo", "gft"])
+@pytest.mark.parametrize("weighting", ["adaptive", "published"])
+def test_no_positive_weight_on_incomplete_or_undelivered_rollouts(objective, weighting):
+    rng = random.Random(1)
+    config = WeightingConfig(rasft_weighting=weighting)
+    for _ in range(300):
+        group = make_group(
+            *(
+                rollout(
+                    i,
+                    rng.choice(["correct", "wrong", "unverifiable", "timeout"]),
+                    finish=rng.choice(["stop", "length", "abort"]),
+                    num_tokens=rng.choice([0, 3]),
+                )
+                for i in range(8)
+            )
+        )
+        samples = make_samples(objective, demonstration(), group, config=config)
+        assert all(s.response_ids for s in samples)
+        for r in group.rollouts:
+            assert r.weight <= 0 or (r.finish_reason == "stop" and r.verdict == "correct")
+            assert r.weight == 0 or (r.response_ids and r.finish_reason != "abort")
+        assert sum(s.kind == "expert" for s in samples) == (objective in ("rasft", "gft"))
+
+
+def test_misuse_is_named():
+    with pytest.raises(ValueError, match="--objective"):
+        make_samples("ppo", demonstration(), config=WeightingConfig())
+    with pytest.raises(AssertionError, match="other"):
+        make_samples("rasft", demonstration(), RolloutGroup(problem_id="other"), config=WeightingConfig())
+    with pytest.raises(AssertionError, match="no verdict"):
+        make_samples("rasft", demonstration(), make_group(rollout(0, None)), config=WeightingConfig())
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("rasft_weighting", "other"),
+        ("weighting_expert_max", 1.0),
+        ("weighting_expert_max", float("inf")),
+        ("weighting_expert_min", 0.0),
+        ("weighting_expert_min", 1.0),
+        ("weighting_expert_exponent", 0.0),
+        ("weighting_rollout_exponent", float("nan")),
+        ("weighting_rollout_total", -0.1),
+        ("weighting_prior_strength", -1.0),
+        ("weighting_memory", 1.1),
+    ],
+)
+def test_config_names_the_wrong_flag(field, value):
+    with pytest.raises(ValueError, match="--" + field.replace("_", "-")):
+        WeightingConfig(**{field: value})
