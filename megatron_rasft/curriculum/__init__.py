@@ -1,0 +1,1 @@
+"""Decides which demonstrations get rollouts, and when; plain Python, no torch."""
