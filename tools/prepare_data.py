@@ -1,7 +1,7 @@
-"""Look at training data before a run: ``validate`` reports every row, ``inspect`` shows one as the model sees it.
+"""Look at training data before a run: every row with ``validate``, one as the model sees it with ``inspect``.
 
-python tools/prepare_data.py validate --train-data FILE.jsonl [--tokenizer DIR --max-tokens N] [any --data-* flag]
-python tools/prepare_data.py inspect --train-data FILE.jsonl --tokenizer DIR [--index N] [any --data-* flag]
+prepare_data.py validate --train-data FILE.jsonl [--tokenizer DIR [--max-tokens N]] [any --data-* flag]
+prepare_data.py inspect --train-data FILE.jsonl --tokenizer DIR [--index N] [any --data-* flag]
 """
 
 import argparse

@@ -24,14 +24,14 @@ class DataConfig:
     """Field of a row that holds the gold answer the verifier compares with: text or a number."""
 
     data_messages_field: str = "messages"
-    """Field that holds a chat, [{"role", "content"}, ...], read where a row lacks a problem or a response field. Its
-    last message is the assistant's response, those before it are the prompt."""
+    """Field that holds a chat, [{"role", "content"}, ...], read where a row lacks a problem or a response
+    field. Its last message is the assistant's response, those before it are the prompt."""
 
     data_id_field: str = "id"
     """Field that holds a row's id, unique in the run. Rows without one are called <file name>:<line>."""
 
     data_chat_template: str | None = None
-    """Jinja file of the chat template. Unset: the model's own; if it has none, plain text and a line break."""
+    """Jinja file of the chat template. Unset: the model's own; without one, plain text and a line break."""
 
     data_prompt_suffix: str = "\nPlease reason step by step, and put your final answer within \\boxed{}."
     """Appended to the problem (in a chat: to the last user message). "" appends nothing."""
@@ -40,12 +40,12 @@ class DataConfig:
     """System message put before each prompt that has none of its own. Unset: the chat template's default."""
 
     data_overlong: Literal["drop", "refuse"] = "drop"
-    """What happens to a row whose prompt and response exceed the sequence length: drop counts it and trains without
-    it, refuse stops the run. A row is never cut."""
+    """What happens to a row whose prompt and response exceed the sequence length: drop counts it and trains
+    without it, refuse stops the run. A row is never cut."""
 
     data_bad_rows: Literal["refuse", "skip"] = "refuse"
-    """What happens if rows cannot be used (bad JSON, no answer, duplicate id, ...): refuse names them and stops the
-    run, skip counts them by reason and trains without them."""
+    """What happens if rows cannot be used (bad JSON, no answer, duplicate id, ...): refuse names them and
+    stops the run, skip counts them by reason and trains without them."""
 
     data_seed: int = 1234
     """Seed of the order in which problems are visited, >= 0."""
@@ -57,14 +57,14 @@ class DataConfig:
         for path in self.train_data:
             if not path.endswith(TRAIN_DATA_SUFFIXES):
                 raise ValueError(
-                    f"--train-data must be {', '.join(TRAIN_DATA_SUFFIXES)} files, got {path!r}: convert it, or rename "
-                    "it if only the ending is wrong."
+                    f"--train-data must be {', '.join(TRAIN_DATA_SUFFIXES)} files, got {path!r}: convert it, "
+                    "or rename it if only the ending is wrong."
                 )
         repeated = sorted({path for path in self.train_data if self.train_data.count(path) > 1})
         if repeated:
             raise ValueError(
-                f"--train-data must name each file once, got {repeated[0]!r} {self.train_data.count(repeated[0])} "
-                "times. Use --data-epochs to train on it more often."
+                f"--train-data must name each file once, got {repeated[0]!r} "
+                f"{self.train_data.count(repeated[0])} times. Use --data-epochs to train on it more often."
             )
         fields = {
             "--data-problem-field": self.data_problem_field,
@@ -83,8 +83,8 @@ class DataConfig:
             )
         if self.data_chat_template is not None and not Path(self.data_chat_template).is_file():
             raise ValueError(
-                f"--data-chat-template must be a file, {self.data_chat_template!r} is none. Write the template to a "
-                "file, or leave the flag out to use the model's own."
+                f"--data-chat-template must be a file, {self.data_chat_template!r} is none. Write the "
+                "template to a file, or leave the flag out to use the model's own."
             )
         if self.data_overlong not in ("drop", "refuse"):
             raise ValueError(
@@ -98,5 +98,6 @@ class DataConfig:
             raise ValueError(f"--data-seed must be >= 0, got {self.data_seed}. Use any other whole number.")
         if self.data_epochs < 1:
             raise ValueError(
-                f"--data-epochs must be >= 1, got {self.data_epochs}. To stop earlier use Megatron's --train-iters."
+                f"--data-epochs must be >= 1, got {self.data_epochs}. To stop earlier use Megatron's "
+                "--train-iters."
             )

@@ -5,7 +5,7 @@ from bisect import bisect_left, insort
 from collections.abc import Sequence
 
 _NUM_CAPACITY_TRIALS = 8
-"""Halvings of the range in which the smallest sufficient capacity is sought, when bins are too tight for LPT."""
+"""Halvings of the range in which the smallest sufficient capacity is sought, if LPT finds no room."""
 
 
 def pack(
@@ -13,18 +13,19 @@ def pack(
 ) -> list[list[list[int]]]:
     """Share sequences out to data-parallel replicas as micro-batches (bins) of about equal token counts.
 
-    As few bins as greedy packing finds, rounded up to a multiple of ``num_replicas * multiple_of_bins``, then balanced
-    over all of them. The result depends on the arguments only, so every rank can compute it for itself.
+    As few bins as greedy packing finds, rounded up to a multiple of ``num_replicas * multiple_of_bins``, then
+    balanced over all of them. The result depends on the arguments only, so every rank can compute it for
+    itself.
 
     Args:
         lengths: tokens of each sequence, >= 1, as it lies in a micro-batch (any padding already added).
         max_tokens: most tokens in one bin.
         num_replicas: data-parallel size.
-        multiple_of_bins: the number of bins per replica is a multiple of it, as an interleaved pipeline demands.
+        multiple_of_bins: the number of bins per replica is a multiple of it (interleaved pipelines).
 
     Returns:
-        For each replica its bins, each a list of indices into ``lengths``. Every index occurs once; a bin is empty
-        only if there are fewer sequences than bins. No sequences, no bins.
+        For each replica its bins, each a list of indices into ``lengths``. Every index occurs once; a bin is
+        empty only if there are fewer sequences than bins. No sequences, no bins.
     """
     for name, value in (
         ("max_tokens", max_tokens),
@@ -36,7 +37,8 @@ def pack(
     for index, length in enumerate(lengths):
         if not 1 <= length <= max_tokens:
             raise ValueError(
-                f"sequence {index} has {length} tokens, a micro-batch holds 1 to {max_tokens}. Drop it or raise the limit."
+                f"sequence {index} has {length} tokens, a micro-batch holds 1 to {max_tokens}. Drop it or "
+                "raise the limit."
             )
     if not lengths:
         return [[] for _ in range(num_replicas)]
@@ -57,7 +59,7 @@ def _fill_bins(lengths: Sequence[int], order: list[int], max_tokens: int, step: 
     bins = _spread(lengths, order, num_bins, max_tokens)
     if bins is not None:
         return bins
-    # Too tight for spreading. Best fit succeeds at max_tokens: look for the smallest capacity at which it still does.
+    # Too tight for spreading. Best fit succeeds at max_tokens: seek the least capacity at which it does.
     low, high = max(-(-total // num_bins), lengths[order[0]]), max_tokens
     for _ in range(_NUM_CAPACITY_TRIALS):
         if low >= high:
@@ -106,7 +108,7 @@ def _best_fit(lengths: Sequence[int], order: list[int], capacity: int) -> list[l
 
 
 def _occupy_all(lengths: Sequence[int], bins: list[list[int]], num_bins: int) -> list[list[int]]:
-    """Add bins up to ``num_bins``, each begun with the longest sequence of the fullest bin that has several."""
+    """Add bins up to ``num_bins``, each with the longest sequence of the fullest bin that has several."""
     bins = [list(indices) for indices in bins]
     loads = [(-sum(lengths[index] for index in indices), number) for number, indices in enumerate(bins)]
     fullest = [(load, number) for load, number in loads if len(bins[number]) > 1]

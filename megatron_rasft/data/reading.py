@@ -84,8 +84,8 @@ class DataReport:
             )
         if not self.num_demonstrations:
             raise DataError(
-                f"none of the {self.num_rows} rows can be trained on: {len(self.faults)} faulty, {len(self.overlong)} "
-                f"too long:\n{_name_rows(self.faults + self.overlong)}\n"
+                f"none of the {self.num_rows} rows can be trained on: {len(self.faults)} faulty, "
+                f"{len(self.overlong)} too long:\n{_name_rows(self.faults + self.overlong)}\n"
                 "Check --data-problem-field, --data-response-field, --data-answer-field and --seq-length."
             )
 
@@ -115,8 +115,8 @@ class DataReport:
 def read_rows(config: DataConfig, require_answer: bool = True) -> Iterator[Row | RowFault]:
     """Stream the rows of ``config.train_data``, a RowFault in the place of each that cannot be used.
 
-    Nothing is refused here, ``DataReport.check`` decides; only a file that is missing, empty or unreadable raises
-    DataError, the missing ones before any row is read.
+    Nothing is refused here, ``DataReport.check`` decides; only a file that is missing, empty or unreadable
+    raises DataError, the missing ones before any row is read.
 
     Args:
         config: the files and the names of their fields.
@@ -235,8 +235,9 @@ def _read_parquet(path: Path, config: DataConfig) -> Iterator[tuple[int, dict[st
             names = table.schema_arrow.names
             if not {config.data_problem_field, config.data_messages_field}.intersection(names):
                 raise DataError(
-                    f"{path} has neither a column {config.data_problem_field!r} nor {config.data_messages_field!r}; its "
-                    f"columns are {', '.join(names)}. Name them: --data-problem-field or --data-messages-field."
+                    f"{path} has neither a column {config.data_problem_field!r} nor "
+                    f"{config.data_messages_field!r}; its columns are {', '.join(names)}. Name one with "
+                    "--data-problem-field or --data-messages-field."
                 )
             for batch in table.iter_batches(
                 batch_size=1024, columns=[name for name in names if name in wanted]

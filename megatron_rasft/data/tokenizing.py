@@ -16,8 +16,8 @@ _BATCH_SIZE = 1024
 """Texts per call of the fast tokenizer, which works through a batch on all cores."""
 
 _TEMPLATE_DATE = "26 Jul 2024"
-"""Llama 3's templates write today's date into the prompt unless they are given one: a run resumed tomorrow must see
-the same tokens. This is the date those templates fall back to; others ignore it."""
+"""Llama 3's templates write today's date into the prompt unless they are given one: a run resumed tomorrow
+must see the same tokens. This is the date those templates fall back to; others ignore it."""
 
 _PROBE = "\u2020probe\u2020"
 """A response no template knows, to see what a template puts behind a response."""
@@ -49,7 +49,7 @@ class ChatFormat:
     closing: str
     """What the template puts behind the response; "" if it puts nothing."""
     end_id: int
-    """Ends a response: the template's end-of-turn token if it has one, else end-of-sequence. A rollout stops on it."""
+    """Ends a response and a rollout: the template's end-of-turn token, else end-of-sequence."""
     eos_id: int | None
 
     def render(self, tokenizer: Tokenizer, messages: list[Message], is_prompt: bool) -> str:
@@ -72,7 +72,7 @@ class _Rendered:
 
 
 def read_chat_format(tokenizer: Tokenizer, config: DataConfig) -> ChatFormat:
-    """Find the template of ``config`` or ``tokenizer`` and what it closes a response with, by rendering a probe."""
+    """Find the template of ``config`` or ``tokenizer`` and what it puts behind a response."""
     template = None
     if config.data_chat_template is not None:
         template = Path(config.data_chat_template).read_text(encoding="utf-8")
@@ -87,8 +87,9 @@ def read_chat_format(tokenizer: Tokenizer, config: DataConfig) -> ChatFormat:
         end_id = next((token for token in closing_ids if token in known_ids), end_id)
     if end_id is None:
         raise ValueError(
-            "the tokenizer has no end-of-sequence token and the chat template closes a response with none, so a "
-            "response could not end. Set eos_token in the model's tokenizer_config.json or give --data-chat-template."
+            "the tokenizer has no end-of-sequence token and the chat template closes a response with none, "
+            "so a response could not end. Set eos_token in the model's tokenizer_config.json or give "
+            "--data-chat-template."
         )
     return ChatFormat(
         template=template,
@@ -108,8 +109,9 @@ def build_demonstrations(
 ) -> tuple[list[Demonstration], DataReport]:
     """Tokenise rows; refuse, skip or drop as ``config`` says.
 
-    Prompt and response are tokenised apart: ``prompt_ids`` is what a rollout server is given, so an expert and a
-    rolled-out response follow the very same tokens. ``response_ids`` ends with one end-of-sequence token.
+    Prompt and response are tokenised apart: ``prompt_ids`` is what a rollout server is given, so an expert
+    and a rolled-out response follow the very same tokens. ``response_ids`` ends with one end-of-sequence
+    token.
 
     Args:
         rows: of ``read_rows``.
@@ -234,9 +236,9 @@ def _render_chat(
 ) -> _Rendered:
     """Prompt as the template opens it; response as the template continues it, without its closing.
 
-    A template may begin a response with tokens of its own or trim it, and those versions are what the model knows. But
-    one that drops part of the response (its reasoning, say) or renders the prompt differently once it is answered
-    would train on something else: there the response is taken as it stands.
+    A template may begin a response with tokens of its own or trim it, and those versions are what the model
+    knows. But one that drops part of the response (its reasoning, say) or renders the prompt differently once
+    it is answered would train on something else: there the response is taken as it stands.
     """
     prompt_text = chat_format.render(tokenizer, messages, is_prompt=True)
     answered = [*messages, {"role": "assistant", "content": row.response}]
@@ -271,8 +273,8 @@ def _probe_closing(tokenizer: Tokenizer, chat_format: ChatFormat, config: DataCo
             f"--data-chat-template {config.data_chat_template}" if chat_format.template else "the model's own"
         )
         raise ValueError(
-            f"the chat template ({origin}) cannot render a question and its answer: {_first_line(error)}. Give another "
-            "with --data-chat-template."
+            f"the chat template ({origin}) cannot render a question and its answer: {_first_line(error)}. "
+            "Give another with --data-chat-template."
         ) from error
     if config.data_system_prompt is not None:
         messages.insert(0, {"role": "system", "content": config.data_system_prompt})

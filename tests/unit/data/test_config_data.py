@@ -1,0 +1,32 @@
+from pathlib import Path
+
+import pytest
+
+from megatron_rasft.config.data import DataConfig
+
+
+@pytest.mark.parametrize(
+    ("values", "flag", "way_out"),
+    [
+        ({"train_data": ["rows.csv"]}, "--train-data", "convert it"),
+        ({"train_data": ["a.jsonl", "a.jsonl"]}, "--train-data", "--data-epochs"),
+        ({"data_epochs": 0}, "--data-epochs", "--train-iters"),
+        ({"data_seed": -1}, "--data-seed", "whole number"),
+        ({"data_overlong": "cut"}, "--data-overlong", "Choose"),
+        ({"data_bad_rows": "ignore"}, "--data-bad-rows", "Choose"),
+        ({"data_chat_template": "/nowhere/chat.jinja"}, "--data-chat-template", "leave the flag out"),
+        ({"data_answer_field": ""}, "--data-answer-field", "name the field"),
+        ({"data_response_field": "problem"}, "--data-response-field", "worked solution"),
+    ],
+)
+def test_wrong_value_names_the_flag_and_the_way_out(values: dict, flag: str, way_out: str) -> None:
+    with pytest.raises(ValueError) as error:
+        DataConfig(**values)
+    assert flag in str(error.value) and way_out in str(error.value)
+
+
+def test_defaults_and_empty_suffix_are_valid(tmp_path: Path) -> None:
+    template = tmp_path / "chat.jinja"
+    template.write_text("x")
+    assert DataConfig().train_data == []
+    assert DataConfig(data_prompt_suffix="", data_chat_template=str(template)).data_prompt_suffix == ""

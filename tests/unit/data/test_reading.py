@@ -1,0 +1,230 @@
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from megatron_rasft.config.data import DataConfig
+from megatron_rasft.data.reading import DataReport, Row, RowFault, read_rows
+from megatron_rasft.errors import DataError
+
+GOOD: dict[str, Any] = {"problem": "1+1?", "response": "It is \\boxed{2}.", "answer": "2"}
+CHAT = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Hello"},
+    {"role": "user", "content": "1+1?"},
+    {"role": "assistant", "content": "2"},
+]
+
+
+def read(*paths: str, require_answer: bool = True, **values: Any) -> list[Any]:
+    return list(read_rows(DataConfig(train_data=list(paths), **values), require_answer))
+
+
+def chat(*turns: tuple[str, Any]) -> dict[str, Any]:
+    return {"messages": [{"role": role, "content": content} for role, content in turns], "answer": "2"}
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        ("{not json", "not JSON"),
+        ("[" * 100_000, "not JSON"),
+        ('{"id": ' + "1" * 10_000 + "}", "not JSON"),
+        ("\udcff", "not UTF-8"),
+        ("[1, 2]", "not a JSON object"),
+        ({"response": "r", "answer": "2"}, 'no "problem"'),
+        ({"problem": "p", "answer": "2"}, 'no "response"'),
+        ({"problem": "p", "response": "r"}, 'no "answer"'),
+        ({**GOOD, "problem": None}, 'no "problem"'),
+        ({**GOOD, "response": " \n"}, '"response" is empty'),
+        ({**GOOD, "answer": ""}, '"answer" is empty'),
+        ({**GOOD, "answer": ["2"]}, '"answer" is not text'),
+        ({**GOOD, "answer": True}, '"answer" is not text'),
+        ({**GOOD, "answer": float("nan")}, '"answer" is not text'),
+        ({**GOOD, "problem": 3}, '"problem" is not text'),
+        ({**GOOD, "response": "\ud800"}, '"response" is not valid Unicode'),
+        ({**GOOD, "id": ""}, '"id" is empty'),
+        ({**GOOD, "id": [1]}, '"id" is not text'),
+        ({**GOOD, "id": "first"}, "duplicate id"),
+        ({"messages": "hello", "answer": "2"}, '"messages" is not a list of messages'),
+        ({"messages": [], "answer": "2"}, '"messages" does not end with an assistant message'),
+        (
+            chat(("user", "p"), ("assistant", "r"), ("user", "q")),
+            '"messages" does not end with an assistant message',
+        ),
+        (chat(("assistant", "r")), '"messages" has no user message'),
+        (chat(("human", "p"), ("assistant", "r")), "unknown chat role"),
+        (chat(("user", "p"), ("assistant", "")), 'content of a message in "messages" is empty'),
+        (
+            chat(("user", [{"type": "text"}]), ("assistant", "r")),
+            'content of a message in "messages" is not text',
+        ),
+        ({"messages": CHAT}, 'no "answer"'),
+    ],
+)
+def test_faulty_row_is_named_and_the_others_are_kept(write_rows: Callable, bad: Any, reason: str) -> None:
+    path = write_rows({**GOOD, "id": "first"}, bad, GOOD)
+    rows = read(path)
+    assert [type(row) for row in rows] == [Row, RowFault, Row]
+    assert rows[1].source == f"{path}:2"
+    assert rows[1].reason == reason
+    assert rows[2].problem_id == "rows.jsonl:3", "a faulty row must not shift the others"
+
+
+def test_rows_keep_their_text_to_the_letter(write_rows: Callable) -> None:
+    odd = {"problem": " a\u2028b\n", "response": "\tc\r\n", "answer": " 2 ", "id": 7}
+    (row,) = read(write_rows(odd))
+    assert (row.problem, row.response, row.answer, row.problem_id) == (" a\u2028b\n", "\tc\r\n", " 2 ", "7")
+
+
+@pytest.mark.parametrize(("answer", "text"), [(2, "2"), (2.5, "2.5"), ("2/3", "2/3")])
+def test_number_is_an_answer(write_rows: Callable, answer: Any, text: str) -> None:
+    assert read(write_rows({**GOOD, "answer": answer}))[0].answer == text
+
+
+def test_answer_may_be_missing_only_without_rollouts(write_rows: Callable) -> None:
+    path = write_rows(
+        {"problem": "p", "response": "r"}, {**GOOD, "answer": ""}, GOOD, {**GOOD, "answer": [2]}
+    )
+    rows = read(path, require_answer=False)
+    assert [row.answer for row in rows[:3]] == [None, None, "2"]
+    assert isinstance(rows[3], RowFault), "a given answer must be usable all the same"
+
+
+def test_last_assistant_message_is_the_response(write_rows: Callable) -> None:
+    (row,) = read(write_rows({"messages": CHAT, "answer": "2"}))
+    assert (row.problem, row.response, row.messages) == ("1+1?", "2", CHAT[:-1])
+
+
+def test_plain_form_is_taken_where_both_are_complete(write_rows: Callable) -> None:
+    both, only_problem = read(
+        write_rows({**GOOD, "messages": CHAT}, {"problem": "p", "messages": CHAT, "answer": "2"})
+    )
+    assert both.response == GOOD["response"]
+    assert only_problem.response == "2"
+
+
+def test_field_names_can_be_mapped(write_rows: Callable) -> None:
+    path = write_rows({"q": "p", "solution": "r", "final": "2", "uid": "x"})
+    (row,) = read(
+        path,
+        data_problem_field="q",
+        data_response_field="solution",
+        data_answer_field="final",
+        data_id_field="uid",
+    )
+    assert (row.problem, row.response, row.answer, row.problem_id) == ("p", "r", "2", "x")
+
+
+def test_blank_lines_and_byte_order_mark_are_no_rows(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(GOOD).encode() + b"\r\n\n  \n" + json.dumps(GOOD).encode())
+    assert [row.source for row in read(str(path))] == [f"{path}:1", f"{path}:4"]
+
+
+def test_all_formats_hold_the_same_rows(tmp_path: Path, write_rows: Callable) -> None:
+    rows = [{**GOOD, "messages": None}, {"problem": None, "response": None, "answer": "2", "messages": CHAT}]
+    plain = write_rows(*rows)
+    zipped = tmp_path / "rows.jsonl.gz"
+    zipped.write_bytes(gzip.compress(Path(plain).read_bytes()))
+    table = tmp_path / "rows.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{**row, "heavy": "x"} for row in rows]), table)
+    expected = [(row.problem, row.response, row.answer, row.messages) for row in read(plain)]
+    for path in (zipped, table):
+        assert [(row.problem, row.response, row.answer, row.messages) for row in read(str(path))] == expected
+    assert [row.source for row in read(str(table))] == [f"{table}:1", f"{table}:2"]
+
+
+def test_files_of_one_name_keep_their_rows_apart(tmp_path: Path, write_rows: Callable) -> None:
+    (tmp_path / "more").mkdir()
+    rows = read(write_rows(GOOD), write_rows(GOOD, name="more/rows.jsonl"))
+    assert len({row.problem_id for row in rows if isinstance(row, Row)}) == 2
+
+
+def test_id_repeated_in_another_file_is_a_fault(write_rows: Callable) -> None:
+    first, second = (
+        write_rows({**GOOD, "id": "x"}, name="a.jsonl"),
+        write_rows({**GOOD, "id": "x"}, name="b.jsonl"),
+    )
+    fault = read(first, second)[1]
+    assert isinstance(fault, RowFault) and f"{first}:1" in str(fault)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b"", "is empty"),
+        ("a.jsonl", b"\n\n", "holds no rows"),
+        ("a.jsonl.gz", gzip.compress(b""), "holds no rows"),
+        ("a.jsonl.gz", b"{}", "not a readable gzip file"),
+        ("a.jsonl.gz", gzip.compress(json.dumps(GOOD).encode() * 1000)[:-20], "not a readable gzip file"),
+        ("a.parquet", b"PAR1 and no more", "not a readable parquet file"),
+    ],
+)
+def test_unusable_file_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=message) as error:
+        read(str(path))
+    assert str(path) in str(error.value)
+
+
+def test_parquet_without_the_columns_says_which_there_are(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"question": ["p"], "solution": ["r"]}), path)
+    with pytest.raises(DataError, match="question, solution"):
+        read(str(path))
+
+
+def test_missing_file_is_found_before_any_row_is_read(write_rows: Callable, tmp_path: Path) -> None:
+    config = DataConfig(train_data=[write_rows(GOOD), str(tmp_path / "gone.jsonl")])
+    with pytest.raises(DataError, match=r"gone\.jsonl does not exist"):
+        next(read_rows(config))
+
+
+def test_one_file_under_two_names_is_refused(write_rows: Callable, tmp_path: Path) -> None:
+    path = write_rows(GOOD)
+    (tmp_path / "link.jsonl").symlink_to(path)
+    with pytest.raises(DataError, match="are one file"):
+        read(path, str(tmp_path / "link.jsonl"))
+
+
+def test_no_file_is_refused() -> None:
+    with pytest.raises(DataError, match="--train-data"):
+        read()
+
+
+def test_refusal_names_ten_rows_and_counts_all() -> None:
+    faults = [RowFault(source=f"a.jsonl:{n}", reason="not JSON") for n in range(1, 14)]
+    report = DataReport(num_rows=20, num_demonstrations=7, faults=faults)
+    with pytest.raises(DataError) as error:
+        report.check(DataConfig())
+    message = str(error.value)
+    assert "13 of 20 rows" in message and "a.jsonl:10:" in message and "a.jsonl:11:" not in message
+    assert "and 3 more" in message and "--data-bad-rows skip" in message
+    report.check(DataConfig(data_bad_rows="skip"))
+    assert report.num_faults_by_reason == {"not JSON": 13}
+
+
+@pytest.mark.parametrize(
+    ("name", "num_rows", "faults"),
+    [
+        ("gsm8k_train", 7473, []),
+        # MATH leaves \boxed{} empty in two solutions.
+        ("math_train", 7500, [(5530, '"answer" is empty'), (5532, '"answer" is empty')]),
+    ],
+)
+def test_real_training_sets(
+    data_folder: Path, name: str, num_rows: int, faults: list[tuple[int, str]]
+) -> None:
+    path = data_folder / "train" / f"{name}.jsonl.gz"
+    rows = read(str(path))
+    assert len(rows) == num_rows
+    found = [(row.source, row.reason) for row in rows if isinstance(row, RowFault)]
+    assert found == [(f"{path}:{line}", reason) for line, reason in faults]

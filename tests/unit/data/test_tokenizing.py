@@ -1,0 +1,245 @@
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_rasft.config.data import DataConfig
+from megatron_rasft.data.reading import DataReport, Row, RowFault, read_rows
+from megatron_rasft.data.tokenizing import build_demonstrations, read_chat_format
+from megatron_rasft.errors import DataError
+from megatron_rasft.types import Demonstration
+
+NO_SUFFIX = DataConfig(data_prompt_suffix="")
+LLAMA_LIKE = (
+    "{{ '<|im_start|>' }}{% for m in messages %}[{{ m.role }}] {{ m.content | trim }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+WITHOUT_END = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+ENDS_WITH_EOS = "{% for m in messages %}{{ m.content }}{{ '<|endoftext|>' if m.role == 'assistant' else '\n' }}{% endfor %}"
+DROPS_REASONING = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content.split('</think>')[-1] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+OPENS_THINKING = DROPS_REASONING.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+NO_SYSTEM = (
+    "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + LLAMA_LIKE
+)
+
+
+def make_row(
+    problem: str = "1+1?", response: str = "It is \\boxed{2}.", number: int = 1, **values: Any
+) -> Row:
+    messages = [{"role": "user", "content": problem}]
+    fields = {"problem": problem, "response": response, "answer": "2", "messages": messages, **values}
+    return Row(problem_id=f"p{number}", source=f"a.jsonl:{number}", **fields)
+
+
+def build(
+    tokenizer: Any,
+    *rows: Row | RowFault,
+    config: DataConfig = NO_SUFFIX,
+    max_tokens: int = 4096,
+    **values: Any,
+) -> tuple[list[Demonstration], DataReport]:
+    return build_demonstrations(rows, tokenizer, config, max_tokens, **values)
+
+
+def spell(tokenizer: Any, demonstration: Demonstration) -> tuple[str, str]:
+    return tokenizer.decode(demonstration.prompt_ids), tokenizer.decode(demonstration.response_ids)
+
+
+@pytest.mark.parametrize(
+    ("template", "prompt", "response"),
+    [
+        (None, "1+1?\n", "It is \\boxed{2}.<|endoftext|>"),
+        (WITHOUT_END, "user: 1+1?\nassistant: ", "It is \\boxed{2}.<|endoftext|>"),
+        (ENDS_WITH_EOS, "1+1?\n", "It is \\boxed{2}.<|endoftext|>"),
+        (LLAMA_LIKE, "<|im_start|>[user] 1+1?<|im_end|>[assistant] ", "It is \\boxed{2}.<|im_end|>"),
+        (
+            DROPS_REASONING,
+            "<|im_start|>user\n1+1?<|im_end|>\n<|im_start|>assistant\n",
+            "It is \\boxed{2}.<|im_end|>",
+        ),
+        (
+            OPENS_THINKING,
+            "<|im_start|>user\n1+1?<|im_end|>\n<|im_start|>assistant\n<think>\n",
+            "It is \\boxed{2}.<|im_end|>",
+        ),
+    ],
+)
+def test_response_is_closed_as_the_template_closes_it(
+    make_tokenizer: Callable, template: str | None, prompt: str, response: str
+) -> None:
+    tokenizer = make_tokenizer(template)
+    (demonstration,), _ = build(tokenizer, make_row())
+    assert spell(tokenizer, demonstration) == (prompt, response)
+
+
+def test_prompt_is_exactly_what_the_template_gives_a_server(tokenizer: Any) -> None:
+    row = make_row("Größe? 数学 🙂")
+    (demonstration,), _ = build(tokenizer, row)
+    encoded = tokenizer.apply_chat_template(row.messages, tokenize=True, add_generation_prompt=True)
+    assert demonstration.prompt_ids == encoded["input_ids"]
+    body, end = demonstration.response_ids[:-1], demonstration.response_ids[-1]
+    assert body == tokenizer(row.response, add_special_tokens=False)["input_ids"]
+    assert (
+        end == tokenizer.convert_tokens_to_ids("<|im_end|>") == read_chat_format(tokenizer, NO_SUFFIX).end_id
+    )
+
+
+@pytest.mark.parametrize(
+    "ending", ["<|im_end|>", "<|im_end|><|im_end|>", "<|endoftext|>", "<|im_end|><|endoftext|>"]
+)
+def test_end_of_sequence_is_never_written_twice(tokenizer: Any, ending: str) -> None:
+    (demonstration,), _ = build(tokenizer, make_row(response="Two." + ending))
+    assert spell(tokenizer, demonstration)[1] == "Two.<|im_end|>"
+
+
+def test_reasoning_a_template_drops_is_still_trained_on(make_tokenizer: Callable) -> None:
+    tokenizer = make_tokenizer(DROPS_REASONING)
+    (demonstration,), report = build(tokenizer, make_row(response="<think>so</think>Two."))
+    assert spell(tokenizer, demonstration)[1] == "<think>so</think>Two.<|im_end|>"
+    assert report.num_plain_endings == 1
+
+
+def test_suffix_and_system_prompt_are_put_in_once(tokenizer: Any) -> None:
+    config = DataConfig(data_prompt_suffix="\nThink.", data_system_prompt="Be brief.")
+    chat = [
+        {"role": "system", "content": "Own."},
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Yes?"},
+        {"role": "user", "content": "1+1?\nThink."},
+    ]
+    plain, talk = build(tokenizer, make_row(), make_row(messages=chat, number=2), config=config)[0]
+    assert spell(tokenizer, plain)[0] == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n1+1?\nThink.<|im_end|>\n<|im_start|>assistant\n"
+    )
+    text = spell(tokenizer, talk)[0]
+    assert text.count("Think.") == 1 and "Own." in text and "Be brief." not in text
+    assert plain.problem == "1+1?", "the problem stays as it was given"
+
+
+def test_given_template_replaces_the_models_own(tokenizer: Any, tmp_path: Path) -> None:
+    file = tmp_path / "chat.jinja"
+    file.write_text(WITHOUT_END)
+    config = DataConfig(data_prompt_suffix="", data_chat_template=str(file))
+    (demonstration,), _ = build(tokenizer, make_row(), config=config)
+    assert spell(tokenizer, demonstration) == ("user: 1+1?\nassistant: ", "It is \\boxed{2}.<|endoftext|>")
+
+
+def test_tokenizer_that_adds_begin_and_end_to_everything(make_tokenizer: Callable) -> None:
+    from tokenizers import processors
+
+    tokenizer = make_tokenizer(None)
+    ids = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<|im_start|>", "<|endoftext|>")]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|im_start|> $A <|endoftext|>", special_tokens=ids
+    )
+    (demonstration,), _ = build(tokenizer, make_row())
+    assert spell(tokenizer, demonstration) == ("<|im_start|>1+1?\n", "It is \\boxed{2}.<|endoftext|>")
+
+
+@pytest.mark.parametrize(
+    ("template", "row", "reason"),
+    [
+        (LLAMA_LIKE, make_row(response="a<|im_end|>b"), "end-of-sequence inside the response"),
+        (LLAMA_LIKE, make_row(response="<|im_end|>"), "the response has no tokens"),
+        (LLAMA_LIKE, make_row(answer=None), 'no "answer"'),
+        (
+            NO_SYSTEM,
+            make_row(messages=[{"role": r, "content": "x"} for r in ("system", "user")]),
+            "the chat template refuses it",
+        ),
+        (
+            None,
+            make_row(messages=[{"role": r, "content": "x"} for r in ("user", "assistant", "user")]),
+            "several turns need a chat template",
+        ),
+    ],
+)
+def test_row_that_cannot_be_tokenised_is_a_fault(
+    make_tokenizer: Callable, template: str, row: Row, reason: str
+) -> None:
+    skip = DataConfig(data_prompt_suffix="", data_bad_rows="skip")
+    tokenizer = make_tokenizer(template)
+    demonstrations, report = build(tokenizer, row, make_row(number=2), config=skip)
+    assert [demonstration.problem_id for demonstration in demonstrations] == ["p2"]
+    assert report.num_faults_by_reason == {reason: 1}
+    assert (report.num_rows, report.num_demonstrations) == (2, 1)
+    with pytest.raises(DataError, match=r"a\.jsonl:1"):
+        build(tokenizer, row, make_row(number=2))
+
+
+def test_missing_answer_is_fine_without_rollouts(tokenizer: Any) -> None:
+    assert build(tokenizer, make_row(answer=None), require_answer=False)[0][0].answer is None
+
+
+def test_faults_of_reading_and_tokenising_are_refused_together(tokenizer: Any) -> None:
+    fault = RowFault(source="a.jsonl:7", reason="not JSON")
+    with pytest.raises(DataError, match="2 of 3 rows") as error:
+        build(tokenizer, fault, make_row(response="<|im_end|>"), make_row(number=2))
+    assert "a.jsonl:7: not JSON" in str(error.value) and "a.jsonl:1: the response" in str(error.value)
+
+
+def test_overlong_row_is_dropped_or_refused_never_cut(tokenizer: Any) -> None:
+    short, long = make_row(), make_row(response="word " * 50, number=2)
+    whole = build(tokenizer, short, long)[0]
+    limit = len(whole[1].prompt_ids) + len(whole[1].response_ids)
+    assert len(build(tokenizer, short, long, max_tokens=limit)[0]) == 2
+    kept, report = build(tokenizer, short, long, max_tokens=limit - 1)
+    assert kept == whole[:1]
+    assert [row.source for row in report.overlong] == ["a.jsonl:2"]
+    assert report.max_tokens_found == limit
+    with pytest.raises(DataError, match=r"a\.jsonl:2: longer than"):
+        refuse = DataConfig(data_prompt_suffix="", data_overlong="refuse")
+        build(tokenizer, short, long, config=refuse, max_tokens=limit - 1)
+
+
+def test_nothing_left_to_train_on_is_an_error(tokenizer: Any) -> None:
+    with pytest.raises(DataError, match="none of the 1 rows"):
+        build(tokenizer, make_row(), max_tokens=3)
+
+
+@pytest.mark.parametrize(
+    ("template", "eos_token", "values", "message"),
+    [
+        (None, None, {}, "no end-of-sequence token"),
+        (WITHOUT_END, None, {}, "no end-of-sequence token"),
+        ("{{ raise_exception('broken') }}", "<|endoftext|>", {}, "broken"),
+        ("{% for %}", "<|endoftext|>", {}, "--data-chat-template"),
+        (NO_SYSTEM, "<|endoftext|>", {"data_system_prompt": "x"}, "--data-system-prompt"),
+    ],
+)
+def test_unusable_template_is_named(
+    make_tokenizer: Callable, template: str | None, eos_token: str | None, values: dict, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        build(make_tokenizer(template, eos_token), make_row(), config=DataConfig(**values))
+
+
+def test_template_that_writes_the_date_writes_the_same_every_day(make_tokenizer: Callable) -> None:
+    dated = "{% if date_string is not defined %}{{ strftime_now('%d %b %Y') }}{% else %}{{ date_string }}{% endif %}"
+    tokenizer = make_tokenizer(dated + LLAMA_LIKE)
+    (demonstration,), _ = build(tokenizer, make_row())
+    assert spell(tokenizer, demonstration)[0].startswith("26 Jul 2024")
+
+
+def test_real_rows_are_tokenised_in_seconds_and_decode_to_themselves(
+    data_folder: Path, tokenizer: Any
+) -> None:
+    files = [str(data_folder / "train" / f"{name}_train.jsonl.gz") for name in ("gsm8k", "math")]
+    config = DataConfig(train_data=files, data_bad_rows="skip")
+    start = time.perf_counter()
+    demonstrations, report = build_demonstrations(read_rows(config), tokenizer, config, max_tokens=100_000)
+    seconds = time.perf_counter() - start
+    assert (len(demonstrations), len(report.faults), report.num_plain_endings) == (7473 + 7498, 2, 0)
+    assert seconds < 60, "a few seconds on an idle machine; the bound allows for a busy one"
+    for demonstration in demonstrations[::97]:
+        prompt, response = spell(tokenizer, demonstration)
+        assert response == demonstration.response + "<|im_end|>"
+        assert demonstration.problem + config.data_prompt_suffix in prompt
