@@ -29,7 +29,7 @@ from megatron.training.arguments import parse_args, validate_args
 from megatron.training.argument_utils import core_transformer_config_from_args
 from megatron.training.global_vars import get_signal_handler, get_tensorboard_writer, get_wandb_writer, set_global_variables
 from megatron.training.initialize import initialize_megatron
-from megatron.training.utils import unwrap_model
+from megatron.core.utils import unwrap_model
 
 from megatron_rasft.config import RasftConfig
 from megatron_rasft.errors import CheckpointError
