@@ -1,0 +1,214 @@
+"""The import directions of CONTRIBUTING.md, read from the syntax trees: nothing needs to be importable for this.
+
+Imports inside functions and under TYPE_CHECKING count like any other, and so do constant names given to
+importlib.import_module and __import__.
+"""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = "megatron_rasft"
+TOP_LEVEL = {"types", "config", "errors", "metrics"}
+"""Modules (config: a package) that every room may import; themselves they import each other only, types nothing."""
+
+ROOMS = {
+    "data", "curriculum", "rollout", "verify", "objective", "weights", "sync", "training", "evaluation", "report",
+}  # fmt: skip
+JOINING_ROOMS = {"training", "evaluation"}
+"""May import other rooms."""
+
+MAY_IMPORT_TORCH = {"objective", "weights", "sync", "training", "evaluation"}
+MAY_IMPORT_MEGATRON = {"sync", "training", "evaluation"}
+"""The others take tensors and process groups as arguments."""
+MAY_IMPORT_MEGATRON_TRAINING = {"training"}
+MAY_SPEAK_HTTP = {"rollout"}
+MAY_CALL_DEVICES = {"sync", "training"}
+
+HTTP = ("httpx", "requests", "aiohttp", "http.client", "urllib.request", "urllib3")
+VAGUE_NAMES = {"utils", "helpers", "common", "misc"}
+
+
+def imported_names(tree: ast.AST, module: str, is_package: bool) -> Iterator[tuple[int, str]]:
+    """(line, dotted name) of everything ``tree`` imports; ``from a import b`` gives ``a.b``."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parts = module.split(".")
+                kept = len(parts) - node.level + is_package
+                base = ".".join([*parts[:kept], *filter(None, [node.module])])
+            for alias in node.names:
+                yield node.lineno, f"{base}.{alias.name}"
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            if name in ("import_module", "__import__") and isinstance(node.args[0].value, str):
+                yield node.lineno, node.args[0].value
+
+
+def is_within(name: str, package: str) -> bool:
+    return name == package or name.startswith(f"{package}.")
+
+
+def broken_rules(home: str, name: str) -> Iterator[str]:
+    """Why a file of ``home`` (a room, a top-level module, or ``__init__``) may not import ``name``."""
+    if is_within(name, PACKAGE) and name != PACKAGE:
+        target = name.split(".")[1]
+        if target == "training" and home != "training":
+            yield "only pretrain_rasft.py imports training/"
+        elif home == "types":
+            yield "types.py imports nothing of this package"
+        elif home not in ROOMS and target in ROOMS:
+            yield f"{home} is top-level and may not import the room {target}/"
+        elif home in ROOMS and target in ROOMS and target != home and home not in JOINING_ROOMS:
+            yield f"{home}/ may not import the room {target}/: a shared noun belongs in types.py"
+    if is_within(name, "torch") and home not in MAY_IMPORT_TORCH:
+        yield f"{home} does without torch"
+    if is_within(name, "megatron.training") and home not in MAY_IMPORT_MEGATRON_TRAINING:
+        yield "only training/ imports megatron.training"
+    elif is_within(name, "megatron") and home not in MAY_IMPORT_MEGATRON:
+        yield f"{home} does without Megatron"
+    if is_within(name, "torch.cuda") and home not in MAY_CALL_DEVICES:
+        yield "device calls stay in training/ and sync/"
+    if any(is_within(name, library) for library in HTTP) and home not in MAY_SPEAK_HTTP:
+        yield "only rollout/ speaks HTTP"
+    if is_within(name, "sglang"):
+        yield "sglang runs in an environment of its own and is never imported"
+
+
+def device_calls(tree: ast.AST) -> Iterator[int]:
+    """Lines that name torch.cuda."""
+    for node in ast.walk(tree):
+        if (
+            isinstance(node, ast.Attribute)
+            and node.attr == "cuda"
+            and getattr(node.value, "id", "") == "torch"
+        ):
+            yield node.lineno
+
+
+def violations(root: Path) -> list[str]:
+    """Every broken rule below ``root``/megatron_rasft, as ``path:line: what: why``."""
+    found = []
+    package = root / PACKAGE
+    for path in sorted(package.rglob("*.py")):
+        parts = path.relative_to(package).with_suffix("").parts
+        home, where = parts[0], path.relative_to(root)
+        if len(parts) > 1 and home not in ROOMS and home not in TOP_LEVEL:
+            found.append(f"{where}:1: {home}/ is no room: give it a place in {Path(__file__).name}")
+            continue
+        if len(parts) == 1 and home not in TOP_LEVEL and home != "__init__":
+            found.append(f"{where}:1: {home}.py is no top-level module: it belongs in a room")
+        if VAGUE_NAMES & set(parts):
+            found.append(f"{where}:1: {path.stem} says nothing: modules are named by a noun of the field")
+        is_package = parts[-1] == "__init__"
+        module = ".".join([PACKAGE, *parts[: len(parts) - is_package]])
+        tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+        for line, name in imported_names(tree, module, is_package):
+            found += [f"{where}:{line}: imports {name}: {why}" for why in broken_rules(home, name)]
+        if home not in MAY_CALL_DEVICES:
+            found += [
+                f"{where}:{n}: torch.cuda: device calls stay in training/ and sync/"
+                for n in device_calls(tree)
+            ]
+    return found
+
+
+def test_this_checkout_keeps_the_import_directions() -> None:
+    assert (ROOT / PACKAGE / "types.py").exists()
+    assert violations(ROOT) == []
+
+
+def test_light_rooms_import_where_torch_and_megatron_are_missing() -> None:
+    """Also through what they import: a transitive import would not show in their own syntax."""
+    light = (TOP_LEVEL | ROOMS) - MAY_IMPORT_TORCH
+    modules = []
+    for path in sorted((ROOT / PACKAGE).rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        if len(parts) > 1 and parts[1] in light:
+            modules.append(".".join(parts).removesuffix(".__init__"))
+    program = (
+        "import importlib, sys\n"
+        "sys.modules['torch'] = sys.modules['megatron'] = None\n"  # None makes the import raise
+        f"for name in {modules!r}: importlib.import_module(name)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("file", "line"),
+    [
+        ("rollout/store.py", "from megatron_rasft.types import Rollout"),
+        ("rollout/client.py", "import httpx"),
+        ("rollout/store.py", "from .replay import Replay"),
+        ("rollout/__init__.py", "from .store import Store"),
+        ("data/reading.py", "from megatron_rasft.config.data import DataConfig"),
+        ("objective/logprobs.py", "import torch.distributed as dist"),
+        ("training/forward.py", "from megatron.core import parallel_state"),
+        ("training/loop.py", "from megatron.training.training import train_step"),
+        ("training/loop.py", "from megatron_rasft.verify.pool import VerifierPool"),
+        ("training/loop.py", "import torch\ntorch.cuda.synchronize()"),
+        ("evaluation/run.py", "from megatron_rasft.rollout.store import Store"),
+        ("config/__init__.py", "from megatron_rasft.config.data import DataConfig"),
+        ("verify/reward.py", "from megatron_rasft import __version__"),
+    ],
+)
+def test_allowed_imports_pass(tmp_path: Path, file: str, line: str) -> None:
+    write_tree(tmp_path, file, line)
+    assert violations(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "why"),
+    [
+        (
+            "rollout/store.py",
+            "from megatron_rasft.verify.pool import VerifierPool",
+            "may not import the room verify/",
+        ),
+        ("rollout/store.py", "from ..verify.pool import VerifierPool", "may not import the room verify/"),
+        ("rollout/__init__.py", "from ..verify import pool", "may not import the room verify/"),
+        ("rollout/store.py", "from megatron_rasft import verify", "may not import the room verify/"),
+        ("data/reading.py", "import megatron_rasft.curriculum", "may not import the room curriculum/"),
+        ("evaluation/run.py", "from megatron_rasft.training import model", "only pretrain_rasft.py"),
+        ("data/reading.py", "def read():\n    import megatron_rasft.training", "only pretrain_rasft.py"),
+        ("types.py", "from megatron_rasft.errors import RasftError", "types.py imports nothing"),
+        ("config/data.py", "from megatron_rasft.data import reading", "may not import the room data/"),
+        ("config/data.py", "import torch", "does without torch"),
+        ("curriculum/planner.py", "from torch import Tensor", "does without torch"),
+        ("verify/pool.py", "def f():\n    import torch.nn", "does without torch"),
+        ("rollout/engine.py", "import importlib\nimportlib.import_module('torch')", "does without torch"),
+        ("rollout/engine.py", "from megatron.core import parallel_state", "does without Megatron"),
+        ("weights/loading.py", "from megatron.training import get_args", "only training/ imports"),
+        ("objective/loss.py", "import megatron.training.training as t", "only training/ imports"),
+        ("objective/loss.py", "import torch\ntorch.cuda.synchronize()", "device calls"),
+        ("weights/loading.py", "from torch.cuda import Stream", "device calls"),
+        ("weights/loading.py", "from megatron.core import parallel_state", "does without Megatron"),
+        ("data/packing.py", "import torch", "does without torch"),
+        ("sync/broadcast.py", "from urllib.request import urlopen", "only rollout/ speaks HTTP"),
+        ("rollout/client.py", "import sglang.srt", "never imported"),
+        ("utils/strings.py", "x = 1", "is no room"),
+        ("data/helpers.py", "x = 1", "says nothing"),
+        ("loop.py", "x = 1", "no top-level module"),
+    ],
+)
+def test_each_broken_rule_is_found(tmp_path: Path, file: str, line: str, why: str) -> None:
+    write_tree(tmp_path, file, line)
+    assert [why in found for found in violations(tmp_path)] == [True]
+
+
+def write_tree(root: Path, file: str, content: str) -> None:
+    path = root / PACKAGE / file
+    path.parent.mkdir(parents=True)
+    path.write_text(content, encoding="utf-8")
