@@ -31,9 +31,18 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "max_position_embeddings": 131072,
         },
     ),
-    "llama_one_group_head_dim": ("Llama", {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 16}),
-    "llama_groups_are_heads": ("Llama", {"num_attention_heads": 4, "num_key_value_heads": 4, "rms_norm_eps": 1e-3}),
-    "qwen2_tied": ("Qwen2", {"num_attention_heads": 6, "num_key_value_heads": 2, "tie_word_embeddings": True}),
+    "llama_one_group_head_dim": (
+        "Llama",
+        {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 16},
+    ),
+    "llama_groups_are_heads": (
+        "Llama",
+        {"num_attention_heads": 4, "num_key_value_heads": 4, "rms_norm_eps": 1e-3},
+    ),
+    "qwen2_tied": (
+        "Qwen2",
+        {"num_attention_heads": 6, "num_key_value_heads": 2, "tie_word_embeddings": True},
+    ),
     "qwen2_one_group": ("Qwen2", {"num_attention_heads": 4, "num_key_value_heads": 1, "vocab_size": 128}),
     "qwen3": ("Qwen3", {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}),
     "qwen3_tied": (

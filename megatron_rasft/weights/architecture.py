@@ -75,8 +75,8 @@ def read_shape(config: dict[str, Any], family: Family) -> ModelShape:
 
 
 def _refuse_unsupported(config: dict[str, Any], family: Family) -> None:
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "unknown method")
+    if quantization := config.get("quantization_config"):
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         raise ModelFolderError(
             f"the model is quantized (quantization_config, {method}); use a folder with plain bf16, fp16 or "
             "fp32 weights"
@@ -100,18 +100,20 @@ def _uses_sliding_window(config: dict[str, Any]) -> bool:
     if not config.get("use_sliding_window", False) or config.get("sliding_window") is None:
         return False
     # transformers gives the window to the layers from max_window_layers on
-    return config.get("max_window_layers", 28) < config["num_hidden_layers"]
+    first_windowed = config.get("max_window_layers")
+    return (28 if first_windowed is None else first_windowed) < _positive_int(config, "num_hidden_layers")
 
 
 def read_rope(config: dict[str, Any], family: Family) -> Rope:
     """Rotary embedding of a config.json, written by transformers 5 (rope_parameters) or earlier."""
-    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    # where a folder has both, transformers takes rope_scaling
+    rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
     kind = rope.get("rope_type", rope.get("type", "default"))
     theta = rope.get("rope_theta") or config.get("rope_theta") or _DEFAULT_ROPE_THETA
     partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor")) or 1.0
     if partial != 1.0:
         raise ModelFolderError(f"partial_rotary_factor {partial} is not supported; supported is 1.0")
-    if theta != int(theta):
+    if not isinstance(theta, int | float) or theta != int(theta):
         raise ModelFolderError(
             f"rope_theta {theta} is not an integer, which Megatron's --rotary-base demands"
         )

@@ -143,6 +143,8 @@ def _read_json(path: Path, missing: str) -> dict[str, Any]:
 
 def _shard_files(path: Path) -> dict[str, list[str] | None]:
     """File name -> names of the tensors the index promises there (None: whatever the file holds)."""
+    if (path / SINGLE_FILE).exists():  # first, as in transformers
+        return {SINGLE_FILE: None}
     if (path / INDEX_FILE).exists():
         weight_map = _read_json(path / INDEX_FILE, missing="").get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
@@ -153,8 +155,6 @@ def _shard_files(path: Path) -> dict[str, list[str] | None]:
             assert promised is not None
             promised.append(name)
         return files
-    if (path / SINGLE_FILE).exists():
-        return {SINGLE_FILE: None}
     pickles = sorted(p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
     if pickles:
         raise ModelFolderError(
@@ -207,10 +207,15 @@ def _check_tokenizer(path: Path, vocab_size: int) -> None:
     if not (path / "tokenizer.json").exists():
         return
     content = _read_json(path / "tokenizer.json", missing="")
-    vocab = (content.get("model") or {}).get("vocab") or {}
-    ids = [len(vocab) - 1] if isinstance(vocab, list) else list(vocab.values())
-    ids += [token["id"] for token in content.get("added_tokens") or ()]
-    highest = max(ids, default=-1)
+    try:
+        vocab = (content.get("model") or {}).get("vocab") or {}
+        ids = [len(vocab) - 1] if isinstance(vocab, list) else list(vocab.values())
+        ids += [token["id"] for token in content.get("added_tokens") or ()]
+        highest = max(ids, default=-1)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ModelFolderError(
+            f"tokenizer.json is not laid out as the tokenizers library does: {error!r}"
+        ) from error
     if highest >= vocab_size:
         raise ModelFolderError(
             f"the tokenizer has ids up to {highest}, but the embedding has only {vocab_size} rows; "

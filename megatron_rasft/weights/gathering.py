@@ -56,7 +56,8 @@ def gather_tensors(
 
     Runs one gather per sharded parameter on ``tp_group``, so all its ranks must draw to the end, in step.
     The tied output layer's copy on the last stage is left out. Beside the model there is at most one
-    parameter in memory, twice on rank 0.
+    parameter in memory, twice on rank 0. The parameters must be current: with --overlap-param-gather the
+    last step's are only gathered at the next forward pass, unless they are synchronised first.
 
     Args:
         chunks: the model chunks of this rank, wrapped or not.

@@ -3,13 +3,20 @@
 import pytest
 import torch
 
-from megatron_rasft.weights.families import FAMILIES, ModelShape, NameTable
+from megatron_rasft.weights.families import FAMILIES, Binding, ModelShape, NameTable
 
 LAYER = "decoder.layers.1."
 
 
 def shape(heads: int = 4, groups: int = 2, tied: bool = False, **more: int) -> ModelShape:
-    sizes = {"num_layers": 3, "hidden_size": 8, "ffn_hidden_size": 12, "head_dim": 4, "vocab_size": 11, **more}
+    sizes = {
+        "num_layers": 3,
+        "hidden_size": 8,
+        "ffn_hidden_size": 12,
+        "head_dim": 4,
+        "vocab_size": 11,
+        **more,
+    }
     return ModelShape(
         num_attention_heads=heads,
         num_query_groups=groups,
@@ -20,10 +27,17 @@ def shape(heads: int = 4, groups: int = 2, tied: bool = False, **more: int) -> M
     )
 
 
-def shards(table: NameTable, name: str, hf: list[torch.Tensor], tp_size: int, rows: int | None = None) -> list:
+def bind(table: NameTable, name: str, layer_offset: int = 0) -> Binding:
+    binding = table.bind(name, layer_offset)
+    assert binding is not None, name
+    return binding
+
+
+def shards(
+    table: NameTable, name: str, hf: list[torch.Tensor], tp_size: int, rows: int | None = None
+) -> list:
     """Every rank's shard, by the layouts of the table."""
-    binding = table.bind(name, 0)
-    assert binding is not None
+    binding = bind(table, name)
     result = []
     for rank in range(tp_size):
         layout = binding.entry.layout(table.shape, rank, tp_size, rows)
@@ -38,7 +52,9 @@ def test_query_key_value_are_interleaved_by_group(heads: int, groups: int, tp_si
     table = NameTable(FAMILIES["LlamaForCausalLM"], shape(heads, groups))
     d, per_group = 4, heads // groups
     q, k, v = (torch.randn(n * d, 8) for n in (heads, groups, groups))
-    by_group = torch.cat([q.view(groups, per_group, d, 8), k.view(groups, 1, d, 8), v.view(groups, 1, d, 8)], 1)
+    by_group = torch.cat(
+        [q.view(groups, per_group, d, 8), k.view(groups, 1, d, 8), v.view(groups, 1, d, 8)], 1
+    )
     expected = by_group.reshape(-1, 8).chunk(tp_size)
     got = shards(table, LAYER + "self_attention.linear_qkv.weight", [q, k, v], tp_size)
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
@@ -79,7 +95,7 @@ def test_every_hf_tensor_has_exactly_one_parameter(architecture: str, is_tied: b
     names = ["embedding.word_embeddings.weight", "decoder.final_layernorm.weight"]
     names += [] if is_tied else ["output_layer.weight"]
     names += [f"decoder.layers.{i}.{entry.megatron[0]}" for i in range(3) for entry in family.layer_entries]
-    bound = [hf for name in names for hf in table.bind(name, 0).hf_names]
+    bound = [hf for name in names for hf in bind(table, name).hf_names]
     assert sorted(bound) == sorted(table.hf_shapes)
 
 
@@ -90,7 +106,7 @@ def test_fused_norm_names_of_transformer_engine_are_known() -> None:
         ("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight"),
     ]:
         assert table.bind(LAYER + fused, 1) == table.bind(LAYER + plain, 1)
-    assert table.bind(LAYER + fused, 1).hf_names == ("model.layers.2.post_attention_layernorm.weight",)
+    assert bind(table, LAYER + fused, 1).hf_names == ("model.layers.2.post_attention_layernorm.weight",)
 
 
 def test_unknown_parameters_and_layers_are_not_bound() -> None:
@@ -101,5 +117,5 @@ def test_unknown_parameters_and_layers_are_not_bound() -> None:
 
 
 def test_tied_output_layer_is_a_copy_of_the_embedding() -> None:
-    binding = NameTable(FAMILIES["LlamaForCausalLM"], shape(tied=True)).bind("output_layer.weight", 0)
+    binding = bind(NameTable(FAMILIES["LlamaForCausalLM"], shape(tied=True)), "output_layer.weight")
     assert binding.is_copy and binding.hf_names == ("model.embed_tokens.weight",)

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -142,13 +143,19 @@ def test_stored_output_of_a_tied_model_must_be_the_embedding(folder: Callable[..
 @pytest.mark.parametrize(
     "case,config,words",
     [
-        ("llama", {"architectures": ["MixtralForCausalLM"]}, "LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM"),
+        (
+            "llama",
+            {"architectures": ["MixtralForCausalLM"]},
+            "LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM",
+        ),
         ("llama", {"architectures": None}, "model_type 'llama'"),
         ("llama", {"attention_bias": True}, "attention_bias is true"),
         ("qwen3", {"attention_bias": True}, "attention_bias is true"),
         ("llama", {"mlp_bias": True}, "mlp_bias is true"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ("llama", {"quantization_config": {"quant_method": "fp8"}}, "quantized (quantization_config, fp8)"),
+        ("llama", {"quantization_config": "int4"}, "quantized (quantization_config, int4)"),
+        ("llama", {"rope_parameters": {"rope_theta": "1e4"}}, "rope_theta 1e4 is not an integer"),
         ("llama", {"hidden_size": None}, "positive integer hidden_size"),
         ("llama", {"num_key_value_heads": 3}, "not a multiple"),
         ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "'yarn'"),
@@ -173,7 +180,9 @@ def test_sliding_window_that_no_layer_uses_is_accepted(folder: Callable[..., Pat
 
 
 @pytest.mark.parametrize("key,value", [("low_freq_factor", 2.0), ("high_freq_factor", 8.0)])
-def test_llama3_scaling_that_megatron_cannot_represent(folder: Callable[..., Path], key: str, value: float) -> None:
+def test_llama3_scaling_that_megatron_cannot_represent(
+    folder: Callable[..., Path], key: str, value: float
+) -> None:
     rope = {
         "rope_type": "llama3",
         "factor": 8.0,
@@ -185,7 +194,9 @@ def test_llama3_scaling_that_megatron_cannot_represent(folder: Callable[..., Pat
 
 
 def test_rope_of_older_folders_is_understood(folder: Callable[..., Path]) -> None:
-    path = folder("llama", {"rope_parameters": None, "rope_theta": 500000.0, "dtype": None, "torch_dtype": "float32"})
+    path = folder(
+        "llama", {"rope_parameters": None, "rope_theta": 500000.0, "dtype": None, "torch_dtype": "float32"}
+    )
     args = megatron_args(HfFolder.open(path))
     assert args["rotary_base"] == 500000 and args["use_rope_scaling"] is False
     old = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -193,7 +204,11 @@ def test_rope_of_older_folders_is_understood(folder: Callable[..., Path]) -> Non
     config["rope_scaling"] = old | {"original_max_position_embeddings": 8192}
     (path / "config.json").write_text(json.dumps(config))
     args = megatron_args(HfFolder.open(path))
-    assert (args["rotary_base"], args["use_rope_scaling"], args["rope_scaling_factor"]) == (500000, True, 32.0)
+    assert (args["rotary_base"], args["use_rope_scaling"], args["rope_scaling_factor"]) == (
+        500000,
+        True,
+        32.0,
+    )
 
 
 def test_integer_weights_are_refused(folder: Callable[..., Path]) -> None:
@@ -203,7 +218,7 @@ def test_integer_weights_are_refused(folder: Callable[..., Path]) -> None:
 
 def test_tokenizer_must_fit_the_embedding(folder: Callable[..., Path]) -> None:
     path = folder()
-    tokenizer = {"model": {"vocab": {"a": 0, "b": 100}}, "added_tokens": []}
+    tokenizer: dict[str, Any] = {"model": {"vocab": {"a": 0, "b": 100}}, "added_tokens": []}
     (path / "tokenizer.json").write_text(json.dumps(tokenizer))
     HfFolder.open(path)
     tokenizer["added_tokens"] = [{"id": 101, "content": "<extra>"}]
