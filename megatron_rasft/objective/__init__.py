@@ -1,0 +1,1 @@
+"""The method's maths: weights of samples, log-probabilities, losses."""

@@ -80,8 +80,8 @@ class LossSums:
     globally)."""
 
     metrics: dict[str, Tensor]
-    """Name -> [sum, count], fp32, detached: sum over micro-batches, data- and context-parallel ranks, then
-    divide."""
+    """Name without its room -> [sum, count], fp32, detached: sum over micro-batches, data- and
+    context-parallel ranks, then divide. The names depend on the options only."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,12 +108,12 @@ def token_loss_sums(tokens: PackedTokens, config: ObjectiveConfig) -> LossSums:
     zero = terms.loss.new_zeros(())
     logprobs, mask = tokens.logprobs.detach(), tokens.loss_mask
     metrics = {
-        "objective/ce_nats": _sum_and_count(-logprobs, mask),
-        "objective/p_mean": _sum_and_count(logprobs.exp(), mask),
+        "ce_nats": _sum_and_count(-logprobs, mask),
+        "p_mean": _sum_and_count(logprobs.exp(), mask),
     }
-    if tokens.ref_logprobs is not None:
+    if config.needs_reference_logprobs() and tokens.ref_logprobs is not None:
         gap = logprobs - tokens.ref_logprobs
-        metrics["objective/ref_logprob_gap_nats"] = _sum_and_count(gap, mask)
+        metrics["ref_logprob_gap_nats"] = _sum_and_count(gap, mask)
     return LossSums(
         loss_sum=torch.where(terms.counted, terms.loss, zero).sum(),
         denominator=terms.counted.sum(),
@@ -141,25 +141,25 @@ def dft(tokens: PackedTokens, config: ObjectiveConfig) -> TokenTerms:
 
 
 def sft_kl(tokens: PackedTokens, config: ObjectiveConfig) -> TokenTerms:
-    """sft plus the full-vocabulary KL to the reference at each response token."""
+    """SFT plus the full-vocabulary KL to the reference at each response token."""
     return _with_distribution_kl(tokens, config, sft(tokens, config))
 
 
 def asft(tokens: PackedTokens, config: ObjectiveConfig) -> TokenTerms:
-    """dft plus the full-vocabulary KL to the reference at each response token."""
+    """DFT plus the full-vocabulary KL to the reference at each response token."""
     return _with_distribution_kl(tokens, config, dft(tokens, config))
 
 
 def profit(tokens: PackedTokens, config: ObjectiveConfig) -> TokenTerms:
-    """sft on the tokens that the policy finds likely enough (arXiv 2601.09195), divided by their number."""
+    """SFT on the tokens that the policy finds likely enough (arXiv 2601.09195), divided by their number."""
     is_kept = tokens.loss_mask & (_probabilities(tokens) > config.objective_profit_threshold)
-    metrics = {"objective/kept_frac": _sum_and_count(is_kept, tokens.loss_mask)}
+    metrics = {"kept_frac": _sum_and_count(is_kept, tokens.loss_mask)}
     terms = _weighted_ce(tokens, _token_weights(tokens), metrics)
     return TokenTerms(loss=terms.loss, counted=is_kept, metrics=terms.metrics)
 
 
 def iw_sft(tokens: PackedTokens, config: ObjectiveConfig) -> TokenTerms:
-    """sft weighted by the clipped, detached ratio of policy to reference (arXiv 2507.12856)."""
+    """SFT weighted by the clipped, detached ratio of policy to reference (arXiv 2507.12856)."""
     ratio, metrics = _reference_ratio(tokens, config.iw_rule())
     return _weighted_ce(tokens, ratio * _token_weights(tokens), metrics)
 
@@ -173,13 +173,13 @@ def gft(tokens: PackedTokens, config: ObjectiveConfig) -> TokenTerms:
     """-A c log p, c = 1 on tokens above the threshold and the detached p on the others (arXiv 2604.14258)."""
     probabilities = _probabilities(tokens)
     is_likely = probabilities > config.objective_gft_threshold
-    metrics = {"objective/full_gradient_frac": _sum_and_count(is_likely, tokens.loss_mask)}
+    metrics = {"full_gradient_frac": _sum_and_count(is_likely, tokens.loss_mask)}
     factor = torch.where(is_likely, 1.0, probabilities)
     return _weighted_ce(tokens, _token_weights(tokens) * factor, metrics)
 
 
 def raft(tokens: PackedTokens, config: ObjectiveConfig) -> TokenTerms:
-    """dft or sft; that the tokens are verified self-rollouts is the batch's doing."""
+    """DFT or SFT; that the tokens are verified self-rollouts is the batch's doing."""
     return (dft if config.objective_raft_loss == "dft" else sft)(tokens, config)
 
 
@@ -192,7 +192,7 @@ def grpo(tokens: PackedTokens, config: ObjectiveConfig) -> TokenTerms:
         return terms
     log_ratio = _clamp(_given(tokens.ref_logprobs, "ref_logprobs", "grpo with beta > 0") - tokens.logprobs)
     kl = log_ratio.exp() - log_ratio - 1.0  # never negative, unbiased under samples of the policy
-    metrics = {"objective/kl_nats": _sum_and_count(kl.detach(), tokens.loss_mask)}
+    metrics = {"kl_nats": _sum_and_count(kl.detach(), tokens.loss_mask)}
     return TokenTerms(loss=terms.loss + beta * kl, counted=terms.counted, metrics=terms.metrics | metrics)
 
 
@@ -247,8 +247,8 @@ def _probabilities(tokens: PackedTokens) -> Tensor:
 def _weighted_ce(
     tokens: PackedTokens, weight: Tensor, metrics: dict[str, Tensor] | None = None
 ) -> TokenTerms:
-    """weight * (-log p); the gradient in log p is exactly -weight."""
-    weight_mean = {"objective/weight_mean": _sum_and_count(weight, tokens.loss_mask)}
+    """The loss weight * (-log p); the gradient in log p is exactly -weight."""
+    weight_mean = {"weight_mean": _sum_and_count(weight, tokens.loss_mask)}
     return TokenTerms(
         loss=weight * -tokens.logprobs, counted=tokens.loss_mask, metrics=weight_mean | (metrics or {})
     )
@@ -256,7 +256,7 @@ def _weighted_ce(
 
 def _with_distribution_kl(tokens: PackedTokens, config: ObjectiveConfig, terms: TokenTerms) -> TokenTerms:
     kl = _given(tokens.kl, "kl", config.objective)
-    metrics = {"objective/kl_nats": _sum_and_count(kl.detach(), tokens.loss_mask)}
+    metrics = {"kl_nats": _sum_and_count(kl.detach(), tokens.loss_mask)}
     loss = terms.loss + config.kl_term().coef * _token_weights(tokens) * kl
     return TokenTerms(loss=loss, counted=terms.counted, metrics=terms.metrics | metrics)
 
@@ -267,8 +267,8 @@ def _clipped_surrogate(tokens: PackedTokens, clip_low: float, clip_high: float) 
     ratio = _clamp(tokens.logprobs - _given(tokens.old_logprobs, "old_logprobs", "psft and grpo")).exp()
     unclipped, clipped = ratio * advantage, ratio.clamp(clip_low, clip_high) * advantage
     metrics = {
-        "objective/policy_ratio_mean": _sum_and_count(ratio.detach(), tokens.loss_mask),
-        "objective/clip_frac": _sum_and_count(clipped < unclipped, tokens.loss_mask),
+        "policy_ratio_mean": _sum_and_count(ratio.detach(), tokens.loss_mask),
+        "clip_frac": _sum_and_count(clipped < unclipped, tokens.loss_mask),
     }
     # where, not minimum: inside the bounds the two are equal, and minimum would halve the gradient's path
     loss = -torch.where(clipped < unclipped, clipped, unclipped)
@@ -309,8 +309,8 @@ def _clipped_exp(gap: Tensor, rule: RatioRule) -> tuple[Tensor, Tensor]:
 
 def _ratio_metrics(ratio: Tensor, is_clipped: Tensor, mask: Tensor) -> dict[str, Tensor]:
     return {
-        "objective/ratio_mean": _sum_and_count(ratio, mask),
-        "objective/ratio_clip_frac": _sum_and_count(is_clipped, mask),
+        "ratio_mean": _sum_and_count(ratio, mask),
+        "ratio_clip_frac": _sum_and_count(is_clipped, mask),
     }
 
 

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -282,7 +283,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Tensor]]:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["logprobs", *DIRECTIONS])
 def test_two_ranks_equal_the_formula(
-    shards: list[dict[str, Tensor]], name: str, dtype: torch.dtype, vocab_size: int
+    shards: list[dict[str, Tensor]], name: Any, dtype: torch.dtype, vocab_size: int
 ) -> None:
     logits = logits_of(6, 16).to(dtype).double().requires_grad_()
     if name == "logprobs":
