@@ -45,7 +45,7 @@ class Problems:
                 args.seq_length,
                 needs_answers,
             )
-            self.summary = str(report)
+            self.summary = report.describe()
             return len(self.demonstrations)
 
         self.num = on_rank_zero(read)

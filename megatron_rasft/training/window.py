@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from megatron_rasft.config import RasftConfig
 from megatron_rasft.curriculum.planner import Curriculum
-from megatron_rasft.objective.weighting import make_samples
+from megatron_rasft.objective.weighting import count_solved, make_samples
 from megatron_rasft.rollout.replay import ReplayEngine
 from megatron_rasft.rollout.store import RolloutStore
 from megatron_rasft.training.generation import Request, Response, SamplingParams
@@ -284,31 +284,27 @@ class Planner:
         curriculum = self._curriculum
         assert curriculum is not None, "rank 0 has the curriculum"
         samples: dict[str, list[TrainingSample]] = {}
-        # A probed problem of an earlier window is not trained now: only what is learnt about it is kept.
-        for problem_id in [*ids, *(i for i in groups if i not in set(ids))]:
-            group = groups.get(problem_id)
+        for problem_id in ids:
             made = make_samples(
                 self.config.objective.objective,
                 self._by_id[problem_id],
-                group,
+                groups.get(problem_id),
                 config=self.config.weighting,
                 remembered=curriculum.remembered(problem_id),
                 deduplicate=lambda texts: deduplicate(texts, verify.verify_dedup_threshold, verify.verify_dedup_ngram),
                 similarity=lambda a, b: max_similarity(a, [b]),
             )
-            samples[problem_id] = [
-                s for s in made if len(s.response_ids) > 0 and s.num_tokens <= self.max_tokens
-            ]
-            if group is not None:
-                decided = [r for r in group.rollouts if r.verdict in ("correct", "wrong") and r.finish_reason != "abort"]
-                curriculum.record(problem_id, group.num_correct, len(decided))
+            samples[problem_id] = [s for s in made if s.response_ids and s.num_tokens <= self.max_tokens]
+        # Also of a problem that was only probed: what was learnt about it counts when it is next trained.
+        for problem_id, group in groups.items():
+            curriculum.record(problem_id, *count_solved(group))
         if self.store is not None and self._replay is None:
             self.store.append(r for group in groups.values() for r in group.rollouts)
         trained = [s for i in ids for s in samples[i]]
         for kind in ("expert", "rollout"):
             weights = [s.weight for s in trained if s.kind == kind]
             setattr(report, f"{kind}_weight", sum(weights) / len(weights) if weights else float("nan"))
-        return {i: samples[i] for i in ids}
+        return samples
 
     def _attach_logprobs(self, samples: list[TrainingSample], iteration: int, report: WindowReport) -> None:
         """Set the log-probabilities the objective needs, on every rank."""

@@ -1,0 +1,58 @@
+"""A real, tiny policy: a random Llama over 32 characters whose one-digit guesses are right now and then.
+
+Small enough to train in seconds, yet everything about it is real: a Hugging Face folder, a tokenizer, sampling,
+and answers that the verifier grades.
+"""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+CHARACTERS = "0123456789 +-=?\n{}\\boxed."
+EOS = "<eos>"
+
+
+def write_model(path: Path, **overrides: Any) -> Path:
+    """A 4-layer Llama of width 64 with its tokenizer, in fp32."""
+    symbols = [EOS, *dict.fromkeys(CHARACTERS)]
+    vocabulary = {symbol: i for i, symbol in enumerate(symbols)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=EOS))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS)
+    shape: dict[str, Any] = {
+        "vocab_size": len(symbols),
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "tie_word_embeddings": False,
+        "bos_token_id": None,
+        "eos_token_id": 0,
+        "rope_theta": 10000.0,
+        **overrides,
+    }
+    torch.manual_seed(5)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape)).float()
+    model.save_pretrained(path)
+    fast.save_pretrained(path)
+    return path
+
+
+def write_sums(path: Path, num_rows: int, seed: int = 0) -> Path:
+    """Sums whose answer is one digit, with a response that says so."""
+    draw = random.Random(seed)
+    with path.open("w", encoding="utf-8") as file:
+        for index in range(num_rows):
+            a = draw.randrange(9)
+            b = draw.randrange(10 - a)
+            row = {"id": f"sum{index}", "problem": f"{a} + {b}", "response": f"{a}+{b}={a + b}", "answer": str(a + b)}
+            file.write(json.dumps(row) + "\n")
+    return path
