@@ -1,0 +1,48 @@
+# make quickstart [ARGS=--compare]   make test   make lint   make venv
+# PYTHON names the interpreter the environment is made with (>= 3.12), VENV where it goes.
+PYTHON ?= python3.12
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+WHEEL := .cache/wheel
+
+.PHONY: quickstart test lint types pytest wheel venv
+.DELETE_ON_ERROR:
+
+quickstart:
+	PYTHON="$(PYTHON)" VENV="$(VENV)" examples/quickstart/run.sh $(ARGS)
+
+# The cheap checks first: one fails before the long ones start.
+test: venv
+	$(MAKE) lint
+	$(MAKE) types
+	$(MAKE) wheel
+	$(MAKE) pytest
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: venv
+	$(BIN)/mypy
+
+pytest: venv
+	$(BIN)/python -m pytest -m "not gpu" $(ARGS)
+
+# Builds the wheel, installs it by itself and imports it from there. A stale build/ would end up in it.
+wheel: venv
+	rm -rf build $(WHEEL)
+	$(BIN)/python -m build --wheel --no-isolation --outdir $(WHEEL) > /dev/null
+	$(BIN)/python -m pip install --quiet --no-deps --no-index --target $(WHEEL)/site $(WHEEL)/*.whl
+	cd $(WHEEL)/site && test -f pretrain_rasft.py && PYTHONPATH=. "$(abspath $(BIN))/python" -c \
+		"import megatron_rasft.config as c, pathlib as p; assert p.Path(c.__file__).is_relative_to(p.Path.cwd()), c.__file__"
+
+venv: $(STAMP)
+
+# pip asks whichever index it is configured for. The stamp makes an interrupted installation go on next time.
+$(STAMP): pyproject.toml
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 12))' || \
+		{ echo "make: PYTHON=$(PYTHON) is not a Python >= 3.12: make PYTHON=/path/to/python3.12 ..." >&2; exit 1; }
+	"$(PYTHON)" -m venv "$(VENV)"
+	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[dev,quickstart]'
+	touch $@

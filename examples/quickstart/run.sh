@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# From a fresh checkout to a trained model on a CPU; flags go to quickstart.py (see README.md beside this file).
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+
+make --no-print-directory venv
+python="${VENV:-.venv}/bin/python"
+"$python" tools/fetch_smollm2.py --output .cache/smollm2-135m-instruct
+"$python" examples/quickstart/make_arithmetic.py --output .cache/quickstart/data
+exec "$python" examples/quickstart/quickstart.py \
+    --hf-model .cache/smollm2-135m-instruct \
+    --data .cache/quickstart/data \
+    "$@"
