@@ -26,9 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     for room, kind in RasftConfig.rooms().items():
         ArgumentGroupFactory(kind).build_group(parser, title=_TITLES[room])
     for action in parser._actions:
-        # argparse expands % in help texts
-        if action.help and action.dest in _our_fields():
-            action.help = action.help.replace("%", "%%")
+        action.help = _printable(action)
     parser.set_defaults(
         micro_batch_size=1,
         global_batch_size=256,
@@ -54,8 +52,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     return parser
 
 
-def _our_fields() -> set[str]:
-    return {name for kind in RasftConfig.rooms().values() for name in kind.__dataclass_fields__}
+def _printable(action: argparse.Action) -> str | None:
+    """The help text as argparse can print it: a lone % (ours and some of Megatron's have one) is doubled."""
+    text = action.help
+    if text is None or "%" not in text:
+        return text
+    try:
+        _ = text % {**vars(action), "prog": ""}
+    except (ValueError, TypeError, KeyError):
+        return text.replace("%", "%%")
+    return text
 
 
 def fill_in(args: argparse.Namespace, architecture: dict[str, Any]) -> None:

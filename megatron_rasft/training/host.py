@@ -7,6 +7,7 @@ about Megatron was seen in 0.19.2.
 import contextlib
 import io
 import json
+import logging
 import math
 import os
 import sys
@@ -45,6 +46,9 @@ from megatron_rasft.weights.architecture import megatron_args
 from megatron_rasft.weights.exporting import export
 from megatron_rasft.weights.folder import HfFolder
 from megatron_rasft.weights.loading import load_into
+
+_VERBOSE = "MEGATRON_RASFT_VERBOSE"
+"""Environment variable: if set, everything Megatron prints is shown."""
 
 STATE_FILE = "rasft_state.json"
 """Beside Megatron's own files in a checkpoint: where the data, curriculum and rollout store stood."""
@@ -119,6 +123,9 @@ def _check_layout(args: Any) -> None:
 
 def start(args: Any) -> None:
     """Initialise torch.distributed, Megatron's groups, timers, writers and random states."""
+    if not os.environ.get(_VERBOSE):
+        args.logging_level = logging.ERROR
+        logging.getLogger("megatron").setLevel(logging.ERROR)
     import megatron.core.datasets.utils as datasets_utils
 
     # The wheel has the compiled helper but not the Makefile that this would call.
@@ -136,7 +143,7 @@ def start(args: Any) -> None:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Megatron prints a page at start-up; the resolved configuration is written to a file instead."""
-    if os.environ.get("MEGATRON_RASFT_VERBOSE"):
+    if os.environ.get(_VERBOSE):
         yield
         return
     with contextlib.redirect_stdout(io.StringIO()):
@@ -397,10 +404,16 @@ class Trainer:
         if args.load is None or not checkpointing.checkpoint_exists(args.load):
             return None
         self._check_same_model(Path(args.load))
-        with _quiet():
-            iteration, self._floating_point_operations = checkpointing.load_checkpoint(
-                self.model, self.optimizer, self.scheduler, checkpointing_context=self._checkpointing_context
-            )
+        try:
+            with _quiet():
+                iteration, self._floating_point_operations = checkpointing.load_checkpoint(
+                    self.model, self.optimizer, self.scheduler, checkpointing_context=self._checkpointing_context
+                )
+        except AssertionError as error:
+            raise CheckpointError(
+                f"the checkpoint in {args.load} does not fit these flags: {_first_line(error)}. Give the flags it was "
+                "written with; --override-opt_param-scheduler accepts another length or learning rate."
+            ) from error
         self.iteration = args.iteration = iteration
         path = Path(checkpointing.get_checkpoint_name(args.load, iteration, return_base_dir=True)) / STATE_FILE
 
