@@ -15,23 +15,25 @@ import torch.distributed as dist  # noqa: E402
 from megatron_rasft.errors import RasftError  # noqa: E402
 from megatron_rasft.training import host  # noqa: E402
 from megatron_rasft.training.ranks import FailedElsewhere  # noqa: E402
-from megatron_rasft.training.run import Problems, Run, is_lead_process, process_exit_code, set_length  # noqa: E402
+from megatron_rasft.training.run import Run, is_lead_process, process_exit_code, read_problems, set_length  # noqa: E402
 
 
 def main() -> None:
     """One run, top to bottom."""
     args, config, folder = host.parse()
     host.start(args)
-    problems = Problems(args, config)
+    problems, heldout = read_problems(args, config)
     set_length(args, config, problems.num)
     trainer = host.Trainer(args, config, folder)
-    with Run(args, config, folder, problems, trainer) as run:
+    with Run(args, config, folder, problems, heldout, trainer) as run:
         run.begin()
         while not run.is_over:
+            run.measure_if_due()
             run.refresh_if_due()
             run.train_step()
             if run.save_if_due():
                 return
+        run.measure_if_due()
         run.finish()
 
 

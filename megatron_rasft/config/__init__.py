@@ -5,6 +5,7 @@ from typing import Any
 
 from megatron_rasft.config.curriculum import CurriculumConfig
 from megatron_rasft.config.data import DataConfig
+from megatron_rasft.config.heldout import HeldoutConfig
 from megatron_rasft.config.objective import ObjectiveConfig
 from megatron_rasft.config.rollout import RolloutConfig
 from megatron_rasft.config.run import RunConfig
@@ -14,6 +15,7 @@ from megatron_rasft.config.weighting import WeightingConfig
 __all__ = [
     "CurriculumConfig",
     "DataConfig",
+    "HeldoutConfig",
     "ObjectiveConfig",
     "RasftConfig",
     "RolloutConfig",
@@ -34,6 +36,7 @@ class RasftConfig:
     verify: VerifyConfig
     weighting: WeightingConfig
     objective: ObjectiveConfig
+    heldout: HeldoutConfig
 
     @classmethod
     def rooms(cls) -> dict[str, type]:
@@ -60,6 +63,11 @@ class RasftConfig:
     def samples_rollouts(self) -> bool:
         """Whether this run asks a rollout engine for anything."""
         return self.objective.uses_rollouts() and self.curriculum.curriculum_mode != "off"
+
+    @property
+    def verifies(self) -> bool:
+        """Whether this run grades anything: rollouts or held-out problems."""
+        return self.samples_rollouts or bool(self.heldout.heldout_data)
 
     def check(self) -> None:
         """Rules between rooms."""

@@ -45,16 +45,26 @@ class RolloutConfig:
             ("--rollout-batch-size", self.rollout_batch_size),
         ):
             if value < 1:
-                raise ValueError(f"{flag} must be >= 1, got {value}. To train without rollouts use --curriculum-mode off.")
+                raise ValueError(
+                    f"{flag} must be >= 1, got {value}. To train without rollouts use --curriculum-mode off."
+                )
         if self.rollout_temperature < 0:
-            raise ValueError(f"--rollout-temperature must be >= 0, got {self.rollout_temperature}. Use 1 to sample as is.")
+            raise ValueError(
+                f"--rollout-temperature must be >= 0, got {self.rollout_temperature}. Use 1 to sample as is."
+            )
         if not 0 < self.rollout_top_p <= 1:
-            raise ValueError(f"--rollout-top-p must be in (0, 1], got {self.rollout_top_p}. Use 1 to keep every token.")
+            raise ValueError(
+                f"--rollout-top-p must be in (0, 1], got {self.rollout_top_p}. Use 1 to keep every token."
+            )
         if self.rollout_repetition_penalty <= 0:
             raise ValueError(
                 f"--rollout-repetition-penalty must be > 0, got {self.rollout_repetition_penalty}. Use 1 for none."
             )
         if self.rollout_seed < 0:
-            raise ValueError(f"--rollout-seed must be >= 0, got {self.rollout_seed}. Use any other whole number.")
+            raise ValueError(
+                f"--rollout-seed must be >= 0, got {self.rollout_seed}. Use any other whole number."
+            )
         if self.rollout_engine == "replay" and not self.rollout_replay:
-            raise ValueError("--rollout-engine replay needs --rollout-replay FILE [FILE...]: the stores to take from.")
+            raise ValueError(
+                "--rollout-engine replay needs --rollout-replay FILE [FILE...]: the stores to take from."
+            )

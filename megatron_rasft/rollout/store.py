@@ -59,4 +59,6 @@ def read_rollouts(path: str | Path) -> Iterator[Rollout]:
             try:
                 yield Rollout(**json.loads(line))
             except (ValueError, TypeError) as error:
-                raise RolloutError(f"{path}:{number} is not a rollout ({error}). Cut the line out to go on.") from error
+                raise RolloutError(
+                    f"{path}:{number} is not a rollout ({error}). Cut the line out to go on."
+                ) from error

@@ -18,6 +18,7 @@ _TITLES = {
     "verify": "rasft verification",
     "weighting": "rasft weighting",
     "objective": "rasft objective",
+    "heldout": "rasft held-out solve rate",
 }
 
 

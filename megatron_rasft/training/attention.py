@@ -110,7 +110,9 @@ class SdpaCoreAttention(MegatronModule):
         return out.reshape(out.shape[0], out.shape[1], -1)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [s, b, n, d] -> [b, n, s, d]
+        query, key, value = (
+            x.permute(1, 2, 0, 3) for x in (query, key, value)
+        )  # [s, b, n, d] -> [b, n, s, d]
         out = F.scaled_dot_product_attention(
             query,
             key,
@@ -126,7 +128,9 @@ class SdpaCoreAttention(MegatronModule):
         size, rank = self.cp_group.size(), self.cp_group.rank()
         if size == 1:
             return self._attend(query, key, value, None)
-        key, value = (gather_from_sequence_parallel_region(x.contiguous(), group=self.cp_group) for x in (key, value))
+        key, value = (
+            gather_from_sequence_parallel_region(x.contiguous(), group=self.cp_group) for x in (key, value)
+        )
         return self._attend_zigzag(query, key, value, rank, size)
 
     def _attend_zigzag(self, query: Tensor, key: Tensor, value: Tensor, rank: int, size: int) -> Tensor:
@@ -143,7 +147,9 @@ class SdpaCoreAttention(MegatronModule):
         if size > 1:
             local = key.shape[0]
             key, value = (
-                gather_from_sequence_parallel_region(x.contiguous(), group=self.cp_group).view(size, local, *x.shape[1:])
+                gather_from_sequence_parallel_region(x.contiguous(), group=self.cp_group).view(
+                    size, local, *x.shape[1:]
+                )
                 for x in (key, value)
             )
         outs = []

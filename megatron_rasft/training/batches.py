@@ -72,7 +72,9 @@ class MicroBatch:
         return max(1, len(self.sample_indices))
 
 
-def micro_batches(samples: Sequence[TrainingSample], layout: BatchLayout, device: torch.device) -> list[MicroBatch]:
+def micro_batches(
+    samples: Sequence[TrainingSample], layout: BatchLayout, device: torch.device
+) -> list[MicroBatch]:
     """This rank's micro-batches of a global batch.
 
     Every rank is given the same samples and cuts the same plan. All micro-batches of the batch, on
@@ -159,7 +161,10 @@ def _build(
         for row in range(len(bin_), rows):
             positions[row * width : (row + 1) * width] = torch.arange(width)
     here = torch.cat(
-        [b + zigzag_positions(e - b, layout.cp_rank, layout.cp_size) for b, e in zip(bounds[:-1], bounds[1:], strict=True)]
+        [
+            b + zigzag_positions(e - b, layout.cp_rank, layout.cp_size)
+            for b, e in zip(bounds[:-1], bounds[1:], strict=True)
+        ]
     )
     params = None
     if layout.is_packed:
@@ -192,7 +197,9 @@ def _build(
     )
 
 
-def response_values(per_token: Tensor, batch: MicroBatch, cp_group: torch.distributed.ProcessGroup) -> dict[int, list[float]]:
+def response_values(
+    per_token: Tensor, batch: MicroBatch, cp_group: torch.distributed.ProcessGroup
+) -> dict[int, list[float]]:
     """Per-token values of this micro-batch, put back in the order of each sample's response.
 
     Runs one all-gather on ``cp_group`` when it has more than one rank.

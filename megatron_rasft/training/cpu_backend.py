@@ -127,7 +127,9 @@ def enable() -> bool:
 
     mcore_random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
     # fork() warns whenever the CPU stream moved: here it is the stream, so that one line is noise.
-    logging.getLogger(mcore_random.__name__).addFilter(lambda r: "CPU RNG state changed" not in r.getMessage())
+    logging.getLogger(mcore_random.__name__).addFilter(
+        lambda r: "CPU RNG state changed" not in r.getMessage()
+    )
     _CudaMeansCpu().__enter__()
     return True
 

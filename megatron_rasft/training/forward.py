@@ -59,7 +59,13 @@ class Forward:
         )
 
     def _logprobs_output(
-        self, *, hidden_states: Tensor, output_layer: Any, output_weight: Tensor | None, context: MicroBatch, **_: Any
+        self,
+        *,
+        hidden_states: Tensor,
+        output_layer: Any,
+        output_weight: Tensor | None,
+        context: MicroBatch,
+        **_: Any,
     ) -> Tensor:
         """[s/cp(/tp), b, h] -> [b * s/cp] fp32 log-probabilities of the labels."""
         return chunked_logprobs(

@@ -83,7 +83,9 @@ def generation_mode(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
                 undo.callback(setattr, rotary, "cp_group", rotary.cp_group)
                 rotary.cp_group = None
             for module in chunk.modules():
-                if isinstance(module, SelfAttention) and not isinstance(module.core_attention, SdpaCoreAttention):
+                if isinstance(module, SelfAttention) and not isinstance(
+                    module.core_attention, SdpaCoreAttention
+                ):
                     undo.callback(setattr, module, "core_attention", module.core_attention)
                     module.core_attention = SdpaCoreAttention(
                         config, module.layer_number, attention_dropout=0.0, pg_collection=module.pg_collection
@@ -119,8 +121,12 @@ class LiveModel:
         done: dict[int, list[Response]] = {}
         with generation_mode(self.chunks):
             for batch in _batches(mine, requests, params.max_batch_size):
-                done.update(zip(batch, self._generate_batch([requests[i] for i in batch], params), strict=True))
-        speaks = parallel_state.get_tensor_model_parallel_rank() == 0 and parallel_state.is_pipeline_last_stage()
+                done.update(
+                    zip(batch, self._generate_batch([requests[i] for i in batch], params), strict=True)
+                )
+        speaks = (
+            parallel_state.get_tensor_model_parallel_rank() == 0 and parallel_state.is_pipeline_last_stage()
+        )
         parts: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(parts, done if speaks else {})
         merged: dict[int, list[Response]] = {}
@@ -131,7 +137,9 @@ class LiveModel:
     def _generate_batch(self, requests: list[Request], params: SamplingParams) -> list[list[Response]]:
         width = max(len(r.prompt_ids) for r in requests)
         pads = torch.tensor([width - len(r.prompt_ids) for r in requests], device=self.device)
-        prompts = torch.tensor([[0] * (width - len(r.prompt_ids)) + r.prompt_ids for r in requests], device=self.device)
+        prompts = torch.tensor(
+            [[0] * (width - len(r.prompt_ids)) + r.prompt_ids for r in requests], device=self.device
+        )
         context = StaticInferenceContext(len(requests), width + params.max_new_tokens)
         columns = torch.arange(width, device=self.device)
         causal = columns[None, :] <= columns[:, None]
@@ -144,7 +152,9 @@ class LiveModel:
         rows = torch.tensor([i for i, r in enumerate(requests) for _ in r.seeds], device=self.device)
         uniforms = torch.stack(
             [
-                torch.rand(params.max_new_tokens, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+                torch.rand(
+                    params.max_new_tokens, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+                )
                 for r in requests
                 for seed in r.seeds
             ]
@@ -183,12 +193,16 @@ class LiveModel:
             length = context.sequence_len_offset + 1
             keys = torch.arange(length, device=self.device)
             mask = (keys[None, :] >= pads[:, None])[:, None, None]
-            logits = self._forward(chosen[:, None], torch.tensor([length - 1], device=self.device), mask, context)
+            logits = self._forward(
+                chosen[:, None], torch.tensor([length - 1], device=self.device), mask, context
+            )
         out, row = [], 0
         for request in requests:
             group = []
             for _ in request.seeds:
-                group.append(Response(token_ids=tokens[row], logprobs=logprobs[row], is_finished=finished[row]))
+                group.append(
+                    Response(token_ids=tokens[row], logprobs=logprobs[row], is_finished=finished[row])
+                )
                 row += 1
             out.append(group)
         return out
@@ -228,7 +242,12 @@ class LiveModel:
         return result
 
     def _sample(
-        self, logits: Tensor | None, uniforms: Tensor, params: SamplingParams, history: Tensor | None, pads: Tensor
+        self,
+        logits: Tensor | None,
+        uniforms: Tensor,
+        params: SamplingParams,
+        history: Tensor | None,
+        pads: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Draw a token for each row on the last stage and tell every stage; [b] int64 and [b] fp64."""
         drawn = torch.empty(2, len(uniforms), dtype=torch.float64, device=self.device)

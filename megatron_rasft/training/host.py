@@ -28,7 +28,12 @@ from megatron.core.utils import get_model_config
 from megatron.training import checkpointing, training
 from megatron.training.arguments import parse_args, validate_args
 from megatron.training.argument_utils import core_transformer_config_from_args
-from megatron.training.global_vars import get_signal_handler, get_tensorboard_writer, get_wandb_writer, set_global_variables
+from megatron.training.global_vars import (
+    get_signal_handler,
+    get_tensorboard_writer,
+    get_wandb_writer,
+    set_global_variables,
+)
 from megatron.training.initialize import initialize_megatron
 from megatron.core.utils import unwrap_model
 
@@ -83,9 +88,13 @@ def parse(argv: Sequence[str] | None = None) -> tuple[Any, RasftConfig, HfFolder
     if args.hf_model is None:
         raise ValueError("--hf-model DIR is missing: the Hugging Face folder of the model to train.")
     if not args.train_data:
-        raise ValueError("--train-data FILE is missing: the demonstrations to train on (.jsonl, .jsonl.gz or .parquet).")
+        raise ValueError(
+            "--train-data FILE is missing: the demonstrations to train on (.jsonl, .jsonl.gz or .parquet)."
+        )
     if args.export_hf is not None and os.path.exists(args.export_hf):
-        raise ValueError(f"--export-hf {args.export_hf} exists already. Name a folder that does not, or move it away.")
+        raise ValueError(
+            f"--export-hf {args.export_hf} exists already. Name a folder that does not, or move it away."
+        )
     folder = HfFolder.open(args.hf_model)
     fill_in(args, megatron_args(folder))
     _check_layout(args)
@@ -106,7 +115,11 @@ def _first_line(error: BaseException) -> str:
 
 
 def _check_layout(args: Any) -> None:
-    tp, pp, cp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.context_parallel_size
+    tp, pp, cp = (
+        args.tensor_model_parallel_size,
+        args.pipeline_model_parallel_size,
+        args.context_parallel_size,
+    )
     size = tp * pp * cp
     if args.world_size % size:
         raise ValueError(
@@ -132,7 +145,12 @@ def start(args: Any) -> None:
     datasets_utils.compile_helpers = lambda: None
     if args.distributed_backend == "gloo" and not torch.distributed.is_initialized():
         # Given beforehand, so that no CUDA device id is passed to gloo.
-        for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "0")):
+        for name, value in (
+            ("RANK", "0"),
+            ("WORLD_SIZE", "1"),
+            ("MASTER_ADDR", "127.0.0.1"),
+            ("MASTER_PORT", "0"),
+        ):
             os.environ.setdefault(name, value)
         torch.distributed.init_process_group("gloo")
     with _quiet():
@@ -193,7 +211,9 @@ class Trainer:
         self._floating_point_operations = 0.0
         self._checkpointing_context: dict[str, Any] = {}
 
-    def _build_chunk(self, pre_process: bool = True, post_process: bool = True, vp_stage: int | None = None, **_: Any):
+    def _build_chunk(
+        self, pre_process: bool = True, post_process: bool = True, vp_stage: int | None = None, **_: Any
+    ):
         args = self.args
         config = core_transformer_config_from_args(args)
         config.variable_seq_lengths = False
@@ -275,7 +295,11 @@ class Trainer:
         # Attached values are for training; a scoring batch carries none.
         plain = [
             TrainingSample(
-                problem_id=s.problem_id, kind=s.kind, prompt_ids=s.prompt_ids, response_ids=s.response_ids, weight=1.0
+                problem_id=s.problem_id,
+                kind=s.kind,
+                prompt_ids=s.prompt_ids,
+                response_ids=s.response_ids,
+                weight=1.0,
             )
             for s in samples
         ]
@@ -285,7 +309,10 @@ class Trainer:
         cp_group = parallel_state.get_context_parallel_group()
         for output, batch in zip(outputs, batches[: len(outputs)], strict=True):
             mine.update(response_values(output, batch, cp_group))
-        speaks = parallel_state.get_tensor_model_parallel_rank() == 0 and parallel_state.get_context_parallel_rank() == 0
+        speaks = (
+            parallel_state.get_tensor_model_parallel_rank() == 0
+            and parallel_state.get_context_parallel_rank() == 0
+        )
         merged: dict[int, list[float]] = {}
         for part in gather_to_all(mine if speaks else {}):
             merged.update(part)
@@ -299,7 +326,10 @@ class Trainer:
     @contextlib.contextmanager
     def _settled(self) -> Iterator[None]:
         """With overlapped parameter gathering: have all weights here, and nothing gathered behind our back."""
-        if not (self.args.use_distributed_optimizer and self.args.overlap_param_gather) or self.iteration == 0:
+        if (
+            not (self.args.use_distributed_optimizer and self.args.overlap_param_gather)
+            or self.iteration == 0
+        ):
             yield
             return
         training.disable_forward_pre_hook(self.model)
@@ -318,7 +348,9 @@ class Trainer:
             self.scheduler.step(increment=args.global_batch_size)
             self.iteration += 1
             args.consumed_train_samples += num_problems
-            return StepResult(metrics={}, grad_norm=0.0, learning_rate=learning_rate, is_skipped=True, num_tokens=0)
+            return StepResult(
+                metrics={}, grad_norm=0.0, learning_rate=learning_rate, is_skipped=True, num_tokens=0
+            )
         batches = self._cut(samples)
         if self.config.objective.needs_reference_distribution():
             assert self.reference is not None
@@ -407,7 +439,10 @@ class Trainer:
         try:
             with _quiet():
                 iteration, self._floating_point_operations = checkpointing.load_checkpoint(
-                    self.model, self.optimizer, self.scheduler, checkpointing_context=self._checkpointing_context
+                    self.model,
+                    self.optimizer,
+                    self.scheduler,
+                    checkpointing_context=self._checkpointing_context,
                 )
         except AssertionError as error:
             raise CheckpointError(
@@ -415,7 +450,9 @@ class Trainer:
                 "written with; --override-opt_param-scheduler accepts another length or learning rate."
             ) from error
         self.iteration = args.iteration = iteration
-        path = Path(checkpointing.get_checkpoint_name(args.load, iteration, return_base_dir=True)) / STATE_FILE
+        path = (
+            Path(checkpointing.get_checkpoint_name(args.load, iteration, return_base_dir=True)) / STATE_FILE
+        )
 
         def read_state() -> dict[str, Any]:
             if not path.is_file():
@@ -477,8 +514,17 @@ class _OncePerStep:
 
 def architecture_of(args: Any) -> dict[str, Any]:
     """What two checkpoints must share to be of one model."""
-    names = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels")
-    return {name: getattr(args, name) for name in (*names, "vocab_size", "untie_embeddings_and_output_weights")}
+    names = (
+        "num_layers",
+        "hidden_size",
+        "ffn_hidden_size",
+        "num_attention_heads",
+        "num_query_groups",
+        "kv_channels",
+    )
+    return {
+        name: getattr(args, name) for name in (*names, "vocab_size", "untie_embeddings_and_output_weights")
+    }
 
 
 def writers() -> tuple[Any | None, Any | None]:

@@ -13,7 +13,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_rasft.training.attention import RMSNorm, SdpaCoreAttention
 
 
-def layer_spec(config: TransformerConfig, vp_stage: int | None = None) -> ModuleSpec | TransformerBlockSubmodules:
+def layer_spec(
+    config: TransformerConfig, vp_stage: int | None = None
+) -> ModuleSpec | TransformerBlockSubmodules:
     """Specification of the decoder block for GPTModel.
 
     ``config.transformer_impl`` decides: "transformer_engine" gives Megatron's own TE layers, anything

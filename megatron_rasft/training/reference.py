@@ -80,7 +80,9 @@ class LogprobCache:
 
     def _key(self, sample: TrainingSample) -> bytes:
         digest = hashlib.sha256(self._fingerprint)
-        digest.update(array("q", [len(sample.prompt_ids), *sample.prompt_ids, *sample.response_ids]).tobytes())
+        digest.update(
+            array("q", [len(sample.prompt_ids), *sample.prompt_ids, *sample.response_ids]).tobytes()
+        )
         return digest.digest()
 
     def fill(self, samples: Iterable[TrainingSample]) -> list[TrainingSample]:

@@ -4,7 +4,7 @@ import json
 import os
 import time
 from collections import deque
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,13 @@ import torch
 from transformers import AutoTokenizer
 
 from megatron_rasft import metrics
-from megatron_rasft.config import RasftConfig
+from megatron_rasft.config import DataConfig, RasftConfig
 from megatron_rasft.data.reading import read_rows
 from megatron_rasft.data.tokenizing import build_demonstrations
 from megatron_rasft.errors import ModelFolderError
 from megatron_rasft.report.progress import Progress
 from megatron_rasft.rollout.store import RolloutStore
+from megatron_rasft.training.heldout import Heldout
 from megatron_rasft.training.host import StepResult, Trainer, architecture_of, writers
 from megatron_rasft.training.ranks import on_rank_zero
 from megatron_rasft.training.reference import LogprobCache, weights_fingerprint
@@ -28,22 +29,22 @@ from megatron_rasft.weights.folder import HfFolder
 
 
 class Problems:
-    """The demonstrations and the tokenizer that made them; both on rank 0 only."""
+    """Demonstrations and the tokenizer that made them; both on rank 0 only.
 
-    def __init__(self, args: Any, config: RasftConfig) -> None:
+    Args:
+        config: the data's flags, naming the files.
+        needs_answers: whether a row without gold answer is a fault.
+    """
+
+    def __init__(self, args: Any, config: DataConfig, needs_answers: bool) -> None:
         self.demonstrations: list[Demonstration] = []
         self.tokenizer: Any = None
         self.summary = ""
-        needs_answers = config.samples_rollouts
 
         def read() -> int:
             self.tokenizer = _tokenizer(args.hf_model)
             self.demonstrations, report = build_demonstrations(
-                read_rows(config.data, needs_answers),
-                self.tokenizer,
-                config.data,
-                args.seq_length,
-                needs_answers,
+                read_rows(config, needs_answers), self.tokenizer, config, args.seq_length, needs_answers
             )
             self.summary = report.describe()
             return len(self.demonstrations)
@@ -78,6 +79,14 @@ def _tokenizer(folder: str) -> Any:
         ) from error
 
 
+def read_problems(args: Any, config: RasftConfig) -> tuple[Problems, Problems | None]:
+    """The problems to train on, and the held-out ones if there are any."""
+    problems = Problems(args, config.data, config.samples_rollouts)
+    if not config.heldout.heldout_data:
+        return problems, None
+    return problems, Problems(args, replace(config.data, train_data=config.heldout.heldout_data), True)
+
+
 def set_length(args: Any, config: RasftConfig, num_problems: int) -> int:
     """Set --train-iters from the epochs where it was not given; the number of steps."""
     per_epoch = -(-num_problems // args.global_batch_size)
@@ -95,7 +104,15 @@ class Run:
     Use it as a context manager: it owns the verifier's processes.
     """
 
-    def __init__(self, args: Any, config: RasftConfig, folder: HfFolder, problems: Problems, trainer: Trainer) -> None:
+    def __init__(
+        self,
+        args: Any,
+        config: RasftConfig,
+        folder: HfFolder,
+        problems: Problems,
+        heldout: Problems | None,
+        trainer: Trainer,
+    ) -> None:
         self.args = args
         self.config = config
         self.trainer = trainer
@@ -103,7 +120,7 @@ class Run:
         self.total_steps = args.train_iters
         self.is_lead = torch.distributed.get_rank() == 0
         self._save = None if args.save is None else Path(args.save)
-        self.verifier = VerifierPool(config.verify) if self.is_lead and config.samples_rollouts else None
+        self.verifier = VerifierPool(config.verify) if self.is_lead and config.verifies else None
         self.planner = Planner(
             config,
             problems.demonstrations,
@@ -117,6 +134,11 @@ class Run:
             store=self._store() if self.is_lead else None,
             cache=self._cache(folder) if self.is_lead else None,
         )
+        self._heldout = (
+            Heldout(config, heldout, trainer, self.planner.stop_ids, self.verifier)
+            if heldout is not None
+            else None
+        )
         tensorboard, wandb = writers()
         self.progress = Progress(
             self.total_steps,
@@ -125,7 +147,6 @@ class Run:
             wandb,
             is_silent=not self.is_lead,
         )
-        self._writes_elsewhere = (tensorboard, wandb)
         self.queue: deque[Batch] = deque()
         self._last_refresh: dict[str, float] = {}
         self._verdicts: dict[str, int] = {}
@@ -142,7 +163,9 @@ class Run:
         path: str | Path | None = self.config.run.rasft_ref_cache
         if path is None and self._save is not None:
             path = self._save / "ref_logprobs.sqlite"
-        precision = f"{self.args.params_dtype} {self.args.fp8} {self.args.fp8_recipe if self.args.fp8 else ''}"
+        precision = (
+            f"{self.args.params_dtype} {self.args.fp8} {self.args.fp8_recipe if self.args.fp8 else ''}"
+        )
         return LogprobCache(path, weights_fingerprint(folder.path, precision))
 
     def __enter__(self) -> "Run":
@@ -165,7 +188,10 @@ class Run:
             on_rank_zero(lambda: self.planner.load_state_dict(state["planner"]))
         if self.is_lead and self._save is not None:
             self._save.mkdir(parents=True, exist_ok=True)
-            resolved = {"rasft": self.config.as_dict(), "megatron": {k: str(v) for k, v in sorted(vars(self.args).items())}}
+            resolved = {
+                "rasft": self.config.as_dict(),
+                "megatron": {k: str(v) for k, v in sorted(vars(self.args).items())},
+            }
             (self._save / "config.json").write_text(json.dumps(resolved, indent=1), encoding="utf-8")
         args = self.args
         where = "GPU" if args.distributed_backend == "nccl" else "CPU"
@@ -177,6 +203,19 @@ class Run:
         )
         if self.problems.summary:
             self.progress.say(self.problems.summary)
+
+    def measure_if_due(self) -> None:
+        """The held-out solve rate, before the first step, after the last, and every --heldout-interval steps."""
+        step, interval = self.trainer.iteration, self.config.heldout.heldout_interval
+        is_due = step == 0 or self.is_over or (interval > 0 and step % interval == 0)
+        if self._heldout is None or not is_due:
+            return
+        values = self._heldout.measure(step)
+        text = (
+            f"held out: {values[metrics.HELDOUT_SOLVE_RATE]:.1%} of {self._heldout.num_problems} problems solved after "
+            f"step {step}"
+        )
+        self.progress.refresh(step, values, text)
 
     @property
     def is_over(self) -> bool:
@@ -192,7 +231,9 @@ class Run:
         self._last_refresh = _window_values(report)
         for verdict, count in report.verdicts.items():
             self._verdicts[verdict] = self._verdicts.get(verdict, 0) + count
-        self.progress.refresh(self.trainer.iteration, self._last_refresh, _window_line(report, time.monotonic() - began))
+        self.progress.refresh(
+            self.trainer.iteration, self._last_refresh, _window_line(report, time.monotonic() - began)
+        )
 
     def train_step(self) -> None:
         """One step on the next batch, and its line."""
@@ -228,7 +269,11 @@ class Run:
         if stops:
             self.progress.say(
                 f"stopped by a signal after step {self.trainer.iteration}"
-                + ("; saved, the same command goes on from here" if self._save is not None else "; --save was not given")
+                + (
+                    "; saved, the same command goes on from here"
+                    if self._save is not None
+                    else "; --save was not given"
+                )
             )
         return stops
 
@@ -256,7 +301,9 @@ def _window_values(report: WindowReport) -> dict[str, float]:
     total = max(1, report.num_rollouts)
     return {
         metrics.SOLVE_RATE: report.solve_rate,
-        metrics.SOLVED_PROBLEMS: report.num_solved / report.num_sampled if report.num_sampled else float("nan"),
+        metrics.SOLVED_PROBLEMS: report.num_solved / report.num_sampled
+        if report.num_sampled
+        else float("nan"),
         metrics.EXPERT_WEIGHT: report.expert_weight,
         metrics.ROLLOUT_WEIGHT: report.rollout_weight,
         "rollout/num_rollouts": report.num_rollouts,

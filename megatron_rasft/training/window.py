@@ -73,6 +73,35 @@ class WindowReport:
         return self.verdicts["correct"] / self.num_rollouts if self.num_rollouts else float("nan")
 
 
+def sample_seed(seed: int, problem_id: str, iteration: int, index: int) -> int:
+    """Seed of one sample: the same whatever else is sampled beside it."""
+    digest = hashlib.sha256(f"{seed} {problem_id} {iteration} {index}".encode()).digest()
+    return int.from_bytes(digest[:7], "big")
+
+
+def as_rollouts(
+    problem_id: str,
+    request: Request,
+    answers: Sequence[Response],
+    iteration: int,
+    decode: Callable[[list[int]], str],
+) -> list[Rollout]:
+    """The sampled responses of one problem, not yet verified."""
+    return [
+        Rollout(
+            problem_id=problem_id,
+            sample_index=index,
+            weight_version=iteration,
+            prompt_ids=request.prompt_ids,
+            response_ids=answer.token_ids,
+            response_logprobs=answer.logprobs,
+            finish_reason="stop" if answer.is_finished else "length",
+            text=decode(answer.token_ids),
+        )
+        for index, answer in enumerate(answers)
+    ]
+
+
 class Planner:
     """Makes the windows of a run, one after the other.
 
@@ -127,6 +156,7 @@ class Planner:
         )
         self._replay = ReplayEngine(config.rollout.rollout_replay) if config.rollout.rollout_replay else None
         rollout = config.rollout
+        self.stop_ids = stop_ids
         self._sampling = SamplingParams(
             num_samples=rollout.rollout_num_samples,
             max_new_tokens=rollout.rollout_max_new_tokens,
@@ -144,7 +174,9 @@ class Planner:
             iteration: optimizer steps done, which is the version of the weights.
         """
         report = WindowReport()
-        size = self.batch_size * min(self.config.run.rasft_refresh_interval, max(1, self.total_steps - iteration))
+        size = self.batch_size * min(
+            self.config.run.rasft_refresh_interval, max(1, self.total_steps - iteration)
+        )
         ids: list[str] = on_rank_zero(lambda: self._curriculum.next_window(size))
         report.num_problems = len(ids)
         chosen = self._choose(ids, iteration, report)
@@ -156,7 +188,9 @@ class Planner:
         batches = []
         for start in range(0, len(ids), self.batch_size):
             part = ids[start : start + self.batch_size]
-            batches.append(Batch(num_problems=len(part), samples=[s for problem in part for s in samples[problem]]))
+            batches.append(
+                Batch(num_problems=len(part), samples=[s for problem in part for s in samples[problem]])
+            )
         return batches, report
 
     def _expert(self, problem_id: str) -> TrainingSample:
@@ -214,14 +248,9 @@ class Planner:
         return SamplingParams(**{**asdict(self._sampling), "max_new_tokens": max(1, allowed)})
 
     def _request(self, problem_id: str, iteration: int) -> Request:
+        seed = self.config.rollout.rollout_seed
         seeds = [
-            int.from_bytes(
-                hashlib.sha256(
-                    f"{self.config.rollout.rollout_seed} {problem_id} {iteration} {index}".encode()
-                ).digest()[:7],
-                "big",
-            )
-            for index in range(self._sampling.num_samples)
+            sample_seed(seed, problem_id, iteration, index) for index in range(self._sampling.num_samples)
         ]
         return Request(prompt_ids=self._by_id[problem_id].prompt_ids, seeds=seeds)
 
@@ -232,19 +261,7 @@ class Planner:
         for problem_id, request, answers in zip(chosen, requests, responses, strict=True):
             groups[problem_id] = RolloutGroup(
                 problem_id=problem_id,
-                rollouts=[
-                    Rollout(
-                        problem_id=problem_id,
-                        sample_index=index,
-                        weight_version=iteration,
-                        prompt_ids=request.prompt_ids,
-                        response_ids=answer.token_ids,
-                        response_logprobs=answer.logprobs,
-                        finish_reason="stop" if answer.is_finished else "length",
-                        text=self.decode(answer.token_ids),
-                    )
-                    for index, answer in enumerate(answers)
-                ],
+                rollouts=as_rollouts(problem_id, request, answers, iteration, self.decode),
             )
         return groups
 
@@ -291,7 +308,9 @@ class Planner:
                 groups.get(problem_id),
                 config=self.config.weighting,
                 remembered=curriculum.remembered(problem_id),
-                deduplicate=lambda texts: deduplicate(texts, verify.verify_dedup_threshold, verify.verify_dedup_ngram),
+                deduplicate=lambda texts: deduplicate(
+                    texts, verify.verify_dedup_threshold, verify.verify_dedup_ngram
+                ),
                 similarity=lambda a, b: max_similarity(a, [b]),
             )
             samples[problem_id] = [s for s in made if s.response_ids and s.num_tokens <= self.max_tokens]
