@@ -135,8 +135,8 @@ def _build(
     segments = torch.zeros(total, dtype=torch.int64)
     loss_mask = torch.zeros(total)
     chosen = [samples[i] for i in bin_]
-    ref = torch.zeros(total) if chosen and all(s.ref_logprobs is not None for s in chosen) else None
-    old = torch.zeros(total) if chosen and all(s.old_logprobs is not None for s in chosen) else None
+    ref = torch.zeros(total) if all(s.ref_logprobs is not None for s in chosen) else None
+    old = torch.zeros(total) if all(s.old_logprobs is not None for s in chosen) else None
     bounds = [0]
     for place, (index, sample) in enumerate(zip(bin_, chosen, strict=True)):
         start = bounds[-1] if layout.is_packed else place * width
