@@ -24,6 +24,9 @@ class RunConfig:
     rasft_ref_cache: str | None = None
     """SQLite file of reference log-probabilities, reused by later runs. Unset: ref_logprobs.sqlite in --save."""
 
+    rasft_metrics: str | None = None
+    """File every logged number is appended to, one JSON object a line. Unset: metrics.jsonl in --save."""
+
     def __post_init__(self) -> None:
         if self.rasft_refresh_interval < 1:
             raise ValueError(

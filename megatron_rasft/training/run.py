@@ -142,7 +142,7 @@ class Run:
         tensorboard, wandb = writers()
         self.progress = Progress(
             self.total_steps,
-            None if self._save is None else self._save / "metrics.jsonl",
+            self._metrics_file(),
             tensorboard,
             wandb,
             is_silent=not self.is_lead,
@@ -150,6 +150,11 @@ class Run:
         self.queue: deque[Batch] = deque()
         self._last_refresh: dict[str, float] = {}
         self._verdicts: dict[str, int] = {}
+
+    def _metrics_file(self) -> Path | None:
+        if self.config.run.rasft_metrics is not None:
+            return Path(self.config.run.rasft_metrics)
+        return None if self._save is None else self._save / "metrics.jsonl"
 
     def _store(self) -> RolloutStore | None:
         path = self.config.rollout.rollout_store
