@@ -54,7 +54,9 @@ def run(args: argparse.Namespace, objective: str) -> tuple[float, float, float]:
     rates: list[float] = []
     threads = {"OMP_NUM_THREADS": str(os.cpu_count() or 1), "OMP_WAIT_POLICY": "PASSIVE"}
     metrics = output / "metrics.jsonl"
-    process = subprocess.run([*command, "--rasft-metrics", str(metrics)], env={**os.environ, **threads}, check=False)
+    process = subprocess.run(
+        [*command, "--rasft-metrics", str(metrics)], env={**os.environ, **threads}, check=False
+    )
     if process.returncode != 0:
         raise SystemExit(process.returncode)
     for line in metrics.read_text(encoding="utf-8").splitlines():
@@ -66,13 +68,21 @@ def run(args: argparse.Namespace, objective: str) -> tuple[float, float, float]:
 
 def main() -> None:
     """Run and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     cache = ROOT / ".cache"
     parser.add_argument("--hf-model", type=Path, default=cache / "smollm2-135m-instruct", help="model folder")
-    parser.add_argument("--data", type=Path, default=cache / "quickstart" / "data", help="folder of make_arithmetic.py")
-    parser.add_argument("--output", type=Path, default=cache / "quickstart" / "runs", help="where the runs go")
+    parser.add_argument(
+        "--data", type=Path, default=cache / "quickstart" / "data", help="folder of make_arithmetic.py"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=cache / "quickstart" / "runs", help="where the runs go"
+    )
     parser.add_argument("--lr", type=float, default=3e-5, help="peak learning rate (default: %(default)s)")
-    parser.add_argument("--compare", action="store_true", help="also train with sft and dft, at the same steps")
+    parser.add_argument(
+        "--compare", action="store_true", help="also train with sft and dft, at the same steps"
+    )
     args = parser.parse_args()
     table = Table(title="held-out problems solved, greedy")
     for column in ("objective", "before", "after", "minutes"):

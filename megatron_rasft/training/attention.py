@@ -4,6 +4,7 @@ They serve on a CPU, on a GPU without Transformer Engine, and for generation eve
 Megatron's local modules they allow sequence parallelism, context parallelism and packed sequences.
 """
 
+import itertools
 from typing import Any
 
 import torch
@@ -153,7 +154,7 @@ class SdpaCoreAttention(MegatronModule):
                 for x in (key, value)
             )
         outs = []
-        for begin, end in zip(starts[:-1], starts[1:], strict=True):
+        for begin, end in itertools.pairwise(starts):
             if begin == end:
                 continue
             q = query[begin:end, None]

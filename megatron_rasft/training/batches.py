@@ -1,5 +1,6 @@
 """Turns training samples into the micro-batches of one data- and context-parallel rank."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -161,15 +162,12 @@ def _build(
         for row in range(len(bin_), rows):
             positions[row * width : (row + 1) * width] = torch.arange(width)
     here = torch.cat(
-        [
-            b + zigzag_positions(e - b, layout.cp_rank, layout.cp_size)
-            for b, e in zip(bounds[:-1], bounds[1:], strict=True)
-        ]
+        [b + zigzag_positions(e - b, layout.cp_rank, layout.cp_size) for b, e in itertools.pairwise(bounds)]
     )
     params = None
     if layout.is_packed:
         cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=device)
-        longest = max(e - b for b, e in zip(bounds[:-1], bounds[1:], strict=True))
+        longest = max(e - b for b, e in itertools.pairwise(bounds))
         params = PackedSeqParams(
             qkv_format="thd",
             cu_seqlens_q=cu_seqlens,

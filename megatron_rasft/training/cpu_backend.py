@@ -32,7 +32,7 @@ class _CudaMeansCpu(TorchFunctionMode):
     Tensor.type() keeps its 'torch.cuda.' spelling, which Megatron's optimizers test for.
     """
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is torch.Tensor.cuda:
             return args[0]
@@ -56,8 +56,7 @@ class _InOrder:
     def __enter__(self) -> "_InOrder":
         return self
 
-    def __exit__(self, *exc: object) -> bool:
-        return False
+    def __exit__(self, *exc: object) -> None: ...
 
     def wait_stream(self, *args: Any) -> None: ...
 

@@ -70,7 +70,7 @@ def generation_mode(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
         for chunk in chunks:
             undo.callback(chunk.train, chunk.training)
             chunk.eval()
-            config = chunk.config
+            config: Any = chunk.config
             if config.sequence_parallel:
                 undo.callback(set_model_to_sequence_parallel, chunk, True)
                 set_model_to_sequence_parallel(chunk, False)
@@ -78,7 +78,7 @@ def generation_mode(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
                 if getattr(config, name, None):
                     undo.callback(setattr, config, name, getattr(config, name))
                     setattr(config, name, None)
-            rotary = getattr(chunk, "rotary_pos_emb", None)
+            rotary: Any = getattr(chunk, "rotary_pos_emb", None)
             if getattr(rotary, "cp_group", None) is not None:
                 undo.callback(setattr, rotary, "cp_group", rotary.cp_group)
                 rotary.cp_group = None

@@ -24,10 +24,10 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.num_microbatches_calculator import reconfigure_num_microbatches_calculator
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
-from megatron.core.utils import get_model_config
+from megatron.core.utils import get_model_config, unwrap_model
 from megatron.training import checkpointing, training
-from megatron.training.arguments import parse_args, validate_args
 from megatron.training.argument_utils import core_transformer_config_from_args
+from megatron.training.arguments import parse_args, validate_args
 from megatron.training.global_vars import (
     get_signal_handler,
     get_tensorboard_writer,
@@ -35,7 +35,6 @@ from megatron.training.global_vars import (
     set_global_variables,
 )
 from megatron.training.initialize import initialize_megatron
-from megatron.core.utils import unwrap_model
 
 from megatron_rasft.config import RasftConfig
 from megatron_rasft.errors import CheckpointError
@@ -213,7 +212,7 @@ class Trainer:
 
     def _build_chunk(
         self, pre_process: bool = True, post_process: bool = True, vp_stage: int | None = None, **_: Any
-    ):
+    ) -> GPTModel:
         args = self.args
         config = core_transformer_config_from_args(args)
         config.variable_seq_lengths = False

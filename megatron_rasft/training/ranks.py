@@ -1,18 +1,16 @@
 """Work that one rank does for all: the result, or the failure, reaches every rank."""
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch.distributed as dist
-
-T = TypeVar("T")
 
 
 class FailedElsewhere(Exception):
     """Raised on the ranks that only heard of a failure: rank 0 has the message."""
 
 
-def on_rank_zero(work: Callable[[], T]) -> T:
+def on_rank_zero[T](work: Callable[[], T]) -> T:
     """Run ``work`` on rank 0 and return its result on every rank of the world.
 
     Runs one broadcast on the default group. If ``work`` raises, rank 0 raises that and the others
@@ -36,7 +34,7 @@ def on_rank_zero(work: Callable[[], T]) -> T:
     return box[0]
 
 
-def gather_to_all(value: T) -> list[T]:
+def gather_to_all[T](value: T) -> list[T]:
     """Every rank's value, in rank order, on every rank; one all-gather on the default group."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [value]

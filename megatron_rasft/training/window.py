@@ -144,7 +144,7 @@ class Planner:
         self.store = store
         self.cache = cache
         self._by_id = {d.problem_id: d for d in demonstrations}
-        self._curriculum = (
+        self._curriculum_on_rank_zero = (
             Curriculum(
                 list(self._by_id),
                 config.curriculum,
@@ -167,6 +167,12 @@ class Planner:
             max_batch_size=rollout.rollout_batch_size,
         )
 
+    @property
+    def curriculum(self) -> Curriculum:
+        """Rank 0 only."""
+        assert self._curriculum_on_rank_zero is not None, "only rank 0 has the curriculum"
+        return self._curriculum_on_rank_zero
+
     def next_window(self, iteration: int) -> tuple[list[Batch], WindowReport]:
         """The batches of the next refresh interval, the same on every rank.
 
@@ -177,7 +183,7 @@ class Planner:
         size = self.batch_size * min(
             self.config.run.rasft_refresh_interval, max(1, self.total_steps - iteration)
         )
-        ids: list[str] = on_rank_zero(lambda: self._curriculum.next_window(size))
+        ids: list[str] = on_rank_zero(lambda: self.curriculum.next_window(size))
         report.num_problems = len(ids)
         chosen = self._choose(ids, iteration, report)
         groups = self._sample(chosen, iteration, report) if chosen else {}
@@ -214,27 +220,28 @@ class Planner:
         if not self.config.samples_rollouts:
             return []
         if self.config.curriculum.curriculum_mode != "window":
-            return on_rank_zero(lambda: self._curriculum.choose_for_rollouts(dict.fromkeys(ids, "middle")))
+            return on_rank_zero(lambda: self.curriculum.choose_for_rollouts(dict.fromkeys(ids, "middle")))
         began = time.monotonic()
         calibration: list[str] = on_rank_zero(
-            lambda: self._curriculum.calibration_sample() if self._curriculum.thresholds is None else []
+            lambda: self.curriculum.calibration_sample() if self.curriculum.thresholds is None else []
         )
         if calibration:
             reference = self._difficulties(calibration)
-            on_rank_zero(lambda: self._curriculum.calibrate(reference.values()))
+            on_rank_zero(lambda: self.curriculum.calibrate(reference.values()))
         difficulties = self._difficulties(ids)
         report.mean_difficulty = sum(difficulties.values()) / len(difficulties)
         report.score_s = time.monotonic() - began
         progress = iteration / max(1, self.total_steps)
         return on_rank_zero(
-            lambda: self._curriculum.choose_for_rollouts(self._curriculum.route(difficulties, progress))
+            lambda: self.curriculum.choose_for_rollouts(self.curriculum.route(difficulties, progress))
         )
 
     def _sample(self, chosen: list[str], iteration: int, report: WindowReport) -> dict[str, RolloutGroup]:
         """Rollouts of the chosen problems, verified and filtered; rank 0's result is the one that counts."""
         began = time.monotonic()
         if self._replay is not None:
-            groups = on_rank_zero(lambda: self._replayed(chosen))
+            replay = self._replay
+            groups = on_rank_zero(lambda: self._replayed(chosen, replay))
         else:
             requests: list[Request] = on_rank_zero(lambda: [self._request(i, iteration) for i in chosen])
             responses = self.policy.generate(requests, self._limited(requests))
@@ -265,11 +272,11 @@ class Planner:
             )
         return groups
 
-    def _replayed(self, chosen: list[str]) -> dict[str, RolloutGroup]:
+    def _replayed(self, chosen: list[str], replay: ReplayEngine) -> dict[str, RolloutGroup]:
         groups = {}
         for problem_id in chosen:
-            known = self._curriculum.solvability.get(problem_id)
-            rollouts = self._replay.take(
+            known = self.curriculum.solvability.get(problem_id)
+            rollouts = replay.take(
                 problem_id,
                 self._by_id[problem_id].prompt_ids,
                 self._sampling.num_samples,
@@ -298,8 +305,7 @@ class Planner:
         self, ids: list[str], groups: dict[str, RolloutGroup], report: WindowReport
     ) -> dict[str, list[TrainingSample]]:
         verify = self.config.verify
-        curriculum = self._curriculum
-        assert curriculum is not None, "rank 0 has the curriculum"
+        curriculum = self.curriculum
         samples: dict[str, list[TrainingSample]] = {}
         for problem_id in ids:
             made = make_samples(
@@ -353,15 +359,13 @@ class Planner:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values that a resumed run goes on from; rank 0 only."""
-        assert self._curriculum is not None, "rank 0 has the curriculum"
         return {
-            "curriculum": self._curriculum.state_dict(),
+            "curriculum": self.curriculum.state_dict(),
             "store_offset": self.store.offset if self.store is not None else None,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from ``state_dict()``; rank 0 only. Cuts the rollout store back to where it was."""
-        assert self._curriculum is not None, "rank 0 has the curriculum"
-        self._curriculum.load_state_dict(state["curriculum"])
+        self.curriculum.load_state_dict(state["curriculum"])
         if self.store is not None and state["store_offset"] is not None:
             self.store.truncate(state["store_offset"])
