@@ -1,0 +1,245 @@
+"""Exactly one verdict per rollout, whatever the grader does; workers that end with their parent."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from megatron_rasft.config.verify import VerifyConfig
+from megatron_rasft.types import FinishReason, Rollout
+from megatron_rasft.verify.pool import VerifierPool
+from tests.unit.verify import hostile_graders
+
+REPO = Path(__file__).parents[3]
+
+
+def make_rollout(text: str, finish_reason: FinishReason = "stop", problem_id: str = "p") -> Rollout:
+    return Rollout(
+        problem_id=problem_id,
+        sample_index=0,
+        weight_version=0,
+        prompt_ids=[1],
+        response_ids=[2],
+        response_logprobs=[-1.0],
+        finish_reason=finish_reason,
+        text=text,
+    )
+
+
+def hostile_pool(**knobs: object) -> VerifierPool:
+    config = VerifyConfig(
+        **{"verify_num_workers": 2, "verify_timeout_s": 3.0, "verify_memory_mib": 128} | knobs
+    )  # type: ignore[arg-type]
+    return VerifierPool(config, grader=hostile_graders.act_out)
+
+
+MISBEHAVIOUR = [
+    ("sleep", "timeout"),
+    ("spin", "timeout"),
+    ("ignore_sigterm", "timeout"),
+    ("exit 3", "unverifiable"),
+    ("sys_exit", "unverifiable"),
+    ("kill", "unverifiable"),
+    ("segfault", "unverifiable"),
+    ("raise", "unverifiable"),
+    ("recurse", "unverifiable"),
+    ("memory", "unverifiable"),
+    ("hoard", "unverifiable"),
+    ("nonsense", "unverifiable"),
+    ("none", "unverifiable"),
+    ("print", "correct"),
+    ("equal 6", "wrong"),
+    ("equal 5", "correct"),
+]
+
+
+def test_misbehaving_grader_costs_its_own_rollout_only() -> None:
+    rollouts, wanted = [], []
+    for text, verdict in MISBEHAVIOUR:
+        rollouts += [make_rollout(text), make_rollout("equal 5")]
+        wanted += [verdict, "correct"]
+    with hostile_pool() as pool:
+        counts = pool.verify(rollouts, {"p": "5"})
+        assert sum(counts.values()) == len(rollouts)
+        assert counts == Counter(r.verdict for r in rollouts)
+        crashed = {"exit 3", "kill", "segfault"}
+        for rollout, verdict in zip(rollouts, wanted, strict=True):
+            # a worker that dies before the parent heard that it took the task can cost the deadline instead
+            allowed = {verdict, "timeout"} if rollout.text in crashed else {verdict}
+            assert rollout.verdict in allowed, rollout.text
+            assert rollout.verdict_reason or verdict in ("correct", "wrong"), rollout.text
+        # the pool goes on
+        assert pool.verify([make_rollout("equal 5")], {"p": "5"}) == Counter(correct=1)
+
+
+def test_crashes_only_still_end_with_a_verdict_each() -> None:
+    rollouts = [make_rollout("exit 3") for _ in range(8)] + [make_rollout("equal 5")]
+    with hostile_pool(verify_num_workers=1) as pool:
+        counts = pool.verify(rollouts, {"p": "5"})
+    assert sum(counts.values()) == 9
+    assert rollouts[-1].verdict == "correct"
+    assert counts["correct"] == 1
+
+
+def test_unfinished_responses_are_wrong_without_being_graded() -> None:
+    rollouts = [make_rollout("kill", "length"), make_rollout("kill", "abort")]
+    with hostile_pool() as pool:
+        assert pool.verify(rollouts, {"p": "5"}) == Counter(wrong=2)
+    assert [r.verdict_reason for r in rollouts] == ["truncated", "aborted"]
+
+
+def test_truncated_responses_are_graded_on_request() -> None:
+    rollouts = [make_rollout("equal 5", "length"), make_rollout("equal 5", "abort")]
+    with hostile_pool(verify_grade_truncated=True) as pool:
+        pool.verify(rollouts, {"p": "5"})
+    assert [r.verdict for r in rollouts] == ["correct", "wrong"]
+
+
+def test_missing_gold_is_unverifiable() -> None:
+    rollouts = [make_rollout("equal 5", problem_id="q"), make_rollout("equal 5", problem_id="empty")]
+    with hostile_pool() as pool:
+        assert pool.verify(rollouts, {"p": "5", "empty": " "}) == Counter(unverifiable=2)
+    assert {r.verdict_reason for r in rollouts} == {"no gold answer"}
+
+
+def test_no_rollouts_no_verdicts() -> None:
+    with hostile_pool() as pool:
+        assert pool.verify([], {}) == Counter()
+
+
+def test_reasons_are_short() -> None:
+    rollout = make_rollout("long_reason")
+    with hostile_pool() as pool:
+        pool.verify([rollout], {"p": "5"})
+    assert len(rollout.verdict_reason) == 200
+
+
+def test_workers_are_replaced_after_their_tasks() -> None:
+    rollouts = [make_rollout("pid") for _ in range(6)]
+    with hostile_pool(verify_num_workers=1, verify_max_tasks_per_worker=2) as pool:
+        pool.verify(rollouts, {"p": "5"})
+    assert len({r.verdict_reason for r in rollouts}) >= 3
+
+
+def test_workers_hold_neither_torch_nor_megatron() -> None:
+    rollout = make_rollout("modules")
+    with hostile_pool() as pool:
+        pool.verify([rollout], {"p": "5"})
+    assert not {"torch", "megatron"} & set(rollout.verdict_reason.split(","))
+
+
+def test_only_the_tail_of_a_long_response_is_read() -> None:
+    config = VerifyConfig(verify_num_workers=1, verify_max_response_chars=30)
+    rollouts = [make_rollout(r"\boxed{5}" + "x" * 100), make_rollout("x" * 100 + r"\boxed{5}")]
+    with VerifierPool(config) as pool:
+        pool.verify(rollouts, {"p": "5"})
+    assert [r.verdict for r in rollouts] == ["wrong", "correct"]
+
+
+HOSTILE_TEXTS = [
+    "10**10**10",
+    r"\boxed{10**10**10}",
+    r"\boxed{9^{9^{9^{9}}}}",
+    r"\boxed{(((100!)!)!)!}",
+    r"\boxed{2^{10^{9}}}",
+    r"\boxed{1e999999999}",
+    r"\boxed{4.5 \times 10^{99999999}}",
+    r"\boxed{\sum_{k=1}^{10^{9}} \frac{1}{k^3}}",
+    "\\boxed{" + "\\frac{1}{" * 400 + "2" + "}" * 400 + "}",
+    "\\boxed{" + "(" * 400 + "1" + ")" * 400 + "}",
+    "\\boxed{" * 100_000,
+    "{" * 1_000_000,
+    "}" * 1_000_000,
+    "x" * 1_000_000,
+    "1" * 1_000_000,
+    "1," * 500_000,
+    "answer is " * 100_000,
+    "\\boxed" + " " * 1_000_000,
+    "\\boxed{" + " " * 150_000 + "}",
+    "\x00" * 1000,
+    "\x00\\boxed{\x00}",
+    "\ud800 \\boxed{\ud800}",
+    "__import__('os')._exit(0)",
+    r"\boxed{__import__('os').abort()}",
+    "",
+]
+
+
+def test_hostile_responses_get_one_verdict_each_and_none_is_correct() -> None:
+    rollouts = [make_rollout(text) for text in HOSTILE_TEXTS] + [make_rollout(r"\boxed{5}")]
+    config = VerifyConfig(verify_num_workers=2, verify_timeout_s=2.0, verify_memory_mib=1024)
+    with VerifierPool(config) as pool:
+        counts = pool.verify(rollouts, {"p": "5"})
+    assert sum(counts.values()) == len(rollouts)
+    assert rollouts.pop().verdict == "correct"
+    assert not [r.text[:40] for r in rollouts if r.verdict == "correct"]
+
+
+MAIN_SCRIPT = """
+import os, sys, time
+print("imported", flush=True)
+from megatron_rasft.config.verify import VerifyConfig
+from megatron_rasft.verify.pool import VerifierPool
+from tests.unit.verify import hostile_graders
+from tests.unit.verify.test_pool import make_rollout
+
+if __name__ == "__main__":
+    pool = VerifierPool(VerifyConfig(verify_num_workers=1, verify_timeout_s=2.0), hostile_graders.act_out)
+    pool.__enter__()
+    rollouts = [make_rollout("pid")]
+    pool.verify(rollouts, {"p": "5"})
+    print("worker", rollouts[0].verdict_reason, flush=True)
+    if sys.argv[1] == "busy":
+        try:
+            while True:
+                pool.verify([make_rollout("spin")], {"p": "5"})
+        finally:
+            pool.close()
+    # "forgotten": the pool is never closed
+"""
+
+
+def start_script(tmp_path: Path, mode: str) -> tuple[subprocess.Popen[str], int]:
+    """The running script and the id of its worker."""
+    script = tmp_path / "main_script.py"
+    script.write_text(MAIN_SCRIPT)
+    process = subprocess.Popen(
+        [sys.executable, str(script), mode],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(REPO)},
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "imported\n"
+    # nothing in between: the worker did not run the main script again
+    worker = process.stdout.readline().split()
+    assert worker[0] == "worker"
+    return process, int(worker[1])
+
+
+def wait_until_gone(pid: int) -> None:
+    while Path(f"/proc/{pid}").exists() and "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text():
+        time.sleep(0.05)
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_interrupted_run_leaves_no_worker_behind(tmp_path: Path, signal_number: int) -> None:
+    process, worker = start_script(tmp_path, "busy")
+    time.sleep(0.5)  # most likely inside verify() by now; right wherever it is
+    process.send_signal(signal_number)
+    assert process.wait() != 0
+    wait_until_gone(worker)
+
+
+@pytest.mark.timeout(120)
+def test_forgotten_pool_does_not_hold_up_the_exit(tmp_path: Path) -> None:
+    process, worker = start_script(tmp_path, "forgotten")
+    assert process.wait() == 0
+    wait_until_gone(worker)
