@@ -1,0 +1,215 @@
+"""What a user can get wrong ends at once, on every rank, with one line that names the way out."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.functional import launching
+from tests.functional.conftest import Workshop
+from tests.tiny_policy import write_model
+
+BAD_INPUT_TIMEOUT_S = 120
+
+
+@dataclass(frozen=True)
+class Case:
+    """One mistake: how it is made, and what the line must name."""
+
+    flags: Callable[[Workshop, Path], list[str]]
+    names: tuple[str, ...]
+    world_size: int = 1
+
+
+def without(flags: list[str], flag: str) -> list[str]:
+    """The command line without one flag and its value."""
+    at = flags.index(flag)
+    return flags[:at] + flags[at + 2 :]
+
+
+def data_of(folder: Path, *lines: str) -> Path:
+    path = folder / "rows.jsonl"
+    path.write_text("".join(line + "\n" for line in lines))
+    return path
+
+
+def without_answer(workshop: Workshop, folder: Path) -> list[str]:
+    good = {"problem": "1 + 1", "response": "1+1=2", "answer": "2"}
+    bad = {"problem": "1 + 2", "response": "1+2=3"}
+    return workshop.flags(data=data_of(folder, json.dumps(good), json.dumps(bad)))
+
+
+def without_weights(workshop: Workshop, folder: Path) -> list[str]:
+    model = folder / "model"
+    shutil.copytree(workshop.random, model)
+    (model / "model.safetensors").unlink()
+    return workshop.flags(model=model)
+
+
+def without_tokenizer(workshop: Workshop, folder: Path) -> list[str]:
+    model = folder / "model"
+    shutil.copytree(workshop.random, model)
+    (model / "tokenizer.json").unlink()
+    (model / "tokenizer_config.json").unlink()
+    return workshop.flags(model=model)
+
+
+def tokenizer_too_large(workshop: Workshop, folder: Path) -> list[str]:
+    return workshop.flags(model=write_model(folder / "model", vocab_size=12))
+
+
+def more(*flags: str) -> Callable[[Workshop, Path], list[str]]:
+    return lambda workshop, folder: workshop.flags(*flags)
+
+
+CASES = {
+    "no data file": Case(lambda w, f: without(w.flags(), "--train-data"), ("--train-data",)),
+    "missing file": Case(lambda w, f: w.flags(data=f / "none.jsonl"), ("none.jsonl",)),
+    "empty file": Case(lambda w, f: w.flags(data=data_of(f)), ("rows.jsonl",)),
+    "row without answer": Case(without_answer, ("rows.jsonl:2", "answer")),
+    "row that is no JSON": Case(lambda w, f: w.flags(data=data_of(f, "{")), ("rows.jsonl:1",)),
+    "missing model": Case(lambda w, f: w.flags(model=f / "none"), ("none",)),
+    "no model": Case(lambda w, f: without(w.flags(), "--hf-model"), ("--hf-model",)),
+    "model without weights": Case(without_weights, ("safetensors",)),
+    "model without tokenizer": Case(without_tokenizer, ("tokenizer",)),
+    "tokenizer larger than embedding": Case(tokenizer_too_large, ("token", "12")),
+    "batch that does not divide": Case(
+        more("--micro-batch-size", "3"), ("--global-batch-size 8", "micro batch size x data parallel")
+    ),
+    "layout larger than world": Case(
+        more("--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"),
+        ("--nproc-per-node",),
+    ),
+    "layout with no room for heads": Case(more("--tensor-model-parallel-size", "3"), ("tensor",), 3),
+    "clip range turned round": Case(
+        more("--objective-ratio-clip-low", "2"), ("--objective-ratio-clip-low", "--objective-ratio-clip-high")
+    ),
+    "top-p of 0": Case(more("--rollout-top-p", "0"), ("--rollout-top-p",)),
+    "refresh interval of 0": Case(more("--rasft-refresh-interval", "0"), ("--rasft-refresh-interval",)),
+    "no epochs": Case(more("--data-epochs", "0"), ("--data-epochs",)),
+    "no samples": Case(
+        more("--rollout-num-samples", "0"), ("--rollout-num-samples", "--curriculum-mode off")
+    ),
+    "rollouts that are off but needed": Case(
+        more("--objective", "grpo", "--curriculum-mode", "off"), ("--curriculum-mode",)
+    ),
+    "export folder exists": Case(
+        lambda w, f: w.flags("--export-hf", str(f)), ("--export-hf", "exists already")
+    ),
+    "sequence beyond positions": Case(more("--seq-length", "4096"), ("--seq-length", "128")),
+    "every row too long": Case(more("--seq-length", "4"), ("--seq-length",)),
+    "replay without a store": Case(more("--rollout-engine", "replay"), ("--rollout-replay",)),
+    "missing store": Case(
+        lambda w, f: w.flags("--rollout-engine", "replay", "--rollout-replay", str(f / "none.jsonl")),
+        ("none.jsonl", "--rollout-replay"),
+    ),
+    "missing file on two ranks": Case(lambda w, f: w.flags(data=f / "none.jsonl"), ("none.jsonl",), 2),
+    "row without answer on two ranks": Case(without_answer, ("rows.jsonl:2", "answer"), 2),
+    "model without weights on two ranks": Case(without_weights, ("safetensors",), 2),
+    "tokenizer larger than embedding on two ranks": Case(tokenizer_too_large, ("token", "12"), 2),
+}
+
+
+def assert_one_plain_error(outcome: launching.Outcome, *names: str) -> None:
+    for code in outcome.codes:
+        assert code is not None, f"a rank hung\n{outcome.output}"
+        assert code > 0, outcome.output
+    assert len(outcome.errors) == 1, outcome.output
+    assert "Traceback" not in outcome.output, outcome.output
+    for name in names:
+        assert name in outcome.errors[0]
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_mistake_ends_in_one_line_on_every_rank(workshop: Workshop, tmp_path: Path, case: Case) -> None:
+    outcome = launching.run(
+        tmp_path / "logs", case.flags(workshop, tmp_path), case.world_size, timeout_s=BAD_INPUT_TIMEOUT_S
+    )
+    assert_one_plain_error(outcome, *case.names)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_fp8_is_refused_without_a_gpu(workshop: Workshop, tmp_path: Path) -> None:
+    outcome = launching.run(
+        tmp_path, workshop.flags("--bf16", "--fp8-format", "hybrid"), timeout_s=BAD_INPUT_TIMEOUT_S
+    )
+    assert_one_plain_error(outcome, "--fp8-format")
+
+
+def test_torchrun_ends_with_the_programs_line(workshop: Workshop, tmp_path: Path) -> None:
+    outcome = launching.torchrun(without_answer(workshop, tmp_path), 2, timeout_s=BAD_INPUT_TIMEOUT_S)
+    assert outcome.codes[0] != 0
+    assert len(outcome.errors) == 1, outcome.output
+    assert "rows.jsonl:2" in outcome.errors[0]
+
+
+@pytest.fixture(scope="module")
+def saved(workshop: Workshop) -> Path:
+    """A run's folder with a checkpoint after its second and last step."""
+    save = workshop.root / "saved"
+    workshop.train(save, ["--train-iters", "2"])
+    return save
+
+
+def checkpoint_files(save: Path) -> dict[str, bytes]:
+    """All that a later start reads."""
+    paths = [
+        p
+        for p in save.rglob("*")
+        if p.is_file() and (p.parent.name.startswith("iter_") or p.suffix == ".txt")
+    ]
+    return {str(p.relative_to(save)): p.read_bytes() for p in paths}
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_checkpoint_of_another_model_is_refused(
+    workshop: Workshop, saved: Path, tmp_path: Path, world_size: int
+) -> None:
+    save = tmp_path / "save"
+    shutil.copytree(saved, save)
+    kept = checkpoint_files(save)
+    wider = write_model(tmp_path / "wider", intermediate_size=192)
+    flags = workshop.flags("--save", str(save), "--train-iters", "4", model=wider)
+    outcome = launching.run(tmp_path / "logs", flags, world_size, timeout_s=BAD_INPUT_TIMEOUT_S)
+    assert_one_plain_error(outcome, "another model", "ffn_hidden_size 128 != 192", "--hf-model")
+    assert checkpoint_files(save) == kept
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_checkpoint_of_another_schedule_is_refused(
+    workshop: Workshop, saved: Path, tmp_path: Path, world_size: int
+) -> None:
+    save = tmp_path / "save"
+    shutil.copytree(saved, save)
+    kept = checkpoint_files(save)
+    outcome = launching.run(
+        tmp_path / "logs",
+        workshop.flags("--save", str(save), "--train-iters", "4"),
+        world_size,
+        timeout_s=BAD_INPUT_TIMEOUT_S,
+    )
+    assert_one_plain_error(outcome, "--override-opt_param-scheduler")
+    assert checkpoint_files(save) == kept
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_full_disk_at_save_spares_earlier_checkpoints(
+    workshop: Workshop, saved: Path, tmp_path: Path, world_size: int
+) -> None:
+    save = tmp_path / "save"
+    shutil.copytree(saved, save)
+    kept = checkpoint_files(save)
+    assert "latest_checkpointed_iteration.txt" in kept
+    flags = workshop.flags("--save", str(save), "--train-iters", "3", "--override-opt_param-scheduler")
+    outcome = launching.run(
+        tmp_path / "full", flags, world_size, file_limit=200_000, timeout_s=BAD_INPUT_TIMEOUT_S
+    )
+    assert_one_plain_error(outcome, "step 3", str(save), "--save")
+    left = checkpoint_files(save)
+    assert {name: left.get(name) for name in kept} == kept
+    if world_size == 1:
+        assert "going on after step 2" in workshop.train(save, flags[2:]).output

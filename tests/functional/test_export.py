@@ -1,0 +1,40 @@
+"""What a run exports is the model that was trained, and transformers loads it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from tests.functional import launching
+from tests.functional.conftest import Workshop
+
+
+def test_run_without_learning_exports_the_weights_it_read(workshop: Workshop, tmp_path: Path) -> None:
+    flags = ["--lr", "0", "--train-iters", "2", "--export-hf", str(tmp_path / "exported")]
+    workshop.train(tmp_path / "save", flags)
+    before = load_file(workshop.policy / "model.safetensors")
+    after = load_file(tmp_path / "exported" / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert not [name for name, tensor in before.items() if not tensor.equal(after[name])]
+
+
+def test_four_processes_train_and_export_what_one_does(workshop: Workshop, tmp_path: Path) -> None:
+    folders = {1: tmp_path / "one", 4: tmp_path / "four"}
+    layout = ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"]
+    for world_size, folder in folders.items():
+        flags = ["--train-iters", "3", "--export-hf", str(folder / "exported")]
+        workshop.train(folder / "save", flags + (layout if world_size == 4 else []), world_size)
+    one = launching.losses(folders[1] / "save")
+    assert len(one) == 3
+    assert launching.losses(folders[4] / "save") == pytest.approx(one, abs=1e-5, rel=0)
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folders[4] / "exported")
+    tokens = tokenizer("3 + 4\n3+4=7", return_tensors="pt").input_ids
+    before, single, four = (
+        transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(tokens).logits
+        for folder in (workshop.policy, *(f / "exported" for f in folders.values()))
+    )
+    torch.testing.assert_close(four, single, atol=1e-3, rtol=0)
+    assert (single - before).abs().max() > 1e-2, "the run has not changed the model"

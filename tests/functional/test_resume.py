@@ -1,0 +1,104 @@
+"""An interrupted and resumed run is the unbroken run."""
+
+import shutil
+from pathlib import Path
+from signal import SIGKILL, SIGTERM
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.functional import launching
+from tests.functional.conftest import Workshop
+from tests.functional.launching import Interruption
+
+STEPS = 9
+"""Three refreshes of three steps, and nearly two epochs."""
+
+
+def flags_of(save: Path) -> list[str]:
+    return ["--train-iters", str(STEPS), "--save-interval", "2", "--export-hf", str(save) + "-exported"]
+
+
+def unbroken_run(workshop: Workshop, world_size: int) -> Path:
+    save = workshop.root / f"unbroken{world_size}"
+    if not save.exists():
+        workshop.train(save, flags_of(save), world_size)
+    return save
+
+
+def interrupted_run(
+    workshop: Workshop, save: Path, interruption: Interruption, world_size: int
+) -> launching.Outcome:
+    return launching.run(
+        save.with_name(f"{save.name}-broken-logs"),
+        workshop.flags("--save", str(save), *flags_of(save)),
+        world_size,
+        interruption=interruption,
+    )
+
+
+@pytest.fixture(scope="module")
+def stopped_at_5(workshop: Workshop) -> Path:
+    """A checkpoint of one process in the middle of the second window."""
+    save = workshop.root / "stopped"
+    outcome = interrupted_run(workshop, save, Interruption(step=5, number=SIGTERM), 1)
+    assert outcome.codes == [0], outcome.output
+    return save
+
+
+def assert_same_run(save: Path, unbroken: Path) -> None:
+    records = launching.steps(unbroken)
+    assert list(records) == list(range(1, STEPS + 1))
+    assert launching.steps(save) == records
+    assert (save / "rollouts.jsonl").read_bytes() == (unbroken / "rollouts.jsonl").read_bytes()
+    weights = load_file(f"{save}-exported/model.safetensors")
+    expected = load_file(f"{unbroken}-exported/model.safetensors")
+    assert weights.keys() == expected.keys()
+    differing = [name for name, tensor in expected.items() if not tensor.equal(weights[name])]
+    assert not differing
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_run_stopped_by_sigterm_goes_on_as_if_unbroken(
+    workshop: Workshop, tmp_path: Path, world_size: int
+) -> None:
+    unbroken = unbroken_run(workshop, world_size)
+    save = tmp_path / "save"
+    # One rank hears the signal; all must stop after the same step.
+    term = Interruption(step=5, number=SIGTERM, only_rank=world_size - 1)
+    outcome = interrupted_run(workshop, save, term, world_size)
+    assert outcome.codes == [0] * world_size, outcome.output
+    assert "stopped by a signal after step 5; saved" in outcome.output
+    assert "Traceback" not in outcome.output
+    assert (save / "latest_checkpointed_iteration.txt").read_text() == "5"
+    assert max(launching.steps(save)) == 5
+    assert not Path(f"{save}-exported").exists()
+    resumed = workshop.train(save, flags_of(save), world_size)
+    assert "going on after step 5" in resumed.output
+    assert_same_run(save, unbroken)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_killed_run_goes_on_from_its_last_checkpoint(
+    workshop: Workshop, tmp_path: Path, world_size: int
+) -> None:
+    unbroken = unbroken_run(workshop, world_size)
+    save = tmp_path / "save"
+    # Saved after step 6; the rollouts of the refresh that followed are written, but in no checkpoint.
+    kill = Interruption(step=7, number=SIGKILL)
+    outcome = interrupted_run(workshop, save, kill, world_size)
+    assert outcome.codes == [-SIGKILL] * world_size, outcome.output
+    assert "going on after step 6" in workshop.train(save, flags_of(save), world_size).output
+    assert_same_run(save, unbroken)
+
+
+@pytest.mark.parametrize("size", ["--tensor-model-parallel-size", "--pipeline-model-parallel-size"])
+def test_checkpoint_goes_on_in_another_layout(
+    workshop: Workshop, stopped_at_5: Path, tmp_path: Path, size: str
+) -> None:
+    unbroken = unbroken_run(workshop, 1)
+    save = tmp_path / "save"
+    shutil.copytree(stopped_at_5, save)
+    resumed = workshop.train(save, [*flags_of(save), size, "2"], 2)
+    assert "going on after step 5" in resumed.output
+    assert launching.losses(save) == pytest.approx(launching.losses(unbroken), abs=1e-5, rel=0)
