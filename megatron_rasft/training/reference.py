@@ -52,9 +52,9 @@ class FrozenReference:
 
     def output_weight(self, chunk: Any) -> Tensor:
         """[v/tp, h] reference copy of the output projection, on the model's device; last stage only."""
-        target = chunk.shared_embedding_or_output_weight()
-        if target is None:
-            target = chunk.output_layer.weight
+        # Of a stage with both ends Megatron's shared_embedding_or_output_weight() is the input embedding, tied or not.
+        tied = chunk.share_embeddings_and_output_weights
+        target = chunk.shared_embedding_or_output_weight() if tied else chunk.output_layer.weight
         for parameter, frozen in zip(self._parameters(), self._frozen, strict=True):
             if parameter.data_ptr() == target.data_ptr():
                 return frozen.to(parameter.device, copy=True)
