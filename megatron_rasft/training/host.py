@@ -482,9 +482,9 @@ class Trainer:
 
         on_rank_zero(check)
 
-    def finish_saves(self) -> None:
-        """Wait for checkpoints that are still being written (--async-save)."""
-        training.maybe_finalize_async_save(blocking=True)
+    def finish_saves(self, *, is_blocking: bool = True) -> None:
+        """Complete checkpoints that are being written in the background (--async-save), waiting for them or not."""
+        training.maybe_finalize_async_save(blocking=is_blocking)
 
     def export(self, path: str) -> None:
         """Write the model as a Hugging Face folder."""

@@ -267,11 +267,13 @@ class Run:
 
     def save_if_due(self) -> bool:
         """Save every --save-interval steps, at the end, and on SIGTERM; True if the run is to stop now."""
+        self.trainer.finish_saves(is_blocking=False)
         stops = self.trainer.should_exit()
         is_due = self.trainer.iteration % self.args.save_interval == 0 if self.args.save_interval else False
         if self._save is not None and (is_due or stops or self.is_over):
             self.trainer.save(self._state())
         if stops:
+            self.trainer.finish_saves()
             self.progress.say(
                 f"stopped by a signal after step {self.trainer.iteration}"
                 + (
