@@ -1,6 +1,7 @@
 """Finds the final answer in a response by scanning, linear in its length; parses nothing."""
 
 import re
+from collections import deque
 
 _BOX_TOKENS = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
 _BARE_BOX = re.compile(r"\\(?:boxed|fbox)\s+([^\s{}$]{1,100})")
@@ -56,19 +57,15 @@ def extract_answer(text: str) -> str | None:
     answer = _after_answer_phrase(text)
     if answer:
         return answer
-    number = None
-    for number in _NUMBER.finditer(text):
-        pass
-    return number.group().strip() if number else None
+    numbers = deque(_NUMBER.finditer(text), maxlen=1)
+    return numbers[0].group().strip() if numbers else None
 
 
 def _after_answer_phrase(text: str) -> str:
-    phrase = None
-    for phrase in _ANSWER_PHRASE.finditer(text):
-        pass
-    if phrase is None:
+    phrases = deque(_ANSWER_PHRASE.finditer(text), maxlen=1)
+    if not phrases:
         return ""
-    rest = text[phrase.end() :].lstrip(" \t\n*:")
+    rest = text[phrases[0].end() :].lstrip(" \t\n*:")
     for opening, closing in _MATH_QUOTES:
         if rest.startswith(opening):
             end = rest.find(closing, len(opening))

@@ -19,8 +19,6 @@ from megatron_rasft.verify.extraction import extract_answer
 # math-verify warns once per process that its deadlines are off
 logging.getLogger("math_verify").setLevel(logging.ERROR)
 
-Expression = Basic | MatrixBase
-
 _EXTRACTION = [LatexExtractionConfig(try_extract_without_anchor=False, boxed_match_priority=0)]
 # Rounding of math-verify's comparison of floats: enough digits that 0.333333 is not 1/3
 _FLOAT_DIGITS = 10
@@ -154,8 +152,10 @@ def _spelled_alike(answer: str, gold: str) -> bool:
         if option and letter[1] in option.groups():
             return True
         bare = _CHOICE.fullmatch(answer.strip())
+        if bare is None:
+            return False
         is_option = gold.startswith("(") or letter[1] in "ABCDE"
-        return bool(bare) and (bare[1] == letter[1] or is_option and bare[1].upper() == letter[1].upper())
+        return bare[1] == letter[1] or (is_option and bare[1].upper() == letter[1].upper())
     answer, gold = (re.sub(r"[\s{}]", "", s).rstrip(".") for s in (answer, gold))
     if _WORD.search(_COMMAND.sub("", gold)):
         answer, gold = answer.casefold(), gold.casefold()
@@ -351,8 +351,8 @@ def _expressions_equal(gold: str, answer: str) -> bool | None:
     return verify(gold_expression, answer_expression, float_rounding=_FLOAT_DIGITS, timeout_seconds=0)
 
 
-def _parse(text: str) -> Expression | None:
+def _parse(text: str) -> Basic | MatrixBase | None:
     if not text.strip():
         return None
     found = parse(f"\\boxed{{{text}}}", _EXTRACTION, fallback_mode="no_fallback", parsing_timeout=0)
-    return found[0] if found and isinstance(found[0], Expression) else None
+    return found[0] if found and isinstance(found[0], Basic | MatrixBase) else None

@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import multiprocessing
 import os
 import resource
 import signal
@@ -10,7 +9,7 @@ import sys
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, CancelledError, wait
+from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, wait
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
@@ -114,7 +113,7 @@ class VerifierPool:
 
     def _grade(self, to_grade: deque[Rollout], golds: Mapping[str, str], max_in_flight: int) -> list[Rollout]:
         """Grade until the queue is empty (returns []) or the pool breaks (returns what was in flight)."""
-        in_flight: dict[ProcessFuture, Rollout] = {}
+        in_flight: dict[Future[Any], Rollout] = {}
         timeout_s = self._config.verify_timeout_s
         # Backstop for a pool that lost track of a task: every task in flight could have timed out twice by then
         stalled_s = 4 * timeout_s + 60
@@ -246,7 +245,9 @@ class _IsolatedContext(ForkServerContext):
 def _hidden_main() -> Iterator[None]:
     main = sys.modules["__main__"]
     with _MAIN_LOCK:
-        hidden = {name: vars(main)[name] for name in ("__file__", "__spec__") if name in vars(main)}
+        hidden: dict[str, Any] = {
+            name: vars(main)[name] for name in ("__file__", "__spec__") if name in vars(main)
+        }
         try:
             vars(main).pop("__file__", None)
             main.__spec__ = None

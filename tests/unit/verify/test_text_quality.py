@@ -1,0 +1,192 @@
+"""Every filter against an independent recomputation, and de-duplication against set arithmetic."""
+
+import random
+import re
+
+import pytest
+
+from megatron_rasft.config.verify import VerifyConfig, published_filters
+from megatron_rasft.verify import text_quality as quality
+from megatron_rasft.verify.text_quality import FILTER_NAMES, deduplicate, first_failed_filter, max_similarity
+
+PUBLISHED = VerifyConfig(**published_filters())
+DEFAULT = VerifyConfig()
+SWITCHES = [f"verify_filter_{name}" for name in FILTER_NAMES]
+GOOD = (
+    "Let x be the number of apples. Since Anna has 3 more than Ben, we have x + (x + 3) = 15, so 2x = 12 and "
+    "therefore x = 6. Anna has 9 apples, which is what was asked. \\boxed{9}"
+)
+
+
+def random_texts(num_texts: int = 200) -> list[str]:
+    rng = random.Random(7)
+    words = [
+        "let",
+        "x",
+        "=",
+        "3.",
+        "so",
+        "we",
+        "get",
+        "{",
+        "}",
+        "\\boxed{A}",
+        "\\boxed{4}",
+        "wait,",
+        "sum!",
+        "\n",
+        "$$",
+    ]
+    return [" ".join(rng.choices(words, k=rng.randrange(0, 60))) for _ in range(num_texts)]
+
+
+def reference_jaccard(a: str, b: str, n: int) -> float:
+    grams = []
+    for words in (a.lower().split(), b.lower().split()):
+        size = min(n, len(words))
+        grams.append(
+            {" ".join(words[i : i + size]) for i in range(len(words) - size + 1)} if words else set()
+        )
+    union = len(grams[0] | grams[1])
+    return len(grams[0] & grams[1]) / union if union else 1.0
+
+
+def test_good_text_passes_every_filter() -> None:
+    assert first_failed_filter(GOOD, PUBLISHED) == ""
+    assert first_failed_filter(GOOD, DEFAULT) == ""
+
+
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("too_short", "  x = 5  " + " " * 40),
+        ("loop_sentences", "We add one more. " * 3 + GOOD),
+        ("loop_windows", GOOD + " and now we do the same thing once more" * 3),
+        ("self_correction", "Wait, this is not it. Let me recheck the sum. " + GOOD),
+        ("symbols", "+-*/^_{}[]()=" * 8 + "Let x = 4 \\boxed{4}"),
+        ("shortcut", "Therefore the correct answer is what follows from the sum that we have seen = 4. " + GOOD),
+        ("shortcut", "So x + x = 8, and therefore x = 4. \\boxed{4}"),
+        ("shortcut", "We have x + x = 8, and therefore x = 4, which is the second of the options that the problem "
+                     "gives us to choose from: \\boxed{\\text{(B)}}"),
+        ("format", "Nothing here reasons about anything at all, it merely talks on and on about apples and pears."),
+        ("format", GOOD.replace("\\boxed{9}", "\\boxed{9")),
+    ],
+)  # fmt: skip
+def test_filter_fires_by_name_and_can_be_switched_off(name: str, text: str) -> None:
+    assert first_failed_filter(text, PUBLISHED) == name
+    others_off = dict.fromkeys(SWITCHES, False) | {f"verify_filter_{name}": True}
+    assert first_failed_filter(text, VerifyConfig(**(published_filters() | others_off))) == name
+    all_off = dict.fromkeys(SWITCHES, False)
+    assert first_failed_filter(text, VerifyConfig(**(published_filters() | all_off))) == ""
+
+
+def test_default_switches() -> None:
+    on = {name for name in FILTER_NAMES if getattr(DEFAULT, f"verify_filter_{name}")}
+    assert on == {"too_short", "loop_sentences", "loop_windows"}
+    assert all(getattr(PUBLISHED, switch) for switch in SWITCHES)
+
+
+def test_thresholds_are_edges() -> None:
+    assert not quality.is_too_short("x" * 20, DEFAULT)
+    assert quality.is_too_short("x" * 19, DEFAULT)
+    # 42 of 100 characters is not more than 42 %
+    assert not quality.is_mostly_symbols("+" * 42 + "a" * 58, DEFAULT)
+    assert quality.is_mostly_symbols("+" * 43 + "a" * 57, DEFAULT)
+    assert not quality.is_mostly_symbols("", DEFAULT)
+    # a sentence of 12 characters counts with its third occurrence, one of 11 never
+    assert quality.repeats_sentence("abcdefghijkl. " * 3, DEFAULT)
+    assert not quality.repeats_sentence("abcdefghijkl. " * 2, DEFAULT)
+    assert not quality.repeats_sentence("abcdefghijk. " * 9, DEFAULT)
+    # 30 words are searched, 29 are not
+    window = [str(i) for i in range(8)]
+    assert quality.repeats_window(" ".join(window * 3 + ["a"] * 6), DEFAULT)
+    assert not quality.repeats_window(" ".join(window * 3 + ["a"] * 5), DEFAULT)
+    # one phrase twice is one phrase
+    assert not quality.corrects_itself("Wait, what? Wait, no.", DEFAULT)
+    assert quality.corrects_itself("Wait, what? Hold on.", DEFAULT)
+
+
+def test_filters_agree_with_a_recomputation() -> None:
+    for text in [*random_texts(), GOOD]:
+        words = text.lower().split()
+        windows = [tuple(words[i : i + 8]) for i in range(len(words) - 7)]
+        loops = len(words) >= 30 and any(windows.count(w) >= 3 for w in set(windows))
+        assert quality.repeats_window(text, DEFAULT) == loops
+        sentences = [" ".join(s.split()).lower() for s in re.split(r"[.!?]\s|[.!?]$|\n", text)]
+        repeated = any(sentences.count(s) >= 3 for s in sentences if len(s) >= 12)
+        assert quality.repeats_sentence(text, DEFAULT) == repeated
+        visible = re.sub(r"\s", "", text)
+        symbols = len(re.findall(r"[\W_]", visible))
+        assert quality.is_mostly_symbols(text, DEFAULT) == (bool(visible) and symbols / len(visible) > 0.42)
+        assert quality.is_too_short(text, DEFAULT) == (len(text.strip()) < 20)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5])
+def test_similarity_is_the_jaccard_index_of_word_ngrams(n: int) -> None:
+    texts = [*random_texts(40), "", "one", "one two", "One  TWO", GOOD]
+    for a in texts:
+        assert max_similarity(a, texts[:10], n) == pytest.approx(
+            max(reference_jaccard(a, b, n) for b in texts[:10])
+        )
+        assert quality.similarity(a, a, n) == 1.0
+    assert max_similarity("one two", [], n) == 0.0
+    assert max_similarity("one two", ["One  TWO"], n) == 1.0
+
+
+@pytest.mark.parametrize("threshold", [0.1, 0.5, 0.82, 1.0])
+def test_deduplication_keeps_the_first_of_each_kind(threshold: float) -> None:
+    rng = random.Random(3)
+    words = GOOD.split()
+    texts = [" ".join(words[: rng.randrange(5, len(words))] + rng.choices(words, k=3)) for _ in range(30)]
+    texts += [texts[4], GOOD, GOOD.upper()]
+    kept: list[int] = []
+    for i, text in enumerate(texts):
+        if all(reference_jaccard(text, texts[j], 3) < threshold for j in kept):
+            kept.append(i)
+    assert deduplicate(texts, threshold, 3) == kept
+    assert kept[0] == 0 and len(texts) - 1 not in kept
+
+
+def test_deduplication_of_nothing_and_of_equals() -> None:
+    assert deduplicate([], 0.82, 3) == []
+    assert deduplicate(["", "", "a"], 0.82, 3) == [0, 2]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "." * 300_000 + "x",
+        "\\boxed{" * 50_000,
+        "{" * 300_000,
+        "\\boxed{" + " " * 300_000 + "}",
+        "wait " * 60_000,
+        "\x00" * 9999,
+    ],
+)
+def test_filters_are_linear_on_hostile_text(text: str) -> None:
+    for config in (DEFAULT, PUBLISHED):
+        assert first_failed_filter(text, config) in ("", *FILTER_NAMES)
+    quality.takes_shortcut(text, PUBLISHED)
+    quality.breaks_format(text, PUBLISHED)
+    quality.repeats_sentence(text, PUBLISHED)
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("verify_num_workers", -1),
+        ("verify_timeout_s", 0.0),
+        ("verify_memory_mib", 1),
+        ("verify_max_tasks_per_worker", 0),
+        ("verify_max_response_chars", 0),
+        ("verify_numeric_rel_tolerance", -0.1),
+        ("verify_dedup_threshold", 0.0),
+        ("verify_dedup_threshold", 1.1),
+        ("verify_dedup_ngram", 0),
+        ("verify_loop_repeats", 1),
+        ("verify_max_symbol_frac", 1.5),
+    ],
+)
+def test_bad_value_is_refused_by_the_name_of_its_flag(field: str, value: float) -> None:
+    with pytest.raises(ValueError, match="--" + field.replace("_", "-")):
+        VerifyConfig(**{field: value})  # type: ignore[arg-type]
