@@ -35,6 +35,7 @@ from megatron.training.global_vars import (
     set_global_variables,
 )
 from megatron.training.initialize import initialize_megatron
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_rasft.config import RasftConfig
 from megatron_rasft.errors import CheckpointError
@@ -111,6 +112,14 @@ def parse(argv: Sequence[str] | None = None) -> tuple[Any, RasftConfig, HfFolder
 def _first_line(error: BaseException) -> str:
     text = str(error).strip().splitlines()
     return text[0] if text else "Megatron refuses these arguments"
+
+
+def _save_failure(error: BaseException) -> str:
+    """Why a save failed: a rank's own reason where Megatron's writers brought one back."""
+    if isinstance(error, CheckpointException) and error.failures:
+        rank, (cause, _) = min(error.failures.items())
+        return f"rank {rank}: {_first_line(cause)}"
+    return _first_line(error)
 
 
 def _check_layout(args: Any) -> None:
@@ -423,10 +432,10 @@ class Trainer:
                     self._floating_point_operations,
                     checkpointing_context=self._checkpointing_context,
                 )
-        except OSError as error:
+        except (OSError, RuntimeError, CheckpointException) as error:
             raise CheckpointError(
-                f"the checkpoint of step {self.iteration} could not be written to {folder}: {error}. Earlier checkpoints "
-                "are untouched; make room or change --save, and start again to go on from the last one."
+                f"the checkpoint of step {self.iteration} could not be written to {folder}: {_save_failure(error)}. "
+                "Earlier checkpoints are untouched; make room or change --save, and start again to go on from the last one."
             ) from error
 
     def resume(self) -> dict[str, Any] | None:

@@ -47,7 +47,8 @@ class Outcome:
 
     @property
     def errors(self) -> list[str]:
-        return [line for log in self.logs for line in log.splitlines() if line.startswith("error: ")]
+        """Each message from its ``error:`` to the end of the log; several rows at fault take a line each."""
+        return [part for log in self.logs for part in f"\n{log}".split("\nerror: ")[1:]]
 
 
 @dataclass(kw_only=True)

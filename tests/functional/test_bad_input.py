@@ -23,6 +23,8 @@ class Case:
     flags: Callable[[Workshop, Path], list[str]]
     names: tuple[str, ...]
     world_size: int = 1
+    num_lines: int = 1
+    """Rows at fault are listed, a line each."""
 
 
 def without(flags: list[str], flag: str) -> list[str]:
@@ -70,8 +72,8 @@ CASES = {
     "no data file": Case(lambda w, f: without(w.flags(), "--train-data"), ("--train-data",)),
     "missing file": Case(lambda w, f: w.flags(data=f / "none.jsonl"), ("none.jsonl",)),
     "empty file": Case(lambda w, f: w.flags(data=data_of(f)), ("rows.jsonl",)),
-    "row without answer": Case(without_answer, ("rows.jsonl:2", "answer")),
-    "row that is no JSON": Case(lambda w, f: w.flags(data=data_of(f, "{")), ("rows.jsonl:1",)),
+    "row without answer": Case(without_answer, ("rows.jsonl:2", "answer", "--data-bad-rows"), num_lines=3),
+    "row that is no JSON": Case(lambda w, f: w.flags(data=data_of(f, "{")), ("rows.jsonl:1",), num_lines=3),
     "missing model": Case(lambda w, f: w.flags(model=f / "none"), ("none",)),
     "no model": Case(lambda w, f: without(w.flags(), "--hf-model"), ("--hf-model",)),
     "model without weights": Case(without_weights, ("safetensors",)),
@@ -101,25 +103,26 @@ CASES = {
         lambda w, f: w.flags("--export-hf", str(f)), ("--export-hf", "exists already")
     ),
     "sequence beyond positions": Case(more("--seq-length", "4096"), ("--seq-length", "128")),
-    "every row too long": Case(more("--seq-length", "4"), ("--seq-length",)),
+    "every row too long": Case(more("--seq-length", "4"), ("--seq-length",), num_lines=13),
     "replay without a store": Case(more("--rollout-engine", "replay"), ("--rollout-replay",)),
     "missing store": Case(
         lambda w, f: w.flags("--rollout-engine", "replay", "--rollout-replay", str(f / "none.jsonl")),
         ("none.jsonl", "--rollout-replay"),
     ),
     "missing file on two ranks": Case(lambda w, f: w.flags(data=f / "none.jsonl"), ("none.jsonl",), 2),
-    "row without answer on two ranks": Case(without_answer, ("rows.jsonl:2", "answer"), 2),
+    "row without answer on two ranks": Case(without_answer, ("rows.jsonl:2", "answer"), 2, num_lines=3),
     "model without weights on two ranks": Case(without_weights, ("safetensors",), 2),
     "tokenizer larger than embedding on two ranks": Case(tokenizer_too_large, ("token", "12"), 2),
 }
 
 
-def assert_one_plain_error(outcome: launching.Outcome, *names: str) -> None:
+def assert_one_plain_error(outcome: launching.Outcome, *names: str, num_lines: int = 1) -> None:
     for code in outcome.codes:
         assert code is not None, f"a rank hung\n{outcome.output}"
         assert code > 0, outcome.output
     assert len(outcome.errors) == 1, outcome.output
     assert "Traceback" not in outcome.output, outcome.output
+    assert len(outcome.errors[0].strip().splitlines()) == num_lines, outcome.output
     for name in names:
         assert name in outcome.errors[0]
 
@@ -129,7 +132,7 @@ def test_mistake_ends_in_one_line_on_every_rank(workshop: Workshop, tmp_path: Pa
     outcome = launching.run(
         tmp_path / "logs", case.flags(workshop, tmp_path), case.world_size, timeout_s=BAD_INPUT_TIMEOUT_S
     )
-    assert_one_plain_error(outcome, *case.names)
+    assert_one_plain_error(outcome, *case.names, num_lines=case.num_lines)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
