@@ -1,0 +1,206 @@
+"""Every token, label, mask and log-probability lands where a slow construction puts it."""
+
+import random
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_rasft.training.attention import zigzag_positions
+from megatron_rasft.training.batches import BatchLayout, MicroBatch, micro_batches, response_values
+from megatron_rasft.types import TrainingSample
+
+CPU = torch.device("cpu")
+
+
+def some_samples(num: int, has_logprobs: bool = True) -> list[TrainingSample]:
+    draw = random.Random(num)
+    out = []
+    for index in range(num):
+        prompt = [draw.randrange(1, 1000) for _ in range(draw.randint(1, 9))]
+        response = [draw.randrange(1, 1000) for _ in range(draw.randint(1, 22))]
+        out.append(
+            TrainingSample(
+                problem_id=str(index),
+                kind="expert",
+                prompt_ids=prompt,
+                response_ids=response,
+                weight=index + 0.5,
+                ref_logprobs=[-index - t / 64 for t in range(len(response))] if has_logprobs else None,
+                old_logprobs=[-index - t / 32 for t in range(len(response))] if has_logprobs else None,
+            )
+        )
+    return out
+
+
+def a_layout(**changes: Any) -> BatchLayout:
+    values: dict[str, Any] = {
+        "micro_batch_size": 2,
+        "seq_length": 32,
+        "is_packed": True,
+        "dp_rank": 0,
+        "dp_size": 1,
+        "cp_rank": 0,
+        "cp_size": 1,
+        "token_multiple": 1,
+    }
+    return BatchLayout(**{**values, **changes})
+
+
+def whole(shards: list[MicroBatch]) -> dict[str, torch.Tensor]:
+    """The context-parallel shards of one micro-batch put together again, from its rows' or segments' bounds."""
+    size = len(shards)
+    params = shards[0].packed_seq_params
+    rows, width = shards[0].tokens.shape
+    bounds = (
+        list(range(0, rows * width * size + 1, width * size))
+        if params is None
+        else params.cu_seqlens_q.tolist()
+    )
+    fields = {}
+    for name in (
+        "tokens",
+        "position_ids",
+        "labels",
+        "loss_mask",
+        "segment_ids",
+        "ref_logprobs",
+        "old_logprobs",
+    ):
+        parts = [getattr(shard, name).flatten() for shard in shards]
+        put = torch.full((bounds[-1],), -12345.0, dtype=torch.float64)
+        for begin, end in zip(bounds[:-1], bounds[1:], strict=True):
+            for rank, part in enumerate(parts):
+                where = zigzag_positions(end - begin, rank, size)
+                put[begin + where] = part[begin // size : end // size].double()
+        assert not bool((put == -12345.0).any()), "the shards leave a gap"
+        fields[name] = put
+    return fields
+
+
+@pytest.mark.parametrize("is_packed", [True, False])
+@pytest.mark.parametrize("cp_size", [1, 2])
+@pytest.mark.parametrize("dp_size,multiple,bins", [(1, 1, 1), (2, 8, 1), (3, 1, 2)])
+@pytest.mark.parametrize("num", [1, 5, 13])
+def test_every_value_lands_in_its_place(
+    is_packed: bool, cp_size: int, dp_size: int, multiple: int, bins: int, num: int
+) -> None:
+    samples = some_samples(num)
+    seen: list[int] = []
+    shapes, counts = set(), set()
+    for dp_rank in range(dp_size):
+        ranks = [
+            micro_batches(
+                samples,
+                a_layout(
+                    is_packed=is_packed,
+                    dp_rank=dp_rank,
+                    dp_size=dp_size,
+                    cp_rank=cp_rank,
+                    cp_size=cp_size,
+                    token_multiple=multiple,
+                    micro_batch_multiple=bins,
+                ),
+                CPU,
+            )
+            for cp_rank in range(cp_size)
+        ]
+        counts.add(len(ranks[0]))
+        for shards in zip(*ranks, strict=True):
+            shapes.update(tuple(shard.tokens.shape) for shard in shards)
+            check_micro_batch(list(shards), samples, is_packed)
+            seen.extend(shards[0].sample_indices)
+    assert sorted(seen) == list(range(num))
+    assert len(shapes) == len(counts) == 1
+    assert counts.pop() % bins == 0
+    rows, width = shapes.pop()
+    assert rows * width * cp_size % multiple == 0
+
+
+def check_micro_batch(shards: list[MicroBatch], samples: list[TrainingSample], is_packed: bool) -> None:
+    fields, batch = whole(shards), shards[0]
+    width = batch.tokens.shape[1] * len(shards)
+    start, trained = 0, 0
+    assert batch.weights.tolist() == ([samples[i].weight for i in batch.sample_indices] or [0.0])
+    for place, index in enumerate(batch.sample_indices):
+        sample = samples[index]
+        start = start if is_packed else place * width
+        ids = sample.prompt_ids + sample.response_ids
+        assert sample.ref_logprobs is not None and sample.old_logprobs is not None
+        for t, token in enumerate(ids):
+            at = start + t
+            assert fields["tokens"][at] == token
+            assert fields["position_ids"][at] == t
+            assert fields["segment_ids"][at] == place
+            answer = t + 1 - len(sample.prompt_ids)
+            is_trained = 0 <= answer < len(sample.response_ids)
+            assert fields["loss_mask"][at] == is_trained
+            if is_trained:
+                trained += 1
+                assert fields["labels"][at] == sample.response_ids[answer]
+                assert fields["ref_logprobs"][at] == pytest.approx(sample.ref_logprobs[answer], abs=1e-6)
+                assert fields["old_logprobs"][at] == pytest.approx(sample.old_logprobs[answer], abs=1e-6)
+        if is_packed:
+            assert batch.packed_seq_params is not None
+            bounds = batch.packed_seq_params.cu_seqlens_q.tolist()
+            assert bounds[place] == start
+            assert bounds[place + 1] >= start + len(ids)
+            start = bounds[place + 1]
+    assert float(fields["loss_mask"].sum()) == trained
+    assert float(fields["labels"].min()) >= 0
+
+
+def test_logprobs_that_a_sample_lacks_are_none() -> None:
+    for batch in micro_batches(some_samples(4, has_logprobs=False), a_layout(), CPU):
+        assert batch.ref_logprobs is None and batch.old_logprobs is None
+
+
+def test_an_idle_replica_has_zeros() -> None:
+    (batch,) = micro_batches(some_samples(1), a_layout(dp_rank=1, dp_size=2), CPU)
+    assert batch.sample_indices == [] and batch.num_segments == 1
+    assert batch.ref_logprobs is not None and batch.old_logprobs is not None
+    assert float(batch.loss_mask.sum()) == 0
+    assert batch.weights.tolist() == [0.0]
+
+
+class OneRank:
+    """A context-parallel group of one."""
+
+    def size(self) -> int:
+        return 1
+
+
+@pytest.mark.parametrize("is_packed", [True, False])
+def test_response_values_undo_the_batch(is_packed: bool) -> None:
+    samples = some_samples(9)
+    found: dict[int, list[float]] = {}
+    for batch in micro_batches(samples, a_layout(is_packed=is_packed), CPU):
+        assert batch.ref_logprobs is not None
+        found.update(response_values(batch.ref_logprobs, batch, OneRank()))  # type: ignore[arg-type]
+    assert found == {i: pytest.approx(s.ref_logprobs, abs=1e-6) for i, s in enumerate(samples)}
+
+
+@pytest.mark.parametrize("is_packed", [True, False])
+def test_response_values_undo_the_context_parallel_cut(
+    is_packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples, size = some_samples(9), 2
+    ranks = [
+        micro_batches(samples, a_layout(is_packed=is_packed, cp_rank=r, cp_size=size), CPU)
+        for r in range(size)
+    ]
+    found: dict[int, list[float]] = {}
+    for shards in zip(*ranks, strict=True):
+
+        def all_gather(parts: list, mine: torch.Tensor, group: Any, shards: Any = shards) -> None:
+            for part, s in zip(parts, shards, strict=True):
+                rows = [s.ref_logprobs, s.loss_mask, s.segment_ids, s.position_ids.flatten()]
+                part.copy_(torch.stack([row.double() for row in rows]))
+            assert torch.equal(parts[1], mine)
+
+        class Group:
+            size = staticmethod(lambda: size)
+
+        monkeypatch.setattr(torch.distributed, "all_gather", all_gather)
+        found.update(response_values(shards[1].ref_logprobs, shards[1], Group()))  # type: ignore[arg-type]
+    assert found == {i: pytest.approx(s.ref_logprobs, abs=1e-6) for i, s in enumerate(samples)}

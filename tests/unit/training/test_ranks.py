@@ -1,0 +1,43 @@
+"""A result or a failure of rank 0 reaches every rank."""
+
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from megatron_rasft.training.ranks import FailedElsewhere, gather_to_all, on_rank_zero
+
+
+def test_a_single_process_just_works() -> None:
+    assert on_rank_zero(lambda: 5) == 5
+    assert gather_to_all("x") == ["x"]
+    with pytest.raises(KeyError):
+        on_rank_zero(lambda: {}["missing"])
+
+
+def _rank(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    calls: list[int] = []
+
+    def work() -> dict[str, int]:
+        calls.append(rank)
+        return {"from": rank}
+
+    assert on_rank_zero(work) == {"from": 0}
+    assert calls == ([0] if rank == 0 else [])
+    assert gather_to_all(rank * 10) == [0, 10]
+
+    def fail() -> None:
+        raise ValueError("no such file")
+
+    with pytest.raises(ValueError if rank == 0 else FailedElsewhere, match="no such file"):
+        on_rank_zero(fail)
+    assert on_rank_zero(lambda: None) is None, "the group still works, and None is a result"
+    Path(folder, f"done{rank}").touch()
+    dist.destroy_process_group()
+
+
+def test_two_ranks_share_results_and_failures(tmp_path: Path) -> None:
+    mp.spawn(_rank, args=(str(tmp_path),), nprocs=2)
+    assert (tmp_path / "done0").exists() and (tmp_path / "done1").exists()
