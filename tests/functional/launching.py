@@ -14,7 +14,9 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -163,20 +165,37 @@ def succeed(folder: Path, flags: Sequence[str], world_size: int = 1) -> Outcome:
     return outcome
 
 
-def torchrun(flags: Sequence[str], num_processes: int, timeout_s: float = TIMEOUT_S) -> Outcome:
-    """The command a user types, in fresh interpreters; one exit code and one log for all."""
+def torchrun(
+    flags: Sequence[str],
+    num_processes: int,
+    *,
+    ended_when: Callable[[], bool] | None = None,
+    timeout_s: float = TIMEOUT_S,
+) -> Outcome:
+    """The command a user types, in fresh interpreters; one exit code and one log for all.
+
+    Args:
+        ended_when: once this is true torchrun itself is sent SIGTERM, as a scheduler does it.
+    """
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(num_processes)]
     command += ["--master-port", str(_free_port()), str(PROGRAM), *flags]
-    done = subprocess.run(
-        command,
-        env=os.environ | ENVIRONMENT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=timeout_s,
-        check=False,
-    )
-    return Outcome([done.returncode], [done.stdout])
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(
+            command, env=os.environ | ENVIRONMENT, stdout=log, stderr=subprocess.STDOUT
+        )
+        try:
+            deadline = time.monotonic() + timeout_s
+            while ended_when is not None and not ended_when() and process.poll() is None:
+                assert time.monotonic() < deadline, "what the test waits for has not come"
+                time.sleep(0.05)
+            if ended_when is not None:
+                process.terminate()
+            process.wait(timeout_s)
+        finally:
+            process.terminate()  # torchrun ends its ranks; SIGKILL would leave them behind
+            process.wait(60)
+        log.seek(0)
+        return Outcome([process.returncode], [log.read()])
 
 
 def _free_port() -> int:

@@ -102,3 +102,18 @@ def test_checkpoint_goes_on_in_another_layout(
     resumed = workshop.train(save, [*flags_of(save), size, "2"], 2)
     assert "going on after step 5" in resumed.output
     assert launching.losses(save) == pytest.approx(launching.losses(unbroken), abs=1e-5, rel=0)
+
+
+def test_torchrun_stopped_by_sigterm_saves_the_last_step(workshop: Workshop, tmp_path: Path) -> None:
+    save = tmp_path / "save"
+    metrics = save / "metrics.jsonl"
+    outcome = launching.torchrun(
+        workshop.flags("--save", str(save), "--train-iters", "2000"),
+        2,
+        ended_when=lambda: metrics.exists() and bool(launching.steps(save)),
+    )
+    last = max(launching.steps(save))
+    assert f"stopped by a signal after step {last}; saved" in outcome.output
+    assert last < 2000
+    assert int((save / "latest_checkpointed_iteration.txt").read_text()) == last
+    assert not outcome.errors
