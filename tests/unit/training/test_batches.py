@@ -1,6 +1,7 @@
 """Every token, label, mask and log-probability lands where a slow construction puts it."""
 
 import random
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -69,7 +70,7 @@ def whole(shards: list[MicroBatch]) -> dict[str, torch.Tensor]:
     ):
         parts = [getattr(shard, name).flatten() for shard in shards]
         put = torch.full((bounds[-1],), -12345.0, dtype=torch.float64)
-        for begin, end in zip(bounds[:-1], bounds[1:], strict=True):
+        for begin, end in pairwise(bounds):
             for rank, part in enumerate(parts):
                 where = zigzag_positions(end - begin, rank, size)
                 put[begin + where] = part[begin // size : end // size].double()
@@ -163,11 +164,11 @@ def test_an_idle_replica_has_zeros() -> None:
     assert batch.weights.tolist() == [0.0]
 
 
-class OneRank:
-    """A context-parallel group of one."""
+class Group:
+    """Says how many ranks a context-parallel group has."""
 
-    def size(self) -> int:
-        return 1
+    def __init__(self, size: int) -> None:
+        self.size = lambda: size
 
 
 @pytest.mark.parametrize("is_packed", [True, False])
@@ -176,7 +177,7 @@ def test_response_values_undo_the_batch(is_packed: bool) -> None:
     found: dict[int, list[float]] = {}
     for batch in micro_batches(samples, a_layout(is_packed=is_packed), CPU):
         assert batch.ref_logprobs is not None
-        found.update(response_values(batch.ref_logprobs, batch, OneRank()))  # type: ignore[arg-type]
+        found.update(response_values(batch.ref_logprobs, batch, Group(1)))  # type: ignore[arg-type]
     assert found == {i: pytest.approx(s.ref_logprobs, abs=1e-6) for i, s in enumerate(samples)}
 
 
@@ -198,9 +199,6 @@ def test_response_values_undo_the_context_parallel_cut(
                 part.copy_(torch.stack([row.double() for row in rows]))
             assert torch.equal(parts[1], mine)
 
-        class Group:
-            size = staticmethod(lambda: size)
-
         monkeypatch.setattr(torch.distributed, "all_gather", all_gather)
-        found.update(response_values(shards[1].ref_logprobs, shards[1], Group()))  # type: ignore[arg-type]
+        found.update(response_values(shards[1].ref_logprobs, shards[1], Group(size)))  # type: ignore[arg-type]
     assert found == {i: pytest.approx(s.ref_logprobs, abs=1e-6) for i, s in enumerate(samples)}

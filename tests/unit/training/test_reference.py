@@ -19,7 +19,8 @@ def a_sample(prompt: list[int], response: list[int], weight: float = 1.0) -> Tra
 def test_cache_returns_exact_values_also_after_reopening(tmp_path: Path) -> None:
     values = [-math.pi, -1e-300, -0.1, -0.0, -math.inf]
     cache = LogprobCache(tmp_path / "deep" / "cache.sqlite", "model")
-    assert cache.fill([sample := a_sample([1, 2], [3, 4, 5, 6, 7])]) == [sample]
+    sample = a_sample([1, 2], [3, 4, 5, 6, 7])
+    assert cache.fill([sample]) == [sample]
     cache.add([sample], [values])
     assert sample.ref_logprobs is None, "add remembers, fill sets"
     again = a_sample([1, 2], [3, 4, 5, 6, 7], weight=0.25)

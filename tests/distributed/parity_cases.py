@@ -1,0 +1,127 @@
+"""The cases of test_training_parity.py and the batches they train on. Imports no Megatron."""
+
+import random
+from dataclasses import dataclass
+
+from megatron_rasft.types import TrainingSample
+
+VOCAB_SIZE = 101
+NUM_STEPS = 3
+LEARNING_RATE = 0.1
+BETAS = (0.9, 0.95)
+WEIGHT_DECAY = 0.01
+
+EPSILON = {"rasft": 1e-3, "dft": 1e-3, "sft_kl": 1e-1}
+"""Adam's eps per objective, above the gradients': the update is smooth in the gradient, lr * g / (|g| + eps)
+in the first step, so weights that agree mean gradients that agree."""
+
+CLIP = {"rasft": 1e-3, "dft": 1e-3, "sft_kl": 0.3}
+"""Below the gradients' norm: the norm over all ranks is then part of every weight."""
+
+COMMON = (
+    "--seq-length 64 --micro-batch-size 1 --global-batch-size 8 --lr-decay-style constant --lr-warmup-iters 0 "
+    f"--lr {LEARNING_RATE} --weight-decay {WEIGHT_DECAY} --adam-beta1 {BETAS[0]} --adam-beta2 {BETAS[1]}"
+)
+
+LAYOUTS: dict[int, dict[str, str]] = {
+    1: {
+        "packed": "",
+        "packed, micro-batch 2": "--micro-batch-size 2",
+        "packed, micro-batch 4": "--micro-batch-size 4",
+        "padded": "--rasft-batch-layout padded",
+        "padded, micro-batch 2": "--rasft-batch-layout padded --micro-batch-size 2",
+        "padded, micro-batch 4": "--rasft-batch-layout padded --micro-batch-size 4",
+        "recomputed": "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
+        "chunks of 16 tokens": "--objective-logprob-chunk-tokens 16",
+    },
+    2: {
+        "dp2": "",
+        "dp2, plain optimizer": "",
+        "dp2, plain optimizer, overlapped": "--overlap-grad-reduce",
+        "dp2, overlapped": "--overlap-grad-reduce --overlap-param-gather",
+        "dp2, padded": "--rasft-batch-layout padded --micro-batch-size 2",
+        "tp2": "--tensor-model-parallel-size 2",
+        "tp2, chunks of 16 tokens": "--tensor-model-parallel-size 2 --objective-logprob-chunk-tokens 16",
+        "tp2 sp": "--tensor-model-parallel-size 2 --sequence-parallel",
+        "tp2 sp, recomputed": "--tensor-model-parallel-size 2 --sequence-parallel --recompute-granularity full "
+        "--recompute-method uniform --recompute-num-layers 1",
+        "tp2 sp, padded": "--tensor-model-parallel-size 2 --sequence-parallel --rasft-batch-layout padded",
+        "pp2": "--pipeline-model-parallel-size 2",
+        "pp2, padded": "--pipeline-model-parallel-size 2 --rasft-batch-layout padded --micro-batch-size 2",
+        "pp2 vpp2": "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1",
+        "cp2": "--context-parallel-size 2",
+        "cp2, padded": "--context-parallel-size 2 --rasft-batch-layout padded --micro-batch-size 2",
+    },
+    4: {
+        "tp2 pp2": "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2",
+        "tp2 sp pp2 vpp2": "--tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 2 "
+        "--num-layers-per-virtual-pipeline-stage 1",
+        "tp2 sp cp2": "--tensor-model-parallel-size 2 --sequence-parallel --context-parallel-size 2",
+        "dp2 tp2": "--tensor-model-parallel-size 2",
+        "dp2 pp2": "--pipeline-model-parallel-size 2",
+    },
+}
+"""World size -> name -> flags."""
+
+MODELS = {"untied": "llama", "tied": "qwen2_tied"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One training run of NUM_STEPS steps."""
+
+    world_size: int
+    layout: str
+    objective: str
+    model: str
+
+    @property
+    def key(self) -> str:
+        return f"{self.world_size}|{self.layout}|{self.objective}|{self.model}"
+
+    @property
+    def has_distributed_optimizer(self) -> bool:
+        return "plain optimizer" not in self.layout
+
+    @property
+    def flags(self) -> list[str]:
+        adam = f"--adam-eps {EPSILON[self.objective]} --clip-grad {CLIP[self.objective]}"
+        return f"{COMMON} {adam} --objective {self.objective} {LAYOUTS[self.world_size][self.layout]}".split()
+
+
+def cases(world_size: int) -> list[Case]:
+    """Every layout trains rasft; those without a variation in their name train every objective."""
+    chosen = []
+    for layout in LAYOUTS[world_size]:
+        pairs = [("rasft", "untied")]
+        if world_size == 4:
+            pairs += [("sft_kl", "tied")]
+        elif "," not in layout and layout not in ("recomputed", "chunks of 16 tokens"):
+            pairs += [("dft", "tied"), ("sft_kl", "untied"), ("sft_kl", "tied")]
+        chosen += [Case(world_size, layout, objective, model) for objective, model in pairs]
+    return chosen
+
+
+def batches(objective: str) -> list[list[TrainingSample]]:
+    """Global batches of 9, 6 and 1 samples, of unequal lengths and weights; the last leaves replicas idle."""
+    draw = random.Random(11)
+    out = []
+    for size in (9, 6, 1):
+        batch = []
+        for index in range(size):
+            prompt = [draw.randrange(VOCAB_SIZE) for _ in range(draw.randint(1, 12))]
+            response = [draw.randrange(VOCAB_SIZE) for _ in range(draw.randint(1, 40))]
+            batch.append(
+                TrainingSample(
+                    problem_id=str(index),
+                    kind="expert",
+                    prompt_ids=prompt,
+                    response_ids=response,
+                    weight=draw.uniform(0.2, 2.0),
+                    ref_logprobs=[draw.uniform(-5.6, -3.8) for _ in response]
+                    if objective == "rasft"
+                    else None,
+                )
+            )
+        out.append(batch)
+    return out

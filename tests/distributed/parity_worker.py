@@ -1,0 +1,72 @@
+"""One rank of test_training_parity.py: trains every case of its world size and keeps what came of it.
+
+Usage: parity_worker.py RANK WORLD_SIZE ROOT, where ROOT holds a Hugging Face folder for each model.
+"""
+
+import contextlib
+import faulthandler
+import io
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron_rasft.training import cpu_backend
+
+cpu_backend.enable()
+cpu_backend.use_cpu_fused_adam()
+
+from megatron_rasft.weights import HfFolder  # noqa: E402
+from tests.distributed.parity_cases import MODELS, NUM_STEPS, Case, batches, cases  # noqa: E402
+from tests.distributed.ranks_harness import trainer  # noqa: E402
+
+
+def main(rank: int, world_size: int, root: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{root}/store{world_size}", rank=rank, world_size=world_size
+    )
+    results = {}
+    for case in cases(world_size):
+        faulthandler.dump_traceback_later(60, exit=True)
+        print(case.key, file=sys.stderr, flush=True)
+        with contextlib.redirect_stdout(io.StringIO()):
+            results[case.key] = train(case, root)
+    if rank == 0:
+        torch.save(results, root / f"results{world_size}.pt")
+    dist.destroy_process_group()
+
+
+def train(case: Case, root: Path) -> dict:
+    """Losses and gradient norms of each step, and the exported weights after the first and the last."""
+    result: dict = {"loss": [], "grad_norm": [], "weights": [], "metrics": []}
+    with trainer(
+        root / MODELS[case.model], root / "none.jsonl", case.flags, case.has_distributed_optimizer
+    ) as run:
+        for index, batch in enumerate(batches(case.objective)):
+            step = run.step(batch, len(batch))
+            assert not step.is_skipped
+            result["loss"].append(step.metrics["loss"])
+            result["grad_norm"].append(step.grad_norm)
+            result["metrics"].append(step.metrics)
+            if index in (0, NUM_STEPS - 1):
+                result["weights"].append(exported(run, root / f"export{case.world_size}"))
+        result["scores"] = run.score(batches(case.objective)[0], with_reference=False)
+    return result
+
+
+def exported(run: object, path: Path) -> dict[str, torch.Tensor]:
+    run.export(str(path))  # type: ignore[attr-defined]
+    folder = HfFolder.open(path)
+    tensors = {name: folder.read(name).clone() for name in folder.tensors}
+    dist.barrier()
+    if dist.get_rank() == 0:
+        shutil.rmtree(path)
+    dist.barrier()
+    return tensors
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))

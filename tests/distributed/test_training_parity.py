@@ -1,0 +1,149 @@
+"""Same loss, gradient and weights for every split of a batch; one process against transformers in fp64."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from megatron_rasft.types import TrainingSample
+from tests.distributed.parity_cases import (
+    BETAS,
+    CLIP,
+    EPSILON,
+    LAYOUTS,
+    LEARNING_RATE,
+    MODELS,
+    WEIGHT_DECAY,
+    Case,
+    batches,
+    cases,
+)
+from tests.distributed.ranks_harness import run_ranks
+from tests.tiny_models import hf_model, write_folder
+
+WEIGHT_TOLERANCE = 1e-6
+"""Absolute; weights reach 1 and move by 1e-2, so it is a few units in the last place."""
+
+LOSS_TOLERANCE = 1e-5
+"""Relative, of losses and gradient norms."""
+
+KL_COEF = 0.1
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("parity")
+    for name in MODELS.values():
+        write_folder(name, path / name)
+    return path
+
+
+@pytest.fixture(scope="module")
+def results(root: Path) -> dict[str, dict[str, Any]]:
+    """What every case of every world size came to."""
+    worker = Path(__file__).with_name("parity_worker.py")
+    found: dict[str, dict[str, Any]] = {}
+    for world_size in LAYOUTS:
+        run_ranks(worker, world_size, root)
+        found |= torch.load(root / f"results{world_size}.pt")
+    return found
+
+
+ALL_CASES = [case for world_size in LAYOUTS for case in cases(world_size)]
+
+
+@pytest.mark.parametrize("case", ALL_CASES, ids=lambda case: case.key)
+def test_every_split_trains_alike(results: dict[str, dict[str, Any]], case: Case) -> None:
+    expected = results[Case(1, "packed", case.objective, case.model).key]
+    found = results[case.key]
+    assert found["loss"] == pytest.approx(expected["loss"], rel=LOSS_TOLERANCE)
+    assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=LOSS_TOLERANCE)
+    for step, metrics in enumerate(found["metrics"]):
+        assert metrics == pytest.approx(expected["metrics"][step], rel=1e-4, abs=1e-6)
+    assert_same_weights(found["weights"], expected["weights"])
+    for mine, theirs in zip(found["scores"], expected["scores"], strict=True):
+        assert mine == pytest.approx(theirs, abs=1e-5)
+
+
+@pytest.mark.parametrize("case", [c for c in cases(1) if c.layout == "packed"], ids=lambda case: case.key)
+def test_one_process_trains_as_transformers_and_torch_do(
+    results: dict[str, dict[str, Any]], case: Case
+) -> None:
+    found = results[case.key]
+    losses, norms, weights = independent_training(case.objective, MODELS[case.model])
+    assert min(norms) > CLIP[case.objective], "the clip is meant to act in every step"
+    assert found["loss"] == pytest.approx(losses, rel=LOSS_TOLERANCE)
+    assert found["grad_norm"] == pytest.approx(norms, rel=LOSS_TOLERANCE)
+    initial = hf_model(MODELS[case.model]).state_dict()
+    moved = [max(float((now[n] - initial[n]).abs().max()) for n in now) for now in weights]
+    assert min(moved) > 5000 * WEIGHT_TOLERANCE, (
+        f"weights moved by {moved}: too little to tell gradients apart"
+    )
+    assert_same_weights(found["weights"], weights)
+
+
+def assert_same_weights(
+    found: list[dict[str, torch.Tensor]], expected: list[dict[str, torch.Tensor]]
+) -> None:
+    """After each step; the expectation may name a tied tensor twice."""
+    assert len(found) == len(expected)
+    for step, (mine, theirs) in enumerate(zip(found, expected, strict=True)):
+        assert mine.keys() <= theirs.keys()
+        assert theirs.keys() - mine.keys() <= {"lm_head.weight"}
+        gaps = {name: float((mine[name].double() - theirs[name].double()).abs().max()) for name in mine}
+        worst = max(gaps, key=lambda name: gaps[name])
+        assert gaps[worst] <= WEIGHT_TOLERANCE, f"exported weights {step}: {worst} differs by {gaps[worst]}"
+
+
+def independent_training(
+    objective: str, name: str
+) -> tuple[list[float], list[float], list[dict[str, torch.Tensor]]]:
+    """Losses, gradient norms and weights of transformers' model in fp64 under torch's AdamW."""
+    model, reference = hf_model(name).double(), hf_model(name).double()
+    parameters = list(model.parameters())
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": WEIGHT_DECAY},
+            {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},
+        ],
+        lr=LEARNING_RATE,
+        betas=BETAS,
+        eps=EPSILON[objective],
+    )
+    losses, norms, weights = [], [], []
+    for batch in batches(objective):
+        optimizer.zero_grad()
+        total = sum(len(s.response_ids) for s in batch)
+        loss = sum((sequence_loss(objective, model, reference, s) for s in batch), torch.tensor(0.0)) / total
+        loss.backward()
+        losses.append(float(loss.detach()))
+        norms.append(float(torch.nn.utils.clip_grad_norm_(parameters, CLIP[objective])))
+        optimizer.step()
+        weights.append({n: t.detach().clone() for n, t in model.state_dict().items()})
+    return losses, norms, [weights[0], weights[-1]]
+
+
+def sequence_loss(
+    objective: str,
+    model: transformers.PreTrainedModel,
+    reference: transformers.PreTrainedModel,
+    sample: TrainingSample,
+) -> torch.Tensor:
+    """Sum over the response tokens, straight from method.md's formulas."""
+    ids = torch.tensor([sample.prompt_ids + sample.response_ids])
+    start = len(sample.prompt_ids)
+    full = torch.log_softmax(model(ids).logits[0, start - 1 : -1], -1)
+    logprobs = full[torch.arange(len(sample.response_ids)), ids[0, start:]]
+    if objective == "sft_kl":
+        with torch.no_grad():
+            ref = torch.log_softmax(reference(ids).logits[0, start - 1 : -1], -1)
+        return sample.weight * (-logprobs.sum() + KL_COEF * (ref.exp() * (ref - full)).sum())
+    weight = sample.weight * logprobs.detach().exp()
+    if objective == "rasft":
+        assert sample.ref_logprobs is not None
+        gap = sum(sample.ref_logprobs) / len(logprobs) - float(logprobs.detach().mean())
+        weight = weight * min(1.2, max(0.4, math.exp(gap)))
+    return -(weight * logprobs).sum()
