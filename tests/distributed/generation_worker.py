@@ -1,0 +1,140 @@
+"""One rank of test_generation.py: samples from the tiny model in every layout of its world size.
+
+Usage: generation_worker.py RANK WORLD_SIZE ROOT, where ROOT holds the folder "llama".
+"""
+
+import contextlib
+import faulthandler
+import io
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_rasft.training import cpu_backend
+
+cpu_backend.enable()
+cpu_backend.use_cpu_fused_adam()
+
+from megatron_rasft.training.generation import Request, SamplingParams  # noqa: E402
+from megatron_rasft.types import TrainingSample  # noqa: E402
+from tests.distributed.parity_cases import batches  # noqa: E402
+from tests.distributed.ranks_harness import trainer  # noqa: E402
+
+LAYOUTS: dict[int, dict[str, str]] = {
+    1: {"one": ""},
+    2: {
+        "dp2": "",
+        "tp2": "--tensor-model-parallel-size 2",
+        "tp2 sp": "--tensor-model-parallel-size 2 --sequence-parallel",
+        "pp2": "--pipeline-model-parallel-size 2",
+        "pp2 vpp2": "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1",
+        "cp2": "--context-parallel-size 2",
+    },
+}
+
+COMMON = "--seq-length 64 --global-batch-size 8 --lr-decay-style constant --lr-warmup-iters 0 --lr 1e-3 --objective dft"
+
+PROMPTS = [[5, 17, 99], [3], [88, 2, 45, 45, 7, 60, 31, 12], [100, 0, 41, 9, 9], [71, 70]]
+NUM_SAMPLES = 3
+NEW_TOKENS = 20
+STOP_IDS = frozenset(range(0, 101, 6))
+"""A sixth of the vocabulary: rows end one after another, so the batch is compacted again and again."""
+
+
+def params(**changes: Any) -> SamplingParams:
+    values: dict[str, Any] = {
+        "num_samples": NUM_SAMPLES,
+        "max_new_tokens": NEW_TOKENS,
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "repetition_penalty": 1.0,
+        "stop_ids": STOP_IDS,
+        "max_batch_size": 64,
+    }
+    return SamplingParams(**{**values, **changes})
+
+
+MODES: dict[str, SamplingParams] = {
+    "greedy": params(temperature=0.0, stop_ids=frozenset()),
+    "plain": params(),
+    "small batches": params(max_batch_size=4),
+    "nucleus": params(temperature=0.9, top_p=0.8),
+    "penalised": params(temperature=0.0, repetition_penalty=1.3, stop_ids=frozenset()),
+}
+
+
+def requests(num_samples: int) -> list[Request]:
+    return [
+        Request(prompt_ids=p, seeds=[100 * i + k for k in range(num_samples)]) for i, p in enumerate(PROMPTS)
+    ]
+
+
+def main(rank: int, world_size: int, root: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{root}/generation{world_size}", rank=rank, world_size=world_size
+    )
+    results = {}
+    for layout, flags in LAYOUTS[world_size].items():
+        faulthandler.dump_traceback_later(100, exit=True)
+        with contextlib.redirect_stdout(io.StringIO()):
+            results[layout] = sample(f"{COMMON} {flags}".split(), root)
+    if rank == 0:
+        torch.save(results, root / f"generation{world_size}.pt")
+    dist.destroy_process_group()
+
+
+def sample(flags: list[str], root: Path) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    with trainer(root / "llama", root / "none.jsonl", flags) as run:
+        before = training_state(run.chunks)
+        for mode, chosen in MODES.items():
+            asked = requests(1 if chosen.temperature == 0 else NUM_SAMPLES)
+            groups = run.generate(asked, chosen)
+            result[mode] = [[(r.token_ids, r.logprobs, r.is_finished) for r in group] for group in groups]
+        after = training_state(run.chunks)
+        assert before == after, [name for name in before if before[name] != after.get(name)]
+        result["scores"] = run.score(samples_of(result["plain"]), with_reference=False)
+        result["step"] = run.step(batches("dft")[0], 9).metrics["loss"]
+    with trainer(root / "llama", root / "none.jsonl", flags) as run:
+        result["step without generation"] = run.step(batches("dft")[0], 9).metrics["loss"]
+    return result
+
+
+def samples_of(groups: list) -> list[TrainingSample]:
+    return [
+        TrainingSample(
+            problem_id=str(i), kind="rollout", prompt_ids=PROMPTS[i], response_ids=tokens, weight=1.0
+        )
+        for i, group in enumerate(groups)
+        for tokens, _, _ in group
+    ]
+
+
+def training_state(chunks: list) -> dict[str, Any]:
+    """Everything generation may have to switch, by name."""
+    state: dict[str, Any] = {}
+    for number, chunk in enumerate(chunks):
+        state[f"{number} config"] = (chunk.config.sequence_parallel, chunk.config.fp8, chunk.config.fp4)
+        rotary = getattr(chunk, "rotary_pos_emb", None)
+        state[f"{number} rotary"] = id(getattr(rotary, "cp_group", None))
+        for name, module in chunk.named_modules():
+            state[f"{number} {name}"] = (
+                id(module),
+                module.training,
+                getattr(module, "sequence_parallel", None),
+                getattr(module, "input_tensor", None) is None,
+            )
+        for name, parameter in chunk.named_parameters():
+            state[f"{number} {name} parameter"] = (
+                parameter.requires_grad,
+                getattr(parameter, "sequence_parallel", None),
+            )
+    return state
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))

@@ -1,0 +1,172 @@
+"""Sampling with the live weights: transformers' tokens, the same in every layout, and nothing left behind."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_rasft.training.generation import draw
+from tests.distributed.generation_worker import LAYOUTS, MODES, NEW_TOKENS, NUM_SAMPLES, PROMPTS, STOP_IDS
+from tests.distributed.parity_cases import VOCAB_SIZE
+from tests.distributed.ranks_harness import run_ranks
+from tests.tiny_models import hf_model, write_folder
+
+NEAR_TIE = 1e-5
+"""Greedy choices may differ where the two best (penalised) logits are closer than this."""
+
+LAYOUT_NAMES = [layout for layouts in LAYOUTS.values() for layout in layouts]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    root = tmp_path_factory.mktemp("generation")
+    write_folder("llama", root / "llama")
+    found: dict[str, dict[str, Any]] = {}
+    for world_size in LAYOUTS:
+        run_ranks(Path(__file__).with_name("generation_worker.py"), world_size, root)
+        found |= torch.load(root / f"generation{world_size}.pt")
+    return found
+
+
+@pytest.mark.parametrize("layout", LAYOUT_NAMES)
+@pytest.mark.parametrize("mode", MODES)
+def test_every_layout_samples_the_same(results: dict[str, dict[str, Any]], layout: str, mode: str) -> None:
+    expected = results["one"]["plain" if mode == "small batches" else mode]
+    for mine, theirs in zip(results[layout][mode], expected, strict=True):
+        assert [r[0] for r in mine] == [r[0] for r in theirs]
+        assert [r[2] for r in mine] == [r[2] for r in theirs]
+        for response, other in zip(mine, theirs, strict=True):
+            assert response[1] == pytest.approx(other[1], abs=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["greedy", "penalised"])
+def test_greedy_takes_the_tokens_of_transformers(results: dict[str, dict[str, Any]], mode: str) -> None:
+    model, penalty = hf_model("llama"), MODES[mode].repetition_penalty
+    for prompt, group in zip(PROMPTS, results["one"][mode], strict=True):
+        (found, logprobs, is_finished) = group[0]
+        assert len(found) == NEW_TOKENS and not is_finished
+        with torch.no_grad():
+            made = model.generate(
+                torch.tensor([prompt]),
+                attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+                do_sample=False,
+                max_new_tokens=NEW_TOKENS,
+                min_new_tokens=NEW_TOKENS,
+                eos_token_id=None,
+                pad_token_id=0,
+                repetition_penalty=penalty,
+            )[0, len(prompt) :].tolist()
+        if found != made:
+            place = next(i for i, (a, b) in enumerate(zip(found, made, strict=True)) if a != b)
+            logits = next_logits(model, prompt + found[:place], penalty)
+            assert abs(float(logits[found[place]] - logits[made[place]])) < NEAR_TIE, (
+                f"token {place} of {prompt}"
+            )
+        for place in (0, 1, NEW_TOKENS - 1):
+            logits = next_logits(model, prompt + found[:place], penalty)
+            expected = float(torch.log_softmax(logits, -1)[found[place]])
+            assert logprobs[place] == pytest.approx(expected, abs=1e-5)
+
+
+def next_logits(model: Any, ids: list[int], penalty: float) -> torch.Tensor:
+    """[v] logits after ``ids``, each token that occurs in them made less likely by the penalty."""
+    with torch.no_grad():
+        logits = model(torch.tensor([ids])).logits[0, -1].clone()
+    for token in set(ids):
+        logits[token] = logits[token] / penalty if logits[token] > 0 else logits[token] * penalty
+    return logits
+
+
+def test_responses_end_at_the_first_stop_id(results: dict[str, dict[str, Any]]) -> None:
+    groups = results["one"]["plain"]
+    assert [len(group) for group in groups] == [NUM_SAMPLES] * len(PROMPTS)
+    responses = [response for group in groups for response in group]
+    for tokens, logprobs, is_finished in responses:
+        assert len(tokens) == len(logprobs)
+        assert not STOP_IDS & set(tokens[:-1])
+        assert is_finished == (tokens[-1] in STOP_IDS)
+        assert is_finished or len(tokens) == NEW_TOKENS
+        assert max(tokens) < VOCAB_SIZE
+    assert len({len(tokens) for tokens, _, _ in responses}) > 3, (
+        "the rows were meant to end one after another"
+    )
+    assert len({tuple(tokens) for tokens, _, _ in responses}) > len(PROMPTS), "seeds were meant to differ"
+
+
+@pytest.mark.parametrize("layout", LAYOUT_NAMES)
+def test_returned_logprobs_are_those_of_scoring(results: dict[str, dict[str, Any]], layout: str) -> None:
+    given = [response[1] for group in results[layout]["plain"] for response in group]
+    for mine, scored in zip(given, results[layout]["scores"], strict=True):
+        assert mine == pytest.approx(scored, abs=1e-5)
+
+
+@pytest.mark.parametrize("layout", LAYOUT_NAMES)
+def test_a_step_after_generation_is_the_step_without(results: dict[str, dict[str, Any]], layout: str) -> None:
+    assert results[layout]["step"] == results[layout]["step without generation"]
+
+
+def nucleus(logits: np.ndarray, u: float, temperature: float, top_p: float) -> int:
+    """Tokens by falling probability up to the one that brings the mass to top_p, then inversion of u."""
+    scaled = logits.astype(np.float64) / temperature
+    probs = np.exp(scaled - scaled.max())
+    probs /= probs.sum()
+    order = sorted(range(len(probs)), key=lambda i: -probs[i]) if top_p < 1 else list(range(len(probs)))
+    kept, mass = [], 0.0
+    for token in order:
+        kept.append(token)
+        mass += probs[token]
+        if top_p < 1 and mass >= top_p:
+            break
+    reached = 0.0
+    for token in kept:
+        reached += probs[token]
+        if u * mass < reached:
+            return token
+    return kept[-1]
+
+
+@pytest.mark.parametrize(
+    "temperature,top_p", [(1.0, 1.0), (0.7, 1.0), (1.0, 0.9), (0.9, 0.5), (1.5, 0.05), (1.0, 0.999)]
+)
+@pytest.mark.parametrize("vocab_size,spread", [(11, 2.0), (700, 0.1), (700, 4.0)])
+def test_draw_is_nucleus_sampling(vocab_size: int, spread: float, temperature: float, top_p: float) -> None:
+    random = np.random.default_rng(3)
+    logits = (spread * random.standard_normal((200, vocab_size))).astype(np.float32)
+    uniforms = random.random(200)
+    tokens, logprobs = draw(torch.from_numpy(logits), torch.from_numpy(uniforms), temperature, top_p)
+    expected = [nucleus(row, u, temperature, top_p) for row, u in zip(logits, uniforms, strict=True)]
+    assert tokens.tolist() == expected
+    scaled = logits.astype(np.float64) / temperature
+    exact = scaled - np.log(np.exp(scaled).sum(-1, keepdims=True))
+    np.testing.assert_allclose(logprobs.numpy(), exact[np.arange(200), expected], atol=1e-5)
+
+
+def test_draw_at_temperature_zero_takes_the_most_likely() -> None:
+    tokens, logprobs = draw(
+        torch.tensor([[0.0, 2.0, 1.0]]), torch.tensor([0.999], dtype=torch.float64), 0.0, 0.1
+    )
+    assert tokens.tolist() == [1]
+    assert float(logprobs) == pytest.approx(2.0 - math.log(1 + math.e**2 + math.e), abs=1e-6)
+
+
+def test_draw_frequencies_are_the_probabilities() -> None:
+    num = 20000
+    logits = torch.tensor([1.0, 0.0, -1.0, 0.5, -30.0])
+    uniforms = torch.rand(num, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
+    tokens, _ = draw(logits.expand(num, -1), uniforms, 1.0, 1.0)
+    expected = torch.softmax(logits.double(), 0)[:4] * num
+    counts = torch.bincount(tokens, minlength=5).double()
+    assert counts[4] == 0
+    chi_square = float(((counts[:4] - expected) ** 2 / expected).sum())
+    assert chi_square < 16.3, "above the 99.9 % quantile of 3 degrees of freedom"
+
+
+@pytest.mark.parametrize("u", [0.0, 1.0 - 2.0**-53])
+@pytest.mark.parametrize("top_p", [1.0, 0.6])
+def test_draw_at_the_ends_stays_in_the_nucleus(u: float, top_p: float) -> None:
+    logits = torch.tensor([[-2000.0, 1.0, 0.9, 0.8, -2000.0]])
+    tokens, _ = draw(logits, torch.tensor([u], dtype=torch.float64), 1.0, top_p)
+    assert int(tokens) == (1 if u == 0.0 else 2 if top_p < 1 else 3)
