@@ -1,8 +1,10 @@
 """An interrupted and resumed run is the unbroken run."""
 
+import json
 import shutil
 from pathlib import Path
 from signal import SIGKILL, SIGTERM
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
@@ -46,6 +48,11 @@ def stopped_at_5(workshop: Workshop) -> Path:
     return save
 
 
+def state_of(save: Path, step: int) -> dict[str, Any]:
+    state: dict[str, Any] = json.loads((save / f"iter_{step:07d}" / "rasft_state.json").read_text())
+    return state
+
+
 def assert_same_run(save: Path, unbroken: Path) -> None:
     records = launching.steps(unbroken)
     assert list(records) == list(range(1, STEPS + 1))
@@ -73,6 +80,7 @@ def test_run_stopped_by_sigterm_goes_on_as_if_unbroken(
     assert (save / "latest_checkpointed_iteration.txt").read_text() == "5"
     assert max(launching.steps(save)) == 5
     assert not Path(f"{save}-exported").exists()
+    assert len(state_of(save, 5)["queue"]) == 1, "the signal came in mid-window"
     resumed = workshop.train(save, flags_of(save), world_size)
     assert "going on after step 5" in resumed.output
     assert_same_run(save, unbroken)
@@ -88,6 +96,7 @@ def test_killed_run_goes_on_from_its_last_checkpoint(
     kill = Interruption(step=7, number=SIGKILL)
     outcome = interrupted_run(workshop, save, kill, world_size)
     assert outcome.codes == [-SIGKILL] * world_size, outcome.output
+    assert state_of(save, 6)["planner"]["store_offset"] < (save / "rollouts.jsonl").stat().st_size
     assert "going on after step 6" in workshop.train(save, flags_of(save), world_size).output
     assert_same_run(save, unbroken)
 
