@@ -53,6 +53,11 @@ def write_sums(path: Path, num_rows: int, seed: int = 0) -> Path:
         for index in range(num_rows):
             a = draw.randrange(9)
             b = draw.randrange(10 - a)
-            row = {"id": f"sum{index}", "problem": f"{a} + {b}", "response": f"{a}+{b}={a + b}", "answer": str(a + b)}
+            row = {
+                "id": f"sum{index}",
+                "problem": f"{a} + {b}",
+                "response": f"{a}+{b}={a + b}",
+                "answer": str(a + b),
+            }
             file.write(json.dumps(row) + "\n")
     return path
