@@ -14,7 +14,7 @@ from tests.functional.conftest import Workshop
 from tests.functional.launching import Interruption
 
 STEPS = 9
-"""Three refreshes of three steps, and nearly two epochs."""
+"""Nearly two epochs of 5 steps, which windows do not cross: refreshes come before steps 1, 4, 6 and 9."""
 
 
 def flags_of(save: Path) -> list[str]:
@@ -40,10 +40,10 @@ def interrupted_run(
 
 
 @pytest.fixture(scope="module")
-def stopped_at_5(workshop: Workshop) -> Path:
-    """A checkpoint of one process in the middle of the second window."""
+def stopped_at_7(workshop: Workshop) -> Path:
+    """A checkpoint of one process in the middle of the third window."""
     save = workshop.root / "stopped"
-    outcome = interrupted_run(workshop, save, Interruption(step=5, number=SIGTERM), 1)
+    outcome = interrupted_run(workshop, save, Interruption(step=7, number=SIGTERM), 1)
     assert outcome.codes == [0], outcome.output
     return save
 
@@ -72,17 +72,17 @@ def test_run_stopped_by_sigterm_goes_on_as_if_unbroken(
     unbroken = unbroken_run(workshop, world_size)
     save = tmp_path / "save"
     # One rank hears the signal; all must stop after the same step.
-    term = Interruption(step=5, number=SIGTERM, only_rank=world_size - 1)
+    term = Interruption(step=7, number=SIGTERM, only_rank=world_size - 1)
     outcome = interrupted_run(workshop, save, term, world_size)
     assert outcome.codes == [0] * world_size, outcome.output
-    assert "stopped by a signal after step 5; saved" in outcome.output
+    assert "stopped by a signal after step 7; saved" in outcome.output
     assert "Traceback" not in outcome.output
-    assert (save / "latest_checkpointed_iteration.txt").read_text() == "5"
-    assert max(launching.steps(save)) == 5
+    assert (save / "latest_checkpointed_iteration.txt").read_text() == "7"
+    assert max(launching.steps(save)) == 7
     assert not Path(f"{save}-exported").exists()
-    assert len(state_of(save, 5)["queue"]) == 1, "the signal came in mid-window"
+    assert len(state_of(save, 7)["queue"]) == 1, "the signal came in mid-window"
     resumed = workshop.train(save, flags_of(save), world_size)
-    assert "going on after step 5" in resumed.output
+    assert "going on after step 7" in resumed.output
     assert_same_run(save, unbroken)
 
 
@@ -92,24 +92,24 @@ def test_killed_run_goes_on_from_its_last_checkpoint(
 ) -> None:
     unbroken = unbroken_run(workshop, world_size)
     save = tmp_path / "save"
-    # Saved after step 6; the rollouts of the refresh that followed are written, but in no checkpoint.
-    kill = Interruption(step=7, number=SIGKILL)
+    # Saved after step 8; the rollouts of the refresh that followed are written, but in no checkpoint.
+    kill = Interruption(step=9, number=SIGKILL)
     outcome = interrupted_run(workshop, save, kill, world_size)
     assert outcome.codes == [-SIGKILL] * world_size, outcome.output
-    assert state_of(save, 6)["planner"]["store_offset"] < (save / "rollouts.jsonl").stat().st_size
-    assert "going on after step 6" in workshop.train(save, flags_of(save), world_size).output
+    assert state_of(save, 8)["planner"]["store_offset"] < (save / "rollouts.jsonl").stat().st_size
+    assert "going on after step 8" in workshop.train(save, flags_of(save), world_size).output
     assert_same_run(save, unbroken)
 
 
 @pytest.mark.parametrize("size", ["--tensor-model-parallel-size", "--pipeline-model-parallel-size"])
 def test_checkpoint_goes_on_in_another_layout(
-    workshop: Workshop, stopped_at_5: Path, tmp_path: Path, size: str
+    workshop: Workshop, stopped_at_7: Path, tmp_path: Path, size: str
 ) -> None:
     unbroken = unbroken_run(workshop, 1)
     save = tmp_path / "save"
-    shutil.copytree(stopped_at_5, save)
+    shutil.copytree(stopped_at_7, save)
     resumed = workshop.train(save, [*flags_of(save), size, "2"], 2)
-    assert "going on after step 5" in resumed.output
+    assert "going on after step 7" in resumed.output
     assert launching.losses(save) == pytest.approx(launching.losses(unbroken), abs=1e-5, rel=0)
 
 
