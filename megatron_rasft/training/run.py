@@ -190,6 +190,7 @@ class Run:
                 Batch(b["num_problems"], [TrainingSample(**s) for s in b["samples"]]) for b in state["queue"]
             )
             self._last_refresh = state["last_refresh"]
+            self.progress.go_back(state["metrics_offset"])
             on_rank_zero(lambda: self.planner.load_state_dict(state["planner"]))
         if self.is_lead and self._save is not None:
             self._save.mkdir(parents=True, exist_ok=True)
@@ -290,6 +291,7 @@ class Run:
             "planner": planner,
             "queue": [asdict(b) for b in self.queue],
             "last_refresh": self._last_refresh,
+            "metrics_offset": self.progress.offset,
             "architecture": architecture_of(self.args),
         }
 

@@ -1,0 +1,54 @@
+"""Every number reaches metrics.jsonl and the trackers; only one rank speaks."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from megatron_rasft import metrics
+from megatron_rasft.report.progress import Progress
+
+
+class Recorder:
+    """A ScalarWriter that remembers."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, float, int]] = []
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        self.seen.append((name, value, step))
+
+
+def test_a_step_is_one_line_and_one_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    writer = Recorder()
+    progress = Progress(10, tmp_path / "metrics.jsonl", writer)
+    progress.step(3, {metrics.LOSS: 0.5, metrics.SOLVE_RATE: math.nan, "objective/p_mean": 0.25})
+    line = capsys.readouterr().out.strip()
+    assert line.startswith("step 3/10")
+    assert "loss 0.5000" in line
+    assert "nan" not in line
+    (record,) = [json.loads(row) for row in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert record["step"] == 3
+    assert record[metrics.LOSS] == 0.5
+    assert record["objective/p_mean"] == 0.25
+    assert metrics.SOLVE_RATE not in record
+    assert (metrics.LOSS, 0.5, 3) in writer.seen
+
+
+def test_other_ranks_are_silent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    progress = Progress(10, tmp_path / "metrics.jsonl", is_silent=True)
+    progress.step(1, {metrics.LOSS: 1.0})
+    progress.refresh(1, {metrics.LOSS: 1.0}, "refresh")
+    assert capsys.readouterr().out == ""
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_steps_after_the_checkpoint_are_forgotten(tmp_path: Path) -> None:
+    progress = Progress(10, tmp_path / "metrics.jsonl")
+    progress.step(1, {metrics.LOSS: 1.0})
+    offset = progress.offset
+    progress.step(2, {metrics.LOSS: 2.0})
+    Progress(10, tmp_path / "metrics.jsonl").go_back(offset)
+    (record,) = [json.loads(row) for row in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert record["step"] == 1
