@@ -126,11 +126,33 @@ def test_workers_are_replaced_after_their_tasks() -> None:
     assert len({r.verdict_reason for r in rollouts}) >= 3
 
 
-def test_workers_hold_neither_torch_nor_megatron() -> None:
+WORKER_MODULES = """
+from tests.unit.verify.test_pool import hostile_pool, make_rollout
+
+if __name__ == "__main__":
+    import torch  # the trainer has it; its workers must not inherit it
+
     rollout = make_rollout("modules")
     with hostile_pool() as pool:
         pool.verify([rollout], {"p": "5"})
-    assert not {"torch", "megatron"} & set(rollout.verdict_reason.split(","))
+    print(rollout.verdict_reason)
+"""
+
+
+def test_workers_hold_neither_torch_nor_megatron(tmp_path: Path) -> None:
+    # A process of its own: the fork server is one per process, and another test may have started this one's.
+    script = tmp_path / "modules.py"
+    script.write_text(WORKER_MODULES, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    modules = set(done.stdout.strip().split(","))
+    assert modules <= {"nltk", "__mp_main__"}
 
 
 def test_only_the_tail_of_a_long_response_is_read() -> None:
