@@ -12,7 +12,7 @@ import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -301,16 +301,7 @@ class Trainer:
 
     def _score(self, samples: Sequence[TrainingSample]) -> list[list[float]]:
         # Attached values are for training; a scoring batch carries none.
-        plain = [
-            TrainingSample(
-                problem_id=s.problem_id,
-                kind=s.kind,
-                prompt_ids=s.prompt_ids,
-                response_ids=s.response_ids,
-                weight=1.0,
-            )
-            for s in samples
-        ]
+        plain = [replace(s, weight=1.0, ref_logprobs=None, old_logprobs=None) for s in samples]
         batches = self._cut(plain)
         outputs = run_forward_only(self.forward.score_step, batches, self.model)
         mine: dict[int, list[float]] = {}

@@ -257,9 +257,8 @@ class Run:
         values[metrics.QUEUE] = len(self.queue)
         values[metrics.STEP_S] = seconds
         values[metrics.TOKENS_PER_S] = result.num_tokens / seconds
-        for name in (metrics.SOLVE_RATE,):
-            if name in self._last_refresh:
-                values[name] = self._last_refresh[name]
+        if metrics.SOLVE_RATE in self._last_refresh:
+            values[metrics.SOLVE_RATE] = self._last_refresh[metrics.SOLVE_RATE]
         for kind, name in (("expert", metrics.EXPERT_WEIGHT), ("rollout", metrics.ROLLOUT_WEIGHT)):
             weights = [s.weight for s in batch.samples if s.kind == kind]
             if weights:

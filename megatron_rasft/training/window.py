@@ -9,7 +9,7 @@ import hashlib
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from megatron_rasft.config import RasftConfig
@@ -51,7 +51,6 @@ class WindowReport:
     num_sampled: int = 0
     verdicts: Counter[str] = field(default_factory=Counter)
     num_filtered: int = 0
-    num_duplicates: int = 0
     num_solved: int = 0
     """Problems with at least one correct rollout."""
     mean_response_tokens: float = 0.0
@@ -252,7 +251,7 @@ class Planner:
     def _limited(self, requests: Sequence[Request]) -> SamplingParams:
         longest = max(len(r.prompt_ids) for r in requests)
         allowed = min(self._sampling.max_new_tokens, self.max_tokens - longest)
-        return SamplingParams(**{**asdict(self._sampling), "max_new_tokens": max(1, allowed)})
+        return replace(self._sampling, max_new_tokens=max(1, allowed))
 
     def _request(self, problem_id: str, iteration: int) -> Request:
         seed = self.config.rollout.rollout_seed
