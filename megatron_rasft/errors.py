@@ -19,3 +19,19 @@ class CheckpointError(RasftError):
 
 class RolloutError(RasftError):
     """A rollout engine could not deliver what the run cannot go on without."""
+
+
+class ServerError(RolloutError):
+    """One rollout server did not answer in time, refused, or said what cannot be true; the message names it.
+
+    Args:
+        server: its address.
+        reason: what happened, without the address.
+        status: the HTTP status, if there was an answer.
+    """
+
+    def __init__(self, server: str, reason: str, status: int | None = None) -> None:
+        super().__init__(f"rollout server {server}: {reason}")
+        self.server = server
+        self.reason = reason
+        self.status = status
