@@ -1,4 +1,4 @@
-# make quickstart [ARGS=--compare]   make test   make lint   make venv
+# make quickstart [ARGS=--compare]   make test   make lint   make venv   make servers
 # PYTHON names the interpreter the environment is made with (>= 3.12), VENV where it goes.
 PYTHON ?= python3.12
 VENV ?= .venv
@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WHEEL := .cache/wheel
 
-.PHONY: quickstart test lint types pytest wheel venv
+.PHONY: quickstart test lint types pytest wheel venv servers
 .DELETE_ON_ERROR:
 
 quickstart:
@@ -26,7 +26,7 @@ lint: venv
 types: venv
 	$(BIN)/mypy
 
-pytest: venv
+pytest: venv servers
 	$(BIN)/python -m pytest -m "not gpu" $(ARGS)
 
 # Builds the wheel, installs it by itself and imports it from there. A stale build/ would end up in it.
@@ -46,3 +46,7 @@ $(STAMP): pyproject.toml
 	"$(PYTHON)" -m venv "$(VENV)"
 	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[dev,quickstart]'
 	touch $@
+
+# SGLang servers that run on a CPU, for the tests; finished ones are left alone. PYTHON311 names a Python 3.11.
+servers: venv
+	VENV="$(VENV)" tools/install_servers.sh

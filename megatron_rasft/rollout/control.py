@@ -279,7 +279,11 @@ class ServerControl:
 
     def set_weight_version(self, weight_version: int, deadline_s: float | None = None) -> None:
         """Set the label alone; running requests go on."""
-        body = {"new_version": version_label(weight_version), "abort_all_requests": False}
+        self.set_weight_label(version_label(weight_version), deadline_s)
+
+    def set_weight_label(self, label: str, deadline_s: float | None = None) -> None:
+        """The same for a label that is no trainer's."""
+        body = {"new_version": label, "abort_all_requests": False}
         self._post("/update_weight_version", body, deadline_s)
 
     def release_memory(self, tags: Sequence[str] | None = None, deadline_s: float | None = None) -> None:

@@ -1,0 +1,184 @@
+"""The control plane against real servers of both kinds, and against what a server should never answer."""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from megatron_rasft.errors import ServerError
+from megatron_rasft.rollout.control import ServerControl, version_label, weight_version_of
+from tests.servers.running import NEWEST, OLDEST, VERSIONS, ServerPool
+
+
+def control_of(answer: Callable[[httpx.Request], httpx.Response], **more: Any) -> ServerControl:
+    return ServerControl("http://server:1", transport=httpx.MockTransport(answer), **more)
+
+
+@pytest.mark.parametrize(
+    ("label", "version"), [("0", 0), ("17", 17), ("default", None), ("-1", None), ("1.5", None), ("²", None)]
+)
+def test_only_whole_numbers_are_a_trainers_labels(label: str, version: int | None) -> None:
+    assert weight_version_of(label) == version
+    if version is not None:
+        assert version_label(version) == label
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (httpx.Response(500, text="Internal Server Error"), "answered 500: Internal Server Error"),
+        (httpx.Response(400, json={"success": False, "message": "no such group"}), "400: no such group"),
+        (httpx.Response(200, json={"success": False, "message": "half applied"}), "failed: half applied"),
+        (httpx.Response(400, json={"error": {"message": "bad rank"}}), "400: bad rank"),
+        (httpx.Response(401, json={"error": "Unauthorized"}), "--rollout-api-key-env"),
+        (httpx.Response(500, text="x" * 5000), "x" * 297 + "..."),
+    ],
+)
+def test_a_refusal_names_the_server_and_quotes_it(answer: httpx.Response, said: str) -> None:
+    with pytest.raises(ServerError) as caught:
+        control_of(lambda request: answer).pause()
+    assert str(caught.value).startswith("rollout server http://server:1: /pause_generation")
+    assert str(caught.value).endswith(said) or said in str(caught.value)
+    assert (caught.value.server, caught.value.status) == ("http://server:1", answer.status_code)
+
+
+def test_older_spellings_are_found_and_missing_endpoints_noticed() -> None:
+    def old(request: httpx.Request) -> httpx.Response:
+        answers = {
+            "/get_server_info": {"version": "0.5.9", "tp_size": 4, "max_total_num_tokens": 1000},
+            "/get_model_info": {"model_path": "/nowhere", "weight_version": "12"},
+        }
+        if request.url.path not in answers:
+            return httpx.Response(404)
+        return httpx.Response(200, json=answers[request.url.path])
+
+    info = control_of(old).info
+    assert (info.version, info.tp_size, info.weight_version, info.model_config) == ("0.5.9", 4, 12, None)
+    assert not info.has_update_session and not info.has_weights_checker and not info.is_deterministic
+
+
+def test_no_session_is_opened_where_there_is_none() -> None:
+    asked = []
+
+    def old(request: httpx.Request) -> httpx.Response:
+        asked.append((request.method, request.url.path))
+        if "begin" in request.url.path:
+            return httpx.Response(404)
+        return httpx.Response(200, json={"model_path": "/nowhere", "weight_version": "12"})
+
+    with control_of(old) as control:
+        control.begin_weight_update()
+        control.end_weight_update()
+    assert ("POST", "/begin_weight_update") not in asked and ("POST", "/end_weight_update") not in asked
+
+
+def test_keys_go_where_the_server_wants_them() -> None:
+    seen = {}
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        seen[request.url.path] = request.headers["authorization"]
+        return httpx.Response(200, json={"model_path": "/nowhere", "weight_version": "1"})
+
+    with control_of(answer, api_key="reader", admin_api_key="admin") as control:
+        control.weight_version()
+        control.pause()
+    assert seen == {"/model_info": "Bearer reader", "/pause_generation": "Bearer admin"}
+
+
+def test_flushing_waits_for_requests_to_leave_and_gives_up_in_time() -> None:
+    busy = iter([400, 400, 200])
+    control_of(lambda request: httpx.Response(next(busy))).flush_cache(deadline_s=30.0)
+    with pytest.raises(ServerError, match="requests are still running"):
+        control_of(lambda request: httpx.Response(400, text="Flush cache failed.")).flush_cache(
+            deadline_s=0.3
+        )
+
+
+def test_an_answer_that_trickles_in_ends_at_the_deadline() -> None:
+    def slowly() -> Iterator[bytes]:
+        while True:
+            time.sleep(0.05)
+            yield b" "
+
+    class Trickle(httpx.SyncByteStream):
+        def __iter__(self) -> Iterator[bytes]:
+            return slowly()
+
+    with pytest.raises(ServerError, match="still answering"):
+        control_of(lambda request: httpx.Response(200, stream=Trickle())).pause(deadline_s=0.2)
+
+
+def test_an_address_where_nothing_listens_cannot_be_reached() -> None:
+    with pytest.raises(ServerError, match=r"http://127\.0\.0\.1:1: cannot be reached"):
+        ServerControl("http://127.0.0.1:1/").probe(deadline_s=20.0)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_what_a_real_server_says_of_itself(server_pool: ServerPool, served_model: Path, version: str) -> None:
+    server = server_pool.get(version, served_model)
+    with ServerControl(server.url) as control:
+        info = control.info
+        assert (info.version, info.model_path, info.tp_size) == (version, str(served_model), 1)
+        assert info.has_update_session == (version == NEWEST)
+        assert info.has_weights_checker and not info.is_deterministic and not info.has_memory_saver
+        assert info.weight_version is None and info.weight_label == "default"
+        assert info.model_config == json.loads((served_model / "config.json").read_text())
+        assert info.architectures == ("LlamaForCausalLM",)
+        assert info.max_total_tokens == 20000
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_steps_around_an_update_on_a_real_server(
+    server_pool: ServerPool, served_model: Path, version: str
+) -> None:
+    server = server_pool.get(version, served_model)
+    with ServerControl(server.url) as control:
+        before = control.checksums()
+        assert len(before) == 1 and "model.embed_tokens.weight" in before[0]
+        control.pause()
+        control.flush_cache()
+        control.begin_weight_update()
+        control.end_weight_update()
+        control.set_weight_version(7)
+        control.resume()
+        assert control.weight_version() == 7
+        assert control.checksums() == before
+        control.update_weights_from_disk(served_model, weight_version=8)
+        assert control.weight_version() == 8
+        with pytest.raises(ServerError, match="update_weights_from_disk"):
+            control.update_weights_from_disk(served_model / "nothing", weight_version=9)
+        assert control.weight_version() == 8
+        with pytest.raises(ServerError, match="destroy_weights_update_group"):
+            control.destroy_weights_update_group("nobody")
+        values = control.weights_by_name("model.norm.weight", truncate_size=4)
+        assert len(values) == 4
+
+
+def test_a_session_left_open_is_refused_and_can_be_closed(
+    server_pool: ServerPool, served_model: Path
+) -> None:
+    server = server_pool.get(NEWEST, served_model)
+    with ServerControl(server.url) as control:
+        control.begin_weight_update()
+        with pytest.raises(ServerError, match="begin_weight_update"):
+            control.begin_weight_update()
+        control.end_weight_update()
+        control.begin_weight_update()
+        control.end_weight_update()
+
+
+def test_a_frozen_server_costs_no_more_than_the_deadline(server_pool: ServerPool, served_model: Path) -> None:
+    server = server_pool.get(OLDEST, served_model)
+    server.freeze()
+    try:
+        with (
+            ServerControl(server.url) as control,
+            pytest.raises(ServerError, match="gave no answer within 1"),
+        ):
+            control.weight_version(deadline_s=1.0)
+    finally:
+        server.thaw()

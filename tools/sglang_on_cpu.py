@@ -1,0 +1,102 @@
+"""Starts the real SGLang server on a machine without a GPU: for tests, and to try a run before it gets GPUs.
+
+    python sglang_on_cpu.py --model-path DIR --port N [any flag of sglang.launch_server]
+
+Runs in the server's own environment (CPU torch, no sgl-kernel), which `make servers` makes, on every SGLang from
+0.5.17 to 0.5.23; tools/serve_rollouts.py --cpu uses it. SGLang starts its workers with spawn, which imports this
+file first: that is why it bridges what is missing at module level.
+"""
+
+import contextlib
+import importlib.machinery
+import os
+import runpy
+import sys
+import types
+from collections.abc import Callable
+from typing import Any
+
+os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
+# More threads than cores are free make decoding a hundred times slower.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+
+DEFAULTS = {
+    "--device": "cpu",
+    "--attention-backend": "torch_native",
+    "--sampling-backend": "pytorch",
+    "--host": "127.0.0.1",
+    "--max-total-tokens": "20000",  # else the KV cache takes all the memory there is
+    "--max-running-requests": "16",
+}
+
+
+def assign_req_to_token_pool_cpu(
+    req_pool_indices: torch.Tensor,
+    req_to_token: torch.Tensor,
+    start_offset: torch.Tensor,
+    end_offset: torch.Tensor,
+    out_cache_loc: torch.Tensor,
+    pool_len: int,
+) -> None:
+    """The one compiled kernel that SGLang calls without AMX: note where each request's new tokens are cached.
+
+    Args:
+        req_pool_indices: [b] rows of ``req_to_token``.
+        req_to_token: [rows, pool_len] cache slot of each token; written to.
+        start_offset: [b] first token to write of each request.
+        end_offset: [b] end of them.
+        out_cache_loc: the slots, request after request.
+        pool_len: unused here.
+    """
+    offset = 0
+    for row, start, end in zip(
+        req_pool_indices.tolist(), start_offset.tolist(), end_offset.tolist(), strict=True
+    ):
+        slots = out_cache_loc[offset : offset + end - start]
+        req_to_token[row, start:end] = slots.to(req_to_token.dtype)
+        offset += end - start
+
+
+def missing_kernel(name: str) -> Callable[..., Any]:
+    """Stands for a kernel that is imported but not called on the CPU's path."""
+    if name.startswith("__"):
+        raise AttributeError(name)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError(f"sgl_kernel.{name} is not available on a CPU")
+
+    return call
+
+
+def bridge() -> None:
+    """Put in place what SGLang imports or calls and a CPU does not have."""
+    kernels: Any = types.ModuleType("sgl_kernel")
+    kernels.__version__ = "0.0.0"
+    kernels.__path__ = []
+    kernels.__spec__ = importlib.machinery.ModuleSpec("sgl_kernel", None, is_package=True)
+    kernels.assign_req_to_token_pool_cpu = assign_req_to_token_pool_cpu
+    kernels.__getattr__ = missing_kernel
+    sys.modules.setdefault("sgl_kernel", kernels)
+    # torchvision's wheel is linked with CUDA: without these schemas its import, and with it transformers', fails.
+    for operator in ("nms", "qnms"):
+        schema = f"torchvision::{operator}"
+        with contextlib.suppress(RuntimeError):  # a torchvision for this torch has them
+            torch.library.define(schema, "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    # /weights_checker calls both.
+    torch.cuda.synchronize = lambda *args, **kwargs: None  # type: ignore[assignment]
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
+
+
+if not torch.cuda.is_available():
+    bridge()
+
+if __name__ == "__main__":
+    for flag, value in DEFAULTS.items():
+        if not any(a == flag or a.startswith(flag + "=") for a in sys.argv):
+            sys.argv += [flag, value]
+    if "--sleep-on-idle" not in sys.argv:
+        sys.argv.append("--sleep-on-idle")  # else an idle server takes half a core
+    runpy.run_module("sglang.launch_server", run_name="__main__", alter_sys=False)
