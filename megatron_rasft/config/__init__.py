@@ -9,6 +9,7 @@ from megatron_rasft.config.heldout import HeldoutConfig
 from megatron_rasft.config.objective import ObjectiveConfig
 from megatron_rasft.config.rollout import RolloutConfig
 from megatron_rasft.config.run import RunConfig
+from megatron_rasft.config.sync import SyncConfig
 from megatron_rasft.config.verify import VerifyConfig
 from megatron_rasft.config.weighting import WeightingConfig
 
@@ -20,6 +21,7 @@ __all__ = [
     "RasftConfig",
     "RolloutConfig",
     "RunConfig",
+    "SyncConfig",
     "VerifyConfig",
     "WeightingConfig",
 ]
@@ -33,6 +35,7 @@ class RasftConfig:
     data: DataConfig
     curriculum: CurriculumConfig
     rollout: RolloutConfig
+    sync: SyncConfig
     verify: VerifyConfig
     weighting: WeightingConfig
     objective: ObjectiveConfig

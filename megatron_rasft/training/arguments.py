@@ -15,6 +15,7 @@ _TITLES = {
     "data": "rasft data",
     "curriculum": "rasft curriculum",
     "rollout": "rasft rollouts",
+    "sync": "rasft weight sync",
     "verify": "rasft verification",
     "weighting": "rasft weighting",
     "objective": "rasft objective",

@@ -1,6 +1,6 @@
 """Model chunks -> Hugging Face tensors, one parameter at a time."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -51,6 +51,7 @@ def gather_tensors(
     tp_group: ProcessGroup | None,
     dtypes: dict[str, torch.dtype] | None = None,
     device: torch.device | str | None = None,
+    out: Callable[[str], Tensor | None] | None = None,
 ) -> Iterator[tuple[str, Tensor | None]]:
     """The Hugging Face tensors of this pipeline stage, whole on rank 0 of ``tp_group``.
 
@@ -66,6 +67,7 @@ def gather_tensors(
         tp_group: the tensor-parallel group; None where there is none.
         dtypes: type to give, by name; the parameter's own where a name is not in it.
         device: where to put the tensors together; None: where the parameters are.
+        out: name -> memory of the tensor's shape and type to put it together in; None: new memory.
 
     Yields:
         (name, tensor) on rank 0 of ``tp_group``, (name, None) on its other ranks.
@@ -81,7 +83,7 @@ def gather_tensors(
         if shards is None:
             yield from ((name, None) for name in binding.hf_names)
             continue
-        tensors = _assemble(shards, binding, table, device)
+        tensors = _assemble(shards, binding, table, device, out)
         del shards
         for name, tensor, dtype in zip(binding.hf_names, tensors, wanted, strict=True):
             yield name, tensor.to(dtype)
@@ -99,11 +101,18 @@ def _gather(shard: Tensor, tp_group: ProcessGroup | None) -> list[Tensor] | None
 
 
 def _assemble(
-    shards: list[Tensor], binding: Binding, table: NameTable, device: torch.device | str | None
+    shards: list[Tensor],
+    binding: Binding,
+    table: NameTable,
+    device: torch.device | str | None,
+    out: Callable[[str], Tensor | None] | None,
 ) -> list[Tensor]:
     """Whole Hugging Face tensors out of the shards of all tensor-parallel ranks."""
     dtype, device = shards[0].dtype, device or shards[0].device
-    tensors = [torch.empty(shape, dtype=dtype, device=device) for shape in binding.hf_shapes]
+    tensors = []
+    for name, shape in zip(binding.hf_names, binding.hf_shapes, strict=True):
+        memory = None if out is None else out(name)
+        tensors.append(torch.empty(shape, dtype=dtype, device=device) if memory is None else memory)
     size = len(shards) if binding.entry.is_sharded else 1
     for rank, shard in enumerate(shards):
         layout = binding.entry.layout(table.shape, rank, size, shard.shape[0])

@@ -13,6 +13,7 @@ from megatron_rasft.config import (
     RasftConfig,
     RolloutConfig,
     RunConfig,
+    SyncConfig,
 )
 
 
@@ -34,6 +35,11 @@ def defaults(**changes: Any) -> Namespace:
         (RolloutConfig, "rollout_seed", -1),
         (RolloutConfig, "rollout_engine", "replay"),
         (RunConfig, "rasft_refresh_interval", 0),
+        (SyncConfig, "sync_bucket_mib", 0),
+        (SyncConfig, "sync_timeout_s", 0.0),
+        (SyncConfig, "sync_port", 70000),
+        (SyncConfig, "sync_proof_interval", -1),
+        (SyncConfig, "sync_method", "disk"),  # without a folder
         (HeldoutConfig, "heldout_interval", -1),
         (HeldoutConfig, "heldout_num_samples", 0),
         (HeldoutConfig, "heldout_temperature", -1.0),

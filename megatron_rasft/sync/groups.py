@@ -1,0 +1,282 @@
+"""The process group over which one pipeline stage sends to the servers, and a broadcast that cannot hang.
+
+The trainer's rank is rank 0 of the group, the servers' tensor-parallel ranks follow. The group is built
+from torch's backends directly and not registered with torch.distributed, so that it can be aborted and made
+anew at any time without a trace in the trainer's own groups.
+"""
+
+import os
+import socket
+import time
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
+from datetime import timedelta
+from itertools import accumulate
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_rasft.errors import ServerError
+from megatron_rasft.sync.buckets import Bucket
+from megatron_rasft.sync.servers import Server, ask_all
+
+GroupBackend = Literal["gloo", "nccl"]
+
+_SETTLE_S = 1.0
+"""After a first failure: time for the server that caused it to be known from those it took along."""
+
+_LONGEST_GRACE_S = 20.0
+"""After an abort: time for the other servers to notice and answer."""
+
+
+class GroupFailure(Exception):
+    """A collective with servers did not succeed; the group was aborted.
+
+    Args:
+        reason: what happened.
+        servers: url -> reason of the servers that are at fault; empty if it could not be told.
+    """
+
+    def __init__(self, reason: str, servers: dict[str, str]) -> None:
+        super().__init__(reason)
+        self.servers = servers
+
+
+def local_address(urls: Sequence[str]) -> str:
+    """The address of this machine that the servers can reach: the one from which it would talk to them.
+
+    A server on another machine decides; loopback is the answer only if all servers are on this one.
+    """
+    addresses = []
+    for url in urls:
+        parts = urlsplit(url)
+        family, kind, proto, _, target = socket.getaddrinfo(
+            parts.hostname, parts.port or 80, type=socket.SOCK_DGRAM
+        )[0]
+        with socket.socket(family, kind, proto) as probe:
+            probe.connect(target)  # of a datagram socket: nothing is sent
+            addresses.append(probe.getsockname()[0])
+    return next((a for a in addresses if not a.startswith("127.") and a != "::1"), addresses[0])
+
+
+class UpdateGroup:
+    """This rank and some servers, joined for broadcasts from this rank.
+
+    Args:
+        servers: in the order of their ranks.
+        tp_sizes: how many ranks each of them takes.
+        name: unique among all groups these servers were ever in.
+        backend: gloo for a trainer on CPUs, nccl on GPUs.
+        address: of this machine, as the servers reach it.
+        port: of the rendezvous on this machine; 0: one that is free.
+        interface: network interface for the data; None: the backend chooses.
+        device: the device of what will be broadcast.
+        timeout_s: longest time for the servers to join, and for a broadcast.
+
+    Raises:
+        GroupFailure: not all servers joined in time.
+    """
+
+    def __init__(
+        self,
+        servers: Sequence[Server],
+        tp_sizes: Sequence[int],
+        *,
+        name: str,
+        backend: GroupBackend,
+        address: str,
+        port: int,
+        interface: str | None,
+        device: torch.device,
+        timeout_s: float,
+    ) -> None:
+        self.name = name
+        self.servers = list(servers)
+        self._timeout_s = timeout_s
+        self._device = device
+        self._pool = ThreadPoolExecutor(len(servers) + 1, "sync", initializer=self._use_device)
+        self._backend: Any = None
+        try:
+            self._join(tp_sizes, backend, address, port, interface)
+        except BaseException:
+            self._pool.shutdown(wait=False)
+            raise
+
+    def _use_device(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)  # per thread
+
+    def _join(
+        self,
+        tp_sizes: Sequence[int],
+        backend: GroupBackend,
+        address: str,
+        port: int,
+        interface: str | None,
+    ) -> None:
+        timeout = timedelta(seconds=self._timeout_s)
+        # The store is made here and not by torch's rendezvous: under torchrun that would only connect, to an agent's
+        # store that does not exist at this address (TORCHELASTIC_USE_AGENT_STORE).
+        try:
+            store = dist.TCPStore(
+                address, port, is_master=True, wait_for_workers=False, timeout=timeout, multi_tenant=False
+            )
+        except (RuntimeError, OSError) as error:
+            raise ValueError(
+                f"--sync-address {address} --sync-port {port}: no rendezvous can be opened there "
+                f"({str(error).splitlines()[0]}). Give an address of this machine and a free port, or 0 for any."
+            ) from error
+        port, world_size = store.port, 1 + sum(tp_sizes)
+        client = dist.TCPStore(address, port, is_master=False, timeout=timeout)
+        joining = self._pool.submit(self._make_backend, backend, client, world_size, interface, timeout)
+
+        def join(server: Server, rank_offset: int) -> None:
+            server.init_weights_update_group(
+                master_address=address,
+                master_port=port,
+                rank_offset=rank_offset,
+                world_size=world_size,
+                group_name=self.name,
+                backend=backend,
+                deadline_s=self._timeout_s + _LONGEST_GRACE_S,
+            )
+
+        offsets = accumulate(tp_sizes, initial=1)
+        posts = {
+            self._pool.submit(join, server, offset): server.url
+            for server, offset in zip(self.servers, offsets, strict=False)
+        }
+        # closing the store is how servers that wait in the rendezvous get an error
+        self._store: dist.Store | None = store
+        del store
+        self._backend = self._watch(joining, posts, self._abort_backend, "joining the update group")
+
+    def _make_backend(
+        self,
+        backend: GroupBackend,
+        store: dist.Store,
+        world_size: int,
+        interface: str | None,
+        timeout: timedelta,
+    ) -> Any:
+        # Keys as in torch's _new_process_group_helper, which the servers use.
+        device = "cpu" if backend == "gloo" else "cuda"
+        for prefix in (self.name, f"{self.name}/", f"{device}/"):
+            store = dist.PrefixStore(prefix, store)
+        if backend == "gloo":
+            gloo = dist.ProcessGroupGloo
+            options = gloo._Options()
+            options._devices = [
+                gloo.create_device(interface=interface) if interface else gloo.create_default_device()
+            ]
+            options._timeout = timeout
+            options._threads = 2
+            return gloo(store, 0, world_size, options)
+        if interface:
+            os.environ["NCCL_SOCKET_IFNAME"] = interface
+        nccl_options = dist.ProcessGroupNCCL.Options()
+        # This class aborts in time; NCCL's own watchdog would end the process.
+        nccl_options._timeout = timeout * 10 + timedelta(minutes=10)
+        return dist.ProcessGroupNCCL(store, 0, world_size, nccl_options)
+
+    def broadcast(self, bucket: Bucket, memory: Tensor) -> None:
+        """Send a bucket ([num_bytes] uint8) and have every server load it; returns when all have.
+
+        Raises:
+            GroupFailure: a server did not; the group is aborted and of no more use.
+        """
+
+        def load(server: Server) -> None:
+            server.update_weights_from_distributed(
+                names=[slot.tensor.name for slot in bucket.slots],
+                dtypes=[str(slot.tensor.dtype).removeprefix("torch.") for slot in bucket.slots],
+                shapes=[slot.tensor.shape for slot in bucket.slots],
+                group_name=self.name,
+                flush_cache=False,
+                deadline_s=self._timeout_s + _LONGEST_GRACE_S,
+            )
+
+        posts = {self._pool.submit(load, server): server.url for server in self.servers}
+        sending = self._pool.submit(self._send, memory)
+        self._watch(sending, posts, self._abort_backend, f"the bucket of {bucket.sources[0]}")
+
+    def _send(self, memory: Tensor) -> None:
+        options = dist.BroadcastOptions()
+        options.rootRank, options.rootTensor = 0, 0
+        self._backend.broadcast([memory], options).wait()
+        if self._device.type == "cuda":
+            torch.cuda.current_stream().synchronize()
+
+    def _watch(self, collective: Future[Any], posts: dict[Future[None], str], give_up: Any, what: str) -> Any:
+        """The collective's result, once it and all posts succeeded; else give up and tell whose fault it was."""
+        waiting: set[Future[Any]] = {collective, *posts}
+        ends = time.monotonic() + self._timeout_s
+        while waiting and (left := ends - time.monotonic()) > 0:
+            done, waiting = wait(waiting, left, FIRST_COMPLETED)
+            if any(future.exception() for future in done):
+                break
+        else:
+            if not waiting:
+                return collective.result()
+        is_late = time.monotonic() >= ends
+        if not is_late and waiting:
+            wait(waiting, _SETTLE_S)
+        before = {url: future.exception() for future, url in posts.items() if future.done()}
+        give_up()
+        # the others notice that this rank is gone, and answer with a failure; who does not is stuck
+        wait(waiting, min(self._timeout_s, _LONGEST_GRACE_S))
+        raise self._failure(collective, posts, before, is_late, what)
+
+    def _failure(
+        self,
+        collective: Future[Any],
+        posts: dict[Future[None], str],
+        before: dict[str, BaseException | None],
+        is_late: bool,
+        what: str,
+    ) -> GroupFailure:
+        unreachable, refused = {}, {}
+        for future, url in posts.items():
+            error = future.exception() if future.done() else None
+            if not future.done():
+                unreachable[url] = f"was stuck in {what}, for more than {self._timeout_s:g} s"
+            elif isinstance(error, ServerError):
+                if error.status is None:
+                    unreachable[url] = f"{error.reason} (in {what})"
+                elif before.get(url) is error:
+                    refused[url] = f"{error.reason} (in {what})"
+            elif error is not None:
+                raise error
+        faults = unreachable or refused
+        problem = collective.exception() if collective.done() else None
+        reason = next(iter(faults.values()), "")
+        if not reason:
+            reason = f"{what} took more than {self._timeout_s:g} s" if is_late else f"{what} failed"
+            if problem is not None:
+                reason += f" ({str(problem).splitlines()[0]})"
+        return GroupFailure(reason, faults)
+
+    def _abort_backend(self) -> None:
+        backend, self._backend = self._backend, None
+        if backend is not None:
+            with suppress(RuntimeError):
+                backend.abort()
+        self._store = None
+
+    def abort(self) -> None:
+        """Leave at once; servers that wait in this group get an error."""
+        self._abort_backend()
+        self._pool.shutdown(wait=False)
+
+    def close(self, servers: Sequence[Server] | None = None) -> None:
+        """Leave, and have these servers (None: all) leave too. A failure has no consequence: names are not used twice."""
+        ask_all(self.servers if servers is None else servers, self._leave)
+        self.abort()
+
+    def _leave(self, server: Server) -> None:
+        with suppress(ServerError):
+            server.destroy_weights_update_group(self.name, deadline_s=min(self._timeout_s, _LONGEST_GRACE_S))

@@ -1,0 +1,476 @@
+"""The weight sync: one state machine that takes every rank through pause, transfer, proof and release together.
+
+Rank 0 of the world leads: it speaks to the servers of everything but data, decides, and tells the others.
+The first rank of each pipeline stage (tensor-, data- and context-parallel rank 0) is the stage's source and
+sends that stage's tensors; stages take turns, so a server is never asked for two at once. Whatever fails,
+all ranks learn of it at the next step and go the same way: the server at fault is left out and everything
+is sent again, over new groups, to the others.
+"""
+
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+
+from megatron_rasft.config.sync import SyncConfig
+from megatron_rasft.errors import RasftError, ServerError
+from megatron_rasft.sync.groups import GroupFailure, UpdateGroup, local_address
+from megatron_rasft.sync.proof import ProofKind, Witness, check_checksums, check_rows
+from megatron_rasft.sync.report import PeakMemory, SyncReport
+from megatron_rasft.sync.served import ServedFormat
+from megatron_rasft.sync.servers import Server, ask_all
+from megatron_rasft.sync.streaming import GatherTensors, Outcome, PlanTensors, StageStream, timed
+from megatron_rasft.types import ServerInfo
+
+_MIB = 2**20
+
+_KEPT_FOLDERS = 2
+"""Versions left in --sync-disk-folder: the servers' own, and the one before it."""
+
+_CAN_READ_BACK = ("LlamaForCausalLM",)
+"""Families for which SGLang implements /get_weights_by_name, of those this package trains."""
+
+_PROOF_NAMES: dict[ProofKind, str] = {
+    "checksum": "checksums of every tensor",
+    "read_back": "reading values back",
+    "none": "",
+}
+
+
+@dataclass(frozen=True)
+class _Attempt:
+    """What rank 0 decided that all ranks do now."""
+
+    servers: tuple[tuple[str, int], ...] = ()
+    """Address and tensor-parallel size of each server, in the order of their ranks."""
+    failed: dict[str, str] = field(default_factory=dict)
+    group: str = ""
+    """Name of this set of groups; another name means new groups."""
+    served: ServedFormat = field(default_factory=lambda: ServedFormat(torch.bfloat16))
+    proof: ProofKind = "none"
+
+
+class WeightSync:
+    """Sends this model's weights to the rollout servers. Every rank of the world makes one and calls it together.
+
+    Args:
+        config: the flags.
+        plan: names, shapes and types that ``gather`` gives; runs no collective.
+        gather: the stage's Hugging Face tensors, whole on its source; a collective of ``tp_group``.
+        connect: address -> control plane of a server; called on rank 0 and on the sources.
+        model_config: config.json of the model, for servers whose own cannot be read here.
+        device: where the parameters are.
+        tp_group: tensor-parallel group of this rank; None where there is none.
+        stage: pipeline stage of this rank.
+        num_stages: pipeline stages.
+        is_first_replica: True where data- and context-parallel rank are 0; other ranks only wait.
+        export: writes the model as a Hugging Face folder, a collective of all ranks; for --sync-method disk.
+        probe: looks at a server that generates again, and raises ServerError if what it makes of the weights is
+            not what the trainer does (log-probabilities, say); runs on rank 0 wherever a proof is due.
+    """
+
+    def __init__(
+        self,
+        config: SyncConfig,
+        *,
+        plan: PlanTensors,
+        gather: GatherTensors,
+        connect: Callable[[str], Server],
+        model_config: dict[str, Any],
+        device: torch.device,
+        tp_group: ProcessGroup | None,
+        stage: int,
+        num_stages: int,
+        is_first_replica: bool,
+        export: Callable[[str], None] | None = None,
+        probe: Callable[[Server], None] | None = None,
+    ) -> None:
+        if config.sync_method == "disk" and export is None:
+            raise ValueError("--sync-method disk needs a way to export the model.")
+        self.config = config
+        self.probe = probe
+        self._plan = plan
+        self._gather = gather
+        self._connect = connect
+        self._model_config = model_config
+        self._device = device
+        self._tp_group = tp_group
+        self._stage = stage
+        self._num_stages = num_stages
+        self._export = export
+        self._is_lead = dist.get_rank() == 0
+        self._is_sender = is_first_replica
+        self._is_source = is_first_replica and (tp_group is None or tp_group.rank() == 0)
+        # of its own, on the CPU: ranks wait in it for the lead, whose every step has its own deadline
+        patience = timedelta(seconds=max(1800.0, 60 * config.sync_timeout_s))
+        self._control = dist.new_group(backend="gloo", timeout=patience)
+        self._servers: dict[str, Server] = {}
+        self._stream: StageStream | None = None
+        self._stream_served: ServedFormat | None = None
+        self._group: UpdateGroup | None = None
+        self._group_name = ""
+        # of the lead alone
+        self._members: tuple[tuple[str, int], ...] = ()
+        self._members_group = ""
+        self._versions: dict[str, int] = {}
+        self._syncs_since_proof: int | None = None
+
+    # ---- all ranks
+
+    def push(self, weight_version: int, urls: Sequence[str] = ()) -> SyncReport:
+        """Give the servers the weights as they are now; a collective of the world, between steps.
+
+        Returns when every server has them or is given up, after at most one attempt more than there are
+        servers that fail, each step of which ends within --sync-timeout-s. The parameters must be current.
+
+        Args:
+            weight_version: optimizer steps done; becomes the servers' version label.
+            urls: the servers to reach; rank 0's count.
+
+        Raises:
+            ValueError: a server cannot be fed by this trainer at all; the message says what to change.
+        """
+        began = time.monotonic()
+        report = SyncReport(weight_version=weight_version)
+        memory = PeakMemory(self._device)
+        while not self._try(report, urls):
+            pass
+        report.peak_bytes = max(self._exchange(memory.peak_bytes()))
+        report.seconds["total"] = time.monotonic() - began
+        return report
+
+    def _try(self, report: SyncReport, urls: Sequence[str]) -> bool:
+        """One attempt with the servers that have not failed; False: it is to be repeated with fewer."""
+        with timed(report.seconds, "pause"):
+            attempt = self._decided(lambda: self._prepare([u for u in urls if u not in report.failed]))
+        report.failed.update(attempt.failed)
+        if not attempt.servers:
+            return True
+        report.num_attempts += 1
+        with timed(report.seconds, "transfer"):
+            outcome = self._transfer(attempt, report.weight_version)
+        report.num_bytes, report.num_buckets = outcome.num_bytes, outcome.num_buckets
+        for phase, seconds in outcome.seconds.items():
+            report.seconds[phase] = report.seconds.get(phase, 0.0) + seconds
+        if outcome.reason:
+            # where nobody can be blamed, once more with all; if that fails too, all are
+            is_blaming_all = not outcome.failed and report.num_attempts > 1 + len(report.failed)
+            report.failed.update(
+                {url: outcome.reason for url, _ in attempt.servers} if is_blaming_all else outcome.failed
+            )
+            self._forget(*report.failed)
+            return False
+        with timed(report.seconds, "release"):
+            failed = self._decided(lambda: self._release(attempt, outcome, report.weight_version))
+        report.failed.update(failed)
+        report.synced = [url for url, _ in attempt.servers if url not in failed]
+        report.proof = _PROOF_NAMES[attempt.proof]
+        return True
+
+    def close(self) -> None:
+        """Leave the servers' groups; a collective of the world."""
+        for stage in range(self._num_stages):
+            if self._group is not None and self._stage == stage:
+                self._group.close()
+                self._group = None
+            dist.barrier(group=self._control)
+        for server in self._servers.values():
+            server.close()
+
+    def _decided[T](self, decide: Callable[[], T]) -> T:
+        """Rank 0's decision on every rank; what it raises is raised on all."""
+        box: list[Any] = [None, False, ""]
+        failure: BaseException | None = None
+        if self._is_lead:
+            try:
+                box[0] = decide()
+            except Exception as error:
+                failure = error
+                box = [None, isinstance(error, ValueError), f"{error}" or repr(error)]
+        dist.broadcast_object_list(box, src=0, group=self._control)
+        if failure is not None:
+            raise failure
+        if box[2]:
+            raise (ValueError if box[1] else RasftError)(box[2])
+        return box[0]
+
+    def _exchange[T](self, value: T) -> list[T]:
+        values: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(values, value, group=self._control)
+        return values
+
+    def _transfer(self, attempt: _Attempt, weight_version: int) -> Outcome:
+        """Bring the weights over, stage by stage; every rank returns the same."""
+        total = Outcome()
+        if self.config.sync_method == "disk":
+            total.merge(self._load_from_disk(attempt, weight_version))
+            if total.reason or attempt.proof == "none":
+                return total
+        for stage in range(self._num_stages):
+            mine = None
+            if self._is_sender and self._stage == stage:
+                mine = self._run_stage(attempt, sends=self.config.sync_method == "broadcast")
+            for outcome in self._exchange(mine if self._is_source else None):
+                if outcome is not None:
+                    total.merge(outcome)
+            if total.reason:
+                break
+        return total
+
+    def _load_from_disk(self, attempt: _Attempt, weight_version: int) -> Outcome:
+        """Export, and have the servers load that; a collective of the world."""
+        assert self._export is not None and self.config.sync_disk_folder is not None
+        root = Path(self.config.sync_disk_folder)
+        name: str = self._decided(lambda: f"weights-{weight_version:08d}-{uuid.uuid4().hex[:8]}")
+        folder = (root / name).absolute()
+        outcome = Outcome()
+        with timed(outcome.seconds, "export"):
+            self._export(str(folder))
+
+        def load() -> Outcome:
+            with timed(outcome.seconds, "send"):
+                outcome.failed = ask_all(
+                    self._connected(attempt),
+                    lambda s: s.update_weights_from_disk(
+                        folder, flush_cache=False, deadline_s=self.config.sync_timeout_s
+                    ),
+                )
+            outcome.reason = next(iter(outcome.failed.values()), "")
+            outcome.num_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+            outcome.num_buckets = 1
+            for old in sorted(root.glob("weights-*"), key=lambda p: p.stat().st_mtime)[:-_KEPT_FOLDERS]:
+                shutil.rmtree(old, ignore_errors=True)
+            return outcome
+
+        return self._decided(load)
+
+    # ---- the ranks of one stage
+
+    def _run_stage(self, attempt: _Attempt, *, sends: bool) -> Outcome:
+        """Take this stage's tensors past the witness and, if it ``sends``, to the servers."""
+        outcome = Outcome()
+        if self._stream is None or self._stream_served != attempt.served:
+            self._stream_served = attempt.served
+            self._stream = StageStream(
+                self._plan,
+                self._gather,
+                tp_group=self._tp_group,
+                device=self._device,
+                served=attempt.served,
+                bucket_bytes=self.config.sync_bucket_mib * _MIB,
+            )
+        stream = self._stream
+        witness = None
+        if self._is_source and attempt.proof != "none":
+            witness = Witness(
+                attempt.proof, [size for _, size in attempt.servers], self._num_kv_heads, stream.names
+            )
+        if not sends:
+            stream.run(outcome, witness, None)
+        else:
+            try:
+                if self._is_source:
+                    with timed(outcome.seconds, "connect"):
+                        self._join(attempt)
+            except (GroupFailure, ServerError) as error:
+                outcome.note(error)
+            if stream.agree(not outcome.reason):
+                stream.run(outcome, witness, self._group.broadcast if self._group is not None else _not_here)
+            if outcome.reason:
+                self._group = None  # aborted
+        if witness is not None:
+            outcome.evidence = witness.evidence()
+        return outcome
+
+    @property
+    def _num_kv_heads(self) -> int:
+        config = self._model_config
+        return int(config.get("num_key_value_heads") or config["num_attention_heads"])
+
+    def _join(self, attempt: _Attempt) -> None:
+        """Make this stage's group, unless the one there is still good."""
+        if self._group is not None and self._group_name == attempt.group:
+            return
+        servers = self._connected(attempt)
+        if self._group is not None:
+            urls = {server.url for server in servers}
+            self._group.close([server for server in self._group.servers if server.url in urls])
+            self._group = None
+        self._group_name = attempt.group
+        config = self.config
+        self._group = UpdateGroup(
+            servers,
+            [size for _, size in attempt.servers],
+            name=f"{attempt.group}-stage{self._stage}",
+            backend="nccl" if self._device.type == "cuda" else "gloo",
+            address=config.sync_address or local_address([server.url for server in servers]),
+            port=config.sync_port and config.sync_port + self._stage,
+            interface=config.sync_interface,
+            device=self._device,
+            timeout_s=config.sync_timeout_s,
+        )
+
+    def _connected(self, attempt: _Attempt) -> list[Server]:
+        return [self._server(url) for url, _ in attempt.servers]
+
+    def _server(self, url: str) -> Server:
+        if url not in self._servers:
+            self._servers[url] = self._connect(url)
+        return self._servers[url]
+
+    # ---- rank 0 alone
+
+    def _prepare(self, urls: Sequence[str]) -> _Attempt:
+        """Stop the servers, open their sessions, and decide what the ranks will do."""
+        servers = [self._server(url) for url in urls]
+        timeout = self.config.sync_timeout_s
+        failed = ask_all(servers, lambda s: s.probe(timeout))
+        servers = [s for s in servers if s.url not in failed]
+        for server in servers:
+            self._check_fits(server.info)
+        failed |= ask_all(servers, self._pause)
+        servers = [s for s in servers if s.url not in failed]
+        if self.config.sync_method != "disk":
+            failed |= ask_all(servers, self._begin)
+            servers = [s for s in servers if s.url not in failed]
+        if failed:
+            self._forget(*failed)
+        if not servers:
+            return _Attempt(failed=failed)
+        members = tuple((s.url, s.info.tp_size) for s in servers)
+        # a server that has not what it was given last was restarted, and is in no group any more
+        is_known = all(self._versions.get(s.url) == s.info.weight_version for s in servers)
+        if members != self._members or not is_known:
+            self._members = members
+            self._members_group = f"rasft-{uuid.uuid4().hex[:12]}"
+            self._syncs_since_proof = None
+        return _Attempt(
+            members, failed, self._members_group, self._served_format(servers), self._proof_kind(servers)
+        )
+
+    def _check_fits(self, info: ServerInfo) -> None:
+        """Refuse what could not work, or would work on something else."""
+        if info.dp_size > 1 or info.pp_size > 1:
+            raise ValueError(
+                f"rollout server {info.url} runs with dp {info.dp_size} and pp {info.pp_size}; weights can only be sent to "
+                "tensor-parallel servers. Start several servers instead, without --dp and --pp."
+            )
+        ours = self._model_config
+        theirs = info.model_config or {}
+        if info.architectures and not set(info.architectures) & set(ours.get("architectures", ())):
+            raise ValueError(
+                f"rollout server {info.url} serves {info.model_path}, a {', '.join(info.architectures)}; this run trains a "
+                f"{', '.join(ours.get('architectures', ()))}. Serve the folder that is given as --hf-model."
+            )
+        sizes = ("hidden_size", "num_hidden_layers", "vocab_size", "intermediate_size", "num_key_value_heads")
+        for name in sizes:
+            if name in theirs and name in ours and theirs[name] != ours[name]:
+                raise ValueError(
+                    f"rollout server {info.url} serves {info.model_path} with {name} {theirs[name]}; this run trains a model "
+                    f"with {ours[name]}. Serve the folder that is given as --hf-model."
+                )
+
+    def _served_format(self, servers: Sequence[Server]) -> ServedFormat:
+        formats = {}
+        for server in servers:
+            info = server.info
+            config = info.model_config or self._model_config
+            if info.quantization and not config.get("quantization_config"):
+                raise ValueError(
+                    f"rollout server {info.url} quantizes on its own (--quantization {info.quantization}). Serve a folder "
+                    "whose config.json has the quantization_config instead, or leave that flag out."
+                )
+            formats[ServedFormat.read(config)] = info.url
+        if len(formats) > 1:
+            raise ValueError(
+                f"rollout servers {' and '.join(formats.values())} serve folders of different dtype or quantization_config. "
+                "One broadcast feeds them all: serve the same folder on each."
+            )
+        return next(iter(formats))
+
+    def _pause(self, server: Server) -> None:
+        mode = self.config.sync_pause_mode
+        # before 0.5.21, which brought sessions, an update while requests wait ends the server
+        server.pause(mode if server.info.has_update_session else "abort", self.config.sync_timeout_s)
+
+    def _begin(self, server: Server) -> None:
+        try:
+            server.begin_weight_update(self.config.sync_timeout_s)
+        except ServerError as error:
+            if error.status is None:
+                raise
+            # a session that an interrupted sync left open
+            server.end_weight_update(self.config.sync_timeout_s)
+            server.begin_weight_update(self.config.sync_timeout_s)
+
+    def _proof_kind(self, servers: Sequence[Server]) -> ProofKind:
+        interval, wanted = self.config.sync_proof_interval, self.config.sync_proof
+        is_due = self._syncs_since_proof is None or (interval > 0 and self._syncs_since_proof + 1 >= interval)
+        if not is_due or wanted == "off":
+            return "none"
+        if wanted == "checksum" or (wanted == "auto" and self._device.type == "cpu"):
+            return "checksum" if all(s.info.has_weights_checker for s in servers) else "none"
+        can_read = all(set(s.info.architectures) & set(_CAN_READ_BACK) for s in servers)
+        return "read_back" if can_read or wanted == "read_back" else "none"
+
+    def _release(self, attempt: _Attempt, outcome: Outcome, weight_version: int) -> dict[str, str]:
+        """Finalize, prove, label and let generate again; the servers that failed in it stay paused."""
+        timeout = self.config.sync_timeout_s
+
+        def release(server: Server) -> None:
+            if self.config.sync_method != "disk":
+                server.end_weight_update(timeout)
+            if self.config.sync_pause_mode != "in_place" or not server.info.has_update_session:
+                server.flush_cache(timeout)
+            if attempt.proof == "checksum":
+                check_checksums(server, outcome.evidence, timeout)
+            elif attempt.proof == "read_back":
+                check_rows(server, outcome.evidence, timeout)
+            server.set_weight_version(weight_version, timeout)
+            label = server.weight_version(timeout)
+            if label != weight_version:
+                raise ServerError(
+                    server.url, f"says it has the weights of step {label}, it was sent {weight_version}"
+                )
+            server.resume(timeout)
+            if self._syncs_since_proof is None or attempt.proof != "none":
+                self._probed(server)
+
+        failed = ask_all(self._connected(attempt), release)
+        for url, _ in attempt.servers:
+            self._versions[url] = weight_version
+        if failed:
+            self._forget(*failed)
+        is_proven = attempt.proof != "none" or self._syncs_since_proof is None
+        self._syncs_since_proof = 0 if is_proven else (self._syncs_since_proof or 0) + 1
+        return failed
+
+    def _probed(self, server: Server) -> None:
+        """Ask the run's own probe; a server that fails it stops generating again."""
+        if self.probe is None:
+            return
+        try:
+            self.probe(server)
+        except ServerError:
+            with suppress(ServerError):
+                server.pause("abort", self.config.sync_timeout_s)
+            raise
+
+    def _forget(self, *urls: str) -> None:
+        """The next attempt starts from nothing: new groups, and a proof."""
+        for url in urls:
+            self._versions.pop(url, None)
+        self._members = ()
+
+
+def _not_here(*_: Any) -> None:
+    raise AssertionError("only the source sends")

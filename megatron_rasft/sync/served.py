@@ -1,0 +1,100 @@
+"""How a server wants the weights: their type, which are quantized, and the names under which it fuses them.
+
+All of it follows from the config.json of the served model, so that trainer and server cannot disagree.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from megatron_rasft.sync.quantizing import BLOCK, scale_shape
+
+_FUSED = {
+    "q_proj": "qkv_proj",
+    "k_proj": "qkv_proj",
+    "v_proj": "qkv_proj",
+    "gate_proj": "gate_up_proj",
+    "up_proj": "gate_up_proj",
+}
+"""Linear layers that SGLang keeps as one, in this order of rows."""
+
+_NEVER_QUANTIZED = ("embed_tokens", "lm_head")
+
+
+class WireTensor(NamedTuple):
+    """A tensor as it is sent."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def served_name(name: str) -> str:
+    """The name under which a server keeps a Hugging Face tensor; those it fuses share one."""
+    module, _, leaf = name.rpartition(".")
+    parent, _, last = module.rpartition(".")
+    return f"{parent}.{_FUSED[last]}.{leaf}" if last in _FUSED else name
+
+
+@dataclass(frozen=True)
+class ServedFormat:
+    """What is made of the trainer's tensors before they are sent."""
+
+    dtype: torch.dtype
+    """Of everything that is not quantized."""
+    is_block_fp8: bool = False
+    """Linear weights go as float8_e4m3fn with one fp32 scale per block of 128 x 128."""
+    kept_modules: tuple[str, ...] = ()
+    """Modules (dotted paths, whole or in part) that stay unquantized."""
+
+    @classmethod
+    def read(cls, config: dict[str, Any]) -> "ServedFormat":
+        """The format a config.json asks for.
+
+        Raises:
+            ValueError: a quantization that this trainer cannot produce.
+        """
+        name = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16").removeprefix("torch.")
+        dtype = getattr(torch, name, None)
+        if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+            raise ValueError(
+                f"the served model's config.json has dtype {name}; bfloat16, float16 and float32 can be sent."
+            )
+        quantization = config.get("quantization_config")
+        if not quantization:
+            return cls(dtype)
+        wanted = {
+            "quant_method": ("fp8",),
+            "fmt": ("e4m3", None),
+            "weight_block_size": ([BLOCK, BLOCK],),
+            "activation_scheme": ("dynamic", None),
+            "scale_fmt": (None, "float32"),
+        }
+        for key, allowed in wanted.items():
+            if quantization.get(key) not in allowed:
+                raise ValueError(
+                    f"the served model's quantization_config has {key} {quantization.get(key)!r}; the trainer quantizes "
+                    f"only to fp8 (e4m3, blocks of {BLOCK} x {BLOCK}, dynamic activations). Serve such a folder, or one in bfloat16."
+                )
+        kept = quantization.get("ignored_layers") or quantization.get("modules_to_not_convert") or ()
+        return cls(dtype, True, tuple(str(module).removeprefix("model.") for module in kept))
+
+    def is_quantized(self, name: str, shape: tuple[int, ...]) -> bool:
+        """Whether a Hugging Face tensor goes as fp8."""
+        module, _, leaf = name.rpartition(".")
+        if not self.is_block_fp8 or leaf != "weight" or len(shape) != 2:
+            return False
+        if module.rpartition(".")[2] in _NEVER_QUANTIZED:
+            return False
+        # on the boundaries of dotted names, as SGLang matches them: mlp.gate is not mlp.gate_proj
+        return not any(f".{kept.rstrip('.')}." in f".{module}." for kept in self.kept_modules)
+
+    def wire_tensors(self, name: str, shape: tuple[int, ...]) -> tuple[WireTensor, ...]:
+        """What one Hugging Face tensor becomes."""
+        if not self.is_quantized(name, shape):
+            return (WireTensor(name, shape, self.dtype),)
+        return (
+            WireTensor(name, shape, torch.float8_e4m3fn),
+            WireTensor(f"{name}_scale_inv", scale_shape(shape), torch.float32),
+        )

@@ -1,0 +1,214 @@
+"""One pipeline stage's tensors on their way: gathered into a bucket while the bucket before it is being sent."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from megatron_rasft.sync.buckets import Arena, Bucket, MemoryPlan, Planned
+from megatron_rasft.sync.groups import GroupFailure
+from megatron_rasft.sync.proof import Evidence, Witness
+from megatron_rasft.sync.quantizing import quantize_blocks
+from megatron_rasft.sync.served import ServedFormat
+
+
+class PlanTensors(Protocol):
+    """What this stage will give: ``weights.plan_tensors`` with everything but ``dtypes`` bound."""
+
+    def __call__(self, *, dtypes: dict[str, torch.dtype] | None = None) -> Sequence[Planned]: ...
+
+
+class GatherTensors(Protocol):
+    """Gives it, whole on the source: ``weights.gather_tensors`` with everything but these bound."""
+
+    def __call__(
+        self, *, dtypes: dict[str, torch.dtype], out: Callable[[str], Tensor | None]
+    ) -> Iterator[tuple[str, Tensor | None]]: ...
+
+
+@dataclass
+class Outcome:
+    """What the sources brought about."""
+
+    failed: dict[str, str] = field(default_factory=dict)
+    """Servers at fault, and why."""
+    reason: str = ""
+    """Set where the transfer failed, whether or not a server is known to be at fault."""
+    evidence: Evidence = field(default_factory=Evidence)
+    num_bytes: int = 0
+    num_buckets: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def merge(self, other: "Outcome") -> None:
+        self.failed.update(other.failed)
+        self.reason = self.reason or other.reason
+        self.evidence.merge(other.evidence)
+        self.num_bytes += other.num_bytes
+        self.num_buckets += other.num_buckets
+        for phase, seconds in other.seconds.items():
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
+
+    def note(self, failure: Exception) -> None:
+        """Keep the first failure; a GroupFailure names its servers."""
+        self.reason = self.reason or str(failure)
+        if isinstance(failure, GroupFailure):
+            self.failed.update(failure.servers)
+
+
+@contextmanager
+def timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
+    """Add the time of the block to ``seconds[phase]``."""
+    began = time.monotonic()
+    try:
+        yield
+    finally:
+        seconds[phase] = seconds.get(phase, 0.0) + time.monotonic() - began
+
+
+class StageStream:
+    """Draws a stage's tensors from all its tensor-parallel ranks and sends them from the first.
+
+    Args:
+        plan, gather: the stage's tensors.
+        tp_group: their ranks; None where there is only this one.
+        device: where the parameters are.
+        served: what the servers want.
+        bucket_bytes: as flagged.
+    """
+
+    def __init__(
+        self,
+        plan: PlanTensors,
+        gather: GatherTensors,
+        *,
+        tp_group: ProcessGroup | None,
+        device: torch.device,
+        served: ServedFormat,
+        bucket_bytes: int,
+    ) -> None:
+        self._gather = gather
+        self._tp_group = tp_group if tp_group is not None and tp_group.size() > 1 else None
+        self._device = device
+        self._served = served
+        own = plan()
+        self._dtypes = dict.fromkeys((tensor.name for tensor in own), served.dtype)
+        is_copied = self._tp_group is not None or any(tensor.dtype != served.dtype for tensor in own)
+        self.memory = MemoryPlan.make(
+            plan(dtypes=self._dtypes), served, bucket_bytes, int(is_copied) + int(served.is_block_fp8)
+        )
+
+    @property
+    def names(self) -> list[str]:
+        """Every Hugging Face tensor of the stage."""
+        return [name for bucket in self.memory.buckets for name in bucket.sources]
+
+    @property
+    def is_source(self) -> bool:
+        return self._tp_group is None or self._tp_group.rank() == 0
+
+    def agree(self, is_well: bool) -> bool:
+        """The source's word on all ranks; one broadcast on the tensor-parallel group."""
+        if self._tp_group is None:
+            return is_well
+        word = torch.tensor([is_well], dtype=torch.int32, device=self._device)
+        dist.broadcast(word, group=self._tp_group, group_src=0)
+        return bool(word.item())
+
+    def run(
+        self, outcome: Outcome, witness: Witness | None, send: Callable[[Bucket, Tensor], None] | None
+    ) -> None:
+        """Take every bucket through; ends early on all ranks when one cannot be sent.
+
+        Args:
+            outcome: is filled in.
+            witness: looks at each bucket; on the source only.
+            send: sends a bucket ([num_bytes] uint8), or raises GroupFailure; runs in a thread of its own.
+                None: nothing is sent, on any rank.
+        """
+        if not self.is_source:
+            tensors = self._gather(dtypes=self._dtypes, out=lambda name: None)
+            for bucket in self.memory.buckets:
+                for _ in bucket.sources:
+                    next(tensors)
+                if send is not None and not self.agree(True):
+                    break
+            return
+        arena = Arena(self.memory.arena_bytes, self._device)
+        views: dict[str, Tensor] = {}
+        tensors = self._gather(dtypes=self._dtypes, out=views.get)
+        with ThreadPoolExecutor(1, "sync-send", initializer=self._use_device) as pool:
+            sending: Future[None] | None = None
+            for bucket in self.memory.buckets:
+                place = arena.place(bucket.num_bytes)
+                if place is None:
+                    self._finish(sending, outcome)
+                    sending = None
+                    arena.sent(None)
+                    place = arena.place(bucket.num_bytes)
+                    assert place is not None, "the arena holds the largest bucket"
+                memory = arena.memory(place)
+                with timed(outcome.seconds, "gather"):
+                    self._fill(bucket, memory, tensors, views)
+                if witness is not None:
+                    with timed(outcome.seconds, "hash"):
+                        witness.look(bucket, memory)
+                self._finish(sending, outcome)
+                sending = None
+                if send is not None:
+                    if not self.agree(not outcome.reason):
+                        break
+                    sending = pool.submit(self._send, send, bucket, memory, outcome)
+                    arena.sent(place)
+            self._finish(sending, outcome)
+
+    def _use_device(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)  # per thread
+
+    def _fill(
+        self,
+        bucket: Bucket,
+        memory: Tensor,
+        tensors: Iterator[tuple[str, Tensor | None]],
+        views: dict[str, Tensor],
+    ) -> None:
+        """Draw a bucket's tensors into its memory; those that are sent as they are are gathered right there."""
+        places = bucket.views(memory)
+        views.clear()
+        views.update({n: v for n, v in places.items() if n in self._dtypes and v.dtype == self._served.dtype})
+        for expected in bucket.sources:
+            name, tensor = next(tensors)
+            assert name == expected and tensor is not None, (
+                f"{name} was gathered where {expected} was planned"
+            )
+            if name not in views:
+                quantize_blocks(tensor, places[name], places[f"{name}_scale_inv"])
+            elif tensor.data_ptr() != views[name].data_ptr():
+                views[name].copy_(tensor)
+        if self._device.type == "cuda":
+            torch.cuda.current_stream().synchronize()  # another thread sends it
+
+    def _send(
+        self, send: Callable[[Bucket, Tensor], None], bucket: Bucket, memory: Tensor, outcome: Outcome
+    ) -> None:
+        with timed(outcome.seconds, "send"):
+            send(bucket, memory)
+        outcome.num_bytes += bucket.num_bytes
+        outcome.num_buckets += 1
+
+    def _finish(self, sending: Future[Any] | None, outcome: Outcome) -> None:
+        if sending is None:
+            return
+        with timed(outcome.seconds, "wait"):
+            error = sending.exception()
+        if isinstance(error, GroupFailure):
+            outcome.note(error)
+        elif error is not None:
+            raise error
