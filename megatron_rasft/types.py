@@ -1,7 +1,7 @@
 """The nouns every room shares. Imports nothing of this package and no torch."""
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 FinishReason = Literal["stop", "length", "abort"]
 Verdict = Literal["correct", "wrong", "unverifiable", "timeout"]
@@ -51,6 +51,50 @@ class Rollout:
     """Name of the quality filter that removed it; empty if it survived."""
     weight: float = 0.0
     """Objective weight A it was given; 0 if it is not trained on."""
+    policy_age: int = 0
+    """Optimizer steps between the weights that sampled it and those of the refresh that took it."""
+
+
+@dataclass(kw_only=True, frozen=True)
+class SamplingParams:
+    """How responses are drawn."""
+
+    num_samples: int
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    repetition_penalty: float
+    stop_ids: frozenset[int]
+    max_batch_size: int
+    """Sequences decoded at once on one replica of the training model; a server decides that itself."""
+
+
+@dataclass(kw_only=True, frozen=True)
+class Request:
+    """One prompt; ``seeds`` holds one seed for each of its samples."""
+
+    prompt_ids: list[int]
+    seeds: list[int]
+
+
+class VersionSpan(NamedTuple):
+    """Tokens ``start`` .. ``end - 1`` of a response were sampled from these weights."""
+
+    weight_version: int
+    start: int
+    end: int
+
+
+@dataclass(kw_only=True, frozen=True)
+class Response:
+    """What was sampled for one seed of a request."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+    """Under softmax(logits / temperature), before top-p, nats."""
+    finish_reason: FinishReason
+    version_spans: tuple[VersionSpan, ...] = ()
+    """Which weights sampled which tokens, where a server says so; else empty."""
 
 
 @dataclass(kw_only=True, slots=True)

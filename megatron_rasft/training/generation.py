@@ -8,7 +8,6 @@ leave the batch.
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,42 +20,10 @@ from megatron.core.transformer.utils import set_model_to_sequence_parallel
 from torch import Tensor
 
 from megatron_rasft.training.attention import SdpaCoreAttention
+from megatron_rasft.types import Request, Response, SamplingParams
 
 _NUCLEUS_CANDIDATES = 256
 """Top tokens looked at first for top-p; the whole vocabulary is sorted only where they do not reach it."""
-
-
-@dataclass(kw_only=True, frozen=True)
-class SamplingParams:
-    """How responses are drawn."""
-
-    num_samples: int
-    max_new_tokens: int
-    temperature: float
-    top_p: float
-    repetition_penalty: float
-    stop_ids: frozenset[int]
-    max_batch_size: int
-    """Sequences decoded at once on one replica."""
-
-
-@dataclass(kw_only=True, frozen=True)
-class Request:
-    """One prompt; ``seeds`` holds one seed for each of its samples."""
-
-    prompt_ids: list[int]
-    seeds: list[int]
-
-
-@dataclass(kw_only=True, frozen=True)
-class Response:
-    """What was sampled for one seed of a request."""
-
-    token_ids: list[int]
-    logprobs: list[float]
-    """Under softmax(logits / temperature), before top-p, nats."""
-    is_finished: bool
-    """True if a stop id ended it, False if the token limit did."""
 
 
 @contextlib.contextmanager
@@ -201,7 +168,11 @@ class LiveModel:
             group = []
             for _ in request.seeds:
                 group.append(
-                    Response(token_ids=tokens[row], logprobs=logprobs[row], is_finished=finished[row])
+                    Response(
+                        token_ids=tokens[row],
+                        logprobs=logprobs[row],
+                        finish_reason="stop" if finished[row] else "length",
+                    )
                 )
                 row += 1
             out.append(group)

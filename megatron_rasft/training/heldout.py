@@ -4,9 +4,9 @@ from typing import TYPE_CHECKING
 
 from megatron_rasft import metrics
 from megatron_rasft.config import RasftConfig
-from megatron_rasft.training.generation import Request, Response, SamplingParams
 from megatron_rasft.training.ranks import on_rank_zero
 from megatron_rasft.training.window import Policy, as_rollouts, sample_seed
+from megatron_rasft.types import Request, Response, SamplingParams
 from megatron_rasft.verify.pool import VerifierPool
 
 if TYPE_CHECKING:

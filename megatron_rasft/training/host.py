@@ -42,11 +42,11 @@ from megatron_rasft.errors import CheckpointError
 from megatron_rasft.training.arguments import add_arguments, fill_in
 from megatron_rasft.training.batches import BatchLayout, MicroBatch, micro_batches, response_values
 from megatron_rasft.training.forward import Forward, run_forward_only
-from megatron_rasft.training.generation import LiveModel, Request, Response, SamplingParams
+from megatron_rasft.training.generation import LiveModel
 from megatron_rasft.training.model import layer_spec
 from megatron_rasft.training.ranks import gather_to_all, on_rank_zero
 from megatron_rasft.training.reference import FrozenReference
-from megatron_rasft.types import TrainingSample
+from megatron_rasft.types import Request, Response, SamplingParams, TrainingSample
 from megatron_rasft.weights.architecture import megatron_args
 from megatron_rasft.weights.exporting import export
 from megatron_rasft.weights.folder import HfFolder

@@ -17,10 +17,17 @@ from megatron_rasft.curriculum.planner import Curriculum
 from megatron_rasft.objective.weighting import count_solved, make_samples
 from megatron_rasft.rollout.replay import ReplayEngine
 from megatron_rasft.rollout.store import RolloutStore
-from megatron_rasft.training.generation import Request, Response, SamplingParams
 from megatron_rasft.training.ranks import on_rank_zero
 from megatron_rasft.training.reference import LogprobCache
-from megatron_rasft.types import Demonstration, Rollout, RolloutGroup, TrainingSample
+from megatron_rasft.types import (
+    Demonstration,
+    Request,
+    Response,
+    Rollout,
+    RolloutGroup,
+    SamplingParams,
+    TrainingSample,
+)
 from megatron_rasft.verify.pool import VerifierPool
 from megatron_rasft.verify.text_quality import deduplicate, first_failed_filter, max_similarity
 
@@ -94,7 +101,7 @@ def as_rollouts(
             prompt_ids=request.prompt_ids,
             response_ids=answer.token_ids,
             response_logprobs=answer.logprobs,
-            finish_reason="stop" if answer.is_finished else "length",
+            finish_reason=answer.finish_reason,
             text=decode(answer.token_ids),
         )
         for index, answer in enumerate(answers)

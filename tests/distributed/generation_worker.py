@@ -18,8 +18,7 @@ from megatron_rasft.training import cpu_backend
 cpu_backend.enable()
 cpu_backend.use_cpu_fused_adam()
 
-from megatron_rasft.training.generation import Request, SamplingParams  # noqa: E402
-from megatron_rasft.types import TrainingSample  # noqa: E402
+from megatron_rasft.types import Request, SamplingParams, TrainingSample  # noqa: E402
 from tests.distributed.parity_cases import batches  # noqa: E402
 from tests.distributed.ranks_harness import trainer  # noqa: E402
 
@@ -94,7 +93,9 @@ def sample(flags: list[str], root: Path) -> dict[str, Any]:
         for mode, chosen in MODES.items():
             asked = requests(1 if chosen.temperature == 0 else NUM_SAMPLES)
             groups = run.generate(asked, chosen)
-            result[mode] = [[(r.token_ids, r.logprobs, r.is_finished) for r in group] for group in groups]
+            result[mode] = [
+                [(r.token_ids, r.logprobs, r.finish_reason == "stop") for r in group] for group in groups
+            ]
         after = training_state(run.chunks)
         assert before == after, [name for name in before if before[name] != after.get(name)]
         result["scores"] = run.score(samples_of(result["plain"]), with_reference=False)
