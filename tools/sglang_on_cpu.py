@@ -29,7 +29,7 @@ DEFAULTS = {
     "--sampling-backend": "pytorch",
     "--host": "127.0.0.1",
     "--max-total-tokens": "20000",  # else the KV cache takes all the memory there is
-    "--max-running-requests": "16",
+    "--max-running-requests": "64",
 }
 
 

@@ -2,14 +2,16 @@
 
 from dataclasses import dataclass, field
 from typing import Literal
+from urllib.parse import urlsplit
 
 
 @dataclass(kw_only=True)
 class RolloutConfig:
     """Sampling from the current policy."""
 
-    rollout_engine: Literal["embedded", "replay"] = "embedded"
-    """embedded: sample from the training model itself; replay: take the responses of --rollout-replay."""
+    rollout_engine: Literal["embedded", "sglang", "replay"] = "embedded"
+    """embedded: sample from the training model itself; sglang: ask the servers of --rollout-urls and
+    --rollout-server-file; replay: take the responses of --rollout-replay."""
 
     rollout_num_samples: int = 4
     """Responses per sampled problem (K), >= 1. To train without rollouts use --curriculum-mode off."""
@@ -38,16 +40,68 @@ class RolloutConfig:
     rollout_replay: list[str] = field(default_factory=list)
     """Rollout stores that --rollout-engine replay takes its responses from."""
 
+    rollout_urls: list[str] = field(default_factory=list)
+    """Addresses of SGLang servers, http://host:port each."""
+
+    rollout_server_file: str | None = None
+    """File that tools/serve_rollouts.py enters its servers in; read at every refresh, so servers may come and go."""
+
+    rollout_api_key_env: str | None = None
+    """Environment variable that holds the servers' --api-key. The key itself is never a flag: flags are logged."""
+
+    rollout_admin_api_key_env: str | None = None
+    """Environment variable that holds their --admin-api-key, where they have one."""
+
+    rollout_concurrency: int = 256
+    """Requests in flight at one server, >= 1, and never more than it runs at once; one request is one sample."""
+
+    rollout_deadline_s: float = 600.0
+    """Longest time a server may take for one sample, seconds, > 0; then it counts as hung and others are asked."""
+
+    rollout_watch_s: float = 60.0
+    """Longest time a server may take to answer a sign of life while it works, seconds, > 0; then it counts as hung."""
+
+    rollout_attempts: int = 3
+    """Times a sample is tried before it is given up, >= 1; each time elsewhere if there is a choice."""
+
+    rollout_wait_s: float = 600.0
+    """Time to wait for the first server, seconds, >= 0."""
+
+    rollout_without_servers: Literal["error", "demonstrations"] = "error"
+    """What a refresh does when no server answers. error: end the run, saying so; demonstrations: train on these alone."""
+
+    rollout_lag: int = 0
+    """0: steps wait for rollouts of the current weights; 1: the rollouts of the next refresh are made while the
+    steps of this one run, so they are one refresh old."""
+
     def __post_init__(self) -> None:
         for flag, value in (
             ("--rollout-num-samples", self.rollout_num_samples),
             ("--rollout-max-new-tokens", self.rollout_max_new_tokens),
             ("--rollout-batch-size", self.rollout_batch_size),
+            ("--rollout-concurrency", self.rollout_concurrency),
+            ("--rollout-attempts", self.rollout_attempts),
         ):
             if value < 1:
                 raise ValueError(
                     f"{flag} must be >= 1, got {value}. To train without rollouts use --curriculum-mode off."
                 )
+        for flag, seconds in (
+            ("--rollout-deadline-s", self.rollout_deadline_s),
+            ("--rollout-watch-s", self.rollout_watch_s),
+        ):
+            if seconds <= 0:
+                raise ValueError(
+                    f"{flag} must be > 0, got {seconds}. A server that hangs is only noticed by it."
+                )
+        if self.rollout_wait_s < 0:
+            raise ValueError(
+                f"--rollout-wait-s must be >= 0, got {self.rollout_wait_s}. Use 0 not to wait at all."
+            )
+        if self.rollout_lag not in (0, 1):
+            raise ValueError(
+                f"--rollout-lag must be 0 or 1, got {self.rollout_lag}. Use 0 for rollouts of the current weights."
+            )
         if self.rollout_temperature < 0:
             raise ValueError(
                 f"--rollout-temperature must be >= 0, got {self.rollout_temperature}. Use 1 to sample as is."
@@ -64,7 +118,36 @@ class RolloutConfig:
             raise ValueError(
                 f"--rollout-seed must be >= 0, got {self.rollout_seed}. Use any other whole number."
             )
+        for url in self.rollout_urls:
+            check_address(url, "--rollout-urls")
+        has_servers = bool(self.rollout_urls) or self.rollout_server_file is not None
+        if self.rollout_engine == "sglang" and not has_servers:
+            raise ValueError(
+                "--rollout-engine sglang needs servers: --rollout-urls http://HOST:PORT [...], or --rollout-server-file "
+                "FILE as tools/serve_rollouts.py writes it."
+            )
+        if self.rollout_engine != "sglang" and self.rollout_lag:
+            raise ValueError(
+                f"--rollout-lag 1 needs --rollout-engine sglang, got {self.rollout_engine}: only servers sample while "
+                "the trainer steps."
+            )
         if self.rollout_engine == "replay" and not self.rollout_replay:
             raise ValueError(
                 "--rollout-engine replay needs --rollout-replay FILE [FILE...]: the stores to take from."
             )
+
+
+def check_address(text: str, where: str) -> str:
+    """A server's address as it is used from here on, without a slash at its end.
+
+    Raises:
+        ValueError: ``text`` is no ``http://host:port``; the message begins with ``where``.
+    """
+    parts = urlsplit(text)
+    try:
+        is_whole = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port is not None
+    except ValueError:
+        is_whole = False
+    if not is_whole or parts.path not in ("", "/") or parts.query or parts.fragment:
+        raise ValueError(f"{where}: {text!r} is no address of a server. Write it as http://host:port.")
+    return text.rstrip("/")

@@ -1,0 +1,64 @@
+"""The file in which servers announce themselves: one address a line, written by serve_rollouts, read by the trainer."""
+
+import fcntl
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from megatron_rasft.config.rollout import check_address
+
+
+def read_addresses(path: str | Path) -> list[str]:
+    """Every address in the file, in order and once each; none while the file does not exist.
+
+    Raises:
+        ValueError: a line is no address; the message names file and line.
+    """
+    try:
+        with _locked(Path(path), "r", fcntl.LOCK_SH) as file:
+            lines = file.read().splitlines()
+    except FileNotFoundError:
+        return []
+    found = {
+        check_address(line.strip(), f"{path}:{number}"): None
+        for number, line in enumerate(lines, start=1)
+        if line.strip() and not line.lstrip().startswith("#")
+    }
+    return list(found)
+
+
+def add_address(path: str | Path, address: str) -> None:
+    """Enter a server that is ready; the file and its folder are made if need be."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with _locked(Path(path), "a+", fcntl.LOCK_EX) as file:
+        file.seek(0)
+        lines = file.read().splitlines()
+        if address not in lines:
+            _rewrite(file, [*lines, address])
+
+
+def remove_address(path: str | Path, address: str) -> None:
+    """Take a server out; nothing happens if it is not there."""
+    try:
+        with _locked(Path(path), "r+", fcntl.LOCK_EX) as file:
+            _rewrite(file, [line for line in file.read().splitlines() if line.strip() != address])
+    except FileNotFoundError:
+        return
+
+
+def _rewrite(file: IO[str], lines: Sequence[str]) -> None:
+    file.seek(0)
+    file.truncate()
+    file.write("".join(f"{line}\n" for line in lines))
+    file.flush()
+    os.fsync(file.fileno())
+
+
+@contextmanager
+def _locked(path: Path, mode: str, kind: int) -> Iterator[IO[str]]:
+    """Open the file while nobody else writes it; the lock also holds between machines that share it over NFS."""
+    with path.open(mode, encoding="utf-8") as file:
+        fcntl.lockf(file, kind)
+        yield file

@@ -1,0 +1,506 @@
+"""Samples from several SGLang servers at once: token ids in, token ids and log-probabilities out.
+
+One HTTP request is one sample (the servers share a prompt's prefix among its samples), so each one is retried,
+resumed and accounted for by itself. A sample goes to the least loaded server that has the wanted weights. What goes
+wrong decides what follows:
+
+- cannot be reached, past the deadline, no sign of life, other weights, an answer that cannot be true: the server is
+  quarantined at once, and what it was working on goes to the others;
+- an HTTP error or a broken connection: the sample is tried elsewhere, and three in a row quarantine the server;
+- aborted (somebody paused it): the sample goes on from the tokens it has;
+- refused as wrong in itself (HTTP 400): given up after a second server has refused it too.
+"""
+
+import asyncio
+import json
+import math
+import time
+from collections import Counter, deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import httpx
+
+from megatron_rasft.errors import RolloutError
+from megatron_rasft.rollout.control import version_label, weight_version_of
+from megatron_rasft.rollout.fleet import Fleet, Member
+from megatron_rasft.types import FinishReason, Request, Response, SamplingParams, VersionSpan
+
+_FAILURES_IN_ROW = 3
+_ABORTS_WITHOUT_GAIN = 20
+_SMALLEST_SURPLUS = 1e-3
+"""A log-probability may round to a little above 0."""
+
+
+@dataclass
+class SamplingReport:
+    """What became of the samples that were asked for; every one is in ``outcomes`` exactly once."""
+
+    weight_version: int = 0
+    num_samples: int = 0
+    outcomes: Counter[str] = field(default_factory=Counter)
+    """stop, length: finished; failed: given up after faults; refused: the servers would not take it."""
+    num_tokens: int = 0
+    """Tokens of finished samples."""
+    num_retried: int = 0
+    """Attempts that failed and were made again."""
+    num_resumed: int = 0
+    """Attempts that were aborted and went on from their tokens."""
+    num_quarantined: int = 0
+    seconds: float = 0.0
+    samples_by_server: Counter[str] = field(default_factory=Counter)
+    tokens_by_server: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def num_finished(self) -> int:
+        return self.outcomes["stop"] + self.outcomes["length"]
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.num_tokens / self.seconds if self.seconds > 0 else 0.0
+
+    def describe(self) -> str:
+        """One line."""
+        line = f"{self.num_finished} of {self.num_samples} samples, {self.tokens_per_s:,.0f} tokens/s from "
+        line += f"{len(self.samples_by_server)} server(s)"
+        extra = {
+            "failed": self.outcomes["failed"],
+            "refused": self.outcomes["refused"],
+            "retried": self.num_retried,
+            "resumed": self.num_resumed,
+        }
+        return line + "".join(f", {count} {name}" for name, count in extra.items() if count)
+
+    def values(self) -> dict[str, float]:
+        """For the metrics."""
+        return {
+            "rollout/requested": self.num_samples,
+            "rollout/failed": self.num_samples - self.num_finished,
+            "rollout/retried": self.num_retried,
+            "rollout/resumed": self.num_resumed,
+            "rollout/servers": len(self.samples_by_server),
+            "rollout/quarantined_servers": self.num_quarantined,
+            "rollout/tokens_per_s": self.tokens_per_s,
+        }
+
+
+class Answers(NamedTuple):
+    """Per request its finished responses in the order of its seeds, fewer where servers failed."""
+
+    responses: list[list[Response]]
+    report: SamplingReport
+
+
+@dataclass(eq=False)
+class _Sample:
+    """One sample on its way: what it has so far, and how often it was tried."""
+
+    request: int
+    index: int
+    prompt_ids: list[int]
+    seed: int
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    spans: list[VersionSpan] = field(default_factory=list)
+    num_failures: int = 0
+    num_refusals: int = 0
+    num_idle_aborts: int = 0
+    last: Member | None = None
+
+    def forget(self) -> None:
+        self.token_ids, self.logprobs, self.spans = [], [], []
+
+
+class _Part(NamedTuple):
+    """What one attempt gave."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+    spans: list[VersionSpan]
+    finish_reason: FinishReason
+
+
+class _Fault(Exception):
+    """One attempt failed."""
+
+    def __init__(self, reason: str, *, is_grave: bool = False, is_refusal: bool = False) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.is_grave = is_grave
+        self.is_refusal = is_refusal
+
+
+async def sample(
+    fleet: Fleet,
+    requests: Sequence[Request],
+    params: SamplingParams,
+    weight_version: int,
+    transport: httpx.AsyncBaseTransport | None = None,
+) -> Answers:
+    """Sample every seed of every request from the servers that have the weights of this version.
+
+    Returns what could be had: nothing is raised because servers fail, and nothing is waited for longer than
+    --rollout-deadline-s times --rollout-attempts. Cancelling it closes every connection, which makes the servers
+    drop the requests.
+
+    Raises:
+        RolloutError: a prompt has token ids outside the servers' vocabulary (which would kill some servers).
+    """
+    return await _Sampling(fleet, requests, params, weight_version, transport).run()
+
+
+class _Sampling:
+    def __init__(
+        self,
+        fleet: Fleet,
+        requests: Sequence[Request],
+        params: SamplingParams,
+        weight_version: int,
+        transport: httpx.AsyncBaseTransport | None,
+    ) -> None:
+        self._fleet = fleet
+        self._config = fleet.config
+        self._params = params
+        self._label = version_label(weight_version)
+        self._members = fleet.serving(weight_version)
+        self._vocab_size = fleet.vocab_size
+        self._transport = transport
+        self._waiting: deque[_Sample] = deque()
+        for number, request in enumerate(requests):
+            _check_prompt(request.prompt_ids, number, self._vocab_size)
+            for index, seed in enumerate(request.seeds):
+                self._waiting.append(_Sample(number, index, request.prompt_ids, seed))
+        self._results: list[list[Response | None]] = [[None] * len(r.seeds) for r in requests]
+        self._report = SamplingReport(weight_version=weight_version, num_samples=len(self._waiting))
+        self._running: dict[asyncio.Task[_Part], tuple[_Sample, Member]] = {}
+        self._ended: asyncio.Queue[asyncio.Task[_Part]] = asyncio.Queue()
+        self._refusal = ""
+        key = fleet.api_key
+        self._headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+
+    async def run(self) -> Answers:
+        began = time.monotonic()
+        for member in self._members:
+            member.num_in_flight = 0
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
+        async with httpx.AsyncClient(
+            transport=self._transport, trust_env=False, limits=limits, headers=self._headers
+        ) as client:
+            watch = asyncio.create_task(self._watch(client))
+            try:
+                while self._waiting or self._running:
+                    self._send(client)
+                    if not self._running:
+                        break
+                    self._settle(await self._ended.get())
+            finally:
+                watch.cancel()
+                for task in self._running:
+                    task.cancel()
+                await asyncio.gather(watch, *self._running, return_exceptions=True)
+        self._give_up_rest()
+        self._report.seconds = time.monotonic() - began
+        responses = [[r for r in group if r is not None] for group in self._results]
+        counted = sum(self._report.outcomes.values())
+        assert counted == self._report.num_samples, f"{counted} of {self._report.num_samples} accounted for"
+        return Answers(responses, self._report)
+
+    def _send(self, client: httpx.AsyncClient) -> None:
+        """Give out waiting samples as long as there is a free place."""
+        while self._waiting:
+            member = self._least_loaded(self._waiting[0].last)
+            if member is None:
+                return
+            one = self._waiting.popleft()
+            one.last = member
+            member.num_in_flight += 1
+            task = asyncio.create_task(self._attempt(client, one, member))
+            self._running[task] = (one, member)
+            task.add_done_callback(self._ended.put_nowait)
+
+    def _least_loaded(self, but: Member | None) -> Member | None:
+        """The server with the largest free share, another one than ``but`` if there is one."""
+        free = [m for m in self._members if m.num_in_flight < m.max_in_flight]
+        return min(free, key=lambda m: (m is but, m.num_in_flight / m.max_in_flight), default=None)
+
+    def _settle(self, task: asyncio.Task[_Part]) -> None:
+        one, member = self._running.pop(task)
+        member.num_in_flight -= 1
+        if task.cancelled():  # its server was quarantined meanwhile
+            self._again(one)
+            return
+        error = task.exception()
+        if error is None:
+            member.num_failures_in_row = 0
+            self._take(one, member, task.result())
+        elif isinstance(error, _Fault):
+            self._fail(one, member, error)
+        else:
+            raise error
+
+    def _take(self, one: _Sample, member: Member, part: _Part) -> None:
+        offset = len(one.token_ids)
+        one.token_ids += part.token_ids
+        one.logprobs += part.logprobs
+        one.spans += [VersionSpan(v, offset + start, offset + end) for v, start, end in part.spans]
+        finish_reason = part.finish_reason
+        if finish_reason == "abort" and one.token_ids:
+            # The abort may have come when all was done.
+            if one.token_ids[-1] in self._params.stop_ids:
+                finish_reason = "stop"
+            elif len(one.token_ids) == self._params.max_new_tokens:
+                finish_reason = "length"
+        if finish_reason == "abort":
+            self._resume(one, has_gained=bool(part.token_ids))
+            return
+        assert self._results[one.request][one.index] is None, "a sample was finished twice"
+        self._results[one.request][one.index] = Response(
+            token_ids=one.token_ids,
+            logprobs=one.logprobs,
+            finish_reason=finish_reason,
+            version_spans=_merged(one.spans),
+        )
+        num_tokens = len(one.token_ids)
+        member.num_samples += 1
+        member.num_tokens += num_tokens
+        self._report.outcomes[finish_reason] += 1
+        self._report.num_tokens += num_tokens
+        self._report.samples_by_server[member.url] += 1
+        self._report.tokens_by_server[member.url] += num_tokens
+
+    def _resume(self, one: _Sample, has_gained: bool) -> None:
+        """Send an aborted sample again, to go on from its tokens."""
+        if self._params.repetition_penalty != 1.0:
+            # The tokens so far would count as prompt, which servers penalise differently: from the beginning.
+            one.forget()
+            has_gained = False
+        if not has_gained:
+            one.num_idle_aborts += 1
+        if one.num_idle_aborts > _ABORTS_WITHOUT_GAIN:
+            self._report.outcomes["failed"] += 1
+            return
+        self._report.num_resumed += 1
+        self._waiting.append(one)
+
+    def _fail(self, one: _Sample, member: Member, fault: _Fault) -> None:
+        if fault.is_refusal:
+            one.num_refusals += 1
+            if one.num_refusals >= min(2, max(1, len(self._members))):
+                self._report.outcomes["refused"] += 1
+                self._refusal = fault.reason
+            else:
+                self._waiting.append(one)
+            return
+        member.num_failures_in_row += 1
+        if fault.is_grave:
+            self._quarantine(member, fault.reason)
+        elif member.num_failures_in_row >= _FAILURES_IN_ROW:
+            self._quarantine(member, f"failed {_FAILURES_IN_ROW} times in a row ({fault.reason})")
+        self._again(one)
+
+    def _again(self, one: _Sample) -> None:
+        one.num_failures += 1
+        if one.num_failures >= self._config.rollout_attempts:
+            self._report.outcomes["failed"] += 1
+        else:
+            self._report.num_retried += 1
+            self._waiting.append(one)
+
+    def _quarantine(self, member: Member, reason: str) -> None:
+        """Take the server out, and what it works on back."""
+        if member not in self._members:
+            return
+        self._members.remove(member)
+        self._report.num_quarantined += 1
+        self._fleet.quarantine(member.url, reason)
+        for task, (_, owner) in self._running.items():
+            if owner is member:
+                task.cancel()
+
+    def _give_up_rest(self) -> None:
+        if self._waiting:
+            self._fleet.say(
+                f"no rollout server is left: {len(self._waiting)} of {self._report.num_samples} samples were not made"
+            )
+        self._report.outcomes["failed"] += len(self._waiting)
+        self._waiting.clear()
+        if self._report.outcomes["refused"]:
+            self._fleet.say(
+                f"{self._report.outcomes['refused']} samples were refused by the servers: {self._refusal}"
+            )
+
+    async def _watch(self, client: httpx.AsyncClient) -> None:
+        """Ask every working server for a sign of life now and then, and whether it still has its weights."""
+        while True:
+            await asyncio.sleep(self._config.rollout_watch_s / 4)
+            working = [m for m in self._members if m.num_in_flight]
+            faults = await asyncio.gather(*[self._sign_of_life(client, m) for m in working])
+            for member, fault in zip(working, faults, strict=True):
+                if fault:
+                    self._quarantine(member, fault)
+
+    async def _sign_of_life(self, client: httpx.AsyncClient, member: Member) -> str:
+        limit = self._config.rollout_watch_s
+        try:
+            async with asyncio.timeout(limit):
+                answer = await client.get(f"{member.url}/model_info", timeout=limit)
+        except (TimeoutError, httpx.TimeoutException):
+            return f"gave no sign of life for {limit:g} s"
+        except httpx.HTTPError:
+            return ""  # what it is working on will tell
+        if answer.status_code != 200:
+            return ""
+        info = _json_object(answer.content)
+        label = None if info is None else info.get("weight_version")
+        if label is not None and str(label) != self._label:
+            return _other_weights(str(label), self._label)
+        return ""
+
+    async def _attempt(self, client: httpx.AsyncClient, one: _Sample, member: Member) -> _Part:
+        num_left = self._params.max_new_tokens - len(one.token_ids)
+        body = self._body(one, member, num_left)
+        limit = self._config.rollout_deadline_s
+        connect_s = min(limit, self._config.rollout_watch_s)
+        timeout = httpx.Timeout(limit, connect=connect_s)
+        try:
+            async with asyncio.timeout(limit):
+                answer = await client.post(f"{member.url}/generate", json=body, timeout=timeout)
+        except httpx.ConnectTimeout as error:
+            raise _Fault(f"could not be reached for {connect_s:g} s", is_grave=True) from error
+        except (TimeoutError, httpx.TimeoutException) as error:
+            raise _Fault(
+                f"took longer than --rollout-deadline-s {limit:g} for one sample", is_grave=True
+            ) from error
+        except httpx.ConnectError as error:
+            raise _Fault(f"cannot be reached ({error})", is_grave=True) from error
+        except httpx.HTTPError as error:
+            raise _Fault(f"broke off ({type(error).__name__}: {error})") from error
+        if answer.status_code == 401:
+            raise _Fault("refuses the key of --rollout-api-key-env", is_grave=True)
+        if answer.status_code == 400:
+            raise _Fault(_said(answer), is_refusal=True)
+        if answer.status_code != 200:
+            raise _Fault(f"answered {answer.status_code}: {_said(answer)}")
+        return parse_answer(
+            answer.content,
+            prompt_len=len(body["input_ids"]),
+            max_new_tokens=num_left,
+            vocab_size=self._vocab_size,
+            label=self._label,
+        )
+
+    def _body(self, one: _Sample, member: Member, num_left: int) -> dict[str, Any]:
+        params = self._params
+        sampling: dict[str, Any] = {
+            "max_new_tokens": num_left,
+            "temperature": params.temperature,
+            "top_p": params.top_p,
+            "top_k": -1,
+            "min_p": 0.0,
+            "repetition_penalty": params.repetition_penalty,
+            "stop_token_ids": sorted(params.stop_ids),
+        }
+        if member.info is not None and member.info.is_deterministic:
+            sampling["sampling_seed"] = one.seed
+        return {
+            "input_ids": [*one.prompt_ids, *one.token_ids],
+            "sampling_params": sampling,
+            "return_logprob": True,
+        }
+
+
+def parse_answer(
+    content: bytes, *, prompt_len: int, max_new_tokens: int, vocab_size: int | None, label: str
+) -> _Part:
+    """Read one answer of /generate and hold everything in it against what was asked.
+
+    Raises:
+        _Fault: grave, with the reason, if anything cannot be true: then nothing this server says can be used.
+    """
+    answer = _json_object(content)
+    if answer is None:
+        raise _Fault(f"answered with {len(content)} bytes that are no JSON object", is_grave=True)
+    try:
+        meta = answer["meta_info"]
+        reason = meta["finish_reason"]["type"]
+        if reason == "abort" and not answer.get("output_ids"):
+            return _Part([], [], [], "abort")
+        tokens = answer["output_ids"]
+        entries = meta["output_token_logprobs"]
+        prompt_tokens = meta["prompt_tokens"]
+        said = [
+            (str(s["version"]), int(s["start"]), int(s["end"])) for s in meta.get("weight_versions") or []
+        ]
+    except (KeyError, TypeError, ValueError) as error:
+        raise _Fault(f"answered without what was asked for ({error!r})", is_grave=True) from error
+    if reason not in ("stop", "length", "abort"):
+        raise _Fault(f"gave {reason!r} as finish reason", is_grave=True)
+    if prompt_tokens != prompt_len:
+        raise _Fault(f"counted {prompt_tokens} prompt tokens, {prompt_len} were sent", is_grave=True)
+    if not isinstance(tokens, list) or not 0 < len(tokens) <= max_new_tokens:
+        raise _Fault(f"gave no list of 1 to {max_new_tokens} tokens, as was asked for", is_grave=True)
+    for token in tokens:
+        if type(token) is not int or token < 0 or (vocab_size is not None and token >= vocab_size):
+            raise _Fault(f"gave token {token!r}, outside the vocabulary of {vocab_size}", is_grave=True)
+    logprobs = _checked_logprobs(tokens, entries)
+    spans = said or [(str(meta.get("weight_version", label)), 0, len(tokens))]
+    for version, _, _ in spans:
+        if version != label:
+            raise _Fault(_other_weights(version, label), is_grave=True)
+    known = weight_version_of(label)
+    assert known is not None, f"{label} was made by version_label"
+    return _Part(tokens, logprobs, [VersionSpan(known, a, b) for _, a, b in spans if b > a], reason)
+
+
+def _checked_logprobs(tokens: list[int], entries: Any) -> list[float]:
+    """The log-probability of each token, out of SGLang's [log-probability, token, text] entries."""
+    if not isinstance(entries, list) or len(entries) != len(tokens):
+        raise _Fault("gave other numbers of tokens and log-probabilities", is_grave=True)
+    logprobs = []
+    for token, entry in zip(tokens, entries, strict=True):
+        if not isinstance(entry, list) or len(entry) < 2 or entry[1] != token:
+            raise _Fault(f"gave the log-probability of another token than {token}", is_grave=True)
+        value = entry[0]
+        if not isinstance(value, int | float) or not math.isfinite(value) or value > _SMALLEST_SURPLUS:
+            raise _Fault(f"gave {value!r} as log-probability of token {token}", is_grave=True)
+        logprobs.append(min(0.0, float(value)))
+    return logprobs
+
+
+def _other_weights(label: str, wanted: str) -> str:
+    return f"has the weights {label!r}, not those of step {wanted} (was it restarted?)"
+
+
+def _merged(spans: Sequence[VersionSpan]) -> tuple[VersionSpan, ...]:
+    """The same spans with neighbours of one version joined."""
+    merged: list[VersionSpan] = []
+    for span in spans:
+        if merged and merged[-1].weight_version == span.weight_version and merged[-1].end == span.start:
+            merged[-1] = merged[-1]._replace(end=span.end)
+        else:
+            merged.append(span)
+    return tuple(merged)
+
+
+def _check_prompt(prompt_ids: Sequence[int], number: int, vocab_size: int | None) -> None:
+    if not prompt_ids or min(prompt_ids) < 0 or (vocab_size is not None and max(prompt_ids) >= vocab_size):
+        raise RolloutError(
+            f"prompt {number} is empty or has token ids outside the servers' vocabulary of {vocab_size}: "
+            "tokenizer and served model do not belong together"
+        )
+
+
+def _json_object(content: bytes) -> dict[str, Any] | None:
+    try:
+        answer = json.loads(content)
+    except ValueError:
+        return None
+    return answer if isinstance(answer, dict) else None
+
+
+def _said(answer: httpx.Response) -> str:
+    found = _json_object(answer.content) or {}
+    error = found.get("error")
+    text = error.get("message") if isinstance(error, dict) else None
+    return " ".join(str(text or answer.text or "nothing").split())[:300]

@@ -1,0 +1,140 @@
+"""Which servers may be asked: in by a full sync, out by a fault, and what happens when there is none."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from megatron_rasft.config import RolloutConfig
+from megatron_rasft.errors import RolloutError
+from megatron_rasft.rollout.fleet import Fleet
+
+A, B = "http://a:1", "http://b:2"
+MODEL = {"vocab_size": 100, "hidden_size": 64}
+
+
+class Network:
+    """Answers for every server that is up; ``info`` of a server overrides what it says of itself."""
+
+    def __init__(self, *up: str) -> None:
+        self.up = set(up)
+        self.info: dict[str, dict[str, Any]] = {}
+
+    def __call__(self, request: httpx.Request) -> httpx.Response:
+        url = f"{request.url.scheme}://{request.url.host}:{request.url.port}"
+        if url not in self.up:
+            raise httpx.ConnectError("connection refused")
+        if request.method == "OPTIONS":
+            return httpx.Response(405)
+        return httpx.Response(
+            200,
+            json={"model_path": "/m", "weight_version": "default", "version": "0", **self.info.get(url, {})},
+        )
+
+
+def fleet_of(network: Callable[[httpx.Request], httpx.Response], said: list[str], **flags: Any) -> Fleet:
+    values: dict[str, Any] = {
+        "rollout_engine": "sglang",
+        "rollout_wait_s": 0.0,
+        "rollout_urls": [A, B],
+        **flags,
+    }
+    return Fleet(
+        RolloutConfig(**values), say=said.append, transport=httpx.MockTransport(network), model_config=MODEL
+    )
+
+
+def urls(servers: list[Any]) -> list[str]:
+    return [s.url for s in servers]
+
+
+def test_a_server_enters_by_a_sync_and_leaves_by_a_fault() -> None:
+    said: list[str] = []
+    fleet = fleet_of(Network(A, B), said)
+    assert urls(fleet.find()) == [A, B]
+    assert fleet.needs_sync and fleet.serving(3) == []
+    fleet.admit(A, 3)
+    fleet.admit(B, 3)
+    assert not fleet.needs_sync and urls(fleet.serving(3)) == [A, B] and fleet.serving(4) == []
+    fleet.quarantine(B, "answered with garbage")
+    fleet.quarantine(B, "answered with garbage")
+    assert urls(fleet.serving(3)) == [A] and fleet.needs_sync
+    assert said == [f"rollout server {B} answered with garbage: left out until the next full sync"]
+    assert urls(fleet.find()) == [A, B], "a quarantined server takes part in the next sync"
+    assert urls(fleet.serving(3)) == [A], "but is not asked before it"
+    fleet.admit(B, 4)
+    assert said[1:] == [f"rollout server {B} is back, with the weights of step 4"]
+
+
+def test_a_dead_server_is_said_once_and_found_again() -> None:
+    said: list[str] = []
+    network = Network(A, B)
+    fleet = fleet_of(network, said)
+    for control in fleet.find():
+        fleet.admit(control.url, 1)
+    network.up.remove(B)
+    assert urls(fleet.find()) == [A]
+    assert urls(fleet.find()) == [A]
+    assert len(said) == 1 and B in said[0] and "cannot be reached" in said[0]
+    network.up.add(B)
+    assert urls(fleet.find()) == [A, B] and urls(fleet.serving(1)) == [A]
+
+
+def test_no_server_is_an_error_that_names_all_of_them() -> None:
+    said: list[str] = []
+    fleet = fleet_of(Network(), said, rollout_wait_s=0.2)
+    with pytest.raises(RolloutError) as caught:
+        fleet.find()
+    for part in (A, B, "cannot be reached", "--rollout-wait-s", "serve_rollouts", "demonstrations"):
+        assert part in str(caught.value)
+
+
+def test_without_servers_the_run_may_go_on_with_demonstrations() -> None:
+    said: list[str] = []
+    network = Network()
+    fleet = fleet_of(network, said, rollout_without_servers="demonstrations")
+    assert fleet.find() == []
+    assert "training on demonstrations alone" in said[-1]
+    network.up.add(A)
+    assert urls(fleet.find()) == [A]
+
+
+def test_it_waits_for_the_first_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = Network()
+    fleet = fleet_of(network, [], rollout_wait_s=600.0)
+    monkeypatch.setattr("megatron_rasft.rollout.fleet.time.sleep", lambda s: network.up.add(B))
+    assert urls(fleet.find()) == [B]
+
+
+def test_servers_of_the_file_come_and_go(tmp_path: Path) -> None:
+    said: list[str] = []
+    path = tmp_path / "servers.txt"
+    path.write_text(f"{A}\n")
+    fleet = fleet_of(Network(A, B), said, rollout_urls=[], rollout_server_file=str(path))
+    assert urls(fleet.find()) == [A]
+    path.write_text(f"{B}\n")
+    assert urls(fleet.find()) == [B]
+    assert said == [f"rollout server {A} has signed off"]
+
+
+@pytest.mark.parametrize(
+    ("info", "why"),
+    [({"dp_size": 2}, "tensor-parallel servers"), ({"pp_size": 2}, "tensor-parallel servers")],
+)
+def test_a_server_that_cannot_take_weights_is_refused(info: dict[str, Any], why: str) -> None:
+    said: list[str] = []
+    network = Network(A, B)
+    network.info[B] = info
+    assert urls(fleet_of(network, said).find()) == [A]
+    assert B in said[0] and why in said[0]
+
+
+def test_a_server_with_another_model_is_refused(tmp_path: Path) -> None:
+    said: list[str] = []
+    network = Network(A, B)
+    (tmp_path / "config.json").write_text('{"vocab_size": 100, "hidden_size": 128}')
+    network.info[B] = {"model_path": str(tmp_path)}
+    assert urls(fleet_of(network, said).find()) == [A]
+    assert "hidden_size is 128 there, 64 here" in said[0]

@@ -1,0 +1,389 @@
+"""Every sample is accounted for exactly once, whatever the servers do; without a network."""
+
+import asyncio
+import json
+import random
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import pytest
+
+from megatron_rasft.config import RolloutConfig
+from megatron_rasft.errors import RolloutError
+from megatron_rasft.rollout.engine import SglangEngine
+from megatron_rasft.rollout.fleet import Fleet
+from megatron_rasft.types import Request, SamplingParams, VersionSpan
+
+A, B = "http://a:1", "http://b:2"
+VERSION = 5
+VOCABULARY = 100
+STOP = 9
+
+
+def params(**changes: Any) -> SamplingParams:
+    values: dict[str, Any] = {
+        "num_samples": 2,
+        "max_new_tokens": 4,
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "repetition_penalty": 1.0,
+        "stop_ids": frozenset({STOP}),
+        "max_batch_size": 8,
+    }
+    return SamplingParams(**{**values, **changes})
+
+
+def requests_of(num: int, num_samples: int = 2) -> list[Request]:
+    return [
+        Request(prompt_ids=[10 + i, 11], seeds=[num_samples * i + k for k in range(num_samples)])
+        for i in range(num)
+    ]
+
+
+def answer_of(
+    body: dict[str, Any], tokens: list[int] | None = None, reason: str = "length"
+) -> dict[str, Any]:
+    """What a good server says: as many tokens as it may, each one the prompt's length so far, log-probability -1."""
+    if tokens is None:
+        start = len(body["input_ids"])
+        tokens = list(range(start, start + body["sampling_params"]["max_new_tokens"]))
+    return {
+        "output_ids": tokens,
+        "meta_info": {
+            "finish_reason": {"type": reason},
+            "prompt_tokens": len(body["input_ids"]),
+            "weight_version": str(VERSION),
+            "output_token_logprobs": [[-1.0, token, None] for token in tokens],
+        },
+    }
+
+
+Generate = Callable[[str, dict[str, Any]], httpx.Response | dict[str, Any]]
+
+
+class Servers:
+    """Two servers whose /generate is ``generate(url, body)``; remembers what was asked of which."""
+
+    def __init__(self, generate: Generate, **flags: Any) -> None:
+        self.generate = generate
+        self.asked: list[tuple[str, dict[str, Any]]] = []
+        self.said: list[str] = []
+        self.info: dict[str, Any] = {"max_running_requests": 4}
+        self.running: Counter[str] = Counter()
+        self.most_running: Counter[str] = Counter()
+        values: dict[str, Any] = {"rollout_engine": "sglang", "rollout_urls": [A, B], **flags}
+        self.fleet = Fleet(
+            RolloutConfig(**values),
+            say=self.said.append,
+            transport=httpx.MockTransport(self._control),
+            model_config={"vocab_size": VOCABULARY},
+        )
+
+    def sample(self, requests: list[Request], sampling: SamplingParams | None = None) -> Any:
+        for control in self.fleet.find():
+            self.fleet.admit(control.url, VERSION)
+        with SglangEngine(self.fleet, httpx.MockTransport(self._answer)) as engine:
+            answers = engine.generate(requests, sampling or params(), VERSION)
+        report = answers.report
+        assert sum(report.outcomes.values()) == report.num_samples == sum(len(r.seeds) for r in requests)
+        assert sum(len(group) for group in answers.responses) == report.num_finished
+        return answers
+
+    def _control(self, request: httpx.Request) -> httpx.Response:
+        if request.method == "OPTIONS":
+            return httpx.Response(405)
+        return httpx.Response(200, json={"model_path": "/m", "weight_version": str(VERSION), **self.info})
+
+    async def _answer(self, request: httpx.Request) -> httpx.Response:
+        url = f"http://{request.url.host}:{request.url.port}"
+        if request.url.path != "/generate":
+            return self._control(request)
+        body = json.loads(request.content)
+        self.asked.append((url, body))
+        self.running[url] += 1
+        self.most_running[url] = max(self.most_running[url], self.running[url])
+        try:
+            await asyncio.sleep(0)
+            answer = self.generate(url, body)
+            if isinstance(answer, dict) and answer.get("hangs"):
+                await asyncio.sleep(answer["hangs"])
+                answer = answer_of(body)
+        finally:
+            self.running[url] -= 1
+        return answer if isinstance(answer, httpx.Response) else httpx.Response(200, json=answer)
+
+
+def good(url: str, body: dict[str, Any]) -> dict[str, Any]:
+    return answer_of(body)
+
+
+def test_samples_come_back_in_order_from_both_servers() -> None:
+    servers = Servers(good)
+    responses, report = servers.sample(requests_of(20))
+    assert [len(group) for group in responses] == [2] * 20
+    assert all(r.token_ids == [2, 3, 4, 5] and r.logprobs == [-1.0] * 4 for g in responses for r in g)
+    assert all(r.version_spans == (VersionSpan(VERSION, 0, 4),) for g in responses for r in g)
+    assert report.outcomes == {"length": 40, "failed": 0, "refused": 0} or report.outcomes["length"] == 40
+    assert set(report.samples_by_server) == {A, B} and report.num_tokens == 160
+    assert servers.said == []
+
+
+def test_no_server_gets_more_at_once_than_it_runs() -> None:
+    servers = Servers(good)
+    servers.sample(requests_of(50))
+    assert servers.most_running == {A: 4, B: 4}
+    servers = Servers(good, rollout_concurrency=3)
+    servers.sample(requests_of(50))
+    assert servers.most_running == {A: 3, B: 3}
+
+
+def test_the_sampling_parameters_are_all_sent() -> None:
+    servers = Servers(good)
+    servers.sample(requests_of(1, 1), params(temperature=0.7, top_p=0.9, repetition_penalty=1.1))
+    (_, body) = servers.asked[0]
+    assert body == {
+        "input_ids": [10, 11],
+        "sampling_params": {
+            "max_new_tokens": 4, "temperature": 0.7, "top_p": 0.9, "top_k": -1, "min_p": 0.0,
+            "repetition_penalty": 1.1, "stop_token_ids": [STOP],
+        },
+        "return_logprob": True,
+    }  # fmt: skip
+
+
+def test_seeds_go_to_servers_that_heed_them_only() -> None:
+    servers = Servers(good)
+    servers.info["enable_deterministic_inference"] = True
+    servers.sample(requests_of(3))
+    assert sorted(b["sampling_params"]["sampling_seed"] for _, b in servers.asked) == list(range(6))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "why"),
+    [
+        (lambda a: a.update(output_ids=[1, 2, VOCABULARY, 3]), "outside the vocabulary"),
+        (lambda a: a.update(output_ids=[-1, 2, 3, 4]), "outside the vocabulary"),
+        (lambda a: a.update(output_ids=["1", 2, 3, 4]), "outside the vocabulary"),
+        (lambda a: a.update(output_ids=[7, 7, 7, 7]), "log-probability of another token"),
+        (lambda a: a.update(output_ids=[2, 3, 4]), "other numbers of tokens and log-probabilities"),
+        (lambda a: a.update(output_ids=None), "no list of 1 to 4 tokens"),
+        (lambda a: a.update(output_ids=[1] * 5), "no list of 1 to 4 tokens"),
+        (lambda a: a.update(output_ids=[]), "no list of 1 to 4 tokens"),
+        (lambda a: a.pop("output_ids"), "without what was asked for"),
+        (lambda a: a["meta_info"].pop("output_token_logprobs"), "without what was asked for"),
+        (lambda a: a["meta_info"]["output_token_logprobs"].__setitem__(0, [0.5, 2, None]), "0.5 as log-prob"),
+        (
+            lambda a: a["meta_info"]["output_token_logprobs"].__setitem__(0, [None, 2, None]),
+            "None as log-prob",
+        ),
+        (lambda a: a["meta_info"]["output_token_logprobs"].__setitem__(0, "x"), "log-probability of another"),
+        (lambda a: a["meta_info"].update(finish_reason={"type": "tired"}), "'tired' as finish reason"),
+        (lambda a: a["meta_info"].update(finish_reason=None), "without what was asked for"),
+        (lambda a: a["meta_info"].update(prompt_tokens=9), "counted 9 prompt tokens, 2 were sent"),
+        (lambda a: a["meta_info"].update(weight_version="default"), "weights 'default', not those of step 5"),
+        (
+            lambda a: a["meta_info"].update(weight_versions=[{"version": "4", "start": 0, "end": 4}]),
+            "weights '4', not those of step 5",
+        ),
+    ],
+)
+def test_a_server_that_lies_is_left_out(spoil: Callable[[dict[str, Any]], None], why: str) -> None:
+    def generate(url: str, body: dict[str, Any]) -> dict[str, Any]:
+        answer = answer_of(body)
+        if url == B:
+            spoil(answer)
+        return answer
+
+    servers = Servers(generate)
+    responses, report = servers.sample(requests_of(20))
+    assert report.num_finished == 40 and set(report.samples_by_server) == {A}
+    assert all(r.token_ids == [2, 3, 4, 5] for group in responses for r in group)
+    assert len(servers.said) == 1 and B in servers.said[0] and why in servers.said[0]
+    assert [m.weight_version for m in servers.fleet.members] == [VERSION, None]
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        httpx.Response(200, text="<html>"),
+        httpx.Response(200, text="[1, 2]"),
+        httpx.Response(200, content=b'{"output_ids": [1'),
+        httpx.Response(200, content=b"\xff\x00"),
+        httpx.Response(500, text="Internal Server Error"),
+        httpx.Response(503, json={"error": {"message": "the queue is full"}}),
+        httpx.Response(401, json={"error": "Unauthorized"}),
+    ],
+    ids=["html", "no object", "truncated", "binary", "500", "503", "401"],
+)
+def test_a_broken_server_costs_nothing_but_time(broken: httpx.Response) -> None:
+    servers = Servers(lambda url, body: broken if url == B else answer_of(body))
+    _, report = servers.sample(requests_of(20))
+    assert report.num_finished == 40 and report.num_retried >= 1 and report.num_quarantined == 1
+    assert len(servers.said) == 1 and B in servers.said[0]
+
+
+def test_a_single_error_now_and_then_leaves_a_server_in() -> None:
+    count = iter(range(10**6))
+    servers = Servers(
+        lambda url, body: httpx.Response(500) if next(count) % 7 == 6 else answer_of(body), rollout_attempts=9
+    )
+    _, report = servers.sample(requests_of(30))
+    assert report.num_finished == 60 and report.num_quarantined == 0 and servers.said == []
+
+
+def test_a_retry_goes_to_another_server() -> None:
+    def generate(url: str, body: dict[str, Any]) -> Any:
+        first = [b for _, b in servers.asked if b["input_ids"] == body["input_ids"]]
+        return httpx.Response(500) if len(first) == 1 else answer_of(body)
+
+    servers = Servers(generate)
+    _, report = servers.sample(requests_of(1, 1))
+    assert report.num_finished == 1 and {url for url, _ in servers.asked} == {A, B}
+
+
+def test_a_hung_server_is_left_out_at_the_deadline_and_all_its_work_goes_on() -> None:
+    servers = Servers(
+        lambda url, body: {"hangs": 60} if url == B else answer_of(body), rollout_deadline_s=0.3
+    )
+    _, report = servers.sample(requests_of(20))
+    assert report.num_finished == 40 and report.num_quarantined == 1
+    assert len(servers.said) == 1 and "--rollout-deadline-s" in servers.said[0]
+
+
+def test_a_restarted_server_is_noticed_by_the_watch() -> None:
+    servers = Servers(
+        lambda url, body: {"hangs": 60} if url == B else answer_of(body),
+        rollout_watch_s=0.2,
+        rollout_urls=[B],
+    )
+
+    def control(request: httpx.Request) -> httpx.Response:
+        return httpx.Response(200, json={"model_path": "/m", "weight_version": "default"})
+
+    original = servers._control
+    servers.fleet.find()
+    servers.fleet.admit(B, VERSION)
+    servers._control = control  # type: ignore[method-assign]
+    with SglangEngine(servers.fleet, httpx.MockTransport(servers._answer)) as engine:
+        answers = engine.generate(requests_of(2), params(), VERSION)
+    servers._control = original  # type: ignore[method-assign]
+    assert answers.report.outcomes["failed"] == 4 and answers.responses == [[], []]
+    assert "was it restarted?" in servers.said[0]
+
+
+def test_when_every_server_is_gone_the_rest_is_counted_as_failed() -> None:
+    count = iter(range(10**6))
+    servers = Servers(
+        lambda url, body: answer_of(body) if next(count) < 10 else httpx.Response(200, text="?")
+    )
+    responses, report = servers.sample(requests_of(20))
+    assert report.outcomes["length"] == 10 and report.outcomes["failed"] == 30
+    assert sum(len(group) for group in responses) == 10
+    assert any("no rollout server is left" in line for line in servers.said)
+
+
+def test_without_any_server_nothing_is_made() -> None:
+    servers = Servers(good)
+    with SglangEngine(servers.fleet) as engine:
+        responses, report = engine.generate(requests_of(3), params(), VERSION)
+    assert responses == [[], [], []] and report.outcomes["failed"] == 6
+
+
+def test_a_request_that_every_server_refuses_is_given_up_and_quoted() -> None:
+    def generate(url: str, body: dict[str, Any]) -> Any:
+        too_long = body["input_ids"][0] == 10
+        return httpx.Response(400, json={"error": {"message": "too long"}}) if too_long else answer_of(body)
+
+    servers = Servers(generate)
+    responses, report = servers.sample(requests_of(5))
+    assert report.outcomes["refused"] == 2 and report.num_finished == 8 and report.num_quarantined == 0
+    assert [len(g) for g in responses] == [0, 2, 2, 2, 2]
+    assert servers.said == ["2 samples were refused by the servers: too long"]
+
+
+def test_an_aborted_sample_goes_on_from_its_tokens() -> None:
+    def generate(url: str, body: dict[str, Any]) -> Any:
+        length = len(body["input_ids"])
+        if length < 4:
+            return answer_of(body, [length], "abort")
+        return answer_of(body)
+
+    servers = Servers(generate)
+    responses, report = servers.sample(requests_of(5))
+    assert all(r.token_ids == [2, 3, 4, 5] and len(r.logprobs) == 4 for g in responses for r in g)
+    assert all(r.version_spans == (VersionSpan(VERSION, 0, 4),) for g in responses for r in g)
+    assert report.num_resumed == 20 and report.num_retried == 0
+    assert {b["sampling_params"]["max_new_tokens"] for _, b in servers.asked} == {4, 3, 2}
+
+
+@pytest.mark.parametrize(("tokens", "reason"), [([2, 3, 4, 5], "length"), ([2, STOP], "stop")])
+def test_an_abort_that_comes_when_all_is_done_changes_nothing(tokens: list[int], reason: str) -> None:
+    servers = Servers(lambda url, body: answer_of(body, tokens, "abort"))
+    responses, report = servers.sample(requests_of(2))
+    assert {r.finish_reason for g in responses for r in g} == {reason} and report.num_resumed == 0
+
+
+def test_an_abort_before_the_first_token_may_leave_the_lists_out() -> None:
+    aborted = {"meta_info": {"finish_reason": {"type": "abort"}, "prompt_tokens": 0}}
+    count = iter(range(10**6))
+    servers = Servers(lambda url, body: aborted if next(count) < 6 else answer_of(body))
+    _, report = servers.sample(requests_of(5))
+    assert report.num_finished == 10 and report.num_resumed == 6
+
+
+def test_what_is_always_aborted_is_given_up_in_the_end() -> None:
+    servers = Servers(lambda url, body: answer_of(body, [], "abort"))
+    _, report = servers.sample(requests_of(2))
+    assert report.outcomes["failed"] == 4
+
+
+def test_under_a_repetition_penalty_an_aborted_sample_begins_anew() -> None:
+    count = iter(range(10**6))
+    servers = Servers(lambda url, body: answer_of(body, [7], "abort") if next(count) < 4 else answer_of(body))
+    responses, _ = servers.sample(requests_of(5), params(repetition_penalty=1.1))
+    assert all(len(b["input_ids"]) == 2 for _, b in servers.asked)
+    assert all(r.token_ids == [2, 3, 4, 5] for g in responses for r in g)
+
+
+@pytest.mark.parametrize("prompt", [[], [VOCABULARY], [-1, 3]])
+def test_a_prompt_that_would_kill_a_server_is_never_sent(prompt: list[int]) -> None:
+    servers = Servers(good)
+    servers.fleet.find()
+    with SglangEngine(servers.fleet) as engine, pytest.raises(RolloutError, match="vocabulary of 100"):
+        engine.generate([Request(prompt_ids=prompt, seeds=[1])], params(), VERSION)
+    assert servers.asked == []
+
+
+def test_a_thousand_prompts_with_every_fault_at_random() -> None:
+    draw = random.Random(3)
+    faults: list[Callable[[dict[str, Any]], Any]] = [
+        lambda body: httpx.Response(500),
+        lambda body: answer_of(body, [], "abort"),
+        lambda body: answer_of(body, [len(body["input_ids"])], "abort"),
+        lambda body: httpx.Response(400, json={"error": {"message": "no"}}),
+    ]
+    servers = Servers(
+        lambda url, body: draw.choice(faults)(body) if draw.random() < 0.2 else answer_of(body),
+        rollout_attempts=4,
+    )
+    responses, report = servers.sample(requests_of(50, 8) * 5)
+    assert report.num_samples == 2000 and report.num_finished > 1500
+    assert all(r.token_ids == [2, 3, 4, 5] for g in responses for r in g), "no token lost or taken twice"
+
+
+def test_sampling_in_the_background_and_stopping_it() -> None:
+    servers = Servers(good)
+    for control in servers.fleet.find():
+        servers.fleet.admit(control.url, VERSION)
+    transport = httpx.MockTransport(servers._answer)
+    with SglangEngine(servers.fleet, transport) as engine:
+        engine.start(requests_of(10), params(), VERSION)
+        assert engine.is_started
+        assert engine.result().report.num_finished == 20 and not engine.is_started
+        servers.generate = lambda url, body: {"hangs": 600}
+        engine.start(requests_of(10), params(), VERSION)
+        while not servers.running[A]:
+            pass
+    assert servers.running == {A: 0, B: 0}, "leaving the engine ended the requests"
