@@ -168,7 +168,7 @@ class UpdateGroup:
         for prefix in (self.name, f"{self.name}/", f"{device}/"):
             store = dist.PrefixStore(prefix, store)
         if backend == "gloo":
-            gloo = dist.ProcessGroupGloo
+            gloo: Any = dist.ProcessGroupGloo
             options = gloo._Options()
             options._devices = [
                 gloo.create_device(interface=interface) if interface else gloo.create_default_device()

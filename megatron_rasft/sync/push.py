@@ -23,15 +23,19 @@ from torch.distributed import ProcessGroup
 
 from megatron_rasft.config.sync import SyncConfig
 from megatron_rasft.errors import RasftError, ServerError
+from megatron_rasft.sync.colocated import RequestSender
 from megatron_rasft.sync.groups import GroupFailure, UpdateGroup, local_address
 from megatron_rasft.sync.proof import ProofKind, Witness, check_checksums, check_rows
 from megatron_rasft.sync.report import PeakMemory, SyncReport
 from megatron_rasft.sync.served import ServedFormat
 from megatron_rasft.sync.servers import Server, ask_all
-from megatron_rasft.sync.streaming import GatherTensors, Outcome, PlanTensors, StageStream, timed
+from megatron_rasft.sync.streaming import GatherTensors, Outcome, PlanTensors, Send, StageStream, timed
 from megatron_rasft.types import ServerInfo
 
 _MIB = 2**20
+
+_MEMORY = ("kv_cache", "weights")
+"""What a sleeping server has released; taken back in the reverse order, weights before they are written."""
 
 _KEPT_FOLDERS = 2
 """Versions left in --sync-disk-folder: the servers' own, and the one before it."""
@@ -112,7 +116,7 @@ class WeightSync:
         self._is_source = is_first_replica and (tp_group is None or tp_group.rank() == 0)
         # of its own, on the CPU: ranks wait in it for the lead, whose every step has its own deadline
         patience = timedelta(seconds=max(1800.0, 60 * config.sync_timeout_s))
-        self._control = dist.new_group(backend="gloo", timeout=patience)
+        self._control: Any = dist.new_group(backend="gloo", timeout=patience)
         self._servers: dict[str, Server] = {}
         self._stream: StageStream | None = None
         self._stream_served: ServedFormat | None = None
@@ -122,6 +126,7 @@ class WeightSync:
         self._members: tuple[tuple[str, int], ...] = ()
         self._members_group = ""
         self._versions: dict[str, int] = {}
+        self._asleep: set[str] = set()
         self._syncs_since_proof: int | None = None
 
     # ---- all ranks
@@ -176,6 +181,27 @@ class WeightSync:
         report.proof = _PROOF_NAMES[attempt.proof]
         return True
 
+    def sleep(self, urls: Sequence[str] = ()) -> dict[str, str]:
+        """Have colocated servers give their GPU memory to the trainer until the next ``push``; a collective of the world.
+
+        Args:
+            urls: servers started with --enable-memory-saver; rank 0's count. Running requests are aborted.
+
+        Returns:
+            url -> reason of those that did not.
+        """
+
+        def release(server: Server) -> None:
+            server.pause("abort", self.config.sync_timeout_s)
+            server.release_memory(_MEMORY, self.config.sync_timeout_s)
+
+        def put_to_sleep() -> dict[str, str]:
+            failed = ask_all([self._server(url) for url in urls], release)
+            self._asleep |= set(urls) - set(failed)
+            return failed
+
+        return self._decided(put_to_sleep)
+
     def close(self) -> None:
         """Leave the servers' groups; a collective of the world."""
         for stage in range(self._num_stages):
@@ -218,7 +244,7 @@ class WeightSync:
         for stage in range(self._num_stages):
             mine = None
             if self._is_sender and self._stage == stage:
-                mine = self._run_stage(attempt, sends=self.config.sync_method == "broadcast")
+                mine = self._run_stage(attempt)
             for outcome in self._exchange(mine if self._is_source else None):
                 if outcome is not None:
                     total.merge(outcome)
@@ -255,8 +281,8 @@ class WeightSync:
 
     # ---- the ranks of one stage
 
-    def _run_stage(self, attempt: _Attempt, *, sends: bool) -> Outcome:
-        """Take this stage's tensors past the witness and, if it ``sends``, to the servers."""
+    def _run_stage(self, attempt: _Attempt) -> Outcome:
+        """Take this stage's tensors past the witness and, unless they went by disk, to the servers."""
         outcome = Outcome()
         if self._stream is None or self._stream_served != attempt.served:
             self._stream_served = attempt.served
@@ -271,35 +297,42 @@ class WeightSync:
         stream = self._stream
         witness = None
         if self._is_source and attempt.proof != "none":
-            witness = Witness(
-                attempt.proof, [size for _, size in attempt.servers], self._num_kv_heads, stream.names
-            )
-        if not sends:
+            sizes = [size for _, size in attempt.servers]
+            witness = Witness(attempt.proof, sizes, self._num_kv_heads, stream.names)
+        if self.config.sync_method == "disk":
             stream.run(outcome, witness, None)
         else:
+            send: Send = _not_here
             try:
                 if self._is_source:
                     with timed(outcome.seconds, "connect"):
-                        self._join(attempt)
+                        send = self._sender(attempt)
             except (GroupFailure, ServerError) as error:
                 outcome.note(error)
             if stream.agree(not outcome.reason):
-                stream.run(outcome, witness, self._group.broadcast if self._group is not None else _not_here)
+                stream.run(outcome, witness, send)
             if outcome.reason:
                 self._group = None  # aborted
         if witness is not None:
             outcome.evidence = witness.evidence()
         return outcome
 
+    def _sender(self, attempt: _Attempt) -> Send:
+        """What takes a bucket to the servers."""
+        if self.config.sync_method == "tensor":
+            sizes = [size for _, size in attempt.servers]
+            return RequestSender(self._connected(attempt), sizes, self.config.sync_timeout_s).send
+        return self._joined(attempt).broadcast
+
     @property
     def _num_kv_heads(self) -> int:
         config = self._model_config
         return int(config.get("num_key_value_heads") or config["num_attention_heads"])
 
-    def _join(self, attempt: _Attempt) -> None:
-        """Make this stage's group, unless the one there is still good."""
+    def _joined(self, attempt: _Attempt) -> UpdateGroup:
+        """This stage's group: a new one, unless the one there is still good."""
         if self._group is not None and self._group_name == attempt.group:
-            return
+            return self._group
         servers = self._connected(attempt)
         if self._group is not None:
             urls = {server.url for server in servers}
@@ -318,6 +351,7 @@ class WeightSync:
             device=self._device,
             timeout_s=config.sync_timeout_s,
         )
+        return self._group
 
     def _connected(self, attempt: _Attempt) -> list[Server]:
         return [self._server(url) for url, _ in attempt.servers]
@@ -337,6 +371,8 @@ class WeightSync:
         servers = [s for s in servers if s.url not in failed]
         for server in servers:
             self._check_fits(server.info)
+            if not self._is_as_left(server):
+                self._asleep.discard(server.url)
         failed |= ask_all(servers, self._pause)
         servers = [s for s in servers if s.url not in failed]
         if self.config.sync_method != "disk":
@@ -347,15 +383,17 @@ class WeightSync:
         if not servers:
             return _Attempt(failed=failed)
         members = tuple((s.url, s.info.tp_size) for s in servers)
-        # a server that has not what it was given last was restarted, and is in no group any more
-        is_known = all(self._versions.get(s.url) == s.info.weight_version for s in servers)
-        if members != self._members or not is_known:
+        if members != self._members or not all(self._is_as_left(s) for s in servers):
             self._members = members
             self._members_group = f"rasft-{uuid.uuid4().hex[:12]}"
             self._syncs_since_proof = None
         return _Attempt(
             members, failed, self._members_group, self._served_format(servers), self._proof_kind(servers)
         )
+
+    def _is_as_left(self, server: Server) -> bool:
+        """False if it was restarted or given other weights: it is in no group any more, and nothing is known of it."""
+        return self._versions.get(server.url) == server.info.weight_version
 
     def _check_fits(self, info: ServerInfo) -> None:
         """Refuse what could not work, or would work on something else."""
@@ -401,6 +439,8 @@ class WeightSync:
         mode = self.config.sync_pause_mode
         # before 0.5.21, which brought sessions, an update while requests wait ends the server
         server.pause(mode if server.info.has_update_session else "abort", self.config.sync_timeout_s)
+        if server.url in self._asleep:
+            server.resume_memory(["weights"], self.config.sync_timeout_s)
 
     def _begin(self, server: Server) -> None:
         try:
@@ -429,6 +469,9 @@ class WeightSync:
         def release(server: Server) -> None:
             if self.config.sync_method != "disk":
                 server.end_weight_update(timeout)
+            if server.url in self._asleep:
+                server.resume_memory(["kv_cache"], timeout)
+                self._asleep.discard(server.url)
             if self.config.sync_pause_mode != "in_place" or not server.info.has_update_session:
                 server.flush_cache(timeout)
             if attempt.proof == "checksum":

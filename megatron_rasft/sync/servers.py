@@ -76,7 +76,7 @@ class Server(Protocol):
     def close(self) -> None: ...
 
 
-def ask_all(servers: Sequence[Server], call: Callable[[Server], None]) -> dict[str, str]:
+def ask_all(servers: Sequence[Server], call: Callable[[Server], Any]) -> dict[str, str]:
     """Do ``call`` on all servers at the same time; url -> reason of those where it failed."""
     if not servers:
         return {}

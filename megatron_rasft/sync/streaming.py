@@ -33,6 +33,10 @@ class GatherTensors(Protocol):
     ) -> Iterator[tuple[str, Tensor | None]]: ...
 
 
+Send = Callable[[Bucket, Tensor], None]
+"""Has every server load a bucket ([num_bytes] uint8), or raises GroupFailure."""
+
+
 @dataclass
 class Outcome:
     """What the sources brought about."""
@@ -121,9 +125,7 @@ class StageStream:
         dist.broadcast(word, group=self._tp_group, group_src=0)
         return bool(word.item())
 
-    def run(
-        self, outcome: Outcome, witness: Witness | None, send: Callable[[Bucket, Tensor], None] | None
-    ) -> None:
+    def run(self, outcome: Outcome, witness: Witness | None, send: Send | None) -> None:
         """Take every bucket through; ends early on all ranks when one cannot be sent.
 
         Args:
@@ -195,9 +197,7 @@ class StageStream:
         if self._device.type == "cuda":
             torch.cuda.current_stream().synchronize()  # another thread sends it
 
-    def _send(
-        self, send: Callable[[Bucket, Tensor], None], bucket: Bucket, memory: Tensor, outcome: Outcome
-    ) -> None:
+    def _send(self, send: Send, bucket: Bucket, memory: Tensor, outcome: Outcome) -> None:
         with timed(outcome.seconds, "send"):
             send(bucket, memory)
         outcome.num_bytes += bucket.num_bytes

@@ -1,0 +1,136 @@
+"""Weight sync from trainers of several layouts into real SGLang servers, and what happens when a server fails in it."""
+
+import json
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from tests.distributed.ranks_harness import run_ranks
+from tests.servers.running import NEWEST, OLDEST, RunningServer, ServerPool
+
+WORKER = Path(__file__).with_name("sync_worker.py")
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "vocab_size": 101,  # padded by the trainer and, otherwise, by the server
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "Llama": {},
+    "Qwen2": {"tie_word_embeddings": True},
+    "Qwen3": {"head_dim": 64},
+}
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Family -> folder of a tiny random model in bf16."""
+    root = tmp_path_factory.mktemp("sync-models")
+
+    def folder(family: str) -> Path:
+        path = root / family
+        if not path.exists():
+            config = getattr(transformers, family + "Config")(**{**SIZES, **FAMILIES[family]})
+            torch.manual_seed(11)
+            model = getattr(transformers, family + "ForCausalLM")(config)
+            with torch.no_grad():
+                for param in model.parameters():
+                    param.normal_(1.0 if param.ndim == 1 else 0.0, 0.1)
+            model.to(torch.bfloat16).save_pretrained(path)
+        return path
+
+    return folder
+
+
+def run_job(root: Path, world_size: int, **job: Any) -> None:
+    (root / "job.json").write_text(json.dumps(job))
+    run_ranks(WORKER, world_size, root, timeout_s=500)
+
+
+TP2, PP2, TP2_PP2 = (2, 1, None), (1, 2, None), (2, 2, None)
+
+
+def test_llama_reaches_old_and_new_servers_from_every_layout(
+    server_pool: ServerPool, folders: Callable[[str], Path], tmp_path: Path
+) -> None:
+    model = folders("Llama")
+    servers = server_pool.pair(OLDEST, NEWEST, model)
+    layouts = [TP2, PP2, TP2_PP2, (2, 2, 2)]
+    run_job(tmp_path, 4, task="layouts", model=str(model), urls=[s.url for s in servers], layouts=layouts)
+
+
+def test_a_server_that_fails_in_mid_sync_is_left_out_and_comes_back(
+    server_pool: ServerPool, folders: Callable[[str], Path], tmp_path: Path
+) -> None:
+    model = folders("Llama")
+    other, victim = server_pool.pair(OLDEST, NEWEST, model)
+    with Obeying(victim, tmp_path):
+        run_job(
+            tmp_path,
+            2,
+            task="faults",
+            model=str(model),
+            urls=[other.url, victim.url],
+            victim=victim.url,
+            timeout_s=12,
+        )
+
+
+def test_qwen3_reaches_a_server(
+    server_pool: ServerPool, folders: Callable[[str], Path], tmp_path: Path
+) -> None:
+    model = folders("Qwen3")
+    server = server_pool.get(OLDEST, model)
+    run_job(tmp_path, 4, task="layouts", model=str(model), urls=[server.url], layouts=[TP2, PP2, TP2_PP2])
+
+
+def test_qwen2_reaches_a_server_of_two_ranks(
+    server_pool: ServerPool, folders: Callable[[str], Path], tmp_path: Path
+) -> None:
+    model = folders("Qwen2")
+    server = server_pool.get(NEWEST, model, "--tp", "2")
+    run_job(tmp_path, 4, task="layouts", model=str(model), urls=[server.url], layouts=[TP2, PP2, TP2_PP2])
+
+
+class Obeying:
+    """Does to a server what the worker asks for in ``root``."""
+
+    def __init__(self, server: RunningServer, root: Path) -> None:
+        self._root = root
+        self._actions: dict[str, Callable[[], None]] = {
+            "freeze": server.freeze,
+            "thaw": server.thaw,
+            "kill": server.kill,
+            "restart": self._restart,
+        }
+        self._server = server
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._obey)
+
+    def _restart(self) -> None:
+        self._server.start()
+        self._server.wait_until_ready()
+
+    def _obey(self) -> None:
+        while not self._is_over.wait(0.05):
+            for what, act in self._actions.items():
+                if (self._root / f"{what}.wanted").exists() and not (self._root / f"{what}.done").exists():
+                    act()
+                    (self._root / f"{what}.done").touch()
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *exc: Any) -> None:
+        self._is_over.set()
+        self._thread.join()
+        self._server.thaw()
