@@ -96,7 +96,7 @@ def parse(argv: Sequence[str] | None = None) -> tuple[Any, RasftConfig, HfFolder
             f"--export-hf {args.export_hf} exists already. Name a folder that does not, or move it away."
         )
     folder = HfFolder.open(args.hf_model)
-    fill_in(args, megatron_args(folder))
+    fill_in(args, megatron_args(folder, config.run.rasft_query_groups))
     _check_layout(args)
     try:
         with contextlib.redirect_stdout(io.StringIO()):
@@ -133,6 +133,12 @@ def _check_layout(args: Any) -> None:
         raise ValueError(
             f"tensor x pipeline x context parallel = {tp} x {pp} x {cp} = {size} does not fit {args.world_size} "
             f"processes. Start a multiple of {size} with --nproc-per-node, or choose smaller sizes."
+        )
+    heads, groups = args.num_attention_heads, args.num_query_groups
+    if heads % tp or (groups % tp and tp % groups):
+        raise ValueError(
+            f"--tensor-model-parallel-size {tp} does not divide the model's {heads} heads in {groups} query groups. Use "
+            f"another size, or --rasft-query-groups {-(-groups // tp) * tp}, which adds groups of zeros."
         )
     per_step = args.micro_batch_size * args.world_size // size
     if args.global_batch_size % per_step:

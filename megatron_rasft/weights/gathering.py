@@ -106,7 +106,7 @@ def _assemble(
     tensors = [torch.empty(shape, dtype=dtype, device=device) for shape in binding.hf_shapes]
     size = len(shards) if binding.entry.is_sharded else 1
     for rank, shard in enumerate(shards):
-        layout = binding.entry.layout(table.shape, rank, size, shard.shape[0])
+        layout = binding.entry.layout(table.shape, rank, size, shard.shape)
         position = 0
         for source, start, stop in layout.pieces:
             piece = shard.narrow(layout.dim, position, stop - start)

@@ -86,7 +86,14 @@ CASES = {
         more("--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"),
         ("--nproc-per-node",),
     ),
-    "layout with no room for heads": Case(more("--tensor-model-parallel-size", "3"), ("tensor",), 3),
+    "layout with no room for heads": Case(
+        more("--tensor-model-parallel-size", "3"),
+        ("--tensor-model-parallel-size 3", "4 heads in 2 query groups", "--rasft-query-groups 3"),
+        3,
+    ),
+    "fewer query groups than the model has": Case(
+        more("--rasft-query-groups", "1"), ("--rasft-query-groups 1",)
+    ),
     "clip range turned round": Case(
         more("--objective-ratio-clip-low", "2"), ("--objective-ratio-clip-low", "--objective-ratio-clip-high")
     ),
