@@ -98,6 +98,10 @@ CASES = {
         more("--objective-ratio-clip-low", "2"), ("--objective-ratio-clip-low", "--objective-ratio-clip-high")
     ),
     "top-p of 0": Case(more("--rollout-top-p", "0"), ("--rollout-top-p",)),
+    "wandb without a name": Case(more("--wandb-project", "p"), ("--wandb-exp-name",), 2),
+    "wandb without a folder": Case(
+        more("--wandb-project", "p", "--wandb-exp-name", "n"), ("--wandb-save-dir", "--save"), 2
+    ),
     "refresh interval of 0": Case(more("--rasft-refresh-interval", "0"), ("--rasft-refresh-interval",)),
     "no epochs": Case(more("--data-epochs", "0"), ("--data-epochs",)),
     "no samples": Case(
