@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -54,6 +55,12 @@ from megatron_rasft.weights.loading import load_into
 
 _VERBOSE = "MEGATRON_RASFT_VERBOSE"
 """Environment variable: if set, everything Megatron prints is shown."""
+
+_KNOWN_WARNINGS: tuple[tuple[str, type[Warning]], ...] = (
+    (r"`torch\.distributed\.\w+` is deprecated", FutureWarning),
+    (r"The \.grad attribute of a Tensor that is not a leaf", UserWarning),
+)
+"""What torch (2.14 on, and 2.11) says of the way Megatron 0.19 calls it."""
 
 STATE_FILE = "rasft_state.json"
 """Beside Megatron's own files in a checkpoint: where the data, curriculum and rollout store stood."""
@@ -153,6 +160,8 @@ def start(args: Any) -> None:
     if not os.environ.get(_VERBOSE):
         args.logging_level = logging.ERROR
         logging.getLogger("megatron").setLevel(logging.ERROR)
+        for message, category in _KNOWN_WARNINGS:
+            warnings.filterwarnings("ignore", message=message, category=category)
     import megatron.core.datasets.utils as datasets_utils
 
     # The wheel has the compiled helper but not the Makefile that this would call.
