@@ -140,6 +140,21 @@ def make_task(
     )
 
 
+def write_task(output: Path, kinds: Iterable[str], num_train: int, num_heldout: int, seed: int) -> None:
+    """Write both files to the folder ``output`` and say so.
+
+    Raises:
+        ValueError: there are not as many problems.
+        OSError: the folder cannot be written.
+    """
+    train, heldout = make_task(kinds, num_train, num_heldout, seed)
+    output.mkdir(parents=True, exist_ok=True)
+    for name, rows in (("train.jsonl", train), ("heldout.jsonl", heldout)):
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (output / name).write_text(text, encoding="utf-8")
+        print(f"wrote {len(rows)} problems to {output / name}")
+
+
 def main() -> int:
     """Parse, make, write; a wrong flag is one line and exit status 2."""
     parser = argparse.ArgumentParser(
@@ -163,12 +178,7 @@ def main() -> int:
     )
     args = parser.parse_args()
     try:
-        train, heldout = make_task(dict.fromkeys(args.kinds), args.num_train, args.num_heldout, args.seed)
-        args.output.mkdir(parents=True, exist_ok=True)
-        for name, rows in (("train.jsonl", train), ("heldout.jsonl", heldout)):
-            text = "".join(json.dumps(row) + "\n" for row in rows)
-            (args.output / name).write_text(text, encoding="utf-8")
-            print(f"wrote {len(rows)} problems to {args.output / name}")
+        write_task(args.output, dict.fromkeys(args.kinds), args.num_train, args.num_heldout, args.seed)
     except ValueError as error:
         parser.error(str(error))
     except OSError as error:

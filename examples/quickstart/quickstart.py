@@ -15,6 +15,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from examples.quickstart.make_arithmetic import KINDS, write_task
+
 ROOT = Path(__file__).resolve().parents[2]
 OBJECTIVES = ("rasft", "sft", "dft")
 
@@ -23,8 +25,8 @@ def training_flags(args: argparse.Namespace, objective: str, output: Path) -> li
     """The flags of one run; the same for every objective but for its name."""
     flags = {
         "--hf-model": args.hf_model,
-        "--train-data": args.data / "train.jsonl",
-        "--heldout-data": args.data / "heldout.jsonl",
+        "--train-data": args.output / "data" / "train.jsonl",
+        "--heldout-data": args.output / "data" / "heldout.jsonl",
         "--objective": objective,
         "--data-system-prompt": "You solve arithmetic.",
         "--data-prompt-suffix": "",
@@ -74,16 +76,23 @@ def main() -> None:
     cache = ROOT / ".cache"
     parser.add_argument("--hf-model", type=Path, default=cache / "smollm2-135m-instruct", help="model folder")
     parser.add_argument(
-        "--data", type=Path, default=cache / "quickstart" / "data", help="folder of make_arithmetic.py"
+        "--output", type=Path, default=cache / "quickstart", help="where the problems and the runs go"
     )
     parser.add_argument(
-        "--output", type=Path, default=cache / "quickstart" / "runs", help="where the runs go"
+        "--num-train", type=int, default=96, help="problems to train on, 16 a step (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--num-heldout", type=int, default=50, help="held-out problems (default: %(default)s)"
     )
     parser.add_argument("--lr", type=float, default=3e-5, help="peak learning rate (default: %(default)s)")
     parser.add_argument(
         "--compare", action="store_true", help="also train with sft and dft, at the same steps"
     )
     args = parser.parse_args()
+    try:
+        write_task(args.output / "data", KINDS, args.num_train, args.num_heldout, seed=1234)
+    except ValueError as error:
+        parser.error(str(error))
     table = Table(title="held-out problems solved, greedy")
     for column in ("objective", "before", "after", "minutes"):
         table.add_column(column, justify="left" if column == "objective" else "right")

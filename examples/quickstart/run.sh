@@ -6,8 +6,4 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 make --no-print-directory venv
 python="${VENV:-.venv}/bin/python"
 "$python" tools/fetch_smollm2.py --output .cache/smollm2-135m-instruct
-"$python" examples/quickstart/make_arithmetic.py --num-train 96 --num-heldout 50 --output .cache/quickstart/data
-exec "$python" examples/quickstart/quickstart.py \
-    --hf-model .cache/smollm2-135m-instruct \
-    --data .cache/quickstart/data \
-    "$@"
+exec "$python" -m examples.quickstart.quickstart --hf-model .cache/smollm2-135m-instruct "$@"

@@ -14,6 +14,11 @@ class RunConfig:
     export_hf: str | None = None
     """Folder that the trained model is written to at the end, as transformers loads it. Must not exist."""
 
+    rasft_query_groups: int | None = None
+    """Query groups to build the model with, at least those of config.json. The added ones are zero, get no gradient
+    and are not exported: SmolLM2 with its 3 groups trains on 2 tensor-parallel ranks with 4, at the cost of their
+    computation."""
+
     rasft_refresh_interval: int = 32
     """Steps between refreshes, >= 1: at a refresh the problems of the next steps are scored and sampled."""
 

@@ -97,8 +97,23 @@ def fill_in(args: argparse.Namespace, architecture: dict[str, Any]) -> None:
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if args.load is None:
         args.load = args.save
+    if args.wandb_project:
+        _check_wandb(args)
     if args.tensorboard_dir is None and args.save is not None and _importable("tensorboard"):
         args.tensorboard_dir = os.path.join(args.save, "tensorboard")
+
+
+def _check_wandb(args: argparse.Namespace) -> None:
+    # Megatron meets each of these on the last rank only, in a traceback, while the others wait.
+    if not args.wandb_exp_name:
+        raise ValueError("--wandb-project needs --wandb-exp-name NAME: what the run is called there.")
+    if args.save is None and not args.wandb_save_dir:
+        raise ValueError("--wandb-project needs --wandb-save-dir DIR, or --save, to keep its files in.")
+    if not _importable("wandb"):
+        raise ValueError(
+            "--wandb-project needs Weights & Biases, which does not import here. Install the extra: "
+            "pip install 'megatron-rasft[trackers]', or leave the flag out."
+        )
 
 
 def has_transformer_engine() -> bool:

@@ -7,6 +7,7 @@ it. With CUDA present ``enable`` does nothing, so the same program runs untouche
 
 import contextlib
 import logging
+import sys
 import types
 from collections import defaultdict
 from typing import Any
@@ -18,6 +19,9 @@ from torch.overrides import TorchFunctionMode
 _CPU = torch.device("cpu")
 _HOST_MEMORY_BYTES = 8 << 30
 """What get_device_properties reports; only read for log lines."""
+
+_GPU_KERNELS = ("transformer_engine", "apex", "amp_C")
+"""Megatron takes each where it imports, without asking whether there is a GPU: here none of them does."""
 
 
 def _is_cuda(device: Any) -> bool:
@@ -82,7 +86,7 @@ _enabled = False
 
 
 def enable() -> bool:
-    """Answer torch.cuda's questions for a machine without CUDA; call before building anything.
+    """Answer torch.cuda's questions for a machine without CUDA; call before importing Megatron.
 
     Returns:
         True if the backend is active, False where CUDA is available and nothing was changed.
@@ -93,6 +97,8 @@ def enable() -> bool:
     if _enabled:
         return True
     _enabled = True
+    for name in _GPU_KERNELS:
+        sys.modules.setdefault(name, None)  # type: ignore[arg-type]
     stream = _InOrder()
     answers = {
         "current_device": lambda: _CPU,
@@ -121,6 +127,8 @@ def enable() -> bool:
     torch.cuda.random.get_rng_state = torch.cuda.get_rng_state
     torch.cuda.random.set_rng_state = torch.cuda.set_rng_state
     torch.cuda.Stream = torch.cuda.Event = _InOrder  # type: ignore[assignment,misc]
+    # It warns that there is no CUDA runtime wherever the compiler alone is installed; Megatron imports it.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
     import megatron.core.tensor_parallel.random as mcore_random
 

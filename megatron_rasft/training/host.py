@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -55,6 +56,12 @@ from megatron_rasft.weights.loading import load_into
 _VERBOSE = "MEGATRON_RASFT_VERBOSE"
 """Environment variable: if set, everything Megatron prints is shown."""
 
+_KNOWN_WARNINGS: tuple[tuple[str, type[Warning]], ...] = (
+    (r"`torch\.distributed\.\w+` is deprecated", FutureWarning),
+    (r"The \.grad attribute of a Tensor that is not a leaf", UserWarning),
+)
+"""What torch (2.14 on, and 2.11) says of the way Megatron 0.19 calls it."""
+
 STATE_FILE = "rasft_state.json"
 """Beside Megatron's own files in a checkpoint: where the data, curriculum and rollout store stood."""
 
@@ -96,7 +103,7 @@ def parse(argv: Sequence[str] | None = None) -> tuple[Any, RasftConfig, HfFolder
             f"--export-hf {args.export_hf} exists already. Name a folder that does not, or move it away."
         )
     folder = HfFolder.open(args.hf_model)
-    fill_in(args, megatron_args(folder))
+    fill_in(args, megatron_args(folder, config.run.rasft_query_groups))
     _check_layout(args)
     try:
         with contextlib.redirect_stdout(io.StringIO()):
@@ -134,6 +141,12 @@ def _check_layout(args: Any) -> None:
             f"tensor x pipeline x context parallel = {tp} x {pp} x {cp} = {size} does not fit {args.world_size} "
             f"processes. Start a multiple of {size} with --nproc-per-node, or choose smaller sizes."
         )
+    heads, groups = args.num_attention_heads, args.num_query_groups
+    if heads % tp or (groups % tp and tp % groups):
+        raise ValueError(
+            f"--tensor-model-parallel-size {tp} does not divide the model's {heads} heads in {groups} query groups. Use "
+            f"another size, or --rasft-query-groups {-(-groups // tp) * tp}, which adds groups of zeros."
+        )
     per_step = args.micro_batch_size * args.world_size // size
     if args.global_batch_size % per_step:
         raise ValueError(
@@ -147,6 +160,8 @@ def start(args: Any) -> None:
     if not os.environ.get(_VERBOSE):
         args.logging_level = logging.ERROR
         logging.getLogger("megatron").setLevel(logging.ERROR)
+        for message, category in _KNOWN_WARNINGS:
+            warnings.filterwarnings("ignore", message=message, category=category)
     import megatron.core.datasets.utils as datasets_utils
 
     # The wheel has the compiled helper but not the Makefile that this would call.

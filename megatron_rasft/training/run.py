@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from collections import deque
+from collections import Counter, deque
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -149,7 +149,7 @@ class Run:
         )
         self.queue: deque[Batch] = deque()
         self._last_refresh: dict[str, float] = {}
-        self._verdicts: dict[str, int] = {}
+        self._verdicts: Counter[str] = Counter()
 
     def _metrics_file(self) -> Path | None:
         if self.config.run.rasft_metrics is not None:
@@ -190,6 +190,7 @@ class Run:
                 Batch(b["num_problems"], [TrainingSample(**s) for s in b["samples"]]) for b in state["queue"]
             )
             self._last_refresh = state["last_refresh"]
+            self._verdicts = Counter(state["verdicts"])
             self.progress.go_back(state["metrics_offset"])
             on_rank_zero(lambda: self.planner.load_state_dict(state["planner"]))
         if self.is_lead and self._save is not None:
@@ -235,8 +236,7 @@ class Run:
         batches, report = self.planner.next_window(self.trainer.iteration)
         self.queue.extend(batches)
         self._last_refresh = _window_values(report)
-        for verdict, count in report.verdicts.items():
-            self._verdicts[verdict] = self._verdicts.get(verdict, 0) + count
+        self._verdicts += report.verdicts
         self.progress.refresh(
             self.trainer.iteration, self._last_refresh, _window_line(report, time.monotonic() - began)
         )
@@ -290,6 +290,7 @@ class Run:
             "planner": planner,
             "queue": [asdict(b) for b in self.queue],
             "last_refresh": self._last_refresh,
+            "verdicts": self._verdicts,
             "metrics_offset": self.progress.offset,
             "architecture": architecture_of(self.args),
         }

@@ -138,20 +138,29 @@ def read_rope(config: dict[str, Any], family: Family) -> Rope:
     return Rope(theta, float(rope["factor"]))
 
 
-def megatron_args(folder: "HfFolder") -> dict[str, Any]:
+def megatron_args(folder: "HfFolder", query_groups: int | None = None) -> dict[str, Any]:
     """Values of Megatron's arguments (attributes of its args) that the folder's model implies.
+
+    A query group of zeros adds nothing to the output and gets no gradient, so a model with more of them
+    than the folder is the same model, and stays it in training.
 
     ``use_rope_scaling`` and ``rope_scaling_factor`` are arguments of GPTModel too: megatron.training
     0.19 passes the first on but not the second, so whoever builds the model must pass both.
     """
     shape, config = folder.shape, folder.config
+    groups = query_groups or shape.num_query_groups
+    if groups < shape.num_query_groups:
+        raise ValueError(
+            f"--rasft-query-groups {groups} is less than the {shape.num_query_groups} of the model. "
+            "Leave it out, or give a larger number."
+        )
     return {
         "num_layers": shape.num_layers,
         "hidden_size": shape.hidden_size,
         "ffn_hidden_size": shape.ffn_hidden_size,
-        "num_attention_heads": shape.num_attention_heads,
+        "num_attention_heads": shape.num_attention_heads // shape.num_query_groups * groups,
         "group_query_attention": True,
-        "num_query_groups": shape.num_query_groups,
+        "num_query_groups": groups,
         "kv_channels": shape.head_dim,
         "max_position_embeddings": config.get("max_position_embeddings")
         or folder.family.default_max_position_embeddings,

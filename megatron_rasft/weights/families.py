@@ -5,7 +5,7 @@ Loading copies the pieces in, exporting copies them out, so there is one descrip
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -46,8 +46,11 @@ class ShardLayout(NamedTuple):
     pieces: tuple[Piece, ...]
 
 
-Layout = Callable[[ModelShape, int, int, int | None], ShardLayout]
-"""(shape, tp_rank, tp_size, rows of the shard or None) -> layout; only a padded vocabulary needs the rows."""
+Layout = Callable[[ModelShape, int, int, Sequence[int] | None], ShardLayout]
+"""(shape, tp_rank, tp_size, the shard's own shape or None) -> layout.
+
+Only what can be padded (the vocabulary, the query groups) looks at the shard; None says that nothing is.
+"""
 
 
 def _share(total: int, tp_rank: int, tp_size: int) -> tuple[int, int]:
@@ -58,38 +61,54 @@ def _share(total: int, tp_rank: int, tp_size: int) -> tuple[int, int]:
     return total // tp_size * tp_rank, total // tp_size * (tp_rank + 1)
 
 
+def _padded_share(total: int, size: int | None, tp_rank: int, tp_size: int) -> tuple[int, int, int]:
+    """Size of a shard of which ``tp_size`` make up ``total`` and padding after it, and the part it holds.
+
+    Shards of a ``size`` too small for ``total`` get what they ought to have.
+    """
+    if size is None or size * tp_size < total:
+        start, stop = _share(total, tp_rank, tp_size)
+        return stop - start, start, stop
+    return size, min(size * tp_rank, total), min(size * (tp_rank + 1), total)
+
+
 def _replicated(size: Callable[[ModelShape], int]) -> Layout:
-    def layout(shape: ModelShape, tp_rank: int, tp_size: int, rows: int | None) -> ShardLayout:
+    def layout(shape: ModelShape, tp_rank: int, tp_size: int, shard: Sequence[int] | None) -> ShardLayout:
         return ShardLayout(0, size(shape), (Piece(0, 0, size(shape)),))
 
     return layout
 
 
 def _input_split(size: Callable[[ModelShape], int]) -> Layout:
-    """Row-parallel: every rank holds a range of columns."""
+    """Row-parallel: every rank holds a range of columns; columns of added query groups come last."""
 
-    def layout(shape: ModelShape, tp_rank: int, tp_size: int, rows: int | None) -> ShardLayout:
-        start, stop = _share(size(shape), tp_rank, tp_size)
-        return ShardLayout(1, stop - start, (Piece(0, start, stop),))
+    def layout(shape: ModelShape, tp_rank: int, tp_size: int, shard: Sequence[int] | None) -> ShardLayout:
+        width = None if shard is None else shard[1]
+        length, start, stop = _padded_share(size(shape), width, tp_rank, tp_size)
+        return ShardLayout(1, length, (Piece(0, start, stop),) if start < stop else ())
 
     return layout
 
 
-def _gate_then_up(shape: ModelShape, tp_rank: int, tp_size: int, rows: int | None) -> ShardLayout:
+def _gate_then_up(shape: ModelShape, tp_rank: int, tp_size: int, shard: Sequence[int] | None) -> ShardLayout:
     """Every rank's gate rows, then the same rank's up rows."""
     start, stop = _share(shape.ffn_hidden_size, tp_rank, tp_size)
     return ShardLayout(0, 2 * (stop - start), (Piece(0, start, stop), Piece(1, start, stop)))
 
 
-def _query_key_value(shape: ModelShape, tp_rank: int, tp_size: int, rows: int | None) -> ShardLayout:
+def _query_key_value(
+    shape: ModelShape, tp_rank: int, tp_size: int, shard: Sequence[int] | None
+) -> ShardLayout:
     """Per query group its queries, its key, its value; ranks cut that row of groups evenly.
 
     With fewer groups than ranks the cut runs through a group; Megatron gathers it again in the
-    forward pass (SelfAttention.get_query_key_value_tensors).
+    forward pass (SelfAttention.get_query_key_value_tensors). A model with more groups than the folder
+    has padding in their place, at the end.
     """
     d = shape.head_dim
     q = shape.num_attention_heads // shape.num_query_groups * d
-    start, stop = _share(shape.num_query_groups * (q + 2 * d), tp_rank, tp_size)
+    rows = None if shard is None else shard[0]
+    length, start, stop = _padded_share(shape.num_query_groups * (q + 2 * d), rows, tp_rank, tp_size)
     pieces, position = [], 0
     for group in range(shape.num_query_groups):
         for source, size in ((0, q), (1, d), (2, d)):
@@ -98,21 +117,19 @@ def _query_key_value(shape: ModelShape, tp_rank: int, tp_size: int, rows: int | 
                 offset = group * size - position
                 pieces.append(Piece(source, low + offset, high + offset))
             position += size
-    return ShardLayout(0, stop - start, tuple(pieces))
+    return ShardLayout(0, length, tuple(pieces))
 
 
-def _vocabulary(shape: ModelShape, tp_rank: int, tp_size: int, rows: int | None) -> ShardLayout:
+def _vocabulary(shape: ModelShape, tp_rank: int, tp_size: int, shard: Sequence[int] | None) -> ShardLayout:
     """A range of token rows; the vocabulary is padded at its end, so the last ranks hold padding rows."""
-    if rows is None:
-        start, stop = _share(shape.vocab_size, tp_rank, tp_size)
-        rows = stop - start
-    if rows * tp_size < shape.vocab_size:
+    rows = None if shard is None else shard[0]
+    if rows is not None and rows * tp_size < shape.vocab_size:
         raise ValueError(
             f"--padded-vocab-size {rows * tp_size} is smaller than the folder's vocabulary "
             f"of {shape.vocab_size}."
         )
-    start, stop = min(rows * tp_rank, shape.vocab_size), min(rows * (tp_rank + 1), shape.vocab_size)
-    return ShardLayout(0, rows, (Piece(0, start, stop),) if start < stop else ())
+    length, start, stop = _padded_share(shape.vocab_size, rows, tp_rank, tp_size)
+    return ShardLayout(0, length, (Piece(0, start, stop),) if start < stop else ())
 
 
 class Entry(NamedTuple):

@@ -115,7 +115,7 @@ def _assemble(
         tensors.append(torch.empty(shape, dtype=dtype, device=device) if memory is None else memory)
     size = len(shards) if binding.entry.is_sharded else 1
     for rank, shard in enumerate(shards):
-        layout = binding.entry.layout(table.shape, rank, size, shard.shape[0])
+        layout = binding.entry.layout(table.shape, rank, size, shard.shape)
         position = 0
         for source, start, stop in layout.pieces:
             piece = shard.narrow(layout.dim, position, stop - start)

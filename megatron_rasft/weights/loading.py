@@ -37,7 +37,7 @@ def bound_parameters(
                     f"parameter {name} (layer offset {layer_offset}) has no counterpart in the Hugging Face "
                     "model; the model was not built with the arguments that its config.json implies"
                 )
-            layout = binding.entry.layout(table.shape, tp_rank, tp_size, param.shape[0])
+            layout = binding.entry.layout(table.shape, tp_rank, tp_size, param.shape)
             expected = binding.shard_shape(layout)
             if tuple(param.shape) != expected:
                 raise ModelFolderError(

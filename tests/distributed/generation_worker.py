@@ -27,6 +27,7 @@ LAYOUTS: dict[int, dict[str, str]] = {
     2: {
         "dp2": "",
         "tp2": "--tensor-model-parallel-size 2",
+        "tp2, query groups added": "--tensor-model-parallel-size 2 --rasft-query-groups 4",
         "tp2 sp": "--tensor-model-parallel-size 2 --sequence-parallel",
         "pp2": "--pipeline-model-parallel-size 2",
         "pp2 vpp2": "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1",

@@ -33,6 +33,7 @@ LAYOUTS: dict[int, dict[str, str]] = {
         "padded, micro-batch 4": "--rasft-batch-layout padded --micro-batch-size 4",
         "recomputed": "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
         "chunks of 16 tokens": "--objective-logprob-chunk-tokens 16",
+        "packed, query groups added": "--rasft-query-groups 3",
     },
     2: {
         "dp2": "",
@@ -46,6 +47,7 @@ LAYOUTS: dict[int, dict[str, str]] = {
         "tp2 sp, recomputed": "--tensor-model-parallel-size 2 --sequence-parallel --recompute-granularity full "
         "--recompute-method uniform --recompute-num-layers 1",
         "tp2 sp, padded": "--tensor-model-parallel-size 2 --sequence-parallel --rasft-batch-layout padded",
+        "tp2, query groups added": "--tensor-model-parallel-size 2 --rasft-query-groups 4",
         "pp2": "--pipeline-model-parallel-size 2",
         "pp2, padded": "--pipeline-model-parallel-size 2 --rasft-batch-layout padded --micro-batch-size 2",
         "pp2 vpp2": "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1",
@@ -57,6 +59,7 @@ LAYOUTS: dict[int, dict[str, str]] = {
         "tp2 sp pp2 vpp2": "--tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 2 "
         "--num-layers-per-virtual-pipeline-stage 1",
         "tp2 sp cp2": "--tensor-model-parallel-size 2 --sequence-parallel --context-parallel-size 2",
+        "tp4, query groups added": "--tensor-model-parallel-size 4 --rasft-query-groups 4",
         "dp2 tp2": "--tensor-model-parallel-size 2",
         "dp2 pp2": "--pipeline-model-parallel-size 2",
     },

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -110,6 +110,7 @@ def run(
     interruption: Interruption | None = None,
     file_limit: int = 0,
     timeout_s: float = TIMEOUT_S,
+    variables: Mapping[str, str] | None = None,
 ) -> Outcome:
     """Run the program to its end on ``world_size`` ranks; logs are written to ``folder``.
 
@@ -118,6 +119,7 @@ def run(
         file_limit: largest file a rank may write, bytes; 0 is none. Beyond it a write fails with EFBIG, as on a
             full disk it fails with ENOSPC.
         timeout_s: a rank still running then is killed and has no exit code.
+        variables: more of the environment.
     """
     _preload()
     folder.mkdir(parents=True, exist_ok=True)
@@ -131,7 +133,7 @@ def run(
             target=_rank,
             args=(
                 list(flags),
-                common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                {**common, **(variables or {}), "RANK": str(rank), "LOCAL_RANK": str(rank)},
                 str(log),
                 interruption if hits else None,
                 file_limit,
@@ -171,18 +173,21 @@ def torchrun(
     *,
     ended_when: Callable[[], bool] | None = None,
     timeout_s: float = TIMEOUT_S,
+    hides_gpu: bool = True,
 ) -> Outcome:
     """The command a user types, in fresh interpreters; one exit code and one log for all.
 
     Args:
         ended_when: once this is true torchrun itself is sent SIGTERM, as a scheduler does it.
+        hides_gpu: whether the run is one on the CPU wherever it is started.
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(num_processes)]
     command += ["--master-port", str(_free_port()), str(PROGRAM), *flags]
+    variables = os.environ | ENVIRONMENT
+    if not hides_gpu:
+        del variables["CUDA_VISIBLE_DEVICES"]
     with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(
-            command, env=os.environ | ENVIRONMENT, stdout=log, stderr=subprocess.STDOUT
-        )
+        process = subprocess.Popen(command, env=variables, stdout=log, stderr=subprocess.STDOUT)
         try:
             deadline = time.monotonic() + timeout_s
             while ended_when is not None and not ended_when() and process.poll() is None:

@@ -86,11 +86,22 @@ CASES = {
         more("--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"),
         ("--nproc-per-node",),
     ),
-    "layout with no room for heads": Case(more("--tensor-model-parallel-size", "3"), ("tensor",), 3),
+    "layout with no room for heads": Case(
+        more("--tensor-model-parallel-size", "3"),
+        ("--tensor-model-parallel-size 3", "4 heads in 2 query groups", "--rasft-query-groups 3"),
+        3,
+    ),
+    "fewer query groups than the model has": Case(
+        more("--rasft-query-groups", "1"), ("--rasft-query-groups 1",)
+    ),
     "clip range turned round": Case(
         more("--objective-ratio-clip-low", "2"), ("--objective-ratio-clip-low", "--objective-ratio-clip-high")
     ),
     "top-p of 0": Case(more("--rollout-top-p", "0"), ("--rollout-top-p",)),
+    "wandb without a name": Case(more("--wandb-project", "p"), ("--wandb-exp-name",), 2),
+    "wandb without a folder": Case(
+        more("--wandb-project", "p", "--wandb-exp-name", "n"), ("--wandb-save-dir", "--save"), 2
+    ),
     "refresh interval of 0": Case(more("--rasft-refresh-interval", "0"), ("--rasft-refresh-interval",)),
     "no epochs": Case(more("--data-epochs", "0"), ("--data-epochs",)),
     "no samples": Case(

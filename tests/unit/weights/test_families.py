@@ -34,13 +34,17 @@ def bind(table: NameTable, name: str, layer_offset: int = 0) -> Binding:
 
 
 def shards(
-    table: NameTable, name: str, hf: list[torch.Tensor], tp_size: int, rows: int | None = None
+    table: NameTable,
+    name: str,
+    hf: list[torch.Tensor],
+    tp_size: int,
+    shard_shape: tuple[int, ...] | None = None,
 ) -> list:
-    """Every rank's shard, by the layouts of the table."""
+    """Every rank's shard, by the layouts of the table; its padding is left out."""
     binding = bind(table, name)
     result = []
     for rank in range(tp_size):
-        layout = binding.entry.layout(table.shape, rank, tp_size, rows)
+        layout = binding.entry.layout(table.shape, rank, tp_size, shard_shape)
         pieces = [hf[p.source].narrow(layout.dim, p.start, p.stop - p.start) for p in layout.pieces]
         result.append(torch.cat(pieces, layout.dim) if pieces else torch.empty(0))
     return result
@@ -60,6 +64,17 @@ def test_query_key_value_are_interleaved_by_group(heads: int, groups: int, tp_si
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
+def test_added_query_groups_are_padding_of_the_last_ranks() -> None:
+    """3 groups of 2 heads in a model of 4, on 2 ranks."""
+    table = NameTable(FAMILIES["LlamaForCausalLM"], shape(6, 3))
+    q, k, v, o = torch.randn(24, 8), torch.randn(12, 8), torch.randn(12, 8), torch.randn(8, 24)
+    groups = [torch.cat([q[8 * g : 8 * g + 8], k[4 * g : 4 * g + 4], v[4 * g : 4 * g + 4]]) for g in range(3)]
+    first, second = shards(table, LAYER + "self_attention.linear_qkv.weight", [q, k, v], 2, (32, 8))
+    assert torch.equal(first, torch.cat(groups[:2])) and torch.equal(second, groups[2])
+    first, second = shards(table, LAYER + "self_attention.linear_proj.weight", [o], 2, (8, 16))
+    assert torch.equal(first, o[:, :16]) and torch.equal(second, o[:, 16:])
+
+
 def test_gate_and_up_are_concatenated_per_rank() -> None:
     table = NameTable(FAMILIES["LlamaForCausalLM"], shape())
     gate, up = torch.randn(12, 8), torch.randn(12, 8)
@@ -76,7 +91,7 @@ def test_row_parallel_weights_are_cut_along_their_columns() -> None:
 def test_padding_rows_have_no_source() -> None:
     table = NameTable(FAMILIES["LlamaForCausalLM"], shape())
     embedding = torch.randn(11, 8)
-    got = shards(table, "embedding.word_embeddings.weight", [embedding], 4, rows=4)
+    got = shards(table, "embedding.word_embeddings.weight", [embedding], 4, (4, 8))
     assert [g.shape[0] for g in got] == [4, 4, 3, 0]
     assert torch.equal(torch.cat(got[:3]), embedding)
 
@@ -84,7 +99,7 @@ def test_padding_rows_have_no_source() -> None:
 def test_padded_vocabulary_may_not_be_smaller_than_the_model() -> None:
     table = NameTable(FAMILIES["LlamaForCausalLM"], shape())
     with pytest.raises(ValueError, match="--padded-vocab-size 10 is smaller"):
-        shards(table, "output_layer.weight", [torch.randn(11, 8)], 1, rows=10)
+        shards(table, "output_layer.weight", [torch.randn(11, 8)], 1, (10, 8))
 
 
 @pytest.mark.parametrize("architecture", FAMILIES)

