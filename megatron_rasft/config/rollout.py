@@ -70,6 +70,10 @@ class RolloutConfig:
     rollout_without_servers: Literal["error", "demonstrations"] = "error"
     """What a refresh does when no server answers. error: end the run, saying so; demonstrations: train on these alone."""
 
+    rollout_max_logprob_gap: float | None = 0.1
+    """Largest mean difference between a server's log-probabilities and the trainer's after a sync, in nats a token on a
+    few demonstrations, > 0; a server beyond it is left out. bf16 kernels differ by 0.01 to 0.03."""
+
     rollout_lag: int = 0
     """0: steps wait for rollouts of the current weights; 1: the rollouts of the next refresh are made while the
     steps of this one run, so they are one refresh old."""
@@ -97,6 +101,11 @@ class RolloutConfig:
         if self.rollout_wait_s < 0:
             raise ValueError(
                 f"--rollout-wait-s must be >= 0, got {self.rollout_wait_s}. Use 0 not to wait at all."
+            )
+        if self.rollout_max_logprob_gap is not None and self.rollout_max_logprob_gap <= 0:
+            raise ValueError(
+                f"--rollout-max-logprob-gap must be > 0, got {self.rollout_max_logprob_gap}: no two programs agree in every "
+                "bit. Use inf to accept every server."
             )
         if self.rollout_lag not in (0, 1):
             raise ValueError(

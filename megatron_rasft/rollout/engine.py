@@ -64,6 +64,13 @@ class SglangEngine:
         """Whether there is something for ``result`` to wait for."""
         return self._future is not None
 
+    def wait(self, timeout_s: float) -> bool:
+        """Whether ``result`` would return at once; waits for that no longer than this."""
+        assert self._future is not None, "wait() without start()"
+        with suppress(TimeoutError, CancelledError):
+            self._future.exception(timeout=timeout_s)
+        return self._future.done()
+
     def result(self) -> Answers:
         """Wait for what ``start`` began."""
         assert self._future is not None, "result() without start()"

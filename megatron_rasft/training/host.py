@@ -12,8 +12,9 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_rasft.config import RasftConfig
 from megatron_rasft.errors import CheckpointError
+from megatron_rasft.sync import SyncReport, WeightSync
+from megatron_rasft.sync.servers import Server
 from megatron_rasft.training.arguments import add_arguments, fill_in
 from megatron_rasft.training.batches import BatchLayout, MicroBatch, micro_batches, response_values
 from megatron_rasft.training.forward import Forward, run_forward_only
@@ -47,10 +50,12 @@ from megatron_rasft.training.generation import LiveModel
 from megatron_rasft.training.model import layer_spec
 from megatron_rasft.training.ranks import gather_to_all, on_rank_zero
 from megatron_rasft.training.reference import FrozenReference
+from megatron_rasft.training.servers import read_keys
 from megatron_rasft.types import Request, Response, SamplingParams, TrainingSample
 from megatron_rasft.weights.architecture import megatron_args
 from megatron_rasft.weights.exporting import export
 from megatron_rasft.weights.folder import HfFolder
+from megatron_rasft.weights.gathering import gather_tensors, plan_tensors
 from megatron_rasft.weights.loading import load_into
 
 _VERBOSE = "MEGATRON_RASFT_VERBOSE"
@@ -92,6 +97,7 @@ def parse(argv: Sequence[str] | None = None) -> tuple[Any, RasftConfig, HfFolder
         sys.argv = [sys.argv[0], *argv]
     args = parse_args(add_arguments)
     config = RasftConfig.from_args(args)
+    read_keys(config.rollout)
     if args.hf_model is None:
         raise ValueError("--hf-model DIR is missing: the Hugging Face folder of the model to train.")
     if not args.train_data:
@@ -336,6 +342,33 @@ class Trainer:
         """Sample the live weights; see LiveModel.generate."""
         with self._settled():
             return self.live.generate(requests, params)
+
+    def weight_sync(self, connect: Callable[[str], Server]) -> WeightSync:
+        """What takes this model's weights to rollout servers.
+
+        Args:
+            connect: address -> control plane of a server.
+        """
+        tp_group = parallel_state.get_tensor_model_parallel_group()
+        bound: dict[str, Any] = {"layer_offsets": self._layer_offsets, "tp_group": tp_group}
+        return WeightSync(
+            self.config.sync,
+            plan=partial(plan_tensors, self.model, self.folder.table, **bound),
+            gather=partial(gather_tensors, self.model, self.folder.table, **bound),
+            connect=connect,
+            model_config=self.folder.config,
+            device=self.live.device,
+            tp_group=tp_group,
+            stage=parallel_state.get_pipeline_model_parallel_rank(),
+            num_stages=parallel_state.get_pipeline_model_parallel_world_size(),
+            is_first_replica=parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0,
+            export=self.export,
+        )
+
+    def push_weights(self, sync: WeightSync, weight_version: int, urls: Sequence[str]) -> SyncReport:
+        """Bring the servers the weights as they are now; see WeightSync.push."""
+        with self._settled():
+            return sync.push(weight_version, urls)
 
     @contextlib.contextmanager
     def _settled(self) -> Iterator[None]:

@@ -22,6 +22,7 @@ from megatron_rasft.training.heldout import Heldout
 from megatron_rasft.training.host import StepResult, Trainer, architecture_of, writers
 from megatron_rasft.training.ranks import on_rank_zero
 from megatron_rasft.training.reference import LogprobCache, weights_fingerprint
+from megatron_rasft.training.servers import RolloutServers, read_keys
 from megatron_rasft.training.window import Batch, Planner, WindowReport
 from megatron_rasft.types import Demonstration, TrainingSample
 from megatron_rasft.verify.pool import VerifierPool
@@ -101,7 +102,7 @@ def set_length(args: Any, config: RasftConfig, num_problems: int) -> int:
 class Run:
     """One run: the queue of batches between planner and trainer, what is saved and what is said.
 
-    Use it as a context manager: it owns the verifier's processes.
+    Use it as a context manager: it owns the verifier's processes and the connections to rollout servers.
     """
 
     def __init__(
@@ -121,6 +122,15 @@ class Run:
         self.is_lead = torch.distributed.get_rank() == 0
         self._save = None if args.save is None else Path(args.save)
         self.verifier = VerifierPool(config.verify) if self.is_lead and config.verifies else None
+        tensorboard, wandb = writers()
+        self.progress = Progress(
+            self.total_steps,
+            self._metrics_file(),
+            tensorboard,
+            wandb,
+            is_silent=not self.is_lead,
+        )
+        self.servers = self._servers(folder)
         self.planner = Planner(
             config,
             problems.demonstrations,
@@ -131,6 +141,7 @@ class Run:
             stop_ids=problems.stop_ids(args),
             max_tokens=trainer.max_tokens,
             verifier=self.verifier,
+            servers=self.servers,
             store=self._store() if self.is_lead else None,
             cache=self._cache(folder) if self.is_lead else None,
         )
@@ -139,17 +150,17 @@ class Run:
             if heldout is not None
             else None
         )
-        tensorboard, wandb = writers()
-        self.progress = Progress(
-            self.total_steps,
-            self._metrics_file(),
-            tensorboard,
-            wandb,
-            is_silent=not self.is_lead,
-        )
         self.queue: deque[Batch] = deque()
         self._last_refresh: dict[str, float] = {}
         self._verdicts: Counter[str] = Counter()
+
+    def _servers(self, folder: HfFolder) -> RolloutServers | None:
+        rollout = self.config.rollout
+        if rollout.rollout_engine != "sglang" or not self.config.samples_rollouts:
+            return None
+        return RolloutServers(
+            rollout, self.trainer, folder.config, read_keys(rollout), self.progress.say, self.is_lead
+        )
 
     def _metrics_file(self) -> Path | None:
         if self.config.run.rasft_metrics is not None:
@@ -181,6 +192,8 @@ class Run:
     def __exit__(self, *exc: Any) -> None:
         if self.verifier is not None:
             self.verifier.__exit__(*exc)
+        if self.servers is not None:
+            self.servers.close(is_clean=exc[0] is None)
 
     def begin(self) -> None:
         """Go on from a checkpoint if there is one, write the resolved configuration, and say what will be done."""
@@ -192,7 +205,7 @@ class Run:
             self._last_refresh = state["last_refresh"]
             self._verdicts = Counter(state["verdicts"])
             self.progress.go_back(state["metrics_offset"])
-            on_rank_zero(lambda: self.planner.load_state_dict(state["planner"]))
+            self.planner.load_state_dict(state["planner"])
         if self.is_lead and self._save is not None:
             self._save.mkdir(parents=True, exist_ok=True)
             resolved = {
@@ -325,6 +338,7 @@ def _window_values(report: WindowReport) -> dict[str, float]:
         "verify/verify_s": report.verify_s,
         "curriculum/score_s": report.score_s,
         "training/reference_s": report.reference_s,
+        **report.served,
     }
 
 

@@ -9,7 +9,7 @@ import hashlib
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
 from megatron_rasft.config import RasftConfig
@@ -19,6 +19,7 @@ from megatron_rasft.rollout.replay import ReplayEngine
 from megatron_rasft.rollout.store import RolloutStore
 from megatron_rasft.training.ranks import on_rank_zero
 from megatron_rasft.training.reference import LogprobCache
+from megatron_rasft.training.servers import RolloutServers
 from megatron_rasft.types import (
     Demonstration,
     Request,
@@ -30,6 +31,9 @@ from megatron_rasft.types import (
 )
 from megatron_rasft.verify.pool import VerifierPool
 from megatron_rasft.verify.text_quality import deduplicate, first_failed_filter, max_similarity
+
+_NUM_PROBES = 4
+"""Demonstrations on which servers and trainer are compared after a sync."""
 
 
 class Policy(Protocol):
@@ -68,6 +72,8 @@ class WindowReport:
     generate_s: float = 0.0
     verify_s: float = 0.0
     reference_s: float = 0.0
+    served: dict[str, float] = field(default_factory=dict)
+    """Metric name -> value of what servers did: the sync, and the sampling."""
 
     @property
     def num_rollouts(self) -> int:
@@ -77,6 +83,14 @@ class WindowReport:
     def solve_rate(self) -> float:
         """Correct over all rollouts; NaN if there were none."""
         return self.verdicts["correct"] / self.num_rollouts if self.num_rollouts else float("nan")
+
+
+@dataclass
+class Plan:
+    """The problems of a window, and those of them (or of the hard pool) that get rollouts."""
+
+    ids: list[str]
+    chosen: list[str]
 
 
 def sample_seed(seed: int, problem_id: str, iteration: int, index: int) -> int:
@@ -121,6 +135,7 @@ class Planner:
         stop_ids: ids that end a response.
         max_tokens: longest prompt plus response.
         verifier: grades rollouts; rank 0 only, None where nothing is sampled.
+        servers: sample instead of the policy itself; None where there are none.
         store: keeps rollouts; rank 0 only.
         cache: reference log-probabilities; rank 0 only.
     """
@@ -137,6 +152,7 @@ class Planner:
         stop_ids: frozenset[int],
         max_tokens: int,
         verifier: VerifierPool | None,
+        servers: RolloutServers | None,
         store: RolloutStore | None,
         cache: LogprobCache | None,
     ) -> None:
@@ -147,6 +163,7 @@ class Planner:
         self.decode = decode
         self.max_tokens = max_tokens
         self.verifier = verifier
+        self.servers = servers
         self.store = store
         self.cache = cache
         self._by_id = {d.problem_id: d for d in demonstrations}
@@ -161,6 +178,10 @@ class Planner:
             else None
         )
         self._replay = ReplayEngine(config.rollout.rollout_replay) if config.rollout.rollout_replay else None
+        self._ahead: Plan | None = None
+        """Of the next window, with --rollout-lag 1."""
+        self._served_version: int | None = None
+        """Weights from which servers are sampling the next plan; None while they are not."""
         rollout = config.rollout
         self.stop_ids = stop_ids
         self._sampling = SamplingParams(
@@ -186,13 +207,11 @@ class Planner:
             iteration: optimizer steps done, which is the version of the weights.
         """
         report = WindowReport()
-        size = self.batch_size * min(
-            self.config.run.rasft_refresh_interval, max(1, self.total_steps - iteration)
-        )
-        ids: list[str] = on_rank_zero(lambda: self.curriculum.next_window(size))
+        plan = self._ahead or self._plan(iteration, report)
+        self._ahead = None
+        ids = plan.ids
         report.num_problems = len(ids)
-        chosen = self._choose(ids, iteration, report)
-        groups = self._sample(chosen, iteration, report) if chosen else {}
+        groups = self._sample(plan, iteration, report)
         samples: dict[str, list[TrainingSample]] = on_rank_zero(lambda: self._weigh(ids, groups, report))
         flat = [s for problem in ids for s in samples[problem]]
         self._attach_logprobs(flat, iteration, report)
@@ -204,6 +223,14 @@ class Planner:
                 Batch(num_problems=len(part), samples=[s for problem in part for s in samples[problem]])
             )
         return batches, report
+
+    def _plan(self, iteration: int, report: WindowReport) -> Plan:
+        """What comes in the window that begins after ``iteration`` steps."""
+        size = self.batch_size * min(
+            self.config.run.rasft_refresh_interval, max(1, self.total_steps - iteration)
+        )
+        ids: list[str] = on_rank_zero(lambda: self.curriculum.next_window(size))
+        return Plan(ids, self._choose(ids, iteration, report))
 
     def _expert(self, problem_id: str) -> TrainingSample:
         demonstration = self._by_id[problem_id]
@@ -242,10 +269,15 @@ class Planner:
             lambda: self.curriculum.choose_for_rollouts(self.curriculum.route(difficulties, progress))
         )
 
-    def _sample(self, chosen: list[str], iteration: int, report: WindowReport) -> dict[str, RolloutGroup]:
+    def _sample(self, plan: Plan, iteration: int, report: WindowReport) -> dict[str, RolloutGroup]:
         """Rollouts of the chosen problems, verified and filtered; rank 0's result is the one that counts."""
         began = time.monotonic()
-        if self._replay is not None:
+        chosen = plan.chosen
+        if self.servers is not None:
+            groups = self._served(plan, iteration, self.servers, report)
+        elif not chosen:
+            return {}
+        elif self._replay is not None:
             replay = self._replay
             groups = on_rank_zero(lambda: self._replayed(chosen, replay))
         else:
@@ -255,8 +287,49 @@ class Planner:
         report.generate_s = time.monotonic() - began
         return on_rank_zero(lambda: self._verified(groups, report))
 
+    def _served(
+        self, plan: Plan, iteration: int, servers: RolloutServers, report: WindowReport
+    ) -> dict[str, RolloutGroup]:
+        """The servers' rollouts of a plan; with --rollout-lag 1 they are at the next plan when this returns."""
+        if self._served_version is None:
+            self._set_to_work(plan, iteration, servers, report)
+        version, self._served_version = self._served_version, None
+        assert version is not None
+        servers.wait()
+
+        def take() -> tuple[dict[str, RolloutGroup], dict[str, float]]:
+            answers = servers.result()
+            requests = [self._request(i, version) for i in plan.chosen]
+            groups = self._grouped(plan.chosen, requests, answers.responses, version)
+            for group in groups.values():
+                for rollout in group.rollouts:
+                    rollout.policy_age = iteration - version
+            return {i: g for i, g in groups.items() if g.rollouts}, answers.report.values()
+
+        groups, values = on_rank_zero(take)
+        report.served |= values
+        upcoming = iteration + -(-len(plan.ids) // self.batch_size)
+        if self.config.rollout.rollout_lag and upcoming < self.total_steps:
+            self._ahead = self._plan(upcoming, report)
+            self._set_to_work(self._ahead, iteration, servers, report)
+        elif self.config.sync.sync_method == "tensor":
+            servers.rest()
+        return groups
+
+    def _set_to_work(self, plan: Plan, iteration: int, servers: RolloutServers, report: WindowReport) -> None:
+        """Bring the servers the weights of now, and have them sample a plan."""
+        probes: list[TrainingSample] = on_rank_zero(lambda: [self._expert(i) for i in plan.ids[:_NUM_PROBES]])
+        report.served |= servers.sync(iteration, probes)
+
+        def start() -> None:
+            requests = [self._request(i, iteration) for i in plan.chosen]
+            servers.start(requests, self._limited(requests), iteration)
+
+        on_rank_zero(start)
+        self._served_version = iteration
+
     def _limited(self, requests: Sequence[Request]) -> SamplingParams:
-        longest = max(len(r.prompt_ids) for r in requests)
+        longest = max((len(r.prompt_ids) for r in requests), default=0)
         allowed = min(self._sampling.max_new_tokens, self.max_tokens - longest)
         return replace(self._sampling, max_new_tokens=max(1, allowed))
 
@@ -368,10 +441,18 @@ class Planner:
         return {
             "curriculum": self.curriculum.state_dict(),
             "store_offset": self.store.offset if self.store is not None else None,
+            "ahead": None if self._ahead is None else asdict(self._ahead),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from ``state_dict()``; rank 0 only. Cuts the rollout store back to where it was."""
+        """Go on from ``state_dict()``, on every rank. Cuts the rollout store back to where it was.
+
+        What servers were sampling when it was taken is sampled again, from the weights of now.
+        """
+        self._ahead = None if state["ahead"] is None else Plan(**state["ahead"])
+        on_rank_zero(lambda: self._load_on_rank_zero(state))
+
+    def _load_on_rank_zero(self, state: dict[str, Any]) -> None:
         self.curriculum.load_state_dict(state["curriculum"])
         if self.store is not None and state["store_offset"] is not None:
             self.store.truncate(state["store_offset"])

@@ -1,0 +1,234 @@
+"""The rollout servers of a run, joined to its trainer: its weights go there, samples come from there.
+
+Rank 0 speaks to the servers; a sync, and whatever says so, is a collective of the world between steps.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol
+
+from megatron_rasft import metrics
+from megatron_rasft.config import RolloutConfig
+from megatron_rasft.errors import RolloutError, ServerError
+from megatron_rasft.rollout.control import ServerControl
+from megatron_rasft.rollout.engine import SglangEngine
+from megatron_rasft.rollout.fleet import Fleet
+from megatron_rasft.rollout.sampling import Answers
+from megatron_rasft.sync import SyncReport, WeightSync
+from megatron_rasft.training.ranks import on_rank_zero
+from megatron_rasft.types import Request, SamplingParams, TrainingSample
+
+_WAIT_S = 20.0
+"""Rank 0 tells the others this often that samples are still being made: no collective of theirs runs for longer."""
+
+
+class SyncedModel(Protocol):
+    """The trainer, as far as its servers need it; every method is a collective of the world."""
+
+    def score(self, samples: Sequence[TrainingSample], *, with_reference: bool) -> list[list[float]]:
+        """Per sample the log-probabilities of its response, on every rank."""
+
+    def weight_sync(self, connect: Callable[[str], ServerControl]) -> WeightSync:
+        """What takes this model's weights to servers."""
+
+    def push_weights(self, sync: WeightSync, weight_version: int, urls: Sequence[str]) -> SyncReport:
+        """Bring the servers the weights as they are now."""
+
+
+class RolloutServers:
+    """All servers of a run, and their samples. Every rank makes one.
+
+    Args:
+        config: of the rollouts.
+        model: the trainer.
+        model_config: config.json of the model.
+        keys: the servers' bearer key and that of their control calls, None without.
+        say: told of each sync, fault and return in one line; rank 0's counts.
+        is_lead: whether this is rank 0.
+    """
+
+    def __init__(
+        self,
+        config: RolloutConfig,
+        model: SyncedModel,
+        model_config: dict[str, Any],
+        keys: tuple[str | None, str | None],
+        say: Callable[[str], None],
+        is_lead: bool,
+    ) -> None:
+        self._config = config
+        self._model = model
+        self._say = say
+        self._lead = (
+            SglangEngine(
+                Fleet(config, api_key=keys[0], admin_api_key=keys[1], model_config=model_config, say=say)
+            )
+            if is_lead
+            else None
+        )
+        self._sync = model.weight_sync(lambda url: ServerControl(url, api_key=keys[0], admin_api_key=keys[1]))
+
+    @property
+    def engine(self) -> SglangEngine:
+        """Rank 0 only."""
+        assert self._lead is not None, "only rank 0 speaks to the servers"
+        return self._lead
+
+    def sync(self, weight_version: int, probes: Sequence[TrainingSample]) -> dict[str, float]:
+        """Bring this model's weights to every server that answers; those that prove to have them may be asked.
+
+        A collective of the world; nothing may be sampling.
+
+        Args:
+            weight_version: optimizer steps done.
+            probes: the same on every rank; servers and trainer must agree on what they think of these.
+
+        Returns:
+            Metric name -> value, on every rank; empty where there is no server.
+
+        Raises:
+            RolloutError: no server has the weights, and --rollout-without-servers is error.
+        """
+        urls: list[str] = on_rank_zero(lambda: [server.url for server in self.engine.fleet.find()])
+        if not urls:
+            return {}
+        expected = self._model.score(probes, with_reference=False)
+        report = self._model.push_weights(self._sync, weight_version, urls)
+        return on_rank_zero(lambda: self._admit(report, probes, expected))
+
+    def start(self, requests: Sequence[Request], params: SamplingParams, weight_version: int) -> None:
+        """Set the servers with these weights to work; rank 0 only."""
+        self.engine.start(requests, params, weight_version)
+
+    def wait(self) -> None:
+        """Return when all samples are there or given up; a collective of the world."""
+        while not on_rank_zero(lambda: self.engine.wait(_WAIT_S)):
+            pass
+
+    def result(self) -> Answers:
+        """What came of ``start``; rank 0 only."""
+        answers = self.engine.result()
+        self._say(answers.report.describe())
+        return answers
+
+    def rest(self) -> None:
+        """Have servers on the trainer's own GPUs give up their memory until the next sync; a collective of the world."""
+        sleepers: list[str] = on_rank_zero(
+            lambda: [
+                m.url
+                for m in self.engine.fleet.members
+                if m.weight_version is not None and m.info is not None and m.info.has_memory_saver
+            ]
+        )
+        if not sleepers:
+            return
+        failed = self._sync.sleep(sleepers)
+        if self._lead is not None:
+            for url, reason in failed.items():
+                self.engine.fleet.quarantine(url, reason)
+
+    def close(self, *, is_clean: bool) -> None:
+        """Stop sampling and leave the servers to themselves; a collective of the world if the run ended well."""
+        if self._lead is not None:
+            self._lead.close()
+        if is_clean:
+            self._sync.close()
+
+    def _admit(
+        self, report: SyncReport, probes: Sequence[TrainingSample], expected: Sequence[Sequence[float]]
+    ) -> dict[str, float]:
+        """Let the servers with the new weights generate, and keep the others from it."""
+        fleet, step = self.engine.fleet, report.weight_version
+        for url, reason in report.failed.items():
+            fleet.quarantine(url, f"did not get the weights of step {step}: {reason}")
+        controls = [m.control for m in fleet.members if m.url in report.synced]
+        with ThreadPoolExecutor(max(1, len(controls))) as pool:
+            gaps = list(pool.map(lambda c: logprob_gap(c, probes, expected), controls))
+        limit = self._config.rollout_max_logprob_gap
+        known = []
+        for control, gap in zip(controls, gaps, strict=True):
+            if isinstance(gap, str):
+                fleet.quarantine(control.url, gap)
+            elif limit is not None and not gap <= limit:
+                fleet.quarantine(
+                    control.url,
+                    f"and the trainer differ by {gap:.3f} nats a token in their log-probabilities of {len(probes)} demonstrations "
+                    f"after the weights of step {step}, more than --rollout-max-logprob-gap {limit:g}",
+                )
+            else:
+                fleet.admit(control.url, step)
+                known.append(gap)
+        values = report.values()
+        line = report.line()
+        if known:
+            values[metrics.LOGPROB_GAP] = max(known)
+            line += f"; log-probabilities within {max(known):.4f} nats of the trainer's"
+        self._say(line)
+        if not fleet.serving(step) and self._config.rollout_without_servers == "error":
+            faults = "; ".join(f"{m.url} {m.fault}" for m in fleet.members if m.fault)
+            raise RolloutError(
+                f"no rollout server has the weights of step {step}: {faults}. Restart the servers and start again to go on "
+                "from the last checkpoint, or train on demonstrations meanwhile with --rollout-without-servers "
+                "demonstrations."
+            )
+        return values
+
+
+def read_keys(config: RolloutConfig) -> tuple[str | None, str | None]:
+    """The servers' bearer key and that of their control calls, out of the environment.
+
+    Raises:
+        ValueError: a variable that a flag names is not set.
+    """
+
+    def read(flag: str, name: str | None) -> str | None:
+        if name is None:
+            return None
+        if not os.environ.get(name):
+            raise ValueError(
+                f"{flag} {name}: there is no such environment variable. Export it with the key in it, or leave the flag out."
+            )
+        return os.environ[name]
+
+    return (
+        read("--rollout-api-key-env", config.rollout_api_key_env),
+        read("--rollout-admin-api-key-env", config.rollout_admin_api_key_env),
+    )
+
+
+def logprob_gap(
+    server: ServerControl, probes: Sequence[TrainingSample], expected: Sequence[Sequence[float]]
+) -> float | str:
+    """How far a server is from the trainer in what it thinks of these responses.
+
+    Both are at temperature 1: a server's log-probabilities of a prompt, unlike those of what it samples, are
+    not divided by a temperature.
+
+    Args:
+        expected: per probe the trainer's log-probabilities of its response, nats.
+
+    Returns:
+        Mean absolute difference, nats a token; or why there is none.
+    """
+    total, count = 0.0, 0
+    for probe, ours in zip(probes, expected, strict=True):
+        body = {
+            "input_ids": [*probe.prompt_ids, *probe.response_ids],
+            "sampling_params": {"max_new_tokens": 1, "temperature": 1.0},
+            "return_logprob": True,
+            "logprob_start_len": 0,
+        }
+        try:
+            found = server.generate(body)["meta_info"]["input_token_logprobs"]
+            theirs = [float(entry[0]) for entry in found[len(found) - len(ours) :]]
+            ids = [int(entry[1]) for entry in found[len(found) - len(ours) :]]
+        except ServerError as error:
+            return error.reason
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            return f"answers a probe with something else than log-probabilities ({error!r})"
+        if ids != probe.response_ids:
+            return "answers a probe with log-probabilities of other tokens"
+        total += sum(abs(a - b) for a, b in zip(theirs, ours, strict=True))
+        count += len(ours)
+    return total / max(1, count)

@@ -1,0 +1,113 @@
+"""Whole runs whose rollouts come from real SGLang servers."""
+
+import json
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.functional import launching
+from tests.functional.conftest import Workshop
+from tests.servers.running import NEWEST, OLDEST, RunningServer, ServerPool
+
+STEPS = 6
+REFRESHES = [0, 3]
+LARGEST_GAP = 0.02
+"""Nats a token between the fp32 trainer and its own weights on a server; measured 1e-6 to 4e-3."""
+
+
+def flags_of(workshop: Workshop, save: Path, *more: str, servers: tuple[RunningServer, ...]) -> list[str]:
+    urls = [server.url for server in servers]
+    flags = ["--save", str(save), "--train-iters", str(STEPS), "--rollout-engine", "sglang"]
+    return workshop.flags(*flags, "--rollout-urls", *urls, *more)
+
+
+def rollouts_of(save: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (save / "rollouts.jsonl").read_text().splitlines()]
+
+
+def refreshes_of(save: Path) -> list[dict[str, float]]:
+    records = [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]
+    return [record for record in records if record["event"] == "refresh"]
+
+
+@pytest.mark.parametrize(("version", "lag", "world_size"), [(OLDEST, 0, 1), (NEWEST, 0, 2), (NEWEST, 1, 1)])
+def test_run_samples_from_a_server_with_its_own_weights(
+    workshop: Workshop, server_pool: ServerPool, tmp_path: Path, version: str, lag: int, world_size: int
+) -> None:
+    server = server_pool.get(version, workshop.policy)
+    save = tmp_path / "save"
+    layout = ["--tensor-model-parallel-size", str(world_size), "--rollout-lag", str(lag)]
+    flags = flags_of(workshop, save, *layout, servers=(server,))
+    outcome = launching.succeed(tmp_path / "logs", flags, world_size)
+    assert "proven by checksums of every tensor" in outcome.output
+    rollouts = rollouts_of(save)
+    assert len(rollouts) == STEPS * 8 * 4, "each problem is sampled 4 times, once an epoch of 40 problems"
+    assert len({(r["problem_id"], r["sample_index"], r["weight_version"]) for r in rollouts}) == len(rollouts)
+    asked = [(step, 0 if lag else step) for step in REFRESHES]
+    found = sorted({(r["weight_version"] + r["policy_age"], r["weight_version"]) for r in rollouts})
+    assert found == asked
+    assert any(r["verdict"] == "correct" for r in rollouts)
+    refreshes = refreshes_of(save)
+    assert [r["step"] for r in refreshes] == REFRESHES
+    gaps = [r["rollout/logprob_gap_nats"] for r in refreshes if "rollout/logprob_gap_nats" in r]
+    assert gaps and max(gaps) < LARGEST_GAP
+    assert all(record["objective/loss"] > 0 for record in launching.steps(save).values())
+
+
+def test_server_that_dies_and_returns_costs_rollouts_not_the_run(
+    workshop: Workshop, server_pool: ServerPool, tmp_path: Path
+) -> None:
+    stays, dies = server_pool.pair(OLDEST, NEWEST, workshop.policy)
+    save = tmp_path / "save"
+    flags = flags_of(workshop, save, "--rollout-lag", "0", servers=(stays, dies))
+    flags += ["--train-iters", "9", "--rasft-refresh-interval", "1"]
+    flags += ["--rollout-deadline-s", "60", "--sync-timeout-s", "60"]
+
+    def play() -> None:
+        wait_for(lambda: len(step_numbers(save)) >= 2)
+        dies.kill()
+        wait_for(lambda: len(step_numbers(save)) >= 4)
+        dies.start()
+
+    faults = threading.Thread(target=play)
+    faults.start()
+    outcome = launching.run(tmp_path / "logs", [*flags, "--train-iters", "40"], 1, timeout_s=400)
+    faults.join()
+    assert outcome.codes == [0], outcome.output
+    assert f"rollout server {dies.url} is back, with the weights of step" in outcome.output
+    assert sum(f"rollout server {dies.url}" in line for line in outcome.output.splitlines()) <= 4
+    rollouts = rollouts_of(save)
+    assert len({(r["problem_id"], r["sample_index"], r["weight_version"]) for r in rollouts}) == len(rollouts)
+    servers = [r["rollout/servers"] for r in refreshes_of(save)]
+    assert servers[0] == 2 and 1 in servers and servers[-1] == 2
+
+
+def test_without_any_server_a_run_ends_in_one_line_or_trains_on_demonstrations(
+    workshop: Workshop, tmp_path: Path
+) -> None:
+    flags = ["--rollout-engine", "sglang", "--rollout-urls", "http://127.0.0.1:9", "--rollout-wait-s", "1"]
+    flags += ["--train-iters", "2", "--save", str(tmp_path / "save")]
+    outcome = launching.run(tmp_path / "refused", workshop.flags(*flags), 2)
+    assert outcome.codes == [1, 1], outcome.output
+    (error,) = outcome.errors
+    assert "no rollout server answered within 1 s" in error and "http://127.0.0.1:9" in error
+    flags += ["--rollout-without-servers", "demonstrations"]
+    outcome = launching.succeed(tmp_path / "alone", workshop.flags(*flags), 2)
+    assert "training on demonstrations alone" in outcome.output
+    assert len(launching.steps(tmp_path / "save")) == 2
+    assert not (tmp_path / "save" / "rollouts.jsonl").exists() or not rollouts_of(tmp_path / "save")
+
+
+def step_numbers(save: Path) -> list[int]:
+    return list(launching.steps(save)) if (save / "metrics.jsonl").exists() else []
+
+
+def wait_for(is_so: Callable[[], bool], timeout_s: float = 300) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not is_so():
+        assert time.monotonic() < deadline, "what the test waits for has not come"
+        time.sleep(0.1)
