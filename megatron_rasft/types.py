@@ -122,6 +122,8 @@ class ServerInfo:
     model_config: dict[str, Any] | None
     """config.json of ``model_path`` where this machine can read it: also says whether weights are FP8."""
     architectures: tuple[str, ...]
+    dtype: str
+    """The server's --dtype; ``auto``: what config.json says."""
     quantization: str | None
     """The server's --quantization; None also where the model's own config decides."""
     tp_size: int

@@ -100,6 +100,7 @@ class ServerControl:
             model_path=path,
             model_config=_read_config(path),
             architectures=tuple(model.get("architectures") or ()),
+            dtype=str(server.get("dtype", "auto")),
             quantization=server.get("quantization"),
             tp_size=int(server.get("tp_size", 1)),
             dp_size=int(server.get("dp_size", 1)),

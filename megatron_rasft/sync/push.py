@@ -427,7 +427,7 @@ class WeightSync:
                     f"rollout server {info.url} quantizes on its own (--quantization {info.quantization}). Serve a folder "
                     "whose config.json has the quantization_config instead, or leave that flag out."
                 )
-            formats[ServedFormat.read(config)] = info.url
+            formats[ServedFormat.read(config, info.dtype)] = info.url
         if len(formats) > 1:
             raise ValueError(
                 f"rollout servers {' and '.join(formats.values())} serve folders of different dtype or quantization_config. "

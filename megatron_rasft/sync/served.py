@@ -1,6 +1,7 @@
 """How a server wants the weights: their type, which are quantized, and the names under which it fuses them.
 
-All of it follows from the config.json of the served model, so that trainer and server cannot disagree.
+All of it follows from the config.json of the served model and the server's --dtype, so that trainer and server
+cannot disagree.
 """
 
 from dataclasses import dataclass
@@ -18,6 +19,14 @@ _FUSED = {
     "up_proj": "gate_up_proj",
 }
 """Linear layers that SGLang keeps as one, in this order of rows."""
+
+_DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "half": torch.float16,
+    "float32": torch.float32,
+    "float": torch.float32,
+}
 
 _NEVER_QUANTIZED = ("embed_tokens", "lm_head")
 
@@ -49,18 +58,23 @@ class ServedFormat:
     """Modules (dotted paths, whole or in part) that stay unquantized."""
 
     @classmethod
-    def read(cls, config: dict[str, Any]) -> "ServedFormat":
-        """The format a config.json asks for.
+    def read(cls, config: dict[str, Any], server_dtype: str = "auto") -> "ServedFormat":
+        """The format a config.json and a server's --dtype ask for.
 
         Raises:
-            ValueError: a quantization that this trainer cannot produce.
+            ValueError: a type or a quantization that this trainer cannot produce.
         """
         name = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16").removeprefix("torch.")
-        dtype = getattr(torch, name, None)
-        if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        if server_dtype != "auto":
+            name = server_dtype
+        elif name == "float32":
+            name = "float16"  # SGLang's rule (_get_and_verify_dtype in srt/configs/model_config.py)
+        if name not in _DTYPES:
             raise ValueError(
-                f"the served model's config.json has dtype {name}; bfloat16, float16 and float32 can be sent."
+                f"the server keeps its weights as {name} (--dtype, or config.json); those that can be sent are "
+                f"{', '.join(_DTYPES)}."
             )
+        dtype = _DTYPES[name]
         quantization = config.get("quantization_config")
         if not quantization:
             return cls(dtype)

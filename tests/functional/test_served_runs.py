@@ -14,7 +14,8 @@ from tests.functional.conftest import Workshop
 from tests.servers.running import NEWEST, OLDEST, RunningServer, ServerPool
 
 STEPS = 6
-REFRESHES = [0, 3]
+REFRESHES = [0, 3, 5]
+"""Every 3 steps, and where an epoch of 40 problems ends."""
 LARGEST_GAP = 0.02
 """Nats a token between the fp32 trainer and its own weights on a server; measured 1e-6 to 4e-3."""
 
@@ -38,16 +39,16 @@ def refreshes_of(save: Path) -> list[dict[str, float]]:
 def test_run_samples_from_a_server_with_its_own_weights(
     workshop: Workshop, server_pool: ServerPool, tmp_path: Path, version: str, lag: int, world_size: int
 ) -> None:
-    server = server_pool.get(version, workshop.policy)
+    server = server_pool.get(version, workshop.policy, "--dtype", "float32")
     save = tmp_path / "save"
     layout = ["--tensor-model-parallel-size", str(world_size), "--rollout-lag", str(lag)]
     flags = flags_of(workshop, save, *layout, servers=(server,))
     outcome = launching.succeed(tmp_path / "logs", flags, world_size)
     assert "proven by checksums of every tensor" in outcome.output
     rollouts = rollouts_of(save)
-    assert len(rollouts) == STEPS * 8 * 4, "each problem is sampled 4 times, once an epoch of 40 problems"
+    assert len(rollouts) == STEPS * 8 * 4
     assert len({(r["problem_id"], r["sample_index"], r["weight_version"]) for r in rollouts}) == len(rollouts)
-    asked = [(step, 0 if lag else step) for step in REFRESHES]
+    asked = list(zip(REFRESHES, [0, *REFRESHES] if lag else REFRESHES, strict=False))
     found = sorted({(r["weight_version"] + r["policy_age"], r["weight_version"]) for r in rollouts})
     assert found == asked
     assert any(r["verdict"] == "correct" for r in rollouts)
@@ -61,7 +62,7 @@ def test_run_samples_from_a_server_with_its_own_weights(
 def test_server_that_dies_and_returns_costs_rollouts_not_the_run(
     workshop: Workshop, server_pool: ServerPool, tmp_path: Path
 ) -> None:
-    stays, dies = server_pool.pair(OLDEST, NEWEST, workshop.policy)
+    stays, dies = server_pool.pair(OLDEST, NEWEST, workshop.policy, "--dtype", "float32")
     save = tmp_path / "save"
     flags = flags_of(workshop, save, "--rollout-lag", "0", servers=(stays, dies))
     flags += ["--train-iters", "9", "--rasft-refresh-interval", "1"]
