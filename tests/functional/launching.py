@@ -62,21 +62,32 @@ class Interruption:
     only_rank: int | None = None
 
 
+@dataclass(kw_only=True)
+class Pause:
+    """The run stands still once a step is done, until a file is there: what happens meanwhile has its time."""
+
+    step: int
+    until: Path
+
+
 def _preload() -> None:
     os.environ.update(ENVIRONMENT)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["pretrain_rasft", "tests.functional.launching"])
 
 
-def _interrupt(interruption: Interruption) -> None:
+def _interrupt(events: Sequence[Interruption | Pause]) -> None:
     from megatron_rasft.report.progress import Progress
 
     reported = Progress.step
 
     def step(self: Progress, number: int, values: Any) -> None:
         reported(self, number, values)
-        if number == interruption.step:
-            os.kill(os.getpid(), interruption.number)
+        for event in events:
+            if event.step == number and isinstance(event, Interruption):
+                os.kill(os.getpid(), event.number)
+            while event.step == number and isinstance(event, Pause) and not event.until.exists():
+                time.sleep(0.05)
 
     Progress.step = step  # type: ignore[assignment,method-assign]
 
@@ -85,7 +96,7 @@ def _rank(
     flags: Sequence[str],
     variables: dict[str, str],
     log: str,
-    interruption: Interruption | None,
+    events: Sequence[Interruption | Pause],
     file_limit: int,
 ) -> None:
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -96,8 +107,8 @@ def _rank(
     os.environ.update(variables)
     if file_limit:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, resource.RLIM_INFINITY))
-    if interruption is not None:
-        _interrupt(interruption)
+    if events:
+        _interrupt(events)
     sys.argv = [str(PROGRAM), *flags]
     runpy.run_path(str(PROGRAM), run_name="__main__")
 
@@ -108,6 +119,7 @@ def run(
     world_size: int = 1,
     *,
     interruption: Interruption | None = None,
+    pauses: Sequence[Pause] = (),
     file_limit: int = 0,
     timeout_s: float = TIMEOUT_S,
     variables: Mapping[str, str] | None = None,
@@ -116,6 +128,7 @@ def run(
 
     Args:
         interruption: a signal for the ranks in mid-run.
+        pauses: times at which rank 0, and so the run, stands still.
         file_limit: largest file a rank may write, bytes; 0 is none. Beyond it a write fails with EFBIG, as on a
             full disk it fails with ENOSPC.
         timeout_s: a rank still running then is killed and has no exit code.
@@ -128,14 +141,16 @@ def run(
     ranks: list[ForkServerProcess] = []
     logs = [folder / f"rank{rank}.log" for rank in range(world_size)]
     for rank, log in enumerate(logs):
-        hits = interruption is not None and interruption.only_rank in (None, rank)
+        events: list[Interruption | Pause] = [] if rank else list(pauses)
+        if interruption is not None and interruption.only_rank in (None, rank):
+            events.append(interruption)
         process = context.Process(
             target=_rank,
             args=(
                 list(flags),
                 {**common, **(variables or {}), "RANK": str(rank), "LOCAL_RANK": str(rank)},
                 str(log),
-                interruption if hits else None,
+                events,
                 file_limit,
             ),
         )

@@ -11,6 +11,7 @@ import pytest
 
 from tests.functional import launching
 from tests.functional.conftest import Workshop
+from tests.functional.launching import Pause
 from tests.servers.running import NEWEST, OLDEST, RunningServer, ServerPool
 
 STEPS = 6
@@ -64,19 +65,22 @@ def test_server_that_dies_and_returns_costs_rollouts_not_the_run(
 ) -> None:
     stays, dies = server_pool.pair(OLDEST, NEWEST, workshop.policy, "--dtype", "float32")
     save = tmp_path / "save"
-    flags = flags_of(workshop, save, "--rollout-lag", "0", servers=(stays, dies))
-    flags += ["--train-iters", "9", "--rasft-refresh-interval", "1"]
-    flags += ["--rollout-deadline-s", "60", "--sync-timeout-s", "60"]
+    flags = flags_of(workshop, save, "--rasft-refresh-interval", "1", servers=(stays, dies))
+    dead, alive = tmp_path / "dead", tmp_path / "alive"
 
     def play() -> None:
-        wait_for(lambda: len(step_numbers(save)) >= 2)
+        wait_for(lambda: step_numbers(save)[-1:] == [2])
         dies.kill()
-        wait_for(lambda: len(step_numbers(save)) >= 4)
+        dead.touch()
+        wait_for(lambda: step_numbers(save)[-1:] == [4])
         dies.start()
+        dies.wait_until_ready()
+        alive.touch()
 
     faults = threading.Thread(target=play)
     faults.start()
-    outcome = launching.run(tmp_path / "logs", [*flags, "--train-iters", "40"], 1, timeout_s=400)
+    pauses = [Pause(step=2, until=dead), Pause(step=4, until=alive)]
+    outcome = launching.run(tmp_path / "logs", flags, pauses=pauses, timeout_s=500)
     faults.join()
     assert outcome.codes == [0], outcome.output
     assert f"rollout server {dies.url} is back, with the weights of step" in outcome.output
@@ -84,7 +88,7 @@ def test_server_that_dies_and_returns_costs_rollouts_not_the_run(
     rollouts = rollouts_of(save)
     assert len({(r["problem_id"], r["sample_index"], r["weight_version"]) for r in rollouts}) == len(rollouts)
     servers = [r["rollout/servers"] for r in refreshes_of(save)]
-    assert servers[0] == 2 and 1 in servers and servers[-1] == 2
+    assert servers == [2, 2, 1, 1, 2, 2]
 
 
 def test_without_any_server_a_run_ends_in_one_line_or_trains_on_demonstrations(
