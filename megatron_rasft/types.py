@@ -1,7 +1,7 @@
 """The nouns every room shares. Imports nothing of this package and no torch."""
 
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 FinishReason = Literal["stop", "length", "abort"]
 Verdict = Literal["correct", "wrong", "unverifiable", "timeout"]
@@ -77,14 +77,6 @@ class Request:
     seeds: list[int]
 
 
-class VersionSpan(NamedTuple):
-    """Tokens ``start`` .. ``end - 1`` of a response were sampled from these weights."""
-
-    weight_version: int
-    start: int
-    end: int
-
-
 @dataclass(kw_only=True, frozen=True)
 class Response:
     """What was sampled for one seed of a request."""
@@ -93,8 +85,6 @@ class Response:
     logprobs: list[float]
     """Under softmax(logits / temperature), before top-p, nats."""
     finish_reason: FinishReason
-    version_spans: tuple[VersionSpan, ...] = ()
-    """Which weights sampled which tokens, where a server says so; else empty."""
 
 
 @dataclass(kw_only=True, slots=True)

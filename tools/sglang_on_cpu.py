@@ -7,6 +7,7 @@ Runs in the server's own environment (CPU torch, no sgl-kernel), which `make ser
 file first: that is why it bridges what is missing at module level.
 """
 
+import argparse
 import contextlib
 import importlib.machinery
 import os
@@ -90,6 +91,17 @@ def bridge() -> None:
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
 
 
+def bind_ranks(flags: list[str]) -> None:
+    """Give each tensor-parallel rank a core of its own, which SGLang asks for on one NUMA node."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--tp", "--tp-size", "--tensor-parallel-size", type=int, default=1)
+    num_ranks = parser.parse_known_args(flags)[0].tp
+    if num_ranks > 1:
+        cores = sorted(os.sched_getaffinity(0))
+        bound = [str(cores[rank % len(cores)]) for rank in range(num_ranks)]
+        os.environ.setdefault("SGLANG_CPU_OMP_THREADS_BIND", "|".join(bound))
+
+
 if not torch.cuda.is_available():
     bridge()
 
@@ -99,4 +111,5 @@ if __name__ == "__main__":
             sys.argv += [flag, value]
     if "--sleep-on-idle" not in sys.argv:
         sys.argv.append("--sleep-on-idle")  # else an idle server takes half a core
+    bind_ranks(sys.argv[1:])
     runpy.run_module("sglang.launch_server", run_name="__main__", alter_sys=False)

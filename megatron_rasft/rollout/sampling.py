@@ -22,13 +22,14 @@ from typing import Any, NamedTuple
 
 import httpx
 
-from megatron_rasft.errors import RolloutError
-from megatron_rasft.rollout.control import version_label, weight_version_of
+from megatron_rasft.errors import RolloutError, ServerError
+from megatron_rasft.rollout.control import ServerControl, version_label
 from megatron_rasft.rollout.fleet import Fleet, Member
-from megatron_rasft.types import FinishReason, Request, Response, SamplingParams, VersionSpan
+from megatron_rasft.types import FinishReason, Request, Response, SamplingParams
 
 _FAILURES_IN_ROW = 3
 _ABORTS_WITHOUT_GAIN = 20
+_NUM_CHECK_TOKENS = 8
 _SMALLEST_SURPLUS = 1e-3
 """A log-probability may round to a little above 0."""
 
@@ -102,14 +103,13 @@ class _Sample:
     seed: int
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
-    spans: list[VersionSpan] = field(default_factory=list)
     num_failures: int = 0
     num_refusals: int = 0
     num_idle_aborts: int = 0
     last: Member | None = None
 
     def forget(self) -> None:
-        self.token_ids, self.logprobs, self.spans = [], [], []
+        self.token_ids, self.logprobs = [], []
 
 
 class _Part(NamedTuple):
@@ -117,7 +117,6 @@ class _Part(NamedTuple):
 
     token_ids: list[int]
     logprobs: list[float]
-    spans: list[VersionSpan]
     finish_reason: FinishReason
 
 
@@ -240,26 +239,20 @@ class _Sampling:
             raise error
 
     def _take(self, one: _Sample, member: Member, part: _Part) -> None:
-        offset = len(one.token_ids)
         one.token_ids += part.token_ids
         one.logprobs += part.logprobs
-        one.spans += [VersionSpan(v, offset + start, offset + end) for v, start, end in part.spans]
         finish_reason = part.finish_reason
-        if finish_reason == "abort" and one.token_ids:
-            # The abort may have come when all was done.
-            if one.token_ids[-1] in self._params.stop_ids:
-                finish_reason = "stop"
-            elif len(one.token_ids) == self._params.max_new_tokens:
-                finish_reason = "length"
+        # A stop id as the last token allowed is called length, and an abort may come when all is done.
+        if one.token_ids and one.token_ids[-1] in self._params.stop_ids:
+            finish_reason = "stop"
+        elif finish_reason == "abort" and len(one.token_ids) == self._params.max_new_tokens:
+            finish_reason = "length"
         if finish_reason == "abort":
             self._resume(one, has_gained=bool(part.token_ids))
             return
         assert self._results[one.request][one.index] is None, "a sample was finished twice"
         self._results[one.request][one.index] = Response(
-            token_ids=one.token_ids,
-            logprobs=one.logprobs,
-            finish_reason=finish_reason,
-            version_spans=_merged(one.spans),
+            token_ids=one.token_ids, logprobs=one.logprobs, finish_reason=finish_reason
         )
         num_tokens = len(one.token_ids)
         member.num_samples += 1
@@ -425,13 +418,12 @@ def parse_answer(
         meta = answer["meta_info"]
         reason = meta["finish_reason"]["type"]
         if reason == "abort" and not answer.get("output_ids"):
-            return _Part([], [], [], "abort")
+            return _Part([], [], "abort")
         tokens = answer["output_ids"]
         entries = meta["output_token_logprobs"]
         prompt_tokens = meta["prompt_tokens"]
-        said = [
-            (str(s["version"]), int(s["start"]), int(s["end"])) for s in meta.get("weight_versions") or []
-        ]
+        # Where a server tells which weights made which tokens, all of them are looked at.
+        spans = [str(span["version"]) for span in meta.get("weight_versions") or []]
     except (KeyError, TypeError, ValueError) as error:
         raise _Fault(f"answered without what was asked for ({error!r})", is_grave=True) from error
     if reason not in ("stop", "length", "abort"):
@@ -444,13 +436,10 @@ def parse_answer(
         if type(token) is not int or token < 0 or (vocab_size is not None and token >= vocab_size):
             raise _Fault(f"gave token {token!r}, outside the vocabulary of {vocab_size}", is_grave=True)
     logprobs = _checked_logprobs(tokens, entries)
-    spans = said or [(str(meta.get("weight_version", label)), 0, len(tokens))]
-    for version, _, _ in spans:
+    for version in spans or [str(meta.get("weight_version", label))]:
         if version != label:
             raise _Fault(_other_weights(version, label), is_grave=True)
-    known = weight_version_of(label)
-    assert known is not None, f"{label} was made by version_label"
-    return _Part(tokens, logprobs, [VersionSpan(known, a, b) for _, a, b in spans if b > a], reason)
+    return _Part(tokens, logprobs, reason)
 
 
 def _checked_logprobs(tokens: list[int], entries: Any) -> list[float]:
@@ -470,17 +459,6 @@ def _checked_logprobs(tokens: list[int], entries: Any) -> list[float]:
 
 def _other_weights(label: str, wanted: str) -> str:
     return f"has the weights {label!r}, not those of step {wanted} (was it restarted?)"
-
-
-def _merged(spans: Sequence[VersionSpan]) -> tuple[VersionSpan, ...]:
-    """The same spans with neighbours of one version joined."""
-    merged: list[VersionSpan] = []
-    for span in spans:
-        if merged and merged[-1].weight_version == span.weight_version and merged[-1].end == span.start:
-            merged[-1] = merged[-1]._replace(end=span.end)
-        else:
-            merged.append(span)
-    return tuple(merged)
 
 
 def _check_prompt(prompt_ids: Sequence[int], number: int, vocab_size: int | None) -> None:
@@ -504,3 +482,33 @@ def _said(answer: httpx.Response) -> str:
     error = found.get("error")
     text = error.get("message") if isinstance(error, dict) else None
     return " ".join(str(text or answer.text or "nothing").split())[:300]
+
+
+def check_generation(control: ServerControl, vocab_size: int) -> int:
+    """Have one server generate a few tokens, and hold the answer against everything that rollouts are held against.
+
+    Returns:
+        The number of tokens it gave.
+
+    Raises:
+        ServerError: the answer cannot be used; the message says what is wrong with it.
+    """
+    label = control.weight_label()
+    prompt = [0]
+    body = {
+        "input_ids": prompt,
+        "sampling_params": {"max_new_tokens": _NUM_CHECK_TOKENS, "temperature": 1.0},
+        "return_logprob": True,
+    }
+    answer = control.generate(body)
+    try:
+        part = parse_answer(
+            json.dumps(answer).encode(),
+            prompt_len=len(prompt),
+            max_new_tokens=_NUM_CHECK_TOKENS,
+            vocab_size=vocab_size,
+            label=label,
+        )
+    except _Fault as fault:
+        raise ServerError(control.url, fault.reason) from fault
+    return len(part.token_ids)

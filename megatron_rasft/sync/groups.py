@@ -8,7 +8,7 @@ anew at any time without a trace in the trainer's own groups.
 import os
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from datetime import timedelta
@@ -28,6 +28,9 @@ GroupBackend = Literal["gloo", "nccl"]
 
 _SETTLE_S = 1.0
 """After a first failure: time for the server that caused it to be known from those it took along."""
+
+_SETTLE_JOIN_S = 3.0
+"""The same while joining: a server that finds no store any more would look for it for half an hour."""
 
 _LONGEST_GRACE_S = 20.0
 """After an abort: time for the other servers to notice and answer."""
@@ -50,16 +53,24 @@ def local_address(urls: Sequence[str]) -> str:
     """The address of this machine that the servers can reach: the one from which it would talk to them.
 
     A server on another machine decides; loopback is the answer only if all servers are on this one.
+
+    Raises:
+        ValueError: there is no way to one of the servers.
     """
     addresses = []
     for url in urls:
         parts = urlsplit(url)
-        family, kind, proto, _, target = socket.getaddrinfo(
-            parts.hostname, parts.port or 80, type=socket.SOCK_DGRAM
-        )[0]
-        with socket.socket(family, kind, proto) as probe:
-            probe.connect(target)  # of a datagram socket: nothing is sent
-            addresses.append(probe.getsockname()[0])
+        try:
+            family, kind, proto, _, target = socket.getaddrinfo(
+                parts.hostname, parts.port or 80, type=socket.SOCK_DGRAM
+            )[0]
+            with socket.socket(family, kind, proto) as probe:
+                probe.connect(target)  # of a datagram socket: nothing is sent
+                addresses.append(probe.getsockname()[0])
+        except OSError as error:
+            raise ValueError(
+                f"the address from which {url} can be reached cannot be told ({error}). Name it with --sync-address."
+            ) from error
     return next((a for a in addresses if not a.startswith("127.") and a != "::1"), addresses[0])
 
 
@@ -153,7 +164,9 @@ class UpdateGroup:
         # closing the store is how servers that wait in the rendezvous get an error
         self._store: dist.Store | None = store
         del store
-        self._backend = self._watch(joining, posts, self._abort_backend, "joining the update group")
+        self._backend = self._watch(
+            joining, posts, self._abort_backend, "joining the update group", _SETTLE_JOIN_S
+        )
 
     def _make_backend(
         self,
@@ -207,11 +220,20 @@ class UpdateGroup:
     def _send(self, memory: Tensor) -> None:
         options = dist.BroadcastOptions()
         options.rootRank, options.rootTensor = 0, 0
-        self._backend.broadcast([memory], options).wait()
+        # held here: gloo's destructor waits for what is running, which must not be the main thread's wait
+        backend = self._backend
+        backend.broadcast([memory], options).wait()
         if self._device.type == "cuda":
             torch.cuda.current_stream().synchronize()
 
-    def _watch(self, collective: Future[Any], posts: dict[Future[None], str], give_up: Any, what: str) -> Any:
+    def _watch(
+        self,
+        collective: Future[Any],
+        posts: dict[Future[None], str],
+        give_up: Callable[[], None],
+        what: str,
+        settle_s: float = _SETTLE_S,
+    ) -> Any:
         """The collective's result, once it and all posts succeeded; else give up and tell whose fault it was."""
         waiting: set[Future[Any]] = {collective, *posts}
         ends = time.monotonic() + self._timeout_s
@@ -223,12 +245,13 @@ class UpdateGroup:
             if not waiting:
                 return collective.result()
         is_late = time.monotonic() >= ends
-        if not is_late and waiting:
-            wait(waiting, _SETTLE_S)
+        if not is_late:
+            wait(posts, settle_s)
         before = {url: future.exception() for future, url in posts.items() if future.done()}
         give_up()
-        # the others notice that this rank is gone, and answer with a failure; who does not is stuck
-        wait(waiting, min(self._timeout_s, _LONGEST_GRACE_S))
+        # The others notice that this rank is gone, and answer with a failure; who does not is stuck. A collective of
+        # gloo cannot be interrupted: its thread ends at its own deadline.
+        wait(posts, min(self._timeout_s, _LONGEST_GRACE_S))
         raise self._failure(collective, posts, before, is_late, what)
 
     def _failure(

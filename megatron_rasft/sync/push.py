@@ -178,7 +178,7 @@ class WeightSync:
             failed = self._decided(lambda: self._release(attempt, outcome, report.weight_version))
         report.failed.update(failed)
         report.synced = [url for url, _ in attempt.servers if url not in failed]
-        report.proof = _PROOF_NAMES[attempt.proof]
+        report.proof = _PROOF_NAMES[attempt.proof] if report.synced else ""
         return True
 
     def sleep(self, urls: Sequence[str] = ()) -> dict[str, str]:
@@ -448,8 +448,11 @@ class WeightSync:
         except ServerError as error:
             if error.status is None:
                 raise
-            # a session that an interrupted sync left open
-            server.end_weight_update(self.config.sync_timeout_s)
+            # perhaps a session that an interrupted sync left open
+            try:
+                server.end_weight_update(self.config.sync_timeout_s)
+            except ServerError:
+                raise error from None
             server.begin_weight_update(self.config.sync_timeout_s)
 
     def _proof_kind(self, servers: Sequence[Server]) -> ProofKind:

@@ -14,7 +14,7 @@ from megatron_rasft.config import RolloutConfig
 from megatron_rasft.errors import RolloutError
 from megatron_rasft.rollout.engine import SglangEngine
 from megatron_rasft.rollout.fleet import Fleet
-from megatron_rasft.types import Request, SamplingParams, VersionSpan
+from megatron_rasft.types import Request, SamplingParams
 
 A, B = "http://a:1", "http://b:2"
 VERSION = 5
@@ -124,7 +124,6 @@ def test_samples_come_back_in_order_from_both_servers() -> None:
     responses, report = servers.sample(requests_of(20))
     assert [len(group) for group in responses] == [2] * 20
     assert all(r.token_ids == [2, 3, 4, 5] and r.logprobs == [-1.0] * 4 for g in responses for r in g)
-    assert all(r.version_spans == (VersionSpan(VERSION, 0, 4),) for g in responses for r in g)
     assert report.outcomes == {"length": 40, "failed": 0, "refused": 0} or report.outcomes["length"] == 40
     assert set(report.samples_by_server) == {A, B} and report.num_tokens == 160
     assert servers.said == []
@@ -313,9 +312,14 @@ def test_an_aborted_sample_goes_on_from_its_tokens() -> None:
     servers = Servers(generate)
     responses, report = servers.sample(requests_of(5))
     assert all(r.token_ids == [2, 3, 4, 5] and len(r.logprobs) == 4 for g in responses for r in g)
-    assert all(r.version_spans == (VersionSpan(VERSION, 0, 4),) for g in responses for r in g)
     assert report.num_resumed == 20 and report.num_retried == 0
     assert {b["sampling_params"]["max_new_tokens"] for _, b in servers.asked} == {4, 3, 2}
+
+
+def test_a_stop_id_as_the_last_token_allowed_is_a_stop() -> None:
+    servers = Servers(lambda url, body: answer_of(body, [2, 3, 4, STOP], "length"))
+    responses, _ = servers.sample(requests_of(1))
+    assert {r.finish_reason for r in responses[0]} == {"stop"}
 
 
 @pytest.mark.parametrize(("tokens", "reason"), [([2, 3, 4, 5], "length"), ([2, STOP], "stop")])

@@ -1,0 +1,170 @@
+"""Rollouts from real SGLang servers, whole and broken: frozen, lying, paused, aborted at random."""
+
+import math
+import random
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from megatron_rasft.rollout.control import ServerControl
+from megatron_rasft.types import Request
+from tests.servers.faulty_proxy import FAULTS, FaultyProxy
+from tests.servers.rollouts import EOS, VERSION, Rollouts, in_mid_rollout, params, requests_of
+from tests.servers.running import NEWEST, OLDEST, VERSIONS, ServerPool
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_logprobs_are_those_of_transformers_under_the_temperature(
+    server_pool: ServerPool, served_model: Path, version: str
+) -> None:
+    server = server_pool.get(version, served_model)
+    temperature = 0.7
+    requests = requests_of(4)
+    with Rollouts(server.url) as rollouts:
+        answers = rollouts.generate(requests, params(temperature=temperature, top_p=0.9))
+    model = transformers.LlamaForCausalLM.from_pretrained(served_model).double().eval()
+    for request, group in zip(requests, answers.responses, strict=True):
+        assert len(group) == 2
+        for response in group:
+            ids = torch.tensor([request.prompt_ids + response.token_ids])
+            with torch.no_grad():
+                logits = model(ids).logits[0, len(request.prompt_ids) - 1 : -1]
+            wanted = torch.log_softmax(logits / temperature, -1)
+            wanted = wanted.gather(1, torch.tensor(response.token_ids)[:, None])[:, 0]
+            # The server computes in the folder's fp32, but attention and sampling round on the way.
+            assert torch.allclose(wanted, torch.tensor(response.logprobs, dtype=torch.float64), atol=1e-3)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_greedy_samples_and_stop_ids(server_pool: ServerPool, served_model: Path, version: str) -> None:
+    server = server_pool.get(version, served_model)
+    (request,) = requests_of(1)
+    with Rollouts(server.url) as rollouts:
+        (first, second), = rollouts.generate([request], params(temperature=0.0)).responses  # fmt: skip
+        assert first.token_ids == second.token_ids
+        stop = first.token_ids[3]
+        cut = rollouts.engine.generate(
+            [request], params(temperature=0.0, stop_ids=frozenset({stop, EOS})), VERSION
+        )
+        where = first.token_ids.index(stop)
+        assert [r.token_ids for r in cut.responses[0]] == [first.token_ids[: where + 1]] * 2
+        assert {r.finish_reason for r in cut.responses[0]} == {"stop"}
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_samples_of_one_prompt_differ_and_follow_the_policy(
+    server_pool: ServerPool, served_model: Path, version: str
+) -> None:
+    """First tokens over many samples against the probabilities that the server itself gives."""
+    server = server_pool.get(version, served_model)
+    num = 400
+    request = Request(prompt_ids=[3, 4, 5], seeds=list(range(num)))
+    with Rollouts(server.url) as rollouts:
+        (group,), _ = rollouts.generate([request], params(max_new_tokens=1))
+    assert len(group) == num
+    by_token = {r.token_ids[0]: math.exp(r.logprobs[0]) for r in group}
+    counts = {t: sum(r.token_ids[0] == t for r in group) for t in by_token}
+    chi_squared = sum((counts[t] - num * p) ** 2 / (num * p) for t, p in by_token.items())
+    assert len(by_token) > 20 and chi_squared < 70, "26 tokens: above 70 once in 300,000 runs"
+
+
+@contextmanager
+def faulty_pair(pool: ServerPool, model: Path, **flags: Any) -> Iterator[tuple[Rollouts, FaultyProxy]]:
+    """A good server and the proxy in front of another."""
+    good, bad = pool.pair(OLDEST, NEWEST, model)
+    with ExitStack() as stack:
+        proxy = stack.enter_context(FaultyProxy(bad.url))
+        yield stack.enter_context(Rollouts(good.url, proxy.url, **flags)), proxy
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_spoilt_answer_costs_no_sample_and_the_server_its_place(
+    server_pool: ServerPool, served_model: Path, fault: str
+) -> None:
+    with faulty_pair(server_pool, served_model, rollout_watch_s=4.0) as (rollouts, proxy):
+        proxy.fault = fault
+        answers = rollouts.generate(requests_of(10))
+        assert answers.report.num_finished == 20 and set(answers.report.samples_by_server) != {proxy.url}
+        assert proxy.num_faults > 0 and proxy.url not in answers.report.samples_by_server
+        assert len(rollouts.said) == 1 and proxy.url in rollouts.said[0] and "left out" in rollouts.said[0]
+
+        proxy.fault = None
+        assert [c.url for c in rollouts.fleet.find()][1] == proxy.url
+        assert rollouts.fleet.needs_sync and len(rollouts.fleet.serving(VERSION)) == 1
+        again = rollouts.generate(requests_of(10)).report
+        assert proxy.url not in again.samples_by_server, "it is not asked before a full sync"
+        rollouts.fleet.admit(proxy.url, VERSION)
+        again = rollouts.generate(requests_of(10)).report
+        assert again.num_finished == 20 and proxy.url in again.samples_by_server
+
+
+def test_a_server_frozen_in_mid_rollout(server_pool: ServerPool, served_model: Path) -> None:
+    first, second = server_pool.pair(OLDEST, NEWEST, served_model)
+    with Rollouts(first.url, second.url, rollout_watch_s=10.0) as rollouts:
+        in_mid_rollout(rollouts, (first.url, second.url), requests_of(80))
+        first.freeze()
+        try:
+            _, report = rollouts.engine.result()
+        finally:
+            first.thaw()
+        assert report.num_finished == 160 and report.num_quarantined == 1
+        assert len(rollouts.said) == 1 and first.url in rollouts.said[0] and "10 s" in rollouts.said[0]
+
+
+def test_a_prompt_too_long_for_the_server_is_refused_and_quoted(
+    server_pool: ServerPool, served_model: Path
+) -> None:
+    server = server_pool.get(NEWEST, served_model)
+    requests = [Request(prompt_ids=[1] * 200, seeds=[1, 2]), *requests_of(3)]
+    with Rollouts(server.url) as rollouts:
+        responses, report = rollouts.generate(requests)
+    assert report.outcomes["refused"] == 2 and [len(g) for g in responses] == [0, 2, 2, 2]
+    assert "2 samples were refused" in rollouts.said[0] and "128 tokens" in rollouts.said[0]
+
+
+def test_a_paused_server_ends_nothing_and_goes_on_where_it_was(
+    server_pool: ServerPool, served_model: Path
+) -> None:
+    server = server_pool.get(NEWEST, served_model)
+    with Rollouts(server.url) as rollouts, ServerControl(server.url) as control:
+        in_mid_rollout(rollouts, (server.url, server.url), requests_of(40))
+        control.pause("abort")
+        control.flush_cache()
+        control.resume()
+        _, report = rollouts.engine.result()
+    assert report.num_finished == 80 and report.num_resumed > 0 and rollouts.said == []
+
+
+@pytest.mark.slow
+def test_a_thousand_prompts_of_eight_samples_with_random_aborts(
+    server_pool: ServerPool, served_model: Path
+) -> None:
+    """Every one of 8,000 samples comes back, none of them twice, and the aborted ones have no seam."""
+    first, second = server_pool.pair(OLDEST, NEWEST, served_model)
+    requests = requests_of(1000, 8)
+    stop = threading.Event()
+
+    def abort_at_random() -> None:
+        draw = random.Random(2)
+        with ServerControl(first.url) as a, ServerControl(second.url) as b:
+            while not stop.wait(draw.uniform(0.2, 1.5)):
+                draw.choice((a, b)).abort_all()
+
+    aborting = threading.Thread(target=abort_at_random)
+    with Rollouts(first.url, second.url) as rollouts:
+        aborting.start()
+        try:
+            answers = rollouts.generate(requests, params(num_samples=8, max_new_tokens=4))
+        finally:
+            stop.set()
+            aborting.join()
+    assert [len(group) for group in answers.responses] == [8] * 1000
+    assert answers.report.num_resumed > 0 and set(answers.report.samples_by_server) == {first.url, second.url}
+    assert rollouts.said == []
+    print(answers.report.describe())

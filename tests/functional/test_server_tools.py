@@ -1,0 +1,123 @@
+"""A server started by tools/serve_rollouts.py is found by its file, passes tools/check_servers.py and signs off."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from megatron_rasft.rollout.addresses import read_addresses
+from megatron_rasft.rollout.control import ServerControl
+from tests.servers.faulty_proxy import FaultyProxy, wait_for
+from tests.servers.running import NEWEST, OLDEST, ROOT, ServerPool, server_python
+from tests.tiny_policy import write_model
+
+
+def run_check(*flags: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "tools" / "check_servers.py"), *flags]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
+
+
+def start_serving(log: Path, *flags: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, str(ROOT / "tools" / "serve_rollouts.py"), *flags]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with log.open("wb") as file:
+        return subprocess.Popen(command, stdout=file, stderr=file, env=environment)
+
+
+def processes_of(text: str) -> Sequence[str]:
+    """Command lines on this machine that hold ``text``."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            line = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:
+            continue
+        if text in line:
+            found.append(line)
+    return found
+
+
+def test_a_tensor_parallel_server_is_served_checked_and_stopped(served_model: Path, tmp_path: Path) -> None:
+    servers, log = tmp_path / "servers.txt", tmp_path / "serve.log"
+    flags = ["--model", str(served_model), "--server-file", str(servers), "--tp", "2", "--cpu"]
+    process = start_serving(log, *flags, "--python", str(server_python(NEWEST)))
+    try:
+        wait_for(lambda: bool(read_addresses(servers)) or process.poll() is not None, 450)
+        assert process.poll() is None, log.read_text(errors="replace")[-3000:]
+        (url,) = read_addresses(servers)
+        with ServerControl(url) as control:
+            before = control.checksums()
+            assert control.info.tp_size == len(before) == 2
+            checked = run_check("--hf-model", str(served_model), "--server-file", str(servers))
+            assert checked.returncode == 0, checked.stdout + checked.stderr
+            line = checked.stdout.splitlines()[0]
+            for part in (f"ok    {url}", f"SGLang {NEWEST}", "tp 2", "update session", "GB/s"):
+                assert part in line
+            assert control.checksums() == before, "the test broadcast sent the weights the server had"
+            assert control.weight_label() == "default"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(120) == 0
+    finally:
+        process.kill()
+        process.wait()
+    assert read_addresses(servers) == []
+    assert processes_of(f"--model-path {served_model} --host 127.0.0.1 --port {url.rpartition(':')[2]}") == []
+
+
+def test_every_unfit_server_is_named_with_its_fault(
+    server_pool: ServerPool, served_model: Path, tmp_path: Path
+) -> None:
+    server = server_pool.get(OLDEST, served_model)
+    with FaultyProxy(server.url) as liar:
+        liar.fault = "token beyond the vocabulary"
+        flags = ["--hf-model", str(served_model), "--broadcast-mib", "1"]
+        done = run_check(*flags, "--urls", server.url, "http://127.0.0.1:1", liar.url)
+    assert done.returncode == 1, done.stdout + done.stderr
+    good, dead, lying, count = done.stdout.splitlines()
+    assert good.startswith(f"ok    {server.url}") and "no update session" in good and "GB/s" in good
+    assert dead.startswith("FAIL  http://127.0.0.1:1  cannot be reached")
+    assert lying.startswith(f"FAIL  {liar.url}") and "outside the vocabulary" in lying
+    assert count == "1 of 3 servers are fit"
+
+    other = write_model(tmp_path / "other", hidden_size=32)
+    done = run_check("--hf-model", str(other), "--urls", server.url)
+    assert done.returncode == 1
+    assert "another model" in done.stdout and "hidden_size is 64 there, 32 here" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--urls", "localhost"], "--urls: 'localhost' is no address"),
+        ([], "no server is named"),
+        (["--urls", "http://a:1", "--api-key-env", "NOT_SET_HERE"], "--api-key-env NOT_SET_HERE"),
+    ],
+)
+def test_flags_that_make_no_sense_to_check_servers(served_model: Path, flags: list[str], said: str) -> None:
+    done = run_check("--hf-model", str(served_model), *flags)
+    assert done.returncode == 2 and said in done.stderr and done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--model", "/nothing"], "--model /nothing holds no config.json"),
+        (["--model", "MODEL", "--tp", "0"], "--tp must be >= 1, got 0"),
+        (["--model", "MODEL", "--host", "192.0.2.1"], "--host 192.0.2.1 is no address of this machine"),
+        (["--model", "MODEL", "--cpu", "--python", "/nothing/python"], "--python /nothing/python"),
+        (["--model", "MODEL", "--cpu", "--", "--no-such-flag"], "ended with status"),
+    ],
+)
+def test_flags_that_make_no_sense_to_serve_rollouts(
+    served_model: Path, tmp_path: Path, flags: list[str], said: str
+) -> None:
+    server_python(NEWEST)
+    log = tmp_path / "log"
+    process = start_serving(log, *[str(served_model) if f == "MODEL" else f for f in flags])
+    assert process.wait(200) == 1
+    assert f"serve_rollouts: {said}" in log.read_text() or said in log.read_text().splitlines()[-1]

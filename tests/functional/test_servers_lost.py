@@ -1,0 +1,48 @@
+"""Servers that die while they sample: last of the server tests, since those after it start their servers anew."""
+
+from pathlib import Path
+
+from tests.servers.rollouts import VERSION, Rollouts, in_mid_rollout, params, requests_of
+from tests.servers.running import NEWEST, OLDEST, ServerPool
+
+
+def test_a_server_killed_in_mid_rollout_and_restarted_with_old_weights(
+    server_pool: ServerPool, served_model: Path
+) -> None:
+    first, second = server_pool.pair(OLDEST, NEWEST, served_model)
+    requests = requests_of(80)
+    with Rollouts(first.url, second.url) as rollouts:
+        in_mid_rollout(rollouts, (first.url, second.url), requests)
+        second.kill()
+        _, report = rollouts.engine.result()
+        assert sum(report.outcomes.values()) == report.num_finished == 160
+        assert report.num_retried > 0 and report.num_quarantined == 1
+        assert len(rollouts.said) == 1 and second.url in rollouts.said[0]
+
+        second.start()
+        second.wait_until_ready()
+        assert [c.url for c in rollouts.fleet.find()] == [first.url, second.url]
+        assert [m.url for m in rollouts.fleet.serving(VERSION)] == [first.url]
+        rollouts.said.clear()
+        # What a trainer that trusted it anyway would get: it still has the weights it started with.
+        rollouts.fleet.admit(second.url, VERSION)
+        _, report = rollouts.engine.generate(requests_of(10), params(), VERSION)
+        assert report.num_finished == 20 and set(report.samples_by_server) == {first.url}
+        assert "is back" in rollouts.said[0] and "was it restarted?" in rollouts.said[1]
+
+
+def test_when_both_servers_die_the_run_goes_on_with_what_there_is(
+    server_pool: ServerPool, served_model: Path
+) -> None:
+    first, second = server_pool.pair(OLDEST, NEWEST, served_model)
+    flags = {"rollout_wait_s": 0.0, "rollout_without_servers": "demonstrations"}
+    with Rollouts(first.url, second.url, **flags) as rollouts:
+        in_mid_rollout(rollouts, (first.url, second.url), requests_of(80))
+        first.kill()
+        second.kill()
+        responses, report = rollouts.engine.result()
+        assert 0 < report.num_finished < 160 and sum(report.outcomes.values()) == 160
+        assert sum(len(group) for group in responses) == report.num_finished
+        assert "no rollout server is left" in rollouts.said[-1]
+        assert rollouts.fleet.find() == []
+        assert "training on demonstrations alone" in rollouts.said[-1]

@@ -1,0 +1,87 @@
+"""The engine over real servers, and what must hold of everything it returns."""
+
+import random
+from typing import Any
+
+from megatron_rasft.config import RolloutConfig
+from megatron_rasft.rollout.engine import SglangEngine
+from megatron_rasft.rollout.fleet import Fleet
+from megatron_rasft.rollout.sampling import Answers
+from megatron_rasft.types import Request, SamplingParams
+from tests.servers.faulty_proxy import wait_for
+
+VERSION = 5
+EOS = 0
+VOCABULARY = 26
+
+
+def params(**changes: Any) -> SamplingParams:
+    values: dict[str, Any] = {
+        "num_samples": 2,
+        "max_new_tokens": 12,
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "repetition_penalty": 1.0,
+        "stop_ids": frozenset({EOS}),
+        "max_batch_size": 8,
+    }
+    return SamplingParams(**{**values, **changes})
+
+
+def requests_of(num: int, num_samples: int = 2) -> list[Request]:
+    draw = random.Random(1)
+    return [
+        Request(
+            prompt_ids=[draw.randrange(1, VOCABULARY) for _ in range(draw.randrange(2, 24))],
+            seeds=[i * num_samples + k for k in range(num_samples)],
+        )
+        for i in range(num)
+    ]
+
+
+class Rollouts:
+    """The engine over some addresses, all of them labelled with and admitted at ``VERSION``."""
+
+    def __init__(self, *urls: str, **flags: Any) -> None:
+        self.said: list[str] = []
+        values: dict[str, Any] = {
+            "rollout_engine": "sglang",
+            "rollout_urls": list(urls),
+            "rollout_wait_s": 60.0,
+        }
+        self.fleet = Fleet(RolloutConfig(**{**values, **flags}), say=self.said.append)
+        self.engine = SglangEngine(self.fleet)
+        for control in self.fleet.find():
+            control.set_weight_version(VERSION)
+            self.fleet.admit(control.url, VERSION)
+
+    def generate(self, requests: list[Request], sampling: SamplingParams | None = None) -> Answers:
+        answers = self.engine.generate(requests, sampling or params(), VERSION)
+        accounted_for(requests, answers)
+        return answers
+
+    def __enter__(self) -> "Rollouts":
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        self.engine.close()
+
+
+def accounted_for(requests: list[Request], answers: Answers) -> None:
+    """Every sample is in the report once, and what came back is whole."""
+    report = answers.report
+    assert sum(report.outcomes.values()) == report.num_samples == sum(len(r.seeds) for r in requests)
+    assert sum(len(group) for group in answers.responses) == report.num_finished
+    assert sum(report.samples_by_server.values()) == report.num_finished
+    for group in answers.responses:
+        for response in group:
+            assert len(response.token_ids) == len(response.logprobs) > 0
+            assert EOS not in response.token_ids[:-1]
+            assert (response.finish_reason == "stop") == (response.token_ids[-1] == EOS)
+
+
+def in_mid_rollout(rollouts: Rollouts, urls: tuple[str, str], requests: list[Request]) -> None:
+    """Start sampling and return when both servers are at work and have finished something."""
+    before = {m.url: m.num_samples for m in rollouts.fleet.members}
+    rollouts.engine.start(requests, params(max_new_tokens=40, stop_ids=frozenset({VOCABULARY - 1})), VERSION)
+    wait_for(lambda: all(m.num_samples > before[m.url] + 2 for m in rollouts.fleet.members if m.url in urls))

@@ -1,0 +1,108 @@
+"""Buckets: bounded, whole where tensors belong together, aligned, and never two in one place."""
+
+import math
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from megatron_rasft.sync.buckets import Arena, MemoryPlan, plan_buckets
+from megatron_rasft.sync.served import ServedFormat, served_name
+
+BF16 = ServedFormat(torch.bfloat16)
+FP8 = ServedFormat(torch.bfloat16, is_block_fp8=True)
+
+
+class Planned(NamedTuple):
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def model(num_layers: int = 3, hidden: int = 64, vocab: int = 1000) -> list[Planned]:
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, hidden)}
+    for layer in range(num_layers):
+        at = f"model.layers.{layer}."
+        shapes[at + "input_layernorm.weight"] = (hidden,)
+        for part in "qkv":
+            shapes[f"{at}self_attn.{part}_proj.weight"] = (hidden, hidden)
+        for part in "qkv":
+            shapes[f"{at}self_attn.{part}_proj.bias"] = (hidden,)
+        shapes[at + "mlp.gate_proj.weight"] = (3 * hidden, hidden)
+        shapes[at + "mlp.up_proj.weight"] = (3 * hidden, hidden)
+        shapes[at + "mlp.down_proj.weight"] = (hidden, 3 * hidden)
+    shapes["model.norm.weight"] = (hidden,)
+    return [Planned(name, shape, torch.bfloat16) for name, shape in shapes.items()]
+
+
+@pytest.mark.parametrize("served", [BF16, FP8], ids=["bf16", "fp8"])
+@pytest.mark.parametrize("limit", [1, 30_000, 60_000, 10**9])
+def test_everything_is_sent_once_in_order_and_fits(served: ServedFormat, limit: int) -> None:
+    tensors = model()
+    buckets = plan_buckets(tensors, served, limit)
+    assert [name for bucket in buckets for name in bucket.sources] == [t.name for t in tensors]
+    sent = [slot.tensor.name for bucket in buckets for slot in bucket.slots]
+    assert sorted(sent) == sorted(w.name for t in tensors for w in served.wire_tensors(t.name, t.shape))
+    for bucket in buckets:
+        assert bucket.num_bytes <= limit or len({served_name(name) for name in bucket.sources}) == 1
+
+
+def test_what_the_server_fuses_travels_together() -> None:
+    for limit in (1, 20_000, 30_000, 50_000):
+        homes: dict[str, set[int]] = {}
+        for index, bucket in enumerate(plan_buckets(model(), FP8, limit)):
+            for slot in bucket.slots:
+                whole = served_name(slot.tensor.name).removesuffix("_scale_inv")
+                homes.setdefault(whole, set()).add(index)
+        assert all(len(indices) == 1 for indices in homes.values())
+
+
+@pytest.mark.parametrize("served", [BF16, FP8], ids=["bf16", "fp8"])
+def test_tensors_lie_end_to_end_and_aligned(served: ServedFormat) -> None:
+    for bucket in plan_buckets(model(hidden=65), served, 50_000):
+        position = 0
+        for wire, start, stop in bucket.slots:
+            assert start == position and start % wire.dtype.itemsize == 0
+            assert stop - start == math.prod(wire.shape) * wire.dtype.itemsize
+            position = stop
+        assert position == bucket.num_bytes
+        memory = torch.zeros(bucket.num_bytes, dtype=torch.uint8)
+        for view in bucket.views(memory).values():
+            view.fill_(1)
+        assert bool(memory.view(torch.uint8).any())
+
+
+@pytest.mark.parametrize("copies", [0, 1, 2])
+@pytest.mark.parametrize("bucket_bytes", [200_000, 400_000, 10**7])
+def test_memory_stays_within_two_buckets(bucket_bytes: int, copies: int) -> None:
+    plan = MemoryPlan.make(model(), BF16, bucket_bytes, copies)
+    assert plan.peak_bytes <= 2 * bucket_bytes + 64
+    assert all(bucket.num_bytes <= bucket_bytes for bucket in plan.buckets)
+
+
+def test_a_set_larger_than_the_bucket_goes_alone() -> None:
+    plan = MemoryPlan.make(model(vocab=10_000), BF16, 100_000, 1)
+    alone = next(b for b in plan.buckets if b.num_bytes > 100_000)
+    assert alone.sources == ("model.embed_tokens.weight",)
+    assert plan.peak_bytes == pytest.approx(2 * alone.num_bytes, abs=64)
+
+
+@pytest.mark.parametrize("bucket_bytes", [60_000, 130_000, 200_000])
+def test_a_bucket_is_never_filled_where_one_is_being_sent(bucket_bytes: int) -> None:
+    plan = MemoryPlan.make(model(num_layers=6), BF16, bucket_bytes, 1)
+    arena = Arena(plan.arena_bytes, torch.device("cpu"))
+    in_flight: tuple[int, int] | None = None
+    num_overlapped = 0
+    for bucket in plan.buckets:
+        place = arena.place(bucket.num_bytes)
+        if place is None:
+            in_flight = None
+            arena.sent(None)
+            place = arena.place(bucket.num_bytes)
+        elif in_flight is not None:
+            num_overlapped += 1
+        assert place is not None and arena.memory(place).numel() == bucket.num_bytes
+        assert in_flight is None or place[1] <= in_flight[0] or place[0] >= in_flight[1]
+        arena.sent(place)
+        in_flight = place
+    assert num_overlapped > 0 or len(plan.buckets) == 1

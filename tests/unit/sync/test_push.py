@@ -1,0 +1,298 @@
+"""The state machine of a sync, on one rank: what is asked of a server in which order, and what a failure leads to."""
+
+import hashlib
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_rasft import metrics
+from megatron_rasft.config import SyncConfig
+from megatron_rasft.errors import ServerError
+from megatron_rasft.sync import WeightSync
+from tests.unit.sync.stand_ins import StandIn
+from tests.unit.sync.test_buckets import model
+
+CONFIG = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "hidden_size": 64,
+}
+
+
+@pytest.fixture(autouse=True)
+def world(tmp_path: Path) -> Iterator[None]:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+class Trainer:
+    """Random weights, and a sync of them to stand-ins."""
+
+    def __init__(self, servers: list[StandIn], **flags: Any) -> None:
+        self.servers = {server.url: server for server in servers}
+        torch.manual_seed(2)
+        self.weights = {t.name: torch.randn(t.shape) for t in model(hidden=128)}
+        options = {key: flags.pop(key) for key in ("export", "probe") if key in flags}
+        self.sync = WeightSync(
+            SyncConfig(
+                **{"sync_bucket_mib": 1, "sync_timeout_s": 20.0, "sync_address": "127.0.0.1", **flags}
+            ),
+            plan=self._plan,
+            gather=self._gather,
+            connect=self.servers.__getitem__,  # type: ignore[arg-type]
+            model_config=CONFIG,
+            device=torch.device("cpu"),
+            tp_group=None,
+            stage=0,
+            num_stages=1,
+            is_first_replica=True,
+            **options,
+        )
+
+    def _plan(self, *, dtypes: dict[str, torch.dtype] | None = None) -> list[Any]:
+        return [t._replace(dtype=(dtypes or {}).get(t.name, torch.float32)) for t in model(hidden=128)]
+
+    def _gather(
+        self, *, dtypes: dict[str, torch.dtype], out: Callable[[str], Tensor | None]
+    ) -> Iterator[tuple[str, Tensor | None]]:
+        for name, tensor in self.weights.items():
+            memory = out(name)
+            yield name, tensor.to(dtypes[name]) if memory is None else memory.copy_(tensor)
+
+    def push(self, version: int) -> Any:
+        return self.sync.push(version, list(self.servers))
+
+    def check_held(self, server: StandIn) -> None:
+        assert set(server.weights) == set(self.weights)
+        for name, tensor in self.weights.items():
+            assert torch.equal(server.weights[name], tensor.to(torch.bfloat16)), name
+
+
+def test_a_sync_pauses_opens_sends_flushes_labels_and_goes_on() -> None:
+    server = StandIn("http://a:1")
+    trainer = Trainer([server])
+    report = trainer.push(7)
+    assert report.synced == ["http://a:1"] and not report.failed and report.num_attempts == 1
+    trainer.check_held(server)
+    assert [call for call in server.calls if call != "update"] == [
+        "probe", "pause abort", "begin", "init", "end", "flush", "label", "weight_version", "resume",
+    ]  # fmt: skip
+    assert server.calls.count("update") == report.num_buckets > 1
+    assert report.num_bytes == sum(2 * t.numel() for t in trainer.weights.values())
+    assert report.values()[metrics.SYNC_SERVERS] == 1 and "step 7 on 1 server(s)" in report.line()
+    server.calls.clear()
+    trainer.push(8)
+    assert "init" not in server.calls, "the group is kept"
+
+
+def test_a_session_left_open_is_closed_first() -> None:
+    server = StandIn("http://a:1")
+    server.is_open = True
+    assert Trainer([server]).push(1).synced
+    assert server.calls[2:5] == ["begin", "end", "begin"]
+
+
+def test_servers_without_sessions_are_paused_by_abort_whatever_the_mode() -> None:
+    old, new = StandIn("http://a:1", has_update_session=False), StandIn("http://b:1")
+    Trainer([old, new], sync_pause_mode="retract").push(1)
+    assert "pause abort" in old.calls and "pause retract" in new.calls
+
+
+def test_in_place_keeps_the_cache() -> None:
+    server = StandIn("http://a:1")
+    Trainer([server], sync_pause_mode="in_place").push(1)
+    assert "pause in_place" in server.calls and "flush" not in server.calls
+
+
+@pytest.mark.parametrize(
+    "call", ["probe", "pause abort", "begin", "init", "update", "end", "flush", "label", "resume"]
+)
+def test_a_server_that_fails_anywhere_is_left_out_and_gets_a_full_sync_over_a_new_group_later(
+    call: str,
+) -> None:
+    bad, good = StandIn("http://bad:1"), StandIn("http://good:1")
+    trainer = Trainer([bad, good])
+    trainer.push(1)
+    if call == "init":
+        bad.restart()  # else there is no new group to join
+    bad.before[call] = lambda: bad.fail("out of order")
+    trainer.weights["model.norm.weight"] += 1
+    report = trainer.push(2)
+    assert report.synced == ["http://good:1"]
+    assert list(report.failed) == ["http://bad:1"] and "out of order" in report.failed["http://bad:1"]
+    assert "left out http://bad:1" in report.line()
+    assert good.label == 2 and not good.is_paused
+    trainer.check_held(good)
+    del bad.before[call]
+    bad.weights.clear()
+    bad.calls.clear()
+    report = trainer.push(3)
+    assert report.synced == ["http://bad:1", "http://good:1"] and "init" in bad.calls
+    trainer.check_held(bad)
+
+
+def test_a_restarted_server_gets_a_new_group() -> None:
+    server, other = StandIn("http://a:1"), StandIn("http://b:1")
+    trainer = Trainer([server, other])
+    trainer.push(1)
+    server.restart()
+    report = trainer.push(2)
+    assert report.num_attempts == 1 and len(report.synced) == 2, report.line()
+    trainer.check_held(server)
+
+
+def test_a_label_that_is_not_the_new_one_is_a_failure() -> None:
+    server = StandIn("http://a:1")
+    server.before["weight_version"] = lambda: setattr(server, "label", 3)
+    report = Trainer([server]).push(4)
+    assert not report.synced and "step 3, it was sent 4" in report.failed["http://a:1"]
+    assert server.is_paused, "it would generate with who knows what"
+
+
+def test_all_servers_gone_is_a_report_too() -> None:
+    server = StandIn("http://a:1")
+    server.before["probe"] = lambda: server.fail("cannot be reached", None)
+    report = Trainer([server]).push(1)
+    assert (
+        report.synced == []
+        and report.failed == {"http://a:1": "cannot be reached"}
+        and report.num_attempts == 0
+    )
+    assert Trainer([]).push(1).synced == []
+
+
+def test_proofs_come_first_after_failures_and_every_n() -> None:
+    server = StandIn("http://a:1")
+    server.change(has_weights_checker=True)
+    trainer = Trainer([server], sync_proof_interval=3)
+    failed = trainer.push(1)
+    assert "checksums of 0 ranks" in failed.failed["http://a:1"]
+    server.before["checksums"] = lambda: setattr(server, "held", checksums_of(server))
+    proofs = [bool(trainer.push(version).proof) for version in range(2, 10)]
+    assert proofs == [True, False, False, True, False, False, True, False]
+    off = Trainer([server], sync_proof="off")
+    assert off.push(10).proof == ""
+
+
+def checksums_of(server: StandIn) -> list[dict[str, str]]:
+    """Of what the stand-in holds, by the formula of SGLang's checker."""
+    found: dict[str, Any] = {}
+    for name, tensor in server.weights.items():
+        fused = re.sub(r"\b[qkv]_proj", "qkv_proj", re.sub(r"\b(gate|up)_proj", "gate_up_proj", name))
+        raw = tensor.view(torch.uint8).numpy().tobytes()
+        if "embed_tokens" in name:
+            raw += bytes(24 * 128 * 2)
+        found[fused] = found.get(fused, b"") + raw
+    return [{name: hashlib.sha256(raw).digest()[:8].hex() for name, raw in found.items()}]
+
+
+def test_values_are_read_back_where_asked() -> None:
+    server = StandIn("http://a:1")
+    server.before["read"] = lambda: server.rows.update(
+        {name: tensor.float().tolist() for name, tensor in server.weights.items()}
+    )
+    report = Trainer([server], sync_proof="read_back").push(1)
+    assert report.synced and report.proof == "reading values back" and server.calls.count("read") > 2
+
+
+def test_the_probe_looks_at_a_server_that_generates_and_may_stop_it() -> None:
+    server = StandIn("http://a:1")
+
+    def probe(probed: Any) -> None:
+        assert probed is server and not server.is_paused
+        raise ServerError(server.url, "log-probabilities are 0.4 nats off")
+
+    report = Trainer([server], probe=probe).push(1)
+    assert "0.4 nats off" in report.failed["http://a:1"] and server.is_paused
+
+
+def test_fp8_servers_get_fp8() -> None:
+    server = StandIn("http://a:1")
+    fp8 = {"quant_method": "fp8", "weight_block_size": [128, 128], "modules_to_not_convert": ["layers.1"]}
+    server.change(model_config={**CONFIG, "quantization_config": fp8})
+    trainer = Trainer([server])
+    assert trainer.push(1).synced
+    name = "model.layers.0.mlp.up_proj.weight"
+    whole = server.weights[name].float() * server.weights[name + "_scale_inv"].repeat_interleave(
+        128, 0
+    ).repeat_interleave(128, 1)
+    assert torch.allclose(whole, trainer.weights[name], rtol=0.08, atol=0.02)
+    kept = "model.layers.1.mlp.up_proj.weight"
+    assert torch.equal(server.weights[kept], trainer.weights[kept].to(torch.bfloat16))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"dp_size": 2}, "without --dp"),
+        ({"pp_size": 2}, "without --dp and --pp"),
+        ({"architectures": ("LlamaForCausalLM",)}, "a LlamaForCausalLM; this run trains a Qwen2"),
+        ({"model_config": {"hidden_size": 32}}, "hidden_size 32; this run trains a model with 64"),
+        ({"quantization": "fp8"}, "--quantization fp8"),
+        ({"model_config": {"quantization_config": {"quant_method": "gptq"}}}, "gptq"),
+    ],
+)
+def test_a_server_that_cannot_be_fed_is_refused_with_the_way_out(change: dict[str, Any], says: str) -> None:
+    server = StandIn("http://a:1")
+    server.change(**change)
+    with pytest.raises(ValueError, match=says):
+        Trainer([server]).push(1)
+
+
+def test_servers_of_different_formats_are_refused() -> None:
+    a, b = StandIn("http://a:1"), StandIn("http://b:1")
+    b.change(model_config={"dtype": "float16"})
+    with pytest.raises(ValueError, match="serve the same folder"):
+        Trainer([a, b]).push(1)
+
+
+def test_sleeping_servers_are_woken_weights_first() -> None:
+    server = StandIn("http://a:1")
+    trainer = Trainer([server], sync_method="tensor")
+    trainer.push(1)
+    server.calls.clear()
+    assert trainer.sync.sleep(["http://a:1"]) == {}
+    trainer.push(2)
+    wanted = [
+        "release kv_cache weights",
+        "resume weights",
+        "begin",
+        "end",
+        "resume kv_cache",
+        "flush",
+        "resume",
+    ]
+    assert [call for call in server.calls if call in wanted] == wanted
+    server.calls.clear()
+    trainer.push(3)
+    assert "resume weights" not in server.calls
+
+
+def test_the_disk_keeps_two_versions(tmp_path: Path) -> None:
+    def export(path: str) -> None:
+        Path(path).mkdir(parents=True)
+        (Path(path) / "model.safetensors").write_bytes(b"x" * 10)
+
+    server = StandIn("http://a:1")
+    trainer = Trainer([server], sync_method="disk", sync_disk_folder=str(tmp_path / "disk"), export=export)
+    for version in (1, 2, 3):
+        report = trainer.push(version)
+        assert report.synced and report.num_bytes == 10
+    left = sorted(path.name for path in (tmp_path / "disk").iterdir())
+    assert [name[:16] for name in left] == ["weights-00000002", "weights-00000003"]
+    loaded = [call.split()[1] for call in server.calls if call.startswith("disk")]
+    assert loaded[-1] == left[-1] and len(loaded) == 3
+    assert "begin" not in server.calls
+
+
+def test_disk_without_export_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--sync-method disk"):
+        Trainer([], sync_method="disk", sync_disk_folder=str(tmp_path))

@@ -1,0 +1,93 @@
+"""What a served model's config.json makes of the trainer's tensors."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_rasft.sync.served import ServedFormat, WireTensor, served_name
+
+FP8: dict[str, Any] = {
+    "quant_method": "fp8",
+    "fmt": "e4m3",
+    "activation_scheme": "dynamic",
+    "weight_block_size": [128, 128],
+}
+
+
+def test_fused_layers_share_a_name() -> None:
+    names = [f"model.layers.3.self_attn.{p}_proj.bias" for p in "qkv"]
+    assert {served_name(name) for name in names} == {"model.layers.3.self_attn.qkv_proj.bias"}
+    assert served_name("model.layers.0.mlp.up_proj.weight") == "model.layers.0.mlp.gate_up_proj.weight"
+    for name in ("model.layers.0.mlp.down_proj.weight", "lm_head.weight", "model.norm.weight"):
+        assert served_name(name) == name
+
+
+@pytest.mark.parametrize(
+    ("config", "dtype"),
+    [
+        ({}, torch.bfloat16),
+        ({"dtype": "float16"}, torch.float16),
+        ({"torch_dtype": "float32"}, torch.float32),
+        ({"torch_dtype": "torch.bfloat16"}, torch.bfloat16),
+    ],
+)
+def test_the_type_is_that_of_the_folder(config: dict[str, Any], dtype: torch.dtype) -> None:
+    assert ServedFormat.read(config) == ServedFormat(dtype)
+
+
+def test_linear_weights_go_as_fp8_with_their_scales() -> None:
+    served = ServedFormat.read({"quantization_config": FP8})
+    name = "model.layers.0.mlp.down_proj.weight"
+    assert served.wire_tensors(name, (130, 256)) == (
+        WireTensor(name, (130, 256), torch.float8_e4m3fn),
+        WireTensor(name + "_scale_inv", (2, 2), torch.float32),
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("model.embed_tokens.weight", (512, 256)),
+        ("lm_head.weight", (512, 256)),
+        ("model.norm.weight", (256,)),
+        ("model.layers.0.self_attn.q_norm.weight", (64,)),
+        ("model.layers.0.self_attn.q_proj.bias", (256,)),
+    ],
+)
+def test_everything_else_stays(name: str, shape: tuple[int, ...]) -> None:
+    served = ServedFormat.read({"quantization_config": FP8})
+    assert served.wire_tensors(name, shape) == (WireTensor(name, shape, torch.bfloat16),)
+
+
+@pytest.mark.parametrize(
+    ("kept", "is_quantized"),
+    [
+        ("model.layers.0.mlp.down_proj", False),
+        ("layers.0.mlp.down_proj", False),
+        ("model.layers.0", False),
+        ("down_proj", False),
+        ("model.layers.1.mlp.down_proj", True),
+        ("mlp.down", True),
+        ("lm_head", True),
+    ],
+)
+@pytest.mark.parametrize("key", ["ignored_layers", "modules_to_not_convert"])
+def test_modules_of_the_ignore_lists_stay(key: str, kept: str, is_quantized: bool) -> None:
+    served = ServedFormat.read({"quantization_config": {**FP8, key: [kept]}})
+    assert served.is_quantized("model.layers.0.mlp.down_proj.weight", (256, 256)) == is_quantized
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"quant_method": "awq"}, "awq"),
+        ({"weight_block_size": None}, "weight_block_size"),
+        ({"weight_block_size": [1, 32]}, "weight_block_size"),
+        ({"activation_scheme": "static"}, "static"),
+        ({"scale_fmt": "ue8m0"}, "ue8m0"),
+    ],
+)
+def test_a_quantization_that_cannot_be_made_is_refused(change: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        ServedFormat.read({"quantization_config": {**FP8, **change}})

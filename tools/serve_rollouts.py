@@ -1,0 +1,226 @@
+"""Starts one SGLang server for rollouts and enters its address in the file that the trainer reads.
+
+    tools/serve_rollouts.py --model DIR --server-file servers.txt [--tp 4] [--python ENV/bin/python] [-- SGLANG FLAGS]
+
+Runs in the foreground until the server ends or a SIGTERM or SIGINT comes, which it passes on; then it takes the address
+out again. SGLang lives in an environment of its own, whose interpreter --python names. With --cpu it starts on a machine
+without a GPU, from the environments that `make servers` makes. Flags after -- go to sglang.launch_server as they are.
+"""
+
+import argparse
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType
+
+from megatron_rasft.errors import RasftError, RolloutError, ServerError
+from megatron_rasft.rollout.addresses import add_address, remove_address
+from megatron_rasft.rollout.control import ServerControl
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU_LAUNCHER = Path(__file__).resolve().parent / "sglang_on_cpu.py"
+
+
+def parser() -> argparse.ArgumentParser:
+    """All flags; what follows a lone -- is SGLang's."""
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument(
+        "--model", type=Path, required=True, help="Hugging Face folder to serve: the trainer's --hf-model"
+    )
+    made.add_argument(
+        "--server-file", type=Path, help="file to enter the address in: the trainer's --rollout-server-file"
+    )
+    made.add_argument(
+        "--tp", type=int, default=1, help="GPUs to split the model over, >= 1 (default: %(default)s)"
+    )
+    made.add_argument(
+        "--host", help="address to listen on and to enter (default: this machine's; with --cpu 127.0.0.1)"
+    )
+    made.add_argument(
+        "--port", type=int, default=0, help="port to listen on; 0 takes a free one (default: %(default)s)"
+    )
+    made.add_argument(
+        "--python", type=Path, help="interpreter of the environment that holds SGLang (default: python3)"
+    )
+    made.add_argument("--cpu", action="store_true", help="run without a GPU, for tests and trials")
+    made.add_argument("--api-key-env", help="environment variable with the key that clients must give")
+    made.add_argument(
+        "--memory-saver",
+        action="store_true",
+        help="let the trainer on the same GPU release and resume the server's memory (--sync-method tensor)",
+    )
+    made.add_argument(
+        "--ready-s",
+        type=float,
+        default=1800.0,
+        help="time the server may take to start, seconds (default: %(default)s)",
+    )
+    made.add_argument(
+        "sglang", nargs="*", metavar="-- SGLANG FLAGS", help="further flags of sglang.launch_server"
+    )
+    return made
+
+
+def main() -> int:
+    """Start, wait, enter, watch; every expected failure is one line on stderr and exit status 1."""
+    args = parser().parse_args()
+    try:
+        return serve(args)
+    except (RasftError, ValueError) as error:
+        print(f"serve_rollouts: {error}", file=sys.stderr)
+        return 1
+
+
+def serve(args: argparse.Namespace) -> int:
+    """Run the server to its end; its exit status, 0 if it was asked to stop."""
+    if not (args.model / "config.json").is_file():
+        raise ValueError(
+            f"--model {args.model} holds no config.json: name the folder of a Hugging Face model."
+        )
+    if args.tp < 1:
+        raise ValueError(f"--tp must be >= 1, got {args.tp}. Use 1 for a server on one GPU.")
+    host = args.host or ("127.0.0.1" if args.cpu else own_address())
+    port = args.port or free_port(host)
+    url = f"http://{host}:{port}"
+    key = key_from(args.api_key_env)
+    stopping: list[int] = []
+    line = command(args, host, port, key)
+    try:
+        process = subprocess.Popen(line, env=environment(), start_new_session=True)
+    except OSError as error:
+        raise ValueError(f"--python {line[0]} cannot be started ({error.strerror}).") from error
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        stopping.append(number)
+        process.terminate()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+    try:
+        wait_until_ready(url, key, process, args.ready_s, stopping)
+        if not stopping:
+            if args.server_file is not None:
+                add_address(args.server_file, url)
+            print(
+                f"ready: {url}" + (f", entered in {args.server_file}" if args.server_file else ""), flush=True
+            )
+        status = process.wait()
+    finally:
+        if args.server_file is not None:
+            remove_address(args.server_file, url)
+        end(process)
+    if stopping:
+        return 0
+    raise RolloutError(f"the server at {url} ended by itself with status {status}: its log above says why")
+
+
+def command(args: argparse.Namespace, host: str, port: int, key: str | None) -> list[str]:
+    """The server's command line."""
+    python = args.python or (cpu_python() if args.cpu else Path("python3"))
+    line = [str(python), *([str(CPU_LAUNCHER)] if args.cpu else ["-m", "sglang.launch_server"])]
+    line += ["--model-path", str(args.model), "--host", host, "--port", str(port), "--tp-size", str(args.tp)]
+    if not (args.model / "tokenizer.json").exists() and not (args.model / "tokenizer.model").exists():
+        line.append("--skip-tokenizer-init")  # token ids go in and out
+    if args.memory_saver:
+        line.append("--enable-memory-saver")
+    if key is not None:
+        line += ["--api-key", key]
+    return line + list(args.sglang)
+
+
+def environment() -> dict[str, str]:
+    """Ours without what would lead the server's interpreter to this environment's packages."""
+    return {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
+
+
+def cpu_python() -> Path:
+    """The newest of the environments that `make servers` has made."""
+
+    def version(python: Path) -> list[int]:
+        return [int(n) for n in python.parents[1].name.removeprefix(".venv-sglang-").split(".")]
+
+    found = sorted(ROOT.glob(".venv-sglang-[0-9]*/bin/python"), key=version)
+    if not found:
+        raise RolloutError(
+            "--cpu needs an environment with SGLang: run `make servers`, or name one with --python."
+        )
+    return found[-1]
+
+
+def key_from(name: str | None) -> str | None:
+    """The key in that environment variable."""
+    if name is None:
+        return None
+    key = os.environ.get(name)
+    if not key:
+        raise ValueError(
+            f"--api-key-env {name} names an environment variable that is not set. Export it first."
+        )
+    return key
+
+
+def wait_until_ready(
+    url: str, key: str | None, process: subprocess.Popen[bytes], limit_s: float, stopping: list[int]
+) -> None:
+    """Until the server has generated a token; returns early if it was asked to stop."""
+    ends = time.monotonic() + limit_s
+    said = ""
+    with ServerControl(url, api_key=key) as control:
+        while not stopping:
+            try:
+                control.weight_label(deadline_s=10.0)
+                control.generate(
+                    {"input_ids": [1], "sampling_params": {"max_new_tokens": 1}}, deadline_s=120.0
+                )
+                return
+            except ServerError as error:
+                said = error.reason
+            if process.poll() is not None:
+                raise RolloutError(
+                    f"the server ended with status {process.returncode} while starting: see its log above"
+                )
+            if time.monotonic() > ends:
+                raise RolloutError(
+                    f"the server is not ready after --ready-s {limit_s:g} s ({said}): see its log above"
+                )
+            time.sleep(1.0)
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Leave none of the server's processes behind."""
+    if process.poll() is None:
+        process.terminate()
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(30)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def own_address() -> str:
+    """The address by which other machines reach this one; no packet is sent."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("10.255.255.255", 1))
+            return str(probe.getsockname()[0])
+        except OSError:
+            return "127.0.0.1"
+
+
+def free_port(host: str) -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        try:
+            probe.bind((host, 0))
+        except OSError as error:
+            raise ValueError(f"--host {host} is no address of this machine ({error.strerror}).") from error
+        return int(probe.getsockname()[1])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
