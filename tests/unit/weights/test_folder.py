@@ -145,8 +145,8 @@ def test_stored_output_of_a_tied_model_must_be_the_embedding(folder: Callable[..
     [
         (
             "llama",
-            {"architectures": ["MixtralForCausalLM"]},
-            "LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM",
+            {"architectures": ["GPT2LMHeadModel"]},
+            "LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM",
         ),
         ("llama", {"architectures": None}, "model_type 'llama'"),
         ("llama", {"attention_bias": True}, "attention_bias is true"),
