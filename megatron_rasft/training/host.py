@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
+from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.enums import ModelType
 from megatron.core.models.gpt import GPTModel
@@ -222,6 +222,7 @@ class Trainer:
             pp_group=parallel_state.get_pipeline_model_parallel_group(),
         )
         self.optimizer.reload_model_params()
+        self._load_converted_weights()
         objective = config.objective
         needs_reference = objective.needs_reference_logprobs() or objective.needs_reference_distribution()
         self.reference = FrozenReference(self.model) if needs_reference else None
@@ -478,6 +479,29 @@ class Trainer:
 
         return on_rank_zero(read_state)
 
+    def _load_converted_weights(self) -> None:
+        """Start from --load where that is a converted checkpoint: weights without a training state.
+
+        The run's own checkpoints are then looked for in --save.
+        """
+        args = self.args
+        tracker = None if args.load is None else Path(args.load) / "latest_checkpointed_iteration.txt"
+        if not on_rank_zero(
+            lambda: tracker is not None and tracker.is_file() and "release" in tracker.read_text()
+        ):
+            return
+        made_for = dist_checkpointing.load_common_state_dict(f"{args.load}/release")["args"]
+        _refuse_other_model(f"{args.load}/release", architecture_of(made_for), architecture_of(args))
+        try:
+            with _quiet():
+                checkpointing.load_checkpoint(self.model, self.optimizer, self.scheduler)
+        except (AssertionError, dist_checkpointing.core.CheckpointingException) as error:
+            raise CheckpointError(
+                f"the weights in {args.load} do not fit this model: {_first_line(error).rstrip(".")}. Convert the --hf-model again."
+            ) from error
+        self.optimizer.reload_model_params()
+        args.load = args.save
+
     def _check_same_model(self, load: Path) -> None:
         """Refuse a checkpoint of another architecture before Megatron trips over a shape."""
 
@@ -487,13 +511,7 @@ class Trainer:
             if not path.is_file():
                 return
             made_for = json.loads(path.read_text(encoding="utf-8")).get("architecture")
-            mine = architecture_of(self.args)
-            if made_for != mine:
-                differing = [f"{k} {made_for.get(k)} != {v}" for k, v in mine.items() if made_for.get(k) != v]
-                raise CheckpointError(
-                    f"checkpoint {path.parent} is of another model ({', '.join(differing)}). Give the --hf-model it was "
-                    "made from, or another --save folder."
-                )
+            _refuse_other_model(str(path.parent), made_for, architecture_of(self.args))
 
         on_rank_zero(check)
 
@@ -539,6 +557,15 @@ def architecture_of(args: Any) -> dict[str, Any]:
     return {
         name: getattr(args, name) for name in (*names, "vocab_size", "untie_embeddings_and_output_weights")
     }
+
+
+def _refuse_other_model(checkpoint: str, made_for: dict[str, Any], mine: dict[str, Any]) -> None:
+    differing = [f"{k} {made_for.get(k)} != {v}" for k, v in mine.items() if made_for.get(k) != v]
+    if differing:
+        raise CheckpointError(
+            f"checkpoint {checkpoint} is of another model ({', '.join(differing)}). Give the --hf-model it was "
+            "made from, or another --save folder."
+        )
 
 
 def writers() -> tuple[Any | None, Any | None]:
