@@ -37,7 +37,7 @@ _COPIED = (
 )
 """What travels with the weights, as far as the template folder has it."""
 
-_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_DTYPE_NAMES = {**{dtype: name for name, dtype in DTYPES.items()}, torch.float8_e4m3fn: "F8_E4M3"}
 
 
 class ShardWriter:
@@ -218,6 +218,11 @@ def _write_stage(
     return files, sum(writer.num_bytes for writer in writers.values())
 
 
+def file_name(i: int, num_files: int) -> str:
+    """Name of the i-th safetensors file of a folder, as transformers has it."""
+    return SINGLE_FILE if num_files == 1 else f"model-{i + 1:05d}-of-{num_files:05d}.safetensors"
+
+
 def _split(plans: list[TensorPlan], max_shard_bytes: int) -> list[list[TensorPlan]]:
     """Cut the plan into files of at most max_shard_bytes, or of one tensor."""
     shards: list[list[TensorPlan]] = []
@@ -245,7 +250,7 @@ def _finish(
     _check_complete(written, template)
     weight_map: dict[str, str] = {}
     for i, file in enumerate(sorted(files)):
-        final = SINGLE_FILE if len(files) == 1 else f"model-{i + 1:05d}-of-{len(files):05d}.safetensors"
+        final = file_name(i, len(files))
         if not (temporary / file).exists():
             raise ModelFolderError(
                 f"{file} is not there on the first rank: the output must be on a file system that all nodes "
@@ -255,11 +260,16 @@ def _finish(
         weight_map.update(dict.fromkeys(files[file], final))
     if len(files) > 1:
         total_size = sum(num_bytes for _, num_bytes, _ in reports)
-        index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
-        (temporary / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    _copy_companions(template.path, temporary)
-    _write_config(template, temporary, dtype)
+        write_index(temporary, weight_map, total_size)
+    copy_companions(template.path, temporary)
+    write_config(template, temporary, dtype)
     temporary.rename(out_dir.absolute())
+
+
+def write_index(folder: Path, weight_map: dict[str, str], total_size: int) -> None:
+    """Write the index of a folder with several files: tensor name -> file, and the bytes of all tensors."""
+    index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _check_complete(written: list[str], template: HfFolder) -> None:
@@ -273,7 +283,8 @@ def _check_complete(written: list[str], template: HfFolder) -> None:
         )
 
 
-def _copy_companions(source: Path, target: Path) -> None:
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy what travels with the weights: tokenizer, chat template, generation config, licence."""
     for pattern in _COPIED:
         for path in sorted(source.glob(pattern)):
             if path.is_dir():
@@ -282,14 +293,16 @@ def _copy_companions(source: Path, target: Path) -> None:
                 shutil.copyfile(path, target / path.name)
 
 
-def _write_config(template: HfFolder, target: Path, dtype: torch.dtype | None) -> None:
-    if dtype is None:
+def write_config(template: HfFolder, target: Path, dtype: torch.dtype | None, **more: Any) -> None:
+    """Write config.json for weights of ``dtype`` (None: as the template says); ``more`` are further keys."""
+    if dtype is None and not more:
         shutil.copyfile(template.path / "config.json", target / "config.json")
         return
-    config = dict(template.config)
-    # transformers 5 reads and writes "dtype", earlier releases "torch_dtype"
-    key = "dtype" if "dtype" in config else "torch_dtype"
-    config[key] = str(dtype).removeprefix("torch.")
+    config = {**template.config, **more}
+    if dtype is not None:
+        # transformers 5 reads and writes "dtype", earlier releases "torch_dtype"
+        key = "dtype" if "dtype" in config else "torch_dtype"
+        config[key] = str(dtype).removeprefix("torch.")
     (target / "config.json").write_text(
         json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
     )

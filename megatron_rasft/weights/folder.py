@@ -44,12 +44,16 @@ class HfFolder:
     rope: Rope
     table: NameTable
     tensors: dict[str, StoredTensor]
-    """The tensors of the model by Hugging Face name, exactly those of ``table``."""
+    """The tensors of the model by Hugging Face name, exactly those of ``table``; none if opened without."""
     _shards: dict[str, Any] = field(repr=False)
 
     @classmethod
-    def open(cls, path: str | Path) -> "HfFolder":
+    def open(cls, path: str | Path, *, with_weights: bool = True) -> "HfFolder":
         """Open a folder and check it against the table of its family.
+
+        Args:
+            path: the folder.
+            with_weights: False where only the model's description is wanted; there may then be no weights.
 
         Raises:
             ModelFolderError: one line with the folder, what is wrong and, where there is one, the way out.
@@ -60,13 +64,20 @@ class HfFolder:
             family = read_family(config)
             shape, rope = read_shape(config, family), read_rope(config, family)
             table = NameTable(family, shape)
-            shards, stored = _open_shards(path)
+            shards, stored = _open_shards(path) if with_weights else ({}, {})
             folder = cls(path, config, family, shape, rope, table, stored, shards)
-            folder._check_tensors()
+            if with_weights:
+                folder._check_tensors()
             _check_tokenizer(path, shape.vocab_size)
         except ModelFolderError as error:
             raise ModelFolderError(f"model folder {path}: {error}") from error.__cause__
         return folder
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The type that config.json says the weights have; None if it says none that can be loaded."""
+        name = str(self.config.get("dtype", self.config.get("torch_dtype")))
+        return {str(t).removeprefix("torch."): t for t in DTYPES.values()}.get(name)
 
     def read(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> Tensor:
         """Tensor ``name``, or its range ``start:stop`` along ``dim``, in its stored dtype on the CPU."""

@@ -81,7 +81,7 @@ def gather_tensors(
         if shards is None:
             yield from ((name, None) for name in binding.hf_names)
             continue
-        tensors = _assemble(shards, binding, table, device)
+        tensors = assemble(shards, binding, table, device)
         del shards
         for name, tensor, dtype in zip(binding.hf_names, tensors, wanted, strict=True):
             yield name, tensor.to(dtype)
@@ -98,8 +98,8 @@ def _gather(shard: Tensor, tp_group: ProcessGroup | None) -> list[Tensor] | None
     return None if raws is None else [r.view(shard.dtype) for r in raws]
 
 
-def _assemble(
-    shards: list[Tensor], binding: Binding, table: NameTable, device: torch.device | str | None
+def assemble(
+    shards: list[Tensor], binding: Binding, table: NameTable, device: torch.device | str | None = None
 ) -> list[Tensor]:
     """Whole Hugging Face tensors out of the shards of all tensor-parallel ranks."""
     dtype, device = shards[0].dtype, device or shards[0].device

@@ -83,7 +83,7 @@ def load_into(
     """
     taken: set[str] = set()
     for param, binding, layout in bound_parameters(chunks, folder.table, layer_offsets, tp_rank, tp_size):
-        param.copy_(_read_shard(folder, binding, layout))
+        param.copy_(read_shard(folder, binding, layout))
         taken.update(binding.hf_names)
     if pp_group is not None:
         stages: list[set[str]] = [set()] * pp_group.size()
@@ -98,7 +98,7 @@ def load_into(
         )
 
 
-def _read_shard(folder: HfFolder, binding: Binding, layout: ShardLayout) -> Tensor:
+def read_shard(folder: HfFolder, binding: Binding, layout: ShardLayout) -> Tensor:
     """One parameter's shard in the stored dtype, on the CPU."""
     dtype = reduce(torch.promote_types, (folder.tensors[name].dtype for name in binding.hf_names))
     shard = torch.zeros(binding.shard_shape(layout), dtype=dtype)
