@@ -181,10 +181,10 @@ def _write_layer(
                 (*parameter.index, *offsets),
                 (*parameter.stack, *size),
             )
-        modules[parameter.key.rpartition(".")[0]] = parameter
-    for module, parameter in modules.items():
+        modules[parameter.key.rpartition(".")[0], parameter.index] = parameter.stack
+    for (module, index), stack in modules.items():
         if "linear" in module or "layernorm" in module:
-            _write_extra_state(file, module, parameter)
+            file.write_object(_extra_state_key(module, index, stack), None)
 
 
 def _num_chunks(length: int, num_bytes: int) -> int:
@@ -195,13 +195,10 @@ def _num_chunks(length: int, num_bytes: int) -> int:
     return num
 
 
-def _write_extra_state(file: DistcpFile, module: str, parameter: StoredParameter) -> None:
-    """The empty object that Megatron asks for beside every module that could have an FP8 state."""
-    if parameter.index:
-        index, stack = (".".join(map(str, sizes)) for sizes in (parameter.index, parameter.stack))
-    else:
-        index, stack = "0", "1"
-    file.write_object(f"{module}._extra_state/shard_{index}_{stack}", None)
+def _extra_state_key(module: str, index: tuple[int, ...], stack: tuple[int, ...]) -> str:
+    """Key of the empty object that Megatron asks for beside every module that could have an FP8 state."""
+    position, size = (".".join(map(str, numbers)) for numbers in (index or (0,), stack or (1,)))
+    return f"{module}._extra_state/shard_{position}_{size}"
 
 
 # ---- to Hugging Face
@@ -296,11 +293,30 @@ def check_parameters(source: TorchDistFolder, table: NameTable) -> None:
                 "give the --hf-model that the run was started with"
             )
         known.add(key)
+    _check_query_groups(source, table)
     extra = [key for key in source.tensors if key not in known and not key.startswith("optimizer.")]
     if extra:
         raise CheckpointError(
             f"checkpoint {source.path}: {len(extra)} tensors are unknown to the model of config.json, the first is "
             f"{extra[0]}; give the --hf-model that the run was started with"
+        )
+
+
+def _check_query_groups(source: TorchDistFolder, table: NameTable) -> None:
+    """Added query groups must be the same in what makes queries and in what takes their values."""
+    shape = table.shape
+    heads = shape.num_attention_heads // shape.num_query_groups * shape.head_dim
+    found = {}
+    for parameter in table.stored_parameters():
+        for name, size in (("linear_qkv.weight", heads + 2 * shape.head_dim), ("linear_proj.weight", heads)):
+            if parameter.key.endswith(name):
+                key, index = place(source, parameter)
+                dim = len(index) + (name == "linear_proj.weight")
+                found[name] = source.tensors[key].size[dim] / size
+    if len(set(found.values())) > 1 or any(groups % 1 for groups in found.values()):
+        raise CheckpointError(
+            f"checkpoint {source.path} has not the attention heads of config.json ({shape.num_attention_heads} of "
+            f"{shape.head_dim} in {shape.num_query_groups} groups); give the --hf-model that the run was started with"
         )
 
 

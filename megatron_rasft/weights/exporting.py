@@ -17,7 +17,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_rasft.errors import CheckpointError, ModelFolderError
 from megatron_rasft.weights.folder import DTYPES, INDEX_FILE, SINGLE_FILE, HfFolder
-from megatron_rasft.weights.gathering import TensorPlan, gather_tensors, plan_tensors
+from megatron_rasft.weights.gathering import ExpertGroups, TensorPlan, gather_tensors, plan_tensors
 
 _COPIED = (
     "generation_config.json",
@@ -89,6 +89,8 @@ def export(
     tp_group: ProcessGroup | None = None,
     pp_rank: int = 0,
     is_first_replica: bool = True,
+    experts: ExpertGroups | None = None,
+    is_first_expert_replica: bool = True,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
@@ -107,6 +109,9 @@ def export(
         tp_group: the tensor-parallel group; None where there is none.
         pp_rank: this rank's pipeline stage.
         is_first_replica: True where data- and context-parallel rank are 0; other ranks only wait.
+        experts: where the experts of a layer are; None: each rank has all, cut as the rest is.
+        is_first_expert_replica: True where the expert-data-parallel rank is 0: with ``experts`` given these
+            ranks send theirs to the writer.
         dtype: type of all weights; None keeps the type of each tensor in ``template``.
         max_shard_bytes: size at which a stage begins another file, in bytes.
 
@@ -119,10 +124,18 @@ def export(
     temporary = _begin(out_dir, is_lead)
     files: dict[str, list[str]] = {}
     num_bytes, failure = 0, ""
-    if is_first_replica:
+    if is_first_replica or (experts is not None and is_first_expert_replica):
         try:
             files, num_bytes = _write_stage(
-                chunks, template, temporary, layer_offsets, tp_group, pp_rank, dtype, max_shard_bytes
+                chunks,
+                template,
+                temporary if is_first_replica else None,
+                layer_offsets,
+                tp_group,
+                pp_rank,
+                dtype,
+                max_shard_bytes,
+                experts,
             )
         except (OSError, ModelFolderError, ValueError) as error:
             failure = str(error)
@@ -180,28 +193,43 @@ def _begin(out_dir: Path, is_lead: bool) -> Path:
 def _write_stage(
     chunks: Sequence[torch.nn.Module],
     template: HfFolder,
-    folder: Path,
+    folder: Path | None,
     layer_offsets: Sequence[int],
     tp_group: ProcessGroup | None,
     pp_rank: int,
     dtype: torch.dtype | None,
     max_shard_bytes: int,
+    experts: ExpertGroups | None,
 ) -> tuple[dict[str, list[str]], int]:
-    """Write this stage; returns {file: tensor names} and bytes of weights (none but on the writer)."""
+    """Write this stage; returns {file: tensor names} and bytes of weights (none but on the writer).
+
+    Without a folder this rank only sends its experts.
+    """
     dtypes = {name: dtype or stored.dtype for name, stored in template.tensors.items()}
     plans = plan_tensors(
-        chunks, template.table, layer_offsets=layer_offsets, tp_group=tp_group, dtypes=dtypes
+        chunks,
+        template.table,
+        layer_offsets=layer_offsets,
+        tp_group=tp_group,
+        dtypes=dtypes,
+        experts=experts,
     )
     shards = _split(plans, max_shard_bytes)
-    paths = [folder / f"stage-{pp_rank:04d}-{i:05d}.safetensors" for i in range(len(shards))]
+    paths = [(folder or Path()) / f"stage-{pp_rank:04d}-{i:05d}.safetensors" for i in range(len(shards))]
     shard_of = {plan.name: i for i, shard in enumerate(shards) for plan in shard}
     writers: dict[int, ShardWriter] = {}
     failure: OSError | None = None
     tensors = gather_tensors(
-        chunks, template.table, layer_offsets=layer_offsets, tp_group=tp_group, dtypes=dtypes, device="cpu"
+        chunks,
+        template.table,
+        layer_offsets=layer_offsets,
+        tp_group=tp_group,
+        dtypes=dtypes,
+        device="cpu",
+        experts=experts,
     )
     for name, tensor in tensors:
-        if tensor is None or failure is not None:
+        if tensor is None or folder is None or failure is not None:
             continue  # keep drawing: the other ranks of tp_group are in the same gathers
         i = shard_of[name]
         try:

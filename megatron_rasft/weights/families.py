@@ -389,6 +389,10 @@ class Binding(NamedTuple):
     hf_shapes: tuple[tuple[int, ...], ...]
     is_copy: bool
     """True for the tied output layer on a stage without the embedding: loaded, but not exported again."""
+    prefix: str
+    """Of the layer in the Hugging Face names."""
+    expert: int
+    """Its number among all experts; 0 where it is none."""
 
     def shard_shape(self, layout: ShardLayout) -> tuple[int, ...]:
         """Shape of the Megatron parameter on the rank ``layout`` was made for."""
@@ -482,4 +486,8 @@ class NameTable:
 
     def _bind(self, entry: Entry, prefix: str, expert: int) -> Binding:
         names = tuple(prefix + name.format(e=expert) for name in entry.hf)
-        return Binding(entry, names, entry.hf_shape(self.shape), entry is _TIED_OUTPUT)
+        return Binding(entry, names, entry.hf_shape(self.shape), entry is _TIED_OUTPUT, prefix, expert)
+
+    def same_on(self, binding: Binding, expert: int) -> Binding:
+        """What ``binding`` is for another expert of the same layer."""
+        return self._bind(binding.entry, binding.prefix, expert)
