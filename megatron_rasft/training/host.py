@@ -51,6 +51,7 @@ from megatron_rasft.types import TrainingSample
 from megatron_rasft.weights.architecture import megatron_args
 from megatron_rasft.weights.exporting import export
 from megatron_rasft.weights.folder import HfFolder
+from megatron_rasft.weights.gathering import ExpertGroups
 from megatron_rasft.weights.loading import load_into
 
 _VERBOSE = "MEGATRON_RASFT_VERBOSE"
@@ -213,6 +214,10 @@ class Trainer:
         self._layer_offsets = [
             get_transformer_layer_offset(c.config, vp_stage=getattr(c, "vp_stage", None)) for c in self.chunks
         ]
+        self._experts = ExpertGroups(
+            parallel_state.get_expert_model_parallel_group(),
+            parallel_state.get_expert_tensor_parallel_group(),
+        )
         load_into(
             self.model,
             folder,
@@ -220,6 +225,7 @@ class Trainer:
             tp_size=parallel_state.get_tensor_model_parallel_world_size(),
             layer_offsets=self._layer_offsets,
             pp_group=parallel_state.get_pipeline_model_parallel_group(),
+            experts=self._experts.ranks,
         )
         self.optimizer.reload_model_params()
         self._load_converted_weights()
@@ -497,7 +503,7 @@ class Trainer:
                 checkpointing.load_checkpoint(self.model, self.optimizer, self.scheduler)
         except (AssertionError, dist_checkpointing.core.CheckpointingException) as error:
             raise CheckpointError(
-                f"the weights in {args.load} do not fit this model: {_first_line(error).rstrip(".")}. Convert the --hf-model again."
+                f"the weights in {args.load} do not fit this model: {_first_line(error).rstrip('.')}. Convert the --hf-model again."
             ) from error
         self.optimizer.reload_model_params()
         args.load = args.save
@@ -530,6 +536,8 @@ class Trainer:
                 tp_group=parallel_state.get_tensor_model_parallel_group(),
                 pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
                 is_first_replica=parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0,
+                experts=self._experts,
+                is_first_expert_replica=parallel_state.get_expert_data_parallel_rank() == 0,
             )
 
 
