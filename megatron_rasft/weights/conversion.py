@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
@@ -20,7 +20,7 @@ from megatron_rasft.weights.exporting import (
     write_config,
     write_index,
 )
-from megatron_rasft.weights.families import NameTable, Piece, StoredParameter
+from megatron_rasft.weights.families import NameTable, Piece, ShardLayout, StoredParameter
 from megatron_rasft.weights.folder import HfFolder
 from megatron_rasft.weights.fp8_blocks import QUANTIZATION_CONFIG, SCALE_SUFFIX, quantize_blocks, scale_shape
 from megatron_rasft.weights.gathering import TensorPlan, assemble
@@ -86,8 +86,8 @@ def hf_to_megatron(
 ) -> None:
     """Write the folder's weights as a Megatron checkpoint that every parallel layout loads.
 
-    The checkpoint is a release in Megatron's words: weights without a training state. In memory there are,
-    for each worker, one parameter and one chunk of it.
+    The checkpoint is a release in Megatron's words: weights without a training state. In memory there is,
+    for each worker, a chunk of a parameter, or the whole of one whose columns are cut.
 
     Args:
         source: an opened folder.
@@ -166,15 +166,14 @@ def _write_layer(
 ) -> None:
     modules = {}
     for parameter in parameters:
-        binding, size = parameter.binding, sizes[parameter.key]
-        layout = binding.entry.layout(source.shape, 0, 1, size)
-        tensor = read_shard(source, binding, layout)
-        tensor = tensor if dtype is None else tensor.to(dtype)
-        num_chunks = _num_chunks(size[layout.dim], tensor.nbytes) if binding.entry.is_sharded else 1
+        size = sizes[parameter.key]
+        dim = parameter.binding.entry.layout(source.shape, 0, 1, size).dim
         lead = (1,) * len(parameter.index)
-        for i, chunk in enumerate(tensor.chunk(num_chunks, layout.dim)):
+        position = 0
+        for chunk in _read_chunks(source, parameter, size, dtype):
             offsets = [0] * len(size)
-            offsets[layout.dim] = i * (size[layout.dim] // num_chunks)
+            offsets[dim] = position
+            position += chunk.shape[dim]
             file.write_chunk(
                 parameter.key,
                 chunk.reshape(*lead, *chunk.shape),
@@ -187,8 +186,36 @@ def _write_layer(
             file.write_object(_extra_state_key(module, index, stack), None)
 
 
-def _num_chunks(length: int, num_bytes: int) -> int:
-    """Into how many chunks a parameter is cut, along the dimension that ranks cut: each reads its own only."""
+def _read_chunks(
+    source: HfFolder, parameter: StoredParameter, size: tuple[int, ...], dtype: torch.dtype | None
+) -> Iterator[Tensor]:
+    """A parameter in equal chunks along the dimension that ranks cut, so that each will read its own only."""
+    entry, stored = parameter.binding.entry, source.tensors[parameter.binding.hf_names[0]].dtype
+    layout = entry.layout(source.shape, 0, 1, size)
+    num = num_chunks(size[layout.dim], _size(size, dtype or stored)) if entry.is_sharded else 1
+    length = layout.length // num
+    if layout.dim == 0:
+        parts = (_clip(layout, i * length, (i + 1) * length) for i in range(num))
+        chunks: Iterable[Tensor] = (read_shard(source, parameter.binding, part) for part in parts)
+    else:  # columns lie all over the file: read once
+        chunks = read_shard(source, parameter.binding, layout).split(length, layout.dim)
+    for chunk in chunks:
+        yield chunk if dtype is None else chunk.to(dtype)
+
+
+def _clip(layout: ShardLayout, start: int, stop: int) -> ShardLayout:
+    """The part of a shard from ``start`` to ``stop`` along its dimension."""
+    pieces, position = [], 0
+    for source, first, last in layout.pieces:
+        low, high = max(start, position), min(stop, position + last - first)
+        if low < high:
+            pieces.append(Piece(source, first + low - position, first + high - position))
+        position += last - first
+    return ShardLayout(layout.dim, stop - start, tuple(pieces))
+
+
+def num_chunks(length: int, num_bytes: int) -> int:
+    """Into how many chunks a parameter is cut that ranks cut: as many as divide it and are no crumbs."""
     num = _MAX_CHUNKS
     while num > 1 and (length % num or num_bytes // num < _MIN_CHUNK_BYTES):
         num //= 2

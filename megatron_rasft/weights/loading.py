@@ -136,6 +136,10 @@ def load_into(
 
 def read_shard(folder: HfFolder, binding: Binding, layout: ShardLayout) -> Tensor:
     """One parameter's shard in the stored dtype, on the CPU."""
+    if len(layout.pieces) == 1 and len(binding.hf_names) == 1:
+        (piece,) = layout.pieces
+        if piece.stop - piece.start == layout.length:
+            return folder.read(binding.hf_names[0], layout.dim, piece.start, piece.stop)
     dtype = reduce(torch.promote_types, (folder.tensors[name].dtype for name in binding.hf_names))
     shard = torch.zeros(binding.shard_shape(layout), dtype=dtype)
     position = 0
