@@ -46,7 +46,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2_one_group": ("Qwen2", {"num_attention_heads": 4, "num_key_value_heads": 1, "vocab_size": 128}),
     "qwen3": ("Qwen3", {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}),
     "mistral": ("Mistral", {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": None}),
-    "phi3": ("Phi3", {"num_attention_heads": 6, "num_key_value_heads": 2, "pad_token_id": 0}),
+    "phi3": (
+        "Phi3",
+        {"num_attention_heads": 6, "num_key_value_heads": 2, "pad_token_id": 0, "eos_token_id": 1},
+    ),
     "mixtral": (
         "Mixtral",
         {
