@@ -129,23 +129,23 @@ def _forget_cache(folder: Path) -> None:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def _anonymous_bytes() -> int:
-    """Resident memory that is not a file's: pages of mapped weights are the kernel's to drop."""
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) << 10
-    raise RuntimeError("/proc/self/status has no RssAnon")
+def _resident_bytes() -> tuple[int, int]:
+    """Memory of this process: its own, and pages of files that it has mapped, which the kernel may drop."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    own, mapped = (int(status.split(f"{name}:")[1].split()[0]) << 10 for name in ("RssAnon", "RssFile"))
+    return own, mapped
 
 
 @contextlib.contextmanager
 def _peak_memory(result: dict[str, float]) -> Iterator[None]:
-    baseline = peak = _anonymous_bytes()
+    before = peak = _resident_bytes()
     is_over = threading.Event()
 
     def sample() -> None:
         nonlocal peak
         while not is_over.wait(0.02):
-            peak = max(peak, _anonymous_bytes())
+            own, mapped = _resident_bytes()
+            peak = max(peak[0], own), max(peak[1], mapped)
 
     sampler = threading.Thread(target=sample)
     sampler.start()
@@ -154,7 +154,8 @@ def _peak_memory(result: dict[str, float]) -> Iterator[None]:
     finally:
         is_over.set()
         sampler.join()
-        result["peak_gib"] = (peak - baseline) / 2**30
+        result["peak_gib"] = (peak[0] - before[0]) / 2**30
+        result["peak_mapped_gib"] = (peak[1] - before[1]) / 2**30
 
 
 def _in_child(
@@ -195,8 +196,8 @@ def calculated(shape: str, workers: int) -> dict[str, float]:
         layout = binding.entry.layout(table.shape, 0, 1, None)
         size = 2 * torch.Size(binding.shard_shape(layout)).numel()
         chunk = size / num_chunks(layout.length, size) if binding.entry.is_sharded else size
-        # rows are read chunk by chunk, each with its slice of the file; columns all at once
-        to_megatron = max(to_megatron, 2 * chunk if layout.dim == 0 else size + chunk)
+        # rows are read chunk by chunk, each with its slice of the file and torch.save's copy; columns at once
+        to_megatron = max(to_megatron, 3 * chunk if layout.dim == 0 else size + 2 * chunk)
         # read with a chunk in hand; put together out of the whole where it holds several tensors
         to_hf = max(to_hf, size + chunk if len(binding.hf_names) == 1 else 2 * size)
         total += size
