@@ -45,6 +45,44 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "qwen2_one_group": ("Qwen2", {"num_attention_heads": 4, "num_key_value_heads": 1, "vocab_size": 128}),
     "qwen3": ("Qwen3", {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}),
+    "mistral": ("Mistral", {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": None}),
+    "phi3": (
+        "Phi3",
+        {"num_attention_heads": 6, "num_key_value_heads": 2, "pad_token_id": 0, "eos_token_id": 1},
+    ),
+    "mixtral": (
+        "Mixtral",
+        {
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+        },
+    ),
+    "qwen3_moe": (
+        "Qwen3Moe",
+        {
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "num_experts": 6,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 24,
+            "norm_topk_prob": True,
+        },
+    ),
+    "qwen3_moe_unnormalized": (
+        "Qwen3Moe",
+        {
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "norm_topk_prob": False,
+            "tie_word_embeddings": True,
+        },
+    ),
     "qwen3_tied": (
         "Qwen3",
         {
@@ -92,6 +130,7 @@ def transformer_config(folder: HfFolder, **overrides: Any) -> Any:
     same = {k: v for k, v in args.items() if k in TransformerConfig.__dataclass_fields__}
     values = {
         **same,
+        "num_moe_experts": args.get("num_experts"),
         "gated_linear_unit": True,
         "activation_func": F.silu,
         "gradient_accumulation_fusion": False,
@@ -104,6 +143,9 @@ def transformer_config(folder: HfFolder, **overrides: Any) -> Any:
         "pipeline_dtype": torch.float32,
         "tensor_model_parallel_size": ps.get_tensor_model_parallel_world_size(),
         "pipeline_model_parallel_size": ps.get_pipeline_model_parallel_world_size(),
+        "expert_model_parallel_size": ps.get_expert_model_parallel_world_size(),
+        "expert_tensor_parallel_size": ps.get_expert_tensor_parallel_world_size(),
+        "moe_token_dispatcher_type": "alltoall",
         **overrides,
     }
     return TransformerConfig(**values)

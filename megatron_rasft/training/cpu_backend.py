@@ -137,6 +137,12 @@ def enable() -> bool:
     logging.getLogger(mcore_random.__name__).addFilter(
         lambda r: "CPU RNG state changed" not in r.getMessage()
     )
+    import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
+
+    # Split sizes of an all-to-all are made numbers only where they come from a GPU.
+    token_dispatcher.maybe_move_tensor_to_cpu = lambda tensor, as_numpy=False, record_stream=False: (
+        tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+    )
     _CudaMeansCpu().__enter__()
     return True
 

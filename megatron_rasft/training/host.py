@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
+from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.enums import ModelType
 from megatron.core.models.gpt import GPTModel
@@ -55,7 +55,7 @@ from megatron_rasft.types import Request, Response, SamplingParams, TrainingSamp
 from megatron_rasft.weights.architecture import megatron_args
 from megatron_rasft.weights.exporting import export
 from megatron_rasft.weights.folder import HfFolder
-from megatron_rasft.weights.gathering import gather_tensors, plan_tensors
+from megatron_rasft.weights.gathering import ExpertGroups, gather_tensors, plan_tensors
 from megatron_rasft.weights.loading import load_into
 
 _VERBOSE = "MEGATRON_RASFT_VERBOSE"
@@ -98,6 +98,11 @@ def parse(argv: Sequence[str] | None = None) -> tuple[Any, RasftConfig, HfFolder
     args = parse_args(add_arguments)
     config = RasftConfig.from_args(args)
     read_keys(config.rollout)
+    if config.rollout.rollout_engine == "sglang" and args.expert_model_parallel_size > 1:
+        raise ValueError(
+            f"--rollout-engine sglang cannot sync experts that are spread over --expert-model-parallel-size "
+            f"{args.expert_model_parallel_size} ranks. Use 1 with --expert-tensor-parallel-size, or --rollout-engine embedded."
+        )
     if args.hf_model is None:
         raise ValueError("--hf-model DIR is missing: the Hugging Face folder of the model to train.")
     if not args.train_data:
@@ -219,6 +224,10 @@ class Trainer:
         self._layer_offsets = [
             get_transformer_layer_offset(c.config, vp_stage=getattr(c, "vp_stage", None)) for c in self.chunks
         ]
+        self._experts = ExpertGroups(
+            parallel_state.get_expert_model_parallel_group(),
+            parallel_state.get_expert_tensor_parallel_group(),
+        )
         load_into(
             self.model,
             folder,
@@ -226,8 +235,10 @@ class Trainer:
             tp_size=parallel_state.get_tensor_model_parallel_world_size(),
             layer_offsets=self._layer_offsets,
             pp_group=parallel_state.get_pipeline_model_parallel_group(),
+            experts=self._experts.ranks,
         )
         self.optimizer.reload_model_params()
+        self._load_converted_weights()
         objective = config.objective
         needs_reference = objective.needs_reference_logprobs() or objective.needs_reference_distribution()
         self.reference = FrozenReference(self.model) if needs_reference else None
@@ -350,7 +361,11 @@ class Trainer:
             connect: address -> control plane of a server.
         """
         tp_group = parallel_state.get_tensor_model_parallel_group()
-        bound: dict[str, Any] = {"layer_offsets": self._layer_offsets, "tp_group": tp_group}
+        bound: dict[str, Any] = {
+            "layer_offsets": self._layer_offsets,
+            "tp_group": tp_group,
+            "experts": self._experts,
+        }
         return WeightSync(
             self.config.sync,
             plan=partial(plan_tensors, self.model, self.folder.table, **bound),
@@ -511,6 +526,29 @@ class Trainer:
 
         return on_rank_zero(read_state)
 
+    def _load_converted_weights(self) -> None:
+        """Start from --load where that is a converted checkpoint: weights without a training state.
+
+        The run's own checkpoints are then looked for in --save.
+        """
+        args = self.args
+        tracker = None if args.load is None else Path(args.load) / "latest_checkpointed_iteration.txt"
+        if not on_rank_zero(
+            lambda: tracker is not None and tracker.is_file() and "release" in tracker.read_text()
+        ):
+            return
+        made_for = dist_checkpointing.load_common_state_dict(f"{args.load}/release")["args"]
+        _refuse_other_model(f"{args.load}/release", architecture_of(made_for), architecture_of(args))
+        try:
+            with _quiet():
+                checkpointing.load_checkpoint(self.model, self.optimizer, self.scheduler)
+        except (AssertionError, dist_checkpointing.core.CheckpointingException) as error:
+            raise CheckpointError(
+                f"the weights in {args.load} do not fit this model: {_first_line(error).rstrip('.')}. Convert the --hf-model again."
+            ) from error
+        self.optimizer.reload_model_params()
+        args.load = args.save
+
     def _check_same_model(self, load: Path) -> None:
         """Refuse a checkpoint of another architecture before Megatron trips over a shape."""
 
@@ -520,13 +558,7 @@ class Trainer:
             if not path.is_file():
                 return
             made_for = json.loads(path.read_text(encoding="utf-8")).get("architecture")
-            mine = architecture_of(self.args)
-            if made_for != mine:
-                differing = [f"{k} {made_for.get(k)} != {v}" for k, v in mine.items() if made_for.get(k) != v]
-                raise CheckpointError(
-                    f"checkpoint {path.parent} is of another model ({', '.join(differing)}). Give the --hf-model it was "
-                    "made from, or another --save folder."
-                )
+            _refuse_other_model(str(path.parent), made_for, architecture_of(self.args))
 
         on_rank_zero(check)
 
@@ -545,6 +577,8 @@ class Trainer:
                 tp_group=parallel_state.get_tensor_model_parallel_group(),
                 pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
                 is_first_replica=parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0,
+                experts=self._experts,
+                is_first_expert_replica=parallel_state.get_expert_data_parallel_rank() == 0,
             )
 
 
@@ -572,6 +606,15 @@ def architecture_of(args: Any) -> dict[str, Any]:
     return {
         name: getattr(args, name) for name in (*names, "vocab_size", "untie_embeddings_and_output_weights")
     }
+
+
+def _refuse_other_model(checkpoint: str, made_for: dict[str, Any], mine: dict[str, Any]) -> None:
+    differing = [f"{k} {made_for.get(k)} != {v}" for k, v in mine.items() if made_for.get(k) != v]
+    if differing:
+        raise CheckpointError(
+            f"checkpoint {checkpoint} is of another model ({', '.join(differing)}). Give the --hf-model it was "
+            "made from, or another --save folder."
+        )
 
 
 def writers() -> tuple[Any | None, Any | None]:

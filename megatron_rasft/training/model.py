@@ -22,12 +22,20 @@ def layer_spec(
     else the same layers with this package's RMSNorm and SdpaCoreAttention. Parameter names in a
     checkpoint are the same for both.
     """
-    norm: dict[str, Any] = {"qk_layernorm": config.qk_layernorm}
+    kind: dict[str, Any] = {
+        "qk_layernorm": config.qk_layernorm,
+        "num_experts": config.num_moe_experts,
+        "moe_grouped_gemm": config.moe_grouped_gemm,
+    }
     if config.transformer_impl == "transformer_engine":
-        return get_gpt_layer_with_transformer_engine_spec(**norm)
-    spec = get_gpt_layer_local_spec(normalization="RMSNorm", **norm)
+        return get_gpt_layer_with_transformer_engine_spec(**kind)
+    spec = get_gpt_layer_local_spec(normalization="RMSNorm", **kind)
     layer = spec.submodules
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
+    if config.num_moe_experts:
+        # Megatron names it in a checkpoint as if it were fused with an MLP that is not there.
+        names = layer.sharded_state_dict_keys_map
+        layer.sharded_state_dict_keys_map = {k: v for k, v in names.items() if k != "pre_mlp_layernorm."}
     attention = layer.self_attention.submodules
     attention.core_attention = SdpaCoreAttention
     if config.qk_layernorm:

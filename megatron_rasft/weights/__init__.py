@@ -4,7 +4,17 @@ from megatron_rasft.weights.architecture import megatron_args
 from megatron_rasft.weights.exporting import export
 from megatron_rasft.weights.families import FAMILIES
 from megatron_rasft.weights.folder import HfFolder
-from megatron_rasft.weights.gathering import gather_tensors, plan_tensors
-from megatron_rasft.weights.loading import load_into
+from megatron_rasft.weights.gathering import ExpertGroups, gather_tensors, plan_tensors
+from megatron_rasft.weights.loading import ExpertRanks, load_into
 
-__all__ = ["FAMILIES", "HfFolder", "export", "gather_tensors", "load_into", "megatron_args", "plan_tensors"]
+__all__ = [
+    "FAMILIES",
+    "ExpertGroups",
+    "ExpertRanks",
+    "HfFolder",
+    "export",
+    "gather_tensors",
+    "load_into",
+    "megatron_args",
+    "plan_tensors",
+]

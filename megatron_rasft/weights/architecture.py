@@ -7,15 +7,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from megatron_rasft.errors import ModelFolderError
-from megatron_rasft.weights.families import FAMILIES, Family, ModelShape
+from megatron_rasft.weights.families import FAMILIES, REFUSED, Family, ModelShape
 
 if TYPE_CHECKING:
     from megatron_rasft.weights.folder import HfFolder
 
 _MEGATRON_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 """Fixed in Megatron's RotaryEmbedding._apply_scaling (core/models/common/embeddings)."""
-
-_DEFAULT_ROPE_THETA = 10000.0
 
 
 @dataclass(frozen=True)
@@ -32,6 +30,11 @@ def read_family(config: dict[str, Any]) -> Family:
     for architecture in named:
         if architecture in FAMILIES:
             return FAMILIES[architecture]
+    for architecture in named:
+        if architecture in REFUSED:
+            raise ModelFolderError(
+                f"architecture {architecture} cannot be converted: {REFUSED[architecture]}"
+            )
     found = ", ".join(map(str, named)) or f"none (model_type {config.get('model_type')!r})"
     raise ModelFolderError(f"architecture {found} is not supported; supported are {', '.join(FAMILIES)}")
 
@@ -63,7 +66,7 @@ def read_shape(config: dict[str, Any], family: Family) -> ModelShape:
     return ModelShape(
         num_layers=_positive_int(config, "num_hidden_layers"),
         hidden_size=hidden_size,
-        ffn_hidden_size=_positive_int(config, "intermediate_size"),
+        ffn_hidden_size=_ffn_hidden_size(config),
         num_attention_heads=heads,
         num_query_groups=groups,
         head_dim=head_dim or hidden_size // heads,
@@ -71,7 +74,19 @@ def read_shape(config: dict[str, Any], family: Family) -> ModelShape:
         is_tied=bool(config.get("tie_word_embeddings", False)),
         has_qkv_bias=family.has_qkv_bias,
         has_qk_norm=family.has_qk_norm,
+        num_experts=_num_experts(config) if family.has_experts else 0,
     )
+
+
+def _ffn_hidden_size(config: dict[str, Any]) -> int:
+    """Of one expert where a family has it apart; its intermediate_size then is that of layers without experts."""
+    key = "moe_intermediate_size" if "moe_intermediate_size" in config else "intermediate_size"
+    return _positive_int(config, key)
+
+
+def _num_experts(config: dict[str, Any]) -> int:
+    key = "num_experts" if config.get("num_experts") is not None else "num_local_experts"
+    return _positive_int(config, key)
 
 
 def _refuse_unsupported(config: dict[str, Any], family: Family) -> None:
@@ -87,17 +102,29 @@ def _refuse_unsupported(config: dict[str, Any], family: Family) -> None:
     activation = config.get("hidden_act", "silu")
     if activation != "silu":
         raise ModelFolderError(f"hidden_act {activation!r} is not supported; supported is 'silu'")
-    if _uses_sliding_window(config):
+    if _uses_sliding_window(config, family):
+        key, value = (
+            ("use_sliding_window", "false") if family.has_window_switch else ("sliding_window", "null")
+        )
         raise ModelFolderError(
             "sliding-window attention is in use, which is not supported; if the model was trained with full "
-            "attention, set use_sliding_window to false in config.json"
+            f"attention, or if your sequences fit in the window, set {key} to {value} in config.json"
+        )
+    if family.has_experts and (config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1):
+        raise ModelFolderError(
+            f"only some layers have experts (mlp_only_layers {config.get('mlp_only_layers')}, decoder_sparse_step "
+            f"{config.get('decoder_sparse_step', 1)}), which is not supported"
         )
 
 
-def _uses_sliding_window(config: dict[str, Any]) -> bool:
+def _uses_sliding_window(config: dict[str, Any], family: Family) -> bool:
     if any(kind != "full_attention" for kind in config.get("layer_types") or []):
         return True
-    if not config.get("use_sliding_window", False) or config.get("sliding_window") is None:
+    window = config.get("sliding_window", family.default_sliding_window)
+    if not family.has_window_switch:
+        longest = config.get("max_position_embeddings", family.default_max_position_embeddings)
+        return window is not None and window < longest
+    if not config.get("use_sliding_window", False) or window is None:
         return False
     # transformers gives the window to the layers from max_window_layers on
     first_windowed = config.get("max_window_layers")
@@ -109,7 +136,7 @@ def read_rope(config: dict[str, Any], family: Family) -> Rope:
     # where a folder has both, transformers takes rope_scaling
     rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
     kind = rope.get("rope_type", rope.get("type", "default"))
-    theta = rope.get("rope_theta") or config.get("rope_theta") or _DEFAULT_ROPE_THETA
+    theta = rope.get("rope_theta") or config.get("rope_theta") or family.default_rope_theta
     partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor")) or 1.0
     if partial != 1.0:
         raise ModelFolderError(f"partial_rotary_factor {partial} is not supported; supported is 1.0")
@@ -147,7 +174,7 @@ def megatron_args(folder: "HfFolder", query_groups: int | None = None) -> dict[s
     ``use_rope_scaling`` and ``rope_scaling_factor`` are arguments of GPTModel too: megatron.training
     0.19 passes the first on but not the second, so whoever builds the model must pass both.
     """
-    shape, config = folder.shape, folder.config
+    shape, config, family = folder.shape, folder.config, folder.family
     groups = query_groups or shape.num_query_groups
     if groups < shape.num_query_groups:
         raise ValueError(
@@ -163,7 +190,7 @@ def megatron_args(folder: "HfFolder", query_groups: int | None = None) -> dict[s
         "num_query_groups": groups,
         "kv_channels": shape.head_dim,
         "max_position_embeddings": config.get("max_position_embeddings")
-        or folder.family.default_max_position_embeddings,
+        or family.default_max_position_embeddings,
         "position_embedding_type": "rope",
         "rotary_base": int(folder.rope.theta),
         "rotary_percent": 1.0,
@@ -171,7 +198,7 @@ def megatron_args(folder: "HfFolder", query_groups: int | None = None) -> dict[s
         "use_rope_scaling": folder.rope.llama3_factor is not None,
         "rope_scaling_factor": folder.rope.llama3_factor or 8.0,
         "normalization": "RMSNorm",
-        "layernorm_epsilon": config.get("rms_norm_eps", 1e-6),
+        "layernorm_epsilon": config.get("rms_norm_eps", family.default_norm_eps),
         "swiglu": True,
         "add_bias_linear": False,
         "add_qkv_bias": shape.has_qkv_bias,
@@ -181,4 +208,16 @@ def megatron_args(folder: "HfFolder", query_groups: int | None = None) -> dict[s
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,
         "init_method_std": config.get("initializer_range", 0.02),
+        **(_expert_args(shape, config, family) if shape.num_experts else {}),
+    }
+
+
+def _expert_args(shape: ModelShape, config: dict[str, Any], family: Family) -> dict[str, Any]:
+    """Megatron's softmax over the chosen experts alone is transformers' normalised choice."""
+    is_normalized = family.always_normalizes_experts or config.get("norm_topk_prob", False)
+    return {
+        "num_experts": shape.num_experts,
+        "moe_router_topk": _positive_int(config, "num_experts_per_tok"),
+        "moe_ffn_hidden_size": shape.ffn_hidden_size,
+        "moe_router_pre_softmax": not is_normalized,
     }

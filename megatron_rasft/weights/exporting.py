@@ -17,7 +17,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_rasft.errors import CheckpointError, ModelFolderError
 from megatron_rasft.weights.folder import DTYPES, INDEX_FILE, SINGLE_FILE, HfFolder
-from megatron_rasft.weights.gathering import TensorPlan, gather_tensors, plan_tensors
+from megatron_rasft.weights.gathering import ExpertGroups, TensorPlan, gather_tensors, plan_tensors
 
 _COPIED = (
     "generation_config.json",
@@ -37,7 +37,7 @@ _COPIED = (
 )
 """What travels with the weights, as far as the template folder has it."""
 
-_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_DTYPE_NAMES = {**{dtype: name for name, dtype in DTYPES.items()}, torch.float8_e4m3fn: "F8_E4M3"}
 
 
 class ShardWriter:
@@ -89,6 +89,8 @@ def export(
     tp_group: ProcessGroup | None = None,
     pp_rank: int = 0,
     is_first_replica: bool = True,
+    experts: ExpertGroups | None = None,
+    is_first_expert_replica: bool = True,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
@@ -107,6 +109,9 @@ def export(
         tp_group: the tensor-parallel group; None where there is none.
         pp_rank: this rank's pipeline stage.
         is_first_replica: True where data- and context-parallel rank are 0; other ranks only wait.
+        experts: where the experts of a layer are; None: each rank has all, cut as the rest is.
+        is_first_expert_replica: True where the expert-data-parallel rank is 0: with ``experts`` given these
+            ranks send theirs to the writer.
         dtype: type of all weights; None keeps the type of each tensor in ``template``.
         max_shard_bytes: size at which a stage begins another file, in bytes.
 
@@ -119,10 +124,18 @@ def export(
     temporary = _begin(out_dir, is_lead)
     files: dict[str, list[str]] = {}
     num_bytes, failure = 0, ""
-    if is_first_replica:
+    if is_first_replica or (experts is not None and is_first_expert_replica):
         try:
             files, num_bytes = _write_stage(
-                chunks, template, temporary, layer_offsets, tp_group, pp_rank, dtype, max_shard_bytes
+                chunks,
+                template,
+                temporary if is_first_replica else None,
+                layer_offsets,
+                tp_group,
+                pp_rank,
+                dtype,
+                max_shard_bytes,
+                experts,
             )
         except (OSError, ModelFolderError, ValueError) as error:
             failure = str(error)
@@ -180,28 +193,43 @@ def _begin(out_dir: Path, is_lead: bool) -> Path:
 def _write_stage(
     chunks: Sequence[torch.nn.Module],
     template: HfFolder,
-    folder: Path,
+    folder: Path | None,
     layer_offsets: Sequence[int],
     tp_group: ProcessGroup | None,
     pp_rank: int,
     dtype: torch.dtype | None,
     max_shard_bytes: int,
+    experts: ExpertGroups | None,
 ) -> tuple[dict[str, list[str]], int]:
-    """Write this stage; returns {file: tensor names} and bytes of weights (none but on the writer)."""
+    """Write this stage; returns {file: tensor names} and bytes of weights (none but on the writer).
+
+    Without a folder this rank only sends its experts.
+    """
     dtypes = {name: dtype or stored.dtype for name, stored in template.tensors.items()}
     plans = plan_tensors(
-        chunks, template.table, layer_offsets=layer_offsets, tp_group=tp_group, dtypes=dtypes
+        chunks,
+        template.table,
+        layer_offsets=layer_offsets,
+        tp_group=tp_group,
+        dtypes=dtypes,
+        experts=experts,
     )
     shards = _split(plans, max_shard_bytes)
-    paths = [folder / f"stage-{pp_rank:04d}-{i:05d}.safetensors" for i in range(len(shards))]
+    paths = [(folder or Path()) / f"stage-{pp_rank:04d}-{i:05d}.safetensors" for i in range(len(shards))]
     shard_of = {plan.name: i for i, shard in enumerate(shards) for plan in shard}
     writers: dict[int, ShardWriter] = {}
     failure: OSError | None = None
     tensors = gather_tensors(
-        chunks, template.table, layer_offsets=layer_offsets, tp_group=tp_group, dtypes=dtypes, device="cpu"
+        chunks,
+        template.table,
+        layer_offsets=layer_offsets,
+        tp_group=tp_group,
+        dtypes=dtypes,
+        device="cpu",
+        experts=experts,
     )
     for name, tensor in tensors:
-        if tensor is None or failure is not None:
+        if tensor is None or folder is None or failure is not None:
             continue  # keep drawing: the other ranks of tp_group are in the same gathers
         i = shard_of[name]
         try:
@@ -216,6 +244,11 @@ def _write_stage(
         raise failure
     files = {paths[i].name: [plan.name for plan in shards[i]] for i in writers}
     return files, sum(writer.num_bytes for writer in writers.values())
+
+
+def file_name(i: int, num_files: int) -> str:
+    """Name of the i-th safetensors file of a folder, as transformers has it."""
+    return SINGLE_FILE if num_files == 1 else f"model-{i + 1:05d}-of-{num_files:05d}.safetensors"
 
 
 def _split(plans: list[TensorPlan], max_shard_bytes: int) -> list[list[TensorPlan]]:
@@ -245,7 +278,7 @@ def _finish(
     _check_complete(written, template)
     weight_map: dict[str, str] = {}
     for i, file in enumerate(sorted(files)):
-        final = SINGLE_FILE if len(files) == 1 else f"model-{i + 1:05d}-of-{len(files):05d}.safetensors"
+        final = file_name(i, len(files))
         if not (temporary / file).exists():
             raise ModelFolderError(
                 f"{file} is not there on the first rank: the output must be on a file system that all nodes "
@@ -255,11 +288,16 @@ def _finish(
         weight_map.update(dict.fromkeys(files[file], final))
     if len(files) > 1:
         total_size = sum(num_bytes for _, num_bytes, _ in reports)
-        index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
-        (temporary / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    _copy_companions(template.path, temporary)
-    _write_config(template, temporary, dtype)
+        write_index(temporary, weight_map, total_size)
+    copy_companions(template.path, temporary)
+    write_config(template, temporary, dtype)
     temporary.rename(out_dir.absolute())
+
+
+def write_index(folder: Path, weight_map: dict[str, str], total_size: int) -> None:
+    """Write the index of a folder with several files: tensor name -> file, and the bytes of all tensors."""
+    index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _check_complete(written: list[str], template: HfFolder) -> None:
@@ -273,7 +311,8 @@ def _check_complete(written: list[str], template: HfFolder) -> None:
         )
 
 
-def _copy_companions(source: Path, target: Path) -> None:
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy what travels with the weights: tokenizer, chat template, generation config, licence."""
     for pattern in _COPIED:
         for path in sorted(source.glob(pattern)):
             if path.is_dir():
@@ -282,14 +321,16 @@ def _copy_companions(source: Path, target: Path) -> None:
                 shutil.copyfile(path, target / path.name)
 
 
-def _write_config(template: HfFolder, target: Path, dtype: torch.dtype | None) -> None:
-    if dtype is None:
+def write_config(template: HfFolder, target: Path, dtype: torch.dtype | None, **more: Any) -> None:
+    """Write config.json for weights of ``dtype`` (None: as the template says); ``more`` are further keys."""
+    if dtype is None and not more:
         shutil.copyfile(template.path / "config.json", target / "config.json")
         return
-    config = dict(template.config)
-    # transformers 5 reads and writes "dtype", earlier releases "torch_dtype"
-    key = "dtype" if "dtype" in config else "torch_dtype"
-    config[key] = str(dtype).removeprefix("torch.")
+    config = {**template.config, **more}
+    if dtype is not None:
+        # transformers 5 reads and writes "dtype", earlier releases "torch_dtype"
+        key = "dtype" if "dtype" in config else "torch_dtype"
+        config[key] = str(dtype).removeprefix("torch.")
     (target / "config.json").write_text(
         json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
     )

@@ -5,8 +5,9 @@ Loading copies the pieces in, exporting copies them out, so there is one descrip
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
 
 
@@ -17,6 +18,7 @@ class ModelShape:
     num_layers: int
     hidden_size: int
     ffn_hidden_size: int
+    """Of one expert, where there are experts."""
     num_attention_heads: int
     num_query_groups: int
     head_dim: int
@@ -26,6 +28,8 @@ class ModelShape:
     """The output layer is the embedding; the folder has no lm_head."""
     has_qkv_bias: bool
     has_qk_norm: bool
+    num_experts: int = 0
+    """Experts of each layer; 0: every layer has one MLP."""
 
 
 class Piece(NamedTuple):
@@ -120,6 +124,18 @@ def _query_key_value(
     return ShardLayout(0, length, tuple(pieces))
 
 
+def _fused(layout: Layout, sizes: Callable[[ModelShape], tuple[int, ...]]) -> Layout:
+    """The same shard where one Hugging Face tensor holds the sources of ``layout`` below each other."""
+
+    def fused(shape: ModelShape, tp_rank: int, tp_size: int, shard: Sequence[int] | None) -> ShardLayout:
+        starts = [0, *accumulate(sizes(shape))]
+        plain = layout(shape, tp_rank, tp_size, shard)
+        pieces = (Piece(0, starts[p.source] + p.start, starts[p.source] + p.stop) for p in plain.pieces)
+        return plain._replace(pieces=tuple(pieces))
+
+    return fused
+
+
 def _vocabulary(shape: ModelShape, tp_rank: int, tp_size: int, shard: Sequence[int] | None) -> ShardLayout:
     """A range of token rows; the vocabulary is padded at its end, so the last ranks hold padding rows."""
     rows = None if shard is None else shard[0]
@@ -133,15 +149,20 @@ def _vocabulary(shape: ModelShape, tp_rank: int, tp_size: int, shard: Sequence[i
 
 
 class Entry(NamedTuple):
-    """One Megatron parameter and the Hugging Face tensors it is made of; names of a layer lack its prefix."""
+    """One Megatron parameter and the Hugging Face tensors it is made of; names of a layer lack its prefix.
+
+    An expert's names hold {e} for its number.
+    """
 
     megatron: tuple[str, ...]
-    """Names in GPTModel: the plain layers' first, then that of Transformer Engine's fused layers."""
+    """Names in GPTModel: the plain layers' first, then that of Transformer Engine's fused layers, which is
+    also the name in a checkpoint."""
     hf: tuple[str, ...]
     hf_shape: Callable[[ModelShape], tuple[tuple[int, ...], ...]]
     layout: Layout
     is_sharded: bool = True
     """False where every tensor-parallel rank holds the same whole tensor."""
+    is_expert: bool = False
 
 
 def _norm(megatron: tuple[str, ...], hf: str, size: Callable[[ModelShape], int]) -> Entry:
@@ -166,7 +187,7 @@ _FINAL_NORM = _norm(("decoder.final_layernorm.weight",), "model.norm.weight", la
 _OUTPUT = _EMBEDDING._replace(megatron=("output_layer.weight",), hf=("lm_head.weight",))
 _TIED_OUTPUT = _EMBEDDING._replace(megatron=("output_layer.weight",))
 
-_LAYER = (
+_ATTENTION = (
     _norm(
         ("input_layernorm.weight", "self_attention.linear_qkv.layer_norm_weight"),
         "input_layernorm.weight",
@@ -184,6 +205,8 @@ _LAYER = (
         lambda s: ((s.hidden_size, _q_size(s)),),
         _input_split(_q_size),
     ),
+)
+_MLP = (
     _norm(
         ("pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"),
         "post_attention_layernorm.weight",
@@ -202,6 +225,49 @@ _LAYER = (
         _input_split(lambda s: s.ffn_hidden_size),
     ),
 )
+_FUSED_QKV = _ATTENTION[1]._replace(
+    hf=("self_attn.qkv_proj.weight",),
+    hf_shape=lambda s: ((_q_size(s) + 2 * _kv_size(s), s.hidden_size),),
+    layout=_fused(_query_key_value, lambda s: (_q_size(s), _kv_size(s), _kv_size(s))),
+)
+_FUSED_GATE_UP = _MLP[1]._replace(
+    hf=("mlp.gate_up_proj.weight",),
+    hf_shape=lambda s: ((2 * s.ffn_hidden_size, s.hidden_size),),
+    layout=_fused(_gate_then_up, lambda s: (s.ffn_hidden_size, s.ffn_hidden_size)),
+)
+
+
+def _mixture(block: str, gate: str, up: str, down: str) -> tuple[Entry, ...]:
+    """A router and experts in the place of the MLP; the names of an expert's tensors differ by family."""
+    norm, fc1, fc2 = _MLP
+    return (
+        norm._replace(megatron=("pre_mlp_layernorm.weight",)),
+        Entry(
+            ("mlp.router.weight",),
+            (f"{block}.gate.weight",),
+            lambda s: ((s.num_experts, s.hidden_size),),
+            _replicated(lambda s: s.num_experts),
+            is_sharded=False,
+        ),
+        fc1._replace(
+            megatron=(
+                "mlp.experts.local_experts.{e}.linear_fc1.weight",
+                "mlp.experts.linear_fc1.weight{e}",
+            ),
+            hf=(f"{block}.experts.{{e}}.{gate}.weight", f"{block}.experts.{{e}}.{up}.weight"),
+            is_expert=True,
+        ),
+        fc2._replace(
+            megatron=(
+                "mlp.experts.local_experts.{e}.linear_fc2.weight",
+                "mlp.experts.linear_fc2.weight{e}",
+            ),
+            hf=(f"{block}.experts.{{e}}.{down}.weight",),
+            is_expert=True,
+        ),
+    )
+
+
 _QKV_BIAS = (
     Entry(
         ("self_attention.linear_qkv.bias",),
@@ -218,35 +284,101 @@ _QK_NORM = (
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """A model family: what transformers calls it, and what sets it apart from its siblings."""
+    """A model family: what transformers calls it, and what sets it apart from its siblings.
+
+    The defaults are transformers': config.json may leave out what equals them.
+    """
 
     architecture: str
-    has_qkv_bias: bool = False
-    has_qk_norm: bool = False
+    attention: tuple[Entry, ...] = _ATTENTION
+    mlp: tuple[Entry, ...] = _MLP
     default_head_dim: int | None = None
     """head_dim where config.json has none; None means hidden_size / num_attention_heads."""
     default_max_position_embeddings: int
+    default_rope_theta: float = 10000.0
+    default_norm_eps: float = 1e-6
+    default_sliding_window: int | None = None
+    has_window_switch: bool = False
+    """sliding_window counts only where use_sliding_window is true."""
+    always_normalizes_experts: bool = False
+    """The weights of a token's experts add up to 1; else norm_topk_prob says so."""
 
     @property
     def layer_entries(self) -> tuple[Entry, ...]:
-        return _LAYER + (_QKV_BIAS if self.has_qkv_bias else ()) + (_QK_NORM if self.has_qk_norm else ())
+        return self.attention + self.mlp
+
+    @property
+    def has_qkv_bias(self) -> bool:
+        return any(entry in self.attention for entry in _QKV_BIAS)
+
+    @property
+    def has_qk_norm(self) -> bool:
+        return any(entry in self.attention for entry in _QK_NORM)
+
+    @property
+    def has_experts(self) -> bool:
+        return any(entry.is_expert for entry in self.mlp)
 
 
 FAMILIES = {
     family.architecture: family
     for family in (
         Family(architecture="LlamaForCausalLM", default_max_position_embeddings=2048),
-        Family(architecture="Qwen2ForCausalLM", has_qkv_bias=True, default_max_position_embeddings=32768),
+        Family(
+            architecture="MistralForCausalLM",
+            default_max_position_embeddings=131072,
+            default_sliding_window=4096,
+        ),
+        Family(
+            architecture="Qwen2ForCausalLM",
+            attention=_ATTENTION + _QKV_BIAS,
+            default_max_position_embeddings=32768,
+            has_window_switch=True,
+        ),
         Family(
             architecture="Qwen3ForCausalLM",
-            has_qk_norm=True,
+            attention=_ATTENTION + _QK_NORM,
             default_head_dim=128,
             default_max_position_embeddings=32768,
+            has_window_switch=True,
+        ),
+        Family(
+            architecture="Phi3ForCausalLM",
+            attention=(_ATTENTION[0], _FUSED_QKV, _ATTENTION[2]),
+            mlp=(_MLP[0], _FUSED_GATE_UP, _MLP[2]),
+            default_max_position_embeddings=4096,
+            default_norm_eps=1e-5,
+        ),
+        Family(
+            architecture="MixtralForCausalLM",
+            mlp=_mixture("block_sparse_moe", gate="w1", up="w3", down="w2"),
+            default_max_position_embeddings=131072,
+            default_rope_theta=1e6,
+            default_norm_eps=1e-5,
+            always_normalizes_experts=True,
+        ),
+        Family(
+            architecture="Qwen3MoeForCausalLM",
+            attention=_ATTENTION + _QK_NORM,
+            mlp=_mixture("mlp", gate="gate_proj", up="up_proj", down="down_proj"),
+            default_max_position_embeddings=32768,
+            has_window_switch=True,
         ),
     )
 }
 
+REFUSED = {
+    "Gemma2ForCausalLM": "its attention and output logits are capped softly, its layers have norms after attention "
+    "and MLP, and every other layer has a sliding window; Megatron's GPTModel has no such caps and norms",
+    "Gemma3ForCausalLM": "its layers have norms after attention and MLP, and two rotary bases; Megatron's GPTModel "
+    "has neither",
+    "Qwen2MoeForCausalLM": "its shared expert is gated, and only its successor Qwen3-MoE has a table here",
+    "DeepseekV3ForCausalLM": "its latent attention and grouped routing have no table here",
+}
+"""Families that people ask for and that cannot be converted, each with the reason."""
+
 _IN_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
+_IN_EXPERT = re.compile(r"(mlp\.experts\.)(?:local_experts\.(\d+)\.(.+)|(linear_fc[12]\.weight)(\d+))")
 
 
 class Binding(NamedTuple):
@@ -257,6 +389,10 @@ class Binding(NamedTuple):
     hf_shapes: tuple[tuple[int, ...], ...]
     is_copy: bool
     """True for the tied output layer on a stage without the embedding: loaded, but not exported again."""
+    prefix: str
+    """Of the layer in the Hugging Face names."""
+    expert: int
+    """Its number among all experts; 0 where it is none."""
 
     def shard_shape(self, layout: ShardLayout) -> tuple[int, ...]:
         """Shape of the Megatron parameter on the rank ``layout`` was made for."""
@@ -265,47 +401,93 @@ class Binding(NamedTuple):
         return tuple(sizes)
 
 
+class StoredParameter(NamedTuple):
+    """A parameter's place in Megatron's checkpoints, where layers, and the experts of a layer, are stacked."""
+
+    key: str
+    single_key: str
+    """Its name where the layers are not stacked (Megatron's non_homogeneous_layers); then without index[0]."""
+    index: tuple[int, ...]
+    """() or (layer,) or (layer, expert)."""
+    stack: tuple[int, ...]
+    """Sizes of the dimensions that ``index`` counts in."""
+    binding: Binding
+
+
 class NameTable:
     """The names of one model: every Hugging Face tensor, and which of them make up a Megatron parameter."""
 
     def __init__(self, family: Family, shape: ModelShape) -> None:
         self.shape = shape
-        self._layer = {name: entry for entry in family.layer_entries for name in entry.megatron}
+        self._entries = family.layer_entries
+        self._layer = {name: entry for entry in self._entries for name in entry.megatron}
         self._top = {
             "embedding.word_embeddings.weight": _EMBEDDING,
             "decoder.final_layernorm.weight": _FINAL_NORM,
         }
         self._top["output_layer.weight"] = _TIED_OUTPUT if shape.is_tied else _OUTPUT
-        self.hf_shapes: dict[str, tuple[int, ...]] = {}
+        self.hf_shapes: dict[str, tuple[int, ...]] = {
+            name: size
+            for parameter in self.stored_parameters()
+            for name, size in zip(parameter.binding.hf_names, parameter.binding.hf_shapes, strict=True)
+        }
         """Every tensor the folder must hold, in the order of the model."""
-        self._add(_EMBEDDING, "")
-        for layer in range(shape.num_layers):
-            for entry in family.layer_entries:
-                self._add(entry, f"model.layers.{layer}.")
-        self._add(_FINAL_NORM, "")
-        if not shape.is_tied:
-            self._add(_OUTPUT, "")
 
-    def _add(self, entry: Entry, prefix: str) -> None:
-        for name, size in zip(entry.hf, entry.hf_shape(self.shape), strict=True):
-            self.hf_shapes[prefix + name] = size
-
-    def bind(self, megatron_name: str, layer_offset: int) -> Binding | None:
+    def bind(self, megatron_name: str, layer_offset: int, expert_offset: int = 0) -> Binding | None:
         """The entry of a parameter, or None if this family has no such parameter.
 
         Args:
             megatron_name: name in GPTModel, without the prefixes of wrappers.
             layer_offset: global index of the first decoder layer of the parameter's model chunk.
+            expert_offset: global index of the first expert of the parameter's expert-parallel rank.
         """
         match = _IN_LAYER.fullmatch(megatron_name)
         if match is None:
-            entry, prefix = self._top.get(megatron_name), ""
-        else:
-            layer = int(match[1]) + layer_offset
-            if not 0 <= layer < self.shape.num_layers:
-                return None
-            entry, prefix = self._layer.get(match[2]), f"model.layers.{layer}."
-        if entry is None:
+            entry = self._top.get(megatron_name)
+            return None if entry is None else self._bind(entry, "", 0)
+        layer, name, expert = int(match[1]) + layer_offset, match[2], 0
+        if match := _IN_EXPERT.fullmatch(name):
+            number = match[2] or match[5]
+            name = f"{match[1]}local_experts.{{e}}.{match[3] or match[4]}"
+            expert = int(number) + expert_offset
+        entry = self._layer.get(name)
+        if entry is None or not 0 <= layer < self.shape.num_layers:
             return None
-        names = tuple(prefix + name for name in entry.hf)
-        return Binding(entry, names, entry.hf_shape(self.shape), entry is _TIED_OUTPUT)
+        if entry.is_expert and not 0 <= expert < self.shape.num_experts:
+            return None
+        return self._bind(entry, f"model.layers.{layer}.", expert)
+
+    def stored_parameters(self) -> Iterator[StoredParameter]:
+        """Every parameter as a checkpoint has it, in the order of the model."""
+        yield self._store_top(_EMBEDDING)
+        for layer in range(self.shape.num_layers):
+            for entry in self._entries:
+                for expert in range(self.shape.num_experts) if entry.is_expert else (0,):
+                    yield self._store(entry, layer, expert)
+        yield self._store_top(_FINAL_NORM)
+        if not self.shape.is_tied:
+            yield self._store_top(_OUTPUT)
+
+    def _store_top(self, entry: Entry) -> StoredParameter:
+        return StoredParameter(entry.megatron[0], entry.megatron[0], (), (), self._bind(entry, "", 0))
+
+    def _store(self, entry: Entry, layer: int, expert: int) -> StoredParameter:
+        name, index, stack = entry.megatron[-1], (layer,), (self.shape.num_layers,)
+        if entry.is_expert:
+            name = name.replace("mlp.experts.", "mlp.experts.experts.").removesuffix("{e}")
+            index, stack = (*index, expert), (*stack, self.shape.num_experts)
+        return StoredParameter(
+            f"decoder.layers.{name}",
+            f"decoder.layers.{layer}.{name}",
+            index,
+            stack,
+            self._bind(entry, f"model.layers.{layer}.", expert),
+        )
+
+    def _bind(self, entry: Entry, prefix: str, expert: int) -> Binding:
+        names = tuple(prefix + name.format(e=expert) for name in entry.hf)
+        return Binding(entry, names, entry.hf_shape(self.shape), entry is _TIED_OUTPUT, prefix, expert)
+
+    def same_on(self, binding: Binding, expert: int) -> Binding:
+        """What ``binding`` is for another expert of the same layer."""
+        return self._bind(binding.entry, binding.prefix, expert)

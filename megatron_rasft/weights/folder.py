@@ -1,6 +1,8 @@
 """A Hugging Face model folder: checked in full when opened, read slice by slice afterwards."""
 
 import json
+import math
+import struct
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,6 +33,8 @@ class StoredTensor(NamedTuple):
     file: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+    start: int
+    """Of its bytes, in the file."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +48,16 @@ class HfFolder:
     rope: Rope
     table: NameTable
     tensors: dict[str, StoredTensor]
-    """The tensors of the model by Hugging Face name, exactly those of ``table``."""
+    """The tensors of the model by Hugging Face name, exactly those of ``table``; none if opened without."""
     _shards: dict[str, Any] = field(repr=False)
 
     @classmethod
-    def open(cls, path: str | Path) -> "HfFolder":
+    def open(cls, path: str | Path, *, with_weights: bool = True) -> "HfFolder":
         """Open a folder and check it against the table of its family.
+
+        Args:
+            path: the folder.
+            with_weights: False where only the model's description is wanted; there may then be no weights.
 
         Raises:
             ModelFolderError: one line with the folder, what is wrong and, where there is one, the way out.
@@ -60,24 +68,47 @@ class HfFolder:
             family = read_family(config)
             shape, rope = read_shape(config, family), read_rope(config, family)
             table = NameTable(family, shape)
-            shards, stored = _open_shards(path)
+            shards, stored = _open_shards(path) if with_weights else ({}, {})
             folder = cls(path, config, family, shape, rope, table, stored, shards)
-            folder._check_tensors()
+            if with_weights:
+                folder._check_tensors()
             _check_tokenizer(path, shape.vocab_size)
         except ModelFolderError as error:
             raise ModelFolderError(f"model folder {path}: {error}") from error.__cause__
         return folder
 
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The type that config.json says the weights have; None if it says none that can be loaded."""
+        name = str(self.config.get("dtype", self.config.get("torch_dtype")))
+        return {str(t).removeprefix("torch."): t for t in DTYPES.values()}.get(name)
+
     def read(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> Tensor:
         """Tensor ``name``, or its range ``start:stop`` along ``dim``, in its stored dtype on the CPU."""
-        view = self._shards[self.tensors[name].file].get_slice(name)
-        whole = slice(None)
+        stored = self.tensors[name]
         try:
-            return view[(whole,) * dim + (slice(start, stop),)]
-        except (SafetensorError, OSError) as error:
+            if dim == 0:
+                return self._read_rows(stored, start, stored.shape[0] if stop is None else stop)
+            view = self._shards[stored.file].get_slice(name)
+            return view[(slice(None),) * dim + (slice(start, stop),)]
+        except (SafetensorError, OSError, EOFError) as error:
             raise ModelFolderError(
                 f"{self.path / self.tensors[name].file}: cannot read {name}: {error}"
             ) from error
+
+    def _read_rows(self, stored: StoredTensor, start: int, stop: int) -> Tensor:
+        """Rows lie together: read in one go, where a mapped file would come in page by page."""
+        stop = min(stop, stored.shape[0])
+        rows = torch.empty((max(0, stop - start), *stored.shape[1:]), dtype=stored.dtype)
+        raw = memoryview(rows.reshape(-1).view(torch.uint8).numpy())
+        with (self.path / stored.file).open("rb", buffering=0) as file:
+            file.seek(stored.start + start * math.prod(stored.shape[1:]) * stored.dtype.itemsize)
+            while raw:
+                count = file.readinto(raw)
+                if not count:
+                    raise EOFError("the file ends within it")
+                raw = raw[count:]
+        return rows
 
     def _check_tensors(self) -> None:
         expected = self.table.hf_shapes
@@ -170,6 +201,7 @@ def _open_shards(path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
     for file, promised in _shard_files(path).items():
         shards[file] = shard = _open_shard(path / file)
         present = list(shard.keys())
+        starts = _data_starts(path / file)
         for name in promised or ():
             if name not in present:
                 raise ModelFolderError(f"{file} does not hold {name}, which {INDEX_FILE} says it does")
@@ -181,8 +213,17 @@ def _open_shards(path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
                 raise ModelFolderError(
                     f"tensor {name} is stored as {view.get_dtype()}; supported are {', '.join(DTYPES)}"
                 )
-            stored[name] = StoredTensor(file, tuple(view.get_shape()), DTYPES[view.get_dtype()])
+            stored[name] = StoredTensor(file, tuple(view.get_shape()), DTYPES[view.get_dtype()], starts[name])
     return shards, stored
+
+
+def _data_starts(path: Path) -> dict[str, int]:
+    """Where each tensor's bytes begin; the header is one that ``safe_open`` has accepted."""
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    return {name: 8 + length + int(entry["data_offsets"][0]) for name, entry in header.items()}
 
 
 def _open_shard(path: Path) -> Any:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_rasft.weights.families import Binding, NameTable
-from megatron_rasft.weights.loading import bound_parameters
+from megatron_rasft.weights.loading import ExpertRanks, bound_parameters
 
 
 class TensorPlan(NamedTuple):
@@ -20,8 +20,29 @@ class TensorPlan(NamedTuple):
     dtype: torch.dtype
 
 
+class ExpertGroups(NamedTuple):
+    """Groups over which the experts of a layer are spread, and over which one expert is cut."""
+
+    ep_group: ProcessGroup
+    etp_group: ProcessGroup
+
+    @property
+    def ranks(self) -> ExpertRanks:
+        return ExpertRanks(*_rank_and_size(self.ep_group), *_rank_and_size(self.etp_group))
+
+
 def _rank_and_size(group: ProcessGroup | None) -> tuple[int, int]:
     return (0, 1) if group is None else (group.rank(), group.size())
+
+
+def _bindings(binding: Binding, table: NameTable, experts: ExpertGroups | None) -> list[Binding]:
+    """What a parameter is on every expert-parallel rank; one binding where it is no expert."""
+    if experts is None or not binding.entry.is_expert:
+        return [binding]
+    ranks = experts.ranks
+    step = ranks.num_local(table.shape.num_experts)
+    first = binding.expert - ranks.ep_rank * step
+    return [table.same_on(binding, first + rank * step) for rank in range(ranks.ep_size)]
 
 
 def plan_tensors(
@@ -31,12 +52,14 @@ def plan_tensors(
     layer_offsets: Sequence[int],
     tp_group: ProcessGroup | None,
     dtypes: dict[str, torch.dtype] | None = None,
+    experts: ExpertGroups | None = None,
 ) -> list[TensorPlan]:
     """What ``gather_tensors`` gives with the same arguments, in its order; runs no collective."""
     rank, size = _rank_and_size(tp_group)
     plans = []
-    for param, binding, _ in bound_parameters(chunks, table, layer_offsets, rank, size):
-        if not binding.is_copy:
+    ranks = None if experts is None else experts.ranks
+    for param, mine, _ in bound_parameters(chunks, table, layer_offsets, rank, size, ranks):
+        for binding in [] if mine.is_copy else _bindings(mine, table, experts):
             for name, shape in zip(binding.hf_names, binding.hf_shapes, strict=True):
                 plans.append(TensorPlan(name, shape, (dtypes or {}).get(name, param.dtype)))
     return plans
@@ -52,10 +75,13 @@ def gather_tensors(
     dtypes: dict[str, torch.dtype] | None = None,
     device: torch.device | str | None = None,
     out: Callable[[str], Tensor | None] | None = None,
+    experts: ExpertGroups | None = None,
 ) -> Iterator[tuple[str, Tensor | None]]:
     """The Hugging Face tensors of this pipeline stage, whole on rank 0 of ``tp_group``.
 
     Runs one gather per sharded parameter on ``tp_group``, so all its ranks must draw to the end, in step.
+    Experts are gathered on ``experts``' groups instead, all of whose ranks must draw then; whole they are on
+    rank 0 of ``tp_group`` on the first expert-parallel rank.
     The tied output layer's copy on the last stage is left out. Beside the model there is at most one
     parameter in memory, twice on rank 0. The parameters must be current: with --overlap-param-gather the
     last step's are only gathered at the next forward pass, unless they are synchronised first.
@@ -68,13 +94,18 @@ def gather_tensors(
         dtypes: type to give, by name; the parameter's own where a name is not in it.
         device: where to put the tensors together; None: where the parameters are.
         out: name -> memory of the tensor's shape and type to put it together in; None: new memory.
+        experts: where the experts of a layer are; None: each rank has all, cut as the rest is.
 
     Yields:
         (name, tensor) on rank 0 of ``tp_group``, (name, None) on its other ranks.
     """
     rank, size = _rank_and_size(tp_group)
-    for param, binding, _ in bound_parameters(chunks, table, layer_offsets, rank, size):
+    ranks = None if experts is None else experts.ranks
+    for param, binding, _ in bound_parameters(chunks, table, layer_offsets, rank, size, ranks):
         if binding.is_copy:
+            continue
+        if experts is not None and binding.entry.is_expert:
+            yield from _gather_experts(param, binding, table, experts, rank == 0, dtypes or {}, device)
             continue
         wanted = [(dtypes or {}).get(name, param.dtype) for name in binding.hf_names]
         # one type travels; q, k and v of different stored types (unheard of) travel as the parameter is
@@ -83,10 +114,31 @@ def gather_tensors(
         if shards is None:
             yield from ((name, None) for name in binding.hf_names)
             continue
-        tensors = _assemble(shards, binding, table, device, out)
+        tensors = assemble(shards, binding, table, device, out)
         del shards
         for name, tensor, dtype in zip(binding.hf_names, tensors, wanted, strict=True):
             yield name, tensor.to(dtype)
+
+
+def _gather_experts(
+    param: Tensor,
+    mine: Binding,
+    table: NameTable,
+    experts: ExpertGroups,
+    is_receiver: bool,
+    dtypes: dict[str, torch.dtype],
+    device: torch.device | str | None,
+) -> Iterator[tuple[str, Tensor | None]]:
+    """The same local expert of every expert-parallel rank."""
+    bindings = _bindings(mine, table, experts)
+    shards = _gather(param.detach().contiguous(), experts.etp_group)
+    whole: list[list[Tensor] | None] = []
+    if shards is not None:
+        whole = [_gather(tensor, experts.ep_group) for tensor in assemble(shards, mine, table, device)]
+    for rank, binding in enumerate(bindings):
+        for i, name in enumerate(binding.hf_names):
+            copies = whole[i] if whole and is_receiver else None
+            yield name, None if copies is None else copies[rank].to(dtypes.get(name, param.dtype))
 
 
 def _gather(shard: Tensor, tp_group: ProcessGroup | None) -> list[Tensor] | None:
@@ -100,12 +152,12 @@ def _gather(shard: Tensor, tp_group: ProcessGroup | None) -> list[Tensor] | None
     return None if raws is None else [r.view(shard.dtype) for r in raws]
 
 
-def _assemble(
+def assemble(
     shards: list[Tensor],
     binding: Binding,
     table: NameTable,
-    device: torch.device | str | None,
-    out: Callable[[str], Tensor | None] | None,
+    device: torch.device | str | None = None,
+    out: Callable[[str], Tensor | None] | None = None,
 ) -> list[Tensor]:
     """Whole Hugging Face tensors out of the shards of all tensor-parallel ranks."""
     dtype, device = shards[0].dtype, device or shards[0].device

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from functools import reduce
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -13,12 +14,30 @@ from megatron_rasft.weights.families import Binding, NameTable, ShardLayout
 from megatron_rasft.weights.folder import HfFolder
 
 
+class ExpertRanks(NamedTuple):
+    """Which experts a rank holds, and how they are cut; the default is all of them, whole."""
+
+    ep_rank: int = 0
+    ep_size: int = 1
+    etp_rank: int = 0
+    """In the expert-tensor-parallel group, which cuts experts as the tensor-parallel group cuts the rest."""
+    etp_size: int = 1
+
+    def num_local(self, num_experts: int) -> int:
+        if num_experts % self.ep_size:
+            raise ValueError(
+                f"--expert-model-parallel-size {self.ep_size} does not divide the model's {num_experts} experts."
+            )
+        return num_experts // self.ep_size
+
+
 def bound_parameters(
     chunks: Sequence[torch.nn.Module],
     table: NameTable,
     layer_offsets: Sequence[int],
     tp_rank: int,
     tp_size: int,
+    experts: ExpertRanks | None = None,
 ) -> Iterator[tuple[Tensor, Binding, ShardLayout]]:
     """Every parameter of the chunks with its place in the table; refuses one that has none or does not fit.
 
@@ -28,21 +47,26 @@ def bound_parameters(
         raise ValueError(
             f"{len(chunks)} model chunks but {len(layer_offsets)} layer_offsets; give one per chunk."
         )
+    experts = experts or ExpertRanks(etp_rank=tp_rank, etp_size=tp_size)
+    expert_offset = experts.ep_rank * experts.num_local(table.shape.num_experts)
     for chunk, layer_offset in zip(chunks, layer_offsets, strict=True):
         for full_name, param in chunk.named_parameters():
             name = _unwrapped(full_name)
-            binding = table.bind(name, layer_offset)
+            binding = table.bind(name, layer_offset, expert_offset)
             if binding is None:
                 raise ModelFolderError(
                     f"parameter {name} (layer offset {layer_offset}) has no counterpart in the Hugging Face "
                     "model; the model was not built with the arguments that its config.json implies"
                 )
-            layout = binding.entry.layout(table.shape, tp_rank, tp_size, param.shape)
+            rank, size = (
+                (experts.etp_rank, experts.etp_size) if binding.entry.is_expert else (tp_rank, tp_size)
+            )
+            layout = binding.entry.layout(table.shape, rank, size, param.shape)
             expected = binding.shard_shape(layout)
             if tuple(param.shape) != expected:
                 raise ModelFolderError(
-                    f"parameter {name} has shape {list(param.shape)} on tensor-parallel rank {tp_rank} of "
-                    f"{tp_size}, config.json implies {list(expected)}"
+                    f"parameter {name} has shape {list(param.shape)} on tensor-parallel rank {rank} of "
+                    f"{size}, config.json implies {list(expected)}"
                 )
             yield param, binding, layout
 
@@ -62,6 +86,7 @@ def load_into(
     tp_size: int,
     layer_offsets: Sequence[int],
     pp_group: ProcessGroup | None = None,
+    experts: ExpertRanks | None = None,
 ) -> None:
     """Copy the folder's weights into the parameters of this rank, in place, cast to each parameter's dtype.
 
@@ -77,19 +102,30 @@ def load_into(
         layer_offsets: global index of the first decoder layer of each chunk.
         pp_group: group over which the layers are split. Given, one all_gather_object runs on it, to know
             that the stages together took every tensor; None says that these chunks are the whole model.
+        experts: the experts this rank holds; None: all, cut as the rest is.
 
     Raises:
         ModelFolderError: a parameter without a tensor, a tensor without a parameter, or another shape.
     """
     taken: set[str] = set()
-    for param, binding, layout in bound_parameters(chunks, folder.table, layer_offsets, tp_rank, tp_size):
-        param.copy_(_read_shard(folder, binding, layout))
+    for param, binding, layout in bound_parameters(
+        chunks, folder.table, layer_offsets, tp_rank, tp_size, experts
+    ):
+        param.copy_(read_shard(folder, binding, layout))
         taken.update(binding.hf_names)
     if pp_group is not None:
         stages: list[set[str]] = [set()] * pp_group.size()
         dist.all_gather_object(stages, taken, group=pp_group)
         taken = set().union(*stages)
-    left = [name for name in folder.table.hf_shapes if name not in taken]
+    ep_rank, ep_size = (0, 1) if experts is None else experts[:2]
+    num_local = folder.shape.num_experts // ep_size
+    left = [
+        name
+        for parameter in folder.table.stored_parameters()
+        if not parameter.binding.entry.is_expert or parameter.binding.expert // num_local == ep_rank
+        for name in parameter.binding.hf_names
+        if name not in taken
+    ]
     if left:
         raise ModelFolderError(
             f"model folder {folder.path}: {len(left)} tensors have no parameter in the model, the first is "
@@ -98,8 +134,12 @@ def load_into(
         )
 
 
-def _read_shard(folder: HfFolder, binding: Binding, layout: ShardLayout) -> Tensor:
+def read_shard(folder: HfFolder, binding: Binding, layout: ShardLayout) -> Tensor:
     """One parameter's shard in the stored dtype, on the CPU."""
+    if len(layout.pieces) == 1 and len(binding.hf_names) == 1:
+        (piece,) = layout.pieces
+        if piece.stop - piece.start == layout.length:
+            return folder.read(binding.hf_names[0], layout.dim, piece.start, piece.stop)
     dtype = reduce(torch.promote_types, (folder.tensors[name].dtype for name in binding.hf_names))
     shard = torch.zeros(binding.shard_shape(layout), dtype=dtype)
     position = 0

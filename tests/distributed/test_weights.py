@@ -23,8 +23,10 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("world_size,layouts", [(2, 4), (4, 3)])
-def test_every_layout_loads_computes_and_exports_the_same(root: Path, world_size: int, layouts: int) -> None:
+@pytest.mark.parametrize("world_size,layouts,expert_layouts", [(2, 4, 2), (4, 3, 3)])
+def test_every_layout_loads_computes_and_exports_the_same(
+    root: Path, world_size: int, layouts: int, expert_layouts: int
+) -> None:
     environment = os.environ | {
         "PYTHONPATH": str(REPOSITORY),
         "OMP_NUM_THREADS": "1",
@@ -49,5 +51,7 @@ def test_every_layout_loads_computes_and_exports_the_same(root: Path, world_size
         for rank in ranks:
             rank.kill()
     assert [rank.returncode for rank in ranks] == [0] * world_size, "\n".join(o[-3000:] for o in outputs)
-    skipped = 2 if world_size == 4 else 0
-    assert outputs[0].count("round trip") == layouts * len(CASES) - skipped
+    skipped = 3 if world_size == 4 else 0
+    with_experts = sum("num_experts_per_tok" in overrides for _, overrides in CASES.values())
+    expected = layouts * len(CASES) - skipped + expert_layouts * with_experts
+    assert outputs[0].count("round trip") == expected

@@ -19,7 +19,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed  # noqa: E402
 
 from megatron_rasft.errors import CheckpointError  # noqa: E402
-from megatron_rasft.weights import HfFolder, export, load_into  # noqa: E402
+from megatron_rasft.weights import ExpertGroups, HfFolder, export, load_into  # noqa: E402
 from tests.tiny_models import CASES, build_chunks, some_tokens  # noqa: E402
 
 LAYOUTS: dict[int, list[tuple[int, int, int | None]]] = {
@@ -27,6 +27,10 @@ LAYOUTS: dict[int, list[tuple[int, int, int | None]]] = {
     4: [(2, 2, None), (4, 1, None), (2, 2, 2)],
 }
 """World size -> (tp, pp, vpp); what is left over is data parallel."""
+
+EXPERT_LAYOUTS = {2: [(1, 1, 2, 1), (2, 1, 2, 1)], 4: [(1, 2, 2, 1), (2, 1, 2, 2), (2, 1, 2, 1)]}
+"""World size -> (tp, pp, ep, expert tp) for the cases with experts."""
+EXPERT_CASES = [case for case in CASES if "num_experts_per_tok" in CASES[case][1]]
 
 PADDED_VOCAB_SIZE = 128
 
@@ -40,9 +44,15 @@ def main(rank: int, world_size: int, root: Path) -> None:
         ps.initialize_model_parallel(tp, pp, virtual_pipeline_model_parallel_size=vpp)
         model_parallel_cuda_manual_seed(123)
         for case in CASES:
-            if tp == 4 and case in ("llama_scaled_tied", "qwen2_tied"):
+            if tp == 4 and CASES[case][1]["num_attention_heads"] == 6:
                 continue  # six heads do not split in four
             check(case, root, f"tp{tp}pp{pp}vpp{vpp}", vpp)
+        ps.destroy_model_parallel()
+    for tp, pp, ep, etp in EXPERT_LAYOUTS[world_size]:
+        ps.initialize_model_parallel(tp, pp, expert_model_parallel_size=ep, expert_tensor_parallel_size=etp)
+        model_parallel_cuda_manual_seed(123)
+        for case in EXPERT_CASES:
+            check(case, root, f"w{world_size}tp{tp}pp{pp}ep{ep}etp{etp}", None)
         ps.destroy_model_parallel()
     check_shared_failure(root)
     dist.destroy_process_group()
@@ -51,6 +61,7 @@ def main(rank: int, world_size: int, root: Path) -> None:
 def check(case: str, root: Path, layout: str, vpp: int | None) -> None:
     folder = HfFolder.open(root / case)
     chunks, offsets = build_chunks(folder, PADDED_VOCAB_SIZE, vpp)
+    experts = ExpertGroups(ps.get_expert_model_parallel_group(), ps.get_expert_tensor_parallel_group())
     with torch.no_grad():
         for chunk in chunks:
             for param in chunk.parameters():
@@ -63,6 +74,7 @@ def check(case: str, root: Path, layout: str, vpp: int | None) -> None:
         tp_size=ps.get_tensor_model_parallel_world_size(),
         layer_offsets=offsets,
         pp_group=ps.get_pipeline_model_parallel_group(),
+        experts=experts.ranks,
     )
     held = sum(param.numel() for chunk in chunks for param in chunk.parameters())
     assert read() <= held, f"{case} {layout}: read {read()} elements for {held} parameters"
@@ -76,6 +88,8 @@ def check(case: str, root: Path, layout: str, vpp: int | None) -> None:
         tp_group=ps.get_tensor_model_parallel_group(),
         pp_rank=ps.get_pipeline_model_parallel_rank(),
         is_first_replica=ps.get_data_parallel_rank(with_context_parallel=True) == 0,
+        experts=experts,
+        is_first_expert_replica=ps.get_expert_data_parallel_rank() == 0,
     )
     exported = HfFolder.open(out)  # on every rank: nobody returned before the folder was there
     if dist.get_rank() == 0:

@@ -106,12 +106,41 @@ def test_padded_vocabulary_may_not_be_smaller_than_the_model() -> None:
 @pytest.mark.parametrize("is_tied", [True, False])
 def test_every_hf_tensor_has_exactly_one_parameter(architecture: str, is_tied: bool) -> None:
     family = FAMILIES[architecture]
-    table = NameTable(family, shape(tied=is_tied))
+    num_experts = 5 if family.has_experts else 0
+    table = NameTable(family, shape(tied=is_tied, num_experts=num_experts))
     names = ["embedding.word_embeddings.weight", "decoder.final_layernorm.weight"]
     names += [] if is_tied else ["output_layer.weight"]
-    names += [f"decoder.layers.{i}.{entry.megatron[0]}" for i in range(3) for entry in family.layer_entries]
-    bound = [hf for name in names for hf in bind(table, name).hf_names]
-    assert sorted(bound) == sorted(table.hf_shapes)
+    for which in (0, -1):  # plain layers, fused layers
+        layers = [
+            f"decoder.layers.{layer}.{entry.megatron[which].format(e=expert)}"
+            for layer in range(3)
+            for entry in family.layer_entries
+            for expert in (range(num_experts) if entry.is_expert else (0,))
+        ]
+        bound = [hf for name in names + layers for hf in bind(table, name).hf_names]
+        assert sorted(bound) == sorted(table.hf_shapes)
+    stored = [hf for parameter in table.stored_parameters() for hf in parameter.binding.hf_names]
+    assert stored == list(table.hf_shapes)
+
+
+def test_experts_count_from_their_rank() -> None:
+    table = NameTable(FAMILIES["MixtralForCausalLM"], shape(num_experts=4))
+    for name in ("mlp.experts.local_experts.1.linear_fc2.weight", "mlp.experts.linear_fc2.weight1"):
+        binding = table.bind(LAYER + name, 0, expert_offset=2)
+        assert binding is not None
+        assert binding.hf_names == ("model.layers.1.block_sparse_moe.experts.3.w2.weight",)
+        assert table.bind(LAYER + name, 0, expert_offset=3) is None
+
+
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_fused_tensors_of_phi3_hold_the_sources_below_each_other(tp_size: int) -> None:
+    plain = NameTable(FAMILIES["LlamaForCausalLM"], shape(6, 2))
+    fused = NameTable(FAMILIES["Phi3ForCausalLM"], shape(6, 2))
+    for name, rows in (("self_attention.linear_qkv.weight", (24, 8, 8)), ("mlp.linear_fc1.weight", (12, 12))):
+        parts = [torch.randn(n, 8) for n in rows]
+        expected = shards(plain, LAYER + name, parts, tp_size)
+        got = shards(fused, LAYER + name, [torch.cat(parts)], tp_size)
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
 def test_fused_norm_names_of_transformer_engine_are_known() -> None:

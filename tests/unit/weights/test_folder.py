@@ -19,7 +19,8 @@ WEIGHTS = "model.safetensors"
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("folders")
-    folders = {case: write_folder(case, root / case) for case in ("llama", "qwen2_tied", "qwen3")}
+    cases = ("llama", "qwen2_tied", "qwen3", "mistral", "phi3", "mixtral", "qwen3_moe")
+    folders = {case: write_folder(case, root / case) for case in cases}
     folders["sharded"] = write_folder("llama", root / "sharded", max_shard_size="60KB")
     return folders
 
@@ -145,10 +146,33 @@ def test_stored_output_of_a_tied_model_must_be_the_embedding(folder: Callable[..
     [
         (
             "llama",
-            {"architectures": ["MixtralForCausalLM"]},
-            "LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM",
+            {"architectures": ["GPT2LMHeadModel"]},
+            "LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM",
         ),
         ("llama", {"architectures": None}, "model_type 'llama'"),
+        (
+            "llama",
+            {"architectures": ["Gemma2ForCausalLM"]},
+            "Gemma2ForCausalLM cannot be converted: its attention",
+        ),
+        (
+            "llama",
+            {"architectures": ["Gemma3ForCausalLM"]},
+            "norms after attention and MLP, and two rotary bases",
+        ),
+        ("llama", {"architectures": ["Qwen2MoeForCausalLM"]}, "its shared expert is gated"),
+        ("llama", {"architectures": ["DeepseekV3ForCausalLM"]}, "its latent attention"),
+        (
+            "llama",
+            {"architectures": ["MistralForCausalLM"], "max_position_embeddings": 8192},
+            "sliding_window to null",
+        ),
+        ("mistral", {"sliding_window": 1024, "max_position_embeddings": 1025}, "set sliding_window to null"),
+        ("phi3", {"sliding_window": 2047}, "set sliding_window to null"),
+        ("phi3", {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "'longrope'"),
+        ("qwen3_moe", {"mlp_only_layers": [0]}, "only some layers have experts (mlp_only_layers [0]"),
+        ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step 2"),
+        ("mixtral", {"num_local_experts": None}, "positive integer num_local_experts"),
         ("llama", {"attention_bias": True}, "attention_bias is true"),
         ("qwen3", {"attention_bias": True}, "attention_bias is true"),
         ("llama", {"mlp_bias": True}, "mlp_bias is true"),
@@ -177,6 +201,18 @@ def test_unsupported_features(folder: Callable[..., Path], case: str, config: di
 def test_sliding_window_that_no_layer_uses_is_accepted(folder: Callable[..., Path]) -> None:
     unused = {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 4, "layer_types": None}
     HfFolder.open(folder("qwen2_tied", unused))
+
+
+def test_sliding_window_as_long_as_the_positions_is_accepted(folder: Callable[..., Path]) -> None:
+    HfFolder.open(folder("mistral", {"sliding_window": 1024, "max_position_embeddings": 1024}))
+
+
+def test_experts_are_arguments_of_megatron(made: dict[str, Path], folder: Callable[..., Path]) -> None:
+    mixtral = megatron_args(HfFolder.open(made["mixtral"]))
+    assert (mixtral["num_experts"], mixtral["moe_router_topk"], mixtral["moe_ffn_hidden_size"]) == (4, 2, 40)
+    assert not mixtral["moe_router_pre_softmax"] and mixtral["rotary_base"] == 1_000_000
+    unnormalized = megatron_args(HfFolder.open(folder("qwen3_moe", {"norm_topk_prob": False})))
+    assert unnormalized["moe_router_pre_softmax"] and unnormalized["moe_ffn_hidden_size"] == 24
 
 
 @pytest.mark.parametrize("key,value", [("low_freq_factor", 2.0), ("high_freq_factor", 8.0)])

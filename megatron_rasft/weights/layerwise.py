@@ -1,0 +1,137 @@
+"""A model's logits straight from a checkpoint's own layouts: one layer in memory, plain torch, fp32.
+
+This is what the layouts mean, written down once more and apart from the tables: the proof of a conversion
+compares it with transformers.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_rasft.weights.architecture import Rope, megatron_args
+from megatron_rasft.weights.folder import HfFolder
+from megatron_rasft.weights.torch_dist import TorchDistFolder
+
+
+@torch.no_grad()
+def layerwise_logits(
+    checkpoint: TorchDistFolder,
+    folder: HfFolder,
+    tokens: Tensor,
+    *,
+    weight_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Logits of every position, computed in fp32.
+
+    Args:
+        checkpoint: Megatron's side; its layers must be stacked, as a converted checkpoint's are.
+        folder: the model's description.
+        tokens: [b, s] int64.
+        weight_dtype: type that the weights are rounded to first; None takes them as they are.
+
+    Returns:
+        [b, s, v] fp32, v without Megatron's padding.
+    """
+    return _Forward(checkpoint, folder, weight_dtype).logits(tokens)
+
+
+class _Forward:
+    def __init__(
+        self, checkpoint: TorchDistFolder, folder: HfFolder, weight_dtype: torch.dtype | None
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.weight_dtype = weight_dtype
+        self.shape = folder.shape
+        self.args = megatron_args(folder)
+        self.rope = folder.rope
+        self.groups = self.shape.num_query_groups
+
+    def _weight(self, name: str, *index: int) -> Tensor:
+        key = f"decoder.layers.{name}" if index else name
+        weight = self.checkpoint.read(key, index)
+        return (weight if self.weight_dtype is None else weight.to(self.weight_dtype)).float()
+
+    def _norm(self, x: Tensor, name: str, *index: int) -> Tensor:
+        weight = self._weight(name, *index)
+        return weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.args["layernorm_epsilon"])
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        embedding = self._weight("embedding.word_embeddings.weight")
+        x = embedding[tokens]  # [b, s, h]
+        if not self.shape.is_tied:
+            del embedding
+        angles = rotary_angles(tokens.shape[1], self.shape.head_dim, self.rope)
+        for layer in range(self.shape.num_layers):
+            x = x + self._attention(x, angles, layer)
+            x = x + (self._experts(x, layer) if self.shape.num_experts else self._mlp(x, layer))
+        x = self._norm(x, "decoder.final_layernorm.weight")
+        output = embedding if self.shape.is_tied else self._weight("output_layer.weight")
+        return x @ output[: self.shape.vocab_size].T
+
+    def _attention(self, x: Tensor, angles: Tensor, layer: int) -> Tensor:
+        batch, length, d = *x.shape[:2], self.shape.head_dim
+        x = self._norm(x, "self_attention.linear_qkv.layer_norm_weight", layer)
+        x = x @ self._weight("self_attention.linear_qkv.weight", layer).T
+        if self.shape.has_qkv_bias:
+            x = x + self._weight("self_attention.linear_qkv.bias", layer)
+        per_group = self.shape.num_attention_heads // self.groups
+        # a group is its queries, its key, its value; groups that were added for a parallel size come last
+        x = x.view(batch, length, -1, per_group + 2, d)[:, :, : self.groups]
+        query, key, value = x.split([per_group, 1, 1], 3)  # [b, s, g, *, d]
+        query = query.flatten(2, 3)
+        key, value = (t.flatten(2, 3) for t in (key, value))
+        if self.shape.has_qk_norm:
+            query = self._norm(query, "self_attention.q_layernorm.weight", layer)
+            key = self._norm(key, "self_attention.k_layernorm.weight", layer)
+        query, key = rotate(query, angles), rotate(key, angles)
+        heads = (t.transpose(1, 2) for t in (query, key, value))  # [b, heads, s, d]
+        x = F.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True)
+        x = x.transpose(1, 2).flatten(2)
+        return x @ self._weight("self_attention.linear_proj.weight", layer)[:, : x.shape[-1]].T
+
+    def _mlp(self, x: Tensor, layer: int) -> Tensor:
+        x = self._norm(x, "mlp.linear_fc1.layer_norm_weight", layer)
+        return _gated(
+            x, self._weight("mlp.linear_fc1.weight", layer), self._weight("mlp.linear_fc2.weight", layer)
+        )
+
+    def _experts(self, x: Tensor, layer: int) -> Tensor:
+        x = self._norm(x, "pre_mlp_layernorm.weight", layer)
+        scores = x @ self._weight("mlp.router.weight", layer).T  # [b, s, experts]
+        if self.args["moe_router_pre_softmax"]:
+            weights, chosen = scores.softmax(-1).topk(self.args["moe_router_topk"], -1)
+        else:
+            weights, chosen = scores.topk(self.args["moe_router_topk"], -1)
+            weights = weights.softmax(-1)
+        total = torch.zeros_like(x)
+        for expert in chosen.unique().tolist():
+            fc1 = self._weight("mlp.experts.experts.linear_fc1.weight", layer, expert)
+            fc2 = self._weight("mlp.experts.experts.linear_fc2.weight", layer, expert)
+            weight = (weights * (chosen == expert)).sum(-1, keepdim=True)
+            total += weight * _gated(x, fc1, fc2)
+        return total
+
+
+def _gated(x: Tensor, fc1: Tensor, fc2: Tensor) -> Tensor:
+    """fc1 is the gate's rows, then the up projection's."""
+    gate, up = (x @ fc1.T).chunk(2, -1)
+    return (F.silu(gate) * up) @ fc2.T
+
+
+def rotary_angles(length: int, head_dim: int, rope: Rope) -> Tensor:
+    """[s, d / 2] fp32 angle of each position and frequency, scaled as Llama 3.1 does where the model is."""
+    frequencies = rope.theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    if rope.llama3_factor is not None:
+        turns = 8192 * frequencies / (2 * math.pi)  # within the original context
+        smooth = ((turns - 1.0) / (4.0 - 1.0)).clamp(0, 1)
+        frequencies = (1 - smooth) * frequencies / rope.llama3_factor + smooth * frequencies
+    return torch.arange(length, dtype=torch.float32)[:, None] * frequencies
+
+
+def rotate(x: Tensor, angles: Tensor) -> Tensor:
+    """[b, s, heads, d], its first half paired with its second."""
+    cos, sin = angles.cos()[:, None], angles.sin()[:, None]
+    first, second = x.chunk(2, -1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)

@@ -1,0 +1,82 @@
+"""The README.md of an exported model: what it is, where its weights come from, and how they were trained."""
+
+import json
+import math
+from pathlib import Path
+
+from megatron_rasft.weights.folder import HfFolder
+
+CARD_FILE = "README.md"
+
+
+def run_facts(checkpoint: Path, iteration: int) -> dict[str, str]:
+    """What a run's --save folder tells of it; nothing for weights without a run.
+
+    Args:
+        checkpoint: the folder of one checkpoint, inside the --save folder.
+        iteration: its step.
+    """
+    try:
+        resolved = json.loads((checkpoint.parent / "config.json").read_text(encoding="utf-8"))
+        rooms, megatron = resolved["rasft"], resolved["megatron"]
+        facts = {
+            "Base model": megatron["hf_model"],
+            "Objective": rooms["objective"]["objective"],
+            "Demonstrations": ", ".join(rooms["data"]["train_data"]),
+            "Rollout engine": rooms["rollout"]["rollout_engine"],
+            "Steps": str(iteration),
+            "Problems per step": megatron["global_batch_size"],
+            "Learning rate": megatron["lr"],
+        }
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return {**facts, **_last_metrics(checkpoint.parent / "metrics.jsonl", iteration)}
+
+
+def _last_metrics(path: Path, iteration: int) -> dict[str, str]:
+    """Loss and solve rate as of ``iteration``."""
+    shown = {"objective/loss": "Loss of the last step", "verify/solve_rate": "Solve rate of the last refresh"}
+    facts = {}
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return {}
+    for line in lines:
+        record = json.loads(line)
+        if record.get("step", math.inf) > iteration:
+            break
+        facts.update(
+            {shown[key]: f"{record[key]:.4g}" for key in shown if math.isfinite(record.get(key, math.nan))}
+        )
+    return facts
+
+
+def write_card(folder: Path, template: HfFolder, title: str, facts: dict[str, str]) -> None:
+    """Write README.md into ``folder``.
+
+    Args:
+        folder: where the model lies.
+        template: the model's description.
+        title: the model's name.
+        facts: rows of the table below the model's own.
+    """
+    shape = template.shape
+    num_parameters = sum(math.prod(size) for size in template.table.hf_shapes.values())
+    experts = f", {shape.num_experts} experts" if shape.num_experts else ""
+    rows = {
+        "Architecture": template.family.architecture,
+        "Parameters": f"{num_parameters:,}",
+        "Layers": f"{shape.num_layers} of width {shape.hidden_size}{experts}",
+        "Vocabulary": f"{shape.vocab_size:,}",
+        **facts,
+    }
+    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
+    lines += ["tags:", "- megatron-rasft", "---", "", f"# {title}", ""]
+    lines += ["| | |", "| --- | --- |"]
+    lines += [f"| {name} | {_cell(value)} |" for name, value in rows.items()]
+    lines += ["", "Written by megatron_rasft from a Megatron checkpoint.", ""]
+    (folder / CARD_FILE).write_text("\n".join(lines), encoding="utf-8")
+
+
+def _cell(value: str) -> str:
+    return value.replace("|", "\\|").replace("\n", " ")

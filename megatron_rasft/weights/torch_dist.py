@@ -1,0 +1,394 @@
+"""Megatron's torch_dist checkpoints, read and written tensor by tensor, without Megatron and without ranks.
+
+A checkpoint is a folder: ``.metadata`` (a pickle that says which chunk of which tensor lies where),
+``metadata.json`` and ``*.distcp`` files, each a row of torch.save records. Facts about Megatron were seen
+in 0.19.2, core/dist_checkpointing.
+"""
+
+import argparse
+import io
+import json
+import os
+import pickle
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from megatron_rasft.errors import CheckpointError
+
+TRACKER_FILE = "latest_checkpointed_iteration.txt"
+RELEASE = "release"
+"""What the tracker file says of a checkpoint without a training state: Megatron then loads weights only."""
+
+_METADATA_FILE = ".metadata"
+_CONFIG_FILE = "metadata.json"
+_CONFIG = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+COMMON_STATE = "common_state/shard_0_1"
+"""Key of the object that Megatron reads before the weights."""
+
+
+class Record(NamedTuple):
+    """Where one chunk of a tensor, or one object, lies."""
+
+    key: str
+    file: str
+    start: int
+    length: int
+    offsets: tuple[int, ...] | None = None
+    """Position of the chunk in the whole tensor; None for an object, whose other fields are None too."""
+    sizes: tuple[int, ...] | None = None
+    global_shape: tuple[int, ...] | None = None
+    dtype: torch.dtype | None = None
+
+    def to_json(self) -> list[Any]:
+        return [*self[:-1], None if self.dtype is None else str(self.dtype).removeprefix("torch.")]
+
+    @classmethod
+    def from_json(cls, values: list[Any]) -> "Record":
+        key, file, start, length, offsets, sizes, shape, dtype = values
+        if dtype is None:
+            return cls(key, file, start, length)
+        return cls(
+            key, file, start, length, tuple(offsets), tuple(sizes), tuple(shape), getattr(torch, dtype)
+        )
+
+
+class DistcpFile:
+    """Writes one .distcp file; it has its name only once it is whole and on the disk."""
+
+    def __init__(self, path: Path) -> None:
+        self.records: list[Record] = []
+        self._path = path
+        self._temporary = path.with_name(path.name + ".tmp")
+
+    def __enter__(self) -> "DistcpFile":
+        self._file: BinaryIO = self._temporary.open("wb")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._file:
+            if kind is None:
+                self._file.flush()
+                os.fsync(self._file.fileno())
+        if kind is None:
+            self._temporary.replace(self._path)
+        else:
+            self._temporary.unlink()
+
+    def write_chunk(
+        self, key: str, chunk: Tensor, offsets: Sequence[int], global_shape: Sequence[int]
+    ) -> None:
+        """Append a chunk, a CPU tensor of as many dimensions as the whole tensor has."""
+        assert chunk.ndim == len(offsets) == len(global_shape), f"{key}: chunk and whole differ in rank"
+        start, length = self._append(chunk.contiguous() if _owns_storage(chunk) else chunk.clone())
+        self.records.append(
+            Record(
+                key,
+                self._path.name,
+                start,
+                length,
+                tuple(offsets),
+                tuple(chunk.shape),
+                tuple(global_shape),
+                chunk.dtype,
+            )
+        )
+
+    def write_object(self, key: str, value: Any) -> None:
+        """Append an object as Megatron stores its ShardedObject of one shard."""
+        start, length = self._append([value])
+        self.records.append(Record(key, self._path.name, start, length))
+
+    def _append(self, value: Any) -> tuple[int, int]:
+        start = self._file.tell()
+        torch.save(value, self._file)
+        return start, self._file.tell() - start
+
+
+def _owns_storage(tensor: Tensor) -> bool:
+    """torch.save writes a tensor's whole storage, so a view must be copied first."""
+    return tensor.untyped_storage().nbytes() == tensor.numel() * tensor.itemsize and tensor.is_contiguous()
+
+
+def common_state(architecture: dict[str, Any]) -> dict[str, Any]:
+    """What Megatron reads before the weights: the arguments it compares, and the layout's version.
+
+    Args:
+        architecture: values of Megatron's arguments, as ``megatron_args`` gives them.
+    """
+    arguments = {
+        **architecture,
+        "tensor_model_parallel_size": 1,
+        "pipeline_model_parallel_size": 1,
+        "consumed_train_samples": 0,
+        "skipped_train_samples": 0,
+        "consumed_valid_samples": 0,
+        "iteration": 0,
+    }
+    return {
+        "args": argparse.Namespace(**arguments),
+        "checkpoint_version": 3.0,
+        "iteration": 0,
+        "content_metadata": {"singleton_local_shards": False},
+    }
+
+
+def write_checkpoint_index(folder: Path, records: Sequence[Record]) -> None:
+    """Write ``.metadata`` and ``metadata.json`` for the records of all files; the checkpoint is then whole."""
+    entries: dict[str, Any] = {}
+    places: dict[MetadataIndex, _StorageInfo] = {}
+    for record in records:
+        offsets = None if record.offsets is None else torch.Size(record.offsets)
+        places[MetadataIndex(record.key, offsets)] = _StorageInfo(record.file, record.start, record.length)
+        if record.global_shape is None or record.sizes is None or offsets is None:
+            entries[record.key] = BytesStorageMetadata()
+            continue
+        assert record.dtype is not None
+        entry = entries.setdefault(
+            record.key,
+            TensorStorageMetadata(
+                TensorProperties(dtype=record.dtype), torch.Size(record.global_shape), chunks=[]
+            ),
+        )
+        entry.chunks.append(ChunkStorageMetadata(offsets, torch.Size(record.sizes)))
+    metadata = Metadata(
+        state_dict_metadata=entries,
+        storage_data=places,
+        storage_meta=StorageMeta(save_id=str(uuid.uuid4())),
+        version="1.0.0",
+    )
+    _write_whole(folder / _METADATA_FILE, pickle.dumps(metadata))
+    _write_whole(folder / _CONFIG_FILE, json.dumps(_CONFIG).encode())
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@dataclass(frozen=True)
+class TorchDistFolder:
+    """An opened checkpoint; ``open`` is the way to get one. Holds the index, no weights."""
+
+    path: Path
+    """The folder with ``.metadata``."""
+    iteration: int
+    """Step of the run that wrote it; 0 for weights without a run."""
+    tensors: dict[str, TensorStorageMetadata]
+    _places: dict[MetadataIndex, _StorageInfo] = field(repr=False)
+
+    @classmethod
+    def open(cls, path: str | Path) -> "TorchDistFolder":
+        """Open the newest checkpoint below ``path`` (a run's --save folder), or ``path`` if it is one itself.
+
+        Raises:
+            CheckpointError: one line with the folder, what is wrong and, where there is one, the way out.
+        """
+        path = Path(path)
+        folder, iteration = _newest(path)
+        _check_config(folder)
+        try:
+            with (folder / _METADATA_FILE).open("rb") as file:
+                metadata = _MetadataUnpickler(file).load()
+        except FileNotFoundError:
+            raise CheckpointError(
+                f"checkpoint {folder} has no {_METADATA_FILE}: it was not finished"
+            ) from None
+        except (pickle.UnpicklingError, EOFError, AttributeError, ValueError, TypeError) as error:
+            raise CheckpointError(f"checkpoint {folder}: {_METADATA_FILE} cannot be read: {error}") from error
+        tensors = {
+            key: entry
+            for key, entry in metadata.state_dict_metadata.items()
+            if isinstance(entry, TensorStorageMetadata)
+        }
+        opened = cls(folder, iteration, tensors, metadata.storage_data)
+        opened._check_files()
+        return opened
+
+    def _check_files(self) -> None:
+        """Every file must be there and long enough for what the index promises."""
+        ends: dict[str, int] = {}
+        for place in self._places.values():
+            if place.transform_descriptors:
+                raise CheckpointError(
+                    f"checkpoint {self.path} is stored with {', '.join(place.transform_descriptors)}, which is not "
+                    "supported; save it without"
+                )
+            ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
+        for file, end in ends.items():
+            try:
+                size = (self.path / file).stat().st_size
+            except FileNotFoundError:
+                raise CheckpointError(
+                    f"checkpoint {self.path}: {file} is missing, though {_METADATA_FILE} names it"
+                ) from None
+            if size < end:
+                raise CheckpointError(
+                    f"checkpoint {self.path}: {file} is truncated: {size} bytes of at least {end}"
+                )
+
+    def read(self, key: str, index: Sequence[int] = ()) -> Tensor:
+        """Tensor ``key`` at ``index`` of its leading dimensions, put together from its chunks, on the CPU."""
+        entry, lead = self.tensors[key], len(index)
+        whole = torch.empty(entry.size[lead:], dtype=entry.properties.dtype)
+        found = 0
+        for chunk in entry.chunks:
+            within = [i - o for i, o in zip(index, chunk.offsets, strict=False)]
+            if not all(0 <= w < size for w, size in zip(within, chunk.sizes, strict=False)):
+                continue
+            piece = self._load(key, chunk)
+            for position in within:
+                piece = piece[position]
+            target = whole
+            for dim, (offset, size) in enumerate(zip(chunk.offsets[lead:], chunk.sizes[lead:], strict=True)):
+                target = target.narrow(dim, offset, size)
+            target.copy_(piece)
+            found += piece.numel()
+        if found != whole.numel():
+            raise CheckpointError(
+                f"checkpoint {self.path}: the chunks of {key} hold {found} elements of {whole.numel()}"
+            )
+        return whole
+
+    def read_object(self, key: str) -> Any:
+        """An object of one shard, with plain values only (torch's weights_only)."""
+        place = self._places[MetadataIndex(key)]
+        with (self.path / place.relative_path).open("rb") as file:
+            file.seek(place.offset)
+            (value,) = torch.load(io.BytesIO(file.read(place.length)), weights_only=True)
+        return value
+
+    def _load(self, key: str, chunk: ChunkStorageMetadata) -> Tensor:
+        place = self._places[MetadataIndex(key, chunk.offsets)]
+        try:
+            with (self.path / place.relative_path).open("rb") as file:
+                record = io.BufferedReader(_FileRange(file, place.offset, place.length))
+                tensor = torch.load(record, map_location="cpu", weights_only=True)
+        except (RuntimeError, OSError, ValueError, EOFError, pickle.UnpicklingError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise CheckpointError(
+                f"checkpoint {self.path}: {key} in {place.relative_path} is damaged: {reason}"
+            ) from error
+        if tensor.shape != chunk.sizes:
+            raise CheckpointError(
+                f"checkpoint {self.path}: a chunk of {key} has shape {list(tensor.shape)}, {_METADATA_FILE} "
+                f"says {list(chunk.sizes)}"
+            )
+        return tensor
+
+
+def _newest(path: Path) -> tuple[Path, int]:
+    tracker = path / TRACKER_FILE
+    if not tracker.is_file():
+        if (path / _CONFIG_FILE).is_file():
+            name = path.name.removeprefix("iter_")
+            return path, int(name) if name.isdecimal() else 0
+        found = "does not exist" if not path.exists() else f"has neither {TRACKER_FILE} nor {_CONFIG_FILE}"
+        raise CheckpointError(
+            f"checkpoint {path} {found}; give a run's --save folder, or one of its iter_ folders"
+        )
+    name = tracker.read_text(encoding="utf-8").strip()
+    if name == RELEASE:
+        return path / RELEASE, 0
+    if not name.isdecimal():
+        raise CheckpointError(f"checkpoint {path}: {TRACKER_FILE} holds {name!r}, not a step")
+    return path / f"iter_{int(name):07d}", int(name)
+
+
+def _check_config(folder: Path) -> None:
+    try:
+        backend = json.loads((folder / _CONFIG_FILE).read_text(encoding="utf-8")).get("sharded_backend")
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"checkpoint {folder} has no {_CONFIG_FILE}: it is not finished, or not of the format torch_dist "
+            "(Megatron's --ckpt-format)"
+        ) from None
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"checkpoint {folder}: {_CONFIG_FILE} cannot be read: {error}") from error
+    if backend != _CONFIG["sharded_backend"]:
+        raise CheckpointError(
+            f"checkpoint {folder} is of the format {backend!r}; supported is 'torch_dist' (Megatron's --ckpt-format)"
+        )
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Builds the index's own classes only: a checkpoint from elsewhere cannot run code."""
+
+    _MODULES = ("torch.distributed.checkpoint.", "megatron.core.dist_checkpointing.")
+    _NAMES = frozenset(
+        {
+            ("torch", "Size"),
+            ("torch", "device"),
+            ("torch.serialization", "_get_layout"),
+            ("collections", "OrderedDict"),
+            ("collections", "defaultdict"),
+            ("builtins", "set"),
+            ("builtins", "frozenset"),
+            ("builtins", "complex"),
+            ("pathlib", "PosixPath"),
+            ("pathlib._local", "PosixPath"),
+        }
+    )
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype | torch.layout):
+            return getattr(torch, name)
+        if (module, name) in self._NAMES:
+            return super().find_class(module, name)
+        if module.startswith(self._MODULES) and "." not in name:
+            found = super().find_class(module, name)
+            if isinstance(found, type) and found.__module__.startswith(self._MODULES):
+                return found
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which no index needs")
+
+
+class _FileRange(io.RawIOBase):
+    """A read-only view of ``length`` bytes of an open file from ``start`` on."""
+
+    def __init__(self, file: BinaryIO, start: int, length: int) -> None:
+        self._file = file
+        self._start = start
+        self._length = length
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._length}[whence]
+        self._position = max(0, base + offset)
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")
+        count = max(0, min(len(view), self._length - self._position))
+        self._file.seek(self._start + self._position)
+        got = self._file.readinto(view[:count])  # type: ignore[attr-defined]
+        self._position += got
+        return int(got)

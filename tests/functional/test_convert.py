@@ -1,0 +1,97 @@
+"""Converted weights start a run, and a run's checkpoint becomes the folder that the run itself exports."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from megatron_rasft.weights import HfFolder
+from tests.functional import launching
+from tests.functional.conftest import Workshop
+from tools import convert_checkpoint
+
+
+def convert(direction: str, source: Path, target: Path, *more: str) -> None:
+    flags = ["--input", str(source), "--output", str(target), *more]
+    assert convert_checkpoint.main([direction, *flags]) == 0
+
+
+def assert_same_weights(a: Path, b: Path) -> None:
+    first, second = HfFolder.open(a), HfFolder.open(b)
+    assert first.tensors.keys() == second.tensors.keys()
+    assert not [name for name in first.tensors if not torch.equal(first.read(name), second.read(name))]
+
+
+def test_four_ranks_start_from_a_converted_checkpoint_and_go_on(workshop: Workshop, tmp_path: Path) -> None:
+    other = shutil.copytree(workshop.policy, tmp_path / "other")
+    weights = {n: t * 1.1 for n, t in load_file(other / "model.safetensors").items()}
+    save_file(weights, other / "model.safetensors", {"format": "pt"})
+    convert("hf-to-megatron", other, tmp_path / "converted")
+
+    layout = ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"]
+    start = ["--load", str(tmp_path / "converted"), "--objective", "asft", *layout]
+    flags = workshop.flags("--save", str(tmp_path / "save"), "--save-interval", "2", *start)
+    launching.succeed(tmp_path / "first", [*flags, "--train-iters", "2"], 4)
+    launching.succeed(
+        tmp_path / "second", [*flags, "--train-iters", "3", "--override-opt_param-scheduler"], 4
+    )
+    begun = workshop.flags("--save", str(tmp_path / "direct"), "--objective", "asft", model=other)
+    launching.succeed(tmp_path / "third", [*begun, "--train-iters", "3"])
+    assert launching.losses(tmp_path / "save") == pytest.approx(
+        launching.losses(tmp_path / "direct"), abs=1e-4, rel=0
+    )
+
+
+def test_checkpoint_of_a_run_becomes_what_the_run_exports(workshop: Workshop, tmp_path: Path) -> None:
+    flags = ["--train-iters", "2", "--export-hf", str(tmp_path / "exported")]
+    layout = ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"]
+    workshop.train(tmp_path / "save", flags + layout, 4)
+    convert("megatron-to-hf", tmp_path / "save", tmp_path / "converted", "--verify")
+    assert_same_weights(tmp_path / "exported", tmp_path / "converted")
+    card = (tmp_path / "converted/README.md").read_text()
+    assert f"| Base model | {workshop.policy} |" in card and "| Steps | 2 |" in card
+    assert (tmp_path / "converted/tokenizer.json").exists()
+
+
+def test_experts_train_on_two_ranks_as_on_one(workshop: Workshop, tmp_path: Path) -> None:
+    model = shutil.copytree(
+        workshop.policy, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors")
+    )
+    config = transformers.AutoConfig.from_pretrained(model)
+    sizes = {
+        "vocab_size": config.vocab_size,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+    }
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4}
+    ids = {"bos_token_id": None, "eos_token_id": config.eos_token_id, "max_position_embeddings": 128}
+    torch.manual_seed(3)
+    mixtral = transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes, **heads, **ids)).float()
+    mixtral.save_pretrained(model)
+    convert("hf-to-megatron", model, tmp_path / "converted")
+    for world_size, layout in ((1, []), (2, ["--expert-model-parallel-size", "2"])):
+        folder = tmp_path / f"ranks{world_size}"
+        flags = workshop.flags("--objective", "sft", "--train-iters", "3", "--save", str(folder), model=model)
+        flags += ["--load", str(tmp_path / "converted"), "--moe-token-dispatcher-type", "alltoall", *layout]
+        launching.succeed(
+            tmp_path / f"logs{world_size}", [*flags, "--export-hf", str(folder / "hf")], world_size
+        )
+        convert("megatron-to-hf", folder, tmp_path / f"back{world_size}")
+        assert_same_weights(folder / "hf", tmp_path / f"back{world_size}")
+    losses = [launching.losses(tmp_path / f"ranks{n}") for n in (1, 2)]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5, rel=0) and losses[0][2] < losses[0][0]
+
+
+def test_converted_weights_of_another_model_are_refused(workshop: Workshop, tmp_path: Path) -> None:
+    from tests.tiny_models import write_folder
+
+    convert("hf-to-megatron", write_folder("llama", tmp_path / "llama"), tmp_path / "converted")
+    outcome = launching.run(
+        tmp_path / "logs",
+        workshop.flags("--load", str(tmp_path / "converted"), "--save", str(tmp_path / "save")),
+    )
+    assert outcome.codes != [0] and "is of another model (hidden_size 48 != 64" in outcome.errors[0]

@@ -1,0 +1,132 @@
+"""The command as a user types it: exit codes, messages, and what it prints."""
+
+import json
+import shutil
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_rasft.weights import HfFolder
+from tests.tiny_models import write_folder
+from tools import convert_checkpoint
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_folder("qwen3_moe", tmp_path_factory.mktemp("hf") / "model", torch.bfloat16)
+
+
+def command(direction: str, source: Path, target: Path, *more: str) -> int:
+    return convert_checkpoint.main([direction, "--input", str(source), "--output", str(target), *more])
+
+
+def test_there_and_back_with_proof(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("hf-to-megatron", model, tmp_path / "megatron", "--verify", "--workers", "1") == 0
+    assert command("megatron-to-hf", tmp_path / "megatron", tmp_path / "back", "--verify") == 0
+    before, after = (load_file(path / "model.safetensors") for path in (model, tmp_path / "back"))
+    assert before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before)
+    printed = capsys.readouterr().out
+    assert printed.count("both sides the same, sha256") == 2
+    assert printed.count("largest gap to transformers") == 2
+    checksums = {line.split("sha256 ")[1] for line in printed.splitlines() if "sha256" in line}
+    assert len(checksums) == 1
+
+
+def test_dtype_and_fp8_are_proven_too(model: Path, tmp_path: Path) -> None:
+    assert command("hf-to-megatron", model, tmp_path / "megatron", "--dtype", "float32", "--verify") == 0
+    assert (
+        command("megatron-to-hf", tmp_path / "megatron", tmp_path / "half", "--dtype", "float16", "--verify")
+        == 0
+    )
+    assert HfFolder.open(tmp_path / "half").dtype == torch.float16
+    assert command("megatron-to-hf", tmp_path / "megatron", tmp_path / "fp8", "--fp8", "--verify") == 0
+    assert "quantization_config" in json.loads((tmp_path / "fp8/config.json").read_text())
+
+
+def test_a_fault_is_printed_and_exits_with_one(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = shutil.copytree(model, tmp_path / "model")
+    state = load_file(broken / "model.safetensors")
+    state["model.layers.1.mlp.experts.2.up_proj.weight"][0, 0] = float("nan")
+    save_file(state, broken / "model.safetensors", {"format": "pt"})
+    assert command("hf-to-megatron", broken, tmp_path / "megatron", "--verify") == 1
+    printed = capsys.readouterr().out
+    assert "model.layers.1.mlp.experts.2.up_proj.weight holds values that are not finite" in printed
+
+
+@pytest.mark.parametrize(
+    "direction,more,words",
+    [
+        ("hf-to-megatron", ["--workers", "0"], "--workers must be >= 1, got 0"),
+        ("megatron-to-hf", ["--max-shard-gb", "0"], "--max-shard-gb must be > 0, got 0.0"),
+        ("megatron-to-hf", ["--fp8", "--dtype", "float16"], "--fp8 and --dtype exclude each other"),
+        ("hf-to-megatron", ["--query-groups", "1"], "--rasft-query-groups 1 is less than the 2"),
+        ("megatron-to-hf", [], "neither latest_checkpointed_iteration.txt nor metadata.json"),
+        ("hf-to-megatron", ["--bridge", "megatron-bridge"], "Qwen3MoeForCausalLM has one. Leave it out."),
+    ],
+)
+def test_wrong_arguments_end_in_one_line(
+    model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    direction: str,
+    more: list[str],
+    words: str,
+) -> None:
+    assert command(direction, model, tmp_path / "out", *more) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_model_description_is_asked_for(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command("hf-to-megatron", model, tmp_path / "megatron") == 0
+    shutil.rmtree(tmp_path / "megatron/hugging_face")
+    assert command("megatron-to-hf", tmp_path / "megatron", tmp_path / "back") == 2
+    assert "--hf-model is missing" in capsys.readouterr().err
+    assert command("megatron-to-hf", tmp_path / "megatron", tmp_path / "back", "--hf-model", str(model)) == 0
+
+
+@pytest.fixture
+def foreign(tmp_path: Path) -> Path:
+    """A model of a family without a table."""
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign/config.json").write_text(json.dumps({"architectures": ["NemotronForCausalLM"]}))
+    return tmp_path / "foreign"
+
+
+def test_bridge_that_is_not_installed_says_so(
+    foreign: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "megatron.bridge", None)
+    assert command("hf-to-megatron", foreign, tmp_path / "out", "--bridge", "megatron-bridge") == 2
+    assert "pip install megatron-bridge" in capsys.readouterr().err
+
+
+def test_bridge_gets_a_name_that_becomes_the_output_when_it_is_done(
+    foreign: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class AutoBridge:
+        fails = True
+
+        @classmethod
+        def import_ckpt(cls, model: str, target: str) -> None:
+            Path(target).mkdir()
+            assert model == str(foreign)
+            if cls.fails:
+                raise KeyError("no such family")
+
+    monkeypatch.setitem(sys.modules, "megatron.bridge", types.SimpleNamespace(AutoBridge=AutoBridge))
+    assert command("hf-to-megatron", foreign, tmp_path / "out", "--bridge", "megatron-bridge") == 2
+    assert "Megatron-Bridge could not convert" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["foreign"]
+    AutoBridge.fails = False
+    assert command("hf-to-megatron", foreign, tmp_path / "out", "--bridge", "megatron-bridge") == 0
+    assert (tmp_path / "out").is_dir()

@@ -1,0 +1,459 @@
+"""Whole conversions on the disk: bit-equal both ways, taken up after a kill, refused where something is wrong."""
+
+import json
+import pickle
+import shutil
+from collections import namedtuple
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from megatron_rasft.errors import CheckpointError, ModelFolderError
+from megatron_rasft.weights import HfFolder, conversion
+from megatron_rasft.weights.conversion import check_parameters, hf_to_megatron, megatron_to_hf
+from megatron_rasft.weights.families import FAMILIES, NameTable
+from megatron_rasft.weights.fp8_blocks import dequantize_blocks
+from megatron_rasft.weights.layerwise import layerwise_logits
+from megatron_rasft.weights.proof import prove, prove_fp8
+from megatron_rasft.weights.staging import StagedFolder
+from megatron_rasft.weights.torch_dist import DistcpFile, TorchDistFolder, write_checkpoint_index
+from tests.tiny_models import CASES, hf_model, some_tokens, write_folder
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, HfFolder]:
+    root = tmp_path_factory.mktemp("hf")
+    return {case: HfFolder.open(write_folder(case, root / case)) for case in CASES}
+
+
+@pytest.fixture(scope="module")
+def llama(folders: dict[str, HfFolder], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A converted checkpoint; not to be changed."""
+    path = tmp_path_factory.mktemp("megatron") / "llama"
+    hf_to_megatron(folders["llama"], path)
+    return path
+
+
+@pytest.fixture
+def copied(llama: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(llama, tmp_path / "copied")
+
+
+def template_of(path: Path) -> HfFolder:
+    return HfFolder.open(path / "hugging_face", with_weights=False)
+
+
+def assert_same_tensors(a: HfFolder, b: HfFolder) -> None:
+    assert a.tensors.keys() == b.tensors.keys()
+    for name in a.tensors:
+        assert a.tensors[name].dtype == b.tensors[name].dtype
+        assert torch.equal(a.read(name), b.read(name)), name
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_round_trip_is_bit_equal_and_computes_what_transformers_does(
+    folders: dict[str, HfFolder], tmp_path: Path, case: str
+) -> None:
+    folder = folders[case]
+    hf_to_megatron(folder, tmp_path / "megatron", num_workers=2)
+    checkpoint = TorchDistFolder.open(tmp_path / "megatron")
+    proof = prove(checkpoint, folder, is_export=False, num_workers=2)
+    assert proof.faults == [] and proof.num_padding == 0
+    assert proof.num_elements == sum(t.numel() for t in map(folder.read, folder.tensors))
+    tokens = some_tokens()
+    with torch.no_grad():
+        expected = hf_model(case)(tokens).logits
+    assert (layerwise_logits(checkpoint, folder, tokens) - expected).abs().max() < 1e-5
+
+    megatron_to_hf(checkpoint, template_of(tmp_path / "megatron"), tmp_path / "back", num_workers=2)
+    back = HfFolder.open(tmp_path / "back")
+    assert_same_tensors(back, folder)
+    assert prove(checkpoint, back, is_export=True).checksum == proof.checksum
+    assert back.config == folder.config
+
+
+def test_layers_are_stacked_and_cut_for_ranks(tmp_path: Path) -> None:
+    """A rank reads its own bytes: chunks along the dimension that tensor parallelism cuts, a layer each."""
+    big = {"hidden_size": 512, "intermediate_size": 4096, "num_hidden_layers": 2, "vocab_size": 128}
+    config = transformers.LlamaConfig(**big, num_attention_heads=8, num_key_value_heads=8)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "hf")
+    hf_to_megatron(HfFolder.open(tmp_path / "hf"), tmp_path / "megatron")
+    tensors = TorchDistFolder.open(tmp_path / "megatron").tensors
+    fc1, fc2 = (tensors[f"decoder.layers.mlp.linear_{name}.weight"] for name in ("fc1", "fc2"))
+    assert tuple(fc1.size) == (2, 8192, 512) and tuple(fc2.size) == (2, 512, 4096)
+    assert {tuple(c.sizes) for c in fc1.chunks} == {(1, 512, 512)}
+    assert {tuple(c.sizes) for c in fc2.chunks} == {(1, 512, 512)}
+    assert sorted(tuple(c.offsets) for c in fc2.chunks)[8] == (1, 0, 0)
+    norm = tensors["decoder.layers.mlp.linear_fc1.layer_norm_weight"]
+    assert [tuple(c.sizes) for c in norm.chunks] == [(1, 512)] * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_another_dtype_is_a_plain_rounding(
+    folders: dict[str, HfFolder], tmp_path: Path, dtype: torch.dtype
+) -> None:
+    folder = folders["qwen3"]
+    hf_to_megatron(folder, tmp_path / "megatron", dtype=dtype)
+    checkpoint = TorchDistFolder.open(tmp_path / "megatron")
+    assert prove(checkpoint, folder, is_export=False).faults == []
+    megatron_to_hf(checkpoint, template_of(tmp_path / "megatron"), tmp_path / "back")
+    back = HfFolder.open(tmp_path / "back")
+    assert back.config["dtype"] == str(dtype).removeprefix("torch.")
+    for name in folder.tensors:
+        assert torch.equal(back.read(name), folder.read(name).to(dtype))
+
+
+def test_export_splits_files_and_transformers_loads_them(llama: Path, tmp_path: Path) -> None:
+    megatron_to_hf(
+        TorchDistFolder.open(llama),
+        template_of(llama),
+        tmp_path / "out",
+        max_shard_bytes=60_000,
+        num_workers=3,
+    )
+    index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 2
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    expected = hf_model("llama").state_dict()
+    assert all(torch.equal(loaded[name], expected[name]) for name in expected)
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in expected.values())
+
+
+def test_companions_and_card_travel(folders: dict[str, HfFolder], tmp_path: Path) -> None:
+    source = tmp_path / "hf"
+    shutil.copytree(folders["llama"].path, source)
+    (source / "chat_template.jinja").write_text("{{ messages }}")
+    (source / "training_args.bin").write_bytes(b"x")
+    hf_to_megatron(HfFolder.open(source), tmp_path / "megatron")
+    megatron_to_hf(
+        TorchDistFolder.open(tmp_path / "megatron"), template_of(tmp_path / "megatron"), tmp_path / "out"
+    )
+    assert (tmp_path / "out/chat_template.jinja").read_text() == "{{ messages }}"
+    assert not (tmp_path / "out/training_args.bin").exists()
+    card = (tmp_path / "out/README.md").read_text()
+    assert "| Architecture | LlamaForCausalLM |" in card and "library_name: transformers" in card
+    assert "Objective" not in card  # these weights saw no run
+
+
+def test_query_groups_of_zeros_are_added_and_left_out_again(
+    folders: dict[str, HfFolder], tmp_path: Path
+) -> None:
+    folder = folders["qwen2_tied"]  # 6 heads in 2 groups, with a bias
+    hf_to_megatron(folder, tmp_path / "megatron", query_groups=4)
+    checkpoint = TorchDistFolder.open(tmp_path / "megatron")
+    head = folder.shape.head_dim
+    qkv = checkpoint.read("decoder.layers.self_attention.linear_qkv.weight", (1,))
+    assert qkv.shape[0] == 4 * 5 * head and (qkv[2 * 5 * head :] == 0).all()
+    assert checkpoint.tensors["decoder.layers.self_attention.linear_proj.weight"].size[2] == 12 * head
+    proof = prove(checkpoint, folder, is_export=False)
+    assert proof.faults == [] and proof.num_padding > 0
+    megatron_to_hf(checkpoint, template_of(tmp_path / "megatron"), tmp_path / "back")
+    assert_same_tensors(HfFolder.open(tmp_path / "back"), folder)
+
+
+def test_layers_that_are_not_stacked_and_a_padded_vocabulary_are_read(
+    folders: dict[str, HfFolder], llama: Path, tmp_path: Path
+) -> None:
+    checkpoint, folder = TorchDistFolder.open(llama), folders["llama"]
+    (tmp_path / "single").mkdir()
+    with DistcpFile(tmp_path / "single" / "a.distcp") as file:
+        for parameter in folder.table.stored_parameters():
+            tensor = checkpoint.read(parameter.key, parameter.index)
+            if tensor.shape[0] == 101:
+                tensor = torch.cat([tensor, torch.full((27, 48), 7.0)])
+            file.write_chunk(parameter.single_key, tensor, [0] * tensor.ndim, tensor.shape)
+    write_checkpoint_index(tmp_path / "single", file.records)
+    single = TorchDistFolder.open(tmp_path / "single")
+    megatron_to_hf(single, template_of(llama), tmp_path / "out")
+    assert_same_tensors(HfFolder.open(tmp_path / "out"), folder)
+    assert prove(single, folder, is_export=True).num_padding == 2 * 27 * 48
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing in the program catches it."""
+
+
+def test_killed_conversion_goes_on_with_what_is_missing(
+    folders: dict[str, HfFolder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, done = conversion._write_layer, []
+
+    def until_third(file: DistcpFile, *args: object) -> None:
+        if len(done) == 3:
+            raise Killed
+        plain(file, *args)
+        done.append(file)
+
+    monkeypatch.setattr(conversion, "_write_layer", until_third)
+    with pytest.raises(Killed):
+        hf_to_megatron(folders["llama"], tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == [".out.partial"]
+    done.clear()
+    counted: list[int] = []
+    hf_to_megatron(folders["llama"], tmp_path / "out", on_progress=counted.append)
+    assert len(done) == 3 and len(counted) == 6  # of six files three were there
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert prove(TorchDistFolder.open(tmp_path / "out"), folders["llama"], is_export=False).faults == []
+
+
+def test_killed_export_goes_on_with_what_is_missing(
+    folders: dict[str, HfFolder], llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, done = conversion._write_file, []
+
+    def until_second(*args: object) -> None:
+        if len(done) == 2:
+            raise Killed
+        plain(*args)
+        done.append(args)
+
+    def export() -> None:
+        megatron_to_hf(
+            TorchDistFolder.open(llama), template_of(llama), tmp_path / "out", max_shard_bytes=60_000
+        )
+
+    monkeypatch.setattr(conversion, "_write_file", until_second)
+    with pytest.raises(Killed):
+        export()
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(conversion, "_write_file", plain)
+    export()
+    assert_same_tensors(HfFolder.open(tmp_path / "out"), folders["llama"])
+
+
+def test_a_change_of_the_work_is_not_mixed_with_what_is_there(
+    folders: dict[str, HfFolder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(conversion, "_write_layer", fail)
+        with pytest.raises(Killed):
+            hf_to_megatron(folders["llama"], tmp_path / "out")
+    with pytest.raises(CheckpointError, match=r"begun for other work \(its dtype differ\)"):
+        hf_to_megatron(folders["llama"], tmp_path / "out", dtype=torch.bfloat16)
+    with pytest.raises(CheckpointError, match="begun for other work"):
+        hf_to_megatron(folders["qwen3"], tmp_path / "out")
+    hf_to_megatron(folders["llama"], tmp_path / "out")
+
+
+def test_output_in_use_is_refused(folders: dict[str, HfFolder], tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/mine.txt").write_text("kept")
+    with pytest.raises(ValueError, match="not an empty folder"):
+        hf_to_megatron(folders["llama"], tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_two_processes_do_not_write_one_output(folders: dict[str, HfFolder], tmp_path: Path) -> None:
+    other = StagedFolder(tmp_path / "out", {"any": "work"})
+    with pytest.raises(CheckpointError, match="another process is writing"):
+        hf_to_megatron(folders["llama"], tmp_path / "out")
+    other.close()
+
+
+def test_too_little_disk_is_said_before_anything_is_written(
+    folders: dict[str, HfFolder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1 << 40, 1 << 40, 1000))
+    with pytest.raises(CheckpointError, match=r"needs 0\.1 GiB more, but its disk has 0\.0 GiB free"):
+        hf_to_megatron(folders["llama"], tmp_path / "out")
+    assert not list(tmp_path.rglob("*.distcp"))
+
+
+def test_full_disk_ends_in_one_line_and_keeps_what_is_done(
+    folders: dict[str, HfFolder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DistcpFile, "write_chunk", full)
+        with pytest.raises(CheckpointError, match=r"the disk is full\. What is done is kept"):
+            hf_to_megatron(folders["llama"], tmp_path / "out", num_workers=2)
+    hf_to_megatron(folders["llama"], tmp_path / "out")
+
+
+def first_file(path: Path) -> Path:
+    return path / "release" / "__1_0.distcp"
+
+
+def remove_metadata(path: Path) -> None:
+    (path / "release/.metadata").unlink()
+
+
+def truncate(path: Path) -> None:
+    data = first_file(path).read_bytes()
+    first_file(path).write_bytes(data[: len(data) // 2])
+
+
+def other_format(path: Path) -> None:
+    (path / "release/metadata.json").write_text('{"sharded_backend": "zarr"}')
+
+
+def garbage_index(path: Path) -> None:
+    (path / "release/.metadata").write_bytes(b"garbage")
+
+
+def running_index(path: Path) -> None:
+    class Runs:
+        def __reduce__(self) -> tuple:
+            return exec, ("raise SystemExit('ran')",)
+
+    (path / "release/.metadata").write_bytes(pickle.dumps(Runs()))
+
+
+@pytest.mark.parametrize(
+    "damage,words",
+    [
+        (remove_metadata, "it was not finished"),
+        (truncate, r"__1_0.distcp is truncated: \d+ bytes of at least"),
+        (lambda path: first_file(path).unlink(), "__1_0.distcp is missing"),
+        (other_format, "format 'zarr'; supported is 'torch_dist'"),
+        (garbage_index, "cannot be read"),
+        (running_index, "names builtins.exec, which no index needs"),
+        (lambda path: (path / "release/metadata.json").unlink(), "no metadata.json"),
+        (
+            lambda path: (path / "latest_checkpointed_iteration.txt").write_text("soon"),
+            "holds 'soon', not a step",
+        ),
+        (lambda path: (path / "latest_checkpointed_iteration.txt").unlink(), "give a run's --save folder"),
+    ],
+)
+def test_damaged_checkpoint_is_refused_when_opened(
+    copied: Path, damage: Callable[[Path], None], words: str
+) -> None:
+    damage(copied)
+    with pytest.raises(CheckpointError, match=words) as caught:
+        TorchDistFolder.open(copied)
+    assert "\n" not in str(caught.value) and str(copied) in str(caught.value)
+
+
+def test_damaged_record_is_named(copied: Path, tmp_path: Path) -> None:
+    data = bytearray(first_file(copied).read_bytes())
+    data[: len(data) // 4] = b"\xff" * (len(data) // 4)
+    first_file(copied).write_bytes(bytes(data))
+    with pytest.raises(CheckpointError, match=r"decoder\.layers\.\S+ in __1_0.distcp is damaged"):
+        megatron_to_hf(TorchDistFolder.open(copied), template_of(copied), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_proof_names_a_changed_tensor_and_one_that_is_not_finite(
+    folders: dict[str, HfFolder], llama: Path, tmp_path: Path
+) -> None:
+    from safetensors.torch import save_file
+
+    changed = tmp_path / "changed"
+    shutil.copytree(folders["llama"].path, changed)
+    state = load_file(changed / "model.safetensors")
+    state["model.layers.2.mlp.up_proj.weight"][3, 4] += 1e-7
+    state["model.norm.weight"][5] = float("nan")
+    save_file(state, changed / "model.safetensors", {"format": "pt"})
+    proof = prove(TorchDistFolder.open(llama), HfFolder.open(changed), is_export=True)
+    assert proof.faults == [
+        "model.layers.2.mlp.up_proj.weight is not the same on both sides",
+        "model.norm.weight holds values that are not finite",
+        "model.norm.weight is not the same on both sides",
+    ]
+    assert "3 faults" in proof.describe()
+
+
+def without(path: Path, key: str) -> TorchDistFolder:
+    checkpoint = TorchDistFolder.open(path)
+    del checkpoint.tensors[key]
+    return checkpoint
+
+
+def test_checkpoint_of_another_model_is_refused(folders: dict[str, HfFolder], llama: Path) -> None:
+    checkpoint = TorchDistFolder.open(llama)
+    biased = NameTable(FAMILIES["Qwen2ForCausalLM"], folders["llama"].shape)
+    with pytest.raises(CheckpointError, match=r"has no decoder\.layers\.self_attention\.linear_qkv\.bias"):
+        check_parameters(checkpoint, biased)
+    heads = replace(folders["llama"].shape, num_attention_heads=6, head_dim=8)
+    with pytest.raises(
+        CheckpointError, match=r"has not the attention heads of config.json \(6 of 8 in 2 groups\)"
+    ):
+        check_parameters(checkpoint, NameTable(FAMILIES["LlamaForCausalLM"], heads))
+    with pytest.raises(
+        CheckpointError, match=r"linear_qkv.weight has shape \[4, 96, 48\], config.json implies"
+    ):
+        check_parameters(checkpoint, folders["llama_groups_are_heads"].table)
+    missing = without(llama, "decoder.final_layernorm.weight")
+    with pytest.raises(CheckpointError, match=r"has no decoder\.final_layernorm\.weight"):
+        check_parameters(missing, folders["llama"].table)
+    checkpoint.tensors["decoder.layers.mtp.weight"] = checkpoint.tensors["output_layer.weight"]
+    with pytest.raises(CheckpointError, match=r"1 tensors are unknown .* decoder\.layers\.mtp\.weight"):
+        check_parameters(checkpoint, folders["llama"].table)
+
+
+def test_fp8_export_holds_blocks_and_scales(tmp_path: Path) -> None:
+    big = {"hidden_size": 192, "intermediate_size": 320, "num_hidden_layers": 1, "vocab_size": 64}
+    config = transformers.LlamaConfig(**big, num_attention_heads=4, num_key_value_heads=2)
+    transformers.LlamaForCausalLM(config).bfloat16().save_pretrained(tmp_path / "hf")
+    folder = HfFolder.open(tmp_path / "hf")
+    hf_to_megatron(folder, tmp_path / "megatron")
+    checkpoint = TorchDistFolder.open(tmp_path / "megatron")
+    megatron_to_hf(checkpoint, folder, tmp_path / "out", is_fp8=True)
+    written = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
+    assert written["quant_method"] == "fp8" and written["weight_block_size"] == [128, 128]
+    state = load_file(tmp_path / "out/model.safetensors")
+    for name in folder.tensors:
+        weight = folder.read(name)
+        if not name.endswith("_proj.weight"):  # embedding, norms, output layer
+            assert torch.equal(state[name], weight)
+            continue
+        values, scales = state[name], state[name + "_scale_inv"]
+        assert values.dtype == torch.float8_e4m3fn and scales.shape == tuple(
+            -(-n // 128) for n in weight.shape
+        )
+        error = (dequantize_blocks(values, scales) - weight.float()).abs()
+        # half a step of a 3-bit mantissa, or of the smallest subnormal
+        assert (error <= weight.float().abs() / 16 + scales.max() * 2**-10).all()
+    assert prove_fp8(checkpoint, folder, tmp_path / "out").faults == []
+
+
+def test_fp8_proof_names_what_is_wrong(tmp_path: Path, folders: dict[str, HfFolder], llama: Path) -> None:
+    from safetensors.torch import save_file
+
+    checkpoint = TorchDistFolder.open(llama)
+    megatron_to_hf(checkpoint, folders["llama"], tmp_path / "out", is_fp8=True)
+    state = load_file(tmp_path / "out/model.safetensors")
+    state["model.layers.0.mlp.up_proj.weight_scale_inv"] *= 2
+    del state["model.norm.weight"]
+    state["more"] = torch.ones(1)
+    save_file(state, tmp_path / "out/model.safetensors")
+    assert prove_fp8(checkpoint, folders["llama"], tmp_path / "out").faults == [
+        "model.layers.0.mlp.up_proj.weight_scale_inv is not the checkpoint's",
+        "model.norm.weight is missing",
+        "more is unknown to the model",
+    ]
+
+
+def test_expert_routers_stay_out_of_fp8(folders: dict[str, HfFolder], tmp_path: Path) -> None:
+    hf_to_megatron(folders["qwen3_moe"], tmp_path / "megatron")
+    template = template_of(tmp_path / "megatron")
+    megatron_to_hf(TorchDistFolder.open(tmp_path / "megatron"), template, tmp_path / "out", is_fp8=True)
+    with safe_open(tmp_path / "out/model.safetensors", "pt") as file:
+        dtypes = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+    assert dtypes["model.layers.0.mlp.gate.weight"] == "F32"
+    assert dtypes["model.layers.0.mlp.experts.5.up_proj.weight"] == "F8_E4M3"
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:-100], lambda data: b"\x00" * 40 + data[40:]])
+def test_damaged_safetensors_are_refused_before_anything_is_written(
+    folders: dict[str, HfFolder], tmp_path: Path, damage: Callable[[bytes], bytes]
+) -> None:
+    shutil.copytree(folders["llama"].path, tmp_path / "hf")
+    weights = tmp_path / "hf/model.safetensors"
+    weights.write_bytes(damage(weights.read_bytes()))
+    with pytest.raises(ModelFolderError, match="truncated or not safetensors"):
+        hf_to_megatron(HfFolder.open(tmp_path / "hf"), tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["hf"]

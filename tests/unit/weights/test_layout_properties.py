@@ -1,0 +1,171 @@
+"""Random architectures of every family: whatever the sizes and the split, nothing is lost and nothing moves."""
+
+import json
+import math
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megatron_rasft.weights import HfFolder
+from megatron_rasft.weights.conversion import hf_to_megatron, megatron_to_hf
+from megatron_rasft.weights.families import FAMILIES, Binding, Family, ModelShape, NameTable
+from megatron_rasft.weights.gathering import assemble
+from megatron_rasft.weights.proof import prove
+from megatron_rasft.weights.torch_dist import TorchDistFolder
+
+_QUIET = settings(deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+
+
+@st.composite
+def shapes(draw: st.DrawFn, family: Family, tp_size: int = 1) -> ModelShape:
+    """Odd sizes wherever ``tp_size`` does not have to divide them."""
+    groups = draw(st.integers(1, 5))
+    return ModelShape(
+        num_layers=draw(st.integers(1, 3)),
+        hidden_size=draw(st.integers(1, 9)),
+        ffn_hidden_size=tp_size * draw(st.integers(1, 7)),
+        num_attention_heads=groups * draw(st.integers(1, 4)),
+        num_query_groups=groups,
+        head_dim=2 * draw(st.integers(1, 4)),
+        vocab_size=draw(st.integers(1, 40)),
+        is_tied=draw(st.booleans()),
+        has_qkv_bias=family.has_qkv_bias,
+        has_qk_norm=family.has_qk_norm,
+        num_experts=draw(st.integers(1, 6)) if family.has_experts else 0,
+    )
+
+
+def distinct_tensors(table: NameTable) -> dict[str, Tensor]:
+    """No two elements of the model are the same number."""
+    tensors, start = {}, 0
+    for name, shape in table.hf_shapes.items():
+        count = math.prod(shape)
+        tensors[name] = torch.arange(start, start + count, dtype=torch.float32).view(shape)
+        start += count
+    return tensors
+
+
+def shard_of(binding: Binding, table: NameTable, tensors: dict[str, Tensor], rank: int, size: int) -> Tensor:
+    """What a rank holds, padded as Megatron pads the vocabulary and a run its query groups."""
+    whole = binding.shard_shape(binding.entry.layout(table.shape, 0, 1, None))
+    dim = binding.entry.layout(table.shape, 0, 1, None).dim
+    length = padded_length(binding, table.shape, whole[dim], size)
+    shape = [*whole[:dim], length // size, *whole[dim + 1 :]] if binding.entry.is_sharded else whole
+    layout = binding.entry.layout(table.shape, rank if binding.entry.is_sharded else 0, size, shape)
+    shard = torch.full(binding.shard_shape(layout), -1.0)
+    assert list(shard.shape) == list(shape)
+    position = 0
+    for source, start, stop in layout.pieces:
+        piece = tensors[binding.hf_names[source]].narrow(layout.dim, start, stop - start)
+        shard.narrow(layout.dim, position, stop - start).copy_(piece)
+        position += stop - start
+    return shard
+
+
+def padded_length(binding: Binding, shape: ModelShape, length: int, size: int) -> int:
+    name = binding.entry.megatron[0]
+    if "self_attention.linear" in name:  # as with --rasft-query-groups
+        return length // shape.num_query_groups * (-(-shape.num_query_groups // size) * size)
+    if name in ("embedding.word_embeddings.weight", "output_layer.weight"):
+        return -(-length // size) * size
+    return length
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+@_QUIET
+@given(data=st.data())
+def test_ranks_hold_every_element_once_and_give_it_back(architecture: str, data: st.DataObject) -> None:
+    family = FAMILIES[architecture]
+    tp_size = data.draw(st.integers(1, 8), "tp_size")
+    table = NameTable(family, data.draw(shapes(family, tp_size), "shape"))
+    tensors = distinct_tensors(table)
+    back: dict[str, Tensor] = {}
+    for parameter in table.stored_parameters():
+        binding = parameter.binding
+        shards = [shard_of(binding, table, tensors, rank, tp_size) for rank in range(tp_size)]
+        if binding.entry.is_sharded:
+            held = torch.cat([s.flatten() for s in shards])
+            wanted = torch.cat([tensors[name].flatten() for name in binding.hf_names])
+            assert torch.equal(held[held >= 0].sort().values, wanted.sort().values)
+        back |= dict(zip(binding.hf_names, assemble(shards, binding, table), strict=True))
+    assert back.keys() == tensors.keys()
+    assert all(torch.equal(back[name], tensors[name]) for name in tensors)
+
+
+@pytest.mark.parametrize("architecture", [a for a in FAMILIES if FAMILIES[a].has_experts])
+@_QUIET
+@given(data=st.data())
+def test_expert_ranks_split_the_experts_among_them(architecture: str, data: st.DataObject) -> None:
+    family = FAMILIES[architecture]
+    shape = data.draw(shapes(family), "shape")
+    sizes = [n for n in range(1, shape.num_experts + 1) if shape.num_experts % n == 0]
+    ep_size = data.draw(st.sampled_from(sizes), "ep_size")
+    pp_split = data.draw(st.integers(0, shape.num_layers), "layers of the first stage")
+    is_grouped = data.draw(st.booleans(), "grouped GEMM")
+    table, num_local, seen = NameTable(family, shape), shape.num_experts // ep_size, []
+    for first, last in ((0, pp_split), (pp_split, shape.num_layers)):
+        for ep_rank in range(ep_size):
+            for layer in range(last - first):
+                for entry in (e for e in family.layer_entries if e.is_expert):
+                    for local in range(num_local):
+                        name = entry.megatron[is_grouped].format(e=local)
+                        binding = table.bind(f"decoder.layers.{layer}.{name}", first, ep_rank * num_local)
+                        assert binding is not None
+                        seen += binding.hf_names
+    assert sorted(seen) == sorted(name for name in table.hf_shapes if ".experts." in name)
+
+
+def config_of(family: Family, shape: ModelShape) -> dict:
+    config = {
+        "architectures": [family.architecture],
+        "hidden_size": shape.hidden_size,
+        "intermediate_size": shape.ffn_hidden_size,
+        "num_hidden_layers": shape.num_layers,
+        "num_attention_heads": shape.num_attention_heads,
+        "num_key_value_heads": shape.num_query_groups,
+        "head_dim": shape.head_dim,
+        "vocab_size": shape.vocab_size,
+        "tie_word_embeddings": shape.is_tied,
+        "sliding_window": None,
+        "dtype": "float32",
+    }
+    if family.has_experts:
+        config |= {"num_local_experts": shape.num_experts, "num_experts_per_tok": 1}
+    return config
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+@settings(_QUIET, max_examples=8)
+@given(data=st.data())
+def test_random_models_come_back_from_the_disk_bit_equal(architecture: str, data: st.DataObject) -> None:
+    family = FAMILIES[architecture]
+    shape = data.draw(shapes(family), "shape")
+    dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), "dtype")
+    more_groups = data.draw(st.integers(0, 3), "added query groups")
+    with TemporaryDirectory() as name:
+        root = Path(name)
+        (root / "hf").mkdir()
+        (root / "hf/config.json").write_text(
+            json.dumps(config_of(family, shape) | {"dtype": str(dtype).removeprefix("torch.")})
+        )
+        generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99), "seed"))
+        tensors = {
+            name: torch.randn(size, generator=generator).to(dtype)
+            for name, size in NameTable(family, shape).hf_shapes.items()
+        }
+        save_file(tensors, root / "hf/model.safetensors", {"format": "pt"})
+        folder = HfFolder.open(root / "hf")
+        assert folder.shape == shape
+        hf_to_megatron(folder, root / "megatron", query_groups=shape.num_query_groups + more_groups)
+        checkpoint = TorchDistFolder.open(root / "megatron")
+        assert prove(checkpoint, folder, is_export=False).faults == []
+        megatron_to_hf(checkpoint, folder, root / "back", max_shard_bytes=data.draw(st.integers(1, 10_000)))
+        back = HfFolder.open(root / "back")
+        assert all(torch.equal(back.read(name), tensor) for name, tensor in tensors.items())
+        assert back.tensors.keys() == tensors.keys()

@@ -1,0 +1,305 @@
+"""Convert between Hugging Face folders and Megatron checkpoints (torch_dist), in one pass, on a CPU.
+
+convert_checkpoint.py hf-to-megatron --input DIR --output DIR [--dtype T] [--verify]
+convert_checkpoint.py megatron-to-hf --input DIR --output DIR [--hf-model DIR] [--dtype T | --fp8] [--verify]
+
+A Megatron checkpoint from here fits every parallel layout (TP, PP, VPP, EP, CP): give it to a run as --load. One process
+does it all; after a kill the same command goes on where it was.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a checkout that is not installed
+
+import psutil
+import torch
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+from megatron_rasft.errors import CheckpointError, RasftError
+from megatron_rasft.weights.conversion import (
+    TEMPLATE_DIR,
+    check_parameters,
+    hf_to_megatron,
+    megatron_to_hf,
+)
+from megatron_rasft.weights.families import FAMILIES
+from megatron_rasft.weights.folder import HfFolder
+from megatron_rasft.weights.layerwise import layerwise_logits
+from megatron_rasft.weights.proof import Proof, prove, prove_fp8
+from megatron_rasft.weights.torch_dist import TorchDistFolder
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_LOGIT_TOLERANCE = 1e-4
+"""Largest gap to transformers' logits, as a share of the largest logit; both compute in fp32."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code: 0 done, 1 the proof found a fault, 2 wrong arguments or input."""
+    parser = _build_parser()
+    args = parser.parse_args(argv)
+    try:
+        if args.workers < 1:
+            raise ValueError(f"--workers must be >= 1, got {args.workers}.")
+        if args.bridge is not None:
+            _use_bridge(args)
+            return 0
+        proof = args.run(args)
+    except (RasftError, ValueError) as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 2
+    print(f"wrote {args.output}")
+    if proof is None:
+        return 0
+    print(proof.describe())
+    return 1 if proof.faults else 0
+
+
+def convert_to_megatron(args: argparse.Namespace) -> Proof | None:
+    """A Hugging Face folder becomes a Megatron checkpoint."""
+    folder = HfFolder.open(args.input)
+    dtype = _DTYPES.get(args.dtype)
+    num_bytes = sum(t.dtype.itemsize * _numel(t.shape) for t in folder.tensors.values())
+    if dtype is not None:
+        num_bytes = dtype.itemsize * sum(_numel(t.shape) for t in folder.tensors.values())
+    with _bar("converting", num_bytes) as on_progress:
+        hf_to_megatron(
+            folder,
+            args.output,
+            dtype=dtype,
+            query_groups=args.query_groups,
+            num_workers=args.workers,
+            on_progress=on_progress,
+        )
+    if not args.verify:
+        return None
+    checkpoint = TorchDistFolder.open(args.output)
+    check_parameters(checkpoint, folder.table)
+    with _bar("comparing", num_bytes) as on_progress:
+        proof = prove(checkpoint, folder, is_export=False, num_workers=args.workers, on_progress=on_progress)
+    _compare_logits(checkpoint, folder, dtype, proof)
+    return proof
+
+
+def convert_to_hf(args: argparse.Namespace) -> Proof | None:
+    """A Megatron checkpoint becomes a Hugging Face folder."""
+    if args.fp8 and args.dtype is not None:
+        raise ValueError("--fp8 and --dtype exclude each other: --fp8 leaves the other weights as they are.")
+    if args.max_shard_gb <= 0:
+        raise ValueError(f"--max-shard-gb must be > 0, got {args.max_shard_gb}.")
+    checkpoint = TorchDistFolder.open(args.input)
+    template = HfFolder.open(_template(args, checkpoint), with_weights=False)
+    dtype = _DTYPES.get(args.dtype)
+    num_elements = sum(_numel(shape) for shape in template.table.hf_shapes.values())
+    stored = checkpoint.tensors["embedding.word_embeddings.weight"].properties.dtype
+    itemsize = 1 if args.fp8 else (dtype or template.dtype or stored).itemsize
+    with _bar("converting", num_elements * itemsize) as on_progress:
+        megatron_to_hf(
+            checkpoint,
+            template,
+            args.output,
+            dtype=dtype,
+            is_fp8=args.fp8,
+            max_shard_bytes=int(args.max_shard_gb * 1e9),
+            num_workers=args.workers,
+            on_progress=on_progress,
+        )
+    if not args.verify:
+        return None
+    if args.fp8:
+        return prove_fp8(checkpoint, template, Path(args.output))
+    folder = HfFolder.open(args.output)
+    with _bar("comparing", num_elements * stored.itemsize) as on_progress:
+        proof = prove(checkpoint, folder, is_export=True, num_workers=args.workers, on_progress=on_progress)
+    _compare_logits(checkpoint, folder, dtype or template.dtype, proof)
+    return proof
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    return torch.Size(shape).numel()
+
+
+def _template(args: argparse.Namespace, checkpoint: TorchDistFolder) -> Path:
+    """The folder that describes the model: given, kept beside converted weights, or named in the run's record."""
+    if args.hf_model is not None:
+        return Path(args.hf_model)
+    root = checkpoint.path.parent
+    if (root / TEMPLATE_DIR).is_dir():
+        return root / TEMPLATE_DIR
+    try:
+        named = json.loads((root / "config.json").read_text(encoding="utf-8"))["megatron"]["hf_model"]
+    except (OSError, ValueError, KeyError, TypeError):
+        named = None
+    if named is None or not Path(named).is_dir():
+        raise ValueError(
+            f"--hf-model is missing, and {root} does not say which model it is of. Give the folder that the run was "
+            "started with; only its config and tokenizer are used."
+        )
+    return Path(named)
+
+
+def _compare_logits(
+    checkpoint: TorchDistFolder, folder: HfFolder, dtype: torch.dtype | None, proof: Proof
+) -> None:
+    """Compare with transformers where it fits into memory, and say so where not."""
+    needed = 4 * proof.num_elements * 1.2
+    available = psutil.virtual_memory().available
+    if needed > available:
+        print(
+            f"logits not compared: transformers needs {needed / 2**30:.1f} GiB, {available / 2**30:.1f} GiB are available"
+        )
+        return
+    from transformers import AutoModelForCausalLM
+
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(folder.shape.vocab_size, (2, 48), generator=generator)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder.path, dtype=dtype or torch.float32, local_files_only=True
+    ).float()
+    with torch.no_grad():
+        expected = model(tokens).logits
+    del model
+    gap = (layerwise_logits(checkpoint, folder, tokens, weight_dtype=dtype) - expected).abs().max().item()
+    allowed = _LOGIT_TOLERANCE * expected.abs().max().item()
+    print(
+        f"logits of {tokens.numel()} sampled tokens: largest gap to transformers {gap:.2e}, allowed {allowed:.2e}"
+    )
+    if not gap <= allowed:
+        proof.faults.append(f"logits differ from transformers' by {gap:.2e}, allowed is {allowed:.2e}")
+
+
+def _use_bridge(args: argparse.Namespace) -> None:
+    """Hand a family without a table to NVIDIA's Megatron-Bridge; its result gets its name once it is whole."""
+    model = Path(args.input if args.run is convert_to_megatron else args.hf_model or "")
+    config = model / "config.json"
+    if not config.is_file():
+        raise ValueError(
+            "--bridge needs the model's Hugging Face folder: --input, or --hf-model to come back."
+        )
+    known = [
+        a for a in json.loads(config.read_text(encoding="utf-8")).get("architectures") or [] if a in FAMILIES
+    ]
+    if known:
+        raise ValueError(
+            f"--bridge {args.bridge} is for families without a table; {known[0]} has one. Leave it out."
+        )
+    if args.verify or args.dtype is not None or getattr(args, "fp8", False):
+        raise ValueError("--verify, --dtype and --fp8 need a table; with --bridge leave them out.")
+    if Path(args.output).exists():
+        raise ValueError(f"--output {args.output} exists. Remove it, or give another name.")
+    try:
+        from megatron.bridge import AutoBridge
+    except ImportError as error:
+        raise ValueError(
+            f"--bridge {args.bridge} needs NVIDIA's Megatron-Bridge, which does not import here ({error}). Install it: "
+            "pip install megatron-bridge"
+        ) from error
+    output = Path(args.output).absolute()
+    partial = output.with_name(f".{output.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        if args.run is convert_to_megatron:
+            AutoBridge.import_ckpt(str(model), str(partial))
+        else:
+            AutoBridge.from_hf_pretrained(str(model)).export_ckpt(args.input, str(partial))
+    except Exception as error:  # whatever the bridge raises for a model that it does not take
+        shutil.rmtree(partial, ignore_errors=True)
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"Megatron-Bridge could not convert {args.input}: {reason}") from error
+    partial.rename(output)
+    print(f"wrote {args.output}, by Megatron-Bridge")
+
+
+@contextmanager
+def _bar(what: str, num_bytes: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar on stderr, where that is a terminal."""
+    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task(what, total=num_bytes)
+        yield lambda count: progress.advance(task, count)
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="convert_checkpoint.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(required=True, metavar="hf-to-megatron|megatron-to-hf")
+    runs: dict[str, Callable[[argparse.Namespace], Proof | None]] = {
+        "hf-to-megatron": convert_to_megatron,
+        "megatron-to-hf": convert_to_hf,
+    }
+    for name, run in runs.items():
+        command = commands.add_parser(name, help=run.__doc__, description=run.__doc__)
+        command.set_defaults(run=run)
+        _add_flags(command)
+        if run is convert_to_megatron:
+            command.add_argument(
+                "--query-groups",
+                type=int,
+                metavar="N",
+                help="The run's --rasft-query-groups, where it has that flag: query groups of zeros are added up to N.",
+            )
+        else:
+            command.add_argument(
+                "--hf-model",
+                metavar="DIR",
+                help="Folder with the model's config and tokenizer. Unset: what the checkpoint says.",
+            )
+            command.add_argument(
+                "--fp8",
+                action="store_true",
+                help="Quantize the layers' matrices to FP8 (e4m3, a scale for each 128 x 128 block), for serving.",
+            )
+            command.add_argument(
+                "--max-shard-gb",
+                type=float,
+                default=5.0,
+                metavar="N",
+                help="Size of a file in GB, > 0 (default: 5).",
+            )
+    return parser
+
+
+def _add_flags(command: argparse.ArgumentParser) -> None:
+    add: Any = command.add_argument
+    add(
+        "--input",
+        required=True,
+        metavar="DIR",
+        help="What to convert; a run's --save folder gives its newest checkpoint.",
+    )
+    add("--output", required=True, metavar="DIR", help="Where to; has this name only once it is whole.")
+    add("--dtype", choices=list(_DTYPES), help="Type of all weights (default: as they are).")
+    add("--workers", type=int, default=2, metavar="N", help="Layers or files at a time, >= 1 (default: 2).")
+    add(
+        "--verify",
+        action="store_true",
+        help="Read the result back: count every tensor and element, compare checksums, and logits with transformers' "
+        "where the model fits into memory.",
+    )
+    add(
+        "--bridge",
+        choices=["megatron-bridge"],
+        help="Convert a family without a table by NVIDIA's Megatron-Bridge.",
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
