@@ -180,7 +180,7 @@ def restrict_paths(readable: Iterable[Path], writable: Path) -> None:
     ruleset = _syscall(create, "landlock_create_ruleset", struct.pack("Q", known), ctypes.c_size_t(8), 0)
     read, read_file = 0b1101 & known, 0b0101 & known  # execute, read file, read folder
     rules = [(path, read if path.is_dir() else read_file) for path in readable if path.exists()]
-    rules.append((writable, known))
+    rules += [(writable, known), (Path(os.devnull), 0b0110 & known)]
     for path, access in rules:
         fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
         try:

@@ -369,7 +369,8 @@ class TesterSide(Codec):
             found = getattr(builtins, encoded, None)
             if encoded == "SystemExit":
                 return SystemExit  # type: ignore[return-value]
-            is_error = isinstance(found, type) and issubclass(found, Exception)
+            # a MemoryError of the tests' own says nothing about the program
+            is_error = isinstance(found, type) and issubclass(found, Exception) and found is not MemoryError
             return found if is_error else RuntimeError  # type: ignore[return-value]
         found = self.decode(encoded)
         return found if isinstance(found, type) and issubclass(found, Exception) else RuntimeError
