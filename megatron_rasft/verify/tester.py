@@ -124,7 +124,16 @@ def _run_pytest(tests: CodeTests, side: TesterSide) -> tuple[Verdict, str]:
     options = "--capture=sys -p no:cacheprovider -p no:faulthandler -p no:junitxml".split()
     if not _opens_null():
         options += ["-p", "no:logging"]  # it writes to /dev/null, which the lowest level does not allow
-    options += ["-c", os.devnull, "--rootdir", str(anchor.parent), "--import-mode=importlib", str(anchor)]
+    options += [
+        "-c",
+        os.devnull,
+        "--rootdir",
+        str(anchor.parent),
+        "--confcutdir",
+        str(anchor.parent),
+        "--import-mode=importlib",
+        str(anchor),
+    ]
     try:
         pytest.main(options, plugins=[outcomes])
     except SystemExit:
@@ -188,7 +197,8 @@ class _Outcomes:
 
     def pytest_collectreport(self, report: Any) -> None:
         if report.failed:
-            self.failure = self.failure or "the tests cannot be collected"
+            last_line = str(report.longrepr).rstrip().rpartition("\n")[2]
+            self.failure = self.failure or f"the tests cannot be collected: {last_line}"[:200]
 
 
 def _opens_null() -> bool:
