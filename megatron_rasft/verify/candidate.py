@@ -87,9 +87,10 @@ class _CandidateSide(Codec):
             return ["failed", f"the program raised {_describe(error)}"]
         return ["started"]
 
-    def ask(self, operation: str, number: int, *args: Any) -> Any:
+    def ask(self, operation: str, number: int, *args: Any, **keywords: Any) -> Any:
         """Something of the tests' own: they decide whether it is given."""
-        self._channel.send(["call back", operation, number, *map(self.encode, args)])
+        pairs = [[name, self.encode(value)] for name, value in keywords.items()]
+        self._channel.send(["call back", operation, number, [self.encode(arg) for arg in args], pairs])
         while True:
             message = self._channel.receive()
             if message[0] == "value":
@@ -229,12 +230,12 @@ class _Foreign:
         object.__setattr__(self, "_side", side)
         object.__setattr__(self, "_number", number)
 
-    def _ask(self, operation: str, *args: Any) -> Any:
+    def _ask(self, operation: str, *args: Any, **keywords: Any) -> Any:
         side = object.__getattribute__(self, "_side")
-        return side.ask(operation, object.__getattribute__(self, "_number"), *args)
+        return side.ask(operation, object.__getattribute__(self, "_number"), *args, **keywords)
 
-    def __call__(self, *args: Any) -> Any:
-        return self._ask("call", *args)
+    def __call__(self, *args: Any, **keywords: Any) -> Any:
+        return self._ask("call", *args, **keywords)
 
     def __iter__(self) -> "_Foreign":
         return self

@@ -196,7 +196,9 @@ _ENCODERS: dict[type, Callable[[Codec, Any], Any]] = {
     datetime.time: _tagged("time", lambda _, value: value.isoformat()),
     collections.Counter: _tagged("counter", Codec._encode_pairs),
     collections.OrderedDict: _tagged("ordered", Codec._encode_pairs),
-    collections.defaultdict: _tagged("default", Codec._encode_pairs),
+    collections.defaultdict: _tagged(
+        "default", lambda codec, value: [codec.encode(value.default_factory), codec._encode_pairs(value)]
+    ),
     collections.deque: _tagged("deque", lambda codec, value: [codec._encode_items(value), value.maxlen]),
 }
 
@@ -242,7 +244,9 @@ _DECODERS: dict[str, Callable[[Codec, Any], Any]] = {
     },
     "counter": lambda codec, pairs: collections.Counter(dict(_decode_pairs(codec, pairs))),
     "ordered": lambda codec, pairs: collections.OrderedDict(_decode_pairs(codec, pairs)),
-    "default": lambda codec, pairs: collections.defaultdict(None, _decode_pairs(codec, pairs)),
+    "default": lambda codec, parts: collections.defaultdict(
+        codec.decode(parts[0]), _decode_pairs(codec, parts[1])
+    ),
     "deque": lambda codec, parts: collections.deque(codec._decode_items(parts[0]), parts[1]),
     "array": _decode_array,
     "record": _decode_record,
@@ -437,13 +441,14 @@ class TesterSide(Codec):
     def _serve(self, request: list[Any]) -> list[Any]:
         """Only what the tests handed over, and of that no attribute with an underscore, can be reached."""
         try:
-            operation, number, *encoded = request
-            if operation == "input":
-                return ["value", input(*map(self.decode, encoded))]
-            target = self._exported[number]
+            operation, number, encoded, pairs = request
             args = [self.decode(item) for item in encoded]
+            if operation == "input":
+                return ["value", input(*args)]
+            target = self._exported[number]
             if operation == "call" and callable(target):
-                return ["value", self.encode(target(*args))]
+                keywords = {str(name): self.decode(value) for name, value in pairs}
+                return ["value", self.encode(target(*args, **keywords))]
             if operation == "next":
                 return ["value", self.encode(next(target))]
             is_own = type(target).__module__ == self._own_module

@@ -193,7 +193,10 @@ class _Outcomes:
         if report.outcome == "passed" and not hasattr(report, "wasxfail"):
             self.num_passed += report.when == "call"
         else:
-            self.failure = self.failure or f"{report.nodeid.rpartition('::')[2]} {report.outcome}"[:200]
+            crash = getattr(report.longrepr, "reprcrash", None)
+            why = f": {crash.message}" if crash is not None else ""
+            name = report.nodeid.rpartition("::")[2]
+            self.failure = self.failure or re.sub(r"\s+", " ", f"{name} {report.outcome}{why}")[:200]
 
     def pytest_collectreport(self, report: Any) -> None:
         if report.failed:

@@ -136,7 +136,7 @@ def f(x): return 0""",
     "answers with too much": _EVERY_FD + "def f(x):\n    for fd in list(every_fd())[3:]:\n        os.write(fd, b'\\x7f' * 8)\n    return 0",
     "answers in depth": _EVERY_FD + "def f(x):\n    for fd in list(every_fd())[3:]:\n        os.write(fd, (20000).to_bytes(8, 'big') + b'[' * 10000 + b']' * 10000)\n    return 0",
     "claims changes": _EVERY_FD + "import json\ndef f(x):\n    d = json.dumps(['value', {'t': 'shared', 'v': ['builtins', 'eval']}, '', [[9, 1], ['x', 2]]]).encode()\n    for fd in list(every_fd())[3:]:\n        os.write(fd, len(d).to_bytes(8, 'big') + d)\n    return 0",
-    "calls back": _EVERY_FD + "import json\ndef f(x):\n    for op in ('call', 'getattr', 'setattr', 'next', 'input'):\n        d = json.dumps(['call back', op, 1, '__class__', 0]).encode()\n        for fd in list(every_fd())[3:]:\n            os.write(fd, len(d).to_bytes(8, 'big') + d)\n    return 0",
+    "calls back": _EVERY_FD + "import json\ndef f(x):\n    for op in ('call', 'getattr', 'setattr', 'next', 'input'):\n        d = json.dumps(['call back', op, 1, ['__class__', 0], []]).encode()\n        for fd in list(every_fd())[3:]:\n            os.write(fd, len(d).to_bytes(8, 'big') + d)\n    return 0",
     "shuts the channel": _EVERY_FD + "for fd in list(every_fd())[3:]: os.close(fd)\ndef f(x): return 0",
     # takes everything
     "uses memory": "def f(x): return len(bytearray(64 * 2**30))",
