@@ -6,6 +6,39 @@ from typing import Any, Literal
 FinishReason = Literal["stop", "length", "abort"]
 Verdict = Literal["correct", "wrong", "unverifiable", "timeout"]
 SampleKind = Literal["expert", "rollout"]
+TestStyle = Literal["asserts", "check", "pytest", "functional", "stdin"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProgramCase:
+    """One run of a program: what goes in and what must come out."""
+
+    input: str
+    """``stdin``: standard input. ``functional``: JSON arguments, one a line."""
+    output: str
+    """``stdin``: standard output. ``functional``: the JSON value to be returned."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CodeTests:
+    """What a program in a response is checked against."""
+
+    style: TestStyle
+    """``asserts``: statements run one by one; ``check``: a script that defines ``check(candidate)``; ``pytest``: a
+    file of test functions that import from ``solution``; ``functional`` and ``stdin``: ``cases``."""
+    tests: tuple[str, ...] = ()
+    """Scripts, in order. Empty where there are ``cases``."""
+    entry_point: str = ""
+    """Name of the function the tests call; ``check`` and ``functional`` cannot do without."""
+    setup: str = ""
+    """Run before the tests, after the program."""
+    prompt: str = ""
+    """Source that a response may continue instead of writing the program whole."""
+    cases: tuple[ProgramCase, ...] = ()
+
+
+Check = str | CodeTests
+"""What a response is checked against: a gold answer or tests."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -21,11 +54,18 @@ class Demonstration:
     problem: str
     response: str
     answer: str | None
-    """Gold answer for the verifier; None only where every rollout engine is off."""
+    """Gold answer for the verifier; None for a program, and where every rollout engine is off."""
     prompt_ids: list[int]
     response_ids: list[int]
     source: str = ""
     """``file:line`` of the row, for messages."""
+    tests: CodeTests | None = None
+    """What a program in the response must pass; None for a problem with an answer."""
+
+    @property
+    def check(self) -> Check:
+        """What its rollouts are checked against; "" if the row has neither tests nor an answer."""
+        return self.tests or self.answer or ""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -17,12 +17,12 @@ CHARACTERS = "0123456789 +-=?\n{}\\boxed."
 EOS = "<eos>"
 
 
-def write_model(path: Path, **overrides: Any) -> Path:
-    """A 4-layer Llama of width 64 with its tokenizer, in fp32."""
-    symbols = [EOS, *dict.fromkeys(CHARACTERS)]
+def write_model(path: Path, characters: str = CHARACTERS, **overrides: Any) -> Path:
+    """A 4-layer Llama of width 64 with a tokenizer of one token per character, in fp32."""
+    symbols = [EOS, *dict.fromkeys(characters)]
     vocabulary = {symbol: i for i, symbol in enumerate(symbols)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=EOS))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS)
     shape: dict[str, Any] = {

@@ -23,6 +23,11 @@ class DataConfig:
     data_answer_field: str = "answer"
     """Field of a row that holds the gold answer the verifier compares with: text or a number."""
 
+    data_tests_field: str = "tests"
+    """Field of a row that holds the tests a program in the response must pass: a script, or a list of statements.
+    Fields beside it may be entry_point (the function that is tested), test_setup_code (run before the tests) and
+    test_style (asserts, check or pytest; unset, it is told from the tests). A row needs tests or an answer."""
+
     data_messages_field: str = "messages"
     """Field that holds a chat, [{"role", "content"}, ...], read where a row lacks a problem or a response
     field. Its last message is the assistant's response, those before it are the prompt."""
@@ -35,6 +40,10 @@ class DataConfig:
 
     data_prompt_suffix: str = "\nPlease reason step by step, and put your final answer within \\boxed{}."
     """Appended to the problem (in a chat: to the last user message). "" appends nothing."""
+
+    data_code_prompt_suffix: str = "\nWrite the solution in Python, in one ```python block."
+    """Appended instead of ``data_prompt_suffix`` to the problem of a row with tests; after it stands the name of
+    the function that is tested, if the row gives it and the problem does not. "" appends neither."""
 
     data_system_prompt: str | None = None
     """System message put before each prompt that has none of its own. Unset: the chat template's default."""
@@ -70,6 +79,7 @@ class DataConfig:
             "--data-problem-field": self.data_problem_field,
             "--data-response-field": self.data_response_field,
             "--data-answer-field": self.data_answer_field,
+            "--data-tests-field": self.data_tests_field,
             "--data-messages-field": self.data_messages_field,
             "--data-id-field": self.data_id_field,
         }

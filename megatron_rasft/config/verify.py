@@ -1,7 +1,9 @@
 """Knobs of the verifier: workers and limits, de-duplication, quality filters."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
+
+SandboxLevel = Literal["namespaces", "landlock", "limits"]
 
 
 @dataclass(kw_only=True)
@@ -34,6 +36,20 @@ class VerifyConfig:
     verify_numeric_rel_tolerance: float = 0.0
     """Relative difference up to which two plain numbers are equal, in [0, 0.1]. 0: exactly equal. Physics
     benchmarks with rounded answers (Minerva) are commonly scored with 1e-4."""
+
+    verify_sandbox_level: SandboxLevel = "limits"
+    """Weakest protection under which programs that a model wrote may be run; the strongest that the machine
+    allows is used. ``megatron_rasft/verify/sandbox.py`` says what each does; namespaces is the strongest."""
+
+    verify_code_timeout_s: float = 20.0
+    """Deadline for one program and all its tests (one case, if it is run case by case), seconds of wall time,
+    > 0. Its CPU time is limited to 2 s more."""
+
+    verify_code_memory_mib: int = 1024
+    """Address space a program may claim, and the tests likewise, beyond the loaded interpreter's, MiB, >= 64."""
+
+    verify_code_output_mib: int = 16
+    """Most that a program may print, return at once, or write to files, MiB, >= 1."""
 
     verify_dedup_threshold: float = 0.82
     """Two responses of a group are near-duplicates at this word-n-gram Jaccard similarity, in (0, 1]."""
@@ -107,6 +123,18 @@ class VerifyConfig:
         self._require("verify_max_tasks_per_worker", 1, None, "Use a large value to keep workers long.")
         self._require("verify_max_response_chars", 1, None, "Use a large value to read whole responses.")
         self._require("verify_numeric_rel_tolerance", 0, 0.1, "0 asks for exactly equal numbers.")
+        if self.verify_sandbox_level not in get_args(SandboxLevel):
+            raise ValueError(
+                f"--verify-sandbox-level must be {', '.join(get_args(SandboxLevel))}, got "
+                f"{self.verify_sandbox_level!r}. limits accepts whatever the machine allows."
+            )
+        if not self.verify_code_timeout_s > 0:
+            raise ValueError(
+                f"--verify-code-timeout-s must be > 0, got {self.verify_code_timeout_s}: a program may never end. "
+                "Use a large value instead."
+            )
+        self._require("verify_code_memory_mib", 64, None, "Less does not leave room to run a program.")
+        self._require("verify_code_output_mib", 1, None, "Results cross between processes within it.")
         if not 0 < self.verify_dedup_threshold <= 1:
             raise ValueError(
                 f"--verify-dedup-threshold must be in (0, 1], got {self.verify_dedup_threshold}. "

@@ -15,9 +15,9 @@ def render_example(demonstration: Demonstration, tokenizer: Tokenizer) -> Text:
     Headings say the same, so that nothing is lost where there is no colour.
     """
     text = Text()
-    text.append(
-        f"{demonstration.problem_id}  {demonstration.source}  answer: {demonstration.answer}\n", style="bold"
-    )
+    tests = demonstration.tests
+    checked = f"tests: {len(tests.tests)} ({tests.style})" if tests else f"answer: {demonstration.answer}"
+    text.append(f"{demonstration.problem_id}  {demonstration.source}  {checked}\n", style="bold")
     text.append(f"--- prompt, {len(demonstration.prompt_ids)} tokens, not trained\n", style="dim")
     text.append(tokenizer.decode(demonstration.prompt_ids, skip_special_tokens=False), style=PROMPT_STYLE)
     text.append(f"\n--- response, {len(demonstration.response_ids)} tokens, trained\n", style="dim")

@@ -3,6 +3,7 @@
 import gzip
 import json
 import math
+import re
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -12,10 +13,13 @@ from typing import Any
 
 from megatron_rasft.config.data import DataConfig
 from megatron_rasft.errors import DataError
+from megatron_rasft.types import CodeTests, TestStyle
 
 Message = dict[str, str]
 
 CHAT_ROLES = ("system", "user", "assistant")
+_TESTS_COMPANIONS = ("entry_point", "test_setup_code", "test_style")
+_TEST_STYLES: tuple[TestStyle, ...] = ("asserts", "check", "pytest")
 _NUM_NAMED = 10
 """Rows that an error message names one by one; the rest is a count."""
 
@@ -30,6 +34,7 @@ class Row:
     problem: str
     response: str
     answer: str | None
+    tests: CodeTests | None = None
     messages: list[Message]
     """The chat before the response, as it stands in the row; a plain row is one user message."""
 
@@ -86,7 +91,7 @@ class DataReport:
             raise DataError(
                 f"none of the {self.num_rows} rows can be trained on: {len(self.faults)} faulty, "
                 f"{len(self.overlong)} too long:\n{_name_rows(self.faults + self.overlong)}\n"
-                "Check --data-problem-field, --data-response-field, --data-answer-field and --seq-length."
+                "Check --data-problem-field, --data-response-field, --data-answer-field, --data-tests-field and --seq-length."
             )
 
     def describe(self) -> str:
@@ -120,7 +125,7 @@ def read_rows(config: DataConfig, require_answer: bool = True) -> Iterator[Row |
 
     Args:
         config: the files and the names of their fields.
-        require_answer: a row without gold answer is a fault; False is for runs without any rollouts.
+        require_answer: a row with neither gold answer nor tests is a fault; False is for runs without any rollouts.
     """
     paths = _check_files(config.train_data)
     names = [path.name for path in paths]
@@ -226,6 +231,8 @@ def _read_parquet(path: Path, config: DataConfig) -> Iterator[tuple[int, dict[st
         config.data_problem_field,
         config.data_response_field,
         config.data_answer_field,
+        config.data_tests_field,
+        *_TESTS_COMPANIONS,
         config.data_messages_field,
         config.data_id_field,
     ]
@@ -280,12 +287,14 @@ def _parse_record(record: Any, config: DataConfig, require_answer: bool, source:
         messages = _parse_messages(record[config.data_messages_field], config.data_messages_field)
         response = messages.pop()["content"]
         problem = next(message["content"] for message in reversed(messages) if message["role"] == "user")
+    tests = _parse_tests(record, config.data_tests_field)
     return Row(
         problem_id=_parse_id(record, config.data_id_field) or default_id,
         source=source,
         problem=problem,
         response=response,
-        answer=_parse_answer(record, config.data_answer_field, require_answer),
+        answer=_parse_answer(record, config.data_answer_field, require_answer and tests is None),
+        tests=tests,
         messages=messages,
     )
 
@@ -317,6 +326,37 @@ def _parse_answer(record: dict[str, Any], name: str, require_answer: bool) -> st
     if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
         return str(value)
     return _parse_text(record, name)
+
+
+def _parse_tests(record: dict[str, Any], name: str) -> CodeTests | None:
+    value = record.get(name)
+    if value is None:
+        return None
+    scripts = value if isinstance(value, list) else [value]
+    if not scripts:
+        raise _Fault(f'"{name}" is empty')
+    scripts = [_check_text(script, f'"{name}"') for script in scripts]
+    entry_point, setup, style = (record.get(field) for field in _TESTS_COMPANIONS)
+    if entry_point is not None and not (isinstance(entry_point, str) and entry_point.isidentifier()):
+        raise _Fault('"entry_point" is no name of a function', repr(entry_point)[:50])
+    if setup is not None and not isinstance(setup, str):
+        raise _Fault('"test_setup_code" is not text', f"it is a {type(setup).__name__}")
+    if style is not None and style not in _TEST_STYLES:
+        raise _Fault(
+            "unknown test_style", f"the row has {str(style)[:50]!r}, known are {', '.join(_TEST_STYLES)}"
+        )
+    style = style or _style_of("\n".join(scripts))
+    if style == "check" and entry_point is None:
+        raise _Fault('tests of style check need an "entry_point"')
+    return CodeTests(style=style, tests=tuple(scripts), entry_point=entry_point or "", setup=setup or "")
+
+
+def _style_of(source: str) -> TestStyle:
+    if re.search(r"^def[ \t]+check[ \t]*\(", source, re.MULTILINE):
+        return "check"
+    imports = re.search(r"^[ \t]*(?:from|import)[ \t]+solution\b", source, re.MULTILINE)
+    functions = re.search(r"^(?:def[ \t]+test|class[ \t]+Test)", source, re.MULTILINE)
+    return "pytest" if imports or functions else "asserts"
 
 
 def _parse_id(record: dict[str, Any], name: str) -> str | None:

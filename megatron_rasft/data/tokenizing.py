@@ -176,6 +176,7 @@ def collect_demonstrations(
                     problem=item.row.problem,
                     response=item.row.response,
                     answer=item.row.answer,
+                    tests=item.row.tests,
                     prompt_ids=prompt_ids,
                     response_ids=response_ids,
                     source=item.row.source,
@@ -198,10 +199,10 @@ def _render_rows(
         if isinstance(row, RowFault):
             report.faults.append(row)
             continue
-        if require_answer and row.answer is None:
+        if require_answer and row.answer is None and row.tests is None:
             report.faults.append(RowFault(source=row.source, reason=f'no "{config.data_answer_field}"'))
             continue
-        messages = _complete_prompt(row.messages, config)
+        messages = _complete_prompt(row, config)
         if chat_format.has_template:
             try:
                 yield _render_chat(row, messages, tokenizer, chat_format)
@@ -220,12 +221,18 @@ def _render_rows(
             )
 
 
-def _complete_prompt(messages: list[Message], config: DataConfig) -> list[Message]:
+def _complete_prompt(row: Row, config: DataConfig) -> list[Message]:
     """Add the system prompt, unless the row has one, and the suffix of the last user message."""
-    messages = [dict(message) for message in messages]
+    messages = [dict(message) for message in row.messages]
     last_user = next(message for message in reversed(messages) if message["role"] == "user")
-    if not last_user["content"].endswith(config.data_prompt_suffix):
-        last_user["content"] += config.data_prompt_suffix
+    suffix = config.data_prompt_suffix
+    if row.tests is not None:
+        suffix = config.data_code_prompt_suffix
+        name = row.tests.entry_point
+        if suffix and name and name not in last_user["content"]:
+            suffix += f" Name the function `{name}`."
+    if not last_user["content"].endswith(suffix):
+        last_user["content"] += suffix
     if config.data_system_prompt is not None and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": config.data_system_prompt})
     return messages

@@ -70,7 +70,7 @@ class Heldout:
             rollouts += as_rollouts(
                 demonstration.problem_id, request, answers, iteration, self._problems.decode
             )
-        self._verifier.verify(rollouts, {d.problem_id: d.answer or "" for d in self._problems.demonstrations})
+        self._verifier.verify(rollouts, {d.problem_id: d.check for d in self._problems.demonstrations})
         return {
             metrics.HELDOUT_SOLVE_RATE: sum(r.verdict == "correct" for r in rollouts) / len(rollouts),
             metrics.HELDOUT_TRUNCATED: sum(r.finish_reason == "length" for r in rollouts) / len(rollouts),

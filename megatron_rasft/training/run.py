@@ -12,7 +12,7 @@ import torch
 from transformers import AutoTokenizer
 
 from megatron_rasft import metrics
-from megatron_rasft.config import DataConfig, RasftConfig
+from megatron_rasft.config import DataConfig, RasftConfig, VerifyConfig
 from megatron_rasft.data.reading import read_rows
 from megatron_rasft.data.tokenizing import build_demonstrations
 from megatron_rasft.errors import ModelFolderError
@@ -26,6 +26,7 @@ from megatron_rasft.training.servers import RolloutServers, read_keys
 from megatron_rasft.training.window import Batch, Planner, WindowReport
 from megatron_rasft.types import Demonstration, TrainingSample
 from megatron_rasft.verify.pool import VerifierPool
+from megatron_rasft.verify.sandbox import Sandbox
 from megatron_rasft.weights.folder import HfFolder
 
 
@@ -83,9 +84,23 @@ def _tokenizer(folder: str) -> Any:
 def read_problems(args: Any, config: RasftConfig) -> tuple[Problems, Problems | None]:
     """The problems to train on, and the held-out ones if there are any."""
     problems = Problems(args, config.data, config.samples_rollouts)
-    if not config.heldout.heldout_data:
-        return problems, None
-    return problems, Problems(args, replace(config.data, train_data=config.heldout.heldout_data), True)
+    heldout = None
+    if config.heldout.heldout_data:
+        heldout = Problems(args, replace(config.data, train_data=config.heldout.heldout_data), True)
+    if config.verifies:
+        on_rank_zero(lambda: _try_sandbox(config.verify, problems, heldout))
+    return problems, heldout
+
+
+def _try_sandbox(config: VerifyConfig, problems: Problems, heldout: Problems | None) -> None:
+    """Refuse now, not at the first refresh, to run programs with less protection than was asked for."""
+    demonstrations = problems.demonstrations + (heldout.demonstrations if heldout is not None else [])
+    num_programs = sum(d.tests is not None for d in demonstrations)
+    if num_programs:
+        with Sandbox(config) as sandbox:
+            problems.summary += (
+                f"\nwith tests      {num_programs} (run in a sandbox of level {sandbox.level})"
+            )
 
 
 def set_length(args: Any, config: RasftConfig, num_problems: int) -> int:

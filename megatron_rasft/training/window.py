@@ -369,7 +369,7 @@ class Planner:
         began = time.monotonic()
         rollouts = [r for group in groups.values() for r in group.rollouts]
         assert self.verifier is not None, "a run that samples has a verifier"
-        self.verifier.verify(rollouts, {i: self._by_id[i].answer or "" for i in groups})
+        self.verifier.verify(rollouts, {i: self._by_id[i].check for i in groups})
         for rollout in rollouts:
             rollout.filtered_by = first_failed_filter(rollout.text, self.config.verify)
         report.num_sampled = len(groups)

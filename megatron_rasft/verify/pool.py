@@ -20,7 +20,8 @@ from pebble import ProcessExpired, ProcessFuture, ProcessPool
 
 from megatron_rasft.config.verify import VerifyConfig
 from megatron_rasft.errors import RasftError
-from megatron_rasft.types import Rollout, Verdict
+from megatron_rasft.types import Check, CodeTests, Rollout, Verdict
+from megatron_rasft.verify.code_grading import grade_code
 from megatron_rasft.verify.grading import grade_answer
 
 logger = logging.getLogger(__name__)
@@ -32,6 +33,8 @@ _VERDICTS = frozenset(get_args(Verdict))
 _MAX_REASON_CHARS = 200
 # A worker kills itself this long after the deadline at which the parent should have: it has none any more
 _ORPHAN_GRACE_S = 5.0
+# A sandbox keeps its own deadline; past this the worker that waits for it is killed
+_SANDBOX_GRACE_S = 60.0
 # A pool that breaks this often in one call gets one rollout at a time, so that the guilty one is known
 _MAX_BROKEN_POOLS = 2
 _MAIN_LOCK = threading.Lock()
@@ -42,13 +45,14 @@ class VerifierPool:
 
     Workers come from a fork server that knows neither torch nor the main script, so they start in
     milliseconds and hold none of the trainer's memory. They end with the parent, or, if it is killed, a few
-    seconds after the deadline. Use it as a context manager; it may be entered again after it was left.
+    seconds after the deadline. Programs do not run in the workers but in a sandbox that each of them keeps. Use it
+    as a context manager; it may be entered again after it was left.
     """
 
     def __init__(self, config: VerifyConfig, grader: Grader | None = None) -> None:
         """Args:
         config: the ``verify_*`` knobs.
-        grader: replaces ``grade_answer``; must be importable in a worker.
+        grader: replaces ``grade_answer``; must be importable in a worker. Tests of programs are run in any case.
         """
         self._config = config
         self._grader = grader or partial(grade_answer, rel_tolerance=config.verify_numeric_rel_tolerance)
@@ -69,7 +73,7 @@ class VerifierPool:
             pool.stop()
             pool.join()
 
-    def verify(self, rollouts: Sequence[Rollout], golds: Mapping[str, str]) -> Counter[Verdict]:
+    def verify(self, rollouts: Sequence[Rollout], checks: Mapping[str, Check]) -> Counter[Verdict]:
         """Set ``verdict`` and ``verdict_reason`` of every rollout and count the verdicts.
 
         Rollouts cut by length or aborted are ``wrong`` without being graded (``verify_grade_truncated`` lets
@@ -78,7 +82,7 @@ class VerifierPool:
 
         Args:
             rollouts: graded in place, whatever verdict they had.
-            golds: problem id -> gold answer.
+            checks: problem id -> gold answer, or tests of a program.
 
         Raises:
             RasftError: workers cannot be started at all.
@@ -90,7 +94,7 @@ class VerifierPool:
                 _set(rollout, "wrong", "aborted")
             elif rollout.finish_reason == "length" and not self._config.verify_grade_truncated:
                 _set(rollout, "wrong", "truncated")
-            elif not golds.get(rollout.problem_id, "").strip():
+            elif not _is_usable(checks.get(rollout.problem_id, "")):
                 _set(rollout, "unverifiable", "no gold answer")
             else:
                 to_grade.append(rollout)
@@ -98,7 +102,7 @@ class VerifierPool:
         num_broken = 0
         while to_grade:
             max_in_flight = 2 * self._num_workers if num_broken <= _MAX_BROKEN_POOLS else 1
-            unfinished = self._grade(to_grade, golds, max_in_flight)
+            unfinished = self._grade(to_grade, checks, max_in_flight)
             if unfinished:
                 num_broken += 1
                 logger.warning(
@@ -111,18 +115,19 @@ class VerifierPool:
         assert all(r.verdict is not None for r in rollouts), "a rollout was left without a verdict"
         return Counter(r.verdict for r in rollouts if r.verdict is not None)
 
-    def _grade(self, to_grade: deque[Rollout], golds: Mapping[str, str], max_in_flight: int) -> list[Rollout]:
+    def _grade(
+        self, to_grade: deque[Rollout], checks: Mapping[str, Check], max_in_flight: int
+    ) -> list[Rollout]:
         """Grade until the queue is empty (returns []) or the pool breaks (returns what was in flight)."""
         in_flight: dict[Future[Any], Rollout] = {}
-        timeout_s = self._config.verify_timeout_s
         # Backstop for a pool that lost track of a task: every task in flight could have timed out twice by then
-        stalled_s = 4 * timeout_s + 60
+        stalled_s = 60 + 4 * max((self._deadline_s(checks[r.problem_id]) for r in to_grade), default=0)
         try:
             while to_grade or in_flight:
                 while to_grade and len(in_flight) < max_in_flight:
                     rollout = to_grade.popleft()
                     try:
-                        in_flight[self._schedule(rollout, golds[rollout.problem_id])] = rollout
+                        in_flight[self._schedule(rollout, checks[rollout.problem_id])] = rollout
                     except RuntimeError:  # pebble's word for a pool that broke since the last look
                         return [rollout, *in_flight.values()]
                 done, _ = wait(in_flight, timeout=stalled_s, return_when=FIRST_COMPLETED)
@@ -132,7 +137,8 @@ class VerifierPool:
                     try:
                         _set(in_flight[future], *future.result())
                     except FutureTimeoutError:
-                        _set(in_flight[future], "timeout", f"deadline of {timeout_s:g} s")
+                        deadline_s = self._deadline_s(checks[in_flight[future].problem_id])
+                        _set(in_flight[future], "timeout", f"deadline of {deadline_s:g} s")
                     except ProcessExpired as error:
                         _set(in_flight[future], "unverifiable", f"grader crashed, exit code {error.exitcode}")
                     except (BrokenProcessPool, CancelledError):
@@ -144,12 +150,20 @@ class VerifierPool:
                 future.cancel()
             raise
 
-    def _schedule(self, rollout: Rollout, gold: str) -> ProcessFuture:
+    def _schedule(self, rollout: Rollout, check: Check) -> ProcessFuture:
         assert self._pool is not None, "use VerifierPool as a context manager"
         text = rollout.text[-self._config.verify_max_response_chars :]
-        timeout_s = self._config.verify_timeout_s
-        args = (self._grader, text, gold, timeout_s + _ORPHAN_GRACE_S)
-        return self._pool.schedule(_grade_in_worker, args=args, timeout=timeout_s)
+        deadline_s = self._deadline_s(check)
+        grader = partial(grade_code, config=self._config) if isinstance(check, CodeTests) else self._grader
+        args = (grader, text, check, deadline_s + _ORPHAN_GRACE_S)
+        return self._pool.schedule(_grade_in_worker, args=args, timeout=deadline_s)
+
+    def _deadline_s(self, check: Check) -> float:
+        """When the worker is killed; a sandbox has given its verdict long before."""
+        if not isinstance(check, CodeTests):
+            return self._config.verify_timeout_s
+        num_runs = len(check.cases) if check.style == "stdin" else 1
+        return num_runs * self._config.verify_code_timeout_s + _SANDBOX_GRACE_S
 
     def _start(self) -> None:
         assert self._pool is None, "the pool is running already"
@@ -181,16 +195,22 @@ def _set(rollout: Rollout, verdict: Verdict, reason: str) -> None:
     rollout.verdict, rollout.verdict_reason = verdict, reason
 
 
+def _is_usable(check: Check) -> bool:
+    return isinstance(check, CodeTests) or bool(check.strip())
+
+
 def _ready() -> bool:
     return True
 
 
-def _grade_in_worker(grader: Grader, text: str, gold: str, kill_after_s: float) -> tuple[str, str]:
+def _grade_in_worker(
+    grader: Callable[..., Any], text: str, check: Check, kill_after_s: float
+) -> tuple[str, str]:
     """Only plain strings go back: unpickling an exception of a library could fail in the parent."""
     # The kernel's own clock, without a Python handler: it ends C code too, and needs no parent
     signal.setitimer(signal.ITIMER_REAL, kill_after_s)
     try:
-        verdict, reason = grader(text, gold)
+        verdict, reason = grader(text, check)
         if verdict not in _VERDICTS:
             return "unverifiable", f"grader returned {str(verdict)[:50]!r}"
         return str(verdict), str(reason)[:_MAX_REASON_CHARS]
@@ -211,7 +231,10 @@ def _initialize_worker(memory_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with open("/proc/self/statm") as statm:
         own_bytes = int(statm.read().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (own_bytes + memory_bytes,) * 2)
+    # The soft limit only: a sandbox that the worker starts sets its own
+    resource.setrlimit(
+        resource.RLIMIT_AS, (own_bytes + memory_bytes, resource.getrlimit(resource.RLIMIT_AS)[1])
+    )
     # Parsers complain about bad formulas at length; nobody asked
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)

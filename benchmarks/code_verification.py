@@ -1,0 +1,218 @@
+"""How fast programs are verified, and whether the verdicts are right on every reference solution.
+
+    python benchmarks/code_verification.py                       checks per second against bare `python -c pass`
+    python benchmarks/code_verification.py --references          all reference solutions of the code sets
+    python benchmarks/code_verification.py --references --mutants    and what is left of them after a mutation
+
+The sets are those of ../shared/data (see its README); --data names another folder. Exits with 1 if a reference does not
+pass here though it passes in a plain interpreter. Some mutants are as good as the original: they are counted.
+"""
+
+import argparse
+import ast
+import gzip
+import json
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_rasft.config.verify import VerifyConfig
+from megatron_rasft.types import CodeTests
+from megatron_rasft.verify.code_extraction import extract_program
+from megatron_rasft.verify.code_grading import run_tests
+from megatron_rasft.verify.sandbox import LEVELS, Sandbox
+
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+CODE_SETS = (
+    "evaluation/humaneval", "evaluation/humaneval_plus", "evaluation/mbpp", "evaluation/mbpp_plus",
+    "evaluation/mbpp_sanitized", "evaluation/mbpp_validation", "evaluation/mbpp_fewshot", "train/mbpp_train",
+    "train/kodcode_demo",
+)  # fmt: skip
+FAILS_ANYWHERE = {"humaneval_plus HumanEval/32"}
+"""Its published solution does not meet its test in a plain Python 3.12, whose ``sum`` of floats is another than 3.11's."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A reference solution and its tests."""
+
+    name: str
+    program: str
+    tests: CodeTests
+
+
+def read_references(data: Path, code_set: str) -> Iterator[Reference]:
+    """The reference solutions of one set, in order."""
+    label = code_set.rpartition("/")[2]
+    with gzip.open(data / f"{code_set}.jsonl.gz", "rt", encoding="utf-8") as stream:
+        for line in stream:
+            row = json.loads(line)
+            tests = _tests_of(label, row)
+            solution = row.get("canonical_solution") or row["response"]
+            program = extract_program(solution, tests.entry_point, tests.prompt)
+            assert program is not None, row["id"]
+            yield Reference(f"{label} {row['id']}", program, tests)
+
+
+def _tests_of(label: str, row: dict[str, Any]) -> CodeTests:
+    name = row["entry_point"] or ""
+    if label.startswith("humaneval"):
+        return CodeTests(style="check", tests=(row["test"],), entry_point=name, prompt=row["prompt"])
+    if label == "mbpp_plus":
+        return CodeTests(style="asserts", tests=(row["test"],), entry_point=name)
+    if label == "kodcode_demo":
+        return CodeTests(style="pytest", tests=(row["tests"],), entry_point=name)
+    return CodeTests(
+        style="asserts", tests=tuple(row["tests"]), entry_point=name, setup=row["test_setup_code"]
+    )
+
+
+class _ReturnNothing(ast.NodeTransformer):
+    def visit_Return(self, node: ast.Return) -> ast.Return:
+        return ast.copy_location(ast.Return(value=ast.Constant(value=None)), node)
+
+
+class _ChangeOnce(ast.NodeTransformer):
+    """Changes the first place it can, inside functions only."""
+
+    def __init__(self, change: Callable[[ast.AST], ast.AST | None]) -> None:
+        self._change = change
+        self.is_done = False
+
+    def visit(self, node: ast.AST) -> Any:
+        if not self.is_done:
+            changed = self._change(node)
+            if changed is not None:
+                self.is_done = True
+                return ast.copy_location(changed, node)
+        return self.generic_visit(node)
+
+
+def _off_by_one(node: ast.AST) -> ast.AST | None:
+    is_integer = isinstance(node, ast.Constant) and type(node.value) is int
+    return ast.Constant(value=node.value + 1) if is_integer else None  # type: ignore[attr-defined]
+
+
+def _negated(node: ast.AST) -> ast.AST | None:
+    return ast.UnaryOp(op=ast.Not(), operand=node) if isinstance(node, ast.Compare) else None
+
+
+def mutate(reference: Reference, mutation: str) -> str | None:
+    """The program with ``returns nothing``, ``off by one`` or ``negated`` applied; None where it does not apply."""
+    tree = ast.parse(reference.program)
+    functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)]
+    wanted = [n for n in functions if n.name == reference.tests.entry_point] or functions
+    if not wanted:
+        return None
+    before = ast.dump(tree)
+    target = wanted[-1]
+    if mutation == "returns nothing":
+        _ReturnNothing().visit(target)
+    else:
+        changer = _ChangeOnce(_off_by_one if mutation == "off by one" else _negated)
+        target.body = [changer.visit(statement) for statement in target.body]
+    return None if ast.dump(tree) == before else ast.unparse(ast.fix_missing_locations(tree))
+
+
+MUTATIONS = ("returns nothing", "off by one", "negated")
+
+
+def check_references(data: Path, sandbox: Sandbox, every: int, has_mutants: bool) -> bool:
+    """Print a line per set and one per reference that does not pass; whether all is as it should be."""
+    is_right = True
+    for code_set in CODE_SETS:
+        began = time.monotonic()
+        references = list(read_references(data, code_set))[::every]
+        verdicts: Counter[str] = Counter()
+        mutants: dict[str, Counter[str]] = {mutation: Counter() for mutation in MUTATIONS}
+        for reference in references:
+            verdict, reason = run_tests(sandbox, reference.program, reference.tests)
+            verdicts[verdict] += 1
+            if verdict != "correct":
+                print(f"  {reference.name}: {verdict}, {reason}", flush=True)
+                is_right &= reference.name in FAILS_ANYWHERE
+                continue
+            for mutation in MUTATIONS if has_mutants else ():
+                mutant = mutate(reference, mutation)
+                if mutant is not None:
+                    mutants[mutation][run_tests(sandbox, mutant, reference.tests)[0]] += 1
+        seconds = time.monotonic() - began
+        print(f"{code_set}: {len(references)} references, {dict(verdicts)}, {seconds:.0f} s", flush=True)
+        for mutation, counts in mutants.items():
+            if counts:
+                print(f"  {mutation}: {sum(counts.values())}, of them {dict(counts)}", flush=True)
+    return is_right
+
+
+def measure(num_checks: int, num_workers: int, levels: list[str]) -> None:
+    """Checks per second of each level against starting an interpreter, in this one run on this machine."""
+    program = "def f(x):\n    return x * x"
+    tests = CodeTests(style="asserts", tests=("assert f(2) == 4", "assert f(3) == 9"), entry_point="f")
+
+    def start_bare(_: int) -> None:
+        subprocess.run([sys.executable, "-I", "-c", "pass"], check=True)
+
+    def report(name: str, seconds: float, bare_rate: float | None) -> float:
+        rate = num_checks / seconds / num_workers
+        versus = "" if bare_rate is None else f", {rate / bare_rate:.2f} times bare python -c"
+        print(f"{name}: {rate:.1f} per second and core{versus}", flush=True)
+        return rate
+
+    with ThreadPoolExecutor(num_workers) as threads:
+        began = time.monotonic()
+        list(threads.map(start_bare, range(num_checks)))
+        bare_rate = report("python -c pass", time.monotonic() - began, None)
+        for level in levels:
+            sandboxes = [Sandbox(VerifyConfig(), [level]) for _ in range(num_workers)]  # type: ignore[list-item]
+
+            def check_share(sandbox: Sandbox) -> None:
+                for _ in range(num_checks // num_workers):
+                    assert sandbox.judge(program, tests)[0] == "correct"
+
+            began = time.monotonic()
+            list(threads.map(check_share, sandboxes))
+            report(f"sandbox, {level}", time.monotonic() - began, bare_rate)
+            for sandbox in sandboxes:
+                sandbox.close()
+
+
+def main() -> int:
+    """Run what the flags ask for."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--references", action="store_true", help="Run the reference solutions instead.")
+    parser.add_argument("--mutants", action="store_true", help="Run mutated reference solutions, too.")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="Take every Nth reference.")
+    parser.add_argument("--data", type=Path, default=DATA, metavar="DIR", help=f"Default: {DATA}")
+    parser.add_argument(
+        "--level", choices=LEVELS, help="Only this level. Default: strongest, or all to measure."
+    )
+    parser.add_argument("--timeout-s", type=float, default=120.0, help="Deadline of one reference.")
+    parser.add_argument("--memory-mib", type=int, default=2048)
+    parser.add_argument("--output-mib", type=int, default=64)
+    parser.add_argument("--num-checks", type=int, default=200, help="Checks to time.")
+    parser.add_argument("--num-workers", type=int, default=len(os.sched_getaffinity(0)), help="Cores to use.")
+    args = parser.parse_args()
+    if not args.references:
+        measure(args.num_checks, args.num_workers, [args.level] if args.level else list(LEVELS))
+        return 0
+    config = VerifyConfig(
+        verify_code_timeout_s=args.timeout_s,
+        verify_code_memory_mib=args.memory_mib,
+        verify_code_output_mib=args.output_mib,
+    )
+    with Sandbox(config, [args.level] if args.level else LEVELS) as sandbox:
+        print(f"level {sandbox.level}, Python {sys.version.split()[0]}")
+        return 0 if check_references(args.data, sandbox, args.every, args.mutants) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
