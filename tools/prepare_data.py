@@ -5,19 +5,15 @@ prepare_data.py inspect --train-data FILE.jsonl --tokenizer DIR [--index N] [any
 """
 
 import argparse
-import ast
 import dataclasses
-import inspect
 import sys
-import textwrap
 from itertools import islice
 from pathlib import Path
-from types import NoneType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a checkout that is not installed
 
 from megatron_rasft.config.data import DataConfig
+from megatron_rasft.config.flags import add_flags, read_flags
 from megatron_rasft.data.inspecting import render_example
 from megatron_rasft.data.reading import DataReport, Row, RowFault, read_rows
 from megatron_rasft.data.tokenizing import Tokenizer, build_demonstrations, collect_demonstrations
@@ -30,9 +26,8 @@ def main(argv: list[str] | None = None) -> int:
     """Exit code: 0 all rows are usable, 1 some are not, 2 wrong arguments or an unreadable file."""
     parser = _build_parser()
     args = parser.parse_args(argv)
-    fields = {field.name: getattr(args, field.name) for field in dataclasses.fields(DataConfig)}
     try:
-        config = DataConfig(**fields)
+        config = read_flags(args, DataConfig)
         if args.max_tokens is not None and args.max_tokens < 1:
             raise ValueError(
                 f"--max-tokens must be >= 1, got {args.max_tokens}. Give the --seq-length of the run."
@@ -118,43 +113,8 @@ def _build_parser() -> argparse.ArgumentParser:
             command.add_argument(
                 "--index", type=int, default=0, metavar="N", help="Which usable row, from 0 (default: 0)."
             )
-        _add_config_flags(command.add_argument_group("data", DataConfig.__doc__))
+        add_flags(command.add_argument_group("data", DataConfig.__doc__), DataConfig)
     return parser
-
-
-def _add_config_flags(group: argparse._ArgumentGroup) -> None:
-    """One flag per field of DataConfig, the string after the field is its help."""
-    types = get_type_hints(DataConfig)
-    docs = _read_field_docs()
-    for field in dataclasses.fields(DataConfig):
-        kind = types[field.name]
-        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-        options: dict[str, Any] = {"default": default, "help": docs[field.name].replace("%", "%%")}
-        if get_origin(kind) is Literal:
-            options["choices"] = get_args(kind)
-        elif get_origin(kind) is list:
-            options.update(nargs="+", metavar="FILE")
-        else:
-            options["type"] = next((part for part in get_args(kind) if part is not NoneType), kind)
-            options["metavar"] = "N" if options["type"] is int else "TEXT"
-        if default not in (None, []):
-            options["help"] += f" Default: {repr(default).replace('%', '%%')}"
-        group.add_argument(f"--{field.name.replace('_', '-')}", **options)
-
-
-def _read_field_docs() -> dict[str, str]:
-    """The string literal that follows each field in the class's source."""
-    (tree,) = ast.parse(textwrap.dedent(inspect.getsource(DataConfig))).body
-    assert isinstance(tree, ast.ClassDef), "getsource of a class is a class"
-    docs = {}
-    for node, following in zip(tree.body, tree.body[1:], strict=False):
-        if (
-            isinstance(node, ast.AnnAssign)
-            and isinstance(node.target, ast.Name)
-            and isinstance(following, ast.Expr)
-        ):
-            docs[node.target.id] = " ".join(str(ast.literal_eval(following.value)).split())
-    return docs
 
 
 def _load_tokenizer(folder: str) -> Tokenizer:
