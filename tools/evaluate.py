@@ -235,9 +235,10 @@ def _write_results(output: Path, label: str, compared_with: str, summary: Summar
     """Add one benchmark to summary.json and write the tables anew."""
     path = output / "summary.json"
     earlier = read_summaries(output)[1] if path.is_file() else []
-    order = list(KNOWN_SETS)
+    order = {name: place for place, name in enumerate(KNOWN_SETS)}
     summaries = sorted(
-        [s for s in earlier if s.name != summary.name] + [summary], key=lambda s: order.index(s.name)
+        [s for s in earlier if s.name != summary.name] + [summary],
+        key=lambda s: (order.get(s.name, len(order)), s.name),
     )
     content = {"label": label, "benchmarks": [s.as_dict() for s in summaries]}
     partial = path.with_suffix(".tmp")

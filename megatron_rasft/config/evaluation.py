@@ -12,7 +12,7 @@ class EvaluationConfig:
     """Which benchmarks, how many samples, how they are drawn."""
 
     benchmarks: list[str] = field(default_factory=lambda: list(MATH_BENCHMARKS))
-    """Names of known sets, looked for in --data-folder, or NAME=FILE."""
+    """Names of known sets, looked for in --data-folder, or NAME=FILE; NAME may be a mathematical set of one's own."""
 
     data_folder: str | None = None
     """Folder of benchmark files (<name>.jsonl.gz, .jsonl or .parquet), or of clones of their Hugging Face data sets."""

@@ -28,6 +28,7 @@ class KnownSet:
     title: str
     kind: Kind
     num_rows: int
+    """0 for a set of the user's own, of which nothing is known."""
     text_sha256: str
     """Of the uncompressed file in this project's layout; README.md of the data names its origin."""
     content_sha256: str
@@ -120,6 +121,9 @@ def read_benchmark(known: KnownSet, path: Path, accept_unknown: bool = False) ->
         problems.append(problem)
     sha256 = text_checksum(path)
     is_verified = sha256 == known.text_sha256 or fingerprint(problems) == known.content_sha256
+    accept_unknown |= not known.num_rows
+    if not problems:
+        raise DataError(f"{path} holds no rows. Write the problems to it, or leave {known.name} out.")
     if not accept_unknown and len(problems) != known.num_rows:
         raise DataError(
             f"{path} has {len(problems)} rows, {known.title} has {known.num_rows}. Get the whole set, or give "
@@ -335,19 +339,22 @@ def _ask_for_code(problem: Problem) -> str:
 
 
 def chosen(names: list[str], folder: Path | None) -> Iterator[tuple[KnownSet, Path]]:
-    """Known set and file of each NAME or NAME=FILE.
+    """Known set and file of each NAME or NAME=FILE; a name that is not known is a mathematical set of the user's own.
 
     Raises:
         ValueError, DataError: the name is unknown, the file is not there.
     """
     for entry in names:
         name, _, file = entry.partition("=")
-        if name not in KNOWN_SETS:
-            raise ValueError(f"--benchmarks: {name!r} is unknown. Known are {', '.join(KNOWN_SETS)}.")
+        if name not in KNOWN_SETS and not file:
+            raise ValueError(
+                f"--benchmarks: {name!r} is unknown. Known are {', '.join(KNOWN_SETS)}; a set of your own is named with "
+                "its file, NAME=FILE."
+            )
         if file:
             if not Path(file).is_file():
                 raise DataError(f"--benchmarks {entry}: {file} is no file.")
-            yield KNOWN_SETS[name], Path(file)
+            yield KNOWN_SETS.get(name) or _known(name, name, 0, "", ""), Path(file)
         elif folder is None:
             raise ValueError(
                 f"--benchmarks {name} needs --data-folder DIR, or its file: --benchmarks {name}=FILE"
