@@ -159,9 +159,12 @@ def text_checksum(path: Path) -> str:
 
 
 def fingerprint(problems: list[Problem]) -> str:
-    """sha256 over problems and what decides them; order of rows, ids and white space do not count."""
+    """sha256 over problems and what decides them.
+
+    Order of rows, ids and white space do not count, nor do the thousands separators and leading zeros of whole numbers.
+    """
     lines = sorted(
-        json.dumps([_squeeze(p.text), _squeeze(p.answer), _squeeze(json.dumps(p.tests, sort_keys=True))])
+        json.dumps([_squeeze(p.text), _whole(p.answer), _squeeze(json.dumps(p.tests, sort_keys=True))])
         for p in problems
     )
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
@@ -169,6 +172,11 @@ def fingerprint(problems: list[Problem]) -> str:
 
 def _squeeze(text: str) -> str:
     return " ".join(text.split())
+
+
+def _whole(answer: str) -> str:
+    answer = _squeeze(answer)
+    return str(int(answer.replace(",", ""))) if re.fullmatch(r"\d[\d,]{0,30}", answer) else answer
 
 
 def _plain(name: str) -> str:
@@ -223,9 +231,7 @@ def _gold(record: dict[str, Any]) -> str:
     if isinstance(value, list):
         if len(value) != 1:
             raise ValueError(f"{len(value)} final answers, one is needed")
-        value = str(value[0])
-        if value.startswith("$") and value.endswith("$"):
-            value = value.strip("$")
+        value = str(value[0]).strip("$")
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if not isinstance(value, str):
@@ -392,16 +398,16 @@ KNOWN_SETS = {
     for known in (
         _known("math500", "MATH-500", 500,
                "8fa50521e8e89f63d7e4687237ec286d4c091089df50220fbdfb3936e13455c5",
-               "effa90eaef103a15b890c53ae9cd3a199d829d99e25aae633a7e31febe842aec", "mathoai"),
+               "d85ca86cb2e97aea30257325c85db1c7f8dfe89118932829c2fd5a0dad75a932", "mathoai"),
         _known("minerva_math", "Minerva Math", 272,
                "4839734d80f9424c1c82a07a1a1b93edb52036e766c8e29761c8a4954f6806bc",
                "2ebff90d263e64c28a694cdbc20add1e39ef8a415fa444b9e713c4d6f102326e", "minerva", tol=0.0001),
         _known("olympiadbench", "OlympiadBench", 675,
                "97933724a5c90509e601f378ab893a8d15f91a84b28d07c6861477be98c55e19",
-               "a5b8f7526d662870f4107a033ba326acab714f1af9907a045ab5d651710661d2", "olympiadbenchoetomathsencomp", "oetomathsencomp"),
+               "0b2aad3bb38cd95fa646cecd7174e96480edd4e8b3edaa2874626661d7c0407c", "olympiadbenchoetomathsencomp", "oetomathsencomp"),
         _known("aime24", "AIME 2024", 30,
                "9ce43c202fa7269e00fa4c7e7a100e1d99cc39e7c861b3477a3c2c1c2c8e952e",
-               "a9024f47b7f02cc0b0a6562b639bc9db7dfab1966fb426c91d9cfdf27a8c6e0b", "aime2024"),
+               "f21ec99c9e13fa168445e297ed62e650d86f5cbd4c8fb09538fc8ccef543d02d", "aime2024"),
         _known("aime25", "AIME 2025", 30,
                "9f431f5388c4968e02788cfb8a5ebbc57e922c4f4f256da3b542d39308ba2cb0",
                "e59c3718f1f302b8e1187e4b9a884746d08781519dfac378d888d3a4fe82472e", "aime2025"),

@@ -138,7 +138,9 @@ def _notes(results: Results) -> list[str]:
     notes = ["Accuracy in percent, mean over samples, with the 95 % bootstrap interval over problems."]
     every = [s for summaries in results.values() for s in summaries]
     if any(not s.is_verified for s in every):
-        notes.append("\\* a set of one's own, or a file that is none of the known ones: not comparable with published numbers.")
+        notes.append(
+            "\\* a set of one's own, or a file that is none of the known ones: not comparable with published numbers."
+        )
     cut = sorted(
         {f"{s.title} {s.num_problems} of {s.num_rows}" for s in every if s.num_problems < s.num_rows}
     )
