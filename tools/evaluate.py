@@ -75,11 +75,12 @@ def run(args: argparse.Namespace, megatron_flags: list[str]) -> None:
     for known, path in chosen(config.benchmarks, folder):
         benchmarks.append(read_benchmark(known, path, config.unknown_data == "accept"))
     output = Path(args.output)
-    _check_protocol(output, args, config)
+    drawn_by = _drawn_by(args, config)
+    _check_protocol(output, drawn_by)
     with _open_engine(args, megatron_flags) as engine:
         if engine is None:  # another rank speaks
             return
-        _write_protocol(output, args, config, benchmarks)
+        _write_protocol(output, drawn_by, config, benchmarks)
         tokenizer = open_tokenizer(args.model)
         prompt_config = DataConfig(
             data_prompt_suffix="",
@@ -203,13 +204,13 @@ def _drawn_by(args: argparse.Namespace, config: EvaluationConfig) -> dict[str, A
     return {name: values[name] for name in DRAWN_BY}
 
 
-def _check_protocol(output: Path, args: argparse.Namespace, config: EvaluationConfig) -> None:
+def _check_protocol(output: Path, drawn_by: dict[str, Any]) -> None:
     """Refuse a folder whose samples were drawn in another way, before a model is loaded."""
     path = output / "protocol.json"
     if not path.is_file():
         return
     stored = json.loads(path.read_text(encoding="utf-8"))["drawn_by"]
-    for name, value in _drawn_by(args, config).items():
+    for name, value in drawn_by.items():
         if stored.get(name) != value:
             raise ValueError(
                 f"--output {output} holds samples drawn with {name} {stored.get(name)!r}, not {value!r}. Give another "
@@ -218,11 +219,11 @@ def _check_protocol(output: Path, args: argparse.Namespace, config: EvaluationCo
 
 
 def _write_protocol(
-    output: Path, args: argparse.Namespace, config: EvaluationConfig, benchmarks: list[Benchmark]
+    output: Path, drawn_by: dict[str, Any], config: EvaluationConfig, benchmarks: list[Benchmark]
 ) -> None:
     output.mkdir(parents=True, exist_ok=True)
     content = {
-        "drawn_by": _drawn_by(args, config),
+        "drawn_by": drawn_by,
         "config": asdict(config),
         "files": {
             b.name: {"path": str(b.path), "sha256": b.sha256, "verified": b.is_verified} for b in benchmarks
