@@ -88,7 +88,8 @@ def decontaminate(args: argparse.Namespace, config: DataConfig) -> int:
             f"{faults[0]}, the first of {len(faults)} faulty rows. Correct them first: see validate."
         )
     records = [record for file in config.train_data for _, record in read_records(Path(file))]
-    problems = (row.problem for row in read_rows(config, require_answer=False) if isinstance(row, Row))
+    rows = read_rows(config, require_answer=False)
+    problems = ((row.problem_id, row.problem) for row in rows if isinstance(row, Row))
     found = find_contamination(
         problems, [Path(file) for file in args.decontaminate], args.overlap_ngram, args.overlap_share
     )
@@ -176,7 +177,7 @@ def _add_overlap_flags(command: argparse.ArgumentParser) -> None:
         type=float,
         default=0.5,
         metavar="X",
-        help="A row goes if it has this share of a benchmark row's n-grams, or is a copy, 0 .. 1 (default: 0.5). 0: "
+        help="A row goes if it has this share of a benchmark row's n-grams, its words or its id, 0 .. 1 (default: 0.5). 0: "
         "any n-gram in common, stock phrases included.",
     )
     command.add_argument("--output", metavar="FILE", help="Write the rows that stay (.jsonl).")

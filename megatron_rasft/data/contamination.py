@@ -32,6 +32,8 @@ class BenchmarkOverlap:
     """Row name -> share of its n-grams that occur in any training row; rows without any are left out."""
     exact: dict[str, set[int]] = field(default_factory=lambda: defaultdict(set))
     """Row name -> training rows with the same words in the same order."""
+    same_id: dict[str, int] = field(default_factory=dict)
+    """Row name -> training row of that id, however it is worded; ids that are mere numbers say nothing."""
 
     @property
     def num_half(self) -> int:
@@ -57,10 +59,12 @@ class BenchmarkOverlap:
             "sharing": len(self.sharing),
             "half": self.num_half,
             "exact": len(self.exact),
+            "same_id": len(self.same_id),
             "training_rows_hit": len(self.train_rows),
             "row_pairs": self.num_pairs,
             "covered": dict(sorted(self.covered.items(), key=lambda item: -item[1])),
             "exact_rows": sorted(self.exact),
+            "same_id_rows": sorted(self.same_id),
         }
 
 
@@ -75,9 +79,9 @@ class Contamination:
 
     def describe(self) -> str:
         """A table of the counts and the first rows to go, without a final line break."""
-        head = ("benchmark", "rows", "short", "sharing", "half", "exact", "train rows", "pairs")
+        head = ("benchmark", "rows", "short", "sharing", "half", "exact", "same id", "train rows", "pairs")
         rows = [
-            (d["benchmark"], *(str(d[k]) for k in ("rows", "short", "sharing", "half", "exact", "training_rows_hit", "row_pairs")))
+            (d["benchmark"], *(str(d[k]) for k in ("rows", "short", "sharing", "half", "exact", "same_id", "training_rows_hit", "row_pairs")))
             for d in (overlap.as_dict() for overlap in self.overlaps)
         ]  # fmt: skip
         widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
@@ -109,22 +113,23 @@ def words_of(text: str) -> list[str]:
 
 
 def find_contamination(
-    problems: Iterable[str], benchmarks: Iterable[Path], n: int = 13, max_share: float = 0.5
+    problems: Iterable[tuple[str, str]], benchmarks: Iterable[Path], n: int = 13, max_share: float = 0.5
 ) -> Contamination:
     """Hold training problems against benchmarks.
 
     Args:
-        problems: texts of the training problems.
+        problems: id and text of each training problem.
         benchmarks: files of benchmark rows in any of the usual layouts; answers and tests are not compared.
         n: words per n-gram.
-        max_share: a training row goes if it has at least this share of a benchmark row's n-grams, or is an exact
-            copy; 0 lets go whatever shares one n-gram, stock phrases included.
+        max_share: a training row goes if it has at least this share of a benchmark row's n-grams, is an exact copy,
+            or has its id; 0 lets go whatever shares one n-gram, stock phrases included.
 
     Raises:
         DataError: a benchmark row has no text.
     """
     index: dict[Gram, list[tuple[int, str]]] = defaultdict(list)
     by_words: dict[Gram, list[tuple[int, str]]] = defaultdict(list)
+    by_id: dict[str, list[tuple[int, str]]] = defaultdict(list)
     sizes: dict[tuple[int, str], int] = {}
     overlaps = []
     for number, path in enumerate(benchmarks):
@@ -137,13 +142,15 @@ def find_contamination(
             overlap.num_short += not grams
             sizes[row] = len(grams)
             by_words[tuple(words)].append(row)
+            if not name.isdigit():
+                by_id[name].append(row)
             for gram in grams:
                 index[gram].append(row)
 
     found: dict[tuple[int, str], set[Gram]] = defaultdict(set)
     dropped: dict[int, tuple[float, str]] = {}
     num_train_rows = 0
-    for train_row, problem in enumerate(problems):
+    for train_row, (train_id, problem) in enumerate(problems):
         num_train_rows += 1
         words = words_of(problem)
         shared: dict[tuple[int, str], int] = defaultdict(int)
@@ -157,6 +164,9 @@ def find_contamination(
             if share >= max_share and share > dropped.get(train_row, (0.0, ""))[0]:
                 why = f"has {share:.0%} of the {n}-grams of {name} ({overlaps[number].path.name})"
                 dropped[train_row] = (share, why)
+        for number, name in by_id.get(train_id, ()):
+            overlaps[number].same_id[name] = train_row
+            dropped[train_row] = (1.0, f"has the id of {name} ({overlaps[number].path.name})")
         for number, name in by_words.get(tuple(words), ()):
             overlaps[number].exact[name].add(train_row)
             dropped[train_row] = (1.0, f"is {name} ({overlaps[number].path.name})")
