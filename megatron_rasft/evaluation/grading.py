@@ -20,7 +20,10 @@ class Grader(AbstractContextManager["Grader"]):
 
     def __init__(self, benchmark: Benchmark, timeout_s: float, num_workers: int) -> None:
         if benchmark.kind == "code":
-            raise NotImplementedError("code")
+            raise ValueError(
+                f"--benchmarks {benchmark.name}: its programs must be run, and this version has no sandbox for that. "
+                "Leave it out."
+            )
         config = VerifyConfig(
             verify_timeout_s=timeout_s,
             verify_num_workers=num_workers,
