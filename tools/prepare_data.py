@@ -1,25 +1,24 @@
-"""Look at training data before a run: every row with ``validate``, one as the model sees it with ``inspect``.
+"""Look at training data before a run: every row, one as the model sees it, and what benchmarks have in common with it.
 
 prepare_data.py validate --train-data FILE.jsonl [--tokenizer DIR [--max-tokens N]] [any --data-* flag]
+prepare_data.py --decontaminate BENCHMARK... --train-data FILE.jsonl [--output CLEAN.jsonl] [--report FILE.json]
 prepare_data.py inspect --train-data FILE.jsonl --tokenizer DIR [--index N] [any --data-* flag]
 """
 
 import argparse
-import ast
 import dataclasses
-import inspect
+import json
 import sys
-import textwrap
 from itertools import islice
 from pathlib import Path
-from types import NoneType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a checkout that is not installed
 
 from megatron_rasft.config.data import DataConfig
+from megatron_rasft.config.flags import add_flags, read_flags
+from megatron_rasft.data.contamination import find_contamination
 from megatron_rasft.data.inspecting import render_example
-from megatron_rasft.data.reading import DataReport, Row, RowFault, read_rows
+from megatron_rasft.data.reading import DataReport, Row, RowFault, read_records, read_rows
 from megatron_rasft.data.tokenizing import Tokenizer, build_demonstrations, collect_demonstrations
 from megatron_rasft.errors import DataError
 
@@ -28,11 +27,13 @@ _NO_LIMIT = 2**62
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0 all rows are usable, 1 some are not, 2 wrong arguments or an unreadable file."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0].startswith("--") and "--decontaminate" in argv:
+        argv = ["decontaminate", *argv]
     parser = _build_parser()
     args = parser.parse_args(argv)
-    fields = {field.name: getattr(args, field.name) for field in dataclasses.fields(DataConfig)}
     try:
-        config = DataConfig(**fields)
+        config = read_flags(args, DataConfig)
         if args.max_tokens is not None and args.max_tokens < 1:
             raise ValueError(
                 f"--max-tokens must be >= 1, got {args.max_tokens}. Give the --seq-length of the run."
@@ -71,6 +72,39 @@ def validate(args: argparse.Namespace, config: DataConfig) -> int:
     return 1 if is_refused else 0
 
 
+def decontaminate(args: argparse.Namespace, config: DataConfig) -> int:
+    """Find rows that repeat a benchmark's problems by their n-grams, and write the others."""
+    if args.overlap_ngram < 1:
+        raise ValueError(f"--overlap-ngram must be >= 1 words, got {args.overlap_ngram}. 13 is usual.")
+    if not 0 <= args.overlap_share <= 1:
+        raise ValueError(
+            f"--overlap-share is a share, 0 .. 1, got {args.overlap_share}. 0 drops any overlap."
+        )
+    if args.output is not None and Path(args.output).exists():
+        raise ValueError(f"--output {args.output} exists already. Name a file that does not.")
+    faults = [row for row in read_rows(config, require_answer=False) if isinstance(row, RowFault)]
+    if faults:
+        raise DataError(
+            f"{faults[0]}, the first of {len(faults)} faulty rows. Correct them first: see validate."
+        )
+    records = [record for file in config.train_data for _, record in read_records(Path(file))]
+    rows = read_rows(config, require_answer=False)
+    problems = ((row.problem_id, row.problem) for row in rows if isinstance(row, Row))
+    found = find_contamination(
+        problems, [Path(file) for file in args.decontaminate], args.overlap_ngram, args.overlap_share
+    )
+    print(found.describe())
+    if args.report is not None:
+        Path(args.report).write_text(json.dumps(found.as_dict(), indent=1) + "\n", encoding="utf-8")
+    if args.output is None:
+        return 1 if found.dropped else 0
+    kept = [record for row, record in enumerate(records) if row not in found.dropped]
+    with open(args.output, "w", encoding="utf-8", newline="\n") as file:
+        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
+    print(f"wrote           {len(kept)} rows to {args.output}")
+    return 0
+
+
 def show(args: argparse.Namespace, config: DataConfig) -> int:
     """Print one demonstration, coloured on a terminal."""
     from rich.console import Console
@@ -101,60 +135,53 @@ def _build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="prepare_data.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = parser.add_subparsers(required=True, metavar="validate|inspect")
-    for name, run in (("validate", validate), ("inspect", show)):
+    commands = parser.add_subparsers(required=True, metavar="validate|decontaminate|inspect")
+    for name, run in (("validate", validate), ("decontaminate", decontaminate), ("inspect", show)):
         command = commands.add_parser(name, help=run.__doc__, description=run.__doc__)
         command.set_defaults(run=run)
-        command.add_argument(
-            "--tokenizer", metavar="DIR", help="Hugging Face folder of the model or its tokenizer."
-        )
-        command.add_argument(
-            "--max-tokens", type=int, metavar="N", help="Most tokens of prompt and response. Unset: no limit."
-        )
-        command.add_argument(
-            "--no-answers", action="store_true", help="Rows need no gold answer: for runs without rollouts."
-        )
+        if name == "decontaminate":
+            _add_overlap_flags(command)
+        else:
+            command.add_argument(
+                "--tokenizer", metavar="DIR", help="Hugging Face folder of the model or its tokenizer."
+            )
+            command.add_argument(
+                "--max-tokens",
+                type=int,
+                metavar="N",
+                help="Most tokens of prompt and response. Unset: no limit.",
+            )
+            command.add_argument(
+                "--no-answers",
+                action="store_true",
+                help="Rows need no gold answer: for runs without rollouts.",
+            )
         if name == "inspect":
             command.add_argument(
                 "--index", type=int, default=0, metavar="N", help="Which usable row, from 0 (default: 0)."
             )
-        _add_config_flags(command.add_argument_group("data", DataConfig.__doc__))
+        add_flags(command.add_argument_group("data", DataConfig.__doc__), DataConfig)
     return parser
 
 
-def _add_config_flags(group: argparse._ArgumentGroup) -> None:
-    """One flag per field of DataConfig, the string after the field is its help."""
-    types = get_type_hints(DataConfig)
-    docs = _read_field_docs()
-    for field in dataclasses.fields(DataConfig):
-        kind = types[field.name]
-        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-        options: dict[str, Any] = {"default": default, "help": docs[field.name].replace("%", "%%")}
-        if get_origin(kind) is Literal:
-            options["choices"] = get_args(kind)
-        elif get_origin(kind) is list:
-            options.update(nargs="+", metavar="FILE")
-        else:
-            options["type"] = next((part for part in get_args(kind) if part is not NoneType), kind)
-            options["metavar"] = "N" if options["type"] is int else "TEXT"
-        if default not in (None, []):
-            options["help"] += f" Default: {repr(default).replace('%', '%%')}"
-        group.add_argument(f"--{field.name.replace('_', '-')}", **options)
-
-
-def _read_field_docs() -> dict[str, str]:
-    """The string literal that follows each field in the class's source."""
-    (tree,) = ast.parse(textwrap.dedent(inspect.getsource(DataConfig))).body
-    assert isinstance(tree, ast.ClassDef), "getsource of a class is a class"
-    docs = {}
-    for node, following in zip(tree.body, tree.body[1:], strict=False):
-        if (
-            isinstance(node, ast.AnnAssign)
-            and isinstance(node.target, ast.Name)
-            and isinstance(following, ast.Expr)
-        ):
-            docs[node.target.id] = " ".join(str(ast.literal_eval(following.value)).split())
-    return docs
+def _add_overlap_flags(command: argparse.ArgumentParser) -> None:
+    command.set_defaults(max_tokens=None)
+    command.add_argument(
+        "--decontaminate", nargs="+", required=True, metavar="FILE", help="Benchmark files to compare with."
+    )
+    command.add_argument(
+        "--overlap-ngram", type=int, default=13, metavar="N", help="Words per n-gram, >= 1 (default: 13)."
+    )
+    command.add_argument(
+        "--overlap-share",
+        type=float,
+        default=0.5,
+        metavar="X",
+        help="A row goes if it has this share of a benchmark row's n-grams, its words or its id, 0 .. 1 (default: 0.5). 0: "
+        "any n-gram in common, stock phrases included.",
+    )
+    command.add_argument("--output", metavar="FILE", help="Write the rows that stay (.jsonl).")
+    command.add_argument("--report", metavar="FILE", help="Write every overlap (.json).")
 
 
 def _load_tokenizer(folder: str) -> Tokenizer:

@@ -6,7 +6,7 @@ import math
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -199,11 +199,23 @@ def _check_files(files: list[str]) -> list[Path]:
     return list(paths.values())
 
 
+def read_records(path: Path) -> Iterator[tuple[int, Any]]:
+    """(line, row as it stands) of any .jsonl, .jsonl.gz or .parquet file; what is no JSON comes as an exception."""
+    if path.suffix == ".parquet":
+        yield from _read_table(path, lambda names: names)
+    else:
+        yield from _read_lines(path)
+
+
 def _read_records(path: Path, config: DataConfig) -> Iterator[tuple[int, Any]]:
     """(line, parsed JSON or _Fault) of each row; lines count from 1 and blank ones are no rows."""
     if path.suffix == ".parquet":
         yield from _read_parquet(path, config)
-        return
+    else:
+        yield from _read_lines(path)
+
+
+def _read_lines(path: Path) -> Iterator[tuple[int, Any]]:
     is_gzip = path.suffix == ".gz"
     line = 0
     try:
@@ -223,10 +235,6 @@ def _read_records(path: Path, config: DataConfig) -> Iterator[tuple[int, Any]]:
 
 
 def _read_parquet(path: Path, config: DataConfig) -> Iterator[tuple[int, dict[str, Any]]]:
-    # Only parquet files need pyarrow, and importing it takes longer than reading a small .jsonl.
-    import pyarrow  # type: ignore[import-untyped]
-    import pyarrow.parquet  # type: ignore[import-untyped]
-
     wanted = [
         config.data_problem_field,
         config.data_response_field,
@@ -236,19 +244,29 @@ def _read_parquet(path: Path, config: DataConfig) -> Iterator[tuple[int, dict[st
         config.data_messages_field,
         config.data_id_field,
     ]
+
+    def choose(names: list[str]) -> list[str]:
+        if not {config.data_problem_field, config.data_messages_field}.intersection(names):
+            raise DataError(
+                f"{path} has neither a column {config.data_problem_field!r} nor "
+                f"{config.data_messages_field!r}; its columns are {', '.join(names)}. Name one with "
+                "--data-problem-field or --data-messages-field."
+            )
+        return [name for name in names if name in wanted]
+
+    yield from _read_table(path, choose)
+
+
+def _read_table(path: Path, choose: Callable[[list[str]], list[str]]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(row number, its fields) of a parquet file; ``choose`` picks the columns that are read."""
+    # Only parquet files need pyarrow, and importing it takes longer than reading a small .jsonl.
+    import pyarrow  # type: ignore[import-untyped]
+    import pyarrow.parquet  # type: ignore[import-untyped]
+
     line = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as table:
-            names = table.schema_arrow.names
-            if not {config.data_problem_field, config.data_messages_field}.intersection(names):
-                raise DataError(
-                    f"{path} has neither a column {config.data_problem_field!r} nor "
-                    f"{config.data_messages_field!r}; its columns are {', '.join(names)}. Name one with "
-                    "--data-problem-field or --data-messages-field."
-                )
-            for batch in table.iter_batches(
-                batch_size=1024, columns=[name for name in names if name in wanted]
-            ):
+            for batch in table.iter_batches(batch_size=1024, columns=choose(table.schema_arrow.names)):
                 for record in batch.to_pylist():
                     line += 1
                     yield line, record

@@ -1,6 +1,7 @@
 """Rows -> demonstrations: chat template, token ids, and exactly one end-of-sequence."""
 
-from collections.abc import Iterable, Iterator
+import json
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import batched
 from pathlib import Path
@@ -10,7 +11,8 @@ from jinja2 import TemplateError
 
 from megatron_rasft.config.data import DataConfig
 from megatron_rasft.data.reading import DataReport, Message, Row, RowFault
-from megatron_rasft.types import Demonstration
+from megatron_rasft.errors import ModelFolderError
+from megatron_rasft.types import CodeTests, Demonstration
 
 _BATCH_SIZE = 1024
 """Texts per call of the fast tokenizer, which works through a batch on all cores."""
@@ -71,6 +73,32 @@ class _Rendered:
     is_plain_ending: bool
 
 
+def open_tokenizer(folder: str | Path) -> Tokenizer:
+    """The tokenizer of a model folder on this machine.
+
+    Raises:
+        ModelFolderError: transformers finds none that it can load.
+    """
+    from transformers import AutoTokenizer  # takes seconds to import
+
+    try:
+        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ModelFolderError(
+            f"model folder {folder} has no tokenizer that transformers can load ({_first_line(error)}). "
+            "Copy tokenizer.json and tokenizer_config.json into it."
+        ) from error
+    return tokenizer
+
+
+def end_ids(folder: str | Path, tokenizer: Tokenizer) -> set[int]:
+    """Token ids that end a response by the word of the model's generation_config.json and tokenizer."""
+    path = Path(folder) / "generation_config.json"
+    eos = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
+    values = [*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id]
+    return {value for value in values if value is not None}
+
+
 def read_chat_format(tokenizer: Tokenizer, config: DataConfig) -> ChatFormat:
     """Find the template of ``config`` or ``tokenizer`` and what it puts behind a response."""
     template = None
@@ -129,6 +157,26 @@ def build_demonstrations(
     return demonstrations, report
 
 
+def tokenize_prompts(problems: Sequence[str], tokenizer: Tokenizer, config: DataConfig) -> list[list[int]]:
+    """Token ids of the prompts that demonstrations of these problems would have.
+
+    Raises:
+        ValueError: the chat template cannot be used.
+    """
+    chat_format = read_chat_format(tokenizer, config)
+    texts = []
+    for problem in problems:
+        messages = _complete_prompt([{"role": "user", "content": problem}], config)
+        if chat_format.has_template:
+            texts.append(chat_format.render(tokenizer, messages, is_prompt=True))
+        else:
+            texts.append(_plain_prompt(messages))
+    if not texts:
+        return []
+    prompts = _tokenize(tokenizer, texts, add_special_tokens=not chat_format.has_template)
+    return [_opened(ids, chat_format) for ids in prompts]
+
+
 def collect_demonstrations(
     rows: Iterable[Row | RowFault],
     tokenizer: Tokenizer,
@@ -149,8 +197,7 @@ def collect_demonstrations(
         )
         responses = _tokenize(tokenizer, [item.response_text for item in batch], add_special_tokens=False)
         for item, prompt_ids, response_ids in zip(batch, prompts, responses, strict=True):
-            if not chat_format.has_template and prompt_ids and prompt_ids[-1] == chat_format.eos_id:
-                prompt_ids.pop()  # some tokenizers close whatever they are given
+            prompt_ids = _opened(prompt_ids, chat_format)
             reason = _close(response_ids, chat_format) if prompt_ids else "the prompt has no tokens"
             if reason:
                 report.faults.append(RowFault(source=item.row.source, reason=reason))
@@ -202,7 +249,7 @@ def _render_rows(
         if require_answer and row.answer is None and row.tests is None:
             report.faults.append(RowFault(source=row.source, reason=f'no "{config.data_answer_field}"'))
             continue
-        messages = _complete_prompt(row, config)
+        messages = _complete_prompt(row.messages, config, row.tests)
         if chat_format.has_template:
             try:
                 yield _render_chat(row, messages, tokenizer, chat_format)
@@ -215,20 +262,34 @@ def _render_rows(
         elif any(message["role"] == "assistant" for message in messages):
             report.faults.append(RowFault(source=row.source, reason="several turns need a chat template"))
         else:
-            prompt_text = "\n\n".join(message["content"] for message in messages) + "\n"
             yield _Rendered(
-                row=row, prompt_text=prompt_text, response_text=row.response, is_plain_ending=False
+                row=row,
+                prompt_text=_plain_prompt(messages),
+                response_text=row.response,
+                is_plain_ending=False,
             )
 
 
-def _complete_prompt(row: Row, config: DataConfig) -> list[Message]:
+def _plain_prompt(messages: list[Message]) -> str:
+    return "\n\n".join(message["content"] for message in messages) + "\n"
+
+
+def _opened(prompt_ids: list[int], chat_format: ChatFormat) -> list[int]:
+    """The prompt without end-of-sequence: some tokenizers close whatever they are given."""
+    is_closed = not chat_format.has_template and prompt_ids and prompt_ids[-1] == chat_format.eos_id
+    return prompt_ids[:-1] if is_closed else prompt_ids
+
+
+def _complete_prompt(
+    messages: list[Message], config: DataConfig, tests: CodeTests | None = None
+) -> list[Message]:
     """Add the system prompt, unless the row has one, and the suffix of the last user message."""
-    messages = [dict(message) for message in row.messages]
+    messages = [dict(message) for message in messages]
     last_user = next(message for message in reversed(messages) if message["role"] == "user")
     suffix = config.data_prompt_suffix
-    if row.tests is not None:
+    if tests is not None:
         suffix = config.data_code_prompt_suffix
-        name = row.tests.entry_point
+        name = tests.entry_point
         if suffix and name and name not in last_user["content"]:
             suffix += f" Name the function `{name}`."
     if not last_user["content"].endswith(suffix):

@@ -84,8 +84,12 @@ class StepResult:
     """Tokens computed, padding left out."""
 
 
-def parse(argv: Sequence[str] | None = None) -> tuple[Any, RasftConfig, HfFolder]:
+def parse(argv: Sequence[str] | None = None, *, needs_data: bool = True) -> tuple[Any, RasftConfig, HfFolder]:
     """Parse and check the command line; nothing is initialised, no weight is read.
+
+    Args:
+        argv: the flags; None takes the process's own.
+        needs_data: whether --train-data must be given; False is for a model that only samples.
 
     Returns:
         Megatron's arguments, our configuration, and the opened model folder.
@@ -105,7 +109,7 @@ def parse(argv: Sequence[str] | None = None) -> tuple[Any, RasftConfig, HfFolder
         )
     if args.hf_model is None:
         raise ValueError("--hf-model DIR is missing: the Hugging Face folder of the model to train.")
-    if not args.train_data:
+    if needs_data and not args.train_data:
         raise ValueError(
             "--train-data FILE is missing: the demonstrations to train on (.jsonl, .jsonl.gz or .parquet)."
         )
@@ -120,14 +124,14 @@ def parse(argv: Sequence[str] | None = None) -> tuple[Any, RasftConfig, HfFolder
         with contextlib.redirect_stdout(io.StringIO()):
             validate_args(args, {})
     except AssertionError as error:
-        raise ValueError(_first_line(error)) from error
+        raise ValueError(first_line(error)) from error
     if args.vocab_size is not None and args.padded_vocab_size is None:
         unit = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
         args.padded_vocab_size = -(-args.vocab_size // unit) * unit
     return args, config, folder
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     text = str(error).strip().splitlines()
     return text[0] if text else "Megatron refuses these arguments"
 
@@ -136,8 +140,8 @@ def _save_failure(error: BaseException) -> str:
     """Why a save failed: a rank's own reason where Megatron's writers brought one back."""
     if isinstance(error, CheckpointException) and error.failures:
         rank, (cause, _) = min(error.failures.items())
-        return f"rank {rank}: {_first_line(cause)}"
-    return _first_line(error)
+        return f"rank {rank}: {first_line(cause)}"
+    return first_line(error)
 
 
 def _check_layout(args: Any) -> None:
@@ -187,19 +191,45 @@ def start(args: Any) -> None:
         ):
             os.environ.setdefault(name, value)
         torch.distributed.init_process_group("gloo")
-    with _quiet():
+    with quiet():
         set_global_variables(args, build_tokenizer=False)
         initialize_megatron(allow_no_cuda=True)
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Megatron prints a page at start-up; the resolved configuration is written to a file instead."""
     if os.environ.get(_VERBOSE):
         yield
         return
     with contextlib.redirect_stdout(io.StringIO()):
         yield
+
+
+def build_chunk(
+    args: Any, pre_process: bool = True, post_process: bool = True, vp_stage: int | None = None, **_: Any
+) -> GPTModel:
+    """One chunk of the model with random weights, as Megatron's set-up functions ask for it."""
+    config = core_transformer_config_from_args(args)
+    config.variable_seq_lengths = False
+    if args.distributed_backend == "gloo":
+        # Sends are asynchronous and hold the tensor, whose storage Megatron would free.
+        config.deallocate_pipeline_outputs = False
+    return GPTModel(
+        config,
+        layer_spec(config, vp_stage),
+        args.padded_vocab_size,
+        args.max_position_embeddings,
+        pre_process=pre_process,
+        post_process=post_process,
+        share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
+        position_embedding_type="rope",
+        rotary_percent=args.rotary_percent,
+        rotary_base=args.rotary_base,
+        rope_scaling=args.use_rope_scaling,
+        rope_scaling_factor=args.rope_scaling_factor,
+        vp_stage=vp_stage,
+    )
 
 
 class Trainer:
@@ -215,9 +245,9 @@ class Trainer:
         self.forward = Forward(config.objective, folder.shape.vocab_size)
         self.max_tokens = args.seq_length
         load, args.load = args.load, None
-        with _quiet():
+        with quiet():
             self.model, self.optimizer, self.scheduler = training.setup_model_and_optimizer(
-                ModelType.encoder_or_decoder, self._build_chunk
+                ModelType.encoder_or_decoder, partial(build_chunk, args)
             )
         args.load = load
         self.chunks = unwrap_model(self.model)
@@ -250,31 +280,6 @@ class Trainer:
         self.iteration = 0
         self._floating_point_operations = 0.0
         self._checkpointing_context: dict[str, Any] = {}
-
-    def _build_chunk(
-        self, pre_process: bool = True, post_process: bool = True, vp_stage: int | None = None, **_: Any
-    ) -> GPTModel:
-        args = self.args
-        config = core_transformer_config_from_args(args)
-        config.variable_seq_lengths = False
-        if args.distributed_backend == "gloo":
-            # Sends are asynchronous and hold the tensor, whose storage Megatron would free.
-            config.deallocate_pipeline_outputs = False
-        return GPTModel(
-            config,
-            layer_spec(config, vp_stage),
-            args.padded_vocab_size,
-            args.max_position_embeddings,
-            pre_process=pre_process,
-            post_process=post_process,
-            share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
-            position_embedding_type="rope",
-            rotary_percent=args.rotary_percent,
-            rotary_base=args.rotary_base,
-            rope_scaling=args.use_rope_scaling,
-            rope_scaling_factor=args.rope_scaling_factor,
-            vp_stage=vp_stage,
-        )
 
     def _prepare_config(self) -> None:
         """The hooks that Megatron's train() hangs on the model's config."""
@@ -477,7 +482,7 @@ class Trainer:
 
         try:
             on_rank_zero(write_state)
-            with self._settled(), _quiet():
+            with self._settled(), quiet():
                 checkpointing.save_checkpoint(
                     self.iteration,
                     self.model,
@@ -497,9 +502,9 @@ class Trainer:
         args = self.args
         if args.load is None or not checkpointing.checkpoint_exists(args.load):
             return None
-        self._check_same_model(Path(args.load))
+        check_same_model(args, Path(args.load))
         try:
-            with _quiet():
+            with quiet():
                 iteration, self._floating_point_operations = checkpointing.load_checkpoint(
                     self.model,
                     self.optimizer,
@@ -508,7 +513,7 @@ class Trainer:
                 )
         except AssertionError as error:
             raise CheckpointError(
-                f"the checkpoint in {args.load} does not fit these flags: {_first_line(error)}. Give the flags it was "
+                f"the checkpoint in {args.load} does not fit these flags: {first_line(error)}. Give the flags it was "
                 "written with; --override-opt_param-scheduler accepts another length or learning rate."
             ) from error
         self.iteration = args.iteration = iteration
@@ -540,27 +545,14 @@ class Trainer:
         made_for = dist_checkpointing.load_common_state_dict(f"{args.load}/release")["args"]
         _refuse_other_model(f"{args.load}/release", architecture_of(made_for), architecture_of(args))
         try:
-            with _quiet():
+            with quiet():
                 checkpointing.load_checkpoint(self.model, self.optimizer, self.scheduler)
         except (AssertionError, dist_checkpointing.core.CheckpointingException) as error:
             raise CheckpointError(
-                f"the weights in {args.load} do not fit this model: {_first_line(error).rstrip('.')}. Convert the --hf-model again."
+                f"the weights in {args.load} do not fit this model: {first_line(error).rstrip('.')}. Convert the --hf-model again."
             ) from error
         self.optimizer.reload_model_params()
         args.load = args.save
-
-    def _check_same_model(self, load: Path) -> None:
-        """Refuse a checkpoint of another architecture before Megatron trips over a shape."""
-
-        def check() -> None:
-            iteration = (load / "latest_checkpointed_iteration.txt").read_text().strip()
-            path = load / f"iter_{int(iteration):07d}" / STATE_FILE
-            if not path.is_file():
-                return
-            made_for = json.loads(path.read_text(encoding="utf-8")).get("architecture")
-            _refuse_other_model(str(path.parent), made_for, architecture_of(self.args))
-
-        on_rank_zero(check)
 
     def finish_saves(self, *, is_blocking: bool = True) -> None:
         """Complete checkpoints that are being written in the background (--async-save), waiting for them or not."""
@@ -591,6 +583,20 @@ class _OncePerStep:
 
     def step(self, increment: int) -> None:
         self._scheduler.step(increment=self._increment)
+
+
+def check_same_model(args: Any, load: Path) -> None:
+    """Refuse a checkpoint of another architecture before Megatron trips over a shape."""
+
+    def check() -> None:
+        iteration = (load / "latest_checkpointed_iteration.txt").read_text().strip()
+        path = load / f"iter_{int(iteration):07d}" / STATE_FILE
+        if not path.is_file():
+            return
+        made_for = json.loads(path.read_text(encoding="utf-8")).get("architecture")
+        _refuse_other_model(str(path.parent), made_for, architecture_of(args))
+
+    on_rank_zero(check)
 
 
 def architecture_of(args: Any) -> dict[str, Any]:

@@ -108,20 +108,3 @@ class LogprobCache:
         rows = [(self._key(s), array("d", v).tobytes()) for s, v in zip(samples, logprobs, strict=True)]
         with self._database:
             self._database.executemany("INSERT OR REPLACE INTO logprobs VALUES (?, ?)", rows)
-
-
-def weights_fingerprint(folder: Path, precision: str) -> str:
-    """Names a Hugging Face folder's weights without reading all of them.
-
-    Hashes config.json and, of each safetensors file, its size, its header and samples of its content.
-    """
-    digest = hashlib.sha256(precision.encode())
-    digest.update((folder / "config.json").read_bytes())
-    for path in sorted(folder.glob("*.safetensors")):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}".encode())
-        with path.open("rb") as file:
-            for part in range(64):
-                file.seek(part * max(1, size // 64))
-                digest.update(file.read(1 << 14))
-    return digest.hexdigest()

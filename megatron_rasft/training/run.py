@@ -9,25 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
 from megatron_rasft import metrics
 from megatron_rasft.config import DataConfig, RasftConfig, VerifyConfig
 from megatron_rasft.data.reading import read_rows
-from megatron_rasft.data.tokenizing import build_demonstrations
-from megatron_rasft.errors import ModelFolderError
+from megatron_rasft.data.tokenizing import build_demonstrations, end_ids, open_tokenizer
 from megatron_rasft.report.progress import Progress
 from megatron_rasft.rollout.store import RolloutStore
 from megatron_rasft.training.heldout import Heldout
 from megatron_rasft.training.host import StepResult, Trainer, architecture_of, writers
 from megatron_rasft.training.ranks import on_rank_zero
-from megatron_rasft.training.reference import LogprobCache, weights_fingerprint
+from megatron_rasft.training.reference import LogprobCache
 from megatron_rasft.training.servers import RolloutServers, read_keys
 from megatron_rasft.training.window import Batch, Planner, WindowReport
 from megatron_rasft.types import Demonstration, TrainingSample
 from megatron_rasft.verify.pool import VerifierPool
 from megatron_rasft.verify.sandbox import Sandbox
-from megatron_rasft.weights.folder import HfFolder
+from megatron_rasft.weights.folder import HfFolder, weights_fingerprint
 
 
 class Problems:
@@ -44,7 +42,7 @@ class Problems:
         self.summary = ""
 
         def read() -> int:
-            self.tokenizer = _tokenizer(args.hf_model)
+            self.tokenizer = open_tokenizer(args.hf_model)
             self.demonstrations, report = build_demonstrations(
                 read_rows(config, needs_answers), self.tokenizer, config, args.seq_length, needs_answers
             )
@@ -61,24 +59,10 @@ class Problems:
         """Ids that end a response: the model's own, and what the demonstrations end with."""
 
         def collect() -> list[int]:
-            ids = {d.response_ids[-1] for d in self.demonstrations}
-            path = Path(args.hf_model) / "generation_config.json"
-            eos = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
-            for value in (eos if isinstance(eos, list) else [eos], [self.tokenizer.eos_token_id]):
-                ids.update(i for i in value if i is not None)
-            return sorted(ids)
+            ends = {d.response_ids[-1] for d in self.demonstrations}
+            return sorted(ends | end_ids(args.hf_model, self.tokenizer))
 
         return frozenset(on_rank_zero(collect))
-
-
-def _tokenizer(folder: str) -> Any:
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise ModelFolderError(
-            f"--hf-model {folder} has no tokenizer that transformers can load ({str(error).splitlines()[0]}). "
-            "Copy tokenizer.json and tokenizer_config.json into it."
-        ) from error
 
 
 def read_problems(args: Any, config: RasftConfig) -> tuple[Problems, Problems | None]:

@@ -1,5 +1,6 @@
 """A Hugging Face model folder: checked in full when opened, read slice by slice afterwards."""
 
+import hashlib
 import json
 import math
 import struct
@@ -170,6 +171,23 @@ def _read_json(path: Path, missing: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ModelFolderError(f"{path.name} is not a JSON object")
     return content
+
+
+def weights_fingerprint(folder: Path, precision: str) -> str:
+    """Names a Hugging Face folder's weights without reading all of them.
+
+    Hashes config.json and, of each safetensors file, its size, its header and samples of its content.
+    """
+    digest = hashlib.sha256(precision.encode())
+    digest.update((folder / "config.json").read_bytes())
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            for part in range(64):
+                file.seek(part * max(1, size // 64))
+                digest.update(file.read(1 << 14))
+    return digest.hexdigest()
 
 
 def _shard_files(path: Path) -> dict[str, list[str] | None]:

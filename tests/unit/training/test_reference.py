@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_rasft.training.reference import FrozenReference, LogprobCache, weights_fingerprint
+from megatron_rasft.training.reference import FrozenReference, LogprobCache
 from megatron_rasft.types import TrainingSample
+from megatron_rasft.weights.folder import weights_fingerprint
 
 
 def a_sample(prompt: list[int], response: list[int], weight: float = 1.0) -> TrainingSample:

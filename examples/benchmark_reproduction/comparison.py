@@ -1,0 +1,247 @@
+"""One table and the plots of a comparison, from the evaluations and metrics that its runs left."""
+
+import csv
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_rasft.evaluation.published import published_rows
+from megatron_rasft.evaluation.statistics import bootstrap_interval, paired_interval
+from megatron_rasft.evaluation.summary import Summary
+
+Runs = Mapping[tuple[str, int], Path]
+"""(method, seed) -> folder of one training and its evaluation."""
+
+REFERENCE = "sft"
+"""Method that the differences are to."""
+
+
+@dataclass
+class Curve:
+    """What a training logged, at each measurement of the held-out solve rate."""
+
+    steps: list[int] = field(default_factory=list)
+    tokens: list[float] = field(default_factory=list)
+    """Trained so far."""
+    seconds: list[float] = field(default_factory=list)
+    """Of training and refreshes so far; the measurements themselves are left out."""
+    accuracy: list[float] = field(default_factory=list)
+    """Percent."""
+    total_tokens: float = 0.0
+    total_generated: float = 0.0
+    """Response tokens sampled for training."""
+    total_seconds: float = 0.0
+    total_steps: int = 0
+
+
+def write_comparison(title: str, runs: Runs, output: Path, compared_with: str = "") -> str:
+    """Write comparison.md, .csv and .json and, where matplotlib is installed, the plots; the Markdown."""
+    summaries = {key: _summaries(folder) for key, folder in runs.items()}
+    missing = [folder.name for key, folder in runs.items() if not summaries[key]]
+    summaries = {key: value for key, value in summaries.items() if value}
+    if not summaries:
+        raise RuntimeError(f"{output} holds no finished evaluation")
+    curves = {key: read_curve(runs[key] / "metrics.jsonl") for key in summaries}
+    rows = _rows(summaries, curves)
+    lines = [f"# {title}", "", *_markdown(rows), "", *_published(compared_with, rows)]
+    lines.append(
+        "Accuracy in percent, mean over seeds, problems and samples; 95 % bootstrap intervals over seeds and problems. "
+        f"Differences to {REFERENCE} are paired by problem. Tokens and seconds are means of a training."
+    )
+    if missing:
+        lines += ["", f"Not there yet: {', '.join(missing)}."]
+    text = "\n".join(lines) + "\n"
+    (output / "comparison.md").write_text(text, encoding="utf-8")
+    with (output / "comparison.csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    (output / "comparison.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    if not write_plots(curves, title, output):
+        text += "\nNo plots: matplotlib is not installed (pip install 'megatron-rasft[plots]').\n"
+    return text
+
+
+def read_curve(path: Path) -> Curve:
+    """The curve of a metrics.jsonl; empty where there is none, as for the base model."""
+    curve = Curve()
+    if not path.is_file():
+        return curve
+    for line in path.read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        if record["event"] == "step":
+            curve.total_steps = record["step"]
+            curve.total_tokens += record["training/num_tokens"]
+            curve.total_seconds += record["training/step_s"]
+        elif "heldout/solve_rate" in record:
+            curve.steps.append(record["step"])
+            curve.tokens.append(curve.total_tokens)
+            curve.seconds.append(curve.total_seconds)
+            curve.accuracy.append(100 * record["heldout/solve_rate"])
+        else:
+            curve.total_generated += record.get("rollout/num_rollouts", 0) * record.get(
+                "rollout/response_tokens_mean", 0
+            )
+            curve.total_seconds += sum(
+                record.get(name, 0.0)
+                for name in (
+                    "rollout/generate_s",
+                    "verify/verify_s",
+                    "curriculum/score_s",
+                    "training/reference_s",
+                )
+            )
+    return curve
+
+
+def _summaries(folder: Path) -> dict[str, Summary]:
+    path = folder / "evaluation" / "summary.json"
+    if not path.is_file() or not (folder / "done").exists():
+        return {}
+    content = json.loads(path.read_text(encoding="utf-8"))
+    return {values["name"]: Summary.from_dict(values) for values in content["benchmarks"]}
+
+
+def _rows(
+    summaries: Mapping[tuple[str, int], Mapping[str, Summary]], curves: Mapping[tuple[str, int], Curve]
+) -> list[dict[str, Any]]:
+    """One row per method and benchmark."""
+    rows = []
+    methods = list(dict.fromkeys(method for method, _ in summaries))
+    sets = {name: s.title for by_name in summaries.values() for name, s in by_name.items()}
+    for method in methods:
+        of_method = [curves[key] for key in summaries if key[0] == method]
+        for name, title in sets.items():
+            scores = _scores(summaries, method, name)
+            if not scores:
+                continue
+            low, high = bootstrap_interval(scores)
+            row: dict[str, Any] = {
+                "method": method,
+                "benchmark": title,
+                "seeds": len(scores),
+                "problems": len(scores[0]),
+                "accuracy": 100 * statistics.fmean(map(statistics.fmean, scores)),
+                "low": 100 * low,
+                "high": 100 * high,
+                "difference": "",
+                "difference_low": "",
+                "difference_high": "",
+            }
+            reference = _scores(summaries, REFERENCE, name)
+            if reference and method != REFERENCE:
+                bounds = paired_interval(scores, reference)
+                mean = statistics.fmean(map(statistics.fmean, reference))
+                row["difference"] = row["accuracy"] - 100 * mean
+                row["difference_low"], row["difference_high"] = (100 * bound for bound in bounds)
+            shares = [
+                by_name[name] for (m, _), by_name in summaries.items() if m == method and name in by_name
+            ]
+            row["truncated"] = 100 * statistics.fmean(s.truncated_frac for s in shares)
+            row["response_tokens"] = statistics.fmean(s.mean_tokens for s in shares)
+            row["steps"] = max(curve.total_steps for curve in of_method)
+            row["trained_tokens"] = statistics.fmean(curve.total_tokens for curve in of_method)
+            row["generated_tokens"] = statistics.fmean(curve.total_generated for curve in of_method)
+            row["seconds"] = statistics.fmean(curve.total_seconds for curve in of_method)
+            rows.append(row)
+    return rows
+
+
+def _scores(
+    summaries: Mapping[tuple[str, int], Mapping[str, Summary]], method: str, name: str
+) -> list[list[float]]:
+    """[seeds, problems], the same problems for every seed."""
+    found = [by_name[name] for (m, _), by_name in summaries.items() if m == method and name in by_name]
+    if any(summary.problem_ids != found[0].problem_ids for summary in found):
+        raise RuntimeError(f"the seeds of {method} were evaluated on different problems of {name}")
+    return [summary.scores for summary in found]
+
+
+def _markdown(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    head = (
+        f"method | benchmark | seeds | accuracy | against {REFERENCE} | truncated | response tokens | steps | "
+        "trained tokens | generated tokens | seconds"
+    )
+    lines = [f"| {head} |", "| --- | --- " + "| ---: " * 9 + "|"]
+    for row in rows:
+        difference = ""
+        if row["difference"] != "":
+            difference = (
+                f"{row['difference']:+.1f} [{row['difference_low']:+.1f}, {row['difference_high']:+.1f}]"
+            )
+        cells = [
+            row["method"],
+            row["benchmark"],
+            str(row["seeds"]),
+            f"{row['accuracy']:.1f} [{row['low']:.1f}, {row['high']:.1f}]",
+            difference,
+            f"{row['truncated']:.1f}",
+            f"{row['response_tokens']:.0f}",
+            str(row["steps"]),
+            f"{row['trained_tokens']:,.0f}",
+            f"{row['generated_tokens']:,.0f}",
+            f"{row['seconds']:.0f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def _published(model: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    published = published_rows(model)
+    if not published:
+        return []
+    lines = [
+        f"Published for {model}, avg@16 in percent (100,000 training rows where not said otherwise):",
+        "",
+    ]
+    names = list(next(iter(published.values())))
+    lines += ["| method | " + " | ".join(names) + " |", "| --- " + "| ---: " * len(names) + "|"]
+    for method, values in published.items():
+        cells = [f"{values[name]:.2f}" if name in values else "" for name in names]
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    return [*lines, ""]
+
+
+def write_plots(curves: Mapping[tuple[str, int], Curve], title: str, output: Path) -> bool:
+    """accuracy.png: held-out solve rate against steps, trained tokens and seconds; False without matplotlib."""
+    try:
+        import matplotlib
+    except ImportError:
+        return False
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 3, figsize=(15, 4.5), sharey=True)
+    methods = [m for m in dict.fromkeys(method for method, _ in curves) if m != "base"]
+    for place, method in enumerate(methods):
+        of_method = [c for (m, _), c in curves.items() if m == method and c.steps]
+        if not of_method:
+            continue
+        length = min(len(c.steps) for c in of_method)
+        mean = [statistics.fmean(c.accuracy[i] for c in of_method) for i in range(length)]
+        spread = [
+            statistics.stdev(c.accuracy[i] for c in of_method) / math.sqrt(len(of_method))
+            if len(of_method) > 1
+            else 0.0
+            for i in range(length)
+        ]
+        for axis, name in zip(axes, ("steps", "tokens", "seconds"), strict=True):
+            at = [statistics.fmean(getattr(c, name)[i] for c in of_method) for i in range(length)]
+            axis.errorbar(
+                at, mean, yerr=spread, label=method, color=f"C{place}", marker="o", markersize=3, capsize=2
+            )
+    for axis, label in zip(axes, ("steps", "trained tokens", "seconds of training"), strict=True):
+        axis.set_xlabel(label)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("held-out solve rate, %")
+    if axes[0].has_data():
+        axes[0].legend(fontsize="small")
+    figure.suptitle(title)
+    figure.tight_layout()
+    figure.savefig(output / "accuracy.png", dpi=120)
+    pyplot.close(figure)
+    return True

@@ -1,0 +1,195 @@
+"""Which training problems are in a benchmark already: shared n-grams of words, near copies, and exact ones."""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nltk.util import ngrams
+
+from megatron_rasft.data.reading import read_records
+from megatron_rasft.errors import DataError
+
+_WORD = re.compile(r"[^\W_]+")
+_TEXT_FIELDS = ("problem", "question", "text", "prompt", "question_content")
+
+Gram = tuple[str, ...]
+
+
+@dataclass(kw_only=True)
+class BenchmarkOverlap:
+    """What one benchmark and all training rows have in common; counts of benchmark rows unless named otherwise."""
+
+    path: Path
+    num_rows: int = 0
+    num_short: int = 0
+    """Fewer words than an n-gram: only an exact copy of these can be seen."""
+    sharing: dict[str, set[int]] = field(default_factory=lambda: defaultdict(set))
+    """Row name -> training rows with which it shares an n-gram."""
+    covered: dict[str, float] = field(default_factory=dict)
+    """Row name -> share of its n-grams that occur in any training row; rows without any are left out."""
+    exact: dict[str, set[int]] = field(default_factory=lambda: defaultdict(set))
+    """Row name -> training rows with the same words in the same order."""
+    same_id: dict[str, int] = field(default_factory=dict)
+    """Row name -> training row of that id, however it is worded; ids that are mere numbers say nothing."""
+
+    @property
+    def num_half(self) -> int:
+        """Rows of which at least half of the n-grams occur in the training data."""
+        return sum(share >= 0.5 for share in self.covered.values())
+
+    @property
+    def num_pairs(self) -> int:
+        """Pairs of a benchmark row and a training row that share an n-gram."""
+        return sum(map(len, self.sharing.values()))
+
+    @property
+    def train_rows(self) -> set[int]:
+        """Training rows that share an n-gram with any row."""
+        return set().union(*self.sharing.values())
+
+    def as_dict(self) -> dict[str, Any]:
+        """Counts, and the rows behind them."""
+        return {
+            "benchmark": self.path.name,
+            "rows": self.num_rows,
+            "short": self.num_short,
+            "sharing": len(self.sharing),
+            "half": self.num_half,
+            "exact": len(self.exact),
+            "same_id": len(self.same_id),
+            "training_rows_hit": len(self.train_rows),
+            "row_pairs": self.num_pairs,
+            "covered": dict(sorted(self.covered.items(), key=lambda item: -item[1])),
+            "exact_rows": sorted(self.exact),
+            "same_id_rows": sorted(self.same_id),
+        }
+
+
+@dataclass(kw_only=True)
+class Contamination:
+    """The overlaps of a training set, and which of its rows are to go."""
+
+    num_train_rows: int
+    overlaps: list[BenchmarkOverlap]
+    dropped: dict[int, str]
+    """Training row -> the benchmark row it repeats, and how far."""
+
+    def describe(self) -> str:
+        """A table of the counts and the first rows to go, without a final line break."""
+        head = ("benchmark", "rows", "short", "sharing", "half", "exact", "same id", "train rows", "pairs")
+        rows = [
+            (d["benchmark"], *(str(d[k]) for k in ("rows", "short", "sharing", "half", "exact", "same_id", "training_rows_hit", "row_pairs")))
+            for d in (overlap.as_dict() for overlap in self.overlaps)
+        ]  # fmt: skip
+        widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+        lines = [
+            "  ".join(
+                cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))
+            )
+            for row in (head, *rows)
+        ]
+        lines.append(f"training rows   {self.num_train_rows}")
+        lines.append(f"contaminated    {len(self.dropped)}")
+        lines += [f"  row {row + 1}: {why}" for row, why in list(self.dropped.items())[:10]]
+        if len(self.dropped) > 10:
+            lines.append(f"  ... and {len(self.dropped) - 10} more")
+        return "\n".join(lines)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For a report file; training rows count from 1."""
+        return {
+            "training_rows": self.num_train_rows,
+            "dropped": {str(row + 1): why for row, why in self.dropped.items()},
+            "benchmarks": [overlap.as_dict() for overlap in self.overlaps],
+        }
+
+
+def words_of(text: str) -> list[str]:
+    """Runs of letters and digits, lower case: a LaTeX command counts as the word it is."""
+    return _WORD.findall(text.lower())
+
+
+def find_contamination(
+    problems: Iterable[tuple[str, str]], benchmarks: Iterable[Path], n: int = 13, max_share: float = 0.5
+) -> Contamination:
+    """Hold training problems against benchmarks.
+
+    Args:
+        problems: id and text of each training problem.
+        benchmarks: files of benchmark rows in any of the usual layouts; answers and tests are not compared.
+        n: words per n-gram.
+        max_share: a training row goes if it has at least this share of a benchmark row's n-grams, is an exact copy,
+            or has its id; 0 lets go whatever shares one n-gram, stock phrases included.
+
+    Raises:
+        DataError: a benchmark row has no text.
+    """
+    index: dict[Gram, list[tuple[int, str]]] = defaultdict(list)
+    by_words: dict[Gram, list[tuple[int, str]]] = defaultdict(list)
+    by_id: dict[str, list[tuple[int, str]]] = defaultdict(list)
+    sizes: dict[tuple[int, str], int] = {}
+    overlaps = []
+    for number, path in enumerate(benchmarks):
+        overlap = BenchmarkOverlap(path=path)
+        overlaps.append(overlap)
+        for name, text in _benchmark_rows(path):
+            words, row = words_of(text), (number, name)
+            grams = set(ngrams(words, n)) if len(words) >= n else set()
+            overlap.num_rows += 1
+            overlap.num_short += not grams
+            sizes[row] = len(grams)
+            by_words[tuple(words)].append(row)
+            if not name.isdigit():
+                by_id[name].append(row)
+            for gram in grams:
+                index[gram].append(row)
+
+    found: dict[tuple[int, str], set[Gram]] = defaultdict(set)
+    dropped: dict[int, tuple[float, str]] = {}
+    num_train_rows = 0
+    for train_row, (train_id, problem) in enumerate(problems):
+        num_train_rows += 1
+        words = words_of(problem)
+        shared: dict[tuple[int, str], int] = defaultdict(int)
+        for gram in set(ngrams(words, n)) if len(words) >= n else ():
+            for row in index.get(gram, ()):
+                shared[row] += 1
+                found[row].add(gram)
+        for (number, name), count in shared.items():
+            overlaps[number].sharing[name].add(train_row)
+            share = count / sizes[number, name]
+            if share >= max_share and share > dropped.get(train_row, (0.0, ""))[0]:
+                why = f"has {share:.0%} of the {n}-grams of {name} ({overlaps[number].path.name})"
+                dropped[train_row] = (share, why)
+        for number, name in by_id.get(train_id, ()):
+            overlaps[number].same_id[name] = train_row
+            dropped[train_row] = (1.0, f"has the id of {name} ({overlaps[number].path.name})")
+        for number, name in by_words.get(tuple(words), ()):
+            overlaps[number].exact[name].add(train_row)
+            dropped[train_row] = (1.0, f"is {name} ({overlaps[number].path.name})")
+    for (number, name), grams in found.items():
+        overlaps[number].covered[name] = len(grams) / sizes[number, name]
+    return Contamination(
+        num_train_rows=num_train_rows,
+        overlaps=overlaps,
+        dropped={row: why for row, (_, why) in sorted(dropped.items())},
+    )
+
+
+def _benchmark_rows(path: Path) -> Iterator[tuple[str, str]]:
+    """(id, problem text) of each row; one without id is called by its line."""
+    if not path.is_file():
+        raise DataError(f"--decontaminate must name files, {path} is none. Correct the path.")
+    for line, record in read_records(path):
+        if not isinstance(record, dict):
+            raise DataError(f"{path}:{line} is no row of a benchmark: {record}. Cut it out.")
+        text = next((record[name] for name in _TEXT_FIELDS if record.get(name)), None)
+        if not isinstance(text, str):
+            raise DataError(
+                f"{path}:{line} has no problem text: none of {', '.join(_TEXT_FIELDS)}; it has {', '.join(record)}."
+            )
+        name = next((record[k] for k in ("id", "unique_id", "task_id", "question_id") if record.get(k)), line)
+        yield str(name), text

@@ -1,0 +1,1 @@
+"""Benchmarks, sampling, pass@k and avg@k with intervals, comparison with published tables."""

@@ -1,0 +1,128 @@
+"""The embedded engine of an evaluation: a model that only samples, without optimizer or gradients.
+
+Rank 0 asks, the other ranks ``follow``; every layout that trains also samples.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.enums import ModelType
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+from megatron.core.utils import unwrap_model
+from megatron.training import checkpointing, training
+
+from megatron_rasft.errors import CheckpointError
+from megatron_rasft.evaluation.sampling import Decoding, Sampled
+from megatron_rasft.training import host
+from megatron_rasft.training.generation import LiveModel, Request, SamplingParams
+from megatron_rasft.weights.folder import HfFolder
+from megatron_rasft.weights.loading import load_into
+
+
+class Sampler:
+    """An ``Engine`` of evaluation/ on this program's own processes.
+
+    Args:
+        flags: Megatron's and this package's own flags; --hf-model is among them.
+        checkpoint: folder of Megatron checkpoints, whose newest weights are taken; None takes those of --hf-model.
+    """
+
+    def __init__(self, flags: Sequence[str], checkpoint: str | None = None) -> None:
+        args, _, folder = host.parse(flags, needs_data=False)
+        host.start(args)
+        self._args = args
+        with host.quiet():
+            self._model = training.get_model(
+                partial(host.build_chunk, args), ModelType.encoder_or_decoder, wrap_with_ddp=False
+            )
+        self._chunks = unwrap_model(self._model)
+        for chunk in self._chunks:
+            chunk.requires_grad_(False)
+        if checkpoint is None:
+            self._load_folder(folder)
+        else:
+            self._load_checkpoint(checkpoint)
+        self._live = LiveModel(self._chunks, folder.shape.vocab_size)
+        self.is_lead = dist.get_rank() == 0
+
+    def _load_folder(self, folder: HfFolder) -> None:
+        offsets = [
+            get_transformer_layer_offset(c.config, vp_stage=getattr(c, "vp_stage", None))
+            for c in self._chunks
+        ]
+        load_into(
+            self._model,
+            folder,
+            tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+            tp_size=parallel_state.get_tensor_model_parallel_world_size(),
+            layer_offsets=offsets,
+            pp_group=parallel_state.get_pipeline_model_parallel_group(),
+        )
+
+    def _load_checkpoint(self, checkpoint: str) -> None:
+        args = self._args
+        host.check_same_model(args, Path(checkpoint))
+        args.load, args.no_load_optim, args.no_load_rng = checkpoint, True, True
+        try:
+            with host.quiet():
+                checkpointing.load_checkpoint(self._model, None, None)
+        except (AssertionError, RuntimeError, OSError) as error:
+            raise CheckpointError(
+                f"the checkpoint in {checkpoint} cannot be loaded: {host.first_line(error)}"
+            ) from error
+
+    @property
+    def max_positions(self) -> int:
+        """Tokens of prompt and response that the model was made for."""
+        return self._args.max_position_embeddings
+
+    def sample(
+        self, prompts: Sequence[list[int]], seeds: Sequence[list[int]], decoding: Decoding
+    ) -> list[list[Sampled]]:
+        """On rank 0, while the other ranks ``follow``."""
+        self._broadcast((list(prompts), list(seeds), decoding))
+        return self._sample(prompts, seeds, decoding)
+
+    def follow(self) -> None:
+        """Take part in what rank 0 samples, until it closes."""
+        while (work := self._broadcast(None)) is not None:
+            self._sample(*work)
+
+    def close(self) -> None:
+        """On rank 0: let the other ranks go."""
+        self._broadcast(None)
+
+    def _broadcast(self, work: Any) -> Any:
+        box = [work]
+        if dist.get_world_size() > 1:
+            dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def _sample(
+        self, prompts: Sequence[list[int]], seeds: Sequence[list[int]], decoding: Decoding
+    ) -> list[list[Sampled]]:
+        requests = [Request(prompt_ids=p, seeds=s) for p, s in zip(prompts, seeds, strict=True)]
+        params = SamplingParams(
+            num_samples=max(map(len, seeds)),
+            max_new_tokens=decoding.max_new_tokens,
+            temperature=decoding.temperature,
+            top_p=decoding.top_p,
+            repetition_penalty=1.0,
+            stop_ids=decoding.stop_ids,
+            max_batch_size=decoding.batch_size,
+        )
+        return [
+            [
+                Sampled(
+                    token_ids=r.token_ids,
+                    finish_reason=r.finish_reason,
+                    logprobs=r.logprobs,
+                )
+                for r in group
+            ]
+            for group in self._live.generate(requests, params)
+        ]

@@ -1,0 +1,151 @@
+"""tools/evaluate.py as a user runs it: a folder, a checkpoint, two ranks, a kill in between, and what it refuses."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_rasft.rollout.store import read_rollouts
+from megatron_rasft.types import Rollout
+from tests.functional.conftest import Workshop
+from tests.functional.launching import ENVIRONMENT, REPOSITORY
+from tests.tiny_policy import write_sums
+from tools import evaluate
+
+TOOL = REPOSITORY / "tools" / "evaluate.py"
+NUM_PROBLEMS, NUM_SAMPLES = 12, 4
+
+
+def command(workshop: Workshop, output: Path, *more: str) -> list[str]:
+    questions = workshop.root / "questions.jsonl"
+    if not questions.exists():
+        write_sums(questions, NUM_PROBLEMS, seed=7)
+    return [
+        *("run", "--output", str(output), "--benchmarks", f"sums={questions}", "--prompt-suffix", ""),
+        *("--num-samples", str(NUM_SAMPLES), "--max-new-tokens", "12", "--batch-size", "16"),
+        *("--verify-num-workers", "1", *more),
+    ]
+
+
+def run(flags: list[str], num_processes: int = 1) -> str:
+    launcher = [sys.executable]
+    if num_processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes)]
+    done = subprocess.run(
+        [*launcher, str(TOOL), *flags],
+        env=os.environ | ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def samples(output: Path) -> list[Rollout]:
+    return list(read_rollouts(output / "samples" / "sums.jsonl"))
+
+
+@pytest.fixture(scope="module")
+def evaluated(workshop: Workshop) -> Path:
+    """The policy's evaluation, from its folder."""
+    output = workshop.root / "evaluated"
+    assert "sums: 48 of 48 samples" in run(command(workshop, output, "--model", str(workshop.policy)))
+    return output
+
+
+def test_samples_are_graded_and_tabulated(evaluated: Path, capsys: pytest.CaptureFixture) -> None:
+    rollouts = samples(evaluated)
+    assert len(rollouts) == NUM_PROBLEMS * NUM_SAMPLES
+    golds = {
+        f"sum{i}": row for i, row in enumerate(map(json.loads, (evaluated.parent / "questions.jsonl").open()))
+    }
+    for rollout in rollouts:
+        last = rollout.text.rpartition("=")[2].strip()
+        is_right = last == golds[rollout.problem_id]["answer"]
+        assert (rollout.verdict == "correct") == is_right or not last.isdigit(), rollout.text
+    accuracy = sum(r.verdict == "correct" for r in rollouts) / len(rollouts)
+    assert 0 < accuracy < 1, "the policy is right now and then"
+    label, (summary,) = evaluate.read_summaries(evaluated)
+    assert label == "policy" and summary.accuracy == pytest.approx(accuracy)
+    assert f"{100 * accuracy:.2f} [" in (evaluated / "results.md").read_text()
+    assert (evaluated / "results.csv").exists() and (evaluated / "results.tex").exists()
+
+    assert evaluate.main(["show", str(evaluated), "--verdict", "wrong", "--limit", "2"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("sample ") == 2 and "wrong" in shown and "correct" not in shown
+    assert evaluate.main(["table", str(evaluated), str(evaluated), "--format", "latex"]) == 0
+    assert capsys.readouterr().out.count("policy") == 2
+
+
+def test_killed_evaluation_goes_on_to_the_same_end(
+    workshop: Workshop, evaluated: Path, tmp_path: Path
+) -> None:
+    flags = command(workshop, tmp_path / "out", "--model", str(workshop.policy))
+    output = tmp_path / "out"
+    (output / "samples").mkdir(parents=True)
+    (output / "protocol.json").write_text((evaluated / "protocol.json").read_text())
+    whole = (evaluated / "samples" / "sums.jsonl").read_bytes()
+    (output / "samples" / "sums.jsonl").write_bytes(whole[: int(len(whole) * 0.45)])
+    said = run(flags)
+    assert " of 48 samples are there" in said and "sums: 0 of 48 samples are" not in said
+    # A batch of other neighbours may round its log-probabilities differently; what was said is the same.
+    said_then = {(r.problem_id, r.sample_index): (r.response_ids, r.verdict) for r in samples(evaluated)}
+    assert {(r.problem_id, r.sample_index): (r.response_ids, r.verdict) for r in samples(output)} == said_then
+    assert evaluate.read_summaries(output)[1][0].scores == evaluate.read_summaries(evaluated)[1][0].scores
+
+
+def test_megatron_checkpoint_says_what_its_exported_folder_says_on_two_ranks(
+    workshop: Workshop, tmp_path: Path
+) -> None:
+    save, folder = tmp_path / "save", tmp_path / "folder"
+    workshop.train(save, ["--train-iters", "2", "--export-hf", str(folder), "--objective", "sft"])
+    run(command(workshop, tmp_path / "a", "--model", str(folder)))
+    parallel = ["--tensor-model-parallel-size", "2"]
+    run(command(workshop, tmp_path / "b", "--checkpoint", str(save), *parallel), num_processes=2)
+    a, b = samples(tmp_path / "a"), samples(tmp_path / "b")
+    assert [(r.problem_id, r.response_ids, r.verdict) for r in a] == [
+        (r.problem_id, r.response_ids, r.verdict) for r in b
+    ]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--temperature", "0.5"], "drawn with temperature 1.0, not 0.5"),
+        (["--num-samples", "0"], "--num-samples must be >= 1"),
+        (["--temperature", "0"], "would draw the same response"),
+        (["--pass-k", "9"], "--pass-k must be in 1 .. 4"),
+        (["--benchmarks", "mathematics"], "'mathematics' is unknown"),
+        (["--benchmarks", "aime24"], "needs --data-folder"),
+        (["--chat-template", "nowhere.jinja"], "drawn with chat_template None"),
+    ],
+)
+def test_mistake_is_one_line_before_a_model_is_loaded(
+    more: list[str], message: str, workshop: Workshop, evaluated: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert evaluate.main(command(workshop, evaluated, "--model", str(workshop.policy), *more)) == 2
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1 and message in printed
+
+
+def test_missing_model_results_and_checkpoint_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    benchmark = tmp_path / "own.jsonl"
+    benchmark.write_text('{"problem": "1+1", "answer": "2"}\n')
+    flags = ["--output", str(tmp_path / "out"), "--benchmarks", f"own={benchmark}"]
+    assert evaluate.main(flags) == 2, "run is the command where none is named"
+    assert "--model DIR is missing" in capsys.readouterr().err
+    assert evaluate.main([*flags, "--checkpoint", str(tmp_path)]) == 2
+    assert "no config.json that would name the model" in capsys.readouterr().err
+    assert evaluate.main([*flags, "--checkpoint", str(tmp_path), "--model", str(tmp_path)]) == 1
+    assert "holds no Megatron checkpoint" in capsys.readouterr().err
+    assert evaluate.main(["table", str(tmp_path)]) == 1
+    assert "holds no results" in capsys.readouterr().err
+    assert evaluate.main(["show", str(tmp_path)]) == 1
+    assert "holds no samples" in capsys.readouterr().err

@@ -1,0 +1,211 @@
+"""Settings whose commands parse as they will be run, job arrays that reach every task, and tables from known numbers."""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from examples.benchmark_reproduction import comparison, reproduce
+from megatron_rasft.evaluation.statistics import bootstrap_interval, paired_interval
+from tests.tiny_policy import write_model
+from tools import evaluate
+
+FOLDER = Path(reproduce.__file__).parent
+SETTINGS = sorted((FOLDER / "settings").glob("*.toml"))
+SCRIPTS = sorted((FOLDER / "slurm").glob("*.sbatch"))
+
+
+@pytest.fixture
+def users_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the settings ask of the environment: a model that 8 ranks can share, and files."""
+    model = write_model(tmp_path / "model", max_position_embeddings=8192)
+    for name in ("MODEL", "TRAIN_DATA", "EVALUATION_DATA", "DATA"):
+        monkeypatch.setenv(name, str(model if name == "MODEL" else tmp_path / f"{name.lower()}.jsonl"))
+
+
+PARSING_CHILD = """
+import json, os, sys
+from megatron_rasft.training import cpu_backend
+cpu_backend.enable()  # as the programs do
+from megatron_rasft.training import host
+for world_size, flags in json.load(sys.stdin):
+    os.environ["WORLD_SIZE"] = world_size
+    sys.argv = ["x"]
+    args, config, _ = host.parse(flags, needs_data=False)
+    print(json.dumps({"objective": config.objective.objective, "seed": args.seed, "train_data": args.train_data,
+        "asks": [config.data.data_system_prompt, config.data.data_prompt_suffix],
+        "seeds": [args.seed, config.data.data_seed, config.rollout.rollout_seed]}))
+"""
+
+
+@pytest.mark.usefixtures("users_files")
+def test_every_command_of_every_setting_parses() -> None:
+    """By the programs' own parsers, up to where the model would be built; of most settings two methods."""
+    jobs, expected = [], []
+    for path in SETTINGS:
+        setting = reproduce.read_setting(path)
+        methods = [m for m in setting.methods if path.stem == "cpu" or m in ("rasft", "grpo")]
+        for task in (reproduce.Task(method, setting.seeds[-1]) for method in methods):
+            output = Path("/nowhere") / task.name
+            command = reproduce.evaluation_command(setting, task, output)
+            program = command.index(str(reproduce.ROOT / "tools" / "evaluate.py"))
+            args, megatron_flags = evaluate._build_parser().parse_known_args(command[program + 1 :])
+            evaluate.read_flags(args, evaluate.EvaluationConfig)
+            world_size = str(setting.num_processes)
+            jobs.append((world_size, ["--hf-model", os.environ["MODEL"], *megatron_flags]))
+            expected.append(None)
+            if task.method == "base":
+                continue
+            command = reproduce.training_command(setting, task, output)
+            flags = command[command.index(str(reproduce.ROOT / "pretrain_rasft.py")) + 1 :]
+            flags[flags.index("--hf-model") + 1] = os.environ["MODEL"]
+            jobs.append((world_size, flags))
+            expected.append((task, [args.system_prompt, args.prompt_suffix]))
+    environment = {**os.environ, "RANK": "0", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+    child = [sys.executable, "-W", "ignore", "-c", PARSING_CHILD]
+    done = subprocess.run(
+        child,
+        cwd=reproduce.ROOT,
+        env=environment,
+        input=json.dumps(jobs),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    parsed = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert len(parsed) == len(jobs)
+    for found, wanted in zip(parsed, expected, strict=True):
+        if wanted is None:
+            continue
+        task, asks = wanted
+        assert found["objective"] == task.method.removesuffix("_published")
+        assert found["train_data"] and found["seeds"] == [task.seed] * 3
+        assert found["asks"] == asks, "what is asked in training is asked in evaluation"
+
+
+def test_full_settings_run_every_method_and_match_data_steps_and_rate() -> None:
+    assert len(SETTINGS) == 6 and len(reproduce.METHODS) == 11
+    os.environ.setdefault("DATA", "/data")
+    setting = reproduce.read_setting(FOLDER / "settings" / "gpu.toml")
+    assert setting.methods == list(reproduce.METHODS) and len(setting.seeds) == 3
+    commands = [
+        reproduce.training_command(setting, reproduce.Task(m, 1), Path("out")) for m in setting.methods[1:]
+    ]
+    shared = set.intersection(*map(set, commands))
+    for flag in ("--train-data", "--train-iters", "--lr", "--global-batch-size", "--seed"):
+        assert flag in shared
+        assert len({command[command.index(flag) + 1] for command in commands}) == 1
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+@pytest.mark.usefixtures("users_files")
+def test_job_array_reaches_every_task_once(script: Path, tmp_path: Path) -> None:
+    setting = reproduce.read_setting(FOLDER / "settings" / f"{script.stem}.toml")
+    text = script.read_text(encoding="utf-8")
+    last = len(reproduce.tasks_of(setting)) - 1
+    assert f"#SBATCH --array=0-{last}\n" in text
+    environment = {
+        **os.environ,
+        "OUTPUT": str(tmp_path),
+        "PYTHON": sys.executable,
+        "SLURM_ARRAY_TASK_ID": str(last),
+    }
+    command = ["bash", str(script), "--dry-run"]
+    done = subprocess.run(
+        command, cwd=reproduce.ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    training, evaluation = map(shlex.split, done.stdout.splitlines())
+    assert training[training.index("--nproc-per-node") + 1] == "8"
+    assert "published" in training and evaluation[evaluation.index("--label") + 1] == "rasft_published-seed3"
+    environment.pop("MODEL")
+    done = subprocess.run(
+        command, cwd=reproduce.ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode != 0 and "MODEL" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("title = 1", "missing"),
+        ("title =", "Invalid value"),
+        ('title = "t"\nmodel = "$NOT_SET"\nseeds = [1]\n[train]\n[evaluate]', "is not set"),
+        ('title = "t"\nmodel = "m"\nseeds = []\n[train]\n[evaluate]', "at least one seed"),
+        ('title = "t"\nmodel = "m"\nseeds = [1]\nmethods = ["sfft"]\n[train]\n[evaluate]', "sfft"),
+    ],
+)
+def test_wrong_setting_is_one_line(
+    content: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    path = tmp_path / "wrong.toml"
+    path.write_text(content)
+    assert reproduce.main(["--setting", str(path), "--output", str(tmp_path / "out")]) == 2
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1 and message in printed and str(path) in printed
+
+
+def write_run(folder: Path, scores: list[float], tokens: int = 0) -> Path:
+    """What an evaluation and a training leave, with these numbers."""
+    values = {
+        "name": "own", "title": "own", "kind": "math", "num_problems": len(scores), "num_rows": len(scores),
+        "num_samples": 4, "is_verified": False, "sha256": "", "accuracy": sum(scores) / len(scores),
+        "accuracy_low": 0.0, "accuracy_high": 1.0, "pass_at": {}, "majority_at": {}, "truncated_frac": 0.25,
+        "mean_tokens": 10.0, "problem_ids": [str(i) for i in range(len(scores))], "scores": scores,
+    }  # fmt: skip
+    (folder / "evaluation").mkdir(parents=True)
+    (folder / "evaluation" / "summary.json").write_text(json.dumps({"label": "x", "benchmarks": [values]}))
+    if tokens:
+        records = [
+            {"event": "refresh", "step": 0, "heldout/solve_rate": 0.1},
+            {"event": "refresh", "step": 0, "rollout/num_rollouts": 8, "rollout/response_tokens_mean": 5.0, "rollout/generate_s": 2.0},
+            {"event": "step", "step": 1, "training/num_tokens": tokens, "training/step_s": 1.5},
+            {"event": "step", "step": 2, "training/num_tokens": tokens, "training/step_s": 1.5},
+            {"event": "refresh", "step": 2, "heldout/solve_rate": 0.3},
+        ]  # fmt: skip
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    (folder / "done").touch()
+    return folder
+
+
+def test_table_holds_means_intervals_and_paired_differences(tmp_path: Path) -> None:
+    sft, rasft = (
+        [[0.0, 0.5, 0.5, 1.0], [0.25, 0.5, 0.5, 0.75]],
+        [[0.5, 0.5, 1.0, 1.0], [0.25, 0.75, 1.0, 1.0]],
+    )
+    runs = {("base", 1): write_run(tmp_path / "base", [0.0, 0.0, 0.5, 0.5])}
+    for method, scores in (("sft", sft), ("rasft", rasft)):
+        for seed, row in enumerate(scores, start=1):
+            runs[method, seed] = write_run(tmp_path / f"{method}-seed{seed}", row, tokens=100)
+    runs["dft", 1] = tmp_path / "dft-seed1"  # not there yet
+    text = comparison.write_comparison("title", runs, tmp_path, "Qwen2.5-Math-1.5B")
+    rows = {row["method"]: row for row in json.loads((tmp_path / "comparison.json").read_text())}
+    assert rows["rasft"]["accuracy"] == pytest.approx(75.0) and rows["sft"]["accuracy"] == pytest.approx(50.0)
+    low, high = bootstrap_interval(rasft)
+    assert (rows["rasft"]["low"], rows["rasft"]["high"]) == pytest.approx((100 * low, 100 * high))
+    low, high = paired_interval(rasft, sft)
+    assert rows["rasft"]["difference"] == pytest.approx(25.0)
+    assert rows["rasft"]["difference_low"] == pytest.approx(100 * low)
+    assert rows["rasft"]["difference_high"] == pytest.approx(100 * high)
+    assert rows["rasft"]["trained_tokens"] == 200 and rows["rasft"]["generated_tokens"] == 40
+    assert rows["rasft"]["seconds"] == 5.0 and rows["base"]["steps"] == 0
+    assert "Not there yet: dft-seed1" in text and "64.89" in text
+    assert (tmp_path / "accuracy.png").stat().st_size > 10_000
+    assert (tmp_path / "comparison.csv").read_text().count("\n") == 4
+
+
+def test_curve_counts_tokens_and_seconds_up_to_each_measurement(tmp_path: Path) -> None:
+    curve = comparison.read_curve(write_run(tmp_path / "run", [1.0], tokens=7) / "metrics.jsonl")
+    assert (curve.steps, curve.tokens, curve.seconds) == ([0, 2], [0, 14], [0, 5.0])
+    assert curve.accuracy == pytest.approx([10.0, 30.0])
+
+
+def test_seeds_on_other_problems_are_refused(tmp_path: Path) -> None:
+    runs = {("sft", n): write_run(tmp_path / str(n), [0.5] * n) for n in (1, 2)}
+    with pytest.raises(RuntimeError, match="different problems"):
+        comparison.write_comparison("title", runs, tmp_path)

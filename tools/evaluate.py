@@ -1,0 +1,347 @@
+"""Evaluate a model on mathematical and code benchmarks, by the published protocol unless told otherwise.
+
+evaluate.py run --model DIR --data-folder DIR --output DIR [--benchmarks NAME[=FILE] ...] [any Megatron flag]
+evaluate.py run --checkpoint DIR ...          the newest Megatron checkpoint of a run
+evaluate.py run --server URL --model DIR ...  a running SGLang server; DIR gives the tokenizer
+evaluate.py show OUTPUT [--benchmark NAME] [--problem ID] [--verdict wrong] [--limit N]
+evaluate.py table OUTPUT [OUTPUT ...] [--format markdown|csv|latex]
+
+Killed, the same command goes on where it stopped. torchrun spreads the work over processes and GPUs.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a checkout that is not installed
+
+from megatron_rasft.config.data import DataConfig
+from megatron_rasft.config.evaluation import EvaluationConfig
+from megatron_rasft.config.flags import add_flags, read_flags
+from megatron_rasft.data.tokenizing import end_ids, open_tokenizer, read_chat_format, tokenize_prompts
+from megatron_rasft.errors import CheckpointError, DataError, RasftError
+from megatron_rasft.evaluation import tables
+from megatron_rasft.evaluation.benchmarks import KNOWN_SETS, Benchmark, ask, chosen, read_benchmark
+from megatron_rasft.evaluation.grading import Grader
+from megatron_rasft.evaluation.sampling import Decoding, Engine, sample_benchmark
+from megatron_rasft.evaluation.summary import Summary, summarise
+from megatron_rasft.rollout.store import read_rollouts
+from megatron_rasft.weights.folder import weights_fingerprint
+
+WRITERS: dict[str, Callable[[tables.Results, str], str]] = {
+    "markdown": tables.markdown,
+    "csv": tables.comma_separated,
+    "latex": tables.latex,
+}
+FILES = {"markdown": "results.md", "csv": "results.csv", "latex": "results.tex"}
+DRAWN_BY = (
+    "model checkpoint server weights dtype temperature top_p max_new_tokens seed prompt_suffix system_prompt chat_template"
+).split()
+"""What decides about a sample: a store holds samples of one setting of these."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code: 0 done, 1 the world failed, 2 wrong arguments."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = _build_parser()
+    if argv and argv[0].startswith("--") and argv[0] != "--help":
+        argv = ["run", *argv]
+    args, rest = parser.parse_known_args(argv)
+    if rest and args.command is not run:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    try:
+        args.command(args, rest)
+    except (ValueError, RasftError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError) else 1
+    return 0
+
+
+def run(args: argparse.Namespace, megatron_flags: list[str]) -> None:
+    """Sample, grade, and write tables."""
+    config = read_flags(args, EvaluationConfig)
+    if args.model is None and args.checkpoint is not None:
+        args.model = _model_of_checkpoint(Path(args.checkpoint))
+    if args.model is None:
+        raise ValueError("--model DIR is missing: the model's Hugging Face folder.")
+    folder = None if config.data_folder is None else Path(config.data_folder)
+    benchmarks = []
+    for known, path in chosen(config.benchmarks, folder):
+        benchmarks.append(read_benchmark(known, path, config.unknown_data == "accept"))
+    output = Path(args.output)
+    drawn_by = _drawn_by(args, config)
+    _check_protocol(output, drawn_by)
+    with _open_engine(args, megatron_flags) as engine:
+        if engine is None:  # another rank speaks
+            return
+        _write_protocol(output, drawn_by, config, benchmarks)
+        tokenizer = open_tokenizer(args.model)
+        prompt_config = DataConfig(
+            data_prompt_suffix="",
+            data_system_prompt=config.system_prompt,
+            data_chat_template=config.chat_template,
+        )
+        stop_ids = end_ids(args.model, tokenizer) | {read_chat_format(tokenizer, prompt_config).end_id}
+        decoding = Decoding(
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            stop_ids=frozenset(stop_ids),
+            batch_size=config.batch_size,
+        )
+        for benchmark in benchmarks:
+            num_rows = len(benchmark.problems)
+            if config.limit:
+                benchmark.problems = benchmark.problems[: config.limit]
+            put = ask(benchmark, config.prompt_suffix)
+            with Grader(benchmark, config.verify_timeout_s, config.verify_num_workers) as grade:
+                rollouts = sample_benchmark(
+                    benchmark,
+                    tokenize_prompts([put(p) for p in benchmark.problems], tokenizer, prompt_config),
+                    engine,
+                    grade,
+                    output / "samples" / f"{benchmark.name}.jsonl",
+                    num_samples=config.num_samples,
+                    seed=config.seed,
+                    decoding=decoding,
+                    decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
+                    on_progress=_Progress(benchmark.title),
+                )
+            summary = summarise(benchmark, rollouts, config.num_samples, config.ks(), num_rows)
+            _write_results(
+                output, args.label or Path(args.model).name, args.compare_with or args.model, summary
+            )
+    print((output / FILES["markdown"]).read_text(encoding="utf-8"))
+
+
+def show(args: argparse.Namespace, _: list[str]) -> None:
+    """Print stored samples, the newest wrong ones say."""
+    from rich.console import Console
+
+    stores = sorted((Path(args.output) / "samples").glob("*.jsonl"))
+    if args.benchmark is not None:
+        stores = [store for store in stores if store.stem == args.benchmark]
+    if not stores:
+        raise DataError(f"{args.output} holds no samples of {args.benchmark or 'any benchmark'}.")
+    console, num_shown = Console(soft_wrap=True, highlight=False), 0
+    for store in stores:
+        for rollout in read_rollouts(store):
+            if args.problem not in (None, rollout.problem_id) or args.verdict not in (None, rollout.verdict):
+                continue
+            if num_shown == args.limit:
+                console.print(f"--limit {args.limit} reached", style="dim")
+                return
+            num_shown += 1
+            style = "green" if rollout.verdict == "correct" else "red"
+            console.print(
+                f"{store.stem} {rollout.problem_id} sample {rollout.sample_index}: {rollout.verdict} "
+                f"({rollout.verdict_reason}), {len(rollout.response_ids)} tokens, {rollout.finish_reason}",
+                style=style,
+                markup=False,
+            )
+            console.print(rollout.text + "\n", markup=False)
+    if not num_shown:
+        console.print("no sample matches", style="dim")
+
+
+def table(args: argparse.Namespace, _: list[str]) -> None:
+    """Print results of one or more evaluations side by side."""
+    results: dict[str, list[Summary]] = {}
+    for output in args.output:
+        label, summaries = read_summaries(Path(output))
+        results[label if label not in results else f"{label} ({output})"] = summaries
+    print(WRITERS[args.format](results, args.compare_with or ""), end="")
+
+
+def read_summaries(output: Path) -> tuple[str, list[Summary]]:
+    """Label and summaries of a finished evaluation.
+
+    Raises:
+        DataError: the folder holds none.
+    """
+    path = output / "summary.json"
+    if not path.is_file():
+        raise DataError(
+            f"{output} holds no results: {path.name} is not there. Run the evaluation to its end."
+        )
+    content = json.loads(path.read_text(encoding="utf-8"))
+    return content["label"], [Summary.from_dict(values) for values in content["benchmarks"]]
+
+
+def _model_of_checkpoint(checkpoint: Path) -> str | None:
+    """--hf-model of the run that wrote the checkpoints, by its config.json."""
+    path = checkpoint / "config.json"
+    if not path.is_file():
+        raise ValueError(
+            f"--model DIR is missing, and {checkpoint} has no config.json that would name the model."
+        )
+    return json.loads(path.read_text(encoding="utf-8"))["rasft"]["run"]["hf_model"]
+
+
+def _newest_iteration(checkpoint: Path) -> str:
+    path = checkpoint / "latest_checkpointed_iteration.txt"
+    if not path.is_file():
+        raise CheckpointError(
+            f"--checkpoint {checkpoint} holds no Megatron checkpoint: {path.name} is not there. Give the folder that was "
+            "--save."
+        )
+    return path.read_text().strip()
+
+
+def _drawn_by(args: argparse.Namespace, config: EvaluationConfig) -> dict[str, Any]:
+    weights = None
+    if args.checkpoint is not None:
+        weights = _newest_iteration(Path(args.checkpoint))
+    elif args.server is None:
+        weights = weights_fingerprint(Path(args.model), args.dtype)
+    values = {**vars(args), **asdict(config), "weights": weights}
+    return {name: values[name] for name in DRAWN_BY}
+
+
+def _check_protocol(output: Path, drawn_by: dict[str, Any]) -> None:
+    """Refuse a folder whose samples were drawn in another way, before a model is loaded."""
+    path = output / "protocol.json"
+    if not path.is_file():
+        return
+    stored = json.loads(path.read_text(encoding="utf-8"))["drawn_by"]
+    for name, value in drawn_by.items():
+        if stored.get(name) != value:
+            raise ValueError(
+                f"--output {output} holds samples drawn with {name} {stored.get(name)!r}, not {value!r}. Give another "
+                "folder, or the flags of then."
+            )
+
+
+def _write_protocol(
+    output: Path, drawn_by: dict[str, Any], config: EvaluationConfig, benchmarks: list[Benchmark]
+) -> None:
+    output.mkdir(parents=True, exist_ok=True)
+    content = {
+        "drawn_by": drawn_by,
+        "config": asdict(config),
+        "files": {
+            b.name: {"path": str(b.path), "sha256": b.sha256, "verified": b.is_verified} for b in benchmarks
+        },
+    }
+    (output / "protocol.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def _write_results(output: Path, label: str, compared_with: str, summary: Summary) -> None:
+    """Add one benchmark to summary.json and write the tables anew."""
+    path = output / "summary.json"
+    earlier = read_summaries(output)[1] if path.is_file() else []
+    order = {name: place for place, name in enumerate(KNOWN_SETS)}
+    summaries = sorted(
+        [s for s in earlier if s.name != summary.name] + [summary],
+        key=lambda s: (order.get(s.name, len(order)), s.name),
+    )
+    content = {"label": label, "benchmarks": [s.as_dict() for s in summaries]}
+    partial = path.with_suffix(".tmp")
+    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)
+    for name, write in WRITERS.items():
+        (output / FILES[name]).write_text(write({label: summaries}, compared_with), encoding="utf-8")
+
+
+@contextmanager
+def _open_engine(args: argparse.Namespace, megatron_flags: list[str]) -> Iterator[Engine | None]:
+    """The engine, on the process that asks it; None on the others, after they have followed to the end."""
+    from megatron_rasft.training import cpu_backend
+
+    cpu_backend.enable()
+    import torch
+
+    from megatron_rasft.training.sampler import Sampler
+
+    flags = ["--hf-model", str(args.model), *megatron_flags]
+    if args.dtype == "bf16" or (args.dtype == "auto" and torch.cuda.is_available()):
+        flags.append("--bf16")
+    sampler = Sampler(flags, args.checkpoint)
+    try:
+        if not sampler.is_lead:
+            sampler.follow()
+            yield None
+            return
+        yield sampler
+        sampler.close()
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+class _Progress:
+    """A line every ten seconds at most, with what is left at this speed."""
+
+    def __init__(self, title: str) -> None:
+        self._title = title
+        self._began = self._last = time.monotonic()
+        self._at_start: int | None = None
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if self._at_start is None:
+            self._at_start = done
+            print(f"{self._title}: {done} of {total} samples are there", flush=True)
+        elif done == total or now - self._last >= 10:
+            self._last = now
+            per_s = (done - self._at_start) / max(now - self._began, 1e-9)
+            left = f", {(total - done) / per_s:.0f} s left" if done < total and per_s else ""
+            print(f"{self._title}: {done} of {total} samples, {per_s:.2f} samples/s{left}", flush=True)
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="evaluate.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(required=True, metavar="run|show|table")
+    command = commands.add_parser("run", help=run.__doc__, description=run.__doc__, allow_abbrev=False)
+    command.set_defaults(command=run)
+    command.add_argument("--model", metavar="DIR", help="Hugging Face folder of the model.")
+    command.add_argument(
+        "--checkpoint", metavar="DIR", help="Take the newest Megatron checkpoint in this --save."
+    )
+    command.add_argument("--server", metavar="URL", help="Ask this SGLang server instead of loading weights.")
+    command.add_argument("--output", metavar="DIR", required=True, help="Where samples and tables go.")
+    command.add_argument("--label", help="Name of the row in the tables. Default: the model folder's name.")
+    command.add_argument(
+        "--compare-with",
+        metavar="MODEL",
+        help="Published model to put beside. Default: by the folder's name.",
+    )
+    command.add_argument(
+        "--dtype",
+        choices=("auto", "bf16", "fp32"),
+        default="auto",
+        help="Of the embedded engine. auto: bf16 on a GPU, fp32 on a CPU.",
+    )
+    add_flags(command.add_argument_group("evaluation", EvaluationConfig.__doc__), EvaluationConfig)
+
+    command = commands.add_parser("show", help=show.__doc__, description=show.__doc__)
+    command.set_defaults(command=show)
+    command.add_argument("output", help="--output of a run.")
+    command.add_argument("--benchmark", help="Only samples of this set.")
+    command.add_argument("--problem", metavar="ID", help="Only samples of this problem.")
+    command.add_argument(
+        "--verdict", choices=("correct", "wrong", "unverifiable", "timeout"), help="Only with this verdict."
+    )
+    command.add_argument("--limit", type=int, default=20, metavar="N", help="At most so many (default: 20).")
+
+    command = commands.add_parser("table", help=table.__doc__, description=table.__doc__)
+    command.set_defaults(command=table)
+    command.add_argument("output", nargs="+", help="--output of runs.")
+    command.add_argument("--format", choices=tuple(WRITERS), default="markdown", help="Default: markdown.")
+    command.add_argument("--compare-with", metavar="MODEL", help="Published model to put beside.")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
