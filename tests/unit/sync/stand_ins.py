@@ -39,6 +39,7 @@ class StandIn:
             model_path="nowhere",
             model_config=None,
             architectures=(),
+            dtype="auto",
             quantization=None,
             tp_size=1,
             dp_size=1,
