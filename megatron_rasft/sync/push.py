@@ -179,6 +179,8 @@ class WeightSync:
         report.num_attempts += 1
         with timed(report.seconds, "transfer"):
             outcome = self._transfer(attempt, report.weight_version)
+        if outcome.refusal:
+            raise ValueError(outcome.refusal)
         report.num_bytes, report.num_buckets = outcome.num_bytes, outcome.num_buckets
         for phase, seconds in outcome.seconds.items():
             report.seconds[phase] = report.seconds.get(phase, 0.0) + seconds
@@ -305,20 +307,22 @@ class WeightSync:
         if self._is_source and attempt.proof != "none":
             sizes = [size for _, size in attempt.servers]
             witness = Witness(attempt.proof, sizes, self._num_kv_heads, stream.names)
-        if self.config.sync_method == "disk":
-            stream.run(outcome, witness, None)
-        else:
-            send: Send = _not_here
-            try:
-                if self._is_source:
+        sends = self.config.sync_method != "disk"
+        arena, send = None, _not_here if sends else None
+        try:
+            if self._is_source:
+                arena = stream.make_arena()
+                if sends:
                     with timed(outcome.seconds, "connect"):
                         send = self._sender(attempt)
-            except (GroupFailure, ServerError) as error:
-                outcome.note(error)
-            if stream.agree(not outcome.reason):
-                stream.run(outcome, witness, send)
-            if outcome.reason:
-                self._group = None  # aborted
+        except (GroupFailure, ServerError) as error:
+            outcome.note(error)
+        except (ValueError, torch.OutOfMemoryError) as error:
+            outcome.reason = outcome.refusal = str(error)
+        if stream.agree(not outcome.reason):
+            stream.run(outcome, witness, arena, send)
+        if outcome.reason:
+            self._group = None  # aborted
         if witness is not None:
             outcome.evidence = witness.evidence()
         return outcome

@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -310,3 +311,12 @@ def test_what_a_sync_takes_is_said_beforehand() -> None:
         "model.embed_tokens.weight and what belongs to it are 10 MiB, above --sync-bucket-mib 1"
         in large.sync.describe()
     )
+
+
+def test_a_port_in_use_is_the_users_affair() -> None:
+    server = StandIn("http://a:1")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(ValueError, match="--sync-port"):
+            Trainer([server], sync_port=taken.getsockname()[1]).push(1)
