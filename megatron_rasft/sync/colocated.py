@@ -30,7 +30,7 @@ class _StoragePickler(pickle._Pickler):
 
     dispatch: ClassVar[dict[type, Any]] = dict(pickle._Pickler.dispatch)
 
-    def _save_function(self, function: Any, name: str | None = None) -> None:
+    def _save_function(self: Any, function: Any, name: str | None = None) -> None:
         if function is torch.storage._load_from_bytes:
             self.write(pickle.GLOBAL + b"torch.storage\n_load_from_bytes\n")
             self.memoize(function)

@@ -131,6 +131,22 @@ class WeightSync:
 
     # ---- all ranks
 
+    def describe(self) -> str:
+        """What a sync will take of the trainer's memory, for the start of a run; a collective of the world."""
+        mine = (0, 0, "")
+        if self._is_source:
+            memory = self._stage_stream(ServedFormat.read(self._model_config)).memory
+            largest = max(memory.buckets, key=lambda bucket: bucket.num_bytes)
+            mine = (memory.peak_bytes, largest.num_bytes, largest.sources[0])
+        peak, largest_bytes, name = max(self._exchange(mine))
+        text = f"a weight sync takes up to {peak / _MIB:.0f} MiB of a sending rank's memory"
+        if largest_bytes > self.config.sync_bucket_mib * _MIB:
+            text += (
+                f": {name} and what belongs to it are {largest_bytes / _MIB:.0f} MiB, above --sync-bucket-mib "
+                f"{self.config.sync_bucket_mib}, and go alone"
+            )
+        return text
+
     def push(self, weight_version: int, urls: Sequence[str] = ()) -> SyncReport:
         """Give the servers the weights as they are now; a collective of the world, between steps.
 
@@ -163,6 +179,8 @@ class WeightSync:
         report.num_attempts += 1
         with timed(report.seconds, "transfer"):
             outcome = self._transfer(attempt, report.weight_version)
+        if outcome.refusal:
+            raise ValueError(outcome.refusal)
         report.num_bytes, report.num_buckets = outcome.num_bytes, outcome.num_buckets
         for phase, seconds in outcome.seconds.items():
             report.seconds[phase] = report.seconds.get(phase, 0.0) + seconds
@@ -284,38 +302,44 @@ class WeightSync:
     def _run_stage(self, attempt: _Attempt) -> Outcome:
         """Take this stage's tensors past the witness and, unless they went by disk, to the servers."""
         outcome = Outcome()
-        if self._stream is None or self._stream_served != attempt.served:
-            self._stream_served = attempt.served
+        stream = self._stage_stream(attempt.served)
+        witness = None
+        if self._is_source and attempt.proof != "none":
+            sizes = [size for _, size in attempt.servers]
+            witness = Witness(attempt.proof, sizes, self._num_kv_heads, stream.names)
+        sends = self.config.sync_method != "disk"
+        arena, send = None, _not_here if sends else None
+        try:
+            if self._is_source:
+                arena = stream.make_arena()
+                if sends:
+                    with timed(outcome.seconds, "connect"):
+                        send = self._sender(attempt)
+        except (GroupFailure, ServerError) as error:
+            outcome.note(error)
+        except (ValueError, torch.OutOfMemoryError) as error:
+            outcome.reason = outcome.refusal = str(error)
+        if stream.agree(not outcome.reason):
+            stream.run(outcome, witness, arena, send)
+        if outcome.reason:
+            self._group = None  # aborted
+        if witness is not None:
+            outcome.evidence = witness.evidence()
+        return outcome
+
+    def _stage_stream(self, served: ServedFormat) -> StageStream:
+        """This stage's tensors, planned once."""
+        if self._stream is None or self._stream_served != served:
+            self._stream_served = served
             self._stream = StageStream(
                 self._plan,
                 self._gather,
                 tp_group=self._tp_group,
                 device=self._device,
-                served=attempt.served,
+                served=served,
                 bucket_bytes=self.config.sync_bucket_mib * _MIB,
             )
-        stream = self._stream
-        witness = None
-        if self._is_source and attempt.proof != "none":
-            sizes = [size for _, size in attempt.servers]
-            witness = Witness(attempt.proof, sizes, self._num_kv_heads, stream.names)
-        if self.config.sync_method == "disk":
-            stream.run(outcome, witness, None)
-        else:
-            send: Send = _not_here
-            try:
-                if self._is_source:
-                    with timed(outcome.seconds, "connect"):
-                        send = self._sender(attempt)
-            except (GroupFailure, ServerError) as error:
-                outcome.note(error)
-            if stream.agree(not outcome.reason):
-                stream.run(outcome, witness, send)
-            if outcome.reason:
-                self._group = None  # aborted
-        if witness is not None:
-            outcome.evidence = witness.evidence()
-        return outcome
+        return self._stream
 
     def _sender(self, attempt: _Attempt) -> Send:
         """What takes a bucket to the servers."""

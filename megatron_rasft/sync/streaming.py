@@ -45,6 +45,8 @@ class Outcome:
     """Servers at fault, and why."""
     reason: str = ""
     """Set where the transfer failed, whether or not a server is known to be at fault."""
+    refusal: str = ""
+    """Set where no server can be at fault: an address, a port or memory of the trainer's own."""
     evidence: Evidence = field(default_factory=Evidence)
     num_bytes: int = 0
     num_buckets: int = 0
@@ -53,6 +55,7 @@ class Outcome:
     def merge(self, other: "Outcome") -> None:
         self.failed.update(other.failed)
         self.reason = self.reason or other.reason
+        self.refusal = self.refusal or other.refusal
         self.evidence.merge(other.evidence)
         self.num_bytes += other.num_bytes
         self.num_buckets += other.num_buckets
@@ -125,12 +128,17 @@ class StageStream:
         dist.broadcast(word, group=self._tp_group, group_src=0)
         return bool(word.item())
 
-    def run(self, outcome: Outcome, witness: Witness | None, send: Send | None) -> None:
+    def make_arena(self) -> Arena:
+        """The memory that ``run`` needs on the source."""
+        return Arena(self.memory.arena_bytes, self._device)
+
+    def run(self, outcome: Outcome, witness: Witness | None, arena: Arena | None, send: Send | None) -> None:
         """Take every bucket through; ends early on all ranks when one cannot be sent.
 
         Args:
             outcome: is filled in.
             witness: looks at each bucket; on the source only.
+            arena: from ``make_arena``; on the source only.
             send: sends a bucket ([num_bytes] uint8), or raises GroupFailure; runs in a thread of its own.
                 None: nothing is sent, on any rank.
         """
@@ -142,7 +150,7 @@ class StageStream:
                 if send is not None and not self.agree(True):
                     break
             return
-        arena = Arena(self.memory.arena_bytes, self._device)
+        assert arena is not None
         views: dict[str, Tensor] = {}
         tensors = self._gather(dtypes=self._dtypes, out=views.get)
         with ThreadPoolExecutor(1, "sync-send", initializer=self._use_device) as pool:

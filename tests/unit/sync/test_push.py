@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from megatron_rasft.config import SyncConfig
 from megatron_rasft.errors import ServerError
 from megatron_rasft.sync import WeightSync
 from tests.unit.sync.stand_ins import StandIn
-from tests.unit.sync.test_buckets import model
+from tests.unit.sync.test_buckets import Planned, model
 
 CONFIG = {
     "architectures": ["Qwen2ForCausalLM"],
@@ -296,3 +297,26 @@ def test_the_disk_keeps_two_versions(tmp_path: Path) -> None:
 def test_disk_without_export_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--sync-method disk"):
         Trainer([], sync_method="disk", sync_disk_folder=str(tmp_path))
+
+
+def test_what_a_sync_takes_is_said_beforehand() -> None:
+    text = Trainer([]).sync.describe()
+    assert "up to 2 MiB" in text and "--sync-bucket-mib" not in text
+    large = Trainer([])
+    large.weights["model.embed_tokens.weight"] = torch.randn(40_000, 128)
+    large.sync._plan = lambda *, dtypes=None: [  # type: ignore[method-assign, assignment]
+        Planned(n, tuple(t.shape), (dtypes or {}).get(n, torch.float32)) for n, t in large.weights.items()
+    ]
+    assert (
+        "model.embed_tokens.weight and what belongs to it are 10 MiB, above --sync-bucket-mib 1"
+        in large.sync.describe()
+    )
+
+
+def test_a_port_in_use_is_the_users_affair() -> None:
+    server = StandIn("http://a:1")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(ValueError, match="--sync-port"):
+            Trainer([server], sync_port=taken.getsockname()[1]).push(1)
