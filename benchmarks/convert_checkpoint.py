@@ -201,7 +201,7 @@ def calculated(shape: str, workers: int) -> dict[str, float]:
         # read with a chunk in hand; put together out of the whole where it holds several tensors
         to_hf = max(to_hf, size + chunk if len(binding.hf_names) == 1 else 2 * size)
         total += size
-        layers += size if parameter.index == (0,) else 0
+        layers += size if parameter.position == (0,) else 0
     gib = 2**30
     return {
         "folder_gib": total / gib,

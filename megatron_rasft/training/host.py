@@ -57,6 +57,7 @@ from megatron_rasft.weights.exporting import export
 from megatron_rasft.weights.folder import HfFolder
 from megatron_rasft.weights.gathering import ExpertGroups, gather_tensors, plan_tensors
 from megatron_rasft.weights.loading import load_into
+from megatron_rasft.weights.torch_dist import RELEASE, TRACKER_FILE
 
 _VERBOSE = "MEGATRON_RASFT_VERBOSE"
 """Environment variable: if set, everything Megatron prints is shown."""
@@ -537,13 +538,14 @@ class Trainer:
         The run's own checkpoints are then looked for in --save.
         """
         args = self.args
-        tracker = None if args.load is None else Path(args.load) / "latest_checkpointed_iteration.txt"
+        tracker = None if args.load is None else Path(args.load) / TRACKER_FILE
         if not on_rank_zero(
-            lambda: tracker is not None and tracker.is_file() and "release" in tracker.read_text()
+            lambda: tracker is not None and tracker.is_file() and tracker.read_text().strip() == RELEASE
         ):
             return
-        made_for = dist_checkpointing.load_common_state_dict(f"{args.load}/release")["args"]
-        _refuse_other_model(f"{args.load}/release", architecture_of(made_for), architecture_of(args))
+        weights = f"{args.load}/{RELEASE}"
+        made_for = dist_checkpointing.load_common_state_dict(weights)["args"]
+        _refuse_other_model(weights, architecture_of(made_for), architecture_of(args))
         try:
             with quiet():
                 checkpointing.load_checkpoint(self.model, self.optimizer, self.scheduler)

@@ -22,7 +22,7 @@ from megatron_rasft.weights.exporting import (
 )
 from megatron_rasft.weights.families import NameTable, Piece, ShardLayout, StoredParameter
 from megatron_rasft.weights.folder import HfFolder
-from megatron_rasft.weights.fp8_blocks import QUANTIZATION_CONFIG, SCALE_SUFFIX, quantize_blocks, scale_shape
+from megatron_rasft.weights.fp8_blocks import QUANTIZATION_CONFIG, SCALE_SUFFIX, quantized, scale_shape
 from megatron_rasft.weights.gathering import TensorPlan, assemble
 from megatron_rasft.weights.loading import read_shard
 from megatron_rasft.weights.model_card import run_facts, write_card
@@ -141,14 +141,14 @@ def _whole_shapes(table: NameTable) -> dict[str, tuple[int, ...]]:
     return {
         p.key: p.binding.shard_shape(p.binding.entry.layout(table.shape, 0, 1, None))
         for p in table.stored_parameters()
-        if not any(p.index)
+        if not any(p.position)
     }
 
 
 def _layer_parts(
     source: HfFolder, sizes: dict[str, tuple[int, ...]], dtype: torch.dtype | None
 ) -> Iterator[_LayerPart]:
-    groups = groupby(source.table.stored_parameters(), key=lambda p: p.index[:1])
+    groups = groupby(source.table.stored_parameters(), key=lambda p: p.position[:1])
     for i, (_, group) in enumerate(groups):
         parameters = tuple(group)
         num_bytes = sum(
@@ -168,7 +168,7 @@ def _write_layer(
     for parameter in parameters:
         size = sizes[parameter.key]
         dim = parameter.binding.entry.layout(source.shape, 0, 1, size).dim
-        lead = (1,) * len(parameter.index)
+        lead = (1,) * len(parameter.position)
         position = 0
         for chunk in _read_chunks(source, parameter, size, dtype):
             offsets = [0] * len(size)
@@ -177,10 +177,10 @@ def _write_layer(
             file.write_chunk(
                 parameter.key,
                 chunk.reshape(*lead, *chunk.shape),
-                (*parameter.index, *offsets),
+                (*parameter.position, *offsets),
                 (*parameter.stack, *size),
             )
-        modules[parameter.key.rpartition(".")[0], parameter.index] = parameter.stack
+        modules[parameter.key.rpartition(".")[0], parameter.position] = parameter.stack
     for (module, index), stack in modules.items():
         if "linear" in module or "layernorm" in module:
             file.write_object(_extra_state_key(module, index, stack), None)
@@ -349,7 +349,7 @@ def _check_query_groups(source: TorchDistFolder, table: NameTable) -> None:
 
 def place(source: TorchDistFolder, parameter: StoredParameter) -> tuple[str, tuple[int, ...]]:
     """Key and index of a parameter in this checkpoint, whose layers may be stacked or not."""
-    for key, index in ((parameter.key, parameter.index), (parameter.single_key, parameter.index[1:])):
+    for key, index in ((parameter.key, parameter.position), (parameter.single_key, parameter.position[1:])):
         if key in source.tensors:
             return key, index
     raise CheckpointError(
@@ -369,7 +369,7 @@ def read_parameter(source: TorchDistFolder, table: NameTable, parameter: StoredP
 def is_quantized(parameter: StoredParameter) -> bool:
     """Whether serving engines expect it in FP8: the matrices of the layers, but not a router."""
     entry = parameter.binding.entry
-    return bool(parameter.index) and entry.is_sharded and len(parameter.binding.hf_shapes[0]) == 2
+    return bool(parameter.position) and entry.is_sharded and len(parameter.binding.hf_shapes[0]) == 2
 
 
 def _file_parts(
@@ -402,7 +402,7 @@ def _plan(parameter: StoredParameter, dtype: torch.dtype, is_fp8: bool) -> list[
     for name, shape in zip(parameter.binding.hf_names, parameter.binding.hf_shapes, strict=True):
         if is_fp8 and is_quantized(parameter):
             plans.append(TensorPlan(name, shape, torch.float8_e4m3fn))
-            plans.append(TensorPlan(name + SCALE_SUFFIX, scale_shape(*shape), torch.float32))
+            plans.append(TensorPlan(name + SCALE_SUFFIX, scale_shape(shape), torch.float32))
         else:
             plans.append(TensorPlan(name, shape, dtype))
     return plans
@@ -417,7 +417,7 @@ def _write_file(path: Path, source: TorchDistFolder, table: NameTable, part: _Fi
                 parameter.binding.hf_names, read_parameter(source, table, parameter), strict=True
             ):
                 if dtypes[name] is torch.float8_e4m3fn:
-                    values, scales = quantize_blocks(tensor)
+                    values, scales = quantized(tensor)
                     writer.write(name, values)
                     writer.write(name + SCALE_SUFFIX, scales)
                 else:

@@ -316,7 +316,7 @@ def copy_companions(source: Path, target: Path) -> None:
     for pattern in _COPIED:
         for path in sorted(source.glob(pattern)):
             if path.is_dir():
-                shutil.copytree(path, target / path.name)
+                shutil.copytree(path, target / path.name, dirs_exist_ok=True)
             else:
                 shutil.copyfile(path, target / path.name)
 

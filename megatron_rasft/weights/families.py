@@ -406,11 +406,11 @@ class StoredParameter(NamedTuple):
 
     key: str
     single_key: str
-    """Its name where the layers are not stacked (Megatron's non_homogeneous_layers); then without index[0]."""
-    index: tuple[int, ...]
+    """Its name where the layers are not stacked (Megatron's non_homogeneous_layers); then without position[0]."""
+    position: tuple[int, ...]
     """() or (layer,) or (layer, expert)."""
     stack: tuple[int, ...]
-    """Sizes of the dimensions that ``index`` counts in."""
+    """Sizes of the dimensions that ``position`` counts in."""
     binding: Binding
 
 
@@ -472,14 +472,16 @@ class NameTable:
         return StoredParameter(entry.megatron[0], entry.megatron[0], (), (), self._bind(entry, "", 0))
 
     def _store(self, entry: Entry, layer: int, expert: int) -> StoredParameter:
-        name, index, stack = entry.megatron[-1], (layer,), (self.shape.num_layers,)
+        name = entry.megatron[-1]
+        position: tuple[int, ...] = (layer,)
+        stack: tuple[int, ...] = (self.shape.num_layers,)
         if entry.is_expert:
             name = name.replace("mlp.experts.", "mlp.experts.experts.").removesuffix("{e}")
-            index, stack = (*index, expert), (*stack, self.shape.num_experts)
+            position, stack = (layer, expert), (*stack, self.shape.num_experts)
         return StoredParameter(
             f"decoder.layers.{name}",
             f"decoder.layers.{layer}.{name}",
-            index,
+            position,
             stack,
             self._bind(entry, f"model.layers.{layer}.", expert),
         )

@@ -17,41 +17,42 @@ SCALE_SUFFIX = "_scale_inv"
 """A weight's scales have its name with this after it; value = e4m3 * scale, whatever the name says."""
 
 _LARGEST = torch.finfo(torch.float8_e4m3fn).max
-_ROWS_AT_ONCE = 8 * BLOCK
-"""Bounds the fp32 copy."""
 
 
-def scale_shape(rows: int, columns: int) -> tuple[int, int]:
-    """Blocks of a [rows, columns] weight along either dimension; the last ones may be cut off."""
+def scale_shape(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Shape of the scales of a [rows, columns] weight; the last blocks may be cut off."""
+    rows, columns = shape
     return -(-rows // BLOCK), -(-columns // BLOCK)
 
 
 @torch.no_grad()
-def quantize_blocks(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Round a weight to e4m3 with a scale per block, its largest magnitude at the largest e4m3.
+def quantize_blocks(weight: Tensor, values: Tensor, scales: Tensor) -> None:
+    """Round a weight to e4m3 with a scale for each block, its largest magnitude at the largest e4m3.
+
+    One row of blocks at a time is held in fp32.
 
     Args:
-        weight: [o, i], any float type.
-
-    Returns:
-        [o, i] float8_e4m3fn, and [o / 128, i / 128] fp32 scales, rounded up; a block of zeros has scale 1.
+        weight: [rows, columns], any float type.
+        values: [rows, columns] float8_e4m3fn, filled in.
+        scales: [rows / 128, columns / 128] fp32, rounded up, filled in; a block of zeros gets 1.
     """
     rows, columns = weight.shape
+    padding = scales.shape[1] * BLOCK - columns
+    for row, start in enumerate(range(0, rows, BLOCK)):
+        part = torch.nn.functional.pad(weight[start : start + BLOCK].float(), (0, padding))
+        blocks = part.view(part.shape[0], -1, BLOCK)
+        scale = blocks.abs().amax((0, 2)) / _LARGEST
+        scales[row] = scale = torch.where(scale > 0, scale, 1.0)
+        # rounding may lead a hair beyond the largest value, and the type has no infinity
+        scaled = (blocks / scale[:, None]).clamp(-_LARGEST, _LARGEST).view(part.shape)
+        values[start : start + BLOCK] = scaled[:, :columns].to(torch.float8_e4m3fn)
+
+
+def quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Values and scales of a weight, newly made; see ``quantize_blocks``."""
     values = torch.empty(weight.shape, dtype=torch.float8_e4m3fn, device=weight.device)
-    scales = torch.empty(scale_shape(rows, columns), dtype=torch.float32, device=weight.device)
-    for start in range(0, rows, _ROWS_AT_ONCE):
-        part = weight[start : start + _ROWS_AT_ONCE].float()
-        height, width = scale_shape(*part.shape)
-        padded = torch.nn.functional.pad(
-            part, (0, width * BLOCK - columns, 0, height * BLOCK - part.shape[0])
-        )
-        blocks = padded.view(height, BLOCK, width, BLOCK)
-        largest = blocks.abs().amax((1, 3))  # [height, width]
-        scale = torch.where(largest > 0, largest / _LARGEST, 1.0)
-        blocks = (blocks / scale[:, None, :, None]).clamp(-_LARGEST, _LARGEST)
-        rounded = blocks.view(padded.shape)[: part.shape[0], :columns]
-        values[start : start + part.shape[0]] = rounded.to(torch.float8_e4m3fn)
-        scales[start // BLOCK : start // BLOCK + height] = scale
+    scales = torch.empty(scale_shape(tuple(weight.shape)), dtype=torch.float32, device=weight.device)
+    quantize_blocks(weight, values, scales)
     return values, scales
 
 

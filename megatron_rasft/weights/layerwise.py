@@ -26,7 +26,7 @@ def layerwise_logits(
     """Logits of every position, computed in fp32.
 
     Args:
-        checkpoint: Megatron's side; its layers must be stacked, as a converted checkpoint's are.
+        checkpoint: Megatron's side.
         folder: the model's description.
         tokens: [b, s] int64.
         weight_dtype: type that the weights are rounded to first; None takes them as they are.
@@ -50,6 +50,8 @@ class _Forward:
 
     def _weight(self, name: str, *index: int) -> Tensor:
         key = f"decoder.layers.{name}" if index else name
+        if key not in self.checkpoint.tensors and index:  # layers that are not stacked
+            key, index = f"decoder.layers.{index[0]}.{name}", index[1:]
         weight = self.checkpoint.read(key, index)
         return (weight if self.weight_dtype is None else weight.to(self.weight_dtype)).float()
 
@@ -86,8 +88,8 @@ class _Forward:
             query = self._norm(query, "self_attention.q_layernorm.weight", layer)
             key = self._norm(key, "self_attention.k_layernorm.weight", layer)
         query, key = rotate(query, angles), rotate(key, angles)
-        heads = (t.transpose(1, 2) for t in (query, key, value))  # [b, heads, s, d]
-        x = F.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True)
+        query, key, value = (t.transpose(1, 2) for t in (query, key, value))  # [b, heads, s, d]
+        x = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
         x = x.transpose(1, 2).flatten(2)
         return x @ self._weight("self_attention.linear_proj.weight", layer)[:, : x.shape[-1]].T
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_rasft.weights.conversion import is_quantized, place, read_parameter
 from megatron_rasft.weights.families import StoredParameter
 from megatron_rasft.weights.folder import HfFolder
-from megatron_rasft.weights.fp8_blocks import SCALE_SUFFIX, quantize_blocks
+from megatron_rasft.weights.fp8_blocks import SCALE_SUFFIX, quantized
 from megatron_rasft.weights.torch_dist import TorchDistFolder
 
 
@@ -103,7 +103,7 @@ def prove_fp8(checkpoint: TorchDistFolder, template: HfFolder, exported: Path) -
         for name, tensor in zip(parameter.binding.hf_names, tensors, strict=True):
             num_elements += tensor.numel()
             if is_quantized(parameter):
-                values, scales = quantize_blocks(tensor)
+                values, scales = quantized(tensor)
                 expected = {name: values.view(torch.uint8), name + SCALE_SUFFIX: scales}
             else:
                 expected = {name: tensor}

@@ -164,7 +164,7 @@ def test_layers_that_are_not_stacked_and_a_padded_vocabulary_are_read(
     (tmp_path / "single").mkdir()
     with DistcpFile(tmp_path / "single" / "a.distcp") as file:
         for parameter in folder.table.stored_parameters():
-            tensor = checkpoint.read(parameter.key, parameter.index)
+            tensor = checkpoint.read(parameter.key, parameter.position)
             if tensor.shape[0] == 101:
                 tensor = torch.cat([tensor, torch.full((27, 48), 7.0)])
             file.write_chunk(parameter.single_key, tensor, [0] * tensor.ndim, tensor.shape)
@@ -173,6 +173,8 @@ def test_layers_that_are_not_stacked_and_a_padded_vocabulary_are_read(
     megatron_to_hf(single, template_of(llama), tmp_path / "out")
     assert_same_tensors(HfFolder.open(tmp_path / "out"), folder)
     assert prove(single, folder, is_export=True).num_padding == 2 * 27 * 48
+    tokens = some_tokens()
+    assert torch.equal(layerwise_logits(single, folder, tokens), layerwise_logits(checkpoint, folder, tokens))
 
 
 class Killed(BaseException):
