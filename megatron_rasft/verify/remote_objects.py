@@ -294,6 +294,9 @@ class TesterSide(Codec):
         self.fault: BaseException | None = None
         """The first CandidateEndedError or CannotCrossError: tests may catch it, the verdict must not miss it."""
 
+        self.num_uses = 0
+        """Operations on what the program defines; tests that pass without any say nothing about it."""
+
     def started(self) -> str:
         """Wait until the program has run; the error that ended it, or nothing."""
         self._channel.send(["start"])
@@ -313,6 +316,7 @@ class TesterSide(Codec):
 
     def operate(self, operation: str, target: int, *args: Any, **keywords: Any) -> Any:
         """One operation on an object of the program; mutable arguments are brought up to date afterwards."""
+        self.num_uses += 1
         return self._ask(operation, target, *args, **keywords)
 
     def may_share_operands(self, class_number: int) -> bool:

@@ -32,6 +32,8 @@ def judge(tests: CodeTests, stream: socket.socket, max_bytes: int) -> tuple[Verd
         verdict, reason = _RUNNERS[tests.style](tests, side)
         if side.fault is not None:
             raise side.fault
+        if verdict == "correct" and not side.num_uses:
+            return "unverifiable", "the tests pass without using the program"
         return verdict, reason
     except CandidateEndedError as error:
         return "wrong", str(error)

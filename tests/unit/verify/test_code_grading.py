@@ -224,6 +224,13 @@ def test_reasons(sandbox: Sandbox, program: str, verdict: str, reason: str) -> N
     assert reason in found[1]
 
 
+def test_tests_that_leave_the_program_alone_prove_nothing(sandbox: Sandbox) -> None:
+    own = "from solution import *\ndef f(x): return 4\ndef test_f(): assert f(2) == 4"
+    found = sandbox.judge("def f(x): return 0", CodeTests(style="pytest", tests=(own,), entry_point="f"))
+    assert found == ("unverifiable", "the tests pass without using the program")
+    assert sandbox.judge("f = 4", CodeTests(style="asserts", tests=("assert True",)))[0] == "unverifiable"
+
+
 def test_livecodebench_cases(sandbox: Sandbox) -> None:
     stdin = CodeTests(
         style="stdin", cases=(ProgramCase(input="1 2\n", output="3"), ProgramCase(input="5 5\n", output="10"))
