@@ -41,7 +41,7 @@ class DataConfig:
     data_prompt_suffix: str = "\nPlease reason step by step, and put your final answer within \\boxed{}."
     """Appended to the problem (in a chat: to the last user message). "" appends nothing."""
 
-    data_code_prompt_suffix: str = "\nWrite the solution in Python, in one ```python block."
+    data_code_prompt_suffix: str = "\nWrite the solution in Python."
     """Appended instead of ``data_prompt_suffix`` to the problem of a row with tests; after it stands the name of
     the function that is tested, if the row gives it and the problem does not. "" appends neither."""
 

@@ -1,5 +1,6 @@
 import gzip
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -228,3 +229,54 @@ def test_real_training_sets(
     assert len(rows) == num_rows
     found = [(row.source, row.reason) for row in rows if isinstance(row, RowFault)]
     assert found == [(f"{path}:{line}", reason) for line, reason in faults]
+
+
+@pytest.mark.parametrize(
+    ("fields", "style", "num_scripts"),
+    [
+        ({"tests": ["assert f(1) == 1", "assert f(2) == 4"], "entry_point": "f"}, "asserts", 2),
+        ({"tests": "def check(candidate):\n    assert candidate(1) == 1\n", "entry_point": "f"}, "check", 1),
+        ({"tests": "from solution import f\n\ndef test_f():\n    assert f(1) == 1\n"}, "pytest", 1),
+        ({"tests": "def test_f():\n    assert f(1) == 1\ntest_f()\n", "test_style": "asserts"}, "asserts", 1),
+    ],
+)
+def test_row_with_tests_needs_no_answer(
+    write_rows: Callable[..., str], fields: dict[str, Any], style: str, num_scripts: int
+) -> None:
+    path = write_rows({"problem": "p", "response": "r", **fields})
+    (row,) = read_rows(DataConfig(train_data=[path]))
+    assert isinstance(row, Row), row
+    assert row.answer is None
+    assert row.tests is not None
+    assert row.tests.style == style
+    assert len(row.tests.tests) == num_scripts
+    assert row.tests.entry_point == fields.get("entry_point", "")
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"tests": []}, '"tests" is empty'),
+        ({"tests": ["assert True", 3]}, '"tests" is not text'),
+        ({"tests": "def check(candidate): pass"}, 'tests of style check need an "entry_point"'),
+        ({"tests": "assert f(1)", "entry_point": "f(1)"}, '"entry_point" is no name of a function'),
+        ({"tests": "assert f(1)", "test_style": "doctest"}, "unknown test_style"),
+        ({"tests": "assert f(1)", "test_setup_code": 3}, '"test_setup_code" is not text'),
+        ({}, 'no "answer"'),
+    ],
+)
+def test_tests_that_cannot_be_used_are_named(
+    write_rows: Callable[..., str], fields: dict[str, Any], reason: str
+) -> None:
+    path = write_rows({"problem": "p", "response": "r", **fields})
+    (fault,) = read_rows(DataConfig(train_data=[path]))
+    assert isinstance(fault, RowFault)
+    assert fault.reason == reason
+
+
+def test_real_code_rows_are_usable(data_folder: Path) -> None:
+    files = [str(data_folder / "train" / f"{name}.jsonl.gz") for name in ("mbpp_train", "kodcode_demo")]
+    rows = list(read_rows(DataConfig(train_data=files)))
+    assert len(rows) == 374 + 224
+    styles = Counter(row.tests.style for row in rows if isinstance(row, Row) and row.tests is not None)
+    assert styles == Counter(asserts=374, pytest=224)

@@ -9,7 +9,7 @@ from megatron_rasft.config.data import DataConfig
 from megatron_rasft.data.reading import DataReport, Row, RowFault, read_rows
 from megatron_rasft.data.tokenizing import build_demonstrations, read_chat_format
 from megatron_rasft.errors import DataError
-from megatron_rasft.types import Demonstration
+from megatron_rasft.types import CodeTests, Demonstration
 
 NO_SUFFIX = DataConfig(data_prompt_suffix="")
 LLAMA_LIKE = (
@@ -105,6 +105,22 @@ def test_reasoning_a_template_drops_is_still_trained_on(make_tokenizer: Callable
     (demonstration,), report = build(tokenizer, make_row(response="<think>so</think>Two."))
     assert spell(tokenizer, demonstration)[1] == "<think>so</think>Two.<|im_end|>"
     assert report.num_plain_endings == 1
+
+
+def test_program_has_a_suffix_of_its_own_that_names_its_function(tokenizer: Any) -> None:
+    config = DataConfig(data_code_prompt_suffix="\nIn Python.")
+    tests = CodeTests(style="asserts", tests=("assert f(1) == 1",), entry_point="square")
+    rows = [
+        make_row("Square it.", answer=None, tests=tests),
+        make_row("Write square(x).", answer=None, tests=tests, number=2),
+        make_row("1+1?", number=3),
+    ]
+    demonstrations, _ = build(tokenizer, *rows, config=config)
+    prompts = [spell(tokenizer, d)[0] for d in demonstrations]
+    assert "Square it.\nIn Python. Name the function `square`.<" in prompts[0]
+    assert "Write square(x).\nIn Python.<" in prompts[1]
+    assert "1+1?" + config.data_prompt_suffix in prompts[2]
+    assert [d.check for d in demonstrations] == [tests, tests, "2"]
 
 
 def test_suffix_and_system_prompt_are_put_in_once(tokenizer: Any) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_rasft.config.verify import VerifyConfig
-from megatron_rasft.types import FinishReason, Rollout
+from megatron_rasft.types import CodeTests, FinishReason, Rollout
 from megatron_rasft.verify.pool import VerifierPool
 from tests.unit.verify import hostile_graders
 
@@ -161,6 +161,32 @@ def test_only_the_tail_of_a_long_response_is_read() -> None:
     with VerifierPool(config) as pool:
         pool.verify(rollouts, {"p": "5"})
     assert [r.verdict for r in rollouts] == ["wrong", "correct"]
+
+
+def test_answers_and_programs_are_verified_in_one_call() -> None:
+    tests = CodeTests(style="asserts", tests=("assert f(2) == 4", "assert f(3) == 9"), entry_point="f")
+    texts = {
+        "code": [
+            "def f(x): return x * x",
+            "def f(x): return x + x",
+            "while True: pass",
+            "import os; os._exit(0)",
+        ],
+        "mathematics": [r"\boxed{4}", r"\boxed{5}"],
+        "nothing": ["def f(x): return x * x"],
+    }
+    rollouts = [make_rollout(text, problem_id=kind) for kind, some in texts.items() for text in some]
+    rollouts.append(make_rollout("def f(x): return x * x", "length", problem_id="code"))
+    with VerifierPool(VerifyConfig(verify_num_workers=2, verify_code_timeout_s=10.0)) as pool:
+        counts = pool.verify(rollouts, {"code": tests, "mathematics": "4", "nothing": ""})
+    verdicts = [r.verdict for r in rollouts]
+    assert verdicts == ["correct", "wrong", "timeout", "wrong", "correct", "wrong", "unverifiable", "wrong"]
+    assert sum(counts.values()) == len(rollouts)
+    assert [r.verdict_reason for r in rollouts[:3]] == [
+        "2 tests passed",
+        "test 2 of 2: AssertionError",
+        "deadline of 10 s",
+    ]
 
 
 HOSTILE_TEXTS = [
