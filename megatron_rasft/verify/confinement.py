@@ -5,6 +5,7 @@ the first two or not: namespaces (own file system, process ids and network), Lan
 and seccomp (which system calls exist), which every level has.
 """
 
+import contextlib
 import ctypes
 import errno
 import os
@@ -154,14 +155,18 @@ def enter_bare_root(readable: Iterable[Path]) -> None:
 
 
 def drop_privileges(to_nobody: bool) -> None:
-    """No capability is left and none can be had again; ``to_nobody``: root becomes the user nobody too."""
+    """No capability is left and none can be had again; ``to_nobody``: root becomes the user nobody too.
+
+    Where a user namespace around this process has no nobody, root stays root, of the namespace and without rights.
+    """
     with_capabilities = 0
     while _LIBC.prctl(_PR_CAPBSET_DROP, with_capabilities, 0, 0, 0) == 0:
         with_capabilities += 1
     if to_nobody and os.geteuid() == 0:
-        os.setgroups([])
-        os.setresgid(_NOBODY, _NOBODY, _NOBODY)
-        os.setresuid(_NOBODY, _NOBODY, _NOBODY)
+        with contextlib.suppress(OSError):
+            os.setgroups([])
+            os.setresgid(_NOBODY, _NOBODY, _NOBODY)
+            os.setresuid(_NOBODY, _NOBODY, _NOBODY)
     _LIBC.prctl(_PR_CAP_AMBIENT, 4, 0, 0, 0)
     header, empty = struct.pack("Ii", 0x20080522, 0), struct.pack("6I", *([0] * 6))
     _check(_LIBC.capset(header, empty), "capset")

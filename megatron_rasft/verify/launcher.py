@@ -286,7 +286,5 @@ def _remove(folder: Path) -> None:
     """Also where the program took its own rights away."""
     for root, _, _ in os.walk(folder, topdown=True):
         with contextlib.suppress(OSError):
-            os.chmod(
-                root, 0o700, follow_symlinks=False
-            ) if os.chmod in os.supports_follow_symlinks else os.chmod(root, 0o700)
+            os.chmod(root, 0o700)
     shutil.rmtree(folder, ignore_errors=True)

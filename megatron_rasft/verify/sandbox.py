@@ -59,6 +59,9 @@ _ENVIRONMENT = {
     "MKL_NUM_THREADS": "1",
     "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
 }
+# A module that is not loaded beforehand: its file must be readable
+_PROBE = "import colorsys\ndef f(x): return x * x"
+_PROBE_TESTS = CodeTests(style="asserts", tests=("assert f(3) == 9",), entry_point="f")
 _START_TIMEOUT_S = 120.0
 # The launcher keeps the deadline; this much later it is taken to be stuck
 _GRACE_S = 30.0
@@ -70,6 +73,8 @@ class SandboxError(RasftError):
 
 class Sandbox:
     """One launcher and the checks it runs, one after the other. Use it as a context manager, or ``close`` it.
+
+    Everything ends with the thread that uses it, so use it in one that lasts.
 
     Args:
         config: limits, and the weakest level that is accepted.
@@ -98,7 +103,12 @@ class Sandbox:
                 continue
             self.level: SandboxLevel = level
             """The protection that is active."""
-            return
+            verdict, reason = self.judge(_PROBE, _PROBE_TESTS)
+            # a busy machine says nothing about the level
+            if verdict in ("correct", "timeout"):
+                return
+            self.close()
+            reasons.append(f"{level}: a program that should pass is {verdict}: {reason}")
         raise SandboxError(
             f"--verify-sandbox-level {config.verify_sandbox_level} cannot be reached on this machine "
             f"({'; '.join(reasons) or 'no level was tried'}). Allow it, run elsewhere, or accept a weaker level: "
