@@ -244,7 +244,8 @@ def _gold(record: dict[str, Any]) -> str:
 
 
 def _parse_code(record: dict[str, Any], default_id: str) -> Problem:
-    if "question_content" in record or "starter_code" in record:
+    is_paired = isinstance(record.get("tests"), list) and any(isinstance(t, dict) for t in record["tests"])
+    if is_paired or "public_test_cases" in record:
         return _parse_contest(record, default_id)
     name = _id(record, default_id)
     if name.isdigit():
@@ -254,7 +255,9 @@ def _parse_code(record: dict[str, Any], default_id: str) -> Problem:
         tests["test"] = str(record["test"])
     asserts = record.get("tests") or record.get("test_list")
     if asserts:
-        tests["tests"] = list(map(str, asserts))
+        if not all(isinstance(test, str) for test in asserts):
+            raise ValueError("its tests are neither statements nor pairs of input and output")
+        tests["tests"] = list(asserts)
     if not tests:
         raise KeyError("tests")
     entry_point = record.get("entry_point")
