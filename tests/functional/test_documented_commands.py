@@ -29,9 +29,24 @@ RUN_BY = {
     "pip install -e '.[te]'": "test_extras_that_the_documents_name_exist",
     ".venv/bin/pytest -m gpu": "test_tests_for_a_gpu_are_collected",
     ".venv/bin/pre-commit install": "test_pre_commit_takes_its_configuration",
+    "pip install 'megatron-rasft[code]'": "test_extras_that_the_documents_name_exist",
     FIRST_RUN: "test_first_real_run_starts_as_the_readme_says",
+    "python tools/serve_rollouts.py": "test_a_tensor_parallel_server_is_served_checked_and_stopped",
+    "python tools/check_servers.py": "test_a_tensor_parallel_server_is_served_checked_and_stopped",
+    "python tools/convert_checkpoint.py hf-to-megatron": "test_there_and_back_with_proof",
+    "python tools/convert_checkpoint.py megatron-to-hf": "test_there_and_back_with_proof",
+    "python tools/evaluate.py run --model": "test_samples_are_graded_and_tabulated",
+    "python tools/evaluate.py run --checkpoint": "test_megatron_checkpoint_says_what_its_exported_folder_says_on_two_ranks",
+    "torchrun --nproc-per-node 8 tools/evaluate.py": "test_megatron_checkpoint_says_what_its_exported_folder_says_on_two_ranks",
+    "python tools/evaluate.py show": "test_samples_are_graded_and_tabulated",
+    "python tools/evaluate.py table": "test_samples_are_graded_and_tabulated",
+    "python tools/prepare_data.py --decontaminate": "test_tool_reports_and_writes_the_rows_that_stay",
+    "tools/prepare_data.py --decontaminate": "test_tool_reports_and_writes_the_rows_that_stay",
+    "python benchmarks/code_verification.py": "test_benchmark_of_code_verification_runs",
+    "python examples/benchmark_reproduction/reproduce.py": "test_one_command_trains_evaluates_and_compares",
+    "python -c pass": "test_benchmark_of_code_verification_runs",
 }
-"""Beginning of a command -> what runs it."""
+"""Beginning of a command -> what runs it: a test here or in another file."""
 
 _COMMAND = re.compile(r"(make|torchrun|python\d?|pip|\.venv/bin/\S+|tools/\S+|examples/\S+\.sh|sbatch|bash) ")
 
@@ -52,8 +67,9 @@ def test_every_documented_command_is_run_by_a_test() -> None:
     assert not unknown, "no test runs these"
     gone = [known for known in RUN_BY if not any(c.startswith(known) for c in found)]
     assert not gone, "no document has these any more"
+    sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
     tests = {name for name in RUN_BY.values() if name.startswith("test_")}
-    assert tests <= globals().keys()
+    assert tests <= set(re.findall(r"^def (test_\w+)", sources, re.MULTILINE))
 
 
 def test_first_real_run_starts_as_the_readme_says(workshop: Workshop, tmp_path: Path) -> None:
@@ -110,8 +126,15 @@ def test_interpreter_that_is_too_old_is_refused(tmp_path: Path) -> None:
 def test_extras_that_the_documents_name_exist() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     text = "".join(document.read_text(encoding="utf-8") for document in DOCUMENTS)
-    named = {name for group in re.findall(r"\.\[([\w,]+)\]", text) for name in group.split(",")}
+    named = {name for group in re.findall(r"(?:\.|rasft)\[([\w,]+)\]", text) for name in group.split(",")}
     assert named and named <= extras.keys()
+
+
+def test_benchmark_of_code_verification_runs() -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "code_verification.py"), "--num-checks", "8"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "per second" in done.stdout
 
 
 def test_tests_for_a_gpu_are_collected() -> None:
