@@ -154,7 +154,7 @@ def _build_parser() -> argparse.ArgumentParser:
             command.add_argument(
                 "--no-answers",
                 action="store_true",
-                help="Rows need no gold answer: for runs without rollouts.",
+                help="Rows need neither answer nor tests: for runs without rollouts.",
             )
         if name == "inspect":
             command.add_argument(

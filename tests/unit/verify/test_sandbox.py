@@ -273,3 +273,18 @@ def test_verdict_is_json_and_short(sandbox: Sandbox) -> None:
     verdict = sandbox.judge("def f(x): raise ValueError('x' * 10**5)", ASSERTS)
     assert verdict[0] == "wrong"
     assert len(json.dumps(verdict)) < 400
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("verify_sandbox_level", "most"),
+        ("verify_code_timeout_s", 0.0),
+        ("verify_code_timeout_s", float("nan")),
+        ("verify_code_memory_mib", 63),
+        ("verify_code_output_mib", 0),
+    ],
+)
+def test_limits_out_of_range_name_their_flag(field: str, value: object) -> None:
+    with pytest.raises(ValueError, match=f"--{field.replace('_', '-')} must be"):
+        VerifyConfig(**{field: value})  # type: ignore[arg-type]
