@@ -19,7 +19,6 @@ EVERY = {"evaluation/humaneval_plus": 25, "evaluation/mbpp_plus": 30, "train/kod
 # These alone take longer than all others
 SLOW = {
     "mbpp_plus Mbpp/123",
-    "mbpp_plus Mbpp/255",
     "mbpp_plus Mbpp/271",
     "mbpp_plus Mbpp/392",
     "mbpp_plus Mbpp/599",

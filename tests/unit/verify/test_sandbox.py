@@ -114,7 +114,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 @pytest.fixture(scope="module", params=LEVELS)
 def sandbox(request: pytest.FixtureRequest) -> Iterator[Sandbox]:
     level: SandboxLevel = request.param
-    config = VerifyConfig(verify_code_timeout_s=3.0, verify_code_memory_mib=256, verify_code_output_mib=16)
+    config = VerifyConfig(verify_code_timeout_s=2.0, verify_code_memory_mib=256, verify_code_output_mib=16)
     try:
         made = Sandbox(config, [level])
     except SandboxError as error:
