@@ -106,7 +106,8 @@ class _Sample:
     num_failures: int = 0
     num_refusals: int = 0
     num_idle_aborts: int = 0
-    last: Member | None = None
+    failed_at: Member | None = None
+    """The server of its last failure; it goes elsewhere next, if there is another."""
 
     def forget(self) -> None:
         self.token_ids, self.logprobs = [], []
@@ -206,28 +207,31 @@ class _Sampling:
         return Answers(responses, self._report)
 
     def _send(self, client: httpx.AsyncClient) -> None:
-        """Give out waiting samples as long as there is a free place."""
-        while self._waiting:
-            member = self._least_loaded(self._waiting[0].last)
-            if member is None:
-                return
+        """Give out waiting samples as long as there is a free place for them."""
+        set_aside = []
+        while self._waiting and (free := [m for m in self._members if m.num_in_flight < m.max_in_flight]):
             one = self._waiting.popleft()
-            one.last = member
+            member = self._least_loaded(free, one)
+            if member is None:
+                set_aside.append(one)
+                continue
             member.num_in_flight += 1
             task = asyncio.create_task(self._attempt(client, one, member))
             self._running[task] = (one, member)
             task.add_done_callback(self._ended.put_nowait)
+        self._waiting.extendleft(reversed(set_aside))
 
-    def _least_loaded(self, but: Member | None) -> Member | None:
-        """The server with the largest free share, another one than ``but`` if there is one."""
-        free = [m for m in self._members if m.num_in_flight < m.max_in_flight]
-        return min(free, key=lambda m: (m is but, m.num_in_flight / m.max_in_flight), default=None)
+    def _least_loaded(self, free: list[Member], one: _Sample) -> Member | None:
+        """The server with the largest free share; None while only the one where the sample failed is free."""
+        if len(self._members) > 1:
+            free = [m for m in free if m is not one.failed_at]
+        return min(free, key=lambda m: m.num_in_flight / m.max_in_flight, default=None)
 
     def _settle(self, task: asyncio.Task[_Part]) -> None:
         one, member = self._running.pop(task)
         member.num_in_flight -= 1
         if task.cancelled():  # its server was quarantined meanwhile
-            self._again(one)
+            self._again(one, member)
             return
         error = task.exception()
         if error is None:
@@ -278,6 +282,7 @@ class _Sampling:
 
     def _fail(self, one: _Sample, member: Member, fault: _Fault) -> None:
         if fault.is_refusal:
+            one.failed_at = member
             one.num_refusals += 1
             if one.num_refusals >= min(2, max(1, len(self._members))):
                 self._report.outcomes["refused"] += 1
@@ -290,9 +295,10 @@ class _Sampling:
             self._quarantine(member, fault.reason)
         elif member.num_failures_in_row >= _FAILURES_IN_ROW:
             self._quarantine(member, f"failed {_FAILURES_IN_ROW} times in a row ({fault.reason})")
-        self._again(one)
+        self._again(one, member)
 
-    def _again(self, one: _Sample) -> None:
+    def _again(self, one: _Sample, failed_at: Member) -> None:
+        one.failed_at = failed_at
         one.num_failures += 1
         if one.num_failures >= self._config.rollout_attempts:
             self._report.outcomes["failed"] += 1

@@ -242,6 +242,14 @@ def test_a_retry_goes_to_another_server() -> None:
     assert report.num_finished == 1 and {url for url, _ in servers.asked} == {A, B}
 
 
+def test_a_sample_waits_for_a_busy_server_rather_than_fail_again_at_a_broken_one() -> None:
+    servers = Servers(
+        lambda url, body: httpx.Response(500) if url == B else {"hangs": 0.3}, rollout_concurrency=1
+    )
+    _, report = servers.sample(requests_of(1, 2))
+    assert report.num_finished == 2 and report.num_retried == 1
+
+
 def test_a_hung_server_is_left_out_at_the_deadline_and_all_its_work_goes_on() -> None:
     servers = Servers(
         lambda url, body: {"hangs": 60} if url == B else answer_of(body), rollout_deadline_s=0.3
