@@ -121,7 +121,7 @@ def run(args: argparse.Namespace, megatron_flags: list[str]) -> None:
 
 
 def show(args: argparse.Namespace, _: list[str]) -> None:
-    """Print stored samples, the newest wrong ones say."""
+    """Print stored samples, in the order they were drawn."""
     from rich.console import Console
 
     stores = sorted((Path(args.output) / "samples").glob("*.jsonl"))
