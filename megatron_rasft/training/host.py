@@ -137,8 +137,8 @@ def first_line(error: BaseException) -> str:
     return text[0] if text else "Megatron refuses these arguments"
 
 
-def _save_failure(error: BaseException) -> str:
-    """Why a save failed: a rank's own reason where Megatron's writers brought one back."""
+def _checkpoint_failure(error: BaseException) -> str:
+    """Why a save or load failed: a rank's own reason where torch brought one back."""
     if isinstance(error, CheckpointException) and error.failures:
         rank, (cause, _) = min(error.failures.items())
         return f"rank {rank}: {first_line(cause)}"
@@ -494,7 +494,7 @@ class Trainer:
                 )
         except (OSError, RuntimeError, CheckpointException) as error:
             raise CheckpointError(
-                f"the checkpoint of step {self.iteration} could not be written to {folder}: {_save_failure(error)}. "
+                f"the checkpoint of step {self.iteration} could not be written to {folder}: {_checkpoint_failure(error)}. "
                 "Earlier checkpoints are untouched; make room or change --save, and start again to go on from the last one."
             ) from error
 
@@ -549,9 +549,14 @@ class Trainer:
         try:
             with quiet():
                 checkpointing.load_checkpoint(self.model, self.optimizer, self.scheduler)
-        except (AssertionError, dist_checkpointing.core.CheckpointingException) as error:
+        except (
+            AssertionError,
+            CheckpointException,
+            dist_checkpointing.core.CheckpointingException,
+        ) as error:
             raise CheckpointError(
-                f"the weights in {args.load} do not fit this model: {first_line(error).rstrip('.')}. Convert the --hf-model again."
+                f"the weights in {args.load} do not fit this model: {_checkpoint_failure(error).rstrip('.')}. Convert the "
+                "--hf-model again."
             ) from error
         self.optimizer.reload_model_params()
         args.load = args.save

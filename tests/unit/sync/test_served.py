@@ -24,16 +24,20 @@ def test_fused_layers_share_a_name() -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "dtype"),
+    ("config", "flag", "dtype"),
     [
-        ({}, torch.bfloat16),
-        ({"dtype": "float16"}, torch.float16),
-        ({"torch_dtype": "float32"}, torch.float32),
-        ({"torch_dtype": "torch.bfloat16"}, torch.bfloat16),
+        ({}, "auto", torch.bfloat16),
+        ({"dtype": "float16"}, "auto", torch.float16),
+        ({"torch_dtype": "float32"}, "auto", torch.float16),
+        ({"torch_dtype": "torch.bfloat16"}, "auto", torch.bfloat16),
+        ({"dtype": "float32"}, "float32", torch.float32),
+        ({"dtype": "bfloat16"}, "half", torch.float16),
     ],
 )
-def test_the_type_is_that_of_the_folder(config: dict[str, Any], dtype: torch.dtype) -> None:
-    assert ServedFormat.read(config) == ServedFormat(dtype)
+def test_the_type_is_that_of_the_servers_flag_or_of_the_folder(
+    config: dict[str, Any], flag: str, dtype: torch.dtype
+) -> None:
+    assert ServedFormat.read(config, flag) == ServedFormat(dtype)
 
 
 def test_linear_weights_go_as_fp8_with_their_scales() -> None:
