@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]  # runs from a checkout that is not installed
+sys.path.insert(0, str(ROOT))  # runs from a checkout that is not installed
 
-from comparison import write_comparison  # noqa: E402
+from examples.benchmark_reproduction.comparison import write_comparison  # noqa: E402
 
 METHODS: dict[str, list[str]] = {
     "base": [],

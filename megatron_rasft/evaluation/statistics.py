@@ -79,7 +79,7 @@ def bootstrap_interval(
     for i in range(num_resamples):
         problems = rng.integers(num_problems, size=num_problems)
         seeds = rng.integers(num_seeds, size=num_seeds)
-        means[i] = table[np.ix_(seeds, problems)].mean()
+        means[i] = table[seeds][:, problems].mean()
     tail = (1.0 - confidence) / 2.0
     low, high = np.quantile(means, [tail, 1.0 - tail])
     return float(low), float(high)
