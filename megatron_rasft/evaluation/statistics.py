@@ -77,9 +77,9 @@ def bootstrap_interval(
     rng = np.random.default_rng(seed)
     means = np.empty(num_resamples)
     for i in range(num_resamples):
-        problems = rng.integers(num_problems, size=(num_problems,))
-        seeds = rng.integers(num_seeds, size=(num_seeds,))
-        means[i] = table[seeds[:, None], problems].mean()
+        problems = rng.integers(num_problems, size=num_problems)
+        seeds = rng.integers(num_seeds, size=num_seeds)
+        means[i] = table[seeds][:, problems].mean()
     tail = (1.0 - confidence) / 2.0
     low, high = np.quantile(means, [tail, 1.0 - tail])
     return float(low), float(high)
