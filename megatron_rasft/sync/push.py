@@ -78,8 +78,6 @@ class WeightSync:
         num_stages: pipeline stages.
         is_first_replica: True where data- and context-parallel rank are 0; other ranks only wait.
         export: writes the model as a Hugging Face folder, a collective of all ranks; for --sync-method disk.
-        probe: looks at a server that generates again, and raises ServerError if what it makes of the weights is
-            not what the trainer does (log-probabilities, say); runs on rank 0 wherever a proof is due.
     """
 
     def __init__(
@@ -96,12 +94,10 @@ class WeightSync:
         num_stages: int,
         is_first_replica: bool,
         export: Callable[[str], None] | None = None,
-        probe: Callable[[Server], None] | None = None,
     ) -> None:
         if config.sync_method == "disk" and export is None:
             raise ValueError("--sync-method disk needs a way to export the model.")
         self.config = config
-        self.probe = probe
         self._plan = plan
         self._gather = gather
         self._connect = connect
@@ -411,9 +407,8 @@ class WeightSync:
             self._members = members
             self._members_group = f"rasft-{uuid.uuid4().hex[:12]}"
             self._syncs_since_proof = None
-        return _Attempt(
-            members, failed, self._members_group, self._served_format(servers), self._proof_kind(servers)
-        )
+        served = self._served_format(servers)
+        return _Attempt(members, failed, self._members_group, served, self._proof_kind(servers, served))
 
     def _is_as_left(self, server: Server) -> bool:
         """False if it was restarted or given other weights: it is in no group any more, and nothing is known of it."""
@@ -479,10 +474,11 @@ class WeightSync:
                 raise error from None
             server.begin_weight_update(self.config.sync_timeout_s)
 
-    def _proof_kind(self, servers: Sequence[Server]) -> ProofKind:
+    def _proof_kind(self, servers: Sequence[Server], served: ServedFormat) -> ProofKind:
         interval, wanted = self.config.sync_proof_interval, self.config.sync_proof
         is_due = self._syncs_since_proof is None or (interval > 0 and self._syncs_since_proof + 1 >= interval)
-        if not is_due or wanted == "off":
+        # a server hashes its FP8 weights as what they mean, not as they were sent
+        if not is_due or wanted == "off" or (wanted == "auto" and served.is_block_fp8):
             return "none"
         if wanted == "checksum" or (wanted == "auto" and self._device.type == "cpu"):
             return "checksum" if all(s.info.has_weights_checker for s in servers) else "none"
@@ -512,8 +508,6 @@ class WeightSync:
                     server.url, f"says it has the weights of step {label}, it was sent {weight_version}"
                 )
             server.resume(timeout)
-            if self._syncs_since_proof is None or attempt.proof != "none":
-                self._probed(server)
 
         failed = ask_all(self._connected(attempt), release)
         for url, _ in attempt.servers:
@@ -523,17 +517,6 @@ class WeightSync:
         is_proven = attempt.proof != "none" or self._syncs_since_proof is None
         self._syncs_since_proof = 0 if is_proven else (self._syncs_since_proof or 0) + 1
         return failed
-
-    def _probed(self, server: Server) -> None:
-        """Ask the run's own probe; a server that fails it stops generating again."""
-        if self.probe is None:
-            return
-        try:
-            self.probe(server)
-        except ServerError:
-            with suppress(ServerError):
-                server.pause("abort", self.config.sync_timeout_s)
-            raise
 
     def _forget(self, *urls: str) -> None:
         """The next attempt starts from nothing: new groups, and a proof."""

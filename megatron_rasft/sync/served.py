@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from megatron_rasft.sync.quantizing import BLOCK, scale_shape
+from megatron_rasft.weights.fp8_blocks import BLOCK, SCALE_SUFFIX, scale_shape
 
 _FUSED = {
     "q_proj": "qkv_proj",
@@ -110,5 +110,5 @@ class ServedFormat:
             return (WireTensor(name, shape, self.dtype),)
         return (
             WireTensor(name, shape, torch.float8_e4m3fn),
-            WireTensor(f"{name}_scale_inv", scale_shape(shape), torch.float32),
+            WireTensor(name + SCALE_SUFFIX, scale_shape(shape), torch.float32),
         )

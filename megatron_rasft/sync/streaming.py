@@ -15,8 +15,8 @@ from torch.distributed import ProcessGroup
 from megatron_rasft.sync.buckets import Arena, Bucket, MemoryPlan, Planned
 from megatron_rasft.sync.groups import GroupFailure
 from megatron_rasft.sync.proof import Evidence, Witness
-from megatron_rasft.sync.quantizing import quantize_blocks
 from megatron_rasft.sync.served import ServedFormat
+from megatron_rasft.weights.fp8_blocks import SCALE_SUFFIX, quantize_blocks
 
 
 class PlanTensors(Protocol):
@@ -199,7 +199,7 @@ class StageStream:
                 f"{name} was gathered where {expected} was planned"
             )
             if name not in views:
-                quantize_blocks(tensor, places[name], places[f"{name}_scale_inv"])
+                quantize_blocks(tensor, places[name], places[name + SCALE_SUFFIX])
             elif tensor.data_ptr() != views[name].data_ptr():
                 views[name].copy_(tensor)
         if self._device.type == "cuda":

@@ -15,8 +15,8 @@ import torch.distributed as dist
 from megatron_rasft.sync.buckets import plan_buckets
 from megatron_rasft.sync.colocated import serialize_bucket
 from megatron_rasft.sync.groups import GroupFailure, UpdateGroup
-from megatron_rasft.sync.quantizing import quantize_blocks, scale_shape
 from megatron_rasft.sync.served import ServedFormat
+from megatron_rasft.weights.fp8_blocks import quantize_blocks, scale_shape
 from tests.unit.sync.stand_ins import StandIn
 from tests.unit.sync.test_buckets import model
 

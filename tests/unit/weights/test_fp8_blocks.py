@@ -1,10 +1,11 @@
 """Blocks against the formula written out, whatever the shape, zeros and subnormals included."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_rasft.weights.fp8_blocks import dequantize_blocks, quantized, scale_shape
+from megatron_rasft.weights.fp8_blocks import BLOCK, dequantize_blocks, quantized, scale_shape
 
 
 @settings(deadline=None, max_examples=30, derandomize=True)
@@ -36,3 +37,35 @@ def test_zeros_and_numbers_too_small_for_a_scale_stay_zero() -> None:
     weight[129, 129] = 1e-45
     values, scales = quantized(weight)
     assert (scales == 1).all() and (values.float() == 0).all()
+
+
+def nearest_e4m3(value: float) -> set[float]:
+    """The representable numbers nearest to ``value``: one, or two where it lies in the middle."""
+    grid = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
+    grid = grid[~grid.isnan()]
+    distance = (grid - value).abs()
+    return set(grid[distance <= distance.min() * (1 + 1e-6)].tolist())
+
+
+@pytest.mark.parametrize("shape", [(128, 128), (256, 384), (130, 257), (5, 3), (1, 128), (300, 127)])
+def test_every_block_is_scaled_to_the_largest_value_and_rounded_to_nearest(shape: tuple[int, int]) -> None:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+    weight[: shape[0] // 2] *= 37.0
+    values, scales = quantized(weight)
+    exact = weight.double()
+    picks = torch.randint(0, weight.numel(), (60,), generator=torch.Generator().manual_seed(2)).tolist()
+    for row_start in range(0, shape[0], BLOCK):
+        for column_start in range(0, shape[1], BLOCK):
+            block = exact[row_start : row_start + BLOCK, column_start : column_start + BLOCK]
+            scale = scales[row_start // BLOCK, column_start // BLOCK].double()
+            assert scale.item() == pytest.approx(block.abs().max().item() / 448.0, rel=1e-6)
+    for pick in picks:
+        row, column = divmod(pick, shape[1])
+        scale = scales[row // BLOCK, column // BLOCK].double().item()
+        assert values[row, column].double().item() in nearest_e4m3(exact[row, column].item() / scale)
+
+
+def test_no_value_becomes_nan() -> None:
+    weight = torch.full((128, 128), 3.0e38) * torch.linspace(-1, 1, 128)
+    values, _ = quantized(weight)
+    assert not values.float().isnan().any()
