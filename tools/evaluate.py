@@ -2,7 +2,7 @@
 
 evaluate.py run --model DIR --data-folder DIR --output DIR [--benchmarks NAME[=FILE] ...] [any Megatron flag]
 evaluate.py run --checkpoint DIR ...          the newest Megatron checkpoint of a run
-evaluate.py run --server URL --model DIR ...  a running SGLang server; DIR gives the tokenizer
+evaluate.py run --server URL... --model DIR    running SGLang servers; DIR gives the tokenizer
 evaluate.py show OUTPUT [--benchmark NAME] [--problem ID] [--verdict wrong] [--limit N]
 evaluate.py table OUTPUT [OUTPUT ...] [--format markdown|csv|latex]
 
@@ -11,6 +11,7 @@ Killed, the same command goes on where it stopped. torchrun spreads the work ove
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -28,11 +29,14 @@ from megatron_rasft.data.tokenizing import end_ids, open_tokenizer, read_chat_fo
 from megatron_rasft.errors import CheckpointError, DataError, RasftError
 from megatron_rasft.evaluation import tables
 from megatron_rasft.evaluation.benchmarks import KNOWN_SETS, Benchmark, ask, chosen, read_benchmark
-from megatron_rasft.evaluation.grading import Grader
-from megatron_rasft.evaluation.sampling import Decoding, Engine, sample_benchmark
+from megatron_rasft.evaluation.grading import Grader, verify_config
+from megatron_rasft.evaluation.sampling import Engine, sample_benchmark
+from megatron_rasft.evaluation.servers import Servers
 from megatron_rasft.evaluation.summary import Summary, summarise
 from megatron_rasft.rollout.store import read_rollouts
-from megatron_rasft.weights.folder import weights_fingerprint
+from megatron_rasft.types import SamplingParams
+from megatron_rasft.verify.sandbox import Sandbox
+from megatron_rasft.weights.folder import HfFolder, weights_fingerprint
 
 WRITERS: dict[str, Callable[[tables.Results, str], str]] = {
     "markdown": tables.markdown,
@@ -77,6 +81,10 @@ def run(args: argparse.Namespace, megatron_flags: list[str]) -> None:
     output = Path(args.output)
     drawn_by = _drawn_by(args, config)
     _check_protocol(output, drawn_by)
+    if any(benchmark.kind == "code" for benchmark in benchmarks):
+        with Sandbox(verify_config(config)) as sandbox:  # refuses now what the machine does not allow
+            if os.environ.get("RANK", "0") == "0":
+                print(f"programs run in a sandbox of level {sandbox.level}")
     with _open_engine(args, megatron_flags) as engine:
         if engine is None:  # another rank speaks
             return
@@ -88,19 +96,21 @@ def run(args: argparse.Namespace, megatron_flags: list[str]) -> None:
             data_chat_template=config.chat_template,
         )
         stop_ids = end_ids(args.model, tokenizer) | {read_chat_format(tokenizer, prompt_config).end_id}
-        decoding = Decoding(
+        params = SamplingParams(
+            num_samples=config.num_samples,
             max_new_tokens=config.max_new_tokens,
             temperature=config.temperature,
             top_p=config.top_p,
+            repetition_penalty=1.0,
             stop_ids=frozenset(stop_ids),
-            batch_size=config.batch_size,
+            max_batch_size=config.batch_size,
         )
         for benchmark in benchmarks:
             num_rows = len(benchmark.problems)
             if config.limit:
                 benchmark.problems = benchmark.problems[: config.limit]
             put = ask(benchmark, config.prompt_suffix)
-            with Grader(benchmark, config.verify_timeout_s, config.verify_num_workers) as grade:
+            with Grader(benchmark, config) as grade:
                 rollouts = sample_benchmark(
                     benchmark,
                     tokenize_prompts([put(p) for p in benchmark.problems], tokenizer, prompt_config),
@@ -109,7 +119,7 @@ def run(args: argparse.Namespace, megatron_flags: list[str]) -> None:
                     output / "samples" / f"{benchmark.name}.jsonl",
                     num_samples=config.num_samples,
                     seed=config.seed,
-                    decoding=decoding,
+                    params=params,
                     decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
                     on_progress=_Progress(benchmark.title),
                 )
@@ -252,6 +262,15 @@ def _write_results(output: Path, label: str, compared_with: str, summary: Summar
 @contextmanager
 def _open_engine(args: argparse.Namespace, megatron_flags: list[str]) -> Iterator[Engine | None]:
     """The engine, on the process that asks it; None on the others, after they have followed to the end."""
+    if args.server:
+        if megatron_flags:
+            raise ValueError(f"{megatron_flags[0]} has no meaning with --server: the servers hold the model.")
+        folder = HfFolder.open(args.model)
+        api_key = os.environ.get(args.api_key_env) if args.api_key_env else None
+        positions = folder.config["max_position_embeddings"]
+        with Servers(args.server, folder.config, positions, api_key) as servers:
+            yield servers
+        return
     from megatron_rasft.training import cpu_backend
 
     cpu_backend.enable()
@@ -309,7 +328,10 @@ def _build_parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--checkpoint", metavar="DIR", help="Take the newest Megatron checkpoint in this --save."
     )
-    command.add_argument("--server", metavar="URL", help="Ask this SGLang server instead of loading weights.")
+    command.add_argument(
+        "--server", nargs="+", metavar="URL", help="Ask these SGLang servers instead of loading weights."
+    )
+    command.add_argument("--api-key-env", metavar="NAME", help="Environment variable with the servers' key.")
     command.add_argument("--output", metavar="DIR", required=True, help="Where samples and tables go.")
     command.add_argument("--label", help="Name of the row in the tables. Default: the model folder's name.")
     command.add_argument(

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from megatron_rasft.config.verify import SandboxLevel
+
 MATH_BENCHMARKS = ("math500", "minerva_math", "olympiadbench", "aime24", "aime25", "amc23")
 """The six sets of the published mathematical tables."""
 
@@ -55,6 +57,9 @@ class EvaluationConfig:
 
     verify_num_workers: int = 0
     """Grading processes, >= 0. 0: one per two CPU cores."""
+
+    sandbox_level: SandboxLevel = "limits"
+    """Weakest protection under which model-written programs may be run; namespaces is the strongest."""
 
     unknown_data: Literal["refuse", "accept"] = "refuse"
     """A file whose content is none of the known ones, or with another number of rows: refuse stops, accept marks its

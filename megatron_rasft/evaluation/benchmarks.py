@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from megatron_rasft.data.reading import read_records
 from megatron_rasft.errors import DataError
+from megatron_rasft.types import Check, CodeTests, ProgramCase
 from megatron_rasft.verify.extraction import closed_boxes
 
 Kind = Literal["math", "code"]
@@ -50,6 +51,27 @@ class Problem:
     """Gold answer; empty for code."""
     tests: dict[str, Any] = field(default_factory=dict)
     """Code only: what decides, by the names of the code sets (test, tests, entry_point, ...)."""
+
+    @property
+    def check(self) -> Check:
+        """What the verifier holds a response against."""
+        if not self.tests:
+            return self.answer
+        entry_point = self.tests.get("entry_point", "")
+        pairs = [test for test in self.tests.get("tests", ()) if isinstance(test, dict)]
+        if pairs:
+            is_functional = pairs[0]["testtype"] == "functional"
+            cases = tuple(ProgramCase(input=pair["input"], output=pair["output"]) for pair in pairs)
+            return CodeTests(
+                style="functional" if is_functional else "stdin", entry_point=entry_point, cases=cases
+            )
+        script = self.tests.get("test")
+        if script is not None and "def check(" in script:
+            return CodeTests(style="check", tests=(script,), entry_point=entry_point, prompt=self.text)
+        # The script of MBPP+ asserts by itself; the base asserts beside it are shown to the model.
+        scripts = tuple(self.tests["tests"]) if script is None else (script,)
+        setup = self.tests.get("test_setup_code", "")
+        return CodeTests(style="asserts", tests=scripts, entry_point=entry_point, setup=setup)
 
 
 @dataclass(kw_only=True, slots=True)

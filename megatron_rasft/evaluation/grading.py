@@ -1,14 +1,24 @@
 """Verdicts on the samples of a benchmark, by the verifier that a training run uses."""
 
 from contextlib import AbstractContextManager, ExitStack
-from functools import partial
 from types import TracebackType
 
+from megatron_rasft.config.evaluation import EvaluationConfig
 from megatron_rasft.config.verify import VerifyConfig
 from megatron_rasft.evaluation.benchmarks import Benchmark, Problem
 from megatron_rasft.types import Rollout
-from megatron_rasft.verify.grading import grade_answer
 from megatron_rasft.verify.pool import VerifierPool
+
+
+def verify_config(config: EvaluationConfig, rel_tolerance: float = 0.0) -> VerifyConfig:
+    """The verifier's knobs of an evaluation."""
+    return VerifyConfig(
+        verify_timeout_s=config.verify_timeout_s,
+        verify_num_workers=config.verify_num_workers,
+        verify_grade_truncated=True,
+        verify_numeric_rel_tolerance=rel_tolerance,
+        verify_sandbox_level=config.sandbox_level,
+    )
 
 
 class Grader(AbstractContextManager["Grader"]):
@@ -18,19 +28,8 @@ class Grader(AbstractContextManager["Grader"]):
     before it was cut counts.
     """
 
-    def __init__(self, benchmark: Benchmark, timeout_s: float, num_workers: int) -> None:
-        if benchmark.kind == "code":
-            raise ValueError(
-                f"--benchmarks {benchmark.name}: its programs must be run, and this version has no sandbox for that. "
-                "Leave it out."
-            )
-        config = VerifyConfig(
-            verify_timeout_s=timeout_s,
-            verify_num_workers=num_workers,
-            verify_grade_truncated=True,
-            verify_numeric_rel_tolerance=benchmark.rel_tolerance,
-        )
-        self._pool = VerifierPool(config, partial(grade_answer, rel_tolerance=benchmark.rel_tolerance))
+    def __init__(self, benchmark: Benchmark, config: EvaluationConfig) -> None:
+        self._pool = VerifierPool(verify_config(config, benchmark.rel_tolerance))
         self._exit = ExitStack()
 
     def __enter__(self) -> "Grader":
@@ -47,4 +46,4 @@ class Grader(AbstractContextManager["Grader"]):
 
     def __call__(self, rollouts: list[Rollout], problems: dict[str, Problem]) -> None:
         """Set ``verdict`` and ``verdict_reason`` of every rollout."""
-        self._pool.verify(rollouts, {name: problem.answer for name, problem in problems.items()})
+        self._pool.verify(rollouts, {name: problem.check for name, problem in problems.items()})

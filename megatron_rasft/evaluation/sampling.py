@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import batched
 from pathlib import Path
 from typing import Protocol
@@ -10,29 +10,7 @@ from typing import Protocol
 from megatron_rasft.errors import RolloutError
 from megatron_rasft.evaluation.benchmarks import Benchmark, Problem
 from megatron_rasft.rollout.store import RolloutStore, read_rollouts
-from megatron_rasft.types import FinishReason, Rollout
-
-
-@dataclass(kw_only=True, frozen=True)
-class Decoding:
-    """How samples are drawn."""
-
-    max_new_tokens: int
-    temperature: float
-    top_p: float
-    stop_ids: frozenset[int]
-    batch_size: int
-
-
-@dataclass(kw_only=True, frozen=True)
-class Sampled:
-    """One response of an engine."""
-
-    token_ids: list[int]
-    """End-of-sequence included exactly when the model produced it."""
-    finish_reason: FinishReason
-    logprobs: list[float] = field(default_factory=list)
-    """Of each token, nats; empty where the engine does not say."""
+from megatron_rasft.types import Request, Response, Rollout, SamplingParams
 
 
 class Engine(Protocol):
@@ -42,10 +20,8 @@ class Engine(Protocol):
     def max_positions(self) -> int:
         """Most tokens of prompt and response together."""
 
-    def sample(
-        self, prompts: Sequence[list[int]], seeds: Sequence[list[int]], decoding: Decoding
-    ) -> list[list[Sampled]]:
-        """For each prompt one response per seed, in their order."""
+    def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[list[Response]]:
+        """For each request one response per seed, in their order; ``abort`` for one that could not be had."""
 
 
 Grade = Callable[[list[Rollout], dict[str, Problem]], None]
@@ -61,7 +37,7 @@ def sample_benchmark(
     *,
     num_samples: int,
     seed: int,
-    decoding: Decoding,
+    params: SamplingParams,
     decode: Callable[[list[int]], str],
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Rollout]:
@@ -77,14 +53,14 @@ def sample_benchmark(
         path: the store, one JSON object a sample.
         num_samples: per problem.
         seed: of the evaluation.
-        decoding: how to draw.
+        params: how to draw.
         decode: token ids -> text without special tokens.
         on_progress: told the number of finished and of all samples.
 
     Returns:
         [problems x num_samples], problem after problem.
     """
-    decoding = fit_to_positions(decoding, prompts, engine.max_positions)
+    params = fit_to_positions(params, prompts, engine.max_positions)
     problems = {problem.problem_id: problem for problem in benchmark.problems}
     finished = {
         (r.problem_id, r.sample_index): r
@@ -94,7 +70,7 @@ def sample_benchmark(
     store = RolloutStore(path)
     total = len(problems) * num_samples
     # One problem's samples share its prefill, so they stay in one batch.
-    per_batch = max(1, decoding.batch_size // num_samples)
+    per_batch = max(1, params.max_batch_size // num_samples)
     missing = [
         (problem, prompt_ids, indices)
         for problem, prompt_ids in zip(benchmark.problems, prompts, strict=True)
@@ -102,11 +78,16 @@ def sample_benchmark(
     ]
     on_progress(len(finished), total)
     for batch in batched(missing, per_batch):
-        seeds = [
-            [sample_seed(seed, f"{benchmark.name} {problem.problem_id}", index) for index in indices]
-            for problem, _, indices in batch
+        requests = [
+            Request(
+                prompt_ids=prompt_ids,
+                seeds=[
+                    sample_seed(seed, f"{benchmark.name} {problem.problem_id}", index) for index in indices
+                ],
+            )
+            for problem, prompt_ids, indices in batch
         ]
-        responses = engine.sample([prompt_ids for _, prompt_ids, _ in batch], seeds, decoding)
+        responses = engine.generate(requests, params)
         rollouts = [
             Rollout(
                 problem_id=problem.problem_id,
@@ -134,7 +115,9 @@ def sample_benchmark(
     return [finished[problem_id, i] for problem_id in problems for i in range(num_samples)]
 
 
-def fit_to_positions(decoding: Decoding, prompts: Sequence[list[int]], max_positions: int) -> Decoding:
+def fit_to_positions(
+    params: SamplingParams, prompts: Sequence[list[int]], max_positions: int
+) -> SamplingParams:
     """Fewer new tokens where the longest prompt and they would exceed the model: the same for the whole set.
 
     Raises:
@@ -146,7 +129,7 @@ def fit_to_positions(decoding: Decoding, prompts: Sequence[list[int]], max_posit
             f"a prompt has {max_positions - room} tokens, the model only {max_positions} positions: nothing can be "
             "sampled. Leave this benchmark out."
         )
-    return replace(decoding, max_new_tokens=min(decoding.max_new_tokens, room))
+    return replace(params, max_new_tokens=min(params.max_new_tokens, room))
 
 
 def sample_seed(seed: int, problem: str, index: int) -> int:

@@ -16,9 +16,9 @@ from megatron.core.utils import unwrap_model
 from megatron.training import checkpointing, training
 
 from megatron_rasft.errors import CheckpointError
-from megatron_rasft.evaluation.sampling import Decoding, Sampled
 from megatron_rasft.training import host
-from megatron_rasft.training.generation import LiveModel, Request, SamplingParams
+from megatron_rasft.training.generation import LiveModel
+from megatron_rasft.types import Request, Response, SamplingParams
 from megatron_rasft.weights.folder import HfFolder
 from megatron_rasft.weights.loading import load_into
 
@@ -80,17 +80,15 @@ class Sampler:
         """Tokens of prompt and response that the model was made for."""
         return self._args.max_position_embeddings
 
-    def sample(
-        self, prompts: Sequence[list[int]], seeds: Sequence[list[int]], decoding: Decoding
-    ) -> list[list[Sampled]]:
+    def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[list[Response]]:
         """On rank 0, while the other ranks ``follow``."""
-        self._broadcast((list(prompts), list(seeds), decoding))
-        return self._sample(prompts, seeds, decoding)
+        self._broadcast((list(requests), params))
+        return self._live.generate(requests, params)
 
     def follow(self) -> None:
         """Take part in what rank 0 samples, until it closes."""
         while (work := self._broadcast(None)) is not None:
-            self._sample(*work)
+            self._live.generate(*work)
 
     def close(self) -> None:
         """On rank 0: let the other ranks go."""
@@ -101,28 +99,3 @@ class Sampler:
         if dist.get_world_size() > 1:
             dist.broadcast_object_list(box, src=0)
         return box[0]
-
-    def _sample(
-        self, prompts: Sequence[list[int]], seeds: Sequence[list[int]], decoding: Decoding
-    ) -> list[list[Sampled]]:
-        requests = [Request(prompt_ids=p, seeds=s) for p, s in zip(prompts, seeds, strict=True)]
-        params = SamplingParams(
-            num_samples=max(map(len, seeds)),
-            max_new_tokens=decoding.max_new_tokens,
-            temperature=decoding.temperature,
-            top_p=decoding.top_p,
-            repetition_penalty=1.0,
-            stop_ids=decoding.stop_ids,
-            max_batch_size=decoding.batch_size,
-        )
-        return [
-            [
-                Sampled(
-                    token_ids=r.token_ids,
-                    finish_reason=r.finish_reason,
-                    logprobs=r.logprobs,
-                )
-                for r in group
-            ]
-            for group in self._live.generate(requests, params)
-        ]

@@ -5,8 +5,7 @@ from collections.abc import Sequence
 import pytest
 
 from megatron_rasft.evaluation.benchmarks import Problem
-from megatron_rasft.evaluation.sampling import Decoding, Sampled
-from megatron_rasft.types import Rollout
+from megatron_rasft.types import Request, Response, Rollout, SamplingParams
 
 
 class CountingEngine:
@@ -19,16 +18,14 @@ class CountingEngine:
         self.num_prompts: list[int] = []
         self._fails_after = fails_after
 
-    def sample(
-        self, prompts: Sequence[list[int]], seeds: Sequence[list[int]], decoding: Decoding
-    ) -> list[list[Sampled]]:
+    def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[list[Response]]:
         if self._fails_after is not None and len(self.num_prompts) == self._fails_after:
             raise KeyboardInterrupt
-        self.num_prompts.append(len(prompts))
-        self.seeds += [seed for group in seeds for seed in group]
+        self.num_prompts.append(len(requests))
+        self.seeds += [seed for request in requests for seed in request.seeds]
         return [
-            [Sampled(token_ids=[*prompt, seed], finish_reason="stop") for seed in group]
-            for prompt, group in zip(prompts, seeds, strict=True)
+            [Response(token_ids=[*r.prompt_ids, seed], logprobs=[], finish_reason="stop") for seed in r.seeds]
+            for r in requests
         ]
 
 

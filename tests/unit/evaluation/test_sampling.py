@@ -1,6 +1,7 @@
 """Sampling goes on after a kill, keeps every sample, and depends on nothing but seed, problem and number."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,17 +10,23 @@ import pytest
 from megatron_rasft.errors import RolloutError
 from megatron_rasft.evaluation.benchmarks import Benchmark, Problem
 from megatron_rasft.evaluation.sampling import (
-    Decoding,
-    Sampled,
     fit_to_positions,
     sample_benchmark,
     sample_seed,
 )
 from megatron_rasft.rollout.store import read_rollouts
-from megatron_rasft.types import Rollout
+from megatron_rasft.types import Response, Rollout, SamplingParams
 from tests.unit.evaluation.conftest import CountingEngine, grade_even
 
-DECODING = Decoding(max_new_tokens=8, temperature=1.0, top_p=1.0, stop_ids=frozenset({0}), batch_size=8)
+PARAMS = SamplingParams(
+    num_samples=4,
+    max_new_tokens=8,
+    temperature=1.0,
+    top_p=1.0,
+    repetition_penalty=1.0,
+    stop_ids=frozenset({0}),
+    max_batch_size=8,
+)
 
 
 def make_benchmark(num_problems: int = 5) -> Benchmark:
@@ -45,7 +52,7 @@ def sample(path: Path, engine: Any, num_samples: int = 4, **options: Any) -> lis
         path,
         num_samples=num_samples,
         seed=options.pop("seed", 1),
-        decoding=options.pop("decoding", DECODING),
+        params=options.pop("params", PARAMS),
         decode=str,
         **options,
     )
@@ -88,7 +95,7 @@ def test_more_samples_are_added_to_those_that_are_there(tmp_path: Path, engine: 
 
 
 def test_batch_size_and_neighbours_do_not_change_a_sample(tmp_path: Path, engine: CountingEngine) -> None:
-    wide = sample(tmp_path / "a.jsonl", engine, decoding=Decoding(**{**vars(DECODING), "batch_size": 64}))
+    wide = sample(tmp_path / "a.jsonl", engine, params=replace(PARAMS, max_batch_size=64))
     alone = sample(tmp_path / "b.jsonl", CountingEngine(), benchmark=make_benchmark(1))
     assert alone == wide[:4]
     assert sample(tmp_path / "c.jsonl", CountingEngine(), seed=2) != wide
@@ -100,25 +107,25 @@ def test_seeds_fit_a_server_and_differ() -> None:
 
 
 def test_new_tokens_are_cut_to_what_the_longest_prompt_leaves() -> None:
-    assert fit_to_positions(DECODING, [[1] * 90, [1]], 100).max_new_tokens == 8
-    assert fit_to_positions(DECODING, [[1] * 95, [1]], 100).max_new_tokens == 5
+    assert fit_to_positions(PARAMS, [[1] * 90, [1]], 100).max_new_tokens == 8
+    assert fit_to_positions(PARAMS, [[1] * 95, [1]], 100).max_new_tokens == 5
     with pytest.raises(ValueError, match="a prompt has 100 tokens, the model only 100"):
-        fit_to_positions(DECODING, [[1] * 100], 100)
+        fit_to_positions(PARAMS, [[1] * 100], 100)
 
 
 def test_aborted_samples_are_not_stored_and_stop_the_evaluation_at_its_end(tmp_path: Path) -> None:
     class Flaky(CountingEngine):
-        def sample(self, prompts: Any, seeds: Any, decoding: Decoding) -> list[list[Sampled]]:
-            groups = super().sample(prompts, seeds, decoding)
-            if [0] in prompts:
-                groups[0][1] = Sampled(token_ids=[], finish_reason="abort")
+        def generate(self, requests: Any, params: SamplingParams) -> list[list[Response]]:
+            groups = super().generate(requests, params)
+            if requests[0].prompt_ids == [0]:
+                groups[0][1] = Response(token_ids=[], logprobs=[], finish_reason="abort")
             return groups
 
     def grade(rollouts: list[Rollout], problems: dict[str, Problem]) -> None:
         grade_even([r for r in rollouts if r.response_ids], problems)
 
     path, benchmark = tmp_path / "s.jsonl", make_benchmark()
-    options: dict[str, Any] = {"num_samples": 4, "seed": 1, "decoding": DECODING, "decode": str}
+    options: dict[str, Any] = {"num_samples": 4, "seed": 1, "params": PARAMS, "decode": str}
     prompts = [[i] for i in range(5)]
     with pytest.raises(RolloutError, match=r"Own: 1 of 20 samples could not be drawn"):
         sample_benchmark(benchmark, prompts, Flaky(), grade, path, **options)
