@@ -566,7 +566,7 @@ class Trainer:
         training.maybe_finalize_async_save(blocking=is_blocking)
 
     def export(self, path: str) -> None:
-        """Write the model as a Hugging Face folder."""
+        """Write the model as a Hugging Face folder, in the type it was trained in: what was learnt is not rounded."""
         with self._settled():
             export(
                 self.model,
@@ -578,6 +578,7 @@ class Trainer:
                 is_first_replica=parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0,
                 experts=self._experts,
                 is_first_expert_replica=parallel_state.get_expert_data_parallel_rank() == 0,
+                dtype=self.args.params_dtype,
             )
 
 

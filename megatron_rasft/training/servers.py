@@ -68,6 +68,7 @@ class RolloutServers:
             else None
         )
         self._sync = model.weight_sync(lambda url: ServerControl(url, api_key=keys[0], admin_api_key=keys[1]))
+        say(self._sync.describe())
 
     @property
     def engine(self) -> SglangEngine:

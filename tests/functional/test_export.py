@@ -1,5 +1,7 @@
 """What a run exports is the model that was trained, and transformers loads it."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,24 @@ def test_run_without_learning_exports_the_weights_it_read(workshop: Workshop, tm
     after = load_file(tmp_path / "exported" / "model.safetensors")
     assert before.keys() == after.keys()
     assert not [name for name, tensor in before.items() if not tensor.equal(after[name])]
+
+
+def test_what_was_learnt_in_fp32_is_not_rounded_to_the_folders_type(
+    workshop: Workshop, tmp_path: Path
+) -> None:
+    folder = tmp_path / "bf16"
+    shutil.copytree(workshop.policy, folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    flags = ["--save", str(tmp_path / "save"), "--train-iters", "1", "--lr", "1e-6", "--objective", "sft"]
+    flags += ["--export-hf", str(tmp_path / "exported")]
+    launching.succeed(tmp_path / "logs", workshop.flags(*flags, model=folder))
+    before = load_file(folder / "model.safetensors")
+    after = load_file(tmp_path / "exported" / "model.safetensors")
+    assert {tensor.dtype for tensor in after.values()} == {torch.float32}
+    assert json.loads((tmp_path / "exported" / "config.json").read_text())["dtype"] == "float32"
+    moved = [name for name, tensor in before.items() if not tensor.float().equal(after[name])]
+    assert len(moved) == len(before), "steps of 1e-6 are below bf16's resolution, and are there"
 
 
 def test_four_processes_train_and_export_what_one_does(workshop: Workshop, tmp_path: Path) -> None:

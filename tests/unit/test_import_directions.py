@@ -71,9 +71,7 @@ def broken_rules(home: str, name: str) -> Iterator[str]:
             yield "types.py imports nothing of this package"
         elif home not in ROOMS and target in ROOMS:
             yield f"{home} is top-level and may not import the room {target}/"
-        elif home in JOINING_ROOMS or target in MAY_ALSO_IMPORT.get(home, ()):
-            pass
-        elif home in ROOMS and target in ROOMS and target != home:
+        elif home in ROOMS - JOINING_ROOMS and target in ROOMS - {home} - MAY_ALSO_IMPORT.get(home, set()):
             yield f"{home}/ may not import the room {target}/: a shared noun belongs in types.py"
     if is_within(name, "torch") and home not in MAY_IMPORT_TORCH:
         yield f"{home} does without torch"

@@ -1,4 +1,3 @@
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -245,16 +244,11 @@ def test_template_that_writes_the_date_writes_the_same_every_day(make_tokenizer:
     assert spell(tokenizer, demonstration)[0].startswith("26 Jul 2024")
 
 
-def test_real_rows_are_tokenised_in_seconds_and_decode_to_themselves(
-    data_folder: Path, tokenizer: Any
-) -> None:
+def test_real_rows_decode_to_themselves(data_folder: Path, tokenizer: Any) -> None:
     files = [str(data_folder / "train" / f"{name}_train.jsonl.gz") for name in ("gsm8k", "math")]
     config = DataConfig(train_data=files, data_bad_rows="skip")
-    start = time.perf_counter()
     demonstrations, report = build_demonstrations(read_rows(config), tokenizer, config, max_tokens=100_000)
-    seconds = time.perf_counter() - start
     assert (len(demonstrations), len(report.faults), report.num_plain_endings) == (7473 + 7498, 2, 0)
-    assert seconds < 60, "a few seconds on an idle machine; the bound allows for a busy one"
     for demonstration in demonstrations[::97]:
         prompt, response = spell(tokenizer, demonstration)
         assert response == demonstration.response + "<|im_end|>"

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from megatron_rasft import metrics
 from megatron_rasft.config import SyncConfig
-from megatron_rasft.errors import ServerError
 from megatron_rasft.sync import WeightSync
 from tests.unit.sync.stand_ins import StandIn
 from tests.unit.sync.test_buckets import Planned, model
