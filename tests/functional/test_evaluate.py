@@ -12,6 +12,7 @@ from megatron_rasft.rollout.store import read_rollouts
 from megatron_rasft.types import Rollout
 from tests.functional.conftest import Workshop
 from tests.functional.launching import ENVIRONMENT, REPOSITORY
+from tests.servers.running import NEWEST, ServerPool
 from tests.tiny_policy import write_sums
 from tools import evaluate
 
@@ -80,6 +81,20 @@ def test_samples_are_graded_and_tabulated(evaluated: Path, capsys: pytest.Captur
     assert shown.count("sample ") == 2 and "wrong" in shown and "correct" not in shown
     assert evaluate.main(["table", str(evaluated), str(evaluated), "--format", "latex"]) == 0
     assert capsys.readouterr().out.count("policy") == 2
+
+
+def test_server_answers_as_its_folder_does(
+    workshop: Workshop, server_pool: ServerPool, tmp_path: Path
+) -> None:
+    server = server_pool.get(NEWEST, workshop.policy, "--dtype", "float32")
+    greedy = ["--model", str(workshop.policy), "--temperature", "0", "--num-samples", "1"]
+    run(command(workshop, tmp_path / "folder", *greedy))
+    run(command(workshop, tmp_path / "server", *greedy, "--server", server.url))
+    answers = [
+        {r.problem_id: (r.response_ids, r.finish_reason, r.verdict) for r in samples(tmp_path / name)}
+        for name in ("folder", "server")
+    ]
+    assert len(answers[0]) == NUM_PROBLEMS and answers[0] == answers[1]
 
 
 def test_killed_evaluation_goes_on_to_the_same_end(
