@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WHEEL := .cache/wheel
 
-.PHONY: quickstart test lint types pytest wheel venv servers
+.PHONY: quickstart test lint types pytest pytest-servers pytest-others wheel venv servers
 .DELETE_ON_ERROR:
 
 quickstart:
@@ -26,8 +26,15 @@ lint: venv
 types: venv
 	$(BIN)/mypy
 
+# Tests with servers mostly wait for them: they run beside the others, each half printed when it is done.
 pytest: venv servers
-	$(BIN)/python -m pytest -m "not gpu" $(ARGS)
+	$(MAKE) --jobs=2 --output-sync=target pytest-servers pytest-others
+
+pytest-servers:
+	$(BIN)/python -m pytest -m "servers and not gpu" $(ARGS)
+
+pytest-others:
+	$(BIN)/python -m pytest -m "not servers and not gpu" -p no:cacheprovider $(ARGS)
 
 # Builds the wheel, installs it by itself and imports it from there. A stale build/ would end up in it.
 wheel: venv

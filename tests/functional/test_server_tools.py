@@ -42,6 +42,7 @@ def processes_of(text: str) -> Sequence[str]:
     return found
 
 
+@pytest.mark.servers
 def test_a_tensor_parallel_server_is_served_checked_and_stopped(served_model: Path, tmp_path: Path) -> None:
     servers, log = tmp_path / "servers.txt", tmp_path / "serve.log"
     flags = ["--model", str(served_model), "--server-file", str(servers), "--tp", "2", "--cpu"]
