@@ -16,10 +16,10 @@ from megatron_rasft.types import Request, SamplingParams
 class SglangEngine:
     """Samples from the fleet's servers. Use it as a context manager: it may own a thread.
 
-        answers, report = engine.generate(requests, params, weight_version)     # --rollout-lag 0
+        answers, report = engine.generate(requests, params, weight_version)     # an evaluation
 
-        engine.start(requests, params, weight_version)                          # --rollout-lag 1
-        ...the steps of this window...
+        engine.start(requests, params, weight_version)                          # a training run
+        ...with --rollout-lag 1 the steps of a window; wait(seconds) while there is nothing else to do...
         answers, report = engine.result()
 
     Neither raises because servers fail: the answers are fewer then, and ``fleet.say`` was told why, from
