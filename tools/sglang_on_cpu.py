@@ -9,6 +9,7 @@ file first: that is why it bridges what is missing at module level.
 
 import argparse
 import contextlib
+import ctypes
 import importlib.machinery
 import os
 import runpy
@@ -23,6 +24,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+"""Of glibc's malloc.h."""
 
 DEFAULTS = {
     "--device": "cpu",
@@ -91,6 +95,14 @@ def bridge() -> None:
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
 
 
+def keep_freed_memory() -> None:
+    """Have the C library reuse what it was given back: a weight sync's buckets otherwise come in page by page, at half the speed."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
+        library = ctypes.CDLL(None)
+        library.mallopt(_M_MMAP_MAX, 0)
+        library.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
 def bind_ranks(flags: list[str]) -> None:
     """Give each tensor-parallel rank a core of its own, which SGLang asks for on one NUMA node."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -104,6 +116,7 @@ def bind_ranks(flags: list[str]) -> None:
 
 if not torch.cuda.is_available():
     bridge()
+    keep_freed_memory()
 
 if __name__ == "__main__":
     for flag, value in DEFAULTS.items():

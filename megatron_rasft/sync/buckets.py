@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from megatron_rasft.sync.served import ServedFormat, WireTensor, served_name
+from megatron_rasft.sync.served import ServedFormat, WireTensor, fused_name
 
 _ALIGNMENT = 16
 """Bytes; a view as any type needs its start on a multiple of the element size."""
@@ -63,7 +63,7 @@ def related_sets(tensors: Iterable[Planned]) -> list[list[Planned]]:
     """Tensors that belong together: those the server fuses (q, k, v; gate, up), else each by itself."""
     sets: list[list[Planned]] = []
     for tensor in tensors:
-        if sets and served_name(sets[-1][0].name) == served_name(tensor.name):
+        if sets and fused_name(sets[-1][0].name) == fused_name(tensor.name):
             sets[-1].append(tensor)
         else:
             sets.append([tensor])

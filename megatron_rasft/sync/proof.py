@@ -99,9 +99,9 @@ def held_part(name: str, tensor: Tensor, rank: int, size: int, num_kv_heads: int
         share = tensor.shape[0] // num_kv_heads
         head = rank // (size // num_kv_heads)
         return tensor[head * share : (head + 1) * share], 0
-    if last in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"):
+    if last in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "w1", "w3"):
         return tensor.chunk(size)[rank], 0
-    if last in ("o_proj", "down_proj") and leaf == "weight":
+    if last in ("o_proj", "down_proj", "w2") and leaf == "weight":
         return tensor.chunk(size, dim=1)[rank], 0
     return tensor, 0
 

@@ -1,8 +1,8 @@
 """The weight sync: one state machine that takes every rank through pause, transfer, proof and release together.
 
 Rank 0 of the world leads: it speaks to the servers of everything but data, decides, and tells the others.
-The first rank of each pipeline stage (tensor-, data- and context-parallel rank 0) is the stage's source and
-sends that stage's tensors; stages take turns, so a server is never asked for two at once. Whatever fails,
+The first rank of each pipeline stage is the stage's source: it gathers that stage's tensors from its
+tensor- and expert-parallel ranks and sends them; stages take turns, so a server is never asked for two at once. Whatever fails,
 all ranks learn of it at the next step and go the same way: the server at fault is left out and everything
 is sent again, over new groups, to the others.
 """
@@ -68,14 +68,14 @@ class WeightSync:
     Args:
         config: the flags.
         plan: names, shapes and types that ``gather`` gives; runs no collective.
-        gather: the stage's Hugging Face tensors, whole on its source; a collective of ``tp_group``.
+        gather: the stage's Hugging Face tensors, whole on its source; a collective of the ranks that take part.
         connect: address -> control plane of a server; called on rank 0 and on the sources.
         model_config: config.json of the model, for servers whose own cannot be read here.
         device: where the parameters are.
-        tp_group: tensor-parallel group of this rank; None where there is none.
         stage: pipeline stage of this rank.
         num_stages: pipeline stages.
-        is_first_replica: True where data- and context-parallel rank are 0; other ranks only wait.
+        takes_part: whether this rank's weights are gathered; other replicas only wait. The first such rank
+            of a stage is its source.
         export: writes the model as a Hugging Face folder, a collective of all ranks; for --sync-method disk.
     """
 
@@ -88,10 +88,9 @@ class WeightSync:
         connect: Callable[[str], Server],
         model_config: dict[str, Any],
         device: torch.device,
-        tp_group: ProcessGroup | None,
         stage: int,
         num_stages: int,
-        is_first_replica: bool,
+        takes_part: bool,
         export: Callable[[str], None] | None = None,
     ) -> None:
         if config.sync_method == "disk" and export is None:
@@ -102,16 +101,22 @@ class WeightSync:
         self._connect = connect
         self._model_config = model_config
         self._device = device
-        self._tp_group = tp_group
         self._stage = stage
         self._num_stages = num_stages
         self._export = export
         self._is_lead = dist.get_rank() == 0
-        self._is_sender = is_first_replica
-        self._is_source = is_first_replica and (tp_group is None or tp_group.rank() == 0)
+        self._takes_part = takes_part
         # of its own, on the CPU: ranks wait in it for the lead, whose every step has its own deadline
         patience = timedelta(seconds=max(1800.0, 60 * config.sync_timeout_s))
         self._control: Any = dist.new_group(backend="gloo", timeout=patience)
+        self._givers: ProcessGroup | None = None
+        self._is_source = False
+        places = self._exchange((stage, takes_part))
+        for number in range(num_stages):
+            ranks = [rank for rank, place in enumerate(places) if place == (number, True)]
+            group: Any = dist.new_group(ranks, backend="gloo", timeout=patience)
+            if dist.get_rank() in ranks:
+                self._givers, self._is_source = group, dist.get_rank() == ranks[0]
         self._servers: dict[str, Server] = {}
         self._stream: StageStream | None = None
         self._stream_served: ServedFormat | None = None
@@ -256,7 +261,7 @@ class WeightSync:
                 return total
         for stage in range(self._num_stages):
             mine = None
-            if self._is_sender and self._stage == stage:
+            if self._takes_part and self._stage == stage:
                 mine = self._run_stage(attempt)
             for outcome in self._exchange(mine if self._is_source else None):
                 if outcome is not None:
@@ -329,7 +334,7 @@ class WeightSync:
             self._stream = StageStream(
                 self._plan,
                 self._gather,
-                tp_group=self._tp_group,
+                givers=self._givers,
                 device=self._device,
                 served=served,
                 bucket_bytes=self.config.sync_bucket_mib * _MIB,

@@ -17,8 +17,20 @@ _FUSED = {
     "v_proj": "qkv_proj",
     "gate_proj": "gate_up_proj",
     "up_proj": "gate_up_proj",
+    "w1": "w13",
+    "w3": "w13",
 }
 """Linear layers that SGLang keeps as one, in this order of rows."""
+
+_EXPERTS = {
+    "gate_proj": "w13_weight",
+    "up_proj": "w13_weight",
+    "down_proj": "w2_weight",
+    "w1": "w13_weight",
+    "w3": "w13_weight",
+    "w2": "w2_weight",
+}
+"""Linear layers of an expert; SGLang stacks those of all experts of a layer, in the order of their numbers."""
 
 _DTYPES = {
     "bfloat16": torch.bfloat16,
@@ -39,11 +51,18 @@ class WireTensor(NamedTuple):
     dtype: torch.dtype
 
 
-def served_name(name: str) -> str:
-    """The name under which a server keeps a Hugging Face tensor; those it fuses share one."""
+def fused_name(name: str) -> str:
+    """The linear layer that a Hugging Face tensor is fused into; tensors that belong together share one."""
     module, _, leaf = name.rpartition(".")
     parent, _, last = module.rpartition(".")
     return f"{parent}.{_FUSED[last]}.{leaf}" if last in _FUSED else name
+
+
+def served_name(name: str) -> str:
+    """The name under which a server keeps a Hugging Face tensor; those it fuses or stacks share one."""
+    module = name.rpartition(".")[0]
+    block, _, expert = module.partition(".experts.")
+    return f"{block}.experts.{_EXPERTS[expert.partition('.')[2]]}" if expert else fused_name(name)
 
 
 @dataclass(frozen=True)

@@ -80,11 +80,11 @@ def timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
 
 
 class StageStream:
-    """Draws a stage's tensors from all its tensor-parallel ranks and sends them from the first.
+    """Draws a stage's tensors from all ranks that have a part of them and sends them from the first.
 
     Args:
         plan, gather: the stage's tensors.
-        tp_group: their ranks; None where there is only this one.
+        givers: those ranks, a group on the CPU; None where there is only this one.
         device: where the parameters are.
         served: what the servers want.
         bucket_bytes: as flagged.
@@ -95,18 +95,18 @@ class StageStream:
         plan: PlanTensors,
         gather: GatherTensors,
         *,
-        tp_group: ProcessGroup | None,
+        givers: ProcessGroup | None,
         device: torch.device,
         served: ServedFormat,
         bucket_bytes: int,
     ) -> None:
         self._gather = gather
-        self._tp_group = tp_group if tp_group is not None and tp_group.size() > 1 else None
+        self._givers = givers if givers is not None and givers.size() > 1 else None
         self._device = device
         self._served = served
         own = plan()
         self._dtypes = dict.fromkeys((tensor.name for tensor in own), served.dtype)
-        is_copied = self._tp_group is not None or any(tensor.dtype != served.dtype for tensor in own)
+        is_copied = self._givers is not None or any(tensor.dtype != served.dtype for tensor in own)
         self.memory = MemoryPlan.make(
             plan(dtypes=self._dtypes), served, bucket_bytes, int(is_copied) + int(served.is_block_fp8)
         )
@@ -118,14 +118,14 @@ class StageStream:
 
     @property
     def is_source(self) -> bool:
-        return self._tp_group is None or self._tp_group.rank() == 0
+        return self._givers is None or self._givers.rank() == 0
 
     def agree(self, is_well: bool) -> bool:
-        """The source's word on all ranks; one broadcast on the tensor-parallel group."""
-        if self._tp_group is None:
+        """The source's word on all ranks; one broadcast on the group of the givers."""
+        if self._givers is None:
             return is_well
-        word = torch.tensor([is_well], dtype=torch.int32, device=self._device)
-        dist.broadcast(word, group=self._tp_group, group_src=0)
+        word = torch.tensor([is_well], dtype=torch.int32)
+        dist.broadcast(word, group=self._givers, group_src=0)
         return bool(word.item())
 
     def make_arena(self) -> Arena:

@@ -103,11 +103,6 @@ def parse(argv: Sequence[str] | None = None, *, needs_data: bool = True) -> tupl
     args = parse_args(add_arguments)
     config = RasftConfig.from_args(args)
     read_keys(config.rollout)
-    if config.rollout.rollout_engine == "sglang" and args.expert_model_parallel_size > 1:
-        raise ValueError(
-            f"--rollout-engine sglang cannot sync experts that are spread over --expert-model-parallel-size "
-            f"{args.expert_model_parallel_size} ranks. Use 1 with --expert-tensor-parallel-size, or --rollout-engine embedded."
-        )
     if args.hf_model is None:
         raise ValueError("--hf-model DIR is missing: the Hugging Face folder of the model to train.")
     if needs_data and not args.train_data:
@@ -258,7 +253,9 @@ class Trainer:
         self._experts = ExpertGroups(
             parallel_state.get_expert_model_parallel_group(),
             parallel_state.get_expert_tensor_parallel_group(),
+            parallel_state.get_expert_data_parallel_rank() == 0,
         )
+        self._is_first_replica = parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
         load_into(
             self.model,
             folder,
@@ -366,23 +363,22 @@ class Trainer:
         Args:
             connect: address -> control plane of a server.
         """
-        tp_group = parallel_state.get_tensor_model_parallel_group()
         bound: dict[str, Any] = {
             "layer_offsets": self._layer_offsets,
-            "tp_group": tp_group,
+            "tp_group": parallel_state.get_tensor_model_parallel_group(),
             "experts": self._experts,
         }
+        is_first = self._is_first_replica
         return WeightSync(
             self.config.sync,
             plan=partial(plan_tensors, self.model, self.folder.table, **bound),
-            gather=partial(gather_tensors, self.model, self.folder.table, **bound),
+            gather=partial(gather_tensors, self.model, self.folder.table, is_first_replica=is_first, **bound),
             connect=connect,
             model_config=self.folder.config,
             device=self.live.device,
-            tp_group=tp_group,
             stage=parallel_state.get_pipeline_model_parallel_rank(),
             num_stages=parallel_state.get_pipeline_model_parallel_world_size(),
-            is_first_replica=parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0,
+            takes_part=is_first or self._experts.is_first_replica,
             export=self.export,
         )
 
@@ -575,9 +571,8 @@ class Trainer:
                 layer_offsets=self._layer_offsets,
                 tp_group=parallel_state.get_tensor_model_parallel_group(),
                 pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
-                is_first_replica=parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0,
+                is_first_replica=self._is_first_replica,
                 experts=self._experts,
-                is_first_expert_replica=parallel_state.get_expert_data_parallel_rank() == 0,
                 dtype=self.args.params_dtype,
             )
 

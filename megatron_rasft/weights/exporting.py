@@ -90,7 +90,6 @@ def export(
     pp_rank: int = 0,
     is_first_replica: bool = True,
     experts: ExpertGroups | None = None,
-    is_first_expert_replica: bool = True,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
@@ -108,10 +107,8 @@ def export(
         layer_offsets: global index of the first decoder layer of each chunk.
         tp_group: the tensor-parallel group; None where there is none.
         pp_rank: this rank's pipeline stage.
-        is_first_replica: True where data- and context-parallel rank are 0; other ranks only wait.
+        is_first_replica: True where data- and context-parallel rank are 0; other ranks give at most their experts.
         experts: where the experts of a layer are; None: each rank has all, cut as the rest is.
-        is_first_expert_replica: True where the expert-data-parallel rank is 0: with ``experts`` given these
-            ranks send theirs to the writer.
         dtype: type of all weights; None keeps the type of each tensor in ``template``.
         max_shard_bytes: size at which a stage begins another file, in bytes.
 
@@ -124,18 +121,19 @@ def export(
     temporary = _begin(out_dir, is_lead)
     files: dict[str, list[str]] = {}
     num_bytes, failure = 0, ""
-    if is_first_replica or (experts is not None and is_first_expert_replica):
+    if is_first_replica or (experts is not None and experts.is_first_replica):
         try:
             files, num_bytes = _write_stage(
                 chunks,
                 template,
-                temporary if is_first_replica else None,
+                temporary,
                 layer_offsets,
                 tp_group,
                 pp_rank,
                 dtype,
                 max_shard_bytes,
                 experts,
+                is_first_replica,
             )
         except (OSError, ModelFolderError, ValueError) as error:
             failure = str(error)
@@ -193,18 +191,16 @@ def _begin(out_dir: Path, is_lead: bool) -> Path:
 def _write_stage(
     chunks: Sequence[torch.nn.Module],
     template: HfFolder,
-    folder: Path | None,
+    folder: Path,
     layer_offsets: Sequence[int],
     tp_group: ProcessGroup | None,
     pp_rank: int,
     dtype: torch.dtype | None,
     max_shard_bytes: int,
     experts: ExpertGroups | None,
+    is_first_replica: bool,
 ) -> tuple[dict[str, list[str]], int]:
-    """Write this stage; returns {file: tensor names} and bytes of weights (none but on the writer).
-
-    Without a folder this rank only sends its experts.
-    """
+    """Write this stage; returns {file: tensor names} and bytes of weights (none but on the writer)."""
     dtypes = {name: dtype or stored.dtype for name, stored in template.tensors.items()}
     plans = plan_tensors(
         chunks,
@@ -215,7 +211,7 @@ def _write_stage(
         experts=experts,
     )
     shards = _split(plans, max_shard_bytes)
-    paths = [(folder or Path()) / f"stage-{pp_rank:04d}-{i:05d}.safetensors" for i in range(len(shards))]
+    paths = [folder / f"stage-{pp_rank:04d}-{i:05d}.safetensors" for i in range(len(shards))]
     shard_of = {plan.name: i for i, shard in enumerate(shards) for plan in shard}
     writers: dict[int, ShardWriter] = {}
     failure: OSError | None = None
@@ -227,10 +223,11 @@ def _write_stage(
         dtypes=dtypes,
         device="cpu",
         experts=experts,
+        is_first_replica=is_first_replica,
     )
     for name, tensor in tensors:
-        if tensor is None or folder is None or failure is not None:
-            continue  # keep drawing: the other ranks of tp_group are in the same gathers
+        if tensor is None or failure is not None:
+            continue  # keep drawing: other ranks are in the same gathers
         i = shard_of[name]
         try:
             if i not in writers:

@@ -1,6 +1,7 @@
 """Model chunks -> Hugging Face tensors, one parameter at a time."""
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -25,6 +26,8 @@ class ExpertGroups(NamedTuple):
 
     ep_group: ProcessGroup
     etp_group: ProcessGroup
+    is_first_replica: bool = True
+    """True where the expert-data-parallel rank is 0: these ranks give the experts."""
 
     @property
     def ranks(self) -> ExpertRanks:
@@ -35,14 +38,29 @@ def _rank_and_size(group: ProcessGroup | None) -> tuple[int, int]:
     return (0, 1) if group is None else (group.rank(), group.size())
 
 
-def _bindings(binding: Binding, table: NameTable, experts: ExpertGroups | None) -> list[Binding]:
-    """What a parameter is on every expert-parallel rank; one binding where it is no expert."""
-    if experts is None or not binding.entry.is_expert:
-        return [binding]
-    ranks = experts.ranks
-    step = ranks.num_local(table.shape.num_experts)
-    first = binding.expert - ranks.ep_rank * step
-    return [table.same_on(binding, first + rank * step) for rank in range(ranks.ep_size)]
+def _turns(
+    chunks: Sequence[torch.nn.Module],
+    table: NameTable,
+    layer_offsets: Sequence[int],
+    tp_group: ProcessGroup | None,
+    experts: ExpertGroups | None,
+) -> Iterator[tuple[Tensor, Binding, int]]:
+    """Each parameter, its binding on the rank that gives it, and for an expert that expert-parallel rank, else 0.
+
+    The experts of a layer come from rank after rank, so that they are in the order of their numbers.
+    """
+    ranks = None if experts is None else experts.ranks
+    bound = bound_parameters(chunks, table, layer_offsets, *_rank_and_size(tp_group), ranks)
+    for prefix, layer in groupby(bound, lambda b: b[1].prefix if b[1].entry.is_expert else ""):
+        if ranks is None or not prefix:
+            yield from ((param, binding, 0) for param, binding, _ in layer if not binding.is_copy)
+            continue
+        local = [(param, binding) for param, binding, _ in layer]
+        num_local = ranks.num_local(table.shape.num_experts)
+        for ep_rank in range(ranks.ep_size):
+            for param, mine in local:
+                expert = mine.expert + (ep_rank - ranks.ep_rank) * num_local
+                yield param, table.same_on(mine, expert), ep_rank
 
 
 def plan_tensors(
@@ -55,14 +73,11 @@ def plan_tensors(
     experts: ExpertGroups | None = None,
 ) -> list[TensorPlan]:
     """What ``gather_tensors`` gives with the same arguments, in its order; runs no collective."""
-    rank, size = _rank_and_size(tp_group)
-    plans = []
-    ranks = None if experts is None else experts.ranks
-    for param, mine, _ in bound_parameters(chunks, table, layer_offsets, rank, size, ranks):
-        for binding in [] if mine.is_copy else _bindings(mine, table, experts):
-            for name, shape in zip(binding.hf_names, binding.hf_shapes, strict=True):
-                plans.append(TensorPlan(name, shape, (dtypes or {}).get(name, param.dtype)))
-    return plans
+    return [
+        TensorPlan(name, shape, (dtypes or {}).get(name, param.dtype))
+        for param, binding, _ in _turns(chunks, table, layer_offsets, tp_group, experts)
+        for name, shape in zip(binding.hf_names, binding.hf_shapes, strict=True)
+    ]
 
 
 @torch.no_grad()
@@ -76,14 +91,15 @@ def gather_tensors(
     device: torch.device | str | None = None,
     out: Callable[[str], Tensor | None] | None = None,
     experts: ExpertGroups | None = None,
+    is_first_replica: bool = True,
 ) -> Iterator[tuple[str, Tensor | None]]:
-    """The Hugging Face tensors of this pipeline stage, whole on rank 0 of ``tp_group``.
+    """The Hugging Face tensors of this pipeline stage, whole on the first of its ranks.
 
     Runs one gather per sharded parameter on ``tp_group``, so all its ranks must draw to the end, in step.
-    Experts are gathered on ``experts``' groups instead, all of whose ranks must draw then; whole they are on
-    rank 0 of ``tp_group`` on the first expert-parallel rank.
+    Experts are gathered on ``experts``' groups instead, one sent after the other to the first expert-parallel
+    rank; all ranks of these groups must draw then.
     The tied output layer's copy on the last stage is left out. Beside the model there is at most one
-    parameter in memory, twice on rank 0. The parameters must be current: with --overlap-param-gather the
+    parameter in memory, twice on the first rank. The parameters must be current: with --overlap-param-gather the
     last step's are only gathered at the next forward pass, unless they are synchronised first.
 
     Args:
@@ -95,50 +111,66 @@ def gather_tensors(
         device: where to put the tensors together; None: where the parameters are.
         out: name -> memory of the tensor's shape and type to put it together in; None: new memory.
         experts: where the experts of a layer are; None: each rank has all, cut as the rest is.
+        is_first_replica: False on a rank that takes part for its experts only: its data- or context-parallel
+            rank is not 0.
 
     Yields:
-        (name, tensor) on rank 0 of ``tp_group``, (name, None) on its other ranks.
+        (name, tensor) on rank 0 of ``tp_group``, for experts of both of ``experts``' groups, (name, None)
+        on the other ranks.
     """
-    rank, size = _rank_and_size(tp_group)
-    ranks = None if experts is None else experts.ranks
-    for param, binding, _ in bound_parameters(chunks, table, layer_offsets, rank, size, ranks):
-        if binding.is_copy:
-            continue
-        if experts is not None and binding.entry.is_expert:
-            yield from _gather_experts(param, binding, table, experts, rank == 0, dtypes or {}, device)
-            continue
+    for param, binding, ep_rank in _turns(chunks, table, layer_offsets, tp_group, experts):
+        tensors: Sequence[Tensor] | None = None
         wanted = [(dtypes or {}).get(name, param.dtype) for name in binding.hf_names]
         # one type travels; q, k and v of different stored types (unheard of) travel as the parameter is
-        shard = param.detach().to(wanted[0] if len(set(wanted)) == 1 else param.dtype).contiguous()
-        shards = _gather(shard, tp_group) if binding.entry.is_sharded else [shard] if rank == 0 else None
-        if shards is None:
+        dtype = wanted[0] if len(set(wanted)) == 1 else param.dtype
+        if experts is not None and binding.entry.is_expert:
+            if experts.is_first_replica:
+                tensors = _gather_expert(param, dtype, binding, table, experts, ep_rank, device, out)
+        elif is_first_replica:
+            shards = _gather_shards(param, dtype, tp_group if binding.entry.is_sharded else None)
+            if shards is not None and _rank_and_size(tp_group)[0] == 0:
+                tensors = assemble(shards, binding, table, device, out)
+            del shards
+        if tensors is None:
             yield from ((name, None) for name in binding.hf_names)
             continue
-        tensors = assemble(shards, binding, table, device, out)
-        del shards
-        for name, tensor, dtype in zip(binding.hf_names, tensors, wanted, strict=True):
-            yield name, tensor.to(dtype)
+        for name, tensor, stored in zip(binding.hf_names, tensors, wanted, strict=True):
+            yield name, tensor.to(stored)
 
 
-def _gather_experts(
+def _gather_expert(
     param: Tensor,
-    mine: Binding,
+    dtype: torch.dtype,
+    binding: Binding,
     table: NameTable,
     experts: ExpertGroups,
-    is_receiver: bool,
-    dtypes: dict[str, torch.dtype],
+    giver: int,
     device: torch.device | str | None,
-) -> Iterator[tuple[str, Tensor | None]]:
-    """The same local expert of every expert-parallel rank."""
-    bindings = _bindings(mine, table, experts)
-    shards = _gather(param.detach().contiguous(), experts.etp_group)
-    whole: list[list[Tensor] | None] = []
-    if shards is not None:
-        whole = [_gather(tensor, experts.ep_group) for tensor in assemble(shards, mine, table, device)]
-    for rank, binding in enumerate(bindings):
-        for i, name in enumerate(binding.hf_names):
-            copies = whole[i] if whole and is_receiver else None
-            yield name, None if copies is None else copies[rank].to(dtypes.get(name, param.dtype))
+    out: Callable[[str], Tensor | None] | None,
+) -> list[Tensor] | None:
+    """One expert of expert-parallel rank ``giver``, on the first rank; None on the others."""
+    ranks = experts.ranks
+    tensors: list[Tensor] | None = None
+    if ranks.ep_rank == giver:
+        shards = _gather_shards(param, dtype, experts.etp_group)
+        if shards is not None and giver == 0:
+            return assemble(shards, binding, table, device, out)
+        for tensor in assemble(shards, binding, table) if shards is not None else ():
+            dist.send(tensor.view(torch.uint8), group=experts.ep_group, group_dst=0)
+    elif ranks.ep_rank == 0 and ranks.etp_rank == 0:
+        tensors = []
+        for name, shape in zip(binding.hf_names, binding.hf_shapes, strict=True):
+            memory = None if out is None else out(name)
+            if memory is None or memory.device != param.device:
+                memory = torch.empty(shape, dtype=dtype, device=param.device)
+            dist.recv(memory.view(torch.uint8), group=experts.ep_group, group_src=giver)
+            tensors.append(memory if device is None else memory.to(device))
+    return tensors
+
+
+def _gather_shards(param: Tensor, dtype: torch.dtype, group: ProcessGroup | None) -> list[Tensor] | None:
+    """A parameter's shards, as ``dtype``, of all ranks of ``group`` on its first, None on the others."""
+    return _gather(param.detach().to(dtype).contiguous(), group)
 
 
 def _gather(shard: Tensor, tp_group: ProcessGroup | None) -> list[Tensor] | None:

@@ -2,7 +2,8 @@
 
 Usage: sync_worker.py RANK WORLD_SIZE ROOT, where ROOT/job.json says what to do:
 
-    {"task": "layouts" | "faults", "model": folder, "urls": [...], "victim": url, "layouts": [[tp, pp, vpp], ...]}
+    {"task": "layouts" | "faults", "model": folder, "urls": [...], "victim": url,
+     "layouts": [[tp, pp, vpp, ep, expert tp], ...]}
 """
 
 import json
@@ -27,7 +28,14 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed  # noq
 from megatron_rasft.config.sync import SyncConfig  # noqa: E402
 from megatron_rasft.rollout.control import ServerControl  # noqa: E402
 from megatron_rasft.sync import SyncReport, WeightSync  # noqa: E402
-from megatron_rasft.weights import HfFolder, export, gather_tensors, load_into, plan_tensors  # noqa: E402
+from megatron_rasft.weights import (  # noqa: E402
+    ExpertGroups,
+    HfFolder,
+    export,
+    gather_tensors,
+    load_into,
+    plan_tensors,
+)
 from tests.tiny_models import build_chunks  # noqa: E402
 
 PADDED_VOCAB_SIZE = 128
@@ -45,6 +53,12 @@ class SyncedModel:
         self.folder = folder
         self.chunks, self.offsets = build_chunks(folder, PADDED_VOCAB_SIZE, vpp)
         self.tp_group = ps.get_tensor_model_parallel_group()
+        self.experts = ExpertGroups(
+            ps.get_expert_model_parallel_group(),
+            ps.get_expert_tensor_parallel_group(),
+            ps.get_expert_data_parallel_rank() == 0,
+        )
+        self.is_first_replica = ps.get_data_parallel_rank(with_context_parallel=True) == 0
         load_into(
             self.chunks,
             folder,
@@ -52,25 +66,22 @@ class SyncedModel:
             tp_size=self.tp_group.size(),
             layer_offsets=self.offsets,
             pp_group=ps.get_pipeline_model_parallel_group(),
+            experts=self.experts.ranks,
         )
-        bound = {"layer_offsets": self.offsets, "tp_group": self.tp_group}
+        bound = {"layer_offsets": self.offsets, "tp_group": self.tp_group, "experts": self.experts}
+        is_first = self.is_first_replica
         self.sync = WeightSync(
             config,
             plan=partial(plan_tensors, self.chunks, folder.table, **bound),
-            gather=partial(gather_tensors, self.chunks, folder.table, **bound),
+            gather=partial(gather_tensors, self.chunks, folder.table, is_first_replica=is_first, **bound),
             connect=connect,
             model_config=folder.config,
             device=torch.device("cpu"),
-            tp_group=self.tp_group,
             stage=ps.get_pipeline_model_parallel_rank(),
             num_stages=ps.get_pipeline_model_parallel_world_size(),
-            is_first_replica=self.is_first_replica,
+            takes_part=is_first or self.experts.is_first_replica,
             export=self.export,
         )
-
-    @property
-    def is_first_replica(self) -> bool:
-        return ps.get_data_parallel_rank(with_context_parallel=True) == 0
 
     def change(self, times: int = 1) -> None:
         """Other weights, the same whatever the layout."""
@@ -88,12 +99,19 @@ class SyncedModel:
             tp_group=self.tp_group,
             pp_rank=ps.get_pipeline_model_parallel_rank(),
             is_first_replica=self.is_first_replica,
+            experts=self.experts,
         )
 
 
 @contextmanager
-def layout(tp: int, pp: int, vpp: int | None) -> Iterator[None]:
-    ps.initialize_model_parallel(tp, pp, virtual_pipeline_model_parallel_size=vpp)
+def layout(tp: int, pp: int, vpp: int | None = None, ep: int = 1, etp: int | None = None) -> Iterator[None]:
+    ps.initialize_model_parallel(
+        tp,
+        pp,
+        virtual_pipeline_model_parallel_size=vpp,
+        expert_model_parallel_size=ep,
+        expert_tensor_parallel_size=etp,
+    )
     model_parallel_cuda_manual_seed(123)
     yield
     ps.destroy_model_parallel()
@@ -120,17 +138,17 @@ def held(url: str) -> list[dict[str, str]]:
 
 def check_layouts(job: dict[str, Any], root: Path) -> None:
     folder = HfFolder.open(job["model"])
-    for version, (tp, pp, vpp) in enumerate(job["layouts"], 1):
-        with layout(tp, pp, vpp):
-            model = SyncedModel(folder, vpp, SyncConfig(sync_bucket_mib=BUCKET_MIB, sync_timeout_s=60))
+    for version, sizes in enumerate(job["layouts"], 1):
+        with layout(*sizes):
+            model = SyncedModel(folder, sizes[2], SyncConfig(sync_bucket_mib=BUCKET_MIB, sync_timeout_s=60))
             model.change(2 * version - 1)
-            push_and_compare(model, job["urls"], version, root / f"export-{tp}-{pp}-{vpp}")
+            push_and_compare(model, job["urls"], version, root / f"export-{version}")
             # over the same groups
             model.change()
             report = model.sync.push(version + 100, job["urls"])
             assert report.proof == "" and report.synced == job["urls"], report.line()
             model.sync.close()
-    with layout(2, 1, None):
+    with layout(2, 1):
         for times, method in ((1, "tensor"), (3, "disk")):
             config = SyncConfig(
                 sync_bucket_mib=BUCKET_MIB,
@@ -197,7 +215,7 @@ def check_faults(job: dict[str, Any], root: Path) -> None:
                 assert server.weight_version() == version
             assert generated(other)
 
-    with layout(2, 1, None):
+    with layout(2, 1):
         config = SyncConfig(sync_bucket_mib=BUCKET_MIB, sync_timeout_s=job["timeout_s"])
         model = SyncedModel(HfFolder.open(job["model"]), None, config, Struck)
         assert push(1).synced == job["urls"]

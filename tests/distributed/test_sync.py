@@ -28,6 +28,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Llama": {},
     "Qwen2": {"tie_word_embeddings": True},
     "Qwen3": {"head_dim": 64},
+    "Qwen3Moe": {
+        "head_dim": 64,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 128,
+        "norm_topk_prob": True,
+    },
+    "Mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
 }
 
 
@@ -99,6 +107,33 @@ def test_qwen2_reaches_a_server_of_two_ranks(
     model = folders("Qwen2")
     server = server_pool.get(NEWEST, model, "--tp", "2")
     run_job(tmp_path, 4, task="layouts", model=str(model), urls=[server.url], layouts=[TP2, PP2, TP2_PP2])
+
+
+EXPERTS_SPREAD = (1, 1, None, 4, 1)
+EXPERTS_SPREAD_AND_CUT = (2, 1, None, 2, 2)
+EXPERTS_ON_STAGES = (1, 2, None, 2, 1)
+HEADS_CUT_EXPERTS_WHOLE = (2, 1, None, 4, 1)
+
+
+@pytest.mark.parametrize(
+    "family,version,flags,layouts",
+    [
+        ("Qwen3Moe", NEWEST, ("--tp", "2"), [EXPERTS_SPREAD, EXPERTS_SPREAD_AND_CUT, EXPERTS_ON_STAGES]),
+        ("Mixtral", OLDEST, (), [EXPERTS_ON_STAGES, HEADS_CUT_EXPERTS_WHOLE]),
+    ],
+)
+def test_experts_of_every_rank_reach_a_server(
+    server_pool: ServerPool,
+    folders: Callable[[str], Path],
+    tmp_path: Path,
+    family: str,
+    version: str,
+    flags: tuple[str, ...],
+    layouts: list[tuple[int | None, ...]],
+) -> None:
+    model = folders(family)
+    server = server_pool.get(version, model, *flags)
+    run_job(tmp_path, 4, task="layouts", model=str(model), urls=[server.url], layouts=layouts)
 
 
 class Obeying:

@@ -61,7 +61,11 @@ def main(rank: int, world_size: int, root: Path) -> None:
 def check(case: str, root: Path, layout: str, vpp: int | None) -> None:
     folder = HfFolder.open(root / case)
     chunks, offsets = build_chunks(folder, PADDED_VOCAB_SIZE, vpp)
-    experts = ExpertGroups(ps.get_expert_model_parallel_group(), ps.get_expert_tensor_parallel_group())
+    experts = ExpertGroups(
+        ps.get_expert_model_parallel_group(),
+        ps.get_expert_tensor_parallel_group(),
+        ps.get_expert_data_parallel_rank() == 0,
+    )
     with torch.no_grad():
         for chunk in chunks:
             for param in chunk.parameters():
@@ -89,7 +93,6 @@ def check(case: str, root: Path, layout: str, vpp: int | None) -> None:
         pp_rank=ps.get_pipeline_model_parallel_rank(),
         is_first_replica=ps.get_data_parallel_rank(with_context_parallel=True) == 0,
         experts=experts,
-        is_first_expert_replica=ps.get_expert_data_parallel_rank() == 0,
     )
     exported = HfFolder.open(out)  # on every rank: nobody returned before the folder was there
     if dist.get_rank() == 0:

@@ -60,6 +60,19 @@ def test_each_rank_of_a_server_is_held_to_its_shard(weights: dict[str, torch.Ten
         assert found[2][rank]["model.norm.weight"] == checksum(norm)
 
 
+@pytest.mark.parametrize("leaf,whole", [("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2")])
+def test_experts_are_cut_as_other_layers(leaf: str, whole: str) -> None:
+    tensor = torch.arange(24.0).reshape(4, 6)
+    dim = 1 if leaf == "down_proj" else 0
+    for name in (
+        f"model.layers.0.mlp.experts.1.{leaf}.weight",
+        f"m.block_sparse_moe.experts.1.{whole}.weight",
+    ):
+        part, padding = held_part(name, tensor, 1, 2, 2)
+        assert torch.equal(part, tensor.narrow(dim, tensor.shape[dim] // 2, tensor.shape[dim] // 2))
+        assert padding == 0
+
+
 def test_more_ranks_than_key_value_heads_hold_copies() -> None:
     key = torch.arange(8.0).reshape(8, 1)  # two heads of four rows
     parts = [

@@ -50,10 +50,9 @@ class Trainer:
             connect=self.servers.__getitem__,  # type: ignore[arg-type]
             model_config=CONFIG,
             device=torch.device("cpu"),
-            tp_group=None,
             stage=0,
             num_stages=1,
-            is_first_replica=True,
+            takes_part=True,
             **options,
         )
 

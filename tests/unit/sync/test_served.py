@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_rasft.sync.served import ServedFormat, WireTensor, served_name
+from megatron_rasft.sync.served import ServedFormat, WireTensor, fused_name, served_name
 
 FP8: dict[str, Any] = {
     "quant_method": "fp8",
@@ -21,6 +21,21 @@ def test_fused_layers_share_a_name() -> None:
     assert served_name("model.layers.0.mlp.up_proj.weight") == "model.layers.0.mlp.gate_up_proj.weight"
     for name in ("model.layers.0.mlp.down_proj.weight", "lm_head.weight", "model.norm.weight"):
         assert served_name(name) == name
+
+
+@pytest.mark.parametrize(
+    "block,gate,up,down",
+    [("mlp", "gate_proj", "up_proj", "down_proj"), ("block_sparse_moe", "w1", "w3", "w2")],
+)
+def test_experts_are_stacked_but_travel_one_by_one(block: str, gate: str, up: str, down: str) -> None:
+    at = f"model.layers.2.{block}.experts."
+    for layer in (gate, up):
+        assert served_name(f"{at}5.{layer}.weight") == at + "w13_weight"
+    assert served_name(f"{at}5.{down}.weight") == at + "w2_weight"
+    assert fused_name(f"{at}5.{gate}.weight") == fused_name(f"{at}5.{up}.weight")
+    assert fused_name(f"{at}5.{gate}.weight") != fused_name(f"{at}6.{gate}.weight")
+    router = f"model.layers.2.{block}.gate.weight"
+    assert served_name(router) == fused_name(router) == router
 
 
 @pytest.mark.parametrize(
