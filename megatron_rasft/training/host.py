@@ -561,8 +561,13 @@ class Trainer:
         """Complete checkpoints that are being written in the background (--async-save), waiting for them or not."""
         training.maybe_finalize_async_save(blocking=is_blocking)
 
-    def export(self, path: str) -> None:
-        """Write the model as a Hugging Face folder, in the type it was trained in: what was learnt is not rounded."""
+    def export(self, path: str, facts: dict[str, str] | None = None) -> None:
+        """Write the model as a Hugging Face folder, in the type it was trained in: what was learnt is not rounded.
+
+        Args:
+            path: must not exist, or be an empty folder.
+            facts: of the run, for the model card; None writes no card.
+        """
         with self._settled():
             export(
                 self.model,
@@ -574,6 +579,7 @@ class Trainer:
                 is_first_replica=self._is_first_replica,
                 experts=self._experts,
                 dtype=self.args.params_dtype,
+                facts=facts,
             )
 
 

@@ -26,6 +26,7 @@ from megatron_rasft.types import Demonstration, TrainingSample
 from megatron_rasft.verify.pool import VerifierPool
 from megatron_rasft.verify.sandbox import Sandbox
 from megatron_rasft.weights.folder import HfFolder, weights_fingerprint
+from megatron_rasft.weights.model_card import run_facts
 
 
 class Problems:
@@ -207,11 +208,7 @@ class Run:
             self.planner.load_state_dict(state["planner"])
         if self.is_lead and self._save is not None:
             self._save.mkdir(parents=True, exist_ok=True)
-            resolved = {
-                "rasft": self.config.as_dict(),
-                "megatron": {k: str(v) for k, v in sorted(vars(self.args).items())},
-            }
-            (self._save / "config.json").write_text(json.dumps(resolved, indent=1), encoding="utf-8")
+            (self._save / "config.json").write_text(json.dumps(self._resolved(), indent=1), encoding="utf-8")
         args = self.args
         where = "GPU" if args.distributed_backend == "nccl" else "CPU"
         self.progress.say(
@@ -307,11 +304,19 @@ class Run:
             "architecture": architecture_of(self.args),
         }
 
+    def _resolved(self) -> dict[str, Any]:
+        """Every flag's value."""
+        return {
+            "rasft": self.config.as_dict(),
+            "megatron": {k: str(v) for k, v in sorted(vars(self.args).items())},
+        }
+
     def finish(self) -> None:
         """Wait for saves, export the model, and say what became of the rollouts."""
         self.trainer.finish_saves()
         if self.args.export_hf is not None:
-            self.trainer.export(self.args.export_hf)
+            facts = run_facts(self._resolved(), self._metrics_file(), self.trainer.iteration)
+            self.trainer.export(self.args.export_hf, facts)
             self.progress.say(f"exported to {self.args.export_hf}")
         if self._verdicts:
             counts = ", ".join(f"{count} {verdict}" for verdict, count in sorted(self._verdicts.items()))

@@ -4,7 +4,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from itertools import groupby
+from itertools import accumulate, groupby, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +25,7 @@ from megatron_rasft.weights.folder import HfFolder
 from megatron_rasft.weights.fp8_blocks import QUANTIZATION_CONFIG, SCALE_SUFFIX, quantized, scale_shape
 from megatron_rasft.weights.gathering import TensorPlan, assemble
 from megatron_rasft.weights.loading import read_shard
-from megatron_rasft.weights.model_card import run_facts, write_card
+from megatron_rasft.weights.model_card import saved_run_facts, write_card
 from megatron_rasft.weights.staging import StagedFolder
 from megatron_rasft.weights.torch_dist import (
     COMMON_STATE,
@@ -295,7 +295,7 @@ def megatron_to_hf(
         more = {"quantization_config": QUANTIZATION_CONFIG} if is_fp8 else {}
         write_config(template, staged.path, dtype, **more)
         kind = "fp8 in blocks of 128 x 128" if is_fp8 else str(parts[0].parameters[0][1][0].dtype)[6:]
-        facts = {"Weights": kind, **run_facts(source.path, source.iteration)}
+        facts = {"Weights": kind, **saved_run_facts(source.path.parent, source.iteration)}
         write_card(staged.path, template, Path(out_dir).name, facts)
         staged.finish()
 
@@ -361,9 +361,12 @@ def read_parameter(source: TorchDistFolder, table: NameTable, parameter: StoredP
     """The Hugging Face tensors of a parameter, in the order of its names, in the checkpoint's type."""
     whole = source.read(*place(source, parameter))
     layout = parameter.binding.entry.layout(table.shape, 0, 1, whole.shape)
-    if layout.pieces == (Piece(0, 0, layout.length),):
-        return [whole]
-    return assemble([whole], parameter.binding, table)
+    if len(layout.pieces) > len(parameter.binding.hf_names):
+        return assemble([whole], parameter.binding, table)
+    # each tensor is one piece, and they follow each other: no copy
+    sizes = [stop - start for _, start, stop in layout.pieces]
+    starts = accumulate(sizes, initial=0)
+    return [whole.narrow(layout.dim, start, size) for start, size in zip(starts, sizes, strict=False)]
 
 
 def is_quantized(parameter: StoredParameter) -> bool:
@@ -411,7 +414,10 @@ def _plan(parameter: StoredParameter, dtype: torch.dtype, is_fp8: bool) -> list[
 def _write_file(path: Path, source: TorchDistFolder, table: NameTable, part: _FilePart) -> None:
     writer = ShardWriter(path, [plan for _, plans in part.parameters for plan in plans])
     try:
-        for parameter, plans in part.parameters:
+        following = [place(source, parameter) for parameter, _ in part.parameters[1:]]
+        for (parameter, plans), ahead in zip_longest(part.parameters, following):
+            if ahead is not None:
+                source.read_ahead(*ahead)
             dtypes = {plan.name: plan.dtype for plan in plans}
             for name, tensor in zip(
                 parameter.binding.hf_names, read_parameter(source, table, parameter), strict=True

@@ -18,6 +18,7 @@ from torch.distributed import ProcessGroup
 from megatron_rasft.errors import CheckpointError, ModelFolderError
 from megatron_rasft.weights.folder import DTYPES, INDEX_FILE, SINGLE_FILE, HfFolder
 from megatron_rasft.weights.gathering import ExpertGroups, TensorPlan, gather_tensors, plan_tensors
+from megatron_rasft.weights.model_card import write_card
 
 _COPIED = (
     "generation_config.json",
@@ -91,6 +92,7 @@ def export(
     is_first_replica: bool = True,
     experts: ExpertGroups | None = None,
     dtype: torch.dtype | None = None,
+    facts: dict[str, str] | None = None,
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
     """Write the model as a folder that transformers loads. Every rank of the default group must call it.
@@ -110,6 +112,7 @@ def export(
         is_first_replica: True where data- and context-parallel rank are 0; other ranks give at most their experts.
         experts: where the experts of a layer are; None: each rank has all, cut as the rest is.
         dtype: type of all weights; None keeps the type of each tensor in ``template``.
+        facts: rows of the model card (README.md) beyond the model's own; None writes no card.
         max_shard_bytes: size at which a stage begins another file, in bytes.
 
     Raises:
@@ -142,7 +145,7 @@ def export(
     if is_lead:
         try:
             if not failure:
-                _finish(reports, template, temporary, out_dir, dtype)
+                _finish(reports, template, temporary, out_dir, dtype, facts)
         except (OSError, ModelFolderError) as error:
             failure = str(error)
         if failure:
@@ -268,8 +271,9 @@ def _finish(
     temporary: Path,
     out_dir: Path,
     dtype: torch.dtype | None,
+    facts: dict[str, str] | None,
 ) -> None:
-    """Name the files, write index and configuration, and move the folder to its name."""
+    """Name the files, write index, configuration and card, and move the folder to its name."""
     files = {file: names for stage_files, _, _ in reports for file, names in stage_files.items()}
     written = [name for names in files.values() for name in names]
     _check_complete(written, template)
@@ -288,6 +292,8 @@ def _finish(
         write_index(temporary, weight_map, total_size)
     copy_companions(template.path, temporary)
     write_config(template, temporary, dtype)
+    if facts is not None:
+        write_card(temporary, template, out_dir.name, facts)
     temporary.rename(out_dir.absolute())
 
 

@@ -3,34 +3,41 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 from megatron_rasft.weights.folder import HfFolder
 
 CARD_FILE = "README.md"
 
 
-def run_facts(checkpoint: Path, iteration: int) -> dict[str, str]:
-    """What a run's --save folder tells of it; nothing for weights without a run.
-
-    Args:
-        checkpoint: the folder of one checkpoint, inside the --save folder.
-        iteration: its step.
-    """
+def saved_run_facts(save: Path, iteration: int) -> dict[str, str]:
+    """What a run's --save folder tells of it as of step ``iteration``; nothing for weights without a run."""
     try:
-        resolved = json.loads((checkpoint.parent / "config.json").read_text(encoding="utf-8"))
-        rooms, megatron = resolved["rasft"], resolved["megatron"]
-        facts = {
-            "Base model": megatron["hf_model"],
-            "Objective": rooms["objective"]["objective"],
-            "Demonstrations": ", ".join(rooms["data"]["train_data"]),
-            "Rollout engine": rooms["rollout"]["rollout_engine"],
-            "Steps": str(iteration),
-            "Problems per step": megatron["global_batch_size"],
-            "Learning rate": megatron["lr"],
-        }
+        resolved = json.loads((save / "config.json").read_text(encoding="utf-8"))
+        return run_facts(resolved, save / "metrics.jsonl", iteration)
     except (OSError, ValueError, KeyError, TypeError):
         return {}
-    return {**facts, **_last_metrics(checkpoint.parent / "metrics.jsonl", iteration)}
+
+
+def run_facts(resolved: dict[str, Any], metrics: Path | None, iteration: int) -> dict[str, str]:
+    """The rows of a card that tell of a run.
+
+    Args:
+        resolved: its configuration, as a run writes it to config.json.
+        metrics: its metrics.jsonl, if it has one.
+        iteration: step of the weights.
+    """
+    rooms, megatron = resolved["rasft"], resolved["megatron"]
+    facts = {
+        "Base model": megatron["hf_model"],
+        "Objective": rooms["objective"]["objective"],
+        "Demonstrations": ", ".join(rooms["data"]["train_data"]),
+        "Rollout engine": rooms["rollout"]["rollout_engine"],
+        "Steps": str(iteration),
+        "Problems per step": megatron["global_batch_size"],
+        "Learning rate": megatron["lr"],
+    }
+    return facts if metrics is None else {**facts, **_last_metrics(metrics, iteration)}
 
 
 def _last_metrics(path: Path, iteration: int) -> dict[str, str]:
@@ -74,7 +81,7 @@ def write_card(folder: Path, template: HfFolder, title: str, facts: dict[str, st
     lines += ["tags:", "- megatron-rasft", "---", "", f"# {title}", ""]
     lines += ["| | |", "| --- | --- |"]
     lines += [f"| {name} | {_cell(value)} |" for name, value in rows.items()]
-    lines += ["", "Written by megatron_rasft from a Megatron checkpoint.", ""]
+    lines += ["", "Written by megatron_rasft.", ""]
     (folder / CARD_FILE).write_text("\n".join(lines), encoding="utf-8")
 
 

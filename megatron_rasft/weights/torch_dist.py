@@ -6,12 +6,15 @@ in 0.19.2, core/dist_checkpointing.
 """
 
 import argparse
+import contextlib
 import io
 import json
+import math
 import os
 import pickle
 import uuid
-from collections.abc import Sequence
+import zipfile
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -31,6 +34,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megatron_rasft.errors import CheckpointError
+from megatron_rasft.weights.saved_tensors import find_plain_tensor, read_whole
 
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
@@ -252,23 +256,33 @@ class TorchDistFolder:
         entry, lead = self.tensors[key], len(index)
         whole = torch.empty(entry.size[lead:], dtype=entry.properties.dtype)
         found = 0
-        for chunk in entry.chunks:
-            within = [i - o for i, o in zip(index, chunk.offsets, strict=False)]
-            if not all(0 <= w < size for w, size in zip(within, chunk.sizes, strict=False)):
-                continue
-            piece = self._load(key, chunk)
-            for position in within:
-                piece = piece[position]
+        for chunk, within in self._chunks_at(key, index):
             target = whole
             for dim, (offset, size) in enumerate(zip(chunk.offsets[lead:], chunk.sizes[lead:], strict=True)):
                 target = target.narrow(dim, offset, size)
-            target.copy_(piece)
-            found += piece.numel()
+            self._load(key, chunk, within, target)
+            found += target.numel()
         if found != whole.numel():
             raise CheckpointError(
                 f"checkpoint {self.path}: the chunks of {key} hold {found} elements of {whole.numel()}"
             )
         return whole
+
+    def read_ahead(self, key: str, index: Sequence[int] = ()) -> None:
+        """Have the system fetch what ``read`` will want; returns at once."""
+        for chunk, _ in self._chunks_at(key, index):
+            place = self._places[MetadataIndex(key, chunk.offsets)]
+            with contextlib.suppress(OSError), (self.path / place.relative_path).open("rb") as file:
+                os.posix_fadvise(file.fileno(), place.offset, place.length, os.POSIX_FADV_WILLNEED)
+
+    def _chunks_at(
+        self, key: str, index: Sequence[int]
+    ) -> Iterator[tuple[ChunkStorageMetadata, tuple[int, ...]]]:
+        """The chunks that hold a part of what is at ``index``, and where it is in each."""
+        for chunk in self.tensors[key].chunks:
+            within = tuple(i - o for i, o in zip(index, chunk.offsets, strict=False))
+            if all(0 <= w < size for w, size in zip(within, chunk.sizes, strict=False)):
+                yield chunk, within
 
     def read_object(self, key: str) -> Any:
         """An object of one shard, with plain values only (torch's weights_only)."""
@@ -278,13 +292,27 @@ class TorchDistFolder:
             (value,) = torch.load(io.BytesIO(file.read(place.length)), weights_only=True)
         return value
 
-    def _load(self, key: str, chunk: ChunkStorageMetadata) -> Tensor:
+    def _load(self, key: str, chunk: ChunkStorageMetadata, within: tuple[int, ...], target: Tensor) -> None:
+        """Put what is at ``within`` of a chunk into ``target``."""
         place = self._places[MetadataIndex(key, chunk.offsets)]
         try:
-            with (self.path / place.relative_path).open("rb") as file:
+            with (self.path / place.relative_path).open("rb", buffering=0) as file:
                 record = io.BufferedReader(_FileRange(file, place.offset, place.length))
+                start = find_plain_tensor(record, target.dtype, chunk.sizes)
+                if start is not None and target.is_contiguous() and target.numel() == math.prod(chunk.sizes):
+                    record.seek(start)
+                    read_whole(record, target)
+                    return
+                record.seek(0)
                 tensor = torch.load(record, map_location="cpu", weights_only=True)
-        except (RuntimeError, OSError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        except (
+            RuntimeError,
+            OSError,
+            ValueError,
+            EOFError,
+            pickle.UnpicklingError,
+            zipfile.BadZipFile,
+        ) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise CheckpointError(
                 f"checkpoint {self.path}: {key} in {place.relative_path} is damaged: {reason}"
@@ -294,7 +322,7 @@ class TorchDistFolder:
                 f"checkpoint {self.path}: a chunk of {key} has shape {list(tensor.shape)}, {_METADATA_FILE} "
                 f"says {list(chunk.sizes)}"
             )
-        return tensor
+        target.copy_(tensor[within])
 
 
 def _newest(path: Path) -> tuple[Path, int]:

@@ -20,6 +20,10 @@ def test_run_without_learning_exports_the_weights_it_read(workshop: Workshop, tm
     after = load_file(tmp_path / "exported" / "model.safetensors")
     assert before.keys() == after.keys()
     assert not [name for name, tensor in before.items() if not tensor.equal(after[name])]
+    card = (tmp_path / "exported" / "README.md").read_text()
+    assert f"| Base model | {workshop.policy} |" in card and "| Steps | 2 |" in card
+    loss = launching.losses(tmp_path / "save")[-1]
+    assert f"| Loss of the last step | {loss:.4g} |" in card
 
 
 def test_what_was_learnt_in_fp32_is_not_rounded_to_the_folders_type(
