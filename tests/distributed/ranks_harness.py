@@ -1,47 +1,28 @@
 """Runs one process per rank over gloo, and in it one trainer after another."""
 
 import contextlib
-import os
-import subprocess
-import sys
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-REPOSITORY = Path(__file__).parents[2]
+from tests import forking
 
 
-def run_ranks(worker: Path, world_size: int, root: Path, timeout_s: int = 300) -> None:
+def run_ranks(worker: Path, world_size: int, root: Path, timeout_s: int = 300) -> forking.Outcome:
     """Run ``worker RANK WORLD_SIZE ROOT`` on every rank; fails with the ranks' output if one of them does."""
-    environment = os.environ | {
-        "PYTHONPATH": str(REPOSITORY),
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
-        "WORLD_SIZE": str(world_size),
-    }
-    logs = [root / f"{worker.stem}-{world_size}-{rank}.log" for rank in range(world_size)]
-    ranks = []
-    for rank, log in enumerate(logs):
-        with log.open("w") as output:
-            command = [sys.executable, "-W", "ignore", str(worker), str(rank), str(world_size), str(root)]
-            variables = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            ranks.append(subprocess.Popen(command, env=variables, stdout=output, stderr=subprocess.STDOUT))
-    try:
-        deadline = time.monotonic() + timeout_s
-        while any(rank.poll() is None for rank in ranks) and time.monotonic() < deadline:
-            if any(rank.poll() for rank in ranks):
-                break  # the others wait for it in a collective
-            time.sleep(0.1)
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
-    codes = [rank.returncode for rank in ranks]
-    assert codes == [0] * world_size, f"exit codes {codes}\n" + "\n".join(
-        f"--- rank {rank}\n{log.read_text()[-3000:]}" for rank, log in enumerate(logs)
-    )
+    ranks = [
+        forking.Rank(
+            program=worker,
+            arguments=[str(rank), str(world_size), str(root)],
+            log=root / f"{worker.stem}-{world_size}-{rank}.log",
+            variables={},
+        )
+        for rank in range(world_size)
+    ]
+    outcome = forking.run(ranks, timeout_s=timeout_s, ends_with_first_failure=True)
+    ends = "\n".join(f"--- rank {rank}\n{log[-3000:]}" for rank, log in enumerate(outcome.logs))
+    assert outcome.codes == [0] * world_size, f"exit codes {outcome.codes}\n{ends}"
+    return outcome
 
 
 @contextlib.contextmanager

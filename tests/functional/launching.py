@@ -1,56 +1,28 @@
-"""Starts pretrain_rasft.py on several ranks, each in a process forked from one that has imported everything.
+"""Starts pretrain_rasft.py on several ranks.
 
-A run is then seconds instead of half a minute. Each rank's own exit code is seen, and no launcher ends the
+A forked run is seconds instead of half a minute. Each rank's own exit code is seen, and no launcher ends the
 others when one fails: a rank that is left waiting shows as a hang. ``torchrun`` starts the program as a user does.
 """
 
-import contextlib
 import json
-import multiprocessing
 import os
 import resource
-import runpy
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from multiprocessing.context import ForkServerProcess
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-REPOSITORY = Path(__file__).parents[2]
+from tests import forking
+from tests.forking import ENVIRONMENT, REPOSITORY, Outcome
+
 PROGRAM = REPOSITORY / "pretrain_rasft.py"
 TIMEOUT_S = 240
-
-ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1",
-    "CUDA_VISIBLE_DEVICES": "",
-    "CUDA_DEVICE_MAX_CONNECTIONS": "1",
-    "HF_HUB_OFFLINE": "1",
-    "PYTHONWARNINGS": "ignore",
-}
-
-
-@dataclass
-class Outcome:
-    """What a run left behind, one entry a rank."""
-
-    codes: list[int | None]
-    """Exit codes, negative for a signal; None for a rank that had to be killed after the timeout."""
-    logs: list[str]
-
-    @property
-    def output(self) -> str:
-        return "\n".join(f"--- rank {rank}\n{log}" for rank, log in enumerate(self.logs))
-
-    @property
-    def errors(self) -> list[str]:
-        """Each message from its ``error:`` to the end of the log; several rows at fault take a line each."""
-        return [part for log in self.logs for part in f"\n{log}".split("\nerror: ")[1:]]
 
 
 @dataclass(kw_only=True)
@@ -70,12 +42,6 @@ class Pause:
     until: Path
 
 
-def _preload() -> None:
-    os.environ.update(ENVIRONMENT)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pretrain_rasft", "tests.functional.launching"])
-
-
 def _interrupt(events: Sequence[Interruption | Pause]) -> None:
     from megatron_rasft.report.progress import Progress
 
@@ -92,25 +58,8 @@ def _interrupt(events: Sequence[Interruption | Pause]) -> None:
     Progress.step = step  # type: ignore[assignment,method-assign]
 
 
-def _rank(
-    flags: Sequence[str],
-    variables: dict[str, str],
-    log: str,
-    events: Sequence[Interruption | Pause],
-    file_limit: int,
-) -> None:
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    sys.stdout = os.fdopen(1, "w", buffering=1)
-    sys.stderr = os.fdopen(2, "w", buffering=1)
-    os.environ.update(variables)
-    if file_limit:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, resource.RLIM_INFINITY))
-    if events:
-        _interrupt(events)
-    sys.argv = [str(PROGRAM), *flags]
-    runpy.run_path(str(PROGRAM), run_name="__main__")
+def _limit_files(num_bytes: int) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, resource.RLIM_INFINITY))
 
 
 def run(
@@ -134,44 +83,25 @@ def run(
         timeout_s: a rank still running then is killed and has no exit code.
         variables: more of the environment.
     """
-    _preload()
     folder.mkdir(parents=True, exist_ok=True)
-    common = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
-    context = multiprocessing.get_context("forkserver")
-    ranks: list[ForkServerProcess] = []
-    logs = [folder / f"rank{rank}.log" for rank in range(world_size)]
-    for rank, log in enumerate(logs):
-        events: list[Interruption | Pause] = [] if rank else list(pauses)
-        if interruption is not None and interruption.only_rank in (None, rank):
+    ranks = []
+    for number in range(world_size):
+        events: list[Interruption | Pause] = [] if number else list(pauses)
+        if interruption is not None and interruption.only_rank in (None, number):
             events.append(interruption)
-        process = context.Process(
-            target=_rank,
-            args=(
-                list(flags),
-                {**common, **(variables or {}), "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                str(log),
-                events,
-                file_limit,
-            ),
+        prepare: list[Callable[[], None]] = [partial(_interrupt, events)] if events else []
+        if file_limit:
+            prepare.append(partial(_limit_files, file_limit))
+        ranks.append(
+            forking.Rank(
+                program=PROGRAM,
+                arguments=list(flags),
+                log=folder / f"rank{number}.log",
+                variables=dict(variables or {}),
+                prepare=prepare,
+            )
         )
-        process.start()
-        ranks.append(process)
-    with _killed_at_the_end(ranks):
-        for process in ranks:
-            process.join(timeout_s)
-        codes = [process.exitcode for process in ranks]
-    return Outcome(codes, [log.read_text(errors="replace") if log.exists() else "" for log in logs])
-
-
-@contextlib.contextmanager
-def _killed_at_the_end(ranks: Sequence[ForkServerProcess]) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        for process in ranks:
-            if process.is_alive():
-                process.kill()
-                process.join()
+    return forking.run(ranks, timeout_s=timeout_s)
 
 
 def succeed(folder: Path, flags: Sequence[str], world_size: int = 1) -> Outcome:
@@ -197,7 +127,7 @@ def torchrun(
         hides_gpu: whether the run is one on the CPU wherever it is started.
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(num_processes)]
-    command += ["--master-port", str(_free_port()), str(PROGRAM), *flags]
+    command += ["--master-port", str(forking.free_port()), str(PROGRAM), *flags]
     variables = os.environ | ENVIRONMENT
     if not hides_gpu:
         del variables["CUDA_VISIBLE_DEVICES"]
@@ -216,12 +146,6 @@ def torchrun(
             process.wait(60)
         log.seek(0)
         return Outcome([process.returncode], [log.read()])
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def steps(save: Path) -> dict[int, dict[str, float]]:

@@ -1,0 +1,118 @@
+"""Runs a program on several ranks, each in a process forked from one that has imported everything.
+
+A rank then starts at once instead of importing torch, Megatron and transformers for ten seconds.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import runpy
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parents[1]
+
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+    "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "PYTHONWARNINGS": "ignore",
+}
+
+
+@dataclass
+class Outcome:
+    """What a run left behind, one entry a rank."""
+
+    codes: list[int | None]
+    """Exit codes, negative for a signal; None for a rank that had to be killed after the timeout."""
+    logs: list[str]
+
+    @property
+    def output(self) -> str:
+        return "\n".join(f"--- rank {rank}\n{log}" for rank, log in enumerate(self.logs))
+
+    @property
+    def errors(self) -> list[str]:
+        """Each message from its ``error:`` to the end of the log; several rows at fault take a line each."""
+        return [part for log in self.logs for part in f"\n{log}".split("\nerror: ")[1:]]
+
+
+@dataclass(kw_only=True)
+class Rank:
+    """What one rank runs."""
+
+    program: Path
+    arguments: Sequence[str]
+    log: Path
+    variables: dict[str, str]
+    """More of the environment."""
+    prepare: Sequence[Callable[[], None]] = ()
+    """Called in its process before the program; can be pickled."""
+
+    def __call__(self) -> None:
+        output = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        sys.stdout = os.fdopen(1, "w", buffering=1)
+        sys.stderr = os.fdopen(2, "w", buffering=1)
+        os.environ.update(self.variables)
+        for prepare in self.prepare:
+            prepare()
+        sys.argv = [str(self.program), *self.arguments]
+        runpy.run_path(str(self.program), run_name="__main__")
+
+
+def run(ranks: Sequence[Rank], *, timeout_s: float, ends_with_first_failure: bool = False) -> Outcome:
+    """Run the ranks to their end, side by side.
+
+    Args:
+        timeout_s: a rank still running then is killed and has no exit code.
+        ends_with_first_failure: the others are killed then; else one that is left waiting shows as a hang.
+    """
+    os.environ.update(ENVIRONMENT)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pretrain_rasft", "tests.forking", "tests.functional.launching"])
+    common = {
+        "WORLD_SIZE": str(len(ranks)),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
+    processes: list[ForkServerProcess] = []
+    for number, rank in enumerate(ranks):
+        rank.variables = {**common, **rank.variables, "RANK": str(number), "LOCAL_RANK": str(number)}
+        processes.append(context.Process(target=rank))
+    with _killed_at_the_end(processes):
+        for process in processes:
+            process.start()
+        deadline = time.monotonic() + timeout_s
+        while any(process.is_alive() for process in processes) and time.monotonic() < deadline:
+            if ends_with_first_failure and any(process.exitcode for process in processes):
+                break
+            time.sleep(0.02)
+        codes = [process.exitcode for process in processes]
+    return Outcome(codes, [r.log.read_text(errors="replace") if r.log.exists() else "" for r in ranks])
+
+
+@contextlib.contextmanager
+def _killed_at_the_end(processes: Sequence[ForkServerProcess]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for process in processes:
+            if process.is_alive():
+                process.kill()
+                process.join()
+
+
+def free_port() -> int:
+    """A port that is free now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
