@@ -78,7 +78,7 @@ def run(ranks: Sequence[Rank], *, timeout_s: float, ends_with_first_failure: boo
     """
     os.environ.update(ENVIRONMENT)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pretrain_rasft", "tests.forking", "tests.functional.launching"])
+    context.set_forkserver_preload(["tests.preloaded"])
     common = {
         "WORLD_SIZE": str(len(ranks)),
         "MASTER_ADDR": "127.0.0.1",

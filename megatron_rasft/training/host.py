@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import os
+import queue
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.enums import ModelType
 from megatron.core.models.gpt import GPTModel
@@ -177,6 +179,10 @@ def start(args: Any) -> None:
 
     # The wheel has the compiled helper but not the Makefile that this would call.
     datasets_utils.compile_helpers = lambda: None
+    if not args.async_save:
+        # Saves then run in this process. Megatron's queue would start another one to hand their results over, which takes
+        # seconds and 800 MB, and is left behind if this one is killed.
+        filesystem_async._results_queue = queue.Queue()
     if args.distributed_backend == "gloo" and not torch.distributed.is_initialized():
         # Given beforehand, so that no CUDA device id is passed to gloo.
         for name, value in (

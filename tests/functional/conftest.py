@@ -28,7 +28,16 @@ class Workshop:
         """A run of the policy on the sums: 8 problems a step, 3 steps a refresh, constant learning rate."""
         return [
             *("--hf-model", str(model or self.policy), "--train-data", str(data or self.sums)),
-            *("--seq-length", "64", "--global-batch-size", "8", "--rasft-refresh-interval", "3"),
+            *(
+                "--seq-length",
+                "64",
+                "--global-batch-size",
+                "8",
+                "--micro-batch-size",
+                "4",
+                "--rasft-refresh-interval",
+                "3",
+            ),
             *("--lr", "1e-3", "--lr-decay-style", "constant", "--lr-warmup-iters", "0"),
             *("--rollout-max-new-tokens", "12", *SHORT_ANSWERS, *more),
         ]
@@ -48,6 +57,16 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
     flags = shop.flags("--objective", "sft", "--data-epochs", "4", model=shop.random, data=lessons)
     launching.succeed(
         root / "policy-logs",
-        [*flags, "--lr", "1e-2", "--global-batch-size", "16", "--export-hf", str(shop.policy)],
+        [
+            *flags,
+            "--lr",
+            "1e-2",
+            "--global-batch-size",
+            "16",
+            "--micro-batch-size",
+            "16",
+            "--export-hf",
+            str(shop.policy),
+        ],
     )
     return shop
