@@ -29,11 +29,11 @@ def unbroken_run(workshop: Workshop, world_size: int) -> Path:
 
 
 def interrupted_run(
-    workshop: Workshop, save: Path, interruption: Interruption, world_size: int
+    workshop: Workshop, save: Path, interruption: Interruption, world_size: int, *more: str
 ) -> launching.Outcome:
     return launching.run(
         save.with_name(f"{save.name}-broken-logs"),
-        workshop.flags("--save", str(save), *flags_of(save)),
+        workshop.flags("--save", str(save), *flags_of(save), *more),
         world_size,
         interruption=interruption,
     )
@@ -65,15 +65,15 @@ def assert_same_run(save: Path, unbroken: Path) -> None:
     assert not differing
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size,more", [(1, ()), (2, ()), (2, ("--async-save",))])
 def test_run_stopped_by_sigterm_goes_on_as_if_unbroken(
-    workshop: Workshop, tmp_path: Path, world_size: int
+    workshop: Workshop, tmp_path: Path, world_size: int, more: tuple[str, ...]
 ) -> None:
     unbroken = unbroken_run(workshop, world_size)
     save = tmp_path / "save"
     # One rank hears the signal; all must stop after the same step.
     term = Interruption(step=7, number=SIGTERM, only_rank=world_size - 1)
-    outcome = interrupted_run(workshop, save, term, world_size)
+    outcome = interrupted_run(workshop, save, term, world_size, *more)
     assert outcome.codes == [0] * world_size, outcome.output
     assert "stopped by a signal after step 7; saved" in outcome.output
     assert "Traceback" not in outcome.output
@@ -81,7 +81,7 @@ def test_run_stopped_by_sigterm_goes_on_as_if_unbroken(
     assert max(launching.steps(save)) == 7
     assert not Path(f"{save}-exported").exists()
     assert len(state_of(save, 7)["queue"]) == 1, "the signal came in mid-window"
-    resumed = workshop.train(save, flags_of(save), world_size)
+    resumed = workshop.train(save, [*flags_of(save), *more], world_size)
     assert "going on after step 7" in resumed.output
     assert_same_run(save, unbroken)
 
