@@ -17,14 +17,9 @@ if __name__ != "__mp_main__":
 
     from megatron_rasft.errors import RasftError
     from megatron_rasft.training import host
+    from megatron_rasft.training.problems import read_problems, set_length
     from megatron_rasft.training.ranks import FailedElsewhere
-    from megatron_rasft.training.run import (
-        Run,
-        is_lead_process,
-        process_exit_code,
-        read_problems,
-        set_length,
-    )
+    from megatron_rasft.training.run import Run, is_lead_process, process_exit_code
 
 
 def main() -> None:

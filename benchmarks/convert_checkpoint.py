@@ -198,8 +198,9 @@ def calculated(shape: str, workers: int) -> dict[str, float]:
         chunk = size / num_chunks(layout.length, size) if binding.entry.is_sharded else size
         # rows are read chunk by chunk, each with its slice of the file and torch.save's copy; columns at once
         to_megatron = max(to_megatron, 3 * chunk if layout.dim == 0 else size + 2 * chunk)
-        # read with a chunk in hand; put together out of the whole where it holds several tensors
-        to_hf = max(to_hf, size + chunk if len(binding.hf_names) == 1 else 2 * size)
+        # rows are read to their place, columns with a chunk in hand; put together anew where tensors are interleaved
+        held = size if layout.dim == 0 else size + chunk
+        to_hf = max(to_hf, 2 * size if len(layout.pieces) > len(binding.hf_names) else held)
         total += size
         layers += size if parameter.position == (0,) else 0
     gib = 2**30

@@ -6,6 +6,7 @@ and answers that the verifier grades.
 
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,28 @@ def write_model(path: Path, characters: str = CHARACTERS, **overrides: Any) -> P
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape)).float()
     model.save_pretrained(path)
     fast.save_pretrained(path)
+    return path
+
+
+def write_mixture(path: Path, like: Path) -> Path:
+    """A random Mixtral of four experts with the tokenizer of another model, in fp32."""
+    shutil.copytree(like, path, ignore=shutil.ignore_patterns("*.safetensors"))
+    config = transformers.AutoConfig.from_pretrained(like)
+    shape: dict[str, Any] = {
+        "vocab_size": config.vocab_size,
+        "hidden_size": 32,
+        "intermediate_size": 64,  # a multiple of 32: to one SGLang pads it on a CPU
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_local_experts": 4,
+        "max_position_embeddings": 128,
+        "bos_token_id": None,
+        "eos_token_id": config.eos_token_id,
+    }
+    torch.manual_seed(3)
+    model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**shape)).float()
+    model.save_pretrained(path)
     return path
 
 

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_rasft.types import PauseMode
+
 
 @dataclass(kw_only=True)
 class SyncConfig:
@@ -20,7 +22,7 @@ class SyncConfig:
     """Longest time that a server may take for one step of a sync (a request, a bucket, joining), seconds, > 0; then it
     is left out and the sync begins again without it. Keep it well below --distributed-timeout-minutes."""
 
-    sync_pause_mode: Literal["abort", "retract", "in_place"] = "abort"
+    sync_pause_mode: PauseMode = "abort"
     """What a sync does with running requests. abort: they return what they have, on every SGLang; retract: they wait
     and go on with the new weights, from 0.5.21 on (earlier servers are paused by abort); in_place: the same, but
     keeping the old weights' key-value cache."""

@@ -16,9 +16,7 @@ from typing import Any, Literal
 import httpx
 
 from megatron_rasft.errors import ServerError
-from megatron_rasft.types import ServerInfo
-
-PauseMode = Literal["abort", "retract", "in_place"]
+from megatron_rasft.types import PauseMode, ServerInfo
 
 _PAUSE_BETWEEN_TRIES_S = 0.2
 _LONGEST_QUOTE_CHARS = 300

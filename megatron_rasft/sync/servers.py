@@ -6,9 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from megatron_rasft.errors import ServerError
-from megatron_rasft.types import ServerInfo
-
-PauseMode = Literal["abort", "retract", "in_place"]
+from megatron_rasft.types import PauseMode, ServerInfo
 
 
 class Server(Protocol):

@@ -1,16 +1,12 @@
 """The solve rate on held-out problems, by the live weights and the run's own verifier."""
 
-from typing import TYPE_CHECKING
-
 from megatron_rasft import metrics
 from megatron_rasft.config import RasftConfig
+from megatron_rasft.training.problems import Problems
 from megatron_rasft.training.ranks import on_rank_zero
 from megatron_rasft.training.window import Policy, as_rollouts, sample_seed
 from megatron_rasft.types import Request, Response, SamplingParams
 from megatron_rasft.verify.pool import VerifierPool
-
-if TYPE_CHECKING:
-    from megatron_rasft.training.run import Problems
 
 
 class Heldout:
@@ -19,7 +15,7 @@ class Heldout:
     def __init__(
         self,
         config: RasftConfig,
-        problems: "Problems",
+        problems: Problems,
         policy: Policy,
         stop_ids: frozenset[int],
         verifier: VerifierPool | None,

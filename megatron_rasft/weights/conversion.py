@@ -252,7 +252,7 @@ def megatron_to_hf(
 ) -> None:
     """Write a checkpoint's weights as a folder that transformers loads; optimizer and other state is left out.
 
-    In memory there is, for each worker, one parameter twice.
+    In memory there is, for each worker, one parameter, twice where the checkpoint has several tensors interleaved in it.
 
     Args:
         source: an opened checkpoint, of a run or converted.

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 
 from megatron_rasft.weights import HfFolder
 from tests.functional import launching
 from tests.functional.conftest import Workshop
+from tests.tiny_policy import write_mixture
 from tools import convert_checkpoint
 
 
@@ -57,21 +57,7 @@ def test_checkpoint_of_a_run_becomes_what_the_run_exports(workshop: Workshop, tm
 
 
 def test_experts_train_on_two_ranks_as_on_one(workshop: Workshop, tmp_path: Path) -> None:
-    model = shutil.copytree(
-        workshop.policy, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors")
-    )
-    config = transformers.AutoConfig.from_pretrained(model)
-    sizes = {
-        "vocab_size": config.vocab_size,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-    }
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4}
-    ids = {"bos_token_id": None, "eos_token_id": config.eos_token_id, "max_position_embeddings": 128}
-    torch.manual_seed(3)
-    mixtral = transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes, **heads, **ids)).float()
-    mixtral.save_pretrained(model)
+    model = write_mixture(tmp_path / "model", workshop.policy)
     convert("hf-to-megatron", model, tmp_path / "converted")
     for world_size, layout in ((1, []), (2, ["--expert-model-parallel-size", "2"])):
         folder = tmp_path / f"ranks{world_size}"

@@ -13,6 +13,7 @@ from tests.functional import launching
 from tests.functional.conftest import Workshop
 from tests.functional.launching import Pause
 from tests.servers.running import NEWEST, OLDEST, RunningServer, ServerPool
+from tests.tiny_policy import write_mixture
 
 STEPS = 6
 REFRESHES = [0, 3, 5]
@@ -58,6 +59,21 @@ def test_run_samples_from_a_server_with_its_own_weights(
     gaps = [r["rollout/logprob_gap_nats"] for r in refreshes if "rollout/logprob_gap_nats" in r]
     assert gaps and max(gaps) < LARGEST_GAP
     assert all(record["objective/loss"] > 0 for record in launching.steps(save).values())
+
+
+def test_experts_of_both_ranks_reach_the_server_of_a_run(
+    workshop: Workshop, server_pool: ServerPool, tmp_path: Path
+) -> None:
+    model = write_mixture(tmp_path / "mixture", workshop.policy)
+    server = server_pool.get(OLDEST, model, "--dtype", "float32")
+    save = tmp_path / "save"
+    layout = ["--expert-model-parallel-size", "2", "--moe-token-dispatcher-type", "alltoall"]
+    flags = ["--save", str(save), "--train-iters", "2", "--rasft-refresh-interval", "1", *layout]
+    flags += ["--rollout-engine", "sglang", "--rollout-urls", server.url]
+    outcome = launching.succeed(tmp_path / "logs", workshop.flags(*flags, model=model), 2)
+    assert "proven by checksums of every tensor" in outcome.output
+    gaps = [r["rollout/logprob_gap_nats"] for r in refreshes_of(save)]
+    assert len(gaps) == 2 and max(gaps) < LARGEST_GAP
 
 
 def test_server_that_dies_and_returns_costs_rollouts_not_the_run(
