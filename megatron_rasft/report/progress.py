@@ -17,6 +17,7 @@ class ScalarWriter(Protocol):
     """TensorBoard's SummaryWriter, as far as it is used here."""
 
     def add_scalar(self, name: str, value: float, step: int) -> None: ...
+    def flush(self) -> None: ...
 
 
 class Progress:
@@ -77,6 +78,17 @@ class Progress:
             if name in values and not math.isnan(values[name]):
                 parts.append(f"{label} {values[name]:{form}}")
         self.say("  ".join(parts))
+
+    def close(self, exit_code: int = 0) -> None:
+        """Bring what the trackers hold to their files or servers, however the process ends.
+
+        Args:
+            exit_code: how the run ended, for Weights & Biases.
+        """
+        if self._tensorboard is not None:
+            self._tensorboard.flush()
+        if self._wandb is not None:
+            self._wandb.finish(exit_code)
 
     def _record(self, event: str, step: int, values: Mapping[str, float]) -> None:
         finite = {k: v for k, v in values.items() if math.isfinite(v)}

@@ -122,6 +122,7 @@ class Run:
             self.verifier.__exit__(*exc)
         if self.servers is not None:
             self.servers.close(is_clean=exc[0] is None)
+        self.progress.close(int(exc[0] is not None))
 
     def begin(self) -> None:
         """Go on from a checkpoint if there is one, write the resolved configuration, and say what will be done."""

@@ -100,16 +100,16 @@ def cases(world_size: int) -> list[Case]:
         if world_size == 4:
             pairs += [("sft_kl", "tied")]
         elif "," not in layout and layout not in ("recomputed", "chunks of 16 tokens"):
-            pairs += [("dft", "tied"), ("sft_kl", "untied"), ("sft_kl", "tied")]
+            pairs += [("dft", "tied"), ("sft_kl", "tied")]
         chosen += [Case(world_size, layout, objective, model) for objective, model in pairs]
     return chosen
 
 
 def batches(objective: str) -> list[list[TrainingSample]]:
-    """Global batches of 9, 6 and 1 samples, of unequal lengths and weights; the last leaves replicas idle."""
+    """Global batches of 6, 4 and 1 samples, of unequal lengths and weights; the last leaves replicas idle."""
     draw = random.Random(11)
     out = []
-    for size in (9, 6, 1):
+    for size in (6, 4, 1):
         batch = []
         for index in range(size):
             prompt = [draw.randrange(VOCAB_SIZE) for _ in range(draw.randint(1, 12))]

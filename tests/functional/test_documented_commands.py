@@ -143,7 +143,7 @@ def test_benchmark_of_code_verification_runs() -> None:
 
 
 def test_tests_for_a_gpu_are_collected() -> None:
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "--collect-only", "-q"]
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "--collect-only", "-q", "tests/gpu"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
     assert "tests/gpu/" in done.stdout

@@ -229,7 +229,8 @@ def test_hostile_responses_get_one_verdict_each_and_none_is_correct() -> None:
 
 
 MAIN_SCRIPT = """
-import os, sys, time
+import os, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what it starts in the background
 print("imported", flush=True)
 from megatron_rasft.config.verify import VerifyConfig
 from megatron_rasft.verify.pool import VerifierPool
