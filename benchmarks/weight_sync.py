@@ -34,6 +34,7 @@ sys.path.insert(0, str(ROOT))
 from megatron_rasft.config import SyncConfig  # noqa: E402
 from megatron_rasft.errors import ServerError  # noqa: E402
 from megatron_rasft.rollout.control import ServerControl  # noqa: E402
+from megatron_rasft.rollout.ports import free_port  # noqa: E402
 from megatron_rasft.sync import WeightSync  # noqa: E402
 from megatron_rasft.sync.estimating import SyncCosts, estimate_sync  # noqa: E402
 
@@ -74,6 +75,7 @@ def server(version: str, model: Path, log: Path) -> Iterator[str]:
     url = f"http://127.0.0.1:{port}"
     command = [str(ROOT / f".venv-sglang-{version}/bin/python"), str(ROOT / "tools/sglang_on_cpu.py")]
     command += ["--model-path", str(model), "--port", str(port), "--skip-tokenizer-init", "--sleep-on-idle"]
+    command += ["--nccl-port", str(free_port())]
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -95,15 +97,6 @@ def server(version: str, model: Path, log: Path) -> Iterator[str]:
     finally:
         os.killpg(process.pid, 9)
         process.wait()
-
-
-def free_port() -> int:
-    """A port that is free now."""
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def receive(port: int, sizes: list[int], rounds: int) -> None:

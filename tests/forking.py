@@ -7,13 +7,14 @@ import contextlib
 import multiprocessing
 import os
 import runpy
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+
+from megatron_rasft.rollout.ports import free_port
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -109,10 +110,3 @@ def _killed_at_the_end(processes: Sequence[ForkServerProcess]) -> Iterator[None]
             if process.is_alive():
                 process.kill()
                 process.join()
-
-
-def free_port() -> int:
-    """A port that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

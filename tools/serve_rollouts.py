@@ -21,6 +21,7 @@ from types import FrameType
 from megatron_rasft.errors import RasftError, RolloutError, ServerError
 from megatron_rasft.rollout.addresses import add_address, remove_address
 from megatron_rasft.rollout.control import ServerControl
+from megatron_rasft.rollout.ports import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU_LAUNCHER = Path(__file__).resolve().parent / "sglang_on_cpu.py"
@@ -124,6 +125,7 @@ def command(args: argparse.Namespace, host: str, port: int, key: str | None) -> 
     python = args.python or (cpu_python() if args.cpu else Path("python3"))
     line = [str(python), *([str(CPU_LAUNCHER)] if args.cpu else ["-m", "sglang.launch_server"])]
     line += ["--model-path", str(args.model), "--host", host, "--port", str(port), "--tp-size", str(args.tp)]
+    line += ["--nccl-port", str(free_port(host))]  # its own choice may be taken before it gets to it
     if not (args.model / "tokenizer.json").exists() and not (args.model / "tokenizer.model").exists():
         line.append("--skip-tokenizer-init")  # token ids go in and out
     if args.memory_saver:
@@ -210,16 +212,6 @@ def own_address() -> str:
             return str(probe.getsockname()[0])
         except OSError:
             return "127.0.0.1"
-
-
-def free_port(host: str) -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as probe:
-        try:
-            probe.bind((host, 0))
-        except OSError as error:
-            raise ValueError(f"--host {host} is no address of this machine ({error.strerror}).") from error
-        return int(probe.getsockname()[1])
 
 
 if __name__ == "__main__":

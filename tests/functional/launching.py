@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from megatron_rasft.rollout.ports import free_port
 from tests import forking
 from tests.forking import ENVIRONMENT, REPOSITORY, Outcome
 
@@ -127,7 +128,7 @@ def torchrun(
         hides_gpu: whether the run is one on the CPU wherever it is started.
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(num_processes)]
-    command += ["--master-port", str(forking.free_port()), str(PROGRAM), *flags]
+    command += ["--master-port", str(free_port()), str(PROGRAM), *flags]
     variables = os.environ | ENVIRONMENT
     if not hides_gpu:
         del variables["CUDA_VISIBLE_DEVICES"]

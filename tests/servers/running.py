@@ -16,7 +16,6 @@ does not answer is started again at the next ``get``. A test that needs two asks
 
 import os
 import signal
-import socket
 import subprocess
 import time
 from contextlib import suppress
@@ -26,6 +25,7 @@ import pytest
 
 from megatron_rasft.errors import ServerError
 from megatron_rasft.rollout.control import ServerControl
+from megatron_rasft.rollout.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 VERSIONS = ("0.5.17", "0.5.23")
@@ -44,12 +44,6 @@ def server_python(version: str) -> Path:
             f"SGLang {version} is not installed in {python.parents[1].name}: run `make servers`", False
         )
     return python
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class RunningServer:
@@ -74,7 +68,8 @@ class RunningServer:
     def start(self) -> None:
         """Launch the processes and return at once; the same port again after a stop."""
         command = [str(server_python(self.version)), str(ROOT / "tools" / "sglang_on_cpu.py")]
-        command += ["--model-path", str(self.model), "--port", str(self.port), *self.flags]
+        command += ["--model-path", str(self.model), "--port", str(self.port)]
+        command += ["--nccl-port", str(free_port()), *self.flags]
         if not (self.model / "tokenizer.json").exists() and "--skip-tokenizer-init" not in self.flags:
             command.append("--skip-tokenizer-init")
         environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
