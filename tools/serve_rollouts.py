@@ -8,13 +8,16 @@ without a GPU, from the environments that `make servers` makes. Flags after -- g
 """
 
 import argparse
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
@@ -89,8 +92,16 @@ def serve(args: argparse.Namespace) -> int:
     port = args.port or free_port(host)
     url = f"http://{host}:{port}"
     key = key_from(args.api_key_env)
+    if key is not None and "--config" in args.sglang:
+        raise ValueError(
+            "--api-key-env does not go with SGLang's --config: write api-key into that file instead."
+        )
+    with secrets_file(key) as secrets:
+        return _watch(args, command(args, host, port, secrets), url, key)
+
+
+def _watch(args: argparse.Namespace, line: Sequence[str], url: str, key: str | None) -> int:
     stopping: list[int] = []
-    line = command(args, host, port, key)
     try:
         process = subprocess.Popen(line, env=environment(), start_new_session=True)
     except OSError as error:
@@ -120,8 +131,8 @@ def serve(args: argparse.Namespace) -> int:
     raise RolloutError(f"the server at {url} ended by itself with status {status}: its log above says why")
 
 
-def command(args: argparse.Namespace, host: str, port: int, key: str | None) -> list[str]:
-    """The server's command line."""
+def command(args: argparse.Namespace, host: str, port: int, secrets: Path | None) -> list[str]:
+    """The server's command line, which every user of the machine can read."""
     python = args.python or (cpu_python() if args.cpu else Path("python3"))
     line = [str(python), *([str(CPU_LAUNCHER)] if args.cpu else ["-m", "sglang.launch_server"])]
     line += ["--model-path", str(args.model), "--host", host, "--port", str(port), "--tp-size", str(args.tp)]
@@ -130,9 +141,21 @@ def command(args: argparse.Namespace, host: str, port: int, key: str | None) -> 
         line.append("--skip-tokenizer-init")  # token ids go in and out
     if args.memory_saver:
         line.append("--enable-memory-saver")
-    if key is not None:
-        line += ["--api-key", key]
+    if secrets is not None:
+        line += ["--config", str(secrets)]
     return line + list(args.sglang)
+
+
+@contextmanager
+def secrets_file(key: str | None) -> Iterator[Path | None]:
+    """SGLang's configuration with the key, in a file that only this user reads; None without a key."""
+    if key is None:
+        yield None
+        return
+    with tempfile.TemporaryDirectory(prefix="serve_rollouts-") as folder:  # of mode 0700
+        path = Path(folder) / "secrets.yaml"
+        path.write_text(f"api-key: {json.dumps(key)}\n", encoding="utf-8")
+        yield path
 
 
 def environment() -> dict[str, str]:

@@ -557,8 +557,8 @@ class Trainer:
             dist_checkpointing.core.CheckpointingException,
         ) as error:
             raise CheckpointError(
-                f"the weights in {args.load} do not fit this model: {_checkpoint_failure(error).rstrip('.')}. Convert the "
-                "--hf-model again."
+                f"the weights in {args.load} cannot be loaded: {_checkpoint_failure(error).rstrip('.')}. They are damaged or "
+                "do not fit this model: convert the --hf-model again."
             ) from error
         self.optimizer.reload_model_params()
         args.load = args.save

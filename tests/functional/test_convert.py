@@ -1,5 +1,6 @@
 """Converted weights start a run, and a run's checkpoint becomes the folder that the run itself exports."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -81,3 +82,15 @@ def test_converted_weights_of_another_model_are_refused(workshop: Workshop, tmp_
         workshop.flags("--load", str(tmp_path / "converted"), "--save", str(tmp_path / "save")),
     )
     assert outcome.codes != [0] and "is of another model (hidden_size 48 != 64" in outcome.errors[0]
+
+
+def test_converted_weights_that_are_damaged_are_refused(workshop: Workshop, tmp_path: Path) -> None:
+    convert("hf-to-megatron", workshop.policy, tmp_path / "converted")
+    largest = max((tmp_path / "converted/release").glob("*.distcp"), key=lambda path: path.stat().st_size)
+    os.truncate(largest, largest.stat().st_size // 2)
+    outcome = launching.run(
+        tmp_path / "logs",
+        workshop.flags("--load", str(tmp_path / "converted"), "--save", str(tmp_path / "save")),
+    )
+    assert outcome.codes != [0]
+    assert f"the weights in {tmp_path / 'converted'} cannot be loaded: rank 0: " in outcome.errors[0]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_rasft.errors import ServerError
 from megatron_rasft.rollout.addresses import read_addresses
 from megatron_rasft.rollout.control import ServerControl
 from tests.servers.faulty_proxy import FaultyProxy, wait_for
@@ -43,18 +44,28 @@ def processes_of(text: str) -> Sequence[str]:
 
 
 @pytest.mark.servers
-def test_a_tensor_parallel_server_is_served_checked_and_stopped(served_model: Path, tmp_path: Path) -> None:
+def test_a_tensor_parallel_server_is_served_checked_and_stopped(
+    served_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     servers, log = tmp_path / "servers.txt", tmp_path / "serve.log"
     flags = ["--model", str(served_model), "--server-file", str(servers), "--tp", "2", "--cpu"]
+    key = "a key: with # signs"
+    monkeypatch.setenv("SERVER_KEY", key)
+    flags += ["--api-key-env", "SERVER_KEY"]
     process = start_serving(log, *flags, "--python", str(server_python(NEWEST)))
     try:
         wait_for(lambda: bool(read_addresses(servers)) or process.poll() is not None, 450)
         assert process.poll() is None, log.read_text(errors="replace")[-3000:]
         (url,) = read_addresses(servers)
-        with ServerControl(url) as control:
+        with ServerControl(url) as stranger, pytest.raises(ServerError, match="--rollout-api-key-env"):
+            stranger.probe()
+        assert processes_of(key) == [], "a command line is read by every user of the machine"
+        with ServerControl(url, api_key=key) as control:
             before = control.checksums()
             assert control.info.tp_size == len(before) == 2
-            checked = run_check("--hf-model", str(served_model), "--server-file", str(servers))
+            checked = run_check(
+                "--hf-model", str(served_model), "--server-file", str(servers), "--api-key-env", "SERVER_KEY"
+            )
             assert checked.returncode == 0, checked.stdout + checked.stderr
             line = checked.stdout.splitlines()[0]
             for part in (f"ok    {url}", f"SGLang {NEWEST}", "tp 2", "update session", "GB/s"):
@@ -112,6 +123,10 @@ def test_flags_that_make_no_sense_to_check_servers(served_model: Path, flags: li
         (["--model", "MODEL", "--host", "192.0.2.1"], "--host 192.0.2.1 is no address of this machine"),
         (["--model", "MODEL", "--cpu", "--python", "/nothing/python"], "--python /nothing/python"),
         (["--model", "MODEL", "--cpu", "--", "--no-such-flag"], "ended with status"),
+        (
+            ["--model", "MODEL", "--api-key-env", "HOME", "--", "--config", "x"],
+            "--api-key-env does not go with",
+        ),
     ],
 )
 def test_flags_that_make_no_sense_to_serve_rollouts(
