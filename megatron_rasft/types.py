@@ -108,6 +108,14 @@ class SamplingParams:
     stop_ids: frozenset[int]
     max_batch_size: int
     """Sequences decoded at once on one replica of the training model; a server decides that itself."""
+    max_total_tokens: int | None = None
+    """Longest prompt plus response; each prompt has its own room below it."""
+
+    def room(self, prompt_len: int) -> int:
+        """Most tokens of a response to a prompt of that length; one at least."""
+        if self.max_total_tokens is None:
+            return self.max_new_tokens
+        return max(1, min(self.max_new_tokens, self.max_total_tokens - prompt_len))
 
 
 @dataclass(kw_only=True, frozen=True)

@@ -17,7 +17,8 @@ class WeightingConfig:
 
     rasft_weighting: Literal["adaptive", "published"] = "adaptive"
     """Rule of the rasft objective: adaptive (the harder the problem, the more the demonstration counts) or
-    published (what the authors' script computes; it ignores every weighting_* constant)."""
+    published (what the authors' script computes; it ignores every weighting_* constant, and the script's quality
+    filters are on unless a --no-verify-filter-* flag switches one off)."""
 
     weighting_expert_max: float = 1.5
     """Demonstration weight of a problem that is never solved, s = 0; > 1, the weight of an unsampled one."""

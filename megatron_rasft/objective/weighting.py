@@ -330,7 +330,9 @@ def make_samples(
         expert = None
         trained = {} if group is None else dict.fromkeys(_distinct_positives(group, deduplicate), 1.0)
     elif objective in ("grpo", "gft"):
-        attempts = [i for i, rollout in enumerate(rollouts) if is_attempt(rollout)]
+        # Where nothing could be verified, no reward is known: the group counts as unsampled.
+        is_judged = group is not None and count_solved(group)[1] > 0
+        attempts = [i for i, rollout in enumerate(rollouts) if is_judged and is_attempt(rollout)]
         rewards = [1.0 if is_solved(rollouts[i]) else 0.0 for i in attempts]
         if objective == "grpo":
             expert = None

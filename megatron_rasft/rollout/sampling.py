@@ -249,7 +249,7 @@ class _Sampling:
         # A stop id as the last token allowed is called length, and an abort may come when all is done.
         if one.token_ids and one.token_ids[-1] in self._params.stop_ids:
             finish_reason = "stop"
-        elif finish_reason == "abort" and len(one.token_ids) == self._params.max_new_tokens:
+        elif finish_reason == "abort" and len(one.token_ids) == self._params.room(len(one.prompt_ids)):
             finish_reason = "length"
         if finish_reason == "abort":
             self._resume(one, has_gained=bool(part.token_ids))
@@ -357,7 +357,7 @@ class _Sampling:
         return ""
 
     async def _attempt(self, client: httpx.AsyncClient, one: _Sample, member: Member) -> _Part:
-        num_left = self._params.max_new_tokens - len(one.token_ids)
+        num_left = self._params.room(len(one.prompt_ids)) - len(one.token_ids)
         body = self._body(one, member, num_left)
         limit = self._config.rollout_deadline_s
         connect_s = min(limit, self._config.rollout_watch_s)

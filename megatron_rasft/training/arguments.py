@@ -3,12 +3,14 @@
 import argparse
 import os
 import warnings
+from dataclasses import fields
 from typing import Any
 
 import torch
 from megatron.training.argument_utils import ArgumentGroupFactory
 
 from megatron_rasft.config import RasftConfig
+from megatron_rasft.config.verify import published_filters
 
 _TITLES = {
     "run": "rasft run",
@@ -26,7 +28,8 @@ _TITLES = {
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """One group per room; defaults of Megatron's own flags are those of supervised fine-tuning."""
     for room, kind in RasftConfig.rooms().items():
-        ArgumentGroupFactory(kind).build_group(parser, title=_TITLES[room])
+        group = ArgumentGroupFactory(kind).build_group(parser, title=_TITLES[room])
+        _add_opposites(group, kind)
     for action in parser._actions:
         action.help = _printable(action)
     parser.set_defaults(
@@ -51,6 +54,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         position_embedding_type="rope",
         tokenizer_type="NullTokenizer",
     )
+    return parser
+
+
+def _add_opposites(group: argparse._ArgumentGroup, kind: type) -> None:
+    """Every switch can be put either way: the factory makes only the flag that changes the default."""
+    for field in fields(kind):
+        if field.type is not bool:
+            continue
+        flag = field.name.replace("_", "-")
+        name, action = (f"--{flag}", "store_true") if field.default else (f"--no-{flag}", "store_false")
+        group.add_argument(
+            name, dest=field.name, action=action, default=argparse.SUPPRESS, help=argparse.SUPPRESS
+        )
+
+
+def add_arguments_of_published(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """``add_arguments`` with the filters of the published script on; a flag still says otherwise."""
+    parser = add_arguments(parser)
+    parser.set_defaults(**published_filters())
     return parser
 
 

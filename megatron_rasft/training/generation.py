@@ -107,7 +107,9 @@ class LiveModel:
         prompts = torch.tensor(
             [[0] * (width - len(r.prompt_ids)) + r.prompt_ids for r in requests], device=self.device
         )
-        context = StaticInferenceContext(len(requests), width + params.max_new_tokens)
+        rooms = [params.room(len(r.prompt_ids)) for r in requests for _ in r.seeds]
+        longest = max(rooms)
+        context = StaticInferenceContext(len(requests), width + longest)
         columns = torch.arange(width, device=self.device)
         causal = columns[None, :] <= columns[:, None]
         # A pad attends to itself alone: a row without any key would be NaN and poison its cache.
@@ -138,7 +140,8 @@ class LiveModel:
         logprobs: list[list[float]] = [[] for _ in range(total)]
         finished = [False] * total
         stops = torch.tensor(sorted(params.stop_ids) or [-1], device=self.device)
-        for step in range(params.max_new_tokens):
+        ends = torch.tensor(rooms, device=self.device)
+        for step in range(longest):
             chosen, chosen_logprobs = self._sample(logits, uniforms[alive, step], params, history, pads)
             for row, token, logprob, over in zip(
                 alive.tolist(), chosen.tolist(), chosen_logprobs.tolist(), is_done.tolist(), strict=True
@@ -147,8 +150,8 @@ class LiveModel:
                     tokens[row].append(token)
                     logprobs[row].append(logprob)
                     finished[row] = token in params.stop_ids
-            is_done = is_done | torch.isin(chosen, stops)
-            if bool(is_done.all()) or step + 1 == params.max_new_tokens:
+            is_done = is_done | torch.isin(chosen, stops) | (ends[alive] == step + 1)
+            if bool(is_done.all()):
                 break
             if int(is_done.sum()) * 4 >= len(is_done):
                 keep = torch.nonzero(~is_done).flatten()

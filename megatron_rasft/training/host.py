@@ -45,7 +45,7 @@ from megatron_rasft.config import RasftConfig
 from megatron_rasft.errors import CheckpointError
 from megatron_rasft.sync import SyncReport, WeightSync
 from megatron_rasft.sync.servers import Server
-from megatron_rasft.training.arguments import add_arguments, fill_in
+from megatron_rasft.training.arguments import add_arguments, add_arguments_of_published, fill_in
 from megatron_rasft.training.batches import BatchLayout, MicroBatch, micro_batches, response_values
 from megatron_rasft.training.forward import Forward, run_forward_only
 from megatron_rasft.training.generation import LiveModel
@@ -103,6 +103,8 @@ def parse(argv: Sequence[str] | None = None, *, needs_data: bool = True) -> tupl
     if argv is not None:
         sys.argv = [sys.argv[0], *argv]
     args = parse_args(add_arguments)
+    if args.objective == "rasft" and args.rasft_weighting == "published":
+        args = parse_args(add_arguments_of_published)
     config = RasftConfig.from_args(args)
     read_keys(config.rollout)
     if args.hf_model is None:
@@ -123,10 +125,28 @@ def parse(argv: Sequence[str] | None = None, *, needs_data: bool = True) -> tupl
             validate_args(args, {})
     except AssertionError as error:
         raise ValueError(first_line(error)) from error
+    _check_sampling(args, config)
     if args.vocab_size is not None and args.padded_vocab_size is None:
         unit = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
         args.padded_vocab_size = -(-args.vocab_size // unit) * unit
     return args, config, folder
+
+
+def _check_sampling(args: Any, config: RasftConfig) -> None:
+    """Replicas sample at their own pace; experts spread over them would need them in step."""
+    if args.expert_model_parallel_size == 1:
+        return
+    flag = f"--expert-model-parallel-size {args.expert_model_parallel_size}"
+    if config.samples_rollouts and config.rollout.rollout_engine == "embedded":
+        raise ValueError(
+            f"{flag} does not go with --rollout-engine embedded: data-parallel ranks sample at their own pace. Sample from "
+            "servers (--rollout-engine sglang), or keep every expert on each rank (--expert-model-parallel-size 1)."
+        )
+    if config.heldout.heldout_data:
+        raise ValueError(
+            f"{flag} does not go with --heldout-data, which the trainer samples itself: evaluate checkpoints with "
+            "tools/evaluate.py instead, or keep every expert on each rank (--expert-model-parallel-size 1)."
+        )
 
 
 def first_line(error: BaseException) -> str:

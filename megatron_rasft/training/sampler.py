@@ -18,6 +18,7 @@ from megatron.training import checkpointing, training
 from megatron_rasft.errors import CheckpointError
 from megatron_rasft.training import host
 from megatron_rasft.training.generation import LiveModel
+from megatron_rasft.training.ranks import on_rank_zero
 from megatron_rasft.types import Request, Response, SamplingParams
 from megatron_rasft.weights.folder import HfFolder
 from megatron_rasft.weights.loading import load_into
@@ -95,7 +96,4 @@ class Sampler:
         self._broadcast(None)
 
     def _broadcast(self, work: Any) -> Any:
-        box = [work]
-        if dist.get_world_size() > 1:
-            dist.broadcast_object_list(box, src=0)
-        return box[0]
+        return on_rank_zero(lambda: work)

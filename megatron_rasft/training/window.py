@@ -9,7 +9,7 @@ import hashlib
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 from megatron_rasft.config import RasftConfig
@@ -192,6 +192,7 @@ class Planner:
             repetition_penalty=rollout.rollout_repetition_penalty,
             stop_ids=stop_ids,
             max_batch_size=rollout.rollout_batch_size,
+            max_total_tokens=max_tokens,
         )
 
     @property
@@ -282,7 +283,7 @@ class Planner:
             groups = on_rank_zero(lambda: self._replayed(chosen, replay))
         else:
             requests: list[Request] = on_rank_zero(lambda: [self._request(i, iteration) for i in chosen])
-            responses = self.policy.generate(requests, self._limited(requests))
+            responses = self.policy.generate(requests, self._sampling)
             groups = on_rank_zero(lambda: self._grouped(chosen, requests, responses, iteration))
         report.generate_s = time.monotonic() - began
         return on_rank_zero(lambda: self._verified(groups, report))
@@ -323,15 +324,10 @@ class Planner:
 
         def start() -> None:
             requests = [self._request(i, iteration) for i in plan.chosen]
-            servers.start(requests, self._limited(requests), iteration)
+            servers.start(requests, self._sampling, iteration)
 
         on_rank_zero(start)
         self._served_version = iteration
-
-    def _limited(self, requests: Sequence[Request]) -> SamplingParams:
-        longest = max((len(r.prompt_ids) for r in requests), default=0)
-        allowed = min(self._sampling.max_new_tokens, self.max_tokens - longest)
-        return replace(self._sampling, max_new_tokens=max(1, allowed))
 
     def _request(self, problem_id: str, iteration: int) -> Request:
         seed = self.config.rollout.rollout_seed

@@ -15,7 +15,7 @@ _sandboxes: dict[str, Sandbox] = {}
 def grade_code(response_text: str, tests: CodeTests, config: VerifyConfig) -> tuple[Verdict, str]:
     """Whether the program in a response passes its tests, and why.
 
-    The sandbox is started on the first call in a process and kept for the next.
+    The sandbox is started on the first call in a process and kept for the next. A program past its deadline is wrong.
 
     Raises:
         SandboxError: the machine does not allow ``verify_sandbox_level``.
@@ -28,7 +28,9 @@ def grade_code(response_text: str, tests: CodeTests, config: VerifyConfig) -> tu
     key = json.dumps(dataclasses.asdict(config))
     if key not in _sandboxes:
         _sandboxes[key] = Sandbox(config)
-    return run_tests(_sandboxes[key], program, tests)
+    verdict, reason = run_tests(_sandboxes[key], program, tests)
+    # A program that does not end fails its tests; a grader that does not end says nothing about the response.
+    return ("wrong", reason) if verdict == "timeout" else (verdict, reason)
 
 
 def run_tests(sandbox: Sandbox, program: str, tests: CodeTests) -> tuple[Verdict, str]:

@@ -61,6 +61,7 @@ MODES: dict[str, SamplingParams] = {
     "greedy": params(temperature=0.0, stop_ids=frozenset()),
     "plain": params(),
     "small batches": params(max_batch_size=4),
+    "little room": params(max_total_tokens=18, max_batch_size=9),
     "nucleus": params(temperature=0.9, top_p=0.8),
     "penalised": params(temperature=0.0, repetition_penalty=1.3, stop_ids=frozenset()),
 }

@@ -96,6 +96,18 @@ def test_responses_end_at_the_first_stop_id(results: dict[str, dict[str, Any]]) 
     assert len({tuple(tokens) for tokens, _, _ in responses}) > len(PROMPTS), "seeds were meant to differ"
 
 
+def test_each_prompt_has_its_own_room(results: dict[str, dict[str, Any]]) -> None:
+    """A long prompt takes nothing from the responses to the short ones sampled with it."""
+    limit = MODES["little room"].max_total_tokens
+    assert limit is not None
+    for prompt, cut, whole in zip(
+        PROMPTS, results["one"]["little room"], results["one"]["plain"], strict=True
+    ):
+        room = limit - len(prompt)
+        assert [r[0] for r in cut] == [r[0][:room] for r in whole]
+        assert [r[2] for r in cut] == [r[2] and len(r[0]) <= room for r in whole]
+
+
 @pytest.mark.parametrize("layout", LAYOUT_NAMES)
 def test_returned_logprobs_are_those_of_scoring(results: dict[str, dict[str, Any]], layout: str) -> None:
     given = [response[1] for group in results[layout]["plain"] for response in group]

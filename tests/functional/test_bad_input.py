@@ -11,7 +11,7 @@ import torch
 
 from tests.functional import launching
 from tests.functional.conftest import Workshop
-from tests.tiny_policy import write_model
+from tests.tiny_policy import write_mixture, write_model
 
 BAD_INPUT_TIMEOUT_S = 120
 
@@ -31,6 +31,16 @@ def without(flags: list[str], flag: str) -> list[str]:
     """The command line without one flag and its value."""
     at = flags.index(flag)
     return flags[:at] + flags[at + 2 :]
+
+
+def experts_apart(*more: str) -> Callable[[Workshop, Path], list[str]]:
+    """A mixture whose experts two ranks share, on a run that the flags make sample from itself."""
+
+    def made(workshop: Workshop, folder: Path) -> list[str]:
+        model = write_mixture(folder / "model", workshop.policy)
+        return workshop.flags("--expert-model-parallel-size", "2", *more, model=model)
+
+    return made
 
 
 def data_of(folder: Path, *lines: str) -> Path:
@@ -119,6 +129,14 @@ CASES = {
     "missing store": Case(
         lambda w, f: w.flags("--rollout-engine", "replay", "--rollout-replay", str(f / "none.jsonl")),
         ("none.jsonl", "--rollout-replay"),
+    ),
+    "own rollouts of experts on two ranks": Case(
+        experts_apart(), ("--expert-model-parallel-size 2", "--rollout-engine"), 2
+    ),
+    "held-out problems for experts on two ranks": Case(
+        lambda w, f: experts_apart("--objective", "sft", "--heldout-data", str(w.sums))(w, f),
+        ("--expert-model-parallel-size 2", "--heldout-data"),
+        2,
     ),
     "missing file on two ranks": Case(lambda w, f: w.flags(data=f / "none.jsonl"), ("none.jsonl",), 2),
     "row without answer on two ranks": Case(without_answer, ("rows.jsonl:2", "answer"), 2, num_lines=3),

@@ -93,7 +93,11 @@ def test_curriculum_decides_who_is_sampled(
 
 def test_published_weights_replace_the_adaptive(workshop: Workshop, recorded: Path, tmp_path: Path) -> None:
     save = tmp_path / "save"
-    workshop.train(save, ["--rasft-weighting", "published"])
+    workshop.train(save, ["--rasft-weighting", "published", "--no-verify-filter-format"])
+    chosen = json.loads((save / "config.json").read_text())["rasft"]["verify"]
+    switches = {name for name, value in chosen.items() if name.startswith("verify_filter") and value}
+    assert "verify_filter_symbols" in switches and "verify_filter_shortcut" in switches, "as in the script"
+    assert not switches & {"verify_filter_format", "verify_filter_too_short"}, "a flag says otherwise"
     first, published = launching.steps(recorded)[1], launching.steps(save)[1]
     assert published["training/num_samples"] > 0
     assert published["objective/loss"] != first["objective/loss"]

@@ -443,7 +443,15 @@ def test_gft_standardises_demonstration_and_rollouts_together():
     assert [s.weight for s in samples] == pytest.approx([1, 1, -1, -1], abs=1e-5)
 
 
-@pytest.mark.parametrize("group", [None, make_group(), counted_group(3, 0)])
+@pytest.mark.parametrize(
+    "group",
+    [
+        None,
+        make_group(),
+        counted_group(3, 0),
+        make_group(rollout(0, "unverifiable"), rollout(1, "unverifiable")),
+    ],
+)
 def test_gft_falls_back_to_the_demonstration(group):
     assert weights_of(make_samples("gft", demonstration(), group, config=WeightingConfig())) == [
         ("expert", 1.0)

@@ -1,5 +1,7 @@
 """A result or a failure of rank 0 reaches every rank."""
 
+import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -36,6 +38,23 @@ def _rank(rank: int, folder: str) -> None:
     assert on_rank_zero(lambda: None) is None, "the group still works, and None is a result"
     Path(folder, f"done{rank}").touch()
     dist.destroy_process_group()
+
+
+def _late_rank(rank: int, folder: str) -> None:
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=2,
+        timeout=timedelta(seconds=5),
+    )
+    assert on_rank_zero(lambda: time.sleep(8) or "late") == "late"
+    Path(folder, f"done{rank}").touch()
+
+
+def test_rank_zero_may_take_longer_than_a_collective_of_the_others(tmp_path: Path) -> None:
+    mp.spawn(_late_rank, args=(str(tmp_path),), nprocs=2)
+    assert (tmp_path / "done0").exists() and (tmp_path / "done1").exists()
 
 
 def test_two_ranks_share_results_and_failures(tmp_path: Path) -> None:
