@@ -94,7 +94,8 @@ class ObjectiveConfig:
     """gft: tokens above this probability get the full gradient, the others the DFT factor. In [0, 1]."""
 
     objective_grpo_clip_low: float = 0.2
-    """grpo: epsilon below 1 of the policy ratio, in [0, 1]."""
+    """grpo: epsilon below 1 of the ratio to the policy at the window's start, in [0, 1]. Rollouts of --rollout-lag 1 or of
+    a replay are older than that policy; the ratio does not correct for it."""
 
     objective_grpo_clip_high: float | None = None
     """grpo: epsilon above 1 of the policy ratio, >= 0. Unset: 0.2, or 0.28 with --objective-grpo-dapo."""
