@@ -31,6 +31,7 @@ from megatron_rasft.rollout.sampling import check_generation
 from megatron_rasft.sync.buckets import Bucket, plan_buckets
 from megatron_rasft.sync.groups import GroupFailure, UpdateGroup, local_address
 from megatron_rasft.sync.served import ServedFormat
+from megatron_rasft.sync.servers import Server, ask_all
 from megatron_rasft.weights import HfFolder
 
 
@@ -210,9 +211,6 @@ def broadcast(findings: Sequence[Finding], folder: HfFolder, args: argparse.Name
     except GroupFailure as failure:
         blame(findings, failure, "the test broadcast")
         return
-    except ServerError as error:
-        next(f for f in findings if f.control.url == error.server).fault = error.reason
-        return
     finally:
         group.close()
     num_bytes = sum(b.num_bytes for b in buckets)
@@ -241,30 +239,53 @@ def send(
     buckets: Sequence[Bucket],
     device: torch.device,
 ) -> float:
-    """Broadcast the buckets as a sync would; seconds spent sending."""
-    for control in controls:
+    """Broadcast the buckets as a sync would; seconds spent sending.
+
+    However it ends, every server that can be reached is let go on.
+
+    Raises:
+        GroupFailure: a server failed; the first failure, not one of the cleaning up after it.
+    """
+
+    def stop(control: Server) -> None:
         control.pause("abort")
+        control.begin_weight_update()
+
+    seconds = 0.0
     try:
-        for control in controls:
-            control.begin_weight_update()
-        seconds = 0.0
-        try:
-            for bucket in buckets:
-                memory = torch.empty(bucket.num_bytes, dtype=torch.uint8, device=device)
-                for name, view in bucket.views(memory).items():
-                    view.copy_(folder.read(name))
-                began = time.monotonic()
-                group.broadcast(bucket, memory)
-                seconds += time.monotonic() - began
-        finally:
-            for control in controls:
-                control.end_weight_update()
-        for control in controls:
-            control.flush_cache()
-    finally:
-        for control in controls:
-            control.resume()
+        check_none(ask_all(controls, stop))
+        for bucket in buckets:
+            memory = torch.empty(bucket.num_bytes, dtype=torch.uint8, device=device)
+            for name, view in bucket.views(memory).items():
+                view.copy_(folder.read(name))
+            began = time.monotonic()
+            group.broadcast(bucket, memory)
+            seconds += time.monotonic() - began
+    except BaseException:
+        ask_all(controls, let_go_on)
+        raise
+    check_none(ask_all(controls, let_go_on))
     return seconds
+
+
+def let_go_on(control: Server) -> None:
+    """Close the session, forget what was cached and generate again; each is tried whatever became of the one before."""
+    failures = []
+    for step in (control.end_weight_update, control.flush_cache, control.resume):
+        try:
+            step()
+        except ServerError as error:
+            failures.append(error)
+            if error.status is None:  # not to be reached
+                break
+    if failures:
+        raise failures[0]
+
+
+def check_none(failed: dict[str, str]) -> None:
+    """GroupFailure if a server failed."""
+    if failed:
+        raise GroupFailure(next(iter(failed.values())), failed)
 
 
 def blame(findings: Sequence[Finding], failure: GroupFailure, what: str) -> None:

@@ -1,0 +1,75 @@
+"""The test broadcast of tools/check_servers.py leaves servers as they were; all of it runs in tests/functional."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_rasft.sync.buckets import Bucket, plan_buckets
+from megatron_rasft.sync.groups import GroupFailure
+from megatron_rasft.sync.served import ServedFormat
+from tests.unit.sync.stand_ins import StandIn
+from tests.unit.sync.test_buckets import model
+from tools import check_servers
+
+
+class Folder:
+    def read(self, name: str) -> torch.Tensor:
+        return torch.zeros(())
+
+
+class Group:
+    """Broadcasts to nobody; ``failure`` has it fail."""
+
+    def __init__(self, failure: GroupFailure | None = None) -> None:
+        self.failure = failure
+        self.num_sent = 0
+
+    def broadcast(self, bucket: Bucket, memory: torch.Tensor) -> None:
+        self.num_sent += 1
+        if self.failure is not None:
+            raise self.failure
+
+
+def send(group: Group, *servers: StandIn) -> float:
+    buckets = plan_buckets(model(), ServedFormat(torch.bfloat16), 10**9)
+    given: Any = (group, servers, Folder())
+    return check_servers.send(*given, buckets, torch.device("cpu"))
+
+
+@pytest.fixture
+def servers() -> tuple[StandIn, StandIn]:
+    return StandIn("http://a:1"), StandIn("http://b:1")
+
+
+def test_servers_are_let_go_on(servers: tuple[StandIn, StandIn]) -> None:
+    group = Group()
+    assert send(group, *servers) >= 0 and group.num_sent == 1
+    for server in servers:
+        assert server.calls == ["pause abort", "begin", "end", "flush", "resume"]
+
+
+@pytest.mark.parametrize("status", [None, 400], ids=["dies", "refuses"])
+@pytest.mark.parametrize("call", ["pause abort", "begin", "broadcast"])
+def test_one_that_fails_is_named_and_the_other_goes_on(
+    call: str, status: int | None, servers: tuple[StandIn, StandIn]
+) -> None:
+    bad, good = servers
+    for later in ("end", "flush", "resume"):
+        bad.before[later] = lambda: bad.fail("and no more", status)
+    bad.before[call] = lambda: bad.fail("first", status)
+    failure = GroupFailure("first", {bad.url: "first"}) if call == "broadcast" else None
+    with pytest.raises(GroupFailure) as caught:
+        send(Group(failure), bad, good)
+    assert caught.value.servers == {bad.url: "first"}
+    assert good.calls[-3:] == ["end", "flush", "resume"] and not good.is_open and not good.is_paused
+
+
+@pytest.mark.parametrize("call", ["end", "flush", "resume"])
+def test_a_failure_at_the_end_is_one_too(call: str, servers: tuple[StandIn, StandIn]) -> None:
+    bad, good = servers
+    bad.before[call] = lambda: bad.fail("finalizing failed")
+    with pytest.raises(GroupFailure) as caught:
+        send(Group(), bad, good)
+    assert caught.value.servers == {bad.url: "finalizing failed"}
+    assert bad.calls[-1] == "resume" and not good.is_paused
