@@ -91,6 +91,9 @@ class Fleet:
         self._lock = threading.RLock()
         self._members: dict[str, Member] = {}
         self._has_waited = False
+        self._named: list[str] | None = None
+        """What --rollout-server-file named when it could last be read."""
+        self._file_fault = ""
 
     def close(self) -> None:
         """Close the control connections; the servers go on running."""
@@ -127,6 +130,7 @@ class Fleet:
 
         Raises:
             RolloutError: no server answered in time and the run may not go on without.
+            ValueError, OSError: --rollout-server-file could not be read, and never was before.
         """
         is_error = self.config.rollout_without_servers == "error"
         waits = is_error or not self._has_waited
@@ -187,7 +191,7 @@ class Fleet:
     def _read_members(self) -> None:
         named = dict.fromkeys(url.rstrip("/") for url in self.config.rollout_urls)
         if self.config.rollout_server_file is not None:
-            named |= dict.fromkeys(read_addresses(self.config.rollout_server_file))
+            named |= dict.fromkeys(self._read_file(self.config.rollout_server_file))
         with self._lock:
             for url in [u for u in self._members if u not in named]:
                 self._members.pop(url).control.close()
@@ -202,6 +206,19 @@ class Fleet:
                     )
                     self._members[url] = Member(url, control)
             self._members = {url: self._members[url] for url in named}
+
+    def _read_file(self, path: str) -> list[str]:
+        """The servers that the file names; those of before while somebody has damaged it in the midst of a run."""
+        try:
+            self._named, fault = read_addresses(path), ""
+        except (ValueError, OSError) as error:
+            if self._named is None:
+                raise
+            fault = str(error)
+        if fault and fault != self._file_fault:
+            self.say(f"--rollout-server-file {path} cannot be read, the servers of before are kept: {fault}")
+        self._file_fault = fault
+        return self._named
 
     def _probe_all(self, is_silent: bool) -> list[ServerControl]:
         members = self.members

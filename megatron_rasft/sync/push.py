@@ -126,6 +126,8 @@ class WeightSync:
         self._members: tuple[tuple[str, int], ...] = ()
         self._members_group = ""
         self._versions: dict[str, int] = {}
+        self._served: ServedFormat | None = None
+        """What the servers of the last sync that succeeded wanted."""
         self._asleep: set[str] = set()
         self._syncs_since_proof: int | None = None
 
@@ -158,7 +160,8 @@ class WeightSync:
             urls: the servers to reach; rank 0's count.
 
         Raises:
-            ValueError: a server cannot be fed by this trainer at all; the message says what to change.
+            ValueError: at the first sync, of the servers that answer none can be fed by this trainer; the message says
+                what to change. Later, and beside others that can, such a server is only left out.
         """
         began = time.monotonic()
         report = SyncReport(weight_version=weight_version)
@@ -393,8 +396,12 @@ class WeightSync:
         timeout = self.config.sync_timeout_s
         failed = ask_all(servers, lambda s: s.probe(timeout))
         servers = [s for s in servers if s.url not in failed]
+        served, unfit = self._fitting(servers)
+        if served is None and unfit and self._served is None:
+            raise ValueError("; ".join(f"rollout server {url} {reason}" for url, reason in unfit.items()))
+        failed |= unfit
+        servers = [s for s in servers if s.url not in failed]
         for server in servers:
-            self._check_fits(server.info)
             if not self._is_as_left(server):
                 self._asleep.discard(server.url)
         failed |= ask_all(servers, self._pause)
@@ -402,61 +409,75 @@ class WeightSync:
         if self.config.sync_method != "disk":
             failed |= ask_all(servers, self._begin)
             servers = [s for s in servers if s.url not in failed]
-        if failed:
-            self._forget(*failed)
-        if not servers:
+        for url in failed:
+            self._versions.pop(url, None)
+        if served is None or not servers:
             return _Attempt(failed=failed)
         members = tuple((s.url, s.info.tp_size) for s in servers)
         if members != self._members or not all(self._is_as_left(s) for s in servers):
             self._members = members
             self._members_group = f"rasft-{uuid.uuid4().hex[:12]}"
             self._syncs_since_proof = None
-        served = self._served_format(servers)
         return _Attempt(members, failed, self._members_group, served, self._proof_kind(servers, served))
 
     def _is_as_left(self, server: Server) -> bool:
         """False if it was restarted or given other weights: it is in no group any more, and nothing is known of it."""
-        return self._versions.get(server.url) == server.info.weight_version
+        return server.url in self._versions and self._versions[server.url] == server.info.weight_version
+
+    def _fitting(self, servers: Sequence[Server]) -> tuple[ServedFormat | None, dict[str, str]]:
+        """The one format that will be sent, None if no server can be fed; url -> reason of those that cannot."""
+        unfit: dict[str, str] = {}
+        formats: dict[str, ServedFormat] = {}
+        for server in servers:
+            try:
+                self._check_fits(server.info)
+                formats[server.url] = self._format_of(server.info)
+            except ValueError as error:
+                unfit[server.url] = str(error)
+        if not formats:
+            return None, unfit
+        wanted = list(formats.values())
+        # one broadcast feeds them all: what was sent before, else what most of them want
+        served = self._served if self._served in wanted else max(wanted, key=wanted.count)
+        for url, other in formats.items():
+            if other != served:
+                unfit[url] = (
+                    f"serves a folder of another dtype or quantization_config than the other servers: it wants {other}, "
+                    f"they {served}. Serve the same folder on each."
+                )
+        return served, unfit
 
     def _check_fits(self, info: ServerInfo) -> None:
-        """Refuse what could not work, or would work on something else."""
+        """Refuse what could not work, or would work on something else; the message goes on from the server's name."""
         if info.dp_size > 1 or info.pp_size > 1:
             raise ValueError(
-                f"rollout server {info.url} runs with dp {info.dp_size} and pp {info.pp_size}; weights can only be sent to "
-                "tensor-parallel servers. Start several servers instead, without --dp and --pp."
+                f"runs with dp {info.dp_size} and pp {info.pp_size}; weights can only be sent to tensor-parallel servers. "
+                "Start several servers instead, without --dp and --pp."
             )
         ours = self._model_config
         theirs = info.model_config or {}
         if info.architectures and not set(info.architectures) & set(ours.get("architectures", ())):
             raise ValueError(
-                f"rollout server {info.url} serves {info.model_path}, a {', '.join(info.architectures)}; this run trains a "
+                f"serves {info.model_path}, a {', '.join(info.architectures)}; this run trains a "
                 f"{', '.join(ours.get('architectures', ()))}. Serve the folder that is given as --hf-model."
             )
         sizes = ("hidden_size", "num_hidden_layers", "vocab_size", "intermediate_size", "num_key_value_heads")
         for name in sizes:
             if name in theirs and name in ours and theirs[name] != ours[name]:
                 raise ValueError(
-                    f"rollout server {info.url} serves {info.model_path} with {name} {theirs[name]}; this run trains a model "
-                    f"with {ours[name]}. Serve the folder that is given as --hf-model."
+                    f"serves {info.model_path} with {name} {theirs[name]}; this run trains a model with {ours[name]}. "
+                    "Serve the folder that is given as --hf-model."
                 )
 
-    def _served_format(self, servers: Sequence[Server]) -> ServedFormat:
-        formats = {}
-        for server in servers:
-            info = server.info
-            config = info.model_config or self._model_config
-            if info.quantization and not config.get("quantization_config"):
-                raise ValueError(
-                    f"rollout server {info.url} quantizes on its own (--quantization {info.quantization}). Serve a folder "
-                    "whose config.json has the quantization_config instead, or leave that flag out."
-                )
-            formats[ServedFormat.read(config, info.dtype)] = info.url
-        if len(formats) > 1:
+    def _format_of(self, info: ServerInfo) -> ServedFormat:
+        """What a server wants; ValueError if that cannot be made."""
+        config = info.model_config or self._model_config
+        if info.quantization and not config.get("quantization_config"):
             raise ValueError(
-                f"rollout servers {' and '.join(formats.values())} serve folders of different dtype or quantization_config. "
-                "One broadcast feeds them all: serve the same folder on each."
+                f"quantizes on its own (--quantization {info.quantization}). Serve a folder whose config.json has the "
+                "quantization_config instead, or leave that flag out."
             )
-        return next(iter(formats))
+        return ServedFormat.read(config, info.dtype)
 
     def _pause(self, server: Server) -> None:
         mode = self.config.sync_pause_mode
@@ -516,6 +537,8 @@ class WeightSync:
         failed = ask_all(self._connected(attempt), release)
         for url, _ in attempt.servers:
             self._versions[url] = weight_version
+            if url not in failed:
+                self._served = attempt.served
         if failed:
             self._forget(*failed)
         is_proven = attempt.proof != "none" or self._syncs_since_proof is None

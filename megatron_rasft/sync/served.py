@@ -76,12 +76,20 @@ class ServedFormat:
     kept_modules: tuple[str, ...] = ()
     """Modules (dotted paths, whole or in part) that stay unquantized."""
 
+    def __str__(self) -> str:
+        name = str(self.dtype).removeprefix("torch.")
+        if not self.is_block_fp8:
+            return name
+        kept = f", {len(self.kept_modules)} modules of config.json" if self.kept_modules else ""
+        return f"FP8 in blocks ({name} for the rest{kept})"
+
     @classmethod
     def read(cls, config: dict[str, Any], server_dtype: str = "auto") -> "ServedFormat":
         """The format a config.json and a server's --dtype ask for.
 
         Raises:
-            ValueError: a type or a quantization that this trainer cannot produce.
+            ValueError: a type or a quantization that this trainer cannot produce; the message goes on from the server's
+                name.
         """
         name = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16").removeprefix("torch.")
         if server_dtype != "auto":
@@ -90,7 +98,7 @@ class ServedFormat:
             name = "float16"  # SGLang's rule (_get_and_verify_dtype in srt/configs/model_config.py)
         if name not in _DTYPES:
             raise ValueError(
-                f"the server keeps its weights as {name} (--dtype, or config.json); those that can be sent are "
+                f"keeps its weights as {name} (--dtype, or config.json); those that can be sent are "
                 f"{', '.join(_DTYPES)}."
             )
         dtype = _DTYPES[name]
@@ -107,7 +115,7 @@ class ServedFormat:
         for key, allowed in wanted.items():
             if quantization.get(key) not in allowed:
                 raise ValueError(
-                    f"the served model's quantization_config has {key} {quantization.get(key)!r}; the trainer quantizes "
+                    f"serves a model whose quantization_config has {key} {quantization.get(key)!r}; the trainer quantizes "
                     f"only to fp8 (e4m3, blocks of {BLOCK} x {BLOCK}, dynamic activations). Serve such a folder, or one in bfloat16."
                 )
         kept = quantization.get("ignored_layers") or quantization.get("modules_to_not_convert") or ()

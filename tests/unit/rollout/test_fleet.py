@@ -119,6 +119,27 @@ def test_servers_of_the_file_come_and_go(tmp_path: Path) -> None:
     assert said == [f"rollout server {A} has signed off"]
 
 
+def test_a_file_that_cannot_be_read_any_more_changes_nothing(tmp_path: Path) -> None:
+    said: list[str] = []
+    path = tmp_path / "servers.txt"
+    flags: dict[str, Any] = {"rollout_urls": [], "rollout_server_file": str(path)}
+    path.write_text("not an address\n")
+    with pytest.raises(ValueError, match=r"servers.txt:1: 'not an address'"):
+        fleet_of(Network(A, B), said, **flags).find()
+    path.write_text(f"{A}\n")
+    fleet = fleet_of(Network(A, B), said, **flags)
+    assert urls(fleet.find()) == [A]
+    path.write_text(f"{A}\n{B} # mine\n")
+    assert urls(fleet.find()) == urls(fleet.find()) == [A]
+    assert len(said) == 1 and "servers.txt:2" in said[0] and "the servers of before are kept" in said[0]
+    path.unlink()
+    path.mkdir()
+    assert urls(fleet.find()) == [A]
+    path.rmdir()
+    path.write_text(f"{A}\n{B}\n")
+    assert urls(fleet.find()) == [A, B] and len(said) == 2
+
+
 @pytest.mark.parametrize(
     ("info", "why"),
     [({"dp_size": 2}, "tensor-parallel servers"), ({"pp_size": 2}, "tensor-parallel servers")],

@@ -148,6 +148,18 @@ def test_a_restarted_server_gets_a_new_group() -> None:
     trainer.check_held(server)
 
 
+def test_one_that_was_gone_at_a_sync_and_restarted_gets_one_too() -> None:
+    server = StandIn("http://a:1")
+    trainer = Trainer([server])
+    trainer.push(1)
+    server.restart()
+    server.before["probe"] = lambda: server.fail("cannot be reached", None)
+    assert not trainer.push(2).synced
+    del server.before["probe"]
+    report = trainer.push(3)
+    assert report.synced and report.num_attempts == 1, report.line()
+
+
 def test_a_label_that_is_not_the_new_one_is_a_failure() -> None:
     server = StandIn("http://a:1")
     server.before["weight_version"] = lambda: setattr(server, "label", 3)
@@ -217,29 +229,63 @@ def test_fp8_servers_get_fp8() -> None:
     assert torch.equal(server.weights[kept], trainer.weights[kept].to(torch.bfloat16))
 
 
-@pytest.mark.parametrize(
-    ("change", "says"),
-    [
-        ({"dp_size": 2}, "without --dp"),
-        ({"pp_size": 2}, "without --dp and --pp"),
-        ({"architectures": ("LlamaForCausalLM",)}, "a LlamaForCausalLM; this run trains a Qwen2"),
-        ({"model_config": {"hidden_size": 32}}, "hidden_size 32; this run trains a model with 64"),
-        ({"quantization": "fp8"}, "--quantization fp8"),
-        ({"model_config": {"quantization_config": {"quant_method": "gptq"}}}, "gptq"),
-    ],
-)
+UNFIT = [
+    ({"dp_size": 2}, "without --dp"),
+    ({"pp_size": 2}, "without --dp and --pp"),
+    ({"architectures": ("LlamaForCausalLM",)}, "a LlamaForCausalLM; this run trains a Qwen2"),
+    ({"model_config": {"hidden_size": 32}}, "hidden_size 32; this run trains a model with 64"),
+    ({"quantization": "fp8"}, "--quantization fp8"),
+    ({"dtype": "int8"}, "keeps its weights as int8"),
+    ({"model_config": {"quantization_config": {"quant_method": "gptq"}}}, "gptq"),
+]
+
+
+@pytest.mark.parametrize(("change", "says"), UNFIT)
 def test_a_server_that_cannot_be_fed_is_refused_with_the_way_out(change: dict[str, Any], says: str) -> None:
     server = StandIn("http://a:1")
     server.change(**change)
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(ValueError, match=rf"rollout server http://a:1 .*{says}"):
         Trainer([server]).push(1)
 
 
-def test_servers_of_different_formats_are_refused() -> None:
-    a, b = StandIn("http://a:1"), StandIn("http://b:1")
-    b.change(model_config={"dtype": "float16"})
-    with pytest.raises(ValueError, match="serve the same folder"):
-        Trainer([a, b]).push(1)
+@pytest.mark.parametrize(
+    ("change", "says"), [*UNFIT, ({"dtype": "float16"}, "it wants float16, they bfloat16")]
+)
+def test_one_that_joins_a_run_is_left_out_and_the_others_go_on(change: dict[str, Any], says: str) -> None:
+    good, late = StandIn("http://a:1"), StandIn("http://b:1")
+    trainer = Trainer([good])
+    trainer.push(1)
+    late.change(**change)
+    trainer.servers = {late.url: late, good.url: good}
+    trainer.sync._connect = trainer.servers.__getitem__  # type: ignore[assignment]
+    for version in (2, 3):
+        good.calls.clear()
+        report = trainer.push(version)
+        assert report.synced == ["http://a:1"] and says in report.failed["http://b:1"]
+        assert good.label == version and not good.is_paused and not good.is_open
+        assert "init" not in good.calls, "its group is as good as before"
+    assert set(late.calls) == {"probe"}, "it was not even paused"
+
+
+def test_a_run_whose_only_server_cannot_be_fed_any_more_gets_a_report() -> None:
+    server = StandIn("http://a:1")
+    trainer = Trainer([server])
+    trainer.push(1)
+    server.change(dp_size=2)
+    report = trainer.push(2)
+    assert report.synced == [] and "without --dp" in report.failed["http://a:1"]
+
+
+def test_what_most_servers_want_is_sent_at_first_and_what_was_sent_later() -> None:
+    servers = [StandIn(f"http://{name}:1") for name in "abcd"]
+    for server in servers[:2]:
+        server.change(model_config={"dtype": "float16"})
+    trainer = Trainer(servers[1:])
+    trainer.sync._connect = {server.url: server for server in servers}.__getitem__  # type: ignore[assignment]
+    report = trainer.push(1)
+    assert report.synced == ["http://c:1", "http://d:1"] and "serve the same folder" in report.line().lower()
+    report = trainer.sync.push(2, [server.url for server in servers[:3]])
+    assert report.synced == ["http://c:1"] and list(report.failed) == ["http://a:1", "http://b:1"]
 
 
 def test_sleeping_servers_are_woken_weights_first() -> None:
