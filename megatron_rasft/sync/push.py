@@ -33,8 +33,8 @@ from megatron_rasft.types import ServerInfo
 
 _MIB = 2**20
 
-_MEMORY = ("kv_cache", "weights")
-"""What a sleeping server has released; taken back in the reverse order, weights before they are written."""
+_MEMORY = ("weights", "kv_cache")
+"""What a sleeping server has released, in the order in which it is taken back: weights before they are written."""
 
 _KEPT_FOLDERS = 2
 """Versions left in --sync-disk-folder: the servers' own, and the one before it."""
@@ -60,6 +60,16 @@ class _Attempt:
     """Name of this set of groups; another name means new groups."""
     served: ServedFormat = field(default_factory=lambda: ServedFormat(torch.bfloat16))
     proof: ProofKind = "none"
+
+
+@dataclass
+class _Sleep:
+    """A server that gave memory to the trainer."""
+
+    weight_version: int | None
+    """Its label all the while; with another one it was restarted, and is awake."""
+    tags: list[str] = field(default_factory=lambda: list(_MEMORY))
+    """What it has not taken back yet."""
 
 
 class WeightSync:
@@ -128,7 +138,7 @@ class WeightSync:
         self._versions: dict[str, int] = {}
         self._served: ServedFormat | None = None
         """What the servers of the last sync that succeeded wanted."""
-        self._asleep: set[str] = set()
+        self._asleep: dict[str, _Sleep] = {}
         self._syncs_since_proof: int | None = None
 
     # ---- all ranks
@@ -217,11 +227,22 @@ class WeightSync:
             server.release_memory(_MEMORY, self.config.sync_timeout_s)
 
         def put_to_sleep() -> dict[str, str]:
-            failed = ask_all([self._server(url) for url in urls], release)
-            self._asleep |= set(urls) - set(failed)
+            failed = ask_all([self._server(url) for url in urls if url not in self._asleep], release)
+            for url in set(urls) - set(failed) - set(self._asleep):
+                self._asleep[url] = _Sleep(self._versions.get(url))
             return failed
 
         return self._decided(put_to_sleep)
+
+    def wake(self) -> dict[str, str]:
+        """Have servers that sleep take their memory back, without new weights; no collective, rank 0 does it.
+
+        They stay paused, since what they hold now is undefined: the next run's first sync lets them go on.
+
+        Returns:
+            url -> reason of those that did not.
+        """
+        return ask_all([self._server(url) for url in self._asleep], lambda s: self._take_back(s, *_MEMORY))
 
     def close(self) -> None:
         """Leave the servers' groups; a collective of the world."""
@@ -402,8 +423,9 @@ class WeightSync:
         failed |= unfit
         servers = [s for s in servers if s.url not in failed]
         for server in servers:
-            if not self._is_as_left(server):
-                self._asleep.discard(server.url)
+            sleep = self._asleep.get(server.url)
+            if sleep is not None and sleep.weight_version != server.info.weight_version:
+                del self._asleep[server.url]
         failed |= ask_all(servers, self._pause)
         servers = [s for s in servers if s.url not in failed]
         if self.config.sync_method != "disk":
@@ -483,8 +505,21 @@ class WeightSync:
         mode = self.config.sync_pause_mode
         # before 0.5.21, which brought sessions, an update while requests wait ends the server
         server.pause(mode if server.info.has_update_session else "abort", self.config.sync_timeout_s)
-        if server.url in self._asleep:
-            server.resume_memory(["weights"], self.config.sync_timeout_s)
+        self._take_back(server, "weights")
+
+    def _take_back(self, server: Server, *tags: str) -> None:
+        """Wake a server as far as that; nothing happens to what is awake."""
+        sleep = self._asleep.get(server.url)
+        if sleep is None:
+            return
+        for tag in tags:
+            if tag in sleep.tags:
+                server.resume_memory([tag], self.config.sync_timeout_s)
+                sleep.tags.remove(
+                    tag
+                )  # at once: asked for the same memory twice, SGLang ends with a KeyError
+        if not sleep.tags:
+            del self._asleep[server.url]
 
     def _begin(self, server: Server) -> None:
         try:
@@ -517,9 +552,7 @@ class WeightSync:
         def release(server: Server) -> None:
             if self.config.sync_method != "disk":
                 server.end_weight_update(timeout)
-            if server.url in self._asleep:
-                server.resume_memory(["kv_cache"], timeout)
-                self._asleep.discard(server.url)
+            self._take_back(server, "kv_cache")
             if self.config.sync_pause_mode != "in_place" or not server.info.has_update_session:
                 server.flush_cache(timeout)
             if attempt.proof == "checksum":

@@ -130,9 +130,13 @@ class RolloutServers:
                 self.engine.fleet.quarantine(url, reason)
 
     def close(self, *, is_clean: bool) -> None:
-        """Stop sampling and leave the servers to themselves; a collective of the world if the run ended well."""
+        """Stop sampling, wake who sleeps and leave the servers to themselves; a collective of the world if the run ended well."""
         if self._lead is not None:
             self._lead.close()
+            for url, reason in self._sync.wake().items():
+                self._say(
+                    f"rollout server {url} could not take its memory back ({reason}): restart it before the next run"
+                )
         if is_clean:
             self._sync.close()
 

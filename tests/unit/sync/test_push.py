@@ -296,7 +296,7 @@ def test_sleeping_servers_are_woken_weights_first() -> None:
     assert trainer.sync.sleep(["http://a:1"]) == {}
     trainer.push(2)
     wanted = [
-        "release kv_cache weights",
+        "release weights kv_cache",
         "resume weights",
         "begin",
         "end",
@@ -308,6 +308,80 @@ def test_sleeping_servers_are_woken_weights_first() -> None:
     server.calls.clear()
     trainer.push(3)
     assert "resume weights" not in server.calls
+
+
+class Sleeper(StandIn):
+    """Ends, as SGLang does, where it shall take back what it has."""
+
+    released: set[str]
+
+    def release_memory(self, tags: Any = None, deadline_s: float | None = None) -> None:
+        super().release_memory(tags)
+        self.released = set(tags)
+
+    def resume_memory(self, tags: Any = None, deadline_s: float | None = None) -> None:
+        super().resume_memory(tags)
+        if not self.released >= set(tags):
+            self.fail("KeyError", None)
+        self.released = self.released - set(tags)
+
+    def update_weights_from_tensor(self, serialized: Any, **_: Any) -> None:
+        super().update_weights_from_tensor(serialized)
+        assert "weights" not in self.released, "written into memory that is not there"
+
+
+@pytest.fixture
+def sleepers() -> tuple[Trainer, Sleeper, Sleeper]:
+    one, two = Sleeper("http://a:1"), Sleeper("http://b:1")
+    trainer = Trainer([one, two], sync_method="tensor")
+    one.released = two.released = set()
+    trainer.push(1)
+    assert trainer.sync.sleep(["http://a:1", "http://b:1"]) == {}
+    return trainer, one, two
+
+
+def test_memory_is_taken_back_once_however_often_a_sync_is_tried(
+    sleepers: tuple[Trainer, Sleeper, Sleeper],
+) -> None:
+    trainer, bad, good = sleepers
+    bad.before["tensor"] = lambda: bad.fail("out of order")
+    report = trainer.push(2)
+    assert report.synced == ["http://b:1"] and report.num_attempts == 2
+    assert list(report.failed) == ["http://a:1"] and "out of order" in report.failed["http://a:1"]
+    assert good.calls.count("resume weights") == 1 and not good.released
+    assert bad.released == {"kv_cache"}
+    del bad.before["tensor"]
+    assert trainer.push(3).synced == ["http://a:1", "http://b:1"] and not bad.released
+
+
+@pytest.mark.parametrize("tag", ["weights", "kv_cache"])
+def test_one_that_did_not_wake_is_not_taken_for_awake(
+    tag: str, sleepers: tuple[Trainer, Sleeper, Sleeper]
+) -> None:
+    trainer, late, _ = sleepers
+    late.before[f"resume {tag}"] = lambda: late.fail("gave no answer within 20 s", None)
+    assert trainer.push(2).synced == ["http://b:1"]
+    del late.before[f"resume {tag}"]
+    assert trainer.push(3).synced == ["http://a:1", "http://b:1"] and not late.released
+
+
+def test_one_that_was_restarted_is_awake(sleepers: tuple[Trainer, Sleeper, Sleeper]) -> None:
+    trainer, server, _ = sleepers
+    server.restart()
+    server.released = set()
+    server.calls.clear()
+    assert trainer.push(2).synced == ["http://a:1", "http://b:1"]
+    assert "resume weights" not in server.calls and "resume kv_cache" not in server.calls
+
+
+def test_a_run_wakes_whom_it_leaves(sleepers: tuple[Trainer, Sleeper, Sleeper]) -> None:
+    trainer, gone, server = sleepers
+    gone.before["resume weights"] = lambda: gone.fail("cannot be reached", None)
+    assert trainer.sync.wake() == {"http://a:1": "cannot be reached"}
+    assert not server.released and server.is_paused, "its weights are undefined"
+    server.calls.clear()
+    trainer.sync.wake()
+    assert server.calls == []
 
 
 def test_the_disk_keeps_two_versions(tmp_path: Path) -> None:
