@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from megatron_rasft.weights.fp8_blocks import BLOCK, SCALE_SUFFIX, scale_shape
+from megatron_rasft.weights.fp8_blocks import BLOCK, SCALE_SUFFIX, is_linear_layer, scale_shape
 
 _FUSED = {
     "q_proj": "qkv_proj",
@@ -39,8 +39,6 @@ _DTYPES = {
     "float32": torch.float32,
     "float": torch.float32,
 }
-
-_NEVER_QUANTIZED = ("embed_tokens", "lm_head")
 
 
 class WireTensor(NamedTuple):
@@ -123,11 +121,9 @@ class ServedFormat:
 
     def is_quantized(self, name: str, shape: tuple[int, ...]) -> bool:
         """Whether a Hugging Face tensor goes as fp8."""
-        module, _, leaf = name.rpartition(".")
-        if not self.is_block_fp8 or leaf != "weight" or len(shape) != 2:
+        if not self.is_block_fp8 or not is_linear_layer(name, shape):
             return False
-        if module.rpartition(".")[2] in _NEVER_QUANTIZED:
-            return False
+        module = name.rpartition(".")[0]
         # on the boundaries of dotted names, as SGLang matches them: mlp.gate is not mlp.gate_proj
         return not any(f".{kept.rstrip('.')}." in f".{module}." for kept in self.kept_modules)
 

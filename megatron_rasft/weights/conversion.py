@@ -22,7 +22,13 @@ from megatron_rasft.weights.exporting import (
 )
 from megatron_rasft.weights.families import NameTable, Piece, ShardLayout, StoredParameter
 from megatron_rasft.weights.folder import HfFolder
-from megatron_rasft.weights.fp8_blocks import QUANTIZATION_CONFIG, SCALE_SUFFIX, quantized, scale_shape
+from megatron_rasft.weights.fp8_blocks import (
+    SCALE_SUFFIX,
+    is_linear_layer,
+    quantization_config,
+    quantized,
+    scale_shape,
+)
 from megatron_rasft.weights.gathering import TensorPlan, assemble
 from megatron_rasft.weights.loading import read_shard
 from megatron_rasft.weights.model_card import saved_run_facts, write_card
@@ -292,7 +298,7 @@ def megatron_to_hf(
         if len(parts) > 1:
             write_index(staged.path, weight_map, sum(part.num_bytes for part in parts))
         copy_companions(template.path, staged.path)
-        more = {"quantization_config": QUANTIZATION_CONFIG} if is_fp8 else {}
+        more = {"quantization_config": quantization_config(template.table.hf_shapes)} if is_fp8 else {}
         write_config(template, staged.path, dtype, **more)
         kind = "fp8 in blocks of 128 x 128" if is_fp8 else str(parts[0].parameters[0][1][0].dtype)[6:]
         facts = {"Weights": kind, **saved_run_facts(source.path.parent, source.iteration)}
@@ -369,12 +375,6 @@ def read_parameter(source: TorchDistFolder, table: NameTable, parameter: StoredP
     return [whole.narrow(layout.dim, start, size) for start, size in zip(starts, sizes, strict=False)]
 
 
-def is_quantized(parameter: StoredParameter) -> bool:
-    """Whether serving engines expect it in FP8: the matrices of the layers, but not a router."""
-    entry = parameter.binding.entry
-    return bool(parameter.position) and entry.is_sharded and len(parameter.binding.hf_shapes[0]) == 2
-
-
 def _file_parts(
     source: TorchDistFolder,
     template: HfFolder,
@@ -403,7 +403,7 @@ def _file_parts(
 def _plan(parameter: StoredParameter, dtype: torch.dtype, is_fp8: bool) -> list[TensorPlan]:
     plans = []
     for name, shape in zip(parameter.binding.hf_names, parameter.binding.hf_shapes, strict=True):
-        if is_fp8 and is_quantized(parameter):
+        if is_fp8 and is_linear_layer(name, shape):
             plans.append(TensorPlan(name, shape, torch.float8_e4m3fn))
             plans.append(TensorPlan(name + SCALE_SUFFIX, scale_shape(shape), torch.float32))
         else:

@@ -1,22 +1,44 @@
 """FP8 weights in blocks, as serving engines read them: e4m3 values and one scale for each 128 x 128 block."""
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 BLOCK = 128
 
-QUANTIZATION_CONFIG = {
-    "quant_method": "fp8",
-    "fmt": "e4m3",
-    "activation_scheme": "dynamic",
-    "weight_block_size": [BLOCK, BLOCK],
-}
-"""The entry quantization_config of config.json that says so; transformers, SGLang and vLLM read it."""
-
 SCALE_SUFFIX = "_scale_inv"
 """A weight's scales have its name with this after it; value = e4m3 * scale, whatever the name says."""
 
+_KEPT_LAYERS = ("embed_tokens", "lm_head", "gate")
+"""Embedding, output and router (gate_proj is another layer): engines compute with these as they are."""
+
 _LARGEST = torch.finfo(torch.float8_e4m3fn).max
+
+
+def is_linear_layer(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether serving engines take a Hugging Face tensor in FP8: the matrices of the layers, but not a router."""
+    module, _, leaf = name.rpartition(".")
+    return leaf == "weight" and len(shape) == 2 and module.rpartition(".")[2] not in _KEPT_LAYERS
+
+
+def quantization_config(names: Iterable[str]) -> dict[str, Any]:
+    """The entry quantization_config of config.json for a model in FP8; transformers, SGLang and vLLM read it.
+
+    Without routers it names no exceptions: all engines know embedding and output by themselves.
+
+    Args:
+        names: of every tensor, Hugging Face's.
+    """
+    routers = [name.removesuffix(".weight") for name in names if name.endswith(".gate.weight")]
+    return {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [BLOCK, BLOCK],
+        **({"modules_to_not_convert": [*routers, "lm_head"]} if routers else {}),
+    }
 
 
 def scale_shape(shape: tuple[int, ...]) -> tuple[int, int]:

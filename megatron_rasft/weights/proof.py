@@ -11,10 +11,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from megatron_rasft.weights.conversion import is_quantized, place, read_parameter
+from megatron_rasft.weights.conversion import place, read_parameter
 from megatron_rasft.weights.families import StoredParameter
 from megatron_rasft.weights.folder import HfFolder
-from megatron_rasft.weights.fp8_blocks import SCALE_SUFFIX, quantized
+from megatron_rasft.weights.fp8_blocks import SCALE_SUFFIX, is_linear_layer, quantized
 from megatron_rasft.weights.torch_dist import TorchDistFolder
 
 
@@ -102,7 +102,7 @@ def prove_fp8(checkpoint: TorchDistFolder, template: HfFolder, exported: Path) -
         tensors = read_parameter(checkpoint, template.table, parameter)
         for name, tensor in zip(parameter.binding.hf_names, tensors, strict=True):
             num_elements += tensor.numel()
-            if is_quantized(parameter):
+            if is_linear_layer(name, tuple(tensor.shape)):
                 values, scales = quantized(tensor)
                 expected = {name: values.view(torch.uint8), name + SCALE_SUFFIX: scales}
             else:

@@ -1,11 +1,15 @@
 """What a served model's config.json makes of the trainer's tensors."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from megatron_rasft.sync.served import ServedFormat, WireTensor, fused_name, served_name
+from megatron_rasft.weights import HfFolder
+from megatron_rasft.weights.fp8_blocks import is_linear_layer, quantization_config
+from tests.tiny_models import write_folder
 
 FP8: dict[str, Any] = {
     "quant_method": "fp8",
@@ -72,11 +76,22 @@ def test_linear_weights_go_as_fp8_with_their_scales() -> None:
         ("model.norm.weight", (256,)),
         ("model.layers.0.self_attn.q_norm.weight", (64,)),
         ("model.layers.0.self_attn.q_proj.bias", (256,)),
+        ("model.layers.0.mlp.gate.weight", (128, 256)),
+        ("model.layers.0.block_sparse_moe.gate.weight", (128, 256)),
     ],
 )
 def test_everything_else_stays(name: str, shape: tuple[int, ...]) -> None:
     served = ServedFormat.read({"quantization_config": FP8})
     assert served.wire_tensors(name, shape) == (WireTensor(name, shape, torch.bfloat16),)
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "mixtral", "qwen3_moe"])
+def test_what_an_export_quantizes_a_sync_does(family: str, tmp_path: Path) -> None:
+    shapes = HfFolder.open(write_folder(family, tmp_path / "hf")).table.hf_shapes
+    served = ServedFormat.read({"quantization_config": quantization_config(shapes)})
+    assert {n for n, s in shapes.items() if is_linear_layer(n, s)} == {
+        n for n, s in shapes.items() if served.is_quantized(n, s)
+    }
 
 
 @pytest.mark.parametrize(

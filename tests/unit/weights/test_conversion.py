@@ -406,6 +406,7 @@ def test_fp8_export_holds_blocks_and_scales(tmp_path: Path) -> None:
     megatron_to_hf(checkpoint, folder, tmp_path / "out", is_fp8=True)
     written = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
     assert written["quant_method"] == "fp8" and written["weight_block_size"] == [128, 128]
+    assert "modules_to_not_convert" not in written
     state = load_file(tmp_path / "out/model.safetensors")
     for name in folder.tensors:
         weight = folder.read(name)
@@ -447,6 +448,10 @@ def test_expert_routers_stay_out_of_fp8(folders: dict[str, HfFolder], tmp_path: 
         dtypes = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
     assert dtypes["model.layers.0.mlp.gate.weight"] == "F32"
     assert dtypes["model.layers.0.mlp.experts.5.up_proj.weight"] == "F8_E4M3"
+    kept = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"][
+        "modules_to_not_convert"
+    ]
+    assert kept == [*(f"model.layers.{layer}.mlp.gate" for layer in range(4)), "lm_head"]
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[:-100], lambda data: b"\x00" * 40 + data[40:]])
