@@ -139,6 +139,8 @@ class WeightSync:
         self._served: ServedFormat | None = None
         """What the servers of the last sync that succeeded wanted."""
         self._asleep: dict[str, _Sleep] = {}
+        self._start_configs: dict[str, dict[str, Any] | None] = {}
+        """config.json that each server began with, None if it cannot be read here."""
         self._syncs_since_proof: int | None = None
 
     # ---- all ranks
@@ -492,14 +494,24 @@ class WeightSync:
                 )
 
     def _format_of(self, info: ServerInfo) -> ServedFormat:
-        """What a server wants; ValueError if that cannot be made."""
-        config = info.model_config or self._model_config
+        """What a server wants; ValueError if that cannot be made, or is not what this method sends."""
+        folder = self.config.sync_disk_folder
+        # one that loaded an export names that as its model, but its tensors are still of the type it began with
+        if folder is None or not Path(info.model_path).is_relative_to(Path(folder).absolute()):
+            self._start_configs[info.url] = info.model_config
+        config = self._start_configs.get(info.url, info.model_config) or self._model_config
         if info.quantization and not config.get("quantization_config"):
             raise ValueError(
                 f"quantizes on its own (--quantization {info.quantization}). Serve a folder whose config.json has the "
                 "quantization_config instead, or leave that flag out."
             )
-        return ServedFormat.read(config, info.dtype)
+        served = ServedFormat.read(config, info.dtype)
+        if served.is_block_fp8 and self.config.sync_method == "disk":
+            raise ValueError(
+                "serves FP8, and --sync-method disk writes whole weights, which it would multiply by the scales of those "
+                "before. Send them by --sync-method broadcast, or serve a folder in bfloat16."
+            )
+        return served
 
     def _pause(self, server: Server) -> None:
         mode = self.config.sync_pause_mode

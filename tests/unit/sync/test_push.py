@@ -15,6 +15,7 @@ from torch import Tensor
 from megatron_rasft import metrics
 from megatron_rasft.config import SyncConfig
 from megatron_rasft.sync import WeightSync
+from megatron_rasft.weights.fp8_blocks import quantization_config
 from tests.unit.sync.stand_ins import StandIn
 from tests.unit.sync.test_buckets import Planned, model
 
@@ -399,6 +400,41 @@ def test_the_disk_keeps_two_versions(tmp_path: Path) -> None:
     loaded = [call.split()[1] for call in server.calls if call.startswith("disk")]
     assert loaded[-1] == left[-1] and len(loaded) == 3
     assert "begin" not in server.calls
+
+
+def test_a_server_that_loaded_an_export_keeps_the_type_it_began_with(tmp_path: Path) -> None:
+    server = StandIn("http://a:1")
+    start = {"model_path": "/models/start", "model_config": {**CONFIG, "dtype": "float16"}}
+    server.change(**start, has_weights_checker=True)
+    trainer = Trainer(
+        [server],
+        sync_method="disk",
+        sync_disk_folder=str(tmp_path),
+        sync_proof_interval=1,
+        export=lambda path: Path(path).mkdir(),
+    )
+
+    def answer() -> None:
+        server.weights = {name: tensor.half() for name, tensor in trainer.weights.items()}
+        server.held = checksums_of(server)
+
+    server.before["checksums"] = answer
+    for version in (1, 2, 3):
+        assert trainer.push(version).proof, "it is held to what its own type makes of the weights"
+        exported = {
+            "model_path": str(max(tmp_path.iterdir())),
+            "model_config": {**CONFIG, "dtype": "bfloat16"},
+        }
+        server.change(**exported)
+    server.change(**{**start, "model_config": {**CONFIG, "dtype": "bfloat16"}})  # restarted
+    assert "does not hold" in trainer.push(4).failed["http://a:1"]
+
+
+def test_disk_does_not_go_with_fp8_servers(tmp_path: Path) -> None:
+    server = StandIn("http://a:1")
+    server.change(model_config={**CONFIG, "quantization_config": quantization_config([])})
+    with pytest.raises(ValueError, match=r"a:1 serves FP8, and --sync-method disk .* --sync-method broadcast"):
+        Trainer([server], sync_method="disk", sync_disk_folder=str(tmp_path), export=print).push(1)
 
 
 def test_disk_without_export_is_refused(tmp_path: Path) -> None:
