@@ -46,14 +46,14 @@ class Witness:
     Args:
         kind: what will be compared.
         tp_sizes: the servers' tensor-parallel sizes.
-        num_kv_heads: key-value heads of the model; servers with more ranks hold copies.
+        num_heads: query heads and key-value heads of the model.
         names: Hugging Face names of the stage, of which some are read back.
     """
 
     def __init__(
-        self, kind: ProofKind, tp_sizes: Sequence[int], num_kv_heads: int, names: Sequence[str]
+        self, kind: ProofKind, tp_sizes: Sequence[int], num_heads: tuple[int, int], names: Sequence[str]
     ) -> None:
-        self._num_kv_heads = num_kv_heads
+        self._num_heads = num_heads
         self._hashes: dict[tuple[int, int, str], Any] = {}
         self._tp_sizes = sorted(set(tp_sizes)) if kind == "checksum" else []
         self._rows: dict[str, list[Any]] = {}
@@ -68,7 +68,7 @@ class Witness:
                 for rank in range(size):
                     key = (size, rank, served_name(name))
                     digest = self._hashes.setdefault(key, hashlib.sha256())
-                    part, num_padding_rows = held_part(name, tensor, rank, size, self._num_kv_heads)
+                    part, num_padding_rows = held_part(name, tensor, rank, size, self._num_heads)
                     digest.update(_raw(part))
                     digest.update(bytes(num_padding_rows * tensor[:1].nbytes))
             if name in self._read:
@@ -83,8 +83,14 @@ class Witness:
         return Evidence(checksums, self._rows)
 
 
-def held_part(name: str, tensor: Tensor, rank: int, size: int, num_kv_heads: int) -> tuple[Tensor, int]:
-    """What one tensor-parallel rank of a server holds of a tensor, and the rows of zeros that follow it."""
+def held_part(
+    name: str, tensor: Tensor, rank: int, size: int, num_heads: tuple[int, int]
+) -> tuple[Tensor, int]:
+    """What one tensor-parallel rank of a server holds of a tensor, and the rows of zeros that follow it.
+
+    Args:
+        num_heads: query heads, and key-value heads, of which servers with more ranks hold copies.
+    """
     module, _, leaf = name.rpartition(".")
     last = module.rpartition(".")[2]
     if last in ("embed_tokens", "lm_head"):
@@ -95,6 +101,17 @@ def held_part(name: str, tensor: Tensor, rank: int, size: int, num_kv_heads: int
         share = -(-rows // unit) * unit // size
         part = tensor[min(rows, rank * share) : min(rows, (rank + 1) * share)]
         return part, share - part.shape[0]
+    num_query_heads, num_kv_heads = num_heads
+    if last in ("qkv_proj", "gate_up_proj"):  # one tensor already in the folder (Phi-3)
+        attention = {"q_proj": num_query_heads, "k_proj": num_kv_heads, "v_proj": num_kv_heads}
+        layers = attention if last == "qkv_proj" else {"gate_proj": 1, "up_proj": 1}
+        unit = tensor.shape[0] // sum(layers.values())
+        parts = tensor.split([unit * count for count in layers.values()])
+        held = [
+            held_part(f"{layer}.{leaf}", part, rank, size, num_heads)[0]
+            for layer, part in zip(layers, parts, strict=True)
+        ]
+        return torch.cat(held), 0
     if last in ("k_proj", "v_proj") and size > num_kv_heads:
         share = tensor.shape[0] // num_kv_heads
         head = rank // (size // num_kv_heads)

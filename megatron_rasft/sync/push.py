@@ -332,7 +332,7 @@ class WeightSync:
         witness = None
         if self._is_source and attempt.proof != "none":
             sizes = [size for _, size in attempt.servers]
-            witness = Witness(attempt.proof, sizes, self._num_kv_heads, stream.names)
+            witness = Witness(attempt.proof, sizes, self._num_heads, stream.names)
         sends = self.config.sync_method != "disk"
         arena, send = None, _not_here if sends else None
         try:
@@ -375,9 +375,10 @@ class WeightSync:
         return self._joined(attempt).broadcast
 
     @property
-    def _num_kv_heads(self) -> int:
+    def _num_heads(self) -> tuple[int, int]:
         config = self._model_config
-        return int(config.get("num_key_value_heads") or config["num_attention_heads"])
+        num_heads = config["num_attention_heads"]
+        return int(num_heads), int(config.get("num_key_value_heads") or num_heads)
 
     def _joined(self, attempt: _Attempt) -> UpdateGroup:
         """This stage's group: a new one, unless the one there is still good."""
@@ -506,6 +507,11 @@ class WeightSync:
                 "quantization_config instead, or leave that flag out."
             )
         served = ServedFormat.read(config, info.dtype)
+        if served.is_block_fp8 and self.config.sync_proof == "checksum":
+            raise ValueError(
+                "serves FP8, and hashes its weights as what they mean, not as they were sent: no --sync-proof checksum can "
+                "succeed. Use --sync-proof auto, or serve a folder in bfloat16."
+            )
         if served.is_block_fp8 and self.config.sync_method == "disk":
             raise ValueError(
                 "serves FP8, and --sync-method disk writes whole weights, which it would multiply by the scales of those "

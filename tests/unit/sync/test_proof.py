@@ -21,7 +21,7 @@ def checksum(*tensors: torch.Tensor) -> str:
 
 def evidence_of(weights: dict[str, torch.Tensor], kind: Any, tp_sizes: list[int]) -> Evidence:
     buckets = plan_buckets(model(), ServedFormat(torch.bfloat16), 60_000)
-    witness = Witness(kind, tp_sizes, 2, list(weights))
+    witness = Witness(kind, tp_sizes, (4, 2), list(weights))
     for bucket in buckets:
         memory = torch.zeros(bucket.num_bytes, dtype=torch.uint8)
         for name, view in bucket.views(memory).items():
@@ -68,7 +68,7 @@ def test_experts_are_cut_as_other_layers(leaf: str, whole: str) -> None:
         f"model.layers.0.mlp.experts.1.{leaf}.weight",
         f"m.block_sparse_moe.experts.1.{whole}.weight",
     ):
-        part, padding = held_part(name, tensor, 1, 2, 2)
+        part, padding = held_part(name, tensor, 1, 2, (4, 2))
         assert torch.equal(part, tensor.narrow(dim, tensor.shape[dim] // 2, tensor.shape[dim] // 2))
         assert padding == 0
 
@@ -76,17 +76,32 @@ def test_experts_are_cut_as_other_layers(leaf: str, whole: str) -> None:
 def test_more_ranks_than_key_value_heads_hold_copies() -> None:
     key = torch.arange(8.0).reshape(8, 1)  # two heads of four rows
     parts = [
-        held_part("model.layers.0.self_attn.k_proj.weight", key, r, 4, 2)[0].flatten().tolist()
+        held_part("model.layers.0.self_attn.k_proj.weight", key, r, 4, (4, 2))[0].flatten().tolist()
         for r in range(4)
     ]
     assert parts == [[0, 1, 2, 3], [0, 1, 2, 3], [4, 5, 6, 7], [4, 5, 6, 7]]
 
 
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_layers_fused_in_the_folder_are_cut_one_by_one(size: int) -> None:
+    at, heads = "model.layers.0.self_attn.", (4, 2)
+    query, key, value = torch.randn(4 * 6, 5), torch.randn(2 * 6, 5), torch.randn(2 * 6, 5)
+    gate, up = torch.randn(8, 5), torch.randn(8, 5)
+    for rank in range(size):
+        pieces = {"q": query, "k": key, "v": value}
+        wanted = [held_part(f"{at}{n}_proj.weight", t, rank, size, heads)[0] for n, t in pieces.items()]
+        fused = held_part(f"{at}qkv_proj.weight", torch.cat([query, key, value]), rank, size, heads)
+        assert fused[1] == 0 and torch.equal(fused[0], torch.cat(wanted))
+        fused = held_part("model.layers.0.mlp.gate_up_proj.weight", torch.cat([gate, up]), rank, size, heads)
+        rows = slice(rank * 8 // size, (rank + 1) * 8 // size)
+        assert fused[1] == 0 and torch.equal(fused[0], torch.cat([gate[rows], up[rows]]))
+
+
 def test_vocabulary_shards_are_padded_at_the_end() -> None:
     rows = torch.ones(70, 2)  # -> 128 rows
-    sizes = [(held_part("lm_head.weight", rows, rank, 2, 2)) for rank in (0, 1)]
+    sizes = [(held_part("lm_head.weight", rows, rank, 2, (4, 2))) for rank in (0, 1)]
     assert [(part.shape[0], zeros) for part, zeros in sizes] == [(64, 0), (6, 58)]
-    sizes = [(held_part("lm_head.weight", rows, rank, 3, 2)) for rank in range(3)]  # 192 = 64 * 3
+    sizes = [(held_part("lm_head.weight", rows, rank, 3, (4, 2))) for rank in range(3)]  # 192 = 64 * 3
     assert [(part.shape[0], zeros) for part, zeros in sizes] == [(64, 0), (6, 58), (0, 64)]
 
 

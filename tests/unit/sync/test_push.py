@@ -430,11 +430,18 @@ def test_a_server_that_loaded_an_export_keeps_the_type_it_began_with(tmp_path: P
     assert "does not hold" in trainer.push(4).failed["http://a:1"]
 
 
-def test_disk_does_not_go_with_fp8_servers(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ({"sync_method": "disk", "sync_disk_folder": "there", "export": print}, "--sync-method broadcast"),
+        ({"sync_proof": "checksum"}, "--sync-proof auto"),
+    ],
+)
+def test_what_does_not_go_with_fp8_servers_is_refused(flags: dict[str, Any], says: str) -> None:
     server = StandIn("http://a:1")
     server.change(model_config={**CONFIG, "quantization_config": quantization_config([])})
-    with pytest.raises(ValueError, match=r"a:1 serves FP8, and --sync-method disk .* --sync-method broadcast"):
-        Trainer([server], sync_method="disk", sync_disk_folder=str(tmp_path), export=print).push(1)
+    with pytest.raises(ValueError, match=rf"a:1 serves FP8, .* {says}"):
+        Trainer([server], **flags).push(1)
 
 
 def test_disk_without_export_is_refused(tmp_path: Path) -> None:
