@@ -197,7 +197,7 @@ def broadcast(findings: Sequence[Finding], folder: HfFolder, args: argparse.Name
             [c.info.tp_size for c in controls],
             name=f"check-{uuid.uuid4().hex[:8]}",
             backend="nccl" if device.type == "cuda" else "gloo",
-            address=args.sync_address or local_address([c.url for c in controls]),
+            address=args.sync_address or local_address([c.url for c in controls], args.sync_interface),
             port=args.sync_port,
             interface=args.sync_interface,
             device=device,

@@ -28,13 +28,15 @@ class SyncConfig:
     keeping the old weights' key-value cache."""
 
     sync_address: str | None = None
-    """Address of a trainer node as the servers reach it. Unset: the one from which it reaches them."""
+    """Address of the trainer's node as the servers reach it. Unset: of --sync-interface, else the one from which the node
+    reaches them. Leave it out where pipeline stages are on several nodes, each of which sends its own."""
 
     sync_port: int = 0
     """First port that servers connect to for the rendezvous, one per pipeline stage, in [0, 65535]; 0 takes free ones."""
 
     sync_interface: str | None = None
-    """Network interface that weights are sent over, such as eth0. Unset: the backend chooses."""
+    """Network interface that weights are sent over, such as eth0; of this name on every node. Unset: the backend
+    chooses."""
 
     sync_proof: Literal["auto", "checksum", "read_back", "off"] = "auto"
     """How the servers' weights are proven. checksum: of every tensor, bit for bit, for servers on a CPU; read_back: some

@@ -16,6 +16,7 @@ from itertools import accumulate
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -49,14 +50,16 @@ class GroupFailure(Exception):
         self.servers = servers
 
 
-def local_address(urls: Sequence[str]) -> str:
-    """The address of this machine that the servers can reach: the one from which it would talk to them.
+def local_address(urls: Sequence[str], interface: str | None = None) -> str:
+    """The address of this machine that the servers can reach: the interface's, else the one from which it would talk to them.
 
     A server on another machine decides; loopback is the answer only if all servers are on this one.
 
     Raises:
         ValueError: there is no way to one of the servers.
     """
+    if interface is not None and (address := _interface_address(interface)) is not None:
+        return address
     addresses = []
     for url in urls:
         parts = urlsplit(url)
@@ -69,9 +72,27 @@ def local_address(urls: Sequence[str]) -> str:
                 addresses.append(probe.getsockname()[0])
         except OSError as error:
             raise ValueError(
-                f"the address from which {url} can be reached cannot be told ({error}). Name it with --sync-address."
+                f"the address from which {url} can be reached cannot be told ({error}). Name it with --sync-address, "
+                "or the network with --sync-interface."
             ) from error
     return next((a for a in addresses if not a.startswith("127.") and a != "::1"), addresses[0])
+
+
+def _interface_address(interface: str) -> str | None:
+    """Its IPv4 address on this machine; None if there is none, as for a pattern that only NCCL understands."""
+    found = psutil.net_if_addrs().get(interface, [])
+    return next((entry.address for entry in found if entry.family == socket.AF_INET), None)
+
+
+def is_own_address(address: str) -> bool:
+    """Whether this machine has the address, so that servers which connect to it arrive here."""
+    try:
+        family, kind, proto, _, target = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, proto) as probe:
+            probe.bind(target)
+    except OSError:
+        return False
+    return True
 
 
 class UpdateGroup:

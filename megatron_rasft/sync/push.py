@@ -8,6 +8,7 @@ is sent again, over new groups, to the others.
 """
 
 import shutil
+import socket
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -23,7 +24,7 @@ from torch.distributed import ProcessGroup
 from megatron_rasft.config.sync import SyncConfig
 from megatron_rasft.errors import RasftError, ServerError
 from megatron_rasft.sync.colocated import RequestSender
-from megatron_rasft.sync.groups import GroupFailure, UpdateGroup, local_address
+from megatron_rasft.sync.groups import GroupFailure, UpdateGroup, is_own_address, local_address
 from megatron_rasft.sync.proof import ProofKind, Witness, check_checksums, check_rows
 from megatron_rasft.sync.report import PeakMemory, SyncReport
 from megatron_rasft.sync.served import ServedFormat
@@ -87,6 +88,9 @@ class WeightSync:
         takes_part: whether this rank's weights are gathered; other replicas only wait. The first such rank
             of a stage is its source.
         export: writes the model as a Hugging Face folder, a collective of all ranks; for --sync-method disk.
+
+    Raises:
+        ValueError: --sync-address is not that of every node that sends.
     """
 
     def __init__(
@@ -127,6 +131,9 @@ class WeightSync:
             group: Any = dist.new_group(ranks, backend="gloo", timeout=patience)
             if dist.get_rank() in ranks:
                 self._givers, self._is_source = group, dist.get_rank() == ranks[0]
+        problem = next(filter(None, self._exchange(self._address_problem())), "")
+        if problem:
+            raise ValueError(problem)
         self._servers: dict[str, Server] = {}
         self._stream: StageStream | None = None
         self._stream_served: ServedFormat | None = None
@@ -396,13 +403,27 @@ class WeightSync:
             [size for _, size in attempt.servers],
             name=f"{attempt.group}-stage{self._stage}",
             backend="nccl" if self._device.type == "cuda" else "gloo",
-            address=config.sync_address or local_address([server.url for server in servers]),
+            address=config.sync_address
+            or local_address([server.url for server in servers], config.sync_interface),
             port=config.sync_port and config.sync_port + self._stage,
             interface=config.sync_interface,
             device=self._device,
             timeout_s=config.sync_timeout_s,
         )
         return self._group
+
+    def _address_problem(self) -> str:
+        """Why servers that are told --sync-address would not find this rank; empty if they would, or need not."""
+        address = self.config.sync_address
+        if address is None or not self._is_source or self.config.sync_method != "broadcast":
+            return ""
+        if is_own_address(address):
+            return ""
+        return (
+            f"--sync-address {address} is no address of {socket.gethostname()}, from where pipeline stage {self._stage} is "
+            "sent. Leave the flag out: each stage then tells the servers its own node's address, that of --sync-interface "
+            "if one is given."
+        )
 
     def _connected(self, attempt: _Attempt) -> list[Server]:
         return [self._server(url) for url, _ in attempt.servers]

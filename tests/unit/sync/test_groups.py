@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron_rasft.sync.buckets import Bucket, plan_buckets
-from megatron_rasft.sync.groups import GroupFailure, UpdateGroup, local_address
+from megatron_rasft.sync.groups import GroupFailure, UpdateGroup, is_own_address, local_address
 from megatron_rasft.sync.served import ServedFormat
 from tests.unit.sync.stand_ins import StandIn
 from tests.unit.sync.test_buckets import model
@@ -115,6 +115,18 @@ def test_the_address_is_the_one_the_servers_reach() -> None:
     assert local_address(["http://127.0.0.1:30000", "http://localhost:30001"]) == "127.0.0.1"
     with pytest.raises(ValueError, match="--sync-address"):
         local_address(["http://no.such.host.invalid:30000"])
+
+
+def test_a_named_interface_decides_on_the_address() -> None:
+    assert local_address(["http://no.such.host.invalid:30000"], "lo") == "127.0.0.1"
+    assert local_address(["http://localhost:30000"], "=lo,lo2") == "127.0.0.1", (
+        "a pattern of NCCL's: by the way"
+    )
+
+
+def test_an_address_is_known_for_this_machines() -> None:
+    assert is_own_address("127.0.0.1") and is_own_address("localhost")
+    assert not is_own_address("192.0.2.1") and not is_own_address("no.such.host.invalid")
 
 
 def hang_for(seconds: float) -> Callable[[], None]:

@@ -470,3 +470,12 @@ def test_a_port_in_use_is_the_users_affair() -> None:
         taken.listen()
         with pytest.raises(ValueError, match="--sync-port"):
             Trainer([server], sync_port=taken.getsockname()[1]).push(1)
+
+
+def test_an_address_of_another_machine_is_refused_at_once() -> None:
+    elsewhere = "192.0.2.1"
+    with pytest.raises(
+        ValueError, match=rf"{elsewhere} is no address of {socket.gethostname()}.* stage 0 .*-interface"
+    ):
+        Trainer([], sync_address=elsewhere)
+    Trainer([], sync_address=elsewhere, sync_method="tensor")  # nobody connects
