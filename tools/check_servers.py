@@ -276,8 +276,6 @@ def let_go_on(control: Server) -> None:
             step()
         except ServerError as error:
             failures.append(error)
-            if error.status is None:  # not to be reached
-                break
     if failures:
         raise failures[0]
 

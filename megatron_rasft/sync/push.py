@@ -554,9 +554,8 @@ class WeightSync:
         for tag in tags:
             if tag in sleep.tags:
                 server.resume_memory([tag], self.config.sync_timeout_s)
-                sleep.tags.remove(
-                    tag
-                )  # at once: asked for the same memory twice, SGLang ends with a KeyError
+                # at once: asked for the same memory twice, SGLang ends with a KeyError
+                sleep.tags.remove(tag)
         if not sleep.tags:
             del self._asleep[server.url]
 
