@@ -64,10 +64,7 @@ class Servers(AbstractContextManager["Servers"]):
         """One response per seed; those that the servers failed to give are ``abort``."""
         answers = self._engine.generate(requests, params, self.weight_version)
         lost = Response(token_ids=[], logprobs=[], finish_reason="abort")
-        return [
-            group + [lost] * (len(request.seeds) - len(group))
-            for request, group in zip(requests, answers.responses, strict=True)
-        ]
+        return [[lost if response is None else response for response in group] for group in answers.responses]
 
     def __exit__(
         self,

@@ -22,7 +22,7 @@ class SglangEngine:
         ...with --rollout-lag 1 the steps of a window; wait(seconds) while there is nothing else to do...
         answers, report = engine.result()
 
-    Neither raises because servers fail: the answers are fewer then, and ``fleet.say`` was told why, from
+    Neither raises because servers fail: some answers are None then, and ``fleet.say`` was told why, from
     the thread that samples.
     """
 

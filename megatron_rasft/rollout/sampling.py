@@ -87,9 +87,9 @@ class SamplingReport:
 
 
 class Answers(NamedTuple):
-    """Per request its finished responses in the order of its seeds, fewer where servers failed."""
+    """Per request one response per seed, in their order; None in the place of each that servers failed to give."""
 
-    responses: list[list[Response]]
+    responses: list[list[Response | None]]
     report: SamplingReport
 
 
@@ -201,10 +201,9 @@ class _Sampling:
                 await asyncio.gather(watch, *self._running, return_exceptions=True)
         self._give_up_rest()
         self._report.seconds = time.monotonic() - began
-        responses = [[r for r in group if r is not None] for group in self._results]
         counted = sum(self._report.outcomes.values())
         assert counted == self._report.num_samples, f"{counted} of {self._report.num_samples} accounted for"
-        return Answers(responses, self._report)
+        return Answers(self._results, self._report)
 
     def _send(self, client: httpx.AsyncClient) -> None:
         """Give out waiting samples as long as there is a free place for them."""

@@ -102,11 +102,11 @@ def sample_seed(seed: int, problem_id: str, iteration: int, index: int) -> int:
 def as_rollouts(
     problem_id: str,
     request: Request,
-    answers: Sequence[Response],
+    answers: Sequence[Response | None],
     iteration: int,
     decode: Callable[[list[int]], str],
 ) -> list[Rollout]:
-    """The sampled responses of one problem, not yet verified."""
+    """The sampled responses of one problem, not yet verified; none for a seed that was not answered."""
     return [
         Rollout(
             problem_id=problem_id,
@@ -119,6 +119,7 @@ def as_rollouts(
             text=decode(answer.token_ids),
         )
         for index, answer in enumerate(answers)
+        if answer is not None
     ]
 
 
@@ -337,7 +338,11 @@ class Planner:
         return Request(prompt_ids=self._by_id[problem_id].prompt_ids, seeds=seeds)
 
     def _grouped(
-        self, chosen: list[str], requests: list[Request], responses: list[list[Response]], iteration: int
+        self,
+        chosen: list[str],
+        requests: list[Request],
+        responses: Sequence[Sequence[Response | None]],
+        iteration: int,
     ) -> dict[str, RolloutGroup]:
         groups = {}
         for problem_id, request, answers in zip(chosen, requests, responses, strict=True):

@@ -164,7 +164,7 @@ def test_a_thousand_prompts_of_eight_samples_with_random_aborts(
         finally:
             stop.set()
             aborting.join()
-    assert [len(group) for group in answers.responses] == [8] * 1000
+    assert answers.report.num_finished == 8 * 1000
     assert answers.report.num_resumed > 0 and set(answers.report.samples_by_server) == {first.url, second.url}
     assert rollouts.said == []
     print(answers.report.describe())

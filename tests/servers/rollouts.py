@@ -71,13 +71,14 @@ def accounted_for(requests: list[Request], answers: Answers) -> None:
     """Every sample is in the report once, and what came back is whole."""
     report = answers.report
     assert sum(report.outcomes.values()) == report.num_samples == sum(len(r.seeds) for r in requests)
-    assert sum(len(group) for group in answers.responses) == report.num_finished
+    assert [len(group) for group in answers.responses] == [len(r.seeds) for r in requests]
+    finished = [r for group in answers.responses for r in group if r is not None]
+    assert len(finished) == report.num_finished
     assert sum(report.samples_by_server.values()) == report.num_finished
-    for group in answers.responses:
-        for response in group:
-            assert len(response.token_ids) == len(response.logprobs) > 0
-            assert EOS not in response.token_ids[:-1]
-            assert (response.finish_reason == "stop") == (response.token_ids[-1] == EOS)
+    for response in finished:
+        assert len(response.token_ids) == len(response.logprobs) > 0
+        assert EOS not in response.token_ids[:-1]
+        assert (response.finish_reason == "stop") == (response.token_ids[-1] == EOS)
 
 
 def in_mid_rollout(rollouts: Rollouts, urls: tuple[str, str], requests: list[Request]) -> None:

@@ -29,15 +29,14 @@ class World:
             zip((url.removeprefix("http://").partition(":")[0] for url in URLS), labels, strict=False)
         )
         self.refuses = refuses
+        self.info: dict[str, Any] = {"version": "0.5", "model_path": "/far", "context_length": 50}
         self.bodies: list[dict[str, Any]] = []
 
     def __call__(self, request: httpx.Request) -> httpx.Response:
         name, path = request.url.host, request.url.path
         body = json.loads(request.content) if request.content else {}
         if path in ("/server_info", "/model_info"):
-            return httpx.Response(
-                200, json={"version": "0.5", "model_path": "/far", "context_length": 50, "weight_version": self.labels[name]}
-            )  # fmt: skip
+            return httpx.Response(200, json={**self.info, "weight_version": self.labels[name]})
         if path == "/update_weight_version":
             self.labels[name] = body["new_version"]
             return httpx.Response(200, json={"success": True})
@@ -95,6 +94,14 @@ def test_lost_samples_are_marked() -> None:
             [Request(prompt_ids=[1], seeds=[5, 6]), Request(prompt_ids=[3], seeds=[7, 8])], PARAMS
         )
     assert [[r.finish_reason for r in group] for group in groups] == [["stop"] * 2, ["abort"] * 2]
+
+
+def test_a_lost_sample_keeps_its_place() -> None:
+    world = World(["1"], refuses=lambda body: body["sampling_params"]["sampling_seed"] == 11)
+    world.info["enable_deterministic_inference"] = True
+    with world.open() as servers:
+        (group,) = servers.generate([Request(prompt_ids=[1], seeds=[10, 11, 12, 13])], PARAMS)
+    assert [r.finish_reason for r in group] == ["stop", "abort", "stop", "stop"]
 
 
 def test_silence_is_an_error() -> None:

@@ -14,7 +14,7 @@ from megatron_rasft.config import RolloutConfig
 from megatron_rasft.errors import RolloutError
 from megatron_rasft.rollout.engine import SglangEngine
 from megatron_rasft.rollout.fleet import Fleet
-from megatron_rasft.types import Request, SamplingParams
+from megatron_rasft.types import Request, Response, SamplingParams
 
 A, B = "http://a:1", "http://b:2"
 VERSION = 5
@@ -60,6 +60,10 @@ def answer_of(
     }
 
 
+def finished(responses: list[list[Response | None]]) -> list[Response]:
+    return [r for group in responses for r in group if r is not None]
+
+
 Generate = Callable[[str, dict[str, Any]], httpx.Response | dict[str, Any]]
 
 
@@ -88,7 +92,8 @@ class Servers:
             answers = engine.generate(requests, sampling or params(), VERSION)
         report = answers.report
         assert sum(report.outcomes.values()) == report.num_samples == sum(len(r.seeds) for r in requests)
-        assert sum(len(group) for group in answers.responses) == report.num_finished
+        assert [len(group) for group in answers.responses] == [len(r.seeds) for r in requests]
+        assert len(finished(answers.responses)) == report.num_finished
         return answers
 
     def _control(self, request: httpx.Request) -> httpx.Response:
@@ -276,7 +281,7 @@ def test_a_restarted_server_is_noticed_by_the_watch() -> None:
     with SglangEngine(servers.fleet, httpx.MockTransport(servers._answer)) as engine:
         answers = engine.generate(requests_of(2), params(), VERSION)
     servers._control = original  # type: ignore[method-assign]
-    assert answers.report.outcomes["failed"] == 4 and answers.responses == [[], []]
+    assert answers.report.outcomes["failed"] == 4 and answers.responses == [[None, None]] * 2
     assert "was it restarted?" in servers.said[0]
 
 
@@ -287,7 +292,7 @@ def test_when_every_server_is_gone_the_rest_is_counted_as_failed() -> None:
     )
     responses, report = servers.sample(requests_of(20))
     assert report.outcomes["length"] == 10 and report.outcomes["failed"] == 30
-    assert sum(len(group) for group in responses) == 10
+    assert len(finished(responses)) == 10
     assert any("no rollout server is left" in line for line in servers.said)
 
 
@@ -295,7 +300,7 @@ def test_without_any_server_nothing_is_made() -> None:
     servers = Servers(good)
     with SglangEngine(servers.fleet) as engine:
         responses, report = engine.generate(requests_of(3), params(), VERSION)
-    assert responses == [[], [], []] and report.outcomes["failed"] == 6
+    assert responses == [[None, None]] * 3 and report.outcomes["failed"] == 6
 
 
 def test_a_request_that_every_server_refuses_is_given_up_and_quoted() -> None:
@@ -306,8 +311,21 @@ def test_a_request_that_every_server_refuses_is_given_up_and_quoted() -> None:
     servers = Servers(generate)
     responses, report = servers.sample(requests_of(5))
     assert report.outcomes["refused"] == 2 and report.num_finished == 8 and report.num_quarantined == 0
-    assert [len(g) for g in responses] == [0, 2, 2, 2, 2]
+    assert responses[0] == [None, None] and len(finished(responses[1:])) == 8
     assert servers.said == ["2 samples were refused by the servers: too long"]
+
+
+def test_a_sample_that_fails_leaves_its_place_empty_and_the_others_in_theirs() -> None:
+    def generate(url: str, body: dict[str, Any]) -> Any:
+        seed = body["sampling_params"]["sampling_seed"]
+        if seed == 11:
+            return httpx.Response(400, json={"error": {"message": "no"}})
+        return answer_of(body, [seed, STOP], "stop")
+
+    servers = Servers(generate)
+    servers.info["enable_deterministic_inference"] = True
+    responses, _ = servers.sample([Request(prompt_ids=[1], seeds=[10, 11, 12, 13])])
+    assert [r and r.token_ids[0] for r in responses[0]] == [10, None, 12, 13]
 
 
 def test_an_aborted_sample_goes_on_from_its_tokens() -> None:
@@ -382,7 +400,7 @@ def test_a_thousand_prompts_with_every_fault_at_random() -> None:
     )
     responses, report = servers.sample(requests_of(50, 8) * 5)
     assert report.num_samples == 2000 and report.num_finished > 1500
-    assert all(r.token_ids == [2, 3, 4, 5] for g in responses for r in g), "no token lost or taken twice"
+    assert all(r.token_ids == [2, 3, 4, 5] for r in finished(responses)), "no token lost or taken twice"
 
 
 def test_sampling_in_the_background_and_stopping_it() -> None:
