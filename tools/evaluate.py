@@ -45,7 +45,7 @@ WRITERS: dict[str, Callable[[tables.Results, str], str]] = {
 }
 FILES = {"markdown": "results.md", "csv": "results.csv", "latex": "results.tex"}
 DRAWN_BY = (
-    "model checkpoint server weights dtype temperature top_p max_new_tokens seed prompt_suffix system_prompt chat_template"
+    "model checkpoint weights dtype temperature top_p max_new_tokens seed prompt_suffix system_prompt chat_template"
 ).split()
 """What decides about a sample: a store holds samples of one setting of these."""
 
@@ -70,6 +70,8 @@ def main(argv: list[str] | None = None) -> int:
 def run(args: argparse.Namespace, megatron_flags: list[str]) -> None:
     """Sample, grade, and write tables."""
     config = read_flags(args, EvaluationConfig)
+    if args.server and megatron_flags:
+        raise ValueError(f"{megatron_flags[0]} has no meaning with --server: the servers hold the model.")
     if args.model is None and args.checkpoint is not None:
         args.model = _model_of_checkpoint(Path(args.checkpoint))
     if args.model is None:
@@ -80,12 +82,12 @@ def run(args: argparse.Namespace, megatron_flags: list[str]) -> None:
         benchmarks.append(read_benchmark(known, path, config.unknown_data == "accept"))
     output = Path(args.output)
     drawn_by = _drawn_by(args, config)
-    _check_protocol(output, drawn_by)
+    _check_protocol(output, drawn_by, benchmarks)
     if any(benchmark.kind == "code" for benchmark in benchmarks):
         with Sandbox(verify_config(config)) as sandbox:  # refuses now what the machine does not allow
             if os.environ.get("RANK", "0") == "0":
                 print(f"programs run in a sandbox of level {sandbox.level}")
-    with _open_engine(args, megatron_flags) as engine:
+    with _open_engine(args, config, megatron_flags) as engine:
         if engine is None:  # another rank speaks
             return
         _write_protocol(output, drawn_by, config, benchmarks)
@@ -116,7 +118,7 @@ def run(args: argparse.Namespace, megatron_flags: list[str]) -> None:
                     tokenize_prompts([put(p) for p in benchmark.problems], tokenizer, prompt_config),
                     engine,
                     grade,
-                    output / "samples" / f"{benchmark.name}.jsonl",
+                    _store(output, benchmark),
                     num_samples=config.num_samples,
                     seed=config.seed,
                     params=params,
@@ -205,41 +207,54 @@ def _newest_iteration(checkpoint: Path) -> str:
 
 
 def _drawn_by(args: argparse.Namespace, config: EvaluationConfig) -> dict[str, Any]:
-    weights = None
     if args.checkpoint is not None:
         weights = _newest_iteration(Path(args.checkpoint))
-    elif args.server is None:
+    elif args.server:
+        with _open_servers(args, config) as servers:
+            weights = servers.weights
+    else:
         weights = weights_fingerprint(Path(args.model), args.dtype)
     values = {**vars(args), **asdict(config), "weights": weights}
     return {name: values[name] for name in DRAWN_BY}
 
 
-def _check_protocol(output: Path, drawn_by: dict[str, Any]) -> None:
-    """Refuse a folder whose samples were drawn in another way, before a model is loaded."""
+def _check_protocol(output: Path, drawn_by: dict[str, Any], benchmarks: list[Benchmark]) -> None:
+    """Refuse a folder whose samples were drawn in another way or from other files, before a model is loaded."""
     path = output / "protocol.json"
     if not path.is_file():
         return
-    stored = json.loads(path.read_text(encoding="utf-8"))["drawn_by"]
+    protocol = json.loads(path.read_text(encoding="utf-8"))
+    stored = protocol["drawn_by"]
     for name, value in drawn_by.items():
         if stored.get(name) != value:
             raise ValueError(
                 f"--output {output} holds samples drawn with {name} {stored.get(name)!r}, not {value!r}. Give another "
                 "folder, or the flags of then."
             )
+    for benchmark in benchmarks:
+        file, samples = protocol["files"].get(benchmark.name), _store(output, benchmark)
+        if file is not None and file["sha256"] != benchmark.sha256 and samples.exists():
+            raise ValueError(
+                f"{samples} was drawn from {file['path']} with sha256 {file['sha256'][:12]}..., but {benchmark.path} has "
+                f"{benchmark.sha256[:12]}.... Give another --output or the file of then, or delete the samples."
+            )
+
+
+def _store(output: Path, benchmark: Benchmark) -> Path:
+    return output / "samples" / f"{benchmark.name}.jsonl"
 
 
 def _write_protocol(
     output: Path, drawn_by: dict[str, Any], config: EvaluationConfig, benchmarks: list[Benchmark]
 ) -> None:
+    """Say how the samples are drawn; the files of benchmarks that were sampled earlier stay named."""
     output.mkdir(parents=True, exist_ok=True)
-    content = {
-        "drawn_by": drawn_by,
-        "config": asdict(config),
-        "files": {
-            b.name: {"path": str(b.path), "sha256": b.sha256, "verified": b.is_verified} for b in benchmarks
-        },
-    }
-    (output / "protocol.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    path = output / "protocol.json"
+    files = json.loads(path.read_text(encoding="utf-8"))["files"] if path.is_file() else {}
+    for b in benchmarks:
+        files[b.name] = {"path": str(b.path), "sha256": b.sha256, "verified": b.is_verified}
+    content = {"drawn_by": drawn_by, "config": asdict(config), "files": files}
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def _write_results(output: Path, label: str, compared_with: str, summary: Summary) -> None:
@@ -260,15 +275,12 @@ def _write_results(output: Path, label: str, compared_with: str, summary: Summar
 
 
 @contextmanager
-def _open_engine(args: argparse.Namespace, megatron_flags: list[str]) -> Iterator[Engine | None]:
+def _open_engine(
+    args: argparse.Namespace, config: EvaluationConfig, megatron_flags: list[str]
+) -> Iterator[Engine | None]:
     """The engine, on the process that asks it; None on the others, after they have followed to the end."""
     if args.server:
-        if megatron_flags:
-            raise ValueError(f"{megatron_flags[0]} has no meaning with --server: the servers hold the model.")
-        folder = HfFolder.open(args.model)
-        api_key = os.environ.get(args.api_key_env) if args.api_key_env else None
-        positions = folder.config["max_position_embeddings"]
-        with Servers(args.server, folder.config, positions, api_key) as servers:
+        with _open_servers(args, config) as servers:
             yield servers
         return
     from megatron_rasft.training import cpu_backend
@@ -292,6 +304,13 @@ def _open_engine(args: argparse.Namespace, megatron_flags: list[str]) -> Iterato
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+def _open_servers(args: argparse.Namespace, config: EvaluationConfig) -> Servers:
+    folder = HfFolder.open(args.model)
+    api_key = os.environ.get(args.api_key_env) if args.api_key_env else None
+    positions = folder.config["max_position_embeddings"]
+    return Servers(args.server, folder.config, positions, api_key)
 
 
 class _Progress:

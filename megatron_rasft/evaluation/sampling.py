@@ -59,6 +59,10 @@ def sample_benchmark(
 
     Returns:
         [problems x num_samples], problem after problem.
+
+    Raises:
+        ValueError: a stored sample was drawn from another prompt, or a prompt leaves no room.
+        RolloutError: samples could not be drawn, after everything else was.
     """
     params = fit_to_positions(params, prompts, engine.max_positions)
     problems = {problem.problem_id: problem for problem in benchmark.problems}
@@ -67,6 +71,13 @@ def sample_benchmark(
         for r in _stored(path)
         if r.problem_id in problems and r.sample_index < num_samples
     }
+    prompt_of = dict(zip(problems, prompts, strict=True))
+    for rollout in finished.values():
+        if rollout.prompt_ids != prompt_of[rollout.problem_id]:
+            raise ValueError(
+                f"{path} holds samples of {rollout.problem_id} drawn from another prompt: question, tokenizer or chat "
+                "template was another one. Give another --output, or delete the samples."
+            )
     store = RolloutStore(path)
     total = len(problems) * num_samples
     # One problem's samples share its prefill, so they stay in one batch.

@@ -9,7 +9,7 @@ from megatron_rasft.config.rollout import RolloutConfig
 from megatron_rasft.errors import RolloutError
 from megatron_rasft.rollout.engine import SglangEngine
 from megatron_rasft.rollout.fleet import Fleet
-from megatron_rasft.types import Request, Response, SamplingParams
+from megatron_rasft.types import Request, Response, SamplingParams, ServerInfo
 
 
 class Servers(AbstractContextManager["Servers"]):
@@ -39,21 +39,22 @@ class Servers(AbstractContextManager["Servers"]):
         fleet = Fleet(config, api_key=api_key, model_config=model_config, transport=transport)
         self._engine = SglangEngine(fleet, async_transport)
         self._max_positions = max_positions
-        versions = {}
-        for control in fleet.find():
-            info = control.info
-            if info.weight_version is None:
+        found = fleet.find()
+        for control in found:
+            if control.info.weight_version is None:
                 control.set_weight_version(0)
-            versions[control.url] = info.weight_version or 0
-            self._max_positions = min(self._max_positions, info.context_length or max_positions)
-        if len(set(versions.values())) > 1:
-            listed = ", ".join(f"{url} step {version}" for url, version in versions.items())
+            self._max_positions = min(self._max_positions, control.info.context_length or max_positions)
+        weights = {control.url: _weights(control.info) for control in found}
+        self.weights = weights[found[0].url]
+        """What is sampled: version label and model folder, as the servers say."""
+        if len(set(weights.values())) > 1:
+            listed = ", ".join(f"{url} {what}" for url, what in weights.items())
             raise RolloutError(
-                f"--server: the servers have different weights ({listed}). Name those of one step."
+                f"--server: the servers have different weights ({listed}). Name those of one step of one model."
             )
-        for url, version in versions.items():
-            fleet.admit(url, version)
-        self.weight_version = next(iter(versions.values()))
+        self.weight_version = found[0].info.weight_version or 0
+        for control in found:
+            fleet.admit(control.url, self.weight_version)
 
     @property
     def max_positions(self) -> int:
@@ -73,3 +74,7 @@ class Servers(AbstractContextManager["Servers"]):
         traceback: TracebackType | None,
     ) -> None:
         self._engine.close()
+
+
+def _weights(info: ServerInfo) -> str:
+    return f"step {info.weight_version or 0} of {info.model_path}"

@@ -94,6 +94,18 @@ def test_more_samples_are_added_to_those_that_are_there(tmp_path: Path, engine: 
     assert many == sample(tmp_path / "other.jsonl", CountingEngine(), num_samples=4)
 
 
+def test_samples_of_another_prompt_are_not_taken_over(tmp_path: Path, engine: CountingEngine) -> None:
+    path = tmp_path / "s.jsonl"
+    sample(path, engine)
+    stored = path.read_text()
+    moved = make_benchmark()
+    moved.problems.insert(0, moved.problems.pop())  # every id has another prompt now
+    second = CountingEngine()
+    with pytest.raises(ValueError, match=r"s\.jsonl holds samples of p0 drawn from another prompt"):
+        sample(path, second, benchmark=moved)
+    assert second.seeds == [] and path.read_text() == stored
+
+
 def test_batch_size_and_neighbours_do_not_change_a_sample(tmp_path: Path, engine: CountingEngine) -> None:
     wide = sample(tmp_path / "a.jsonl", engine, params=replace(PARAMS, max_batch_size=64))
     alone = sample(tmp_path / "b.jsonl", CountingEngine(), benchmark=make_benchmark(1))

@@ -1,0 +1,82 @@
+"""The command over servers without a network: which stored samples it goes on from, and which it refuses."""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import httpx
+import pytest
+
+from megatron_rasft.evaluation.servers import Servers
+from tests.tiny_policy import write_model
+from tests.unit.evaluation.conftest import World
+from tools import evaluate
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("hf") / "model")
+
+
+@pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch) -> World:
+    world = World(["12", "12"])
+    transport = httpx.MockTransport(world)
+    monkeypatch.setattr(evaluate, "Servers", partial(Servers, transport=transport, async_transport=transport))
+    return world
+
+
+def command(model: Path, output: Path, questions: Path, *more: str, server: str = "http://a:1") -> int:
+    flags = ["run", "--model", str(model), "--output", str(output), "--server", server]
+    flags += [
+        "--benchmarks",
+        f"sums={questions}",
+        "--num-samples",
+        "2",
+        "--verify-num-workers",
+        "1",
+        "--prompt-suffix",
+        "",
+        *more,
+    ]
+    return evaluate.main(flags)
+
+
+def write_questions(path: Path, *answers: str) -> Path:
+    rows = [{"problem": f"{number}+1=", "answer": answer} for number, answer in enumerate(answers)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_samples_are_kept_for_the_same_file_only(
+    model: Path, world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output, questions = tmp_path / "out", write_questions(tmp_path / "sums.jsonl", "1", "3")
+    assert command(model, output, questions) == 0
+    assert command(model, output, questions) == 0 and len(world.bodies) == 4, "nothing was drawn again"
+    other = write_questions(tmp_path / "other.jsonl", "1")
+    assert command(model, output, questions, "--benchmarks", f"other={other}") == 0
+    num_drawn = len(world.bodies)
+
+    write_questions(questions, "1", "2")  # the gold answer is corrected
+    capsys.readouterr()
+    assert command(model, output, questions) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "sums.jsonl was drawn from" in said and "delete the samples" in said
+    assert len(world.bodies) == num_drawn
+    (output / "samples" / "sums.jsonl").unlink()
+    assert command(model, output, questions) == 0 and len(world.bodies) == num_drawn + 4
+
+
+def test_samples_are_kept_for_the_same_served_weights_only(
+    model: Path, world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output, questions = tmp_path / "out", write_questions(tmp_path / "sums.jsonl", "1", "3")
+    assert command(model, output, questions) == 0
+    assert command(model, output, questions, server="http://b:2") == 0, "another server of these weights"
+    assert len(world.bodies) == 4
+    world.labels["a"] = "13"
+    capsys.readouterr()
+    assert command(model, output, questions) == 2
+    assert "drawn with weights 'step 12 of /far', not 'step 13 of /far'" in capsys.readouterr().err
+    assert len(world.bodies) == 4
