@@ -309,8 +309,8 @@ def _open_engine(
 def _open_servers(args: argparse.Namespace, config: EvaluationConfig) -> Servers:
     folder = HfFolder.open(args.model)
     api_key = os.environ.get(args.api_key_env) if args.api_key_env else None
-    positions = folder.config["max_position_embeddings"]
-    return Servers(args.server, folder.config, positions, api_key)
+    positions = folder.config.get("max_position_embeddings") or folder.family.default_max_position_embeddings
+    return Servers(args.server, folder.config, positions, api_key, config.deadline_s)
 
 
 class _Progress:

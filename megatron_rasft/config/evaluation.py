@@ -37,6 +37,9 @@ class EvaluationConfig:
     batch_size: int = 64
     """Sequences decoded at once on one replica, or requests in flight at a server, >= 1."""
 
+    deadline_s: float = 1800.0
+    """Longest time a server of --server may take for one sample, seconds, > 0; then others are asked."""
+
     limit: int = 0
     """Only the first so many problems of each set, >= 0; 0: all. The tables then say so."""
 
@@ -89,8 +92,12 @@ class EvaluationConfig:
         ):
             if value < 0:
                 raise ValueError(f"{flag} must be >= 0, got {value}.")
-        if not self.verify_timeout_s > 0:
-            raise ValueError(f"--verify-timeout-s must be > 0, got {self.verify_timeout_s}.")
+        for flag, seconds in (
+            ("--deadline-s", self.deadline_s),
+            ("--verify-timeout-s", self.verify_timeout_s),
+        ):
+            if not seconds > 0:
+                raise ValueError(f"{flag} must be > 0, got {seconds}.")
         if not self.benchmarks:
             raise ValueError("--benchmarks must name at least one set.")
         wrong = [k for k in self.pass_k if not 1 <= k <= self.num_samples]

@@ -184,9 +184,7 @@ class Fleet:
             member.weight_version = None
             member.fault = reason
             member.num_quarantines += was_serving
-        self.say(
-            f"rollout server {url} {reason}{': left out until the next full sync' if was_serving else ''}"
-        )
+        self.say(f"rollout server {url} {reason}{': left out for now' if was_serving else ''}")
 
     def _read_members(self) -> None:
         named = dict.fromkeys(url.rstrip("/") for url in self.config.rollout_urls)

@@ -368,7 +368,7 @@ class _Sampling:
             raise _Fault(f"could not be reached for {connect_s:g} s", is_grave=True) from error
         except (TimeoutError, httpx.TimeoutException) as error:
             raise _Fault(
-                f"took longer than --rollout-deadline-s {limit:g} for one sample", is_grave=True
+                f"took longer than its deadline of {limit:g} s for one sample", is_grave=True
             ) from error
         except httpx.ConnectError as error:
             raise _Fault(f"cannot be reached ({error})", is_grave=True) from error

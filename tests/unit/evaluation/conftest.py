@@ -56,11 +56,14 @@ class World:
         self.refuses = refuses
         self.info: dict[str, Any] = {"version": "0.5", "context_length": 50}
         self.paths = dict.fromkeys(self.labels, "/far")
+        self.down: set[str] = set()
         self.bodies: list[dict[str, Any]] = []
 
     def __call__(self, request: httpx.Request) -> httpx.Response:
         name, path = request.url.host, request.url.path
         body = json.loads(request.content) if request.content else {}
+        if name in self.down:
+            raise httpx.ConnectError("refused")
         if path in ("/server_info", "/model_info"):
             return httpx.Response(
                 200, json={"model_path": self.paths[name], "weight_version": self.labels[name], **self.info}
@@ -89,7 +92,7 @@ class World:
 
     def open(self, num: int = 1) -> Servers:
         transport = httpx.MockTransport(self)
-        return Servers(URLS[:num], MODEL, 4096, transport=transport, async_transport=transport)
+        return Servers(URLS[:num], MODEL, 4096, wait_s=0.0, transport=transport, async_transport=transport)
 
 
 @pytest.fixture

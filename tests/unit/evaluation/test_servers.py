@@ -1,5 +1,7 @@
 """Servers as an engine: labelled if nobody did, all of one step, lost samples marked; without a network."""
 
+import asyncio
+
 import httpx
 import pytest
 
@@ -61,9 +63,63 @@ def test_a_lost_sample_keeps_its_place() -> None:
     assert [r.finish_reason for r in group] == ["stop", "abort", "stop", "stop"]
 
 
+def drawn(engine: Servers) -> list[str]:
+    (group,) = engine.generate([Request(prompt_ids=[1], seeds=[5, 6])], PARAMS)
+    return [r.finish_reason for r in group]
+
+
+def test_a_server_that_failed_is_asked_again(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    world = World(["12", "12"])
+    with world.open(2) as servers:
+        world.down = {"b"}
+        assert drawn(servers) == ["stop", "stop"]
+        world.down = {"a"}
+        assert drawn(servers) == ["abort", "abort"], "b was asked a moment ago"
+        assert drawn(servers) == ["stop", "stop"], "there is no other"
+        world.down = set()
+        monkeypatch.setattr("megatron_rasft.evaluation.servers._BETWEEN_PROBES_S", 0.0)
+        assert drawn(servers) == ["stop", "stop"]
+    said = capsys.readouterr().out
+    assert "a:1 is back" in said and "b:2 is back" in said and "sync" not in said
+
+
+def test_a_server_that_hung_is_asked_again(capsys: pytest.CaptureFixture[str]) -> None:
+    world = World(["12"])
+    is_hung = True
+
+    async def answer(request: httpx.Request) -> httpx.Response:
+        if is_hung:
+            await asyncio.sleep(60)
+        return world(request)
+
+    transports = {"transport": httpx.MockTransport(world), "async_transport": httpx.MockTransport(answer)}
+    with Servers(URLS[:1], MODEL, 4096, deadline_s=0.2, wait_s=0.0, **transports) as servers:
+        assert drawn(servers) == ["abort", "abort"]
+        is_hung = False
+        assert drawn(servers) == ["stop", "stop"]
+    said = capsys.readouterr().out
+    assert "deadline of 0.2 s" in said and "is back" in said
+
+
+@pytest.mark.parametrize(("label", "path"), [("default", "/far"), ("13", "/far"), ("12", "/near")])
+def test_a_server_that_comes_back_with_other_weights_is_not_asked(label: str, path: str) -> None:
+    world = World(["12"])
+    with world.open() as servers:
+        world.down = {"a"}
+        assert drawn(servers) == ["abort", "abort"]
+        world.down, world.labels["a"], world.paths["a"] = set(), label, path
+        with pytest.raises(
+            RolloutError, match=f"none to ask: http://a:1 has the weights '{label}' of {path}"
+        ):
+            drawn(servers)
+    assert world.bodies == []
+
+
 def test_silence_is_an_error() -> None:
     def nobody(request: httpx.Request) -> httpx.Response:
         raise httpx.ConnectError("refused")
 
-    with pytest.raises(RolloutError, match="no rollout server answered"):
-        Servers(URLS, MODEL, 4096, transport=httpx.MockTransport(nobody))
+    with pytest.raises(RolloutError, match=r"none to ask: http://a:1 cannot be reached.*; http://b:2"):
+        Servers(URLS, MODEL, 4096, wait_s=0.0, transport=httpx.MockTransport(nobody))

@@ -261,7 +261,7 @@ def test_a_hung_server_is_left_out_at_the_deadline_and_all_its_work_goes_on() ->
     )
     _, report = servers.sample(requests_of(20))
     assert report.num_finished == 40 and report.num_quarantined == 1
-    assert len(servers.said) == 1 and "--rollout-deadline-s" in servers.said[0]
+    assert len(servers.said) == 1 and "deadline of 0.3 s" in servers.said[0]
 
 
 def test_a_restarted_server_is_noticed_by_the_watch() -> None:

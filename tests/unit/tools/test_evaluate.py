@@ -1,6 +1,7 @@
 """The command over servers without a network: which stored samples it goes on from, and which it refuses."""
 
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -66,6 +67,23 @@ def test_samples_are_kept_for_the_same_file_only(
     assert len(world.bodies) == num_drawn
     (output / "samples" / "sums.jsonl").unlink()
     assert command(model, output, questions) == 0 and len(world.bodies) == num_drawn + 4
+
+
+def test_a_deadline_of_nothing_is_refused(
+    model: Path, world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command(model, tmp_path / "out", tmp_path / "none.jsonl", "--deadline-s", "0") == 2
+    assert "--deadline-s must be > 0, got 0" in capsys.readouterr().err
+
+
+def test_a_model_folder_that_names_no_positions_has_those_of_its_family(
+    model: Path, world: World, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(model, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    del config["max_position_embeddings"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert command(folder, tmp_path / "out", write_questions(tmp_path / "sums.jsonl", "1")) == 0
 
 
 def test_samples_are_kept_for_the_same_served_weights_only(
