@@ -1,6 +1,6 @@
 """The embedded engine of an evaluation: a model that only samples, without optimizer or gradients.
 
-Rank 0 asks, the other ranks ``follow``; every layout that trains also samples.
+Rank 0 asks, the other ranks ``follow``; every layout that trains also samples, but for expert parallelism.
 """
 
 from collections.abc import Sequence
@@ -30,10 +30,18 @@ class Sampler:
     Args:
         flags: Megatron's and this package's own flags; --hf-model is among them.
         checkpoint: folder of Megatron checkpoints, whose newest weights are taken; None takes those of --hf-model.
+
+    Raises:
+        ValueError, ModelFolderError, CheckpointError: a flag, or a folder, that no model can be built from.
     """
 
     def __init__(self, flags: Sequence[str], checkpoint: str | None = None) -> None:
         args, _, folder = host.parse(flags, needs_data=False)
+        if args.expert_model_parallel_size > 1:
+            raise ValueError(
+                f"--expert-model-parallel-size must be 1 where a model only samples, got {args.expert_model_parallel_size}: "
+                "replicas decode different numbers of steps. Cut the experts by --tensor-model-parallel-size."
+            )
         host.start(args)
         self._args = args
         with host.quiet():
