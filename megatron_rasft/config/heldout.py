@@ -27,6 +27,9 @@ class HeldoutConfig:
                 raise ValueError(
                     f"--heldout-data must be {', '.join(TRAIN_DATA_SUFFIXES)} files, got {path!r}: convert it."
                 )
+        repeated = sorted({path for path in self.heldout_data if self.heldout_data.count(path) > 1})
+        if repeated:
+            raise ValueError(f"--heldout-data must name each file once, got {repeated[0]!r} again.")
         if self.heldout_interval < 0:
             raise ValueError(
                 f"--heldout-interval must be >= 0, got {self.heldout_interval}. 0 measures before and after."

@@ -117,7 +117,9 @@ class DataReport:
         return "\n".join(lines)
 
 
-def read_rows(config: DataConfig, require_answer: bool = True) -> Iterator[Row | RowFault]:
+def read_rows(
+    config: DataConfig, require_answer: bool = True, flag: str = "--train-data"
+) -> Iterator[Row | RowFault]:
     """Stream the rows of ``config.train_data``, a RowFault in the place of each that cannot be used.
 
     Nothing is refused here, ``DataReport.check`` decides; only a file that is missing, empty or unreadable
@@ -126,8 +128,9 @@ def read_rows(config: DataConfig, require_answer: bool = True) -> Iterator[Row |
     Args:
         config: the files and the names of their fields.
         require_answer: a row with neither gold answer nor tests is a fault; False is for runs without any rollouts.
+        flag: that named the files, for messages.
     """
-    paths = _check_files(config.train_data)
+    paths = _check_files(config.train_data, flag)
     names = [path.name for path in paths]
     first_seen: dict[str, str] = {}
     for path in paths:
@@ -153,9 +156,7 @@ def read_rows(config: DataConfig, require_answer: bool = True) -> Iterator[Row |
             first_seen[row.problem_id] = source
             yield row
         if not num_rows:
-            raise DataError(
-                f"{path} holds no rows. Write the demonstrations to it or take it out of --train-data."
-            )
+            raise DataError(f"{path} holds no rows. Write the demonstrations to it or take it out of {flag}.")
 
 
 class _Fault(Exception):
@@ -174,27 +175,23 @@ def _name_rows(rows: list[RowFault]) -> str:
     return "\n".join(lines)
 
 
-def _check_files(files: list[str]) -> list[Path]:
+def _check_files(files: list[str], flag: str) -> list[Path]:
     """The files as paths, after every one of them was found to be there, not empty and named once."""
     if not files:
-        raise DataError("there is no training data. Name at least one file: --train-data FILE.jsonl")
+        raise DataError(f"there is no data. Name at least one file: {flag} FILE.jsonl")
     paths: dict[Path, Path] = {}
     for file in files:
         path = Path(file)
         if not path.is_file():
             kind = "is a folder" if path.is_dir() else "does not exist"
             raise DataError(
-                f"--train-data must name files, {path} {kind} (seen from {Path.cwd()}). Correct the path."
+                f"{flag} must name files, {path} {kind} (seen from {Path.cwd()}). Correct the path."
             )
         if not path.stat().st_size:
-            raise DataError(
-                f"{path} is empty. Write the demonstrations to it or take it out of --train-data."
-            )
+            raise DataError(f"{path} is empty. Write the demonstrations to it or take it out of {flag}.")
         real_path = path.resolve()
         if real_path in paths:
-            raise DataError(
-                f"{path} and {paths[real_path]} are one file. Take one of them out of --train-data."
-            )
+            raise DataError(f"{path} and {paths[real_path]} are one file. Take one of them out of {flag}.")
         paths[real_path] = path
     return list(paths.values())
 

@@ -17,9 +17,12 @@ class Problems:
     Args:
         config: the data's flags, naming the files.
         needs_answers: whether a row without gold answer is a fault.
+        flag: that named the files, for messages.
     """
 
-    def __init__(self, args: Any, config: DataConfig, needs_answers: bool) -> None:
+    def __init__(
+        self, args: Any, config: DataConfig, needs_answers: bool, flag: str = "--train-data"
+    ) -> None:
         self.demonstrations: list[Demonstration] = []
         self.tokenizer: Any = None
         self.summary = ""
@@ -27,7 +30,7 @@ class Problems:
         def read() -> int:
             self.tokenizer = open_tokenizer(args.hf_model)
             self.demonstrations, report = build_demonstrations(
-                read_rows(config, needs_answers), self.tokenizer, config, args.seq_length, needs_answers
+                read_rows(config, needs_answers, flag), self.tokenizer, config, args.seq_length, needs_answers
             )
             self.summary = report.describe()
             return len(self.demonstrations)
@@ -53,7 +56,8 @@ def read_problems(args: Any, config: RasftConfig) -> tuple[Problems, Problems | 
     problems = Problems(args, config.data, config.samples_rollouts)
     heldout = None
     if config.heldout.heldout_data:
-        heldout = Problems(args, replace(config.data, train_data=config.heldout.heldout_data), True)
+        files = replace(config.data, train_data=config.heldout.heldout_data)
+        heldout = Problems(args, files, True, "--heldout-data")
     if config.verifies:
         on_rank_zero(lambda: _try_sandbox(config.verify, problems, heldout))
     return problems, heldout

@@ -45,6 +45,7 @@ def defaults(**changes: Any) -> Namespace:
         (HeldoutConfig, "heldout_temperature", -1.0),
         (HeldoutConfig, "heldout_num_samples", 4),  # greedy
         (HeldoutConfig, "heldout_data", ["rows.csv"]),
+        (HeldoutConfig, "heldout_data", ["rows.jsonl", "rows.jsonl"]),
     ],
 )
 def test_a_value_out_of_range_names_its_flag(kind: type, name: str, value: Any) -> None:

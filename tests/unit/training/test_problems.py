@@ -1,0 +1,37 @@
+"""What is said of data that cannot be read names the flag that it came from."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from megatron_rasft.config import DataConfig, HeldoutConfig, RasftConfig
+from megatron_rasft.errors import DataError
+from megatron_rasft.training.problems import read_problems
+from tests.tiny_policy import write_model, write_sums
+
+
+@pytest.fixture(scope="module")
+def args(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    model = write_model(tmp_path_factory.mktemp("hf") / "model")
+    return SimpleNamespace(hf_model=str(model), seq_length=128)
+
+
+@pytest.mark.parametrize("flag", ["--train-data", "--heldout-data"])
+@pytest.mark.parametrize(
+    ("content", "fault"), [(None, "does not exist"), ("", "is empty"), ("\n\n", "holds no rows")]
+)
+def test_a_file_that_cannot_be_used_is_called_by_its_flag(
+    flag: str, content: str | None, fault: str, args: SimpleNamespace, tmp_path: Path
+) -> None:
+    good, bad = write_sums(tmp_path / "good.jsonl", 4), tmp_path / "bad.jsonl"
+    if content is not None:
+        bad.write_text(content)
+    files = {"--train-data": str(good), "--heldout-data": str(good), flag: str(bad)}
+    rooms = {name: kind() for name, kind in RasftConfig.rooms().items()}
+    rooms["data"] = DataConfig(train_data=[files["--train-data"]])
+    rooms["heldout"] = HeldoutConfig(heldout_data=[files["--heldout-data"]])
+    with pytest.raises(DataError) as raised:
+        read_problems(args, RasftConfig(**rooms))
+    said = str(raised.value)
+    assert fault in said and flag in said and said.count("-data") == 1
