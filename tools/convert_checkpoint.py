@@ -103,6 +103,7 @@ def convert_to_hf(args: argparse.Namespace) -> Proof | None:
         raise ValueError(f"--max-shard-gb must be > 0, got {args.max_shard_gb}.")
     checkpoint = TorchDistFolder.open(args.input)
     template = HfFolder.open(_template(args, checkpoint), with_weights=False)
+    check_parameters(checkpoint, template.table)
     dtype = _DTYPES.get(args.dtype)
     num_elements = sum(_numel(shape) for shape in template.table.hf_shapes.values())
     stored = checkpoint.tensors["embedding.word_embeddings.weight"].properties.dtype

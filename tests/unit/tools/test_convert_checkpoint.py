@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_rasft.weights import HfFolder
+from megatron_rasft.weights.torch_dist import TorchDistFolder
 from tests.tiny_models import write_folder
 from tools import convert_checkpoint
 
@@ -92,6 +93,19 @@ def test_missing_model_description_is_asked_for(
     assert command("megatron-to-hf", tmp_path / "megatron", tmp_path / "back") == 2
     assert "--hf-model is missing" in capsys.readouterr().err
     assert command("megatron-to-hf", tmp_path / "megatron", tmp_path / "back", "--hf-model", str(model)) == 0
+
+
+def test_checkpoint_without_an_embedding_is_named(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert command("hf-to-megatron", model, tmp_path / "megatron") == 0
+    other = TorchDistFolder.open(tmp_path / "megatron")
+    del other.tensors["embedding.word_embeddings.weight"]
+    monkeypatch.setattr(TorchDistFolder, "open", lambda path: other)
+    assert command("megatron-to-hf", tmp_path / "megatron", tmp_path / "back") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert f"{other.path} has no embedding.word_embeddings.weight" in error
+    assert not (tmp_path / "back").exists()
 
 
 @pytest.fixture
