@@ -72,6 +72,7 @@ def run(args: argparse.Namespace, megatron_flags: list[str]) -> None:
     config = read_flags(args, EvaluationConfig)
     if args.server and megatron_flags:
         raise ValueError(f"{megatron_flags[0]} has no meaning with --server: the servers hold the model.")
+    _check_experts(megatron_flags)
     if args.model is None and args.checkpoint is not None:
         args.model = _model_of_checkpoint(Path(args.checkpoint))
     if args.model is None:
@@ -204,6 +205,17 @@ def _newest_iteration(checkpoint: Path) -> str:
             "--save."
         )
     return path.read_text().strip()
+
+
+def _check_experts(megatron_flags: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="evaluate.py", add_help=False, allow_abbrev=False)
+    parser.add_argument("--expert-model-parallel-size", type=int, default=1)
+    size = parser.parse_known_args(megatron_flags)[0].expert_model_parallel_size
+    if size > 1:
+        raise ValueError(
+            f"--expert-model-parallel-size must be 1 to evaluate, got {size}: replicas decode different numbers of steps. Cut "
+            "the experts by --tensor-model-parallel-size, or ask servers (--server)."
+        )
 
 
 def _drawn_by(args: argparse.Namespace, config: EvaluationConfig) -> dict[str, Any]:

@@ -37,11 +37,6 @@ class Sampler:
 
     def __init__(self, flags: Sequence[str], checkpoint: str | None = None) -> None:
         args, _, folder = host.parse(flags, needs_data=False)
-        if args.expert_model_parallel_size > 1:
-            raise ValueError(
-                f"--expert-model-parallel-size must be 1 where a model only samples, got {args.expert_model_parallel_size}: "
-                "replicas decode different numbers of steps. Cut the experts by --tensor-model-parallel-size."
-            )
         host.start(args)
         self._args = args
         with host.quiet():

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import httpx
 import pytest
 
 from megatron_rasft.evaluation.servers import Servers
-from tests.tiny_policy import write_mixture, write_model
+from tests.tiny_policy import write_model
 from tests.unit.evaluation.conftest import World
 from tools import evaluate
 
@@ -87,17 +86,15 @@ def test_a_model_folder_that_names_no_positions_has_those_of_its_family(
     assert command(folder, tmp_path / "out", write_questions(tmp_path / "sums.jsonl", "1")) == 0
 
 
-def test_expert_parallelism_is_refused_before_anything_starts(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    "flags", [["--expert-model-parallel-size", "2"], ["--bf16", "--expert-model-parallel-size=2"]]
+)
+def test_expert_parallelism_is_refused_before_anything_is_read(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    mixture = write_mixture(tmp_path / "mixture", model)
-    questions = write_questions(tmp_path / "sums.jsonl", "1")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(sys, "argv", ["evaluate.py"])
-    flags = ["--model", str(mixture), "--output", str(tmp_path / "out"), "--benchmarks", f"sums={questions}"]
-    assert evaluate.main([*flags, "--expert-model-parallel-size", "2"]) == 2
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert said.startswith("error: --expert-model-parallel-size must be 1") and "got 2" in said
+    assert evaluate.main(["--model", str(tmp_path / "gone"), "--output", str(tmp_path / "out"), *flags]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "--expert-model-parallel-size must be 1" in said and "got 2" in said
 
 
 def test_samples_are_kept_for_the_same_served_weights_only(
