@@ -129,18 +129,18 @@ def sample_benchmark(
 def fit_to_positions(
     params: SamplingParams, prompts: Sequence[list[int]], max_positions: int
 ) -> SamplingParams:
-    """Fewer new tokens where the longest prompt and they would exceed the model: the same for the whole set.
+    """Fewer new tokens for each prompt that would exceed the model with them.
 
     Raises:
         ValueError: the longest prompt leaves no room at all.
     """
-    room = max_positions - max(map(len, prompts), default=0)
-    if room < 1:
+    longest = max(map(len, prompts), default=0)
+    if longest >= max_positions:
         raise ValueError(
-            f"a prompt has {max_positions - room} tokens, the model only {max_positions} positions: nothing can be "
+            f"a prompt has {longest} tokens, the model only {max_positions} positions: nothing can be "
             "sampled. Leave this benchmark out."
         )
-    return replace(params, max_new_tokens=min(params.max_new_tokens, room))
+    return replace(params, max_total_tokens=max_positions)
 
 
 def sample_seed(seed: int, problem: str, index: int) -> int:

@@ -118,9 +118,9 @@ def test_seeds_fit_a_server_and_differ() -> None:
     assert len(seeds) == 1600 and max(seeds) < 2**31 and min(seeds) >= 0
 
 
-def test_new_tokens_are_cut_to_what_the_longest_prompt_leaves() -> None:
-    assert fit_to_positions(PARAMS, [[1] * 90, [1]], 100).max_new_tokens == 8
-    assert fit_to_positions(PARAMS, [[1] * 95, [1]], 100).max_new_tokens == 5
+def test_new_tokens_are_cut_to_what_each_prompt_leaves() -> None:
+    params = fit_to_positions(PARAMS, [[1] * 95, [1]], 100)
+    assert [params.room(length) for length in (1, 90, 92, 95, 99)] == [8, 8, 8, 5, 1]
     with pytest.raises(ValueError, match="a prompt has 100 tokens, the model only 100"):
         fit_to_positions(PARAMS, [[1] * 100], 100)
 
