@@ -98,7 +98,7 @@ def parse(argv: Sequence[str] | None = None, *, needs_data: bool = True) -> tupl
         Megatron's arguments, our configuration, and the opened model folder.
 
     Raises:
-        ValueError, ModelFolderError: with the flag or the file, the rule and the way out.
+        ValueError, ModelFolderError, CheckpointError: with the flag or the file, the rule and the way out.
     """
     if argv is not None:
         sys.argv = [sys.argv[0], *argv]
@@ -117,6 +117,8 @@ def parse(argv: Sequence[str] | None = None, *, needs_data: bool = True) -> tupl
         raise ValueError(
             f"--export-hf {args.export_hf} exists already. Name a folder that does not, or move it away."
         )
+    if checkpointing.checkpoint_exists(args.save):
+        _chosen_folder(args, Path(args.save))
     folder = HfFolder.open(args.hf_model)
     fill_in(args, megatron_args(folder, config.run.rasft_query_groups))
     _check_layout(args)
@@ -154,7 +156,17 @@ def first_line(error: BaseException) -> str:
     return text[0] if text else "Megatron refuses these arguments"
 
 
-def _checkpoint_failure(error: BaseException) -> str:
+LOAD_FAILURES = (
+    CheckpointException,
+    dist_checkpointing.core.CheckpointingException,
+    NotImplementedError,
+    OSError,
+    json.JSONDecodeError,
+)
+"""What a damaged or incomplete checkpoint raises when it is loaded."""
+
+
+def checkpoint_failure(error: BaseException) -> str:
     """Why a save or load failed: a rank's own reason where torch brought one back."""
     if isinstance(error, CheckpointException) and error.failures:
         rank, (cause, _) = min(error.failures.items())
@@ -500,7 +512,10 @@ class Trainer:
         def write_state() -> None:
             folder.mkdir(parents=True, exist_ok=True)
             temporary = folder / (STATE_FILE + ".tmp")
-            temporary.write_text(json.dumps(state), encoding="utf-8")
+            with temporary.open("w", encoding="utf-8") as file:
+                json.dump(state, file)
+                file.flush()
+                os.fsync(file.fileno())
             temporary.replace(folder / STATE_FILE)
 
         try:
@@ -516,7 +531,7 @@ class Trainer:
                 )
         except (OSError, RuntimeError, CheckpointException) as error:
             raise CheckpointError(
-                f"the checkpoint of step {self.iteration} could not be written to {folder}: {_checkpoint_failure(error)}. "
+                f"the checkpoint of step {self.iteration} could not be written to {folder}: {checkpoint_failure(error)}. "
                 "Earlier checkpoints are untouched; make room or change --save, and start again to go on from the last one."
             ) from error
 
@@ -525,7 +540,13 @@ class Trainer:
         args = self.args
         if args.load is None or not checkpointing.checkpoint_exists(args.load):
             return None
-        check_same_model(args, Path(args.load))
+        load = Path(args.load)
+        state: dict[str, Any] | None = on_rank_zero(lambda: _read_state(args, load))
+        if state is None:
+            raise CheckpointError(
+                f"checkpoint {_chosen_folder(args, load)} has no {STATE_FILE}: it was not written by this program. Use "
+                "--hf-model with an exported folder to start from those weights."
+            )
         try:
             with quiet():
                 iteration, self._floating_point_operations = checkpointing.load_checkpoint(
@@ -539,20 +560,14 @@ class Trainer:
                 f"the checkpoint in {args.load} does not fit these flags: {first_line(error)}. Give the flags it was "
                 "written with; --override-opt_param-scheduler accepts another length or learning rate."
             ) from error
+        except LOAD_FAILURES as error:
+            folder = _chosen_folder(args, load)
+            raise CheckpointError(
+                f"checkpoint {folder} cannot be loaded: {checkpoint_failure(error).rstrip('.')}. It is damaged, or was "
+                f"written with other flags. {_earlier(folder)}"
+            ) from error
         self.iteration = args.iteration = iteration
-        path = (
-            Path(checkpointing.get_checkpoint_name(args.load, iteration, return_base_dir=True)) / STATE_FILE
-        )
-
-        def read_state() -> dict[str, Any]:
-            if not path.is_file():
-                raise CheckpointError(
-                    f"checkpoint {path.parent} has no {STATE_FILE}: it was not written by this program. Use --hf-model "
-                    "with an exported folder to start from those weights."
-                )
-            return json.loads(path.read_text(encoding="utf-8"))
-
-        return on_rank_zero(read_state)
+        return state
 
     def _load_converted_weights(self) -> None:
         """Start from --load where that is a converted checkpoint: weights without a training state.
@@ -566,18 +581,14 @@ class Trainer:
         ):
             return
         weights = f"{args.load}/{RELEASE}"
-        made_for = dist_checkpointing.load_common_state_dict(weights)["args"]
-        _refuse_other_model(weights, architecture_of(made_for), architecture_of(args))
         try:
+            made_for = dist_checkpointing.load_common_state_dict(weights)["args"]
+            _refuse_other_model(weights, architecture_of(made_for), architecture_of(args))
             with quiet():
                 checkpointing.load_checkpoint(self.model, self.optimizer, self.scheduler)
-        except (
-            AssertionError,
-            CheckpointException,
-            dist_checkpointing.core.CheckpointingException,
-        ) as error:
+        except (AssertionError, *LOAD_FAILURES) as error:
             raise CheckpointError(
-                f"the weights in {args.load} cannot be loaded: {_checkpoint_failure(error).rstrip('.')}. They are damaged or "
+                f"the weights in {args.load} cannot be loaded: {checkpoint_failure(error).rstrip('.')}. They are damaged or "
                 "do not fit this model: convert the --hf-model again."
             ) from error
         self.optimizer.reload_model_params()
@@ -622,16 +633,56 @@ class _OncePerStep:
 
 def check_same_model(args: Any, load: Path) -> None:
     """Refuse a checkpoint of another architecture before Megatron trips over a shape."""
+    on_rank_zero(lambda: _read_state(args, load))
 
-    def check() -> None:
-        iteration = (load / "latest_checkpointed_iteration.txt").read_text().strip()
-        path = load / f"iter_{int(iteration):07d}" / STATE_FILE
-        if not path.is_file():
-            return
-        made_for = json.loads(path.read_text(encoding="utf-8")).get("architecture")
-        _refuse_other_model(str(path.parent), made_for, architecture_of(args))
 
-    on_rank_zero(check)
+def _read_state(args: Any, load: Path) -> dict[str, Any] | None:
+    """What the run that wrote a checkpoint left beside it; None if it was not one of ours.
+
+    Raises:
+        CheckpointError: the checkpoint is missing, damaged, or of another model.
+    """
+    folder = _chosen_folder(args, load)
+    if not folder.is_dir():
+        named_by = "--ckpt-step" if args.ckpt_step else load / TRACKER_FILE
+        raise CheckpointError(f"checkpoint {folder}, which {named_by} names, is missing. {_earlier(folder)}")
+    path = folder / STATE_FILE
+    if not path.is_file():
+        return None
+    try:
+        state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged ({first_line(error)}). {_earlier(folder)}") from error
+    _refuse_other_model(str(folder), state.get("architecture", {}), architecture_of(args))
+    return state
+
+
+def _chosen_folder(args: Any, load: Path) -> Path:
+    """The checkpoint that Megatron takes from ``load``: that of --ckpt-step, or the newest."""
+    tracker = load / TRACKER_FILE
+    text = tracker.read_text(encoding="utf-8", errors="replace").strip()
+    if text == RELEASE:
+        raise CheckpointError(
+            f"{load} holds converted weights, not a run's checkpoints. Give it to a run as --load, and another folder as "
+            "--save."
+        )
+    if not text.isdecimal():
+        raise CheckpointError(
+            f"{tracker} says {text!r}, which is no step. Write the number of one of the iter_ folders beside it into it."
+        )
+    return load / f"iter_{args.ckpt_step or int(text):07d}"
+
+
+def _earlier(folder: Path) -> str:
+    """The way out of a checkpoint that cannot be used."""
+    others = sorted(path.parent for path in folder.parent.glob(f"iter_*/{STATE_FILE}"))
+    steps = [int(path.name.removeprefix("iter_")) for path in others if path < folder]
+    if not steps:
+        return "There is no earlier one: start anew with another --save folder."
+    return (
+        f"Go on from an earlier one, of step {', '.join(map(str, steps))}: give it as --ckpt-step, or write it into "
+        f"{folder.parent / TRACKER_FILE}."
+    )
 
 
 def architecture_of(args: Any) -> dict[str, Any]:

@@ -74,9 +74,9 @@ class Sampler:
         try:
             with host.quiet():
                 checkpointing.load_checkpoint(self._model, None, None)
-        except (AssertionError, RuntimeError, OSError) as error:
+        except (AssertionError, RuntimeError, *host.LOAD_FAILURES) as error:
             raise CheckpointError(
-                f"the checkpoint in {checkpoint} cannot be loaded: {host.first_line(error)}"
+                f"the checkpoint in {checkpoint} cannot be loaded: {host.checkpoint_failure(error)}"
             ) from error
 
     @property

@@ -1,6 +1,7 @@
 """What a user can get wrong ends at once, on every rank, with one line that names the way out."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -226,6 +227,63 @@ def test_checkpoint_of_another_schedule_is_refused(
     )
     assert_one_plain_error(outcome, "--override-opt_param-scheduler")
     assert checkpoint_files(save) == kept
+
+
+def cut_in_half(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def largest_shard(checkpoint: Path) -> Path:
+    return max(checkpoint.glob("*.distcp"), key=lambda path: path.stat().st_size)
+
+
+def keep_state_only(checkpoint: Path) -> None:
+    for path in checkpoint.iterdir():
+        if path.name != "rasft_state.json":
+            path.unlink()
+
+
+@dataclass(frozen=True)
+class Damage:
+    """How a checkpoint is spoilt, and what the line says of it."""
+
+    spoil: Callable[[Path], None]
+    says: str = "cannot be loaded"
+    world_size: int = 1
+
+
+DAMAGES = {
+    "shard cut": Damage(lambda c: cut_in_half(largest_shard(c)), world_size=2),
+    "shard missing": Damage(lambda c: largest_shard(c).unlink()),
+    "index cut": Damage(lambda c: cut_in_half(c / ".metadata")),
+    "format cut": Damage(lambda c: cut_in_half(c / "metadata.json"), world_size=2),
+    "all but the state missing": Damage(keep_state_only),
+    "state cut": Damage(lambda c: cut_in_half(c / "rasft_state.json"), "rasft_state.json is damaged", 2),
+    "folder missing": Damage(shutil.rmtree, "is missing"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
+def test_damaged_checkpoint_is_named(workshop: Workshop, saved: Path, tmp_path: Path, damage: Damage) -> None:
+    save = tmp_path / "save"
+    shutil.copytree(saved, save)
+    damage.spoil(save / "iter_0000002")
+    flags = workshop.flags("--save", str(save), "--train-iters", "3", "--override-opt_param-scheduler")
+    outcome = launching.run(tmp_path / "logs", flags, damage.world_size, timeout_s=BAD_INPUT_TIMEOUT_S)
+    assert_one_plain_error(outcome, str(save / "iter_0000002"), damage.says, "another --save")
+
+
+@pytest.mark.parametrize("text,says", [("release", "as --load"), ("two", "'two', which is no step")])
+def test_save_folder_without_a_runs_checkpoint_is_refused(
+    workshop: Workshop, tmp_path: Path, text: str, says: str
+) -> None:
+    save = tmp_path / "save"
+    save.mkdir()
+    (save / "latest_checkpointed_iteration.txt").write_text(text)
+    outcome = launching.run(
+        tmp_path / "logs", workshop.flags("--save", str(save)), timeout_s=BAD_INPUT_TIMEOUT_S
+    )
+    assert_one_plain_error(outcome, str(save), says)
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

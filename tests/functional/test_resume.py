@@ -101,6 +101,22 @@ def test_killed_run_goes_on_from_its_last_checkpoint(
     assert_same_run(save, unbroken)
 
 
+def test_run_goes_on_from_an_earlier_checkpoint_than_a_damaged_one(
+    workshop: Workshop, stopped_at_7: Path, tmp_path: Path
+) -> None:
+    unbroken = unbroken_run(workshop, 1)
+    save = tmp_path / "save"
+    shutil.copytree(stopped_at_7, save)
+    newest = save / "iter_0000007"
+    (newest / "rasft_state.json").write_text("{")
+    flags = workshop.flags("--save", str(save), *flags_of(save))
+    outcome = launching.run(tmp_path / "logs", flags)
+    (error,) = outcome.errors
+    assert "of step 2, 4, 6: give it as --ckpt-step, or write it into" in error
+    assert "going on after step 4" in workshop.train(save, [*flags_of(save), "--ckpt-step", "4"]).output
+    assert_same_run(save, unbroken)
+
+
 @pytest.mark.parametrize("size", ["--tensor-model-parallel-size", "--pipeline-model-parallel-size"])
 def test_checkpoint_goes_on_in_another_layout(
     workshop: Workshop, stopped_at_7: Path, tmp_path: Path, size: str
