@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -47,16 +46,6 @@ class Progress:
         self._console = Console(highlight=False, soft_wrap=True)
         if self._path is not None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-
-    @property
-    def offset(self) -> int:
-        """Bytes in metrics.jsonl now; part of a checkpoint."""
-        return self._path.stat().st_size if self._path is not None and self._path.exists() else 0
-
-    def go_back(self, offset: int) -> None:
-        """Forget what was recorded after the checkpoint that a run resumes from: those steps come again."""
-        if self._path is not None and self._path.exists() and self.offset > offset:
-            os.truncate(self._path, offset)
 
     def say(self, text: str, style: str | None = None) -> None:
         """A line about the run as a whole."""

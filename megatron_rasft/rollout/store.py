@@ -11,11 +11,7 @@ from megatron_rasft.types import Rollout
 
 
 class RolloutStore:
-    """One JSON object per rollout and line.
-
-    ``offset`` is part of a checkpoint: resuming cuts away what was written after it, so that an
-    interrupted and resumed run leaves the file an unbroken run leaves.
-    """
+    """One JSON object per rollout and line."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -35,12 +31,8 @@ class RolloutStore:
             os.fsync(file.fileno())
 
     def truncate(self, offset: int) -> None:
-        """Cut away what a run wrote after the checkpoint it resumes from."""
-        if offset > self.offset:
-            raise RolloutError(
-                f"{self.path} has {self.offset} bytes, but the checkpoint was written when it had {offset}: it was "
-                "moved or cut. Put the file back, or give another --rollout-store to start a new one."
-            )
+        """Cut away what lies beyond ``offset``."""
+        assert offset <= self.offset, f"{self.path} has {self.offset} bytes, {offset} are to be left"
         if self.path.exists():
             os.truncate(self.path, offset)
 

@@ -16,6 +16,7 @@ from megatron_rasft.report.progress import Progress
 from megatron_rasft.rollout.store import RolloutStore
 from megatron_rasft.training.heldout import Heldout
 from megatron_rasft.training.host import StepResult, Trainer, architecture_of, writers
+from megatron_rasft.training.outputs import AppendedFile, metrics_file, rollouts_file
 from megatron_rasft.training.problems import Problems
 from megatron_rasft.training.ranks import on_rank_zero
 from megatron_rasft.training.reference import LogprobCache
@@ -25,6 +26,7 @@ from megatron_rasft.types import TrainingSample
 from megatron_rasft.verify.pool import VerifierPool
 from megatron_rasft.weights.folder import HfFolder, weights_fingerprint
 from megatron_rasft.weights.model_card import run_facts
+from megatron_rasft.weights.torch_dist import TRACKER_FILE
 
 
 class Run:
@@ -50,10 +52,12 @@ class Run:
         self.is_lead = torch.distributed.get_rank() == 0
         self._save = None if args.save is None else Path(args.save)
         self.verifier = VerifierPool(config.verify) if self.is_lead and config.verifies else None
+        self._metrics = metrics_file(args, config)
+        self._rollouts = rollouts_file(args, config)
         tensorboard, wandb = writers()
         self.progress = Progress(
             self.total_steps,
-            self._metrics_file(),
+            None if self._metrics is None else self._metrics.path,
             tensorboard,
             wandb,
             is_silent=not self.is_lead,
@@ -70,7 +74,7 @@ class Run:
             max_tokens=trainer.max_tokens,
             verifier=self.verifier,
             servers=self.servers,
-            store=self._store() if self.is_lead else None,
+            store=RolloutStore(self._rollouts.path) if self.is_lead and self._rollouts is not None else None,
             cache=self._cache(folder) if self.is_lead else None,
         )
         self._heldout = (
@@ -89,17 +93,6 @@ class Run:
         return RolloutServers(
             rollout, self.trainer, folder.config, read_keys(rollout), self.progress.say, self.is_lead
         )
-
-    def _metrics_file(self) -> Path | None:
-        if self.config.run.rasft_metrics is not None:
-            return Path(self.config.run.rasft_metrics)
-        return None if self._save is None else self._save / "metrics.jsonl"
-
-    def _store(self) -> RolloutStore | None:
-        path = self.config.rollout.rollout_store
-        if path is None and self._save is not None:
-            path = str(self._save / "rollouts.jsonl")
-        return None if path is None else RolloutStore(path)
 
     def _cache(self, folder: HfFolder) -> LogprobCache | None:
         if not self.config.objective.needs_reference_logprobs():
@@ -133,11 +126,8 @@ class Run:
             )
             self._last_refresh = state["last_refresh"]
             self._verdicts = Counter(state["verdicts"])
-            self.progress.go_back(state["metrics_offset"])
             self.planner.load_state_dict(state["planner"])
-        if self.is_lead and self._save is not None:
-            self._save.mkdir(parents=True, exist_ok=True)
-            (self._save / "config.json").write_text(json.dumps(self._resolved(), indent=1), encoding="utf-8")
+        on_rank_zero(lambda: self._take_up_files({} if state is None else state["files"]))
         args = self.args
         where = "GPU" if args.distributed_backend == "nccl" else "CPU"
         self.progress.say(
@@ -148,6 +138,22 @@ class Run:
         )
         if self.problems.summary:
             self.progress.say(self.problems.summary)
+
+    @property
+    def _files(self) -> dict[str, AppendedFile]:
+        """What this run appends to, by the name that checkpoints know it by."""
+        files = {"metrics": self._metrics, "rollouts": self._rollouts}
+        return {name: file for name, file in files.items() if file is not None}
+
+    def _take_up_files(self, marks: dict[str, Any]) -> None:
+        load = None if self.args.load is None else Path(self.args.load)
+        is_first = self._save is not None and not (self._save / TRACKER_FILE).exists()
+        for name, file in self._files.items():
+            if text := file.take_up(marks.get(name), load, is_first=is_first):
+                self.progress.say(text)
+        if self._save is not None:
+            self._save.mkdir(parents=True, exist_ok=True)
+            (self._save / "config.json").write_text(json.dumps(self._resolved(), indent=1), encoding="utf-8")
 
     def measure_if_due(self) -> None:
         """The held-out solve rate, before the first step, after the last, and every --heldout-interval steps."""
@@ -223,14 +229,18 @@ class Run:
         return stops
 
     def _state(self) -> dict[str, Any]:
-        planner = on_rank_zero(lambda: self.planner.state_dict())
         return {
-            "planner": planner,
+            **on_rank_zero(self._state_of_rank_zero),
             "queue": [asdict(b) for b in self.queue],
             "last_refresh": self._last_refresh,
             "verdicts": self._verdicts,
-            "metrics_offset": self.progress.offset,
             "architecture": architecture_of(self.args),
+        }
+
+    def _state_of_rank_zero(self) -> dict[str, Any]:
+        return {
+            "planner": self.planner.state_dict(),
+            "files": {name: file.mark() for name, file in self._files.items()},
         }
 
     def _resolved(self) -> dict[str, Any]:
@@ -244,7 +254,8 @@ class Run:
         """Wait for saves, export the model, and say what became of the rollouts."""
         self.trainer.finish_saves()
         if self.args.export_hf is not None:
-            facts = run_facts(self._resolved(), self._metrics_file(), self.trainer.iteration)
+            metrics_path = None if self._metrics is None else self._metrics.path
+            facts = run_facts(self._resolved(), metrics_path, self.trainer.iteration)
             self.trainer.export(self.args.export_hf, facts)
             self.progress.say(f"exported to {self.args.export_hf}")
         if self._verdicts:

@@ -441,19 +441,13 @@ class Planner:
         """Plain values that a resumed run goes on from; rank 0 only."""
         return {
             "curriculum": self.curriculum.state_dict(),
-            "store_offset": self.store.offset if self.store is not None else None,
             "ahead": None if self._ahead is None else asdict(self._ahead),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from ``state_dict()``, on every rank. Cuts the rollout store back to where it was.
+        """Go on from ``state_dict()``, on every rank.
 
         What servers were sampling when it was taken is sampled again, from the weights of now.
         """
         self._ahead = None if state["ahead"] is None else Plan(**state["ahead"])
-        on_rank_zero(lambda: self._load_on_rank_zero(state))
-
-    def _load_on_rank_zero(self, state: dict[str, Any]) -> None:
-        self.curriculum.load_state_dict(state["curriculum"])
-        if self.store is not None and state["store_offset"] is not None:
-            self.store.truncate(state["store_offset"])
+        on_rank_zero(lambda: self.curriculum.load_state_dict(state["curriculum"]))

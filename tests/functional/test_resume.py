@@ -96,9 +96,42 @@ def test_killed_run_goes_on_from_its_last_checkpoint(
     kill = Interruption(step=9, number=SIGKILL)
     outcome = interrupted_run(workshop, save, kill, world_size)
     assert outcome.codes == [-SIGKILL] * world_size, outcome.output
-    assert state_of(save, 8)["planner"]["store_offset"] < (save / "rollouts.jsonl").stat().st_size
+    assert state_of(save, 8)["files"]["rollouts"]["size"] < (save / "rollouts.jsonl").stat().st_size
     assert "going on after step 8" in workshop.train(save, flags_of(save), world_size).output
     assert_same_run(save, unbroken)
+
+
+def test_run_killed_before_its_first_checkpoint_starts_anew(workshop: Workshop, tmp_path: Path) -> None:
+    unbroken = unbroken_run(workshop, 1)
+    save = tmp_path / "save"
+    outcome = interrupted_run(workshop, save, Interruption(step=1, number=SIGKILL), 1)
+    assert outcome.codes == [-SIGKILL], outcome.output
+    for name in ("metrics.jsonl", "rollouts.jsonl"):
+        with (save / name).open("a") as file:
+            file.write('{"step": 2, "pro')  # as a kill in mid-write leaves it
+    output = workshop.train(save, flags_of(save)).output
+    assert output.count("is started anew: the run that wrote it ended before its first checkpoint") == 2
+    assert_same_run(save, unbroken)
+    records = [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records if r["event"] == "step"] == list(range(1, STEPS + 1))
+
+
+def test_checkpoint_of_another_folder_goes_on_with_files_of_its_own(
+    workshop: Workshop, stopped_at_7: Path, tmp_path: Path
+) -> None:
+    expected = (unbroken_run(workshop, 1) / "rollouts.jsonl").read_bytes()
+    kept = (stopped_at_7 / "rollouts.jsonl").read_bytes()
+    assert expected.startswith(kept) and expected != kept
+    save, named = tmp_path / "save", tmp_path / "named.jsonl"
+    flags = [*flags_of(save), "--load", str(stopped_at_7)]
+    assert "going on after step 7" in workshop.train(save, flags).output
+    assert kept + (save / "rollouts.jsonl").read_bytes() == expected
+    shutil.rmtree(save)
+    shutil.rmtree(f"{save}-exported")
+    named.write_bytes(kept * 2 + b"{")
+    workshop.train(save, [*flags, "--rollout-store", str(named)])
+    assert named.read_bytes() == kept + kept + expected.removeprefix(kept)
+    assert (stopped_at_7 / "rollouts.jsonl").read_bytes() == kept
 
 
 def test_run_goes_on_from_an_earlier_checkpoint_than_a_damaged_one(

@@ -42,13 +42,3 @@ def test_other_ranks_are_silent(tmp_path: Path, capsys: pytest.CaptureFixture[st
     progress.refresh(1, {metrics.LOSS: 1.0}, "refresh")
     assert capsys.readouterr().out == ""
     assert not (tmp_path / "metrics.jsonl").exists()
-
-
-def test_steps_after_the_checkpoint_are_forgotten(tmp_path: Path) -> None:
-    progress = Progress(10, tmp_path / "metrics.jsonl")
-    progress.step(1, {metrics.LOSS: 1.0})
-    offset = progress.offset
-    progress.step(2, {metrics.LOSS: 2.0})
-    Progress(10, tmp_path / "metrics.jsonl").go_back(offset)
-    (record,) = [json.loads(row) for row in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert record["step"] == 1

@@ -1,0 +1,99 @@
+"""The files a run appends to beside its checkpoints: where they are, and how a run that starts or goes on takes them up."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_rasft.config import RasftConfig
+from megatron_rasft.errors import CheckpointError
+
+_CHUNK = 2**16
+
+
+@dataclass(kw_only=True)
+class AppendedFile:
+    """A file that a run adds whole lines to and whose length its checkpoints know; its methods are for rank 0."""
+
+    path: Path
+    flag: str
+    """Gives it another place."""
+    is_named: bool
+    """The flag was given; else the file is the run's own, in --save."""
+    may_be_shorter: bool
+    """Whether a run may go on though lines are missing that were there at its checkpoint."""
+
+    @property
+    def size(self) -> int:
+        return self.path.stat().st_size if self.path.exists() else 0
+
+    def mark(self) -> dict[str, Any]:
+        """Which file this is and how long, for a checkpoint. In --save it is known by its name: the folder may move."""
+        return {"path": str(self.path.resolve()) if self.is_named else self.path.name, "size": self.size}
+
+    def take_up(self, mark: dict[str, Any] | None, load: Path | None, *, is_first: bool) -> str:
+        """Leave what belongs to the run: it appends from here on.
+
+        Args:
+            mark: of the checkpoint that the run goes on from, None without one.
+            load: the folder of that checkpoint.
+            is_first: whether --save has no checkpoint, so that what a file in it holds no run can go on from.
+
+        Returns:
+            A line for the user if the file was started anew, else an empty one.
+
+        Raises:
+            CheckpointError: it is the checkpoint's file, but shorter than it was.
+        """
+        text = ""
+        size = self._whole_lines()
+        if mark is not None and load is not None and (load / mark["path"]).resolve() == self.path.resolve():
+            if self.size < mark["size"] and not self.may_be_shorter:
+                raise CheckpointError(
+                    f"{self.path} has {self.size} bytes, but the checkpoint was written when it had {mark['size']}: it was "
+                    f"moved or cut. Put the file back, or name another with {self.flag}."
+                )
+            size = min(size, mark["size"])
+        elif is_first and not self.is_named and self.size:
+            size = 0
+            text = f"{self.path} is started anew: the run that wrote it ended before its first checkpoint"
+        if size < self.size:
+            os.truncate(self.path, size)
+        return text
+
+    def _whole_lines(self) -> int:
+        """Bytes to the end of the last finished line: a run that is killed may leave half of one."""
+        end = self.size
+        if not end:
+            return 0
+        with self.path.open("rb") as file:
+            while end:
+                start = max(0, end - _CHUNK)
+                file.seek(start)
+                found = file.read(end - start).rfind(b"\n")
+                if found >= 0:
+                    return start + found + 1
+                end = start
+        return 0
+
+
+def metrics_file(args: Any, config: RasftConfig) -> AppendedFile | None:
+    """Where every logged number goes; None if nowhere."""
+    return _appended(args, config.run.rasft_metrics, "metrics.jsonl", "--rasft-metrics", may_be_shorter=True)
+
+
+def rollouts_file(args: Any, config: RasftConfig) -> AppendedFile | None:
+    """Where every rollout goes; None if nowhere, or if the run makes none."""
+    rollout = config.rollout
+    if not config.samples_rollouts or rollout.rollout_engine == "replay":
+        return None
+    return _appended(args, rollout.rollout_store, "rollouts.jsonl", "--rollout-store", may_be_shorter=False)
+
+
+def _appended(
+    args: Any, named: str | None, name: str, flag: str, *, may_be_shorter: bool
+) -> AppendedFile | None:
+    if named is None and args.save is None:
+        return None
+    path = Path(args.save, name) if named is None else Path(named)
+    return AppendedFile(path=path, flag=flag, is_named=named is not None, may_be_shorter=may_be_shorter)
