@@ -17,6 +17,7 @@ if __name__ != "__mp_main__":
 
     from megatron_rasft.errors import RasftError
     from megatron_rasft.training import host
+    from megatron_rasft.training.outputs import check_outputs
     from megatron_rasft.training.problems import read_problems, set_length
     from megatron_rasft.training.ranks import FailedElsewhere
     from megatron_rasft.training.run import Run, is_lead_process, process_exit_code
@@ -26,6 +27,7 @@ def main() -> None:
     """One run, top to bottom."""
     args, config, folder = host.parse()
     host.start(args)
+    check_outputs(args, config)
     problems, heldout = read_problems(args, config)
     set_length(args, config, problems.num)
     trainer = host.Trainer(args, config, folder)

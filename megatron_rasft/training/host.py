@@ -50,6 +50,7 @@ from megatron_rasft.training.batches import BatchLayout, MicroBatch, micro_batch
 from megatron_rasft.training.forward import Forward, run_forward_only
 from megatron_rasft.training.generation import LiveModel
 from megatron_rasft.training.model import layer_spec
+from megatron_rasft.training.outputs import check_writable
 from megatron_rasft.training.ranks import gather_to_all, on_rank_zero
 from megatron_rasft.training.reference import FrozenReference
 from megatron_rasft.training.servers import read_keys
@@ -201,7 +202,13 @@ def _check_layout(args: Any) -> None:
 
 
 def start(args: Any) -> None:
-    """Initialise torch.distributed, Megatron's groups, timers, writers and random states."""
+    """Initialise torch.distributed, Megatron's groups, timers, writers and random states.
+
+    Raises:
+        ValueError: --save cannot be written to.
+    """
+    if args.save is not None:
+        check_writable("--save", Path(args.save), Path(args.save))
     if not os.environ.get(_VERBOSE):
         args.logging_level = logging.ERROR
         logging.getLogger("megatron").setLevel(logging.ERROR)

@@ -1,12 +1,15 @@
-"""The files a run appends to beside its checkpoints: where they are, and how a run that starts or goes on takes them up."""
+"""What a run writes beside its checkpoints: where it is, whether it can be, and how a run takes up what it appends to."""
 
 import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_rasft.config import RasftConfig
 from megatron_rasft.errors import CheckpointError
+from megatron_rasft.training.ranks import on_rank_zero
+from megatron_rasft.training.reference import LogprobCache
 
 _CHUNK = 2**16
 
@@ -88,6 +91,54 @@ def rollouts_file(args: Any, config: RasftConfig) -> AppendedFile | None:
     if not config.samples_rollouts or rollout.rollout_engine == "replay":
         return None
     return _appended(args, rollout.rollout_store, "rollouts.jsonl", "--rollout-store", may_be_shorter=False)
+
+
+def reference_cache(args: Any, config: RasftConfig) -> Path | None:
+    """The reference's log-probabilities on disk; None if they stay in memory, or there are none."""
+    if not config.objective.needs_reference_logprobs():
+        return None
+    if config.run.rasft_ref_cache is not None:
+        return Path(config.run.rasft_ref_cache)
+    return None if args.save is None else Path(args.save, "ref_logprobs.sqlite")
+
+
+def check_outputs(args: Any, config: RasftConfig) -> None:
+    """Refuse what cannot be written, on every rank, while nothing is built yet.
+
+    Raises:
+        ValueError, RasftError: with the flag; FailedElsewhere on the ranks that do not write.
+    """
+    files = [f for f in (metrics_file(args, config), rollouts_file(args, config)) if f is not None]
+    cache = reference_cache(args, config)
+
+    def check() -> None:
+        for file in files:
+            check_writable(file.flag, file.path, file.path.parent)
+        if cache is not None:
+            check_writable("--rasft-ref-cache", cache, cache.parent)
+            LogprobCache(cache, fingerprint="")
+        if args.export_hf is not None:
+            check_writable("--export-hf", Path(args.export_hf), Path(args.export_hf).absolute().parent)
+
+    on_rank_zero(check)
+
+
+def check_writable(flag: str, path: Path, folder: Path) -> None:
+    """Refuse a path that nothing can be written to. Makes ``folder``, which is the path itself or what it lies in.
+
+    Raises:
+        ValueError: with the flag.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+        if path != folder and path.exists():
+            path.open("ab").close()
+    except OSError as error:
+        raise ValueError(
+            f"{flag} {path} cannot be written: {error.strerror}. Name another place, or make this one writable."
+        ) from error
 
 
 def _appended(

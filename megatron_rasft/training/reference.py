@@ -11,7 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_rasft.errors import RasftError
 from megatron_rasft.types import TrainingSample
+
+_LOCK_TIMEOUT_S = 60.0
+"""Other runs may write to the same cache; one that waits longer than this for it gives up."""
 
 
 class FrozenReference:
@@ -69,14 +73,31 @@ class LogprobCache:
     Args:
         path: SQLite file, made if missing; None keeps the cache in memory.
         fingerprint: names the reference weights and the precision they run in.
+
+    Raises:
+        RasftError: the file is no database, or cannot be read or written; methods raise it too.
     """
 
     def __init__(self, path: str | Path | None, fingerprint: str) -> None:
-        if path is not None:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-        self._database = sqlite3.connect(":memory:" if path is None else str(path))
-        self._database.execute("CREATE TABLE IF NOT EXISTS logprobs (key BLOB PRIMARY KEY, value BLOB)")
+        self._path = path
         self._fingerprint = fingerprint.encode()
+        with self._explained():
+            if path is not None:
+                Path(path).parent.mkdir(parents=True, exist_ok=True)
+            self._database = sqlite3.connect(
+                ":memory:" if path is None else str(path), timeout=_LOCK_TIMEOUT_S
+            )
+            self._database.execute("CREATE TABLE IF NOT EXISTS logprobs (key BLOB PRIMARY KEY, value BLOB)")
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, sqlite3.Error) as error:
+            raise RasftError(
+                f"the cache of reference log-probabilities, {self._path}, cannot be used: {error}. Name another file with "
+                "--rasft-ref-cache, or move this one away: it is made anew."
+            ) from error
 
     def _key(self, sample: TrainingSample) -> bytes:
         digest = hashlib.sha256(self._fingerprint)
@@ -94,7 +115,8 @@ class LogprobCache:
         unknown: dict[bytes, TrainingSample] = {}
         for sample in samples:
             key = self._key(sample)
-            row = self._database.execute("SELECT value FROM logprobs WHERE key = ?", (key,)).fetchone()
+            with self._explained():
+                row = self._database.execute("SELECT value FROM logprobs WHERE key = ?", (key,)).fetchone()
             if row is None:
                 unknown.setdefault(key, sample)
             else:
@@ -106,5 +128,5 @@ class LogprobCache:
     def add(self, samples: Iterable[TrainingSample], logprobs: Iterable[list[float]]) -> None:
         """Remember the reference's log-probabilities of these samples' responses."""
         rows = [(self._key(s), array("d", v).tobytes()) for s, v in zip(samples, logprobs, strict=True)]
-        with self._database:
+        with self._explained(), self._database:
             self._database.executemany("INSERT OR REPLACE INTO logprobs VALUES (?, ?)", rows)

@@ -16,7 +16,7 @@ from megatron_rasft.report.progress import Progress
 from megatron_rasft.rollout.store import RolloutStore
 from megatron_rasft.training.heldout import Heldout
 from megatron_rasft.training.host import StepResult, Trainer, architecture_of, writers
-from megatron_rasft.training.outputs import AppendedFile, metrics_file, rollouts_file
+from megatron_rasft.training.outputs import AppendedFile, metrics_file, reference_cache, rollouts_file
 from megatron_rasft.training.problems import Problems
 from megatron_rasft.training.ranks import on_rank_zero
 from megatron_rasft.training.reference import LogprobCache
@@ -54,6 +54,9 @@ class Run:
         self.verifier = VerifierPool(config.verify) if self.is_lead and config.verifies else None
         self._metrics = metrics_file(args, config)
         self._rollouts = rollouts_file(args, config)
+        self._store: RolloutStore | None = None
+        self._cache: LogprobCache | None = None
+        on_rank_zero(lambda: self._open_files(folder))
         tensorboard, wandb = writers()
         self.progress = Progress(
             self.total_steps,
@@ -74,8 +77,8 @@ class Run:
             max_tokens=trainer.max_tokens,
             verifier=self.verifier,
             servers=self.servers,
-            store=RolloutStore(self._rollouts.path) if self.is_lead and self._rollouts is not None else None,
-            cache=self._cache(folder) if self.is_lead else None,
+            store=self._store,
+            cache=self._cache,
         )
         self._heldout = (
             Heldout(config, heldout, trainer, self.planner.stop_ids, self.verifier)
@@ -94,21 +97,24 @@ class Run:
             rollout, self.trainer, folder.config, read_keys(rollout), self.progress.say, self.is_lead
         )
 
-    def _cache(self, folder: HfFolder) -> LogprobCache | None:
-        if not self.config.objective.needs_reference_logprobs():
-            return None
-        path: str | Path | None = self.config.run.rasft_ref_cache
-        if path is None and self._save is not None:
-            path = self._save / "ref_logprobs.sqlite"
-        precision = (
-            f"{self.args.params_dtype} {self.args.fp8} {self.args.fp8_recipe if self.args.fp8 else ''}"
-        )
-        return LogprobCache(path, weights_fingerprint(folder.path, precision))
+    def _open_files(self, folder: HfFolder) -> None:
+        """What rank 0 writes besides metrics."""
+        if self._rollouts is not None:
+            self._store = RolloutStore(self._rollouts.path)
+        if self.config.objective.needs_reference_logprobs():
+            args = self.args
+            precision = f"{args.params_dtype} {args.fp8} {args.fp8_recipe if args.fp8 else ''}"
+            self._cache = LogprobCache(
+                reference_cache(args, self.config), weights_fingerprint(folder.path, precision)
+            )
 
     def __enter__(self) -> "Run":
+        on_rank_zero(self._start_verifier)
+        return self
+
+    def _start_verifier(self) -> None:
         if self.verifier is not None:
             self.verifier.__enter__()
-        return self
 
     def __exit__(self, *exc: Any) -> None:
         if self.verifier is not None:

@@ -79,6 +79,16 @@ def more(*flags: str) -> Callable[[Workshop, Path], list[str]]:
     return lambda workshop, folder: workshop.flags(*flags)
 
 
+def a_file(folder: Path) -> str:
+    path = folder / "file"
+    path.write_text("")
+    return str(path)
+
+
+def a_reference(workshop: Workshop, folder: Path, cache: str) -> list[str]:
+    return workshop.flags("--objective", "grpo", "--rasft-ref-cache", cache)
+
+
 CASES = {
     "no data file": Case(lambda w, f: without(w.flags(), "--train-data"), ("--train-data",)),
     "missing file": Case(lambda w, f: w.flags(data=f / "none.jsonl"), ("none.jsonl",)),
@@ -123,6 +133,25 @@ CASES = {
     ),
     "export folder exists": Case(
         lambda w, f: w.flags("--export-hf", str(f)), ("--export-hf", "exists already")
+    ),
+    "export into a file": Case(
+        lambda w, f: w.flags("--export-hf", a_file(f) + "/hf"), ("--export-hf", "cannot be written"), 2
+    ),
+    "save is a file": Case(
+        lambda w, f: w.flags("--save", a_file(f)), ("--save", "cannot be written: File exists"), 2
+    ),
+    "store is a folder": Case(
+        lambda w, f: w.flags("--rollout-store", str(f)), ("--rollout-store", "cannot be written: Is a dir"), 2
+    ),
+    "metrics in a file": Case(
+        lambda w, f: w.flags("--rasft-metrics", a_file(f) + "/metrics"),
+        ("--rasft-metrics", "cannot be written"),
+    ),
+    "reference cache is a folder": Case(
+        lambda w, f: a_reference(w, f, str(f)), ("--rasft-ref-cache", "cannot be written: Is a directory")
+    ),
+    "reference cache is no database": Case(
+        lambda w, f: a_reference(w, f, str(w.sums)), ("--rasft-ref-cache", "sums.jsonl", "not a database"), 2
     ),
     "sequence beyond positions": Case(more("--seq-length", "4096"), ("--seq-length", "128")),
     "every row too long": Case(more("--seq-length", "4"), ("--seq-length",), num_lines=13),

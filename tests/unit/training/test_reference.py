@@ -1,11 +1,15 @@
 """The cache gives back what it was given; the reference leaves the live weights as they were."""
 
+import contextlib
 import math
+import sqlite3
 from pathlib import Path
 
 import pytest
 import torch
 
+from megatron_rasft.errors import RasftError
+from megatron_rasft.training import reference
 from megatron_rasft.training.reference import FrozenReference, LogprobCache
 from megatron_rasft.types import TrainingSample
 from megatron_rasft.weights.folder import weights_fingerprint
@@ -50,6 +54,31 @@ def test_cache_asks_for_each_content_once() -> None:
     cache.add(asked, [[-0.5], [-0.25]])
     assert cache.fill(twins) == []
     assert [s.ref_logprobs for s in twins] == [[-0.5], [-0.5], [-0.25]]
+
+
+def test_cache_that_is_no_database_is_named_with_its_flag(tmp_path: Path) -> None:
+    path = tmp_path / "cache.sqlite"
+    path.write_text("not a database, but long enough to be looked at" * 100)
+    with pytest.raises(
+        RasftError, match=r"cache\.sqlite, cannot be used: file is not a database.*--rasft-ref-cache"
+    ):
+        LogprobCache(path, "model")
+
+
+def test_cache_that_another_run_holds_is_waited_for_and_then_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert reference._LOCK_TIMEOUT_S >= 60
+    monkeypatch.setattr(reference, "_LOCK_TIMEOUT_S", 0.05)
+    path = tmp_path / "cache.sqlite"
+    cache = LogprobCache(path, "model")
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(RasftError, match=r"database is locked.*--rasft-ref-cache"):
+            cache.add([a_sample([1], [2])], [[-0.5]])
+        other.execute("COMMIT")
+    cache.add([a_sample([1], [2])], [[-0.5]])
+    assert cache.fill([a_sample([1], [2])]) == []
 
 
 @pytest.fixture
