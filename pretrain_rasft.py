@@ -19,8 +19,8 @@ if __name__ != "__mp_main__":
     from megatron_rasft.training import host
     from megatron_rasft.training.outputs import check_outputs
     from megatron_rasft.training.problems import read_problems, set_length
-    from megatron_rasft.training.ranks import FailedElsewhere
-    from megatron_rasft.training.run import Run, is_lead_process, process_exit_code
+    from megatron_rasft.training.ranks import FailedElsewhere, rank_prefix, speaks_for_node
+    from megatron_rasft.training.run import Run, process_exit_code
 
 
 def main() -> None:
@@ -51,8 +51,8 @@ if __name__ == "__main__":
         code = 1
     except (ValueError, RasftError) as error:
         code = process_exit_code(error)
-        if is_lead_process():
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        if speaks_for_node():
+            print(f"error: {rank_prefix()}{error}", file=sys.stderr, flush=True)
     if dist.is_initialized():
         dist.destroy_process_group()
     sys.exit(code)

@@ -1,5 +1,6 @@
 """Work that one rank does for all: the result, or the failure, reaches every rank."""
 
+import os
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -57,3 +58,17 @@ def gather_to_all[T](value: T) -> list[T]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def speaks_for_node() -> bool:
+    """Whether this process prints its own errors: one a node, since most are met by every rank of it alike.
+
+    Asks torchrun's environment, as torch.distributed may not be up yet.
+    """
+    return int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0"))) == 0
+
+
+def rank_prefix() -> str:
+    """What an error of this process begins with: a rank other than 0 is on another node, where to look."""
+    rank = int(os.environ.get("RANK", "0"))
+    return f"rank {rank}: " if rank else ""

@@ -1,7 +1,6 @@
 """The parts of a run that pretrain_rasft.py names: planner, the queue of batches, the report."""
 
 import json
-import os
 import time
 from collections import Counter, deque
 from dataclasses import asdict
@@ -306,8 +305,3 @@ def _window_line(report: WindowReport, seconds: float) -> str:
 def process_exit_code(error: BaseException) -> int:
     """2 for what the user gave, 1 for what the world did."""
     return 2 if isinstance(error, ValueError) else 1
-
-
-def is_lead_process() -> bool:
-    """Whether this process is the one that prints errors, also before torch.distributed is up."""
-    return int(os.environ.get("RANK", "0")) == 0

@@ -5,11 +5,13 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests import forking
 from tests.functional import launching
 from tests.functional.conftest import Workshop
 from tests.tiny_policy import write_mixture, write_model
@@ -200,6 +202,27 @@ def test_fp8_is_refused_without_a_gpu(workshop: Workshop, tmp_path: Path) -> Non
         tmp_path, workshop.flags("--bf16", "--fp8-format", "hybrid"), timeout_s=BAD_INPUT_TIMEOUT_S
     )
     assert_one_plain_error(outcome, "--fp8-format")
+
+
+def be_rank(rank: int, local_rank: int) -> None:
+    os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(local_rank), "WORLD_SIZE": "16"})
+
+
+@pytest.mark.parametrize("rank,local_rank,num_errors", [(8, 0, 1), (9, 1, 0)])
+def test_error_of_another_node_is_printed_there_once(
+    workshop: Workshop, tmp_path: Path, rank: int, local_rank: int, num_errors: int
+) -> None:
+    process = forking.Rank(
+        program=launching.PROGRAM,
+        arguments=workshop.flags(model=tmp_path / "none"),
+        log=tmp_path / "log",
+        variables={},
+        prepare=[partial(be_rank, rank, local_rank)],
+    )
+    outcome = forking.run([process], timeout_s=BAD_INPUT_TIMEOUT_S)
+    assert outcome.codes[0] not in (0, None) and "Traceback" not in outcome.output
+    assert len(outcome.errors) == num_errors, outcome.output
+    assert all(error.startswith("rank 8: ") and str(tmp_path / "none") in error for error in outcome.errors)
 
 
 def test_torchrun_ends_with_the_programs_line(workshop: Workshop, tmp_path: Path) -> None:
