@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WHEEL := .cache/wheel
 
-.PHONY: quickstart test lint types pytest pytest-servers pytest-others wheel venv servers
+.PHONY: quickstart test lint types pytest pytest-servers pytest-runs pytest-units wheel venv servers
 .DELETE_ON_ERROR:
 
 quickstart:
@@ -26,15 +26,19 @@ lint: venv
 types: venv
 	$(BIN)/mypy
 
-# Tests with servers mostly wait for them: they run beside the others, each half printed when it is done.
+# Tests with servers mostly wait for them, and unit tests of the verifier for its deadlines: three parts side by side, each
+# printed when it is done.
 pytest: venv servers
-	$(MAKE) --jobs=2 --output-sync=target pytest-servers pytest-others
+	$(MAKE) --jobs=3 --output-sync=target pytest-servers pytest-runs pytest-units
 
 pytest-servers:
 	$(BIN)/python -m pytest -m "servers and not gpu" $(ARGS)
 
-pytest-others:
-	$(BIN)/python -m pytest -m "not servers and not gpu" -p no:cacheprovider $(ARGS)
+pytest-runs:
+	$(BIN)/python -m pytest -m "not servers and not gpu" -p no:cacheprovider tests/functional tests/distributed $(ARGS)
+
+pytest-units:
+	$(BIN)/python -m pytest -m "not servers and not gpu" -p no:cacheprovider --ignore=tests/functional --ignore=tests/distributed $(ARGS)
 
 # Builds the wheel, installs it by itself and imports it from there. A stale build/ would end up in it.
 wheel: venv
