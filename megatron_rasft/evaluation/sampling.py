@@ -9,7 +9,7 @@ from typing import Protocol
 
 from megatron_rasft.errors import RolloutError
 from megatron_rasft.evaluation.benchmarks import Benchmark, Problem
-from megatron_rasft.rollout.store import RolloutStore, read_rollouts
+from megatron_rasft.rollout.store import RolloutStore, read_rollouts, whole_lines
 from megatron_rasft.types import Request, Response, Rollout, SamplingParams
 
 
@@ -152,7 +152,5 @@ def _stored(path: Path) -> Iterator[Rollout]:
     """What is in the store, after a line that a kill left unfinished was cut away."""
     if not path.exists():
         return
-    content = path.read_bytes()
-    if not content.endswith(b"\n"):
-        RolloutStore(path).truncate(content.rfind(b"\n") + 1)
+    RolloutStore(path).truncate(whole_lines(path))
     yield from read_rollouts(path)

@@ -9,6 +9,8 @@ from pathlib import Path
 from megatron_rasft.errors import RolloutError
 from megatron_rasft.types import Rollout
 
+_CHUNK = 2**16
+
 
 class RolloutStore:
     """One JSON object per rollout and line."""
@@ -35,6 +37,22 @@ class RolloutStore:
         assert offset <= self.offset, f"{self.path} has {self.offset} bytes, {offset} are to be left"
         if self.path.exists():
             os.truncate(self.path, offset)
+
+
+def whole_lines(path: Path) -> int:
+    """Bytes to the end of the last finished line, 0 without one: a run that is killed may leave half a line."""
+    if not path.exists():
+        return 0
+    with path.open("rb") as file:
+        end = file.seek(0, os.SEEK_END)
+        while end:
+            start = max(0, end - _CHUNK)
+            file.seek(start)
+            found = file.read(end - start).rfind(b"\n")
+            if found >= 0:
+                return start + found + 1
+            end = start
+    return 0
 
 
 def read_rollouts(path: str | Path) -> Iterator[Rollout]:

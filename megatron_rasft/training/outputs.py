@@ -8,10 +8,9 @@ from typing import Any
 
 from megatron_rasft.config import RasftConfig
 from megatron_rasft.errors import CheckpointError
+from megatron_rasft.rollout.store import whole_lines
 from megatron_rasft.training.ranks import on_rank_zero
 from megatron_rasft.training.reference import LogprobCache
-
-_CHUNK = 2**16
 
 
 @dataclass(kw_only=True)
@@ -49,7 +48,7 @@ class AppendedFile:
             CheckpointError: it is the checkpoint's file, but shorter than it was.
         """
         text = ""
-        size = self._whole_lines()
+        size = whole_lines(self.path)
         if mark is not None and load is not None and (load / mark["path"]).resolve() == self.path.resolve():
             if self.size < mark["size"] and not self.may_be_shorter:
                 raise CheckpointError(
@@ -63,21 +62,6 @@ class AppendedFile:
         if size < self.size:
             os.truncate(self.path, size)
         return text
-
-    def _whole_lines(self) -> int:
-        """Bytes to the end of the last finished line: a run that is killed may leave half of one."""
-        end = self.size
-        if not end:
-            return 0
-        with self.path.open("rb") as file:
-            while end:
-                start = max(0, end - _CHUNK)
-                file.seek(start)
-                found = file.read(end - start).rfind(b"\n")
-                if found >= 0:
-                    return start + found + 1
-                end = start
-        return 0
 
 
 def metrics_file(args: Any, config: RasftConfig) -> AppendedFile | None:
