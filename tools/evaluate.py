@@ -15,7 +15,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -82,55 +82,62 @@ def run(args: argparse.Namespace, megatron_flags: list[str]) -> None:
     for known, path in chosen(config.benchmarks, folder):
         benchmarks.append(read_benchmark(known, path, config.unknown_data == "accept"))
     output = Path(args.output)
-    drawn_by = _drawn_by(args, config)
-    _check_protocol(output, drawn_by, benchmarks)
-    if any(benchmark.kind == "code" for benchmark in benchmarks):
-        with Sandbox(verify_config(config)) as sandbox:  # refuses now what the machine does not allow
-            if os.environ.get("RANK", "0") == "0":
-                print(f"programs run in a sandbox of level {sandbox.level}")
-    with _open_engine(args, config, megatron_flags) as engine:
-        if engine is None:  # another rank speaks
-            return
-        _write_protocol(output, drawn_by, config, benchmarks)
-        tokenizer = open_tokenizer(args.model)
-        prompt_config = DataConfig(
-            data_prompt_suffix="",
-            data_system_prompt=config.system_prompt,
-            data_chat_template=config.chat_template,
-        )
-        stop_ids = end_ids(args.model, tokenizer) | {read_chat_format(tokenizer, prompt_config).end_id}
-        params = SamplingParams(
-            num_samples=config.num_samples,
-            max_new_tokens=config.max_new_tokens,
-            temperature=config.temperature,
-            top_p=config.top_p,
-            repetition_penalty=1.0,
-            stop_ids=frozenset(stop_ids),
-            max_batch_size=config.batch_size,
-        )
-        for benchmark in benchmarks:
-            num_rows = len(benchmark.problems)
-            if config.limit:
-                benchmark.problems = benchmark.problems[: config.limit]
-            put = ask(benchmark, config.prompt_suffix)
-            with Grader(benchmark, config) as grade:
-                rollouts = sample_benchmark(
-                    benchmark,
-                    tokenize_prompts([put(p) for p in benchmark.problems], tokenizer, prompt_config),
-                    engine,
-                    grade,
-                    _store(output, benchmark),
-                    num_samples=config.num_samples,
-                    seed=config.seed,
-                    params=params,
-                    decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
-                    on_progress=_Progress(benchmark.title),
-                )
-            summary = summarise(benchmark, rollouts, config.num_samples, config.ks(), num_rows)
-            _write_results(
-                output, args.label or Path(args.model).name, args.compare_with or args.model, summary
-            )
+    with _open_servers(args, config) if args.server else nullcontext() as servers:
+        drawn_by = _drawn_by(args, config, servers)
+        _check_protocol(output, drawn_by, benchmarks)
+        if any(benchmark.kind == "code" for benchmark in benchmarks):
+            with Sandbox(verify_config(config)) as sandbox:  # refuses now what the machine does not allow
+                if os.environ.get("RANK", "0") == "0":
+                    print(f"programs run in a sandbox of level {sandbox.level}")
+        with _open_engine(args, servers, megatron_flags) as engine:
+            if engine is None:  # another rank speaks
+                return
+            _write_protocol(output, drawn_by, config, benchmarks)
+            _sample_all(args, config, engine, benchmarks)
     print((output / FILES["markdown"]).read_text(encoding="utf-8"))
+
+
+def _sample_all(
+    args: argparse.Namespace, config: EvaluationConfig, engine: Engine, benchmarks: list[Benchmark]
+) -> None:
+    """Every benchmark in turn, its table written when it is done."""
+    output = Path(args.output)
+    tokenizer = open_tokenizer(args.model)
+    prompt_config = DataConfig(
+        data_prompt_suffix="",
+        data_system_prompt=config.system_prompt,
+        data_chat_template=config.chat_template,
+    )
+    stop_ids = end_ids(args.model, tokenizer) | {read_chat_format(tokenizer, prompt_config).end_id}
+    params = SamplingParams(
+        num_samples=config.num_samples,
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        repetition_penalty=1.0,
+        stop_ids=frozenset(stop_ids),
+        max_batch_size=config.batch_size,
+    )
+    for benchmark in benchmarks:
+        num_rows = len(benchmark.problems)
+        if config.limit:
+            benchmark.problems = benchmark.problems[: config.limit]
+        put = ask(benchmark, config.prompt_suffix)
+        with Grader(benchmark, config) as grade:
+            rollouts = sample_benchmark(
+                benchmark,
+                tokenize_prompts([put(p) for p in benchmark.problems], tokenizer, prompt_config),
+                engine,
+                grade,
+                _store(output, benchmark),
+                num_samples=config.num_samples,
+                seed=config.seed,
+                params=params,
+                decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
+                on_progress=_Progress(benchmark.title),
+            )
+        summary = summarise(benchmark, rollouts, config.num_samples, config.ks(), num_rows)
+        _write_results(output, args.label or Path(args.model).name, args.compare_with or args.model, summary)
 
 
 def show(args: argparse.Namespace, _: list[str]) -> None:
@@ -218,12 +225,11 @@ def _check_experts(megatron_flags: list[str]) -> None:
         )
 
 
-def _drawn_by(args: argparse.Namespace, config: EvaluationConfig) -> dict[str, Any]:
+def _drawn_by(args: argparse.Namespace, config: EvaluationConfig, servers: Servers | None) -> dict[str, Any]:
     if args.checkpoint is not None:
         weights = _newest_iteration(Path(args.checkpoint))
-    elif args.server:
-        with _open_servers(args, config) as servers:
-            weights = servers.weights
+    elif servers is not None:
+        weights = servers.weights
     else:
         weights = weights_fingerprint(Path(args.model), args.dtype)
     values = {**vars(args), **asdict(config), "weights": weights}
@@ -288,12 +294,11 @@ def _write_results(output: Path, label: str, compared_with: str, summary: Summar
 
 @contextmanager
 def _open_engine(
-    args: argparse.Namespace, config: EvaluationConfig, megatron_flags: list[str]
+    args: argparse.Namespace, servers: Servers | None, megatron_flags: list[str]
 ) -> Iterator[Engine | None]:
     """The engine, on the process that asks it; None on the others, after they have followed to the end."""
-    if args.server:
-        with _open_servers(args, config) as servers:
-            yield servers
+    if servers is not None:
+        yield servers
         return
     from megatron_rasft.training import cpu_backend
 
