@@ -15,12 +15,12 @@ if __name__ != "__mp_main__":
 
     import torch.distributed as dist
 
-    from megatron_rasft.errors import RasftError
+    from megatron_rasft.errors import FailedElsewhere, RasftError
     from megatron_rasft.training import host
     from megatron_rasft.training.outputs import check_outputs
     from megatron_rasft.training.problems import read_problems, set_length
-    from megatron_rasft.training.ranks import FailedElsewhere, rank_prefix, speaks_for_node
-    from megatron_rasft.training.run import Run, process_exit_code
+    from megatron_rasft.training.ranks import report_failure
+    from megatron_rasft.training.run import Run
 
 
 def main() -> None:
@@ -47,12 +47,8 @@ if __name__ == "__main__":
     code = 0
     try:
         main()
-    except FailedElsewhere:
-        code = 1
-    except (ValueError, RasftError) as error:
-        code = process_exit_code(error)
-        if speaks_for_node():
-            print(f"error: {rank_prefix()}{error}", file=sys.stderr, flush=True)
+    except (ValueError, RasftError, FailedElsewhere) as error:
+        code = report_failure(error)
     if dist.is_initialized():
         dist.destroy_process_group()
     sys.exit(code)

@@ -35,3 +35,7 @@ class ServerError(RolloutError):
         self.server = server
         self.reason = reason
         self.status = status
+
+
+class FailedElsewhere(Exception):
+    """Raised on the ranks that only heard of a failure: another one has the message."""

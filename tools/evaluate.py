@@ -26,7 +26,7 @@ from megatron_rasft.config.data import DataConfig
 from megatron_rasft.config.evaluation import EvaluationConfig
 from megatron_rasft.config.flags import add_flags, read_flags
 from megatron_rasft.data.tokenizing import end_ids, open_tokenizer, read_chat_format, tokenize_prompts
-from megatron_rasft.errors import CheckpointError, DataError, RasftError
+from megatron_rasft.errors import CheckpointError, DataError, FailedElsewhere, RasftError
 from megatron_rasft.evaluation import tables
 from megatron_rasft.evaluation.benchmarks import KNOWN_SETS, Benchmark, ask, chosen, read_benchmark
 from megatron_rasft.evaluation.grading import Grader, verify_config
@@ -61,9 +61,10 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         args.command(args, rest)
-    except (ValueError, RasftError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ValueError) else 1
+    except (ValueError, RasftError, OSError, FailedElsewhere) as error:
+        from megatron_rasft.training.ranks import report_failure  # imports torch, which --server does without
+
+        return report_failure(error)
     return 0
 
 

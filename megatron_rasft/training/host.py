@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.distributed import finalize_model_grads
@@ -42,7 +43,7 @@ from megatron.training.initialize import initialize_megatron
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_rasft.config import RasftConfig
-from megatron_rasft.errors import CheckpointError
+from megatron_rasft.errors import CheckpointError, FailedElsewhere
 from megatron_rasft.sync import SyncReport, WeightSync
 from megatron_rasft.sync.servers import Server
 from megatron_rasft.training.arguments import add_arguments, add_arguments_of_published, fill_in
@@ -168,10 +169,17 @@ LOAD_FAILURES = (
 
 
 def checkpoint_failure(error: BaseException) -> str:
-    """Why a save or load failed: a rank's own reason where torch brought one back."""
-    if isinstance(error, CheckpointException) and error.failures:
-        rank, (cause, _) = min(error.failures.items())
-        return f"rank {rank}: {first_line(cause)}"
+    """Why a save or load failed: a rank's own reason where torch brought one back.
+
+    Raises:
+        FailedElsewhere: torch told this rank nothing; rank 0 knows.
+    """
+    if isinstance(error, CheckpointException):
+        if error.failures:
+            rank, (cause, _) = min(error.failures.items())
+            return f"rank {rank}: {first_line(cause)}"
+        if dist.get_rank() != 0:
+            raise FailedElsewhere from error
     return first_line(error)
 
 

@@ -1,5 +1,6 @@
 """What a run writes beside its checkpoints: where it is, whether it can be, and how a run takes up what it appends to."""
 
+import json
 import os
 import tempfile
 from dataclasses import dataclass
@@ -11,6 +12,10 @@ from megatron_rasft.errors import CheckpointError
 from megatron_rasft.rollout.store import whole_lines
 from megatron_rasft.training.ranks import on_rank_zero
 from megatron_rasft.training.reference import LogprobCache
+from megatron_rasft.weights.torch_dist import TRACKER_FILE
+
+BEGUN_FILE = "begun.json"
+"""In --save: how long the files were when the run began. Killed before its first checkpoint, it begins there again."""
 
 
 @dataclass(kw_only=True)
@@ -21,7 +26,7 @@ class AppendedFile:
     flag: str
     """Gives it another place."""
     is_named: bool
-    """The flag was given; else the file is the run's own, in --save."""
+    """The flag was given; else the file lies in --save."""
     may_be_shorter: bool
     """Whether a run may go on though lines are missing that were there at its checkpoint."""
 
@@ -33,35 +38,75 @@ class AppendedFile:
         """Which file this is and how long, for a checkpoint. In --save it is known by its name: the folder may move."""
         return {"path": str(self.path.resolve()) if self.is_named else self.path.name, "size": self.size}
 
-    def take_up(self, mark: dict[str, Any] | None, load: Path | None, *, is_first: bool) -> str:
+    def is_known_as(self, mark: dict[str, Any] | None, folder: Path | None) -> bool:
+        """Whether ``mark``, kept in ``folder``, is of this file."""
+        return (
+            mark is not None
+            and folder is not None
+            and (folder / mark["path"]).resolve() == self.path.resolve()
+        )
+
+    def take_up(self, at_checkpoint: int | None, at_start: int | None) -> str:
         """Leave what belongs to the run: it appends from here on.
 
         Args:
-            mark: of the checkpoint that the run goes on from, None without one.
-            load: the folder of that checkpoint.
-            is_first: whether --save has no checkpoint, so that what a file in it holds no run can go on from.
+            at_checkpoint: bytes it had when the checkpoint was written that the run goes on from; None without one, or
+                if it is not that checkpoint's file.
+            at_start: bytes it had when the run began for the first time, if the run has no checkpoint yet.
 
         Returns:
-            A line for the user if the file was started anew, else an empty one.
+            A line for the user if what it holds of an earlier start was cut away, else an empty one.
 
         Raises:
-            CheckpointError: it is the checkpoint's file, but shorter than it was.
+            CheckpointError: it is shorter than at the checkpoint.
         """
         text = ""
         size = whole_lines(self.path)
-        if mark is not None and load is not None and (load / mark["path"]).resolve() == self.path.resolve():
-            if self.size < mark["size"] and not self.may_be_shorter:
+        if at_checkpoint is not None:
+            if self.size < at_checkpoint and not self.may_be_shorter:
                 raise CheckpointError(
-                    f"{self.path} has {self.size} bytes, but the checkpoint was written when it had {mark['size']}: it was "
+                    f"{self.path} has {self.size} bytes, but the checkpoint was written when it had {at_checkpoint}: it was "
                     f"moved or cut. Put the file back, or name another with {self.flag}."
                 )
-            size = min(size, mark["size"])
-        elif is_first and not self.is_named and self.size:
-            size = 0
-            text = f"{self.path} is started anew: the run that wrote it ended before its first checkpoint"
+            size = min(size, at_checkpoint)
+        if at_start is not None and at_start < size:
+            size = at_start
+            text = f"{self.path} is cut to the {size} bytes it had when the run began: it ended before its first checkpoint"
         if size < self.size:
             os.truncate(self.path, size)
         return text
+
+
+def take_up_files(
+    files: dict[str, AppendedFile], marks: dict[str, Any], load: Path | None, save: Path | None
+) -> list[str]:
+    """Leave in each file what belongs to the run; for rank 0.
+
+    Args:
+        files: by the name that marks know them by.
+        marks: of the checkpoint in ``load`` that the run goes on from; empty without one.
+        save: the run's folder. Until it has a checkpoint, it keeps how long the files were when the run began.
+
+    Returns:
+        Lines for the user.
+
+    Raises:
+        CheckpointError: a file is not what it was at the checkpoint.
+    """
+    begun = None if save is None or (save / TRACKER_FILE).exists() else save / BEGUN_FILE
+    at_start = json.loads(begun.read_text(encoding="utf-8")) if begun is not None and begun.exists() else {}
+    lines = []
+    for name, file in files.items():
+        sizes = [
+            kept[name]["size"] if file.is_known_as(kept.get(name), folder) else None
+            for kept, folder in ((marks, load), (at_start, save))
+        ]
+        lines.append(file.take_up(*sizes))
+    if begun is not None:
+        new = begun.with_suffix(".tmp")
+        new.write_text(json.dumps({name: file.mark() for name, file in files.items()}), encoding="utf-8")
+        new.replace(begun)
+    return [line for line in lines if line]
 
 
 def metrics_file(args: Any, config: RasftConfig) -> AppendedFile | None:

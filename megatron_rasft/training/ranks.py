@@ -1,21 +1,23 @@
 """Work that one rank does for all: the result, or the failure, reaches every rank."""
 
 import os
+import sys
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
 
+from megatron_rasft.errors import FailedElsewhere
+
 _PATIENCE = timedelta(days=1)
 """For rank 0: verifying a window, or waiting for a server, may take longer than the --distributed-timeout-minutes of a step."""
 
+_GRACE = timedelta(seconds=5)
+"""For the first rank of a node, to say an error that others of it have met as well."""
+
 _patient: tuple[Any, Any] = (None, None)
 """The default group, and the gloo group of the same ranks that waits for rank 0."""
-
-
-class FailedElsewhere(Exception):
-    """Raised on the ranks that only heard of a failure: rank 0 has the message."""
 
 
 def on_rank_zero[T](work: Callable[[], T]) -> T:
@@ -60,15 +62,40 @@ def gather_to_all[T](value: T) -> list[T]:
     return values
 
 
-def speaks_for_node() -> bool:
-    """Whether this process prints its own errors: one a node, since most are met by every rank of it alike.
+def report_failure(error: BaseException) -> int:
+    """Say on stderr what ended this process, in one place of each node that met it.
 
-    Asks torchrun's environment, as torch.distributed may not be up yet.
+    Returns:
+        The exit code: 2 for what the user gave, 1 for what the world did.
     """
-    return int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0"))) == 0
+    if not isinstance(error, FailedElsewhere) and speaks_for_node(str(error)):
+        # a rank other than 0 says where to look
+        rank = int(os.environ.get("RANK", "0"))
+        print("error: " + (f"rank {rank}: " if rank else "") + str(error), file=sys.stderr, flush=True)
+    return 2 if isinstance(error, ValueError) else 1
 
 
-def rank_prefix() -> str:
-    """What an error of this process begins with: a rank other than 0 is on another node, where to look."""
-    rank = int(os.environ.get("RANK", "0"))
-    return f"rank {rank}: " if rank else ""
+def speaks_for_node(message: str) -> bool:
+    """Whether this process prints this error: the first rank of a node does, and one that is alone with it.
+
+    Most errors are met by every rank alike, so the others wait until the first one has left its mark in the store
+    that the ranks met in; if it does not come, they speak. Before the ranks have met, only the first rank does.
+    """
+    node = os.environ.get("GROUP_RANK") or os.environ.get("SLURM_NODEID") or "0"
+    mark = f"rasft/said/{node}/{message}"
+    is_first = int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0"))) == 0
+    if not dist.is_initialized():
+        return is_first
+    store = dist.distributed_c10d._get_default_store()
+    try:
+        if is_first:
+            store.set(mark, "1")
+        else:
+            store.wait([mark], _GRACE)
+    except (
+        dist.DistNetworkError
+    ):  # the process that keeps the store has ended, and does not do so without a word
+        return is_first
+    except RuntimeError:  # it did not come in time
+        return True
+    return is_first

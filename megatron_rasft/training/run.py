@@ -15,7 +15,13 @@ from megatron_rasft.report.progress import Progress
 from megatron_rasft.rollout.store import RolloutStore
 from megatron_rasft.training.heldout import Heldout
 from megatron_rasft.training.host import StepResult, Trainer, architecture_of, writers
-from megatron_rasft.training.outputs import AppendedFile, metrics_file, reference_cache, rollouts_file
+from megatron_rasft.training.outputs import (
+    AppendedFile,
+    metrics_file,
+    reference_cache,
+    rollouts_file,
+    take_up_files,
+)
 from megatron_rasft.training.problems import Problems
 from megatron_rasft.training.ranks import on_rank_zero
 from megatron_rasft.training.reference import LogprobCache
@@ -25,7 +31,6 @@ from megatron_rasft.types import TrainingSample
 from megatron_rasft.verify.pool import VerifierPool
 from megatron_rasft.weights.folder import HfFolder, weights_fingerprint
 from megatron_rasft.weights.model_card import run_facts
-from megatron_rasft.weights.torch_dist import TRACKER_FILE
 
 
 class Run:
@@ -152,12 +157,11 @@ class Run:
 
     def _take_up_files(self, marks: dict[str, Any]) -> None:
         load = None if self.args.load is None else Path(self.args.load)
-        is_first = self._save is not None and not (self._save / TRACKER_FILE).exists()
-        for name, file in self._files.items():
-            if text := file.take_up(marks.get(name), load, is_first=is_first):
-                self.progress.say(text)
         if self._save is not None:
             self._save.mkdir(parents=True, exist_ok=True)
+        for line in take_up_files(self._files, marks, load, self._save):
+            self.progress.say(line)
+        if self._save is not None:
             (self._save / "config.json").write_text(json.dumps(self._resolved(), indent=1), encoding="utf-8")
 
     def measure_if_due(self) -> None:
@@ -300,8 +304,3 @@ def _window_line(report: WindowReport, seconds: float) -> str:
             f"{report.mean_response_tokens:.0f} tokens each; generate {report.generate_s:.1f} s, verify {report.verify_s:.1f} s,"
         )
     return f"{line} reference {report.reference_s:.1f} s, {seconds:.1f} s in all"
-
-
-def process_exit_code(error: BaseException) -> int:
-    """2 for what the user gave, 1 for what the world did."""
-    return 2 if isinstance(error, ValueError) else 1

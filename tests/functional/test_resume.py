@@ -110,7 +110,7 @@ def test_run_killed_before_its_first_checkpoint_starts_anew(workshop: Workshop, 
         with (save / name).open("a") as file:
             file.write('{"step": 2, "pro')  # as a kill in mid-write leaves it
     output = workshop.train(save, flags_of(save)).output
-    assert output.count("is started anew: the run that wrote it ended before its first checkpoint") == 2
+    assert output.count("is cut to the 0 bytes it had when the run began") == 2
     assert_same_run(save, unbroken)
     records = [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records if r["event"] == "step"] == list(range(1, STEPS + 1))

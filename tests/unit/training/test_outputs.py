@@ -1,11 +1,12 @@
 """A run that starts or goes on leaves in its files what belongs to it, and nothing twice."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from megatron_rasft.errors import CheckpointError
-from megatron_rasft.training.outputs import AppendedFile
+from megatron_rasft.training.outputs import AppendedFile, take_up_files
 
 
 def a_file(path: Path, text: str, *, is_named: bool = False, may_be_shorter: bool = False) -> AppendedFile:
@@ -14,12 +15,21 @@ def a_file(path: Path, text: str, *, is_named: bool = False, may_be_shorter: boo
     return AppendedFile(path=path, flag="--rollout-store", is_named=is_named, may_be_shorter=may_be_shorter)
 
 
+def taken_up(
+    file: AppendedFile,
+    mark: dict[str, Any] | None = None,
+    load: Path | None = None,
+    save: Path | None = None,
+) -> list[str]:
+    return take_up_files({"file": file}, {} if mark is None else {"file": mark}, load, save)
+
+
 @pytest.mark.parametrize("is_named", [False, True])
 def test_what_came_after_the_checkpoint_is_forgotten(tmp_path: Path, is_named: bool) -> None:
     file = a_file(tmp_path / "rollouts.jsonl", "1\n2\n", is_named=is_named)
     mark = file.mark()
     file.path.write_text("1\n2\n3\n4")
-    assert file.take_up(mark, tmp_path, is_first=False) == ""
+    assert taken_up(file, mark, tmp_path) == []
     assert file.path.read_text() == "1\n2\n"
 
 
@@ -27,7 +37,7 @@ def test_a_file_in_a_folder_that_was_moved_is_still_the_checkpoints(tmp_path: Pa
     mark = a_file(tmp_path / "old" / "rollouts.jsonl", "1\n").mark()
     (tmp_path / "old").rename(tmp_path / "new")
     file = a_file(tmp_path / "new" / "rollouts.jsonl", "1\n2\n")
-    file.take_up(mark, tmp_path / "new", is_first=False)
+    taken_up(file, mark, tmp_path / "new")
     assert file.path.read_text() == "1\n"
 
 
@@ -36,10 +46,10 @@ def test_a_file_shorter_than_at_its_checkpoint_is_refused_where_all_lines_count(
     mark = file.mark()
     file.path.write_text("1\n2")
     with pytest.raises(CheckpointError, match=r"has 3 bytes.* had 4: .*--rollout-store"):
-        file.take_up(mark, tmp_path, is_first=False)
+        taken_up(file, mark, tmp_path)
     assert file.path.read_text() == "1\n2", "the user may still mend it"
     file.may_be_shorter = True
-    file.take_up(mark, tmp_path, is_first=False)
+    taken_up(file, mark, tmp_path)
     assert file.path.read_text() == "1\n"
 
 
@@ -47,19 +57,38 @@ def test_a_file_shorter_than_at_its_checkpoint_is_refused_where_all_lines_count(
 def test_another_file_than_the_checkpoints_loses_only_an_unfinished_line(tmp_path: Path, length: int) -> None:
     mark = a_file(tmp_path / "first" / "rollouts.jsonl", "1\n").mark()
     file = a_file(tmp_path / "second.jsonl", "1\n22\n" + "3" * length, is_named=True)
-    assert file.take_up(mark, tmp_path / "first", is_first=True) == ""
+    assert taken_up(file, mark, tmp_path / "first", tmp_path / "first") == []
     assert file.path.read_text() == "1\n22\n"
 
 
-def test_only_the_runs_own_file_is_started_anew_and_only_before_the_first_checkpoint(tmp_path: Path) -> None:
-    own = a_file(tmp_path / "save" / "rollouts.jsonl", "1\n2")
-    assert own.take_up(None, tmp_path / "save", is_first=False) == ""
-    assert own.path.read_text() == "1\n"
-    assert f"{own.path} is started anew" in own.take_up(None, tmp_path / "save", is_first=True)
-    assert own.path.read_text() == ""
-    assert own.take_up(None, tmp_path / "save", is_first=True) == ""
-    own.path.unlink()
-    assert own.take_up(None, None, is_first=True) == ""
-    named = a_file(tmp_path / "named.jsonl", "1\n2\n", is_named=True)
-    assert named.take_up(None, None, is_first=True) == ""
-    assert named.path.read_text() == "1\n2\n"
+@pytest.mark.parametrize("is_named", [False, True])
+@pytest.mark.parametrize("loads", [False, True])
+def test_a_run_that_ended_before_its_first_checkpoint_begins_where_it_began(
+    tmp_path: Path, is_named: bool, loads: bool
+) -> None:
+    save = tmp_path / "save"
+    own, before = (
+        (tmp_path / "named.jsonl", "of another run\n") if is_named else (save / "rollouts.jsonl", "")
+    )
+    file = a_file(own, before, is_named=is_named)
+    save.mkdir(exist_ok=True)
+    other = (a_file(tmp_path / "other" / "rollouts.jsonl", "1\n").mark(), tmp_path / "other") if loads else ()
+    assert taken_up(file, *other, save=save) == []
+    for _ in range(2):
+        own.write_text(before + "1\n2")
+        (line,) = taken_up(file, *other, save=save)
+        assert line.startswith(f"{own} is cut to the {len(before)} bytes it had when the run began")
+        assert own.read_text() == before
+    own.unlink()
+    assert taken_up(file, *other, save=save) == [], "the user may have taken it away"
+    own.write_text("1\n")
+    (save / "latest_checkpointed_iteration.txt").write_text("1")
+    assert taken_up(file, file.mark(), save, save) == []
+    assert own.read_text() == "1\n", "from the first checkpoint on, the checkpoints know"
+
+
+def test_without_a_folder_a_named_file_goes_on(tmp_path: Path) -> None:
+    file = a_file(tmp_path / "named.jsonl", "1\n2\n3", is_named=True)
+    for _ in range(2):
+        assert taken_up(file) == []
+        assert file.path.read_text() == "1\n2\n"

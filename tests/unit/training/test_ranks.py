@@ -1,5 +1,6 @@
 """A result or a failure of rank 0 reaches every rank."""
 
+import os
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -8,7 +9,8 @@ import pytest
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from megatron_rasft.training.ranks import FailedElsewhere, gather_to_all, on_rank_zero
+from megatron_rasft.errors import FailedElsewhere
+from megatron_rasft.training.ranks import gather_to_all, on_rank_zero, speaks_for_node
 
 
 def test_a_single_process_just_works() -> None:
@@ -60,3 +62,25 @@ def test_rank_zero_may_take_longer_than_a_collective_of_the_others(tmp_path: Pat
 def test_two_ranks_share_results_and_failures(tmp_path: Path) -> None:
     mp.spawn(_rank, args=(str(tmp_path),), nprocs=2)
     assert (tmp_path / "done0").exists() and (tmp_path / "done1").exists()
+
+
+def _rank_that_fails(rank: int, folder: str) -> None:
+    os.environ.update({"LOCAL_RANK": str(rank % 2), "GROUP_RANK": str(rank // 2)})
+    assert speaks_for_node("before they met") == (rank % 2 == 0)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=4)
+    if rank % 2 == 0:
+        time.sleep(1)  # the others wait for it
+    said = speaks_for_node("met by all")
+    if rank in (2, 3):
+        said = (said, speaks_for_node("met by the second node"))
+    if rank == 3:
+        said = (*said, speaks_for_node("met by its last rank alone"))
+    Path(folder, f"said{rank}").write_text(str(said))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_an_error_is_said_once_a_node_and_one_of_a_single_rank_by_that(tmp_path: Path) -> None:
+    mp.spawn(_rank_that_fails, args=(str(tmp_path),), nprocs=4)
+    said = [(tmp_path / f"said{rank}").read_text() for rank in range(4)]
+    assert said == ["True", "False", "(True, True)", "(False, False, True)"]
