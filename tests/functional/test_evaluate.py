@@ -31,11 +31,11 @@ def command(workshop: Workshop, output: Path, *more: str) -> list[str]:
     ]
 
 
-def run(flags: list[str], num_processes: int = 1) -> str:
+def start(flags: list[str], num_processes: int = 1) -> subprocess.CompletedProcess:
     launcher = [sys.executable]
     if num_processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes)]
-    done = subprocess.run(
+    return subprocess.run(
         [*launcher, str(TOOL), *flags],
         env=os.environ | ENVIRONMENT,
         capture_output=True,
@@ -43,6 +43,10 @@ def run(flags: list[str], num_processes: int = 1) -> str:
         timeout=300,
         check=False,
     )
+
+
+def run(flags: list[str], num_processes: int = 1) -> str:
+    done = start(flags, num_processes)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -146,6 +150,14 @@ def test_mistake_is_one_line_before_a_model_is_loaded(
     assert evaluate.main(command(workshop, evaluated, "--model", str(workshop.policy), *more)) == 2
     printed = capsys.readouterr().err
     assert printed.count("\n") == 1 and message in printed
+
+
+def test_mistake_is_said_once_on_two_ranks(workshop: Workshop, tmp_path: Path) -> None:
+    flags = command(workshop, tmp_path, "--model", str(workshop.policy), "--tensor-model-parallel-size", "4")
+    done = start(flags, num_processes=2)
+    assert done.returncode != 0
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "4 does not fit 2 processes" in lines[0], done.stderr
 
 
 def test_missing_model_results_and_checkpoint_are_named(
