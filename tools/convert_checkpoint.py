@@ -90,7 +90,14 @@ def convert_to_megatron(args: argparse.Namespace) -> Proof | None:
     checkpoint = TorchDistFolder.open(args.output)
     check_parameters(checkpoint, folder.table)
     with _bar("comparing", num_bytes) as on_progress:
-        proof = prove(checkpoint, folder, is_export=False, num_workers=args.workers, on_progress=on_progress)
+        proof = prove(
+            checkpoint,
+            folder,
+            is_export=False,
+            dtype=dtype,
+            num_workers=args.workers,
+            on_progress=on_progress,
+        )
     _compare_logits(checkpoint, folder, dtype, proof)
     return proof
 
@@ -107,7 +114,7 @@ def convert_to_hf(args: argparse.Namespace) -> Proof | None:
     dtype = _DTYPES.get(args.dtype)
     num_elements = sum(_numel(shape) for shape in template.table.hf_shapes.values())
     stored = checkpoint.tensors["embedding.word_embeddings.weight"].properties.dtype
-    itemsize = 1 if args.fp8 else (dtype or template.dtype or stored).itemsize
+    itemsize = 1 if args.fp8 else (dtype or stored).itemsize
     with _bar("converting", num_elements * itemsize) as on_progress:
         megatron_to_hf(
             checkpoint,
@@ -125,8 +132,15 @@ def convert_to_hf(args: argparse.Namespace) -> Proof | None:
         return prove_fp8(checkpoint, template, Path(args.output))
     folder = HfFolder.open(args.output)
     with _bar("comparing", num_elements * stored.itemsize) as on_progress:
-        proof = prove(checkpoint, folder, is_export=True, num_workers=args.workers, on_progress=on_progress)
-    _compare_logits(checkpoint, folder, dtype or template.dtype, proof)
+        proof = prove(
+            checkpoint,
+            folder,
+            is_export=True,
+            dtype=dtype,
+            num_workers=args.workers,
+            on_progress=on_progress,
+        )
+    _compare_logits(checkpoint, folder, dtype, proof)
     return proof
 
 
@@ -287,12 +301,12 @@ def _add_flags(command: argparse.ArgumentParser) -> None:
         help="What to convert; a run's --save folder gives its newest checkpoint.",
     )
     add("--output", required=True, metavar="DIR", help="Where to; has this name only once it is whole.")
-    add("--dtype", choices=list(_DTYPES), help="Type of all weights (default: as they are).")
+    add("--dtype", choices=list(_DTYPES), help="Type of all weights (default: each keeps its own).")
     add("--workers", type=int, default=2, metavar="N", help="Layers or files at a time, >= 1 (default: 2).")
     add(
         "--verify",
         action="store_true",
-        help="Read the result back: count every tensor and element, compare checksums, and logits with transformers' "
+        help="Read the result back: count every tensor and element, compare types and values, and logits with transformers' "
         "where the model fits into memory.",
     )
     add(

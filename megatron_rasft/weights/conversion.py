@@ -4,6 +4,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import reduce
 from itertools import accumulate, groupby, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +18,8 @@ from megatron_rasft.weights.exporting import (
     ShardWriter,
     copy_companions,
     file_name,
+    type_names,
+    types_by_size,
     write_config,
     write_index,
 )
@@ -81,6 +84,17 @@ class _LayerPart(NamedTuple):
     parameters: tuple[StoredParameter, ...]
 
 
+class _Whole(NamedTuple):
+    """What the parameters of one key have in common, each as one rank of one would hold it."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        return _size(self.shape, self.dtype)
+
+
 def hf_to_megatron(
     source: HfFolder,
     out_dir: str | Path,
@@ -98,7 +112,7 @@ def hf_to_megatron(
     Args:
         source: an opened folder.
         out_dir: must not exist, or be an empty folder; has its name once all is there.
-        dtype: type of all weights; None keeps the stored one.
+        dtype: type of all weights; None keeps the stored one, of layers that differ the one that holds both.
         query_groups: as the run's --rasft-query-groups, which its checkpoints must have, too.
         num_workers: layers at a time.
         on_progress: called with the bytes that were written since the last call.
@@ -113,8 +127,8 @@ def hf_to_megatron(
         num_attention_heads=arguments["num_attention_heads"],
         num_query_groups=arguments["num_query_groups"],
     )
-    sizes = _whole_shapes(NameTable(source.family, shape))
-    parts = list(_layer_parts(source, sizes, dtype))
+    wholes = _wholes(source, NameTable(source.family, shape), dtype)
+    parts = list(_layer_parts(source, wholes))
     work = {
         "input": _fingerprint([source.path / f for f in {t.file for t in source.tensors.values()}]),
         "dtype": str(dtype),
@@ -126,7 +140,7 @@ def hf_to_megatron(
 
         def make(part: _LayerPart) -> list[Any]:
             with DistcpFile(folder / part.name) as file:
-                _write_layer(file, source, part.parameters, sizes, dtype)
+                _write_layer(file, source, part.parameters, wholes)
             return [record.to_json() for record in file.records]
 
         made = staged.do(parts, make, num_workers=num_workers, on_progress=on_progress)
@@ -137,29 +151,30 @@ def hf_to_megatron(
         template = staged.path / TEMPLATE_DIR
         template.mkdir(exist_ok=True)
         copy_companions(source.path, template)
-        write_config(source, template, dtype)
+        types = types_by_size((t.shape, dtype or t.dtype) for t in source.tensors.values())
+        write_config(source, template, types[0])
         (staged.path / TRACKER_FILE).write_text(RELEASE, encoding="utf-8")
         staged.finish()
 
 
-def _whole_shapes(table: NameTable) -> dict[str, tuple[int, ...]]:
-    """Key -> shape of a parameter without the dimensions of its stack, as one rank of one would hold it."""
-    return {
-        p.key: p.binding.shard_shape(p.binding.entry.layout(table.shape, 0, 1, None))
-        for p in table.stored_parameters()
-        if not any(p.position)
-    }
+def _wholes(source: HfFolder, table: NameTable, dtype: torch.dtype | None) -> dict[str, _Whole]:
+    """Key -> shape and type; a key has one type, which loses nothing of any of its tensors."""
+    wholes: dict[str, _Whole] = {}
+    for p in table.stored_parameters():
+        stored = reduce(torch.promote_types, (source.tensors[name].dtype for name in p.binding.hf_names))
+        if p.key not in wholes:
+            shape = p.binding.shard_shape(p.binding.entry.layout(table.shape, 0, 1, None))
+            wholes[p.key] = _Whole(shape, dtype or stored)
+        elif dtype is None:
+            wholes[p.key] = wholes[p.key]._replace(dtype=torch.promote_types(wholes[p.key].dtype, stored))
+    return wholes
 
 
-def _layer_parts(
-    source: HfFolder, sizes: dict[str, tuple[int, ...]], dtype: torch.dtype | None
-) -> Iterator[_LayerPart]:
+def _layer_parts(source: HfFolder, wholes: dict[str, _Whole]) -> Iterator[_LayerPart]:
     groups = groupby(source.table.stored_parameters(), key=lambda p: p.position[:1])
     for i, (_, group) in enumerate(groups):
         parameters = tuple(group)
-        num_bytes = sum(
-            _size(sizes[p.key], dtype or source.tensors[p.binding.hf_names[0]].dtype) for p in parameters
-        )
+        num_bytes = sum(wholes[p.key].num_bytes for p in parameters)
         yield _LayerPart(f"__{i}_0.distcp", num_bytes, parameters)
 
 
@@ -167,16 +182,15 @@ def _write_layer(
     file: DistcpFile,
     source: HfFolder,
     parameters: Sequence[StoredParameter],
-    sizes: dict[str, tuple[int, ...]],
-    dtype: torch.dtype | None,
+    wholes: dict[str, _Whole],
 ) -> None:
     modules = {}
     for parameter in parameters:
-        size = sizes[parameter.key]
+        size = wholes[parameter.key].shape
         dim = parameter.binding.entry.layout(source.shape, 0, 1, size).dim
         lead = (1,) * len(parameter.position)
         position = 0
-        for chunk in _read_chunks(source, parameter, size, dtype):
+        for chunk in _read_chunks(source, parameter, wholes[parameter.key]):
             offsets = [0] * len(size)
             offsets[dim] = position
             position += chunk.shape[dim]
@@ -192,13 +206,11 @@ def _write_layer(
             file.write_object(_extra_state_key(module, index, stack), None)
 
 
-def _read_chunks(
-    source: HfFolder, parameter: StoredParameter, size: tuple[int, ...], dtype: torch.dtype | None
-) -> Iterator[Tensor]:
+def _read_chunks(source: HfFolder, parameter: StoredParameter, whole: _Whole) -> Iterator[Tensor]:
     """A parameter in equal chunks along the dimension that ranks cut, so that each will read its own only."""
-    entry, stored = parameter.binding.entry, source.tensors[parameter.binding.hf_names[0]].dtype
-    layout = entry.layout(source.shape, 0, 1, size)
-    num = num_chunks(size[layout.dim], _size(size, dtype or stored)) if entry.is_sharded else 1
+    entry = parameter.binding.entry
+    layout = entry.layout(source.shape, 0, 1, whole.shape)
+    num = num_chunks(whole.shape[layout.dim], whole.num_bytes) if entry.is_sharded else 1
     length = layout.length // num
     if layout.dim == 0:
         parts = (_clip(layout, i * length, (i + 1) * length) for i in range(num))
@@ -206,7 +218,7 @@ def _read_chunks(
     else:  # columns lie all over the file: read once
         chunks = read_shard(source, parameter.binding, layout).split(length, layout.dim)
     for chunk in chunks:
-        yield chunk if dtype is None else chunk.to(dtype)
+        yield chunk.to(whole.dtype)
 
 
 def _clip(layout: ShardLayout, start: int, stop: int) -> ShardLayout:
@@ -264,7 +276,8 @@ def megatron_to_hf(
         source: an opened checkpoint, of a run or converted.
         template: gives config, tokenizer and chat template; its weights, if it has any, are not read.
         out_dir: must not exist, or be an empty folder; has its name once all is there.
-        dtype: type of all weights; None: what the template's config.json says, else the checkpoint's own.
+        dtype: type of all weights; None keeps the checkpoint's, which config.json then names, whatever the
+            template's says.
         is_fp8: quantize the layers' matrices to e4m3 in blocks, for serving; the rest has ``dtype``.
         max_shard_bytes: size at which another file begins, in bytes.
         num_workers: files at a time.
@@ -275,7 +288,7 @@ def megatron_to_hf(
         CheckpointError: the checkpoint does not fit the template, or the disk; then what is done is kept.
     """
     check_parameters(source, template.table)
-    parts = _file_parts(source, template, dtype or template.dtype, is_fp8, max_shard_bytes)
+    parts = _file_parts(source, template, dtype, is_fp8, max_shard_bytes)
     work = {
         "input": _fingerprint([source.path / ".metadata", *source.path.glob("*.distcp")]),
         "template": hashlib.sha256((template.path / "config.json").read_bytes()).hexdigest(),
@@ -299,8 +312,9 @@ def megatron_to_hf(
             write_index(staged.path, weight_map, sum(part.num_bytes for part in parts))
         copy_companions(template.path, staged.path)
         more = {"quantization_config": quantization_config(template.table.hf_shapes)} if is_fp8 else {}
-        write_config(template, staged.path, dtype, **more)
-        kind = "fp8 in blocks of 128 x 128" if is_fp8 else str(parts[0].parameters[0][1][0].dtype)[6:]
+        types = types_by_size(_plain_weights(parts))
+        write_config(template, staged.path, types[0], **more)
+        kind = "fp8 in blocks of 128 x 128, the rest " * is_fp8 + type_names(types)
         facts = {"Weights": kind, **saved_run_facts(source.path.parent, source.iteration)}
         write_card(staged.path, template, Path(out_dir).name, facts)
         staged.finish()
@@ -398,6 +412,14 @@ def _file_parts(
         _FilePart(file_name(i, len(files)), size, parameters)
         for i, (parameters, size) in enumerate(zip(files, sizes, strict=True))
     ]
+
+
+def _plain_weights(parts: Sequence[_FilePart]) -> Iterator[tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and type of what is not quantized."""
+    for part in parts:
+        for parameter, plans in part.parameters:
+            names = parameter.binding.hf_names
+            yield from (p[1:] for p in plans if p.name in names and p.dtype is not torch.float8_e4m3fn)
 
 
 def _plan(parameter: StoredParameter, dtype: torch.dtype, is_fp8: bool) -> list[TensorPlan]:

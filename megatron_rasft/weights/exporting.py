@@ -6,7 +6,8 @@ import os
 import shutil
 import struct
 import uuid
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -291,9 +292,11 @@ def _finish(
         total_size = sum(num_bytes for _, num_bytes, _ in reports)
         write_index(temporary, weight_map, total_size)
     copy_companions(template.path, temporary)
-    write_config(template, temporary, dtype)
+    stored = {name: dtype or tensor.dtype for name, tensor in template.tensors.items()}
+    types = types_by_size((shape, stored[name]) for name, shape in template.table.hf_shapes.items())
+    write_config(template, temporary, types[0])
     if facts is not None:
-        write_card(temporary, template, out_dir.name, facts)
+        write_card(temporary, template, out_dir.name, {"Weights": type_names(types), **facts})
     temporary.rename(out_dir.absolute())
 
 
@@ -324,16 +327,27 @@ def copy_companions(source: Path, target: Path) -> None:
                 shutil.copyfile(path, target / path.name)
 
 
-def write_config(template: HfFolder, target: Path, dtype: torch.dtype | None, **more: Any) -> None:
-    """Write config.json for weights of ``dtype`` (None: as the template says); ``more`` are further keys."""
-    if dtype is None and not more:
+def types_by_size(weights: Iterable[tuple[tuple[int, ...], torch.dtype]]) -> list[torch.dtype]:
+    """The types of a folder's (shape, type) weights; that of most elements, which config.json names, first."""
+    sizes: Counter[torch.dtype] = Counter()
+    for shape, dtype in weights:
+        sizes[dtype] += math.prod(shape)
+    return [dtype for dtype, _ in sizes.most_common()]
+
+
+def type_names(types: Iterable[torch.dtype]) -> str:
+    """As a model card has them."""
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in types)
+
+
+def write_config(template: HfFolder, target: Path, dtype: torch.dtype, **more: Any) -> None:
+    """Write config.json for weights of ``dtype``; ``more`` are further keys."""
+    if dtype == template.dtype and not more:
         shutil.copyfile(template.path / "config.json", target / "config.json")
         return
     config = {**template.config, **more}
-    if dtype is not None:
-        # transformers 5 reads and writes "dtype", earlier releases "torch_dtype"
-        key = "dtype" if "dtype" in config else "torch_dtype"
-        config[key] = str(dtype).removeprefix("torch.")
+    # transformers 5 reads and writes "dtype", earlier releases "torch_dtype"
+    config["dtype" if "dtype" in config else "torch_dtype"] = str(dtype).removeprefix("torch.")
     (target / "config.json").write_text(
         json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
     )

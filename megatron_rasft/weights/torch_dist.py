@@ -317,10 +317,10 @@ class TorchDistFolder:
             raise CheckpointError(
                 f"checkpoint {self.path}: {key} in {place.relative_path} is damaged: {reason}"
             ) from error
-        if tensor.shape != chunk.sizes:
+        if tensor.shape != chunk.sizes or tensor.dtype != target.dtype:
             raise CheckpointError(
-                f"checkpoint {self.path}: a chunk of {key} has shape {list(tensor.shape)}, {_METADATA_FILE} "
-                f"says {list(chunk.sizes)}"
+                f"checkpoint {self.path}: a chunk of {key} is {tensor.dtype} of shape {list(tensor.shape)}, "
+                f"{_METADATA_FILE} says {target.dtype} of {list(chunk.sizes)}"
             )
         target.copy_(tensor[within])
 

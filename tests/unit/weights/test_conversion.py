@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from megatron_rasft.errors import CheckpointError, ModelFolderError
 from megatron_rasft.weights import HfFolder, conversion
@@ -101,12 +101,81 @@ def test_another_dtype_is_a_plain_rounding(
     folder = folders["qwen3"]
     hf_to_megatron(folder, tmp_path / "megatron", dtype=dtype)
     checkpoint = TorchDistFolder.open(tmp_path / "megatron")
-    assert prove(checkpoint, folder, is_export=False).faults == []
+    assert prove(checkpoint, folder, is_export=False, dtype=dtype).faults == []
+    unasked = prove(checkpoint, folder, is_export=False).faults
+    assert len(unasked) == len(folder.tensors)
+    assert unasked[0] == f"model.embed_tokens.weight is {str(dtype)[6:]}, not float32"
     megatron_to_hf(checkpoint, template_of(tmp_path / "megatron"), tmp_path / "back")
     back = HfFolder.open(tmp_path / "back")
     assert back.config["dtype"] == str(dtype).removeprefix("torch.")
     for name in folder.tensors:
         assert torch.equal(back.read(name), folder.read(name).to(dtype))
+
+
+def retyped(path: Path, source: HfFolder, config_dtype: str, dtypes: dict[str, torch.dtype]) -> HfFolder:
+    """A copy whose tensors have the types of the first key that their names hold."""
+    shutil.copytree(source.path, path)
+    (path / "config.json").write_text(json.dumps(source.config | {"dtype": config_dtype}))
+    state = {
+        name: tensor.to(next(dtype for part, dtype in dtypes.items() if part in name))
+        for name, tensor in load_file(path / "model.safetensors").items()
+    }
+    save_file(state, path / "model.safetensors", {"format": "pt"})
+    return HfFolder.open(path)
+
+
+def test_weights_trained_in_fp32_are_not_rounded_to_the_templates_type(
+    folders: dict[str, HfFolder], llama: Path, tmp_path: Path
+) -> None:
+    template = retyped(tmp_path / "bf16", folders["llama"], "bfloat16", {"": torch.bfloat16})
+    checkpoint = TorchDistFolder.open(llama)
+    megatron_to_hf(checkpoint, template, tmp_path / "out")
+    back = HfFolder.open(tmp_path / "out")
+    assert_same_tensors(back, folders["llama"])
+    assert back.config == template.config | {"dtype": "float32"}
+    assert "| Weights | float32 |" in (tmp_path / "out/README.md").read_text()
+    assert prove(checkpoint, back, is_export=True).faults == []
+    assert "model.norm.weight is bfloat16, not float32" in prove(checkpoint, template, is_export=True).faults
+
+    megatron_to_hf(checkpoint, template, tmp_path / "fp8", is_fp8=True)
+    assert load_file(tmp_path / "fp8/model.safetensors")["lm_head.weight"].dtype == torch.float32
+    assert json.loads((tmp_path / "fp8/config.json").read_text())["dtype"] == "float32"
+    assert "| fp8 in blocks of 128 x 128, the rest float32 |" in (tmp_path / "fp8/README.md").read_text()
+    assert prove_fp8(checkpoint, template, tmp_path / "fp8").faults == []
+
+
+@pytest.mark.parametrize("matrices,norms", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
+def test_folder_of_two_types_comes_back_bit_equal(
+    folders: dict[str, HfFolder], tmp_path: Path, matrices: torch.dtype, norms: torch.dtype
+) -> None:
+    name = str(matrices).removeprefix("torch.")
+    folder = retyped(tmp_path / "hf", folders["llama"], name, {"norm": norms, "": matrices})
+    hf_to_megatron(folder, tmp_path / "megatron")
+    checkpoint = TorchDistFolder.open(tmp_path / "megatron")
+    megatron_to_hf(checkpoint, template_of(tmp_path / "megatron"), tmp_path / "out")
+    back = HfFolder.open(tmp_path / "out")
+    assert_same_tensors(back, folder)
+    assert back.config == folder.config
+    assert f"| Weights | {name}, {str(norms)[6:]} |" in (tmp_path / "out/README.md").read_text()
+    assert prove(checkpoint, folder, is_export=False).faults == []
+    assert prove(checkpoint, back, is_export=True).faults == []
+
+
+def test_layers_of_different_types_are_widened_and_named(
+    folders: dict[str, HfFolder], tmp_path: Path
+) -> None:
+    """A parameter of all layers has one type in a checkpoint."""
+    wide = {"2.mlp.down_proj": torch.float32, "1.self_attn.k_proj": torch.float32, "": torch.bfloat16}
+    folder = retyped(tmp_path / "hf", folders["llama"], "bfloat16", wide)
+    hf_to_megatron(folder, tmp_path / "megatron")
+    checkpoint = TorchDistFolder.open(tmp_path / "megatron")
+    megatron_to_hf(checkpoint, template_of(tmp_path / "megatron"), tmp_path / "out")
+    back = HfFolder.open(tmp_path / "out")
+    assert all(torch.equal(back.read(name).float(), folder.read(name).float()) for name in folder.tensors)
+    widened = [name for name, stored in folder.tensors.items() if stored.dtype != back.tensors[name].dtype]
+    assert len(widened) == 3 + 4 * 3 - 1
+    faults = prove(checkpoint, folder, is_export=False).faults
+    assert sorted(faults) == sorted(f"{name} is float32, not bfloat16" for name in widened)
 
 
 def test_export_splits_files_and_transformers_loads_them(llama: Path, tmp_path: Path) -> None:
@@ -351,8 +420,6 @@ def test_damaged_record_is_named(copied: Path, tmp_path: Path) -> None:
 def test_proof_names_a_changed_tensor_and_one_that_is_not_finite(
     folders: dict[str, HfFolder], llama: Path, tmp_path: Path
 ) -> None:
-    from safetensors.torch import save_file
-
     changed = tmp_path / "changed"
     shutil.copytree(folders["llama"].path, changed)
     state = load_file(changed / "model.safetensors")
@@ -424,8 +491,6 @@ def test_fp8_export_holds_blocks_and_scales(tmp_path: Path) -> None:
 
 
 def test_fp8_proof_names_what_is_wrong(tmp_path: Path, folders: dict[str, HfFolder], llama: Path) -> None:
-    from safetensors.torch import save_file
-
     checkpoint = TorchDistFolder.open(llama)
     megatron_to_hf(checkpoint, folders["llama"], tmp_path / "out", is_fp8=True)
     state = load_file(tmp_path / "out/model.safetensors")
@@ -434,7 +499,7 @@ def test_fp8_proof_names_what_is_wrong(tmp_path: Path, folders: dict[str, HfFold
     state["more"] = torch.ones(1)
     save_file(state, tmp_path / "out/model.safetensors")
     assert prove_fp8(checkpoint, folders["llama"], tmp_path / "out").faults == [
-        "model.layers.0.mlp.up_proj.weight_scale_inv is not the checkpoint's",
+        "model.layers.0.mlp.up_proj.weight_scale_inv is not the same on both sides",
         "model.norm.weight is missing",
         "more is unknown to the model",
     ]
