@@ -307,10 +307,11 @@ def write_index(folder: Path, weight_map: dict[str, str], total_size: int) -> No
 
 
 def _check_complete(written: list[str], template: HfFolder) -> None:
-    missing = [name for name in template.table.hf_shapes if name not in set(written)]
+    distinct = set(written)
+    missing = [name for name in template.table.hf_shapes if name not in distinct]
     if missing:
         raise ModelFolderError(f"{len(missing)} tensors were written by no rank, the first is {missing[0]}")
-    if len(written) != len(set(written)):
+    if len(written) != len(distinct):
         twice = next(name for name in written if written.count(name) > 1)
         raise ModelFolderError(
             f"tensor {twice} was written by two ranks; is_first_replica must hold on one replica only"

@@ -16,6 +16,7 @@ import uuid
 import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, NamedTuple
@@ -200,6 +201,10 @@ class TorchDistFolder:
     """Step of the run that wrote it; 0 for weights without a run."""
     tensors: dict[str, TensorStorageMetadata]
     _places: dict[MetadataIndex, _StorageInfo] = field(repr=False)
+    _chunks: dict[tuple[str, int], dict[tuple[int, ...], list[ChunkStorageMetadata]]] = field(
+        repr=False, default_factory=dict
+    )
+    """(key, number of leading dimensions) -> index of these -> chunks; filled as keys are asked for."""
 
     @classmethod
     def open(cls, path: str | Path) -> "TorchDistFolder":
@@ -279,10 +284,16 @@ class TorchDistFolder:
         self, key: str, index: Sequence[int]
     ) -> Iterator[tuple[ChunkStorageMetadata, tuple[int, ...]]]:
         """The chunks that hold a part of what is at ``index``, and where it is in each."""
-        for chunk in self.tensors[key].chunks:
-            within = tuple(i - o for i, o in zip(index, chunk.offsets, strict=False))
-            if all(0 <= w < size for w, size in zip(within, chunk.sizes, strict=False)):
-                yield chunk, within
+        lead = len(index)
+        if (key, lead) not in self._chunks:  # a scan for each expert of each layer would be hours
+            found: dict[tuple[int, ...], list[ChunkStorageMetadata]] = {}
+            for chunk in self.tensors[key].chunks:
+                bounds = zip(chunk.offsets[:lead], chunk.sizes[:lead], strict=True)
+                for held in product(*(range(start, start + size) for start, size in bounds)):
+                    found.setdefault(held, []).append(chunk)
+            self._chunks[key, lead] = found
+        for chunk in self._chunks[key, lead].get(tuple(index), ()):
+            yield chunk, tuple(i - o for i, o in zip(index, chunk.offsets, strict=False))
 
     def read_object(self, key: str) -> Any:
         """An object of one shard, with plain values only (torch's weights_only)."""

@@ -4,8 +4,9 @@ import json
 import pickle
 import shutil
 from collections import namedtuple
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -244,6 +245,49 @@ def test_layers_that_are_not_stacked_and_a_padded_vocabulary_are_read(
     assert prove(single, folder, is_export=True).num_padding == 2 * 27 * 48
     tokens = some_tokens()
     assert torch.equal(layerwise_logits(single, folder, tokens), layerwise_logits(checkpoint, folder, tokens))
+
+
+def checkpoint_of(path: Path, chunks: dict[tuple[int, ...], torch.Tensor], shape: tuple) -> TorchDistFolder:
+    """One tensor, "key", of chunks by their offsets."""
+    path.mkdir()
+    with DistcpFile(path / "a.distcp") as file:
+        for offsets, chunk in chunks.items():
+            file.write_chunk("key", chunk, offsets, shape)
+    write_checkpoint_index(path, file.records)
+    return TorchDistFolder.open(path)
+
+
+class Scanned(list):
+    """Counts how often it is gone through."""
+
+    count = 0
+
+    def __iter__(self) -> Iterator:
+        self.count += 1
+        return super().__iter__()
+
+
+@pytest.mark.parametrize("split", [(1, 1, 2, 3), (2, 3, 6, 1), (1, 4, 5, 2)])
+def test_chunks_cut_along_several_axes_are_looked_up_not_searched(
+    tmp_path: Path, split: tuple[int, ...]
+) -> None:
+    whole = torch.arange(4 * 6 * 6 * 4.0).view(4, 6, 6, 4)
+    starts = product(*(range(0, size, step) for size, step in zip(whole.shape, split, strict=True)))
+    cut = {s: whole[tuple(slice(a, a + n) for a, n in zip(s, split, strict=True))] for s in starts}
+    checkpoint = checkpoint_of(tmp_path / "cut", cut, tuple(whole.shape))
+    scanned = Scanned(checkpoint.tensors["key"].chunks)
+    checkpoint.tensors["key"].chunks = scanned
+    for index in [*product(range(4), range(6)), *((layer,) for layer in range(4)), ()]:
+        checkpoint.read_ahead("key", index)
+        assert torch.equal(checkpoint.read("key", index), whole[index])
+    assert scanned.count == 3  # for no, one and two leading dimensions
+
+
+def test_chunk_of_another_type_than_its_index_says_is_refused(tmp_path: Path) -> None:
+    cut = {(0, 0): torch.ones(1, 3), (1, 0): torch.ones(1, 3, dtype=torch.float64)}
+    checkpoint = checkpoint_of(tmp_path / "cut", cut, (2, 3))
+    with pytest.raises(CheckpointError, match=r"a chunk of key is torch\.float64 of shape"):
+        checkpoint.read("key")
 
 
 class Killed(BaseException):
