@@ -31,6 +31,7 @@ from megatron_rasft.weights.exporting import ShardWriter, file_name, write_index
 from megatron_rasft.weights.families import FAMILIES, NameTable
 from megatron_rasft.weights.folder import HfFolder
 from megatron_rasft.weights.gathering import TensorPlan
+from megatron_rasft.weights.proof import BLOCK_BYTES
 from megatron_rasft.weights.torch_dist import TorchDistFolder
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -48,6 +49,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 _SHARD_BYTES = 2_000_000_000
 _BLOCK_BYTES = 16 << 20
+_BLOCKS_OF_PROOF = 8
 
 
 def write_model(shape: str, path: Path) -> None:
@@ -188,9 +190,9 @@ def measure(
 
 
 def calculated(shape: str, workers: int) -> dict[str, float]:
-    """Peak memory in GiB by what is held at once, for each worker."""
+    """Peak memory in GiB by what is held at once; with a proof it is the same in both directions."""
     table = table_of({"architectures": ["LlamaForCausalLM"], **SHAPES[shape]})
-    to_megatron, to_hf, layers, total = 0.0, 0.0, 0.0, 0.0
+    to_megatron, to_hf, verified, layers, total = 0.0, 0.0, 0.0, 0.0, 0.0
     for parameter in table.stored_parameters():
         binding = parameter.binding
         layout = binding.entry.layout(table.shape, 0, 1, None)
@@ -201,6 +203,8 @@ def calculated(shape: str, workers: int) -> dict[str, float]:
         # rows are read to their place, columns with a chunk in hand; put together anew where tensors are interleaved
         held = size if layout.dim == 0 else size + chunk
         to_hf = max(to_hf, 2 * size if len(layout.pieces) > len(binding.hf_names) else held)
+        # the proof's parameter as on the way back, and rows: two of the folder, copies, isfinite's
+        verified = to_hf + _BLOCKS_OF_PROOF * BLOCK_BYTES
         total += size
         layers += size if parameter.position == (0,) else 0
     gib = 2**30
@@ -209,6 +213,7 @@ def calculated(shape: str, workers: int) -> dict[str, float]:
         "layer_gib": layers / gib,
         "to_megatron_peak_gib": workers * to_megatron / gib,
         "to_hf_peak_gib": workers * to_hf / gib,
+        "verified_peak_gib": workers * max(to_megatron, verified) / gib,
     }
 
 

@@ -18,7 +18,7 @@ from megatron_rasft.weights.folder import HfFolder
 from megatron_rasft.weights.fp8_blocks import SCALE_SUFFIX, is_linear_layer, quantized
 from megatron_rasft.weights.torch_dist import TorchDistFolder
 
-BLOCK_BYTES = 8 << 20
+BLOCK_BYTES = 4 << 20
 """Of rows that are compared at a time."""
 
 _NOT_FINITE = "{} holds values that are not finite"

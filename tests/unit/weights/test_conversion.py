@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -477,6 +478,51 @@ def test_proof_names_a_changed_tensor_and_one_that_is_not_finite(
         "model.norm.weight is not the same on both sides",
     ]
     assert "3 faults" in proof.describe()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_fp8_proof_names_a_tensor_that_is_not_finite(
+    folders: dict[str, HfFolder], llama: Path, tmp_path: Path, value: float
+) -> None:
+    broken = shutil.copytree(folders["llama"].path, tmp_path / "broken")
+    state = load_file(broken / "model.safetensors")
+    for name in ("model.layers.2.mlp.up_proj.weight", "model.norm.weight"):
+        state[name].view(-1)[5] = value
+    save_file(state, broken / "model.safetensors", {"format": "pt"})
+    hf_to_megatron(HfFolder.open(broken), tmp_path / "megatron")
+    checkpoint, template = TorchDistFolder.open(tmp_path / "megatron"), template_of(tmp_path / "megatron")
+    megatron_to_hf(checkpoint, template, tmp_path / "out", is_fp8=True)
+    faults = prove_fp8(checkpoint, template, tmp_path / "out").faults
+    assert [fault for fault in faults if "_scale_inv" not in fault] == [
+        "model.layers.2.mlp.up_proj.weight holds values that are not finite",
+        "model.norm.weight holds values that are not finite",
+    ]
+
+
+def test_proof_reads_the_folder_a_few_rows_at_a_time(
+    folders: dict[str, HfFolder], llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changed = HfFolder.open(shutil.copytree(folders["llama"].path, tmp_path / "changed"))
+    state = load_file(changed.path / "model.safetensors")
+    state["lm_head.weight"][-1, -1] += 1
+    state["model.norm.weight"][-1] += 1
+    save_file(state, changed.path / "model.safetensors", {"format": "pt"})
+    plain, sizes = HfFolder.read, []
+
+    def read(self: HfFolder, *args: Any) -> torch.Tensor:
+        sizes.append((tensor := plain(self, *args)).nbytes)
+        return tensor
+
+    checkpoint = TorchDistFolder.open(llama)
+    expected = prove(checkpoint, changed, is_export=False)
+    monkeypatch.setattr("megatron_rasft.weights.proof.BLOCK_BYTES", 1000)
+    monkeypatch.setattr(HfFolder, "read", read)
+    found = prove(checkpoint, changed, is_export=False)
+    assert found == expected and [fault.split()[0] for fault in found.faults] == [
+        "model.norm.weight",
+        "lm_head.weight",
+    ]
+    assert max(sizes) <= 1000
 
 
 def without(path: Path, key: str) -> TorchDistFolder:
