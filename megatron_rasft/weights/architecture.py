@@ -126,6 +126,8 @@ def _uses_sliding_window(config: dict[str, Any], family: Family) -> bool:
         return window is not None and window < longest
     if not config.get("use_sliding_window", False) or window is None:
         return False
+    if not family.has_max_window_layers:
+        return True
     # transformers gives the window to the layers from max_window_layers on
     first_windowed = config.get("max_window_layers")
     return (28 if first_windowed is None else first_windowed) < _positive_int(config, "num_hidden_layers")

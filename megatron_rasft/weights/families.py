@@ -300,6 +300,8 @@ class Family:
     default_sliding_window: int | None = None
     has_window_switch: bool = False
     """sliding_window counts only where use_sliding_window is true."""
+    has_max_window_layers: bool = False
+    """The first max_window_layers layers have no window; else all have it."""
     always_normalizes_experts: bool = False
     """The weights of a token's experts add up to 1; else norm_topk_prob says so."""
 
@@ -333,14 +335,18 @@ FAMILIES = {
             architecture="Qwen2ForCausalLM",
             attention=_ATTENTION + _QKV_BIAS,
             default_max_position_embeddings=32768,
+            default_sliding_window=4096,
             has_window_switch=True,
+            has_max_window_layers=True,
         ),
         Family(
             architecture="Qwen3ForCausalLM",
             attention=_ATTENTION + _QK_NORM,
             default_head_dim=128,
             default_max_position_embeddings=32768,
+            default_sliding_window=4096,
             has_window_switch=True,
+            has_max_window_layers=True,
         ),
         Family(
             architecture="Phi3ForCausalLM",
@@ -362,6 +368,7 @@ FAMILIES = {
             attention=_ATTENTION + _QK_NORM,
             mlp=_mixture("mlp", gate="gate_proj", up="up_proj", down="down_proj"),
             default_max_position_embeddings=32768,
+            default_sliding_window=4096,
             has_window_switch=True,
         ),
     )

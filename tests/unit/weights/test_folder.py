@@ -191,6 +191,12 @@ def test_stored_output_of_a_tied_model_must_be_the_embedding(folder: Callable[..
             {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 2, "layer_types": None},
             "sliding-window",
         ),
+        # transformers gives it to all layers of this family
+        (
+            "qwen3_moe",
+            {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 4},
+            "set use_sliding_window to false",
+        ),
         ("qwen3", {"layer_types": ["full_attention"] * 3 + ["sliding_attention"]}, "sliding-window"),
     ],
 )
@@ -201,6 +207,14 @@ def test_unsupported_features(folder: Callable[..., Path], case: str, config: di
 def test_sliding_window_that_no_layer_uses_is_accepted(folder: Callable[..., Path]) -> None:
     unused = {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 4, "layer_types": None}
     HfFolder.open(folder("qwen2_tied", unused))
+
+
+def test_sliding_window_of_transformers_default_size_is_one_in_use(folder: Callable[..., Path]) -> None:
+    path = folder("qwen2_tied", {"use_sliding_window": True, "max_window_layers": 2, "layer_types": None})
+    config = json.loads((path / "config.json").read_text())
+    del config["sliding_window"]
+    (path / "config.json").write_text(json.dumps(config))
+    assert "set use_sliding_window to false" in refusal(path)
 
 
 def test_sliding_window_as_long_as_the_positions_is_accepted(folder: Callable[..., Path]) -> None:
