@@ -41,17 +41,23 @@ class StagedFolder:
         """Open or begin the folder.
 
         Args:
-            out_dir: must not exist, or be an empty folder.
+            out_dir: must not exist, or be an empty folder, and neither a link nor a mount point, which no folder
+                can take the place of.
             work: what is made out of what, JSON; only the same work goes on with an earlier one's parts.
 
         Raises:
-            ValueError: ``out_dir`` is in use.
+            ValueError: ``out_dir`` is in use, or of no use.
             CheckpointError: the folder in the making cannot be written, is another work's or another process's.
         """
         self.out_dir = Path(out_dir).absolute()
         if self.out_dir.exists() and not (self.out_dir.is_dir() and not any(self.out_dir.iterdir())):
             raise ValueError(
                 f"--output {out_dir} exists and is not an empty folder. Remove it, or give another name."
+            )
+        if self.out_dir.is_symlink() or self.out_dir.is_mount():
+            kind = "symbolic link" if self.out_dir.is_symlink() else "mount point"
+            raise ValueError(
+                f"--output {out_dir} is a {kind}, which cannot be replaced once the work is done. Give a folder below it."
             )
         self.path = self.out_dir.parent / f".{self.out_dir.name}.partial"
         self._journal = self.path / _JOURNAL
@@ -65,7 +71,11 @@ class StagedFolder:
         except OSError:
             self._lock.close()
             raise CheckpointError(f"another process is writing {self.path}; wait until it ends") from None
-        self._check_work(work)
+        try:
+            self._check_work(work)
+        except OSError as error:
+            self.close()
+            raise self._failure(error) from error
 
     def _check_work(self, work: dict[str, Any]) -> None:
         note = self._journal / "work.json"
@@ -83,12 +93,21 @@ class StagedFolder:
             )
 
     def __enter__(self) -> "StagedFolder":
+        """An OSError within is raised as CheckpointError."""
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+        if isinstance(error, OSError):
+            raise self._failure(error) from error
+
+    def _failure(self, error: OSError) -> CheckpointError:
+        reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
+        return CheckpointError(
+            f"cannot write {self.path}: {reason}. What is done is kept: the same command goes on from there."
+        )
 
     def close(self) -> None:
         """Let another process have it."""
@@ -129,13 +148,7 @@ class StagedFolder:
             _write_note(self._note(part.name), made)
             on_progress(part.num_bytes)
 
-        try:
-            _in_threads(make_and_note, left, num_workers)
-        except OSError as error:
-            reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
-            raise CheckpointError(
-                f"cannot write {self.path}: {reason}. What is done is kept: the same command goes on from there."
-            ) from error
+        _in_threads(make_and_note, left, num_workers)
         return results
 
     def _note(self, part_name: str) -> Path:
@@ -151,9 +164,10 @@ class StagedFolder:
             )
 
     def finish(self) -> None:
-        """Drop the notes and give the folder its name."""
-        shutil.rmtree(self._journal)
+        """Give the folder its name, then drop the notes: where it gets none, they tell what is done."""
         self.path.rename(self.out_dir)
+        self.close()
+        shutil.rmtree(self.out_dir / _JOURNAL, ignore_errors=True)
         directory = os.open(self.out_dir.parent, os.O_RDONLY)
         try:
             os.fsync(directory)

@@ -385,17 +385,59 @@ def test_too_little_disk_is_said_before_anything_is_written(
     assert not list(tmp_path.rglob("*.distcp"))
 
 
+@pytest.mark.parametrize(
+    "where,num_kept",
+    [
+        ("torch_dist.DistcpFile.write_chunk", 0),
+        ("staging._write_note", 0),
+        ("conversion.write_checkpoint_index", 6),
+        ("conversion.copy_companions", 6),
+        ("staging.Path.rename", 6),
+    ],
+)
 def test_full_disk_ends_in_one_line_and_keeps_what_is_done(
-    folders: dict[str, HfFolder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folders: dict[str, HfFolder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, num_kept: int
 ) -> None:
     def full(*args: object) -> None:
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(DistcpFile, "write_chunk", full)
+        patch.setattr(f"megatron_rasft.weights.{where}", full)
         with pytest.raises(CheckpointError, match=r"the disk is full\. What is done is kept"):
             hf_to_megatron(folders["llama"], tmp_path / "out", num_workers=2)
+    plain, done = conversion._write_layer, []
+
+    def count(*args: Any) -> None:
+        plain(*args)
+        done.append(args)
+
+    monkeypatch.setattr(conversion, "_write_layer", count)
     hf_to_megatron(folders["llama"], tmp_path / "out")
+    assert len(done) == 6 - num_kept
+    assert [path.name for path in (tmp_path / "out").iterdir() if path.name.startswith(".")] == []
+
+
+def test_disk_that_is_full_after_the_last_file_of_an_export_ends_in_one_line(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(conversion, "write_card", full)
+    with pytest.raises(CheckpointError, match=r"the disk is full\. What is done is kept"):
+        megatron_to_hf(TorchDistFolder.open(llama), template_of(llama), tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == [".out.partial"]
+
+
+@pytest.mark.parametrize("target", ["empty", "missing"])
+def test_output_that_is_a_link_is_refused_before_anything_is_written(
+    folders: dict[str, HfFolder], tmp_path: Path, target: str
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / target)
+    with pytest.raises(ValueError, match="is a symbolic link"):
+        hf_to_megatron(folders["llama"], tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"empty", "out"}
 
 
 def first_file(path: Path) -> Path:
