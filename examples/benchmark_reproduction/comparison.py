@@ -50,7 +50,8 @@ def write_comparison(title: str, runs: Runs, output: Path, compared_with: str = 
     lines = [f"# {title}", "", *_markdown(rows), "", *_published(compared_with, rows)]
     lines.append(
         "Accuracy in percent, mean over seeds, problems and samples; 95 % bootstrap intervals over seeds and problems. "
-        f"Differences to {REFERENCE} are paired by problem. Tokens and seconds are means of a training."
+        f"Differences to {REFERENCE} are paired by problem, and by seed where both have the same seeds. Tokens and "
+        "seconds are means of a training."
     )
     if missing:
         lines += ["", f"Not there yet: {', '.join(missing)}."]
@@ -116,9 +117,10 @@ def _rows(
     for method in methods:
         of_method = [curves[key] for key in summaries if key[0] == method]
         for name, title in sets.items():
-            scores = _scores(summaries, method, name)
-            if not scores:
+            by_seed = _scores(summaries, method, name)
+            if not by_seed:
                 continue
+            scores = list(by_seed.values())
             low, high = bootstrap_interval(scores)
             row: dict[str, Any] = {
                 "method": method,
@@ -134,8 +136,9 @@ def _rows(
             }
             reference = _scores(summaries, REFERENCE, name)
             if reference and method != REFERENCE:
-                bounds = paired_interval(scores, reference)
-                mean = statistics.fmean(map(statistics.fmean, reference))
+                others = list(reference.values())
+                bounds = paired_interval(scores, others, pairs_seeds=by_seed.keys() == reference.keys())
+                mean = statistics.fmean(map(statistics.fmean, others))
                 row["difference"] = row["accuracy"] - 100 * mean
                 row["difference_low"], row["difference_high"] = (100 * bound for bound in bounds)
             shares = [
@@ -153,12 +156,14 @@ def _rows(
 
 def _scores(
     summaries: Mapping[tuple[str, int], Mapping[str, Summary]], method: str, name: str
-) -> list[list[float]]:
-    """[seeds, problems], the same problems for every seed."""
-    found = [by_name[name] for (m, _), by_name in summaries.items() if m == method and name in by_name]
-    if any(summary.problem_ids != found[0].problem_ids for summary in found):
+) -> dict[int, list[float]]:
+    """Seed -> score of each problem, the same problems for every seed."""
+    found = {
+        seed: by_name[name] for (m, seed), by_name in summaries.items() if m == method and name in by_name
+    }
+    if len({tuple(summary.problem_ids) for summary in found.values()}) > 1:
         raise RuntimeError(f"the seeds of {method} were evaluated on different problems of {name}")
-    return [summary.scores for summary in found]
+    return {seed: found[seed].scores for seed in sorted(found)}
 
 
 def _markdown(rows: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -188,7 +188,7 @@ def test_table_holds_means_intervals_and_paired_differences(tmp_path: Path) -> N
     assert rows["rasft"]["accuracy"] == pytest.approx(75.0) and rows["sft"]["accuracy"] == pytest.approx(50.0)
     low, high = bootstrap_interval(rasft)
     assert (rows["rasft"]["low"], rows["rasft"]["high"]) == pytest.approx((100 * low, 100 * high))
-    low, high = paired_interval(rasft, sft)
+    low, high = paired_interval(rasft, sft, pairs_seeds=True)
     assert rows["rasft"]["difference"] == pytest.approx(25.0)
     assert rows["rasft"]["difference_low"] == pytest.approx(100 * low)
     assert rows["rasft"]["difference_high"] == pytest.approx(100 * high)
@@ -197,6 +197,25 @@ def test_table_holds_means_intervals_and_paired_differences(tmp_path: Path) -> N
     assert "Not there yet: dft-seed1" in text and "64.89" in text
     assert (tmp_path / "accuracy.png").stat().st_size > 10_000
     assert (tmp_path / "comparison.csv").read_text().count("\n") == 4
+
+
+def test_difference_is_uncertain_by_seeds_too_and_pairs_them_by_number(tmp_path: Path) -> None:
+    """Base has one seed, dft lacks one, iw_sft has the seeds of sft, but ended in another order."""
+    runs = {("base", 1): write_run(tmp_path / "base", [0.2] * 9)}
+    means = {
+        "sft": {1: 0.15, 2: 0.30, 3: 0.45},
+        "dft": {1: 0.15, 2: 0.30},
+        "iw_sft": {3: 0.55, 1: 0.25, 2: 0.40},
+    }
+    for method, by_seed in means.items():
+        for seed, mean in by_seed.items():
+            runs[method, seed] = write_run(tmp_path / f"{method}{seed}", [mean] * 9)
+    comparison.write_comparison("title", runs, tmp_path)
+    rows = {row["method"]: row for row in json.loads((tmp_path / "comparison.json").read_text())}
+    low, high = (rows["base"][f"difference_{bound}"] for bound in ("low", "high"))
+    assert (low, high) == pytest.approx((-25.0, 5.0))
+    assert rows["dft"]["difference_high"] - rows["dft"]["difference_low"] > 20
+    assert rows["iw_sft"]["difference_low"] == pytest.approx(rows["iw_sft"]["difference_high"]) == 10.0
 
 
 def test_curve_counts_tokens_and_seconds_up_to_each_measurement(tmp_path: Path) -> None:
