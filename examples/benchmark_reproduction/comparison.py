@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from examples.benchmark_reproduction import records
 from megatron_rasft.evaluation.published import published_rows
 from megatron_rasft.evaluation.statistics import bootstrap_interval, paired_interval
 from megatron_rasft.evaluation.summary import Summary
@@ -53,8 +54,11 @@ def write_comparison(title: str, runs: Runs, output: Path, compared_with: str = 
         f"Differences to {REFERENCE} are paired by problem, and by seed where both have the same seeds. Tokens and "
         "seconds are means of a training."
     )
+    notes = records.notes(runs[key] for key in summaries)
     if missing:
-        lines += ["", f"Not there yet: {', '.join(missing)}."]
+        notes.append(f"Not there yet: {', '.join(missing)}.")
+    for note in notes:
+        lines += ["", note]
     text = "\n".join(lines) + "\n"
     (output / "comparison.md").write_text(text, encoding="utf-8")
     with (output / "comparison.csv").open("w", encoding="utf-8", newline="") as file:

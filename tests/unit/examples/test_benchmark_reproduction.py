@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from examples.benchmark_reproduction import comparison, reproduce
+from examples.benchmark_reproduction import comparison, records, reproduce
 from megatron_rasft.evaluation.statistics import bootstrap_interval, paired_interval
 from tests.tiny_policy import write_model
 from tools import evaluate
@@ -216,6 +216,96 @@ def test_difference_is_uncertain_by_seeds_too_and_pairs_them_by_number(tmp_path:
     assert (low, high) == pytest.approx((-25.0, 5.0))
     assert rows["dft"]["difference_high"] - rows["dft"]["difference_low"] > 20
     assert rows["iw_sft"]["difference_low"] == pytest.approx(rows["iw_sft"]["difference_high"]) == 10.0
+
+
+class Workplace:
+    """A setting of two methods, whose programs leave what the real ones leave."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder, self.begun = folder, []
+        self.data = folder / "train.jsonl"
+        self.data.write_text("a row")
+        monkeypatch.setattr(reproduce, "_run", self._run)
+        monkeypatch.setattr(records, "_commit", lambda: "first")
+        monkeypatch.setattr(comparison, "write_plots", lambda *_: True)
+        self.fails_in = ""
+
+    def _run(self, command: list[str], log: Path) -> None:
+        self.begun.append(f"{log.parent.name} {log.stem}")
+        if log.stem == self.fails_in:
+            raise RuntimeError("killed")
+        if log.stem == "training":
+            (log.parent / "model").mkdir()
+            (log.parent / "model" / "config.json").touch()
+        else:
+            write_run(log.parent, [0.5]).joinpath("done").unlink()
+
+    def run(self, *more: str, lr: str = "3e-5", limit: int = 9) -> int:
+        records._checksum.cache_clear()
+        self.begun.clear()
+        setting = self.folder / "setting.toml"
+        setting.write_text(
+            f'title = "t"\nmodel = "m"\nseeds = [1]\nmethods = ["base", "sft"]\n[train]\n--train-data = "{self.data}"\n'
+            f"--lr = {lr}\n[evaluate]\n--limit = {limit}\n"
+        )
+        return reproduce.main(["--setting", str(setting), "--output", str(self.folder / "out"), *more])
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workplace:
+    return Workplace(tmp_path, monkeypatch)
+
+
+def test_results_of_other_flags_or_data_are_refused(
+    workplace: Workplace, capsys: pytest.CaptureFixture
+) -> None:
+    assert workplace.run() == 0 and len(workplace.begun) == 3
+    assert workplace.run() == 0 and not workplace.begun
+    assert workplace.run("--seeds", "2") == 0 and len(workplace.begun) == 2, "base is there"
+    capsys.readouterr()
+    for wrong, said in (
+        (
+            {"lr": "1e-4"},
+            "sft-seed1 holds results of another setting: its training had --lr 3e-05, which is now",
+        ),
+        (
+            {"limit": 8},
+            "base holds results of another setting: its evaluation had --limit 9, which is now --limit 8",
+        ),
+    ):
+        for more in ([], ["--tables-only"]):
+            assert workplace.run(*more, **wrong) == 2
+            printed = capsys.readouterr().err
+            assert printed.count("\n") == 1 and said in printed and "delete the folder" in printed
+    workplace.data.write_text("another row")
+    assert workplace.run() == 2 and not workplace.begun
+    assert f"{workplace.data} had sha256 " in capsys.readouterr().err
+
+
+def test_weights_of_other_flags_are_not_evaluated_but_a_training_that_failed_is_begun_anew(
+    workplace: Workplace, capsys: pytest.CaptureFixture
+) -> None:
+    workplace.fails_in = "training"
+    assert workplace.run("--methods", "sft") == 1
+    workplace.fails_in = "evaluation"
+    assert workplace.run("--methods", "sft", lr="1e-4") == 1
+    workplace.fails_in = ""
+    assert workplace.run("--methods", "sft") == 2
+    assert "had --lr 0.0001, which is now --lr 3e-05" in capsys.readouterr().err
+    assert workplace.run("--methods", "sft", lr="1e-4") == 0 and workplace.begun == ["sft-seed1 evaluation"]
+
+
+def test_table_says_what_other_code_made_and_what_is_not_known(
+    workplace: Workplace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    assert workplace.run() == 0 and "commits" not in capsys.readouterr().out
+    monkeypatch.setattr(records, "_commit", lambda: "second")
+    assert workplace.run("--seeds", "1", "2") == 0
+    said = capsys.readouterr().out
+    assert "Made by different commits of the code: first: base, sft-seed1; second: sft-seed2." in said
+    (workplace.folder / "out" / "base" / "done").write_text("")  # as earlier versions left it
+    assert workplace.run("--tables-only", "--seeds", "1", "2") == 0
+    assert "Not known is with which flags, data and code these were made: base." in capsys.readouterr().out
 
 
 def test_curve_counts_tokens_and_seconds_up_to_each_measurement(tmp_path: Path) -> None:
