@@ -39,8 +39,16 @@ class Curve:
     total_steps: int = 0
 
 
-def write_comparison(title: str, runs: Runs, output: Path, compared_with: str = "") -> str:
-    """Write comparison.md, .csv and .json and, where matplotlib is installed, the plots; the Markdown."""
+def write_comparison(title: str, runs: Runs, output: Path, compared_with: str = "", num_jobs: int = 1) -> str:
+    """Write comparison.md, .csv and .json and the plots; the Markdown, and why there are no plots.
+
+    Args:
+        title: of table and plots.
+        runs: those that are to be compared; unfinished ones are named.
+        output: folder of all results.
+        compared_with: published model whose numbers stand in the table.
+        num_jobs: trainings that shared the machine, which their seconds show.
+    """
     summaries = {key: _summaries(folder) for key, folder in runs.items()}
     missing = [folder.name for key, folder in runs.items() if not summaries[key]]
     summaries = {key: value for key, value in summaries.items() if value}
@@ -55,6 +63,10 @@ def write_comparison(title: str, runs: Runs, output: Path, compared_with: str = 
         "seconds are means of a training."
     )
     notes = records.notes(runs[key] for key in summaries)
+    if num_jobs > 1:
+        notes.append(
+            f"{num_jobs} trainings ran at a time on one machine: their seconds depend on what ran beside them."
+        )
     if missing:
         notes.append(f"Not there yet: {', '.join(missing)}.")
     for note in notes:
@@ -66,7 +78,9 @@ def write_comparison(title: str, runs: Runs, output: Path, compared_with: str = 
         writer.writeheader()
         writer.writerows(rows)
     (output / "comparison.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    if not write_plots(curves, title, output):
+    if not any(curve.steps for curve in curves.values()):
+        text += "\nNo plots: no training measured a held-out solve rate (--heldout-data).\n"
+    elif not write_plots(curves, title, output, num_jobs):
         text += "\nNo plots: matplotlib is not installed (pip install 'megatron-rasft[plots]').\n"
     return text
 
@@ -215,7 +229,7 @@ def _published(model: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return [*lines, ""]
 
 
-def write_plots(curves: Mapping[tuple[str, int], Curve], title: str, output: Path) -> bool:
+def write_plots(curves: Mapping[tuple[str, int], Curve], title: str, output: Path, num_jobs: int = 1) -> bool:
     """accuracy.png: held-out solve rate against steps, trained tokens and seconds; False without matplotlib."""
     try:
         import matplotlib
@@ -243,12 +257,12 @@ def write_plots(curves: Mapping[tuple[str, int], Curve], title: str, output: Pat
             axis.errorbar(
                 at, mean, yerr=spread, label=method, color=f"C{place}", marker="o", markersize=3, capsize=2
             )
-    for axis, label in zip(axes, ("steps", "trained tokens", "seconds of training"), strict=True):
+    seconds = "seconds of training" + (f", {num_jobs} trainings at a time" if num_jobs > 1 else "")
+    for axis, label in zip(axes, ("steps", "trained tokens", seconds), strict=True):
         axis.set_xlabel(label)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("held-out solve rate, %")
-    if axes[0].has_data():
-        axes[0].legend(fontsize="small")
+    axes[0].legend(fontsize="small")
     figure.suptitle(title)
     figure.tight_layout()
     figure.savefig(output / "accuracy.png", dpi=120)

@@ -64,7 +64,7 @@ class Setting:
     method_flags: dict[str, dict[str, Any]] = field(default_factory=dict)
     num_processes: int = 1
     num_jobs: int = 1
-    """Trainings at a time."""
+    """Trainings at a time on one machine; more than one, and their seconds depend on each other."""
     compare_with: str = ""
     """Published model whose numbers stand in the table."""
 
@@ -301,7 +301,7 @@ def main(argv: list[str] | None = None) -> int:
             run_tasks(setting, chosen, args.output.resolve(), args.keep_models)
         if args.task is None:
             runs = {(t.method, t.seed): args.output / t.name for t in tasks}
-            print(write_comparison(setting.title, runs, args.output, setting.compare_with))
+            print(write_comparison(setting.title, runs, args.output, setting.compare_with, setting.num_jobs))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -183,7 +183,7 @@ def test_table_holds_means_intervals_and_paired_differences(tmp_path: Path) -> N
         for seed, row in enumerate(scores, start=1):
             runs[method, seed] = write_run(tmp_path / f"{method}-seed{seed}", row, tokens=100)
     runs["dft", 1] = tmp_path / "dft-seed1"  # not there yet
-    text = comparison.write_comparison("title", runs, tmp_path, "Qwen2.5-Math-1.5B")
+    text = comparison.write_comparison("title", runs, tmp_path, "Qwen2.5-Math-1.5B", num_jobs=6)
     rows = {row["method"]: row for row in json.loads((tmp_path / "comparison.json").read_text())}
     assert rows["rasft"]["accuracy"] == pytest.approx(75.0) and rows["sft"]["accuracy"] == pytest.approx(50.0)
     low, high = bootstrap_interval(rasft)
@@ -194,7 +194,8 @@ def test_table_holds_means_intervals_and_paired_differences(tmp_path: Path) -> N
     assert rows["rasft"]["difference_high"] == pytest.approx(100 * high)
     assert rows["rasft"]["trained_tokens"] == 200 and rows["rasft"]["generated_tokens"] == 40
     assert rows["rasft"]["seconds"] == 5.0 and rows["base"]["steps"] == 0
-    assert "Not there yet: dft-seed1" in text and "64.89" in text
+    assert "Not there yet: dft-seed1" in text and "64.89" in text and "No plots" not in text
+    assert "6 trainings ran at a time on one machine" in (tmp_path / "comparison.md").read_text()
     assert (tmp_path / "accuracy.png").stat().st_size > 10_000
     assert (tmp_path / "comparison.csv").read_text().count("\n") == 4
 
@@ -210,7 +211,9 @@ def test_difference_is_uncertain_by_seeds_too_and_pairs_them_by_number(tmp_path:
     for method, by_seed in means.items():
         for seed, mean in by_seed.items():
             runs[method, seed] = write_run(tmp_path / f"{method}{seed}", [mean] * 9)
-    comparison.write_comparison("title", runs, tmp_path)
+    text = comparison.write_comparison("title", runs, tmp_path)
+    assert "No plots: no training measured" in text and not (tmp_path / "accuracy.png").exists()
+    assert "at a time" not in text
     rows = {row["method"]: row for row in json.loads((tmp_path / "comparison.json").read_text())}
     low, high = (rows["base"][f"difference_{bound}"] for bound in ("low", "high"))
     assert (low, high) == pytest.approx((-25.0, 5.0))
@@ -227,7 +230,6 @@ class Workplace:
         self.data.write_text("a row")
         monkeypatch.setattr(reproduce, "_run", self._run)
         monkeypatch.setattr(records, "_commit", lambda: "first")
-        monkeypatch.setattr(comparison, "write_plots", lambda *_: True)
         self.fails_in = ""
 
     def _run(self, command: list[str], log: Path) -> None:
