@@ -231,10 +231,10 @@ def run_task(setting: Setting, task: Task, root: Path, keeps_models: bool) -> No
             shutil.rmtree(output / "model", ignore_errors=True)
             _run(training_command(setting, task, output), output / "training.log")
     _run(evaluation_command(setting, task, output), output / "evaluation.log")
-    if task.method != "base" and not keeps_models:
-        shutil.rmtree(output / "model")
     begun.touch()  # empty where an earlier version trained
     begun.replace(done)
+    if task.method != "base" and not keeps_models:
+        shutil.rmtree(output / "model")
 
 
 def _run(command: Sequence[str], log: Path) -> None:
