@@ -36,7 +36,8 @@ from megatron_rasft.evaluation.summary import Summary, summarise
 from megatron_rasft.rollout.store import read_rollouts
 from megatron_rasft.types import SamplingParams
 from megatron_rasft.verify.sandbox import Sandbox
-from megatron_rasft.weights.folder import HfFolder, weights_fingerprint
+from megatron_rasft.weights.folder import HfFolder, checkpoint_fingerprint, weights_fingerprint
+from megatron_rasft.weights.torch_dist import TRACKER_FILE
 
 WRITERS: dict[str, Callable[[tables.Results, str], str]] = {
     "markdown": tables.markdown,
@@ -83,8 +84,13 @@ def run(args: argparse.Namespace, megatron_flags: list[str]) -> None:
     for known, path in chosen(config.benchmarks, folder):
         benchmarks.append(read_benchmark(known, path, config.unknown_data == "accept"))
     output = Path(args.output)
+    iteration = None
+    if args.checkpoint is not None:
+        iteration = _chosen_iteration(Path(args.checkpoint), megatron_flags)
+        if iteration.isdecimal():  # else Sampler says what is wrong
+            megatron_flags = [*megatron_flags, "--ckpt-step", iteration]
     with _open_servers(args, config) if args.server else nullcontext() as servers:
-        drawn_by = _drawn_by(args, config, servers)
+        drawn_by = _drawn_by(args, config, servers, iteration)
         _check_protocol(output, drawn_by, benchmarks)
         if any(benchmark.kind == "code" for benchmark in benchmarks):
             with Sandbox(verify_config(config)) as sandbox:  # refuses now what the machine does not allow
@@ -205,30 +211,38 @@ def _model_of_checkpoint(checkpoint: Path) -> str | None:
     return json.loads(path.read_text(encoding="utf-8"))["rasft"]["run"]["hf_model"]
 
 
-def _newest_iteration(checkpoint: Path) -> str:
-    path = checkpoint / "latest_checkpointed_iteration.txt"
+def _chosen_iteration(checkpoint: Path, megatron_flags: list[str]) -> str:
+    """--ckpt-step or else the newest, so that what is fingerprinted is what is loaded while a run saves on."""
+    path = checkpoint / TRACKER_FILE
     if not path.is_file():
         raise CheckpointError(
             f"--checkpoint {checkpoint} holds no Megatron checkpoint: {path.name} is not there. Give the folder that was "
             "--save."
         )
-    return path.read_text().strip()
+    return _megatron_flag(megatron_flags, "--ckpt-step") or path.read_text().strip()
+
+
+def _megatron_flag(megatron_flags: list[str], flag: str) -> str | None:
+    parser = argparse.ArgumentParser(prog="evaluate.py", add_help=False, allow_abbrev=False)
+    parser.add_argument(flag, dest="value")
+    return parser.parse_known_args(megatron_flags)[0].value
 
 
 def _check_experts(megatron_flags: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="evaluate.py", add_help=False, allow_abbrev=False)
-    parser.add_argument("--expert-model-parallel-size", type=int, default=1)
-    size = parser.parse_known_args(megatron_flags)[0].expert_model_parallel_size
-    if size > 1:
+    size = _megatron_flag(megatron_flags, "--expert-model-parallel-size")
+    if size not in (None, "1"):
         raise ValueError(
             f"--expert-model-parallel-size must be 1 to evaluate, got {size}: replicas decode different numbers of steps. Cut "
             "the experts by --tensor-model-parallel-size, or ask servers (--server)."
         )
 
 
-def _drawn_by(args: argparse.Namespace, config: EvaluationConfig, servers: Servers | None) -> dict[str, Any]:
-    if args.checkpoint is not None:
-        weights = _newest_iteration(Path(args.checkpoint))
+def _drawn_by(
+    args: argparse.Namespace, config: EvaluationConfig, servers: Servers | None, iteration: str | None
+) -> dict[str, Any]:
+    if iteration is not None:
+        folder = Path(args.checkpoint) / f"iter_{iteration:0>7}"
+        weights = f"step {iteration}, {checkpoint_fingerprint(folder)}"
     elif servers is not None:
         weights = servers.weights
     else:
@@ -363,7 +377,9 @@ def _build_parser() -> argparse.ArgumentParser:
     command.set_defaults(command=run)
     command.add_argument("--model", metavar="DIR", help="Hugging Face folder of the model.")
     command.add_argument(
-        "--checkpoint", metavar="DIR", help="Take the newest Megatron checkpoint in this --save."
+        "--checkpoint",
+        metavar="DIR",
+        help="Take the newest Megatron checkpoint in this --save, or that of --ckpt-step.",
     )
     command.add_argument(
         "--server", nargs="+", metavar="URL", help="Ask these SGLang servers instead of loading weights."

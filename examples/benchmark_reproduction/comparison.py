@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from examples.benchmark_reproduction import records
 from megatron_rasft.evaluation.published import published_rows
 from megatron_rasft.evaluation.statistics import bootstrap_interval, paired_interval
 from megatron_rasft.evaluation.summary import Summary
@@ -38,8 +39,16 @@ class Curve:
     total_steps: int = 0
 
 
-def write_comparison(title: str, runs: Runs, output: Path, compared_with: str = "") -> str:
-    """Write comparison.md, .csv and .json and, where matplotlib is installed, the plots; the Markdown."""
+def write_comparison(title: str, runs: Runs, output: Path, compared_with: str = "", num_jobs: int = 1) -> str:
+    """Write comparison.md, .csv and .json and the plots; the Markdown, and why there are no plots.
+
+    Args:
+        title: of table and plots.
+        runs: those that are to be compared; unfinished ones are named.
+        output: folder of all results.
+        compared_with: published model whose numbers stand in the table.
+        num_jobs: trainings that shared the machine, which their seconds show.
+    """
     summaries = {key: _summaries(folder) for key, folder in runs.items()}
     missing = [folder.name for key, folder in runs.items() if not summaries[key]]
     summaries = {key: value for key, value in summaries.items() if value}
@@ -50,10 +59,18 @@ def write_comparison(title: str, runs: Runs, output: Path, compared_with: str = 
     lines = [f"# {title}", "", *_markdown(rows), "", *_published(compared_with, rows)]
     lines.append(
         "Accuracy in percent, mean over seeds, problems and samples; 95 % bootstrap intervals over seeds and problems. "
-        f"Differences to {REFERENCE} are paired by problem. Tokens and seconds are means of a training."
+        f"Differences to {REFERENCE} are paired by problem, and by seed where both have the same seeds. Tokens and "
+        "seconds are means of a training."
     )
+    notes = records.notes(runs[key] for key in summaries)
+    if num_jobs > 1:
+        notes.append(
+            f"{num_jobs} trainings ran at a time on one machine: their seconds depend on what ran beside them."
+        )
     if missing:
-        lines += ["", f"Not there yet: {', '.join(missing)}."]
+        notes.append(f"Not there yet: {', '.join(missing)}.")
+    for note in notes:
+        lines += ["", note]
     text = "\n".join(lines) + "\n"
     (output / "comparison.md").write_text(text, encoding="utf-8")
     with (output / "comparison.csv").open("w", encoding="utf-8", newline="") as file:
@@ -61,7 +78,9 @@ def write_comparison(title: str, runs: Runs, output: Path, compared_with: str = 
         writer.writeheader()
         writer.writerows(rows)
     (output / "comparison.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    if not write_plots(curves, title, output):
+    if not any(curve.steps for curve in curves.values()):
+        text += "\nNo plots: no training measured a held-out solve rate (--heldout-data).\n"
+    elif not write_plots(curves, title, output, num_jobs):
         text += "\nNo plots: matplotlib is not installed (pip install 'megatron-rasft[plots]').\n"
     return text
 
@@ -116,9 +135,10 @@ def _rows(
     for method in methods:
         of_method = [curves[key] for key in summaries if key[0] == method]
         for name, title in sets.items():
-            scores = _scores(summaries, method, name)
-            if not scores:
+            by_seed = _scores(summaries, method, name)
+            if not by_seed:
                 continue
+            scores = list(by_seed.values())
             low, high = bootstrap_interval(scores)
             row: dict[str, Any] = {
                 "method": method,
@@ -134,8 +154,9 @@ def _rows(
             }
             reference = _scores(summaries, REFERENCE, name)
             if reference and method != REFERENCE:
-                bounds = paired_interval(scores, reference)
-                mean = statistics.fmean(map(statistics.fmean, reference))
+                others = list(reference.values())
+                bounds = paired_interval(scores, others, pairs_seeds=by_seed.keys() == reference.keys())
+                mean = statistics.fmean(map(statistics.fmean, others))
                 row["difference"] = row["accuracy"] - 100 * mean
                 row["difference_low"], row["difference_high"] = (100 * bound for bound in bounds)
             shares = [
@@ -153,12 +174,14 @@ def _rows(
 
 def _scores(
     summaries: Mapping[tuple[str, int], Mapping[str, Summary]], method: str, name: str
-) -> list[list[float]]:
-    """[seeds, problems], the same problems for every seed."""
-    found = [by_name[name] for (m, _), by_name in summaries.items() if m == method and name in by_name]
-    if any(summary.problem_ids != found[0].problem_ids for summary in found):
+) -> dict[int, list[float]]:
+    """Seed -> score of each problem, the same problems for every seed."""
+    found = {
+        seed: by_name[name] for (m, seed), by_name in summaries.items() if m == method and name in by_name
+    }
+    if len({tuple(summary.problem_ids) for summary in found.values()}) > 1:
         raise RuntimeError(f"the seeds of {method} were evaluated on different problems of {name}")
-    return [summary.scores for summary in found]
+    return {seed: found[seed].scores for seed in sorted(found)}
 
 
 def _markdown(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -206,7 +229,7 @@ def _published(model: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return [*lines, ""]
 
 
-def write_plots(curves: Mapping[tuple[str, int], Curve], title: str, output: Path) -> bool:
+def write_plots(curves: Mapping[tuple[str, int], Curve], title: str, output: Path, num_jobs: int = 1) -> bool:
     """accuracy.png: held-out solve rate against steps, trained tokens and seconds; False without matplotlib."""
     try:
         import matplotlib
@@ -234,12 +257,12 @@ def write_plots(curves: Mapping[tuple[str, int], Curve], title: str, output: Pat
             axis.errorbar(
                 at, mean, yerr=spread, label=method, color=f"C{place}", marker="o", markersize=3, capsize=2
             )
-    for axis, label in zip(axes, ("steps", "trained tokens", "seconds of training"), strict=True):
+    seconds = "seconds of training" + (f", {num_jobs} trainings at a time" if num_jobs > 1 else "")
+    for axis, label in zip(axes, ("steps", "trained tokens", seconds), strict=True):
         axis.set_xlabel(label)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("held-out solve rate, %")
-    if axes[0].has_data():
-        axes[0].legend(fontsize="small")
+    axes[0].legend(fontsize="small")
     figure.suptitle(title)
     figure.tight_layout()
     figure.savefig(output / "accuracy.png", dpi=120)

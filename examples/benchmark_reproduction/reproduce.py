@@ -6,10 +6,12 @@ reproduce.py --setting FILE --output DIR --tables-only       tables and plots of
 reproduce.py --setting FILE --output DIR --dry-run           print the commands instead of running them
 
 Each training is pretrain_rasft.py with the same flags but for the method's own, each evaluation tools/evaluate.py.
-Killed, the same command goes on with the first training that has no evaluation yet.
+Killed, the same command goes on with the first training that has no evaluation yet. Results that other flags or data
+made are refused.
 """
 
 import argparse
+import json
 import os
 import shlex
 import shutil
@@ -26,6 +28,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # runs from a checkout that is not installed
 
+from examples.benchmark_reproduction import records  # noqa: E402
 from examples.benchmark_reproduction.comparison import write_comparison  # noqa: E402
 
 METHODS: dict[str, list[str]] = {
@@ -61,7 +64,7 @@ class Setting:
     method_flags: dict[str, dict[str, Any]] = field(default_factory=dict)
     num_processes: int = 1
     num_jobs: int = 1
-    """Trainings at a time."""
+    """Trainings at a time on one machine; more than one, and their seconds depend on each other."""
     compare_with: str = ""
     """Published model whose numbers stand in the table."""
 
@@ -113,12 +116,20 @@ def _expanded(value: Any) -> Any:
 
 def tasks_of(setting: Setting) -> list[Task]:
     """Base once, every other method for each seed; the order that --task counts in."""
-    tasks = [Task("base", setting.seeds[0])] if "base" in setting.methods else []
+    tasks = [Task("base", 1)] if "base" in setting.methods else []  # whichever --seeds: it is not done again
     return tasks + [Task(m, seed) for seed in setting.seeds for m in setting.methods if m != "base"]
 
 
 def training_command(setting: Setting, task: Task, output: Path) -> list[str]:
     """pretrain_rasft.py with this method's flags and seed."""
+    program = str(ROOT / "pretrain_rasft.py")
+    return [*_launcher(setting), program, *training_flags(setting, task, output)]
+
+
+def training_flags(setting: Setting, task: Task, output: Path) -> list[str]:
+    """Of the program alone; none for base, which is not trained."""
+    if task.method == "base":
+        return []
     flags = {
         "--hf-model": setting.model,
         **setting.train,
@@ -130,19 +141,19 @@ def training_command(setting: Setting, task: Task, output: Path) -> list[str]:
         "--rasft-metrics": output / "metrics.jsonl",
         "--rollout-store": output / "rollouts.jsonl",
     }
-    return [
-        *_launcher(setting),
-        str(ROOT / "pretrain_rasft.py"),
-        *METHODS[task.method],
-        *_as_flags(flags),
-    ]
+    return [*METHODS[task.method], *_as_flags(flags)]
 
 
 def evaluation_command(setting: Setting, task: Task, output: Path) -> list[str]:
     """tools/evaluate.py on what the training exported, or on the model itself."""
-    model = setting.model if task.method == "base" else output / "model"
+    program = str(ROOT / "tools" / "evaluate.py")
+    return [*_launcher(setting), program, "run", *evaluation_flags(setting, task, output)]
+
+
+def evaluation_flags(setting: Setting, task: Task, output: Path) -> list[str]:
+    """Of the program alone."""
     flags = {
-        "--model": model,
+        "--model": setting.model if task.method == "base" else output / "model",
         "--label": task.name,
         "--output": output / "evaluation",
         **setting.evaluate,
@@ -150,7 +161,7 @@ def evaluation_command(setting: Setting, task: Task, output: Path) -> list[str]:
     }
     if setting.compare_with:
         flags["--compare-with"] = setting.compare_with
-    return [*_launcher(setting), str(ROOT / "tools" / "evaluate.py"), "run", *_as_flags(flags)]
+    return list(_as_flags(flags))
 
 
 def _launcher(setting: Setting) -> list[str]:
@@ -169,6 +180,37 @@ def _as_flags(flags: dict[str, Any]) -> Iterator[str]:
             yield from map(str, value if isinstance(value, list) else [value])
 
 
+def record_of(setting: Setting, task: Task) -> records.Record:
+    """What the task's result is made by."""
+    here = Path()
+    return records.make_record(
+        training_flags(setting, task, here), evaluation_flags(setting, task, here), setting.num_processes
+    )
+
+
+def check_results(setting: Setting, tasks: Sequence[Task], root: Path) -> None:
+    """Refuse results and trained weights that are there and were made in another way.
+
+    Raises:
+        ValueError: names the first of them and what differs.
+    """
+    for task in tasks:
+        output = root / task.name
+        kept = "done" if (output / "done").exists() else "begun"
+        if kept == "begun" and not _has_model(output):
+            continue
+        stored = records.read_record(output / kept)
+        difference = stored and records.describe_difference(stored, record_of(setting, task))
+        if difference:
+            raise ValueError(
+                f"{output} holds results of another setting: {difference}. Give another --output, or delete the folder."
+            )
+
+
+def _has_model(output: Path) -> bool:
+    return (output / "model" / "config.json").exists()
+
+
 def run_task(setting: Setting, task: Task, root: Path, keeps_models: bool) -> None:
     """Train, evaluate, and drop the weights; whatever is there already is not done again.
 
@@ -176,19 +218,23 @@ def run_task(setting: Setting, task: Task, root: Path, keeps_models: bool) -> No
         RuntimeError: a command failed; the message names its log.
     """
     output = root / task.name
-    if (output / "done").exists():
+    begun, done = output / "begun", output / "done"
+    if done.exists():
         return
     output.mkdir(parents=True, exist_ok=True)
-    if task.method != "base" and not (output / "model" / "config.json").exists():
-        # A training that was killed leaves metrics; the next one would append to them.
-        for name in ("metrics.jsonl", "rollouts.jsonl"):
-            (output / name).unlink(missing_ok=True)
-        shutil.rmtree(output / "model", ignore_errors=True)
-        _run(training_command(setting, task, output), output / "training.log")
+    if not _has_model(output):
+        begun.write_text(json.dumps(record_of(setting, task), indent=1) + "\n", encoding="utf-8")
+        if task.method != "base":
+            # A training that was killed leaves metrics; the next one would append to them.
+            for name in ("metrics.jsonl", "rollouts.jsonl"):
+                (output / name).unlink(missing_ok=True)
+            shutil.rmtree(output / "model", ignore_errors=True)
+            _run(training_command(setting, task, output), output / "training.log")
     _run(evaluation_command(setting, task, output), output / "evaluation.log")
+    begun.touch()  # empty where an earlier version trained
+    begun.replace(done)
     if task.method != "base" and not keeps_models:
         shutil.rmtree(output / "model")
-    (output / "done").touch()
 
 
 def _run(command: Sequence[str], log: Path) -> None:
@@ -250,10 +296,15 @@ def main(argv: list[str] | None = None) -> int:
         if not args.tables_only:
             for command in setting.prepare:
                 subprocess.run(command, cwd=ROOT, check=True)
+        check_results(setting, chosen, args.output)
+        if not args.tables_only:
             run_tasks(setting, chosen, args.output.resolve(), args.keep_models)
         if args.task is None:
             runs = {(t.method, t.seed): args.output / t.name for t in tasks}
-            print(write_comparison(setting.title, runs, args.output, setting.compare_with))
+            print(write_comparison(setting.title, runs, args.output, setting.compare_with, setting.num_jobs))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -186,6 +186,7 @@ def _benchmark_rows(path: Path) -> Iterator[tuple[str, str]]:
     for line, record in read_records(path):
         if not isinstance(record, dict):
             raise DataError(f"{path}:{line} is no row of a benchmark: {record}. Cut it out.")
+        record = {str(name).lower(): value for name, value in record.items()}
         text = next((record[name] for name in _TEXT_FIELDS if record.get(name)), None)
         if not isinstance(text, str):
             raise DataError(

@@ -100,7 +100,7 @@ def find_file(known: KnownSet, folder: Path) -> Path:
     found = [p for p in sorted(folder.iterdir()) if p.is_file() and _plain(_stem(p)) in names]
     if not found:
         clones = [p for p in sorted(folder.iterdir()) if p.is_dir() and _plain(p.name) in names]
-        found = [p for clone in clones for p in sorted(clone.rglob("*")) if _is_test_split(p)]
+        found = [p for clone in clones for p in _split_to_evaluate(clone)]
     if not found:
         raise DataError(
             f"{folder} has no {known.name}.jsonl.gz, .jsonl or .parquet. Put the file there or name it: --benchmarks "
@@ -210,10 +210,11 @@ def _stem(path: Path) -> str:
     return next((name.removesuffix(s) for s in SUFFIXES if name.endswith(s)), "")
 
 
-def _is_test_split(path: Path) -> bool:
-    # Data sets without splits of their own call everything train.
-    is_data = path.is_file() and path.name.endswith(SUFFIXES) and ".git" not in path.parts
-    return is_data and re.match(r"test(?![a-z])", path.name) is not None
+def _split_to_evaluate(clone: Path) -> list[Path]:
+    """The files of the test split, or the only file: data sets of one split call it train."""
+    files = [p for p in sorted(clone.rglob("*")) if p.name.endswith(SUFFIXES) and ".git" not in p.parts]
+    tests = [p for p in files if re.match(r"test(?![a-z])", p.name)]
+    return tests or (files if len(files) == 1 else [])
 
 
 # ---- rows
@@ -459,7 +460,8 @@ KNOWN_SETS = {
                "93769e5425d3d4e02d03f94db72737df70b12fe392c3e15e6982f05d99d77803", "mbpp+", kind="code"),
         _known("livecodebench_v1_public", "LiveCodeBench v1 (public tests)", 400,
                "6d82ecea524d5e2557f2c5c20b9e9f39eafb14ed0fdb97eaebdcc357cfba4d39",
-               "02ed925891cd7b84eea16edda71c074030d9a786cb8d36c43243288d9f4e2b3c", "lcb", "livecodebench", kind="code"),
+               "02ed925891cd7b84eea16edda71c074030d9a786cb8d36c43243288d9f4e2b3c", kind="code"),
+        _known("livecodebench", "LiveCodeBench (own file)", 0, "", "", "lcb", "codegenerationlite", kind="code"),
     )
 }  # fmt: skip
 """Sets by name, in the order of the tables."""

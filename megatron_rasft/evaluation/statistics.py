@@ -7,7 +7,8 @@ from itertools import combinations
 from random import Random
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.random import Generator
+from numpy.typing import ArrayLike, NDArray
 
 _MAX_SUBSETS = 2000
 """maj@k visits every k of n samples up to this many subsets; beyond, as many drawn ones."""
@@ -73,29 +74,60 @@ def bootstrap_interval(
     table = np.atleast_2d(np.asarray(scores, dtype=np.float64))
     if not table.size:
         raise ValueError("an interval needs at least one problem")
-    num_seeds, num_problems = table.shape
+    num_problems = table.shape[1]
     rng = np.random.default_rng(seed)
-    means = np.empty(num_resamples)
-    for i in range(num_resamples):
-        problems = rng.integers(num_problems, size=num_problems)
-        seeds = rng.integers(num_seeds, size=num_seeds)
-        means[i] = table[seeds][:, problems].mean()
-    tail = (1.0 - confidence) / 2.0
-    low, high = np.quantile(means, [tail, 1.0 - tail])
-    return float(low), float(high)
+    means = [
+        _resampled(table, rng.integers(num_problems, size=(num_problems,)), rng).mean()
+        for _ in range(num_resamples)
+    ]
+    return _percentiles(means, confidence)
 
 
 def paired_interval(
-    scores: ArrayLike, others: ArrayLike, confidence: float = 0.95, num_resamples: int = 2000, seed: int = 0
+    scores: ArrayLike,
+    others: ArrayLike,
+    confidence: float = 0.95,
+    num_resamples: int = 2000,
+    seed: int = 0,
+    *,
+    pairs_seeds: bool = False,
 ) -> tuple[float, float]:
     """Interval of mean(scores) - mean(others), problems paired: what is hard for both cancels.
 
-    Shapes as in ``bootstrap_interval``; both have the same problems in the same order. Seeds are paired too
-    where both have as many.
+    Args:
+        scores: as in ``bootstrap_interval``.
+        others: the same problems in the same order, of as many seeds as there are.
+        confidence: as in ``bootstrap_interval``.
+        num_resamples: as in ``bootstrap_interval``.
+        seed: as in ``bootstrap_interval``.
+        pairs_seeds: row i of both is of one seed, so that what it does to both cancels too. False draws the seeds of
+            each side by themselves.
     """
     a, b = (np.atleast_2d(np.asarray(s, dtype=np.float64)) for s in (scores, others))
     if a.shape[1] != b.shape[1]:
         raise ValueError(f"a paired interval needs the same problems, got {a.shape[1]} and {b.shape[1]}.")
-    if a.shape[0] != b.shape[0]:
-        a, b = a.mean(axis=0, keepdims=True), b.mean(axis=0, keepdims=True)
-    return bootstrap_interval(a - b, confidence, num_resamples, seed)
+    if pairs_seeds:
+        if len(a) != len(b):
+            raise ValueError(f"seeds can be paired only with as many, got {len(a)} and {len(b)}.")
+        return bootstrap_interval(a - b, confidence, num_resamples, seed)
+    rng = np.random.default_rng(seed)
+    return _percentiles(
+        [
+            _resampled(a, problems, rng).mean() - _resampled(b, problems, rng).mean()
+            for problems in rng.integers(a.shape[1], size=(num_resamples, a.shape[1]))
+        ],
+        confidence,
+    )
+
+
+def _resampled(
+    table: NDArray[np.float64], problems: NDArray[np.int64], rng: Generator
+) -> NDArray[np.float64]:
+    """As many of the rows of ``table``, drawn with replacement, at these problems."""
+    return table[rng.integers(len(table), size=len(table))][:, problems]
+
+
+def _percentiles(means: Sequence[float], confidence: float) -> tuple[float, float]:
+    tail = (1.0 - confidence) / 2.0
+    low, high = np.quantile(means, [tail, 1.0 - tail])
+    return float(low), float(high)

@@ -10,6 +10,7 @@ import numpy as np
 from megatron_rasft.evaluation.benchmarks import Benchmark, Kind
 from megatron_rasft.evaluation.statistics import bootstrap_interval, majority_at_k, pass_at_k
 from megatron_rasft.types import Rollout
+from megatron_rasft.verify.code_extraction import extract_program
 from megatron_rasft.verify.extraction import closed_boxes, extract_answer
 
 
@@ -37,7 +38,7 @@ class Summary:
     """Empty for code, where programs have no vote."""
     truncated_frac: float = 0.0
     no_answer_frac: float = 0.0
-    """No answer could be extracted: no box, no "answer is", no number."""
+    """No answer could be extracted: no box, no "answer is", no number; of code, no text that could be a program."""
     no_box_frac: float = 0.0
     """No closed box; the answer, if any, was taken from the text."""
     unverifiable_frac: float = 0.0
@@ -73,7 +74,7 @@ def summarise(
     low, high = bootstrap_interval(scores)
     lengths = np.array([len(r.response_ids) for r in rollouts])
     is_math = benchmark.kind == "math"
-    answers = [extract_answer(r.text) if is_math else "" for r in rollouts]
+    answers = [extract_answer(r.text) if is_math else extract_program(r.text) for r in rollouts]
     votes = [None if answer is None else _ballot(answer) for answer in answers]
     groups = [
         (votes[i : i + num_samples], correct[i // num_samples].tolist())

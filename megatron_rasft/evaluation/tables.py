@@ -5,18 +5,20 @@ import io
 from collections.abc import Mapping, Sequence
 
 from megatron_rasft.evaluation.published import PUBLISHED_SETS, published_rows
-from megatron_rasft.evaluation.statistics import bootstrap_interval
 from megatron_rasft.evaluation.summary import Summary
 
 Results = Mapping[str, Sequence[Summary]]
 """Row label -> the summaries of its benchmarks."""
+
+_LATEX_STAR = "$^{*}$"
+_NOT_COMPARABLE = "not comparable with published numbers: a set of one's own, a file that is none of the known ones, or not all problems."
 
 
 def markdown(results: Results, compared_with: str = "") -> str:
     """Accuracies with intervals, then what else is to be known of every benchmark."""
     names, titles = _columns(results)
     published = published_rows(compared_with)
-    has_mean = bool(published) or any(_mean({s.name: s for s in ss}) is not None for ss in results.values())
+    has_mean = bool(published) or any(_has_mean({s.name: s for s in ss}) for ss in results.values())
     head = ["", *titles, *(["mean of 5"] if has_mean else [])]
     lines = [_row(head), _row(["---", *["---:"] * (len(head) - 1)])]
     for label, summaries in results.items():
@@ -42,8 +44,8 @@ def latex(results: Results, compared_with: str = "") -> str:
     for label, summaries in results.items():
         by_name = {s.name: s for s in summaries}
         cells = [_latex_interval(by_name.get(name)) for name in names]
-        mean = _mean(by_name)
-        lines.append(" & ".join([_escaped(label), *cells, "--" if mean is None else f"{mean:.2f}"]) + r" \\")
+        row = [_escaped(label), *cells, _mean_cell(by_name, "--", _LATEX_STAR)]
+        lines.append(" & ".join(row) + r" \\")
     published = published_rows(compared_with)
     if published:
         lines.append(r"\midrule")
@@ -51,7 +53,12 @@ def latex(results: Results, compared_with: str = "") -> str:
         cells = [_published(values.get(name), "--") for name in names]
         row = [_escaped(f"{method} (published)"), *cells, _published(values["mean"], "--")]
         lines.append(" & ".join(row) + r" \\")
-    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
+    lines.append(r"\bottomrule")
+    if not all(_is_comparable(s) for summaries in results.values() for s in summaries):
+        lines.append(
+            rf"\multicolumn{{{len(names) + 2}}}{{l}}{{\footnotesize {_LATEX_STAR} {_NOT_COMPARABLE}}} \\"
+        )
+    return "\n".join([*lines, r"\end{tabular}"]) + "\n"
 
 
 def comma_separated(results: Results, compared_with: str = "") -> str:
@@ -103,11 +110,15 @@ def _row(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
+def _is_comparable(summary: Summary) -> bool:
+    return summary.is_verified and summary.num_problems == summary.num_rows
+
+
 def _interval(summary: Summary | None) -> str:
     if summary is None:
         return ""
     s = summary
-    mark = "" if s.is_verified else " *"
+    mark = "" if _is_comparable(s) else " *"
     return f"{100 * s.accuracy:.2f} [{100 * s.accuracy_low:.1f}, {100 * s.accuracy_high:.1f}]{mark}"
 
 
@@ -115,19 +126,21 @@ def _latex_interval(summary: Summary | None) -> str:
     if summary is None:
         return "--"
     low, high = 100 * summary.accuracy_low, 100 * summary.accuracy_high
-    return rf"{100 * summary.accuracy:.2f} {{\scriptsize [{low:.1f}, {high:.1f}]}}"
+    mark = "" if _is_comparable(summary) else _LATEX_STAR
+    return rf"{100 * summary.accuracy:.2f}{mark} {{\scriptsize [{low:.1f}, {high:.1f}]}}"
 
 
-def _mean(by_name: Mapping[str, Summary]) -> float | None:
-    """Unweighted over the published five, in percent, as published; None unless all are there."""
-    if not all(name in by_name for name in PUBLISHED_SETS):
-        return None
-    return 100 * sum(by_name[name].accuracy for name in PUBLISHED_SETS) / len(PUBLISHED_SETS)
+def _has_mean(by_name: Mapping[str, Summary]) -> bool:
+    return all(name in by_name for name in PUBLISHED_SETS)
 
 
-def _mean_cell(by_name: Mapping[str, Summary]) -> str:
-    mean = _mean(by_name)
-    return "" if mean is None else f"{mean:.2f}"
+def _mean_cell(by_name: Mapping[str, Summary], missing: str = "", star: str = " *") -> str:
+    """Unweighted over the published five, in percent, as published."""
+    if not _has_mean(by_name):
+        return missing
+    summaries = [by_name[name] for name in PUBLISHED_SETS]
+    mean = 100 * sum(s.accuracy for s in summaries) / len(summaries)
+    return f"{mean:.2f}" + ("" if all(map(_is_comparable, summaries)) else star)
 
 
 def _published(value: float | None, missing: str = "") -> str:
@@ -137,10 +150,8 @@ def _published(value: float | None, missing: str = "") -> str:
 def _notes(results: Results) -> list[str]:
     notes = ["Accuracy in percent, mean over samples, with the 95 % bootstrap interval over problems."]
     every = [s for summaries in results.values() for s in summaries]
-    if any(not s.is_verified for s in every):
-        notes.append(
-            "\\* a set of one's own, or a file that is none of the known ones: not comparable with published numbers."
-        )
+    if not all(map(_is_comparable, every)):
+        notes.append(f"\\* {_NOT_COMPARABLE}")
     cut = sorted(
         {f"{s.title} {s.num_problems} of {s.num_rows}" for s in every if s.num_problems < s.num_rows}
     )
@@ -181,12 +192,3 @@ def _percent(share: float | None) -> str:
 
 def _escaped(text: str) -> str:
     return "".join(r"\textbackslash{}" if c == "\\" else f"\\{c}" if c in "&%$#_{}" else c for c in text)
-
-
-def seeds_interval(summaries: Sequence[Summary]) -> tuple[float, float, float]:
-    """(mean, low, high) in percent over trainings that differ by their seed, resampling seeds and problems."""
-    scores = [s.scores for s in summaries]
-    assert all(s.problem_ids == summaries[0].problem_ids for s in summaries), "other problems"
-    low, high = bootstrap_interval(scores)
-    mean = sum(map(sum, scores)) / sum(map(len, scores))
-    return 100 * mean, 100 * low, 100 * high

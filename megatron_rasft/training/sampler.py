@@ -29,7 +29,8 @@ class Sampler:
 
     Args:
         flags: Megatron's and this package's own flags; --hf-model is among them.
-        checkpoint: folder of Megatron checkpoints, whose newest weights are taken; None takes those of --hf-model.
+        checkpoint: folder of Megatron checkpoints, of which --ckpt-step is taken, or the newest; None takes the weights of
+            --hf-model.
 
     Raises:
         ValueError, ModelFolderError, CheckpointError: a flag, or a folder, that no model can be built from.
@@ -69,6 +70,9 @@ class Sampler:
 
     def _load_checkpoint(self, checkpoint: str) -> None:
         args = self._args
+        args.ckpt_step = on_rank_zero(
+            lambda: args.ckpt_step
+        )  # a run may have saved on while the ranks started
         host.check_same_model(args, Path(checkpoint))
         args.load, args.no_load_optim, args.no_load_rng = checkpoint, True, True
         try:

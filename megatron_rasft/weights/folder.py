@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -178,9 +179,19 @@ def weights_fingerprint(folder: Path, precision: str) -> str:
 
     Hashes config.json and, of each safetensors file, its size, its header and samples of its content.
     """
-    digest = hashlib.sha256(precision.encode())
-    digest.update((folder / "config.json").read_bytes())
-    for path in sorted(folder.glob("*.safetensors")):
+    return _fingerprint(
+        precision.encode() + (folder / "config.json").read_bytes(), folder.glob("*.safetensors")
+    )
+
+
+def checkpoint_fingerprint(folder: Path) -> str:
+    """Names the weights in one ``iter_`` folder of Megatron's, likewise."""
+    return _fingerprint(b"", (path for path in folder.rglob("*") if path.is_file()))
+
+
+def _fingerprint(start: bytes, paths: Iterable[Path]) -> str:
+    digest = hashlib.sha256(start)
+    for path in sorted(paths):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode())
         with path.open("rb") as file:

@@ -112,6 +112,11 @@ def test_tool_reports_and_writes_the_rows_that_stay(
     assert "--overlap-share" in capsys.readouterr().err
 
 
+def test_names_of_fields_may_have_capitals(write_rows: Callable) -> None:
+    benchmark = write_rows({"ID": "2024-I-4", "Problem": LONG, "Answer": 4}, name="b.jsonl")
+    assert find_contamination(named([LONG]), [Path(benchmark)]).dropped == {0: "is 2024-I-4 (b.jsonl)"}
+
+
 def test_row_without_text_is_named(write_rows: Callable) -> None:
     benchmark = write_rows({"id": "b1", "problem": LONG}, {"id": "b2", "answer": "7"}, name="b.jsonl")
     with pytest.raises(DataError, match=r"b\.jsonl:2 has no problem text"):

@@ -38,7 +38,7 @@ def write_lines(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", KNOWN_SETS)
+@pytest.mark.parametrize("name", [name for name, known in KNOWN_SETS.items() if known.num_rows])
 def test_known_set_is_found_counted_and_verified(name: str, data_folder: Path) -> None:
     known = KNOWN_SETS[name]
     benchmark = read_benchmark(known, find_file(known, data_folder))
@@ -108,6 +108,19 @@ def test_hugging_face_layout_has_the_same_content(name: str, data_folder: Path, 
     assert find_file(KNOWN_SETS[name], tmp_path) == path
     benchmark = read_benchmark(KNOWN_SETS[name], path)
     assert benchmark.is_verified and benchmark.sha256 != KNOWN_SETS[name].text_sha256
+
+
+@pytest.mark.parametrize("file", ["data/train-00000-of-00001.parquet", "aime_2024_problems.parquet"])
+def test_only_file_of_a_clone_is_found_and_another_split_is_not_taken(file: str, tmp_path: Path) -> None:
+    clone = tmp_path / "AIME_2024"
+    path = write_lines(clone / file, [])
+    (clone / "README.md").touch()
+    assert find_file(KNOWN_SETS["aime24"], tmp_path) == path
+    other = write_lines(path.with_name("validation-00000-of-00001.parquet"), [])
+    with pytest.raises(DataError, match=r"has no aime24\.jsonl\.gz"):
+        find_file(KNOWN_SETS["aime24"], tmp_path)
+    test = other.rename(path.with_name("test.parquet"))
+    assert find_file(KNOWN_SETS["aime24"], tmp_path) == test
 
 
 def test_changed_answer_or_missing_row_is_refused_unless_accepted(data_folder: Path, tmp_path: Path) -> None:
@@ -181,8 +194,10 @@ def pack(content: Any) -> str:
 def test_hidden_tests_of_livecodebench_are_read(tmp_path: Path) -> None:
     hidden = json.dumps([{"input": "3 4", "output": "7", "testtype": "functional"}])
     path = write_lines(tmp_path / "lcb.jsonl", [contest_row(pack(hidden))])
-    known = KNOWN_SETS["livecodebench_v1_public"]
-    (problem,) = read_benchmark(known, path, accept_unknown=True).problems
+    ((known, found),) = chosen([f"livecodebench={path}"], None)
+    benchmark = read_benchmark(known, found)
+    assert benchmark.kind == "code" and "own file" in benchmark.title and not benchmark.is_verified
+    (problem,) = benchmark.problems
     assert [t["output"] for t in problem.tests["tests"]] == ["3", "7"]
     assert problem.tests["entry_point"] == "add"
 

@@ -129,3 +129,20 @@ def test_paired_interval_cancels_what_is_hard_for_both() -> None:
 def test_paired_interval_refuses_other_problems() -> None:
     with pytest.raises(ValueError, match="same problems"):
         paired_interval([1.0, 0.0], [1.0])
+
+
+def test_paired_interval_keeps_the_spread_of_seeds_that_have_no_pair() -> None:
+    others = np.stack([np.full(50, mean) for mean in (0.15, 0.30, 0.45)])
+    low, high = paired_interval(np.full(50, 0.2), others)
+    assert (low, high) == pytest.approx((-0.25, 0.05)), "one resample in 27 draws the worst seed only"
+    low, high = paired_interval(others[:2], others)
+    assert low < -0.2 and high > 0.05
+
+
+def test_paired_seeds_cancel_and_are_as_many() -> None:
+    others = np.stack([np.full(50, mean) for mean in (0.15, 0.30, 0.45)])
+    assert paired_interval(others + 0.1, others, pairs_seeds=True) == pytest.approx((0.1, 0.1))
+    low, high = paired_interval(others + 0.1, others)
+    assert low < 0 < 0.2 < high
+    with pytest.raises(ValueError, match="got 2 and 3"):
+        paired_interval(others[:2], others, pairs_seeds=True)

@@ -6,6 +6,7 @@ import math
 import re
 import statistics as st
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -120,3 +121,33 @@ def test_latex_is_balanced_and_escaped() -> None:
     rows = [line for line in text.splitlines() if line.endswith(r"\\")]
     assert {len(re.findall(r"(?<!\\)&", row)) for row in rows} == {2}
     assert text.count("{") == text.count("}") and text.startswith(r"\begin{tabular}{lrr}")
+    assert "*" not in text
+
+
+@pytest.mark.parametrize("fault", [{"num_rows": 30}, {"is_verified": False}])
+def test_sets_that_are_cut_or_unknown_have_a_star_and_so_has_their_mean(fault: dict[str, Any]) -> None:
+    sets = [make_summary(name, name) for name in PUBLISHED_SETS]
+    results = {"whole": sets, "spoilt": [make_summary(sets[0].name, sets[0].name, **fault), *sets[1:]]}
+    for write, star in ((markdown, " *"), (latex, "$^{*}$")):
+        text = write(results, "")
+        whole, spoilt = (next(row for row in text.splitlines() if label in row) for label in results)
+        assert "*" not in whole and f"37.50{star}" in spoilt, "the mean"
+        assert spoilt.count("*") == 2 and "not comparable" in text
+        assert text.count("{") == text.count("}")
+
+
+def test_code_without_a_program_is_no_answer() -> None:
+    problems = [Problem(problem_id="p", text="?", tests={"tests": ["assert f() == 1"]})]
+    benchmark = Benchmark(
+        name="mbpp", title="MBPP", kind="code", path=Path("x"), problems=problems, sha256="", is_verified=True
+    )
+    texts = ["", "<think>a = 1</think>\n", "```python\ndef f(): return 1\n```", "def f(): return 1"]
+    rollouts = [
+        Rollout(
+            problem_id="p", sample_index=i, weight_version=0, prompt_ids=[], response_ids=[1],
+            response_logprobs=[], finish_reason="stop", text=text, verdict="wrong",
+        )
+        for i, text in enumerate(texts)
+    ]  # fmt: skip
+    summary = summarise(benchmark, rollouts, num_samples=4, ks=[1], num_rows=1)
+    assert summary.no_answer_frac == 0.5 and summary.no_box_frac == 0 and not summary.majority_at

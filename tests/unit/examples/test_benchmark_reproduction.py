@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from examples.benchmark_reproduction import comparison, reproduce
+from examples.benchmark_reproduction import comparison, records, reproduce
 from megatron_rasft.evaluation.statistics import bootstrap_interval, paired_interval
 from tests.tiny_policy import write_model
 from tools import evaluate
@@ -183,20 +183,131 @@ def test_table_holds_means_intervals_and_paired_differences(tmp_path: Path) -> N
         for seed, row in enumerate(scores, start=1):
             runs[method, seed] = write_run(tmp_path / f"{method}-seed{seed}", row, tokens=100)
     runs["dft", 1] = tmp_path / "dft-seed1"  # not there yet
-    text = comparison.write_comparison("title", runs, tmp_path, "Qwen2.5-Math-1.5B")
+    text = comparison.write_comparison("title", runs, tmp_path, "Qwen2.5-Math-1.5B", num_jobs=6)
     rows = {row["method"]: row for row in json.loads((tmp_path / "comparison.json").read_text())}
     assert rows["rasft"]["accuracy"] == pytest.approx(75.0) and rows["sft"]["accuracy"] == pytest.approx(50.0)
     low, high = bootstrap_interval(rasft)
     assert (rows["rasft"]["low"], rows["rasft"]["high"]) == pytest.approx((100 * low, 100 * high))
-    low, high = paired_interval(rasft, sft)
+    low, high = paired_interval(rasft, sft, pairs_seeds=True)
     assert rows["rasft"]["difference"] == pytest.approx(25.0)
     assert rows["rasft"]["difference_low"] == pytest.approx(100 * low)
     assert rows["rasft"]["difference_high"] == pytest.approx(100 * high)
     assert rows["rasft"]["trained_tokens"] == 200 and rows["rasft"]["generated_tokens"] == 40
     assert rows["rasft"]["seconds"] == 5.0 and rows["base"]["steps"] == 0
-    assert "Not there yet: dft-seed1" in text and "64.89" in text
+    assert "Not there yet: dft-seed1" in text and "64.89" in text and "No plots" not in text
+    assert "6 trainings ran at a time on one machine" in (tmp_path / "comparison.md").read_text()
     assert (tmp_path / "accuracy.png").stat().st_size > 10_000
     assert (tmp_path / "comparison.csv").read_text().count("\n") == 4
+
+
+def test_difference_is_uncertain_by_seeds_too_and_pairs_them_by_number(tmp_path: Path) -> None:
+    """Base has one seed, dft lacks one, iw_sft has the seeds of sft, but ended in another order."""
+    runs = {("base", 1): write_run(tmp_path / "base", [0.2] * 9)}
+    means = {
+        "sft": {1: 0.15, 2: 0.30, 3: 0.45},
+        "dft": {1: 0.15, 2: 0.30},
+        "iw_sft": {3: 0.55, 1: 0.25, 2: 0.40},
+    }
+    for method, by_seed in means.items():
+        for seed, mean in by_seed.items():
+            runs[method, seed] = write_run(tmp_path / f"{method}{seed}", [mean] * 9)
+    text = comparison.write_comparison("title", runs, tmp_path)
+    assert "No plots: no training measured" in text and not (tmp_path / "accuracy.png").exists()
+    assert "at a time" not in text
+    rows = {row["method"]: row for row in json.loads((tmp_path / "comparison.json").read_text())}
+    low, high = (rows["base"][f"difference_{bound}"] for bound in ("low", "high"))
+    assert (low, high) == pytest.approx((-25.0, 5.0))
+    assert rows["dft"]["difference_high"] - rows["dft"]["difference_low"] > 20
+    assert rows["iw_sft"]["difference_low"] == pytest.approx(rows["iw_sft"]["difference_high"]) == 10.0
+
+
+class Workplace:
+    """A setting of two methods, whose programs leave what the real ones leave."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder, self.begun = folder, []
+        self.data = folder / "train.jsonl"
+        self.data.write_text("a row")
+        monkeypatch.setattr(reproduce, "_run", self._run)
+        monkeypatch.setattr(records, "_commit", lambda: "first")
+        self.fails_in = ""
+
+    def _run(self, command: list[str], log: Path) -> None:
+        self.begun.append(f"{log.parent.name} {log.stem}")
+        if log.stem == self.fails_in:
+            raise RuntimeError("killed")
+        if log.stem == "training":
+            (log.parent / "model").mkdir()
+            (log.parent / "model" / "config.json").touch()
+        else:
+            write_run(log.parent, [0.5]).joinpath("done").unlink()
+
+    def run(self, *more: str, lr: str = "3e-5", limit: int = 9) -> int:
+        records._checksum.cache_clear()
+        self.begun.clear()
+        setting = self.folder / "setting.toml"
+        setting.write_text(
+            f'title = "t"\nmodel = "m"\nseeds = [1]\nmethods = ["base", "sft"]\n[train]\n--train-data = "{self.data}"\n'
+            f"--lr = {lr}\n[evaluate]\n--limit = {limit}\n"
+        )
+        return reproduce.main(["--setting", str(setting), "--output", str(self.folder / "out"), *more])
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workplace:
+    return Workplace(tmp_path, monkeypatch)
+
+
+def test_results_of_other_flags_or_data_are_refused(
+    workplace: Workplace, capsys: pytest.CaptureFixture
+) -> None:
+    assert workplace.run() == 0 and len(workplace.begun) == 3
+    assert workplace.run() == 0 and not workplace.begun
+    assert workplace.run("--seeds", "2") == 0 and len(workplace.begun) == 2, "base is there"
+    capsys.readouterr()
+    for wrong, said in (
+        (
+            {"lr": "1e-4"},
+            "sft-seed1 holds results of another setting: its training had --lr 3e-05, which is now",
+        ),
+        (
+            {"limit": 8},
+            "base holds results of another setting: its evaluation had --limit 9, which is now --limit 8",
+        ),
+    ):
+        for more in ([], ["--tables-only"]):
+            assert workplace.run(*more, **wrong) == 2
+            printed = capsys.readouterr().err
+            assert printed.count("\n") == 1 and said in printed and "delete the folder" in printed
+    workplace.data.write_text("another row")
+    assert workplace.run() == 2 and not workplace.begun
+    assert f"{workplace.data} had sha256 " in capsys.readouterr().err
+
+
+def test_weights_of_other_flags_are_not_evaluated_but_a_training_that_failed_is_begun_anew(
+    workplace: Workplace, capsys: pytest.CaptureFixture
+) -> None:
+    workplace.fails_in = "training"
+    assert workplace.run("--methods", "sft") == 1
+    workplace.fails_in = "evaluation"
+    assert workplace.run("--methods", "sft", lr="1e-4") == 1
+    workplace.fails_in = ""
+    assert workplace.run("--methods", "sft") == 2
+    assert "had --lr 0.0001, which is now --lr 3e-05" in capsys.readouterr().err
+    assert workplace.run("--methods", "sft", lr="1e-4") == 0 and workplace.begun == ["sft-seed1 evaluation"]
+
+
+def test_table_says_what_other_code_made_and_what_is_not_known(
+    workplace: Workplace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    assert workplace.run() == 0 and "commits" not in capsys.readouterr().out
+    monkeypatch.setattr(records, "_commit", lambda: "second")
+    assert workplace.run("--seeds", "1", "2") == 0
+    said = capsys.readouterr().out
+    assert "Made by different commits of the code: first: base, sft-seed1; second: sft-seed2." in said
+    (workplace.folder / "out" / "base" / "done").write_text("")  # as earlier versions left it
+    assert workplace.run("--tables-only", "--seeds", "1", "2") == 0
+    assert "Not known is with which flags, data and code these were made: base." in capsys.readouterr().out
 
 
 def test_curve_counts_tokens_and_seconds_up_to_each_measurement(tmp_path: Path) -> None:

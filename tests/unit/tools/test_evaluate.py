@@ -2,8 +2,11 @@
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -109,3 +112,36 @@ def test_samples_are_kept_for_the_same_served_weights_only(
     assert command(model, output, questions) == 2
     assert "drawn with weights 'step 12 of /far', not 'step 13 of /far'" in capsys.readouterr().err
     assert len(world.bodies) == 4
+
+
+def write_checkpoint(save: Path, step: int, weights: bytes) -> None:
+    folder = save / f"iter_{step:07d}"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / ".metadata").write_bytes(b"where the tensors lie")
+    (folder / "__0_0.distcp").write_bytes(weights)
+    (save / "latest_checkpointed_iteration.txt").write_text(str(step))
+
+
+def test_samples_are_kept_for_the_same_checkpoint_only_and_it_is_the_one_that_is_loaded(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save, output, loaded = tmp_path / "save", tmp_path / "out", []
+
+    @contextmanager
+    def open_engine(args: Any, servers: None, megatron_flags: list[str]) -> Iterator[str]:
+        loaded.append(megatron_flags)
+        yield "engine"
+
+    monkeypatch.setattr(evaluate, "_open_engine", open_engine)
+    monkeypatch.setattr(evaluate, "_sample_all", lambda *_: (output / "results.md").touch())
+    questions = write_questions(tmp_path / "sums.jsonl", "1")
+    flags = ["--model", str(model), "--checkpoint", str(save), "--benchmarks", f"sums={questions}"]
+    flags += ["--output", str(output)]
+    write_checkpoint(save, 7, b"first")
+    assert evaluate.main(flags) == 0 and loaded == [["--ckpt-step", "7"]]
+    write_checkpoint(save, 14, b"later")
+    assert evaluate.main(flags) == 2 and "drawn with weights 'step 7, " in capsys.readouterr().err
+    assert evaluate.main([*flags, "--ckpt-step", "7"]) == 0 and loaded[1][-2:] == ["--ckpt-step", "7"]
+    write_checkpoint(save, 7, b"again")  # another training, to the same step
+    assert evaluate.main(flags) == 2 and len(loaded) == 2
+    assert "drawn with weights 'step 7, " in capsys.readouterr().err
