@@ -137,6 +137,7 @@ class Planner:
         max_tokens: longest prompt plus response.
         verifier: grades rollouts; rank 0 only, None where nothing is sampled.
         servers: sample instead of the policy itself; None where there are none.
+        replay: has the rollouts of --rollout-engine replay; rank 0 only.
         store: keeps rollouts; rank 0 only.
         cache: reference log-probabilities; rank 0 only.
     """
@@ -154,6 +155,7 @@ class Planner:
         max_tokens: int,
         verifier: VerifierPool | None,
         servers: RolloutServers | None,
+        replay: ReplayEngine | None,
         store: RolloutStore | None,
         cache: LogprobCache | None,
     ) -> None:
@@ -178,7 +180,7 @@ class Planner:
             if demonstrations
             else None
         )
-        self._replay = ReplayEngine(config.rollout.rollout_replay) if config.rollout.rollout_replay else None
+        self._replay = replay
         self._ahead: Plan | None = None
         """Of the next window, with --rollout-lag 1."""
         self._served_version: int | None = None
@@ -286,9 +288,8 @@ class Planner:
             groups = self._served(plan, iteration, self.servers, report)
         elif not chosen:
             return {}
-        elif self._replay is not None:
-            replay = self._replay
-            groups = kept_by_rank_zero(lambda: self._replayed(chosen, replay), {})
+        elif self.config.rollout.rollout_engine == "replay":
+            groups = kept_by_rank_zero(lambda: self._replayed(chosen), {})
         else:
             requests: list[Request] = on_rank_zero(lambda: [self._request(i, iteration) for i in chosen])
             responses = self.policy.generate(requests, self._sampling)
@@ -360,15 +361,13 @@ class Planner:
             )
         return groups
 
-    def _replayed(self, chosen: list[str], replay: ReplayEngine) -> dict[str, RolloutGroup]:
+    def _replayed(self, chosen: list[str]) -> dict[str, RolloutGroup]:
+        assert self._replay is not None, "rank 0 of a run that replays has opened the stores"
         groups = {}
         for problem_id in chosen:
             known = self.curriculum.solvability.get(problem_id)
-            rollouts = replay.take(
-                problem_id,
-                self._by_id[problem_id].prompt_ids,
-                self._sampling.num_samples,
-                0 if known is None else known.num_refreshes,
+            rollouts = self._replay.take(
+                problem_id, self._sampling.num_samples, 0 if known is None else known.num_refreshes
             )
             if rollouts:
                 groups[problem_id] = RolloutGroup(problem_id=problem_id, rollouts=rollouts)
@@ -411,7 +410,7 @@ class Planner:
         # Also of a problem that was only probed: what was learnt about it counts when it is next trained.
         for problem_id, group in groups.items():
             curriculum.record(problem_id, *count_solved(group))
-        if self.store is not None and self._replay is None:
+        if self.store is not None:
             self.store.append(r for group in groups.values() for r in group.rollouts)
         trained = [s for i in ids for s in samples[i]]
         for kind in ("expert", "rollout"):

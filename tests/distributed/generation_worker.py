@@ -152,6 +152,7 @@ def window(run: Any) -> list[tuple[list[int], float, list[float] | None, list[fl
         max_tokens=64,
         verifier=ParityVerifier() if is_lead else None,  # type: ignore[arg-type]
         servers=None,
+        replay=None,
         store=None,
         cache=LogprobCache(None, "") if is_lead else None,
     )

@@ -35,6 +35,7 @@ def defaults(**changes: Any) -> Namespace:
         (RolloutConfig, "rollout_repetition_penalty", 0.0),
         (RolloutConfig, "rollout_seed", -1),
         (RolloutConfig, "rollout_engine", "replay"),
+        (RolloutConfig, "rollout_replay", ["rollouts.jsonl"]),  # which the embedded engine does not read
         (RunConfig, "rasft_refresh_interval", 0),
         (SyncConfig, "sync_bucket_mib", 0),
         (SyncConfig, "sync_timeout_s", 0.0),
