@@ -18,7 +18,7 @@ if __name__ != "__mp_main__":
     from megatron_rasft.errors import FailedElsewhere, RasftError
     from megatron_rasft.training import host
     from megatron_rasft.training.outputs import check_outputs
-    from megatron_rasft.training.problems import read_problems, set_length
+    from megatron_rasft.training.problems import open_replay, read_problems, set_length
     from megatron_rasft.training.ranks import report_failure
     from megatron_rasft.training.run import Run
 
@@ -29,9 +29,10 @@ def main() -> None:
     host.start(args)
     check_outputs(args, config)
     problems, heldout = read_problems(args, config)
+    replay = open_replay(config, problems)
     set_length(args, config, problems.num)
     trainer = host.Trainer(args, config, folder)
-    with Run(args, config, folder, problems, heldout, trainer) as run:
+    with Run(args, config, folder, problems, heldout, replay, trainer) as run:
         run.begin()
         while not run.is_over:
             run.measure_if_due()

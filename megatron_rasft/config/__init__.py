@@ -41,6 +41,10 @@ class RasftConfig:
     objective: ObjectiveConfig
     heldout: HeldoutConfig
 
+    def __post_init__(self) -> None:
+        if self.weighting.weighting_skip_degenerate is None:
+            self.weighting.weighting_skip_degenerate = self.objective.objective_grpo_dapo
+
     @classmethod
     def rooms(cls) -> dict[str, type]:
         """Room name -> its dataclass."""

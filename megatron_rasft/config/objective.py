@@ -105,7 +105,8 @@ class ObjectiveConfig:
     or 0 with --objective-grpo-dapo."""
 
     objective_grpo_dapo: bool = False
-    """grpo: the DAPO variant: larger upper clip, no KL, and groups all right or all wrong are left out."""
+    """grpo: the DAPO variant: larger upper clip, no KL, and groups all right or all wrong are left out. Each can be set
+    apart: --objective-grpo-clip-high, --objective-grpo-beta, --no-weighting-skip-degenerate."""
 
     objective_raft_loss: Literal["dft", "sft"] = "dft"
     """raft: loss on the verified self-rollouts."""

@@ -144,6 +144,11 @@ class RolloutConfig:
             raise ValueError(
                 "--rollout-engine replay needs --rollout-replay FILE [FILE...]: the stores to take from."
             )
+        if self.rollout_replay and self.rollout_engine != "replay":
+            raise ValueError(
+                f"--rollout-replay is for --rollout-engine replay, got {self.rollout_engine}, which samples anew. Choose that "
+                "engine, or leave the stores out."
+            )
 
 
 def check_address(text: str, where: str) -> str:

@@ -43,9 +43,9 @@ class WeightingConfig:
     """Share of a problem's earlier rollout counts that is carried into its next estimate of s, 0 .. 1.
     0 forgets, 1 never forgets although the policy moves on."""
 
-    weighting_skip_degenerate: bool = False
-    """grpo only: leave out groups whose rewards are all equal (DAPO). Off, they are kept with advantage 0,
-    so they still count in the token total and in the KL term."""
+    weighting_skip_degenerate: bool | None = None
+    """grpo only: leave out groups whose rewards are all equal. Off, they are kept with advantage 0, so they still count
+    in the token total and in the KL term. Unset: on with --objective-grpo-dapo, else off."""
 
     def __post_init__(self) -> None:
         if self.rasft_weighting not in ("adaptive", "published"):

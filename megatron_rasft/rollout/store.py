@@ -61,14 +61,29 @@ def read_rollouts(path: str | Path) -> Iterator[Rollout]:
     Raises:
         RolloutError: the file is missing or a line is not a rollout.
     """
+    for _, rollout in scan_rollouts(path):
+        yield rollout
+
+
+def scan_rollouts(path: str | Path) -> Iterator[tuple[int, Rollout]]:
+    """``read_rollouts``, each with the place of its line, for ``read_rollout``."""
     path = Path(path)
     if not path.is_file():
         raise RolloutError(f"rollout store {path} does not exist. Check --rollout-replay.")
-    with path.open(encoding="utf-8") as file:
+    offset = 0
+    with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             try:
-                yield Rollout(**json.loads(line))
+                yield offset, Rollout(**json.loads(line))
             except (ValueError, TypeError) as error:
                 raise RolloutError(
                     f"{path}:{number} is not a rollout ({error}). Cut the line out to go on."
                 ) from error
+            offset += len(line)
+
+
+def read_rollout(path: Path, offset: int) -> Rollout:
+    """The rollout whose line begins there."""
+    with path.open("rb") as file:
+        file.seek(offset)
+        return Rollout(**json.loads(file.readline()))

@@ -60,10 +60,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 def _add_opposites(group: argparse._ArgumentGroup, kind: type) -> None:
     """Every switch can be put either way: the factory makes only the flag that changes the default."""
     for field in fields(kind):
-        if field.type is not bool:
+        if field.type not in (bool, bool | None):
             continue
         flag = field.name.replace("_", "-")
-        name, action = (f"--{flag}", "store_true") if field.default else (f"--no-{flag}", "store_false")
+        name, action = (
+            (f"--{flag}", "store_true") if field.default is not False else (f"--no-{flag}", "store_false")
+        )
         group.add_argument(
             name, dest=field.name, action=action, default=argparse.SUPPRESS, help=argparse.SUPPRESS
         )

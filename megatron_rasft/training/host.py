@@ -13,6 +13,7 @@ import os
 import queue
 import sys
 import warnings
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -52,7 +53,7 @@ from megatron_rasft.training.forward import Forward, run_forward_only
 from megatron_rasft.training.generation import LiveModel
 from megatron_rasft.training.model import layer_spec
 from megatron_rasft.training.outputs import check_writable
-from megatron_rasft.training.ranks import gather_to_all, on_rank_zero
+from megatron_rasft.training.ranks import gather_to_all, gather_to_rank_zero, on_rank_zero
 from megatron_rasft.training.reference import FrozenReference
 from megatron_rasft.training.servers import read_keys
 from megatron_rasft.types import Request, Response, SamplingParams, TrainingSample
@@ -377,7 +378,7 @@ class Trainer:
     # ---- the Policy of a refresh
 
     def score(self, samples: Sequence[TrainingSample], *, with_reference: bool) -> list[list[float]]:
-        """Per sample the log-probabilities of its response, on every rank, nats."""
+        """On rank 0 per sample the log-probabilities of its response, nats; [] on the others."""
         if not samples:
             return []
         with self._settled():
@@ -392,18 +393,19 @@ class Trainer:
         plain = [replace(s, weight=1.0, ref_logprobs=None, old_logprobs=None) for s in samples]
         batches = self._cut(plain)
         outputs = run_forward_only(self.forward.score_step, batches, self.model)
-        mine: dict[int, list[float]] = {}
+        mine: dict[int, array[float]] = {}
         cp_group = parallel_state.get_context_parallel_group()
         for output, batch in zip(outputs, batches[: len(outputs)], strict=True):
-            mine.update(response_values(output, batch, cp_group))
+            values = response_values(output, batch, cp_group)
+            mine.update((index, array("d", v)) for index, v in values.items())
         speaks = (
             parallel_state.get_tensor_model_parallel_rank() == 0
             and parallel_state.get_context_parallel_rank() == 0
         )
-        merged: dict[int, list[float]] = {}
-        for part in gather_to_all(mine if speaks else {}):
+        merged: dict[int, array[float]] = {}
+        for part in gather_to_rank_zero(mine if speaks and mine else None):
             merged.update(part)
-        return [merged[i] for i in range(len(samples))]
+        return [merged[i].tolist() for i in range(len(samples))] if dist.get_rank() == 0 else []
 
     def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[list[Response]]:
         """Sample the live weights; see LiveModel.generate."""

@@ -6,7 +6,8 @@ from typing import Any
 from megatron_rasft.config import DataConfig, RasftConfig, VerifyConfig
 from megatron_rasft.data.reading import read_rows
 from megatron_rasft.data.tokenizing import build_demonstrations, end_ids, open_tokenizer
-from megatron_rasft.training.ranks import on_rank_zero
+from megatron_rasft.rollout.replay import ReplayEngine
+from megatron_rasft.training.ranks import kept_by_rank_zero, on_rank_zero
 from megatron_rasft.types import Demonstration
 from megatron_rasft.verify.sandbox import Sandbox
 
@@ -61,6 +62,20 @@ def read_problems(args: Any, config: RasftConfig) -> tuple[Problems, Problems | 
     if config.verifies:
         on_rank_zero(lambda: _try_sandbox(config.verify, problems, heldout))
     return problems, heldout
+
+
+def open_replay(config: RasftConfig, problems: Problems) -> ReplayEngine | None:
+    """The stored rollouts of a run that replays; rank 0 only, None on the others and where nothing is replayed."""
+    if config.rollout.rollout_engine != "replay" or not config.samples_rollouts:
+        return None
+
+    def find() -> ReplayEngine:
+        prompts = {d.problem_id: d.prompt_ids for d in problems.demonstrations}
+        replay = ReplayEngine(config.rollout.rollout_replay, prompts)
+        problems.summary += f"\nreplayed        {replay.num_problems} (have stored rollouts)"
+        return replay
+
+    return kept_by_rank_zero(find, None)
 
 
 def _try_sandbox(config: VerifyConfig, problems: Problems, heldout: Problems | None) -> None:

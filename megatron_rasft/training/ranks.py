@@ -1,23 +1,26 @@
 """Work that one rank does for all: the result, or the failure, reaches every rank."""
 
 import os
+import pickle
 import sys
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from megatron_rasft.errors import FailedElsewhere
 
 _PATIENCE = timedelta(days=1)
-"""For rank 0: verifying a window, or waiting for a server, may take longer than the --distributed-timeout-minutes of a step."""
+"""Verifying a window, waiting for a server, or for the slowest replica's samples, may take longer than the
+--distributed-timeout-minutes of a step."""
 
 _GRACE = timedelta(seconds=5)
 """For the first rank of a node, to say an error that others of it have met as well."""
 
 _patient: tuple[Any, Any] = (None, None)
-"""The default group, and the gloo group of the same ranks that waits for rank 0."""
+"""The default group, and the patient gloo group of the same ranks."""
 
 
 def on_rank_zero[T](work: Callable[[], T]) -> T:
@@ -42,6 +45,43 @@ def on_rank_zero[T](work: Callable[[], T]) -> T:
     if box[1] is not None:
         raise FailedElsewhere(box[1])
     return box[0]
+
+
+def kept_by_rank_zero[T](work: Callable[[], T], elsewhere: T) -> T:
+    """``on_rank_zero`` for a result that nobody else needs: the other ranks get ``elsewhere``, or the failure."""
+    result = elsewhere
+
+    def run() -> None:
+        nonlocal result
+        result = work()
+
+    on_rank_zero(run)
+    return result
+
+
+def gather_to_rank_zero[T](value: T | None) -> list[T]:
+    """On rank 0 the values of the ranks that have one, in rank order; on the others [].
+
+    A collective of the world on the patient gloo group. Each value travels alone, pickled, and nothing is padded:
+    rank 0 holds their sum, the other ranks nothing. Arrays are compact on the way, lists of numbers are not.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [] if value is None else [value]
+    group = _patient_group()
+    packed = b"" if value is None else pickle.dumps(value)
+    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, torch.tensor([len(packed)]), group=group)
+    if dist.get_rank() != 0:
+        if packed:
+            dist.send(torch.frombuffer(bytearray(packed), dtype=torch.uint8), 0, group=group)
+        return []
+    values = [] if value is None else [value]
+    for rank in range(1, dist.get_world_size()):
+        if size := int(sizes[rank]):
+            part = torch.empty(size, dtype=torch.uint8)
+            dist.recv(part, rank, group=group)
+            values.append(pickle.loads(part.numpy()))
+    return values
 
 
 def _patient_group() -> Any:

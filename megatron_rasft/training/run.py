@@ -12,6 +12,7 @@ import torch
 from megatron_rasft import metrics
 from megatron_rasft.config import RasftConfig
 from megatron_rasft.report.progress import Progress
+from megatron_rasft.rollout.replay import ReplayEngine
 from megatron_rasft.rollout.store import RolloutStore
 from megatron_rasft.training.heldout import Heldout
 from megatron_rasft.training.host import StepResult, Trainer, architecture_of, writers
@@ -46,6 +47,7 @@ class Run:
         folder: HfFolder,
         problems: Problems,
         heldout: Problems | None,
+        replay: ReplayEngine | None,
         trainer: Trainer,
     ) -> None:
         self.args = args
@@ -81,6 +83,7 @@ class Run:
             max_tokens=trainer.max_tokens,
             verifier=self.verifier,
             servers=self.servers,
+            replay=replay,
             store=self._store,
             cache=self._cache,
         )

@@ -27,7 +27,7 @@ class SyncedModel(Protocol):
     """The trainer, as far as its servers need it; every method is a collective of the world."""
 
     def score(self, samples: Sequence[TrainingSample], *, with_reference: bool) -> list[list[float]]:
-        """Per sample the log-probabilities of its response, on every rank."""
+        """On rank 0 per sample the log-probabilities of its response; [] on the others."""
 
     def weight_sync(self, connect: Callable[[str], ServerControl]) -> WeightSync:
         """What takes this model's weights to servers."""

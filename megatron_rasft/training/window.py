@@ -1,8 +1,8 @@
 """A refresh: which problems come next, what the policy makes of them, and the batches that follow.
 
 ``Planner.next_window`` is a collective of the whole world. Rank 0 decides (curriculum, verification, weights
-are plain Python); every rank takes part in scoring and sampling; the finished batches, token ids and
-log-probabilities included, are broadcast.
+are plain Python) and keeps what was sampled; every rank takes part in scoring and sampling; the finished
+batches, token ids and log-probabilities included, are broadcast.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from megatron_rasft.curriculum.planner import Curriculum
 from megatron_rasft.objective.weighting import count_solved, make_samples
 from megatron_rasft.rollout.replay import ReplayEngine
 from megatron_rasft.rollout.store import RolloutStore
-from megatron_rasft.training.ranks import on_rank_zero
+from megatron_rasft.training.ranks import kept_by_rank_zero, on_rank_zero
 from megatron_rasft.training.reference import LogprobCache
 from megatron_rasft.training.servers import RolloutServers
 from megatron_rasft.types import (
@@ -40,10 +40,10 @@ class Policy(Protocol):
     """What a refresh needs of the model; every method is a collective of the whole world."""
 
     def score(self, samples: Sequence[TrainingSample], *, with_reference: bool) -> list[list[float]]:
-        """Per sample the log-probabilities of its response, on every rank."""
+        """On rank 0 per sample the log-probabilities of its response; [] on the others."""
 
     def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[list[Response]]:
-        """Per request its responses, on every rank."""
+        """On rank 0 per request its responses; [] on the others."""
 
 
 @dataclass
@@ -137,6 +137,7 @@ class Planner:
         max_tokens: longest prompt plus response.
         verifier: grades rollouts; rank 0 only, None where nothing is sampled.
         servers: sample instead of the policy itself; None where there are none.
+        replay: has the rollouts of --rollout-engine replay; rank 0 only.
         store: keeps rollouts; rank 0 only.
         cache: reference log-probabilities; rank 0 only.
     """
@@ -154,6 +155,7 @@ class Planner:
         max_tokens: int,
         verifier: VerifierPool | None,
         servers: RolloutServers | None,
+        replay: ReplayEngine | None,
         store: RolloutStore | None,
         cache: LogprobCache | None,
     ) -> None:
@@ -166,7 +168,7 @@ class Planner:
         self.verifier = verifier
         self.servers = servers
         self.store = store
-        self.cache = cache
+        self._cache_on_rank_zero = cache
         self._by_id = {d.problem_id: d for d in demonstrations}
         self._curriculum_on_rank_zero = (
             Curriculum(
@@ -178,7 +180,7 @@ class Planner:
             if demonstrations
             else None
         )
-        self._replay = ReplayEngine(config.rollout.rollout_replay) if config.rollout.rollout_replay else None
+        self._replay = replay
         self._ahead: Plan | None = None
         """Of the next window, with --rollout-lag 1."""
         self._served_version: int | None = None
@@ -201,6 +203,12 @@ class Planner:
         """Rank 0 only."""
         assert self._curriculum_on_rank_zero is not None, "only rank 0 has the curriculum"
         return self._curriculum_on_rank_zero
+
+    @property
+    def cache(self) -> LogprobCache:
+        """Rank 0 only, and only of an objective with a reference."""
+        assert self._cache_on_rank_zero is not None, "only rank 0 has the cache, if there is a reference"
+        return self._cache_on_rank_zero
 
     def next_window(self, iteration: int) -> tuple[list[Batch], WindowReport]:
         """The batches of the next refresh interval, the same on every rank.
@@ -245,10 +253,11 @@ class Planner:
         )
 
     def _difficulties(self, ids: Sequence[str]) -> dict[str, float]:
-        """Mean cross-entropy of each demonstration under the policy of the moment, nats per token."""
+        """Mean cross-entropy of each demonstration under the policy of the moment, nats per token; rank 0 only."""
         samples = on_rank_zero(lambda: [self._expert(i) for i in ids])
         logprobs = self.policy.score(samples, with_reference=False)
-        return {s.problem_id: -sum(v) / max(1, len(v)) for s, v in zip(samples, logprobs, strict=True)}
+        scored = zip(samples, logprobs, strict=False)  # the other ranks are given none
+        return {s.problem_id: -sum(v) / max(1, len(v)) for s, v in scored}
 
     def _choose(self, ids: list[str], iteration: int, report: WindowReport) -> list[str]:
         """The problems to sample now, the same list on every rank."""
@@ -264,7 +273,7 @@ class Planner:
             reference = self._difficulties(calibration)
             on_rank_zero(lambda: self.curriculum.calibrate(reference.values()))
         difficulties = self._difficulties(ids)
-        report.mean_difficulty = sum(difficulties.values()) / len(difficulties)
+        report.mean_difficulty = sum(difficulties.values()) / max(1, len(difficulties))
         report.score_s = time.monotonic() - began
         progress = iteration / max(1, self.total_steps)
         return on_rank_zero(
@@ -272,22 +281,21 @@ class Planner:
         )
 
     def _sample(self, plan: Plan, iteration: int, report: WindowReport) -> dict[str, RolloutGroup]:
-        """Rollouts of the chosen problems, verified and filtered; rank 0's result is the one that counts."""
+        """Rollouts of the chosen problems, verified and filtered; on rank 0, {} on the others."""
         began = time.monotonic()
         chosen = plan.chosen
         if self.servers is not None:
             groups = self._served(plan, iteration, self.servers, report)
         elif not chosen:
             return {}
-        elif self._replay is not None:
-            replay = self._replay
-            groups = on_rank_zero(lambda: self._replayed(chosen, replay))
+        elif self.config.rollout.rollout_engine == "replay":
+            groups = kept_by_rank_zero(lambda: self._replayed(chosen), {})
         else:
             requests: list[Request] = on_rank_zero(lambda: [self._request(i, iteration) for i in chosen])
             responses = self.policy.generate(requests, self._sampling)
-            groups = on_rank_zero(lambda: self._grouped(chosen, requests, responses, iteration))
+            groups = kept_by_rank_zero(lambda: self._grouped(chosen, requests, responses, iteration), {})
         report.generate_s = time.monotonic() - began
-        return on_rank_zero(lambda: self._verified(groups, report))
+        return kept_by_rank_zero(lambda: self._verified(groups, report), {})
 
     def _served(
         self, plan: Plan, iteration: int, servers: RolloutServers, report: WindowReport
@@ -308,7 +316,8 @@ class Planner:
                     rollout.policy_age = iteration - version
             return {i: g for i, g in groups.items() if g.rollouts}, answers.report.values()
 
-        groups, values = on_rank_zero(take)
+        nothing: tuple[dict[str, RolloutGroup], dict[str, float]] = ({}, {})
+        groups, values = kept_by_rank_zero(take, nothing)
         report.served |= values
         upcoming = iteration + -(-len(plan.ids) // self.batch_size)
         if self.config.rollout.rollout_lag and upcoming < self.total_steps:
@@ -352,15 +361,13 @@ class Planner:
             )
         return groups
 
-    def _replayed(self, chosen: list[str], replay: ReplayEngine) -> dict[str, RolloutGroup]:
+    def _replayed(self, chosen: list[str]) -> dict[str, RolloutGroup]:
+        assert self._replay is not None, "rank 0 of a run that replays has opened the stores"
         groups = {}
         for problem_id in chosen:
             known = self.curriculum.solvability.get(problem_id)
-            rollouts = replay.take(
-                problem_id,
-                self._by_id[problem_id].prompt_ids,
-                self._sampling.num_samples,
-                0 if known is None else known.num_refreshes,
+            rollouts = self._replay.take(
+                problem_id, self._sampling.num_samples, 0 if known is None else known.num_refreshes
             )
             if rollouts:
                 groups[problem_id] = RolloutGroup(problem_id=problem_id, rollouts=rollouts)
@@ -403,7 +410,7 @@ class Planner:
         # Also of a problem that was only probed: what was learnt about it counts when it is next trained.
         for problem_id, group in groups.items():
             curriculum.record(problem_id, *count_solved(group))
-        if self.store is not None and self._replay is None:
+        if self.store is not None:
             self.store.append(r for group in groups.values() for r in group.rollouts)
         trained = [s for i in ids for s in samples[i]]
         for kind in ("expert", "rollout"):
@@ -416,23 +423,30 @@ class Planner:
         objective = self.config.objective
         began = time.monotonic()
         if objective.needs_reference_logprobs():
-            unknown: list[TrainingSample] = on_rank_zero(
-                lambda: self.cache.fill(samples) if self.cache is not None else samples
-            )
-            if unknown:
+            if unknown := self._unknown(samples):
                 # Before the first update the policy is the reference: no weights to swap.
                 logprobs = self.policy.score(unknown, with_reference=iteration > 0)
-                on_rank_zero(lambda: self.cache.add(unknown, logprobs) if self.cache is not None else None)
+                on_rank_zero(lambda: self.cache.add(unknown, logprobs))
             known = on_rank_zero(lambda: self._looked_up(samples))
             for sample, values in zip(samples, known, strict=True):
                 sample.ref_logprobs = values
         if objective.needs_old_logprobs() and samples:
-            for sample, values in zip(samples, self.policy.score(samples, with_reference=False), strict=True):
+            mine = self.policy.score(samples, with_reference=False)
+            old: list[list[float]] = on_rank_zero(lambda: mine)
+            for sample, values in zip(samples, old, strict=True):
                 sample.old_logprobs = values
         report.reference_s = time.monotonic() - began
 
+    def _unknown(self, samples: list[TrainingSample]) -> list[TrainingSample]:
+        """Those whose log-probabilities the cache has not, each content once; the same on every rank."""
+
+        def look() -> list[int]:
+            unknown = {id(s) for s in self.cache.fill(samples)}
+            return [i for i, sample in enumerate(samples) if id(sample) in unknown]
+
+        return [samples[i] for i in on_rank_zero(look)]
+
     def _looked_up(self, samples: list[TrainingSample]) -> list[list[float] | None]:
-        assert self.cache is not None, "an objective with a reference has a cache"
         left = self.cache.fill(samples)
         assert not left, f"{len(left)} samples have no reference log-probabilities"
         return [s.ref_logprobs for s in samples]

@@ -6,6 +6,7 @@ Usage: generation_worker.py RANK WORLD_SIZE ROOT, where ROOT holds the folder "l
 import contextlib
 import faulthandler
 import io
+import pickle
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,17 @@ from megatron_rasft.training import cpu_backend
 cpu_backend.enable()
 cpu_backend.use_cpu_fused_adam()
 
-from megatron_rasft.types import Request, SamplingParams, TrainingSample  # noqa: E402
+from megatron_rasft.config import ObjectiveConfig, RasftConfig, RolloutConfig  # noqa: E402
+from megatron_rasft.training.ranks import gather_to_all, on_rank_zero  # noqa: E402
+from megatron_rasft.training.reference import LogprobCache  # noqa: E402
+from megatron_rasft.training.window import Planner  # noqa: E402
+from megatron_rasft.types import (  # noqa: E402
+    Demonstration,
+    Request,
+    Rollout,
+    SamplingParams,
+    TrainingSample,
+)
 from tests.distributed.parity_cases import batches  # noqa: E402
 from tests.distributed.ranks_harness import trainer  # noqa: E402
 
@@ -95,16 +106,72 @@ def sample(flags: list[str], root: Path) -> dict[str, Any]:
         for mode, chosen in MODES.items():
             asked = requests(1 if chosen.temperature == 0 else NUM_SAMPLES)
             groups = run.generate(asked, chosen)
+            assert bool(groups) == (dist.get_rank() == 0), "only rank 0 has use for the responses"
             result[mode] = [
                 [(r.token_ids, r.logprobs, r.finish_reason == "stop") for r in group] for group in groups
             ]
         after = training_state(run.chunks)
         assert before == after, [name for name in before if before[name] != after.get(name)]
-        result["scores"] = run.score(samples_of(result["plain"]), with_reference=False)
+        sampled: list[TrainingSample] = on_rank_zero(lambda: samples_of(result["plain"]))
+        result["scores"] = run.score(sampled, with_reference=False)
+        result["window"] = window(run)
         result["step"] = run.step(batches("dft")[0], 9).metrics["loss"]
     with trainer(root / "llama", root / "none.jsonl", flags) as run:
         result["step without generation"] = run.step(batches("dft")[0], 9).metrics["loss"]
     return result
+
+
+class ParityVerifier:
+    """A verifier to which every other response is right."""
+
+    def verify(self, rollouts: list[Rollout], checks: dict) -> None:
+        for rollout in rollouts:
+            rollout.verdict = "wrong" if sum(rollout.response_ids) % 2 else "correct"
+
+
+def window(run: Any) -> list[tuple[list[int], float, list[float] | None, list[float] | None]]:
+    """The samples of a grpo refresh, which every rank has; what was sampled stays on rank 0."""
+    rooms: dict[str, Any] = {name: kind() for name, kind in RasftConfig.rooms().items()}
+    rooms["objective"] = ObjectiveConfig(objective="grpo")
+    rooms["rollout"] = RolloutConfig(rollout_num_samples=NUM_SAMPLES, rollout_max_new_tokens=NEW_TOKENS)
+    demonstrations = [
+        Demonstration(
+            problem_id=str(i), problem="", response="", answer="", prompt_ids=ids, response_ids=[7, 9]
+        )
+        for i, ids in enumerate(PROMPTS)
+    ]
+    is_lead = dist.get_rank() == 0
+    planner = Planner(
+        RasftConfig(**rooms),
+        demonstrations if is_lead else [],
+        batch_size=len(PROMPTS),
+        total_steps=1,
+        policy=run,
+        decode=str,
+        stop_ids=STOP_IDS,
+        max_tokens=64,
+        verifier=ParityVerifier() if is_lead else None,  # type: ignore[arg-type]
+        servers=None,
+        replay=None,
+        store=None,
+        cache=LogprobCache(None, "") if is_lead else None,
+    )
+    broadcast, heard = dist.broadcast_object_list, []
+
+    def listen(box: list, *args: Any, **options: Any) -> None:
+        broadcast(box, *args, **options)
+        heard.append(pickle.dumps(box))
+
+    dist.broadcast_object_list = listen
+    try:
+        (batch,), report = planner.next_window(0)
+    finally:
+        dist.broadcast_object_list = broadcast
+    assert report.num_rollouts == len(PROMPTS) * NUM_SAMPLES
+    assert not any(Rollout.__name__.encode() in message for message in heard)
+    mine, *others = gather_to_all(batch.samples)
+    assert all(other == mine for other in others)
+    return [(s.response_ids, s.weight, s.ref_logprobs, s.old_logprobs) for s in mine]
 
 
 def samples_of(groups: list) -> list[TrainingSample]:

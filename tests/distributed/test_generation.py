@@ -116,6 +116,15 @@ def test_returned_logprobs_are_those_of_scoring(results: dict[str, dict[str, Any
 
 
 @pytest.mark.parametrize("layout", LAYOUT_NAMES)
+def test_every_layout_refreshes_the_same(results: dict[str, dict[str, Any]], layout: str) -> None:
+    expected = results["one"]["window"]
+    assert len(expected) > len(PROMPTS)
+    for (ids, weight, ref, old), theirs in zip(results[layout]["window"], expected, strict=True):
+        assert (ids, weight) == theirs[:2]
+        assert ref == old == pytest.approx(theirs[3], abs=1e-5)
+
+
+@pytest.mark.parametrize("layout", LAYOUT_NAMES)
 def test_a_step_after_generation_is_the_step_without(results: dict[str, dict[str, Any]], layout: str) -> None:
     assert results[layout]["step"] == results[layout]["step without generation"]
 

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_rasft.rollout.store import RolloutStore
+from megatron_rasft.types import Rollout
 from tests import forking
 from tests.functional import launching
 from tests.functional.conftest import Workshop
@@ -56,6 +58,23 @@ def without_answer(workshop: Workshop, folder: Path) -> list[str]:
     good = {"problem": "1 + 1", "response": "1+1=2", "answer": "2"}
     bad = {"problem": "1 + 2", "response": "1+2=3"}
     return workshop.flags(data=data_of(folder, json.dumps(good), json.dumps(bad)))
+
+
+def other_problems(workshop: Workshop, folder: Path) -> list[str]:
+    rollout = Rollout(
+        problem_id="old.jsonl:1",
+        sample_index=0,
+        weight_version=0,
+        prompt_ids=[1],
+        response_ids=[0],
+        response_logprobs=[-1.0],
+        finish_reason="stop",
+        text="2",
+    )
+    store = RolloutStore(folder / "rollouts.jsonl")
+    store.append([rollout])
+    flags = ["--objective", "grpo", "--rollout-engine", "replay", "--rollout-replay", str(store.path)]
+    return workshop.flags(*flags)
 
 
 def without_weights(workshop: Workshop, folder: Path) -> list[str]:
@@ -158,9 +177,8 @@ CASES = {
     "sequence beyond positions": Case(more("--seq-length", "4096"), ("--seq-length", "128")),
     "every row too long": Case(more("--seq-length", "4"), ("--seq-length",), num_lines=13),
     "replay without a store": Case(more("--rollout-engine", "replay"), ("--rollout-replay",)),
-    "missing store": Case(
-        lambda w, f: w.flags("--rollout-engine", "replay", "--rollout-replay", str(f / "none.jsonl")),
-        ("none.jsonl", "--rollout-replay"),
+    "store of other problems on two ranks": Case(
+        other_problems, ("rollouts.jsonl", "--rollout-replay", "'old.jsonl:1'", "'sum0'"), 2
     ),
     "own rollouts of experts on two ranks": Case(
         experts_apart(), ("--expert-model-parallel-size 2", "--rollout-engine"), 2

@@ -2,7 +2,7 @@
 
 import ast
 import inspect
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from dataclasses import fields
 from typing import Any
 
@@ -15,6 +15,7 @@ from megatron_rasft.config import (
     RunConfig,
     SyncConfig,
 )
+from megatron_rasft.training.arguments import add_arguments
 
 
 def defaults(**changes: Any) -> Namespace:
@@ -34,6 +35,7 @@ def defaults(**changes: Any) -> Namespace:
         (RolloutConfig, "rollout_repetition_penalty", 0.0),
         (RolloutConfig, "rollout_seed", -1),
         (RolloutConfig, "rollout_engine", "replay"),
+        (RolloutConfig, "rollout_replay", ["rollouts.jsonl"]),  # which the embedded engine does not read
         (RunConfig, "rasft_refresh_interval", 0),
         (SyncConfig, "sync_bucket_mib", 0),
         (SyncConfig, "sync_timeout_s", 0.0),
@@ -65,6 +67,20 @@ def test_the_tree_reads_back_from_arguments() -> None:
     assert config.samples_rollouts
     assert not RasftConfig.from_args(defaults(objective="sft")).samples_rollouts
     assert RasftConfig.from_args(defaults(objective="sft", heldout_data=["a.jsonl"])).verifies
+
+
+@pytest.mark.parametrize(
+    ("flags", "skips"),
+    [
+        ([], False),
+        (["--objective-grpo-dapo"], True),
+        (["--objective-grpo-dapo", "--no-weighting-skip-degenerate"], False),
+        (["--weighting-skip-degenerate"], True),
+    ],
+)
+def test_dapo_skips_degenerate_groups_unless_told_otherwise(flags: list[str], skips: bool) -> None:
+    args = add_arguments(ArgumentParser()).parse_args(["--objective", "grpo", *flags])
+    assert RasftConfig.from_args(args).weighting.weighting_skip_degenerate is skips
 
 
 @pytest.mark.parametrize("kind", RasftConfig.rooms().values(), ids=RasftConfig.rooms())

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from megatron_rasft.config.weighting import WeightingConfig
+from megatron_rasft.config import ObjectiveConfig, RasftConfig, WeightingConfig
 from megatron_rasft.objective.weighting import (
     DEMONSTRATION_OBJECTIVES,
     adaptive_weights,
@@ -435,6 +435,17 @@ def test_grpo_degenerate_groups_can_be_skipped(skip, num_samples):
     samples = make_samples("grpo", demonstration(), counted_group(3, 0), config=config)
     assert [s.weight for s in samples] == [0.0] * num_samples
     assert make_samples("grpo", demonstration(), config=config) == []
+
+
+@pytest.mark.parametrize(("skip", "num_samples"), [(None, 0), (True, 0), (False, 4)])
+def test_dapo_leaves_out_groups_all_right_or_all_wrong(skip, num_samples):
+    rooms = {name: kind() for name, kind in RasftConfig.rooms().items()}
+    rooms["objective"] = ObjectiveConfig(objective="grpo", objective_grpo_dapo=True)
+    rooms["weighting"] = WeightingConfig(weighting_skip_degenerate=skip)
+    config = RasftConfig(**rooms).weighting
+    for group in (counted_group(4, 0), counted_group(0, 4)):
+        assert len(make_samples("grpo", demonstration(), group, config=config)) == num_samples
+    assert len(make_samples("grpo", demonstration(), counted_group(3, 1), config=config)) == 4
 
 
 def test_gft_standardises_demonstration_and_rollouts_together():

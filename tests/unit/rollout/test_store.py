@@ -50,18 +50,38 @@ def test_a_broken_line_is_named(tmp_path: Path) -> None:
         list(read_rollouts(path))
 
 
+def test_a_missing_store_is_named(tmp_path: Path) -> None:
+    with pytest.raises(RolloutError, match=r"none\.jsonl does not exist.*--rollout-replay"):
+        ReplayEngine([tmp_path / "none.jsonl"], {"a": [1, 2]})
+
+
 def test_replay_hands_out_in_turn_and_starts_over(tmp_path: Path) -> None:
-    store = RolloutStore(tmp_path / "rollouts.jsonl")
-    store.append([rollout("a", i) for i in range(3)])
-    engine = ReplayEngine([store.path])
-    first = engine.take("a", [1, 2], 2, visit=0)
-    second = engine.take("a", [1, 2], 2, visit=1)
-    assert [r.response_ids[1] for r in first + second] == [0, 1, 2, 0]
-    assert [r.sample_index for r in second] == [0, 1]
+    first, second = RolloutStore(tmp_path / "first.jsonl"), RolloutStore(tmp_path / "second.jsonl")
+    first.append([rollout("b", 0), rollout("a", 0), rollout("unknown", 0), rollout("a", 1)])
+    second.append([rollout("a", 5, prompt_ids=(1, 2, 3)), rollout("a", 2)])
+    engine = ReplayEngine([first.path, second.path], {"a": [1, 2], "b": [1, 2], "c": [1, 2]})
+    assert engine.num_problems == 2
+    earlier, later = engine.take("a", 2, visit=0), engine.take("a", 2, visit=1)
+    assert [r.response_ids[1] for r in earlier + later] == [0, 1, 2, 0], "none of the other prompt"
+    assert [r.sample_index for r in later] == [0, 1]
+    assert earlier[0] == rollout("a", 0)
+    assert [r.problem_id for r in engine.take("b", 2, visit=3)] == ["b"]
+    assert engine.take("c", 2, visit=0) == []
 
 
-def test_replay_refuses_rollouts_of_another_prompt(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("stored", "named"),
+    [
+        ([rollout("old.jsonl:1", 0)], ["'old.jsonl:1'", "'new.jsonl:1'", "--data-id-field"]),
+        ([rollout("x", 0), rollout("new.jsonl:1", 0, (1, 2, 3))], ["'new.jsonl:1'", "--data-prompt-suffix"]),
+        ([], ["is empty"]),
+    ],
+)
+def test_replay_that_has_nothing_for_the_run_is_refused(
+    tmp_path: Path, stored: list[Rollout], named: list[str]
+) -> None:
     store = RolloutStore(tmp_path / "rollouts.jsonl")
-    store.append([rollout("a", 0)])
-    assert ReplayEngine([store.path]).take("a", [1, 2, 3], 2, visit=0) == []
-    assert ReplayEngine([store.path]).take("unknown", [1, 2], 2, visit=0) == []
+    store.append(stored)
+    with pytest.raises(RolloutError) as raised:
+        ReplayEngine([store.path], {"new.jsonl:1": [1, 2]})
+    assert all(text in str(raised.value) for text in [str(store.path), "--rollout-replay", *named])

@@ -5,9 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_rasft.config import DataConfig, HeldoutConfig, RasftConfig
+from megatron_rasft.config import DataConfig, HeldoutConfig, RasftConfig, RolloutConfig
 from megatron_rasft.errors import DataError
-from megatron_rasft.training.problems import read_problems
+from megatron_rasft.rollout.store import RolloutStore
+from megatron_rasft.training.problems import open_replay, read_problems
+from megatron_rasft.types import Rollout
 from tests.tiny_policy import write_model, write_sums
 
 
@@ -35,3 +37,27 @@ def test_a_file_that_cannot_be_used_is_called_by_its_flag(
         read_problems(args, RasftConfig(**rooms))
     said = str(raised.value)
     assert fault in said and flag in said and said.count("-data") == 1
+
+
+def test_stored_rollouts_are_counted_before_a_model_is_there(args: SimpleNamespace, tmp_path: Path) -> None:
+    rooms = {name: kind() for name, kind in RasftConfig.rooms().items()}
+    rooms["data"] = DataConfig(train_data=[str(write_sums(tmp_path / "sums.jsonl", 4))])
+    problems, _ = read_problems(args, RasftConfig(**rooms))
+    assert open_replay(RasftConfig(**rooms), problems) is None
+    store = RolloutStore(tmp_path / "rollouts.jsonl")
+    store.append(
+        Rollout(
+            problem_id=d.problem_id,
+            sample_index=0,
+            weight_version=0,
+            prompt_ids=d.prompt_ids,
+            response_ids=[1],
+            response_logprobs=[-1.0],
+            finish_reason="stop",
+            text="",
+        )
+        for d in problems.demonstrations[:3]
+    )
+    rooms["rollout"] = RolloutConfig(rollout_engine="replay", rollout_replay=[str(store.path)])
+    assert open_replay(RasftConfig(**rooms), problems) is not None
+    assert problems.summary.endswith("replayed        3 (have stored rollouts)")

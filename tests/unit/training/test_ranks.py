@@ -1,7 +1,9 @@
 """A result or a failure of rank 0 reaches every rank."""
 
+import math
 import os
 import time
+from array import array
 from datetime import timedelta
 from pathlib import Path
 
@@ -10,12 +12,20 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from megatron_rasft.errors import FailedElsewhere
-from megatron_rasft.training.ranks import gather_to_all, on_rank_zero, speaks_for_node
+from megatron_rasft.training.ranks import (
+    gather_to_all,
+    gather_to_rank_zero,
+    kept_by_rank_zero,
+    on_rank_zero,
+    speaks_for_node,
+)
 
 
 def test_a_single_process_just_works() -> None:
     assert on_rank_zero(lambda: 5) == 5
     assert gather_to_all("x") == ["x"]
+    assert gather_to_rank_zero("x") == ["x"] and gather_to_rank_zero(None) == []
+    assert kept_by_rank_zero(lambda: 5, 0) == 5
     with pytest.raises(KeyError):
         on_rank_zero(lambda: {}["missing"])
 
@@ -31,12 +41,18 @@ def _rank(rank: int, folder: str) -> None:
     assert on_rank_zero(work) == {"from": 0}
     assert calls == ([0] if rank == 0 else [])
     assert gather_to_all(rank * 10) == [0, 10]
+    assert gather_to_rank_zero(rank * 10) == ([0, 10] if rank == 0 else [])
+    exact = array("d", [0.1, -1e-300, math.inf])
+    assert gather_to_rank_zero(exact if rank == 1 else None) == ([exact] if rank == 0 else [])
+    assert gather_to_rank_zero("alone" if rank == 0 else None) == (["alone"] if rank == 0 else [])
+    assert kept_by_rank_zero(lambda: "kept", "nothing") == ("kept" if rank == 0 else "nothing")
 
     def fail() -> None:
         raise ValueError("no such file")
 
-    with pytest.raises(ValueError if rank == 0 else FailedElsewhere, match="no such file"):
-        on_rank_zero(fail)
+    for share in (on_rank_zero, lambda work: kept_by_rank_zero(work, None)):
+        with pytest.raises(ValueError if rank == 0 else FailedElsewhere, match="no such file"):
+            share(fail)
     assert on_rank_zero(lambda: None) is None, "the group still works, and None is a result"
     Path(folder, f"done{rank}").touch()
     dist.destroy_process_group()
@@ -50,11 +66,14 @@ def _late_rank(rank: int, folder: str) -> None:
         world_size=2,
         timeout=timedelta(seconds=5),
     )
-    assert on_rank_zero(lambda: time.sleep(8) or "late") == "late"
+    assert on_rank_zero(lambda: time.sleep(6) or "late") == "late"
+    if rank == 1:
+        time.sleep(6)
+    assert gather_to_rank_zero(rank) == ([0, 1] if rank == 0 else [])
     Path(folder, f"done{rank}").touch()
 
 
-def test_rank_zero_may_take_longer_than_a_collective_of_the_others(tmp_path: Path) -> None:
+def test_a_rank_may_take_longer_than_a_collective_of_the_others(tmp_path: Path) -> None:
     mp.spawn(_late_rank, args=(str(tmp_path),), nprocs=2)
     assert (tmp_path / "done0").exists() and (tmp_path / "done1").exists()
 
