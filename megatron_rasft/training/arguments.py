@@ -117,8 +117,6 @@ def fill_in(args: argparse.Namespace, architecture: dict[str, Any]) -> None:
             )
     if args.tensor_model_parallel_size > 1 or args.context_parallel_size > 1:
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    if args.load is None:
-        args.load = args.save
     if args.wandb_project:
         _check_wandb(args)
     if args.tensorboard_dir is None and args.save is not None and _importable("tensorboard"):

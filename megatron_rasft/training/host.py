@@ -119,8 +119,7 @@ def parse(argv: Sequence[str] | None = None, *, needs_data: bool = True) -> tupl
         raise ValueError(
             f"--export-hf {args.export_hf} exists already. Name a folder that does not, or move it away."
         )
-    if checkpointing.checkpoint_exists(args.save):
-        _chosen_folder(args, Path(args.save))
+    _choose_load(args)
     folder = HfFolder.open(args.hf_model)
     fill_in(args, megatron_args(folder, config.run.rasft_query_groups))
     _check_layout(args)
@@ -134,6 +133,39 @@ def parse(argv: Sequence[str] | None = None, *, needs_data: bool = True) -> tupl
         unit = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
         args.padded_vocab_size = -(-args.vocab_size // unit) * unit
     return args, config, folder
+
+
+def _choose_load(args: Any) -> None:
+    """Where the run goes on from: --save once it holds a checkpoint, until then --load.
+
+    Converted weights stay in --load: they are the frozen reference too. See Trainer._load_converted_weights.
+    """
+    is_given, has_begun = args.load is not None, checkpointing.checkpoint_exists(args.save)
+    if has_begun:
+        _chosen_folder(args, Path(args.save))
+    if is_given and not checkpointing.checkpoint_exists(args.load):
+        raise ValueError(
+            f"--load {args.load} holds no checkpoint: {TRACKER_FILE} is not there. Give the folder that was a run's --save or "
+            "that tools/convert_checkpoint.py wrote (a step in it as --ckpt-step), or leave the flag out to start from "
+            "--hf-model."
+        )
+    if is_given and not _is_converted(args.load):
+        _chosen_folder(args, Path(args.load))
+        if has_begun and not os.path.samefile(args.load, args.save):
+            args.load, args.ckpt_step = args.save, None
+    if args.load is None:
+        args.load = args.save
+    if args.exit_on_missing_checkpoint and not checkpointing.checkpoint_exists(args.load):
+        raise ValueError(
+            f"--exit-on-missing-checkpoint: --save {args.save} holds no checkpoint to go on from. Leave the flag out to "
+            "start from --hf-model."
+        )
+
+
+def _is_converted(load: str) -> bool:
+    """Whether the folder holds weights without a training state."""
+    tracker = Path(load, TRACKER_FILE)
+    return tracker.is_file() and tracker.read_text(encoding="utf-8", errors="replace").strip() == RELEASE
 
 
 def _check_sampling(args: Any, config: RasftConfig) -> None:
@@ -551,7 +583,7 @@ class Trainer:
             ) from error
 
     def resume(self) -> dict[str, Any] | None:
-        """Load the newest checkpoint of --load (by default --save) if there is one; its state, on every rank."""
+        """Load the newest checkpoint of --save, before there is one that of --load, if any; its state, on every rank."""
         args = self.args
         if args.load is None or not checkpointing.checkpoint_exists(args.load):
             return None
@@ -590,10 +622,7 @@ class Trainer:
         The run's own checkpoints are then looked for in --save.
         """
         args = self.args
-        tracker = None if args.load is None else Path(args.load) / TRACKER_FILE
-        if not on_rank_zero(
-            lambda: tracker is not None and tracker.is_file() and tracker.read_text().strip() == RELEASE
-        ):
+        if not on_rank_zero(lambda: args.load is not None and _is_converted(args.load)):
             return
         weights = f"{args.load}/{RELEASE}"
         try:
