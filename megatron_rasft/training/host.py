@@ -351,6 +351,7 @@ class Trainer:
             experts=self._experts.ranks,
         )
         self.optimizer.reload_model_params()
+        self.initial_weights = folder.path
         self._load_converted_weights()
         objective = config.objective
         needs_reference = objective.needs_reference_logprobs() or objective.needs_reference_distribution()
@@ -636,6 +637,7 @@ class Trainer:
                 "do not fit this model: convert the --hf-model again."
             ) from error
         self.optimizer.reload_model_params()
+        self.initial_weights = Path(weights)
         args.load = args.save
 
     def finish_saves(self, *, is_blocking: bool = True) -> None:

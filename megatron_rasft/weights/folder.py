@@ -174,13 +174,14 @@ def _read_json(path: Path, missing: str) -> dict[str, Any]:
 
 
 def weights_fingerprint(folder: Path, precision: str) -> str:
-    """Names a Hugging Face folder's weights without reading all of them.
+    """Names the weights of a Hugging Face folder, or of a step of Megatron's checkpoints, without reading all of them.
 
-    Hashes config.json and, of each safetensors file, its size, its header and samples of its content.
+    Hashes config.json or .metadata and, of each file of weights, its size, its beginning and samples of its content.
     """
     digest = hashlib.sha256(precision.encode())
-    digest.update((folder / "config.json").read_bytes())
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in (folder / "config.json", folder / ".metadata"):
+        digest.update(path.read_bytes() if path.is_file() else b"")
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.distcp")]):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode())
         with path.open("rb") as file:
