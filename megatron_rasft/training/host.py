@@ -5,6 +5,7 @@ about Megatron was seen in 0.19.2.
 """
 
 import contextlib
+import gc
 import io
 import json
 import logging
@@ -32,7 +33,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from megatron.core.utils import get_model_config, unwrap_model
 from megatron.training import checkpointing, training
 from megatron.training.argument_utils import core_transformer_config_from_args
-from megatron.training.arguments import parse_args, validate_args
+from megatron.training.arguments import validate_args
 from megatron.training.global_vars import (
     get_signal_handler,
     get_tensorboard_writer,
@@ -40,13 +41,14 @@ from megatron.training.global_vars import (
     set_global_variables,
 )
 from megatron.training.initialize import initialize_megatron
+from megatron.training.utils import calc_params_l2_norm
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_rasft.config import RasftConfig
 from megatron_rasft.errors import CheckpointError, FailedElsewhere
 from megatron_rasft.sync import SyncReport, WeightSync
 from megatron_rasft.sync.servers import Server
-from megatron_rasft.training.arguments import add_arguments, add_arguments_of_published, fill_in
+from megatron_rasft.training.arguments import fill_in, parse_flags
 from megatron_rasft.training.batches import BatchLayout, MicroBatch, micro_batches, response_values
 from megatron_rasft.training.forward import Forward, run_forward_only
 from megatron_rasft.training.generation import LiveModel
@@ -87,6 +89,10 @@ class StepResult:
     is_skipped: bool
     num_tokens: int
     """Tokens computed, padding left out."""
+    params_norm: float | None = None
+    """With --log-params-norm."""
+    floating_point_operations: float = 0.0
+    """Of forward and backward on all ranks, as Megatron counts them; rollouts and reference left out."""
 
 
 def parse(argv: Sequence[str] | None = None, *, needs_data: bool = True) -> tuple[Any, RasftConfig, HfFolder]:
@@ -104,9 +110,7 @@ def parse(argv: Sequence[str] | None = None, *, needs_data: bool = True) -> tupl
     """
     if argv is not None:
         sys.argv = [sys.argv[0], *argv]
-    args = parse_args(add_arguments)
-    if args.objective == "rasft" and args.rasft_weighting == "published":
-        args = parse_args(add_arguments_of_published)
+    args = parse_flags()
     config = RasftConfig.from_args(args)
     read_keys(config.rollout)
     if args.hf_model is None:
@@ -364,6 +368,9 @@ class Trainer:
         self.iteration = 0
         self._floating_point_operations = 0.0
         self._checkpointing_context: dict[str, Any] = {}
+        if args.manual_gc:
+            gc.disable()
+            gc.collect()
 
     def _prepare_config(self) -> None:
         """The hooks that Megatron's train() hangs on the model's config."""
@@ -523,13 +530,24 @@ class Trainer:
         self.forward.ref_hidden = {}
         self.iteration += 1
         args.consumed_train_samples += num_problems
+        if args.manual_gc and args.manual_gc_interval and self.iteration % args.manual_gc_interval == 0:
+            gc.collect()
         values = gather_to_all({k: float(v) for k, v in metrics.items()})
+        floating_point_operations = training.num_floating_point_operations(
+            args,
+            len(samples),
+            seqlen_squared_sum_in_batch=sum(s.num_tokens**2 for s in samples),
+            total_real_tokens_in_batch=sum(s.num_tokens for s in samples),
+        )
+        self._floating_point_operations += floating_point_operations
         return StepResult(
             metrics=max(values, key=len),  # the last pipeline stage has them
             grad_norm=float(grad_norm or 0.0),
             learning_rate=learning_rate,
             is_skipped=bool(skipped),
             num_tokens=sum(s.num_tokens for s in samples),
+            params_norm=calc_params_l2_norm(self.model) if args.log_params_norm else None,
+            floating_point_operations=floating_point_operations,
         )
 
     @contextlib.contextmanager

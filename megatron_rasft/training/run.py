@@ -225,6 +225,11 @@ class Run:
         values[metrics.QUEUE] = len(self.queue)
         values[metrics.STEP_S] = seconds
         values[metrics.TOKENS_PER_S] = result.num_tokens / seconds
+        if result.params_norm is not None:
+            values[metrics.PARAMS_NORM] = result.params_norm
+        if self.args.log_throughput:
+            flops_per_s = result.floating_point_operations / seconds
+            values[metrics.GPU_TFLOP_PER_S] = flops_per_s / self.args.world_size / 1e12
         if metrics.SOLVE_RATE in self._last_refresh:
             values[metrics.SOLVE_RATE] = self._last_refresh[metrics.SOLVE_RATE]
         for kind, name in (("expert", metrics.EXPERT_WEIGHT), ("rollout", metrics.ROLLOUT_WEIGHT)):
