@@ -2,8 +2,10 @@
 
 LOSS = "objective/loss"
 GRAD_NORM = "training/grad_norm"
+PARAMS_NORM = "training/params_norm"
 LEARNING_RATE = "training/learning_rate"
 TOKENS_PER_S = "training/tokens_per_s"
+GPU_TFLOP_PER_S = "training/gpu_tflop_per_s"
 STEP_S = "training/step_s"
 NUM_SAMPLES = "training/num_samples"
 NUM_TOKENS = "training/num_tokens"

@@ -8,13 +8,14 @@ change its gradient.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import get_args
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_rasft.config.objective import ObjectiveConfig, RatioRule
+from megatron_rasft.config.objective import ObjectiveConfig, ObjectiveName, RatioRule
 
 LOG_RATIO_LIMIT = 20.0
 """Log-ratios are clamped to +-this before exponentiation, so that one outlier cannot overflow."""
@@ -209,6 +210,7 @@ OBJECTIVES: dict[str, Callable[[PackedTokens, ObjectiveConfig], TokenTerms]] = {
     "raft": raft,
     "grpo": grpo,
 }
+assert OBJECTIVES.keys() == set(get_args(ObjectiveName)), "every --objective has its loss in OBJECTIVES"
 
 
 def _without_masked_values(tokens: PackedTokens) -> PackedTokens:

@@ -8,9 +8,12 @@ from typing import Any
 
 import torch
 from megatron.training.argument_utils import ArgumentGroupFactory
+from megatron.training.arguments import parse_args
 
 from megatron_rasft.config import RasftConfig
+from megatron_rasft.config.flags import FlagParser, with_default
 from megatron_rasft.config.verify import published_filters
+from megatron_rasft.training.refusals import refuse_unsupported
 
 _TITLES = {
     "run": "rasft run",
@@ -25,35 +28,78 @@ _TITLES = {
 }
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """One group per room; defaults of Megatron's own flags are those of supervised fine-tuning."""
+CHANGED_DEFAULTS = {
+    "micro_batch_size": 1,
+    "global_batch_size": 256,
+    "lr": 5e-5,
+    "min_lr": 0.0,
+    "lr_decay_style": "cosine",
+    "weight_decay": 0.0,
+    "adam_beta2": 0.95,
+    "attention_dropout": 0.0,
+    "hidden_dropout": 0.0,
+    "calculate_per_token_loss": True,
+    "use_distributed_optimizer": True,
+    "dist_ckpt_optim_fully_reshardable": True,
+    "exit_signal_handler": True,
+    "log_interval": 1,
+    "save_interval": 100,
+    "rerun_mode": "disabled",
+    "num_workers": 0,
+    "position_embedding_type": "rope",
+    "tokenizer_type": "NullTokenizer",
+}
+"""Of Megatron's own flags: those of supervised fine-tuning."""
+
+WARMUP_STEPS = 4
+"""Where no --lr-warmup-* is given; fewer in a run that is shorter."""
+
+
+def parse_flags() -> argparse.Namespace:
+    """This process's command line, read by Megatron's parser with this package's flags in it.
+
+    Returns:
+        Megatron's arguments, and ``given_flags``: the flags that were typed, as typed, by their destination.
+
+    Raises:
+        ValueError: a flag or a value is unknown, or means nothing here.
+    """
+    parsers: list[FlagParser] = []
+
+    def extended(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        parsers.append(add_arguments(parser))
+        if len(parsers) == 2:
+            parsers[1].set_defaults(**published_filters())
+        return parsers[-1]
+
+    args = parse_args(extended)
+    if args.objective == "rasft" and args.rasft_weighting == "published":
+        args = parse_args(extended)  # the published script's filters are on, and a flag still says otherwise
+    refuse_unsupported(parsers[-1], args)
+    return args
+
+
+def add_arguments(megatron: argparse.ArgumentParser) -> FlagParser:
+    """Megatron's parser with one group more per room, and with our defaults of Megatron's flags."""
+    changed = (
+        f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
+        for name, value in CHANGED_DEFAULTS.items()
+    )
+    parser = FlagParser(
+        parents=[megatron],
+        description="Rollout-Adaptive Supervised Fine-Tuning on Megatron-Core.",
+        epilog=f"Defaults of Megatron's flags that differ from Megatron's: {', '.join(changed)}, and --lr-warmup-iters "
+        f"{WARMUP_STEPS} where no warm-up is given.",
+        add_help=False,
+    )
     for room, kind in RasftConfig.rooms().items():
         group = ArgumentGroupFactory(kind).build_group(parser, title=_TITLES[room])
+        for action in group._group_actions:
+            action.help = with_default(action.help or "", action.default)
         _add_opposites(group, kind)
     for action in parser._actions:
         action.help = _printable(action)
-    parser.set_defaults(
-        micro_batch_size=1,
-        global_batch_size=256,
-        lr=5e-5,
-        min_lr=0.0,
-        lr_decay_style="cosine",
-        lr_warmup_iters=4,
-        weight_decay=0.0,
-        adam_beta2=0.95,
-        attention_dropout=0.0,
-        hidden_dropout=0.0,
-        calculate_per_token_loss=True,
-        use_distributed_optimizer=True,
-        dist_ckpt_optim_fully_reshardable=True,
-        exit_signal_handler=True,
-        log_interval=1,
-        save_interval=100,
-        rerun_mode="disabled",
-        num_workers=0,
-        position_embedding_type="rope",
-        tokenizer_type="NullTokenizer",
-    )
+    parser.set_defaults(**CHANGED_DEFAULTS)
     return parser
 
 
@@ -69,13 +115,6 @@ def _add_opposites(group: argparse._ArgumentGroup, kind: type) -> None:
         group.add_argument(
             name, dest=field.name, action=action, default=argparse.SUPPRESS, help=argparse.SUPPRESS
         )
-
-
-def add_arguments_of_published(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """``add_arguments`` with the filters of the published script on; a flag still says otherwise."""
-    parser = add_arguments(parser)
-    parser.set_defaults(**published_filters())
-    return parser
 
 
 def _printable(action: argparse.Action) -> str | None:
@@ -97,8 +136,10 @@ def fill_in(args: argparse.Namespace, architecture: dict[str, Any]) -> None:
         args: parsed, not yet validated by Megatron.
         architecture: Megatron argument names and values that the model's config.json implies.
     """
+    _check_architecture(args, architecture)
     for name, value in architecture.items():
         setattr(args, name, value)
+    _set_warmup(args)
     if args.seq_length is None:
         args.seq_length = min(args.max_position_embeddings, 2048)
     if args.seq_length > args.max_position_embeddings:
@@ -110,6 +151,11 @@ def fill_in(args: argparse.Namespace, architecture: dict[str, Any]) -> None:
     if not has_transformer_engine():
         _without_transformer_engine(args)
     if not torch.cuda.is_available() or not _has_device():
+        if args.given_flags.get("distributed_backend") and args.distributed_backend != "gloo":
+            raise ValueError(
+                f"--distributed-backend {args.distributed_backend} needs a GPU, and this machine has none that can be used. "
+                "Leave the flag out: a CPU takes gloo."
+            )
         args.distributed_backend = "gloo"
         args.masked_softmax_fusion = False
         if args.fp8 is not None:
@@ -119,12 +165,49 @@ def fill_in(args: argparse.Namespace, architecture: dict[str, Any]) -> None:
             )
     if args.tensor_model_parallel_size > 1 or args.context_parallel_size > 1:
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    if args.load is None:
-        args.load = args.save
     if args.wandb_project:
         _check_wandb(args)
     if args.tensorboard_dir is None and args.save is not None and _importable("tensorboard"):
         args.tensorboard_dir = os.path.join(args.save, "tensorboard")
+
+
+def _check_architecture(args: argparse.Namespace, architecture: dict[str, Any]) -> None:
+    """Refuse a flag that says otherwise than the model: it would be ignored."""
+    for name, value in architecture.items():
+        given = getattr(args, name)
+        if name not in args.given_flags or given == value:
+            continue
+        reason = f"{args.hf_model}/config.json says {value}"
+        if name.endswith("dropout"):
+            reason = "with dropout the policy would differ from the reference, and from itself, before the first step"
+        raise ValueError(f"{args.given_flags[name]} {given} is refused: {reason}. Leave the flag out.")
+
+
+def _set_warmup(args: argparse.Namespace) -> None:
+    """The default warm-up, in the unit of the run's length; a flag in the other unit would be ignored."""
+    own, other = ("samples", "iters") if args.train_samples else ("iters", "samples")
+    if args.train_samples and "train_iters" in args.given_flags:
+        raise ValueError(
+            "--train-iters and --train-samples both give the run's length. Leave one of them out."
+        )
+    for name in ("lr_warmup", "lr_decay", "lr_wsd_decay"):
+        if getattr(args, f"{name}_{other}"):
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(
+                f"{flag}-{other} goes with --train-{other}, and the run's length is in {own}. Give {flag}-{own}."
+            )
+    if args.lr_warmup_fraction is not None and not 0 <= args.lr_warmup_fraction < 1:
+        raise ValueError(
+            f"--lr-warmup-fraction is a share of the decay, >= 0 and < 1, got {args.lr_warmup_fraction}."
+        )
+    if not has_own_warmup(args):
+        args.lr_warmup_iters = 0 if args.train_samples else WARMUP_STEPS
+        args.lr_warmup_samples = WARMUP_STEPS * args.global_batch_size if args.train_samples else 0
+
+
+def has_own_warmup(args: argparse.Namespace) -> bool:
+    """Whether the user said anything about warm-up."""
+    return any(name.startswith("lr_warmup_") and name != "lr_warmup_init" for name in args.given_flags)
 
 
 def _check_wandb(args: argparse.Namespace) -> None:

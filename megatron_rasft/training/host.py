@@ -5,6 +5,7 @@ about Megatron was seen in 0.19.2.
 """
 
 import contextlib
+import gc
 import io
 import json
 import logging
@@ -33,7 +34,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from megatron.core.utils import get_model_config, unwrap_model
 from megatron.training import checkpointing, training
 from megatron.training.argument_utils import core_transformer_config_from_args
-from megatron.training.arguments import parse_args, validate_args
+from megatron.training.arguments import validate_args
 from megatron.training.global_vars import (
     get_signal_handler,
     get_tensorboard_writer,
@@ -41,13 +42,14 @@ from megatron.training.global_vars import (
     set_global_variables,
 )
 from megatron.training.initialize import initialize_megatron
+from megatron.training.utils import calc_params_l2_norm
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_rasft.config import RasftConfig
 from megatron_rasft.errors import CheckpointError, FailedElsewhere
 from megatron_rasft.sync import SyncReport, WeightSync
 from megatron_rasft.sync.servers import Server
-from megatron_rasft.training.arguments import add_arguments, add_arguments_of_published, fill_in
+from megatron_rasft.training.arguments import fill_in, parse_flags
 from megatron_rasft.training.batches import BatchLayout, MicroBatch, micro_batches, response_values
 from megatron_rasft.training.forward import Forward, run_forward_only
 from megatron_rasft.training.generation import LiveModel
@@ -88,6 +90,10 @@ class StepResult:
     is_skipped: bool
     num_tokens: int
     """Tokens computed, padding left out."""
+    params_norm: float | None = None
+    """With --log-params-norm."""
+    floating_point_operations: float = 0.0
+    """Of forward and backward on all ranks, as Megatron counts them; rollouts and reference left out."""
 
 
 def parse(argv: Sequence[str] | None = None, *, needs_data: bool = True) -> tuple[Any, RasftConfig, HfFolder]:
@@ -105,9 +111,7 @@ def parse(argv: Sequence[str] | None = None, *, needs_data: bool = True) -> tupl
     """
     if argv is not None:
         sys.argv = [sys.argv[0], *argv]
-    args = parse_args(add_arguments)
-    if args.objective == "rasft" and args.rasft_weighting == "published":
-        args = parse_args(add_arguments_of_published)
+    args = parse_flags()
     config = RasftConfig.from_args(args)
     read_keys(config.rollout)
     if args.hf_model is None:
@@ -120,8 +124,7 @@ def parse(argv: Sequence[str] | None = None, *, needs_data: bool = True) -> tupl
         raise ValueError(
             f"--export-hf {args.export_hf} exists already. Name a folder that does not, or move it away."
         )
-    if checkpointing.checkpoint_exists(args.save):
-        _chosen_folder(args, Path(args.save))
+    _choose_load(args)
     folder = HfFolder.open(args.hf_model)
     fill_in(args, megatron_args(folder, config.run.rasft_query_groups))
     _check_layout(args)
@@ -135,6 +138,39 @@ def parse(argv: Sequence[str] | None = None, *, needs_data: bool = True) -> tupl
         unit = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
         args.padded_vocab_size = -(-args.vocab_size // unit) * unit
     return args, config, folder
+
+
+def _choose_load(args: Any) -> None:
+    """Where the run goes on from: --save once it holds a checkpoint, until then --load.
+
+    Converted weights stay in --load: they are the frozen reference too. See Trainer._load_converted_weights.
+    """
+    is_given, has_begun = args.load is not None, checkpointing.checkpoint_exists(args.save)
+    if has_begun:
+        _chosen_folder(args, Path(args.save))
+    if is_given and not checkpointing.checkpoint_exists(args.load):
+        raise ValueError(
+            f"--load {args.load} holds no checkpoint: {TRACKER_FILE} is not there. Give the folder that was a run's --save or "
+            "that tools/convert_checkpoint.py wrote (a step in it as --ckpt-step), or leave the flag out to start from "
+            "--hf-model."
+        )
+    if is_given and not _is_converted(args.load):
+        _chosen_folder(args, Path(args.load))
+        if has_begun and not os.path.samefile(args.load, args.save):
+            args.load, args.ckpt_step = args.save, None
+    if args.load is None:
+        args.load = args.save
+    if args.exit_on_missing_checkpoint and not checkpointing.checkpoint_exists(args.load):
+        raise ValueError(
+            f"--exit-on-missing-checkpoint: --save {args.save} holds no checkpoint to go on from. Leave the flag out to "
+            "start from --hf-model."
+        )
+
+
+def _is_converted(load: str) -> bool:
+    """Whether the folder holds weights without a training state."""
+    tracker = Path(load, TRACKER_FILE)
+    return tracker.is_file() and tracker.read_text(encoding="utf-8", errors="replace").strip() == RELEASE
 
 
 def _check_sampling(args: Any, config: RasftConfig) -> None:
@@ -320,6 +356,7 @@ class Trainer:
             experts=self._experts.ranks,
         )
         self.optimizer.reload_model_params()
+        self.initial_weights = folder.path
         self._load_converted_weights()
         objective = config.objective
         needs_reference = objective.needs_reference_logprobs() or objective.needs_reference_distribution()
@@ -332,6 +369,9 @@ class Trainer:
         self.iteration = 0
         self._floating_point_operations = 0.0
         self._checkpointing_context: dict[str, Any] = {}
+        if args.manual_gc:
+            gc.disable()
+            gc.collect()
 
     def _prepare_config(self) -> None:
         """The hooks that Megatron's train() hangs on the model's config."""
@@ -492,13 +532,24 @@ class Trainer:
         self.forward.ref_hidden = {}
         self.iteration += 1
         args.consumed_train_samples += num_problems
+        if args.manual_gc and args.manual_gc_interval and self.iteration % args.manual_gc_interval == 0:
+            gc.collect()
         values = gather_to_all({k: float(v) for k, v in metrics.items()})
+        floating_point_operations = training.num_floating_point_operations(
+            args,
+            len(samples),
+            seqlen_squared_sum_in_batch=sum(s.num_tokens**2 for s in samples),
+            total_real_tokens_in_batch=sum(s.num_tokens for s in samples),
+        )
+        self._floating_point_operations += floating_point_operations
         return StepResult(
             metrics=max(values, key=len),  # the last pipeline stage has them
             grad_norm=float(grad_norm or 0.0),
             learning_rate=learning_rate,
             is_skipped=bool(skipped),
             num_tokens=sum(s.num_tokens for s in samples),
+            params_norm=calc_params_l2_norm(self.model) if args.log_params_norm else None,
+            floating_point_operations=floating_point_operations,
         )
 
     @contextlib.contextmanager
@@ -553,7 +604,7 @@ class Trainer:
             ) from error
 
     def resume(self) -> dict[str, Any] | None:
-        """Load the newest checkpoint of --load (by default --save) if there is one; its state, on every rank."""
+        """Load the newest checkpoint of --save, before there is one that of --load, if any; its state, on every rank."""
         args = self.args
         if args.load is None or not checkpointing.checkpoint_exists(args.load):
             return None
@@ -592,10 +643,7 @@ class Trainer:
         The run's own checkpoints are then looked for in --save.
         """
         args = self.args
-        tracker = None if args.load is None else Path(args.load) / TRACKER_FILE
-        if not on_rank_zero(
-            lambda: tracker is not None and tracker.is_file() and tracker.read_text().strip() == RELEASE
-        ):
+        if not on_rank_zero(lambda: args.load is not None and _is_converted(args.load)):
             return
         weights = f"{args.load}/{RELEASE}"
         try:
@@ -609,6 +657,7 @@ class Trainer:
                 "do not fit this model: convert the --hf-model again."
             ) from error
         self.optimizer.reload_model_params()
+        self.initial_weights = Path(weights)
         args.load = args.save
 
     def finish_saves(self, *, is_blocking: bool = True) -> None:

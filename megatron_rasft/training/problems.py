@@ -7,6 +7,7 @@ from megatron_rasft.config import DataConfig, RasftConfig, VerifyConfig
 from megatron_rasft.data.reading import read_rows
 from megatron_rasft.data.tokenizing import build_demonstrations, end_ids, open_tokenizer
 from megatron_rasft.rollout.replay import ReplayEngine
+from megatron_rasft.training.arguments import has_own_warmup
 from megatron_rasft.training.ranks import kept_by_rank_zero, on_rank_zero
 from megatron_rasft.types import Demonstration
 from megatron_rasft.verify.sandbox import Sandbox
@@ -89,12 +90,28 @@ def _try_sandbox(config: VerifyConfig, problems: Problems, heldout: Problems | N
             )
 
 
-def set_length(args: Any, config: RasftConfig, num_problems: int) -> int:
-    """Set --train-iters from the epochs where it was not given; the number of steps."""
-    per_epoch = -(-num_problems // args.global_batch_size)
-    if args.train_iters is None:
-        args.train_iters = config.data.data_epochs * per_epoch
-    warmup = args.lr_warmup_iters
-    if warmup and warmup >= args.train_iters:
-        args.lr_warmup_iters = max(0, args.train_iters - 1) // 2
-    return args.train_iters
+def set_length(args: Any, config: RasftConfig, num_problems: int) -> None:
+    """Set --train-iters from the epochs where no length was given, and shorten the default warm-up to the run's.
+
+    Raises:
+        ValueError: a warm-up that was given is not over before the decay is.
+    """
+    batch = args.global_batch_size
+    if args.train_samples is not None and args.train_samples < batch:
+        raise ValueError(
+            f"--train-samples {args.train_samples} is less than one step of --global-batch-size {batch}. Give more, or leave "
+            "it out to train on every problem once."
+        )
+    if args.train_iters is None and args.train_samples is None:
+        args.train_iters = config.data.data_epochs * -(-num_problems // batch)
+    unit = "iters" if args.train_samples is None else "samples"
+    decay = getattr(args, f"lr_decay_{unit}") or getattr(args, f"train_{unit}")
+    warmup = getattr(args, f"lr_warmup_{unit}")
+    if not warmup or warmup < decay:
+        return
+    if has_own_warmup(args):
+        raise ValueError(
+            f"--lr-warmup-{unit} {warmup} must be less than the {decay} over which the learning rate decays. Lower it, or "
+            "give --lr-warmup-fraction."
+        )
+    setattr(args, f"lr_warmup_{unit}", max(0, decay - 1) // 2)

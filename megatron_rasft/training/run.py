@@ -11,6 +11,7 @@ import torch
 
 from megatron_rasft import metrics
 from megatron_rasft.config import RasftConfig
+from megatron_rasft.errors import CheckpointError
 from megatron_rasft.report.progress import Progress
 from megatron_rasft.rollout.replay import ReplayEngine
 from megatron_rasft.rollout.store import RolloutStore
@@ -62,7 +63,8 @@ class Run:
         self._rollouts = rollouts_file(args, config)
         self._store: RolloutStore | None = None
         self._cache: LogprobCache | None = None
-        on_rank_zero(lambda: self._open_files(folder))
+        self._initial_weights = ""
+        on_rank_zero(self._open_files)
         tensorboard, wandb = writers()
         self.progress = Progress(
             self.total_steps,
@@ -104,15 +106,17 @@ class Run:
             rollout, self.trainer, folder.config, read_keys(rollout), self.progress.say, self.is_lead
         )
 
-    def _open_files(self, folder: HfFolder) -> None:
+    def _open_files(self) -> None:
         """What rank 0 writes besides metrics."""
+        self._initial_weights = weights_fingerprint(self.trainer.initial_weights, "")
         if self._rollouts is not None:
             self._store = RolloutStore(self._rollouts.path)
         if self.config.objective.needs_reference_logprobs():
             args = self.args
             precision = f"{args.params_dtype} {args.fp8} {args.fp8_recipe if args.fp8 else ''}"
             self._cache = LogprobCache(
-                reference_cache(args, self.config), weights_fingerprint(folder.path, precision)
+                reference_cache(args, self.config),
+                weights_fingerprint(self.trainer.initial_weights, precision),
             )
 
     def __enter__(self) -> "Run":
@@ -134,6 +138,7 @@ class Run:
         """Go on from a checkpoint if there is one, write the resolved configuration, and say what will be done."""
         state = self.trainer.resume()
         if state is not None:
+            on_rank_zero(lambda: self._check_reference(state))
             self.queue = deque(
                 Batch(b["num_problems"], [TrainingSample(**s) for s in b["samples"]]) for b in state["queue"]
             )
@@ -151,6 +156,16 @@ class Run:
         )
         if self.problems.summary:
             self.progress.say(self.problems.summary)
+
+    def _check_reference(self, state: dict[str, Any]) -> None:
+        """Refuse to go on with another reference than the run began with."""
+        objective = self.config.objective
+        needs_reference = objective.needs_reference_logprobs() or objective.needs_reference_distribution()
+        if needs_reference and state.get("initial_weights", self._initial_weights) != self._initial_weights:
+            raise CheckpointError(
+                f"the run began with other weights than those of {self.trainer.initial_weights}, which would now become its "
+                "reference. Give the --hf-model, and the --load of converted weights, that it began with."
+            )
 
     @property
     def _files(self) -> dict[str, AppendedFile]:
@@ -213,6 +228,11 @@ class Run:
         values[metrics.QUEUE] = len(self.queue)
         values[metrics.STEP_S] = seconds
         values[metrics.TOKENS_PER_S] = result.num_tokens / seconds
+        if result.params_norm is not None:
+            values[metrics.PARAMS_NORM] = result.params_norm
+        if self.args.log_throughput:
+            flops_per_s = result.floating_point_operations / seconds
+            values[metrics.GPU_TFLOP_PER_S] = flops_per_s / self.args.world_size / 1e12
         if metrics.SOLVE_RATE in self._last_refresh:
             values[metrics.SOLVE_RATE] = self._last_refresh[metrics.SOLVE_RATE]
         for kind, name in (("expert", metrics.EXPERT_WEIGHT), ("rollout", metrics.ROLLOUT_WEIGHT)):
@@ -252,6 +272,7 @@ class Run:
     def _state_of_rank_zero(self) -> dict[str, Any]:
         return {
             "planner": self.planner.state_dict(),
+            "initial_weights": self._initial_weights,
             "files": {name: file.mark() for name, file in self._files.items()},
         }
 

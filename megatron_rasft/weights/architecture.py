@@ -210,7 +210,7 @@ def megatron_args(folder: "HfFolder", query_groups: int | None = None) -> dict[s
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,
         "init_method_std": config.get("initializer_range", 0.02),
-        **(_expert_args(shape, config, family) if shape.num_experts else {}),
+        **(_expert_args(shape, config, family) if shape.num_experts else {"num_experts": None}),
     }
 
 

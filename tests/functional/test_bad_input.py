@@ -139,6 +139,18 @@ CASES = {
     "clip range turned round": Case(
         more("--objective-ratio-clip-low", "2"), ("--objective-ratio-clip-low", "--objective-ratio-clip-high")
     ),
+    "misspelt flag on two ranks": Case(
+        more("--rollout-temprature", "0.7"),
+        ("--rollout-temprature", "Did you mean --rollout-temperature?"),
+        2,
+    ),
+    "misspelt choice": Case(more("--objective", "rasff"), ("--objective", "'rasff'", "Did you mean rasft?")),
+    "warm-up as long as the run": Case(
+        more("--lr-warmup-iters", "5"), ("--lr-warmup-iters 5", "less than the 5"), 2
+    ),
+    "dropout": Case(
+        more("--hidden-dropout", "0.1"), ("--hidden-dropout 0.1 is refused", "Leave the flag out")
+    ),
     "top-p of 0": Case(more("--rollout-top-p", "0"), ("--rollout-top-p",)),
     "wandb without a name": Case(more("--wandb-project", "p"), ("--wandb-exp-name",), 2),
     "wandb without a folder": Case(

@@ -46,6 +46,18 @@ def test_four_ranks_start_from_a_converted_checkpoint_and_go_on(workshop: Worksh
     )
 
 
+def test_reference_is_that_of_the_weights_a_run_began_with(workshop: Workshop, tmp_path: Path) -> None:
+    converted, save = tmp_path / "converted", tmp_path / "save"
+    convert("hf-to-megatron", workshop.random, converted)
+    flags = ["--rasft-ref-cache", str(tmp_path / "cache.sqlite"), "--train-iters", "1"]
+    workshop.train(save, [*flags, "--load", str(converted)])
+    other = launching.run(tmp_path / "logs", workshop.flags(*flags, "--save", str(save)))
+    assert other.codes == [1] and "the run began with other weights than those of" in other.errors[0]
+    workshop.train(tmp_path / "direct", flags)
+    for folder in (save, tmp_path / "direct"):
+        assert launching.steps(folder)[1]["objective/ratio_mean"] == pytest.approx(1, abs=1e-5)
+
+
 def test_checkpoint_of_a_run_becomes_what_the_run_exports(workshop: Workshop, tmp_path: Path) -> None:
     flags = ["--train-iters", "2", "--export-hf", str(tmp_path / "exported")]
     layout = ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"]

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.functional import launching
@@ -14,7 +15,8 @@ from tests.functional.conftest import Workshop
 def save(workshop: Workshop) -> Path:
     """A run on two ranks: Megatron's writers are on the last one, metrics.jsonl is rank 0's."""
     folder = workshop.root / "tracked"
-    flags = workshop.flags("--save", str(folder), "--train-iters", "2", "--wandb-project", "rasft")
+    flags = workshop.flags("--save", str(folder), "--train-samples", "16", "--wandb-project", "rasft")
+    flags += ["--log-throughput", "--log-params-norm", "--manual-gc", "--manual-gc-interval", "1"]
     outcome = launching.run(
         workshop.root / "tracked-logs",
         [*flags, "--wandb-exp-name", "tracked"],
@@ -33,6 +35,17 @@ def records_of(save: Path) -> list[dict[str, float]]:
         {k: v for k, v in json.loads(line).items() if k != "event" and not k.endswith(times)}
         for line in lines
     ]
+
+
+def test_throughput_and_norm_are_logged_where_megatrons_flags_ask(save: Path, workshop: Workshop) -> None:
+    records = [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]
+    first, last = [record for record in records if record["event"] == "step"]
+    assert last["step"] == 2, "16 samples are two steps"
+    weights = load_file(workshop.policy / "model.safetensors").values()
+    norm = sum(float(w.double().square().sum()) for w in weights) ** 0.5
+    assert first["training/params_norm"] == pytest.approx(norm, rel=0.01)
+    operations = 2 * 1e12 * first["training/gpu_tflop_per_s"] * first["training/step_s"]
+    assert operations > 6 * sum(w.numel() for w in weights) * first["training/num_tokens"]
 
 
 def test_tensorboard_has_every_number(save: Path) -> None:

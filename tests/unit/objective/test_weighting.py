@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from megatron_rasft.config import ObjectiveConfig, RasftConfig, WeightingConfig
+from megatron_rasft.config.objective import ObjectiveName
 from megatron_rasft.objective.weighting import (
     DEMONSTRATION_OBJECTIVES,
     adaptive_weights,
@@ -379,6 +381,13 @@ MIXED = (
 
 def mixed_group():
     return make_group(*(rollout(**fields) for fields in MIXED))
+
+
+@pytest.mark.parametrize("objective", get_args(ObjectiveName))
+def test_every_objective_trains_on_what_its_options_say(objective):
+    kinds = {s.kind for s in make_samples(objective, demonstration(), mixed_group(), config=NO_PRIOR)}
+    uses_rollouts = ObjectiveConfig(objective=objective).uses_rollouts()
+    assert ("rollout" in kinds) == uses_rollouts == (objective not in DEMONSTRATION_OBJECTIVES)
 
 
 @pytest.mark.parametrize("objective", sorted(DEMONSTRATION_OBJECTIVES))

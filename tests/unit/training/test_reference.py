@@ -157,3 +157,11 @@ def test_fingerprint_changes_with_weights_config_and_precision(tmp_path: Path) -
     assert second != first
     (tmp_path / "config.json").write_text('{"a": 1}')
     assert weights_fingerprint(tmp_path, "fp32") != second
+
+
+def test_fingerprint_changes_with_a_checkpoints_weights(tmp_path: Path) -> None:
+    (tmp_path / ".metadata").write_bytes(b"index")
+    (tmp_path / "__0_0.distcp").write_bytes(bytes(100))
+    first = weights_fingerprint(tmp_path, "fp32")
+    (tmp_path / "__0_0.distcp").write_bytes(bytes(99) + b"x")
+    assert weights_fingerprint(tmp_path, "fp32") != first

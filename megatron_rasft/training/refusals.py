@@ -1,0 +1,117 @@
+"""Megatron's flags that mean nothing to this program: each is refused by name, with what to do instead."""
+
+import argparse
+
+from megatron_rasft.config.flags import FlagParser
+
+_ONE_SIZE = "every step takes --global-batch-size problems"
+_ONE_KIND = "a checkpoint is a whole one, written every --save-interval steps"
+_NEW_RUN = (
+    "a run goes on from a whole checkpoint or begins with weights: export a checkpoint (tools/convert_checkpoint.py "
+    "megatron-to-hf) and give it as --hf-model, or --load what hf-to-megatron wrote"
+)
+_LOGS = "every number that is logged goes to --rasft-metrics, TensorBoard and Weights & Biases at every step"
+_ARCHITECTURE = "config.json of --hf-model says what the model computes"
+
+REFUSED = {
+    "skip_train": "nothing is evaluated here: tools/evaluate.py does it, of a folder, a checkpoint or servers",
+    "rampup_batch_size": _ONE_SIZE,
+    "step_batch_size_schedule": _ONE_SIZE,
+    "decrease_batch_size_if_needed": _ONE_SIZE,
+    "iterations_to_skip": "no batch is left out; take its rows from --train-data",
+    "phase_transition_iterations": "there are no phases; start one run after the other",
+    "non_persistent_save_interval": _ONE_KIND,
+    "non_persistent_ckpt_type": _ONE_KIND,
+    "non_persistent_global_ckpt_dir": _ONE_KIND,
+    "non_persistent_local_ckpt_dir": _ONE_KIND,
+    "ckpt_convert_format": "tools/convert_checkpoint.py converts",
+    "finetune": _NEW_RUN,
+    "pretrained_checkpoint": _NEW_RUN,
+    "override_ckpt_iteration": _NEW_RUN,
+    "use_checkpoint_args": _ARCHITECTURE + ", and the layout is that of the flags",
+    "use_mp_args_from_checkpoint_args": "the layout is that of the flags; any layout loads any checkpoint",
+    "profile": "start the profiler around the program: nsys profile torchrun ..., or py-spy record",
+    "record_memory_history": "start a profiler around the program: nsys profile --cuda-memory-usage=true torchrun ...",
+    "train_sync_interval": "the ranks meet at every step",
+    "check_weight_hash_across_dp_replicas_interval": "replicas are not compared while they train",
+    "gpu_sniff_test_interval": "test the GPUs before the run",
+    "optimizer_cuda_graph": "steps differ in shape",
+    "log_progress": _LOGS,
+    "log_timers_to_tensorboard": _LOGS,
+    "log_validation_ppl_to_tensorboard": _LOGS,
+    "log_memory_to_tensorboard": _LOGS,
+    "log_memory_interval": _LOGS,
+    "log_device_memory_used": _LOGS,
+    "log_world_size_to_tensorboard": _LOGS,
+    "log_num_zeros_in_grad": _LOGS,
+    "log_max_attention_logit": _LOGS,
+    "log_energy": _LOGS,
+    "moe_routing_trace_path": _LOGS,
+    **dict.fromkeys(
+        (
+            "multi_latent_attention experimental_attention_variant linear_attention_freq is_hybrid_model spec "
+            "hybrid_layer_pattern hybrid_override_pattern heterogeneous_layers_config_path "
+            "heterogeneous_layers_config_encoded_json mtp_num_layers use_mup softmax_type attention_output_gate "
+            "layernorm_zero_centered_gamma apply_residual_connection_post_layernorm qk_l2_norm openai_gelu squared_relu quick_geglu "
+            "glu_linear_offset activation_func_clamp_value window_size window_attn_skip_freq no_rope_freq "
+            "rotary_seq_len_interpolation_factor moe_layer_freq "
+            "moe_shared_expert_intermediate_size moe_router_num_groups moe_router_group_topk moe_router_score_function "
+            "moe_router_topk_scaling_factor moe_router_enable_expert_bias moe_latent_size"
+        ).split(),
+        _ARCHITECTURE,
+    ),
+}
+"""Destination of a flag -> why it is refused, and the way out. What config.json sets is compared with it in ``fill_in``."""
+
+REFUSED_GROUPS = {
+    "rl": "reinforcement learning is --objective grpo here, with --objective-grpo-*, --rollout-* and --sync-*",
+    "sft": "supervised fine-tuning is --objective sft here, and demonstrations come from --train-data",
+    "data and dataloader": "demonstrations come from --train-data, and --data-* says how they are read",
+    "tokenizer": "the tokenizer is that of --hf-model; --data-chat-template names another chat template",
+    "validation": "problems that are not trained on are --heldout-data, measured every --heldout-interval steps",
+    "inference": "rollouts are sampled as --rollout-* says",
+    "Logits Distillation": "nothing is distilled; --objective sft_kl and asft hold on to the reference",
+    "vision": "the models are language models",
+    "biencoder": "the models are language models",
+    "autoresume": "SIGTERM saves and ends a run, and the same command goes on with it",
+    "In-process restart": "start the same command again: it goes on from the last checkpoint",
+    "ft_package": "start the same command again: it goes on from the last checkpoint",
+    "straggler": _LOGS,
+    "workload inspector": _LOGS,
+}
+"""Title of a group of Megatron's flags -> likewise, for all of them but ``_HONOURED``."""
+
+_HONOURED = {
+    "seq_length",
+    "encoder_seq_length",
+    "decoder_seq_length",
+    "num_workers",
+    "create_attention_mask_in_dataloader",
+    "vocab_size",
+    "padded_vocab_size",
+    "trust_remote_code",
+}
+
+
+def reasons(parser: FlagParser) -> dict[str, str]:
+    """Destination of every flag that is refused -> why."""
+    grouped = {
+        action.dest: REFUSED_GROUPS[group.title]
+        for group in parser._action_groups
+        if group.title in REFUSED_GROUPS
+        for action in group._group_actions
+        if action.dest not in _HONOURED
+    }
+    return grouped | REFUSED
+
+
+def refuse_unsupported(parser: FlagParser, args: argparse.Namespace) -> None:
+    """Refuse what was given and would be ignored; a value that changes nothing may stand.
+
+    Raises:
+        ValueError: with the flag, the reason and the way out.
+    """
+    for name, reason in reasons(parser).items():
+        value = getattr(args, name, None)
+        if name in args.given_flags and value and value != parser.get_default(name):
+            raise ValueError(f"{args.given_flags[name]} is refused: {reason}. Leave it out.")

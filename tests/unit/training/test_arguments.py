@@ -1,0 +1,198 @@
+"""What Megatron's own flags mean to a run, and which are refused."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from megatron.training.arguments import add_megatron_arguments
+
+from megatron_rasft.config import DataConfig
+from megatron_rasft.config.flags import FlagParser
+from megatron_rasft.training import host
+from megatron_rasft.training.arguments import add_arguments
+from megatron_rasft.training.problems import set_length
+from megatron_rasft.training.refusals import REFUSED, REFUSED_GROUPS, reasons, refuse_unsupported
+from tests.tiny_policy import write_model
+
+Parse = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("hf") / "model")
+
+
+@pytest.fixture
+def parse(model: Path, monkeypatch: pytest.MonkeyPatch) -> Parse:
+    monkeypatch.setattr(sys, "argv", ["pretrain_rasft.py"])
+
+    def parsed(*flags: object) -> Any:
+        given = ["--hf-model", str(model), "--train-data", "rows.jsonl", "--global-batch-size", "8"]
+        return host.parse([*given, *map(str, flags)])[0]
+
+    return parsed
+
+
+def checkpoint(folder: Path, newest: str) -> Path:
+    folder.mkdir()
+    (folder / "latest_checkpointed_iteration.txt").write_text(newest)
+    return folder
+
+
+def test_save_is_gone_on_from_once_it_holds_a_checkpoint(parse: Parse, tmp_path: Path) -> None:
+    start, save = checkpoint(tmp_path / "start", "7"), tmp_path / "save"
+    flags = ("--load", start, "--save", save, "--ckpt-step", "4")
+    args = parse(*flags)
+    assert (args.load, args.ckpt_step) == (str(start), 4)
+    checkpoint(save, "9")
+    args = parse(*flags)
+    assert (args.load, args.ckpt_step) == (str(save), None), "the step is one of --load"
+    args = parse("--load", save, "--save", save, "--ckpt-step", "4")
+    assert (args.load, args.ckpt_step) == (str(save), 4)
+    assert parse("--save", save).load == str(save)
+    converted = checkpoint(tmp_path / "converted", "release")
+    assert parse("--load", converted, "--save", save).load == str(converted), "it is the reference"
+
+
+def test_a_folder_to_load_that_holds_no_checkpoint_is_refused(parse: Parse, tmp_path: Path) -> None:
+    missing, save = tmp_path / "typo", checkpoint(tmp_path / "save", "9")
+    for flags in ((), ("--save", save), ("--save", missing)):
+        with pytest.raises(ValueError, match=r"--load .*typo holds no checkpoint.*--ckpt-step"):
+            parse("--load", missing, *flags)
+    with pytest.raises(ValueError, match="--exit-on-missing-checkpoint"):
+        parse("--save", missing, "--exit-on-missing-checkpoint")
+    assert parse("--save", missing).load == str(missing)
+
+
+@pytest.fixture(scope="module")
+def parser() -> FlagParser:
+    return add_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
+
+
+@pytest.mark.parametrize(
+    "name", [*REFUSED, "grpo_kl_beta", "data_path", "tokenizer_model", "eval_iters", "eval_interval"]
+)
+def test_a_flag_without_meaning_is_refused_with_a_way_out(parser: FlagParser, name: str) -> None:
+    flag = next(a.option_strings[0] for a in parser._actions if a.dest == name)
+    given = argparse.Namespace(**{name: "a value"}, given_flags={name: flag})
+    with pytest.raises(ValueError) as raised:
+        refuse_unsupported(parser, given)
+    assert str(raised.value) == f"{flag} is refused: {reasons(parser)[name]}. Leave it out."
+
+
+def test_flags_that_change_nothing_may_stand(parser: FlagParser) -> None:
+    assert REFUSED_GROUPS.keys() <= {group.title for group in parser._action_groups}
+    refuse_unsupported(
+        parser,
+        parser.parse_args(
+            "--eval-iters 0 --seq-length 64 --num-workers 2 --tokenizer-type NullTokenizer --no-one-logger".split()
+        ),
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ("--num-layers 3", "--num-layers 3 is refused: .*config.json says 4"),
+        ("--norm-epsilon 0.1", "--norm-epsilon 0.1 is refused: .*config.json says 1e-0"),
+        ("--num-experts 4", "--num-experts 4 is refused: .*config.json says None"),
+        ("--hidden-dropout 0.1", "--hidden-dropout 0.1 is refused: with dropout"),
+        ("--attention-dropout 0.1", "--attention-dropout 0.1 is refused: with dropout"),
+        ("--train-samples 80 --train-iters 3", "--train-iters and --train-samples"),
+        (
+            "--train-samples 80 --lr-warmup-iters 3",
+            "--lr-warmup-iters goes with --train-iters.* Give --lr-warmup-samples",
+        ),
+        (
+            "--train-iters 3 --lr-decay-samples 3",
+            "--lr-decay-samples goes with --train-samples.* Give --lr-decay-iters",
+        ),
+        ("--lr-warmup-fraction 1", "--lr-warmup-fraction"),
+        ("--finetune", "--finetune is refused: .* --hf-model"),
+        pytest.param(
+            "--distributed-backend nccl",
+            "--distributed-backend nccl needs a GPU",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU"),
+        ),
+    ],
+)
+def test_a_flag_that_would_be_overwritten_is_refused(parse: Parse, flags: str, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        parse(*flags.split())
+
+
+def test_flags_that_say_what_the_model_says_may_stand(parse: Parse) -> None:
+    args = parse(
+        *"--num-layers 4 --hidden-dropout 0 --swiglu --disable-bias-linear --normalization RMSNorm".split()
+    )
+    assert (args.num_layers, args.hidden_dropout) == (4, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("flags", "num_problems", "length", "warmup"),
+    [
+        ("", 200, 25, 4),
+        ("", 20, 3, 1),  # the default is shortened
+        ("--lr-warmup-iters 0", 20, 3, 0),
+        ("--lr-warmup-iters 2", 20, 3, 2),
+        ("--lr-warmup-fraction 0.5 --train-iters 9", 20, 9, 0),
+        ("--train-iters 9 --lr-decay-iters 3", 20, 9, 1),
+        ("--train-samples 80", 20, None, 32),
+        ("--train-samples 80 --lr-warmup-samples 8", 20, None, 8),
+        ("--train-samples 80 --lr-warmup-fraction 0.5", 20, None, 0),
+    ],
+)
+def test_length_and_warmup_are_those_of_the_flags(
+    parse: Parse, flags: str, num_problems: int, length: int | None, warmup: int
+) -> None:
+    args = parse(*flags.split())
+    set_length(args, SimpleNamespace(data=DataConfig()), num_problems)  # type: ignore[arg-type]
+    assert args.train_iters == length
+    assert (args.lr_warmup_samples if args.train_samples else args.lr_warmup_iters) == warmup
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ("--lr-warmup-iters 3", "--lr-warmup-iters 3 must be less than the 3 over"),
+        ("--train-samples 80 --lr-warmup-samples 80", "--lr-warmup-samples 80 must be less than the 80 over"),
+        ("--train-samples 7", "--train-samples 7 is less than one step of --global-batch-size 8"),
+    ],
+)
+def test_a_length_or_warmup_that_does_not_fit_is_refused(parse: Parse, flags: str, says: str) -> None:
+    args = parse(*flags.split())
+    with pytest.raises(ValueError, match=says):
+        set_length(args, SimpleNamespace(data=DataConfig()), 20)  # type: ignore[arg-type]
+
+
+def test_help_shows_our_defaults_and_those_that_differ_from_megatrons(parser: FlagParser) -> None:
+    text = " ".join(parser.format_help().split())
+    assert "largest ratio, > 0. Default: 1.2" in text
+    assert "(the DFT factor). Default: on" in text
+    for changed in ("--lr 5e-05", "--global-batch-size 256", "--weight-decay 0.0", "--lr-warmup-iters 4"):
+        assert changed in text
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ("--objective rasff", "argument --objective: invalid choice: 'rasff'.* Did you mean rasft\\?$"),
+        (
+            "--rollout-temprature 0.7",
+            "unrecognized arguments: --rollout-temprature 0.7. Did you mean --rollout-temperature",
+        ),
+        ("--attention-backend fussed", "--attention-backend: invalid choice: 'fussed' .* Did you mean fused"),
+        ("--lr fast", "argument --lr: invalid float value: 'fast'. --help lists the flags."),
+    ],
+)
+def test_a_misspelt_flag_or_choice_is_one_line_with_what_was_meant(
+    parse: Parse, flags: str, says: str
+) -> None:
+    with pytest.raises(ValueError, match=says) as raised:
+        parse(*flags.split())
+    assert "\n" not in str(raised.value)
