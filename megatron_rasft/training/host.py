@@ -43,7 +43,7 @@ from megatron.training.initialize import initialize_megatron
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_rasft.config import RasftConfig
-from megatron_rasft.errors import CheckpointError, FailedElsewhere
+from megatron_rasft.errors import CheckpointError, FailedElsewhere, RasftError
 from megatron_rasft.sync import SyncReport, WeightSync
 from megatron_rasft.sync.servers import Server
 from megatron_rasft.training.arguments import add_arguments, add_arguments_of_published, fill_in
@@ -85,6 +85,7 @@ class StepResult:
     grad_norm: float
     learning_rate: float
     is_skipped: bool
+    """The weights are those from before: no sample was left, or --grad-norm-skip-threshold was passed."""
     num_tokens: int
     """Tokens computed, padding left out."""
 
@@ -121,6 +122,10 @@ def parse(argv: Sequence[str] | None = None, *, needs_data: bool = True) -> tupl
         )
     if checkpointing.checkpoint_exists(args.save):
         _chosen_folder(args, Path(args.save))
+    if args.fp16:
+        raise ValueError(
+            "--fp16 is not supported: its steps are skipped until the loss scale fits. Use --bf16, which needs none."
+        )
     folder = HfFolder.open(args.hf_model)
     fill_in(args, megatron_args(folder, config.run.rasft_query_groups))
     _check_layout(args)
@@ -294,11 +299,13 @@ class Trainer:
         self.forward = Forward(config.objective, folder.shape.vocab_size)
         self.max_tokens = args.seq_length
         load, args.load = args.load, None
+        # Megatron's check raises in mid-backward on the ranks that see the NaN, and the others wait for them.
+        self._refuses_nan, args.check_for_nan_in_loss_and_grad = args.check_for_nan_in_loss_and_grad, False
         with quiet():
             self.model, self.optimizer, self.scheduler = training.setup_model_and_optimizer(
                 ModelType.encoder_or_decoder, partial(build_chunk, args)
             )
-        args.load = load
+        args.load, args.check_for_nan_in_loss_and_grad = load, self._refuses_nan
         self.chunks = unwrap_model(self.model)
         self._layer_offsets = [
             get_transformer_layer_offset(c.config, vp_stage=getattr(c, "vp_stage", None)) for c in self.chunks
@@ -458,7 +465,11 @@ class Trainer:
     # ---- training
 
     def step(self, samples: Sequence[TrainingSample], num_problems: int) -> StepResult:
-        """One optimizer step on a global batch; without any sample only the schedules move on."""
+        """One optimizer step on a global batch; without any sample only the schedules move on.
+
+        Raises:
+            RasftError: the gradient is not finite, on every rank; --no-check-for-nan-in-loss-and-grad trains on.
+        """
         args = self.args
         learning_rate = _learning_rate(self.optimizer)
         if not samples:
@@ -491,9 +502,17 @@ class Trainer:
         self.iteration += 1
         args.consumed_train_samples += num_problems
         values = gather_to_all({k: float(v) for k, v in metrics.items()})
+        reported = max(values, key=len)  # the last pipeline stage has them
+        grad_norm = float(grad_norm or 0.0)
+        if self._refuses_nan and not math.isfinite(grad_norm):
+            raise RasftError(
+                f"step {self.iteration} has no finite gradient (loss {reported.get('loss', math.nan):g}, gradient norm "
+                f"{grad_norm:g}): the run has diverged, and nothing of this step is saved. Go on from the last checkpoint, or from "
+                "an earlier one (--ckpt-step), with a lower --lr (and --override-opt_param-scheduler)."
+            )
         return StepResult(
-            metrics=max(values, key=len),  # the last pipeline stage has them
-            grad_norm=float(grad_norm or 0.0),
+            metrics=reported,
+            grad_norm=grad_norm,
             learning_rate=learning_rate,
             is_skipped=bool(skipped),
             num_tokens=sum(s.num_tokens for s in samples),

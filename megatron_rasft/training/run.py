@@ -200,6 +200,8 @@ class Run:
         began = time.monotonic()
         result = self.trainer.step(batch.samples, batch.num_problems)
         self.progress.step(self.trainer.iteration, self._step_values(result, batch, time.monotonic() - began))
+        if result.is_skipped:
+            self.progress.say(f"step {self.trainer.iteration} changed no weight: {_why_skipped(batch)}")
 
     def _step_values(self, result: StepResult, batch: Batch, seconds: float) -> dict[str, float]:
         values = {f"objective/{name}": value for name, value in result.metrics.items()}
@@ -270,6 +272,12 @@ class Run:
         if self._verdicts:
             counts = ", ".join(f"{count} {verdict}" for verdict, count in sorted(self._verdicts.items()))
             self.progress.say(f"rollouts: {counts}")
+
+
+def _why_skipped(batch: Batch) -> str:
+    if not batch.samples:
+        return "none of its problems has anything to train on"
+    return "its gradient is above --grad-norm-skip-threshold, or has no finite norm"
 
 
 def _window_values(report: WindowReport) -> dict[str, float]:

@@ -120,6 +120,7 @@ CASES = {
     "clip range turned round": Case(
         more("--objective-ratio-clip-low", "2"), ("--objective-ratio-clip-low", "--objective-ratio-clip-high")
     ),
+    "precision that skips steps": Case(more("--fp16"), ("--fp16", "--bf16")),
     "top-p of 0": Case(more("--rollout-top-p", "0"), ("--rollout-top-p",)),
     "wandb without a name": Case(more("--wandb-project", "p"), ("--wandb-exp-name",), 2),
     "wandb without a folder": Case(
@@ -336,6 +337,15 @@ def test_save_folder_without_a_runs_checkpoint_is_refused(
         tmp_path / "logs", workshop.flags("--save", str(save)), timeout_s=BAD_INPUT_TIMEOUT_S
     )
     assert_one_plain_error(outcome, str(save), says)
+
+
+def test_run_that_diverges_ends_before_its_weights_are_saved(workshop: Workshop, tmp_path: Path) -> None:
+    save = tmp_path / "save"
+    flags = workshop.flags("--save", str(save), "--save-interval", "1", "--lr", "1e30")
+    outcome = launching.run(tmp_path / "logs", flags, 2, timeout_s=BAD_INPUT_TIMEOUT_S)
+    assert_one_plain_error(outcome, "step 2", "has diverged", "--lr")
+    assert (save / "latest_checkpointed_iteration.txt").read_text() == "1"
+    assert not (save / "iter_0000002").exists()
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
