@@ -20,10 +20,14 @@ from megatron.core.transformer.utils import set_model_to_sequence_parallel
 from torch import Tensor
 
 from megatron_rasft.training.attention import SdpaCoreAttention
+from megatron_rasft.training.stopping import Stopped
 from megatron_rasft.types import Request, Response, SamplingParams
 
 _NUCLEUS_CANDIDATES = 256
 """Top tokens looked at first for top-p; the whole vocabulary is sorted only where they do not reach it."""
+
+_TOKENS_PER_LOOK = 32
+"""Tokens that a batch grows by between two looks at whether the run is to stop."""
 
 
 @contextlib.contextmanager
@@ -74,11 +78,22 @@ class LiveModel:
         self.config = chunks[0].config
         self.device = next(chunks[0].parameters()).device
 
-    def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[list[Response]]:
+    def generate(
+        self,
+        requests: Sequence[Request],
+        params: SamplingParams,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> list[list[Response]]:
         """Sample every request; a collective of the whole world.
+
+        Args:
+            should_stop: a collective of one replica's ranks, asked now and then while a batch is sampled.
 
         Returns:
             On every rank, for each request its responses in the order of its seeds.
+
+        Raises:
+            Stopped: a replica was to stop; what is sampled by then is lost.
         """
         replica = parallel_state.get_data_parallel_rank(with_context_parallel=True)
         num_replicas = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
@@ -86,11 +101,11 @@ class LiveModel:
         order = sorted(range(len(requests)), key=lambda i: (-len(requests[i].prompt_ids), i))
         mine = order[replica::num_replicas]
         done: dict[int, list[Response]] = {}
-        with generation_mode(self.chunks):
+        # One that stops still takes part in the gather, where all learn of it by what is missing.
+        with generation_mode(self.chunks), contextlib.suppress(Stopped):
             for batch in _batches(mine, requests, params.max_batch_size):
-                done.update(
-                    zip(batch, self._generate_batch([requests[i] for i in batch], params), strict=True)
-                )
+                responses = self._generate_batch([requests[i] for i in batch], params, should_stop)
+                done.update(zip(batch, responses, strict=True))
         speaks = (
             parallel_state.get_tensor_model_parallel_rank() == 0 and parallel_state.is_pipeline_last_stage()
         )
@@ -99,9 +114,13 @@ class LiveModel:
         merged: dict[int, list[Response]] = {}
         for part in parts:
             merged.update(part)
+        if len(merged) < len(requests):
+            raise Stopped
         return [merged[i] for i in range(len(requests))]
 
-    def _generate_batch(self, requests: list[Request], params: SamplingParams) -> list[list[Response]]:
+    def _generate_batch(
+        self, requests: list[Request], params: SamplingParams, should_stop: Callable[[], bool]
+    ) -> list[list[Response]]:
         width = max(len(r.prompt_ids) for r in requests)
         pads = torch.tensor([width - len(r.prompt_ids) for r in requests], device=self.device)
         prompts = torch.tensor(
@@ -142,6 +161,8 @@ class LiveModel:
         stops = torch.tensor(sorted(params.stop_ids) or [-1], device=self.device)
         ends = torch.tensor(rooms, device=self.device)
         for step in range(longest):
+            if step % _TOKENS_PER_LOOK == 0 and should_stop():
+                raise Stopped
             chosen, chosen_logprobs = self._sample(logits, uniforms[alive, step], params, history, pads)
             for row, token, logprob, over in zip(
                 alive.tolist(), chosen.tolist(), chosen_logprobs.tolist(), is_done.tolist(), strict=True

@@ -55,6 +55,7 @@ from megatron_rasft.training.outputs import check_writable
 from megatron_rasft.training.ranks import gather_to_all, on_rank_zero
 from megatron_rasft.training.reference import FrozenReference
 from megatron_rasft.training.servers import read_keys
+from megatron_rasft.training.stopping import StopRequest
 from megatron_rasft.types import Request, Response, SamplingParams, TrainingSample
 from megatron_rasft.weights.architecture import megatron_args
 from megatron_rasft.weights.exporting import export
@@ -71,6 +72,9 @@ _KNOWN_WARNINGS: tuple[tuple[str, type[Warning]], ...] = (
     (r"The \.grad attribute of a Tensor that is not a leaf", UserWarning),
 )
 """What torch (2.14 on, and 2.11) says of the way Megatron 0.19 calls it."""
+
+_SCORED_BATCHES = 4
+"""Global batches that are scored between two looks at whether the run is to stop."""
 
 STATE_FILE = "rasft_state.json"
 """Beside Megatron's own files in a checkpoint: where the data, curriculum and rollout store stood."""
@@ -335,6 +339,12 @@ class Trainer:
             self.forward.ref_output_weight = self.reference.output_weight(self.chunks[-1])
         self._prepare_config()
         self.live = LiveModel(self.chunks, folder.shape.vocab_size)
+        self.stop = StopRequest(
+            lambda: get_signal_handler()._signal_received,
+            args.exit_duration_in_mins,
+            training._TRAIN_START_TIME,
+            self.live.device,
+        )
         self.iteration = 0
         self._floating_point_operations = 0.0
         self._checkpointing_context: dict[str, Any] = {}
@@ -384,15 +394,21 @@ class Trainer:
     # ---- the Policy of a refresh
 
     def score(self, samples: Sequence[TrainingSample], *, with_reference: bool) -> list[list[float]]:
-        """Per sample the log-probabilities of its response, on every rank, nats."""
-        if not samples:
-            return []
-        with self._settled():
-            if with_reference:
+        """Per sample the log-probabilities of its response, on every rank, nats.
+
+        Raises:
+            Stopped: the run is to stop.
+        """
+        size = _SCORED_BATCHES * self.args.global_batch_size
+        scored: list[list[float]] = []
+        with self._settled(), contextlib.ExitStack() as reference:
+            if with_reference and samples:
                 assert self.reference is not None, "only an objective with a reference asks for it"
-                with self.reference.in_place():
-                    return self._score(samples)
-            return self._score(samples)
+                reference.enter_context(self.reference.in_place())
+            for start in range(0, len(samples), size):
+                self.stop.check()
+                scored += self._score(samples[start : start + size])
+        return scored
 
     def _score(self, samples: Sequence[TrainingSample]) -> list[list[float]]:
         # Attached values are for training; a scoring batch carries none.
@@ -414,8 +430,9 @@ class Trainer:
 
     def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[list[Response]]:
         """Sample the live weights; see LiveModel.generate."""
+        replica = parallel_state.get_model_parallel_group()
         with self._settled():
-            return self.live.generate(requests, params)
+            return self.live.generate(requests, params, lambda: self.stop.is_asked(replica))
 
     def weight_sync(self, connect: Callable[[str], Server]) -> WeightSync:
         """What takes this model's weights to rollout servers.
@@ -531,10 +548,6 @@ class Trainer:
         finally:
             args.seq_length, args.micro_batch_size = kept
             _set_num_microbatches(args.global_batch_size, args.micro_batch_size, dp)
-
-    def should_exit(self) -> bool:
-        """Whether any rank was sent SIGTERM."""
-        return any(get_signal_handler().signals_received())
 
     # ---- checkpoints
 

@@ -26,6 +26,7 @@ from megatron_rasft.training.problems import Problems
 from megatron_rasft.training.ranks import on_rank_zero
 from megatron_rasft.training.reference import LogprobCache
 from megatron_rasft.training.servers import RolloutServers, read_keys
+from megatron_rasft.training.stopping import Stopped
 from megatron_rasft.training.window import Batch, Planner, WindowReport
 from megatron_rasft.types import TrainingSample
 from megatron_rasft.verify.pool import VerifierPool
@@ -92,6 +93,10 @@ class Run:
         self.queue: deque[Batch] = deque()
         self._last_refresh: dict[str, float] = {}
         self._verdicts: Counter[str] = Counter()
+        self._saved_step = 0
+        """Of the checkpoint in --save that the run went on from or wrote last; step 0 needs none."""
+        self._marks: dict[str, Any] = {}
+        """Of the files as they were after the last step, on rank 0: what came later is made again from a checkpoint."""
 
     def _servers(self, folder: HfFolder) -> RolloutServers | None:
         rollout = self.config.rollout
@@ -137,6 +142,8 @@ class Run:
             self._last_refresh = state["last_refresh"]
             self._verdicts = Counter(state["verdicts"])
             self.planner.load_state_dict(state["planner"])
+            if self.args.load == self.args.save:
+                self._saved_step = self.trainer.iteration
         on_rank_zero(lambda: self._take_up_files({} if state is None else state["files"]))
         args = self.args
         where = "GPU" if args.distributed_backend == "nccl" else "CPU"
@@ -161,8 +168,12 @@ class Run:
             self._save.mkdir(parents=True, exist_ok=True)
         for line in take_up_files(self._files, marks, load, self._save):
             self.progress.say(line)
+        self._mark_files()
         if self._save is not None:
             (self._save / "config.json").write_text(json.dumps(self._resolved(), indent=1), encoding="utf-8")
+
+    def _mark_files(self) -> None:
+        self._marks = {name: file.mark() for name, file in self._files.items()}
 
     def measure_if_due(self) -> None:
         """The held-out solve rate, before the first step, after the last, and every --heldout-interval steps."""
@@ -202,6 +213,8 @@ class Run:
         self.progress.step(self.trainer.iteration, self._step_values(result, batch, time.monotonic() - began))
         if result.is_skipped:
             self.progress.say(f"step {self.trainer.iteration} changed no weight: {_why_skipped(batch)}")
+        if self.is_lead:
+            self._mark_files()
 
     def _step_values(self, result: StepResult, batch: Batch, seconds: float) -> dict[str, float]:
         values = {f"objective/{name}": value for name, value in result.metrics.items()}
@@ -220,24 +233,38 @@ class Run:
                 values[name] = sum(weights) / len(weights)
         return values
 
-    def save_if_due(self) -> bool:
-        """Save every --save-interval steps, at the end, and on SIGTERM; True if the run is to stop now."""
+    def save_if_due(self) -> None:
+        """Save every --save-interval steps and at the end.
+
+        Raises:
+            Stopped: on --exit-signal, after --exit-duration-in-mins, and every --exit-interval steps.
+        """
+        step, args = self.trainer.iteration, self.args
         self.trainer.finish_saves(is_blocking=False)
-        stops = self.trainer.should_exit()
-        is_due = self.trainer.iteration % self.args.save_interval == 0 if self.args.save_interval else False
-        if self._save is not None and (is_due or stops or self.is_over):
+        if self.is_over or (args.save_interval and step % args.save_interval == 0):
+            self._save_once()
+        self.trainer.stop.check()
+        if args.exit_interval and step % args.exit_interval == 0 and not self.is_over:
+            raise Stopped
+
+    def _save_once(self) -> None:
+        if self._save is not None and self._saved_step != self.trainer.iteration:
             self.trainer.save(self._state())
-        if stops:
-            self.trainer.finish_saves()
-            self.progress.say(
-                f"stopped by a signal after step {self.trainer.iteration}"
-                + (
-                    "; saved, the same command goes on from here"
-                    if self._save is not None
-                    else "; --save was not given"
-                )
-            )
-        return stops
+            self._saved_step = self.trainer.iteration
+
+    def stop(self) -> None:
+        """Save, so that the same command goes on from the last step, and say so."""
+        reason = self.trainer.stop.reason() or f"--exit-interval {self.args.exit_interval}"
+        self._save_once()
+        self.trainer.finish_saves()
+        step = self.trainer.iteration
+        if not step:
+            outcome = "before the first step; the same command begins anew"
+        elif self._save is None:
+            outcome = f"after step {step}; --save was not given"
+        else:
+            outcome = f"after step {step}; saved, the same command goes on from here"
+        self.progress.say(f"stopped by {reason} {outcome}")
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -251,7 +278,7 @@ class Run:
     def _state_of_rank_zero(self) -> dict[str, Any]:
         return {
             "planner": self.planner.state_dict(),
-            "files": {name: file.mark() for name, file in self._files.items()},
+            "files": self._marks,
         }
 
     def _resolved(self) -> dict[str, Any]:
@@ -264,6 +291,7 @@ class Run:
     def finish(self) -> None:
         """Wait for saves, export the model, and say what became of the rollouts."""
         self.trainer.finish_saves()
+        self.trainer.stop.check()
         if self.args.export_hf is not None:
             metrics_path = None if self._metrics is None else self._metrics.path
             facts = run_facts(self._resolved(), metrics_path, self.trainer.iteration)
