@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from rich.console import Console
 
 from megatron_rasft import metrics
+from megatron_rasft.errors import written_to
 
 
 class ScalarWriter(Protocol):
@@ -20,7 +21,7 @@ class ScalarWriter(Protocol):
 
 
 class Progress:
-    """Speaks for the whole run on one rank.
+    """Speaks for the whole run on one rank. What it cannot write is a RasftError, on that rank alone.
 
     Args:
         total_steps: of the run.
@@ -82,7 +83,7 @@ class Progress:
     def _record(self, event: str, step: int, values: Mapping[str, float]) -> None:
         finite = {k: v for k, v in values.items() if math.isfinite(v)}
         if self._path is not None:
-            with self._path.open("a", encoding="utf-8") as file:
+            with written_to(self._path, "--rasft-metrics"), self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"event": event, "step": step, "time": time.time(), **finite}) + "\n")
         if self._tensorboard is not None:
             for name, value in finite.items():

@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import queue
+import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -565,7 +566,7 @@ class Trainer:
                 os.fsync(file.fileno())
             temporary.replace(folder / STATE_FILE)
 
-        try:
+        with self._save_explained(f"the checkpoint of step {self.iteration}", folder):
             on_rank_zero(write_state)
             with self._settled(), quiet():
                 checkpointing.save_checkpoint(
@@ -576,9 +577,17 @@ class Trainer:
                     self._floating_point_operations,
                     checkpointing_context=self._checkpointing_context,
                 )
+
+    @contextlib.contextmanager
+    def _save_explained(self, what: str, folder: Path) -> Iterator[None]:
+        try:
+            yield
         except (OSError, RuntimeError, CheckpointException) as error:
+            reason = checkpoint_failure(error).rstrip(".")
+            if "<class " in reason:  # all that a background writer hands over of what it met
+                reason += ", which is printed above"
             raise CheckpointError(
-                f"the checkpoint of step {self.iteration} could not be written to {folder}: {checkpoint_failure(error)}. "
+                f"{what} could not be written to {folder}: {reason}; {_free_gib(folder):.1f} GiB are free there. "
                 "Earlier checkpoints are untouched; make room or change --save, and start again to go on from the last one."
             ) from error
 
@@ -643,7 +652,9 @@ class Trainer:
 
     def finish_saves(self, *, is_blocking: bool = True) -> None:
         """Complete checkpoints that are being written in the background (--async-save), waiting for them or not."""
-        training.maybe_finalize_async_save(blocking=is_blocking)
+        if self.args.save is not None:
+            with self._save_explained("a checkpoint", Path(self.args.save)):
+                training.maybe_finalize_async_save(blocking=is_blocking)
 
     def export(self, path: str, facts: dict[str, str] | None = None) -> None:
         """Write the model as a Hugging Face folder, in the type it was trained in: what was learnt is not rounded.
@@ -665,6 +676,12 @@ class Trainer:
                 dtype=self.args.params_dtype,
                 facts=facts,
             )
+
+
+def _free_gib(folder: Path) -> float:
+    """Of the file system that the folder is on, or would be."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    return shutil.disk_usage(there).free / 2**30
 
 
 class _OncePerStep:

@@ -3,6 +3,7 @@
 import json
 import time
 from collections import Counter, deque
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 
 from megatron_rasft import metrics
 from megatron_rasft.config import RasftConfig
+from megatron_rasft.errors import written_to
 from megatron_rasft.report.progress import Progress
 from megatron_rasft.rollout.store import RolloutStore
 from megatron_rasft.training.heldout import Heldout
@@ -170,7 +172,15 @@ class Run:
             self.progress.say(line)
         self._mark_files()
         if self._save is not None:
-            (self._save / "config.json").write_text(json.dumps(self._resolved(), indent=1), encoding="utf-8")
+            path = self._save / "config.json"
+            with written_to(path, "--save"):
+                path.write_text(json.dumps(self._resolved(), indent=1), encoding="utf-8")
+
+    def _record(self, report: Callable[[], None]) -> None:
+        """Each rank has its own part in a report; what the first one cannot write ends all."""
+        if not self.is_lead:
+            report()
+        on_rank_zero(report)
 
     def _mark_files(self) -> None:
         self._marks = {name: file.mark() for name, file in self._files.items()}
@@ -186,7 +196,7 @@ class Run:
             f"held out: {values[metrics.HELDOUT_SOLVE_RATE]:.1%} of {self._heldout.num_problems} problems solved after "
             f"step {step}"
         )
-        self.progress.refresh(step, values, text)
+        self._record(lambda: self.progress.refresh(step, values, text))
 
     @property
     def is_over(self) -> bool:
@@ -201,16 +211,16 @@ class Run:
         self.queue.extend(batches)
         self._last_refresh = _window_values(report)
         self._verdicts += report.verdicts
-        self.progress.refresh(
-            self.trainer.iteration, self._last_refresh, _window_line(report, time.monotonic() - began)
-        )
+        line = _window_line(report, time.monotonic() - began)
+        self._record(lambda: self.progress.refresh(self.trainer.iteration, self._last_refresh, line))
 
     def train_step(self) -> None:
         """One step on the next batch, and its line."""
         batch = self.queue.popleft()
         began = time.monotonic()
         result = self.trainer.step(batch.samples, batch.num_problems)
-        self.progress.step(self.trainer.iteration, self._step_values(result, batch, time.monotonic() - began))
+        values = self._step_values(result, batch, time.monotonic() - began)
+        self._record(lambda: self.progress.step(self.trainer.iteration, values))
         if result.is_skipped:
             self.progress.say(f"step {self.trainer.iteration} changed no weight: {_why_skipped(batch)}")
         if self.is_lead:

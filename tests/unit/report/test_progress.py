@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_rasft import metrics
+from megatron_rasft.errors import RasftError
 from megatron_rasft.report.progress import Progress
 
 
@@ -34,6 +35,11 @@ def test_a_step_is_one_line_and_one_record(tmp_path: Path, capsys: pytest.Captur
     assert record["objective/p_mean"] == 0.25
     assert metrics.SOLVE_RATE not in record
     assert (metrics.LOSS, 0.5, 3) in writer.seen
+
+
+def test_a_number_that_cannot_be_written_names_the_file_and_its_flag() -> None:
+    with pytest.raises(RasftError, match=r"/dev/full could not be written: No space left.*--rasft-metrics"):
+        Progress(10, Path("/dev/full")).step(1, {metrics.LOSS: 1.0})
 
 
 def test_other_ranks_are_silent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
