@@ -1,5 +1,6 @@
 """What is said of data that cannot be read names the flag that it came from."""
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -7,14 +8,14 @@ import pytest
 
 from megatron_rasft.config import DataConfig, HeldoutConfig, RasftConfig
 from megatron_rasft.errors import DataError
-from megatron_rasft.training.problems import read_problems
+from megatron_rasft.training.problems import Problems, read_problems
 from tests.tiny_policy import write_model, write_sums
 
 
 @pytest.fixture(scope="module")
 def args(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     model = write_model(tmp_path_factory.mktemp("hf") / "model")
-    return SimpleNamespace(hf_model=str(model), seq_length=128)
+    return SimpleNamespace(hf_model=str(model), seq_length=128, save=None)
 
 
 @pytest.mark.parametrize("flag", ["--train-data", "--heldout-data"])
@@ -35,3 +36,18 @@ def test_a_file_that_cannot_be_used_is_called_by_its_flag(
         read_problems(args, RasftConfig(**rooms))
     said = str(raised.value)
     assert fault in said and flag in said and said.count("-data") == 1
+
+
+def test_every_row_left_out_is_named_in_save(args: SimpleNamespace, tmp_path: Path) -> None:
+    args = SimpleNamespace(**vars(args) | {"save": str(tmp_path)})
+    data = write_sums(tmp_path / "rows.jsonl", 2)
+    long = json.dumps({"problem": "1 + 1", "response": "1" * 200, "answer": "2"})
+    with data.open("a") as file:
+        file.write("{\n" * 12 + f"{long}\n" * 11)
+    config = DataConfig(train_data=[str(data)], data_bad_rows="skip")
+    problems = Problems(args, config, True)
+    left_out = tmp_path / "train-data-left-out.txt"
+    places = [line.split(": ")[0] for line in left_out.read_text().splitlines()]
+    assert places == [f"{data}:{line}" for line in range(3, 26)]
+    assert f"and 2 more: {left_out} names all" in problems.summary
+    assert f"and 1 more: {left_out} names all" in problems.summary
