@@ -4,7 +4,7 @@ import json
 import time
 from collections import Counter, deque
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -259,7 +259,7 @@ class Run:
 
     def _save_once(self) -> None:
         if self._save is not None and self._saved_step != self.trainer.iteration:
-            self.trainer.save(self._state())
+            self.trainer.save(self._state)
             self._saved_step = self.trainer.iteration
 
     def stop(self) -> None:
@@ -277,18 +277,14 @@ class Run:
         self.progress.say(f"stopped by {reason} {outcome}")
 
     def _state(self) -> dict[str, Any]:
-        return {
-            **on_rank_zero(self._state_of_rank_zero),
-            "queue": [asdict(b) for b in self.queue],
-            "last_refresh": self._last_refresh,
-            "verdicts": self._verdicts,
-            "architecture": architecture_of(self.args),
-        }
-
-    def _state_of_rank_zero(self) -> dict[str, Any]:
+        """Rank 0 only."""
         return {
             "planner": self.planner.state_dict(),
             "files": self._marks,
+            "queue": [plain(batch) for batch in self.queue],
+            "last_refresh": self._last_refresh,
+            "verdicts": self._verdicts,
+            "architecture": architecture_of(self.args),
         }
 
     def _resolved(self) -> dict[str, Any]:
@@ -310,6 +306,13 @@ class Run:
         if self._verdicts:
             counts = ", ".join(f"{count} {verdict}" for verdict, count in sorted(self._verdicts.items()))
             self.progress.say(f"rollouts: {counts}")
+
+
+def plain(batch: Batch) -> dict[str, Any]:
+    """As dataclasses.asdict, which would copy every token."""
+    names = [field.name for field in fields(TrainingSample)]
+    samples = [{name: getattr(sample, name) for name in names} for sample in batch.samples]
+    return {"num_problems": batch.num_problems, "samples": samples}
 
 
 def _why_skipped(batch: Batch) -> str:
