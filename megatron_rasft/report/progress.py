@@ -67,6 +67,9 @@ class Progress:
         for name, label, form in _STEP_LINE:
             if name in values and not math.isnan(values[name]):
                 parts.append(f"{label} {values[name]:{form}}")
+        phases = [f"{label} {values[name]:.2f}" for name, label in _STEP_PHASES if name in values]
+        if phases:
+            parts[-1] += f" ({', '.join(phases)})"
         self.say("  ".join(parts))
 
     def close(self, exit_code: int = 0) -> None:
@@ -106,3 +109,10 @@ _STEP_LINE = (
     (metrics.TOKENS_PER_S, "tok/s", ".0f"),
     (metrics.STEP_S, "s", ".2f"),
 )
+
+_STEP_PHASES = (
+    (metrics.DATA_S, "data"),
+    (metrics.FORWARD_BACKWARD_S, "forward-backward"),
+    (metrics.OPTIMIZER_S, "optimizer"),
+)
+"""Behind the seconds of a step: where they went."""

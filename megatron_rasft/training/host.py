@@ -13,6 +13,7 @@ import os
 import queue
 import shutil
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -93,6 +94,11 @@ class StepResult:
     """The weights are those from before: no sample was left, or --grad-norm-skip-threshold was passed."""
     num_tokens: int
     """Tokens computed, padding left out."""
+    data_s: float = 0.0
+    """Cutting the batch, and what a KL objective asks the reference."""
+    forward_backward_s: float = 0.0
+    """Also the reduction of gradients."""
+    optimizer_s: float = 0.0
 
 
 def parse(argv: Sequence[str] | None = None, *, needs_data: bool = True) -> tuple[Any, RasftConfig, HfFolder]:
@@ -347,6 +353,8 @@ class Trainer:
             self.live.device,
         )
         self.iteration = 0
+        self._gradients_at = 0.0
+        """When the gradients of the step were there."""
         self._floating_point_operations = 0.0
         self._checkpointing_context: dict[str, Any] = {}
 
@@ -354,7 +362,7 @@ class Trainer:
         """The hooks that Megatron's train() hangs on the model's config."""
         args, config = self.args, get_model_config(self.model[0])
         config.grad_scale_func = self.optimizer.scale_loss
-        config.finalize_model_grads_func = finalize_model_grads
+        config.finalize_model_grads_func = self._finalize_gradients
         config.timers = None
         if args.overlap_grad_reduce:
             config.no_sync_func = _one_or_list([m.no_sync for m in self.model])
@@ -365,6 +373,11 @@ class Trainer:
         self.model_config = config
         for chunk in self.model:
             chunk.train()
+
+    def _finalize_gradients(self, *args: Any, **kwargs: Any) -> None:
+        finalize_model_grads(*args, **kwargs)
+        torch.cuda.synchronize()
+        self._gradients_at = time.monotonic()
 
     @property
     def layout(self) -> BatchLayout:
@@ -497,6 +510,7 @@ class Trainer:
             return StepResult(
                 metrics={}, grad_norm=0.0, learning_rate=learning_rate, is_skipped=True, num_tokens=0
             )
+        began = time.monotonic()
         batches = self._cut(samples)
         if self.config.objective.needs_reference_distribution():
             assert self.reference is not None
@@ -505,6 +519,7 @@ class Trainer:
                 run_forward_only(self.forward.reference_step, batches, self.model)
         width = batches[0].tokens.shape[1] * args.context_parallel_size
         iterators = [iter(batches) for _ in self.model]
+        prepared = time.monotonic()
         with self._batch_shape(width, batches[0].tokens.shape[0], len(batches)):
             metrics, skipped, _, _, _, grad_norm, *_ = training.train_step(
                 self.forward.train_step,
@@ -519,6 +534,7 @@ class Trainer:
         self.forward.ref_hidden = {}
         self.iteration += 1
         args.consumed_train_samples += num_problems
+        updated = time.monotonic()
         values = gather_to_all({k: float(v) for k, v in metrics.items()})
         reported = max(values, key=len)  # the last pipeline stage has them
         grad_norm = float(grad_norm or 0.0)
@@ -534,6 +550,9 @@ class Trainer:
             learning_rate=learning_rate,
             is_skipped=bool(skipped),
             num_tokens=sum(s.num_tokens for s in samples),
+            data_s=prepared - began,
+            forward_backward_s=self._gradients_at - prepared,
+            optimizer_s=updated - self._gradients_at,
         )
 
     @contextlib.contextmanager

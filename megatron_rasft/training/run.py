@@ -191,10 +191,11 @@ class Run:
         is_due = step == 0 or self.is_over or (interval > 0 and step % interval == 0)
         if self._heldout is None or not is_due:
             return
+        began = time.monotonic()
         values = self._heldout.measure(step)
         text = (
             f"held out: {values[metrics.HELDOUT_SOLVE_RATE]:.1%} of {self._heldout.num_problems} problems solved after "
-            f"step {step}"
+            f"step {step}, {time.monotonic() - began:.1f} s"
         )
         self._record(lambda: self.progress.refresh(step, values, text))
 
@@ -234,6 +235,9 @@ class Run:
         values[metrics.NUM_TOKENS] = result.num_tokens
         values[metrics.QUEUE] = len(self.queue)
         values[metrics.STEP_S] = seconds
+        values[metrics.DATA_S] = result.data_s
+        values[metrics.FORWARD_BACKWARD_S] = result.forward_backward_s
+        values[metrics.OPTIMIZER_S] = result.optimizer_s
         values[metrics.TOKENS_PER_S] = result.num_tokens / seconds
         if metrics.SOLVE_RATE in self._last_refresh:
             values[metrics.SOLVE_RATE] = self._last_refresh[metrics.SOLVE_RATE]
@@ -259,8 +263,10 @@ class Run:
 
     def _save_once(self) -> None:
         if self._save is not None and self._saved_step != self.trainer.iteration:
+            began = time.monotonic()
             self.trainer.save(self._state)
             self._saved_step = self.trainer.iteration
+            self.progress.say(f"saved step {self._saved_step}, {time.monotonic() - began:.1f} s")
 
     def stop(self) -> None:
         """Save, so that the same command goes on from the last step, and say so."""
@@ -346,6 +352,8 @@ def _window_values(report: WindowReport) -> dict[str, float]:
 
 def _window_line(report: WindowReport, seconds: float) -> str:
     line = f"refresh: {report.num_problems} problems"
+    if report.score_s:
+        line += f", score {report.score_s:.1f} s"
     if report.num_rollouts:
         line += (
             f", {report.num_rollouts} rollouts of {report.num_sampled}, {report.solve_rate:.1%} correct, "
