@@ -21,6 +21,7 @@ if __name__ != "__mp_main__":
     from megatron_rasft.training.problems import open_replay, read_problems, set_length
     from megatron_rasft.training.ranks import report_failure
     from megatron_rasft.training.run import Run
+    from megatron_rasft.training.stopping import Stopped
 
 
 def main() -> None:
@@ -33,15 +34,17 @@ def main() -> None:
     set_length(args, config, problems.num)
     trainer = host.Trainer(args, config, folder)
     with Run(args, config, folder, problems, heldout, replay, trainer) as run:
-        run.begin()
-        while not run.is_over:
+        try:
+            run.begin()
+            while not run.is_over:
+                run.measure_if_due()
+                run.refresh_if_due()
+                run.train_step()
+                run.save_if_due()
             run.measure_if_due()
-            run.refresh_if_due()
-            run.train_step()
-            if run.save_if_due():
-                return
-        run.measure_if_due()
-        run.finish()
+            run.finish()
+        except Stopped:
+            run.stop()
 
 
 if __name__ == "__main__":

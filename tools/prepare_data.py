@@ -67,7 +67,7 @@ def validate(args: argparse.Namespace, config: DataConfig) -> int:
             require_answer=not args.no_answers,
         )
         num_usable = len(demonstrations)
-    print(report.describe())
+    print(report.describe(num_named=None))
     is_refused = report.faults or not num_usable or (report.overlong and config.data_overlong == "refuse")
     return 1 if is_refused else 0
 

@@ -54,7 +54,7 @@ class DataConfig:
 
     data_bad_rows: Literal["refuse", "skip"] = "refuse"
     """What happens if rows cannot be used (bad JSON, no answer, duplicate id, ...): refuse names them and
-    stops the run, skip counts them by reason and trains without them."""
+    stops the run, skip counts them by reason and trains without them. Every row left out is named in a file in --save."""
 
     data_seed: int = 1234
     """Seed of the order in which problems are visited, >= 0."""

@@ -21,7 +21,7 @@ CHAT_ROLES = ("system", "user", "assistant")
 _TESTS_COMPANIONS = ("entry_point", "test_setup_code", "test_style")
 _TEST_STYLES: tuple[TestStyle, ...] = ("asserts", "check", "pytest")
 _NUM_NAMED = 10
-"""Rows that an error message names one by one; the rest is a count."""
+"""Rows of a kind that a message names one by one; the rest is a count, and where they are named."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -69,6 +69,8 @@ class DataReport:
     faults: list[RowFault] = field(default_factory=list)
     overlong: list[RowFault] = field(default_factory=list)
     """Rows with more tokens than fit; not faults."""
+    all_named_by: str = "tools/prepare_data.py validate"
+    """What names every row that is left out, for messages."""
 
     @property
     def num_faults_by_reason(self) -> dict[str, int]:
@@ -79,23 +81,42 @@ class DataReport:
         """Raise DataError if ``config`` refuses what is in the report, or if nothing is left to train on."""
         if self.faults and config.data_bad_rows == "refuse":
             raise DataError(
-                f"{len(self.faults)} of {self.num_rows} rows cannot be used:\n{_name_rows(self.faults)}\n"
+                f"{len(self.faults)} of {self.num_rows} rows cannot be used:\n{self._named(self.faults)}\n"
                 "Correct them, or train without them: --data-bad-rows skip."
             )
         if self.overlong and config.data_overlong == "refuse":
             raise DataError(
-                f"{len(self.overlong)} of {self.num_rows} rows are too long:\n{_name_rows(self.overlong)}\n"
+                f"{len(self.overlong)} of {self.num_rows} rows are too long:\n{self._named(self.overlong)}\n"
                 "Raise --seq-length, or train without them: --data-overlong drop."
             )
         if not self.num_demonstrations:
             raise DataError(
                 f"none of the {self.num_rows} rows can be trained on: {len(self.faults)} faulty, "
-                f"{len(self.overlong)} too long:\n{_name_rows(self.faults + self.overlong)}\n"
+                f"{len(self.overlong)} too long:\n{self._named(self.faults + self.overlong)}\n"
                 "Check --data-problem-field, --data-response-field, --data-answer-field, --data-tests-field and --seq-length."
             )
 
-    def describe(self) -> str:
-        """The report as lines of text, without a final line break."""
+    def write_left_out(self, path: Path) -> None:
+        """Name every row that is not trained on, one a line; messages refer to ``path`` from now on."""
+        left_out = self.faults + self.overlong
+        if left_out:
+            path.write_text("".join(f"{row}\n" for row in left_out), encoding="utf-8")
+            self.all_named_by = str(path)
+        else:
+            path.unlink(missing_ok=True)
+
+    def _named(self, rows: list[RowFault], num_named: int | None = _NUM_NAMED) -> str:
+        lines = [f"  {row}" for row in rows[:num_named]]
+        if len(lines) < len(rows):
+            lines.append(f"  ... and {len(rows) - len(lines)} more: {self.all_named_by} names all")
+        return "\n".join(lines)
+
+    def describe(self, num_named: int | None = _NUM_NAMED) -> str:
+        """The report as lines of text, without a final line break.
+
+        Args:
+            num_named: most rows of a kind that are named; None names all.
+        """
         lines = [f"rows            {self.num_rows}"]
         if self.num_demonstrations:
             lines.append(f"usable          {self.num_demonstrations}")
@@ -109,11 +130,11 @@ class DataReport:
             )
         lines.append(f"too long        {len(self.overlong)}")
         if self.overlong:
-            lines.append(_name_rows(self.overlong))
+            lines.append(self._named(self.overlong, num_named))
         lines.append(f"faulty          {len(self.faults)}")
         lines.extend(f"  {num} x {reason}" for reason, num in self.num_faults_by_reason.items())
         if self.faults:
-            lines.append(_name_rows(self.faults))
+            lines.append(self._named(self.faults, num_named))
         return "\n".join(lines)
 
 
@@ -166,13 +187,6 @@ class _Fault(Exception):
         super().__init__(reason)
         self.reason = reason
         self.detail = detail
-
-
-def _name_rows(rows: list[RowFault]) -> str:
-    lines = [f"  {row}" for row in rows[:_NUM_NAMED]]
-    if len(rows) > _NUM_NAMED:
-        lines.append(f"  ... and {len(rows) - _NUM_NAMED} more")
-    return "\n".join(lines)
 
 
 def _check_files(files: list[str], flag: str) -> list[Path]:

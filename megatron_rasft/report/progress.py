@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from rich.console import Console
 
 from megatron_rasft import metrics
+from megatron_rasft.errors import written_to
 
 
 class ScalarWriter(Protocol):
@@ -20,7 +21,7 @@ class ScalarWriter(Protocol):
 
 
 class Progress:
-    """Speaks for the whole run on one rank.
+    """Speaks for the whole run on one rank. What it cannot write is a RasftError, on that rank alone.
 
     Args:
         total_steps: of the run.
@@ -66,6 +67,9 @@ class Progress:
         for name, label, form in _STEP_LINE:
             if name in values and not math.isnan(values[name]):
                 parts.append(f"{label} {values[name]:{form}}")
+        phases = [f"{label} {values[name]:.2f}" for name, label in _STEP_PHASES if name in values]
+        if phases:
+            parts[-1] += f" ({', '.join(phases)})"
         self.say("  ".join(parts))
 
     def close(self, exit_code: int = 0) -> None:
@@ -82,7 +86,7 @@ class Progress:
     def _record(self, event: str, step: int, values: Mapping[str, float]) -> None:
         finite = {k: v for k, v in values.items() if math.isfinite(v)}
         if self._path is not None:
-            with self._path.open("a", encoding="utf-8") as file:
+            with written_to(self._path, "--rasft-metrics"), self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"event": event, "step": step, "time": time.time(), **finite}) + "\n")
         if self._tensorboard is not None:
             for name, value in finite.items():
@@ -105,3 +109,10 @@ _STEP_LINE = (
     (metrics.TOKENS_PER_S, "tok/s", ".0f"),
     (metrics.STEP_S, "s", ".2f"),
 )
+
+_STEP_PHASES = (
+    (metrics.DATA_S, "data"),
+    (metrics.FORWARD_BACKWARD_S, "forward-backward"),
+    (metrics.OPTIMIZER_S, "optimizer"),
+)
+"""Behind the seconds of a step: where they went."""

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from megatron_rasft.errors import RolloutError
+from megatron_rasft.errors import RolloutError, written_to
 from megatron_rasft.types import Rollout
 
 _CHUNK = 2**16
@@ -25,9 +25,16 @@ class RolloutStore:
         return self.path.stat().st_size if self.path.exists() else 0
 
     def append(self, rollouts: Iterable[Rollout]) -> None:
-        """Write rollouts and wait until they are on disk."""
+        """Write rollouts and wait until they are on disk.
+
+        Raises:
+            RasftError: they cannot be written.
+        """
         lines = "".join(json.dumps(asdict(r), ensure_ascii=False) + "\n" for r in rollouts)
-        with self.path.open("a", encoding="utf-8", newline="\n") as file:
+        with (
+            written_to(self.path, "--rollout-store"),
+            self.path.open("a", encoding="utf-8", newline="\n") as file,
+        ):
             file.write(lines)
             file.flush()
             os.fsync(file.fileno())

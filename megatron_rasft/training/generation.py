@@ -21,7 +21,8 @@ from megatron.core.transformer.utils import set_model_to_sequence_parallel
 from torch import Tensor
 
 from megatron_rasft.training.attention import SdpaCoreAttention
-from megatron_rasft.training.ranks import gather_to_rank_zero
+from megatron_rasft.training.ranks import gather_to_rank_zero, on_rank_zero
+from megatron_rasft.training.stopping import Stopped
 from megatron_rasft.types import FinishReason, Request, Response, SamplingParams
 
 _NUCLEUS_CANDIDATES = 256
@@ -29,6 +30,8 @@ _NUCLEUS_CANDIDATES = 256
 
 _Packed = tuple[array, array, FinishReason]
 """A response in 12 bytes a token: int32 ids, fp64 log-probabilities, and why it ended."""
+_TOKENS_PER_LOOK = 32
+"""Tokens that a batch grows by between two looks at whether the run is to stop."""
 
 
 @contextlib.contextmanager
@@ -79,13 +82,24 @@ class LiveModel:
         self.config = chunks[0].config
         self.device = next(chunks[0].parameters()).device
 
-    def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[list[Response]]:
+    def generate(
+        self,
+        requests: Sequence[Request],
+        params: SamplingParams,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> list[list[Response]]:
         """Sample every request; a collective of the whole world.
 
         Replicas sample at their own pace and meet on the patient group of ranks.py alone.
 
+        Args:
+            should_stop: a collective of one replica's ranks, asked now and then while a batch is sampled.
+
         Returns:
             On rank 0, for each request its responses in the order of its seeds; [] on the others.
+
+        Raises:
+            Stopped: a replica was to stop; what is sampled by then is lost. Raised on every rank.
         """
         replica = parallel_state.get_data_parallel_rank(with_context_parallel=True)
         num_replicas = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
@@ -96,9 +110,10 @@ class LiveModel:
             parallel_state.get_tensor_model_parallel_rank() == 0 and parallel_state.is_pipeline_last_stage()
         )
         done: dict[int, list[_Packed]] = {}
-        with generation_mode(self.chunks):
+        # One that stops still takes part in the gather, where rank 0 learns of it by what is missing.
+        with generation_mode(self.chunks), contextlib.suppress(Stopped):
             for batch in _batches(mine, requests, params.max_batch_size):
-                groups = self._generate_batch([requests[i] for i in batch], params)
+                groups = self._generate_batch([requests[i] for i in batch], params, should_stop)
                 if speaks:
                     done.update(
                         (i, [_pack(r) for r in group]) for i, group in zip(batch, groups, strict=True)
@@ -106,9 +121,13 @@ class LiveModel:
         merged: dict[int, list[Response]] = {}
         for part in gather_to_rank_zero(done or None):
             merged.update((i, [_unpack(p) for p in group]) for i, group in part.items())
+        if not on_rank_zero(lambda: len(merged) == len(requests)):
+            raise Stopped
         return [merged[i] for i in range(len(requests))] if dist.get_rank() == 0 else []
 
-    def _generate_batch(self, requests: list[Request], params: SamplingParams) -> list[list[Response]]:
+    def _generate_batch(
+        self, requests: list[Request], params: SamplingParams, should_stop: Callable[[], bool]
+    ) -> list[list[Response]]:
         width = max(len(r.prompt_ids) for r in requests)
         pads = torch.tensor([width - len(r.prompt_ids) for r in requests], device=self.device)
         prompts = torch.tensor(
@@ -149,6 +168,8 @@ class LiveModel:
         stops = torch.tensor(sorted(params.stop_ids) or [-1], device=self.device)
         ends = torch.tensor(rooms, device=self.device)
         for step in range(longest):
+            if step % _TOKENS_PER_LOOK == 0 and should_stop():
+                raise Stopped
             chosen, chosen_logprobs = self._sample(logits, uniforms[alive, step], params, history, pads)
             for row, token, logprob, over in zip(
                 alive.tolist(), chosen.tolist(), chosen_logprobs.tolist(), is_done.tolist(), strict=True

@@ -40,7 +40,7 @@ class Heldout:
         """Solve rate and share of truncated responses, the same on every rank."""
         requests: list[Request] = on_rank_zero(self._requests)
         responses = self._policy.generate(requests, self._params)
-        return on_rank_zero(lambda: self._graded(requests, responses, iteration))
+        return self._policy.stop.on_rank_zero(lambda: self._graded(requests, responses, iteration))
 
     def _requests(self) -> list[Request]:
         # Seeds do not depend on the step: two measurements differ by the weights alone.
@@ -66,7 +66,8 @@ class Heldout:
             rollouts += as_rollouts(
                 demonstration.problem_id, request, answers, iteration, self._problems.decode
             )
-        self._verifier.verify(rollouts, {d.problem_id: d.check for d in self._problems.demonstrations})
+        checks = {d.problem_id: d.check for d in self._problems.demonstrations}
+        self._verifier.verify(rollouts, checks, self._policy.stop.check_here)
         return {
             metrics.HELDOUT_SOLVE_RATE: sum(r.verdict == "correct" for r in rollouts) / len(rollouts),
             metrics.HELDOUT_TRUNCATED: sum(r.finish_reason == "length" for r in rollouts) / len(rollouts),

@@ -12,7 +12,9 @@ import logging
 import math
 import os
 import queue
+import shutil
 import sys
+import time
 import warnings
 from array import array
 from collections.abc import Callable, Iterator, Sequence
@@ -46,7 +48,7 @@ from megatron.training.utils import calc_params_l2_norm
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_rasft.config import RasftConfig
-from megatron_rasft.errors import CheckpointError, FailedElsewhere
+from megatron_rasft.errors import CheckpointError, FailedElsewhere, RasftError
 from megatron_rasft.sync import SyncReport, WeightSync
 from megatron_rasft.sync.servers import Server
 from megatron_rasft.training.arguments import fill_in, parse_flags
@@ -58,6 +60,7 @@ from megatron_rasft.training.outputs import check_writable
 from megatron_rasft.training.ranks import gather_to_all, gather_to_rank_zero, on_rank_zero
 from megatron_rasft.training.reference import FrozenReference
 from megatron_rasft.training.servers import read_keys
+from megatron_rasft.training.stopping import StopRequest
 from megatron_rasft.types import Request, Response, SamplingParams, TrainingSample
 from megatron_rasft.weights.architecture import megatron_args
 from megatron_rasft.weights.exporting import export
@@ -75,6 +78,9 @@ _KNOWN_WARNINGS: tuple[tuple[str, type[Warning]], ...] = (
 )
 """What torch (2.14 on, and 2.11) says of the way Megatron 0.19 calls it."""
 
+_SCORED_BATCHES = 4
+"""Global batches that are scored between two looks at whether the run is to stop."""
+
 STATE_FILE = "rasft_state.json"
 """Beside Megatron's own files in a checkpoint: where the data, curriculum and rollout store stood."""
 
@@ -88,8 +94,14 @@ class StepResult:
     grad_norm: float
     learning_rate: float
     is_skipped: bool
+    """The weights are those from before: no sample was left, or --grad-norm-skip-threshold was passed."""
     num_tokens: int
     """Tokens computed, padding left out."""
+    data_s: float = 0.0
+    """Cutting the batch, and what a KL objective asks the reference."""
+    forward_backward_s: float = 0.0
+    """Also the reduction of gradients."""
+    optimizer_s: float = 0.0
     params_norm: float | None = None
     """With --log-params-norm."""
     floating_point_operations: float = 0.0
@@ -125,6 +137,10 @@ def parse(argv: Sequence[str] | None = None, *, needs_data: bool = True) -> tupl
             f"--export-hf {args.export_hf} exists already. Name a folder that does not, or move it away."
         )
     _choose_load(args)
+    if args.fp16:
+        raise ValueError(
+            "--fp16 is not supported: its steps are skipped until the loss scale fits. Use --bf16, which needs none."
+        )
     folder = HfFolder.open(args.hf_model)
     fill_in(args, megatron_args(folder, config.run.rasft_query_groups))
     _check_layout(args)
@@ -331,11 +347,13 @@ class Trainer:
         self.forward = Forward(config.objective, folder.shape.vocab_size)
         self.max_tokens = args.seq_length
         load, args.load = args.load, None
+        # Megatron's check raises in mid-backward on the ranks that see the NaN, and the others wait for them.
+        self._refuses_nan, args.check_for_nan_in_loss_and_grad = args.check_for_nan_in_loss_and_grad, False
         with quiet():
             self.model, self.optimizer, self.scheduler = training.setup_model_and_optimizer(
                 ModelType.encoder_or_decoder, partial(build_chunk, args)
             )
-        args.load = load
+        args.load, args.check_for_nan_in_loss_and_grad = load, self._refuses_nan
         self.chunks = unwrap_model(self.model)
         self._layer_offsets = [
             get_transformer_layer_offset(c.config, vp_stage=getattr(c, "vp_stage", None)) for c in self.chunks
@@ -366,7 +384,15 @@ class Trainer:
             self.forward.ref_output_weight = self.reference.output_weight(self.chunks[-1])
         self._prepare_config()
         self.live = LiveModel(self.chunks, folder.shape.vocab_size)
+        self.stop = StopRequest(
+            lambda: get_signal_handler()._signal_received,
+            args.exit_duration_in_mins,
+            training._TRAIN_START_TIME,
+            self.live.device,
+        )
         self.iteration = 0
+        self._gradients_at = 0.0
+        """When the gradients of the step were there."""
         self._floating_point_operations = 0.0
         self._checkpointing_context: dict[str, Any] = {}
         if args.manual_gc:
@@ -377,7 +403,7 @@ class Trainer:
         """The hooks that Megatron's train() hangs on the model's config."""
         args, config = self.args, get_model_config(self.model[0])
         config.grad_scale_func = self.optimizer.scale_loss
-        config.finalize_model_grads_func = finalize_model_grads
+        config.finalize_model_grads_func = self._finalize_gradients
         config.timers = None
         if args.overlap_grad_reduce:
             config.no_sync_func = _one_or_list([m.no_sync for m in self.model])
@@ -388,6 +414,11 @@ class Trainer:
         self.model_config = config
         for chunk in self.model:
             chunk.train()
+
+    def _finalize_gradients(self, *args: Any, **kwargs: Any) -> None:
+        finalize_model_grads(*args, **kwargs)
+        torch.cuda.synchronize()
+        self._gradients_at = time.monotonic()
 
     @property
     def layout(self) -> BatchLayout:
@@ -418,15 +449,21 @@ class Trainer:
     # ---- the Policy of a refresh
 
     def score(self, samples: Sequence[TrainingSample], *, with_reference: bool) -> list[list[float]]:
-        """On rank 0 per sample the log-probabilities of its response, nats; [] on the others."""
-        if not samples:
-            return []
-        with self._settled():
-            if with_reference:
+        """On rank 0 per sample the log-probabilities of its response, nats; [] on the others.
+
+        Raises:
+            Stopped: the run is to stop.
+        """
+        size = _SCORED_BATCHES * self.args.global_batch_size
+        scored: list[list[float]] = []
+        with self._settled(), contextlib.ExitStack() as reference:
+            if with_reference and samples:
                 assert self.reference is not None, "only an objective with a reference asks for it"
-                with self.reference.in_place():
-                    return self._score(samples)
-            return self._score(samples)
+                reference.enter_context(self.reference.in_place())
+            for start in range(0, len(samples), size):
+                self.stop.check()
+                scored += self._score(samples[start : start + size])
+        return scored
 
     def _score(self, samples: Sequence[TrainingSample]) -> list[list[float]]:
         # Attached values are for training; a scoring batch carries none.
@@ -449,8 +486,9 @@ class Trainer:
 
     def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[list[Response]]:
         """Sample the live weights; see LiveModel.generate."""
+        replica = parallel_state.get_model_parallel_group()
         with self._settled():
-            return self.live.generate(requests, params)
+            return self.live.generate(requests, params, lambda: self.stop.is_asked(replica))
 
     def weight_sync(self, connect: Callable[[str], Server]) -> WeightSync:
         """What takes this model's weights to rollout servers.
@@ -500,7 +538,11 @@ class Trainer:
     # ---- training
 
     def step(self, samples: Sequence[TrainingSample], num_problems: int) -> StepResult:
-        """One optimizer step on a global batch; without any sample only the schedules move on."""
+        """One optimizer step on a global batch; without any sample only the schedules move on.
+
+        Raises:
+            RasftError: the gradient is not finite, on every rank; --no-check-for-nan-in-loss-and-grad trains on.
+        """
         args = self.args
         learning_rate = _learning_rate(self.optimizer)
         if not samples:
@@ -510,6 +552,7 @@ class Trainer:
             return StepResult(
                 metrics={}, grad_norm=0.0, learning_rate=learning_rate, is_skipped=True, num_tokens=0
             )
+        began = time.monotonic()
         batches = self._cut(samples)
         if self.config.objective.needs_reference_distribution():
             assert self.reference is not None
@@ -518,6 +561,7 @@ class Trainer:
                 run_forward_only(self.forward.reference_step, batches, self.model)
         width = batches[0].tokens.shape[1] * args.context_parallel_size
         iterators = [iter(batches) for _ in self.model]
+        prepared = time.monotonic()
         with self._batch_shape(width, batches[0].tokens.shape[0], len(batches)):
             metrics, skipped, _, _, _, grad_norm, *_ = training.train_step(
                 self.forward.train_step,
@@ -534,7 +578,16 @@ class Trainer:
         args.consumed_train_samples += num_problems
         if args.manual_gc and args.manual_gc_interval and self.iteration % args.manual_gc_interval == 0:
             gc.collect()
+        updated = time.monotonic()
         values = gather_to_all({k: float(v) for k, v in metrics.items()})
+        reported = max(values, key=len)  # the last pipeline stage has them
+        grad_norm = float(grad_norm or 0.0)
+        if self._refuses_nan and not math.isfinite(grad_norm):
+            raise RasftError(
+                f"step {self.iteration} has no finite gradient (loss {reported.get('loss', math.nan):g}, gradient norm "
+                f"{grad_norm:g}): the run has diverged, and nothing of this step is saved. Go on from the last checkpoint, or from "
+                "an earlier one (--ckpt-step), with a lower --lr (and --override-opt_param-scheduler)."
+            )
         floating_point_operations = training.num_floating_point_operations(
             args,
             len(samples),
@@ -543,13 +596,16 @@ class Trainer:
         )
         self._floating_point_operations += floating_point_operations
         return StepResult(
-            metrics=max(values, key=len),  # the last pipeline stage has them
-            grad_norm=float(grad_norm or 0.0),
+            metrics=reported,
+            grad_norm=grad_norm,
             learning_rate=learning_rate,
             is_skipped=bool(skipped),
             num_tokens=sum(s.num_tokens for s in samples),
             params_norm=calc_params_l2_norm(self.model) if args.log_params_norm else None,
             floating_point_operations=floating_point_operations,
+            data_s=prepared - began,
+            forward_backward_s=self._gradients_at - prepared,
+            optimizer_s=updated - self._gradients_at,
         )
 
     @contextlib.contextmanager
@@ -566,14 +622,14 @@ class Trainer:
             args.seq_length, args.micro_batch_size = kept
             _set_num_microbatches(args.global_batch_size, args.micro_batch_size, dp)
 
-    def should_exit(self) -> bool:
-        """Whether any rank was sent SIGTERM."""
-        return any(get_signal_handler().signals_received())
-
     # ---- checkpoints
 
-    def save(self, state: dict[str, Any]) -> None:
-        """Write a checkpoint and this run's state; an earlier checkpoint stays until this one is complete."""
+    def save(self, state: Callable[[], dict[str, Any]]) -> None:
+        """Write a checkpoint and this run's state; an earlier checkpoint stays until this one is complete.
+
+        Args:
+            state: gives what JSON can hold; called on rank 0.
+        """
         args = self.args
         folder = Path(checkpointing.get_checkpoint_name(args.save, self.iteration, return_base_dir=True))
 
@@ -581,12 +637,12 @@ class Trainer:
             folder.mkdir(parents=True, exist_ok=True)
             temporary = folder / (STATE_FILE + ".tmp")
             with temporary.open("w", encoding="utf-8") as file:
-                json.dump(state, file)
+                file.write(json.dumps(state()))  # json.dump encodes in Python, half as fast
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(folder / STATE_FILE)
 
-        try:
+        with self._save_explained(f"the checkpoint of step {self.iteration}", folder):
             on_rank_zero(write_state)
             with self._settled(), quiet():
                 checkpointing.save_checkpoint(
@@ -597,9 +653,17 @@ class Trainer:
                     self._floating_point_operations,
                     checkpointing_context=self._checkpointing_context,
                 )
+
+    @contextlib.contextmanager
+    def _save_explained(self, what: str, folder: Path) -> Iterator[None]:
+        try:
+            yield
         except (OSError, RuntimeError, CheckpointException) as error:
+            reason = checkpoint_failure(error).rstrip(".")
+            if "<class " in reason:  # all that a background writer hands over of what it met
+                reason += ", which is printed above"
             raise CheckpointError(
-                f"the checkpoint of step {self.iteration} could not be written to {folder}: {checkpoint_failure(error)}. "
+                f"{what} could not be written to {folder}: {reason}; {_free_gib(folder):.1f} GiB are free there. "
                 "Earlier checkpoints are untouched; make room or change --save, and start again to go on from the last one."
             ) from error
 
@@ -662,7 +726,9 @@ class Trainer:
 
     def finish_saves(self, *, is_blocking: bool = True) -> None:
         """Complete checkpoints that are being written in the background (--async-save), waiting for them or not."""
-        training.maybe_finalize_async_save(blocking=is_blocking)
+        if self.args.save is not None:
+            with self._save_explained("a checkpoint", Path(self.args.save)):
+                training.maybe_finalize_async_save(blocking=is_blocking)
 
     def export(self, path: str, facts: dict[str, str] | None = None) -> None:
         """Write the model as a Hugging Face folder, in the type it was trained in: what was learnt is not rounded.
@@ -684,6 +750,12 @@ class Trainer:
                 dtype=self.args.params_dtype,
                 facts=facts,
             )
+
+
+def _free_gib(folder: Path) -> float:
+    """Of the file system that the folder is on, or would be."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    return shutil.disk_usage(there).free / 2**30
 
 
 class _OncePerStep:

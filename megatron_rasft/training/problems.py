@@ -1,11 +1,13 @@
 """The problems of a run, read and tokenized on one rank and counted on all."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from megatron_rasft.config import DataConfig, RasftConfig, VerifyConfig
 from megatron_rasft.data.reading import read_rows
-from megatron_rasft.data.tokenizing import build_demonstrations, end_ids, open_tokenizer
+from megatron_rasft.data.tokenizing import collect_demonstrations, end_ids, open_tokenizer
+from megatron_rasft.errors import written_to
 from megatron_rasft.rollout.replay import ReplayEngine
 from megatron_rasft.training.arguments import has_own_warmup
 from megatron_rasft.training.ranks import kept_by_rank_zero, on_rank_zero
@@ -31,9 +33,14 @@ class Problems:
 
         def read() -> int:
             self.tokenizer = open_tokenizer(args.hf_model)
-            self.demonstrations, report = build_demonstrations(
+            self.demonstrations, report = collect_demonstrations(
                 read_rows(config, needs_answers, flag), self.tokenizer, config, args.seq_length, needs_answers
             )
+            if args.save is not None:
+                path = Path(args.save, f"{flag.removeprefix('--')}-left-out.txt")
+                with written_to(path, "--save"):
+                    report.write_left_out(path)
+            report.check(config)
             self.summary = report.describe()
             return len(self.demonstrations)
 

@@ -3,7 +3,8 @@
 import json
 import time
 from collections import Counter, deque
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 
 from megatron_rasft import metrics
 from megatron_rasft.config import RasftConfig
-from megatron_rasft.errors import CheckpointError
+from megatron_rasft.errors import CheckpointError, written_to
 from megatron_rasft.report.progress import Progress
 from megatron_rasft.rollout.replay import ReplayEngine
 from megatron_rasft.rollout.store import RolloutStore
@@ -28,6 +29,7 @@ from megatron_rasft.training.problems import Problems
 from megatron_rasft.training.ranks import on_rank_zero
 from megatron_rasft.training.reference import LogprobCache
 from megatron_rasft.training.servers import RolloutServers, read_keys
+from megatron_rasft.training.stopping import Stopped
 from megatron_rasft.training.window import Batch, Planner, WindowReport
 from megatron_rasft.types import TrainingSample
 from megatron_rasft.verify.pool import VerifierPool
@@ -97,6 +99,10 @@ class Run:
         self.queue: deque[Batch] = deque()
         self._last_refresh: dict[str, float] = {}
         self._verdicts: Counter[str] = Counter()
+        self._saved_step = 0
+        """Of the checkpoint in --save that the run went on from or wrote last; step 0 needs none."""
+        self._marks: dict[str, Any] = {}
+        """Of the files as they were after the last step, on rank 0: what came later is made again from a checkpoint."""
 
     def _servers(self, folder: HfFolder) -> RolloutServers | None:
         rollout = self.config.rollout
@@ -145,6 +151,8 @@ class Run:
             self._last_refresh = state["last_refresh"]
             self._verdicts = Counter(state["verdicts"])
             self.planner.load_state_dict(state["planner"])
+            if self.args.load == self.args.save:
+                self._saved_step = self.trainer.iteration
         on_rank_zero(lambda: self._take_up_files({} if state is None else state["files"]))
         args = self.args
         where = "GPU" if args.distributed_backend == "nccl" else "CPU"
@@ -179,8 +187,20 @@ class Run:
             self._save.mkdir(parents=True, exist_ok=True)
         for line in take_up_files(self._files, marks, load, self._save):
             self.progress.say(line)
+        self._mark_files()
         if self._save is not None:
-            (self._save / "config.json").write_text(json.dumps(self._resolved(), indent=1), encoding="utf-8")
+            path = self._save / "config.json"
+            with written_to(path, "--save"):
+                path.write_text(json.dumps(self._resolved(), indent=1), encoding="utf-8")
+
+    def _record(self, report: Callable[[], None]) -> None:
+        """Each rank has its own part in a report; what the first one cannot write ends all."""
+        if not self.is_lead:
+            report()
+        on_rank_zero(report)
+
+    def _mark_files(self) -> None:
+        self._marks = {name: file.mark() for name, file in self._files.items()}
 
     def measure_if_due(self) -> None:
         """The held-out solve rate, before the first step, after the last, and every --heldout-interval steps."""
@@ -188,12 +208,13 @@ class Run:
         is_due = step == 0 or self.is_over or (interval > 0 and step % interval == 0)
         if self._heldout is None or not is_due:
             return
+        began = time.monotonic()
         values = self._heldout.measure(step)
         text = (
             f"held out: {values[metrics.HELDOUT_SOLVE_RATE]:.1%} of {self._heldout.num_problems} problems solved after "
-            f"step {step}"
+            f"step {step}, {time.monotonic() - began:.1f} s"
         )
-        self.progress.refresh(step, values, text)
+        self._record(lambda: self.progress.refresh(step, values, text))
 
     @property
     def is_over(self) -> bool:
@@ -208,16 +229,20 @@ class Run:
         self.queue.extend(batches)
         self._last_refresh = _window_values(report)
         self._verdicts += report.verdicts
-        self.progress.refresh(
-            self.trainer.iteration, self._last_refresh, _window_line(report, time.monotonic() - began)
-        )
+        line = _window_line(report, time.monotonic() - began)
+        self._record(lambda: self.progress.refresh(self.trainer.iteration, self._last_refresh, line))
 
     def train_step(self) -> None:
         """One step on the next batch, and its line."""
         batch = self.queue.popleft()
         began = time.monotonic()
         result = self.trainer.step(batch.samples, batch.num_problems)
-        self.progress.step(self.trainer.iteration, self._step_values(result, batch, time.monotonic() - began))
+        values = self._step_values(result, batch, time.monotonic() - began)
+        self._record(lambda: self.progress.step(self.trainer.iteration, values))
+        if result.is_skipped:
+            self.progress.say(f"step {self.trainer.iteration} changed no weight: {_why_skipped(batch)}")
+        if self.is_lead:
+            self._mark_files()
 
     def _step_values(self, result: StepResult, batch: Batch, seconds: float) -> dict[str, float]:
         values = {f"objective/{name}": value for name, value in result.metrics.items()}
@@ -227,6 +252,9 @@ class Run:
         values[metrics.NUM_TOKENS] = result.num_tokens
         values[metrics.QUEUE] = len(self.queue)
         values[metrics.STEP_S] = seconds
+        values[metrics.DATA_S] = result.data_s
+        values[metrics.FORWARD_BACKWARD_S] = result.forward_backward_s
+        values[metrics.OPTIMIZER_S] = result.optimizer_s
         values[metrics.TOKENS_PER_S] = result.num_tokens / seconds
         if result.params_norm is not None:
             values[metrics.PARAMS_NORM] = result.params_norm
@@ -241,39 +269,51 @@ class Run:
                 values[name] = sum(weights) / len(weights)
         return values
 
-    def save_if_due(self) -> bool:
-        """Save every --save-interval steps, at the end, and on SIGTERM; True if the run is to stop now."""
+    def save_if_due(self) -> None:
+        """Save every --save-interval steps and at the end.
+
+        Raises:
+            Stopped: on --exit-signal, after --exit-duration-in-mins, and every --exit-interval steps.
+        """
+        step, args = self.trainer.iteration, self.args
         self.trainer.finish_saves(is_blocking=False)
-        stops = self.trainer.should_exit()
-        is_due = self.trainer.iteration % self.args.save_interval == 0 if self.args.save_interval else False
-        if self._save is not None and (is_due or stops or self.is_over):
-            self.trainer.save(self._state())
-        if stops:
-            self.trainer.finish_saves()
-            self.progress.say(
-                f"stopped by a signal after step {self.trainer.iteration}"
-                + (
-                    "; saved, the same command goes on from here"
-                    if self._save is not None
-                    else "; --save was not given"
-                )
-            )
-        return stops
+        if self.is_over or (args.save_interval and step % args.save_interval == 0):
+            self._save_once()
+        self.trainer.stop.check()
+        if args.exit_interval and step % args.exit_interval == 0 and not self.is_over:
+            raise Stopped
+
+    def _save_once(self) -> None:
+        if self._save is not None and self._saved_step != self.trainer.iteration:
+            began = time.monotonic()
+            self.trainer.save(self._state)
+            self._saved_step = self.trainer.iteration
+            self.progress.say(f"saved step {self._saved_step}, {time.monotonic() - began:.1f} s")
+
+    def stop(self) -> None:
+        """Save, so that the same command goes on from the last step, and say so."""
+        reason = self.trainer.stop.reason() or f"--exit-interval {self.args.exit_interval}"
+        self._save_once()
+        self.trainer.finish_saves()
+        step = self.trainer.iteration
+        if not step:
+            outcome = "before the first step; the same command begins anew"
+        elif self._save is None:
+            outcome = f"after step {step}; --save was not given"
+        else:
+            outcome = f"after step {step}; saved, the same command goes on from here"
+        self.progress.say(f"stopped by {reason} {outcome}")
 
     def _state(self) -> dict[str, Any]:
-        return {
-            **on_rank_zero(self._state_of_rank_zero),
-            "queue": [asdict(b) for b in self.queue],
-            "last_refresh": self._last_refresh,
-            "verdicts": self._verdicts,
-            "architecture": architecture_of(self.args),
-        }
-
-    def _state_of_rank_zero(self) -> dict[str, Any]:
+        """Rank 0 only."""
         return {
             "planner": self.planner.state_dict(),
             "initial_weights": self._initial_weights,
-            "files": {name: file.mark() for name, file in self._files.items()},
+            "files": self._marks,
+            "queue": [plain(batch) for batch in self.queue],
+            "last_refresh": self._last_refresh,
+            "verdicts": self._verdicts,
+            "architecture": architecture_of(self.args),
         }
 
     def _resolved(self) -> dict[str, Any]:
@@ -286,6 +326,7 @@ class Run:
     def finish(self) -> None:
         """Wait for saves, export the model, and say what became of the rollouts."""
         self.trainer.finish_saves()
+        self.trainer.stop.check()
         if self.args.export_hf is not None:
             metrics_path = None if self._metrics is None else self._metrics.path
             facts = run_facts(self._resolved(), metrics_path, self.trainer.iteration)
@@ -294,6 +335,19 @@ class Run:
         if self._verdicts:
             counts = ", ".join(f"{count} {verdict}" for verdict, count in sorted(self._verdicts.items()))
             self.progress.say(f"rollouts: {counts}")
+
+
+def plain(batch: Batch) -> dict[str, Any]:
+    """As dataclasses.asdict, which would copy every token."""
+    names = [field.name for field in fields(TrainingSample)]
+    samples = [{name: getattr(sample, name) for name in names} for sample in batch.samples]
+    return {"num_problems": batch.num_problems, "samples": samples}
+
+
+def _why_skipped(batch: Batch) -> str:
+    if not batch.samples:
+        return "none of its problems has anything to train on"
+    return "its gradient is above --grad-norm-skip-threshold, or has no finite norm"
 
 
 def _window_values(report: WindowReport) -> dict[str, float]:
@@ -321,6 +375,8 @@ def _window_values(report: WindowReport) -> dict[str, float]:
 
 def _window_line(report: WindowReport, seconds: float) -> str:
     line = f"refresh: {report.num_problems} problems"
+    if report.score_s:
+        line += f", score {report.score_s:.1f} s"
     if report.num_rollouts:
         line += (
             f", {report.num_rollouts} rollouts of {report.num_sampled}, {report.solve_rate:.1%} correct, "

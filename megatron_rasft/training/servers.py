@@ -19,7 +19,7 @@ from megatron_rasft.sync import SyncReport, WeightSync
 from megatron_rasft.training.ranks import on_rank_zero
 from megatron_rasft.types import Request, SamplingParams, TrainingSample
 
-_WAIT_S = 20.0
+_WAIT_S = 5.0
 """Rank 0 tells the others this often that samples are still being made: no collective of theirs runs for longer."""
 
 
@@ -102,10 +102,14 @@ class RolloutServers:
         """Set the servers with these weights to work; rank 0 only."""
         self.engine.start(requests, params, weight_version)
 
-    def wait(self) -> None:
-        """Return when all samples are there or given up; a collective of the world."""
+    def wait(self, check: Callable[[], None] = lambda: None) -> None:
+        """Return when all samples are there or given up; a collective of the world.
+
+        Args:
+            check: called now and then; what it raises ends the wait.
+        """
         while not on_rank_zero(lambda: self.engine.wait(_WAIT_S)):
-            pass
+            check()
 
     def result(self) -> Answers:
         """What came of ``start``; rank 0 only."""

@@ -20,6 +20,7 @@ from megatron_rasft.rollout.store import RolloutStore
 from megatron_rasft.training.ranks import kept_by_rank_zero, on_rank_zero
 from megatron_rasft.training.reference import LogprobCache
 from megatron_rasft.training.servers import RolloutServers
+from megatron_rasft.training.stopping import StopRequest
 from megatron_rasft.types import (
     Demonstration,
     Request,
@@ -37,7 +38,9 @@ _NUM_PROBES = 4
 
 
 class Policy(Protocol):
-    """What a refresh needs of the model; every method is a collective of the whole world."""
+    """What a refresh needs of the model; every method is a collective of the whole world, and may raise Stopped."""
+
+    stop: StopRequest
 
     def score(self, samples: Sequence[TrainingSample], *, with_reference: bool) -> list[list[float]]:
         """On rank 0 per sample the log-probabilities of its response; [] on the others."""
@@ -183,6 +186,8 @@ class Planner:
         self._replay = replay
         self._ahead: Plan | None = None
         """Of the next window, with --rollout-lag 1."""
+        self._before: dict[str, Any] | None = None
+        """``state_dict()`` at the start of a window that is being made: one that is broken off is made again."""
         self._served_version: int | None = None
         """Weights from which servers are sampling the next plan; None while they are not."""
         rollout = config.rollout
@@ -215,7 +220,12 @@ class Planner:
 
         Args:
             iteration: optimizer steps done, which is the version of the weights.
+
+        Raises:
+            Stopped: the run is to stop; ``state_dict()`` is that from before the call.
         """
+        self.policy.stop.check()
+        self._before = self.state_dict() if self._curriculum_on_rank_zero is not None else None
         report = WindowReport()
         plan = self._ahead or self._plan(iteration, report)
         self._ahead = None
@@ -226,6 +236,7 @@ class Planner:
         flat = [s for problem in ids for s in samples[problem]]
         self._attach_logprobs(flat, iteration, report)
         report = on_rank_zero(lambda: report)
+        self._before = None
         batches = []
         for start in range(0, len(ids), self.batch_size):
             part = ids[start : start + self.batch_size]
@@ -295,7 +306,7 @@ class Planner:
             responses = self.policy.generate(requests, self._sampling)
             groups = kept_by_rank_zero(lambda: self._grouped(chosen, requests, responses, iteration), {})
         report.generate_s = time.monotonic() - began
-        return kept_by_rank_zero(lambda: self._verified(groups, report), {})
+        return self.policy.stop.kept_by_rank_zero(lambda: self._verified(groups, report), {})
 
     def _served(
         self, plan: Plan, iteration: int, servers: RolloutServers, report: WindowReport
@@ -305,7 +316,7 @@ class Planner:
             self._set_to_work(plan, iteration, servers, report)
         version, self._served_version = self._served_version, None
         assert version is not None
-        servers.wait()
+        servers.wait(self.policy.stop.check)
 
         def take() -> tuple[dict[str, RolloutGroup], dict[str, float]]:
             answers = servers.result()
@@ -377,7 +388,8 @@ class Planner:
         began = time.monotonic()
         rollouts = [r for group in groups.values() for r in group.rollouts]
         assert self.verifier is not None, "a run that samples has a verifier"
-        self.verifier.verify(rollouts, {i: self._by_id[i].check for i in groups})
+        checks = {i: self._by_id[i].check for i in groups}
+        self.verifier.verify(rollouts, checks, self.policy.stop.check_here)
         for rollout in rollouts:
             rollout.filtered_by = first_failed_filter(rollout.text, self.config.verify)
         report.num_sampled = len(groups)
@@ -453,6 +465,8 @@ class Planner:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values that a resumed run goes on from; rank 0 only."""
+        if self._before is not None:
+            return self._before
         return {
             "curriculum": self.curriculum.state_dict(),
             "ahead": None if self._ahead is None else asdict(self._ahead),

@@ -73,7 +73,12 @@ class VerifierPool:
             pool.stop()
             pool.join()
 
-    def verify(self, rollouts: Sequence[Rollout], checks: Mapping[str, Check]) -> Counter[Verdict]:
+    def verify(
+        self,
+        rollouts: Sequence[Rollout],
+        checks: Mapping[str, Check],
+        look_up: Callable[[], None] = lambda: None,
+    ) -> Counter[Verdict]:
         """Set ``verdict`` and ``verdict_reason`` of every rollout and count the verdicts.
 
         Rollouts cut by length or aborted are ``wrong`` without being graded (``verify_grade_truncated`` lets
@@ -83,6 +88,7 @@ class VerifierPool:
         Args:
             rollouts: graded in place, whatever verdict they had.
             checks: problem id -> gold answer, or tests of a program.
+            look_up: called after each verdict; what it raises ends the call, with no worker left at its task.
 
         Raises:
             RasftError: workers cannot be started at all.
@@ -102,7 +108,7 @@ class VerifierPool:
         num_broken = 0
         while to_grade:
             max_in_flight = 2 * self._num_workers if num_broken <= _MAX_BROKEN_POOLS else 1
-            unfinished = self._grade(to_grade, checks, max_in_flight)
+            unfinished = self._grade(to_grade, checks, max_in_flight, look_up)
             if unfinished:
                 num_broken += 1
                 logger.warning(
@@ -116,7 +122,11 @@ class VerifierPool:
         return Counter(r.verdict for r in rollouts if r.verdict is not None)
 
     def _grade(
-        self, to_grade: deque[Rollout], checks: Mapping[str, Check], max_in_flight: int
+        self,
+        to_grade: deque[Rollout],
+        checks: Mapping[str, Check],
+        max_in_flight: int,
+        look_up: Callable[[], None],
     ) -> list[Rollout]:
         """Grade until the queue is empty (returns []) or the pool breaks (returns what was in flight)."""
         in_flight: dict[Future[Any], Rollout] = {}
@@ -124,6 +134,7 @@ class VerifierPool:
         stalled_s = 60 + 4 * max((self._deadline_s(checks[r.problem_id]) for r in to_grade), default=0)
         try:
             while to_grade or in_flight:
+                look_up()
                 while to_grade and len(in_flight) < max_in_flight:
                     rollout = to_grade.popleft()
                     try:

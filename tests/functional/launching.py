@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from megatron_rasft.rollout.ports import free_port
 from tests import forking
@@ -26,6 +26,9 @@ PROGRAM = REPOSITORY / "pretrain_rasft.py"
 TIMEOUT_S = 240
 
 
+Phase = Literal["step", "generate", "verify", "score"]
+
+
 @dataclass(kw_only=True)
 class Interruption:
     """A signal that a run sends to itself once a step is done: when it comes is then no matter of luck."""
@@ -33,6 +36,8 @@ class Interruption:
     step: int
     number: signal.Signals
     only_rank: int | None = None
+    phase: Phase = "step"
+    """It comes when the first of these begins after the step; with ``step`` at the end of the step itself."""
 
 
 @dataclass(kw_only=True)
@@ -45,18 +50,35 @@ class Pause:
 
 def _interrupt(events: Sequence[Interruption | Pause]) -> None:
     from megatron_rasft.report.progress import Progress
+    from megatron_rasft.training.host import Trainer
+    from megatron_rasft.verify.pool import VerifierPool
 
     reported = Progress.step
+    due: dict[Phase, signal.Signals] = {}
 
     def step(self: Progress, number: int, values: Any) -> None:
         reported(self, number, values)
         for event in events:
             if event.step == number and isinstance(event, Interruption):
-                os.kill(os.getpid(), event.number)
+                due[event.phase] = event.number
             while event.step == number and isinstance(event, Pause) and not event.until.exists():
                 time.sleep(0.05)
+        interrupt("step")
+
+    def interrupt(phase: Phase) -> None:
+        if phase in due:
+            os.kill(os.getpid(), due.pop(phase))
+
+    def interrupted(phase: Phase, work: Callable[..., Any]) -> Callable[..., Any]:
+        def begin(*args: Any, **kwargs: Any) -> Any:
+            interrupt(phase)
+            return work(*args, **kwargs)
+
+        return begin
 
     Progress.step = step  # type: ignore[assignment,method-assign]
+    for owner, phase in ((Trainer, "generate"), (Trainer, "score"), (VerifierPool, "verify")):
+        setattr(owner, phase, interrupted(phase, getattr(owner, phase)))
 
 
 def _limit_files(num_bytes: int) -> None:

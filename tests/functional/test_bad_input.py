@@ -151,6 +151,7 @@ CASES = {
     "dropout": Case(
         more("--hidden-dropout", "0.1"), ("--hidden-dropout 0.1 is refused", "Leave the flag out")
     ),
+    "precision that skips steps": Case(more("--fp16"), ("--fp16", "--bf16")),
     "top-p of 0": Case(more("--rollout-top-p", "0"), ("--rollout-top-p",)),
     "wandb without a name": Case(more("--wandb-project", "p"), ("--wandb-exp-name",), 2),
     "wandb without a folder": Case(
@@ -368,6 +369,33 @@ def test_save_folder_without_a_runs_checkpoint_is_refused(
     assert_one_plain_error(outcome, str(save), says)
 
 
+def test_run_that_diverges_ends_before_its_weights_are_saved(workshop: Workshop, tmp_path: Path) -> None:
+    save = tmp_path / "save"
+    flags = workshop.flags("--save", str(save), "--save-interval", "1", "--lr", "1e30")
+    outcome = launching.run(tmp_path / "logs", flags, 2, timeout_s=BAD_INPUT_TIMEOUT_S)
+    assert_one_plain_error(outcome, "step 2", "has diverged", "--lr")
+    assert (save / "latest_checkpointed_iteration.txt").read_text() == "1"
+    assert not (save / "iter_0000002").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "flag", "limit", "objective"),
+    [
+        ("config.json", "--save", 1_000, "sft"),
+        ("rollouts.jsonl", "--rollout-store", 100_100, "rasft"),
+    ],
+)
+def test_full_disk_names_the_file_and_its_flag(
+    workshop: Workshop, tmp_path: Path, name: str, flag: str, limit: int, objective: str
+) -> None:
+    save = tmp_path / "save"
+    save.mkdir()
+    (save / "rollouts.jsonl").write_text("{}\n" * 33_333)
+    flags = workshop.flags("--save", str(save), "--objective", objective)
+    outcome = launching.run(tmp_path / "full", flags, 2, file_limit=limit, timeout_s=BAD_INPUT_TIMEOUT_S)
+    assert_one_plain_error(outcome, str(save / name), "File too large", flag)
+
+
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_full_disk_at_save_spares_earlier_checkpoints(
     workshop: Workshop, saved: Path, tmp_path: Path, world_size: int
@@ -380,7 +408,7 @@ def test_full_disk_at_save_spares_earlier_checkpoints(
     outcome = launching.run(
         tmp_path / "full", flags, world_size, file_limit=200_000, timeout_s=BAD_INPUT_TIMEOUT_S
     )
-    assert_one_plain_error(outcome, "step 3", str(save), "--save")
+    assert_one_plain_error(outcome, "step 3", str(save), "GiB are free", "--save")
     left = checkpoint_files(save)
     assert {name: left.get(name) for name in kept} == kept
     if world_size == 1:

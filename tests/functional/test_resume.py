@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from tests.functional import launching
 from tests.functional.conftest import Workshop
-from tests.functional.launching import Interruption
+from tests.functional.launching import Interruption, Phase
 
 STEPS = 9
 """Nearly two epochs of 5 steps, which windows do not cross: refreshes come before steps 1, 4, 6 and 9."""
@@ -65,24 +65,34 @@ def assert_same_run(save: Path, unbroken: Path) -> None:
     assert not differing
 
 
-@pytest.mark.parametrize("world_size,more", [(1, ()), (2, ()), (2, ("--async-save",))])
+@pytest.mark.parametrize(
+    ("world_size", "phase", "step", "more"),
+    [
+        (1, "step", 7, ()),
+        (2, "step", 7, ("--async-save",)),
+        (2, "generate", 3, ()),
+        (1, "verify", 5, ()),
+        (1, "score", 8, ()),
+    ],
+)
 def test_run_stopped_by_sigterm_goes_on_as_if_unbroken(
-    workshop: Workshop, tmp_path: Path, world_size: int, more: tuple[str, ...]
+    workshop: Workshop, tmp_path: Path, world_size: int, phase: Phase, step: int, more: tuple[str, ...]
 ) -> None:
     unbroken = unbroken_run(workshop, world_size)
     save = tmp_path / "save"
     # One rank hears the signal; all must stop after the same step.
-    term = Interruption(step=7, number=SIGTERM, only_rank=world_size - 1)
+    term = Interruption(step=step, number=SIGTERM, only_rank=world_size - 1, phase=phase)
     outcome = interrupted_run(workshop, save, term, world_size, *more)
     assert outcome.codes == [0] * world_size, outcome.output
-    assert "stopped by a signal after step 7; saved" in outcome.output
+    assert f"stopped by a signal after step {step}; saved" in outcome.output
     assert "Traceback" not in outcome.output
-    assert (save / "latest_checkpointed_iteration.txt").read_text() == "7"
-    assert max(launching.steps(save)) == 7
+    assert (save / "latest_checkpointed_iteration.txt").read_text() == str(step)
+    assert max(launching.steps(save)) == step
     assert not Path(f"{save}-exported").exists()
-    assert len(state_of(save, 7)["queue"]) == 1, "the signal came in mid-window"
+    num_left = 1 if phase == "step" else 0  # in mid-window, or in the refresh after one
+    assert len(state_of(save, step)["queue"]) == num_left
     resumed = workshop.train(save, [*flags_of(save), *more], world_size)
-    assert "going on after step 7" in resumed.output
+    assert f"going on after step {step}" in resumed.output
     assert_same_run(save, unbroken)
 
 

@@ -42,12 +42,14 @@ def test_validate_accepts_good_rows(
 def test_validate_names_faults_and_fails(
     tool: ModuleType, write_rows: Callable, tokenizer_folder: str, capsys: pytest.CaptureFixture
 ) -> None:
-    path = write_rows(GOOD, "{", {**GOOD, "response": "long " * 500})
+    path = write_rows(GOOD, *["{"] * 12, *[{**GOOD, "response": "long " * 500}] * 12)
     assert tool.main(["validate", "--train-data", path]) == 1
     command = ["validate", "--train-data", path, "--tokenizer", tokenizer_folder, "--max-tokens", "200"]
     assert tool.main(command) == 1
     printed = capsys.readouterr().out
-    assert f"{path}:2: not JSON" in printed and f"{path}:3: longer than 200 tokens" in printed
+    for line in range(2, 14):
+        assert printed.count(f"{path}:{line}: not JSON") == 2
+        assert f"{path}:{line + 12}: longer than 200 tokens" in printed
 
 
 def test_overlong_rows_fail_only_where_they_are_refused(

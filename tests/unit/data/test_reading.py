@@ -208,7 +208,8 @@ def test_refusal_names_ten_rows_and_counts_all() -> None:
         report.check(DataConfig())
     message = str(error.value)
     assert "13 of 20 rows" in message and "a.jsonl:10:" in message and "a.jsonl:11:" not in message
-    assert "and 3 more" in message and "--data-bad-rows skip" in message
+    assert "and 3 more: tools/prepare_data.py validate names all" in message
+    assert "--data-bad-rows skip" in message
     report.check(DataConfig(data_bad_rows="skip"))
     assert report.num_faults_by_reason == {"not JSON": 13}
 

@@ -1,5 +1,6 @@
 """What is said of data that cannot be read names the flag that it came from."""
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,7 +9,7 @@ import pytest
 from megatron_rasft.config import DataConfig, HeldoutConfig, RasftConfig, RolloutConfig
 from megatron_rasft.errors import DataError
 from megatron_rasft.rollout.store import RolloutStore
-from megatron_rasft.training.problems import open_replay, read_problems
+from megatron_rasft.training.problems import Problems, open_replay, read_problems
 from megatron_rasft.types import Rollout
 from tests.tiny_policy import write_model, write_sums
 
@@ -61,3 +62,18 @@ def test_stored_rollouts_are_counted_before_a_model_is_there(args: SimpleNamespa
     rooms["rollout"] = RolloutConfig(rollout_engine="replay", rollout_replay=[str(store.path)])
     assert open_replay(RasftConfig(**rooms), problems) is not None
     assert problems.summary.endswith("replayed        3 (have stored rollouts)")
+
+
+def test_every_row_left_out_is_named_in_save(args: SimpleNamespace, tmp_path: Path) -> None:
+    args = SimpleNamespace(**vars(args) | {"save": str(tmp_path)})
+    data = write_sums(tmp_path / "rows.jsonl", 2)
+    long = json.dumps({"problem": "1 + 1", "response": "1" * 200, "answer": "2"})
+    with data.open("a") as file:
+        file.write("{\n" * 12 + f"{long}\n" * 11)
+    config = DataConfig(train_data=[str(data)], data_bad_rows="skip")
+    problems = Problems(args, config, True)
+    left_out = tmp_path / "train-data-left-out.txt"
+    places = [line.split(": ")[0] for line in left_out.read_text().splitlines()]
+    assert places == [f"{data}:{line}" for line in range(3, 26)]
+    assert f"and 2 more: {left_out} names all" in problems.summary
+    assert f"and 1 more: {left_out} names all" in problems.summary

@@ -107,6 +107,20 @@ def test_missing_gold_is_unverifiable() -> None:
     assert {r.verdict_reason for r in rollouts} == {"no gold answer"}
 
 
+def test_what_a_look_up_raises_ends_the_call_and_leaves_the_pool_at_work() -> None:
+    rollouts = [make_rollout("equal 5"), make_rollout("sleep")]
+
+    def look_up() -> None:
+        if rollouts[0].verdict is not None:
+            raise InterruptedError
+
+    with hostile_pool() as pool:
+        with pytest.raises(InterruptedError):
+            pool.verify(rollouts, {"p": "5"}, look_up)
+        assert rollouts[1].verdict is None
+        assert pool.verify([make_rollout("equal 5")], {"p": "5"}) == Counter(correct=1)
+
+
 def test_no_rollouts_no_verdicts() -> None:
     with hostile_pool() as pool:
         assert pool.verify([], {}) == Counter()
