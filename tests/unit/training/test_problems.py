@@ -17,7 +17,7 @@ from tests.tiny_policy import write_model, write_sums
 @pytest.fixture(scope="module")
 def args(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     model = write_model(tmp_path_factory.mktemp("hf") / "model")
-    return SimpleNamespace(hf_model=str(model), seq_length=128)
+    return SimpleNamespace(hf_model=str(model), seq_length=128, save=None)
 
 
 @pytest.mark.parametrize("flag", ["--train-data", "--heldout-data"])
