@@ -64,7 +64,7 @@ from megatron_rasft.training.stopping import StopRequest
 from megatron_rasft.types import Request, Response, SamplingParams, TrainingSample
 from megatron_rasft.weights.architecture import megatron_args
 from megatron_rasft.weights.exporting import export
-from megatron_rasft.weights.folder import HfFolder
+from megatron_rasft.weights.folder import HfFolder, checkpoint_fingerprint, weights_fingerprint
 from megatron_rasft.weights.gathering import ExpertGroups, gather_tensors, plan_tensors
 from megatron_rasft.weights.loading import load_into
 from megatron_rasft.weights.torch_dist import RELEASE, TRACKER_FILE
@@ -700,6 +700,12 @@ class Trainer:
             ) from error
         self.iteration = args.iteration = iteration
         return state
+
+    def initial_fingerprint(self, precision: str = "") -> str:
+        """Names the weights that this run began with, which are the reference's; for rank 0."""
+        if self.initial_weights == self.folder.path:
+            return weights_fingerprint(self.folder.path, precision)
+        return f"{precision} {checkpoint_fingerprint(self.initial_weights)}"
 
     def _load_converted_weights(self) -> None:
         """Start from --load where that is a converted checkpoint: weights without a training state.

@@ -33,7 +33,7 @@ from megatron_rasft.training.stopping import Stopped
 from megatron_rasft.training.window import Batch, Planner, WindowReport
 from megatron_rasft.types import TrainingSample
 from megatron_rasft.verify.pool import VerifierPool
-from megatron_rasft.weights.folder import HfFolder, weights_fingerprint
+from megatron_rasft.weights.folder import HfFolder
 from megatron_rasft.weights.model_card import run_facts
 
 
@@ -114,15 +114,14 @@ class Run:
 
     def _open_files(self) -> None:
         """What rank 0 writes besides metrics."""
-        self._initial_weights = weights_fingerprint(self.trainer.initial_weights, "")
+        self._initial_weights = self.trainer.initial_fingerprint()
         if self._rollouts is not None:
             self._store = RolloutStore(self._rollouts.path)
         if self.config.objective.needs_reference_logprobs():
             args = self.args
             precision = f"{args.params_dtype} {args.fp8} {args.fp8_recipe if args.fp8 else ''}"
             self._cache = LogprobCache(
-                reference_cache(args, self.config),
-                weights_fingerprint(self.trainer.initial_weights, precision),
+                reference_cache(args, self.config), self.trainer.initial_fingerprint(precision)
             )
 
     def __enter__(self) -> "Run":

@@ -38,6 +38,10 @@ class Sampler:
 
     def __init__(self, flags: Sequence[str], checkpoint: str | None = None) -> None:
         args, _, folder = host.parse(flags, needs_data=False)
+        if "load" in args.given_flags:
+            raise ValueError(
+                f"--load {args.load} is not what is sampled from: name the folder with --checkpoint."
+            )
         host.start(args)
         self._args = args
         with host.quiet():

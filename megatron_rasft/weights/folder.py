@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -174,14 +175,23 @@ def _read_json(path: Path, missing: str) -> dict[str, Any]:
 
 
 def weights_fingerprint(folder: Path, precision: str) -> str:
-    """Names the weights of a Hugging Face folder, or of a step of Megatron's checkpoints, without reading all of them.
+    """Names a Hugging Face folder's weights without reading all of them.
 
-    Hashes config.json or .metadata and, of each file of weights, its size, its beginning and samples of its content.
+    Hashes config.json and, of each safetensors file, its size, its header and samples of its content.
     """
-    digest = hashlib.sha256(precision.encode())
-    for path in (folder / "config.json", folder / ".metadata"):
-        digest.update(path.read_bytes() if path.is_file() else b"")
-    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.distcp")]):
+    return _fingerprint(
+        precision.encode() + (folder / "config.json").read_bytes(), folder.glob("*.safetensors")
+    )
+
+
+def checkpoint_fingerprint(folder: Path) -> str:
+    """Names the weights in one ``iter_`` folder of Megatron's, likewise."""
+    return _fingerprint(b"", (path for path in folder.rglob("*") if path.is_file()))
+
+
+def _fingerprint(start: bytes, paths: Iterable[Path]) -> str:
+    digest = hashlib.sha256(start)
+    for path in sorted(paths):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode())
         with path.open("rb") as file:

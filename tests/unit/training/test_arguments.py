@@ -17,6 +17,7 @@ from megatron_rasft.training import host
 from megatron_rasft.training.arguments import add_arguments
 from megatron_rasft.training.problems import set_length
 from megatron_rasft.training.refusals import REFUSED, REFUSED_GROUPS, reasons, refuse_unsupported
+from megatron_rasft.training.sampler import Sampler
 from tests.tiny_policy import write_model
 
 Parse = Callable[..., Any]
@@ -67,6 +68,19 @@ def test_a_folder_to_load_that_holds_no_checkpoint_is_refused(parse: Parse, tmp_
     with pytest.raises(ValueError, match="--exit-on-missing-checkpoint"):
         parse("--save", missing, "--exit-on-missing-checkpoint")
     assert parse("--save", missing).load == str(missing)
+
+
+def test_what_only_samples_takes_no_checkpoint_to_go_on_from(model: Path, tmp_path: Path) -> None:
+    trained = checkpoint(tmp_path / "trained", "7")
+    with pytest.raises(ValueError, match=r"--load .*--checkpoint"):
+        Sampler(["--hf-model", str(model), "--load", str(trained)])
+
+
+def test_published_weighting_brings_its_filters_unless_a_flag_says_otherwise(parse: Parse) -> None:
+    assert not parse().verify_filter_format
+    published = ("--rasft-weighting", "published")
+    assert parse(*published).verify_filter_format
+    assert not parse(*published, "--no-verify-filter-format").verify_filter_format
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from megatron_rasft.errors import RasftError
 from megatron_rasft.training import reference
 from megatron_rasft.training.reference import FrozenReference, LogprobCache
 from megatron_rasft.types import TrainingSample
-from megatron_rasft.weights.folder import weights_fingerprint
+from megatron_rasft.weights.folder import checkpoint_fingerprint, weights_fingerprint
 
 
 def a_sample(prompt: list[int], response: list[int], weight: float = 1.0) -> TrainingSample:
@@ -162,6 +162,6 @@ def test_fingerprint_changes_with_weights_config_and_precision(tmp_path: Path) -
 def test_fingerprint_changes_with_a_checkpoints_weights(tmp_path: Path) -> None:
     (tmp_path / ".metadata").write_bytes(b"index")
     (tmp_path / "__0_0.distcp").write_bytes(bytes(100))
-    first = weights_fingerprint(tmp_path, "fp32")
+    first = checkpoint_fingerprint(tmp_path)
     (tmp_path / "__0_0.distcp").write_bytes(bytes(99) + b"x")
-    assert weights_fingerprint(tmp_path, "fp32") != first
+    assert checkpoint_fingerprint(tmp_path) != first
