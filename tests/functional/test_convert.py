@@ -27,12 +27,14 @@ def assert_same_weights(a: Path, b: Path) -> None:
 
 
 def test_four_ranks_start_from_a_converted_checkpoint_and_go_on(workshop: Workshop, tmp_path: Path) -> None:
+    """Each stage has the first and the third, or the second and the fourth layer."""
     other = shutil.copytree(workshop.policy, tmp_path / "other")
     weights = {n: t * 1.1 for n, t in load_file(other / "model.safetensors").items()}
     save_file(weights, other / "model.safetensors", {"format": "pt"})
     convert("hf-to-megatron", other, tmp_path / "converted")
 
     layout = ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"]
+    layout += ["--num-layers-per-virtual-pipeline-stage", "1"]
     start = ["--load", str(tmp_path / "converted"), "--objective", "asft", *layout]
     flags = workshop.flags("--save", str(tmp_path / "save"), "--save-interval", "2", *start)
     launching.succeed(tmp_path / "first", [*flags, "--train-iters", "2"], 4)
@@ -72,7 +74,8 @@ def test_checkpoint_of_a_run_becomes_what_the_run_exports(workshop: Workshop, tm
 def test_experts_train_on_two_ranks_as_on_one(workshop: Workshop, tmp_path: Path) -> None:
     model = write_mixture(tmp_path / "model", workshop.policy)
     convert("hf-to-megatron", model, tmp_path / "converted")
-    for world_size, layout in ((1, []), (2, ["--expert-model-parallel-size", "2"])):
+    parallel = ["--expert-model-parallel-size", "2", "--context-parallel-size", "2"]
+    for world_size, layout in ((1, []), (2, parallel)):
         folder = tmp_path / f"ranks{world_size}"
         flags = workshop.flags("--objective", "sft", "--train-iters", "3", "--save", str(folder), model=model)
         flags += ["--load", str(tmp_path / "converted"), "--moe-token-dispatcher-type", "alltoall", *layout]

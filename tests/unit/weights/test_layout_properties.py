@@ -2,6 +2,8 @@
 
 import json
 import math
+from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -16,6 +18,7 @@ from megatron_rasft.weights import HfFolder
 from megatron_rasft.weights.conversion import hf_to_megatron, megatron_to_hf
 from megatron_rasft.weights.families import FAMILIES, Binding, Family, ModelShape, NameTable
 from megatron_rasft.weights.gathering import assemble
+from megatron_rasft.weights.loading import ExpertRanks, bound_parameters, read_shard
 from megatron_rasft.weights.proof import prove
 from megatron_rasft.weights.torch_dist import TorchDistFolder
 
@@ -98,27 +101,79 @@ def test_ranks_hold_every_element_once_and_give_it_back(architecture: str, data:
     assert all(torch.equal(back[name], tensors[name]) for name in tensors)
 
 
-@pytest.mark.parametrize("architecture", [a for a in FAMILIES if FAMILIES[a].has_experts])
-@_QUIET
+class Chunk:
+    """Stands for the model chunk of a rank: names, and shards of the right shapes."""
+
+    def __init__(self, parameters: dict[str, Tensor]) -> None:
+        self._parameters = parameters
+
+    def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        yield from self._parameters.items()
+
+
+class Folder:
+    """Stands for an opened folder."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self.tensors = tensors
+
+    def read(self, name: str, dim: int, start: int, stop: int) -> Tensor:
+        return self.tensors[name].narrow(dim, start, stop - start)
+
+
+def names_of(family: Family, num_layers: int, num_local_experts: int, is_grouped: bool) -> list[str]:
+    """Parameters of a chunk in the middle, as Megatron names them on the rank."""
+    names = []
+    for layer in range(num_layers):
+        for entry in family.layer_entries:
+            name = entry.megatron[-1 if is_grouped or not entry.is_expert else 0]
+            numbers = range(num_local_experts) if entry.is_expert else (0,)
+            names += [f"decoder.layers.{layer}.{name.format(e=number)}" for number in numbers]
+    return names
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+@settings(_QUIET, max_examples=25)
 @given(data=st.data())
-def test_expert_ranks_split_the_experts_among_them(architecture: str, data: st.DataObject) -> None:
+def test_every_split_over_ranks_loads_all_and_gives_it_back(architecture: str, data: st.DataObject) -> None:
+    """TP, PP, VPP, EP and ETP at once: each rank binds, slices and reads its own; all together are the model."""
     family = FAMILIES[architecture]
-    shape = data.draw(shapes(family), "shape")
-    sizes = [n for n in range(1, shape.num_experts + 1) if shape.num_experts % n == 0]
-    ep_size = data.draw(st.sampled_from(sizes), "ep_size")
-    pp_split = data.draw(st.integers(0, shape.num_layers), "layers of the first stage")
+    tp_size, etp_size = data.draw(st.integers(1, 4), "tp_size"), data.draw(st.integers(1, 3), "etp_size")
+    shape = data.draw(shapes(family, tp_size * etp_size), "shape")
+    ep_sizes = [n for n in range(1, shape.num_experts + 1) if shape.num_experts % n == 0]
+    ep_size = data.draw(st.sampled_from(ep_sizes or [1]), "ep_size")
+    cuts = sorted(data.draw(st.lists(st.integers(0, shape.num_layers), max_size=3), "cuts between chunks"))
     is_grouped = data.draw(st.booleans(), "grouped GEMM")
-    table, num_local, seen = NameTable(family, shape), shape.num_experts // ep_size, []
-    for first, last in ((0, pp_split), (pp_split, shape.num_layers)):
-        for ep_rank in range(ep_size):
-            for layer in range(last - first):
-                for entry in (e for e in family.layer_entries if e.is_expert):
-                    for local in range(num_local):
-                        name = entry.megatron[is_grouped].format(e=local)
-                        binding = table.bind(f"decoder.layers.{layer}.{name}", first, ep_rank * num_local)
-                        assert binding is not None
-                        seen += binding.hf_names
-    assert sorted(seen) == sorted(name for name in table.hf_shapes if ".experts." in name)
+    table = NameTable(family, shape)
+    tensors, num_local = distinct_tensors(table), shape.num_experts // ep_size
+    shards: dict[tuple[str, ...], dict[int, Tensor]] = {}
+    bindings: dict[tuple[str, ...], Binding] = {}
+    for first, last in zip([0, *cuts], [*cuts, shape.num_layers], strict=True):
+        names = names_of(family, last - first, num_local, is_grouped)
+        names += ["embedding.word_embeddings.weight"] * (first == 0)
+        names += ["decoder.final_layernorm.weight"] * (last == shape.num_layers)
+        names += ["output_layer.weight"] * (last == shape.num_layers and not shape.is_tied)
+        for ep_rank, rank in product(range(ep_size), range(math.lcm(tp_size, etp_size))):
+            experts = ExpertRanks(ep_rank, ep_size, rank % etp_size, etp_size)
+            expected = {}
+            for name in names:
+                binding = table.bind(name, first, ep_rank * num_local)
+                assert binding is not None
+                cut = (rank % etp_size, etp_size) if binding.entry.is_expert else (rank % tp_size, tp_size)
+                expected[name] = shard_of(binding, table, tensors, *cut)
+            bound = bound_parameters([Chunk(expected)], table, [first], rank % tp_size, tp_size, experts)
+            for param, binding, layout in bound:
+                read = read_shard(Folder(tensors), binding, layout)
+                assert torch.equal(read[read > 0], param[param > 0])
+                number = rank % (etp_size if binding.entry.is_expert else tp_size)
+                shards.setdefault(binding.hf_names, {})[number] = read
+                bindings[binding.hf_names] = binding
+    back: dict[str, Tensor] = {}
+    for names, held in shards.items():
+        in_order = [shard for _, shard in sorted(held.items())]
+        back |= dict(zip(names, assemble(in_order, bindings[names], table), strict=True))
+    assert back.keys() == tensors.keys()
+    assert all(torch.equal(back[name], tensors[name]) for name in tensors)
 
 
 def config_of(family: Family, shape: ModelShape) -> dict:
@@ -146,7 +201,8 @@ def config_of(family: Family, shape: ModelShape) -> dict:
 def test_random_models_come_back_from_the_disk_bit_equal(architecture: str, data: st.DataObject) -> None:
     family = FAMILIES[architecture]
     shape = data.draw(shapes(family), "shape")
-    dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), "dtype")
+    types = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
+    dtype, vector_dtype = data.draw(types, "dtype"), data.draw(types, "type of norms and biases")
     more_groups = data.draw(st.integers(0, 3), "added query groups")
     with TemporaryDirectory() as name:
         root = Path(name)
@@ -156,7 +212,7 @@ def test_random_models_come_back_from_the_disk_bit_equal(architecture: str, data
         )
         generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99), "seed"))
         tensors = {
-            name: torch.randn(size, generator=generator).to(dtype)
+            name: torch.randn(size, generator=generator).to(dtype if len(size) > 1 else vector_dtype)
             for name, size in NameTable(family, shape).hf_shapes.items()
         }
         save_file(tensors, root / "hf/model.safetensors", {"format": "pt"})
@@ -168,4 +224,5 @@ def test_random_models_come_back_from_the_disk_bit_equal(architecture: str, data
         megatron_to_hf(checkpoint, folder, root / "back", max_shard_bytes=data.draw(st.integers(1, 10_000)))
         back = HfFolder.open(root / "back")
         assert all(torch.equal(back.read(name), tensor) for name, tensor in tensors.items())
+        assert all(back.tensors[name].dtype == tensor.dtype for name, tensor in tensors.items())
         assert back.tensors.keys() == tensors.keys()
