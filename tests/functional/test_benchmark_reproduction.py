@@ -1,14 +1,19 @@
-"""The comparison in its smallest real form: SmolLM2, arithmetic, two objectives, two steps, one command."""
+"""The comparison in its smallest real form: one command on SmolLM2, and every method on a tiny model."""
 
 import csv
+import dataclasses
 import os
+import string
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from examples.benchmark_reproduction import comparison, reproduce
+from tests import forking
 from tests.functional.launching import ENVIRONMENT, REPOSITORY
+from tests.tiny_policy import write_model, write_sums
 
 EXAMPLE = REPOSITORY / "examples" / "benchmark_reproduction"
 
@@ -29,7 +34,7 @@ def test_one_command_trains_evaluates_and_compares(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr + done.stdout
     rows = {row["method"]: row for row in csv.DictReader((tmp_path / "comparison.csv").open())}
     assert list(rows) == ["sft", "rasft"]
-    assert all(row["steps"] == "2" and row["problems"] == "4" for row in rows.values())
+    assert all(row["steps"] == "1" and row["problems"] == "4" for row in rows.values())
     assert float(rows["sft"]["generated_tokens"]) == 0 < float(rows["rasft"]["generated_tokens"])
     assert float(rows["sft"]["trained_tokens"]) <= float(rows["rasft"]["trained_tokens"])
     assert (tmp_path / "accuracy.png").exists()
@@ -40,3 +45,34 @@ def test_one_command_trains_evaluates_and_compares(tmp_path: Path) -> None:
     )
     assert "training" not in resumed.stdout.partition("#")[0], "what is done is not done again"
     assert "| rasft | arithmetic | 1 |" in resumed.stdout
+
+
+def run_forked(command: list[str], log: Path) -> None:
+    """As ``reproduce`` runs its commands, without the ten seconds of imports that each takes."""
+    _, program, *arguments = command
+    rank = forking.Rank(program=Path(program), arguments=arguments, log=log, variables={})
+    outcome = forking.run([rank], timeout_s=240)
+    assert outcome.codes == [0], outcome.output
+
+
+def test_every_method_trains_and_is_evaluated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reproduce, "_run", run_forked)
+    setting = reproduce.read_setting(EXAMPLE / "settings" / "ci.toml")
+    train, heldout = (str(write_sums(tmp_path / f"{n}.jsonl", n, seed=n)) for n in (4, 3))
+    setting = dataclasses.replace(
+        setting,
+        model=str(write_model(tmp_path / "model", string.printable[:97])),
+        train={**setting.train, "--train-data": train, "--heldout-data": heldout, "--verify-num-workers": 1},
+        evaluate={**setting.evaluate, "--benchmarks": [f"sums={heldout}"], "--verify-num-workers": 1},
+    )
+    del setting.train["--data-system-prompt"], setting.evaluate["--system-prompt"]  # no chat template
+    tasks, output = reproduce.tasks_of(setting), tmp_path / "out"
+    reproduce.run_tasks(setting, tasks, output, keeps_models=False)
+    runs = {(task.method, task.seed): output / task.name for task in tasks}
+    text = comparison.write_comparison(setting.title, runs, output)
+    rows = {row["method"]: row for row in csv.DictReader((output / "comparison.csv").open())}
+    assert list(rows) == list(reproduce.METHODS) and "Not there yet" not in text
+    assert {row["steps"] for row in rows.values()} == {"0", "1"}
+    assert {method for method, row in rows.items() if float(row["generated_tokens"])} == {
+        "raft", "grpo", "rasft", "rasft_published",
+    }  # fmt: skip

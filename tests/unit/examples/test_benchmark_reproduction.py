@@ -23,7 +23,7 @@ SCRIPTS = sorted((FOLDER / "slurm").glob("*.sbatch"))
 def users_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the settings ask of the environment: a model that 8 ranks can share, and files."""
     model = write_model(tmp_path / "model", max_position_embeddings=8192)
-    for name in ("MODEL", "TRAIN_DATA", "EVALUATION_DATA", "DATA"):
+    for name in ("MODEL", "TRAIN_DATA", "HELDOUT_DATA", "EVALUATION_DATA", "DATA"):
         monkeypatch.setenv(name, str(model if name == "MODEL" else tmp_path / f"{name.lower()}.jsonl"))
 
 
@@ -89,7 +89,7 @@ def test_every_command_of_every_setting_parses() -> None:
 
 
 def test_full_settings_run_every_method_and_match_data_steps_and_rate() -> None:
-    assert len(SETTINGS) == 6 and len(reproduce.METHODS) == 11
+    assert len(SETTINGS) == 7 and len(SCRIPTS) == 4 and len(reproduce.METHODS) == 11
     os.environ.setdefault("DATA", "/data")
     setting = reproduce.read_setting(FOLDER / "settings" / "gpu.toml")
     assert setting.methods == list(reproduce.METHODS) and len(setting.seeds) == 3
@@ -121,6 +121,7 @@ def test_job_array_reaches_every_task_once(script: Path, tmp_path: Path) -> None
     )
     assert done.returncode == 0, done.stderr
     training, evaluation = map(shlex.split, done.stdout.splitlines())
+    assert training[training.index("--heldout-data") + 1] == os.environ["HELDOUT_DATA"], "the plots' accuracy"
     assert training[training.index("--nproc-per-node") + 1] == "8"
     assert "published" in training and evaluation[evaluation.index("--label") + 1] == "rasft_published-seed3"
     environment.pop("MODEL")
