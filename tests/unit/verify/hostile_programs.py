@@ -161,7 +161,45 @@ def f(x): return 0""",
     # reaches outside
     "kills others": "import os, signal\nfor pid in (VICTIM, os.getppid(), -1, 0, 1):\n    for number in (signal.SIGKILL, signal.SIGTERM):\n        if pid != os.getpid():\n            try: os.kill(pid, number)\n            except OSError: pass\ndef f(x): return 0",
     "signals by other calls": _LIBC + "for number in (200, 234, 129, 297, 424):\n    libc.syscall(number, VICTIM, 9, 9, 0)\n    libc.syscall(number, VICTIM, VICTIM, 9, 0)\ndef f(x): return 0",
+    "signals as the owner of a file": _LIBC + """
+import fcntl, signal
+read, write = os.pipe()
+own = (ctypes.c_int * 2)(1, VICTIM)
+for number, number_aarch64, command, value in ((72, 25, 8, VICTIM), (72, 25, 15, ctypes.addressof(own)), (72, 25, 10, 9)):
+    libc.syscall(number if os.uname().machine == "x86_64" else number_aarch64, read, command, ctypes.c_void_p(value))
+for command in (0x8901, 0x8902):
+    try: fcntl.ioctl(read, command, ctypes.c_int(VICTIM))
+    except OSError: pass
+fcntl.fcntl(read, fcntl.F_SETFL, os.O_ASYNC | os.O_NONBLOCK)
+os.write(write, b"x")
+def f(x): return 0""",
     "lowers others": "import os\nfor try_it in (lambda: os.setpriority(0, VICTIM, 19), lambda: __import__('resource').prlimit(VICTIM, 0, (1, 1))):\n    try: try_it()\n    except OSError: pass\ndef f(x): return 0",
+    "schedules others": _LIBC + """
+for schedule in (
+    lambda: os.sched_setaffinity(VICTIM, {max(os.sched_getaffinity(0))}),
+    lambda: os.sched_setscheduler(VICTIM, os.SCHED_IDLE, os.sched_param(0)),
+    lambda: os.sched_setparam(VICTIM, os.sched_param(0)),
+):
+    try: schedule()
+    except OSError: pass
+idle = (ctypes.c_uint32 * 12)(48, 5)
+libc.syscall(314 if os.uname().machine == "x86_64" else 274, VICTIM, idle, 0)
+libc.syscall(251 if os.uname().machine == "x86_64" else 30, 1, VICTIM, 3 << 13)
+def f(x): return 0""",
+    "changes what lies outside": """
+import os
+for change in (os.chmod, os.utime, os.chown, os.setxattr, os.truncate):
+    arguments = {"chmod": [0], "utime": [(1, 1)], "chown": [0, 0], "setxattr": ["user.a", b"x"], "truncate": [0]}
+    for path in ("SECRET", "OUTSIDE"):
+        try: change(path, *arguments[change.__name__])
+        except OSError: pass
+        try:
+            fd = os.open(path, os.O_RDONLY)
+            change(fd, *arguments[change.__name__])
+        except OSError: pass
+try: os.open("SECRET", os.O_RDONLY | os.O_TRUNC)
+except OSError: pass
+def f(x): return 0""",
     "writes outside": "import os\nfor path in ('OUTSIDE/a', '/etc/a', '/usr/a', '/var/tmp/rasft-a', '/dev/shm/rasft-a', '/a'):\n    try: open(path, 'w').write('x')\n    except OSError: pass\n    try: os.mkdir(path)\n    except OSError: pass\ndef f(x): return 0",
     "writes through a link": "import os\nfor link in (os.symlink, os.link):\n    try:\n        link('SECRET', 'l'); open('l', 'a').write('x'); os.remove('l')\n    except OSError: pass\ntry: os.rename('SECRET', 'r')\nexcept OSError: pass\ntry: os.truncate('SECRET', 0)\nexcept OSError: pass\ndef f(x): return 0",
     "removes everything": "import shutil\nfor path in ('OUTSIDE', '/tmp', '/usr'): shutil.rmtree(path, ignore_errors=True)\ndef f(x): return 0",
