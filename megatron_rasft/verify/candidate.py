@@ -129,7 +129,8 @@ class _CandidateSide(Codec):
         if operation == "call":
             return target(*rest, **keywords)
         if operation == "special":
-            return self._special(target, *rest)
+            name, *operands = rest
+            return _SPECIAL[name](target, *operands)
         if operation == "dir":
             return dir(target)
         if operation in ("getattr", "setattr", "delattr"):
@@ -137,11 +138,6 @@ class _CandidateSide(Codec):
         if operation == "isinstance":
             return isinstance(rest[0], target)
         return issubclass(rest[0], target)
-
-    def _special(self, target: Any, name: str, *operands: Any) -> Any:
-        if name in _SPECIAL:
-            return _SPECIAL[name](target, *operands)
-        return _SPECIAL[name.removeprefix("r")](*operands, target)
 
     def _get(self, name: str) -> Any:
         if name not in self._program.__dict__:
@@ -209,7 +205,7 @@ class _CandidateSide(Codec):
             return {"t": "mine", "v": [number, "class"]}
         if inspect.iscoroutine(value):
             return {"t": "mine", "v": [number, "coroutine"]}
-        return {"t": "mine", "v": [number, "callable" if callable(value) else "object", self._number(kind)]}
+        return {"t": "mine", "v": [number, "callable" if callable(value) else "object"]}
 
     def _number(self, value: Any) -> int:
         self._objects[id(value)] = value

@@ -54,6 +54,10 @@ _NUMBERS: dict[str, tuple[int | None, int | None]] = {
     "fchownat": (260, 54), "truncate": (76, 45), "utime": (132, None), "utimes": (235, None),
     "utimensat": (280, 88), "futimesat": (261, None), "setxattr": (188, 5), "lsetxattr": (189, 6),
     "fsetxattr": (190, 7), "removexattr": (197, 14), "lremovexattr": (198, 15), "fremovexattr": (199, 16),
+    "setxattrat": (463, 463), "removexattrat": (466, 466), "file_setattr": (469, 469), "open_tree_attr": (467, 467),
+    "fcntl": (72, 25), "ioctl": (16, 29), "ioprio_set": (251, 30), "migrate_pages": (256, 238),
+    "move_pages": (279, 239), "process_mrelease": (448, 448), "sched_setaffinity": (203, 122),
+    "sched_setscheduler": (144, 119), "sched_setparam": (142, 118), "sched_setattr": (314, 274),
 }  # fmt: skip
 
 _FORBIDDEN = (
@@ -63,13 +67,21 @@ _FORBIDDEN = (
     "move_mount open_tree fsopen fsconfig fsmount fspick mount_setattr unshare setns shmget shmat semget msgget "
     "mq_open memfd_create memfd_secret kexec_load kexec_file_load init_module finit_module delete_module reboot "
     "swapon swapoff sethostname setdomainname settimeofday clock_settime clock_adjtime adjtimex iopl ioperm "
-    "modify_ldt acct quotactl syslog personality name_to_handle_at open_by_handle_at fanotify_init setpriority"
+    "modify_ldt acct quotactl syslog personality name_to_handle_at open_by_handle_at fanotify_init setpriority "
+    "open_tree_attr ioprio_set migrate_pages move_pages process_mrelease"
+).split()
+_CHANGES_ATTRIBUTES = (
+    "chmod fchmod fchmodat fchmodat2 chown fchown lchown fchownat utime utimes utimensat futimesat setxattr lsetxattr "
+    "fsetxattr setxattrat removexattr lremovexattr fremovexattr removexattrat file_setattr"
 ).split()
 _CHANGES_FILES = (
     "creat rename renameat renameat2 unlink unlinkat mkdir mkdirat rmdir link linkat symlink symlinkat mknod mknodat "
-    "chmod fchmod fchmodat fchmodat2 chown fchown lchown fchownat truncate utime utimes utimensat futimesat setxattr "
-    "lsetxattr fsetxattr removexattr lremovexattr fremovexattr"
+    "truncate"
 ).split()
+_SCHEDULES = "sched_setaffinity sched_setscheduler sched_setparam sched_setattr".split()
+# Whom the kernel signals about a file, with what, and who waits for it: F_SETOWN, F_SETSIG, F_SETOWN_EX, F_SETLEASE
+_OWNS_BY_FCNTL = (8, 10, 15, 1024)
+_OWNS_BY_IOCTL = (0x8901, 0x8902)  # FIOSETOWN, SIOCSPGRP
 
 
 def _check(result: int, what: str) -> int:
@@ -173,8 +185,13 @@ def drop_privileges(to_nobody: bool) -> None:
     _prctl(_PR_SET_NO_NEW_PRIVS, 1, "PR_SET_NO_NEW_PRIVS")
 
 
-def restrict_paths(readable: Iterable[Path], writable: Path) -> None:
+def restrict_paths(readable: Iterable[Path], writable: Path) -> bool:
     """Landlock: only files below ``readable`` may be read, and only what is below ``writable`` changed.
+
+    It knows nothing of modes, owners, times and extended attributes. From Linux 6.12 on no signal leaves it either.
+
+    Returns:
+        Whether it keeps files from being truncated, which it does from Linux 6.2 on.
 
     Raises:
         OSError: the kernel has no Landlock, or this process may not use it.
@@ -182,7 +199,9 @@ def restrict_paths(readable: Iterable[Path], writable: Path) -> None:
     create, add, restrict = 444, 445, 446
     abi = _syscall(create, "landlock_create_ruleset", None, ctypes.c_size_t(0), 1)
     known = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(abi, 16)) - 1
-    ruleset = _syscall(create, "landlock_create_ruleset", struct.pack("Q", known), ctypes.c_size_t(8), 0)
+    attributes = struct.pack("QQQ", known, 0, 0b11)  # files, network, scope: abstract sockets and signals
+    size = 24 if abi >= 6 else 8
+    ruleset = _syscall(create, "landlock_create_ruleset", attributes, ctypes.c_size_t(size), 0)
     read, read_file = 0b1101 & known, 0b0101 & known  # execute, read file, read folder
     rules = [(path, read if path.is_dir() else read_file) for path in readable if path.exists()]
     rules += [(writable, known), (Path(os.devnull), 0b0110 & known)]
@@ -195,6 +214,7 @@ def restrict_paths(readable: Iterable[Path], writable: Path) -> None:
     _prctl(_PR_SET_NO_NEW_PRIVS, 1, "PR_SET_NO_NEW_PRIVS")
     _syscall(restrict, "landlock_restrict_self", ruleset, 0)
     os.close(ruleset)
+    return abi >= 3
 
 
 def set_limits(
@@ -224,15 +244,20 @@ def address_space_bytes() -> int:
         return int(statm.read().split()[0]) * resource.getpagesize()
 
 
-def filter_system_calls(*, may_open: bool, may_change_files: bool) -> None:
-    """seccomp: no new process or program, no socket, no signal but to itself, nothing that looks into other processes.
+def filter_system_calls(
+    *, may_open: bool, may_change_files: bool, may_change_attributes: bool, may_truncate: bool
+) -> None:
+    """seccomp: no new process or program, no socket, no signal but to itself, nothing that looks into other processes
+    or schedules them.
 
     Also gone: mounts, namespaces, keys, io_uring, bpf, shared memory, clocks, a new death signal. A call that is not
     allowed fails as if the user had no right to it.
 
     Args:
         may_open: False: no file can be opened any more, not even for reading.
-        may_change_files: False: no file can be created, written by name, renamed, removed or changed in mode.
+        may_change_files: False: no file can be created, written by name, renamed or removed.
+        may_change_attributes: False: modes, owners, times and extended attributes stay as they are.
+        may_truncate: False: only what is open for writing can be cut.
 
     Raises:
         OSError: the machine is neither x86_64 nor aarch64, or has no seccomp.
@@ -240,6 +265,10 @@ def filter_system_calls(*, may_open: bool, may_change_files: bool) -> None:
     rules = [*((name, errno.EPERM) for name in _FORBIDDEN), ("clone3", errno.ENOSYS)]
     if not may_change_files:
         rules += [(name, errno.EROFS) for name in (*_CHANGES_FILES, "openat2")]
+    if not may_change_attributes:
+        rules += [(name, errno.EPERM) for name in _CHANGES_ATTRIBUTES]
+    if not may_truncate:
+        rules += [(name, errno.EACCES) for name in ("truncate", "openat2")]
     if not may_open:
         rules += [(name, errno.EACCES) for name in ("open", "openat", "openat2")]
     program = _Filter()
@@ -251,7 +280,10 @@ def filter_system_calls(*, may_open: bool, may_change_files: bool) -> None:
     )  # CLONE_THREAD: threads share every limit, processes do not
     for name in ("kill", "tgkill"):
         program.deny_unless_equal(name, 0, own)
-    program.deny_unless_equal("prlimit64", 0, 0, own)
+    for name in ("prlimit64", *_SCHEDULES):
+        program.deny_unless_equal(name, 0, 0, own)
+    program.deny_if_equal("fcntl", 1, *_OWNS_BY_FCNTL)
+    program.deny_if_equal("ioctl", 1, *_OWNS_BY_IOCTL)
     program.deny_if_equal("prctl", 0, _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE)
     if may_open and not may_change_files:
         write_flags = (
@@ -259,6 +291,9 @@ def filter_system_calls(*, may_open: bool, may_change_files: bool) -> None:
         )
         program.deny_if_any_bit("openat", 2, write_flags)
         program.deny_if_any_bit("open", 1, write_flags)
+    if not may_truncate:
+        for name, argument in (("openat", 2), ("open", 1)):
+            program.deny_if_masked_equal(name, argument, os.O_TRUNC | os.O_ACCMODE, os.O_TRUNC | os.O_RDONLY)
     program.install()
 
 
@@ -309,6 +344,10 @@ class _Filter:
 
     def deny_unless_all_bits(self, name: str, argument: int, bits: int) -> None:
         tests = [(self._AND, 0, 0, bits), (self._JUMP_EQUAL, 1, 0, bits)]
+        self._on_argument(name, argument, [*tests, self._refusal(), self._approval()])
+
+    def deny_if_masked_equal(self, name: str, argument: int, mask: int, refused: int) -> None:
+        tests = [(self._AND, 0, 0, mask), (self._JUMP_EQUAL, 0, 1, refused)]
         self._on_argument(name, argument, [*tests, self._refusal(), self._approval()])
 
     def deny_if_any_bit(self, name: str, argument: int, bits: int) -> None:

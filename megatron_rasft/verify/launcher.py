@@ -269,11 +269,15 @@ class _Launcher:
             num_processes=_NUM_PROCESSES if is_bare else None,
         )
         confinement.drop_privileges(to_nobody=is_bare)
+        may_truncate = True
         if self._level == "landlock":
             assert scratch is not None
-            confinement.restrict_paths(_readable_paths(), scratch)
+            may_truncate = confinement.restrict_paths(_readable_paths(), scratch)
         confinement.filter_system_calls(
-            may_open=self._level != "limits" or not is_candidate, may_change_files=self._level != "limits"
+            may_open=self._level != "limits" or not is_candidate,
+            may_change_files=self._level != "limits",
+            may_change_attributes=is_bare,
+            may_truncate=may_truncate,
         )
 
 

@@ -50,8 +50,9 @@ _FORWARDED = (
     "round trunc floor ceil reversed format bytes"
 ).split()
 _VISIBLE_DUNDERS = frozenset("__name__ __qualname__ __doc__ __dict__ __annotations__ __members__".split())
-_COMPARISONS = "eq ne lt le gt ge".split()
-_ARITHMETIC = "add sub mul truediv floordiv mod pow matmul and or xor lshift rshift divmod".split()
+_BETWEEN_OBJECTS = (
+    "lt le gt ge add sub mul truediv floordiv mod pow matmul and or xor lshift rshift divmod".split()
+)
 
 
 class CandidateEndedError(BaseException):
@@ -290,7 +291,6 @@ class TesterSide(Codec):
         self._own_module = own_module
         self._exported: dict[int, Any] = {}
         self._stand_ins: dict[int, Any] = {}
-        self._named_classes: set[int] = set()
         self.fault: BaseException | None = None
         """The first CandidateEndedError or CannotCrossError: tests may catch it, the verdict must not miss it."""
 
@@ -309,19 +309,12 @@ class TesterSide(Codec):
         Raises:
             AttributeError: the program defines no such name.
         """
-        value = self._ask("get", name)
-        if isinstance(value, RemoteClass):
-            self._named_classes.add(_number_of(value))
-        return value
+        return self._ask("get", name)
 
     def operate(self, operation: str, target: int, *args: Any, **keywords: Any) -> Any:
         """One operation on an object of the program; mutable arguments are brought up to date afterwards."""
         self.num_uses += 1
         return self._ask(operation, target, *args, **keywords)
-
-    def may_share_operands(self, class_number: int) -> bool:
-        """Whether the tests use this class of the program by its name, so that it may see what it is compared with."""
-        return class_number in self._named_classes
 
     def reference(self, value: Any) -> dict[str, Any]:
         if isinstance(value, _STAND_INS):
@@ -369,7 +362,7 @@ class TesterSide(Codec):
             except TypeError:
                 return type(str(name), parents[:1], {"_number": number})
         stand_in = {"class": RemoteClass, "callable": RemoteCallable}.get(kind, RemoteObject)
-        return stand_in(self, number, more[0] if more else 0)
+        return stand_in(self, number)
 
     def _error_class(self, encoded: Any) -> type[Exception]:
         """A builtin exception by its name, or the stand-in of one of the program's own."""
@@ -507,14 +500,13 @@ def _operate(stand_in: Any, operation: str, *args: Any, **keywords: Any) -> Any:
 class RemoteObject:
     """Stands for an object that lives in the program's process.
 
-    The program may not see what its results are compared with: against a plain value an object is never equal and
-    has no order, and arithmetic or ``in`` with one is only for classes that the tests themselves name.
+    The program neither sees what its results are compared with nor decides about it: against a plain value an object
+    is never equal and has no order and no arithmetic, and ``in`` looks through what it gives when it is iterated.
     """
 
-    def __init__(self, side: TesterSide, number: int, class_number: int) -> None:
+    def __init__(self, side: TesterSide, number: int) -> None:
         object.__setattr__(self, "_side", side)
         object.__setattr__(self, "_number", number)
-        object.__setattr__(self, "_class_number", class_number)
 
     def __getattr__(self, name: str) -> Any:
         # Test frameworks look for marks of their own on everything they meet
@@ -530,9 +522,9 @@ class RemoteObject:
         _operate(self, "delattr", name)
 
     def __contains__(self, item: Any) -> bool:
-        if not _may_see(self, item):
-            raise TypeError("'in' with an object of the program that the tests do not name")
-        return bool(_operate(self, "special", "contains", item))
+        if isinstance(item, RemoteObject):
+            return bool(_operate(self, "special", "contains", item))
+        return any(item is own or item == own for own in iter(self))  # type: ignore[call-overload]
 
     def __dir__(self) -> list[str]:
         return [str(name) for name in _operate(self, "dir")]
@@ -558,12 +550,6 @@ class RemoteClass(RemoteCallable):
 _STAND_INS = (RemoteObject,)
 
 
-def _may_see(stand_in: Any, operand: Any) -> bool:
-    side: TesterSide = object.__getattribute__(stand_in, "_side")
-    class_number: int = object.__getattribute__(stand_in, "_class_number")
-    return isinstance(operand, RemoteObject) or side.may_share_operands(class_number)
-
-
 def _forwarded(name: str) -> Callable[..., Any]:
     def method(self: Any, *args: Any) -> Any:
         return _operate(self, "special", name, *args)
@@ -571,31 +557,16 @@ def _forwarded(name: str) -> Callable[..., Any]:
     return method
 
 
-def _compared(name: str) -> Callable[..., Any]:
+def _between_objects(name: str, with_plain: Any = NotImplemented) -> Callable[..., Any]:
     def method(self: Any, other: Any) -> Any:
-        if isinstance(other, RemoteObject):
-            return _operate(self, "special", name, other)
-        return {"eq": False, "ne": True}.get(name, NotImplemented)
-
-    return method
-
-
-def _computed(name: str, is_reflected: bool) -> Callable[..., Any]:
-    def method(self: Any, other: Any) -> Any:
-        if not _may_see(self, other):
-            return NotImplemented
-        result = _operate(self, "special", f"{'r' * is_reflected}{name}", other)
-        if not isinstance(other, RemoteObject) and not isinstance(result, RemoteObject):
-            raise TypeError(f"{name} of an object of the program and a plain value gave a plain value")
-        return result
+        return _operate(self, "special", name, other) if isinstance(other, RemoteObject) else with_plain
 
     return method
 
 
 for _name in _FORWARDED:
     setattr(RemoteObject, f"__{_name}__", _forwarded(_name))
-for _name in _COMPARISONS:
-    setattr(RemoteObject, f"__{_name}__", _compared(_name))
-for _name in _ARITHMETIC:
-    setattr(RemoteObject, f"__{_name}__", _computed(_name, is_reflected=False))
-    setattr(RemoteObject, f"__r{_name}__", _computed(_name, is_reflected=True))
+for _name in _BETWEEN_OBJECTS:
+    setattr(RemoteObject, f"__{_name}__", _between_objects(_name))
+RemoteObject.__eq__ = _between_objects("eq", False)  # type: ignore[method-assign]
+RemoteObject.__ne__ = _between_objects("ne", True)  # type: ignore[method-assign]

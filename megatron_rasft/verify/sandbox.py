@@ -7,16 +7,16 @@
     namespaces; container runtimes often do not.
 ``landlock``
     The same paths may be read and a folder of the check's own may be written (one file at most as large as the limit;
-    their number is not limited), by the kernel's Landlock. Sockets are refused by seccomp. Works in containers with
-    Linux 5.13 or later.
+    their number is not limited), by the kernel's Landlock. Sockets and changes of modes, owners and times are refused
+    by seccomp. Works in containers with Linux 5.13 or later.
 ``limits``
     No file can be opened at all: the standard library and numpy are loaded beforehand. Tests that write files, and
     programs that import other packages, fail here.
 
-At every level: seccomp refuses new processes and programs, sockets, signals to others, tracing, mounts, namespaces,
-keys, io_uring, bpf; capabilities are dropped; address space, CPU time, file size and open files are limited; the
-environment is cleared; everything is killed at the deadline, and since no process can be started, all of it is known.
-The tests run in a second process, confined in the same way, that never runs the program: see ``remote_objects``.
+At every level: seccomp refuses new processes and programs, sockets, signals to others and their scheduling, tracing,
+mounts, namespaces, keys, io_uring, bpf; capabilities are dropped; address space, CPU time, file size and open files are
+limited; the environment is cleared; everything is killed at the deadline, and since no process can be started, all of
+it is known. The tests run in a second process, confined in the same way, that never runs the program: see ``remote_objects``.
 
 What no level does: it shares the kernel with the host, so a hole in the kernel's system calls is a way out; it does
 not hide how long things take or how busy the machine is; and tests that accept anything are passed by anything.

@@ -2,6 +2,8 @@
 
 import ast
 import builtins
+import importlib
+import inspect
 import io
 import json
 import os
@@ -25,6 +27,7 @@ def judge(tests: CodeTests, stream: socket.socket, max_bytes: int) -> tuple[Verd
     """Run the tests against the program at the other end of ``stream``."""
     side = TesterSide(stream, max_bytes, _MODULE)
     sys.stdout = io.StringIO()
+    _tell_empty_from_near(tests)
     try:
         failure = side.started()
         if failure:
@@ -41,6 +44,49 @@ def judge(tests: CodeTests, stream: socket.socket, max_bytes: int) -> tuple[Verd
         return "unverifiable", str(error)
     except MemoryError:
         return "unverifiable", "the tests ran out of memory"
+
+
+def _tell_empty_from_near(tests: CodeTests) -> None:
+    """To numpy and pytest an empty array is near every number; a program that returns none has computed none."""
+    numpy = sys.modules.get("numpy")
+    if numpy is None:
+        return
+
+    def refusing_empty(compare: Callable[..., Any]) -> Callable[..., Any]:
+        signature = inspect.signature(compare)
+
+        def comparison(*args: Any, **keywords: Any) -> Any:
+            call = signature.bind(*args, **keywords)
+            sizes = set()
+            for name in list(call.arguments)[:2]:
+                # an array once and for all: an object of the program may say something else when it is asked again
+                array = call.arguments[name] = numpy.asanyarray(call.arguments[name])
+                sizes.add(bool(array.size))
+            if len(sizes) == 1:
+                return compare(*call.args, **call.kwargs)
+            assert not compare.__name__.startswith("assert"), "an empty array is near nothing"
+            return False
+
+        return comparison
+
+    modules = {numpy: "allclose isclose array_equiv"}
+    if any("testing" in script for script in (tests.setup, *tests.tests)):
+        names = "assert_allclose assert_array_equal assert_almost_equal assert_array_almost_equal assert_array_less"
+        modules[importlib.import_module("numpy.testing")] = names
+    for module, names in modules.items():
+        for name in names.split():
+            setattr(module, name, refusing_empty(getattr(module, name)))
+
+    pytest = sys.modules.get("pytest")
+    if pytest is not None:
+        near: Any = type(pytest.approx(0.0))
+        equals = near.__eq__
+
+        def is_near(own: Any, value: Any) -> bool:
+            is_empty = isinstance(value, numpy.ndarray) and not value.size
+            return not is_empty and equals(own, value)
+
+        near.__eq__ = is_near
 
 
 def _run_asserts(tests: CodeTests, side: TesterSide) -> tuple[Verdict, str]:

@@ -161,7 +161,45 @@ def f(x): return 0""",
     # reaches outside
     "kills others": "import os, signal\nfor pid in (VICTIM, os.getppid(), -1, 0, 1):\n    for number in (signal.SIGKILL, signal.SIGTERM):\n        if pid != os.getpid():\n            try: os.kill(pid, number)\n            except OSError: pass\ndef f(x): return 0",
     "signals by other calls": _LIBC + "for number in (200, 234, 129, 297, 424):\n    libc.syscall(number, VICTIM, 9, 9, 0)\n    libc.syscall(number, VICTIM, VICTIM, 9, 0)\ndef f(x): return 0",
+    "signals as the owner of a file": _LIBC + """
+import fcntl, signal
+read, write = os.pipe()
+own = (ctypes.c_int * 2)(1, VICTIM)
+for number, number_aarch64, command, value in ((72, 25, 8, VICTIM), (72, 25, 15, ctypes.addressof(own)), (72, 25, 10, 9)):
+    libc.syscall(number if os.uname().machine == "x86_64" else number_aarch64, read, command, ctypes.c_void_p(value))
+for command in (0x8901, 0x8902):
+    try: fcntl.ioctl(read, command, ctypes.c_int(VICTIM))
+    except OSError: pass
+fcntl.fcntl(read, fcntl.F_SETFL, os.O_ASYNC | os.O_NONBLOCK)
+os.write(write, b"x")
+def f(x): return 0""",
     "lowers others": "import os\nfor try_it in (lambda: os.setpriority(0, VICTIM, 19), lambda: __import__('resource').prlimit(VICTIM, 0, (1, 1))):\n    try: try_it()\n    except OSError: pass\ndef f(x): return 0",
+    "schedules others": _LIBC + """
+for schedule in (
+    lambda: os.sched_setaffinity(VICTIM, {max(os.sched_getaffinity(0))}),
+    lambda: os.sched_setscheduler(VICTIM, os.SCHED_IDLE, os.sched_param(0)),
+    lambda: os.sched_setparam(VICTIM, os.sched_param(0)),
+):
+    try: schedule()
+    except OSError: pass
+idle = (ctypes.c_uint32 * 12)(48, 5)
+libc.syscall(314 if os.uname().machine == "x86_64" else 274, VICTIM, idle, 0)
+libc.syscall(251 if os.uname().machine == "x86_64" else 30, 1, VICTIM, 3 << 13)
+def f(x): return 0""",
+    "changes what lies outside": """
+import os
+for change in (os.chmod, os.utime, os.chown, os.setxattr, os.truncate):
+    arguments = {"chmod": [0], "utime": [(1, 1)], "chown": [0, 0], "setxattr": ["user.a", b"x"], "truncate": [0]}
+    for path in ("SECRET", "OUTSIDE"):
+        try: change(path, *arguments[change.__name__])
+        except OSError: pass
+        try:
+            fd = os.open(path, os.O_RDONLY)
+            change(fd, *arguments[change.__name__])
+        except OSError: pass
+try: os.open("SECRET", os.O_RDONLY | os.O_TRUNC)
+except OSError: pass
+def f(x): return 0""",
     "writes outside": "import os\nfor path in ('OUTSIDE/a', '/etc/a', '/usr/a', '/var/tmp/rasft-a', '/dev/shm/rasft-a', '/a'):\n    try: open(path, 'w').write('x')\n    except OSError: pass\n    try: os.mkdir(path)\n    except OSError: pass\ndef f(x): return 0",
     "writes through a link": "import os\nfor link in (os.symlink, os.link):\n    try:\n        link('SECRET', 'l'); open('l', 'a').write('x'); os.remove('l')\n    except OSError: pass\ntry: os.rename('SECRET', 'r')\nexcept OSError: pass\ntry: os.truncate('SECRET', 0)\nexcept OSError: pass\ndef f(x): return 0",
     "removes everything": "import shutil\nfor path in ('OUTSIDE', '/tmp', '/usr'): shutil.rmtree(path, ignore_errors=True)\ndef f(x): return 0",
@@ -206,6 +244,75 @@ HOSTILE_TO_PYTEST = {
     "is near everything": "class A(float):\n    def __sub__(s, o): return 0.0\n    __rsub__ = __sub__\n    def __eq__(s, o): return True\n    def __lt__(s, o): return True\ndef f(x): return A()",
     "subtracts to nothing": "class A:\n    def __sub__(s, o): return 0.0\n    __rsub__ = __sub__\n    def __abs__(s): return 0.0\n    def __lt__(s, o): return True\n    def __contains__(s, o): return True\ndef f(x): return A()",
 }  # fmt: skip
+
+_YES = """
+class M(type):
+    def __instancecheck__(c, o): return True
+    def __subclasscheck__(c, o): return True
+    def __eq__(c, o): return True
+    def __hash__(c): return 4
+    def __getattr__(c, n):
+        if n.startswith("_"): raise AttributeError(n)
+        return c
+class Yes(metaclass=M):
+    def __init__(s, *a, **k): pass
+    def __getattr__(s, n):
+        if n.startswith("_"): raise AttributeError(n)
+        return Yes()
+    def __call__(s, *a, **k): return True
+    def __eq__(s, o): return True
+    def __ne__(s, o): return False
+    def __hash__(s): return 4
+    def __bool__(s): return True
+    def __contains__(s, o): return True
+    def __len__(s): return 1
+    def __getitem__(s, i): return s
+    def __iter__(s): return iter([s])
+    def __float__(s): return 0.0
+    def __int__(s): return 0
+    def __index__(s): return 0
+    def __str__(s): return "0"
+    def __format__(s, spec): return "0"
+    def __abs__(s): return 0
+    def __round__(s, *n): return 0
+    def __pos__(s): return 0
+    def __neg__(s): return 0
+for name in "add sub mul truediv floordiv mod pow matmul and or xor lshift rshift divmod".split():
+    setattr(Yes, f"__{name}__", lambda s, o: s)
+    setattr(Yes, f"__r{name}__", lambda s, o: s)
+for name in "lt le gt ge".split(): setattr(Yes, f"__{name}__", lambda s, o: True)
+"""
+
+_SUBTRACTS = """
+    def __init__(s, *a): pass
+    def __sub__(s, o): return s
+    __rsub__ = __sub__
+    def __abs__(s): return 0
+    def __round__(s, *n): return 0
+    def __contains__(s, o): return True
+"""
+
+HOSTILE_OBJECTS = {
+    "the entry point is a class": "class f:" + _SUBTRACTS,
+    **{
+        f"the entry point is a kind of {base}": f"class f({base}):\n    def __new__(c, *a): return {base}.__new__(c)" + _SUBTRACTS
+        for base in ("int", "float", "str", "list", "tuple", "dict", "complex")
+    },
+    "the entry point says yes": _YES + "f = Yes",
+    "an object says yes": _YES + "def f(x): return Yes()",
+    "the function is an object that says yes": _YES + "f = Yes()",
+    "an object says yes and that it is a number": _YES + "class Number(Yes): __class__ = float\ndef f(x): return Number()",
+    "a list of objects that say yes": _YES + "def f(x): return [Yes()]",
+    "an array of objects that say yes": _YES + "import numpy\ndef f(x): return numpy.array([Yes()], dtype=object)",
+    "remembers what it was shown": "seen = [0]\nclass f:\n    def __init__(s, *a): pass\n    def __sub__(s, o):\n        seen.append(o); return s\n    __rsub__ = __add__ = __contains__ = __sub__\n    def __abs__(s): return 0\n    def __float__(s): return float(seen[-1])\n    def __int__(s): return int(seen[-1])\n    __index__ = __int__\n    def __str__(s): return str(seen[-1])\n    def __iter__(s): return iter(seen[-1:])",
+    "a generator": "def f(x):\n    while (yield 0): pass",
+    "a descriptor": "class D:\n    def __get__(s, i, c): return lambda *a: 0\nclass f:\n    def __init__(s, *a): pass\n    __abs__ = __sub__ = __contains__ = __round__ = __float__ = D()",
+    "an empty list": "def f(x): return []",
+    "an empty array": "import numpy\ndef f(x): return numpy.empty((0, 1))",
+    "nan": "def f(x): return float('nan')",
+    "infinity": "def f(x): return float('inf')",
+}  # fmt: skip
+"""What ``f`` gives is an object, or an oddity, that tests might take for whatever they expect."""
 
 HOSTILE_SCRIPTS = {
     "prints everything": "for n in range(1000): print(n)",

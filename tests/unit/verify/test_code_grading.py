@@ -9,6 +9,7 @@ from megatron_rasft.types import CodeTests, ProgramCase
 from megatron_rasft.verify.code_extraction import extract_program
 from megatron_rasft.verify.code_grading import grade_code, outputs_equal, run_tests
 from megatron_rasft.verify.sandbox import Sandbox
+from tests.unit.verify.hostile_programs import HOSTILE_OBJECTS
 
 TICKS = "`" * 3
 
@@ -178,7 +179,8 @@ def test_objects():
     v = Vector(1, y=2)
     assert (v.x, v.y, v[1], len(v), list(v)) == (1, 2, 2, 2, [1, 2])
     assert v == Vector(1, 2) and v != Vector(2, 1) and 2 in v and 5 not in v
-    assert v + v == Vector(2, 4) and (v * 3).x == 3 and repr(v) == "Vector(1, 2)"
+    assert v + v == Vector(2, 4) and repr(v) == "Vector(1, 2)"
+    with pytest.raises(TypeError): v * 3
     v.x = 3; v.y = 4
     assert v.norm == 5 and isinstance(v, Vector) and not isinstance(1, Vector) and isinstance(Vector.unit(), Vector)
     with v as w: assert w is v
@@ -229,6 +231,61 @@ def test_tests_that_leave_the_program_alone_prove_nothing(sandbox: Sandbox) -> N
     found = sandbox.judge("def f(x): return 0", CodeTests(style="pytest", tests=(own,), entry_point="f"))
     assert found == ("unverifiable", "the tests pass without using the program")
     assert sandbox.judge("f = 4", CodeTests(style="asserts", tests=("assert True",)))[0] == "unverifiable"
+
+
+# Each holds for the square and shows the expected value to whatever would decide about it
+FORMS = [
+    "f(2) == 4", "4 == f(2)", "not f(2) != 4", "f(2) in (4, 5)", "f(2) in {4: 0}", "[4].index(f(2)) == 0",
+    "abs(f(2) - 4) < 1e-6", "abs(4 - f(2)) < 1e-6", "-1e-6 < f(2) - 4 < 1e-6", "4 <= f(2) <= 4", "not f(2) - 4",
+    "not f(2) ^ 4", "f(2) - 4 == 0", "(f(2) - 4) ** 2 < 1e-6", "round(f(2) - 4, 7) == 0", "int(f(2) - 4) == 0",
+    "float(f(2) - 4) == 0", "bool(f(2) - 4) is False", "str(f(2) - 4) == '0'", "f'{f(2) - 4}' == '0'",
+    "divmod(f(2), 4) == (1, 0)", "pow(f(2) - 4, 2) == 0", "abs(f(2) / 4 - 1) < 1e-6", "max(f(2), 4) == min(f(2), 4)",
+    "sum([f(2), -4]) == 0", "sorted([f(2), 3]) == [3, 4]", "len({f(2), 4}) == 1", "range(5)[f(2)] == 4",
+    "math.isclose(f(2), 4)", "math.fabs(f(2) - 4) < 1e-6", "f(2) == pytest.approx(4)", "[f(2)] == pytest.approx([4])",
+    "np.allclose(f(2), 4)", "np.allclose(b=4, a=f(2))", "np.allclose(f(2), [4, 4])", "np.isclose(f(2), 4).all()",
+    "np.abs(f(2) - np.array([4])).max() < 1e-6", "np.array_equal(f(2), 4)",
+    "np.testing.assert_allclose(f(2), 4) is None", "np.testing.assert_array_equal(f(2), 4) is None",
+    "np.testing.assert_almost_equal(f(2), 4) is None", "unit.assertEqual(f(2), 4) is None",
+    "unit.assertAlmostEqual(f(2), 4) is None", "unit.assertIn(f(2), [4]) is None",
+]  # fmt: skip
+NEAR = "abs(f(2) - 4) < 1e-6"
+HOLDING = f"""
+import math, pytest, unittest, numpy as np
+unit, held = unittest.TestCase(), []
+for form in {[*FORMS, "4 in f(2)", "not 4 not in f(2)"]}:
+    try: held += [form] * bool(eval(form))
+    except Exception: pass
+assert held == EXPECTED, held
+"""
+
+
+def holding(forms: list[str]) -> CodeTests:
+    tests = (HOLDING.replace("EXPECTED", repr(forms)),)
+    return CodeTests(style="asserts", tests=tests, entry_point="f")
+
+
+@pytest.mark.parametrize("program", HOSTILE_OBJECTS.values(), ids=HOSTILE_OBJECTS)
+def test_no_object_decides_about_what_is_expected(sandbox: Sandbox, program: str) -> None:
+    assert sandbox.judge(program, holding([])) == ("correct", "1 tests passed")
+
+
+@pytest.mark.parametrize(
+    "tests",
+    [
+        CodeTests(style="check", tests=(f"def check(f):\n    assert {NEAR}",), entry_point="f"),
+        CodeTests(style="pytest", tests=(f"from solution import f\ndef test_f():\n    assert {NEAR}",)),
+        CodeTests(style="functional", cases=(ProgramCase(input="2", output="4"),), entry_point="f"),
+    ],
+    ids=lambda tests: tests.style,
+)
+def test_no_object_decides_in_any_style(sandbox: Sandbox, tests: CodeTests) -> None:
+    for name in ("the entry point is a class", "the entry point says yes"):
+        assert sandbox.judge(HOSTILE_OBJECTS[name], tests)[0] == "wrong"
+    assert sandbox.judge("def f(x): return x * x", tests)[0] == "correct"
+
+
+def test_a_plain_value_decides(sandbox: Sandbox) -> None:
+    assert sandbox.judge("def f(x): return x * x", holding(FORMS)) == ("correct", "1 tests passed")
 
 
 def test_livecodebench_cases(sandbox: Sandbox) -> None:

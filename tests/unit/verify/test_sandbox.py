@@ -7,7 +7,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -15,6 +16,7 @@ import pytest
 
 from megatron_rasft.config.verify import SandboxLevel, VerifyConfig
 from megatron_rasft.types import CodeTests, ProgramCase
+from megatron_rasft.verify import confinement
 from megatron_rasft.verify.code_grading import run_tests
 from megatron_rasft.verify.sandbox import LEVELS, Sandbox, SandboxError
 from tests.unit.verify.hostile_programs import HOSTILE, HOSTILE_SCRIPTS, HOSTILE_TO_PYTEST
@@ -56,6 +58,20 @@ class World:
     victim: subprocess.Popen[bytes]
     tcp: socket.socket
     unix: socket.socket
+    state_before: list[object] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "state_before", self.state())
+
+    def state(self) -> list[object]:
+        """What may be changed of a process without ending it, and of a file without writing to it."""
+        victim = psutil.Process(self.victim.pid)
+        found: list[object] = [victim.nice(), victim.ionice(), victim.cpu_affinity()]
+        found.append(os.sched_getscheduler(self.victim.pid))
+        for path in (self.folder, self.secret):
+            status = path.stat()
+            found.append((status.st_mode, status.st_uid, status.st_gid, os.listxattr(path)))
+        return [*found, self.folder.stat().st_mtime, self.secret.stat().st_mtime]
 
     def aim(self, program: str) -> str:
         for name, value in {
@@ -70,9 +86,13 @@ class World:
 
     def faults(self) -> list[str]:
         """What is not as it was."""
-        found = [] if self.victim.poll() is None else ["the victim is dead"]
-        if psutil.Process(self.victim.pid).nice() != os.getpriority(os.PRIO_PROCESS, 0):
-            found.append("the victim's priority changed")
+        if self.victim.poll() is not None:
+            return ["the victim is dead"]
+        found = (
+            []
+            if self.state() == self.state_before
+            else ["the victim's scheduling or a file's attributes changed"]
+        )
         if sorted(p.name for p in self.folder.iterdir()) != ["canary", "secret.py", "unix"]:
             found.append("the folder changed")
         if self.secret.read_text() != "def f(x): return x * x\n":
@@ -103,7 +123,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     unix.listen()
     for listener in (tcp, unix):
         listener.setblocking(False)
-    victim = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(10000)"])
+    # without capabilities, as processes of an ordinary user are: others of the user may schedule it
+    victim = subprocess.Popen(
+        [sys.executable, "-c", "import time; time.sleep(10000)"],
+        preexec_fn=partial(confinement.drop_privileges, to_nobody=False),
+    )
     yield World(folder, secret, victim, tcp, unix)
     victim.kill()
     victim.wait()
@@ -261,6 +285,27 @@ def test_everything_ends_with_a_user_that_is_killed(sandbox: Sandbox) -> None:
     user.wait()
     _, alive = psutil.wait_procs(running, timeout=60)
     assert not [p for p in alive if p.status() != psutil.STATUS_ZOMBIE]
+
+
+CUTS = """
+import os, sys
+from megatron_rasft.verify import confinement
+confinement.filter_system_calls(may_open=True, may_change_files=True, may_change_attributes=False, may_truncate=False)
+for cut in (lambda p: os.truncate(p, 0), lambda p: os.open(p, os.O_RDONLY | os.O_TRUNC), lambda p: os.chmod(p, 0)):
+    try: cut(sys.argv[1])
+    except PermissionError: print("refused")
+open(sys.argv[1] + ".own", "w").write("x")
+"""
+
+
+def test_an_old_landlock_that_knows_no_truncation_is_helped_out(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("x")
+    command = [sys.executable, "-c", CUTS, str(file)]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])}
+    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    assert done.stdout == "refused\n" * 3
+    assert [p.read_text() for p in sorted(tmp_path.iterdir())] == ["x", "x"]
 
 
 def test_a_level_that_cannot_be_had_is_refused() -> None:
