@@ -1,1 +1,1 @@
-"""What a run looks like: the console, metrics.jsonl, TensorBoard and Weights & Biases."""
+"""What a run looks like: the console, metrics.jsonl, TensorBoard, Weights & Biases, and the HTML page."""

@@ -1,0 +1,31 @@
+"""The page of a real run."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.forking import REPOSITORY
+from tests.functional import launching
+from tests.functional.conftest import Workshop
+from tests.functional.test_resume import unbroken_run
+from tests.unit.report.reading import Page
+
+
+def test_page_of_a_run_has_its_curves_settings_and_texts(workshop: Workshop, tmp_path: Path) -> None:
+    save, output = unbroken_run(workshop, 1), tmp_path / "report.html"
+    command = [sys.executable, "tools/report.py", str(save), "--output", str(output)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    shown = Page(output.read_text(encoding="utf-8"))
+    assert not shown.texts.get("li"), "nothing is missing"
+    (series,) = shown.lines["Loss of the objective"]
+    assert [point[3] for point in series["points"]] == pytest.approx(launching.losses(save), rel=1e-4)
+    num_rollouts = len((save / "rollouts.jsonl").read_text().splitlines())
+    assert any(row.startswith(f"Rollouts{num_rollouts} at ") for row in shown.rows)
+    assert f"Model{workshop.policy}" in shown.rows
+    problems = {json.loads(line)["problem"] for line in workshop.sums.read_text().splitlines()}
+    assert problems & set(shown.texts["pre"])
+    assert any(row.startswith("Parameters") for row in shown.rows), "the exported model's card"

@@ -1,0 +1,107 @@
+"""The command: what it refuses, what it finds by itself, and what it writes."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_rasft.config.data import DataConfig
+from tests.unit.report.reading import Page
+from tests.unit.report.synthetic import write_run
+from tools import report
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return write_run(tmp_path / "run")
+
+
+def page_of(tmp_path: Path, *arguments: str | Path) -> Page:
+    output = tmp_path / "out" / "report.html"
+    assert report.main([*map(str, arguments), "--output", str(output)]) == 0
+    assert [path.name for path in output.parent.iterdir()] == ["report.html"]
+    return Page(output.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        ([], "RUN_DIR is missing"),
+        (["{run}/gone"], "gone is not a folder"),
+        (["{empty}"], "empty has neither metrics.jsonl nor rollouts.jsonl"),
+        (["{run}", "{run}"], "is given twice"),
+        (
+            ["{run}", "{empty}", "--metrics", "{run}/metrics.jsonl"],
+            "name the files of one run, but 2 are given",
+        ),
+        (["{run}", "--rollouts", "{run}/gone.jsonl"], "--rollouts {run}/gone.jsonl is not a file"),
+        (["{run}", "--num-examples", "-1"], "--num-examples must be >= 0, got -1"),
+        (["{run}", "--output", "{run}/metrics.jsonl"], "metrics.jsonl is what is to be read"),
+        (["{run}", "--output", "{run}"], "is a folder"),
+        (["{run}", "--output", "{run}/metrics.jsonl/page.html"], "cannot be written"),
+    ],
+)
+def test_mistakes_are_named_in_one_line(
+    run: Path, tmp_path: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    before = (run / "metrics.jsonl").read_bytes()
+    filled = [argument.format(run=run, empty=empty) for argument in arguments]
+    assert report.main(filled) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message.format(run=run) in error and error.count("\n") == 1
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_texts_of_problems_come_from_the_training_data(run: Path, tmp_path: Path) -> None:
+    path = tmp_path / "train.jsonl"
+    rows = [
+        {"id": f"p{n}", "problem": f"What is {n}?", "response": f"It is {n}.", "answer": str(n)}
+        for n in range(8)
+    ]
+    rows.append({"id": "broken"})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "What is 3?" in page_of(tmp_path, run, "--train-data", path, "--num-examples", "8").texts["pre"]
+    config = {"rasft": {"data": {**vars(DataConfig(train_data=[str(path)]))}}, "megatron": {}}
+    (run / "config.json").write_text(json.dumps(config))
+    shown = page_of(tmp_path, run, "--num-examples", "8")
+    assert {"What is 3?", "It is 3.", "3"} <= set(shown.texts["pre"])
+    assert "not at hand" not in shown.text
+    path.unlink()
+    assert "train.jsonl" in page_of(tmp_path, run).texts["li"][0]
+
+
+def test_files_may_lie_elsewhere(run: Path, tmp_path: Path) -> None:
+    named = ["--metrics", run / "metrics.jsonl", "--rollouts", run / "rollouts.jsonl"]
+    assert "Loss of the objective" in page_of(tmp_path, *named).lines
+    other = tmp_path / "other"
+    other.mkdir()
+    assert page_of(tmp_path, other, *named).texts["h1"] == ["other"]
+    assert "No metrics" in page_of(tmp_path, other, *named[2:]).text
+
+
+def test_runs_in_folders_of_one_name_are_told_apart(run: Path, tmp_path: Path) -> None:
+    again = write_run(tmp_path / "second" / "run", seed=1)
+    assert page_of(tmp_path, run, again).texts["h1"] == [f"{tmp_path.name}/run, second/run"]
+
+
+def test_run_on_demonstrations_only_has_its_curves(run: Path, tmp_path: Path) -> None:
+    (run / "rollouts.jsonl").unlink()
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    kept = [r for r in lines if "rollout/num_rollouts" not in r]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in kept))
+    shown = page_of(tmp_path, run)
+    assert "trained on demonstrations only" in shown.texts["li"][0]
+    assert "Loss of the objective" in shown.lines
+
+
+def test_lines_that_cannot_be_read_and_rollouts_done_again_are_counted(run: Path, tmp_path: Path) -> None:
+    store = run / "rollouts.jsonl"
+    store.write_text(store.read_text() * 2 + '{"problem_id": "p')
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"event"')
+    notes = " ".join(page_of(tmp_path, run).texts["li"])
+    assert "1 line(s) of" in notes and "64 rollouts of refreshes that were done again" in notes
+    store.write_text("")
+    assert "holds no rollouts" in page_of(tmp_path, run).texts["li"][1]
