@@ -1,11 +1,19 @@
-"""Hugging Face folders <-> Megatron models: one table per family, both directions, streamed."""
+"""Hugging Face folders <-> Megatron models: one table per family, both directions, streamed.
+
+What needs torch is imported when it is first asked for: ``architecture`` and ``families`` do without.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from megatron_rasft.weights.architecture import megatron_args
-from megatron_rasft.weights.exporting import export
 from megatron_rasft.weights.families import FAMILIES
-from megatron_rasft.weights.folder import HfFolder
-from megatron_rasft.weights.gathering import ExpertGroups, gather_tensors, plan_tensors
-from megatron_rasft.weights.loading import ExpertRanks, load_into
+
+if TYPE_CHECKING:
+    from megatron_rasft.weights.exporting import export
+    from megatron_rasft.weights.folder import HfFolder
+    from megatron_rasft.weights.gathering import ExpertGroups, gather_tensors, plan_tensors
+    from megatron_rasft.weights.loading import ExpertRanks, load_into
 
 __all__ = [
     "FAMILIES",
@@ -18,3 +26,19 @@ __all__ = [
     "megatron_args",
     "plan_tensors",
 ]
+
+_HOMES = {
+    "ExpertGroups": "gathering",
+    "ExpertRanks": "loading",
+    "HfFolder": "folder",
+    "export": "exporting",
+    "gather_tensors": "gathering",
+    "load_into": "loading",
+    "plan_tensors": "gathering",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

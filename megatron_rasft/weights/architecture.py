@@ -3,14 +3,13 @@
 Whatever would make Megatron compute something else than transformers is refused here.
 """
 
+import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any, Protocol
 
 from megatron_rasft.errors import ModelFolderError
 from megatron_rasft.weights.families import FAMILIES, REFUSED, Family, ModelShape
-
-if TYPE_CHECKING:
-    from megatron_rasft.weights.folder import HfFolder
 
 _MEGATRON_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 """Fixed in Megatron's RotaryEmbedding._apply_scaling (core/models/common/embeddings)."""
@@ -22,6 +21,65 @@ class Rope:
 
     theta: float
     llama3_factor: float | None
+
+
+class Described(Protocol):
+    """What is known of a model from its config.json (an HfFolder, or a ModelDescription)."""
+
+    @property
+    def config(self) -> dict[str, Any]: ...
+    @property
+    def family(self) -> Family: ...
+    @property
+    def shape(self) -> ModelShape: ...
+    @property
+    def rope(self) -> Rope: ...
+
+
+@dataclass(frozen=True)
+class ModelDescription:
+    """A folder's config.json, read; the folder needs no weights."""
+
+    config: dict[str, Any]
+    family: Family
+    shape: ModelShape
+    rope: Rope
+
+    @classmethod
+    def read(cls, path: Path) -> "ModelDescription":
+        """Raises ModelFolderError: one line with the folder and what is wrong."""
+        try:
+            config = read_config(path)
+            family = read_family(config)
+            return cls(config, family, read_shape(config, family), read_rope(config, family))
+        except ModelFolderError as error:
+            raise ModelFolderError(f"model folder {path}: {error}") from error.__cause__
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The config.json of a folder."""
+    return read_json(path / "config.json", missing=_describe_missing_config(path))
+
+
+def _describe_missing_config(path: Path) -> str:
+    if not path.exists():
+        return "the folder does not exist; give a local folder in Hugging Face format (nothing is downloaded)"
+    if not path.is_dir():
+        return "is a file; give the folder that holds config.json"
+    return "has no config.json, so it is not a Hugging Face model folder"
+
+
+def read_json(path: Path, missing: str) -> dict[str, Any]:
+    """The object in a JSON file; ``missing`` is the error if there is no file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise ModelFolderError(missing) from None
+    except (OSError, ValueError) as error:
+        raise ModelFolderError(f"{path.name} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise ModelFolderError(f"{path.name} is not a JSON object")
+    return content
 
 
 def read_family(config: dict[str, Any]) -> Family:
@@ -167,7 +225,7 @@ def read_rope(config: dict[str, Any], family: Family) -> Rope:
     return Rope(theta, float(rope["factor"]))
 
 
-def megatron_args(folder: "HfFolder", query_groups: int | None = None) -> dict[str, Any]:
+def megatron_args(folder: Described, query_groups: int | None = None) -> dict[str, Any]:
     """Values of Megatron's arguments (attributes of its args) that the folder's model implies.
 
     A query group of zeros adds nothing to the output and gets no gradient, so a model with more of them

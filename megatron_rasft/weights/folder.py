@@ -14,7 +14,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_rasft.errors import ModelFolderError
-from megatron_rasft.weights.architecture import Rope, read_family, read_rope, read_shape
+from megatron_rasft.weights.architecture import (
+    Rope,
+    read_config,
+    read_family,
+    read_json,
+    read_rope,
+    read_shape,
+)
 from megatron_rasft.weights.families import Family, ModelShape, NameTable
 
 SINGLE_FILE = "model.safetensors"
@@ -66,7 +73,7 @@ class HfFolder:
         """
         path = Path(path)
         try:
-            config = _read_json(path / "config.json", missing=_describe_missing_config(path))
+            config = read_config(path)
             family = read_family(config)
             shape, rope = read_shape(config, family), read_rope(config, family)
             table = NameTable(family, shape)
@@ -154,26 +161,6 @@ class HfFolder:
         del self.tensors["lm_head.weight"]
 
 
-def _describe_missing_config(path: Path) -> str:
-    if not path.exists():
-        return "the folder does not exist; give a local folder in Hugging Face format (nothing is downloaded)"
-    if not path.is_dir():
-        return "is a file; give the folder that holds config.json"
-    return "has no config.json, so it is not a Hugging Face model folder"
-
-
-def _read_json(path: Path, missing: str) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise ModelFolderError(missing) from None
-    except (OSError, ValueError) as error:
-        raise ModelFolderError(f"{path.name} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise ModelFolderError(f"{path.name} is not a JSON object")
-    return content
-
-
 def weights_fingerprint(folder: Path, precision: str) -> str:
     """Names a Hugging Face folder's weights without reading all of them.
 
@@ -206,7 +193,7 @@ def _shard_files(path: Path) -> dict[str, list[str] | None]:
     if (path / SINGLE_FILE).exists():  # first, as in transformers
         return {SINGLE_FILE: None}
     if (path / INDEX_FILE).exists():
-        weight_map = _read_json(path / INDEX_FILE, missing="").get("weight_map")
+        weight_map = read_json(path / INDEX_FILE, missing="").get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise ModelFolderError(f"{INDEX_FILE} has no weight_map")
         files: dict[str, list[str] | None] = {}
@@ -276,7 +263,7 @@ def _check_tokenizer(path: Path, vocab_size: int) -> None:
     """Every id the tokenizer can give must have a row in the embedding."""
     if not (path / "tokenizer.json").exists():
         return
-    content = _read_json(path / "tokenizer.json", missing="")
+    content = read_json(path / "tokenizer.json", missing="")
     try:
         vocab = (content.get("model") or {}).get("vocab") or {}
         ids = [len(vocab) - 1] if isinstance(vocab, list) else list(vocab.values())
