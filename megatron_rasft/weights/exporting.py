@@ -292,8 +292,9 @@ def _finish(
         total_size = sum(num_bytes for _, num_bytes, _ in reports)
         write_index(temporary, weight_map, total_size)
     copy_companions(template.path, temporary)
-    stored = {name: dtype or tensor.dtype for name, tensor in template.tensors.items()}
-    types = types_by_size((shape, stored[name]) for name, shape in template.table.hf_shapes.items())
+    types = types_by_size(
+        (shape, dtype or template.tensors[name].dtype) for name, shape in template.table.hf_shapes.items()
+    )
     write_config(template, temporary, types[0])
     if facts is not None:
         write_card(temporary, template, out_dir.name, {"Weights": type_names(types), **facts})

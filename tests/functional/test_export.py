@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from tests.functional import launching
 from tests.functional.conftest import Workshop
+from tools import convert_checkpoint
 
 
 def test_run_without_learning_exports_the_weights_it_read(workshop: Workshop, tmp_path: Path) -> None:
@@ -42,6 +43,14 @@ def test_what_was_learnt_in_fp32_is_not_rounded_to_the_folders_type(
     assert json.loads((tmp_path / "exported" / "config.json").read_text())["dtype"] == "float32"
     moved = [name for name, tensor in before.items() if not tensor.float().equal(after[name])]
     assert len(moved) == len(before), "steps of 1e-6 are below bf16's resolution, and are there"
+
+    conversion = ["--input", str(tmp_path / "save"), "--output", str(tmp_path / "converted"), "--verify"]
+    assert convert_checkpoint.main(["megatron-to-hf", *conversion]) == 0
+    converted = load_file(tmp_path / "converted" / "model.safetensors")
+    assert all(tensor.equal(converted[name]) for name, tensor in after.items())
+    for written in ("config.json", "README.md"):
+        texts = [(tmp_path / name / written).read_text() for name in ("exported", "converted")]
+        assert texts[0] == texts[1].replace("# converted", "# exported")
 
 
 def test_four_processes_train_and_export_what_one_does(workshop: Workshop, tmp_path: Path) -> None:
