@@ -18,12 +18,12 @@ Record = dict[str, Any]
 def make_record(training: Sequence[str], evaluation: Sequence[str], num_processes: int) -> Record:
     """Of flags in which the result's own folder is ``.``, so that it may be moved."""
     names = [value.rpartition("=")[2] for value in [*training, *evaluation]]
-    files = {name: _checksum(ROOT / name) for name in names if os.path.isfile(ROOT / name)}
+    files = {name: ROOT / name for name in names if os.path.isfile(ROOT / name)}
     return {
         "training": list(training),
         "evaluation": list(evaluation),
         "num_processes": num_processes,
-        "files": files,
+        "files": {name: _checksum(path, path.stat().st_mtime_ns) for name, path in files.items()},
         "commit": _commit(),
     }
 
@@ -82,14 +82,13 @@ def _said(flag: str, flags: dict[str, list[str]]) -> str:
 
 
 @cache
-def _checksum(path: Path) -> str:
+def _checksum(path: Path, changed_ns: int) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-@cache
 def _commit() -> str:
-    """Empty where this is no checkout of git's, or git is not there."""
+    """Of the moment: a comparison takes days. Empty where this is no checkout of git's, or git is not there."""
     if not (ROOT / ".git").exists():
         return ""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]

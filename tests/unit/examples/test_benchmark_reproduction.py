@@ -244,7 +244,6 @@ class Workplace:
             write_run(log.parent, [0.5]).joinpath("done").unlink()
 
     def run(self, *more: str, lr: str = "3e-5", limit: int = 9) -> int:
-        records._checksum.cache_clear()
         self.begun.clear()
         setting = self.folder / "setting.toml"
         setting.write_text(
