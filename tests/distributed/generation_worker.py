@@ -7,6 +7,7 @@ import contextlib
 import faulthandler
 import io
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from megatron_rasft.training import cpu_backend
 cpu_backend.enable()
 cpu_backend.use_cpu_fused_adam()
 
+from megatron_rasft.training.stopping import Stopped, StopRequest  # noqa: E402
 from megatron_rasft.types import Request, SamplingParams, TrainingSample  # noqa: E402
 from tests.distributed.parity_cases import batches  # noqa: E402
 from tests.distributed.ranks_harness import trainer  # noqa: E402
@@ -98,13 +100,28 @@ def sample(flags: list[str], root: Path) -> dict[str, Any]:
             result[mode] = [
                 [(r.token_ids, r.logprobs, r.finish_reason == "stop") for r in group] for group in groups
             ]
+        stop, run.stop = run.stop, StopRequest(lambda: dist.get_rank() == dist.get_world_size() - 1)
+        given = samples_of(result["plain"])
+        result["stopped"] = [
+            is_stopped(lambda: run.generate(requests(2), MODES["plain"])),
+            is_stopped(lambda: run.score(given, with_reference=False)),
+        ]
+        run.stop = stop
         after = training_state(run.chunks)
         assert before == after, [name for name in before if before[name] != after.get(name)]
-        result["scores"] = run.score(samples_of(result["plain"]), with_reference=False)
+        result["scores"] = run.score(given, with_reference=False)
         result["step"] = run.step(batches("dft")[0], 9).metrics["loss"]
     with trainer(root / "llama", root / "none.jsonl", flags) as run:
         result["step without generation"] = run.step(batches("dft")[0], 9).metrics["loss"]
     return result
+
+
+def is_stopped(work: Callable[[], Any]) -> bool:
+    try:
+        work()
+    except Stopped:
+        return True
+    return False
 
 
 def samples_of(groups: list) -> list[TrainingSample]:
