@@ -1,6 +1,7 @@
 """The parts of a run that pretrain_rasft.py names: planner, the queue of batches, the report."""
 
 import json
+import math
 import time
 from collections import Counter, deque
 from collections.abc import Callable
@@ -240,6 +241,8 @@ class Run:
         self._record(lambda: self.progress.step(self.trainer.iteration, values))
         if result.is_skipped:
             self.progress.say(f"step {self.trainer.iteration} changed no weight: {_why_skipped(batch)}")
+        elif not math.isfinite(result.grad_norm):
+            self.progress.say(f"step {self.trainer.iteration} trained on a gradient that is not finite")
         if self.is_lead:
             self._mark_files()
 

@@ -8,6 +8,7 @@ import faulthandler
 import io
 import pickle
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ cpu_backend.use_cpu_fused_adam()
 from megatron_rasft.config import ObjectiveConfig, RasftConfig, RolloutConfig  # noqa: E402
 from megatron_rasft.training.ranks import gather_to_all, on_rank_zero  # noqa: E402
 from megatron_rasft.training.reference import LogprobCache  # noqa: E402
+from megatron_rasft.training.stopping import Stopped, StopRequest  # noqa: E402
 from megatron_rasft.training.window import Planner  # noqa: E402
 from megatron_rasft.types import (  # noqa: E402
     Demonstration,
@@ -110,10 +112,16 @@ def sample(flags: list[str], root: Path) -> dict[str, Any]:
             result[mode] = [
                 [(r.token_ids, r.logprobs, r.finish_reason == "stop") for r in group] for group in groups
             ]
+        stop, run.stop = run.stop, StopRequest(lambda: dist.get_rank() == dist.get_world_size() - 1)
+        given: list[TrainingSample] = on_rank_zero(lambda: samples_of(result["plain"]))
+        result["stopped"] = [
+            is_stopped(lambda: run.generate(requests(2), MODES["plain"])),
+            is_stopped(lambda: run.score(given, with_reference=False)),
+        ]
+        run.stop = stop
         after = training_state(run.chunks)
         assert before == after, [name for name in before if before[name] != after.get(name)]
-        sampled: list[TrainingSample] = on_rank_zero(lambda: samples_of(result["plain"]))
-        result["scores"] = run.score(sampled, with_reference=False)
+        result["scores"] = run.score(given, with_reference=False)
         result["window"] = window(run)
         result["step"] = run.step(batches("dft")[0], 9).metrics["loss"]
     with trainer(root / "llama", root / "none.jsonl", flags) as run:
@@ -124,7 +132,7 @@ def sample(flags: list[str], root: Path) -> dict[str, Any]:
 class ParityVerifier:
     """A verifier to which every other response is right."""
 
-    def verify(self, rollouts: list[Rollout], checks: dict) -> None:
+    def verify(self, rollouts: list[Rollout], checks: dict, *_: Any) -> None:
         for rollout in rollouts:
             rollout.verdict = "wrong" if sum(rollout.response_ids) % 2 else "correct"
 
@@ -172,6 +180,14 @@ def window(run: Any) -> list[tuple[list[int], float, list[float] | None, list[fl
     mine, *others = gather_to_all(batch.samples)
     assert all(other == mine for other in others)
     return [(s.response_ids, s.weight, s.ref_logprobs, s.old_logprobs) for s in mine]
+
+
+def is_stopped(work: Callable[[], Any]) -> bool:
+    try:
+        work()
+    except Stopped:
+        return True
+    return False
 
 
 def samples_of(groups: list) -> list[TrainingSample]:

@@ -42,6 +42,11 @@ def test_every_layout_samples_the_same(results: dict[str, dict[str, Any]], layou
             assert response[1] == pytest.approx(other[1], abs=1e-5)
 
 
+def test_every_layout_stops_when_one_rank_is_told_to(results: dict[str, dict[str, Any]]) -> None:
+    assert set(results) == set(LAYOUT_NAMES)
+    assert all(result["stopped"] == [True, True] for result in results.values())
+
+
 @pytest.mark.parametrize("mode", ["greedy", "penalised"])
 def test_greedy_takes_the_tokens_of_transformers(results: dict[str, dict[str, Any]], mode: str) -> None:
     model, penalty = hf_model("llama"), MODES[mode].repetition_penalty

@@ -1,8 +1,14 @@
-"""What a run keeps of itself, without a model."""
+"""What a run keeps of itself and when it ends early, without a model."""
 
 from dataclasses import asdict
+from types import SimpleNamespace
+from typing import Any
 
-from megatron_rasft.training.run import plain
+import pytest
+
+from megatron_rasft.report.progress import Progress
+from megatron_rasft.training.run import Run, plain
+from megatron_rasft.training.stopping import Stopped, StopRequest
 from megatron_rasft.training.window import Batch
 from megatron_rasft.types import TrainingSample
 
@@ -15,3 +21,25 @@ def test_a_batch_is_made_plain_without_copying_its_tokens() -> None:
     made = plain(batch)
     assert made == asdict(batch)
     assert made["samples"][0]["prompt_ids"] is sample.prompt_ids
+
+
+def run_after(step: int) -> Run:
+    """A run of 8 steps with --exit-interval 4."""
+    run: Any = object.__new__(Run)
+    run.args = SimpleNamespace(save_interval=None, exit_interval=4)
+    run.trainer = SimpleNamespace(
+        iteration=step, stop=StopRequest(lambda: False), finish_saves=lambda is_blocking=True: None
+    )
+    run.progress = Progress(8)
+    run.total_steps, run._save, run._saved_step = 8, None, 0
+    return run
+
+
+def test_exit_interval_ends_a_run_that_is_not_over(capsys: pytest.CaptureFixture[str]) -> None:
+    run_after(3).save_if_due()
+    run_after(8).save_if_due()
+    run = run_after(4)
+    with pytest.raises(Stopped):
+        run.save_if_due()
+    run.stop()
+    assert "stopped by --exit-interval 4 after step 4; --save was not given" in capsys.readouterr().out
