@@ -26,10 +26,8 @@ COMMON = (
 LAYOUTS: dict[int, dict[str, str]] = {
     1: {
         "packed": "",
-        "packed, micro-batch 2": "--micro-batch-size 2",
         "packed, micro-batch 4": "--micro-batch-size 4",
         "padded": "--rasft-batch-layout padded",
-        "padded, micro-batch 2": "--rasft-batch-layout padded --micro-batch-size 2",
         "padded, micro-batch 4": "--rasft-batch-layout padded --micro-batch-size 4",
         "recomputed": "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
         "chunks of 16 tokens": "--objective-logprob-chunk-tokens 16",
@@ -60,6 +58,8 @@ LAYOUTS: dict[int, dict[str, str]] = {
         "--num-layers-per-virtual-pipeline-stage 1",
         "tp2 sp cp2": "--tensor-model-parallel-size 2 --sequence-parallel --context-parallel-size 2",
         "tp4, query groups added": "--tensor-model-parallel-size 4 --rasft-query-groups 4",
+        "pp2 cp2": "--pipeline-model-parallel-size 2 --context-parallel-size 2",
+        "dp2 cp2": "--context-parallel-size 2",
         "dp2 tp2": "--tensor-model-parallel-size 2",
         "dp2 pp2": "--pipeline-model-parallel-size 2",
     },
@@ -92,13 +92,23 @@ class Case:
         return f"{COMMON} {adam} --objective {self.objective} {LAYOUTS[self.world_size][self.layout]}".split()
 
 
+SECOND = {
+    "tp2 pp2": "dft",
+    "tp2 sp pp2 vpp2": "sft_kl",
+    "tp2 sp cp2": "sft_kl",
+    "pp2 cp2": "sft_kl",
+    "dp2 cp2": "dft",
+}
+"""Layouts of four processes -> what they train beside rasft."""
+
+
 def cases(world_size: int) -> list[Case]:
-    """Every layout trains rasft; those without a variation in their name train every objective."""
+    """Every layout trains rasft; of those of one or two processes, the ones without a variation in their name train all."""
     chosen = []
     for layout in LAYOUTS[world_size]:
         pairs = [("rasft", "untied")]
         if world_size == 4:
-            pairs += [("sft_kl", "tied")]
+            pairs += [(SECOND[layout], "tied")] if layout in SECOND else []
         elif "," not in layout and layout not in ("recomputed", "chunks of 16 tokens"):
             pairs += [("dft", "tied"), ("sft_kl", "tied")]
         chosen += [Case(world_size, layout, objective, model) for objective, model in pairs]
