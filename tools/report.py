@@ -20,6 +20,8 @@ from megatron_rasft.report.records import RunRecords, read_run
 from megatron_rasft.report.rollouts import pick_examples, read_statistics
 from megatron_rasft.report.views import Problem, RunView
 
+_VAGUE_NAMES = {"save", "checkpoints", "checkpoint"}
+
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0 done, 1 the world failed, 2 wrong arguments."""
@@ -103,12 +105,13 @@ def _without_rollouts(records: RunRecords) -> str:
 
 
 def _read_problems(records: RunRecords, named: list[str] | None, wanted: set[str]) -> dict[str, Problem]:
-    """The texts of some problems, from --train-data, or where config.json says that they are."""
+    """The texts of some problems, from --train-data, or where the configuration or the card says that they are."""
     known = {field.name for field in dataclasses.fields(DataConfig)}
     settings = {k: v for k, v in records.config.get("rasft", {}).get("data", {}).items() if k in known}
-    settings["train_data"] = named or settings.get("train_data") or []
+    on_card = list(filter(None, records.card.get("Demonstrations", "").split(", ")))
+    settings["train_data"] = named or settings.get("train_data") or on_card
     if not settings["train_data"]:
-        raise DataError("neither config.json nor --train-data names the training data.")
+        raise DataError("the run has no configuration that names its data.")
     found: dict[str, Problem] = {}
     for row in read_rows(DataConfig(**settings), require_answer=False):
         if isinstance(row, Row) and row.problem_id in wanted:
@@ -123,11 +126,11 @@ def _read_problems(records: RunRecords, named: list[str] | None, wanted: set[str
 
 
 def _tell_apart(runs: list[RunRecords], folders: list[Path | None]) -> None:
-    """Runs in folders of one name are called by as much of the path as it takes."""
+    """Runs in folders of one name, or of one that says nothing, are called by as much of the path as it takes."""
     paths = [folder.resolve() for folder in folders if folder is not None]
     if len(set(paths)) < len(paths):
         raise ValueError("a RUN_DIR is given twice. Name each run once.")
-    length = 1
+    length = 2 if any(path.name in _VAGUE_NAMES for path in paths) else 1
     while len({path.parts[-length:] for path in paths}) < len(paths):
         length += 1
     for run, path in zip(runs, paths):

@@ -38,9 +38,9 @@ def outcomes(view: RunView) -> Content:
     trained = sum(r.num_trained for r in statistics.refreshes.values())
     tokens = sum(r.num_tokens for r in statistics.refreshes.values())
     text = (
-        f"{total:,} rollouts, {tokens:,} tokens, {number(tokens / total)} each; half are shorter than about "
-        f"{_quantile(lengths, 0.5):,} tokens, one in twenty is longer than about {_quantile(lengths, 0.95):,}. "
-        f"{trained:,} ({trained / total:.1%}) are trained on."
+        f"{total:,} rollouts, {tokens:,} tokens, {number(tokens / total)} each on average; median about "
+        f"{_quantile(lengths, 0.5):,}, 95th percentile about {_quantile(lengths, 0.95):,}. "
+        f"{trained:,} rollouts ({trained / total:.1%}) are trained on."
     )
     ages = statistics.total("ages")
     if set(ages) == {0}:

@@ -135,11 +135,11 @@ def _layout(records: RunRecords) -> str | None:
 
 
 def _sampling(records: RunRecords) -> str | None:
+    if records.refreshes and not any(r.get("rollout/num_rollouts") for r in records.refreshes.values()):
+        return "none: this run trains on demonstrations only"
     engine = records.setting("rollout", "rollout_engine")
     if engine is None:
         return records.card.get("Rollout engine")
-    if records.refreshes and not any(r.get("rollout/num_rollouts") for r in records.refreshes.values()):
-        return "none: this run trains on demonstrations only"
     return (
         f"{engine}: {records.setting('rollout', 'rollout_num_samples')} a problem, at most "
         f"{records.setting('rollout', 'rollout_max_new_tokens')} tokens, temperature "

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rasft import metrics
-from megatron_rasft.errors import RasftError
 
 CARD_ENDING = "Written by megatron_rasft."
 
@@ -212,8 +211,8 @@ def _read_config(path: Path) -> dict[str, Any]:
             return dict(config)
     except (ValueError, KeyError, TypeError):
         pass
-    raise RasftError(
-        f"{path} is not the configuration that a run writes. Put the file back, or take it away."
+    raise ValueError(
+        f"{path} is no run's configuration. Name the --save folder of a run; if this is one, take that file away."
     )
 
 

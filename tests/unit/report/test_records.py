@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from megatron_rasft.errors import RasftError
 from megatron_rasft.report.records import read_run
 from megatron_rasft.weights.model_card import CARD_FILE
 from tests.unit.report.synthetic import write_run
@@ -69,5 +68,5 @@ def test_configuration_that_no_run_wrote_is_named(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run")
     for content in ("{", "[]", '{"rasft": {}}'):
         (folder / "config.json").write_text(content)
-        with pytest.raises(RasftError, match=r"config\.json is not the configuration"):
+        with pytest.raises(ValueError, match=r"config\.json is no run's configuration"):
             read_run(folder)

@@ -68,6 +68,12 @@ def test_texts_of_problems_come_from_the_training_data(run: Path, tmp_path: Path
     shown = page_of(tmp_path, run, "--num-examples", "8")
     assert {"What is 3?", "It is 3.", "3"} <= set(shown.texts["pre"])
     assert "not at hand" not in shown.text
+    (run / "config.json").unlink()
+    assert "no configuration" in page_of(tmp_path, run).texts["li"][0]
+    (run / "model").mkdir()
+    card = f"| | |\n| --- | --- |\n| Demonstrations | {path} |\n\nWritten by megatron_rasft.\n"
+    (run / "model" / "README.md").write_text(card)
+    assert "What is 3?" in page_of(tmp_path, run, "--num-examples", "8").texts["pre"]
     path.unlink()
     assert "train.jsonl" in page_of(tmp_path, run).texts["li"][0]
 
@@ -82,6 +88,8 @@ def test_files_may_lie_elsewhere(run: Path, tmp_path: Path) -> None:
 
 
 def test_runs_in_folders_of_one_name_are_told_apart(run: Path, tmp_path: Path) -> None:
+    saved = write_run(tmp_path / "third" / "checkpoints", seed=2)
+    assert page_of(tmp_path, saved).texts["h1"] == ["third/checkpoints"]
     again = write_run(tmp_path / "second" / "run", seed=1)
     assert page_of(tmp_path, run, again).texts["h1"] == [f"{tmp_path.name}/run, second/run"]
 
