@@ -39,6 +39,7 @@ RUN_BY = {
     "python tools/check_servers.py": "test_a_tensor_parallel_server_is_served_checked_and_stopped",
     "python tools/convert_checkpoint.py hf-to-megatron": "test_there_and_back_with_proof",
     "python tools/convert_checkpoint.py megatron-to-hf": "test_there_and_back_with_proof",
+    "python tools/plan.py": "test_readme_shows_what_the_tool_prints",
     "python tools/evaluate.py run --model": "test_samples_are_graded_and_tabulated",
     "python tools/evaluate.py run --checkpoint": "test_megatron_checkpoint_says_what_its_exported_folder_says_on_two_ranks",
     "torchrun --nproc-per-node 8 tools/evaluate.py": "test_megatron_checkpoint_says_what_its_exported_folder_says_on_two_ranks",
