@@ -18,9 +18,17 @@ from megatron_rasft.training import cpu_backend
 cpu_backend.enable()
 cpu_backend.use_cpu_fused_adam()
 
+from megatron.core import parallel_state  # noqa: E402
+
+from megatron_rasft.config.planning import AssumptionConfig, PlanConfig  # noqa: E402
+from megatron_rasft.planning.layouts import Layout, Model  # noqa: E402
+from megatron_rasft.planning.memory import estimate_memory  # noqa: E402
 from megatron_rasft.weights import HfFolder  # noqa: E402
-from tests.distributed.parity_cases import MODELS, NUM_STEPS, Case, batches, cases  # noqa: E402
+from tests.distributed.parity_cases import COMMON, MODELS, NUM_STEPS, Case, batches, cases  # noqa: E402
 from tests.distributed.ranks_harness import trainer  # noqa: E402
+
+PLANNED = {1: [""], 2: ["", "--tensor-model-parallel-size 2 --sequence-parallel"]}
+"""World size -> flags of the trainers whose tensors are weighed."""
 
 
 def main(rank: int, world_size: int, root: Path) -> None:
@@ -34,6 +42,9 @@ def main(rank: int, world_size: int, root: Path) -> None:
         print(case.key, file=sys.stderr, flush=True)
         with contextlib.redirect_stdout(io.StringIO()):
             results[case.key] = train(case, root)
+    for flags in PLANNED.get(world_size, []):
+        with contextlib.redirect_stdout(io.StringIO()):
+            check_planned_bytes(flags, root)
     if rank == 0:
         torch.save(results, root / f"results{world_size}.pt")
     dist.destroy_process_group()
@@ -55,6 +66,36 @@ def train(case: Case, root: Path) -> dict:
                 result["weights"].append(exported(run, root / f"export{case.world_size}"))
         result["scores"] = run.score(batches(case.objective)[0], with_reference=False)
     return result
+
+
+def check_planned_bytes(flags: str, root: Path) -> None:
+    """tools/plan.py says what a real optimizer's tensors take, in BF16 with the distributed optimizer."""
+    model = root / MODELS["tied"]
+    with trainer(model, root / "none.jsonl", f"{COMMON} --objective dft --bf16 {flags}".split()) as run:
+        batch = batches("dft")[0]
+        run.step(batch, len(batch))
+        args = run.args
+        layout = Layout(
+            tp=args.tensor_model_parallel_size,
+            pp=args.pipeline_model_parallel_size,
+            cp=1,
+            dp=parallel_state.get_data_parallel_world_size(),
+            expert_tp=1,
+        )
+        planned = estimate_memory(
+            Model.read(model), layout, PlanConfig(), AssumptionConfig(), num_microbatches=1
+        )
+        if parallel_state.get_pipeline_model_parallel_rank() != planned.stage:
+            return
+        buffers = [buffer for chunk in run.model for buffer in chunk.buffers]
+        assert sum(b.param_data.nbytes for b in buffers) == planned.weights
+        assert sum(b.grad_data.nbytes for b in buffers) == planned.gradients
+        adam = run.optimizer.chained_optimizers[0].optimizer
+        masters = [p for group in adam.param_groups for p in group["params"]]
+        moments = [t for state in adam.state.values() for t in state.values() if t.dim()]
+        held = torch.tensor(sum(t.nbytes for t in [*masters, *moments]), dtype=torch.float64)
+        padding = 12 * 64 * len(masters) + 12 * 128
+        assert planned.optimizer - padding <= held <= planned.optimizer, (held, planned.optimizer)
 
 
 def exported(run: object, path: Path) -> dict[str, torch.Tensor]:

@@ -4,6 +4,7 @@ Usage: weights_worker.py RANK WORLD_SIZE ROOT, where ROOT holds a folder and log
 """
 
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed  # noqa: E402
 
 from megatron_rasft.errors import CheckpointError  # noqa: E402
+from megatron_rasft.planning.layouts import Layout, Model, padded_vocabulary, stage_chunks  # noqa: E402
 from megatron_rasft.weights import ExpertGroups, HfFolder, export, load_into  # noqa: E402
 from tests.tiny_models import CASES, build_chunks, some_tokens  # noqa: E402
 
@@ -31,8 +33,6 @@ LAYOUTS: dict[int, list[tuple[int, int, int | None]]] = {
 EXPERT_LAYOUTS = {2: [(1, 1, 2, 1), (2, 1, 2, 1)], 4: [(1, 2, 2, 1), (2, 1, 2, 2), (2, 1, 2, 1)]}
 """World size -> (tp, pp, ep, expert tp) for the cases with experts."""
 EXPERT_CASES = [case for case in CASES if "num_experts_per_tok" in CASES[case][1]]
-
-PADDED_VOCAB_SIZE = 128
 
 
 def main(rank: int, world_size: int, root: Path) -> None:
@@ -60,7 +60,10 @@ def main(rank: int, world_size: int, root: Path) -> None:
 
 def check(case: str, root: Path, layout: str, vpp: int | None) -> None:
     folder = HfFolder.open(root / case)
-    chunks, offsets = build_chunks(folder, PADDED_VOCAB_SIZE, vpp)
+    planned = Model.read(root / case)
+    tp = ps.get_tensor_model_parallel_world_size()
+    chunks, offsets = build_chunks(folder, padded_vocabulary(planned, tp), vpp)
+    check_planned(planned, chunks, vpp)
     experts = ExpertGroups(
         ps.get_expert_model_parallel_group(),
         ps.get_expert_tensor_parallel_group(),
@@ -101,6 +104,26 @@ def check(case: str, root: Path, layout: str, vpp: int | None) -> None:
         print("round trip", case, layout, flush=True)
 
 
+def check_planned(model: Model, chunks: list, vpp: int | None) -> None:
+    """tools/plan.py counts this rank's parameters as Megatron has built them, one by one."""
+    tp, pp = ps.get_tensor_model_parallel_world_size(), ps.get_pipeline_model_parallel_world_size()
+    layout = Layout(
+        tp=tp,
+        pp=pp,
+        cp=1,
+        dp=ps.get_data_parallel_world_size(),
+        ep=ps.get_expert_model_parallel_world_size(),
+        chunks=vpp or 1,
+        expert_tp=ps.get_expert_tensor_parallel_world_size(),
+    )
+    planned = stage_chunks(model, layout, ps.get_pipeline_model_parallel_rank())
+    for chunk, expected in zip(chunks, planned, strict=True):
+        dense, expert = [], []
+        for name, param in chunk.named_parameters():
+            (expert if ".experts." in name else dense).append(param.numel())
+        assert (Counter(dense), Counter(expert)) == (expected.dense, expected.expert), layout
+
+
 def counting_reads(folder: HfFolder) -> Any:
     """Counts the elements that are read from now on."""
     total, plain_read = [0], folder.read
@@ -139,7 +162,8 @@ def compare_logits(chunks: list, case: str, root: Path, layout: str, vpp: int | 
     got = torch.cat(found)
     expected = torch.load(root / f"{case}.logits.pt")
     width = got.shape[-1]
-    expected = torch.nn.functional.pad(expected, (0, PADDED_VOCAB_SIZE - expected.shape[-1]))
+    padded = width * ps.get_tensor_model_parallel_world_size()
+    expected = torch.nn.functional.pad(expected, (0, padded - expected.shape[-1]))
     start = width * ps.get_tensor_model_parallel_rank()
     gap = (got - expected[..., start : start + width]).abs().max().item()
     assert gap < 1e-5, f"{case} {layout}: logits differ by {gap}"
@@ -150,7 +174,7 @@ def check_shared_failure(root: Path) -> None:
     ps.initialize_model_parallel(1, 2)
     model_parallel_cuda_manual_seed(123)
     folder = HfFolder.open(root / "llama")
-    chunks, offsets = build_chunks(folder, PADDED_VOCAB_SIZE)
+    chunks, offsets = build_chunks(folder, 128)
     out = root / "failed" / "out"
     if ps.get_pipeline_model_parallel_rank() == 1:
         from megatron_rasft.weights.exporting import ShardWriter

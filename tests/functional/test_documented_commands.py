@@ -40,6 +40,7 @@ RUN_BY = {
     "python tools/convert_checkpoint.py hf-to-megatron": "test_there_and_back_with_proof",
     "python tools/convert_checkpoint.py megatron-to-hf": "test_there_and_back_with_proof",
     "python tools/report.py": "test_page_of_a_run_has_its_curves_settings_and_texts",
+    "python tools/plan.py": "test_readme_shows_what_the_tool_prints",
     "python tools/evaluate.py run --model": "test_samples_are_graded_and_tabulated",
     "python tools/evaluate.py run --checkpoint": "test_megatron_checkpoint_says_what_its_exported_folder_says_on_two_ranks",
     "torchrun --nproc-per-node 8 tools/evaluate.py": "test_megatron_checkpoint_says_what_its_exported_folder_says_on_two_ranks",

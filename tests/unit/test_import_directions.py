@@ -19,9 +19,10 @@ TOP_LEVEL = {"types", "config", "errors", "metrics"}
 
 ROOMS = {
     "data", "curriculum", "rollout", "verify", "objective", "weights", "sync", "training", "evaluation", "report",
+    "planning",
 }  # fmt: skip
-MAY_ALSO_IMPORT = {"sync": {"weights"}}
-"""Room -> others it may import: what is carried to the servers is laid out in weights/."""
+MAY_ALSO_IMPORT = {"sync": {"weights"}, "planning": {"weights", "sync"}}
+"""Room -> others it may import: what is carried to the servers is laid out in weights/, and planning/ counts both."""
 
 JOINING_ROOMS = {"training", "evaluation"}
 """May import other rooms."""

@@ -1,0 +1,74 @@
+"""tools/plan.py from its command line."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tools import plan
+
+ROOT = Path(__file__).resolve().parents[3]
+LLAMA_70B = ROOT / "tests" / "unit" / "planning" / "llama-3.1-70b"
+
+
+def run(*flags: str) -> int:
+    return plan.main(["--num-gpus", "64", *flags])
+
+
+def test_readme_shows_what_the_tool_prints() -> None:
+    """In a process of its own, which shows that neither torch nor Megatron is imported."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    command, shown = re.findall(
+        r"^    (python tools/plan\.py .*)\n\n((?:    .*\n|\n)+)", readme, re.MULTILINE
+    )[0]
+    flags = shlex.split(command.replace("DIR", str(LLAMA_70B)))[2:]
+    program = "import sys; sys.modules['torch'] = sys.modules['megatron'] = None; from tools import plan; sys.exit(plan.main())"
+    done = subprocess.run(
+        [sys.executable, "-c", program, *flags], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    printed = [" ".join(line.split()) for line in done.stdout.replace(str(LLAMA_70B), "DIR").splitlines()]
+    for line in shown.splitlines():
+        line = " ".join(line.split())
+        beginning, _, rest = line.partition(" ... ")
+        assert any(p.startswith(beginning) and p.endswith(rest) for p in printed), line
+
+
+def test_json_holds_every_number(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--hf-model", str(LLAMA_70B), "--json", "--top", "3", "--mfu", "0.4") == 0
+    values = json.loads(capsys.readouterr().out)
+    assert values["model"]["num_parameters"] == 70_553_706_496
+    assert len(values["plans"]) == 3 <= values["num_fitting"]
+    first = values["plans"][0]
+    assert first["fits"] and first["memory"]["total"] <= 80 * 2**30
+    assert {"flag": "--mfu", "value": "0.4", "basis": "given"} in values["assumptions"]
+    assert any(line.startswith("python tools/serve_rollouts.py") for line in values["commands"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "says"),
+    [
+        (["--hf-model", "nowhere"], 1, "the folder does not exist"),
+        (["--hf-model", str(ROOT / "docs")], 1, "has no config.json"),
+        (["--hf-model", str(LLAMA_70B), "--seq-length", "200000"], 2, "longer than the 131072 positions"),
+        (["--hf-model", str(LLAMA_70B), "--solve-rate", "2"], 2, "--solve-rate must be in [0, 1]"),
+        (["--hf-model", str(LLAMA_70B), "--top", "0"], 2, "--top must be >= 1"),
+        (["--hf-model", str(LLAMA_70B), "--num-gpus", "4"], 1, "nothing fits 4 GPUs of 80 GiB"),
+    ],
+)
+def test_mistake_is_one_line(
+    capsys: pytest.CaptureFixture[str], flags: list[str], code: int, says: str
+) -> None:
+    assert run(*flags) == code
+    error = capsys.readouterr().err
+    assert says in error and error.startswith("plan: ") and error.count("\n") == 1
+
+
+def test_family_that_is_not_supported_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text('{"architectures": ["Gemma3ForCausalLM"]}')
+    assert run("--hf-model", str(tmp_path)) == 1
+    assert "Gemma3ForCausalLM cannot be converted" in capsys.readouterr().err

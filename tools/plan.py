@@ -1,0 +1,142 @@
+"""Memory, time and layout for a model on a cluster, before it is rented.
+
+    python tools/plan.py --hf-model DIR --num-gpus 64 [--gpu-memory-gib 80] [--seq-length 8192] [--bf16 | --fp8]
+
+DIR needs a config.json only. Prints the layouts that fit, what each holds and how long it takes, the one to take, and
+the commands that start it. Parameters, gradients and optimizer states are those that Megatron builds; the rest is
+calculated, from speeds that are printed with their flags. Neither a GPU nor torch is needed.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a checkout that is not installed
+
+from megatron_rasft.config.flags import add_flags, read_flags
+from megatron_rasft.config.planning import AssumptionConfig, PlanConfig
+from megatron_rasft.errors import RasftError
+from megatron_rasft.planning.choosing import disk_bytes, make_plans, nothing_fits
+from megatron_rasft.planning.commands import command_lines
+from megatron_rasft.planning.layouts import Model
+from megatron_rasft.planning.tables import (
+    Table,
+    as_values,
+    assumption_table,
+    best_of_each,
+    disk_table,
+    layout_table,
+    memory_table,
+    summary,
+    time_table,
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code: 0 a layout fits, 1 none does or the model cannot be read, 2 wrong arguments."""
+    args = parser().parse_args(argv)
+    try:
+        return plan(args)
+    except ValueError as error:
+        print(f"plan: {error}", file=sys.stderr)
+        return 2
+    except RasftError as error:
+        print(f"plan: {error}", file=sys.stderr)
+        return 1
+
+
+def plan(args: argparse.Namespace) -> int:
+    """Plan and print; 0 if a layout fits."""
+    config, assumed = read_flags(args, PlanConfig), read_flags(args, AssumptionConfig)
+    precision = "fp8" if args.fp8 else "bf16"
+    if args.top < 1:
+        raise ValueError(f"--top must be >= 1, got {args.top}. Use 1 for the recommended layout only.")
+    model = Model.read(args.hf_model, config.rasft_query_groups)
+    plans = make_plans(model, config, assumed, precision=precision)
+    failure = nothing_fits(plans, model, config, assumed, precision=precision)
+    fitting = [p for p in plans if p.excess_gib(config) <= 0]
+    shown = best_of_each(fitting or plans)[: args.top]
+    commands = [] if failure else command_lines(model, shown[0], config, precision=precision)
+    disk = disk_bytes(model, config, assumed)
+    assumptions = assumption_table(model, config, assumed, precision=precision)
+    if args.json:
+        values: dict[str, Any] = {
+            "model": {
+                "path": model.path,
+                "architecture": model.family.architecture,
+                "num_parameters": model.num_parameters,
+                "num_active_parameters": model.num_active_parameters,
+            },
+            "assumptions": [dict(zip(assumptions.header, row, strict=True)) for row in assumptions.rows],
+            "plans": [as_values(p, config) for p in shown],
+            "num_fitting": len(fitting),
+            "disk": {name: getattr(disk, name) for name in (*disk.__dataclass_fields__, "total")},
+            "commands": commands,
+        }
+        print(json.dumps(values, indent=1))
+    else:
+        print(summary(model, config, precision=precision))
+        show(layout_table(shown, config))
+        show(memory_table(shown))
+        show(time_table(shown))
+        show(disk_table(disk, shown[0].memory.host, config))
+        show(assumptions)
+    if failure:
+        print(f"plan: {failure}", file=sys.stderr)
+        return 1
+    if not args.json:
+        run = shown[0].run
+        print(
+            f"\nTake layout 1: {run.num_steps} steps and {run.num_refreshes} refreshes, {run.hours:.1f} hours, "
+            f"{run.gpu_hours:.0f} GPU-hours"
+        )
+        print("\n".join(f"    {line}" for line in commands))
+    return 0
+
+
+def show(table: Table) -> None:
+    """With colours and lines on a terminal, aligned text elsewhere."""
+    print()
+    if not sys.stdout.isatty():
+        print(table.plain())
+        return
+    from rich.console import Console
+    from rich.table import Table as RichTable
+
+    drawn = RichTable(title=table.title, title_justify="left", title_style="bold")
+    for i, name in enumerate(table.header):
+        drawn.add_column(name, justify="left" if i == 0 or name in table.words else "right")
+    for number, row in enumerate(table.rows):
+        drawn.add_row(*row, style="green" if number == 0 and table.header[0] == "#" else None)
+    Console().print(drawn)
+
+
+def parser() -> argparse.ArgumentParser:
+    """All flags."""
+    made = argparse.ArgumentParser(
+        prog="plan.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    made.add_argument(
+        "--hf-model",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="Hugging Face folder; config.json will do.",
+    )
+    kinds = made.add_mutually_exclusive_group()
+    kinds.add_argument("--bf16", action="store_true", help="Train in BF16. This is the default.")
+    kinds.add_argument("--fp8", action="store_true", help="Linear layers in FP8.")
+    made.add_argument("--top", type=int, default=8, metavar="N", help="Layouts to print. Default: 8")
+    made.add_argument("--json", action="store_true", help="One JSON object: bytes, seconds, hours.")
+    add_flags(made.add_argument_group("cluster and run", PlanConfig.__doc__), PlanConfig)
+    add_flags(made.add_argument_group("assumptions", AssumptionConfig.__doc__), AssumptionConfig)
+    return made
+
+
+if __name__ == "__main__":
+    sys.exit(main())
