@@ -207,6 +207,12 @@ def _rollout_shares(model: Model, config: PlanConfig) -> list[int]:
                 f"--rollout-gpus {config.rollout_gpus} is not a multiple of the {tp} GPUs that a server of this model takes. Use "
                 f"{max(1, round(config.rollout_gpus / tp)) * tp}."
             )
+        left = config.num_gpus - config.rollout_gpus
+        if left > config.gpus_per_node and left % config.gpus_per_node:
+            raise ValueError(
+                f"--rollout-gpus {config.rollout_gpus} leaves {left} GPUs to the trainer, which are no whole nodes of "
+                f"{config.gpus_per_node}. Use {-(-config.rollout_gpus // config.gpus_per_node) * config.gpus_per_node}."
+            )
         return [config.rollout_gpus]
     unit = config.gpus_per_node if config.num_gpus > config.gpus_per_node else max(1, config.num_gpus // 4)
     shares = [n for n in range(unit, config.num_gpus // 2 + 1, unit) if tp is not None and n % tp == 0]

@@ -67,6 +67,7 @@ def test_objective_without_rollouts_trains_on_every_gpu(llama_70b: Model) -> Non
         ({"expert_model_parallel_size": 2}, "does not divide the model's 0 experts"),
         ({"rollout_gpus": 16}, "--global-batch-size 256 does not split .* 48 GPUs that train. Use 25[58]"),
         ({"rollout_gpus": 6}, "--rollout-gpus 6 is not a multiple of the 4 GPUs .* Use 8"),
+        ({"rollout_gpus": 20}, "leaves 44 GPUs to the trainer, which are no whole nodes of 8. Use 24"),
         ({"rollout_gpus": 16, "objective": "sft"}, "takes no rollouts"),
         ({"rollout_gpus": 16, "gpu_memory_gib": 16}, "no server of 8 GPUs holds the model's 131 GiB"),
         (
@@ -88,7 +89,6 @@ def test_what_cannot_be_is_refused_with_the_way_out(
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        ({"num_gpus": 1}, "--num-gpus must|must be > 0"),
         ({"num_gpus": 0}, "--num-gpus must be >= 1"),
         ({"rollout_gpus": 64, "num_gpus": 64}, r"in \[0, --num-gpus\)"),
         ({"max_new_tokens": 8192}, "leaves no room for a prompt"),
@@ -98,7 +98,15 @@ def test_what_cannot_be_is_refused_with_the_way_out(
 def test_value_out_of_range_names_its_flag(given: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         PlanConfig(**given)
-        AssumptionConfig(mfu=-1.0)
+
+
+@pytest.mark.parametrize(
+    "given", [{"mfu": 47.0}, {"mfu": -1.0}, {"margin_gib": -1.0}, {"solve_rate": 1.5}], ids=str
+)
+def test_assumption_out_of_range_names_its_flag(given: dict[str, float]) -> None:
+    (name,) = given
+    with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} must be"):
+        AssumptionConfig(**given)  # type: ignore[arg-type]
 
 
 def test_nothing_fits_says_by_how_much_and_what_to_change(llama_70b: Model) -> None:
