@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_rasft.config.evaluation import EvaluationConfig
 from megatron_rasft.config.verify import VerifyConfig
 from megatron_rasft.types import CodeTests
 from megatron_rasft.verify.code_extraction import extract_program
@@ -203,9 +204,12 @@ def main() -> int:
     parser.add_argument(
         "--level", choices=LEVELS, help="Only this level. Default: strongest, or all to measure."
     )
-    parser.add_argument("--timeout-s", type=float, default=120.0, help="Deadline of one reference.")
-    parser.add_argument("--memory-mib", type=int, default=2048)
-    parser.add_argument("--output-mib", type=int, default=64)
+    limits = EvaluationConfig()
+    parser.add_argument(
+        "--timeout-s", type=float, default=limits.code_timeout_s, help="Deadline of a reference."
+    )
+    parser.add_argument("--memory-mib", type=int, default=limits.code_memory_mib)
+    parser.add_argument("--output-mib", type=int, default=limits.code_output_mib)
     parser.add_argument("--num-checks", type=int, default=200, help="Checks to time.")
     parser.add_argument("--num-workers", type=int, default=len(os.sched_getaffinity(0)), help="Cores to use.")
     args = parser.parse_args()

@@ -64,6 +64,16 @@ class EvaluationConfig:
     sandbox_level: SandboxLevel = "limits"
     """Weakest protection under which model-written programs may be run; namespaces is the strongest."""
 
+    code_timeout_s: float = 60.0
+    """Deadline for a program and all its tests, or one case of standard input and output, seconds of wall time, > 0. The
+    slowest reference solution (Mbpp+/599) takes 30 s of a free core."""
+
+    code_memory_mib: int = 2048
+    """Address space a program may claim, and its tests likewise, MiB, >= 64."""
+
+    code_output_mib: int = 64
+    """Most that a program may print, return at once, or write to files, MiB, >= 1."""
+
     unknown_data: Literal["refuse", "accept"] = "refuse"
     """A file whose content is none of the known ones, or with another number of rows: refuse stops, accept marks its
     results as unverified."""
@@ -73,9 +83,14 @@ class EvaluationConfig:
             ("--num-samples", self.num_samples),
             ("--max-new-tokens", self.max_new_tokens),
             ("--batch-size", self.batch_size),
+            ("--code-output-mib", self.code_output_mib),
         ):
             if value < 1:
                 raise ValueError(f"{flag} must be >= 1, got {value}.")
+        if self.code_memory_mib < 64:
+            raise ValueError(
+                f"--code-memory-mib must be >= 64, got {self.code_memory_mib}. Less does not leave room to run a program."
+            )
         if self.temperature < 0:
             raise ValueError(f"--temperature must be >= 0, got {self.temperature}. 0 is greedy.")
         if self.temperature == 0 and self.num_samples > 1:
@@ -95,6 +110,7 @@ class EvaluationConfig:
         for flag, seconds in (
             ("--deadline-s", self.deadline_s),
             ("--verify-timeout-s", self.verify_timeout_s),
+            ("--code-timeout-s", self.code_timeout_s),
         ):
             if not seconds > 0:
                 raise ValueError(f"{flag} must be > 0, got {seconds}.")

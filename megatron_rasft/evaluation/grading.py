@@ -18,6 +18,9 @@ def verify_config(config: EvaluationConfig, rel_tolerance: float = 0.0) -> Verif
         verify_grade_truncated=True,
         verify_numeric_rel_tolerance=rel_tolerance,
         verify_sandbox_level=config.sandbox_level,
+        verify_code_timeout_s=config.code_timeout_s,
+        verify_code_memory_mib=config.code_memory_mib,
+        verify_code_output_mib=config.code_output_mib,
     )
 
 

@@ -8,6 +8,7 @@ socket between them. For ``program``: the candidate alone, with its standard str
 """
 
 import contextlib
+import errno
 import gc
 import importlib
 import io
@@ -17,8 +18,10 @@ import select
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +42,8 @@ _NOT_PRELOADED = frozenset("antigravity idlelib lib2to3 this tkinter turtle turt
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
 _NUM_FILES = 64
 _NUM_PROCESSES = 64
+_NUM_INODES = 1024
+_LOOK_S = 0.25
 _MAX_REQUEST_BYTES = 1 << 16
 
 
@@ -146,7 +151,7 @@ class _Launcher:
         allowance = Allowance(**request["allowance"])
         scratch = None
         if self._level == "landlock":
-            scratch = Path(tempfile.mkdtemp(prefix="rasft-code-"))
+            scratch = Path(tempfile.mkdtemp(prefix=f"rasft-code-{os.getpid()}-"))
         announce, announced = os.pipe()
         keeper = os.fork()
         if not keeper:
@@ -162,18 +167,28 @@ class _Launcher:
         candidate_pid = int.from_bytes(os.read(announce, 8), "little")
         os.close(announce)
         try:
-            return {"outcome": self._wait(keeper, allowance.timeout_s)}
+            return {"outcome": self._wait(keeper, allowance, scratch)}
         finally:
             self._end_all(keeper, candidate_pid)
             if scratch is not None:
                 _remove(scratch)
 
-    def _wait(self, pid: int, timeout_s: float) -> str:
-        """``timeout``, or how the process ended."""
+    def _wait(self, pid: int, allowance: Allowance, scratch: Path | None) -> str:
+        """``timeout``, ``stopped: ...``, or how the process ended."""
+        deadline = time.monotonic() + allowance.timeout_s
         ended = os.pidfd_open(pid)
         try:
-            if not select.select([ended], [], [], timeout_s)[0]:
-                return "timeout"
+            while True:
+                left_s = max(0.0, deadline - time.monotonic())
+                # Landlock limits no sum: it is looked at now and then
+                if select.select([ended], [], [], left_s if scratch is None else min(left_s, _LOOK_S))[0]:
+                    break
+                if scratch is not None and _is_over(scratch, allowance.scratch_bytes):
+                    return (
+                        f"stopped: it wrote more than {allowance.scratch_bytes >> 20} MiB or too many files"
+                    )
+                if time.monotonic() >= deadline:
+                    return "timeout"
         finally:
             os.close(ended)
         status = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
@@ -204,7 +219,7 @@ class _Launcher:
         confinement.die_with_parent()
         if self._level == "namespaces":
             os.unshare(os.CLONE_NEWNS | os.CLONE_NEWPID)
-            options = f"size={allowance.scratch_bytes},nr_inodes=1024,mode=1777"
+            options = f"size={allowance.scratch_bytes},nr_inodes={_NUM_INODES},mode=1777"
             confinement.mount("tmpfs", "/tmp", "tmpfs", confinement.MS_NOSUID | confinement.MS_NODEV, options)
             scratch = Path("/tmp")
         os.chdir(scratch or "/")
@@ -286,9 +301,26 @@ def _read(fd: int) -> str:
     return os.pread(fd, size, 0).decode("utf-8", "surrogatepass")
 
 
+def _is_over(folder: Path, max_bytes: int) -> bool:
+    """Whether what lies below a folder is too large, too numerous, or hidden."""
+    errors: list[OSError] = []
+    num_bytes = num_files = 0
+    for root, folders, files in os.walk(folder, onerror=errors.append):
+        num_files += len(folders) + len(files)
+        for name in files:
+            with contextlib.suppress(FileNotFoundError):
+                num_bytes += os.lstat(f"{root}/{name}").st_blocks * 512
+        if num_bytes > max_bytes or num_files > _NUM_INODES:
+            return True
+    return any(error.errno != errno.ENOENT for error in errors)
+
+
 def _remove(folder: Path) -> None:
-    """Also where the program took its own rights away."""
+    """Also where the program took its own rights away, or dug deeper than ``shutil`` follows."""
     for root, _, _ in os.walk(folder, topdown=True):
         with contextlib.suppress(OSError):
             os.chmod(root, 0o700)
-    shutil.rmtree(folder, ignore_errors=True)
+    with contextlib.suppress(RecursionError):
+        shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        subprocess.run(["rm", "-rf", "--", str(folder)], check=False)

@@ -6,9 +6,10 @@
     folders, no data. Threads are limited to 64. Works for root, and for users where the kernel gives them user
     namespaces; container runtimes often do not.
 ``landlock``
-    The same paths may be read and a folder of the check's own may be written (one file at most as large as the limit;
-    their number is not limited), by the kernel's Landlock. Sockets and changes of modes, owners and times are refused
-    by seccomp. Works in containers with Linux 5.13 or later.
+    The same paths may be read and a folder of the check's own may be written, by the kernel's Landlock: one file at most
+    as large as the limit; what they hold together, and their number, is looked at every 0.25 s, without files that are
+    deleted but open. Sockets and changes of modes, owners and times are refused by seccomp. Works in containers with
+    Linux 5.13 or later.
 ``limits``
     No file can be opened at all: the standard library and numpy are loaded beforehand. Tests that write files, and
     programs that import other packages, fail here.
@@ -137,6 +138,8 @@ class Sandbox:
             found = os.pread(given, 10_000, 0)
         if outcome == "timeout":
             return "timeout", f"deadline of {self.allowance.timeout_s:g} s"
+        if outcome.startswith("stopped"):
+            return "wrong", outcome
         if not found:
             return "unverifiable", f"the tests were {outcome} without a verdict"
         verdict, reason = json.loads(found)

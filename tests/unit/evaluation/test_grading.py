@@ -9,7 +9,7 @@ import pytest
 
 from megatron_rasft.config.evaluation import EvaluationConfig
 from megatron_rasft.evaluation.benchmarks import KNOWN_SETS, Benchmark, Problem, find_file, read_benchmark
-from megatron_rasft.evaluation.grading import Grader
+from megatron_rasft.evaluation.grading import Grader, verify_config
 from megatron_rasft.types import FinishReason, Rollout
 
 DATA = Path(__file__).parents[4] / "shared" / "data" / "evaluation"
@@ -54,6 +54,20 @@ def test_reference_solutions_pass_and_others_fail(name: str) -> None:
         rollouts.append(respond(row["id"], f"Here it is.\n```python\n{whole}\n```\nDone."))
         rollouts.append(respond(row["id"], f"```python\ndef {row['entry_point']}(*_):\n    return None\n```"))
     assert verdicts(benchmark, rollouts) == ["correct", "wrong"] * 3
+
+
+def test_programs_run_under_the_limits_of_the_flags() -> None:
+    made = verify_config(EvaluationConfig(code_timeout_s=7.0, code_memory_mib=128, code_output_mib=2))
+    limits = (made.verify_code_timeout_s, made.verify_code_memory_mib, made.verify_code_output_mib)
+    assert limits == (7.0, 128, 2)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("code_timeout_s", 0.0), ("code_memory_mib", 63), ("code_output_mib", 0)]
+)
+def test_limits_out_of_range_name_their_flag(field: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"--{field.replace('_', '-')} must be"):
+        EvaluationConfig(**{field: value})  # type: ignore[arg-type]
 
 
 def test_contest_programs_run_by_input_and_output(tmp_path: Path) -> None:

@@ -146,6 +146,7 @@ def f(x): return 0""",
     "recurses": "import sys\nsys.setrecursionlimit(10**9)\ndef f(x): return f(x)",
     "opens files": "hoard = []\ntry:\n    while True: hoard.append(open('/dev/null'))\nexcept OSError: pass\ndef f(x): return 0",
     "fills the disk": "import os\ntry:\n    for n in range(10**4):\n        with open(f'big{n}', 'wb') as file: file.write(bytes(2**24))\nexcept OSError: pass\ndef f(x): return 0",
+    "digs": "import os\ntry:\n    for _ in range(2000):\n        os.mkdir('d' * 99)\n        os.chdir('d' * 99)\nexcept OSError: pass\ndef f(x): return 0",
     "raises its limits": "import resource\nfor name in dir(resource):\n    if name.startswith('RLIMIT_'):\n        try: resource.setrlimit(getattr(resource, name), (-1, -1))\n        except (OSError, ValueError): pass\ndef f(x): return len(bytearray(64 * 2**30))",
     # outlives its check
     "forks": "import os\ntry:\n    if os.fork() == 0:\n        while True: pass\nexcept OSError: pass\ndef f(x): return 0",

@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -246,6 +247,17 @@ def test_tests_can_write_files_but_for_the_lowest_level(patient: Sandbox) -> Non
     )
     verdict, _ = patient.judge("def f(name):\n    with open(name, 'w') as file: file.write('written')", tests)
     assert verdict == ("wrong" if patient.level == "limits" else "correct")
+
+
+@pytest.mark.parametrize("name", ["fills the disk", "digs"])
+def test_what_a_program_writes_is_bounded_and_removed(sandbox: Sandbox, name: str) -> None:
+    waits = "import time\nfrom contextlib import suppress\nwith suppress(OSError): time.sleep(1)\n"
+    verdict, reason = sandbox.judge(HOSTILE[name] + "\n" + waits, ASSERTS)
+    assert verdict in ("wrong", "timeout")
+    if sandbox.level == "landlock":
+        assert reason == "stopped: it wrote more than 16 MiB or too many files"
+        launcher = sandbox._launchers[""]._process.pid
+        assert not list(Path(tempfile.gettempdir()).glob(f"rasft-code-{launcher}-*"))
 
 
 def test_a_launcher_that_is_killed_costs_one_check(sandbox: Sandbox) -> None:
