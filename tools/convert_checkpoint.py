@@ -105,7 +105,7 @@ def convert_to_megatron(args: argparse.Namespace) -> Proof | None:
 def convert_to_hf(args: argparse.Namespace) -> Proof | None:
     """A Megatron checkpoint becomes a Hugging Face folder."""
     if args.fp8 and args.dtype is not None:
-        raise ValueError("--fp8 and --dtype exclude each other: --fp8 leaves the other weights as they are.")
+        raise ValueError("--fp8 and --dtype exclude each other: --fp8 leaves the other weights in bfloat16.")
     if args.max_shard_gb <= 0:
         raise ValueError(f"--max-shard-gb must be > 0, got {args.max_shard_gb}.")
     checkpoint = TorchDistFolder.open(args.input)
@@ -280,7 +280,7 @@ def _build_parser() -> argparse.ArgumentParser:
             command.add_argument(
                 "--fp8",
                 action="store_true",
-                help="Quantize the layers' matrices to FP8 (e4m3, a scale for each 128 x 128 block), for serving.",
+                help="Quantize the layers' matrices to FP8 (e4m3, a scale for each 128 x 128 block), for serving; float32 elsewhere becomes bfloat16.",
             )
             command.add_argument(
                 "--max-shard-gb",

@@ -31,6 +31,7 @@ from megatron_rasft.weights.fp8_blocks import (
     quantization_config,
     quantized,
     scale_shape,
+    unquantized_type,
 )
 from megatron_rasft.weights.gathering import TensorPlan, assemble
 from megatron_rasft.weights.loading import read_shard
@@ -278,7 +279,8 @@ def megatron_to_hf(
         out_dir: must not exist, or be an empty folder; has its name once all is there.
         dtype: type of all weights; None keeps the checkpoint's, which config.json then names, whatever the
             template's says.
-        is_fp8: quantize the layers' matrices to e4m3 in blocks, for serving; the rest has ``dtype``.
+        is_fp8: quantize the layers' matrices to e4m3 in blocks, for serving; the rest has ``dtype``, None: bfloat16
+            where the checkpoint has float32.
         max_shard_bytes: size at which another file begins, in bytes.
         num_workers: files at a time.
         on_progress: called with the bytes that were written since the last call.
@@ -401,7 +403,7 @@ def _file_parts(
     sizes: list[int] = []
     for parameter in template.table.stored_parameters():
         stored = source.tensors[place(source, parameter)[0]].properties.dtype
-        plans = _plan(parameter, dtype or stored, is_fp8)
+        plans = _plan(parameter, dtype or (unquantized_type(stored) if is_fp8 else stored), is_fp8)
         num_bytes = sum(_size(plan.shape, plan.dtype) for plan in plans)
         if not files or sizes[-1] + num_bytes > max_shard_bytes:
             files.append([])

@@ -23,6 +23,11 @@ def is_linear_layer(name: str, shape: tuple[int, ...]) -> bool:
     return leaf == "weight" and len(shape) == 2 and module.rpartition(".")[2] not in _KEPT_LAYERS
 
 
+def unquantized_type(stored: torch.dtype) -> torch.dtype:
+    """Type of what is not quantized: 16 bits, as serving engines compute; given float32, SGLang would take float16."""
+    return torch.bfloat16 if stored.itemsize > 2 else stored
+
+
 def quantization_config(names: Iterable[str]) -> dict[str, Any]:
     """The entry quantization_config of config.json for a model in FP8; transformers, SGLang and vLLM read it.
 

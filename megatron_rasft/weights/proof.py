@@ -15,7 +15,7 @@ from megatron_rasft.weights.conversion import place, read_parameter
 from megatron_rasft.weights.exporting import type_names
 from megatron_rasft.weights.families import StoredParameter
 from megatron_rasft.weights.folder import HfFolder
-from megatron_rasft.weights.fp8_blocks import SCALE_SUFFIX, is_linear_layer, quantized
+from megatron_rasft.weights.fp8_blocks import SCALE_SUFFIX, is_linear_layer, quantized, unquantized_type
 from megatron_rasft.weights.torch_dist import TorchDistFolder
 
 BLOCK_BYTES = 4 << 20
@@ -95,7 +95,7 @@ def prove(
 
 
 def prove_fp8(checkpoint: TorchDistFolder, template: HfFolder, exported: Path) -> Proof:
-    """The same for a folder in FP8: each matrix must be the checkpoint's, quantized anew, the rest in its type.
+    """The same for a folder in FP8: each matrix must be the checkpoint's, quantized anew, the rest in its type or bfloat16.
 
     Args:
         checkpoint: what the folder was made of.
@@ -110,7 +110,7 @@ def prove_fp8(checkpoint: TorchDistFolder, template: HfFolder, exported: Path) -
         tensors = read_parameter(checkpoint, template.table, parameter)
         for name, tensor in zip(parameter.binding.hf_names, tensors, strict=True):
             num_elements += tensor.numel()
-            expected = {name: tensor}
+            expected = {name: tensor.to(unquantized_type(tensor.dtype))}
             if is_linear_layer(name, tuple(tensor.shape)):
                 # beforehand: e4m3 has no infinity
                 if not all(torch.isfinite(tensor[rows]).all() for rows in _blocks(tensor)):

@@ -140,9 +140,9 @@ def test_weights_trained_in_fp32_are_not_rounded_to_the_templates_type(
     assert "model.norm.weight is bfloat16, not float32" in prove(checkpoint, template, is_export=True).faults
 
     megatron_to_hf(checkpoint, template, tmp_path / "fp8", is_fp8=True)
-    assert load_file(tmp_path / "fp8/model.safetensors")["lm_head.weight"].dtype == torch.float32
-    assert json.loads((tmp_path / "fp8/config.json").read_text())["dtype"] == "float32"
-    assert "| fp8 in blocks of 128 x 128, the rest float32 |" in (tmp_path / "fp8/README.md").read_text()
+    assert load_file(tmp_path / "fp8/model.safetensors")["lm_head.weight"].dtype == torch.bfloat16
+    assert json.loads((tmp_path / "fp8/config.json").read_text())["dtype"] == "bfloat16"
+    assert "| fp8 in blocks of 128 x 128, the rest bfloat16 |" in (tmp_path / "fp8/README.md").read_text()
     assert prove_fp8(checkpoint, template, tmp_path / "fp8").faults == []
 
 
@@ -643,7 +643,7 @@ def test_expert_routers_stay_out_of_fp8(folders: dict[str, HfFolder], tmp_path: 
     megatron_to_hf(TorchDistFolder.open(tmp_path / "megatron"), template, tmp_path / "out", is_fp8=True)
     with safe_open(tmp_path / "out/model.safetensors", "pt") as file:
         dtypes = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
-    assert dtypes["model.layers.0.mlp.gate.weight"] == "F32"
+    assert dtypes["model.layers.0.mlp.gate.weight"] == "BF16"
     assert dtypes["model.layers.0.mlp.experts.5.up_proj.weight"] == "F8_E4M3"
     kept = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"][
         "modules_to_not_convert"
