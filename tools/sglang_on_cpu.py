@@ -10,6 +10,7 @@ file first: that is why it bridges what is missing at module level.
 import argparse
 import contextlib
 import ctypes
+import importlib
 import importlib.machinery
 import os
 import runpy
@@ -85,11 +86,15 @@ def bridge() -> None:
     kernels.assign_req_to_token_pool_cpu = assign_req_to_token_pool_cpu
     kernels.__getattr__ = missing_kernel
     sys.modules.setdefault("sgl_kernel", kernels)
-    # torchvision's wheel is linked with CUDA: without these schemas its import, and with it transformers', fails.
-    for operator in ("nms", "qnms"):
-        schema = f"torchvision::{operator}"
-        with contextlib.suppress(RuntimeError):  # a torchvision for this torch has them
-            torch.library.define(schema, "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    try:
+        importlib.import_module("torchvision")
+    except RuntimeError:
+        # Linked with CUDA, it does not load beside a CPU torch: without these schemas its import, and with it
+        # transformers', fails. One that loads defines them itself, and a second definition ends the process.
+        for operator in ("nms", "qnms"):
+            torch.library.define(
+                f"torchvision::{operator}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+            )
     # /weights_checker calls both.
     torch.cuda.synchronize = lambda *args, **kwargs: None  # type: ignore[assignment]
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
