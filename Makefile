@@ -59,6 +59,7 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[dev,quickstart]'
 	touch $@
 
-# SGLang servers that run on a CPU, for the tests; finished ones are left alone. PYTHON311 names a Python 3.11.
+# SGLang servers that run on a CPU, for the tests; finished ones are left alone. PYTHON311 names a Python 3.11,
+# which is not needed: without one they run on the trainer's Python and torch.
 servers: venv
 	VENV="$(VENV)" tools/install_servers.sh

@@ -2,9 +2,10 @@
 # tools/install_servers.sh [VERSION...]
 #
 # Makes environments in which the real SGLang server runs without a GPU, one for each version: .venv-sglang-VERSION.
-# What the versions have in common (CPU torch, triton, the web server) is installed once, in .venv-sglang-base, and
-# found from the others through a .pth file. Needs Python 3.11, for which torch has a CPU build on PyPI; PYTHON311 names
-# it where it is not found. pip is the trainer's (VENV) and asks whichever index it is configured for. About 3 GB.
+# What the versions have in common (torch, triton, the web server) is installed once, in .venv-sglang-base, and found from
+# the others through a .pth file. With a Python 3.11 (PYTHON311 names it where it is not found) the servers have the torch
+# they were tried with most; without one they run on the trainer's Python and torch. pip is the trainer's (VENV) and asks
+# whichever index it is configured for. About 1 GB, and with Python 3.11 a torch more.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 VENV="${VENV:-.venv}"
@@ -31,7 +32,6 @@ python311() {
             return
         fi
     done
-    echo "install_servers: no Python 3.11 found: install one (Debian 12's python3 is one) or name it with PYTHON311=..." >&2
     return 1
 }
 
@@ -55,11 +55,18 @@ for version in "${VERSIONS[@]}"; do
     fi
 done
 
-PYTHON="$(python311)"
+TORCH=() # where it lies, if it is the trainer's
+if ! PYTHON="$(python311)"; then
+    echo "no Python 3.11 here: the servers run on the trainer's Python and torch"
+    PYTHON="$VENV/bin/python"
+    TORCH=("$(realpath "$(site_packages "$VENV")")")
+    SHARED=("${SHARED[@]:2}") # all but torch and triton
+fi
 if ! is_finished "$BASE" "${SHARED[*]}"; then
-    echo "installing what the servers share into $BASE (about 2.4 GB)"
+    echo "installing what the servers share into $BASE"
     rm -rf "$BASE"
     "$PYTHON" -m venv --without-pip "$BASE"
+    [ ${#TORCH[@]} = 0 ] || echo "${TORCH[0]}" >"$(site_packages "$BASE")/trainer.pth"
     install "$BASE" "${SHARED[@]}"
     install "$BASE" --no-deps torchvision==0.28.0
     echo "${SHARED[*]}" >"$BASE/.installed"
@@ -71,7 +78,7 @@ for version in "${VERSIONS[@]}"; do
         echo "installing SGLang $version into $venv"
         rm -rf "$venv"
         "$PYTHON" -m venv --without-pip "$venv"
-        realpath "$(site_packages "$BASE")" >"$(site_packages "$venv")/base.pth"
+        printf '%s\n' "$(realpath "$(site_packages "$BASE")")" "${TORCH[@]}" >"$(site_packages "$venv")/base.pth"
         # shellcheck disable=SC2086  # several requirements in one string
         install "$venv" --no-deps "sglang==$version" ${OWN[$version]}
         echo "$wanted" >"$venv/.installed"

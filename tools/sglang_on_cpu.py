@@ -10,6 +10,7 @@ file first: that is why it bridges what is missing at module level.
 import argparse
 import contextlib
 import ctypes
+import importlib
 import importlib.machinery
 import os
 import runpy
@@ -86,7 +87,7 @@ def bridge() -> None:
     kernels.__getattr__ = missing_kernel
     sys.modules.setdefault("sgl_kernel", kernels)
     try:
-        import torchvision  # noqa: F401
+        importlib.import_module("torchvision")
     except RuntimeError:
         # Linked with CUDA, it does not load beside a CPU torch: without these schemas its import, and with it
         # transformers', fails. One that loads defines them itself, and a second definition ends the process.

@@ -42,6 +42,7 @@ class Sampler:
             raise ValueError(
                 f"--load {args.load} is not what is sampled from: name the folder with --checkpoint."
             )
+        args.exit_signal_handler = False  # nothing here would ask whether SIGTERM came
         host.start(args)
         self._args = args
         with host.quiet():
