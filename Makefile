@@ -12,11 +12,9 @@ WHEEL := .cache/wheel
 quickstart:
 	PYTHON="$(PYTHON)" VENV="$(VENV)" examples/quickstart/run.sh $(ARGS)
 
-# The cheap checks first: one fails before the long ones start.
+# The cheap checks first, while the servers are fetched: one fails before the long ones start.
 test: venv
-	$(MAKE) lint
-	$(MAKE) types
-	$(MAKE) wheel
+	$(MAKE) --jobs=2 --output-sync=target lint types wheel servers
 	$(MAKE) pytest
 
 lint: venv
