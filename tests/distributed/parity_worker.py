@@ -43,6 +43,7 @@ def main(rank: int, world_size: int, root: Path) -> None:
         with contextlib.redirect_stdout(io.StringIO()):
             results[case.key] = train(case, root)
     for flags in PLANNED.get(world_size, []):
+        faulthandler.dump_traceback_later(60, exit=True)
         with contextlib.redirect_stdout(io.StringIO()):
             check_planned_bytes(flags, root)
     if rank == 0:
