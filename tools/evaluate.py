@@ -36,7 +36,7 @@ from megatron_rasft.evaluation.summary import Summary, summarise
 from megatron_rasft.rollout.store import read_rollouts
 from megatron_rasft.types import SamplingParams
 from megatron_rasft.verify.sandbox import Sandbox
-from megatron_rasft.weights.folder import HfFolder, weights_fingerprint
+from megatron_rasft.weights.folder import HfFolder, checkpoint_fingerprint, weights_fingerprint
 from megatron_rasft.weights.torch_dist import TRACKER_FILE
 
 WRITERS: dict[str, Callable[[tables.Results, str], str]] = {
@@ -242,7 +242,7 @@ def _drawn_by(
 ) -> dict[str, Any]:
     if iteration is not None:
         folder = Path(args.checkpoint) / f"iter_{iteration:0>7}"
-        weights = f"step {iteration}, {weights_fingerprint(folder, '')}"
+        weights = f"step {iteration}, {checkpoint_fingerprint(folder)}"
     elif servers is not None:
         weights = servers.weights
     else:
