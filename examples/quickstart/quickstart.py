@@ -19,6 +19,7 @@ from examples.quickstart.make_arithmetic import KINDS, write_task
 
 ROOT = Path(__file__).resolve().parents[2]
 OBJECTIVES = ("rasft", "sft", "dft")
+BATCH = 16
 
 
 def training_flags(args: argparse.Namespace, objective: str, output: Path) -> list[str]:
@@ -32,12 +33,12 @@ def training_flags(args: argparse.Namespace, objective: str, output: Path) -> li
         "--data-prompt-suffix": "",
         "--seq-length": 128,
         "--micro-batch-size": 4,
-        "--global-batch-size": 16,
+        "--global-batch-size": BATCH,
         "--rasft-refresh-interval": 3,
         "--rollout-num-samples": 4,
         "--rollout-max-new-tokens": 40,
         "--lr": args.lr,
-        "--lr-warmup-iters": 1,
+        "--lr-warmup-iters": int(args.num_train > BATCH),  # a single step has no room for it
         "--export-hf": output / "model",
         "--tensorboard-dir": output / "tensorboard",
         "--rollout-store": output / "rollouts.jsonl",
@@ -79,7 +80,10 @@ def main() -> None:
         "--output", type=Path, default=cache / "quickstart", help="where the problems and the runs go"
     )
     parser.add_argument(
-        "--num-train", type=int, default=96, help="problems to train on, 16 a step (default: %(default)s)"
+        "--num-train",
+        type=int,
+        default=96,
+        help=f"problems to train on, {BATCH} a step (default: %(default)s)",
     )
     parser.add_argument(
         "--num-heldout", type=int, default=50, help="held-out problems (default: %(default)s)"
