@@ -228,6 +228,8 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, metavar="N")
     parser.add_argument("--with-transformers", action="store_true", help="Needs the model's size in memory.")
     args = parser.parse_args()
+    if args.folder is not None:
+        Path(args.folder).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         root = Path(name)
         write_model(args.shape, root / "hf")
