@@ -3,6 +3,7 @@
 import os
 import pickle
 import sys
+import weakref
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -19,8 +20,9 @@ _PATIENCE = timedelta(days=1)
 _GRACE = timedelta(seconds=5)
 """For the first rank of a node, to say an error that others of it have met as well."""
 
-_patient: tuple[Any, Any] = (None, None)
-"""The default group, and the patient gloo group of the same ranks."""
+_patient: tuple[Callable[[], Any], Callable[[], Any]] = (lambda: None, lambda: None)
+"""Weak references to the default group and the patient gloo group of the same ranks: a group that outlives
+destroy_process_group may abort the process when it exits, as its threads are still there."""
 
 
 def on_rank_zero[T](work: Callable[[], T]) -> T:
@@ -87,10 +89,11 @@ def gather_to_rank_zero[T](value: T | None) -> list[T]:
 def _patient_group() -> Any:
     """Made at the first call, which is a collective of the world."""
     global _patient
-    world = dist.group.WORLD
-    if _patient[0] is not world:
-        _patient = (world, dist.new_group(backend="gloo", timeout=_PATIENCE))
-    return _patient[1]
+    world, group = dist.group.WORLD, _patient[1]()
+    if group is None or _patient[0]() is not world:
+        group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        _patient = (weakref.ref(world), weakref.ref(group))
+    return group
 
 
 def gather_to_all[T](value: T) -> list[T]:
