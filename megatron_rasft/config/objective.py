@@ -191,6 +191,10 @@ class ObjectiveConfig:
         step."""
         return self.objective in _DEFAULT_KL_TERMS
 
+    def needs_reference(self) -> bool:
+        """Whether the frozen reference is needed at all."""
+        return self.needs_reference_logprobs() or self.needs_reference_distribution()
+
     def uses_rollouts(self) -> bool:
         """Whether the policy's own responses are trained on."""
         return self.objective in ("rasft", "gft", "grpo", "raft")

@@ -90,7 +90,6 @@ def _stage_memory(
     dense, expert = buffer_elements(model, layout, stage)
     held = sum(c.num_dense + c.num_expert for c in stage_chunks(model, layout, stage))
     tokens = config.micro_batch_size * config.seq_length / layout.cp
-    has_reference = needs.needs_reference_logprobs() or needs.needs_reference_distribution()
     return Memory(
         stage=stage,
         weights=2 * (dense + expert) + (2 * _linear_elements(model, layout) if is_fp8 else 0),
@@ -108,7 +107,7 @@ def _stage_memory(
         if samples and not uses_servers
         else 0.0,
         margin=assumed.margin_gib * GIB,
-        host=2 * 2 * held if has_reference else 0.0,
+        host=2 * 2 * held if needs.needs_reference() else 0.0,
     )
 
 

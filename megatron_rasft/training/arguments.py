@@ -4,6 +4,7 @@ import argparse
 import os
 import warnings
 from dataclasses import fields
+from functools import partial
 from typing import Any
 
 import torch
@@ -64,18 +65,20 @@ def parse_flags() -> argparse.Namespace:
     Raises:
         ValueError: a flag or a value is unknown, or means nothing here.
     """
-    parsers: list[FlagParser] = []
+    parser: FlagParser | None = None
 
-    def extended(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        parsers.append(add_arguments(parser))
-        if len(parsers) == 2:
-            parsers[1].set_defaults(**published_filters())
-        return parsers[-1]
+    def extended(megatron: argparse.ArgumentParser, **defaults: Any) -> argparse.ArgumentParser:
+        nonlocal parser
+        parser = add_arguments(megatron)
+        parser.set_defaults(**defaults)
+        return parser
 
     args = parse_args(extended)
     if args.objective == "rasft" and args.rasft_weighting == "published":
-        args = parse_args(extended)  # the published script's filters are on, and a flag still says otherwise
-    refuse_unsupported(parsers[-1], args)
+        # the published script's filters are on, and a flag still says otherwise
+        args = parse_args(partial(extended, **published_filters()))
+    assert parser is not None, "Megatron has asked for it"
+    refuse_unsupported(parser, args)
     return args
 
 

@@ -377,8 +377,7 @@ class Trainer:
         self.initial_weights = folder.path
         self._load_converted_weights()
         objective = config.objective
-        needs_reference = objective.needs_reference_logprobs() or objective.needs_reference_distribution()
-        self.reference = FrozenReference(self.model) if needs_reference else None
+        self.reference = FrozenReference(self.model) if objective.needs_reference() else None
         if objective.needs_reference_distribution() and self.chunks[-1].post_process:
             assert self.reference is not None
             self.forward.ref_output_weight = self.reference.output_weight(self.chunks[-1])
@@ -701,11 +700,11 @@ class Trainer:
         self.iteration = args.iteration = iteration
         return state
 
-    def initial_fingerprint(self, precision: str = "") -> str:
+    def initial_fingerprint(self) -> str:
         """Names the weights that this run began with, which are the reference's; for rank 0."""
         if self.initial_weights == self.folder.path:
-            return weights_fingerprint(self.folder.path, precision)
-        return f"{precision} {checkpoint_fingerprint(self.initial_weights)}"
+            return weights_fingerprint(self.folder.path, "")
+        return checkpoint_fingerprint(self.initial_weights)
 
     def _load_converted_weights(self) -> None:
         """Start from --load where that is a converted checkpoint: weights without a training state.

@@ -49,15 +49,20 @@ def on_rank_zero[T](work: Callable[[], T]) -> T:
     return box[0]
 
 
-def kept_by_rank_zero[T](work: Callable[[], T], elsewhere: T) -> T:
-    """``on_rank_zero`` for a result that nobody else needs: the other ranks get ``elsewhere``, or the failure."""
+def kept_by_rank_zero[T](
+    work: Callable[[], T], elsewhere: T, share: Callable[[Callable[[], None]], None] = on_rank_zero
+) -> T:
+    """``on_rank_zero`` (or ``share``, which does alike) for a result that nobody else needs.
+
+    The other ranks get ``elsewhere``, or the failure.
+    """
     result = elsewhere
 
     def run() -> None:
         nonlocal result
         result = work()
 
-    on_rank_zero(run)
+    share(run)
     return result
 
 
@@ -135,9 +140,8 @@ def speaks_for_node(message: str) -> bool:
             store.set(mark, "1")
         else:
             store.wait([mark], _GRACE)
-    except (
-        dist.DistNetworkError
-    ):  # the process that keeps the store has ended, and does not do so without a word
+    except dist.DistNetworkError:
+        # the process that keeps the store has ended, and does not do so without a word
         return is_first
     except RuntimeError:  # it did not come in time
         return True

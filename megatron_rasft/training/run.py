@@ -122,7 +122,7 @@ class Run:
             args = self.args
             precision = f"{args.params_dtype} {args.fp8} {args.fp8_recipe if args.fp8 else ''}"
             self._cache = LogprobCache(
-                reference_cache(args, self.config), self.trainer.initial_fingerprint(precision)
+                reference_cache(args, self.config), f"{precision} {self._initial_weights}"
             )
 
     def __enter__(self) -> "Run":
@@ -167,9 +167,8 @@ class Run:
 
     def _check_reference(self, state: dict[str, Any]) -> None:
         """Refuse to go on with another reference than the run began with."""
-        objective = self.config.objective
-        needs_reference = objective.needs_reference_logprobs() or objective.needs_reference_distribution()
-        if needs_reference and state.get("initial_weights", self._initial_weights) != self._initial_weights:
+        known = state.get("initial_weights", self._initial_weights)
+        if self.config.objective.needs_reference() and known != self._initial_weights:
             raise CheckpointError(
                 f"the run began with other weights than those of {self.trainer.initial_weights}, which would now become its "
                 "reference. Give the --hf-model, and the --load of converted weights, that it began with."

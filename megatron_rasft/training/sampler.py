@@ -75,9 +75,8 @@ class Sampler:
 
     def _load_checkpoint(self, checkpoint: str) -> None:
         args = self._args
-        args.ckpt_step = on_rank_zero(
-            lambda: args.ckpt_step
-        )  # a run may have saved on while the ranks started
+        # a run may have saved on while the ranks started
+        args.ckpt_step = on_rank_zero(lambda: args.ckpt_step)
         host.check_same_model(args, Path(checkpoint))
         args.load, args.no_load_optim, args.no_load_rng = checkpoint, True, True
         try:

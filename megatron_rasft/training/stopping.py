@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_rasft.training.ranks import gather_to_all, on_rank_zero
+from megatron_rasft.training.ranks import gather_to_all, kept_by_rank_zero, on_rank_zero
 
 
 class Stopped(Exception):
@@ -81,11 +81,4 @@ class StopRequest:
 
     def kept_by_rank_zero[T](self, work: Callable[[], T], elsewhere: T) -> T:
         """The same for a result that nobody else needs: the other ranks get ``elsewhere``."""
-        result = elsewhere
-
-        def run() -> None:
-            nonlocal result
-            result = work()
-
-        self.on_rank_zero(run)
-        return result
+        return kept_by_rank_zero(work, elsewhere, self.on_rank_zero)
