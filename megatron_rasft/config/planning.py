@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_rasft.config.objective import ObjectiveName
+from megatron_rasft.config.objective import ObjectiveConfig, ObjectiveName
 
 
 @dataclass(kw_only=True)
@@ -85,6 +85,11 @@ class PlanConfig:
 
     recompute: Literal["any", "none", "selective", "full"] = "any"
     """Plan only layouts with this recomputation in the backward pass. selective: the MLP's (or the mixture's) activations; full: those of every layer."""
+
+    @property
+    def needs(self) -> ObjectiveConfig:
+        """The objective, asked for what it needs."""
+        return ObjectiveConfig(objective=self.objective)
 
     def __post_init__(self) -> None:
         for flag, value, least in (

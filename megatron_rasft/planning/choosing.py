@@ -4,7 +4,6 @@ import contextlib
 import math
 from dataclasses import dataclass, replace
 
-from megatron_rasft.config.objective import ObjectiveConfig
 from megatron_rasft.config.planning import AssumptionConfig, PlanConfig
 from megatron_rasft.planning.layouts import Layout, Model, candidates, splits_heads
 from megatron_rasft.planning.memory import GIB, Memory, estimate_memory
@@ -27,7 +26,6 @@ class Disk:
     """Bytes that a run leaves on disk."""
 
     checkpoint: float
-    """Weights in BF16, masters and two moments in fp32."""
     checkpoints: float
     export: float
     rollout_store: float
@@ -56,10 +54,15 @@ class Plan:
         return self.memory.total / GIB - config.gpu_memory_gib
 
 
+def checkpoint_bytes(model: Model) -> float:
+    """Weights in BF16, masters and two moments in fp32."""
+    return 14.0 * model.num_parameters
+
+
 def disk_bytes(model: Model, config: PlanConfig, assumed: AssumptionConfig) -> Disk:
     """Sizes of a whole run."""
-    needs = ObjectiveConfig(objective=config.objective)
-    checkpoint = 14.0 * model.num_parameters
+    needs = config.needs
+    checkpoint = checkpoint_bytes(model)
     problems = config.num_problems * config.epochs
     rollouts = problems * config.num_samples if needs.uses_rollouts() else 0
     response = response_tokens(config, assumed)
@@ -88,7 +91,7 @@ def make_plans(
     made: list[Plan] = []
     for rollout_gpus in _rollout_shares(model, config):
         for layout in candidates(model, config, config.num_gpus - rollout_gpus):
-            if layout.ep > 1 and not rollout_gpus and _samples(config):
+            if layout.ep > 1 and not rollout_gpus and config.needs.uses_rollouts():
                 continue  # host._check_sampling: replicas sample at their own pace
             made.append(_plan(model, layout, config, assumed, rollout_gpus, precision))
     if not made:
@@ -125,18 +128,12 @@ def _plan(
             num_microbatches=step.num_microbatches,
             is_fp8=precision == "fp8",
             uses_servers=rollout_gpus > 0,
-            samples=_samples(config),
+            samples=config.needs.uses_rollouts(),
         ),
         step=step,
         refresh=refresh,
-        run=estimate_run(
-            config, step, refresh, checkpoint_bytes=14.0 * model.num_parameters, assumed=assumed
-        ),
+        run=estimate_run(config, step, refresh, checkpoint_bytes=checkpoint_bytes(model), assumed=assumed),
     )
-
-
-def _samples(config: PlanConfig) -> bool:
-    return ObjectiveConfig(objective=config.objective).uses_rollouts()
 
 
 def check(model: Model, config: PlanConfig, assumed: AssumptionConfig) -> None:
@@ -189,7 +186,7 @@ def check(model: Model, config: PlanConfig, assumed: AssumptionConfig) -> None:
 
 def _rollout_shares(model: Model, config: PlanConfig) -> list[int]:
     """GPUs for servers: none, or whole nodes up to half of the cluster; on one node, halves of it."""
-    if not _samples(config):
+    if not config.needs.uses_rollouts():
         if config.rollout_gpus:
             raise ValueError(
                 f"--objective {config.objective} takes no rollouts, and --rollout-gpus {config.rollout_gpus} would idle. Use 0."

@@ -1,6 +1,5 @@
 """The commands that start a planned run."""
 
-from megatron_rasft.config.objective import ObjectiveConfig
 from megatron_rasft.config.planning import PlanConfig
 from megatron_rasft.planning.choosing import Plan
 from megatron_rasft.planning.layouts import Model
@@ -46,7 +45,7 @@ def training_flags(model: Model, plan: Plan, config: PlanConfig, *, precision: s
     flags += ["--objective-logprob-chunk-tokens", str(config.logprob_chunk_tokens)]
     if config.rasft_query_groups is not None:
         flags += ["--rasft-query-groups", str(config.rasft_query_groups)]
-    if ObjectiveConfig(objective=config.objective).uses_rollouts():
+    if config.needs.uses_rollouts():
         flags += _rollout_flags(plan, config)
     if config.save_interval:
         flags += ["--save", "runs/planned/checkpoints", "--save-interval", str(config.save_interval)]

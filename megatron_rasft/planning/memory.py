@@ -4,7 +4,6 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 
-from megatron_rasft.config.objective import ObjectiveConfig
 from megatron_rasft.config.planning import AssumptionConfig, PlanConfig
 from megatron_rasft.planning.layouts import Layout, Model, padded_vocabulary, shards, stage_chunks
 
@@ -85,7 +84,7 @@ def _stage_memory(
     uses_servers: bool,
     samples: bool,
 ) -> Memory:
-    needs = ObjectiveConfig(objective=config.objective)
+    needs = config.needs
     is_last = stage == layout.pp - 1
     dense, expert = buffer_elements(model, layout, stage)
     held = sum(c.num_dense + c.num_expert for c in stage_chunks(model, layout, stage))
@@ -206,7 +205,7 @@ def _logits_bytes(model: Model, layout: Layout, config: PlanConfig, tokens: floa
     """Logits and their gradient in BF16 with two fp32 tensors of their size, a chunk of tokens at a time."""
     chunk = min(config.logprob_chunk_tokens or tokens, tokens)
     vocabulary = padded_vocabulary(model, layout.tp) / layout.tp
-    copies = 2 if ObjectiveConfig(objective=config.objective).needs_reference_distribution() else 1
+    copies = 2 if config.needs.needs_reference_distribution() else 1
     hidden = 2 * 2 * tokens * model.shape.hidden_size * (1 + 1 / layout.tp)
     return copies * chunk * vocabulary * (2 * 2 + 2 * _FP32) + hidden
 

@@ -3,7 +3,6 @@
 import math
 from dataclasses import dataclass
 
-from megatron_rasft.config.objective import ObjectiveConfig
 from megatron_rasft.config.planning import AssumptionConfig, PlanConfig
 from megatron_rasft.planning.layouts import Layout, Model, stage_chunks
 from megatron_rasft.sync.estimating import SyncCosts, estimate_sync
@@ -93,7 +92,7 @@ def tokens_per_step(config: PlanConfig, assumed: AssumptionConfig) -> float:
 
 def trained_rollouts(config: PlanConfig, assumed: AssumptionConfig) -> float:
     """Per problem."""
-    if not ObjectiveConfig(objective=config.objective).uses_rollouts():
+    if not config.needs.uses_rollouts():
         return 0.0
     return config.num_samples * (1.0 if config.objective == "grpo" else assumed.solve_rate)
 
@@ -164,7 +163,7 @@ def estimate_step(
     pace = (layers * layer_flops + output) * width / rate
     tensor_s, context_s = _communication(model, layout, config, assumed, width)
     microbatch_s = pace + tensor_s + context_s
-    needs = ObjectiveConfig(objective=config.objective)
+    needs = config.needs
     reference_s = 0.0
     if needs.needs_reference_distribution():
         reference_s = _forward_s(model, layout, config, assumed, precision, num, width)
@@ -281,7 +280,7 @@ def estimate_refresh(
     precision: str = "bf16",
 ) -> Refresh:
     """Of the refresh before --refresh-interval steps."""
-    needs = ObjectiveConfig(objective=config.objective)
+    needs = config.needs
     num_steps = min(config.refresh_interval, _num_steps(config))
     num_samples = num_steps * config.global_batch_size * config.num_samples if needs.uses_rollouts() else 0
     rollouts_s = sync_s = 0.0
