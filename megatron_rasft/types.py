@@ -96,6 +96,21 @@ class Rollout:
     """Optimizer steps between the weights that sampled it and those of the refresh that took it."""
 
 
+def counts_as_attempt(num_tokens: int, finish_reason: str, verdict: str | None) -> bool:
+    """Whether a rollout says anything about the policy: it was delivered and the verifier decided on it.
+
+    An aborted or empty response is a failure of the engine and a timeout one of the grader; neither may
+    look like a wrong answer. A response without a checkable answer, or cut by length, is a failed attempt.
+    """
+    return num_tokens > 0 and finish_reason != "abort" and verdict != "timeout"
+
+
+def counts_as_solved(num_tokens: int, finish_reason: str, verdict: str | None) -> bool:
+    """Whether it is a complete, correct attempt; one cut by length never is, whatever it says."""
+    is_attempt = counts_as_attempt(num_tokens, finish_reason, verdict)
+    return is_attempt and verdict == "correct" and finish_reason == "stop"
+
+
 @dataclass(kw_only=True, frozen=True)
 class SamplingParams:
     """How responses are drawn."""

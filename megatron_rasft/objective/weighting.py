@@ -11,7 +11,14 @@ from typing import get_args
 
 from megatron_rasft.config.objective import ObjectiveName
 from megatron_rasft.config.weighting import WeightingConfig
-from megatron_rasft.types import Demonstration, Rollout, RolloutGroup, TrainingSample
+from megatron_rasft.types import (
+    Demonstration,
+    Rollout,
+    RolloutGroup,
+    TrainingSample,
+    counts_as_attempt,
+    counts_as_solved,
+)
 
 DEMONSTRATION_OBJECTIVES = frozenset({"sft", "sft_kl", "dft", "asft", "profit", "iw_sft", "psft"})
 """Objectives that train on demonstrations alone, each with weight 1."""
@@ -75,17 +82,13 @@ def distinct_texts(texts: Sequence[str]) -> list[int]:
 
 
 def is_attempt(rollout: Rollout) -> bool:
-    """Whether the rollout says anything about the policy: it was delivered and the verifier decided on it.
-
-    An aborted or empty response is a failure of the engine and a timeout one of the grader; neither may
-    look like a wrong answer. A response without a checkable answer, or cut by length, is a failed attempt.
-    """
-    return bool(rollout.response_ids) and rollout.finish_reason != "abort" and rollout.verdict != "timeout"
+    """``types.counts_as_attempt``"""
+    return counts_as_attempt(len(rollout.response_ids), rollout.finish_reason, rollout.verdict)
 
 
 def is_solved(rollout: Rollout) -> bool:
-    """Whether the rollout is a complete, correct attempt; one cut by length never is, whatever it says."""
-    return is_attempt(rollout) and rollout.verdict == "correct" and rollout.finish_reason == "stop"
+    """``types.counts_as_solved``"""
+    return counts_as_solved(len(rollout.response_ids), rollout.finish_reason, rollout.verdict)
 
 
 def is_positive(rollout: Rollout) -> bool:

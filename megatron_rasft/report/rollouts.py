@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_rasft.report.records import whole_objects
+from megatron_rasft.types import counts_as_attempt, counts_as_solved
 
 VERDICTS = ("correct", "wrong", "unverifiable", "timeout")
 LENGTH_KINDS = ("correct", "wrong", "truncated")
@@ -86,10 +87,9 @@ class RefreshRollouts:
         """Count one rollout."""
         verdict, finish = str(record["verdict"] or "unverified"), str(record["finish_reason"])
         visit = self.visits.setdefault(record["problem_id"], Visit(offset))
-        is_attempt = num_tokens > 0 and finish != "abort" and verdict != "timeout"
         visit.num_samples += 1
-        visit.num_attempts += is_attempt
-        visit.num_solved += is_attempt and verdict == "correct" and finish == "stop"
+        visit.num_attempts += counts_as_attempt(num_tokens, finish, verdict)
+        visit.num_solved += counts_as_solved(num_tokens, finish, verdict)
         self.outcomes[verdict, finish] += 1
         kind = "truncated" if finish == "length" else "correct" if verdict == "correct" else "wrong"
         self.lengths[kind, rounded_length(num_tokens)] += 1
