@@ -29,3 +29,11 @@ SYNC_GB_PER_S = "sync/gb_per_s"
 SYNC_PEAK_GIB = "sync/peak_memory_gib"
 SYNC_SERVERS = "sync/servers"
 SYNC_FAILED_SERVERS = "sync/failed_servers"
+
+REFRESH_PHASES = {
+    "rollout/generate_s": "generate",
+    "verify/verify_s": "verify",
+    "training/reference_s": "reference",
+    "curriculum/score_s": "score",
+}
+"""Where the seconds of a refresh go -> the phase; those of a weight sync are part of "generate"."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from examples.benchmark_reproduction import records
+from megatron_rasft import metrics
 from megatron_rasft.evaluation.published import published_rows
 from megatron_rasft.evaluation.statistics import bootstrap_interval, paired_interval
 from megatron_rasft.evaluation.summary import Summary
@@ -105,15 +106,7 @@ def read_curve(path: Path) -> Curve:
             curve.total_generated += record.get("rollout/num_rollouts", 0) * record.get(
                 "rollout/response_tokens_mean", 0
             )
-            curve.total_seconds += sum(
-                record.get(name, 0.0)
-                for name in (
-                    "rollout/generate_s",
-                    "verify/verify_s",
-                    "curriculum/score_s",
-                    "training/reference_s",
-                )
-            )
+            curve.total_seconds += sum(record.get(name, 0.0) for name in metrics.REFRESH_PHASES)
     return curve
 
 

@@ -87,10 +87,9 @@ class RunRecords:
         for record in self.refreshes.values():
             sync = record.get(metrics.SYNC_S, 0.0)
             sums["sync"] += sync
-            sums["generate"] += max(0.0, record.get("rollout/generate_s", 0.0) - sync)  # it holds the sync
-            sums["verify"] += record.get("verify/verify_s", 0.0)
-            sums["reference"] += record.get("training/reference_s", 0.0)
-            sums["score"] += record.get("curriculum/score_s", 0.0)
+            for name, phase in metrics.REFRESH_PHASES.items():
+                within = sync if phase == "generate" else 0.0
+                sums[phase] += max(0.0, record.get(name, 0.0) - within)
         times = [
             r["time"]
             for part in (self.steps, self.refreshes, self.heldout)
@@ -107,14 +106,7 @@ class RunRecords:
         """Seconds of the phases that the first record tells of: they lie before its time."""
         for record in (*self.refreshes.values(), *self.steps.values()):
             if record.get("time") == time:
-                parts = (
-                    metrics.STEP_S,
-                    "rollout/generate_s",
-                    "verify/verify_s",
-                    "training/reference_s",
-                    "curriculum/score_s",
-                )
-                return sum(record.get(name, 0.0) for name in parts)
+                return sum(record.get(name, 0.0) for name in (metrics.STEP_S, *metrics.REFRESH_PHASES))
         return 0.0
 
 
