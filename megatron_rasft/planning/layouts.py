@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
 from megatron_rasft.config.planning import PlanConfig
-from megatron_rasft.weights.architecture import ModelDescription, megatron_args
+from megatron_rasft.weights.architecture import ModelDescription, megatron_args, splits_attention
 from megatron_rasft.weights.families import Entry, Family, ModelShape, NameTable
 
 _CONTEXT_SHARE = 4096
@@ -243,7 +243,7 @@ def _context_sizes(config: PlanConfig) -> list[int]:
 def splits_heads(model: Model, tp: int) -> bool:
     """Whether Megatron can split the attention, and the MLP, over ``tp`` ranks."""
     heads, groups = model.shape.num_attention_heads, model.shape.num_query_groups
-    if heads % tp or (groups % tp and tp % groups) or model.shape.ffn_hidden_size % tp:
+    if not splits_attention(heads, groups, tp) or model.shape.ffn_hidden_size % tp:
         return False
     return (groups * (heads // groups + 2) * model.shape.head_dim) % tp == 0
 

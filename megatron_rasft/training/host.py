@@ -62,7 +62,7 @@ from megatron_rasft.training.reference import FrozenReference
 from megatron_rasft.training.servers import read_keys
 from megatron_rasft.training.stopping import StopRequest
 from megatron_rasft.types import Request, Response, SamplingParams, TrainingSample
-from megatron_rasft.weights.architecture import megatron_args
+from megatron_rasft.weights.architecture import megatron_args, splits_attention
 from megatron_rasft.weights.exporting import export
 from megatron_rasft.weights.folder import HfFolder, checkpoint_fingerprint, weights_fingerprint
 from megatron_rasft.weights.gathering import ExpertGroups, gather_tensors, plan_tensors
@@ -249,7 +249,7 @@ def _check_layout(args: Any) -> None:
             f"processes. Start a multiple of {size} with --nproc-per-node, or choose smaller sizes."
         )
     heads, groups = args.num_attention_heads, args.num_query_groups
-    if heads % tp or (groups % tp and tp % groups):
+    if not splits_attention(heads, groups, tp):
         raise ValueError(
             f"--tensor-model-parallel-size {tp} does not divide the model's {heads} heads in {groups} query groups. Use "
             f"another size, or --rasft-query-groups {-(-groups // tp) * tp}, which adds groups of zeros."

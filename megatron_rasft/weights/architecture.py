@@ -56,6 +56,11 @@ class ModelDescription:
             raise ModelFolderError(f"model folder {path}: {error}") from error.__cause__
 
 
+def splits_attention(num_heads: int, num_groups: int, tp: int) -> bool:
+    """Whether Megatron can split that many heads, in that many query groups, over ``tp`` ranks."""
+    return num_heads % tp == 0 and (num_groups % tp == 0 or tp % num_groups == 0)
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """The config.json of a folder."""
     return read_json(path / "config.json", missing=_describe_missing_config(path))

@@ -14,14 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_rasft.errors import ModelFolderError
-from megatron_rasft.weights.architecture import (
-    Rope,
-    read_config,
-    read_family,
-    read_json,
-    read_rope,
-    read_shape,
-)
+from megatron_rasft.weights.architecture import ModelDescription, Rope, read_json
 from megatron_rasft.weights.families import Family, ModelShape, NameTable
 
 SINGLE_FILE = "model.safetensors"
@@ -72,16 +65,14 @@ class HfFolder:
             ModelFolderError: one line with the folder, what is wrong and, where there is one, the way out.
         """
         path = Path(path)
+        known = ModelDescription.read(path)
         try:
-            config = read_config(path)
-            family = read_family(config)
-            shape, rope = read_shape(config, family), read_rope(config, family)
-            table = NameTable(family, shape)
+            table = NameTable(known.family, known.shape)
             shards, stored = _open_shards(path) if with_weights else ({}, {})
-            folder = cls(path, config, family, shape, rope, table, stored, shards)
+            folder = cls(path, known.config, known.family, known.shape, known.rope, table, stored, shards)
             if with_weights:
                 folder._check_tensors()
-            _check_tokenizer(path, shape.vocab_size)
+            _check_tokenizer(path, known.shape.vocab_size)
         except ModelFolderError as error:
             raise ModelFolderError(f"model folder {path}: {error}") from error.__cause__
         return folder
