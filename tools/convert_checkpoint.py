@@ -89,17 +89,7 @@ def convert_to_megatron(args: argparse.Namespace) -> Proof | None:
         return None
     checkpoint = TorchDistFolder.open(args.output)
     check_parameters(checkpoint, folder.table)
-    with _bar("comparing", num_bytes) as on_progress:
-        proof = prove(
-            checkpoint,
-            folder,
-            is_export=False,
-            dtype=dtype,
-            num_workers=args.workers,
-            on_progress=on_progress,
-        )
-    _compare_logits(checkpoint, folder, dtype, proof)
-    return proof
+    return _prove_whole(args, checkpoint, folder, num_bytes, is_export=False)
 
 
 def convert_to_hf(args: argparse.Namespace) -> Proof | None:
@@ -131,11 +121,24 @@ def convert_to_hf(args: argparse.Namespace) -> Proof | None:
     if args.fp8:
         return prove_fp8(checkpoint, template, Path(args.output))
     folder = HfFolder.open(args.output)
-    with _bar("comparing", num_elements * stored.itemsize) as on_progress:
+    return _prove_whole(args, checkpoint, folder, num_elements * stored.itemsize, is_export=True)
+
+
+def _prove_whole(
+    args: argparse.Namespace,
+    checkpoint: TorchDistFolder,
+    folder: HfFolder,
+    num_bytes: int,
+    *,
+    is_export: bool,
+) -> Proof:
+    """Every tensor, and the logits."""
+    dtype = _DTYPES.get(args.dtype)
+    with _bar("comparing", num_bytes) as on_progress:
         proof = prove(
             checkpoint,
             folder,
-            is_export=True,
+            is_export=is_export,
             dtype=dtype,
             num_workers=args.workers,
             on_progress=on_progress,
