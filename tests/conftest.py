@@ -35,3 +35,22 @@ def served_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.tiny_policy import write_model
 
     return write_model(tmp_path_factory.mktemp("served") / "model")
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Megatron's groups of a single process on the CPU, whose backend the module has enabled."""
+    import torch
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    if torch.cuda.is_available():
+        pytest.skip("the CPU backend is off where CUDA is available")
+    store = tmp_path_factory.mktemp("dist") / "store"
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    parallel_state.initialize_model_parallel()
+    model_parallel_cuda_manual_seed(123)
+    yield
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()

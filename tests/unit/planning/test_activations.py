@@ -4,20 +4,16 @@ Transformer Engine's layers keep other copies: their terms are calculated, and n
 """
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from megatron_rasft.training import cpu_backend
 
 cpu_backend.enable()
 
-from megatron.core import parallel_state  # noqa: E402
-from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed  # noqa: E402
 
 from megatron_rasft.planning.layouts import Model  # noqa: E402
 from megatron_rasft.planning.memory import layer_activations  # noqa: E402
@@ -48,17 +44,7 @@ RECOMPUTE: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    if torch.cuda.is_available():
-        pytest.skip("the CPU backend is off where CUDA is available")
-    store = tmp_path_factory.mktemp("dist") / "store"
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
-    parallel_state.initialize_model_parallel()
-    model_parallel_cuda_manual_seed(123)
-    yield
-    parallel_state.destroy_model_parallel()
-    dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("one_process")
 
 
 def write_config(path: Path, kind: str, num_layers: int) -> Path:

@@ -1,12 +1,10 @@
 """One process: a loaded GPTModel computes what transformers computes, and goes back to the same bits."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 import transformers
 from safetensors import safe_open
 
@@ -16,24 +14,12 @@ from megatron_rasft.training import cpu_backend
 cpu_backend.enable()
 
 from megatron.core import dist_checkpointing, parallel_state  # noqa: E402
-from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed  # noqa: E402
 
 from megatron_rasft.weights import HfFolder, export, gather_tensors, load_into  # noqa: E402
 from megatron_rasft.weights.conversion import hf_to_megatron  # noqa: E402
 from tests.tiny_models import CASES, build_chunks, hf_model, some_tokens, write_folder  # noqa: E402
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    if torch.cuda.is_available():
-        pytest.skip("the CPU backend is off where CUDA is available")
-    store = tmp_path_factory.mktemp("dist") / "store"
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
-    parallel_state.initialize_model_parallel()
-    model_parallel_cuda_manual_seed(123)
-    yield
-    parallel_state.destroy_model_parallel()
-    dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("one_process")
 
 
 @pytest.fixture(scope="module")
