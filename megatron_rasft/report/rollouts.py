@@ -10,17 +10,17 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from megatron_rasft.report.records import whole_objects
-from megatron_rasft.types import counts_as_attempt, counts_as_solved
+from megatron_rasft.types import Verdict, counts_as_attempt, counts_as_solved
 
-VERDICTS = ("correct", "wrong", "unverifiable", "timeout")
+VERDICTS: tuple[str, ...] = get_args(Verdict)
 LENGTH_KINDS = ("correct", "wrong", "truncated")
 """How the lengths are told apart: correct; cut by length; all others."""
 
 Outcome = Literal["unsolved", "sometimes", "always"]
-OUTCOMES: tuple[Outcome, ...] = ("unsolved", "sometimes", "always")
+OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 Course = Literal["never solved", "lost", "newly solved", "sometimes solved", "always solved"]
 COURSES: dict[Course, str] = {
     "never solved": "no sample was ever right",
