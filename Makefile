@@ -36,7 +36,7 @@ pytest-runs:
 	$(BIN)/python -m pytest -m "not servers and not gpu" -p no:cacheprovider tests/functional tests/distributed $(ARGS)
 
 pytest-units:
-	$(BIN)/python -m pytest -m "not servers and not gpu" -p no:cacheprovider --ignore=tests/functional --ignore=tests/distributed $(ARGS)
+	$(BIN)/python -m pytest -m "not servers and not gpu and not bridge" -p no:cacheprovider --ignore=tests/functional --ignore=tests/distributed $(ARGS)
 
 # Builds the wheel, installs it by itself and imports it from there. A stale build/ would end up in it.
 wheel: venv

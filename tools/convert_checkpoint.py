@@ -8,6 +8,7 @@ does it all; after a kill the same command goes on where it was.
 """
 
 import argparse
+import importlib
 import json
 import shutil
 import sys
@@ -219,27 +220,41 @@ def _use_bridge(args: argparse.Namespace) -> None:
         raise ValueError("--verify, --dtype and --fp8 need a table; with --bridge leave them out.")
     if Path(args.output).exists():
         raise ValueError(f"--output {args.output} exists. Remove it, or give another name.")
-    try:
-        from megatron.bridge import AutoBridge
-    except ImportError as error:
-        raise ValueError(
-            f"--bridge {args.bridge} needs NVIDIA's Megatron-Bridge, which does not import here ({error}). Install it: "
-            "pip install megatron-bridge"
-        ) from error
+    auto_bridge = _megatron_bridge(args.bridge)
     output = Path(args.output).absolute()
     partial = output.with_name(f".{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         if args.run is convert_to_megatron:
-            AutoBridge.import_ckpt(str(model), str(partial))
+            auto_bridge.import_ckpt(str(model), str(partial))
         else:
-            AutoBridge.from_hf_pretrained(str(model)).export_ckpt(args.input, str(partial))
+            # strict: a tensor that is missing is an error
+            auto_bridge.from_hf_pretrained(str(model)).export_ckpt(args.input, str(partial), strict=True)
+        partial.rename(output)
     except Exception as error:  # whatever the bridge raises for a model that it does not take
         shutil.rmtree(partial, ignore_errors=True)
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"Megatron-Bridge could not convert {args.input}: {reason}") from error
-    partial.rename(output)
     print(f"wrote {args.output}, by Megatron-Bridge")
+
+
+def _megatron_bridge(flag: str) -> Any:
+    """Its AutoBridge; ValueError where something that it needs is not there."""
+    try:
+        from megatron.bridge import AutoBridge
+
+        # what reads and writes checkpoints: AutoBridge imports it later, and hides what is missing
+        importlib.import_module("megatron.bridge.training.model_load_save")
+    except ImportError as error:
+        raise ValueError(
+            f"--bridge {flag} needs NVIDIA's Megatron-Bridge, which does not import here ({error}). Install it with all that "
+            "it requires: pip install 'megatron-bridge[te]', in an environment of its own"
+        ) from error
+    if not torch.cuda.is_available():
+        raise ValueError(
+            f"--bridge {flag}: Megatron-Bridge needs an NVIDIA GPU, and there is none here. Convert on a machine that has one."
+        )
+    return AutoBridge
 
 
 @contextmanager

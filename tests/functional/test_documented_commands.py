@@ -27,7 +27,8 @@ RUN_BY = {
     "make venv": "make test",
     "make PYTHON=/path/to/python3.12 ...": "test_interpreter_that_is_too_old_is_refused",
     "pip install -e '.[te]'": "test_extras_that_the_documents_name_exist",
-    ".venv/bin/pytest -m gpu": "test_tests_for_a_gpu_are_collected",
+    ".venv/bin/pytest -m gpu": "test_tests_that_continuous_integration_cannot_run_are_collected",
+    "python -m pytest -m bridge": "test_tests_that_continuous_integration_cannot_run_are_collected",
     ".venv/bin/pre-commit install": "test_pre_commit_takes_its_configuration",
     "pip install 'megatron-rasft[code]'": "test_extras_that_the_documents_name_exist",
     FIRST_RUN: "test_first_real_run_starts_as_the_readme_says",
@@ -144,11 +145,12 @@ def test_benchmark_of_code_verification_runs() -> None:
     assert "per second" in done.stdout
 
 
-def test_tests_for_a_gpu_are_collected() -> None:
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "--collect-only", "-q", "tests/gpu"]
+@pytest.mark.parametrize("marker", ["gpu", "bridge"])
+def test_tests_that_continuous_integration_cannot_run_are_collected(marker: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-m", marker, "--collect-only", "-q", f"tests/{marker}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
-    assert "tests/gpu/" in done.stdout
+    assert f"tests/{marker}/" in done.stdout
 
 
 def test_pre_commit_takes_its_configuration() -> None:

@@ -121,7 +121,33 @@ def test_bridge_that_is_not_installed_says_so(
 ) -> None:
     monkeypatch.setitem(sys.modules, "megatron.bridge", None)
     assert command("hf-to-megatron", foreign, tmp_path / "out", "--bridge", "megatron-bridge") == 2
-    assert "pip install megatron-bridge" in capsys.readouterr().err
+    assert "pip install 'megatron-bridge[te]'" in capsys.readouterr().err
+
+
+def pretend_bridge(monkeypatch: pytest.MonkeyPatch, auto_bridge: type, **modules: object) -> None:
+    training = {"megatron.bridge.training.model_load_save": types.ModuleType("model_load_save")} | modules
+    for name, module in training.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setitem(sys.modules, "megatron.bridge", types.SimpleNamespace(AutoBridge=auto_bridge))
+    monkeypatch.setitem(sys.modules, "megatron.bridge.training", types.ModuleType("training"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+
+def test_what_bridge_hides_until_it_saves_is_named_before(
+    foreign: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend_bridge(monkeypatch, object, **{"megatron.bridge.training.model_load_save": None})
+    assert command("hf-to-megatron", foreign, tmp_path / "out", "--bridge", "megatron-bridge") == 2
+    assert "model_load_save" in capsys.readouterr().err
+
+
+def test_bridge_without_a_gpu_is_refused(
+    foreign: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend_bridge(monkeypatch, object)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert command("hf-to-megatron", foreign, tmp_path / "out", "--bridge", "megatron-bridge") == 2
+    assert "Megatron-Bridge needs an NVIDIA GPU" in capsys.readouterr().err
 
 
 def test_bridge_gets_a_name_that_becomes_the_output_when_it_is_done(
@@ -137,7 +163,7 @@ def test_bridge_gets_a_name_that_becomes_the_output_when_it_is_done(
             if cls.fails:
                 raise KeyError("no such family")
 
-    monkeypatch.setitem(sys.modules, "megatron.bridge", types.SimpleNamespace(AutoBridge=AutoBridge))
+    pretend_bridge(monkeypatch, AutoBridge)
     assert command("hf-to-megatron", foreign, tmp_path / "out", "--bridge", "megatron-bridge") == 2
     assert "Megatron-Bridge could not convert" in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["foreign"]
