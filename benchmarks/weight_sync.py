@@ -154,7 +154,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         config = json.loads((folder / "config.json").read_text())
         weights: dict[str, torch.Tensor] = {}
         for file in sorted(folder.glob("*.safetensors")):
-            weights |= load_file(file)
+            weights |= {n: t.clone() for n, t in load_file(file).items()}  # as parameters: no pages of a file
         weights = in_megatron_order(weights)
         store = dist.FileStore(str(Path(scratch) / "store"), 1)
         dist.init_process_group("gloo", store=store, rank=0, world_size=1)

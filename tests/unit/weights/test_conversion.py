@@ -622,6 +622,39 @@ def test_fp8_export_holds_blocks_and_scales(tmp_path: Path) -> None:
     assert prove_fp8(checkpoint, folder, tmp_path / "out").faults == []
 
 
+@pytest.mark.parametrize("case", ["llama", "qwen2_tied", "qwen3", "mistral", "phi3", "mixtral", "qwen3_moe"])
+def test_transformers_loads_an_fp8_folder_as_it_is_meant(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    """transformers multiplies by the scales itself where there is no GPU; it takes whole blocks only."""
+    family, shape = CASES[case]
+    sizes = {"num_attention_heads": 4, "num_key_value_heads": 2} | (
+        {} if case == "phi3" else {"head_dim": 64}
+    )
+    sizes |= {"hidden_size": 256, "intermediate_size": 384, "num_hidden_layers": 1}
+    sizes |= {"moe_intermediate_size": 128} if "moe_intermediate_size" in shape else {}
+    monkeypatch.setitem(CASES, "blocks", (family, shape | sizes))
+    folder = HfFolder.open(write_folder("blocks", tmp_path / "hf", torch.bfloat16))
+    hf_to_megatron(folder, tmp_path / "megatron")
+    megatron_to_hf(TorchDistFolder.open(tmp_path / "megatron"), folder, tmp_path / "fp8", is_fp8=True)
+    state = load_file(tmp_path / "fp8/model.safetensors")
+    meant = {
+        name: dequantize_blocks(tensor, state[name + "_scale_inv"])
+        if name + "_scale_inv" in state
+        else tensor
+        for name, tensor in state.items()
+        if not name.endswith("_scale_inv")
+    }
+    plain = shutil.copytree(tmp_path / "hf", tmp_path / "plain")
+    save_file(meant, plain / "model.safetensors", {"format": "pt"})
+    expected, loaded = (
+        transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).state_dict()
+        for path in (plain, tmp_path / "fp8")
+    )
+    assert expected.keys() == loaded.keys()
+    assert all(torch.equal(loaded[name], expected[name]) for name in expected)
+
+
 def test_fp8_proof_names_what_is_wrong(tmp_path: Path, folders: dict[str, HfFolder], llama: Path) -> None:
     checkpoint = TorchDistFolder.open(llama)
     megatron_to_hf(checkpoint, folders["llama"], tmp_path / "out", is_fp8=True)
