@@ -62,6 +62,9 @@ class Setting:
     """Commands that make model and data; run before anything else, they must be quick where all is there."""
     methods: list[str] = field(default_factory=lambda: list(METHODS))
     method_flags: dict[str, dict[str, Any]] = field(default_factory=dict)
+    variants: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Name -> ``of``, the method that it is, and the flags that tell it from that: to choose constants by runs. Run where
+    ``methods`` names them."""
     num_processes: int = 1
     num_jobs: int = 1
     """Trainings at a time on one machine; more than one, and their seconds depend on each other."""
@@ -69,9 +72,14 @@ class Setting:
     """Published model whose numbers stand in the table."""
 
     def __post_init__(self) -> None:
-        unknown = [m for m in [*self.methods, *self.method_flags] if m not in METHODS]
+        changed = [str(variant.get("of")) for variant in self.variants.values()]
+        known = [*METHODS, *self.variants]
+        unknown = [m for m in self.methods if m not in known]
+        unknown += [m for m in [*self.method_flags, *changed] if m not in METHODS]
         if unknown:
-            raise ValueError(f"method {unknown[0]!r} is unknown. Known are {', '.join(METHODS)}.")
+            raise ValueError(f"method {unknown[0]!r} is unknown. Known are {', '.join(known)}.")
+        if len(set(known)) < len(known) or "base" in changed:
+            raise ValueError("variants need names of their own, and a method that is trained.")
         if not self.seeds:
             raise ValueError("seeds must name at least one seed.")
 
@@ -130,18 +138,21 @@ def training_flags(setting: Setting, task: Task, output: Path) -> list[str]:
     """Of the program alone; none for base, which is not trained."""
     if task.method == "base":
         return []
+    own = dict(setting.variants.get(task.method, {}))
+    method = own.pop("of", task.method)
     flags = {
         "--hf-model": setting.model,
         **setting.train,
         "--seed": task.seed,
         "--data-seed": task.seed,
         "--rollout-seed": task.seed,
-        **setting.method_flags.get(task.method, {}),
+        **setting.method_flags.get(method, {}),
+        **own,
         "--export-hf": output / "model",
         "--rasft-metrics": output / "metrics.jsonl",
         "--rollout-store": output / "rollouts.jsonl",
     }
-    return [*METHODS[task.method], *_as_flags(flags)]
+    return [*METHODS[method], *_as_flags(flags)]
 
 
 def evaluation_command(setting: Setting, task: Task, output: Path) -> list[str]:
@@ -265,7 +276,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--setting", type=Path, required=True, help="a file of settings/")
     parser.add_argument("--output", type=Path, required=True, help="folder of all results")
-    parser.add_argument("--methods", nargs="+", metavar="NAME", help=f"of {', '.join(METHODS)}")
+    parser.add_argument(
+        "--methods", nargs="+", metavar="NAME", help=f"of {', '.join(METHODS)} and the setting's variants"
+    )
     parser.add_argument("--seeds", nargs="+", type=int, metavar="N", help="instead of the setting's")
     parser.add_argument("--task", type=int, metavar="N", help="only this one, from 0, and no tables")
     parser.add_argument("--keep-models", action="store_true", help="do not delete the trained weights")

@@ -19,6 +19,9 @@ SETTINGS = sorted((FOLDER / "settings").glob("*.toml"))
 SCRIPTS = sorted((FOLDER / "slurm").glob("*.sbatch"))
 
 
+VARIANT = 'title = "t"\nmodel = "m"\nseeds = [1]\n[train]\n[evaluate]\n[variants.{}]\nof = "{}"'
+
+
 @pytest.fixture
 def users_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the settings ask of the environment: a model that 8 ranks can share, and files."""
@@ -49,6 +52,7 @@ def test_every_command_of_every_setting_parses() -> None:
     for path in SETTINGS:
         setting = reproduce.read_setting(path)
         methods = [m for m in setting.methods if path.stem == "cpu" or m in ("rasft", "grpo")]
+        methods += setting.variants
         for task in (reproduce.Task(method, setting.seeds[-1]) for method in methods):
             output = Path("/nowhere") / task.name
             command = reproduce.evaluation_command(setting, task, output)
@@ -83,7 +87,8 @@ def test_every_command_of_every_setting_parses() -> None:
         if wanted is None:
             continue
         task, asks = wanted
-        assert found["objective"] == task.method.removesuffix("_published")
+        objective = "rasft" if task.method.startswith("rasft") else task.method
+        assert found["objective"] == objective
         assert found["train_data"] and found["seeds"] == [task.seed] * 3
         assert found["asks"] == asks, "what is asked in training is asked in evaluation"
 
@@ -100,6 +105,19 @@ def test_full_settings_run_every_method_and_match_data_steps_and_rate() -> None:
     for flag in ("--train-data", "--train-iters", "--lr", "--global-batch-size", "--seed"):
         assert flag in shared
         assert len({command[command.index(flag) + 1] for command in commands}) == 1
+
+
+def test_variant_is_its_method_but_for_its_own_flags() -> None:
+    setting = reproduce.read_setting(FOLDER / "settings" / "cpu.toml")
+    assert not set(setting.variants) & set(setting.methods), "run only where --methods names them"
+    for name, changed in setting.variants.items():
+        method, flag = changed["of"], next(key for key in changed if key != "of")
+        variant, plain = (
+            reproduce.training_flags(setting, reproduce.Task(m, 2), Path()) for m in (name, method)
+        )
+        assert variant[variant.index(flag) + 1] == str(changed[flag])
+        added = [word for key, value in changed.items() if key != "of" for word in (key, str(value))]
+        assert [word for word in variant if word not in added] == plain
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
@@ -139,6 +157,10 @@ def test_job_array_reaches_every_task_once(script: Path, tmp_path: Path) -> None
         ('title = "t"\nmodel = "$NOT_SET"\nseeds = [1]\n[train]\n[evaluate]', "is not set"),
         ('title = "t"\nmodel = "m"\nseeds = []\n[train]\n[evaluate]', "at least one seed"),
         ('title = "t"\nmodel = "m"\nseeds = [1]\nmethods = ["sfft"]\n[train]\n[evaluate]', "sfft"),
+        (VARIANT.format("mine", "rasftt"), "'rasftt' is unknown"),
+        (VARIANT.format("mine", "base"), "a method that is trained"),
+        (VARIANT.format("sft", "rasft"), "names of their own"),
+        (VARIANT.replace("of", "base").format("mine", "rasft"), "'None' is unknown"),
     ],
 )
 def test_wrong_setting_is_one_line(
