@@ -40,6 +40,7 @@ from megatron_rasft.weights.conversion import (
 )
 from megatron_rasft.weights.families import FAMILIES
 from megatron_rasft.weights.folder import HfFolder
+from megatron_rasft.weights.fp8_blocks import check_whole_blocks
 from megatron_rasft.weights.layerwise import layerwise_logits
 from megatron_rasft.weights.proof import Proof, prove, prove_fp8
 from megatron_rasft.weights.torch_dist import TorchDistFolder
@@ -102,6 +103,8 @@ def convert_to_hf(args: argparse.Namespace) -> Proof | None:
     checkpoint = TorchDistFolder.open(args.input)
     template = HfFolder.open(_template(args, checkpoint), with_weights=False)
     check_parameters(checkpoint, template.table)
+    if args.fp8:
+        check_whole_blocks(template.table.hf_shapes)
     dtype = _DTYPES.get(args.dtype)
     num_elements = sum(_numel(shape) for shape in template.table.hf_shapes.values())
     stored = checkpoint.tensors["embedding.word_embeddings.weight"].properties.dtype

@@ -1,6 +1,6 @@
 """FP8 weights in blocks, as serving engines read them: e4m3 values and one scale for each 128 x 128 block."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -50,6 +50,23 @@ def scale_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     """Shape of the scales of a [rows, columns] weight; the last blocks may be cut off."""
     rows, columns = shape
     return -(-rows // BLOCK), -(-columns // BLOCK)
+
+
+def check_whole_blocks(shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse a model that engines would not load in FP8: their kernels take whole blocks.
+
+    Args:
+        shapes: of every tensor, by Hugging Face name.
+
+    Raises:
+        ValueError: names the first weight with a side that is no multiple of 128.
+    """
+    for name, shape in shapes.items():
+        if is_linear_layer(name, shape) and any(size % BLOCK for size in shape):
+            raise ValueError(
+                f"{name} is {shape[0]} x {shape[1]}: serving engines take FP8 only in whole blocks of {BLOCK} x {BLOCK}. "
+                "Leave --fp8 out, and serve this model in bfloat16."
+            )
 
 
 @torch.no_grad()

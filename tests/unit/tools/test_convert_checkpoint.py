@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from megatron_rasft.weights import HfFolder
@@ -37,8 +38,17 @@ def test_there_and_back_with_proof(model: Path, tmp_path: Path, capsys: pytest.C
     assert len(checksums) == 1
 
 
-def test_dtype_and_fp8_are_proven_too(model: Path, tmp_path: Path) -> None:
-    assert command("hf-to-megatron", model, tmp_path / "megatron", "--dtype", "float32", "--verify") == 0
+@pytest.fixture
+def in_blocks(tmp_path: Path) -> Path:
+    """A model whose weights are whole blocks of 128 x 128."""
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "vocab_size": 101}
+    config = transformers.LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=4)
+    transformers.LlamaForCausalLM(config).bfloat16().save_pretrained(tmp_path / "in_blocks")
+    return tmp_path / "in_blocks"
+
+
+def test_dtype_and_fp8_are_proven_too(in_blocks: Path, tmp_path: Path) -> None:
+    assert command("hf-to-megatron", in_blocks, tmp_path / "megatron", "--dtype", "float32", "--verify") == 0
     assert (
         command("megatron-to-hf", tmp_path / "megatron", tmp_path / "half", "--dtype", "float16", "--verify")
         == 0
@@ -46,6 +56,17 @@ def test_dtype_and_fp8_are_proven_too(model: Path, tmp_path: Path) -> None:
     assert HfFolder.open(tmp_path / "half").dtype == torch.float16
     assert command("megatron-to-hf", tmp_path / "megatron", tmp_path / "fp8", "--fp8", "--verify") == 0
     assert "quantization_config" in json.loads((tmp_path / "fp8/config.json").read_text())
+
+
+def test_fp8_of_a_model_that_is_not_whole_blocks_is_refused(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command("hf-to-megatron", model, tmp_path / "megatron") == 0
+    capsys.readouterr()
+    assert command("megatron-to-hf", tmp_path / "megatron", tmp_path / "fp8", "--fp8") == 2
+    error = capsys.readouterr().err
+    assert "q_proj.weight is 64 x 48: serving engines take FP8 only in whole blocks" in error
+    assert error.count("\n") == 1 and not (tmp_path / "fp8").exists()
 
 
 def test_a_fault_is_printed_and_exits_with_one(
