@@ -16,7 +16,7 @@ if __name__ != "__mp_main__":
     import torch.distributed as dist
 
     from megatron_rasft.errors import FailedElsewhere, RasftError
-    from megatron_rasft.training import host
+    from megatron_rasft.training import host, startup
     from megatron_rasft.training.outputs import check_outputs
     from megatron_rasft.training.problems import open_replay, read_problems, set_length
     from megatron_rasft.training.ranks import report_failure
@@ -26,8 +26,8 @@ if __name__ != "__mp_main__":
 
 def main() -> None:
     """One run, top to bottom."""
-    args, config, folder = host.parse()
-    host.start(args)
+    args, config, folder = startup.parse()
+    startup.start(args)
     check_outputs(args, config)
     problems, heldout = read_problems(args, config)
     replay = open_replay(config, problems)

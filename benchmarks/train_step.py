@@ -26,7 +26,7 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 import transformers  # noqa: E402
 
-from megatron_rasft.training import host  # noqa: E402
+from megatron_rasft.training import host, startup  # noqa: E402
 from megatron_rasft.training.ranks import on_rank_zero  # noqa: E402
 from megatron_rasft.types import TrainingSample  # noqa: E402
 
@@ -112,8 +112,8 @@ def main() -> None:
         folder = Path(on_rank_zero(lambda: (write_model(options.shape, folder), str(folder))[1]))
         argv = ["--hf-model", str(folder), "--train-data", "unused.jsonl", "--train-iters", "1000"]
         argv += ["--lr", "1e-6", "--lr-decay-style", "constant", *megatron_flags]
-        args, config, opened = host.parse(argv)
-        host.start(args)
+        args, config, opened = startup.parse(argv)
+        startup.start(args)
         trainer = host.Trainer(args, config, opened)
         samples = make_samples(options.num_samples, options.mean_tokens, args.seq_length, args.vocab_size)
         figures = {}

@@ -1,21 +1,15 @@
-"""The one adapter to megatron.training: arguments, set-up, a step, logging and checkpoints.
+"""Model, optimizer and schedule under Megatron: built, asked, stepped, saved and sent.
 
-Everything that could change with Megatron's version is here; what is written in a docstring as a fact
-about Megatron was seen in 0.19.2.
+With ``startup`` and ``checkpoints`` the adapter to megatron.training: what could change with Megatron's version is there, and
+what is written as a fact about Megatron was seen in 0.19.2.
 """
 
 import contextlib
 import gc
-import io
 import json
-import logging
 import math
 import os
-import queue
-import shutil
-import sys
 import time
-import warnings
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -26,7 +20,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.enums import ModelType
 from megatron.core.models.gpt import GPTModel
@@ -36,53 +29,46 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from megatron.core.utils import get_model_config, unwrap_model
 from megatron.training import checkpointing, training
 from megatron.training.argument_utils import core_transformer_config_from_args
-from megatron.training.arguments import validate_args
 from megatron.training.global_vars import (
     get_signal_handler,
     get_tensorboard_writer,
     get_wandb_writer,
-    set_global_variables,
 )
-from megatron.training.initialize import initialize_megatron
 from megatron.training.utils import calc_params_l2_norm
-from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_rasft.config import RasftConfig
-from megatron_rasft.errors import CheckpointError, FailedElsewhere, RasftError
+from megatron_rasft.errors import CheckpointError, RasftError
 from megatron_rasft.sync import SyncReport, WeightSync
 from megatron_rasft.sync.servers import Server
-from megatron_rasft.training.arguments import fill_in, parse_flags
 from megatron_rasft.training.batches import BatchLayout, MicroBatch, micro_batches, response_values
+from megatron_rasft.training.checkpoints import (
+    LOAD_FAILURES,
+    STATE_FILE,
+    architecture_of,
+    checkpoint_failure,
+    chosen_folder,
+    is_converted,
+    load_explained,
+    read_state,
+    refuse_other_model,
+    save_explained,
+)
 from megatron_rasft.training.forward import Forward, run_forward_only
 from megatron_rasft.training.generation import LiveModel
 from megatron_rasft.training.model import layer_spec
-from megatron_rasft.training.outputs import check_writable
 from megatron_rasft.training.ranks import gather_to_all, gather_to_rank_zero, on_rank_zero
 from megatron_rasft.training.reference import FrozenReference
-from megatron_rasft.training.servers import read_keys
+from megatron_rasft.training.startup import quiet
 from megatron_rasft.training.stopping import StopRequest
 from megatron_rasft.types import Request, Response, SamplingParams, TrainingSample
-from megatron_rasft.weights.architecture import megatron_args, splits_attention
 from megatron_rasft.weights.exporting import export
 from megatron_rasft.weights.folder import HfFolder, checkpoint_fingerprint, weights_fingerprint
 from megatron_rasft.weights.gathering import ExpertGroups, gather_tensors, plan_tensors
 from megatron_rasft.weights.loading import load_into
-from megatron_rasft.weights.torch_dist import RELEASE, TRACKER_FILE
-
-_VERBOSE = "MEGATRON_RASFT_VERBOSE"
-"""Environment variable: if set, everything Megatron prints is shown."""
-
-_KNOWN_WARNINGS: tuple[tuple[str, type[Warning]], ...] = (
-    (r"`torch\.distributed\.\w+` is deprecated", FutureWarning),
-    (r"The \.grad attribute of a Tensor that is not a leaf", UserWarning),
-)
-"""What torch (2.14 on, and 2.11) says of the way Megatron 0.19 calls it."""
+from megatron_rasft.weights.torch_dist import RELEASE
 
 _SCORED_BATCHES = 4
 """Global batches that are scored between two looks at whether the run is to stop."""
-
-STATE_FILE = "rasft_state.json"
-"""Beside Megatron's own files in a checkpoint: where the data, curriculum and rollout store stood."""
 
 
 @dataclass(kw_only=True)
@@ -106,206 +92,6 @@ class StepResult:
     """With --log-params-norm."""
     floating_point_operations: float = 0.0
     """Of forward and backward on all ranks, as Megatron counts them; rollouts and reference left out."""
-
-
-def parse(argv: Sequence[str] | None = None, *, needs_data: bool = True) -> tuple[Any, RasftConfig, HfFolder]:
-    """Parse and check the command line; nothing is initialised, no weight is read.
-
-    Args:
-        argv: the flags; None takes the process's own.
-        needs_data: whether --train-data must be given; False is for a model that only samples.
-
-    Returns:
-        Megatron's arguments, our configuration, and the opened model folder.
-
-    Raises:
-        ValueError, ModelFolderError, CheckpointError: with the flag or the file, the rule and the way out.
-    """
-    if argv is not None:
-        sys.argv = [sys.argv[0], *argv]
-    args = parse_flags()
-    config = RasftConfig.from_args(args)
-    read_keys(config.rollout)
-    if args.hf_model is None:
-        raise ValueError("--hf-model DIR is missing: the Hugging Face folder of the model to train.")
-    if needs_data and not args.train_data:
-        raise ValueError(
-            "--train-data FILE is missing: the demonstrations to train on (.jsonl, .jsonl.gz or .parquet)."
-        )
-    if args.export_hf is not None and os.path.exists(args.export_hf):
-        raise ValueError(
-            f"--export-hf {args.export_hf} exists already. Name a folder that does not, or move it away."
-        )
-    _choose_load(args)
-    if args.fp16:
-        raise ValueError(
-            "--fp16 is not supported: its steps are skipped until the loss scale fits. Use --bf16, which needs none."
-        )
-    folder = HfFolder.open(args.hf_model)
-    fill_in(args, megatron_args(folder, config.run.rasft_query_groups))
-    _check_layout(args)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            validate_args(args, {})
-    except AssertionError as error:
-        raise ValueError(first_line(error)) from error
-    _check_sampling(args, config)
-    if args.vocab_size is not None and args.padded_vocab_size is None:
-        unit = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
-        args.padded_vocab_size = -(-args.vocab_size // unit) * unit
-    return args, config, folder
-
-
-def _choose_load(args: Any) -> None:
-    """Where the run goes on from: --save once it holds a checkpoint, until then --load.
-
-    Converted weights stay in --load: they are the frozen reference too. See Trainer._load_converted_weights.
-    """
-    is_given, has_begun = args.load is not None, checkpointing.checkpoint_exists(args.save)
-    if has_begun:
-        _chosen_folder(args, Path(args.save))
-    if is_given and not checkpointing.checkpoint_exists(args.load):
-        raise ValueError(
-            f"--load {args.load} holds no checkpoint: {TRACKER_FILE} is not there. Give the folder that was a run's --save or "
-            "that tools/convert_checkpoint.py wrote (a step in it as --ckpt-step), or leave the flag out to start from "
-            "--hf-model."
-        )
-    if is_given and not _is_converted(args.load):
-        _chosen_folder(args, Path(args.load))
-        if has_begun and not os.path.samefile(args.load, args.save):
-            args.load, args.ckpt_step = args.save, None
-    if args.load is None:
-        args.load = args.save
-    if args.exit_on_missing_checkpoint and not checkpointing.checkpoint_exists(args.load):
-        raise ValueError(
-            f"--exit-on-missing-checkpoint: --save {args.save} holds no checkpoint to go on from. Leave the flag out to "
-            "start from --hf-model."
-        )
-
-
-def _is_converted(load: str) -> bool:
-    """Whether the folder holds weights without a training state."""
-    tracker = Path(load, TRACKER_FILE)
-    return tracker.is_file() and tracker.read_text(encoding="utf-8", errors="replace").strip() == RELEASE
-
-
-def _check_sampling(args: Any, config: RasftConfig) -> None:
-    """Replicas sample at their own pace; experts spread over them would need them in step."""
-    if args.expert_model_parallel_size == 1:
-        return
-    flag = f"--expert-model-parallel-size {args.expert_model_parallel_size}"
-    if config.samples_rollouts and config.rollout.rollout_engine == "embedded":
-        raise ValueError(
-            f"{flag} does not go with --rollout-engine embedded: data-parallel ranks sample at their own pace. Sample from "
-            "servers (--rollout-engine sglang), or keep every expert on each rank (--expert-model-parallel-size 1)."
-        )
-    if config.heldout.heldout_data:
-        raise ValueError(
-            f"{flag} does not go with --heldout-data, which the trainer samples itself: evaluate checkpoints with "
-            "tools/evaluate.py instead, or keep every expert on each rank (--expert-model-parallel-size 1)."
-        )
-
-
-def first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return text[0] if text else "Megatron refuses these arguments"
-
-
-LOAD_FAILURES = (
-    CheckpointException,
-    dist_checkpointing.core.CheckpointingException,
-    NotImplementedError,
-    OSError,
-    json.JSONDecodeError,
-)
-"""What a damaged or incomplete checkpoint raises when it is loaded."""
-
-
-def checkpoint_failure(error: BaseException) -> str:
-    """Why a save or load failed: a rank's own reason where torch brought one back.
-
-    Raises:
-        FailedElsewhere: torch told this rank nothing; rank 0 knows.
-    """
-    if isinstance(error, CheckpointException):
-        if error.failures:
-            rank, (cause, _) = min(error.failures.items())
-            return f"rank {rank}: {first_line(cause)}"
-        if dist.get_rank() != 0:
-            raise FailedElsewhere from error
-    return first_line(error)
-
-
-def _check_layout(args: Any) -> None:
-    tp, pp, cp = (
-        args.tensor_model_parallel_size,
-        args.pipeline_model_parallel_size,
-        args.context_parallel_size,
-    )
-    size = tp * pp * cp
-    if args.world_size % size:
-        raise ValueError(
-            f"tensor x pipeline x context parallel = {tp} x {pp} x {cp} = {size} does not fit {args.world_size} "
-            f"processes. Start a multiple of {size} with --nproc-per-node, or choose smaller sizes."
-        )
-    heads, groups = args.num_attention_heads, args.num_query_groups
-    if not splits_attention(heads, groups, tp):
-        raise ValueError(
-            f"--tensor-model-parallel-size {tp} does not divide the model's {heads} heads in {groups} query groups. Use "
-            f"another size, or --rasft-query-groups {-(-groups // tp) * tp}, which adds groups of zeros."
-        )
-    per_step = args.micro_batch_size * args.world_size // size
-    if args.global_batch_size % per_step:
-        raise ValueError(
-            f"--global-batch-size {args.global_batch_size} is not a multiple of micro batch size x data parallel = "
-            f"{args.micro_batch_size} x {args.world_size // size} = {per_step}. Use one that is."
-        )
-
-
-def start(args: Any) -> None:
-    """Initialise torch.distributed, Megatron's groups, timers, writers and random states.
-
-    Raises:
-        ValueError: --save cannot be written to.
-    """
-    if args.save is not None:
-        check_writable("--save", Path(args.save), Path(args.save))
-    if not os.environ.get(_VERBOSE):
-        args.logging_level = logging.ERROR
-        logging.getLogger("megatron").setLevel(logging.ERROR)
-        for message, category in _KNOWN_WARNINGS:
-            warnings.filterwarnings("ignore", message=message, category=category)
-    import megatron.core.datasets.utils as datasets_utils
-
-    # The wheel has the compiled helper but not the Makefile that this would call.
-    datasets_utils.compile_helpers = lambda: None
-    if not args.async_save:
-        # Saves then run in this process. Megatron's queue would start another one to hand their results over, which takes
-        # seconds and 800 MB, and is left behind if this one is killed.
-        filesystem_async._results_queue = queue.Queue()
-    if args.distributed_backend == "gloo" and not torch.distributed.is_initialized():
-        # Given beforehand, so that no CUDA device id is passed to gloo.
-        for name, value in (
-            ("RANK", "0"),
-            ("WORLD_SIZE", "1"),
-            ("MASTER_ADDR", "127.0.0.1"),
-            ("MASTER_PORT", "0"),
-        ):
-            os.environ.setdefault(name, value)
-        torch.distributed.init_process_group("gloo")
-    with quiet():
-        set_global_variables(args, build_tokenizer=False)
-        initialize_megatron(allow_no_cuda=True)
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Megatron prints a page at start-up; the resolved configuration is written to a file instead."""
-    if os.environ.get(_VERBOSE):
-        yield
-        return
-    with contextlib.redirect_stdout(io.StringIO()):
-        yield
 
 
 def build_chunk(
@@ -641,7 +427,7 @@ class Trainer:
                 os.fsync(file.fileno())
             temporary.replace(folder / STATE_FILE)
 
-        with self._save_explained(f"the checkpoint of step {self.iteration}", folder):
+        with save_explained(f"the checkpoint of step {self.iteration}", folder):
             on_rank_zero(write_state)
             with self._settled(), quiet():
                 checkpointing.save_checkpoint(
@@ -653,50 +439,25 @@ class Trainer:
                     checkpointing_context=self._checkpointing_context,
                 )
 
-    @contextlib.contextmanager
-    def _save_explained(self, what: str, folder: Path) -> Iterator[None]:
-        try:
-            yield
-        except (OSError, RuntimeError, CheckpointException) as error:
-            reason = checkpoint_failure(error).rstrip(".")
-            if "<class " in reason:  # all that a background writer hands over of what it met
-                reason += ", which is printed above"
-            raise CheckpointError(
-                f"{what} could not be written to {folder}: {reason}; {_free_gib(folder):.1f} GiB are free there. "
-                "Earlier checkpoints are untouched; make room or change --save, and start again to go on from the last one."
-            ) from error
-
     def resume(self) -> dict[str, Any] | None:
         """Load the newest checkpoint of --save, before there is one that of --load, if any; its state, on every rank."""
         args = self.args
         if args.load is None or not checkpointing.checkpoint_exists(args.load):
             return None
         load = Path(args.load)
-        state: dict[str, Any] | None = on_rank_zero(lambda: _read_state(args, load))
+        state: dict[str, Any] | None = on_rank_zero(lambda: read_state(args, load))
         if state is None:
             raise CheckpointError(
-                f"checkpoint {_chosen_folder(args, load)} has no {STATE_FILE}: it was not written by this program. Use "
+                f"checkpoint {chosen_folder(args, load)} has no {STATE_FILE}: it was not written by this program. Use "
                 "--hf-model with an exported folder to start from those weights."
             )
-        try:
-            with quiet():
-                iteration, self._floating_point_operations = checkpointing.load_checkpoint(
-                    self.model,
-                    self.optimizer,
-                    self.scheduler,
-                    checkpointing_context=self._checkpointing_context,
-                )
-        except AssertionError as error:
-            raise CheckpointError(
-                f"the checkpoint in {args.load} does not fit these flags: {first_line(error)}. Give the flags it was "
-                "written with; --override-opt_param-scheduler accepts another length or learning rate."
-            ) from error
-        except LOAD_FAILURES as error:
-            folder = _chosen_folder(args, load)
-            raise CheckpointError(
-                f"checkpoint {folder} cannot be loaded: {checkpoint_failure(error).rstrip('.')}. It is damaged, or was "
-                f"written with other flags. {_earlier(folder)}"
-            ) from error
+        with load_explained(args, load), quiet():
+            iteration, self._floating_point_operations = checkpointing.load_checkpoint(
+                self.model,
+                self.optimizer,
+                self.scheduler,
+                checkpointing_context=self._checkpointing_context,
+            )
         self.iteration = args.iteration = iteration
         return state
 
@@ -712,12 +473,12 @@ class Trainer:
         The run's own checkpoints are then looked for in --save.
         """
         args = self.args
-        if not on_rank_zero(lambda: args.load is not None and _is_converted(args.load)):
+        if not on_rank_zero(lambda: args.load is not None and is_converted(args.load)):
             return
         weights = f"{args.load}/{RELEASE}"
         try:
             made_for = dist_checkpointing.load_common_state_dict(weights)["args"]
-            _refuse_other_model(weights, architecture_of(made_for), architecture_of(args))
+            refuse_other_model(weights, architecture_of(made_for), architecture_of(args))
             with quiet():
                 checkpointing.load_checkpoint(self.model, self.optimizer, self.scheduler)
         except (AssertionError, *LOAD_FAILURES) as error:
@@ -732,7 +493,7 @@ class Trainer:
     def finish_saves(self, *, is_blocking: bool = True) -> None:
         """Complete checkpoints that are being written in the background (--async-save), waiting for them or not."""
         if self.args.save is not None:
-            with self._save_explained("a checkpoint", Path(self.args.save)):
+            with save_explained("a checkpoint", Path(self.args.save)):
                 training.maybe_finalize_async_save(blocking=is_blocking)
 
     def export(self, path: str, facts: dict[str, str] | None = None) -> None:
@@ -757,12 +518,6 @@ class Trainer:
             )
 
 
-def _free_gib(folder: Path) -> float:
-    """Of the file system that the folder is on, or would be."""
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    return shutil.disk_usage(there).free / 2**30
-
-
 class _OncePerStep:
     """The learning-rate schedule counts global batches, whatever number of micro-batches one was cut into."""
 
@@ -772,84 +527,6 @@ class _OncePerStep:
 
     def step(self, increment: int) -> None:
         self._scheduler.step(increment=self._increment)
-
-
-def check_same_model(args: Any, load: Path) -> None:
-    """Refuse a checkpoint of another architecture before Megatron trips over a shape."""
-    on_rank_zero(lambda: _read_state(args, load))
-
-
-def _read_state(args: Any, load: Path) -> dict[str, Any] | None:
-    """What the run that wrote a checkpoint left beside it; None if it was not one of ours.
-
-    Raises:
-        CheckpointError: the checkpoint is missing, damaged, or of another model.
-    """
-    folder = _chosen_folder(args, load)
-    if not folder.is_dir():
-        named_by = "--ckpt-step" if args.ckpt_step else load / TRACKER_FILE
-        raise CheckpointError(f"checkpoint {folder}, which {named_by} names, is missing. {_earlier(folder)}")
-    path = folder / STATE_FILE
-    if not path.is_file():
-        return None
-    try:
-        state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is damaged ({first_line(error)}). {_earlier(folder)}") from error
-    _refuse_other_model(str(folder), state.get("architecture", {}), architecture_of(args))
-    return state
-
-
-def _chosen_folder(args: Any, load: Path) -> Path:
-    """The checkpoint that Megatron takes from ``load``: that of --ckpt-step, or the newest."""
-    tracker = load / TRACKER_FILE
-    text = tracker.read_text(encoding="utf-8", errors="replace").strip()
-    if text == RELEASE:
-        raise CheckpointError(
-            f"{load} holds converted weights, not a run's checkpoints. Give it to a run as --load, and another folder as "
-            "--save."
-        )
-    if not text.isdecimal():
-        raise CheckpointError(
-            f"{tracker} says {text!r}, which is no step. Write the number of one of the iter_ folders beside it into it."
-        )
-    return load / f"iter_{args.ckpt_step or int(text):07d}"
-
-
-def _earlier(folder: Path) -> str:
-    """The way out of a checkpoint that cannot be used."""
-    others = sorted(path.parent for path in folder.parent.glob(f"iter_*/{STATE_FILE}"))
-    steps = [int(path.name.removeprefix("iter_")) for path in others if path < folder]
-    if not steps:
-        return "There is no earlier one: start anew with another --save folder."
-    return (
-        f"Go on from an earlier one, of step {', '.join(map(str, steps))}: give it as --ckpt-step, or write it into "
-        f"{folder.parent / TRACKER_FILE}."
-    )
-
-
-def architecture_of(args: Any) -> dict[str, Any]:
-    """What two checkpoints must share to be of one model."""
-    names = (
-        "num_layers",
-        "hidden_size",
-        "ffn_hidden_size",
-        "num_attention_heads",
-        "num_query_groups",
-        "kv_channels",
-    )
-    return {
-        name: getattr(args, name) for name in (*names, "vocab_size", "untie_embeddings_and_output_weights")
-    }
-
-
-def _refuse_other_model(checkpoint: str, made_for: dict[str, Any], mine: dict[str, Any]) -> None:
-    differing = [f"{k} {made_for.get(k)} != {v}" for k, v in mine.items() if made_for.get(k) != v]
-    if differing:
-        raise CheckpointError(
-            f"checkpoint {checkpoint} is of another model ({', '.join(differing)}). Give the --hf-model it was "
-            "made from, or another --save folder."
-        )
 
 
 def writers() -> tuple[Any | None, Any | None]:

@@ -17,8 +17,9 @@ from megatron_rasft.errors import CheckpointError, written_to
 from megatron_rasft.report.progress import Progress
 from megatron_rasft.rollout.replay import ReplayEngine
 from megatron_rasft.rollout.store import RolloutStore
+from megatron_rasft.training.checkpoints import architecture_of
 from megatron_rasft.training.heldout import Heldout
-from megatron_rasft.training.host import StepResult, Trainer, architecture_of, writers
+from megatron_rasft.training.host import StepResult, Trainer, writers
 from megatron_rasft.training.outputs import (
     AppendedFile,
     metrics_file,

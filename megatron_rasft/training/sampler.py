@@ -16,7 +16,7 @@ from megatron.core.utils import unwrap_model
 from megatron.training import checkpointing, training
 
 from megatron_rasft.errors import CheckpointError
-from megatron_rasft.training import host
+from megatron_rasft.training import checkpoints, host, startup
 from megatron_rasft.training.generation import LiveModel
 from megatron_rasft.training.ranks import on_rank_zero
 from megatron_rasft.types import Request, Response, SamplingParams
@@ -37,15 +37,15 @@ class Sampler:
     """
 
     def __init__(self, flags: Sequence[str], checkpoint: str | None = None) -> None:
-        args, _, folder = host.parse(flags, needs_data=False)
+        args, _, folder = startup.parse(flags, needs_data=False)
         if "load" in args.given_flags:
             raise ValueError(
                 f"--load {args.load} is not what is sampled from: name the folder with --checkpoint."
             )
         args.exit_signal_handler = False  # nothing here would ask whether SIGTERM came
-        host.start(args)
+        startup.start(args)
         self._args = args
-        with host.quiet():
+        with startup.quiet():
             self._model = training.get_model(
                 partial(host.build_chunk, args), ModelType.encoder_or_decoder, wrap_with_ddp=False
             )
@@ -77,14 +77,14 @@ class Sampler:
         args = self._args
         # a run may have saved on while the ranks started
         args.ckpt_step = on_rank_zero(lambda: args.ckpt_step)
-        host.check_same_model(args, Path(checkpoint))
+        checkpoints.check_same_model(args, Path(checkpoint))
         args.load, args.no_load_optim, args.no_load_rng = checkpoint, True, True
         try:
-            with host.quiet():
+            with startup.quiet():
                 checkpointing.load_checkpoint(self._model, None, None)
         except (AssertionError, RuntimeError, *host.LOAD_FAILURES) as error:
             raise CheckpointError(
-                f"the checkpoint in {checkpoint} cannot be loaded: {host.checkpoint_failure(error)}"
+                f"the checkpoint in {checkpoint} cannot be loaded: {checkpoints.checkpoint_failure(error)}"
             ) from error
 
     @property

@@ -37,13 +37,13 @@ def trainer(
     from megatron.core.transformer import utils as transformer_utils
     from megatron.training import global_vars
 
-    from megatron_rasft.training import host
+    from megatron_rasft.training import host, startup
 
     argv = ["--hf-model", str(model), "--train-data", str(data), *flags]
-    args, config, folder = host.parse(argv)
+    args, config, folder = startup.parse(argv)
     args.train_iters = 100
     args.use_distributed_optimizer = has_distributed_optimizer
-    host.start(args)
+    startup.start(args)
     try:
         yield host.Trainer(args, config, folder)
     finally:

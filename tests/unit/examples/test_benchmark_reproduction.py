@@ -34,11 +34,11 @@ PARSING_CHILD = """
 import json, os, sys
 from megatron_rasft.training import cpu_backend
 cpu_backend.enable()  # as the programs do
-from megatron_rasft.training import host
+from megatron_rasft.training import startup
 for world_size, flags in json.load(sys.stdin):
     os.environ["WORLD_SIZE"] = world_size
     sys.argv = ["x"]
-    args, config, _ = host.parse(flags, needs_data=False)
+    args, config, _ = startup.parse(flags, needs_data=False)
     print(json.dumps({"objective": config.objective.objective, "seed": args.seed, "train_data": args.train_data,
         "asks": [config.data.data_system_prompt, config.data.data_prompt_suffix],
         "seeds": [args.seed, config.data.data_seed, config.rollout.rollout_seed]}))

@@ -14,7 +14,7 @@ from megatron_rasft.training import cpu_backend
 
 cpu_backend.enable()
 
-from megatron_rasft.training import host  # noqa: E402
+from megatron_rasft.training import startup  # noqa: E402
 from megatron_rasft.weights import HfFolder  # noqa: E402
 from tests.tiny_models import write_folder  # noqa: E402
 from tools import serve_rollouts  # noqa: E402
@@ -58,12 +58,12 @@ def test_run_of_a_mixture_accepts_its_flags(tmp_path: Path, monkeypatch: pytest.
 
 
 def accepted(model: Model, plan: Plan, config: PlanConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """host.parse takes the flags, and reads the planned layout out of them."""
-    monkeypatch.setattr(host.HfFolder, "open", partial(HfFolder.open, with_weights=False))
+    """startup.parse takes the flags, and reads the planned layout out of them."""
+    monkeypatch.setattr(startup.HfFolder, "open", partial(HfFolder.open, with_weights=False))
     monkeypatch.setenv("WORLD_SIZE", str(plan.layout.num_gpus))
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setattr("sys.argv", ["pretrain_rasft.py"])
-    args, run, _ = host.parse(training_flags(model, plan, config))
+    args, run, _ = startup.parse(training_flags(model, plan, config))
     at = plan.layout
     assert (args.tensor_model_parallel_size, args.pipeline_model_parallel_size) == (at.tp, at.pp)
     assert (args.context_parallel_size, args.expert_model_parallel_size) == (at.cp, at.ep)
@@ -78,11 +78,11 @@ def accepted(model: Model, plan: Plan, config: PlanConfig, monkeypatch: pytest.M
 def test_fp8_flags_are_known(llama_70b: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine without a GPU refuses FP8 only after it has parsed the flags."""
     plan, config = first(llama_70b, "fp8")
-    monkeypatch.setattr(host.HfFolder, "open", partial(HfFolder.open, with_weights=False))
+    monkeypatch.setattr(startup.HfFolder, "open", partial(HfFolder.open, with_weights=False))
     monkeypatch.setenv("WORLD_SIZE", str(plan.layout.num_gpus))
     monkeypatch.setattr("sys.argv", ["pretrain_rasft.py"])
     with pytest.raises(ValueError, match="--fp8-format needs"):
-        host.parse(training_flags(llama_70b, plan, config, precision="fp8"))
+        startup.parse(training_flags(llama_70b, plan, config, precision="fp8"))
 
 
 def test_server_accepts_its_flags(llama_70b: Model) -> None:

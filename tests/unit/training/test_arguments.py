@@ -13,7 +13,7 @@ from megatron.training.arguments import add_megatron_arguments
 
 from megatron_rasft.config import DataConfig
 from megatron_rasft.config.flags import FlagParser
-from megatron_rasft.training import host
+from megatron_rasft.training import startup
 from megatron_rasft.training.arguments import add_arguments
 from megatron_rasft.training.problems import set_length
 from megatron_rasft.training.refusals import REFUSED, REFUSED_GROUPS, reasons, refuse_unsupported
@@ -34,7 +34,7 @@ def parse(model: Path, monkeypatch: pytest.MonkeyPatch) -> Parse:
 
     def parsed(*flags: object) -> Any:
         given = ["--hf-model", str(model), "--train-data", "rows.jsonl", "--global-batch-size", "8"]
-        return host.parse([*given, *map(str, flags)])[0]
+        return startup.parse([*given, *map(str, flags)])[0]
 
     return parsed
 

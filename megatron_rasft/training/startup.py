@@ -1,0 +1,201 @@
+"""From the command line to Megatron's process groups: flags parsed and checked, then everything but the model initialised."""
+
+import contextlib
+import io
+import logging
+import os
+import queue
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.training import checkpointing
+from megatron.training.arguments import validate_args
+from megatron.training.global_vars import set_global_variables
+from megatron.training.initialize import initialize_megatron
+
+from megatron_rasft.config import RasftConfig
+from megatron_rasft.training.arguments import fill_in, parse_flags
+from megatron_rasft.training.checkpoints import chosen_folder, first_line, is_converted
+from megatron_rasft.training.outputs import check_writable
+from megatron_rasft.training.servers import read_keys
+from megatron_rasft.weights.architecture import megatron_args, splits_attention
+from megatron_rasft.weights.folder import HfFolder
+from megatron_rasft.weights.torch_dist import TRACKER_FILE
+
+_VERBOSE = "MEGATRON_RASFT_VERBOSE"
+"""Environment variable: if set, everything Megatron prints is shown."""
+
+_KNOWN_WARNINGS: tuple[tuple[str, type[Warning]], ...] = (
+    (r"`torch\.distributed\.\w+` is deprecated", FutureWarning),
+    (r"The \.grad attribute of a Tensor that is not a leaf", UserWarning),
+)
+"""What torch (2.14 on, and 2.11) says of the way Megatron 0.19 calls it."""
+
+
+def parse(argv: Sequence[str] | None = None, *, needs_data: bool = True) -> tuple[Any, RasftConfig, HfFolder]:
+    """Parse and check the command line; nothing is initialised, no weight is read.
+
+    Args:
+        argv: the flags; None takes the process's own.
+        needs_data: whether --train-data must be given; False is for a model that only samples.
+
+    Returns:
+        Megatron's arguments, our configuration, and the opened model folder.
+
+    Raises:
+        ValueError, ModelFolderError, CheckpointError: with the flag or the file, the rule and the way out.
+    """
+    if argv is not None:
+        sys.argv = [sys.argv[0], *argv]
+    args = parse_flags()
+    config = RasftConfig.from_args(args)
+    read_keys(config.rollout)
+    if args.hf_model is None:
+        raise ValueError("--hf-model DIR is missing: the Hugging Face folder of the model to train.")
+    if needs_data and not args.train_data:
+        raise ValueError(
+            "--train-data FILE is missing: the demonstrations to train on (.jsonl, .jsonl.gz or .parquet)."
+        )
+    if args.export_hf is not None and os.path.exists(args.export_hf):
+        raise ValueError(
+            f"--export-hf {args.export_hf} exists already. Name a folder that does not, or move it away."
+        )
+    _choose_load(args)
+    if args.fp16:
+        raise ValueError(
+            "--fp16 is not supported: its steps are skipped until the loss scale fits. Use --bf16, which needs none."
+        )
+    folder = HfFolder.open(args.hf_model)
+    fill_in(args, megatron_args(folder, config.run.rasft_query_groups))
+    _check_layout(args)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            validate_args(args, {})
+    except AssertionError as error:
+        raise ValueError(first_line(error)) from error
+    _check_sampling(args, config)
+    if args.vocab_size is not None and args.padded_vocab_size is None:
+        unit = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
+        args.padded_vocab_size = -(-args.vocab_size // unit) * unit
+    return args, config, folder
+
+
+def _choose_load(args: Any) -> None:
+    """Where the run goes on from: --save once it holds a checkpoint, until then --load.
+
+    Converted weights stay in --load: they are the frozen reference too. See Trainer._load_converted_weights.
+    """
+    is_given, has_begun = args.load is not None, checkpointing.checkpoint_exists(args.save)
+    if has_begun:
+        chosen_folder(args, Path(args.save))
+    if is_given and not checkpointing.checkpoint_exists(args.load):
+        raise ValueError(
+            f"--load {args.load} holds no checkpoint: {TRACKER_FILE} is not there. Give the folder that was a run's --save or "
+            "that tools/convert_checkpoint.py wrote (a step in it as --ckpt-step), or leave the flag out to start from "
+            "--hf-model."
+        )
+    if is_given and not is_converted(args.load):
+        chosen_folder(args, Path(args.load))
+        if has_begun and not os.path.samefile(args.load, args.save):
+            args.load, args.ckpt_step = args.save, None
+    if args.load is None:
+        args.load = args.save
+    if args.exit_on_missing_checkpoint and not checkpointing.checkpoint_exists(args.load):
+        raise ValueError(
+            f"--exit-on-missing-checkpoint: --save {args.save} holds no checkpoint to go on from. Leave the flag out to "
+            "start from --hf-model."
+        )
+
+
+def _check_sampling(args: Any, config: RasftConfig) -> None:
+    """Replicas sample at their own pace; experts spread over them would need them in step."""
+    if args.expert_model_parallel_size == 1:
+        return
+    flag = f"--expert-model-parallel-size {args.expert_model_parallel_size}"
+    if config.samples_rollouts and config.rollout.rollout_engine == "embedded":
+        raise ValueError(
+            f"{flag} does not go with --rollout-engine embedded: data-parallel ranks sample at their own pace. Sample from "
+            "servers (--rollout-engine sglang), or keep every expert on each rank (--expert-model-parallel-size 1)."
+        )
+    if config.heldout.heldout_data:
+        raise ValueError(
+            f"{flag} does not go with --heldout-data, which the trainer samples itself: evaluate checkpoints with "
+            "tools/evaluate.py instead, or keep every expert on each rank (--expert-model-parallel-size 1)."
+        )
+
+
+def _check_layout(args: Any) -> None:
+    tp, pp, cp = (
+        args.tensor_model_parallel_size,
+        args.pipeline_model_parallel_size,
+        args.context_parallel_size,
+    )
+    size = tp * pp * cp
+    if args.world_size % size:
+        raise ValueError(
+            f"tensor x pipeline x context parallel = {tp} x {pp} x {cp} = {size} does not fit {args.world_size} "
+            f"processes. Start a multiple of {size} with --nproc-per-node, or choose smaller sizes."
+        )
+    heads, groups = args.num_attention_heads, args.num_query_groups
+    if not splits_attention(heads, groups, tp):
+        raise ValueError(
+            f"--tensor-model-parallel-size {tp} does not divide the model's {heads} heads in {groups} query groups. Use "
+            f"another size, or --rasft-query-groups {-(-groups // tp) * tp}, which adds groups of zeros."
+        )
+    per_step = args.micro_batch_size * args.world_size // size
+    if args.global_batch_size % per_step:
+        raise ValueError(
+            f"--global-batch-size {args.global_batch_size} is not a multiple of micro batch size x data parallel = "
+            f"{args.micro_batch_size} x {args.world_size // size} = {per_step}. Use one that is."
+        )
+
+
+def start(args: Any) -> None:
+    """Initialise torch.distributed, Megatron's groups, timers, writers and random states.
+
+    Raises:
+        ValueError: --save cannot be written to.
+    """
+    if args.save is not None:
+        check_writable("--save", Path(args.save), Path(args.save))
+    if not os.environ.get(_VERBOSE):
+        args.logging_level = logging.ERROR
+        logging.getLogger("megatron").setLevel(logging.ERROR)
+        for message, category in _KNOWN_WARNINGS:
+            warnings.filterwarnings("ignore", message=message, category=category)
+    import megatron.core.datasets.utils as datasets_utils
+
+    # The wheel has the compiled helper but not the Makefile that this would call.
+    datasets_utils.compile_helpers = lambda: None
+    if not args.async_save:
+        # Saves then run in this process. Megatron's queue would start another one to hand their results over, which takes
+        # seconds and 800 MB, and is left behind if this one is killed.
+        filesystem_async._results_queue = queue.Queue()
+    if args.distributed_backend == "gloo" and not torch.distributed.is_initialized():
+        # Given beforehand, so that no CUDA device id is passed to gloo.
+        for name, value in (
+            ("RANK", "0"),
+            ("WORLD_SIZE", "1"),
+            ("MASTER_ADDR", "127.0.0.1"),
+            ("MASTER_PORT", "0"),
+        ):
+            os.environ.setdefault(name, value)
+        torch.distributed.init_process_group("gloo")
+    with quiet():
+        set_global_variables(args, build_tokenizer=False)
+        initialize_megatron(allow_no_cuda=True)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Megatron prints a page at start-up; the resolved configuration is written to a file instead."""
+    if os.environ.get(_VERBOSE):
+        yield
+        return
+    with contextlib.redirect_stdout(io.StringIO()):
+        yield
