@@ -456,7 +456,8 @@ def _checked_logprobs(tokens: list[int], entries: Any) -> list[float]:
         if not isinstance(entry, list) or len(entry) < 2 or entry[1] != token:
             raise _Fault(f"gave the log-probability of another token than {token}", is_grave=True)
         value = entry[0]
-        if not isinstance(value, int | float) or not math.isfinite(value) or value > _SMALLEST_SURPLUS:
+        is_number = isinstance(value, float) or (type(value) is int and abs(value) < 2**53)
+        if not is_number or not math.isfinite(value) or value > _SMALLEST_SURPLUS:
             raise _Fault(f"gave {value!r} as log-probability of token {token}", is_grave=True)
         logprobs.append(min(0.0, float(value)))
     return logprobs
@@ -477,7 +478,7 @@ def _check_prompt(prompt_ids: Sequence[int], number: int, vocab_size: int | None
 def _json_object(content: bytes) -> dict[str, Any] | None:
     try:
         answer = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):  # the second: brackets without end
         return None
     return answer if isinstance(answer, dict) else None
 

@@ -234,7 +234,7 @@ def logprob_gap(
             ids = [int(entry[1]) for entry in found[len(found) - len(ours) :]]
         except ServerError as error:
             return error.reason
-        except (KeyError, TypeError, ValueError, IndexError) as error:
+        except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
             return f"answers a probe with something else than log-probabilities ({error!r})"
         if ids != probe.response_ids:
             return "answers a probe with log-probabilities of other tokens"

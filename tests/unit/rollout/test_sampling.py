@@ -183,6 +183,10 @@ def test_seeds_go_to_servers_that_heed_them_only() -> None:
             "None as log-prob",
         ),
         (lambda a: a["meta_info"]["output_token_logprobs"].__setitem__(0, "x"), "log-probability of another"),
+        (
+            lambda a: a["meta_info"]["output_token_logprobs"].__setitem__(0, [-(10**400), 2, None]),
+            "as log-probability of token 2",
+        ),
         (lambda a: a["meta_info"].update(finish_reason={"type": "tired"}), "'tired' as finish reason"),
         (lambda a: a["meta_info"].update(finish_reason=None), "without what was asked for"),
         (lambda a: a["meta_info"].update(prompt_tokens=9), "counted 9 prompt tokens, 2 were sent"),
@@ -215,11 +219,12 @@ def test_a_server_that_lies_is_left_out(spoil: Callable[[dict[str, Any]], None],
         httpx.Response(200, text="[1, 2]"),
         httpx.Response(200, content=b'{"output_ids": [1'),
         httpx.Response(200, content=b"\xff\x00"),
+        httpx.Response(200, content=b"[" * 10**6),
         httpx.Response(500, text="Internal Server Error"),
         httpx.Response(503, json={"error": {"message": "the queue is full"}}),
         httpx.Response(401, json={"error": "Unauthorized"}),
     ],
-    ids=["html", "no object", "truncated", "binary", "500", "503", "401"],
+    ids=["html", "no object", "truncated", "binary", "brackets", "500", "503", "401"],
 )
 def test_a_broken_server_costs_nothing_but_time(broken: httpx.Response) -> None:
     servers = Servers(lambda url, body: broken if url == B else answer_of(body))
