@@ -10,7 +10,6 @@ must still serve --hf-model itself; run this before training, not during it.
 
 import argparse
 import math
-import os
 import sys
 import time
 import uuid
@@ -27,6 +26,7 @@ from megatron_rasft.errors import RasftError, ServerError
 from megatron_rasft.rollout.addresses import read_addresses
 from megatron_rasft.rollout.control import ServerControl
 from megatron_rasft.rollout.fleet import config_mismatch
+from megatron_rasft.rollout.keys import read_key
 from megatron_rasft.rollout.sampling import check_generation
 from megatron_rasft.sync.buckets import Bucket, plan_buckets
 from megatron_rasft.sync.groups import GroupFailure, UpdateGroup, local_address
@@ -122,8 +122,8 @@ def check(args: argparse.Namespace) -> list[Finding]:
         Finding(
             ServerControl(
                 url,
-                api_key=key_from("--api-key-env", args.api_key_env),
-                admin_api_key=key_from("--admin-api-key-env", args.admin_api_key_env),
+                api_key=read_key("--api-key-env", args.api_key_env),
+                admin_api_key=read_key("--admin-api-key-env", args.admin_api_key_env),
                 deadline_s=args.deadline_s,
             )
         )
@@ -135,13 +135,6 @@ def check(args: argparse.Namespace) -> list[Finding]:
     if args.broadcast_mib > 0 and good:
         broadcast(good, folder, args)
     return findings
-
-
-def key_from(flag: str, name: str | None) -> str | None:
-    """The key in that environment variable."""
-    if name is not None and not os.environ.get(name):
-        raise ValueError(f"{flag} {name} names an environment variable that is not set. Export it first.")
-    return None if name is None else os.environ[name]
 
 
 def examine(finding: Finding, folder: HfFolder) -> None:

@@ -24,6 +24,7 @@ from types import FrameType
 from megatron_rasft.errors import RasftError, RolloutError, ServerError
 from megatron_rasft.rollout.addresses import add_address, remove_address
 from megatron_rasft.rollout.control import ServerControl
+from megatron_rasft.rollout.keys import read_key
 from megatron_rasft.rollout.ports import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -91,7 +92,7 @@ def serve(args: argparse.Namespace) -> int:
     host = args.host or ("127.0.0.1" if args.cpu else own_address())
     port = args.port or free_port(host)
     url = f"http://{host}:{port}"
-    key = key_from(args.api_key_env)
+    key = read_key("--api-key-env", args.api_key_env)
     if key is not None and "--config" in args.sglang:
         raise ValueError(
             "--api-key-env does not go with SGLang's --config: write api-key into that file instead."
@@ -175,18 +176,6 @@ def cpu_python() -> Path:
             "--cpu needs an environment with SGLang: run `make servers`, or name one with --python."
         )
     return found[-1]
-
-
-def key_from(name: str | None) -> str | None:
-    """The key in that environment variable."""
-    if name is None:
-        return None
-    key = os.environ.get(name)
-    if not key:
-        raise ValueError(
-            f"--api-key-env {name} names an environment variable that is not set. Export it first."
-        )
-    return key
 
 
 def wait_until_ready(

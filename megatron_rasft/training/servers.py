@@ -3,7 +3,6 @@
 Rank 0 speaks to the servers; a sync, and whatever says so, is a collective of the world between steps.
 """
 
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
@@ -14,6 +13,7 @@ from megatron_rasft.errors import RolloutError, ServerError
 from megatron_rasft.rollout.control import ServerControl
 from megatron_rasft.rollout.engine import SglangEngine
 from megatron_rasft.rollout.fleet import Fleet
+from megatron_rasft.rollout.keys import read_key
 from megatron_rasft.rollout.sampling import Answers
 from megatron_rasft.sync import SyncReport, WeightSync
 from megatron_rasft.training.ranks import on_rank_zero
@@ -188,21 +188,11 @@ def read_keys(config: RolloutConfig) -> tuple[str | None, str | None]:
     """The servers' bearer key and that of their control calls, out of the environment.
 
     Raises:
-        ValueError: a variable that a flag names is not set.
+        ValueError: a variable that a flag names holds no key.
     """
-
-    def read(flag: str, name: str | None) -> str | None:
-        if name is None:
-            return None
-        if not os.environ.get(name):
-            raise ValueError(
-                f"{flag} {name}: there is no such environment variable. Export it with the key in it, or leave the flag out."
-            )
-        return os.environ[name]
-
     return (
-        read("--rollout-api-key-env", config.rollout_api_key_env),
-        read("--rollout-admin-api-key-env", config.rollout_admin_api_key_env),
+        read_key("--rollout-api-key-env", config.rollout_api_key_env),
+        read_key("--rollout-admin-api-key-env", config.rollout_admin_api_key_env),
     )
 
 
