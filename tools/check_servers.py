@@ -110,7 +110,8 @@ def check(args: argparse.Namespace) -> list[Finding]:
     """Everything about every server, in their order."""
     urls = [check_address(url, "--urls") for url in args.urls]
     if args.server_file is not None:
-        urls += [url for url in read_addresses(args.server_file) if url not in urls]
+        urls += read_addresses(args.server_file)
+    urls = list(dict.fromkeys(urls))
     if not urls:
         raise ValueError(
             f"no server is named: {args.server_file} holds none."

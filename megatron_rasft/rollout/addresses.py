@@ -14,13 +14,15 @@ def read_addresses(path: str | Path) -> list[str]:
     """Every address in the file, in order and once each; none while the file does not exist.
 
     Raises:
-        ValueError: a line is no address; the message names file and line.
+        ValueError: a line is no address, or the file cannot be read; the message names file and line.
     """
     try:
         with _locked(Path(path), "r", fcntl.LOCK_SH) as file:
             lines = file.read().splitlines()
     except FileNotFoundError:
         return []
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no file of addresses ({error}).") from error
     found = {
         check_address(line.strip(), f"{path}:{number}"): None
         for number, line in enumerate(lines, start=1)

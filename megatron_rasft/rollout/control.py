@@ -387,7 +387,7 @@ class ServerControl:
             raise ServerError(self.url, f"{path} gave no answer within {waited:.1f} s") from error
         except httpx.ConnectError as error:
             raise ServerError(self.url, f"cannot be reached ({error})") from error
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
+        except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:  # the last: of a host's name
             raise ServerError(self.url, f"{path} broke off ({type(error).__name__}: {error})") from error
         return response, b"".join(parts)
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 import httpx
 
 from megatron_rasft.config import RolloutConfig
+from megatron_rasft.config.rollout import check_address
 from megatron_rasft.errors import RolloutError, ServerError
 from megatron_rasft.rollout.addresses import read_addresses
 from megatron_rasft.rollout.control import ServerControl
@@ -130,7 +131,7 @@ class Fleet:
 
         Raises:
             RolloutError: no server answered in time and the run may not go on without.
-            ValueError, OSError: --rollout-server-file could not be read, and never was before.
+            ValueError: --rollout-server-file could not be read, and never was before.
         """
         is_error = self.config.rollout_without_servers == "error"
         waits = is_error or not self._has_waited
@@ -187,7 +188,7 @@ class Fleet:
         self.say(f"rollout server {url} {reason}{': left out for now' if was_serving else ''}")
 
     def _read_members(self) -> None:
-        named = dict.fromkeys(url.rstrip("/") for url in self.config.rollout_urls)
+        named = dict.fromkeys(check_address(url, "--rollout-urls") for url in self.config.rollout_urls)
         if self.config.rollout_server_file is not None:
             named |= dict.fromkeys(self._read_file(self.config.rollout_server_file))
         with self._lock:
@@ -209,7 +210,7 @@ class Fleet:
         """The servers that the file names; those of before while somebody has damaged it in the midst of a run."""
         try:
             self._named, fault = read_addresses(path), ""
-        except (ValueError, OSError) as error:
+        except ValueError as error:
             if self._named is None:
                 raise
             fault = str(error)

@@ -517,4 +517,6 @@ def check_generation(control: ServerControl, vocab_size: int) -> int:
         )
     except _Fault as fault:
         raise ServerError(control.url, fault.reason) from fault
+    if part.finish_reason == "abort":
+        raise ServerError(control.url, "aborted a generation: does another run use it?")
     return len(part.token_ids)
