@@ -31,6 +31,22 @@ def read_addresses(path: str | Path) -> list[str]:
     return list(found)
 
 
+def check_writable(path: str | Path) -> None:
+    """Make the file and its folder, so that a server need not start to find out that it cannot be entered.
+
+    Raises:
+        ValueError: they cannot be made, written or locked.
+    """
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with _locked(Path(path), "a+", fcntl.LOCK_EX):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"{path} cannot be written and locked ({error.strerror}). Name a file that can."
+        ) from error
+
+
 def add_address(path: str | Path, address: str) -> None:
     """Enter a server that is ready; the file and its folder are made if need be."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
