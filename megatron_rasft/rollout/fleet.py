@@ -123,11 +123,14 @@ class Fleet:
         """Whether a server that answered the last ``find`` may not be asked yet."""
         return any(m.info is not None and m.weight_version is None for m in self.members)
 
-    def find(self) -> list[ServerControl]:
+    def find(self, check: Callable[[], None] = lambda: None) -> list[ServerControl]:
         """Every server that answers and fits, to be synced next; in the order of the flags, then of the file.
 
         Waits up to --rollout-wait-s for the first one. With --rollout-without-servers demonstrations it waits once
         in a run, and then returns [] where there is none.
+
+        Args:
+            check: called now and then while it waits; what it raises ends the wait.
 
         Raises:
             RolloutError: no server answered in time and the run may not go on without.
@@ -149,6 +152,7 @@ class Fleet:
             if not has_spoken:
                 self.say(f"no rollout server answers; waiting up to {left:.0f} s")
                 has_spoken = True
+            check()
             time.sleep(min(_BETWEEN_PROBES_S, left))
         self._has_waited = True
         reasons = "; ".join(f"{m.url} {m.fault}" for m in self.members) or (

@@ -17,6 +17,7 @@ from megatron_rasft.rollout.keys import read_key
 from megatron_rasft.rollout.sampling import Answers
 from megatron_rasft.sync import SyncReport, WeightSync
 from megatron_rasft.training.ranks import on_rank_zero
+from megatron_rasft.training.stopping import StopRequest
 from megatron_rasft.types import Request, SamplingParams, TrainingSample
 
 _WAIT_S = 5.0
@@ -76,7 +77,9 @@ class RolloutServers:
         assert self._lead is not None, "only rank 0 speaks to the servers"
         return self._lead
 
-    def sync(self, weight_version: int, probes: Sequence[TrainingSample]) -> dict[str, float]:
+    def sync(
+        self, weight_version: int, probes: Sequence[TrainingSample], stop: StopRequest
+    ) -> dict[str, float]:
         """Bring this model's weights to every server that answers; those that prove to have them may be asked.
 
         A collective of the world; nothing may be sampling.
@@ -84,14 +87,18 @@ class RolloutServers:
         Args:
             weight_version: optimizer steps done.
             probes: the same on every rank; servers and trainer must agree on what they think of these.
+            stop: asked while no server answers.
 
         Returns:
             Metric name -> value, on every rank; empty where there is no server.
 
         Raises:
             RolloutError: no server has the weights, and --rollout-without-servers is error.
+            Stopped: the run is to stop.
         """
-        urls: list[str] = on_rank_zero(lambda: [server.url for server in self.engine.fleet.find()])
+        urls: list[str] = stop.on_rank_zero(
+            lambda: [server.url for server in self.engine.fleet.find(stop.check_here)]
+        )
         if not urls:
             return {}
         expected = self._model.score(probes, with_reference=False)
