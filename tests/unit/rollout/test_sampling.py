@@ -8,10 +8,12 @@ from collections.abc import Callable
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
 from megatron_rasft.config import RolloutConfig
 from megatron_rasft.errors import RolloutError
+from megatron_rasft.rollout import sampling
 from megatron_rasft.rollout.engine import SglangEngine
 from megatron_rasft.rollout.fleet import Fleet
 from megatron_rasft.types import Request, Response, SamplingParams
@@ -141,6 +143,38 @@ def test_no_server_gets_more_at_once_than_it_runs() -> None:
     servers = Servers(good, rollout_concurrency=3)
     servers.sample(requests_of(50))
     assert servers.most_running == {A: 3, B: 3}
+
+
+def limit_open_files(monkeypatch: pytest.MonkeyPatch, soft: int, hard: int) -> list[tuple[int, int]]:
+    """Have this process be allowed so many files more than it has open; what the limits are set to, less those."""
+    num_open = psutil.Process().num_fds()
+    limits: list[tuple[int, int]] = []
+    monkeypatch.setattr(sampling.psutil.Process, "num_fds", lambda self: num_open)
+    monkeypatch.setattr(sampling.resource, "getrlimit", lambda which: (num_open + soft, num_open + hard))
+    monkeypatch.setattr(
+        sampling.resource, "setrlimit", lambda which, to: limits.append((to[0] - num_open, to[1] - num_open))
+    )
+    return limits
+
+
+def test_the_limit_of_open_files_is_raised_as_far_as_need_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = limit_open_files(monkeypatch, 10, 10**6)
+    servers = Servers(good)
+    servers.sample(requests_of(50))
+    assert (
+        limits == [(2 * 4 + 2 + 256, 10**6)] and servers.most_running == {A: 4, B: 4} and servers.said == []
+    )
+    limits = limit_open_files(monkeypatch, 1000, 10**6)
+    Servers(good).sample(requests_of(50))
+    assert limits == []
+
+
+def test_where_it_cannot_be_raised_fewer_requests_run_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    limit_open_files(monkeypatch, 10, 10)
+    servers = Servers(good)
+    _, report = servers.sample(requests_of(50))
+    assert report.num_finished == 100 and report.num_quarantined == 0
+    assert sum(servers.most_running.values()) == 3 and "room for 3 requests at once, not 8" in servers.said[0]
 
 
 def test_the_sampling_parameters_are_all_sent() -> None:
