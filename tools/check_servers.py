@@ -10,7 +10,6 @@ must still serve --hf-model itself; run this before training, not during it.
 
 import argparse
 import math
-import os
 import sys
 import time
 import uuid
@@ -27,6 +26,7 @@ from megatron_rasft.errors import RasftError, ServerError
 from megatron_rasft.rollout.addresses import read_addresses
 from megatron_rasft.rollout.control import ServerControl
 from megatron_rasft.rollout.fleet import config_mismatch
+from megatron_rasft.rollout.keys import read_key
 from megatron_rasft.rollout.sampling import check_generation
 from megatron_rasft.sync.buckets import Bucket, plan_buckets
 from megatron_rasft.sync.groups import GroupFailure, UpdateGroup, local_address
@@ -110,7 +110,8 @@ def check(args: argparse.Namespace) -> list[Finding]:
     """Everything about every server, in their order."""
     urls = [check_address(url, "--urls") for url in args.urls]
     if args.server_file is not None:
-        urls += [url for url in read_addresses(args.server_file) if url not in urls]
+        urls += read_addresses(args.server_file)
+    urls = list(dict.fromkeys(urls))
     if not urls:
         raise ValueError(
             f"no server is named: {args.server_file} holds none."
@@ -122,8 +123,8 @@ def check(args: argparse.Namespace) -> list[Finding]:
         Finding(
             ServerControl(
                 url,
-                api_key=key_from("--api-key-env", args.api_key_env),
-                admin_api_key=key_from("--admin-api-key-env", args.admin_api_key_env),
+                api_key=read_key("--api-key-env", args.api_key_env),
+                admin_api_key=read_key("--admin-api-key-env", args.admin_api_key_env),
                 deadline_s=args.deadline_s,
             )
         )
@@ -135,13 +136,6 @@ def check(args: argparse.Namespace) -> list[Finding]:
     if args.broadcast_mib > 0 and good:
         broadcast(good, folder, args)
     return findings
-
-
-def key_from(flag: str, name: str | None) -> str | None:
-    """The key in that environment variable."""
-    if name is not None and not os.environ.get(name):
-        raise ValueError(f"{flag} {name} names an environment variable that is not set. Export it first.")
-    return None if name is None else os.environ[name]
 
 
 def examine(finding: Finding, folder: HfFolder) -> None:

@@ -33,6 +33,7 @@ from megatron_rasft.evaluation.grading import Grader, verify_config
 from megatron_rasft.evaluation.sampling import Engine, sample_benchmark
 from megatron_rasft.evaluation.servers import Servers
 from megatron_rasft.evaluation.summary import Summary, summarise
+from megatron_rasft.rollout.keys import read_key
 from megatron_rasft.rollout.store import read_rollouts
 from megatron_rasft.types import SamplingParams
 from megatron_rasft.verify.sandbox import Sandbox
@@ -340,7 +341,7 @@ def _open_engine(
 
 def _open_servers(args: argparse.Namespace, config: EvaluationConfig) -> Servers:
     folder = HfFolder.open(args.model)
-    api_key = os.environ.get(args.api_key_env) if args.api_key_env else None
+    api_key = read_key("--api-key-env", args.api_key_env)
     positions = folder.config.get("max_position_embeddings") or folder.family.default_max_position_embeddings
     return Servers(args.server, folder.config, positions, api_key, config.deadline_s)
 

@@ -2,8 +2,8 @@
 
     tools/serve_rollouts.py --model DIR --server-file servers.txt [--tp 4] [--python ENV/bin/python] [-- SGLANG FLAGS]
 
-Runs in the foreground until the server ends or a SIGTERM or SIGINT comes, which it passes on; then it takes the address
-out again. SGLang lives in an environment of its own, whose interpreter --python names. With --cpu it starts on a machine
+Runs in the foreground until the server ends or a SIGTERM, SIGINT or SIGHUP comes. Then it takes the address out again and
+ends the server, which has 30 s to finish what it is at. SGLang lives in an environment of its own, whose interpreter --python names. With --cpu it starts on a machine
 without a GPU, from the environments that `make servers` makes. Flags after -- go to sglang.launch_server as they are.
 """
 
@@ -21,13 +21,17 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
+from megatron_rasft.config.rollout import check_address
 from megatron_rasft.errors import RasftError, RolloutError, ServerError
-from megatron_rasft.rollout.addresses import add_address, remove_address
+from megatron_rasft.rollout.addresses import add_address, check_writable, remove_address
 from megatron_rasft.rollout.control import ServerControl
-from megatron_rasft.rollout.ports import free_port
+from megatron_rasft.rollout.keys import read_key
+from megatron_rasft.rollout.ports import check_port, free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU_LAUNCHER = Path(__file__).resolve().parent / "sglang_on_cpu.py"
+DRAIN_S = 30.0
+"""A server that is told to end finishes its requests first, for ever if it is paused; after this time it is killed."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -43,7 +47,9 @@ def parser() -> argparse.ArgumentParser:
         "--tp", type=int, default=1, help="GPUs to split the model over, >= 1 (default: %(default)s)"
     )
     made.add_argument(
-        "--host", help="address to listen on and to enter (default: this machine's; with --cpu 127.0.0.1)"
+        "--host",
+        help="address to listen on and to enter; 0.0.0.0 or :: listens on all and enters this machine's (default: this "
+        "machine's; with --cpu 127.0.0.1)",
     )
     made.add_argument(
         "--port", type=int, default=0, help="port to listen on; 0 takes a free one (default: %(default)s)"
@@ -89,9 +95,13 @@ def serve(args: argparse.Namespace) -> int:
     if args.tp < 1:
         raise ValueError(f"--tp must be >= 1, got {args.tp}. Use 1 for a server on one GPU.")
     host = args.host or ("127.0.0.1" if args.cpu else own_address())
+    if args.port:
+        check_port(host, args.port)
     port = args.port or free_port(host)
-    url = f"http://{host}:{port}"
-    key = key_from(args.api_key_env)
+    if args.server_file is not None:
+        check_writable(args.server_file)
+    url = address_of(host, port)
+    key = read_key("--api-key-env", args.api_key_env)
     if key is not None and "--config" in args.sglang:
         raise ValueError(
             "--api-key-env does not go with SGLang's --config: write api-key into that file instead."
@@ -102,33 +112,59 @@ def serve(args: argparse.Namespace) -> int:
 
 def _watch(args: argparse.Namespace, line: Sequence[str], url: str, key: str | None) -> int:
     stopping: list[int] = []
-    try:
-        process = subprocess.Popen(line, env=environment(), start_new_session=True)
-    except OSError as error:
-        raise ValueError(f"--python {line[0]} cannot be started ({error.strerror}).") from error
+    started: list[subprocess.Popen[bytes]] = []
 
     def stop(number: int, frame: FrameType | None) -> None:
         stopping.append(number)
-        process.terminate()
+        for process in started:
+            process.terminate()
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves SIGHUP
+            signal.signal(number, stop)
+    try:
+        process = subprocess.Popen(line, env=environment(), start_new_session=True)
+        started.append(process)
+    except OSError as error:
+        raise ValueError(f"--python {line[0]} cannot be started ({error.strerror}).") from error
     try:
         wait_until_ready(url, key, process, args.ready_s, stopping)
         if not stopping:
-            if args.server_file is not None:
-                add_address(args.server_file, url)
-            print(
-                f"ready: {url}" + (f", entered in {args.server_file}" if args.server_file else ""), flush=True
-            )
-        status = process.wait()
+            enter(args.server_file, url)
+        while not stopping and process.poll() is None:
+            time.sleep(0.5)
     finally:
-        if args.server_file is not None:
-            remove_address(args.server_file, url)
-        end(process)
+        try:
+            sign_off(args.server_file, url)
+        finally:
+            end(process)
     if stopping:
         return 0
-    raise RolloutError(f"the server at {url} ended by itself with status {status}: its log above says why")
+    raise RolloutError(
+        f"the server at {url} ended by itself with status {process.returncode}: its log above says why"
+    )
+
+
+def enter(file: Path | None, url: str) -> None:
+    """Tell the trainer, and whoever watches, that the server is ready."""
+    try:
+        if file is not None:
+            add_address(file, url)
+    except OSError as error:
+        raise RolloutError(f"{file} can no longer be written ({error.strerror})") from error
+    print(f"ready: {url}" + (f", entered in {file}" if file else ""), flush=True)
+
+
+def sign_off(file: Path | None, url: str) -> None:
+    """Take the server out of the file; where that cannot be, it is said."""
+    try:
+        if file is not None:
+            remove_address(file, url)
+    except OSError as error:
+        print(
+            f"serve_rollouts: {url} could not be taken out of {file} ({error.strerror}): do so by hand",
+            file=sys.stderr,
+        )
 
 
 def command(args: argparse.Namespace, host: str, port: int, secrets: Path | None) -> list[str]:
@@ -177,22 +213,10 @@ def cpu_python() -> Path:
     return found[-1]
 
 
-def key_from(name: str | None) -> str | None:
-    """The key in that environment variable."""
-    if name is None:
-        return None
-    key = os.environ.get(name)
-    if not key:
-        raise ValueError(
-            f"--api-key-env {name} names an environment variable that is not set. Export it first."
-        )
-    return key
-
-
 def wait_until_ready(
     url: str, key: str | None, process: subprocess.Popen[bytes], limit_s: float, stopping: list[int]
 ) -> None:
-    """Until the server has generated a token; returns early if it was asked to stop."""
+    """Until the server has generated a token; returns early if this process was asked to stop."""
     ends = time.monotonic() + limit_s
     said = ""
     with ServerControl(url, api_key=key) as control:
@@ -221,20 +245,36 @@ def end(process: subprocess.Popen[bytes]) -> None:
     if process.poll() is None:
         process.terminate()
     with suppress(subprocess.TimeoutExpired):
-        process.wait(30)
+        process.wait(DRAIN_S)
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
-def own_address() -> str:
-    """The address by which other machines reach this one; no packet is sent."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+def address_of(host: str, port: int) -> str:
+    """The address to enter for a server that listens on ``host``; this machine's for one that listens everywhere.
+
+    Raises:
+        ValueError: ``host`` cannot be part of one.
+    """
+    if host in ("0.0.0.0", "::"):
+        host = own_address(host)
+    return check_address(f"http://{f'[{host}]' if ':' in host else host}:{port}", f"--host {host}")
+
+
+def own_address(everywhere: str = "0.0.0.0") -> str:
+    """The address, IPv6 for ``::``, by which other machines reach this one; no packet is sent."""
+    family, far, loopback = (
+        (socket.AF_INET6, "2001:db8::1", "::1")
+        if ":" in everywhere
+        else (socket.AF_INET, "10.255.255.255", "127.0.0.1")
+    )
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
         try:
-            probe.connect(("10.255.255.255", 1))
+            probe.connect((far, 1))
             return str(probe.getsockname()[0])
         except OSError:
-            return "127.0.0.1"
+            return loopback
 
 
 if __name__ == "__main__":

@@ -152,16 +152,23 @@ class RolloutConfig:
 
 
 def check_address(text: str, where: str) -> str:
-    """A server's address as it is used from here on, without a slash at its end.
+    """A server's address in the one spelling that is used from here on, so that none is taken for two servers.
 
     Raises:
         ValueError: ``text`` is no ``http://host:port``; the message begins with ``where``.
     """
-    parts = urlsplit(text)
+    if "@" in text:
+        raise ValueError(
+            f"{where}: an address with a user or password in it would show them in every log, and would be sent in the place of "
+            "the bearer key. Write it as http://host:port, and name the key with --rollout-api-key-env."
+        )
     try:
-        is_whole = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port is not None
-    except ValueError:
-        is_whole = False
-    if not is_whole or parts.path not in ("", "/") or parts.query or parts.fragment:
+        parts = urlsplit(text)
+        host, port = parts.hostname or "", parts.port
+        is_address = parts.scheme in ("http", "https") and bool(host.encode("idna")) and port is not None
+        is_address &= parts.path in ("", "/") and not parts.query and not parts.fragment
+    except ValueError:  # UnicodeError too: a host name that no resolver takes
+        is_address = False
+    if not is_address or not text.isprintable() or " " in text:
         raise ValueError(f"{where}: {text!r} is no address of a server. Write it as http://host:port.")
-    return text.rstrip("/")
+    return f"{parts.scheme}://{f'[{host}]' if ':' in host else host}:{port}"

@@ -14,19 +14,37 @@ def read_addresses(path: str | Path) -> list[str]:
     """Every address in the file, in order and once each; none while the file does not exist.
 
     Raises:
-        ValueError: a line is no address; the message names file and line.
+        ValueError: a line is no address, or the file cannot be read; the message names file and line.
     """
     try:
         with _locked(Path(path), "r", fcntl.LOCK_SH) as file:
             lines = file.read().splitlines()
     except FileNotFoundError:
         return []
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no file of addresses ({error}).") from error
     found = {
         check_address(line.strip(), f"{path}:{number}"): None
         for number, line in enumerate(lines, start=1)
         if line.strip() and not line.lstrip().startswith("#")
     }
     return list(found)
+
+
+def check_writable(path: str | Path) -> None:
+    """Make the file and its folder, so that a server need not start to find out that it cannot be entered.
+
+    Raises:
+        ValueError: they cannot be made, written or locked.
+    """
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with _locked(Path(path), "a+", fcntl.LOCK_EX):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"{path} cannot be written and locked ({error.strerror}). Name a file that can."
+        ) from error
 
 
 def add_address(path: str | Path, address: str) -> None:

@@ -92,27 +92,30 @@ class ServerControl:
         path = model.get("model_path") or server.get("model_path")
         if not isinstance(path, str):
             raise ServerError(self.url, "is no SGLang server: its /model_info names no model_path")
-        self._info = ServerInfo(
-            url=self.url,
-            version=str(server.get("version", "of unknown version")),
-            model_path=path,
-            model_config=_read_config(path),
-            architectures=tuple(model.get("architectures") or ()),
-            dtype=str(server.get("dtype", "auto")),
-            quantization=server.get("quantization"),
-            tp_size=int(server.get("tp_size", 1)),
-            dp_size=int(server.get("dp_size", 1)),
-            pp_size=int(server.get("pp_size", 1)),
-            weight_version=weight_version_of(label),
-            weight_label=label,
-            max_total_tokens=server.get("max_total_num_tokens"),
-            context_length=server.get("context_length"),
-            max_running_requests=server.get("max_running_requests"),
-            is_deterministic=bool(server.get("enable_deterministic_inference")),
-            has_update_session=self._has("/begin_weight_update", ends),
-            has_weights_checker=self._has("/weights_checker", ends),
-            has_memory_saver=bool(server.get("enable_memory_saver")),
-        )
+        try:
+            self._info = ServerInfo(
+                url=self.url,
+                version=str(server.get("version", "of unknown version")),
+                model_path=path,
+                model_config=_read_config(path),
+                architectures=tuple(model.get("architectures") or ()),
+                dtype=str(server.get("dtype", "auto")),
+                quantization=server.get("quantization"),
+                tp_size=int(server.get("tp_size", 1)),
+                dp_size=int(server.get("dp_size", 1)),
+                pp_size=int(server.get("pp_size", 1)),
+                weight_version=weight_version_of(label),
+                weight_label=label,
+                max_total_tokens=_count(server.get("max_total_num_tokens")),
+                context_length=_count(server.get("context_length")),
+                max_running_requests=_count(server.get("max_running_requests")),
+                is_deterministic=bool(server.get("enable_deterministic_inference")),
+                has_update_session=self._has("/begin_weight_update", ends),
+                has_weights_checker=self._has("/weights_checker", ends),
+                has_memory_saver=bool(server.get("enable_memory_saver")),
+            )
+        except (TypeError, ValueError, OverflowError) as error:
+            raise ServerError(self.url, f"says of itself what cannot be true ({error})") from error
         return self._info
 
     def weight_label(self, deadline_s: float | None = None) -> str:
@@ -384,7 +387,7 @@ class ServerControl:
             raise ServerError(self.url, f"{path} gave no answer within {waited:.1f} s") from error
         except httpx.ConnectError as error:
             raise ServerError(self.url, f"cannot be reached ({error})") from error
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
+        except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:  # the last: of a host's name
             raise ServerError(self.url, f"{path} broke off ({type(error).__name__}: {error})") from error
         return response, b"".join(parts)
 
@@ -397,10 +400,14 @@ def _optional(**values: Any) -> dict[str, Any]:
     return {k: v for k, v in values.items() if v is not None}
 
 
+def _count(value: Any) -> int | None:
+    return None if value is None else int(value)
+
+
 def _read_config(model_path: str) -> dict[str, Any] | None:
     try:
         config = json.loads((Path(model_path) / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return config if isinstance(config, dict) else None
 
@@ -408,7 +415,7 @@ def _read_config(model_path: str) -> dict[str, Any] | None:
 def _parsed(content: bytes) -> Any:
     try:
         return json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):  # the second: brackets without end
         return content.decode("utf-8", errors="replace")
 
 

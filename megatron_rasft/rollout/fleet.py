@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 import httpx
 
 from megatron_rasft.config import RolloutConfig
+from megatron_rasft.config.rollout import check_address
 from megatron_rasft.errors import RolloutError, ServerError
 from megatron_rasft.rollout.addresses import read_addresses
 from megatron_rasft.rollout.control import ServerControl
@@ -122,15 +123,18 @@ class Fleet:
         """Whether a server that answered the last ``find`` may not be asked yet."""
         return any(m.info is not None and m.weight_version is None for m in self.members)
 
-    def find(self) -> list[ServerControl]:
+    def find(self, check: Callable[[], None] = lambda: None) -> list[ServerControl]:
         """Every server that answers and fits, to be synced next; in the order of the flags, then of the file.
 
         Waits up to --rollout-wait-s for the first one. With --rollout-without-servers demonstrations it waits once
         in a run, and then returns [] where there is none.
 
+        Args:
+            check: called now and then while it waits; what it raises ends the wait.
+
         Raises:
             RolloutError: no server answered in time and the run may not go on without.
-            ValueError, OSError: --rollout-server-file could not be read, and never was before.
+            ValueError: --rollout-server-file could not be read, and never was before.
         """
         is_error = self.config.rollout_without_servers == "error"
         waits = is_error or not self._has_waited
@@ -148,6 +152,7 @@ class Fleet:
             if not has_spoken:
                 self.say(f"no rollout server answers; waiting up to {left:.0f} s")
                 has_spoken = True
+            check()
             time.sleep(min(_BETWEEN_PROBES_S, left))
         self._has_waited = True
         reasons = "; ".join(f"{m.url} {m.fault}" for m in self.members) or (
@@ -187,7 +192,7 @@ class Fleet:
         self.say(f"rollout server {url} {reason}{': left out for now' if was_serving else ''}")
 
     def _read_members(self) -> None:
-        named = dict.fromkeys(url.rstrip("/") for url in self.config.rollout_urls)
+        named = dict.fromkeys(check_address(url, "--rollout-urls") for url in self.config.rollout_urls)
         if self.config.rollout_server_file is not None:
             named |= dict.fromkeys(self._read_file(self.config.rollout_server_file))
         with self._lock:
@@ -209,7 +214,7 @@ class Fleet:
         """The servers that the file names; those of before while somebody has damaged it in the midst of a run."""
         try:
             self._named, fault = read_addresses(path), ""
-        except (ValueError, OSError) as error:
+        except ValueError as error:
             if self._named is None:
                 raise
             fault = str(error)

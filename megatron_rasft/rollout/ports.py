@@ -1,5 +1,6 @@
 """Ports for servers that take long to start."""
 
+import errno
 import random
 import socket
 from pathlib import Path
@@ -21,17 +22,43 @@ def free_port(host: str = "127.0.0.1") -> int:
     low = _first_of_connections()
     tries = [random.SystemRandom().randrange(_LOWEST, low) for _ in range(64)] if low > _LOWEST else []
     for port in [*tries, 0]:
-        with socket.socket() as probe:
+        with socket.socket(_family(host)) as probe:
             try:
                 probe.bind((host, port))
             except OSError as error:
                 if port == 0:
-                    raise ValueError(
-                        f"--host {host} is no address of this machine ({error.strerror})."
-                    ) from error
+                    raise _no_address(host, error) from error
                 continue
             return int(probe.getsockname()[1])
     raise AssertionError("port 0 either binds or raises")
+
+
+def check_port(host: str, port: int) -> None:
+    """Refuse a port that a server could not listen on.
+
+    Raises:
+        ValueError: somebody listens there, or ``host`` is no address of this machine.
+    """
+    with socket.socket(_family(host)) as probe:
+        probe.setsockopt(
+            socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
+        )  # connections of a server that ended do not count
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise _no_address(host, error) from error
+            raise ValueError(
+                f"--port {port}: somebody listens there already. Give another one, or leave it out for a free one."
+            ) from error
+
+
+def _family(host: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
+
+
+def _no_address(host: str, error: OSError) -> ValueError:
+    return ValueError(f"--host {host} is no address of this machine ({error.strerror}).")
 
 
 def _first_of_connections() -> int:

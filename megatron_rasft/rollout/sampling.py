@@ -14,6 +14,7 @@ wrong decides what follows:
 import asyncio
 import json
 import math
+import resource
 import time
 from collections import Counter, deque
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import httpx
+import psutil
 
 from megatron_rasft.errors import RolloutError, ServerError
 from megatron_rasft.rollout.control import ServerControl, version_label
@@ -30,6 +32,8 @@ from megatron_rasft.types import FinishReason, Request, Response, SamplingParams
 _FAILURES_IN_ROW = 3
 _ABORTS_WITHOUT_GAIN = 20
 _NUM_CHECK_TOKENS = 8
+_SPARE_FILES = 256
+"""What the rest of the process may open while samples are made."""
 _SMALLEST_SURPLUS = 1e-3
 """A log-probability may round to a little above 0."""
 
@@ -174,6 +178,7 @@ class _Sampling:
         self._results: list[list[Response | None]] = [[None] * len(r.seeds) for r in requests]
         self._report = SamplingReport(weight_version=weight_version, num_samples=len(self._waiting))
         self._running: dict[asyncio.Task[_Part], tuple[_Sample, Member]] = {}
+        self._max_running = self._room_for_connections()
         self._ended: asyncio.Queue[asyncio.Task[_Part]] = asyncio.Queue()
         self._refusal = ""
         key = fleet.api_key
@@ -205,10 +210,23 @@ class _Sampling:
         assert counted == self._report.num_samples, f"{counted} of {self._report.num_samples} accounted for"
         return Answers(self._results, self._report)
 
+    def _room_for_connections(self) -> int:
+        """Requests that may be in flight at all servers together: each is a socket, and so is each look at a server."""
+        wanted = min(len(self._waiting), sum(m.max_in_flight for m in self._members))
+        room = open_file_room(wanted + len(self._members)) - len(self._members)
+        if room < wanted:
+            self._fleet.say(
+                f"the limit of open files leaves room for {max(1, room)} requests at once, not {wanted}: raise it with ulimit -n"
+            )
+        return max(1, room)
+
     def _send(self, client: httpx.AsyncClient) -> None:
         """Give out waiting samples as long as there is a free place for them."""
         set_aside = []
-        while self._waiting and (free := [m for m in self._members if m.num_in_flight < m.max_in_flight]):
+        while self._waiting and len(self._running) < self._max_running:
+            free = [m for m in self._members if m.num_in_flight < m.max_in_flight]
+            if not free:
+                break
             one = self._waiting.popleft()
             member = self._least_loaded(free, one)
             if member is None:
@@ -408,6 +426,18 @@ class _Sampling:
         }
 
 
+def open_file_room(wanted: int) -> int:
+    """How many of ``wanted`` files more this process may open; its limit is raised for them where that is allowed."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    num_open = psutil.Process().num_fds()
+    needed = num_open + wanted + _SPARE_FILES
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return wanted
+    soft = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return wanted if soft == needed else max(0, min(wanted, (soft - num_open) // 2))
+
+
 def parse_answer(
     content: bytes, *, prompt_len: int, max_new_tokens: int, vocab_size: int | None, label: str
 ) -> _Part:
@@ -456,7 +486,8 @@ def _checked_logprobs(tokens: list[int], entries: Any) -> list[float]:
         if not isinstance(entry, list) or len(entry) < 2 or entry[1] != token:
             raise _Fault(f"gave the log-probability of another token than {token}", is_grave=True)
         value = entry[0]
-        if not isinstance(value, int | float) or not math.isfinite(value) or value > _SMALLEST_SURPLUS:
+        is_number = isinstance(value, float) or (type(value) is int and abs(value) < 2**53)
+        if not is_number or not math.isfinite(value) or value > _SMALLEST_SURPLUS:
             raise _Fault(f"gave {value!r} as log-probability of token {token}", is_grave=True)
         logprobs.append(min(0.0, float(value)))
     return logprobs
@@ -477,7 +508,7 @@ def _check_prompt(prompt_ids: Sequence[int], number: int, vocab_size: int | None
 def _json_object(content: bytes) -> dict[str, Any] | None:
     try:
         answer = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):  # the second: brackets without end
         return None
     return answer if isinstance(answer, dict) else None
 
@@ -516,4 +547,6 @@ def check_generation(control: ServerControl, vocab_size: int) -> int:
         )
     except _Fault as fault:
         raise ServerError(control.url, fault.reason) from fault
+    if part.finish_reason == "abort":
+        raise ServerError(control.url, "aborted a generation: does another run use it?")
     return len(part.token_ids)

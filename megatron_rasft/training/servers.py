@@ -3,7 +3,6 @@
 Rank 0 speaks to the servers; a sync, and whatever says so, is a collective of the world between steps.
 """
 
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
@@ -14,9 +13,11 @@ from megatron_rasft.errors import RolloutError, ServerError
 from megatron_rasft.rollout.control import ServerControl
 from megatron_rasft.rollout.engine import SglangEngine
 from megatron_rasft.rollout.fleet import Fleet
+from megatron_rasft.rollout.keys import read_key
 from megatron_rasft.rollout.sampling import Answers
 from megatron_rasft.sync import SyncReport, WeightSync
 from megatron_rasft.training.ranks import on_rank_zero
+from megatron_rasft.training.stopping import StopRequest
 from megatron_rasft.types import Request, SamplingParams, TrainingSample
 
 _WAIT_S = 5.0
@@ -76,7 +77,9 @@ class RolloutServers:
         assert self._lead is not None, "only rank 0 speaks to the servers"
         return self._lead
 
-    def sync(self, weight_version: int, probes: Sequence[TrainingSample]) -> dict[str, float]:
+    def sync(
+        self, weight_version: int, probes: Sequence[TrainingSample], stop: StopRequest
+    ) -> dict[str, float]:
         """Bring this model's weights to every server that answers; those that prove to have them may be asked.
 
         A collective of the world; nothing may be sampling.
@@ -84,14 +87,18 @@ class RolloutServers:
         Args:
             weight_version: optimizer steps done.
             probes: the same on every rank; servers and trainer must agree on what they think of these.
+            stop: asked while no server answers.
 
         Returns:
             Metric name -> value, on every rank; empty where there is no server.
 
         Raises:
             RolloutError: no server has the weights, and --rollout-without-servers is error.
+            Stopped: the run is to stop.
         """
-        urls: list[str] = on_rank_zero(lambda: [server.url for server in self.engine.fleet.find()])
+        urls: list[str] = stop.on_rank_zero(
+            lambda: [server.url for server in self.engine.fleet.find(stop.check_here)]
+        )
         if not urls:
             return {}
         expected = self._model.score(probes, with_reference=False)
@@ -188,21 +195,11 @@ def read_keys(config: RolloutConfig) -> tuple[str | None, str | None]:
     """The servers' bearer key and that of their control calls, out of the environment.
 
     Raises:
-        ValueError: a variable that a flag names is not set.
+        ValueError: a variable that a flag names holds no key.
     """
-
-    def read(flag: str, name: str | None) -> str | None:
-        if name is None:
-            return None
-        if not os.environ.get(name):
-            raise ValueError(
-                f"{flag} {name}: there is no such environment variable. Export it with the key in it, or leave the flag out."
-            )
-        return os.environ[name]
-
     return (
-        read("--rollout-api-key-env", config.rollout_api_key_env),
-        read("--rollout-admin-api-key-env", config.rollout_admin_api_key_env),
+        read_key("--rollout-api-key-env", config.rollout_api_key_env),
+        read_key("--rollout-admin-api-key-env", config.rollout_admin_api_key_env),
     )
 
 
@@ -234,7 +231,7 @@ def logprob_gap(
             ids = [int(entry[1]) for entry in found[len(found) - len(ours) :]]
         except ServerError as error:
             return error.reason
-        except (KeyError, TypeError, ValueError, IndexError) as error:
+        except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
             return f"answers a probe with something else than log-probabilities ({error!r})"
         if ids != probe.response_ids:
             return "answers a probe with log-probabilities of other tokens"

@@ -341,7 +341,7 @@ class Planner:
     def _set_to_work(self, plan: Plan, iteration: int, servers: RolloutServers, report: WindowReport) -> None:
         """Bring the servers the weights of now, and have them sample a plan."""
         probes: list[TrainingSample] = on_rank_zero(lambda: [self._expert(i) for i in plan.ids[:_NUM_PROBES]])
-        report.served |= servers.sync(iteration, probes)
+        report.served |= servers.sync(iteration, probes, self.policy.stop)
 
         def start() -> None:
             requests = [self._request(i, iteration) for i in plan.chosen]

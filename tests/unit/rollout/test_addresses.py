@@ -22,18 +22,35 @@ def test_servers_come_and_go_in_order(tmp_path: Path) -> None:
 
 def test_a_file_written_by_hand_may_have_comments_and_repeats(tmp_path: Path) -> None:
     path = tmp_path / "servers.txt"
-    path.write_text("# node 1\nhttp://a:1/\n\n  http://a:1\n")
-    assert read_addresses(path) == ["http://a:1"]
+    path.write_text(
+        "# node 1\nhttp://a:1/\n\n  http://a:1\nHTTP://A:01\nhttps://[FD00::1]:2/\nhttps://[fd00::1]:2\n"
+    )
+    assert read_addresses(path) == ["http://a:1", "https://[fd00::1]:2"]
 
 
 @pytest.mark.parametrize(
-    "line", ["a:1", "http://a", "http://a:1/v1", "ftp://a:1", "http://a:99999", "http://a:x"]
+    "line",
+    [
+        "a:1",
+        "http://a",
+        "http://a:1/v1",
+        "ftp://a:1",
+        "http://a:99999",
+        "http://a:x",
+        "http://a..b:1",
+        "http://a b:1",
+        "http://a\t:1",
+        f"http://{'a' * 64}:1",
+        "http://\u200b:1",
+        "http://user:secret@a:1",
+    ],
 )
 def test_a_bad_line_is_named(tmp_path: Path, line: str) -> None:
     path = tmp_path / "servers.txt"
     path.write_text(f"http://a:1\n{line}\n")
-    with pytest.raises(ValueError, match=r"servers\.txt:2"):
+    with pytest.raises(ValueError, match=r"servers\.txt:2") as caught:
         read_addresses(path)
+    assert "secret" not in str(caught.value)
     with pytest.raises(ValueError, match="--rollout-urls"):
         RolloutConfig(rollout_engine="sglang", rollout_urls=[line])
 
@@ -55,3 +72,12 @@ def test_no_server_is_lost_when_many_sign_on_at_once(tmp_path: Path) -> None:
         process.join()
         assert process.exitcode == 0
     assert sorted(read_addresses(path)) == [f"http://staying:{i + 1}" for i in range(3)]
+
+
+def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match=r"model\.safetensors is no file of addresses"):
+        read_addresses(path)
+    with pytest.raises(ValueError, match=rf"{tmp_path} is no file of addresses"):
+        read_addresses(tmp_path)

@@ -58,6 +58,27 @@ def test_older_spellings_are_found_and_missing_endpoints_noticed() -> None:
     assert not info.has_update_session and not info.has_weights_checker and not info.is_deterministic
 
 
+@pytest.mark.parametrize(
+    "info",
+    [
+        {"tp_size": None},
+        {"architectures": 5},
+        {"max_running_requests": "many"},
+        {"weight_version": "9" * 5000},
+    ],
+    ids=["size", "architectures", "count", "label"],
+)
+def test_a_server_that_says_of_itself_what_cannot_be_is_named(info: dict[str, Any]) -> None:
+    answer = httpx.Response(200, json={"model_path": "/nowhere", **info})
+    with pytest.raises(ServerError, match="http://server:1: says of itself what cannot be true"):
+        control_of(lambda request: answer).probe()
+
+
+def test_brackets_without_end_are_no_answer() -> None:
+    with pytest.raises(ServerError, match="answered no JSON object"):
+        control_of(lambda request: httpx.Response(200, content=b"[" * 10**6)).probe()
+
+
 def test_no_session_is_opened_where_there_is_none() -> None:
     asked = []
 

@@ -119,6 +119,14 @@ def test_servers_of_the_file_come_and_go(tmp_path: Path) -> None:
     assert said == [f"rollout server {A} has signed off"]
 
 
+def test_a_server_that_is_named_twice_is_one(tmp_path: Path) -> None:
+    path = tmp_path / "servers.txt"
+    path.write_text(f"{A}\n{A}/\nHTTP://A:1\n{B}")
+    named = [f"{A}/", "http://A:1", A, B]
+    fleet = fleet_of(Network(A, B), [], rollout_urls=named, rollout_server_file=str(path))
+    assert urls(fleet.find()) == [A, B]
+
+
 def test_a_file_that_cannot_be_read_any_more_changes_nothing(tmp_path: Path) -> None:
     said: list[str] = []
     path = tmp_path / "servers.txt"

@@ -8,10 +8,12 @@ from collections.abc import Callable
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
 from megatron_rasft.config import RolloutConfig
 from megatron_rasft.errors import RolloutError
+from megatron_rasft.rollout import sampling
 from megatron_rasft.rollout.engine import SglangEngine
 from megatron_rasft.rollout.fleet import Fleet
 from megatron_rasft.types import Request, Response, SamplingParams
@@ -143,6 +145,38 @@ def test_no_server_gets_more_at_once_than_it_runs() -> None:
     assert servers.most_running == {A: 3, B: 3}
 
 
+def limit_open_files(monkeypatch: pytest.MonkeyPatch, soft: int, hard: int) -> list[tuple[int, int]]:
+    """Have this process be allowed so many files more than it has open; what the limits are set to, less those."""
+    num_open = psutil.Process().num_fds()
+    limits: list[tuple[int, int]] = []
+    monkeypatch.setattr(sampling.psutil.Process, "num_fds", lambda self: num_open)
+    monkeypatch.setattr(sampling.resource, "getrlimit", lambda which: (num_open + soft, num_open + hard))
+    monkeypatch.setattr(
+        sampling.resource, "setrlimit", lambda which, to: limits.append((to[0] - num_open, to[1] - num_open))
+    )
+    return limits
+
+
+def test_the_limit_of_open_files_is_raised_as_far_as_need_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = limit_open_files(monkeypatch, 10, 10**6)
+    servers = Servers(good)
+    servers.sample(requests_of(50))
+    assert (
+        limits == [(2 * 4 + 2 + 256, 10**6)] and servers.most_running == {A: 4, B: 4} and servers.said == []
+    )
+    limits = limit_open_files(monkeypatch, 1000, 10**6)
+    Servers(good).sample(requests_of(50))
+    assert limits == []
+
+
+def test_where_it_cannot_be_raised_fewer_requests_run_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    limit_open_files(monkeypatch, 10, 10)
+    servers = Servers(good)
+    _, report = servers.sample(requests_of(50))
+    assert report.num_finished == 100 and report.num_quarantined == 0
+    assert sum(servers.most_running.values()) == 3 and "room for 3 requests at once, not 8" in servers.said[0]
+
+
 def test_the_sampling_parameters_are_all_sent() -> None:
     servers = Servers(good)
     servers.sample(requests_of(1, 1), params(temperature=0.7, top_p=0.9, repetition_penalty=1.1))
@@ -183,6 +217,10 @@ def test_seeds_go_to_servers_that_heed_them_only() -> None:
             "None as log-prob",
         ),
         (lambda a: a["meta_info"]["output_token_logprobs"].__setitem__(0, "x"), "log-probability of another"),
+        (
+            lambda a: a["meta_info"]["output_token_logprobs"].__setitem__(0, [-(10**400), 2, None]),
+            "as log-probability of token 2",
+        ),
         (lambda a: a["meta_info"].update(finish_reason={"type": "tired"}), "'tired' as finish reason"),
         (lambda a: a["meta_info"].update(finish_reason=None), "without what was asked for"),
         (lambda a: a["meta_info"].update(prompt_tokens=9), "counted 9 prompt tokens, 2 were sent"),
@@ -215,11 +253,12 @@ def test_a_server_that_lies_is_left_out(spoil: Callable[[dict[str, Any]], None],
         httpx.Response(200, text="[1, 2]"),
         httpx.Response(200, content=b'{"output_ids": [1'),
         httpx.Response(200, content=b"\xff\x00"),
+        httpx.Response(200, content=b"[" * 10**6),
         httpx.Response(500, text="Internal Server Error"),
         httpx.Response(503, json={"error": {"message": "the queue is full"}}),
         httpx.Response(401, json={"error": "Unauthorized"}),
     ],
-    ids=["html", "no object", "truncated", "binary", "500", "503", "401"],
+    ids=["html", "no object", "truncated", "binary", "brackets", "500", "503", "401"],
 )
 def test_a_broken_server_costs_nothing_but_time(broken: httpx.Response) -> None:
     servers = Servers(lambda url, body: broken if url == B else answer_of(body))

@@ -1,10 +1,15 @@
 """The test broadcast of tools/check_servers.py leaves servers as they were; all of it runs in tests/functional."""
 
+from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 
+from megatron_rasft.errors import ServerError
+from megatron_rasft.rollout.control import ServerControl
+from megatron_rasft.rollout.sampling import check_generation
 from megatron_rasft.sync.buckets import Bucket, plan_buckets
 from megatron_rasft.sync.groups import GroupFailure
 from megatron_rasft.sync.served import ServedFormat
@@ -73,3 +78,35 @@ def test_a_failure_at_the_end_is_one_too(call: str, servers: tuple[StandIn, Stan
         send(Group(), bad, good)
     assert caught.value.servers == {bad.url: "finalizing failed"}
     assert bad.calls[-1] == "resume" and not good.is_paused
+
+
+def arguments(*flags: str) -> Any:
+    return check_servers.parser().parse_args(["--hf-model", "nowhere", *flags])
+
+
+def test_a_server_that_is_named_twice_joins_the_broadcast_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    examined: list[str] = []
+    monkeypatch.setattr(check_servers.HfFolder, "open", lambda path: None)
+    monkeypatch.setattr(
+        check_servers, "examine", lambda finding, folder: examined.append(finding.control.url)
+    )
+    path = tmp_path / "servers.txt"
+    path.write_text("http://b:2\nhttp://a:1/\n")
+    flags = ["--urls", "http://a:1", "http://a:1/", "HTTP://A:1", "--server-file", str(path)]
+    findings = check_servers.check(arguments(*flags, "--broadcast-mib", "0"))
+    assert [f.control.url for f in findings] == ["http://a:1", "http://b:2"] and sorted(examined) == [
+        "http://a:1",
+        "http://b:2",
+    ]
+
+
+def test_a_generation_that_is_aborted_is_none() -> None:
+    def answer(request: httpx.Request) -> httpx.Response:
+        aborted = {"finish_reason": {"type": "abort"}, "prompt_tokens": 1}
+        return httpx.Response(200, json={"output_ids": [], "meta_info": aborted, "weight_version": "default"})
+
+    control = ServerControl("http://a:1", transport=httpx.MockTransport(answer))
+    with control, pytest.raises(ServerError, match="aborted a generation"):
+        check_generation(control, 10)

@@ -1,0 +1,26 @@
+"""A key that no request could carry is refused where it is read, and never quoted."""
+
+import pytest
+
+from megatron_rasft.rollout.keys import read_key
+
+
+def test_a_key_is_read_from_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KEY", "a key: with # signs")
+    assert read_key("--key-env", "KEY") == "a key: with # signs"
+    assert read_key("--key-env", None) is None
+
+
+@pytest.mark.parametrize("name", ["NOT_SET_HERE", "EMPTY"])
+def test_a_variable_without_a_key_is_named(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv("EMPTY", "")
+    with pytest.raises(ValueError, match=f"--key-env {name}: there is no such environment variable"):
+        read_key("--key-env", name)
+
+
+@pytest.mark.parametrize("key", ["hidden\n", "hidden\r", " hidden", "hid\tden", "hid\nden", "hiddén"])
+def test_what_no_header_carries_is_refused_unquoted(monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+    monkeypatch.setenv("KEY", key)
+    with pytest.raises(ValueError, match="--key-env KEY: the key in it") as caught:
+        read_key("--key-env", "KEY")
+    assert "hid" not in str(caught.value)

@@ -1,0 +1,170 @@
+"""What tools/serve_rollouts.py does around its server, which a small one stands in for here; the real one runs in tests/functional."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from megatron_rasft.rollout.addresses import read_addresses
+from megatron_rasft.rollout.ports import free_port
+from tests.servers.faulty_proxy import wait_for
+from tools import serve_rollouts
+
+ROOT = Path(__file__).resolve().parents[3]
+
+SERVER = '''#!{python}
+"""Answers what the launcher asks, notes its process, and ends at SIGTERM only where it may."""
+import os, signal, socket, sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+if {is_paused}:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        body = b'{{"weight_version": "default"}}'
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+    do_POST = do_GET
+    def log_message(self, *args):
+        pass
+class Server(ThreadingHTTPServer):
+    address_family = socket.AF_INET6 if ":" in sys.argv[sys.argv.index("--host") + 1] else socket.AF_INET
+host, port = (sys.argv[sys.argv.index(flag) + 1] for flag in ("--host", "--port"))
+open({note!r}, "w").write(str(os.getpid()))
+Server((host, int(port)), Handler).serve_forever()
+'''
+
+
+class Launcher:
+    """A launcher with a stand-in for SGLang, whose process id is in ``note`` once it has started."""
+
+    def __init__(self, folder: Path, is_paused: bool) -> None:
+        self.folder = folder
+        self.file = folder / "servers.txt"
+        self.note = folder / "pid"
+        self.model = folder / "model"
+        self.model.mkdir()
+        (self.model / "config.json").write_text("{}")
+        self.python = folder / "python"
+        self.python.write_text(
+            SERVER.format(python=sys.executable, is_paused=is_paused, note=str(self.note)), encoding="utf-8"
+        )
+        self.python.chmod(0o755)
+
+    @contextmanager
+    def run(self, *flags: str) -> Iterator[subprocess.Popen[str]]:
+        program = "import sys; from tools import serve_rollouts as s; s.DRAIN_S = 0.5; sys.exit(s.main())"
+        command = [
+            sys.executable,
+            "-c",
+            program,
+            "--model",
+            str(self.model),
+            "--python",
+            str(self.python),
+            *flags,
+        ]
+        process = subprocess.Popen(
+            command,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )
+        try:
+            yield process
+        finally:
+            process.kill()
+            process.wait()
+            if self.is_serving:
+                os.killpg(int(self.note.read_text()), signal.SIGKILL)
+
+    @property
+    def is_serving(self) -> bool:
+        """Whether the server's process is there."""
+        return self.note.exists() and Path(f"/proc/{self.note.read_text()}").exists()
+
+    def wait_until_entered(self, process: subprocess.Popen[str]) -> str:
+        wait_for(lambda: bool(read_addresses(self.file)) or process.poll() is not None)
+        assert process.poll() is None, process.communicate()
+        return read_addresses(self.file)[0]
+
+
+@pytest.fixture
+def launcher(tmp_path: Path) -> Launcher:
+    return Launcher(tmp_path, is_paused=False)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_server_that_does_not_end_is_signed_off_and_killed(tmp_path: Path, number: signal.Signals) -> None:
+    launcher = Launcher(tmp_path, is_paused=True)
+    with launcher.run("--host", "127.0.0.1", "--server-file", str(launcher.file)) as process:
+        launcher.wait_until_entered(process)
+        process.send_signal(number)
+        assert process.wait(60) == 0, process.communicate()
+        assert read_addresses(launcher.file) == [] and not launcher.is_serving
+
+
+def test_no_server_is_left_behind_when_the_file_has_gone_bad(launcher: Launcher) -> None:
+    with launcher.run("--host", "127.0.0.1", "--server-file", str(launcher.file)) as process:
+        url = launcher.wait_until_entered(process)
+        launcher.file.unlink()
+        launcher.file.mkdir()
+        process.terminate()
+        _, said = process.communicate(timeout=60)
+        assert process.returncode == 0 and not launcher.is_serving
+        assert f"{url} could not be taken out of {launcher.file}" in said
+
+
+def test_a_file_that_cannot_be_written_is_found_before_the_server_starts(launcher: Launcher) -> None:
+    with launcher.run("--server-file", str(launcher.folder)) as process:
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 1 and not launcher.note.exists()
+    assert said.startswith(f"serve_rollouts: {launcher.folder} cannot be written")
+
+
+def test_a_port_where_somebody_listens_is_refused(launcher: Launcher) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with launcher.run("--host", "127.0.0.1", "--port", str(port)) as process:
+            _, said = process.communicate(timeout=60)
+    assert process.returncode == 1 and not launcher.note.exists()
+    assert said.startswith(f"serve_rollouts: --port {port}: somebody listens there already")
+
+
+def loopbacks() -> list[str]:
+    """Where this machine listens to itself: not every one has IPv6."""
+    try:
+        free_port("::1")
+    except (ValueError, OSError):
+        return ["127.0.0.1"]
+    return ["127.0.0.1", "::1"]
+
+
+@pytest.mark.parametrize("host", loopbacks())
+def test_a_server_is_entered_where_it_listens(launcher: Launcher, host: str) -> None:
+    port = free_port(host)
+    with launcher.run("--host", host, "--port", str(port), "--server-file", str(launcher.file)) as process:
+        assert launcher.wait_until_entered(process) == serve_rollouts.address_of(host, port)
+
+
+@pytest.mark.parametrize(
+    ("host", "address"),
+    [
+        ("0.0.0.0", f"http://{serve_rollouts.own_address()}:7"),
+        ("NODE1", "http://node1:7"),
+        ("fd00::1", "http://[fd00::1]:7"),
+    ],
+)
+def test_what_is_entered_is_where_others_reach_it(host: str, address: str) -> None:
+    assert serve_rollouts.address_of(host, 7) == address
+    assert "0.0.0.0" not in address
