@@ -50,6 +50,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_rasft.config import RasftConfig
 from megatron_rasft.errors import CheckpointError, FailedElsewhere, RasftError
 from megatron_rasft.sync import SyncReport, WeightSync
+from megatron_rasft.sync.groups import prepare_nccl
 from megatron_rasft.sync.servers import Server
 from megatron_rasft.training.arguments import fill_in, parse_flags
 from megatron_rasft.training.batches import BatchLayout, MicroBatch, micro_batches, response_values
@@ -293,6 +294,8 @@ def start(args: Any) -> None:
         ):
             os.environ.setdefault(name, value)
         torch.distributed.init_process_group("gloo")
+    if args.rollout_engine == "sglang" and args.sync_method == "broadcast":
+        prepare_nccl(args.sync_interface)
     with quiet():
         set_global_variables(args, build_tokenizer=False)
         initialize_megatron(allow_no_cuda=True)
