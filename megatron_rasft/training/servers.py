@@ -135,6 +135,8 @@ class RolloutServers:
 
     def close(self, *, is_clean: bool) -> None:
         """Stop sampling, wake who sleeps and leave the servers to themselves; a collective of the world if the run ended well."""
+        if is_clean:
+            self._sync.make_room()
         if self._lead is not None:
             self._lead.close()
             for url, reason in self._sync.wake().items():

@@ -444,6 +444,38 @@ def test_what_does_not_go_with_fp8_servers_is_refused(flags: dict[str, Any], say
         Trainer([server], **flags).push(1)
 
 
+def test_checksums_on_a_gpu_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"--sync-proof checksum .* Use --sync-proof auto"):
+        WeightSync(
+            SyncConfig(sync_proof="checksum"),
+            plan=list,  # type: ignore[arg-type]
+            gather=iter,  # type: ignore[arg-type]
+            connect=StandIn,  # type: ignore[arg-type]
+            model_config=CONFIG,
+            device=torch.device("cuda", 0),
+            stage=0,
+            num_stages=1,
+            takes_part=True,
+        )
+
+
+@pytest.mark.parametrize("method", ["tensor", "broadcast"])
+def test_servers_on_the_same_gpu_find_the_trainers_cache_empty(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server ends where the memory that it takes back is still in the trainer's allocator."""
+    server = StandIn("http://a:1")
+    trainer = Trainer([server], sync_method=method)
+    trainer.push(1)
+    trainer.sync.sleep(["http://a:1"])
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: server.calls.append("room"))
+    server.calls.clear()
+    trainer.push(2)
+    taken_back = [call for call in server.calls if call == "room" or call.startswith("resume ")]
+    expected = ["room", "resume weights", "room", "resume kv_cache"]
+    assert taken_back == (expected if method == "tensor" else ["resume weights", "resume kv_cache"])
+
+
 def test_disk_without_export_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--sync-method disk"):
         Trainer([], sync_method="disk", sync_disk_folder=str(tmp_path))

@@ -20,6 +20,9 @@ class Model:
     def describe(self) -> str:
         return "a sync"
 
+    def make_room(self) -> None:
+        self.calls.append("make room")
+
     def wake(self) -> dict[str, str]:
         self.calls.append("wake")
         return {"http://a:1": "cannot be reached"}
@@ -34,5 +37,7 @@ def test_sleeping_servers_are_woken_however_a_run_ends(is_clean: bool) -> None:
     said: list[str] = []
     config = RolloutConfig(rollout_engine="sglang", rollout_urls=["http://a:1"])
     RolloutServers(config, model, {}, (None, None), said.append, is_lead=True).close(is_clean=is_clean)
-    assert model.calls == (["wake", "close"] if is_clean else ["wake"]), "the second is a collective"
+    assert model.calls == (["make room", "wake", "close"] if is_clean else ["wake"]), (
+        "the others are collectives"
+    )
     assert "http://a:1 could not take its memory back (cannot be reached)" in said[-1]
