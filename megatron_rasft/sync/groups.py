@@ -377,8 +377,10 @@ class UpdateGroup:
 
     def close(self, servers: Sequence[Server] | None = None) -> None:
         """Leave, and have these servers (None: all) leave too. A failure has no consequence: names are not used twice."""
-        ask_all(self.servers if servers is None else servers, self._leave)
+        # together: between processes of one node, to leave a communicator of NCCL's is collective
+        leaving = _in_thread(ask_all, self.servers if servers is None else servers, self._leave)
         self.abort()
+        leaving.result()
 
     def _leave(self, server: Server) -> None:
         with suppress(ServerError):

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
@@ -397,9 +398,22 @@ class WeightSync:
     def _sender(self, attempt: _Attempt) -> Send:
         """What takes a bucket to the servers."""
         if self.config.sync_method == "tensor":
+            self._check_is_here(attempt)
             sizes = [size for _, size in attempt.servers]
             return RequestSender(self._connected(attempt), sizes, self.config.sync_timeout_s).send
         return self._joined(attempt).broadcast
+
+    def _check_is_here(self, attempt: _Attempt) -> None:
+        """Raise GroupFailure for servers on another machine: to open a handle of this one's GPU there ends SGLang."""
+        if self._device.type != "cuda":
+            return
+        reason = (
+            f"is not on {socket.gethostname()}, from whose GPU --sync-method tensor gives it pipeline stage {self._stage}: use "
+            "--sync-method broadcast"
+        )
+        far = {url: reason for url, _ in attempt.servers if not is_own_address(urlsplit(url).hostname or "")}
+        if far:
+            raise GroupFailure(reason, far)
 
     @property
     def _num_heads(self) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -63,6 +64,20 @@ def test_every_server_gets_the_bytes(
             assert torch.equal(server.weights[name].view(torch.uint8), view.contiguous().view(torch.uint8))
     joined.close()
     assert [server.calls[-1] for server in servers] == ["destroy", "destroy"]
+
+
+def test_servers_and_trainer_leave_a_group_together(
+    servers: tuple[StandIn, StandIn], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NCCL of a server on the same node may not be able to before the trainer does."""
+    joined = group(*servers)
+    has_left = threading.Event()
+    abort = joined.abort
+    monkeypatch.setattr(joined, "abort", lambda: (abort(), has_left.set()))
+    found = []
+    servers[0].before["destroy"] = lambda: found.append(has_left.wait(30))
+    joined.close()
+    assert found == [True]
 
 
 @pytest.mark.parametrize("agent", ["True", "False"])

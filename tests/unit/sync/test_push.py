@@ -5,6 +5,7 @@ import re
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from torch import Tensor
 from megatron_rasft import metrics
 from megatron_rasft.config import SyncConfig
 from megatron_rasft.sync import WeightSync
+from megatron_rasft.sync.groups import GroupFailure
 from megatron_rasft.weights.fp8_blocks import quantization_config
 from tests.unit.sync.stand_ins import StandIn
 from tests.unit.sync.test_buckets import Planned, model
@@ -457,6 +459,17 @@ def test_checksums_on_a_gpu_are_refused() -> None:
             num_stages=1,
             takes_part=True,
         )
+
+
+def test_a_server_on_another_machine_is_given_no_handle_of_a_gpu() -> None:
+    near, far = StandIn("http://127.0.0.1:1"), StandIn("http://192.0.2.1:1")
+    trainer = Trainer([near, far], sync_method="tensor")
+    assert trainer.push(1).synced == [near.url, far.url], "on a CPU the request holds the bytes"
+    trainer.sync._device = torch.device("cuda", 0)
+    attempt: Any = SimpleNamespace(servers=((near.url, 1), (far.url, 1)))
+    with pytest.raises(GroupFailure, match="use --sync-method broadcast") as caught:
+        trainer.sync._sender(attempt)
+    assert list(caught.value.servers) == [far.url]
 
 
 @pytest.mark.parametrize("method", ["tensor", "broadcast"])
