@@ -29,7 +29,7 @@ from megatron_rasft.rollout.fleet import config_mismatch
 from megatron_rasft.rollout.keys import read_key
 from megatron_rasft.rollout.sampling import check_generation
 from megatron_rasft.sync.buckets import Bucket, plan_buckets
-from megatron_rasft.sync.groups import GroupFailure, UpdateGroup, local_address
+from megatron_rasft.sync.groups import GroupFailure, UpdateGroup, local_address, prepare_nccl
 from megatron_rasft.sync.served import ServedFormat
 from megatron_rasft.sync.servers import Server, ask_all
 from megatron_rasft.weights import HfFolder
@@ -186,6 +186,7 @@ def broadcast(findings: Sequence[Finding], folder: HfFolder, args: argparse.Name
                 "the servers want FP8 weights, which only the trainer makes: use --broadcast-mib 0."
             )
         buckets = first_buckets(folder, served, args.broadcast_mib * 2**20)
+        prepare_nccl(args.sync_interface)
         group = UpdateGroup(
             controls,
             [c.info.tp_size for c in controls],

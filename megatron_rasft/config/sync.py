@@ -35,8 +35,8 @@ class SyncConfig:
     """First port that servers connect to for the rendezvous, one per pipeline stage, in [0, 65535]; 0 takes free ones."""
 
     sync_interface: str | None = None
-    """Network interface that weights are sent over, such as eth0; of this name on every node. Unset: the backend
-    chooses."""
+    """Network interface that weights are sent over, such as eth0; of this name on every node. NCCL, which knows one per
+    process, then uses it for the trainer's own traffic too. Unset: the backend chooses."""
 
     sync_proof: Literal["auto", "checksum", "read_back", "off"] = "auto"
     """How the servers' weights are proven. checksum: of every tensor, bit for bit, for servers on a CPU; read_back: some

@@ -19,7 +19,7 @@ from megatron_rasft.errors import ServerError
 from megatron_rasft.types import PauseMode, ServerInfo
 
 _PAUSE_BETWEEN_TRIES_S = 0.2
-_LONGEST_QUOTE_CHARS = 300
+_LONGEST_QUOTE_CHARS = 500  # an error of NCCL's, which says last what was wrong
 
 
 def version_label(weight_version: int) -> str:

@@ -8,11 +8,12 @@ anew at any time without a trace in the trainer's own groups.
 import os
 import socket
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from itertools import accumulate
+from threading import Thread
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
@@ -34,7 +35,10 @@ _SETTLE_JOIN_S = 3.0
 """The same while joining: a server that finds no store any more would look for it for half an hour."""
 
 _LONGEST_GRACE_S = 20.0
-"""After an abort: time for the other servers to notice and answer."""
+"""After an abort: time for the other servers to notice and answer. Also the longest an abort itself is waited for."""
+
+_POLL_S = 0.001
+"""Between two looks at whether a broadcast of NCCL's has ended."""
 
 
 class GroupFailure(Exception):
@@ -48,6 +52,56 @@ class GroupFailure(Exception):
     def __init__(self, reason: str, servers: dict[str, str]) -> None:
         super().__init__(reason)
         self.servers = servers
+
+
+def prepare_nccl(interface: str | None = None) -> None:
+    """Have NCCL start in this process so that it fits SGLang's; before anything here has used it, as it reads this once.
+
+    SGLang switches NCCL's cuMem allocator off (_set_envs_and_config in srt/entrypoints/engine.py), and two processes on
+    one node whose settings differ cannot map each other's memory. A value that the user has set stays.
+
+    Args:
+        interface: network interface, or a pattern of NCCL's; for everything that this process sends by NCCL.
+    """
+    os.environ.setdefault("NCCL_CUMEM_ENABLE", "0")
+    if interface:
+        os.environ["NCCL_SOCKET_IFNAME"] = interface
+
+
+@contextmanager
+def _environment(**values: str) -> Iterator[None]:
+    """Set variables for as long as the block runs."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _in_thread[T](work: Callable[..., T], *args: Any) -> Future[T]:
+    """Do ``work`` in a thread that the end of the process does not wait for: NCCL can be stuck for ever while it connects."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work(*args))
+        except BaseException as error:
+            future.set_exception(error)
+
+    Thread(target=run, name="sync", daemon=True).start()
+    return future
+
+
+def _cause(problem: BaseException) -> str:
+    """An error of torch in a line: its first one, and what NCCL says at the end of its own."""
+    lines = [line.strip() for line in str(problem).splitlines() if line.strip()] or [repr(problem)]
+    at = lines.index("Last error:") + 1 if "Last error:" in lines else len(lines)
+    return ": ".join([lines[0], *lines[at : at + 1]])
 
 
 def local_address(urls: Sequence[str], interface: str | None = None) -> str:
@@ -105,7 +159,7 @@ class UpdateGroup:
         backend: gloo for a trainer on CPUs, nccl on GPUs.
         address: of this machine, as the servers reach it.
         port: of the rendezvous on this machine; 0: one that is free.
-        interface: network interface for the data; None: the backend chooses.
+        interface: network interface for gloo's data, None: it chooses; for NCCL's see ``prepare_nccl``.
         device: the device of what will be broadcast.
         timeout_s: longest time for the servers to join, and for a broadcast.
 
@@ -130,13 +184,10 @@ class UpdateGroup:
         self.servers = list(servers)
         self._timeout_s = timeout_s
         self._device = device
-        self._pool = ThreadPoolExecutor(len(servers) + 1, "sync", initializer=self._use_device)
         self._backend: Any = None
-        try:
-            self._join(tp_sizes, backend, address, port, interface)
-        except BaseException:
-            self._pool.shutdown(wait=False)
-            raise
+        # the trainer's own stream must not come to wait for the servers: the next bucket is gathered on it
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._join(tp_sizes, backend, address, port, interface)
 
     def _use_device(self) -> None:
         if self._device.type == "cuda":
@@ -160,11 +211,11 @@ class UpdateGroup:
         except (RuntimeError, OSError) as error:
             raise ValueError(
                 f"--sync-address {address} --sync-port {port}: no rendezvous can be opened there "
-                f"({str(error).splitlines()[0]}). Give an address of this machine and a free port, or 0 for any."
+                f"({_cause(error)}). Give an address of this machine and a free port, or 0 for any."
             ) from error
         port, world_size = store.port, 1 + sum(tp_sizes)
         client = dist.TCPStore(address, port, is_master=False, timeout=timeout)
-        joining = self._pool.submit(self._make_backend, backend, client, world_size, interface, timeout)
+        joining = _in_thread(self._make_backend, backend, client, world_size, interface, timeout)
 
         def join(server: Server, rank_offset: int) -> None:
             server.init_weights_update_group(
@@ -179,7 +230,7 @@ class UpdateGroup:
 
         offsets = accumulate(tp_sizes, initial=1)
         posts = {
-            self._pool.submit(join, server, offset): server.url
+            _in_thread(join, server, offset): server.url
             for server, offset in zip(self.servers, offsets, strict=False)
         }
         # closing the store is how servers that wait in the rendezvous get an error
@@ -197,6 +248,7 @@ class UpdateGroup:
         interface: str | None,
         timeout: timedelta,
     ) -> Any:
+        self._use_device()
         # Keys as in torch's _new_process_group_helper, which the servers use.
         device = "cpu" if backend == "gloo" else "cuda"
         for prefix in (self.name, f"{self.name}/", f"{device}/"):
@@ -210,12 +262,13 @@ class UpdateGroup:
             options._timeout = timeout
             options._threads = 2
             return gloo(store, 0, world_size, options)
-        if interface:
-            os.environ["NCCL_SOCKET_IFNAME"] = interface
         nccl_options = dist.ProcessGroupNCCL.Options()
-        # This class aborts in time; NCCL's own watchdog would end the process.
+        # this class aborts in time
         nccl_options._timeout = timeout * 10 + timedelta(minutes=10)
-        return dist.ProcessGroupNCCL(store, 0, world_size, nccl_options)
+        # Torch's watchdog ends the process at the first error that NCCL reports, and a server that died is one. With these,
+        # which the group reads here, it has none, and wait() raises the error (ProcessGroupNCCL.cpp).
+        with _environment(TORCH_NCCL_BLOCKING_WAIT="1", TORCH_NCCL_ASYNC_ERROR_HANDLING="0"):
+            return dist.ProcessGroupNCCL(store, 0, world_size, nccl_options)
 
     def broadcast(self, bucket: Bucket, memory: Tensor) -> None:
         """Send a bucket ([num_bytes] uint8) and have every server load it; returns when all have.
@@ -234,8 +287,8 @@ class UpdateGroup:
                 deadline_s=self._timeout_s + _LONGEST_GRACE_S,
             )
 
-        posts = {self._pool.submit(load, server): server.url for server in self.servers}
-        sending = self._pool.submit(self._send, memory)
+        posts = {_in_thread(load, server): server.url for server in self.servers}
+        sending = _in_thread(self._send, memory)
         self._watch(sending, posts, self._abort_backend, f"the bucket of {bucket.sources[0]}")
 
     def _send(self, memory: Tensor) -> None:
@@ -243,9 +296,16 @@ class UpdateGroup:
         options.rootRank, options.rootTensor = 0, 0
         # held here: gloo's destructor waits for what is running, which must not be the main thread's wait
         backend = self._backend
-        backend.broadcast([memory], options).wait()
-        if self._device.type == "cuda":
-            torch.cuda.current_stream().synchronize()
+        if self._stream is None:
+            backend.broadcast([memory], options).wait()
+            return
+        self._use_device()
+        with torch.cuda.stream(self._stream):
+            work = backend.broadcast([memory], options)
+            # Not wait(), which has a stream wait for the broadcast: with CUDA_DEVICE_MAX_CONNECTIONS=1 all streams would.
+            while not work.is_completed():
+                time.sleep(_POLL_S)
+            work.wait()  # raises what went wrong
 
     def _watch(
         self,
@@ -301,25 +361,26 @@ class UpdateGroup:
         if not reason:
             reason = f"{what} took more than {self._timeout_s:g} s" if is_late else f"{what} failed"
             if problem is not None:
-                reason += f" ({str(problem).splitlines()[0]})"
+                reason += f" ({_cause(problem)})"
         return GroupFailure(reason, faults)
 
     def _abort_backend(self) -> None:
         backend, self._backend = self._backend, None
         if backend is not None:
-            with suppress(RuntimeError):
-                backend.abort()
+            # an abort of NCCL's can wait for the device
+            wait([_in_thread(backend.abort)], _LONGEST_GRACE_S)
         self._store = None
 
     def abort(self) -> None:
         """Leave at once; servers that wait in this group get an error."""
         self._abort_backend()
-        self._pool.shutdown(wait=False)
 
     def close(self, servers: Sequence[Server] | None = None) -> None:
         """Leave, and have these servers (None: all) leave too. A failure has no consequence: names are not used twice."""
-        ask_all(self.servers if servers is None else servers, self._leave)
+        # together: between processes of one node, to leave a communicator of NCCL's is collective
+        leaving = _in_thread(ask_all, self.servers if servers is None else servers, self._leave)
         self.abort()
+        leaving.result()
 
     def _leave(self, server: Server) -> None:
         with suppress(ServerError):

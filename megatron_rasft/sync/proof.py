@@ -1,7 +1,8 @@
 """Proof that a server holds what was sent: its checksums, or values read back, against the trainer's own."""
 
 import hashlib
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -21,6 +22,10 @@ _VOCABULARY_UNIT = 64
 _ROWS_READ = 4
 _TENSORS_READ = 8
 """Rows of a tensor, and tensors of a pipeline stage, that are read back."""
+
+_LARGEST_READ = 2**24
+"""Elements of a tensor that is read back. For any of its rows SGLang makes Python floats of all, a second and half a GiB for so
+many: an embedding would take minutes, and the server's memory."""
 
 
 @dataclass
@@ -47,16 +52,21 @@ class Witness:
         kind: what will be compared.
         tp_sizes: the servers' tensor-parallel sizes.
         num_heads: query heads and key-value heads of the model.
-        names: Hugging Face names of the stage, of which some are read back.
+        shapes: Hugging Face tensors of the stage, of which some are read back.
     """
 
     def __init__(
-        self, kind: ProofKind, tp_sizes: Sequence[int], num_heads: tuple[int, int], names: Sequence[str]
+        self,
+        kind: ProofKind,
+        tp_sizes: Sequence[int],
+        num_heads: tuple[int, int],
+        shapes: Mapping[str, tuple[int, ...]],
     ) -> None:
         self._num_heads = num_heads
         self._hashes: dict[tuple[int, int, str], Any] = {}
         self._tp_sizes = sorted(set(tp_sizes)) if kind == "checksum" else []
         self._rows: dict[str, list[Any]] = {}
+        names = [n for n, shape in shapes.items() if can_be_read(n, shape, max(tp_sizes), num_heads)]
         last = len(names) - 1
         chosen = {round(i * last / (_TENSORS_READ - 1)) for i in range(_TENSORS_READ)}
         self._read = {names[i] for i in chosen} if kind == "read_back" and names else set()
@@ -81,6 +91,18 @@ class Witness:
         for (size, rank, name), digest in self._hashes.items():
             checksums[size][rank][name] = digest.digest()[:8].hex()
         return Evidence(checksums, self._rows)
+
+
+def can_be_read(name: str, shape: tuple[int, ...], tp_size: int, num_heads: tuple[int, int]) -> bool:
+    """Whether a server gives the first rows of a tensor, and those of that one (get_weights_by_name in srt/models/llama.py)."""
+    if math.prod(shape) > _LARGEST_READ:
+        return False
+    if name.rpartition(".")[0].rpartition(".")[2] not in ("k_proj", "v_proj"):
+        return True
+    # it looks for them behind its query heads, sized by the hidden size, and for less than one where ranks share a head
+    num_query_heads, num_kv_heads = num_heads
+    is_plain = len(shape) == 2 and shape[0] == num_kv_heads * (shape[1] // num_query_heads)
+    return is_plain and tp_size <= num_kv_heads
 
 
 def held_part(

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
@@ -90,7 +91,7 @@ class WeightSync:
         export: writes the model as a Hugging Face folder, a collective of all ranks; for --sync-method disk.
 
     Raises:
-        ValueError: --sync-address is not that of every node that sends.
+        ValueError: --sync-address is not that of every node that sends; or --sync-proof checksum on GPUs.
     """
 
     def __init__(
@@ -109,6 +110,12 @@ class WeightSync:
     ) -> None:
         if config.sync_method == "disk" and export is None:
             raise ValueError("--sync-method disk needs a way to export the model.")
+        if config.sync_proof == "checksum" and device.type == "cuda":
+            # tensor_hash in srt/managers/mm_utils.py: sha256 of the bytes on a CPU, a kernel's own hash on a GPU
+            raise ValueError(
+                "--sync-proof checksum is for servers on a CPU: on a GPU SGLang's checksums are others than the trainer can "
+                "calculate. Use --sync-proof auto."
+            )
         self.config = config
         self._plan = plan
         self._gather = gather
@@ -194,6 +201,7 @@ class WeightSync:
     def _try(self, report: SyncReport, urls: Sequence[str]) -> bool:
         """One attempt with the servers that have not failed; False: it is to be repeated with fewer."""
         with timed(report.seconds, "pause"):
+            self.make_room()
             attempt = self._decided(lambda: self._prepare([u for u in urls if u not in report.failed]))
         report.failed.update(attempt.failed)
         if not attempt.servers:
@@ -215,11 +223,24 @@ class WeightSync:
             self._forget(*report.failed)
             return False
         with timed(report.seconds, "release"):
+            self.make_room()
             failed = self._decided(lambda: self._release(attempt, outcome, report.weight_version))
         report.failed.update(failed)
         report.synced = [url for url, _ in attempt.servers if url not in failed]
         report.proof = _PROOF_NAMES[attempt.proof] if report.synced else ""
         return True
+
+    def make_room(self) -> None:
+        """Let servers on these GPUs have what torch's allocator keeps for this process; a collective of the world.
+
+        A server that takes its memory back while there is too little ends. Without such servers it does nothing.
+        """
+        if self.config.sync_method != "tensor":
+            return
+        if self._device.type == "cuda":
+            torch.cuda.ipc_collect()  # of buckets that servers have read
+        torch.cuda.empty_cache()
+        dist.barrier(group=self._control)
 
     def sleep(self, urls: Sequence[str] = ()) -> dict[str, str]:
         """Have colocated servers give their GPU memory to the trainer until the next ``push``; a collective of the world.
@@ -339,7 +360,7 @@ class WeightSync:
         witness = None
         if self._is_source and attempt.proof != "none":
             sizes = [size for _, size in attempt.servers]
-            witness = Witness(attempt.proof, sizes, self._num_heads, stream.names)
+            witness = Witness(attempt.proof, sizes, self._num_heads, stream.shapes)
         sends = self.config.sync_method != "disk"
         arena, send = None, _not_here if sends else None
         try:
@@ -377,9 +398,22 @@ class WeightSync:
     def _sender(self, attempt: _Attempt) -> Send:
         """What takes a bucket to the servers."""
         if self.config.sync_method == "tensor":
+            self._check_is_here(attempt)
             sizes = [size for _, size in attempt.servers]
             return RequestSender(self._connected(attempt), sizes, self.config.sync_timeout_s).send
         return self._joined(attempt).broadcast
+
+    def _check_is_here(self, attempt: _Attempt) -> None:
+        """Raise GroupFailure for servers on another machine: to open a handle of this one's GPU there ends SGLang."""
+        if self._device.type != "cuda":
+            return
+        reason = (
+            f"is not on {socket.gethostname()}, from whose GPU --sync-method tensor gives it pipeline stage {self._stage}: use "
+            "--sync-method broadcast"
+        )
+        far = {url: reason for url, _ in attempt.servers if not is_own_address(urlsplit(url).hostname or "")}
+        if far:
+            raise GroupFailure(reason, far)
 
     @property
     def _num_heads(self) -> tuple[int, int]:

@@ -112,9 +112,11 @@ class StageStream:
         )
 
     @property
-    def names(self) -> list[str]:
-        """Every Hugging Face tensor of the stage."""
-        return [name for bucket in self.memory.buckets for name in bucket.sources]
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every Hugging Face tensor of the stage, in the trainer's order."""
+        buckets = self.memory.buckets
+        sent = {slot.tensor.name: slot.tensor.shape for bucket in buckets for slot in bucket.slots}
+        return {name: sent[name] for bucket in buckets for name in bucket.sources}
 
     @property
     def is_source(self) -> bool:

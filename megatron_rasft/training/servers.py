@@ -3,6 +3,7 @@
 Rank 0 speaks to the servers; a sync, and whatever says so, is a collective of the world between steps.
 """
 
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
@@ -22,6 +23,10 @@ from megatron_rasft.types import Request, SamplingParams, TrainingSample
 
 _WAIT_S = 5.0
 """Rank 0 tells the others this often that samples are still being made: no collective of theirs runs for longer."""
+
+
+_PROBE_MARGIN = 8
+"""Tokens that a probe must stay below a server's context: SGLang keeps six of it (max_req_input_len in srt/managers)."""
 
 
 class SyncedModel(Protocol):
@@ -142,6 +147,8 @@ class RolloutServers:
 
     def close(self, *, is_clean: bool) -> None:
         """Stop sampling, wake who sleeps and leave the servers to themselves; a collective of the world if the run ended well."""
+        if is_clean:
+            self._sync.make_room()
         if self._lead is not None:
             self._lead.close()
             for url, reason in self._sync.wake().items():
@@ -209,7 +216,7 @@ def logprob_gap(
     """How far a server is from the trainer in what it thinks of these responses.
 
     Both are at temperature 1: a server's log-probabilities of a prompt, unlike those of what it samples, are
-    not divided by a temperature.
+    not divided by a temperature. Of a response that its context does not hold the beginning is compared.
 
     Args:
         expected: per probe the trainer's log-probabilities of its response, nats.
@@ -218,9 +225,14 @@ def logprob_gap(
         Mean absolute difference, nats a token; or why there is none.
     """
     total, count = 0.0, 0
-    for probe, ours in zip(probes, expected, strict=True):
+    longest = _context(server) - _PROBE_MARGIN
+    for probe, whole in zip(probes, expected, strict=True):
+        room = max(0, longest - len(probe.prompt_ids))
+        ours, response_ids = whole[:room], probe.response_ids[:room]
+        if not ours:
+            continue
         body = {
-            "input_ids": [*probe.prompt_ids, *probe.response_ids],
+            "input_ids": [*probe.prompt_ids, *response_ids],
             "sampling_params": {"max_new_tokens": 1, "temperature": 1.0},
             "return_logprob": True,
             "logprob_start_len": 0,
@@ -233,8 +245,17 @@ def logprob_gap(
             return error.reason
         except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
             return f"answers a probe with something else than log-probabilities ({error!r})"
-        if ids != probe.response_ids:
+        if ids != response_ids:
             return "answers a probe with log-probabilities of other tokens"
         total += sum(abs(a - b) for a, b in zip(theirs, ours, strict=True))
         count += len(ours)
+    if probes and not count:
+        return f"holds none of {len(probes)} demonstrations in a context of {_context(server)} tokens"
     return total / max(1, count)
+
+
+def _context(server: ServerControl) -> int:
+    """Tokens that a request at a server may have, as far as it says so."""
+    info = server.info
+    of_model = info.context_length or (info.model_config or {}).get("max_position_embeddings")
+    return min(limit for limit in (of_model, info.max_total_tokens, sys.maxsize) if limit)

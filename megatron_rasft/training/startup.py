@@ -19,6 +19,7 @@ from megatron.training.global_vars import set_global_variables
 from megatron.training.initialize import initialize_megatron
 
 from megatron_rasft.config import RasftConfig
+from megatron_rasft.sync.groups import prepare_nccl
 from megatron_rasft.training.arguments import fill_in, parse_flags
 from megatron_rasft.training.checkpoints import chosen_folder, first_line, is_converted
 from megatron_rasft.training.outputs import check_writable
@@ -186,6 +187,8 @@ def start(args: Any) -> None:
         ):
             os.environ.setdefault(name, value)
         torch.distributed.init_process_group("gloo")
+    if args.rollout_engine == "sglang" and args.sync_method == "broadcast":
+        prepare_nccl(args.sync_interface)
     with quiet():
         set_global_variables(args, build_tokenizer=False)
         initialize_megatron(allow_no_cuda=True)

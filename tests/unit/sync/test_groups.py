@@ -1,13 +1,29 @@
 """Update groups: the rendezvous, and whose fault a failed broadcast is."""
 
+import os
+import subprocess
+import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from megatron_rasft.sync.buckets import Bucket, plan_buckets
-from megatron_rasft.sync.groups import GroupFailure, UpdateGroup, is_own_address, local_address
+from megatron_rasft.sync.groups import (
+    GroupFailure,
+    UpdateGroup,
+    _cause,
+    is_own_address,
+    local_address,
+    prepare_nccl,
+)
 from megatron_rasft.sync.served import ServedFormat
 from tests.unit.sync.stand_ins import StandIn
 from tests.unit.sync.test_buckets import model
@@ -48,6 +64,20 @@ def test_every_server_gets_the_bytes(
             assert torch.equal(server.weights[name].view(torch.uint8), view.contiguous().view(torch.uint8))
     joined.close()
     assert [server.calls[-1] for server in servers] == ["destroy", "destroy"]
+
+
+def test_servers_and_trainer_leave_a_group_together(
+    servers: tuple[StandIn, StandIn], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NCCL of a server on the same node may not be able to before the trainer does."""
+    joined = group(*servers)
+    has_left = threading.Event()
+    abort = joined.abort
+    monkeypatch.setattr(joined, "abort", lambda: (abort(), has_left.set()))
+    found = []
+    servers[0].before["destroy"] = lambda: found.append(has_left.wait(30))
+    joined.close()
+    assert found == [True]
 
 
 @pytest.mark.parametrize("agent", ["True", "False"])
@@ -109,6 +139,135 @@ def test_a_server_that_does_not_join_is_named(servers: tuple[StandIn, StandIn]) 
     with pytest.raises(GroupFailure, match="no NCCL here") as caught:
         group(*servers, timeout_s=5.0)
     assert list(caught.value.servers) == ["http://b:1"]
+
+
+STUCK = """
+import time
+import torch
+from megatron_rasft.sync.groups import GroupFailure, UpdateGroup
+from tests.unit.sync.stand_ins import StandIn
+from tests.unit.sync.test_groups import group
+from tests.unit.sync.test_buckets import model
+from megatron_rasft.sync.buckets import plan_buckets
+from megatron_rasft.sync.served import ServedFormat
+
+server = StandIn("http://a:1", False)
+joined = group(server, timeout_s=5.0)
+UpdateGroup._send = lambda self, memory: time.sleep(3600)  # as NCCL while it connects: no abort ends it
+server.before["update"] = lambda: server.fail("is gone", None)
+(bucket,) = plan_buckets(model(), ServedFormat(torch.bfloat16), 10**9)
+try:
+    joined.broadcast(bucket, torch.zeros(bucket.num_bytes, dtype=torch.uint8))
+except GroupFailure as failure:
+    print(failure)
+"""
+
+
+def test_a_collective_that_nothing_ends_does_not_keep_the_process() -> None:
+    root = Path(__file__).parents[3]
+    done = subprocess.run(
+        [sys.executable, "-c", STUCK],
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": str(root)},
+        timeout=120,  # else it would be an hour
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "is gone" in done.stdout
+
+
+class NcclStandIn:
+    """A group over NCCL whose broadcast takes ``looks`` looks; keeps what it was made and used with."""
+
+    Options = type("Options", (), {})
+
+    def __init__(self, *arguments: Any) -> None:
+        self.environment = dict(os.environ)
+        self.events: list[str] = []
+        self.stream = "the trainer's"
+        self.looks = 3
+
+    def broadcast(self, tensors: list[torch.Tensor], options: Any) -> "NcclStandIn":
+        self.events.append(f"broadcast on {self.stream} stream")
+        return self
+
+    def is_completed(self) -> bool:
+        self.looks -= 1
+        return self.looks <= 0
+
+    def wait(self) -> None:
+        self.events.append("wait, done" if self.looks <= 0 else "wait")
+        raise RuntimeError("remote process exited")
+
+
+@pytest.fixture
+def over_nccl(monkeypatch: pytest.MonkeyPatch) -> tuple[UpdateGroup, NcclStandIn]:
+    """A group as it is on a GPU, without one."""
+    monkeypatch.setattr(dist, "ProcessGroupNCCL", NcclStandIn)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    joined: Any = UpdateGroup.__new__(UpdateGroup)
+    joined.name, joined._device, joined._stream = "test", torch.device("cuda", 0), "its own"
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    joined._backend = joined._make_backend("nccl", store, 2, "eth7", timedelta(seconds=5))
+
+    @contextmanager
+    def use(stream: str) -> Iterator[None]:
+        joined._backend.stream = stream
+        yield
+        joined._backend.stream = "the trainer's"
+
+    monkeypatch.setattr(torch.cuda, "stream", use)
+    return joined, joined._backend
+
+
+def test_an_error_of_nccl_does_not_end_the_trainer(
+    over_nccl: tuple[UpdateGroup, NcclStandIn], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch's watchdog would: it is started unless waits block, and tears down unless errors are not its own to handle."""
+    made_with = over_nccl[1].environment
+    assert (
+        made_with["TORCH_NCCL_BLOCKING_WAIT"] == "1" and made_with["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == "0"
+    )
+    assert (
+        "TORCH_NCCL_BLOCKING_WAIT" not in os.environ and "TORCH_NCCL_ASYNC_ERROR_HANDLING" not in os.environ
+    )
+
+
+def test_over_nccl_no_stream_of_the_trainer_waits_for_the_servers(
+    over_nccl: tuple[UpdateGroup, NcclStandIn],
+) -> None:
+    joined, backend = over_nccl
+    with pytest.raises(RuntimeError, match="remote process exited"):
+        joined._send(torch.zeros(1))
+    assert backend.events == ["broadcast on its own stream", "wait, done"]
+
+
+def test_nccl_is_prepared_to_meet_sglangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "environ", {"NCCL_SOCKET_IFNAME": "eth0"})
+    prepare_nccl()
+    assert os.environ["NCCL_CUMEM_ENABLE"] == "0" and os.environ["NCCL_SOCKET_IFNAME"] == "eth0"
+    os.environ["NCCL_CUMEM_ENABLE"] = "1"
+    prepare_nccl("eth1")
+    assert os.environ["NCCL_CUMEM_ENABLE"] == "1" and os.environ["NCCL_SOCKET_IFNAME"] == "eth1"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (
+            "NCCL error in: NCCLUtils.cpp:94, invalid usage, NCCL version 2.30.7\nncclInvalidUsage: This usually reflects "
+            "invalid usage of NCCL library.\nLast error:\nMismatched NCCL version detected : rank 1 version 22809\n",
+            "NCCL error in: NCCLUtils.cpp:94, invalid usage, NCCL version 2.30.7: Mismatched NCCL version detected : rank 1 "
+            "version 22809",
+        ),
+        ("Connection closed by peer\nraised at gloo", "Connection closed by peer"),
+        ("", "RuntimeError('')"),
+    ],
+    ids=["NCCL", "gloo", "nothing"],
+)
+def test_an_error_of_torch_is_one_line_with_its_cause(text: str, says: str) -> None:
+    assert _cause(RuntimeError(text)) == says
 
 
 def test_the_address_is_the_one_the_servers_reach() -> None:

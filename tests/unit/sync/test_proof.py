@@ -8,7 +8,7 @@ import torch
 
 from megatron_rasft.errors import ServerError
 from megatron_rasft.sync.buckets import plan_buckets
-from megatron_rasft.sync.proof import Evidence, Witness, check_checksums, check_rows, held_part
+from megatron_rasft.sync.proof import Evidence, Witness, can_be_read, check_checksums, check_rows, held_part
 from megatron_rasft.sync.served import ServedFormat
 from tests.unit.sync.stand_ins import StandIn
 from tests.unit.sync.test_buckets import model
@@ -21,7 +21,7 @@ def checksum(*tensors: torch.Tensor) -> str:
 
 def evidence_of(weights: dict[str, torch.Tensor], kind: Any, tp_sizes: list[int]) -> Evidence:
     buckets = plan_buckets(model(), ServedFormat(torch.bfloat16), 60_000)
-    witness = Witness(kind, tp_sizes, (4, 2), list(weights))
+    witness = Witness(kind, tp_sizes, (4, 2), {n: tuple(t.shape) for n, t in weights.items()})
     for bucket in buckets:
         memory = torch.zeros(bucket.num_bytes, dtype=torch.uint8)
         for name, view in bucket.views(memory).items():
@@ -134,3 +134,36 @@ def test_rows_read_back_must_be_equal(weights: dict[str, torch.Tensor]) -> None:
     server.rows[names[-1]][0] += 1
     with pytest.raises(ServerError, match=r"model.norm.weight reads back differently"):
         check_rows(server, evidence, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "tp_size", "is_read"),
+    [
+        ("model.embed_tokens.weight", (128_256, 4096), 1, False),
+        ("model.layers.0.mlp.gate_proj.weight", (14_336, 4096), 8, False),
+        ("model.layers.0.self_attn.q_proj.weight", (4096, 4096), 16, True),
+        ("model.layers.0.self_attn.k_proj.weight", (1024, 4096), 8, True),
+        ("model.layers.0.self_attn.k_proj.weight", (1024, 4096), 16, False),
+        ("model.layers.0.self_attn.v_proj.weight", (512, 4096), 1, False),
+        ("model.layers.0.input_layernorm.weight", (4096,), 16, True),
+    ],
+    ids=[
+        "embedding",
+        "large",
+        "query",
+        "key",
+        "a key head of several ranks",
+        "heads of another size",
+        "norm",
+    ],
+)
+def test_only_what_sglang_reads_well_is_read_back(
+    name: str, shape: tuple[int, ...], tp_size: int, is_read: bool
+) -> None:
+    assert can_be_read(name, shape, tp_size, (32, 8)) == is_read
+
+
+def test_an_embedding_is_not_read_back(weights: dict[str, torch.Tensor]) -> None:
+    shapes = {n: tuple(t.shape) for n, t in weights.items()} | {"model.embed_tokens.weight": (128_256, 4096)}
+    read = Witness("read_back", [1], (4, 2), shapes)._read
+    assert read and "model.embed_tokens.weight" not in read

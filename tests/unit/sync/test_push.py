@@ -5,6 +5,7 @@ import re
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from torch import Tensor
 from megatron_rasft import metrics
 from megatron_rasft.config import SyncConfig
 from megatron_rasft.sync import WeightSync
+from megatron_rasft.sync.groups import GroupFailure
 from megatron_rasft.weights.fp8_blocks import quantization_config
 from tests.unit.sync.stand_ins import StandIn
 from tests.unit.sync.test_buckets import Planned, model
@@ -442,6 +444,49 @@ def test_what_does_not_go_with_fp8_servers_is_refused(flags: dict[str, Any], say
     server.change(model_config={**CONFIG, "quantization_config": quantization_config([])})
     with pytest.raises(ValueError, match=rf"a:1 serves FP8, .* {says}"):
         Trainer([server], **flags).push(1)
+
+
+def test_checksums_on_a_gpu_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"--sync-proof checksum .* Use --sync-proof auto"):
+        WeightSync(
+            SyncConfig(sync_proof="checksum"),
+            plan=list,  # type: ignore[arg-type]
+            gather=iter,  # type: ignore[arg-type]
+            connect=StandIn,  # type: ignore[arg-type]
+            model_config=CONFIG,
+            device=torch.device("cuda", 0),
+            stage=0,
+            num_stages=1,
+            takes_part=True,
+        )
+
+
+def test_a_server_on_another_machine_is_given_no_handle_of_a_gpu() -> None:
+    near, far = StandIn("http://127.0.0.1:1"), StandIn("http://192.0.2.1:1")
+    trainer = Trainer([near, far], sync_method="tensor")
+    assert trainer.push(1).synced == [near.url, far.url], "on a CPU the request holds the bytes"
+    trainer.sync._device = torch.device("cuda", 0)
+    attempt: Any = SimpleNamespace(servers=((near.url, 1), (far.url, 1)))
+    with pytest.raises(GroupFailure, match="use --sync-method broadcast") as caught:
+        trainer.sync._sender(attempt)
+    assert list(caught.value.servers) == [far.url]
+
+
+@pytest.mark.parametrize("method", ["tensor", "broadcast"])
+def test_servers_on_the_same_gpu_find_the_trainers_cache_empty(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server ends where the memory that it takes back is still in the trainer's allocator."""
+    server = StandIn("http://a:1")
+    trainer = Trainer([server], sync_method=method)
+    trainer.push(1)
+    trainer.sync.sleep(["http://a:1"])
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: server.calls.append("room"))
+    server.calls.clear()
+    trainer.push(2)
+    taken_back = [call for call in server.calls if call == "room" or call.startswith("resume ")]
+    expected = ["room", "resume weights", "room", "resume kv_cache"]
+    assert taken_back == (expected if method == "tensor" else ["resume weights", "resume kv_cache"])
 
 
 def test_disk_without_export_is_refused(tmp_path: Path) -> None:

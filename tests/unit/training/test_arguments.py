@@ -1,6 +1,7 @@
 """What Megatron's own flags mean to a run, and which are refused."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -37,6 +38,29 @@ def parse(model: Path, monkeypatch: pytest.MonkeyPatch) -> Parse:
         return startup.parse([*given, *map(str, flags)])[0]
 
     return parsed
+
+
+@pytest.mark.parametrize(
+    ("flags", "cumem"),
+    [
+        (("--rollout-engine", "sglang", "--rollout-urls", "http://a:1"), "0"),
+        (("--rollout-engine", "sglang", "--rollout-urls", "http://a:1", "--sync-method", "tensor"), None),
+        ((), None),
+    ],
+    ids=["broadcast", "the same GPU", "no servers"],
+)
+def test_nccl_is_prepared_for_the_servers_before_anything_uses_it(
+    flags: tuple[str, ...], cumem: str | None, parse: Parse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args, found = parse(*flags), []
+    monkeypatch.setattr(os, "environ", {})
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(startup, "set_global_variables", lambda args, build_tokenizer: None)
+    monkeypatch.setattr(
+        startup, "initialize_megatron", lambda **_: found.append(os.environ.get("NCCL_CUMEM_ENABLE"))
+    )
+    startup.start(args)
+    assert found == [cumem]
 
 
 def checkpoint(folder: Path, newest: str) -> Path:

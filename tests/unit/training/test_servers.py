@@ -5,8 +5,11 @@ from typing import Any
 import pytest
 
 from megatron_rasft.config import RolloutConfig
-from megatron_rasft.training.servers import RolloutServers
+from megatron_rasft.errors import ServerError
+from megatron_rasft.training.servers import RolloutServers, logprob_gap
 from megatron_rasft.training.stopping import Stopped, StopRequest
+from megatron_rasft.types import TrainingSample
+from tests.unit.sync.stand_ins import StandIn
 
 
 class Model:
@@ -20,6 +23,9 @@ class Model:
 
     def describe(self) -> str:
         return "a sync"
+
+    def make_room(self) -> None:
+        self.calls.append("make room")
 
     def wake(self) -> dict[str, str]:
         self.calls.append("wake")
@@ -35,7 +41,9 @@ def test_sleeping_servers_are_woken_however_a_run_ends(is_clean: bool) -> None:
     said: list[str] = []
     config = RolloutConfig(rollout_engine="sglang", rollout_urls=["http://a:1"])
     RolloutServers(config, model, {}, (None, None), said.append, is_lead=True).close(is_clean=is_clean)
-    assert model.calls == (["wake", "close"] if is_clean else ["wake"]), "the second is a collective"
+    assert model.calls == (["make room", "wake", "close"] if is_clean else ["wake"]), (
+        "the others are collectives"
+    )
     assert "http://a:1 could not take its memory back (cannot be reached)" in said[-1]
 
 
@@ -48,3 +56,51 @@ def test_a_run_that_waits_for_a_server_stops_when_it_is_told_to() -> None:
     servers = RolloutServers(config, model, {}, (None, None), said.append, is_lead=True)
     with pytest.raises(Stopped):
         servers.sync(0, [], StopRequest(lambda: any("waiting up to" in line for line in said)))
+
+
+class Prober(StandIn):
+    """Refuses, as SGLang does, what does not fit its context; finds every token half a nat less likely than -1."""
+
+    def __init__(self, **limits: Any) -> None:
+        super().__init__("http://a:1")
+        self.change(**limits)
+        self.context = min(
+            v["max_position_embeddings"] if isinstance(v, dict) else v for v in limits.values()
+        )
+
+    def generate(self, body: dict[str, Any]) -> Any:
+        ids = body["input_ids"]
+        if len(ids) >= self.context - 6:
+            raise ServerError(self.url, "Input length exceeds the maximum allowed length", 400)
+        return {
+            "meta_info": {"input_token_logprobs": [[None, ids[0], None], *([-1.5, i, None] for i in ids[1:])]}
+        }
+
+
+def probe(num_prompt: int, num_response: int) -> TrainingSample:
+    return TrainingSample(
+        problem_id="a",
+        kind="expert",
+        prompt_ids=list(range(num_prompt)),
+        response_ids=list(range(100, 100 + num_response)),
+        weight=1.0,
+    )
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [
+        {"context_length": 64},
+        {"model_config": {"max_position_embeddings": 64}},
+        {"context_length": 4096, "max_total_tokens": 64},
+    ],
+    ids=["flag", "config.json", "cache"],
+)
+def test_a_server_is_compared_on_what_its_context_holds(limits: dict[str, Any]) -> None:
+    server: Any = Prober(**limits)
+    probes = [probe(10, 20), probe(10, 54), probe(64, 5)]
+    expected = [[-1.0] * len(p.response_ids) for p in probes]
+    assert logprob_gap(server, probes, expected) == pytest.approx(0.5)
+    assert logprob_gap(server, probes[:1], [[-2.0] * 20]) == pytest.approx(0.5)
+    found = logprob_gap(server, probes[2:], expected[2:])
+    assert found == "holds none of 1 demonstrations in a context of 64 tokens", "and not that they agree"
