@@ -60,7 +60,11 @@ class Launcher:
 
     @contextmanager
     def run(self, *flags: str) -> Iterator[subprocess.Popen[str]]:
-        program = "import sys; from tools import serve_rollouts as s; s.DRAIN_S = 0.5; sys.exit(s.main())"
+        # the tests themselves may run under nohup, whose ignored signals are inherited
+        program = (
+            "import signal, sys; [signal.signal(n, signal.SIG_DFL) for n in (signal.SIGINT, signal.SIGHUP)]; "
+        )
+        program += "from tools import serve_rollouts as s; s.DRAIN_S = 0.5; sys.exit(s.main())"
         command = [
             sys.executable,
             "-c",
