@@ -96,10 +96,19 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def hf_model(case: str) -> transformers.PreTrainedModel:
-    """A random fp32 model, norms and biases off their trivial values."""
+def whole_blocks(case: str) -> dict[str, Any]:
+    """Sizes with which every matrix of the case is whole blocks of 128 x 128, as FP8 wants them."""
     family, overrides = CASES[case]
-    config = getattr(transformers, family + "Config")(**{**_SIZES, **overrides})
+    sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 256, "intermediate_size": 384}
+    sizes |= {"num_hidden_layers": 1}
+    sizes |= {"head_dim": 64} if family != "Phi3" else {}
+    return sizes | ({"moe_intermediate_size": 128} if "moe_intermediate_size" in overrides else {})
+
+
+def hf_model(case: str, sizes: dict[str, Any] | None = None) -> transformers.PreTrainedModel:
+    """A random fp32 model, norms and biases off their trivial values; ``sizes`` other than the case's."""
+    family, overrides = CASES[case]
+    config = getattr(transformers, family + "Config")(**{**_SIZES, **overrides, **(sizes or {})})
     torch.manual_seed(1234)
     model = getattr(transformers, family + "ForCausalLM")(config).float().eval()
     with torch.no_grad():
@@ -108,9 +117,15 @@ def hf_model(case: str) -> transformers.PreTrainedModel:
     return model
 
 
-def write_folder(case: str, path: Path, dtype: torch.dtype = torch.float32, **save: Any) -> Path:
+def write_folder(
+    case: str,
+    path: Path,
+    dtype: torch.dtype = torch.float32,
+    sizes: dict[str, Any] | None = None,
+    **save: Any,
+) -> Path:
     """Save the case's model as transformers does."""
-    hf_model(case).to(dtype).save_pretrained(path, **save)
+    hf_model(case, sizes).to(dtype).save_pretrained(path, **save)
     return path
 
 

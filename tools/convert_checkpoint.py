@@ -233,11 +233,16 @@ def _use_bridge(args: argparse.Namespace) -> None:
         else:
             # strict: a tensor that is missing is an error
             auto_bridge.from_hf_pretrained(str(model)).export_ckpt(args.input, str(partial), strict=True)
-        partial.rename(output)
     except Exception as error:  # whatever the bridge raises for a model that it does not take
         shutil.rmtree(partial, ignore_errors=True)
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"Megatron-Bridge could not convert {args.input}: {reason}") from error
+    try:
+        partial.rename(output)
+    except OSError as error:
+        raise CheckpointError(
+            f"{partial} is whole, but cannot be given the name {output} ({error.strerror}). Rename it by hand."
+        ) from error
     print(f"wrote {args.output}, by Megatron-Bridge")
 
 

@@ -8,12 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 
 from megatron_rasft.weights import HfFolder
 from megatron_rasft.weights.torch_dist import TorchDistFolder
-from tests.tiny_models import write_folder
+from tests.tiny_models import whole_blocks, write_folder
 from tools import convert_checkpoint
 
 
@@ -41,10 +40,7 @@ def test_there_and_back_with_proof(model: Path, tmp_path: Path, capsys: pytest.C
 @pytest.fixture
 def in_blocks(tmp_path: Path) -> Path:
     """A model whose weights are whole blocks of 128 x 128."""
-    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "vocab_size": 101}
-    config = transformers.LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=4)
-    transformers.LlamaForCausalLM(config).bfloat16().save_pretrained(tmp_path / "in_blocks")
-    return tmp_path / "in_blocks"
+    return write_folder("qwen3_moe", tmp_path / "in_blocks", torch.bfloat16, sizes=whole_blocks("qwen3_moe"))
 
 
 def test_dtype_and_fp8_are_proven_too(in_blocks: Path, tmp_path: Path) -> None:
@@ -189,5 +185,10 @@ def test_bridge_gets_a_name_that_becomes_the_output_when_it_is_done(
     assert "Megatron-Bridge could not convert" in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["foreign"]
     AutoBridge.fails = False
+    with monkeypatch.context() as disk:
+        disk.setattr(Path, "rename", lambda path, target: (_ for _ in ()).throw(OSError(28, "No space left")))
+        assert command("hf-to-megatron", foreign, tmp_path / "out", "--bridge", "megatron-bridge") == 2
+    assert ".out.partial is whole, but cannot be given the name" in capsys.readouterr().err
+    assert (tmp_path / ".out.partial").is_dir()
     assert command("hf-to-megatron", foreign, tmp_path / "out", "--bridge", "megatron-bridge") == 0
     assert (tmp_path / "out").is_dir()

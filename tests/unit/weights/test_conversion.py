@@ -25,7 +25,7 @@ from megatron_rasft.weights.layerwise import layerwise_logits
 from megatron_rasft.weights.proof import prove, prove_fp8
 from megatron_rasft.weights.staging import StagedFolder
 from megatron_rasft.weights.torch_dist import DistcpFile, TorchDistFolder, write_checkpoint_index
-from tests.tiny_models import CASES, hf_model, some_tokens, write_folder
+from tests.tiny_models import CASES, hf_model, some_tokens, whole_blocks, write_folder
 
 
 @pytest.fixture(scope="module")
@@ -623,18 +623,9 @@ def test_fp8_export_holds_blocks_and_scales(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("case", ["llama", "qwen2_tied", "qwen3", "mistral", "phi3", "mixtral", "qwen3_moe"])
-def test_transformers_loads_an_fp8_folder_as_it_is_meant(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
-) -> None:
+def test_transformers_loads_an_fp8_folder_as_it_is_meant(tmp_path: Path, case: str) -> None:
     """transformers multiplies by the scales itself where there is no GPU; it takes whole blocks only."""
-    family, shape = CASES[case]
-    sizes = {"num_attention_heads": 4, "num_key_value_heads": 2} | (
-        {} if case == "phi3" else {"head_dim": 64}
-    )
-    sizes |= {"hidden_size": 256, "intermediate_size": 384, "num_hidden_layers": 1}
-    sizes |= {"moe_intermediate_size": 128} if "moe_intermediate_size" in shape else {}
-    monkeypatch.setitem(CASES, "blocks", (family, shape | sizes))
-    folder = HfFolder.open(write_folder("blocks", tmp_path / "hf", torch.bfloat16))
+    folder = HfFolder.open(write_folder(case, tmp_path / "hf", torch.bfloat16, sizes=whole_blocks(case)))
     hf_to_megatron(folder, tmp_path / "megatron")
     megatron_to_hf(TorchDistFolder.open(tmp_path / "megatron"), folder, tmp_path / "fp8", is_fp8=True)
     state = load_file(tmp_path / "fp8/model.safetensors")
