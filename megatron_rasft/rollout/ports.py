@@ -40,9 +40,8 @@ def check_port(host: str, port: int) -> None:
         ValueError: somebody listens there, or ``host`` is no address of this machine.
     """
     with socket.socket(_family(host)) as probe:
-        probe.setsockopt(
-            socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
-        )  # connections of a server that ended do not count
+        # connections of a server that ended do not count
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError as error:

@@ -18,7 +18,6 @@ from megatron_rasft.weights.torch_dist import RELEASE, TRACKER_FILE
 STATE_FILE = "rasft_state.json"
 """Beside Megatron's own files in a checkpoint: where the data, curriculum and rollout store stood."""
 
-
 LOAD_FAILURES = (
     CheckpointException,
     dist_checkpointing.core.CheckpointingException,
@@ -57,8 +56,7 @@ def read_state(args: Any, load: Path) -> dict[str, Any] | None:
 
 def chosen_folder(args: Any, load: Path) -> Path:
     """The checkpoint that Megatron takes from ``load``: that of --ckpt-step, or the newest."""
-    tracker = load / TRACKER_FILE
-    text = tracker.read_text(encoding="utf-8", errors="replace").strip()
+    text = _tracked(load)
     if text == RELEASE:
         raise CheckpointError(
             f"{load} holds converted weights, not a run's checkpoints. Give it to a run as --load, and another folder as "
@@ -66,15 +64,19 @@ def chosen_folder(args: Any, load: Path) -> Path:
         )
     if not text.isdecimal():
         raise CheckpointError(
-            f"{tracker} says {text!r}, which is no step. Write the number of one of the iter_ folders beside it into it."
+            f"{load / TRACKER_FILE} says {text!r}, which is no step. Write the number of one of the iter_ folders beside it into it."
         )
     return load / f"iter_{args.ckpt_step or int(text):07d}"
 
 
 def is_converted(load: str) -> bool:
     """Whether the folder holds weights without a training state."""
-    tracker = Path(load, TRACKER_FILE)
-    return tracker.is_file() and tracker.read_text(encoding="utf-8", errors="replace").strip() == RELEASE
+    return Path(load, TRACKER_FILE).is_file() and _tracked(Path(load)) == RELEASE
+
+
+def _tracked(load: Path) -> str:
+    """What the folder says is its newest checkpoint: a step, or converted weights."""
+    return (load / TRACKER_FILE).read_text(encoding="utf-8", errors="replace").strip()
 
 
 def _earlier(folder: Path) -> str:

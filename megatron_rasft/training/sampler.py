@@ -82,7 +82,7 @@ class Sampler:
         try:
             with startup.quiet():
                 checkpointing.load_checkpoint(self._model, None, None)
-        except (AssertionError, RuntimeError, *host.LOAD_FAILURES) as error:
+        except (AssertionError, RuntimeError, *checkpoints.LOAD_FAILURES) as error:
             raise CheckpointError(
                 f"the checkpoint in {checkpoint} cannot be loaded: {checkpoints.checkpoint_failure(error)}"
             ) from error
