@@ -271,13 +271,19 @@ class ServerControl:
         flush_cache: bool = True,
         deadline_s: float | None = None,
     ) -> None:
-        """Load a Hugging Face folder that the server can read too. Needs no session; a failure changes nothing."""
+        """Load a Hugging Face folder that the server can read too. Needs no session; a failure changes nothing.
+
+        The cache is flushed by a request of its own, which waits: SGLang's flush inside the update ends the server while a
+        request that was just answered is still leaving its batch (flush_cache_after_weight_update).
+        """
         body: dict[str, Any] = {
             "model_path": str(folder),
-            "flush_cache": flush_cache,
+            "flush_cache": False,
             **_optional(weight_version=_label(weight_version)),
         }
         self._post("/update_weights_from_disk", body, deadline_s)
+        if flush_cache:
+            self.flush_cache(deadline_s)
 
     def set_weight_version(self, weight_version: int, deadline_s: float | None = None) -> None:
         """Set the label alone; running requests go on."""

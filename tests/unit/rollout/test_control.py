@@ -1,5 +1,6 @@
 """The control plane against what a server answers and what it should never answer; without a network."""
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -133,3 +134,19 @@ def test_an_answer_that_trickles_in_ends_at_the_deadline() -> None:
 def test_an_address_where_nothing_listens_cannot_be_reached() -> None:
     with pytest.raises(ServerError, match=r"http://127\.0\.0\.1:1: cannot be reached"):
         ServerControl("http://127.0.0.1:1/").probe(deadline_s=20.0)
+
+
+def test_cache_is_flushed_after_the_disk_and_not_by_it() -> None:
+    """Asked to flush as it loads, SGLang ends if a request is still leaving; here it leaves at the second try."""
+    asked: list[tuple[str, object]] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        asked.append((request.url.path, json.loads(request.content or b"{}").get("flush_cache")))
+        is_leaving = len(asked) == 2
+        return httpx.Response(400 if is_leaving else 200, json={"success": not is_leaving})
+
+    control_of(answer).update_weights_from_disk("/model", weight_version=3)
+    assert asked == [("/update_weights_from_disk", False), ("/flush_cache", None), ("/flush_cache", None)]
+    asked.clear()
+    control_of(answer).update_weights_from_disk("/model", flush_cache=False)
+    assert asked == [("/update_weights_from_disk", False)]
