@@ -1,6 +1,6 @@
 """Weights for servers on the trainer's own machine, inside the request: no group, no network.
 
-On GPUs the request holds CUDA IPC handles: a server maps the bucket where it lies and copies from it. Its processes
+On GPUs the request holds one CUDA IPC handle: a server maps the bucket where it lies and copies from it. Its processes
 must see the same GPUs in the same order as the trainer's. On a CPU the request holds the bytes themselves.
 """
 
@@ -9,7 +9,7 @@ import io
 import pickle
 from collections.abc import Sequence
 from multiprocessing.reduction import ForkingPickler
-from types import FunctionType
+from types import FunctionType, SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
@@ -41,18 +41,31 @@ class _StoragePickler(pickle._Pickler):
 
 
 def serialize_bucket(bucket: Bucket, memory: Tensor) -> str:
-    """What /update_weights_from_tensor takes for one tensor-parallel rank, in base64.
+    """What /update_weights_from_tensor takes as ``flattened_bucket`` for one tensor-parallel rank, in base64.
 
-    Memory on a GPU must stay as it is until that rank has answered.
+    Memory ([num_bytes] uint8) on a GPU must stay as it is until that rank has answered.
     """
+    # SGLang reads these fields of whatever comes (_update_weights_from_flattened_bucket), and its unpickler knows this class
+    places = [
+        SimpleNamespace(
+            name=wire.name,
+            shape=wire.shape,
+            dtype=wire.dtype,
+            start_idx=start,
+            end_idx=stop,
+            numel=stop - start,
+        )
+        for wire, start, stop in bucket.slots
+    ]
     content = io.BytesIO()
-    views = bucket.views(memory).items()
     if memory.is_cuda:
         # each rank gets a pickle of its own: the handle counts its readers
-        ForkingPickler(content, pickle.HIGHEST_PROTOCOL).dump(list(views))
+        sent = {"flattened_tensor": memory, "metadata": places}
+        ForkingPickler(content, pickle.HIGHEST_PROTOCOL).dump(sent)
     else:
         # a pickled view would take all the memory it looks into along
-        _StoragePickler(content).dump([(name, view.clone()) for name, view in views])
+        sent = {"flattened_tensor": memory.clone(), "metadata": places}
+        _StoragePickler(content).dump(sent)
     return base64.b64encode(content.getbuffer()).decode("ascii")
 
 
@@ -82,7 +95,9 @@ class RequestSender:
             payloads = [
                 bytes_once or serialize_bucket(bucket, memory) for _ in range(self._tp_sizes[server.url])
             ]
-            server.update_weights_from_tensor(payloads, flush_cache=False, deadline_s=self._timeout_s)
+            server.update_weights_from_tensor(
+                payloads, load_format="flattened_bucket", flush_cache=False, deadline_s=self._timeout_s
+            )
 
         failed = ask_all(self._servers, load)
         if failed:
