@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_rasft.weights import fp8_blocks
 from megatron_rasft.weights.fp8_blocks import BLOCK, dequantize_blocks, quantized, scale_shape
 
 
@@ -69,3 +70,15 @@ def test_no_value_becomes_nan() -> None:
     weight = torch.full((128, 128), 3.0e38) * torch.linspace(-1, 1, 128)
     values, _ = quantized(weight)
     assert not values.float().isnan().any()
+
+
+@pytest.mark.parametrize("shape", [(128, 128), (1024, 128), (1030, 257), (2048, 130), (5, 3)])
+def test_many_rows_at_once_as_on_a_gpu_give_the_same(
+    shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(3)).to(torch.bfloat16)
+    one_by_one = quantized(weight)
+    monkeypatch.setitem(fp8_blocks._ROWS_OF_BLOCKS, "cpu", fp8_blocks._ROWS_OF_BLOCKS["cuda"])
+    values, scales = quantized(weight)
+    assert torch.equal(scales, one_by_one[1])
+    assert torch.equal(values.view(torch.uint8), one_by_one[0].view(torch.uint8))
