@@ -13,7 +13,7 @@ The methods may be called from several threads.
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -168,6 +168,20 @@ class Fleet:
             )
         self.say(f"no rollout server ({reasons}): training on demonstrations alone")
         return []
+
+    def lacking(self, weight_version: int, found: Sequence[ServerControl]) -> list[str]:
+        """Of the servers that were just found, those that are not known to have these weights, or no longer say so.
+
+        One that can release its memory may sleep, and then has no weights whatever it says.
+        """
+        having = {
+            member.url
+            for member in self.serving(weight_version)
+            if member.info is not None
+            and member.info.weight_version == weight_version
+            and not member.info.has_memory_saver
+        }
+        return [server.url for server in found if server.url not in having]
 
     def admit(self, url: str, weight_version: int) -> None:
         """The server has received and proven these weights: it may be asked from now on."""

@@ -85,7 +85,7 @@ class RolloutServers:
     def sync(
         self, weight_version: int, probes: Sequence[TrainingSample], stop: StopRequest
     ) -> dict[str, float]:
-        """Bring this model's weights to every server that answers; those that prove to have them may be asked.
+        """Bring this model's weights to every server that answers and lacks them; those that prove to have them may be asked.
 
         A collective of the world; nothing may be sampling.
 
@@ -95,14 +95,14 @@ class RolloutServers:
             stop: asked while no server answers.
 
         Returns:
-            Metric name -> value, on every rank; empty where there is no server.
+            Metric name -> value, on every rank; empty where no server had to be brought anything.
 
         Raises:
             RolloutError: no server has the weights, and --rollout-without-servers is error.
             Stopped: the run is to stop.
         """
         urls: list[str] = stop.on_rank_zero(
-            lambda: [server.url for server in self.engine.fleet.find(stop.check_here)]
+            lambda: self.engine.fleet.lacking(weight_version, self.engine.fleet.find(stop.check_here))
         )
         if not urls:
             return {}

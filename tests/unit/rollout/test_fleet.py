@@ -68,6 +68,24 @@ def test_a_server_enters_by_a_sync_and_leaves_by_a_fault() -> None:
     assert said[1:] == [f"rollout server {B} is back, with the weights of step 4"]
 
 
+def test_weights_are_not_brought_where_they_are() -> None:
+    network = Network(A, B)
+    fleet = fleet_of(network, [])
+    assert fleet.lacking(3, fleet.find()) == [A, B]
+    for url in (A, B):
+        fleet.admit(url, 3)
+        network.info[url] = {"weight_version": "3"}
+    assert fleet.lacking(3, fleet.find()) == [] and fleet.lacking(4, fleet.find()) == [A, B]
+    network.info[B] = {}
+    assert fleet.lacking(3, fleet.find()) == [B], "it was restarted"
+    network.info[A]["enable_memory_saver"] = True
+    assert fleet.lacking(3, fleet.find()) == [A, B], "it may sleep"
+    del network.info[A]["enable_memory_saver"]
+    fleet.find()
+    fleet.quarantine(A, "answered with garbage")
+    assert fleet.lacking(3, fleet.find()) == [A, B], "nobody knows what it has"
+
+
 def test_a_dead_server_is_said_once_and_found_again() -> None:
     said: list[str] = []
     network = Network(A, B)
