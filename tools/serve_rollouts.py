@@ -216,13 +216,14 @@ def cpu_python() -> Path:
 def wait_until_ready(
     url: str, key: str | None, process: subprocess.Popen[bytes], limit_s: float, stopping: list[int]
 ) -> None:
-    """Until the server has generated a token; returns early if this process was asked to stop."""
+    """Until the server has warmed up and generated a token; returns early if this process was asked to stop."""
     ends = time.monotonic() + limit_s
     said = ""
     with ServerControl(url, api_key=key) as control:
         while not stopping:
             try:
                 control.weight_label(deadline_s=10.0)
+                control.check_health(deadline_s=60.0)
                 control.generate(
                     {"input_ids": [1], "sampling_params": {"max_new_tokens": 1}}, deadline_s=120.0
                 )

@@ -8,8 +8,11 @@ Proxies of the environment are not used.
 """
 
 import json
+import socket
+import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -108,7 +111,7 @@ class ServerControl:
                 weight_label=label,
                 max_total_tokens=_count(server.get("max_total_num_tokens")),
                 context_length=_count(server.get("context_length")),
-                max_running_requests=_count(server.get("max_running_requests")),
+                max_running_requests=_max_running_requests(server),
                 is_deterministic=bool(server.get("enable_deterministic_inference")),
                 has_update_session=self._has("/begin_weight_update", ends),
                 has_weights_checker=self._has("/weights_checker", ends),
@@ -117,6 +120,10 @@ class ServerControl:
         except (TypeError, ValueError, OverflowError) as error:
             raise ServerError(self.url, f"says of itself what cannot be true ({error})") from error
         return self._info
+
+    def check_health(self, deadline_s: float | None = None) -> None:
+        """A ServerError while the server still warms up, or cannot generate."""
+        self._call("GET", "/health", None, self._ends(deadline_s), is_admin=False)
 
     def weight_label(self, deadline_s: float | None = None) -> str:
         """The version label of the weights the server has now."""
@@ -374,7 +381,7 @@ class ServerControl:
     def _exchange(
         self, method: str, path: str, body: dict[str, Any] | None, ends: float, is_admin: bool
     ) -> tuple[httpx.Response, bytes]:
-        """Send and read to the end; the deadline also ends an answer that trickles in."""
+        """Send and read to the end; the deadline also ends an answer, or its headers, that trickle in."""
         key = self._admin_api_key if is_admin else self._api_key
         headers = {} if key is None else {"Authorization": f"Bearer {key}"}
         began = time.monotonic()
@@ -382,20 +389,67 @@ class ServerControl:
         if left <= 0:
             raise ServerError(self.url, f"no time was left for {path}")
         parts = []
+        cut = _Cut(left)
         try:
-            with self._client.stream(method, path, json=body, headers=headers, timeout=left) as response:
+            with (
+                cut,
+                self._client.stream(
+                    method,
+                    path,
+                    json=body,
+                    headers=headers,
+                    timeout=left,
+                    extensions={"trace": cut.trace},
+                ) as response,
+            ):
                 for part in response.iter_bytes():
                     parts.append(part)
                     if time.monotonic() > ends:
-                        raise ServerError(self.url, f"{path} was still answering when its {left:.1f} s ended")
-        except httpx.TimeoutException as error:
-            waited = time.monotonic() - began
-            raise ServerError(self.url, f"{path} gave no answer within {waited:.1f} s") from error
-        except httpx.ConnectError as error:
-            raise ServerError(self.url, f"cannot be reached ({error})") from error
+                        break
         except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:  # the last: of a host's name
-            raise ServerError(self.url, f"{path} broke off ({type(error).__name__}: {error})") from error
+            if cut.has_come or isinstance(error, httpx.TimeoutException):
+                waited = time.monotonic() - began
+                reason = f"{path} gave no answer within {waited:.1f} s"
+            elif isinstance(error, httpx.ConnectError):
+                reason = f"cannot be reached ({error})"
+            else:
+                reason = f"{path} broke off ({type(error).__name__}: {error})"
+            raise ServerError(self.url, reason) from error
+        if time.monotonic() > ends:
+            raise ServerError(self.url, f"{path} was still answering when its {left:.1f} s ended")
         return response, b"".join(parts)
+
+
+class _Cut:
+    """Ends a connection after a time, whatever it is at: httpx's own timeouts begin anew with every byte.
+
+    Args:
+        seconds: from entering.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.has_come = False
+        self._connection: socket.socket | None = None
+        self._timer = threading.Timer(seconds, self._come)
+        self._timer.daemon = True
+
+    def __enter__(self) -> "_Cut":
+        self._timer.start()
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        self._timer.cancel()
+
+    def trace(self, event: str, info: dict[str, Any]) -> None:
+        """For the request's ``trace`` extension: learns the connection."""
+        if event in ("connection.connect_tcp.complete", "connection.start_tls.complete"):
+            self._connection = info["return_value"].get_extra_info("socket")
+
+    def _come(self) -> None:
+        self.has_come = True
+        if self._connection is not None:
+            with suppress(OSError):  # it was closed meanwhile
+                self._connection.shutdown(socket.SHUT_RDWR)
 
 
 def _label(weight_version: int | None) -> str | None:
@@ -408,6 +462,15 @@ def _optional(**values: Any) -> dict[str, Any]:
 
 def _count(value: Any) -> int | None:
     return None if value is None else int(value)
+
+
+def _max_running_requests(server: dict[str, Any]) -> int | None:
+    """The flag, or, where it was left out, what the server chose by itself."""
+    chosen = server.get("max_running_requests")
+    states = server.get("internal_states")
+    if chosen is None and isinstance(states, list) and states and isinstance(states[0], dict):
+        chosen = states[0].get("effective_max_running_requests_per_dp")
+    return _count(chosen)
 
 
 def _read_config(model_path: str) -> dict[str, Any] | None:

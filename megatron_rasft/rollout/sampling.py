@@ -144,9 +144,9 @@ async def sample(
 ) -> Answers:
     """Sample every seed of every request from the servers that have the weights of this version.
 
-    Returns what could be had: nothing is raised because servers fail, and nothing is waited for longer than
-    --rollout-deadline-s times --rollout-attempts. Cancelling it closes every connection, which makes the servers
-    drop the requests.
+    Returns what could be had: nothing is raised because servers fail. No request lasts longer than --rollout-deadline-s, and
+    a sample has --rollout-attempts of them that may fail; one that is aborted goes on as long as it gains tokens.
+    Cancelling it closes every connection, which makes the servers drop the requests.
 
     Raises:
         RolloutError: a prompt has token ids outside the servers' vocabulary (which would kill some servers).

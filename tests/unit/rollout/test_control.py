@@ -1,8 +1,11 @@
 """The control plane against what a server answers and what it should never answer; without a network."""
 
 import json
+import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import httpx
@@ -129,6 +132,43 @@ def test_an_answer_that_trickles_in_ends_at_the_deadline() -> None:
 
     with pytest.raises(ServerError, match="still answering"):
         control_of(lambda request: httpx.Response(200, stream=Trickle())).pause(deadline_s=0.2)
+
+
+def test_headers_that_trickle_in_end_at_the_deadline() -> None:
+    answer = b"HTTP/1.1 200 OK\r\nX: " + b"x" * 400 + b"\r\nContent-Length: 2\r\n\r\n{}"
+
+    def trickle(listener: socket.socket) -> None:
+        connection, _ = listener.accept()
+        with connection, suppress(OSError):  # the other side has hung up
+            for byte in answer:
+                connection.sendall(bytes([byte]))
+                time.sleep(0.05)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = threading.Thread(target=trickle, args=(listener,))
+        server.start()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        with pytest.raises(ServerError, match="gave no answer"):
+            ServerControl(url).pause(deadline_s=0.5)
+        server.join()
+
+
+@pytest.mark.parametrize(
+    ("said", "number"),
+    [
+        ({"max_running_requests": 8, "internal_states": [{"effective_max_running_requests_per_dp": 4}]}, 8),
+        (
+            {"max_running_requests": None, "internal_states": [{"effective_max_running_requests_per_dp": 4}]},
+            4,
+        ),
+        ({"internal_states": []}, None),
+        ({"internal_states": ["?"]}, None),
+    ],
+    ids=["flag", "chosen by itself", "not said", "odd"],
+)
+def test_how_many_requests_a_server_runs_at_once(said: dict[str, Any], number: int | None) -> None:
+    answer = httpx.Response(200, json={"model_path": "/nowhere", **said})
+    assert control_of(lambda request: answer).probe().max_running_requests == number
 
 
 def test_an_address_where_nothing_listens_cannot_be_reached() -> None:

@@ -19,15 +19,18 @@ from tools import serve_rollouts
 ROOT = Path(__file__).resolve().parents[3]
 
 SERVER = '''#!{python}
-"""Answers what the launcher asks, notes its process, and ends at SIGTERM only where it may."""
+"""Answers what the launcher asks after a while, notes its process and what it is asked, and ends at SIGTERM only where it may."""
 import os, signal, socket, sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 if {is_paused}:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+asked = open({note!r} + ".asked", "a", buffering=1)
+answers = {{"/health": [503, 503]}}
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         body = b'{{"weight_version": "default"}}'
-        self.send_response(200)
+        asked.write(self.path + "\\n")
+        self.send_response((answers.get(self.path) or [200]).pop())
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
@@ -114,6 +117,13 @@ def test_a_server_that_does_not_end_is_signed_off_and_killed(tmp_path: Path, num
         process.send_signal(number)
         assert process.wait(60) == 0, process.communicate()
         assert read_addresses(launcher.file) == [] and not launcher.is_serving
+
+
+def test_a_server_that_warms_up_is_not_entered_yet(launcher: Launcher) -> None:
+    with launcher.run("--server-file", str(launcher.file)) as process:
+        launcher.wait_until_entered(process)
+    asked = Path(f"{launcher.note}.asked").read_text().split()
+    assert [path for path in asked if path != "/model_info"] == ["/health", "/health", "/health", "/generate"]
 
 
 def test_no_server_is_left_behind_when_the_file_has_gone_bad(launcher: Launcher) -> None:
