@@ -13,6 +13,7 @@ import ctypes
 import json
 import multiprocessing
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -52,16 +53,16 @@ of its 450 GB/s, a copy in HBM at a third of its 3.35 TB/s, the request as measu
 
 
 def write_model(path: Path, mib: int) -> None:
-    """A random Llama in bf16 of about this size."""
+    """A random Llama in bf16 of about this size, of as many layers of Llama-3.2-1B's shape."""
     import transformers
 
-    layer_bytes = 2 * (4 * 1024 * 1024 + 3 * 1024 * 2816)
+    layer_bytes = 2 * (2 * 2048 * (2048 + 512) + 3 * 2048 * 8192)
     config = transformers.LlamaConfig(
         vocab_size=1024,
-        hidden_size=1024,
-        intermediate_size=2816,
+        hidden_size=2048,
+        intermediate_size=8192,
         num_hidden_layers=max(1, round(mib * MIB / layer_bytes)),
-        num_attention_heads=8,
+        num_attention_heads=32,
         num_key_value_heads=8,
         max_position_embeddings=256,
     )
@@ -274,6 +275,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="syncs, and bare broadcasts, that are counted")
     parser.add_argument("--cluster", action="store_true", help="calculate a 70B model's sync instead")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the server goes too
     print(json.dumps(cluster_figures() if options.cluster else measure(options)), flush=True)
 
 

@@ -106,3 +106,11 @@ def test_a_bucket_is_never_filled_where_one_is_being_sent(bucket_bytes: int) -> 
         arena.sent(place)
         in_flight = place
     assert num_overlapped > 0 or len(plan.buckets) == 1
+
+
+@pytest.mark.parametrize("num_bytes", [0, 1, 4096, 5 * 2**20 + 3])
+def test_an_arena_on_the_cpu_is_ordinary_memory_of_its_size(num_bytes: int) -> None:
+    arena = Arena(num_bytes, torch.device("cpu"))
+    memory = arena.memory((0, num_bytes))
+    assert (memory.dtype, memory.numel()) == (torch.uint8, num_bytes)
+    assert memory.fill_(7).eq(7).all()
