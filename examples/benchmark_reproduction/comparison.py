@@ -18,7 +18,7 @@ from megatron_rasft.evaluation.summary import Summary
 Runs = Mapping[tuple[str, int], Path]
 """(method, seed) -> folder of one training and its evaluation."""
 
-REFERENCE = "sft"
+DEFAULT_REFERENCE = "sft"
 """Method that the differences are to."""
 
 
@@ -40,7 +40,14 @@ class Curve:
     total_steps: int = 0
 
 
-def write_comparison(title: str, runs: Runs, output: Path, compared_with: str = "", num_jobs: int = 1) -> str:
+def write_comparison(
+    title: str,
+    runs: Runs,
+    output: Path,
+    compared_with: str = "",
+    num_jobs: int = 1,
+    reference: str = DEFAULT_REFERENCE,
+) -> str:
     """Write comparison.md, .csv and .json and the plots; the Markdown, and why there are no plots.
 
     Args:
@@ -49,6 +56,7 @@ def write_comparison(title: str, runs: Runs, output: Path, compared_with: str = 
         output: folder of all results.
         compared_with: published model whose numbers stand in the table.
         num_jobs: trainings that shared the machine, which their seconds show.
+        reference: method that the differences are to.
     """
     summaries = {key: _summaries(folder) for key, folder in runs.items()}
     missing = [folder.name for key, folder in runs.items() if not summaries[key]]
@@ -56,11 +64,11 @@ def write_comparison(title: str, runs: Runs, output: Path, compared_with: str = 
     if not summaries:
         raise RuntimeError(f"{output} holds no finished evaluation")
     curves = {key: read_curve(runs[key] / "metrics.jsonl") for key in summaries}
-    rows = _rows(summaries, curves)
-    lines = [f"# {title}", "", *_markdown(rows), "", *_published(compared_with, rows)]
+    rows = _rows(summaries, curves, reference)
+    lines = [f"# {title}", "", *_markdown(rows, reference), "", *_published(compared_with, rows)]
     lines.append(
         "Accuracy in percent, mean over seeds, problems and samples; 95 % bootstrap intervals over seeds and problems. "
-        f"Differences to {REFERENCE} are paired by problem, and by seed where both have the same seeds. Tokens and "
+        f"Differences to {reference} are paired by problem, and by seed where both have the same seeds. Tokens and "
         "seconds are means of a training."
     )
     notes = records.notes(runs[key] for key in summaries)
@@ -119,7 +127,9 @@ def _summaries(folder: Path) -> dict[str, Summary]:
 
 
 def _rows(
-    summaries: Mapping[tuple[str, int], Mapping[str, Summary]], curves: Mapping[tuple[str, int], Curve]
+    summaries: Mapping[tuple[str, int], Mapping[str, Summary]],
+    curves: Mapping[tuple[str, int], Curve],
+    reference: str,
 ) -> list[dict[str, Any]]:
     """One row per method and benchmark."""
     rows = []
@@ -145,10 +155,10 @@ def _rows(
                 "difference_low": "",
                 "difference_high": "",
             }
-            reference = _scores(summaries, REFERENCE, name)
-            if reference and method != REFERENCE:
-                others = list(reference.values())
-                bounds = paired_interval(scores, others, pairs_seeds=by_seed.keys() == reference.keys())
+            of_reference = _scores(summaries, reference, name)
+            if of_reference and method != reference:
+                others = list(of_reference.values())
+                bounds = paired_interval(scores, others, pairs_seeds=by_seed.keys() == of_reference.keys())
                 mean = statistics.fmean(map(statistics.fmean, others))
                 row["difference"] = row["accuracy"] - 100 * mean
                 row["difference_low"], row["difference_high"] = (100 * bound for bound in bounds)
@@ -177,9 +187,9 @@ def _scores(
     return {seed: found[seed].scores for seed in sorted(found)}
 
 
-def _markdown(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def _markdown(rows: Sequence[Mapping[str, Any]], reference: str) -> list[str]:
     head = (
-        f"method | benchmark | seeds | accuracy | against {REFERENCE} | truncated | response tokens | steps | "
+        f"method | benchmark | seeds | accuracy | against {reference} | truncated | response tokens | steps | "
         "trained tokens | generated tokens | seconds"
     )
     lines = [f"| {head} |", "| --- | --- " + "| ---: " * 9 + "|"]

@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # runs from a checkout that is not installed
 
 from examples.benchmark_reproduction import records  # noqa: E402
-from examples.benchmark_reproduction.comparison import write_comparison  # noqa: E402
+from examples.benchmark_reproduction.comparison import DEFAULT_REFERENCE, write_comparison  # noqa: E402
 
 METHODS: dict[str, list[str]] = {
     "base": [],
@@ -280,6 +280,12 @@ def main(argv: list[str] | None = None) -> int:
         "--methods", nargs="+", metavar="NAME", help=f"of {', '.join(METHODS)} and the setting's variants"
     )
     parser.add_argument("--seeds", nargs="+", type=int, metavar="N", help="instead of the setting's")
+    parser.add_argument(
+        "--against",
+        metavar="NAME",
+        default=DEFAULT_REFERENCE,
+        help="method that the differences are to (default: %(default)s)",
+    )
     parser.add_argument("--task", type=int, metavar="N", help="only this one, from 0, and no tables")
     parser.add_argument("--keep-models", action="store_true", help="do not delete the trained weights")
     parser.add_argument("--tables-only", action="store_true", help="run nothing")
@@ -295,6 +301,10 @@ def main(argv: list[str] | None = None) -> int:
             }
         )
         tasks = tasks_of(setting)
+        if args.against != DEFAULT_REFERENCE and args.against not in setting.methods:
+            raise ValueError(
+                f"--against {args.against} is none of the methods: {', '.join(setting.methods)}."
+            )
         if args.task is not None and not 0 <= args.task < len(tasks):
             raise ValueError(f"--task must be 0 .. {len(tasks) - 1}, got {args.task}.")
     except ValueError as error:
@@ -314,7 +324,16 @@ def main(argv: list[str] | None = None) -> int:
             run_tasks(setting, chosen, args.output.resolve(), args.keep_models)
         if args.task is None:
             runs = {(t.method, t.seed): args.output / t.name for t in tasks}
-            print(write_comparison(setting.title, runs, args.output, setting.compare_with, setting.num_jobs))
+            print(
+                write_comparison(
+                    setting.title,
+                    runs,
+                    args.output,
+                    setting.compare_with,
+                    setting.num_jobs,
+                    reference=args.against,
+                )
+            )
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

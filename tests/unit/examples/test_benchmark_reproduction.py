@@ -221,6 +221,10 @@ def test_table_holds_means_intervals_and_paired_differences(tmp_path: Path) -> N
     assert "6 trainings ran at a time on one machine" in (tmp_path / "comparison.md").read_text()
     assert (tmp_path / "accuracy.png").stat().st_size > 10_000
     assert (tmp_path / "comparison.csv").read_text().count("\n") == 4
+    text = comparison.write_comparison("title", runs, tmp_path, reference="rasft")
+    rows = {row["method"]: row for row in json.loads((tmp_path / "comparison.json").read_text())}
+    assert rows["sft"]["difference"] == pytest.approx(-25.0) and rows["rasft"]["difference"] == ""
+    assert "| against rasft |" in text and "Differences to rasft are paired" in text
 
 
 def test_difference_is_uncertain_by_seeds_too_and_pairs_them_by_number(tmp_path: Path) -> None:
@@ -324,6 +328,8 @@ def test_table_says_what_other_code_made_and_what_is_not_known(
 ) -> None:
     assert workplace.run() == 0 and "commits" not in capsys.readouterr().out
     monkeypatch.setattr(records, "_commit", lambda: "second")
+    assert workplace.run("--tables-only", "--against", "rasft") == 2
+    assert "--against rasft is none of the methods: " in capsys.readouterr().err
     assert workplace.run("--seeds", "1", "2") == 0
     said = capsys.readouterr().out
     assert "Made by different commits of the code: first: base, sft-seed1; second: sft-seed2." in said
