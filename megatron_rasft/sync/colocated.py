@@ -57,14 +57,13 @@ def serialize_bucket(bucket: Bucket, memory: Tensor) -> str:
         )
         for wire, start, stop in bucket.slots
     ]
+    # on a CPU a pickled view would take all the memory it looks into along
+    sent = {"flattened_tensor": memory if memory.is_cuda else memory.clone(), "metadata": places}
     content = io.BytesIO()
     if memory.is_cuda:
         # each rank gets a pickle of its own: the handle counts its readers
-        sent = {"flattened_tensor": memory, "metadata": places}
         ForkingPickler(content, pickle.HIGHEST_PROTOCOL).dump(sent)
     else:
-        # a pickled view would take all the memory it looks into along
-        sent = {"flattened_tensor": memory.clone(), "metadata": places}
         _StoragePickler(content).dump(sent)
     return base64.b64encode(content.getbuffer()).decode("ascii")
 
