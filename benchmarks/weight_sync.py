@@ -1,10 +1,11 @@
 """A weight sync into a real SGLang server on this machine, against the bare broadcast of the same bytes, in one run.
 
-python benchmarks/weight_sync.py [--mib 1600] [--bucket-mib 64] [--version 0.5.23] [--cluster]
+python benchmarks/weight_sync.py [--mib 1600] [--bucket-mib 64] [--version 0.5.23] [--no-gather] [--cluster]
 
 Needs `make servers`. Prints one JSON line: seconds and GB/s of the sync and of the bare broadcast of the same buckets,
 the peak memory over the steady state, and what the parts, measured each by itself, predict for the whole (the same
-function as for a cluster). `--cluster` instead prints that function's figures for a 70B model on 8 to 64 GPUs, whose
+function as for a cluster). `--no-gather` sends memory as it is, in the place of weights: what is then left between sync and
+bare broadcast is the servers' alone. `--cluster` instead prints that function's figures for a 70B model on 8 to 64 GPUs, whose
 speeds are assumptions: they are printed too.
 """
 
@@ -163,7 +164,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             sync = WeightSync(
                 SyncConfig(sync_bucket_mib=options.bucket_mib, sync_proof_interval=0),
                 plan=partial(plan, weights),
-                gather=partial(gather, weights),
+                gather=partial(gather, weights, copies=not options.no_gather),
                 connect=ServerControl,
                 model_config=config,
                 device=torch.device("cpu"),
@@ -194,6 +195,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "gb": round(num_bytes / 1e9, 3),
         "buckets": reports[0].num_buckets,
         "bucket_mib": options.bucket_mib,
+        "is_gathered": not options.no_gather,
         "sync_s": round(min(r.seconds["total"] for r in reports), 3),
         "transfer_s": round(transfer, 3),
         "transfer_gb_per_s": round(num_bytes / 1e9 / transfer, 3),
@@ -244,11 +246,13 @@ def plan(weights: dict[str, torch.Tensor], *, dtypes: dict[str, torch.dtype] | N
     return [TensorPlan(n, tuple(t.shape), (dtypes or {}).get(n, t.dtype)) for n, t in weights.items()]
 
 
-def gather(weights: dict[str, torch.Tensor], *, dtypes: dict[str, torch.dtype], out: Any) -> Iterator[Any]:
-    """The weights as a stage of one rank gathers them: each copied into its place."""
+def gather(
+    weights: dict[str, torch.Tensor], *, copies: bool, dtypes: dict[str, torch.dtype], out: Any
+) -> Iterator[Any]:
+    """The weights as a stage of one rank gathers them: each copied into its place, or as if it had been."""
     for name, tensor in weights.items():
         memory = out(name)
-        yield name, tensor if memory is None else memory.copy_(tensor)
+        yield name, tensor if memory is None else memory.copy_(tensor) if copies else memory
 
 
 def cluster_figures() -> dict[str, Any]:
@@ -273,6 +277,7 @@ def main() -> None:
     parser.add_argument("--bucket-mib", type=int, default=64, help="--sync-bucket-mib")
     parser.add_argument("--version", default="0.5.23", help="SGLang's, as installed by `make servers`")
     parser.add_argument("--rounds", type=int, default=5, help="syncs, and bare broadcasts, that are counted")
+    parser.add_argument("--no-gather", action="store_true", help="leave out the trainer's own work")
     parser.add_argument("--cluster", action="store_true", help="calculate a 70B model's sync instead")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the server goes too

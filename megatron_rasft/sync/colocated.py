@@ -43,7 +43,8 @@ class _StoragePickler(pickle._Pickler):
 def serialize_bucket(bucket: Bucket, memory: Tensor) -> str:
     """What /update_weights_from_tensor takes as ``flattened_bucket`` for one tensor-parallel rank, in base64.
 
-    Memory ([num_bytes] uint8) on a GPU must stay as it is until that rank has answered.
+    Memory ([num_bytes] uint8) on a GPU must stay as it is until that rank has answered. By then its copies are done: it lets go
+    of the mapped memory before it answers, and torch waits for the stream there (the deleter in torch/csrc/StorageSharing.cpp).
     """
     # SGLang reads these fields of whatever comes (_update_weights_from_flattened_bucket), and its unpickler knows this class
     places = [
