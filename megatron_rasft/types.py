@@ -198,6 +198,8 @@ class ServerInfo:
     has_weights_checker: bool
     has_memory_saver: bool
     """Started with --enable-memory-saver: its memory can be released and resumed."""
+    random_seed: int | None
+    """Its --random-seed, one that it draws at its start where none is given."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -25,13 +25,14 @@ from megatron_rasft.config.rollout import check_address
 from megatron_rasft.errors import RasftError, ServerError
 from megatron_rasft.rollout.addresses import read_addresses
 from megatron_rasft.rollout.control import ServerControl
-from megatron_rasft.rollout.fleet import config_mismatch
+from megatron_rasft.rollout.fleet import config_mismatch, named_twice
 from megatron_rasft.rollout.keys import read_key
 from megatron_rasft.rollout.sampling import check_generation
 from megatron_rasft.sync.buckets import Bucket, plan_buckets
 from megatron_rasft.sync.groups import GroupFailure, UpdateGroup, local_address, prepare_nccl
 from megatron_rasft.sync.served import ServedFormat
 from megatron_rasft.sync.servers import Server, ask_all
+from megatron_rasft.types import ServerInfo
 from megatron_rasft.weights import HfFolder
 
 
@@ -48,6 +49,8 @@ class Finding:
     """What was found out about one server."""
 
     control: ServerControl
+    info: ServerInfo | None = None
+    """None until it was reached."""
     said: list[str] = field(default_factory=list)
     fault: str = ""
 
@@ -132,6 +135,9 @@ def check(args: argparse.Namespace) -> list[Finding]:
     ]
     with ThreadPoolExecutor(len(findings)) as pool:
         list(pool.map(lambda finding: examine(finding, folder), findings))
+    doubles = named_twice([f.info for f in findings if f.info is not None and not f.fault])
+    for finding in findings:
+        finding.fault = doubles.get(finding.control.url, finding.fault)
     good = [f for f in findings if not f.fault]
     if args.broadcast_mib > 0 and good:
         broadcast(good, folder, args)
@@ -142,7 +148,7 @@ def examine(finding: Finding, folder: HfFolder) -> None:
     """Reach, version, model and one generation of one server."""
     control = finding.control
     try:
-        info = control.probe()
+        info = finding.info = control.probe()
         mismatch = config_mismatch(folder.config, info.model_config)
         architectures = tuple(folder.config.get("architectures") or ())
         if mismatch:

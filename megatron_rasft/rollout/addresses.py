@@ -2,10 +2,14 @@
 
 import fcntl
 import os
+import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
+from urllib.parse import urlsplit
+
+import psutil
 
 from megatron_rasft.config.rollout import check_address
 
@@ -29,6 +33,22 @@ def read_addresses(path: str | Path) -> list[str]:
         if line.strip() and not line.lstrip().startswith("#")
     }
     return list(found)
+
+
+def endpoints(address: str) -> set[tuple[str, int]]:
+    """Where an address leads: IP address and port, all of this machine's own as one; none if its host is not known.
+
+    Args:
+        address: as ``check_address`` gives it.
+    """
+    parts = urlsplit(address)
+    try:
+        found = socket.getaddrinfo(parts.hostname, parts.port, type=socket.SOCK_STREAM)
+    except OSError:
+        return set()
+    own = {entry.address for entries in psutil.net_if_addrs().values() for entry in entries}
+    hosts = {str(target[0]) for *_, target in found}
+    return {("" if host in own or host.startswith("127.") else host, int(parts.port or 80)) for host in hosts}
 
 
 def check_writable(path: str | Path) -> None:

@@ -116,6 +116,7 @@ class ServerControl:
                 has_update_session=self._has("/begin_weight_update", ends),
                 has_weights_checker=self._has("/weights_checker", ends),
                 has_memory_saver=bool(server.get("enable_memory_saver")),
+                random_seed=_count(server.get("random_seed")),
             )
         except (TypeError, ValueError, OverflowError) as error:
             raise ServerError(self.url, f"says of itself what cannot be true ({error})") from error

@@ -22,7 +22,7 @@ import httpx
 from megatron_rasft.config import RolloutConfig
 from megatron_rasft.config.rollout import check_address
 from megatron_rasft.errors import RolloutError, ServerError
-from megatron_rasft.rollout.addresses import read_addresses
+from megatron_rasft.rollout.addresses import endpoints, read_addresses
 from megatron_rasft.rollout.control import ServerControl
 from megatron_rasft.types import ServerInfo
 
@@ -243,9 +243,12 @@ class Fleet:
             return []
         with ThreadPoolExecutor(len(members)) as pool:
             faults = list(pool.map(self._probe, members))
+        doubles = named_twice([m.info for m in members if m.info is not None])
+        faults = [doubles.get(m.url, fault) for m, fault in zip(members, faults, strict=True)]
         for member, fault in zip(members, faults, strict=True):
             if not fault:
                 continue
+            member.info = None
             if is_silent or member.fault == fault:
                 with self._lock:
                     member.weight_version, member.fault = None, fault
@@ -273,6 +276,20 @@ class Fleet:
             self.config.rollout_concurrency, info.max_running_requests or self.config.rollout_concurrency
         )
         return ""
+
+
+def named_twice(infos: Sequence[ServerInfo]) -> dict[str, str]:
+    """Address -> what is wrong with it, for each that leads to the server of one before it.
+
+    Two servers behind one address, as behind an ingress, have drawn different seeds.
+    """
+    faults: dict[str, str] = {}
+    for number, info in enumerate(infos):
+        alike = [i for i in infos[:number] if i.random_seed is not None and i.random_seed == info.random_seed]
+        first = next((i.url for i in alike if endpoints(i.url) & endpoints(info.url)), None)
+        if first is not None:
+            faults[info.url] = f"is the same server as {first}: name it once"
+    return faults
 
 
 def config_mismatch(ours: dict[str, object] | None, theirs: dict[str, object] | None) -> str:

@@ -85,16 +85,18 @@ def test_every_unfit_server_is_named_with_its_fault(
     server_pool: ServerPool, served_model: Path, tmp_path: Path
 ) -> None:
     server = server_pool.get(OLDEST, served_model)
+    again = server.url.replace("127.0.0.1", "localhost")
     with FaultyProxy(server.url) as liar:
         liar.fault = "token beyond the vocabulary"
         flags = ["--hf-model", str(served_model), "--broadcast-mib", "1"]
-        done = run_check(*flags, "--urls", server.url, "http://127.0.0.1:1", liar.url)
+        done = run_check(*flags, "--urls", server.url, "http://127.0.0.1:1", liar.url, again)
     assert done.returncode == 1, done.stdout + done.stderr
-    good, dead, lying, count = done.stdout.splitlines()
+    good, dead, lying, double, count = done.stdout.splitlines()
     assert good.startswith(f"ok    {server.url}") and "no update session" in good and "GB/s" in good
     assert dead.startswith("FAIL  http://127.0.0.1:1  cannot be reached")
     assert lying.startswith(f"FAIL  {liar.url}") and "outside the vocabulary" in lying
-    assert count == "1 of 3 servers are fit"
+    assert double == f"FAIL  {again}  is the same server as {server.url}: name it once"
+    assert count == "1 of 4 servers are fit"
 
     other = write_model(tmp_path / "other", hidden_size=32)
     done = run_check("--hf-model", str(other), "--urls", server.url)

@@ -145,6 +145,27 @@ def test_a_server_that_is_named_twice_is_one(tmp_path: Path) -> None:
     assert urls(fleet.find()) == [A, B]
 
 
+def test_a_server_under_two_names_is_one() -> None:
+    said: list[str] = []
+    first, second = "http://localhost:1", "http://127.0.0.1:1"
+    network = Network(first, second)
+    network.info = {first: {"random_seed": 7}, second: {"random_seed": 7}}
+    fleet = fleet_of(network, said, rollout_urls=[first, second])
+    assert urls(fleet.find()) == urls(fleet.find()) == [first]
+    assert said == [f"rollout server {second} is the same server as {first}: name it once"]
+    fleet.admit(first, 1)
+    assert not fleet.needs_sync
+    network.info[second] = {"random_seed": 8}
+    assert urls(fleet.find()) == [first, second], "two servers behind one address"
+
+
+def test_servers_elsewhere_may_have_one_seed() -> None:
+    network = Network("http://127.0.0.1:1", "http://127.0.0.1:2")
+    network.info = {url: {"random_seed": 7} for url in network.up}
+    fleet = fleet_of(network, [], rollout_urls=sorted(network.up))
+    assert urls(fleet.find()) == sorted(network.up)
+
+
 def test_a_file_that_cannot_be_read_any_more_changes_nothing(tmp_path: Path) -> None:
     said: list[str] = []
     path = tmp_path / "servers.txt"

@@ -50,6 +50,7 @@ class StandIn:
             context_length=None,
             max_running_requests=None,
             is_deterministic=False,
+            random_seed=None,
             has_update_session=has_update_session,
             has_weights_checker=False,
             has_memory_saver=True,
