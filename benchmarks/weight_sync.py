@@ -252,7 +252,9 @@ def gather(
     """The weights as a stage of one rank gathers them: each copied into its place, or as if it had been."""
     for name, tensor in weights.items():
         memory = out(name)
-        yield name, tensor if memory is None else memory.copy_(tensor) if copies else memory
+        if memory is not None and copies:
+            memory.copy_(tensor)
+        yield name, tensor if memory is None else memory
 
 
 def cluster_figures() -> dict[str, Any]:

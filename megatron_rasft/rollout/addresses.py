@@ -35,8 +35,8 @@ def read_addresses(path: str | Path) -> list[str]:
     return list(found)
 
 
-def endpoints(address: str) -> set[tuple[str, int]]:
-    """Where an address leads: IP address and port, all of this machine's own as one; none if its host is not known.
+def endpoints(address: str) -> set[str]:
+    """Where an address leads, ``IP:port``; without IP where that is this machine; empty if its host is not known.
 
     Args:
         address: as ``check_address`` gives it.
@@ -48,7 +48,7 @@ def endpoints(address: str) -> set[tuple[str, int]]:
         return set()
     own = {entry.address for entries in psutil.net_if_addrs().values() for entry in entries}
     hosts = {str(target[0]) for *_, target in found}
-    return {("" if host in own or host.startswith("127.") else host, int(parts.port or 80)) for host in hosts}
+    return {f"{'' if host in own or host.startswith('127.') else host}:{parts.port}" for host in hosts}
 
 
 def check_writable(path: str | Path) -> None:
