@@ -7,6 +7,7 @@ wrong decides what follows:
 - cannot be reached, past the deadline, no sign of life, other weights, an answer that cannot be true: the server is
   quarantined at once, and what it was working on goes to the others;
 - an HTTP error or a broken connection: the sample is tried elsewhere, and three in a row quarantine the server;
+- no room (HTTP 429 or 503, as where others use the server too): asked again after a moment, or as long as it says;
 - aborted (somebody paused it): the sample goes on from the tokens it has;
 - refused as wrong in itself (HTTP 400): given up after a second server has refused it too.
 """
@@ -31,6 +32,9 @@ from megatron_rasft.types import FinishReason, Request, Response, SamplingParams
 
 _FAILURES_IN_ROW = 3
 _ABORTS_WITHOUT_GAIN = 20
+_SHORTEST_REST_S = 1.0
+"""Between two requests to a server that has no room."""
+_LONGEST_REST_S = 30.0
 _NUM_CHECK_TOKENS = 8
 _SPARE_FILES = 256
 """What the rest of the process may open while samples are made."""
@@ -52,6 +56,8 @@ class SamplingReport:
     """Attempts that failed and were made again."""
     num_resumed: int = 0
     """Attempts that were aborted and went on from their tokens."""
+    num_turned_away: int = 0
+    """Attempts that a server had no room for, and that were made again later or elsewhere."""
     num_quarantined: int = 0
     seconds: float = 0.0
     samples_by_server: Counter[str] = field(default_factory=Counter)
@@ -74,6 +80,7 @@ class SamplingReport:
             "refused": self.outcomes["refused"],
             "retried": self.num_retried,
             "resumed": self.num_resumed,
+            "turned away": self.num_turned_away,
         }
         return line + "".join(f", {count} {name}" for name, count in extra.items() if count)
 
@@ -84,6 +91,7 @@ class SamplingReport:
             "rollout/failed": self.num_samples - self.num_finished,
             "rollout/retried": self.num_retried,
             "rollout/resumed": self.num_resumed,
+            "rollout/turned_away": self.num_turned_away,
             "rollout/servers": len(self.samples_by_server),
             "rollout/quarantined_servers": self.num_quarantined,
             "rollout/tokens_per_s": self.tokens_per_s,
@@ -128,11 +136,15 @@ class _Part(NamedTuple):
 class _Fault(Exception):
     """One attempt failed."""
 
-    def __init__(self, reason: str, *, is_grave: bool = False, is_refusal: bool = False) -> None:
+    def __init__(
+        self, reason: str, *, is_grave: bool = False, is_refusal: bool = False, rest_s: float | None = None
+    ) -> None:
         super().__init__(reason)
         self.reason = reason
         self.is_grave = is_grave
         self.is_refusal = is_refusal
+        self.rest_s = rest_s
+        """Set where the server had no room: how long to leave it alone, seconds."""
 
 
 async def sample(
@@ -179,7 +191,11 @@ class _Sampling:
         self._report = SamplingReport(weight_version=weight_version, num_samples=len(self._waiting))
         self._running: dict[asyncio.Task[_Part], tuple[_Sample, Member]] = {}
         self._max_running = self._room_for_connections()
-        self._ended: asyncio.Queue[asyncio.Task[_Part]] = asyncio.Queue()
+        self._ended: asyncio.Queue[asyncio.Task[_Part] | None] = asyncio.Queue()
+        """Attempts that are over; None: a server has rested."""
+        self._resting: set[Member] = set()
+        self._full_since: dict[Member, float] = {}
+        """When a server first had no room, of those that finished nothing since."""
         self._refusal = ""
         key = fleet.api_key
         self._headers = {} if key is None else {"Authorization": f"Bearer {key}"}
@@ -196,9 +212,11 @@ class _Sampling:
             try:
                 while self._waiting or self._running:
                     self._send(client)
-                    if not self._running:
+                    if not self._running and not self._resting:
                         break
-                    self._settle(await self._ended.get())
+                    task = await self._ended.get()
+                    if task is not None:
+                        self._settle(task)
             finally:
                 watch.cancel()
                 for task in self._running:
@@ -224,7 +242,7 @@ class _Sampling:
         """Give out waiting samples as long as there is a free place for them."""
         set_aside = []
         while self._waiting and len(self._running) < self._max_running:
-            free = [m for m in self._members if m.num_in_flight < m.max_in_flight]
+            free = [m for m in self._members if m.num_in_flight < m.max_in_flight and m not in self._resting]
             if not free:
                 break
             one = self._waiting.popleft()
@@ -253,6 +271,7 @@ class _Sampling:
         error = task.exception()
         if error is None:
             member.num_failures_in_row = 0
+            self._full_since.pop(member, None)
             self._take(one, member, task.result())
         elif isinstance(error, _Fault):
             self._fail(one, member, error)
@@ -307,12 +326,32 @@ class _Sampling:
             else:
                 self._waiting.append(one)
             return
+        if fault.rest_s is not None:
+            self._report.num_turned_away += 1
+            self._waiting.append(one)
+            self._rest(member, fault.reason, fault.rest_s)
+            return
         member.num_failures_in_row += 1
         if fault.is_grave:
             self._quarantine(member, fault.reason)
         elif member.num_failures_in_row >= _FAILURES_IN_ROW:
             self._quarantine(member, f"failed {_FAILURES_IN_ROW} times in a row ({fault.reason})")
         self._again(one, member)
+
+    def _rest(self, member: Member, reason: str, seconds: float) -> None:
+        """Leave a server that has no room alone for a while, or for good where it has had none for too long."""
+        if member in self._resting or member not in self._members:  # told by another request already
+            return
+        limit = self._config.rollout_deadline_s
+        if time.monotonic() - self._full_since.setdefault(member, time.monotonic()) > limit:
+            self._quarantine(member, f"had no room for {limit:g} s ({reason})")
+            return
+        self._resting.add(member)
+        asyncio.get_running_loop().call_later(seconds, self._rested, member)
+
+    def _rested(self, member: Member) -> None:
+        self._resting.discard(member)
+        self._ended.put_nowait(None)
 
     def _again(self, one: _Sample, failed_at: Member) -> None:
         one.failed_at = failed_at
@@ -328,6 +367,7 @@ class _Sampling:
         if member not in self._members:
             return
         self._members.remove(member)
+        self._rested(member)
         self._report.num_quarantined += 1
         self._fleet.quarantine(member.url, reason)
         for task, (_, owner) in self._running.items():
@@ -350,7 +390,7 @@ class _Sampling:
         """Ask every working server for a sign of life now and then, and whether it still has its weights."""
         while True:
             await asyncio.sleep(self._config.rollout_watch_s / 4)
-            working = [m for m in self._members if m.num_in_flight]
+            working = [m for m in self._members if m.num_in_flight or m in self._resting]
             faults = await asyncio.gather(*[self._sign_of_life(client, m) for m in working])
             for member, fault in zip(working, faults, strict=True):
                 if fault:
@@ -366,7 +406,8 @@ class _Sampling:
         except httpx.HTTPError:
             return ""  # what it is working on will tell
         if answer.status_code != 200:
-            return ""
+            # a full server still says what it is; what stands in for a dead one does not
+            return f"answers {answer.status_code} to everything" if member in self._full_since else ""
         info = _json_object(answer.content)
         label = None if info is None else info.get("weight_version")
         if label is not None and str(label) != self._label:
@@ -397,7 +438,8 @@ class _Sampling:
         if answer.status_code == 400:
             raise _Fault(_said(answer), is_refusal=True)
         if answer.status_code != 200:
-            raise _Fault(f"answered {answer.status_code}: {_said(answer)}")
+            rest_s = _rest_s(answer) if answer.status_code in (429, 503) else None
+            raise _Fault(f"answered {answer.status_code}: {_said(answer)}", rest_s=rest_s)
         return parse_answer(
             answer.content,
             prompt_len=len(body["input_ids"]),
@@ -511,6 +553,12 @@ def _json_object(content: bytes) -> dict[str, Any] | None:
     except (ValueError, RecursionError):  # the second: brackets without end
         return None
     return answer if isinstance(answer, dict) else None
+
+
+def _rest_s(answer: httpx.Response) -> float:
+    """How long a server that has no room wants to be left alone."""
+    asked = answer.headers.get("retry-after", "")
+    return min(max(_SHORTEST_REST_S, int(asked)), _LONGEST_REST_S) if asked.isdecimal() else _SHORTEST_REST_S
 
 
 def _said(answer: httpx.Response) -> str:

@@ -255,10 +255,9 @@ def test_a_server_that_lies_is_left_out(spoil: Callable[[dict[str, Any]], None],
         httpx.Response(200, content=b"\xff\x00"),
         httpx.Response(200, content=b"[" * 10**6),
         httpx.Response(500, text="Internal Server Error"),
-        httpx.Response(503, json={"error": {"message": "the queue is full"}}),
         httpx.Response(401, json={"error": "Unauthorized"}),
     ],
-    ids=["html", "no object", "truncated", "binary", "brackets", "500", "503", "401"],
+    ids=["html", "no object", "truncated", "binary", "brackets", "500", "401"],
 )
 def test_a_broken_server_costs_nothing_but_time(broken: httpx.Response) -> None:
     servers = Servers(lambda url, body: broken if url == B else answer_of(body))
@@ -274,6 +273,53 @@ def test_a_single_error_now_and_then_leaves_a_server_in() -> None:
     )
     _, report = servers.sample(requests_of(30))
     assert report.num_finished == 60 and report.num_quarantined == 0 and servers.said == []
+
+
+FULL = httpx.Response(503, json={"error": {"message": "The request queue is full."}})
+
+
+@pytest.mark.parametrize("urls", [[A, B], [B]], ids=["one of two", "the only one"])
+@pytest.mark.parametrize("answer", [FULL, httpx.Response(429)], ids=["503", "429"])
+def test_a_full_server_is_asked_again_later_however_often(
+    monkeypatch: pytest.MonkeyPatch, urls: list[str], answer: httpx.Response
+) -> None:
+    monkeypatch.setattr(sampling, "_SHORTEST_REST_S", 0.01)
+    count = iter(range(10**6))
+    servers = Servers(
+        lambda url, body: answer if url == B and next(count) % 8 else answer_of(body),
+        rollout_urls=urls,
+        rollout_attempts=1,
+    )
+    _, report = servers.sample(requests_of(20))
+    assert report.num_finished == 40 and report.num_turned_away >= 3
+    assert report.num_quarantined == report.num_retried == 0 and servers.said == []
+    assert f"{report.num_turned_away} turned away" in report.describe()
+
+
+def test_a_full_server_is_left_alone_as_long_as_it_asks() -> None:
+    asked_s = [
+        sampling._rest_s(httpx.Response(503, headers={"Retry-After": value} if value else {}))
+        for value in ("", "0", "7", "900", "-3", "Sat, 28 Nov 2026 12:00:00 GMT")
+    ]
+    assert asked_s == [1.0, 1.0, 7, 30.0, 1.0, 1.0]
+
+
+def test_a_server_that_stays_full_is_left_out_at_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampling, "_SHORTEST_REST_S", 0.05)
+    servers = Servers(lambda url, body: FULL, rollout_urls=[B], rollout_deadline_s=0.3)
+    _, report = servers.sample(requests_of(4))
+    assert report.outcomes["failed"] == 8 and report.num_quarantined == 1
+    assert "had no room for 0.3 s" in servers.said[0] and "The request queue is full" in servers.said[0]
+
+
+def test_what_answers_503_in_the_place_of_a_dead_server_is_not_taken_for_a_full_one() -> None:
+    servers = Servers(lambda url, body: FULL, rollout_urls=[B], rollout_watch_s=0.2)
+    for control in servers.fleet.find():
+        servers.fleet.admit(control.url, VERSION)
+    servers._control = lambda request: httpx.Response(503)  # type: ignore[method-assign]
+    with SglangEngine(servers.fleet, httpx.MockTransport(servers._answer)) as engine:
+        report = engine.generate(requests_of(2), params(), VERSION).report
+    assert report.outcomes["failed"] == 4 and "answers 503 to everything" in servers.said[0]
 
 
 def test_a_retry_goes_to_another_server() -> None:
