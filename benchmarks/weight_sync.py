@@ -1,6 +1,6 @@
 """A weight sync into a real SGLang server on this machine, against the bare broadcast of the same bytes, in one run.
 
-python benchmarks/weight_sync.py [--mib 1600] [--bucket-mib 64] [--version 0.5.23] [--no-gather] [--cluster]
+python benchmarks/weight_sync.py [--mib 1600] [--bucket-mib 256] [--version 0.5.23] [--no-gather] [--cluster]
 
 Needs `make servers`. Prints one JSON line: seconds and GB/s of the sync and of the bare broadcast of the same buckets,
 the peak memory over the steady state, and what the parts, measured each by itself, predict for the whole (the same
@@ -276,9 +276,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--mib", type=int, default=1600, help="size of the model, MiB")
-    parser.add_argument("--bucket-mib", type=int, default=64, help="--sync-bucket-mib")
+    parser.add_argument("--bucket-mib", type=int, default=256, help="--sync-bucket-mib")
     parser.add_argument("--version", default="0.5.23", help="SGLang's, as installed by `make servers`")
-    parser.add_argument("--rounds", type=int, default=5, help="syncs, and bare broadcasts, that are counted")
+    parser.add_argument("--rounds", type=int, default=8, help="syncs, and bare broadcasts, that are counted")
     parser.add_argument("--no-gather", action="store_true", help="leave out the trainer's own work")
     parser.add_argument("--cluster", action="store_true", help="calculate a 70B model's sync instead")
     options = parser.parse_args()

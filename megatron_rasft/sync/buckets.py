@@ -16,6 +16,10 @@ from megatron_rasft.sync.served import ServedFormat, WireTensor, fused_name
 _ALIGNMENT = 16
 """Bytes; a view as any type needs its start on a multiple of the element size."""
 
+_FIRST_BUCKET_BYTES = 64 * 2**20
+"""Until the first bucket is full nothing is sent, so it is small, and each after it up to twice the one before. Smaller
+still would not pay: a request costs a server some 10 ms."""
+
 
 class Planned(Protocol):
     """A tensor that the trainer will give (``weights.gathering.TensorPlan``)."""
@@ -73,20 +77,21 @@ def related_sets(tensors: Iterable[Planned]) -> list[list[Planned]]:
 
 
 def plan_buckets(tensors: Sequence[Planned], served: ServedFormat, limit: int) -> list[Bucket]:
-    """Cut the tensors, in their order, into buckets of at most ``limit`` bytes.
+    """Cut the tensors, in their order, into buckets of at most ``limit`` bytes, the first ones of less.
 
     A related set is never split; one larger than the limit goes alone.
     """
     buckets: list[Bucket] = []
     pending: list[list[Planned]] = []
-    room = limit
+    room = room_now = min(limit, _FIRST_BUCKET_BYTES)
     for related in related_sets(tensors):
         size = sum(
             _num_bytes(w.shape, w.dtype) for t in related for w in served.wire_tensors(t.name, t.shape)
         )
         if pending and size > room:
             buckets.append(_bucket(pending, served))
-            pending, room = [], limit
+            pending = []
+            room = room_now = min(limit, 2 * room_now)
         pending.append(related)
         room -= size
     return [*buckets, _bucket(pending, served)] if pending else buckets
@@ -144,8 +149,9 @@ class Arena:
     """Memory for two buckets at a time: one grows from its start, the next from its end, in turn."""
 
     def __init__(self, num_bytes: int, device: torch.device) -> None:
-        if device.type == "cpu":
-            self._memory = _new_pages(num_bytes)
+        self._pages = _new_pages(num_bytes) if device.type == "cpu" else None
+        if self._pages is not None:
+            self._memory = torch.frombuffer(self._pages, dtype=torch.uint8)[:num_bytes]
         else:
             self._memory = torch.empty(num_bytes, dtype=torch.uint8, device=device)
         self._sent: tuple[int, int] | None = None
@@ -165,10 +171,17 @@ class Arena:
         """This part is in flight from now on; None: nothing is."""
         self._sent = place
 
+    def rest(self) -> None:
+        """Nothing in it is needed until the next sync: where memory gets scarce, the system may take it meanwhile."""
+        self._sent = None
+        with suppress(AttributeError, OSError):  # another system than Linux
+            if self._pages is not None:
+                self._pages.madvise(mmap.MADV_FREE)
 
-def _new_pages(num_bytes: int) -> Tensor:
-    """[num_bytes] uint8 on the CPU, in huge pages where there are any: small ones take longer to come in than what is copied into them."""
+
+def _new_pages(num_bytes: int) -> mmap.mmap:
+    """Memory of the CPU, in huge pages where there are any: small ones take longer to come in than what is copied into them."""
     pages = mmap.mmap(-1, max(1, num_bytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with suppress(AttributeError, OSError):  # another system, or one without
         pages.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(pages, dtype=torch.uint8)[:num_bytes]
+    return pages

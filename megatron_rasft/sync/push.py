@@ -191,7 +191,7 @@ class WeightSync:
         """
         began = time.monotonic()
         report = SyncReport(weight_version=weight_version)
-        memory = PeakMemory(self._device)
+        memory = PeakMemory(self._device, 0 if self._stream is None else self._stream.num_resting)
         while not self._try(report, urls):
             pass
         report.peak_bytes = max(self._exchange(memory.peak_bytes()))
@@ -365,7 +365,7 @@ class WeightSync:
         arena, send = None, _not_here if sends else None
         try:
             if self._is_source:
-                arena = stream.make_arena()
+                arena = stream.take_arena()
                 if sends:
                     with timed(outcome.seconds, "connect"):
                         send = self._sender(attempt)

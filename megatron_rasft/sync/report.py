@@ -67,16 +67,20 @@ class SyncReport:
 
 
 class PeakMemory:
-    """The most memory this process held beyond what it holds now: of the GPU, else resident in RAM."""
+    """The most memory this process held beyond what it holds now: of the GPU, else resident in RAM.
 
-    def __init__(self, device: torch.device) -> None:
+    Args:
+        num_resting: bytes of what it holds now that it only keeps for what is measured, and that count as part of that.
+    """
+
+    def __init__(self, device: torch.device, num_resting: int = 0) -> None:
         self._device = device
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         else:
             with suppress(OSError):
                 Path("/proc/self/clear_refs").write_text("5")  # the peak starts over from now
-        self._steady = self._read("VmRSS", "allocated_bytes.all.current")
+        self._steady = self._read("VmRSS", "allocated_bytes.all.current") - num_resting
 
     def _read(self, of_ram: str, of_gpu: str) -> int:
         if self._device.type == "cuda":

@@ -104,6 +104,7 @@ class StageStream:
         self._givers = givers if givers is not None and givers.size() > 1 else None
         self._device = device
         self._served = served
+        self._arena: Arena | None = None
         own = plan()
         self._dtypes = dict.fromkeys((tensor.name for tensor in own), served.dtype)
         is_copied = self._givers is not None or any(tensor.dtype != served.dtype for tensor in own)
@@ -130,9 +131,15 @@ class StageStream:
         dist.broadcast(word, group=self._givers, group_src=0)
         return bool(word.item())
 
-    def make_arena(self) -> Arena:
-        """The memory that ``run`` needs on the source."""
-        return Arena(self.memory.arena_bytes, self._device)
+    @property
+    def num_resting(self) -> int:
+        """Bytes that stay between two runs."""
+        return 0 if self._arena is None else self.memory.arena_bytes
+
+    def take_arena(self) -> Arena:
+        """The memory that ``run`` needs on the source: on a CPU that of the last run, whose pages need not come in again."""
+        arena, self._arena = self._arena, None
+        return arena or Arena(self.memory.arena_bytes, self._device)
 
     def run(self, outcome: Outcome, witness: Witness | None, arena: Arena | None, send: Send | None) -> None:
         """Take every bucket through; ends early on all ranks when one cannot be sent.
@@ -140,7 +147,7 @@ class StageStream:
         Args:
             outcome: is filled in.
             witness: looks at each bucket; on the source only.
-            arena: from ``make_arena``; on the source only.
+            arena: from ``take_arena``; on the source only.
             send: sends a bucket ([num_bytes] uint8), or raises GroupFailure; runs in a thread of its own.
                 None: nothing is sent, on any rank.
         """
@@ -179,6 +186,11 @@ class StageStream:
                     sending = pool.submit(self._send, send, bucket, memory, outcome)
                     arena.sent(place)
             self._finish(sending, outcome)
+        if (
+            self._device.type == "cpu" and not outcome.reason
+        ):  # else a send that was given up may still read it
+            arena.rest()
+            self._arena = arena
 
     def _use_device(self) -> None:
         if self._device.type == "cuda":

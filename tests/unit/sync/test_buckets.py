@@ -108,9 +108,18 @@ def test_a_bucket_is_never_filled_where_one_is_being_sent(bucket_bytes: int) -> 
     assert num_overlapped > 0 or len(plan.buckets) == 1
 
 
+def test_the_first_buckets_are_small_so_that_sending_begins_early() -> None:
+    mib = 2**20
+    sizes = [b.num_bytes / mib for b in plan_buckets(model(num_layers=40, hidden=2048), BF16, 256 * mib)]
+    assert sizes[0] <= 64 and 64 < sizes[1] <= 128 and 128 < sizes[2] <= 256
+    assert all(192 < size <= 256 for size in sizes[3:-1]) and len(sizes) > 6
+
+
 @pytest.mark.parametrize("num_bytes", [0, 1, 4096, 5 * 2**20 + 3])
 def test_an_arena_on_the_cpu_is_ordinary_memory_of_its_size(num_bytes: int) -> None:
     arena = Arena(num_bytes, torch.device("cpu"))
     memory = arena.memory((0, num_bytes))
     assert (memory.dtype, memory.numel()) == (torch.uint8, num_bytes)
     assert memory.fill_(7).eq(7).all()
+    arena.rest()
+    assert memory.fill_(8).eq(8).all()

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from megatron_rasft import metrics
 from megatron_rasft.config import SyncConfig
-from megatron_rasft.sync import WeightSync
+from megatron_rasft.sync import WeightSync, streaming
+from megatron_rasft.sync.buckets import Arena
 from megatron_rasft.sync.groups import GroupFailure
 from megatron_rasft.weights.fp8_blocks import quantization_config
 from tests.unit.sync.stand_ins import StandIn
@@ -93,6 +94,28 @@ def test_a_sync_pauses_opens_sends_flushes_labels_and_goes_on() -> None:
     server.calls.clear()
     trainer.push(8)
     assert "init" not in server.calls, "the group is kept"
+
+
+def test_the_memory_stays_for_the_next_sync_unless_one_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+
+    class Counted(Arena):
+        def __init__(self, num_bytes: int, device: torch.device) -> None:
+            super().__init__(num_bytes, device)
+            made.append(num_bytes)
+
+    monkeypatch.setattr(streaming, "Arena", Counted)
+    server = StandIn("http://a:1")
+    trainer = Trainer([server])
+    reports = [trainer.push(version) for version in range(3)]
+    assert len(made) == 1
+    assert all(report.peak_bytes >= made[0] for report in reports[1:]), "what rests counts too"
+    server.before["update"] = lambda: server.fail("out of order")
+    assert not trainer.push(3).synced
+    del server.before["update"]
+    trainer.push(4)
+    trainer.check_held(server)
+    assert len(made) == 2, "the broadcast that was given up may still have read the first"
 
 
 def test_a_session_left_open_is_closed_first() -> None:
