@@ -163,7 +163,12 @@ def examine(finding: Finding, folder: HfFolder) -> None:
         if finding.fault:
             return
         began = time.monotonic()
-        num_tokens = check_generation(control, folder.shape.vocab_size)
+        try:
+            num_tokens = check_generation(control, folder.shape.vocab_size)
+        except ServerError as error:
+            hint = ". A server that a run left paused takes requests again after the next run's first sync"
+            finding.fault = error.reason + (hint if "gave no answer" in error.reason else "")
+            return
         finding.said += [
             f"SGLang {info.version}",
             f"tp {info.tp_size}",

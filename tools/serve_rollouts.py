@@ -21,6 +21,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
+import psutil
+
 from megatron_rasft.config.rollout import check_address
 from megatron_rasft.errors import RasftError, RolloutError, ServerError
 from megatron_rasft.rollout.addresses import add_address, check_writable, remove_address
@@ -274,8 +276,17 @@ def own_address(everywhere: str = "0.0.0.0") -> str:
         try:
             probe.connect((far, 1))
             return str(probe.getsockname()[0])
-        except OSError:
-            return loopback
+        except OSError:  # no route that leads away
+            return next(
+                (
+                    entry.address
+                    for entries in psutil.net_if_addrs().values()
+                    for entry in entries
+                    if entry.family == family
+                    and not entry.address.startswith(("127.", "169.254.", "::1", "fe80:"))
+                ),
+                loopback,
+            )
 
 
 if __name__ == "__main__":

@@ -21,7 +21,11 @@ import httpx
 from megatron_rasft.errors import ServerError
 from megatron_rasft.types import PauseMode, ServerInfo
 
+NO_ROOM = (429, 503)
+"""HTTP statuses of a server that is full."""
+
 _PAUSE_BETWEEN_TRIES_S = 0.2
+_PAUSE_WITHOUT_ROOM_S = 1.0
 _LONGEST_QUOTE_CHARS = 500  # an error of NCCL's, which says last what was wrong
 
 
@@ -326,8 +330,18 @@ class ServerControl:
         return self._call("POST", "/get_weights_by_name", body, self._ends(deadline_s))
 
     def generate(self, body: dict[str, Any], deadline_s: float | None = None) -> Any:
-        """One blocking /generate, for a probe or a preflight; rollouts go through ``generation.py``."""
-        return self._call("POST", "/generate", body, self._ends(deadline_s), is_admin=False)
+        """One blocking /generate, for a probe or a preflight; rollouts go through ``sampling.py``.
+
+        A server that has no room is asked again until the deadline.
+        """
+        ends = self._ends(deadline_s)
+        while True:
+            try:
+                return self._call("POST", "/generate", body, ends, is_admin=False)
+            except ServerError as error:
+                if error.status not in NO_ROOM or time.monotonic() + _PAUSE_WITHOUT_ROOM_S > ends:
+                    raise
+            time.sleep(_PAUSE_WITHOUT_ROOM_S)
 
     def _ends(self, deadline_s: float | None) -> float:
         return time.monotonic() + (deadline_s or self.deadline_s)
@@ -445,9 +459,14 @@ class _Cut:
         """For the request's ``trace`` extension: learns the connection."""
         if event in ("connection.connect_tcp.complete", "connection.start_tls.complete"):
             self._connection = info["return_value"].get_extra_info("socket")
+            if self.has_come:  # before there was a connection
+                self._end_connection()
 
     def _come(self) -> None:
         self.has_come = True
+        self._end_connection()
+
+    def _end_connection(self) -> None:
         if self._connection is not None:
             with suppress(OSError):  # it was closed meanwhile
                 self._connection.shutdown(socket.SHUT_RDWR)

@@ -7,9 +7,11 @@ wrong decides what follows:
 - cannot be reached, past the deadline, no sign of life, other weights, an answer that cannot be true: the server is
   quarantined at once, and what it was working on goes to the others;
 - an HTTP error or a broken connection: the sample is tried elsewhere, and three in a row quarantine the server;
-- no room (HTTP 429 or 503, as where others use the server too): asked again after a moment, or as long as it says;
+- no room (HTTP 429 or 503, as where others use the server too): asked again after a moment, or as long as it says; one
+  that takes nothing for as long as a sample may last is quarantined;
 - aborted (somebody paused it): the sample goes on from the tokens it has;
-- refused as wrong in itself (HTTP 400): given up after a second server has refused it too.
+- refused as wrong in itself (HTTP 400), or beyond what the server holds or lets a request last: given up after a second
+  server has refused it too.
 """
 
 import asyncio
@@ -26,7 +28,7 @@ import httpx
 import psutil
 
 from megatron_rasft.errors import RolloutError, ServerError
-from megatron_rasft.rollout.control import ServerControl, version_label
+from megatron_rasft.rollout.control import NO_ROOM, ServerControl, version_label
 from megatron_rasft.rollout.fleet import Fleet, Member
 from megatron_rasft.types import FinishReason, Request, Response, SamplingParams
 
@@ -35,6 +37,12 @@ _ABORTS_WITHOUT_GAIN = 20
 _SHORTEST_REST_S = 1.0
 """Between two requests to a server that has no room."""
 _LONGEST_REST_S = 30.0
+_TAKEN_S = 1.0
+"""A request that was not turned away by then is being worked on, or waits in the server's queue."""
+_RAN_TOO_LONG = "running timeout"
+"""In what SGLang says, with the status of a full server, of a request that took longer than SGLANG_REQ_RUNNING_TIMEOUT."""
+_KEPT_BACK = 2
+"""Tokens that SGLang does not give where prompt and response fill its context."""
 _NUM_CHECK_TOKENS = 8
 _SPARE_FILES = 256
 """What the rest of the process may open while samples are made."""
@@ -133,6 +141,14 @@ class _Part(NamedTuple):
     finish_reason: FinishReason
 
 
+class _Attempt(NamedTuple):
+    """One request on its way."""
+
+    sample: _Sample
+    member: Member
+    began: float
+
+
 class _Fault(Exception):
     """One attempt failed."""
 
@@ -189,13 +205,13 @@ class _Sampling:
                 self._waiting.append(_Sample(number, index, request.prompt_ids, seed))
         self._results: list[list[Response | None]] = [[None] * len(r.seeds) for r in requests]
         self._report = SamplingReport(weight_version=weight_version, num_samples=len(self._waiting))
-        self._running: dict[asyncio.Task[_Part], tuple[_Sample, Member]] = {}
+        self._running: dict[asyncio.Task[_Part], _Attempt] = {}
         self._max_running = self._room_for_connections()
         self._ended: asyncio.Queue[asyncio.Task[_Part] | None] = asyncio.Queue()
         """Attempts that are over; None: a server has rested."""
         self._resting: set[Member] = set()
         self._full_since: dict[Member, float] = {}
-        """When a server first had no room, of those that finished nothing since."""
+        """When a server first had no room, of those that took nothing since."""
         self._refusal = ""
         key = fleet.api_key
         self._headers = {} if key is None else {"Authorization": f"Bearer {key}"}
@@ -252,7 +268,7 @@ class _Sampling:
                 continue
             member.num_in_flight += 1
             task = asyncio.create_task(self._attempt(client, one, member))
-            self._running[task] = (one, member)
+            self._running[task] = _Attempt(one, member, time.monotonic())
             task.add_done_callback(self._ended.put_nowait)
         self._waiting.extendleft(reversed(set_aside))
 
@@ -263,7 +279,7 @@ class _Sampling:
         return min(free, key=lambda m: m.num_in_flight / m.max_in_flight, default=None)
 
     def _settle(self, task: asyncio.Task[_Part]) -> None:
-        one, member = self._running.pop(task)
+        one, member, _ = self._running.pop(task)
         member.num_in_flight -= 1
         if task.cancelled():  # its server was quarantined meanwhile
             self._again(one, member)
@@ -343,11 +359,19 @@ class _Sampling:
         if member in self._resting or member not in self._members:  # told by another request already
             return
         limit = self._config.rollout_deadline_s
-        if time.monotonic() - self._full_since.setdefault(member, time.monotonic()) > limit:
+        now = time.monotonic()
+        if self._is_taking(member):
+            self._full_since.pop(member, None)
+        if now - self._full_since.setdefault(member, now) > limit:
             self._quarantine(member, f"had no room for {limit:g} s ({reason})")
             return
         self._resting.add(member)
         asyncio.get_running_loop().call_later(seconds, self._rested, member)
+
+    def _is_taking(self, member: Member) -> bool:
+        """Whether the server has taken a sample of this run."""
+        latest = time.monotonic() - _TAKEN_S
+        return any(a.member is member and a.began < latest for a in self._running.values())
 
     def _rested(self, member: Member) -> None:
         self._resting.discard(member)
@@ -370,8 +394,8 @@ class _Sampling:
         self._rested(member)
         self._report.num_quarantined += 1
         self._fleet.quarantine(member.url, reason)
-        for task, (_, owner) in self._running.items():
-            if owner is member:
+        for task, attempt in self._running.items():
+            if attempt.member is member:
                 task.cancel()
 
     def _give_up_rest(self) -> None:
@@ -405,9 +429,12 @@ class _Sampling:
             return f"gave no sign of life for {limit:g} s"
         except httpx.HTTPError:
             return ""  # what it is working on will tell
-        if answer.status_code != 200:
+        if answer.status_code in NO_ROOM and not self._is_taking(member):
             # a full server still says what it is; what stands in for a dead one does not
-            return f"answers {answer.status_code} to everything" if member in self._full_since else ""
+            full_s = time.monotonic() - self._full_since.get(member, math.inf)
+            return f"answers {answer.status_code} to everything" if full_s > _TAKEN_S else ""
+        if answer.status_code != 200:
+            return ""
         info = _json_object(answer.content)
         label = None if info is None else info.get("weight_version")
         if label is not None and str(label) != self._label:
@@ -438,15 +465,24 @@ class _Sampling:
         if answer.status_code == 400:
             raise _Fault(_said(answer), is_refusal=True)
         if answer.status_code != 200:
-            rest_s = _rest_s(answer) if answer.status_code in (429, 503) else None
-            raise _Fault(f"answered {answer.status_code}: {_said(answer)}", rest_s=rest_s)
-        return parse_answer(
+            reason = f"answered {answer.status_code}: {_said(answer)}"
+            if answer.status_code in NO_ROOM and _RAN_TOO_LONG not in reason:
+                raise _Fault(reason, rest_s=_rest_s(answer))
+            raise _Fault(reason, is_refusal=_RAN_TOO_LONG in reason)
+        part = parse_answer(
             answer.content,
             prompt_len=len(body["input_ids"]),
             max_new_tokens=num_left,
             vocab_size=self._vocab_size,
             label=self._label,
         )
+        ended = part.token_ids and part.token_ids[-1] in self._params.stop_ids
+        if part.finish_reason == "length" and not ended and len(part.token_ids) < num_left - _KEPT_BACK:
+            raise _Fault(
+                f"{member.url} ended a response after {len(part.token_ids)} of {num_left} tokens: its key-value cache holds no more",
+                is_refusal=True,
+            )
+        return part
 
     def _body(self, one: _Sample, member: Member, num_left: int) -> dict[str, Any]:
         params = self._params

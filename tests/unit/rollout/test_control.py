@@ -12,6 +12,7 @@ import httpx
 import pytest
 
 from megatron_rasft.errors import ServerError
+from megatron_rasft.rollout import control
 from megatron_rasft.rollout.control import ServerControl, version_label, weight_version_of
 
 
@@ -118,6 +119,33 @@ def test_flushing_waits_for_requests_to_leave_and_gives_up_in_time() -> None:
         control_of(lambda request: httpx.Response(400, text="Flush cache failed.")).flush_cache(
             deadline_s=0.3
         )
+
+
+def test_a_full_server_is_asked_again_for_a_probe_until_the_deadline(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(control, "_PAUSE_WITHOUT_ROOM_S", 0.05)
+    full = httpx.Response(503, json={"error": {"message": "The request queue is full."}})
+    answers = iter([full, httpx.Response(429), httpx.Response(200, json={"text": "!"})])
+    assert control_of(lambda request: next(answers)).generate({}) == {"text": "!"}
+    with pytest.raises(ServerError, match="queue is full"):
+        control_of(lambda request: full).generate({}, deadline_s=0.3)
+    with pytest.raises(ServerError, match="answered 500"):
+        control_of(lambda request: httpx.Response(500)).generate({})
+
+
+def test_a_connection_that_comes_after_the_deadline_is_ended_at_once() -> None:
+    ours, theirs = socket.socketpair()
+
+    class Stream:
+        def get_extra_info(self, what: str) -> socket.socket:
+            return ours
+
+    with ours, theirs, control._Cut(0.01) as cut:
+        while not cut.has_come:
+            time.sleep(0.01)
+        cut.trace("connection.connect_tcp.complete", {"return_value": Stream()})
+        assert theirs.recv(1) == b""
 
 
 def test_an_answer_that_trickles_in_ends_at_the_deadline() -> None:

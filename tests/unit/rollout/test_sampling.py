@@ -312,7 +312,62 @@ def test_a_server_that_stays_full_is_left_out_at_the_deadline(monkeypatch: pytes
     assert "had no room for 0.3 s" in servers.said[0] and "The request queue is full" in servers.said[0]
 
 
-def test_what_answers_503_in_the_place_of_a_dead_server_is_not_taken_for_a_full_one() -> None:
+@pytest.mark.parametrize("num_places", [1, 2])
+def test_a_server_that_works_for_this_run_is_not_taken_for_one_that_stays_full(
+    monkeypatch: pytest.MonkeyPatch, num_places: int
+) -> None:
+    """As behind a gateway that answers 503 to everything beyond so many connections."""
+    monkeypatch.setattr(sampling, "_SHORTEST_REST_S", 0.05)
+    monkeypatch.setattr(sampling, "_TAKEN_S", 0.1)
+    servers = Servers(
+        lambda url, body: FULL if servers.running[url] > num_places else {"hangs": 0.4},
+        rollout_urls=[B],
+        rollout_watch_s=0.4,
+        rollout_deadline_s=0.5,
+    )
+    for found in servers.fleet.find():
+        servers.fleet.admit(found.url, VERSION)
+    servers._control = lambda request: FULL if servers.running[B] >= num_places else httpx.Response(200)  # type: ignore[method-assign]
+    with SglangEngine(servers.fleet, httpx.MockTransport(servers._answer)) as engine:
+        report = engine.generate(requests_of(3), params(), VERSION).report
+    assert report.num_finished == 6 and report.num_turned_away > 0 and servers.said == []
+
+
+def test_a_sample_that_runs_longer_than_the_servers_let_it_is_refused() -> None:
+    late = httpx.Response(503, json={"error": {"message": "Request running timeout reached."}})
+    servers = Servers(lambda url, body: late if body["input_ids"][0] == 10 else answer_of(body))
+    _, report = servers.sample(requests_of(5))
+    assert report.outcomes["refused"] == 2 and report.num_finished == 8
+    assert report.num_quarantined == report.num_turned_away == 0
+    assert "Request running timeout reached." in servers.said[0]
+
+
+def test_a_response_that_a_small_cache_cuts_is_not_taken_for_one_that_was_too_long() -> None:
+    """SGLang lowers max_new_tokens to what its key-value cache holds, and then says ``length``."""
+
+    def generate(url: str, body: dict[str, Any]) -> Any:
+        num = 5 if url == B else body["sampling_params"]["max_new_tokens"]
+        return answer_of(body, list(range(20, 20 + num)))
+
+    servers = Servers(generate)
+    _, report = servers.sample(requests_of(10), params(max_new_tokens=30))
+    assert report.num_finished == 20 and set(report.samples_by_server) == {A} and servers.said == []
+    servers = Servers(generate, rollout_urls=[B])
+    _, report = servers.sample(requests_of(2), params(max_new_tokens=30))
+    assert report.outcomes["refused"] == 4
+    assert f"{B} ended a response after 5 of 30 tokens" in servers.said[0]
+    assert (
+        Servers(generate, rollout_urls=[B])
+        .sample(requests_of(2), params(max_new_tokens=7))
+        .report.num_finished
+        == 4
+    )
+
+
+def test_what_answers_503_in_the_place_of_a_dead_server_is_not_taken_for_a_full_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sampling, "_TAKEN_S", 0.1)
     servers = Servers(lambda url, body: FULL, rollout_urls=[B], rollout_watch_s=0.2)
     for control in servers.fleet.find():
         servers.fleet.admit(control.url, VERSION)

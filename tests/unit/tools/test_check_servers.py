@@ -1,6 +1,7 @@
 """The test broadcast of tools/check_servers.py leaves servers as they were; all of it runs in tests/functional."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -100,6 +101,17 @@ def test_a_server_that_is_named_twice_joins_the_broadcast_once(
         "http://a:1",
         "http://b:2",
     ]
+
+
+def test_one_that_does_not_answer_may_have_been_left_paused(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = StandIn("http://a:1")
+    monkeypatch.setattr(
+        check_servers, "check_generation", lambda *_: server.fail("/generate gave no answer within 60.0 s")
+    )
+    folder: Any = SimpleNamespace(config={}, shape=SimpleNamespace(vocab_size=100))
+    finding = check_servers.Finding(server)  # type: ignore[arg-type]
+    check_servers.examine(finding, folder)
+    assert finding.fault.startswith("/generate gave no answer") and "left paused" in finding.fault
 
 
 def test_a_generation_that_is_aborted_is_none() -> None:

@@ -1,5 +1,6 @@
 """What tools/serve_rollouts.py does around its server, which a small one stands in for here; the real one runs in tests/functional."""
 
+import errno
 import os
 import signal
 import socket
@@ -8,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -169,6 +171,24 @@ def test_a_server_is_entered_where_it_listens(launcher: Launcher, host: str) -> 
     port = free_port(host)
     with launcher.run("--host", host, "--port", str(port), "--server-file", str(launcher.file)) as process:
         assert launcher.wait_until_entered(process) == serve_rollouts.address_of(host, port)
+
+
+def test_without_a_route_that_leads_away_an_interface_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    def entry(address: str, family: int = socket.AF_INET) -> SimpleNamespace:
+        return SimpleNamespace(address=address, family=family)
+
+    found = {
+        "lo": [entry("127.0.0.1"), entry("::1", socket.AF_INET6)],
+        "eth0": [entry("fe80::1%eth0", socket.AF_INET6), entry("169.254.1.1"), entry("172.16.0.5")],
+    }
+    monkeypatch.setattr(serve_rollouts.psutil, "net_if_addrs", lambda: found)
+    monkeypatch.setattr(serve_rollouts.socket.socket, "connect", no_route)
+    assert serve_rollouts.own_address() == "172.16.0.5"
+    assert serve_rollouts.own_address("::") == "::1", "there is no other"
+
+
+def no_route(*_: object) -> None:
+    raise OSError(errno.ENETUNREACH, "Network is unreachable")
 
 
 @pytest.mark.parametrize(
