@@ -31,7 +31,7 @@ from megatron_rasft.rollout.sampling import check_generation
 from megatron_rasft.sync.buckets import Bucket, plan_buckets
 from megatron_rasft.sync.groups import GroupFailure, UpdateGroup, local_address, prepare_nccl
 from megatron_rasft.sync.served import ServedFormat
-from megatron_rasft.sync.servers import Server, ask_all
+from megatron_rasft.sync.servers import Server, ask_all, released_memory
 from megatron_rasft.types import ServerInfo
 from megatron_rasft.weights import HfFolder
 
@@ -160,6 +160,8 @@ def examine(finding: Finding, folder: HfFolder) -> None:
                 f"runs with --dp-size {info.dp_size} --pp-size {info.pp_size}: weights can only be sent to tensor-parallel "
                 "servers. Start several instead"
             )
+        elif released_memory(info.weight_label) is not None:
+            finding.fault = "sleeps, as a run that was killed left it: the next run's first sync wakes it"
         if finding.fault:
             return
         began = time.monotonic()

@@ -146,26 +146,41 @@ class MemoryPlan:
 
 
 class Arena:
-    """Memory for two buckets at a time: one grows from its start, the next from its end, in turn."""
+    """Memory for two buckets at a time: one grows from its start, the next from its end, in turn.
 
-    def __init__(self, num_bytes: int, device: torch.device) -> None:
-        self._pages = _new_pages(num_bytes) if device.type == "cpu" else None
-        if self._pages is not None:
+    Args:
+        is_shared: other processes map the buckets. Each is then memory of its own, which torch does not give out again before
+            all of them have let it go.
+    """
+
+    def __init__(self, num_bytes: int, device: torch.device, is_shared: bool = False) -> None:
+        self._num_bytes = num_bytes
+        self._device = device
+        self._sent: tuple[int, int] | None = None
+        self._pages: mmap.mmap | None = None
+        self._memory: Tensor | None = None
+        if is_shared:
+            return
+        if device.type == "cpu":
+            self._pages = _new_pages(num_bytes)
             self._memory = torch.frombuffer(self._pages, dtype=torch.uint8)[:num_bytes]
         else:
             self._memory = torch.empty(num_bytes, dtype=torch.uint8, device=device)
-        self._sent: tuple[int, int] | None = None
 
     def place(self, num_bytes: int) -> tuple[int, int] | None:
         """Where a bucket fits beside the one in flight; None if it must wait for that one."""
-        size = self._memory.numel()
         if self._sent is None or self._sent[0] >= num_bytes:
             return 0, num_bytes
-        start = (size - num_bytes) // _ALIGNMENT * _ALIGNMENT
+        start = (self._num_bytes - num_bytes) // _ALIGNMENT * _ALIGNMENT
         return (start, start + num_bytes) if start >= self._sent[1] else None
 
     def memory(self, place: tuple[int, int]) -> Tensor:
-        return self._memory[place[0] : place[1]]
+        """[num_bytes] uint8."""
+        if self._memory is not None:
+            return self._memory[place[0] : place[1]]
+        if self._device.type == "cuda":
+            torch.cuda.ipc_collect()  # of buckets that all readers have let go
+        return torch.empty(place[1] - place[0], dtype=torch.uint8, device=self._device)
 
     def sent(self, place: tuple[int, int] | None) -> None:
         """This part is in flight from now on; None: nothing is."""

@@ -43,8 +43,9 @@ class _StoragePickler(pickle._Pickler):
 def serialize_bucket(bucket: Bucket, memory: Tensor) -> str:
     """What /update_weights_from_tensor takes as ``flattened_bucket`` for one tensor-parallel rank, in base64.
 
-    Memory ([num_bytes] uint8) on a GPU must stay as it is until that rank has answered. By then its copies are done: it lets go
-    of the mapped memory before it answers, and torch waits for the stream there (the deleter in torch/csrc/StorageSharing.cpp).
+    Memory ([num_bytes] uint8) on a GPU must stay as it is until that rank has let go of it, which torch counts (its deleter in
+    torch/csrc/StorageSharing.cpp waits for the rank's copies first). The answer says less: it is rank 0's, and SGLang 0.5.23 lets
+    the others go only after the barrier before it.
     """
     # SGLang reads these fields of whatever comes (_update_weights_from_flattened_bucket), and its unpickler knows this class
     places = [

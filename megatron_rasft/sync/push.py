@@ -29,7 +29,7 @@ from megatron_rasft.sync.groups import GroupFailure, UpdateGroup, is_own_address
 from megatron_rasft.sync.proof import ProofKind, Witness, check_checksums, check_rows
 from megatron_rasft.sync.report import PeakMemory, SyncReport
 from megatron_rasft.sync.served import ServedFormat
-from megatron_rasft.sync.servers import Server, ask_all
+from megatron_rasft.sync.servers import Server, ask_all, released_memory, sleep_label
 from megatron_rasft.sync.streaming import GatherTensors, Outcome, PlanTensors, Send, StageStream, timed
 from megatron_rasft.types import ServerInfo
 
@@ -62,16 +62,6 @@ class _Attempt:
     """Name of this set of groups; another name means new groups."""
     served: ServedFormat = field(default_factory=lambda: ServedFormat(torch.bfloat16))
     proof: ProofKind = "none"
-
-
-@dataclass
-class _Sleep:
-    """A server that gave memory to the trainer."""
-
-    weight_version: int | None
-    """Its label all the while; with another one it was restarted, and is awake."""
-    tags: list[str] = field(default_factory=lambda: list(_MEMORY))
-    """What it has not taken back yet."""
 
 
 class WeightSync:
@@ -152,7 +142,8 @@ class WeightSync:
         self._versions: dict[str, int] = {}
         self._served: ServedFormat | None = None
         """What the servers of the last sync that succeeded wanted."""
-        self._asleep: dict[str, _Sleep] = {}
+        self._asleep: dict[str, list[str]] = {}
+        """What each server has released and not taken back yet."""
         self._start_configs: dict[str, dict[str, Any] | None] = {}
         """config.json that each server began with, None if it cannot be read here."""
         self._syncs_since_proof: int | None = None
@@ -230,17 +221,21 @@ class WeightSync:
         report.proof = _PROOF_NAMES[attempt.proof] if report.synced else ""
         return True
 
-    def make_room(self) -> None:
-        """Let servers on these GPUs have what torch's allocator keeps for this process; a collective of the world.
+    def make_room(self, *, waits: bool = True) -> None:
+        """Let servers on these GPUs have what torch's allocator keeps for this process.
 
         A server that takes its memory back while there is too little ends. Without such servers it does nothing.
+
+        Args:
+            waits: until every rank has done it, as a collective of the world.
         """
         if self.config.sync_method != "tensor":
             return
         if self._device.type == "cuda":
             torch.cuda.ipc_collect()  # of buckets that servers have read
         torch.cuda.empty_cache()
-        dist.barrier(group=self._control)
+        if waits:
+            dist.barrier(group=self._control)
 
     def sleep(self, urls: Sequence[str] = ()) -> dict[str, str]:
         """Have colocated servers give their GPU memory to the trainer until the next ``push``; a collective of the world.
@@ -252,17 +247,17 @@ class WeightSync:
             url -> reason of those that did not.
         """
 
+        timeout = self.config.sync_timeout_s
+
         def release(server: Server) -> None:
-            server.pause("abort", self.config.sync_timeout_s)
-            server.release_memory(_MEMORY, self.config.sync_timeout_s)
+            held = [tag for tag in _MEMORY if tag not in self._asleep.get(server.url, ())]
+            if held:
+                server.pause("abort", timeout)
+                server.release_memory(held, timeout)
+                self._asleep[server.url] = list(_MEMORY)
+                server.set_weight_label(sleep_label(_MEMORY), timeout)
 
-        def put_to_sleep() -> dict[str, str]:
-            failed = ask_all([self._server(url) for url in urls if url not in self._asleep], release)
-            for url in set(urls) - set(failed) - set(self._asleep):
-                self._asleep[url] = _Sleep(self._versions.get(url))
-            return failed
-
-        return self._decided(put_to_sleep)
+        return self._decided(lambda: ask_all([self._server(url) for url in urls], release))
 
     def wake(self) -> dict[str, str]:
         """Have servers that sleep take their memory back, without new weights; no collective, rank 0 does it.
@@ -392,6 +387,7 @@ class WeightSync:
                 device=self._device,
                 served=served,
                 bucket_bytes=self.config.sync_bucket_mib * _MIB,
+                is_shared=self.config.sync_method == "tensor",
             )
         return self._stream
 
@@ -481,9 +477,11 @@ class WeightSync:
         failed |= unfit
         servers = [s for s in servers if s.url not in failed]
         for server in servers:
-            sleep = self._asleep.get(server.url)
-            if sleep is not None and sleep.weight_version != server.info.weight_version:
-                del self._asleep[server.url]
+            released = released_memory(server.info.weight_label)
+            if released is None:  # it is awake, perhaps restarted
+                self._asleep.pop(server.url, None)
+            else:
+                self._asleep.setdefault(server.url, released)
         failed |= ask_all(servers, self._pause)
         servers = [s for s in servers if s.url not in failed]
         if self.config.sync_method != "disk":
@@ -502,7 +500,9 @@ class WeightSync:
 
     def _is_as_left(self, server: Server) -> bool:
         """False if it was restarted or given other weights: it is in no group any more, and nothing is known of it."""
-        return server.url in self._versions and self._versions[server.url] == server.info.weight_version
+        if server.url not in self._versions:
+            return False
+        return server.url in self._asleep or self._versions[server.url] == server.info.weight_version
 
     def _fitting(self, servers: Sequence[Server]) -> tuple[ServedFormat | None, dict[str, str]]:
         """The one format that will be sent, None if no server can be fed; url -> reason of those that cannot."""
@@ -582,16 +582,13 @@ class WeightSync:
 
     def _take_back(self, server: Server, *tags: str) -> None:
         """Wake a server as far as that; nothing happens to what is awake."""
-        sleep = self._asleep.get(server.url)
-        if sleep is None:
-            return
+        released = self._asleep.get(server.url, [])
         for tag in tags:
-            if tag in sleep.tags:
+            if tag in released:
                 server.resume_memory([tag], self.config.sync_timeout_s)
                 # at once: asked for the same memory twice, SGLang ends with a KeyError
-                sleep.tags.remove(tag)
-        if not sleep.tags:
-            del self._asleep[server.url]
+                released.remove(tag)
+                server.set_weight_label(sleep_label(released), self.config.sync_timeout_s)
 
     def _begin(self, server: Server) -> None:
         try:

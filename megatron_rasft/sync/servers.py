@@ -8,6 +8,8 @@ from typing import Any, Literal, Protocol
 from megatron_rasft.errors import ServerError
 from megatron_rasft.types import PauseMode, ServerInfo
 
+_ASLEEP = "asleep"
+
 
 class Server(Protocol):
     """One server. Every call blocks, ends within its deadline, may run in any thread, and raises ServerError."""
@@ -65,6 +67,7 @@ class Server(Protocol):
         deadline_s: float | None = None,
     ) -> None: ...
     def set_weight_version(self, weight_version: int, deadline_s: float | None = None) -> None: ...
+    def set_weight_label(self, label: str, deadline_s: float | None = None) -> None: ...
     def release_memory(self, tags: Sequence[str] | None = None, deadline_s: float | None = None) -> None: ...
     def resume_memory(self, tags: Sequence[str] | None = None, deadline_s: float | None = None) -> None: ...
     def checksums(self, deadline_s: float | None = None) -> list[dict[str, str]]: ...
@@ -72,6 +75,17 @@ class Server(Protocol):
         self, name: str, truncate_size: int = 100, deadline_s: float | None = None
     ) -> Any: ...
     def close(self) -> None: ...
+
+
+def sleep_label(released: Sequence[str]) -> str:
+    """Weight label of a server that has released this memory; the next run knows it by that where this one is killed."""
+    return " ".join([_ASLEEP, *released]) if released else "awake"
+
+
+def released_memory(label: str) -> list[str] | None:
+    """What a server with this label has released, None: it is awake. One that sleeps must be asked for nothing."""
+    first, *released = label.split() or [""]
+    return released if first == _ASLEEP else None
 
 
 def ask_all(servers: Sequence[Server], call: Callable[[Server], Any]) -> dict[str, str]:

@@ -88,6 +88,7 @@ class StageStream:
         device: where the parameters are.
         served: what the servers want.
         bucket_bytes: as flagged.
+        is_shared: servers map the buckets, in the place of receiving them.
     """
 
     def __init__(
@@ -99,11 +100,13 @@ class StageStream:
         device: torch.device,
         served: ServedFormat,
         bucket_bytes: int,
+        is_shared: bool = False,
     ) -> None:
         self._gather = gather
         self._givers = givers if givers is not None and givers.size() > 1 else None
         self._device = device
         self._served = served
+        self._is_shared = is_shared
         self._arena: Arena | None = None
         own = plan()
         self._dtypes = dict.fromkeys((tensor.name for tensor in own), served.dtype)
@@ -139,7 +142,7 @@ class StageStream:
     def take_arena(self) -> Arena:
         """The memory that ``run`` needs on the source: on a CPU that of the last run, whose pages need not come in again."""
         arena, self._arena = self._arena, None
-        return arena or Arena(self.memory.arena_bytes, self._device)
+        return arena or Arena(self.memory.arena_bytes, self._device, self._is_shared)
 
     def run(self, outcome: Outcome, witness: Witness | None, arena: Arena | None, send: Send | None) -> None:
         """Take every bucket through; ends early on all ranks when one cannot be sent.
@@ -161,6 +164,7 @@ class StageStream:
             return
         assert arena is not None
         views: dict[str, Tensor] = {}
+        memory: Tensor | None = None
         tensors = self._gather(dtypes=self._dtypes, out=views.get)
         with ThreadPoolExecutor(1, "sync-send", initializer=self._use_device) as pool:
             sending: Future[None] | None = None
@@ -172,6 +176,8 @@ class StageStream:
                     arena.sent(None)
                     place = arena.place(bucket.num_bytes)
                     assert place is not None, "the arena holds the largest bucket"
+                views.clear()
+                memory = None  # what is shared is given back bucket by bucket
                 memory = arena.memory(place)
                 with timed(outcome.seconds, "gather"):
                     self._fill(bucket, memory, tensors, views)
@@ -186,9 +192,8 @@ class StageStream:
                     sending = pool.submit(self._send, send, bucket, memory, outcome)
                     arena.sent(place)
             self._finish(sending, outcome)
-        if (
-            self._device.type == "cpu" and not outcome.reason
-        ):  # else a send that was given up may still read it
+        # after a failure a send that was given up may still read it
+        if self._device.type == "cpu" and not self._is_shared and not outcome.reason:
             arena.rest()
             self._arena = arena
 
@@ -205,7 +210,6 @@ class StageStream:
     ) -> None:
         """Draw a bucket's tensors into its memory; those that are sent as they are are gathered right there."""
         places = bucket.views(memory)
-        views.clear()
         views.update({n: v for n, v in places.items() if n in self._dtypes and v.dtype == self._served.dtype})
         for expected in bucket.sources:
             name, tensor = next(tensors)

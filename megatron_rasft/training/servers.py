@@ -135,7 +135,7 @@ class RolloutServers:
             lambda: [
                 m.url
                 for m in self.engine.fleet.members
-                if m.weight_version is not None and m.info is not None and m.info.has_memory_saver
+                if m.info is not None and m.info.has_memory_saver  # quarantined ones hold memory too
             ]
         )
         if not sleepers:
@@ -147,8 +147,7 @@ class RolloutServers:
 
     def close(self, *, is_clean: bool) -> None:
         """Stop sampling, wake who sleeps and leave the servers to themselves; a collective of the world if the run ended well."""
-        if is_clean:
-            self._sync.make_room()
+        self._sync.make_room(waits=is_clean)
         if self._lead is not None:
             self._lead.close()
             for url, reason in self._sync.wake().items():

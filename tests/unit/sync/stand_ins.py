@@ -30,6 +30,7 @@ class StandIn:
         self.held: list[dict[str, str]] = []
         self.rows: dict[str, Any] = {}
         self.label: int | None = None
+        self.text = "default"
         self.is_open = False
         self.is_paused = False
         self._groups: dict[str, Any] = {}
@@ -61,7 +62,7 @@ class StandIn:
 
     def restart(self) -> None:
         """As new: the start's weights and label, no group, no session."""
-        self.label, self.is_open, self._groups, self.weights = None, False, {}, {}
+        self.label, self.text, self.is_open, self._groups, self.weights = None, "default", False, {}, {}
 
     def change(self, **values: Any) -> None:
         self._info = replace(self._info, **values)
@@ -76,7 +77,7 @@ class StandIn:
 
     def probe(self, deadline_s: float | None = None) -> ServerInfo:
         self._note("probe")
-        self.change(weight_version=self.label)
+        self.change(weight_version=self.label, weight_label=self.text)
         return self._info
 
     def weight_version(self, deadline_s: float | None = None) -> int | None:
@@ -162,7 +163,11 @@ class StandIn:
 
     def set_weight_version(self, weight_version: int, deadline_s: float | None = None) -> None:
         self._note("label")
-        self.label = weight_version
+        self.label, self.text = weight_version, str(weight_version)
+
+    def set_weight_label(self, label: str, deadline_s: float | None = None) -> None:
+        self._note(f"call it {label}")
+        self.label, self.text = None, label
 
     def release_memory(self, tags: Sequence[str] | None = None, deadline_s: float | None = None) -> None:
         self._note(f"release {' '.join(tags or ())}")

@@ -115,6 +115,22 @@ def test_the_first_buckets_are_small_so_that_sending_begins_early() -> None:
     assert all(192 < size <= 256 for size in sizes[3:-1]) and len(sizes) > 6
 
 
+def test_what_other_processes_map_is_memory_of_its_own() -> None:
+    plan = MemoryPlan.make(model(num_layers=6), BF16, 130_000, 1)
+    apart = Arena(plan.arena_bytes, torch.device("cpu"))
+    shared = Arena(plan.arena_bytes, torch.device("cpu"), is_shared=True)
+    held = []
+    for bucket in plan.buckets:
+        place = shared.place(bucket.num_bytes)
+        assert place == apart.place(bucket.num_bytes), "as much at once as without"
+        for arena in (apart, shared):
+            arena.sent(place)
+        if place is not None:
+            held.append(shared.memory(place))
+            assert held[-1].numel() == held[-1].untyped_storage().nbytes() == bucket.num_bytes
+    assert len({memory.data_ptr() for memory in held}) == len(held) > 2
+
+
 @pytest.mark.parametrize("num_bytes", [0, 1, 4096, 5 * 2**20 + 3])
 def test_an_arena_on_the_cpu_is_ordinary_memory_of_its_size(num_bytes: int) -> None:
     arena = Arena(num_bytes, torch.device("cpu"))

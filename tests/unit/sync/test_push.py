@@ -100,8 +100,8 @@ def test_the_memory_stays_for_the_next_sync_unless_one_failed(monkeypatch: pytes
     made = []
 
     class Counted(Arena):
-        def __init__(self, num_bytes: int, device: torch.device) -> None:
-            super().__init__(num_bytes, device)
+        def __init__(self, num_bytes: int, device: torch.device, is_shared: bool) -> None:
+            super().__init__(num_bytes, device, is_shared)
             made.append(num_bytes)
 
     monkeypatch.setattr(streaming, "Arena", Counted)
@@ -343,7 +343,7 @@ class Sleeper(StandIn):
 
     def release_memory(self, tags: Any = None, deadline_s: float | None = None) -> None:
         super().release_memory(tags)
-        self.released = set(tags)
+        self.released = self.released | set(tags)
 
     def resume_memory(self, tags: Any = None, deadline_s: float | None = None) -> None:
         super().resume_memory(tags)
@@ -398,6 +398,42 @@ def test_one_that_was_restarted_is_awake(sleepers: tuple[Trainer, Sleeper, Sleep
     server.calls.clear()
     assert trainer.push(2).synced == ["http://a:1", "http://b:1"]
     assert "resume weights" not in server.calls and "resume kv_cache" not in server.calls
+
+
+def test_one_that_failed_half_awake_goes_back_to_sleep_whole(
+    sleepers: tuple[Trainer, Sleeper, Sleeper],
+) -> None:
+    trainer, bad, good = sleepers
+    bad.before["tensor"] = lambda: bad.fail("out of order")
+    trainer.push(2)
+    assert bad.released == {"kv_cache"} and not good.released
+    bad.calls.clear()
+    assert trainer.sync.sleep(["http://a:1", "http://b:1"]) == {}
+    assert bad.released == good.released == {"weights", "kv_cache"}
+    assert "release weights" in bad.calls, "what it has released it is not asked for again"
+    del bad.before["tensor"]
+    assert trainer.push(3).synced == ["http://a:1", "http://b:1"]
+    assert not bad.released and not good.released
+
+
+@pytest.mark.parametrize("awake", [[], ["weights"], ["weights", "kv_cache"]], ids=["asleep", "half", "awake"])
+def test_the_next_run_wakes_whom_a_killed_one_left_asleep(
+    awake: list[str], sleepers: tuple[Trainer, Sleeper, Sleeper]
+) -> None:
+    killed, one, two = sleepers
+    killed.sync._take_back(one, *awake)
+    trainer = Trainer([one, two], sync_method="tensor")
+    assert trainer.push(1).synced == ["http://a:1", "http://b:1"]
+    assert not one.released and not two.released and not one.is_paused
+
+
+def test_a_server_that_slept_is_proven_no_more_often_than_others(
+    sleepers: tuple[Trainer, Sleeper, Sleeper],
+) -> None:
+    trainer, *_ = sleepers
+    group = trainer.sync._members_group
+    trainer.push(2)
+    assert trainer.sync._members_group == group and trainer.sync._syncs_since_proof == 1
 
 
 def test_a_run_wakes_whom_it_leaves(sleepers: tuple[Trainer, Sleeper, Sleeper]) -> None:

@@ -114,6 +114,15 @@ def test_one_that_does_not_answer_may_have_been_left_paused(monkeypatch: pytest.
     assert finding.fault.startswith("/generate gave no answer") and "left paused" in finding.fault
 
 
+def test_one_that_sleeps_is_asked_for_nothing() -> None:
+    server = StandIn("http://a:1")
+    server.set_weight_label("asleep weights kv_cache")
+    folder: Any = SimpleNamespace(config={}, shape=SimpleNamespace(vocab_size=100))
+    finding = check_servers.Finding(server)  # type: ignore[arg-type]
+    check_servers.examine(finding, folder)
+    assert "the next run's first sync wakes it" in finding.fault and server.calls[1:] == ["probe"]
+
+
 def test_a_generation_that_is_aborted_is_none() -> None:
     def answer(request: httpx.Request) -> httpx.Response:
         aborted = {"finish_reason": {"type": "abort"}, "prompt_tokens": 1}

@@ -24,8 +24,12 @@ class Model:
     def describe(self) -> str:
         return "a sync"
 
-    def make_room(self) -> None:
-        self.calls.append("make room")
+    def make_room(self, *, waits: bool) -> None:
+        self.calls.append("make room with the others" if waits else "make room")
+
+    def sleep(self, urls: list[str]) -> dict[str, str]:
+        self.calls.append(f"sleep {' '.join(urls)}")
+        return {}
 
     def wake(self) -> dict[str, str]:
         self.calls.append("wake")
@@ -41,10 +45,26 @@ def test_sleeping_servers_are_woken_however_a_run_ends(is_clean: bool) -> None:
     said: list[str] = []
     config = RolloutConfig(rollout_engine="sglang", rollout_urls=["http://a:1"])
     RolloutServers(config, model, {}, (None, None), said.append, is_lead=True).close(is_clean=is_clean)
-    assert model.calls == (["make room", "wake", "close"] if is_clean else ["wake"]), (
-        "the others are collectives"
-    )
+    assert model.calls == (
+        ["make room with the others", "wake", "close"] if is_clean else ["make room", "wake"]
+    ), "the rest is collective"
     assert "http://a:1 could not take its memory back (cannot be reached)" in said[-1]
+
+
+def test_a_server_that_was_left_out_gives_up_its_memory_too() -> None:
+    model: Any = Model()
+    config = RolloutConfig(rollout_engine="sglang", rollout_urls=["http://a:1", "http://b:1", "http://c:1"])
+    servers = RolloutServers(config, model, {}, (None, None), lambda line: None, is_lead=True)
+    fleet = servers.engine.fleet
+    fleet._read_members()
+    for member, has_memory_saver in zip(fleet.members, (True, True, False), strict=True):
+        control = StandIn(member.url)
+        control.change(has_memory_saver=has_memory_saver)
+        member.info = control.info
+        fleet.admit(member.url, 1)
+    fleet.quarantine("http://b:1", "failed 3 times in a row")
+    servers.rest()
+    assert model.calls == ["sleep http://a:1 http://b:1"]
 
 
 def test_a_run_that_waits_for_a_server_stops_when_it_is_told_to() -> None:
