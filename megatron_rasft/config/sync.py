@@ -16,8 +16,8 @@ class SyncConfig:
 
     sync_bucket_mib: int = 512
     """Weights sent at once, MiB, >= 1. A sync takes at most two such buckets of the trainer's memory, and one of a
-    server's (two of one as old as SGLang 0.5.17); tensors that belong together and are larger (an embedding, gate and up projection) go alone. On a CPU the
-    memory stays for the next sync, unless the system needs it."""
+    server's (two of one as old as SGLang 0.5.17); tensors that belong together and are larger (an embedding, gate and
+    up projection) go alone. On a CPU the memory stays for the next sync, unless the system needs it."""
 
     sync_timeout_s: float = 120.0
     """Longest time that a server may take for one step of a sync (a request, a bucket, joining), seconds, > 0; then it

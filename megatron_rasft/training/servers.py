@@ -6,6 +6,7 @@ Rank 0 speaks to the servers; a sync, and whatever says so, is a collective of t
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any, Protocol
 
 from megatron_rasft import metrics
@@ -147,7 +148,11 @@ class RolloutServers:
 
     def close(self, *, is_clean: bool) -> None:
         """Stop sampling, wake who sleeps and leave the servers to themselves; a collective of the world if the run ended well."""
-        self._sync.make_room(waits=is_clean)
+        if is_clean:
+            self._sync.make_room()
+        else:
+            with suppress(RuntimeError):  # of a device that failed
+                self._sync.make_room(waits=False)
         if self._lead is not None:
             self._lead.close()
             for url, reason in self._sync.wake().items():

@@ -24,7 +24,7 @@ class Model:
     def describe(self) -> str:
         return "a sync"
 
-    def make_room(self, *, waits: bool) -> None:
+    def make_room(self, *, waits: bool = True) -> None:
         self.calls.append("make room with the others" if waits else "make room")
 
     def sleep(self, urls: list[str]) -> dict[str, str]:
