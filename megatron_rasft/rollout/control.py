@@ -13,8 +13,10 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 import httpx
 
@@ -63,6 +65,7 @@ class ServerControl:
         self.deadline_s = deadline_s
         self._api_key = api_key
         self._admin_api_key = admin_api_key or api_key
+        self._num_addresses = (lambda: 1) if transport is not None else partial(_num_addresses, self.url)
         self._client = httpx.Client(
             base_url=self.url,
             transport=transport,
@@ -413,7 +416,7 @@ class ServerControl:
                     path,
                     json=body,
                     headers=headers,
-                    timeout=left,
+                    timeout=httpx.Timeout(left, connect=left / self._num_addresses()),
                     extensions={"trace": cut.trace},
                 ) as response,
             ):
@@ -470,6 +473,15 @@ class _Cut:
         if self._connection is not None:
             with suppress(OSError):  # it was closed meanwhile
                 self._connection.shutdown(socket.SHUT_RDWR)
+
+
+def _num_addresses(url: str) -> int:
+    """Addresses of a server's host: each in turn is given the time that a connection may take."""
+    parts = urlsplit(url)
+    try:
+        return len(socket.getaddrinfo(parts.hostname, parts.port, type=socket.SOCK_STREAM)) or 1
+    except (OSError, UnicodeError):  # of a name that cannot be looked up: connecting will say so
+        return 1
 
 
 def _label(weight_version: int | None) -> str | None:

@@ -148,6 +148,22 @@ def test_a_connection_that_comes_after_the_deadline_is_ended_at_once() -> None:
         assert theirs.recv(1) == b""
 
 
+def test_a_host_of_several_addresses_has_one_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (f"192.0.2.{i}", 1)) for i in (1, 2, 3)]
+    tried_s: list[float] = []
+
+    class Silent(socket.socket):
+        def connect(self, address: Any) -> None:
+            tried_s.append(self.gettimeout() or 0.0)
+            raise TimeoutError
+
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+    monkeypatch.setattr(socket, "socket", Silent)
+    with pytest.raises(ServerError, match="gave no answer"):
+        ServerControl("http://server:1").pause(deadline_s=6.0)
+    assert tried_s == pytest.approx([2.0] * 3, abs=0.2)
+
+
 def test_an_answer_that_trickles_in_ends_at_the_deadline() -> None:
     def slowly() -> Iterator[bytes]:
         while True:
