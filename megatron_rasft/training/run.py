@@ -3,6 +3,7 @@
 import json
 import math
 import time
+import traceback
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import fields
@@ -138,6 +139,9 @@ class Run:
         if self.verifier is not None:
             self.verifier.__exit__(*exc)
         if self.servers is not None:
+            traceback.clear_frames(
+                exc[2]
+            )  # they hold what a step was at, and servers on this GPU need the room
             self.servers.close(is_clean=exc[0] is None)
         self.progress.close(int(exc[0] is not None))
 

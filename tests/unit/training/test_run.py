@@ -1,5 +1,7 @@
 """What a run keeps of itself and when it ends early, without a model."""
 
+import weakref
+from contextlib import ExitStack
 from dataclasses import asdict
 from types import SimpleNamespace
 from typing import Any
@@ -43,3 +45,24 @@ def test_exit_interval_ends_a_run_that_is_not_over(capsys: pytest.CaptureFixture
         run.save_if_due()
     run.stop()
     assert "stopped by --exit-interval 4 after step 4; --save was not given" in capsys.readouterr().out
+
+
+def test_what_a_failed_step_held_is_let_go_before_servers_take_their_memory_back() -> None:
+    class Activations:
+        pass
+
+    def step() -> None:
+        activations = Activations()
+        held.append(weakref.ref(activations))
+        raise RuntimeError("out of memory")
+
+    held: list[weakref.ref[Activations]] = []
+    alive: list[Activations | None] = []
+    run: Any = run_after(1)
+    run.verifier = None
+    run.servers = SimpleNamespace(close=lambda is_clean: alive.append(held[0]()))
+    run.progress = SimpleNamespace(close=lambda status: None)
+    with pytest.raises(RuntimeError, match="out of memory"), ExitStack() as stack:
+        stack.push(run.__exit__)
+        step()
+    assert alive == [None]
