@@ -139,9 +139,8 @@ class Run:
         if self.verifier is not None:
             self.verifier.__exit__(*exc)
         if self.servers is not None:
-            traceback.clear_frames(
-                exc[2]
-            )  # they hold what a step was at, and servers on this GPU need the room
+            # they hold what a step was at, and servers on this GPU need the room
+            traceback.clear_frames(exc[2])
             self.servers.close(is_clean=exc[0] is None)
         self.progress.close(int(exc[0] is not None))
 
