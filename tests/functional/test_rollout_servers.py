@@ -150,23 +150,6 @@ def test_a_paused_server_ends_nothing_and_goes_on_where_it_was(
     assert report.num_finished == 80 and report.num_resumed > 0 and rollouts.said == []
 
 
-def test_two_runs_at_a_server_without_room_for_both_get_every_sample(
-    server_pool: ServerPool, served_model: Path
-) -> None:
-    server = server_pool.get(
-        NEWEST, served_model, "--max-running-requests", "4", "--max-queued-requests", "1"
-    )
-    requests = requests_of(20)
-    with Rollouts(server.url) as one, Rollouts(server.url) as other:
-        one.engine.start(requests, params(max_new_tokens=40), VERSION)
-        answers = [other.generate(requests, params(max_new_tokens=40)), one.engine.result()]
-    for found in answers:
-        accounted_for(requests, found)
-        assert found.report.num_finished == 40 and found.report.num_quarantined == 0
-    assert sum(found.report.num_turned_away for found in answers) > 0
-    assert one.said == other.said == []
-
-
 @pytest.mark.slow
 def test_a_thousand_prompts_of_eight_samples_with_random_aborts(
     server_pool: ServerPool, served_model: Path
@@ -194,3 +177,20 @@ def test_a_thousand_prompts_of_eight_samples_with_random_aborts(
     assert answers.report.num_resumed > 0 and set(answers.report.samples_by_server) == {first.url, second.url}
     assert rollouts.said == []
     print(answers.report.describe())
+
+
+def test_two_runs_at_a_server_without_room_for_both_get_every_sample(
+    server_pool: ServerPool, served_model: Path
+) -> None:
+    server = server_pool.get(
+        NEWEST, served_model, "--max-running-requests", "4", "--max-queued-requests", "1"
+    )
+    requests = requests_of(20)
+    with Rollouts(server.url) as one, Rollouts(server.url) as other:
+        one.engine.start(requests, params(max_new_tokens=40), VERSION)
+        answers = [other.generate(requests, params(max_new_tokens=40)), one.engine.result()]
+    for found in answers:
+        accounted_for(requests, found)
+        assert found.report.num_finished == 40 and found.report.num_quarantined == 0
+    assert sum(found.report.num_turned_away for found in answers) > 0
+    assert one.said == other.said == []
