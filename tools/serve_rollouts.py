@@ -276,17 +276,10 @@ def own_address(everywhere: str = "0.0.0.0") -> str:
         try:
             probe.connect((far, 1))
             return str(probe.getsockname()[0])
-        except OSError:  # no route that leads away
-            return next(
-                (
-                    entry.address
-                    for entries in psutil.net_if_addrs().values()
-                    for entry in entries
-                    if entry.family == family
-                    and not entry.address.startswith(("127.", "169.254.", "::1", "fe80:"))
-                ),
-                loopback,
-            )
+        except OSError:
+            pass  # no route that leads away
+    own = [e.address for entries in psutil.net_if_addrs().values() for e in entries if e.family == family]
+    return next((a for a in own if not a.startswith(("127.", "169.254.", "::1", "fe80:"))), loopback)
 
 
 if __name__ == "__main__":

@@ -41,14 +41,19 @@ def endpoints(address: str) -> set[str]:
     Args:
         address: as ``check_address`` gives it.
     """
+    own = {entry.address for entries in psutil.net_if_addrs().values() for entry in entries}
+    port = urlsplit(address).port
+    return {f"{'' if host in own or host.startswith('127.') else host}:{port}" for host in resolved(address)}
+
+
+def resolved(address: str) -> list[str]:
+    """The IPs of an address's host, in the order in which they are tried; empty if it is not known."""
     parts = urlsplit(address)
     try:
         found = socket.getaddrinfo(parts.hostname, parts.port, type=socket.SOCK_STREAM)
-    except OSError:
-        return set()
-    own = {entry.address for entries in psutil.net_if_addrs().values() for entry in entries}
-    hosts = {str(target[0]) for *_, target in found}
-    return {f"{'' if host in own or host.startswith('127.') else host}:{parts.port}" for host in hosts}
+    except (OSError, UnicodeError):  # the second: of a name that no resolver takes
+        return []
+    return [str(target[0]) for *_, target in found]
 
 
 def check_writable(path: str | Path) -> None:

@@ -13,14 +13,14 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from functools import partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import urlsplit
 
 import httpx
 
 from megatron_rasft.errors import ServerError
+from megatron_rasft.rollout.addresses import resolved
 from megatron_rasft.types import PauseMode, ServerInfo
 
 NO_ROOM = (429, 503)
@@ -65,7 +65,7 @@ class ServerControl:
         self.deadline_s = deadline_s
         self._api_key = api_key
         self._admin_api_key = admin_api_key or api_key
-        self._num_addresses = (lambda: 1) if transport is not None else partial(_num_addresses, self.url)
+        self._is_networked = transport is None
         self._client = httpx.Client(
             base_url=self.url,
             transport=transport,
@@ -346,6 +346,11 @@ class ServerControl:
                     raise
             time.sleep(_PAUSE_WITHOUT_ROOM_S)
 
+    @cached_property
+    def _num_addresses(self) -> int:
+        """Of the server's host: each in turn is given the time that a connection may take."""
+        return max(1, len(resolved(self.url))) if self._is_networked else 1
+
     def _ends(self, deadline_s: float | None) -> float:
         return time.monotonic() + (deadline_s or self.deadline_s)
 
@@ -416,7 +421,7 @@ class ServerControl:
                     path,
                     json=body,
                     headers=headers,
-                    timeout=httpx.Timeout(left, connect=left / self._num_addresses()),
+                    timeout=httpx.Timeout(left, connect=left / self._num_addresses),
                     extensions={"trace": cut.trace},
                 ) as response,
             ):
@@ -473,15 +478,6 @@ class _Cut:
         if self._connection is not None:
             with suppress(OSError):  # it was closed meanwhile
                 self._connection.shutdown(socket.SHUT_RDWR)
-
-
-def _num_addresses(url: str) -> int:
-    """Addresses of a server's host: each in turn is given the time that a connection may take."""
-    parts = urlsplit(url)
-    try:
-        return len(socket.getaddrinfo(parts.hostname, parts.port, type=socket.SOCK_STREAM)) or 1
-    except (OSError, UnicodeError):  # of a name that cannot be looked up: connecting will say so
-        return 1
 
 
 def _label(weight_version: int | None) -> str | None:

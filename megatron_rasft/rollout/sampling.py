@@ -298,10 +298,7 @@ class _Sampling:
         one.token_ids += part.token_ids
         one.logprobs += part.logprobs
         finish_reason = part.finish_reason
-        # A stop id as the last token allowed is called length, and an abort may come when all is done.
-        if one.token_ids and one.token_ids[-1] in self._params.stop_ids:
-            finish_reason = "stop"
-        elif finish_reason == "abort" and len(one.token_ids) == self._params.room(len(one.prompt_ids)):
+        if finish_reason == "abort" and len(one.token_ids) == self._params.room(len(one.prompt_ids)):
             finish_reason = "length"
         if finish_reason == "abort":
             self._resume(one, has_gained=bool(part.token_ids))
@@ -360,9 +357,9 @@ class _Sampling:
             return
         limit = self._config.rollout_deadline_s
         now = time.monotonic()
-        if self._is_taking(member):
-            self._full_since.pop(member, None)
-        if now - self._full_since.setdefault(member, now) > limit:
+        since = now if self._is_taking(member) else self._full_since.get(member, now)
+        self._full_since[member] = since
+        if now - since > limit:
             self._quarantine(member, f"had no room for {limit:g} s ({reason})")
             return
         self._resting.add(member)
@@ -466,9 +463,9 @@ class _Sampling:
             raise _Fault(_said(answer), is_refusal=True)
         if answer.status_code != 200:
             reason = f"answered {answer.status_code}: {_said(answer)}"
-            if answer.status_code in NO_ROOM and _RAN_TOO_LONG not in reason:
-                raise _Fault(reason, rest_s=_rest_s(answer))
-            raise _Fault(reason, is_refusal=_RAN_TOO_LONG in reason)
+            ran_too_long = _RAN_TOO_LONG in reason
+            is_full = answer.status_code in NO_ROOM and not ran_too_long
+            raise _Fault(reason, is_refusal=ran_too_long, rest_s=_rest_s(answer) if is_full else None)
         part = parse_answer(
             answer.content,
             prompt_len=len(body["input_ids"]),
@@ -476,8 +473,10 @@ class _Sampling:
             vocab_size=self._vocab_size,
             label=self._label,
         )
-        ended = part.token_ids and part.token_ids[-1] in self._params.stop_ids
-        if part.finish_reason == "length" and not ended and len(part.token_ids) < num_left - _KEPT_BACK:
+        if part.token_ids and part.token_ids[-1] in self._params.stop_ids:
+            # as the last token allowed it is called length, and an abort may come when all is done
+            return part._replace(finish_reason="stop")
+        if part.finish_reason == "length" and len(part.token_ids) < num_left - _KEPT_BACK:
             raise _Fault(
                 f"{member.url} ended a response after {len(part.token_ids)} of {num_left} tokens: its key-value cache holds no more",
                 is_refusal=True,

@@ -83,7 +83,7 @@ def plan_buckets(tensors: Sequence[Planned], served: ServedFormat, limit: int) -
     """
     buckets: list[Bucket] = []
     pending: list[list[Planned]] = []
-    room = room_now = min(limit, _FIRST_BUCKET_BYTES)
+    room = allowed = min(limit, _FIRST_BUCKET_BYTES)
     for related in related_sets(tensors):
         size = sum(
             _num_bytes(w.shape, w.dtype) for t in related for w in served.wire_tensors(t.name, t.shape)
@@ -91,7 +91,7 @@ def plan_buckets(tensors: Sequence[Planned], served: ServedFormat, limit: int) -
         if pending and size > room:
             buckets.append(_bucket(pending, served))
             pending = []
-            room = room_now = min(limit, 2 * room_now)
+            room = allowed = min(limit, 2 * allowed)
         pending.append(related)
         room -= size
     return [*buckets, _bucket(pending, served)] if pending else buckets
@@ -186,12 +186,17 @@ class Arena:
         """This part is in flight from now on; None: nothing is."""
         self._sent = place
 
+    @property
+    def can_rest(self) -> bool:
+        """Whether it can be kept without taking memory from others."""
+        return self._pages is not None
+
     def rest(self) -> None:
         """Nothing in it is needed until the next sync: where memory gets scarce, the system may take it meanwhile."""
+        assert self._pages is not None
         self._sent = None
         with suppress(AttributeError, OSError):  # another system than Linux
-            if self._pages is not None:
-                self._pages.madvise(mmap.MADV_FREE)
+            self._pages.madvise(mmap.MADV_FREE)
 
 
 def _new_pages(num_bytes: int) -> mmap.mmap:

@@ -193,7 +193,7 @@ class StageStream:
                     arena.sent(place)
             self._finish(sending, outcome)
         # after a failure a send that was given up may still read it
-        if self._device.type == "cpu" and not self._is_shared and not outcome.reason:
+        if arena.can_rest and not outcome.reason:
             arena.rest()
             self._arena = arena
 
