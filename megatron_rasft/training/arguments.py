@@ -15,6 +15,7 @@ from megatron_rasft.config import RasftConfig
 from megatron_rasft.config.flags import FlagParser, with_default
 from megatron_rasft.config.verify import published_filters
 from megatron_rasft.training.refusals import refuse_unsupported
+from megatron_rasft.training.requirements import refuse_unrunnable
 
 _TITLES = {
     "run": "rasft run",
@@ -49,8 +50,16 @@ CHANGED_DEFAULTS = {
     "num_workers": 0,
     "position_embedding_type": "rope",
     "tokenizer_type": "NullTokenizer",
+    # Megatron's default, delayed, scales by what earlier passes saw, and the first passes of a run have seen nothing.
+    "fp8_recipe": "tensorwise",
 }
 """Of Megatron's own flags: those of supervised fine-tuning."""
+
+NEWER_DEFAULTS = {
+    # From 0.20 on: at the end of a save Megatron would write its own tokenizer, which this program never builds.
+    "save_tokenizer_assets": False,
+}
+"""The same for flags that only a later Megatron-Core has."""
 
 WARMUP_STEPS = 4
 """Where no --lr-warmup-* is given; fewer in a run that is shorter."""
@@ -84,10 +93,9 @@ def parse_flags() -> argparse.Namespace:
 
 def add_arguments(megatron: argparse.ArgumentParser) -> FlagParser:
     """Megatron's parser with one group more per room, and with our defaults of Megatron's flags."""
-    changed = (
-        f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
-        for name, value in CHANGED_DEFAULTS.items()
-    )
+    known = {action.dest for action in megatron._actions}
+    defaults = CHANGED_DEFAULTS | {name: v for name, v in NEWER_DEFAULTS.items() if name in known}
+    changed = (_as_flag(name, value) for name, value in defaults.items())
     parser = FlagParser(
         parents=[megatron],
         description="Rollout-Adaptive Supervised Fine-Tuning on Megatron-Core.",
@@ -102,8 +110,15 @@ def add_arguments(megatron: argparse.ArgumentParser) -> FlagParser:
         _add_opposites(group, kind)
     for action in parser._actions:
         action.help = _printable(action)
-    parser.set_defaults(**CHANGED_DEFAULTS)
+    parser.set_defaults(**defaults)
     return parser
+
+
+def _as_flag(name: str, value: Any) -> str:
+    flag = name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{flag}" if value else f"--no-{flag}"
+    return f"--{flag} {value}"
 
 
 def _add_opposites(group: argparse._ArgumentGroup, kind: type) -> None:
@@ -151,9 +166,11 @@ def fill_in(args: argparse.Namespace, architecture: dict[str, Any]) -> None:
             "was made for (config.json, max_position_embeddings). Give a shorter one."
         )
     args.decoder_seq_length = None
-    if not has_transformer_engine():
+    has_gpu, has_te = torch.cuda.is_available() and _has_device(), has_transformer_engine()
+    refuse_unrunnable(args, has_gpu=has_gpu, has_transformer_engine=has_te)
+    if not has_te:
         _without_transformer_engine(args)
-    if not torch.cuda.is_available() or not _has_device():
+    if not has_gpu:
         if args.given_flags.get("distributed_backend") and args.distributed_backend != "gloo":
             raise ValueError(
                 f"--distributed-backend {args.distributed_backend} needs a GPU, and this machine has none that can be used. "
@@ -161,11 +178,6 @@ def fill_in(args: argparse.Namespace, architecture: dict[str, Any]) -> None:
             )
         args.distributed_backend = "gloo"
         args.masked_softmax_fusion = False
-        if args.fp8 is not None:
-            raise ValueError(
-                "--fp8-format needs a GPU of compute capability 8.9 or higher with Transformer Engine; this machine has "
-                "no GPU. Leave the flag out, or use --bf16."
-            )
     if args.tensor_model_parallel_size > 1 or args.context_parallel_size > 1:
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if args.wandb_project:
@@ -246,11 +258,6 @@ def _importable(name: str) -> bool:
 
 
 def _without_transformer_engine(args: argparse.Namespace) -> None:
-    if args.fp8 is not None:
-        raise ValueError(
-            "--fp8-format needs Transformer Engine, which does not import here. Install the extra: "
-            "pip install 'megatron-rasft[te]', or leave the flag out."
-        )
     args.transformer_impl = "local"
     args.gradient_accumulation_fusion = False
     args.bias_swiglu_fusion = False

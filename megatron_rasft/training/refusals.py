@@ -12,6 +12,12 @@ _NEW_RUN = (
 )
 _LOGS = "every number that is logged goes to --rasft-metrics, TensorBoard and Weights & Biases at every step"
 _ARCHITECTURE = "config.json of --hf-model says what the model computes"
+_ONE_SHAPE = "it is set up for one number of tokens, and the number differs from step to step and in scoring and sampling passes"
+_FIRST_WEIGHTS = (
+    "the run would start from 8-bit or 4-bit roundings of the weights of --hf-model: Megatron copies the quantized parameters "
+    "into the fp32 main parameters. --fp8-format alone computes in FP8 and keeps the weights exact"
+)
+_WRITER = "--async-save writes on a thread of the training process and starts no worker process"
 
 REFUSED = {
     "skip_train": "nothing is evaluated here: tools/evaluate.py does it, of a folder, a checkpoint or servers",
@@ -35,7 +41,25 @@ REFUSED = {
     "train_sync_interval": "the ranks meet at every step",
     "check_weight_hash_across_dp_replicas_interval": "replicas are not compared while they train",
     "gpu_sniff_test_interval": "test the GPUs before the run",
-    "optimizer_cuda_graph": "steps differ in shape",
+    "optimizer_cuda_graph": _ONE_SHAPE,
+    **dict.fromkeys(
+        (
+            "enable_cuda_graph external_cuda_graph cuda_graph_impl cuda_graph_warmup_steps inference_cuda_graph_scope "
+            "delay_offload_until_cuda_graph moe_pad_experts_for_cuda_graph_inference "
+            "tp_comm_overlap tp_comm_overlap_cfg tp_comm_overlap_rs_dgrad tp_comm_bootstrap_backend"
+        ).split(),
+        _ONE_SHAPE,
+    ),
+    **dict.fromkeys(
+        "fp8_param_gather fp4_param_gather reuse_grad_buf_for_mxfp8_param_ag keep_fp8_transpose_cache".split(),
+        _FIRST_WEIGHTS,
+    ),
+    **dict.fromkeys(
+        "async_strategy use_persistent_ckpt_worker async_ckpt_cpu_priority async_ckpt_io_priority async_ckpt_use_cpu_shm".split(),
+        _WRITER,
+    ),
+    "cross_entropy_loss_fusion": "the loss is that of --objective, which no fused cross entropy of Megatron computes",
+    "cross_entropy_fusion_impl": "the loss is that of --objective, which no fused cross entropy of Megatron computes",
     "log_progress": _LOGS,
     "log_timers_to_tensorboard": _LOGS,
     "log_validation_ppl_to_tensorboard": _LOGS,

@@ -151,6 +151,9 @@ CASES = {
     "dropout": Case(
         more("--hidden-dropout", "0.1"), ("--hidden-dropout 0.1 is refused", "Leave the flag out")
     ),
+    "overlap that needs one shape": Case(
+        more("--tp-comm-overlap"), ("--tp-comm-overlap is refused", "one number of tokens", "Leave it out"), 2
+    ),
     "precision that skips steps": Case(more("--fp16"), ("--fp16", "--bf16")),
     "top-p of 0": Case(more("--rollout-top-p", "0"), ("--rollout-top-p",)),
     "wandb without a name": Case(more("--wandb-project", "p"), ("--wandb-exp-name",), 2),
@@ -232,7 +235,7 @@ def test_fp8_is_refused_without_a_gpu(workshop: Workshop, tmp_path: Path) -> Non
     outcome = launching.run(
         tmp_path, workshop.flags("--bf16", "--fp8-format", "hybrid"), timeout_s=BAD_INPUT_TIMEOUT_S
     )
-    assert_one_plain_error(outcome, "--fp8-format")
+    assert_one_plain_error(outcome, "--fp8-format needs a GPU with Transformer Engine", "Leave the flag out")
 
 
 def be_rank(rank: int, local_rank: int) -> None:

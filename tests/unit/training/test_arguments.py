@@ -123,6 +123,43 @@ def test_a_flag_without_meaning_is_refused_with_a_way_out(parser: FlagParser, na
     assert str(raised.value) == f"{flag} is refused: {reasons(parser)[name]}. Leave it out."
 
 
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        # User buffers and graphs hold one shape, and every step has another.
+        ("--tp-comm-overlap", "--tp-comm-overlap is refused: .* one number of tokens"),
+        ("--tp-comm-overlap-rs-dgrad", "--tp-comm-overlap-rs-dgrad is refused"),
+        ("--cuda-graph-impl local", "--cuda-graph-impl is refused: .* one number of tokens"),
+        ("--cuda-graph-impl transformer_engine", "--cuda-graph-impl is refused"),
+        ("--cuda-graph-impl full_iteration", "--cuda-graph-impl is refused"),
+        ("--enable-cuda-graph", "--enable-cuda-graph is refused"),
+        ("--external-cuda-graph", "--external-cuda-graph is refused"),
+        ("--inference-cuda-graph-scope layer", "--inference-cuda-graph-scope is refused"),
+        # The fp32 main parameters would be made of quantized weights.
+        ("--fp8-format hybrid --fp8-param-gather", "--fp8-param-gather is refused: .* exact"),
+        ("--fp4-format e2m1 --fp4-param-gather", "--fp4-param-gather is refused: .* exact"),
+        (
+            "--async-save --async-strategy mcore",
+            "--async-strategy is refused: --async-save writes on a thread",
+        ),
+        ("--async-save --use-persistent-ckpt-worker", "--use-persistent-ckpt-worker is refused"),
+        ("--cross-entropy-loss-fusion", "--cross-entropy-loss-fusion is refused: .* --objective"),
+    ],
+)
+def test_a_flag_that_would_crash_or_change_the_run_is_refused(parse: Parse, flags: str, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        parse(*flags.split())
+
+
+def test_flags_of_a_later_megatron_get_our_defaults(parser: FlagParser) -> None:
+    assert "save_tokenizer_assets" not in vars(parser.parse_args([]))
+    later = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+    later.add_argument("--no-save-tokenizer-assets", action="store_false", dest="save_tokenizer_assets")
+    extended = add_arguments(later)
+    assert extended.parse_args([]).save_tokenizer_assets is False
+    assert "--no-save-tokenizer-assets" in " ".join(str(extended.epilog).split())
+
+
 def test_flags_that_change_nothing_may_stand(parser: FlagParser) -> None:
     assert REFUSED_GROUPS.keys() <= {group.title for group in parser._action_groups}
     refuse_unsupported(

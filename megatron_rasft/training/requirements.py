@@ -1,0 +1,73 @@
+"""Refuses flags that this machine cannot run, before anything heavy is loaded."""
+
+import argparse
+
+_TRANSFORMER_ENGINE_FLAGS = (
+    "fp8",
+    "fp4",
+    "te_precision_config_file",
+    "use_transformer_engine_op_fuser",
+    "use_te_activation_func",
+    "fused_residual_rmsnorm",
+    "moe_permute_fusion",
+    "moe_router_fusion",
+)
+"""Destinations of flags whose kernels Transformer Engine brings. Without it Megatron ignores some of them and fails late on others."""
+
+_FORMATS = {"fp8": "--fp8-format", "fp4": "--fp4-format"}
+
+_CHECKS = {
+    "delayed": "check_fp8_support",
+    "tensorwise": "check_fp8_support",
+    "blockwise": "check_fp8_block_scaling_support",
+    "mxfp8": "check_mxfp8_support",
+    "nvfp4": "check_nvfp4_support",
+}
+"""Recipe -> the function of transformer_engine.pytorch.quantization that says whether this GPU has its kernels."""
+
+
+def refuse_unrunnable(args: argparse.Namespace, *, has_gpu: bool, has_transformer_engine: bool) -> None:
+    """Refuse kernels that need a GPU or Transformer Engine where either is missing, and recipes that the GPU lacks.
+
+    Raises:
+        ValueError: with the flag, the reason and the way out.
+    """
+    for name, format_flag in _FORMATS.items():
+        recipe = args.given_flags.get(f"{name}_recipe")
+        if recipe and getattr(args, name) is None:
+            raise ValueError(
+                f"{recipe} changes nothing without {format_flag}. Give {format_flag} too, or leave it out."
+            )
+    for name in _needing_transformer_engine(args):
+        flag = args.given_flags[name]
+        if not has_gpu:
+            raise ValueError(
+                f"{flag} needs a GPU with Transformer Engine, and this machine has no GPU that can be used. Leave the flag out."
+            )
+        if not has_transformer_engine:
+            raise ValueError(
+                f"{flag} needs Transformer Engine, which does not import here. Install it (pip install --no-build-isolation "
+                "'megatron-rasft[te]'), or leave the flag out."
+            )
+        if name in _FORMATS:
+            _check_recipe(_FORMATS[name], f"--{name}-recipe", str(getattr(args, f"{name}_recipe")))
+
+
+def _needing_transformer_engine(args: argparse.Namespace) -> list[str]:
+    names = [name for name in _TRANSFORMER_ENGINE_FLAGS if name in args.given_flags and getattr(args, name)]
+    if "transformer_impl" in args.given_flags and args.transformer_impl == "transformer_engine":
+        names.append("transformer_impl")
+    return names
+
+
+def _check_recipe(format_flag: str, recipe_flag: str, recipe: str) -> None:
+    """Refuse a recipe without kernels for this GPU; Transformer Engine itself says so in the first forward pass only."""
+    if recipe not in _CHECKS:  # a recipe of the user's own
+        return
+    from transformer_engine.pytorch import quantization
+
+    is_supported, reason = getattr(quantization, _CHECKS[recipe])()
+    if not is_supported:
+        raise ValueError(
+            f"{recipe_flag} {recipe} cannot run on this GPU: {reason.rstrip('.')}. Choose another recipe, or leave {format_flag} out."
+        )

@@ -1,0 +1,90 @@
+"""Kernels that a machine lacks are refused by the flag that asks for them."""
+
+import argparse
+import sys
+from types import ModuleType
+
+import pytest
+
+from megatron_rasft.config.flags import FlagParser
+from megatron_rasft.training import requirements
+from megatron_rasft.training.requirements import refuse_unrunnable
+
+
+def parsed(flags: str) -> argparse.Namespace:
+    parser = FlagParser()
+    parser.add_argument("--fp8-format", dest="fp8")
+    parser.add_argument("--fp8-recipe", default="tensorwise")
+    parser.add_argument("--fp4-format", dest="fp4")
+    parser.add_argument("--fp4-recipe", default="nvfp4")
+    parser.add_argument("--transformer-impl", default="transformer_engine")
+    parser.add_argument("--moe-permute-fusion", action="store_true")
+    return parser.parse_args(flags.split())
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--fp8-format hybrid",
+        "--fp8-format hybrid --fp8-recipe delayed",
+        "--fp4-format e2m1",
+        "--moe-permute-fusion",
+        "--transformer-impl transformer_engine",
+    ],
+)
+def test_kernels_of_transformer_engine_need_it_and_a_gpu(flags: str) -> None:
+    flag = flags.split()[0]
+    with pytest.raises(
+        ValueError, match=f"^{flag} needs a GPU with Transformer Engine.* Leave the flag out.$"
+    ):
+        refuse_unrunnable(parsed(flags), has_gpu=False, has_transformer_engine=False)
+    with pytest.raises(ValueError, match=rf"^{flag} needs Transformer Engine.*megatron-rasft\[te\]"):
+        refuse_unrunnable(parsed(flags), has_gpu=True, has_transformer_engine=False)
+
+
+def test_defaults_need_nothing() -> None:
+    refuse_unrunnable(parsed(""), has_gpu=False, has_transformer_engine=False)
+    refuse_unrunnable(parsed("--transformer-impl local"), has_gpu=False, has_transformer_engine=False)
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [("--fp8-recipe delayed", "--fp8-format"), ("--fp4-recipe nvfp4", "--fp4-format")],
+)
+def test_a_recipe_without_its_format_is_refused(flags: str, says: str) -> None:
+    with pytest.raises(ValueError, match=f"changes nothing without {says}"):
+        refuse_unrunnable(parsed(flags), has_gpu=True, has_transformer_engine=True)
+
+
+@pytest.mark.parametrize(
+    ("flags", "check", "refused"),
+    [
+        ("--fp8-format hybrid", "check_fp8_support", "--fp8-recipe tensorwise"),
+        ("--fp8-format hybrid --fp8-recipe delayed", "check_fp8_support", "--fp8-recipe delayed"),
+        ("--fp8-format e4m3 --fp8-recipe mxfp8", "check_mxfp8_support", "--fp8-recipe mxfp8"),
+        (
+            "--fp8-format e4m3 --fp8-recipe blockwise",
+            "check_fp8_block_scaling_support",
+            "--fp8-recipe blockwise",
+        ),
+        ("--fp4-format e2m1", "check_nvfp4_support", "--fp4-recipe nvfp4"),
+    ],
+)
+def test_a_recipe_that_the_gpu_lacks_is_refused_before_the_model_is_loaded(
+    flags: str, check: str, refused: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quantization = ModuleType("transformer_engine.pytorch.quantization")
+    for name in set(requirements._CHECKS.values()):
+        setattr(quantization, name, lambda: (True, ""))
+    for name in ("transformer_engine", "transformer_engine.pytorch"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setattr(
+        sys.modules["transformer_engine.pytorch"], "quantization", quantization, raising=False
+    )
+    monkeypatch.setitem(sys.modules, quantization.__name__, quantization)
+    refuse_unrunnable(parsed(flags), has_gpu=True, has_transformer_engine=True)
+    setattr(quantization, check, lambda: (False, "Device compute capability 10.0 or higher required."))
+    with pytest.raises(
+        ValueError, match=f"^{refused} cannot run on this GPU: .*10.0 or higher required. Choose"
+    ):
+        refuse_unrunnable(parsed(flags), has_gpu=True, has_transformer_engine=True)
