@@ -40,7 +40,13 @@ from megatron_rasft.config import RasftConfig
 from megatron_rasft.errors import CheckpointError, RasftError
 from megatron_rasft.sync import SyncReport, WeightSync
 from megatron_rasft.sync.servers import Server
-from megatron_rasft.training.batches import BatchLayout, MicroBatch, micro_batches, response_values
+from megatron_rasft.training.batches import (
+    WIDTH_SLACK,
+    BatchLayout,
+    MicroBatch,
+    micro_batches,
+    response_values,
+)
 from megatron_rasft.training.checkpoints import (
     LOAD_FAILURES,
     STATE_FILE,
@@ -210,11 +216,8 @@ class Trainer:
         """How this rank cuts a global batch."""
         args = self.args
         tp, cp = args.tensor_model_parallel_size, args.context_parallel_size
-        multiple = cp * (tp if args.sequence_parallel else 1)
-        if args.fp8 is not None:
-            multiple *= 128
-        elif torch.cuda.is_available() and args.distributed_backend == "nccl":
-            multiple *= 8
+        is_on_gpu = torch.cuda.is_available() and args.distributed_backend == "nccl"
+        multiple = cp * (tp if args.sequence_parallel else 1) * _rank_multiple(args, is_on_gpu)
         interleaved = args.virtual_pipeline_model_parallel_size is not None
         return BatchLayout(
             micro_batch_size=args.micro_batch_size,
@@ -226,6 +229,7 @@ class Trainer:
             cp_size=cp,
             token_multiple=multiple,
             micro_batch_multiple=args.pipeline_model_parallel_size if interleaved else 1,
+            width_slack=WIDTH_SLACK if is_on_gpu else 0.0,
         )
 
     def _cut(self, samples: Sequence[TrainingSample]) -> list[MicroBatch]:
@@ -532,6 +536,19 @@ class _OncePerStep:
 def writers() -> tuple[Any | None, Any | None]:
     """Megatron's TensorBoard and Weights & Biases writers; on most ranks None."""
     return get_tensorboard_writer(), get_wandb_writer()
+
+
+def _rank_multiple(args: Any, is_on_gpu: bool) -> int:
+    """Tokens of a micro-batch on one rank are a multiple of this, for the matrix kernels.
+
+    The last dimension of an FP8 operand is a multiple of 16 (assert_dim_for_fp8_exec in transformer_engine/pytorch/utils.py),
+    and in the gradient of a weight that dimension is the tokens. Block scales cover 128 of them, those of mxfp8 32.
+    """
+    if args.fp8 is not None:
+        return {"blockwise": 128, "mxfp8": 32, "delayed": 16, "tensorwise": 16}.get(str(args.fp8_recipe), 128)
+    if args.fp4 is not None:
+        return 128
+    return 8 if is_on_gpu else 1
 
 
 def _set_num_microbatches(global_batch_size: int, micro_batch_size: int, dp: int) -> None:

@@ -7,8 +7,15 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_rasft.training import batches
 from megatron_rasft.training.attention import zigzag_positions
-from megatron_rasft.training.batches import BatchLayout, MicroBatch, micro_batches, response_values
+from megatron_rasft.training.batches import (
+    WIDTH_SLACK,
+    BatchLayout,
+    MicroBatch,
+    micro_batches,
+    response_values,
+)
 from megatron_rasft.types import TrainingSample
 
 CPU = torch.device("cpu")
@@ -116,6 +123,61 @@ def test_every_value_lands_in_its_place(
     assert counts.pop() % bins == 0
     rows, width = shapes.pop()
     assert rows * width * cp_size % multiple == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "num_widths"),
+    [
+        ({"is_packed": True, "micro_batch_size": 1}, 12),  # nearly full bins
+        (
+            {"is_packed": False, "micro_batch_size": 4},
+            90,
+        ),  # the longest sample decides, from 1,000 to 4,096 tokens
+    ],
+)
+def test_a_thousand_steps_have_few_widths_and_little_padding(
+    changes: dict[str, Any], num_widths: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batches, "_build", lambda samples, lengths, bin_, shape, layout, device: shape)
+    draw = random.Random(0)
+    plain, coarse = set(), set()
+    for _ in range(1000):
+        samples = [a_sample(int(4096 * draw.random() ** 3) + 2) for _ in range(32)]
+        (rows, exact), *_ = micro_batches(
+            samples, a_layout(seq_length=4096, token_multiple=8, **changes), CPU
+        )  # type: ignore[misc]
+        layout = a_layout(seq_length=4096, token_multiple=8, width_slack=WIDTH_SLACK, **changes)
+        (_, width), *_ = micro_batches(samples, layout, CPU)  # type: ignore[misc]
+        assert (
+            exact <= width <= min(1.03 * exact, 4096) and width % 8 == 0 and rows == layout.micro_batch_size
+        )
+        plain.add(exact)
+        coarse.add(width)
+    assert len(coarse) <= num_widths < len(plain)
+
+
+def a_sample(num_tokens: int) -> TrainingSample:
+    return TrainingSample(
+        problem_id="", kind="expert", prompt_ids=[1], response_ids=[1] * (num_tokens - 1), weight=1.0
+    )
+
+
+@pytest.mark.parametrize("is_packed", [True, False])
+def test_a_coarser_width_adds_padding_and_nothing_else(is_packed: bool) -> None:
+    samples = some_samples(13)
+    exact = micro_batches(samples, a_layout(is_packed=is_packed), CPU)
+    coarse = micro_batches(samples, a_layout(is_packed=is_packed, width_slack=0.9), CPU)
+    assert coarse[0].tokens.shape[1] > exact[0].tokens.shape[1]
+    for before, after in zip(exact, coarse, strict=True):
+        check_micro_batch([after], samples, is_packed)
+        kept, added = before.loss_mask > 0, after.loss_mask > 0
+        for name in ("labels", "position_ids", "segment_ids", "ref_logprobs"):
+            found, expected = getattr(after, name).flatten(), getattr(before, name).flatten()
+            assert torch.equal(found[added], expected[kept]), name
+        if is_packed:  # padding is a segment of its own, which no other token attends to
+            assert before.packed_seq_params is not None and after.packed_seq_params is not None
+            bounds = before.packed_seq_params.cu_seqlens_q.tolist()[: before.num_segments + 1]
+            assert after.packed_seq_params.cu_seqlens_q.tolist()[: len(bounds)] == bounds
 
 
 def check_micro_batch(shards: list[MicroBatch], samples: list[TrainingSample], is_packed: bool) -> None:

@@ -1,0 +1,52 @@
+"""The shapes that the kernels of a precision ask for."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from megatron.core import parallel_state
+
+from megatron_rasft.training.batches import WIDTH_SLACK, BatchLayout
+from megatron_rasft.training.host import Trainer
+
+
+def layout(monkeypatch: pytest.MonkeyPatch, *, has_gpu: bool = True, **flags: object) -> BatchLayout:
+    """The layout of a trainer at tensor-parallel size 4 with sequence parallelism, and context-parallel size 2."""
+    defaults: dict[str, object] = {
+        "tensor_model_parallel_size": 4,
+        "context_parallel_size": 2,
+        "pipeline_model_parallel_size": 1,
+        "virtual_pipeline_model_parallel_size": None,
+        "sequence_parallel": True,
+        "distributed_backend": "nccl" if has_gpu else "gloo",
+        "micro_batch_size": 1,
+        "fp8": None,
+        "fp4": None,
+        "fp8_recipe": "tensorwise",
+    }
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    for name, value in (("rank", 0), ("world_size", 2)):
+        monkeypatch.setattr(parallel_state, f"get_data_parallel_{name}", lambda value=value: value)
+    monkeypatch.setattr(parallel_state, "get_context_parallel_rank", lambda: 0)
+    trainer = Trainer.__new__(Trainer)
+    trainer.args = SimpleNamespace(**{**defaults, **flags})
+    trainer.max_tokens = 8192
+    trainer.config = SimpleNamespace(run=SimpleNamespace(rasft_batch_layout="packed"))  # type: ignore[assignment]
+    return trainer.layout
+
+
+@pytest.mark.parametrize(
+    ("recipe", "per_rank"), [("tensorwise", 16), ("delayed", 16), ("mxfp8", 32), ("blockwise", 128)]
+)
+def test_fp8_pads_to_what_its_kernels_need_and_no_further(
+    recipe: str, per_rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert layout(monkeypatch, fp8="hybrid", fp8_recipe=recipe).token_multiple == per_rank * 4 * 2
+    without = layout(monkeypatch, fp8="hybrid", fp8_recipe=recipe, sequence_parallel=False)
+    assert without.token_multiple == per_rank * 2
+
+
+def test_widths_are_coarse_on_a_gpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_gpu, on_cpu = layout(monkeypatch), layout(monkeypatch, has_gpu=False)
+    assert (on_gpu.token_multiple, on_gpu.width_slack) == (8 * 4 * 2, WIDTH_SLACK)
+    assert (on_cpu.token_multiple, on_cpu.width_slack) == (4 * 2, 0.0)
