@@ -6,7 +6,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WHEEL := .cache/wheel
 
-.PHONY: quickstart test lint types pytest pytest-servers pytest-runs pytest-units wheel venv servers
+.PHONY: quickstart test lint types pytest pytest-servers pytest-runs pytest-units pytest-emulated wheel venv \
+	servers emulated-gpu
 .DELETE_ON_ERROR:
 
 quickstart:
@@ -14,7 +15,7 @@ quickstart:
 
 # The cheap checks first, while the servers are fetched: one fails before the long ones start.
 test: venv
-	$(MAKE) --jobs=2 --output-sync=target lint types wheel servers
+	$(MAKE) --jobs=2 --output-sync=target lint types wheel servers emulated-gpu
 	$(MAKE) pytest
 
 lint: venv
@@ -25,9 +26,9 @@ types: venv
 	$(BIN)/mypy
 
 # Tests with servers mostly wait for them, and unit tests of the verifier for its deadlines: three parts side by side, each
-# printed when it is done.
-pytest: venv servers
-	$(MAKE) --jobs=3 --output-sync=target pytest-servers pytest-runs pytest-units
+# printed when it is done. The fourth, which runs the GPU path on an emulated GPU, takes the place of the first that ends.
+pytest: venv servers emulated-gpu
+	$(MAKE) --jobs=3 --output-sync=target pytest-servers pytest-runs pytest-units pytest-emulated
 
 pytest-servers:
 	$(BIN)/python -m pytest -m "servers and not gpu" $(ARGS)
@@ -36,7 +37,11 @@ pytest-runs:
 	$(BIN)/python -m pytest -m "not servers and not gpu" -p no:cacheprovider tests/functional tests/distributed $(ARGS)
 
 pytest-units:
-	$(BIN)/python -m pytest -m "not servers and not gpu and not bridge" -p no:cacheprovider --ignore=tests/functional --ignore=tests/distributed $(ARGS)
+	$(BIN)/python -m pytest -m "not servers and not gpu and not bridge" -p no:cacheprovider --ignore=tests/functional --ignore=tests/distributed \
+		--ignore=tests/emulated_gpu $(ARGS)
+
+pytest-emulated:
+	$(BIN)/python -m pytest -m "not gpu" -p no:cacheprovider tests/emulated_gpu $(ARGS)
 
 # Builds the wheel, installs it by itself and imports it from there. A stale build/ would end up in it.
 wheel: venv
@@ -61,3 +66,7 @@ $(STAMP): pyproject.toml
 # which is not needed: without one they run on the trainer's Python and torch.
 servers: venv
 	VENV="$(VENV)" tools/install_servers.sh
+
+# Python files of Transformer Engine, with which the tests in tests/emulated_gpu run the GPU path on a CPU.
+emulated-gpu: venv
+	VENV="$(VENV)" tools/install_emulated_gpu.sh

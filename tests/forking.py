@@ -9,8 +9,9 @@ import os
 import runpy
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from multiprocessing import forkserver
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
@@ -25,6 +26,39 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "PYTHONWARNINGS": "ignore",
 }
+
+
+@dataclass
+class Parent:
+    """The process that ranks are forked from; it is started when it is first needed."""
+
+    preload: str
+    """Module that it imports."""
+    variables: Mapping[str, str] = field(default_factory=dict)
+    """More of its environment, and so of its ranks'."""
+    _server: forkserver.ForkServer = field(default_factory=forkserver.ForkServer)
+
+    @contextlib.contextmanager
+    def forks(self) -> Iterator[None]:
+        """Processes that multiprocessing's forkserver context starts meanwhile are forked from this one."""
+        self._server.set_forkserver_preload([self.preload])
+        before = dict(os.environ)
+        os.environ.update(self.variables)
+        try:
+            self._server.ensure_running()
+        finally:
+            for name in self.variables.keys() - before.keys():
+                del os.environ[name]
+            os.environ.update(before)
+        connect = forkserver.connect_to_new_process
+        forkserver.connect_to_new_process = self._server.connect_to_new_process
+        try:
+            yield
+        finally:
+            forkserver.connect_to_new_process = connect
+
+
+ON_CPU = Parent("tests.preloaded")
 
 
 @dataclass
@@ -70,16 +104,24 @@ class Rank:
         runpy.run_path(str(self.program), run_name="__main__")
 
 
-def run(ranks: Sequence[Rank], *, timeout_s: float, ends_with_first_failure: bool = False) -> Outcome:
+def run(
+    ranks: Sequence[Rank],
+    *,
+    timeout_s: float,
+    ends_with_first_failure: bool = False,
+    parent: Parent = ON_CPU,
+    has_launcher: bool = True,
+) -> Outcome:
     """Run the ranks to their end, side by side.
 
     Args:
         timeout_s: a rank still running then is killed and has no exit code.
         ends_with_first_failure: the others are killed then; else one that is left waiting shows as a hang.
+        parent: the process they are forked from.
+        has_launcher: whether each finds the variables that torchrun sets.
     """
     os.environ.update(ENVIRONMENT)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.preloaded"])
     common = {
         "WORLD_SIZE": str(len(ranks)),
         "MASTER_ADDR": "127.0.0.1",
@@ -87,9 +129,10 @@ def run(ranks: Sequence[Rank], *, timeout_s: float, ends_with_first_failure: boo
     }
     processes: list[ForkServerProcess] = []
     for number, rank in enumerate(ranks):
-        rank.variables = {**common, **rank.variables, "RANK": str(number), "LOCAL_RANK": str(number)}
+        if has_launcher:
+            rank.variables = {**common, **rank.variables, "RANK": str(number), "LOCAL_RANK": str(number)}
         processes.append(context.Process(target=rank))
-    with _killed_at_the_end(processes):
+    with parent.forks(), _killed_at_the_end(processes):
         for process in processes:
             process.start()
         deadline = time.monotonic() + timeout_s

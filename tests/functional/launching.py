@@ -95,6 +95,10 @@ def run(
     file_limit: int = 0,
     timeout_s: float = TIMEOUT_S,
     variables: Mapping[str, str] | None = None,
+    prepare_rank: Callable[[int], Sequence[Callable[[], None]]] = lambda rank: (),
+    parent: forking.Parent = forking.ON_CPU,
+    has_launcher: bool = True,
+    program: Path = PROGRAM,
 ) -> Outcome:
     """Run the program to its end on ``world_size`` ranks; logs are written to ``folder``.
 
@@ -105,6 +109,10 @@ def run(
             full disk it fails with ENOSPC.
         timeout_s: a rank still running then is killed and has no exit code.
         variables: more of the environment.
+        prepare_rank: rank -> what is called in it before the program.
+        parent: the process that the ranks are forked from.
+        has_launcher: whether each rank finds the variables that torchrun sets.
+        program: another one than pretrain_rasft.py.
     """
     folder.mkdir(parents=True, exist_ok=True)
     ranks = []
@@ -117,14 +125,14 @@ def run(
             prepare.append(partial(_limit_files, file_limit))
         ranks.append(
             forking.Rank(
-                program=PROGRAM,
+                program=program,
                 arguments=list(flags),
                 log=folder / f"rank{number}.log",
                 variables=dict(variables or {}),
-                prepare=prepare,
+                prepare=[*prepare, *prepare_rank(number)],
             )
         )
-    return forking.run(ranks, timeout_s=timeout_s)
+    return forking.run(ranks, timeout_s=timeout_s, parent=parent, has_launcher=has_launcher)
 
 
 def succeed(folder: Path, flags: Sequence[str], world_size: int = 1) -> Outcome:

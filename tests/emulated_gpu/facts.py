@@ -1,0 +1,75 @@
+"""Records what a run on the emulated machine really used, so that a test can tell the GPU path from the CPU's."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from multiprocessing.util import Finalize
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Facts:
+    """One rank's."""
+
+    backend: str
+    """Of the default process group."""
+    distributed_backend: str
+    """Megatron's argument."""
+    transformer_impl: str
+    optimizer: str
+    """Module of the Adam that Megatron takes."""
+    cpu_backend_is_on: bool
+    core_attention: list[str]
+    """Classes in the model that is trained, with their modules."""
+    layers: list[str]
+    """Classes of its modules that have parameters."""
+    gradient_accumulation_fusion: bool
+    kernels: dict[str, int]
+    """Calls of the emulated kernels by the end of the process."""
+
+
+def record(path: Path) -> None:
+    """Write this process's facts when it ends; to be called before the program, for ``prepare``."""
+    from megatron_rasft.training.host import Trainer
+
+    found: dict[str, Any] = {}
+    build = Trainer.__init__
+
+    def init(self: Trainer, *args: Any, **kwargs: Any) -> None:
+        build(self, *args, **kwargs)
+        found.update(_of(self))
+
+    def write() -> None:
+        from gpu_emulation.kernels import CALLS
+
+        path.write_text(json.dumps({**found, "kernels": dict(CALLS)}))
+
+    Trainer.__init__ = init  # type: ignore[method-assign]
+    Finalize(None, write, exitpriority=0)  # atexit is not run in a forked rank
+
+
+def _of(trainer: Any) -> dict[str, Any]:
+    import torch.distributed as dist
+    from megatron.core import optimizer
+
+    from megatron_rasft.training import cpu_backend
+
+    modules = [m for chunk in trainer.chunks for m in chunk.modules()]
+    attention = [m.core_attention for m in modules if hasattr(m, "core_attention")]
+    with_parameters = {type(m) for m in modules if next(m.parameters(recurse=False), None) is not None}
+    return {
+        "backend": dist.get_backend(),
+        "distributed_backend": trainer.args.distributed_backend,
+        "transformer_impl": trainer.args.transformer_impl,
+        "optimizer": optimizer.Adam.__module__,
+        "cpu_backend_is_on": cpu_backend._enabled,
+        "core_attention": sorted({f"{type(a).__module__}.{type(a).__name__}" for a in attention}),
+        "layers": sorted(f"{kind.__module__}.{kind.__name__}" for kind in with_parameters),
+        "gradient_accumulation_fusion": trainer.args.gradient_accumulation_fusion,
+    }
+
+
+def read(paths: Sequence[Path]) -> list[Facts]:
+    """The ranks' facts, in order."""
+    return [Facts(**json.loads(path.read_text())) for path in paths]

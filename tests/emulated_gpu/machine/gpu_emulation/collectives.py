@@ -1,0 +1,89 @@
+"""NCCL over gloo: a group of backend "nccl" says that it is one, and gloo does its work."""
+
+import functools
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed import distributed_c10d as c10d
+
+_nccl_groups: set[Any] = set()
+_default_is_nccl = False
+
+
+def _gloo(backend: Any) -> tuple[Any, bool]:
+    """What torch is asked for instead of ``backend``, and whether that was NCCL."""
+    name = None if backend is None else str(backend).lower()
+    if name is None or "nccl" not in name:
+        return backend, False
+    return "gloo", True
+
+
+def _init_process_group(original: Any) -> Any:
+    @functools.wraps(original)
+    def init_process_group(backend: Any = None, *args: Any, **kwargs: Any) -> Any:
+        global _default_is_nccl
+        backend, is_nccl = _gloo("nccl" if backend is None else backend)
+        _default_is_nccl = is_nccl
+        kwargs.pop("device_id", None)
+        if is_nccl:
+            kwargs.pop("pg_options", None)
+        return original(backend, *args, **kwargs)
+
+    return init_process_group
+
+
+def _new_group(original: Any) -> Any:
+    @functools.wraps(original)
+    def new_group(
+        ranks: Any = None,
+        timeout: Any = None,
+        backend: Any = None,
+        pg_options: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        inherited = "nccl" if backend is None and _default_is_nccl else backend
+        backend, is_nccl = _gloo(inherited)
+        group = original(ranks, timeout, backend, None if is_nccl else pg_options, *args, **kwargs)
+        if is_nccl and group is not dist.GroupMember.NON_GROUP_MEMBER:
+            _nccl_groups.add(group)
+        return group
+
+    return new_group
+
+
+def _is_nccl(group: Any) -> bool:
+    if group is None or group is c10d._get_default_group():
+        return _default_is_nccl
+    return group in _nccl_groups
+
+
+def _get_backend(original: Any) -> Any:
+    @functools.wraps(original)
+    def get_backend(group: Any = None) -> str:
+        return "nccl" if _is_nccl(group) else original(group)
+
+    return get_backend
+
+
+def _isend(original: Any) -> Any:
+    # NCCL sends in stream order, so that memory freed after the call is not overwritten before; gloo needs a copy.
+    @functools.wraps(original)
+    def isend(tensor: Any, *args: Any, **kwargs: Any) -> Any:
+        return original(tensor.clone(), *args, **kwargs)
+
+    return isend
+
+
+def install() -> None:
+    """Let torch.distributed take NCCL groups in this process."""
+    wrappers = {
+        "init_process_group": _init_process_group,
+        "new_group": _new_group,
+        "get_backend": _get_backend,
+        "isend": _isend,
+    }
+    for name, wrap in wrappers.items():
+        wrapped = wrap(getattr(c10d, name))
+        setattr(c10d, name, wrapped)
+        setattr(dist, name, wrapped)

@@ -1,0 +1,193 @@
+"""torch.cuda of a machine with GPUs.
+
+A tensor on the emulated GPU lies in the CPU's memory: its data can be computed with, and is_cuda says that it is on a GPU.
+"""
+
+import contextlib
+import logging
+import os
+from collections import defaultdict
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.cuda.graphs
+from torch.overrides import TorchFunctionMode
+
+CPU = torch.device("cpu")
+_GIB = 1 << 30
+_MEMORY_BYTES = 80 * _GIB
+_DEVICE_FILE = "/dev/nvidiactl"
+"""What the driver makes where there is a GPU."""
+
+current = 0
+"""Index of this process's current device."""
+
+
+def _names_gpu(device: Any) -> bool:
+    if isinstance(device, int) and not isinstance(device, bool):
+        return True
+    return (isinstance(device, str) and device.startswith("cuda")) or (
+        isinstance(device, torch.device) and device.type == "cuda"
+    )
+
+
+class _GpuInHostMemory(TorchFunctionMode):
+    """Puts what is asked for on a GPU into the CPU's memory."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.Tensor.cuda or func is torch.Tensor.pin_memory:
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            return func(args[0]).replace("torch.", "torch.cuda.", 1)
+        if _names_gpu(kwargs.get("device")):
+            kwargs["device"] = CPU
+        if kwargs.get("pin_memory"):
+            kwargs["pin_memory"] = False
+        if func is torch.Tensor.to:
+            args = (args[0], *(CPU if _names_gpu(a) else a for a in args[1:]))
+        return func(*args, **kwargs)
+
+
+class Stream:
+    """A CUDA stream or event where every operation is done when it returns."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.cuda_stream = 0
+        self.device = torch.device("cuda", current)
+
+    def __enter__(self) -> "Stream":
+        return self
+
+    def __exit__(self, *exc: object) -> None: ...
+
+    def wait_stream(self, *args: Any) -> None: ...
+
+    def wait_event(self, *args: Any) -> None: ...
+
+    def record_event(self, *args: Any) -> "Stream":
+        return Stream()
+
+    def record(self, *args: Any) -> None: ...
+
+    def wait(self, *args: Any) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, other: object) -> float:
+        return 0.0
+
+
+def _set_device(device: Any) -> None:
+    global current
+    index = device if isinstance(device, int) else torch.device(device).index
+    if index is None:
+        return
+    if not 0 <= index < device_count():
+        raise RuntimeError("CUDA error: invalid device ordinal")
+    current = index
+
+
+@contextlib.contextmanager
+def _device(device: Any) -> Iterator[None]:
+    before = current
+    _set_device(before if device is None else device)
+    try:
+        yield
+    finally:
+        _set_device(before)
+
+
+def device_count() -> int:
+    """As many GPUs as this node has processes, and one at least."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
+
+
+def _properties(*args: Any, **kwargs: Any) -> SimpleNamespace:
+    return SimpleNamespace(
+        name="Emulated H100 80GB",
+        major=9,
+        minor=0,
+        total_memory=_MEMORY_BYTES,
+        multi_processor_count=132,
+        warp_size=32,
+        shared_memory_per_block_optin=232448,
+        gcnArchName="",
+    )
+
+
+def _seed(seed: int) -> None:
+    torch.default_generator.manual_seed(int(seed))
+
+
+def _answers() -> dict[str, Any]:
+    stream = Stream()
+
+    def nothing(*args: Any, **kwargs: Any) -> None: ...
+
+    def zero(*args: Any, **kwargs: Any) -> int:
+        return 0
+
+    def in_order(*args: Any, **kwargs: Any) -> Stream:
+        return stream
+
+    answers: dict[str, Any] = {
+        "is_available": lambda: True,
+        "is_initialized": lambda: True,
+        "init": nothing,
+        "_lazy_init": nothing,
+        "_lazy_call": lambda call, **kwargs: call(),
+        "current_device": lambda: current,
+        "device_count": device_count,
+        "set_device": _set_device,
+        "device": _device,
+        "synchronize": nothing,
+        "empty_cache": nothing,
+        "ipc_collect": nothing,
+        "current_stream": in_order,
+        "default_stream": in_order,
+        "set_stream": nothing,
+        "stream": lambda stream: contextlib.nullcontext(),
+        "Stream": Stream,
+        "Event": Stream,
+        "is_current_stream_capturing": lambda: False,
+        # One generator serves both: the random stream of the CPU is that of the GPU.
+        "default_generators": (torch.default_generator,) * 8,
+        "manual_seed": _seed,
+        "manual_seed_all": _seed,
+        "get_rng_state": lambda *args, **kwargs: torch.get_rng_state(),
+        "set_rng_state": lambda state, *args, **kwargs: torch.set_rng_state(state),
+        "is_bf16_supported": lambda *args, **kwargs: True,
+        "get_device_capability": lambda *args, **kwargs: (9, 0),
+        "get_device_name": lambda *args, **kwargs: _properties().name,
+        "get_device_properties": _properties,
+        "mem_get_info": lambda *args, **kwargs: (_MEMORY_BYTES - _GIB, _MEMORY_BYTES),
+        "memory_stats": lambda *args, **kwargs: defaultdict(int),
+        "reset_peak_memory_stats": nothing,
+        "reset_max_memory_allocated": nothing,
+        "can_device_access_peer": lambda *args, **kwargs: True,
+    }
+    for counter in ("memory_allocated", "memory_reserved"):
+        answers[counter] = answers[f"max_{counter}"] = zero
+    return answers
+
+
+def install() -> None:
+    """Let torch in this process answer as on a machine with GPUs."""
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    for name, answer in _answers().items():
+        setattr(torch.cuda, name, answer)
+    for name in ("get_rng_state", "set_rng_state", "manual_seed", "default_generators"):
+        setattr(torch.cuda.random, name, getattr(torch.cuda, name))
+    torch.cuda.graphs.is_current_stream_capturing = torch.cuda.is_current_stream_capturing  # type: ignore[assignment]
+    torch.Tensor.is_cuda = property(lambda tensor: True)  # type: ignore[assignment]
+    exists = os.path.exists
+    os.path.exists = lambda path: path == _DEVICE_FILE or exists(path)  # type: ignore[assignment]
+    # It looks for a CUDA runtime when Megatron imports it, and warns that there is none.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    _GpuInHostMemory().__enter__()
