@@ -81,7 +81,12 @@ def _tracked(load: Path) -> str:
 
 def _earlier(folder: Path) -> str:
     """The way out of a checkpoint that cannot be used."""
-    others = sorted(path.parent for path in folder.parent.glob(f"iter_*/{STATE_FILE}"))
+    # Megatron writes metadata.json when a checkpoint is complete; a killed save leaves the state file alone.
+    others = sorted(
+        path.parent
+        for path in folder.parent.glob(f"iter_*/{STATE_FILE}")
+        if (path.parent / "metadata.json").is_file()
+    )
     steps = [int(path.name.removeprefix("iter_")) for path in others if path < folder]
     if not steps:
         return "There is no earlier one: start anew with another --save folder."

@@ -29,6 +29,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from megatron.core.utils import get_model_config, unwrap_model
 from megatron.training import checkpointing, training
 from megatron.training.argument_utils import core_transformer_config_from_args
+from megatron.training.async_utils import is_empty_async_queue
 from megatron.training.global_vars import (
     get_signal_handler,
     get_tensorboard_writer,
@@ -40,6 +41,7 @@ from megatron_rasft.config import RasftConfig
 from megatron_rasft.errors import CheckpointError, RasftError
 from megatron_rasft.sync import SyncReport, WeightSync
 from megatron_rasft.sync.servers import Server
+from megatron_rasft.training.background_saves import SaveQueue, write_in_background
 from megatron_rasft.training.batches import (
     WIDTH_SLACK,
     BatchLayout,
@@ -186,6 +188,14 @@ class Trainer:
         """When the gradients of the step were there."""
         self._floating_point_operations = 0.0
         self._checkpointing_context: dict[str, Any] = {}
+        self._saving_step: int | None = None
+        """Of the checkpoint that is being written in the background."""
+        if args.async_save:
+            is_live = (
+                self.live.device.type == "cpu" or args.optimizer_cpu_offload or args.offload_optimizer_states
+            )
+            timeout_s = 60.0 * args.distributed_timeout_minutes
+            write_in_background(SaveQueue(timeout_s, copies_cpu_tensors=is_live))
         if args.manual_gc:
             gc.disable()
             gc.collect()
@@ -372,6 +382,7 @@ class Trainer:
         reported = max(values, key=len)  # the last pipeline stage has them
         grad_norm = float(grad_norm or 0.0)
         if self._refuses_nan and not math.isfinite(grad_norm):
+            self.finish_saves()  # the weights from before this step, to go on from
             raise RasftError(
                 f"step {self.iteration} has no finite gradient (loss {reported.get('loss', math.nan):g}, gradient norm "
                 f"{grad_norm:g}): the run has diverged, and nothing of this step is saved. Go on from the last checkpoint, or from "
@@ -416,6 +427,8 @@ class Trainer:
     def save(self, state: Callable[[], dict[str, Any]]) -> None:
         """Write a checkpoint and this run's state; an earlier checkpoint stays until this one is complete.
 
+        With --async-save it is complete after a later ``finish_saves``; nothing may be unfinished when this is called.
+
         Args:
             state: gives what JSON can hold; called on rank 0.
         """
@@ -442,6 +455,8 @@ class Trainer:
                     self._floating_point_operations,
                     checkpointing_context=self._checkpointing_context,
                 )
+        if args.async_save:
+            self._saving_step = self.iteration
 
     def resume(self) -> dict[str, Any] | None:
         """Load the newest checkpoint of --save, before there is one that of --load, if any; its state, on every rank."""
@@ -494,11 +509,20 @@ class Trainer:
         self.initial_weights = Path(weights)
         args.load = args.save
 
-    def finish_saves(self, *, is_blocking: bool = True) -> None:
-        """Complete checkpoints that are being written in the background (--async-save), waiting for them or not."""
-        if self.args.save is not None:
-            with save_explained("a checkpoint", Path(self.args.save)):
-                training.maybe_finalize_async_save(blocking=is_blocking)
+    def finish_saves(self, *, is_blocking: bool = True) -> int | None:
+        """Complete the checkpoint that is being written in the background (--async-save), waiting for it or not.
+
+        Returns:
+            Its step, if it is complete now; None if it is not, or if none was being written.
+        """
+        if self._saving_step is None:
+            return None
+        with save_explained(f"the checkpoint of step {self._saving_step}", Path(self.args.save)), quiet():
+            training.maybe_finalize_async_save(blocking=is_blocking)
+        if not is_empty_async_queue():
+            return None
+        step, self._saving_step = self._saving_step, None
+        return step
 
     def export(self, path: str, facts: dict[str, str] | None = None) -> None:
         """Write the model as a Hugging Face folder, in the type it was trained in: what was learnt is not rounded.

@@ -17,7 +17,7 @@ _FIRST_WEIGHTS = (
     "the run would start from 8-bit or 4-bit roundings of the weights of --hf-model: Megatron copies the quantized parameters "
     "into the fp32 main parameters. --fp8-format alone computes in FP8 and keeps the weights exact"
 )
-_WRITER = "--async-save writes on a thread of the training process and starts no worker process"
+_WRITER = "--async-save writes on a thread of the training process, which needs no worker process and has its priority"
 
 REFUSED = {
     "skip_train": "nothing is evaluated here: tools/evaluate.py does it, of a folder, a checkpoint or servers",

@@ -281,7 +281,7 @@ class Run:
             Stopped: on --exit-signal, after --exit-duration-in-mins, and every --exit-interval steps.
         """
         step, args = self.trainer.iteration, self.args
-        self.trainer.finish_saves(is_blocking=False)
+        self._finish_saves(is_blocking=False)
         if self.is_over or (args.save_interval and step % args.save_interval == 0):
             self._save_once()
         self.trainer.stop.check()
@@ -290,16 +290,24 @@ class Run:
 
     def _save_once(self) -> None:
         if self._save is not None and self._saved_step != self.trainer.iteration:
+            self._finish_saves()
             began = time.monotonic()
             self.trainer.save(self._state)
             self._saved_step = self.trainer.iteration
-            self.progress.say(f"saved step {self._saved_step}, {time.monotonic() - began:.1f} s")
+            done = "step {} is being saved" if self.args.async_save else "saved step {}"
+            self.progress.say(f"{done.format(self._saved_step)}, {time.monotonic() - began:.1f} s")
+
+    def _finish_saves(self, *, is_blocking: bool = True) -> None:
+        """See Trainer.finish_saves."""
+        step = self.trainer.finish_saves(is_blocking=is_blocking)
+        if step is not None:
+            self.progress.say(f"saved step {step} in the background")
 
     def stop(self) -> None:
         """Save, so that the same command goes on from the last step, and say so."""
         reason = self.trainer.stop.reason() or f"--exit-interval {self.args.exit_interval}"
         self._save_once()
-        self.trainer.finish_saves()
+        self._finish_saves()
         step = self.trainer.iteration
         if not step:
             outcome = "before the first step; the same command begins anew"
@@ -330,7 +338,7 @@ class Run:
 
     def finish(self) -> None:
         """Wait for saves, export the model, and say what became of the rollouts."""
-        self.trainer.finish_saves()
+        self._finish_saves()
         self.trainer.stop.check()
         if self.args.export_hf is not None:
             metrics_path = None if self._metrics is None else self._metrics.path

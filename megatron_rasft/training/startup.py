@@ -4,7 +4,6 @@ import contextlib
 import io
 import logging
 import os
-import queue
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -12,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.training import checkpointing
 from megatron.training.arguments import validate_args
 from megatron.training.global_vars import set_global_variables
@@ -21,6 +19,7 @@ from megatron.training.initialize import initialize_megatron
 from megatron_rasft.config import RasftConfig
 from megatron_rasft.sync.groups import prepare_nccl
 from megatron_rasft.training.arguments import fill_in, parse_flags
+from megatron_rasft.training.background_saves import write_in_process
 from megatron_rasft.training.checkpoints import chosen_folder, first_line, is_converted
 from megatron_rasft.training.outputs import check_writable
 from megatron_rasft.training.servers import read_keys
@@ -74,11 +73,14 @@ def parse(argv: Sequence[str] | None = None, *, needs_data: bool = True) -> tupl
     folder = HfFolder.open(args.hf_model)
     fill_in(args, megatron_args(folder, config.run.rasft_query_groups))
     _check_layout(args)
+    if args.async_save:
+        _choose_async_form(args)
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             validate_args(args, {})
     except AssertionError as error:
         raise ValueError(first_line(error)) from error
+    args.use_persistent_ckpt_worker = False
     _check_sampling(args, config)
     if args.vocab_size is not None and args.padded_vocab_size is None:
         unit = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
@@ -111,6 +113,16 @@ def _choose_load(args: Any) -> None:
             f"--exit-on-missing-checkpoint: --save {args.save} holds no checkpoint to go on from. Leave the flag out to "
             "start from --hf-model."
         )
+
+
+def _choose_async_form(args: Any) -> None:
+    """Keep Megatron from clearing --async-save: validate_args does so without a persistent worker, which SaveQueue replaces."""
+    if args.ckpt_format != "torch_dist":
+        raise ValueError(
+            f"--async-save does not go with --ckpt-format {args.ckpt_format}: only torch_dist is written in the background. "
+            "Leave one of the two out."
+        )
+    args.use_persistent_ckpt_worker, args.async_strategy = True, "mcore"
 
 
 def _check_sampling(args: Any, config: RasftConfig) -> None:
@@ -173,10 +185,7 @@ def start(args: Any) -> None:
 
     # The wheel has the compiled helper but not the Makefile that this would call.
     datasets_utils.compile_helpers = lambda: None
-    if not args.async_save:
-        # Saves then run in this process. Megatron's queue would start another one to hand their results over, which takes
-        # seconds and 800 MB, and is left behind if this one is killed.
-        filesystem_async._results_queue = queue.Queue()
+    write_in_process()
     if args.distributed_backend == "gloo" and not torch.distributed.is_initialized():
         # Given beforehand, so that no CUDA device id is passed to gloo.
         for name, value in (

@@ -81,6 +81,44 @@ def _interrupt(events: Sequence[Interruption | Pause]) -> None:
         setattr(owner, phase, interrupted(phase, getattr(owner, phase)))
 
 
+@dataclass(kw_only=True)
+class HeldWrites:
+    """Background writes of the checkpoint of ``step`` stand still until the metrics of step ``until`` are there."""
+
+    step: int
+    until: int
+    metrics: Path
+    timeout_s: float = 20.0
+    """A write that training waits for is let go then, and leaves no ``evidence``."""
+
+    @property
+    def evidence(self) -> Path:
+        """Written when the step came: the newest checkpoint that the tracker named then."""
+        return self.metrics.with_name(f"held-{self.step}.json")
+
+    def __call__(self) -> None:
+        from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+        write = FileSystemWriterAsync.write_preloaded_data
+
+        def held(*args: Any, **kwargs: Any) -> Any:
+            if f"iter_{self.step:07d}" in str(kwargs["write_bucket"][0]):
+                self._hold()
+            return write(*args, **kwargs)
+
+        FileSystemWriterAsync.write_preloaded_data = held  # type: ignore[method-assign]
+
+    def _hold(self) -> None:
+        ends = time.monotonic() + self.timeout_s
+        while time.monotonic() < ends:
+            if self.metrics.exists() and self.until in steps(self.metrics.parent):
+                tracker = self.metrics.with_name("latest_checkpointed_iteration.txt")
+                newest = tracker.read_text() if tracker.exists() else ""
+                self.evidence.write_text(json.dumps({"newest": newest}))
+                return
+            time.sleep(0.02)
+
+
 def _limit_files(num_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, resource.RLIM_INFINITY))
 
@@ -92,6 +130,7 @@ def run(
     *,
     interruption: Interruption | None = None,
     pauses: Sequence[Pause] = (),
+    held_writes: Sequence[HeldWrites] = (),
     file_limit: int = 0,
     timeout_s: float = TIMEOUT_S,
     variables: Mapping[str, str] | None = None,
@@ -105,6 +144,7 @@ def run(
     Args:
         interruption: a signal for the ranks in mid-run.
         pauses: times at which rank 0, and so the run, stands still.
+        held_writes: checkpoints whose writers wait, on every rank.
         file_limit: largest file a rank may write, bytes; 0 is none. Beyond it a write fails with EFBIG, as on a
             full disk it fails with ENOSPC.
         timeout_s: a rank still running then is killed and has no exit code.
@@ -121,6 +161,7 @@ def run(
         if interruption is not None and interruption.only_rank in (None, number):
             events.append(interruption)
         prepare: list[Callable[[], None]] = [partial(_interrupt, events)] if events else []
+        prepare += held_writes
         if file_limit:
             prepare.append(partial(_limit_files, file_limit))
         ranks.append(

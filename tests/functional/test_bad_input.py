@@ -399,9 +399,9 @@ def test_full_disk_names_the_file_and_its_flag(
     assert_one_plain_error(outcome, str(save / name), "File too large", flag)
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize(("world_size", "more"), [(1, ()), (2, ()), (2, ("--async-save",))])
 def test_full_disk_at_save_spares_earlier_checkpoints(
-    workshop: Workshop, saved: Path, tmp_path: Path, world_size: int
+    workshop: Workshop, saved: Path, tmp_path: Path, world_size: int, more: tuple[str, ...]
 ) -> None:
     save = tmp_path / "save"
     shutil.copytree(saved, save)
@@ -409,7 +409,7 @@ def test_full_disk_at_save_spares_earlier_checkpoints(
     assert "latest_checkpointed_iteration.txt" in kept
     flags = workshop.flags("--save", str(save), "--train-iters", "3", "--override-opt_param-scheduler")
     outcome = launching.run(
-        tmp_path / "full", flags, world_size, file_limit=200_000, timeout_s=BAD_INPUT_TIMEOUT_S
+        tmp_path / "full", [*flags, *more], world_size, file_limit=200_000, timeout_s=BAD_INPUT_TIMEOUT_S
     )
     assert_one_plain_error(outcome, "step 3", str(save), "GiB are free", "--save")
     left = checkpoint_files(save)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from signal import SIGKILL, SIGTERM
 from typing import Any
@@ -11,7 +12,7 @@ from safetensors.torch import load_file
 
 from tests.functional import launching
 from tests.functional.conftest import Workshop
-from tests.functional.launching import Interruption, Phase
+from tests.functional.launching import HeldWrites, Interruption, Phase
 
 STEPS = 9
 """Nearly two epochs of 5 steps, which windows do not cross: refreshes come before steps 1, 4, 6 and 9."""
@@ -29,13 +30,19 @@ def unbroken_run(workshop: Workshop, world_size: int) -> Path:
 
 
 def interrupted_run(
-    workshop: Workshop, save: Path, interruption: Interruption, world_size: int, *more: str
+    workshop: Workshop,
+    save: Path,
+    interruption: Interruption,
+    world_size: int,
+    *more: str,
+    held_writes: Sequence[HeldWrites] = (),
 ) -> launching.Outcome:
     return launching.run(
         save.with_name(f"{save.name}-broken-logs"),
         workshop.flags("--save", str(save), *flags_of(save), *more),
         world_size,
         interruption=interruption,
+        held_writes=held_writes,
     )
 
 
@@ -69,7 +76,6 @@ def assert_same_run(save: Path, unbroken: Path) -> None:
     ("world_size", "phase", "step", "more"),
     [
         (1, "step", 7, ()),
-        (2, "step", 7, ("--async-save",)),
         (2, "generate", 3, ()),
         (1, "verify", 5, ()),
         (1, "score", 8, ()),
@@ -108,6 +114,48 @@ def test_killed_run_goes_on_from_its_last_checkpoint(
     assert outcome.codes == [-SIGKILL] * world_size, outcome.output
     assert state_of(save, 8)["files"]["rollouts"]["size"] < (save / "rollouts.jsonl").stat().st_size
     assert "going on after step 8" in workshop.train(save, flags_of(save), world_size).output
+    assert_same_run(save, unbroken)
+
+
+def is_complete(save: Path, step: int) -> bool:
+    return (save / f"iter_{step:07d}" / "metadata.json").exists()
+
+
+def held(save: Path, step: int, until: int) -> HeldWrites:
+    return HeldWrites(step=step, until=until, metrics=save / "metrics.jsonl")
+
+
+def test_async_save_goes_on_beside_the_steps_and_survives_a_kill(workshop: Workshop, tmp_path: Path) -> None:
+    unbroken = unbroken_run(workshop, 2)
+    save = tmp_path / "save"
+    # The first save is written while step 3 changes the weights; the kill comes in the middle of the second one.
+    first, second = held(save, 2, 3), held(save, 4, 9)
+    kill = Interruption(step=5, number=SIGKILL)
+    outcome = interrupted_run(workshop, save, kill, 2, "--async-save", held_writes=[first, second])
+    assert outcome.codes == [-SIGKILL] * 2, outcome.output
+    assert json.loads(first.evidence.read_text()) == {"newest": ""}, "step 3 was over before step 2 was saved"
+    assert (save / "latest_checkpointed_iteration.txt").read_text() == "2"
+    assert state_of(save, 4) and not is_complete(save, 4), "its save was begun"
+    resumed = workshop.train(save, [*flags_of(save), "--async-save"], 2)
+    assert "going on after step 2" in resumed.output
+    assert "saved step 4 in the background" in resumed.output
+    assert_same_run(save, unbroken)
+    assert (save / "latest_checkpointed_iteration.txt").read_text() == str(STEPS)
+
+
+def test_sigterm_completes_a_save_in_the_background(workshop: Workshop, tmp_path: Path) -> None:
+    unbroken = unbroken_run(workshop, 2)
+    save = tmp_path / "save"
+    writes = held(save, 6, 7)
+    term = Interruption(step=7, number=SIGTERM, only_rank=1)
+    outcome = interrupted_run(workshop, save, term, 2, "--async-save", held_writes=[writes])
+    assert outcome.codes == [0, 0], outcome.output
+    assert writes.evidence.exists(), "the signal came while step 6 was being saved"
+    assert "stopped by a signal after step 7; saved" in outcome.output
+    assert is_complete(save, 6) and is_complete(save, 7)
+    assert (save / "latest_checkpointed_iteration.txt").read_text() == "7"
+    resumed = workshop.train(save, [*flags_of(save), "--async-save"], 2)
+    assert "going on after step 7" in resumed.output
     assert_same_run(save, unbroken)
 
 

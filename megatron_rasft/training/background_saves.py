@@ -1,0 +1,137 @@
+"""Writes checkpoints on a thread of the training process (--async-save), behind the interface of Megatron's own queue.
+
+Megatron 0.19 writes them in another process: the form it recommends needs nvidia-resiliency-ext, which has wheels for glibc 2.39
+only, and the other form hangs the run when its process dies. A thread cannot die unnoticed or outlive the run, and writing
+takes little of the interpreter's time: torch computes checksums and writes to files without holding the interpreter's lock.
+"""
+
+import queue
+import time
+from collections.abc import Sequence
+from threading import Thread
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from megatron.training import async_utils
+
+from megatron_rasft.training.checkpoints import first_line
+
+_POLL_S = 0.05
+"""Between two looks at whether every rank has written its part."""
+
+_DONE, _WRITING, _LATE = 0, 1, 2
+"""What a rank says of its part; the largest over all ranks counts."""
+
+
+class SaveQueue:
+    """Takes the place of megatron.core's AsyncCallsQueue, for one checkpoint at a time.
+
+    Every method but ``get_num_unfinalized_calls`` is a collective of the world.
+
+    Args:
+        timeout_s: longest time that a blocking call waits for the writers of all ranks.
+        copies_cpu_tensors: whether tensors in host memory may change while they are written, as parameters of a run on the CPU
+            and of an optimizer in host memory do. Others are gathered for the save and need no second copy.
+    """
+
+    def __init__(self, timeout_s: float, *, copies_cpu_tensors: bool) -> None:
+        self._timeout_s = timeout_s
+        self._copies_cpu_tensors = copies_cpu_tensors
+        self._request: AsyncRequest | None = None
+        self._writer: Thread | None = None
+
+    def schedule_async_request(self, request: AsyncRequest) -> int:
+        """Copy what is to be written into host memory, and begin to write it. Training may go on when this returns."""
+        assert self._request is None, "Trainer.save completes an earlier save first"
+        self._request = request
+        if request.async_fn is not None:
+            arguments = list(request.async_fn_args)
+            if request.preload_fn is not None:
+                arguments[1] = self._staged(request.preload_fn())
+            # A daemon: a run that fails elsewhere does not wait for a checkpoint that it can no longer complete.
+            self._writer = Thread(target=_write, args=(request, arguments), name="save", daemon=True)
+            self._writer.start()
+        return 0
+
+    def _staged(self, buckets: Sequence[Any]) -> list[Any]:
+        """Megatron's buckets (file, key, (bytes, tensors)) in host memory, with tensors that nothing else changes."""
+        if not self._copies_cpu_tensors:
+            return list(buckets)
+        return [
+            (file, key, (data, [(item, tensor.clone()) for item, tensor in tensors]))
+            for file, key, (data, tensors) in buckets
+        ]
+
+    def maybe_finalize_async_calls(self, blocking: bool = False, no_dist: bool = False) -> list[int]:
+        """Complete the checkpoint if every rank has written its part; rank 0 then names it the newest.
+
+        Args:
+            blocking: whether to wait for that.
+            no_dist: not supported; Megatron passes False.
+
+        Returns:
+            [0] if a checkpoint is now complete, else [].
+
+        Raises:
+            CheckpointException: a rank could not write.
+            RuntimeError: a rank is still writing after ``timeout_s``.
+        """
+        if self._request is None:
+            return []
+        ends = time.monotonic() + self._timeout_s
+        while (state := self._state(time.monotonic() > ends)) != _DONE:
+            if not blocking:
+                return []
+            if state == _LATE:
+                self._request = None
+                raise RuntimeError(
+                    f"it is still being written after {self._timeout_s:g} s (--distributed-timeout-minutes)"
+                )
+            time.sleep(_POLL_S)
+        request, self._request, self._writer = self._request, None, None
+        for finalize in request.finalize_fns:
+            finalize()
+        dist.barrier()  # the checkpoint is the newest for every rank
+        return [0]
+
+    def _state(self, is_late: bool) -> int:
+        is_writing = self._writer is not None and self._writer.is_alive()
+        mine = (_LATE if is_late else _WRITING) if is_writing else _DONE
+        state = torch.tensor([mine], device=torch.cuda.current_device())
+        dist.all_reduce(state, dist.ReduceOp.MAX)
+        return int(state)
+
+    def get_num_unfinalized_calls(self) -> int:
+        """Checkpoints that are not complete, 0 or 1; the same on every rank."""
+        return int(self._request is not None)
+
+    def close(self, abort: bool = False) -> None:
+        """Complete the checkpoint, or with ``abort`` forget it."""
+        if abort:
+            self._request = None
+        self.maybe_finalize_async_calls(blocking=True)
+
+
+def _write(request: AsyncRequest, arguments: list[Any]) -> None:
+    """Runs Megatron's writer, which puts its results, or its error, into the results queue; any other error goes there too."""
+    assert request.async_fn is not None
+    try:
+        request.async_fn(*arguments, **request.async_fn_kwargs)
+    except BaseException as error:
+        filesystem_async._results_queue.put(RuntimeError(first_line(error)))
+
+
+def write_in_process() -> None:
+    """Have writers hand their results over within this process.
+
+    Megatron's queue would start another process for that, which takes seconds and 800 MB, and is left behind when this one is killed.
+    """
+    filesystem_async._results_queue = queue.Queue()
+
+
+def write_in_background(saves: SaveQueue) -> None:
+    """Have Megatron's save_checkpoint and maybe_finalize_async_save use this queue."""
+    async_utils._async_calls_queue = saves

@@ -1,0 +1,104 @@
+"""A checkpoint is written on a thread: from copies, completed by all ranks together, and never waited for without end."""
+
+import queue
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+
+from megatron_rasft.training.background_saves import SaveQueue
+
+
+@pytest.fixture(autouse=True)
+def one_rank(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(filesystem_async, "_results_queue", queue.Queue())
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+class Disk:
+    """Keeps what is written to it, once the test lets it."""
+
+    def __init__(self) -> None:
+        self.may_write = threading.Event()
+        self.written: list[float] = []
+        self.finalized = 0
+
+    def request(self, tensor: torch.Tensor) -> AsyncRequest:
+        buckets = [(Path("file"), "key", ([], [("item", tensor)]))]
+
+        def write(rank: int, buckets: Any, results: Any) -> None:
+            assert self.may_write.wait(20)
+            ((_, _, (_, ((_, kept),))),) = buckets
+            self.written = kept.tolist()
+
+        def finalize() -> None:
+            self.finalized += 1
+
+        results = filesystem_async._results_queue
+        return AsyncRequest(write, (0, None, results), [finalize], preload_fn=lambda: buckets)
+
+
+def test_what_is_written_is_what_stood_there_when_the_save_began() -> None:
+    disk, weights = Disk(), torch.tensor([1.0, 2.0])
+    saves = SaveQueue(20, copies_cpu_tensors=True)
+    children = psutil.Process().children(recursive=True)
+    saves.schedule_async_request(disk.request(weights))
+    weights += 100  # the optimizer's next step
+    assert saves.maybe_finalize_async_calls() == []
+    assert (saves.get_num_unfinalized_calls(), disk.finalized, disk.written) == (1, 0, [])
+    assert psutil.Process().children(recursive=True) == children
+    disk.may_write.set()
+    assert saves.maybe_finalize_async_calls(blocking=True) == [0]
+    assert (saves.get_num_unfinalized_calls(), disk.finalized, disk.written) == (0, 1, [1.0, 2.0])
+    assert saves.maybe_finalize_async_calls(blocking=True) == []
+
+
+def test_tensors_that_nothing_changes_are_not_copied() -> None:
+    disk, gathered = Disk(), torch.tensor([1.0])
+    saves = SaveQueue(20, copies_cpu_tensors=False)
+    saves.schedule_async_request(disk.request(gathered))
+    gathered += 1
+    disk.may_write.set()
+    saves.close()
+    assert disk.written == [2.0], "the very tensor"
+
+
+def test_a_write_without_end_is_an_error() -> None:
+    disk = Disk()
+    saves = SaveQueue(0.2, copies_cpu_tensors=True)
+    saves.schedule_async_request(disk.request(torch.zeros(1)))
+    with pytest.raises(RuntimeError, match=r"still being written after 0.2 s"):
+        saves.maybe_finalize_async_calls(blocking=True)
+    assert disk.finalized == 0, "the tracker names the earlier checkpoint"
+    disk.may_write.set()
+
+
+def test_an_error_of_the_writer_reaches_the_results_that_are_looked_at() -> None:
+    def write(*_: Any) -> None:
+        raise OSError("the disk is gone")
+
+    found = []
+    saves = SaveQueue(20, copies_cpu_tensors=True)
+    results = filesystem_async._results_queue
+    request = AsyncRequest(write, (0, [], results), [lambda: found.append(results.get_nowait())])
+    saves.schedule_async_request(request)
+    saves.maybe_finalize_async_calls(blocking=True)
+    assert [str(error) for error in found] == ["the disk is gone"]
+
+
+def test_a_rank_with_nothing_to_write_takes_part() -> None:
+    done = []
+    saves = SaveQueue(20, copies_cpu_tensors=True)
+    saves.schedule_async_request(AsyncRequest(None, (), [lambda: done.append(True)]))
+    assert saves.maybe_finalize_async_calls() == [0]
+    assert done == [True]
