@@ -62,6 +62,7 @@ from megatron_rasft.training.checkpoints import (
     save_explained,
 )
 from megatron_rasft.training.forward import Forward, run_forward_only
+from megatron_rasft.training.fp8_scales import has_delayed_scales, set_delayed_scales
 from megatron_rasft.training.generation import LiveModel
 from megatron_rasft.training.model import layer_spec
 from megatron_rasft.training.ranks import gather_to_all, gather_to_rank_zero, on_rank_zero
@@ -187,6 +188,8 @@ class Trainer:
         self._gradients_at = 0.0
         """When the gradients of the step were there."""
         self._floating_point_operations = 0.0
+        self._lacks_scales = has_delayed_scales(args)
+        """Whether FP8 tensors are still scaled by 1; a checkpoint has the scales."""
         self._checkpointing_context: dict[str, Any] = {}
         self._saving_step: int | None = None
         """Of the checkpoint that is being written in the background."""
@@ -255,6 +258,7 @@ class Trainer:
         """
         size = _SCORED_BATCHES * self.args.global_batch_size
         scored: list[list[float]] = []
+        self._set_scales(samples)
         with self._settled(), contextlib.ExitStack() as reference:
             if with_reference and samples:
                 assert self.reference is not None, "only an objective with a reference asks for it"
@@ -264,10 +268,20 @@ class Trainer:
                 scored += self._score(samples[start : start + size])
         return scored
 
+    def _set_scales(self, samples: Sequence[TrainingSample]) -> None:
+        """Before the first pass of a run under FP8's delayed recipe: set the scales of the policy, from one global batch.
+
+        The reference, which takes the policy's place for its passes, is computed with the policy's scales.
+        """
+        if not self._lacks_scales or not samples:
+            return
+        self._lacks_scales = False
+        batches = self._cut(_without_values(samples[: self.args.global_batch_size]))
+        with self._settled():
+            set_delayed_scales(lambda: run_forward_only(self.forward.score_step, batches, self.model))
+
     def _score(self, samples: Sequence[TrainingSample]) -> list[list[float]]:
-        # Attached values are for training; a scoring batch carries none.
-        plain = [replace(s, weight=1.0, ref_logprobs=None, old_logprobs=None) for s in samples]
-        batches = self._cut(plain)
+        batches = self._cut(_without_values(samples))
         outputs = run_forward_only(self.forward.score_step, batches, self.model)
         mine: dict[int, array[float]] = {}
         cp_group = parallel_state.get_context_parallel_group()
@@ -352,6 +366,7 @@ class Trainer:
                 metrics={}, grad_norm=0.0, learning_rate=learning_rate, is_skipped=True, num_tokens=0
             )
         began = time.monotonic()
+        self._set_scales(samples)
         batches = self._cut(samples)
         if self.config.objective.needs_reference_distribution():
             assert self.reference is not None
@@ -478,6 +493,7 @@ class Trainer:
                 checkpointing_context=self._checkpointing_context,
             )
         self.iteration = args.iteration = iteration
+        self._lacks_scales = False
         return state
 
     def initial_fingerprint(self) -> str:
@@ -544,6 +560,11 @@ class Trainer:
                 dtype=self.args.params_dtype,
                 facts=facts,
             )
+
+
+def _without_values(samples: Sequence[TrainingSample]) -> list[TrainingSample]:
+    """Samples for scoring: attached values are for training."""
+    return [replace(s, weight=1.0, ref_logprobs=None, old_logprobs=None) for s in samples]
 
 
 class _OncePerStep:

@@ -20,6 +20,7 @@ from megatron_rasft.rollout.replay import ReplayEngine
 from megatron_rasft.rollout.store import RolloutStore
 from megatron_rasft.training.checkpoints import architecture_of
 from megatron_rasft.training.heldout import Heldout
+from megatron_rasft.training.fp8_scales import has_delayed_scales
 from megatron_rasft.training.host import StepResult, Trainer, writers
 from megatron_rasft.training.outputs import (
     AppendedFile,
@@ -123,6 +124,8 @@ class Run:
         if self.config.objective.needs_reference_logprobs():
             args = self.args
             precision = f"{args.params_dtype} {args.fp8} {args.fp8_recipe if args.fp8 else ''}"
+            if has_delayed_scales(args):
+                precision += " scaled"  # caches of earlier versions hold values made at scale 1
             self._cache = LogprobCache(
                 reference_cache(args, self.config), f"{precision} {self._initial_weights}"
             )

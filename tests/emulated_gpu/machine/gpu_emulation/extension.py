@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from gpu_emulation import attention, kernels
+from gpu_emulation import attention, fp8, kernels
 
 NAME = "transformer_engine_torch"
 _CUDNN_VERSION = 92400
@@ -63,8 +63,6 @@ def _enumeration(name: str) -> type:
 _ENUMERATIONS = (
     "CommOverlapAlgo",
     "CommOverlapType",
-    "FP8BwdTensors",
-    "FP8FwdTensors",
     "Float8BlockScaleTensorFormat",
     "NVTEQBHistogramMode",
     "NVTERoutingMapFormat",
@@ -104,9 +102,11 @@ def load(framework: str) -> None:
     module = _Extension(NAME)
     module.__file__ = __file__
     module.DType = DType  # type: ignore[attr-defined]
+    module.FP8FwdTensors = fp8.FP8FwdTensors  # type: ignore[attr-defined]
+    module.FP8BwdTensors = fp8.FP8BwdTensors  # type: ignore[attr-defined]
     for name in _ENUMERATIONS:
         setattr(module, name, _enumeration(name))
-    for source in (kernels, attention):
+    for source in (kernels, attention, fp8):
         for name in source.KERNELS:
             setattr(module, name, getattr(source, name))
     backends: Any = module.NVTE_Fused_Attn_Backend

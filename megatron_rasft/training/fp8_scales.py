@@ -1,0 +1,32 @@
+"""Scales of FP8's delayed recipe, set before the first log-probabilities are calculated.
+
+The recipe scales a tensor by the largest value that earlier passes saw in it. Transformer Engine starts every scale at 1 and updates
+scales only in passes with gradients (FP8GlobalStateManager.autocast_exit in transformer_engine/pytorch/quantization.py), while the
+first passes of a run here are scoring passes without. Their log-probabilities become the reference's for the whole run.
+"""
+
+import argparse
+from collections.abc import Callable
+
+NUM_PASSES = 2
+"""The first pass measures what layers see whose inputs were rounded at scale 1; the second one measures it at real scales."""
+
+
+def has_delayed_scales(args: argparse.Namespace) -> bool:
+    """Whether tensors are scaled by what earlier passes saw."""
+    return args.fp8 is not None and str(args.fp8_recipe) == "delayed"
+
+
+def set_delayed_scales(forward: Callable[[], object]) -> None:
+    """Set all scales from forward passes over the same micro-batches.
+
+    Runs one all-reduce of the maxima over the ranks that share a layer's scales, after each pass.
+
+    Args:
+        forward: runs the forward passes, without gradients; called on every rank.
+    """
+    from transformer_engine.pytorch.quantization import FP8GlobalStateManager
+
+    for _ in range(NUM_PASSES):
+        forward()
+        FP8GlobalStateManager.reduce_and_update_fp8_tensors(forward=True)
