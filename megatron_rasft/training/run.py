@@ -19,8 +19,8 @@ from megatron_rasft.report.progress import Progress
 from megatron_rasft.rollout.replay import ReplayEngine
 from megatron_rasft.rollout.store import RolloutStore
 from megatron_rasft.training.checkpoints import architecture_of
-from megatron_rasft.training.heldout import Heldout
 from megatron_rasft.training.fp8_scales import has_delayed_scales
+from megatron_rasft.training.heldout import Heldout
 from megatron_rasft.training.host import StepResult, Trainer, writers
 from megatron_rasft.training.outputs import (
     AppendedFile,
