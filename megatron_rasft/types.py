@@ -121,8 +121,9 @@ class SamplingParams:
     top_p: float
     repetition_penalty: float
     stop_ids: frozenset[int]
-    max_batch_size: int
-    """Sequences decoded at once on one replica of the training model; a server decides that itself."""
+    max_batch_size: int | None
+    """Sequences decoded at once on one replica of the training model, None for as many as its memory holds; a server
+    decides that itself."""
     max_total_tokens: int | None = None
     """Longest prompt plus response; each prompt has its own room below it."""
 

@@ -72,6 +72,9 @@ class SdpaCoreAttention(MegatronModule):
         super().__init__(config=config)
         self.cp_group = (pg_collection or ProcessGroupCollection.use_mpu_process_groups(["tp", "cp"])).cp
         self.softmax_scale = softmax_scale
+        # Torch prefers cuDNN's attention on Hopper. That builds a plan, which takes tens of milliseconds, for each new
+        # length and keeps all of them, and here lengths change with every micro-batch.
+        torch.backends.cuda.enable_cudnn_sdp(False)
         dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         if dropout:
             raise ValueError(
@@ -96,7 +99,7 @@ class SdpaCoreAttention(MegatronModule):
             query: [s/cp, b, n, d], or [t/cp, n, d] when packed.
             key: [s_kv/cp, b, n_kv, d], or [t/cp, n_kv, d].
             value: like key.
-            attention_mask: [b, 1, s, s_kv] bool, True where a key may be seen (generation), else None: causal.
+            attention_mask: None; attention is causal.
 
         Returns:
             [s/cp, b, n * d], or [t/cp, n * d] when packed.
@@ -104,13 +107,12 @@ class SdpaCoreAttention(MegatronModule):
         if packed_seq_params is not None:
             out = self._packed(query, key, value, packed_seq_params)
             return out.reshape(out.shape[0], -1)
-        if attention_mask is not None:
-            out = self._attend(query, key, value, attention_mask)
-        else:
-            out = self._causal(query, key, value)
+        assert attention_mask is None, "the plain attention is causal and takes no mask"
+        out = self._causal(query, key, value)
         return out.reshape(out.shape[0], out.shape[1], -1)
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+        """[s, b, n, d] -> [s, b, n, d] without communication; causal unless a [s, s_kv] bool mask is given."""
         query, key, value = (
             x.permute(1, 2, 0, 3) for x in (query, key, value)
         )  # [s, b, n, d] -> [b, n, s, d]
@@ -128,7 +130,7 @@ class SdpaCoreAttention(MegatronModule):
     def _causal(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         size, rank = self.cp_group.size(), self.cp_group.rank()
         if size == 1:
-            return self._attend(query, key, value, None)
+            return self.attend(query, key, value)
         key, value = (
             gather_from_sequence_parallel_region(x.contiguous(), group=self.cp_group) for x in (key, value)
         )
@@ -139,7 +141,7 @@ class SdpaCoreAttention(MegatronModule):
         query_positions = zigzag_positions(length, rank, size)
         key_positions = torch.cat([zigzag_positions(length, r, size) for r in range(size)])
         mask = (key_positions[None, :] <= query_positions[:, None]).to(query.device)
-        return self._attend(query, key, value, mask)
+        return self.attend(query, key, value, mask)
 
     def _packed(self, query: Tensor, key: Tensor, value: Tensor, params: PackedSeqParams) -> Tensor:
         size, rank = self.cp_group.size(), self.cp_group.rank()
@@ -159,7 +161,7 @@ class SdpaCoreAttention(MegatronModule):
                 continue
             q = query[begin:end, None]
             if size == 1:
-                out = self._attend(q, key[begin:end, None], value[begin:end, None], None)
+                out = self.attend(q, key[begin:end, None], value[begin:end, None])
             else:
                 # [cp, t/cp, n, d] -> this segment's chunks, in the order of the ranks that hold them
                 k, v = (x[:, begin:end].reshape(-1, 1, *x.shape[2:]) for x in (key, value))

@@ -1,0 +1,77 @@
+"""CUDA graphs of the decode step: one launch for the hundreds of kernels of a token."""
+
+import warnings
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class StepGraphs:
+    """Captures a step once for each shape and replays it from then on.
+
+    A captured step reads and writes the same tensors at each replay, and must not read anything back. The
+    graphs live as long as this object.
+
+    Args:
+        is_enabled: False runs every step as it is.
+    """
+
+    def __init__(self, is_enabled: bool) -> None:
+        self.is_enabled = is_enabled
+        self._graphs: dict[Hashable, tuple[Any, Tensor]] = {}
+        self._pool: Any = None
+        self._side: Any = None
+        self._result: Tensor | None = None
+
+    def run(self, shape: Hashable, step: Callable[[], Tensor]) -> Tensor:
+        """The result of ``step``, valid until the next run.
+
+        Args:
+            shape: steps with equal shapes do the same work on the same tensors. The first shape has the largest result.
+        """
+        if not self.is_enabled:
+            return step()
+        if shape not in self._graphs:
+            try:
+                self._graphs[shape] = self._capture(step)
+            except RuntimeError as error:
+                self.is_enabled = False
+                self._graphs.clear()
+                warnings.warn(
+                    f"Sampling goes on without CUDA graphs, which is slower: {error}",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+                return step()
+        graph, result = self._graphs[shape]
+        graph.replay()
+        return result
+
+    def _capture(self, step: Callable[[], Tensor]) -> tuple[Any, Tensor]:
+        stream = torch.cuda.current_stream()
+        if self._side is None:
+            self._side, self._pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+        side = self._side
+        side.wait_stream(stream)
+        try:
+            # Kernels allocate their workspaces at the first call, which a capture does not allow.
+            with torch.cuda.stream(side):
+                first = step()
+            stream.wait_stream(side)
+            result = self._result_like(first)
+            del first
+            graph = torch.cuda.CUDAGraph()
+            # Other threads of the program may copy to the device meanwhile.
+            with torch.cuda.graph(graph, self._pool, stream=side, capture_error_mode="thread_local"):
+                result.copy_(step())
+        finally:
+            torch.cuda.set_stream(stream)  # a capture that fails leaves the side stream current
+        return graph, result
+
+    def _result_like(self, first: Tensor) -> Tensor:
+        """The graphs share one result, so that none keeps memory of the pool for its own."""
+        if self._result is None:
+            self._result = torch.empty_like(first)
+        return self._result[: len(first)]
