@@ -28,8 +28,9 @@ class RolloutConfig:
     rollout_max_new_tokens: int = 1024
     """Longest response, in tokens, >= 1. Prompt and response together must fit --seq-length."""
 
-    rollout_batch_size: int = 64
-    """Sequences decoded at once on one replica, >= 1. More is faster until memory ends."""
+    rollout_batch_size: int | None = None
+    """Sequences that the embedded engine decodes at once on one replica, >= 1. Unset: on a GPU the largest power of
+    two up to 512 that fits the free memory, on a CPU 64. The samples do not depend on it but for rounding."""
 
     rollout_seed: int = 1234
     """Seed of sampling, >= 0. Each sample's draws depend on it, the problem, the weights' step and its number only."""
@@ -82,7 +83,7 @@ class RolloutConfig:
         for flag, value in (
             ("--rollout-num-samples", self.rollout_num_samples),
             ("--rollout-max-new-tokens", self.rollout_max_new_tokens),
-            ("--rollout-batch-size", self.rollout_batch_size),
+            ("--rollout-batch-size", 1 if self.rollout_batch_size is None else self.rollout_batch_size),
             ("--rollout-concurrency", self.rollout_concurrency),
             ("--rollout-attempts", self.rollout_attempts),
         ):

@@ -80,6 +80,9 @@ def sample_benchmark(
             )
     store = RolloutStore(path)
     total = len(problems) * num_samples
+    assert params.max_batch_size is not None, (
+        "an evaluation saves after each batch, so it says how large one is"
+    )
     # One problem's samples share its prefill, so they stay in one batch.
     per_batch = max(1, params.max_batch_size // num_samples)
     missing = [

@@ -142,7 +142,8 @@ class Decoder:
     every token is sampled in the same way.
 
     Args:
-        should_stop: a collective of the replica's ranks, asked now and then.
+        requests: longest prompt first.
+        should_stop: a collective of the replica's ranks, asked every 32 tokens or so.
     """
 
     def __init__(
@@ -208,7 +209,7 @@ class Decoder:
         self._samples.update(taken)
         prompts = [list(group) for _, group in groupby(taken, key=lambda item: item[1].request)]
         while prompts:
-            # Requests come longest first, so the first prompt gives the width.
+            # The first prompt is the longest and gives the width.
             width = len(prompts[0][0][1].prompt_ids) - 1
             num = max(1, _PREFILL_TOKENS // max(1, width))
             if width:

@@ -25,7 +25,7 @@ class StepGraphs:
         self._side: Any = None
         self._result: Tensor | None = None
 
-    def run(self, shape: Hashable, step: Callable[[], Tensor]) -> Tensor:
+    def run(self, shape: Hashable, step: Callable[[], Tensor | None]) -> Tensor | None:
         """The result of ``step``, valid until the next run.
 
         Args:
@@ -49,7 +49,7 @@ class StepGraphs:
         graph.replay()
         return result
 
-    def _capture(self, step: Callable[[], Tensor]) -> tuple[Any, Tensor]:
+    def _capture(self, step: Callable[[], Tensor | None]) -> tuple[Any, Tensor]:
         stream = torch.cuda.current_stream()
         if self._side is None:
             self._side, self._pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
@@ -60,12 +60,16 @@ class StepGraphs:
             with torch.cuda.stream(side):
                 first = step()
             stream.wait_stream(side)
+            assert first is not None, "a captured step has a result"
             result = self._result_like(first)
             del first
             graph = torch.cuda.CUDAGraph()
             # Other threads of the program may copy to the device meanwhile.
             with torch.cuda.graph(graph, self._pool, stream=side, capture_error_mode="thread_local"):
-                result.copy_(step())
+                captured = step()
+                assert captured is not None
+                result.copy_(captured)
+            del captured  # its memory serves the next capture
         finally:
             torch.cuda.set_stream(stream)  # a capture that fails leaves the side stream current
         return graph, result

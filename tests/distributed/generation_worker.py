@@ -45,16 +45,18 @@ LAYOUTS: dict[int, dict[str, str]] = {
         "pp2": "--pipeline-model-parallel-size 2",
         "pp2 vpp2": "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1",
         "cp2": "--context-parallel-size 2",
+        "cp2 padded": "--context-parallel-size 2 --rasft-batch-layout padded",
     },
 }
 
-COMMON = "--seq-length 64 --global-batch-size 8 --lr-decay-style constant --lr-warmup-iters 0 --lr 1e-3 --objective dft"
+SEQ_LENGTH = 64
+COMMON = f"--seq-length {SEQ_LENGTH} --global-batch-size 8 --lr-decay-style constant --lr-warmup-iters 0 --lr 1e-3 --objective dft"
 
 PROMPTS = [[5, 17, 99], [3], [88, 2, 45, 45, 7, 60, 31, 12], [100, 0, 41, 9, 9], [71, 70]]
 NUM_SAMPLES = 3
 NEW_TOKENS = 20
 STOP_IDS = frozenset(range(0, 101, 6))
-"""A sixth of the vocabulary: rows end one after another, so the batch is compacted again and again."""
+"""A sixth of the vocabulary: rows end one after another, so they are refilled and moved again and again."""
 
 
 def params(**changes: Any) -> SamplingParams:
@@ -74,6 +76,10 @@ MODES: dict[str, SamplingParams] = {
     "greedy": params(temperature=0.0, stop_ids=frozenset()),
     "plain": params(),
     "small batches": params(max_batch_size=4),
+    "rare looks": params(max_batch_size=4),
+    # Longest prompt and response are half a training row: with two context-parallel ranks Megatron's rotary embedding
+    # is asked for as many positions by both.
+    "half a training row": params(max_new_tokens=SEQ_LENGTH // 2 - 8),
     "little room": params(max_total_tokens=18, max_batch_size=9),
     "nucleus": params(temperature=0.9, top_p=0.8),
     "penalised": params(temperature=0.0, repetition_penalty=1.3, stop_ids=frozenset()),
@@ -105,7 +111,9 @@ def sample(flags: list[str], root: Path) -> dict[str, Any]:
     result: dict[str, Any] = {}
     with trainer(root / "llama", root / "none.jsonl", flags) as run:
         before = training_state(run.chunks)
+        run.score([full_row()], with_reference=False)
         for mode, chosen in MODES.items():
+            run.live.steps_per_look = 16 if mode == "rare looks" else 1
             asked = requests(1 if chosen.temperature == 0 else NUM_SAMPLES)
             groups = run.generate(asked, chosen)
             assert bool(groups) == (dist.get_rank() == 0), "only rank 0 has use for the responses"
@@ -188,6 +196,16 @@ def is_stopped(work: Callable[[], Any]) -> bool:
     except Stopped:
         return True
     return False
+
+
+def full_row() -> TrainingSample:
+    return TrainingSample(
+        problem_id="full",
+        kind="rollout",
+        prompt_ids=[1] * 4,
+        response_ids=[2] * (SEQ_LENGTH - 4),
+        weight=1.0,
+    )
 
 
 def samples_of(groups: list) -> list[TrainingSample]:
