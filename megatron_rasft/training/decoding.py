@@ -289,7 +289,7 @@ class Decoder:
         while True:
             is_exact = torch.ones(self._num_rows, dtype=torch.bool, device=self._device)
             for _ in range(num_steps):
-                is_exact &= self._step(length, num_candidates)
+                is_exact &= self.step(length, num_candidates)
             status = torch.stack(
                 [self._rows.count[: self._num_rows], self._rows.is_over[: self._num_rows], is_exact]
             )
@@ -302,10 +302,10 @@ class Decoder:
         self._collect(counts, is_over)
         return num_steps
 
-    def _step(self, length: int, num_candidates: int) -> Tensor:
+    def step(self, length: int, num_candidates: int) -> Tensor:
         """Sample one token of each row. Returns [rows] bool, False where the nucleus was not reached."""
         rows, num, params = self._rows, self._num_rows, self._params
-        logits = self._graphs.run((num, length), partial(self._logits, num, length))
+        logits = self._graphs.run((num, length), partial(self.logits, num, length))
         drawn = torch.empty(3, num, dtype=torch.float64, device=self._device)
         if logits is not None:
             if rows.seen.shape[1]:
@@ -320,7 +320,7 @@ class Decoder:
         rows.advance(drawn[0], drawn[1], self._stops)
         return is_exact
 
-    def _logits(self, num: int, length: int) -> Tensor | None:
+    def logits(self, num: int, length: int) -> Tensor | None:
         """Run the model on the rows' next tokens. Captured as a CUDA graph: reads and writes fixed tensors only."""
         positions = self._rows.position[:num]
         keys = torch.arange(length, device=self._device)

@@ -40,7 +40,7 @@ _MEMORY_SHARE = 0.8
 _LOGIT_BYTES = 48
 """Memory per row and vocabulary entry while a token is drawn: the logits in BF16 and FP32, probabilities in FP64."""
 
-_STEPS_PER_LOOK = {"cuda": 16}
+STEPS_PER_LOOK = {"cuda": 16}
 """Tokens between two reads of the device. More keep it busier, and compute more tokens after a row's last one. A CPU
 waits for nothing, so it looks at each token."""
 
@@ -109,7 +109,7 @@ class LiveModel:
         self.vocab_size = vocab_size
         self.config = chunks[0].config
         self.device = next(chunks[0].parameters()).device
-        self.steps_per_look = _STEPS_PER_LOOK.get(self.device.type, 1)
+        self.steps_per_look = STEPS_PER_LOOK.get(self.device.type, 1)
 
     def generate(
         self,

@@ -1,0 +1,243 @@
+"""Cost of a token of the embedded engine: kernels, memory traffic and host reads, counted; tokens per second on a GPU.
+
+    python benchmarks/generation.py --shape qwen2.5-1.5b --rows 256 --bf16 [any Megatron flag]
+
+The counts come from the decode step on tensors without data, so they are the same on every machine. They are those of the plain
+layers: Transformer Engine's fuse some of these kernels. Where there is a GPU the model, with random weights, also samples,
+and responses end at random tokens after --mean-tokens on average.
+"""
+
+import argparse
+import json
+import math
+import random
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from megatron_rasft.training import cpu_backend
+
+cpu_backend.enable()
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+import transformers  # noqa: E402
+from torch import Tensor  # noqa: E402
+from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from torch.utils._pytree import tree_leaves  # noqa: E402
+
+from megatron_rasft.training import host, startup  # noqa: E402
+from megatron_rasft.training.decoding import KEY_BUCKET, Decoder  # noqa: E402
+from megatron_rasft.training.generation import STEPS_PER_LOOK, LiveModel, generation_mode  # noqa: E402
+from megatron_rasft.training.kv_cache import KeyValueCache  # noqa: E402
+from megatron_rasft.types import Request, SamplingParams  # noqa: E402
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 1024,
+        "max_position_embeddings": 4096,
+    },
+    "qwen2.5-1.5b": {
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+        "vocab_size": 151936,
+        "max_position_embeddings": 32768,
+        "tie_word_embeddings": True,
+    },
+}
+
+HBM_BYTES_PER_S = 2.7e12
+"""What an H100 SXM reaches of its 3.35e12."""
+MATMUL_FLOPS = 650e12
+"""What it reaches in BF16, of 989e12."""
+KERNEL_S = 2e-6
+"""Least time of a small kernel inside a CUDA graph."""
+
+ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "detach", "_to_copy_meta"}
+GATHERS = {"embedding", "index", "gather", "index_select"}
+"""These read as much as they write, whatever the size of what they read from."""
+SCATTERS = {"index_put_", "_index_put_impl_", "scatter_"}
+
+
+class Traffic(TorchDispatchMode):
+    """Counts kernels, the bytes they read and write, and the operations of matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernels, self.bytes, self.flop = 0, 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func._schema.name.removeprefix("aten::")
+        is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+        if is_view or name in ALLOCATIONS:
+            return out
+        self.kernels += 1
+        read = [x for x in tree_leaves([args, kwargs]) if isinstance(x, Tensor)]
+        written = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
+        if name in SCATTERS:
+            self.bytes += 2 * size(read[-1])
+        elif name in GATHERS:
+            self.bytes += 2 * sum(map(size, written))
+        else:
+            self.bytes += sum(map(size, read)) + sum(map(size, written))
+        if name in ("mm", "addmm", "bmm"):
+            self.flop += 2 * written[0].numel() * read[-2].shape[-1]
+        return out
+
+
+def size(tensor: Tensor) -> int:
+    """Bytes of its distinct elements: an expanded tensor is read once."""
+    return tensor.element_size() * math.prod(
+        n for n, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride
+    )
+
+
+def write_folder(shape: str, path: Path) -> None:
+    """A Qwen2 folder of that shape whose weights are a sparse file of zeros: only its description is read."""
+    config = transformers.Qwen2Config(**SHAPES[shape])
+    with torch.device("meta"):
+        model = transformers.Qwen2ForCausalLM(config)
+    header, start = {}, 0
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        end = start + 2 * tensor.numel()
+        header[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [start, end]}
+        start = end
+    text = json.dumps(header).encode()
+    path.mkdir()
+    config.architectures = ["Qwen2ForCausalLM"]
+    config.save_pretrained(path)
+    with (path / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + start)
+
+
+def sampling(options: argparse.Namespace, vocab_size: int) -> SamplingParams:
+    """A random model's tokens are nearly uniform: one in --mean-tokens ends a response."""
+    return SamplingParams(
+        num_samples=4,
+        max_new_tokens=options.new_tokens,
+        temperature=1.0,
+        top_p=options.top_p,
+        repetition_penalty=1.0,
+        stop_ids=frozenset(range(max(1, vocab_size // options.mean_tokens))),
+        max_batch_size=options.rows,
+    )
+
+
+def requests(num: int, params: SamplingParams, prompt_tokens: int, vocab_size: int) -> list[Request]:
+    """Prompts of random tokens."""
+    draw = random.Random(0)
+    return [
+        Request(
+            prompt_ids=[draw.randrange(vocab_size) for _ in range(prompt_tokens)],
+            seeds=[draw.randrange(2**31) for _ in range(params.num_samples)],
+        )
+        for _ in range(num)
+    ]
+
+
+def count(model: LiveModel, options: argparse.Namespace) -> dict[str, Any]:
+    """Kernels and traffic of one decode step at half of the longest sequence, for all rows."""
+    params = sampling(options, model.vocab_size)
+    length = -(-(options.prompt_tokens + options.new_tokens) // KEY_BUCKET) * KEY_BUCKET
+    cache = KeyValueCache(options.rows, length)
+    engine = model.engine(cache)
+    keys = -(-(options.prompt_tokens + options.new_tokens // 2) // KEY_BUCKET) * KEY_BUCKET
+    with generation_mode(model.chunks, cache):
+        decoder = Decoder(engine, cache, [], params, lambda: False)
+        # Nothing in a step can be read: a fake tensor has no data, and a read of it raises.
+        decoder.step(keys, options.candidates)
+        with Traffic() as forward:
+            decoder.logits(options.rows, keys)
+        with Traffic() as whole:
+            decoder.step(keys, options.candidates)
+    launches_s = KERNEL_S * whole.kernels
+    least_s = max(whole.bytes / HBM_BYTES_PER_S, whole.flop / MATMUL_FLOPS)
+    return {
+        "keys_attended": keys,
+        "kernels_of_the_model": forward.kernels,
+        "kernels_of_sampling": whole.kernels - forward.kernels,
+        "gb_of_the_model": round(forward.bytes / 1e9, 3),
+        "gb_of_sampling": round((whole.bytes - forward.bytes) / 1e9, 3),
+        "host_reads_per_token_of_all_rows": 2 / STEPS_PER_LOOK["cuda"],
+        "ESTIMATE_h100_ms_per_token_of_all_rows": round(1e3 * (least_s + launches_s), 2),
+        "ESTIMATE_h100_tokens_per_s": round(options.rows / (least_s + launches_s)),
+    }
+
+
+def measure(model: LiveModel, options: argparse.Namespace) -> dict[str, Any]:
+    """Tokens per second over enough samples that most rows are refilled, after a short run that is not counted."""
+    params = sampling(options, model.vocab_size)
+    num = max(1, options.rounds * options.rows // params.num_samples)
+    asked = requests(num, params, options.prompt_tokens, model.vocab_size)
+    model.generate(asked[: max(1, num // 16)], params)
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    groups = model.generate(asked, params)
+    torch.cuda.synchronize()
+    seconds = time.perf_counter() - began
+    tokens = sum(len(r.token_ids) for group in groups for r in group)
+    return {
+        "tokens": tokens,
+        "seconds": round(seconds, 2),
+        "tokens_per_s": round(tokens / seconds),
+        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
+    }
+
+
+def main() -> None:
+    """Count, measure where there is a GPU, print one JSON line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shape", choices=list(SHAPES), default="tiny")
+    parser.add_argument("--rows", type=int, default=256, help="sequences decoded at once")
+    parser.add_argument("--prompt-tokens", type=int, default=200, help="tokens of each prompt")
+    parser.add_argument("--new-tokens", type=int, default=1024, help="longest response")
+    parser.add_argument("--mean-tokens", type=int, default=500, help="mean length of a response")
+    parser.add_argument("--top-p", type=float, default=1.0, help="see --rollout-top-p")
+    parser.add_argument("--candidates", type=int, default=4096, help="tokens sorted for --top-p")
+    parser.add_argument(
+        "--rounds", type=int, default=4, help="samples for each row in the measurement on a GPU"
+    )
+    options, megatron_flags = parser.parse_known_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "model"
+        write_folder(options.shape, folder)
+        argv = ["--hf-model", str(folder), "--micro-batch-size", "1", "--seq-length", "2048", *megatron_flags]
+        args, _, opened = startup.parse(argv, needs_data=False)
+        startup.start(args)
+        args.perform_initialization = False  # random numbers need data
+        with FakeTensorMode():
+            figures = count(live_model(args, opened), options)
+        args.perform_initialization = True
+        report = {"shape": options.shape, "rows": options.rows, "counted": figures}
+        if torch.cuda.is_available():
+            report["measured"] = measure(live_model(args, opened), options)
+    if dist.get_rank() == 0:
+        print(json.dumps(report), flush=True)
+    dist.destroy_process_group()
+
+
+def live_model(args: Any, folder: Any) -> LiveModel:
+    """The model with random weights in the precision of the flags."""
+    chunk = host.build_chunk(args).requires_grad_(False)
+    return LiveModel([chunk], folder.shape.vocab_size)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
