@@ -1,6 +1,10 @@
 """What the process that ranks are forked from imports: all that a rank would otherwise import for itself."""
 
 import gc
+import os
+
+# Read when Triton defines a kernel and when it runs one: on a CPU the ranks interpret this project's.
+os.environ["TRITON_INTERPRET"] = "1"
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401
 

@@ -9,6 +9,21 @@ ObjectiveName = Literal[
 RatioLevel = Literal["sequence", "token", "off"]
 RatioDirection = Literal["ref_over_policy", "policy_over_ref"]
 KLDirection = Literal["forward", "reverse"]
+LogprobKernels = Literal["auto", "fused", "plain"]
+
+LOGITS_BYTES = 3 << 30
+"""Logits that the fused kernels keep at a time where --objective-logprob-chunk-tokens is unset, and as many of the reference
+under a full-vocabulary KL: all of a micro-batch of 8,192 tokens up to a vocabulary of 196,000 a rank, so that none is
+computed twice."""
+
+PLAIN_CHUNK_TOKENS = 1024
+"""Tokens whose logits the plain operators keep at a time where --objective-logprob-chunk-tokens is unset."""
+
+
+def fused_chunk_tokens(num_tokens: int, bytes_per_token: int) -> int:
+    """Tokens whose logits are kept at a time: equal parts of at most ``LOGITS_BYTES``; 0 for all at once."""
+    num_chunks = -(-num_tokens * bytes_per_token // LOGITS_BYTES)
+    return 0 if num_chunks <= 1 else -(-num_tokens // num_chunks)
 
 
 class KLTerm(NamedTuple):
@@ -111,9 +126,14 @@ class ObjectiveConfig:
     objective_raft_loss: Literal["dft", "sft"] = "dft"
     """raft: loss on the verified self-rollouts."""
 
-    objective_logprob_chunk_tokens: int = 1024
+    objective_logprob_chunk_tokens: int | None = None
     """Tokens per vocabulary projection: logits exist for this many tokens at a time and are recomputed in the
-    backward pass. Smaller saves memory; 0 projects all at once, which saves the recomputation."""
+    backward pass. Smaller saves memory; 0 projects all at once, which saves the recomputation. Unset: as many as 3 GiB of
+    logits hold on a GPU, 1024 on a CPU."""
+
+    objective_logprob_kernels: LogprobKernels = "auto"
+    """What computes log-probabilities and KL from the logits: fused (Triton kernels, 6 to 10 bytes of memory traffic a
+    logit), plain (torch operators, 48 and more), or auto: fused on a GPU, plain on a CPU."""
 
     def __post_init__(self) -> None:
         self._check_ratio()
@@ -129,7 +149,7 @@ class ObjectiveConfig:
                 f"--objective-gft-threshold must be in [0, 1], got {self.objective_gft_threshold}: it is a "
                 "token probability. Use 0 for plain cross-entropy, 1 for the DFT factor everywhere."
             )
-        if self.objective_logprob_chunk_tokens < 0:
+        if self.objective_logprob_chunk_tokens is not None and self.objective_logprob_chunk_tokens < 0:
             raise ValueError(
                 "--objective-logprob-chunk-tokens must be >= 0, got "
                 f"{self.objective_logprob_chunk_tokens}. Use 0 to project all tokens at once."

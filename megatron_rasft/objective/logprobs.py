@@ -151,7 +151,7 @@ def _recomputed(function: Callable[..., Any], num_chunks: int, *inputs: Tensor) 
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
-def _shard(width: int, tp_group: ProcessGroup | None, vocab_size: int) -> tuple[int, int]:
+def shard_bounds(width: int, tp_group: ProcessGroup | None, vocab_size: int) -> tuple[int, int]:
     """This rank's first token id, and how many of its ``width`` columns are not padding."""
     rank, size = (0, 1) if tp_group is None else (dist.get_rank(tp_group), dist.get_world_size(tp_group))
     assert vocab_size <= width * size, (
@@ -160,7 +160,7 @@ def _shard(width: int, tp_group: ProcessGroup | None, vocab_size: int) -> tuple[
     return rank * width, min(max(vocab_size - rank * width, 0), width)
 
 
-def _all_reduce(tensor: Tensor, op: Any, tp_group: ProcessGroup | None) -> Tensor:
+def all_reduce(tensor: Tensor, op: Any, tp_group: ProcessGroup | None) -> Tensor:
     if tp_group is not None and dist.get_world_size(tp_group) > 1:
         dist.all_reduce(tensor, op=op, group=tp_group)
     return tensor
@@ -187,13 +187,13 @@ class _VocabParallelLogprobs(torch.autograd.Function):
     def forward(  # type: ignore[override]
         ctx: Any, logits: Tensor, labels: Tensor, tp_group: ProcessGroup | None, vocab_size: int
     ) -> Tensor:
-        start, num_valid = _shard(logits.shape[-1], tp_group, vocab_size)
+        start, num_valid = shard_bounds(logits.shape[-1], tp_group, vocab_size)
         valid_logits = logits[..., :num_valid]  # a view
         local_labels = labels - start
         is_local = (local_labels >= 0) & (local_labels < num_valid)
         local_labels = local_labels.masked_fill(~is_local, 0)
 
-        row_max = _all_reduce(_row_max(valid_logits, _compute_dtype(logits)), dist.ReduceOp.MAX, tp_group)
+        row_max = all_reduce(_row_max(valid_logits, _compute_dtype(logits)), dist.ReduceOp.MAX, tp_group)
         label_logit = logits.gather(-1, local_labels.unsqueeze(-1)).squeeze(-1) - row_max
         sums = torch.stack(
             [
@@ -201,7 +201,7 @@ class _VocabParallelLogprobs(torch.autograd.Function):
                 torch.where(is_local, label_logit, 0.0),
             ]
         )
-        sum_exp, label_logit = _all_reduce(sums, dist.ReduceOp.SUM, tp_group)
+        sum_exp, label_logit = all_reduce(sums, dist.ReduceOp.SUM, tp_group)
         log_sum_exp = sum_exp.log()
 
         ctx.num_valid = num_valid
@@ -235,18 +235,18 @@ class _VocabParallelKL(torch.autograd.Function):
     ) -> Tensor:
         assert policy_logits.shape == ref_logits.shape, "policy and reference shards differ in shape"
         dtype = torch.promote_types(_compute_dtype(policy_logits), ref_logits.dtype)
-        _, num_valid = _shard(policy_logits.shape[-1], tp_group, vocab_size)
+        _, num_valid = shard_bounds(policy_logits.shape[-1], tp_group, vocab_size)
         policy, ref = policy_logits[..., :num_valid], ref_logits[..., :num_valid]  # views
 
         row_max = torch.stack([_row_max(policy, dtype), _row_max(ref, dtype)])
-        row_max = _all_reduce(row_max, dist.ReduceOp.MAX, tp_group)
+        row_max = all_reduce(row_max, dist.ReduceOp.MAX, tp_group)
         sum_exp = torch.stack(
             [
                 _minus(logits, maximum).exp_().sum(dim=-1)
                 for logits, maximum in zip((policy, ref), row_max, strict=True)
             ]
         )
-        sum_exp = _all_reduce(sum_exp, dist.ReduceOp.SUM, tp_group)
+        sum_exp = all_reduce(sum_exp, dist.ReduceOp.SUM, tp_group)
         log_normalisers = row_max + sum_exp.log()
 
         policy_logprobs = _minus(policy, log_normalisers[0])
@@ -255,7 +255,7 @@ class _VocabParallelKL(torch.autograd.Function):
             terms = policy_logprobs.neg_().add_(ref_logprobs).mul_(ref_logprobs.exp_())
         else:
             terms = ref_logprobs.neg_().add_(policy_logprobs).mul_(policy_logprobs.exp_())
-        kl = _all_reduce(terms.sum(dim=-1), dist.ReduceOp.SUM, tp_group)
+        kl = all_reduce(terms.sum(dim=-1), dist.ReduceOp.SUM, tp_group)
 
         ctx.num_valid = num_valid
         ctx.direction = direction

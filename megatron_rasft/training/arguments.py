@@ -170,9 +170,6 @@ def fill_in(args: argparse.Namespace, architecture: dict[str, Any]) -> None:
     refuse_unrunnable(args, has_gpu=has_gpu, has_transformer_engine=has_te)
     if not has_te:
         _without_transformer_engine(args)
-    elif not _importable("fused_weight_gradient_mlp_cuda"):
-        # The output layer is Megatron's own and would need this extension of Apex, whatever computes the other layers.
-        args.gradient_accumulation_fusion = False
     if not has_gpu:
         if args.given_flags.get("distributed_backend") and args.distributed_backend != "gloo":
             raise ValueError(

@@ -12,9 +12,12 @@ from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_a
 from torch import Tensor
 
 from megatron_rasft.config import ObjectiveConfig
+from megatron_rasft.config.objective import PLAIN_CHUNK_TOKENS, fused_chunk_tokens
+from megatron_rasft.objective.fused_logprobs import ReferenceLogits, fused_logprobs
 from megatron_rasft.objective.logprobs import chunked_logprobs, chunked_logprobs_and_kl
 from megatron_rasft.objective.token_losses import LossSums, PackedTokens, token_loss_sums
 from megatron_rasft.training.batches import MicroBatch
+from megatron_rasft.training.wgrad import MegatronOutputWeight
 
 
 class Forward:
@@ -68,33 +71,81 @@ class Forward:
         **_: Any,
     ) -> Tensor:
         """[s/cp(/tp), b, h] -> [b * s/cp] fp32 log-probabilities of the labels."""
-        return chunked_logprobs(
-            _flat(hidden_states, output_layer),
-            _projection(output_layer, output_weight),
-            context.labels,
-            output_layer.tp_group,
-            self.vocab_size,
-            self.config.objective_logprob_chunk_tokens,
-        )
+        logprobs, _kl = self._logprobs_and_kl(hidden_states, output_layer, output_weight, context, None)
+        return logprobs
 
-    def _training_output(self, *, context: MicroBatch, **given: Any) -> Tensor:
+    def _training_output(
+        self,
+        *,
+        hidden_states: Tensor,
+        output_layer: Any,
+        output_weight: Tensor | None,
+        context: MicroBatch,
+        **_: Any,
+    ) -> Tensor:
         """[b * s/cp], or [2, b * s/cp] with the KL to the reference as second row."""
-        if not self.config.needs_reference_distribution():
-            return self._logprobs_output(context=context, **given)
-        layer, hidden = given["output_layer"], given["hidden_states"]
-        assert self.ref_output_weight is not None, "a KL objective runs reference_step before each train step"
-        logprobs, kl = chunked_logprobs_and_kl(
-            _flat(hidden, layer),
-            _projection(layer, given["output_weight"]),
-            _flat(self.ref_hidden[id(context)], layer),
-            _projection(layer, self.ref_output_weight),
-            context.labels,
+        ref_hidden = None
+        if self.config.needs_reference_distribution():
+            ref_hidden = self.ref_hidden[id(context)]
+        logprobs, kl = self._logprobs_and_kl(hidden_states, output_layer, output_weight, context, ref_hidden)
+        return logprobs if kl is None else torch.stack([logprobs, kl])
+
+    def _logprobs_and_kl(
+        self, hidden: Tensor, layer: Any, weight: Tensor | None, batch: MicroBatch, ref_hidden: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Log-probabilities [b * s/cp], and with the reference's hidden states the KL to it."""
+        hidden, weight = _flat(hidden, layer), layer.weight if weight is None else weight
+        assert weight is not None
+        reference = None
+        if ref_hidden is not None:
+            assert self.ref_output_weight is not None, (
+                "a KL objective runs reference_step before each train step"
+            )
+            reference = ReferenceLogits(
+                hidden=_flat(ref_hidden, layer),
+                weight=self.ref_output_weight,
+                direction=self.config.kl_term().direction,
+            )
+        if _takes_fused_kernels(self.config, hidden, layer, weight):
+            return self._fused(hidden, layer, weight, batch, reference)
+        return self._plain(hidden, layer, weight, batch, reference)
+
+    def _fused(
+        self, hidden: Tensor, layer: Any, weight: Tensor, batch: MicroBatch, reference: ReferenceLogits | None
+    ) -> tuple[Tensor, Tensor | None]:
+        chunk_tokens = self.config.objective_logprob_chunk_tokens
+        if chunk_tokens is None:
+            chunk_tokens = fused_chunk_tokens(len(hidden), weight.shape[0] * weight.element_size())
+        output = MegatronOutputWeight(
+            weight=weight,
+            tp_group=layer.tp_group,
+            sums_hidden_grad=layer.allreduce_dgrad,
+            is_fused=layer.gradient_accumulation_fusion,
+        )
+        return fused_logprobs(hidden, output, batch.labels, self.vocab_size, chunk_tokens, reference)
+
+    def _plain(
+        self, hidden: Tensor, layer: Any, weight: Tensor, batch: MicroBatch, reference: ReferenceLogits | None
+    ) -> tuple[Tensor, Tensor | None]:
+        given = self.config.objective_logprob_chunk_tokens
+        chunk_tokens = PLAIN_CHUNK_TOKENS if given is None else given
+        project = _projection(layer, weight)
+        if reference is None:
+            logprobs = chunked_logprobs(
+                hidden, project, batch.labels, layer.tp_group, self.vocab_size, chunk_tokens
+            )
+            return logprobs, None
+        return chunked_logprobs_and_kl(
+            hidden,
+            project,
+            reference.hidden,
+            _projection(layer, reference.weight),
+            batch.labels,
             layer.tp_group,
             self.vocab_size,
-            self.config.objective_logprob_chunk_tokens,
-            self.config.kl_term().direction,
+            chunk_tokens,
+            reference.direction,
         )
-        return torch.stack([logprobs, kl])
 
     def _keep_hidden(self, *, hidden_states: Tensor, context: MicroBatch, **_: Any) -> Tensor:
         self.ref_hidden[id(context)] = hidden_states.detach()
@@ -122,6 +173,15 @@ class Forward:
         return sums.loss_sum, count.to(torch.int), report
 
 
+def _takes_fused_kernels(config: ObjectiveConfig, hidden: Tensor, layer: Any, weight: Tensor) -> bool:
+    """Whether the Triton kernels compute the log-probabilities."""
+    if config.objective_logprob_kernels != "auto":
+        return config.objective_logprob_kernels == "fused"
+    # Megatron's own layer gathers a weight that is sharded over these, and takes its gradient apart again.
+    is_sharded = hasattr(weight, "__fsdp_param__") or layer.gtp_remat_size > 1
+    return hidden.is_cuda and not is_sharded
+
+
 def _flat(hidden: Tensor, output_layer: Any) -> Tensor:
     """[s/cp(/tp), b, h] -> [b * s/cp, h], whole on every tensor-parallel rank."""
     if output_layer.sequence_parallel:
@@ -129,13 +189,12 @@ def _flat(hidden: Tensor, output_layer: Any) -> Tensor:
     return hidden.transpose(0, 1).reshape(-1, hidden.shape[-1])
 
 
-def _projection(output_layer: Any, weight: Tensor | None) -> Callable[[Tensor], Tensor]:
+def _projection(output_layer: Any, weight: Tensor) -> Callable[[Tensor], Tensor]:
     """The output layer for tokens that are already gathered: [t, h] -> [t, v/tp].
 
     With sequence parallelism the backward of the gather sums the ranks' gradients of the hidden
     states; without it the linear's own all-reduce does.
     """
-    weight = output_layer.weight if weight is None else weight
 
     def project(hidden: Tensor) -> Tensor:
         logits = linear_with_grad_accumulation_and_async_allreduce(

@@ -1,6 +1,7 @@
 """Refuses flags that this machine cannot run, before anything heavy is loaded."""
 
 import argparse
+import os
 
 _TRANSFORMER_ENGINE_FLAGS = (
     "fp8",
@@ -32,6 +33,7 @@ def refuse_unrunnable(args: argparse.Namespace, *, has_gpu: bool, has_transforme
     Raises:
         ValueError: with the flag, the reason and the way out.
     """
+    _refuse_fused_logprobs(args, has_gpu=has_gpu)
     for name, format_flag in _FORMATS.items():
         recipe = args.given_flags.get(f"{name}_recipe")
         if recipe and getattr(args, name) is None:
@@ -51,6 +53,22 @@ def refuse_unrunnable(args: argparse.Namespace, *, has_gpu: bool, has_transforme
             )
         if name in _FORMATS:
             _check_recipe(_FORMATS[name], f"--{name}-recipe", str(getattr(args, f"{name}_recipe")))
+
+
+def _refuse_fused_logprobs(args: argparse.Namespace, *, has_gpu: bool) -> None:
+    if args.objective_logprob_kernels != "fused":
+        return
+    if (
+        not has_gpu and os.environ.get("TRITON_INTERPRET") != "1"
+    ):  # the interpreter is slow, and runs on a CPU
+        raise ValueError(
+            "--objective-logprob-kernels fused needs a GPU, and this machine has no GPU that can be used. Leave the flag out."
+        )
+    if args.use_megatron_fsdp:
+        raise ValueError(
+            "--objective-logprob-kernels fused does not go with --use-megatron-fsdp: the kernels take the output layer's weight "
+            "whole. Leave the flag out."
+        )
 
 
 def _needing_transformer_engine(args: argparse.Namespace) -> list[str]:

@@ -32,6 +32,10 @@ LAYOUTS: dict[int, dict[str, str]] = {
         "recomputed": "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
         "chunks of 16 tokens": "--objective-logprob-chunk-tokens 16",
         "packed, query groups added": "--rasft-query-groups 3",
+        "fused kernels": "--objective-logprob-kernels fused",
+        "fused kernels in chunks of 16 tokens with gradient fusion": "--objective-logprob-kernels fused "
+        "--objective-logprob-chunk-tokens 16",
+        "chunks of 16 tokens, gradient fusion": "--objective-logprob-chunk-tokens 16",
     },
     2: {
         "dp2": "",
@@ -49,6 +53,15 @@ LAYOUTS: dict[int, dict[str, str]] = {
         "pp2": "--pipeline-model-parallel-size 2",
         "pp2, padded": "--pipeline-model-parallel-size 2 --rasft-batch-layout padded --micro-batch-size 2",
         "pp2 vpp2": "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1",
+        "dp2 overlapped, fused kernels with gradient fusion": "--overlap-grad-reduce --overlap-param-gather "
+        "--objective-logprob-kernels fused",
+        "tp2, fused kernels in chunks of 16 tokens": "--tensor-model-parallel-size 2 --objective-logprob-kernels fused "
+        "--objective-logprob-chunk-tokens 16",
+        "tp2 sp fused kernels with gradient fusion": "--tensor-model-parallel-size 2 --sequence-parallel "
+        "--objective-logprob-kernels fused",
+        "tp2 sp, fused kernels in chunks of 16 tokens": "--tensor-model-parallel-size 2 --sequence-parallel "
+        "--objective-logprob-kernels fused --objective-logprob-chunk-tokens 16",
+        "pp2 fused kernels with gradient fusion": "--pipeline-model-parallel-size 2 --objective-logprob-kernels fused",
         "cp2": "--context-parallel-size 2",
         "cp2, padded": "--context-parallel-size 2 --rasft-batch-layout padded --micro-batch-size 2",
     },
@@ -85,6 +98,10 @@ class Case:
     @property
     def has_distributed_optimizer(self) -> bool:
         return "plain optimizer" not in self.layout
+
+    @property
+    def has_gradient_fusion(self) -> bool:
+        return "gradient fusion" in self.layout
 
     @property
     def flags(self) -> list[str]:

@@ -55,7 +55,11 @@ def train(case: Case, root: Path) -> dict:
     """Losses and gradient norms of each step, and the exported weights after the first and the last."""
     result: dict = {"loss": [], "grad_norm": [], "weights": [], "metrics": []}
     with trainer(
-        root / MODELS[case.model], root / "none.jsonl", case.flags, case.has_distributed_optimizer
+        root / MODELS[case.model],
+        root / "none.jsonl",
+        case.flags,
+        case.has_distributed_optimizer,
+        case.has_gradient_fusion,
     ) as run:
         for index, batch in enumerate(batches(case.objective)):
             step = run.step(batch, len(batch))

@@ -27,11 +27,16 @@ def run_ranks(worker: Path, world_size: int, root: Path, timeout_s: int = 300) -
 
 @contextlib.contextmanager
 def trainer(
-    model: Path, data: Path, flags: Sequence[str], has_distributed_optimizer: bool = True
+    model: Path,
+    data: Path,
+    flags: Sequence[str],
+    has_distributed_optimizer: bool = True,
+    has_gradient_fusion: bool = False,
 ) -> Iterator[Any]:
     """A Trainer built from a command line; Megatron's globals are gone afterwards, so another can follow.
 
-    The distributed optimizer is this package's default, and Megatron has no flag that turns it off.
+    The distributed optimizer is this package's default, and Megatron has no flag that turns it off. Gradient accumulation
+    fusion is Megatron's default, and this package turns it off without Transformer Engine.
     """
     from megatron.core import num_microbatches_calculator, parallel_state, rerun_state_machine
     from megatron.core.transformer import utils as transformer_utils
@@ -43,6 +48,7 @@ def trainer(
     args, config, folder = startup.parse(argv)
     args.train_iters = 100
     args.use_distributed_optimizer = has_distributed_optimizer
+    args.gradient_accumulation_fusion = has_gradient_fusion
     startup.start(args)
     try:
         yield host.Trainer(args, config, folder)

@@ -31,6 +31,7 @@ class Facts:
 
 def record(path: Path) -> None:
     """Write this process's facts when it ends; to be called before the program, for ``prepare``."""
+    from megatron_rasft.objective import logit_kernels
     from megatron_rasft.training.host import Trainer
 
     found: dict[str, Any] = {}
@@ -40,11 +41,20 @@ def record(path: Path) -> None:
         build(self, *args, **kwargs)
         found.update(_of(self))
 
+    launch = logit_kernels._launch
+
+    def counted_launch(*args: Any) -> None:
+        from gpu_emulation.kernels import CALLS
+
+        CALLS["fused_logprobs"] += 1
+        launch(*args)
+
     def write() -> None:
         from gpu_emulation.kernels import CALLS
 
         path.write_text(json.dumps({**found, "kernels": dict(CALLS)}))
 
+    logit_kernels._launch = counted_launch
     Trainer.__init__ = init  # type: ignore[method-assign]
     Finalize(None, write, exitpriority=0)  # atexit is not run in a forked rank
 

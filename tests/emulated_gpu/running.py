@@ -35,6 +35,8 @@ def variables(*packages: str) -> dict[str, str]:
         "EMULATED_GPU": ",".join(packages),
         "EMULATED_GPU_TE": str(folder),
         "PYTHONPATH": os.pathsep.join([str(MACHINE), str(REPOSITORY)]),
+        # There is nothing to run compiled kernels on.
+        "TRITON_INTERPRET": "1",
         # Compiling for the CPU would take minutes, and shows nothing about a GPU.
         "TORCHDYNAMO_DISABLE": "1",
     }

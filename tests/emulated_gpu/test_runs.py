@@ -54,6 +54,7 @@ def assert_gpu_path(found: list[facts.Facts]) -> None:
         assert rank.transformer_impl == "transformer_engine"
         assert rank.optimizer.startswith("transformer_engine.")
         assert not rank.cpu_backend_is_on
+        assert rank.gradient_accumulation_fusion
         assert rank.core_attention == ["megatron.core.extensions.transformer_engine.TEDotProductAttention"]
         assert not [layer for layer in rank.layers if layer.startswith("megatron_rasft.")]
         assert {
@@ -63,6 +64,7 @@ def assert_gpu_path(found: list[facts.Facts]) -> None:
             "rope_thd",
             "attention_thd",
             "adam",
+            "fused_logprobs",
         } <= rank.kernels.keys()
 
 

@@ -19,6 +19,8 @@ def parsed(flags: str) -> argparse.Namespace:
     parser.add_argument("--fp4-recipe", default="nvfp4")
     parser.add_argument("--transformer-impl", default="transformer_engine")
     parser.add_argument("--moe-permute-fusion", action="store_true")
+    parser.add_argument("--objective-logprob-kernels", default="auto")
+    parser.add_argument("--use-megatron-fsdp", action="store_true")
     return parser.parse_args(flags.split())
 
 
@@ -88,3 +90,24 @@ def test_a_recipe_that_the_gpu_lacks_is_refused_before_the_model_is_loaded(
         ValueError, match=f"^{refused} cannot run on this GPU: .*10.0 or higher required. Choose"
     ):
         refuse_unrunnable(parsed(flags), has_gpu=True, has_transformer_engine=True)
+
+
+def test_fused_logprobs_need_a_gpu_or_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    asked = parsed("--objective-logprob-kernels fused")
+    with pytest.raises(
+        ValueError, match="^--objective-logprob-kernels fused needs a GPU.* Leave the flag out.$"
+    ):
+        refuse_unrunnable(asked, has_gpu=False, has_transformer_engine=False)
+    refuse_unrunnable(asked, has_gpu=True, has_transformer_engine=False)
+    refuse_unrunnable(
+        parsed("--objective-logprob-kernels plain"), has_gpu=False, has_transformer_engine=False
+    )
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    refuse_unrunnable(asked, has_gpu=False, has_transformer_engine=False)
+
+
+def test_fused_logprobs_are_refused_under_fsdp() -> None:
+    asked = parsed("--objective-logprob-kernels fused --use-megatron-fsdp")
+    with pytest.raises(ValueError, match="does not go with --use-megatron-fsdp"):
+        refuse_unrunnable(asked, has_gpu=True, has_transformer_engine=True)
