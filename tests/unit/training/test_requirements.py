@@ -96,7 +96,7 @@ def test_fused_logprobs_need_a_gpu_or_the_interpreter(monkeypatch: pytest.Monkey
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     asked = parsed("--objective-logprob-kernels fused")
     with pytest.raises(
-        ValueError, match="^--objective-logprob-kernels fused needs a GPU.* Leave the flag out.$"
+        ValueError, match=r"^--objective-logprob-kernels fused needs a GPU.* Leave the flag out.$"
     ):
         refuse_unrunnable(asked, has_gpu=False, has_transformer_engine=False)
     refuse_unrunnable(asked, has_gpu=True, has_transformer_engine=False)
