@@ -32,6 +32,7 @@ from megatron_rasft.sync.buckets import Bucket, plan_buckets
 from megatron_rasft.sync.groups import GroupFailure, UpdateGroup, local_address, prepare_nccl
 from megatron_rasft.sync.served import ServedFormat
 from megatron_rasft.sync.servers import Server, ask_all, released_memory
+from megatron_rasft.sync.versions import objection, own_pair, pair_of_sglang
 from megatron_rasft.types import ServerInfo
 from megatron_rasft.weights import HfFolder
 
@@ -168,6 +169,7 @@ def examine(finding: Finding, folder: HfFolder) -> None:
         num_tokens = check_generation(control, folder.shape.vocab_size)
         finding.said += [
             f"SGLang {info.version}",
+            nccl_text(info.version),
             f"tp {info.tp_size}",
             "update session" if info.has_update_session else "no update session",
             "heeds seeds" if info.is_deterministic else "seeds not heeded",
@@ -185,6 +187,19 @@ def examine(finding: Finding, folder: HfFolder) -> None:
             finding.fault += (
                 ". A server that a run left paused takes requests again after the next run's first sync"
             )
+
+
+def nccl_text(sglang: str) -> str:
+    """The server's NCCL, as its version of SGLang comes with it, and whether this process's connects to it."""
+    pair = pair_of_sglang(sglang)
+    if pair is None:
+        return "NCCL unknown"
+    fits = (
+        "as here"
+        if not objection(sglang, own_pair())
+        else f"here {own_pair().nccl}: on GPUs they do not connect"
+    )
+    return f"NCCL {pair.nccl} of torch {pair.torch} ({fits})"
 
 
 def broadcast(findings: Sequence[Finding], folder: HfFolder, args: argparse.Namespace) -> None:
@@ -299,6 +314,19 @@ def blame(findings: Sequence[Finding], failure: GroupFailure, what: str) -> None
         reason = failure.servers.get(finding.control.url)
         if reason is not None or not failure.servers:
             finding.fault = f"{what} failed: {reason or failure}. Restart it before training"
+            doubt = _nccl_doubt(finding)
+            if doubt:
+                finding.fault += f". {doubt}"
+
+
+def _nccl_doubt(finding: Finding) -> str:
+    """Why NCCL may be what failed; empty on a CPU, and where both sides have the same version as far as is known."""
+    if finding.info is None or not torch.cuda.is_available():
+        return ""
+    try:
+        return objection(finding.info.version, own_pair())
+    except LookupError:
+        return ""
 
 
 if __name__ == "__main__":

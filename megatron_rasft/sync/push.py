@@ -31,6 +31,7 @@ from megatron_rasft.sync.report import PeakMemory, SyncReport
 from megatron_rasft.sync.served import ServedFormat
 from megatron_rasft.sync.servers import Server, ask_all, released_memory, sleep_label
 from megatron_rasft.sync.streaming import GatherTensors, Outcome, PlanTensors, Send, StageStream, timed
+from megatron_rasft.sync.versions import objection, own_pair
 from megatron_rasft.types import ServerInfo
 
 _MIB = 2**20
@@ -62,6 +63,10 @@ class _Attempt:
     """Name of this set of groups; another name means new groups."""
     served: ServedFormat = field(default_factory=lambda: ServedFormat(torch.bfloat16))
     proof: ProofKind = "none"
+    notes: tuple[str, ...] = ()
+    """For the reader, each once a run."""
+    doubtful: dict[str, str] = field(default_factory=dict)
+    """Servers that NCCL is not expected to connect, and why: at fault if a group with them fails and nobody else is."""
 
 
 class WeightSync:
@@ -134,6 +139,7 @@ class WeightSync:
         self._servers: dict[str, Server] = {}
         self._stream: StageStream | None = None
         self._stream_served: ServedFormat | None = None
+        self._noted: set[str] = set()
         self._group: UpdateGroup | None = None
         self._group_name = ""
         # of the lead alone
@@ -195,6 +201,7 @@ class WeightSync:
             self.make_room()
             attempt = self._decided(lambda: self._prepare([u for u in urls if u not in report.failed]))
         report.failed.update(attempt.failed)
+        report.notes += attempt.notes
         if not attempt.servers:
             return True
         report.num_attempts += 1
@@ -206,6 +213,7 @@ class WeightSync:
         for phase, seconds in outcome.seconds.items():
             report.seconds[phase] = report.seconds.get(phase, 0.0) + seconds
         if outcome.reason:
+            outcome.failed = outcome.failed or attempt.doubtful
             # where nobody can be blamed, once more with all; if that fails too, all are
             is_blaming_all = not outcome.failed and report.num_attempts > 1 + len(report.failed)
             report.failed.update(
@@ -496,7 +504,40 @@ class WeightSync:
             self._members = members
             self._members_group = f"rasft-{uuid.uuid4().hex[:12]}"
             self._syncs_since_proof = None
-        return _Attempt(members, failed, self._members_group, served, self._proof_kind(servers, served))
+        notes, doubtful = self._nccl_doubts(servers)
+        return _Attempt(
+            members,
+            failed,
+            self._members_group,
+            served,
+            self._proof_kind(servers, served),
+            notes,
+            doubtful,
+        )
+
+    @property
+    def _uses_nccl(self) -> bool:
+        return self._device.type == "cuda" and self.config.sync_method == "broadcast"
+
+    def _nccl_doubts(self, servers: Sequence[Server]) -> tuple[tuple[str, ...], dict[str, str]]:
+        """Compare both sides' NCCL before the first collective: lines for the reader, and servers that will not connect."""
+        if not self._uses_nccl:
+            return (), {}
+        own, doubtful, lines = own_pair(), dict[str, str](), list[str]()
+        for server in servers:
+            if server.url in self._versions:  # it has been connected before
+                continue
+            try:
+                doubt = objection(server.info.version, own)
+            except LookupError as unknown:
+                lines.append(str(unknown))
+                continue
+            if doubt:
+                doubtful[server.url] = doubt
+                lines.append(f"rollout server {server.url}: {doubt}")
+        new = tuple(line for line in dict.fromkeys(lines) if line not in self._noted)
+        self._noted.update(new)
+        return new, doubtful
 
     def _is_as_left(self, server: Server) -> bool:
         """False if it was restarted or given other weights: it is in no group any more, and nothing is known of it."""

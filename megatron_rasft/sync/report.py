@@ -20,6 +20,8 @@ class SyncReport:
     """Servers that have the new weights, whole."""
     failed: dict[str, str] = field(default_factory=dict)
     """Servers that do not, and why: they may hold a mixture, and stay paused until a sync reaches them."""
+    notes: tuple[str, ...] = ()
+    """Lines for the reader that this run has not had before."""
     num_attempts: int = 0
     num_bytes: int = 0
     """Sent in the last attempt, once per server."""

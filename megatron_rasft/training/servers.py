@@ -167,6 +167,8 @@ class RolloutServers:
     ) -> dict[str, float]:
         """Let the servers with the new weights generate, and keep the others from it."""
         fleet, step = self.engine.fleet, report.weight_version
+        for note in report.notes:
+            self._say(note)
         for url, reason in report.failed.items():
             fleet.quarantine(url, f"did not get the weights of step {step}: {reason}")
         controls = [m.control for m in fleet.members if m.url in report.synced]

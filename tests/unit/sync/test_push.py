@@ -15,9 +15,10 @@ from torch import Tensor
 
 from megatron_rasft import metrics
 from megatron_rasft.config import SyncConfig
-from megatron_rasft.sync import WeightSync, streaming
+from megatron_rasft.sync import WeightSync, push, streaming
 from megatron_rasft.sync.buckets import Arena
 from megatron_rasft.sync.groups import GroupFailure
+from megatron_rasft.sync.versions import Pair
 from megatron_rasft.weights.fp8_blocks import quantization_config
 from tests.unit.sync.stand_ins import StandIn
 from tests.unit.sync.test_buckets import Planned, model
@@ -162,6 +163,47 @@ def test_a_server_that_fails_anywhere_is_left_out_and_gets_a_full_sync_over_a_ne
     report = trainer.push(3)
     assert report.synced == ["http://bad:1", "http://good:1"] and "init" in bad.calls
     trainer.check_held(bad)
+
+
+def test_a_server_whose_nccl_does_not_connect_is_named_before_the_group_is_made_and_left_out_if_that_fails(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    old, new = StandIn("http://old:1"), StandIn("http://new:1")
+    old.change(version="0.5.18")
+    new.change(version="0.5.23.post1")
+    monkeypatch.setattr(WeightSync, "_uses_nccl", True)
+    monkeypatch.setattr(push, "own_pair", lambda: Pair("2.14", "2.30.7"))
+    join, groups = push.UpdateGroup, []
+
+    def as_nccl(servers: list[StandIn], *args: Any, **options: Any) -> Any:
+        groups.append([server.url for server in servers])
+        if old in servers:
+            raise GroupFailure("joining the update group failed (NCCL error: Mismatched NCCL version)", {})
+        return join(servers, *args, **options)
+
+    monkeypatch.setattr(push, "UpdateGroup", as_nccl)
+    trainer = Trainer([old, new])
+    report = trainer.push(1)
+    assert groups == [[old.url, new.url], [new.url]]
+    assert report.synced == [new.url]
+    assert "NCCL 2.29.7" in report.failed[old.url] and "SGLang 0.5.22 to 0.5.23" in report.failed[old.url]
+    (note,) = report.notes
+    assert note.startswith(f"rollout server {old.url}: SGLang 0.5.18 comes with torch 2.13 and NCCL 2.29.7")
+    assert not trainer.push(2).notes, "once a run"
+
+
+def test_a_server_of_an_unknown_version_is_named_once_and_synced(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = StandIn("http://a:1")
+    server.change(version="0.6.0")
+    monkeypatch.setattr(WeightSync, "_uses_nccl", True)
+    monkeypatch.setattr(push, "own_pair", lambda: Pair("2.14", "2.30.7"))
+    trainer = Trainer([server])
+    report = trainer.push(1)
+    assert report.synced == [server.url]
+    (note,) = report.notes
+    assert "SGLang 0.6.0 is not in the table of docs/servers.md" in note
+    server.restart()
+    assert not trainer.push(2).notes
 
 
 def test_a_restarted_server_gets_a_new_group() -> None:
