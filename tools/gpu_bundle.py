@@ -1,0 +1,229 @@
+"""Packs the wheels that a machine with GPUs and without a network lacks into pieces that can be carried there.
+
+    python tools/gpu_bundle.py [--output DIR] [--wheel FILE ...] [--skip NAME ...]
+
+--output gets wheels/, the pieces 000.piece, 001.piece, ... of at most --piece-mb, manifest.json and install.py. Carry all but
+wheels/ to one folder of the other machine and run `python install.py --target DIR` there. A second call keeps the wheels that
+are there already. pip asks whichever index it is configured for.
+
+Exit code: 0 the bundle is complete; 1 a wheel could not be had; 2 wrong arguments.
+"""
+
+import argparse
+import hashlib
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+PARTS = Path(__file__).resolve().parent / "gpu_bundling"
+REQUIREMENTS = PARTS / "trainer.txt"
+INSTALLER = PARTS / "install.py"
+PIECE_MB = 46
+"""The lending tool that this is made for takes 64 MiB a call, the repository included."""
+
+GLIBC_VERSIONS = (5, 12, 17, 24, 26, 27, 28)
+"""Of the target: pip takes a wheel only for exactly the platforms that it is given."""
+
+
+class BundleError(Exception):
+    """A wheel could not be had."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A file of the bundle."""
+
+    name: str
+    size: int
+    sha256: str
+
+
+def parser() -> argparse.ArgumentParser:
+    """All flags."""
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument(
+        "--output", type=Path, default=Path(".cache/gpu-bundle"), help="folder of the bundle (%(default)s)"
+    )
+    made.add_argument(
+        "--requirements",
+        type=Path,
+        default=REQUIREMENTS,
+        help="list of wheels: name==version --hash=sha256:...",
+    )
+    made.add_argument(
+        "--wheel", type=Path, action="append", default=[], help="a wheel of your own to add; may be repeated"
+    )
+    made.add_argument(
+        "--skip", nargs="+", default=[], metavar="NAME", help="packages that the other machine has"
+    )
+    made.add_argument(
+        "--piece-mb", type=float, default=PIECE_MB, help="largest piece, millions of bytes (%(default)s)"
+    )
+    return made
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Download, check, cut; see the exit codes above."""
+    options = parser().parse_args(argv)
+    try:
+        requirements = read_requirements(options.requirements, options.skip)
+        check_flags(options)
+        bundle(options.output, requirements, options.wheel, int(options.piece_mb * 1e6))
+    except ValueError as error:
+        print(f"gpu_bundle: {error}", file=sys.stderr)
+        return 2
+    except BundleError as error:
+        print(f"gpu_bundle: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def check_flags(options: argparse.Namespace) -> None:
+    """Refuse wrong flags before anything is downloaded.
+
+    Raises:
+        ValueError: with the flag.
+    """
+    if options.piece_mb * 1e6 < 1:
+        raise ValueError(f"--piece-mb must be at least one byte, got {options.piece_mb:g}. Use {PIECE_MB}.")
+    for wheel in options.wheel:
+        if not zipfile.is_zipfile(wheel) or wheel.suffix != ".whl":
+            raise ValueError(
+                f"--wheel {wheel} is not a wheel. Build one with `pip wheel --no-deps --no-build-isolation`."
+            )
+
+
+def read_requirements(path: Path, skipped: Sequence[str]) -> dict[str, str]:
+    """Lines of a requirements file by the sha256 of the wheel that each asks for.
+
+    Raises:
+        ValueError: a line without a hash, or --skip names a package that is not in the file.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise ValueError(f"--requirements {path} cannot be read: {error.strerror}.") from error
+    found = {}
+    names = set()
+    for number, line in enumerate(lines, 1):
+        if not line.strip() or line.startswith("#"):
+            continue
+        match = re.fullmatch(r"([\w.-]+)==\S+ --hash=sha256:([0-9a-f]{64})", line.strip())
+        if match is None:
+            raise ValueError(
+                f"--requirements {path}:{number}: expected name==version --hash=sha256:..., got {line!r}."
+            )
+        names.add(normalized(match[1]))
+        if normalized(match[1]) not in map(normalized, skipped):
+            found[match[2]] = line.strip()
+    unknown = [name for name in skipped if normalized(name) not in names]
+    if unknown:
+        raise ValueError(
+            f"--skip {' '.join(unknown)}: not in {path}. Names there: {', '.join(sorted(names))}."
+        )
+    return found
+
+
+def normalized(name: str) -> str:
+    """A package's name as indexes compare it."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def bundle(output: Path, requirements: dict[str, str], own: Sequence[Path], piece_bytes: int) -> None:
+    """Make the bundle in ``output``.
+
+    Raises:
+        BundleError: a wheel could not be had.
+    """
+    wheels = output / "wheels"
+    wheels.mkdir(parents=True, exist_ok=True)
+    there = {sha256(path): path for path in wheels.glob("*.whl")}
+    missing = {digest: line for digest, line in requirements.items() if digest not in there}
+    if missing:
+        download(missing.values(), wheels)
+        there = {sha256(path): path for path in wheels.glob("*.whl")}
+    lost = [line for digest, line in requirements.items() if digest not in there]
+    if lost:
+        raise BundleError(f"pip did not fetch {len(lost)} of the wheels, for example {lost[0]}")
+    paths = sorted([*(there[digest] for digest in requirements), *own], key=lambda path: path.name)
+    stored = [Stored(path.name, path.stat().st_size, sha256(path)) for path in paths]
+    pieces = cut(paths, output, piece_bytes)
+    shutil.copyfile(INSTALLER, output / "install.py")
+    manifest = {"schema": 1, "wheels": [asdict(s) for s in stored], "pieces": [asdict(s) for s in pieces]}
+    write(output / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+    megabytes = sum(s.size for s in stored) / 1e6
+    print(f"{len(stored)} wheels of {megabytes:.0f} MB in {len(pieces)} pieces: {output}")
+    print(
+        "carry the pieces, manifest.json and install.py to one folder; there: python install.py --target DIR"
+    )
+
+
+def download(lines: Iterable[str], wheels: Path) -> None:
+    """Have pip fetch exactly these wheels, which it checks against their hashes.
+
+    Raises:
+        BundleError: pip failed; its own message stands above.
+    """
+    platforms = [f"manylinux_2_{minor}_x86_64" for minor in GLIBC_VERSIONS]
+    platforms += ["manylinux1_x86_64", "manylinux2010_x86_64", "manylinux2014_x86_64"]
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "requirements.txt"
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--require-hashes"]
+        command += ["--no-deps", "--only-binary=:all:", "--python-version", "3.12", "--implementation", "cp"]
+        command += [word for platform in platforms for word in ("--platform", platform)]
+        done = subprocess.run([*command, "--dest", str(wheels), "--requirement", str(path)], check=False)
+    if done.returncode:
+        raise BundleError(
+            "pip could not fetch the wheels: its message is above. Those that it fetched are kept."
+        )
+
+
+def cut(paths: Sequence[Path], output: Path, piece_bytes: int) -> list[Stored]:
+    """Write the files one after the other into pieces; the pieces of an earlier call are removed."""
+    for old in output.glob("*.piece"):
+        old.unlink()
+    pieces: list[Stored] = []
+    for content in blocks(paths, piece_bytes):
+        name = f"{len(pieces):03}.piece"
+        (output / name).write_bytes(content)
+        pieces.append(Stored(name, len(content), hashlib.sha256(content).hexdigest()))
+    return pieces
+
+
+def blocks(paths: Iterable[Path], size: int) -> Iterator[bytes]:
+    """The files' bytes in blocks of ``size``, the last one shorter."""
+    block = bytearray()
+    for path in paths:
+        with path.open("rb") as file:
+            while part := file.read(size - len(block)):
+                block += part
+                if len(block) == size:
+                    yield bytes(block)
+                    block.clear()
+    if block:
+        yield bytes(block)
+
+
+def sha256(path: Path) -> str:
+    """Of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write(path: Path, text: str) -> None:
+    """Replace a file only when its text is complete."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
