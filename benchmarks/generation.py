@@ -3,7 +3,8 @@
     python benchmarks/generation.py --shape qwen2.5-1.5b --rows 256 --bf16 [any Megatron flag]
 
 The counts come from the decode step on tensors without data, so they are the same on every machine. They are those of the plain
-layers: Transformer Engine's fuse some of these kernels. Where there is a GPU the model, with random weights, also samples,
+layers: Transformer Engine's fuse some of these kernels and need data, so with them nothing is counted (--transformer-impl local
+counts). Where there is a GPU the model, with random weights, also samples,
 and responses end at random tokens after --mean-tokens on average.
 """
 
@@ -21,6 +22,7 @@ from megatron_rasft.training import cpu_backend
 
 cpu_backend.enable()
 
+import psutil  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 import transformers  # noqa: E402
@@ -186,6 +188,7 @@ def measure(model: LiveModel, options: argparse.Namespace) -> dict[str, Any]:
     asked = requests(num, params, options.prompt_tokens, model.vocab_size)
     model.generate(asked[: max(1, num // 16)], params)
     torch.cuda.synchronize()
+    memory_gib = host_memory_gib()
     began = time.perf_counter()
     groups = model.generate(asked, params)
     torch.cuda.synchronize()
@@ -195,8 +198,15 @@ def measure(model: LiveModel, options: argparse.Namespace) -> dict[str, Any]:
         "tokens": tokens,
         "seconds": round(seconds, 2),
         "tokens_per_s": round(tokens / seconds),
+        "host_gib_before": memory_gib,
+        "host_gib_after": host_memory_gib(),
         "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
     }
+
+
+def host_memory_gib() -> float:
+    """Resident memory of this process: attention plans that are kept for each length would make it grow."""
+    return round(psutil.Process().memory_info().rss / 2**30, 3)
 
 
 def main() -> None:
@@ -214,6 +224,7 @@ def main() -> None:
     parser.add_argument(
         "--rounds", type=int, default=4, help="samples for each row in the measurement on a GPU"
     )
+    parser.add_argument("--json", type=Path, help="file to write the figures to")
     options, megatron_flags = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "model"
@@ -221,15 +232,18 @@ def main() -> None:
         argv = ["--hf-model", str(folder), "--micro-batch-size", "1", "--seq-length", "2048", *megatron_flags]
         args, _, opened = startup.parse(argv, needs_data=False)
         startup.start(args)
-        args.perform_initialization = False  # random numbers need data
-        with FakeTensorMode():
-            figures = count(live_model(args, opened), options)
-        args.perform_initialization = True
-        report = {"shape": options.shape, "rows": options.rows, "counted": figures}
+        report: dict[str, Any] = {"shape": options.shape, "rows": options.rows}
+        if args.transformer_impl == "local":
+            args.perform_initialization = False  # random numbers need data
+            with FakeTensorMode():
+                report["counted"] = count(live_model(args, opened), options)
+            args.perform_initialization = True
         if torch.cuda.is_available():
             report["measured"] = measure(live_model(args, opened), options)
     if dist.get_rank() == 0:
         print(json.dumps(report), flush=True)
+        if options.json is not None:
+            options.json.write_text(json.dumps(report), encoding="utf-8")
     dist.destroy_process_group()
 
 

@@ -1,0 +1,83 @@
+"""Where the time of one training step goes on a GPU, by torch.profiler.
+
+torchrun --nproc-per-node 1 benchmarks/step_profile.py --hf-model DIR [any flag of pretrain_rasft.py]
+
+``first_kernel_after_ms`` is the host's work before a step's first kernel, while the GPU idles. ``idle_frac`` is the share of
+the time from the first to the last kernel in which none ran. Without a GPU there are no kernels: both are null.
+"""
+
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a checkout that is not installed
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from benchmarks.trainers import build, make_samples, parser, peak_memory_gib, report
+
+WARM_UP_STEPS = 3
+NUM_LISTED = 8
+LABEL = "rasft step"
+
+
+def busy_us(spans: Sequence[tuple[float, float]]) -> float:
+    """Length of the union of (start, end) spans."""
+    total, reached = 0.0, float("-inf")
+    for start, end in sorted(spans):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total
+
+
+def figures_of(events: Sequence[Any]) -> dict[str, Any]:
+    """The figures of one profiled step.
+
+    Args:
+        events: of the profiler, times in microseconds on one clock.
+    """
+    step = next(e for e in events if e.name == LABEL and e.device_type == torch.autograd.DeviceType.CPU)
+    kernels = [e for e in events if e.device_type == torch.autograd.DeviceType.CUDA and e.name != LABEL]
+    spans = [(e.time_range.start, e.time_range.end) for e in kernels]
+    figures: dict[str, Any] = {
+        "step_ms": round((step.time_range.end - step.time_range.start) / 1e3, 3),
+        "num_kernels": len(kernels),
+        "first_kernel_after_ms": None,
+        "idle_frac": None,
+    }
+    if not spans:
+        return figures
+    first, last = min(start for start, _ in spans), max(end for _, end in spans)
+    figures["first_kernel_after_ms"] = round((first - step.time_range.start) / 1e3, 3)
+    figures["idle_frac"] = round(1 - busy_us(spans) / (last - first), 4)
+    time_us: Counter[str] = Counter()
+    for event in kernels:
+        time_us[event.name] += event.time_range.end - event.time_range.start
+    figures["kernels_ms"] = {name[:80]: round(us / 1e3, 3) for name, us in time_us.most_common(NUM_LISTED)}
+    return figures
+
+
+def main() -> None:
+    """Profile one step, print one JSON line."""
+    options, flags = parser(__doc__).parse_known_args()
+    trainer = build(flags)
+    samples = make_samples(trainer, options.num_samples, options.mean_tokens)
+    for _ in range(WARM_UP_STEPS):
+        trainer.step(samples, len(samples))
+    activities = [ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(ProfilerActivity.CUDA)
+    torch.cuda.synchronize()
+    with profile(activities=activities) as profiler, record_function(LABEL):
+        result = trainer.step(samples, len(samples))
+        torch.cuda.synchronize()
+    figures = figures_of(profiler.events())
+    figures |= {"data_ms": round(1e3 * result.data_s, 3), "optimizer_ms": round(1e3 * result.optimizer_s, 3)}
+    report(figures | {"peak_memory_gib": peak_memory_gib()}, options.json)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

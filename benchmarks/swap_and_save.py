@@ -1,0 +1,85 @@
+"""Seconds of what a run does between its steps: the swap of the reference's weights, and a save.
+
+torchrun --nproc-per-node N benchmarks/swap_and_save.py --hf-model DIR --save DIR [--async-save] [any flag of pretrain_rasft.py]
+
+The first swap is reported by itself: it allocates pinned memory. With --async-save the steps go on while the checkpoint is
+written; their time stands beside that of other steps.
+"""
+
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a checkout that is not installed
+
+import torch
+
+from benchmarks.trainers import build, make_samples, parser, peak_memory_gib, report
+from megatron_rasft.training import host
+from megatron_rasft.types import TrainingSample
+from megatron_rasft.weights.torch_dist import TRACKER_FILE
+
+NUM_SWAPS, NUM_STEPS = 4, 4
+MOST_STEPS = 200
+"""Steps after which a background save is no longer watched but waited for."""
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """Wall time of a call, and of the GPU work that it started."""
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    work()
+    torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def swap(trainer: host.Trainer) -> None:
+    """Put the reference's weights in place and the live ones back."""
+    assert trainer.reference is not None
+    with trainer.reference.in_place():
+        pass
+
+
+def measure_save(trainer: host.Trainer, samples: list[TrainingSample]) -> dict[str, float | int | None]:
+    """Save once; train on while it is written in the background."""
+    folder = Path(trainer.args.save)
+    began = time.perf_counter()
+    blocked_s = seconds(lambda: trainer.save(dict))
+    meanwhile = []
+    while not (folder / TRACKER_FILE).exists() and len(meanwhile) < MOST_STEPS:
+        meanwhile.append(seconds(lambda: trainer.step(samples, len(samples))))
+        trainer.finish_saves(is_blocking=False)
+    trainer.finish_saves()
+    written_s = time.perf_counter() - began
+    num_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return {
+        "blocked_s": round(blocked_s, 3),
+        "until_written_s": round(written_s, 3),
+        "gb": round(num_bytes / 1e9, 3),
+        "steps_meanwhile": len(meanwhile),
+        "step_s_meanwhile": round(statistics.median(meanwhile), 4) if meanwhile else None,
+    }
+
+
+def main() -> None:
+    """Measure each, print one JSON line."""
+    options, flags = parser(__doc__).parse_known_args()
+    trainer = build(flags)
+    samples = make_samples(trainer, options.num_samples, options.mean_tokens)
+    trainer.step(samples, len(samples))  # builds the optimizer's states
+    swaps = [seconds(lambda: swap(trainer)) for _ in range(NUM_SWAPS)]
+    steps = [seconds(lambda: trainer.step(samples, len(samples))) for _ in range(NUM_STEPS)]
+    figures = {
+        "first_swap_s": round(swaps[0], 3),
+        "swap_s": round(statistics.median(swaps[1:]), 4),
+        "step_s": round(statistics.median(steps), 4),
+        "save": measure_save(trainer, samples),
+        "peak_memory_gib": peak_memory_gib(),
+    }
+    report(figures, options.json)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
