@@ -7,10 +7,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 
 from tests.functional import launching
 from tests.functional.conftest import Workshop, workshop
+from tests.tiny_policy import write_mixture
 
 __all__ = ["workshop"]  # a fixture
 
@@ -26,9 +28,11 @@ FP8_RECIPES = ["delayed", "tensorwise", "blockwise"]
 """Those of Hopper; mxfp8 needs a later GPU."""
 
 
-def train(workshop: Workshop, save: Path, *more: str, hides_gpu: bool = False) -> launching.Outcome:
+def train(
+    workshop: Workshop, save: Path, *more: str, num_processes: int = 1, hides_gpu: bool = False
+) -> launching.Outcome:
     flags = workshop.flags("--save", str(save), "--train-iters", "3", "--save-interval", "2", *more)
-    outcome = launching.torchrun(flags, 1, hides_gpu=hides_gpu)
+    outcome = launching.torchrun(flags, num_processes, hides_gpu=hides_gpu)
     assert outcome.codes == [0], outcome.output
     assert ("CPU process" if hides_gpu else "GPU process") in outcome.output
     return outcome
@@ -47,6 +51,46 @@ def test_bf16_trains_as_the_cpu_does(
 ) -> None:
     train(workshop, tmp_path, "--bf16", "--curriculum-mode", "off", "--rasft-batch-layout", layout)
     assert launching.losses(tmp_path) == pytest.approx(on_cpu, abs=BF16_LOSS_GAP)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL takes one rank per GPU: needs two")
+@pytest.mark.parametrize(
+    "layout",
+    [
+        ["--tensor-model-parallel-size", "2", "--sequence-parallel"],
+        ["--pipeline-model-parallel-size", "2"],
+        ["--context-parallel-size", "2"],
+        ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"],
+    ],
+    ids=["tensor", "pipeline", "context", "data"],
+)
+def test_two_gpus_train_as_the_cpu_does(
+    workshop: Workshop, on_cpu: list[float], tmp_path: Path, layout: list[str]
+) -> None:
+    train(workshop, tmp_path, "--bf16", "--curriculum-mode", "off", *layout, num_processes=2)
+    assert launching.losses(tmp_path) == pytest.approx(on_cpu, abs=BF16_LOSS_GAP)
+
+
+def test_precision_aware_optimizer_trains_as_the_cpu_does(
+    workshop: Workshop, on_cpu: list[float], tmp_path: Path
+) -> None:
+    flags = ["--use-distributed-optimizer", "--use-precision-aware-optimizer", "--curriculum-mode", "off"]
+    train(workshop, tmp_path, "--bf16", *flags)
+    assert launching.losses(tmp_path) == pytest.approx(on_cpu, abs=BF16_LOSS_GAP)
+
+
+def test_mixture_with_grouped_gemm_trains_as_the_cpu_does(workshop: Workshop, tmp_path: Path) -> None:
+    flags = [
+        "--hf-model",
+        str(write_mixture(tmp_path / "mixture", workshop.policy)),
+        "--curriculum-mode",
+        "off",
+    ]
+    train(workshop, tmp_path / "cpu", *flags, hides_gpu=True)
+    train(workshop, tmp_path / "gpu", *flags, "--bf16", "--moe-grouped-gemm")
+    expected = launching.losses(tmp_path / "cpu")
+    # Its random weights give losses above 3, where bf16 rounds twice as coarsely.
+    assert launching.losses(tmp_path / "gpu") == pytest.approx(expected, abs=3 * BF16_LOSS_GAP)
 
 
 def test_run_with_rollouts_starts_at_ratio_one_and_exports(workshop: Workshop, tmp_path: Path) -> None:
