@@ -1,4 +1,4 @@
-# make quickstart [ARGS=--compare]   make test   make lint   make venv   make servers
+# make quickstart [ARGS=--compare]   make test   make lint   make venv   make servers   make gpu-check   make gpu-bundle
 # PYTHON names the interpreter the environment is made with (>= 3.12), VENV where it goes.
 PYTHON ?= python3.12
 VENV ?= .venv
@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 WHEEL := .cache/wheel
 
 .PHONY: quickstart test lint types pytest pytest-servers pytest-runs pytest-units pytest-emulated wheel venv \
-	servers emulated-gpu
+	servers emulated-gpu gpu-check gpu-bundle
 .DELETE_ON_ERROR:
 
 quickstart:
@@ -70,3 +70,12 @@ servers: venv
 # Python files of Transformer Engine, with which the tests in tests/emulated_gpu run the GPU path on a CPU.
 emulated-gpu: venv
 	VENV="$(VENV)" tools/install_emulated_gpu.sh
+
+# Both also run without an environment of their own: a machine with GPUs has its packages elsewhere (docs/gpu.md).
+ANY_PYTHON = $(if $(wildcard $(STAMP)),$(BIN)/python,"$(PYTHON)")
+
+gpu-check:
+	$(ANY_PYTHON) tools/gpu_check.py --output runs/gpu_check $(ARGS)
+
+gpu-bundle:
+	$(ANY_PYTHON) tools/gpu_bundle.py $(ARGS)

@@ -1,0 +1,90 @@
+"""Trains beside one SGLang server on the same GPU: starts the server, waits for it, runs the trainer, ends the server.
+
+    python tools/gpu_checking/colocated.py --sglang-python PYTHON --model DIR --folder DIR -- PROGRAM [FLAGS]
+
+PROGRAM is started with Python and is given the server's address by --rollout-server-file.
+"""
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+SERVER_FLAGS = [
+    "--mem-fraction-static",
+    "0.3",
+    "--attention-backend",
+    "triton",
+    "--sampling-backend",
+    "pytorch",
+]
+SERVER_FLAGS += ["--cuda-graph-max-bs", "256"]
+"""Of SGLang. A third of the memory leaves room for the trainer; these backends need the fewest compiled packages."""
+
+SERVER_VARIABLES = {"SGLANG_SKIP_SGL_KERNEL_VERSION_CHECK": "1"}
+"""A wheel of its kernels that was cut to one kind of GPU has another version."""
+
+END_S = 60.0
+"""serve_rollouts.py gives SGLang 30 s to finish its requests."""
+
+
+def server_line(python: Path, model: Path, server_file: Path) -> list[str]:
+    """The command that serves the model and enters its address in ``server_file``."""
+    line = [sys.executable, str(ROOT / "tools" / "serve_rollouts.py"), "--python", str(python)]
+    line += [
+        "--model",
+        str(model),
+        "--server-file",
+        str(server_file),
+        "--host",
+        "127.0.0.1",
+        "--memory-saver",
+    ]
+    return [*line, "--", *SERVER_FLAGS]
+
+
+def run(server: Sequence[str], trainer: Sequence[str], server_file: Path) -> int:
+    """Run both; returns the trainer's exit code, or the server's if that ends before it is ready."""
+    serving = subprocess.Popen(server, cwd=ROOT, env=os.environ | SERVER_VARIABLES)
+    try:
+        began = time.monotonic()
+        while not (server_file.exists() and server_file.read_text(encoding="utf-8").strip()):
+            if (code := serving.poll()) is not None:
+                print(f"colocated: the server ended with {code} before it was ready", file=sys.stderr)
+                return code or 1
+            time.sleep(0.2)
+        print(f"colocated: the server was ready after {time.monotonic() - began:.0f} s", flush=True)
+        return subprocess.run(trainer, cwd=ROOT, check=False).returncode
+    finally:
+        serving.send_signal(signal.SIGTERM)
+        try:
+            serving.wait(END_S)
+        except subprocess.TimeoutExpired:
+            serving.kill()
+
+
+def main() -> int:
+    """See the top."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--sglang-python", type=Path, required=True, help="interpreter of an environment with SGLang"
+    )
+    parser.add_argument("--model", type=Path, required=True, help="Hugging Face folder that both take")
+    parser.add_argument("--folder", type=Path, required=True, help="folder for the server file")
+    parser.add_argument("program", nargs="+", metavar="-- PROGRAM", help="the trainer and its flags")
+    options = parser.parse_args()
+    server_file = options.folder / "servers.txt"
+    trainer = [sys.executable, *options.program, "--rollout-server-file", str(server_file)]
+    return run(server_line(options.sglang_python, options.model, server_file), trainer, server_file)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,73 @@
+"""Writes as JSON which GPUs and which versions are here. Fails where Transformer Engine does not import."""
+
+import importlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+PACKAGES = (
+    "megatron-core",
+    "transformers",
+    "triton",
+    "transformer-engine",
+    "flash-attn",
+    "liger-kernel",
+    "nvidia-resiliency-ext",
+)
+EXTENSIONS = {"apex": "amp_C", "apex's gradient fusion": "fused_weight_gradient_mlp_cuda"}
+"""Compiled modules that Megatron looks for."""
+
+
+def versions() -> dict[str, Any]:
+    """Everything but Transformer Engine; torch must import."""
+    import torch
+
+    nccl = torch.cuda.nccl.version() if torch.cuda.is_available() else ()
+    found: dict[str, Any] = {
+        "emulated": "EMULATED_GPU" in os.environ,  # tests/emulated_gpu
+        "num_gpus": torch.cuda.device_count() if torch.cuda.is_available() else 0,
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "CUDA": torch.version.cuda,
+        "cuDNN": torch.backends.cudnn.version() if torch.cuda.is_available() else None,
+        "NCCL": ".".join(map(str, nccl)) or None,
+    }
+    if found["num_gpus"]:
+        gpu = torch.cuda.get_device_properties(0)
+        found["GPU"] = torch.cuda.get_device_name(0)
+        found["compute capability"] = f"{gpu.major}.{gpu.minor}"
+        found["GPU memory, GiB"] = round(gpu.total_memory / 2**30, 1)
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    for name, module in EXTENSIONS.items():
+        found[name] = importlib.util.find_spec(module) is not None
+    return found
+
+
+def main() -> int:
+    """Exit code 1 if Transformer Engine cannot be imported; --json is written all the same."""
+    found = versions()
+    Path(sys.argv[sys.argv.index("--json") + 1]).write_text(json.dumps(found), encoding="utf-8")
+    code = 0
+    try:
+        # After torch, whose libraries its extension is linked with.
+        importlib.import_module("transformer_engine.pytorch")
+    except (
+        Exception
+    ):  # a wheel for another torch raises OSError or ImportError, a missing library RuntimeError
+        traceback.print_exc()
+        code = 1
+    print(json.dumps(found, indent=1), flush=True)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

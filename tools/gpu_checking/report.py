@@ -1,0 +1,188 @@
+"""What a check found, as JSON for programs and as Markdown for readers."""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+Status = Literal["passed", "failed", "timed out", "not run"]
+Figure = float | int | str | bool | None
+
+JSON_FILE, MARKDOWN_FILE, LOG_FILE = "gpu_check.json", "gpu_check.md", "gpu_check.log"
+SCHEMA = 1
+
+
+@dataclass(kw_only=True)
+class Result:
+    """One step of a check."""
+
+    name: str
+    number: int
+    """Of the audit's list of what to measure first; 0 is none of them."""
+    title: str
+    status: Status
+    reason: str = ""
+    """Why it failed or was not run."""
+    command: str = ""
+    seconds: float = 0.0
+    deadline_s: float = 0.0
+    figures: dict[str, Figure] = field(default_factory=dict)
+    last_lines: list[str] = field(default_factory=list)
+    """Of its output, if it failed or timed out."""
+    peak_gpu_memory_gib: float | None = None
+    left_behind: int = 0
+    """Processes that it left running."""
+    covers: list[str] = field(default_factory=list)
+    """What the emulated GPU cannot show and this step does."""
+
+
+@dataclass(kw_only=True)
+class Report:
+    """A whole check."""
+
+    schema: int = SCHEMA
+    commit: str = ""
+    began: str = ""
+    shape: str = ""
+    emulated: bool = False
+    """tests/emulated_gpu stood in for a GPU: no figure is a measurement."""
+    limit_s: float = 0.0
+    seconds: float = 0.0
+    machine: dict[str, Any] = field(default_factory=dict)
+    steps: list[Result] = field(default_factory=list)
+
+    @property
+    def exit_code(self) -> int:
+        """1 if a step failed or timed out, else 0: a step that could not run here names its reason."""
+        return int(any(step.status in ("failed", "timed out") for step in self.steps))
+
+    def write(self, folder: Path) -> None:
+        """Write both files; each is replaced only when it is complete."""
+        for name, text in (
+            (JSON_FILE, json.dumps(asdict(self), indent=1) + "\n"),
+            (MARKDOWN_FILE, markdown(self)),
+        ):
+            temporary = folder / f"{name}.tmp"
+            temporary.write_text(text, encoding="utf-8")
+            temporary.replace(folder / name)
+
+
+def read(path: Path) -> Report:
+    """Read a report that an earlier check wrote.
+
+    Raises:
+        ValueError: the file is not such a report.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        steps = [Result(**step) for step in values.pop("steps")]
+        report = Report(**values, steps=steps)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} is not a report of this program: {error}") from error
+    if report.schema != SCHEMA:
+        raise ValueError(
+            f"{path} has schema {report.schema}, this program writes {SCHEMA}: run the check again."
+        )
+    return report
+
+
+def markdown(report: Report) -> str:
+    """The report for a reader: what ran, the figures, and how failures ended."""
+    return "\n".join(
+        [
+            *_head(report),
+            "## Steps",
+            "",
+            *_table(
+                ("", "step", "result", "s", "of", "GPU GiB", "why"),
+                (
+                    (
+                        step.number or "",
+                        step.title,
+                        step.status,
+                        _text(step.seconds),
+                        _text(step.deadline_s),
+                        _text(step.peak_gpu_memory_gib),
+                        _why(step),
+                    )
+                    for step in report.steps
+                ),
+            ),
+            *_figures(report.steps),
+            *_failures(report.steps),
+        ]
+    )
+
+
+def _head(report: Report) -> list[str]:
+    lines = ["# GPU check", ""]
+    if report.emulated:
+        lines += ["**Emulated: no GPU was used, and no figure below is a measurement.**", ""]
+    counts = {status: sum(step.status == status for step in report.steps) for status in get_args(Status)}
+    rows = [
+        ("commit", report.commit),
+        ("began", report.began),
+        ("took", f"{report.seconds:.0f} s of at most {report.limit_s:.0f} s"),
+        ("model", f"shape {report.shape}" if "/" not in report.shape else report.shape),
+        ("steps", ", ".join(f"{number} {status}" for status, number in counts.items() if number)),
+        *((name, _text(value)) for name, value in report.machine.items()),
+    ]
+    return [*lines, *_table(("", ""), rows), ""]
+
+
+def _why(step: Result) -> str:
+    left = f"left {step.left_behind} processes running" if step.left_behind else ""
+    return "; ".join(filter(None, [step.reason, left]))
+
+
+def _figures(steps: Iterable[Result]) -> list[str]:
+    lines = []
+    for step in steps:
+        if step.figures:
+            lines += ["", f"## {step.title}", "", *_table(("figure", "value"), step.figures.items())]
+    return lines
+
+
+def _failures(steps: Iterable[Result]) -> list[str]:
+    lines = []
+    for step in steps:
+        if step.last_lines:
+            lines += ["", f"## {step.status}: {step.title}", "", f"`{step.command}`", "", "```text"]
+            lines += [line.replace("```", "'''") for line in step.last_lines]
+            lines += ["```"]
+    return [*lines, ""]
+
+
+def _table(heads: Iterable[str], rows: Iterable[Iterable[Any]]) -> list[str]:
+    heads = list(heads)
+    lines = [f"| {' | '.join(heads)} |", f"| {' | '.join('---' for _ in heads)} |"]
+    return lines + [f"| {' | '.join(_cell(value) for value in row)} |" for row in rows]
+
+
+def _cell(value: Any) -> str:
+    return _text(value).replace("|", "\\|").replace("\n", " ")
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return str(value)
+
+
+def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, Figure]:
+    """Nested figures of a benchmark as one table: ``{"a": {"b": 1}}`` becomes ``{"a b": 1}``."""
+    flat: dict[str, Figure] = {}
+    for key, value in values.items():
+        name = f"{prefix} {key}".strip()
+        if isinstance(value, Mapping):
+            flat |= flattened(value, name)
+        elif isinstance(value, list):
+            flat |= flattened({str(i): item for i, item in enumerate(value)}, name)
+        else:
+            flat[name] = value
+    return flat

@@ -1,0 +1,351 @@
+"""The steps of a check, in their order: what each runs, how long it may take, and which figures it must give."""
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from tools.gpu_checking.processes import Command
+from tools.gpu_checking.report import Figure, flattened
+
+FIGURES_FILE = "figures.json"
+"""In a step's folder: what a benchmark writes with --json."""
+
+OUTPUT_FILE = "output.log"
+"""In a step's folder: what its processes print."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """How much work the steps do."""
+
+    seq_length: int
+    micro_batch_size: int
+    global_batch_size: int
+    max_new_tokens: int
+    """Per rollout of a training run."""
+    packed_length: int
+    """Tokens of a micro-batch in the step benchmark."""
+    num_samples: int
+    """Sequences of a global batch in the step benchmark."""
+    mean_tokens: int
+    rows: int
+    """Sequences that the generation benchmark decodes at once."""
+    generated_tokens: int
+    """Longest response there."""
+    mean_generated_tokens: int
+
+
+SIZES = {
+    "tiny": Sizes(
+        seq_length=512,
+        micro_batch_size=2,
+        global_batch_size=4,
+        max_new_tokens=8,
+        packed_length=256,
+        num_samples=4,
+        mean_tokens=64,
+        rows=4,
+        generated_tokens=8,
+        mean_generated_tokens=6,
+    ),
+    "qwen2.5-1.5b": Sizes(
+        seq_length=2048,
+        micro_batch_size=2,
+        global_batch_size=32,
+        max_new_tokens=128,
+        packed_length=8192,
+        num_samples=128,
+        mean_tokens=1000,
+        rows=256,
+        generated_tokens=256,
+        mean_generated_tokens=200,
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """Where a step runs."""
+
+    shape: str
+    model: Path
+    """Hugging Face folder: the random model, or a real one that the user named."""
+    data: Path
+    material: Path
+    folder: Path
+    """The step's own, removed after it."""
+    num_gpus: int
+    sglang_python: Path | None = None
+
+    @property
+    def sizes(self) -> Sizes:
+        """The amounts that go with the shape."""
+        return SIZES[self.shape]
+
+    @property
+    def figures_file(self) -> Path:
+        """Where a program writes its figures."""
+        return self.folder / FIGURES_FILE
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One step, run in processes of its own."""
+
+    name: str
+    number: int
+    """Of the audit's list; 0 is none of them."""
+    title: str
+    deadline_s: float
+    command: Callable[[Setting], Command]
+    after: str = "material"
+    """Step that must have passed; "" is none."""
+    obstacle: Callable[[Setting], str] = lambda setting: ""
+    """Why it cannot run on this machine; "" if it can."""
+    figures: Callable[[Path], Mapping[str, Figure]] = lambda folder: {}
+    """Reads them from the step's folder."""
+    wants: tuple[str, ...] = ()
+    """Figures without which the step has failed."""
+    bounds: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """Figures that must lie between two values, these included."""
+    covers: tuple[str, ...] = ()
+    """Names in tests/emulated_gpu/not_shown.toml: what only a GPU shows, and this step does."""
+
+
+def benchmark_figures(folder: Path) -> dict[str, Figure]:
+    """What a benchmark wrote with --json."""
+    return flattened(json.loads((folder / FIGURES_FILE).read_text(encoding="utf-8")))
+
+
+def run_figures(folder: Path) -> dict[str, Figure]:
+    """Ratio of each step, speed of the last, and where the seconds of the refreshes went, from metrics.jsonl."""
+    figures: dict[str, Figure] = {}
+    num_refreshes = 0
+    for line in (folder / "save" / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        if record["event"] == "step":
+            figures[f"step {record['step']} ratio_mean"] = record.get("objective/ratio_mean")
+            figures[f"step {record['step']} loss"] = record["objective/loss"]
+            figures["last step tokens/s"] = record["training/tokens_per_s"]
+            figures["num_steps"] = record["step"]
+        elif record["event"] == "refresh":
+            num_refreshes += 1
+            shown = {
+                k: v for k, v in record.items() if k.endswith("_s") or k.startswith(("sync/", "rollout/"))
+            }
+            figures |= {f"refresh {num_refreshes} {key}": value for key, value in shown.items()}
+    return figures | {"num_refreshes": num_refreshes}
+
+
+def few_gpus(num: int) -> Callable[[Setting], str]:
+    """The obstacle of a step for several GPUs."""
+
+    def obstacle(setting: Setting) -> str:
+        return "" if setting.num_gpus >= num else f"needs {num} GPUs, this machine has {setting.num_gpus}"
+
+    return obstacle
+
+
+def _filled(words: Iterable[str], setting: Setting) -> list[str]:
+    """Flags with the setting's values in the place of {names}."""
+    values = asdict(setting.sizes) | asdict(setting) | {"figures_file": setting.figures_file}
+    return [word.format(**values) for word in words]
+
+
+README_FLAGS = """
+    --hf-model {model} --train-data {data} --objective rasft --rollout-engine embedded
+    --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather --bf16
+    --seq-length {seq_length} --micro-batch-size {micro_batch_size} --global-batch-size {global_batch_size}
+    --lr 1e-5 --lr-decay-style cosine --save {folder}/save
+    --train-iters 3 --rasft-refresh-interval 3 --rollout-max-new-tokens {max_new_tokens}
+""".split()
+"""Of README's first command, with a smaller batch and for three steps only."""
+
+
+def training(num_processes: int, more: str = "") -> Callable[[Setting], Command]:
+    """README's first command on this many GPUs, with ``more`` flags."""
+    return lambda setting: Command(
+        program=["pretrain_rasft.py", *_filled([*README_FLAGS, *more.split()], setting)],
+        num_processes=num_processes,
+    )
+
+
+def benchmark(program: str, flags: str) -> Callable[[Setting], Command]:
+    """A file of benchmarks/ on one GPU."""
+    return lambda setting: Command(
+        program=[f"benchmarks/{program}", *_filled([*flags.split(), "--json", "{figures_file}"], setting)],
+        num_processes=1,
+    )
+
+
+def _versions(setting: Setting) -> Command:
+    return Command(program=["tools/gpu_checking/machine.py", "--json", str(setting.figures_file)])
+
+
+def _material(setting: Setting) -> Command:
+    shape, output = setting.shape, str(setting.material)
+    return Command(program=["tools/gpu_checking/material.py", "--shape", shape, "--output", output])
+
+
+def _gpu_tests(setting: Setting) -> Command:
+    return Command(program=["-m", "pytest", "-m", "gpu", "tests/gpu", "-v", "-p", "no:cacheprovider"])
+
+
+def _test_results(folder: Path) -> dict[str, Figure]:
+    """Each test's result, from pytest's lines: they are there too for the tests before one that hung."""
+    log = (folder / OUTPUT_FILE).read_text(encoding="utf-8", errors="replace")
+    results = dict(re.findall(r"^(\S+::\S+) (PASSED|FAILED|ERROR|SKIPPED)", log, re.MULTILINE))
+    counts = Counter(results.values())
+    return {"num_passed": counts["PASSED"], "num_skipped": counts["SKIPPED"], **results}
+
+
+def _colocated(setting: Setting) -> Command:
+    program = ["tools/gpu_checking/colocated.py", "--sglang-python", "{sglang_python}", "--model", "{model}"]
+    trainer = training(
+        1, "--rollout-engine sglang --sync-method tensor --train-iters 4 --rasft-refresh-interval 2"
+    )
+    return Command(
+        program=[*_filled([*program, "--folder", "{folder}", "--"], setting), *trainer(setting).line]
+    )
+
+
+def _no_server(setting: Setting) -> str:
+    return "" if setting.sglang_python else "no --sglang-python was given"
+
+
+_RATIO = {"step 1 ratio_mean": (0.99, 1.01)}
+"""At the first step policy and reference are one set of weights."""
+
+_AMOUNT = """
+    --bf16 --seq-length {packed_length} --micro-batch-size 1 --num-samples {num_samples} --mean-tokens {mean_tokens}
+"""
+_STEP_FLAGS = f"--shape {{shape}} {_AMOUNT}"
+_TRAINER_FLAGS = f"--hf-model {{model}} --use-distributed-optimizer {_AMOUNT}"
+
+_GENERATION_FLAGS = """
+    --shape {shape} --bf16 --rows {rows} --rounds 4 --new-tokens {generated_tokens} --mean-tokens {mean_generated_tokens}
+"""
+"""Four samples of each prompt: with four rounds as many prompts as rows."""
+
+STEPS = [
+    Step(
+        name="versions",
+        number=1,
+        title="Transformer Engine and versions",
+        deadline_s=120,
+        command=_versions,
+        after="",
+        figures=benchmark_figures,
+        wants=("num_gpus",),
+    ),
+    Step(
+        name="material",
+        number=0,
+        title="a random model and demonstrations",
+        deadline_s=180,
+        command=_material,
+        after="",
+    ),
+    Step(
+        name="first_run",
+        number=2,
+        title="README's first command on one GPU",
+        deadline_s=300,
+        command=training(1, "--export-hf {folder}/hf"),
+        figures=run_figures,
+        bounds=_RATIO | {"num_steps": (3, 3)},
+    ),
+    Step(
+        name="first_run_tp2",
+        number=2,
+        title="README's first command on two GPUs, tensor-parallel",
+        deadline_s=300,
+        command=training(2, "--tensor-model-parallel-size 2 --sequence-parallel"),
+        obstacle=few_gpus(2),
+        figures=run_figures,
+        bounds=_RATIO | {"num_steps": (3, 3)},
+    ),
+    Step(
+        name="gpu_tests",
+        number=3,
+        title="tests/gpu",
+        deadline_s=480,
+        command=_gpu_tests,
+        after="",
+        figures=_test_results,
+        bounds={"num_passed": (1, math.inf)},
+    ),
+    Step(
+        name="train_step",
+        number=4,
+        title="training step in BF16",
+        deadline_s=240,
+        command=benchmark("train_step.py", _STEP_FLAGS),
+        figures=benchmark_figures,
+    ),
+    Step(
+        name="generation",
+        number=5,
+        title="embedded generation",
+        deadline_s=240,
+        command=benchmark("generation.py", _GENERATION_FLAGS),
+        figures=benchmark_figures,
+        wants=("measured tokens_per_s", "measured host_gib_before", "measured host_gib_after"),
+    ),
+    Step(
+        name="fp8_delayed",
+        number=6,
+        title="a run in FP8 with delayed scaling",
+        deadline_s=240,
+        command=training(1, "--fp8-format hybrid --fp8-recipe delayed"),
+        figures=run_figures,
+        bounds={f"step {step} ratio_mean": (0.95, 1.05) for step in (1, 2, 3)} | {"num_steps": (3, 3)},
+    ),
+    Step(
+        name="swap_and_save",
+        number=7,
+        title="swap of the reference, and a save",
+        deadline_s=240,
+        command=benchmark("swap_and_save.py", f"{_TRAINER_FLAGS} --save {{folder}}/save"),
+        figures=benchmark_figures,
+        wants=("first_swap_s", "swap_s", "save blocked_s", "save until_written_s", "peak_memory_gib"),
+    ),
+    Step(
+        name="async_save",
+        number=7,
+        title="a save in the background",
+        deadline_s=240,
+        command=benchmark("swap_and_save.py", f"{_TRAINER_FLAGS} --save {{folder}}/save --async-save"),
+        figures=benchmark_figures,
+        wants=(
+            "step_s",
+            "save blocked_s",
+            "save until_written_s",
+            "save steps_meanwhile",
+            "save step_s_meanwhile",
+        ),
+    ),
+    Step(
+        name="colocated",
+        number=8,
+        title="a rollout server on the trainer's GPU through two refreshes",
+        deadline_s=420,
+        command=_colocated,
+        obstacle=_no_server,
+        figures=run_figures,
+        bounds=_RATIO | {"num_refreshes": (2, 2)},
+    ),
+    Step(
+        name="profile",
+        number=9,
+        title="profile of one step",
+        deadline_s=150,
+        command=benchmark("step_profile.py", _TRAINER_FLAGS),
+        figures=benchmark_figures,
+        wants=("first_kernel_after_ms", "idle_frac", "num_kernels"),
+    ),
+]
