@@ -26,7 +26,7 @@ RUN_BY = {
     "make test": "continuous integration, which is this command",
     "make venv": "make test",
     "make PYTHON=/path/to/python3.12 ...": "test_interpreter_that_is_too_old_is_refused",
-    "pip install -e '.[te]'": "test_extras_that_the_documents_name_exist",
+    "pip install --no-build-isolation -e '.[te]'": "test_extras_that_the_documents_name_exist",
     ".venv/bin/pytest -m gpu": "test_tests_that_continuous_integration_cannot_run_are_collected",
     "python -m pytest -m bridge": "test_tests_that_continuous_integration_cannot_run_are_collected",
     ".venv/bin/pre-commit install": "test_pre_commit_takes_its_configuration",
