@@ -1,5 +1,6 @@
 """The nouns every room shares. Imports nothing of this package and no torch."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -47,7 +48,8 @@ class Demonstration:
     """One problem with its expert solution, tokenised once.
 
     ``prompt_ids`` is everything the policy is conditioned on (chat template included);
-    ``response_ids`` is what is imitated and ends with end-of-sequence.
+    ``response_ids`` is what is imitated and ends with end-of-sequence. Both are lists, or memoryviews of int32 where
+    they lie in a larger array: a list takes 36 bytes a token.
     """
 
     problem_id: str
@@ -56,8 +58,8 @@ class Demonstration:
     response: str
     answer: str | None
     """Gold answer for the verifier; None for a program, and where every rollout engine is off."""
-    prompt_ids: list[int]
-    response_ids: list[int]
+    prompt_ids: Sequence[int]
+    response_ids: Sequence[int]
     source: str = ""
     """``file:line`` of the row, for messages."""
     tests: CodeTests | None = None
@@ -205,17 +207,20 @@ class ServerInfo:
 
 @dataclass(kw_only=True, slots=True)
 class TrainingSample:
-    """One sequence of a training batch: prompt, response and how strongly it is trained on."""
+    """One sequence of a training batch: prompt, response and how strongly it is trained on.
+
+    Token ids may be memoryviews of int32, log-probabilities memoryviews of fp32.
+    """
 
     problem_id: str
     kind: SampleKind
-    prompt_ids: list[int]
-    response_ids: list[int]
+    prompt_ids: Sequence[int]
+    response_ids: Sequence[int]
     weight: float
     """A of the objective: multiplies every token's loss. Negative only for gft and grpo."""
-    ref_logprobs: list[float] | None = None
+    ref_logprobs: Sequence[float] | None = None
     """Per response token under the frozen reference, nats; None until scored or if not needed."""
-    old_logprobs: list[float] | None = None
+    old_logprobs: Sequence[float] | None = None
     """Per response token under the policy at the start of the window; psft and grpo only."""
 
     @property

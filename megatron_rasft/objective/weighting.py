@@ -365,7 +365,8 @@ def make_samples(
         TrainingSample(
             problem_id=rollouts[i].problem_id,
             kind="rollout",
-            prompt_ids=rollouts[i].prompt_ids,
+            # the same tokens as rollouts[i].prompt_ids, which may be a list of its own
+            prompt_ids=demonstration.prompt_ids,
             response_ids=rollouts[i].response_ids,
             weight=weight,
         )

@@ -22,7 +22,7 @@ class ReplayEngine:
         RolloutError: a store is missing or damaged, or they have nothing for any of these problems.
     """
 
-    def __init__(self, paths: Sequence[str | Path], prompts: Mapping[str, list[int]]) -> None:
+    def __init__(self, paths: Sequence[str | Path], prompts: Mapping[str, Sequence[int]]) -> None:
         self._places: dict[str, list[tuple[Path, int]]] = {}
         stranger = changed = ""
         for path in map(Path, paths):
@@ -30,7 +30,7 @@ class ReplayEngine:
                 prompt_ids = prompts.get(rollout.problem_id)
                 if prompt_ids is None:
                     stranger = stranger or rollout.problem_id
-                elif prompt_ids != rollout.prompt_ids:
+                elif list(prompt_ids) != rollout.prompt_ids:
                     changed = changed or rollout.problem_id
                 else:
                     self._places.setdefault(rollout.problem_id, []).append((path, offset))

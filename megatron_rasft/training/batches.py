@@ -1,17 +1,23 @@
-"""Turns training samples into the micro-batches of one data- and context-parallel rank."""
+"""Turns training samples into the micro-batches of one data- and context-parallel rank.
+
+Rank 0 plans a global batch and makes each replica's share of it (``shares``); every rank of the replica cuts its
+micro-batches from the share (``cut``), on the host; ``MicroBatch.to`` brings them to the device.
+"""
 
 import itertools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
+import numpy as np
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from megatron_rasft.data.packing import pack
 from megatron_rasft.training.attention import zigzag_positions
-from megatron_rasft.types import TrainingSample
+from megatron_rasft.training.samples import Array, Batch, SampleArrays
 
 WIDTH_SLACK = 0.03
 """Largest share of a micro-batch's width that may be padding for the sake of fewer widths, on GPUs.
@@ -95,32 +101,103 @@ class MicroBatch:
     def num_segments(self) -> int:
         return max(1, len(self.sample_indices))
 
+    def to(self, device: torch.device) -> "MicroBatch":
+        """The same on a device. Copies from pinned memory are queued behind the device's work, not waited for."""
+        return self._moved(lambda tensor: tensor.to(device, non_blocking=True))
 
-def micro_batches(
-    samples: Sequence[TrainingSample], layout: BatchLayout, device: torch.device
-) -> list[MicroBatch]:
-    """This rank's micro-batches of a global batch.
+    def pinned(self) -> "MicroBatch":
+        """The same in page-locked memory."""
+        return self._moved(lambda tensor: tensor.pin_memory())
 
-    Every rank is given the same samples and cuts the same plan. All micro-batches of the batch, on
-    all ranks, have the same shape, so every pipeline schedule can run them.
+    def _moved(self, move: Callable[[Tensor], Tensor]) -> "MicroBatch":
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved: dict[str, Any] = {
+            name: move(value) for name, value in values.items() if isinstance(value, Tensor)
+        }
+        if (params := self.packed_seq_params) is not None:
+            # One tensor for all four: Transformer Engine sees by its identity that nothing lies between sequences.
+            moved["packed_seq_params"] = _packed(move(params.cu_seqlens_q), params.max_seqlen_q)
+        return replace(self, **moved)
+
+
+@dataclass(kw_only=True, frozen=True)
+class BatchFacts:
+    """What every rank knows of a global batch."""
+
+    num_problems: int
+    num_samples: int
+    num_tokens: int
+    squared_tokens: int
+    """Sum over samples of the square of their tokens: attention's operations grow with it."""
+    mean_weights: dict[str, float]
+    """Sample kind -> mean weight; kinds without a sample are left out."""
+
+
+@dataclass(kw_only=True)
+class Share:
+    """What one data-parallel replica trains of a global batch, as it travels from rank 0."""
+
+    facts: BatchFacts
+    shape: tuple[int, int]
+    """Rows and tokens of every micro-batch, the same for all replicas."""
+    bins: list[list[int]]
+    """Micro-batch -> its samples' indices in the global batch."""
+    samples: SampleArrays
+    """The samples of all bins, in the order of ``bins``."""
+
+
+def shares(batch: Batch, layout: BatchLayout) -> list[Share]:
+    """Each replica's share of a global batch.
+
+    All micro-batches of the batch, on all ranks, have the same shape, so every pipeline schedule can run them.
 
     Args:
-        samples: the whole global batch, none longer than ``layout.seq_length``.
-        layout: of this rank.
-        device: where the tensors are put.
+        batch: none of its samples is longer than ``layout.seq_length``.
+        layout: of any rank.
+    """
+    samples = batch.samples
+    facts = _facts(batch)
+    if not len(samples):
+        return [Share(facts=facts, shape=(0, 0), bins=[], samples=samples)] * layout.dp_size
+    lengths = [layout.padded(length) for length in samples.lengths.tolist()]
+    plan = (_packed_plan if layout.is_packed else _padded_plan)(lengths, layout)
+    if layout.is_packed:
+        rows, longest = 1, max(sum(lengths[i] for i in bin_) for replica in plan for bin_ in replica)
+    else:
+        rows, longest = layout.micro_batch_size, max(lengths)
+    shape = (rows, layout.width(longest))
+    return [
+        Share(facts=facts, shape=shape, bins=bins, samples=samples.take([i for bin_ in bins for i in bin_]))
+        for bins in plan
+    ]
+
+
+def _facts(batch: Batch) -> BatchFacts:
+    lengths, are_rollouts = batch.samples.lengths, batch.samples.are_rollouts
+    kinds = {"expert": ~are_rollouts, "rollout": are_rollouts}
+    return BatchFacts(
+        num_problems=batch.num_problems,
+        num_samples=len(lengths),
+        num_tokens=int(lengths.sum()),
+        squared_tokens=int((lengths**2).sum()),
+        mean_weights={
+            kind: float(batch.samples.weights[of].mean()) for kind, of in kinds.items() if of.any()
+        },
+    )
+
+
+def cut(share: Share, layout: BatchLayout) -> list[MicroBatch]:
+    """This rank's micro-batches of its replica's share, on the host.
 
     Returns:
-        At least one micro-batch, the same number on every rank.
+        The same number on every rank; none of an empty batch.
     """
-    lengths = [layout.padded(s.num_tokens) for s in samples]
-    plan = (_packed_plan if layout.is_packed else _padded_plan)(lengths, layout)
-    mine = plan[layout.dp_rank]
-    if layout.is_packed:
-        longest = max((sum(lengths[i] for i in bin_) for replica in plan for bin_ in replica), default=0)
-        shape = (1, layout.width(longest))
-    else:
-        shape = (layout.micro_batch_size, layout.width(max(lengths, default=0)))
-    return [_build(samples, lengths, bin_, shape, layout, device) for bin_ in mine]
+    ends = np.cumsum([len(bin_) for bin_ in share.bins]).tolist()
+    starts = [0, *ends[:-1]]
+    return [
+        _build(share.samples.slice(start, end), bin_, share.shape, layout)
+        for start, end, bin_ in zip(starts, ends, share.bins, strict=True)
+    ]
 
 
 def _packed_plan(lengths: list[int], layout: BatchLayout) -> list[list[list[int]]]:
@@ -142,83 +219,86 @@ def _padded_plan(lengths: list[int], layout: BatchLayout) -> list[list[list[int]
 
 
 def _build(
-    samples: Sequence[TrainingSample],
-    lengths: list[int],
-    bin_: list[int],
-    shape: tuple[int, int],
-    layout: BatchLayout,
-    device: torch.device,
+    samples: SampleArrays, indices: list[int], shape: tuple[int, int], layout: BatchLayout
 ) -> MicroBatch:
     rows, width = shape
     total = rows * width
-    tokens = torch.zeros(total, dtype=torch.int64)
-    labels = torch.zeros(total, dtype=torch.int64)
-    positions = torch.zeros(total, dtype=torch.int64)
-    segments = torch.zeros(total, dtype=torch.int64)
-    loss_mask = torch.zeros(total)
-    chosen = [samples[i] for i in bin_]
-    ref = torch.zeros(total) if all(s.ref_logprobs is not None for s in chosen) else None
-    old = torch.zeros(total) if all(s.old_logprobs is not None for s in chosen) else None
-    bounds = [0]
-    for place, (index, sample) in enumerate(zip(bin_, chosen, strict=True)):
+    flat = {name: np.zeros(total, np.int64) for name in ("tokens", "labels", "position_ids", "segment_ids")}
+    flat["loss_mask"] = np.zeros(total, np.float32)
+    logprobs = {"ref_logprobs": samples.ref_logprobs, "old_logprobs": samples.old_logprobs}
+    flat |= {name: np.zeros(total, np.float32) for name, values in logprobs.items() if values is not None}
+    steps = np.arange(total)
+    bounds, read, answered = [0], 0, 0
+    lengths = zip(samples.prompt_lengths.tolist(), samples.response_lengths.tolist(), strict=True)
+    for place, (num_prompt, num_response) in enumerate(lengths):
+        num = num_prompt + num_response
         start = bounds[-1] if layout.is_packed else place * width
-        length = lengths[index] if layout.is_packed else width
-        ids = torch.tensor(sample.prompt_ids + sample.response_ids)
-        tokens[start : start + len(ids)] = ids
-        labels[start : start + len(ids) - 1] = ids[1:]
-        positions[start : start + length] = torch.arange(length)
-        segments[start : start + length] = place
-        response = slice(start + len(sample.prompt_ids) - 1, start + len(ids) - 1)
-        loss_mask[response] = 1.0
-        if ref is not None:
-            ref[response] = torch.tensor(sample.ref_logprobs)
-        if old is not None:
-            old[response] = torch.tensor(sample.old_logprobs)
-        bounds.append(start + length)
+        end = start + (layout.padded(num) if layout.is_packed else width)
+        ids = samples.tokens[read : read + num]
+        flat["tokens"][start : start + num] = ids
+        flat["labels"][start : start + num - 1] = ids[1:]
+        flat["position_ids"][start:end] = steps[: end - start]
+        flat["segment_ids"][start:end] = place
+        response = slice(start + num_prompt - 1, start + num - 1)
+        flat["loss_mask"][response] = 1.0
+        for name, values in logprobs.items():
+            if values is not None:
+                flat[name][response] = values[answered : answered + num_response]
+        read, answered = read + num, answered + num_response
+        bounds.append(end)
     if layout.is_packed and bounds[-1] < total:
-        positions[bounds[-1] :] = torch.arange(total - bounds[-1])
+        flat["position_ids"][bounds[-1] :] = steps[: total - bounds[-1]]
         bounds.append(total)
     if not layout.is_packed:
         bounds = list(range(0, total + 1, width))
-        for row in range(len(bin_), rows):
-            positions[row * width : (row + 1) * width] = torch.arange(width)
-    here = torch.cat(
-        [b + zigzag_positions(e - b, layout.cp_rank, layout.cp_size) for b, e in itertools.pairwise(bounds)]
-    )
+        for row in range(len(indices), rows):
+            flat["position_ids"][row * width : (row + 1) * width] = steps[:width]
+    local = _on_this_rank(flat, bounds, layout)
     params = None
     if layout.is_packed:
-        cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=device)
-        longest = max(e - b for b, e in itertools.pairwise(bounds))
-        params = PackedSeqParams(
-            qkv_format="thd",
-            cu_seqlens_q=cu_seqlens,
-            cu_seqlens_kv=cu_seqlens,
-            cu_seqlens_q_padded=cu_seqlens,
-            cu_seqlens_kv_padded=cu_seqlens,
-            max_seqlen_q=longest,
-            max_seqlen_kv=longest,
-        )
-
-    def local(flat: Tensor) -> Tensor:
-        return flat[here].to(device, non_blocking=True)
-
+        cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
+        params = _packed(cu_seqlens, max(e - b for b, e in itertools.pairwise(bounds)))
     return MicroBatch(
-        tokens=local(tokens).view(rows, -1),
-        position_ids=local(positions).view(rows, -1),
-        labels=local(labels),
-        loss_mask=local(loss_mask),
-        segment_ids=local(segments),
-        weights=torch.tensor([s.weight for s in chosen] or [0.0]).to(device),
-        ref_logprobs=None if ref is None else local(ref),
-        old_logprobs=None if old is None else local(old),
+        tokens=local["tokens"].view(rows, -1),
+        position_ids=local["position_ids"].view(rows, -1),
+        labels=local["labels"],
+        loss_mask=local["loss_mask"],
+        segment_ids=local["segment_ids"],
+        weights=torch.tensor(samples.weights.tolist() or [0.0]),
+        ref_logprobs=local.get("ref_logprobs"),
+        old_logprobs=local.get("old_logprobs"),
         packed_seq_params=params,
-        sample_indices=list(bin_),
+        sample_indices=indices,
+    )
+
+
+def _on_this_rank(flat: dict[str, Array], bounds: list[int], layout: BatchLayout) -> dict[str, Tensor]:
+    """The tokens of each sequence that this context-parallel rank holds."""
+    if layout.cp_size == 1:
+        return {name: torch.from_numpy(values) for name, values in flat.items()}
+    parts = [
+        b + zigzag_positions(e - b, layout.cp_rank, layout.cp_size).numpy()
+        for b, e in itertools.pairwise(bounds)
+    ]
+    here = np.concatenate(parts)
+    return {name: torch.from_numpy(values[here]) for name, values in flat.items()}
+
+
+def _packed(cu_seqlens: Tensor, longest: int) -> PackedSeqParams:
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        cu_seqlens_q_padded=cu_seqlens,
+        cu_seqlens_kv_padded=cu_seqlens,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
     )
 
 
 def response_values(
     per_token: Tensor, batch: MicroBatch, cp_group: torch.distributed.ProcessGroup
-) -> dict[int, list[float]]:
+) -> dict[int, Array]:
     """Per-token values of this micro-batch, put back in the order of each sample's response.
 
     Runs one all-gather on ``cp_group`` when it has more than one rank.
@@ -227,9 +307,9 @@ def response_values(
         per_token: [b * s/cp] on this rank, in the order of ``batch.labels``.
 
     Returns:
-        For each sample index its response's values, the same on every rank of ``cp_group``.
+        For each sample index its response's values, fp32, the same on every rank of ``cp_group``.
     """
-    fields = torch.stack(
+    columns = torch.stack(
         [
             per_token.double(),
             batch.loss_mask.double(),
@@ -238,14 +318,14 @@ def response_values(
         ]
     )
     if cp_group.size() > 1:
-        parts = [torch.empty_like(fields) for _ in range(cp_group.size())]
-        torch.distributed.all_gather(parts, fields.contiguous(), group=cp_group)
-        fields = torch.cat(parts, dim=1)
-    values, mask, segments, positions = fields.cpu()
+        parts = [torch.empty_like(columns) for _ in range(cp_group.size())]
+        torch.distributed.all_gather(parts, columns.contiguous(), group=cp_group)
+        columns = torch.cat(parts, dim=1)
+    values, mask, segments, positions = columns.cpu()
     kept = mask > 0
     values, segments, positions = values[kept], segments[kept].long(), positions[kept].long()
     order = torch.argsort(segments * (1 << 32) + positions)
     values, segments = values[order], segments[order]
     counts = torch.bincount(segments, minlength=batch.num_segments).tolist()
-    split = torch.split(values, counts)
-    return {index: split[place].tolist() for place, index in enumerate(batch.sample_indices)}
+    split = torch.split(values.float(), counts)
+    return {index: split[place].numpy() for place, index in enumerate(batch.sample_indices)}

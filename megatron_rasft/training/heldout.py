@@ -46,7 +46,7 @@ class Heldout:
         # Seeds do not depend on the step: two measurements differ by the weights alone.
         return [
             Request(
-                prompt_ids=d.prompt_ids,
+                prompt_ids=list(d.prompt_ids),
                 seeds=[
                     sample_seed(self._seed, f"held out {d.problem_id}", 0, i)
                     for i in range(self._num_samples)

@@ -6,19 +6,17 @@ what is written as a fact about Megatron was seen in 0.19.2.
 
 import contextlib
 import gc
-import json
 import math
-import os
 import time
-from array import array
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.enums import ModelType
@@ -44,10 +42,13 @@ from megatron_rasft.sync.servers import Server
 from megatron_rasft.training.background_saves import SaveQueue, write_in_background
 from megatron_rasft.training.batches import (
     WIDTH_SLACK,
+    BatchFacts,
     BatchLayout,
     MicroBatch,
-    micro_batches,
+    Share,
+    cut,
     response_values,
+    shares,
 )
 from megatron_rasft.training.checkpoints import (
     LOAD_FAILURES,
@@ -57,16 +58,25 @@ from megatron_rasft.training.checkpoints import (
     chosen_folder,
     is_converted,
     load_explained,
+    read_arrays,
     read_state,
     refuse_other_model,
     save_explained,
+    write_state,
 )
 from megatron_rasft.training.forward import Forward, run_forward_only
 from megatron_rasft.training.fp8_scales import has_delayed_scales, set_delayed_scales
 from megatron_rasft.training.generation import LiveModel
 from megatron_rasft.training.model import layer_spec
-from megatron_rasft.training.ranks import gather_to_all, gather_to_rank_zero, on_rank_zero
+from megatron_rasft.training.ranks import (
+    gather_to_all,
+    gather_to_rank_zero,
+    hand_out,
+    kept_by_rank_zero,
+    on_rank_zero,
+)
 from megatron_rasft.training.reference import FrozenReference
+from megatron_rasft.training.samples import Array, Batch, SampleArrays, views
 from megatron_rasft.training.startup import quiet
 from megatron_rasft.training.stopping import StopRequest
 from megatron_rasft.types import Request, Response, SamplingParams, TrainingSample
@@ -90,10 +100,9 @@ class StepResult:
     learning_rate: float
     is_skipped: bool
     """The weights are those from before: no sample was left, or --grad-norm-skip-threshold was passed."""
-    num_tokens: int
-    """Tokens computed, padding left out."""
+    batch: BatchFacts
     data_s: float = 0.0
-    """Cutting the batch, and what a KL objective asks the reference."""
+    """Waiting for the cut batch, and the reference's forward pass of a KL objective."""
     forward_backward_s: float = 0.0
     """Also the reduction of gradients."""
     optimizer_s: float = 0.0
@@ -101,6 +110,20 @@ class StepResult:
     """With --log-params-norm."""
     floating_point_operations: float = 0.0
     """Of forward and backward on all ranks, as Megatron counts them; rollouts and reference left out."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens computed, padding left out."""
+        return self.batch.num_tokens
+
+
+@dataclass(kw_only=True)
+class PreparedBatch:
+    """A global batch that has been handed out; a thread cuts this rank's micro-batches."""
+
+    facts: BatchFacts
+    micro_batches: Future[list[MicroBatch]]
+    """On the host."""
 
 
 def build_chunk(
@@ -184,6 +207,8 @@ class Trainer:
             training._TRAIN_START_TIME,
             self.live.device,
         )
+        self._replicas = _replicas()
+        self._cutter = ThreadPoolExecutor(1, "cut")
         self.iteration = 0
         self._gradients_at = 0.0
         """When the gradients of the step were there."""
@@ -245,57 +270,112 @@ class Trainer:
             width_slack=WIDTH_SLACK if is_on_gpu else 0.0,
         )
 
-    def _cut(self, samples: Sequence[TrainingSample]) -> list[MicroBatch]:
-        return micro_batches(samples, self.layout, self.live.device)
+    # ---- batches
+
+    def prepare(self, batch: Batch | None) -> PreparedBatch:
+        """Hand a global batch out and begin to cut it; a collective of the world.
+
+        The ranks of a replica receive its share and nothing else. Cutting runs on a thread beside the step before this
+        one; the collective does not, because that step uses process groups of its own.
+
+        Args:
+            batch: on rank 0; not read on the others.
+        """
+        layout = self.layout
+
+        def work() -> list[Share]:
+            assert batch is not None, "rank 0 has the batches"
+            return shares(batch, layout)
+
+        share = hand_out(work, self._replicas)
+        return PreparedBatch(facts=share.facts, micro_batches=self._cutter.submit(self._cut, share, layout))
+
+    def _cut(self, share: Share, layout: BatchLayout) -> list[MicroBatch]:
+        batches = cut(share, layout)
+        return [batch.pinned() for batch in batches] if self.live.device.type == "cuda" else batches
+
+    def _on_device(self, prepared: PreparedBatch) -> list[MicroBatch]:
+        return [batch.to(self.live.device) for batch in prepared.micro_batches.result()]
+
+    def _one_ahead(self, batches: Iterable[Batch | None]) -> Iterator[PreparedBatch]:
+        """Prepare every batch before the one ahead of it is used."""
+        waiting = None
+        for batch in batches:
+            prepared = self.prepare(batch)
+            if waiting is not None:
+                yield waiting
+            waiting = prepared
+        if waiting is not None:
+            yield waiting
 
     # ---- the Policy of a refresh
 
-    def score(self, samples: Sequence[TrainingSample], *, with_reference: bool) -> list[list[float]]:
-        """On rank 0 per sample the log-probabilities of its response, nats; [] on the others.
+    def score(self, samples: Sequence[TrainingSample], *, with_reference: bool) -> list[memoryview]:
+        """On rank 0 per sample the fp32 log-probabilities of its response, nats; [] on the others.
+
+        Args:
+            samples: on rank 0; not read on the others.
 
         Raises:
             Stopped: the run is to stop.
         """
         size = _SCORED_BATCHES * self.args.global_batch_size
-        scored: list[list[float]] = []
-        self._set_scales(samples)
+        # Log-probabilities that samples have already are for training.
+        arrays = kept_by_rank_zero(lambda: SampleArrays.of(samples, with_logprobs=False), None)
+        num = on_rank_zero(lambda: len(samples))
+
+        def part(start: int, length: int) -> Batch | None:
+            if arrays is None:
+                return None
+            return Batch(num_problems=0, samples=arrays.slice(start, min(num, start + length)))
+
+        if num:
+            first = part(0, self.args.global_batch_size)
+            self._set_scales(lambda: self._on_device(self.prepare(first)))
+        parts = (part(start, size) for start in range(0, num, size))
+        scored: list[memoryview] = []
         with self._settled(), contextlib.ExitStack() as reference:
-            if with_reference and samples:
+            if with_reference and num:
                 assert self.reference is not None, "only an objective with a reference asks for it"
                 reference.enter_context(self.reference.in_place())
-            for start in range(0, len(samples), size):
+            for prepared in self._one_ahead(parts):
                 self.stop.check()
-                scored += self._score(samples[start : start + size])
+                scored += self._score(prepared)
         return scored
 
-    def _set_scales(self, samples: Sequence[TrainingSample]) -> None:
+    def _set_scales(self, first: Callable[[], list[MicroBatch]]) -> None:
         """Before the first pass of a run under FP8's delayed recipe: set the scales of the policy, from one global batch.
 
         The reference, which takes the policy's place for its passes, is computed with the policy's scales.
+
+        Args:
+            first: gives the batch's micro-batches; a collective of the world.
         """
-        if not self._lacks_scales or not samples:
+        if not self._lacks_scales:
             return
         self._lacks_scales = False
-        batches = self._cut(_without_values(samples[: self.args.global_batch_size]))
+        batches = first()
         with self._settled():
             set_delayed_scales(lambda: run_forward_only(self.forward.score_step, batches, self.model))
 
-    def _score(self, samples: Sequence[TrainingSample]) -> list[list[float]]:
-        batches = self._cut(_without_values(samples))
+    def _score(self, prepared: PreparedBatch) -> list[memoryview]:
+        batches = self._on_device(prepared)
         outputs = run_forward_only(self.forward.score_step, batches, self.model)
-        mine: dict[int, array[float]] = {}
+        mine: dict[int, Array] = {}
         cp_group = parallel_state.get_context_parallel_group()
         for output, batch in zip(outputs, batches[: len(outputs)], strict=True):
-            values = response_values(output, batch, cp_group)
-            mine.update((index, array("d", v)) for index, v in values.items())
+            mine |= response_values(output, batch, cp_group)
         speaks = (
             parallel_state.get_tensor_model_parallel_rank() == 0
             and parallel_state.get_context_parallel_rank() == 0
         )
-        merged: dict[int, array[float]] = {}
-        for part in gather_to_rank_zero(mine if speaks and mine else None):
-            merged.update(part)
-        return [merged[i].tolist() for i in range(len(samples))] if dist.get_rank() == 0 else []
+        # Joined, because an array of its own for each sample takes longer to pickle than its values.
+        indices, lengths = np.array(list(mine), np.int64), np.array([len(v) for v in mine.values()], np.int64)
+        joined = (indices, lengths, np.concatenate(list(mine.values()))) if speaks and mine else None
+        merged: dict[int, memoryview] = {}
+        for part, counts, values in gather_to_rank_zero(joined):
+            merged |= zip(part.tolist(), views(values, counts), strict=True)
+        return [merged[i] for i in range(len(merged))]
 
     def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[list[Response]]:
         """Sample the live weights; see LiveModel.generate."""
@@ -351,23 +431,30 @@ class Trainer:
     # ---- training
 
     def step(self, samples: Sequence[TrainingSample], num_problems: int) -> StepResult:
+        """``train`` on samples that are at hand; those of rank 0 count."""
+        batch = kept_by_rank_zero(
+            lambda: Batch(num_problems=num_problems, samples=SampleArrays.of(samples)), None
+        )
+        return self.train(self.prepare(batch))
+
+    def train(self, prepared: PreparedBatch) -> StepResult:
         """One optimizer step on a global batch; without any sample only the schedules move on.
 
         Raises:
             RasftError: the gradient is not finite, on every rank; --no-check-for-nan-in-loss-and-grad trains on.
         """
-        args = self.args
+        args, facts = self.args, prepared.facts
         learning_rate = _learning_rate(self.optimizer)
-        if not samples:
+        if not facts.num_samples:
             self.scheduler.step(increment=args.global_batch_size)
             self.iteration += 1
-            args.consumed_train_samples += num_problems
+            args.consumed_train_samples += facts.num_problems
             return StepResult(
-                metrics={}, grad_norm=0.0, learning_rate=learning_rate, is_skipped=True, num_tokens=0
+                metrics={}, grad_norm=0.0, learning_rate=learning_rate, is_skipped=True, batch=facts
             )
         began = time.monotonic()
-        self._set_scales(samples)
-        batches = self._cut(samples)
+        batches = self._on_device(prepared)
+        self._set_scales(lambda: batches)
         if self.config.objective.needs_reference_distribution():
             assert self.reference is not None
             self.forward.ref_hidden = {}
@@ -375,7 +462,7 @@ class Trainer:
                 run_forward_only(self.forward.reference_step, batches, self.model)
         width = batches[0].tokens.shape[1] * args.context_parallel_size
         iterators = [iter(batches) for _ in self.model]
-        prepared = time.monotonic()
+        ready = time.monotonic()
         with self._batch_shape(width, batches[0].tokens.shape[0], len(batches)):
             metrics, skipped, _, _, _, grad_norm, *_ = training.train_step(
                 self.forward.train_step,
@@ -389,7 +476,7 @@ class Trainer:
             )
         self.forward.ref_hidden = {}
         self.iteration += 1
-        args.consumed_train_samples += num_problems
+        args.consumed_train_samples += facts.num_problems
         if args.manual_gc and args.manual_gc_interval and self.iteration % args.manual_gc_interval == 0:
             gc.collect()
         updated = time.monotonic()
@@ -405,9 +492,9 @@ class Trainer:
             )
         floating_point_operations = training.num_floating_point_operations(
             args,
-            len(samples),
-            seqlen_squared_sum_in_batch=sum(s.num_tokens**2 for s in samples),
-            total_real_tokens_in_batch=sum(s.num_tokens for s in samples),
+            facts.num_samples,
+            seqlen_squared_sum_in_batch=facts.squared_tokens,
+            total_real_tokens_in_batch=facts.num_tokens,
         )
         self._floating_point_operations += floating_point_operations
         return StepResult(
@@ -415,11 +502,11 @@ class Trainer:
             grad_norm=grad_norm,
             learning_rate=learning_rate,
             is_skipped=bool(skipped),
-            num_tokens=sum(s.num_tokens for s in samples),
+            batch=facts,
             params_norm=calc_params_l2_norm(self.model) if args.log_params_norm else None,
             floating_point_operations=floating_point_operations,
-            data_s=prepared - began,
-            forward_backward_s=self._gradients_at - prepared,
+            data_s=ready - began,
+            forward_backward_s=self._gradients_at - ready,
             optimizer_s=updated - self._gradients_at,
         )
 
@@ -439,28 +526,20 @@ class Trainer:
 
     # ---- checkpoints
 
-    def save(self, state: Callable[[], dict[str, Any]]) -> None:
+    def save(self, state: Callable[[], tuple[dict[str, Any], dict[str, Array]]]) -> None:
         """Write a checkpoint and this run's state; an earlier checkpoint stays until this one is complete.
 
         With --async-save it is complete after a later ``finish_saves``; nothing may be unfinished when this is called.
 
         Args:
-            state: gives what JSON can hold; called on rank 0.
+            state: gives what JSON can hold, and arrays; called on rank 0.
         """
         args = self.args
         folder = Path(checkpointing.get_checkpoint_name(args.save, self.iteration, return_base_dir=True))
 
-        def write_state() -> None:
-            folder.mkdir(parents=True, exist_ok=True)
-            temporary = folder / (STATE_FILE + ".tmp")
-            with temporary.open("w", encoding="utf-8") as file:
-                file.write(json.dumps(state()))  # json.dump encodes in Python, half as fast
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(folder / STATE_FILE)
-
         with save_explained(f"the checkpoint of step {self.iteration}", folder):
-            on_rank_zero(write_state)
+            on_rank_zero(lambda: write_state(folder, *state()))
+            self._cutter.submit(int).result()  # Megatron forks, and no thread may hold a lock then
             with self._settled(), quiet():
                 checkpointing.save_checkpoint(
                     self.iteration,
@@ -473,8 +552,12 @@ class Trainer:
         if args.async_save:
             self._saving_step = self.iteration
 
-    def resume(self) -> dict[str, Any] | None:
-        """Load the newest checkpoint of --save, before there is one that of --load, if any; its state, on every rank."""
+    def resume(self) -> tuple[dict[str, Any], dict[str, Array]] | None:
+        """Load the newest checkpoint of --save, before there is one that of --load, if any.
+
+        Returns:
+            The state on every rank, and the arrays saved with it, on rank 0 only; None without a checkpoint.
+        """
         args = self.args
         if args.load is None or not checkpointing.checkpoint_exists(args.load):
             return None
@@ -485,6 +568,9 @@ class Trainer:
                 f"checkpoint {chosen_folder(args, load)} has no {STATE_FILE}: it was not written by this program. Use "
                 "--hf-model with an exported folder to start from those weights."
             )
+        arrays: dict[str, Array] = kept_by_rank_zero(
+            lambda: read_arrays(chosen_folder(args, load), state), {}
+        )
         with load_explained(args, load), quiet():
             iteration, self._floating_point_operations = checkpointing.load_checkpoint(
                 self.model,
@@ -494,7 +580,7 @@ class Trainer:
             )
         self.iteration = args.iteration = iteration
         self._lacks_scales = False
-        return state
+        return state, arrays
 
     def initial_fingerprint(self) -> str:
         """Names the weights that this run began with, which are the reference's; for rank 0."""
@@ -562,11 +648,6 @@ class Trainer:
             )
 
 
-def _without_values(samples: Sequence[TrainingSample]) -> list[TrainingSample]:
-    """Samples for scoring: attached values are for training."""
-    return [replace(s, weight=1.0, ref_logprobs=None, old_logprobs=None) for s in samples]
-
-
 class _OncePerStep:
     """The learning-rate schedule counts global batches, whatever number of micro-batches one was cut into."""
 
@@ -594,6 +675,14 @@ def _rank_multiple(args: Any, is_on_gpu: bool) -> int:
     if args.fp4 is not None:
         return 128
     return 8 if is_on_gpu else 1
+
+
+def _replicas() -> list[list[int]]:
+    """The ranks of each data-parallel replica; a collective of the world."""
+    found: list[list[int]] = [[] for _ in range(parallel_state.get_data_parallel_world_size())]
+    for rank, replica in enumerate(gather_to_all(parallel_state.get_data_parallel_rank())):
+        found[replica].append(rank)
+    return found
 
 
 def _set_num_microbatches(global_batch_size: int, micro_batch_size: int, dp: int) -> None:

@@ -3,16 +3,19 @@
 import contextlib
 import hashlib
 import sqlite3
-from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from megatron_rasft.errors import RasftError
 from megatron_rasft.types import TrainingSample
+
+_TABLE = "logprobs_fp32"
+"""Another name for another format: tables that an earlier version wrote are not read."""
 
 _LOCK_TIMEOUT_S = 60.0
 """Other runs may write to the same cache; one that waits longer than this for it gives up."""
@@ -68,7 +71,7 @@ class FrozenReference:
 class LogprobCache:
     """Reference log-probabilities on disk, by content: a property of (reference weights, tokens).
 
-    Rank 0 only. Values are stored as they were computed (fp64 of an fp32 result), so a hit is exact.
+    Rank 0 only. Values are stored as they were computed, in fp32, so a hit is exact.
 
     Args:
         path: SQLite file, made if missing; None keeps the cache in memory.
@@ -87,7 +90,7 @@ class LogprobCache:
             self._database = sqlite3.connect(
                 ":memory:" if path is None else str(path), timeout=_LOCK_TIMEOUT_S
             )
-            self._database.execute("CREATE TABLE IF NOT EXISTS logprobs (key BLOB PRIMARY KEY, value BLOB)")
+            self._database.execute(f"CREATE TABLE IF NOT EXISTS {_TABLE} (key BLOB PRIMARY KEY, value BLOB)")
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
@@ -101,9 +104,8 @@ class LogprobCache:
 
     def _key(self, sample: TrainingSample) -> bytes:
         digest = hashlib.sha256(self._fingerprint)
-        digest.update(
-            array("q", [len(sample.prompt_ids), *sample.prompt_ids, *sample.response_ids]).tobytes()
-        )
+        for ids in ([len(sample.prompt_ids)], sample.prompt_ids, sample.response_ids):
+            digest.update(np.asarray(ids, np.int32).data)
         return digest.digest()
 
     def fill(self, samples: Iterable[TrainingSample]) -> list[TrainingSample]:
@@ -116,17 +118,16 @@ class LogprobCache:
         for sample in samples:
             key = self._key(sample)
             with self._explained():
-                row = self._database.execute("SELECT value FROM logprobs WHERE key = ?", (key,)).fetchone()
+                row = self._database.execute(f"SELECT value FROM {_TABLE} WHERE key = ?", (key,)).fetchone()
             if row is None:
                 unknown.setdefault(key, sample)
             else:
-                values = array("d")
-                values.frombytes(row[0])
-                sample.ref_logprobs = values.tolist()
+                sample.ref_logprobs = memoryview(row[0]).cast("f")
         return list(unknown.values())
 
-    def add(self, samples: Iterable[TrainingSample], logprobs: Iterable[list[float]]) -> None:
+    def add(self, samples: Iterable[TrainingSample], logprobs: Iterable[Sequence[float]]) -> None:
         """Remember the reference's log-probabilities of these samples' responses."""
-        rows = [(self._key(s), array("d", v).tobytes()) for s, v in zip(samples, logprobs, strict=True)]
+        pairs = zip(samples, logprobs, strict=True)
+        rows = [(self._key(s), np.asarray(values, np.float32).tobytes()) for s, values in pairs]
         with self._explained(), self._database:
-            self._database.executemany("INSERT OR REPLACE INTO logprobs VALUES (?, ?)", rows)
+            self._database.executemany(f"INSERT OR REPLACE INTO {_TABLE} VALUES (?, ?)", rows)

@@ -4,9 +4,8 @@ import json
 import math
 import time
 import traceback
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from megatron_rasft.rollout.store import RolloutStore
 from megatron_rasft.training.checkpoints import architecture_of
 from megatron_rasft.training.fp8_scales import has_delayed_scales
 from megatron_rasft.training.heldout import Heldout
-from megatron_rasft.training.host import StepResult, Trainer, writers
+from megatron_rasft.training.host import PreparedBatch, StepResult, Trainer, writers
 from megatron_rasft.training.outputs import (
     AppendedFile,
     metrics_file,
@@ -32,10 +31,10 @@ from megatron_rasft.training.outputs import (
 from megatron_rasft.training.problems import Problems
 from megatron_rasft.training.ranks import on_rank_zero
 from megatron_rasft.training.reference import LogprobCache
+from megatron_rasft.training.samples import Array, BatchQueue, SampleArrays
 from megatron_rasft.training.servers import RolloutServers, read_keys
 from megatron_rasft.training.stopping import Stopped
-from megatron_rasft.training.window import Batch, Planner, WindowReport
-from megatron_rasft.types import TrainingSample
+from megatron_rasft.training.window import Planner, WindowReport
 from megatron_rasft.verify.pool import VerifierPool
 from megatron_rasft.weights.folder import HfFolder
 from megatron_rasft.weights.model_card import run_facts
@@ -100,7 +99,10 @@ class Run:
             if heldout is not None
             else None
         )
-        self.queue: deque[Batch] = deque()
+        self.queue = BatchQueue()
+        """Batches to be trained, with the one that is prepared."""
+        self._prepared: PreparedBatch | None = None
+        """The first batch of the queue, once the step before it has begun."""
         self._last_refresh: dict[str, float] = {}
         self._verdicts: Counter[str] = Counter()
         self._saved_step = 0
@@ -149,12 +151,12 @@ class Run:
 
     def begin(self) -> None:
         """Go on from a checkpoint if there is one, write the resolved configuration, and say what will be done."""
-        state = self.trainer.resume()
-        if state is not None:
+        resumed = self.trainer.resume()
+        state = None
+        if resumed is not None:
+            state, arrays = resumed
             on_rank_zero(lambda: self._check_reference(state))
-            self.queue = deque(
-                Batch(b["num_problems"], [TrainingSample(**s) for s in b["samples"]]) for b in state["queue"]
-            )
+            self.queue = BatchQueue(state["queue"], SampleArrays(**arrays) if arrays else None)
             self._last_refresh = state["last_refresh"]
             self._verdicts = Counter(state["verdicts"])
             self.planner.load_state_dict(state["planner"])
@@ -231,8 +233,7 @@ class Run:
         if self.queue:
             return
         began = time.monotonic()
-        batches, report = self.planner.next_window(self.trainer.iteration)
-        self.queue.extend(batches)
+        self.queue, report = self.planner.next_window(self.trainer.iteration)
         self._last_refresh = _window_values(report)
         self._verdicts += report.verdicts
         line = _window_line(report, time.monotonic() - began)
@@ -240,23 +241,25 @@ class Run:
 
     def train_step(self) -> None:
         """One step on the next batch, and its line."""
-        batch = self.queue.popleft()
         began = time.monotonic()
-        result = self.trainer.step(batch.samples, batch.num_problems)
-        values = self._step_values(result, batch, time.monotonic() - began)
+        prepared = self._prepared or self.trainer.prepare(self.queue.batch(0))
+        self._prepared = self.trainer.prepare(self.queue.batch(1)) if len(self.queue) > 1 else None
+        result = self.trainer.train(prepared)
+        self.queue.popleft()
+        values = self._step_values(result, time.monotonic() - began)
         self._record(lambda: self.progress.step(self.trainer.iteration, values))
         if result.is_skipped:
-            self.progress.say(f"step {self.trainer.iteration} changed no weight: {_why_skipped(batch)}")
+            self.progress.say(f"step {self.trainer.iteration} changed no weight: {_why_skipped(result)}")
         elif not math.isfinite(result.grad_norm):
             self.progress.say(f"step {self.trainer.iteration} trained on a gradient that is not finite")
         if self.is_lead:
             self._mark_files()
 
-    def _step_values(self, result: StepResult, batch: Batch, seconds: float) -> dict[str, float]:
+    def _step_values(self, result: StepResult, seconds: float) -> dict[str, float]:
         values = {f"objective/{name}": value for name, value in result.metrics.items()}
         values[metrics.GRAD_NORM] = result.grad_norm
         values[metrics.LEARNING_RATE] = result.learning_rate
-        values[metrics.NUM_SAMPLES] = len(batch.samples)
+        values[metrics.NUM_SAMPLES] = result.batch.num_samples
         values[metrics.NUM_TOKENS] = result.num_tokens
         values[metrics.QUEUE] = len(self.queue)
         values[metrics.STEP_S] = seconds
@@ -272,9 +275,8 @@ class Run:
         if metrics.SOLVE_RATE in self._last_refresh:
             values[metrics.SOLVE_RATE] = self._last_refresh[metrics.SOLVE_RATE]
         for kind, name in (("expert", metrics.EXPERT_WEIGHT), ("rollout", metrics.ROLLOUT_WEIGHT)):
-            weights = [s.weight for s in batch.samples if s.kind == kind]
-            if weights:
-                values[name] = sum(weights) / len(weights)
+            if kind in result.batch.mean_weights:
+                values[name] = result.batch.mean_weights[kind]
         return values
 
     def save_if_due(self) -> None:
@@ -320,17 +322,18 @@ class Run:
             outcome = f"after step {step}; saved, the same command goes on from here"
         self.progress.say(f"stopped by {reason} {outcome}")
 
-    def _state(self) -> dict[str, Any]:
-        """Rank 0 only."""
-        return {
+    def _state(self) -> tuple[dict[str, Any], dict[str, Array]]:
+        """What JSON holds, and the queue's samples; rank 0 only."""
+        state = {
             "planner": self.planner.state_dict(),
             "initial_weights": self._initial_weights,
             "files": self._marks,
-            "queue": [plain(batch) for batch in self.queue],
+            "queue": self.queue.sizes,
             "last_refresh": self._last_refresh,
             "verdicts": self._verdicts,
             "architecture": architecture_of(self.args),
         }
+        return state, self.queue.arrays()
 
     def _resolved(self) -> dict[str, Any]:
         """Every flag's value."""
@@ -353,15 +356,8 @@ class Run:
             self.progress.say(f"rollouts: {counts}")
 
 
-def plain(batch: Batch) -> dict[str, Any]:
-    """As dataclasses.asdict, which would copy every token."""
-    names = [field.name for field in fields(TrainingSample)]
-    samples = [{name: getattr(sample, name) for name in names} for sample in batch.samples]
-    return {"num_problems": batch.num_problems, "samples": samples}
-
-
-def _why_skipped(batch: Batch) -> str:
-    if not batch.samples:
+def _why_skipped(result: StepResult) -> str:
+    if not result.batch.num_samples:
         return "none of its problems has anything to train on"
     return "its gradient is above --grad-norm-skip-threshold, or has no finite norm"
 

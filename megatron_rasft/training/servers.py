@@ -33,8 +33,8 @@ _PROBE_MARGIN = 8
 class SyncedModel(Protocol):
     """The trainer, as far as its servers need it; every method is a collective of the world."""
 
-    def score(self, samples: Sequence[TrainingSample], *, with_reference: bool) -> list[list[float]]:
-        """On rank 0 per sample the log-probabilities of its response; [] on the others."""
+    def score(self, samples: Sequence[TrainingSample], *, with_reference: bool) -> Sequence[Sequence[float]]:
+        """On rank 0 per sample the log-probabilities of its response; [] on the others, whose samples are not read."""
 
     def weight_sync(self, connect: Callable[[str], ServerControl]) -> WeightSync:
         """What takes this model's weights to servers."""
@@ -92,7 +92,7 @@ class RolloutServers:
 
         Args:
             weight_version: optimizer steps done.
-            probes: the same on every rank; servers and trainer must agree on what they think of these.
+            probes: on rank 0; servers and trainer must agree on their log-probabilities.
             stop: asked while no server answers.
 
         Returns:
@@ -251,7 +251,7 @@ def logprob_gap(
             return error.reason
         except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
             return f"answers a probe with something else than log-probabilities ({error!r})"
-        if ids != response_ids:
+        if ids != list(response_ids):
             return "answers a probe with log-probabilities of other tokens"
         total += sum(abs(a - b) for a, b in zip(theirs, ours, strict=True))
         count += len(ours)

@@ -1,8 +1,7 @@
 """A refresh: which problems come next, what the policy makes of them, and the batches that follow.
 
 ``Planner.next_window`` is a collective of the whole world. Rank 0 decides (curriculum, verification, weights
-are plain Python) and keeps what was sampled; every rank takes part in scoring and sampling; the finished
-batches, token ids and log-probabilities included, are broadcast.
+are plain Python) and keeps the rollouts and the finished batches; every rank takes part in scoring and sampling.
 """
 
 import hashlib
@@ -19,6 +18,7 @@ from megatron_rasft.rollout.replay import ReplayEngine
 from megatron_rasft.rollout.store import RolloutStore
 from megatron_rasft.training.ranks import kept_by_rank_zero, on_rank_zero
 from megatron_rasft.training.reference import LogprobCache
+from megatron_rasft.training.samples import BatchQueue, SampleArrays
 from megatron_rasft.training.servers import RolloutServers
 from megatron_rasft.training.stopping import StopRequest
 from megatron_rasft.types import (
@@ -42,19 +42,11 @@ class Policy(Protocol):
 
     stop: StopRequest
 
-    def score(self, samples: Sequence[TrainingSample], *, with_reference: bool) -> list[list[float]]:
-        """On rank 0 per sample the log-probabilities of its response; [] on the others."""
+    def score(self, samples: Sequence[TrainingSample], *, with_reference: bool) -> Sequence[Sequence[float]]:
+        """On rank 0 per sample the log-probabilities of its response; [] on the others, whose samples are not read."""
 
     def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[list[Response]]:
         """On rank 0 per request its responses; [] on the others."""
-
-
-@dataclass
-class Batch:
-    """One step's problems: samples may be fewer, or more, than problems."""
-
-    num_problems: int
-    samples: list[TrainingSample]
 
 
 @dataclass
@@ -215,8 +207,8 @@ class Planner:
         assert self._cache_on_rank_zero is not None, "only rank 0 has the cache, if there is a reference"
         return self._cache_on_rank_zero
 
-    def next_window(self, iteration: int) -> tuple[list[Batch], WindowReport]:
-        """The batches of the next refresh interval, the same on every rank.
+    def next_window(self, iteration: int) -> tuple[BatchQueue, WindowReport]:
+        """The batches of the next refresh interval.
 
         Args:
             iteration: optimizer steps done, which is the version of the weights.
@@ -232,18 +224,21 @@ class Planner:
         ids = plan.ids
         report.num_problems = len(ids)
         groups = self._sample(plan, iteration, report)
-        samples: dict[str, list[TrainingSample]] = on_rank_zero(lambda: self._weigh(ids, groups, report))
-        flat = [s for problem in ids for s in samples[problem]]
+        samples: dict[str, list[TrainingSample]] = kept_by_rank_zero(
+            lambda: self._weigh(ids, groups, report), {}
+        )
+        flat = [s for group in samples.values() for s in group]
         self._attach_logprobs(flat, iteration, report)
+        sizes: list[tuple[int, int]] = on_rank_zero(lambda: self._sizes(ids, samples))
         report = on_rank_zero(lambda: report)
+        arrays = kept_by_rank_zero(lambda: SampleArrays.of(flat), None)
         self._before = None
-        batches = []
-        for start in range(0, len(ids), self.batch_size):
-            part = ids[start : start + self.batch_size]
-            batches.append(
-                Batch(num_problems=len(part), samples=[s for problem in part for s in samples[problem]])
-            )
-        return batches, report
+        return BatchQueue(sizes, arrays), report
+
+    def _sizes(self, ids: list[str], samples: dict[str, list[TrainingSample]]) -> list[tuple[int, int]]:
+        """Problems and samples of each step's batch."""
+        parts = [ids[start : start + self.batch_size] for start in range(0, len(ids), self.batch_size)]
+        return [(len(part), sum(len(samples[i]) for i in part)) for part in parts]
 
     def _plan(self, iteration: int, report: WindowReport) -> Plan:
         """What comes in the window that begins after ``iteration`` steps."""
@@ -265,9 +260,9 @@ class Planner:
 
     def _difficulties(self, ids: Sequence[str]) -> dict[str, float]:
         """Mean cross-entropy of each demonstration under the policy of the moment, nats per token; rank 0 only."""
-        samples = on_rank_zero(lambda: [self._expert(i) for i in ids])
+        samples: list[TrainingSample] = kept_by_rank_zero(lambda: [self._expert(i) for i in ids], [])
         logprobs = self.policy.score(samples, with_reference=False)
-        scored = zip(samples, logprobs, strict=False)  # the other ranks are given none
+        scored = zip(samples, logprobs, strict=True)
         return {s.problem_id: -sum(v) / max(1, len(v)) for s, v in scored}
 
     def _choose(self, ids: list[str], iteration: int, report: WindowReport) -> list[str]:
@@ -340,7 +335,9 @@ class Planner:
 
     def _set_to_work(self, plan: Plan, iteration: int, servers: RolloutServers, report: WindowReport) -> None:
         """Bring the servers the weights of now, and have them sample a plan."""
-        probes: list[TrainingSample] = on_rank_zero(lambda: [self._expert(i) for i in plan.ids[:_NUM_PROBES]])
+        probes: list[TrainingSample] = kept_by_rank_zero(
+            lambda: [self._expert(i) for i in plan.ids[:_NUM_PROBES]], []
+        )
         report.served |= servers.sync(iteration, probes, self.policy.stop)
 
         def start() -> None:
@@ -355,7 +352,7 @@ class Planner:
         seeds = [
             sample_seed(seed, problem_id, iteration, index) for index in range(self._sampling.num_samples)
         ]
-        return Request(prompt_ids=self._by_id[problem_id].prompt_ids, seeds=seeds)
+        return Request(prompt_ids=list(self._by_id[problem_id].prompt_ids), seeds=seeds)
 
     def _grouped(
         self,
@@ -431,37 +428,31 @@ class Planner:
         return samples
 
     def _attach_logprobs(self, samples: list[TrainingSample], iteration: int, report: WindowReport) -> None:
-        """Set the log-probabilities the objective needs, on every rank."""
+        """Set the log-probabilities the objective needs; rank 0 has the samples."""
         objective = self.config.objective
         began = time.monotonic()
         if objective.needs_reference_logprobs():
-            if unknown := self._unknown(samples):
+            unknown: list[TrainingSample] = kept_by_rank_zero(lambda: self.cache.fill(samples), [])
+            if on_rank_zero(lambda: len(unknown)):
                 # Before the first update the policy is the reference: no weights to swap.
                 logprobs = self.policy.score(unknown, with_reference=iteration > 0)
-                on_rank_zero(lambda: self.cache.add(unknown, logprobs))
-            known = on_rank_zero(lambda: self._looked_up(samples))
-            for sample, values in zip(samples, known, strict=True):
-                sample.ref_logprobs = values
-        if objective.needs_old_logprobs() and samples:
-            mine = self.policy.score(samples, with_reference=False)
-            old: list[list[float]] = on_rank_zero(lambda: mine)
+                on_rank_zero(lambda: self._remember(unknown, logprobs, samples))
+        if objective.needs_old_logprobs() and on_rank_zero(lambda: len(samples)):
+            old = self.policy.score(samples, with_reference=False)
             for sample, values in zip(samples, old, strict=True):
                 sample.old_logprobs = values
         report.reference_s = time.monotonic() - began
 
-    def _unknown(self, samples: list[TrainingSample]) -> list[TrainingSample]:
-        """Those whose log-probabilities the cache has not, each content once; the same on every rank."""
-
-        def look() -> list[int]:
-            unknown = {id(s) for s in self.cache.fill(samples)}
-            return [i for i, sample in enumerate(samples) if id(sample) in unknown]
-
-        return [samples[i] for i in on_rank_zero(look)]
-
-    def _looked_up(self, samples: list[TrainingSample]) -> list[list[float] | None]:
+    def _remember(
+        self,
+        unknown: list[TrainingSample],
+        logprobs: Sequence[Sequence[float]],
+        samples: list[TrainingSample],
+    ) -> None:
+        """Fill the cache, and from it every sample: several may have the content of one that was scored."""
+        self.cache.add(unknown, logprobs)
         left = self.cache.fill(samples)
         assert not left, f"{len(left)} samples have no reference log-probabilities"
-        return [s.ref_logprobs for s in samples]
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values that a resumed run goes on from; rank 0 only."""

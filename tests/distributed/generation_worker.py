@@ -21,8 +21,9 @@ cpu_backend.enable()
 cpu_backend.use_cpu_fused_adam()
 
 from megatron_rasft.config import ObjectiveConfig, RasftConfig, RolloutConfig  # noqa: E402
-from megatron_rasft.training.ranks import gather_to_all, on_rank_zero  # noqa: E402
+from megatron_rasft.training.ranks import gather_to_all  # noqa: E402
 from megatron_rasft.training.reference import LogprobCache  # noqa: E402
+from megatron_rasft.training.samples import SampleArrays  # noqa: E402
 from megatron_rasft.training.stopping import Stopped, StopRequest  # noqa: E402
 from megatron_rasft.training.window import Planner  # noqa: E402
 from megatron_rasft.types import (  # noqa: E402
@@ -121,7 +122,7 @@ def sample(flags: list[str], root: Path) -> dict[str, Any]:
                 [(r.token_ids, r.logprobs, r.finish_reason == "stop") for r in group] for group in groups
             ]
         stop, run.stop = run.stop, StopRequest(lambda: dist.get_rank() == dist.get_world_size() - 1)
-        given: list[TrainingSample] = on_rank_zero(lambda: samples_of(result["plain"]))
+        given = samples_of(result["plain"])
         result["stopped"] = [
             is_stopped(lambda: run.generate(requests(2), MODES["plain"])),
             is_stopped(lambda: run.score(given, with_reference=False)),
@@ -129,7 +130,7 @@ def sample(flags: list[str], root: Path) -> dict[str, Any]:
         run.stop = stop
         after = training_state(run.chunks)
         assert before == after, [name for name in before if before[name] != after.get(name)]
-        result["scores"] = run.score(given, with_reference=False)
+        result["scores"] = [v.tolist() for v in run.score(given, with_reference=False)]
         result["window"] = window(run)
         result["step"] = run.step(batches("dft")[0], 9).metrics["loss"]
     with trainer(root / "llama", root / "none.jsonl", flags) as run:
@@ -145,8 +146,8 @@ class ParityVerifier:
             rollout.verdict = "wrong" if sum(rollout.response_ids) % 2 else "correct"
 
 
-def window(run: Any) -> list[tuple[list[int], float, list[float] | None, list[float] | None]]:
-    """The samples of a grpo refresh, which every rank has; what was sampled stays on rank 0."""
+def window(run: Any) -> list[tuple[list[int], float, list[float], list[float]]]:
+    """The samples of a grpo refresh on rank 0; neither rollouts nor samples go to the other ranks."""
     rooms: dict[str, Any] = {name: kind() for name, kind in RasftConfig.rooms().items()}
     rooms["objective"] = ObjectiveConfig(objective="grpo")
     rooms["rollout"] = RolloutConfig(rollout_num_samples=NUM_SAMPLES, rollout_max_new_tokens=NEW_TOKENS)
@@ -180,14 +181,26 @@ def window(run: Any) -> list[tuple[list[int], float, list[float] | None, list[fl
 
     dist.broadcast_object_list = listen
     try:
-        (batch,), report = planner.next_window(0)
+        queue, report = planner.next_window(0)
     finally:
         dist.broadcast_object_list = broadcast
     assert report.num_rollouts == len(PROMPTS) * NUM_SAMPLES
-    assert not any(Rollout.__name__.encode() in message for message in heard)
-    mine, *others = gather_to_all(batch.samples)
-    assert all(other == mine for other in others)
-    return [(s.response_ids, s.weight, s.ref_logprobs, s.old_logprobs) for s in mine]
+    names = (Rollout.__name__, TrainingSample.__name__, SampleArrays.__name__)
+    assert not any(name.encode() in message for message in heard for name in names)
+    assert gather_to_all(queue.sizes) == [queue.sizes] * dist.get_world_size()
+    batch = queue.batch(0)
+    if not is_lead:
+        assert batch is None
+        return []
+    samples = [batch.samples.slice(i, i + 1) for i in range(len(batch.samples))]
+    return [
+        (
+            s.tokens[int(s.prompt_lengths[0]) :].tolist(),
+            float(s.weights[0]),
+            *([] if values is None else values.tolist() for values in (s.ref_logprobs, s.old_logprobs)),
+        )
+        for s in samples
+    ]
 
 
 def is_stopped(work: Callable[[], Any]) -> bool:

@@ -69,7 +69,7 @@ def train(case: Case, root: Path) -> dict:
             result["metrics"].append(step.metrics)
             if index in (0, NUM_STEPS - 1):
                 result["weights"].append(exported(run, root / f"export{case.world_size}"))
-        result["scores"] = run.score(batches(case.objective)[0], with_reference=False)
+        result["scores"] = [v.tolist() for v in run.score(batches(case.objective)[0], with_reference=False)]
     return result
 
 

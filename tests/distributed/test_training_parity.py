@@ -133,7 +133,7 @@ def sequence_loss(
     sample: TrainingSample,
 ) -> torch.Tensor:
     """Sum over the response tokens, straight from method.md's formulas."""
-    ids = torch.tensor([sample.prompt_ids + sample.response_ids])
+    ids = torch.tensor([[*sample.prompt_ids, *sample.response_ids]])
     start = len(sample.prompt_ids)
     full = torch.log_softmax(model(ids).logits[0, start - 1 : -1], -1)
     logprobs = full[torch.arange(len(sample.response_ids)), ids[0, start:]]

@@ -1,5 +1,6 @@
 """Every token, label, mask and log-probability lands where a slow construction puts it."""
 
+import pickle
 import random
 from itertools import pairwise
 from typing import Any
@@ -7,18 +8,17 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_rasft.training import batches
 from megatron_rasft.training.attention import zigzag_positions
-from megatron_rasft.training.batches import (
-    WIDTH_SLACK,
-    BatchLayout,
-    MicroBatch,
-    micro_batches,
-    response_values,
-)
+from megatron_rasft.training.batches import WIDTH_SLACK, BatchLayout, MicroBatch, cut, response_values, shares
+from megatron_rasft.training.samples import Batch, SampleArrays
 from megatron_rasft.types import TrainingSample
 
-CPU = torch.device("cpu")
+
+def micro_batches(samples: list[TrainingSample], layout: BatchLayout) -> list[MicroBatch]:
+    """What one rank trains of a batch, after rank 0 made its replica's share."""
+    batch = Batch(num_problems=len(samples), samples=SampleArrays.of(samples))
+    share = pickle.loads(pickle.dumps(shares(batch, layout)[layout.dp_rank]))
+    return [made.to(torch.device("cpu")) for made in cut(share, layout)]
 
 
 def some_samples(num: int, has_logprobs: bool = True) -> list[TrainingSample]:
@@ -109,7 +109,6 @@ def test_every_value_lands_in_its_place(
                     token_multiple=multiple,
                     micro_batch_multiple=bins,
                 ),
-                CPU,
             )
             for cp_rank in range(cp_size)
         ]
@@ -136,18 +135,16 @@ def test_every_value_lands_in_its_place(
     ],
 )
 def test_a_thousand_steps_have_few_widths_and_little_padding(
-    changes: dict[str, Any], num_widths: int, monkeypatch: pytest.MonkeyPatch
+    changes: dict[str, Any], num_widths: int
 ) -> None:
-    monkeypatch.setattr(batches, "_build", lambda samples, lengths, bin_, shape, layout, device: shape)
     draw = random.Random(0)
     plain, coarse = set(), set()
     for _ in range(1000):
         samples = [a_sample(int(4096 * draw.random() ** 3) + 2) for _ in range(32)]
-        (rows, exact), *_ = micro_batches(
-            samples, a_layout(seq_length=4096, token_multiple=8, **changes), CPU
-        )  # type: ignore[misc]
+        batch = Batch(num_problems=32, samples=SampleArrays.of(samples))
+        rows, exact = shares(batch, a_layout(seq_length=4096, token_multiple=8, **changes))[0].shape
         layout = a_layout(seq_length=4096, token_multiple=8, width_slack=WIDTH_SLACK, **changes)
-        (_, width), *_ = micro_batches(samples, layout, CPU)  # type: ignore[misc]
+        _, width = shares(batch, layout)[0].shape
         assert (
             exact <= width <= min(1.03 * exact, 4096) and width % 8 == 0 and rows == layout.micro_batch_size
         )
@@ -165,8 +162,8 @@ def a_sample(num_tokens: int) -> TrainingSample:
 @pytest.mark.parametrize("is_packed", [True, False])
 def test_a_coarser_width_adds_padding_and_nothing_else(is_packed: bool) -> None:
     samples = some_samples(13)
-    exact = micro_batches(samples, a_layout(is_packed=is_packed), CPU)
-    coarse = micro_batches(samples, a_layout(is_packed=is_packed, width_slack=0.9), CPU)
+    exact = micro_batches(samples, a_layout(is_packed=is_packed))
+    coarse = micro_batches(samples, a_layout(is_packed=is_packed, width_slack=0.9))
     assert coarse[0].tokens.shape[1] > exact[0].tokens.shape[1]
     for before, after in zip(exact, coarse, strict=True):
         check_micro_batch([after], samples, is_packed)
@@ -188,7 +185,7 @@ def check_micro_batch(shards: list[MicroBatch], samples: list[TrainingSample], i
     for place, index in enumerate(batch.sample_indices):
         sample = samples[index]
         start = start if is_packed else place * width
-        ids = sample.prompt_ids + sample.response_ids
+        ids = [*sample.prompt_ids, *sample.response_ids]
         assert sample.ref_logprobs is not None and sample.old_logprobs is not None
         for t, token in enumerate(ids):
             at = start + t
@@ -214,12 +211,12 @@ def check_micro_batch(shards: list[MicroBatch], samples: list[TrainingSample], i
 
 
 def test_logprobs_that_a_sample_lacks_are_none() -> None:
-    for batch in micro_batches(some_samples(4, has_logprobs=False), a_layout(), CPU):
+    for batch in micro_batches(some_samples(4, has_logprobs=False), a_layout()):
         assert batch.ref_logprobs is None and batch.old_logprobs is None
 
 
 def test_an_idle_replica_has_zeros() -> None:
-    (batch,) = micro_batches(some_samples(1), a_layout(dp_rank=1, dp_size=2), CPU)
+    (batch,) = micro_batches(some_samples(1), a_layout(dp_rank=1, dp_size=2))
     assert batch.sample_indices == [] and batch.num_segments == 1
     assert batch.ref_logprobs is not None and batch.old_logprobs is not None
     assert float(batch.loss_mask.sum()) == 0
@@ -236,8 +233,8 @@ class Group:
 @pytest.mark.parametrize("is_packed", [True, False])
 def test_response_values_undo_the_batch(is_packed: bool) -> None:
     samples = some_samples(9)
-    found: dict[int, list[float]] = {}
-    for batch in micro_batches(samples, a_layout(is_packed=is_packed), CPU):
+    found: dict[int, Any] = {}
+    for batch in micro_batches(samples, a_layout(is_packed=is_packed)):
         assert batch.ref_logprobs is not None
         found.update(response_values(batch.ref_logprobs, batch, Group(1)))  # type: ignore[arg-type]
     assert found == {i: pytest.approx(s.ref_logprobs, abs=1e-6) for i, s in enumerate(samples)}
@@ -249,10 +246,9 @@ def test_response_values_undo_the_context_parallel_cut(
 ) -> None:
     samples, size = some_samples(9), 2
     ranks = [
-        micro_batches(samples, a_layout(is_packed=is_packed, cp_rank=r, cp_size=size), CPU)
-        for r in range(size)
+        micro_batches(samples, a_layout(is_packed=is_packed, cp_rank=r, cp_size=size)) for r in range(size)
     ]
-    found: dict[int, list[float]] = {}
+    found: dict[int, Any] = {}
     for shards in zip(*ranks, strict=True):
 
         def all_gather(parts: list, mine: torch.Tensor, group: Any, shards: Any = shards) -> None:

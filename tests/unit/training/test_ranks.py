@@ -4,10 +4,14 @@ import math
 import os
 import time
 from array import array
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
@@ -15,10 +19,19 @@ from megatron_rasft.errors import FailedElsewhere
 from megatron_rasft.training.ranks import (
     gather_to_all,
     gather_to_rank_zero,
+    hand_out,
     kept_by_rank_zero,
     on_rank_zero,
     speaks_for_node,
 )
+from tests.forking import ENVIRONMENT, ON_CPU
+
+
+def start(rank: Callable[[int, str], None], folder: Path, num: int) -> None:
+    """Run ``rank`` in processes that need not import torch; one that fails raises here."""
+    os.environ.update(ENVIRONMENT)
+    with ON_CPU.forks():
+        mp.start_processes(rank, args=(str(folder),), nprocs=num, start_method="forkserver")
 
 
 def test_a_single_process_just_works() -> None:
@@ -26,6 +39,7 @@ def test_a_single_process_just_works() -> None:
     assert gather_to_all("x") == ["x"]
     assert gather_to_rank_zero("x") == ["x"] and gather_to_rank_zero(None) == []
     assert kept_by_rank_zero(lambda: 5, 0) == 5
+    assert hand_out(lambda: ["mine"], [[0]]) == "mine"
     with pytest.raises(KeyError):
         on_rank_zero(lambda: {}["missing"])
 
@@ -74,12 +88,12 @@ def _late_rank(rank: int, folder: str) -> None:
 
 
 def test_a_rank_may_take_longer_than_a_collective_of_the_others(tmp_path: Path) -> None:
-    mp.spawn(_late_rank, args=(str(tmp_path),), nprocs=2)
+    start(_late_rank, tmp_path, 2)
     assert (tmp_path / "done0").exists() and (tmp_path / "done1").exists()
 
 
 def test_two_ranks_share_results_and_failures(tmp_path: Path) -> None:
-    mp.spawn(_rank, args=(str(tmp_path),), nprocs=2)
+    start(_rank, tmp_path, 2)
     assert (tmp_path / "done0").exists() and (tmp_path / "done1").exists()
 
 
@@ -99,7 +113,66 @@ def _rank_that_fails(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+REPLICAS = [
+    [[0], [1], [2], [3], [4]],
+    [[0, 1, 2, 3, 4]],
+    [[0, 2], [1, 3], [4]],
+    [[0], [1, 2, 3, 4]],
+]
+
+
+def _rank_of_a_replica(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=5)
+    for number, replicas in enumerate(REPLICAS):
+        calls: list[int] = []
+
+        def work(number: int = number, replicas: list = replicas, calls: list = calls) -> list:
+            calls.append(rank)
+            return [(number, i, np.full(1000 * i, i, np.int32)) for i in range(len(replicas))]
+
+        found = hand_out(work, replicas)
+        mine = next(i for i, ranks in enumerate(replicas) if rank in ranks)
+        assert found[:2] == (number, mine) and found[2].tolist() == [mine] * 1000 * mine
+        assert calls == ([0] if rank == 0 else [])
+
+    def fail() -> list[int]:
+        raise ValueError("no batch")
+
+    with pytest.raises(ValueError if rank == 0 else FailedElsewhere, match="no batch"):
+        hand_out(fail, REPLICAS[0])
+    assert hand_out(lambda: [0, 10, 20, 30, 40], REPLICAS[0]) == 10 * rank, "the group still works"
+    Path(folder, f"done{rank}").touch()
+    dist.destroy_process_group()
+
+
+def test_each_replica_is_handed_its_own_value(tmp_path: Path) -> None:
+    start(_rank_of_a_replica, tmp_path, 5)
+    assert all((tmp_path / f"done{rank}").exists() for rank in range(5))
+
+
+def _rank_that_listens(rank: int, folder: str) -> None:
+    """Counts the bytes this rank sends while 8 MB go to another replica."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=3)
+    on_rank_zero(lambda: None)  # makes the group
+    sent: list[int] = []
+    for name in ("send", "isend"):
+        plain = getattr(dist, name)
+
+        def counted(tensor: torch.Tensor, *args: Any, plain: Any = plain, **options: Any) -> Any:
+            sent.append(tensor.numel())
+            return plain(tensor, *args, **options)
+
+        setattr(dist, name, counted)
+    hand_out(lambda: [bytes(100), bytes(8_000_000)], [[0], [1, 2]])
+    assert [num for num in sent if num > 1000] == ([] if rank == 2 else [pytest.approx(8_000_000, abs=100)])
+    dist.destroy_process_group()
+
+
+def test_rank_zero_sends_a_replica_one_copy_and_itself_none(tmp_path: Path) -> None:
+    start(_rank_that_listens, tmp_path, 3)
+
+
 def test_an_error_is_said_once_a_node_and_one_of_a_single_rank_by_that(tmp_path: Path) -> None:
-    mp.spawn(_rank_that_fails, args=(str(tmp_path),), nprocs=4)
+    start(_rank_that_fails, tmp_path, 4)
     said = [(tmp_path / f"said{rank}").read_text() for rank in range(4)]
     assert said == ["True", "False", "(True, True)", "(False, False, True)"]

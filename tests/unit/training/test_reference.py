@@ -5,6 +5,7 @@ import math
 import sqlite3
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -22,7 +23,7 @@ def a_sample(prompt: list[int], response: list[int], weight: float = 1.0) -> Tra
 
 
 def test_cache_returns_exact_values_also_after_reopening(tmp_path: Path) -> None:
-    values = [-math.pi, -1e-300, -0.1, -0.0, -math.inf]
+    values = [float(np.float32(v)) for v in (-math.pi, -1e-40, -0.1, -0.0, -math.inf)]
     cache = LogprobCache(tmp_path / "deep" / "cache.sqlite", "model")
     sample = a_sample([1, 2], [3, 4, 5, 6, 7])
     assert cache.fill([sample]) == [sample]
@@ -46,6 +47,25 @@ def test_cache_tells_contents_and_models_apart(tmp_path: Path) -> None:
     assert cache.fill([same]) == []
 
 
+def test_values_of_the_former_table_are_not_read(tmp_path: Path) -> None:
+    """It held fp64: read as fp32 they would be other numbers, and twice as many."""
+    path = tmp_path / "cache.sqlite"
+    with contextlib.closing(sqlite3.connect(path)) as former, former:
+        former.execute("CREATE TABLE logprobs (key BLOB PRIMARY KEY, value BLOB)")
+    sample = a_sample([1, 2], [3])
+    cache = LogprobCache(path, "model")
+    with contextlib.closing(sqlite3.connect(path)) as former, former:
+        former.execute("INSERT INTO logprobs VALUES (?, ?)", (cache._key(sample), bytes(8)))
+    assert cache.fill([sample]) == [sample]
+
+
+def test_cache_takes_views_of_arrays_for_the_lists_they_equal() -> None:
+    cache = LogprobCache(None, "model")
+    cache.add([a_sample([1, 2], [3])], [[-0.5]])
+    ids = memoryview(np.array([1, 2, 3], np.int32))
+    assert cache.fill([a_sample(ids[:2], ids[2:])]) == []  # type: ignore[arg-type]
+
+
 def test_cache_asks_for_each_content_once() -> None:
     cache = LogprobCache(None, "model")
     twins = [a_sample([1], [2]), a_sample([1], [2]), a_sample([1], [3])]
@@ -53,7 +73,7 @@ def test_cache_asks_for_each_content_once() -> None:
     assert [s.response_ids for s in asked] == [[2], [3]]
     cache.add(asked, [[-0.5], [-0.25]])
     assert cache.fill(twins) == []
-    assert [s.ref_logprobs for s in twins] == [[-0.5], [-0.5], [-0.25]]
+    assert [list(s.ref_logprobs or ()) for s in twins] == [[-0.5], [-0.5], [-0.25]]
 
 
 def test_cache_that_is_no_database_is_named_with_its_flag(tmp_path: Path) -> None:

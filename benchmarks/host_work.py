@@ -1,0 +1,220 @@
+"""What rank 0 and the other ranks spend on a refresh's samples, in CPU seconds and bytes, beside the former way.
+
+Usage:
+    python benchmarks/host_work.py
+    python benchmarks/host_work.py --num-samples 4000 --bars
+
+Needs two processes and no GPU. A refresh of a GRPO-like objective (two log-probabilities a response token) is turned into arrays,
+handed out batch by batch to two replicas over gloo, saved, and cut into micro-batches. The former way pickled samples made of
+Python lists for every rank and wrote them as JSON. CPU seconds are those of a whole process, gloo's threads included.
+"""
+
+import argparse
+import json
+import pickle
+import random
+import statistics
+import sys
+import tempfile
+import time
+import tracemalloc
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from megatron_rasft.training.batches import BatchLayout, cut, shares
+from megatron_rasft.training.checkpoints import write_state
+from megatron_rasft.training.ranks import hand_out, on_rank_zero
+from megatron_rasft.training.samples import Batch, BatchQueue, SampleArrays
+from megatron_rasft.types import TrainingSample
+
+BARS = {
+    "hand_out_s": 0.03,
+    "save_s": 0.1,
+    "rank_0_bytes_per_token": 12.0,
+    "other_rank_queue_bytes_per_token": 0.01,
+}
+"""Most CPU seconds per million tokens, and bytes per token; a queue's list of batch sizes is all that other ranks may hold."""
+
+NUM_BATCHES = 8
+REPEATS = 5
+"""Of which the median counts."""
+REPLICAS = [[0], [1]]
+
+
+def make_samples(num: int, mean_tokens: int) -> list[TrainingSample]:
+    """Half demonstrations, whose tokens lie in one array, half rollouts, whose tokens came as lists; a fifth is prompt."""
+    draw = random.Random(0)
+    samples = []
+    for index in range(num):
+        length = max(16, int(mean_tokens * draw.lognormvariate(-0.18, 0.6)))
+        ids = np.array([draw.randrange(150_000) for _ in range(length)], np.int32)
+        cut_at = length // 5
+        logprobs = memoryview(np.array([-draw.random() for _ in range(length - cut_at)], np.float32))
+        is_rollout = index % 2 == 1
+        samples.append(
+            TrainingSample(
+                problem_id=str(index),
+                kind="rollout" if is_rollout else "expert",
+                prompt_ids=memoryview(ids[:cut_at]),
+                response_ids=ids[cut_at:].tolist() if is_rollout else memoryview(ids[cut_at:]),
+                weight=1.0,
+                ref_logprobs=logprobs,
+                old_logprobs=logprobs,
+            )
+        )
+    return samples
+
+
+def as_lists(samples: list[TrainingSample]) -> list[TrainingSample]:
+    """The same in the form they had in the former way."""
+    names = ("prompt_ids", "response_ids", "ref_logprobs", "old_logprobs")
+    return [replace(s, **{name: list(getattr(s, name)) for name in names}) for s in samples]
+
+
+def cpu_seconds(work: Callable[[], Any]) -> tuple[float, Any]:
+    """CPU seconds of this process, and what ``work`` returned."""
+    began = time.process_time()
+    result = work()
+    return time.process_time() - began, result
+
+
+def held_bytes(make: Callable[[], Any]) -> int:
+    """Bytes that what ``make`` returns keeps."""
+    tracemalloc.start()
+    kept = make()
+    held = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    del kept
+    return held
+
+
+def layout_of(rank: int, seq_length: int) -> BatchLayout:
+    return BatchLayout(
+        micro_batch_size=1,
+        seq_length=seq_length,
+        is_packed=True,
+        dp_rank=rank,
+        dp_size=len(REPLICAS),
+        cp_rank=0,
+        cp_size=1,
+        token_multiple=8,
+    )
+
+
+def queue_of(samples: list[TrainingSample]) -> BatchQueue:
+    size = -(-len(samples) // NUM_BATCHES)
+    sizes = [min(size, len(samples) - start) for start in range(0, len(samples), size)]
+    return BatchQueue([(num, num) for num in sizes], SampleArrays.of(samples))
+
+
+def measure(rank: int, folder: str, num: int, mean_tokens: int) -> None:
+    """One rank; rank 0 writes the figures."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    samples = make_samples(num, mean_tokens) if rank == 0 else []
+    lists = as_lists(samples)
+    layout = layout_of(rank, 8 * mean_tokens)
+    on_rank_zero(lambda: None)  # makes the group
+
+    def now() -> BatchQueue:
+        made = queue_of(samples) if rank == 0 else BatchQueue([(1, 1)] * NUM_BATCHES)
+        for place in range(NUM_BATCHES):
+            batch = made.batch(place)
+            hand_out(lambda batch=batch: shares(batch, layout), REPLICAS)  # type: ignore[misc]
+        return made
+
+    def formerly() -> Any:
+        return on_rank_zero(lambda: lists)
+
+    seconds: dict[str, float] = {}
+    dist.barrier()
+    for way, work in (("formerly", formerly), ("now", now)):
+        times = []
+        for _ in range(REPEATS):
+            dist.barrier()
+            taken, result = cpu_seconds(work)
+            times.append(taken)
+        seconds[way] = statistics.median(times)
+    queue: BatchQueue = result
+    every: list[Any] = [None, None]
+    dist.all_gather_object(every, seconds)
+    other_bytes = held_bytes(lambda: BatchQueue([(1, 1)] * NUM_BATCHES))
+    if rank == 0:
+        figures = rank_zero_figures(samples, lists, queue, layout, Path(folder))
+        tokens = sum(s.num_tokens for s in samples)
+        million = tokens / 1e6
+        figures["now"]["hand_out_s"] = max(s["now"] for s in every) / million
+        figures["formerly"]["hand_out_s"] = max(s["formerly"] for s in every) / million
+        figures["now"]["other_rank_queue_bytes_per_token"] = other_bytes / tokens
+        Path(folder, "figures.json").write_text(json.dumps({"tokens": tokens, **figures}))
+    dist.destroy_process_group()
+
+
+def rank_zero_figures(
+    samples: list[TrainingSample],
+    lists: list[TrainingSample],
+    queue: BatchQueue,
+    layout: BatchLayout,
+    folder: Path,
+) -> dict[str, dict[str, float]]:
+    """What only rank 0 does, or what every rank does alone."""
+    tokens = sum(s.num_tokens for s in samples)
+    million = tokens / 1e6
+    save_s, _ = cpu_seconds(lambda: write_state(folder / "saved", {"queue": queue.sizes}, queue.arrays()))
+    plain = [{name: getattr(s, name) for name in s.__slots__} for s in lists]
+    json_s, text = cpu_seconds(lambda: json.dumps(plain))
+    batch = Batch(num_problems=len(samples), samples=SampleArrays.of(samples))
+    (share, _) = shares(batch, layout)
+    cut_s, _ = cpu_seconds(lambda: cut(share, layout))
+    cut_tokens = int(share.samples.lengths.sum())
+    return {
+        "now": {
+            "save_s": save_s / million,
+            "saved_bytes_per_token": sum(p.stat().st_size for p in (folder / "saved").iterdir()) / tokens,
+            "rank_0_bytes_per_token": held_bytes(lambda: queue_of(samples)) / tokens,
+            "cut_s": cut_s / cut_tokens * 1e6,
+        },
+        "formerly": {
+            "save_s": json_s / million,
+            "saved_bytes_per_token": len(text) / tokens,
+            "every_rank_bytes_per_token": held_bytes(lambda: pickle.loads(pickle.dumps(lists))) / tokens,
+        },
+    }
+
+
+def main() -> int:
+    """Measure in two processes and print one JSON line.
+
+    Returns:
+        1 with --bars if a figure is above its bar.
+    """
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--num-samples", type=int, default=1000, help="samples of the refresh")
+    parser.add_argument("--mean-tokens", type=int, default=1000, help="mean length of a sample")
+    parser.add_argument("--bars", action="store_true", help="end with 1 where a figure is above its bar")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(measure, args=(folder, options.num_samples, options.mean_tokens), nprocs=2)
+        figures = json.loads(Path(folder, "figures.json").read_text())
+    missed = {name: bar for name, bar in BARS.items() if figures["now"][name] > bar}
+    rounded = {
+        way: {name: float(f"{value:.3g}") for name, value in figures[way].items()}
+        for way in ("now", "formerly")
+    }
+    print(
+        json.dumps({"tokens": figures["tokens"], **rounded, "bars": BARS, "missed": list(missed)}, indent=1)
+    )
+    return 1 if options.bars and missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
