@@ -56,6 +56,10 @@ class DataConfig:
     """What happens if rows cannot be used (bad JSON, no answer, duplicate id, ...): refuse names them and
     stops the run, skip counts them by reason and trains without them. Every row left out is named in a file in --save."""
 
+    data_cache: str | None = None
+    """Folder that keeps tokenized rows, found again by the content of the data, the tokenizer and the flags: a restart
+    reads them instead of tokenizing for minutes. Several runs may share it. Unset: data_cache in --save. "" keeps none."""
+
     data_seed: int = 1234
     """Seed of the order in which problems are visited, >= 0."""
 

@@ -78,6 +78,7 @@ class Curriculum:
         self._solvability: dict[str, Solvability] = {}
         self._hard_pool: dict[str, None] = {}  # an ordered set: oldest member first
         self._order = self._shuffled(f"epoch {self._epoch}")
+        self._fingerprint = _fingerprint(self._problem_ids)
 
     @property
     def epoch(self) -> int:
@@ -215,7 +216,7 @@ class Curriculum:
         """Everything the future depends on besides the problems and the flags; made of JSON's types only."""
         return {
             "version": STATE_VERSION,
-            "problems": self._fingerprint(),
+            "problems": self._fingerprint,
             "seed": self._seed,
             "epoch": self._epoch,
             "cursor": self._cursor,
@@ -236,10 +237,10 @@ class Curriculum:
                 f"the checkpoint's curriculum has format {state.get('version')!r}, this version reads "
                 f"{STATE_VERSION}: resume with the version that wrote it."
             )
-        if state["problems"] != self._fingerprint():
+        if state["problems"] != self._fingerprint:
             raise CheckpointError(
                 f"the checkpoint was trained on other problems ({state['problems']}) than --train-data holds "
-                f"({self._fingerprint()}): resume with the same data, or start a new run from its weights."
+                f"({self._fingerprint}): resume with the same data, or start a new run from its weights."
             )
         self._seed = state["seed"]
         self._epoch = state["epoch"]
@@ -261,13 +262,6 @@ class Curriculum:
         self._random(purpose).shuffle(order)
         return order
 
-    def _fingerprint(self) -> str:
-        digest = hashlib.sha256()
-        for problem_id in self._problem_ids:
-            encoded = problem_id.encode("utf-8", "surrogatepass")
-            digest.update(len(encoded).to_bytes(8, "big") + encoded)
-        return f"{len(self._problem_ids)} problems, {digest.hexdigest()[:16]}"
-
     def _last_sampled(self, problem_id: str) -> int:
         past = self._solvability.get(problem_id)
         return -1 if past is None else past.refresh
@@ -275,3 +269,12 @@ class Curriculum:
     def _check_known(self, problem_id: str) -> None:
         if problem_id not in self._known:
             raise ValueError(f"problem {problem_id!r} is not among the {len(self._known)} of this run.")
+
+
+def _fingerprint(problem_ids: Sequence[str]) -> str:
+    """Names the problems and their order."""
+    digest = hashlib.sha256()
+    for problem_id in problem_ids:
+        encoded = problem_id.encode("utf-8", "surrogatepass")
+        digest.update(len(encoded).to_bytes(8, "big") + encoded)
+    return f"{len(problem_ids)} problems, {digest.hexdigest()[:16]}"

@@ -151,7 +151,7 @@ def read_rows(
         require_answer: a row with neither gold answer nor tests is a fault; False is for runs without any rollouts.
         flag: that named the files, for messages.
     """
-    paths = _check_files(config.train_data, flag)
+    paths = check_files(config.train_data, flag)
     names = [path.name for path in paths]
     first_seen: dict[str, str] = {}
     for path in paths:
@@ -189,7 +189,7 @@ class _Fault(Exception):
         self.detail = detail
 
 
-def _check_files(files: list[str], flag: str) -> list[Path]:
+def check_files(files: list[str], flag: str) -> list[Path]:
     """The files as paths, after every one of them was found to be there, not empty and named once."""
     if not files:
         raise DataError(f"there is no data. Name at least one file: {flag} FILE.jsonl")

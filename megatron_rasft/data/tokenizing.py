@@ -186,8 +186,19 @@ def collect_demonstrations(
 ) -> tuple[list[Demonstration], DataReport]:
     """As ``build_demonstrations``, but whatever was found is only reported."""
     report = DataReport()
+    return list(tokenize_rows(rows, tokenizer, config, max_tokens, report, require_answer)), report
+
+
+def tokenize_rows(
+    rows: Iterable[Row | RowFault],
+    tokenizer: Tokenizer,
+    config: DataConfig,
+    max_tokens: int,
+    report: DataReport,
+    require_answer: bool = True,
+) -> Iterator[Demonstration]:
+    """``collect_demonstrations`` one by one; ``report`` is complete when the last was taken."""
     chat_format = read_chat_format(tokenizer, config)
-    demonstrations: list[Demonstration] = []
     for batch in batched(
         _render_rows(rows, tokenizer, chat_format, config, report, require_answer), _BATCH_SIZE
     ):
@@ -217,19 +228,16 @@ def collect_demonstrations(
             report.num_prompt_tokens += len(prompt_ids)
             report.num_response_tokens += len(response_ids)
             report.num_plain_endings += item.is_plain_ending
-            demonstrations.append(
-                Demonstration(
-                    problem_id=item.row.problem_id,
-                    problem=item.row.problem,
-                    response=item.row.response,
-                    answer=item.row.answer,
-                    tests=item.row.tests,
-                    prompt_ids=prompt_ids,
-                    response_ids=response_ids,
-                    source=item.row.source,
-                )
+            yield Demonstration(
+                problem_id=item.row.problem_id,
+                problem=item.row.problem,
+                response=item.row.response,
+                answer=item.row.answer,
+                tests=item.row.tests,
+                prompt_ids=prompt_ids,
+                response_ids=response_ids,
+                source=item.row.source,
             )
-    return demonstrations, report
 
 
 def _render_rows(

@@ -123,6 +123,17 @@ def rollouts_file(args: Any, config: RasftConfig) -> AppendedFile | None:
     return _appended(args, rollout.rollout_store, "rollouts.jsonl", "--rollout-store", may_be_shorter=False)
 
 
+def data_cache(args: Any, named: str | None) -> Path | None:
+    """Where tokenized rows are kept; None if nowhere.
+
+    Args:
+        named: --data-cache.
+    """
+    if named is not None:
+        return Path(named) if named else None
+    return None if args.save is None else Path(args.save, "data_cache")
+
+
 def reference_cache(args: Any, config: RasftConfig) -> Path | None:
     """The reference's log-probabilities on disk; None if they stay in memory, or there are none."""
     if not config.objective.needs_reference_logprobs():
@@ -139,7 +150,7 @@ def check_outputs(args: Any, config: RasftConfig) -> None:
         ValueError, RasftError: with the flag; FailedElsewhere on the ranks that do not write.
     """
     files = [f for f in (metrics_file(args, config), rollouts_file(args, config)) if f is not None]
-    cache = reference_cache(args, config)
+    cache, rows = reference_cache(args, config), data_cache(args, config.data.data_cache)
 
     def check() -> None:
         for file in files:
@@ -147,6 +158,8 @@ def check_outputs(args: Any, config: RasftConfig) -> None:
         if cache is not None:
             check_writable("--rasft-ref-cache", cache, cache.parent)
             LogprobCache(cache, fingerprint="")
+        if rows is not None:
+            check_writable("--data-cache", rows, rows)
         if args.export_hf is not None:
             check_writable("--export-hf", Path(args.export_hf), Path(args.export_hf).absolute().parent)
 

@@ -1,15 +1,18 @@
 """The problems of a run, read and tokenized on one rank and counted on all."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from megatron_rasft.config import DataConfig, RasftConfig, VerifyConfig
-from megatron_rasft.data.reading import read_rows
-from megatron_rasft.data.tokenizing import collect_demonstrations, end_ids, open_tokenizer
+from megatron_rasft.data.row_cache import tokenized
+from megatron_rasft.data.tokenized_rows import ByProblem, TokenizedRows
+from megatron_rasft.data.tokenizing import end_ids, open_tokenizer
 from megatron_rasft.errors import written_to
 from megatron_rasft.rollout.replay import ReplayEngine
 from megatron_rasft.training.arguments import has_own_warmup
+from megatron_rasft.training.outputs import data_cache
 from megatron_rasft.training.ranks import kept_by_rank_zero, on_rank_zero
 from megatron_rasft.types import Demonstration
 from megatron_rasft.verify.sandbox import Sandbox
@@ -27,24 +30,36 @@ class Problems:
     def __init__(
         self, args: Any, config: DataConfig, needs_answers: bool, flag: str = "--train-data"
     ) -> None:
-        self.demonstrations: list[Demonstration] = []
+        self.rows: TokenizedRows | None = None
         self.tokenizer: Any = None
         self.summary = ""
 
         def read() -> int:
             self.tokenizer = open_tokenizer(args.hf_model)
-            self.demonstrations, report = collect_demonstrations(
-                read_rows(config, needs_answers, flag), self.tokenizer, config, args.seq_length, needs_answers
+            cache = data_cache(args, config.data_cache)
+            self.rows = tokenized(
+                config, self.tokenizer, Path(args.hf_model), args.seq_length, needs_answers, flag, cache
             )
+            report = self.rows.report
             if args.save is not None:
                 path = Path(args.save, f"{flag.removeprefix('--')}-left-out.txt")
                 with written_to(path, "--save"):
                     report.write_left_out(path)
             report.check(config)
             self.summary = report.describe()
-            return len(self.demonstrations)
+            return len(self.rows)
 
         self.num = on_rank_zero(read)
+
+    @property
+    def demonstrations(self) -> Sequence[Demonstration]:
+        """Each is made when it is asked for; none on ranks other than 0."""
+        return [] if self.rows is None else self.rows
+
+    @property
+    def num_programs(self) -> int:
+        """Problems with tests; 0 on ranks other than 0."""
+        return 0 if self.rows is None else self.rows.num_programs
 
     def decode(self, ids: list[int]) -> str:
         """Text of a response, special tokens left out; rank 0 only."""
@@ -54,8 +69,8 @@ class Problems:
         """Ids that end a response: the model's own, and what the demonstrations end with."""
 
         def collect() -> list[int]:
-            ends = {d.response_ids[-1] for d in self.demonstrations}
-            return sorted(ends | end_ids(args.hf_model, self.tokenizer))
+            assert self.rows is not None, "rank 0 has the rows"
+            return sorted(self.rows.end_ids | end_ids(args.hf_model, self.tokenizer))
 
         return frozenset(on_rank_zero(collect))
 
@@ -78,7 +93,7 @@ def open_replay(config: RasftConfig, problems: Problems) -> ReplayEngine | None:
         return None
 
     def find() -> ReplayEngine:
-        prompts = {d.problem_id: d.prompt_ids for d in problems.demonstrations}
+        prompts = ByProblem(problems.demonstrations, lambda d: d.prompt_ids)
         replay = ReplayEngine(config.rollout.rollout_replay, prompts)
         problems.summary += f"\nreplayed        {replay.num_problems} (have stored rollouts)"
         return replay
@@ -88,8 +103,7 @@ def open_replay(config: RasftConfig, problems: Problems) -> ReplayEngine | None:
 
 def _try_sandbox(config: VerifyConfig, problems: Problems, heldout: Problems | None) -> None:
     """Refuse now, not at the first refresh, to run programs with less protection than was asked for."""
-    demonstrations = problems.demonstrations + (heldout.demonstrations if heldout is not None else [])
-    num_programs = sum(d.tests is not None for d in demonstrations)
+    num_programs = problems.num_programs + (0 if heldout is None else heldout.num_programs)
     if num_programs:
         with Sandbox(config) as sandbox:
             problems.summary += (

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from megatron_rasft.config import RasftConfig
 from megatron_rasft.curriculum.planner import Curriculum
+from megatron_rasft.data.tokenized_rows import ByProblem
 from megatron_rasft.objective.weighting import count_solved, make_samples
 from megatron_rasft.rollout.replay import ReplayEngine
 from megatron_rasft.rollout.store import RolloutStore
@@ -164,7 +165,7 @@ class Planner:
         self.servers = servers
         self.store = store
         self._cache_on_rank_zero = cache
-        self._by_id = {d.problem_id: d for d in demonstrations}
+        self._by_id = ByProblem(demonstrations, lambda d: d)
         self._curriculum_on_rank_zero = (
             Curriculum(
                 list(self._by_id),

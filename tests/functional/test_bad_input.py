@@ -325,7 +325,7 @@ def largest_shard(checkpoint: Path) -> Path:
 
 def keep_state_only(checkpoint: Path) -> None:
     for path in checkpoint.iterdir():
-        if path.name != "rasft_state.json":
+        if not path.name.startswith("rasft_"):
             path.unlink()
 
 

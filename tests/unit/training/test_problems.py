@@ -51,7 +51,7 @@ def test_stored_rollouts_are_counted_before_a_model_is_there(args: SimpleNamespa
             problem_id=d.problem_id,
             sample_index=0,
             weight_version=0,
-            prompt_ids=d.prompt_ids,
+            prompt_ids=list(d.prompt_ids),
             response_ids=[1],
             response_logprobs=[-1.0],
             finish_reason="stop",

@@ -1,0 +1,145 @@
+"""Tokenized rows on disk, found again by the content they were made from."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from megatron_rasft.config.data import DataConfig
+from megatron_rasft.data import reading, tokenized_rows, tokenizing
+from megatron_rasft.data.reading import DataReport, read_rows
+from megatron_rasft.data.tokenized_rows import TokenizedRows, write_rows
+from megatron_rasft.data.tokenizing import Tokenizer, tokenize_rows
+from megatron_rasft.errors import DataError, written_to
+
+_BUILDING = ".building-"
+_ABANDONED_S = 3600.0
+"""Rows that nothing was written to for this long belong to a process that was killed."""
+
+_NOT_IN_ROWS = (
+    "train_data",
+    "data_chat_template",
+    "data_overlong",
+    "data_bad_rows",
+    "data_seed",
+    "data_epochs",
+    "data_cache",
+)
+"""Fields of DataConfig that change no row, or are told apart by the content of a file."""
+
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".distcp", ".h5", ".msgpack")
+"""Every other file of a model's folder may belong to its tokenizer."""
+
+
+def tokenized(
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    model: Path,
+    max_tokens: int,
+    require_answer: bool,
+    flag: str,
+    cache: Path | None,
+) -> TokenizedRows:
+    """The rows of ``config.train_data`` as demonstrations; what was found is only reported.
+
+    Args:
+        tokenizer: of the folder ``model``.
+        max_tokens: most tokens of prompt and response together.
+        require_answer: as for ``read_rows``.
+        flag: named the files, for messages.
+        cache: folder of rows that were tokenized before; these are added to it. None keeps them in a file without a
+            name until this process ends.
+
+    Raises:
+        DataError: a file is missing, empty or unreadable, or changes meanwhile.
+        RasftError: the cache cannot be written.
+    """
+
+    def build(folder: Path) -> None:
+        report = DataReport()
+        rows = read_rows(config, require_answer, flag)
+        write_rows(folder, tokenize_rows(rows, tokenizer, config, max_tokens, report, require_answer), report)
+
+    if cache is None:
+        with tempfile.TemporaryDirectory(prefix="rasft-rows-") as folder:
+            build(Path(folder))
+            return TokenizedRows(Path(folder))
+    reading.check_files(config.train_data, flag)
+    seen = _stamps(config.train_data)
+    found = cache / _key(config, model, max_tokens, require_answer)
+    if (rows := _opened(found)) is not None:
+        return rows
+    with written_to(cache, "--data-cache"):
+        cache.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(cache)
+        made = Path(tempfile.mkdtemp(prefix=_BUILDING, dir=cache))
+        try:
+            build(made)
+            if _stamps(config.train_data) != seen:
+                raise DataError(
+                    f"a file of {flag} changed while it was read. Start again when it is complete."
+                )
+            shutil.rmtree(found, ignore_errors=True)  # damaged, else it had been opened
+            made.chmod(0o755)
+            _moved(made, found)
+        finally:
+            shutil.rmtree(made, ignore_errors=True)
+    return TokenizedRows(found)
+
+
+def _opened(folder: Path) -> TokenizedRows | None:
+    try:
+        return TokenizedRows(folder)
+    except (OSError, ValueError, KeyError, TypeError):  # missing, cut, or of another format
+        return None
+
+
+def _moved(made: Path, found: Path) -> None:
+    try:
+        made.rename(found)
+    except OSError:
+        if _opened(found) is None:  # else another run was faster
+            raise
+
+
+def _remove_abandoned(cache: Path) -> None:
+    for folder in cache.glob(_BUILDING + "*"):
+        times = [path.stat().st_mtime for path in (folder, *folder.glob("*")) if path.exists()]
+        if times and time.time() - max(times) > _ABANDONED_S:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _stamps(files: list[str]) -> list[tuple[int, int]]:
+    return [(stat.st_size, stat.st_mtime_ns) for stat in map(os.stat, files)]
+
+
+def _key(config: DataConfig, model: Path, max_tokens: int, require_answer: bool) -> str:
+    """Names everything that rows are made from: files by their content, and the code that makes them."""
+    template = config.data_chat_template
+    ingredients: dict[str, Any] = {
+        "flags": {name: value for name, value in asdict(config).items() if name not in _NOT_IN_ROWS},
+        "template": None if template is None else _digest(Path(template)),
+        "max_tokens": max_tokens,
+        "require_answer": require_answer,
+        # A row without an id is called by its file, and messages name the file.
+        "data": [(path, _digest(Path(path))) for path in config.train_data],
+        "tokenizer": [
+            (str(path.relative_to(model)), _digest(path))
+            for path in sorted([*model.glob("*"), *model.glob("additional_chat_templates/*")])
+            if path.is_file() and path.suffix not in _WEIGHTS
+        ],
+        "code": [_digest(Path(module.__file__ or "")) for module in (reading, tokenizing, tokenized_rows)],
+        "versions": [metadata.version(name) for name in ("transformers", "tokenizers", "jinja2")],
+    }
+    return hashlib.sha256(json.dumps(ingredients).encode()).hexdigest()[:32]
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,286 @@
+"""Rows from the cache are those that were tokenized; whatever they were made from tells them apart."""
+
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_rasft.config.data import DataConfig
+from megatron_rasft.data import row_cache
+from megatron_rasft.data.reading import DataReport, RowFault, read_rows
+from megatron_rasft.data.row_cache import tokenized
+from megatron_rasft.data.tokenized_rows import ByProblem, TokenizedRows, write_rows
+from megatron_rasft.data.tokenizing import collect_demonstrations
+from megatron_rasft.errors import DataError, RasftError
+from megatron_rasft.types import CodeTests, Demonstration, ProgramCase
+
+ROWS: list[dict[str, Any]] = [
+    {"id": "a", "problem": "1+1?", "response": "It is \\boxed{2}.", "answer": "2"},
+    {"problem": "Grüße ÿ𝄞 " * 3, "response": "\\boxed{3}", "answer": 3},
+    {"id": "new\nline", "problem": "add", "response": "def f(): pass", "tests": ["assert f() is None"], "entry_point": "f"},
+    {"id": "long", "problem": "1", "response": "2 " * 500, "answer": "2"},
+    {"id": "no answer", "problem": "1", "response": "2"},
+    {"id": "a", "problem": "again", "response": "2", "answer": "2"},
+]  # fmt: skip
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A folder whose files stand for a tokenizer's."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "model.safetensors").write_text("weights")
+    return folder
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> DataConfig:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return DataConfig(train_data=[str(path)], data_bad_rows="skip")
+
+
+class Counted:
+    """A tokenizer that counts its calls."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self.num_calls = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        self.num_calls += 1
+        return self._tokenizer(*args, **options)
+
+
+def plain(d: Demonstration) -> Demonstration:
+    return replace(d, prompt_ids=list(d.prompt_ids), response_ids=list(d.response_ids))
+
+
+def read(
+    tokenizer: Any, config: DataConfig, model: Path, cache: Path | None, max_tokens: int = 400
+) -> TokenizedRows:
+    return tokenized(config, tokenizer, model, max_tokens, True, "--train-data", cache)
+
+
+@pytest.mark.parametrize("is_cached", [True, False])
+def test_rows_are_those_that_tokenizing_gives(
+    tokenizer: Any, config: DataConfig, model: Path, tmp_path: Path, is_cached: bool
+) -> None:
+    expected, report = collect_demonstrations(read_rows(config), tokenizer, config, 400)
+    assert len(expected) == 3 and len(report.faults) == 2 and len(report.overlong) == 1
+    for _ in range(2):
+        rows = read(tokenizer, config, model, tmp_path / "cache" if is_cached else None)
+        assert [plain(d) for d in rows] == expected
+        assert rows.report == report
+        assert rows.ids == [d.problem_id for d in expected]
+        assert rows.end_ids == {d.response_ids[-1] for d in expected}
+        assert rows.num_programs == 1
+        assert plain(rows[-1]) == expected[-1] and [plain(d) for d in rows[1:]] == expected[1:]
+        with pytest.raises(IndexError):
+            rows[3]
+
+
+def test_a_second_start_tokenizes_nothing(
+    tokenizer: Any, config: DataConfig, model: Path, tmp_path: Path
+) -> None:
+    counted = Counted(tokenizer)
+    first = read(counted, config, model, tmp_path / "cache")
+    assert counted.num_calls
+    counted.num_calls = 0
+    again = read(counted, config, model, tmp_path / "cache")
+    assert counted.num_calls == 0
+    assert [plain(d) for d in again] == [plain(d) for d in first]
+    # what only decides about the report, or about the order, changes no row
+    others = replace(config, data_bad_rows="refuse", data_overlong="refuse", data_seed=5, data_epochs=3)
+    read(counted, others, model, tmp_path / "cache")
+    (model / "model.safetensors").write_text("other weights")
+    read(counted, config, model, tmp_path / "cache")
+    assert counted.num_calls == 0
+
+
+def change_data(config: DataConfig, model: Path) -> DataConfig:
+    path = Path(config.train_data[0])
+    stat = path.stat()
+    path.write_text(path.read_text().replace("1+1", "1+2"))
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # neither its size nor its time tells
+    return config
+
+
+def change_tokenizer(config: DataConfig, model: Path) -> DataConfig:
+    (model / "tokenizer.json").write_text("{ }")
+    return config
+
+
+def change_template(config: DataConfig, model: Path) -> DataConfig:
+    path = model.parent / "template.jinja"
+    text = "{% for m in messages %}{{ m.content }}{{ '<|endoftext|>' if m.role == 'assistant' else 'A' }}{% endfor %}"
+    path.write_text(text if not path.exists() else text.replace("'A'", "'B'"))
+    return replace(config, data_chat_template=str(path))
+
+
+def change_suffix(config: DataConfig, model: Path) -> DataConfig:
+    return replace(config, data_prompt_suffix=" Think.")
+
+
+@pytest.mark.parametrize("change", [change_data, change_tokenizer, change_template, change_suffix])
+def test_whatever_rows_are_made_from_tells_them_apart(
+    tokenizer: Any,
+    config: DataConfig,
+    model: Path,
+    tmp_path: Path,
+    change: Callable[[DataConfig, Path], DataConfig],
+) -> None:
+    counted = Counted(tokenizer)
+    if change is change_template:
+        config = change(config, model)
+    read(counted, config, model, tmp_path / "cache")
+    counted.num_calls = 0
+    config = change(config, model)
+    rows = read(counted, config, model, tmp_path / "cache")
+    assert counted.num_calls
+    assert [plain(d) for d in rows] == collect_demonstrations(read_rows(config), tokenizer, config, 400)[0]
+    counted.num_calls = 0
+    read(counted, config, model, tmp_path / "cache", max_tokens=399)
+    assert counted.num_calls
+
+
+@pytest.mark.parametrize("damage", ["cut", "missing", "index cut", "other format", "empty folder"])
+def test_damaged_rows_are_made_anew(
+    tokenizer: Any, config: DataConfig, model: Path, tmp_path: Path, damage: str
+) -> None:
+    expected = [plain(d) for d in read(tokenizer, config, model, tmp_path / "cache")]
+    (folder,) = (tmp_path / "cache").iterdir()
+    index = folder / "rows.json"
+    if damage == "cut":
+        os.truncate(folder / "tokens", 8)
+    elif damage == "missing":
+        (folder / "text").unlink()
+    elif damage == "index cut":
+        os.truncate(index, 20)
+    elif damage == "other format":
+        index.write_text(json.dumps(json.loads(index.read_text()) | {"format": 0}))
+    else:
+        shutil.rmtree(folder)
+        folder.mkdir()
+    for _ in range(2):
+        assert [plain(d) for d in read(tokenizer, config, model, tmp_path / "cache")] == expected
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [folder.name]
+
+
+def test_two_runs_that_start_together_both_have_the_rows(
+    tokenizer: Any, config: DataConfig, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together, moved = threading.Barrier(2), row_cache._moved
+
+    def move(made: Path, found: Path) -> None:
+        together.wait(20)  # both have built before either is in place
+        moved(made, found)
+
+    monkeypatch.setattr(row_cache, "_moved", move)
+    found: list[list[Demonstration]] = []
+    threads = [
+        threading.Thread(
+            target=lambda: found.append(
+                [plain(d) for d in read(tokenizer, config, model, tmp_path / "cache")]
+            )
+        )
+        for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 2 and found[0] == found[1] and len(found[0]) == 3
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_rows_that_cannot_be_read_or_kept_leave_no_folder_behind(
+    tokenizer: Any, config: DataConfig, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "cache"
+    path = Path(config.train_data[0])
+
+    def spoilt(*args: Any) -> None:
+        with path.open("a") as file:
+            file.write("\n")
+        write_rows(*args)
+
+    monkeypatch.setattr(row_cache, "write_rows", spoilt)
+    with pytest.raises(DataError, match="a file of --train-data changed while it was read"):
+        read(tokenizer, config, model, cache)
+
+    def full(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(row_cache, "write_rows", full)
+    with pytest.raises(RasftError, match=r"No space left on device.*--data-cache"):
+        read(tokenizer, config, model, cache)
+    path.write_text("\n")
+    monkeypatch.setattr(row_cache, "write_rows", write_rows)
+    with pytest.raises(DataError, match="holds no rows"):
+        read(tokenizer, config, model, cache)
+    assert list(cache.iterdir()) == []
+
+
+def test_what_a_killed_run_began_to_write_is_removed_in_time(
+    tokenizer: Any, config: DataConfig, model: Path, tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache"
+    for name, age_s in (("old", 7200), ("new", 60)):
+        folder = cache / f".building-{name}"
+        folder.mkdir(parents=True)
+        (folder / "tokens").touch()
+        for path in (folder / "tokens", folder):
+            then = path.stat().st_mtime - age_s
+            os.utime(path, (then, then))
+    read(tokenizer, config, model, cache)
+    assert [path.name for path in cache.glob(".building-*")] == [".building-new"]
+
+
+def test_no_row_and_every_kind_of_test_come_back(tmp_path: Path) -> None:
+    report = DataReport(num_rows=2, faults=[RowFault(source="f:1", reason="not JSON", detail="why")])
+    write_rows(tmp_path, [], report)
+    rows = TokenizedRows(tmp_path)
+    assert list(rows) == [] and rows.ids == [] and rows.report == report
+    case = CodeTests(
+        style="stdin", cases=(ProgramCase(input="1", output="2"),), prompt="def", setup="import x"
+    )
+    values: dict[str, Any] = {
+        "problem": "",
+        "response": "r",
+        "prompt_ids": [2**31 - 1],
+        "response_ids": [0, 7],
+    }
+    given = [
+        Demonstration(problem_id="a\udcff", answer=None, tests=case, source="s", **values),
+        Demonstration(problem_id="b", answer="", **values),
+    ]
+    write_rows(tmp_path, given, report)
+    assert [plain(d) for d in TokenizedRows(tmp_path)] == given
+
+
+def test_problems_are_found_by_id_without_making_the_others(
+    tokenizer: Any, config: DataConfig, model: Path, tmp_path: Path
+) -> None:
+    rows = read(tokenizer, config, model, tmp_path / "cache")
+    made: list[str] = []
+
+    def answer(d: Demonstration) -> str | None:
+        made.append(d.problem_id)
+        return d.answer
+
+    answers = ByProblem(rows, answer)
+    assert list(answers) == rows.ids and len(answers) == 3 and made == []
+    assert answers["rows.jsonl:2"] == "3" and made == ["rows.jsonl:2"]
+    assert answers.get("unknown") is None
+    assert dict(ByProblem(list(rows), lambda d: d.answer)) == dict(answers)
