@@ -53,8 +53,8 @@ def tokenized(
         max_tokens: most tokens of prompt and response together.
         require_answer: as for ``read_rows``.
         flag: named the files, for messages.
-        cache: folder of rows that were tokenized before; these are added to it. None keeps them in a file without a
-            name until this process ends.
+        cache: folder of rows that were tokenized before; these are added to it. None keeps them in the temporary folder,
+            without a name, until this process ends.
 
     Raises:
         DataError: a file is missing, empty or unreadable, or changes meanwhile.
@@ -67,7 +67,11 @@ def tokenized(
         write_rows(folder, tokenize_rows(rows, tokenizer, config, max_tokens, report, require_answer), report)
 
     if cache is None:
-        with tempfile.TemporaryDirectory(prefix="rasft-rows-") as folder:
+        place = Path(tempfile.gettempdir())
+        with (
+            written_to(place, "TMPDIR"),
+            tempfile.TemporaryDirectory(prefix="rasft-rows-", dir=place) as folder,
+        ):
             build(Path(folder))
             return TokenizedRows(Path(folder))
     reading.check_files(config.train_data, flag)

@@ -384,7 +384,8 @@ def test_run_that_diverges_ends_before_its_weights_are_saved(workshop: Workshop,
 @pytest.mark.parametrize(
     ("name", "flag", "limit", "objective"),
     [
-        ("config.json", "--save", 1_000, "sft"),
+        ("data_cache", "--data-cache", 1_000, "sft"),
+        ("config.json", "--save", 30_000, "sft"),
         ("rollouts.jsonl", "--rollout-store", 100_100, "rasft"),
     ],
 )

@@ -225,6 +225,8 @@ def test_rows_that_cannot_be_read_or_kept_leave_no_folder_behind(
     monkeypatch.setattr(row_cache, "write_rows", full)
     with pytest.raises(RasftError, match=r"No space left on device.*--data-cache"):
         read(tokenizer, config, model, cache)
+    with pytest.raises(RasftError, match=r"No space left on device.*TMPDIR"):
+        read(tokenizer, config, model, None)
     path.write_text("\n")
     monkeypatch.setattr(row_cache, "write_rows", write_rows)
     with pytest.raises(DataError, match="holds no rows"):
