@@ -64,9 +64,9 @@ class _Attempt:
     served: ServedFormat = field(default_factory=lambda: ServedFormat(torch.bfloat16))
     proof: ProofKind = "none"
     notes: tuple[str, ...] = ()
-    """For the reader, each once a run."""
+    """Lines for the run's output. Each is printed once a run."""
     doubtful: dict[str, str] = field(default_factory=dict)
-    """Servers that NCCL is not expected to connect, and why: at fault if a group with them fails and nobody else is."""
+    """Servers whose NCCL should differ from ours, and why. They are at fault if a group with them fails and no other is."""
 
 
 class WeightSync:
@@ -520,7 +520,7 @@ class WeightSync:
         return self._device.type == "cuda" and self.config.sync_method == "broadcast"
 
     def _nccl_doubts(self, servers: Sequence[Server]) -> tuple[tuple[str, ...], dict[str, str]]:
-        """Compare both sides' NCCL before the first collective: lines for the reader, and servers that will not connect."""
+        """Compares both sides' NCCL before the first collective. Returns new lines for the output, and url -> doubt of servers."""
         if not self._uses_nccl:
             return (), {}
         own, doubtful, lines = own_pair(), dict[str, str](), list[str]()

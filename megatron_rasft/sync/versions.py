@@ -1,7 +1,7 @@
 """Which torch, and so which NCCL, comes with a version of SGLang: NCCL connects processes of one version only.
 
-A server does not tell its NCCL. SGLang pins its torch, and torch pins its NCCL, so that the version of SGLang says what a
-server has unless somebody installed another one.
+A server does not report its NCCL. SGLang pins its torch, and torch pins its NCCL, so the version of SGLang implies the NCCL of a
+server unless somebody installed another one.
 """
 
 import re
@@ -11,7 +11,7 @@ import torch
 
 
 class Pair(NamedTuple):
-    """What one side of a sync has."""
+    """The versions on one side of a sync."""
 
     torch: str
     """Major and minor version."""
@@ -33,7 +33,7 @@ _NCCL = {"2.11": "2.28.9", "2.12": "2.29.7", "2.13": "2.29.7", "2.14": "2.30.7"}
 
 
 def pair_of_sglang(version: str) -> Pair | None:
-    """What a server of this SGLang has as it is installed; None for a version that is not in the table."""
+    """Returns the versions that pip installs with an SGLang; None for a version that is not in the table."""
     numbers = _numbers(version)
     if not numbers or not _FIRST_WITH[0][0] <= numbers <= NEWEST_SGLANG:
         return None
@@ -42,12 +42,12 @@ def pair_of_sglang(version: str) -> Pair | None:
 
 
 def own_pair() -> Pair:
-    """This process's torch and the NCCL that it has loaded."""
+    """Returns this process's torch and the NCCL that it has loaded."""
     return Pair(_short(torch.__version__), ".".join(map(str, torch.cuda.nccl.version())))
 
 
 def objection(sglang: str, own: Pair) -> str:
-    """Why NCCL would not connect this process to a server of a version of SGLang, and the way out; empty if it would.
+    """Returns why NCCL would not connect this process to a server of this SGLang, and the way out; empty if it would.
 
     Raises:
         LookupError: the version is not in the table.
@@ -69,7 +69,7 @@ def objection(sglang: str, own: Pair) -> str:
 
 
 def table() -> list[tuple[str, Pair]]:
-    """Each range of SGLang's versions, as text, and what comes with it."""
+    """Returns each range of SGLang's versions, as text, and the versions that come with it."""
     rows = []
     for (first, name), after in zip(_FIRST_WITH, [*_FIRST_WITH[1:], None], strict=True):
         last = NEWEST_SGLANG if after is None else (*after[0][:2], after[0][2] - 1)
@@ -78,7 +78,7 @@ def table() -> list[tuple[str, Pair]]:
 
 
 def _numbers(version: str) -> tuple[int, ...]:
-    """(0, 5, 15) of 0.5.15.post1 and of 0.5.15.dev30; () of what is no version."""
+    """Returns (0, 5, 15) for 0.5.15.post1 and 0.5.15.dev30, () for text that is not a version."""
     match = re.match(r"(\d+)\.(\d+)\.(\d+)", version)
     return tuple(map(int, match.groups())) if match else ()
 

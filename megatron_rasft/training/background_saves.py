@@ -5,6 +5,7 @@ only, and the other form hangs the run when its process dies. A thread cannot di
 takes little of the interpreter's time: torch computes checksums and writes to files without holding the interpreter's lock.
 """
 
+import argparse
 import queue
 import time
 from collections.abc import Sequence
@@ -20,10 +21,10 @@ from megatron.training import async_utils
 from megatron_rasft.training.checkpoints import first_line
 
 _POLL_S = 0.05
-"""Between two looks at whether every rank has written its part."""
+"""Time between two checks whether every rank has written its part."""
 
 _DONE, _WRITING, _LATE = 0, 1, 2
-"""What a rank says of its part; the largest over all ranks counts."""
+"""The progress of one rank's part. The largest value over all ranks is that of the checkpoint."""
 
 
 class SaveQueue:
@@ -43,8 +44,16 @@ class SaveQueue:
         self._request: AsyncRequest | None = None
         self._writer: Thread | None = None
 
+    @classmethod
+    def for_run(cls, args: argparse.Namespace, device: torch.device) -> "SaveQueue":
+        """Makes the queue of a run whose parameters are on ``device``."""
+        return cls(
+            60.0 * args.distributed_timeout_minutes,
+            copies_cpu_tensors=device.type == "cpu" or args.optimizer_cpu_offload,
+        )
+
     def schedule_async_request(self, request: AsyncRequest) -> int:
-        """Copy what is to be written into host memory, and begin to write it. Training may go on when this returns."""
+        """Copies the checkpoint's tensors into host memory and starts to write them. Training may go on when this returns."""
         assert self._request is None, "Trainer.save completes an earlier save first"
         self._request = request
         if request.async_fn is not None:
@@ -57,7 +66,7 @@ class SaveQueue:
         return 0
 
     def _staged(self, buckets: Sequence[Any]) -> list[Any]:
-        """Megatron's buckets (file, key, (bytes, tensors)) in host memory, with tensors that nothing else changes."""
+        """Returns Megatron's buckets (file, key, (bytes, tensors)) with tensors in host memory that nothing else changes."""
         if not self._copies_cpu_tensors:
             return list(buckets)
         return [
@@ -66,7 +75,7 @@ class SaveQueue:
         ]
 
     def maybe_finalize_async_calls(self, blocking: bool = False, no_dist: bool = False) -> list[int]:
-        """Complete the checkpoint if every rank has written its part; rank 0 then names it the newest.
+        """Completes the checkpoint if every rank has written its part: rank 0 then names it the newest.
 
         Args:
             blocking: whether to wait for that.
@@ -105,18 +114,18 @@ class SaveQueue:
         return int(state)
 
     def get_num_unfinalized_calls(self) -> int:
-        """Checkpoints that are not complete, 0 or 1; the same on every rank."""
+        """Returns the number of checkpoints that are not complete, 0 or 1; the same on every rank."""
         return int(self._request is not None)
 
     def close(self, abort: bool = False) -> None:
-        """Complete the checkpoint, or with ``abort`` forget it."""
+        """Completes the checkpoint, or with ``abort`` drops it."""
         if abort:
             self._request = None
         self.maybe_finalize_async_calls(blocking=True)
 
 
 def _write(request: AsyncRequest, arguments: list[Any]) -> None:
-    """Runs Megatron's writer, which puts its results, or its error, into the results queue; any other error goes there too."""
+    """Runs Megatron's writer, which puts its results or its error into the results queue, and puts any other error there too."""
     assert request.async_fn is not None
     try:
         request.async_fn(*arguments, **request.async_fn_kwargs)
@@ -125,7 +134,7 @@ def _write(request: AsyncRequest, arguments: list[Any]) -> None:
 
 
 def write_in_process() -> None:
-    """Have writers hand their results over within this process.
+    """Makes writers hand their results over within this process.
 
     Megatron's queue would start another process for that, which takes seconds and 800 MB, and is left behind when this one is killed.
     """
@@ -133,5 +142,5 @@ def write_in_process() -> None:
 
 
 def write_in_background(saves: SaveQueue) -> None:
-    """Have Megatron's save_checkpoint and maybe_finalize_async_save use this queue."""
+    """Makes Megatron's save_checkpoint and maybe_finalize_async_save use this queue."""
     async_utils._async_calls_queue = saves

@@ -1,6 +1,6 @@
 """Scales of FP8's delayed recipe, set before the first log-probabilities are calculated.
 
-The recipe scales a tensor by the largest value that earlier passes saw in it. Transformer Engine starts every scale at 1 and updates
+The recipe scales a tensor by the largest value that it had in earlier passes. Transformer Engine starts every scale at 1 and updates
 scales only in passes with gradients (FP8GlobalStateManager.autocast_exit in transformer_engine/pytorch/quantization.py), while the
 first passes of a run here are scoring passes without. Their log-probabilities become the reference's for the whole run.
 """
@@ -9,16 +9,16 @@ import argparse
 from collections.abc import Callable
 
 NUM_PASSES = 2
-"""The first pass measures what layers see whose inputs were rounded at scale 1; the second one measures it at real scales."""
+"""The first pass measures inputs that were themselves rounded at a scale of 1. The second pass measures them at real scales."""
 
 
 def has_delayed_scales(args: argparse.Namespace) -> bool:
-    """Whether tensors are scaled by what earlier passes saw."""
+    """Returns whether tensors are scaled by the largest values of earlier passes."""
     return args.fp8 is not None and str(args.fp8_recipe) == "delayed"
 
 
 def set_delayed_scales(forward: Callable[[], object]) -> None:
-    """Set all scales from forward passes over the same micro-batches.
+    """Sets all scales from forward passes over the same micro-batches.
 
     Runs one all-reduce of the maxima over the ranks that share a layer's scales, after each pass.
 

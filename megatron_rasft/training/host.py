@@ -219,11 +219,7 @@ class Trainer:
         self._saving_step: int | None = None
         """Of the checkpoint that is being written in the background."""
         if args.async_save:
-            is_live = (
-                self.live.device.type == "cpu" or args.optimizer_cpu_offload or args.offload_optimizer_states
-            )
-            timeout_s = 60.0 * args.distributed_timeout_minutes
-            write_in_background(SaveQueue(timeout_s, copies_cpu_tensors=is_live))
+            write_in_background(SaveQueue.for_run(args, self.live.device))
         if args.manual_gc:
             gc.disable()
             gc.collect()

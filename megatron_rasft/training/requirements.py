@@ -28,7 +28,7 @@ _CHECKS = {
 
 
 def refuse_unrunnable(args: argparse.Namespace, *, has_gpu: bool, has_transformer_engine: bool) -> None:
-    """Refuse kernels that need a GPU or Transformer Engine where either is missing, and recipes that the GPU lacks.
+    """Refuses kernels that need a GPU or Transformer Engine where either is missing, and recipes that the GPU lacks.
 
     Raises:
         ValueError: with the flag, the reason and the way out.
@@ -79,7 +79,7 @@ def _needing_transformer_engine(args: argparse.Namespace) -> list[str]:
 
 
 def _check_recipe(format_flag: str, recipe_flag: str, recipe: str) -> None:
-    """Refuse a recipe without kernels for this GPU; Transformer Engine itself says so in the first forward pass only."""
+    """Refuses a recipe without kernels for this GPU. Transformer Engine itself raises only in the first forward pass."""
     if recipe not in _CHECKS:  # a recipe of the user's own
         return
     from transformer_engine.pytorch import quantization

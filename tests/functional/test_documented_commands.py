@@ -33,6 +33,7 @@ RUN_BY = {
     "pip install 'megatron-rasft[code]'": "test_extras_that_the_documents_name_exist",
     FIRST_RUN: "test_first_real_run_starts_as_the_readme_says",
     "make servers": "make test",
+    "make emulated-gpu": "make test",
     "make gpu-check": "test_the_program_itself_finds_no_gpu_here",
     "make gpu-bundle": "test_wheels_are_downloaded_once",
     "python tools/gpu_check.py": "test_the_program_itself_finds_no_gpu_here",

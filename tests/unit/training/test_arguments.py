@@ -16,6 +16,7 @@ from megatron_rasft.config import DataConfig
 from megatron_rasft.config.flags import FlagParser
 from megatron_rasft.training import startup
 from megatron_rasft.training.arguments import add_arguments
+from megatron_rasft.training.background_saves import SaveQueue
 from megatron_rasft.training.problems import set_length
 from megatron_rasft.training.refusals import REFUSED, REFUSED_GROUPS, reasons, refuse_unsupported
 from megatron_rasft.training.sampler import Sampler
@@ -149,6 +150,16 @@ def test_a_flag_without_meaning_is_refused_with_a_way_out(parser: FlagParser, na
 def test_a_flag_that_would_crash_or_change_the_run_is_refused(parse: Parse, flags: str, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         parse(*flags.split())
+
+
+def test_a_background_save_copies_memory_that_training_changes_and_no_other(parse: Parse) -> None:
+    args = parse("--async-save")
+    assert args.async_save and not args.use_persistent_ckpt_worker
+    on_gpu, on_cpu = torch.device("cuda"), torch.device("cpu")
+    assert not SaveQueue.for_run(args, on_gpu)._copies_cpu_tensors
+    assert SaveQueue.for_run(args, on_cpu)._copies_cpu_tensors
+    args.optimizer_cpu_offload = True
+    assert SaveQueue.for_run(args, on_gpu)._copies_cpu_tensors
 
 
 def test_flags_of_a_later_megatron_get_our_defaults(parser: FlagParser) -> None:
