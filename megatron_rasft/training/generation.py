@@ -160,7 +160,7 @@ class LiveModel:
         longest = max(len(r.prompt_ids) + params.room(len(r.prompt_ids)) for r in requests)
         length = -(-longest // KEY_BUCKET) * KEY_BUCKET
         num_rows = min(
-            params.max_batch_size or self._rows_that_fit(length), sum(len(r.seeds) for r in requests)
+            params.max_batch_size or self.num_rows_that_fit(length), sum(len(r.seeds) for r in requests)
         )
         cache = KeyValueCache(num_rows, length)
         engine = self.engine(cache)
@@ -189,7 +189,7 @@ class LiveModel:
             steps_per_look=self.steps_per_look,
         )
 
-    def _rows_that_fit(self, length: int) -> int:
+    def num_rows_that_fit(self, length: int) -> int:
         """Rows of ``length`` tokens for the memory that is free on all ranks of the replica."""
         if self.device.type != "cuda":
             return _CPU_ROWS

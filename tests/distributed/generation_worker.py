@@ -29,10 +29,12 @@ from megatron_rasft.training.window import Planner  # noqa: E402
 from megatron_rasft.types import (  # noqa: E402
     Demonstration,
     Request,
+    Response,
     Rollout,
     SamplingParams,
     TrainingSample,
 )
+from tests import recorded_graphs  # noqa: E402
 from tests.distributed.parity_cases import batches  # noqa: E402
 from tests.distributed.ranks_harness import trainer  # noqa: E402
 
@@ -51,6 +53,8 @@ LAYOUTS: dict[int, dict[str, str]] = {
 }
 
 SEQ_LENGTH = 64
+LENGTH = 128
+"""Of the rows whose number is chosen from the memory."""
 COMMON = f"--seq-length {SEQ_LENGTH} --global-batch-size 8 --lr-decay-style constant --lr-warmup-iters 0 --lr 1e-3 --objective dft"
 
 PROMPTS = [[5, 17, 99], [3], [88, 2, 45, 45, 7, 60, 31, 12], [100, 0, 41, 9, 9], [71, 70]]
@@ -78,6 +82,7 @@ MODES: dict[str, SamplingParams] = {
     "plain": params(),
     "small batches": params(max_batch_size=4),
     "rare looks": params(max_batch_size=4),
+    "as on a GPU": params(max_batch_size=8),
     # Longest prompt and response are half a training row: with two context-parallel ranks Megatron's rotary embedding
     # is asked for as many positions by both.
     "half a training row": params(max_new_tokens=SEQ_LENGTH // 2 - 8),
@@ -115,12 +120,16 @@ def sample(flags: list[str], root: Path) -> dict[str, Any]:
         run.score([full_row()], with_reference=False)
         for mode, chosen in MODES.items():
             run.live.steps_per_look = 16 if mode == "rare looks" else 1
+            if mode == "as on a GPU":
+                with recorded_graphs.on_a_gpu(run.live) as used:
+                    result["rows from memory"] = run.live.num_rows_that_fit(LENGTH)
+                    result[mode] = responses(run.generate(requests(NUM_SAMPLES), chosen))
+                result["graphs"] = (used.num_captured, used.num_replayed)
+                continue
             asked = requests(1 if chosen.temperature == 0 else NUM_SAMPLES)
             groups = run.generate(asked, chosen)
             assert bool(groups) == (dist.get_rank() == 0), "only rank 0 has use for the responses"
-            result[mode] = [
-                [(r.token_ids, r.logprobs, r.finish_reason == "stop") for r in group] for group in groups
-            ]
+            result[mode] = responses(groups)
         stop, run.stop = run.stop, StopRequest(lambda: dist.get_rank() == dist.get_world_size() - 1)
         given = samples_of(result["plain"])
         result["stopped"] = [
@@ -209,6 +218,10 @@ def is_stopped(work: Callable[[], Any]) -> bool:
     except Stopped:
         return True
     return False
+
+
+def responses(groups: list[list[Response]]) -> list[list[tuple[list[int], list[float], bool]]]:
+    return [[(r.token_ids, r.logprobs, r.finish_reason == "stop") for r in group] for group in groups]
 
 
 def full_row() -> TrainingSample:

@@ -9,9 +9,18 @@ import pytest
 import torch
 
 from megatron_rasft.training.drawing import draw
-from tests.distributed.generation_worker import LAYOUTS, MODES, NEW_TOKENS, NUM_SAMPLES, PROMPTS, STOP_IDS
+from tests.distributed.generation_worker import (
+    LAYOUTS,
+    LENGTH,
+    MODES,
+    NEW_TOKENS,
+    NUM_SAMPLES,
+    PROMPTS,
+    STOP_IDS,
+)
 from tests.distributed.parity_cases import VOCAB_SIZE
 from tests.distributed.ranks_harness import run_ranks
+from tests.recorded_graphs import FREE_BYTES
 from tests.tiny_models import hf_model, write_folder
 
 NEAR_TIE = 1e-5
@@ -34,12 +43,39 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
 @pytest.mark.parametrize("layout", LAYOUT_NAMES)
 @pytest.mark.parametrize("mode", MODES)
 def test_every_layout_samples_the_same(results: dict[str, dict[str, Any]], layout: str, mode: str) -> None:
-    expected = results["one"]["plain" if mode in ("small batches", "rare looks") else mode]
+    as_plain = mode in ("small batches", "rare looks", "as on a GPU")
+    expected = results["one"]["plain" if as_plain else mode]
     for mine, theirs in zip(results[layout][mode], expected, strict=True):
         assert [r[0] for r in mine] == [r[0] for r in theirs]
         assert [r[2] for r in mine] == [r[2] for r in theirs]
         for response, other in zip(mine, theirs, strict=True):
             assert response[1] == pytest.approx(other[1], abs=1e-5)
+
+
+@pytest.mark.parametrize("layout", LAYOUT_NAMES)
+def test_decode_steps_are_captured_except_in_a_pipeline(
+    results: dict[str, dict[str, Any]], layout: str
+) -> None:
+    num_captured, num_replayed = results[layout]["graphs"]
+    if layout.startswith("pp2"):
+        assert num_captured == num_replayed == 0
+    else:
+        assert 0 < num_captured < num_replayed
+
+
+@pytest.mark.parametrize("layout", LAYOUT_NAMES)
+def test_rows_are_chosen_from_the_memory_of_the_fullest_rank(
+    results: dict[str, dict[str, Any]], layout: str
+) -> None:
+    config = hf_model("llama").config
+    tp = 2 if layout.startswith("tp2") else 1
+    layers = config.num_hidden_layers // (2 if layout.startswith("pp2") else 1)
+    groups = (4 if "groups added" in layout else config.num_key_value_heads) // tp
+    dim = config.hidden_size // config.num_attention_heads
+    # fp32 keys and values, and 48 bytes for each entry of a row's logits
+    row_bytes = 2 * 4 * layers * groups * dim * LENGTH + 48 * VOCAB_SIZE
+    num = results[layout]["rows from memory"]
+    assert num == 2 ** int(math.log2(0.8 * FREE_BYTES / row_bytes)) > 1
 
 
 def test_every_layout_stops_when_one_rank_is_told_to(results: dict[str, dict[str, Any]]) -> None:

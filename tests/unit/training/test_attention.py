@@ -1,5 +1,7 @@
 """The zigzag cut of context parallelism, and attention over it."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -25,6 +27,16 @@ def test_zigzag_of_two_ranks() -> None:
 def test_zigzag_refuses_a_length_that_does_not_split() -> None:
     with pytest.raises(AssertionError, match="multiple of 2"):
         zigzag_positions(6, 0, 2)
+
+
+def test_the_plain_attention_keeps_torch_from_building_a_plan_for_each_length(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    switched: list[bool] = []
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", switched.append)
+    config = SimpleNamespace(attention_dropout=0.0)
+    SdpaCoreAttention(config, 1, pg_collection=SimpleNamespace(cp=None))  # type: ignore[arg-type]
+    assert switched == [False]
 
 
 @pytest.mark.parametrize("size", [2, 4])

@@ -1,0 +1,109 @@
+"""CUDA graphs on a CPU: a capture records every operation with its tensors, a replay repeats them on the same tensors.
+
+Like a real graph, a replay sees nothing of Python: a value that the host computed is the same in every replay, a tensor that
+was replaced is not seen, and an operation that gives the host data is an error in a capture.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from megatron_rasft.training.generation import STEPS_PER_LOOK
+
+FREE_BYTES = 1 << 20
+"""What is free on the GPU."""
+
+READS = {
+    "_local_scalar_dense",
+    "nonzero",
+    "masked_select",
+    "unique_consecutive",
+    "_unique2",
+    "equal",
+    "is_nonzero",
+}
+
+
+class RecordedGraph:
+    """Stands in for torch.cuda.CUDAGraph."""
+
+    num_captured = 0
+    num_replayed = 0
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, Any, Any, Any]] = []
+
+    def replay(self) -> None:
+        type(self).num_replayed += 1
+        with torch.no_grad():
+            for func, args, kwargs, recorded in self.calls:
+                again = func(*args, **kwargs)
+                for value in tree_leaves(again):
+                    if isinstance(
+                        value, torch.ScriptObject
+                    ):  # of a collective, which gloo runs in the background
+                        value.wait()
+                for target, made in zip(tensors(recorded), tensors(again), strict=True):
+                    if made.data_ptr() != target.data_ptr():
+                        target.copy_(made)
+
+
+def tensors(values: Any) -> list[Tensor]:
+    return [value for value in tree_leaves(values) if isinstance(value, Tensor)]
+
+
+class _Recording(TorchDispatchMode):
+    def __init__(self, graph: RecordedGraph) -> None:
+        super().__init__()
+        self.graph = graph
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.partition("::")[2]
+        if name in READS:
+            raise RuntimeError(f"operation not permitted when stream is capturing: {name}")
+        out = func(*args, **(kwargs or {}))
+        if not name.startswith(
+            ("empty", "new_empty")
+        ):  # no kernel, and Megatron gives such a tensor other memory later
+            self.graph.calls.append((func, args, kwargs or {}, out))
+        return out
+
+
+@contextlib.contextmanager
+def capture(graph: RecordedGraph, *unused: Any, **also_unused: Any) -> Iterator[None]:
+    """Stands in for torch.cuda.graph. Unlike there, a capture computes as well, which only a replay must."""
+    with _Recording(graph):
+        yield
+    type(graph).num_captured += 1
+
+
+@contextlib.contextmanager
+def on_a_gpu(live: Any) -> Iterator[type[RecordedGraph]]:
+    """Let a LiveModel take every branch for GPUs, on a CPU that answers torch.cuda's other questions.
+
+    The graphs counted are those of this use.
+    """
+    graphs = type("Graphs", (RecordedGraph,), {"num_captured": 0, "num_replayed": 0})
+    answers = {
+        "CUDAGraph": graphs,
+        "graph": capture,
+        "graph_pool_handle": lambda: None,
+        "set_stream": lambda stream: None,
+        "mem_get_info": lambda *unused: (FREE_BYTES, FREE_BYTES),
+    }
+    before = {name: getattr(torch.cuda, name) for name in answers}
+    device, steps_per_look = live.device, live.steps_per_look
+    live.device, live.steps_per_look = torch.device("cuda"), STEPS_PER_LOOK["cuda"]
+    try:
+        for name, answer in answers.items():
+            setattr(torch.cuda, name, answer)
+        yield graphs
+    finally:
+        live.device, live.steps_per_look = device, steps_per_look
+        for name, answer in before.items():
+            setattr(torch.cuda, name, answer)
