@@ -162,11 +162,11 @@ def count(model: LiveModel, options: argparse.Namespace) -> dict[str, Any]:
     with generation_mode(model.chunks, cache):
         decoder = Decoder(engine, cache, [], params, lambda: False)
         # Nothing in a step can be read: a fake tensor has no data, and a read of it raises.
-        decoder.step(keys, options.candidates)
+        decoder.step(keys)
         with Traffic() as forward:
             decoder.logits(options.rows, keys)
         with Traffic() as whole:
-            decoder.step(keys, options.candidates)
+            decoder.step(keys)
     launches_s = KERNEL_S * whole.kernels
     least_s = max(whole.bytes / HBM_BYTES_PER_S, whole.flop / MATMUL_FLOPS)
     return {
@@ -220,7 +220,6 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=1024, help="longest response")
     parser.add_argument("--mean-tokens", type=int, default=500, help="mean length of a response")
     parser.add_argument("--top-p", type=float, default=1.0, help="see --rollout-top-p")
-    parser.add_argument("--candidates", type=int, default=4096, help="tokens sorted for --top-p")
     parser.add_argument(
         "--rounds", type=int, default=4, help="samples for each row in the measurement on a GPU"
     )

@@ -23,7 +23,7 @@ KEY_BUCKET = 128
 """Attention runs over a multiple of this many keys, so that few shapes occur and each has one CUDA graph."""
 
 _NUCLEUS_CANDIDATES = 4096
-"""Top tokens sorted for top-p. Tokens of a row that needs more are drawn again with eight times as many."""
+"""Top tokens sorted for top-p. Where a row needs more, tokens are drawn again, and from then on, from eight times as many."""
 
 _TOKENS_PER_STOP = 32
 """Tokens that the rows grow by between two questions whether the run is to stop."""
@@ -177,6 +177,7 @@ class Decoder:
         self._samples: dict[int, _Sample] = {}
         """The sample of each row that has one."""
         self._stops = self._on_device(sorted(params.stop_ids) or [-1])
+        self._num_candidates = _NUCLEUS_CANDIDATES
         self._graphs = StepGraphs(engine.has_graphs)
         self._done: list[dict[int, Response]] = [{} for _ in requests]
 
@@ -279,17 +280,16 @@ class Decoder:
         num_steps = min(self._engine.steps_per_look, left)
         farthest = max(s.position for s in self._samples.values())
         length = min(-(-(farthest + num_steps) // KEY_BUCKET) * KEY_BUCKET, self._cache.length)
-        num_candidates = _NUCLEUS_CANDIDATES
         is_cut = (
             self._params.temperature > 0
             and self._params.top_p < 1
-            and num_candidates < self._engine.vocab_size
+            and self._num_candidates < self._engine.vocab_size
         )
         restore = self._rows.save() if is_cut else None
         while True:
             is_exact = torch.ones(self._num_rows, dtype=torch.bool, device=self._device)
             for _ in range(num_steps):
-                is_exact &= self.step(length, num_candidates)
+                is_exact &= self.step(length)
             status = torch.stack(
                 [self._rows.count[: self._num_rows], self._rows.is_over[: self._num_rows], is_exact]
             )
@@ -298,11 +298,11 @@ class Decoder:
                 break
             assert restore is not None, "only a cut nucleus is inexact"
             restore()
-            num_candidates *= 8
+            self._num_candidates *= 8
         self._collect(counts, is_over)
         return num_steps
 
-    def step(self, length: int, num_candidates: int) -> Tensor:
+    def step(self, length: int) -> Tensor:
         """Sample one token of each row. Returns [rows] bool, False where the nucleus was not reached."""
         rows, num, params = self._rows, self._num_rows, self._params
         logits = self._graphs.run((num, length), partial(self.logits, num, length))
@@ -312,7 +312,7 @@ class Decoder:
                 logits = penalised(logits, rows.seen[:num], params.repetition_penalty)
             uniforms = rows.uniforms[:num].gather(1, rows.count[:num, None])[:, 0]
             for place, part in enumerate(
-                draw(logits, uniforms, params.temperature, params.top_p, num_candidates)
+                draw(logits, uniforms, params.temperature, params.top_p, self._num_candidates)
             ):
                 drawn[place] = part
         drawn = self._engine.share(drawn)
