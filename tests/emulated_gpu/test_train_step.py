@@ -1,0 +1,43 @@
+"""The benchmark of a training step on two emulated GPUs."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests import forking
+from tests.emulated_gpu import running
+
+PROGRAM = forking.REPOSITORY / "benchmarks" / "train_step.py"
+FLAGS = "--bf16 --seq-length 64 --global-batch-size 4 --lr-warmup-iters 0 --steps 1 --num-samples 4 --mean-tokens 16"
+
+
+def test_each_process_has_a_gpu_and_megatron_trains_the_same(tmp_path: Path) -> None:
+    figures = tmp_path / "figures.json"
+    ranks = [
+        forking.Rank(
+            program=PROGRAM,
+            arguments=[*FLAGS.split(), "--json", str(figures)],
+            log=tmp_path / f"{rank}.log",
+            variables={"LOCAL_WORLD_SIZE": "2"},
+        )
+        for rank in range(2)
+    ]
+    outcome = forking.run(
+        ranks, timeout_s=240, ends_with_first_failure=True, parent=running.parent("transformer_engine")
+    )
+    assert outcome.codes == [0, 0], outcome.output
+    report = json.loads(figures.read_text())
+    # With a process group there already, Megatron leaves every process on the first GPU.
+    assert sorted(place.split()[-1] for place in report["places"]) == ["cuda:0", "cuda:1"]
+    measured = report["measured"]
+    assert measured.keys() == {
+        f"{kind} {layout}" for kind in ("megatron sft", "sft", "rasft") for layout in ("packed", "padded")
+    }
+    assert report["megatron_cross_entropy"] == "native"
+    for layout in ("packed", "padded"):
+        theirs, ours = (measured[f"{kind} {layout}"]["first_loss"] for kind in ("megatron sft", "sft"))
+        assert ours == pytest.approx(
+            theirs, rel=2e-3
+        )  # a few steps of a learning rate of 1e-6 lie between them
+        assert theirs > 1.0
