@@ -8,9 +8,7 @@ lengths; the first step of each kind is not counted. The ratios, not the absolut
 """
 
 import argparse
-import json
 import os
-import random
 import shutil
 import socket
 import statistics
@@ -23,21 +21,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron_rasft.training import cpu_backend
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-cpu_backend.enable()
-cpu_backend.use_cpu_fused_adam()
+import torch
+import torch.distributed as dist
+import transformers
+from torch import Tensor
 
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-import transformers  # noqa: E402
-from torch import Tensor  # noqa: E402
-
-from megatron_rasft.training import host, startup  # noqa: E402
-from megatron_rasft.training.batches import MicroBatch  # noqa: E402
-from megatron_rasft.training.forward import Forward  # noqa: E402
-from megatron_rasft.training.ranks import on_rank_zero  # noqa: E402
-from megatron_rasft.types import TrainingSample  # noqa: E402
+from benchmarks import trainers
+from megatron_rasft.training import host
+from megatron_rasft.training.batches import MicroBatch
+from megatron_rasft.training.forward import Forward
+from megatron_rasft.training.ranks import on_rank_zero
+from megatron_rasft.training.samples import Batch, SampleArrays
+from megatron_rasft.types import TrainingSample
 
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {
@@ -70,27 +67,6 @@ def write_model(shape: str, path: Path) -> None:
         transformers.Qwen2ForCausalLM(config).to(torch.bfloat16).save_pretrained(path)
 
 
-def make_samples(num: int, mean_tokens: int, max_tokens: int, vocab_size: int) -> list[TrainingSample]:
-    """Sequences of log-normal length, a fifth of each the prompt."""
-    draw = random.Random(0)
-    samples = []
-    for index in range(num):
-        length = min(max_tokens, max(16, int(mean_tokens * draw.lognormvariate(-0.18, 0.6))))
-        ids = [draw.randrange(vocab_size) for _ in range(length)]
-        cut = max(1, length // 5)
-        samples.append(
-            TrainingSample(
-                problem_id=str(index),
-                kind="expert",
-                prompt_ids=ids[:cut],
-                response_ids=ids[cut:],
-                weight=1.0,
-                ref_logprobs=[-1.0] * (length - cut),
-            )
-        )
-    return samples
-
-
 class MegatronSft(Forward):
     """Megatron's own supervised step: GPTModel with labels, and the masked sum of its losses."""
 
@@ -110,22 +86,26 @@ class MegatronSft(Forward):
         return loss_sum, count.to(torch.int), {"loss": torch.stack([loss_sum.detach(), count])}
 
 
-def measure(trainer: host.Trainer, samples: list[TrainingSample], steps: int) -> dict[str, float]:
+def measure(trainer: host.Trainer, samples: list[TrainingSample], steps: int) -> dict[str, float | None]:
     """Median tokens per second over ``steps`` steps after one that is not counted, that step's loss, and the peak memory."""
     rates, losses = [], []
+    batch = Batch(num_problems=len(samples), samples=SampleArrays.of(samples))
     torch.cuda.reset_peak_memory_stats()
+    prepared = trainer.prepare(batch)
     for _ in range(steps + 1):
         dist.barrier()
         torch.cuda.synchronize()
         began = time.perf_counter()
-        result = trainer.step(samples, len(samples))
+        following = trainer.prepare(batch)  # as a run does: the next batch is cut beside this step
+        result = trainer.train(prepared)
         torch.cuda.synchronize()
         rates.append(result.num_tokens / (time.perf_counter() - began))
         losses.append(result.metrics["loss"])
+        prepared = following
     return {
         "tokens_per_s": round(statistics.median(rates[1:]), 1),
         "first_loss": round(losses[0], 5),
-        "peak_memory_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
+        "peak_memory_gib": trainers.peak_memory_gib(),
     }
 
 
@@ -163,15 +143,6 @@ def shared_model(shape: str) -> Path:
     return folder
 
 
-def build(folder: Path, flags: list[str]) -> host.Trainer:
-    """The trainer of a run with these flags. No training data is read."""
-    argv = ["--hf-model", str(folder), "--train-data", "unused.jsonl", "--train-iters", "1000"]
-    argv += ["--lr", "1e-6", "--lr-decay-style", "constant", *flags]
-    args, config, opened = startup.parse(argv)
-    startup.start(args)
-    return host.Trainer(args, config, opened)
-
-
 def use_megatron_loss(trainer: host.Trainer, fusion: str) -> Forward:
     """Megatron's forward step, with its cross-entropy fused where there is a GPU."""
     for chunk in trainer.chunks:
@@ -202,14 +173,9 @@ def measure_all(
 
 def main() -> None:
     """Build once, measure each kind of step, print one JSON line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = trainers.parser(__doc__ or "")
     parser.add_argument("--shape", choices=list(SHAPES), default="tiny")
     parser.add_argument("--steps", type=int, default=5, help="steps of each kind that are counted")
-    parser.add_argument("--num-samples", type=int, default=32, help="sequences of the global batch")
-    parser.add_argument("--mean-tokens", type=int, default=256, help="mean length of a sequence")
-    parser.add_argument("--json", type=Path, help="file to write the figures to")
     parser.add_argument(
         "--megatron-cross-entropy",
         choices=["native", "te"],
@@ -223,36 +189,27 @@ def main() -> None:
     )
     folder = shared_model(options.shape)
     try:
-        trainer = build(folder, megatron_flags)
+        trainer = trainers.build(["--hf-model", str(folder), *megatron_flags])
         args = trainer.args
-        samples = make_samples(options.num_samples, options.mean_tokens, args.seq_length, args.vocab_size)
+        samples = trainers.make_samples(trainer, options.num_samples, options.mean_tokens)
         figures = measure_all(trainer, samples, options)
     finally:
         if os.environ["LOCAL_RANK"] == "0":
             shutil.rmtree(folder)
     rates = {name: measured["tokens_per_s"] for name, measured in figures.items()}
-    if dist.get_rank() == 0:
-        report = {
-            "shape": options.shape,
-            "processes": args.world_size,
-            "places": places,
-            "precision": "fp8" if args.fp8 else str(args.params_dtype)[6:],
-            "tokens": sum(s.num_tokens for s in samples),
-            "measured": figures,
-            "megatron_cross_entropy": options.megatron_cross_entropy
-            if torch.cuda.is_available()
-            else "unfused",
-            "rasft_step_over_megatron_sft_step": round(
-                rates["megatron sft packed"] / rates["rasft packed"], 3
-            ),
-            "rasft_step_over_sft_step": round(rates["sft packed"] / rates["rasft packed"], 3),
-            "packed_over_padded": round(rates["rasft packed"] / rates["rasft padded"], 3),
-        }
-        print(json.dumps(report), flush=True)
-        if options.json:
-            options.json.write_text(json.dumps(report), encoding="utf-8")
-    dist.barrier()
-    dist.destroy_process_group()
+    report = {
+        "shape": options.shape,
+        "processes": args.world_size,
+        "places": places,
+        "precision": "fp8" if args.fp8 else str(args.params_dtype)[6:],
+        "tokens": sum(s.num_tokens for s in samples),
+        "measured": figures,
+        "megatron_cross_entropy": options.megatron_cross_entropy if torch.cuda.is_available() else "unfused",
+        "rasft_step_over_megatron_sft_step": round(rates["megatron sft packed"] / rates["rasft packed"], 3),
+        "rasft_step_over_sft_step": round(rates["sft packed"] / rates["rasft packed"], 3),
+        "packed_over_padded": round(rates["rasft packed"] / rates["rasft padded"], 3),
+    }
+    trainers.report(report, options.json)
 
 
 if __name__ == "__main__":
