@@ -59,8 +59,8 @@ class PlanConfig:
     sync_bucket_mib: int = 512
     """Weights sent at once in a sync, MiB."""
 
-    logprob_chunk_tokens: int = 1024
-    """Tokens whose logits exist at once (--objective-logprob-chunk-tokens); 0: all."""
+    logprob_chunk_tokens: int | None = None
+    """Tokens whose logits exist at once (--objective-logprob-chunk-tokens); 0: all. Unset: as many as 3 GiB hold."""
 
     rasft_query_groups: int | None = None
     """Query groups to build the model with, as in pretrain_rasft.py."""

@@ -42,7 +42,8 @@ def training_flags(model: Model, plan: Plan, config: PlanConfig, *, precision: s
         flags += ["--overlap-grad-reduce", "--overlap-param-gather"]
     flags += ["--seq-length", str(config.seq_length), "--micro-batch-size", str(config.micro_batch_size)]
     flags += ["--global-batch-size", str(config.global_batch_size), "--data-epochs", str(config.epochs)]
-    flags += ["--objective-logprob-chunk-tokens", str(config.logprob_chunk_tokens)]
+    if config.logprob_chunk_tokens is not None:
+        flags += ["--objective-logprob-chunk-tokens", str(config.logprob_chunk_tokens)]
     if config.rasft_query_groups is not None:
         flags += ["--rasft-query-groups", str(config.rasft_query_groups)]
     if config.needs.uses_rollouts():

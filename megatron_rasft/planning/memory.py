@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 
+from megatron_rasft.config.objective import fused_chunk_tokens
 from megatron_rasft.config.planning import AssumptionConfig, PlanConfig
 from megatron_rasft.planning.layouts import Layout, Model, padded_vocabulary, shards, stage_chunks
 
@@ -201,13 +202,21 @@ def activation_bytes(model: Model, layout: Layout, stage: int, tokens: float, nu
     return 2 * tokens / layout.tp * (kept * num_layers * under_way + working)
 
 
+def logprob_chunk(model: Model, layout: Layout, config: PlanConfig, tokens: float) -> float:
+    """Tokens whose logits a rank holds at a time; ``tokens`` where none of them is computed twice."""
+    chunk = config.logprob_chunk_tokens
+    if chunk is None:
+        chunk = fused_chunk_tokens(math.ceil(tokens), 2 * padded_vocabulary(model, layout.tp) // layout.tp)
+    return min(chunk or tokens, tokens)
+
+
 def _logits_bytes(model: Model, layout: Layout, config: PlanConfig, tokens: float) -> float:
-    """Logits and their gradient in BF16 with two fp32 tensors of their size, a chunk of tokens at a time."""
-    chunk = min(config.logprob_chunk_tokens or tokens, tokens)
+    """Logits in BF16, a chunk of tokens at a time: their gradient takes their place."""
+    chunk = logprob_chunk(model, layout, config, tokens)
     vocabulary = padded_vocabulary(model, layout.tp) / layout.tp
     copies = 2 if config.needs.needs_reference_distribution() else 1
     hidden = 2 * 2 * tokens * model.shape.hidden_size * (1 + 1 / layout.tp)
-    return copies * chunk * vocabulary * (2 * 2 + 2 * _FP32) + hidden
+    return copies * chunk * vocabulary * 2 + hidden
 
 
 def _reference_bytes(model: Model, layout: Layout, tokens: float, num_microbatches: int) -> float:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from megatron_rasft.config.planning import AssumptionConfig, PlanConfig
 from megatron_rasft.planning.layouts import Layout, Model, stage_chunks
+from megatron_rasft.planning.memory import logprob_chunk
 from megatron_rasft.sync.estimating import SyncCosts, estimate_sync
 
 PEAK_TFLOPS = {"bf16": 989.0, "fp8": 1979.0}
@@ -158,7 +159,8 @@ def estimate_step(
     layers = model.shape.num_layers / layout.pp
     again = {"none": 0.0, "selective": flops.mlp, "full": flops.attention + flops.mlp}[layout.recompute]
     layer_flops = 3 * (flops.attention + flops.mlp) + again
-    output = (4 if 0 < config.logprob_chunk_tokens < width / layout.cp else 3) * flops.output
+    local = width / layout.cp
+    output = (3 if logprob_chunk(model, layout, config, local) >= local else 4) * flops.output
     rate = flops_per_s(model, assumed, precision) * layout.tp * layout.cp
     pace = (layers * layer_flops + output) * width / rate
     tensor_s, context_s = _communication(model, layout, config, assumed, width)

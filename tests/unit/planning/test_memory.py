@@ -7,7 +7,7 @@ import torch
 
 from megatron_rasft.config.planning import AssumptionConfig, PlanConfig
 from megatron_rasft.planning.layouts import Layout, Model
-from megatron_rasft.planning.memory import GIB, activation_bytes, estimate_memory, sync_bytes
+from megatron_rasft.planning.memory import GIB, activation_bytes, estimate_memory, logprob_chunk, sync_bytes
 from megatron_rasft.sync.buckets import MemoryPlan
 from megatron_rasft.sync.served import ServedFormat
 from megatron_rasft.weights.families import NameTable
@@ -92,3 +92,13 @@ def test_fp8_keeps_two_more_bytes_of_each_linear_weight(llama_70b: Model, assume
 
     layer = 8192 * (8192 + 2 * 1024) + 8192 * 8192 + 3 * 8192 * 28672
     assert weights(True) - weights(False) == 2 * 20 * layer / 8
+
+
+def test_logits_are_kept_in_bf16_up_to_three_gib(llama_70b: Model) -> None:
+    one_gpu = replace(TP8_PP4, tp=1)
+    config = PlanConfig(num_gpus=64)
+    assert logprob_chunk(llama_70b, one_gpu, config, 8192) == 8192
+    # 128,256 logits of two bytes a token: 12,557 tokens fit, so 20,000 make two equal parts
+    assert logprob_chunk(llama_70b, one_gpu, config, 20000) == 10000
+    assert logprob_chunk(llama_70b, TP8_PP4, config, 20000) == 20000
+    assert logprob_chunk(llama_70b, TP8_PP4, replace(config, logprob_chunk_tokens=1024), 20000) == 1024
