@@ -18,6 +18,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks.trainers import build, make_samples, parser, peak_memory_gib, report
+from megatron_rasft.training.samples import Batch, SampleArrays
 
 WARM_UP_STEPS = 3
 NUM_LISTED = 8
@@ -65,14 +66,18 @@ def main() -> None:
     options, flags = parser(__doc__).parse_known_args()
     trainer = build(flags)
     samples = make_samples(trainer, options.num_samples, options.mean_tokens)
+    batch = Batch(num_problems=len(samples), samples=SampleArrays.of(samples))
+    prepared = trainer.prepare(batch)
     for _ in range(WARM_UP_STEPS):
-        trainer.step(samples, len(samples))
+        trainer.train(prepared)
+        prepared = trainer.prepare(batch)
     activities = [ProfilerActivity.CPU]
     if torch.cuda.is_available():
         activities.append(ProfilerActivity.CUDA)
     torch.cuda.synchronize()
     with profile(activities=activities) as profiler, record_function(LABEL):
-        result = trainer.step(samples, len(samples))
+        trainer.prepare(batch)  # as a run does: the next batch is cut beside this step
+        result = trainer.train(prepared)
         torch.cuda.synchronize()
     figures = figures_of(profiler.events())
     figures |= {"data_ms": round(1e3 * result.data_s, 3), "optimizer_ms": round(1e3 * result.optimizer_s, 3)}
