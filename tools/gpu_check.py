@@ -305,7 +305,7 @@ def _not_run(step: Step, reason: str) -> Result:
         status="not run",
         reason=reason,
         deadline_s=step.deadline_s,
-        covers=list(step.covers),
+        covers=dict(step.covers),
     )
 
 

@@ -24,7 +24,6 @@ SERVER_FLAGS = [
     "--sampling-backend",
     "pytorch",
 ]
-SERVER_FLAGS += ["--cuda-graph-max-bs", "256"]
 """Of SGLang. A third of the memory leaves room for the trainer; these backends need the fewest compiled packages."""
 
 SERVER_VARIABLES = {"SGLANG_SKIP_SGL_KERNEL_VERSION_CHECK": "1"}

@@ -2,11 +2,11 @@
 
 import importlib
 import importlib.metadata
-import importlib.util
 import json
 import os
 import sys
 import traceback
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,8 @@ def versions() -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             found[package] = None
     for name, module in EXTENSIONS.items():
-        found[name] = importlib.util.find_spec(module) is not None
+        # On the path: the project puts a module of the second name into sys.modules where Apex is missing.
+        found[name] = PathFinder.find_spec(module) is not None
     return found
 
 

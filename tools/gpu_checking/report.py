@@ -1,6 +1,7 @@
 """What a check found, as JSON for programs and as Markdown for readers."""
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -33,8 +34,13 @@ class Result:
     peak_gpu_memory_gib: float | None = None
     left_behind: int = 0
     """Processes that it left running."""
-    covers: list[str] = field(default_factory=list)
-    """What the emulated GPU cannot show and this step does."""
+    covers: dict[str, str] = field(default_factory=dict)
+    """What the emulated GPU cannot show -> the test, or the part of the step, that does."""
+
+    def outcome(self, part: str) -> str:
+        """The results of a test that the step ran, or its own."""
+        tests = {str(value) for name, value in self.figures.items() if f"::{part}" in name}
+        return ", ".join(sorted(tests)).lower() or self.status
 
 
 @dataclass(kw_only=True)
@@ -109,7 +115,9 @@ def markdown(report: Report) -> str:
                     for step in report.steps
                 ),
             ),
+            *_training_speeds(report.steps),
             *_figures(report.steps),
+            *_gaps(report.steps),
             *_failures(report.steps),
         ]
     )
@@ -136,12 +144,37 @@ def _why(step: Result) -> str:
     return "; ".join(filter(None, [step.reason, left]))
 
 
+_SPEED = re.compile(r"measured (.+) tokens_per_s")
+
+
+def _training_speeds(steps: Iterable[Result]) -> list[str]:
+    """Tokens per second of each kind of training step, with the steps of the check side by side."""
+    speeds = {
+        step.title: {m[1]: value for name, value in step.figures.items() if (m := _SPEED.fullmatch(name))}
+        for step in steps
+    }
+    speeds = {title: values for title, values in speeds.items() if values}
+    if not speeds:
+        return []
+    kinds = dict.fromkeys(kind for values in speeds.values() for kind in values)
+    rows = ((kind, *(values.get(kind) for values in speeds.values())) for kind in kinds)
+    return ["", "## Tokens per second of a training step", "", *_table(("", *speeds), rows)]
+
+
 def _figures(steps: Iterable[Result]) -> list[str]:
     lines = []
     for step in steps:
         if step.figures:
             lines += ["", f"## {step.title}", "", *_table(("figure", "value"), step.figures.items())]
     return lines
+
+
+def _gaps(steps: Iterable[Result]) -> list[str]:
+    rows = [(gap, step.name, part, step.outcome(part)) for step in steps for gap, part in step.covers.items()]
+    if not rows:
+        return []
+    heads = ("what the emulated GPU cannot show", "step", "by", "result")
+    return ["", "## What only a GPU shows", "", *_table(heads, sorted(rows))]
 
 
 def _failures(steps: Iterable[Result]) -> list[str]:

@@ -112,8 +112,8 @@ class Step:
     """Figures without which the step has failed."""
     bounds: dict[str, tuple[float, float]] = field(default_factory=dict)
     """Figures that must lie between two values, these included."""
-    covers: tuple[str, ...] = ()
-    """Names in tests/emulated_gpu/not_shown.toml: what only a GPU shows, and this step does."""
+    covers: Mapping[str, str] = field(default_factory=dict)
+    """Gap in tests/emulated_gpu/not_shown.toml -> by what the step closes it: the name of a test, or words."""
 
 
 def benchmark_figures(folder: Path) -> dict[str, Figure]:
@@ -122,14 +122,17 @@ def benchmark_figures(folder: Path) -> dict[str, Figure]:
 
 
 def run_figures(folder: Path) -> dict[str, Figure]:
-    """Ratio of each step, speed of the last, and where the seconds of the refreshes went, from metrics.jsonl."""
+    """Ratio, loss and time of each step, times of the refreshes, and what Transformer Engine says of its attention."""
     figures: dict[str, Figure] = {}
     num_refreshes = 0
+    log = (folder / OUTPUT_FILE).read_text(encoding="utf-8", errors="replace")
+    figures["attention"] = ", ".join(sorted(set(re.findall(r"Running with (\w+ backend(?: \(.*?\))?)", log))))
     for line in (folder / "save" / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
         if record["event"] == "step":
             figures[f"step {record['step']} ratio_mean"] = record.get("objective/ratio_mean")
             figures[f"step {record['step']} loss"] = record["objective/loss"]
+            figures[f"step {record['step']} s"] = record["training/step_s"]
             figures["last step tokens/s"] = record["training/tokens_per_s"]
             figures["num_steps"] = record["step"]
         elif record["event"] == "refresh":
@@ -171,6 +174,10 @@ def training(num_processes: int, more: str = "") -> Callable[[Setting], Command]
     return lambda setting: Command(
         program=["pretrain_rasft.py", *_filled([*README_FLAGS, *more.split()], setting)],
         num_processes=num_processes,
+        variables={
+            "NVTE_DEBUG": "1",
+            "NVTE_DEBUG_LEVEL": "1",
+        },  # names the attention kernels, once for each choice
     )
 
 
@@ -203,6 +210,16 @@ def _test_results(folder: Path) -> dict[str, Figure]:
     return {"num_passed": counts["PASSED"], "num_skipped": counts["SKIPPED"], **results}
 
 
+def _logprobs(setting: Setting) -> Command:
+    return Command(program=["benchmarks/logprobs.py", *_filled(["--json", "{figures_file}"], setting)])
+
+
+def _logprob_figures(folder: Path) -> dict[str, Figure]:
+    """The bar and the times; the counts are the same on every machine."""
+    figures = benchmark_figures(folder)
+    return {name: value for name, value in figures.items() if not name.startswith("counted")}
+
+
 def _colocated(setting: Setting) -> Command:
     program = ["tools/gpu_checking/colocated.py", "--sglang-python", "{sglang_python}", "--model", "{model}"]
     trainer = training(
@@ -223,8 +240,15 @@ _RATIO = {"step 1 ratio_mean": (0.99, 1.01)}
 _AMOUNT = """
     --bf16 --seq-length {packed_length} --micro-batch-size 1 --num-samples {num_samples} --mean-tokens {mean_tokens}
 """
-_STEP_FLAGS = f"--shape {{shape}} {_AMOUNT}"
+_STEP_FLAGS = f"--shape {{shape}} --steps 3 --use-distributed-optimizer {_AMOUNT}"
 _TRAINER_FLAGS = f"--hf-model {{model}} --use-distributed-optimizer {_AMOUNT}"
+
+_STEP_FIGURES = tuple(
+    f"measured {kind} {layout} {figure}"
+    for kind in ("megatron sft", "sft", "rasft")
+    for layout in ("packed", "padded")
+    for figure in ("tokens_per_s", "peak_memory_gib")
+)
 
 _GENERATION_FLAGS = """
     --shape {shape} --bf16 --rows {rows} --rounds 4 --new-tokens {generated_tokens} --mean-tokens {mean_generated_tokens}
@@ -258,6 +282,11 @@ STEPS = [
         command=training(1, "--export-hf {folder}/hf"),
         figures=run_figures,
         bounds=_RATIO | {"num_steps": (3, 3)},
+        covers={
+            "bf16_kernels": "ratio 1 at the first step",
+            "attention_backends": "packed: the kernels and the time of each step",
+            "compiled_kernels": "a run with torch.compile, Triton and the decode step's CUDA graph",
+        },
     ),
     Step(
         name="first_run_tp2",
@@ -268,6 +297,7 @@ STEPS = [
         obstacle=few_gpus(2),
         figures=run_figures,
         bounds=_RATIO | {"num_steps": (3, 3)},
+        covers={"nccl": "a run over two GPUs"},
     ),
     Step(
         name="gpu_tests",
@@ -278,14 +308,59 @@ STEPS = [
         after="",
         figures=_test_results,
         bounds={"num_passed": (1, math.inf)},
+        covers={
+            "fp8": "test_fp8_trains_with_every_recipe",
+            "bf16_kernels": "test_bf16_trains_as_the_cpu_does",
+            "thd_context_parallel": "test_two_gpus_train_as_the_cpu_does[context]",
+            "grouped_gemm": "test_mixture_with_grouped_gemm_trains_as_the_cpu_does",
+            "nccl": "test_two_gpus_train_as_the_cpu_does",
+            "cuda_ipc": "test_another_process_reads_a_bucket_where_it_lies",
+            "streams_and_memory": "test_losses_are_the_same_with_blocking_launches",
+            "compiled_kernels": "test_sampled_logprobs_are_those_of_training",
+            "optimizer_variants": "test_precision_aware_optimizer_trains_and_resumes",
+        },
     ),
     Step(
         name="train_step",
         number=4,
-        title="training step in BF16",
+        title="training step, BF16",
         deadline_s=240,
         command=benchmark("train_step.py", _STEP_FLAGS),
         figures=benchmark_figures,
+        wants=_STEP_FIGURES,
+        covers={"speed": "tokens per second of a step", "streams_and_memory": "peak memory of a step"},
+    ),
+    Step(
+        name="train_step_plain",
+        number=4,
+        title="training step, BF16, log-probabilities without fused kernels",
+        deadline_s=240,
+        command=benchmark(
+            "train_step.py",
+            f"{_STEP_FLAGS} --objective-logprob-kernels plain --objective-logprob-chunk-tokens 1024",
+        ),
+        figures=benchmark_figures,
+        wants=_STEP_FIGURES,
+    ),
+    Step(
+        name="train_step_fp8",
+        number=4,
+        title="training step, FP8 tensorwise",
+        deadline_s=240,
+        command=benchmark("train_step.py", f"{_STEP_FLAGS} --fp8-format hybrid --fp8-recipe tensorwise"),
+        figures=benchmark_figures,
+        wants=_STEP_FIGURES,
+        covers={"fp8": "a step's speed with tensorwise scaling"},
+    ),
+    Step(
+        name="logprobs",
+        number=4,
+        title="log-probabilities alone",
+        deadline_s=180,
+        command=_logprobs,
+        after="",
+        figures=_logprob_figures,
+        wants=("max_bytes_per_logit", "timed 1.5B Megatron's fused cross-entropy ms"),
     ),
     Step(
         name="generation",
@@ -295,6 +370,20 @@ STEPS = [
         command=benchmark("generation.py", _GENERATION_FLAGS),
         figures=benchmark_figures,
         wants=("measured tokens_per_s", "measured host_gib_before", "measured host_gib_after"),
+        covers={
+            "speed": "tokens per second of generation",
+            "streams_and_memory": "peak memory of generation",
+        },
+    ),
+    Step(
+        name="padded_run",
+        number=0,
+        title="a run with padded batches",
+        deadline_s=180,
+        command=training(1, "--rasft-batch-layout padded --curriculum-mode off"),
+        figures=run_figures,
+        bounds=_RATIO | {"num_steps": (3, 3)},
+        covers={"attention_backends": "padded: the kernels and the time of each step"},
     ),
     Step(
         name="fp8_delayed",
@@ -304,6 +393,7 @@ STEPS = [
         command=training(1, "--fp8-format hybrid --fp8-recipe delayed"),
         figures=run_figures,
         bounds={f"step {step} ratio_mean": (0.95, 1.05) for step in (1, 2, 3)} | {"num_steps": (3, 3)},
+        covers={"fp8": "ratio of the first three steps"},
     ),
     Step(
         name="swap_and_save",
@@ -313,6 +403,7 @@ STEPS = [
         command=benchmark("swap_and_save.py", f"{_TRAINER_FLAGS} --save {{folder}}/save"),
         figures=benchmark_figures,
         wants=("first_swap_s", "swap_s", "save blocked_s", "save until_written_s", "peak_memory_gib"),
+        covers={"speed": "seconds of a swap and a save"},
     ),
     Step(
         name="async_save",
@@ -338,6 +429,11 @@ STEPS = [
         obstacle=_no_server,
         figures=run_figures,
         bounds=_RATIO | {"num_refreshes": (2, 2)},
+        covers={
+            "cuda_ipc": "two refreshes",
+            "speed": "seconds of a sync",
+            "streams_and_memory": "peak memory of a sync",
+        },
     ),
     Step(
         name="profile",

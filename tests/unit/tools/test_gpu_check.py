@@ -2,10 +2,13 @@
 
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +18,7 @@ import pytest
 from tools import gpu_check
 from tools.gpu_checking import processes, report
 from tools.gpu_checking.processes import Command, Started
-from tools.gpu_checking.steps import Setting, Step
+from tools.gpu_checking.steps import STEPS, Setting, Step
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -303,6 +306,82 @@ def test_an_emulated_check_says_that_nothing_was_measured(tmp_path: Path) -> Non
     assert gpu_check.main(["--output", str(tmp_path)], steps=[machine(emulated=True)]) == 0
     assert report.read(tmp_path / report.JSON_FILE).emulated
     assert "no figure below is a measurement" in (tmp_path / report.MARKDOWN_FILE).read_text()
+
+
+def test_training_speeds_stand_side_by_side(tmp_path: Path) -> None:
+    def writes(name: str, speeds: dict[str, float]) -> Step:
+        text = json.dumps({f"measured {kind} tokens_per_s": speed for kind, speed in speeds.items()})
+        return step(name, f"(folder / 'figures.json').write_text({text!r})", figures=figures)
+
+    check(
+        tmp_path,
+        writes("bf16", {"rasft packed": 47000.4, "sft packed": 50000.0}),
+        writes("fp8", {"rasft packed": 61000.0}),
+    )
+    table = (
+        (tmp_path / report.MARKDOWN_FILE).read_text().split("## Tokens per second of a training step\n\n")[1]
+    )
+    assert table.splitlines()[:4] == [
+        "|  | the step bf16 | the step fp8 |",
+        "| --- | --- | --- |",
+        "| rasft packed | 47,000 | 61,000 |",
+        "| sft packed | 50,000 |  |",
+    ]
+
+
+def test_gap_of_the_emulation_shows_the_result_of_its_test(tmp_path: Path) -> None:
+    tests = {
+        "tests/gpu/a.py::test_fp8[x]": "PASSED",
+        "tests/gpu/a.py::test_fp8[y]": "FAILED",
+        "tests/gpu/a.py::test_ipc": "SKIPPED",
+    }
+    covers = {"fp8": "test_fp8", "ipc": "test_ipc", "speed": "its figures"}
+    check(
+        tmp_path,
+        step(
+            "tests",
+            f"(folder / 'figures.json').write_text({json.dumps(tests)!r})",
+            figures=figures,
+            covers=covers,
+        ),
+    )
+    lines = (tmp_path / report.MARKDOWN_FILE).read_text().splitlines()
+    for row in (
+        "| fp8 | tests | test_fp8 | failed, passed |",
+        "| ipc | tests | test_ipc | skipped |",
+        "| speed | tests | its figures | passed |",
+    ):
+        assert row in lines
+
+
+def test_first_run_is_the_command_of_the_readme() -> None:
+    """Apart from paths, parallel sizes and what makes it small."""
+    readme = (ROOT / "README.md").read_text().replace("\\\n", " ")
+    (command,) = re.findall(r"^    torchrun --nproc-per-node 8 pretrain_rasft.py(.*)$", readme, re.MULTILINE)
+    setting = Setting(
+        shape="qwen2.5-1.5b",
+        model=Path("DIR"),
+        data=Path("train.jsonl"),
+        material=ROOT,
+        folder=ROOT,
+        num_gpus=1,
+    )
+    (first_run,) = (step for step in STEPS if step.name == "first_run")
+    ours, theirs = flags_of(first_run.command(setting).program[1:]), flags_of(shlex.split(command))
+    for name in (
+        "--tensor-model-parallel-size",
+        "--sequence-parallel",
+        "--export-hf",
+        "--save",
+        "--global-batch-size",
+    ):
+        theirs.pop(name, None)
+    assert theirs.items() <= ours.items()
+
+
+def flags_of(words: Sequence[str]) -> dict[str, str]:
+    """Each flag with its value, an empty one where it takes none."""
+    return dict(re.findall(r"(--\S+)(?: (?!--)(\S+))?", " ".join(words)))
 
 
 def test_peak_memory_is_that_of_the_fullest_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
