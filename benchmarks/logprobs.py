@@ -251,6 +251,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=8192, help="tokens of a micro-batch")
     parser.add_argument("--repeats", type=int, default=10, help="timed repetitions of each way")
     parser.add_argument("--no-time", action="store_true", help="count only, also where there is a GPU")
+    parser.add_argument("--json", type=Path, help="file to write the figures to")
     options = parser.parse_args()
     report: dict[str, Any] = {"tokens": options.tokens, "counted": {}, "timed": {}}
     for name, shape in SHAPES.items():
@@ -278,6 +279,8 @@ def main() -> int:
                 print(f"{name:8s} {way:62s} {figures['ms']:8.3f} ms  {figures['peak_gib']:6.2f} GiB")
         torch.distributed.destroy_process_group()
     print(json.dumps(report), flush=True)
+    if options.json is not None:
+        options.json.write_text(json.dumps(report), encoding="utf-8")
     return 0 if worst <= MAX_BYTES_PER_LOGIT else 1
 
 

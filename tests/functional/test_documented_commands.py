@@ -56,6 +56,7 @@ RUN_BY = {
     "python tools/evaluate.py table": "test_samples_are_graded_and_tabulated",
     "python tools/prepare_data.py --decontaminate": "test_tool_reports_and_writes_the_rows_that_stay",
     "tools/prepare_data.py --decontaminate": "test_tool_reports_and_writes_the_rows_that_stay",
+    "python benchmarks/logprobs.py": "test_fused_logprobs_stay_under_the_bar_and_plain_ones_do_not",
     "python benchmarks/code_verification.py": "test_benchmark_of_code_verification_runs",
     "python examples/benchmark_reproduction/reproduce.py": "test_one_command_trains_evaluates_and_compares",
     "python -c pass": "test_benchmark_of_code_verification_runs",
