@@ -208,7 +208,7 @@ class Trainer:
             self.live.device,
         )
         self._replicas = _replicas()
-        self._cutter = ThreadPoolExecutor(1, "cut")
+        self._cutter = ThreadPoolExecutor(1, "cut", _choose_device, (self.live.device,))
         self.iteration = 0
         self._gradients_at = 0.0
         """When the gradients of the step were there."""
@@ -671,6 +671,12 @@ def _rank_multiple(args: Any, is_on_gpu: bool) -> int:
     if args.fp4 is not None:
         return 128
     return 8 if is_on_gpu else 1
+
+
+def _choose_device(device: torch.device) -> None:
+    """For a new thread, which begins on the first GPU of the node: pinning there makes a context for each process."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
 
 
 def _replicas() -> list[list[int]]:
