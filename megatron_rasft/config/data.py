@@ -58,7 +58,8 @@ class DataConfig:
 
     data_cache: str | None = None
     """Folder that keeps tokenized rows, found again by the content of the data, the tokenizer and the flags: a restart
-    reads them instead of tokenizing for minutes. Several runs may share it. Unset: data_cache in --save. "" keeps none."""
+    reads them instead of tokenizing for minutes. Several runs may share it. It takes about twice the size of the data.
+    Unset: data_cache in --save. "" keeps none."""
 
     data_seed: int = 1234
     """Seed of the order in which problems are visited, >= 0."""

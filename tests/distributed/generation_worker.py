@@ -140,6 +140,9 @@ def sample(flags: list[str], root: Path) -> dict[str, Any]:
         after = training_state(run.chunks)
         assert before == after, [name for name in before if before[name] != after.get(name)]
         result["scores"] = [v.tolist() for v in run.score(given, with_reference=False)]
+        size, run.args.global_batch_size = run.args.global_batch_size, 1  # four samples at a time
+        result["scores in parts"] = [v.tolist() for v in run.score(given, with_reference=False)]
+        run.args.global_batch_size = size
         result["window"] = window(run)
         result["step"] = run.step(batches("dft")[0], 9).metrics["loss"]
     with trainer(root / "llama", root / "none.jsonl", flags) as run:

@@ -157,6 +157,16 @@ def test_returned_logprobs_are_those_of_scoring(results: dict[str, dict[str, Any
 
 
 @pytest.mark.parametrize("layout", LAYOUT_NAMES)
+def test_scores_do_not_depend_on_how_many_samples_are_scored_at_once(
+    results: dict[str, dict[str, Any]], layout: str
+) -> None:
+    found, expected = results[layout]["scores in parts"], results[layout]["scores"]
+    assert len(found) > 8
+    for mine, theirs in zip(found, expected, strict=True):
+        assert mine == pytest.approx(theirs, abs=1e-5)
+
+
+@pytest.mark.parametrize("layout", LAYOUT_NAMES)
 def test_every_layout_refreshes_the_same(results: dict[str, dict[str, Any]], layout: str) -> None:
     expected = results["one"]["window"]
     assert len(expected) > len(PROMPTS)

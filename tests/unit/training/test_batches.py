@@ -202,7 +202,11 @@ def check_micro_batch(shards: list[MicroBatch], samples: list[TrainingSample], i
                 assert fields["old_logprobs"][at] == pytest.approx(sample.old_logprobs[answer], abs=1e-6)
         if is_packed:
             assert batch.packed_seq_params is not None
-            bounds = batch.packed_seq_params.cu_seqlens_q.tolist()
+            params = batch.packed_seq_params
+            assert params.cu_seqlens_q is params.cu_seqlens_q_padded, (
+                "TE sees so that nothing lies in between"
+            )
+            bounds = params.cu_seqlens_q.tolist()
             assert bounds[place] == start
             assert bounds[place + 1] >= start + len(ids)
             start = bounds[place + 1]

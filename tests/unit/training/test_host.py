@@ -35,6 +35,20 @@ def layout(monkeypatch: pytest.MonkeyPatch, *, has_gpu: bool = True, **flags: ob
     return trainer.layout
 
 
+def test_the_next_part_is_prepared_before_one_is_scored() -> None:
+    notes: list[str] = []
+
+    def prepare(batch: int) -> int:
+        notes.append(f"prepare {batch}")
+        return batch
+
+    trainer = Trainer.__new__(Trainer)
+    trainer.prepare = prepare  # type: ignore[assignment,method-assign]
+    for prepared in trainer._one_ahead([1, 2, 3]):  # type: ignore[list-item]
+        notes.append(f"score {prepared}")
+    assert notes == ["prepare 1", "prepare 2", "score 1", "prepare 3", "score 2", "score 3"]
+
+
 @pytest.mark.parametrize(
     ("recipe", "per_rank"), [("tensorwise", 16), ("delayed", 16), ("mxfp8", 32), ("blockwise", 128)]
 )
