@@ -16,6 +16,7 @@ from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_rasft.errors import CheckpointError, FailedElsewhere
+from megatron_rasft.training.fp8_scales import UNPICKLE
 from megatron_rasft.training.ranks import on_rank_zero
 from megatron_rasft.training.samples import Array
 from megatron_rasft.weights.torch_dist import RELEASE, TRACKER_FILE
@@ -195,6 +196,14 @@ def load_explained(args: Any, load: Path) -> Iterator[None]:
         raise CheckpointError(
             f"the checkpoint in {load} does not fit these flags: {first_line(error)}. Give the flags it was "
             "written with; --override-opt_param-scheduler accepts another length or learning rate."
+        ) from error
+    except RuntimeError as error:
+        if UNPICKLE not in str(error):
+            raise
+        raise CheckpointError(
+            f"checkpoint {chosen_folder(args, load)} has the scales of --fp8-recipe delayed, which Transformer Engine keeps as a "
+            f"pickle, and a pickle can run any code. If you trust its source, set {UNPICKLE}=1 in the environment; else start "
+            "from exported weights (--hf-model)."
         ) from error
     except LOAD_FAILURES as error:
         folder = chosen_folder(args, load)

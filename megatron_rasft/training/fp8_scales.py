@@ -6,10 +6,16 @@ first passes of a run here are scoring passes without. Their log-probabilities b
 """
 
 import argparse
-from collections.abc import Callable
+import contextlib
+import os
+from collections.abc import Callable, Iterator
 
 NUM_PASSES = 2
 """The first pass measures inputs that were themselves rounded at a scale of 1. The second pass measures them at real scales."""
+
+
+UNPICKLE = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
+"""Environment variable without which Transformer Engine refuses the scales in a checkpoint: it writes them as a pickle."""
 
 
 def has_delayed_scales(args: argparse.Namespace) -> bool:
@@ -30,3 +36,19 @@ def set_delayed_scales(forward: Callable[[], object]) -> None:
     for _ in range(NUM_PASSES):
         forward()
         FP8GlobalStateManager.reduce_and_update_fp8_tensors(forward=True)
+
+
+@contextlib.contextmanager
+def own_scales_loaded(args: argparse.Namespace) -> Iterator[None]:
+    """Lets Transformer Engine read the scales from a run's own checkpoint, so that the same command goes on with the run.
+
+    A checkpoint from elsewhere is left to the user, who sets the variable: a pickle can run any code.
+    """
+    if not has_delayed_scales(args) or args.load != args.save or UNPICKLE in os.environ:
+        yield
+        return
+    os.environ[UNPICKLE] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[UNPICKLE]

@@ -65,7 +65,7 @@ from megatron_rasft.training.checkpoints import (
     write_state,
 )
 from megatron_rasft.training.forward import Forward, run_forward_only
-from megatron_rasft.training.fp8_scales import has_delayed_scales, set_delayed_scales
+from megatron_rasft.training.fp8_scales import has_delayed_scales, own_scales_loaded, set_delayed_scales
 from megatron_rasft.training.generation import LiveModel
 from megatron_rasft.training.model import layer_spec
 from megatron_rasft.training.ranks import (
@@ -567,7 +567,7 @@ class Trainer:
         arrays: dict[str, Array] = kept_by_rank_zero(
             lambda: read_arrays(chosen_folder(args, load), state), {}
         )
-        with load_explained(args, load), quiet():
+        with load_explained(args, load), own_scales_loaded(args), quiet():
             iteration, self._floating_point_operations = checkpointing.load_checkpoint(
                 self.model,
                 self.optimizer,

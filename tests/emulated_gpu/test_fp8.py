@@ -1,5 +1,6 @@
 """FP8 runs by Transformer Engine's own Python: its quantizers, amax histories and scale updates, on emulated kernels."""
 
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -13,8 +14,7 @@ from tests.tiny_policy import write_model, write_sums
 
 STEPS = 3
 
-FP8 = ["--bf16", "--fp8-format", "hybrid", "--lr", "1e-12", "--train-iters", str(STEPS)]
-"""Weights stay as they are, so that policy and reference remain one model."""
+FP8 = ["--bf16", "--fp8-format", "hybrid", "--train-iters", str(STEPS)]
 
 RATIO_GAP = 3e-3
 """Largest difference from 1 of ratios of one model: 0.0015 here, since scales depend on the micro-batch and scoring cuts others.
@@ -34,16 +34,22 @@ def make_scales_matter(model: Path) -> None:
     save_file(weights | norms, path, metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize("recipe", ["delayed", "tensorwise"])
-def test_ratios_of_an_fp8_run_are_one_while_the_weights_stand_still(tmp_path: Path, recipe: str) -> None:
+@pytest.fixture
+def inputs(tmp_path: Path) -> list[str]:
     model = write_model(tmp_path / "model", initializer_range=0.004)
     make_scales_matter(model)
     data = write_sums(tmp_path / "sums.jsonl", 40)
+    return ["--hf-model", str(model), "--train-data", str(data), *FLAGS, *FP8]
+
+
+@pytest.mark.parametrize("recipe", ["delayed", "tensorwise"])
+def test_ratios_of_an_fp8_run_are_one_while_the_weights_stand_still(
+    inputs: list[str], tmp_path: Path, recipe: str
+) -> None:
     paths, save = [tmp_path / "facts.json"], tmp_path / "save"
-    flags = ["--hf-model", str(model), "--train-data", str(data), "--save", str(save), *FLAGS, *FP8]
     outcome = running.run(
         tmp_path / "logs",
-        [*flags, "--fp8-recipe", recipe],
+        [*inputs, "--save", str(save), "--fp8-recipe", recipe, "--lr", "1e-12"],
         prepare_rank=lambda rank: [partial(facts.record, paths[rank])],
     )
     assert outcome.codes == [0], outcome.output
@@ -51,3 +57,19 @@ def test_ratios_of_an_fp8_run_are_one_while_the_weights_stand_still(tmp_path: Pa
     assert found.kernels["fp8_gemm"] > 0
     ratios = [step["objective/ratio_mean"] for step in launching.steps(save).values()]
     assert ratios == pytest.approx([1.0] * STEPS, abs=RATIO_GAP)
+
+
+def test_scales_of_the_delayed_recipe_are_part_of_a_checkpoint(inputs: list[str], tmp_path: Path) -> None:
+    flags = [*inputs, "--fp8-recipe", "delayed", "--save-interval", "2"]
+    unbroken, resumed = tmp_path / "unbroken", tmp_path / "resumed"
+    outcome = running.run(tmp_path / "logs", [*flags, "--save", str(unbroken)])
+    assert outcome.codes == [0], outcome.output
+    shutil.copytree(unbroken, resumed)
+    (resumed / "latest_checkpointed_iteration.txt").write_text("2")
+    outcome = running.run(tmp_path / "logs", [*flags, "--save", str(resumed)])
+    assert outcome.codes == [0] and "going on after step 2" in outcome.output, outcome.output
+    assert launching.losses(resumed) == launching.losses(unbroken)
+    other = [*flags, "--load", str(unbroken), "--save", str(tmp_path / "other")]
+    outcome = running.run(tmp_path / "logs", other)
+    (error,) = outcome.errors
+    assert "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE=1" in error and "Traceback" not in outcome.output
