@@ -8,18 +8,22 @@ import sys
 # Processes that multiprocessing spawns, as Megatron's checkpoint writer is, execute this file once more: they need none of it,
 # and would take ten seconds and 800 MB each.
 if __name__ != "__mp_main__":
-    from megatron_rasft.training import cpu_backend
+    from megatron_rasft.errors import FailedElsewhere, RasftError
+    from megatron_rasft.training import cpu_backend, gpu_kernels
+    from megatron_rasft.training.ranks import report_failure
 
+    try:
+        gpu_kernels.check_transformer_engine()
+    except RasftError as error:
+        sys.exit(report_failure(error))
     cpu_backend.enable()
     cpu_backend.use_cpu_fused_adam()
 
     import torch.distributed as dist
 
-    from megatron_rasft.errors import FailedElsewhere, RasftError
     from megatron_rasft.training import host, startup
     from megatron_rasft.training.outputs import check_outputs
     from megatron_rasft.training.problems import open_replay, read_problems, set_length
-    from megatron_rasft.training.ranks import report_failure
     from megatron_rasft.training.run import Run
     from megatron_rasft.training.stopping import Stopped
 

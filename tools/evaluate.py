@@ -316,8 +316,9 @@ def _open_engine(
     if servers is not None:
         yield servers
         return
-    from megatron_rasft.training import cpu_backend
+    from megatron_rasft.training import cpu_backend, gpu_kernels
 
+    gpu_kernels.check_transformer_engine()
     cpu_backend.enable()
     import torch
 

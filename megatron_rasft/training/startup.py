@@ -21,6 +21,7 @@ from megatron_rasft.sync.groups import prepare_nccl
 from megatron_rasft.training.arguments import fill_in, parse_flags
 from megatron_rasft.training.background_saves import write_in_process
 from megatron_rasft.training.checkpoints import chosen_folder, first_line, is_converted
+from megatron_rasft.training.gpu_kernels import report_missing_transformer_engine
 from megatron_rasft.training.outputs import check_writable
 from megatron_rasft.training.servers import read_keys
 from megatron_rasft.weights.architecture import megatron_args, splits_attention
@@ -186,8 +187,8 @@ def start(args: Any) -> None:
     # The wheel has the compiled helper but not the Makefile that this would call.
     datasets_utils.compile_helpers = lambda: None
     write_in_process()
-    if args.distributed_backend == "gloo" and not torch.distributed.is_initialized():
-        # Given beforehand, so that no CUDA device id is passed to gloo.
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        # A process without a launcher is a world of its own. The rendezvous of gloo and of NCCL reads these.
         for name, value in (
             ("RANK", "0"),
             ("WORLD_SIZE", "1"),
@@ -195,12 +196,15 @@ def start(args: Any) -> None:
             ("MASTER_PORT", "0"),
         ):
             os.environ.setdefault(name, value)
+    if args.distributed_backend == "gloo" and not torch.distributed.is_initialized():
+        # Given beforehand, so that no CUDA device id is passed to gloo.
         torch.distributed.init_process_group("gloo")
     if args.rollout_engine == "sglang" and args.sync_method == "broadcast":
         prepare_nccl(args.sync_interface)
     with quiet():
         set_global_variables(args, build_tokenizer=False)
         initialize_megatron(allow_no_cuda=True)
+    report_missing_transformer_engine(args)
 
 
 @contextlib.contextmanager

@@ -5,7 +5,8 @@
 
 import os
 import subprocess
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,15 +53,22 @@ def parent(*packages: str) -> forking.Parent:
     return _parents[packages]
 
 
+def _add_paths() -> None:
+    """Put the machine's folders back on the path: multiprocessing gives a forked process the path of the one that asked for it."""
+    sys.path += [str(MACHINE), os.environ["EMULATED_GPU_TE"]]
+
+
 def run(
     folder: Path,
     flags: Sequence[str],
     world_size: int = 1,
     *,
     packages: Sequence[str] = ("transformer_engine",),
+    prepare_rank: Callable[[int], Sequence[Callable[[], None]]] = lambda rank: (),
     **options: Any,
 ) -> Outcome:
     """``launching.run`` on the emulated machine."""
+    options["prepare_rank"] = lambda rank: [_add_paths, *prepare_rank(rank)]
     local = {"LOCAL_WORLD_SIZE": str(world_size)} | dict(options.pop("variables", {}))
     return launching.run(folder, flags, world_size, parent=parent(*packages), variables=local, **options)
 

@@ -8,7 +8,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from tests.emulated_gpu import facts, running
-from tests.emulated_gpu.test_runs import FLAGS
+from tests.emulated_gpu.conftest import FLAGS
 from tests.functional import launching
 from tests.tiny_policy import write_model, write_sums
 

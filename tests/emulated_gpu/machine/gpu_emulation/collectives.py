@@ -66,13 +66,42 @@ def _get_backend(original: Any) -> Any:
     return get_backend
 
 
+class _Work:
+    """A request that can be waited for again, as NCCL's can: gloo would wait for a second message."""
+
+    def __init__(self, work: Any) -> None:
+        self._work = work
+        self._is_done = False
+
+    def wait(self, *args: Any) -> bool:
+        if not self._is_done:
+            self._work.wait(*args)
+            self._is_done = True
+        return True
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._work, name)
+
+
 def _isend(original: Any) -> Any:
-    # NCCL sends in stream order, so that memory freed after the call is not overwritten before; gloo needs a copy.
     @functools.wraps(original)
     def isend(tensor: Any, *args: Any, **kwargs: Any) -> Any:
-        return original(tensor.clone(), *args, **kwargs)
+        # NCCL sends in stream order, so that memory freed after the call is not overwritten before; gloo needs a copy.
+        return _again(original(tensor.clone(), *args, **kwargs))
 
     return isend
+
+
+def _irecv(original: Any) -> Any:
+    @functools.wraps(original)
+    def irecv(*args: Any, **kwargs: Any) -> Any:
+        return _again(original(*args, **kwargs))
+
+    return irecv
+
+
+def _again(work: Any) -> Any:
+    return work if work is None or isinstance(work, _Work) else _Work(work)
 
 
 def install() -> None:
@@ -82,6 +111,7 @@ def install() -> None:
         "new_group": _new_group,
         "get_backend": _get_backend,
         "isend": _isend,
+        "irecv": _irecv,
     }
     for name, wrap in wrappers.items():
         wrapped = wrap(getattr(c10d, name))

@@ -1,0 +1,69 @@
+"""Every layout, model family and flag on the GPU path computes what one process of the CPU path does."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from tests.emulated_gpu.conftest import DEMONSTRATIONS_ONLY, STEPS, Bench, assert_gpu_path
+from tests.functional import launching
+
+PACKED = {"gemm", "rmsnorm_fwd", "rmsnorm_bwd", "rope_thd", "attention_thd", "adam"}
+PADDED = {"gemm", "rmsnorm_fwd", "rmsnorm_bwd", "rope_sbhd", "attention_sbhd", "adam"}
+
+BF16_GAP = 2e-3
+"""Losses are between 0.1 and 0.3: kernels round their results to 8 bits, each in its own places."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    flags: str
+    model: str = "policy"
+    ranks: int = 1
+    objective: str = ""
+    """Flags that change the loss, for the run on the CPU too."""
+    kernels: set[str] = field(default_factory=lambda: PACKED)
+
+
+CASES = {
+    "packed": Case(flags=""),
+    "padded": Case(flags="--rasft-batch-layout padded", kernels=PADDED),
+    "two_replicas": Case(flags="", ranks=2),
+    "overlap": Case(flags="--overlap-grad-reduce --overlap-param-gather", ranks=2),
+    "tp2_sp": Case(flags="--tensor-model-parallel-size 2 --sequence-parallel", ranks=2),
+    "tp2_sp_padded": Case(
+        flags="--tensor-model-parallel-size 2 --sequence-parallel --rasft-batch-layout padded",
+        ranks=2,
+        kernels=PADDED,
+    ),
+    "pp2": Case(flags="--pipeline-model-parallel-size 2", ranks=2),
+    "pp2_interleaved": Case(
+        flags="--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1", ranks=2
+    ),
+    "cp2_padded": Case(
+        flags="--context-parallel-size 2 --rasft-batch-layout padded", ranks=2, kernels=PADDED
+    ),
+    "ep2": Case(
+        flags="--expert-model-parallel-size 2", objective="--objective iw_sft", model="mixtral", ranks=2
+    ),
+    "recompute_full": Case(
+        flags="--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+    ),
+    "recompute_selective": Case(flags="--recompute-granularity selective --recompute-modules core_attn mlp"),
+    "qwen2": Case(flags="", model="qwen2_tied"),
+    "qwen3": Case(flags="", model="qwen3"),
+    "mixture": Case(flags="", model="qwen3_moe"),
+    "asft": Case(flags="", objective="--objective asft"),
+    "sft_kl_tp2": Case(flags="--tensor-model-parallel-size 2", objective="--objective sft_kl", ranks=2),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_losses_are_those_of_the_cpu_path(bench: Bench, tmp_path: Path, name: str) -> None:
+    case = CASES[name]
+    computed = ["--bf16", *case.objective.split()]
+    flags = bench.flags(case.model, *DEMONSTRATIONS_ONLY, *computed, *case.flags.split())
+    assert_gpu_path(bench.train(tmp_path / "save", flags, case.ranks), kernels=case.kernels)
+    losses = launching.losses(tmp_path / "save")
+    assert len(losses) == STEPS
+    assert losses == pytest.approx(bench.losses_on_cpu(case.model, *computed), abs=BF16_GAP)
