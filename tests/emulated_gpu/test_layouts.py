@@ -43,6 +43,7 @@ CASES = {
     "cp2_padded": Case(
         flags="--context-parallel-size 2 --rasft-batch-layout padded", ranks=2, kernels=PADDED
     ),
+    "cp2": Case(flags="--context-parallel-size 2", ranks=2),
     "ep2": Case(
         flags="--expert-model-parallel-size 2", objective="--objective iw_sft", model="mixtral", ranks=2
     ),

@@ -4,6 +4,7 @@ A tensor on the emulated GPU lies in the CPU's memory: its data can be computed 
 """
 
 import contextlib
+import functools
 import logging
 import os
 from collections import defaultdict
@@ -49,6 +50,17 @@ class _GpuInHostMemory(TorchFunctionMode):
         if func is torch.Tensor.to:
             args = (args[0], *(CPU if _names_gpu(a) else a for a in args[1:]))
         return func(*args, **kwargs)
+
+
+def _backward(original: Any) -> Any:
+    """A backward pass in which the mode is on: torch switches it off while it handles the call of torch.autograd.backward."""
+
+    @functools.wraps(original)
+    def run_backward(*args: Any, **kwargs: Any) -> Any:
+        with _GpuInHostMemory():
+            return original(*args, **kwargs)
+
+    return run_backward
 
 
 class Stream:
@@ -190,4 +202,6 @@ def install() -> None:
     os.path.exists = lambda path: path == _DEVICE_FILE or exists(path)  # type: ignore[assignment]
     # It looks for a CUDA runtime when Megatron imports it, and warns that there is none.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    for module in (torch.autograd, torch.autograd.graph):
+        module._engine_run_backward = _backward(module._engine_run_backward)  # type: ignore[attr-defined]
     _GpuInHostMemory().__enter__()

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from gpu_emulation import attention, fp8, kernels
+from gpu_emulation import attention, fp8, kernels, packed_halves
 
 NAME = "transformer_engine_torch"
 _CUDNN_VERSION = 92400
@@ -106,7 +106,7 @@ def load(framework: str) -> None:
     module.FP8BwdTensors = fp8.FP8BwdTensors  # type: ignore[attr-defined]
     for name in _ENUMERATIONS:
         setattr(module, name, _enumeration(name))
-    for source in (kernels, attention, fp8):
+    for source in (kernels, attention, fp8, packed_halves):
         for name in source.KERNELS:
             setattr(module, name, getattr(source, name))
     backends: Any = module.NVTE_Fused_Attn_Backend
