@@ -12,7 +12,7 @@ PACKED = {"gemm", "rmsnorm_fwd", "rmsnorm_bwd", "rope_thd", "attention_thd", "ad
 PADDED = {"gemm", "rmsnorm_fwd", "rmsnorm_bwd", "rope_sbhd", "attention_sbhd", "adam"}
 
 BF16_GAP = 2e-3
-"""Losses are between 0.1 and 0.3: kernels round their results to 8 bits, each in its own places."""
+"""Of a loss, and of its size where that is above 1: kernels round their results to 8 bits, each in its own places."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,4 +67,4 @@ def test_losses_are_those_of_the_cpu_path(bench: Bench, tmp_path: Path, name: st
     assert_gpu_path(bench.train(tmp_path / "save", flags, case.ranks), kernels=case.kernels)
     losses = launching.losses(tmp_path / "save")
     assert len(losses) == STEPS
-    assert losses == pytest.approx(bench.losses_on_cpu(case.model, *computed), abs=BF16_GAP)
+    assert losses == pytest.approx(bench.losses_on_cpu(case.model, *computed), rel=BF16_GAP, abs=BF16_GAP)

@@ -18,6 +18,7 @@ from tests.functional.test_documented_commands import FIRST_RUN, commands
 from tools import plan
 
 LAYERS = {"gemm", "rmsnorm_fwd", "rmsnorm_bwd", "rope_thd", "attention_thd", "adam"}
+SHORT = "--max-new-tokens 12 --demonstration-tokens 16 --prompt-tokens 8"
 SMALL = (
     "--train-iters 1 --seq-length 64 --global-batch-size 8 --rollout-max-new-tokens 12 --verify-num-workers 1"
 )
@@ -95,7 +96,7 @@ def test_planned_run_starts(bench: Bench, tmp_path: Path, case: str, given: str)
     ]
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        assert plan.main([*planned, "--max-new-tokens", "12", "--json"]) == 0
+        assert plan.main([*planned, *SHORT.split(), "--json"]) == 0
     words = shlex.split(json.loads(printed.getvalue())["commands"][-1])
     at = words.index("pretrain_rasft.py")
     assert words[: at - 1] == ["torchrun", "--nproc-per-node"]

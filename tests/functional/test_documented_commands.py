@@ -39,6 +39,7 @@ RUN_BY = {
     "python tools/gpu_check.py": "test_the_program_itself_finds_no_gpu_here",
     "python install.py --target DIR": "test_bundle_is_cut_carried_joined_and_installed",
     "pip wheel --no-deps --no-build-isolation": "docs/gpu.md says it of another machine",
+    "make emulated-gpu": "make test",
     "tools/serve_rollouts.py --model": "test_a_tensor_parallel_server_is_served_checked_and_stopped",
     "tools/check_servers.py --hf-model": "test_a_tensor_parallel_server_is_served_checked_and_stopped",
     "torchrun ... pretrain_rasft.py --hf-model DIR --rollout-engine sglang": "test_run_samples_from_a_server_with_its_own_weights",
