@@ -94,6 +94,7 @@ class Forward:
         self, hidden: Tensor, layer: Any, weight: Tensor | None, batch: MicroBatch, ref_hidden: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """Log-probabilities [b * s/cp], and with the reference's hidden states the KL to it."""
+        _await_weight(layer)
         hidden, weight = _flat(hidden, layer), layer.weight if weight is None else weight
         assert weight is not None
         reference = None
@@ -180,6 +181,16 @@ def _takes_fused_kernels(config: ObjectiveConfig, hidden: Tensor, layer: Any, we
     # Megatron's own layer gathers a weight that is sharded over these, and takes its gradient apart again.
     is_sharded = hasattr(weight, "__fsdp_param__") or layer.gtp_remat_size > 1
     return hidden.is_cuda and not is_sharded
+
+
+def _await_weight(layer: Any) -> None:
+    """Wait for the output layer's weight under --overlap-param-gather.
+
+    Megatron waits in a hook before a module's forward (distributed_data_parallel.py), and only the layer's weight is used
+    here. Without the wait, a weight with a bucket of its own is read while it is being gathered.
+    """
+    for hook in layer._forward_pre_hooks.values():
+        hook(layer, ())
 
 
 def _flat(hidden: Tensor, output_layer: Any) -> Tensor:

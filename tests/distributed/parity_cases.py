@@ -41,7 +41,8 @@ LAYOUTS: dict[int, dict[str, str]] = {
         "dp2": "",
         "dp2, plain optimizer": "",
         "dp2, plain optimizer, overlapped": "--overlap-grad-reduce",
-        "dp2, overlapped": "--overlap-grad-reduce --overlap-param-gather",
+        # Small buckets: each weight is waited for by itself, as those of a large model are.
+        "dp2, overlapped": "--overlap-grad-reduce --overlap-param-gather --ddp-bucket-size 100",
         "dp2, padded": "--rasft-batch-layout padded --micro-batch-size 2",
         "tp2": "--tensor-model-parallel-size 2",
         "tp2, chunks of 16 tokens": "--tensor-model-parallel-size 2 --objective-logprob-chunk-tokens 16",
@@ -54,7 +55,7 @@ LAYOUTS: dict[int, dict[str, str]] = {
         "pp2, padded": "--pipeline-model-parallel-size 2 --rasft-batch-layout padded --micro-batch-size 2",
         "pp2 vpp2": "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1",
         "dp2 overlapped, fused kernels with gradient fusion": "--overlap-grad-reduce --overlap-param-gather "
-        "--objective-logprob-kernels fused",
+        "--ddp-bucket-size 100 --objective-logprob-kernels fused",
         "tp2, fused kernels in chunks of 16 tokens": "--tensor-model-parallel-size 2 --objective-logprob-kernels fused "
         "--objective-logprob-chunk-tokens 16",
         "tp2 sp fused kernels with gradient fusion": "--tensor-model-parallel-size 2 --sequence-parallel "
