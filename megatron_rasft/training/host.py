@@ -271,8 +271,8 @@ class Trainer:
     def prepare(self, batch: Batch | None) -> PreparedBatch:
         """Hand a global batch out and begin to cut it; a collective of the world.
 
-        The ranks of a replica receive its share and nothing else. Cutting runs on a thread beside the step before this
-        one; the collective does not, because that step uses process groups of its own.
+        The ranks of a replica receive its share and nothing else. Only the cutting runs on a thread, beside the step before
+        this one: collectives of two threads could come in another order on another rank.
 
         Args:
             batch: on rank 0; not read on the others.
