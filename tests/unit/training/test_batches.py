@@ -219,6 +219,30 @@ def test_logprobs_that_a_sample_lacks_are_none() -> None:
         assert batch.ref_logprobs is None and batch.old_logprobs is None
 
 
+@pytest.mark.parametrize("is_packed", [True, False])
+def test_a_pinned_batch_is_the_same_in_other_memory(is_packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned: list[int] = []
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:
+        pinned.append(id(tensor))
+        return tensor.clone()
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    batch = micro_batches(some_samples(3), a_layout(is_packed=is_packed))[0]
+    moved = batch.pinned()
+    tensors = {name: value for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
+    assert len(tensors) == 8 and {id(tensor) for tensor in tensors.values()} <= set(pinned)
+    for name, tensor in tensors.items():
+        assert torch.equal(getattr(moved, name), tensor) and getattr(moved, name) is not tensor
+    assert moved.sample_indices == batch.sample_indices
+    if is_packed:
+        before, after = batch.packed_seq_params, moved.packed_seq_params
+        assert before is not None and after is not None
+        assert after.cu_seqlens_q is not before.cu_seqlens_q and id(before.cu_seqlens_q) in pinned
+        assert torch.equal(after.cu_seqlens_q, before.cu_seqlens_q)
+        assert after.max_seqlen_q == before.max_seqlen_q
+
+
 def test_an_idle_replica_has_zeros() -> None:
     (batch,) = micro_batches(some_samples(1), a_layout(dp_rank=1, dp_size=2))
     assert batch.sample_indices == [] and batch.num_segments == 1
