@@ -8,6 +8,8 @@ import faulthandler
 import io
 import shutil
 import sys
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -23,6 +25,7 @@ from megatron.core import parallel_state  # noqa: E402
 from megatron_rasft.config.planning import AssumptionConfig, PlanConfig  # noqa: E402
 from megatron_rasft.planning.layouts import Layout, Model  # noqa: E402
 from megatron_rasft.planning.memory import estimate_memory  # noqa: E402
+from megatron_rasft.training.host import Trainer  # noqa: E402
 from megatron_rasft.weights import HfFolder  # noqa: E402
 from tests.distributed.parity_cases import COMMON, MODELS, NUM_STEPS, Case, batches, cases  # noqa: E402
 from tests.distributed.ranks_harness import trainer  # noqa: E402
@@ -54,13 +57,16 @@ def main(rank: int, world_size: int, root: Path) -> None:
 def train(case: Case, root: Path) -> dict:
     """Losses and gradient norms of each step, and the exported weights after the first and the last."""
     result: dict = {"loss": [], "grad_norm": [], "weights": [], "metrics": []}
-    with trainer(
-        root / MODELS[case.model],
-        root / "none.jsonl",
-        case.flags,
-        case.has_distributed_optimizer,
-        case.has_gradient_fusion,
-    ) as run:
+    with (
+        trainer(
+            root / MODELS[case.model],
+            root / "none.jsonl",
+            case.flags,
+            case.has_distributed_optimizer,
+            case.has_gradient_fusion,
+        ) as run,
+        widths_rounded(case.width_slack),
+    ):
         for index, batch in enumerate(batches(case.objective)):
             step = run.step(batch, len(batch))
             assert not step.is_skipped
@@ -71,6 +77,17 @@ def train(case: Case, root: Path) -> dict:
                 result["weights"].append(exported(run, root / f"export{case.world_size}"))
         result["scores"] = [v.tolist() for v in run.score(batches(case.objective)[0], with_reference=False)]
     return result
+
+
+@contextlib.contextmanager
+def widths_rounded(slack: float) -> Iterator[None]:
+    """Trainers cut batches as on a GPU, which rounds the widths of micro-batches."""
+    layout: property = Trainer.layout  # type: ignore[assignment]
+    assert layout.fget is not None
+    cut = layout.fget
+    Trainer.layout = property(lambda run: replace(cut(run), width_slack=slack))  # type: ignore[assignment]
+    yield
+    Trainer.layout = layout  # type: ignore[assignment,method-assign]
 
 
 def check_planned_bytes(flags: str, root: Path) -> None:
