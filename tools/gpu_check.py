@@ -27,12 +27,15 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a checkout that is not installed
 
 from tools.gpu_checking import report as reports
-from tools.gpu_checking.processes import GRACE_S, ROOT, Ended, Start, run, start
+from tools.gpu_checking.processes import ROOT, Ended, Start, run, start
 from tools.gpu_checking.report import Figure, Report, Result, Status
 from tools.gpu_checking.steps import OUTPUT_FILE, SIZES, STEPS, Setting, Step
 
 LIMIT_S = 1500.0
 LAST_LINES = 40
+RESERVE_S = 30.0
+"""Kept back from --limit-s, for the end of a step that is killed and for the removal of its files."""
+
 SHORTEST_S = 10.0
 """A step is not begun with less time than this."""
 LOG_BYTES = 1 << 20
@@ -231,7 +234,7 @@ class Check:
         obstacle = step.obstacle(self._setting)
         if needed is not None and needed.status != "passed":
             obstacle = f"needs the step {step.after}, which is: {needed.status}"
-        left_s = self._ends - time.monotonic() - GRACE_S
+        left_s = self._ends - time.monotonic() - RESERVE_S
         if left_s < min(SHORTEST_S, step.deadline_s):
             obstacle = f"the {self._report.limit_s:g} s of --limit-s are used up"
         if obstacle:

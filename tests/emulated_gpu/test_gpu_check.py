@@ -77,7 +77,7 @@ def begin(command: Command, log: Path) -> Started:
 def found(tmp_path_factory: pytest.TempPathFactory) -> Iterator[report.Report]:
     """The report of every step that an emulated GPU can run."""
     output = tmp_path_factory.mktemp("gpu_check")
-    steps = ["first_run", "train_step", "generation", "swap_and_save", "async_save", "profile"]
+    steps = ["first_run", "train_step", "generation", "fp8_delayed", "swap_and_save", "async_save", "profile"]
     code = gpu_check.main(["--output", str(output), "--shape", "tiny", "--steps", *steps], begin=begin)
     assert code in (0, 1), "the check did not begin: its message is above"
     print((output / report.MARKDOWN_FILE).read_text())
@@ -99,6 +99,11 @@ def test_first_run_gives_the_ratio_of_each_step(found: report.Report) -> None:
     given = figures(found, "first_run")
     assert [given[f"step {step} ratio_mean"] is not None for step in (1, 2, 3)] == [True] * 3
     assert given["num_refreshes"] == 1 and float(str(given["last step tokens/s"])) > 0
+
+
+def test_fp8_run_gives_the_ratio_of_each_step(found: report.Report) -> None:
+    given = figures(found, "fp8_delayed")
+    assert all(isinstance(given[f"step {step} ratio_mean"], float) for step in (1, 2, 3))
 
 
 def test_kinds_of_step_are_measured_beside_megatrons_own(found: report.Report) -> None:
