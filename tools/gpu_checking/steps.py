@@ -361,6 +361,7 @@ STEPS = [
         after="",
         figures=_logprob_figures,
         wants=("max_bytes_per_logit", "timed 1.5B Megatron's fused cross-entropy ms"),
+        covers={"compiled_kernels": "Triton's kernels of the log-probabilities"},
     ),
     Step(
         name="generation",
