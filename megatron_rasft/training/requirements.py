@@ -52,6 +52,11 @@ def refuse_unrunnable(args: argparse.Namespace, *, has_gpu: bool, has_transforme
                 "'megatron-rasft[te]'), or leave the flag out."
             )
         if name in _FORMATS:
+            if args.transformer_impl != "transformer_engine":
+                raise ValueError(
+                    f"{flag} changes nothing with --transformer-impl {args.transformer_impl}, whose layers compute in BF16. Leave one "
+                    "of the two out."
+                )
             _check_recipe(_FORMATS[name], f"--{name}-recipe", str(getattr(args, f"{name}_recipe")))
 
 

@@ -58,6 +58,13 @@ def test_a_recipe_without_its_format_is_refused(flags: str, says: str) -> None:
         refuse_unrunnable(parsed(flags), has_gpu=True, has_transformer_engine=True)
 
 
+@pytest.mark.parametrize("flag", ["--fp8-format hybrid", "--fp4-format e2m1"])
+def test_layers_that_know_no_fp8_are_refused_with_it(flag: str) -> None:
+    args = parsed(f"{flag} --transformer-impl local")
+    with pytest.raises(ValueError, match=f"^{flag.split()[0]} changes nothing with --transformer-impl local"):
+        refuse_unrunnable(args, has_gpu=True, has_transformer_engine=True)
+
+
 @pytest.mark.parametrize(
     ("flags", "check", "refused"),
     [
