@@ -89,12 +89,10 @@ def tokenized(
                 raise DataError(
                     f"a file of {flag} changed while it was read. Start again when it is complete."
                 )
-            shutil.rmtree(found, ignore_errors=True)  # damaged, else it had been opened
             made.chmod(0o755)
-            _moved(made, found)
+            return _moved(made, found)
         finally:
             shutil.rmtree(made, ignore_errors=True)
-    return TokenizedRows(found)
 
 
 def _opened(folder: Path) -> TokenizedRows | None:
@@ -104,12 +102,20 @@ def _opened(folder: Path) -> TokenizedRows | None:
         return None
 
 
-def _moved(made: Path, found: Path) -> None:
+def _moved(made: Path, found: Path) -> TokenizedRows:
+    """Gives new rows their final name. Complete rows of another run that was faster stay and are used.
+
+    That run has mapped them, and a network file system takes files that this node deletes from a process on another node.
+    """
+    rows = TokenizedRows(made)
     try:
-        made.rename(found)
+        made.rename(found)  # fails if there are files
     except OSError:
-        if _opened(found) is None:  # else another run was faster
-            raise
+        if (theirs := _opened(found)) is not None:
+            return theirs
+        shutil.rmtree(found, ignore_errors=True)  # damaged
+        made.rename(found)
+    return rows
 
 
 def _remove_abandoned(cache: Path) -> None:

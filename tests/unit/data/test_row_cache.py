@@ -182,9 +182,9 @@ def test_two_runs_that_start_together_both_have_the_rows(
 ) -> None:
     together, moved = threading.Barrier(2), row_cache._moved
 
-    def move(made: Path, found: Path) -> None:
+    def move(made: Path, found: Path) -> TokenizedRows:
         together.wait(20)  # both have built before either is in place
-        moved(made, found)
+        return moved(made, found)
 
     monkeypatch.setattr(row_cache, "_moved", move)
     found: list[list[Demonstration]] = []
@@ -202,6 +202,24 @@ def test_two_runs_that_start_together_both_have_the_rows(
         thread.join()
     assert len(found) == 2 and found[0] == found[1] and len(found[0]) == 3
     assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_a_slower_run_leaves_the_rows_that_a_faster_one_has_mapped(
+    tokenizer: Any, config: DataConfig, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "cache"
+    inodes: list[set[int]] = []
+
+    def slowly(*args: Any) -> None:
+        write_rows(*args)
+        monkeypatch.setattr(row_cache, "write_rows", write_rows)
+        read(tokenizer, config, model, cache)  # the faster run, from beginning to end
+        inodes.append({path.stat().st_ino for path in cache.glob("[!.]*/*")})
+
+    monkeypatch.setattr(row_cache, "write_rows", slowly)
+    rows = read(tokenizer, config, model, cache)
+    assert {path.stat().st_ino for path in cache.glob("*/*")} == inodes[0] and len(inodes[0]) == 7
+    assert [plain(d) for d in rows] == [plain(d) for d in read(tokenizer, config, model, cache)]
 
 
 def test_rows_that_cannot_be_read_or_kept_leave_no_folder_behind(
