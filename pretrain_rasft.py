@@ -22,6 +22,7 @@ if __name__ != "__mp_main__":
     import torch.distributed as dist
 
     from megatron_rasft.training import host, startup
+    from megatron_rasft.training.background_saves import end_process
     from megatron_rasft.training.outputs import check_outputs
     from megatron_rasft.training.problems import open_replay, read_problems, set_length
     from megatron_rasft.training.run import Run
@@ -59,4 +60,4 @@ if __name__ == "__main__":
         code = report_failure(error)
     if dist.is_initialized():
         dist.destroy_process_group()
-    sys.exit(code)
+    end_process(code)

@@ -6,11 +6,15 @@ takes little of the interpreter's time: torch computes checksums and writes to f
 """
 
 import argparse
+import atexit
+import os
 import queue
+import sys
+import threading
 import time
 from collections.abc import Sequence
 from threading import Thread
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -22,6 +26,9 @@ from megatron_rasft.training.checkpoints import first_line
 
 _POLL_S = 0.05
 """Time between two checks whether every rank has written its part."""
+
+_THREAD = "save"
+"""Name of the writing thread."""
 
 _DONE, _WRITING, _LATE = 0, 1, 2
 """The progress of one rank's part. The largest value over all ranks is that of the checkpoint."""
@@ -61,7 +68,7 @@ class SaveQueue:
             if request.preload_fn is not None:
                 arguments[1] = self._staged(request.preload_fn())
             # A daemon: a run that fails elsewhere does not wait for a checkpoint that it can no longer complete.
-            self._writer = Thread(target=_write, args=(request, arguments), name="save", daemon=True)
+            self._writer = Thread(target=_write, args=(request, arguments), name=_THREAD, daemon=True)
             self._writer.start()
         return 0
 
@@ -131,6 +138,19 @@ def _write(request: AsyncRequest, arguments: list[Any]) -> None:
         request.async_fn(*arguments, **request.async_fn_kwargs)
     except BaseException as error:
         filesystem_async._results_queue.put(RuntimeError(first_line(error)))
+
+
+def end_process(code: int) -> NoReturn:
+    """End the process with an exit code, also while a checkpoint that no rank will complete is being written.
+
+    The interpreter's own end would stop the writer inside torch's C++ code, which aborts the process: exit code 134 and a core dump.
+    """
+    if all(thread.name != _THREAD for thread in threading.enumerate()):
+        sys.exit(code)
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def write_in_process() -> None:
