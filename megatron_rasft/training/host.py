@@ -327,7 +327,9 @@ class Trainer:
 
         if num:
             first = part(0, self.args.global_batch_size)
-            self._set_scales(lambda: self._on_device(self.prepare(first)))
+            self._set_scales(
+                lambda: self._on_device(self.prepare(first)), is_whole=num >= self.args.global_batch_size
+            )
         parts = (part(start, size) for start in range(0, num, size))
         scored: list[memoryview] = []
         with self._settled(), contextlib.ExitStack() as reference:
@@ -339,17 +341,19 @@ class Trainer:
                 scored += self._score(prepared)
         return scored
 
-    def _set_scales(self, first: Callable[[], list[MicroBatch]]) -> None:
+    def _set_scales(self, first: Callable[[], list[MicroBatch]], *, is_whole: bool = True) -> None:
         """Before the first pass of a run under FP8's delayed recipe: set the scales of the policy, from one global batch.
 
         The reference, which takes the policy's place for its passes, is computed with the policy's scales.
 
         Args:
             first: gives the batch's micro-batches; a collective of the world.
+            is_whole: False for fewer samples than a global batch, as the four probes of the first sync: they have seen too
+                little for the reference, so that the next pass sets the scales once more.
         """
         if not self._lacks_scales:
             return
-        self._lacks_scales = False
+        self._lacks_scales = not is_whole
         batches = first()
         with self._settled():
             set_delayed_scales(lambda: run_forward_only(self.forward.score_step, batches, self.model))

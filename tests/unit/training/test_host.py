@@ -1,4 +1,4 @@
-"""The shapes that the kernels of a precision ask for."""
+"""The shapes that the kernels of a precision ask for and FP8's first scales."""
 
 from types import SimpleNamespace
 
@@ -6,8 +6,10 @@ import pytest
 import torch
 from megatron.core import parallel_state
 
+from megatron_rasft.training import host
 from megatron_rasft.training.batches import WIDTH_SLACK, BatchLayout
 from megatron_rasft.training.host import Trainer
+from megatron_rasft.types import TrainingSample
 
 
 def layout(monkeypatch: pytest.MonkeyPatch, *, has_gpu: bool = True, **flags: object) -> BatchLayout:
@@ -64,3 +66,19 @@ def test_widths_are_coarse_on_a_gpu_only(monkeypatch: pytest.MonkeyPatch) -> Non
     on_gpu, on_cpu = layout(monkeypatch), layout(monkeypatch, has_gpu=False)
     assert (on_gpu.token_multiple, on_gpu.width_slack) == (8 * 4 * 2, WIDTH_SLACK)
     assert (on_cpu.token_multiple, on_cpu.width_slack) == (4 * 2, 0.0)
+
+
+def test_scales_of_a_few_probes_are_set_again_from_a_whole_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    trainer = Trainer.__new__(Trainer)
+    trainer.args = SimpleNamespace(global_batch_size=6, use_distributed_optimizer=False)
+    trainer.stop = SimpleNamespace(check=lambda: None)  # type: ignore[assignment]
+    trainer._lacks_scales = True
+    monkeypatch.setattr(trainer, "prepare", lambda batch: batch)
+    monkeypatch.setattr(trainer, "_on_device", lambda batch: seen.append(len(batch.samples)))
+    monkeypatch.setattr(trainer, "_score", lambda batch: [None] * len(batch.samples))
+    monkeypatch.setattr(host, "set_delayed_scales", lambda forward: None)
+    sample = TrainingSample(problem_id="p", kind="expert", prompt_ids=[1], response_ids=[2], weight=1.0)
+    for num in (4, 20, 20):  # the probes of a sync with servers come first
+        assert len(trainer.score([sample] * num, with_reference=False)) == num
+    assert seen == [4, 6]
