@@ -1,7 +1,9 @@
 """What a run leaves behind at its servers; its syncs and samples are tested with real ones in tests/functional."""
 
+import json
 from typing import Any
 
+import numpy as np
 import pytest
 
 from megatron_rasft.config import RolloutConfig
@@ -89,7 +91,7 @@ class Prober(StandIn):
         )
 
     def generate(self, body: dict[str, Any]) -> Any:
-        ids = body["input_ids"]
+        ids = json.loads(json.dumps(body))["input_ids"]
         if len(ids) >= self.context - 6:
             raise ServerError(self.url, "Input length exceeds the maximum allowed length", 400)
         return {
@@ -101,8 +103,9 @@ def probe(num_prompt: int, num_response: int) -> TrainingSample:
     return TrainingSample(
         problem_id="a",
         kind="expert",
-        prompt_ids=list(range(num_prompt)),
-        response_ids=list(range(100, 100 + num_response)),
+        # views, as the row cache gives them
+        prompt_ids=memoryview(np.arange(num_prompt, dtype=np.int32)),  # type: ignore[arg-type]
+        response_ids=memoryview(np.arange(100, 100 + num_response, dtype=np.int32)),  # type: ignore[arg-type]
         weight=1.0,
     )
 
