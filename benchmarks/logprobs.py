@@ -57,8 +57,8 @@ SHAPES = {
     "1.5B": Shape(hidden_size=1536, vocab_size=151936),
     "8B": Shape(hidden_size=4096, vocab_size=128256),
     "70B TP8": Shape(hidden_size=8192, vocab_size=128256 // 8),
+    "tiny": Shape(hidden_size=32, vocab_size=256),
 }
-TINY = Shape(hidden_size=64, vocab_size=512)
 
 
 class Linear(torch.autograd.Function):
@@ -248,13 +248,21 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument(
+        "--shapes",
+        nargs="+",
+        choices=list(SHAPES),
+        default=["1.5B", "8B", "70B TP8"],
+        help="vocabulary projections on one rank; tiny is for a quick look",
+    )
     parser.add_argument("--tokens", type=int, default=8192, help="tokens of a micro-batch")
     parser.add_argument("--repeats", type=int, default=10, help="timed repetitions of each way")
     parser.add_argument("--no-time", action="store_true", help="count only, also where there is a GPU")
     parser.add_argument("--json", type=Path, help="file to write the figures to")
     options = parser.parse_args()
     report: dict[str, Any] = {"tokens": options.tokens, "counted": {}, "timed": {}}
-    for name, shape in SHAPES.items():
+    shapes = {name: SHAPES[name] for name in options.shapes}
+    for name, shape in shapes.items():
         rows = [
             row
             for kl in (None, "forward", "reverse")
@@ -273,7 +281,7 @@ def main() -> int:
     print(f"fused: at most {worst} bytes a logit; the bar is {MAX_BYTES_PER_LOGIT}")
     if torch.cuda.is_available() and not options.no_time:
         start_megatron()
-        for name, shape in SHAPES.items():
+        for name, shape in shapes.items():
             report["timed"][name] = time_on_gpu(shape, options.tokens, options.repeats)
             for way, figures in report["timed"][name].items():
                 print(f"{name:8s} {way:62s} {figures['ms']:8.3f} ms  {figures['peak_gib']:6.2f} GiB")

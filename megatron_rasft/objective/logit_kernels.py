@@ -4,8 +4,8 @@
 logits by their gradient. Both are torch operators, so that a dispatch mode counts their traffic from their arguments
 (benchmarks/logprobs.py) on the meta device too. With TRITON_INTERPRET=1 they run on CPU tensors.
 
-They are the project's own because no library computes a KL divergence over a sharded vocabulary: Transformer Engine's
-cross-entropy and cut-cross-entropy shard it, Liger-Kernel has KL divergences, quack neither.
+They are the project's own because no kernel library that was looked at has a KL divergence over a sharded vocabulary:
+Transformer Engine's cross-entropy and cut-cross-entropy shard it, Liger-Kernel has KL divergences, quack neither.
 """
 
 from typing import Any

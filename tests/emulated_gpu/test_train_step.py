@@ -1,6 +1,7 @@
-"""The benchmark of a training step on two emulated GPUs."""
+"""The benchmarks of a training step and of the log-probabilities on emulated GPUs."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -41,3 +42,16 @@ def test_each_process_has_a_gpu_and_megatron_trains_the_same(tmp_path: Path) -> 
             theirs, rel=2e-3
         )  # a few steps of a learning rate of 1e-6 lie between them
         assert theirs > 1.0
+
+
+def test_logprobs_are_timed_beside_megatron_and_transformer_engine(tmp_path: Path) -> None:
+    figures = tmp_path / "figures.json"
+    flags = ["--shapes", "tiny", "--tokens", "24", "--repeats", "1", "--json", str(figures)]
+    done = running.command([sys.executable, "benchmarks/logprobs.py", *flags], "transformer_engine")
+    assert done.returncode == 0, done.stdout
+    timed = json.loads(figures.read_text())["timed"]["tiny"]
+    assert {
+        "Megatron's fused cross-entropy",
+        "Transformer Engine's cross-entropy",
+        "fused, all at once",
+    } <= timed.keys()
