@@ -1,0 +1,45 @@
+"""The embedded engine with Transformer Engine's layers: its decode step can be captured, and a replay samples the same."""
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tests import recorded_graphs
+from tests.emulated_gpu import running
+from tests.emulated_gpu.test_runs import FLAGS, files  # noqa: F401
+
+
+def sample_with_graphs(evidence: Path) -> None:
+    """Let a run sample as on a GPU; how many graphs it took goes to ``evidence``. For ``prepare``."""
+    from megatron_rasft.training.host import Trainer
+
+    generate = Trainer.generate
+
+    def on_a_gpu(self: Trainer, *args: Any) -> Any:
+        with recorded_graphs.on_a_gpu(self.live) as graphs:
+            result = generate(self, *args)
+        evidence.write_text(json.dumps([graphs.num_captured, graphs.num_replayed]))
+        return result
+
+    Trainer.generate = on_a_gpu  # type: ignore[method-assign]
+
+
+def rollouts(folder: Path) -> list[tuple[Any, ...]]:
+    rows = [json.loads(line) for line in (folder / "rollouts.jsonl").read_text().splitlines()]
+    return [(r["problem_id"], r["sample_index"], r["response_ids"], r["response_logprobs"]) for r in rows]
+
+
+def test_a_captured_step_samples_what_the_step_itself_samples(files: list[str], tmp_path: Path) -> None:  # noqa: F811
+    evidence = tmp_path / "graphs.json"
+    for name, prepare in (("eager", []), ("captured", [partial(sample_with_graphs, evidence)])):
+        outcome = running.run(
+            tmp_path / f"{name}-logs",
+            [*files, *FLAGS, "--bf16", "--save", str(tmp_path / name)],
+            prepare_rank=lambda rank, prepare=prepare: prepare,
+        )
+        assert outcome.codes == [0], outcome.output
+    num_captured, num_replayed = json.loads(evidence.read_text())
+    assert 0 < num_captured < num_replayed
+    eager = rollouts(tmp_path / "eager")
+    assert eager and rollouts(tmp_path / "captured") == eager
