@@ -10,6 +10,9 @@ from megatron_rasft.planning.layouts import Layout, Model, padded_vocabulary, sh
 
 GIB = 2**30
 
+_LOGIT_BYTES = 48
+"""Per row and vocabulary entry of the embedded engine: LiveModel.row_bytes."""
+
 _FP32 = 4
 _ADAM = 2 * _FP32
 """Two moments of an element."""
@@ -239,10 +242,14 @@ def sync_bytes(model: Model, layout: Layout, stage: int, bucket_bytes: int) -> f
 def _kv_cache_bytes(
     model: Model, layout: Layout, config: PlanConfig, assumed: AssumptionConfig, is_last: bool
 ) -> float:
-    """Of a batch of the embedded engine, repeated from its prompts for a moment, and the logits of a position."""
-    s = model.shape
+    """Of the embedded engine's rows, and their logits while a token is drawn."""
     length = min(config.seq_length, assumed.prompt_tokens + config.max_new_tokens)
-    groups = max(1, s.num_query_groups // layout.tp)
-    row = 2 * 2 * groups * s.head_dim * length * s.num_layers // layout.pp
-    logits = config.rollout_batch_size * s.vocab_size * (2 * _FP32 + 2 * 8) if is_last else 0
-    return config.rollout_batch_size * (1 + 1 / config.num_samples) * row + logits
+    row = cached_token_bytes(model, layout.tp) * length // layout.pp
+    logits = _LOGIT_BYTES * model.shape.vocab_size if is_last else 0
+    return config.rollout_batch_size * (row + logits)
+
+
+def cached_token_bytes(model: Model, tp: int) -> int:
+    """Keys and values of one token in BF16 on the ranks of all stages together."""
+    s = model.shape
+    return 2 * 2 * max(1, s.num_query_groups // tp) * s.head_dim * s.num_layers

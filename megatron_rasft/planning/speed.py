@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from megatron_rasft.config.planning import AssumptionConfig, PlanConfig
 from megatron_rasft.planning.layouts import Layout, Model, stage_chunks
-from megatron_rasft.planning.memory import logprob_chunk
+from megatron_rasft.planning.memory import cached_token_bytes, logprob_chunk
 from megatron_rasft.sync.estimating import SyncCosts, estimate_sync
 
 PEAK_TFLOPS = {"bf16": 989.0, "fp8": 1979.0}
@@ -294,9 +294,10 @@ def estimate_refresh(
         rollouts_s = tokens / rollout_gpus / decode_tokens_per_s(model, assumed) + longest_s
         sync_s = _sync_s(model, layout, config, assumed)
     elif num_samples:
-        batches = math.ceil(num_samples / layout.num_replicas / config.rollout_batch_size)
-        position_s = model.shape.num_layers * assumed.embedded_layer_ms / 1e3
-        rollouts_s = batches * config.max_new_tokens * (position_s + _read_s(model, layout.tp, assumed))
+        tokens = num_samples / layout.num_replicas * response_tokens(config, assumed)
+        # Rows are refilled as they end. At the end no sample waits, and the last row runs alone.
+        positions = tokens / config.rollout_batch_size + config.max_new_tokens
+        rollouts_s = positions * _embedded_position_s(model, layout, config, assumed)
     num_scored = needs.needs_reference_logprobs() + needs.needs_old_logprobs()
     budget = config.micro_batch_size * config.seq_length
     num_batches = num_steps * step.tokens / PACKING / layout.dp / budget
@@ -309,6 +310,19 @@ def estimate_refresh(
         else 0.0,
         sync_s=sync_s,
     )
+
+
+def _embedded_position_s(
+    model: Model, layout: Layout, config: PlanConfig, assumed: AssumptionConfig
+) -> float:
+    """A token of all rows of the embedded engine: kernels, weights, and the rows' keys and values."""
+    has_graphs = layout.pp == 1 and not model.shape.num_experts
+    layer_ms = assumed.embedded_graph_layer_ms if has_graphs else assumed.embedded_layer_ms
+    cached = (
+        config.rollout_batch_size * rollout_tokens(config, assumed) * cached_token_bytes(model, layout.tp)
+    )
+    cache_s = cached / (assumed.hbm_gb_per_s * 1e9 * _HBM_SHARE)
+    return model.shape.num_layers * layer_ms / 1e3 + _read_s(model, layout.tp, assumed) + cache_s
 
 
 def _read_s(model: Model, tp: int, assumed: AssumptionConfig) -> float:

@@ -64,11 +64,10 @@ def test_kl_objective_holds_the_references_output_layer_and_hidden_states(
 def test_embedded_engine_caches_keys_and_values(llama_70b: Model, assumed: AssumptionConfig) -> None:
     config = PlanConfig(num_gpus=64, rollout_batch_size=32)
     memory = estimate_memory(llama_70b, TP8_PP4, config, assumed, num_microbatches=1, uses_servers=False)
-    length, of_batch_and_prompts = 256 + 4096, 32 * 1.25
-    logits = 32 * 128256 * (2 * 4 + 2 * 8)
+    length, logits = 256 + 4096, 32 * 128256 * 48
     # one of 8 groups a rank
     assert memory.stage == 3
-    assert memory.kv_cache == 2 * 2 * 128 * 20 * length * of_batch_and_prompts + logits
+    assert memory.kv_cache == 2 * 2 * 128 * 20 * length * 32 + logits
     assert memory.sync == 0
 
 

@@ -78,6 +78,21 @@ def test_rollouts_of_servers_scale_with_gpus_and_size(llama_70b: Model, assumed:
     assert 5 < many.sync_s < 15  # benchmarks/weight_sync.py --cluster says the same
 
 
+@pytest.mark.parametrize(("pp", "layer_s"), [(1, 0.034e-3), (2, 0.5e-3)])
+def test_the_embedded_engine_refills_its_rows(
+    llama_70b: Model, assumed: AssumptionConfig, pp: int, layer_s: float
+) -> None:
+    """Without graphs, as in a pipeline, launching the kernels takes most of the time."""
+    config = PlanConfig(num_gpus=64, num_samples=4, refresh_interval=1, max_new_tokens=1000)
+    layout = replace(TP8_PP2, pp=pp, dp=8 // pp)
+    step = speed.estimate_step(llama_70b, layout, config, assumed)
+    refresh = speed.estimate_refresh(llama_70b, layout, config, assumed, step, rollout_gpus=0)
+    samples = config.global_batch_size * 4 / layout.num_replicas
+    positions = samples * 500 / config.rollout_batch_size + 1000
+    read = 2 * llama_70b.num_parameters / 8 + config.rollout_batch_size * 756 * 2 * 2 * 128 * 80
+    assert refresh.rollouts_s == pytest.approx(positions * (80 * layer_s + read / (3350e9 * 0.6)))
+
+
 def test_lag_hides_the_shorter_of_rollouts_and_steps(llama_70b: Model, assumed: AssumptionConfig) -> None:
     config = PlanConfig(num_gpus=64, rollout_gpus=32)
     step = speed.estimate_step(llama_70b, TP8_PP2, config, assumed)
