@@ -15,6 +15,7 @@ import random
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -157,7 +158,7 @@ def count(model: LiveModel, options: argparse.Namespace) -> dict[str, Any]:
     params = sampling(options, model.vocab_size)
     length = -(-(options.prompt_tokens + options.new_tokens) // KEY_BUCKET) * KEY_BUCKET
     cache = KeyValueCache(options.rows, length)
-    engine = model.engine(cache)
+    engine = replace(model.engine(cache), has_graphs=False)
     keys = -(-(options.prompt_tokens + options.new_tokens // 2) // KEY_BUCKET) * KEY_BUCKET
     with generation_mode(model.chunks, cache):
         decoder = Decoder(engine, cache, [], params, lambda: False)
