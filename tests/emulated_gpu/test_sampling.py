@@ -7,7 +7,7 @@ from typing import Any
 
 from tests import recorded_graphs
 from tests.emulated_gpu import running
-from tests.emulated_gpu.test_runs import FLAGS, files  # noqa: F401
+from tests.emulated_gpu.conftest import Bench
 
 
 def sample_with_graphs(evidence: Path) -> None:
@@ -30,12 +30,12 @@ def rollouts(folder: Path) -> list[tuple[Any, ...]]:
     return [(r["problem_id"], r["sample_index"], r["response_ids"], r["response_logprobs"]) for r in rows]
 
 
-def test_a_captured_step_samples_what_the_step_itself_samples(files: list[str], tmp_path: Path) -> None:  # noqa: F811
+def test_a_captured_step_samples_what_the_step_itself_samples(bench: Bench, tmp_path: Path) -> None:
     evidence = tmp_path / "graphs.json"
     for name, prepare in (("eager", []), ("captured", [partial(sample_with_graphs, evidence)])):
         outcome = running.run(
             tmp_path / f"{name}-logs",
-            [*files, *FLAGS, "--bf16", "--save", str(tmp_path / name)],
+            bench.flags("policy", "--train-iters", "1", "--bf16", "--save", str(tmp_path / name)),
             prepare_rank=lambda rank, prepare=prepare: prepare,
         )
         assert outcome.codes == [0], outcome.output
