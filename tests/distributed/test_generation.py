@@ -1,5 +1,6 @@
 """Sampling with the live weights: transformers' tokens, the same in every layout, and nothing left behind."""
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from megatron_rasft.training.drawing import draw
+from tests import forking
 from tests.distributed.generation_worker import (
     LAYOUTS,
     LENGTH,
@@ -178,6 +180,22 @@ def test_every_layout_refreshes_the_same(results: dict[str, dict[str, Any]], lay
 @pytest.mark.parametrize("layout", LAYOUT_NAMES)
 def test_a_step_after_generation_is_the_step_without(results: dict[str, dict[str, Any]], layout: str) -> None:
     assert results[layout]["step"] == results[layout]["step without generation"]
+
+
+def test_a_token_of_a_small_model_is_cheap_enough_by_its_counts(tmp_path: Path) -> None:
+    """Counts do not depend on the machine. The time that is estimated from them has to leave room for what it leaves out."""
+    figures = tmp_path / "figures.json"
+    program = forking.REPOSITORY / "benchmarks" / "generation.py"
+    flags = ["--shape", "qwen2.5-1.5b", "--rows", "256", "--bf16", "--json", str(figures)]
+    rank = forking.Rank(program=program, arguments=flags, log=tmp_path / "log", variables={})
+    outcome = forking.run([rank], timeout_s=300)
+    assert outcome.codes == [0], outcome.output
+    counted = json.loads(figures.read_text())["counted"]
+    assert counted["host_reads_per_token_of_all_rows"] <= 1 / 8
+    # Weights, then keys and values of 768 tokens a row, are read once; activations are small beside them.
+    least_gb = (2 * 1.54e9 + 256 * 768 * 28 * 2 * 2 * 2 * 128) / 1e9
+    assert least_gb < counted["gb_of_the_model"] < 1.6 * least_gb
+    assert counted["ESTIMATE_h100_tokens_per_s"] > 1.5 * counted["bar_h100_tokens_per_s"]
 
 
 def nucleus(logits: np.ndarray, u: float, temperature: float, top_p: float) -> int:
