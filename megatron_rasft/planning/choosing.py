@@ -31,11 +31,13 @@ class Disk:
     rollout_store: float
     """JSON of every rollout: 35 bytes a token of the response (id, log-probability, text), 6 of the prompt's."""
     reference_cache: float
-    """Eight bytes a token of what is trained on, and 100 for each sequence."""
+    """Four bytes a token of what is trained on, and 100 for each sequence."""
+    data_cache: float
+    """Eight bytes a token of the demonstrations (id, text), and 150 for each."""
 
     @property
     def total(self) -> float:
-        return self.checkpoints + self.export + self.rollout_store + self.reference_cache
+        return self.checkpoints + self.export + self.rollout_store + self.reference_cache + self.data_cache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +70,7 @@ def disk_bytes(model: Model, config: PlanConfig, assumed: AssumptionConfig) -> D
     response = response_tokens(config, assumed)
     # a demonstration's reference is the same in every epoch
     trained = problems * trained_rollouts(config, assumed)
-    cached = 8 * (config.num_problems * assumed.demonstration_tokens + trained * response)
+    cached = 4 * (config.num_problems * assumed.demonstration_tokens + trained * response)
     cached += 100 * (config.num_problems + trained)
     return Disk(
         checkpoint=checkpoint,
@@ -76,6 +78,7 @@ def disk_bytes(model: Model, config: PlanConfig, assumed: AssumptionConfig) -> D
         export=2.0 * model.num_parameters,
         rollout_store=rollouts * (35 * response + 6 * assumed.prompt_tokens + 400),
         reference_cache=cached if needs.needs_reference_logprobs() else 0.0,
+        data_cache=config.num_problems * (8 * assumed.demonstration_tokens + 150),
     )
 
 

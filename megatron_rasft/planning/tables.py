@@ -117,6 +117,7 @@ def disk_table(disk: Disk, host_bytes: float, config: PlanConfig) -> Table:
         ("export", disk.export),
         ("rollout store", disk.rollout_store),
         ("reference cache", disk.reference_cache),
+        ("tokenized rows", disk.data_cache),
         ("in all", disk.total),
         ("pinned host memory of a node", host_bytes * config.gpus_per_node),
     ]

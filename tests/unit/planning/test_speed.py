@@ -7,10 +7,13 @@ from pathlib import Path
 import pytest
 
 from megatron_rasft.config.planning import AssumptionConfig, PlanConfig
+from megatron_rasft.data.reading import DataReport
+from megatron_rasft.data.tokenized_rows import write_rows
 from megatron_rasft.planning import speed
 from megatron_rasft.planning.choosing import disk_bytes
 from megatron_rasft.planning.layouts import Layout, Model
-from megatron_rasft.types import Rollout
+from megatron_rasft.training.reference import LogprobCache
+from megatron_rasft.types import Demonstration, Rollout, TrainingSample
 
 ONE_GPU = Layout(tp=1, pp=1, cp=1, dp=1, expert_tp=1)
 TP8_PP2 = Layout(tp=8, pp=2, cp=1, dp=2, expert_tp=8)
@@ -106,7 +109,9 @@ def test_lag_hides_the_shorter_of_rollouts_and_steps(llama_70b: Model, assumed: 
     assert waits.num_steps == 391 and waits.gpu_hours == 64 * waits.hours
 
 
-def test_sizes_on_disk_are_those_of_the_files(llama_70b: Model, assumed: AssumptionConfig) -> None:
+def test_sizes_on_disk_are_those_of_the_files(
+    llama_70b: Model, assumed: AssumptionConfig, tmp_path: Path
+) -> None:
     disk = disk_bytes(llama_70b, PlanConfig(num_gpus=64, num_problems=1000, num_samples=1), assumed)
     ids = list(range(10_000, 10_000 + 2048))
     rollout = Rollout(
@@ -122,5 +127,27 @@ def test_sizes_on_disk_are_those_of_the_files(llama_70b: Model, assumed: Assumpt
         verdict_reason="equal",
     )
     assert disk.rollout_store == pytest.approx(1000 * len(json.dumps(asdict(rollout))), rel=0.1)
+    rows = [
+        Demonstration(
+            problem_id=f"train.jsonl:{i}",
+            problem="word" * 256,
+            response="word" * 768,
+            answer="12",
+            prompt_ids=ids[:256],
+            response_ids=ids[:768],
+            source=f"/data/sets/of/some/length/train.jsonl:{i}",
+        )
+        for i in range(1000)
+    ]
+    write_rows(tmp_path, rows, DataReport())
+    size = sum(path.stat().st_size for path in tmp_path.iterdir())
+    assert disk.data_cache == pytest.approx(size, rel=0.02)
+    cache = LogprobCache(tmp_path / "cache", "weights")
+    trained = [  # half of the rollouts are correct
+        TrainingSample(problem_id="", kind="expert", prompt_ids=[i], response_ids=ids[:num], weight=1.0)
+        for i, num in enumerate([1024] * 1000 + [2048] * 500)
+    ]
+    cache.add(trained, [[0.0] * len(sample.response_ids) for sample in trained])
+    assert disk.reference_cache == pytest.approx((tmp_path / "cache").stat().st_size, rel=0.15)
     # Qwen2.5-1.5B: 21 GB were measured
     assert disk.checkpoint / llama_70b.num_parameters == pytest.approx(21e9 / 1.54e9, rel=0.03)
