@@ -35,11 +35,11 @@ class Result:
     left_behind: int = 0
     """Processes that it left running."""
     covers: dict[str, str] = field(default_factory=dict)
-    """What the emulated GPU cannot show -> the test, or the part of the step, that does."""
+    """What the emulated GPU cannot show -> the tests, or the part of the step, that do."""
 
     def outcome(self, part: str) -> str:
-        """The results of a test that the step ran, or its own."""
-        tests = {str(value) for name, value in self.figures.items() if f"::{part}" in name}
+        """The results of the tests that ``part`` names and the step ran, or the step's own."""
+        tests = {str(v) for k, v in self.figures.items() for name in part.split(", ") if f"::{name}" in k}
         return ", ".join(sorted(tests)).lower() or self.status
 
 
