@@ -53,6 +53,7 @@ def generation_mode(chunks: Sequence[torch.nn.Module], cache: KeyValueCache) -> 
     of kv_cache.py, whose keys and values are freed at the end.
     """
     with contextlib.ExitStack() as undo, torch.no_grad():
+        undo.callback(cache.free)
 
         def change(owner: Any, name: str, value: Any) -> None:
             undo.callback(setattr, owner, name, getattr(owner, name))

@@ -71,6 +71,11 @@ class KeyValueCache:
                 if stored is not None:
                     stored[targets, :, :length] = stored[sources, :, :length]
 
+    def free(self) -> None:
+        """Let the memory go at once. Cache and layers refer to each other, so it would otherwise wait for a collection."""
+        for layer in self.layers:
+            layer.keys = layer.values = None
+
 
 class CachedAttention(torch.nn.Module):
     """Core attention of one layer while the model samples: stores the new keys and values, then attends.

@@ -5,6 +5,7 @@ Usage: generation_worker.py RANK WORLD_SIZE ROOT, where ROOT holds the folder "l
 
 import contextlib
 import faulthandler
+import gc
 import io
 import pickle
 import sys
@@ -21,6 +22,7 @@ cpu_backend.enable()
 cpu_backend.use_cpu_fused_adam()
 
 from megatron_rasft.config import ObjectiveConfig, RasftConfig, RolloutConfig  # noqa: E402
+from megatron_rasft.training.kv_cache import CachedAttention  # noqa: E402
 from megatron_rasft.training.ranks import gather_to_all  # noqa: E402
 from megatron_rasft.training.reference import LogprobCache  # noqa: E402
 from megatron_rasft.training.samples import SampleArrays  # noqa: E402
@@ -130,6 +132,7 @@ def sample(flags: list[str], root: Path) -> dict[str, Any]:
             groups = run.generate(asked, chosen)
             assert bool(groups) == (dist.get_rank() == 0), "only rank 0 has use for the responses"
             result[mode] = responses(groups)
+        result["caches left"] = caches_left(lambda: run.generate(requests(1), MODES["plain"]))
         stop, run.stop = run.stop, StopRequest(lambda: dist.get_rank() == dist.get_world_size() - 1)
         given = samples_of(result["plain"])
         result["stopped"] = [
@@ -213,6 +216,17 @@ def window(run: Any) -> list[tuple[list[int], float, list[float], list[float]]]:
         )
         for s in samples
     ]
+
+
+def caches_left(work: Callable[[], Any]) -> int:
+    """Layers that still hold keys after ``work``, before any garbage is collected."""
+    gc.disable()
+    try:
+        work()
+        layers = [x for x in gc.get_objects() if isinstance(x, CachedAttention)]
+        return sum(layer.keys is not None for layer in layers)
+    finally:
+        gc.enable()
 
 
 def is_stopped(work: Callable[[], Any]) -> bool:

@@ -66,6 +66,11 @@ def test_decode_steps_are_captured_except_in_a_pipeline(
 
 
 @pytest.mark.parametrize("layout", LAYOUT_NAMES)
+def test_the_cache_is_free_when_training_goes_on(results: dict[str, dict[str, Any]], layout: str) -> None:
+    assert results[layout]["caches left"] == 0
+
+
+@pytest.mark.parametrize("layout", LAYOUT_NAMES)
 def test_rows_are_chosen_from_the_memory_of_the_fullest_rank(
     results: dict[str, dict[str, Any]], layout: str
 ) -> None:
