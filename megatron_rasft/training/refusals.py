@@ -60,6 +60,11 @@ REFUSED = {
     ),
     "cross_entropy_loss_fusion": "the loss is that of --objective, which no fused cross entropy of Megatron computes",
     "cross_entropy_fusion_impl": "the loss is that of --objective, which no fused cross entropy of Megatron computes",
+    **dict.fromkeys(
+        ("defer_embedding_wgrad_compute", "wgrad_deferral_limit"),
+        "the output layer's gradient is calculated with the log-probabilities, so Megatron finds none to calculate later",
+    ),
+    "overlap_moe_expert_parallel_comm": "its schedule runs Megatron's own loss and not that of --objective",
     "log_progress": _LOGS,
     "log_timers_to_tensorboard": _LOGS,
     "log_validation_ppl_to_tensorboard": _LOGS,
