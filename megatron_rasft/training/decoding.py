@@ -42,7 +42,7 @@ _FEWEST_ROWS = 8
 class Engine:
     """What the decoder needs of the model.
 
-    ``forward`` and ``share`` are collectives of one replica's ranks.
+    ``forward``, ``share`` and ``all_agree`` are collectives of one replica's ranks.
     """
 
     forward: Callable[[Tensor], Tensor | None]
@@ -51,6 +51,8 @@ class Engine:
     """[length, 1, 1, d] rotary frequencies by position."""
     share: Callable[[Tensor], Tensor]
     """Hands a tensor of the last pipeline stage to the other stages."""
+    all_agree: Callable[[bool], bool]
+    """Whether every rank of the replica says so."""
     dtype: torch.dtype
     vocab_size: int
     has_graphs: bool
@@ -178,7 +180,7 @@ class Decoder:
         """The sample of each row that has one."""
         self._stops = self._on_device(sorted(params.stop_ids) or [-1])
         self._num_candidates = _NUCLEUS_CANDIDATES
-        self._graphs = StepGraphs(engine.has_graphs)
+        self._graphs = StepGraphs(engine.has_graphs, engine.all_agree)
         self._done: list[dict[int, Response]] = [{} for _ in requests]
 
     def run(self) -> list[list[Response]]:

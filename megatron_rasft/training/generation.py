@@ -177,6 +177,9 @@ class LiveModel:
                 dist.broadcast(tensor, dist.get_process_group_ranks(group)[-1], group=group)
             return tensor
 
+        def all_agree(says_so: bool) -> bool:
+            return self._least(int(says_so)) == 1
+
         # A mixture's token counts and a stage's sends are known to the host only.
         is_static = group.size() == 1 and not self.config.num_moe_experts
         return Engine(
@@ -184,6 +187,7 @@ class LiveModel:
             # get_emb returns the uncut frequencies of every position and, unlike forward, caches nothing.
             frequencies=self.chunks[0].rotary_pos_emb.get_emb(cache.length),
             share=share,
+            all_agree=all_agree,
             dtype=self.config.params_dtype,
             vocab_size=self.vocab_size,
             has_graphs=self.device.type == "cuda" and is_static,
@@ -196,9 +200,13 @@ class LiveModel:
             return _CPU_ROWS
         free, _ = torch.cuda.mem_get_info(self.device)
         free += torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
-        num = torch.tensor(rows_that_fit(_MEMORY_SHARE * free, self.row_bytes(length)), device=self.device)
-        dist.all_reduce(num, dist.ReduceOp.MIN, parallel_state.get_model_parallel_group())
-        return int(num)
+        return self._least(rows_that_fit(_MEMORY_SHARE * free, self.row_bytes(length)))
+
+    def _least(self, number: int) -> int:
+        """The smallest number of the replica's ranks."""
+        least = torch.tensor(number, device=self.device)
+        dist.all_reduce(least, dist.ReduceOp.MIN, parallel_state.get_model_parallel_group())
+        return int(least)
 
     def row_bytes(self, length: int) -> int:
         """Memory of one row on this rank: its keys and values, and its logits on the last pipeline stage."""

@@ -1,11 +1,18 @@
 """CUDA graphs of the decode step: one launch for the hundreds of kernels of a token."""
 
+import functools
 import warnings
 from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+@functools.cache
+def _side_stream() -> Any:
+    """The stream of all captures of this process: cuBLAS keeps a workspace, 32 MiB on Hopper, for each stream it ever ran on."""
+    return torch.cuda.Stream()
 
 
 class StepGraphs:
@@ -16,13 +23,14 @@ class StepGraphs:
 
     Args:
         is_enabled: False runs every step as it is.
+        all_agree: whether every rank says so; a collective of the ranks that take steps together.
     """
 
-    def __init__(self, is_enabled: bool) -> None:
+    def __init__(self, is_enabled: bool, all_agree: Callable[[bool], bool]) -> None:
         self.is_enabled = is_enabled
+        self._all_agree = all_agree
         self._graphs: dict[Hashable, tuple[Any, Tensor]] = {}
         self._pool: Any = None
-        self._side: Any = None
         self._result: Tensor | None = None
 
     def run(self, shape: Hashable, step: Callable[[], Tensor | None]) -> Tensor | None:
@@ -33,27 +41,37 @@ class StepGraphs:
         """
         if not self.is_enabled:
             return step()
-        if shape not in self._graphs:
-            try:
-                self._graphs[shape] = self._capture(step)
-            except RuntimeError as error:
-                self.is_enabled = False
-                self._graphs.clear()
-                warnings.warn(
-                    f"Sampling goes on without CUDA graphs, which is slower: {error}",
-                    RuntimeWarning,
-                    stacklevel=2,
-                )
-                return step()
+        if shape not in self._graphs and not self._capture_everywhere(shape, step):
+            return step()
         graph, result = self._graphs[shape]
         graph.replay()
         return result
 
+    def _capture_everywhere(self, shape: Hashable, step: Callable[[], Tensor | None]) -> bool:
+        """Capture a step; where a rank could not, no rank goes on with graphs.
+
+        A capture runs the step and its collectives once more than a rank without graphs does.
+        """
+        failure = "another rank could not capture the step"
+        try:
+            self._graphs[shape] = self._capture(step)
+            is_captured = True
+        except RuntimeError as error:
+            failure, is_captured = str(error), False
+        if self._all_agree(is_captured):
+            return True
+        self.is_enabled = False
+        self._graphs.clear()
+        warnings.warn(
+            f"Sampling goes on without CUDA graphs, which is slower: {failure}", RuntimeWarning, stacklevel=3
+        )
+        return False
+
     def _capture(self, step: Callable[[], Tensor | None]) -> tuple[Any, Tensor]:
         stream = torch.cuda.current_stream()
-        if self._side is None:
-            self._side, self._pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
-        side = self._side
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        side = _side_stream()
         side.wait_stream(stream)
         try:
             # Kernels allocate their workspaces at the first call, which a capture does not allow.
