@@ -90,6 +90,11 @@ def read_arrays(folder: Path, state: dict[str, Any]) -> dict[str, Array]:
     Raises:
         CheckpointError: their file is missing or is not the one that was written.
     """
+    if "queue_sha256" not in state:
+        raise CheckpointError(
+            f"{folder} was written by an earlier version of this program, which kept the waiting samples elsewhere. Resume with "
+            "that version, or start a new run from its weights (tools/convert_checkpoint.py megatron-to-hf)."
+        )
     path = folder / QUEUE_FILE
     try:
         content = path.read_bytes()
