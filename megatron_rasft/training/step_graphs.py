@@ -1,5 +1,6 @@
 """CUDA graphs of the decode step: one launch for the hundreds of kernels of a token."""
 
+import contextlib
 import functools
 import warnings
 from collections.abc import Callable, Hashable
@@ -13,6 +14,18 @@ from torch import Tensor
 def _side_stream() -> Any:
     """The stream of all captures of this process: cuBLAS keeps a workspace, 32 MiB on Hopper, for each stream it ever ran on."""
     return torch.cuda.Stream()
+
+
+def _end_capture(pool: Any) -> None:
+    """End a capture that failed for the allocator too.
+
+    capture_end of torch's CUDAGraph.cpp leaves that out where CUDA cannot end the capture. The allocator would then hold back
+    the memory of tensors of several streams for the rest of the run.
+    """
+    with contextlib.suppress(
+        RuntimeError
+    ):  # the step failed before its capture began, or the capture did end
+        torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
 
 
 class StepGraphs:
@@ -58,6 +71,7 @@ class StepGraphs:
             is_captured = True
         except RuntimeError as error:
             failure, is_captured = str(error), False
+            _end_capture(self._pool)
         if self._all_agree(is_captured):
             return True
         self.is_enabled = False

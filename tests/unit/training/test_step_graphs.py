@@ -37,6 +37,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
         "Stream": Stream,
         "stream": lambda stream: stream,
         "current_stream": lambda: current,
+        "current_device": lambda: 3,
         "set_stream": lambda stream: None,
     }
     for name, answer in answers.items():
@@ -88,8 +89,16 @@ def test_a_rank_gives_up_its_graphs_where_another_could_not_capture(gpu: list[An
     assert len(runs) == before + 1 and len(asked) == 2
 
 
-def test_a_failed_capture_is_told_to_the_other_ranks(gpu: list[Any]) -> None:
-    given = torch.ones(3)
+def test_a_failed_capture_ends_on_every_rank_and_for_the_allocator(
+    gpu: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given, ended = torch.ones(3), []
+
+    def end(*place: Any) -> None:
+        ended.append(place)
+        raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end, raising=False)
     asked: list[bool] = []
 
     def step() -> Tensor:
@@ -102,6 +111,7 @@ def test_a_failed_capture_is_told_to_the_other_ranks(gpu: list[Any]) -> None:
     graphs = StepGraphs(True, all_agree)
     with pytest.warns(RuntimeWarning, match="not permitted"):
         result = graphs.run("shape", step)
+    assert ended == [(3, (0, 1))]
     assert asked == [False] and result is not None and torch.equal(result, torch.full((3,), 3.0))
 
 
