@@ -1,6 +1,7 @@
 """A machine with GPUs, emulated on a CPU: what torch.cuda, NCCL and Transformer Engine's extension answer there.
 
-Tensors stay in the CPU's memory, gloo carries the collectives, and Transformer Engine's own Python runs on kernels in plain torch.
+Tensors stay in the CPU's memory and know on which side they are (placement.py), gloo carries the collectives, and Transformer Engine's
+own Python runs on kernels in plain torch.
 Nothing of the product is imported here, least of all its backend for CPUs. ``not_shown.toml`` lists what this cannot show.
 
 Two environment variables describe the machine; only tests know them:
@@ -43,9 +44,10 @@ def install() -> None:
 
 
 def _after_torch() -> None:
-    from gpu_emulation import collectives, device
+    from gpu_emulation import collectives, device, placement
 
     device.install()
+    placement.install()
     collectives.install()
 
 

@@ -1,10 +1,6 @@
-"""torch.cuda of a machine with GPUs.
-
-A tensor on the emulated GPU lies in the CPU's memory: its data can be computed with, and is_cuda says that it is on a GPU.
-"""
+"""torch.cuda of a machine with GPUs."""
 
 import contextlib
-import functools
 import logging
 import os
 from collections import defaultdict
@@ -14,9 +10,7 @@ from typing import Any
 
 import torch
 import torch.cuda.graphs
-from torch.overrides import TorchFunctionMode
 
-CPU = torch.device("cpu")
 _GIB = 1 << 30
 _MEMORY_BYTES = 80 * _GIB
 _DEVICE_FILE = "/dev/nvidiactl"
@@ -26,41 +20,13 @@ current = 0
 """Index of this process's current device."""
 
 
-def _names_gpu(device: Any) -> bool:
+def names_gpu(device: Any) -> bool:
+    """Whether torch would take this for a GPU: an index, "cuda", "cuda:1" or a device."""
     if isinstance(device, int) and not isinstance(device, bool):
         return True
     return (isinstance(device, str) and device.startswith("cuda")) or (
         isinstance(device, torch.device) and device.type == "cuda"
     )
-
-
-class _GpuInHostMemory(TorchFunctionMode):
-    """Puts what is asked for on a GPU into the CPU's memory."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if func is torch.Tensor.cuda or func is torch.Tensor.pin_memory:
-            return args[0]
-        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
-            return func(args[0]).replace("torch.", "torch.cuda.", 1)
-        if _names_gpu(kwargs.get("device")):
-            kwargs["device"] = CPU
-        if kwargs.get("pin_memory"):
-            kwargs["pin_memory"] = False
-        if func is torch.Tensor.to:
-            args = (args[0], *(CPU if _names_gpu(a) else a for a in args[1:]))
-        return func(*args, **kwargs)
-
-
-def _backward(original: Any) -> Any:
-    """A backward pass in which the mode is on: torch switches it off while it handles the call of torch.autograd.backward."""
-
-    @functools.wraps(original)
-    def run_backward(*args: Any, **kwargs: Any) -> Any:
-        with _GpuInHostMemory():
-            return original(*args, **kwargs)
-
-    return run_backward
 
 
 class Stream:
@@ -197,11 +163,7 @@ def install() -> None:
     for name in ("get_rng_state", "set_rng_state", "manual_seed", "default_generators"):
         setattr(torch.cuda.random, name, getattr(torch.cuda, name))
     torch.cuda.graphs.is_current_stream_capturing = torch.cuda.is_current_stream_capturing  # type: ignore[assignment]
-    torch.Tensor.is_cuda = property(lambda tensor: True)  # type: ignore[assignment]
     exists = os.path.exists
     os.path.exists = lambda path: path == _DEVICE_FILE or exists(path)  # type: ignore[assignment]
     # It looks for a CUDA runtime when Megatron imports it, and warns that there is none.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    for module in (torch.autograd, torch.autograd.graph):
-        module._engine_run_backward = _backward(module._engine_run_backward)  # type: ignore[attr-defined]
-    _GpuInHostMemory().__enter__()

@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from gpu_emulation import attention, fp8, kernels, packed_halves
+from gpu_emulation.placement import on_gpu
 
 NAME = "transformer_engine_torch"
 _CUDNN_VERSION = 92400
@@ -108,7 +109,7 @@ def load(framework: str) -> None:
         setattr(module, name, _enumeration(name))
     for source in (kernels, attention, fp8, packed_halves):
         for name in source.KERNELS:
-            setattr(module, name, getattr(source, name))
+            setattr(module, name, on_gpu(getattr(source, name)))
     backends: Any = module.NVTE_Fused_Attn_Backend
 
     def get_fused_attn_backend(params: Any) -> tuple[Any, str]:

@@ -13,6 +13,7 @@ from gpu_emulation import kernels
 
 KERNELS = (
     "bgrad_quantize",
+    "dequantize",
     "fp8_transpose",
     "fused_amax_and_scale_update_after_reduction",
     "generic_gemm",
@@ -75,6 +76,12 @@ def quantize(tensor: Tensor, quantizer: Any, output: Any = None, noop: Tensor | 
         made._transpose = fp8_transpose(data, quantizer.dtype)
     made._transpose_invalid = not quantizer.columnwise_usage
     return made
+
+
+def dequantize(tensor: Any, dtype: Any) -> Tensor:
+    """The values that an FP8 tensor stands for."""
+    stored, _ = _FORMATS[int(tensor._fp8_dtype)]
+    return (tensor._data.view(stored).float() * tensor._scale_inv).to(kernels.TORCH_DTYPES[int(dtype)])
 
 
 def fp8_transpose(data: Tensor, dtype: Any, out: Tensor | None = None) -> Tensor:

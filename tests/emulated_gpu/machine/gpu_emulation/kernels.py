@@ -100,13 +100,13 @@ def generic_gemm(
         else:
             target.copy_(product)
         return out, grad_bias, None, None
-    result = product.to(_TORCH_DTYPES[int(out_dtype)] if out_dtype is not None else a.dtype)
+    result = product.to(TORCH_DTYPES[int(out_dtype)] if out_dtype is not None else a.dtype)
     if not transposes_b:
         result = result.view(*b.shape[:-1], result.shape[-1])
     return result, grad_bias, None, None
 
 
-_TORCH_DTYPES = {4: torch.float32, 5: torch.float16, 6: torch.bfloat16}
+TORCH_DTYPES = {4: torch.float32, 5: torch.float16, 6: torch.bfloat16}
 
 
 def _rotated(t: Tensor, freqs: Tensor) -> Tensor:

@@ -1,0 +1,214 @@
+"""Which tensors are on the GPU: a mark on their memory, passed on to what is computed from them.
+
+All memory is the CPU's. An operation on tensors of both sides fails as it does on a GPU, and so does the numpy array of a tensor on the
+GPU. Views and detached tensors share the memory of their base, and so its mark.
+"""
+
+import functools
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from gpu_emulation import device
+from gpu_emulation.device import names_gpu
+
+CPU = torch.device("cpu")
+
+_TAKE_BOTH = (
+    "aten::_to_copy",
+    "aten::copy_",
+    "aten::lift_fresh",
+    "aten::set_",
+    "c10d::",
+    "profiler::",
+)
+_INDEXING = ("aten::index.", "aten::index_put", "aten::_index_put", "aten::_unsafe_index")
+"""On the GPU these take places from the CPU too."""
+
+_memory_device = torch._C.TensorBase.device
+"""The property that ``Tensor.device`` hides here."""
+
+
+def is_on_gpu(tensor: Tensor) -> bool:
+    """Whether the tensor is marked; one that wraps others, as an FP8 tensor does, is where those are."""
+    if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        return any(is_on_gpu(kept) for kept in vars(tensor).values() if isinstance(kept, Tensor))
+    try:
+        return getattr(tensor.untyped_storage(), "is_on_gpu", False)
+    except (RuntimeError, NotImplementedError):  # it has no memory
+        return False
+
+
+def _mark(tensor: Tensor, *, on_gpu: bool = True) -> Tensor:
+    if _memory_device.__get__(tensor).type == "cpu":
+        tensor.untyped_storage().is_on_gpu = on_gpu  # type: ignore[attr-defined]
+    return tensor
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    """Tensors in nested lists and tuples, and those that an object keeps."""
+    for leaf in tree_leaves(values):
+        if isinstance(leaf, Tensor):
+            yield leaf
+        for kept in getattr(leaf, "__dict__", {}).values():
+            if isinstance(kept, Tensor):
+                yield kept
+
+
+def _memory(tensor: Tensor) -> int:
+    try:
+        return tensor.untyped_storage()._cdata
+    except (RuntimeError, NotImplementedError):
+        return 0
+
+
+def _mark_new(result: Any, given: list[Tensor]) -> None:
+    known = {0, *map(_memory, given)}
+    for tensor in _tensors(result):
+        if _memory(tensor) not in known:
+            _mark(tensor)
+
+
+class _Places(TorchDispatchMode):
+    """Passes the marks on, and refuses tensors of both sides in one operation."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = func.name()
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        some_on_gpu = any(map(is_on_gpu, given))
+        if some_on_gpu and not name.startswith(_TAKE_BOTH):
+            _check(name, given)
+        result = func(*args, **kwargs)
+        if some_on_gpu:
+            _mark_new(result, given)
+        return result
+
+
+def _check(name: str, given: list[Tensor]) -> None:
+    if name.startswith(_INDEXING) and is_on_gpu(given[0]):
+        return
+    for tensor in given:
+        # Scalars may come from the CPU.
+        if not is_on_gpu(tensor) and tensor.dim() > 0 and _memory_device.__get__(tensor).type == "cpu":
+            sides = [(tuple(t.shape), str(t.device)) for t in given]
+            raise RuntimeError(
+                f"Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! {name}: {sides}"
+            )
+
+
+class _GpuInHostMemory(TorchFunctionMode):
+    """Puts what is asked for on a GPU into the CPU's memory, and marks it."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        kwargs.pop("pin_memory", None)
+        if func is Tensor.pin_memory:
+            return args[0]
+        if func is Tensor.type and len(args) == 1 and not kwargs:
+            name = func(args[0])
+            return name.replace("torch.", "torch.cuda.", 1) if is_on_gpu(args[0]) else name
+        if func in (Tensor.numpy, Tensor.__array__) and is_on_gpu(args[0]):
+            raise TypeError(
+                "can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy the tensor to host memory first."
+            )
+        if func in (Tensor.cuda, Tensor.cpu):
+            return _moved(args[0], args[0], to_gpu=func is Tensor.cuda)
+        if func is Tensor.to:
+            return _to(*args, **kwargs)
+        target = kwargs.get("device")
+        if target is None:
+            return func(*args, **kwargs)
+        to_gpu = names_gpu(target)
+        kwargs["device"] = CPU if to_gpu else target
+        result = func(*args, **kwargs)
+        for tensor in _tensors(result):
+            _mark(tensor, on_gpu=to_gpu)
+        return result
+
+
+def _to(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    target: Any = kwargs.get("device")
+    for value in args:
+        if isinstance(value, Tensor):
+            target = value.device
+        elif isinstance(value, str | torch.device) or names_gpu(value):
+            target = value
+    to_gpu = names_gpu(target)
+    if to_gpu and "device" in kwargs:
+        kwargs["device"] = CPU
+    result = Tensor.to(tensor, *(CPU if names_gpu(a) else a for a in args), **kwargs)
+    if to_gpu or (target is not None and torch.device(target).type == "cpu"):
+        return _moved(tensor, result, to_gpu=to_gpu)
+    return result
+
+
+def _moved(source: Tensor, result: Tensor, *, to_gpu: bool) -> Tensor:
+    """The tensor on that side: a copy of it, if it was on the other."""
+    if is_on_gpu(result) == to_gpu:
+        return result
+    if _memory(result) == _memory(source):
+        result = result.clone()
+    return _mark(result, on_gpu=to_gpu)
+
+
+def on_gpu(kernel: Any) -> Any:
+    """A kernel of a library: its tensors must be on the GPU, and its results are. Its own operations are not looked at."""
+
+    @functools.wraps(kernel)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        given = list(_tensors((args, kwargs)))
+        for tensor in given:
+            if not is_on_gpu(tensor) and tensor.numel():
+                raise RuntimeError(
+                    f"{kernel.__name__} was given a tensor {tuple(tensor.shape)} that is not on the GPU"
+                )
+        with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
+            result = kernel(*args, **kwargs)
+        _mark_new(result, given)
+        return result
+
+    return call
+
+
+def _with_mode(run_backward: Any) -> Any:
+    """A backward pass in which the mode is on: torch switches it off while it handles the call of torch.autograd.backward."""
+
+    @functools.wraps(run_backward)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with _GpuInHostMemory():
+            return run_backward(*args, **kwargs)
+
+    return run
+
+
+def _device(tensor: Tensor) -> torch.device:
+    return torch.device("cuda", device.current) if is_on_gpu(tensor) else _memory_device.__get__(tensor)
+
+
+def _enter() -> None:
+    _Places().__enter__()
+    _GpuInHostMemory().__enter__()
+
+
+def install() -> None:
+    """Keep the sides apart in every thread of this process."""
+    Tensor.device = property(_device)  # type: ignore[assignment]
+    Tensor.is_cuda = property(is_on_gpu)  # type: ignore[assignment]
+    Tensor.is_cpu = property(lambda tensor: not is_on_gpu(tensor))  # type: ignore[assignment]
+    for module in (torch.autograd, torch.autograd.graph):
+        module._engine_run_backward = _with_mode(module._engine_run_backward)  # type: ignore[attr-defined]
+    begin = threading.Thread._bootstrap_inner  # type: ignore[attr-defined]
+
+    def begin_with_modes(thread: threading.Thread) -> None:
+        _enter()
+        begin(thread)
+
+    threading.Thread._bootstrap_inner = begin_with_modes  # type: ignore[attr-defined]
+    _enter()
