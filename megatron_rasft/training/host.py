@@ -86,6 +86,9 @@ from megatron_rasft.weights.gathering import ExpertGroups, gather_tensors, plan_
 from megatron_rasft.weights.loading import load_into
 from megatron_rasft.weights.torch_dist import RELEASE
 
+_HAS_SCALES = "has_fp8_scales"
+"""Key of a run's state: whether the checkpoint has the scales of FP8's delayed recipe."""
+
 _SCORED_BATCHES = 4
 """Global batches that are scored between two looks at whether the run is to stop."""
 
@@ -537,8 +540,13 @@ class Trainer:
         args = self.args
         folder = Path(checkpointing.get_checkpoint_name(args.save, self.iteration, return_base_dir=True))
 
+        def write() -> None:
+            values, arrays = state()
+            has_scales = has_delayed_scales(args) and not self._lacks_scales
+            write_state(folder, {**values, _HAS_SCALES: has_scales}, arrays)
+
         with save_explained(f"the checkpoint of step {self.iteration}", folder):
-            on_rank_zero(lambda: write_state(folder, *state()))
+            on_rank_zero(write)
             self._cutter.submit(int).result()  # Megatron forks, and no thread may hold a lock then
             with self._settled(), quiet():
                 checkpointing.save_checkpoint(
@@ -579,7 +587,8 @@ class Trainer:
                 checkpointing_context=self._checkpointing_context,
             )
         self.iteration = args.iteration = iteration
-        self._lacks_scales = False
+        # A run that switches to the recipe goes on from a checkpoint without scales, and its reference is scored anew.
+        self._lacks_scales = has_delayed_scales(args) and not state.get(_HAS_SCALES, False)
         return state, arrays
 
     def initial_fingerprint(self) -> str:

@@ -68,6 +68,30 @@ def test_widths_are_coarse_on_a_gpu_only(monkeypatch: pytest.MonkeyPatch) -> Non
     assert (on_cpu.token_multiple, on_cpu.width_slack) == (4 * 2, 0.0)
 
 
+@pytest.mark.parametrize(
+    ("state", "recipe", "lacks_scales"),
+    [
+        ({"has_fp8_scales": True}, "delayed", False),
+        ({"has_fp8_scales": False}, "delayed", True),  # of a run in BF16, say
+        ({}, "delayed", True),
+        ({"has_fp8_scales": False}, "tensorwise", False),
+    ],
+)
+def test_scales_that_a_checkpoint_lacks_are_set_after_a_resume(
+    monkeypatch: pytest.MonkeyPatch, state: dict, recipe: str, lacks_scales: bool
+) -> None:
+    trainer = Trainer.__new__(Trainer)
+    trainer.args = SimpleNamespace(load="folder", save="folder", fp8="hybrid", fp8_recipe=recipe)
+    trainer.model, trainer.optimizer, trainer.scheduler = [], None, None
+    trainer._checkpointing_context = {}
+    monkeypatch.setattr(host.checkpointing, "checkpoint_exists", lambda load: True)
+    monkeypatch.setattr(host.checkpointing, "load_checkpoint", lambda *args, **kwargs: (2, 0.0))
+    for name, value in (("read_state", state), ("read_arrays", {}), ("chosen_folder", None)):
+        monkeypatch.setattr(host, name, lambda *args, value=value: value)
+    assert trainer.resume() == (state, {})
+    assert trainer.iteration == 2 and trainer._lacks_scales == lacks_scales
+
+
 def test_scales_of_a_few_probes_are_set_again_from_a_whole_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
     trainer = Trainer.__new__(Trainer)
