@@ -547,7 +547,6 @@ class Trainer:
 
         with save_explained(f"the checkpoint of step {self.iteration}", folder):
             on_rank_zero(write)
-            self._cutter.submit(int).result()  # Megatron forks, and no thread may hold a lock then
             with self._settled(), quiet():
                 checkpointing.save_checkpoint(
                     self.iteration,
@@ -628,6 +627,8 @@ class Trainer:
         """
         if self._saving_step is None:
             return None
+        # With --save-retain-interval Megatron forks a process that deletes the checkpoint before: no thread may hold a lock then.
+        self._cutter.submit(int).result()
         with save_explained(f"the checkpoint of step {self._saving_step}", Path(self.args.save)), quiet():
             training.maybe_finalize_async_save(blocking=is_blocking)
         if not is_empty_async_queue():

@@ -1,5 +1,7 @@
 """The shapes that the kernels of a precision ask for and FP8's first scales."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -90,6 +92,24 @@ def test_scales_that_a_checkpoint_lacks_are_set_after_a_resume(
         monkeypatch.setattr(host, name, lambda *args, value=value: value)
     assert trainer.resume() == (state, {})
     assert trainer.iteration == 2 and trainer._lacks_scales == lacks_scales
+
+
+def test_no_batch_is_cut_while_a_background_save_is_completed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Megatron may fork then (iter_finalize_fn in megatron/training/checkpointing.py)."""
+    trainer, done = Trainer.__new__(Trainer), list[str]()
+    trainer._saving_step, trainer.args = 2, SimpleNamespace(save="folder")
+    may_end = threading.Event()
+    monkeypatch.setattr(host.training, "maybe_finalize_async_save", lambda blocking: done.append("completed"))
+
+    def cut() -> None:
+        assert may_end.wait(20)
+        done.append("cut")
+
+    with ThreadPoolExecutor(1) as trainer._cutter:
+        trainer._cutter.submit(cut)
+        threading.Timer(0.2, may_end.set).start()
+        assert trainer.finish_saves(is_blocking=False) == 2
+    assert done == ["cut", "completed"]
 
 
 def test_scales_of_a_few_probes_are_set_again_from_a_whole_batch(monkeypatch: pytest.MonkeyPatch) -> None:
