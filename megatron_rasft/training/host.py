@@ -418,14 +418,18 @@ class Trainer:
 
     @contextlib.contextmanager
     def _settled(self) -> Iterator[None]:
-        """With overlapped parameter gathering: have all weights here, and nothing gathered behind our back."""
-        if (
-            not (self.args.use_distributed_optimizer and self.args.overlap_param_gather)
-            or self.iteration == 0
-        ):
+        """With overlapped parameter gathering: have all weights here, and nothing gathered behind our back.
+
+        Before the first step, too: replicas sample at their own pace, and one without a request takes part in no gathering.
+        """
+        is_overlapped = self.args.use_distributed_optimizer and self.args.overlap_param_gather
+        # There are none where all is settled already, as in the export of a sync over the disk, or under Megatron-FSDP.
+        hooks = getattr(self.model[0], "remove_forward_pre_hook_handles", None)
+        if not is_overlapped or not hooks:
             yield
             return
-        training.disable_forward_pre_hook(self.model)
+        # No step has changed the weights yet: every rank has all of them.
+        training.disable_forward_pre_hook(self.model, param_sync=self.iteration > 0)
         try:
             yield
         finally:

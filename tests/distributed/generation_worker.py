@@ -43,7 +43,7 @@ from tests.distributed.ranks_harness import trainer  # noqa: E402
 LAYOUTS: dict[int, dict[str, str]] = {
     1: {"one": ""},
     2: {
-        "dp2": "",
+        "dp2": "--overlap-grad-reduce --overlap-param-gather",
         "tp2": "--tensor-model-parallel-size 2",
         "tp2, query groups added": "--tensor-model-parallel-size 2 --rasft-query-groups 4",
         "tp2 sp": "--tensor-model-parallel-size 2 --sequence-parallel",
@@ -119,6 +119,8 @@ def sample(flags: list[str], root: Path) -> dict[str, Any]:
     result: dict[str, Any] = {}
     with trainer(root / "llama", root / "none.jsonl", flags) as run:
         before = training_state(run.chunks)
+        # Fewer requests than replicas, before anything else has gathered the parameters.
+        result["lone request"] = responses(run.generate(requests(1)[:1], MODES["greedy"]))
         run.score([full_row()], with_reference=False)
         for mode, chosen in MODES.items():
             run.live.steps_per_look = 16 if mode == "rare looks" else 1

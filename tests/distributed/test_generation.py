@@ -55,6 +55,14 @@ def test_every_layout_samples_the_same(results: dict[str, dict[str, Any]], layou
 
 
 @pytest.mark.parametrize("layout", LAYOUT_NAMES)
+def test_a_replica_without_a_request_waits_for_the_others(
+    results: dict[str, dict[str, Any]], layout: str
+) -> None:
+    (group,) = results[layout]["lone request"]
+    assert [r[0] for r in group] == [r[0] for r in results["one"]["greedy"][0]]
+
+
+@pytest.mark.parametrize("layout", LAYOUT_NAMES)
 def test_decode_steps_are_captured_except_in_a_pipeline(
     results: dict[str, dict[str, Any]], layout: str
 ) -> None:
