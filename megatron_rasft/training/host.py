@@ -422,10 +422,11 @@ class Trainer:
 
         Before the first step, too: replicas sample at their own pace, and one without a request takes part in no gathering.
         """
-        is_overlapped = self.args.use_distributed_optimizer and self.args.overlap_param_gather
-        # There are none where all is settled already, as in the export of a sync over the disk, or under Megatron-FSDP.
-        hooks = getattr(self.model[0], "remove_forward_pre_hook_handles", None)
-        if not is_overlapped or not hooks:
+        if not (self.args.use_distributed_optimizer and self.args.overlap_param_gather):
+            yield
+            return
+        if not getattr(self.model[0], "remove_forward_pre_hook_handles", None):
+            # Settled already, as in the export of a sync over the disk; or Megatron-FSDP, which gathers by hooks of its own.
             yield
             return
         # No step has changed the weights yet: every rank has all of them.
