@@ -31,6 +31,9 @@ _TAKE_BOTH = (
 _INDEXING = ("aten::index.", "aten::index_put", "aten::_index_put", "aten::_unsafe_index")
 """On the GPU these take places from the CPU too."""
 
+_kernels = threading.local()
+"""``made``: what the kernel that this thread is in has made so far."""
+
 _memory_device = torch._C.TensorBase.device
 """The property that ``Tensor.device`` hides here."""
 
@@ -82,6 +85,11 @@ class _Places(TorchDispatchMode):
         kwargs = kwargs or {}
         name = func.name()
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        made = getattr(_kernels, "made", None)
+        if made is not None:
+            result = func(*args, **kwargs)
+            made.append(result)
+            return result
         some_on_gpu = any(map(is_on_gpu, given))
         if some_on_gpu and not name.startswith(_TAKE_BOTH):
             _check(name, given)
@@ -159,7 +167,7 @@ def _moved(source: Tensor, result: Tensor, *, to_gpu: bool) -> Tensor:
 
 
 def on_gpu(kernel: Any) -> Any:
-    """A kernel of a library: its tensors must be on the GPU, and its results are. Its own operations are not looked at."""
+    """A kernel of a library: its tensors must be on the GPU, and whatever it makes is. Its own operations are not checked."""
 
     @functools.wraps(kernel)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -169,9 +177,13 @@ def on_gpu(kernel: Any) -> Any:
                 raise RuntimeError(
                     f"{kernel.__name__} was given a tensor {tuple(tensor.shape)} that is not on the GPU"
                 )
-        with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
-            result = kernel(*args, **kwargs)
-        _mark_new(result, given)
+        before, _kernels.made = getattr(_kernels, "made", None), []
+        try:
+            with torch._C.DisableTorchFunction():
+                result = kernel(*args, **kwargs)
+            _mark_new([result, _kernels.made], given)
+        finally:
+            _kernels.made = before
         return result
 
     return call
