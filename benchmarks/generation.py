@@ -10,7 +10,6 @@ and responses end at random tokens after --mean-tokens on average.
 
 import argparse
 import json
-import math
 import random
 import sys
 import tempfile
@@ -18,6 +17,8 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_rasft.training import cpu_backend
 
@@ -27,38 +28,15 @@ import psutil  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 import transformers  # noqa: E402
-from torch import Tensor  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
-from torch.utils._pytree import tree_leaves  # noqa: E402
 
+from benchmarks.shapes import SHAPES  # noqa: E402
+from benchmarks.traffic import Traffic  # noqa: E402
 from megatron_rasft.training import host, startup  # noqa: E402
 from megatron_rasft.training.decoding import KEY_BUCKET, Decoder  # noqa: E402
 from megatron_rasft.training.generation import STEPS_PER_LOOK, LiveModel, generation_mode  # noqa: E402
 from megatron_rasft.training.kv_cache import KeyValueCache  # noqa: E402
 from megatron_rasft.types import Request, SamplingParams  # noqa: E402
-
-SHAPES: dict[str, dict[str, Any]] = {
-    "tiny": {
-        "hidden_size": 128,
-        "intermediate_size": 256,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": 1024,
-        "max_position_embeddings": 4096,
-    },
-    "qwen2.5-1.5b": {
-        "hidden_size": 1536,
-        "intermediate_size": 8960,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 12,
-        "num_key_value_heads": 2,
-        "vocab_size": 151936,
-        "max_position_embeddings": 32768,
-        "tie_word_embeddings": True,
-    },
-}
 
 HBM_BYTES_PER_S = 2.7e12
 """What an H100 SXM reaches of its 3.35e12."""
@@ -69,45 +47,6 @@ KERNEL_S = 2e-6
 
 BAR_TOKENS_PER_S = 12_000
 """What the qwen2.5-1.5b shape with 256 rows is to reach on one H100: three tenths of SGLang's 39,900."""
-
-ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "detach"}
-GATHERS = {"embedding", "index", "gather", "index_select"}
-"""These read as much as they write, whatever the size of what they read from."""
-SCATTERS = {"index_put_", "_index_put_impl_", "scatter_"}
-
-
-class Traffic(TorchDispatchMode):
-    """Counts kernels, the bytes they read and write, and the operations of matrix products."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.kernels, self.bytes, self.flop = 0, 0, 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        name = func._schema.name.removeprefix("aten::")
-        is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
-        if is_view or name in ALLOCATIONS or func.namespace != "aten":
-            return out
-        self.kernels += 1
-        read = [x for x in tree_leaves([args, kwargs]) if isinstance(x, Tensor)]
-        written = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
-        if name in SCATTERS:
-            self.bytes += 2 * size(read[-1])
-        elif name in GATHERS:
-            self.bytes += 2 * sum(map(size, written))
-        else:
-            self.bytes += sum(map(size, read)) + sum(map(size, written))
-        if name in ("mm", "addmm", "bmm"):
-            self.flop += 2 * written[0].numel() * read[-2].shape[-1]
-        return out
-
-
-def size(tensor: Tensor) -> int:
-    """Bytes of its distinct elements: an expanded tensor is read once."""
-    return tensor.element_size() * math.prod(
-        n for n, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride
-    )
 
 
 def write_folder(shape: str, path: Path) -> None:
@@ -171,14 +110,14 @@ def count(model: LiveModel, options: argparse.Namespace) -> dict[str, Any]:
             decoder.logits(options.rows, keys)
         with Traffic() as whole:
             decoder.step(keys)
-    launches_s = KERNEL_S * whole.kernels
-    least_s = max(whole.bytes / HBM_BYTES_PER_S, whole.flop / MATMUL_FLOPS)
+    launches_s = KERNEL_S * whole.num_kernels
+    least_s = max(whole.all_bytes / HBM_BYTES_PER_S, whole.matmul_flops / MATMUL_FLOPS)
     return {
         "keys_attended": keys,
-        "kernels_of_the_model": forward.kernels,
-        "kernels_of_sampling": whole.kernels - forward.kernels,
-        "gb_of_the_model": round(forward.bytes / 1e9, 3),
-        "gb_of_sampling": round((whole.bytes - forward.bytes) / 1e9, 3),
+        "kernels_of_the_model": forward.num_kernels,
+        "kernels_of_sampling": whole.num_kernels - forward.num_kernels,
+        "gb_of_the_model": round(forward.all_bytes / 1e9, 3),
+        "gb_of_sampling": round((whole.all_bytes - forward.all_bytes) / 1e9, 3),
         "host_reads_per_token_of_all_rows": 2 / STEPS_PER_LOOK["cuda"],
         "ESTIMATE_h100_ms_per_token_of_all_rows": round(1e3 * (least_s + launches_s), 2),
         "bar_h100_tokens_per_s": BAR_TOKENS_PER_S,

@@ -1,30 +1,42 @@
 """Memory traffic counted from the arguments of every torch operator that runs, on the meta device or a real one."""
 
+import math
 from typing import Any
 
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-_VIEWS = frozenset(
-    "view _unsafe_view reshape t transpose slice unsqueeze squeeze select detach expand split unbind alias as_strided "
-    "permute lift_fresh split_with_sizes empty empty_like empty_strided new_empty unsafe_split".split()
+_NO_KERNEL = frozenset(
+    "_unsafe_view unsafe_split lift_fresh detach reshape empty empty_like empty_strided new_empty".split()
 )
+"""Views that do not say so in their schema, and allocations."""
+
 _WRITE_ONLY = ("zeros", "zero_", "full", "new_zeros", "new_full", "fill", "ones", "scalar_tensor")
 _MATMULS = ("mm", "bmm", "addmm", "addmm_")
-_BY_INDEX = ("gather", "scatter", "scatter_add", "scatter_add_", "index_select", "embedding")
+_GATHERS = ("gather", "index", "index_select", "embedding")
+_SCATTERS = ("scatter_", "scatter_add_", "index_put_", "_index_put_impl_")
+_NO_OPERATORS = ("prim", "c10d", "_c10d_functional")
+"""Namespaces of questions about a tensor, and of collectives."""
 
 
 def _num_bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+    """Bytes of its distinct elements: an expanded tensor is read once."""
+    num = math.prod(n for n, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride or not n)
+    return num * tensor.element_size()
+
+
+def _launches(func: Any) -> bool:
+    """Whether a call of this operator launches a kernel."""
+    name = func._schema.name.split("::")[1]
+    is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+    return not is_view and name not in _NO_KERNEL and func.namespace not in _NO_OPERATORS
 
 
 def operator_bytes(func: Any, args: Any, kwargs: Any, out: Any) -> int:
     """Bytes that one call of a torch operator moves, from its arguments and results."""
     name = func._schema.name.split("::")[1]
     results = [x for x in tree_flatten(out)[0] if isinstance(x, Tensor)]
-    if name in _VIEWS:
-        return 0
     if name.startswith(_WRITE_ONLY):
         return sum(map(_num_bytes, results))
     read, written = [], list(results)
@@ -41,9 +53,10 @@ def operator_bytes(func: Any, args: Any, kwargs: Any, out: Any) -> int:
             read += tensors
     if name in ("addmm", "addmm_") and kwargs.get("beta", 1) == 0:
         read = read[1:]  # the sum so far is not looked at
-    if name in _BY_INDEX:
-        # only the elements that are named, and the indices
-        return sum(_num_bytes(x) for x in read[1:]) * 2
+    if name in _GATHERS:  # only the elements that are named, and the indices
+        return 2 * sum(map(_num_bytes, results)) + sum(map(_num_bytes, read[1:]))
+    if name in _SCATTERS:
+        return 2 * _num_bytes(read[-1]) + sum(map(_num_bytes, read[1:-1]))
     return sum(map(_num_bytes, read)) + sum(map(_num_bytes, written))
 
 
@@ -58,13 +71,18 @@ class Traffic(TorchDispatchMode):
         self.matmul_bytes = 0
         self.matmul_flops = 0
 
+    @property
+    def all_bytes(self) -> int:
+        """Bytes of everything, matrix products included."""
+        return self.num_bytes + self.matmul_bytes
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         name = func._schema.name.split("::")[1]
-        moved = operator_bytes(func, args, kwargs, out)
-        if name in _VIEWS:
+        if not _launches(func):
             return out
+        moved = operator_bytes(func, args, kwargs, out)
         self.num_kernels += 1
         if name in _MATMULS:
             left, right = [x for x in tree_flatten(args)[0] if isinstance(x, Tensor)][-2:]

@@ -25,46 +25,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import torch.distributed as dist
-import transformers
 from torch import Tensor
 
 from benchmarks import trainers
+from benchmarks.shapes import SHAPES, write_model
 from megatron_rasft.training import host
 from megatron_rasft.training.batches import MicroBatch
 from megatron_rasft.training.forward import Forward
 from megatron_rasft.training.ranks import on_rank_zero
 from megatron_rasft.training.samples import Batch, SampleArrays
 from megatron_rasft.types import TrainingSample
-
-SHAPES: dict[str, dict[str, Any]] = {
-    "tiny": {
-        "hidden_size": 128,
-        "intermediate_size": 256,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": 1024,
-        "max_position_embeddings": 4096,
-    },
-    "qwen2.5-1.5b": {
-        "hidden_size": 1536,
-        "intermediate_size": 8960,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 12,
-        "num_key_value_heads": 2,
-        "vocab_size": 151936,
-        "max_position_embeddings": 32768,
-        "tie_word_embeddings": True,
-    },
-}
-
-
-def write_model(shape: str, path: Path) -> None:
-    """A Qwen2 folder of that shape with random weights."""
-    config = transformers.Qwen2Config(**SHAPES[shape])
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        transformers.Qwen2ForCausalLM(config).to(torch.bfloat16).save_pretrained(path)
 
 
 class MegatronSft(Forward):

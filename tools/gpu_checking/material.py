@@ -8,29 +8,11 @@ import json
 import random
 import sys
 from pathlib import Path
-from typing import Any
 
-SHAPES: dict[str, dict[str, Any]] = {
-    "tiny": {
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": 128,
-        "max_position_embeddings": 1024,
-    },
-    "qwen2.5-1.5b": {
-        "hidden_size": 1536,
-        "intermediate_size": 8960,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 12,
-        "num_key_value_heads": 2,
-        "vocab_size": 151936,
-        "max_position_embeddings": 32768,
-        "tie_word_embeddings": True,
-    },
-}
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from benchmarks.shapes import SHAPES, write_model
+
 NUM_ROWS = 512
 EOS = "<|endoftext|>"
 
@@ -45,20 +27,6 @@ def write_tokenizer(folder: Path) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
     transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS).save_pretrained(folder)
-
-
-def write_model(shape: str, folder: Path) -> None:
-    """A Qwen2 folder of that shape with random weights in BF16 and a tokenizer."""
-    import torch
-    import transformers
-
-    config = transformers.Qwen2Config(**SHAPES[shape], bos_token_id=None, eos_token_id=0, dtype="bfloat16")
-    torch.manual_seed(0)
-    # On a GPU 1.5 billion random numbers take a second, on a CPU half a minute.
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = transformers.Qwen2ForCausalLM(config).to(torch.bfloat16)
-    model.cpu().save_pretrained(folder)
-    write_tokenizer(folder)
 
 
 def write_rows(path: Path) -> None:
@@ -87,7 +55,8 @@ def main() -> int:
     )
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
-    write_model(options.shape, options.output / "model")
+    write_model(options.shape, options.output / "model", bos_token_id=None, eos_token_id=0)
+    write_tokenizer(options.output / "model")
     write_rows(options.output / "train.jsonl")
     return 0
 
