@@ -64,6 +64,14 @@ def is_running(pid: int) -> bool:
         return False
 
 
+def assert_ended(pids: Sequence[int | str]) -> None:
+    """A killed process takes the kernel a moment to end on a busy machine."""
+    ends = time.monotonic() + 20
+    while (left := [pid for pid in pids if is_running(int(pid))]) and time.monotonic() < ends:
+        time.sleep(0.02)
+    assert not left
+
+
 def wait_for(path: Path) -> str:
     while not path.exists() or not path.read_text().endswith("\n"):
         time.sleep(0.02)
@@ -104,7 +112,7 @@ def test_step_that_hangs_is_killed_with_its_descendants_and_the_rest_goes_on(tmp
     assert by_name(found)["hangs"].status == "timed out"
     assert by_name(found)["hangs"].last_lines == ["began"]
     assert by_name(found)["next"].status == "passed"
-    assert [is_running(int(pid)) for pid in ids.read_text().split()] == [False, False]
+    assert_ended(ids.read_text().split())
 
 
 def test_step_that_ignores_sigterm_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,7 +121,7 @@ def test_step_that_ignores_sigterm_is_killed(tmp_path: Path, monkeypatch: pytest
     deaf = hanging(ids, "import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)")
     _, found = check(tmp_path / "out", step("deaf", deaf, deadline_s=0.01), begin=begin_and_wait(ids))
     assert by_name(found)["deaf"].status == "timed out"
-    assert [is_running(int(pid)) for pid in ids.read_text().split()] == [False, False]
+    assert_ended(ids.read_text().split())
 
 
 def test_process_that_a_step_leaves_behind_is_killed_and_counted(tmp_path: Path) -> None:
@@ -126,7 +134,7 @@ def test_process_that_a_step_leaves_behind_is_killed_and_counted(tmp_path: Path)
     code, found = check(tmp_path / "out", step("leaves", leaves))
     result = by_name(found)["leaves"]
     assert (code, result.status, result.left_behind) == (0, "passed", 1)
-    assert not is_running(int(ids.read_text().split()[1]))
+    assert_ended(ids.read_text().split()[1:])
     assert "left 1 processes running" in report.markdown(found)
 
 
@@ -249,8 +257,11 @@ def test_the_program_itself_finds_no_gpu_here(tmp_path: Path) -> None:
     ],
 )
 def test_make_starts_the_programs_without_an_environment(target: str, command: str) -> None:
-    line = ["make", "--dry-run", target, "ARGS=--shape tiny", "VENV=nowhere", "PYTHON=python3.12"]
-    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=True)
+    line = ["make", "--dry-run", "--no-print-directory", target]
+    line += ["ARGS=--shape tiny", "VENV=nowhere", "PYTHON=python3.12"]
+    # `make test` runs this test, and its own flags and variables would go on to this make.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout == f'"python3.12" {command}\n'
 
 
@@ -290,7 +301,7 @@ def test_check_that_is_killed_leaves_its_report_and_no_process(tmp_path: Path) -
     pids = [int(pid) for pid in wait_for(ids).split()]
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 128 + signal.SIGTERM
-    assert [is_running(pid) for pid in pids] == [False, False]
+    assert_ended(pids)
     found = report.read(tmp_path / report.JSON_FILE)
     assert [(r.name, r.status, r.reason) for r in found.steps] == [
         ("versions", "passed", ""),
