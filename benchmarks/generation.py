@@ -167,15 +167,27 @@ def main() -> None:
     parser.add_argument(
         "--rounds", type=int, default=4, help="samples for each row in the measurement on a GPU"
     )
+    parser.add_argument(
+        "--cudnn-attention",
+        action="store_true",
+        help="keep torch's cuDNN attention, which a run switches off",
+    )
     parser.add_argument("--json", type=Path, help="file to write the figures to")
     options, megatron_flags = parser.parse_known_args()
+    if options.cudnn_attention:
+        # SdpaCoreAttention switches it off by this function.
+        torch.backends.cuda.enable_cudnn_sdp = lambda enabled: None
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "model"
         write_folder(options.shape, folder)
         argv = ["--hf-model", str(folder), "--micro-batch-size", "1", "--seq-length", "2048", *megatron_flags]
         args, _, opened = startup.parse(argv, needs_data=False)
         startup.start(args)
-        report: dict[str, Any] = {"shape": options.shape, "rows": options.rows}
+        report: dict[str, Any] = {
+            "shape": options.shape,
+            "rows": options.rows,
+            "cudnn_attention": options.cudnn_attention,
+        }
         if args.transformer_impl == "local":
             args.perform_initialization = False  # random numbers need data
             with FakeTensorMode():

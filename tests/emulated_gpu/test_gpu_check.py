@@ -77,7 +77,8 @@ def begin(command: Command, log: Path) -> Started:
 def found(tmp_path_factory: pytest.TempPathFactory) -> Iterator[report.Report]:
     """The report of every step that an emulated GPU can run."""
     output = tmp_path_factory.mktemp("gpu_check")
-    steps = ["first_run", "train_step", "generation", "fp8_delayed", "swap_and_save", "async_save", "profile"]
+    steps = ["first_run", "train_step", "generation", "generation_cudnn", "fp8_delayed", "swap_and_save"]
+    steps += ["async_save", "profile"]
     code = gpu_check.main(["--output", str(output), "--shape", "tiny", "--steps", *steps], begin=begin)
     assert code in (0, 1), "the check did not begin: its message is above"
     print((output / report.MARKDOWN_FILE).read_text())
@@ -114,11 +115,12 @@ def test_kinds_of_step_are_measured_beside_megatrons_own(found: report.Report) -
     assert "## Tokens per second of a training step" in report.markdown(found)
 
 
-def test_generation_is_measured(found: report.Report) -> None:
-    given = figures(found, "generation")
-    assert (
-        float(str(given["measured tokens_per_s"])) > 0 and float(str(given["measured host_gib_before"])) > 0
-    )
+@pytest.mark.parametrize(("name", "has_cudnn"), [("generation", False), ("generation_cudnn", True)])
+def test_generation_is_measured(found: report.Report, name: str, has_cudnn: bool) -> None:
+    given = figures(found, name)
+    assert given["cudnn_attention"] is has_cudnn
+    assert float(str(given["measured tokens_per_s"])) > 0
+    assert float(str(given["measured host_gib_before"])) > 0
 
 
 def test_saves_are_measured(found: report.Report) -> None:

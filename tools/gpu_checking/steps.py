@@ -438,6 +438,15 @@ STEPS = [
         wants=("first_kernel_after_ms", "idle_frac", "num_kernels"),
     ),
     Step(
+        name="generation_cudnn",
+        number=5,
+        title="embedded generation with cuDNN's attention",
+        deadline_s=240,
+        command=benchmark("generation.py", f"{_GENERATION_FLAGS} --cudnn-attention"),
+        figures=benchmark_figures,
+        wants=("measured tokens_per_s", "measured host_gib_before", "measured host_gib_after"),
+    ),
+    Step(
         name="gpu_tests",
         number=3,
         title="tests/gpu",
