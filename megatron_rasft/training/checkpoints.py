@@ -202,19 +202,19 @@ def load_explained(args: Any, load: Path) -> Iterator[None]:
             f"the checkpoint in {load} does not fit these flags: {first_line(error)}. Give the flags it was "
             "written with; --override-opt_param-scheduler accepts another length or learning rate."
         ) from error
-    except RuntimeError as error:
+    except LOAD_FAILURES as error:
+        folder = chosen_folder(args, load)
+        raise CheckpointError(
+            f"checkpoint {folder} cannot be loaded: {checkpoint_failure(error).rstrip('.')}. It is damaged, or was "
+            f"written with other flags. {_earlier(folder)}"
+        ) from error
+    except RuntimeError as error:  # after LOAD_FAILURES, one of which is a kind of RuntimeError
         if UNPICKLE not in str(error):
             raise
         raise CheckpointError(
             f"checkpoint {chosen_folder(args, load)} has the scales of --fp8-recipe delayed, which Transformer Engine keeps as a "
             f"pickle, and a pickle can run any code. If you trust its source, set {UNPICKLE}=1 in the environment; else start "
             "from exported weights (--hf-model)."
-        ) from error
-    except LOAD_FAILURES as error:
-        folder = chosen_folder(args, load)
-        raise CheckpointError(
-            f"checkpoint {folder} cannot be loaded: {checkpoint_failure(error).rstrip('.')}. It is damaged, or was "
-            f"written with other flags. {_earlier(folder)}"
         ) from error
 
 
