@@ -127,9 +127,9 @@ def test_a_server_that_fails_is_named_at_once(
 def test_a_stuck_server_is_named_at_the_deadline(
     servers: tuple[StandIn, StandIn], bucket: tuple[Bucket, torch.Tensor]
 ) -> None:
-    joined = group(*servers, timeout_s=2.0)
-    servers[0].before["update"] = hang_for(8)
-    with pytest.raises(GroupFailure, match=r"stuck .* more than 2 s") as caught:
+    joined = group(*servers, timeout_s=5.0)
+    servers[0].before["update"] = hang_for(14)
+    with pytest.raises(GroupFailure, match=r"stuck .* more than 5 s") as caught:
         joined.broadcast(*bucket)
     assert list(caught.value.servers) == ["http://a:1"]
 
