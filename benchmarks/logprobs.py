@@ -13,7 +13,6 @@ gradients of hidden states and weight.
 
 import argparse
 import json
-import os
 import statistics
 import sys
 from collections.abc import Callable
@@ -232,13 +231,9 @@ def start_megatron() -> None:
     """One process's groups: the cross-entropies ask for one."""
     from megatron.core import parallel_state
 
-    for name, value in (
-        ("RANK", "0"),
-        ("WORLD_SIZE", "1"),
-        ("MASTER_ADDR", "127.0.0.1"),
-        ("MASTER_PORT", "0"),
-    ):
-        os.environ.setdefault(name, value)
+    from megatron_rasft.training.startup import stand_in_for_launcher
+
+    stand_in_for_launcher()
     torch.distributed.init_process_group("nccl")
     parallel_state.initialize_model_parallel()
 

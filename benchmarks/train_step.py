@@ -29,7 +29,7 @@ from torch import Tensor
 
 from benchmarks import trainers
 from benchmarks.shapes import SHAPES, write_model
-from megatron_rasft.training import host
+from megatron_rasft.training import host, startup
 from megatron_rasft.training.batches import MicroBatch
 from megatron_rasft.training.forward import Forward
 from megatron_rasft.training.ranks import on_rank_zero
@@ -85,15 +85,8 @@ def start_processes() -> list[str]:
     Each process chooses its GPU first: where there is a process group already, Megatron does not choose one any more
     (_initialize_distributed in megatron/training/initialize.py).
     """
-    alone = {
-        "RANK": "0",
-        "LOCAL_RANK": "0",
-        "WORLD_SIZE": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "0",
-    }
-    for name, value in alone.items():
-        os.environ.setdefault(name, value)
+    startup.stand_in_for_launcher()
+    os.environ.setdefault("LOCAL_RANK", "0")
     device = "cpu"
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

@@ -187,15 +187,7 @@ def start(args: Any) -> None:
     # The wheel has the compiled helper but not the Makefile that this would call.
     datasets_utils.compile_helpers = lambda: None
     write_in_process()
-    if os.environ.get("WORLD_SIZE", "1") == "1":
-        # A process without a launcher is a world of its own. The rendezvous of gloo and of NCCL reads these.
-        for name, value in (
-            ("RANK", "0"),
-            ("WORLD_SIZE", "1"),
-            ("MASTER_ADDR", "127.0.0.1"),
-            ("MASTER_PORT", "0"),
-        ):
-            os.environ.setdefault(name, value)
+    stand_in_for_launcher()
     if args.distributed_backend == "gloo" and not torch.distributed.is_initialized():
         # Given beforehand, so that no CUDA device id is passed to gloo.
         torch.distributed.init_process_group("gloo")
@@ -205,6 +197,20 @@ def start(args: Any) -> None:
         set_global_variables(args, build_tokenizer=False)
         initialize_megatron(allow_no_cuda=True)
     report_missing_transformer_engine(args)
+
+
+def stand_in_for_launcher() -> None:
+    """Set the variables that torchrun sets, for a process that was started without it: it is a world of its own."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        return
+    # The rendezvous of gloo and of NCCL reads these.
+    for name, value in (
+        ("RANK", "0"),
+        ("WORLD_SIZE", "1"),
+        ("MASTER_ADDR", "127.0.0.1"),
+        ("MASTER_PORT", "0"),
+    ):
+        os.environ.setdefault(name, value)
 
 
 @contextlib.contextmanager
