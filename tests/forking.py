@@ -40,7 +40,7 @@ class Parent:
 
     @contextlib.contextmanager
     def forks(self) -> Iterator[None]:
-        """Processes that multiprocessing's forkserver context starts meanwhile are forked from this one."""
+        """While this is entered, multiprocessing's forkserver context forks new processes from this parent."""
         self._server.set_forkserver_preload([self.preload])
         before = dict(os.environ)
         os.environ.update(self.variables)

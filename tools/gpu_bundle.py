@@ -101,7 +101,7 @@ def check_flags(options: argparse.Namespace) -> None:
 
 
 def read_requirements(path: Path, skipped: Sequence[str]) -> dict[str, str]:
-    """Lines of a requirements file by the sha256 of the wheel that each asks for.
+    """Maps the sha256 of each wheel to the line of the requirements file that asks for it.
 
     Raises:
         ValueError: a line without a hash, or --skip names a package that is not in the file.
