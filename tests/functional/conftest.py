@@ -51,7 +51,11 @@ class Workshop:
 
 @pytest.fixture(scope="session")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
-    root = tmp_path_factory.mktemp("runs")
+    return build_workshop(tmp_path_factory.mktemp("runs"))
+
+
+def build_workshop(root: Path) -> Workshop:
+    """Write the data and the random model, and train the policy; half a minute."""
     shop = Workshop(root, write_model(root / "random"), root / "policy", write_sums(root / "sums.jsonl", 40))
     lessons = write_sums(root / "lessons.jsonl", 256, seed=1)
     flags = shop.flags("--objective", "sft", "--data-epochs", "4", model=shop.random, data=lessons)

@@ -1,0 +1,161 @@
+"""Records ten short runs, so that a change that must not alter numbers can show that it does not.
+
+    python -m tests.recorded_runs before.json            at the commit before the change
+    python -m tests.recorded_runs after.json before.json after it: names every run and value that differ
+
+Recorded are each step's loss, gradient norm and number of samples, each rollout's tokens, log-probabilities, verdict and weight, and the
+exported weights. They are compared bit for bit, so both recordings must be made on one machine.
+"""
+
+import hashlib
+import json
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from signal import SIGTERM
+from typing import Any
+
+from safetensors.torch import load_file
+
+from tests.functional import launching
+from tests.functional.conftest import Workshop, build_workshop
+from tests.functional.launching import Interruption
+from tests.servers.running import NEWEST, ServerPool
+
+
+@dataclass(kw_only=True)
+class Case:
+    """One run: its flags beyond the workshop's, its ranks, and the step after which it is stopped and resumed."""
+
+    flags: tuple[str, ...] = ()
+    world_size: int = 1
+    stop_after: int | None = None
+    uses_server: bool = False
+
+
+CASES = {
+    "rasft": Case(),
+    "rasft_published_padded": Case(
+        flags=(
+            *("--rasft-weighting", "published", "--no-verify-filter-format"),
+            *("--rasft-batch-layout", "padded", "--micro-batch-size", "2"),
+        )
+    ),
+    "rasft_band_tp2_sp": Case(
+        flags=("--curriculum-mode", "window", "--tensor-model-parallel-size", "2", "--sequence-parallel"),
+        world_size=2,
+    ),
+    "asft_pp2": Case(
+        flags=("--objective", "asft", "--pipeline-model-parallel-size", "2"),
+        world_size=2,
+    ),
+    "grpo_cp2": Case(flags=("--objective", "grpo", "--context-parallel-size", "2"), world_size=2),
+    "gft_dp2_resumed": Case(flags=("--objective", "gft"), world_size=2, stop_after=3),
+    "sft_kl_resumed": Case(flags=("--objective", "sft_kl"), stop_after=2),
+    "psft_bf16": Case(flags=("--objective", "psft", "--bf16")),
+    "raft_recompute": Case(
+        flags=(
+            "--objective",
+            "raft",
+            "--recompute-granularity",
+            "full",
+            "--recompute-method",
+            "uniform",
+            "--recompute-num-layers",
+            "1",
+        )
+    ),
+    "rasft_sglang": Case(
+        flags=("--rollout-engine", "sglang", "--rollout-temperature", "0"), uses_server=True
+    ),
+}
+STEPS = 5
+
+
+def record(case: Case, name: str, workshop: Workshop, pool: ServerPool) -> dict[str, Any]:
+    """Run one case to its end, in two parts where it is stopped."""
+    save = workshop.root / name
+    exported = workshop.root / f"{name}-exported"
+    flags = ["--save", str(save), "--train-iters", str(STEPS), "--export-hf", str(exported), *case.flags]
+    if case.uses_server:
+        flags += ["--rollout-urls", pool.get(NEWEST, workshop.policy, "--dtype", "float32").url]
+    flags = workshop.flags(*flags)
+    if case.stop_after is not None:
+        outcome = launching.run(
+            workshop.root / f"{name}-stopped-logs",
+            flags,
+            case.world_size,
+            interruption=Interruption(step=case.stop_after, number=SIGTERM),
+        )
+        assert outcome.codes == [0] * case.world_size, outcome.output
+    launching.succeed(workshop.root / f"{name}-logs", flags, case.world_size)
+    weights = hashlib.sha256()
+    for tensor_name, tensor in sorted(load_file(exported / "model.safetensors").items()):
+        weights.update(tensor_name.encode() + tensor.float().numpy().tobytes())
+    steps = launching.steps(save)
+    return {
+        "loss": [steps[number]["objective/loss"] for number in sorted(steps)],
+        "grad_norm": [steps[number]["training/grad_norm"] for number in sorted(steps)],
+        "num_samples": [steps[number]["training/num_samples"] for number in sorted(steps)],
+        "rollouts": rollouts_of(save),
+        "weights": weights.hexdigest(),
+    }
+
+
+def rollouts_of(save: Path) -> list[list[Any]]:
+    """What each rollout was and how it was judged, in the file's order."""
+    store = save / "rollouts.jsonl"
+    if not store.exists():
+        return []
+    rows = [json.loads(line) for line in store.read_text().splitlines()]
+    keys = (
+        "problem_id",
+        "sample_index",
+        "weight_version",
+        "response_ids",
+        "response_logprobs",
+        "verdict",
+        "filtered_by",
+        "weight",
+    )
+    assert all(row.keys() >= set(keys) for row in rows), sorted(rows[0])
+    return [[row[key] for key in keys] for row in rows]
+
+
+def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """One line for each value of each run that is not the same."""
+    lines = [f"{name}: recorded once only" for name in sorted(before.keys() ^ after.keys())]
+    for name in sorted(before.keys() & after.keys()):
+        lines += [
+            f"{name}: {key} differs" for key, value in before[name].items() if after[name][key] != value
+        ]
+    return lines
+
+
+def main(output: Path, before: Path | None) -> int:
+    """Record every case; exit code 1 if one differs from ``before``."""
+    records = {}
+    with tempfile.TemporaryDirectory() as folder:
+        workshop = build_workshop(Path(folder))
+        (Path(folder) / "servers").mkdir()
+        pool = ServerPool(Path(folder) / "servers")
+        try:
+            for name, case in CASES.items():
+                records[name] = record(case, name, workshop, pool)
+                print(
+                    f"{name}: losses {records[name]['loss']}, {len(records[name]['rollouts'])} rollouts",
+                    flush=True,
+                )
+        finally:
+            pool.close()
+    output.write_text(json.dumps(records))
+    if before is None:
+        return 0
+    lines = differences(json.loads(before.read_text()), records)
+    print("\n".join(lines) or f"the {len(records)} runs are those of {before}, bit for bit")
+    return int(bool(lines))
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]), Path(sys.argv[2]) if len(sys.argv) > 2 else None))
