@@ -91,7 +91,8 @@ def record(case: Case, name: str, workshop: Workshop, pool: ServerPool) -> dict[
         assert outcome.codes == [0] * case.world_size, outcome.output
     launching.succeed(workshop.root / f"{name}-logs", flags, case.world_size)
     weights = hashlib.sha256()
-    for tensor_name, tensor in sorted(load_file(exported / "model.safetensors").items()):
+    tensors = {k: v for file in exported.glob("*.safetensors") for k, v in load_file(file).items()}
+    for tensor_name, tensor in sorted(tensors.items()):
         weights.update(tensor_name.encode() + tensor.float().numpy().tobytes())
     steps = launching.steps(save)
     return {
