@@ -23,12 +23,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_rasft.config.evaluation import EvaluationConfig
 from megatron_rasft.config.verify import VerifyConfig
+from megatron_rasft.tools.evaluation.config import EvaluationConfig
 from megatron_rasft.types import CodeTests
-from megatron_rasft.verify.code_extraction import extract_program
-from megatron_rasft.verify.code_grading import run_tests
-from megatron_rasft.verify.sandbox import LEVELS, Sandbox
+from megatron_rasft.verify.programs.code_extraction import extract_program
+from megatron_rasft.verify.programs.code_grading import run_tests
+from megatron_rasft.verify.programs.sandbox import LEVELS, Sandbox
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 CODE_SETS = (

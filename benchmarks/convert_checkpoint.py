@@ -25,13 +25,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a c
 
 import torch
 
+from megatron_rasft.tools.conversion.conversion import (
+    TEMPLATE_DIR,
+    hf_to_megatron,
+    megatron_to_hf,
+    num_chunks,
+)
+from megatron_rasft.tools.conversion.round_trip import BLOCK_BYTES
 from megatron_rasft.weights.architecture import read_shape
-from megatron_rasft.weights.conversion import TEMPLATE_DIR, hf_to_megatron, megatron_to_hf, num_chunks
 from megatron_rasft.weights.exporting import ShardWriter, file_name, write_index
 from megatron_rasft.weights.families import FAMILIES, NameTable
 from megatron_rasft.weights.folder import HfFolder
 from megatron_rasft.weights.gathering import TensorPlan
-from megatron_rasft.weights.proof import BLOCK_BYTES
 from megatron_rasft.weights.torch_dist import TorchDistFolder
 
 SHAPES: dict[str, dict[str, Any]] = {

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rasft.config import CurriculumConfig, DataConfig
-from megatron_rasft.curriculum.planner import Curriculum
+from megatron_rasft.curriculum.curriculum import Curriculum
 from megatron_rasft.data.row_cache import tokenized
 from megatron_rasft.data.tokenized_rows import ByProblem
 from megatron_rasft.data.tokenizing import open_tokenizer
@@ -71,7 +71,7 @@ def start(folder: Path) -> dict[str, Any]:
     rows.report.check(config)
     problems = ByProblem(rows, lambda d: d)
     curriculum = Curriculum(list(problems), CurriculumConfig(), seed=1)
-    first = [problems[i] for i in curriculum.next_window(32 * 256)]
+    first = [problems[i] for i in curriculum.next_problems(32 * 256)]
     return {
         "seconds": time.monotonic() - began,
         "cpu_seconds": time.process_time() - cpu_began,

@@ -61,7 +61,7 @@ def make_samples(num: int, mean_tokens: int, objective: str) -> list[TrainingSam
         samples.append(
             TrainingSample(
                 problem_id=str(index),
-                kind="rollout" if is_rollout else "expert",
+                kind="rollout" if is_rollout else "demonstration",
                 prompt_ids=memoryview(ids[:cut_at]),
                 response_ids=ids[cut_at:].tolist() if is_rollout else memoryview(ids[cut_at:]),
                 weight=1.0,

@@ -59,7 +59,7 @@ def make_samples(trainer: host.Trainer, num: int, mean_tokens: int) -> list[Trai
         samples.append(
             TrainingSample(
                 problem_id=str(index),
-                kind="expert",
+                kind="demonstration",
                 prompt_ids=ids[:cut],
                 response_ids=ids[cut:],
                 weight=1.0,

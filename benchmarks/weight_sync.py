@@ -36,9 +36,9 @@ sys.path.insert(0, str(ROOT))
 from megatron_rasft.config import SyncConfig  # noqa: E402
 from megatron_rasft.errors import ServerError  # noqa: E402
 from megatron_rasft.rollout.control import ServerControl  # noqa: E402
-from megatron_rasft.rollout.ports import free_port  # noqa: E402
 from megatron_rasft.sync import WeightSync  # noqa: E402
-from megatron_rasft.sync.estimating import SyncCosts, estimate_sync  # noqa: E402
+from megatron_rasft.tools.capacity.sync_time import SyncCosts, estimate_sync  # noqa: E402
+from megatron_rasft.tools.ports import free_port  # noqa: E402
 
 MIB = 2**20
 

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 FinishReason = Literal["stop", "length", "abort"]
 Verdict = Literal["correct", "wrong", "unverifiable", "timeout"]
-SampleKind = Literal["expert", "rollout"]
+SampleKind = Literal["demonstration", "rollout"]
 PauseMode = Literal["abort", "retract", "in_place"]
 TestStyle = Literal["asserts", "check", "pytest", "functional", "stdin"]
 

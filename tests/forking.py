@@ -15,7 +15,7 @@ from multiprocessing import forkserver
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
-from megatron_rasft.rollout.ports import free_port
+from megatron_rasft.tools.ports import free_port
 
 REPOSITORY = Path(__file__).parents[1]
 

@@ -43,7 +43,7 @@ CASES = {
         )
     ),
     "rasft_band_tp2_sp": Case(
-        flags=("--curriculum-mode", "window", "--tensor-model-parallel-size", "2", "--sequence-parallel"),
+        flags=("--curriculum-mode", "band", "--tensor-model-parallel-size", "2", "--sequence-parallel"),
         world_size=2,
     ),
     "asft_pp2": Case(

@@ -31,7 +31,7 @@ from megatron_rasft.rollout.sampling import check_generation
 from megatron_rasft.sync.buckets import Bucket, plan_buckets
 from megatron_rasft.sync.groups import GroupFailure, UpdateGroup, local_address, prepare_nccl
 from megatron_rasft.sync.served import ServedFormat
-from megatron_rasft.sync.servers import Server, ask_all, released_memory
+from megatron_rasft.sync.server_protocols import Server, ask_all, released_memory
 from megatron_rasft.sync.versions import objection, own_pair, pair_of_sglang
 from megatron_rasft.types import ServerInfo
 from megatron_rasft.weights import HfFolder

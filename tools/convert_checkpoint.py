@@ -32,17 +32,17 @@ from rich.progress import (
 )
 
 from megatron_rasft.errors import CheckpointError, RasftError
-from megatron_rasft.weights.conversion import (
+from megatron_rasft.tools.conversion.conversion import (
     TEMPLATE_DIR,
     check_parameters,
     hf_to_megatron,
     megatron_to_hf,
 )
+from megatron_rasft.tools.conversion.layerwise import layerwise_logits
+from megatron_rasft.tools.conversion.round_trip import Proof, prove, prove_fp8
 from megatron_rasft.weights.families import FAMILIES
 from megatron_rasft.weights.folder import HfFolder
 from megatron_rasft.weights.fp8_blocks import check_whole_blocks
-from megatron_rasft.weights.layerwise import layerwise_logits
-from megatron_rasft.weights.proof import Proof, prove, prove_fp8
 from megatron_rasft.weights.torch_dist import TorchDistFolder
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}

@@ -23,27 +23,27 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a checkout that is not installed
 
 from megatron_rasft.config.data import DataConfig
-from megatron_rasft.config.evaluation import EvaluationConfig
 from megatron_rasft.config.flags import add_flags, read_flags
 from megatron_rasft.data.tokenizing import end_ids, open_tokenizer, read_chat_format, tokenize_prompts
 from megatron_rasft.errors import CheckpointError, DataError, FailedElsewhere, RasftError
-from megatron_rasft.evaluation import tables
-from megatron_rasft.evaluation.benchmarks import KNOWN_SETS, Benchmark, ask, chosen, read_benchmark
-from megatron_rasft.evaluation.grading import Grader, verify_config
-from megatron_rasft.evaluation.sampling import Engine, sample_benchmark
-from megatron_rasft.evaluation.servers import Servers
-from megatron_rasft.evaluation.summary import Summary, summarise
 from megatron_rasft.rollout.keys import read_key
 from megatron_rasft.rollout.store import read_rollouts
+from megatron_rasft.tools.evaluation import comparison_tables
+from megatron_rasft.tools.evaluation.benchmark_grading import Grader, verify_config
+from megatron_rasft.tools.evaluation.benchmark_sampling import Engine, sample_benchmark
+from megatron_rasft.tools.evaluation.benchmarks import KNOWN_SETS, Benchmark, ask, chosen, read_benchmark
+from megatron_rasft.tools.evaluation.config import EvaluationConfig
+from megatron_rasft.tools.evaluation.server_engine import Servers
+from megatron_rasft.tools.evaluation.summary import Summary, summarise
 from megatron_rasft.types import SamplingParams
-from megatron_rasft.verify.sandbox import Sandbox
+from megatron_rasft.verify.programs.sandbox import Sandbox
 from megatron_rasft.weights.folder import HfFolder, checkpoint_fingerprint, weights_fingerprint
 from megatron_rasft.weights.torch_dist import TRACKER_FILE
 
-WRITERS: dict[str, Callable[[tables.Results, str], str]] = {
-    "markdown": tables.markdown,
-    "csv": tables.comma_separated,
-    "latex": tables.latex,
+WRITERS: dict[str, Callable[[comparison_tables.Results, str], str]] = {
+    "markdown": comparison_tables.markdown,
+    "csv": comparison_tables.comma_separated,
+    "latex": comparison_tables.latex,
 }
 FILES = {"markdown": "results.md", "csv": "results.csv", "latex": "results.tex"}
 DRAWN_BY = (
@@ -322,7 +322,7 @@ def _open_engine(
     cpu_backend.enable()
     import torch
 
-    from megatron_rasft.training.sampler import Sampler
+    from megatron_rasft.tools.evaluation.trainer_engine import Sampler
 
     flags = ["--hf-model", str(args.model), *megatron_flags]
     if args.dtype == "bf16" or (args.dtype == "auto" and torch.cuda.is_available()):

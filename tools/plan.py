@@ -16,12 +16,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a checkout that is not installed
 
 from megatron_rasft.config.flags import add_flags, read_flags
-from megatron_rasft.config.planning import AssumptionConfig, PlanConfig
 from megatron_rasft.errors import RasftError
-from megatron_rasft.planning.choosing import disk_bytes, make_plans, nothing_fits
-from megatron_rasft.planning.commands import command_lines
-from megatron_rasft.planning.layouts import Model
-from megatron_rasft.planning.tables import (
+from megatron_rasft.tools.capacity.choosing import disk_bytes, make_plans, nothing_fits
+from megatron_rasft.tools.capacity.commands import command_lines
+from megatron_rasft.tools.capacity.config import AssumptionConfig, PlanConfig
+from megatron_rasft.tools.capacity.layout_tables import (
     Table,
     as_values,
     assumption_table,
@@ -32,6 +31,7 @@ from megatron_rasft.planning.tables import (
     summary,
     time_table,
 )
+from megatron_rasft.tools.capacity.layouts import Model
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -16,11 +16,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a c
 
 from megatron_rasft.config.data import DataConfig
 from megatron_rasft.config.flags import add_flags, read_flags
-from megatron_rasft.data.contamination import find_contamination
-from megatron_rasft.data.inspecting import render_example
 from megatron_rasft.data.reading import DataReport, Row, RowFault, read_records, read_rows
 from megatron_rasft.data.tokenizing import Tokenizer, build_demonstrations, collect_demonstrations
 from megatron_rasft.errors import DataError
+from megatron_rasft.tools.data.contamination import find_contamination
+from megatron_rasft.tools.data.inspecting import render_example
 
 _NO_LIMIT = 2**62
 

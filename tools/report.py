@@ -15,10 +15,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a c
 from megatron_rasft.config.data import DataConfig
 from megatron_rasft.data.reading import Row, read_rows
 from megatron_rasft.errors import DataError, RasftError
-from megatron_rasft.report.page import page
-from megatron_rasft.report.records import RunRecords, read_run
-from megatron_rasft.report.rollouts import pick_examples, read_statistics
-from megatron_rasft.report.views import Problem, RunView
+from megatron_rasft.tools.report.page import page
+from megatron_rasft.tools.report.records import RunRecords, read_run
+from megatron_rasft.tools.report.rollouts import pick_examples, read_statistics
+from megatron_rasft.tools.report.views import Problem, RunView
 
 _VAGUE_NAMES = {"save", "checkpoints", "checkpoint"}
 

@@ -28,7 +28,7 @@ from megatron_rasft.errors import RasftError, RolloutError, ServerError
 from megatron_rasft.rollout.addresses import add_address, check_writable, remove_address
 from megatron_rasft.rollout.control import ServerControl
 from megatron_rasft.rollout.keys import read_key
-from megatron_rasft.rollout.ports import check_port, free_port
+from megatron_rasft.tools.ports import check_port, free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU_LAUNCHER = Path(__file__).resolve().parent / "sglang_on_cpu.py"

@@ -11,9 +11,9 @@ from typing import Any
 
 from examples.benchmark_reproduction import records
 from megatron_rasft import metrics
-from megatron_rasft.evaluation.published import published_rows
-from megatron_rasft.evaluation.statistics import bootstrap_interval, paired_interval
-from megatron_rasft.evaluation.summary import Summary
+from megatron_rasft.tools.evaluation.published import published_rows
+from megatron_rasft.tools.evaluation.statistics import bootstrap_interval, paired_interval
+from megatron_rasft.tools.evaluation.summary import Summary
 
 Runs = Mapping[tuple[str, int], Path]
 """(method, seed) -> folder of one training and its evaluation."""

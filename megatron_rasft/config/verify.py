@@ -39,7 +39,7 @@ class VerifyConfig:
 
     verify_sandbox_level: SandboxLevel = "limits"
     """Weakest protection under which programs that a model wrote may be run; the strongest that the machine
-    allows is used. ``megatron_rasft/verify/sandbox.py`` says what each does; namespaces is the strongest."""
+    allows is used. ``megatron_rasft/verify/programs/sandbox.py`` says what each does; namespaces is the strongest."""
 
     verify_code_timeout_s: float = 20.0
     """Deadline for one program and all its tests (one case, if it is run case by case), seconds of wall time,

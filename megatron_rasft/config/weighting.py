@@ -9,9 +9,9 @@ from typing import Literal
 class WeightingConfig:
     """Weights of the demonstration and of the policy's own correct rollouts, from solvability s.
 
-    The adaptive rule is ``expert(s) = min + (max - min) (1 - s) ** expert_exponent`` and
+    The adaptive rule is ``demonstration(s) = min + (max - min) (1 - s) ** demonstration_exponent`` and
     ``rollouts(s) = total * s ** rollout_exponent``, the latter shared by the distinct correct rollouts. The
-    solvability at which the expert weight is 1, the weight of an unsampled problem, follows from these (0.417
+    solvability at which the demonstration weight is 1, the weight of an unsampled problem, follows from these (0.417
     with the defaults) and is also the mean of the prior.
     """
 
@@ -20,13 +20,13 @@ class WeightingConfig:
     published (what the authors' script computes; it ignores every weighting_* constant, and the script's quality
     filters are on unless a --no-verify-filter-* flag switches one off)."""
 
-    weighting_expert_max: float = 1.5
+    weighting_demonstration_max: float = 1.5
     """Demonstration weight of a problem that is never solved, s = 0; > 1, the weight of an unsampled one."""
 
-    weighting_expert_min: float = 0.3
+    weighting_demonstration_min: float = 0.3
     """Demonstration weight of a problem that is always solved, s = 1; > 0 and < 1."""
 
-    weighting_expert_exponent: float = 1.0
+    weighting_demonstration_exponent: float = 1.0
     """Exponent on (1 - s), > 0. Below 1 the demonstration stays strong for long; above 1 it fades early."""
 
     weighting_rollout_total: float = 0.7
@@ -36,7 +36,7 @@ class WeightingConfig:
     """Exponent on s, > 0. Above 1 self-imitation is kept for problems that are solved reliably."""
 
     weighting_prior_strength: float = 1.0
-    """Pseudo-rollouts of the Beta prior on s, >= 0, centred where the expert weight is 1: with little
+    """Pseudo-rollouts of the Beta prior on s, >= 0, centred where the demonstration weight is 1: with little
     evidence a problem is treated nearly as an unsampled one. 0 takes s = correct / sampled as it is."""
 
     weighting_memory: float = 0.5
@@ -52,19 +52,19 @@ class WeightingConfig:
             raise ValueError(
                 f"--rasft-weighting must be adaptive or published, got {self.rasft_weighting!r}."
             )
-        if not (math.isfinite(self.weighting_expert_max) and self.weighting_expert_max > 1):
+        if not (math.isfinite(self.weighting_demonstration_max) and self.weighting_demonstration_max > 1):
             raise ValueError(
-                f"--weighting-expert-max must be finite and > 1, got {self.weighting_expert_max}: an "
+                f"--weighting-demonstration-max must be finite and > 1, got {self.weighting_demonstration_max}: an "
                 "unsolved problem must count more than an unsampled one, which has weight 1."
             )
-        if not 0 < self.weighting_expert_min < 1:
+        if not 0 < self.weighting_demonstration_min < 1:
             raise ValueError(
-                f"--weighting-expert-min must be > 0 and < 1, got {self.weighting_expert_min}: a solved "
+                f"--weighting-demonstration-min must be > 0 and < 1, got {self.weighting_demonstration_min}: a solved "
                 "problem must count less than an unsampled one. Use a small positive value to drop its "
                 "demonstration almost fully."
             )
         for flag, exponent in (
-            ("--weighting-expert-exponent", self.weighting_expert_exponent),
+            ("--weighting-demonstration-exponent", self.weighting_demonstration_exponent),
             ("--weighting-rollout-exponent", self.weighting_rollout_exponent),
         ):
             if not (math.isfinite(exponent) and exponent > 0):

@@ -54,7 +54,7 @@ PUBLISHED_ROLLOUT_MAX = 0.15
 class GroupWeights:
     """Weights of one problem's demonstration and rollouts."""
 
-    expert: float
+    demonstration: float
     rollouts: tuple[float, ...]
     """One per rollout of the group, in its order; 0 for a rollout that is not trained on."""
     solvability: float | None
@@ -121,17 +121,17 @@ def _distinct_positives(group: RolloutGroup, deduplicate: Deduplicate) -> list[i
 
 
 def neutral_solvability(config: WeightingConfig) -> float:
-    """The s at which ``expert_weight`` is 1, the weight of an unsampled problem; strictly inside 0 .. 1."""
-    spread = config.weighting_expert_max - config.weighting_expert_min
-    share = (UNSAMPLED_WEIGHT - config.weighting_expert_min) / spread
-    return 1.0 - math.pow(share, 1.0 / config.weighting_expert_exponent)
+    """The s at which ``demonstration_weight`` is 1, the weight of an unsampled problem; strictly inside 0 .. 1."""
+    spread = config.weighting_demonstration_max - config.weighting_demonstration_min
+    share = (UNSAMPLED_WEIGHT - config.weighting_demonstration_min) / spread
+    return 1.0 - math.pow(share, 1.0 / config.weighting_demonstration_exponent)
 
 
-def expert_weight(solvability: float, config: WeightingConfig) -> float:
-    """Demonstration weight at s: strictly down from weighting_expert_max (0) to weighting_expert_min (1)."""
-    spread = config.weighting_expert_max - config.weighting_expert_min
-    return config.weighting_expert_min + spread * math.pow(
-        1.0 - solvability, config.weighting_expert_exponent
+def demonstration_weight(solvability: float, config: WeightingConfig) -> float:
+    """Demonstration weight at s: strictly down from weighting_demonstration_max (0) to weighting_demonstration_min (1)."""
+    spread = config.weighting_demonstration_max - config.weighting_demonstration_min
+    return config.weighting_demonstration_min + spread * math.pow(
+        1.0 - solvability, config.weighting_demonstration_exponent
     )
 
 
@@ -178,22 +178,24 @@ def adaptive_weights(
     remembered: tuple[float, float] | None = None,
     deduplicate: Deduplicate = distinct_texts,
 ) -> GroupWeights:
-    """Weights that imitate the expert less and the policy's own solutions more as solvability grows.
+    """Weights that imitate the demonstration less and the policy's own solutions more as solvability grows.
 
     The sum of the weights depends on the group through s and on nothing else, so it does not grow with
-    the number of samples and stays within weighting_expert_max + weighting_rollout_total (by default it falls
+    the number of samples and stays within weighting_demonstration_max + weighting_rollout_total (by default it falls
     from 1.5 to 1). With a prior, more samples move s further from neutral, as more evidence should.
     """
     num_correct, num_samples = (0, 0) if group is None else count_solved(group)
     solvability = estimate_solvability(num_correct, num_samples, config, remembered)
     weights = [0.0] * (0 if group is None else len(group.rollouts))
     if solvability is None:
-        return GroupWeights(expert=UNSAMPLED_WEIGHT, rollouts=tuple(weights), solvability=None)
+        return GroupWeights(demonstration=UNSAMPLED_WEIGHT, rollouts=tuple(weights), solvability=None)
     trained = [] if group is None else _distinct_positives(group, deduplicate)
     for i in trained:
         weights[i] = rollout_total(solvability, config) / len(trained)
     return GroupWeights(
-        expert=expert_weight(solvability, config), rollouts=tuple(weights), solvability=solvability
+        demonstration=demonstration_weight(solvability, config),
+        rollouts=tuple(weights),
+        solvability=solvability,
     )
 
 
@@ -225,16 +227,16 @@ def published_weights(
     wrong = [i for i in distinct if not rollouts[i].filtered_by and rollouts[i].verdict != "correct"]
     if not positives:
         solvability = 0.0 if distinct else None
-        return GroupWeights(expert=UNSAMPLED_WEIGHT, rollouts=tuple(weights), solvability=solvability)
+        return GroupWeights(demonstration=UNSAMPLED_WEIGHT, rollouts=tuple(weights), solvability=solvability)
 
     num_wrong = _count_wrong_kept(
         [rollouts[i].text for i in wrong], [rollouts[i].text for i in positives], similarity
     )
     solvability = len(positives) / len(distinct)
-    expert_reward = 1.0 + PUBLISHED_DIFFICULTY_GAIN * (1.0 - solvability)
-    group_advantages = grpo_advantages([expert_reward] + [1.0] * len(positives) + [0.0] * num_wrong)
+    demonstration_reward = 1.0 + PUBLISHED_DIFFICULTY_GAIN * (1.0 - solvability)
+    group_advantages = grpo_advantages([demonstration_reward] + [1.0] * len(positives) + [0.0] * num_wrong)
     if group_advantages.is_degenerate:
-        return GroupWeights(expert=UNSAMPLED_WEIGHT, rollouts=tuple(weights), solvability=solvability)
+        return GroupWeights(demonstration=UNSAMPLED_WEIGHT, rollouts=tuple(weights), solvability=solvability)
 
     squashed = [math.tanh(PUBLISHED_TANH_SLOPE * z) for z in group_advantages.values]
     scale = 1.0 / (1.0 + len(positives))
@@ -243,7 +245,7 @@ def published_weights(
     ):  # the wrong ones' advantages are left over
         clipped = min(PUBLISHED_ROLLOUT_MAX, max(PUBLISHED_ROLLOUT_MIN, advantage * scale))
         weights[i] = PUBLISHED_ROLLOUT_SCALE * clipped
-    return GroupWeights(expert=squashed[0] * scale, rollouts=tuple(weights), solvability=solvability)
+    return GroupWeights(demonstration=squashed[0] * scale, rollouts=tuple(weights), solvability=solvability)
 
 
 def _count_wrong_kept(wrong: Sequence[str], correct: Sequence[str], similarity: Similarity | None) -> int:
@@ -272,9 +274,9 @@ def grpo_advantages(rewards: Sequence[float]) -> GroupAdvantages:
     )
 
 
-def gft_advantages(rollout_rewards: Sequence[float], expert_reward: float = 1.0) -> GroupAdvantages:
-    """Advantages of the mixed group of expert and rollouts (2604.14258); ``values[0]`` is the expert's."""
-    return grpo_advantages([expert_reward, *rollout_rewards])
+def gft_advantages(rollout_rewards: Sequence[float], demonstration_reward: float = 1.0) -> GroupAdvantages:
+    """Advantages of the mixed group of demonstration and rollouts (2604.14258); ``values[0]`` is the demonstration's."""
+    return grpo_advantages([demonstration_reward, *rollout_rewards])
 
 
 # ---- what is trained on
@@ -321,16 +323,16 @@ def make_samples(
 
     rollouts = [] if group is None else group.rollouts
     trained: dict[int, float] = {}  # index into rollouts -> weight
-    expert: float | None = UNSAMPLED_WEIGHT  # None: the demonstration is not trained on
+    demonstration_share: float | None = UNSAMPLED_WEIGHT  # None: the demonstration is not trained on
     if objective == "rasft":
         if config.rasft_weighting == "published":
             weights = published_weights(group, deduplicate=deduplicate, similarity=similarity)
         else:
             weights = adaptive_weights(group, config, remembered=remembered, deduplicate=deduplicate)
-        expert = weights.expert
+        demonstration_share = weights.demonstration
         trained = {i: weight for i, weight in enumerate(weights.rollouts) if weight > 0}
     elif objective == "raft":
-        expert = None
+        demonstration_share = None
         trained = {} if group is None else dict.fromkeys(_distinct_positives(group, deduplicate), 1.0)
     elif objective in ("grpo", "gft"):
         # Where nothing could be verified, no reward is known: the group counts as unsampled.
@@ -338,27 +340,27 @@ def make_samples(
         attempts = [i for i, rollout in enumerate(rollouts) if is_judged and is_attempt(rollout)]
         rewards = [1.0 if is_solved(rollouts[i]) else 0.0 for i in attempts]
         if objective == "grpo":
-            expert = None
+            demonstration_share = None
             advantages = grpo_advantages(rewards)
             if not (advantages.is_degenerate and config.weighting_skip_degenerate):
                 trained = dict(zip(attempts, advantages.values, strict=True))
         else:
             advantages = gft_advantages(rewards)
             if not advantages.is_degenerate:
-                expert = advantages.values[0]
+                demonstration_share = advantages.values[0]
                 trained = dict(zip(attempts, advantages.values[1:], strict=True))
 
     for i, rollout in enumerate(rollouts):
         rollout.weight = trained.get(i, 0.0)
     samples = []
-    if expert is not None:
+    if demonstration_share is not None:
         samples.append(
             TrainingSample(
                 problem_id=demonstration.problem_id,
-                kind="expert",
+                kind="demonstration",
                 prompt_ids=demonstration.prompt_ids,
                 response_ids=demonstration.response_ids,
-                weight=expert,
+                weight=demonstration_share,
             )
         )
     samples += [

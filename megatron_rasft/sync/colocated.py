@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_rasft.sync.buckets import Bucket
 from megatron_rasft.sync.groups import GroupFailure
-from megatron_rasft.sync.servers import Server, ask_all
+from megatron_rasft.sync.server_protocols import Server, ask_all
 
 
 class _StoragePickler(pickle._Pickler):

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from megatron_rasft.errors import ServerError
 from megatron_rasft.sync.buckets import Bucket
-from megatron_rasft.sync.servers import Server, ask_all
+from megatron_rasft.sync.server_protocols import Server, ask_all
 
 GroupBackend = Literal["gloo", "nccl"]
 

@@ -26,12 +26,12 @@ from megatron_rasft.config.sync import SyncConfig
 from megatron_rasft.errors import RasftError, ServerError
 from megatron_rasft.sync.colocated import RequestSender
 from megatron_rasft.sync.groups import GroupFailure, UpdateGroup, is_own_address, local_address
-from megatron_rasft.sync.proof import ProofKind, Witness, check_checksums, check_rows
 from megatron_rasft.sync.report import PeakMemory, SyncReport
 from megatron_rasft.sync.served import ServedFormat
-from megatron_rasft.sync.servers import Server, ask_all, released_memory, sleep_label
+from megatron_rasft.sync.server_protocols import Server, ask_all, released_memory, sleep_label
 from megatron_rasft.sync.streaming import GatherTensors, Outcome, PlanTensors, Send, StageStream, timed
 from megatron_rasft.sync.versions import objection, own_pair
+from megatron_rasft.sync.weight_checks import ProofKind, Witness, check_checksums, check_rows
 from megatron_rasft.types import ServerInfo
 
 _MIB = 2**20

@@ -174,7 +174,7 @@ def shares(batch: Batch, layout: BatchLayout) -> list[Share]:
 
 def _facts(batch: Batch) -> BatchFacts:
     lengths, are_rollouts = batch.samples.lengths, batch.samples.are_rollouts
-    kinds = {"expert": ~are_rollouts, "rollout": are_rollouts}
+    kinds = {"demonstration": ~are_rollouts, "rollout": are_rollouts}
     return BatchFacts(
         num_problems=batch.num_problems,
         num_samples=len(lengths),

@@ -38,7 +38,7 @@ from megatron.training.utils import calc_params_l2_norm
 from megatron_rasft.config import RasftConfig
 from megatron_rasft.errors import CheckpointError, RasftError
 from megatron_rasft.sync import SyncReport, WeightSync
-from megatron_rasft.sync.servers import Server
+from megatron_rasft.sync.server_protocols import Server
 from megatron_rasft.training.background_saves import SaveQueue, write_in_background
 from megatron_rasft.training.batches import (
     WIDTH_SLACK,

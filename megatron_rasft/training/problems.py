@@ -15,7 +15,7 @@ from megatron_rasft.training.arguments import has_own_warmup
 from megatron_rasft.training.outputs import data_cache
 from megatron_rasft.training.ranks import kept_by_rank_zero, on_rank_zero
 from megatron_rasft.types import Demonstration
-from megatron_rasft.verify.sandbox import Sandbox
+from megatron_rasft.verify.programs.sandbox import Sandbox
 
 
 class Problems:

@@ -14,7 +14,6 @@ import torch
 from megatron_rasft import metrics
 from megatron_rasft.config import RasftConfig
 from megatron_rasft.errors import CheckpointError, written_to
-from megatron_rasft.report.progress import Progress
 from megatron_rasft.rollout.replay import ReplayEngine
 from megatron_rasft.rollout.store import RolloutStore
 from megatron_rasft.training.checkpoints import architecture_of
@@ -29,12 +28,13 @@ from megatron_rasft.training.outputs import (
     take_up_files,
 )
 from megatron_rasft.training.problems import Problems
+from megatron_rasft.training.progress import Progress
 from megatron_rasft.training.ranks import on_rank_zero
 from megatron_rasft.training.reference import LogprobCache
+from megatron_rasft.training.refresh import Planner, RefreshReport
+from megatron_rasft.training.rollout_servers import RolloutServers, read_keys
 from megatron_rasft.training.samples import Array, BatchQueue, SampleArrays
-from megatron_rasft.training.servers import RolloutServers, read_keys
 from megatron_rasft.training.stopping import Stopped
-from megatron_rasft.training.window import Planner, WindowReport
 from megatron_rasft.verify.pool import VerifierPool
 from megatron_rasft.weights.folder import HfFolder
 from megatron_rasft.weights.model_card import run_facts
@@ -233,10 +233,10 @@ class Run:
         if self.queue:
             return
         began = time.monotonic()
-        self.queue, report = self.planner.next_window(self.trainer.iteration)
-        self._last_refresh = _window_values(report)
+        self.queue, report = self.planner.refresh(self.trainer.iteration)
+        self._last_refresh = _refresh_values(report)
         self._verdicts += report.verdicts
-        line = _window_line(report, time.monotonic() - began)
+        line = _refresh_line(report, time.monotonic() - began)
         self._record(lambda: self.progress.refresh(self.trainer.iteration, self._last_refresh, line))
 
     def train_step(self) -> None:
@@ -274,7 +274,10 @@ class Run:
             values[metrics.GPU_TFLOP_PER_S] = flops_per_s / self.args.world_size / 1e12
         if metrics.SOLVE_RATE in self._last_refresh:
             values[metrics.SOLVE_RATE] = self._last_refresh[metrics.SOLVE_RATE]
-        for kind, name in (("expert", metrics.EXPERT_WEIGHT), ("rollout", metrics.ROLLOUT_WEIGHT)):
+        for kind, name in (
+            ("demonstration", metrics.DEMONSTRATION_WEIGHT),
+            ("rollout", metrics.ROLLOUT_WEIGHT),
+        ):
             if kind in result.batch.mean_weights:
                 values[name] = result.batch.mean_weights[kind]
         return values
@@ -362,14 +365,14 @@ def _why_skipped(result: StepResult) -> str:
     return "its gradient is above --grad-norm-skip-threshold, or has no finite norm"
 
 
-def _window_values(report: WindowReport) -> dict[str, float]:
+def _refresh_values(report: RefreshReport) -> dict[str, float]:
     total = max(1, report.num_rollouts)
     return {
         metrics.SOLVE_RATE: report.solve_rate,
         metrics.SOLVED_PROBLEMS: report.num_solved / report.num_sampled
         if report.num_sampled
         else float("nan"),
-        metrics.EXPERT_WEIGHT: report.expert_weight,
+        metrics.DEMONSTRATION_WEIGHT: report.demonstration_weight,
         metrics.ROLLOUT_WEIGHT: report.rollout_weight,
         "rollout/num_rollouts": report.num_rollouts,
         "rollout/response_tokens_mean": report.mean_response_tokens,
@@ -385,7 +388,7 @@ def _window_values(report: WindowReport) -> dict[str, float]:
     }
 
 
-def _window_line(report: WindowReport, seconds: float) -> str:
+def _refresh_line(report: RefreshReport, seconds: float) -> str:
     line = f"refresh: {report.num_problems} problems"
     if report.score_s:
         line += f", score {report.score_s:.1f} s"

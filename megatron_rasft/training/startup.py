@@ -23,7 +23,7 @@ from megatron_rasft.training.background_saves import write_in_process
 from megatron_rasft.training.checkpoints import chosen_folder, first_line, is_converted
 from megatron_rasft.training.gpu_kernels import report_missing_transformer_engine
 from megatron_rasft.training.outputs import check_writable
-from megatron_rasft.training.servers import read_keys
+from megatron_rasft.training.rollout_servers import read_keys
 from megatron_rasft.weights.architecture import megatron_args, splits_attention
 from megatron_rasft.weights.folder import HfFolder
 from megatron_rasft.weights.torch_dist import TRACKER_FILE

@@ -21,8 +21,8 @@ from pebble import ProcessExpired, ProcessFuture, ProcessPool
 from megatron_rasft.config.verify import VerifyConfig
 from megatron_rasft.errors import RasftError
 from megatron_rasft.types import Check, CodeTests, Rollout, Verdict
-from megatron_rasft.verify.code_grading import grade_code
-from megatron_rasft.verify.grading import grade_answer
+from megatron_rasft.verify.math_grading import grade_answer
+from megatron_rasft.verify.programs.code_grading import grade_code
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from nltk.metrics.distance import jaccard_distance
 from nltk.util import ngrams
 
 from megatron_rasft.config.verify import VerifyConfig
-from megatron_rasft.verify.extraction import closed_boxes, last_box_is_closed
+from megatron_rasft.verify.math_extraction import closed_boxes, last_box_is_closed
 
 # These run in the trainer's own process: linear on any input
 _SENTENCE_END = re.compile(r"[.!?](?=\s|$)|\n")

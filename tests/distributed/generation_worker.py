@@ -25,9 +25,9 @@ from megatron_rasft.config import ObjectiveConfig, RasftConfig, RolloutConfig  #
 from megatron_rasft.training.kv_cache import CachedAttention  # noqa: E402
 from megatron_rasft.training.ranks import gather_to_all  # noqa: E402
 from megatron_rasft.training.reference import LogprobCache  # noqa: E402
+from megatron_rasft.training.refresh import Planner  # noqa: E402
 from megatron_rasft.training.samples import SampleArrays  # noqa: E402
 from megatron_rasft.training.stopping import Stopped, StopRequest  # noqa: E402
-from megatron_rasft.training.window import Planner  # noqa: E402
 from megatron_rasft.types import (  # noqa: E402
     Demonstration,
     Request,
@@ -198,7 +198,7 @@ def window(run: Any) -> list[tuple[list[int], float, list[float], list[float]]]:
 
     dist.broadcast_object_list = listen
     try:
-        queue, report = planner.next_window(0)
+        queue, report = planner.refresh(0)
     finally:
         dist.broadcast_object_list = broadcast
     assert report.num_rollouts == len(PROMPTS) * NUM_SAMPLES

@@ -153,7 +153,7 @@ def batches(objective: str) -> list[list[TrainingSample]]:
             batch.append(
                 TrainingSample(
                     problem_id=str(index),
-                    kind="expert",
+                    kind="demonstration",
                     prompt_ids=prompt,
                     response_ids=response,
                     weight=draw.uniform(0.2, 2.0),

@@ -22,9 +22,9 @@ cpu_backend.use_cpu_fused_adam()
 
 from megatron.core import parallel_state  # noqa: E402
 
-from megatron_rasft.config.planning import AssumptionConfig, PlanConfig  # noqa: E402
-from megatron_rasft.planning.layouts import Layout, Model  # noqa: E402
-from megatron_rasft.planning.memory import estimate_memory  # noqa: E402
+from megatron_rasft.tools.capacity.config import AssumptionConfig, PlanConfig  # noqa: E402
+from megatron_rasft.tools.capacity.layouts import Layout, Model  # noqa: E402
+from megatron_rasft.tools.capacity.memory import estimate_memory  # noqa: E402
 from megatron_rasft.training.host import Trainer  # noqa: E402
 from megatron_rasft.weights import HfFolder  # noqa: E402
 from tests.distributed.parity_cases import COMMON, MODELS, NUM_STEPS, Case, batches, cases  # noqa: E402

@@ -20,7 +20,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed  # noqa: E402
 
 from megatron_rasft.errors import CheckpointError  # noqa: E402
-from megatron_rasft.planning.layouts import Layout, Model, padded_vocabulary, stage_chunks  # noqa: E402
+from megatron_rasft.tools.capacity.layouts import Layout, Model, padded_vocabulary, stage_chunks  # noqa: E402
 from megatron_rasft.weights import ExpertGroups, HfFolder, export, load_into  # noqa: E402
 from tests.tiny_models import CASES, build_chunks, some_tokens  # noqa: E402
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_rasft.rollout.ports import free_port
+from megatron_rasft.tools.ports import free_port
 from tests.emulated_gpu import running
 from tests.forking import REPOSITORY, Rank
 from tools import gpu_check

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_rasft.rollout.ports import free_port
+from megatron_rasft.tools.ports import free_port
 from tests import forking
 from tests.forking import ENVIRONMENT, REPOSITORY, Outcome
 
@@ -49,8 +49,8 @@ class Pause:
 
 
 def _interrupt(events: Sequence[Interruption | Pause]) -> None:
-    from megatron_rasft.report.progress import Progress
     from megatron_rasft.training.host import Trainer
+    from megatron_rasft.training.progress import Progress
     from megatron_rasft.verify.pool import VerifierPool
 
     reported = Progress.step

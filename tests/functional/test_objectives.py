@@ -79,7 +79,7 @@ def test_replay_trains_as_the_run_that_sampled(workshop: Workshop, recorded: Pat
 
 @pytest.mark.parametrize(
     ("mode", "fewest", "most"),
-    [("off", 0, 0), ("window", 1, 39)],
+    [("off", 0, 0), ("band", 1, 39)],
 )
 def test_curriculum_decides_who_is_sampled(
     workshop: Workshop, tmp_path: Path, mode: str, fewest: int, most: int

@@ -11,7 +11,7 @@ from tests.forking import REPOSITORY
 from tests.functional import launching
 from tests.functional.conftest import Workshop
 from tests.functional.test_resume import unbroken_run
-from tests.unit.report.reading import Page
+from tests.unit.tools.report.reading import Page
 
 
 def test_page_of_a_run_has_its_curves_settings_and_texts(workshop: Workshop, tmp_path: Path) -> None:

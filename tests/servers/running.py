@@ -25,7 +25,7 @@ import pytest
 
 from megatron_rasft.errors import ServerError
 from megatron_rasft.rollout.control import ServerControl
-from megatron_rasft.rollout.ports import free_port
+from megatron_rasft.tools.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 VERSIONS = ("0.5.17", "0.5.23")

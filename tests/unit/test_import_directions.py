@@ -17,20 +17,17 @@ PACKAGE = "megatron_rasft"
 TOP_LEVEL = {"types", "config", "errors", "metrics"}
 """Modules (config: a package) that every room may import; themselves they import each other only, types nothing."""
 
-ROOMS = {
-    "data", "curriculum", "rollout", "verify", "objective", "weights", "sync", "training", "evaluation", "report",
-    "planning",
-}  # fmt: skip
-MAY_ALSO_IMPORT = {"sync": {"weights"}, "planning": {"weights", "sync"}}
-"""Room -> others it may import: what is carried to the servers is laid out in weights/, and planning/ counts both."""
+ROOMS = {"data", "curriculum", "rollout", "verify", "objective", "weights", "sync", "training", "tools"}
+MAY_ALSO_IMPORT = {"sync": {"weights"}}
+"""Package -> others it may import: weights/ lays out what sync/ sends to the servers."""
 
-JOINING_ROOMS = {"training", "evaluation"}
-"""May import other rooms."""
+JOINING_ROOMS = {"training", "tools"}
+"""May import other packages."""
 
-MAY_IMPORT_TORCH = {"objective", "weights", "sync", "training", "evaluation"}
-MAY_IMPORT_MEGATRON = {"sync", "training", "evaluation"}
+MAY_IMPORT_TORCH = {"objective", "weights", "sync", "training", "tools"}
+MAY_IMPORT_MEGATRON = {"sync", "training", "tools"}
 """The others take tensors and process groups as arguments."""
-MAY_IMPORT_MEGATRON_TRAINING = {"training"}
+MAY_IMPORT_MEGATRON_TRAINING = {"training", "tools"}
 MAY_SPEAK_HTTP = {"rollout"}
 MAY_CALL_DEVICES = {"sync", "training"}
 
@@ -66,8 +63,10 @@ def broken_rules(home: str, name: str) -> Iterator[str]:
     """Why a file of ``home`` (a room, a top-level module, or ``__init__``) may not import ``name``."""
     if is_within(name, PACKAGE) and name != PACKAGE:
         target = name.split(".")[1]
-        if target == "training" and home != "training":
-            yield "only pretrain_rasft.py imports training/"
+        if target == "training" and home not in JOINING_ROOMS:
+            yield "only pretrain_rasft.py and tools/ import training/"
+        elif target == "tools" and home != "tools":
+            yield "a run imports nothing of tools/"
         elif home == "types":
             yield "types.py imports nothing of this package"
         elif home not in ROOMS and target in ROOMS:
@@ -77,7 +76,7 @@ def broken_rules(home: str, name: str) -> Iterator[str]:
     if is_within(name, "torch") and home not in MAY_IMPORT_TORCH:
         yield f"{home} does without torch"
     if is_within(name, "megatron.training") and home not in MAY_IMPORT_MEGATRON_TRAINING:
-        yield "only training/ imports megatron.training"
+        yield "only training/ and tools/ import megatron.training"
     elif is_within(name, "megatron") and home not in MAY_IMPORT_MEGATRON:
         yield f"{home} does without Megatron"
     if is_within(name, "torch.cuda") and home not in MAY_CALL_DEVICES:
@@ -162,8 +161,9 @@ def test_light_rooms_import_where_torch_and_megatron_are_missing() -> None:
         ("training/forward.py", "from megatron.core import parallel_state"),
         ("training/loop.py", "from megatron.training.training import train_step"),
         ("training/loop.py", "from megatron_rasft.verify.pool import VerifierPool"),
+        ("tools/evaluation/engine.py", "from megatron_rasft.training.model import build"),
         ("training/loop.py", "import torch\ntorch.cuda.synchronize()"),
-        ("evaluation/run.py", "from megatron_rasft.rollout.store import Store"),
+        ("tools/evaluation/sampling.py", "from megatron_rasft.rollout.store import Store"),
         ("sync/streaming.py", "from megatron_rasft.weights.fp8_blocks import BLOCK"),
         ("config/__init__.py", "from megatron_rasft.config.data import DataConfig"),
         ("verify/reward.py", "from megatron_rasft import __version__"),
@@ -186,17 +186,17 @@ def test_allowed_imports_pass(tmp_path: Path, file: str, line: str) -> None:
         ("rollout/__init__.py", "from ..verify import pool", "may not import the room verify/"),
         ("rollout/store.py", "from megatron_rasft import verify", "may not import the room verify/"),
         ("data/reading.py", "import megatron_rasft.curriculum", "may not import the room curriculum/"),
-        ("evaluation/run.py", "from megatron_rasft.training import model", "only pretrain_rasft.py"),
+        ("training/run.py", "from megatron_rasft.tools.report import page", "imports nothing of tools/"),
         ("data/reading.py", "def read():\n    import megatron_rasft.training", "only pretrain_rasft.py"),
         ("types.py", "from megatron_rasft.errors import RasftError", "types.py imports nothing"),
         ("config/data.py", "from megatron_rasft.data import reading", "may not import the room data/"),
         ("config/data.py", "import torch", "does without torch"),
-        ("curriculum/planner.py", "from torch import Tensor", "does without torch"),
+        ("curriculum/curriculum.py", "from torch import Tensor", "does without torch"),
         ("verify/pool.py", "def f():\n    import torch.nn", "does without torch"),
         ("rollout/engine.py", "import importlib\nimportlib.import_module('torch')", "does without torch"),
         ("rollout/engine.py", "from megatron.core import parallel_state", "does without Megatron"),
-        ("weights/loading.py", "from megatron.training import get_args", "only training/ imports"),
-        ("objective/loss.py", "import megatron.training.training as t", "only training/ imports"),
+        ("weights/loading.py", "from megatron.training import get_args", "only training/ and tools/"),
+        ("objective/loss.py", "import megatron.training.training as t", "only training/ and tools/"),
         ("objective/loss.py", "import torch\ntorch.cuda.synchronize()", "device calls"),
         ("weights/loading.py", "from torch.cuda import Stream", "device calls"),
         ("weights/loading.py", "from megatron.core import parallel_state", "does without Megatron"),

@@ -19,12 +19,12 @@ finite = st.floats(0, 20, allow_nan=False)
 
 
 @pytest.mark.parametrize(("step", "window"), [(0, (0.2, 0.45)), (500, (0.35, 0.60)), (1000, (0.5, 0.75))])
-def test_window_slides_linearly(step, window):
+def test_band_slides_linearly(step, window):
     assert sliding_window(VECTOR, step / 1000) == pytest.approx(window)
 
 
 @pytest.mark.parametrize(("progress", "same_as"), [(-0.5, 0.0), (1.5, 1.0)])
-def test_window_stops_at_its_ends(progress, same_as):
+def test_band_stops_at_its_ends(progress, same_as):
     assert sliding_window(VECTOR, progress) == sliding_window(VECTOR, same_as)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from examples.benchmark_reproduction import comparison, records, reproduce
-from megatron_rasft.evaluation.statistics import bootstrap_interval, paired_interval
+from megatron_rasft.tools.evaluation.statistics import bootstrap_interval, paired_interval
 from tests.tiny_policy import write_model
 from tools import evaluate
 

@@ -15,8 +15,8 @@ from megatron_rasft.objective.weighting import (
     DEMONSTRATION_OBJECTIVES,
     adaptive_weights,
     count_solved,
+    demonstration_weight,
     estimate_solvability,
-    expert_weight,
     gft_advantages,
     grpo_advantages,
     make_samples,
@@ -67,7 +67,7 @@ def weights_of(samples):
 
 
 @pytest.mark.parametrize(
-    ("num_correct", "num_wrong", "expert", "each"),
+    ("num_correct", "num_wrong", "demonstration", "each"),
     [
         (0, 3, 1.0, 0.0),
         (1, 2, 0.2779, 0.00869),
@@ -76,19 +76,19 @@ def weights_of(samples):
         (8, 0, 1.0, 0.0),
     ],
 )
-def test_published_vectors_of_few_samples(num_correct, num_wrong, expert, each):
+def test_published_vectors_of_few_samples(num_correct, num_wrong, demonstration, each):
     weights = published_weights(counted_group(num_correct, num_wrong))
-    assert weights.expert == pytest.approx(expert, abs=5e-5)
+    assert weights.demonstration == pytest.approx(demonstration, abs=5e-5)
     assert weights.rollouts == pytest.approx([each] * num_correct + [0.0] * num_wrong, abs=5e-6)
 
 
 @pytest.mark.parametrize(
-    ("num_correct", "num_wrong", "expert", "each"),
+    ("num_correct", "num_wrong", "demonstration", "each"),
     [(1, 7, 0.31638, 0.011623), (4, 4, 0.12773, 0.007502), (7, 1, 0.04749, 0.005)],
 )
-def test_published_vectors_of_eight_samples_keep_three_wrong(num_correct, num_wrong, expert, each):
+def test_published_vectors_of_eight_samples_keep_three_wrong(num_correct, num_wrong, demonstration, each):
     weights = published_weights(counted_group(num_correct, num_wrong))
-    assert weights.expert == pytest.approx(expert, abs=5e-6)
+    assert weights.demonstration == pytest.approx(demonstration, abs=5e-6)
     assert weights.rollouts[:num_correct] == pytest.approx([each] * num_correct, abs=5e-7)
     assert not any(weights.rollouts[num_correct:])
 
@@ -155,10 +155,10 @@ def test_published_agrees_with_a_second_computation_on_random_groups():
             )
         )
         weights = published_weights(group, deduplicate=near_distinct, similarity=word_overlap)
-        expert, table = published_again(group)
-        assert weights.expert == pytest.approx(expert, rel=1e-12, abs=1e-15)
+        demonstration, table = published_again(group)
+        assert weights.demonstration == pytest.approx(demonstration, rel=1e-12, abs=1e-15)
         np.testing.assert_allclose(weights.rollouts, table, rtol=1e-12, atol=1e-15)
-        outcomes.add(round(expert, 6))
+        outcomes.add(round(demonstration, 6))
     assert len(outcomes) > 20, "the random groups are too much alike to prove anything"
 
 
@@ -168,16 +168,16 @@ def test_published_wrong_copies_of_a_correct_text_leave_the_group():
     # d is still 2/3: the copy was sampled, it is only no longer an example of a wrong answer.
     rewards = np.array([1 + 4 / 3, 1.0, 0.0])
     z = (rewards - rewards.mean()) / (rewards.std() + 1e-6)
-    assert copies.expert == pytest.approx(np.tanh(0.4 * z[0]) / 2, rel=1e-12)
+    assert copies.demonstration == pytest.approx(np.tanh(0.4 * z[0]) / 2, rel=1e-12)
 
 
 # ---- the adaptive curve
 
 configs = st.builds(
     WeightingConfig,
-    weighting_expert_max=st.floats(1.01, 5.0),
-    weighting_expert_min=st.floats(0.01, 0.9),
-    weighting_expert_exponent=st.floats(0.3, 4.0),
+    weighting_demonstration_max=st.floats(1.01, 5.0),
+    weighting_demonstration_min=st.floats(0.01, 0.9),
+    weighting_demonstration_exponent=st.floats(0.3, 4.0),
     weighting_rollout_total=st.floats(0.01, 3.0),
     weighting_rollout_exponent=st.floats(0.3, 4.0),
     weighting_prior_strength=st.floats(0.0, 5.0),
@@ -187,36 +187,38 @@ shares = st.integers(0, 1000).map(lambda n: n / 1000)
 
 
 @given(configs, shares, shares)
-def test_expert_falls_and_rollouts_rise_with_solvability(config, one, other):
+def test_demonstration_falls_and_rollouts_rise_with_solvability(config, one, other):
     assume(one != other)
     low, high = sorted((one, other))
-    assert expert_weight(low, config) >= expert_weight(high, config)
+    assert demonstration_weight(low, config) >= demonstration_weight(high, config)
     assert rollout_total(low, config) < rollout_total(high, config)
-    if (1 - low) ** config.weighting_expert_exponent - (1 - high) ** config.weighting_expert_exponent > 1e-12:
-        assert expert_weight(low, config) > expert_weight(high, config)
+    if (1 - low) ** config.weighting_demonstration_exponent - (
+        1 - high
+    ) ** config.weighting_demonstration_exponent > 1e-12:
+        assert demonstration_weight(low, config) > demonstration_weight(high, config)
 
 
 @given(configs)
 def test_ends_of_the_curve_are_the_flags(config):
     assert (
-        expert_weight(0.0, config) == pytest.approx(config.weighting_expert_max)
-        and config.weighting_expert_max > 1
+        demonstration_weight(0.0, config) == pytest.approx(config.weighting_demonstration_max)
+        and config.weighting_demonstration_max > 1
     )
-    assert expert_weight(1.0, config) == config.weighting_expert_min < 1
+    assert demonstration_weight(1.0, config) == config.weighting_demonstration_min < 1
     assert rollout_total(0.0, config) == 0.0
     assert rollout_total(1.0, config) == config.weighting_rollout_total
 
 
 @given(configs)
-def test_expert_weight_is_that_of_an_unsampled_problem_at_the_neutral_point(config):
+def test_demonstration_weight_is_that_of_an_unsampled_problem_at_the_neutral_point(config):
     assert 0 < neutral_solvability(config) < 1
-    assert expert_weight(neutral_solvability(config), config) == pytest.approx(1.0)
+    assert demonstration_weight(neutral_solvability(config), config) == pytest.approx(1.0)
 
 
 def test_default_constants():
     config = WeightingConfig()
     assert config.rasft_weighting == "adaptive"
-    assert (expert_weight(0.0, config), expert_weight(1.0, config)) == pytest.approx((1.5, 0.3))
+    assert (demonstration_weight(0.0, config), demonstration_weight(1.0, config)) == pytest.approx((1.5, 0.3))
     assert rollout_total(0.5, config) == pytest.approx(0.35)
     assert neutral_solvability(config) == pytest.approx(5 / 12)
 
@@ -229,15 +231,15 @@ def test_adaptive_total_is_bounded_and_shared_evenly(config, num_correct, num_wr
     group = counted_group(num_correct, num_wrong)
     weights = adaptive_weights(group, config)
     assert len(weights.rollouts) == num_correct + num_wrong
-    assert weights.expert + sum(weights.rollouts) <= (
-        config.weighting_expert_max + config.weighting_rollout_total + 1e-9
+    assert weights.demonstration + sum(weights.rollouts) <= (
+        config.weighting_demonstration_max + config.weighting_rollout_total + 1e-9
     )
     assert not any(weights.rollouts[num_correct:])
     if num_correct:
         total = rollout_total(weights.solvability, config)
         assert weights.rollouts[:num_correct] == pytest.approx([total / num_correct] * num_correct)
     if not group.rollouts:
-        assert (weights.expert, weights.solvability) == (1.0, None)
+        assert (weights.demonstration, weights.solvability) == (1.0, None)
 
 
 @given(st.integers(0, 6), st.integers(0, 6), st.integers(2, 5))
@@ -245,7 +247,7 @@ def test_adaptive_weights_do_not_depend_on_the_number_of_samples(num_correct, nu
     assume(num_correct + num_wrong > 0)
     few = adaptive_weights(counted_group(num_correct, num_wrong), NO_PRIOR)
     many = adaptive_weights(counted_group(num_correct * times, num_wrong * times), NO_PRIOR)
-    assert few.expert == pytest.approx(many.expert)
+    assert few.demonstration == pytest.approx(many.demonstration)
     assert sum(few.rollouts) == pytest.approx(sum(many.rollouts))
 
 
@@ -253,15 +255,15 @@ def test_adaptive_weights_do_not_depend_on_the_number_of_samples(num_correct, nu
 def test_adaptive_is_monotone_in_the_number_of_correct_rollouts(config, num_samples):
     ladder = [adaptive_weights(counted_group(c, num_samples - c), config) for c in range(num_samples + 1)]
     for worse, better in itertools.pairwise(ladder):
-        assert worse.expert > better.expert
+        assert worse.demonstration > better.demonstration
         assert sum(worse.rollouts) < sum(better.rollouts)
     assert sum(ladder[0].rollouts) == 0
-    assert ladder[0].expert > 1 > ladder[-1].expert
+    assert ladder[0].demonstration > 1 > ladder[-1].demonstration
 
 
 def test_unsampled_problem_keeps_weight_one():
-    assert adaptive_weights(None, WeightingConfig()).expert == 1.0
-    assert published_weights(None).expert == 1.0
+    assert adaptive_weights(None, WeightingConfig()).demonstration == 1.0
+    assert published_weights(None).demonstration == 1.0
 
 
 @pytest.mark.parametrize("weigh", [lambda g: adaptive_weights(g, WeightingConfig()), published_weights])
@@ -269,7 +271,7 @@ def test_failed_rollouts_are_not_wrong_answers(weigh):
     failed = make_group(
         rollout(0, None, finish="abort"), rollout(1, "timeout"), rollout(2, "wrong", num_tokens=0)
     )
-    assert weigh(failed).expert == 1.0
+    assert weigh(failed).demonstration == 1.0
     assert weigh(failed).solvability is None
 
 
@@ -321,7 +323,7 @@ def test_estimate_is_the_mean_of_the_pooled_beta_posterior(
 
 def test_remembered_solvability_weighs_a_problem_that_is_not_sampled_again():
     weights = adaptive_weights(None, NO_PRIOR, remembered=(1.0, 4.0))
-    assert (weights.expert, weights.rollouts) == (pytest.approx(0.3), ())
+    assert (weights.demonstration, weights.rollouts) == (pytest.approx(0.3), ())
 
 
 def test_memory_zero_forgets():
@@ -332,7 +334,7 @@ def test_memory_zero_forgets():
 
 def test_little_evidence_is_treated_nearly_as_none():
     config = WeightingConfig(weighting_prior_strength=1e6)
-    assert adaptive_weights(counted_group(0, 3), config).expert == pytest.approx(1.0, abs=1e-5)
+    assert adaptive_weights(counted_group(0, 3), config).demonstration == pytest.approx(1.0, abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -360,7 +362,7 @@ def test_equal_rewards_have_advantage_exactly_zero():
     assert grpo_advantages([]).is_degenerate
 
 
-def test_gft_group_includes_the_expert():
+def test_gft_group_includes_the_demonstration():
     values = gft_advantages([1.0, 0.0, 0.0]).values
     assert values == pytest.approx([1, 1, -1, -1], abs=1e-5)
     assert gft_advantages([1.0, 1.0]).is_degenerate
@@ -395,7 +397,7 @@ def test_demonstration_objectives_ignore_rollouts(objective):
     group = mixed_group()
     group.rollouts[0].weight = 9.0
     samples = make_samples(objective, demonstration(), group, config=WeightingConfig())
-    assert weights_of(samples) == [("expert", 1.0)]
+    assert weights_of(samples) == [("demonstration", 1.0)]
     assert (samples[0].prompt_ids, samples[0].response_ids) == ([1, 2], [3, 4])
     assert [r.weight for r in group.rollouts] == [0.0] * 6
 
@@ -404,7 +406,7 @@ def test_rasft_trains_the_demonstration_and_the_complete_correct_rollouts():
     group = mixed_group()
     samples = make_samples("rasft", demonstration(), group, config=NO_PRIOR)
     # four attempts, one solved: s = 1/4
-    assert weights_of(samples) == [("expert", 1.5 - 1.2 / 4), ("rollout", 0.7 / 4)]
+    assert weights_of(samples) == [("demonstration", 1.5 - 1.2 / 4), ("rollout", 0.7 / 4)]
     assert samples[1].response_ids == [10, 10, 10]
     assert [r.weight for r in group.rollouts] == pytest.approx([0.175, 0, 0, 0, 0, 0])
 
@@ -459,7 +461,7 @@ def test_dapo_leaves_out_groups_all_right_or_all_wrong(skip, num_samples):
 
 def test_gft_standardises_demonstration_and_rollouts_together():
     samples = make_samples("gft", demonstration(), counted_group(1, 2), config=WeightingConfig())
-    assert [s.kind for s in samples] == ["expert", "rollout", "rollout", "rollout"]
+    assert [s.kind for s in samples] == ["demonstration", "rollout", "rollout", "rollout"]
     assert [s.weight for s in samples] == pytest.approx([1, 1, -1, -1], abs=1e-5)
 
 
@@ -474,7 +476,7 @@ def test_gft_standardises_demonstration_and_rollouts_together():
 )
 def test_gft_falls_back_to_the_demonstration(group):
     assert weights_of(make_samples("gft", demonstration(), group, config=WeightingConfig())) == [
-        ("expert", 1.0)
+        ("demonstration", 1.0)
     ]
 
 
@@ -500,7 +502,7 @@ def test_no_positive_weight_on_incomplete_or_undelivered_rollouts(objective, wei
         for r in group.rollouts:
             assert r.weight <= 0 or (r.finish_reason == "stop" and r.verdict == "correct")
             assert r.weight == 0 or (r.response_ids and r.finish_reason != "abort")
-        assert sum(s.kind == "expert" for s in samples) == (objective in ("rasft", "gft"))
+        assert sum(s.kind == "demonstration" for s in samples) == (objective in ("rasft", "gft"))
 
 
 def test_misuse_is_named():
@@ -516,11 +518,11 @@ def test_misuse_is_named():
     ("field", "value"),
     [
         ("rasft_weighting", "other"),
-        ("weighting_expert_max", 1.0),
-        ("weighting_expert_max", float("inf")),
-        ("weighting_expert_min", 0.0),
-        ("weighting_expert_min", 1.0),
-        ("weighting_expert_exponent", 0.0),
+        ("weighting_demonstration_max", 1.0),
+        ("weighting_demonstration_max", float("inf")),
+        ("weighting_demonstration_min", 0.0),
+        ("weighting_demonstration_min", 1.0),
+        ("weighting_demonstration_exponent", 0.0),
         ("weighting_rollout_exponent", float("nan")),
         ("weighting_rollout_total", -0.1),
         ("weighting_prior_strength", -1.0),

@@ -11,9 +11,9 @@ from typing import Any
 import httpx
 import pytest
 
-from megatron_rasft.evaluation.servers import Servers
+from megatron_rasft.tools.evaluation.server_engine import Servers
 from tests.tiny_policy import write_model
-from tests.unit.evaluation.conftest import World
+from tests.unit.tools.evaluation.conftest import World
 from tools import evaluate
 
 

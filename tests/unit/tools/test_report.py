@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from megatron_rasft.config.data import DataConfig
-from tests.unit.report.reading import Page
-from tests.unit.report.synthetic import write_run
+from tests.unit.tools.report.reading import Page
+from tests.unit.tools.report.synthetic import write_run
 from tools import report
 
 

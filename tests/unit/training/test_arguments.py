@@ -14,12 +14,12 @@ from megatron.training.arguments import add_megatron_arguments
 
 from megatron_rasft.config import DataConfig
 from megatron_rasft.config.flags import FlagParser
+from megatron_rasft.tools.evaluation.trainer_engine import Sampler
 from megatron_rasft.training import startup
 from megatron_rasft.training.arguments import add_arguments
 from megatron_rasft.training.background_saves import SaveQueue
 from megatron_rasft.training.problems import set_length
 from megatron_rasft.training.refusals import REFUSED, REFUSED_GROUPS, reasons, refuse_unsupported
-from megatron_rasft.training.sampler import Sampler
 from tests.tiny_policy import write_model
 
 Parse = Callable[..., Any]

@@ -30,7 +30,7 @@ def some_samples(num: int, has_logprobs: bool = True) -> list[TrainingSample]:
         out.append(
             TrainingSample(
                 problem_id=str(index),
-                kind="expert",
+                kind="demonstration",
                 prompt_ids=prompt,
                 response_ids=response,
                 weight=index + 0.5,
@@ -155,7 +155,7 @@ def test_a_thousand_steps_have_few_widths_and_little_padding(
 
 def a_sample(num_tokens: int) -> TrainingSample:
     return TrainingSample(
-        problem_id="", kind="expert", prompt_ids=[1], response_ids=[1] * (num_tokens - 1), weight=1.0
+        problem_id="", kind="demonstration", prompt_ids=[1], response_ids=[1] * (num_tokens - 1), weight=1.0
     )
 
 

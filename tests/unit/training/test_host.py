@@ -122,7 +122,9 @@ def test_scales_of_a_few_probes_are_set_again_from_a_whole_batch(monkeypatch: py
     monkeypatch.setattr(trainer, "_on_device", lambda batch: seen.append(len(batch.samples)))
     monkeypatch.setattr(trainer, "_score", lambda batch: [None] * len(batch.samples))
     monkeypatch.setattr(host, "set_delayed_scales", lambda forward: None)
-    sample = TrainingSample(problem_id="p", kind="expert", prompt_ids=[1], response_ids=[2], weight=1.0)
+    sample = TrainingSample(
+        problem_id="p", kind="demonstration", prompt_ids=[1], response_ids=[2], weight=1.0
+    )
     for num in (4, 20, 20):  # the probes of a sync with servers come first
         assert len(trainer.score([sample] * num, with_reference=False)) == num
     assert seen == [4, 6]

@@ -18,7 +18,7 @@ from megatron_rasft.weights.folder import checkpoint_fingerprint, weights_finger
 
 def a_sample(prompt: list[int], response: list[int], weight: float = 1.0) -> TrainingSample:
     return TrainingSample(
-        problem_id="p", kind="expert", prompt_ids=prompt, response_ids=response, weight=weight
+        problem_id="p", kind="demonstration", prompt_ids=prompt, response_ids=response, weight=weight
     )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from megatron_rasft.report.progress import Progress
+from megatron_rasft.training.progress import Progress
 from megatron_rasft.training.run import Run
 from megatron_rasft.training.samples import Batch, BatchQueue, SampleArrays
 from megatron_rasft.training.stopping import Stopped, StopRequest
@@ -54,7 +54,7 @@ def run_on(queue: BatchQueue) -> Any:
 def three_batches() -> BatchQueue:
     """Of 5, 6 and 7 problems with one sample each."""
     samples = [
-        TrainingSample(problem_id=str(i), kind="expert", prompt_ids=[i], response_ids=[9], weight=1.0)
+        TrainingSample(problem_id=str(i), kind="demonstration", prompt_ids=[i], response_ids=[9], weight=1.0)
         for i in range(3)
     ]
     return BatchQueue([(5, 1), (6, 1), (7, 1)], SampleArrays.of(samples))

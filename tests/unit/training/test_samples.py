@@ -22,7 +22,7 @@ def some_samples(num: int, *, has_old: bool = True) -> list[TrainingSample]:
         samples.append(
             TrainingSample(
                 problem_id=str(index),
-                kind="rollout" if index % 3 else "expert",
+                kind="rollout" if index % 3 else "demonstration",
                 prompt_ids=prompt if index % 2 else memoryview(np.array(prompt, np.int32)),  # type: ignore[arg-type]
                 response_ids=array("i", response) if index % 2 else response,
                 weight=index / 10,
@@ -43,7 +43,7 @@ def plain(samples: SampleArrays) -> list[tuple]:
             None if flat is None else flat[answer : answer + num_response].tolist()
             for flat in (samples.ref_logprobs, samples.old_logprobs)
         ]
-        kind = "rollout" if samples.are_rollouts[i] else "expert"
+        kind = "rollout" if samples.are_rollouts[i] else "demonstration"
         rows.append((kind, ids[:num_prompt], ids[num_prompt:], float(samples.weights[i]), *logprobs))
         token, answer = token + num_prompt + num_response, answer + num_response
     return rows

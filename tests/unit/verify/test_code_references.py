@@ -11,8 +11,8 @@ import pytest
 
 from benchmarks.code_verification import CODE_SETS, NOT_CORRECT, Reference, mutate, read_references
 from megatron_rasft.config.verify import VerifyConfig
-from megatron_rasft.verify.code_grading import run_tests
-from megatron_rasft.verify.sandbox import Sandbox
+from megatron_rasft.verify.programs.code_grading import run_tests
+from megatron_rasft.verify.programs.sandbox import Sandbox
 
 DATA = Path(__file__).resolve().parents[4] / "shared" / "data"
 EVERY = {"evaluation/humaneval_plus": 25, "evaluation/mbpp_plus": 30, "train/kodcode_demo": 12}

@@ -12,7 +12,7 @@ import pytest
 
 from megatron_rasft.config.verify import VerifyConfig
 from megatron_rasft.types import Rollout
-from megatron_rasft.verify.grading import grade_answer
+from megatron_rasft.verify.math_grading import grade_answer
 from megatron_rasft.verify.pool import VerifierPool
 
 DATA = Path(__file__).parents[4] / "shared" / "data"
@@ -114,7 +114,7 @@ def test_every_gold_answer_equals_itself(name: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "num_without_gold"), [("gsm8k_train", 0), ("math_train", 2)])
-def test_every_expert_response_grades_correct(name: str, num_without_gold: int) -> None:
+def test_every_demonstration_grades_correct(name: str, num_without_gold: int) -> None:
     """The two misses of MATH have an empty box in the original, so there is nothing to compare with."""
     misses = Counter()
     for row in read_rows(f"train/{name}"):

@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_rasft.tools.conversion.conversion import hf_to_megatron, megatron_to_hf
+from megatron_rasft.tools.conversion.round_trip import prove
 from megatron_rasft.weights import HfFolder
-from megatron_rasft.weights.conversion import hf_to_megatron, megatron_to_hf
 from megatron_rasft.weights.families import FAMILIES, Binding, Family, ModelShape, NameTable
 from megatron_rasft.weights.gathering import assemble
 from megatron_rasft.weights.loading import ExpertRanks, bound_parameters, read_shard
-from megatron_rasft.weights.proof import prove
 from megatron_rasft.weights.torch_dist import TorchDistFolder
 
 _QUIET = settings(deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)

@@ -15,8 +15,8 @@ cpu_backend.enable()
 
 from megatron.core import dist_checkpointing, parallel_state  # noqa: E402
 
+from megatron_rasft.tools.conversion.conversion import hf_to_megatron  # noqa: E402
 from megatron_rasft.weights import HfFolder, export, gather_tensors, load_into  # noqa: E402
-from megatron_rasft.weights.conversion import hf_to_megatron  # noqa: E402
 from tests.tiny_models import CASES, build_chunks, hf_model, some_tokens, write_folder  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_process")

@@ -1,0 +1,1 @@
+"""Libraries behind the commands in ``tools/``. A run imports none of them."""

@@ -1,0 +1,115 @@
+"""The commands that start a planned run."""
+
+from megatron_rasft.tools.capacity.choosing import Plan
+from megatron_rasft.tools.capacity.config import PlanConfig
+from megatron_rasft.tools.capacity.layouts import Model
+from megatron_rasft.tools.capacity.speed import serving_tp
+
+
+def training_flags(model: Model, plan: Plan, config: PlanConfig, *, precision: str = "bf16") -> list[str]:
+    """Everything after pretrain_rasft.py."""
+    layout = plan.layout
+    flags = [
+        "--hf-model",
+        model.path,
+        "--train-data",
+        "train.jsonl",
+        "--objective",
+        config.objective,
+        "--bf16",
+    ]
+    if precision == "fp8":
+        flags += ["--fp8-format", "hybrid", "--fp8-recipe", "tensorwise"]
+    sizes = {
+        "--tensor-model-parallel-size": layout.tp,
+        "--pipeline-model-parallel-size": layout.pp,
+        "--context-parallel-size": layout.cp,
+        "--expert-model-parallel-size": layout.ep,
+    }
+    flags += [word for flag, size in sizes.items() if size > 1 for word in (flag, str(size))]
+    if layout.tp > 1:
+        flags.append("--sequence-parallel")
+    if model.top_k:
+        flags.append("--moe-grouped-gemm")
+    if layout.ep > 1:
+        flags += ["--expert-tensor-parallel-size", str(layout.expert_tp)]
+        flags += ["--moe-token-dispatcher-type", "alltoall"]
+    if layout.chunks > 1:
+        layers = model.shape.num_layers // layout.pp // layout.chunks
+        flags += ["--num-layers-per-virtual-pipeline-stage", str(layers)]
+    flags += _recompute_flags(model, plan)
+    if layout.num_replicas > 1:
+        flags += ["--overlap-grad-reduce", "--overlap-param-gather"]
+    flags += ["--seq-length", str(config.seq_length), "--micro-batch-size", str(config.micro_batch_size)]
+    flags += ["--global-batch-size", str(config.global_batch_size), "--data-epochs", str(config.epochs)]
+    if config.logprob_chunk_tokens is not None:
+        flags += ["--objective-logprob-chunk-tokens", str(config.logprob_chunk_tokens)]
+    if config.rasft_query_groups is not None:
+        flags += ["--rasft-query-groups", str(config.rasft_query_groups)]
+    if config.needs.uses_rollouts():
+        flags += _rollout_flags(plan, config)
+    if config.save_interval:
+        flags += ["--save", "runs/planned/checkpoints", "--save-interval", str(config.save_interval)]
+    return [*flags, "--export-hf", "runs/planned/hf"]
+
+
+def _recompute_flags(model: Model, plan: Plan) -> list[str]:
+    match plan.layout.recompute:
+        case "full":
+            flags = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+            return flags.split()
+        case "selective":
+            module = "moe" if model.shape.num_experts else "mlp"
+            return ["--recompute-granularity", "selective", "--recompute-modules", module]
+        case _:
+            return []
+
+
+def _rollout_flags(plan: Plan, config: PlanConfig) -> list[str]:
+    flags = ["--rasft-refresh-interval", str(config.refresh_interval)]
+    flags += ["--rollout-num-samples", str(config.num_samples)]
+    flags += ["--rollout-max-new-tokens", str(config.max_new_tokens)]
+    if plan.rollout_gpus:
+        flags += ["--rollout-engine", "sglang", "--rollout-server-file", "runs/planned/servers.txt"]
+        flags += ["--rollout-lag", str(config.rollout_lag), "--sync-bucket-mib", str(config.sync_bucket_mib)]
+    else:
+        flags += ["--rollout-engine", "embedded", "--rollout-batch-size", str(config.rollout_batch_size)]
+    return flags
+
+
+def serving_command(model: Model, config: PlanConfig) -> list[str]:
+    """One server."""
+    command = ["python", "tools/serve_rollouts.py", "--python", "SGLANG_PYTHON", "--model", model.path]
+    return [*command, "--tp", str(serving_tp(model, config)), "--server-file", "runs/planned/servers.txt"]
+
+
+def launcher(plan: Plan, config: PlanConfig) -> list[str]:
+    """What stands before pretrain_rasft.py, on one node or under Slurm."""
+    num_gpus = plan.layout.num_gpus
+    if num_gpus <= config.gpus_per_node:
+        return ["torchrun", "--nproc-per-node", str(num_gpus)]
+    nodes = str(num_gpus // config.gpus_per_node)
+    torchrun = ["torchrun", "--nnodes", nodes, "--nproc-per-node", str(config.gpus_per_node)]
+    torchrun += [
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-id",
+        "$SLURM_JOB_ID",
+        "--rdzv-endpoint",
+        "$HEAD_NODE:29500",
+    ]
+    return ["srun", "--nodes", nodes, "--ntasks-per-node", "1", *torchrun]
+
+
+def command_lines(model: Model, plan: Plan, config: PlanConfig, *, precision: str = "bf16") -> list[str]:
+    """As they are typed, with a note where one is meant more than once."""
+    lines = []
+    if plan.rollout_gpus:
+        tp = serving_tp(model, config)
+        assert tp is not None, "a plan with servers has ones that fit"
+        num, per_node = plan.rollout_gpus // tp, config.gpus_per_node // tp
+        once = f"# {num} servers of {tp} GPUs, at most {per_node} on a node; CUDA_VISIBLE_DEVICES gives each its own"
+        lines += [once, " ".join(serving_command(model, config))]
+    flags = training_flags(model, plan, config, precision=precision)
+    lines.append(" ".join([*launcher(plan, config), "pretrain_rasft.py", *flags]))
+    return lines

@@ -1,0 +1,185 @@
+"""A plan as tables, as text and as plain values."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from megatron_rasft.tools.capacity.choosing import Disk, Plan
+from megatron_rasft.tools.capacity.config import AssumptionConfig, PlanConfig
+from megatron_rasft.tools.capacity.layouts import Model
+from megatron_rasft.tools.capacity.memory import GIB
+from megatron_rasft.tools.capacity.speed import (
+    PEAK_TFLOPS,
+    decode_tokens_per_s,
+    matrix_share,
+    response_tokens,
+    serving_tp,
+)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells are text; the first column, and those named in ``words``, are set to the left."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    words: frozenset[str] = frozenset()
+
+    def plain(self) -> str:
+        """Aligned columns, for a pipe or a file."""
+        lines = [self.header, *self.rows]
+        widths = [max(len(line[i]) for line in lines) for i in range(len(self.header))]
+        cells = [
+            "  ".join(
+                cell.ljust(width) if i == 0 or name in self.words else cell.rjust(width)
+                for i, (cell, width, name) in enumerate(zip(line, widths, self.header, strict=True))
+            ).rstrip()
+            for line in lines
+        ]
+        return "\n".join([self.title, *(f"  {line}" for line in cells)])
+
+
+def best_of_each(plans: Sequence[Plan]) -> list[Plan]:
+    """The best of the plans that differ in recomputation and interleaving only; the order stays."""
+    best: dict[tuple[int, ...], Plan] = {}
+    for plan in plans:
+        at = plan.layout
+        best.setdefault((plan.rollout_gpus, at.tp, at.pp, at.cp, at.ep), plan)
+    return list(best.values())
+
+
+def layout_table(plans: Sequence[Plan], config: PlanConfig) -> Table:
+    """The layouts side by side."""
+    rows = []
+    for number, plan in enumerate(plans, start=1):
+        at, excess = plan.layout, plan.excess_gib(config)
+        rows.append(
+            (
+                *(str(n) for n in (number, plan.rollout_gpus, at.tp, at.pp, at.cp, at.ep, at.dp, at.chunks)),
+                at.recompute,
+                f"{plan.memory.total / GIB:.1f}",
+                "yes" if excess <= 0 else f"{excess:.1f} over",
+                f"{plan.step.total_s:.1f}",
+                f"{plan.step.mfu:.0%}",
+                f"{plan.refresh.total_s:.0f}",
+                f"{plan.run.hours:.1f}",
+                f"{plan.run.gpu_hours:.0f}",
+            )
+        )
+    header = "# servers tp pp cp ep dp chunks recompute GiB fits step_s MFU refresh_s hours GPU-hours".split()
+    return Table(
+        f"Layouts of {config.num_gpus} GPUs (servers: GPUs of them that serve)",
+        tuple(header),
+        tuple(rows),
+        frozenset({"recompute", "fits"}),
+    )
+
+
+def memory_table(plans: Sequence[Plan]) -> Table:
+    """Memory of the fullest stage, part by part."""
+    parts = "weights gradients optimizer activations logits reference sync kv_cache margin total".split()
+    rows = tuple(
+        (str(number), str(plan.memory.stage), *(f"{getattr(plan.memory, part) / GIB:.1f}" for part in parts))
+        for number, plan in enumerate(plans, start=1)
+    )
+    title = (
+        "GiB on a GPU of the fullest stage (of a step, a sync and sampling the largest counts in the total)"
+    )
+    return Table(title, ("#", "stage", *parts), rows)
+
+
+def time_table(plans: Sequence[Plan]) -> Table:
+    """Seconds of a step and of a refresh, part by part."""
+    step = "compute_s bubble_s tensor_s context_s data_s reference_s".split()
+    refresh = "rollouts_s verification_s scoring_s sync_s".split()
+    rows = tuple(
+        (
+            str(number),
+            str(plan.step.num_microbatches),
+            *(f"{getattr(plan.step, part):.1f}" for part in step),
+            *(f"{getattr(plan.refresh, part):.0f}" for part in refresh),
+        )
+        for number, plan in enumerate(plans, start=1)
+    )
+    header = [name.removesuffix("_s") for name in (*step, *refresh)]
+    header[5] = "ref-pass"
+    return Table(
+        "Seconds of a step (compute to ref-pass) and of a refresh", ("#", "micro-batches", *header), rows
+    )
+
+
+def disk_table(disk: Disk, host_bytes: float, config: PlanConfig) -> Table:
+    """What the run leaves on disk, and the host memory it needs."""
+    rows = [
+        ("checkpoint with optimizer", disk.checkpoint),
+        ("all checkpoints of the run", disk.checkpoints),
+        ("export", disk.export),
+        ("rollout store", disk.rollout_store),
+        ("reference cache", disk.reference_cache),
+        ("tokenized rows", disk.data_cache),
+        ("in all", disk.total),
+        ("pinned host memory of a node", host_bytes * config.gpus_per_node),
+    ]
+    cells = tuple((what, f"{size / GIB:.1f}") for what, size in rows)
+    return Table("Disk and host memory", ("what", "GiB"), cells)
+
+
+def assumption_table(
+    model: Model, config: PlanConfig, assumed: AssumptionConfig, *, precision: str = "bf16"
+) -> Table:
+    """Every assumption with its flag, its value and where it comes from."""
+    given = AssumptionConfig()
+    basis = {
+        "mfu": "published for Qwen3-30B-A3B and 235B-A22B"
+        if model.top_k
+        else "measured on 1 H100, Qwen2.5-1.5B, 2,048 tokens: 47k tokens/s BF16, 54k FP8",
+        "peak_tflops": "H100 SXM data sheet, dense",
+        "decode_tokens_per_s": "measured on 1 H100, Qwen2.5-1.5B: 40k tokens/s; scaled by active parameters",
+        "hbm_gb_per_s": "H100 SXM data sheet",
+        "nvlink_gb_per_s": "assumed: two thirds of 450",
+        "network_gb_per_s": "assumed: a 400 Gb/s card a GPU, less a fifth",
+        "response_tokens": "assumed: half of --max-new-tokens",
+    }
+    values: dict[str, Any] = {
+        **asdict(assumed),
+        "mfu": matrix_share(model, assumed, precision),
+        "peak_tflops": assumed.peak_tflops or PEAK_TFLOPS[precision],
+        "decode_tokens_per_s": round(decode_tokens_per_s(model, assumed)),
+        "response_tokens": response_tokens(config, assumed),
+    }
+    rows = tuple(
+        (
+            f"--{name.replace('_', '-')}",
+            f"{value:g}",
+            basis.get(name, "assumed") if getattr(assumed, name) == getattr(given, name) else "given",
+        )
+        for name, value in values.items()
+    )
+    return Table(
+        "Assumptions; everything else is calculated", ("flag", "value", "basis"), rows, frozenset({"basis"})
+    )
+
+
+def summary(model: Model, config: PlanConfig, *, precision: str = "bf16") -> str:
+    """What is planned for, in a line or two."""
+    size = f"{model.num_parameters / 1e9:.2f}B parameters"
+    if model.top_k:
+        size += f", {model.num_active_parameters / 1e9:.2f}B of them active"
+    tp = serving_tp(model, config)
+    servers = f"; a server takes {tp} of them" if tp else ""
+    return (
+        f"{model.path}: {model.family.architecture}, {size}, {precision.upper()}\n"
+        f"{config.num_gpus} GPUs of {config.gpu_memory_gib:g} GiB, {config.gpus_per_node} to a node{servers}"
+    )
+
+
+def as_values(plan: Plan, config: PlanConfig) -> dict[str, Any]:
+    """One plan for --json: bytes, seconds, hours."""
+    values = asdict(plan)
+    values["layout"]["num_gpus"] = plan.layout.num_gpus
+    values["memory"] |= {"steady": plan.memory.steady, "total": plan.memory.total}
+    values["step"]["total_s"] = plan.step.total_s
+    values["refresh"]["total_s"] = plan.refresh.total_s
+    values["fits"] = plan.excess_gib(config) <= 0
+    return values

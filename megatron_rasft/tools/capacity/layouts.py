@@ -1,0 +1,269 @@
+"""Ways to spread a model over GPUs, and the parameters that a rank of each then holds, as Megatron builds them."""
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal, NamedTuple, get_args
+
+from megatron_rasft.tools.capacity.config import PlanConfig
+from megatron_rasft.weights.architecture import ModelDescription, megatron_args, splits_attention
+from megatron_rasft.weights.families import Entry, Family, ModelShape, NameTable
+
+_CONTEXT_SHARE = 4096
+"""Tokens below which a sequence is not cut further, unless the size is given: each of its samples is cut as often."""
+
+Recompute = Literal["none", "selective", "full"]
+
+_VOCABULARY_UNIT = 128
+"""Megatron's --make-vocab-size-divisible-by; with the tensor-parallel size the vocabulary is padded to its multiples."""
+
+_MAX_CHUNKS = 5
+"""Model chunks per stage that are looked at; published layouts of 70B models have 5."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model as Megatron is told to build it."""
+
+    path: str
+    family: Family
+    stored: ModelShape
+    """As in the folder."""
+    shape: ModelShape
+    """With the query groups that --rasft-query-groups adds."""
+    top_k: int
+    """Experts that a token passes through; 0 without experts."""
+    max_positions: int
+
+    @classmethod
+    def read(cls, path: Path, query_groups: int | None = None) -> "Model":
+        """From the folder's config.json.
+
+        Raises:
+            ModelFolderError, ValueError: one line with what is wrong and the way out.
+        """
+        described = ModelDescription.read(path)
+        args = megatron_args(described, query_groups)
+        shape = replace(
+            described.shape,
+            num_attention_heads=args["num_attention_heads"],
+            num_query_groups=args["num_query_groups"],
+        )
+        return cls(
+            path=str(path),
+            family=described.family,
+            stored=described.shape,
+            shape=shape,
+            top_k=args.get("moe_router_topk", 0),
+            max_positions=args["max_position_embeddings"],
+        )
+
+    @property
+    def num_parameters(self) -> int:
+        """Of the folder."""
+        return self._count(self.stored.num_experts)
+
+    @property
+    def num_active_parameters(self) -> int:
+        """Of the folder, those that a token passes through."""
+        return self._count(self.top_k)
+
+    def _count(self, num_experts: int) -> int:
+        layer = sum(
+            sum(math.prod(size) for size in entry.hf_shape(self.stored))
+            * (num_experts if entry.is_expert else 1)
+            for entry in self.family.layer_entries
+        )
+        embedding = self.stored.vocab_size * self.stored.hidden_size
+        ends = embedding * (1 if self.stored.is_tied else 2) + self.stored.hidden_size
+        return layer * self.stored.num_layers + ends
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How the trainer's GPUs are split."""
+
+    tp: int
+    pp: int
+    cp: int
+    dp: int
+    ep: int = 1
+    expert_tp: int
+    """Ranks that an expert is split over."""
+    chunks: int = 1
+    """Model chunks per pipeline stage; more than one: interleaved."""
+    recompute: Recompute = "none"
+
+    @property
+    def num_gpus(self) -> int:
+        return self.tp * self.pp * self.cp * self.dp
+
+    @property
+    def num_replicas(self) -> int:
+        """Ranks that share the optimizer's states of what is not an expert."""
+        return self.dp * self.cp
+
+    @property
+    def num_expert_replicas(self) -> int:
+        return self.num_gpus // (self.pp * self.ep * self.expert_tp)
+
+
+class Shards(NamedTuple):
+    """Elements of each parameter on one rank."""
+
+    layer: tuple[int, ...]
+    """Of a layer, without its experts."""
+    expert: tuple[int, ...]
+    """Of one expert."""
+    embedding: int
+    final_norm: int
+    linear: int
+    """Of a layer's matrix products, without its experts'."""
+
+
+@lru_cache(maxsize=64)
+def shards(model: Model, tp: int, expert_tp: int) -> Shards:
+    """What one of ``tp`` ranks holds of a layer and of the model's ends.
+
+    Raises:
+        ValueError: a weight does not divide by ``tp``.
+    """
+    shape = replace(model.shape, vocab_size=padded_vocabulary(model, tp), num_layers=1)
+    top = NameTable(model.family, shape)
+    embedding = top.bind("embedding.word_embeddings.weight", 0)
+    final_norm = top.bind("decoder.final_layernorm.weight", 0)
+    assert embedding is not None and final_norm is not None, "every model has them"
+    entries = model.family.layer_entries
+    plain = [e for e in entries if not e.is_expert]
+    return Shards(
+        layer=tuple(_numel(e, shape, tp) for e in plain),
+        expert=tuple(_numel(e, shape, expert_tp) for e in entries if e.is_expert),
+        embedding=_numel(embedding.entry, shape, tp),
+        final_norm=_numel(final_norm.entry, shape, tp),
+        linear=sum(_numel(e, shape, tp) for e in plain if e.is_sharded and len(e.hf_shape(shape)[0]) == 2),
+    )
+
+
+def _numel(entry: Entry, shape: ModelShape, tp: int) -> int:
+    layout = entry.layout(shape, 0, tp, None)
+    sizes = list(entry.hf_shape(shape)[0])
+    sizes[layout.dim] = layout.length
+    return math.prod(sizes)
+
+
+def padded_vocabulary(model: Model, tp: int) -> int:
+    """Rows of the embedding that Megatron makes."""
+    unit = _VOCABULARY_UNIT * tp
+    return -(-model.shape.vocab_size // unit) * unit
+
+
+class Chunk(NamedTuple):
+    """Parameters of one model chunk on one rank: how many there are of each number of elements."""
+
+    num_layers: int
+    dense: Counter[int]
+    expert: Counter[int]
+
+    @property
+    def num_dense(self) -> int:
+        """Elements."""
+        return sum(size * count for size, count in self.dense.items())
+
+    @property
+    def num_expert(self) -> int:
+        """Elements."""
+        return sum(size * count for size, count in self.expert.items())
+
+
+def stage_chunks(model: Model, layout: Layout, stage: int) -> list[Chunk]:
+    """The model chunks of a rank of this pipeline stage."""
+    held = shards(model, layout.tp, layout.expert_tp)
+    num_layers = model.shape.num_layers // (layout.pp * layout.chunks)
+    num_experts = model.shape.num_experts // layout.ep
+    last_stage = layout.pp - 1
+    made = []
+    for place in range(layout.chunks):
+        is_first = stage == 0 and place == 0
+        is_last = stage == last_stage and place == layout.chunks - 1
+        # a tied output layer is a parameter of its own where the embedding is not on its stage
+        has_output = is_last and not (model.shape.is_tied and is_first)
+        dense, expert = Counter[int](), Counter[int]()
+        for size in held.layer:
+            dense[size] += num_layers
+        for size in held.expert:
+            expert[size] += num_layers * num_experts
+        dense[held.embedding] += is_first + has_output
+        dense[held.final_norm] += is_last
+        made.append(Chunk(num_layers, +dense, expert))
+    return made
+
+
+def candidates(model: Model, config: PlanConfig, num_gpus: int) -> Iterator[Layout]:
+    """Every layout of ``num_gpus`` GPUs that pretrain_rasft.py accepts, in all forms of recomputation."""
+    for tp, pp, cp in _sizes(model, config, num_gpus):
+        dp = num_gpus // (tp * pp * cp)
+        for ep in _expert_sizes(model, config, tp * cp * dp):
+            for chunks in _chunk_counts(model, config, pp):
+                for recompute in get_args(Recompute) if config.recompute == "any" else [config.recompute]:
+                    yield Layout(
+                        tp=tp,
+                        pp=pp,
+                        cp=cp,
+                        dp=dp,
+                        ep=ep,
+                        expert_tp=tp if ep == 1 else 1,
+                        chunks=chunks,
+                        recompute=recompute,
+                    )
+
+
+def _sizes(model: Model, config: PlanConfig, num_gpus: int) -> Iterator[tuple[int, int, int]]:
+    """Tensor, pipeline and context parallel sizes."""
+    for tp in _divisors(config.gpus_per_node, config.tensor_model_parallel_size):
+        if not splits_heads(model, tp):
+            continue
+        for pp in _divisors(model.shape.num_layers, config.pipeline_model_parallel_size):
+            for cp in _context_sizes(config):
+                if num_gpus % (tp * pp * cp) or (cp > 1 and config.seq_length % (2 * cp * tp)):
+                    continue
+                dp = num_gpus // (tp * pp * cp)
+                if config.global_batch_size % (config.micro_batch_size * dp) == 0:
+                    yield tp, pp, cp
+
+
+def _context_sizes(config: PlanConfig) -> list[int]:
+    if config.context_parallel_size is not None:
+        return [config.context_parallel_size]
+    return [cp for cp in (1, 2, 4, 8) if cp == 1 or config.seq_length >= cp * _CONTEXT_SHARE]
+
+
+def splits_heads(model: Model, tp: int) -> bool:
+    """Whether Megatron can split the attention, and the MLP, over ``tp`` ranks."""
+    heads, groups = model.shape.num_attention_heads, model.shape.num_query_groups
+    if not splits_attention(heads, groups, tp) or model.shape.ffn_hidden_size % tp:
+        return False
+    return (groups * (heads // groups + 2) * model.shape.head_dim) % tp == 0
+
+
+def _divisors(number: int, fixed: int | None) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0 and fixed in (None, n)]
+
+
+def _expert_sizes(model: Model, config: PlanConfig, num_ranks: int) -> list[int]:
+    """Expert-parallel sizes of ``num_ranks`` ranks of a pipeline stage."""
+    sizes = _divisors(max(1, model.shape.num_experts), config.expert_model_parallel_size)
+    return [ep for ep in sizes if num_ranks % ep == 0]
+
+
+def _chunk_counts(model: Model, config: PlanConfig, pp: int) -> list[int]:
+    """Chunks per stage. Interleaving needs a pipeline."""
+    layers = model.shape.num_layers // pp
+    fixed = config.num_layers_per_virtual_pipeline_stage
+    if fixed is not None:
+        if fixed == 0:
+            return [1]
+        return [layers // fixed] if pp > 1 and layers % fixed == 0 and layers // fixed > 1 else []
+    return [n for n in range(1, _MAX_CHUNKS + 1) if layers % n == 0 and (n == 1 or pp > 1)]

@@ -1,0 +1,456 @@
+"""Hugging Face folders <-> Megatron checkpoints, on the disk: one pass, a parameter at a time, no ranks."""
+
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import reduce
+from itertools import accumulate, groupby, zip_longest
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from megatron_rasft.errors import CheckpointError
+from megatron_rasft.tools.conversion.staging import StagedFolder
+from megatron_rasft.weights.architecture import megatron_args
+from megatron_rasft.weights.exporting import (
+    ShardWriter,
+    copy_companions,
+    file_name,
+    type_names,
+    types_by_size,
+    write_config,
+    write_index,
+)
+from megatron_rasft.weights.families import NameTable, Piece, ShardLayout, StoredParameter
+from megatron_rasft.weights.folder import HfFolder
+from megatron_rasft.weights.fp8_blocks import (
+    SCALE_SUFFIX,
+    is_linear_layer,
+    quantization_config,
+    quantized,
+    scale_shape,
+    unquantized_type,
+)
+from megatron_rasft.weights.gathering import TensorPlan, assemble
+from megatron_rasft.weights.loading import read_shard
+from megatron_rasft.weights.model_card import saved_run_facts, write_card
+from megatron_rasft.weights.torch_dist import (
+    COMMON_STATE,
+    RELEASE,
+    TRACKER_FILE,
+    DistcpFile,
+    Record,
+    TorchDistFolder,
+    common_state,
+    write_checkpoint_index,
+)
+
+TEMPLATE_DIR = "hugging_face"
+"""In a converted checkpoint, beside the weights: config, tokenizer and all else that is no weight."""
+
+_MAX_CHUNKS = 16
+_MIN_CHUNK_BYTES = 1 << 20
+
+Progress = Callable[[int], None]
+
+
+def _silent(num_bytes: int) -> None:
+    pass
+
+
+def _size(shape: Sequence[int], dtype: torch.dtype) -> int:
+    return math.prod(shape) * dtype.itemsize
+
+
+def _fingerprint(files: Sequence[Path]) -> str:
+    """Tells whether the input is still the one that an earlier, killed run read; no weight is read for it."""
+    digest = hashlib.sha256()
+    for path in sorted(files):
+        status = path.stat()
+        digest.update(f"{path.absolute()} {status.st_size} {status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+# ---- to Megatron
+
+
+class _LayerPart(NamedTuple):
+    """The parameters that go into one .distcp file: those of a layer, or what lies before or after the layers."""
+
+    name: str
+    num_bytes: int
+    parameters: tuple[StoredParameter, ...]
+
+
+class _Whole(NamedTuple):
+    """What the parameters of one key have in common, each as one rank of one would hold it."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        return _size(self.shape, self.dtype)
+
+
+def hf_to_megatron(
+    source: HfFolder,
+    out_dir: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    query_groups: int | None = None,
+    num_workers: int = 1,
+    on_progress: Progress = _silent,
+) -> None:
+    """Write the folder's weights as a Megatron checkpoint that every parallel layout loads.
+
+    The checkpoint is a release in Megatron's words: weights without a training state. In memory there is,
+    for each worker, a chunk of a parameter, or the whole of one whose columns are cut.
+
+    Args:
+        source: an opened folder.
+        out_dir: must not exist, or be an empty folder; has its name once all is there.
+        dtype: type of all weights; None keeps the stored one, of layers that differ the one that holds both.
+        query_groups: as the run's --rasft-query-groups, which its checkpoints must have, too.
+        num_workers: layers at a time.
+        on_progress: called with the bytes that were written since the last call.
+
+    Raises:
+        ValueError: ``out_dir`` is in use, or an argument does not fit the model.
+        CheckpointError: the disk; what is done is kept for the next call.
+    """
+    arguments = megatron_args(source, query_groups)
+    shape = replace(
+        source.shape,
+        num_attention_heads=arguments["num_attention_heads"],
+        num_query_groups=arguments["num_query_groups"],
+    )
+    wholes = _wholes(source, NameTable(source.family, shape), dtype)
+    parts = list(_layer_parts(source, wholes))
+    work = {
+        "input": _fingerprint([source.path / f for f in {t.file for t in source.tensors.values()}]),
+        "dtype": str(dtype),
+        "query groups": shape.num_query_groups,
+    }
+    with StagedFolder(out_dir, work) as staged:
+        folder = staged.path / RELEASE
+        folder.mkdir(exist_ok=True)
+
+        def make(part: _LayerPart) -> list[Any]:
+            with DistcpFile(folder / part.name) as file:
+                _write_layer(file, source, part.parameters, wholes)
+            return [record.to_json() for record in file.records]
+
+        made = staged.do(parts, make, num_workers=num_workers, on_progress=on_progress)
+        with DistcpFile(folder / "common.distcp") as file:
+            file.write_object(COMMON_STATE, common_state(arguments))
+        records = [Record.from_json(r) for part in parts for r in made[part.name]]
+        write_checkpoint_index(folder, [*records, *file.records])
+        template = staged.path / TEMPLATE_DIR
+        template.mkdir(exist_ok=True)
+        copy_companions(source.path, template)
+        types = types_by_size((t.shape, dtype or t.dtype) for t in source.tensors.values())
+        write_config(source, template, types[0])
+        (staged.path / TRACKER_FILE).write_text(RELEASE, encoding="utf-8")
+        staged.finish()
+
+
+def _wholes(source: HfFolder, table: NameTable, dtype: torch.dtype | None) -> dict[str, _Whole]:
+    """Key -> shape and type; a key has one type, which loses nothing of any of its tensors."""
+    wholes: dict[str, _Whole] = {}
+    for p in table.stored_parameters():
+        stored = reduce(torch.promote_types, (source.tensors[name].dtype for name in p.binding.hf_names))
+        if p.key not in wholes:
+            shape = p.binding.shard_shape(p.binding.entry.layout(table.shape, 0, 1, None))
+            wholes[p.key] = _Whole(shape, dtype or stored)
+        elif dtype is None:
+            wholes[p.key] = wholes[p.key]._replace(dtype=torch.promote_types(wholes[p.key].dtype, stored))
+    return wholes
+
+
+def _layer_parts(source: HfFolder, wholes: dict[str, _Whole]) -> Iterator[_LayerPart]:
+    groups = groupby(source.table.stored_parameters(), key=lambda p: p.position[:1])
+    for i, (_, group) in enumerate(groups):
+        parameters = tuple(group)
+        num_bytes = sum(wholes[p.key].num_bytes for p in parameters)
+        yield _LayerPart(f"__{i}_0.distcp", num_bytes, parameters)
+
+
+def _write_layer(
+    file: DistcpFile,
+    source: HfFolder,
+    parameters: Sequence[StoredParameter],
+    wholes: dict[str, _Whole],
+) -> None:
+    modules = {}
+    for parameter in parameters:
+        size = wholes[parameter.key].shape
+        dim = parameter.binding.entry.layout(source.shape, 0, 1, size).dim
+        lead = (1,) * len(parameter.position)
+        position = 0
+        for chunk in _read_chunks(source, parameter, wholes[parameter.key]):
+            offsets = [0] * len(size)
+            offsets[dim] = position
+            position += chunk.shape[dim]
+            file.write_chunk(
+                parameter.key,
+                chunk.reshape(*lead, *chunk.shape),
+                (*parameter.position, *offsets),
+                (*parameter.stack, *size),
+            )
+        modules[parameter.key.rpartition(".")[0], parameter.position] = parameter.stack
+    for (module, index), stack in modules.items():
+        if "linear" in module or "layernorm" in module:
+            file.write_object(_extra_state_key(module, index, stack), None)
+
+
+def _read_chunks(source: HfFolder, parameter: StoredParameter, whole: _Whole) -> Iterator[Tensor]:
+    """A parameter in equal chunks along the dimension that ranks cut, so that each will read its own only."""
+    entry = parameter.binding.entry
+    layout = entry.layout(source.shape, 0, 1, whole.shape)
+    num = num_chunks(whole.shape[layout.dim], whole.num_bytes) if entry.is_sharded else 1
+    length = layout.length // num
+    if layout.dim == 0:
+        parts = (_clip(layout, i * length, (i + 1) * length) for i in range(num))
+        chunks: Iterable[Tensor] = (read_shard(source, parameter.binding, part) for part in parts)
+    else:  # columns lie all over the file: read once
+        chunks = read_shard(source, parameter.binding, layout).split(length, layout.dim)
+    for chunk in chunks:
+        yield chunk.to(whole.dtype)
+
+
+def _clip(layout: ShardLayout, start: int, stop: int) -> ShardLayout:
+    """The part of a shard from ``start`` to ``stop`` along its dimension."""
+    pieces, position = [], 0
+    for source, first, last in layout.pieces:
+        low, high = max(start, position), min(stop, position + last - first)
+        if low < high:
+            pieces.append(Piece(source, first + low - position, first + high - position))
+        position += last - first
+    return ShardLayout(layout.dim, stop - start, tuple(pieces))
+
+
+def num_chunks(length: int, num_bytes: int) -> int:
+    """Into how many chunks a parameter is cut that ranks cut: as many as divide it and are no crumbs."""
+    num = _MAX_CHUNKS
+    while num > 1 and (length % num or num_bytes // num < _MIN_CHUNK_BYTES):
+        num //= 2
+    return num
+
+
+def _extra_state_key(module: str, index: tuple[int, ...], stack: tuple[int, ...]) -> str:
+    """Key of the empty object that Megatron asks for beside every module that could have an FP8 state."""
+    position, size = (".".join(map(str, numbers)) for numbers in (index or (0,), stack or (1,)))
+    return f"{module}._extra_state/shard_{position}_{size}"
+
+
+# ---- to Hugging Face
+
+
+class _FilePart(NamedTuple):
+    """One safetensors file: parameters, and what becomes of each."""
+
+    name: str
+    num_bytes: int
+    parameters: list[tuple[StoredParameter, list[TensorPlan]]]
+
+
+def megatron_to_hf(
+    source: TorchDistFolder,
+    template: HfFolder,
+    out_dir: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    is_fp8: bool = False,
+    max_shard_bytes: int = 5_000_000_000,
+    num_workers: int = 1,
+    on_progress: Progress = _silent,
+) -> None:
+    """Write a checkpoint's weights as a folder that transformers loads; optimizer and other state is left out.
+
+    In memory there is, for each worker, one parameter, twice where the checkpoint has several tensors interleaved in it.
+
+    Args:
+        source: an opened checkpoint, of a run or converted.
+        template: gives config, tokenizer and chat template; its weights, if it has any, are not read.
+        out_dir: must not exist, or be an empty folder; has its name once all is there.
+        dtype: type of all weights; None keeps the checkpoint's, which config.json then names, whatever the
+            template's says.
+        is_fp8: quantize the layers' matrices to e4m3 in blocks, for serving; the rest has ``dtype``, None: bfloat16
+            where the checkpoint has float32.
+        max_shard_bytes: size at which another file begins, in bytes.
+        num_workers: files at a time.
+        on_progress: called with the bytes that were written since the last call.
+
+    Raises:
+        ValueError: ``out_dir`` is in use.
+        CheckpointError: the checkpoint does not fit the template, or the disk; then what is done is kept.
+    """
+    check_parameters(source, template.table)
+    parts = _file_parts(source, template, dtype, is_fp8, max_shard_bytes)
+    work = {
+        "input": _fingerprint([source.path / ".metadata", *source.path.glob("*.distcp")]),
+        "template": hashlib.sha256((template.path / "config.json").read_bytes()).hexdigest(),
+        "dtype": str(dtype),
+        "fp8": is_fp8,
+        "shard size": max_shard_bytes,
+    }
+    with StagedFolder(out_dir, work) as staged:
+
+        def make(part: _FilePart) -> None:
+            path = staged.path / part.name
+            temporary = path.with_name(part.name + ".tmp")
+            _write_file(temporary, source, template.table, part)
+            temporary.replace(path)
+
+        staged.do(parts, make, num_workers=num_workers, on_progress=on_progress)
+        weight_map = {
+            plan.name: part.name for part in parts for _, plans in part.parameters for plan in plans
+        }
+        if len(parts) > 1:
+            write_index(staged.path, weight_map, sum(part.num_bytes for part in parts))
+        copy_companions(template.path, staged.path)
+        more = {"quantization_config": quantization_config(template.table.hf_shapes)} if is_fp8 else {}
+        types = types_by_size(_plain_weights(parts))
+        write_config(template, staged.path, types[0], **more)
+        kind = "fp8 in blocks of 128 x 128, the rest " * is_fp8 + type_names(types)
+        facts = {"Weights": kind, **saved_run_facts(source.path.parent, source.iteration)}
+        write_card(staged.path, template, Path(out_dir).name, facts)
+        staged.finish()
+
+
+def check_parameters(source: TorchDistFolder, table: NameTable) -> None:
+    """Refuse a checkpoint that lacks a parameter of the model, has others, or other sizes."""
+    known = set()
+    for parameter in table.stored_parameters():
+        key, index = place(source, parameter)
+        stack, size = source.tensors[key].size[: len(index)], source.tensors[key].size[len(index) :]
+        try:
+            layout = parameter.binding.entry.layout(table.shape, 0, 1, size)
+        except (ValueError, IndexError):
+            layout = parameter.binding.entry.layout(table.shape, 0, 1, None)
+        expected = (
+            *parameter.stack[len(parameter.stack) - len(index) :],
+            *parameter.binding.shard_shape(layout),
+        )
+        if (*stack, *size) != expected:
+            raise CheckpointError(
+                f"checkpoint {source.path}: {key} has shape {[*stack, *size]}, config.json implies {list(expected)}; "
+                "give the --hf-model that the run was started with"
+            )
+        known.add(key)
+    _check_query_groups(source, table)
+    extra = [key for key in source.tensors if key not in known and not key.startswith("optimizer.")]
+    if extra:
+        raise CheckpointError(
+            f"checkpoint {source.path}: {len(extra)} tensors are unknown to the model of config.json, the first is "
+            f"{extra[0]}; give the --hf-model that the run was started with"
+        )
+
+
+def _check_query_groups(source: TorchDistFolder, table: NameTable) -> None:
+    """Added query groups must be the same in what makes queries and in what takes their values."""
+    shape = table.shape
+    heads = shape.num_attention_heads // shape.num_query_groups * shape.head_dim
+    found = {}
+    for parameter in table.stored_parameters():
+        for name, size in (("linear_qkv.weight", heads + 2 * shape.head_dim), ("linear_proj.weight", heads)):
+            if parameter.key.endswith(name):
+                key, index = place(source, parameter)
+                dim = len(index) + (name == "linear_proj.weight")
+                found[name] = source.tensors[key].size[dim] / size
+    if len(set(found.values())) > 1 or any(groups % 1 for groups in found.values()):
+        raise CheckpointError(
+            f"checkpoint {source.path} has not the attention heads of config.json ({shape.num_attention_heads} of "
+            f"{shape.head_dim} in {shape.num_query_groups} groups); give the --hf-model that the run was started with"
+        )
+
+
+def place(source: TorchDistFolder, parameter: StoredParameter) -> tuple[str, tuple[int, ...]]:
+    """Key and index of a parameter in this checkpoint, whose layers may be stacked or not."""
+    for key, index in ((parameter.key, parameter.position), (parameter.single_key, parameter.position[1:])):
+        if key in source.tensors:
+            return key, index
+    raise CheckpointError(
+        f"checkpoint {source.path} has no {parameter.key}; give the --hf-model that the run was started with"
+    )
+
+
+def read_parameter(source: TorchDistFolder, table: NameTable, parameter: StoredParameter) -> list[Tensor]:
+    """The Hugging Face tensors of a parameter, in the order of its names, in the checkpoint's type."""
+    whole = source.read(*place(source, parameter))
+    layout = parameter.binding.entry.layout(table.shape, 0, 1, whole.shape)
+    if len(layout.pieces) > len(parameter.binding.hf_names):
+        return assemble([whole], parameter.binding, table)
+    # each tensor is one piece, and they follow each other: no copy
+    sizes = [stop - start for _, start, stop in layout.pieces]
+    starts = accumulate(sizes, initial=0)
+    return [whole.narrow(layout.dim, start, size) for start, size in zip(starts, sizes, strict=False)]
+
+
+def _file_parts(
+    source: TorchDistFolder,
+    template: HfFolder,
+    dtype: torch.dtype | None,
+    is_fp8: bool,
+    max_shard_bytes: int,
+) -> list[_FilePart]:
+    """Cut the model into files; the tensors of one parameter stay together."""
+    files: list[list[tuple[StoredParameter, list[TensorPlan]]]] = []
+    sizes: list[int] = []
+    for parameter in template.table.stored_parameters():
+        stored = source.tensors[place(source, parameter)[0]].properties.dtype
+        plans = _plan(parameter, dtype or (unquantized_type(stored) if is_fp8 else stored), is_fp8)
+        num_bytes = sum(_size(plan.shape, plan.dtype) for plan in plans)
+        if not files or sizes[-1] + num_bytes > max_shard_bytes:
+            files.append([])
+            sizes.append(0)
+        files[-1].append((parameter, plans))
+        sizes[-1] += num_bytes
+    return [
+        _FilePart(file_name(i, len(files)), size, parameters)
+        for i, (parameters, size) in enumerate(zip(files, sizes, strict=True))
+    ]
+
+
+def _plain_weights(parts: Sequence[_FilePart]) -> Iterator[tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and type of what is not quantized."""
+    for part in parts:
+        for parameter, plans in part.parameters:
+            names = parameter.binding.hf_names
+            yield from (p[1:] for p in plans if p.name in names and p.dtype is not torch.float8_e4m3fn)
+
+
+def _plan(parameter: StoredParameter, dtype: torch.dtype, is_fp8: bool) -> list[TensorPlan]:
+    plans = []
+    for name, shape in zip(parameter.binding.hf_names, parameter.binding.hf_shapes, strict=True):
+        if is_fp8 and is_linear_layer(name, shape):
+            plans.append(TensorPlan(name, shape, torch.float8_e4m3fn))
+            plans.append(TensorPlan(name + SCALE_SUFFIX, scale_shape(shape), torch.float32))
+        else:
+            plans.append(TensorPlan(name, shape, dtype))
+    return plans
+
+
+def _write_file(path: Path, source: TorchDistFolder, table: NameTable, part: _FilePart) -> None:
+    writer = ShardWriter(path, [plan for _, plans in part.parameters for plan in plans])
+    try:
+        following = [place(source, parameter) for parameter, _ in part.parameters[1:]]
+        for (parameter, plans), ahead in zip_longest(part.parameters, following):
+            if ahead is not None:
+                source.read_ahead(*ahead)
+            dtypes = {plan.name: plan.dtype for plan in plans}
+            for name, tensor in zip(
+                parameter.binding.hf_names, read_parameter(source, table, parameter), strict=True
+            ):
+                if dtypes[name] is torch.float8_e4m3fn:
+                    values, scales = quantized(tensor)
+                    writer.write(name, values)
+                    writer.write(name + SCALE_SUFFIX, scales)
+                else:
+                    writer.write(name, tensor.to(dtypes[name]))
+    finally:
+        writer.close()

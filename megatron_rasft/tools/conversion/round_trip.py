@@ -1,0 +1,195 @@
+"""Proof of a conversion: every tensor and element counted on both sides, and compared bit by bit."""
+
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from megatron_rasft.tools.conversion.conversion import place, read_parameter
+from megatron_rasft.weights.exporting import type_names
+from megatron_rasft.weights.families import StoredParameter
+from megatron_rasft.weights.folder import HfFolder
+from megatron_rasft.weights.fp8_blocks import SCALE_SUFFIX, is_linear_layer, quantized, unquantized_type
+from megatron_rasft.weights.torch_dist import TorchDistFolder
+
+BLOCK_BYTES = 4 << 20
+"""Of rows that are compared at a time."""
+
+_NOT_FINITE = "{} holds values that are not finite"
+
+
+@dataclass(kw_only=True)
+class Proof:
+    """What a comparison found."""
+
+    num_tensors: int
+    """Hugging Face tensors of the model, each compared."""
+    num_elements: int
+    """Elements of these tensors."""
+    num_padding: int
+    """Elements that the checkpoint has beyond them: rows of the padded vocabulary, added query groups."""
+    checksum: str
+    """SHA-256 over name, type, shape and bytes of every tensor, in the order of the model."""
+    faults: list[str]
+    """One line for each tensor that is missing, extra, misshapen, of another type, not finite or not the same."""
+
+    def describe(self) -> str:
+        counts = (
+            f"{self.num_tensors:,} tensors, {self.num_elements:,} elements, {self.num_padding:,} of padding"
+        )
+        if self.faults:
+            return "\n".join([f"{len(self.faults)} faults in {counts}", *self.faults])
+        return f"{counts}; both sides the same, sha256 {self.checksum}"
+
+
+def prove(
+    checkpoint: TorchDistFolder,
+    folder: HfFolder,
+    *,
+    is_export: bool,
+    dtype: torch.dtype | None = None,
+    num_workers: int = 1,
+    on_progress: Callable[[int], None] = lambda num_bytes: None,
+) -> Proof:
+    """Read a checkpoint back as Hugging Face tensors and compare them with a folder's.
+
+    Missing, extra and misshapen tensors are refused, by name, when a folder is opened and by
+    ``check_parameters``. In memory there is, for each worker, one parameter as in ``megatron_to_hf``, and a
+    few rows of the folder.
+
+    Args:
+        checkpoint: Megatron's side.
+        folder: the other side, opened with its weights.
+        is_export: the folder was made of the checkpoint; False: the checkpoint of the folder.
+        dtype: the type that all weights were to be rounded to; None: each was to keep its own.
+        num_workers: parameters at a time.
+        on_progress: called with the bytes of the checkpoint that were compared since the last call.
+    """
+
+    def compare(parameter: StoredParameter) -> tuple[list[bytes], list[str], int]:
+        digests, faults, num_elements = [], [], 0
+        num_bytes = 0
+        for name, ours in zip(
+            parameter.binding.hf_names, read_parameter(checkpoint, folder.table, parameter), strict=True
+        ):
+            num_bytes += ours.nbytes
+            num_elements += ours.numel()
+            pairs = ((ours[rows], folder.read(name, 0, rows.start, rows.stop)) for rows in _blocks(ours))
+            digest, found = _compare(
+                name, ours.shape, pairs if is_export else ((made, source) for source, made in pairs), dtype
+            )
+            digests.append(digest)
+            faults += found
+        on_progress(num_bytes)
+        return digests, faults, num_elements
+
+    with ThreadPoolExecutor(num_workers) as pool:
+        results = list(pool.map(compare, folder.table.stored_parameters()))
+    return _summary(results, checkpoint, folder)
+
+
+def prove_fp8(checkpoint: TorchDistFolder, template: HfFolder, exported: Path) -> Proof:
+    """The same for a folder in FP8: each matrix must be the checkpoint's, quantized anew, the rest in its type or bfloat16.
+
+    Args:
+        checkpoint: what the folder was made of.
+        template: the model's description.
+        exported: the folder, which transformers and serving engines can read but ``HfFolder`` cannot.
+    """
+    files = {path: safe_open(path, framework="pt") for path in sorted(exported.glob("*.safetensors"))}
+    where = {name: file for file in files.values() for name in file.keys()}  # noqa: SIM118 (no mapping)
+    results = []
+    for parameter in template.table.stored_parameters():
+        digests, faults, num_elements = [], [], 0
+        tensors = read_parameter(checkpoint, template.table, parameter)
+        for name, tensor in zip(parameter.binding.hf_names, tensors, strict=True):
+            num_elements += tensor.numel()
+            expected = {name: tensor.to(unquantized_type(tensor.dtype))}
+            if is_linear_layer(name, tuple(tensor.shape)):
+                # beforehand: e4m3 has no infinity
+                if not all(torch.isfinite(tensor[rows]).all() for rows in _blocks(tensor)):
+                    faults.append(_NOT_FINITE.format(name))
+                expected = dict(zip((name, name + SCALE_SUFFIX), quantized(tensor), strict=True))
+            for key, value in expected.items():
+                if key not in where:
+                    faults.append(f"{key} is missing")
+                    continue
+                made = where.pop(key).get_slice(key)
+                if made.get_shape() != list(value.shape):
+                    faults.append(f"{key} has shape {made.get_shape()}, not {list(value.shape)}")
+                    continue
+                pairs = ((value[rows], made[rows]) for rows in _blocks(value))
+                digest, found = _compare(key, value.shape, pairs, None)
+                digests.append(digest)
+                faults += found
+        results.append((digests, faults, num_elements))
+    results.append(([], [f"{name} is unknown to the model" for name in where], 0))
+    return _summary(results, checkpoint, template)
+
+
+def _blocks(tensor: Tensor) -> Iterator[slice]:
+    num_rows = max(1, BLOCK_BYTES // tensor[0].nbytes)
+    for start in range(0, tensor.shape[0], num_rows):
+        yield slice(start, min(start + num_rows, tensor.shape[0]))
+
+
+def _compare(
+    name: str, shape: Sequence[int], pairs: Iterable[tuple[Tensor, Tensor]], dtype: torch.dtype | None
+) -> tuple[bytes, list[str]]:
+    """Compare the rows of a tensor, each block with what it was made of.
+
+    Args:
+        name: of the tensor.
+        shape: of the whole of it.
+        pairs: blocks of the source and of what was made, in the order of the rows.
+        dtype: type that it should have now; None: the source's.
+
+    Returns:
+        SHA-256 over name, type, shape and bytes of what was made, and the faults.
+    """
+    digest = hashlib.sha256()
+    is_same = is_finite = True
+    types: tuple[torch.dtype, torch.dtype] | None = None
+    for source, made in pairs:
+        if types is None:
+            types = made.dtype, dtype or source.dtype
+            digest.update(f"{name} {made.dtype} {list(shape)}\n".encode())
+        ours, theirs = (t.contiguous().view(torch.uint8) for t in (source.to(made.dtype), made))
+        is_same = is_same and torch.equal(ours, theirs)
+        is_finite = is_finite and (made.itemsize == 1 or bool(torch.isfinite(made).all()))
+        digest.update(memoryview(theirs.reshape(-1).numpy()))
+    faults = [] if is_finite else [_NOT_FINITE.format(name)]
+    if types is not None and types[0] != types[1]:
+        faults.append(f"{name} is {type_names(types[:1])}, not {type_names(types[1:])}")
+    if not is_same:
+        faults.append(f"{name} is not the same on both sides")
+    return digest.digest(), faults
+
+
+def _summary(
+    results: list[tuple[list[bytes], list[str], int]], checkpoint: TorchDistFolder, folder: HfFolder
+) -> Proof:
+    whole = hashlib.sha256()
+    for digests, _, _ in results:
+        for digest in digests:
+            whole.update(digest)
+    num_elements = sum(count for _, _, count in results)
+    keys = {place(checkpoint, parameter)[0] for parameter in folder.table.stored_parameters()}
+    stored = sum(math.prod(checkpoint.tensors[key].size) for key in keys)
+    faults = [fault for _, found, _ in results for fault in found]
+    expected = sum(math.prod(shape) for shape in folder.table.hf_shapes.values())
+    if num_elements != expected:
+        faults.append(f"{num_elements} elements were compared, config.json implies {expected}")
+    return Proof(
+        num_tensors=len(folder.table.hf_shapes),
+        num_elements=num_elements,
+        num_padding=stored - num_elements,
+        checksum=whole.hexdigest(),
+        faults=faults,
+    )

@@ -1,0 +1,126 @@
+"""The numbers of one benchmark, from its stored samples."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from megatron_rasft.tools.evaluation.benchmarks import Benchmark, Kind
+from megatron_rasft.tools.evaluation.statistics import bootstrap_interval, majority_at_k, pass_at_k
+from megatron_rasft.types import Rollout
+from megatron_rasft.verify.math_extraction import closed_boxes, extract_answer
+from megatron_rasft.verify.programs.code_extraction import extract_program
+
+
+@dataclass(kw_only=True, slots=True)
+class Summary:
+    """What one model does on one benchmark. Shares are of samples, in [0, 1]; lengths in tokens."""
+
+    name: str
+    title: str
+    kind: Kind
+    num_problems: int
+    num_rows: int
+    """Of the whole set; more than ``num_problems`` where --limit cut it."""
+    num_samples: int
+    """Per problem."""
+    is_verified: bool
+    sha256: str
+    accuracy: float
+    """avg@k: correct over all samples."""
+    accuracy_low: float
+    accuracy_high: float
+    """95 % bootstrap interval over problems."""
+    pass_at: dict[int, float] = field(default_factory=dict)
+    majority_at: dict[int, float] = field(default_factory=dict)
+    """Empty for code, where programs have no vote."""
+    truncated_frac: float = 0.0
+    no_answer_frac: float = 0.0
+    """No answer could be extracted: no box, no "answer is", no number; of code, no text that could be a program."""
+    no_box_frac: float = 0.0
+    """No closed box; the answer, if any, was taken from the text."""
+    unverifiable_frac: float = 0.0
+    timeout_frac: float = 0.0
+    mean_tokens: float = 0.0
+    median_tokens: float = 0.0
+    p95_tokens: float = 0.0
+    mean_tokens_correct: float | None = None
+    """None without a correct sample."""
+    problem_ids: list[str] = field(default_factory=list)
+    scores: list[float] = field(default_factory=list)
+    """Share of correct samples of each problem, as ``problem_ids``."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, as they are written to summary.json."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Summary":
+        """The inverse of ``as_dict`` after JSON, which has no integer keys."""
+        for name in ("pass_at", "majority_at"):
+            values[name] = {int(k): v for k, v in values[name].items()}
+        return cls(**values)
+
+
+def summarise(
+    benchmark: Benchmark, rollouts: Sequence[Rollout], num_samples: int, ks: Sequence[int], num_rows: int
+) -> Summary:
+    """Numbers of a benchmark from [problems x num_samples] graded samples, problem after problem."""
+    assert len(rollouts) == len(benchmark.problems) * num_samples, "a sample is missing"
+    correct = np.array([r.verdict == "correct" for r in rollouts]).reshape(-1, num_samples)
+    scores = correct.mean(axis=1)
+    low, high = bootstrap_interval(scores)
+    lengths = np.array([len(r.response_ids) for r in rollouts])
+    is_math = benchmark.kind == "math"
+    answers = [extract_answer(r.text) if is_math else extract_program(r.text) for r in rollouts]
+    votes = [None if answer is None else _ballot(answer) for answer in answers]
+    groups = [
+        (votes[i : i + num_samples], correct[i // num_samples].tolist())
+        for i in range(0, len(rollouts), num_samples)
+    ]
+
+    def share(flags: Sequence[bool]) -> float:
+        return sum(flags) / len(rollouts)
+
+    return Summary(
+        name=benchmark.name,
+        title=benchmark.title,
+        kind=benchmark.kind,
+        num_problems=len(benchmark.problems),
+        num_rows=num_rows,
+        num_samples=num_samples,
+        is_verified=benchmark.is_verified,
+        sha256=benchmark.sha256,
+        accuracy=float(scores.mean()),
+        accuracy_low=low,
+        accuracy_high=high,
+        pass_at={
+            k: float(np.mean([pass_at_k(num_samples, int(row.sum()), k) for row in correct])) for k in ks
+        },
+        majority_at={
+            k: float(np.mean([majority_at_k(ballots, right, k) for ballots, right in groups])) for k in ks
+        }
+        if is_math
+        else {},
+        truncated_frac=share([r.finish_reason == "length" for r in rollouts]),
+        no_answer_frac=share([answer is None for answer in answers]),
+        no_box_frac=share([is_math and not closed_boxes(r.text) for r in rollouts]),
+        unverifiable_frac=share([r.verdict == "unverifiable" for r in rollouts]),
+        timeout_frac=share([r.verdict == "timeout" for r in rollouts]),
+        mean_tokens=float(lengths.mean()),
+        median_tokens=float(np.median(lengths)),
+        p95_tokens=float(np.quantile(lengths, 0.95)),
+        mean_tokens_correct=float(lengths[correct.ravel()].mean()) if correct.any() else None,
+        problem_ids=[p.problem_id for p in benchmark.problems],
+        scores=scores.tolist(),
+    )
+
+
+def _ballot(answer: str) -> str:
+    """Wrong answers vote together if they differ in typesetting only; correct ones do anyway."""
+    text = re.sub(r"\\[dt]frac", r"\\frac", answer[:2000])
+    text = re.sub(r"\\(?:left|right|displaystyle|text|mathrm|textbf)(?![A-Za-z])|\\[,;:! ]|[\s${}]", "", text)
+    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text).rstrip(".").casefold()
+    return re.sub(r"\.0+$", "", text)

@@ -1,0 +1,1 @@
+"""Builds the HTML page of a run from metrics.jsonl, rollouts.jsonl and config.json."""

@@ -1,0 +1,219 @@
+"""What a run's metrics.jsonl, config.json and model card say of it."""
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_rasft import metrics
+
+CARD_ENDING = "Written by megatron_rasft."
+
+Record = dict[str, float]
+"""Metric name -> value, of one step or refresh; "time" in seconds since 1970."""
+
+_OF_A_STEP = (
+    metrics.LOSS,
+    metrics.GRAD_NORM,
+    metrics.LEARNING_RATE,
+    metrics.TOKENS_PER_S,
+    metrics.STEP_S,
+    metrics.NUM_TOKENS,
+    metrics.NUM_SAMPLES,
+    metrics.RATIO_MEAN,
+    metrics.RATIO_CLIP_FRAC,
+    metrics.DEMONSTRATION_WEIGHT,
+    metrics.ROLLOUT_WEIGHT,
+    metrics.CROSS_ENTROPY,
+    "time",
+)
+"""Kept of each step; a refresh is kept whole."""
+
+PHASES = {
+    "training": "training steps",
+    "generate": "sampling rollouts",
+    "sync": "weights to servers",
+    "verify": "verification",
+    "reference": "reference log-probabilities",
+    "score": "scoring difficulty",
+    "other": "other: start, held-out, saves, standstill",
+}
+
+
+@dataclass
+class RunRecords:
+    """One run, read. Steps are numbered from 1; a refresh or measurement has the number of steps before it."""
+
+    name: str
+    metrics_path: Path | None = None
+    rollouts_path: Path | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+    """config.json as the run wrote it; empty without one."""
+    card: dict[str, str] = field(default_factory=dict)
+    """Rows of the exported model's card."""
+    steps: dict[int, Record] = field(default_factory=dict)
+    refreshes: dict[int, Record] = field(default_factory=dict)
+    heldout: dict[int, Record] = field(default_factory=dict)
+    num_repeated: int = 0
+    """Steps that were done again, after the run had gone on from an earlier one: the last record counts."""
+    num_unreadable: int = 0
+    """Lines of metrics.jsonl that are no records, as a half-written last one."""
+
+    def setting(self, room: str, name: str) -> Any:
+        """A flag's value in config.json; None where that is missing."""
+        return self.config.get("rasft", {}).get(room, {}).get(name)
+
+    def megatron(self, name: str) -> str | None:
+        """One of Megatron's arguments, as text; None where it is missing or None."""
+        value = self.config.get("megatron", {}).get(name)
+        return None if value in (None, "None") else str(value)
+
+    def points(self, name: str) -> list[tuple[float, float]]:
+        """(step, value) of a metric of the steps."""
+        return _points(self.steps, name)
+
+    def refresh_points(self, name: str) -> list[tuple[float, float]]:
+        """(step, value) of a metric of the refreshes, or of the held-out measurements."""
+        return _points(self.refreshes, name) or _points(self.heldout, name)
+
+    def seconds(self) -> dict[str, float]:
+        """Phase -> seconds, of all steps and refreshes; ``other`` is what is left of the time on the clock."""
+        sums = dict.fromkeys(PHASES, 0.0)
+        for record in self.steps.values():
+            sums["training"] += record.get(metrics.STEP_S, 0.0)
+        for record in self.refreshes.values():
+            sync = record.get(metrics.SYNC_S, 0.0)
+            sums["sync"] += sync
+            for name, phase in metrics.REFRESH_PHASES.items():
+                within = sync if phase == "generate" else 0.0
+                sums[phase] += max(0.0, record.get(name, 0.0) - within)
+        times = [
+            r["time"]
+            for part in (self.steps, self.refreshes, self.heldout)
+            for r in part.values()
+            if "time" in r
+        ]
+        if times:
+            sums["other"] = max(
+                0.0, max(times) - min(times) - sum(sums.values()) + self._before_first(min(times))
+            )
+        return sums
+
+    def _before_first(self, time: float) -> float:
+        """Seconds of the phases that the first record tells of: they lie before its time."""
+        for record in (*self.refreshes.values(), *self.steps.values()):
+            if record.get("time") == time:
+                return sum(record.get(name, 0.0) for name in (metrics.STEP_S, *metrics.REFRESH_PHASES))
+        return 0.0
+
+
+def read_run(
+    folder: Path | None, metrics_path: Path | None = None, rollouts_path: Path | None = None
+) -> RunRecords:
+    """Read everything of a run but its rollouts.
+
+    Args:
+        folder: its --save folder; None where only files are named.
+        metrics_path: --metrics; else the file in the folder, or where config.json says that it is.
+        rollouts_path: --rollouts, likewise.
+
+    Raises:
+        ValueError: there is nothing to read.
+    """
+    if folder is not None and not folder.is_dir():
+        raise ValueError(f"RUN_DIR {folder} is not a folder. Name the --save folder of a run.")
+    for flag, path in (("--metrics", metrics_path), ("--rollouts", rollouts_path)):
+        if path is not None and not path.is_file():
+            raise ValueError(f"{flag} {path} is not a file.")
+    run = RunRecords(_name_of(folder or metrics_path or rollouts_path))
+    if folder is not None:
+        run.config = _read_config(folder / "config.json")
+        run.card = _read_card(folder, run.megatron("export_hf"))
+    run.metrics_path = metrics_path or _find(folder, "metrics.jsonl", run.setting("run", "rasft_metrics"))
+    run.rollouts_path = rollouts_path or _find(
+        folder, "rollouts.jsonl", run.setting("rollout", "rollout_store")
+    )
+    if run.metrics_path is None and run.rollouts_path is None:
+        raise ValueError(
+            f"RUN_DIR {folder} has neither metrics.jsonl nor rollouts.jsonl. Name the --save folder of a run, or its files by "
+            "--metrics and --rollouts."
+        )
+    if run.metrics_path is not None:
+        _read_metrics(run.metrics_path, run)
+    return run
+
+
+def whole_objects(path: Path) -> Iterator[tuple[int, bytes]]:
+    """(offset, line) of every line; a last one without a line break is a line too, for the caller to judge."""
+    offset = 0
+    with path.open("rb") as file:
+        for line in file:
+            yield offset, line
+            offset += len(line)
+
+
+def _read_metrics(path: Path, run: RunRecords) -> None:
+    for _, line in whole_objects(path):
+        try:
+            record = json.loads(line)
+            event, step = record["event"], int(record["step"])
+            values = {
+                k: float(v) for k, v in record.items() if isinstance(v, int | float) and math.isfinite(v)
+            }
+        except (ValueError, TypeError, KeyError, AttributeError):
+            run.num_unreadable += 1
+            continue
+        if event == "step":
+            run.num_repeated += step in run.steps
+            run.steps[step] = {name: values[name] for name in _OF_A_STEP if name in values}
+        elif event == "refresh":
+            part = run.heldout if metrics.HELDOUT_SOLVE_RATE in values else run.refreshes
+            part[step] = values
+    for part in (run.steps, run.refreshes, run.heldout):
+        ordered = sorted(part.items())
+        part.clear()
+        part.update(ordered)
+
+
+def _points(records: dict[int, Record], name: str) -> list[tuple[float, float]]:
+    return [(step, record[name]) for step, record in records.items() if name in record]
+
+
+def _name_of(path: Path | None) -> str:
+    assert path is not None, "a run has a folder or a file"
+    return path.resolve().name
+
+
+def _find(folder: Path | None, name: str, configured: Any) -> Path | None:
+    candidates = [] if folder is None else [folder / name]
+    if isinstance(configured, str):
+        candidates.append(Path(configured))
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if all(isinstance(config[part], dict) for part in ("rasft", "megatron")):
+            return dict(config)
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise ValueError(
+        f"{path} is no run's configuration. Name the --save folder of a run; if this is one, take that file away."
+    )
+
+
+def _read_card(folder: Path, exported: str | None) -> dict[str, str]:
+    """The table of the model's card, from --export-hf or a folder within the run's."""
+    places = [Path(exported)] if exported else []
+    for path in (place / "README.md" for place in [*places, *sorted(folder.glob("*/"))]):
+        text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+        if CARD_ENDING in text:
+            rows = dict(re.findall(r"^\| (\w.*?) \| (.*) \|$", text, re.MULTILINE))
+            return rows | {"Exported to": str(path.parent)}
+    return {}

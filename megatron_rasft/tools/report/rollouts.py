@@ -1,0 +1,298 @@
+"""Statistics of a store of rollouts, read once from front to back, and samples of it to look at.
+
+Memory grows with the number of refreshes and of sampled problems, never with the length or number of responses.
+"""
+
+import hashlib
+import heapq
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from megatron_rasft.tools.report.records import whole_objects
+from megatron_rasft.types import Verdict, counts_as_attempt, counts_as_solved
+
+VERDICTS: tuple[str, ...] = get_args(Verdict)
+LENGTH_KINDS = ("correct", "wrong", "truncated")
+"""How the lengths are told apart: correct; cut by length; all others."""
+
+Outcome = Literal["unsolved", "sometimes", "always"]
+OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
+Course = Literal["never solved", "lost", "newly solved", "sometimes solved", "always solved"]
+COURSES: dict[Course, str] = {
+    "never solved": "no sample was ever right",
+    "lost": "solved before, but by no sample of the last refresh that drew any",
+    "newly solved": "unsolved when first sampled, solved when last sampled",
+    "sometimes solved": "right in some samples, from the first refresh on",
+    "always solved": "right in every sample",
+}
+_MAX_REASONS = 100
+_OTHER = "other reasons"
+_ARRAYS = (b'"prompt_ids": [', b'"response_ids": [', b'"response_logprobs": [')
+"""As the store writes them. Within a string the quotes would be escaped, so these are fields."""
+
+
+@dataclass(slots=True)
+class Visit:
+    """The samples of one problem at one refresh."""
+
+    offset: int
+    """Of the first one's line in the store."""
+    num_samples: int = 0
+    num_attempts: int = 0
+    """Samples that say something of the policy: neither aborted nor timed out in the grader."""
+    num_solved: int = 0
+    """Correct and complete."""
+
+    @property
+    def solvability(self) -> float | None:
+        """s; None where nothing was attempted."""
+        return self.num_solved / self.num_attempts if self.num_attempts else None
+
+    @property
+    def outcome(self) -> Outcome | None:
+        if not self.num_attempts:
+            return None
+        if not self.num_solved:
+            return "unsolved"
+        return "always" if self.num_solved == self.num_attempts else "sometimes"
+
+
+@dataclass
+class RefreshRollouts:
+    """The rollouts that one refresh took."""
+
+    visits: dict[str, Visit] = field(default_factory=dict)
+    outcomes: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """(verdict, finish reason) -> rollouts."""
+    lengths: Counter[tuple[str, int]] = field(default_factory=Counter)
+    """(kind of LENGTH_KINDS, tokens) -> rollouts; tokens as ``rounded_length`` has them."""
+    reasons: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """(verdict, why) -> rollouts."""
+    filters: Counter[str] = field(default_factory=Counter)
+    ages: Counter[int] = field(default_factory=Counter)
+    num_tokens: int = 0
+    """Of all responses."""
+    num_trained: int = 0
+    """Rollouts with a weight other than 0."""
+
+    @property
+    def num_rollouts(self) -> int:
+        return sum(self.outcomes.values())
+
+    def add(self, record: dict[str, Any], num_tokens: int, offset: int) -> None:
+        """Count one rollout."""
+        verdict, finish = str(record["verdict"] or "unverified"), str(record["finish_reason"])
+        visit = self.visits.setdefault(record["problem_id"], Visit(offset))
+        visit.num_samples += 1
+        visit.num_attempts += counts_as_attempt(num_tokens, finish, verdict)
+        visit.num_solved += counts_as_solved(num_tokens, finish, verdict)
+        self.outcomes[verdict, finish] += 1
+        kind = "truncated" if finish == "length" else "correct" if verdict == "correct" else "wrong"
+        self.lengths[kind, rounded_length(num_tokens)] += 1
+        reason = verdict, str(record.get("verdict_reason", ""))[:200]
+        is_counted = reason in self.reasons or len(self.reasons) < _MAX_REASONS
+        self.reasons[reason if is_counted else (verdict, _OTHER)] += 1
+        if record.get("filtered_by"):
+            self.filters[str(record["filtered_by"])] += 1
+        self.ages[int(record.get("policy_age", 0))] += 1
+        self.num_tokens += num_tokens
+        self.num_trained += bool(record.get("weight"))
+
+
+@dataclass
+class Sample:
+    """One rollout to be shown."""
+
+    step: int
+    index: int
+    verdict: str
+    reason: str
+    finish_reason: str
+    filtered_by: str
+    weight: float
+    policy_age: int
+    num_tokens: int
+    text: str
+
+
+@dataclass
+class Example:
+    """One problem to be shown: its course and some samples of its first and last refresh."""
+
+    problem_id: str
+    course: Course
+    history: list[tuple[int, Visit]]
+    """(step of the refresh, its samples), in order."""
+    samples: list[Sample]
+
+
+@dataclass
+class RolloutStatistics:
+    """A store, read. Of a refresh that was done again the later one counts."""
+
+    refreshes: dict[int, RefreshRollouts] = field(default_factory=dict)
+    """Optimizer steps before the refresh -> its rollouts, in order."""
+    num_repeated: int = 0
+    """Rollouts of refreshes that were done again."""
+    num_unreadable: int = 0
+    """Lines that are no rollouts, as a half-written last one."""
+
+    @property
+    def num_rollouts(self) -> int:
+        return sum(refresh.num_rollouts for refresh in self.refreshes.values())
+
+    def total(self, name: str) -> Counter[Any]:
+        """One of a refresh's counters, over all refreshes."""
+        total: Counter[Any] = Counter()
+        for refresh in self.refreshes.values():
+            total.update(getattr(refresh, name))
+        return total
+
+    def histories(self) -> dict[str, list[tuple[int, Visit]]]:
+        """Problem -> (step, visit) of the refreshes that attempted it, in order."""
+        found: dict[str, list[tuple[int, Visit]]] = defaultdict(list)
+        for step, refresh in self.refreshes.items():
+            for problem_id, visit in refresh.visits.items():
+                if visit.num_attempts:
+                    found[problem_id].append((step, visit))
+        return found
+
+
+def read_statistics(path: Path) -> RolloutStatistics:
+    """Stream a store."""
+    statistics = RolloutStatistics()
+    refreshes = statistics.refreshes
+    current, last_id, last_index = -1, "", -1
+    for offset, line in whole_objects(path):
+        try:
+            record, num_tokens = parse(line)
+            step = int(record["weight_version"]) + int(record.get("policy_age", 0))
+            problem_id, index = record["problem_id"], int(record["sample_index"])
+            # A refresh is written problem by problem, sample by sample.
+            is_known = step == current and problem_id in refreshes[step].visits
+            is_again = is_known and (problem_id != last_id or index <= last_index)
+            if step < current or is_again:
+                for done_again in [s for s in refreshes if s >= step]:
+                    statistics.num_repeated += refreshes.pop(done_again).num_rollouts
+            refreshes.setdefault(step, RefreshRollouts()).add(record, num_tokens, offset)
+            current, last_id, last_index = step, problem_id, index
+        except (ValueError, TypeError, KeyError):
+            statistics.num_unreadable += 1
+    return statistics
+
+
+def parse(line: bytes) -> tuple[dict[str, Any], int]:
+    """A line of the store without its token ids and log-probabilities, which are most of it; and the response's tokens.
+
+    Raises:
+        ValueError: the line is no object.
+    """
+    kept, num_tokens, position = [], None, 0
+    for name in _ARRAYS:
+        start = line.find(name, position)
+        end = line.find(b"]", start)
+        if start < 0 or end < 0:
+            break
+        begin = start + len(name)
+        if name == b'"response_ids": [':
+            num_tokens = line.count(b",", begin, end) + 1 if line[begin:end].strip() else 0
+        kept.append(line[position:begin])
+        position = end
+    record = json.loads(b"".join([*kept, line[position:]]))
+    if not isinstance(record, dict) or not isinstance(record.get("problem_id"), str):
+        raise ValueError("not a rollout")
+    return record, len(record["response_ids"]) if num_tokens is None else num_tokens
+
+
+def rounded_length(num_tokens: int) -> int:
+    """Rounded down to 6 significant bits: exact below 64, within 3 % above, so that few lengths are told apart."""
+    shift = max(0, num_tokens.bit_length() - 6)
+    return num_tokens >> shift << shift
+
+
+def course_of(history: list[tuple[int, Visit]]) -> Course:
+    """What became of a problem over the refreshes that attempted it; there is one at least."""
+    first, last = history[0][1], history[-1][1]
+    if not any(visit.num_solved for _, visit in history):
+        return "never solved"
+    if not last.num_solved:
+        return "lost"
+    if not first.num_solved:
+        return "newly solved"
+    return "always solved" if all(visit.outcome == "always" for _, visit in history) else "sometimes solved"
+
+
+def moves(histories: Iterable[list[tuple[int, Visit]]]) -> Counter[tuple[Outcome, Outcome]]:
+    """(outcome when first sampled, when last sampled) -> problems sampled at two refreshes or more."""
+    counts: Counter[tuple[Outcome, Outcome]] = Counter()
+    for history in histories:
+        first, last = history[0][1].outcome, history[-1][1].outcome
+        if len(history) > 1 and first is not None and last is not None:
+            counts[first, last] += 1
+    return counts
+
+
+def pick_examples(
+    path: Path, histories: dict[str, list[tuple[int, Visit]]], num_each: int, num_samples: int = 4
+) -> list[Example]:
+    """Problems of every course, the same ones each time: those whose ids have the smallest SHA-256.
+
+    Args:
+        path: the store.
+        histories: of the problems in it.
+        num_each: most problems of a course.
+        num_samples: most samples of a problem and refresh; a verdict that no other has comes first.
+    """
+    by_course: dict[Course, list[str]] = {course: [] for course in COURSES}
+    for problem_id, history in histories.items():
+        by_course[course_of(history)].append(problem_id)
+    examples = []
+    for course, ids in by_course.items():
+        for problem_id in heapq.nsmallest(num_each, ids, key=_draw):
+            history = histories[problem_id]
+            shown = history if len(history) == 1 else [history[0], history[-1]]
+            samples = [
+                s for step, visit in shown for s in _samples(path, problem_id, step, visit, num_samples)
+            ]
+            examples.append(Example(problem_id, course, history, samples))
+    return examples
+
+
+def _draw(problem_id: str) -> bytes:
+    return hashlib.sha256(problem_id.encode("utf-8", "surrogatepass")).digest()
+
+
+def _samples(path: Path, problem_id: str, step: int, visit: Visit, limit: int) -> list[Sample]:
+    found = list(_read_samples(path, problem_id, step, visit))
+    firsts = {sample.verdict: place for place, sample in reversed(list(enumerate(found)))}
+    chosen = sorted(firsts.values())[:limit]
+    chosen += [place for place in range(len(found)) if place not in chosen][: limit - len(chosen)]
+    return [found[place] for place in sorted(chosen)]
+
+
+def _read_samples(path: Path, problem_id: str, step: int, visit: Visit) -> Iterator[Sample]:
+    """A group lies in the store in one piece."""
+    with path.open("rb") as file:
+        file.seek(visit.offset)
+        for _ in range(visit.num_samples):
+            try:
+                record, num_tokens = parse(file.readline())
+            except ValueError:
+                continue
+            if record["problem_id"] == problem_id:
+                yield Sample(
+                    step=step,
+                    index=int(record["sample_index"]),
+                    verdict=str(record["verdict"] or "unverified"),
+                    reason=str(record.get("verdict_reason", "")),
+                    finish_reason=str(record["finish_reason"]),
+                    filtered_by=str(record.get("filtered_by", "")),
+                    weight=float(record.get("weight", 0.0)),
+                    policy_age=int(record.get("policy_age", 0)),
+                    num_tokens=num_tokens,
+                    text=str(record["text"]),
+                )

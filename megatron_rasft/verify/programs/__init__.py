@@ -1,0 +1,1 @@
+"""Runs the programs in responses against a problem's tests, in a sandbox."""

@@ -1,0 +1,89 @@
+"""The formula of kept activations against what autograd keeps for this project's plain layers, on the CPU in fp32.
+
+Transformer Engine's layers keep other copies: their terms are calculated, and need a GPU to be measured.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_rasft.training import cpu_backend
+
+cpu_backend.enable()
+
+
+from megatron_rasft.tools.capacity.layouts import Model  # noqa: E402
+from megatron_rasft.tools.capacity.memory import layer_activations  # noqa: E402
+from megatron_rasft.weights import HfFolder  # noqa: E402
+from tests.tiny_models import build_chunks  # noqa: E402
+
+TOKENS = 96
+TOLERANCE = 0.01
+"""Of a layer: what is left out of the formula are indices and statistics per token."""
+
+SIZES = {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "vocab_size": 128,
+    "max_position_embeddings": 256,
+}
+KINDS = {
+    "LlamaForCausalLM": {},
+    "Qwen3ForCausalLM": {"head_dim": 64},
+    "MixtralForCausalLM": {"num_local_experts": 4, "num_experts_per_tok": 2},
+}
+RECOMPUTE: dict[str, dict[str, Any]] = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["mlp", "moe"]},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
+
+
+pytestmark = pytest.mark.usefixtures("one_process")
+
+
+def write_config(path: Path, kind: str, num_layers: int) -> Path:
+    path.mkdir()
+    config = {"architectures": [kind], **SIZES, **KINDS[kind], "num_hidden_layers": num_layers}
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+def kept_bytes(path: Path, recompute: str) -> int:
+    """By a forward and backward pass: storages that autograd keeps, parameters left out, each once."""
+    (model,), _ = build_chunks(HfFolder.open(path, with_weights=False), 128, **RECOMPUTE[recompute])
+    model.train()
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage  # held, so that no other takes its place
+        return tensor
+
+    tokens = torch.arange(TOKENS)[None] % 128
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = model(tokens, torch.arange(TOKENS)[None], None)
+    total = sum(storage.nbytes() for storage in kept.values())
+    out.sum().backward()
+    return total
+
+
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+@pytest.mark.parametrize("kind", KINDS)
+def test_formula_is_what_autograd_keeps_of_a_layer(tmp_path: Path, kind: str, recompute: str) -> None:
+    short, long = write_config(tmp_path / "1", kind, 1), write_config(tmp_path / "3", kind, 3)
+    measured = (kept_bytes(long, recompute) - kept_bytes(short, recompute)) / 2 / TOKENS / 4
+    layer = layer_activations(Model.read(short), has_te=False, element_bytes=4)
+    expected = {
+        "none": layer.total,
+        "selective": layer.norms + layer.attention,
+        "full": SIZES["hidden_size"],
+    }[recompute]
+    assert measured == pytest.approx(expected, rel=TOLERANCE), (measured, layer)

@@ -1,0 +1,139 @@
+"""The layout that is taken is one that engineers know; what cannot be planned is refused in one line with the way out."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_rasft.tools.capacity.choosing import Plan, make_plans, nothing_fits
+from megatron_rasft.tools.capacity.config import AssumptionConfig, PlanConfig
+from megatron_rasft.tools.capacity.layouts import Model
+from tests.tiny_models import write_folder
+
+
+def plans(model: Model, precision: str = "bf16", **given: Any) -> tuple[list[Plan], PlanConfig]:
+    config = PlanConfig(**{"num_gpus": 64, **given})
+    return make_plans(model, config, AssumptionConfig(), precision=precision), config
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_70b_on_64_gpus_is_split_as_engineers_do(llama_70b: Model, precision: str) -> None:
+    found, config = plans(llama_70b, precision)
+    best = found[0].layout
+    assert found[0].excess_gib(config) <= 0
+    assert best.tp in (4, 8) and 2 <= best.pp <= 8 and best.cp <= 2
+    assert found[0].rollout_gpus in (16, 24, 32)
+    assert 0.25 < found[0].step.mfu < 0.45 if precision == "bf16" else 0.15 < found[0].step.mfu < 0.27
+    hours = [plan.run.hours for plan in found if plan.excess_gib(config) <= 0]
+    assert hours == sorted(hours)
+
+
+def test_8b_on_one_node_needs_no_pipeline(tmp_path: Path) -> None:
+    config = json.loads((Path(__file__).parent / "llama-3.1-70b" / "config.json").read_text())
+    sizes = {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+    }
+    (tmp_path / "config.json").write_text(json.dumps({**config, **sizes}))
+    model = Model.read(tmp_path)
+    found, given = plans(model, num_gpus=8)
+    assert nothing_fits(found, model, given, AssumptionConfig()) is None
+    assert found[0].layout.pp <= 2 and found[0].layout.tp <= 4
+
+
+def test_mixture_samples_from_servers_where_its_experts_are_spread(tmp_path: Path) -> None:
+    model = Model.read(write_folder("mixtral", tmp_path / "mixtral"))
+    found, _ = plans(model, num_gpus=8)
+    assert {plan.layout.ep for plan in found} == {1, 2, 4}
+    assert all(plan.rollout_gpus > 0 for plan in found if plan.layout.ep > 1)
+
+
+def test_objective_without_rollouts_trains_on_every_gpu(llama_70b: Model) -> None:
+    found, _ = plans(llama_70b, objective="sft")
+    assert {plan.rollout_gpus for plan in found} == {0}
+    assert found[0].refresh.total_s == 0 and found[0].memory.host == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"seq_length": 262144}, "longer than the 131072 positions"),
+        ({"num_gpus": 12}, "--num-gpus 12 is not a multiple of --gpus-per-node 8"),
+        ({"tensor_model_parallel_size": 3}, "does not divide --gpus-per-node 8"),
+        ({"pipeline_model_parallel_size": 7}, "does not divide the model's 80 layers"),
+        ({"expert_model_parallel_size": 2}, "does not divide the model's 0 experts"),
+        ({"rollout_gpus": 16}, "--global-batch-size 256 does not split .* 48 GPUs that train. Use 25[58]"),
+        ({"rollout_gpus": 6}, "--rollout-gpus 6 is not a multiple of the 4 GPUs .* Use 8"),
+        ({"rollout_gpus": 20}, "leaves 44 GPUs to the trainer, which are no whole nodes of 8. Use 24"),
+        ({"rollout_gpus": 16, "objective": "sft"}, "takes no rollouts"),
+        ({"rollout_gpus": 16, "gpu_memory_gib": 16}, "no server of 8 GPUs holds the model's 131 GiB"),
+        (
+            {"num_gpus": 8, "rollout_gpus": 4, "tensor_model_parallel_size": 8},
+            "takes 8 GPUs, .* --num-gpus 12",
+        ),
+        ({"num_layers_per_virtual_pipeline_stage": 7}, "no layout of the 64 GPUs"),
+        ({"gpus_per_node": 6, "num_gpus": 6, "tensor_model_parallel_size": 6}, "--rasft-query-groups 12"),
+    ],
+)
+def test_what_cannot_be_is_refused_with_the_way_out(
+    llama_70b: Model, given: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(ValueError, match=says) as caught:
+        plans(llama_70b, **given)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"num_gpus": 0}, "--num-gpus must be >= 1"),
+        ({"rollout_gpus": 64, "num_gpus": 64}, r"in \[0, --num-gpus\)"),
+        ({"max_new_tokens": 8192}, "leaves no room for a prompt"),
+        ({"rollout_lag": 1, "rollout_gpus": 0}, "needs servers"),
+    ],
+)
+def test_value_out_of_range_names_its_flag(given: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        PlanConfig(**given)
+
+
+@pytest.mark.parametrize(
+    "given", [{"mfu": 47.0}, {"mfu": -1.0}, {"margin_gib": -1.0}, {"solve_rate": 1.5}], ids=str
+)
+def test_assumption_out_of_range_names_its_flag(given: dict[str, float]) -> None:
+    (name,) = given
+    with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} must be"):
+        AssumptionConfig(**given)  # type: ignore[arg-type]
+
+
+def test_nothing_fits_says_by_how_much_and_what_to_change(llama_70b: Model) -> None:
+    found, config = plans(
+        llama_70b,
+        num_gpus=32,
+        objective="sft",
+        seq_length=32768,
+        recompute="selective",
+        context_parallel_size=1,
+    )
+    message = nothing_fits(found, llama_70b, config, AssumptionConfig())
+    assert message is not None and "\n" not in message
+    assert f"{found[0].excess_gib(config):.1f} too much" in message
+    assert "--recompute full" in message and "a shorter --seq-length" in message
+    found, _ = plans(
+        llama_70b, num_gpus=32, objective="sft", seq_length=32768, recompute="full", context_parallel_size=1
+    )
+    assert found[0].excess_gib(config) <= 0
+
+
+def test_more_gpus_are_named_where_they_are_enough(llama_70b: Model) -> None:
+    found, config = plans(llama_70b, num_gpus=8)
+    message = nothing_fits(found, llama_70b, config, AssumptionConfig())
+    assert message is not None
+    enough = int(message.split("--num-gpus ")[1].split(",")[0])
+    found, larger = plans(llama_70b, num_gpus=enough)
+    assert found[0].excess_gib(larger) <= 0
+    found, smaller = plans(llama_70b, num_gpus=enough // 2)
+    assert found[0].excess_gib(smaller) > 0

@@ -1,0 +1,98 @@
+"""What is printed to be typed is accepted by the programs it is typed for."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_rasft.tools.capacity.choosing import Plan, make_plans
+from megatron_rasft.tools.capacity.commands import launcher, serving_command, training_flags
+from megatron_rasft.tools.capacity.config import AssumptionConfig, PlanConfig
+from megatron_rasft.tools.capacity.layouts import Model
+from megatron_rasft.training import cpu_backend
+
+cpu_backend.enable()
+
+from megatron_rasft.training import startup  # noqa: E402
+from megatron_rasft.weights import HfFolder  # noqa: E402
+from tests.tiny_models import write_folder  # noqa: E402
+from tools import serve_rollouts  # noqa: E402
+
+
+def first(model: Model, precision: str = "bf16", **given: Any) -> tuple[Plan, PlanConfig]:
+    config = PlanConfig(**{"num_gpus": 64, **given})
+    return make_plans(model, config, AssumptionConfig(), precision=precision)[0], config
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"recompute": "full", "context_parallel_size": 2, "rollout_lag": 1},
+        {
+            "recompute": "selective",
+            "pipeline_model_parallel_size": 4,
+            "num_layers_per_virtual_pipeline_stage": 5,
+        },
+        {"objective": "sft_kl", "save_interval": 0},
+        {"rollout_gpus": 0, "rasft_query_groups": 16},
+    ],
+    ids=str,
+)
+def test_run_accepts_its_flags(
+    llama_70b: Model, monkeypatch: pytest.MonkeyPatch, given: dict[str, Any]
+) -> None:
+    model = Model.read(Path(llama_70b.path), given.get("rasft_query_groups"))
+    accepted(model, *first(model, **given), monkeypatch)
+
+
+def test_run_of_a_mixture_accepts_its_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Model.read(write_folder("mixtral", tmp_path / "mixtral"))
+    short = {"seq_length": 2048, "max_new_tokens": 1024}
+    for given in (
+        {"expert_model_parallel_size": 4, "tensor_model_parallel_size": 2},
+        {"recompute": "selective"},
+    ):
+        accepted(model, *first(model, num_gpus=16, **short, **given), monkeypatch)
+
+
+def accepted(model: Model, plan: Plan, config: PlanConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """startup.parse takes the flags, and reads the planned layout out of them."""
+    monkeypatch.setattr(startup.HfFolder, "open", partial(HfFolder.open, with_weights=False))
+    monkeypatch.setenv("WORLD_SIZE", str(plan.layout.num_gpus))
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr("sys.argv", ["pretrain_rasft.py"])
+    args, run, _ = startup.parse(training_flags(model, plan, config))
+    at = plan.layout
+    assert (args.tensor_model_parallel_size, args.pipeline_model_parallel_size) == (at.tp, at.pp)
+    assert (args.context_parallel_size, args.expert_model_parallel_size) == (at.cp, at.ep)
+    assert args.data_parallel_size == at.dp and args.expert_tensor_parallel_size == at.expert_tp
+    assert (args.virtual_pipeline_model_parallel_size or 1) == at.chunks
+    assert args.sequence_parallel == (at.tp > 1)
+    assert (args.recompute_granularity or "none") == at.recompute
+    assert args.use_distributed_optimizer and args.accumulate_allreduce_grads_in_fp32 and args.bf16
+    assert run.rollout.rollout_engine == ("sglang" if plan.rollout_gpus else "embedded")
+
+
+def test_fp8_flags_are_known(llama_70b: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine without a GPU refuses FP8 only after it has parsed the flags."""
+    plan, config = first(llama_70b, "fp8")
+    monkeypatch.setattr(startup.HfFolder, "open", partial(HfFolder.open, with_weights=False))
+    monkeypatch.setenv("WORLD_SIZE", str(plan.layout.num_gpus))
+    monkeypatch.setattr("sys.argv", ["pretrain_rasft.py"])
+    with pytest.raises(ValueError, match="--fp8-format needs"):
+        startup.parse(training_flags(llama_70b, plan, config, precision="fp8"))
+
+
+def test_server_accepts_its_flags(llama_70b: Model) -> None:
+    plan, config = first(llama_70b)
+    args = serve_rollouts.parser().parse_args(serving_command(llama_70b, config)[2:])
+    assert args.tp == 4 and plan.rollout_gpus % args.tp == 0
+
+
+def test_several_nodes_are_started_by_slurm_and_one_by_torchrun(llama_70b: Model) -> None:
+    plan, config = first(llama_70b, rollout_gpus=32)
+    assert launcher(plan, config)[:3] == ["srun", "--nodes", "4"]
+    plan, config = first(llama_70b, num_gpus=8, recompute="full")
+    assert launcher(plan, config)[:2] == ["torchrun", "--nproc-per-node"]

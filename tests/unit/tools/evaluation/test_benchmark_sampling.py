@@ -1,0 +1,154 @@
+"""Sampling goes on after a kill, keeps every sample, and depends on nothing but seed, problem and number."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_rasft.errors import RolloutError
+from megatron_rasft.rollout.store import read_rollouts
+from megatron_rasft.tools.evaluation.benchmark_sampling import (
+    fit_to_positions,
+    sample_benchmark,
+    sample_seed,
+)
+from megatron_rasft.tools.evaluation.benchmarks import Benchmark, Problem
+from megatron_rasft.types import Response, Rollout, SamplingParams
+from tests.unit.tools.evaluation.conftest import CountingEngine, grade_even
+
+PARAMS = SamplingParams(
+    num_samples=4,
+    max_new_tokens=8,
+    temperature=1.0,
+    top_p=1.0,
+    repetition_penalty=1.0,
+    stop_ids=frozenset({0}),
+    max_batch_size=8,
+)
+
+
+def make_benchmark(num_problems: int = 5) -> Benchmark:
+    problems = [Problem(problem_id=f"p{i}", text=f"{i}?", answer=str(i)) for i in range(num_problems)]
+    return Benchmark(
+        name="own",
+        title="Own",
+        kind="math",
+        path=Path("own.jsonl"),
+        problems=problems,
+        sha256="",
+        is_verified=False,
+    )
+
+
+def sample(path: Path, engine: Any, num_samples: int = 4, **options: Any) -> list[Rollout]:
+    benchmark = options.pop("benchmark", make_benchmark())
+    return sample_benchmark(
+        benchmark,
+        [[i] for i in range(len(benchmark.problems))],
+        engine,
+        grade_even,
+        path,
+        num_samples=num_samples,
+        seed=options.pop("seed", 1),
+        params=options.pop("params", PARAMS),
+        decode=str,
+        **options,
+    )
+
+
+def test_every_sample_is_drawn_once_stored_and_in_order(tmp_path: Path, engine: CountingEngine) -> None:
+    rollouts = sample(tmp_path / "s.jsonl", engine)
+    assert [(r.problem_id, r.sample_index) for r in rollouts] == [
+        (f"p{i}", j) for i in range(5) for j in range(4)
+    ]
+    assert engine.num_prompts == [2, 2, 1], "whole problems, at most batch_size samples"
+    assert len(set(engine.seeds)) == 20
+    assert list(read_rollouts(tmp_path / "s.jsonl")) == rollouts
+    assert all(r.verdict in ("correct", "wrong") for r in rollouts)
+
+
+def test_killed_and_started_again_equals_unbroken(tmp_path: Path, engine: CountingEngine) -> None:
+    whole = sample(tmp_path / "whole.jsonl", engine)
+    path = tmp_path / "cut.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        sample(path, CountingEngine(fails_after=1))
+    with path.open("a") as file:
+        file.write('{"problem_id": "p2", "sample_')  # the kill came while a line was written
+    second = CountingEngine()
+    assert sample(path, second) == whole
+    assert len(second.seeds) == 12, "the first batch of eight is not drawn again"
+    third = CountingEngine()
+    assert sample(path, third) == whole and third.seeds == []
+    assert path.read_text() == (tmp_path / "whole.jsonl").read_text()
+
+
+def test_more_samples_are_added_to_those_that_are_there(tmp_path: Path, engine: CountingEngine) -> None:
+    path = tmp_path / "s.jsonl"
+    few = sample(path, engine, num_samples=2)
+    more = CountingEngine()
+    many = sample(path, more, num_samples=4)
+    assert len(more.seeds) == 10
+    assert [r for r in many if r.sample_index < 2] == few
+    assert many == sample(tmp_path / "other.jsonl", CountingEngine(), num_samples=4)
+
+
+def test_samples_of_another_prompt_are_not_taken_over(tmp_path: Path, engine: CountingEngine) -> None:
+    path = tmp_path / "s.jsonl"
+    sample(path, engine)
+    stored = path.read_text()
+    moved = make_benchmark()
+    moved.problems.insert(0, moved.problems.pop())  # every id has another prompt now
+    second = CountingEngine()
+    with pytest.raises(ValueError, match=r"s\.jsonl holds samples of p0 drawn from another prompt"):
+        sample(path, second, benchmark=moved)
+    assert second.seeds == [] and path.read_text() == stored
+
+
+def test_batch_size_and_neighbours_do_not_change_a_sample(tmp_path: Path, engine: CountingEngine) -> None:
+    wide = sample(tmp_path / "a.jsonl", engine, params=replace(PARAMS, max_batch_size=64))
+    alone = sample(tmp_path / "b.jsonl", CountingEngine(), benchmark=make_benchmark(1))
+    assert alone == wide[:4]
+    assert sample(tmp_path / "c.jsonl", CountingEngine(), seed=2) != wide
+
+
+def test_seeds_fit_a_server_and_differ() -> None:
+    seeds = {sample_seed(1, f"p{i}", j) for i in range(100) for j in range(16)}
+    assert len(seeds) == 1600 and max(seeds) < 2**31 and min(seeds) >= 0
+
+
+def test_new_tokens_are_cut_to_what_each_prompt_leaves() -> None:
+    params = fit_to_positions(PARAMS, [[1] * 95, [1]], 100)
+    assert [params.room(length) for length in (1, 90, 92, 95, 99)] == [8, 8, 8, 5, 1]
+    with pytest.raises(ValueError, match="a prompt has 100 tokens, the model only 100"):
+        fit_to_positions(PARAMS, [[1] * 100], 100)
+
+
+def test_aborted_samples_are_not_stored_and_stop_the_evaluation_at_its_end(tmp_path: Path) -> None:
+    class Flaky(CountingEngine):
+        def generate(self, requests: Any, params: SamplingParams) -> list[list[Response]]:
+            groups = super().generate(requests, params)
+            if requests[0].prompt_ids == [0]:
+                groups[0][1] = Response(token_ids=[], logprobs=[], finish_reason="abort")
+            return groups
+
+    def grade(rollouts: list[Rollout], problems: dict[str, Problem]) -> None:
+        grade_even([r for r in rollouts if r.response_ids], problems)
+
+    path, benchmark = tmp_path / "s.jsonl", make_benchmark()
+    options: dict[str, Any] = {"num_samples": 4, "seed": 1, "params": PARAMS, "decode": str}
+    prompts = [[i] for i in range(5)]
+    with pytest.raises(RolloutError, match=r"Own: 1 of 20 samples could not be drawn"):
+        sample_benchmark(benchmark, prompts, Flaky(), grade, path, **options)
+    assert len(path.read_text().splitlines()) == 19
+    repaired = CountingEngine()
+    assert sample_benchmark(benchmark, prompts, repaired, grade_even, path, **options)
+    assert len(repaired.seeds) == 1
+
+
+def test_broken_line_inside_the_store_is_named(tmp_path: Path, engine: CountingEngine) -> None:
+    path = tmp_path / "s.jsonl"
+    path.write_text(json.dumps({"what": 1}) + "\n")
+    with pytest.raises(RolloutError, match=r"s\.jsonl:1 is not a rollout"):
+        sample(path, engine)

@@ -1,0 +1,234 @@
+"""The known sets are recognised, in this project's layout and in Hugging Face's; others are refused or marked."""
+
+import base64
+import gzip
+import json
+import pickle
+import shutil
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from megatron_rasft.errors import DataError
+from megatron_rasft.tools.evaluation.benchmarks import (
+    KNOWN_SETS,
+    Problem,
+    ask,
+    chosen,
+    find_file,
+    read_benchmark,
+)
+
+DATA = Path(__file__).parents[5] / "shared" / "data" / "evaluation"
+
+
+@pytest.fixture
+def data_folder() -> Path:
+    if not DATA.is_dir():
+        pytest.skip(f"the benchmarks are not here: {DATA} is no folder")
+    return DATA
+
+
+def rows_of(name: str) -> list[dict[str, Any]]:
+    with gzip.open(DATA / f"{name}.jsonl.gz", "rt", encoding="utf-8") as lines:
+        return list(map(json.loads, lines))
+
+
+def write_lines(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("name", [name for name, known in KNOWN_SETS.items() if known.num_rows])
+def test_known_set_is_found_counted_and_verified(name: str, data_folder: Path) -> None:
+    known = KNOWN_SETS[name]
+    benchmark = read_benchmark(known, find_file(known, data_folder))
+    assert benchmark.is_verified and len(benchmark.problems) == known.num_rows
+    assert benchmark.sha256 == known.text_sha256, "a checksum of the data's README.md"
+    readme = (data_folder.parent / "README.md").read_text(encoding="utf-8")
+    assert f"| evaluation/{name}.jsonl.gz | {known.text_sha256} |" in readme
+    assert all(p.answer if benchmark.kind == "math" else p.tests for p in benchmark.problems)
+
+
+def math500(row: dict[str, Any]) -> dict[str, Any]:
+    return {**{k: row["source"][k] for k in ("solution", "subject", "level", "unique_id") if k in row["source"]},
+            "problem": row["problem"], "answer": row["answer"]}  # fmt: skip
+
+
+HUGGING_FACE: dict[str, tuple[str, Callable[[dict[str, Any]], dict[str, Any]]]] = {
+    "math500": ("MATH-500/test.jsonl", math500),
+    "aime24": (
+        "aime_2024/data/test-00000-of-00001.parquet",
+        lambda row: {"ID": row["id"], "Problem": row["problem"], "Answer": int(row["answer"])},
+    ),
+    "aime25": (
+        "aime25/test.jsonl",
+        lambda row: {
+            "id": row["id"],
+            "problem": row["problem"],
+            "solution": f"... \\boxed{{{row['answer']}}}",
+        },
+    ),
+    "amc23": (
+        "amc23/data/test-00000-of-00001.parquet",
+        lambda row: {"id": row["source"]["id"], "question": row["problem"], "answer": float(row["answer"])},
+    ),
+    "gsm8k": (
+        "gsm8k/main/test-00000-of-00001.parquet",
+        lambda row: {"question": row["problem"], "answer": row["source"]["answer"]},
+    ),
+    "olympiadbench": (
+        "OlympiadBench/test.jsonl",
+        lambda row: {
+            "id": row["source"]["id"],
+            "question": row["problem"],
+            "final_answer": row["answers"][:1],
+        },
+    ),
+    "minerva_math": (
+        "minervamath/test.jsonl",
+        lambda row: {"question": row["problem"], "answer": row["answer"]},
+    ),
+    "humaneval": (
+        "openai_humaneval/openai_humaneval/test-00000-of-00001.parquet",
+        lambda row: {"task_id": row["id"], **{k: row[k] for k in ("prompt", "test", "entry_point")}},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HUGGING_FACE)
+def test_hugging_face_layout_has_the_same_content(name: str, data_folder: Path, tmp_path: Path) -> None:
+    file, convert = HUGGING_FACE[name]
+    path, rows = tmp_path / file, list(map(convert, rows_of(name)))
+    if path.suffix == ".parquet":
+        path.parent.mkdir(parents=True)
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    else:
+        write_lines(path, rows)
+    (tmp_path / file.partition("/")[0] / "README.md").write_text("a card")
+    assert find_file(KNOWN_SETS[name], tmp_path) == path
+    benchmark = read_benchmark(KNOWN_SETS[name], path)
+    assert benchmark.is_verified and benchmark.sha256 != KNOWN_SETS[name].text_sha256
+
+
+@pytest.mark.parametrize("file", ["data/train-00000-of-00001.parquet", "aime_2024_problems.parquet"])
+def test_only_file_of_a_clone_is_found_and_another_split_is_not_taken(file: str, tmp_path: Path) -> None:
+    clone = tmp_path / "AIME_2024"
+    path = write_lines(clone / file, [])
+    (clone / "README.md").touch()
+    assert find_file(KNOWN_SETS["aime24"], tmp_path) == path
+    other = write_lines(path.with_name("validation-00000-of-00001.parquet"), [])
+    with pytest.raises(DataError, match=r"has no aime24\.jsonl\.gz"):
+        find_file(KNOWN_SETS["aime24"], tmp_path)
+    test = other.rename(path.with_name("test.parquet"))
+    assert find_file(KNOWN_SETS["aime24"], tmp_path) == test
+
+
+def test_changed_answer_or_missing_row_is_refused_unless_accepted(data_folder: Path, tmp_path: Path) -> None:
+    known, rows = KNOWN_SETS["aime25"], rows_of("aime25")
+    path = write_lines(tmp_path / "aime25.jsonl", [{**rows[0], "answer": "469"}, *rows[1:]])
+    with pytest.raises(DataError, match=r"aime25\.jsonl is not the known AIME 2025: sha256"):
+        read_benchmark(known, path)
+    assert not read_benchmark(known, path, accept_unknown=True).is_verified
+    write_lines(path, rows[:-1])
+    with pytest.raises(DataError, match="has 29 rows, AIME 2025 has 30"):
+        read_benchmark(known, path)
+    write_lines(path, rows[::-1])
+    assert read_benchmark(known, path).is_verified, "the order of rows does not matter"
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"answer": "1"}, "no field 'problem'"),
+        ({"problem": "1+1?"}, "no field 'answer'"),
+        ({"problem": " ", "answer": "1"}, "the problem is empty"),
+        ({"problem": "1+1?", "answer": " "}, "the answer is empty"),
+        ({"problem": "1+1?", "final_answer": ["1", "2"]}, "2 final answers"),
+    ],
+)
+def test_faulty_row_is_named(row: dict[str, Any], reason: str, tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "own.jsonl", [{"problem": "2+2?", "answer": "4"}, row])
+    ((known, _),) = chosen([f"own={path}"], None)
+    with pytest.raises(DataError, match=rf"own\.jsonl:2 is no row of own: {reason}"):
+        read_benchmark(known, path)
+
+
+def test_own_set_is_read_and_marked(tmp_path: Path) -> None:
+    path = write_lines(
+        tmp_path / "own.jsonl", [{"question": "2+2?", "answer": 4}, {"problem": "1/2?", "answer": 0.5}]
+    )
+    ((known, found),) = chosen([f"own={path}"], None)
+    benchmark = read_benchmark(known, found)
+    assert [(p.problem_id, p.answer) for p in benchmark.problems] == [("own/1", "4"), ("own/2", "0.5")]
+    assert not benchmark.is_verified
+    assert ask(benchmark, " Box it.")(benchmark.problems[0]) == "2+2? Box it."
+
+
+def test_wrong_choices_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"'maths' is unknown\. Known are math500"):
+        list(chosen(["maths"], tmp_path))
+    with pytest.raises(ValueError, match="needs --data-folder"):
+        list(chosen(["aime24"], None))
+    with pytest.raises(DataError, match=r"has no aime24\.jsonl\.gz"):
+        list(chosen(["aime24"], tmp_path))
+    with pytest.raises(DataError, match="is no file"):
+        list(chosen([f"aime24={tmp_path / 'x'}"], None))
+    for name in ("aime24.jsonl", "AIME-24.parquet"):
+        (tmp_path / name).touch()
+    with pytest.raises(DataError, match="more than one file of aime24"):
+        list(chosen(["aime24"], tmp_path))
+
+
+def contest_row(private: str) -> dict[str, Any]:
+    return {
+        "question_id": "q1", "question_content": "Add.", "starter_code": "class Solution: ...",
+        "public_test_cases": json.dumps([{"input": "1 2", "output": "3", "testtype": "functional"}]),
+        "private_test_cases": private, "metadata": json.dumps({"func_name": "add"}),
+    }  # fmt: skip
+
+
+def pack(content: Any) -> str:
+    return base64.b64encode(zlib.compress(pickle.dumps(content))).decode()
+
+
+def test_hidden_tests_of_livecodebench_are_read(tmp_path: Path) -> None:
+    hidden = json.dumps([{"input": "3 4", "output": "7", "testtype": "functional"}])
+    path = write_lines(tmp_path / "lcb.jsonl", [contest_row(pack(hidden))])
+    ((known, found),) = chosen([f"livecodebench={path}"], None)
+    benchmark = read_benchmark(known, found)
+    assert benchmark.kind == "code" and "own file" in benchmark.title and not benchmark.is_verified
+    (problem,) = benchmark.problems
+    assert [t["output"] for t in problem.tests["tests"]] == ["3", "7"]
+    assert problem.tests["entry_point"] == "add"
+
+
+class Hostile:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return shutil.rmtree, ("/nowhere",)
+
+
+def test_hidden_tests_that_would_call_something_are_refused(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "lcb.jsonl", [contest_row(pack(Hostile()))])
+    with pytest.raises(DataError, match=r"would call shutil\.rmtree"):
+        read_benchmark(KNOWN_SETS["livecodebench_v1_public"], path, accept_unknown=True)
+
+
+def test_code_is_asked_for_with_what_the_set_shows(data_folder: Path) -> None:
+    asked = {}
+    for name in ("humaneval", "mbpp", "mbpp_plus", "livecodebench_v1_public"):
+        benchmark = read_benchmark(KNOWN_SETS[name], find_file(KNOWN_SETS[name], data_folder))
+        put: Callable[[Problem], str] = ask(benchmark, "\nPut the answer in a box.")
+        asked[name] = put(benchmark.problems[0])
+        assert "box" not in asked[name] and "```python" in asked[name]
+        assert not any("def check(" in put(p) or "assertion(" in put(p) for p in benchmark.problems)
+    assert "def has_close_elements" in asked["humaneval"]
+    assert "assert " in asked["mbpp"]
+    assert "assert " in asked["mbpp_plus"]
+    assert "standard input" in asked["livecodebench_v1_public"]

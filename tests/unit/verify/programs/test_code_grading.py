@@ -1,0 +1,329 @@
+"""The program of a response is found, and what a program may look like to its tests."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from megatron_rasft.config.verify import VerifyConfig
+from megatron_rasft.types import CodeTests, ProgramCase
+from megatron_rasft.verify.programs.code_extraction import extract_program
+from megatron_rasft.verify.programs.code_grading import grade_code, outputs_equal, run_tests
+from megatron_rasft.verify.programs.sandbox import Sandbox
+from tests.unit.verify.hostile_programs import HOSTILE_OBJECTS
+
+TICKS = "`" * 3
+
+
+@pytest.fixture(scope="module")
+def sandbox() -> Iterator[Sandbox]:
+    with Sandbox(VerifyConfig(verify_code_timeout_s=120.0)) as made:
+        yield made
+
+
+def fenced(code: str, language: str = "python") -> str:
+    return f"{TICKS}{language}\n{code}\n{TICKS}\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "entry_point", "program"),
+    [
+        ("def f(): pass", "f", "def f(): pass"),
+        (f"Here:\n{fenced('def f(): pass')}Done.", "f", "def f(): pass\n"),
+        (f"{fenced('def f(): 1')}Better:\n{fenced('def f(): 2')}", "f", "def f(): 2\n"),
+        (f"{fenced('def f(): 1')}Use it:\n{fenced('print(f())')}", "f", "def f(): 1\n"),
+        (f"{fenced('def f(): 1')}Use it:\n{fenced('print(f())')}", "", "print(f())\n"),
+        (
+            f"{fenced('x = 1', 'text')}{fenced('def f(): 1', 'py')}{fenced('pip install', 'bash')}",
+            "f",
+            "def f(): 1\n",
+        ),
+        (f"Cut off:\n{TICKS}python\ndef f():\n    return", "f", "def f():\n    return"),
+        (f"<think>{fenced('def f(): 1')}</think>{fenced('def f(): 2')}", "f", "def f(): 2\n"),
+        (f"{TICKS}`python\n{TICKS}\nx\n{TICKS}\n{TICKS}`", "", f"{TICKS}\nx\n{TICKS}\n"),
+        ("", "f", None),
+        (f"{TICKS}python\n{TICKS}", "f", f"{TICKS}python\n{TICKS}"),
+    ],
+)
+def test_program_is_found(text: str, entry_point: str, program: str | None) -> None:
+    assert extract_program(text, entry_point) == program
+
+
+def test_completion_continues_its_prompt_and_a_whole_program_follows_it() -> None:
+    prompt = 'import math\n\ndef f(x):\n    """Square."""\n'
+    assert extract_program("    return x * x\n", "f", prompt) == prompt + "    return x * x\n"
+    whole = extract_program(fenced("def f(x):\n    return math.floor(x)"), "f", prompt)
+    assert whole is not None
+    scope: dict[str, object] = {}
+    exec(whole, scope)
+    assert scope["f"](2.5) == 2  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    ("output", "expected", "is_equal"),
+    [
+        ("4\n", "4", True),
+        ("4 \n\n", "4\n", True),
+        ("1  2", "1 2", True),
+        ("0.50", "0.5", True),
+        ("1e2", "100", True),
+        ("4\n5", "4", False),
+        ("yes", "YES", False),
+        ("", "0", False),
+        ("0.3333", "0.33333", False),
+        ("nan", "nan", True),
+    ],
+)
+def test_outputs_are_compared_by_words(output: str, expected: str, is_equal: bool) -> None:
+    assert outputs_equal(output, expected) == is_equal
+
+
+VALUES = [
+    "(1, 'a', None, True)", "[[1, 2], [3.5, -0.0]]", "{'a': {1: [2]}, (1, 2): 3}", "{1, 2}", "frozenset({1})", "b'a\\xff'",
+    "bytearray(b'a')", "1 + 2j", "range(3)", "10 ** 5000", "float('inf')", "'\\ud800 ü'", "...", "[(1, 2), (3, 4)]",
+    "{(1, 2), (3, 4)}", "__import__('decimal').Decimal('1.10')", "__import__('fractions').Fraction(1, 3)",
+    "__import__('datetime').datetime(2024, 1, 2, 3)", "__import__('datetime').timedelta(1, 2)",
+    "__import__('collections').Counter('aab')", "__import__('collections').OrderedDict(a=1)",
+    "__import__('collections').deque([1, 2], 3)", "__import__('collections').defaultdict(list, a=[1])",
+    "{'b': 1}.keys()", "int", "len", "ValueError",
+]  # fmt: skip
+
+
+def test_values_cross_as_they_are(sandbox: Sandbox) -> None:
+    tests = [
+        f"v = {v}; r = f(v); assert type(r) is type(v) and r == v and repr(r) == repr(v)" for v in VALUES
+    ]
+    tests.append(
+        "import numpy as np; a = np.arange(6.).reshape(2, 3); r = f(a); assert r.dtype == a.dtype and (r == a).all()"
+    )
+    tests.append("r = f(np.float32(1.5)); assert type(r) is np.float32 and r == 1.5")
+    tests.append("import math; assert math.isnan(f(float('nan')))")
+    found = sandbox.judge(
+        "def f(x): return x", CodeTests(style="asserts", tests=tuple(tests), entry_point="f")
+    )
+    assert found == ("correct", f"{len(tests)} tests passed")
+
+
+PROGRAM = """
+from collections import namedtuple
+from enum import Enum
+
+class TooSmall(ValueError):
+    def __init__(self, size):
+        super().__init__(f"{size} is too small")
+        self.size = size
+
+class Worse(TooSmall): pass
+
+class Color(Enum):
+    RED = 1
+
+class Vector:
+    count = 0
+    def __init__(self, x, y=0):
+        self.x, self.y = x, y
+        Vector.count += 1
+    def __eq__(self, other): return (self.x, self.y) == (other.x, other.y)
+    def __add__(self, other): return Vector(self.x + other.x, self.y + other.y)
+    def __mul__(self, n): return Vector(self.x * n, self.y * n)
+    def __getitem__(self, i): return (self.x, self.y)[i]
+    def __iter__(self): return iter((self.x, self.y))
+    def __len__(self): return 2
+    def __contains__(self, n): return n in (self.x, self.y)
+    def __repr__(self): return f"Vector({self.x}, {self.y})"
+    def __enter__(self): return self
+    def __exit__(self, *a): self.x = 0
+    @property
+    def norm(self): return (self.x ** 2 + self.y ** 2) ** 0.5
+    @classmethod
+    def unit(cls): return cls(1, 0)
+
+Point = namedtuple("Point", "x y")
+
+def sort(items, reverse=False):
+    items.sort(reverse=reverse)
+def nest(d): d["a"].append(len(d))
+def need(n):
+    if n < 3: raise Worse(n)
+def make(n): return lambda x: x + n
+def apply(g, *args, **kw): return g(*args, **kw)
+def count(n):
+    for i in range(n): yield i
+def total(items): return sum(items)
+def walk(node): return [] if node is None else [*walk(node.left), node.value, *walk(node.right)]
+def ask(): return input("n? ")
+def say(x): print("say", x)
+def red(): return Color.RED
+def point(): return Point(1, 2)
+"""
+
+USES = """
+from solution import *
+import solution
+import pytest
+class Node:
+    def __init__(self, value, left=None, right=None):
+        self.value, self.left, self.right = value, left, right
+def test_mutation():
+    items = [3, 1, 2]
+    assert sort(items) is None and items == [1, 2, 3]
+    sort(items=items, reverse=True); assert items == [3, 2, 1]
+    d = {"a": [1]}; inner = d["a"]; nest(d); assert inner == [1, 1]
+def test_errors():
+    with pytest.raises(TooSmall, match="2 is too small") as caught: need(2)
+    assert caught.value.size == 2
+    with pytest.raises(ValueError): need(1)
+    with pytest.raises(TypeError): need()
+    with pytest.raises(AttributeError): Vector(1).z
+    need(3)
+def test_objects():
+    v = Vector(1, y=2)
+    assert (v.x, v.y, v[1], len(v), list(v)) == (1, 2, 2, 2, [1, 2])
+    assert v == Vector(1, 2) and v != Vector(2, 1) and 2 in v and 5 not in v
+    assert v + v == Vector(2, 4) and repr(v) == "Vector(1, 2)"
+    with pytest.raises(TypeError): v * 3
+    v.x = 3; v.y = 4
+    assert v.norm == 5 and isinstance(v, Vector) and not isinstance(1, Vector) and isinstance(Vector.unit(), Vector)
+    with v as w: assert w is v
+    assert v.x == 0 and Vector.count >= 4 and solution.Vector is Vector
+def test_functions():
+    assert make(2)(3) == 5 and apply(max, 1, 4) == 4 and apply(lambda a, k: a * k, 2, k=3) == 6
+    assert list(count(3)) == [0, 1, 2] and next(count(1)) == 0 and total(x * x for x in range(4)) == 14
+    assert sorted([3, 1], key=make(1)) == [1, 3] and list(map(make(1), [1])) == [2]
+    with pytest.raises(ZeroDivisionError): apply(lambda: 1 / 0)
+def test_own_objects():
+    assert walk(Node(2, Node(1), Node(3))) == [1, 2, 3]
+def test_streams(capsys, monkeypatch):
+    say(1); assert capsys.readouterr().out == "say 1\\n"
+    monkeypatch.setattr("builtins.input", lambda prompt: prompt + "7"); assert ask() == "n? 7"
+def test_others():
+    assert red() == Color.RED and red() is Color.RED and red().value == 1
+    p = point(); assert p == (1, 2) and p.x == 1 and isinstance(p, tuple)
+"""
+
+
+def test_tests_use_a_program_as_if_they_had_imported_it(sandbox: Sandbox) -> None:
+    found = sandbox.judge(PROGRAM, CodeTests(style="pytest", tests=(USES,)))
+    assert found == ("correct", "7 tests passed")
+
+
+@pytest.mark.parametrize(
+    ("program", "verdict", "reason"),
+    [
+        ("def g(x): pass", "wrong", "test 1 of 1: NameError: name 'f' is not defined"),
+        ("def f(x: return", "wrong", "the program raised SyntaxError"),
+        (
+            "import no_such_module",
+            "wrong",
+            "the program raised ModuleNotFoundError: No module named 'no_such_module'",
+        ),
+        ("def f(x): return 1 / 0", "wrong", "test 1 of 1: ZeroDivisionError: division by zero"),
+        ("async def f(x): return 4", "unverifiable", "coroutines"),
+    ],
+)
+def test_reasons(sandbox: Sandbox, program: str, verdict: str, reason: str) -> None:
+    found = sandbox.judge(program, CodeTests(style="asserts", tests=("assert f(2) == 4",), entry_point="f"))
+    assert found[0] == verdict
+    assert reason in found[1]
+
+
+def test_tests_that_leave_the_program_alone_prove_nothing(sandbox: Sandbox) -> None:
+    own = "from solution import *\ndef f(x): return 4\ndef test_f(): assert f(2) == 4"
+    found = sandbox.judge("def f(x): return 0", CodeTests(style="pytest", tests=(own,), entry_point="f"))
+    assert found == ("unverifiable", "the tests pass without using the program")
+    assert sandbox.judge("f = 4", CodeTests(style="asserts", tests=("assert True",)))[0] == "unverifiable"
+
+
+# Each holds for the square and shows the expected value to whatever would decide about it
+FORMS = [
+    "f(2) == 4", "4 == f(2)", "not f(2) != 4", "f(2) in (4, 5)", "f(2) in {4: 0}", "[4].index(f(2)) == 0",
+    "abs(f(2) - 4) < 1e-6", "abs(4 - f(2)) < 1e-6", "-1e-6 < f(2) - 4 < 1e-6", "4 <= f(2) <= 4", "not f(2) - 4",
+    "not f(2) ^ 4", "f(2) - 4 == 0", "(f(2) - 4) ** 2 < 1e-6", "round(f(2) - 4, 7) == 0", "int(f(2) - 4) == 0",
+    "float(f(2) - 4) == 0", "bool(f(2) - 4) is False", "str(f(2) - 4) == '0'", "f'{f(2) - 4}' == '0'",
+    "divmod(f(2), 4) == (1, 0)", "pow(f(2) - 4, 2) == 0", "abs(f(2) / 4 - 1) < 1e-6", "max(f(2), 4) == min(f(2), 4)",
+    "sum([f(2), -4]) == 0", "sorted([f(2), 3]) == [3, 4]", "len({f(2), 4}) == 1", "range(5)[f(2)] == 4",
+    "math.isclose(f(2), 4)", "math.fabs(f(2) - 4) < 1e-6", "f(2) == pytest.approx(4)", "[f(2)] == pytest.approx([4])",
+    "np.allclose(f(2), 4)", "np.allclose(b=4, a=f(2))", "np.allclose(f(2), [4, 4])", "np.isclose(f(2), 4).all()",
+    "np.abs(f(2) - np.array([4])).max() < 1e-6", "np.array_equal(f(2), 4)",
+    "np.testing.assert_allclose(f(2), 4) is None", "np.testing.assert_array_equal(f(2), 4) is None",
+    "np.testing.assert_almost_equal(f(2), 4) is None", "unit.assertEqual(f(2), 4) is None",
+    "unit.assertAlmostEqual(f(2), 4) is None", "unit.assertIn(f(2), [4]) is None",
+]  # fmt: skip
+NEAR = "abs(f(2) - 4) < 1e-6"
+HOLDING = f"""
+import math, pytest, unittest, numpy as np
+unit, held = unittest.TestCase(), []
+for form in {[*FORMS, "4 in f(2)", "not 4 not in f(2)"]}:
+    try: held += [form] * bool(eval(form))
+    except Exception: pass
+assert held == EXPECTED, held
+"""
+
+
+def holding(forms: list[str]) -> CodeTests:
+    tests = (HOLDING.replace("EXPECTED", repr(forms)),)
+    return CodeTests(style="asserts", tests=tests, entry_point="f")
+
+
+@pytest.mark.parametrize("program", HOSTILE_OBJECTS.values(), ids=HOSTILE_OBJECTS)
+def test_no_object_decides_about_what_is_expected(sandbox: Sandbox, program: str) -> None:
+    assert sandbox.judge(program, holding([])) == ("correct", "1 tests passed")
+
+
+@pytest.mark.parametrize(
+    "tests",
+    [
+        CodeTests(style="check", tests=(f"def check(f):\n    assert {NEAR}",), entry_point="f"),
+        CodeTests(style="pytest", tests=(f"from solution import f\ndef test_f():\n    assert {NEAR}",)),
+        CodeTests(style="functional", cases=(ProgramCase(input="2", output="4"),), entry_point="f"),
+    ],
+    ids=lambda tests: tests.style,
+)
+def test_no_object_decides_in_any_style(sandbox: Sandbox, tests: CodeTests) -> None:
+    for name in ("the entry point is a class", "the entry point says yes"):
+        assert sandbox.judge(HOSTILE_OBJECTS[name], tests)[0] == "wrong"
+    assert sandbox.judge("def f(x): return x * x", tests)[0] == "correct"
+
+
+def test_a_plain_value_decides(sandbox: Sandbox) -> None:
+    assert sandbox.judge("def f(x): return x * x", holding(FORMS)) == ("correct", "1 tests passed")
+
+
+def test_livecodebench_cases(sandbox: Sandbox) -> None:
+    stdin = CodeTests(
+        style="stdin", cases=(ProgramCase(input="1 2\n", output="3"), ProgramCase(input="5 5\n", output="10"))
+    )
+    assert run_tests(sandbox, "print(sum(map(int, input().split())))", stdin) == ("correct", "2 cases passed")
+    assert run_tests(sandbox, "print(3)", stdin) == ("wrong", "case 2 of 2: another output")
+    assert run_tests(sandbox, "print(1 / 0)", stdin) == ("wrong", "case 1 of 2: failed")
+    main = "import sys\ndef main():\n    print(sum(map(int, sys.stdin.read().split())))\nif __name__ == '__main__':\n    main()"
+    assert run_tests(sandbox, main, stdin)[0] == "correct"
+    functional = CodeTests(
+        style="functional",
+        entry_point="pairs",
+        cases=(ProgramCase(input='[1, 2]\n"a"', output='[[1, "a"], [2, "a"]]'),),
+    )
+    solution = "class Solution:\n    def pairs(self, xs, s):\n        return [[x, s] for x in xs]"
+    assert run_tests(sandbox, solution, functional) == ("correct", "1 cases passed")
+    assert run_tests(sandbox, solution.replace("[x, s]", "[s, x]"), functional)[0] == "wrong"
+
+
+def test_order_of_sets_is_the_same_in_every_run() -> None:
+    tests = CodeTests(style="asserts", tests=("assert f() == 0, f()",), entry_point="f")
+    program = "def f(): return list({'a', 'b', 'c', 'd', 'e'})"
+    reasons = set()
+    for _ in range(2):
+        with Sandbox(VerifyConfig()) as fresh:
+            reasons.add(fresh.judge(program, tests))
+    assert len(reasons) == 1
+
+
+def test_grade_code_reads_a_response() -> None:
+    tests = CodeTests(style="asserts", tests=("assert f(2) == 4",), entry_point="f")
+    config = VerifyConfig(verify_code_timeout_s=120.0)
+    assert grade_code(f"So:\n{fenced('def f(x): return x * x')}", tests, config)[0] == "correct"
+    assert grade_code("I do not know.", tests, config)[0] == "wrong"
+    assert grade_code("", tests, config) == ("wrong", "no program")
+    assert grade_code("def f(x): return 4", CodeTests(style="asserts"), config) == (
+        "unverifiable",
+        "no tests",
+    )

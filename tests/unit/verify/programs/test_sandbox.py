@@ -1,0 +1,351 @@
+"""What a model wrote neither scores by a trick nor outlives its check nor reaches outside, at every level."""
+
+import json
+import os
+import select
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import psutil
+import pytest
+
+from megatron_rasft.config.verify import SandboxLevel, VerifyConfig
+from megatron_rasft.types import CodeTests, ProgramCase
+from megatron_rasft.verify.programs import confinement
+from megatron_rasft.verify.programs.code_grading import run_tests
+from megatron_rasft.verify.programs.sandbox import LEVELS, Sandbox, SandboxError
+from tests.unit.verify.hostile_programs import HOSTILE, HOSTILE_SCRIPTS, HOSTILE_TO_PYTEST
+
+SQUARES = ("assert f(2) == 4", "assert f(3) == 9")
+ASSERTS = CodeTests(style="asserts", tests=SQUARES, entry_point="f")
+CHECK = CodeTests(
+    style="check",
+    tests=("def check(candidate):\n    assert candidate(2) == 4\n    assert candidate(3) == 9\n",),
+    entry_point="f",
+)
+PYTEST = CodeTests(
+    style="pytest",
+    tests=(
+        "from solution import *\nimport pytest\n"
+        "def test_exact():\n    assert f(2) == 4\n    assert sorted([f(3), 1]) == [1, 9]\n"
+        "def test_near():\n    assert abs(f(2) - 4) < 1e-6\n    assert f(3) == pytest.approx(9)\n"
+        "def test_types():\n    assert isinstance(f(2), int)\n    assert len(str(f(3))) == 1\n    assert 4 in [f(2)]\n",
+    ),
+    entry_point="f",
+)
+FIXTURES = CodeTests(
+    style="pytest",
+    tests=(
+        "from solution import f\nimport pytest\n@pytest.mark.parametrize('x', [2, 3])\n"
+        "def test_square(x):\n    assert f(x) == x * x\n",
+    ),
+    entry_point="f",
+)
+STDIN = CodeTests(style="stdin", cases=(ProgramCase(input="2\n", output="4\n"),))
+
+
+@dataclass(frozen=True)
+class World:
+    """What lies outside of the sandbox and must stay as it is."""
+
+    folder: Path
+    secret: Path
+    victim: subprocess.Popen[bytes]
+    tcp: socket.socket
+    unix: socket.socket
+    state_before: list[object] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "state_before", self.state())
+
+    def state(self) -> list[object]:
+        """What may be changed of a process without ending it, and of a file without writing to it."""
+        victim = psutil.Process(self.victim.pid)
+        found: list[object] = [victim.nice(), victim.ionice(), victim.cpu_affinity()]
+        found.append(os.sched_getscheduler(self.victim.pid))
+        for path in (self.folder, self.secret):
+            status = path.stat()
+            found.append((status.st_mode, status.st_uid, status.st_gid, os.listxattr(path)))
+        return [*found, self.folder.stat().st_mtime, self.secret.stat().st_mtime]
+
+    def aim(self, program: str) -> str:
+        for name, value in {
+            "SECRET": self.secret,
+            "OUTSIDE": self.folder,
+            "PORT": self.tcp.getsockname()[1],
+            "UNIX": self.unix.getsockname(),
+            "VICTIM": self.victim.pid,
+        }.items():
+            program = program.replace(name, str(value))
+        return program
+
+    def faults(self) -> list[str]:
+        """What is not as it was."""
+        if self.victim.poll() is not None:
+            return ["the victim is dead"]
+        found = (
+            []
+            if self.state() == self.state_before
+            else ["the victim's scheduling or a file's attributes changed"]
+        )
+        if sorted(p.name for p in self.folder.iterdir()) != ["canary", "secret.py", "unix"]:
+            found.append("the folder changed")
+        if self.secret.read_text() != "def f(x): return x * x\n":
+            found.append("the file changed")
+        for listener in (self.tcp, self.unix):
+            try:
+                listener.accept()
+            except BlockingIOError:
+                continue
+            found.append("somebody connected")
+        for path in ("/etc/a", "/usr/a", "/var/tmp/rasft-a", "/dev/shm/rasft-a", "/a"):
+            if os.path.exists(path):
+                found.append(f"{path} was written")
+        return found
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    folder = tmp_path_factory.mktemp("outside")
+    folder.chmod(0o777)
+    (folder / "canary").touch()
+    secret = folder / "secret.py"
+    secret.write_text("def f(x): return x * x\n")
+    secret.chmod(0o666)
+    tcp, unix = socket.create_server(("127.0.0.1", 0)), socket.socket(socket.AF_UNIX)
+    unix.bind(str(folder / "unix"))
+    (folder / "unix").chmod(0o777)
+    unix.listen()
+    for listener in (tcp, unix):
+        listener.setblocking(False)
+    # without capabilities, as processes of an ordinary user are: others of the user may schedule it
+    victim = subprocess.Popen(
+        [sys.executable, "-c", "import time; time.sleep(10000)"],
+        preexec_fn=partial(confinement.drop_privileges, to_nobody=False),
+    )
+    yield World(folder, secret, victim, tcp, unix)
+    victim.kill()
+    victim.wait()
+    tcp.close()
+    unix.close()
+
+
+@pytest.fixture(scope="module", params=LEVELS)
+def sandbox(request: pytest.FixtureRequest) -> Iterator[Sandbox]:
+    level: SandboxLevel = request.param
+    config = VerifyConfig(verify_code_timeout_s=2.0, verify_code_memory_mib=256, verify_code_output_mib=16)
+    try:
+        made = Sandbox(config, [level])
+    except SandboxError as error:
+        pytest.skip(f"this machine does not allow it: {error}")
+    with made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def patient(sandbox: Sandbox) -> Iterator[Sandbox]:
+    """For what must end by itself, on however busy a machine."""
+    with Sandbox(VerifyConfig(verify_code_timeout_s=120.0), [sandbox.level]) as made:
+        yield made
+
+
+def left_running() -> list[str]:
+    """Processes that launchers forked for a check and that are still there: a fork keeps the command line."""
+    ours = {
+        process.pid: process.info["ppid"]
+        for process in psutil.process_iter(["cmdline", "ppid"])
+        if {"megatron_rasft.verify.programs.launcher", str(os.getpid())}
+        <= set(" ".join(process.info["cmdline"] or []).split())
+    }
+    launchers = {pid for pid, parent in ours.items() if parent == os.getpid()}
+    firsts = {
+        pid
+        for pid, parent in ours.items()
+        if parent in launchers and "namespaces" in psutil.Process(pid).cmdline()
+    }
+    assert launchers
+    return [f"{pid} of {parent}" for pid, parent in ours.items() if pid not in launchers | firsts]
+
+
+def test_the_solution_passes_every_style(patient: Sandbox) -> None:
+    for tests in (ASSERTS, CHECK, PYTEST, FIXTURES):
+        assert patient.judge("def f(x): return x * x", tests)[0] == "correct", tests.style
+        assert patient.judge("def f(x): return x + x", tests)[0] == "wrong", tests.style
+    assert run_tests(patient, "print(int(input()) ** 2)", STDIN)[0] == "correct"
+    assert run_tests(patient, "print(int(input()) + 1)", STDIN)[0] == "wrong"
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_no_hostile_program_scores_survives_or_reaches_outside(
+    sandbox: Sandbox, world: World, name: str
+) -> None:
+    verdict, reason = sandbox.judge(world.aim(HOSTILE[name]), ASSERTS)
+    assert verdict in ("wrong", "timeout"), reason
+    assert left_running() == []
+    assert world.faults() == []
+
+
+@pytest.mark.parametrize("name", HOSTILE_TO_PYTEST)
+def test_no_program_fools_pytest(patient: Sandbox, name: str) -> None:
+    for tests in (PYTEST, FIXTURES):
+        verdict, reason = patient.judge(HOSTILE_TO_PYTEST[name], tests)
+        assert verdict == "wrong", reason
+    assert left_running() == []
+
+
+@pytest.mark.parametrize(
+    "name", ["exit in the call", "equal object", "names what the tests read", "reads all objects"]
+)
+def test_no_program_fools_check(patient: Sandbox, name: str) -> None:
+    assert patient.judge(HOSTILE[name], CHECK)[0] == "wrong"
+
+
+@pytest.mark.parametrize("name", HOSTILE_SCRIPTS)
+def test_no_hostile_script_scores_or_survives(sandbox: Sandbox, name: str) -> None:
+    verdict, reason = run_tests(sandbox, HOSTILE_SCRIPTS[name], STDIN)
+    assert verdict in ("wrong", "timeout"), reason
+    assert left_running() == []
+
+
+def test_one_check_leaves_nothing_to_the_next(patient: Sandbox) -> None:
+    patient.judge(
+        "import builtins, json\nbuiltins.f = lambda x: x * x\njson.f = builtins.f\ndef f(x): return 0",
+        ASSERTS,
+    )
+    program = "import builtins, json\nf = getattr(builtins, 'f', getattr(json, 'f', None))"
+    assert patient.judge(program, ASSERTS)[0] == "wrong"
+    patient.judge("try: open('left', 'w').write('x')\nexcept OSError: pass\ndef f(x): return 0", ASSERTS)
+    program = "import os\ndef f(x): return x * x if os.path.exists('left') else 0"
+    assert patient.judge(program, ASSERTS)[0] == "wrong"
+
+
+def test_environment_is_cleared(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = "import os\ndef f(x): return sorted(os.environ)"
+    tests = CodeTests(
+        style="asserts",
+        tests=(
+            "assert not [n for n in f(0) if 'PYTEST_CURRENT' in n or 'SECRET' in n or n == 'USER'], f(0)",
+        ),
+        entry_point="f",
+    )
+    monkeypatch.setenv("RASFT_SECRET", "x")
+    with Sandbox(VerifyConfig(), [sandbox.level]) as fresh:
+        assert fresh.judge(program, tests)[0] == "correct"
+
+
+def test_tests_can_write_files_but_for_the_lowest_level(patient: Sandbox) -> None:
+    tests = CodeTests(
+        style="asserts",
+        tests=("f('a.txt')", "assert open('a.txt').read() == 'written'"),
+        entry_point="f",
+    )
+    verdict, _ = patient.judge("def f(name):\n    with open(name, 'w') as file: file.write('written')", tests)
+    assert verdict == ("wrong" if patient.level == "limits" else "correct")
+
+
+@pytest.mark.parametrize("name", ["fills the disk", "digs"])
+def test_what_a_program_writes_is_bounded_and_removed(sandbox: Sandbox, name: str) -> None:
+    waits = "import time\nfrom contextlib import suppress\nwith suppress(OSError): time.sleep(1)\n"
+    verdict, reason = sandbox.judge(HOSTILE[name] + "\n" + waits, ASSERTS)
+    assert verdict in ("wrong", "timeout")
+    if sandbox.level == "landlock":
+        assert reason == "stopped: it wrote more than 16 MiB or too many files"
+        launcher = sandbox._launchers[""]._process.pid
+        assert not list(Path(tempfile.gettempdir()).glob(f"rasft-code-{launcher}-*"))
+
+
+def test_a_launcher_that_is_killed_costs_one_check(sandbox: Sandbox) -> None:
+    with Sandbox(VerifyConfig(), [sandbox.level]) as fresh:
+        launcher = fresh._launchers[""]
+        launcher._process.kill()
+        # in a namespace of its own it is a child of that process, and dies after it
+        assert select.select([launcher._control], [], [], 30)[0]
+        assert fresh.judge("def f(x): return x * x", ASSERTS)[0] == "unverifiable"
+        assert fresh.judge("def f(x): return x * x", ASSERTS)[0] == "correct"
+
+
+KILLED = """
+import json, sys
+from megatron_rasft.config.verify import VerifyConfig
+from megatron_rasft.types import CodeTests
+from megatron_rasft.verify.programs.sandbox import Sandbox
+sandbox = Sandbox(VerifyConfig(), [sys.argv[1]])
+print("ready", flush=True)
+sandbox.judge("while True: pass", CodeTests(style="asserts", tests=("f(1)",), entry_point="f"))
+"""
+
+
+def test_everything_ends_with_a_user_that_is_killed(sandbox: Sandbox) -> None:
+    user = subprocess.Popen(
+        [sys.executable, "-c", KILLED, sandbox.level],
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[4])},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert user.stdout is not None
+    assert user.stdout.readline() == "ready\n"
+    started = psutil.Process(user.pid)
+    deadline = time.monotonic() + 60
+    while len(started.children(recursive=True)) < 3 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    running = started.children(recursive=True)
+    assert len(running) >= 3
+    user.kill()
+    user.wait()
+    _, alive = psutil.wait_procs(running, timeout=60)
+    assert not [p for p in alive if p.status() != psutil.STATUS_ZOMBIE]
+
+
+CUTS = """
+import os, sys
+from megatron_rasft.verify.programs import confinement
+confinement.filter_system_calls(may_open=True, may_change_files=True, may_change_attributes=False, may_truncate=False)
+for cut in (lambda p: os.truncate(p, 0), lambda p: os.open(p, os.O_RDONLY | os.O_TRUNC), lambda p: os.chmod(p, 0)):
+    try: cut(sys.argv[1])
+    except PermissionError: print("refused")
+open(sys.argv[1] + ".own", "w").write("x")
+"""
+
+
+def test_an_old_landlock_that_knows_no_truncation_is_helped_out(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("x")
+    command = [sys.executable, "-c", CUTS, str(file)]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[4])}
+    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    assert done.stdout == "refused\n" * 3
+    assert [p.read_text() for p in sorted(tmp_path.iterdir())] == ["x", "x"]
+
+
+def test_a_level_that_cannot_be_had_is_refused() -> None:
+    config = VerifyConfig(verify_sandbox_level="namespaces")
+    with pytest.raises(SandboxError, match="--verify-sandbox-level namespaces cannot be reached"):
+        Sandbox(config, ["landlock", "limits"])
+
+
+def test_verdict_is_json_and_short(sandbox: Sandbox) -> None:
+    verdict = sandbox.judge("def f(x): raise ValueError('x' * 10**5)", ASSERTS)
+    assert verdict[0] == "wrong"
+    assert len(json.dumps(verdict)) < 400
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("verify_sandbox_level", "most"),
+        ("verify_code_timeout_s", 0.0),
+        ("verify_code_timeout_s", float("nan")),
+        ("verify_code_memory_mib", 63),
+        ("verify_code_output_mib", 0),
+    ],
+)
+def test_limits_out_of_range_name_their_flag(field: str, value: object) -> None:
+    with pytest.raises(ValueError, match=f"--{field.replace('_', '-')} must be"):
+        VerifyConfig(**{field: value})  # type: ignore[arg-type]
