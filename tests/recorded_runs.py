@@ -99,28 +99,31 @@ def record(case: Case, name: str, workshop: Workshop, pool: ServerPool) -> dict[
         "loss": [steps[number]["objective/loss"] for number in sorted(steps)],
         "grad_norm": [steps[number]["training/grad_norm"] for number in sorted(steps)],
         "num_samples": [steps[number]["training/num_samples"] for number in sorted(steps)],
-        "rollouts": rollouts_of(save),
+        "rollouts": rollouts_of(save, has_logprobs=not case.uses_server),
         "weights": weights.hexdigest(),
     }
 
 
-def rollouts_of(save: Path) -> list[list[Any]]:
-    """What each rollout was and how it was judged, in the file's order."""
+def rollouts_of(save: Path, *, has_logprobs: bool) -> list[list[Any]]:
+    """What each rollout was and how it was judged, in the file's order.
+
+    A server computes log-probabilities in batches that depend on when requests arrive: their last bits differ between two runs.
+    """
     store = save / "rollouts.jsonl"
     if not store.exists():
         return []
     rows = [json.loads(line) for line in store.read_text().splitlines()]
-    keys = (
+    keys = [
         "problem_id",
         "sample_index",
         "weight_version",
         "response_ids",
-        "response_logprobs",
         "verdict",
         "filtered_by",
         "weight",
-    )
-    assert all(row.keys() >= set(keys) for row in rows), sorted(rows[0])
+    ]
+    if has_logprobs:
+        keys.append("response_logprobs")
     return [[row[key] for key in keys] for row in rows]
 
 
