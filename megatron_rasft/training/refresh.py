@@ -4,7 +4,6 @@
 are plain Python) and keeps the rollouts and the finished batches; every rank takes part in scoring and sampling.
 """
 
-import hashlib
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ from megatron_rasft.curriculum.curriculum import Curriculum
 from megatron_rasft.data.tokenized_rows import ByProblem
 from megatron_rasft.objective.weighting import count_solved, make_samples
 from megatron_rasft.rollout.replay import ReplayEngine
+from megatron_rasft.rollout.seeds import sample_seed
 from megatron_rasft.rollout.store import RolloutStore
 from megatron_rasft.training.ranks import kept_by_rank_zero, on_rank_zero
 from megatron_rasft.training.reference import LogprobCache
@@ -87,12 +87,6 @@ class Plan:
 
     ids: list[str]
     chosen: list[str]
-
-
-def sample_seed(seed: int, problem_id: str, iteration: int, index: int) -> int:
-    """Seed of one sample: the same whatever else is sampled beside it."""
-    digest = hashlib.sha256(f"{seed} {problem_id} {iteration} {index}".encode()).digest()
-    return int.from_bytes(digest[:7], "big")
 
 
 def as_rollouts(

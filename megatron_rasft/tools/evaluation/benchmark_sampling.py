@@ -1,6 +1,5 @@
 """Draws the samples of a benchmark that are not in its store yet, grades them and stores them."""
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import batched
@@ -8,9 +7,13 @@ from pathlib import Path
 from typing import Protocol
 
 from megatron_rasft.errors import RolloutError
+from megatron_rasft.rollout.seeds import sample_seed
 from megatron_rasft.rollout.store import RolloutStore, read_rollouts, whole_lines
 from megatron_rasft.tools.evaluation.benchmarks import Benchmark, Problem
 from megatron_rasft.types import Request, Response, Rollout, SamplingParams
+
+_SEED_BITS = 31
+"""Rollout servers are asked for seeds that fit a signed 32-bit integer."""
 
 
 class Engine(Protocol):
@@ -96,7 +99,8 @@ def sample_benchmark(
             Request(
                 prompt_ids=prompt_ids,
                 seeds=[
-                    sample_seed(seed, f"{benchmark.name} {problem.problem_id}", index) for index in indices
+                    sample_seed(seed, benchmark.name, problem.problem_id, index, num_bits=_SEED_BITS)
+                    for index in indices
                 ],
             )
             for problem, prompt_ids, indices in batch
@@ -144,11 +148,6 @@ def fit_to_positions(
             "sampled. Leave this benchmark out."
         )
     return replace(params, max_total_tokens=max_positions)
-
-
-def sample_seed(seed: int, problem: str, index: int) -> int:
-    """Seed of one sample: the same whatever is sampled beside it, and fit for a server's 32 bits."""
-    return int.from_bytes(hashlib.sha256(f"{seed} {problem} {index}".encode()).digest()[:4], "big") >> 1
 
 
 def _stored(path: Path) -> Iterator[Rollout]:
