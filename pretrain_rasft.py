@@ -10,7 +10,7 @@ import sys
 if __name__ != "__mp_main__":
     from megatron_rasft.errors import FailedElsewhere, RasftError
     from megatron_rasft.training import cpu_backend, gpu_kernels
-    from megatron_rasft.training.ranks import report_failure
+    from megatron_rasft.training.failures import report_failure
 
     try:
         gpu_kernels.check_transformer_engine()
@@ -21,12 +21,13 @@ if __name__ != "__mp_main__":
 
     import torch.distributed as dist
 
-    from megatron_rasft.training import host, startup
+    from megatron_rasft.training import startup
     from megatron_rasft.training.background_saves import end_process
     from megatron_rasft.training.outputs import check_outputs
     from megatron_rasft.training.problems import open_replay, read_problems, set_length
     from megatron_rasft.training.run import Run
     from megatron_rasft.training.stopping import Stopped
+    from megatron_rasft.training.trainer import Trainer
 
 
 def main() -> None:
@@ -37,7 +38,7 @@ def main() -> None:
     problems, heldout = read_problems(args, config)
     replay = open_replay(config, problems)
     set_length(args, config, problems.num)
-    trainer = host.Trainer(args, config, folder)
+    trainer = Trainer(args, config, folder)
     with Run(args, config, folder, problems, heldout, replay, trainer) as run:
         try:
             run.begin()

@@ -32,10 +32,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 
 from benchmarks.shapes import SHAPES  # noqa: E402
 from benchmarks.traffic import Traffic  # noqa: E402
-from megatron_rasft.training import host, startup  # noqa: E402
+from megatron_rasft.training import startup  # noqa: E402
 from megatron_rasft.training.decoding import KEY_BUCKET, Decoder  # noqa: E402
-from megatron_rasft.training.generation import STEPS_PER_LOOK, LiveModel, generation_mode  # noqa: E402
+from megatron_rasft.training.generation import STEPS_PER_LOOK, PolicySampler, generation_mode  # noqa: E402
 from megatron_rasft.training.kv_cache import KeyValueCache  # noqa: E402
+from megatron_rasft.training.model import build_chunk  # noqa: E402
 from megatron_rasft.types import Request, SamplingParams  # noqa: E402
 
 HBM_BYTES_PER_S = 2.7e12
@@ -95,14 +96,14 @@ def requests(num: int, params: SamplingParams, prompt_tokens: int, vocab_size: i
     ]
 
 
-def count(model: LiveModel, options: argparse.Namespace) -> dict[str, Any]:
+def count(sampler: PolicySampler, options: argparse.Namespace) -> dict[str, Any]:
     """Kernels and traffic of one decode step at half of the longest sequence, for all rows."""
-    params = sampling(options, model.vocab_size)
+    params = sampling(options, sampler.vocab_size)
     length = -(-(options.prompt_tokens + options.new_tokens) // KEY_BUCKET) * KEY_BUCKET
     cache = KeyValueCache(options.rows, length)
-    engine = replace(model.engine(cache), has_graphs=False)
+    engine = replace(sampler.engine(cache), has_graphs=False)
     keys = -(-(options.prompt_tokens + options.new_tokens // 2) // KEY_BUCKET) * KEY_BUCKET
-    with generation_mode(model.chunks, cache):
+    with generation_mode(sampler.chunks, cache):
         decoder = Decoder(engine, cache, [], params, lambda: False)
         # Nothing in a step can be read: a fake tensor has no data, and a read of it raises.
         decoder.step(keys)
@@ -125,16 +126,16 @@ def count(model: LiveModel, options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def measure(model: LiveModel, options: argparse.Namespace) -> dict[str, Any]:
+def measure(sampler: PolicySampler, options: argparse.Namespace) -> dict[str, Any]:
     """Tokens per second over enough samples that most rows are refilled, after a short run that is not counted."""
-    params = sampling(options, model.vocab_size)
+    params = sampling(options, sampler.vocab_size)
     num = max(1, options.rounds * options.rows // params.num_samples)
-    asked = requests(num, params, options.prompt_tokens, model.vocab_size)
-    model.generate(asked[: max(1, num // 16)], params)
+    asked = requests(num, params, options.prompt_tokens, sampler.vocab_size)
+    sampler.generate(asked[: max(1, num // 16)], params)
     torch.cuda.synchronize()
     memory_gib = host_memory_gib()
     began = time.perf_counter()
-    groups = model.generate(asked, params)
+    groups = sampler.generate(asked, params)
     torch.cuda.synchronize()
     seconds = time.perf_counter() - began
     tokens = sum(len(r.token_ids) for group in groups for r in group)
@@ -191,10 +192,10 @@ def main() -> None:
         if args.transformer_impl == "local":
             args.perform_initialization = False  # random numbers need data
             with FakeTensorMode():
-                report["counted"] = count(live_model(args, opened), options)
+                report["counted"] = count(policy_sampler(args, opened), options)
             args.perform_initialization = True
         if torch.cuda.is_available():
-            report["measured"] = measure(live_model(args, opened), options)
+            report["measured"] = measure(policy_sampler(args, opened), options)
     if dist.get_rank() == 0:
         print(json.dumps(report), flush=True)
         if options.json is not None:
@@ -202,10 +203,10 @@ def main() -> None:
     dist.destroy_process_group()
 
 
-def live_model(args: Any, folder: Any) -> LiveModel:
+def policy_sampler(args: Any, folder: Any) -> PolicySampler:
     """The model with random weights in the precision of the flags."""
-    chunk = host.build_chunk(args).requires_grad_(False)
-    return LiveModel([chunk], folder.shape.vocab_size)
+    chunk = build_chunk(args).requires_grad_(False)
+    return PolicySampler([chunk], folder.shape.vocab_size)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a c
 import torch
 
 from benchmarks.trainers import build, make_samples, parser, peak_memory_gib, report
-from megatron_rasft.training import host
+from megatron_rasft.training.trainer import Trainer
 from megatron_rasft.types import TrainingSample
 from megatron_rasft.weights.torch_dist import TRACKER_FILE
 
@@ -35,14 +35,14 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def swap(trainer: host.Trainer) -> None:
-    """Put the reference's weights in place and the live ones back."""
+def swap(trainer: Trainer) -> None:
+    """Puts the reference's weights into the model and the policy's back."""
     assert trainer.reference is not None
     with trainer.reference.in_place():
         pass
 
 
-def measure_save(trainer: host.Trainer, samples: list[TrainingSample]) -> dict[str, float | int | None]:
+def measure_save(trainer: Trainer, samples: list[TrainingSample]) -> dict[str, float | int | None]:
     """Save once; train on while it is written in the background."""
     folder = Path(trainer.args.save)
     began = time.perf_counter()

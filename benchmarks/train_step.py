@@ -29,11 +29,12 @@ from torch import Tensor
 
 from benchmarks import trainers
 from benchmarks.shapes import SHAPES, write_model
-from megatron_rasft.training import host, startup
+from megatron_rasft.ranks import on_rank_zero
+from megatron_rasft.training import startup
 from megatron_rasft.training.batches import MicroBatch
 from megatron_rasft.training.forward import Forward
-from megatron_rasft.training.ranks import on_rank_zero
 from megatron_rasft.training.samples import Batch, SampleArrays
+from megatron_rasft.training.trainer import Trainer
 from megatron_rasft.types import TrainingSample
 
 
@@ -56,7 +57,7 @@ class MegatronSft(Forward):
         return loss_sum, count.to(torch.int), {"loss": torch.stack([loss_sum.detach(), count])}
 
 
-def measure(trainer: host.Trainer, samples: list[TrainingSample], steps: int) -> dict[str, float | None]:
+def measure(trainer: Trainer, samples: list[TrainingSample], steps: int) -> dict[str, float | None]:
     """Median tokens per second over ``steps`` steps after one that is not counted, that step's loss, and the peak memory."""
     rates, losses = [], []
     batch = Batch(num_problems=len(samples), samples=SampleArrays.of(samples))
@@ -106,7 +107,7 @@ def shared_model(shape: str) -> Path:
     return folder
 
 
-def use_megatron_loss(trainer: host.Trainer, fusion: str) -> Forward:
+def use_megatron_loss(trainer: Trainer, fusion: str) -> Forward:
     """Megatron's forward step, with its cross-entropy fused where there is a GPU."""
     for chunk in trainer.chunks:
         chunk.config.cross_entropy_loss_fusion = torch.cuda.is_available()
@@ -115,7 +116,7 @@ def use_megatron_loss(trainer: host.Trainer, fusion: str) -> Forward:
 
 
 def measure_all(
-    trainer: host.Trainer, samples: list[TrainingSample], options: argparse.Namespace
+    trainer: Trainer, samples: list[TrainingSample], options: argparse.Namespace
 ) -> dict[str, Any]:
     """Each kind of step in each layout: name -> its figures."""
     rasft, sft = trainer.forward, Forward(trainer.config.objective, trainer.folder.shape.vocab_size)

@@ -15,7 +15,8 @@ cpu_backend.use_cpu_fused_adam()
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
-from megatron_rasft.training import host, startup  # noqa: E402
+from megatron_rasft.training import startup  # noqa: E402
+from megatron_rasft.training.trainer import Trainer  # noqa: E402
 from megatron_rasft.types import TrainingSample  # noqa: E402
 
 
@@ -30,7 +31,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     return made
 
 
-def build(flags: list[str]) -> host.Trainer:
+def build(flags: list[str]) -> Trainer:
     """Build the trainer of a run with these flags. No training data is read."""
     defaults = [
         "--train-data",
@@ -44,10 +45,10 @@ def build(flags: list[str]) -> host.Trainer:
     ]
     args, config, folder = startup.parse([*defaults, *flags])
     startup.start(args)
-    return host.Trainer(args, config, folder)
+    return Trainer(args, config, folder)
 
 
-def make_samples(trainer: host.Trainer, num: int, mean_tokens: int) -> list[TrainingSample]:
+def make_samples(trainer: Trainer, num: int, mean_tokens: int) -> list[TrainingSample]:
     """Sequences of random tokens and log-normal length, a fifth of each the prompt."""
     draw = random.Random(0)
     samples = []

@@ -153,3 +153,12 @@ def _killed_at_the_end(processes: Sequence[ForkServerProcess]) -> Iterator[None]
             if process.is_alive():
                 process.kill()
                 process.join()
+
+
+def call_on_ranks(function: Callable[[int, str], None], folder: Path, num: int) -> None:
+    """Calls ``function(rank, folder)`` in ``num`` processes; an error that one of them raises is raised here."""
+    import torch.multiprocessing as mp
+
+    os.environ.update(ENVIRONMENT)
+    with ON_CPU.forks():
+        mp.start_processes(function, args=(str(folder),), nprocs=num, start_method="forkserver")

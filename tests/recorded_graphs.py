@@ -83,8 +83,8 @@ def capture(graph: RecordedGraph, *unused: Any, **also_unused: Any) -> Iterator[
 
 
 @contextlib.contextmanager
-def on_a_gpu(live: Any) -> Iterator[type[RecordedGraph]]:
-    """Let a LiveModel take every branch for GPUs, on a CPU that answers torch.cuda's other questions.
+def on_a_gpu(sampler: Any) -> Iterator[type[RecordedGraph]]:
+    """Let a PolicySampler take every branch for GPUs, on a CPU that answers torch.cuda's other questions.
 
     The graphs counted are those of this use.
     """
@@ -97,13 +97,13 @@ def on_a_gpu(live: Any) -> Iterator[type[RecordedGraph]]:
         "mem_get_info": lambda *unused: (FREE_BYTES, FREE_BYTES),
     }
     before = {name: getattr(torch.cuda, name) for name in answers}
-    device, steps_per_look = live.device, live.steps_per_look
-    live.device, live.steps_per_look = torch.device("cuda"), STEPS_PER_LOOK["cuda"]
+    device, steps_per_look = sampler.device, sampler.steps_per_look
+    sampler.device, sampler.steps_per_look = torch.device("cuda"), STEPS_PER_LOOK["cuda"]
     try:
         for name, answer in answers.items():
             setattr(torch.cuda, name, answer)
         yield graphs
     finally:
-        live.device, live.steps_per_look = device, steps_per_look
+        sampler.device, sampler.steps_per_look = device, steps_per_look
         for name, answer in before.items():
             setattr(torch.cuda, name, answer)

@@ -64,7 +64,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args.command(args, rest)
     except (ValueError, RasftError, OSError, FailedElsewhere) as error:
-        from megatron_rasft.training.ranks import report_failure  # imports torch, which --server does without
+        # It imports torch, which --server does without.
+        from megatron_rasft.training.failures import report_failure
 
         return report_failure(error)
     return 0

@@ -16,8 +16,8 @@ from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_rasft.errors import CheckpointError, FailedElsewhere
+from megatron_rasft.ranks import on_rank_zero
 from megatron_rasft.training.fp8_scales import UNPICKLE
-from megatron_rasft.training.ranks import on_rank_zero
 from megatron_rasft.training.samples import Array
 from megatron_rasft.weights.torch_dist import RELEASE, TRACKER_FILE
 

@@ -18,10 +18,10 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.utils import set_model_to_sequence_parallel
 from torch import Tensor
 
+from megatron_rasft.ranks import gather_to_rank_zero, on_rank_zero
 from megatron_rasft.training.attention import SdpaCoreAttention
 from megatron_rasft.training.decoding import KEY_BUCKET, Decoder, Engine
 from megatron_rasft.training.kv_cache import CachedAttention, Decode, KeyValueCache, RotaryAtPositions
-from megatron_rasft.training.ranks import gather_to_rank_zero, on_rank_zero
 from megatron_rasft.training.stopping import Stopped
 from megatron_rasft.types import FinishReason, Request, Response, SamplingParams
 
@@ -97,7 +97,7 @@ def rows_that_fit(free_bytes: float, row_bytes: float) -> int:
     return num
 
 
-class LiveModel:
+class PolicySampler:
     """The training model as a rollout engine.
 
     Args:

@@ -2,9 +2,9 @@
 
 from megatron_rasft import metrics
 from megatron_rasft.config import RasftConfig
+from megatron_rasft.ranks import on_rank_zero
 from megatron_rasft.rollout.seeds import sample_seed
 from megatron_rasft.training.problems import Problems
-from megatron_rasft.training.ranks import on_rank_zero
 from megatron_rasft.training.refresh import Policy, as_rollouts
 from megatron_rasft.types import Request, Response, SamplingParams
 from megatron_rasft.verify.pool import VerifierPool

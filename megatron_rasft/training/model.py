@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
@@ -9,8 +10,35 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.training.argument_utils import core_transformer_config_from_args
 
 from megatron_rasft.training.attention import RMSNorm, SdpaCoreAttention
+
+
+def build_chunk(
+    args: Any, pre_process: bool = True, post_process: bool = True, vp_stage: int | None = None, **_: Any
+) -> GPTModel:
+    """One chunk of the model with random weights, as Megatron's set-up functions ask for it."""
+    config = core_transformer_config_from_args(args)
+    config.variable_seq_lengths = False
+    if args.distributed_backend == "gloo":
+        # Sends are asynchronous and hold the tensor, whose storage Megatron would free.
+        config.deallocate_pipeline_outputs = False
+    return GPTModel(
+        config,
+        layer_spec(config, vp_stage),
+        args.padded_vocab_size,
+        args.max_position_embeddings,
+        pre_process=pre_process,
+        post_process=post_process,
+        share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
+        position_embedding_type="rope",
+        rotary_percent=args.rotary_percent,
+        rotary_base=args.rotary_base,
+        rope_scaling=args.use_rope_scaling,
+        rope_scaling_factor=args.rope_scaling_factor,
+        vp_stage=vp_stage,
+    )
 
 
 def layer_spec(

@@ -9,8 +9,8 @@ from typing import Any
 
 from megatron_rasft.config import RasftConfig
 from megatron_rasft.errors import CheckpointError, written_to
+from megatron_rasft.ranks import on_rank_zero
 from megatron_rasft.rollout.store import whole_lines
-from megatron_rasft.training.ranks import on_rank_zero
 from megatron_rasft.training.reference import LogprobCache
 from megatron_rasft.weights.torch_dist import TRACKER_FILE
 

@@ -10,10 +10,10 @@ from megatron_rasft.data.row_cache import tokenized
 from megatron_rasft.data.tokenized_rows import ByProblem, TokenizedRows
 from megatron_rasft.data.tokenizing import end_ids, open_tokenizer
 from megatron_rasft.errors import written_to
+from megatron_rasft.ranks import kept_by_rank_zero, on_rank_zero
 from megatron_rasft.rollout.replay import ReplayEngine
 from megatron_rasft.training.arguments import has_own_warmup
 from megatron_rasft.training.outputs import data_cache
-from megatron_rasft.training.ranks import kept_by_rank_zero, on_rank_zero
 from megatron_rasft.types import Demonstration
 from megatron_rasft.verify.programs.sandbox import Sandbox
 

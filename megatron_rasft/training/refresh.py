@@ -14,10 +14,10 @@ from megatron_rasft.config import RasftConfig
 from megatron_rasft.curriculum.curriculum import Curriculum
 from megatron_rasft.data.tokenized_rows import ByProblem
 from megatron_rasft.objective.weighting import count_solved, make_samples
+from megatron_rasft.ranks import kept_by_rank_zero, on_rank_zero
 from megatron_rasft.rollout.replay import ReplayEngine
 from megatron_rasft.rollout.seeds import sample_seed
 from megatron_rasft.rollout.store import RolloutStore
-from megatron_rasft.training.ranks import kept_by_rank_zero, on_rank_zero
 from megatron_rasft.training.reference import LogprobCache
 from megatron_rasft.training.rollout_servers import RolloutServers
 from megatron_rasft.training.samples import BatchQueue, SampleArrays

@@ -12,13 +12,13 @@ from typing import Any, Protocol
 from megatron_rasft import metrics
 from megatron_rasft.config import RolloutConfig
 from megatron_rasft.errors import RolloutError, ServerError
+from megatron_rasft.ranks import on_rank_zero
 from megatron_rasft.rollout.control import ServerControl
 from megatron_rasft.rollout.engine import SglangEngine
 from megatron_rasft.rollout.fleet import Fleet
 from megatron_rasft.rollout.keys import read_key
 from megatron_rasft.rollout.sampling import Answers
 from megatron_rasft.sync import SyncReport, WeightSync
-from megatron_rasft.training.ranks import on_rank_zero
 from megatron_rasft.training.stopping import StopRequest
 from megatron_rasft.types import Request, SamplingParams, TrainingSample
 

@@ -14,12 +14,12 @@ import torch
 from megatron_rasft import metrics
 from megatron_rasft.config import RasftConfig
 from megatron_rasft.errors import CheckpointError, written_to
+from megatron_rasft.ranks import on_rank_zero
 from megatron_rasft.rollout.replay import ReplayEngine
 from megatron_rasft.rollout.store import RolloutStore
 from megatron_rasft.training.checkpoints import architecture_of
 from megatron_rasft.training.fp8_scales import has_delayed_scales
 from megatron_rasft.training.heldout import Heldout
-from megatron_rasft.training.host import PreparedBatch, StepResult, Trainer, writers
 from megatron_rasft.training.outputs import (
     AppendedFile,
     metrics_file,
@@ -29,12 +29,12 @@ from megatron_rasft.training.outputs import (
 )
 from megatron_rasft.training.problems import Problems
 from megatron_rasft.training.progress import Progress
-from megatron_rasft.training.ranks import on_rank_zero
 from megatron_rasft.training.reference import LogprobCache
 from megatron_rasft.training.refresh import Planner, RefreshReport
 from megatron_rasft.training.rollout_servers import RolloutServers, read_keys
 from megatron_rasft.training.samples import Array, BatchQueue, SampleArrays
 from megatron_rasft.training.stopping import Stopped
+from megatron_rasft.training.trainer import PreparedBatch, StepResult, Trainer, writers
 from megatron_rasft.verify.pool import VerifierPool
 from megatron_rasft.weights.folder import HfFolder
 from megatron_rasft.weights.model_card import run_facts

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_rasft.training.ranks import gather_to_all, kept_by_rank_zero, on_rank_zero
+from megatron_rasft.ranks import gather_to_all, kept_by_rank_zero, on_rank_zero
 
 
 class Stopped(Exception):

@@ -22,8 +22,8 @@ cpu_backend.enable()
 cpu_backend.use_cpu_fused_adam()
 
 from megatron_rasft.config import ObjectiveConfig, RasftConfig, RolloutConfig  # noqa: E402
+from megatron_rasft.ranks import gather_to_all  # noqa: E402
 from megatron_rasft.training.kv_cache import CachedAttention  # noqa: E402
-from megatron_rasft.training.ranks import gather_to_all  # noqa: E402
 from megatron_rasft.training.reference import LogprobCache  # noqa: E402
 from megatron_rasft.training.refresh import Planner  # noqa: E402
 from megatron_rasft.training.samples import SampleArrays  # noqa: E402
@@ -123,10 +123,10 @@ def sample(flags: list[str], root: Path) -> dict[str, Any]:
         result["lone request"] = responses(run.generate(requests(1)[:1], MODES["greedy"]))
         run.score([full_row()], with_reference=False)
         for mode, chosen in MODES.items():
-            run.live.steps_per_look = 16 if mode == "rare looks" else 1
+            run.sampler.steps_per_look = 16 if mode == "rare looks" else 1
             if mode == "as on a GPU":
-                with recorded_graphs.on_a_gpu(run.live) as used:
-                    result["rows from memory"] = run.live.num_rows_that_fit(LENGTH)
+                with recorded_graphs.on_a_gpu(run.sampler) as used:
+                    result["rows from memory"] = run.sampler.num_rows_that_fit(LENGTH)
                     result[mode] = responses(run.generate(requests(NUM_SAMPLES), chosen))
                 result["graphs"] = (used.num_captured, used.num_replayed)
                 continue

@@ -25,7 +25,7 @@ from megatron.core import parallel_state  # noqa: E402
 from megatron_rasft.tools.capacity.config import AssumptionConfig, PlanConfig  # noqa: E402
 from megatron_rasft.tools.capacity.layouts import Layout, Model  # noqa: E402
 from megatron_rasft.tools.capacity.memory import estimate_memory  # noqa: E402
-from megatron_rasft.training.host import Trainer  # noqa: E402
+from megatron_rasft.training.trainer import Trainer  # noqa: E402
 from megatron_rasft.weights import HfFolder  # noqa: E402
 from tests.distributed.parity_cases import COMMON, MODELS, NUM_STEPS, Case, batches, cases  # noqa: E402
 from tests.distributed.ranks_harness import trainer  # noqa: E402

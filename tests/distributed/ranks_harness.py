@@ -42,7 +42,8 @@ def trainer(
     from megatron.core.transformer import utils as transformer_utils
     from megatron.training import global_vars
 
-    from megatron_rasft.training import host, startup
+    from megatron_rasft.training import startup
+    from megatron_rasft.training.trainer import Trainer
 
     argv = ["--hf-model", str(model), "--train-data", str(data), *flags]
     args, config, folder = startup.parse(argv)
@@ -51,7 +52,7 @@ def trainer(
     args.gradient_accumulation_fusion = has_gradient_fusion
     startup.start(args)
     try:
-        yield host.Trainer(args, config, folder)
+        yield Trainer(args, config, folder)
     finally:
         parallel_state.destroy_model_parallel()
         num_microbatches_calculator.destroy_num_microbatches_calculator()

@@ -32,7 +32,7 @@ class Facts:
 def record(path: Path) -> None:
     """Write this process's facts when it ends; to be called before the program, for ``prepare``."""
     from megatron_rasft.objective import logit_kernels
-    from megatron_rasft.training.host import Trainer
+    from megatron_rasft.training.trainer import Trainer
 
     found: dict[str, Any] = {}
     build = Trainer.__init__

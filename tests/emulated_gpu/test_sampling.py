@@ -12,12 +12,12 @@ from tests.emulated_gpu.conftest import Bench
 
 def sample_with_graphs(evidence: Path) -> None:
     """Let a run sample as on a GPU; how many graphs it took goes to ``evidence``. For ``prepare``."""
-    from megatron_rasft.training.host import Trainer
+    from megatron_rasft.training.trainer import Trainer
 
     generate = Trainer.generate
 
     def on_a_gpu(self: Trainer, *args: Any) -> Any:
-        with recorded_graphs.on_a_gpu(self.live) as graphs:
+        with recorded_graphs.on_a_gpu(self.sampler) as graphs:
             result = generate(self, *args)
         evidence.write_text(json.dumps([graphs.num_captured, graphs.num_replayed]))
         return result

@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "megatron_rasft"
-TOP_LEVEL = {"types", "config", "errors", "metrics"}
+TOP_LEVEL = {"types", "config", "errors", "metrics", "ranks"}
 """Modules (config: a package) that every room may import; themselves they import each other only, types nothing."""
 
 ROOMS = {"data", "curriculum", "rollout", "verify", "objective", "weights", "sync", "training", "tools"}
@@ -24,7 +24,7 @@ MAY_ALSO_IMPORT = {"sync": {"weights"}}
 JOINING_ROOMS = {"training", "tools"}
 """May import other packages."""
 
-MAY_IMPORT_TORCH = {"objective", "weights", "sync", "training", "tools"}
+MAY_IMPORT_TORCH = {"ranks", "objective", "weights", "sync", "training", "tools"}
 MAY_IMPORT_MEGATRON = {"sync", "training", "tools"}
 """The others take tensors and process groups as arguments."""
 MAY_IMPORT_MEGATRON_TRAINING = {"training", "tools"}

@@ -11,7 +11,7 @@ from megatron_rasft.tools.capacity.layouts import Layout, Model, padded_vocabula
 GIB = 2**30
 
 _LOGIT_BYTES = 48
-"""Per row and vocabulary entry of the embedded engine: LiveModel.row_bytes."""
+"""Per row and vocabulary entry of the embedded engine: PolicySampler.row_bytes."""
 
 _FP32 = 4
 _ADAM = 2 * _FP32

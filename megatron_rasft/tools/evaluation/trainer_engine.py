@@ -16,9 +16,10 @@ from megatron.core.utils import unwrap_model
 from megatron.training import checkpointing, training
 
 from megatron_rasft.errors import CheckpointError
-from megatron_rasft.training import checkpoints, host, startup
-from megatron_rasft.training.generation import LiveModel
-from megatron_rasft.training.ranks import on_rank_zero
+from megatron_rasft.ranks import on_rank_zero
+from megatron_rasft.training import checkpoints, startup
+from megatron_rasft.training.generation import PolicySampler
+from megatron_rasft.training.model import build_chunk
 from megatron_rasft.types import Request, Response, SamplingParams
 from megatron_rasft.weights.folder import HfFolder
 from megatron_rasft.weights.loading import load_into
@@ -47,7 +48,7 @@ class Sampler:
         self._args = args
         with startup.quiet():
             self._model = training.get_model(
-                partial(host.build_chunk, args), ModelType.encoder_or_decoder, wrap_with_ddp=False
+                partial(build_chunk, args), ModelType.encoder_or_decoder, wrap_with_ddp=False
             )
         self._chunks = unwrap_model(self._model)
         for chunk in self._chunks:
@@ -56,7 +57,7 @@ class Sampler:
             self._load_folder(folder)
         else:
             self._load_checkpoint(checkpoint)
-        self._live = LiveModel(self._chunks, folder.shape.vocab_size)
+        self._sampler = PolicySampler(self._chunks, folder.shape.vocab_size)
         self.is_lead = dist.get_rank() == 0
 
     def _load_folder(self, folder: HfFolder) -> None:
@@ -95,12 +96,12 @@ class Sampler:
     def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[list[Response]]:
         """On rank 0, while the other ranks ``follow``."""
         self._broadcast((list(requests), params))
-        return self._live.generate(requests, params)
+        return self._sampler.generate(requests, params)
 
     def follow(self) -> None:
         """Take part in what rank 0 samples, until it closes."""
         while (work := self._broadcast(None)) is not None:
-            self._live.generate(*work)
+            self._sampler.generate(*work)
 
     def close(self) -> None:
         """On rank 0: let the other ranks go."""

@@ -23,7 +23,7 @@ from megatron_rasft.types import Request, Response, SamplingParams
 VOCAB, HEADS, GROUPS, DIM = 13, 4, 2, 8
 LENGTH = 48
 PROMPTS = [[3, 5, 1, 12, 9, 9, 2], [1, 7, 4], [8, 8, 8], [0, 11], [6], [10]]
-"""Longest first, as LiveModel hands them over."""
+"""Longest first, as PolicySampler hands them over."""
 
 PLAIN = SamplingParams(
     num_samples=3,

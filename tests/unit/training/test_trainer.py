@@ -8,9 +8,9 @@ import pytest
 import torch
 from megatron.core import parallel_state
 
-from megatron_rasft.training import host
+from megatron_rasft.training import trainer as trainer_module
 from megatron_rasft.training.batches import WIDTH_SLACK, BatchLayout
-from megatron_rasft.training.host import Trainer
+from megatron_rasft.training.trainer import Trainer
 from megatron_rasft.types import TrainingSample
 
 
@@ -86,10 +86,10 @@ def test_scales_that_a_checkpoint_lacks_are_set_after_a_resume(
     trainer.args = SimpleNamespace(load="folder", save="folder", fp8="hybrid", fp8_recipe=recipe)
     trainer.model, trainer.optimizer, trainer.scheduler = [], None, None
     trainer._checkpointing_context = {}
-    monkeypatch.setattr(host.checkpointing, "checkpoint_exists", lambda load: True)
-    monkeypatch.setattr(host.checkpointing, "load_checkpoint", lambda *args, **kwargs: (2, 0.0))
+    monkeypatch.setattr(trainer_module.checkpointing, "checkpoint_exists", lambda load: True)
+    monkeypatch.setattr(trainer_module.checkpointing, "load_checkpoint", lambda *args, **kwargs: (2, 0.0))
     for name, value in (("read_state", state), ("read_arrays", {}), ("chosen_folder", None)):
-        monkeypatch.setattr(host, name, lambda *args, value=value: value)
+        monkeypatch.setattr(trainer_module, name, lambda *args, value=value: value)
     assert trainer.resume() == (state, {})
     assert trainer.iteration == 2 and trainer._lacks_scales == lacks_scales
 
@@ -99,7 +99,9 @@ def test_no_batch_is_cut_while_a_background_save_is_completed(monkeypatch: pytes
     trainer, done = Trainer.__new__(Trainer), list[str]()
     trainer._saving_step, trainer.args = 2, SimpleNamespace(save="folder")
     may_end = threading.Event()
-    monkeypatch.setattr(host.training, "maybe_finalize_async_save", lambda blocking: done.append("completed"))
+    monkeypatch.setattr(
+        trainer_module.training, "maybe_finalize_async_save", lambda blocking: done.append("completed")
+    )
 
     def cut() -> None:
         assert may_end.wait(20)
@@ -121,7 +123,7 @@ def test_scales_of_a_few_probes_are_set_again_from_a_whole_batch(monkeypatch: py
     monkeypatch.setattr(trainer, "prepare", lambda batch: batch)
     monkeypatch.setattr(trainer, "_on_device", lambda batch: seen.append(len(batch.samples)))
     monkeypatch.setattr(trainer, "_score", lambda batch: [None] * len(batch.samples))
-    monkeypatch.setattr(host, "set_delayed_scales", lambda forward: None)
+    monkeypatch.setattr(trainer_module, "set_delayed_scales", lambda forward: None)
     sample = TrainingSample(
         problem_id="p", kind="demonstration", prompt_ids=[1], response_ids=[2], weight=1.0
     )

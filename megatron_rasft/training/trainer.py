@@ -20,13 +20,11 @@ import torch
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.enums import ModelType
-from megatron.core.models.gpt import GPTModel
 from megatron.core.num_microbatches_calculator import reconfigure_num_microbatches_calculator
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from megatron.core.utils import get_model_config, unwrap_model
 from megatron.training import checkpointing, training
-from megatron.training.argument_utils import core_transformer_config_from_args
 from megatron.training.async_utils import is_empty_async_queue
 from megatron.training.global_vars import (
     get_signal_handler,
@@ -37,6 +35,13 @@ from megatron.training.utils import calc_params_l2_norm
 
 from megatron_rasft.config import RasftConfig
 from megatron_rasft.errors import CheckpointError, RasftError
+from megatron_rasft.ranks import (
+    gather_to_all,
+    gather_to_rank_zero,
+    hand_out,
+    kept_by_rank_zero,
+    on_rank_zero,
+)
 from megatron_rasft.sync import SyncReport, WeightSync
 from megatron_rasft.sync.server_protocols import Server
 from megatron_rasft.training.background_saves import SaveQueue, write_in_background
@@ -66,15 +71,8 @@ from megatron_rasft.training.checkpoints import (
 )
 from megatron_rasft.training.forward import Forward, run_forward_only
 from megatron_rasft.training.fp8_scales import has_delayed_scales, own_scales_loaded, set_delayed_scales
-from megatron_rasft.training.generation import LiveModel
-from megatron_rasft.training.model import layer_spec
-from megatron_rasft.training.ranks import (
-    gather_to_all,
-    gather_to_rank_zero,
-    hand_out,
-    kept_by_rank_zero,
-    on_rank_zero,
-)
+from megatron_rasft.training.generation import PolicySampler
+from megatron_rasft.training.model import build_chunk
 from megatron_rasft.training.reference import FrozenReference
 from megatron_rasft.training.samples import Array, Batch, SampleArrays, views
 from megatron_rasft.training.startup import quiet
@@ -129,32 +127,6 @@ class PreparedBatch:
     """On the host."""
 
 
-def build_chunk(
-    args: Any, pre_process: bool = True, post_process: bool = True, vp_stage: int | None = None, **_: Any
-) -> GPTModel:
-    """One chunk of the model with random weights, as Megatron's set-up functions ask for it."""
-    config = core_transformer_config_from_args(args)
-    config.variable_seq_lengths = False
-    if args.distributed_backend == "gloo":
-        # Sends are asynchronous and hold the tensor, whose storage Megatron would free.
-        config.deallocate_pipeline_outputs = False
-    return GPTModel(
-        config,
-        layer_spec(config, vp_stage),
-        args.padded_vocab_size,
-        args.max_position_embeddings,
-        pre_process=pre_process,
-        post_process=post_process,
-        share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
-        position_embedding_type="rope",
-        rotary_percent=args.rotary_percent,
-        rotary_base=args.rotary_base,
-        rope_scaling=args.use_rope_scaling,
-        rope_scaling_factor=args.rope_scaling_factor,
-        vp_stage=vp_stage,
-    )
-
-
 class Trainer:
     """Model, optimizer and schedule of one run, and what is done with them.
 
@@ -203,15 +175,15 @@ class Trainer:
             assert self.reference is not None
             self.forward.ref_output_weight = self.reference.output_weight(self.chunks[-1])
         self._prepare_config()
-        self.live = LiveModel(self.chunks, folder.shape.vocab_size)
+        self.sampler = PolicySampler(self.chunks, folder.shape.vocab_size)
         self.stop = StopRequest(
             lambda: get_signal_handler()._signal_received,
             args.exit_duration_in_mins,
             training._TRAIN_START_TIME,
-            self.live.device,
+            self.sampler.device,
         )
         self._replicas = _replicas()
-        self._cutter = ThreadPoolExecutor(1, "cut", _choose_device, (self.live.device,))
+        self._cutter = ThreadPoolExecutor(1, "cut", _choose_device, (self.sampler.device,))
         self.iteration = 0
         self._gradients_at = 0.0
         """When the gradients of the step were there."""
@@ -222,7 +194,7 @@ class Trainer:
         self._saving_step: int | None = None
         """Of the checkpoint that is being written in the background."""
         if args.async_save:
-            write_in_background(SaveQueue.for_run(args, self.live.device))
+            write_in_background(SaveQueue.for_run(args, self.sampler.device))
         if args.manual_gc:
             gc.disable()
             gc.collect()
@@ -291,10 +263,10 @@ class Trainer:
 
     def _cut(self, share: Share, layout: BatchLayout) -> list[MicroBatch]:
         batches = cut(share, layout)
-        return [batch.pinned() for batch in batches] if self.live.device.type == "cuda" else batches
+        return [batch.pinned() for batch in batches] if self.sampler.device.type == "cuda" else batches
 
     def _on_device(self, prepared: PreparedBatch) -> list[MicroBatch]:
-        return [batch.to(self.live.device) for batch in prepared.micro_batches.result()]
+        return [batch.to(self.sampler.device) for batch in prepared.micro_batches.result()]
 
     def _one_ahead(self, batches: Iterable[Batch | None]) -> Iterator[PreparedBatch]:
         """Prepare every batch before the one ahead of it is used."""
@@ -381,10 +353,10 @@ class Trainer:
         return [merged[i] for i in range(len(merged))]
 
     def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[list[Response]]:
-        """Sample the live weights; see LiveModel.generate."""
+        """Sample the live weights; see PolicySampler.generate."""
         replica = parallel_state.get_model_parallel_group()
         with self._settled():
-            return self.live.generate(requests, params, lambda: self.stop.is_asked(replica))
+            return self.sampler.generate(requests, params, lambda: self.stop.is_asked(replica))
 
     def weight_sync(self, connect: Callable[[str], Server]) -> WeightSync:
         """What takes this model's weights to rollout servers.
@@ -404,7 +376,7 @@ class Trainer:
             gather=partial(gather_tensors, self.model, self.folder.table, is_first_replica=is_first, **bound),
             connect=connect,
             model_config=self.folder.config,
-            device=self.live.device,
+            device=self.sampler.device,
             stage=parallel_state.get_pipeline_model_parallel_rank(),
             num_stages=parallel_state.get_pipeline_model_parallel_world_size(),
             takes_part=is_first or self._experts.is_first_replica,

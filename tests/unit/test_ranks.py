@@ -1,10 +1,8 @@
-"""A result or a failure of rank 0 reaches every rank."""
+"""Rank 0's result or failure reaches every rank."""
 
 import math
-import os
 import time
 from array import array
-from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -13,25 +11,16 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from megatron_rasft.errors import FailedElsewhere
-from megatron_rasft.training.ranks import (
+from megatron_rasft.ranks import (
     gather_to_all,
     gather_to_rank_zero,
     hand_out,
     kept_by_rank_zero,
     on_rank_zero,
-    speaks_for_node,
 )
-from tests.forking import ENVIRONMENT, ON_CPU
-
-
-def start(rank: Callable[[int, str], None], folder: Path, num: int) -> None:
-    """Run ``rank`` in processes that need not import torch; one that fails raises here."""
-    os.environ.update(ENVIRONMENT)
-    with ON_CPU.forks():
-        mp.start_processes(rank, args=(str(folder),), nprocs=num, start_method="forkserver")
+from tests.forking import call_on_ranks
 
 
 def test_a_single_process_just_works() -> None:
@@ -88,29 +77,13 @@ def _late_rank(rank: int, folder: str) -> None:
 
 
 def test_a_rank_may_take_longer_than_a_collective_of_the_others(tmp_path: Path) -> None:
-    start(_late_rank, tmp_path, 2)
+    call_on_ranks(_late_rank, tmp_path, 2)
     assert (tmp_path / "done0").exists() and (tmp_path / "done1").exists()
 
 
 def test_two_ranks_share_results_and_failures(tmp_path: Path) -> None:
-    start(_rank, tmp_path, 2)
+    call_on_ranks(_rank, tmp_path, 2)
     assert (tmp_path / "done0").exists() and (tmp_path / "done1").exists()
-
-
-def _rank_that_fails(rank: int, folder: str) -> None:
-    os.environ.update({"LOCAL_RANK": str(rank % 2), "GROUP_RANK": str(rank // 2)})
-    assert speaks_for_node("before they met") == (rank % 2 == 0)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=4)
-    if rank % 2 == 0:
-        time.sleep(1)  # the others wait for it
-    said = speaks_for_node("met by all")
-    if rank in (2, 3):
-        said = (said, speaks_for_node("met by the second node"))
-    if rank == 3:
-        said = (*said, speaks_for_node("met by its last rank alone"))
-    Path(folder, f"said{rank}").write_text(str(said))
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 REPLICAS = [
@@ -146,11 +119,11 @@ def _rank_of_a_replica(rank: int, folder: str) -> None:
 
 
 def test_each_replica_is_handed_its_own_value(tmp_path: Path) -> None:
-    start(_rank_of_a_replica, tmp_path, 5)
+    call_on_ranks(_rank_of_a_replica, tmp_path, 5)
     assert all((tmp_path / f"done{rank}").exists() for rank in range(5))
 
 
-def _rank_that_listens(rank: int, folder: str) -> None:
+def _rank_that_counts_bytes(rank: int, folder: str) -> None:
     """Counts the bytes this rank sends while 8 MB go to another replica."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=3)
     on_rank_zero(lambda: None)  # makes the group
@@ -169,10 +142,4 @@ def _rank_that_listens(rank: int, folder: str) -> None:
 
 
 def test_rank_zero_sends_a_replica_one_copy_and_itself_none(tmp_path: Path) -> None:
-    start(_rank_that_listens, tmp_path, 3)
-
-
-def test_an_error_is_said_once_a_node_and_one_of_a_single_rank_by_that(tmp_path: Path) -> None:
-    start(_rank_that_fails, tmp_path, 4)
-    said = [(tmp_path / f"said{rank}").read_text() for rank in range(4)]
-    assert said == ["True", "False", "(True, True)", "(False, False, True)"]
+    call_on_ranks(_rank_that_counts_bytes, tmp_path, 3)

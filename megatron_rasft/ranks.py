@@ -1,8 +1,6 @@
-"""Work that one rank does for all: the result, or the failure, reaches every rank."""
+"""Collectives of Python objects: rank 0 decides, and its result or its failure reaches every rank."""
 
-import os
 import pickle
-import sys
 import weakref
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -15,22 +13,19 @@ import torch.distributed as dist
 from megatron_rasft.errors import FailedElsewhere
 
 _PATIENCE = timedelta(days=1)
-"""Verifying a window, waiting for a server, or for the slowest replica's samples, may take longer than the
---distributed-timeout-minutes of a step."""
-
-_GRACE = timedelta(seconds=5)
-"""For the first rank of a node, to say an error that others of it have met as well."""
+"""Time-out of the patient group. Verifying a refresh's rollouts, waiting for a rollout server or for the slowest replica's samples
+may take longer than the --distributed-timeout-minutes of a step."""
 
 _patient: tuple[Callable[[], Any], Callable[[], Any]] = (lambda: None, lambda: None)
-"""Weak references to the default group and the patient gloo group of the same ranks: a group that outlives
-destroy_process_group may abort the process when it exits, as its threads are still there."""
+"""Weak references to the default group and to the patient group of the same ranks. They are weak because a group that outlives
+destroy_process_group keeps its threads, which can abort the process when it exits."""
 
 
 def on_rank_zero[T](work: Callable[[], T]) -> T:
-    """Run ``work`` on rank 0 and return its result on every rank of the world.
+    """Runs ``work`` on rank 0 and returns its result on every rank of the world.
 
-    Runs one broadcast on a gloo group of its own, which waits for hours. If ``work`` raises, rank 0 raises that and
-    the others raise FailedElsewhere, so no rank is left waiting.
+    Runs one broadcast on the patient group. If ``work`` raises, rank 0 raises that error and the others raise FailedElsewhere, so
+    no rank is left waiting.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return work()
@@ -42,7 +37,7 @@ def on_rank_zero[T](work: Callable[[], T]) -> T:
         except (Exception, KeyboardInterrupt) as error:
             failure = error
             box = [None, f"{type(error).__name__}: {error}"]
-    dist.broadcast_object_list(box, src=0, group=_patient_group())
+    dist.broadcast_object_list(box, src=0, group=patient_group())
     if failure is not None:
         raise failure
     if box[1] is not None:
@@ -53,9 +48,12 @@ def on_rank_zero[T](work: Callable[[], T]) -> T:
 def kept_by_rank_zero[T](
     work: Callable[[], T], elsewhere: T, share: Callable[[Callable[[], None]], None] = on_rank_zero
 ) -> T:
-    """``on_rank_zero`` (or ``share``, which does alike) for a result that nobody else needs.
+    """Runs ``work`` on rank 0 and keeps its result there: only success or failure is broadcast.
 
-    The other ranks get ``elsewhere``, or the failure.
+    Args:
+        work: called on rank 0.
+        elsewhere: returned on the other ranks.
+        share: ``on_rank_zero``, or a function with the same contract.
     """
     result = elsewhere
 
@@ -68,14 +66,14 @@ def kept_by_rank_zero[T](
 
 
 def gather_to_rank_zero[T](value: T | None) -> list[T]:
-    """On rank 0 the values of the ranks that have one, in rank order; on the others [].
+    """Returns on rank 0 the values of all ranks that have one, in rank order; [] on the other ranks.
 
-    A collective of the world on the patient gloo group. Each value travels alone and nothing is padded: rank 0 holds
-    their sum, the other ranks nothing. Arrays are compact on the way, lists of numbers are not.
+    A collective of the world on the patient group. Every value is sent separately, without padding, so that only rank 0 needs
+    memory for the others' values. numpy arrays are sent as raw memory; lists of numbers are pickled, which takes more space.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [] if value is None else [value]
-    group = _patient_group()
+    group = patient_group()
     packed = torch.empty(0, dtype=torch.uint8) if value is None else _packed(value)
     sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
     dist.all_gather(sizes, torch.tensor([packed.numel()]), group=group)
@@ -93,14 +91,14 @@ def gather_to_rank_zero[T](value: T | None) -> list[T]:
 
 
 def hand_out[T](work: Callable[[], Sequence[T]], replicas: Sequence[Sequence[int]]) -> T:
-    """Give each replica its own value, which rank 0 makes; a failure of ``work`` reaches every rank.
+    """Returns to the ranks of each replica the replica's own value; a failure of ``work`` reaches every rank.
 
-    A collective of the world on the patient gloo group. A value goes to the first rank of its replica and from there to
-    the others, each of which passes it on: rank 0 sends one copy a replica, however many ranks that has.
+    A collective of the world on the patient group. Rank 0 sends one copy to the first rank of each replica. The ranks of a replica
+    pass it on among themselves, so that rank 0's traffic does not grow with the size of a replica.
 
     Args:
-        work: called on rank 0; gives the values, one a replica.
-        replicas: the ranks of each replica, the same everywhere. Together they are the world; rank 0 comes first.
+        work: called on rank 0; returns one value for each replica.
+        replicas: the ranks of each replica, the same on every rank. Together they are the world, and rank 0 is the first of all.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return work()[0]
@@ -110,14 +108,14 @@ def hand_out[T](work: Callable[[], Sequence[T]], replicas: Sequence[Sequence[int
     def pack() -> list[int]:
         values = work()
         own.append(values[0])
-        # Rank 0 packs its own value only for others of its replica.
+        # If rank 0 is alone in its replica, nobody needs its value packed.
         parts.extend(
             _packed(v) if i or len(replicas[0]) > 1 else torch.empty(0) for i, v in enumerate(values)
         )
         return [part.numel() for part in parts]
 
     sizes = on_rank_zero(pack)
-    group, me = _patient_group(), dist.get_rank()
+    group, me = patient_group(), dist.get_rank()
     number = next(i for i, ranks in enumerate(replicas) if me in ranks)
     sends: list[Any] = []
     if me == 0:
@@ -135,7 +133,7 @@ def hand_out[T](work: Callable[[], Sequence[T]], replicas: Sequence[Sequence[int
 
 
 def _packed(value: Any) -> torch.Tensor:
-    """[bytes] uint8: a pickle and beside it the arrays' memory, which is copied once."""
+    """[bytes] uint8: a pickle, followed by the memory of the arrays in it, which is copied only once."""
     buffers: list[Any] = []
     pickled = pickle.dumps(value, protocol=5, buffer_callback=buffers.append)
     parts: list[Any] = [memoryview(pickled), *(buffer.raw() for buffer in buffers)]
@@ -162,11 +160,12 @@ def _unpacked(packed: torch.Tensor) -> Any:
 
 
 def _aligned(num_bytes: int) -> int:
+    """``num_bytes`` rounded up to 8, so that every array begins at an address that suits its type."""
     return -(-num_bytes // 8) * 8
 
 
 def _pass_on(value: torch.Tensor, ranks: Sequence[int], group: Any) -> None:
-    """Bring the first rank's value to the others; those that have it double with every round."""
+    """Sends the value of ``ranks[0]`` to the other ranks. Each rank that has it sends it on, so their number doubles every round."""
     place, num_done = list(ranks).index(dist.get_rank()), 1
     while num_done < len(ranks):
         if place < num_done and place + num_done < len(ranks):
@@ -176,8 +175,8 @@ def _pass_on(value: torch.Tensor, ranks: Sequence[int], group: Any) -> None:
         num_done *= 2
 
 
-def _patient_group() -> Any:
-    """Made at the first call, which is a collective of the world."""
+def patient_group() -> Any:
+    """Returns a gloo group of the world with a time-out of a day. The first call creates it and is a collective of the world."""
     global _patient
     world, group = dist.group.WORLD, _patient[1]()
     if group is None or _patient[0]() is not world:
@@ -186,48 +185,10 @@ def _patient_group() -> Any:
     return group
 
 
-def gather_to_all[T](value: T) -> list[T]:
-    """Every rank's value, in rank order, on every rank; one all-gather on the default group."""
+def gather_to_all[T](value: T, group: Any = None) -> list[T]:
+    """Returns every rank's value, in rank order, on every rank. Runs one all-gather on ``group``, the default group if None."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [value]
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    values: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
     return values
-
-
-def report_failure(error: BaseException) -> int:
-    """Say on stderr what ended this process, in one place of each node that met it.
-
-    Returns:
-        The exit code: 2 for what the user gave, 1 for what the world did.
-    """
-    if not isinstance(error, FailedElsewhere) and speaks_for_node(str(error)):
-        # a rank other than 0 says where to look
-        rank = int(os.environ.get("RANK", "0"))
-        print("error: " + (f"rank {rank}: " if rank else "") + str(error), file=sys.stderr, flush=True)
-    return 2 if isinstance(error, ValueError) else 1
-
-
-def speaks_for_node(message: str) -> bool:
-    """Whether this process prints this error: the first rank of a node does, and one that is alone with it.
-
-    Most errors are met by every rank alike, so the others wait until the first one has left its mark in the store
-    that the ranks met in; if it does not come, they speak. Before the ranks have met, only the first rank does.
-    """
-    node = os.environ.get("GROUP_RANK") or os.environ.get("SLURM_NODEID") or "0"
-    mark = f"rasft/said/{node}/{message}"
-    is_first = int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0"))) == 0
-    if not dist.is_initialized():
-        return is_first
-    store = dist.distributed_c10d._get_default_store()
-    try:
-        if is_first:
-            store.set(mark, "1")
-        else:
-            store.wait([mark], _GRACE)
-    except dist.DistNetworkError:
-        # the process that keeps the store has ended, and does not do so without a word
-        return is_first
-    except RuntimeError:  # it did not come in time
-        return True
-    return is_first
