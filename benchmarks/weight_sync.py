@@ -35,7 +35,7 @@ sys.path.insert(0, str(ROOT))
 
 from megatron_rasft.config import SyncConfig  # noqa: E402
 from megatron_rasft.errors import ServerError  # noqa: E402
-from megatron_rasft.rollout.control import ServerControl  # noqa: E402
+from megatron_rasft.servers.client import ServerClient  # noqa: E402
 from megatron_rasft.sync import WeightSync  # noqa: E402
 from megatron_rasft.tools.capacity.sync_time import SyncCosts, estimate_sync  # noqa: E402
 from megatron_rasft.tools.ports import free_port  # noqa: E402
@@ -84,7 +84,7 @@ def server(version: str, model: Path, log: Path) -> Iterator[str]:
             command, stdout=output, stderr=output, env=environment, start_new_session=True
         )
     try:
-        with ServerControl(url) as control:
+        with ServerClient(url) as control:
             ends = time.monotonic() + 400
             while True:
                 try:
@@ -165,7 +165,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                 SyncConfig(sync_bucket_mib=options.bucket_mib, sync_proof_interval=0),
                 plan=partial(plan, weights),
                 gather=partial(gather, weights, copies=not options.no_gather),
-                connect=ServerControl,
+                connect=ServerClient,
                 model_config=config,
                 device=torch.device("cpu"),
                 stage=0,

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 FinishReason = Literal["stop", "length", "abort"]
 Verdict = Literal["correct", "wrong", "unverifiable", "timeout"]
@@ -165,44 +165,6 @@ class RolloutGroup:
     def num_correct(self) -> int:
         """Rollouts with verdict ``correct``, before de-duplication and filters."""
         return sum(r.verdict == "correct" for r in self.rollouts)
-
-
-@dataclass(kw_only=True, frozen=True, slots=True)
-class ServerInfo:
-    """What one rollout server says of itself, and what asking it has shown that it can do."""
-
-    url: str
-    version: str
-    """SGLang's own version, for messages: what a server can do is probed, never guessed from this."""
-    model_path: str
-    """As the server sees it; after an update from disk the folder of that update."""
-    model_config: dict[str, Any] | None
-    """config.json of ``model_path`` where this machine can read it: also says whether weights are FP8."""
-    architectures: tuple[str, ...]
-    dtype: str
-    """The server's --dtype; ``auto``: what config.json says."""
-    quantization: str | None
-    """The server's --quantization; None also where the model's own config decides."""
-    tp_size: int
-    dp_size: int
-    pp_size: int
-    weight_version: int | None
-    """Optimizer steps the weights had seen; None where the label is not one that a trainer gave."""
-    weight_label: str
-    """The server's own string, ``default`` after a start."""
-    max_total_tokens: int | None
-    """Tokens of its KV cache; prompt and response together must fit."""
-    context_length: int | None
-    max_running_requests: int | None
-    is_deterministic: bool
-    """Started with --enable-deterministic-inference: only then does it heed a request's sampling_seed."""
-    has_update_session: bool
-    """Online weight updates must stand between begin_weight_update and end_weight_update."""
-    has_weights_checker: bool
-    has_memory_saver: bool
-    """Started with --enable-memory-saver: its memory can be released and resumed."""
-    random_seed: int | None
-    """Its --random-seed, one that it draws at its start where none is given."""
 
 
 @dataclass(kw_only=True, slots=True)

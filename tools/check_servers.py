@@ -23,17 +23,17 @@ import torch
 
 from megatron_rasft.config.rollout import check_address
 from megatron_rasft.errors import RasftError, ServerError
-from megatron_rasft.rollout.addresses import read_addresses
-from megatron_rasft.rollout.control import ServerControl
 from megatron_rasft.rollout.fleet import config_mismatch, named_twice
-from megatron_rasft.rollout.keys import read_key
 from megatron_rasft.rollout.sampling import check_generation
+from megatron_rasft.servers.addresses import read_addresses
+from megatron_rasft.servers.client import ServerClient
+from megatron_rasft.servers.info import ServerInfo, released_memory
+from megatron_rasft.servers.keys import read_key
 from megatron_rasft.sync.buckets import Bucket, plan_buckets
 from megatron_rasft.sync.groups import GroupFailure, UpdateGroup, local_address, prepare_nccl
-from megatron_rasft.sync.served import ServedFormat
-from megatron_rasft.sync.server_protocols import Server, ask_all, released_memory
-from megatron_rasft.sync.versions import objection, own_pair, pair_of_sglang
-from megatron_rasft.types import ServerInfo
+from megatron_rasft.sync.nccl_versions import objection, own_pair, pair_of_sglang
+from megatron_rasft.sync.server_protocols import Server, ask_all
+from megatron_rasft.sync.wire_format import WireFormat
 from megatron_rasft.weights import HfFolder
 
 
@@ -49,7 +49,7 @@ class Planned(NamedTuple):
 class Finding:
     """What was found out about one server."""
 
-    control: ServerControl
+    control: ServerClient
     info: ServerInfo | None = None
     """None until it was reached."""
     said: list[str] = field(default_factory=list)
@@ -125,7 +125,7 @@ def check(args: argparse.Namespace) -> list[Finding]:
     folder = HfFolder.open(args.hf_model)
     findings = [
         Finding(
-            ServerControl(
+            ServerClient(
                 url,
                 api_key=read_key("--api-key-env", args.api_key_env),
                 admin_api_key=read_key("--admin-api-key-env", args.admin_api_key_env),
@@ -207,7 +207,7 @@ def broadcast(findings: Sequence[Finding], folder: HfFolder, args: argparse.Name
     controls = [f.control for f in findings]
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     try:
-        served = ServedFormat.read(controls[0].info.model_config or folder.config)
+        served = WireFormat.read(controls[0].info.model_config or folder.config)
         if served.is_block_fp8:
             raise ValueError(
                 "the servers want FP8 weights, which only the trainer makes: use --broadcast-mib 0."
@@ -242,7 +242,7 @@ def broadcast(findings: Sequence[Finding], folder: HfFolder, args: argparse.Name
         )
 
 
-def first_buckets(folder: HfFolder, served: ServedFormat, limit: int) -> list[Bucket]:
+def first_buckets(folder: HfFolder, served: WireFormat, limit: int) -> list[Bucket]:
     """Tensors of the model up to ``limit`` bytes, one at least, in buckets of an eighth of it."""
     chosen: list[Planned] = []
     total = 0
@@ -256,7 +256,7 @@ def first_buckets(folder: HfFolder, served: ServedFormat, limit: int) -> list[Bu
 
 def send(
     group: UpdateGroup,
-    controls: Sequence[ServerControl],
+    controls: Sequence[ServerClient],
     folder: HfFolder,
     buckets: Sequence[Bucket],
     device: torch.device,

@@ -26,8 +26,8 @@ from megatron_rasft.config.data import DataConfig
 from megatron_rasft.config.flags import add_flags, read_flags
 from megatron_rasft.data.tokenizing import end_ids, open_tokenizer, read_chat_format, tokenize_prompts
 from megatron_rasft.errors import CheckpointError, DataError, FailedElsewhere, RasftError
-from megatron_rasft.rollout.keys import read_key
 from megatron_rasft.rollout.store import read_rollouts
+from megatron_rasft.servers.keys import read_key
 from megatron_rasft.tools.evaluation import comparison_tables
 from megatron_rasft.tools.evaluation.benchmark_grading import Grader, verify_config
 from megatron_rasft.tools.evaluation.benchmark_sampling import Engine, sample_benchmark

@@ -25,9 +25,9 @@ import psutil
 
 from megatron_rasft.config.rollout import check_address
 from megatron_rasft.errors import RasftError, RolloutError, ServerError
-from megatron_rasft.rollout.addresses import add_address, check_writable, remove_address
-from megatron_rasft.rollout.control import ServerControl
-from megatron_rasft.rollout.keys import read_key
+from megatron_rasft.servers.addresses import add_address, check_writable, remove_address
+from megatron_rasft.servers.client import ServerClient
+from megatron_rasft.servers.keys import read_key
 from megatron_rasft.tools.ports import check_port, free_port
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -221,7 +221,7 @@ def wait_until_ready(
     """Until the server has warmed up and generated a token; returns early if this process was asked to stop."""
     ends = time.monotonic() + limit_s
     said = ""
-    with ServerControl(url, api_key=key) as control:
+    with ServerClient(url, api_key=key) as control:
         while not stopping:
             try:
                 control.weight_label(deadline_s=10.0)

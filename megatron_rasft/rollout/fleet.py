@@ -22,9 +22,9 @@ import httpx
 from megatron_rasft.config import RolloutConfig
 from megatron_rasft.config.rollout import check_address
 from megatron_rasft.errors import RolloutError, ServerError
-from megatron_rasft.rollout.addresses import endpoints, read_addresses
-from megatron_rasft.rollout.control import ServerControl
-from megatron_rasft.types import ServerInfo
+from megatron_rasft.servers.addresses import endpoints, read_addresses
+from megatron_rasft.servers.client import ServerClient
+from megatron_rasft.servers.info import ServerInfo
 
 _PROBE_S = 30.0
 """Longest time a server may take to say what it is; it does not generate for that."""
@@ -46,7 +46,7 @@ class Member:
     """One server as the run knows it."""
 
     url: str
-    control: ServerControl
+    control: ServerClient
     weight_version: int | None = None
     """Weights it is known to have; None: it may not be asked before a full sync."""
     fault: str = ""
@@ -123,7 +123,7 @@ class Fleet:
         """Whether a server that answered the last ``find`` may not be asked yet."""
         return any(m.info is not None and m.weight_version is None for m in self.members)
 
-    def find(self, check: Callable[[], None] = lambda: None) -> list[ServerControl]:
+    def find(self, check: Callable[[], None] = lambda: None) -> list[ServerClient]:
         """Every server that answers and fits, to be synced next; in the order of the flags, then of the file.
 
         Waits up to --rollout-wait-s for the first one. With --rollout-without-servers demonstrations it waits once
@@ -169,7 +169,7 @@ class Fleet:
         self.say(f"no rollout server ({reasons}): training on demonstrations alone")
         return []
 
-    def lacking(self, weight_version: int, found: Sequence[ServerControl]) -> list[str]:
+    def lacking(self, weight_version: int, found: Sequence[ServerClient]) -> list[str]:
         """Of the servers that were just found, those that are not known to have these weights, or no longer say so.
 
         One that can release its memory may sleep, and then has no weights whatever it says.
@@ -215,7 +215,7 @@ class Fleet:
                 self.say(f"rollout server {url} has signed off")
             for url in named:
                 if url not in self._members:
-                    control = ServerControl(
+                    control = ServerClient(
                         url,
                         api_key=self.api_key,
                         admin_api_key=self._admin_api_key,
@@ -237,7 +237,7 @@ class Fleet:
         self._file_fault = fault
         return self._named
 
-    def _probe_all(self, is_silent: bool) -> list[ServerControl]:
+    def _probe_all(self, is_silent: bool) -> list[ServerClient]:
         members = self.members
         if not members:
             return []

@@ -28,8 +28,9 @@ import httpx
 import psutil
 
 from megatron_rasft.errors import RolloutError, ServerError
-from megatron_rasft.rollout.control import NO_ROOM, ServerControl, version_label
 from megatron_rasft.rollout.fleet import Fleet, Member
+from megatron_rasft.servers.client import NO_ROOM, ServerClient
+from megatron_rasft.servers.info import version_label
 from megatron_rasft.types import FinishReason, Request, Response, SamplingParams
 
 _FAILURES_IN_ROW = 3
@@ -603,7 +604,7 @@ def _said(answer: httpx.Response) -> str:
     return " ".join(str(text or answer.text or "nothing").split())[:300]
 
 
-def check_generation(control: ServerControl, vocab_size: int) -> int:
+def check_generation(control: ServerClient, vocab_size: int) -> int:
     """Have one server generate a few tokens, and hold the answer against everything that rollouts are held against.
 
     Returns:

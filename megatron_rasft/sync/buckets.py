@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from megatron_rasft.sync.served import ServedFormat, WireTensor, fused_name
+from megatron_rasft.sync.wire_format import WireFormat, WireTensor, fused_name
 
 _ALIGNMENT = 16
 """Bytes; a view as any type needs its start on a multiple of the element size."""
@@ -76,7 +76,7 @@ def related_sets(tensors: Iterable[Planned]) -> list[list[Planned]]:
     return sets
 
 
-def plan_buckets(tensors: Sequence[Planned], served: ServedFormat, limit: int) -> list[Bucket]:
+def plan_buckets(tensors: Sequence[Planned], served: WireFormat, limit: int) -> list[Bucket]:
     """Cut the tensors, in their order, into buckets of at most ``limit`` bytes, the first ones of less.
 
     A related set is never split; one larger than the limit goes alone.
@@ -97,7 +97,7 @@ def plan_buckets(tensors: Sequence[Planned], served: ServedFormat, limit: int) -
     return [*buckets, _bucket(pending, served)] if pending else buckets
 
 
-def _bucket(sets: list[list[Planned]], served: ServedFormat) -> Bucket:
+def _bucket(sets: list[list[Planned]], served: WireFormat) -> Bucket:
     sources = [tensor for related in sets for tensor in related]
     wired = [wire for tensor in sources for wire in served.wire_tensors(tensor.name, tensor.shape)]
     slots, position = [], 0
@@ -125,7 +125,7 @@ class MemoryPlan:
 
     @classmethod
     def make(
-        cls, tensors: Sequence[Planned], served: ServedFormat, bucket_bytes: int, copies: int
+        cls, tensors: Sequence[Planned], served: WireFormat, bucket_bytes: int, copies: int
     ) -> "MemoryPlan":
         """Buckets such that arena and gathering stay within two ``bucket_bytes``, where the tensors allow it.
 

@@ -24,15 +24,15 @@ from torch.distributed import ProcessGroup
 
 from megatron_rasft.config.sync import SyncConfig
 from megatron_rasft.errors import RasftError, ServerError
+from megatron_rasft.servers.info import ServerInfo, released_memory, sleep_label
 from megatron_rasft.sync.colocated import RequestSender
 from megatron_rasft.sync.groups import GroupFailure, UpdateGroup, is_own_address, local_address
+from megatron_rasft.sync.nccl_versions import objection, own_pair
 from megatron_rasft.sync.report import PeakMemory, SyncReport
-from megatron_rasft.sync.served import ServedFormat
-from megatron_rasft.sync.server_protocols import Server, ask_all, released_memory, sleep_label
+from megatron_rasft.sync.server_protocols import Server, ask_all
 from megatron_rasft.sync.streaming import GatherTensors, Outcome, PlanTensors, Send, StageStream, timed
-from megatron_rasft.sync.versions import objection, own_pair
 from megatron_rasft.sync.weight_checks import ProofKind, Witness, check_checksums, check_rows
-from megatron_rasft.types import ServerInfo
+from megatron_rasft.sync.wire_format import WireFormat
 
 _MIB = 2**20
 
@@ -61,7 +61,7 @@ class _Attempt:
     failed: dict[str, str] = field(default_factory=dict)
     group: str = ""
     """Name of this set of groups; another name means new groups."""
-    served: ServedFormat = field(default_factory=lambda: ServedFormat(torch.bfloat16))
+    served: WireFormat = field(default_factory=lambda: WireFormat(torch.bfloat16))
     proof: ProofKind = "none"
     notes: tuple[str, ...] = ()
     """Lines for the run's output. Each is printed once a run."""
@@ -138,7 +138,7 @@ class WeightSync:
             raise ValueError(problem)
         self._servers: dict[str, Server] = {}
         self._stream: StageStream | None = None
-        self._stream_served: ServedFormat | None = None
+        self._stream_served: WireFormat | None = None
         self._noted: set[str] = set()
         self._group: UpdateGroup | None = None
         self._group_name = ""
@@ -146,7 +146,7 @@ class WeightSync:
         self._members: tuple[tuple[str, int], ...] = ()
         self._members_group = ""
         self._versions: dict[str, int] = {}
-        self._served: ServedFormat | None = None
+        self._served: WireFormat | None = None
         """What the servers of the last sync that succeeded wanted."""
         self._asleep: dict[str, list[str]] = {}
         """What each server has released and not taken back yet."""
@@ -160,7 +160,7 @@ class WeightSync:
         """What a sync will take of the trainer's memory, for the start of a run; a collective of the world."""
         mine = (0, 0, "")
         if self._is_source:
-            memory = self._stage_stream(ServedFormat.read(self._model_config)).memory
+            memory = self._stage_stream(WireFormat.read(self._model_config)).memory
             largest = max(memory.buckets, key=lambda bucket: bucket.num_bytes)
             mine = (memory.peak_bytes, largest.num_bytes, largest.sources[0])
         peak, largest_bytes, name = max(self._exchange(mine))
@@ -384,7 +384,7 @@ class WeightSync:
             outcome.evidence = witness.evidence()
         return outcome
 
-    def _stage_stream(self, served: ServedFormat) -> StageStream:
+    def _stage_stream(self, served: WireFormat) -> StageStream:
         """This stage's tensors, planned once."""
         if self._stream is None or self._stream_served != served:
             self._stream_served = served
@@ -545,10 +545,10 @@ class WeightSync:
             return False
         return server.url in self._asleep or self._versions[server.url] == server.info.weight_version
 
-    def _fitting(self, servers: Sequence[Server]) -> tuple[ServedFormat | None, dict[str, str]]:
+    def _fitting(self, servers: Sequence[Server]) -> tuple[WireFormat | None, dict[str, str]]:
         """The one format that will be sent, None if no server can be fed; url -> reason of those that cannot."""
         unfit: dict[str, str] = {}
-        formats: dict[str, ServedFormat] = {}
+        formats: dict[str, WireFormat] = {}
         for server in servers:
             try:
                 self._check_fits(server.info)
@@ -590,7 +590,7 @@ class WeightSync:
                     "Serve the folder that is given as --hf-model."
                 )
 
-    def _format_of(self, info: ServerInfo) -> ServedFormat:
+    def _format_of(self, info: ServerInfo) -> WireFormat:
         """What a server wants; ValueError if that cannot be made, or is not what this method sends."""
         folder = self.config.sync_disk_folder
         # one that loaded an export names that as its model, but its tensors are still of the type it began with
@@ -602,7 +602,7 @@ class WeightSync:
                 f"quantizes on its own (--quantization {info.quantization}). Serve a folder whose config.json has the "
                 "quantization_config instead, or leave that flag out."
             )
-        served = ServedFormat.read(config, info.dtype)
+        served = WireFormat.read(config, info.dtype)
         if served.is_block_fp8 and self.config.sync_proof == "checksum":
             raise ValueError(
                 "serves FP8, and hashes its weights as what they mean, not as they were sent: no --sync-proof checksum can "
@@ -644,7 +644,7 @@ class WeightSync:
                 raise error from None
             server.begin_weight_update(self.config.sync_timeout_s)
 
-    def _proof_kind(self, servers: Sequence[Server], served: ServedFormat) -> ProofKind:
+    def _proof_kind(self, servers: Sequence[Server], served: WireFormat) -> ProofKind:
         interval, wanted = self.config.sync_proof_interval, self.config.sync_proof
         is_due = self._syncs_since_proof is None or (interval > 0 and self._syncs_since_proof + 1 >= interval)
         # a server hashes its FP8 weights as what they mean, not as they were sent

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from megatron_rasft.errors import ServerError
-from megatron_rasft.types import PauseMode, ServerInfo
-
-_ASLEEP = "asleep"
+from megatron_rasft.servers.info import ServerInfo
+from megatron_rasft.types import PauseMode
 
 
 class Server(Protocol):
@@ -75,17 +74,6 @@ class Server(Protocol):
         self, name: str, truncate_size: int = 100, deadline_s: float | None = None
     ) -> Any: ...
     def close(self) -> None: ...
-
-
-def sleep_label(released: Sequence[str]) -> str:
-    """Weight label of a server that has released this memory; the next run knows it by that where this one is killed."""
-    return " ".join([_ASLEEP, *released]) if released else "awake"
-
-
-def released_memory(label: str) -> list[str] | None:
-    """What a server with this label has released, None: it is awake. One that sleeps must be asked for nothing."""
-    first, *released = label.split() or [""]
-    return released if first == _ASLEEP else None
 
 
 def ask_all(servers: Sequence[Server], call: Callable[[Server], Any]) -> dict[str, str]:

@@ -14,8 +14,8 @@ from torch.distributed import ProcessGroup
 
 from megatron_rasft.sync.buckets import Arena, Bucket, MemoryPlan, Planned
 from megatron_rasft.sync.groups import GroupFailure
-from megatron_rasft.sync.served import ServedFormat
 from megatron_rasft.sync.weight_checks import Evidence, Witness
+from megatron_rasft.sync.wire_format import WireFormat
 from megatron_rasft.weights.fp8_blocks import SCALE_SUFFIX, quantize_blocks
 
 
@@ -98,7 +98,7 @@ class StageStream:
         *,
         givers: ProcessGroup | None,
         device: torch.device,
-        served: ServedFormat,
+        served: WireFormat,
         bucket_bytes: int,
         is_shared: bool = False,
     ) -> None:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from megatron_rasft.errors import ServerError
 from megatron_rasft.sync.buckets import Bucket
-from megatron_rasft.sync.served import served_name
 from megatron_rasft.sync.server_protocols import Server
+from megatron_rasft.sync.wire_format import served_name
 
 ProofKind = Literal["checksum", "read_back", "none"]
 

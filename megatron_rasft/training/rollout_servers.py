@@ -13,11 +13,11 @@ from megatron_rasft import metrics
 from megatron_rasft.config import RolloutConfig
 from megatron_rasft.errors import RolloutError, ServerError
 from megatron_rasft.ranks import on_rank_zero
-from megatron_rasft.rollout.control import ServerControl
 from megatron_rasft.rollout.engine import SglangEngine
 from megatron_rasft.rollout.fleet import Fleet
-from megatron_rasft.rollout.keys import read_key
 from megatron_rasft.rollout.sampling import Answers
+from megatron_rasft.servers.client import ServerClient
+from megatron_rasft.servers.keys import read_key
 from megatron_rasft.sync import SyncReport, WeightSync
 from megatron_rasft.training.stopping import StopRequest
 from megatron_rasft.types import Request, SamplingParams, TrainingSample
@@ -36,7 +36,7 @@ class SyncedModel(Protocol):
     def score(self, samples: Sequence[TrainingSample], *, with_reference: bool) -> Sequence[Sequence[float]]:
         """On rank 0 per sample the log-probabilities of its response; [] on the others, whose samples are not read."""
 
-    def weight_sync(self, connect: Callable[[str], ServerControl]) -> WeightSync:
+    def weight_sync(self, connect: Callable[[str], ServerClient]) -> WeightSync:
         """What takes this model's weights to servers."""
 
     def push_weights(self, sync: WeightSync, weight_version: int, urls: Sequence[str]) -> SyncReport:
@@ -74,7 +74,7 @@ class RolloutServers:
             if is_lead
             else None
         )
-        self._sync = model.weight_sync(lambda url: ServerControl(url, api_key=keys[0], admin_api_key=keys[1]))
+        self._sync = model.weight_sync(lambda url: ServerClient(url, api_key=keys[0], admin_api_key=keys[1]))
         say(self._sync.describe())
 
     @property
@@ -217,7 +217,7 @@ def read_keys(config: RolloutConfig) -> tuple[str | None, str | None]:
 
 
 def logprob_gap(
-    server: ServerControl, probes: Sequence[TrainingSample], expected: Sequence[Sequence[float]]
+    server: ServerClient, probes: Sequence[TrainingSample], expected: Sequence[Sequence[float]]
 ) -> float | str:
     """How far a server is from the trainer in what it thinks of these responses.
 
@@ -260,7 +260,7 @@ def logprob_gap(
     return total / max(1, count)
 
 
-def _context(server: ServerControl) -> int:
+def _context(server: ServerClient) -> int:
     """Tokens that a request at a server may have, as far as it says so."""
     info = server.info
     of_model = info.context_length or (info.model_config or {}).get("max_position_embeddings")

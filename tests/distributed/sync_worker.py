@@ -26,7 +26,7 @@ from megatron.core import parallel_state as ps  # noqa: E402
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed  # noqa: E402
 
 from megatron_rasft.config.sync import SyncConfig  # noqa: E402
-from megatron_rasft.rollout.control import ServerControl  # noqa: E402
+from megatron_rasft.servers.client import ServerClient  # noqa: E402
 from megatron_rasft.sync import SyncReport, WeightSync  # noqa: E402
 from megatron_rasft.weights import (  # noqa: E402
     ExpertGroups,
@@ -48,7 +48,7 @@ class SyncedModel:
     """A tiny model of one layout, and the sync that pushes it."""
 
     def __init__(
-        self, folder: HfFolder, vpp: int | None, config: SyncConfig, connect: Any = ServerControl
+        self, folder: HfFolder, vpp: int | None, config: SyncConfig, connect: Any = ServerClient
     ) -> None:
         self.folder = folder
         self.chunks, self.offsets = build_chunks(folder, PADDED_VOCAB_SIZE, vpp)
@@ -124,7 +124,7 @@ def generated(url: str) -> list[Any]:
         "sampling_params": {"max_new_tokens": 6, "temperature": 0.0, "ignore_eos": True},
         "return_logprob": True,
     }
-    with ServerControl(url) as server:
+    with ServerClient(url) as server:
         meta = server.generate(body)["meta_info"]
     values = [value[:2] for value in meta["output_token_logprobs"]]
     assert len(values) == 6, values
@@ -132,7 +132,7 @@ def generated(url: str) -> list[Any]:
 
 
 def held(url: str) -> list[dict[str, str]]:
-    with ServerControl(url) as server:
+    with ServerClient(url) as server:
         return server.checksums()
 
 
@@ -173,7 +173,7 @@ def push_and_compare(model: SyncedModel, urls: list[str], version: int, exported
     if dist.get_rank() == 0:
         print(report.line(), flush=True)
         for url, old in zip(urls, before, strict=True):
-            with ServerControl(url) as server:
+            with ServerClient(url) as server:
                 assert server.weight_version() == version
                 by_push, new = server.checksums(), generated(url)
                 server.pause("abort")
@@ -189,7 +189,7 @@ def check_faults(job: dict[str, Any], root: Path) -> None:
     victim, other = job["victim"], next(u for u in job["urls"] if u != job["victim"])
     strike = {"what": "", "calls": 0}
 
-    class Struck(ServerControl):
+    class Struck(ServerClient):
         """Has something happen to the victim when it is asked for its third bucket."""
 
         def update_weights_from_distributed(self, **values: Any) -> None:
@@ -211,7 +211,7 @@ def check_faults(job: dict[str, Any], root: Path) -> None:
         assert report.synced == [other] and list(report.failed) == [victim], report.line()
         assert report.num_attempts == 2 and report.proof.startswith("checksums"), report.line()
         if dist.get_rank() == 0:
-            with ServerControl(other) as server:
+            with ServerClient(other) as server:
                 assert server.weight_version() == version
             assert generated(other)
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 
-from megatron_rasft.rollout.control import ServerControl
+from megatron_rasft.servers.client import ServerClient
 from megatron_rasft.types import Request
 from tests.servers.faulty_proxy import FAULTS, FaultyProxy
 from tests.servers.rollouts import (
@@ -141,7 +141,7 @@ def test_a_paused_server_ends_nothing_and_goes_on_where_it_was(
     server_pool: ServerPool, served_model: Path
 ) -> None:
     server = server_pool.get(NEWEST, served_model)
-    with Rollouts(server.url) as rollouts, ServerControl(server.url) as control:
+    with Rollouts(server.url) as rollouts, ServerClient(server.url) as control:
         in_mid_rollout(rollouts, (server.url, server.url), requests_of(40))
         control.pause("abort")
         control.flush_cache()
@@ -161,7 +161,7 @@ def test_a_thousand_prompts_of_eight_samples_with_random_aborts(
 
     def abort_at_random() -> None:
         draw = random.Random(2)
-        with ServerControl(first.url) as a, ServerControl(second.url) as b:
+        with ServerClient(first.url) as a, ServerClient(second.url) as b:
             while not stop.wait(draw.uniform(0.2, 1.5)):
                 draw.choice((a, b)).abort_all()
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from megatron_rasft.errors import ServerError
-from megatron_rasft.rollout.addresses import read_addresses
-from megatron_rasft.rollout.control import ServerControl
+from megatron_rasft.servers.addresses import read_addresses
+from megatron_rasft.servers.client import ServerClient
 from tests.servers.faulty_proxy import FaultyProxy, wait_for
 from tests.servers.running import NEWEST, OLDEST, ROOT, ServerPool, server_python
 from tests.tiny_policy import write_model
@@ -57,10 +57,10 @@ def test_a_tensor_parallel_server_is_served_checked_and_stopped(
         wait_for(lambda: bool(read_addresses(servers)) or process.poll() is not None, 450)
         assert process.poll() is None, log.read_text(errors="replace")[-3000:]
         (url,) = read_addresses(servers)
-        with ServerControl(url) as stranger, pytest.raises(ServerError, match="--rollout-api-key-env"):
+        with ServerClient(url) as stranger, pytest.raises(ServerError, match="--rollout-api-key-env"):
             stranger.probe()
         assert processes_of(key) == [], "a command line is read by every user of the machine"
-        with ServerControl(url, api_key=key) as control:
+        with ServerClient(url, api_key=key) as control:
             before = control.checksums()
             assert control.info.tp_size == len(before) == 2
             checked = run_check(

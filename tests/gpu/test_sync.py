@@ -15,7 +15,7 @@ import torch.distributed as dist
 from megatron_rasft.sync.buckets import plan_buckets
 from megatron_rasft.sync.colocated import serialize_bucket
 from megatron_rasft.sync.groups import GroupFailure, UpdateGroup
-from megatron_rasft.sync.served import ServedFormat
+from megatron_rasft.sync.wire_format import WireFormat
 from megatron_rasft.weights.fp8_blocks import quantize_blocks, scale_shape
 from tests.unit.sync.stand_ins import StandIn
 from tests.unit.sync.test_buckets import model
@@ -27,7 +27,7 @@ DEVICE = torch.device("cuda", 0)
 
 @pytest.fixture
 def bucket() -> Any:
-    (bucket,) = plan_buckets(model(), ServedFormat(torch.bfloat16), 10**9)
+    (bucket,) = plan_buckets(model(), WireFormat(torch.bfloat16), 10**9)
     memory = torch.randint(0, 256, (bucket.num_bytes,), dtype=torch.uint8, device=DEVICE)
     return bucket, memory
 

@@ -4,7 +4,7 @@ A test asks the session's pool, the fixture ``server_pool`` of tests/conftest.py
 
     def test_something(server_pool: ServerPool, model: Path) -> None:
         server = server_pool.get("0.5.23", model)           # ready to answer; started at the first call only
-        control = ServerControl(server.url)
+        control = ServerClient(server.url)
 
 Starting one takes half a minute or more, so servers are kept between tests and handed out again for the same version,
 model and flags: with the model's own weights (label ``default``), unpaused. Two at most are up at once (2 GB each);
@@ -24,7 +24,7 @@ from pathlib import Path
 import pytest
 
 from megatron_rasft.errors import ServerError
-from megatron_rasft.rollout.control import ServerControl
+from megatron_rasft.servers.client import ServerClient
 from megatron_rasft.tools.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -81,7 +81,7 @@ class RunningServer:
     def wait_until_ready(self, timeout_s: float = _START_S) -> None:
         """Until it has generated a token; the test fails with the end of the log if it does not come up."""
         deadline = time.monotonic() + timeout_s
-        with ServerControl(self.url) as control:
+        with ServerClient(self.url) as control:
             while True:
                 try:
                     control.weight_label(deadline_s=5.0)
@@ -104,7 +104,7 @@ class RunningServer:
         if not self.is_alive:
             return False
         try:
-            with ServerControl(self.url, deadline_s=20.0) as control:
+            with ServerClient(self.url, deadline_s=20.0) as control:
                 control.resume()
                 control.generate(_one_token())
         except ServerError:
@@ -113,7 +113,7 @@ class RunningServer:
 
     def reset(self) -> None:
         """The model's own weights and the label of a fresh start, unpaused, whatever a test has sent it."""
-        with ServerControl(self.url, deadline_s=60.0) as control:
+        with ServerClient(self.url, deadline_s=60.0) as control:
             control.pause("abort")
             control.update_weights_from_disk(self.model)
             control.set_weight_label("default")

@@ -8,10 +8,11 @@ from typing import Any
 
 from megatron_rasft.config.rollout import RolloutConfig
 from megatron_rasft.errors import RolloutError
-from megatron_rasft.rollout.control import ServerControl, version_label
 from megatron_rasft.rollout.engine import SglangEngine
 from megatron_rasft.rollout.fleet import Fleet
-from megatron_rasft.types import Request, Response, SamplingParams, ServerInfo
+from megatron_rasft.servers.client import ServerClient
+from megatron_rasft.servers.info import ServerInfo, version_label
+from megatron_rasft.types import Request, Response, SamplingParams
 
 _BETWEEN_PROBES_S = 60.0
 """A server that hangs makes the others wait for its probe, so it is not asked before every batch."""
@@ -89,7 +90,7 @@ class Servers(AbstractContextManager["Servers"]):
         lost = Response(token_ids=[], logprobs=[], finish_reason="abort")
         return [[lost if response is None else response for response in group] for group in answers.responses]
 
-    def _find(self) -> list[ServerControl]:
+    def _find(self) -> list[ServerClient]:
         try:
             return self._fleet.find()
         except RolloutError:

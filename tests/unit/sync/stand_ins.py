@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_rasft.errors import ServerError
-from megatron_rasft.types import ServerInfo
+from megatron_rasft.servers.info import ServerInfo
 
 
 class StandIn:

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from megatron_rasft.sync.buckets import Arena, MemoryPlan, plan_buckets
-from megatron_rasft.sync.served import ServedFormat, served_name
+from megatron_rasft.sync.wire_format import WireFormat, served_name
 
-BF16 = ServedFormat(torch.bfloat16)
-FP8 = ServedFormat(torch.bfloat16, is_block_fp8=True)
+BF16 = WireFormat(torch.bfloat16)
+FP8 = WireFormat(torch.bfloat16, is_block_fp8=True)
 
 
 class Planned(NamedTuple):
@@ -37,7 +37,7 @@ def model(num_layers: int = 3, hidden: int = 64, vocab: int = 1000) -> list[Plan
 
 @pytest.mark.parametrize("served", [BF16, FP8], ids=["bf16", "fp8"])
 @pytest.mark.parametrize("limit", [1, 30_000, 60_000, 10**9])
-def test_everything_is_sent_once_in_order_and_fits(served: ServedFormat, limit: int) -> None:
+def test_everything_is_sent_once_in_order_and_fits(served: WireFormat, limit: int) -> None:
     tensors = model()
     buckets = plan_buckets(tensors, served, limit)
     assert [name for bucket in buckets for name in bucket.sources] == [t.name for t in tensors]
@@ -58,7 +58,7 @@ def test_what_the_server_fuses_travels_together() -> None:
 
 
 @pytest.mark.parametrize("served", [BF16, FP8], ids=["bf16", "fp8"])
-def test_tensors_lie_end_to_end_and_aligned(served: ServedFormat) -> None:
+def test_tensors_lie_end_to_end_and_aligned(served: WireFormat) -> None:
     for bucket in plan_buckets(model(hidden=65), served, 50_000):
         position = 0
         for wire, start, stop in bucket.slots:

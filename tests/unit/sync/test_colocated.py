@@ -7,12 +7,12 @@ import torch
 
 from megatron_rasft.sync.buckets import plan_buckets
 from megatron_rasft.sync.colocated import serialize_bucket
-from megatron_rasft.sync.served import ServedFormat
+from megatron_rasft.sync.wire_format import WireFormat
 from tests.unit.sync.test_buckets import model
 
 
 def test_a_bucket_goes_as_one_tensor_with_the_place_of_each() -> None:
-    served = ServedFormat(torch.bfloat16, is_block_fp8=True)
+    served = WireFormat(torch.bfloat16, is_block_fp8=True)
     (bucket,) = plan_buckets(model(), served, 10**9)
     arena = torch.randint(0, 256, (bucket.num_bytes + 64,), dtype=torch.uint8)
     memory = arena[32:-32]

@@ -24,7 +24,7 @@ from megatron_rasft.sync.groups import (
     local_address,
     prepare_nccl,
 )
-from megatron_rasft.sync.served import ServedFormat
+from megatron_rasft.sync.wire_format import WireFormat
 from tests.unit.sync.stand_ins import StandIn
 from tests.unit.sync.test_buckets import model
 
@@ -49,7 +49,7 @@ def servers() -> tuple[StandIn, StandIn]:
 
 @pytest.fixture
 def bucket() -> tuple[Bucket, torch.Tensor]:
-    (bucket,) = plan_buckets(model(), ServedFormat(torch.bfloat16), 10**9)
+    (bucket,) = plan_buckets(model(), WireFormat(torch.bfloat16), 10**9)
     return bucket, torch.randint(0, 256, (bucket.num_bytes,), dtype=torch.uint8)
 
 
@@ -149,13 +149,13 @@ from tests.unit.sync.stand_ins import StandIn
 from tests.unit.sync.test_groups import group
 from tests.unit.sync.test_buckets import model
 from megatron_rasft.sync.buckets import plan_buckets
-from megatron_rasft.sync.served import ServedFormat
+from megatron_rasft.sync.wire_format import WireFormat
 
 server = StandIn("http://a:1", False)
 joined = group(server, timeout_s=5.0)
 UpdateGroup._send = lambda self, memory: time.sleep(3600)  # as NCCL while it connects: no abort ends it
 server.before["update"] = lambda: server.fail("is gone", None)
-(bucket,) = plan_buckets(model(), ServedFormat(torch.bfloat16), 10**9)
+(bucket,) = plan_buckets(model(), WireFormat(torch.bfloat16), 10**9)
 try:
     joined.broadcast(bucket, torch.zeros(bucket.num_bytes, dtype=torch.uint8))
 except GroupFailure as failure:

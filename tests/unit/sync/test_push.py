@@ -18,7 +18,7 @@ from megatron_rasft.config import SyncConfig
 from megatron_rasft.sync import WeightSync, push, streaming
 from megatron_rasft.sync.buckets import Arena
 from megatron_rasft.sync.groups import GroupFailure
-from megatron_rasft.sync.versions import Pair
+from megatron_rasft.sync.nccl_versions import Pair
 from megatron_rasft.weights.fp8_blocks import quantization_config
 from tests.unit.sync.stand_ins import StandIn
 from tests.unit.sync.test_buckets import Planned, model

@@ -8,7 +8,6 @@ import torch
 
 from megatron_rasft.errors import ServerError
 from megatron_rasft.sync.buckets import plan_buckets
-from megatron_rasft.sync.served import ServedFormat
 from megatron_rasft.sync.weight_checks import (
     Evidence,
     Witness,
@@ -17,6 +16,7 @@ from megatron_rasft.sync.weight_checks import (
     check_rows,
     held_part,
 )
+from megatron_rasft.sync.wire_format import WireFormat
 from tests.unit.sync.stand_ins import StandIn
 from tests.unit.sync.test_buckets import model
 
@@ -27,7 +27,7 @@ def checksum(*tensors: torch.Tensor) -> str:
 
 
 def evidence_of(weights: dict[str, torch.Tensor], kind: Any, tp_sizes: list[int]) -> Evidence:
-    buckets = plan_buckets(model(), ServedFormat(torch.bfloat16), 60_000)
+    buckets = plan_buckets(model(), WireFormat(torch.bfloat16), 60_000)
     witness = Witness(kind, tp_sizes, (4, 2), {n: tuple(t.shape) for n, t in weights.items()})
     for bucket in buckets:
         memory = torch.zeros(bucket.num_bytes, dtype=torch.uint8)

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from megatron_rasft.errors import ServerError
-from megatron_rasft.rollout.control import ServerControl
 from megatron_rasft.rollout.sampling import check_generation
+from megatron_rasft.servers.client import ServerClient
 from megatron_rasft.sync.buckets import Bucket, plan_buckets
 from megatron_rasft.sync.groups import GroupFailure
-from megatron_rasft.sync.served import ServedFormat
+from megatron_rasft.sync.wire_format import WireFormat
 from tests.unit.sync.stand_ins import StandIn
 from tests.unit.sync.test_buckets import model
 from tools import check_servers
@@ -38,7 +38,7 @@ class Group:
 
 
 def send(group: Group, *servers: StandIn) -> float:
-    buckets = plan_buckets(model(), ServedFormat(torch.bfloat16), 10**9)
+    buckets = plan_buckets(model(), WireFormat(torch.bfloat16), 10**9)
     given: Any = (group, servers, Folder())
     return check_servers.send(*given, buckets, torch.device("cpu"))
 
@@ -128,6 +128,6 @@ def test_a_generation_that_is_aborted_is_none() -> None:
         aborted = {"finish_reason": {"type": "abort"}, "prompt_tokens": 1}
         return httpx.Response(200, json={"output_ids": [], "meta_info": aborted, "weight_version": "default"})
 
-    control = ServerControl("http://a:1", transport=httpx.MockTransport(answer))
+    control = ServerClient("http://a:1", transport=httpx.MockTransport(answer))
     with control, pytest.raises(ServerError, match="aborted a generation"):
         check_generation(control, 10)

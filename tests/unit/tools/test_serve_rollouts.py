@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_rasft.rollout.addresses import read_addresses
+from megatron_rasft.servers.addresses import read_addresses
 from megatron_rasft.tools.ports import free_port
 from tests.servers.faulty_proxy import wait_for
 from tools import serve_rollouts

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_rasft.sync.buckets import MemoryPlan
-from megatron_rasft.sync.served import ServedFormat
+from megatron_rasft.sync.wire_format import WireFormat
 from megatron_rasft.tools.capacity.config import AssumptionConfig, PlanConfig
 from megatron_rasft.tools.capacity.layouts import Layout, Model
 from megatron_rasft.tools.capacity.memory import (
@@ -82,7 +82,7 @@ def test_embedded_engine_caches_keys_and_values(llama_70b: Model, assumed: Assum
 def test_sync_takes_what_its_memory_plan_says(llama_70b: Model, tp: int, bucket_mib: int) -> None:
     table = NameTable(llama_70b.family, replace(llama_70b.stored, num_layers=16))
     tensors = [TensorPlan(name, size, torch.bfloat16) for name, size in table.hf_shapes.items()]
-    plan = MemoryPlan.make(tensors, ServedFormat(torch.bfloat16), bucket_mib * 2**20, copies=int(tp > 1))
+    plan = MemoryPlan.make(tensors, WireFormat(torch.bfloat16), bucket_mib * 2**20, copies=int(tp > 1))
     planned = sync_bytes(llama_70b, Layout(tp=tp, pp=1, cp=1, dp=1, expert_tp=tp), 0, bucket_mib * 2**20)
     assert (
         plan.peak_bytes <= planned <= plan.peak_bytes + GIB

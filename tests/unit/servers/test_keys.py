@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_rasft.rollout.keys import read_key
+from megatron_rasft.servers.keys import read_key
 
 
 def test_a_key_is_read_from_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_rasft.sync.served import ServedFormat, WireTensor, fused_name, served_name
+from megatron_rasft.sync.wire_format import WireFormat, WireTensor, fused_name, served_name
 from megatron_rasft.weights import HfFolder
 from megatron_rasft.weights.fp8_blocks import is_linear_layer, quantization_config
 from tests.tiny_models import write_folder
@@ -56,11 +56,11 @@ def test_experts_are_stacked_but_travel_one_by_one(block: str, gate: str, up: st
 def test_the_type_is_that_of_the_servers_flag_or_of_the_folder(
     config: dict[str, Any], flag: str, dtype: torch.dtype
 ) -> None:
-    assert ServedFormat.read(config, flag) == ServedFormat(dtype)
+    assert WireFormat.read(config, flag) == WireFormat(dtype)
 
 
 def test_linear_weights_go_as_fp8_with_their_scales() -> None:
-    served = ServedFormat.read({"quantization_config": FP8})
+    served = WireFormat.read({"quantization_config": FP8})
     name = "model.layers.0.mlp.down_proj.weight"
     assert served.wire_tensors(name, (130, 256)) == (
         WireTensor(name, (130, 256), torch.float8_e4m3fn),
@@ -81,14 +81,14 @@ def test_linear_weights_go_as_fp8_with_their_scales() -> None:
     ],
 )
 def test_everything_else_stays(name: str, shape: tuple[int, ...]) -> None:
-    served = ServedFormat.read({"quantization_config": FP8})
+    served = WireFormat.read({"quantization_config": FP8})
     assert served.wire_tensors(name, shape) == (WireTensor(name, shape, torch.bfloat16),)
 
 
 @pytest.mark.parametrize("family", ["llama", "phi3", "mixtral", "qwen3_moe"])
 def test_what_an_export_quantizes_a_sync_does(family: str, tmp_path: Path) -> None:
     shapes = HfFolder.open(write_folder(family, tmp_path / "hf")).table.hf_shapes
-    served = ServedFormat.read({"quantization_config": quantization_config(shapes)})
+    served = WireFormat.read({"quantization_config": quantization_config(shapes)})
     assert {n for n, s in shapes.items() if is_linear_layer(n, s)} == {
         n for n, s in shapes.items() if served.is_quantized(n, s)
     }
@@ -108,7 +108,7 @@ def test_what_an_export_quantizes_a_sync_does(family: str, tmp_path: Path) -> No
 )
 @pytest.mark.parametrize("key", ["ignored_layers", "modules_to_not_convert"])
 def test_modules_of_the_ignore_lists_stay(key: str, kept: str, is_quantized: bool) -> None:
-    served = ServedFormat.read({"quantization_config": {**FP8, key: [kept]}})
+    served = WireFormat.read({"quantization_config": {**FP8, key: [kept]}})
     assert served.is_quantized("model.layers.0.mlp.down_proj.weight", (256, 256)) == is_quantized
 
 
@@ -124,4 +124,4 @@ def test_modules_of_the_ignore_lists_stay(key: str, kept: str, is_quantized: boo
 )
 def test_a_quantization_that_cannot_be_made_is_refused(change: dict[str, Any], named: str) -> None:
     with pytest.raises(ValueError, match=named):
-        ServedFormat.read({"quantization_config": {**FP8, **change}})
+        WireFormat.read({"quantization_config": {**FP8, **change}})

@@ -12,12 +12,13 @@ import httpx
 import pytest
 
 from megatron_rasft.errors import ServerError
-from megatron_rasft.rollout import control
-from megatron_rasft.rollout.control import ServerControl, version_label, weight_version_of
+from megatron_rasft.servers import client
+from megatron_rasft.servers.client import ServerClient
+from megatron_rasft.servers.info import version_label, weight_version_of
 
 
-def control_of(answer: Callable[[httpx.Request], httpx.Response], **more: Any) -> ServerControl:
-    return ServerControl("http://server:1", transport=httpx.MockTransport(answer), **more)
+def control_of(answer: Callable[[httpx.Request], httpx.Response], **more: Any) -> ServerClient:
+    return ServerClient("http://server:1", transport=httpx.MockTransport(answer), **more)
 
 
 @pytest.mark.parametrize(
@@ -124,7 +125,7 @@ def test_flushing_waits_for_requests_to_leave_and_gives_up_in_time() -> None:
 def test_a_full_server_is_asked_again_for_a_probe_until_the_deadline(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(control, "_PAUSE_WITHOUT_ROOM_S", 0.05)
+    monkeypatch.setattr(client, "_PAUSE_WITHOUT_ROOM_S", 0.05)
     full = httpx.Response(503, json={"error": {"message": "The request queue is full."}})
     answers = iter([full, httpx.Response(429), httpx.Response(200, json={"text": "!"})])
     assert control_of(lambda request: next(answers)).generate({}) == {"text": "!"}
@@ -141,7 +142,7 @@ def test_a_connection_that_comes_after_the_deadline_is_ended_at_once() -> None:
         def get_extra_info(self, what: str) -> socket.socket:
             return ours
 
-    with ours, theirs, control._Cut(0.01) as cut:
+    with ours, theirs, client._Cut(0.01) as cut:
         while not cut.has_come:
             time.sleep(0.01)
         cut.trace("connection.connect_tcp.complete", {"return_value": Stream()})
@@ -160,7 +161,7 @@ def test_a_host_of_several_addresses_has_one_deadline(monkeypatch: pytest.Monkey
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
     monkeypatch.setattr(socket, "socket", Silent)
     with pytest.raises(ServerError, match="gave no answer"):
-        ServerControl("http://server:1").pause(deadline_s=6.0)
+        ServerClient("http://server:1").pause(deadline_s=6.0)
     assert tried_s == pytest.approx([2.0] * 3, abs=0.2)
 
 
@@ -193,7 +194,7 @@ def test_headers_that_trickle_in_end_at_the_deadline() -> None:
         server.start()
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         with pytest.raises(ServerError, match="gave no answer"):
-            ServerControl(url).pause(deadline_s=0.5)
+            ServerClient(url).pause(deadline_s=0.5)
         server.join()
 
 
@@ -217,7 +218,7 @@ def test_how_many_requests_a_server_runs_at_once(said: dict[str, Any], number: i
 
 def test_an_address_where_nothing_listens_cannot_be_reached() -> None:
     with pytest.raises(ServerError, match=r"http://127\.0\.0\.1:1: cannot be reached"):
-        ServerControl("http://127.0.0.1:1/").probe(deadline_s=20.0)
+        ServerClient("http://127.0.0.1:1/").probe(deadline_s=20.0)
 
 
 def test_cache_is_flushed_after_the_disk_and_not_by_it() -> None:

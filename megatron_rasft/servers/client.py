@@ -20,8 +20,9 @@ from typing import Any, Literal
 import httpx
 
 from megatron_rasft.errors import ServerError
-from megatron_rasft.rollout.addresses import resolved
-from megatron_rasft.types import PauseMode, ServerInfo
+from megatron_rasft.servers.addresses import resolved
+from megatron_rasft.servers.info import ServerInfo, version_label, weight_version_of
+from megatron_rasft.types import PauseMode
 
 NO_ROOM = (429, 503)
 """HTTP statuses of a server that is full."""
@@ -31,17 +32,7 @@ _PAUSE_WITHOUT_ROOM_S = 1.0
 _LONGEST_QUOTE_CHARS = 500  # an error of NCCL's, which says last what was wrong
 
 
-def version_label(weight_version: int) -> str:
-    """The server's name for the weights after so many optimizer steps."""
-    return str(weight_version)
-
-
-def weight_version_of(label: str | None) -> int | None:
-    """Reverse of ``version_label``; None for a label no trainer gave, such as ``default``."""
-    return int(label) if label is not None and label.isascii() and label.isdigit() else None
-
-
-class ServerControl:
+class ServerClient:
     """One server, by its address.
 
     Args:
@@ -74,7 +65,7 @@ class ServerControl:
         )
         self._info: ServerInfo | None = None
 
-    def __enter__(self) -> "ServerControl":
+    def __enter__(self) -> "ServerClient":
         return self
 
     def __exit__(self, *exc: Any) -> None:

@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 
 from megatron_rasft.errors import ServerError
-from megatron_rasft.rollout.control import ServerControl
+from megatron_rasft.servers.client import ServerClient
 from tests.servers.running import NEWEST, OLDEST, VERSIONS, ServerPool
 
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_what_a_real_server_says_of_itself(server_pool: ServerPool, served_model: Path, version: str) -> None:
     server = server_pool.get(version, served_model)
-    with ServerControl(server.url) as control:
+    with ServerClient(server.url) as control:
         info = control.info
         assert (info.version, info.model_path, info.tp_size) == (version, str(served_model), 1)
         assert info.has_update_session == (version == NEWEST)
@@ -29,7 +29,7 @@ def test_the_steps_around_an_update_on_a_real_server(
     server_pool: ServerPool, served_model: Path, version: str
 ) -> None:
     server = server_pool.get(version, served_model)
-    with ServerControl(server.url) as control:
+    with ServerClient(server.url) as control:
         before = control.checksums()
         assert len(before) == 1 and "model.embed_tokens.weight" in before[0]
         control.pause()
@@ -55,7 +55,7 @@ def test_a_session_left_open_is_refused_and_can_be_closed(
     server_pool: ServerPool, served_model: Path
 ) -> None:
     server = server_pool.get(NEWEST, served_model)
-    with ServerControl(server.url) as control:
+    with ServerClient(server.url) as control:
         control.begin_weight_update()
         with pytest.raises(ServerError, match="begin_weight_update"):
             control.begin_weight_update()
@@ -69,7 +69,7 @@ def test_a_frozen_server_costs_no_more_than_the_deadline(server_pool: ServerPool
     server.freeze()
     try:
         with (
-            ServerControl(server.url) as control,
+            ServerClient(server.url) as control,
             pytest.raises(ServerError, match="gave no answer within 1"),
         ):
             control.weight_version(deadline_s=1.0)

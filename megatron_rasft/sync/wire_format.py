@@ -64,7 +64,7 @@ def served_name(name: str) -> str:
 
 
 @dataclass(frozen=True)
-class ServedFormat:
+class WireFormat:
     """What is made of the trainer's tensors before they are sent."""
 
     dtype: torch.dtype
@@ -82,7 +82,7 @@ class ServedFormat:
         return f"FP8 in blocks ({name} for the rest{kept})"
 
     @classmethod
-    def read(cls, config: dict[str, Any], server_dtype: str = "auto") -> "ServedFormat":
+    def read(cls, config: dict[str, Any], server_dtype: str = "auto") -> "WireFormat":
         """The format a config.json and a server's --dtype ask for.
 
         Raises:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_rasft.config import RolloutConfig
-from megatron_rasft.rollout.addresses import add_address, read_addresses, remove_address
+from megatron_rasft.servers.addresses import add_address, read_addresses, remove_address
 
 
 def test_servers_come_and_go_in_order(tmp_path: Path) -> None:

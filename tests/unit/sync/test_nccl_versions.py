@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_rasft.sync.versions import NEWEST_SGLANG, Pair, objection, own_pair, pair_of_sglang, table
+from megatron_rasft.sync.nccl_versions import NEWEST_SGLANG, Pair, objection, own_pair, pair_of_sglang, table
 
 ROOT = Path(__file__).parents[3]
 
