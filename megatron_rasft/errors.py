@@ -1,24 +1,19 @@
 """What can go wrong in the world. What a user typed wrongly is a ValueError instead."""
 
-import contextlib
-from collections.abc import Iterator
-from pathlib import Path
-
 
 class RasftError(Exception):
     """Base of the errors this package raises for the state of the world; the message is meant to be read."""
 
 
-@contextlib.contextmanager
-def written_to(path: Path, flag: str) -> Iterator[None]:
-    """Make a RasftError of what the file system says when a run's own file is written, as on a full disk."""
-    try:
-        yield
-    except OSError as error:
-        raise RasftError(
-            f"{path} could not be written: {error.strerror or error}. Make room, or name another place with {flag}, and start "
-            "again to go on from the last checkpoint."
-        ) from error
+def first_line(error: BaseException, if_empty: str | None = None) -> str:
+    """The first line of an error's message that is not blank: libraries append pages of context that hide a run's own message.
+
+    Args:
+        error: any exception.
+        if_empty: returned for an error without a message; None: the name of its class.
+    """
+    lines = (line.strip() for line in str(error).splitlines())
+    return next(filter(None, lines), if_empty or type(error).__name__)
 
 
 class DataError(RasftError):

@@ -31,7 +31,8 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from megatron_rasft.errors import CheckpointError, RasftError
+from megatron_rasft.errors import CheckpointError, first_line
+from megatron_rasft.tools import cli
 from megatron_rasft.tools.conversion.conversion import (
     TEMPLATE_DIR,
     check_parameters,
@@ -51,19 +52,14 @@ _LOGIT_TOLERANCE = 1e-4
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0 done, 1 the proof found a fault, 2 wrong arguments or input."""
-    parser = _build_parser()
-    args = parser.parse_args(argv)
-    try:
-        if args.workers < 1:
-            raise ValueError(f"--workers must be >= 1, got {args.workers}.")
-        if args.bridge is not None:
-            _use_bridge(args)
-            return 0
-        proof = args.run(args)
-    except (RasftError, ValueError) as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return 2
+    """Exit code: 0 if the result was written, 1 if --verify found a fault in it."""
+    args = _build_parser().parse_args(argv)
+    if args.workers < 1:
+        raise ValueError(f"--workers must be >= 1, got {args.workers}.")
+    if args.bridge is not None:
+        _use_bridge(args)
+        return 0
+    proof = args.run(args)
     print(f"wrote {args.output}")
     if proof is None:
         return 0
@@ -235,8 +231,9 @@ def _use_bridge(args: argparse.Namespace) -> None:
             auto_bridge.from_hf_pretrained(str(model)).export_ckpt(args.input, str(partial), strict=True)
     except Exception as error:  # whatever the bridge raises for a model that it does not take
         shutil.rmtree(partial, ignore_errors=True)
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"Megatron-Bridge could not convert {args.input}: {reason}") from error
+        raise CheckpointError(
+            f"Megatron-Bridge could not convert {args.input}: {first_line(error)}"
+        ) from error
     try:
         partial.rename(output)
     except OSError as error:
@@ -343,4 +340,4 @@ def _add_flags(command: argparse.ArgumentParser) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli.run(main))

@@ -26,6 +26,7 @@ from megatron_rasft.config.data import DataConfig
 from megatron_rasft.config.flags import add_flags, read_flags
 from megatron_rasft.data.tokenizing import end_ids, open_tokenizer, read_chat_format, tokenize_prompts
 from megatron_rasft.errors import CheckpointError, DataError, FailedElsewhere, RasftError
+from megatron_rasft.files import write_json
 from megatron_rasft.rollout.store import read_rollouts
 from megatron_rasft.servers.keys import read_key
 from megatron_rasft.tools.evaluation import comparison_tables
@@ -289,7 +290,7 @@ def _write_protocol(
     for b in benchmarks:
         files[b.name] = {"path": str(b.path), "sha256": b.sha256, "verified": b.is_verified}
     content = {"drawn_by": drawn_by, "config": asdict(config), "files": files}
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_json(path, content)
 
 
 def _write_results(output: Path, label: str, compared_with: str, summary: Summary) -> None:
@@ -302,9 +303,7 @@ def _write_results(output: Path, label: str, compared_with: str, summary: Summar
         key=lambda s: (order.get(s.name, len(order)), s.name),
     )
     content = {"label": label, "benchmarks": [s.as_dict() for s in summaries]}
-    partial = path.with_suffix(".tmp")
-    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_json(path, content)
     for name, write in WRITERS.items():
         (output / FILES[name]).write_text(write({label: summaries}, compared_with), encoding="utf-8")
 

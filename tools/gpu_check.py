@@ -26,6 +26,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a checkout that is not installed
 
+from megatron_rasft.tools import cli
 from tools.gpu_checking import report as reports
 from tools.gpu_checking.processes import ROOT, Ended, Start, run, start
 from tools.gpu_checking.report import Figure, Report, Result, Status
@@ -54,15 +55,11 @@ def main(argv: Sequence[str] | None = None, begin: Start = start, steps: Sequenc
         steps: the steps to choose from.
     """
     options = parser(steps).parse_args(argv)
-    try:
-        if options.merge:
-            return merge(options.merge, options.output)
-        check_flags(options)
-        with tempfile.TemporaryDirectory(prefix="gpu_check-", dir=options.scratch) as scratch:
-            return Check(options, begin, steps, Path(scratch)).run()
-    except CannotCheck as error:
-        print(f"gpu_check: {error}", file=sys.stderr)
-        return 2
+    if options.merge:
+        return merge(options.merge, options.output)
+    check_flags(options)
+    with tempfile.TemporaryDirectory(prefix="gpu_check-", dir=options.scratch) as scratch:
+        return Check(options, begin, steps, Path(scratch)).run()
 
 
 def end_on_signals() -> None:
@@ -341,4 +338,4 @@ def _last_lines(log: Path) -> list[str]:
 
 if __name__ == "__main__":
     end_on_signals()
-    sys.exit(main())
+    sys.exit(cli.run(main))

@@ -16,7 +16,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a checkout that is not installed
 
 from megatron_rasft.config.flags import add_flags, read_flags
-from megatron_rasft.errors import RasftError
+from megatron_rasft.tools import cli
 from megatron_rasft.tools.capacity.choosing import disk_bytes, make_plans, nothing_fits
 from megatron_rasft.tools.capacity.commands import command_lines
 from megatron_rasft.tools.capacity.config import AssumptionConfig, PlanConfig
@@ -35,20 +35,8 @@ from megatron_rasft.tools.capacity.layouts import Model
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0 a layout fits, 1 none does or the model cannot be read, 2 wrong arguments."""
+    """Exit code: 0 if a layout fits, 1 if none does."""
     args = parser().parse_args(argv)
-    try:
-        return plan(args)
-    except ValueError as error:
-        print(f"plan: {error}", file=sys.stderr)
-        return 2
-    except RasftError as error:
-        print(f"plan: {error}", file=sys.stderr)
-        return 1
-
-
-def plan(args: argparse.Namespace) -> int:
-    """Plan and print; 0 if a layout fits."""
     config, assumed = read_flags(args, PlanConfig), read_flags(args, AssumptionConfig)
     precision = "fp8" if args.fp8 else "bf16"
     if args.top < 1:
@@ -84,7 +72,7 @@ def plan(args: argparse.Namespace) -> int:
         show(disk_table(disk, shown[0].memory.host, config))
         show(assumptions)
     if failure:
-        print(f"plan: {failure}", file=sys.stderr)
+        print(f"error: {failure}", file=sys.stderr)
         return 1
     if not args.json:
         run = shown[0].run
@@ -139,4 +127,4 @@ def parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli.run(main))

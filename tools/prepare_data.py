@@ -18,7 +18,8 @@ from megatron_rasft.config.data import DataConfig
 from megatron_rasft.config.flags import add_flags, read_flags
 from megatron_rasft.data.reading import DataReport, Row, RowFault, read_records, read_rows
 from megatron_rasft.data.tokenizing import Tokenizer, build_demonstrations, collect_demonstrations
-from megatron_rasft.errors import DataError
+from megatron_rasft.errors import DataError, first_line
+from megatron_rasft.files import write_json
 from megatron_rasft.tools.data.contamination import find_contamination
 from megatron_rasft.tools.data.inspecting import render_example
 
@@ -95,7 +96,7 @@ def decontaminate(args: argparse.Namespace, config: DataConfig) -> int:
     )
     print(found.describe())
     if args.report is not None:
-        Path(args.report).write_text(json.dumps(found.as_dict(), indent=1) + "\n", encoding="utf-8")
+        write_json(Path(args.report), found.as_dict())
     if args.output is None:
         return 1 if found.dropped else 0
     kept = [record for row, record in enumerate(records) if row not in found.dropped]
@@ -194,9 +195,8 @@ def _load_tokenizer(folder: str) -> Tokenizer:
     try:
         tokenizer: Tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # transformers raises whatever a broken file makes it stumble over
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
-            f"--tokenizer {folder} holds no tokenizer that transformers can load: {reason}"
+            f"--tokenizer {folder} holds no tokenizer that transformers can load: {first_line(error)}"
         ) from error
     return tokenizer
 

@@ -6,7 +6,6 @@ report.py [RUN_DIR] [--metrics FILE] [--rollouts FILE] [--train-data FILE ...] -
 
 import argparse
 import dataclasses
-import os
 import sys
 from pathlib import Path
 
@@ -15,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a c
 from megatron_rasft.config.data import DataConfig
 from megatron_rasft.data.reading import Row, read_rows
 from megatron_rasft.errors import DataError, RasftError
+from megatron_rasft.files import write_text
 from megatron_rasft.tools.report.page import page
 from megatron_rasft.tools.report.records import RunRecords, read_run
 from megatron_rasft.tools.report.rollouts import pick_examples, read_statistics
@@ -54,9 +54,7 @@ def report(args: argparse.Namespace) -> None:
         output, [path for run in runs for path in (run.metrics_path, run.rollouts_path) if path is not None]
     )
     content = page([_view(run, args) for run in runs])
-    unfinished = output.with_name(output.name + ".tmp")
-    unfinished.write_text(content, encoding="utf-8")
-    os.replace(unfinished, output)
+    write_text(output, content)
     print(f"wrote {output}, {len(content) / 1e6:.1f} MB")
 
 

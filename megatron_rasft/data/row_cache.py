@@ -16,7 +16,8 @@ from megatron_rasft.data import reading, tokenized_rows, tokenizing
 from megatron_rasft.data.reading import DataReport, read_rows
 from megatron_rasft.data.tokenized_rows import TokenizedRows, write_rows
 from megatron_rasft.data.tokenizing import Tokenizer, tokenize_rows
-from megatron_rasft.errors import DataError, written_to
+from megatron_rasft.errors import DataError
+from megatron_rasft.files import written_to
 
 _BUILDING = ".building-"
 _ABANDONED_S = 3600.0

@@ -11,7 +11,7 @@ from jinja2 import TemplateError
 
 from megatron_rasft.config.data import DataConfig
 from megatron_rasft.data.reading import DataReport, Message, Row, RowFault
-from megatron_rasft.errors import ModelFolderError
+from megatron_rasft.errors import ModelFolderError, first_line
 from megatron_rasft.types import CodeTests, Demonstration
 
 _BATCH_SIZE = 1024
@@ -85,7 +85,7 @@ def open_tokenizer(folder: str | Path) -> Tokenizer:
         tokenizer: Tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except (OSError, ValueError) as error:
         raise ModelFolderError(
-            f"model folder {folder} has no tokenizer that transformers can load ({_first_line(error)}). "
+            f"model folder {folder} has no tokenizer that transformers can load ({first_line(error)}). "
             "Copy tokenizer.json and tokenizer_config.json into it."
         ) from error
     return tokenizer
@@ -264,7 +264,7 @@ def _render_rows(
             except (TemplateError, ValueError) as error:
                 report.faults.append(
                     RowFault(
-                        source=row.source, reason="the chat template refuses it", detail=_first_line(error)
+                        source=row.source, reason="the chat template refuses it", detail=first_line(error)
                     )
                 )
         elif any(message["role"] == "assistant" for message in messages):
@@ -349,7 +349,7 @@ def _probe_closing(tokenizer: Tokenizer, chat_format: ChatFormat, config: DataCo
             f"--data-chat-template {config.data_chat_template}" if chat_format.template else "the model's own"
         )
         raise ValueError(
-            f"the chat template ({origin}) cannot render a question and its answer: {_first_line(error)}. "
+            f"the chat template ({origin}) cannot render a question and its answer: {first_line(error)}. "
             "Give another with --data-chat-template."
         ) from error
     if config.data_system_prompt is not None:
@@ -359,7 +359,7 @@ def _probe_closing(tokenizer: Tokenizer, chat_format: ChatFormat, config: DataCo
         except (TemplateError, ValueError) as error:
             raise ValueError(
                 f"--data-system-prompt needs a chat template that takes a system message, this one refuses: "
-                f"{_first_line(error)}. Leave the flag out, or put the text into the problems."
+                f"{first_line(error)}. Leave the flag out, or put the text into the problems."
             ) from error
     _, found, closing = text.rpartition(_PROBE)
     return closing if found else ""
@@ -370,7 +370,3 @@ def _tokenize(tokenizer: Tokenizer, texts: list[str], add_special_tokens: bool) 
         texts, add_special_tokens=add_special_tokens, return_attention_mask=False, verbose=False
     )
     return [list(ids) for ids in encoded["input_ids"]]
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from megatron_rasft.errors import RolloutError, written_to
+from megatron_rasft.errors import RolloutError
+from megatron_rasft.files import written_to
 from megatron_rasft.types import Rollout
 
 _CHUNK = 2**16

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_rasft.errors import ServerError
+from megatron_rasft.errors import ServerError, first_line
 from megatron_rasft.sync.buckets import Bucket
 from megatron_rasft.sync.server_protocols import Server, ask_all
 
@@ -99,9 +99,9 @@ def _in_thread[T](work: Callable[..., T], *args: Any) -> Future[T]:
 
 def _cause(problem: BaseException) -> str:
     """An error of torch in a line: its first one, and what NCCL says at the end of its own."""
-    lines = [line.strip() for line in str(problem).splitlines() if line.strip()] or [repr(problem)]
+    lines = [line.strip() for line in str(problem).splitlines() if line.strip()]
     at = lines.index("Last error:") + 1 if "Last error:" in lines else len(lines)
-    return ": ".join([lines[0], *lines[at : at + 1]])
+    return ": ".join([first_line(problem), *lines[at : at + 1]])
 
 
 def local_address(urls: Sequence[str], interface: str | None = None) -> str:

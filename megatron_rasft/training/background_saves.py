@@ -22,7 +22,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.training import async_utils
 
-from megatron_rasft.training.checkpoints import first_line
+from megatron_rasft.errors import first_line
 
 _POLL_S = 0.05
 """Time between two checks whether every rank has written its part."""

@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +14,8 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_rasft.errors import CheckpointError, FailedElsewhere
+from megatron_rasft.errors import CheckpointError, FailedElsewhere, first_line
+from megatron_rasft.files import write_bytes, write_json
 from megatron_rasft.ranks import on_rank_zero
 from megatron_rasft.training.fp8_scales import UNPICKLE
 from megatron_rasft.training.samples import Array
@@ -70,18 +70,9 @@ def write_state(folder: Path, state: dict[str, Any], arrays: dict[str, Array]) -
     """
     folder.mkdir(parents=True, exist_ok=True)
     content = safetensors.numpy.save(arrays)
-    _write(folder / QUEUE_FILE, content)
+    write_bytes(folder / QUEUE_FILE, content, is_synced=True)
     state = {**state, "queue_sha256": hashlib.sha256(content).hexdigest()}
-    _write(folder / STATE_FILE, json.dumps(state).encode())  # json.dump encodes in Python, half as fast
-
-
-def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    write_json(folder / STATE_FILE, state, indent=None, is_synced=True)
 
 
 def read_arrays(folder: Path, state: dict[str, Any]) -> dict[str, Array]:
@@ -199,7 +190,7 @@ def load_explained(args: Any, load: Path) -> Iterator[None]:
         yield
     except AssertionError as error:
         raise CheckpointError(
-            f"the checkpoint in {load} does not fit these flags: {first_line(error)}. Give the flags it was "
+            f"the checkpoint in {load} does not fit these flags: {first_line(error, 'Megatron refuses them')}. Give the flags it was "
             "written with; --override-opt_param-scheduler accepts another length or learning rate."
         ) from error
     except LOAD_FAILURES as error:
@@ -231,11 +222,6 @@ def checkpoint_failure(error: BaseException) -> str:
         if dist.get_rank() != 0:
             raise FailedElsewhere from error
     return first_line(error)
-
-
-def first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return text[0] if text else "Megatron refuses these arguments"
 
 
 def _free_gib(folder: Path) -> float:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from megatron_rasft.errors import RasftError
+from megatron_rasft.errors import RasftError, first_line
 
 _INSTALL = "pip install --no-build-isolation 'megatron-rasft[te]'"
 """Without the flag pip would compile it against the newest torch instead of the installed one."""
@@ -29,9 +29,8 @@ def check_transformer_engine() -> None:
     except Exception as error:  # its checks of versions and libraries raise errors of many kinds
         if isinstance(error, ModuleNotFoundError) and (error.name or "").startswith("transformer_engine"):
             return
-        reason = str(error).strip().splitlines() or [type(error).__name__]
         raise RasftError(
-            f"Transformer Engine {_version()} does not import with torch {torch.__version__}: {reason[0]}. It must be built for "
+            f"Transformer Engine {_version()} does not import with torch {torch.__version__}: {first_line(error)}. It must be built for "
             f"this torch. Build it again: {_INSTALL}, or uninstall transformer_engine to train with plain torch layers."
         ) from error
 

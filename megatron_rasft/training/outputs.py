@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rasft.config import RasftConfig
-from megatron_rasft.errors import CheckpointError, written_to
+from megatron_rasft.errors import CheckpointError
+from megatron_rasft.files import write_json, written_to
 from megatron_rasft.ranks import on_rank_zero
 from megatron_rasft.rollout.store import whole_lines
 from megatron_rasft.training.reference import LogprobCache
@@ -103,10 +104,8 @@ def take_up_files(
         ]
         lines.append(file.take_up(*sizes))
     if begun is not None:
-        new = begun.with_suffix(".tmp")
         with written_to(begun, "--save"):
-            new.write_text(json.dumps({name: file.mark() for name, file in files.items()}), encoding="utf-8")
-            new.replace(begun)
+            write_json(begun, {name: file.mark() for name, file in files.items()})
     return [line for line in lines if line]
 
 

@@ -9,7 +9,7 @@ from megatron_rasft.config import DataConfig, RasftConfig, VerifyConfig
 from megatron_rasft.data.row_cache import tokenized
 from megatron_rasft.data.tokenized_rows import ByProblem, TokenizedRows
 from megatron_rasft.data.tokenizing import end_ids, open_tokenizer
-from megatron_rasft.errors import written_to
+from megatron_rasft.files import written_to
 from megatron_rasft.ranks import kept_by_rank_zero, on_rank_zero
 from megatron_rasft.rollout.replay import ReplayEngine
 from megatron_rasft.training.arguments import has_own_warmup

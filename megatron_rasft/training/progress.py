@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from rich.console import Console
 
 from megatron_rasft import metrics
-from megatron_rasft.errors import written_to
+from megatron_rasft.files import written_to
 
 
 class ScalarWriter(Protocol):

@@ -1,6 +1,5 @@
 """The parts of a run that pretrain_rasft.py names: planner, the queue of batches, the report."""
 
-import json
 import math
 import time
 import traceback
@@ -13,7 +12,8 @@ import torch
 
 from megatron_rasft import metrics
 from megatron_rasft.config import RasftConfig
-from megatron_rasft.errors import CheckpointError, written_to
+from megatron_rasft.errors import CheckpointError
+from megatron_rasft.files import write_json, written_to
 from megatron_rasft.ranks import on_rank_zero
 from megatron_rasft.rollout.replay import ReplayEngine
 from megatron_rasft.rollout.store import RolloutStore
@@ -199,7 +199,7 @@ class Run:
         if self._save is not None:
             path = self._save / "config.json"
             with written_to(path, "--save"):
-                path.write_text(json.dumps(self._resolved(), indent=1), encoding="utf-8")
+                write_json(path, self._resolved())
 
     def _record(self, report: Callable[[], None]) -> None:
         """Each rank has its own part in a report; what the first one cannot write ends all."""

@@ -17,10 +17,11 @@ from megatron.training.global_vars import set_global_variables
 from megatron.training.initialize import initialize_megatron
 
 from megatron_rasft.config import RasftConfig
+from megatron_rasft.errors import first_line
 from megatron_rasft.sync.groups import prepare_nccl
 from megatron_rasft.training.arguments import fill_in, parse_flags
 from megatron_rasft.training.background_saves import write_in_process
-from megatron_rasft.training.checkpoints import chosen_folder, first_line, is_converted
+from megatron_rasft.training.checkpoints import chosen_folder, is_converted
 from megatron_rasft.training.gpu_kernels import report_missing_transformer_engine
 from megatron_rasft.training.outputs import check_writable
 from megatron_rasft.training.rollout_servers import read_keys
@@ -80,7 +81,7 @@ def parse(argv: Sequence[str] | None = None, *, needs_data: bool = True) -> tupl
         with contextlib.redirect_stdout(io.StringIO()):
             validate_args(args, {})
     except AssertionError as error:
-        raise ValueError(first_line(error)) from error
+        raise ValueError(first_line(error, "Megatron refuses these arguments")) from error
     args.use_persistent_ckpt_worker = False
     _check_sampling(args, config)
     if args.vocab_size is not None and args.padded_vocab_size is None:

@@ -34,7 +34,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron_rasft.errors import CheckpointError
+from megatron_rasft.errors import CheckpointError, first_line
+from megatron_rasft.files import replacing, write_bytes, write_json
 from megatron_rasft.weights.saved_tensors import find_plain_tensor, read_whole
 
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
@@ -80,23 +81,17 @@ class DistcpFile:
     def __init__(self, path: Path) -> None:
         self.records: list[Record] = []
         self._path = path
-        self._temporary = path.with_name(path.name + ".tmp")
+        self._opened = contextlib.ExitStack()
 
     def __enter__(self) -> "DistcpFile":
-        self._file: BinaryIO = self._temporary.open("wb")
+        temporary = self._opened.enter_context(replacing(self._path, is_synced=True))
+        self._file: BinaryIO = self._opened.enter_context(temporary.open("wb"))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with self._file:
-            if kind is None:
-                self._file.flush()
-                os.fsync(self._file.fileno())
-        if kind is None:
-            self._temporary.replace(self._path)
-        else:
-            self._temporary.unlink()
+        self._opened.__exit__(kind, error, trace)
 
     def write_chunk(
         self, key: str, chunk: Tensor, offsets: Sequence[int], global_shape: Sequence[int]
@@ -180,15 +175,8 @@ def write_checkpoint_index(folder: Path, records: Sequence[Record]) -> None:
         storage_meta=StorageMeta(save_id=str(uuid.uuid4())),
         version="1.0.0",
     )
-    _write_whole(folder / _METADATA_FILE, pickle.dumps(metadata))
-    _write_whole(folder / _CONFIG_FILE, json.dumps(_CONFIG).encode())
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    write_bytes(folder / _METADATA_FILE, pickle.dumps(metadata), is_synced=True)
+    write_json(folder / _CONFIG_FILE, _CONFIG, is_synced=True)
 
 
 @dataclass(frozen=True)
@@ -324,9 +312,8 @@ class TorchDistFolder:
             pickle.UnpicklingError,
             zipfile.BadZipFile,
         ) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise CheckpointError(
-                f"checkpoint {self.path}: {key} in {place.relative_path} is damaged: {reason}"
+                f"checkpoint {self.path}: {key} in {place.relative_path} is damaged: {first_line(error)}"
             ) from error
         if tensor.shape != chunk.sizes or tensor.dtype != target.dtype:
             raise CheckpointError(

@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "megatron_rasft"
-TOP_LEVEL = {"types", "config", "errors", "metrics", "ranks"}
+TOP_LEVEL = {"types", "config", "errors", "files", "metrics", "ranks"}
 """Modules (config: a package) that every room may import; themselves they import each other only, types nothing."""
 
 ROOMS = {

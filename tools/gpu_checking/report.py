@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from megatron_rasft.files import write_json, write_text
+
 Status = Literal["passed", "failed", "timed out", "not run"]
 Figure = float | int | str | bool | None
 
@@ -65,13 +67,8 @@ class Report:
 
     def write(self, folder: Path) -> None:
         """Write both files; each is replaced only when it is complete."""
-        for name, text in (
-            (JSON_FILE, json.dumps(asdict(self), indent=1) + "\n"),
-            (MARKDOWN_FILE, markdown(self)),
-        ):
-            temporary = folder / f"{name}.tmp"
-            temporary.write_text(text, encoding="utf-8")
-            temporary.replace(folder / name)
+        write_json(folder / JSON_FILE, asdict(self))
+        write_text(folder / MARKDOWN_FILE, markdown(self))
 
 
 def read(path: Path) -> Report:

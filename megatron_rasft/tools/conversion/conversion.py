@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_rasft.errors import CheckpointError
+from megatron_rasft.files import replacing
 from megatron_rasft.tools.conversion.staging import StagedFolder
 from megatron_rasft.weights.architecture import megatron_args
 from megatron_rasft.weights.exporting import (
@@ -301,10 +302,8 @@ def megatron_to_hf(
     with StagedFolder(out_dir, work) as staged:
 
         def make(part: _FilePart) -> None:
-            path = staged.path / part.name
-            temporary = path.with_name(part.name + ".tmp")
-            _write_file(temporary, source, template.table, part)
-            temporary.replace(path)
+            with replacing(staged.path / part.name) as temporary:
+                _write_file(temporary, source, template.table, part)
 
         staged.do(parts, make, num_workers=num_workers, on_progress=on_progress)
         weight_map = {

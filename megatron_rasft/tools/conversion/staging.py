@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any, Protocol
 
 from megatron_rasft.errors import CheckpointError
+from megatron_rasft.files import write_json
 
 _JOURNAL = ".conversion"
 _SPARE_BYTES = 64 << 20
@@ -81,7 +82,7 @@ class StagedFolder:
         note = self._journal / "work.json"
         wanted = json.loads(json.dumps(work))
         if not note.exists():
-            _write_note(note, wanted)
+            write_json(note, wanted, is_synced=True)
             return
         earlier = json.loads(note.read_text(encoding="utf-8"))
         differing = [key for key in {**earlier, **wanted} if earlier.get(key) != wanted.get(key)]
@@ -145,7 +146,7 @@ class StagedFolder:
 
         def make_and_note(part: Any) -> None:
             results[part.name] = made = make(part)
-            _write_note(self._note(part.name), made)
+            write_json(self._note(part.name), made, is_synced=True)
             on_progress(part.num_bytes)
 
         _in_threads(make_and_note, left, num_workers)
@@ -173,15 +174,6 @@ class StagedFolder:
             os.fsync(directory)
         finally:
             os.close(directory)
-
-
-def _write_note(path: Path, content: Any) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def _in_threads(do: Callable[[Any], None], parts: Sequence[Any], num_workers: int) -> None:

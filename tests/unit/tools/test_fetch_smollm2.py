@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_rasft.tools import cli
 from tools import fetch_smollm2
 
 SCRIPT = Path(fetch_smollm2.__file__)
@@ -45,8 +46,8 @@ def test_unreachable_index_is_one_line(tmp_path: Path) -> None:
 def test_other_folder_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     done = run("--output", tmp_path)
-    assert done.returncode == 1
-    assert "exists and is not a finished" in done.stderr
+    assert done.returncode == 2
+    assert f"--output {tmp_path}" in done.stderr
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
@@ -67,5 +68,5 @@ def test_full_disk_is_one_line(
 
     monkeypatch.setattr(fetch_smollm2, "fetch", fail)
     monkeypatch.setattr(sys, "argv", ["fetch_smollm2.py", "--output", str(tmp_path)])
-    assert fetch_smollm2.main() == 1
+    assert cli.run(fetch_smollm2.main) == 1
     assert "not enough disk space" in capsys.readouterr().err

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from megatron_rasft.tools import cli
 from tools import gpu_bundle
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -88,11 +89,11 @@ def test_wheels_are_downloaded_once(files: Files) -> None:
     def content() -> dict[str, bytes]:
         return {path.name: path.read_bytes() for path in files.bundle.iterdir() if path.is_file()}
 
-    assert gpu_bundle.main(files.flags) == 0
+    assert cli.run(gpu_bundle.main, files.flags) == 0
     first = content()
     for wheel in files.shelf.iterdir():
         wheel.unlink()  # pip could not fetch any now
-    assert gpu_bundle.main(files.flags) == 0
+    assert cli.run(gpu_bundle.main, files.flags) == 0
     assert content() == first
 
 
@@ -102,12 +103,12 @@ def test_download_that_broke_off_goes_on(downloaded: Files) -> None:
     whole = cut.read_bytes()
     (downloaded.shelf / cut.name).write_bytes(whole)
     cut.write_bytes(whole[:50])
-    assert gpu_bundle.main(downloaded.flags) == 0
+    assert cli.run(gpu_bundle.main, downloaded.flags) == 0
     assert cut.read_bytes() == whole
 
 
 def test_bundle_is_cut_carried_joined_and_installed(downloaded: Files, tmp_path: Path) -> None:
-    assert gpu_bundle.main(downloaded.flags) == 0
+    assert cli.run(gpu_bundle.main, downloaded.flags) == 0
     pieces = sorted(downloaded.bundle.glob("*.piece"))
     assert len(pieces) > 3 and {piece.stat().st_size for piece in pieces[:-1]} == {300}
     carried = tmp_path / "carried"
@@ -128,12 +129,12 @@ def test_bundle_is_cut_carried_joined_and_installed(downloaded: Files, tmp_path:
 
 def test_wheel_with_another_hash_is_refused(files: Files, capfd: pytest.CaptureFixture[str]) -> None:
     write_wheel(files.shelf, "first_part", "1.0", "value = 'not what was listed'\n")
-    assert gpu_bundle.main(files.flags) == 1
+    assert cli.run(gpu_bundle.main, files.flags) == 1
     assert "DO NOT MATCH THE HASHES" in capfd.readouterr().err
 
 
 def test_skipped_package_is_left_out(downloaded: Files, tmp_path: Path) -> None:
-    assert gpu_bundle.main([*downloaded.flags, "--skip", "First-Part"]) == 0
+    assert cli.run(gpu_bundle.main, [*downloaded.flags, "--skip", "First-Part"]) == 0
     manifest = json.loads((downloaded.bundle / "manifest.json").read_text())
     assert [wheel["name"].split("-")[0] for wheel in manifest["wheels"]] == ["built_here", "second_part"]
 
@@ -151,12 +152,12 @@ def test_skipped_package_is_left_out(downloaded: Files, tmp_path: Path) -> None:
 def test_wrong_flags_are_refused(
     downloaded: Files, more: list[str], says: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert gpu_bundle.main([*downloaded.flags, *more]) == 2
+    assert cli.run(gpu_bundle.main, [*downloaded.flags, *more]) == 2
     assert says in capsys.readouterr().err
 
 
 def test_missing_and_damaged_pieces_are_named(downloaded: Files, tmp_path: Path) -> None:
-    assert gpu_bundle.main(downloaded.flags) == 0
+    assert cli.run(gpu_bundle.main, downloaded.flags) == 0
     bundle, target = downloaded.bundle, tmp_path / "site"
     piece = bundle / "001.piece"
     content = piece.read_bytes()
@@ -175,7 +176,7 @@ def test_missing_and_damaged_pieces_are_named(downloaded: Files, tmp_path: Path)
 
 
 def test_folder_with_other_content_is_not_installed_into(downloaded: Files, tmp_path: Path) -> None:
-    assert gpu_bundle.main(downloaded.flags) == 0
+    assert cli.run(gpu_bundle.main, downloaded.flags) == 0
     (tmp_path / "site").mkdir()
     done = install(downloaded.bundle, tmp_path / "site")
     assert done.returncode == 2 and "exists and does not hold this bundle" in done.stderr

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from megatron_rasft.tools import cli
 from tools import gpu_check
 from tools.gpu_checking import processes, report
 from tools.gpu_checking.processes import Command, Started
@@ -49,7 +50,7 @@ def machine(**facts: Any) -> Step:
 def check(
     tmp_path: Path, *steps: Step, flags: tuple[str, ...] = (), **more: Any
 ) -> tuple[int, report.Report]:
-    code = gpu_check.main(["--output", str(tmp_path), *flags], steps=[machine(), *steps], **more)
+    code = cli.run(gpu_check.main, ["--output", str(tmp_path), *flags], steps=[machine(), *steps], **more)
     return code, report.read(tmp_path / report.JSON_FILE)
 
 
@@ -223,7 +224,12 @@ def test_total_deadline_shortens_a_step_and_leaves_out_the_rest(
 def test_without_a_gpu_the_check_says_so_and_exits_with_2(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert gpu_check.main(["--output", str(tmp_path)], steps=[machine(num_gpus=0), step("next", "pass")]) == 2
+    assert (
+        cli.run(
+            gpu_check.main, ["--output", str(tmp_path)], steps=[machine(num_gpus=0), step("next", "pass")]
+        )
+        == 2
+    )
     assert "no GPU was found by torch 2.11.0" in capsys.readouterr().err
     assert not (tmp_path / report.JSON_FILE).exists()
 
@@ -232,7 +238,7 @@ def test_torch_that_does_not_import_is_named(tmp_path: Path, capsys: pytest.Capt
     broken = step(
         "versions", "raise ImportError('libcudart.so.13: cannot open shared object file')", figures=figures
     )
-    assert gpu_check.main(["--output", str(tmp_path)], steps=[broken]) == 2
+    assert cli.run(gpu_check.main, ["--output", str(tmp_path)], steps=[broken]) == 2
     assert "libcudart.so.13: cannot open" in capsys.readouterr().err
 
 
@@ -279,7 +285,7 @@ def test_make_starts_the_programs_without_an_environment(target: str, command: s
 def test_wrong_flags_are_refused(
     tmp_path: Path, flags: list[str], says: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert gpu_check.main(["--output", str(tmp_path / "out"), *flags], steps=[machine()]) == 2
+    assert cli.run(gpu_check.main, ["--output", str(tmp_path / "out"), *flags], steps=[machine()]) == 2
     assert says in capsys.readouterr().err
 
 
@@ -314,7 +320,7 @@ def test_reports_of_chosen_steps_are_joined(tmp_path: Path) -> None:
     for name in ("one", "two"):
         check(tmp_path / name, *steps, flags=("--steps", name, "--commit", "abc"))
     files = [str(tmp_path / name / report.JSON_FILE) for name in ("one", "two")]
-    assert gpu_check.main(["--output", str(tmp_path), "--merge", *files]) == 1
+    assert cli.run(gpu_check.main, ["--output", str(tmp_path), "--merge", *files]) == 1
     found = by_name(report.read(tmp_path / report.JSON_FILE))
     assert (found["one"].status, found["two"].status) == ("passed", "failed")
 
@@ -323,12 +329,12 @@ def test_reports_of_two_commits_are_not_joined(tmp_path: Path, capsys: pytest.Ca
     for name in ("one", "two"):
         check(tmp_path / name, flags=("--commit", name))
     files = [str(tmp_path / name / report.JSON_FILE) for name in ("one", "two")]
-    assert gpu_check.main(["--output", str(tmp_path), "--merge", *files]) == 2
+    assert cli.run(gpu_check.main, ["--output", str(tmp_path), "--merge", *files]) == 2
     assert "different commits" in capsys.readouterr().err
 
 
 def test_an_emulated_check_says_that_nothing_was_measured(tmp_path: Path) -> None:
-    assert gpu_check.main(["--output", str(tmp_path)], steps=[machine(emulated=True)]) == 0
+    assert cli.run(gpu_check.main, ["--output", str(tmp_path)], steps=[machine(emulated=True)]) == 0
     assert report.read(tmp_path / report.JSON_FILE).emulated
     assert "no figure below is a measurement" in (tmp_path / report.MARKDOWN_FILE).read_text()
 

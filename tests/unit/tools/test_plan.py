@@ -9,14 +9,15 @@ from pathlib import Path
 
 import pytest
 
+from megatron_rasft.tools import cli
 from tools import plan
 
 ROOT = Path(__file__).resolve().parents[3]
-LLAMA_70B = ROOT / "tests" / "unit" / "planning" / "llama-3.1-70b"
+LLAMA_70B = ROOT / "tests" / "unit" / "tools" / "capacity" / "llama-3.1-70b"
 
 
 def run(*flags: str) -> int:
-    return plan.main(["--num-gpus", "64", *flags])
+    return cli.run(plan.main, ["--num-gpus", "64", *flags])
 
 
 def test_readme_shows_what_the_tool_prints() -> None:
@@ -26,7 +27,7 @@ def test_readme_shows_what_the_tool_prints() -> None:
         r"^    (python tools/plan\.py .*)\n\n((?:    .*\n|\n)+)", readme, re.MULTILINE
     )[0]
     flags = shlex.split(command.replace("DIR", str(LLAMA_70B)))[2:]
-    program = "import sys; sys.modules['torch'] = sys.modules['megatron'] = None; from tools import plan; sys.exit(plan.main())"
+    program = "import sys; sys.modules['torch'] = sys.modules['megatron'] = None; from megatron_rasft.tools import cli; from tools import plan; sys.exit(cli.run(plan.main))"
     done = subprocess.run(
         [sys.executable, "-c", program, *flags], cwd=ROOT, capture_output=True, text=True, check=False
     )
@@ -65,7 +66,7 @@ def test_mistake_is_one_line(
 ) -> None:
     assert run(*flags) == code
     error = capsys.readouterr().err
-    assert says in error and error.startswith("plan: ") and error.count("\n") == 1
+    assert says in error and error.startswith("error: ") and error.count("\n") == 1
 
 
 def test_family_that_is_not_supported_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

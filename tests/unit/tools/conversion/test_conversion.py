@@ -389,21 +389,21 @@ def test_too_little_disk_is_said_before_anything_is_written(
 @pytest.mark.parametrize(
     "where,num_kept",
     [
-        ("torch_dist.DistcpFile.write_chunk", 0),
-        ("staging._write_note", 0),
-        ("conversion.write_checkpoint_index", 6),
-        ("conversion.copy_companions", 6),
-        ("staging.Path.rename", 6),
+        ("weights.torch_dist.DistcpFile.write_chunk", 0),
+        ("tools.conversion.staging.write_json", 0),
+        ("tools.conversion.conversion.write_checkpoint_index", 6),
+        ("tools.conversion.conversion.copy_companions", 6),
+        ("tools.conversion.staging.Path.rename", 6),
     ],
 )
 def test_full_disk_ends_in_one_line_and_keeps_what_is_done(
     folders: dict[str, HfFolder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, num_kept: int
 ) -> None:
-    def full(*args: object) -> None:
+    def full(*args: object, **more: object) -> None:
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(f"megatron_rasft.weights.{where}", full)
+        patch.setattr(f"megatron_rasft.{where}", full)
         with pytest.raises(CheckpointError, match=r"the disk is full\. What is done is kept"):
             hf_to_megatron(folders["llama"], tmp_path / "out", num_workers=2)
     plain, done = conversion._write_layer, []
@@ -421,7 +421,7 @@ def test_full_disk_ends_in_one_line_and_keeps_what_is_done(
 def test_disk_that_is_full_after_the_last_file_of_an_export_ends_in_one_line(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*args: object) -> None:
+    def full(*args: object, **more: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(conversion, "write_card", full)
