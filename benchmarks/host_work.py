@@ -28,7 +28,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from megatron_rasft.ranks import hand_out, on_rank_zero
-from megatron_rasft.training.batches import BatchLayout, cut, shares
+from megatron_rasft.training.batches import BatchLayout, build_micro_batches, shard_batch
 from megatron_rasft.training.checkpoints import write_state
 from megatron_rasft.training.samples import Batch, BatchQueue, SampleArrays
 from megatron_rasft.types import TrainingSample
@@ -134,7 +134,7 @@ def measure(rank: int, folder: str, num: int, mean_tokens: int, objective: str) 
         made = queue_of(samples) if rank == 0 else BatchQueue(sizes_of(num))
         for place in range(len(made)):
             batch = made.batch(place)
-            hand_out(lambda batch=batch: shares(batch, layout), REPLICAS)  # type: ignore[misc]
+            hand_out(lambda batch=batch: shard_batch(batch, layout), REPLICAS)  # type: ignore[misc]
         return made
 
     def formerly() -> Any:
@@ -178,9 +178,9 @@ def rank_zero_figures(
     plain = [{name: getattr(s, name) for name in s.__slots__} for s in lists]
     json_s, text = cpu_seconds(lambda: json.dumps(plain))
     batch = Batch(num_problems=len(samples), samples=SampleArrays.of(samples))
-    (share, _) = shares(batch, layout)
-    cut_s, _ = cpu_seconds(lambda: cut(share, layout))
-    cut_tokens = int(share.samples.lengths.sum())
+    (shard, _) = shard_batch(batch, layout)
+    cut_s, _ = cpu_seconds(lambda: build_micro_batches(shard, layout))
+    cut_tokens = int(shard.samples.lengths.sum())
     return {
         "now": {
             "save_s": save_s / million,

@@ -1,7 +1,8 @@
 """Turns training samples into the micro-batches of one data- and context-parallel rank.
 
-Rank 0 plans a global batch and makes each replica's share of it (``shares``); every rank of the replica cuts its
-micro-batches from the share (``cut``), on the host; ``MicroBatch.to`` brings them to the device.
+Rank 0 assigns a global batch's samples to micro-batches and sends each replica its shard (``shard_batch``). Every rank
+of the replica then builds its own micro-batches from the shard on the host (``build_micro_batches``) and copies them to
+its device (``MicroBatch.to``).
 """
 
 import itertools
@@ -20,44 +21,55 @@ from megatron_rasft.training.attention import zigzag_positions
 from megatron_rasft.training.samples import Array, Batch, SampleArrays
 
 WIDTH_SLACK = 0.03
-"""Largest share of a micro-batch's width that may be padding for the sake of fewer widths, on GPUs.
+"""Largest share of a micro-batch's width that rounding may add on GPUs, so that few different widths occur.
 
-Every new width splits blocks of the caching allocator and has kernels compiled or planned anew (torch.compile, cuDNN).
+Every new width makes the caching allocator split its blocks and makes torch.compile and cuDNN prepare kernels again.
 """
+
+MicroBatchIndices = list[list[int]]
+"""The micro-batches of one replica: for each the indices of its samples in the global batch."""
 
 
 @dataclass(kw_only=True, frozen=True)
 class BatchLayout:
-    """How a global batch is cut; the same on every rank but for the three rank numbers."""
+    """How a global batch is divided into micro-batches. Only the two rank numbers differ between ranks."""
 
     micro_batch_size: int
     seq_length: int
-    """Longest sample, and with micro_batch_size the token budget of a packed micro-batch."""
+    """Longest sample, in tokens. A packed micro-batch holds at most micro_batch_size * seq_length tokens."""
     is_packed: bool
+    """True concatenates samples into one row without padding between them; False gives each sample a row of its own."""
     dp_rank: int
     dp_size: int
     cp_rank: int
     cp_size: int
     token_multiple: int
-    """Every micro-batch is padded to a multiple of this many tokens (sequence parallelism, FP8)."""
+    """Every micro-batch is padded to a multiple of this many tokens.
+
+    Sequence parallelism splits the tokens over the tensor-parallel ranks, and FP8 kernels need multiples of 16.
+    """
     micro_batch_multiple: int = 1
-    """The number of micro-batches is a multiple of this (interleaved pipeline)."""
+    """The number of micro-batches is a multiple of this.
+
+    Megatron's interleaved schedule needs a multiple of the pipeline size (pipeline_parallel/schedules.py).
+    """
     width_slack: float = 0.0
-    """Share of a width that rounding it up may add, >= 0 and < 1; 0 takes the smallest width."""
+    """Share of a width that rounding may add, >= 0 and < 1. 0 takes the smallest width."""
 
     @property
     def segment_multiple(self) -> int:
-        """Every sequence is padded to a multiple of this, so that context parallelism can cut it."""
+        """Every sequence is padded to a multiple of this: context parallelism cuts it into 2 * cp_size chunks."""
         return 2 * self.cp_size if self.cp_size > 1 else 1
 
     def padded(self, num_tokens: int) -> int:
+        """Rounds a sequence's length up to the next multiple of ``segment_multiple``."""
         return -(-num_tokens // self.segment_multiple) * self.segment_multiple
 
     def width(self, num_tokens: int) -> int:
-        """The width of the micro-batches whose longest row has ``num_tokens``, at least 1.
+        """The width of micro-batches whose longest row has ``num_tokens`` tokens.
 
-        At a slack of 0.03 it takes about 35 values between a width of many units and twice that width, and it is
-        never more than the token budget needs.
+        Widths are multiples of a power of two that grows with the width, so a slack of 0.03 leaves about 35 different
+        widths between n and 2 * n tokens. The width never exceeds the token budget rounded up to a valid width.
         """
         unit = math.lcm(self.token_multiple, self.segment_multiple)
         num_units = max(1, -(-num_tokens // unit))
@@ -71,11 +83,11 @@ class BatchLayout:
 
 @dataclass(kw_only=True)
 class MicroBatch:
-    """One micro-batch as this context-parallel rank sees it.
+    """The part of one micro-batch that this context-parallel rank computes.
 
-    b is 1 and s is t, the packed tokens, when packed; per-token fields are flat in the order of
-    ``tokens.flatten()``. Everything but the tokens of the last column's successors is shifted already:
-    position j carries the label, mask and log-probabilities of token j + 1.
+    In the packed layout b is 1 and s is t, the number of packed tokens. Per-token fields are flat, in the order of
+    ``tokens.flatten()``. Labels, mask and log-probabilities are already shifted by one: position j holds those of
+    token j + 1. Tokens are not shifted.
     """
 
     tokens: Tensor
@@ -83,30 +95,33 @@ class MicroBatch:
     position_ids: Tensor
     """[b, s/cp] int64, counted from each sequence's first token."""
     labels: Tensor
-    """[b * s/cp] int64, valid ids even where masked out."""
+    """[b * s/cp] int64; valid token ids even where ``loss_mask`` is 0."""
     loss_mask: Tensor
-    """[b * s/cp] fp32: 1 where the label is a response token."""
+    """[b * s/cp] fp32: 1 where the label is a response token, else 0."""
     segment_ids: Tensor
-    """[b * s/cp] int64: index into sample_indices; padding belongs to some segment with mask 0."""
+    """[b * s/cp] int64: the token's place in ``sample_indices``. Padding has a valid value too, with mask 0."""
     weights: Tensor
-    """[n] fp32: A of each sample; n is at least 1."""
+    """[n] fp32: objective weight A of each sample; a micro-batch without samples has a single 0."""
     ref_logprobs: Tensor | None
-    """[b * s/cp] fp32 or None if any sample lacks them."""
+    """[b * s/cp] fp32 under the frozen reference; None if any sample of the batch lacks them."""
     old_logprobs: Tensor | None
+    """[b * s/cp] fp32 under the policy at the last refresh; None if any sample of the batch lacks them."""
     packed_seq_params: PackedSeqParams | None
+    """Bounds of the sequences for Megatron's attention; None in the padded layout."""
     sample_indices: list[int]
-    """For each segment the sample's index in the global batch."""
+    """For each segment its sample's index in the global batch."""
 
     @property
     def num_segments(self) -> int:
+        """Number of samples, but at least 1: the length of ``weights``."""
         return max(1, len(self.sample_indices))
 
     def to(self, device: torch.device) -> "MicroBatch":
-        """The same on a device. Copies from pinned memory are queued behind the device's work, not waited for."""
+        """Copies the micro-batch to a device; from pinned memory without waiting for the copy."""
         return self._moved(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pinned(self) -> "MicroBatch":
-        """The same in page-locked memory."""
+        """Copies the micro-batch to page-locked memory, from which a GPU can copy in the background."""
         return self._moved(lambda tensor: tensor.pin_memory())
 
     def _moved(self, move: Callable[[Tensor], Tensor]) -> "MicroBatch":
@@ -115,60 +130,71 @@ class MicroBatch:
             name: move(value) for name, value in values.items() if isinstance(value, Tensor)
         }
         if (params := self.packed_seq_params) is not None:
-            # One tensor for all four: Transformer Engine sees by its identity that nothing lies between sequences.
-            moved["packed_seq_params"] = _packed(move(params.cu_seqlens_q), params.max_seqlen_q)
+            moved["packed_seq_params"] = _packed_seq_params(move(params.cu_seqlens_q), params.max_seqlen_q)
         return replace(self, **moved)
 
 
 @dataclass(kw_only=True, frozen=True)
 class BatchFacts:
-    """What every rank knows of a global batch."""
+    """Sizes and mean weights of a global batch, known to every rank."""
 
     num_problems: int
     num_samples: int
     num_tokens: int
+    """Prompt and response tokens of all samples, without padding."""
     squared_tokens: int
-    """Sum over samples of the square of their tokens: attention's operations grow with it."""
+    """Sum over samples of their squared number of tokens, to which attention's operations are proportional."""
     mean_weights: dict[str, float]
-    """Sample kind -> mean weight; kinds without a sample are left out."""
+    """Sample kind -> mean weight; only kinds that occur in the batch."""
 
 
 @dataclass(kw_only=True)
-class Share:
-    """What one data-parallel replica trains of a global batch, as it travels from rank 0."""
+class BatchShard:
+    """The samples of a global batch that one data-parallel replica trains on, in the form that rank 0 sends."""
 
     facts: BatchFacts
     shape: tuple[int, int]
     """Rows and tokens of every micro-batch, the same for all replicas."""
-    bins: list[list[int]]
-    """Micro-batch -> its samples' indices in the global batch."""
+    micro_batches: MicroBatchIndices
     samples: SampleArrays
-    """The samples of all bins, in the order of ``bins``."""
+    """The samples of all micro-batches, in the order of ``micro_batches``."""
 
 
-def shares(batch: Batch, layout: BatchLayout) -> list[Share]:
-    """Each replica's share of a global batch.
+def shard_batch(batch: Batch, layout: BatchLayout) -> list[BatchShard]:
+    """Divides a global batch among the data-parallel replicas.
 
-    All micro-batches of the batch, on all ranks, have the same shape, so every pipeline schedule can run them.
+    All micro-batches of the batch, on all ranks, have the same shape: pipeline stages allocate receive buffers from
+    one fixed shape (pipeline_parallel/schedules.py with variable_seq_lengths off).
 
     Args:
         batch: none of its samples is longer than ``layout.seq_length``.
-        layout: of any rank.
+        layout: the layout of any rank; the rank numbers are not used.
+
+    Returns:
+        One shard per replica. Without samples the shards have no micro-batches.
     """
     samples = batch.samples
     facts = _facts(batch)
     if not len(samples):
-        return [Share(facts=facts, shape=(0, 0), bins=[], samples=samples)] * layout.dp_size
+        empty = BatchShard(facts=facts, shape=(0, 0), micro_batches=[], samples=samples)
+        return [empty] * layout.dp_size
     lengths = [layout.padded(length) for length in samples.lengths.tolist()]
-    plan = (_packed_plan if layout.is_packed else _padded_plan)(lengths, layout)
     if layout.is_packed:
-        rows, longest = 1, max(sum(lengths[i] for i in bin_) for replica in plan for bin_ in replica)
+        replicas = _assign_packed(lengths, layout)
+        rows = 1
+        longest = max(sum(lengths[i] for i in indices) for replica in replicas for indices in replica)
     else:
+        replicas = _assign_padded(len(lengths), layout)
         rows, longest = layout.micro_batch_size, max(lengths)
     shape = (rows, layout.width(longest))
     return [
-        Share(facts=facts, shape=shape, bins=bins, samples=samples.take([i for bin_ in bins for i in bin_]))
-        for bins in plan
+        BatchShard(
+            facts=facts,
+            shape=shape,
+            micro_batches=micro_batches,
+            samples=samples.take(list(itertools.chain.from_iterable(micro_batches))),
+        )
+        for micro_batches in replicas
     ]
 
 
@@ -186,78 +212,48 @@ def _facts(batch: Batch) -> BatchFacts:
     )
 
 
-def cut(share: Share, layout: BatchLayout) -> list[MicroBatch]:
-    """This rank's micro-batches of its replica's share, on the host.
+def build_micro_batches(shard: BatchShard, layout: BatchLayout) -> list[MicroBatch]:
+    """Builds this rank's micro-batches from its replica's shard, in host memory.
 
     Returns:
-        The same number on every rank; none of an empty batch.
+        Equally many on every rank; [] for a batch without samples.
     """
-    ends = np.cumsum([len(bin_) for bin_ in share.bins]).tolist()
-    starts = [0, *ends[:-1]]
+    starts = [0, *itertools.accumulate(len(indices) for indices in shard.micro_batches)]
     return [
-        _build(share.samples.slice(start, end), bin_, share.shape, layout)
-        for start, end, bin_ in zip(starts, ends, share.bins, strict=True)
+        _build(shard.samples.slice(start, end), indices, shard.shape, layout)
+        for (start, end), indices in zip(itertools.pairwise(starts), shard.micro_batches, strict=True)
     ]
 
 
-def _packed_plan(lengths: list[int], layout: BatchLayout) -> list[list[list[int]]]:
+def _assign_packed(lengths: list[int], layout: BatchLayout) -> list[MicroBatchIndices]:
+    """Packs samples of these padded lengths into micro-batches of at most the token budget, for each replica."""
     budget = layout.padded(layout.micro_batch_size * layout.seq_length)
     return pack(lengths, budget, layout.dp_size, layout.micro_batch_multiple)
 
 
-def _padded_plan(lengths: list[int], layout: BatchLayout) -> list[list[list[int]]]:
+def _assign_padded(num_samples: int, layout: BatchLayout) -> list[MicroBatchIndices]:
+    """Deals samples to the replicas in turn, ``micro_batch_size`` to a micro-batch."""
     per_step = layout.micro_batch_size * layout.dp_size
-    num = max(1, -(-len(lengths) // per_step))
+    num = -(-num_samples // per_step)
     num = -(-num // layout.micro_batch_multiple) * layout.micro_batch_multiple
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    # Deal in turn: neighbours in length go to different ranks, so every rank pads alike.
-    plan: list[list[list[int]]] = [[[] for _ in range(num)] for _ in range(layout.dp_size)]
-    for place, index in enumerate(order):
-        step, replica = divmod(place, layout.dp_size)
-        plan[replica][step // layout.micro_batch_size].append(index)
-    return plan
+    replicas: list[MicroBatchIndices] = [[[] for _ in range(num)] for _ in range(layout.dp_size)]
+    for index in range(num_samples):
+        row, replica = divmod(index, layout.dp_size)
+        replicas[replica][row // layout.micro_batch_size].append(index)
+    return replicas
 
 
 def _build(
     samples: SampleArrays, indices: list[int], shape: tuple[int, int], layout: BatchLayout
 ) -> MicroBatch:
-    rows, width = shape
-    total = rows * width
-    flat = {name: np.zeros(total, np.int64) for name in ("tokens", "labels", "position_ids", "segment_ids")}
-    flat["loss_mask"] = np.zeros(total, np.float32)
-    logprobs = {"ref_logprobs": samples.ref_logprobs, "old_logprobs": samples.old_logprobs}
-    flat |= {name: np.zeros(total, np.float32) for name, values in logprobs.items() if values is not None}
-    steps = np.arange(total)
-    bounds, read, answered = [0], 0, 0
-    lengths = zip(samples.prompt_lengths.tolist(), samples.response_lengths.tolist(), strict=True)
-    for place, (num_prompt, num_response) in enumerate(lengths):
-        num = num_prompt + num_response
-        start = bounds[-1] if layout.is_packed else place * width
-        end = start + (layout.padded(num) if layout.is_packed else width)
-        ids = samples.tokens[read : read + num]
-        flat["tokens"][start : start + num] = ids
-        flat["labels"][start : start + num - 1] = ids[1:]
-        flat["position_ids"][start:end] = steps[: end - start]
-        flat["segment_ids"][start:end] = place
-        response = slice(start + num_prompt - 1, start + num - 1)
-        flat["loss_mask"][response] = 1.0
-        for name, values in logprobs.items():
-            if values is not None:
-                flat[name][response] = values[answered : answered + num_response]
-        read, answered = read + num, answered + num_response
-        bounds.append(end)
-    if layout.is_packed and bounds[-1] < total:
-        flat["position_ids"][bounds[-1] :] = steps[: total - bounds[-1]]
-        bounds.append(total)
-    if not layout.is_packed:
-        bounds = list(range(0, total + 1, width))
-        for row in range(len(indices), rows):
-            flat["position_ids"][row * width : (row + 1) * width] = steps[:width]
-    local = _on_this_rank(flat, bounds, layout)
+    bounds = _sequence_bounds(samples.lengths.tolist(), shape, layout)
+    local = _on_this_rank(_flat_fields(samples, bounds), bounds, layout)
     params = None
     if layout.is_packed:
-        cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
-        params = _packed(cu_seqlens, max(e - b for b, e in itertools.pairwise(bounds)))
+        # The padding at the end is a sequence of its own: attention computes it too, so it counts for max_seqlen.
+        longest = max(end - start for start, end in itertools.pairwise(bounds))
+        params = _packed_seq_params(torch.tensor(bounds, dtype=torch.int32), longest)
+    rows, _ = shape
     return MicroBatch(
         tokens=local["tokens"].view(rows, -1),
         position_ids=local["position_ids"].view(rows, -1),
@@ -272,19 +268,59 @@ def _build(
     )
 
 
+def _sequence_bounds(lengths: list[int], shape: tuple[int, int], layout: BatchLayout) -> list[int]:
+    """Start of each sequence in the flattened micro-batch, and the end of the last; padding included."""
+    rows, width = shape
+    if not layout.is_packed:
+        return list(range(0, rows * width + 1, width))
+    bounds = [0, *itertools.accumulate(map(layout.padded, lengths))]
+    return bounds if bounds[-1] == width else [*bounds, width]
+
+
+def _flat_fields(samples: SampleArrays, bounds: list[int]) -> dict[str, Array]:
+    """The per-token fields of ``MicroBatch``, [b * s] with all context-parallel ranks' tokens, as numpy arrays."""
+    total = bounds[-1]
+    flat = {name: np.zeros(total, np.int64) for name in ("tokens", "labels", "position_ids", "segment_ids")}
+    flat["loss_mask"] = np.zeros(total, np.float32)
+    logprobs = {"ref_logprobs": samples.ref_logprobs, "old_logprobs": samples.old_logprobs}
+    flat |= {name: np.zeros(total, np.float32) for name, values in logprobs.items() if values is not None}
+    positions = np.arange(total)
+    for start, end in itertools.pairwise(bounds):
+        flat["position_ids"][start:end] = positions[: end - start]
+    read, answered = 0, 0  # tokens and response tokens of the samples before
+    lengths = zip(samples.prompt_lengths.tolist(), samples.response_lengths.tolist(), strict=True)
+    for place, (num_prompt, num_response) in enumerate(lengths):
+        num = num_prompt + num_response
+        start, end = bounds[place : place + 2]
+        ids = samples.tokens[read : read + num]
+        flat["tokens"][start : start + num] = ids
+        flat["labels"][start : start + num - 1] = ids[1:]
+        flat["segment_ids"][start:end] = place
+        # The last prompt token predicts the first response token, so the mask begins one place before the response.
+        response = slice(start + num_prompt - 1, start + num - 1)
+        flat["loss_mask"][response] = 1.0
+        for name, values in logprobs.items():
+            if values is not None:
+                flat[name][response] = values[answered : answered + num_response]
+        read, answered = read + num, answered + num_response
+    return flat
+
+
 def _on_this_rank(flat: dict[str, Array], bounds: list[int], layout: BatchLayout) -> dict[str, Tensor]:
-    """The tokens of each sequence that this context-parallel rank holds."""
+    """Selects the tokens of each sequence that this context-parallel rank holds."""
     if layout.cp_size == 1:
         return {name: torch.from_numpy(values) for name, values in flat.items()}
     parts = [
-        b + zigzag_positions(e - b, layout.cp_rank, layout.cp_size).numpy()
-        for b, e in itertools.pairwise(bounds)
+        start + zigzag_positions(end - start, layout.cp_rank, layout.cp_size).numpy()
+        for start, end in itertools.pairwise(bounds)
     ]
     here = np.concatenate(parts)
     return {name: torch.from_numpy(values[here]) for name, values in flat.items()}
 
 
-def _packed(cu_seqlens: Tensor, longest: int) -> PackedSeqParams:
+def _packed_seq_params(cu_seqlens: Tensor, longest: int) -> PackedSeqParams:
+    # Transformer Engine compares the padded and unpadded tensors by identity to see that no padding lies between
+    # sequences (dot_product_attention.py). FlashAttention then remains possible, so all four are the same tensor.
     return PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=cu_seqlens,
@@ -299,16 +335,17 @@ def _packed(cu_seqlens: Tensor, longest: int) -> PackedSeqParams:
 def response_values(
     per_token: Tensor, batch: MicroBatch, cp_group: torch.distributed.ProcessGroup
 ) -> dict[int, Array]:
-    """Per-token values of this micro-batch, put back in the order of each sample's response.
+    """Sorts per-token values of a micro-batch into one array per response.
 
-    Runs one all-gather on ``cp_group`` when it has more than one rank.
+    Runs one all-gather on ``cp_group`` if it has more than one rank.
 
     Args:
         per_token: [b * s/cp] on this rank, in the order of ``batch.labels``.
 
     Returns:
-        For each sample index its response's values, fp32, the same on every rank of ``cp_group``.
+        Sample index -> [response tokens] fp32, the same on every rank of ``cp_group``.
     """
+    # fp64 holds the integers exactly, so one all-gather can carry all four.
     columns = torch.stack(
         [
             per_token.double(),
@@ -324,7 +361,7 @@ def response_values(
     values, mask, segments, positions = columns.cpu()
     kept = mask > 0
     values, segments, positions = values[kept], segments[kept].long(), positions[kept].long()
-    order = torch.argsort(segments * (1 << 32) + positions)
+    order = torch.argsort(segments * (1 << 32) + positions)  # by segment, then by position
     values, segments = values[order], segments[order]
     counts = torch.bincount(segments, minlength=batch.num_segments).tolist()
     split = torch.split(values.float(), counts)

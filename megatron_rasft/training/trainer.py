@@ -49,11 +49,11 @@ from megatron_rasft.training.batches import (
     WIDTH_SLACK,
     BatchFacts,
     BatchLayout,
+    BatchShard,
     MicroBatch,
-    Share,
-    cut,
+    build_micro_batches,
     response_values,
-    shares,
+    shard_batch,
 )
 from megatron_rasft.training.checkpoints import (
     LOAD_FAILURES,
@@ -254,15 +254,15 @@ class Trainer:
         """
         layout = self.layout
 
-        def work() -> list[Share]:
+        def work() -> list[BatchShard]:
             assert batch is not None, "rank 0 has the batches"
-            return shares(batch, layout)
+            return shard_batch(batch, layout)
 
-        share = hand_out(work, self._replicas)
-        return PreparedBatch(facts=share.facts, micro_batches=self._cutter.submit(self._cut, share, layout))
+        shard = hand_out(work, self._replicas)
+        return PreparedBatch(facts=shard.facts, micro_batches=self._cutter.submit(self._cut, shard, layout))
 
-    def _cut(self, share: Share, layout: BatchLayout) -> list[MicroBatch]:
-        batches = cut(share, layout)
+    def _cut(self, shard: BatchShard, layout: BatchLayout) -> list[MicroBatch]:
+        batches = build_micro_batches(shard, layout)
         return [batch.pinned() for batch in batches] if self.sampler.device.type == "cuda" else batches
 
     def _on_device(self, prepared: PreparedBatch) -> list[MicroBatch]:

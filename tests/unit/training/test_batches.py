@@ -1,4 +1,4 @@
-"""Every token, label, mask and log-probability lands where a slow construction puts it."""
+"""Micro-batches hold every token, label, mask and log-probability where a slow construction puts them."""
 
 import pickle
 import random
@@ -9,16 +9,23 @@ import pytest
 import torch
 
 from megatron_rasft.training.attention import zigzag_positions
-from megatron_rasft.training.batches import WIDTH_SLACK, BatchLayout, MicroBatch, cut, response_values, shares
+from megatron_rasft.training.batches import (
+    WIDTH_SLACK,
+    BatchLayout,
+    MicroBatch,
+    build_micro_batches,
+    response_values,
+    shard_batch,
+)
 from megatron_rasft.training.samples import Batch, SampleArrays
 from megatron_rasft.types import TrainingSample
 
 
 def micro_batches(samples: list[TrainingSample], layout: BatchLayout) -> list[MicroBatch]:
-    """What one rank trains of a batch, after rank 0 made its replica's share."""
+    """One rank's micro-batches, built from the shard that rank 0 sends as bytes."""
     batch = Batch(num_problems=len(samples), samples=SampleArrays.of(samples))
-    share = pickle.loads(pickle.dumps(shares(batch, layout)[layout.dp_rank]))
-    return [made.to(torch.device("cpu")) for made in cut(share, layout)]
+    shard = pickle.loads(pickle.dumps(shard_batch(batch, layout)[layout.dp_rank]))
+    return [micro_batch.to(torch.device("cpu")) for micro_batch in build_micro_batches(shard, layout)]
 
 
 def some_samples(num: int, has_logprobs: bool = True) -> list[TrainingSample]:
@@ -56,7 +63,7 @@ def a_layout(**changes: Any) -> BatchLayout:
 
 
 def whole(shards: list[MicroBatch]) -> dict[str, torch.Tensor]:
-    """The context-parallel shards of one micro-batch put together again, from its rows' or segments' bounds."""
+    """Reassembles one micro-batch's per-token fields from its context-parallel shards."""
     size = len(shards)
     params = shards[0].packed_seq_params
     rows, width = shards[0].tokens.shape
@@ -81,7 +88,7 @@ def whole(shards: list[MicroBatch]) -> dict[str, torch.Tensor]:
             for rank, part in enumerate(parts):
                 where = zigzag_positions(end - begin, rank, size)
                 put[begin + where] = part[begin // size : end // size].double()
-        assert not bool((put == -12345.0).any()), "the shards leave a gap"
+        assert not bool((put == -12345.0).any()), "every token belongs to one shard"
         fields[name] = put
     return fields
 
@@ -90,7 +97,7 @@ def whole(shards: list[MicroBatch]) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("cp_size", [1, 2])
 @pytest.mark.parametrize("dp_size,multiple,bins", [(1, 1, 1), (2, 8, 1), (3, 1, 2)])
 @pytest.mark.parametrize("num", [1, 5, 13])
-def test_every_value_lands_in_its_place(
+def test_every_value_has_its_place_in_every_layout(
     is_packed: bool, cp_size: int, dp_size: int, multiple: int, bins: int, num: int
 ) -> None:
     samples = some_samples(num)
@@ -142,9 +149,9 @@ def test_a_thousand_steps_have_few_widths_and_little_padding(
     for _ in range(1000):
         samples = [a_sample(int(4096 * draw.random() ** 3) + 2) for _ in range(32)]
         batch = Batch(num_problems=32, samples=SampleArrays.of(samples))
-        rows, exact = shares(batch, a_layout(seq_length=4096, token_multiple=8, **changes))[0].shape
+        rows, exact = shard_batch(batch, a_layout(seq_length=4096, token_multiple=8, **changes))[0].shape
         layout = a_layout(seq_length=4096, token_multiple=8, width_slack=WIDTH_SLACK, **changes)
-        _, width = shares(batch, layout)[0].shape
+        _, width = shard_batch(batch, layout)[0].shape
         assert (
             exact <= width <= min(1.03 * exact, 4096) and width % 8 == 0 and rows == layout.micro_batch_size
         )
@@ -160,7 +167,7 @@ def a_sample(num_tokens: int) -> TrainingSample:
 
 
 @pytest.mark.parametrize("is_packed", [True, False])
-def test_a_coarser_width_adds_padding_and_nothing_else(is_packed: bool) -> None:
+def test_rounding_the_width_up_changes_nothing_but_the_padding(is_packed: bool) -> None:
     samples = some_samples(13)
     exact = micro_batches(samples, a_layout(is_packed=is_packed))
     coarse = micro_batches(samples, a_layout(is_packed=is_packed, width_slack=0.9))
@@ -171,10 +178,132 @@ def test_a_coarser_width_adds_padding_and_nothing_else(is_packed: bool) -> None:
         for name in ("labels", "position_ids", "segment_ids", "ref_logprobs"):
             found, expected = getattr(after, name).flatten(), getattr(before, name).flatten()
             assert torch.equal(found[added], expected[kept]), name
-        if is_packed:  # padding is a segment of its own, which no other token attends to
+        if is_packed:  # the padding is a sequence of its own, so that no sample attends to it
             assert before.packed_seq_params is not None and after.packed_seq_params is not None
             bounds = before.packed_seq_params.cu_seqlens_q.tolist()[: before.num_segments + 1]
             assert after.packed_seq_params.cu_seqlens_q.tolist()[: len(bounds)] == bounds
+
+
+def lone_sample(num_prompt: int, num_response: int, first: int = 1) -> TrainingSample:
+    """Tokens ``first``, ``first + 1``, ... in prompt and response; each response token's log-probability is -token."""
+    ids = list(range(first, first + num_prompt + num_response))
+    return TrainingSample(
+        problem_id="",
+        kind="rollout",
+        prompt_ids=ids[:num_prompt],
+        response_ids=ids[num_prompt:],
+        weight=1.0,
+        ref_logprobs=[-float(token) for token in ids[num_prompt:]],
+        old_logprobs=[-float(token) / 2 for token in ids[num_prompt:]],
+    )
+
+
+@pytest.mark.parametrize("is_packed", [True, False])
+def test_a_response_of_one_token_trains_the_last_prompt_position_alone(is_packed: bool) -> None:
+    samples = [lone_sample(1, 1, 10), lone_sample(3, 1, 20), lone_sample(2, 2, 30)]
+    (batch,) = micro_batches(samples, a_layout(is_packed=is_packed, micro_batch_size=3, seq_length=8))
+    trained = batch.loss_mask > 0
+    by_segment: dict[int, list[tuple[int, int, float]]] = {}
+    assert batch.ref_logprobs is not None
+    for segment, token, label, ref in zip(
+        batch.segment_ids[trained].tolist(),
+        batch.tokens.flatten()[trained].tolist(),
+        batch.labels[trained].tolist(),
+        batch.ref_logprobs[trained].tolist(),
+        strict=True,
+    ):
+        by_segment.setdefault(batch.sample_indices[segment], []).append((token, label, ref))
+    assert by_segment == {0: [(10, 11, -11.0)], 1: [(22, 23, -23.0)], 2: [(31, 32, -32.0), (32, 33, -33.0)]}
+    found = response_values(batch.ref_logprobs, batch, Group(1))  # type: ignore[arg-type]
+    assert {i: values.tolist() for i, values in found.items()} == {0: [-11.0], 1: [-23.0], 2: [-32.0, -33.0]}
+
+
+def test_without_context_parallelism_packed_sequences_have_no_padding_between_them() -> None:
+    samples = [lone_sample(2, 3), lone_sample(1, 2), lone_sample(4, 3)]
+    (batch,) = micro_batches(samples, a_layout(token_multiple=4, seq_length=16))
+    params = batch.packed_seq_params
+    assert params is not None
+    lengths = [samples[i].num_tokens for i in batch.sample_indices]
+    assert sorted(lengths) == [3, 5, 7]
+    # 15 tokens, rounded up to 16: only the end is padded, as a sequence of its own.
+    bounds = [0, *(sum(lengths[: n + 1]) for n in range(3)), 16]
+    assert params.cu_seqlens_q.tolist() == params.cu_seqlens_kv.tolist() == bounds
+    assert batch.tokens.shape == (1, 16)
+    assert batch.position_ids.flatten().tolist() == [p for n in [*lengths, 1] for p in range(n)]
+
+
+@pytest.mark.parametrize(
+    ("cp_size", "lengths", "multiple", "max_seqlen"),
+    [
+        (1, [5, 3], 1, 5),
+        (2, [5, 3], 1, 8),  # padded to multiples of 2 * cp
+        (1, [2, 2, 1], 16, 11),  # the padding at the end is the longest sequence
+    ],
+)
+def test_max_seqlen_is_the_longest_distance_of_the_bounds(
+    cp_size: int, lengths: list[int], multiple: int, max_seqlen: int
+) -> None:
+    samples = [lone_sample(1, n - 1) for n in lengths]
+    layout = a_layout(cp_size=cp_size, token_multiple=multiple, seq_length=16)
+    (batch,) = micro_batches(samples, layout)
+    params = batch.packed_seq_params
+    assert params is not None
+    assert params.max_seqlen_q == params.max_seqlen_kv == max_seqlen
+    assert max(end - start for start, end in pairwise(params.cu_seqlens_q.tolist())) == max_seqlen
+
+
+@pytest.mark.parametrize(
+    ("changes", "num_tokens", "width"),
+    [
+        ({}, 1, 1),
+        ({}, 63, 63),
+        ({"token_multiple": 8}, 17, 24),
+        ({"cp_size": 2}, 17, 20),
+        ({"cp_size": 2, "token_multiple": 6}, 13, 24),  # a multiple of both 4 and 6
+        ({"width_slack": 0.5}, 7, 8),  # in steps of 2: the largest power of two within half of 7
+        ({"width_slack": 0.5}, 9, 12),  # in steps of 4
+        ({"width_slack": 0.25}, 33, 40),  # in steps of 8
+        ({"width_slack": 0.25, "token_multiple": 2}, 33, 40),  # 17 units of 2, in steps of 4
+        ({"width_slack": 0.9}, 61, 64),  # at most the token budget, 2 * 32
+        ({"width_slack": 0.9, "is_packed": False}, 31, 32),  # at most one sample
+    ],
+)
+def test_width_is_rounded_to_units_and_steps_within_the_budget(
+    changes: dict[str, Any], num_tokens: int, width: int
+) -> None:
+    assert a_layout(**changes).width(num_tokens) == width
+
+
+@pytest.mark.parametrize(
+    ("num_samples", "multiple", "num_micro_batches"), [(1, 1, 1), (4, 1, 1), (5, 1, 2), (5, 3, 3), (13, 2, 4)]
+)
+def test_padded_samples_are_dealt_in_turn(num_samples: int, multiple: int, num_micro_batches: int) -> None:
+    layout = a_layout(is_packed=False, dp_size=2, micro_batch_size=2, micro_batch_multiple=multiple)
+    samples = some_samples(num_samples)
+    shards = shard_batch(Batch(num_problems=1, samples=SampleArrays.of(samples)), layout)
+    for replica, shard in enumerate(shards):
+        mine = list(range(replica, num_samples, 2))
+        expected = [mine[i : i + 2] for i in range(0, len(mine), 2)]
+        expected += [[]] * (num_micro_batches - len(expected))
+        assert shard.micro_batches == expected
+        ids = [token for i in mine for token in (*samples[i].prompt_ids, *samples[i].response_ids)]
+        assert shard.samples.tokens.tolist() == ids
+
+
+def test_facts_count_tokens_and_average_weights_per_kind() -> None:
+    samples = [lone_sample(2, 3), lone_sample(1, 1), a_sample(7)]
+    samples[1].weight = 4.0
+    facts = shard_batch(Batch(num_problems=5, samples=SampleArrays.of(samples)), a_layout())[0].facts
+    assert (facts.num_problems, facts.num_samples, facts.num_tokens) == (5, 3, 5 + 2 + 7)
+    assert facts.squared_tokens == 25 + 4 + 49
+    assert facts.mean_weights == {"rollout": 2.5, "demonstration": 1.0}
+
+
+def test_a_batch_without_samples_has_no_micro_batches() -> None:
+    layout = a_layout(dp_size=3)
+    shards = shard_batch(Batch(num_problems=2, samples=SampleArrays.of([])), layout)
+    assert [build_micro_batches(shard, layout) for shard in shards] == [[], [], []]
+    assert shards[0].facts.num_problems == 2 and shards[0].facts.mean_weights == {}
 
 
 def check_micro_batch(shards: list[MicroBatch], samples: list[TrainingSample], is_packed: bool) -> None:
@@ -204,7 +333,7 @@ def check_micro_batch(shards: list[MicroBatch], samples: list[TrainingSample], i
             assert batch.packed_seq_params is not None
             params = batch.packed_seq_params
             assert params.cu_seqlens_q is params.cu_seqlens_q_padded, (
-                "TE sees so that nothing lies in between"
+                "Transformer Engine concludes from the identity that no padding lies between sequences"
             )
             bounds = params.cu_seqlens_q.tolist()
             assert bounds[place] == start
@@ -214,13 +343,13 @@ def check_micro_batch(shards: list[MicroBatch], samples: list[TrainingSample], i
     assert float(fields["labels"].min()) >= 0
 
 
-def test_logprobs_that_a_sample_lacks_are_none() -> None:
+def test_logprobs_are_none_if_samples_lack_them() -> None:
     for batch in micro_batches(some_samples(4, has_logprobs=False), a_layout()):
         assert batch.ref_logprobs is None and batch.old_logprobs is None
 
 
 @pytest.mark.parametrize("is_packed", [True, False])
-def test_a_pinned_batch_is_the_same_in_other_memory(is_packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pinning_copies_every_tensor_unchanged(is_packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     pinned: list[int] = []
 
     def pin(tensor: torch.Tensor) -> torch.Tensor:
@@ -243,7 +372,7 @@ def test_a_pinned_batch_is_the_same_in_other_memory(is_packed: bool, monkeypatch
         assert after.max_seqlen_q == before.max_seqlen_q
 
 
-def test_an_idle_replica_has_zeros() -> None:
+def test_a_replica_without_samples_gets_a_micro_batch_of_zeros() -> None:
     (batch,) = micro_batches(some_samples(1), a_layout(dp_rank=1, dp_size=2))
     assert batch.sample_indices == [] and batch.num_segments == 1
     assert batch.ref_logprobs is not None and batch.old_logprobs is not None
@@ -252,14 +381,14 @@ def test_an_idle_replica_has_zeros() -> None:
 
 
 class Group:
-    """Says how many ranks a context-parallel group has."""
+    """Stands in for a context-parallel process group of ``size`` ranks."""
 
     def __init__(self, size: int) -> None:
         self.size = lambda: size
 
 
 @pytest.mark.parametrize("is_packed", [True, False])
-def test_response_values_undo_the_batch(is_packed: bool) -> None:
+def test_response_values_are_sorted_by_sample(is_packed: bool) -> None:
     samples = some_samples(9)
     found: dict[int, Any] = {}
     for batch in micro_batches(samples, a_layout(is_packed=is_packed)):
@@ -269,7 +398,7 @@ def test_response_values_undo_the_batch(is_packed: bool) -> None:
 
 
 @pytest.mark.parametrize("is_packed", [True, False])
-def test_response_values_undo_the_context_parallel_cut(
+def test_response_values_are_gathered_over_context_parallel_ranks(
     is_packed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     samples, size = some_samples(9), 2
