@@ -26,8 +26,8 @@ from typing import Any
 from megatron_rasft.config.verify import VerifyConfig
 from megatron_rasft.tools.evaluation.config import EvaluationConfig
 from megatron_rasft.types import CodeTests
-from megatron_rasft.verify.programs.code_extraction import extract_program
-from megatron_rasft.verify.programs.code_grading import run_tests
+from megatron_rasft.verify.programs.program_extraction import extract_program
+from megatron_rasft.verify.programs.program_grading import run_tests
 from megatron_rasft.verify.programs.sandbox import LEVELS, Sandbox
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"

@@ -15,7 +15,7 @@ from megatron_rasft.rollout.replay import ReplayEngine
 from megatron_rasft.training.arguments import has_own_warmup
 from megatron_rasft.training.outputs import data_cache
 from megatron_rasft.types import Demonstration
-from megatron_rasft.verify.programs.sandbox import Sandbox
+from megatron_rasft.verify.programs.program_grading import find_sandbox_level
 
 
 class Problems:
@@ -105,10 +105,8 @@ def _try_sandbox(config: VerifyConfig, problems: Problems, heldout: Problems | N
     """Refuse now, not at the first refresh, to run programs with less protection than was asked for."""
     num_programs = problems.num_programs + (0 if heldout is None else heldout.num_programs)
     if num_programs:
-        with Sandbox(config) as sandbox:
-            problems.summary += (
-                f"\nwith tests      {num_programs} (run in a sandbox of level {sandbox.level})"
-            )
+        level = find_sandbox_level(config)
+        problems.summary += f"\nwith tests      {num_programs} (run in a sandbox of level {level})"
 
 
 def set_length(args: Any, config: RasftConfig, num_problems: int) -> None:

@@ -22,7 +22,7 @@ from megatron_rasft.config.verify import VerifyConfig
 from megatron_rasft.errors import RasftError
 from megatron_rasft.types import Check, CodeTests, Rollout, Verdict
 from megatron_rasft.verify.math_grading import grade_answer
-from megatron_rasft.verify.programs.code_grading import grade_code
+from megatron_rasft.verify.programs.program_grading import grade_program
 
 logger = logging.getLogger(__name__)
 
@@ -165,7 +165,7 @@ class VerifierPool:
         assert self._pool is not None, "use VerifierPool as a context manager"
         text = rollout.text[-self._config.verify_max_response_chars :]
         deadline_s = self._deadline_s(check)
-        grader = partial(grade_code, config=self._config) if isinstance(check, CodeTests) else self._grader
+        grader = partial(grade_program, config=self._config) if isinstance(check, CodeTests) else self._grader
         args = (grader, text, check, deadline_s + _ORPHAN_GRACE_S)
         return self._pool.schedule(_grade_in_worker, args=args, timeout=deadline_s)
 

@@ -11,7 +11,7 @@ from megatron_rasft.tools.evaluation.benchmarks import Benchmark, Kind
 from megatron_rasft.tools.evaluation.statistics import bootstrap_interval, majority_at_k, pass_at_k
 from megatron_rasft.types import Rollout
 from megatron_rasft.verify.math_extraction import closed_boxes, extract_answer
-from megatron_rasft.verify.programs.code_extraction import extract_program
+from megatron_rasft.verify.programs.program_extraction import extract_program
 
 
 @dataclass(kw_only=True, slots=True)

@@ -1,1 +1,1 @@
-"""Runs the programs in responses against a problem's tests, in a sandbox."""
+"""Runs programs that a model wrote against their tests, in a sandbox. See README.md."""

@@ -1,4 +1,8 @@
-"""The process that runs what a model wrote. Nothing in it is trusted, and nothing it must not know is in it."""
+"""The candidate: the process that runs the program. It is untrusted and never holds tests or expected values.
+
+The tester sends requests over a socket (see ``messages``): load the program, look up a name, call a function, read an
+attribute. The objects that the tests pass to the program are stand-ins here, which send each operation back.
+"""
 
 import builtins
 import contextlib
@@ -12,7 +16,7 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-from megatron_rasft.verify.programs.remote_objects import (
+from megatron_rasft.verify.programs.messages import (
     CandidateEndedError,
     Channel,
     Codec,
@@ -20,6 +24,7 @@ from megatron_rasft.verify.programs.remote_objects import (
     shared_name,
 )
 
+# Special methods that the tester may ask for by name
 _SPECIAL: dict[str, Callable[..., Any]] = {
     **{name: getattr(operator, f"__{name}__") for name in (
         "getitem setitem delitem contains eq ne lt le gt ge index abs neg pos invert add sub mul truediv floordiv mod "
@@ -36,14 +41,22 @@ _PLAIN_BASES: tuple[Any, ...] = (int, float, str, bytes, list, tuple, dict, set,
 
 
 def serve(stream: socket.socket, source: str, max_bytes: int) -> None:
-    """Run the program as a module ``solution`` and do what the tests ask of it, until they are done."""
+    """Runs the program as a module ``solution`` and answers the tester's requests until the tester ends.
+
+    Args:
+        stream: the socket to the tester.
+        source: the program.
+        max_bytes: the longest message in either direction.
+    """
     side = _CandidateSide(stream, source, max_bytes)
-    with contextlib.suppress(CandidateEndedError):  # the tests are over
+    with contextlib.suppress(
+        CandidateEndedError
+    ):  # raised when the tester closes the socket: the tests are over
         side.serve()
 
 
 def run_program(source: str) -> int:
-    """Run the program as a script; its exit status."""
+    """Runs the program as a script and returns its exit status, 0 .. 255."""
     main = types.ModuleType("__main__")
     main.__dict__["__builtins__"] = builtins
     sys.modules["__main__"] = main
@@ -63,6 +76,8 @@ def run_program(source: str) -> int:
 
 
 class _CandidateSide(Codec):
+    """The candidate's end of the socket: executes the tester's requests on the program's objects."""
+
     def __init__(self, stream: socket.socket, source: str, max_bytes: int) -> None:
         self._channel = Channel(stream, max_bytes)
         self._source = source
@@ -72,6 +87,7 @@ class _CandidateSide(Codec):
         self._printed = io.StringIO()
 
     def serve(self) -> None:
+        # Printed text travels with each reply, so that tests can capture it in their own process
         sys.stdout = self._printed
         builtins.input = lambda prompt="": self.ask("input", 0, str(prompt))  # type: ignore[assignment]
         assert self._channel.receive() == ["start"]
@@ -88,7 +104,7 @@ class _CandidateSide(Codec):
         return ["started"]
 
     def ask(self, operation: str, number: int, *args: Any, **keywords: Any) -> Any:
-        """Something of the tests' own: they decide whether it is given."""
+        """Requests an operation on an object of the tests, and serves the tester's requests until the reply comes."""
         pairs = [[name, self.encode(value)] for name, value in keywords.items()]
         self._channel.send(["call back", operation, number, [self.encode(arg) for arg in args], pairs])
         while True:
@@ -117,7 +133,7 @@ class _CandidateSide(Codec):
     def _reply(self, message: list[Any]) -> None:
         try:
             self._channel.send(message)
-        except (ValueError, TypeError, RecursionError) as error:
+        except (ValueError, TypeError, RecursionError) as error:  # too long, not JSON, or too deeply nested
             reason = ["ValueError", {"t": "tuple", "v": [str(error)]}, str(error), []]
             self._channel.send(["raised", reason, "", []])
 
@@ -148,7 +164,7 @@ class _CandidateSide(Codec):
         return value
 
     def _changes(self, encoded: Any, current: Any) -> list[list[Any]]:
-        """[place, new value] of every argument that the program changed."""
+        """Returns ``[position or keyword, new value]`` of every argument that the program changed."""
         places = encoded.items() if isinstance(encoded, dict) else enumerate(encoded)
         found = []
         for place, before in places:
@@ -183,8 +199,9 @@ class _CandidateSide(Codec):
         return self.reference(kind)
 
     def reference(self, value: Any) -> dict[str, Any]:
-        if isinstance(value, _Foreign):
-            return {"t": "yours", "v": object.__getattribute__(value, "_number")}
+        """Names a value of the program: "receiver" is an object of the tests, "sender" stays in this process."""
+        if isinstance(value, _TestObject):
+            return {"t": "receiver", "v": object.__getattribute__(value, "_number")}
         kind = type(value)
         if isinstance(value, tuple) and hasattr(value, "_fields") and kind not in self._named_classes:
             return {"t": "record", "v": [kind.__name__, list(value._fields), self._encode_items(value)]}
@@ -200,27 +217,29 @@ class _CandidateSide(Codec):
             bases = [
                 self._encode_error_class(base) for base in value.__bases__ if issubclass(base, BaseException)
             ]
-            return {"t": "mine", "v": [number, "error class", value.__name__, bases]}
+            return {"t": "sender", "v": [number, "error class", value.__name__, bases]}
         if isinstance(value, type):
-            return {"t": "mine", "v": [number, "class"]}
+            return {"t": "sender", "v": [number, "class"]}
         if inspect.iscoroutine(value):
-            return {"t": "mine", "v": [number, "coroutine"]}
-        return {"t": "mine", "v": [number, "callable" if callable(value) else "object"]}
+            return {"t": "sender", "v": [number, "coroutine"]}
+        return {"t": "sender", "v": [number, "callable" if callable(value) else "object"]}
 
     def _number(self, value: Any) -> int:
+        # Kept for good: an id is unique only while its object lives
         self._objects[id(value)] = value
         return id(value)
 
     def dereference(self, tag: str, value: Any) -> Any:
-        if tag == "yours":
+        """Returns the program's own object for "receiver", a stand-in for "sender"."""
+        if tag == "receiver":
             return self._objects[value]
         if tag == "shared":
             return look_up_shared(*value)
-        return _Foreign(self, value)
+        return _TestObject(self, value)
 
 
-class _Foreign:
-    """Something of the tests that the program was handed: can be called or iterated, or has plain attributes."""
+class _TestObject:
+    """The stand-in of an object that the tests passed to the program: a function, an iterator, or a plain object."""
 
     def __init__(self, side: _CandidateSide, number: int) -> None:
         object.__setattr__(self, "_side", side)
@@ -233,7 +252,7 @@ class _Foreign:
     def __call__(self, *args: Any, **keywords: Any) -> Any:
         return self._ask("call", *args, **keywords)
 
-    def __iter__(self) -> "_Foreign":
+    def __iter__(self) -> "_TestObject":
         return self
 
     def __next__(self) -> Any:
@@ -246,7 +265,7 @@ class _Foreign:
         self._ask("setattr", name, value)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Foreign) and hash(self) == hash(other)
+        return isinstance(other, _TestObject) and hash(self) == hash(other)
 
     def __hash__(self) -> int:
         return int(object.__getattribute__(self, "_number"))
@@ -254,6 +273,6 @@ class _Foreign:
 
 def _describe(error: BaseException) -> str:
     if isinstance(error, SystemExit):
-        return "SystemExit while it was loaded"
+        return "SystemExit while loading"
     text = str(error).partition("\n")[0]
     return f"{type(error).__name__}: {text}"[:200]

@@ -1,10 +1,11 @@
-"""Starts confined processes: a small interpreter that has the common modules loaded and forks one for every check.
+"""The launcher: a small interpreter that confines itself, and then forks the processes of each check.
 
-It holds neither tests nor programs, so that what it forks finds none in its memory: the parent hands it open files
-and it passes them on. A forked process runs one check and is never used again.
+It loads the common modules once, so that a check costs two forks instead of two interpreter starts. Each forked process
+runs one check and ends. The launcher itself never reads tests or programs, so no forked process has those of an earlier
+check in its memory: it passes on open files that its parent gave it.
 
-What is started for a check of ``tests``: the tester, which judges, and the candidate, which runs the program, with a
-socket between them. For ``program``: the candidate alone, with its standard streams.
+A check of ``tests`` needs two processes with a socket between them: the tester, which gives the verdict, and its child,
+the candidate, which runs the program. A check of a ``script`` needs the candidate alone, with standard input and output.
 """
 
 import contextlib
@@ -25,10 +26,10 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from megatron_rasft.types import CodeTests, ProgramCase
-from megatron_rasft.verify.programs import candidate, confinement, tester
+from megatron_rasft.verify.programs import candidate, confinement, seccomp, tester
 
 _PRELOADED = (
     "math cmath random re string json datetime decimal fractions statistics copy operator itertools functools "
@@ -36,36 +37,44 @@ _PRELOADED = (
     "contextlib array numbers zlib calendar"
 ).split()
 HEAVY = ("numpy", "pytest")
-"""Packages that cost every fork: loaded where they are asked for only."""
-# Nothing can be opened at the lowest level, so whatever a program may import has to be there
+"""Packages that make every fork slower. A launcher loads them only if the program or the tests name them."""
+# The rest of the standard library is loaded at the level "limits", where no file can be opened later. These modules open
+# windows or a browser, print, or have side effects
 _NOT_PRELOADED = frozenset("antigravity idlelib lib2to3 this tkinter turtle turtledemo test".split())
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
 _NUM_FILES = 64
 _NUM_PROCESSES = 64
 _NUM_INODES = 1024
-_LOOK_S = 0.25
+_SCRATCH_INTERVAL_S = 0.25
 _MAX_REQUEST_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
 class Allowance:
-    """What one check may use."""
+    """The limits of one check."""
 
     timeout_s: float
+    """Wall time of the whole check."""
     memory_bytes: int
+    """Address space of each process, beyond that of the launcher."""
     output_bytes: int
+    """Standard output of a script, or one message between tester and candidate."""
     scratch_bytes: int
+    """Files that the program and the tests write, all together."""
 
 
 def main(level: str, packages: str, control_fd: int, parent_pid: int) -> None:
-    """Serve requests from ``control_fd`` until it is closed. Says first whether ``level`` could be reached.
+    """Runs checks until ``control_fd`` is closed. The first message on it says whether ``level`` could be reached.
 
     Args:
-        packages: names of what to load beside the standard library, with spaces between.
+        level: the sandbox level to confine this process to.
+        packages: packages to load beside the standard library, separated by spaces.
+        control_fd: the socket to the process that started this one.
+        parent_pid: id of that process.
     """
     confinement.die_with_parent()
     if os.getppid() != parent_pid:
-        return
+        return  # the parent ended before the death signal was set
     control = socket.socket(fileno=control_fd)
     os.setpgid(0, 0)
     _preload(level, packages.split())
@@ -80,8 +89,9 @@ def main(level: str, packages: str, control_fd: int, parent_pid: int) -> None:
     except OSError as error:
         control.send(json.dumps({"failed": str(error)}).encode())
         return
-    # Long integers cross between processes as text
+    # Integers cross between the processes as decimal text, of any length
     sys.set_int_max_str_digits(0)
+    # The collector would write to every object's header, and so copy the memory that forks share
     gc.collect()
     gc.freeze()
     control.send(b"{}")
@@ -97,26 +107,24 @@ def main(level: str, packages: str, control_fd: int, parent_pid: int) -> None:
 def _preload(level: str, packages: list[str]) -> None:
     names: Iterable[str] = [*_PRELOADED, *packages]
     if level == "limits":
-        names = [
-            *names,
-            *sorted(n for n in sys.stdlib_module_names - _NOT_PRELOADED if not n.startswith("_")),
-        ]
+        public = sorted(n for n in sys.stdlib_module_names - _NOT_PRELOADED if not n.startswith("_"))
+        names = [*names, *public]
     with open(os.devnull, "w") as null, contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
         for name in names:
             with contextlib.suppress(Exception):
                 importlib.import_module(name)
         if "pytest" in packages:
-            # its own plugins are imported by its first run
+            # The first run of pytest imports its own plugins
             with contextlib.suppress(ImportError, SystemExit):
                 importlib.import_module("pytest").main(["--version"])
-    # loaded on first use otherwise, and by then there may be no file to open
+    # Python loads these on first use, when files may no longer be readable
     with contextlib.suppress(Exception):
         "".encode("idna")
         __import__("locale").getpreferredencoding(False)
 
 
 def _readable_paths() -> list[Path]:
-    """Python, its packages and the system's libraries; no path below another one of the list."""
+    """Returns the paths of Python, its packages and the system libraries, without those below another one."""
     wanted = [Path(sys.prefix), Path(sys.base_prefix), Path(sys.exec_prefix)]
     wanted += [Path(entry) for entry in sys.path if entry.endswith(("-packages", "lib-dynload"))]
     wanted += [
@@ -131,7 +139,10 @@ def _readable_paths() -> list[Path]:
 
 
 def _continue_as_first_process(control: socket.socket) -> None:
-    """Fork into the new process-id namespace; what was the process until now only waits and ends with its child."""
+    """Returns in a child that is process 1 of the new namespace. The calling process waits and ends with it.
+
+    A process never moves to another process-id namespace itself: only children that it forks after unshare(2) do.
+    """
     child = os.fork()
     if child:
         control.close()
@@ -141,52 +152,70 @@ def _continue_as_first_process(control: socket.socket) -> None:
 
 
 class _Launcher:
+    """Runs one check after the other.
+
+    Args:
+        level: the level that this process is confined to.
+        control: the socket to the parent, which forked processes must close.
+        base_bytes: address space of this process.
+    """
+
     def __init__(self, level: str, control: socket.socket, base_bytes: int) -> None:
         self._level = level
         self._control = control
         self._base_bytes = base_bytes
 
     def run(self, request: dict[str, Any], fds: Sequence[int]) -> dict[str, Any]:
-        """Start what ``request`` asks for, wait for it within its time, and leave nothing of it running."""
+        """Runs one check within its time, and ends everything that it started.
+
+        Args:
+            request: ``kind`` (``tests`` or ``script``) and ``allowance``.
+            fds: ``tests``: the tests, the verdict (to be written), the program. ``script``: the program, standard
+                input, standard output (to be written).
+
+        Returns:
+            ``outcome``: ``ended``, ``failed``, ``timeout``, ``killed by signal N`` or ``stopped: REASON``.
+        """
         allowance = Allowance(**request["allowance"])
         scratch = None
         if self._level == "landlock":
             scratch = Path(tempfile.mkdtemp(prefix=f"rasft-code-{os.getpid()}-"))
-        announce, announced = os.pipe()
-        keeper = os.fork()
-        if not keeper:
+        # The first process of the check reports its child's id, so that both can be killed at the deadline
+        pid_reader, pid_writer = os.pipe()
+        first = os.fork()
+        if not first:
             try:
-                os.close(announce)
+                os.close(pid_reader)
                 self._control.close()
-                self._keep(request["kind"], fds, allowance, scratch, announced)
+                check = _Check(self._level, self._base_bytes, allowance, scratch, pid_writer)
+                check.run_script(*fds) if request["kind"] == "script" else check.run_tests(*fds)
             finally:
                 os._exit(3)
-        os.close(announced)
-        for fd in fds:
+        for fd in (pid_writer, *fds):
             os.close(fd)
-        candidate_pid = int.from_bytes(os.read(announce, 8), "little")
-        os.close(announce)
+        candidate_pid = int.from_bytes(os.read(pid_reader, 8), "little")
+        os.close(pid_reader)
         try:
-            return {"outcome": self._wait(keeper, allowance, scratch)}
+            return {"outcome": self._wait(first, allowance, scratch)}
         finally:
-            self._end_all(keeper, candidate_pid)
+            self._end_all(first, candidate_pid)
             if scratch is not None:
                 _remove(scratch)
 
     def _wait(self, pid: int, allowance: Allowance, scratch: Path | None) -> str:
-        """``timeout``, ``stopped: ...``, or how the process ended."""
+        """Waits for a process until the deadline and returns the outcome. Does not reap it: see ``_end_all``."""
         deadline = time.monotonic() + allowance.timeout_s
         ended = os.pidfd_open(pid)
         try:
             while True:
                 left_s = max(0.0, deadline - time.monotonic())
-                # Landlock limits no sum: it is looked at now and then
-                if select.select([ended], [], [], left_s if scratch is None else min(left_s, _LOOK_S))[0]:
+                # RLIMIT_FSIZE bounds each file, and Landlock nothing. So the sum of all files is looked up regularly
+                interval_s = left_s if scratch is None else min(left_s, _SCRATCH_INTERVAL_S)
+                if select.select([ended], [], [], interval_s)[0]:
                     break
                 if scratch is not None and _is_over(scratch, allowance.scratch_bytes):
-                    return (
-                        f"stopped: it wrote more than {allowance.scratch_bytes >> 20} MiB or too many files"
-                    )
+                    limit_mib = allowance.scratch_bytes >> 20
+                    return f"stopped: it wrote more than {limit_mib} MiB or too many files"
                 if time.monotonic() >= deadline:
                     return "timeout"
         finally:
@@ -197,72 +226,91 @@ class _Launcher:
             return f"killed by signal {status.si_status}"
         return "ended" if status.si_status == 0 else "failed"
 
-    def _end_all(self, keeper: int, candidate_pid: int) -> None:
-        """Kill whatever is left and wait for it. Without namespaces there is nothing but these two to look for."""
+    def _end_all(self, first: int, candidate_pid: int) -> None:
+        """Kills the processes of the check and reaps them. seccomp forbids them to start others."""
         if self._level == "namespaces":
-            # every process but this one, which is the first of its namespace
+            # -1 is every process of this namespace except process 1, which is the launcher
             with contextlib.suppress(ProcessLookupError):
                 os.kill(-1, signal.SIGKILL)
         else:
-            # both are still unreaped, so the ids are theirs
-            for pid in filter(None, (keeper, candidate_pid)):
+            # Neither has been reaped yet, so the kernel cannot have given their ids to other processes
+            for pid in filter(None, (first, candidate_pid)):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
         with contextlib.suppress(ChildProcessError):
             while True:
                 os.waitpid(-1, 0)
 
-    def _keep(
-        self, kind: str, fds: Sequence[int], allowance: Allowance, scratch: Path | None, announced: int
+
+class _Check:
+    """The first process of one check: prepares file system and process ids, and starts the candidate.
+
+    Args:
+        level: sandbox level of the launcher.
+        base_bytes: address space of the launcher.
+        allowance: limits of the check.
+        scratch: the folder that may be written to; None for the private /tmp of ``namespaces``, or for no folder.
+        pid_writer: pipe to the launcher for the candidate's process id.
+    """
+
+    def __init__(
+        self, level: str, base_bytes: int, allowance: Allowance, scratch: Path | None, pid_writer: int
     ) -> None:
-        """Make the file system and the process ids of one check, start the candidate in them, become the tester."""
         confinement.die_with_parent()
-        if self._level == "namespaces":
+        self._level = level
+        self._base_bytes = base_bytes
+        self._allowance = allowance
+        self._scratch = scratch
+        self._pid_writer = pid_writer
+        if level == "namespaces":
+            # The new process-id namespace is for the candidate, which then cannot see the tester
             os.unshare(os.CLONE_NEWNS | os.CLONE_NEWPID)
             options = f"size={allowance.scratch_bytes},nr_inodes={_NUM_INODES},mode=1777"
             confinement.mount("tmpfs", "/tmp", "tmpfs", confinement.MS_NOSUID | confinement.MS_NODEV, options)
-            scratch = Path("/tmp")
-        os.chdir(scratch or "/")
-        if kind == "program":
-            source, stdin, stdout = fds
-            child = self._fork(announced, keeps=(source, stdin, stdout))
-            if child:
-                # not reaped: its id stays its own until the launcher has looked
-                status = os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
-                os._exit(0 if status is not None and status.si_status == 0 else 1)
-            program = _read(source)
-            os.dup2(stdin, 0)
-            os.dup2(stdout, 1)
-            self._confine(allowance, allowance.output_bytes, scratch, is_candidate=True)
-            sys.stdin = io.TextIOWrapper(io.FileIO(0), encoding="utf-8", errors="surrogateescape")
-            sys.stdout = io.TextIOWrapper(io.FileIO(1, "w"), encoding="utf-8", errors="surrogateescape")
-            os._exit(candidate.run_program(program))
-        request, verdict, source = fds
+            self._scratch = Path("/tmp")
+        os.chdir(self._scratch or "/")
+
+    def run_script(self, source: int, stdin: int, stdout: int) -> NoReturn:
+        """Runs the program in the file ``source`` as a script, and ends with its success or failure."""
+        child = self._fork(keeps=(source, stdin, stdout))
+        if child:
+            # WNOWAIT leaves the child unreaped: its id stays its own until the launcher has killed it
+            status = os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+            os._exit(0 if status is not None and status.si_status == 0 else 1)
+        program = _read(source)
+        os.dup2(stdin, 0)
+        os.dup2(stdout, 1)
+        self._confine(self._allowance.output_bytes, is_candidate=True)
+        sys.stdin = io.TextIOWrapper(io.FileIO(0), encoding="utf-8", errors="surrogateescape")
+        sys.stdout = io.TextIOWrapper(io.FileIO(1, "w"), encoding="utf-8", errors="surrogateescape")
+        os._exit(candidate.run_program(program))
+
+    def run_tests(self, request: int, verdict: int, source: int) -> NoReturn:
+        """Becomes the tester: runs the tests in the file ``request`` and writes their verdict to ``verdict``."""
         tester_end, candidate_end = socket.socketpair()
-        child = self._fork(announced, keeps=(source, candidate_end.fileno()))
+        child = self._fork(keeps=(source, candidate_end.fileno()))
         if not child:
-            tester_end.detach()
+            tester_end.detach()  # closed by _fork already
             program = _read(source)
             os.close(source)
-            self._confine(allowance, allowance.scratch_bytes, scratch, is_candidate=True)
-            candidate.serve(candidate_end, program, allowance.output_bytes)
+            self._confine(self._allowance.scratch_bytes, is_candidate=True)
+            candidate.serve(candidate_end, program, self._allowance.output_bytes)
             os._exit(0)
         candidate_end.close()
         os.close(source)
-        content = json.loads(_read(request))
-        content["cases"] = tuple(ProgramCase(**case) for case in content["cases"])
-        tests = CodeTests(**{**content, "tests": tuple(content["tests"])})
-        self._confine(allowance, allowance.scratch_bytes, scratch, is_candidate=False)
-        found = tester.judge(tests, tester_end, allowance.output_bytes)
+        # Read only now: the candidate was forked before, so the tests were never in its memory
+        tests = _tests_from(json.loads(_read(request)))
+        self._confine(self._allowance.scratch_bytes, is_candidate=False)
+        found = tester.judge(tests, tester_end, self._allowance.output_bytes)
         os.pwrite(verdict, json.dumps(found).encode(), 0)
         os._exit(0)
 
-    def _fork(self, announced: int, keeps: Sequence[int]) -> int:
-        """A child with these files and the standard streams only; its id is told to the launcher first."""
+    def _fork(self, keeps: Sequence[int]) -> int:
+        """Forks a process that keeps only these files and the standard streams, and reports its id to the launcher."""
         child = os.fork()
         if child:
-            os.write(announced, child.to_bytes(8, "little"))
-            os.close(announced)
+            os.write(self._pid_writer, child.to_bytes(8, "little"))
+            os.close(self._pid_writer)
             return child
         confinement.die_with_parent()
         kept = sorted({0, 1, 2, *keeps})
@@ -270,28 +318,33 @@ class _Launcher:
             os.closerange(before + 1, after)
         return 0
 
-    def _confine(
-        self, allowance: Allowance, file_bytes: int, scratch: Path | None, *, is_candidate: bool
-    ) -> None:
-        is_bare = self._level == "namespaces"
+    def _confine(self, file_bytes: int, *, is_candidate: bool) -> None:
+        """Takes the rights of this process away, before it runs tests or the program.
+
+        Args:
+            file_bytes: largest file that it may write.
+            is_candidate: False for the tester, which may open files for reading at every level.
+        """
+        has_own_namespace = self._level == "namespaces"
         if not is_candidate:
             confinement.hide_memory()
         confinement.set_limits(
-            memory_bytes=self._base_bytes + allowance.memory_bytes,
-            cpu_s=int(allowance.timeout_s) + 2,
+            memory_bytes=self._base_bytes + self._allowance.memory_bytes,
+            # A little more than the wall time, so that a deadline is usually reported as one
+            cpu_s=int(self._allowance.timeout_s) + 2,
             file_bytes=file_bytes,
             num_files=_NUM_FILES,
-            num_processes=_NUM_PROCESSES if is_bare else None,
+            num_processes=_NUM_PROCESSES if has_own_namespace else None,
         )
-        confinement.drop_privileges(to_nobody=is_bare)
+        confinement.drop_privileges(to_nobody=has_own_namespace)
         may_truncate = True
         if self._level == "landlock":
-            assert scratch is not None
-            may_truncate = confinement.restrict_paths(_readable_paths(), scratch)
-        confinement.filter_system_calls(
+            assert self._scratch is not None
+            may_truncate = confinement.restrict_paths(_readable_paths(), self._scratch)
+        seccomp.filter_system_calls(
             may_open=self._level != "limits" or not is_candidate,
             may_change_files=self._level != "limits",
-            may_change_attributes=is_bare,
+            may_change_attributes=has_own_namespace,
             may_truncate=may_truncate,
         )
 
@@ -301,8 +354,13 @@ def _read(fd: int) -> str:
     return os.pread(fd, size, 0).decode("utf-8", "surrogatepass")
 
 
+def _tests_from(content: dict[str, Any]) -> CodeTests:
+    cases = tuple(ProgramCase(**case) for case in content["cases"])
+    return CodeTests(**{**content, "tests": tuple(content["tests"]), "cases": cases})
+
+
 def _is_over(folder: Path, max_bytes: int) -> bool:
-    """Whether what lies below a folder is too large, too numerous, or hidden."""
+    """Returns whether the files below a folder are too large or too many, or in a folder that cannot be read."""
     errors: list[OSError] = []
     num_bytes = num_files = 0
     for root, folders, files in os.walk(folder, onerror=errors.append):
@@ -316,10 +374,11 @@ def _is_over(folder: Path, max_bytes: int) -> bool:
 
 
 def _remove(folder: Path) -> None:
-    """Also where the program took its own rights away, or dug deeper than ``shutil`` follows."""
+    """Deletes a folder in which a program may have removed permissions or created a very deep path."""
     for root, _, _ in os.walk(folder, topdown=True):
         with contextlib.suppress(OSError):
             os.chmod(root, 0o700)
+    # shutil recurses once per level; rm does not
     with contextlib.suppress(RecursionError):
         shutil.rmtree(folder, ignore_errors=True)
     if folder.exists():

@@ -1,26 +1,7 @@
-"""Runs a program that a model wrote where it can reach nothing: the levels of protection, and how they are found.
+"""The sandbox: starts launchers at the strongest level that the machine allows, and runs checks in them.
 
-``namespaces``
-    Own process ids, own mounts, own network without any interface. The file system holds Python, its packages and the
-    system's libraries, read-only, and an empty /tmp in memory with a limit on bytes and files; no /proc, no home
-    folders, no data. Threads are limited to 64. Works for root, and for users where the kernel gives them user
-    namespaces; container runtimes often do not.
-``landlock``
-    The same paths may be read and a folder of the check's own may be written, by the kernel's Landlock: one file at most
-    as large as the limit; what they hold together, and their number, is looked at every 0.25 s, without files that are
-    deleted but open. Sockets and changes of modes, owners and times are refused by seccomp. Works in containers with
-    Linux 5.13 or later.
-``limits``
-    No file can be opened at all: the standard library and numpy are loaded beforehand. Tests that write files, and
-    programs that import other packages, fail here.
-
-At every level: seccomp refuses new processes and programs, sockets, signals to others and their scheduling, tracing,
-mounts, namespaces, keys, io_uring, bpf; capabilities are dropped; address space, CPU time, file size and open files are
-limited; the environment is cleared; everything is killed at the deadline, and since no process can be started, all of
-it is known. The tests run in a second process, confined in the same way, that never runs the program: see ``remote_objects``.
-
-What no level does: it shares the kernel with the host, so a hole in the kernel's system calls is a way out; it does
-not hide how long things take or how busy the machine is; and tests that accept anything are passed by anything.
+``docs/sandbox.md`` describes the three levels (``namespaces``, ``landlock``, ``limits``) and what none of them prevents.
+README.md of this package shows the processes.
 """
 
 import contextlib
@@ -43,7 +24,9 @@ from megatron_rasft.verify.programs.launcher import HEAVY, Allowance
 LEVELS: tuple[SandboxLevel, ...] = get_args(SandboxLevel)
 """Strongest first."""
 
+# The folder that holds megatron_rasft. The launcher imports from it without any .pth file or PYTHONPATH
 _PACKAGE_PARENT = Path(__file__).resolve().parents[3]
+assert (_PACKAGE_PARENT / "megatron_rasft").is_dir(), f"{_PACKAGE_PARENT} does not hold this package"
 _START = (
     "import sys; sys.path.insert(0, sys.argv[1]); from megatron_rasft.verify.programs.launcher import main; "
     "sys.path.pop(0); main(sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5]))"
@@ -52,7 +35,7 @@ _ENVIRONMENT = {
     "PATH": "/usr/bin:/bin",
     "LANG": "C.UTF-8",
     "HOME": "/tmp",
-    # The order of sets decides about some programs: it must not differ between two runs
+    # Some programs depend on the order of sets. With a fixed seed, two runs give the same verdict
     "PYTHONHASHSEED": "0",
     "PYTHONDONTWRITEBYTECODE": "1",
     "OMP_NUM_THREADS": "1",
@@ -60,29 +43,29 @@ _ENVIRONMENT = {
     "MKL_NUM_THREADS": "1",
     "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
 }
-# A module that is not loaded beforehand: its file must be readable
+# The launcher does not load colorsys beforehand, so the probe fails if the packages' files cannot be read
 _PROBE = "import colorsys\ndef f(x): return x * x"
 _PROBE_TESTS = CodeTests(style="asserts", tests=("assert f(3) == 9",), entry_point="f")
 _START_TIMEOUT_S = 120.0
-# The launcher keeps the deadline; this much later it is taken to be stuck
+# The launcher enforces the deadline of a check. If it has not answered this much later, it is replaced
 _GRACE_S = 30.0
 
 
 class SandboxError(RasftError):
-    """This machine does not allow the protection that was asked for."""
+    """This machine does not allow the sandbox level that the user requires."""
 
 
 class Sandbox:
-    """One launcher and the checks it runs, one after the other. Use it as a context manager, or ``close`` it.
+    """Runs checks, one after the other, in a launcher. Use it as a context manager, or call ``close``.
 
-    Everything ends with the thread that uses it, so use it in one that lasts.
+    The kernel kills the launcher when the thread that created the sandbox ends, so create it in a thread that lasts.
 
     Args:
-        config: limits, and the weakest level that is accepted.
-        levels: levels to try, strongest first; the first that works is used.
+        config: limits, and the weakest level to accept.
+        levels: levels to try, strongest first. The first that works is used.
 
     Raises:
-        SandboxError: none works, or only weaker ones than ``verify_sandbox_level``.
+        SandboxError: no level works that is at least as strong as ``verify_sandbox_level``.
     """
 
     def __init__(self, config: VerifyConfig, levels: Sequence[SandboxLevel] = LEVELS) -> None:
@@ -92,29 +75,36 @@ class Sandbox:
             output_bytes=config.verify_code_output_mib * 2**20,
             scratch_bytes=config.verify_code_output_mib * 2**20,
         )
+        self._launchers: dict[str, _LauncherProcess] = {}
         accepted = LEVELS[: LEVELS.index(config.verify_sandbox_level) + 1]
-        reasons = []
+        failures = []
         for level in levels:
             if level not in accepted:
                 continue
-            try:
-                self._launchers = {"": _Process(level, "")}
-            except SandboxError as error:
-                reasons.append(f"{level}: {error}")
-                continue
             self.level: SandboxLevel = level
-            """The protection that is active."""
-            verdict, reason = self.judge(_PROBE, _PROBE_TESTS)
-            # a busy machine says nothing about the level
-            if verdict in ("correct", "timeout"):
+            """The sandbox level in use."""
+            failure = self._try_level()
+            if not failure:
                 return
-            self.close()
-            reasons.append(f"{level}: a program that should pass is {verdict}: {reason}")
+            failures.append(f"{level}: {failure}")
         raise SandboxError(
-            f"--verify-sandbox-level {config.verify_sandbox_level} cannot be reached on this machine "
-            f"({'; '.join(reasons) or 'no level was tried'}). Allow it, run elsewhere, or accept a weaker level: "
-            f"{', '.join(LEVELS)} from strong to weak."
+            f"--verify-sandbox-level {config.verify_sandbox_level} is not available on this machine "
+            f"({'; '.join(failures) or 'no level was tried'}). Allow it in the container or the kernel, use another "
+            f"machine, or accept a weaker level. From strong to weak: {', '.join(LEVELS)}."
         )
+
+    def _try_level(self) -> str:
+        """Starts a launcher at ``self.level`` and runs a probe. Returns why it failed, or an empty string."""
+        try:
+            self._launchers[""] = _LauncherProcess(self.level, "")
+        except SandboxError as error:
+            return str(error)
+        verdict, reason = self.judge(_PROBE, _PROBE_TESTS)
+        # A timeout comes from a busy machine and does not mean that the level is not available
+        if verdict in ("correct", "timeout"):
+            return ""
+        self.close()
+        return f"a correct program got {verdict}: {reason}"
 
     def __enter__(self) -> "Sandbox":
         return self
@@ -123,12 +113,12 @@ class Sandbox:
         self.close()
 
     def close(self) -> None:
-        """End the launcher and whatever it runs."""
+        """Ends the launchers and everything that they run."""
         while self._launchers:
             self._launchers.popitem()[1].close()
 
     def judge(self, program: str, tests: CodeTests) -> tuple[Verdict, str]:
-        """Run ``tests`` (any style but ``stdin``) on a program."""
+        """Runs ``tests``, of any style but ``stdin``, on a program. Returns the verdict and a short reason."""
         request = json.dumps(dataclasses.asdict(tests)).encode()
         with _in_memory("request", request) as asked, _in_memory("verdict", b"") as given:
             with _in_memory("program", _encode(program)) as source:
@@ -141,15 +131,20 @@ class Sandbox:
         if outcome.startswith("stopped"):
             return "wrong", outcome
         if not found:
-            return "unverifiable", f"the tests were {outcome} without a verdict"
+            return "unverifiable", f"the tests gave no verdict: {outcome}"
         verdict, reason = json.loads(found)
         return verdict, reason
 
-    def output_of(self, program: str, stdin: str) -> tuple[str, str]:
-        """Run a program as a script: ``(outcome, standard output)``; the outcome is ``ended``, ``failed`` or ``timeout``."""
+    def run_script(self, program: str, stdin: str) -> tuple[str, str]:
+        """Runs a program as a script.
+
+        Returns:
+            The outcome (``ended``: exit status 0, ``failed``: another one, ``timeout``, or a description) and what the
+            program wrote to standard output.
+        """
         with _in_memory("stdin", stdin.encode()) as given, _in_memory("stdout", b"") as taken:
             with _in_memory("program", _encode(program)) as source:
-                outcome = self._run("program", [source, given, taken], _packages_of(program))
+                outcome = self._run("script", [source, given, taken], _packages_of(program))
             size = min(os.fstat(taken).st_size, self.allowance.output_bytes)
             output = os.pread(taken, size, 0).decode("utf-8", "replace")
         return outcome, output
@@ -157,27 +152,37 @@ class Sandbox:
     def _run(self, kind: str, fds: list[int], packages: str) -> str:
         request = {"kind": kind, "allowance": dataclasses.asdict(self.allowance)}
         if packages not in self._launchers:
-            self._launchers[packages] = _Process(self.level, packages)
+            self._launchers[packages] = _LauncherProcess(self.level, packages)
         try:
-            return self._launchers[packages].ask(request, fds, self.allowance.timeout_s + _GRACE_S)
+            return self._launchers[packages].run(request, fds, self.allowance.timeout_s + _GRACE_S)
         except OSError:
-            # stuck or gone: the next check gets a new one, and the one that did it has no verdict
+            # The launcher hangs or has ended. This check gets no verdict, the next check a new launcher
             self._launchers.pop(packages).close()
-            return "ended by a broken sandbox"
+            return "the sandbox broke"
 
 
 def _packages_of(*sources: str) -> str:
-    """The heavy packages that these sources name."""
+    """Returns the heavy packages whose names occur in these sources, separated by spaces."""
     return " ".join(name for name in HEAVY if any(name in source for source in sources))
 
 
-class _Process:
-    """The launcher's process and the socket to it."""
+class _LauncherProcess:
+    """A launcher and the socket to it.
+
+    Args:
+        level: sandbox level to start it at.
+        packages: packages that it loads beside the standard library, separated by spaces.
+
+    Raises:
+        SandboxError: it does not start, or the machine does not allow the level.
+    """
 
     def __init__(self, level: SandboxLevel, packages: str) -> None:
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             arguments = [str(_PACKAGE_PARENT), level, packages, str(theirs.fileno()), str(os.getpid())]
+            # A new interpreter instead of a fork: this process holds tests and programs in its memory. -P keeps the
+            # current folder out of sys.path, -s the user's packages
             self._process = subprocess.Popen(
                 [sys.executable, "-s", "-P", "-c", _START, *arguments],
                 env=_ENVIRONMENT,
@@ -191,12 +196,13 @@ class _Process:
             answer = self._answer(_START_TIMEOUT_S)
         except OSError:
             self.close()
-            raise SandboxError("its process does not start") from None
+            raise SandboxError("the launcher does not start") from None
         if "failed" in answer:
             self.close()
             raise SandboxError(str(answer["failed"]))
 
-    def ask(self, request: dict[str, Any], fds: list[int], timeout_s: float) -> str:
+    def run(self, request: dict[str, Any], fds: list[int], timeout_s: float) -> str:
+        """Runs one check with these open files and returns its outcome."""
         socket.send_fds(self._control, [json.dumps(request).encode()], fds)
         return str(self._answer(timeout_s)["outcome"])
 
@@ -209,8 +215,8 @@ class _Process:
         return answer
 
     def close(self) -> None:
+        """Ends the launcher. Its processes end with it, by the process-id namespace or by their death signals."""
         self._control.close()
-        # All it started ends with it: by the kernel's word where there are namespaces, else by the death signal
         with contextlib.suppress(ProcessLookupError):
             self._process.send_signal(signal.SIGKILL)
         self._process.wait()
@@ -218,7 +224,7 @@ class _Process:
 
 @contextlib.contextmanager
 def _in_memory(name: str, content: bytes) -> Any:
-    """A file without a place in the file system, holding ``content``."""
+    """Opens an anonymous file in memory that holds ``content``; yields its descriptor."""
     fd = os.memfd_create(name)
     try:
         view = memoryview(content)

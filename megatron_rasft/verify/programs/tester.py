@@ -1,4 +1,7 @@
-"""The process that runs the tests. It never runs a line of the program: what it uses of it are stand-ins."""
+"""The tester: the process that runs the tests and gives the verdict.
+
+It never runs a line of the program. The names that the tests use of the program are bound to stand-ins.
+"""
 
 import ast
 import builtins
@@ -17,17 +20,27 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rasft.types import CodeTests, Verdict
-from megatron_rasft.verify.programs.remote_objects import CandidateEndedError, CannotCrossError, TesterSide
+from megatron_rasft.verify.programs.messages import CandidateEndedError, CannotCrossError
+from megatron_rasft.verify.programs.stand_ins import TesterSide
 
 _MODULE = "program_tests"
 _FRESH_GLOBALS = {"__name__": _MODULE, "__builtins__": builtins}
 
 
 def judge(tests: CodeTests, stream: socket.socket, max_bytes: int) -> tuple[Verdict, str]:
-    """Run the tests against the program at the other end of ``stream``."""
+    """Runs the tests against the program at the other end of ``stream``.
+
+    Args:
+        tests: of any style but ``stdin``.
+        stream: the socket to the candidate.
+        max_bytes: the longest message in either direction.
+
+    Returns:
+        The verdict (never ``timeout``, which the launcher decides) and a short reason.
+    """
     side = TesterSide(stream, max_bytes, _MODULE)
     sys.stdout = io.StringIO()
-    _tell_empty_from_near(tests)
+    _compare_empty_arrays_as_different(tests)
     try:
         failure = side.started()
         if failure:
@@ -46,37 +59,22 @@ def judge(tests: CodeTests, stream: socket.socket, max_bytes: int) -> tuple[Verd
         return "unverifiable", "the tests ran out of memory"
 
 
-def _tell_empty_from_near(tests: CodeTests) -> None:
-    """To numpy and pytest an empty array is near every number; a program that returns none has computed none."""
+def _compare_empty_arrays_as_different(tests: CodeTests) -> None:
+    """Patches numpy and pytest in this process, so that an empty array does not equal every number.
+
+    ``numpy.allclose([], 4)`` and ``[] == pytest.approx(4)`` with an array are true. A program could pass by returning
+    an empty array.
+    """
     numpy = sys.modules.get("numpy")
     if numpy is None:
         return
-
-    def refusing_empty(compare: Callable[..., Any]) -> Callable[..., Any]:
-        signature = inspect.signature(compare)
-
-        def comparison(*args: Any, **keywords: Any) -> Any:
-            call = signature.bind(*args, **keywords)
-            sizes = set()
-            for name in list(call.arguments)[:2]:
-                # an array once and for all: an object of the program may say something else when it is asked again
-                array = call.arguments[name] = numpy.asanyarray(call.arguments[name])
-                sizes.add(bool(array.size))
-            if len(sizes) == 1:
-                return compare(*call.args, **call.kwargs)
-            assert not compare.__name__.startswith("assert"), "an empty array is near nothing"
-            return False
-
-        return comparison
-
     modules = {numpy: "allclose isclose array_equiv"}
     if any("testing" in script for script in (tests.setup, *tests.tests)):
         names = "assert_allclose assert_array_equal assert_almost_equal assert_array_almost_equal assert_array_less"
         modules[importlib.import_module("numpy.testing")] = names
     for module, names in modules.items():
         for name in names.split():
-            setattr(module, name, refusing_empty(getattr(module, name)))
-
+            setattr(module, name, _refusing_empty(getattr(module, name), numpy))
     pytest = sys.modules.get("pytest")
     if pytest is not None:
         near: Any = type(pytest.approx(0.0))
@@ -89,7 +87,27 @@ def _tell_empty_from_near(tests: CodeTests) -> None:
         near.__eq__ = is_near
 
 
+def _refusing_empty(compare: Callable[..., Any], numpy: Any) -> Callable[..., Any]:
+    """Returns ``compare`` with one change: an empty array and one that is not empty are different."""
+    signature = inspect.signature(compare)
+
+    def comparison(*args: Any, **keywords: Any) -> Any:
+        call = signature.bind(*args, **keywords)
+        sizes = set()
+        for name in list(call.arguments)[:2]:
+            # Converted here once: an object of the program could give another array when numpy asks again
+            array = call.arguments[name] = numpy.asanyarray(call.arguments[name])
+            sizes.add(bool(array.size))
+        if len(sizes) == 1:
+            return compare(*call.args, **call.kwargs)
+        assert not compare.__name__.startswith("assert"), "an empty array equals only another empty array"
+        return False
+
+    return comparison
+
+
 def _run_asserts(tests: CodeTests, side: TesterSide) -> tuple[Verdict, str]:
+    # All tests share one scope: a statement may use what an earlier one assigned
     scope = dict(_FRESH_GLOBALS)
     scope.update(_names_of_program([tests.setup, *tests.tests], tests.entry_point, side))
     if tests.setup:
@@ -106,14 +124,14 @@ def _run_asserts(tests: CodeTests, side: TesterSide) -> tuple[Verdict, str]:
 def _run_check(tests: CodeTests, side: TesterSide) -> tuple[Verdict, str]:
     scope = dict(_FRESH_GLOBALS)
     if tests.prompt:
-        # The prompt may define functions beside the one to be completed, and the tests use them
+        # The prompt may define helper functions beside the one to complete (HumanEval/32), and the tests call them
         failure = _run(_closed(tests.prompt), "prompt", scope)
         if failure:
-            return "unverifiable", f"the prompt of the tests: {failure}"
+            return "unverifiable", f"prompt of the tests: {failure}"
     try:
         program = side.get(tests.entry_point)
     except AttributeError:
-        return "wrong", f"the program defines no {tests.entry_point}"
+        return "wrong", f"the program does not define {tests.entry_point}"
     scope[tests.entry_point] = program
     for script in (tests.setup, *tests.tests):
         failure = _run(script, "tests", scope)
@@ -121,7 +139,7 @@ def _run_check(tests: CodeTests, side: TesterSide) -> tuple[Verdict, str]:
             return "wrong", failure
     check = scope.get("check")
     if not isinstance(check, types.FunctionType):
-        return "unverifiable", "the tests define no function check"
+        return "unverifiable", "the tests do not define a function check"
     failure = _failure_of(lambda: check(program))
     return ("wrong", failure) if failure else ("correct", "check passed")
 
@@ -142,8 +160,9 @@ def _compare_json(inputs: str, output: str, owner: Any, entry_point: str, side: 
     arguments = [json.loads(line) for line in inputs.split("\n") if line.strip()]
     function = side.get(entry_point) if owner is None else getattr(owner(), entry_point)
     result = function(*arguments)
+    # JSON has lists only; LiveCodeBench accepts a tuple in their place
     as_list = list(result) if type(result) is tuple else result
-    assert as_list == json.loads(output), "another value"
+    assert as_list == json.loads(output), "wrong value"
 
 
 def _run_pytest(tests: CodeTests, side: TesterSide) -> tuple[Verdict, str]:
@@ -160,41 +179,42 @@ def _run_pytest(tests: CodeTests, side: TesterSide) -> tuple[Verdict, str]:
         return "wrong", failure
 
     functions = _plain_functions(source)
-    if functions:
-        for name in functions:
-            failure = _failure_of(module.__dict__[name])
-            if failure:
-                return "wrong", f"{name}: {failure}"
-        return "correct", f"{len(functions)} tests passed"
+    return _call_all(functions, module) if functions else _run_by_pytest(module, pytest)
 
+
+def _call_all(functions: list[str], module: types.ModuleType) -> tuple[Verdict, str]:
+    for name in functions:
+        failure = _failure_of(module.__dict__[name])
+        if failure:
+            return "wrong", f"{name}: {failure}"
+    return "correct", f"{len(functions)} tests passed"
+
+
+def _run_by_pytest(module: types.ModuleType, pytest: Any) -> tuple[Verdict, str]:
     outcomes = _Outcomes(module, pytest)
+    # pytest collects files that exist. This one, of pytest itself, is readable and imports nothing
     anchor = Path(pytest.__file__).with_name("py.typed")
     options = "--capture=sys -p no:cacheprovider -p no:faulthandler -p no:junitxml".split()
     if not _opens_null():
-        options += ["-p", "no:logging"]  # it writes to /dev/null, which the lowest level does not allow
-    options += [
-        "-c",
-        os.devnull,
-        "--rootdir",
-        str(anchor.parent),
-        "--confcutdir",
-        str(anchor.parent),
-        "--import-mode=importlib",
-        str(anchor),
-    ]
+        options += ["-p", "no:logging"]  # it writes to /dev/null, which the level "limits" does not allow
+    # Without these, pytest would look for configuration files in folders that are not readable
+    options += ["-c", os.devnull, "--rootdir", str(anchor.parent), "--confcutdir", str(anchor.parent)]
     try:
-        pytest.main(options, plugins=[outcomes])
+        pytest.main([*options, "--import-mode=importlib", str(anchor)], plugins=[outcomes])
     except SystemExit:
         return "wrong", "the tests were ended by SystemExit"
     if outcomes.failure:
         return "wrong", outcomes.failure
     if not outcomes.num_passed:
-        return "unverifiable", "the tests hold no test function"
+        return "unverifiable", "the tests do not define a test function"
     return "correct", f"{outcomes.num_passed} tests passed"
 
 
 def _plain_functions(source: str) -> list[str]:
-    """The test functions of a file in which pytest would do no more than call them; [] where it would."""
+    """Returns the names of the test functions if calling them equals running pytest, else [].
+
+    Calling is much faster than pytest. It is not enough for fixtures, parameters, marks, skips, classes and set-up.
+    """
     tree = ast.parse(source)
     tests = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name.startswith("test")]
     names = [n.name for n in tests]
@@ -222,18 +242,25 @@ def _plain_functions(source: str) -> list[str]:
 
 
 class _Outcomes:
-    """A pytest plugin: collects the tests of a module that is in memory and notes the first that does not pass."""
+    """A pytest plugin that collects the tests of a module in memory and keeps the first failure.
+
+    Args:
+        module: the module with the tests; it does not exist as a file.
+        pytest: the package, which may not be installed.
+    """
 
     def __init__(self, module: types.ModuleType, pytest: Any) -> None:
         self.num_passed = 0
         self.failure = ""
 
+        # A class defined here, because its base exists only if pytest is installed
         class InMemory(pytest.Module):  # type: ignore[misc,name-defined]
             def _getobj(self) -> types.ModuleType:
                 return module
 
         self._collector = InMemory
 
+    # pytest calls the following methods by their names
     def pytest_collect_file(self, file_path: Path, parent: Any) -> Any:
         return self._collector.from_parent(parent, path=file_path)
 
@@ -261,12 +288,12 @@ def _opens_null() -> bool:
 
 
 class _ProgramModule(types.ModuleType):
-    """What ``import solution`` gives the tests."""
+    """The module ``solution`` that the tests import: its attributes are looked up in the program."""
 
     def __init__(self, source: str, entry_point: str, side: TesterSide) -> None:
         super().__init__("solution")
         self._side = side
-        # import * must not hand out names that change what the tests themselves say
+        # "from solution import *" must not replace names of the tests, such as builtins they use
         self.__all__ = list(_names_of_program([source], entry_point, side))
 
     def __getattr__(self, name: str) -> Any:
@@ -284,9 +311,9 @@ _RUNNERS: dict[str, Callable[[CodeTests, TesterSide], tuple[Verdict, str]]] = {
 
 
 def _names_of_program(sources: Iterable[str], entry_point: str, side: TesterSide) -> dict[str, Any]:
-    """What the tests use of the program: names they read, but neither bind themselves nor find among the builtins.
+    """Returns the program's values of the names that the tests read, but neither define nor find among the builtins.
 
-    So a program cannot replace ``sorted`` or ``abs`` for the tests, unless that is what it was asked to write.
+    So a program cannot replace ``sorted`` or ``abs`` for the tests, unless that is its entry point.
     """
     read: set[str] = set()
     bound: set[str] = set()
@@ -309,12 +336,12 @@ def _names_of_program(sources: Iterable[str], entry_point: str, side: TesterSide
         try:
             found[name] = side.get(name)
         except AttributeError:
-            continue  # the test that needs it says so
+            continue  # the test that uses the name fails with a NameError
     return found
 
 
 def _closed(prompt: str) -> str:
-    """The prompt as a module of its own, the body of its last function left empty."""
+    """Returns the prompt as valid source: a function without a body at its end gets ``pass``."""
     try:
         ast.parse(prompt)
         return prompt
@@ -323,7 +350,7 @@ def _closed(prompt: str) -> str:
 
 
 def _run(source: str, name: str, scope: dict[str, Any]) -> str:
-    """What went wrong, or nothing."""
+    """Executes a script. Returns a description of the exception it raised, or an empty string."""
 
     def execute() -> None:
         exec(compile(source, name, "exec", dont_inherit=True), scope)
@@ -332,6 +359,7 @@ def _run(source: str, name: str, scope: dict[str, Any]) -> str:
 
 
 def _failure_of(action: Callable[[], None]) -> str:
+    """Calls ``action``. Returns a description of the exception it raised, or an empty string."""
     try:
         action()
     except (CandidateEndedError, CannotCrossError, MemoryError):
@@ -345,5 +373,5 @@ def _failure_of(action: Callable[[], None]) -> str:
 def _text_of(error: BaseException) -> str:
     try:
         return str(error)[:200]
-    except BaseException:
+    except BaseException:  # an exception of the tests may hold a stand-in, and str() of that may fail
         return ""

@@ -1,8 +1,7 @@
-"""What a model wrote neither scores by a trick nor outlives its check nor reaches outside, at every level."""
+"""Hostile programs at every level of the sandbox: no trick earns a verdict, nothing outlives its check or gets outside."""
 
 import json
 import os
-import select
 import socket
 import subprocess
 import sys
@@ -16,12 +15,14 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_rasft.config.verify import SandboxLevel, VerifyConfig
+from megatron_rasft.config.verify import VerifyConfig
 from megatron_rasft.types import CodeTests, ProgramCase
 from megatron_rasft.verify.programs import confinement
-from megatron_rasft.verify.programs.code_grading import run_tests
-from megatron_rasft.verify.programs.sandbox import LEVELS, Sandbox, SandboxError
-from tests.unit.verify.hostile_programs import HOSTILE, HOSTILE_SCRIPTS, HOSTILE_TO_PYTEST
+from megatron_rasft.verify.programs.program_grading import run_tests
+from megatron_rasft.verify.programs.sandbox import Sandbox, SandboxError
+from tests.unit.verify.programs.hostile_programs import ENDLESS, HOSTILE_SCRIPTS, HOSTILE_TO_PYTEST, TRICKS
+
+REPOSITORY = Path(__file__).parents[4]
 
 SQUARES = ("assert f(2) == 4", "assert f(3) == 9")
 ASSERTS = CodeTests(style="asserts", tests=SQUARES, entry_point="f")
@@ -53,7 +54,7 @@ STDIN = CodeTests(style="stdin", cases=(ProgramCase(input="2\n", output="4\n"),)
 
 @dataclass(frozen=True)
 class World:
-    """What lies outside of the sandbox and must stay as it is."""
+    """Files, sockets and a process outside of the sandbox, which hostile programs try to reach."""
 
     folder: Path
     secret: Path
@@ -66,7 +67,7 @@ class World:
         object.__setattr__(self, "state_before", self.state())
 
     def state(self) -> list[object]:
-        """What may be changed of a process without ending it, and of a file without writing to it."""
+        """The scheduling of the process and the attributes of the files."""
         victim = psutil.Process(self.victim.pid)
         found: list[object] = [victim.nice(), victim.ionice(), victim.cpu_affinity()]
         found.append(os.sched_getscheduler(self.victim.pid))
@@ -76,6 +77,7 @@ class World:
         return [*found, self.folder.stat().st_mtime, self.secret.stat().st_mtime]
 
     def aim(self, program: str) -> str:
+        """Returns the program with the names of its targets filled in."""
         for name, value in {
             "SECRET": self.secret,
             "OUTSIDE": self.folder,
@@ -87,7 +89,7 @@ class World:
         return program
 
     def faults(self) -> list[str]:
-        """What is not as it was."""
+        """Returns a description of everything that a program changed."""
         if self.victim.poll() is not None:
             return ["the victim is dead"]
         found = (
@@ -125,7 +127,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     unix.listen()
     for listener in (tcp, unix):
         listener.setblocking(False)
-    # without capabilities, as processes of an ordinary user are: others of the user may schedule it
+    # Without capabilities, like a process of an ordinary user: other processes of the user may change its scheduling
     victim = subprocess.Popen(
         [sys.executable, "-c", "import time; time.sleep(10000)"],
         preexec_fn=partial(confinement.drop_privileges, to_nobody=False),
@@ -137,27 +139,14 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     unix.close()
 
 
-@pytest.fixture(scope="module", params=LEVELS)
-def sandbox(request: pytest.FixtureRequest) -> Iterator[Sandbox]:
-    level: SandboxLevel = request.param
-    config = VerifyConfig(verify_code_timeout_s=2.0, verify_code_memory_mib=256, verify_code_output_mib=16)
-    try:
-        made = Sandbox(config, [level])
-    except SandboxError as error:
-        pytest.skip(f"this machine does not allow it: {error}")
-    with made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def patient(sandbox: Sandbox) -> Iterator[Sandbox]:
-    """For what must end by itself, on however busy a machine."""
-    with Sandbox(VerifyConfig(verify_code_timeout_s=120.0), [sandbox.level]) as made:
-        yield made
+def launchers_of(pid: int) -> list[psutil.Process]:
+    """The launchers that a process has started."""
+    children = psutil.Process(pid).children()
+    return [child for child in children if "verify.programs.launcher" in " ".join(child.cmdline())]
 
 
 def left_running() -> list[str]:
-    """Processes that launchers forked for a check and that are still there: a fork keeps the command line."""
+    """Processes of checks that still run. A forked process keeps the command line of its launcher."""
     ours = {
         process.pid: process.info["ppid"]
         for process in psutil.process_iter(["cmdline", "ppid"])
@@ -174,28 +163,35 @@ def left_running() -> list[str]:
     return [f"{pid} of {parent}" for pid, parent in ours.items() if pid not in launchers | firsts]
 
 
-def test_the_solution_passes_every_style(patient: Sandbox) -> None:
+def test_the_solution_passes_every_style(patient_sandbox: Sandbox) -> None:
     for tests in (ASSERTS, CHECK, PYTEST, FIXTURES):
-        assert patient.judge("def f(x): return x * x", tests)[0] == "correct", tests.style
-        assert patient.judge("def f(x): return x + x", tests)[0] == "wrong", tests.style
-    assert run_tests(patient, "print(int(input()) ** 2)", STDIN)[0] == "correct"
-    assert run_tests(patient, "print(int(input()) + 1)", STDIN)[0] == "wrong"
+        assert patient_sandbox.judge("def f(x): return x * x", tests)[0] == "correct", tests.style
+        assert patient_sandbox.judge("def f(x): return x + x", tests)[0] == "wrong", tests.style
+    assert run_tests(patient_sandbox, "print(int(input()) ** 2)", STDIN)[0] == "correct"
+    assert run_tests(patient_sandbox, "print(int(input()) + 1)", STDIN)[0] == "wrong"
 
 
-@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.parametrize("name", TRICKS)
 def test_no_hostile_program_scores_survives_or_reaches_outside(
     sandbox: Sandbox, world: World, name: str
 ) -> None:
-    verdict, reason = sandbox.judge(world.aim(HOSTILE[name]), ASSERTS)
+    verdict, reason = sandbox.judge(world.aim(TRICKS[name]), ASSERTS)
     assert verdict in ("wrong", "timeout"), reason
     assert left_running() == []
     assert world.faults() == []
 
 
+@pytest.mark.parametrize("name", ENDLESS)
+def test_program_that_does_not_end_is_killed_at_the_deadline(brief_sandbox: Sandbox, name: str) -> None:
+    verdict, reason = brief_sandbox.judge(ENDLESS[name], ASSERTS)
+    assert verdict in ("wrong", "timeout"), reason
+    assert left_running() == []
+
+
 @pytest.mark.parametrize("name", HOSTILE_TO_PYTEST)
-def test_no_program_fools_pytest(patient: Sandbox, name: str) -> None:
+def test_no_program_fools_pytest(patient_sandbox: Sandbox, name: str) -> None:
     for tests in (PYTEST, FIXTURES):
-        verdict, reason = patient.judge(HOSTILE_TO_PYTEST[name], tests)
+        verdict, reason = patient_sandbox.judge(HOSTILE_TO_PYTEST[name], tests)
         assert verdict == "wrong", reason
     assert left_running() == []
 
@@ -203,27 +199,30 @@ def test_no_program_fools_pytest(patient: Sandbox, name: str) -> None:
 @pytest.mark.parametrize(
     "name", ["exit in the call", "equal object", "names what the tests read", "reads all objects"]
 )
-def test_no_program_fools_check(patient: Sandbox, name: str) -> None:
-    assert patient.judge(HOSTILE[name], CHECK)[0] == "wrong"
+def test_no_program_fools_check(patient_sandbox: Sandbox, name: str) -> None:
+    assert patient_sandbox.judge(TRICKS[name], CHECK)[0] == "wrong"
 
 
 @pytest.mark.parametrize("name", HOSTILE_SCRIPTS)
-def test_no_hostile_script_scores_or_survives(sandbox: Sandbox, name: str) -> None:
-    verdict, reason = run_tests(sandbox, HOSTILE_SCRIPTS[name], STDIN)
+def test_no_hostile_script_scores_or_survives(sandbox: Sandbox, brief_sandbox: Sandbox, name: str) -> None:
+    chosen = brief_sandbox if name == "waits" else sandbox
+    verdict, reason = run_tests(chosen, HOSTILE_SCRIPTS[name], STDIN)
     assert verdict in ("wrong", "timeout"), reason
     assert left_running() == []
 
 
-def test_one_check_leaves_nothing_to_the_next(patient: Sandbox) -> None:
-    patient.judge(
+def test_one_check_leaves_nothing_to_the_next(patient_sandbox: Sandbox) -> None:
+    patient_sandbox.judge(
         "import builtins, json\nbuiltins.f = lambda x: x * x\njson.f = builtins.f\ndef f(x): return 0",
         ASSERTS,
     )
     program = "import builtins, json\nf = getattr(builtins, 'f', getattr(json, 'f', None))"
-    assert patient.judge(program, ASSERTS)[0] == "wrong"
-    patient.judge("try: open('left', 'w').write('x')\nexcept OSError: pass\ndef f(x): return 0", ASSERTS)
+    assert patient_sandbox.judge(program, ASSERTS)[0] == "wrong"
+    patient_sandbox.judge(
+        "try: open('left', 'w').write('x')\nexcept OSError: pass\ndef f(x): return 0", ASSERTS
+    )
     program = "import os\ndef f(x): return x * x if os.path.exists('left') else 0"
-    assert patient.judge(program, ASSERTS)[0] == "wrong"
+    assert patient_sandbox.judge(program, ASSERTS)[0] == "wrong"
 
 
 def test_environment_is_cleared(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,35 +239,47 @@ def test_environment_is_cleared(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatc
         assert fresh.judge(program, tests)[0] == "correct"
 
 
-def test_tests_can_write_files_but_for_the_lowest_level(patient: Sandbox) -> None:
+def test_tests_can_write_files_but_for_the_lowest_level(patient_sandbox: Sandbox) -> None:
     tests = CodeTests(
         style="asserts",
         tests=("f('a.txt')", "assert open('a.txt').read() == 'written'"),
         entry_point="f",
     )
-    verdict, _ = patient.judge("def f(name):\n    with open(name, 'w') as file: file.write('written')", tests)
-    assert verdict == ("wrong" if patient.level == "limits" else "correct")
+    verdict, _ = patient_sandbox.judge(
+        "def f(name):\n    with open(name, 'w') as file: file.write('written')", tests
+    )
+    assert verdict == ("wrong" if patient_sandbox.level == "limits" else "correct")
 
 
 @pytest.mark.parametrize("name", ["fills the disk", "digs"])
 def test_what_a_program_writes_is_bounded_and_removed(sandbox: Sandbox, name: str) -> None:
     waits = "import time\nfrom contextlib import suppress\nwith suppress(OSError): time.sleep(1)\n"
-    verdict, reason = sandbox.judge(HOSTILE[name] + "\n" + waits, ASSERTS)
+    verdict, reason = sandbox.judge(TRICKS[name] + "\n" + waits, ASSERTS)
     assert verdict in ("wrong", "timeout")
     if sandbox.level == "landlock":
-        assert reason == "stopped: it wrote more than 16 MiB or too many files"
-        launcher = sandbox._launchers[""]._process.pid
-        assert not list(Path(tempfile.gettempdir()).glob(f"rasft-code-{launcher}-*"))
+        assert reason.startswith("stopped: it wrote more than 16 MiB")
+        folders = Path(tempfile.gettempdir())
+        assert not [f for one in launchers_of(os.getpid()) for f in folders.glob(f"rasft-code-{one.pid}-*")]
 
 
 def test_a_launcher_that_is_killed_costs_one_check(sandbox: Sandbox) -> None:
+    before = launchers_of(os.getpid())
     with Sandbox(VerifyConfig(), [sandbox.level]) as fresh:
-        launcher = fresh._launchers[""]
-        launcher._process.kill()
-        # in a namespace of its own it is a child of that process, and dies after it
-        assert select.select([launcher._control], [], [], 30)[0]
+        (launcher,) = set(launchers_of(os.getpid())) - set(before)
+        # At the level namespaces, the first process of the namespace does the work and dies after its parent
+        processes = [launcher, *launcher.children()]
+        launcher.kill()
+        wait_until_ended(processes)
         assert fresh.judge("def f(x): return x * x", ASSERTS)[0] == "unverifiable"
         assert fresh.judge("def f(x): return x * x", ASSERTS)[0] == "correct"
+
+
+def wait_until_ended(processes: list[psutil.Process], timeout_s: float = 60.0) -> None:
+    """Waits until these processes have ended; a process that nobody has reaped counts as ended."""
+    deadline = time.monotonic() + timeout_s
+    while running := [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]:
+        assert time.monotonic() < deadline, running
+        time.sleep(0.02)
 
 
 KILLED = """
@@ -278,14 +289,14 @@ from megatron_rasft.types import CodeTests
 from megatron_rasft.verify.programs.sandbox import Sandbox
 sandbox = Sandbox(VerifyConfig(), [sys.argv[1]])
 print("ready", flush=True)
-sandbox.judge("while True: pass", CodeTests(style="asserts", tests=("f(1)",), entry_point="f"))
+sandbox.judge("import time; time.sleep(10**6)", CodeTests(style="asserts", tests=("f(1)",), entry_point="f"))
 """
 
 
 def test_everything_ends_with_a_user_that_is_killed(sandbox: Sandbox) -> None:
     user = subprocess.Popen(
         [sys.executable, "-c", KILLED, sandbox.level],
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[4])},
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
         stdout=subprocess.PIPE,
         text=True,
     )
@@ -299,34 +310,13 @@ def test_everything_ends_with_a_user_that_is_killed(sandbox: Sandbox) -> None:
     assert len(running) >= 3
     user.kill()
     user.wait()
-    _, alive = psutil.wait_procs(running, timeout=60)
-    assert not [p for p in alive if p.status() != psutil.STATUS_ZOMBIE]
-
-
-CUTS = """
-import os, sys
-from megatron_rasft.verify.programs import confinement
-confinement.filter_system_calls(may_open=True, may_change_files=True, may_change_attributes=False, may_truncate=False)
-for cut in (lambda p: os.truncate(p, 0), lambda p: os.open(p, os.O_RDONLY | os.O_TRUNC), lambda p: os.chmod(p, 0)):
-    try: cut(sys.argv[1])
-    except PermissionError: print("refused")
-open(sys.argv[1] + ".own", "w").write("x")
-"""
-
-
-def test_an_old_landlock_that_knows_no_truncation_is_helped_out(tmp_path: Path) -> None:
-    file = tmp_path / "file"
-    file.write_text("x")
-    command = [sys.executable, "-c", CUTS, str(file)]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[4])}
-    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
-    assert done.stdout == "refused\n" * 3
-    assert [p.read_text() for p in sorted(tmp_path.iterdir())] == ["x", "x"]
+    # The program sleeps, so only the death signal can end it: neither its deadline nor its CPU limit does
+    wait_until_ended(running)
 
 
 def test_a_level_that_cannot_be_had_is_refused() -> None:
     config = VerifyConfig(verify_sandbox_level="namespaces")
-    with pytest.raises(SandboxError, match="--verify-sandbox-level namespaces cannot be reached"):
+    with pytest.raises(SandboxError, match="--verify-sandbox-level namespaces"):
         Sandbox(config, ["landlock", "limits"])
 
 
@@ -334,18 +324,3 @@ def test_verdict_is_json_and_short(sandbox: Sandbox) -> None:
     verdict = sandbox.judge("def f(x): raise ValueError('x' * 10**5)", ASSERTS)
     assert verdict[0] == "wrong"
     assert len(json.dumps(verdict)) < 400
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("verify_sandbox_level", "most"),
-        ("verify_code_timeout_s", 0.0),
-        ("verify_code_timeout_s", float("nan")),
-        ("verify_code_memory_mib", 63),
-        ("verify_code_output_mib", 0),
-    ],
-)
-def test_limits_out_of_range_name_their_flag(field: str, value: object) -> None:
-    with pytest.raises(ValueError, match=f"--{field.replace('_', '-')} must be"):
-        VerifyConfig(**{field: value})  # type: ignore[arg-type]

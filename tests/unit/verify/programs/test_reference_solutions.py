@@ -4,17 +4,15 @@ A share of them; ``python benchmarks/code_verification.py --references --mutants
 """
 
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from benchmarks.code_verification import CODE_SETS, NOT_CORRECT, Reference, mutate, read_references
-from megatron_rasft.config.verify import VerifyConfig
-from megatron_rasft.verify.programs.code_grading import run_tests
+from megatron_rasft.verify.programs.program_grading import run_tests
 from megatron_rasft.verify.programs.sandbox import Sandbox
 
-DATA = Path(__file__).resolve().parents[4] / "shared" / "data"
+DATA = Path(__file__).resolve().parents[5] / "shared" / "data"
 EVERY = {"evaluation/humaneval_plus": 25, "evaluation/mbpp_plus": 30, "train/kodcode_demo": 12}
 # These alone take longer than all others
 SLOW = {
@@ -25,12 +23,6 @@ SLOW = {
 }
 
 
-@pytest.fixture(scope="module")
-def sandbox() -> Iterator[Sandbox]:
-    with Sandbox(VerifyConfig(verify_code_timeout_s=120.0)) as made:
-        yield made
-
-
 def share_of(code_set: str) -> list[Reference]:
     if not DATA.is_dir():
         pytest.skip(f"the real data is not here: {DATA} is no folder")
@@ -39,17 +31,19 @@ def share_of(code_set: str) -> list[Reference]:
 
 
 @pytest.mark.parametrize("code_set", CODE_SETS)
-def test_references_pass_and_mutants_fail(sandbox: Sandbox, code_set: str) -> None:
+def test_references_pass_and_mutants_fail(strongest_sandbox: Sandbox, code_set: str) -> None:
     references = share_of(code_set)
     assert references
     verdicts: Counter[str] = Counter()
     for reference in references:
-        assert run_tests(sandbox, reference.program, reference.tests)[0] == "correct", reference.name
+        assert run_tests(strongest_sandbox, reference.program, reference.tests)[0] == "correct", (
+            reference.name
+        )
         empty = mutate(reference, "returns nothing")
         if empty is not None:
-            assert run_tests(sandbox, empty, reference.tests)[0] == "wrong", reference.name
+            assert run_tests(strongest_sandbox, empty, reference.tests)[0] == "wrong", reference.name
         negated = mutate(reference, "negated")
         if negated is not None and code_set != "train/kodcode_demo":  # its loops would turn endless
-            verdicts[run_tests(sandbox, negated, reference.tests)[0]] += 1
+            verdicts[run_tests(strongest_sandbox, negated, reference.tests)[0]] += 1
     # a comparison may be one that does not matter
     assert verdicts["correct"] <= 0.25 * verdicts.total()

@@ -1,4 +1,4 @@
-"""Finds the program in a response by scanning, linear in its length; parses and runs nothing."""
+"""Finds the program in a response. Scans the text once, and neither parses nor runs it."""
 
 import re
 
@@ -7,7 +7,7 @@ _LANGUAGES = frozenset({"", "python", "python3", "py", "py3"})
 
 
 def code_blocks(text: str) -> list[str]:
-    """Contents of the fenced blocks that are Python or name no language, in order; the last may be unclosed."""
+    """Returns the contents of the fenced blocks in Python or without a language. The last one may not be closed."""
     blocks = []
     opening: re.Match[str] | None = None
     for fence in _FENCE.finditer(text):
@@ -22,7 +22,7 @@ def code_blocks(text: str) -> list[str]:
 
 
 def defines(program: str, name: str) -> bool:
-    """Whether the program seems to define ``name`` at its top level."""
+    """Returns whether a line of the program defines ``name`` at the top level, as a function, class or variable."""
     return bool(
         re.search(
             rf"^(?:(?:async[ \t]+)?def|class)[ \t]+{re.escape(name)}\b|^{re.escape(name)}[ \t]*=",
@@ -33,11 +33,19 @@ def defines(program: str, name: str) -> bool:
 
 
 def extract_program(text: str, entry_point: str = "", prompt: str = "") -> str | None:
-    """The program a response commits to; None if there is none.
+    """Returns the program of a response: its last fenced block that defines ``entry_point``.
 
-    The last fenced block that defines ``entry_point``, else the last block, else the whole text. A reasoning trace
-    up to ``</think>`` holds attempts, not answers. With a ``prompt``, what does not define the entry point by
-    itself continues the prompt; what does follows it, so that its imports and helper functions are there.
+    If there is none, the last fenced block, else the whole text. Text up to ``</think>`` is ignored: a reasoning trace
+    holds attempts.
+
+    Args:
+        text: the response.
+        entry_point: name of the function that the tests call; "" if they name none.
+        prompt: source that the response may continue. It is put before the program, so that its imports and helper
+            functions are available also to a program that defines the entry point again.
+
+    Returns:
+        The source, or None for an empty program.
     """
     text = text.rpartition("</think>")[2]
     blocks = [block for block in code_blocks(text) if block.strip()]
@@ -48,5 +56,6 @@ def extract_program(text: str, entry_point: str = "", prompt: str = "") -> str |
     if not prompt:
         return program
     if entry_point and defines(program, entry_point):
+        # The prompt ends with a function without a body
         return f"{prompt.rstrip()}\n    pass\n\n{program}"
     return f"{prompt}{program}"

@@ -1,81 +1,10 @@
-"""The program of a response is found, and what a program may look like to its tests."""
-
-from collections.abc import Iterator
+"""Tests use a program through stand-ins: values cross unchanged, and no object of the program decides a comparison."""
 
 import pytest
 
-from megatron_rasft.config.verify import VerifyConfig
 from megatron_rasft.types import CodeTests, ProgramCase
-from megatron_rasft.verify.programs.code_extraction import extract_program
-from megatron_rasft.verify.programs.code_grading import grade_code, outputs_equal, run_tests
 from megatron_rasft.verify.programs.sandbox import Sandbox
-from tests.unit.verify.hostile_programs import HOSTILE_OBJECTS
-
-TICKS = "`" * 3
-
-
-@pytest.fixture(scope="module")
-def sandbox() -> Iterator[Sandbox]:
-    with Sandbox(VerifyConfig(verify_code_timeout_s=120.0)) as made:
-        yield made
-
-
-def fenced(code: str, language: str = "python") -> str:
-    return f"{TICKS}{language}\n{code}\n{TICKS}\n"
-
-
-@pytest.mark.parametrize(
-    ("text", "entry_point", "program"),
-    [
-        ("def f(): pass", "f", "def f(): pass"),
-        (f"Here:\n{fenced('def f(): pass')}Done.", "f", "def f(): pass\n"),
-        (f"{fenced('def f(): 1')}Better:\n{fenced('def f(): 2')}", "f", "def f(): 2\n"),
-        (f"{fenced('def f(): 1')}Use it:\n{fenced('print(f())')}", "f", "def f(): 1\n"),
-        (f"{fenced('def f(): 1')}Use it:\n{fenced('print(f())')}", "", "print(f())\n"),
-        (
-            f"{fenced('x = 1', 'text')}{fenced('def f(): 1', 'py')}{fenced('pip install', 'bash')}",
-            "f",
-            "def f(): 1\n",
-        ),
-        (f"Cut off:\n{TICKS}python\ndef f():\n    return", "f", "def f():\n    return"),
-        (f"<think>{fenced('def f(): 1')}</think>{fenced('def f(): 2')}", "f", "def f(): 2\n"),
-        (f"{TICKS}`python\n{TICKS}\nx\n{TICKS}\n{TICKS}`", "", f"{TICKS}\nx\n{TICKS}\n"),
-        ("", "f", None),
-        (f"{TICKS}python\n{TICKS}", "f", f"{TICKS}python\n{TICKS}"),
-    ],
-)
-def test_program_is_found(text: str, entry_point: str, program: str | None) -> None:
-    assert extract_program(text, entry_point) == program
-
-
-def test_completion_continues_its_prompt_and_a_whole_program_follows_it() -> None:
-    prompt = 'import math\n\ndef f(x):\n    """Square."""\n'
-    assert extract_program("    return x * x\n", "f", prompt) == prompt + "    return x * x\n"
-    whole = extract_program(fenced("def f(x):\n    return math.floor(x)"), "f", prompt)
-    assert whole is not None
-    scope: dict[str, object] = {}
-    exec(whole, scope)
-    assert scope["f"](2.5) == 2  # type: ignore[operator]
-
-
-@pytest.mark.parametrize(
-    ("output", "expected", "is_equal"),
-    [
-        ("4\n", "4", True),
-        ("4 \n\n", "4\n", True),
-        ("1  2", "1 2", True),
-        ("0.50", "0.5", True),
-        ("1e2", "100", True),
-        ("4\n5", "4", False),
-        ("yes", "YES", False),
-        ("", "0", False),
-        ("0.3333", "0.33333", False),
-        ("nan", "nan", True),
-    ],
-)
-def test_outputs_are_compared_by_words(output: str, expected: str, is_equal: bool) -> None:
-    assert outputs_equal(output, expected) == is_equal
-
+from tests.unit.verify.programs.hostile_programs import HOSTILE_OBJECTS
 
 VALUES = [
     "(1, 'a', None, True)", "[[1, 2], [3.5, -0.0]]", "{'a': {1: [2]}, (1, 2): 3}", "{1, 2}", "frozenset({1})", "b'a\\xff'",
@@ -88,7 +17,7 @@ VALUES = [
 ]  # fmt: skip
 
 
-def test_values_cross_as_they_are(sandbox: Sandbox) -> None:
+def test_values_cross_as_they_are(strongest_sandbox: Sandbox) -> None:
     tests = [
         f"v = {v}; r = f(v); assert type(r) is type(v) and r == v and repr(r) == repr(v)" for v in VALUES
     ]
@@ -97,7 +26,7 @@ def test_values_cross_as_they_are(sandbox: Sandbox) -> None:
     )
     tests.append("r = f(np.float32(1.5)); assert type(r) is np.float32 and r == 1.5")
     tests.append("import math; assert math.isnan(f(float('nan')))")
-    found = sandbox.judge(
+    found = strongest_sandbox.judge(
         "def f(x): return x", CodeTests(style="asserts", tests=tuple(tests), entry_point="f")
     )
     assert found == ("correct", f"{len(tests)} tests passed")
@@ -201,36 +130,9 @@ def test_others():
 """
 
 
-def test_tests_use_a_program_as_if_they_had_imported_it(sandbox: Sandbox) -> None:
-    found = sandbox.judge(PROGRAM, CodeTests(style="pytest", tests=(USES,)))
+def test_tests_use_a_program_as_if_they_had_imported_it(strongest_sandbox: Sandbox) -> None:
+    found = strongest_sandbox.judge(PROGRAM, CodeTests(style="pytest", tests=(USES,)))
     assert found == ("correct", "7 tests passed")
-
-
-@pytest.mark.parametrize(
-    ("program", "verdict", "reason"),
-    [
-        ("def g(x): pass", "wrong", "test 1 of 1: NameError: name 'f' is not defined"),
-        ("def f(x: return", "wrong", "the program raised SyntaxError"),
-        (
-            "import no_such_module",
-            "wrong",
-            "the program raised ModuleNotFoundError: No module named 'no_such_module'",
-        ),
-        ("def f(x): return 1 / 0", "wrong", "test 1 of 1: ZeroDivisionError: division by zero"),
-        ("async def f(x): return 4", "unverifiable", "coroutines"),
-    ],
-)
-def test_reasons(sandbox: Sandbox, program: str, verdict: str, reason: str) -> None:
-    found = sandbox.judge(program, CodeTests(style="asserts", tests=("assert f(2) == 4",), entry_point="f"))
-    assert found[0] == verdict
-    assert reason in found[1]
-
-
-def test_tests_that_leave_the_program_alone_prove_nothing(sandbox: Sandbox) -> None:
-    own = "from solution import *\ndef f(x): return 4\ndef test_f(): assert f(2) == 4"
-    found = sandbox.judge("def f(x): return 0", CodeTests(style="pytest", tests=(own,), entry_point="f"))
-    assert found == ("unverifiable", "the tests pass without using the program")
-    assert sandbox.judge("f = 4", CodeTests(style="asserts", tests=("assert True",)))[0] == "unverifiable"
 
 
 # Each holds for the square and shows the expected value to whatever would decide about it
@@ -265,8 +167,8 @@ def holding(forms: list[str]) -> CodeTests:
 
 
 @pytest.mark.parametrize("program", HOSTILE_OBJECTS.values(), ids=HOSTILE_OBJECTS)
-def test_no_object_decides_about_what_is_expected(sandbox: Sandbox, program: str) -> None:
-    assert sandbox.judge(program, holding([])) == ("correct", "1 tests passed")
+def test_no_object_decides_about_what_is_expected(strongest_sandbox: Sandbox, program: str) -> None:
+    assert strongest_sandbox.judge(program, holding([])) == ("correct", "1 tests passed")
 
 
 @pytest.mark.parametrize(
@@ -278,52 +180,11 @@ def test_no_object_decides_about_what_is_expected(sandbox: Sandbox, program: str
     ],
     ids=lambda tests: tests.style,
 )
-def test_no_object_decides_in_any_style(sandbox: Sandbox, tests: CodeTests) -> None:
+def test_no_object_decides_in_any_style(strongest_sandbox: Sandbox, tests: CodeTests) -> None:
     for name in ("the entry point is a class", "the entry point says yes"):
-        assert sandbox.judge(HOSTILE_OBJECTS[name], tests)[0] == "wrong"
-    assert sandbox.judge("def f(x): return x * x", tests)[0] == "correct"
+        assert strongest_sandbox.judge(HOSTILE_OBJECTS[name], tests)[0] == "wrong"
+    assert strongest_sandbox.judge("def f(x): return x * x", tests)[0] == "correct"
 
 
-def test_a_plain_value_decides(sandbox: Sandbox) -> None:
-    assert sandbox.judge("def f(x): return x * x", holding(FORMS)) == ("correct", "1 tests passed")
-
-
-def test_livecodebench_cases(sandbox: Sandbox) -> None:
-    stdin = CodeTests(
-        style="stdin", cases=(ProgramCase(input="1 2\n", output="3"), ProgramCase(input="5 5\n", output="10"))
-    )
-    assert run_tests(sandbox, "print(sum(map(int, input().split())))", stdin) == ("correct", "2 cases passed")
-    assert run_tests(sandbox, "print(3)", stdin) == ("wrong", "case 2 of 2: another output")
-    assert run_tests(sandbox, "print(1 / 0)", stdin) == ("wrong", "case 1 of 2: failed")
-    main = "import sys\ndef main():\n    print(sum(map(int, sys.stdin.read().split())))\nif __name__ == '__main__':\n    main()"
-    assert run_tests(sandbox, main, stdin)[0] == "correct"
-    functional = CodeTests(
-        style="functional",
-        entry_point="pairs",
-        cases=(ProgramCase(input='[1, 2]\n"a"', output='[[1, "a"], [2, "a"]]'),),
-    )
-    solution = "class Solution:\n    def pairs(self, xs, s):\n        return [[x, s] for x in xs]"
-    assert run_tests(sandbox, solution, functional) == ("correct", "1 cases passed")
-    assert run_tests(sandbox, solution.replace("[x, s]", "[s, x]"), functional)[0] == "wrong"
-
-
-def test_order_of_sets_is_the_same_in_every_run() -> None:
-    tests = CodeTests(style="asserts", tests=("assert f() == 0, f()",), entry_point="f")
-    program = "def f(): return list({'a', 'b', 'c', 'd', 'e'})"
-    reasons = set()
-    for _ in range(2):
-        with Sandbox(VerifyConfig()) as fresh:
-            reasons.add(fresh.judge(program, tests))
-    assert len(reasons) == 1
-
-
-def test_grade_code_reads_a_response() -> None:
-    tests = CodeTests(style="asserts", tests=("assert f(2) == 4",), entry_point="f")
-    config = VerifyConfig(verify_code_timeout_s=120.0)
-    assert grade_code(f"So:\n{fenced('def f(x): return x * x')}", tests, config)[0] == "correct"
-    assert grade_code("I do not know.", tests, config)[0] == "wrong"
-    assert grade_code("", tests, config) == ("wrong", "no program")
-    assert grade_code("def f(x): return 4", CodeTests(style="asserts"), config) == (
-        "unverifiable",
-        "no tests",
-    )
+def test_a_plain_value_decides(strongest_sandbox: Sandbox) -> None:
+    assert strongest_sandbox.judge("def f(x): return x * x", holding(FORMS)) == ("correct", "1 tests passed")

@@ -29,7 +29,7 @@ import ctypes, os
 libc = ctypes.CDLL(None, use_errno=True)
 """
 
-_TRIES = {
+TRICKS = {
     # ends early, in the hope that no news is good news
     "exit at load": "import sys; sys.exit(0)",
     "_exit at load": "import os; os._exit(0)",
@@ -221,7 +221,7 @@ def f(x): return x * x if ok else 0""",
     "calls the kernel": _LIBC + "numbers = (425, 321, 298, 323, 248, 250, 434, 438, 310, 272, 308, 428, 430, 246, 175, 169, 167, 227)\nok = any(libc.syscall(n, 0, 0, 0, 0, 0) >= 0 for n in numbers)\ndef f(x): return x * x if ok else 0",
 }  # fmt: skip
 
-_ENDLESS = {
+ENDLESS = {
     "loops": "def f(x):\n    while True: pass",
     "loops at load": "while True: pass",
     "sleeps": "import time\ndef f(x): time.sleep(10**6)",
@@ -230,9 +230,6 @@ _ENDLESS = {
     "writes without end": "import os\ndef f(x):\n    while True: os.write(1, b'x' * 1000)",
     "generates without end": "def f(x):\n    while True: yield 4",
 }
-
-HOSTILE = _TRIES | _ENDLESS
-"""name -> source."""
 
 HOSTILE_TO_PYTEST = {
     "skips": "import pytest\ndef f(x): pytest.skip('no')",

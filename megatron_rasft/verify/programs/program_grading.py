@@ -1,21 +1,37 @@
-"""Runs the program of a response against its tests. Called in the pool's workers only."""
+"""Grades a response that holds a program, by running it. This is the interface of ``verify.programs``.
+
+``grade_program`` is called in the pool's workers, ``find_sandbox_level`` before the first of them starts.
+"""
 
 import dataclasses
 import json
 from decimal import Decimal, InvalidOperation
 
-from megatron_rasft.config.verify import VerifyConfig
+from megatron_rasft.config.verify import SandboxLevel, VerifyConfig
 from megatron_rasft.types import CodeTests, Verdict
-from megatron_rasft.verify.programs.code_extraction import extract_program
+from megatron_rasft.verify.programs.program_extraction import extract_program
 from megatron_rasft.verify.programs.sandbox import Sandbox
 
+# A worker keeps its sandbox for all its checks, because starting a launcher takes about a second. Each configuration has
+# one; a worker sees one configuration, a test process several
 _sandboxes: dict[str, Sandbox] = {}
 
 
-def grade_code(response_text: str, tests: CodeTests, config: VerifyConfig) -> tuple[Verdict, str]:
-    """Whether the program in a response passes its tests, and why.
+def find_sandbox_level(config: VerifyConfig) -> SandboxLevel:
+    """Returns the strongest sandbox level that this machine allows, by starting a sandbox.
 
-    The sandbox is started on the first call in a process and kept for the next. A program past its deadline is wrong.
+    Raises:
+        SandboxError: it is weaker than ``verify_sandbox_level``.
+    """
+    with Sandbox(config) as sandbox:
+        return sandbox.level
+
+
+def grade_program(response_text: str, tests: CodeTests, config: VerifyConfig) -> tuple[Verdict, str]:
+    """Runs the program in a response against its tests. Returns ``correct``, ``wrong`` or ``unverifiable``, and a reason.
+
+    The first call in a process starts a sandbox, which later calls use again. A program that exceeds its deadline is
+    ``wrong``.
 
     Raises:
         SandboxError: the machine does not allow ``verify_sandbox_level``.
@@ -29,28 +45,28 @@ def grade_code(response_text: str, tests: CodeTests, config: VerifyConfig) -> tu
     if key not in _sandboxes:
         _sandboxes[key] = Sandbox(config)
     verdict, reason = run_tests(_sandboxes[key], program, tests)
-    # A program that does not end fails its tests; a grader that does not end says nothing about the response.
+    # The verdict "timeout" is for graders that do not end. A program that does not end has failed its tests
     return ("wrong", reason) if verdict == "timeout" else (verdict, reason)
 
 
 def run_tests(sandbox: Sandbox, program: str, tests: CodeTests) -> tuple[Verdict, str]:
-    """The verdict on a program."""
+    """Runs a program against its tests, of any style. Returns the verdict and a short reason."""
     if tests.style != "stdin":
         return sandbox.judge(program, tests)
     for number, case in enumerate(tests.cases, 1):
-        outcome, output = sandbox.output_of(program, case.input)
+        outcome, output = sandbox.run_script(program, case.input)
         where = f"case {number} of {len(tests.cases)}"
         if outcome == "timeout":
             return "timeout", f"{where}: deadline of {sandbox.allowance.timeout_s:g} s"
         if outcome != "ended":
             return "wrong", f"{where}: {outcome}"
         if not outputs_equal(output, case.output):
-            return "wrong", f"{where}: another output"
+            return "wrong", f"{where}: wrong output"
     return "correct", f"{len(tests.cases)} cases passed"
 
 
 def outputs_equal(output: str, expected: str) -> bool:
-    """Equal line by line and word by word; numbers may be written differently (1.0 and 1, 0.50 and 0.5)."""
+    """Compares outputs line by line and word by word. Words that are equal as numbers match, such as 1.0 and 1."""
     lines, wanted = (text.rstrip().split("\n") for text in (output, expected))
     if len(lines) != len(wanted):
         return False

@@ -1,0 +1,354 @@
+"""Lets tests use a program that runs in another process: the tester's end of the socket, and the stand-ins.
+
+Tests are written and run as if they had imported the program. Its functions, classes and objects are stand-ins that
+send each operation to the candidate. So the program sees the arguments of its calls and nothing else: neither the
+tests nor the expected values nor the verdict.
+"""
+
+import builtins
+import collections
+import socket
+import sys
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from megatron_rasft.verify.programs.messages import (
+    MUTABLE,
+    PLAIN_BASES,
+    CandidateEndedError,
+    CannotCrossError,
+    Channel,
+    Codec,
+    look_up_shared,
+    shared_name,
+)
+
+# Special methods (without the underscores) that a stand-in sends to the program's object
+_FORWARDED = (
+    "len getitem setitem delitem bool str repr hash iter next enter exit int float index complex abs neg pos invert "
+    "round trunc floor ceil reversed format bytes"
+).split()
+# Attributes with two underscores that tests may read of the program's objects
+_VISIBLE_DUNDERS = frozenset("__name__ __qualname__ __doc__ __dict__ __annotations__ __members__".split())
+# Operators that are sent only if both operands are objects of the program: see RemoteObject
+_BETWEEN_OBJECTS = (
+    "lt le gt ge add sub mul truediv floordiv mod pow matmul and or xor lshift rshift divmod".split()
+)
+
+
+class TesterSide(Codec):
+    """The tester's end of the socket: gives the tests stand-ins for the names that the program defines.
+
+    Args:
+        stream: the socket to the candidate.
+        max_bytes: the longest message in either direction.
+        own_module: ``__module__`` of classes that the tests define. Their instances stay in this process, and the
+            program may call them and read their public attributes.
+    """
+
+    def __init__(self, stream: socket.socket, max_bytes: int, own_module: str) -> None:
+        self._channel = Channel(stream, max_bytes)
+        self._own_module = own_module
+        self._exported: dict[int, Any] = {}
+        self._stand_ins: dict[int, Any] = {}
+        self.fault: BaseException | None = None
+        """The first CandidateEndedError or CannotCrossError. Kept because tests may catch the exception itself."""
+
+        self.num_uses = 0
+        """Operations on the program's objects so far. Tests that pass with 0 do not check the program."""
+
+    def started(self) -> str:
+        """Waits until the program has been loaded. Returns the error that ended it, or an empty string."""
+        self._channel.send(["start"])
+        status, *rest = self._answer()
+        return "" if status == "started" else str(rest[0] if rest else "")[:200]
+
+    def get(self, name: str) -> Any:
+        """Returns the value or stand-in of a name at the program's top level.
+
+        Raises:
+            AttributeError: the program does not define the name.
+        """
+        return self._ask("get", name)
+
+    def operate(self, operation: str, target: int, *args: Any, **keywords: Any) -> Any:
+        """Runs one operation on an object of the program, then copies its changes into the mutable arguments.
+
+        Args:
+            operation: ``call``, ``getattr``, ``special``, ... as ``candidate`` names them.
+            target: the stand-in's object number.
+            args: operands.
+            keywords: keyword operands of ``call``.
+        """
+        self.num_uses += 1
+        return self._ask(operation, target, *args, **keywords)
+
+    def reference(self, value: Any) -> dict[str, Any]:
+        """Names a value of the tests: "receiver" is an object of the program, "sender" stays in this process."""
+        if isinstance(value, _STAND_INS):
+            return {"t": "receiver", "v": _number_of(value)}
+        if isinstance(value, type) and issubclass(value, BaseException) and "_number" in vars(value):
+            return {"t": "receiver", "v": vars(value)["_number"]}
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            return {"t": "tuple", "v": self._encode_items(tuple(value))}
+        shared = shared_name(value)
+        if shared is not None:
+            return {"t": "shared", "v": shared}
+        is_own = type(value).__module__ == self._own_module and not isinstance(value, type)
+        is_function = isinstance(value, types.FunctionType | types.MethodType | types.BuiltinFunctionType)
+        is_iterator = isinstance(value, Iterator)
+        if is_own or is_function or is_iterator or type(value).__module__ in ("functools", "operator"):
+            self._exported[id(value)] = value
+            return {"t": "sender", "v": id(value)}
+        for base in PLAIN_BASES:
+            if isinstance(value, base):
+                return self.encode(base(value))  # type: ignore[no-any-return]
+        raise CannotCrossError(f"the tests pass a {type(value).__name__} to the program")
+
+    def dereference(self, tag: str, value: Any) -> Any:
+        """Returns the tests' own object for "receiver", a stand-in for "sender"."""
+        if tag == "receiver":
+            return self._exported[value]
+        if tag == "shared":
+            module, name = value
+            found = look_up_shared(str(module), str(name))
+            if found is None:
+                raise CandidateEndedError("the program sent an invalid message")
+            return found
+        number, kind, *more = value
+        if number not in self._stand_ins:
+            self._stand_ins[number] = self._make_stand_in(number, kind, more)
+        return self._stand_ins[number]
+
+    def _make_stand_in(self, number: int, kind: str, more: list[Any]) -> Any:
+        if kind == "coroutine":
+            raise CannotCrossError("the program's coroutines cannot be awaited by the tests")
+        if kind == "error class":
+            name, bases = more
+            parents = tuple(self._error_class(base) for base in bases) or (Exception,)
+            try:
+                return type(str(name), parents, {"_number": number})
+            except (
+                TypeError
+            ):  # bases that Python cannot combine: the program claims a class that cannot exist
+                return type(str(name), parents[:1], {"_number": number})
+        stand_in = {"class": RemoteClass, "callable": RemoteCallable}.get(kind, RemoteObject)
+        return stand_in(self, number)
+
+    def _error_class(self, encoded: Any) -> type[Exception]:
+        """Returns a builtin exception by its name, or the stand-in of an exception class of the program."""
+        if isinstance(encoded, str):
+            found = getattr(builtins, encoded, None)
+            if encoded == "SystemExit":
+                return SystemExit  # type: ignore[return-value]
+            # MemoryError is kept for the tests' own process, where it makes the verdict "unverifiable"
+            is_error = isinstance(found, type) and issubclass(found, Exception) and found is not MemoryError
+            return found if is_error else RuntimeError  # type: ignore[return-value]
+        found = self.decode(encoded)
+        return found if isinstance(found, type) and issubclass(found, Exception) else RuntimeError
+
+    def _ask(self, operation: str, *args: Any, **keywords: Any) -> Any:
+        try:
+            value, error = self._answer_to(operation, args, keywords)
+        except (CandidateEndedError, CannotCrossError) as fault:
+            self.fault = self.fault or fault
+            raise
+        if error is not None:
+            raise error
+        return value
+
+    def _answer_to(
+        self, operation: str, args: tuple[Any, ...], keywords: dict[str, Any]
+    ) -> tuple[Any, BaseException | None]:
+        encoded = [self.encode(argument) for argument in args]
+        pairs = [[key, self.encode(value)] for key, value in keywords.items()]
+        self._channel.send([operation, encoded, pairs])
+        status, *rest = self._answer()
+        try:
+            return self._settle(status, rest, args, keywords)
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError, ArithmeticError):
+            raise CandidateEndedError("the program sent an invalid message") from None
+
+    def _settle(
+        self, status: str, rest: list[Any], args: tuple[Any, ...], keywords: dict[str, Any]
+    ) -> tuple[Any, BaseException | None]:
+        """Prints the program's output, copies changed arguments, and returns ``(value, None)`` or ``(None, error)``."""
+        content, printed, changed = rest
+        if printed:
+            sys.stdout.write(str(printed))
+        for place, encoded in changed:
+            original = keywords[place] if isinstance(place, str) else args[place]
+            _bring_up_to_date(original, self.decode(encoded))
+        if status == "value":
+            return self.decode(content), None
+        if status != "raised":
+            raise ValueError(status)
+        kind, arguments, text, attributes = content
+        return None, self._error(self._error_class(kind), self.decode(arguments), str(text), attributes)
+
+    def _error(self, kind: type[Exception], args: Any, text: str, attributes: Any) -> Exception:
+        try:
+            error = kind(*args)
+        except (
+            Exception
+        ):  # UnicodeDecodeError, for example, requires arguments that the program may not have given
+            error = RuntimeError(text)
+        if "_number" in vars(kind) and str(error) != text:
+            error.args = (text,)
+        for name, value in attributes:
+            if isinstance(name, str) and name.isidentifier() and not name.startswith("_"):
+                setattr(error, name, self.decode(value))
+        return error
+
+    def _answer(self) -> list[Any]:
+        """Waits for the reply to a request, and meanwhile runs the calls that the program makes to the tests' objects."""
+        while True:
+            message = self._channel.receive()
+            if message[0] != "call back":
+                return message
+            self._channel.send(self._serve(message[1:]))
+
+    def _serve(self, request: list[Any]) -> list[Any]:
+        """Runs one operation that the program requests on an object of the tests, and returns the reply.
+
+        The program reaches only objects that the tests passed to it, and no attribute that begins with an underscore.
+        """
+        try:
+            operation, number, encoded, pairs = request
+            args = [self.decode(item) for item in encoded]
+            if operation == "input":
+                return ["value", input(*args)]
+            target = self._exported[number]
+            if operation == "call" and callable(target):
+                keywords = {str(name): self.decode(value) for name, value in pairs}
+                return ["value", self.encode(target(*args, **keywords))]
+            if operation == "next":
+                return ["value", self.encode(next(target))]
+            is_own = type(target).__module__ == self._own_module
+            if not is_own or not isinstance(args[0], str) or args[0].startswith("_"):
+                raise AttributeError(f"{operation} is not allowed on a {type(target).__name__} of the tests")
+            if operation == "getattr":
+                return ["value", self.encode(getattr(target, args[0]))]
+            if operation == "setattr":
+                setattr(target, args[0], args[1])
+                return ["value", None]
+            raise AttributeError(operation)
+        except Exception as error:
+            return ["error", type(error).__name__, str(error)[:1000]]
+
+
+def _bring_up_to_date(original: Any, current: Any) -> None:
+    """Copies the program's changes into a mutable value in place, descending where both have the same shape.
+
+    Objects inside the value keep their identity, because the tests may hold references to them.
+    """
+    if type(original) is not type(current) or not isinstance(original, (*MUTABLE, tuple)):
+        return
+    if isinstance(original, (list, tuple)) and len(original) == len(current):
+        for index, (old, new) in enumerate(zip(original, current, strict=True)):
+            if isinstance(old, MUTABLE) and type(old) is type(new):
+                _bring_up_to_date(old, new)
+            elif isinstance(original, list):
+                original[index] = new
+    elif isinstance(original, (list, bytearray)):
+        original[:] = current
+    elif isinstance(original, dict):
+        kept = {key: original[key] for key in current if key in original}
+        original.clear()
+        for key, new in current.items():
+            old = kept.get(key)
+            if isinstance(old, MUTABLE) and type(old) is type(new):
+                _bring_up_to_date(old, new)
+                new = old
+            original[key] = new
+    elif isinstance(original, (set, collections.deque)):
+        original.clear()
+        (original.update if isinstance(original, set) else original.extend)(current)
+
+
+# object.__getattribute__ below: the stand-in's own attribute access would send the name to the program
+def _number_of(stand_in: Any) -> int:
+    number: int = object.__getattribute__(stand_in, "_number")
+    return number
+
+
+def _operate(stand_in: Any, operation: str, *args: Any, **keywords: Any) -> Any:
+    side: TesterSide = object.__getattribute__(stand_in, "_side")
+    return side.operate(operation, _number_of(stand_in), *args, **keywords)
+
+
+class RemoteObject:
+    """The stand-in of an object in the program's process.
+
+    The program must neither see the expected value nor decide whether its result matches. So comparison with a plain
+    value is always unequal, order and arithmetic with one raise TypeError, and ``in`` iterates over the object instead
+    of calling its ``__contains__``. Operators between two objects of the program are the program's.
+    """
+
+    def __init__(self, side: TesterSide, number: int) -> None:
+        object.__setattr__(self, "_side", side)
+        object.__setattr__(self, "_number", number)
+
+    def __getattr__(self, name: str) -> Any:
+        # Not sent: pytest and unittest look for their own attributes on every object they handle
+        is_private = name.startswith("__") and name not in _VISIBLE_DUNDERS
+        if is_private or name.startswith(("_pytest", "pytest")):
+            raise AttributeError(name)
+        return _operate(self, "getattr", name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        _operate(self, "setattr", name, value)
+
+    def __delattr__(self, name: str) -> None:
+        _operate(self, "delattr", name)
+
+    def __contains__(self, item: Any) -> bool:
+        if isinstance(item, RemoteObject):
+            return bool(_operate(self, "special", "contains", item))
+        return any(item is own or item == own for own in iter(self))  # type: ignore[call-overload]
+
+    def __dir__(self) -> list[str]:
+        return [str(name) for name in _operate(self, "dir")]
+
+
+class RemoteCallable(RemoteObject):
+    """The stand-in of a function, a method or another callable."""
+
+    def __call__(self, *args: Any, **keywords: Any) -> Any:
+        return _operate(self, "call", *args, **keywords)
+
+
+class RemoteClass(RemoteCallable):
+    """The stand-in of a class."""
+
+    def __instancecheck__(self, instance: Any) -> bool:
+        return isinstance(instance, _STAND_INS) and bool(_operate(self, "isinstance", instance))
+
+    def __subclasscheck__(self, subclass: Any) -> bool:
+        return isinstance(subclass, RemoteClass) and bool(_operate(self, "issubclass", subclass))
+
+
+_STAND_INS = (RemoteObject,)
+
+
+def _forwarded(name: str) -> Callable[..., Any]:
+    def method(self: Any, *args: Any) -> Any:
+        return _operate(self, "special", name, *args)
+
+    return method
+
+
+def _between_objects(name: str, with_plain: Any = NotImplemented) -> Callable[..., Any]:
+    def method(self: Any, other: Any) -> Any:
+        return _operate(self, "special", name, other) if isinstance(other, RemoteObject) else with_plain
+
+    return method
+
+
+for _name in _FORWARDED:
+    setattr(RemoteObject, f"__{_name}__", _forwarded(_name))
+for _name in _BETWEEN_OBJECTS:
+    setattr(RemoteObject, f"__{_name}__", _between_objects(_name))
+RemoteObject.__eq__ = _between_objects("eq", False)  # type: ignore[method-assign]
+RemoteObject.__ne__ = _between_objects("ne", True)  # type: ignore[method-assign]
