@@ -269,6 +269,9 @@ class _Check:
             confinement.mount("tmpfs", "/tmp", "tmpfs", confinement.MS_NOSUID | confinement.MS_NODEV, options)
             self._scratch = Path("/tmp")
         os.chdir(self._scratch or "/")
+        # Restricted before the candidate is forked, which then restricts itself again. A Landlock domain does not let
+        # signals out, not even the death signal of a parent (Linux 6.12 and later), except to a domain inside it
+        self._may_truncate = level != "landlock" or self._restrict_paths()
 
     def run_script(self, source: int, stdin: int, stdout: int) -> NoReturn:
         """Runs the program in the file ``source`` as a script, and ends with its success or failure."""
@@ -337,16 +340,18 @@ class _Check:
             num_processes=_NUM_PROCESSES if has_own_namespace else None,
         )
         confinement.drop_privileges(to_nobody=has_own_namespace)
-        may_truncate = True
-        if self._level == "landlock":
-            assert self._scratch is not None
-            may_truncate = confinement.restrict_paths(_readable_paths(), self._scratch)
+        if self._level == "landlock" and is_candidate:
+            self._restrict_paths()
         seccomp.filter_system_calls(
             may_open=self._level != "limits" or not is_candidate,
             may_change_files=self._level != "limits",
             may_change_attributes=has_own_namespace,
-            may_truncate=may_truncate,
+            may_truncate=self._may_truncate,
         )
+
+    def _restrict_paths(self) -> bool:
+        assert self._scratch is not None, "a check at the level landlock has a folder"
+        return confinement.restrict_paths(_readable_paths(), self._scratch)
 
 
 def _read(fd: int) -> str:
