@@ -5,8 +5,8 @@ torchrun --nproc-per-node N pretrain_rasft.py --hf-model DIR --train-data FILE.j
 
 import sys
 
-# Processes that multiprocessing spawns, as Megatron's checkpoint writer is, execute this file once more: they need none of it,
-# and would take ten seconds and 800 MB each.
+# multiprocessing runs this file once more in every process that it spawns, for example in Megatron's checkpoint writer. These
+# processes need none of the imports below, which take ten seconds and 800 MB.
 if __name__ != "__mp_main__":
     from megatron_rasft.errors import FailedElsewhere, RasftError
     from megatron_rasft.training import cpu_backend, gpu_kernels
@@ -22,10 +22,10 @@ if __name__ != "__mp_main__":
     import torch.distributed as dist
 
     from megatron_rasft.training import startup
+    from megatron_rasft.training.assembly import build_run
     from megatron_rasft.training.background_saves import end_process
     from megatron_rasft.training.outputs import check_outputs
     from megatron_rasft.training.problems import open_replay, read_problems, set_length
-    from megatron_rasft.training.run import Run
     from megatron_rasft.training.stopping import Stopped
     from megatron_rasft.training.trainer import Trainer
 
@@ -39,15 +39,24 @@ def main() -> None:
     replay = open_replay(config, problems)
     set_length(args, config, problems.num)
     trainer = Trainer(args, config, folder)
-    with Run(args, config, folder, problems, heldout, replay, trainer) as run:
+    with build_run(args, config, folder, problems, heldout, replay, trainer) as run:
         try:
             run.begin()
+            run.measure_if_due()
             while not run.is_over:
-                run.measure_if_due()
-                run.refresh_if_due()
+                if run.needs_refresh:
+                    refresh = run.start_refresh()
+                    choice = refresh.choose_problems()
+                    refresh.sync_weights(choice)
+                    groups = refresh.sample(choice)
+                    refresh.sample_ahead(choice)  # with --rollout-lag 1
+                    refresh.verify(groups)
+                    samples = refresh.weigh(choice, groups)
+                    refresh.score_reference(samples)
+                    run.finish_refresh(samples)
                 run.train_step()
                 run.save_if_due()
-            run.measure_if_due()
+                run.measure_if_due()
             run.finish()
         except Stopped:
             run.stop()

@@ -1,17 +1,26 @@
-"""The solve rate on held-out problems, by the live weights and the run's own verifier."""
+"""Measures the solve rate on held-out problems, sampled with the trainer's own weights and graded as in training."""
+
+from collections.abc import Sequence
 
 from megatron_rasft import metrics
 from megatron_rasft.config import RasftConfig
 from megatron_rasft.ranks import on_rank_zero
 from megatron_rasft.rollout.seeds import sample_seed
+from megatron_rasft.training.policy import Policy
 from megatron_rasft.training.problems import Problems
-from megatron_rasft.training.refresh import Policy, as_rollouts
-from megatron_rasft.types import Request, Response, SamplingParams
-from megatron_rasft.verify.pool import VerifierPool
+from megatron_rasft.training.refresh import Verifier, as_rollouts
+from megatron_rasft.types import Request, Response, Rollout, SamplingParams
 
 
 class Heldout:
-    """Held-out problems of a run. ``measure`` is a collective of the whole world."""
+    """The held-out problems of a run.
+
+    Args:
+        problems: read from --heldout-data.
+        policy: the model.
+        stop_ids: token ids that end a response.
+        verifier: on rank 0, None on the others.
+    """
 
     def __init__(
         self,
@@ -19,16 +28,14 @@ class Heldout:
         problems: Problems,
         policy: Policy,
         stop_ids: frozenset[int],
-        verifier: VerifierPool | None,
+        verifier: Verifier | None,
     ) -> None:
-        self.num_problems = problems.num
         self._problems = problems
         self._policy = policy
         self._verifier = verifier
         self._seed = config.rollout.rollout_seed
-        self._num_samples = config.heldout.heldout_num_samples
         self._params = SamplingParams(
-            num_samples=self._num_samples,
+            num_samples=config.heldout.heldout_num_samples,
             max_new_tokens=config.rollout.rollout_max_new_tokens,
             temperature=config.heldout.heldout_temperature,
             top_p=1.0,
@@ -38,19 +45,32 @@ class Heldout:
         )
 
     def measure(self, iteration: int) -> dict[str, float]:
-        """Solve rate and share of truncated responses, the same on every rank."""
+        """Returns metric name -> value on every rank; a collective of the world.
+
+        Raises:
+            Stopped: the run is to stop.
+        """
         requests: list[Request] = on_rank_zero(self._requests)
         responses = self._policy.generate(requests, self._params)
-        return self._policy.stop.on_rank_zero(lambda: self._graded(requests, responses, iteration))
+        return self._policy.stop.on_rank_zero(
+            lambda: heldout_values(self._graded(requests, responses, iteration))
+        )
+
+    def line(self, iteration: int, values: dict[str, float], seconds: float) -> str:
+        """The console line of a measurement that took so many seconds."""
+        return (
+            f"held out: {values[metrics.HELDOUT_SOLVE_RATE]:.1%} of {self._problems.num} problems solved after "
+            f"step {iteration}, {seconds:.1f} s"
+        )
 
     def _requests(self) -> list[Request]:
-        # Seeds do not depend on the step: two measurements differ by the weights alone.
+        # The seeds do not depend on the step, so that two measurements differ by the weights alone.
         return [
             Request(
                 prompt_ids=list(d.prompt_ids),
                 seeds=[
                     sample_seed(self._seed, f"held out {d.problem_id}", 0, i)
-                    for i in range(self._num_samples)
+                    for i in range(self._params.num_samples)
                 ],
             )
             for d in self._problems.demonstrations
@@ -58,18 +78,25 @@ class Heldout:
 
     def _graded(
         self, requests: list[Request], responses: list[list[Response]], iteration: int
-    ) -> dict[str, float]:
+    ) -> list[Rollout]:
+        """All responses with their verdicts. Rank 0 only."""
         assert self._verifier is not None, "a run with held-out problems has a verifier"
-        rollouts = []
-        for demonstration, request, answers in zip(
-            self._problems.demonstrations, requests, responses, strict=True
-        ):
-            rollouts += as_rollouts(
-                demonstration.problem_id, request, answers, iteration, self._problems.decode
+        demonstrations, decode = self._problems.demonstrations, self._problems.decode
+        rollouts = [
+            rollout
+            for demonstration, request, answers in zip(demonstrations, requests, responses, strict=True)
+            for rollout in as_rollouts(
+                demonstration.problem_id, request.prompt_ids, answers, iteration, decode
             )
-        checks = {d.problem_id: d.check for d in self._problems.demonstrations}
+        ]
+        checks = {d.problem_id: d.check for d in demonstrations}
         self._verifier.verify(rollouts, checks, self._policy.stop.check_here)
-        return {
-            metrics.HELDOUT_SOLVE_RATE: sum(r.verdict == "correct" for r in rollouts) / len(rollouts),
-            metrics.HELDOUT_TRUNCATED: sum(r.finish_reason == "length" for r in rollouts) / len(rollouts),
-        }
+        return rollouts
+
+
+def heldout_values(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """Metric name -> value: the shares of correct and of truncated rollouts, at least one of which is given."""
+    return {
+        metrics.HELDOUT_SOLVE_RATE: sum(r.verdict == "correct" for r in rollouts) / len(rollouts),
+        metrics.HELDOUT_TRUNCATED: sum(r.finish_reason == "length" for r in rollouts) / len(rollouts),
+    }

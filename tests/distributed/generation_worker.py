@@ -25,7 +25,8 @@ from megatron_rasft.config import ObjectiveConfig, RasftConfig, RolloutConfig  #
 from megatron_rasft.ranks import gather_to_all  # noqa: E402
 from megatron_rasft.training.kv_cache import CachedAttention  # noqa: E402
 from megatron_rasft.training.reference import LogprobCache  # noqa: E402
-from megatron_rasft.training.refresh import Planner  # noqa: E402
+from megatron_rasft.training.refresh import Refresh, sampling_params  # noqa: E402
+from megatron_rasft.training.refresh_driver import RefreshDriver  # noqa: E402
 from megatron_rasft.training.samples import SampleArrays  # noqa: E402
 from megatron_rasft.training.stopping import Stopped, StopRequest  # noqa: E402
 from megatron_rasft.types import (  # noqa: E402
@@ -148,7 +149,7 @@ def sample(flags: list[str], root: Path) -> dict[str, Any]:
         size, run.args.global_batch_size = run.args.global_batch_size, 1  # four samples at a time
         result["scores in parts"] = [v.tolist() for v in run.score(given, with_reference=False)]
         run.args.global_batch_size = size
-        result["window"] = window(run)
+        result["refresh"] = refresh(run)
         result["step"] = run.step(batches("dft")[0], 9).metrics["loss"]
     with trainer(root / "llama", root / "none.jsonl", flags) as run:
         result["step without generation"] = run.step(batches("dft")[0], 9).metrics["loss"]
@@ -163,7 +164,7 @@ class ParityVerifier:
             rollout.verdict = "wrong" if sum(rollout.response_ids) % 2 else "correct"
 
 
-def window(run: Any) -> list[tuple[list[int], float, list[float], list[float]]]:
+def refresh(run: Any) -> list[tuple[list[int], float, list[float], list[float]]]:
     """The samples of a grpo refresh on rank 0; neither rollouts nor samples go to the other ranks."""
     rooms: dict[str, Any] = {name: kind() for name, kind in RasftConfig.rooms().items()}
     rooms["objective"] = ObjectiveConfig(objective="grpo")
@@ -174,21 +175,30 @@ def window(run: Any) -> list[tuple[list[int], float, list[float], list[float]]]:
         )
         for i, ids in enumerate(PROMPTS)
     ]
-    is_lead = dist.get_rank() == 0
-    planner = Planner(
-        RasftConfig(**rooms),
-        demonstrations if is_lead else [],
+    is_rank_zero = dist.get_rank() == 0
+    config = RasftConfig(**rooms)
+    sampling = sampling_params(config, STOP_IDS, SEQ_LENGTH)
+
+    def refresh_of_rank_zero() -> Refresh:
+        return Refresh(
+            config,
+            demonstrations,
+            batch_size=len(PROMPTS),
+            total_steps=1,
+            sampling=sampling,
+            decode=str,
+            verifier=ParityVerifier(),
+            cache=LogprobCache(None, ""),
+        )
+
+    driver = RefreshDriver(
+        config,
+        refresh_of_rank_zero() if is_rank_zero else None,
+        policy=run,
+        servers=None,
+        sampling=sampling,
         batch_size=len(PROMPTS),
         total_steps=1,
-        policy=run,
-        decode=str,
-        stop_ids=STOP_IDS,
-        max_tokens=64,
-        verifier=ParityVerifier() if is_lead else None,  # type: ignore[arg-type]
-        servers=None,
-        replay=None,
-        store=None,
-        cache=LogprobCache(None, "") if is_lead else None,
     )
     broadcast, heard = dist.broadcast_object_list, []
 
@@ -198,7 +208,13 @@ def window(run: Any) -> list[tuple[list[int], float, list[float], list[float]]]:
 
     dist.broadcast_object_list = listen
     try:
-        queue, report = planner.refresh(0)
+        driver.start(0)
+        choice = driver.choose_problems()
+        groups = driver.sample(choice)
+        driver.verify(groups)
+        samples = driver.weigh(choice, groups)
+        driver.score_reference(samples)
+        queue, report = driver.finish(samples)
     finally:
         dist.broadcast_object_list = broadcast
     assert report.num_rollouts == len(PROMPTS) * NUM_SAMPLES
@@ -206,17 +222,17 @@ def window(run: Any) -> list[tuple[list[int], float, list[float], list[float]]]:
     assert not any(name.encode() in message for message in heard for name in names)
     assert gather_to_all(queue.sizes) == [queue.sizes] * dist.get_world_size()
     batch = queue.batch(0)
-    if not is_lead:
+    if not is_rank_zero:
         assert batch is None
         return []
-    samples = [batch.samples.slice(i, i + 1) for i in range(len(batch.samples))]
+    parts = [batch.samples.slice(i, i + 1) for i in range(len(batch.samples))]
     return [
         (
             s.tokens[int(s.prompt_lengths[0]) :].tolist(),
             float(s.weights[0]),
             *([] if values is None else values.tolist() for values in (s.ref_logprobs, s.old_logprobs)),
         )
-        for s in samples
+        for s in parts
     ]
 
 

@@ -183,9 +183,9 @@ def test_scores_do_not_depend_on_how_many_samples_are_scored_at_once(
 
 @pytest.mark.parametrize("layout", LAYOUT_NAMES)
 def test_every_layout_refreshes_the_same(results: dict[str, dict[str, Any]], layout: str) -> None:
-    expected = results["one"]["window"]
+    expected = results["one"]["refresh"]
     assert len(expected) > len(PROMPTS)
-    for (ids, weight, ref, old), theirs in zip(results[layout]["window"], expected, strict=True):
+    for (ids, weight, ref, old), theirs in zip(results[layout]["refresh"], expected, strict=True):
         assert (ids, weight) == theirs[:2]
         assert ref == old == pytest.approx(theirs[3], abs=1e-5)
 

@@ -1,14 +1,261 @@
-"""What a refresh makes of answers, without a model."""
+"""Rank 0's decisions of a refresh, on plain objects: choose, group, verify, weigh, record, store, resume."""
 
-from megatron_rasft.training.refresh import as_rollouts
-from megatron_rasft.types import Request, Response
+import ast
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_rasft.config import (
+    CurriculumConfig,
+    ObjectiveConfig,
+    RolloutConfig,
+    RunConfig,
+)
+from megatron_rasft.curriculum.curriculum import Solvability
+from megatron_rasft.rollout.replay import ReplayEngine
+from megatron_rasft.rollout.store import RolloutStore, read_rollouts
+from megatron_rasft.training import refresh
+from megatron_rasft.training.reference import LogprobCache
+from megatron_rasft.training.refresh import ProblemChoice, Refresh, as_rollouts, difficulties
+from megatron_rasft.types import RolloutGroup, TrainingSample
+from tests.unit.training.stand_ins import (
+    BAND,
+    STOP_IDS,
+    answers,
+    config_of,
+    decode,
+    demonstrations,
+    refresh_of,
+    response,
+)
 
 
-def test_a_sample_that_servers_failed_to_give_does_not_move_the_others() -> None:
-    answers = [
-        None if seed == 11 else Response(token_ids=[seed], logprobs=[-1.0], finish_reason="stop")
-        for seed in (10, 11, 12, 13)
+def verified(made: Refresh, problem_ids: list[str], weight_version: int = 0) -> dict[str, RolloutGroup]:
+    """Sampled and graded rollouts of these problems; every second one is correct."""
+    responses = [answers(request) for request in made.requests(problem_ids, weight_version)]
+    groups = made.group(problem_ids, responses, weight_version=weight_version, iteration=weight_version)
+    made.verify(groups)
+    return groups
+
+
+def test_the_module_needs_neither_torch_nor_megatron_nor_other_ranks() -> None:
+    tree = ast.parse(Path(refresh.__file__).read_text())
+    names = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module}
+    names |= {alias.name for n in ast.walk(tree) if isinstance(n, ast.Import) for alias in n.names}
+    assert not [n for n in names if n.split(".")[0] in ("torch", "megatron") or n.endswith("ranks")]
+
+
+# ---- choose
+
+
+def test_a_refresh_covers_its_interval_and_the_last_one_ends_with_the_run() -> None:
+    made = refresh_of(config_of(run=RunConfig(rasft_refresh_interval=3)), num_problems=24)
+    assert len(made.next_problems(0)) == 6
+    assert len(made.next_problems(3)) == 6
+    assert len(made.next_problems(10)) == 4, "2 of 12 steps are left"
+
+
+def test_two_refreshes_choose_different_problems_and_an_epoch_repeats_none() -> None:
+    made = refresh_of(config_of(run=RunConfig(rasft_refresh_interval=2)))
+    first, second, next_epoch = (made.next_problems(step) for step in (0, 2, 4))
+    assert len(first) == len(second) == 4
+    assert sorted(first + second) == sorted(d.problem_id for d in demonstrations(8))
+    assert next_epoch != first
+
+
+@pytest.mark.parametrize(("mode", "share"), [("all", 1), ("off", 0)])
+def test_without_a_band_all_problems_or_none_are_sampled(mode: Any, share: int) -> None:
+    made = refresh_of(config_of(curriculum=CurriculumConfig(curriculum_mode=mode)))
+    problem_ids = made.next_problems(0)
+    assert made.choose_for_rollouts(problem_ids) == problem_ids * share
+
+
+def test_the_band_samples_other_problems_once_the_policy_has_changed() -> None:
+    made = refresh_of(config_of(curriculum=BAND), num_problems=20)
+    assert len(made.calibration_samples()) == 20
+    made.curriculum.calibrate([i / 10 for i in range(11)])
+    assert made.calibration_samples() == [], "the thresholds stay those of the first refresh"
+    problem_ids = made.next_problems(0)
+    inside, below = 0.3, 0.05
+    first = made.choose_by_difficulty({p: inside if i < 10 else below for i, p in enumerate(problem_ids)}, 0)
+    second = made.choose_by_difficulty({p: below if i < 10 else inside for i, p in enumerate(problem_ids)}, 0)
+    assert first and set(first) <= set(problem_ids[:10])
+    assert second and set(second) <= set(problem_ids[10:])
+
+
+def test_the_band_slides_with_the_steps_of_the_run() -> None:
+    made = refresh_of(config_of(curriculum=BAND))
+    made.curriculum.calibrate([i / 10 for i in range(11)])
+    assert made.choose_by_difficulty({"p0": 0.3}, 0) == ["p0"]
+    assert made.choose_by_difficulty({"p0": 0.3}, 12) == [], "the band ends at the quantiles 0.5 to 0.75"
+
+
+def test_difficulty_is_the_mean_cross_entropy_of_a_demonstration() -> None:
+    samples = refresh_of(config_of()).demonstration_samples(["p1", "p0"])
+    assert [(s.problem_id, s.prompt_ids, s.response_ids) for s in samples] == [
+        ("p1", [1, 1], [5, 9]),
+        ("p0", [1, 0], [5, 9]),
     ]
-    request = Request(prompt_ids=[1], seeds=[10, 11, 12, 13])
-    rollouts = as_rollouts("p", request, answers, 5, str)
-    assert [(r.sample_index, r.response_ids) for r in rollouts] == [(0, [10]), (2, [12]), (3, [13])]
+    assert difficulties(samples, [[-1.0, -2.0], [-0.5, -0.5]]) == {"p1": 1.5, "p0": 0.5}
+
+
+# ---- sample
+
+
+def test_every_sample_of_every_refresh_has_a_seed_of_its_own() -> None:
+    made = refresh_of(config_of(rollout=RolloutConfig(rollout_num_samples=3)))
+    seeds = [
+        seed
+        for version in (0, 4)
+        for request in made.requests(["p0", "p1"], version)
+        for seed in request.seeds
+    ]
+    assert len(set(seeds)) == len(seeds) == 12
+    assert made.requests(["p1"], 4)[0].seeds == seeds[9:], "whatever else is sampled"
+
+
+def test_a_response_that_servers_failed_to_deliver_does_not_move_the_others() -> None:
+    responses = [response(10), None, response(12), response(13)]
+    rollouts = as_rollouts("p", [1], responses, 5, str)
+    assert [(r.sample_index, r.response_ids, r.weight_version) for r in rollouts] == [
+        (0, [10], 5),
+        (2, [12], 5),
+        (3, [13], 5),
+    ]
+
+
+def test_rollouts_know_their_age_and_a_problem_without_any_is_left_out() -> None:
+    made = refresh_of(config_of())
+    groups = made.group(["p0", "p1"], [[None, response(5, 9)], [None, None]], weight_version=2, iteration=6)
+    assert list(groups) == ["p0"]
+    (rollout,) = groups["p0"].rollouts
+    assert (rollout.weight_version, rollout.policy_age, rollout.prompt_ids) == (2, 4, [1, 0])
+    assert rollout.text == decode([5, 9])
+
+
+def test_replay_hands_out_new_rollouts_at_each_refresh(tmp_path: Path) -> None:
+    store = RolloutStore(tmp_path / "rollouts.jsonl")
+    config = config_of(rollout=RolloutConfig(rollout_num_samples=2))
+    stored = as_rollouts("p3", [1, 3], [response(5, i, 9) for i in range(5)], 0, decode)
+    store.append(stored)
+    prompts = {d.problem_id: d.prompt_ids for d in demonstrations(8)}
+    made = refresh_of(config, replay=ReplayEngine([store.path], prompts))
+    taken = []
+    for _ in range(3):
+        groups = made.replay(["p0", "p3"])
+        assert list(groups) == ["p3"], "the store has nothing for p0"
+        made.verify(groups)
+        made.record(groups)
+        taken.append([r.response_ids[1] for r in groups["p3"].rollouts])
+    assert taken == [[0, 1], [2, 3], [4, 0]]
+
+
+def test_servers_are_probed_on_the_first_demonstrations() -> None:
+    made = refresh_of(config_of())
+    choice = ProblemChoice(problem_ids=["p5", "p4", "p3", "p2", "p1"], sampled_ids=[])
+    assert [s.problem_id for s in made.probes(choice)] == ["p5", "p4", "p3", "p2"]
+
+
+# ---- verify, weigh, record
+
+
+def test_rollouts_are_graded_and_bad_texts_are_filtered() -> None:
+    made = refresh_of(config_of(), decode=lambda ids: decode(ids) if ids[1] else "x")
+    rollouts = verified(made, ["p0"])["p0"].rollouts
+    assert [r.verdict for r in rollouts] == ["correct", "wrong", "correct", "wrong"]
+    assert [bool(r.filtered_by) for r in rollouts] == [True, False, False, False], "too short"
+
+
+def test_correct_rollouts_are_trained_beside_the_demonstration() -> None:
+    made = refresh_of(config_of())
+    groups = verified(made, ["p0"])
+    sampled, unsampled = made.weigh(["p0", "p1"], groups)
+    assert [(s.kind, s.response_ids) for s in sampled] == [
+        ("demonstration", [5, 9]),
+        ("rollout", [5, 0, 9]),
+        ("rollout", [5, 2, 9]),
+    ]
+    assert [(s.kind, s.weight) for s in unsampled] == [("demonstration", 1.0)]
+    assert [r.weight > 0 for r in groups["p0"].rollouts] == [True, False, True, False]
+
+
+def test_weights_use_the_memory_from_before_this_refresh() -> None:
+    made, fresh = refresh_of(config_of()), refresh_of(config_of())
+    made.curriculum.record("p0", 4, 4)
+    solved, unknown = (r.weigh(["p0"], verified(r, ["p0"]))[0][0].weight for r in (made, fresh))
+    assert solved < unknown, "a problem that was solved before needs its demonstration less"
+
+
+def test_samples_that_do_not_fit_a_training_row_are_left_out() -> None:
+    made = refresh_of(config_of())
+    long = [response(5, *range(100, 160), 9), response(5, *range(200, 261), 9)]
+    groups = made.group(["p0"], [long], weight_version=0, iteration=0)
+    made.verify(groups)
+    assert [s.num_tokens for s in made.weigh(["p0"], groups)[0]] == [4, 64]
+
+
+def test_every_group_is_remembered_and_stored(tmp_path: Path) -> None:
+    store = RolloutStore(tmp_path / "rollouts.jsonl")
+    made = refresh_of(config_of(), store=store)
+    problem_ids = made.next_problems(0)
+    pooled = "p0" if "p0" not in problem_ids else "p1"
+    groups = verified(made, [problem_ids[0], pooled])
+    made.weigh(problem_ids, groups)
+    made.record(groups)
+    assert made.curriculum.solvability == dict.fromkeys(groups, Solvability(0.5, 4.0, 1, 1))
+    stored = list(read_rollouts(store.path))
+    assert [r.problem_id for r in stored] == [problem_ids[0]] * 4 + [pooled] * 4
+    assert [r.verdict for r in stored[:2]] == ["correct", "wrong"]
+
+
+def test_batches_follow_the_order_of_the_problems() -> None:
+    made = refresh_of(config_of())
+    samples = made.weigh(["p0", "p1", "p2"], verified(made, ["p2"]))
+    assert made.batch_sizes(samples) == [(2, 2), (1, 3)]
+
+
+# ---- score under the reference
+
+
+def test_samples_with_equal_content_are_scored_once_and_remembered() -> None:
+    made = refresh_of(config_of(objective=ObjectiveConfig(objective="sft_kl")), cache=LogprobCache(None, ""))
+
+    def samples(*prompts: int) -> list[TrainingSample]:
+        return [
+            TrainingSample(
+                problem_id=str(i), kind="demonstration", prompt_ids=[p], response_ids=[2], weight=1.0
+            )
+            for i, p in enumerate(prompts)
+        ]
+
+    first = samples(7, 7, 8)
+    unknown = made.fill_reference(first)
+    assert [s.prompt_ids for s in unknown] == [[7], [8]]
+    made.add_reference(first, unknown, [[-0.5], [-0.25]])
+    assert [list(s.ref_logprobs or ()) for s in first] == [[-0.5], [-0.5], [-0.25]]
+    assert made.fill_reference(samples(8, 7)) == []
+
+
+# ---- resume
+
+
+def test_a_resumed_refresh_chooses_and_weighs_like_the_unbroken_one() -> None:
+    config = config_of(run=RunConfig(rasft_refresh_interval=2))
+    made = refresh_of(config)
+    made.record(verified(made, made.next_problems(0)))
+    resumed = refresh_of(config)
+    resumed.curriculum.load_state_dict(json.loads(json.dumps(made.curriculum.state_dict())))
+    assert resumed.curriculum.solvability == made.curriculum.solvability
+    for step in (2, 4):
+        problem_ids = made.next_problems(step)
+        assert resumed.next_problems(step) == problem_ids
+        outcomes = [r.weigh(problem_ids, verified(r, problem_ids, step)) for r in (made, resumed)]
+        assert outcomes[0] == outcomes[1]
+
+
+def test_sampling_follows_the_flags() -> None:
+    config = config_of(rollout=RolloutConfig(rollout_num_samples=3, rollout_top_p=0.5))
+    params = refresh.sampling_params(config, STOP_IDS, 128)
+    assert (params.num_samples, params.top_p, params.stop_ids, params.room(120)) == (3, 0.5, STOP_IDS, 8)

@@ -1,54 +1,131 @@
-"""What a run keeps of itself and when it ends early, without a model."""
+"""The loop's state on plain stand-ins: the queue, the reports, and how a run ends early, fails, saves and resumes."""
 
+import json
 import weakref
-from contextlib import ExitStack
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from megatron_rasft.training.progress import Progress
+from megatron_rasft import metrics
+from megatron_rasft.config import HeldoutConfig, ObjectiveConfig, RasftConfig
+from megatron_rasft.errors import CheckpointError
+from megatron_rasft.training.batches import BatchFacts
+from megatron_rasft.training.record import RunRecord
+from megatron_rasft.training.refresh_report import RefreshReport
 from megatron_rasft.training.run import Run
 from megatron_rasft.training.samples import Batch, BatchQueue, SampleArrays
 from megatron_rasft.training.stopping import Stopped, StopRequest
+from megatron_rasft.training.trainer import StepResult
 from megatron_rasft.types import TrainingSample
+from tests.unit.training.stand_ins import config_of
+
+ARCHITECTURE = (
+    *(
+        "num_layers",
+        "hidden_size",
+        "ffn_hidden_size",
+        "num_attention_heads",
+        "num_query_groups",
+        "kv_channels",
+    ),
+    *("vocab_size", "untie_embeddings_and_output_weights"),
+)
+"""Arguments that a checkpoint keeps of its model."""
 
 
-def run_after(step: int) -> Run:
-    """A run of 8 steps with --exit-interval 4."""
-    run: Any = object.__new__(Run)
-    run.args = SimpleNamespace(save_interval=None, exit_interval=4)
-    run.trainer = SimpleNamespace(
-        iteration=step, stop=StopRequest(lambda: False), finish_saves=lambda is_blocking=True: None
-    )
-    run.progress = Progress(8)
-    run.total_steps, run._save, run._saved_step = 8, None, 0
-    return run
+def args_of(**changes: Any) -> SimpleNamespace:
+    """A run of 8 steps without --save."""
+    defaults: dict[str, Any] = {
+        "train_iters": 8,
+        "save": None,
+        "load": None,
+        "save_interval": None,
+        "exit_interval": None,
+        "async_save": False,
+        "export_hf": None,
+        "log_throughput": False,
+        "world_size": 1,
+        **dict.fromkeys(ARCHITECTURE, 1),
+    }
+    return SimpleNamespace(**defaults | changes)
 
 
-class Steps:
-    """Takes notes of what it is asked to do."""
+class TrainerOfNotes:
+    """Takes steps that change nothing, and notes what it is asked for."""
 
-    def __init__(self) -> None:
-        self.iteration = 0
+    def __init__(self, iteration: int = 0, resumed: Any = None) -> None:
+        self.iteration = iteration
+        self.initial_weights = "folder"
+        self.stop = StopRequest(lambda: False)
         self.notes: list[str] = []
+        self.fails = False
+        self._resumed = resumed
 
     def prepare(self, batch: Batch | None) -> int:
         assert batch is not None
         self.notes.append(f"prepare {batch.num_problems}")
         return batch.num_problems
 
-    def train(self, prepared: int) -> Any:
+    def train(self, prepared: int) -> StepResult:
+        if self.fails:
+            raise RuntimeError("out of memory")
         self.iteration += 1
         self.notes.append(f"train {prepared}")
-        return SimpleNamespace(is_skipped=False, grad_norm=1.0)
+        facts = BatchFacts(
+            num_problems=prepared, num_samples=1, num_tokens=2, squared_tokens=4, mean_weights={}
+        )
+        return StepResult(metrics={}, grad_norm=1.0, learning_rate=0.1, is_skipped=False, batch=facts)
+
+    def resume(self) -> Any:
+        return self._resumed
+
+    def save(self, state: Any) -> None:
+        self.notes.append(f"save {self.iteration}")
+        self.saved = state()
+
+    def finish_saves(self, *, is_blocking: bool = True) -> None:
+        return None
+
+    def export(self, path: str, facts: dict[str, str]) -> None:
+        self.notes.append(f"export {path}")
 
 
-def run_on(queue: BatchQueue) -> Any:
-    run: Any = object.__new__(Run)
-    run.trainer, run.queue, run._prepared, run.is_lead = Steps(), queue, None, False
-    run._step_values, run._record = lambda result, seconds: {}, lambda report: None
-    return run
+class RefreshOfNotes:
+    """A refresh driver that makes three batches."""
+
+    def __init__(self) -> None:
+        self.loaded: Any = None
+        self.started: list[int] = []
+
+    def start(self, iteration: int) -> None:
+        self.started.append(iteration)
+
+    def finish(self, samples: Any) -> tuple[BatchQueue, RefreshReport]:
+        report = RefreshReport(num_problems=18)
+        report.verdicts.update({"correct": 1, "wrong": 3})
+        return three_batches(), report
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"name": "a state"}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.loaded = state
+
+
+class HeldoutOfNotes:
+    """Solves half of its problems, and notes when."""
+
+    def __init__(self) -> None:
+        self.measured: list[int] = []
+
+    def measure(self, iteration: int) -> dict[str, float]:
+        self.measured.append(iteration)
+        return {metrics.HELDOUT_SOLVE_RATE: 0.5}
+
+    def line(self, iteration: int, values: dict[str, float], seconds: float) -> str:
+        return f"held out {iteration}"
 
 
 def three_batches() -> BatchQueue:
@@ -60,48 +137,191 @@ def three_batches() -> BatchQueue:
     return BatchQueue([(5, 1), (6, 1), (7, 1)], SampleArrays.of(samples))
 
 
+def run_of(
+    args: Any = None, trainer: Any = None, config: RasftConfig | None = None, **parts: Any
+) -> tuple[Run, TrainerOfNotes]:
+    args, trainer, config = args or args_of(), trainer or TrainerOfNotes(), config or config_of()
+    record = RunRecord(args, config, is_rank_zero=True)
+    values: dict[str, Any] = {"refresh": RefreshOfNotes(), "record": record, "initial_weights": "abc"}
+    return Run(args, config, trainer=trainer, **values | parts), trainer
+
+
+def queued(**changes: Any) -> tuple[Run, TrainerOfNotes]:
+    """A run whose first refresh has made three batches."""
+    run, trainer = run_of(**changes)
+    run.start_refresh()
+    run.finish_refresh([])
+    return run, trainer
+
+
+def lines(save: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]
+
+
+# ---- steps
+
+
 def test_the_next_batch_is_prepared_before_a_step_and_trained_once() -> None:
-    run = run_on(three_batches())
+    run, trainer = queued()
     for _ in range(3):
+        assert not run.needs_refresh
         run.train_step()
-    assert run.trainer.notes == ["prepare 5", "prepare 6", "train 5", "prepare 7", "train 6", "train 7"]
-    assert not run.queue and run._prepared is None, "a refresh prepares its own"
-
-
-def test_a_batch_that_is_prepared_but_not_trained_is_saved_as_queued() -> None:
-    run = run_on(three_batches())
+    assert trainer.notes == ["prepare 5", "prepare 6", "train 5", "prepare 7", "train 6", "train 7"]
+    assert run.needs_refresh
+    run.start_refresh()
+    run.finish_refresh([])
     run.train_step()
-    assert run.queue.sizes == [(6, 1), (7, 1)]
-    assert run.queue.arrays()["tokens"].tolist() == [1, 9, 2, 9]
-    resumed = run_on(BatchQueue(run.queue.sizes, SampleArrays(**run.queue.arrays())))
-    resumed.train_step()
-    resumed.train_step()
-    assert resumed.trainer.notes == ["prepare 6", "prepare 7", "train 6", "train 7"]
+    assert trainer.notes[6:] == ["prepare 5", "prepare 6", "train 5"], "a refresh prepares its own"
 
 
 def test_a_step_that_fails_leaves_its_batch_in_the_queue() -> None:
-    run = run_on(three_batches())
-
-    def fail(prepared: int) -> None:
-        raise RuntimeError("out of memory")
-
-    run.trainer.train = fail
+    run, trainer = queued()
+    trainer.fails = True
     with pytest.raises(RuntimeError):
         run.train_step()
     assert run.queue.sizes == [(5, 1), (6, 1), (7, 1)]
 
 
-def test_exit_interval_ends_a_run_that_is_not_over(capsys: pytest.CaptureFixture[str]) -> None:
-    run_after(3).save_if_due()
-    run_after(8).save_if_due()
-    run = run_after(4)
+def test_refreshes_and_steps_are_recorded_in_their_order(tmp_path: Path) -> None:
+    run, _ = queued(args=args_of(save=str(tmp_path)))
+    run.train_step()
+    refresh, step = lines(tmp_path)
+    assert (refresh["event"], refresh["step"], refresh[metrics.SOLVE_RATE]) == ("refresh", 0, 0.25)
+    assert (step["event"], step["step"], step[metrics.QUEUE]) == ("step", 1, 2)
+    assert step[metrics.SOLVE_RATE] == 0.25, "of the last refresh"
+    assert metrics.GPU_TFLOP_PER_S not in step
+
+
+def test_throughput_is_recorded_if_it_is_asked_for(tmp_path: Path) -> None:
+    run, _ = queued(args=args_of(save=str(tmp_path), log_throughput=True))
+    run.train_step()
+    assert metrics.GPU_TFLOP_PER_S in lines(tmp_path)[-1]
+
+
+# ---- measure
+
+
+@pytest.mark.parametrize(("interval", "measured"), [(0, [0, 8]), (3, [0, 3, 6, 8])])
+def test_held_out_problems_are_measured_at_both_ends_and_at_intervals(
+    interval: int, measured: list[int]
+) -> None:
+    heldout = HeldoutOfNotes()
+    config = config_of(heldout=HeldoutConfig(heldout_data=["file.jsonl"], heldout_interval=interval))
+    run, trainer = run_of(config=config, heldout=heldout)
+    for trainer.iteration in range(9):
+        run.measure_if_due()
+    assert heldout.measured == measured
+
+
+# ---- save and resume
+
+
+def test_a_run_saves_at_its_interval_and_once_at_its_end(tmp_path: Path) -> None:
+    run, trainer = run_of(args_of(save=str(tmp_path), save_interval=3))
+    for trainer.iteration in range(1, 9):
+        run.save_if_due()
+    run.stop()
+    assert trainer.notes == ["save 3", "save 6", "save 8"]
+
+
+def test_a_run_resumes_in_the_middle_of_a_refresh(tmp_path: Path) -> None:
+    args = args_of(save=str(tmp_path), load=str(tmp_path), exit_interval=1)
+    run, trainer = queued(args=args)
+    run.train_step()
     with pytest.raises(Stopped):
         run.save_if_due()
     run.stop()
-    assert "stopped by --exit-interval 4 after step 4; --save was not given" in capsys.readouterr().out
+    state, arrays = trainer.saved
+    assert state["queue"] == [(6, 1), (7, 1)], "the batch that is prepared is still queued"
+    refresh = RefreshOfNotes()
+    resumed, after = run_of(args, TrainerOfNotes(1, (json.loads(json.dumps(state)), arrays)), refresh=refresh)
+    resumed.begin()
+    assert refresh.loaded == {"name": "a state"}
+    resumed.train_step()
+    resumed.train_step()
+    assert after.notes == ["prepare 6", "prepare 7", "train 6", "train 7"]
+    assert lines(tmp_path)[-1][metrics.SOLVE_RATE] == 0.25, "of the refresh before the checkpoint"
+    resumed.stop()
+    resumed.stop()
+    assert after.notes[4:] == ["save 3"], "one checkpoint a step"
 
 
-def test_what_a_failed_step_held_is_let_go_before_servers_take_their_memory_back() -> None:
+def test_a_resumed_run_cuts_its_files_to_the_checkpoint(tmp_path: Path) -> None:
+    args = args_of(save=str(tmp_path), load=str(tmp_path))
+    run, trainer = queued(args=args)
+    run.train_step()
+    run.stop()
+    run.train_step()
+    assert [line["step"] for line in lines(tmp_path)] == [0, 1, 2]
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("1")
+    resumed, _ = run_of(args, TrainerOfNotes(1, trainer.saved))
+    resumed.begin()
+    assert [line["step"] for line in lines(tmp_path)] == [0, 1]
+
+
+def test_another_reference_than_that_of_the_checkpoint_is_refused(tmp_path: Path) -> None:
+    args = args_of(save=str(tmp_path), load=str(tmp_path))
+    run, trainer = queued(args=args)
+    run.train_step()
+    run.stop()
+    for objective, is_refused in (("rasft", True), ("sft", False)):
+        config = config_of(objective=ObjectiveConfig(objective=objective))  # type: ignore[arg-type]
+        other, _ = run_of(args, TrainerOfNotes(1, trainer.saved), config, initial_weights="other weights")
+        if is_refused:
+            with pytest.raises(CheckpointError):
+                other.begin()
+        else:
+            other.begin()
+
+
+# ---- end
+
+
+def test_exit_interval_ends_a_run_that_is_not_over(capsys: pytest.CaptureFixture[str]) -> None:
+    args = args_of(exit_interval=4)
+    run_of(args, TrainerOfNotes(3))[0].save_if_due()
+    run_of(args, TrainerOfNotes(8))[0].save_if_due()
+    run, _ = run_of(args, TrainerOfNotes(4))
+    with pytest.raises(Stopped):
+        run.save_if_due()
+    run.stop()
+    assert "--exit-interval 4 after step 4" in capsys.readouterr().out
+
+
+def test_a_run_exports_its_model_and_counts_all_verdicts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = args_of(export_hf=str(tmp_path / "model"))
+    run, trainer = run_of(args, record=RecordWithoutCard(args, config_of(), is_rank_zero=True))
+    for _ in range(2):
+        run.start_refresh()
+        run.finish_refresh([])
+    run.finish()
+    assert trainer.notes == [f"export {tmp_path / 'model'}"]
+    assert "2 correct, 6 wrong" in capsys.readouterr().out
+
+
+class RecordWithoutCard(RunRecord):
+    """A record whose arguments are too few for a model card."""
+
+    def facts(self, iteration: int) -> dict[str, str]:
+        return {}
+
+
+class Verifier:
+    """Notes when its processes would start and end."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def __enter__(self) -> None:
+        self.notes.append("start")
+
+    def __exit__(self, *exc: object) -> None:
+        self.notes.append("end")
+
+
+def test_the_tensors_of_a_failed_step_are_freed_before_servers_wake() -> None:
     class Activations:
         pass
 
@@ -112,11 +332,10 @@ def test_what_a_failed_step_held_is_let_go_before_servers_take_their_memory_back
 
     held: list[weakref.ref[Activations]] = []
     alive: list[Activations | None] = []
-    run: Any = run_after(1)
-    run.verifier = None
-    run.servers = SimpleNamespace(close=lambda is_clean: alive.append(held[0]()))
-    run.progress = SimpleNamespace(close=lambda status: None)
-    with pytest.raises(RuntimeError, match="out of memory"), ExitStack() as stack:
-        stack.push(run.__exit__)
+    verifier = Verifier()
+    servers = SimpleNamespace(close=lambda is_clean: alive.append(held[0]()))
+    run, _ = run_of(servers=servers, verifier=verifier)
+    with pytest.raises(RuntimeError, match="out of memory"), run:
         step()
     assert alive == [None]
+    assert verifier.notes == ["start", "end"]

@@ -1,0 +1,109 @@
+"""Builds a run from its parts: files, servers, refresh, held-out problems."""
+
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_rasft.config import RasftConfig
+from megatron_rasft.ranks import kept_by_rank_zero, on_rank_zero
+from megatron_rasft.rollout.replay import ReplayEngine
+from megatron_rasft.rollout.store import RolloutStore
+from megatron_rasft.training.fp8_scales import has_delayed_scales
+from megatron_rasft.training.heldout import Heldout
+from megatron_rasft.training.outputs import reference_cache
+from megatron_rasft.training.problems import Problems
+from megatron_rasft.training.record import RunRecord
+from megatron_rasft.training.reference import LogprobCache
+from megatron_rasft.training.refresh import Refresh, sampling_params
+from megatron_rasft.training.refresh_driver import RefreshDriver
+from megatron_rasft.training.rollout_servers import RolloutServers, read_keys
+from megatron_rasft.training.run import Run
+from megatron_rasft.training.trainer import Trainer, writers
+from megatron_rasft.verify.pool import VerifierPool
+from megatron_rasft.weights.folder import HfFolder
+
+
+def build_run(
+    args: Any,
+    config: RasftConfig,
+    folder: HfFolder,
+    problems: Problems,
+    heldout: Problems | None,
+    replay: ReplayEngine | None,
+    trainer: Trainer,
+) -> Run:
+    """The run of these arguments, ready to ``begin``; a collective of the world.
+
+    Args:
+        folder: the --hf-model.
+        heldout: problems that are measured and never trained; None without --heldout-data.
+        replay: stored rollouts, on rank 0 of a run that replays them.
+    """
+    is_rank_zero = dist.get_rank() == 0
+    tensorboard, wandb = writers()
+    record = RunRecord(args, config, is_rank_zero=is_rank_zero, tensorboard=tensorboard, wandb=wandb)
+    initial_weights: str = on_rank_zero(trainer.initial_fingerprint)
+    servers = None
+    if config.rollout.rollout_engine == "sglang" and config.samples_rollouts:
+        keys = read_keys(config.rollout)
+        servers = RolloutServers(config.rollout, trainer, folder.config, keys, record.say, is_rank_zero)
+    stop_ids = problems.stop_ids(args)
+    sampling = sampling_params(config, stop_ids, trainer.max_tokens)
+    verifier = VerifierPool(config.verify) if is_rank_zero and config.verifies else None
+    steps = {"batch_size": args.global_batch_size, "total_steps": args.train_iters}
+
+    def build_refresh() -> Refresh:
+        return Refresh(
+            config,
+            problems.demonstrations,
+            **steps,
+            sampling=sampling,
+            decode=problems.decode,
+            verifier=verifier,
+            replay=replay,
+            store=None if record.rollouts_path is None else RolloutStore(record.rollouts_path),
+            cache=open_cache(args, config, initial_weights),
+        )
+
+    return Run(
+        args,
+        config,
+        trainer=trainer,
+        refresh=RefreshDriver(
+            config,
+            kept_by_rank_zero(build_refresh, None),
+            policy=trainer,
+            servers=servers,
+            sampling=sampling,
+            **steps,
+        ),
+        record=record,
+        heldout=None if heldout is None else Heldout(config, heldout, trainer, stop_ids, verifier),
+        verifier=verifier,
+        servers=servers,
+        initial_weights=initial_weights,
+        introduction=[describe_run(args, config, problems.num), *problems.summary.splitlines()],
+    )
+
+
+def open_cache(args: Any, config: RasftConfig, initial_weights: str) -> LogprobCache | None:
+    """The cache of reference log-probabilities; None if the objective needs none.
+
+    Log-probabilities depend on the reference's weights and on the precision, so both name the cache's entries.
+    """
+    if not config.objective.needs_reference_logprobs():
+        return None
+    precision = f"{args.params_dtype} {args.fp8} {args.fp8_recipe if args.fp8 else ''}"
+    if has_delayed_scales(args):
+        precision += " scaled"
+    return LogprobCache(reference_cache(args, config), f"{precision} {initial_weights}")
+
+
+def describe_run(args: Any, config: RasftConfig, num_problems: int) -> str:
+    """The first line of a run: objective, model, length, processes, layout and precision."""
+    device = "GPU" if args.distributed_backend == "nccl" else "CPU"
+    return (
+        f"{config.objective.objective} on {args.hf_model}: {num_problems} problems, {args.train_iters} steps of "
+        f"{args.global_batch_size}, {args.world_size} {device} process(es), tp {args.tensor_model_parallel_size} pp "
+        f"{args.pipeline_model_parallel_size} cp {args.context_parallel_size}, {str(args.params_dtype)[6:]}"
+    )

@@ -1,0 +1,104 @@
+"""Everything a run writes besides checkpoints: console lines, metrics, rollouts, its configuration."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_rasft.config import RasftConfig
+from megatron_rasft.files import write_json, written_to
+from megatron_rasft.ranks import on_rank_zero
+from megatron_rasft.training.outputs import metrics_file, rollouts_file, take_up_files
+from megatron_rasft.training.progress import Progress, ScalarWriter
+from megatron_rasft.weights.model_card import run_facts
+
+
+class RunRecord:
+    """The record of one run. Every rank has one; rank 0 writes the files and the console lines.
+
+    Args:
+        is_rank_zero: whether this is rank 0.
+        tensorboard: Megatron's writer, on the rank that has it.
+        wandb: Megatron's Weights & Biases module, on the rank that has it.
+    """
+
+    def __init__(
+        self,
+        args: Any,
+        config: RasftConfig,
+        *,
+        is_rank_zero: bool,
+        tensorboard: ScalarWriter | None = None,
+        wandb: Any | None = None,
+    ) -> None:
+        self._args = args
+        self._config = config
+        self._is_rank_zero = is_rank_zero
+        self._save = None if args.save is None else Path(args.save)
+        metrics, rollouts = metrics_file(args, config), rollouts_file(args, config)
+        self._metrics_path = None if metrics is None else metrics.path
+        self.rollouts_path = None if rollouts is None else rollouts.path
+        """Where rollouts are stored; None if they are not, or if the run makes none."""
+        self._files = {k: f for k, f in (("metrics", metrics), ("rollouts", rollouts)) if f is not None}
+        """Files that grow during the run, by their names in checkpoints."""
+        self._progress = Progress(
+            args.train_iters, self._metrics_path, tensorboard, wandb, is_silent=not is_rank_zero
+        )
+        self.file_marks: dict[str, Any] = {}
+        """Name and length of each growing file after the last step, on rank 0. A run that resumes from a checkpoint cuts the
+        files to its marks and writes the lines behind them again."""
+
+    def say(self, text: str) -> None:
+        """Prints a line on rank 0's console."""
+        self._progress.say(text)
+
+    def add_step(self, iteration: int, values: Mapping[str, float]) -> None:
+        """Records a training step; a collective of the world."""
+        self._on_each_rank(lambda: self._progress.step(iteration, values))
+        if self._is_rank_zero:
+            self.mark_files()
+
+    def add_refresh(self, iteration: int, values: Mapping[str, float], line: str) -> None:
+        """Records a refresh, or a held-out measurement; a collective of the world."""
+        self._on_each_rank(lambda: self._progress.refresh(iteration, values, line))
+
+    def _on_each_rank(self, write: Callable[[], None]) -> None:
+        # TensorBoard's and Weights & Biases' writers are on the last rank, the files on rank 0, whose failure ends all ranks.
+        if not self._is_rank_zero:
+            write()
+        on_rank_zero(write)
+
+    def open_files(self, marks: dict[str, Any]) -> None:
+        """Cuts the files to what belongs to this run, and writes config.json. Rank 0 only.
+
+        Args:
+            marks: ``file_marks`` of the checkpoint that the run resumes from; {} without one.
+        """
+        load = None if self._args.load is None else Path(self._args.load)
+        if self._save is not None:
+            self._save.mkdir(parents=True, exist_ok=True)
+        for line in take_up_files(self._files, marks, load, self._save):
+            self.say(line)
+        self.mark_files()
+        if self._save is not None:
+            path = self._save / "config.json"
+            with written_to(path, "--save"):
+                write_json(path, self._resolved())
+
+    def mark_files(self) -> None:
+        """Notes the files' lengths for the next checkpoint."""
+        self.file_marks = {name: file.mark() for name, file in self._files.items()}
+
+    def facts(self, iteration: int) -> dict[str, str]:
+        """The rows of an exported model's card that describe this run as of step ``iteration``."""
+        return run_facts(self._resolved(), self._metrics_path, iteration)
+
+    def _resolved(self) -> dict[str, Any]:
+        """The value of every flag."""
+        return {
+            "rasft": self._config.as_dict(),
+            "megatron": {k: str(v) for k, v in sorted(vars(self._args).items())},
+        }
+
+    def close(self, *, is_clean: bool) -> None:
+        """Flushes the trackers. ``is_clean`` says whether the run ended without an error."""
+        self._progress.close(0 if is_clean else 1)

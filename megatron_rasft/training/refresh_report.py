@@ -1,0 +1,104 @@
+"""The figures of one refresh: collected while it runs, then logged as metrics and printed as one line."""
+
+from collections import Counter
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
+
+from megatron_rasft import metrics
+from megatron_rasft.types import RolloutGroup, TrainingSample
+
+
+@dataclass
+class RefreshReport:
+    """Counts, means and seconds of one refresh. Means over nothing are NaN, and are not logged."""
+
+    num_problems: int = 0
+    """Problems that the next steps train on."""
+    num_sampled: int = 0
+    """Problems with rollouts. Problems of the hard pool that are not trained now count too."""
+    verdicts: Counter[str] = field(default_factory=Counter)
+    """Verdict -> number of rollouts."""
+    num_filtered: int = 0
+    """Rollouts that a text filter removed."""
+    num_solved: int = 0
+    """Problems with at least one correct rollout."""
+    mean_response_tokens: float = 0.0
+    mean_difficulty: float = float("nan")
+    """Mean cross-entropy of the demonstrations under the policy, nats per token. Only --curriculum-mode band computes it."""
+    demonstration_weight: float = float("nan")
+    """Mean objective weight of the demonstrations."""
+    rollout_weight: float = float("nan")
+    """Mean objective weight of the rollouts that are trained on."""
+    score_s: float = 0.0
+    """Computing the difficulties."""
+    generate_s: float = 0.0
+    """Sampling, with the weight sync before it."""
+    verify_s: float = 0.0
+    reference_s: float = 0.0
+    """Computing the log-probabilities under the reference and the old policy."""
+    servers: dict[str, float] = field(default_factory=dict)
+    """Metric name -> value, for the weight sync and the sampling of rollout servers."""
+
+    def count_rollouts(self, groups: Collection[RolloutGroup]) -> None:
+        """Counts verified and filtered rollouts."""
+        rollouts = [rollout for group in groups for rollout in group.rollouts]
+        self.num_sampled = len(groups)
+        self.verdicts = Counter(rollout.verdict or "unverifiable" for rollout in rollouts)
+        self.num_filtered = sum(bool(rollout.filtered_by) for rollout in rollouts)
+        self.num_solved = sum(group.num_correct > 0 for group in groups)
+        self.mean_response_tokens = sum(len(r.response_ids) for r in rollouts) / max(1, len(rollouts))
+
+    def average_weights(self, samples: Iterable[TrainingSample]) -> None:
+        """Averages the weights of all training samples, by kind."""
+        weights: dict[str, list[float]] = {"demonstration": [], "rollout": []}
+        for sample in samples:
+            weights[sample.kind].append(sample.weight)
+        self.demonstration_weight = _mean(weights["demonstration"])
+        self.rollout_weight = _mean(weights["rollout"])
+
+    @property
+    def num_rollouts(self) -> int:
+        return sum(self.verdicts.values())
+
+    @property
+    def solve_rate(self) -> float:
+        """Correct rollouts / all rollouts; NaN without rollouts."""
+        return self.verdicts["correct"] / self.num_rollouts if self.num_rollouts else float("nan")
+
+    def values(self) -> dict[str, float]:
+        """Metric name -> value."""
+        num_rollouts = max(1, self.num_rollouts)
+        return {
+            metrics.SOLVE_RATE: self.solve_rate,
+            metrics.SOLVED_PROBLEMS: self.num_solved / self.num_sampled if self.num_sampled else float("nan"),
+            metrics.DEMONSTRATION_WEIGHT: self.demonstration_weight,
+            metrics.ROLLOUT_WEIGHT: self.rollout_weight,
+            metrics.NUM_ROLLOUTS: self.num_rollouts,
+            metrics.RESPONSE_TOKENS: self.mean_response_tokens,
+            metrics.FILTERED: self.num_filtered / num_rollouts,
+            **{f"verify/{verdict}_frac": n / num_rollouts for verdict, n in self.verdicts.items()},
+            metrics.SAMPLED_PROBLEMS: self.num_sampled,
+            metrics.DIFFICULTY: self.mean_difficulty,
+            metrics.GENERATE_S: self.generate_s,
+            metrics.VERIFY_S: self.verify_s,
+            metrics.SCORE_S: self.score_s,
+            metrics.REFERENCE_S: self.reference_s,
+            **self.servers,
+        }
+
+    def line(self, total_s: float) -> str:
+        """The console line; ``total_s`` is the duration of the whole refresh."""
+        line = f"refresh: {self.num_problems} problems"
+        if self.score_s:
+            line += f", score {self.score_s:.1f} s"
+        if self.num_rollouts:
+            line += (
+                f", {self.num_rollouts} rollouts of {self.num_sampled}, {self.solve_rate:.1%} correct, "
+                f"{self.num_solved} solved at least once, {self.num_filtered} filtered, "
+                f"{self.mean_response_tokens:.0f} tokens each; generate {self.generate_s:.1f} s, verify {self.verify_s:.1f} s,"
+            )
+        return f"{line} reference {self.reference_s:.1f} s, {total_s:.1f} s in all"
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values) if values else float("nan")

@@ -1,0 +1,130 @@
+"""Plain stand-ins for the parts of a refresh: no model, no server, no process."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_rasft.config import CurriculumConfig, RasftConfig
+from megatron_rasft.rollout.sampling import Answers, SamplingReport
+from megatron_rasft.training.reference import LogprobCache
+from megatron_rasft.training.refresh import Refresh, sampling_params
+from megatron_rasft.training.stopping import StopRequest
+from megatron_rasft.types import (
+    Check,
+    Demonstration,
+    Request,
+    Response,
+    Rollout,
+    SamplingParams,
+    TrainingSample,
+)
+
+STOP_IDS = frozenset({9})
+
+
+def config_of(**packages: Any) -> RasftConfig:
+    """The defaults, except for the packages that are given, such as ``rollout=RolloutConfig(...)``."""
+    defaults: dict[str, Any] = {name: kind() for name, kind in RasftConfig.rooms().items()}
+    return RasftConfig(**defaults | packages)
+
+
+def demonstrations(num: int) -> list[Demonstration]:
+    """Problem ``i`` has the prompt [1, i] and the response [5, 9]."""
+    return [
+        Demonstration(
+            problem_id=f"p{i}", problem="", response="", answer="5", prompt_ids=[1, i], response_ids=[5, 9]
+        )
+        for i in range(num)
+    ]
+
+
+class FirstTokenVerifier:
+    """Finds a rollout correct if its first token is 5."""
+
+    def verify(
+        self, rollouts: Sequence[Rollout], checks: Mapping[str, Check], look_up: Callable[[], None]
+    ) -> None:
+        look_up()
+        for rollout in rollouts:
+            assert rollout.problem_id in checks
+            rollout.verdict = "correct" if rollout.response_ids[0] == 5 else "wrong"
+
+
+def decode(ids: list[int]) -> str:
+    """Words that pass the default text filters, and that differ between two responses by more than a near-duplicate."""
+    return " ".join(f"{word}{token}" for token in ids for word in ("first", "second", "third", "fourth"))
+
+
+def refresh_of(config: RasftConfig, num_problems: int = 8, **changes: Any) -> Refresh:
+    """Steps of 2 problems, 12 steps in all."""
+    values: dict[str, Any] = {
+        "batch_size": 2,
+        "total_steps": 12,
+        "sampling": sampling_params(config, STOP_IDS, 64),
+        "decode": decode,
+        "verifier": FirstTokenVerifier(),
+        "cache": LogprobCache(None, ""),
+    }
+    return Refresh(config, demonstrations(num_problems), **values | changes)
+
+
+def response(*ids: int) -> Response:
+    return Response(token_ids=list(ids), logprobs=[-1.0] * len(ids), finish_reason="stop")
+
+
+@dataclass
+class PolicyOfNotes:
+    """Answers every seed with the tokens [5 or 6, its position, 9], and notes what it is asked for."""
+
+    difficulties: dict[str, float] = field(default_factory=dict)
+    """Problem id -> cross-entropy of its demonstration, nats per token; 1.0 for the others."""
+    is_stopped: bool = False
+    calls: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.stop = StopRequest(lambda: self.is_stopped)
+
+    def score(self, samples: Sequence[TrainingSample], *, with_reference: bool) -> list[list[float]]:
+        self.calls.append(f"score {len(samples)} {'reference' if with_reference else 'policy'}")
+        return [[-self.difficulties.get(s.problem_id, 1.0)] * len(s.response_ids) for s in samples]
+
+    def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[list[Response]]:
+        self.calls.append(f"generate {len(requests)}")
+        return [answers(request) for request in requests]
+
+
+def answers(request: Request) -> list[Response]:
+    """Every second response is correct."""
+    return [response(5 + index % 2, index, 9) for index in range(len(request.seeds))]
+
+
+@dataclass
+class ServersOfNotes:
+    """Rollout servers that answer at once, and note what they are asked for."""
+
+    calls: list[str] = field(default_factory=list)
+    requests: Sequence[Request] = ()
+
+    def sync(
+        self, weight_version: int, probes: Sequence[TrainingSample], stop: StopRequest
+    ) -> dict[str, float]:
+        self.calls.append(f"sync {weight_version}")
+        return {"sync/servers": 1.0}
+
+    def start(self, requests: Sequence[Request], params: SamplingParams, weight_version: int) -> None:
+        self.calls.append(f"start {[r.prompt_ids[1] for r in requests]} with {weight_version}")
+        self.requests = requests
+
+    def wait(self, check: Callable[[], None]) -> None:
+        self.calls.append("wait")
+        check()
+
+    def result(self) -> Answers:
+        self.calls.append("result")
+        return Answers([answers(r) for r in self.requests], SamplingReport())
+
+    def rest(self) -> None:
+        self.calls.append("rest")
+
+
+BAND = CurriculumConfig(curriculum_mode="band")
