@@ -1,31 +1,31 @@
-"""Micro-batches of a bounded number of tokens, the same number of them on every data-parallel replica."""
+"""Packs sequences into micro-batches of a bounded number of tokens, equally many on every data-parallel replica."""
 
 import heapq
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 
 _NUM_CAPACITY_TRIALS = 8
-"""Halvings of the range in which the smallest sufficient capacity is sought, if LPT finds no room."""
+"""Steps of the binary search for the smallest capacity that suffices, if spreading the sequences evenly fails."""
 
 
 def pack(
     lengths: Sequence[int], max_tokens: int, num_replicas: int, multiple_of_bins: int = 1
 ) -> list[list[list[int]]]:
-    """Share sequences out to data-parallel replicas as micro-batches (bins) of about equal token counts.
+    """Assigns sequences to micro-batches (bins) with about equal numbers of tokens, and the bins to replicas.
 
-    As few bins as greedy packing finds, rounded up to a multiple of ``num_replicas * multiple_of_bins``, then
-    balanced over all of them. The result depends on the arguments only, so every rank can compute it for
-    itself.
+    The number of bins is at most the number that best-fit-decreasing packing needs, rounded up to a multiple of
+    ``num_replicas * multiple_of_bins``. The sequences are then balanced over all bins. The result is a deterministic
+    function of the arguments.
 
     Args:
-        lengths: tokens of each sequence, >= 1, as it lies in a micro-batch (any padding already added).
+        lengths: tokens of each sequence including its padding, >= 1.
         max_tokens: most tokens in one bin.
         num_replicas: data-parallel size.
-        multiple_of_bins: the number of bins per replica is a multiple of it (interleaved pipelines).
+        multiple_of_bins: the number of bins per replica is a multiple of this (interleaved pipelines).
 
     Returns:
-        For each replica its bins, each a list of indices into ``lengths``. Every index occurs once; a bin is
-        empty only if there are fewer sequences than bins. No sequences, no bins.
+        For each replica its bins, each a list of indices into ``lengths``. Every index occurs once. Bins are empty
+        only if there are fewer sequences than bins. Without sequences there are no bins.
     """
     for name, value in (
         ("max_tokens", max_tokens),
@@ -37,7 +37,7 @@ def pack(
     for index, length in enumerate(lengths):
         if not 1 <= length <= max_tokens:
             raise ValueError(
-                f"sequence {index} has {length} tokens, a micro-batch holds 1 to {max_tokens}. Drop it or "
+                f"sequence {index} has {length} tokens, but a micro-batch holds 1 to {max_tokens}. Remove the sequence or "
                 "raise the limit."
             )
     if not lengths:
@@ -48,7 +48,7 @@ def pack(
 
 
 def _fill_bins(lengths: Sequence[int], order: list[int], max_tokens: int, step: int) -> list[list[int]]:
-    """Bins of at most ``max_tokens``, a multiple of ``step`` of them. ``order`` is by falling length."""
+    """Fills bins of at most ``max_tokens``. Their number is a multiple of ``step``; ``order`` is by falling length."""
     total = sum(lengths)
     num_bins = _round_up(-(-total // max_tokens), step)
     bins = _spread(lengths, order, num_bins, max_tokens)
@@ -59,7 +59,8 @@ def _fill_bins(lengths: Sequence[int], order: list[int], max_tokens: int, step: 
     bins = _spread(lengths, order, num_bins, max_tokens)
     if bins is not None:
         return bins
-    # Too tight for spreading. Best fit succeeds at max_tokens: seek the least capacity at which it does.
+    # The bins are too full for spreading evenly. Best fit succeeds at max_tokens. A binary search finds a smaller
+    # capacity at which it still succeeds, because the most loaded bin determines the time of a step.
     low, high = max(-(-total // num_bins), lengths[order[0]]), max_tokens
     for _ in range(_NUM_CAPACITY_TRIALS):
         if low >= high:
@@ -76,9 +77,13 @@ def _fill_bins(lengths: Sequence[int], order: list[int], max_tokens: int, step: 
 def _spread(
     lengths: Sequence[int], order: list[int], num_bins: int, max_tokens: int
 ) -> list[list[int]] | None:
-    """Longest first, each into the bin with the fewest tokens (LPT); None once that bin would overflow."""
+    """Puts each sequence, longest first, into the bin with the fewest tokens (LPT scheduling, Graham 1969).
+
+    Returns:
+        The bins, or None if one would exceed ``max_tokens``.
+    """
     bins: list[list[int]] = [[] for _ in range(num_bins)]
-    loads = [(0, bin_index) for bin_index in range(num_bins)]  # a heap: equal keys rise with the index
+    loads = [(0, bin_index) for bin_index in range(num_bins)]  # a heap; equal loads are ordered by index
     for index in order:
         load, bin_index = loads[0]
         load += lengths[index]
@@ -90,32 +95,35 @@ def _spread(
 
 
 def _best_fit(lengths: Sequence[int], order: list[int], capacity: int) -> list[list[int]]:
-    """Longest first, each into the fullest bin that still has room for it, else into a new one."""
+    """Puts each sequence, longest first, into the fullest bin that can still hold it, else into a new bin."""
     bins: list[list[int]] = []
-    rooms: list[tuple[int, int]] = []  # (tokens left, bin), rising; full bins are left out
+    spaces: list[tuple[int, int]] = []  # (free tokens, bin) in rising order, without full bins
     for index in order:
         length = lengths[index]
-        position = bisect_left(rooms, (length, -1))
-        if position < len(rooms):
-            room, bin_index = rooms.pop(position)
+        position = bisect_left(spaces, (length, -1))
+        if position < len(spaces):
+            space, bin_index = spaces.pop(position)
             bins[bin_index].append(index)
         else:
-            room, bin_index = capacity, len(bins)
+            space, bin_index = capacity, len(bins)
             bins.append([index])
-        if room > length:
-            insort(rooms, (room - length, bin_index))
+        if space > length:
+            insort(spaces, (space - length, bin_index))
     return bins
 
 
 def _occupy_all(lengths: Sequence[int], bins: list[list[int]], num_bins: int) -> list[list[int]]:
-    """Add bins up to ``num_bins``, each with the longest sequence of the fullest bin that has several."""
+    """Adds bins up to ``num_bins``, each with the longest sequence of the fullest bin that holds more than one.
+
+    A replica without real tokens would wait for the others, and best fit may leave some of the bins unused.
+    """
     bins = [list(indices) for indices in bins]
     loads = [(-sum(lengths[index] for index in indices), number) for number, indices in enumerate(bins)]
     fullest = [(load, number) for load, number in loads if len(bins[number]) > 1]
     heapq.heapify(fullest)
     while len(bins) < num_bins and fullest:
         load, number = heapq.heappop(fullest)
-        index = bins[number].pop(0)  # _best_fit puts the longest first
+        index = bins[number].pop(0)  # the longest: _best_fit appends by falling length
         bins.append([index])
         if len(bins[number]) > 1:
             heapq.heappush(fullest, (load + lengths[index], number))
@@ -123,14 +131,17 @@ def _occupy_all(lengths: Sequence[int], bins: list[list[int]], num_bins: int) ->
 
 
 def _share_bins(lengths: Sequence[int], bins: list[list[int]], num_replicas: int) -> list[list[list[int]]]:
-    """The n-th bins of all replicas are alike in size, and so are the replicas' sums."""
+    """Gives each replica equally many bins: the n-th bins of all replicas are similar in size, and so are the sums.
+
+    Data-parallel replicas wait for each other at the end of a step, and with expert parallelism in every micro-batch.
+    """
     loads = [sum(lengths[index] for index in indices) for indices in bins]
     by_load = sorted(range(len(bins)), key=lambda number: (-loads[number], number))
     replicas: list[list[list[int]]] = [[] for _ in range(num_replicas)]
     sums = [0] * num_replicas
     for start in range(0, len(bins), num_replicas):
-        behind = sorted(range(num_replicas), key=lambda replica: (sums[replica], replica))
-        for replica, number in zip(behind, by_load[start : start + num_replicas], strict=True):
+        lightest_first = sorted(range(num_replicas), key=lambda replica: (sums[replica], replica))
+        for replica, number in zip(lightest_first, by_load[start : start + num_replicas], strict=True):
             replicas[replica].append(bins[number])
             sums[replica] += loads[number]
     return replicas
