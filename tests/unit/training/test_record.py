@@ -1,0 +1,102 @@
+"""The files and lines of a run: where they are written, and where a resumed run cuts them."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from megatron_rasft.config import RasftConfig, RolloutConfig, RunConfig
+from megatron_rasft.errors import CheckpointError, RasftError
+from megatron_rasft.rollout.store import RolloutStore
+from megatron_rasft.training.record import RunRecord
+from tests.unit.training.stand_ins import config_of
+
+
+def record_of(
+    save: Path | None, config: RasftConfig | None = None, *, load: Path | None = None, **changes: Any
+) -> RunRecord:
+    args = SimpleNamespace(
+        save=None if save is None else str(save), load=None if load is None else str(load), train_iters=8
+    )
+    return RunRecord(args, config or config_of(), **{"is_rank_zero": True} | changes)
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_run_without_a_folder_writes_no_file() -> None:
+    record = record_of(None)
+    record.open_files({})
+    record.add_step(1, {"x": 1.0})
+    assert record.rollouts_path is None and record.file_marks == {}
+
+
+def test_steps_and_refreshes_are_appended_and_the_flags_are_written(tmp_path: Path) -> None:
+    record = record_of(tmp_path / "save")
+    record.open_files({})
+    record.add_refresh(0, {"y": 2.0}, "a refresh")
+    record.add_step(1, {"x": 1.0})
+    assert [(line["event"], line["step"]) for line in lines(tmp_path / "save/metrics.jsonl")] == [
+        ("refresh", 0),
+        ("step", 1),
+    ]
+    config = json.loads((tmp_path / "save/config.json").read_text())
+    assert config["megatron"]["train_iters"] == "8"
+    assert config["rasft"]["run"] == vars(RunConfig())
+
+
+def test_marks_are_those_of_the_last_step(tmp_path: Path) -> None:
+    record = record_of(tmp_path)
+    record.open_files({})
+    record.add_step(1, {"x": 1.0})
+    size = (tmp_path / "metrics.jsonl").stat().st_size
+    record.add_refresh(1, {"y": 2.0}, "a refresh")
+    assert record.file_marks["metrics"] == {"path": "metrics.jsonl", "size": size}
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("1")
+    resumed = record_of(tmp_path, load=tmp_path)
+    resumed.open_files(record.file_marks)
+    assert [line["step"] for line in lines(tmp_path / "metrics.jsonl")] == [1], "the refresh is made again"
+    assert resumed.file_marks["metrics"]["size"] == size
+
+
+def test_rollouts_that_are_missing_since_the_checkpoint_are_an_error(tmp_path: Path) -> None:
+    (tmp_path / "rollouts.jsonl").write_text('{"a": 1}\n')
+    record = record_of(tmp_path)
+    assert record.rollouts_path == tmp_path / "rollouts.jsonl"
+    record.open_files({})
+    RolloutStore(tmp_path / "rollouts.jsonl").truncate(0)
+    with pytest.raises(CheckpointError, match=r"rollouts\.jsonl.*--rollout-store"):
+        record_of(tmp_path, load=tmp_path).open_files(record.file_marks)
+
+
+def test_a_run_that_replays_stores_no_rollouts(tmp_path: Path) -> None:
+    rollout = RolloutConfig(rollout_engine="replay", rollout_replay=["old.jsonl"])
+    assert record_of(tmp_path, config_of(rollout=rollout)).rollouts_path is None
+
+
+def test_other_ranks_write_to_their_trackers_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    logged: list[int] = []
+    wandb = SimpleNamespace(log=lambda values, step: logged.append(step), finish=lambda code: None)
+    record = record_of(tmp_path / "save", is_rank_zero=False, wandb=wandb)
+    record.say("hello")
+    record.add_step(3, {"x": 1.0})
+    assert logged[0] == 3
+    assert capsys.readouterr().out == ""
+    assert not (tmp_path / "save").exists() and record.file_marks == {}
+
+
+def test_a_full_disk_is_an_error_that_names_the_flag() -> None:
+    record = record_of(None, config_of(run=RunConfig(rasft_metrics="/dev/full")))
+    with pytest.raises(RasftError, match="--rasft-metrics"):
+        record.add_step(1, {"x": 1.0})
+
+
+@pytest.mark.parametrize(("is_clean", "code"), [(True, 0), (False, 1)])
+def test_weights_and_biases_gets_the_runs_exit_code(is_clean: bool, code: int) -> None:
+    codes: list[int] = []
+    wandb = SimpleNamespace(finish=codes.append)
+    record_of(None, wandb=wandb).close(is_clean=is_clean)
+    assert codes == [code]

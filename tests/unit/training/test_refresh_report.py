@@ -1,0 +1,82 @@
+"""The figures of a refresh, from plain rollouts and samples."""
+
+import math
+from typing import Any
+
+from megatron_rasft import metrics
+from megatron_rasft.training.refresh import as_rollouts
+from megatron_rasft.training.refresh_report import RefreshReport
+from megatron_rasft.types import RolloutGroup, TrainingSample, Verdict
+from tests.unit.training.stand_ins import response
+
+
+def group(problem_id: str, *verdicts: Verdict) -> RolloutGroup:
+    """One rollout a verdict: 1 token, 2 tokens, 3 tokens, ..."""
+    responses = [response(*range(n + 1)) for n in range(len(verdicts))]
+    rollouts = as_rollouts(problem_id, [1], responses, 0, str)
+    for rollout, verdict in zip(rollouts, verdicts, strict=True):
+        rollout.verdict = verdict
+    return RolloutGroup(problem_id=problem_id, rollouts=rollouts)
+
+
+def sample(kind: Any, weight: float) -> TrainingSample:
+    return TrainingSample(problem_id="p", kind=kind, prompt_ids=[1], response_ids=[2], weight=weight)
+
+
+def test_rollouts_are_counted_by_verdict_and_by_problem() -> None:
+    groups = [group("a", "correct", "correct", "wrong"), group("b", "wrong"), group("c", "timeout")]
+    groups[0].rollouts[1].filtered_by = "too short"
+    report = RefreshReport()
+    report.count_rollouts(groups)
+    values = report.values()
+    assert values[metrics.NUM_ROLLOUTS] == 5
+    assert values[metrics.SOLVE_RATE] == 2 / 5
+    assert values[metrics.SOLVED_PROBLEMS] == 1 / 3
+    assert values[metrics.SAMPLED_PROBLEMS] == 3
+    assert values[metrics.FILTERED] == 1 / 5
+    assert values[metrics.RESPONSE_TOKENS] == (1 + 2 + 3 + 1 + 1) / 5
+    verdicts = {
+        key: value for key, value in values.items() if key.endswith("_frac") and "filtered" not in key
+    }
+    verdicts.pop(metrics.SOLVED_PROBLEMS)
+    assert verdicts == {"verify/correct_frac": 0.4, "verify/wrong_frac": 0.4, "verify/timeout_frac": 0.2}
+
+
+def test_weights_are_averaged_by_kind() -> None:
+    report = RefreshReport()
+    report.average_weights(
+        [sample("demonstration", 1.0), sample("rollout", 0.2), sample("demonstration", 0.5)]
+    )
+    assert report.values()[metrics.DEMONSTRATION_WEIGHT] == 0.75
+    assert report.values()[metrics.ROLLOUT_WEIGHT] == 0.2
+
+
+def test_a_refresh_without_rollouts_has_no_rates() -> None:
+    report = RefreshReport(num_problems=4)
+    report.count_rollouts([])
+    report.average_weights([])
+    values = report.values()
+    unknown = (
+        *(metrics.SOLVE_RATE, metrics.SOLVED_PROBLEMS, metrics.DIFFICULTY),
+        *(metrics.DEMONSTRATION_WEIGHT, metrics.ROLLOUT_WEIGHT),
+    )
+    assert all(math.isnan(values[name]) for name in unknown)
+    assert values[metrics.RESPONSE_TOKENS] == values[metrics.FILTERED] == 0
+
+
+def test_the_servers_figures_are_logged_under_their_own_names() -> None:
+    assert RefreshReport(servers={metrics.SYNC_S: 2.5}).values()[metrics.SYNC_S] == 2.5
+
+
+def test_the_line_names_only_phases_that_ran() -> None:
+    report = RefreshReport(num_problems=4, reference_s=0.5)
+    assert "score" not in report.line(1.0) and "rollouts" not in report.line(1.0)
+    report.score_s = 0.25
+    report.count_rollouts([group("a", "correct", "wrong")])
+    line = report.line(1.0)
+    assert (
+        "4 problems" in line
+        and "score 0.2 s" in line
+        and "2 rollouts of 1" in line
+        and "50.0% correct" in line
+    )
