@@ -1,7 +1,7 @@
-"""The curriculum's state machine: which problems come next, which of them get rollouts, what is remembered.
+"""The curriculum: which problems come next, which of them get rollouts, how well each has been solved so far.
 
-Runs on rank 0 only. Every random choice is drawn from a generator seeded by what it is for, so the state is a
-handful of numbers and a resumed run chooses as the unbroken one would have.
+Rank 0 only. Every random choice has a generator of its own, seeded by the run's seed and the purpose of the choice. The state
+therefore holds no generator, and a resumed run chooses like an uninterrupted one.
 """
 
 import hashlib
@@ -16,42 +16,42 @@ from megatron_rasft.curriculum.difficulty import Route, Thresholds, calibrate_th
 from megatron_rasft.errors import CheckpointError
 
 STATE_VERSION = 1
+"""Format of ``Curriculum.state_dict``. Increase it when the format changes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Solvability:
-    """What the rollouts of one problem have shown so far."""
+    """One problem's solve rate over all refreshes so far. Each refresh discounts the samples of those before it."""
 
-    share_correct: float
-    """Correct over sampled, earlier refreshes discounted."""
+    solve_rate: float
+    """Discounted number of correct samples / ``num_samples``."""
     num_samples: float
-    """Samples the share rests on, earlier refreshes discounted, so not a whole number."""
+    """Discounted number of samples; not a whole number."""
     refresh: int
-    """Refresh at which the problem was last sampled."""
+    """Number of the refresh that sampled the problem last."""
     num_refreshes: int
-    """Refreshes at which the problem was sampled."""
+    """How many refreshes have sampled the problem."""
 
 
-def round_share(share: float, size: int) -> int:
-    """How many of ``size`` things a share is: to the nearest, halves up, at least 1 unless the share is 0."""
+def count_of_share(share: float, size: int) -> int:
+    """``share * size`` rounded to the nearest whole number, halves up, and at least 1 unless one of the two is 0."""
     if share <= 0 or size <= 0:
         return 0
     return min(size, max(1, math.floor(share * size + 0.5)))
 
 
 class Curriculum:
-    """Walks the problems epoch by epoch, each exactly once per epoch, and chooses those that get rollouts.
+    """Goes through the problems epoch by epoch, each once per epoch, and chooses those that get rollouts.
 
-    One refresh is: ``next_window``; ``route`` with fresh difficulties (mode ``window`` only);
-    ``choose_for_rollouts``; and, once verified, ``record`` for each chosen problem. ``remembered`` gives the
-    evidence on a problem so far: ask before recording, to have what is known from earlier refreshes alone.
+    One refresh calls ``next_problems``, in mode band ``route`` with the problems' difficulties, ``choose_for_rollouts``, and
+    ``record`` for each sampled problem once its rollouts are verified. ``remembered`` returns the record so far: call it before
+    ``record`` to get that of earlier refreshes alone.
 
     Args:
         problem_ids: all problems of the run, each once, in the order of the data.
         config: the curriculum's flags.
-        seed: the run's seed; orders, the calibration sample and choices depend on it and on nothing else.
-        memory: share of earlier sample counts that is kept when new ones are recorded, 0 .. 1
-            (--weighting-memory, which belongs to another room).
+        seed: --data-seed. Orders, calibration sample and choices depend on it.
+        memory: --weighting-memory, 0 .. 1: the factor by which a refresh discounts the samples of those before it.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Curriculum:
         if len(self._known) < len(self._problem_ids):
             raise ValueError(
                 f"problem ids must be unique: {len(self._problem_ids) - len(self._known)} of "
-                f"{len(self._problem_ids)} repeat an earlier one."
+                f"{len(self._problem_ids)} repeat an earlier id."
             )
         if not 0 <= memory <= 1:
             raise ValueError(f"--weighting-memory is a share, 0 .. 1, got {memory}.")
@@ -76,81 +76,84 @@ class Curriculum:
         self._refresh = 0
         self._thresholds: Thresholds | None = None
         self._solvability: dict[str, Solvability] = {}
-        self._hard_pool: dict[str, None] = {}  # an ordered set: oldest member first
+        self._hard_pool: dict[str, None] = {}  # a set in the order of insertion
         self._order = self._shuffled(f"epoch {self._epoch}")
         self._fingerprint = _fingerprint(self._problem_ids)
 
     @property
     def epoch(self) -> int:
-        """Epoch of the last window handed out, from 0."""
+        """Epoch of the last refresh's problems, from 0."""
         return self._epoch
 
     @property
     def num_remaining(self) -> int:
-        """Problems of this epoch that no window has held yet; 0 means the next window opens a new epoch."""
+        """Problems of this epoch that are still to come; with 0 the next refresh opens a new epoch."""
         return len(self._order) - self._cursor
 
     @property
     def refresh(self) -> int:
-        """Windows handed out so far."""
+        """Number of refreshes so far, counted by ``next_problems``."""
         return self._refresh
 
     @property
     def thresholds(self) -> Thresholds | None:
-        """None until calibrated."""
+        """The difficulties that separate the routes; None until ``calibrate``."""
         return self._thresholds
 
     @property
     def hard_pool(self) -> tuple[str, ...]:
-        """Problems that were hard when last scored, oldest first."""
+        """Problems that were hard when they were last scored, in the order in which they became hard."""
         return tuple(self._hard_pool)
 
     @property
     def solvability(self) -> Mapping[str, Solvability]:
-        """Memory of every problem sampled so far."""
+        """Problem -> its record, for every problem that was sampled so far."""
         return self._solvability
 
     # ---- calibration
 
     def calibration_sample(self) -> list[str]:
-        """Problems to score with the initial policy, the same for one seed and one data set."""
+        """The problems whose difficulties fix the thresholds; they depend on the seed and the problems only."""
         return self._shuffled("calibration")[: self._config.curriculum_calibration_rows]
 
     def calibrate(self, difficulties: Iterable[float]) -> None:
-        """Fixes the thresholds from the calibration sample's difficulties, in nats per token."""
+        """Sets the thresholds from the difficulties of the calibration sample, nats per token."""
         self._thresholds = calibrate_thresholds(difficulties, self._config)
 
     # ---- one refresh
 
     def next_problems(self, num_problems: int) -> list[str]:
-        """The next problems of the epoch, at most ``num_problems`` and fewer where the epoch ends.
+        """The next ``num_problems`` problems of this epoch, or those that are left of it, and always at least one.
 
-        Starts the next epoch, in a new order, when the last one is used up; never returns an empty list.
+        A new epoch begins, in a new order, when the last one has no problems left.
         """
         if num_problems < 1:
-            raise ValueError(f"a window holds at least one problem, got {num_problems}.")
+            raise ValueError(f"a refresh needs at least one problem, got {num_problems}.")
         if self._cursor == len(self._order):
             self._epoch += 1
             self._cursor = 0
             self._order = self._shuffled(f"epoch {self._epoch}")
-        window = self._order[self._cursor : self._cursor + num_problems]
-        self._cursor += len(window)
+        problem_ids = self._order[self._cursor : self._cursor + num_problems]
+        self._cursor += len(problem_ids)
         self._refresh += 1
-        return window
+        return problem_ids
 
     def route(self, difficulties: Mapping[str, float], progress: float) -> dict[str, Route]:
-        """Routes problems by the difficulty they have now, and brings the hard pool up to date.
+        """Returns each problem's route, and updates the hard pool.
 
         Args:
-            difficulties: problem -> mean cross-entropy under the current policy, nats per token, finite.
+            difficulties: problem -> mean cross-entropy of its demonstration under the current policy, nats per token.
             progress: share of the training steps done, 0 .. 1.
+
+        Raises:
+            ValueError: a difficulty is not finite, or a problem is unknown.
         """
-        assert self._thresholds is not None, "the curriculum is routed only after calibrate()"
+        assert self._thresholds is not None, "call calibrate() before route()"
         for problem_id, difficulty in difficulties.items():
             self._check_known(problem_id)
             if not math.isfinite(difficulty):
                 raise ValueError(
-                    f"problem {problem_id!r} has difficulty {difficulty}: the policy's loss is broken."
+                    f"problem {problem_id!r} has difficulty {difficulty}: the policy's loss on it is not finite."
                 )
         routes: dict[str, Route] = {}
         for problem_id, difficulty in difficulties.items():
@@ -163,15 +166,16 @@ class Curriculum:
         return routes
 
     def choose_for_rollouts(self, routes: Mapping[str, Route]) -> list[str]:
-        """The problems to sample at this refresh, each once.
+        """The problems that get rollouts at this refresh, each once. A second call within a refresh returns the same.
 
-        - all: every problem of the window, whatever its route.
-        - window: a random share of the middle ones, in window order, then a share of the hard pool, those not
-          sampled for longest first. A pool problem outside the window is only probed: what it shows waits in
-          memory until the problem is next trained.
-        - off: none.
+        - Mode all: every problem of the refresh, whatever its route.
+        - Mode off: none.
+        - Mode band: a random share of the middle problems, in the order of the refresh. Then a share of the hard pool, where
+          the problems that were not sampled for longest come first. A hard problem that the refresh does not train is only
+          probed: its record counts when it is trained next.
 
-        Asking again within the same refresh gives the same answer.
+        Args:
+            routes: the problems of this refresh -> their routes.
         """
         if self._config.curriculum_mode == "off":
             return []
@@ -179,14 +183,15 @@ class Curriculum:
             return list(routes)
         middle = [problem_id for problem_id, route in routes.items() if route == "middle"]
         positions = self._random(f"middle {self._refresh}").sample(
-            range(len(middle)), round_share(self._config.curriculum_middle_frac, len(middle))
+            range(len(middle)), count_of_share(self._config.curriculum_middle_frac, len(middle))
         )
-        by_staleness = sorted(self._hard_pool, key=self._last_sampled)  # stable: ties keep the pool's order
-        num_hard = round_share(self._config.curriculum_hard_frac, len(by_staleness))
+        # sorted() is stable: problems that were last sampled at the same refresh keep the order of the pool.
+        by_staleness = sorted(self._hard_pool, key=self._last_sampled)
+        num_hard = count_of_share(self._config.curriculum_hard_frac, len(by_staleness))
         return [middle[position] for position in sorted(positions)] + by_staleness[:num_hard]
 
     def record(self, problem_id: str, num_correct: int, num_samples: int) -> None:
-        """Adds one refresh's verified rollouts to the memory; no samples (all failed) change nothing."""
+        """Adds the verified rollouts of this refresh to a problem's record. Without samples the record stays as it is."""
         self._check_known(problem_id)
         if not 0 <= num_correct <= num_samples:
             raise ValueError(
@@ -199,21 +204,22 @@ class Curriculum:
         past = self._solvability.get(problem_id)
         if past is not None:
             kept = self._memory * past.num_samples
-            correct += kept * past.share_correct
+            correct += kept * past.solve_rate
             samples += kept
             count += past.num_refreshes
-        share = min(1.0, correct / samples)
-        self._solvability[problem_id] = Solvability(share, samples, self._refresh, count)
+        # Rounding can take a solve rate of 1 above 1.
+        solve_rate = min(1.0, correct / samples)
+        self._solvability[problem_id] = Solvability(solve_rate, samples, self._refresh, count)
 
     def remembered(self, problem_id: str) -> tuple[float, float] | None:
-        """(share correct, number of samples it rests on) so far, or None if the problem was never sampled."""
+        """(solve rate, discounted number of samples) of a problem so far; None if it was never sampled."""
         past = self._solvability.get(problem_id)
-        return None if past is None else (past.share_correct, past.num_samples)
+        return None if past is None else (past.solve_rate, past.num_samples)
 
     # ---- checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything the future depends on besides the problems and the flags; made of JSON's types only."""
+        """Everything that later choices depend on besides the problems and the flags, as JSON values."""
         return {
             "version": STATE_VERSION,
             "problems": self._fingerprint,
@@ -223,28 +229,28 @@ class Curriculum:
             "refresh": self._refresh,
             "thresholds": None if self._thresholds is None else asdict(self._thresholds),
             "hard_pool": list(self._hard_pool),
-            # astuple copies deeply and takes three times as long
+            # dataclasses.astuple would copy deeply, which takes three times as long.
             "solvability": {
-                problem_id: [s.share_correct, s.num_samples, s.refresh, s.num_refreshes]
+                problem_id: [s.solve_rate, s.num_samples, s.refresh, s.num_refreshes]
                 for problem_id, s in self._solvability.items()
             },
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continues where ``state`` was taken, with the seed of that run.
+        """Continues from ``state_dict()``, with the seed of the run that made it.
 
         Raises:
-            CheckpointError: the state is of another format or was taken with other problems. Nothing changes.
+            CheckpointError: the state has another format or belongs to other problems. Nothing is changed then.
         """
         if state.get("version") != STATE_VERSION:
             raise CheckpointError(
-                f"the checkpoint's curriculum has format {state.get('version')!r}, this version reads "
-                f"{STATE_VERSION}: resume with the version that wrote it."
+                f"the checkpoint's curriculum has format {state.get('version')!r}, and this program reads format "
+                f"{STATE_VERSION}. Resume with the program version that wrote it."
             )
         if state["problems"] != self._fingerprint:
             raise CheckpointError(
-                f"the checkpoint was trained on other problems ({state['problems']}) than --train-data holds "
-                f"({self._fingerprint}): resume with the same data, or start a new run from its weights."
+                f"the checkpoint's problems ({state['problems']}) are not those of --train-data "
+                f"({self._fingerprint}). Resume with the same data, or start a new run from the checkpoint's weights."
             )
         self._seed = state["seed"]
         self._epoch = state["epoch"]
@@ -255,10 +261,10 @@ class Curriculum:
         self._solvability = {problem_id: Solvability(*s) for problem_id, s in state["solvability"].items()}
         self._order = self._shuffled(f"epoch {self._epoch}")
 
-    # ---- inside
+    # ---- internal
 
     def _random(self, purpose: str) -> random.Random:
-        # Seeding with text goes through SHA-512: the same on every machine and independent of PYTHONHASHSEED.
+        # random.Random hashes a text seed with SHA-512: the same numbers on every machine, whatever PYTHONHASHSEED is.
         return random.Random(f"curriculum {self._seed} {purpose}")
 
     def _shuffled(self, purpose: str) -> list[str]:
@@ -276,9 +282,10 @@ class Curriculum:
 
 
 def _fingerprint(problem_ids: Sequence[str]) -> str:
-    """Names the problems and their order."""
+    """Identifies the problems and their order."""
     digest = hashlib.sha256()
     for problem_id in problem_ids:
         encoded = problem_id.encode("utf-8", "surrogatepass")
+        # With its length in front, an id cannot be confused with two shorter ones.
         digest.update(len(encoded).to_bytes(8, "big") + encoded)
     return f"{len(problem_ids)} problems, {digest.hexdigest()[:16]}"

@@ -1,6 +1,6 @@
-"""Difficulty of a problem against a calibration sample: thresholds, the sliding window and the routes.
+"""From difficulties to routes: thresholds, fixed by a calibration sample, and the difficulty band that slides between them.
 
-Difficulty is the current policy's mean cross-entropy on the demonstration's response, in nats per token.
+A problem's difficulty is the mean cross-entropy of its demonstration's response under the current policy, in nats per token.
 """
 
 import math
@@ -11,23 +11,28 @@ from typing import Literal
 from megatron_rasft.config.curriculum import CurriculumConfig
 
 Route = Literal["easy", "middle", "hard", "rest"]
-"""easy, rest: the demonstration alone; middle: perhaps rollouts first; hard: the hard pool."""
+"""easy: at or below the floor. middle: inside the band; a share of these problems gets rollouts. hard: above the band, up to the
+ceiling; these problems form the hard pool. rest: all others. Problems that are easy or rest never get rollouts."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Thresholds:
-    """Difficulties in nats per token that separate the routes; fixed once calibrated."""
+    """Difficulties that separate the routes, nats per token."""
 
     easy_floor: float
     low_start: float
+    """Lower edge of the band at the start of training."""
     low_end: float
+    """Lower edge of the band at the end of training."""
     high_start: float
+    """Upper edge of the band at the start of training."""
     high_end: float
+    """Upper edge of the band at the end of training."""
     ceiling: float
 
 
 def interpolated_quantile(ordered: Sequence[float], q: float) -> float:
-    """Quantile q (0 .. 1) of values in ascending order, linear between neighbours: position q (n - 1)."""
+    """Quantile q, 0 .. 1, of ascending values: linear between the neighbours of position q * (n - 1)."""
     position = q * (len(ordered) - 1)
     below = min(int(position), len(ordered) - 1)
     above = min(below + 1, len(ordered) - 1)
@@ -35,7 +40,11 @@ def interpolated_quantile(ordered: Sequence[float], q: float) -> float:
 
 
 def calibrate_thresholds(difficulties: Iterable[float], config: CurriculumConfig) -> Thresholds:
-    """Thresholds at the configured quantiles of a calibration sample, of at least one finite difficulty."""
+    """Thresholds at the configured quantiles of a calibration sample.
+
+    Raises:
+        ValueError: the sample is empty, or a difficulty is not finite.
+    """
     ordered = sorted(difficulties)
     if not ordered or not all(math.isfinite(d) for d in ordered):
         raise ValueError(
@@ -52,8 +61,8 @@ def calibrate_thresholds(difficulties: Iterable[float], config: CurriculumConfig
     )
 
 
-def sliding_window(thresholds: Thresholds, progress: float) -> tuple[float, float]:
-    """Lower and upper edge of the window at a share of training done; progress is cut to 0 .. 1."""
+def difficulty_band(thresholds: Thresholds, progress: float) -> tuple[float, float]:
+    """Lower and upper edge of the band once a share ``progress`` of training is done; values outside 0 .. 1 are clipped."""
     done = min(1.0, max(0.0, progress))
     low = thresholds.low_start + done * (thresholds.low_end - thresholds.low_start)
     high = thresholds.high_start + done * (thresholds.high_end - thresholds.high_start)
@@ -61,8 +70,8 @@ def sliding_window(thresholds: Thresholds, progress: float) -> tuple[float, floa
 
 
 def route_difficulty(difficulty: float, thresholds: Thresholds, progress: float) -> Route:
-    """Where a problem of this difficulty goes; the floor is easy, the ceiling hard, the window closed."""
-    low, high = sliding_window(thresholds, progress)
+    """The route of a problem of this difficulty. The edges of the band belong to it, the floor is easy, the ceiling is hard."""
+    low, high = difficulty_band(thresholds, progress)
     if difficulty <= thresholds.easy_floor:
         return "easy"
     if low <= difficulty <= high:

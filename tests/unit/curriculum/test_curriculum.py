@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_rasft.config.curriculum import CurriculumConfig
-from megatron_rasft.curriculum.curriculum import Curriculum, Solvability, round_share
+from megatron_rasft.curriculum.curriculum import Curriculum, Solvability, count_of_share
 from megatron_rasft.errors import CheckpointError
 
 BAND = CurriculumConfig(curriculum_mode="band")
@@ -19,15 +19,15 @@ def ids(n):
 
 
 def walk_epoch(curriculum, sizes):
-    """One epoch's windows; ``sizes`` is repeated."""
-    windows = [curriculum.next_problems(sizes[0])]
+    """The problems of each refresh of one epoch; ``sizes`` is repeated."""
+    refreshes = [curriculum.next_problems(sizes[0])]
     while curriculum.num_remaining:
-        windows.append(curriculum.next_problems(sizes[len(windows) % len(sizes)]))
-    return windows
+        refreshes.append(curriculum.next_problems(sizes[len(refreshes) % len(sizes)]))
+    return refreshes
 
 
-def flat(windows):
-    return [problem_id for window in windows for problem_id in window]
+def flat(refreshes):
+    return [problem_id for problem_ids in refreshes for problem_id in problem_ids]
 
 
 # ---- epochs
@@ -42,13 +42,13 @@ def flat(windows):
 def test_every_problem_exactly_once_per_epoch(num_problems, sizes, seed, num_epochs):
     curriculum = Curriculum(ids(num_problems), CurriculumConfig(), seed=seed)
     for epoch in range(num_epochs):
-        windows = walk_epoch(curriculum, sizes)
+        refreshes = walk_epoch(curriculum, sizes)
         assert curriculum.epoch == epoch
-        assert all(windows)
-        assert sorted(flat(windows)) == sorted(ids(num_problems))
+        assert all(refreshes)
+        assert sorted(flat(refreshes)) == sorted(ids(num_problems))
 
 
-def test_order_depends_on_seed_and_epoch_and_not_on_the_window_size():
+def test_order_depends_on_seed_and_epoch_and_not_on_the_size_of_a_refresh():
     def order(seed, sizes, epochs=1):
         curriculum = Curriculum(ids(50), CurriculumConfig(), seed=seed)
         return [flat(walk_epoch(curriculum, sizes)) for _ in range(epochs)][-1]
@@ -58,7 +58,7 @@ def test_order_depends_on_seed_and_epoch_and_not_on_the_window_size():
     assert order(1, [7]) != order(1, [7], epochs=2)
 
 
-def test_window_ends_with_the_epoch():
+def test_a_refresh_ends_with_the_epoch():
     curriculum = Curriculum(ids(5), CurriculumConfig(), seed=0)
     assert [len(curriculum.next_problems(3)) for _ in range(4)] == [3, 2, 3, 2]
     assert (curriculum.epoch, curriculum.refresh) == (1, 4)
@@ -95,14 +95,14 @@ def test_hard_problems_join_the_pool_and_leave_it_when_they_are_no_longer_hard()
 
 def test_band_mode_samples_a_share_of_the_middle_and_probes_the_pool():
     curriculum = calibrated()
-    window = curriculum.next_problems(100)
-    routes = curriculum.route({p: 0.3 if i < 40 else 0.8 for i, p in enumerate(window)}, 0.0)
+    problem_ids = curriculum.next_problems(100)
+    routes = curriculum.route({p: 0.3 if i < 40 else 0.8 for i, p in enumerate(problem_ids)}, 0.0)
     chosen = curriculum.choose_for_rollouts(routes)
     assert chosen == curriculum.choose_for_rollouts(routes)
     middle, hard = chosen[:14], chosen[14:]
     assert [routes[p] for p in middle] == ["middle"] * 14 and len(set(middle)) == 14
-    assert middle == sorted(middle, key=window.index) and middle != window[:14]
-    assert hard == window[40:42]  # 3 % of 60, rounded
+    assert middle == sorted(middle, key=problem_ids.index) and middle != problem_ids[:14]
+    assert hard == problem_ids[40:42]  # 3 % of 60, rounded
 
 
 def test_probes_go_round_the_pool():
@@ -138,7 +138,7 @@ def test_mode_all_takes_every_problem_and_off_nothing():
     ],
 )
 def test_shares_are_rounded_half_up_and_never_to_nothing(share, size, expected):
-    assert round_share(share, size) == expected
+    assert count_of_share(share, size) == expected
 
 
 # ---- memory
@@ -153,7 +153,7 @@ def test_recorded_rollouts_are_pooled_with_discounted_earlier_ones():
     curriculum.next_problems(1)
     curriculum.record("row 0", 0, 4)
     assert curriculum.remembered("row 0") == (pytest.approx(2 / 6), 6.0)
-    curriculum.record("row 0", 0, 0)  # every rollout failed: nothing was learnt
+    curriculum.record("row 0", 0, 0)  # no sample was delivered: the record stays
     assert curriculum.solvability == {"row 0": Solvability(2 / 6, 6.0, 2, 2)}
 
 
@@ -177,14 +177,14 @@ def test_memory_is_the_discounted_mean(history, memory):
 
 def one_refresh(curriculum, rng, size, total):
     """What a run does between two refreshes, its outcome; the policy's answers come from ``rng``."""
-    window = curriculum.next_problems(size)
-    routes = curriculum.route({p: rng.random() for p in window}, min(1.0, curriculum.refresh / total))
+    problem_ids = curriculum.next_problems(size)
+    routes = curriculum.route({p: rng.random() for p in problem_ids}, min(1.0, curriculum.refresh / total))
     chosen = curriculum.choose_for_rollouts(routes)
     seen = [curriculum.remembered(p) for p in chosen]
     for problem in chosen:
         num_samples = rng.randint(0, 4)
         curriculum.record(problem, rng.randint(0, num_samples), num_samples)
-    return window, routes, chosen, seen, curriculum.hard_pool
+    return problem_ids, routes, chosen, seen, curriculum.hard_pool
 
 
 @given(
@@ -216,8 +216,8 @@ def test_resumed_equals_unbroken(num_problems, size, stop, mode, seed):
 
 def test_state_can_be_taken_before_calibration_and_within_a_refresh():
     curriculum = calibrated()
-    window = curriculum.next_problems(30)
-    routes = curriculum.route(dict.fromkeys(window, 0.3), 0.0)
+    problem_ids = curriculum.next_problems(30)
+    routes = curriculum.route(dict.fromkeys(problem_ids, 0.3), 0.0)
     resumed = Curriculum(ids(100), BAND, seed=0)
     assert resumed.state_dict()["thresholds"] is None
     resumed.load_state_dict(curriculum.state_dict())
@@ -235,9 +235,9 @@ def test_taken_state_does_not_change_with_the_curriculum():
 def test_state_of_other_problems_or_format_is_refused():
     curriculum = Curriculum(ids(5), CurriculumConfig(), seed=0)
     state = curriculum.state_dict()
-    with pytest.raises(CheckpointError, match="other problems"):
+    with pytest.raises(CheckpointError, match="--train-data"):
         Curriculum(ids(6), CurriculumConfig(), seed=0).load_state_dict(state)
-    with pytest.raises(CheckpointError, match="other problems"):
+    with pytest.raises(CheckpointError, match="--train-data"):
         Curriculum(ids(5)[::-1], CurriculumConfig(), seed=0).load_state_dict(state)
     with pytest.raises(CheckpointError, match="format"):
         curriculum.load_state_dict({**state, "version": 99})

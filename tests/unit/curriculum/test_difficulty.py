@@ -1,4 +1,4 @@
-"""Thresholds, window and routes, against numpy and the vectors of the published script."""
+"""Thresholds, band and routes, against numpy and the vectors of the published script."""
 
 import numpy as np
 import pytest
@@ -9,23 +9,23 @@ from megatron_rasft.config.curriculum import CurriculumConfig
 from megatron_rasft.curriculum.difficulty import (
     Thresholds,
     calibrate_thresholds,
+    difficulty_band,
     interpolated_quantile,
     route_difficulty,
-    sliding_window,
 )
 
 VECTOR = Thresholds(easy_floor=0.1, low_start=0.2, high_start=0.45, low_end=0.5, high_end=0.75, ceiling=0.9)
 finite = st.floats(0, 20, allow_nan=False)
 
 
-@pytest.mark.parametrize(("step", "window"), [(0, (0.2, 0.45)), (500, (0.35, 0.60)), (1000, (0.5, 0.75))])
-def test_band_slides_linearly(step, window):
-    assert sliding_window(VECTOR, step / 1000) == pytest.approx(window)
+@pytest.mark.parametrize(("step", "edges"), [(0, (0.2, 0.45)), (500, (0.35, 0.60)), (1000, (0.5, 0.75))])
+def test_band_slides_linearly(step, edges):
+    assert difficulty_band(VECTOR, step / 1000) == pytest.approx(edges)
 
 
 @pytest.mark.parametrize(("progress", "same_as"), [(-0.5, 0.0), (1.5, 1.0)])
 def test_band_stops_at_its_ends(progress, same_as):
-    assert sliding_window(VECTOR, progress) == sliding_window(VECTOR, same_as)
+    assert difficulty_band(VECTOR, progress) == difficulty_band(VECTOR, same_as)
 
 
 def test_routes_of_the_published_vector():
@@ -44,7 +44,7 @@ def test_quantile_is_the_linear_one(values, q):
 @given(st.lists(finite, min_size=1, max_size=60), finite, st.floats(0, 1))
 def test_thresholds_are_ordered_and_every_problem_has_a_route(values, difficulty, progress):
     t = calibrate_thresholds(values, CurriculumConfig())
-    low, high = sliding_window(t, progress)
+    low, high = difficulty_band(t, progress)
     slack = 1e-9
     assert t.easy_floor <= low + slack and low <= high + slack and high <= t.ceiling + slack
     assert route_difficulty(difficulty, t, progress) in ("easy", "middle", "hard", "rest")
