@@ -1,0 +1,48 @@
+"""The product computes the losses of the method written down once more, on plain transformers."""
+
+import json
+import os
+import string
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from examples.quickstart.make_arithmetic import KINDS, write_task
+from tests.forking import REPOSITORY
+from tests.functional import launching
+from tests.tiny_policy import write_model
+
+SETTINGS = [
+    *("--data-system-prompt", "You solve arithmetic.", "--data-prompt-suffix", "", "--seq-length", "128"),
+    *("--micro-batch-size", "4", "--global-batch-size", "16", "--lr-warmup-iters", "1"),
+]
+"""The quickstart's. The file knows none of the product's text filters: they are off."""
+NO_FILTERS = ["too-short", "loop-sentences", "loop-windows"]
+
+
+def test_losses_are_those_of_the_method_in_one_file(tmp_path: Path) -> None:
+    write_task(tmp_path / "data", KINDS, 96, 10, seed=1234)
+    data = tmp_path / "data" / "train.jsonl"
+    model = write_model(tmp_path / "random", string.printable[:97])
+    trained, store = tmp_path / "trained", tmp_path / "rollouts.jsonl"
+    flags = ["--train-data", str(data), *SETTINGS]
+    learn = ["--hf-model", str(model), "--objective", "sft", "--data-epochs", "20", "--lr", "1e-2"]
+    launching.succeed(tmp_path / "sft-logs", [*flags, *learn, "--export-hf", str(trained)])
+
+    command = [sys.executable, str(REPOSITORY / "examples" / "minimal" / "rasft.py"), "--lr", "1e-3"]
+    command += ["--hf-model", str(trained), "--train-data", str(data), "--rollout-store", str(store)]
+    variables = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, check=True)
+    expected = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(expected) == 6 and sum(step["num_samples"] for step in expected) > 6 * 16, "none was correct"
+
+    replay = ["--hf-model", str(trained), "--lr", "1e-3", "--rasft-refresh-interval", "3"]
+    replay += ["--rollout-engine", "replay", "--rollout-replay", str(store), "--save", str(tmp_path / "save")]
+    replay += [f"--no-verify-filter-{name}" for name in NO_FILTERS]
+    launching.succeed(tmp_path / "replay-logs", [*flags, *replay])
+    steps = launching.steps(tmp_path / "save")
+    for number, step in enumerate(expected, start=1):
+        assert steps[number]["training/num_samples"] == step["num_samples"]
+        assert steps[number]["objective/loss"] == pytest.approx(step["loss"], abs=1e-5, rel=0)
