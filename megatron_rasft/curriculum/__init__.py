@@ -1,1 +1,1 @@
-"""Decides which demonstrations get rollouts, and when; plain Python, no torch."""
+"""Decides which demonstrations get rollouts, and when. Plain Python without torch."""

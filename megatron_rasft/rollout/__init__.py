@@ -1,1 +1,1 @@
-"""Gets responses: a stored file here; the trainer's own weights are handed in by training/."""
+"""Gets responses: from rollout servers, or from a store of an earlier run. training/ adds the trainer's own weights."""

@@ -1,4 +1,4 @@
-"""Replays stored rollouts instead of sampling."""
+"""--rollout-engine replay: takes rollouts from stores of earlier runs instead of sampling them."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,62 +9,75 @@ from megatron_rasft.types import Rollout
 
 
 class ReplayEngine:
-    """Hands out each problem's stored rollouts, oldest first, starting over when they are used up.
+    """Returns the stored rollouts of each problem in turn, oldest first, and from the beginning again after the last.
 
-    It keeps where they lie, not the rollouts.
+    Memory holds the file positions of the rollouts, not the rollouts.
 
     Args:
-        paths: the stores.
-        prompts: problem id -> prompt of the run. Rollouts of another prompt (another template or tokenizer) are not
-            handed out.
+        paths: the stores; their rollouts are returned in this order.
+        prompts: problem id -> prompt in this run. A rollout that answers another prompt, because it was sampled with another
+            template or tokenizer, is left out.
 
     Raises:
-        RolloutError: a store is missing or damaged, or they have nothing for any of these problems.
+        RolloutError: a store is missing or damaged, or the stores have no rollout for any of these problems.
     """
 
     def __init__(self, paths: Sequence[str | Path], prompts: Mapping[str, Sequence[int]]) -> None:
-        self._places: dict[str, list[tuple[Path, int]]] = {}
-        stranger = changed = ""
+        self._positions: dict[str, list[tuple[Path, int]]] = {}
+        # An example each, for the error message.
+        unknown_problem = other_prompt = ""
         for path in map(Path, paths):
             for offset, rollout in scan_rollouts(path):
                 prompt_ids = prompts.get(rollout.problem_id)
                 if prompt_ids is None:
-                    stranger = stranger or rollout.problem_id
+                    unknown_problem = unknown_problem or rollout.problem_id
                 elif list(prompt_ids) != rollout.prompt_ids:
-                    changed = changed or rollout.problem_id
+                    other_prompt = other_prompt or rollout.problem_id
                 else:
-                    self._places.setdefault(rollout.problem_id, []).append((path, offset))
-        if not self._places:
-            raise RolloutError(_nothing(", ".join(map(str, paths)), next(iter(prompts)), stranger, changed))
+                    self._positions.setdefault(rollout.problem_id, []).append((path, offset))
+        if not self._positions:
+            raise RolloutError(
+                _explain_empty(", ".join(map(str, paths)), next(iter(prompts)), unknown_problem, other_prompt)
+            )
 
     @property
     def num_problems(self) -> int:
-        """Problems of the run that have rollouts."""
-        return len(self._places)
+        """Problems of this run that have stored rollouts."""
+        return len(self._positions)
 
     def take(self, problem_id: str, num_samples: int, visit: int) -> list[Rollout]:
-        """Rollouts for the ``visit``-th time this problem is sampled, fewer where the stores have fewer."""
-        places = self._places.get(problem_id, [])
+        """At most ``num_samples`` rollouts of a problem, each once.
+
+        Args:
+            visit: how many refreshes have sampled the problem before. The next visit continues where this one ends.
+        """
+        positions = self._positions.get(problem_id, [])
         start = visit * num_samples
         taken = []
-        for index in range(min(num_samples, len(places))):
-            rollout = read_rollout(*places[(start + index) % len(places)])
+        for index in range(min(num_samples, len(positions))):
+            rollout = read_rollout(*positions[(start + index) % len(positions)])
             rollout.sample_index = index
             taken.append(rollout)
         return taken
 
 
-def _nothing(stores: str, mine: str, stranger: str, changed: str) -> str:
-    """Why the stores have nothing for a run, and the way out."""
-    if changed:
+def _explain_empty(stores: str, own_problem: str, unknown_problem: str, other_prompt: str) -> str:
+    """The error message for stores without a usable rollout.
+
+    Args:
+        own_problem: id of a problem of this run.
+        unknown_problem: id of a stored problem that this run does not have; "" if there is none.
+        other_prompt: id of a problem of this run with another prompt in the store; "" if there is none.
+    """
+    if other_prompt:
         return (
-            f"--rollout-replay {stores}: every rollout of this run's problems, as {changed!r}, answers another prompt than "
-            "the run's. Give the model's tokenizer, the chat template and --data-prompt-suffix that the store was made with."
+            f"--rollout-replay {stores}: the stored rollouts of this run's problems, such as {other_prompt!r}, answer other "
+            "prompts than this run's. Use the tokenizer, the chat template and the --data-prompt-suffix of the run that wrote the store."
         )
-    if stranger:
+    if unknown_problem:
         return (
-            f"--rollout-replay {stores}: has rollouts of other problems only, as {stranger!r}, where this run has {mine!r}. "
-            "A row without an id (--data-id-field) is called <file name>:<line>: give --train-data the file that the store "
-            "was made from, under the name it had."
+            f"--rollout-replay {stores}: all rollouts are of other problems, such as {unknown_problem!r}; this run has for "
+            f"example {own_problem!r}. A row without an id (--data-id-field) is called <file name>:<line>, so use the --train-data "
+            "file of the run that wrote the store, under the same name."
         )
-    return f"--rollout-replay {stores}: is empty. Name the rollouts.jsonl of a run that sampled."
+    return f"--rollout-replay {stores}: has no rollouts. Give the rollouts.jsonl of a run that sampled some."

@@ -1,4 +1,4 @@
-"""The append-only record of every rollout: replays, reports and crashes all go through it."""
+"""rollouts.jsonl: every rollout of a run, one JSON object per line. Replay, reports and resumed evaluations read it."""
 
 import json
 import os
@@ -11,10 +11,11 @@ from megatron_rasft.files import written_to
 from megatron_rasft.types import Rollout
 
 _CHUNK = 2**16
+"""Bytes that ``whole_lines`` reads at once."""
 
 
 class RolloutStore:
-    """One JSON object per rollout and line."""
+    """A file that rollouts are appended to. Its folder is created."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -22,14 +23,14 @@ class RolloutStore:
 
     @property
     def offset(self) -> int:
-        """Bytes in the store now."""
+        """Length of the file in bytes; 0 before the first rollout."""
         return self.path.stat().st_size if self.path.exists() else 0
 
     def append(self, rollouts: Iterable[Rollout]) -> None:
-        """Write rollouts and wait until they are on disk.
+        """Writes rollouts and waits until they are on disk.
 
         Raises:
-            RasftError: they cannot be written.
+            RasftError: the file cannot be written.
         """
         lines = "".join(json.dumps(asdict(r), ensure_ascii=False) + "\n" for r in rollouts)
         with (
@@ -41,14 +42,14 @@ class RolloutStore:
             os.fsync(file.fileno())
 
     def truncate(self, offset: int) -> None:
-        """Cut away what lies beyond ``offset``."""
-        assert offset <= self.offset, f"{self.path} has {self.offset} bytes, {offset} are to be left"
+        """Cuts the file to its first ``offset`` bytes."""
+        assert offset <= self.offset, f"{self.path} has {self.offset} bytes and cannot be cut to {offset}"
         if self.path.exists():
             os.truncate(self.path, offset)
 
 
 def whole_lines(path: Path) -> int:
-    """Bytes to the end of the last finished line, 0 without one: a run that is killed may leave half a line."""
+    """Number of bytes up to the end of the last complete line. A run that is killed can leave half a line behind it."""
     if not path.exists():
         return 0
     with path.open("rb") as file:
@@ -64,17 +65,17 @@ def whole_lines(path: Path) -> int:
 
 
 def read_rollouts(path: str | Path) -> Iterator[Rollout]:
-    """Every rollout of a store, in the order it was written.
+    """Yields every rollout of a store, in the order of the file.
 
     Raises:
-        RolloutError: the file is missing or a line is not a rollout.
+        RolloutError: the file is missing, or a line is not a rollout.
     """
     for _, rollout in scan_rollouts(path):
         yield rollout
 
 
 def scan_rollouts(path: str | Path) -> Iterator[tuple[int, Rollout]]:
-    """``read_rollouts``, each with the place of its line, for ``read_rollout``."""
+    """Yields the same rollouts as ``read_rollouts``, each with the offset of its line, for ``read_rollout``."""
     path = Path(path)
     if not path.is_file():
         raise RolloutError(f"rollout store {path} does not exist. Check --rollout-replay.")
@@ -85,13 +86,13 @@ def scan_rollouts(path: str | Path) -> Iterator[tuple[int, Rollout]]:
                 yield offset, Rollout(**json.loads(line))
             except (ValueError, TypeError) as error:
                 raise RolloutError(
-                    f"{path}:{number} is not a rollout ({error}). Cut the line out to go on."
+                    f"{path}:{number} is not a rollout ({error}). Delete the line to continue."
                 ) from error
             offset += len(line)
 
 
 def read_rollout(path: Path, offset: int) -> Rollout:
-    """The rollout whose line begins there."""
+    """The rollout whose line begins at ``offset``."""
     with path.open("rb") as file:
         file.seek(offset)
         return Rollout(**json.loads(file.readline()))

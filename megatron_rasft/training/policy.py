@@ -1,4 +1,4 @@
-"""The model as a refresh and a held-out measurement use it; ``Trainer`` in a run."""
+"""The interface of the model for refreshes and held-out measurements. ``Trainer`` implements it."""
 
 from collections.abc import Sequence
 from typing import Protocol

@@ -1,4 +1,4 @@
-"""The problems of a run, read and tokenized on one rank and counted on all."""
+"""The problems of a run: rank 0 reads and tokenizes them, and all ranks know their number."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,12 +19,12 @@ from megatron_rasft.verify.programs.program_grading import find_sandbox_level
 
 
 class Problems:
-    """Demonstrations and the tokenizer that made them; both on rank 0 only.
+    """Tokenized demonstrations and their tokenizer, both on rank 0 only. Constructed by all ranks together.
 
     Args:
-        config: the data's flags, naming the files.
-        needs_answers: whether a row without gold answer is a fault.
-        flag: that named the files, for messages.
+        config: names the files and says how rows are read.
+        needs_answers: whether a row without a gold answer, and without tests, is an error.
+        flag: the flag of the files, for messages.
     """
 
     def __init__(
@@ -33,6 +33,7 @@ class Problems:
         self.rows: TokenizedRows | None = None
         self.tokenizer: Any = None
         self.summary = ""
+        """Lines for the console: what was read and what was left out; rank 0 only."""
 
         def read() -> int:
             self.tokenizer = open_tokenizer(args.hf_model)
@@ -53,20 +54,20 @@ class Problems:
 
     @property
     def demonstrations(self) -> Sequence[Demonstration]:
-        """Each is made when it is asked for; none on ranks other than 0."""
+        """The demonstrations, each built when it is read from the list; [] on ranks other than 0."""
         return [] if self.rows is None else self.rows
 
     @property
     def num_programs(self) -> int:
-        """Problems with tests; 0 on ranks other than 0."""
+        """Number of problems whose responses are programs; 0 on ranks other than 0."""
         return 0 if self.rows is None else self.rows.num_programs
 
     def decode(self, ids: list[int]) -> str:
-        """Text of a response, special tokens left out; rank 0 only."""
+        """The text of a response without special tokens. Rank 0 only."""
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
     def stop_ids(self, args: Any) -> frozenset[int]:
-        """Ids that end a response: the model's own, and what the demonstrations end with."""
+        """Token ids that end a response: the model's own, and those that demonstrations end with. A collective of the world."""
 
         def collect() -> list[int]:
             assert self.rows is not None, "rank 0 has the rows"
@@ -76,7 +77,7 @@ class Problems:
 
 
 def read_problems(args: Any, config: RasftConfig) -> tuple[Problems, Problems | None]:
-    """The problems to train on, and the held-out ones if there are any."""
+    """Reads the problems of --train-data, and those of --heldout-data, if given; a collective of the world."""
     problems = Problems(args, config.data, config.samples_rollouts)
     heldout = None
     if config.heldout.heldout_data:
@@ -88,7 +89,7 @@ def read_problems(args: Any, config: RasftConfig) -> tuple[Problems, Problems | 
 
 
 def open_replay(config: RasftConfig, problems: Problems) -> ReplayEngine | None:
-    """The stored rollouts of a run that replays; rank 0 only, None on the others and where nothing is replayed."""
+    """Opens the stores of --rollout-engine replay on rank 0; None on the others and with other engines. A collective."""
     if config.rollout.rollout_engine != "replay" or not config.samples_rollouts:
         return None
 
@@ -102,7 +103,7 @@ def open_replay(config: RasftConfig, problems: Problems) -> ReplayEngine | None:
 
 
 def _try_sandbox(config: VerifyConfig, problems: Problems, heldout: Problems | None) -> None:
-    """Refuse now, not at the first refresh, to run programs with less protection than was asked for."""
+    """Starts the sandbox once if there are programs to run: a machine without it fails here, not at the first refresh."""
     num_programs = problems.num_programs + (0 if heldout is None else heldout.num_programs)
     if num_programs:
         level = find_sandbox_level(config)
@@ -110,16 +111,16 @@ def _try_sandbox(config: VerifyConfig, problems: Problems, heldout: Problems | N
 
 
 def set_length(args: Any, config: RasftConfig, num_problems: int) -> None:
-    """Set --train-iters from the epochs where no length was given, and shorten the default warm-up to the run's.
+    """Sets --train-iters from --data-epochs if no length was given, and shortens the default warm-up to fit a short run.
 
     Raises:
-        ValueError: a warm-up that was given is not over before the decay is.
+        ValueError: --train-samples is less than one step, or the warm-up flags leave the decay no steps.
     """
     batch = args.global_batch_size
     if args.train_samples is not None and args.train_samples < batch:
         raise ValueError(
-            f"--train-samples {args.train_samples} is less than one step of --global-batch-size {batch}. Give more, or leave "
-            "it out to train on every problem once."
+            f"--train-samples {args.train_samples} is less than one step of --global-batch-size {batch}. Give more, or omit "
+            "the flag to train on every problem once."
         )
     if args.train_iters is None and args.train_samples is None:
         args.train_iters = config.data.data_epochs * -(-num_problems // batch)

@@ -1,4 +1,4 @@
-"""One line a step, one line a refresh, and every number in metrics.jsonl."""
+"""Reports steps and refreshes: one line each on the console, all values in metrics.jsonl, TensorBoard and W&B."""
 
 import json
 import math
@@ -14,21 +14,21 @@ from megatron_rasft.files import written_to
 
 
 class ScalarWriter(Protocol):
-    """TensorBoard's SummaryWriter, as far as it is used here."""
+    """The methods of TensorBoard's SummaryWriter that are used here."""
 
     def add_scalar(self, name: str, value: float, step: int) -> None: ...
     def flush(self) -> None: ...
 
 
 class Progress:
-    """Speaks for the whole run on one rank. What it cannot write is a RasftError, on that rank alone.
+    """One rank's share of the reports. A file that cannot be written raises a RasftError on that rank alone.
 
     Args:
-        total_steps: of the run.
-        path: metrics.jsonl to append to; None keeps none.
+        total_steps: steps of the run.
+        path: metrics.jsonl, which lines are appended to; None writes none.
         tensorboard: Megatron's writer, or None.
         wandb: Megatron's Weights & Biases module, or None.
-        is_silent: on every rank but one.
+        is_silent: True on all ranks but 0: neither console lines nor metrics.jsonl. The trackers are on other ranks.
     """
 
     def __init__(
@@ -49,17 +49,17 @@ class Progress:
             self._path.parent.mkdir(parents=True, exist_ok=True)
 
     def say(self, text: str, style: str | None = None) -> None:
-        """A line about the run as a whole."""
+        """Prints a line."""
         if not self._silent:
             self._console.print(text, style=style, markup=False)
 
     def refresh(self, step: int, values: Mapping[str, float], text: str) -> None:
-        """A refresh is over: its numbers, and one line for the reader."""
+        """Reports a refresh: prints ``text`` and records the values."""
         self.say(text, style="cyan")
         self._record("refresh", step, values)
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
-        """A training step is over."""
+        """Reports a training step: records the values and prints the most important ones."""
         self._record("step", step, values)
         if self._silent:
             return
@@ -73,10 +73,10 @@ class Progress:
         self.say("  ".join(parts))
 
     def close(self, exit_code: int = 0) -> None:
-        """Bring what the trackers hold to their files or servers, however the process ends.
+        """Flushes the trackers' buffers to their files or servers.
 
         Args:
-            exit_code: how the run ended, for Weights & Biases.
+            exit_code: 0 after a run without an error, for Weights & Biases.
         """
         if self._tensorboard is not None:
             self._tensorboard.flush()
@@ -84,6 +84,7 @@ class Progress:
             self._wandb.finish(exit_code)
 
     def _record(self, event: str, step: int, values: Mapping[str, float]) -> None:
+        # JSON has no NaN, and the trackers draw it as a gap or not at all.
         finite = {k: v for k, v in values.items() if math.isfinite(v)}
         if self._path is not None:
             with written_to(self._path, "--rasft-metrics"), self._path.open("a", encoding="utf-8") as file:
@@ -109,10 +110,11 @@ _STEP_LINE = (
     (metrics.TOKENS_PER_S, "tok/s", ".0f"),
     (metrics.STEP_S, "s", ".2f"),
 )
+"""Metric, label and format of the values in a step's line; NaN and missing values are left out."""
 
 _STEP_PHASES = (
     (metrics.DATA_S, "data"),
     (metrics.FORWARD_BACKWARD_S, "forward-backward"),
     (metrics.OPTIMIZER_S, "optimizer"),
 )
-"""Behind the seconds of a step: where they went."""
+"""Metric, label: phases in parentheses behind the seconds of a step."""

@@ -33,7 +33,7 @@ _NUM_PROBES = 4
 
 
 class Verifier(Protocol):
-    """Grades rollouts; ``verify.pool.VerifierPool`` in a run."""
+    """Grades rollouts. In a run this is ``verify.pool.VerifierPool``."""
 
     def verify(
         self, rollouts: Sequence[Rollout], checks: Mapping[str, Check], look_up: Callable[[], None]
@@ -42,7 +42,7 @@ class Verifier(Protocol):
 
 
 class ReferenceCache(Protocol):
-    """Keeps log-probabilities under the reference; ``training.reference.LogprobCache`` in a run."""
+    """Keeps log-probabilities under the reference. In a run this is ``training.reference.LogprobCache``."""
 
     def fill(self, samples: Iterable[TrainingSample]) -> list[TrainingSample]:
         """Sets ``ref_logprobs`` of the samples it knows. Returns the unknown ones, each content once."""
@@ -209,7 +209,7 @@ class Refresh:
     # ---- verify
 
     def verify(self, groups: Mapping[str, RolloutGroup], look_up: Callable[[], None] = lambda: None) -> None:
-        """Sets each rollout's verdict, and the text filter that removes it, if any.
+        """Sets each rollout's verdict, and the name of the text filter that removes it, if any.
 
         Args:
             look_up: called now and then; an exception that it raises ends the call.
@@ -226,7 +226,7 @@ class Refresh:
     def weigh(
         self, problem_ids: Iterable[str], groups: Mapping[str, RolloutGroup]
     ) -> list[list[TrainingSample]]:
-        """The training samples of each problem, with their weights. Empty and overlong samples are left out."""
+        """The weighted training samples of each problem. Samples without a response, or too long, are left out."""
         return [self._weighed(problem_id, groups.get(problem_id)) for problem_id in problem_ids]
 
     def _weighed(self, problem_id: str, group: RolloutGroup | None) -> list[TrainingSample]:
@@ -249,7 +249,7 @@ class Refresh:
 
         Call it after ``weigh``, which combines this refresh's rollouts with the memory of earlier refreshes.
         """
-        # Problems of the hard pool that are not trained now count too: the memory serves when they are trained.
+        # Problems of the hard pool that this refresh does not train are recorded too, for when they are trained.
         for problem_id, group in groups.items():
             self.curriculum.record(problem_id, *count_solved(group))
         if self._store is not None:

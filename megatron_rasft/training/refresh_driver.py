@@ -3,43 +3,42 @@
 pretrain_rasft.py calls the methods of ``RefreshDriver`` in the order of the diagrams. All ranks call them together. Rank 0 decides,
 grades and keeps rollouts and samples; the other ranks only help to compute.
 
-With --rollout-lag 0 the servers sample from the weights of this refresh, and all wait for each other:
+Who does what in a refresh after k steps, which is followed by n steps (with --rollout-lag 0):
 
     pretrain_rasft.py   rank 0                      all trainer ranks       rollout servers       verifier
-    -----------------   -------------------------   ---------------------   -------------------   ------------
+    -----------------   -------------------------   ---------------------   -------------------   -------------
     choose_problems     draws problems         ---> score difficulties (1)
                         chooses some for rollouts
     sync_weights                                    send the weights   ---> load weights k
-    sample              sends prompts and seeds --------------------------> sample with k
-                        waits                       wait                    ...
-                        collects responses    <---------------------------- sleep (2)
-    verify              sends rollouts  --------------------------------------------------------> grades
-                        sets verdicts   <-------------------------------------------------------- (processes
-                        filters texts               wait                                          of rank 0)
+    sample              sends prompts and seeds --------------------------> sample with weights k
+                        collects responses <------------------------------- sleep (2)
+    verify              sends rollouts -----------------------------------------------------------> grades in
+                        sets verdicts <------------------------------------------------------------ processes
+                        filters texts                                                               of rank 0
     weigh               weights of demonstrations
                         and rollouts; records them
     score_reference     has the samples        ---> score them (3)
     train_step          hands batches out      ---> train steps k+1 .. k+n
-                        ...
 
-With --rollout-lag 1 the servers sample the next refresh's problems while the trainer verifies and trains this one's. The trainer
-waits only if the servers are slower, and rollouts are one refresh older than the weights that they train:
+    (1) --curriculum-mode band only.
+    (2) Servers on the trainer's own GPUs (--sync-method tensor) free their memory for the training steps.
+    (3) Objectives with a reference or with old log-probabilities only.
 
-    refresh at step     rank 0, trainer ranks and verifier                  rollout servers
-    ---------------     ---------------------------------------------       -------------------------------
-    0                   choose A, sync weights 0, send A           ------>  sample A with weights 0
-                        wait for A's responses                     <------  done
-                        choose B, sync weights 0, send B           ------>  sample B with weights 0
-                        verify, weigh and score A;
-                        train A: steps 1 .. n                               ...
-    n                   collect B's responses (wait if not done)   <------  done
-                        choose C, sync weights n, send C           ------>  sample C with weights n
-                        verify, weigh and score B;
-                        train B: steps n+1 .. 2n                            ...
+Who waits for whom. A, B and C are the problems of three refreshes; a column ends when everything in it has finished:
 
-(1) --curriculum-mode band only.
-(2) Servers on the trainer's own GPUs (--sync-method tensor) free their memory for the training steps.
-(3) Objectives with a reference or with old log-probabilities only.
+    --rollout-lag 0: the servers sample while the trainer waits, and are idle while it trains.
+
+    trainer ranks  | choose A | sync 0 | wait     | wait    | weigh, score A | train A    | choose B | sync n | wait     | ...
+    servers        |          | load 0 | sample A |         |                |            |          | load n | sample B | ...
+    verifier       |          |        |          | grade A |                |            |          |        |          | ...
+
+    --rollout-lag 1: the servers sample B while the trainer trains A. If they have finished by then, it does not wait for B.
+
+    trainer ranks  | choose A | sync 0 | wait     | choose B | sync 0 | wait    | weigh, score A | train A    | wait | choose C | ...
+    servers        |          | load 0 | sample A |          | load 0 | sample B ................................. |          | ...
+    verifier       |          |        |          |          |        | grade A |                |            |      |          | ...
+
+    With lag 1 the weights that sampled a rollout are one refresh older than those that train on it (``Rollout.policy_age``).
 
 Without servers, sync_weights does nothing and ``sample`` uses the trainer's own weights, or the store of --rollout-engine replay.
 """

@@ -59,6 +59,7 @@ def test_rollouts_of_other_problems_and_other_prompts_are_left_out(tmp_path: Pat
     engine = ReplayEngine([store_of(tmp_path / "a.jsonl", *rows)], {"a": [1], "b": [1]})
     assert engine.num_problems == 2
     assert tokens(engine.take("a", 4, 0)) == [0]
+    assert engine.take("b", 4, 3)[0].problem_id == "b"
     assert engine.take("c", 4, 0) == []
 
 

@@ -1,12 +1,17 @@
-"""What is written to a rollout store comes back."""
+"""A rollout store returns what was written to it, and survives half a line."""
 
 from pathlib import Path
 
 import pytest
 
 from megatron_rasft.errors import RolloutError
-from megatron_rasft.rollout.replay import ReplayEngine
-from megatron_rasft.rollout.store import RolloutStore, read_rollouts
+from megatron_rasft.rollout.store import (
+    RolloutStore,
+    read_rollout,
+    read_rollouts,
+    scan_rollouts,
+    whole_lines,
+)
 from megatron_rasft.types import Rollout
 
 
@@ -33,7 +38,7 @@ def test_rollouts_come_back_exactly(tmp_path: Path) -> None:
     assert list(read_rollouts(store.path)) == written
 
 
-def test_truncating_forgets_what_came_after(tmp_path: Path) -> None:
+def test_truncating_removes_later_rollouts(tmp_path: Path) -> None:
     store = RolloutStore(tmp_path / "rollouts.jsonl")
     store.append([rollout("a", 0)])
     offset = store.offset
@@ -50,38 +55,36 @@ def test_a_broken_line_is_named(tmp_path: Path) -> None:
         list(read_rollouts(path))
 
 
+def test_a_rollout_can_be_read_from_its_offset(tmp_path: Path) -> None:
+    store = RolloutStore(tmp_path / "rollouts.jsonl")
+    written = [rollout("a", 0), rollout("b", 1), rollout("c", 2)]
+    store.append(written)
+    offsets = [offset for offset, _ in scan_rollouts(store.path)]
+    assert [read_rollout(store.path, offset) for offset in reversed(offsets)] == written[::-1]
+
+
 def test_a_missing_store_is_named(tmp_path: Path) -> None:
-    with pytest.raises(RolloutError, match=r"none\.jsonl does not exist.*--rollout-replay"):
-        ReplayEngine([tmp_path / "none.jsonl"], {"a": [1, 2]})
-
-
-def test_replay_hands_out_in_turn_and_starts_over(tmp_path: Path) -> None:
-    first, second = RolloutStore(tmp_path / "first.jsonl"), RolloutStore(tmp_path / "second.jsonl")
-    first.append([rollout("b", 0), rollout("a", 0), rollout("unknown", 0), rollout("a", 1)])
-    second.append([rollout("a", 5, prompt_ids=(1, 2, 3)), rollout("a", 2)])
-    engine = ReplayEngine([first.path, second.path], {"a": [1, 2], "b": [1, 2], "c": [1, 2]})
-    assert engine.num_problems == 2
-    earlier, later = engine.take("a", 2, visit=0), engine.take("a", 2, visit=1)
-    assert [r.response_ids[1] for r in earlier + later] == [0, 1, 2, 0], "none of the other prompt"
-    assert [r.sample_index for r in later] == [0, 1]
-    assert earlier[0] == rollout("a", 0)
-    assert [r.problem_id for r in engine.take("b", 2, visit=3)] == ["b"]
-    assert engine.take("c", 2, visit=0) == []
+    with pytest.raises(RolloutError, match=r"none\.jsonl.*--rollout-replay"):
+        list(read_rollouts(tmp_path / "none.jsonl"))
 
 
 @pytest.mark.parametrize(
-    ("stored", "named"),
+    ("content", "whole"),
     [
-        ([rollout("old.jsonl:1", 0)], ["'old.jsonl:1'", "'new.jsonl:1'", "--data-id-field"]),
-        ([rollout("x", 0), rollout("new.jsonl:1", 0, (1, 2, 3))], ["'new.jsonl:1'", "--data-prompt-suffix"]),
-        ([], ["is empty"]),
+        ("", 0),
+        ("ab", 0),
+        ("ab\n", 3),
+        ("ab\ncd", 3),
+        ("ab\n" + "c" * 2**17, 3),
+        ("c" * 2**17 + "\nd", 2**17 + 1),
     ],
+    ids=["empty", "half a line", "a line", "a line and a half", "a long half line", "a long line"],
 )
-def test_replay_that_has_nothing_for_the_run_is_refused(
-    tmp_path: Path, stored: list[Rollout], named: list[str]
-) -> None:
-    store = RolloutStore(tmp_path / "rollouts.jsonl")
-    store.append(stored)
-    with pytest.raises(RolloutError) as raised:
-        ReplayEngine([store.path], {"new.jsonl:1": [1, 2]})
-    assert all(text in str(raised.value) for text in [str(store.path), "--rollout-replay", *named])
+def test_half_a_line_at_the_end_does_not_count(tmp_path: Path, content: str, whole: int) -> None:
+    path = tmp_path / "rollouts.jsonl"
+    path.write_text(content)
+    assert whole_lines(path) == whole
+
+
+def test_a_missing_file_has_no_lines(tmp_path: Path) -> None:
+    assert whole_lines(tmp_path / "none.jsonl") == 0
