@@ -1,4 +1,4 @@
-"""What is said of data that cannot be read names the flag that it came from."""
+"""Reading a run's problems: errors name the file and its flag, and every row that is left out is listed."""
 
 import json
 from pathlib import Path
@@ -21,11 +21,9 @@ def args(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
 
 
 @pytest.mark.parametrize("flag", ["--train-data", "--heldout-data"])
-@pytest.mark.parametrize(
-    ("content", "fault"), [(None, "does not exist"), ("", "is empty"), ("\n\n", "holds no rows")]
-)
-def test_a_file_that_cannot_be_used_is_called_by_its_flag(
-    flag: str, content: str | None, fault: str, args: SimpleNamespace, tmp_path: Path
+@pytest.mark.parametrize("content", [None, "", "\n\n"], ids=["missing", "empty", "no rows"])
+def test_an_unusable_file_is_named_with_its_flag(
+    flag: str, content: str | None, args: SimpleNamespace, tmp_path: Path
 ) -> None:
     good, bad = write_sums(tmp_path / "good.jsonl", 4), tmp_path / "bad.jsonl"
     if content is not None:
@@ -36,11 +34,12 @@ def test_a_file_that_cannot_be_used_is_called_by_its_flag(
     rooms["heldout"] = HeldoutConfig(heldout_data=[files["--heldout-data"]])
     with pytest.raises(DataError) as raised:
         read_problems(args, RasftConfig(**rooms))
-    said = str(raised.value)
-    assert fault in said and flag in said and said.count("-data") == 1
+    message = str(raised.value)
+    assert "bad.jsonl" in message and flag in message
+    assert message.count("-data") == 1, "the other flag is not named"
 
 
-def test_stored_rollouts_are_counted_before_a_model_is_there(args: SimpleNamespace, tmp_path: Path) -> None:
+def test_stored_rollouts_are_counted_before_the_model_is_built(args: SimpleNamespace, tmp_path: Path) -> None:
     rooms = {name: kind() for name, kind in RasftConfig.rooms().items()}
     rooms["data"] = DataConfig(train_data=[str(write_sums(tmp_path / "sums.jsonl", 4))])
     problems, _ = read_problems(args, RasftConfig(**rooms))
@@ -64,7 +63,7 @@ def test_stored_rollouts_are_counted_before_a_model_is_there(args: SimpleNamespa
     assert problems.summary.endswith("replayed        3 (have stored rollouts)")
 
 
-def test_every_row_left_out_is_named_in_save(args: SimpleNamespace, tmp_path: Path) -> None:
+def test_every_row_that_is_left_out_is_listed_in_save(args: SimpleNamespace, tmp_path: Path) -> None:
     args = SimpleNamespace(**vars(args) | {"save": str(tmp_path)})
     data = write_sums(tmp_path / "rows.jsonl", 2)
     long = json.dumps({"problem": "1 + 1", "response": "1" * 200, "answer": "2"})

@@ -1,4 +1,4 @@
-"""Every number reaches metrics.jsonl and the trackers; only one rank speaks."""
+"""Every value reaches metrics.jsonl and the trackers, and only rank 0 prints."""
 
 import json
 import math
@@ -12,7 +12,7 @@ from megatron_rasft.training.progress import Progress
 
 
 class Recorder:
-    """A ScalarWriter that remembers."""
+    """A ScalarWriter that keeps what it is given."""
 
     def __init__(self) -> None:
         self.seen: list[tuple[str, float, int]] = []
@@ -44,8 +44,8 @@ def test_a_step_is_one_line_and_one_record(tmp_path: Path, capsys: pytest.Captur
     assert (metrics.LOSS, 0.5, 3) in writer.seen
 
 
-def test_a_number_that_cannot_be_written_names_the_file_and_its_flag() -> None:
-    with pytest.raises(RasftError, match=r"/dev/full could not be written: No space left.*--rasft-metrics"):
+def test_an_error_of_metrics_jsonl_names_the_file_and_its_flag() -> None:
+    with pytest.raises(RasftError, match=r"/dev/full.*--rasft-metrics"):
         Progress(10, Path("/dev/full")).step(1, {metrics.LOSS: 1.0})
 
 
