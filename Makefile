@@ -48,8 +48,7 @@ wheel: venv
 	rm -rf build $(WHEEL)
 	$(BIN)/python -m build --wheel --no-isolation --outdir $(WHEEL) > /dev/null
 	$(BIN)/python -m pip install --quiet --no-deps --no-index --target $(WHEEL)/site $(WHEEL)/*.whl
-	cd $(WHEEL)/site && test -f pretrain_rasft.py && test -f megatron_rasft/tools/report/page.css && \
-		test -f megatron_rasft/tools/report/page.js && PYTHONPATH=. "$(abspath $(BIN))/python" -c \
+	cd $(WHEEL)/site && test -f pretrain_rasft.py && test -f megatron_rasft/tools/report/templates/page.html && PYTHONPATH=. "$(abspath $(BIN))/python" -c \
 		"import megatron_rasft.config as c, pathlib as p; assert p.Path(c.__file__).is_relative_to(p.Path.cwd()), c.__file__"
 
 venv: $(STAMP)

@@ -1,106 +1,97 @@
-"""Drawings of numbers as inline SVG. Colours are the page's; what the pointer reads off is data beside the drawing."""
+"""Charts as Vega-Lite specifications, which the page draws with the script of the package vl-convert-python.
 
+Colours are names of the style sheet's variables, so that the charts follow the page's light and dark themes.
+"""
+
+import functools
+import itertools
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from megatron_rasft.tools.report.markup import Content, Html, data, tag
+from megatron_rasft.errors import RasftError
 
-WIDTH, HEIGHT = 380, 210
-_LEFT, _RIGHT, _TOP, _BOTTOM = 44, 8, 26, 36
-_PLOT_WIDTH, _PLOT_HEIGHT = WIDTH - _LEFT - _RIGHT, HEIGHT - _TOP - _BOTTOM
 MAX_POINTS = 300
-"""More are averaged: a line shows no more than this many."""
-_MARKED_POINTS = 40
-"""A line of at most this many points shows each."""
-_NUM_X_LABELS = 6
+"""Most points of a line. Longer lines are averaged over equal ranges of steps."""
 MAX_COLUMNS = 48
+"""Most columns of a chart. ``merged`` adds neighbours up to stay below."""
+_MAX_MARKED_POINTS = 40
+"""A line of at most this many points has a dot at each."""
+_MIN_LOG_SPAN = 30
+"""The values' least ratio of highest to lowest for which an axis is logarithmic."""
+_NUM_TICKS = 5
+_DASHES = ([], [7, 2], [3, 2], [8, 2, 2, 2], [1.5, 2], [5, 4], [10, 3], [])
+"""One pattern for each colour of ``run_colour``, to tell runs apart without colours."""
 
+Spec = dict[str, Any]
 Point = tuple[float, float]
+Cell = float | str | None
 
 
 @dataclass(frozen=True)
 class Series:
-    """One line."""
+    """One line of a chart."""
 
     label: str
     colour: str
-    """A class of the style sheet."""
     points: Sequence[Point]
+    """(step, value)."""
+    dash: Sequence[float] = ()
+    """Lengths of strokes and gaps in pixels. Empty is a solid line."""
 
 
 @dataclass(frozen=True)
-class Scale:
-    """Values -> places along an axis of length 1."""
+class Part:
+    """One colour of stacked columns."""
 
-    low: float
-    high: float
-    ticks: list[float]
-    is_log: bool = False
-
-    def at(self, value: float) -> float:
-        if self.is_log:
-            return math.log(value / self.low) / math.log(self.high / self.low)
-        return (value - self.low) / (self.high - self.low)
+    label: str
+    colour: str
 
 
-def linear_scale(low: float, high: float, num_ticks: int = 5) -> Scale:
-    """Round steps of 1, 2 or 5 times a power of ten that hold ``low`` .. ``high``."""
-    if high <= low:
-        margin = abs(low) / 2 or 0.5
-        low, high = low - margin, high + margin
-    raw = (high - low) / num_ticks
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= raw * 0.999)
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    ticks = [float(f"{n * step:.12g}") for n in range(first, last + 1)]
-    return Scale(ticks[0], ticks[-1], ticks)
+@dataclass(frozen=True)
+class Chart:
+    """One figure of the page."""
+
+    title: str
+    unit: str
+    """Unit of the values, printed below the title."""
+    spec: Spec
+    """Vega-Lite specification with its data."""
+    legend: Sequence[Part] = ()
 
 
-def log_scale(low: float, high: float) -> Scale:
-    """Powers of ten that hold ``low`` .. ``high``, both > 0."""
-    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-    last = max(last, first + 1)
-    every = max(1, round((last - first) / 5))
-    return Scale(10.0**first, 10.0**last, [10.0**n for n in range(first, last + 1, every)], is_log=True)
+@functools.cache
+def script() -> str:
+    """Returns the JavaScript of Vega, Vega-Lite and Vega-Embed, which loads nothing and defines ``vegaEmbed``.
+
+    Raises:
+        RasftError: vl-convert-python is not installed.
+    """
+    try:
+        import vl_convert
+    except ModuleNotFoundError as error:
+        raise RasftError(
+            "the charts need the package vl-convert-python. Install it by: pip install 'megatron-rasft[report]'"
+        ) from error
+    bundle: str = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
+    return bundle
 
 
-def number(value: float, digits: int = 4) -> str:
-    """A number as a reader wants it: no tail of zeros, thousands set apart, an exponent where it must be."""
-    if value == 0 or not math.isfinite(value):
-        return "0" if value == 0 else "–"
-    if abs(value) >= 1e15 or abs(value) < 1e-3:
-        mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
-        if "." in mantissa:
-            mantissa = mantissa.rstrip("0").rstrip(".")
-        return f"{mantissa}e{int(exponent)}"
-    decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
-    text = f"{value:,.{decimals}f}"
-    return text.rstrip("0").rstrip(".") if "." in text else text
+def run_colour(place: int) -> str:
+    """Colour of the run at a place in the command's arguments. Colours repeat after eight runs."""
+    return f"run-{place % len(_DASHES)}"
 
 
-def tick_label(value: float, is_share: bool) -> str:
-    """A value at an axis."""
-    if is_share:
-        return f"{number(100 * value, 3)}%"
-    if abs(value) < 1e-12:
-        return "0"
-    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= 10 * size or (size > 1e3 and abs(value) >= size):
-            return f"{number(value / size, 3)}{letter}"
-    return number(value, 3)
+def run_dash(place: int) -> Sequence[float]:
+    """Dash pattern of the run at a place in the command's arguments."""
+    return _DASHES[place % len(_DASHES)]
 
 
-def thinned(points: Sequence[Point], limit: int = MAX_POINTS) -> list[tuple[float, float, float, float]]:
-    """(x, mean, lowest, highest) of neighbouring points, as many to each, at most ``limit`` of them."""
-    size = max(1, -(-len(points) // limit))
-    thin = []
-    for start in range(0, len(points), size):
-        part = points[start : start + size]
-        values = [y for _, y in part]
-        x = part[-1][0] if size == 1 else (part[0][0] + part[-1][0]) / 2
-        thin.append((x, sum(values) / len(values), min(values), max(values)))
-    return thin
+def variable(colour: str) -> str:
+    """CSS value of a colour. A verdict that a store holds may be any text, so other characters are removed."""
+    return f"var(--{re.sub(r'[^a-z0-9-]', '', colour)})"
 
 
 def line_chart(
@@ -111,202 +102,247 @@ def line_chart(
     is_share: bool = False,
     may_be_log: bool = False,
     from_zero: bool = False,
-) -> Html | None:
-    """Lines over steps; None without any point.
+) -> Chart | None:
+    """Draws lines over steps. Returns None if no line has a point.
 
-    Of more than MAX_POINTS points neighbours are averaged, and a band holds the lowest and the highest of them.
+    Lines with more than MAX_POINTS points are averaged, and a band shows each average's lowest and highest value.
 
     Args:
-        title: of the figure.
-        unit: of the values.
+        title: title of the figure.
+        unit: unit of the values.
         series: the lines.
-        is_share: values are shares, shown in percent.
+        is_share: values are shares of 1, printed in percent.
         may_be_log: the axis is logarithmic if the values span more than a factor of 30.
         from_zero: the axis begins at 0.
     """
-    lines = [(s, thinned(s.points)) for s in series if s.points]
-    if not lines:
+    shown = [one for one in series if one.points]
+    if not shown:
         return None
-    xs = [x for _, points in lines for x, *_ in points]
-    lows = [low for _, points in lines for *_, low, _ in points]
-    highs = [high for _, points in lines for *_, high in points]
-    x_scale = _step_scale(min(xs), max(xs))
-    low, high = min(lows), max(highs)
-    if may_be_log and low > 0 and high > 30 * low:
-        y_scale = log_scale(low, high)
-    else:
-        y_scale = linear_scale(
-            min(0.0, low) if from_zero or is_share else low, high if high or not is_share else 0.1
-        )
-    shapes: list[Content] = []
-    sent = []
-    for one, points in lines:
-        places = [(_x(x_scale, x), _y(y_scale, y)) for x, y, *_ in points]
-        if len(one.points) > len(points):
-            top = [(px, _y(y_scale, high)) for (px, _), (*_, high) in zip(places, points)]
-            bottom = [(px, _y(y_scale, low)) for (px, _), (_, _, low, _) in zip(places, points)]
-            shapes.append(
-                tag("polygon", points=_path([*top, *reversed(bottom)]), class_=f"band {one.colour}")
-            )
-        shapes.append(tag("polyline", points=_path(places), class_=f"line {one.colour}"))
-        if len(points) <= _MARKED_POINTS:
-            radius = 2.5 if len(points) > 1 else 4
-            shapes += [
-                tag("circle", cx=px, cy=py, r=radius, class_=f"mark {one.colour}") for px, py in places
-            ]
-        values = [
-            [round(px, 1), round(py, 1), x, float(f"{y:.5g}")] for (px, py), (x, y, *_) in zip(places, points)
-        ]
-        sent.append({"label": one.label, "colour": one.colour, "points": values})
-    axes = [*_y_axis(y_scale, unit + (", log scale" if y_scale.is_log else ""), is_share), *_x_axis(x_scale)]
-    chart = _svg(f"{title}, {unit}", [*axes, *shapes, tag("g", class_="pointer")])
-    return _figure(
-        title,
-        chart,
-        data({"share": is_share, "series": sent}, class_="points"),
-        class_="chart lines",
-    )
+    values = [value for one in shown for _, value in one.points]
+    low, high = min(values), max(values)
+    is_log = may_be_log and low > 0 and high > _MIN_LOG_SPAN * low
+    value_axis = _log_axis(low, high) if is_log else _linear_axis(low, high, is_share, from_zero or is_share)
+    rows = _averaged([one.points for one in shown])
+    is_averaged = len(rows) < len({step for one in shown for step, _ in one.points})
+    names = [f"{name}{place}" for place in range(len(shown)) for name in ("value", "low", "high")]
+    number_format = ".1%" if is_share else ".3~e" if 0 < high < 1e-3 else ",.5~r"
+    spec = {
+        "data": _table(["step", *names], rows),
+        "encoding": {"x": _step_axis([row[0] for row in rows])},
+        "layer": [
+            *itertools.chain.from_iterable(
+                _line(
+                    place, one, value_axis, is_averaged=is_averaged, has_dots=len(rows) <= _MAX_MARKED_POINTS
+                )
+                for place, one in enumerate(shown)
+            ),
+            _pointer([one.label if len(series) > 1 else title for one in shown], number_format),
+        ],
+    }
+    return Chart(title, unit + (", log scale" if is_log else ""), spec)
 
 
 def columns(
     title: str,
     x_label: str,
     labels: Sequence[str],
-    parts: Sequence[tuple[str, str]],
+    parts: Sequence[Part],
     counts: Sequence[Sequence[float]],
     *,
     unit: str,
     is_share: bool = False,
-) -> Html | None:
-    """Stacked columns; None without any count.
+) -> Chart | None:
+    """Draws stacked columns. Returns None if all counts are 0.
 
     Args:
-        title: of the figure.
-        x_label: what the columns stand for.
-        labels: one for each column.
-        parts: (name, class of the style sheet) of each part of a column, from the bottom.
-        counts: [columns][parts].
-        unit: of the counts.
-        is_share: each column is shown as shares of its sum.
+        title: title of the figure.
+        x_label: title of the horizontal axis.
+        labels: name of each column.
+        parts: the parts of each column, from the bottom up.
+        counts: [columns][parts] sizes of the parts.
+        unit: unit of the counts.
+        is_share: each column is drawn in percent of its sum.
     """
     sums = [sum(column) for column in counts]
     if not any(sums):
         return None
-    scale = Scale(0, 1, [0, 0.25, 0.5, 0.75, 1]) if is_share else linear_scale(0, max(sums))
-    width = _PLOT_WIDTH / len(counts)
-    gap = min(2.0, width * 0.15)
-    shapes: list[Content] = []
-    for place, (column, total) in enumerate(zip(counts, sums)):
-        base = 0.0
-        for (name, colour), count in zip(parts, column):
-            if not count:
-                continue
-            size = count / total if is_share else count
-            top, bottom = _y(scale, base + size), _y(scale, base)
-            base += size
-            said = f"{labels[place]}: {name} {number(count)} of {number(total)} ({count / total:.1%})"
-            shapes.append(
-                tag(
-                    "rect",
-                    tag("title", said),
-                    x=_LEFT + place * width + gap / 2,
-                    y=top,
-                    width=max(0.5, width - gap),
-                    height=max(0.0, bottom - top),
-                    class_=f"part {colour}",
-                )
-            )
-    every = max(1, -(-len(labels) // _NUM_X_LABELS))
-    ticks: list[Content] = [
-        tag("text", label, x=_LEFT + (place + 0.5) * width, y=HEIGHT - _BOTTOM + 15, class_="tick middle")
-        for place, label in enumerate(labels)
-        if place % every == 0
+    rows = [
+        [label, place, part.label, count, count / total]
+        for label, column, total in zip(labels, counts, sums)
+        for place, (part, count) in enumerate(zip(parts, column))
+        if count
     ]
-    axes = [*_y_axis(scale, unit, is_share), *ticks, _x_title(x_label)]
-    chart = _svg(f"{title}, {unit}", [*axes, *shapes])
-    return _figure(title, legend(parts), chart, class_="chart")
+    spec = {
+        "data": _table(["column", "place", "part", "count", "share"], rows),
+        "mark": {"type": "bar", "binSpacing": 0},
+        "encoding": {
+            "x": {
+                "field": "column",
+                "type": "ordinal",
+                "sort": None,
+                "axis": {
+                    "title": x_label,
+                    "labelAngle": 0,
+                    "labelOverlap": "parity",
+                    "labelSeparation": 8,
+                    "ticks": False,
+                },
+                "scale": {"domain": list(labels), "paddingInner": 0.1, "paddingOuter": 0.05},
+            },
+            "y": {
+                "field": "count",
+                "type": "quantitative",
+                "stack": "normalize" if is_share else "zero",
+                "axis": {"title": None, "tickCount": _NUM_TICKS, **_tick_format(max(sums), is_share)},
+                "scale": {"nice": _NUM_TICKS},
+            },
+            "color": {
+                "field": "part",
+                "type": "nominal",
+                "scale": {
+                    "domain": [part.label for part in parts],
+                    "range": [variable(part.colour) for part in parts],
+                },
+                "legend": None,
+            },
+            "order": {"field": "place", "type": "quantitative"},
+            "tooltip": [
+                {"field": "column", "type": "nominal", "title": x_label},
+                {"field": "part", "type": "nominal", "title": "part"},
+                {"field": "count", "type": "quantitative", "format": ",", "title": "count"},
+                {"field": "share", "type": "quantitative", "format": ".1%", "title": "share of the column"},
+            ],
+        },
+    }
+    return Chart(title, unit, spec, parts)
 
 
-def strip(parts: Sequence[tuple[str, str, float, str]]) -> Html:
-    """One bar in parts: (name, class of the style sheet, size, what it says)."""
-    total = sum(size for _, _, size, _ in parts) or 1.0
-    left, shapes = 0.0, []
-    for name, colour, size, said in parts:
-        share = 1000 * size / total
-        shapes.append(
-            tag(
-                "rect",
-                tag("title", f"{name}: {said}"),
-                x=left,
-                y=0,
-                width=share,
-                height=14,
-                class_=f"part {colour}",
-            )
-        )
-        left += share
-    return tag("svg", shapes, viewBox="0 0 1000 14", preserveAspectRatio="none", class_="strip", role="img")
+def merged(values: Sequence[tuple[int, Sequence[float]]], width: int) -> tuple[list[str], list[list[float]]]:
+    """Adds up neighbouring refreshes until at most MAX_COLUMNS columns are left.
+
+    Args:
+        values: (step of the refresh, ``width`` counts), in order.
+        width: number of counts of a refresh.
+
+    Returns:
+        Labels of the columns, and their counts.
+    """
+    size = max(1, -(-len(values) // MAX_COLUMNS))
+    labels, counts = [], []
+    for part in itertools.batched(values, size):
+        labels.append(f"{part[0][0]}" if len(part) == 1 else f"{part[0][0]}–{part[-1][0]}")
+        counts.append([sum(column[i] for _, column in part) for i in range(width)])
+    return labels, counts
 
 
-def legend(parts: Sequence[tuple[str, str]]) -> Html:
-    """Names beside their colours."""
-    return tag("div", [tag("span", swatch(colour), name) for name, colour in parts], class_="legend")
+def _averaged(lines: Sequence[Sequence[Point]]) -> list[list[Cell]]:
+    """Averages lines over ranges of as many steps each, of which there are at most MAX_POINTS.
+
+    Returns:
+        Rows of the middle step, then mean, lowest and highest value of each line, or None if it has no point there.
+    """
+    steps = sorted({step for points in lines for step, _ in points})
+    size = max(1, -(-len(steps) // MAX_POINTS))
+    values = [dict(points) for points in lines]
+    rows: list[list[Cell]] = []
+    for part in itertools.batched(steps, size):
+        row: list[Cell] = [(part[0] + part[-1]) / 2]
+        for line in values:
+            found = [line[step] for step in part if step in line]
+            row += [sum(found) / len(found), min(found), max(found)] if found else [None, None, None]
+        rows.append(row)
+    return rows
 
 
-def swatch(colour: str) -> Html:
-    """A spot of colour."""
-    spot = tag("rect", x=0, y=0, width=10, height=10, rx=2, class_=f"part {colour}")
-    return tag("svg", spot, viewBox="0 0 10 10", class_="swatch", aria_hidden="true")
+def _table(names: Sequence[str], rows: Iterable[Sequence[Cell]]) -> Spec:
+    """Data of a chart. page.js makes an object of each row: as JSON, objects would be three times as long."""
+    return {"names": names, "rows": [[_rounded(cell) for cell in row] for row in rows]}
 
 
-def _figure(title: str, *content: Content, class_: str) -> Html:
-    return tag("figure", tag("figcaption", title), *content, class_=class_)
+def _rounded(cell: Cell) -> Cell:
+    return float(f"{cell:.6g}") if isinstance(cell, float) else cell
 
 
-def _svg(title: str, content: Content) -> Html:
-    return tag("svg", content, viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img", aria_label=title)
+def _step_axis(steps: Sequence[Any]) -> Spec:
+    low, high = min(steps), max(steps)
+    domain = [low, high] if low < high else [low - 1, low + 1]
+    return {
+        "field": "step",
+        "type": "quantitative",
+        "axis": {"title": "step", "tickMinStep": 1, "tickCount": 6, "format": ",d", "grid": False},
+        "scale": {"domain": domain, "nice": False, "padding": 6},
+    }
 
 
-def _step_scale(low: float, high: float) -> Scale:
-    """Steps are whole numbers, and the plot ends where they end."""
-    if high <= low:
-        return Scale(low - 1, low + 1, [low])
-    ticks = [t for t in linear_scale(low, high, _NUM_X_LABELS).ticks if low <= t <= high and t == round(t)]
-    return Scale(low, high, ticks or [low, high])
+def _linear_axis(low: float, high: float, is_share: bool, from_zero: bool) -> Spec:
+    # A scale of height 0 has no ticks: a share that is always 0 is drawn below 10 %.
+    domain = {"domain": [0, 0.1]} if is_share and low == high == 0 else {}
+    return {
+        "type": "quantitative",
+        "axis": {"title": None, "tickCount": _NUM_TICKS, **_tick_format(high, is_share)},
+        "scale": {"zero": from_zero, "nice": _NUM_TICKS, **domain},
+    }
 
 
-def _x(scale: Scale, value: float) -> float:
-    return _LEFT + 6 + scale.at(value) * (_PLOT_WIDTH - 12)
+def _log_axis(low: float, high: float) -> Spec:
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    # Vega's own ticks include 2, 3, ... 9 times each power.
+    ticks = [10.0**power for power in powers[:: max(1, len(powers) // _NUM_TICKS)]]
+    return {
+        "type": "quantitative",
+        "axis": {"title": None, "values": ticks, "format": "~g"},
+        "scale": {"type": "log", "domain": [10.0 ** powers[0], 10.0 ** powers[-1]]},
+    }
 
 
-def _y(scale: Scale, value: float) -> float:
-    return _TOP + (1 - scale.at(value)) * _PLOT_HEIGHT
+def _line(place: int, one: Series, value_axis: Spec, *, is_averaged: bool, has_dots: bool) -> list[Spec]:
+    colour = variable(one.colour)
+    line: Spec = {"type": "line", "color": colour, "strokeWidth": 1.6, "strokeJoin": "round"}
+    if one.dash:
+        line["strokeDash"] = list(one.dash)
+    if has_dots:
+        line["point"] = {"color": colour, "size": 22, "filled": True}
+    layers = [{"mark": line, "encoding": {"y": {"field": f"value{place}", **value_axis}}}]
+    if is_averaged:
+        band = {"type": "area", "color": colour, "opacity": 0.16, "line": False}
+        ends = {"y": {"field": f"low{place}", **value_axis}, "y2": {"field": f"high{place}"}}
+        layers.insert(0, {"mark": band, "encoding": ends})
+    return layers
 
 
-def _path(places: Sequence[Point]) -> str:
-    return " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+def _pointer(labels: Sequence[str], number_format: str) -> Spec:
+    """A rule at the step nearest to the pointer, with a tooltip of the values there."""
+    values = [
+        {"field": f"value{place}", "type": "quantitative", "title": label, "format": number_format}
+        for place, label in enumerate(labels)
+    ]
+    is_nearest = {"param": "nearest", "empty": False, "value": 1}
+    return {
+        "mark": {"type": "rule", "color": "var(--base)", "strokeDash": [2, 2]},
+        "params": [
+            {
+                "name": "nearest",
+                "select": {
+                    "type": "point",
+                    "on": "pointermove",
+                    "clear": "pointerout",
+                    "nearest": True,
+                    "encodings": ["x"],
+                },
+            }
+        ],
+        "encoding": {
+            "opacity": {"condition": is_nearest, "value": 0},
+            "tooltip": [
+                {"field": "step", "type": "quantitative", "title": "step", "format": ",.0f"},
+                *values,
+            ],
+        },
+    }
 
 
-def _y_axis(scale: Scale, unit: str, is_share: bool) -> list[Content]:
-    parts: list[Content] = [tag("text", unit, x=0, y=10, class_="unit")]
-    for tick in scale.ticks:
-        y = _y(scale, tick)
-        base = " base" if tick == scale.ticks[0] else ""
-        parts.append(tag("line", x1=_LEFT, x2=WIDTH - _RIGHT, y1=y, y2=y, class_=f"grid{base}"))
-        parts.append(tag("text", tick_label(tick, is_share), x=_LEFT - 6, y=y + 3.5, class_="tick end"))
-    return parts
-
-
-def _x_axis(scale: Scale) -> list[Content]:
-    parts: list[Content] = []
-    for tick in scale.ticks:
-        x = _x(scale, tick)
-        parts.append(
-            tag("line", x1=x, x2=x, y1=HEIGHT - _BOTTOM, y2=HEIGHT - _BOTTOM + 3, class_="grid base")
-        )
-        parts.append(tag("text", tick_label(tick, False), x=x, y=HEIGHT - _BOTTOM + 15, class_="tick middle"))
-    return [*parts, _x_title("step")]
-
-
-def _x_title(text: str) -> Html:
-    return tag("text", text, x=WIDTH - _RIGHT, y=HEIGHT - 4, class_="unit end")
+def _tick_format(high: float, is_share: bool) -> Spec:
+    """Format of an axis' ticks in D3's notation. Its default prints 10,000,000 and 0.00001 in full."""
+    if is_share:
+        return {"format": ".3~%"}
+    return {"format": "~s"} if high >= 1e4 else {"format": ".2~e"} if 0 < high < 1e-3 else {}

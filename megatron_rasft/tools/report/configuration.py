@@ -1,92 +1,73 @@
-"""The model's card, and a run's settings beside the defaults and other runs'."""
+"""Section "Configuration": the model card, and settings beside their defaults and those of other runs."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields
 from typing import Any
 
 from megatron_rasft.config import RasftConfig
-from megatron_rasft.tools.report.markup import Content, tag
-from megatron_rasft.tools.report.records import RunRecords
-from megatron_rasft.tools.report.views import RunView, table
+from megatron_rasft.tools.report.views import RunView
+
+Settings = dict[str, str]
+"""Flag -> value as text."""
+Row = tuple[str, list[str]]
+"""A flag and its values: the default if known, then each run's."""
 
 
-def configuration(views: Sequence[RunView]) -> Content:
-    """Cards, what differs between runs, what differs from the defaults, and everything."""
-    cards = [
-        [
-            tag("h3", f"Model card of {view.name}" if len(views) > 1 else "Model card"),
-            table(list(map(list, view.records.card.items())), class_="facts"),
-        ]
-        for view in views
-        if view.records.card
-    ]
+def configuration(views: Sequence[RunView]) -> dict[str, Any]:
+    """Returns the model cards, and tables of settings of the runs that have a config.json."""
     configured = [view for view in views if view.records.config]
-    if not configured:
-        return [cards, tag("p", "No config.json: the settings of the run are not known.", class_="missing")]
-    ours = [_settings(view.records) for view in configured]
-    hosts = [{k: str(v) for k, v in view.records.config["megatron"].items()} for view in configured]
-    own = {flag.removeprefix("--").replace("-", "_") for one in ours for flag in one}
-    hosts = [{f"--{k.replace('_', '-')}": v for k, v in host.items() if k not in own} for host in hosts]
+    ours = [_settings(view.records.config["rasft"]) for view in configured]
+    hosts = [_host_settings(view.records.config["megatron"], one) for view, one in zip(configured, ours)]
     defaults = _defaults()
-    names = list(dict.fromkeys(name for one in ours for name in one))
-    changed = [n for n in names if any(one.get(n) != defaults.get(n) for one in ours)]
-    head = ["flag", "default", *(view.name if len(configured) > 1 else "value" for view in configured)]
-    parts: list[Content] = [cards]
-    if len(configured) > 1:
-        all_names = list(dict.fromkeys([*names, *(name for host in hosts for name in host)]))
-        both = [one | host for one, host in zip(ours, hosts)]
-        differing = [n for n in all_names if len({one.get(n) for one in both}) > 1]
-        rows = [[tag("code", n), defaults.get(n, "–"), *(one.get(n, "–") for one in both)] for n in differing]
-        parts += [tag("h3", "What differs between the runs"), table(rows, head, class_="settings")]
-    rows = [[tag("code", n), defaults.get(n, "–"), *(one.get(n, "–") for one in ours)] for n in changed]
-    parts += [tag("h3", "Set otherwise than the default"), table(rows, head, class_="settings")]
-    rows = [[tag("code", n), defaults.get(n, "–"), *(one.get(n, "–") for one in ours)] for n in names]
-    parts.append(
-        tag(
-            "details",
-            tag("summary", f"All {len(names)} settings of megatron_rasft"),
-            table(rows, head, class_="settings"),
-        )
-    )
-    host_names = [
-        n
-        for n in dict.fromkeys(n for host in hosts for n in host)
-        if any(h.get(n, "None") != "None" for h in hosts)
-    ]
-    rows = [[tag("code", n), *(host.get(n, "–") for host in hosts)] for n in host_names]
-    host_head = [head[0], *head[2:]]
-    parts.append(
-        tag(
-            "details",
-            tag("summary", f"{len(host_names)} arguments of Megatron"),
-            table(rows, host_head, class_="settings"),
-        )
-    )
-    return parts
-
-
-def _settings(records: RunRecords) -> dict[str, str]:
+    names = _union(ours)
+    host_names = [name for name in _union(hosts) if any(host.get(name, "None") != "None" for host in hosts)]
+    both = [one | host for one, host in zip(ours, hosts)]
+    differing = [name for name in _union(both) if len({one.get(name) for one in both}) > 1]
+    changed = [name for name in names if any(one.get(name) != defaults.get(name) for one in ours)]
     return {
-        f"--{name.replace('_', '-')}": _shown(value)
-        for room in records.config["rasft"].values()
-        for name, value in room.items()
+        "cards": [(view.name, list(view.records.card.items())) for view in views if view.records.card],
+        "names": [view.name for view in configured],
+        "differing": _rows(differing, [defaults, *both]),
+        "changed": _rows(changed, [defaults, *ours]),
+        "all": _rows(names, [defaults, *ours]),
+        "host": _rows(host_names, hosts),
     }
 
 
-def _defaults() -> dict[str, str]:
+def _rows(names: Iterable[str], columns: Sequence[Settings]) -> list[Row]:
+    return [(name, [column.get(name, "–") for column in columns]) for name in names]
+
+
+def _union(settings: Iterable[Settings]) -> list[str]:
+    return list(dict.fromkeys(name for one in settings for name in one))
+
+
+def _settings(packages: Mapping[str, Mapping[str, Any]]) -> Settings:
+    return {_flag(name): _text(value) for package in packages.values() for name, value in package.items()}
+
+
+def _host_settings(arguments: Mapping[str, Any], ours: Settings) -> Settings:
+    """Megatron's own arguments. Its namespace also holds this project's."""
+    settings = {_flag(name): str(value) for name, value in arguments.items()}
+    return {name: value for name, value in settings.items() if name not in ours}
+
+
+def _defaults() -> Settings:
     found = {}
-    for room in RasftConfig.rooms().values():
-        for one in fields(room):
+    for package in RasftConfig.rooms().values():
+        for one in fields(package):
             value = one.default if one.default_factory is MISSING else one.default_factory()
-            found[f"--{one.name.replace('_', '-')}"] = "–" if value is MISSING else _shown(value)
+            found[_flag(one.name)] = "–" if value is MISSING else _text(value)
     return found
 
 
-def _shown(value: Any) -> str:
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _text(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(map(str, value)) or "none"
-    return (
-        {None: "none", True: "yes", False: "no"}.get(value, str(value))
-        if value is None or isinstance(value, bool)
-        else str(value)
-    )
+    if value is None or isinstance(value, bool):
+        return {None: "none", True: "yes", False: "no"}[value]
+    return str(value)

@@ -1,17 +1,25 @@
-"""Curves over the steps of a run, several runs over each other."""
+"""Section "Curves": metrics over the steps, with a line for each run."""
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 from megatron_rasft import metrics
-from megatron_rasft.tools.report.charts import MAX_POINTS, Series, legend, line_chart
-from megatron_rasft.tools.report.markup import Content, tag
+from megatron_rasft.tools.report.charts import (
+    MAX_POINTS,
+    Chart,
+    Part,
+    Point,
+    Series,
+    line_chart,
+    run_colour,
+    run_dash,
+)
 from megatron_rasft.tools.report.records import RunRecords
-from megatron_rasft.tools.report.views import RunView, colour
+from megatron_rasft.tools.report.views import RunView
 
 
 class Curve(NamedTuple):
-    """A metric and how it is drawn."""
+    """A metric and how it is drawn. ``charts.line_chart`` explains the flags."""
 
     metric: str
     title: str
@@ -24,7 +32,7 @@ class Curve(NamedTuple):
 _SOLVED = (
     Curve(metrics.HELDOUT_SOLVE_RATE, "Held-out problems solved", "share of responses", is_share=True),
     Curve(metrics.HELDOUT_TRUNCATED, "Held-out responses cut by length", "share of responses", is_share=True),
-    Curve(metrics.SOLVE_RATE, "Rollouts that are correct", "share of a refresh's rollouts", is_share=True),
+    Curve(metrics.SOLVE_RATE, "Correct rollouts", "share of a refresh's rollouts", is_share=True),
     Curve(
         metrics.SOLVED_PROBLEMS,
         "Problems solved at least once",
@@ -34,12 +42,7 @@ _SOLVED = (
 )
 _OF_STEPS = (
     Curve(metrics.LOSS, "Loss of the objective", "weighted nats per response token", from_zero=False),
-    Curve(
-        metrics.CROSS_ENTROPY,
-        "Cross-entropy of what is trained on",
-        "nats per response token",
-        from_zero=False,
-    ),
+    Curve(metrics.CROSS_ENTROPY, "Cross-entropy", "nats per trained response token", from_zero=False),
     Curve(metrics.GRAD_NORM, "Gradient norm", "before clipping", may_be_log=True),
     Curve(metrics.LEARNING_RATE, "Learning rate", "of the optimizer, at the step"),
     Curve(metrics.TOKENS_PER_S, "Training throughput", "tokens per second of a step"),
@@ -56,45 +59,40 @@ _OF_REFRESHES = (
         "nats per token, mean",
         from_zero=False,
     ),
-    Curve("rollout/tokens_per_s", "Sampling throughput of the servers", "tokens per second"),
-    Curve(metrics.LOGPROB_GAP, "Servers against trainer", "gap of log-probabilities, nats per token"),
-    Curve(metrics.SYNC_S, "Weights to the servers", "seconds a sync"),
+    Curve("rollout/tokens_per_s", "Sampling throughput of the rollout servers", "tokens per second"),
+    Curve(metrics.LOGPROB_GAP, "Log-probabilities: servers against trainer", "absolute gap, nats per token"),
+    Curve(metrics.SYNC_S, "Duration of a weight sync", "seconds"),
     Curve(metrics.SYNC_GB_PER_S, "Speed of a weight sync", "GB per second"),
-    Curve(metrics.SYNC_FAILED_SERVERS, "Servers that a sync left out", "servers"),
 )
+_FAILED_SERVERS = Curve(metrics.SYNC_FAILED_SERVERS, "Servers that a sync left out", "servers")
 
 
-def curves(views: Sequence[RunView]) -> Content:
-    """Every curve that any of the runs has a point of."""
-    curves = [(curve, RunRecords.refresh_points) for curve in _SOLVED]
-    curves += [(curve, RunRecords.points) for curve in _OF_STEPS]
-    curves += [(curve, RunRecords.refresh_points) for curve in _OF_REFRESHES]
-    charts = []
-    for curve, read in curves:
-        series = [
-            Series(view.name, colour(place), read(view.records, curve.metric))
-            for place, view in enumerate(views)
-        ]
-        if curve.metric == metrics.SYNC_FAILED_SERVERS and not any(y for s in series for _, y in s.points):
-            continue
-        charts.append(
-            line_chart(
-                curve.title,
-                curve.unit,
-                series,
-                is_share=curve.is_share,
-                may_be_log=curve.may_be_log,
-                from_zero=curve.from_zero,
-            )
-        )
-    shown = [chart for chart in charts if chart is not None]
-    if not shown:
-        return tag("p", "No metrics: there is nothing to draw.", class_="missing")
-    runs = [(view.name, colour(place)) for place, view in enumerate(views)]
-    longest = max(len(view.records.steps) for view in views)
-    note = f"Of more than {MAX_POINTS} points neighbours are averaged; the band is from the lowest to the highest of them."
-    return [
-        legend(runs) if len(runs) > 1 else None,
-        tag("p", note, class_="note") if longest > MAX_POINTS else None,
-        tag("div", shown, class_="grid"),
+def curves(views: Sequence[RunView]) -> dict[str, Any]:
+    """Returns a chart of each metric that at least one run recorded."""
+    charts = [_draw(curve, views, RunRecords.refresh_points) for curve in _SOLVED]
+    charts += [_draw(curve, views, RunRecords.points) for curve in _OF_STEPS]
+    charts += [_draw(curve, views, RunRecords.refresh_points) for curve in _OF_REFRESHES]
+    if any(value for view in views for _, value in view.records.refresh_points(_FAILED_SERVERS.metric)):
+        charts.append(_draw(_FAILED_SERVERS, views, RunRecords.refresh_points))
+    return {
+        "charts": [chart for chart in charts if chart is not None],
+        "runs": [Part(view.name, run_colour(place)) for place, view in enumerate(views)],
+        "averaged_from": MAX_POINTS if any(len(view.records.steps) > MAX_POINTS for view in views) else None,
+    }
+
+
+def _draw(
+    curve: Curve, views: Sequence[RunView], read: Callable[[RunRecords, str], list[Point]]
+) -> Chart | None:
+    series = [
+        Series(view.name, run_colour(place), read(view.records, curve.metric), run_dash(place))
+        for place, view in enumerate(views)
     ]
+    return line_chart(
+        curve.title,
+        curve.unit,
+        series,
+        is_share=curve.is_share,
+        may_be_log=curve.may_be_log,
+        from_zero=curve.from_zero,
+    )

@@ -1,118 +1,116 @@
-"""The section of a page that is read first: headline numbers, facts, and where the time went."""
+"""Section "Overview": headline numbers, facts of the run, and its time by phase."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from megatron_rasft import metrics
-from megatron_rasft.tools.report.charts import number, strip, swatch, tick_label
-from megatron_rasft.tools.report.markup import Content, Html, tag
+from megatron_rasft.tools.report.formats import duration, number, percent, short_count
 from megatron_rasft.tools.report.records import PHASES, RunRecords
-from megatron_rasft.tools.report.views import RunView, colour, duration, table
+from megatron_rasft.tools.report.views import RunView
 
 
-def overview(views: Sequence[RunView]) -> Content:
-    """Headline numbers, a table of facts with a column for each run, and the time by phase."""
+def overview(views: Sequence[RunView]) -> dict[str, Any]:
+    """Returns the notes, headline numbers, table of facts and time by phase of the runs."""
     facts = [_facts(view) for view in views]
     names = list(dict.fromkeys(name for one in facts for name in one))
-    rows = [[name, *(one.get(name, "–") for one in facts)] for name in names]
-    head = None
-    if len(views) > 1:
-        head = ["", *([swatch(colour(place)), view.name] for place, view in enumerate(views))]
-    notes = [
-        tag("li", f"{view.name}: " if len(views) > 1 else None, note) for view in views for note in view.notes
-    ]
-    return [
-        tag("ul", notes, class_="notes") if notes else None,
-        _tiles(views[0]) if len(views) == 1 else None,
-        table(rows, head, class_="facts"),
-        _time(views),
-    ]
+    return {
+        "names": [view.name for view in views],
+        "notes": [(view.name, note) for view in views for note in view.notes],
+        "tiles": _tiles(views[0].records) if len(views) == 1 else [],
+        "facts": [(name, [one.get(name, "–") for one in facts]) for name in names],
+        **_time([view.records for view in views]),
+    }
 
 
-def _tiles(view: RunView) -> Html | None:
-    """The few numbers to be read first."""
-    records = view.records
+def _tiles(records: RunRecords) -> list[tuple[str, str]]:
+    """(value, name) of the headline numbers."""
     tiles = []
-    heldout = records.refresh_points(metrics.HELDOUT_SOLVE_RATE)
-    if heldout:
-        before = f"{heldout[0][1]:.1%} → " if len(heldout) > 1 else ""
-        tiles.append((f"{before}{heldout[-1][1]:.1%}", "held-out problems solved"))
-    solved = records.refresh_points(metrics.SOLVE_RATE)
-    if solved:
-        before = f"{solved[0][1]:.1%} → " if len(solved) > 1 else ""
-        tiles.append((f"{before}{solved[-1][1]:.1%}", "rollouts correct, first → last refresh"))
+    for metric, name in (
+        (metrics.HELDOUT_SOLVE_RATE, "held-out problems solved"),
+        (metrics.SOLVE_RATE, "rollouts correct, first → last refresh"),
+    ):
+        solved = [percent(share) for _, share in records.refresh_points(metric)]
+        if solved:
+            tiles.append((" → ".join([solved[0], solved[-1]][-len(solved) :]), name))
     losses = records.points(metrics.LOSS)
     if losses:
         tiles.append((number(losses[-1][1]), "loss of the last step"))
     if records.steps:
-        tiles.append(
-            (
-                tick_label(sum(r.get(metrics.NUM_TOKENS, 0) for r in records.steps.values()), False),
-                "tokens trained",
-            )
-        )
-        tiles.append((duration(sum(records.seconds().values())), "on the clock"))
-    if not tiles:
-        return None
-    return tag(
-        "div", [tag("div", tag("b", value), tag("span", name)) for value, name in tiles], class_="tiles"
-    )
+        tiles.append((short_count(records.total(metrics.NUM_TOKENS)), "tokens trained"))
+        tiles.append((duration(sum(records.seconds().values())), "wall-clock time"))
+    return tiles
 
 
 def _facts(view: RunView) -> dict[str, str]:
-    records = view.records
-    facts = {
+    """Name -> value of the facts known of a run."""
+    facts = _settings(view.records) | _training(view.records) | _rollouts(view)
+    return {name: str(value) for name, value in facts.items() if value}
+
+
+def _settings(records: RunRecords) -> dict[str, Any]:
+    data = records.setting("data", "train_data") or []
+    return {
         "Objective": records.setting("objective", "objective") or records.card.get("Objective"),
         "Model": records.megatron("hf_model") or records.card.get("Base model"),
         "Parameters": records.card.get("Parameters"),
-        "Demonstrations": ", ".join(records.setting("data", "train_data") or [])
-        or records.card.get("Demonstrations"),
+        "Demonstrations": ", ".join(data) or records.card.get("Demonstrations"),
         "Layout": _layout(records),
         "Problems per step": records.megatron("global_batch_size") or records.card.get("Problems per step"),
         "Sequence length": records.megatron("seq_length"),
         "Peak learning rate": records.megatron("lr") or records.card.get("Learning rate"),
         "Rollouts from": _sampling(records),
     }
-    steps = list(records.steps)
-    if steps:
-        planned = records.megatron("train_iters")
-        facts["Steps"] = f"{steps[-1]}{f' of {planned}' if planned else ''}"
-        if len(steps) < steps[-1]:
-            facts["Steps"] = f"{facts['Steps']}, {len(steps)} of them recorded here"
-        tokens = sum(r.get(metrics.NUM_TOKENS, 0.0) for r in records.steps.values())
-        seconds = sum(r.get(metrics.STEP_S, 0.0) for r in records.steps.values())
-        facts["Tokens trained"] = f"{tokens:,.0f}, prompts included"
-        if seconds:
-            facts["Training throughput"] = (
-                f"{number(tokens / seconds, 3)} tokens/s, mean over {duration(seconds)} of steps"
-            )
-    if records.num_repeated:
-        facts["Steps done again"] = (
-            f"{records.num_repeated}, after the run was taken up again; the last record counts"
+
+
+def _training(records: RunRecords) -> dict[str, Any]:
+    if not records.steps:
+        return {}
+    last, planned = max(records.steps), records.megatron("train_iters")
+    steps = f"{last} of {planned}" if planned else f"{last}"
+    if len(records.steps) < last:
+        steps += f", {len(records.steps)} of them in metrics.jsonl"
+    tokens, seconds = records.total(metrics.NUM_TOKENS), records.total(metrics.STEP_S)
+    facts = {"Steps": steps, "Tokens trained": f"{tokens:,.0f}, prompts included"}
+    if seconds:
+        facts["Training throughput"] = (
+            f"{number(tokens / seconds, 3)} tokens/s, mean over {duration(seconds)} of steps"
         )
+    if records.num_repeated:
+        facts["Steps repeated"] = f"{records.num_repeated} after a resume; their last record counts"
+    return facts
+
+
+def _rollouts(view: RunView) -> dict[str, Any]:
+    facts, records = {}, view.records
     sampled = [r for r in records.refreshes.values() if r.get("rollout/num_rollouts")]
     if view.rollouts is not None and view.rollouts.refreshes:
-        drawn, used = view.rollouts.num_rollouts, sum(r.num_tokens for r in view.rollouts.refreshes.values())
-        facts["Rollouts"] = f"{drawn:,} at {len(view.rollouts.refreshes)} refreshes, {used:,} tokens"
+        tokens = sum(refresh.num_tokens for refresh in view.rollouts.refreshes.values())
+        facts["Rollouts"] = (
+            f"{view.rollouts.num_rollouts:,} in {len(view.rollouts.refreshes)} refreshes, {tokens:,} tokens"
+        )
     elif sampled:
         counts = [(r["rollout/num_rollouts"], r.get("rollout/response_tokens_mean", 0.0)) for r in sampled]
-        facts["Rollouts"] = (
-            f"{sum(n for n, _ in counts):,.0f} at {len(sampled)} refreshes, {sum(n * mean for n, mean in counts):,.0f} tokens"
-        )
+        total, tokens_mean = sum(n for n, _ in counts), sum(n * mean for n, mean in counts)
+        facts["Rollouts"] = f"{total:,.0f} in {len(sampled)} refreshes, {tokens_mean:,.0f} tokens"
     solved = records.refresh_points(metrics.SOLVE_RATE)
     if solved:
-        facts["Rollouts correct"] = f"{solved[-1][1]:.1%} at the last refresh, after step {solved[-1][0]:.0f}"
+        facts["Rollouts correct"] = (
+            f"{percent(solved[-1][1])} in the last refresh, after step {solved[-1][0]:.0f}"
+        )
     heldout = records.refresh_points(metrics.HELDOUT_SOLVE_RATE)
     if heldout:
+        ends = dict.fromkeys([heldout[0], heldout[-1]])
         facts["Held-out solved"] = ", ".join(
-            f"{value:.1%} after step {step:.0f}" for step, value in dict.fromkeys([heldout[0], heldout[-1]])
+            f"{percent(share)} after step {step:.0f}" for step, share in ends
         )
     failed = sum(r.get("rollout/failed", 0) for r in records.refreshes.values())
     if failed:
-        facts["Samples that servers failed to give"] = f"{failed:,.0f}"
-    return {name: str(value) for name, value in facts.items() if value}
+        facts["Failed samples"] = f"{failed:,.0f}, which no server returned"
+    return facts
 
 
 def _layout(records: RunRecords) -> str | None:
+    """Processes, parallel sizes above 1, and precision."""
     if not records.config.get("megatron"):
         return None
     sizes = {
@@ -127,55 +125,45 @@ def _layout(records: RunRecords) -> str | None:
         for name, key in sizes.items()
         if records.megatron(key) not in (None, "1")
     ]
-    where = {"nccl": "GPU", "gloo": "CPU"}.get(records.megatron("distributed_backend") or "", "")
+    device = {"nccl": "GPU", "gloo": "CPU"}.get(records.megatron("distributed_backend") or "", "")
     precision = (records.megatron("params_dtype") or "").removeprefix("torch.")
     fp8 = records.megatron("fp8")
-    count = f"{records.megatron('world_size') or '?'} {where} process(es)"
+    count = " ".join(filter(None, [records.megatron("world_size") or "?", device, "process(es)"]))
     return ", ".join(filter(None, [count, " ".join(parts), precision, f"FP8 {fp8}" if fp8 else ""]))
 
 
 def _sampling(records: RunRecords) -> str | None:
+    """Engine and settings of the rollouts."""
     if records.refreshes and not any(r.get("rollout/num_rollouts") for r in records.refreshes.values()):
         return "none: this run trains on demonstrations only"
     engine = records.setting("rollout", "rollout_engine")
     if engine is None:
         return records.card.get("Rollout engine")
     return (
-        f"{engine}: {records.setting('rollout', 'rollout_num_samples')} a problem, at most "
+        f"{engine}: {records.setting('rollout', 'rollout_num_samples')} per problem, at most "
         f"{records.setting('rollout', 'rollout_max_new_tokens')} tokens, temperature "
         f"{records.setting('rollout', 'rollout_temperature')}"
     )
 
 
-def _time(views: Sequence[RunView]) -> Content:
-    """Where the time went."""
-    split = {view.name: view.records.seconds() for view in views}
-    used = [(phase, text) for phase, text in PHASES.items() if any(one[phase] for one in split.values())]
-    if not used:
-        return None
-    bars: list[Content] = []
-    for view in views:
-        seconds = split[view.name]
-        total = sum(seconds.values())
-        if total:
-            parts = [
-                (
-                    text,
-                    f"p-{phase}",
-                    seconds[phase],
-                    f"{duration(seconds[phase])}, {seconds[phase] / total:.1%}",
-                )
-                for phase, text in used
-            ]
-            bars.append(tag("p", view.name, class_="bar-name") if len(views) > 1 else None)
-            bars.append(strip(parts))
-    rows: list[list[Content]] = []
-    for phase, text in used:
-        cells: list[Content] = []
-        for one in split.values():
-            total = sum(one.values())
-            cells.append(f"{duration(one[phase])} ({one[phase] / total:.1%})" if total else "–")
-        rows.append([[swatch(f"p-{phase}"), text], *cells])
-    rows.append(["on the clock", *(duration(sum(one.values())) for one in split.values())])
-    head = ["phase", *(view.name for view in views)] if len(views) > 1 else ["phase", "time and share"]
-    return [tag("h3", "Where the time went"), bars, table(rows, head, class_="numbers")]
+def _time(runs: Sequence[RunRecords]) -> dict[str, Any]:
+    """Seconds and shares by run and by phase."""
+    seconds = [records.seconds() for records in runs]
+    totals = [sum(one.values()) for one in seconds]
+    phases = [phase for phase in PHASES if any(one[phase] for one in seconds)]
+
+    def cell(one: dict[str, float], total: float, phase: str) -> str:
+        return f"{duration(one[phase])} ({percent(one[phase] / total)})" if total else "–"
+
+    return {
+        "bars": [
+            (records.name, [(phase, PHASES[phase], one[phase], cell(one, total, phase)) for phase in phases])
+            for records, one, total in zip(runs, seconds, totals)
+            if total
+        ],
+        "phases": [
+            (phase, PHASES[phase], [cell(one, total, phase) for one, total in zip(seconds, totals)])
+            for phase in phases
+        ],
+        "totals": [duration(total) for total in totals],
+    }

@@ -1,66 +1,104 @@
-"""The HTML page of one or several runs: one file that asks for no other and runs no script but its own."""
+"""The HTML page of one or several runs: one file that loads nothing from elsewhere."""
 
 import base64
 import hashlib
 from collections.abc import Callable, Sequence
 from importlib.resources import files
+from typing import Any, NamedTuple
+
+import jinja2
 
 from megatron_rasft import __version__
-from megatron_rasft.tools.report.charts import swatch
+from megatron_rasft.tools.report import charts, formats
 from megatron_rasft.tools.report.configuration import configuration
 from megatron_rasft.tools.report.curves import curves
-from megatron_rasft.tools.report.examples import examples
-from megatron_rasft.tools.report.markup import Content, Html, embedded, tag
-from megatron_rasft.tools.report.outcomes import outcomes
+from megatron_rasft.tools.report.examples import examples, shortened
 from megatron_rasft.tools.report.overview import overview
 from megatron_rasft.tools.report.solvability import solvability
-from megatron_rasft.tools.report.views import RunView, colour
+from megatron_rasft.tools.report.verdicts import verdicts
+from megatron_rasft.tools.report.views import RunView
+
+_TEMPLATES = files(__package__).joinpath("templates")
+_UNPRINTABLE = dict.fromkeys((*range(9), 11, 12, *range(14, 32), 127, *range(55296, 57344)), "�")
+"""Control characters, which HTML does not allow, and lone surrogates, which UTF-8 cannot encode."""
 
 
-def page(views: Sequence[RunView]) -> Html:
-    """The whole document."""
-    script = files(__package__).joinpath("page.js").read_text(encoding="utf-8")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    # Nothing may be loaded, and no script runs but this one: a second lock behind the escaping of what a model wrote.
-    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
-    title = f"Report: {', '.join(view.name for view in views)}"
-    head = tag(
-        "head",
-        tag("meta", charset="utf-8"),
-        tag("meta", http_equiv="Content-Security-Policy", content=policy),
-        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        tag("title", title),
-        embedded("style", files(__package__).joinpath("page.css").read_text(encoding="utf-8")),
+class Section(NamedTuple):
+    """One section of the page. Its template is the title in lower case, e.g. templates/overview.html."""
+
+    title: str
+    of_page: Callable[[Sequence[RunView]], dict[str, Any]] | None = None
+    """Returns the variables of the template, from all runs. Set this or ``of_run``."""
+    of_run: Callable[[RunView], dict[str, Any]] | None = None
+    """Returns them from one run. The template is then rendered once for each run."""
+
+    def parts(self, views: Sequence[RunView]) -> list[dict[str, Any]]:
+        """Returns the template's variables, for each time that it is rendered."""
+        if self.of_run is not None:
+            return [self.of_run(view) for view in views]
+        assert self.of_page is not None, "a section has a function of the page or of a run"
+        return [self.of_page(views)]
+
+
+SECTIONS = (
+    Section("Overview", of_page=overview),
+    Section("Curves", of_page=curves),
+    Section("Solvability", of_run=solvability),
+    Section("Rollouts", of_run=verdicts),
+    Section("Examples", of_run=examples),
+    Section("Configuration", of_page=configuration),
+)
+"""The sections in the order of the page."""
+
+
+def page(views: Sequence[RunView]) -> str:
+    """Returns the whole HTML document."""
+    scripts = [charts.script(), _source("page.js")]
+    # Second barrier behind the escaping of texts that a model wrote: the browser loads nothing and runs these scripts only.
+    hashes = " ".join(f"'sha256-{_sha256(script)}'" for script in scripts)
+    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src {hashes}; base-uri 'none'; form-action 'none'"
+    return (
+        _environment()
+        .get_template("page.html")
+        .render(
+            names=[view.name for view in views],
+            policy=policy,
+            style=_source("page.css"),
+            scripts=scripts,
+            sections=[(section.title, section.parts(views)) for section in SECTIONS],
+            version=__version__,
+        )
     )
-    sections = [
-        _section("overview", "Overview", overview(views)),
-        _section("curves", "Curves", curves(views)),
-        _section("solvability", "Solvability", _by_run(views, solvability)),
-        _section("rollouts", "Rollouts", _by_run(views, outcomes)),
-        _section("examples", "Examples", _by_run(views, examples)),
-        _section("configuration", "Configuration", configuration(views)),
-    ]
-    names = ("Overview", "Curves", "Solvability", "Rollouts", "Examples", "Configuration")
-    links = [tag("a", name, href=f"#{name.lower()}") for name in names]
-    theme = tag("button", "Light / dark", type="button", id="theme", hidden=True)
-    header = tag("header", tag("nav", tag("strong", "megatron_rasft"), links, theme))
-    footer = tag(
-        "footer", f"Written by megatron_rasft {__version__}. This file needs no other and no network."
+
+
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(_source),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        finalize=_printable,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    main = tag("main", tag("h1", ", ".join(view.name for view in views)), sections, footer)
-    body = tag("body", header, main, embedded("script", script))
-    return Html(f"<!DOCTYPE html>\n{tag('html', head, body, lang='en')}\n")
+    environment.filters |= {
+        "count": lambda value: f"{value:,}",
+        "duration": formats.duration,
+        "number": formats.number,
+        "percent": formats.percent,
+        "shortened": shortened,
+        "variable": charts.variable,
+    }
+    environment.globals |= {"run_colour": charts.run_colour}
+    return environment
 
 
-def _section(name: str, title: str, *content: Content) -> Html:
-    return tag("section", tag("h2", title), *content, id=name)
+def _source(name: str) -> str:
+    return _TEMPLATES.joinpath(name).read_text(encoding="utf-8")
 
 
-def _by_run(views: Sequence[RunView], draw: Callable[[RunView], Content]) -> Content:
-    """Each run's part, under its name if there are several."""
-    if len(views) == 1:
-        return draw(views[0])
-    return [
-        tag("div", tag("h3", swatch(colour(place)), view.name, class_="run"), draw(view), class_="of-run")
-        for place, view in enumerate(views)
-    ]
+def _printable(value: Any) -> Any:
+    return value.translate(_UNPRINTABLE) if isinstance(value, str) else value
+
+
+def _sha256(script: str) -> str:
+    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

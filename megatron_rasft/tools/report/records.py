@@ -79,6 +79,10 @@ class RunRecords:
         """(step, value) of a metric of the refreshes, or of the held-out measurements."""
         return _points(self.refreshes, name) or _points(self.heldout, name)
 
+    def total(self, name: str) -> float:
+        """Sum of a metric over the steps."""
+        return sum(record.get(name, 0.0) for record in self.steps.values())
+
     def seconds(self) -> dict[str, float]:
         """Phase -> seconds, of all steps and refreshes; ``other`` is what is left of the time on the clock."""
         sums = dict.fromkeys(PHASES, 0.0)

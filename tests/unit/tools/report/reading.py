@@ -1,55 +1,71 @@
-"""Reads a page as a browser does: elements, texts, and the data beside the charts."""
+"""Parses a page: its elements, their texts, and the data of its charts."""
 
 import json
 from html.parser import HTMLParser
 from typing import Any
 
+_WITHOUT_END = ("meta", "input", "br")
+
 
 class Page(HTMLParser):
-    """What a page holds."""
+    """A parsed page. Asserts that every element is closed in its parent."""
 
     def __init__(self, markup: str) -> None:
         super().__init__()
         self.elements: list[tuple[str, dict[str, str | None]]] = []
         self.texts: dict[str, list[str]] = {}
-        """Element -> the texts in it, one for each such element."""
-        self._open: list[str] = []
+        """Element name -> text of each such element."""
+        self._open: list[tuple[str, int]] = []
         self.feed(markup)
         self.close()
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.elements.append((tag, dict(attrs)))
-        if tag not in ("meta", "input", "br"):
-            self._open.append(tag)
-            self.texts.setdefault(tag, []).append("")
+        if tag not in _WITHOUT_END:
+            texts = self.texts.setdefault(tag, [])
+            self._open.append((tag, len(texts)))
+            texts.append("")
 
     def handle_endtag(self, tag: str) -> None:
-        assert self._open.pop() == tag, f"</{tag}> closes another element"
+        assert self._open.pop()[0] == tag, f"</{tag}> closes another element"
 
     def handle_data(self, data: str) -> None:
-        for tag in set(self._open):
-            self.texts[tag][-1] += data
+        for tag, place in self._open:
+            self.texts[tag][place] += data
 
     def tags(self, name: str) -> list[dict[str, str | None]]:
         return [attributes for tag, attributes in self.elements if tag == name]
 
     @property
     def text(self) -> str:
-        """What a reader sees, white space aside."""
+        """Text of the whole page, with single spaces."""
         return " ".join("".join(self.texts["main"]).split())
 
     @property
     def rows(self) -> list[str]:
+        """Text of each row of the tables."""
         return [" ".join(text.split()) for text in self.texts["tr"]]
 
     @property
-    def lines(self) -> dict[str, list[dict[str, Any]]]:
-        """Title of a line chart -> its series."""
-        titles = iter(self.texts["figcaption"])
-        data = iter(t for t, a in zip(self.texts["script"], self.tags("script")) if a.get("type"))
-        charts = {}
-        for figure in self.tags("figure"):
-            title = next(titles)
-            if "lines" in (figure["class"] or ""):
-                charts[title] = json.loads(next(data))["series"]
-        return charts
+    def charts(self) -> dict[str, dict[str, Any]]:
+        """Title -> specification of each chart."""
+        scripts = zip(self.texts.get("script", []), self.tags("script"))
+        specs = [json.loads(text) for text, attributes in scripts if attributes.get("type")]
+        return dict(zip((figure["aria-label"] or "" for figure in self.tags("figure")), specs, strict=True))
+
+    @property
+    def lines(self) -> dict[str, dict[str, list[tuple[float, float]]]]:
+        """Title of each line chart -> label -> points."""
+        return {title: lines_of(spec) for title, spec in self.charts.items() if "layer" in spec}
+
+
+def lines_of(spec: dict[str, Any]) -> dict[str, list[tuple[float, float]]]:
+    """Label -> (step, value) of a line chart, as its tooltip shows them."""
+    rows = [dict(zip(spec["data"]["names"], row)) for row in spec["data"]["rows"]]
+    _, *values = spec["layer"][-1]["encoding"]["tooltip"]
+    return {
+        value["title"]: [
+            (row["step"], row[value["field"]]) for row in rows if row[value["field"]] is not None
+        ]
+        for value in values
+    }

@@ -1,101 +1,98 @@
-"""Axes that hold what they show, and numbers as a reader wants them."""
+"""Charts hold the values they are given, and long lines are averaged."""
 
-import math
+import sys
+from typing import Any
 
 import pytest
 
+from megatron_rasft.errors import RasftError
+from megatron_rasft.tools.report import charts
 from megatron_rasft.tools.report.charts import (
+    MAX_COLUMNS,
     MAX_POINTS,
+    Chart,
+    Part,
     Series,
     columns,
     line_chart,
-    linear_scale,
-    log_scale,
-    number,
-    thinned,
-    tick_label,
+    merged,
 )
-from tests.unit.tools.report.reading import Page
+from tests.unit.tools.report.reading import lines_of
 
 
-@pytest.mark.parametrize(
-    "low,high", [(0, 1), (0.13, 0.44), (-3, 7), (1e-7, 3e-5), (5, 5), (0, 0), (990, 1010)]
-)
-def test_axis_holds_its_values_between_round_ticks(low: float, high: float) -> None:
-    scale = linear_scale(low, high)
-    assert scale.low <= low and high <= scale.high
-    assert 3 <= len(scale.ticks) <= 8
-    assert 0 <= scale.at(low) <= scale.at(high) <= 1
-    step = scale.ticks[1] - scale.ticks[0]
-    assert round(step / 10 ** math.floor(math.log10(step) + 1e-9)) in (1, 2, 5)
-    logarithmic = log_scale(low, high) if low > 0 else None
-    if logarithmic is not None:
-        assert 0 <= logarithmic.at(low) <= logarithmic.at(high) <= 1
+def draw(*lines: list[tuple[float, float]], **flags: bool) -> Chart:
+    series = [Series(f"run {place}", f"run-{place}", points) for place, points in enumerate(lines)]
+    chart = line_chart("Title", "unit", series, **flags)
+    assert chart is not None
+    return chart
 
 
-@pytest.mark.parametrize(
-    "value,text",
-    [
-        (0, "0"),
-        (0.125, "0.125"),
-        (1.5e-05, "1.5e-5"),
-        (1234567, "1,234,567"),
-        (12.3456, "12.35"),
-        (-2.0, "-2"),
-        (100, "100"),
-    ],
-)
-def test_numbers_are_short(value: float, text: str) -> None:
-    assert number(value) == text
+def value_axis(chart: Chart) -> dict[str, Any]:
+    axis: dict[str, Any] = chart.spec["layer"][0]["encoding"]["y"]
+    return axis
 
 
-@pytest.mark.parametrize(
-    "value,is_share,text",
-    [(0.25, True, "25%"), (15000, False, "15k"), (2e6, False, "2M"), (1500, False, "1,500")],
-)
-def test_ticks_are_shorter(value: float, is_share: bool, text: str) -> None:
-    assert tick_label(value, is_share) == text
+def test_lines_hold_their_points() -> None:
+    points = [(1, 0.5), (2, 3000.0), (4, 0.01)]
+    assert lines_of(draw(points).spec) == {"Title": points}
+    other = [(2, 1.0), (3, 2.0)]
+    assert lines_of(draw(points, other).spec) == {"run 0": points, "run 1": other}
 
 
-def test_long_lines_are_averaged_and_keep_their_extremes() -> None:
+def test_long_line_is_averaged_and_keeps_its_extremes() -> None:
     points = [(float(step), float(step % 7)) for step in range(10_000)]
     points[5000] = (5000.0, 1000.0)
-    thin = thinned(points)
-    assert MAX_POINTS / 2 < len(thin) <= MAX_POINTS
-    assert max(high for *_, high in thin) == 1000
+    data = draw(points).spec["data"]
+    rows = [dict(zip(data["names"], row)) for row in data["rows"]]
+    assert MAX_POINTS / 2 < len(rows) <= MAX_POINTS
+    assert max(row["high0"] for row in rows) == 1000
     size = 34
-    assert thin[0][1] == sum(y for _, y in points[:size]) / size
-    assert thinned(points[:10]) == [(x, y, y, y) for x, y in points[:10]]
+    assert rows[0]["step"] == (size - 1) / 2
+    assert rows[0]["value0"] == pytest.approx(sum(value for _, value in points[:size]) / size, rel=1e-5)
+    assert [layer["mark"]["type"] for layer in draw(points).spec["layer"]] == ["area", "line", "rule"]
+    assert [layer["mark"]["type"] for layer in draw(points[:MAX_POINTS]).spec["layer"]] == ["line", "rule"]
 
 
-def test_line_chart_lies_within_its_drawing() -> None:
-    points = [(1, 0.5), (2, 3000.0), (3, 0.01)]
-    drawn = line_chart("Gradient", "norm", [Series("a", "c0", points)], may_be_log=True)
-    page = Page(f"<main>{drawn}</main>")
-    (series,) = page.lines["Gradient"]
-    assert [(x, y) for _, _, x, y in series["points"]] == points
-    assert "log scale" in page.text
-    width, height = map(int, (page.tags("svg")[0]["viewbox"] or "").split()[2:])
-    assert all(0 < px < width and 0 < py < height for px, py, *_ in series["points"])
-    heights = [py for _, py, *_ in series["points"]]
-    assert heights[1] < heights[0] < heights[2]
-    assert line_chart("Nothing", "units", [Series("a", "c0", [])]) is None
+def test_axis_is_logarithmic_only_over_a_wide_range() -> None:
+    wide, narrow, with_zero = [(1, 0.02), (2, 500.0)], [(1, 1.0), (2, 20.0)], [(1, 0.0), (2, 20.0)]
+    assert value_axis(draw(wide, may_be_log=True))["scale"] == {"type": "log", "domain": [0.01, 1000]}
+    for points, may_be_log in ((wide, False), (narrow, True), (with_zero, True)):
+        assert "type" not in value_axis(draw(points, may_be_log=may_be_log))["scale"]
 
 
-def test_columns_stand_on_each_other() -> None:
-    drawn = columns(
-        "Kinds",
-        "step",
-        ["0", "3"],
-        [("a", "c0"), ("b", "c1")],
-        [[1, 3], [0, 2]],
-        unit="things",
-        is_share=True,
-    )
-    page = Page(f"<main>{drawn}</main>")
-    rects = [r for r in page.tags("rect") if r["class"] in ("part c0", "part c1") and r["width"] != "10"]
-    heights = [float(r["height"] or 0) for r in rects]
-    assert heights[0] * 3 == pytest.approx(heights[1], rel=1e-3)
-    assert heights[0] + heights[1] == pytest.approx(heights[2], rel=1e-3)
-    assert page.texts["title"] == ["0: a 1 of 4 (25.0%)", "0: b 3 of 4 (75.0%)", "3: b 2 of 2 (100.0%)"]
-    assert columns("None", "step", ["0"], [("a", "c0")], [[0]], unit="things") is None
+def test_axis_of_shares_that_are_all_zero_has_a_height() -> None:
+    assert value_axis(draw([(1, 0.0), (2, 0.0)], is_share=True))["scale"]["domain"] == [0, 0.1]
+
+
+def test_columns_hold_counts_and_shares() -> None:
+    parts = [Part("a", "run-0"), Part("b", "run-1")]
+    chart = columns("Kinds", "step", ["0", "3"], parts, [[1, 3], [0, 2]], unit="things", is_share=True)
+    assert chart is not None
+    assert chart.spec["data"]["rows"] == [
+        ["0", 0, "a", 1, 0.25],
+        ["0", 1, "b", 3, 0.75],
+        ["3", 1, "b", 2, 1.0],
+    ]
+
+
+def test_without_values_there_is_no_chart() -> None:
+    assert line_chart("Nothing", "unit", [Series("a", "run-0", [])]) is None
+    assert columns("Nothing", "step", ["0"], [Part("a", "run-0")], [[0]], unit="things") is None
+
+
+def test_neighbouring_columns_are_added_up() -> None:
+    values = [(step, [1.0, float(step)]) for step in range(100)]
+    labels, counts = merged(values, 2)
+    assert len(labels) == len(counts) == 34 <= MAX_COLUMNS
+    assert (labels[0], counts[0]) == ("0–2", [3, 3])
+    assert (labels[-1], counts[-1]) == ("99", [1, 99])
+
+
+def test_colour_cannot_leave_its_style_attribute() -> None:
+    assert charts.variable("verdict-x); background: url(//host)") == "var(--verdict-xbackgroundurlhost)"
+
+
+def test_missing_chart_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vl_convert", None)
+    with pytest.raises(RasftError, match=r"pip install 'megatron-rasft\[report\]'"):
+        charts.script.__wrapped__()
