@@ -1,4 +1,4 @@
-"""The page of a real run."""
+"""tools/report.py on a real run."""
 
 import json
 import subprocess
@@ -20,11 +20,11 @@ def test_page_of_a_run_has_its_curves_settings_and_texts(workshop: Workshop, tmp
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     shown = Page(output.read_text(encoding="utf-8"))
-    assert not shown.texts.get("li"), "nothing is missing"
-    (series,) = shown.lines["Loss of the objective"]
-    assert [point[3] for point in series["points"]] == pytest.approx(launching.losses(save), rel=1e-4)
+    assert not shown.texts.get("li"), "no note on a missing input"
+    ((_, points),) = shown.lines["Loss of the objective"].items()
+    assert [value for _, value in points] == pytest.approx(launching.losses(save), rel=1e-4)
     num_rollouts = len((save / "rollouts.jsonl").read_text().splitlines())
-    assert any(row.startswith(f"Rollouts{num_rollouts} at ") for row in shown.rows)
+    assert any(row.startswith(f"Rollouts{num_rollouts} in ") for row in shown.rows)
     assert f"Model{workshop.policy}" in shown.rows
     problems = {json.loads(line)["problem"] for line in workshop.sums.read_text().splitlines()}
     assert problems & set(shown.texts["pre"])

@@ -22,7 +22,7 @@ _MAX_MARKED_POINTS = 40
 _MIN_LOG_SPAN = 30
 """The values' least ratio of highest to lowest for which an axis is logarithmic."""
 _NUM_TICKS = 5
-_DASHES = ([], [7, 2], [3, 2], [8, 2, 2, 2], [1.5, 2], [5, 4], [10, 3], [])
+_DASHES: tuple[Sequence[float], ...] = ([], [7, 2], [3, 2], [8, 2, 2, 2], [1.5, 2], [5, 4], [10, 3], [])
 """One pattern for each colour of ``run_colour``, to tell runs apart without colours."""
 
 Spec = dict[str, Any]
@@ -166,7 +166,7 @@ def columns(
     sums = [sum(column) for column in counts]
     if not any(sums):
         return None
-    rows = [
+    rows: list[list[Cell]] = [
         [label, place, part.label, count, count / total]
         for label, column, total in zip(labels, counts, sums)
         for place, (part, count) in enumerate(zip(parts, column))

@@ -1,6 +1,7 @@
 """The HTML page of one or several runs: one file that loads nothing from elsewhere."""
 
 import base64
+import functools
 import hashlib
 from collections.abc import Callable, Sequence
 from importlib.resources import files
@@ -71,6 +72,7 @@ def page(views: Sequence[RunView]) -> str:
     )
 
 
+@functools.cache
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(_source),

@@ -13,25 +13,26 @@ class Page(HTMLParser):
     def __init__(self, markup: str) -> None:
         super().__init__()
         self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.texts: dict[str, list[str]] = {}
-        """Element name -> text of each such element."""
-        self._open: list[tuple[str, int]] = []
+        self._pieces: dict[str, list[list[str]]] = {}
+        self._open: list[tuple[str, list[str]]] = []
         self.feed(markup)
         self.close()
+        self.texts = {tag: ["".join(parts) for parts in found] for tag, found in self._pieces.items()}
+        """Element name -> text of each such element."""
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.elements.append((tag, dict(attrs)))
         if tag not in _WITHOUT_END:
-            texts = self.texts.setdefault(tag, [])
-            self._open.append((tag, len(texts)))
-            texts.append("")
+            pieces: list[str] = []
+            self._open.append((tag, pieces))
+            self._pieces.setdefault(tag, []).append(pieces)
 
     def handle_endtag(self, tag: str) -> None:
         assert self._open.pop()[0] == tag, f"</{tag}> closes another element"
 
     def handle_data(self, data: str) -> None:
-        for tag, place in self._open:
-            self.texts[tag][place] += data
+        for _, pieces in self._open:
+            pieces.append(data)
 
     def tags(self, name: str) -> list[dict[str, str | None]]:
         return [attributes for tag, attributes in self.elements if tag == name]

@@ -20,7 +20,7 @@ if not os.environ.get("CI"):
     if CHROMIUM is None:
         pytest.skip("chromium is not installed: apt-get install chromium", allow_module_level=True)
 
-from playwright.sync_api import Browser, Locator, Page, sync_playwright
+from playwright.sync_api import Browser, Locator, Page, sync_playwright  # noqa: E402 - it may be missing
 
 DRAWN_S = 120
 """Time limit for all charts. A free machine needs 2 seconds, the tests may share it."""
