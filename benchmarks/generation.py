@@ -34,7 +34,7 @@ from benchmarks.shapes import SHAPES  # noqa: E402
 from benchmarks.traffic import Traffic  # noqa: E402
 from megatron_rasft.training import startup  # noqa: E402
 from megatron_rasft.training.decoding import KEY_BUCKET, Decoder  # noqa: E402
-from megatron_rasft.training.generation import STEPS_PER_LOOK, PolicySampler, generation_mode  # noqa: E402
+from megatron_rasft.training.generation import STEPS_PER_READ, PolicySampler, generation_mode  # noqa: E402
 from megatron_rasft.training.kv_cache import KeyValueCache  # noqa: E402
 from megatron_rasft.training.model import build_chunk  # noqa: E402
 from megatron_rasft.types import Request, SamplingParams  # noqa: E402
@@ -101,10 +101,10 @@ def count(sampler: PolicySampler, options: argparse.Namespace) -> dict[str, Any]
     params = sampling(options, sampler.vocab_size)
     length = -(-(options.prompt_tokens + options.new_tokens) // KEY_BUCKET) * KEY_BUCKET
     cache = KeyValueCache(options.rows, length)
-    engine = replace(sampler.engine(cache), has_graphs=False)
+    model = replace(sampler.decoder_model(cache), has_graphs=False)
     keys = -(-(options.prompt_tokens + options.new_tokens // 2) // KEY_BUCKET) * KEY_BUCKET
     with generation_mode(sampler.chunks, cache):
-        decoder = Decoder(engine, cache, [], params, lambda: False)
+        decoder = Decoder(model, cache, [], params, lambda: False)
         # Nothing in a step can be read: a fake tensor has no data, and a read of it raises.
         decoder.step(keys)
         with Traffic() as forward:
@@ -119,7 +119,7 @@ def count(sampler: PolicySampler, options: argparse.Namespace) -> dict[str, Any]
         "kernels_of_sampling": whole.num_kernels - forward.num_kernels,
         "gb_of_the_model": round(forward.all_bytes / 1e9, 3),
         "gb_of_sampling": round((whole.all_bytes - forward.all_bytes) / 1e9, 3),
-        "host_reads_per_token_of_all_rows": 2 / STEPS_PER_LOOK["cuda"],
+        "host_reads_per_token_of_all_rows": 2 / STEPS_PER_READ["cuda"],
         "ESTIMATE_h100_ms_per_token_of_all_rows": round(1e3 * (least_s + launches_s), 2),
         "bar_h100_tokens_per_s": BAR_TOKENS_PER_S,
         "ESTIMATE_h100_tokens_per_s": round(options.rows / (least_s + launches_s)),

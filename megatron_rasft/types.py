@@ -127,10 +127,10 @@ class SamplingParams:
     """Sequences decoded at once on one replica of the training model, None for as many as its memory holds; a server
     decides that itself."""
     max_total_tokens: int | None = None
-    """Longest prompt plus response; each prompt has its own room below it."""
+    """Most tokens of prompt and response together; None for no limit. Longer prompts then get shorter responses."""
 
-    def room(self, prompt_len: int) -> int:
-        """Most tokens of a response to a prompt of that length; one at least."""
+    def max_response_tokens(self, prompt_len: int) -> int:
+        """The longest response to a prompt of ``prompt_len`` tokens: at least 1 token."""
         if self.max_total_tokens is None:
             return self.max_new_tokens
         return max(1, min(self.max_new_tokens, self.max_total_tokens - prompt_len))

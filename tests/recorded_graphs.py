@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megatron_rasft.training.generation import STEPS_PER_LOOK
+from megatron_rasft.training.generation import STEPS_PER_READ
 
 FREE_BYTES = 1 << 20
 """What is free on the GPU."""
@@ -97,13 +97,13 @@ def on_a_gpu(sampler: Any) -> Iterator[type[RecordedGraph]]:
         "mem_get_info": lambda *unused: (FREE_BYTES, FREE_BYTES),
     }
     before = {name: getattr(torch.cuda, name) for name in answers}
-    device, steps_per_look = sampler.device, sampler.steps_per_look
-    sampler.device, sampler.steps_per_look = torch.device("cuda"), STEPS_PER_LOOK["cuda"]
+    device, steps_per_read = sampler.device, sampler.steps_per_read
+    sampler.device, sampler.steps_per_read = torch.device("cuda"), STEPS_PER_READ["cuda"]
     try:
         for name, answer in answers.items():
             setattr(torch.cuda, name, answer)
         yield graphs
     finally:
-        sampler.device, sampler.steps_per_look = device, steps_per_look
+        sampler.device, sampler.steps_per_read = device, steps_per_read
         for name, answer in before.items():
             setattr(torch.cuda, name, answer)

@@ -299,7 +299,9 @@ class _Sampling:
         one.token_ids += part.token_ids
         one.logprobs += part.logprobs
         finish_reason = part.finish_reason
-        if finish_reason == "abort" and len(one.token_ids) == self._params.room(len(one.prompt_ids)):
+        if finish_reason == "abort" and len(one.token_ids) == self._params.max_response_tokens(
+            len(one.prompt_ids)
+        ):
             finish_reason = "length"
         if finish_reason == "abort":
             self._resume(one, has_gained=bool(part.token_ids))
@@ -440,7 +442,7 @@ class _Sampling:
         return ""
 
     async def _attempt(self, client: httpx.AsyncClient, one: _Sample, member: Member) -> _Part:
-        num_left = self._params.room(len(one.prompt_ids)) - len(one.token_ids)
+        num_left = self._params.max_response_tokens(len(one.prompt_ids)) - len(one.token_ids)
         body = self._body(one, member, num_left)
         limit = self._config.rollout_deadline_s
         connect_s = min(limit, self._config.rollout_watch_s)

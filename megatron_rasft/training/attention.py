@@ -1,7 +1,8 @@
 """Layer modules in plain torch: RMSNorm and scaled-dot-product core attention.
 
-They serve on a CPU, on a GPU without Transformer Engine, and for generation everywhere. Unlike
-Megatron's local modules they allow sequence parallelism, context parallelism and packed sequences.
+They are used on CPUs, on GPUs without Transformer Engine, and for sampling everywhere. Unlike Megatron's own modules
+without Transformer Engine (fusions/, transformer/dot_product_attention.py) they support sequence parallelism, context
+parallelism and packed sequences.
 """
 
 import itertools
@@ -18,14 +19,15 @@ from torch import Tensor
 
 
 class RMSNorm(torch.nn.Module):
-    """Root-mean-square norm whose weight tells Megatron when it needs a sequence-parallel gradient sum."""
+    """Root-mean-square norm whose weight is marked for Megatron's gradient sum under sequence parallelism."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any) -> None:
         super().__init__()
         self.eps = eps
         device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device))
-        # finalize_model_grads sums the gradient over the tensor-parallel group where this is set.
+        # Each tensor-parallel rank sees a part of the tokens. finalize_model_grads.py sums the gradients of weights
+        # with this attribute over the tensor-parallel group.
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -34,10 +36,11 @@ class RMSNorm(torch.nn.Module):
 
 
 def zigzag_positions(length: int, rank: int, size: int) -> Tensor:
-    """Positions of a sequence of ``length`` tokens that context-parallel ``rank`` of ``size`` holds.
+    """Positions in a sequence of ``length`` tokens that context-parallel rank ``rank`` of ``size`` computes.
 
-    The sequence is cut into 2 * size equal chunks; rank r holds chunks r and 2 * size - 1 - r, so
-    that causal attention costs every rank the same (the order Megatron and Transformer Engine use).
+    The sequence is cut into 2 * size equal chunks. Rank r holds chunks r and 2 * size - 1 - r, because early chunks
+    attend to few keys and late ones to many: every rank then has the same work. Megatron (get_batch_on_this_cp_rank in
+    core/utils.py) and Transformer Engine use the same order.
 
     Returns:
         [length / size] int64, increasing.
@@ -51,10 +54,10 @@ def zigzag_positions(length: int, rank: int, size: int) -> Tensor:
 
 
 class SdpaCoreAttention(MegatronModule):
-    """Causal grouped-query attention by torch's scaled_dot_product_attention.
+    """Causal grouped-query attention with torch's scaled_dot_product_attention.
 
-    Under context parallelism the keys and values of the group are gathered; packed sequences attend
-    within their own segment only.
+    Under context parallelism each rank gathers all keys and values of the group and computes its own queries. Packed
+    sequences attend only to themselves.
     """
 
     def __init__(
@@ -72,14 +75,14 @@ class SdpaCoreAttention(MegatronModule):
         super().__init__(config=config)
         self.cp_group = (pg_collection or ProcessGroupCollection.use_mpu_process_groups(["tp", "cp"])).cp
         self.softmax_scale = softmax_scale
-        # Torch prefers cuDNN's attention on Hopper. That builds a plan, which takes tens of milliseconds, for each new
-        # length and keeps all of them, and here lengths change with every micro-batch.
+        # Torch prefers cuDNN's attention on Hopper. For each new length cuDNN prepares an execution plan, which takes
+        # tens of milliseconds and is never freed. Here almost every micro-batch has a new length.
         torch.backends.cuda.enable_cudnn_sdp(False)
         dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         if dropout:
             raise ValueError(
-                f"--attention-dropout {dropout} needs Transformer Engine's attention; the plain attention has "
-                "none. Set it to 0, which is what reasoning models are fine-tuned with."
+                f"--attention-dropout {dropout} needs Transformer Engine, because the attention in plain torch has no "
+                "dropout. Install it, or set the flag to 0, the usual value for fine-tuning reasoning models."
             )
 
     def forward(
@@ -93,16 +96,17 @@ class SdpaCoreAttention(MegatronModule):
         packed_seq_params: PackedSeqParams | None = None,
         **unused: Any,
     ) -> Tensor:
-        """Attend causally.
+        """Computes causal attention. Under context parallelism two all-gathers run, one of the keys and one of the values.
 
         Args:
-            query: [s/cp, b, n, d], or [t/cp, n, d] when packed.
-            key: [s_kv/cp, b, n_kv, d], or [t/cp, n_kv, d].
+            query: [s/cp, b, n, d], or [t/cp, n, d] if packed.
+            key: [s/cp, b, n_kv, d], or [t/cp, n_kv, d] if packed.
             value: like key.
-            attention_mask: None; attention is causal.
+            attention_mask: must be None: the mask is always causal.
+            packed_seq_params: bounds of packed sequences; None if there is one sequence per row.
 
         Returns:
-            [s/cp, b, n * d], or [t/cp, n * d] when packed.
+            [s/cp, b, n * d], or [t/cp, n * d] if packed.
         """
         if packed_seq_params is not None:
             out = self._packed(query, key, value, packed_seq_params)
@@ -112,7 +116,17 @@ class SdpaCoreAttention(MegatronModule):
         return out.reshape(out.shape[0], out.shape[1], -1)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-        """[s, b, n, d] -> [s, b, n, d] without communication; causal unless a [s, s_kv] bool mask is given."""
+        """Computes attention without communication.
+
+        Args:
+            query: [s, b, n, d].
+            key: [s_kv, b, n_kv, d].
+            value: like key.
+            mask: [s, s_kv] bool, True for keys to attend to. None is causal and needs s = s_kv.
+
+        Returns:
+            [s, b, n, d].
+        """
         query, key, value = (
             x.permute(1, 2, 0, 3) for x in (query, key, value)
         )  # [s, b, n, d] -> [b, n, s, d]
@@ -146,7 +160,7 @@ class SdpaCoreAttention(MegatronModule):
     def _packed(self, query: Tensor, key: Tensor, value: Tensor, params: PackedSeqParams) -> Tensor:
         size, rank = self.cp_group.size(), self.cp_group.rank()
         bounds = params.cu_seqlens_q if params.cu_seqlens_q_padded is None else params.cu_seqlens_q_padded
-        starts = [b // size for b in bounds.tolist()]
+        starts = [bound // size for bound in bounds.tolist()]  # every rank holds 1 / size of each sequence
         if size > 1:
             local = key.shape[0]
             key, value = (
@@ -163,7 +177,7 @@ class SdpaCoreAttention(MegatronModule):
             if size == 1:
                 out = self.attend(q, key[begin:end, None], value[begin:end, None])
             else:
-                # [cp, t/cp, n, d] -> this segment's chunks, in the order of the ranks that hold them
+                # [cp, t/cp, n, d] -> the chunks of this sequence, ordered by the rank that holds them
                 k, v = (x[:, begin:end].reshape(-1, 1, *x.shape[2:]) for x in (key, value))
                 out = self._attend_zigzag(q, k, v, rank, size)
             outs.append(out[:, 0])

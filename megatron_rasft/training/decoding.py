@@ -1,7 +1,7 @@
-"""Samples many requests in a fixed number of rows: a row that ends takes the next sample.
+"""Samples many requests in a fixed number of rows of a batch. A row whose response ends takes the next waiting sample.
 
-The rows' state lives on the device. The host looks at it once every few tokens: it collects the rows that
-ended, refills them, and launches the next tokens without reading anything in between.
+The state of the rows is on the device. The host reads it once every few tokens, collects the responses that have ended,
+refills their rows, and launches the next tokens without another read.
 """
 
 from collections import deque
@@ -13,88 +13,95 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from megatron_rasft.training.drawing import draw, penalised
+from megatron_rasft.training.drawing import apply_repetition_penalty, draw
 from megatron_rasft.training.kv_cache import Decode, KeyValueCache, Prefill
 from megatron_rasft.training.step_graphs import StepGraphs
 from megatron_rasft.training.stopping import Stopped
 from megatron_rasft.types import Request, Response, SamplingParams
 
 KEY_BUCKET = 128
-"""Attention runs over a multiple of this many keys, so that few shapes occur and each has one CUDA graph."""
+"""Attention reads a multiple of this many keys. Each shape needs a CUDA graph of its own, so shapes should be few."""
 
-_NUCLEUS_CANDIDATES = 4096
-"""Top tokens sorted for top-p. Where a row needs more, tokens are drawn again, and from then on, from eight times as many."""
+NUCLEUS_CANDIDATES = 4096
+"""Most likely tokens that are sorted for top-p sampling. If the nucleus of a row has more tokens, the step is repeated
+with eight times as many candidates, which later steps keep."""
 
 _TOKENS_PER_STOP = 32
-"""Tokens that the rows grow by between two questions whether the run is to stop."""
+"""Decode steps between two calls of ``should_stop``, which is a collective and would slow every step down."""
 
 _REFILL_SHARE = 8
-"""Rows are refilled when one in this many is free: a prefill of few prompts costs as much as a token of all rows."""
+"""Rows are refilled once 1 / 8 of them are free. A prefill of few prompts takes as long as a decode step of all rows."""
 
-_PREFILL_TOKENS = 16384
-"""Most prompt tokens, with padding, of one forward pass: bounds the memory of its activations."""
+PREFILL_TOKENS = 16384
+"""Most prompt tokens, padding included, of one prefill. This bounds the memory of its activations."""
 
-_FEWEST_ROWS = 8
-"""With CUDA graphs the batch is halved as it empties, down to this."""
+FEWEST_ROWS = 8
+"""With CUDA graphs the number of computed rows is halved as rows become free, but not below this."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Engine:
-    """What the decoder needs of the model.
+class DecoderModel:
+    """The model's functions and properties that the decoder uses.
 
-    ``forward``, ``share`` and ``all_agree`` are collectives of one replica's ranks.
+    ``forward``, ``broadcast_from_last_stage`` and ``all_agree`` are collectives of one replica's ranks.
     """
 
     forward: Callable[[Tensor], Tensor | None]
-    """Tokens [b, s] -> logits [s, v] fp32 after a Decode on the last pipeline stage, None elsewhere."""
+    """Tokens [b, s] -> logits [s, v] fp32 after a Decode on the last pipeline stage, otherwise None."""
     frequencies: Tensor
-    """[length, 1, 1, d] rotary frequencies by position."""
-    share: Callable[[Tensor], Tensor]
-    """Hands a tensor of the last pipeline stage to the other stages."""
+    """[length, 1, 1, d] rotary frequencies of every position."""
+    broadcast_from_last_stage: Callable[[Tensor], Tensor]
+    """Overwrites a tensor with that of the last pipeline stage, and returns it."""
     all_agree: Callable[[bool], bool]
-    """Whether every rank of the replica says so."""
+    """True if every rank of the replica passes True."""
     dtype: torch.dtype
+    """Of the model's activations."""
     vocab_size: int
     has_graphs: bool
-    steps_per_look: int
-    """Tokens between two looks of the host at the rows."""
+    """Decode steps can be captured as CUDA graphs."""
+    steps_per_read: int
+    """Decode steps between two reads of the rows' state by the host."""
 
 
 class Rows:
-    """State of ``num`` rows on the device. Written in place only: CUDA graphs hold the addresses."""
+    """State of ``num`` rows on the device. Tensors are only written in place, because CUDA graphs hold their addresses."""
 
     def __init__(self, num: int, max_new_tokens: int, num_seen: int, device: torch.device) -> None:
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.zeros(*shape, dtype=dtype, device=device)
 
         self.token = zeros(num)
-        """The token that the model is given next."""
+        """[num] the next input token of the model."""
         self.position = zeros(num)
-        """Its position."""
+        """[num] position of ``token`` in its sequence."""
         self.count = zeros(num)
-        """Tokens sampled so far."""
-        self.room = zeros(num)
-        """Most tokens to sample."""
+        """[num] tokens sampled so far."""
+        self.limit = zeros(num)
+        """[num] most tokens to sample."""
         self.is_over = torch.ones(num, dtype=torch.bool, device=device)
-        """Also True of a row without a sample. Such a row is computed like the others, and nothing of it is kept."""
-        # One column more than tokens: a row that is over goes on writing to the column after its last token.
+        """[num] the response has ended, or the row has no sample. Such rows are still computed, but not collected."""
+        # One column more than a response has tokens: rows that are over keep writing to the column after their last token.
         self.uniforms = zeros(num, max_new_tokens + 1, dtype=torch.float64)
+        """[num, max_new_tokens + 1] one uniform random number for each token."""
         self.drawn = zeros(2, num, max_new_tokens + 1, dtype=torch.float64)
-        """The sampled tokens, and their log-probabilities."""
+        """[2, num, max_new_tokens + 1] sampled token ids, and their log-probabilities."""
         self.seen = zeros(num, num_seen, dtype=torch.bool)
-        """Tokens of prompt and response, for the repetition penalty; [num, 0] without one."""
+        """[num, v] tokens that occur in prompt or response, for the repetition penalty; [num, 0] without a penalty."""
 
     def _all(self) -> list[Tensor]:
-        states = [self.token, self.position, self.count, self.room, self.is_over]
+        states = [self.token, self.position, self.count, self.limit, self.is_over]
         return [*states, self.uniforms, *self.drawn, self.seen]
 
     def move(self, sources: Tensor, targets: Tensor) -> None:
-        """Copy rows ``sources`` to rows ``targets``."""
+        """Copies rows ``sources`` to rows ``targets``."""
         for state in self._all():
             state[targets] = state[sources]
 
     def save(self) -> Callable[[], None]:
-        """Returns a function that puts back what sampling changes, but for tokens that will be sampled again."""
+        """Saves the state that decode steps change, and returns a function that restores it.
+
+        ``drawn`` is left out: the repeated steps overwrite it.
+        """
         changing = [self.token, self.position, self.count, self.is_over, self.seen]
         saved = [state.clone() for state in changing]
 
@@ -105,7 +112,13 @@ class Rows:
         return restore
 
     def advance(self, token: Tensor, logprob: Tensor, stops: Tensor) -> None:
-        """Append a sampled token to each of the first n rows that is not over."""
+        """Appends a sampled token to each of the first n rows that is not over.
+
+        Args:
+            token: [n] fp64 token ids.
+            logprob: [n] fp64 log-probabilities of the tokens.
+            stops: [k] int64 token ids that end a response.
+        """
         num = len(token)
         count, is_over, place = self.count[:num], self.is_over[:num], self.count[:num, None]
         self.drawn[0, :num].scatter_(1, place, token[:, None])
@@ -114,49 +127,56 @@ class Rows:
         if self.seen.shape[1]:
             self.seen[:num].scatter_(1, ids[:, None], True)
         count += ~is_over
-        is_over |= (ids[:, None] == stops).any(-1) | (count >= self.room[:num])
-        # A row that is over stays where it is, so it never leaves the cache.
+        is_over |= (ids[:, None] == stops).any(-1) | (count >= self.limit[:num])
+        # The position of a row that is over no longer grows, so it never exceeds the cache.
         self.token[:num].copy_(torch.where(is_over, self.token[:num], ids))
         self.position[:num] += ~is_over
 
 
 @dataclass(kw_only=True)
 class _Sample:
-    """One response to be sampled, and how far the host knows it to be."""
+    """One response to be sampled, and its length when the host last read the rows."""
 
     request: int
+    """Index of its request."""
     index: int
+    """Index among the samples of the request."""
     prompt_ids: list[int]
     seed: int
-    room: int
+    limit: int
+    """Most tokens to sample."""
     count: int = 0
+    """Tokens sampled at the last read."""
 
     @property
     def position(self) -> int:
-        """Of the token that the model is given next."""
+        """Position of the next input token."""
         return len(self.prompt_ids) - 1 + self.count
 
 
 class Decoder:
-    """Samples requests on the ranks of one replica, all of which do the same.
+    """Samples requests on the ranks of one replica, which all hold the same state and take the same decisions.
 
-    A prompt's last token is not prefilled: it is the first that the decode step is given, so that
-    every token is sampled in the same way.
+    The last token of a prompt is not prefilled. It is the input of the row's first decode step, so the first response
+    token is sampled like all others.
 
     Args:
-        requests: longest prompt first.
-        should_stop: a collective of the replica's ranks, asked every 32 tokens or so.
+        model: the model that is sampled from.
+        cache: its keys and values; the number of rows is the batch size.
+        requests: in the order of falling prompt length.
+        params: how tokens are drawn.
+        should_stop: a collective of the replica's ranks, called about every 32 decode steps.
     """
 
     def __init__(
         self,
-        engine: Engine,
+        model: DecoderModel,
         cache: KeyValueCache,
         requests: Sequence[Request],
         params: SamplingParams,
         should_stop: Callable[[], bool],
     ) -> None:
-        self._engine = engine
+        self._model = model
         self._cache = cache
         self._params = params
         self._should_stop = should_stop
@@ -166,28 +186,31 @@ class Decoder:
                 index=k,
                 prompt_ids=request.prompt_ids,
                 seed=seed,
-                room=params.room(len(request.prompt_ids)),
+                limit=params.max_response_tokens(len(request.prompt_ids)),
             )
             for i, request in enumerate(requests)
             for k, seed in enumerate(request.seeds)
         )
-        self._device = engine.frequencies.device
+        self._device = model.frequencies.device
         self._num_rows = cache.num_rows
-        """Rows in use: all of the cache until no sample waits, then fewer and fewer."""
-        num_seen = engine.vocab_size if params.repetition_penalty != 1.0 else 0
+        """Rows that a decode step computes: all rows of the cache, and fewer once no sample waits."""
+        num_seen = model.vocab_size if params.repetition_penalty != 1.0 else 0
         self._rows = Rows(cache.num_rows, params.max_new_tokens, num_seen, self._device)
         self._samples: dict[int, _Sample] = {}
-        """The sample of each row that has one."""
+        """Row -> its sample, for the rows that have one."""
         self._stops = self._on_device(sorted(params.stop_ids) or [-1])
-        self._num_candidates = _NUCLEUS_CANDIDATES
-        self._graphs = StepGraphs(engine.has_graphs, engine.all_agree)
+        self._num_candidates = NUCLEUS_CANDIDATES
+        self._graphs = StepGraphs(model.has_graphs, model.all_agree)
         self._done: list[dict[int, Response]] = [{} for _ in requests]
 
     def run(self) -> list[list[Response]]:
-        """For each request its responses, in the order of its seeds.
+        """Samples all requests.
+
+        Returns:
+            For each request its responses, in the order of its seeds.
 
         Raises:
-            Stopped: ``should_stop`` said so.
+            Stopped: ``should_stop`` returned True.
         """
         steps, asked_at = 0, 0
         while self._queue or self._samples:
@@ -204,7 +227,7 @@ class Decoder:
         return torch.tensor(values, device=self._device)
 
     def _refill(self) -> None:
-        """Give waiting samples to free rows, and prefill their prompts."""
+        """Assigns waiting samples to free rows, and prefills their prompts."""
         free = [row for row in range(self._num_rows) if row not in self._samples]
         if not self._queue or len(free) * _REFILL_SHARE < self._num_rows:
             return
@@ -212,31 +235,32 @@ class Decoder:
         self._samples.update(taken)
         prompts = [list(group) for _, group in groupby(taken, key=lambda item: item[1].request)]
         while prompts:
-            # The first prompt is the longest and gives the width.
+            # Prompts come in the order of falling length, so the first determines the width.
             width = len(prompts[0][0][1].prompt_ids) - 1
-            num = max(1, _PREFILL_TOKENS // max(1, width))
+            num = max(1, PREFILL_TOKENS // max(1, width))
             if width:
                 self._prefill(prompts[:num], width)
             prompts = prompts[num:]
         self._start([row for row, _ in taken], [sample for _, sample in taken])
 
     def _prefill(self, prompts: list[list[tuple[int, _Sample]]], width: int) -> None:
-        tokens = [
-            (group[0][1].prompt_ids[:-1] + [0] * width)[:width] for group in prompts
-        ]  # padded on the right
+        """Stores the keys of prompts, cut to ``width`` tokens; for each prompt the (row, sample) pairs that begin with it."""
+        # Padded on the right: under causal attention real tokens do not see the padding.
+        tokens = [(group[0][1].prompt_ids[:-1] + [0] * width)[:width] for group in prompts]
         self._cache.step = Prefill(
-            frequencies=self._engine.frequencies[:width],
+            frequencies=self._model.frequencies[:width],
             prompts=self._on_device([i for i, group in enumerate(prompts) for _ in group]),
             rows=self._on_device([row for group in prompts for row, _ in group]),
         )
-        self._engine.forward(torch.tensor(tokens, device=self._device))
+        self._model.forward(torch.tensor(tokens, device=self._device))
 
     def _start(self, rows: list[int], samples: list[_Sample]) -> None:
+        """Sets the state of rows that begin new samples."""
         state, where = self._rows, self._on_device(rows)
         state.token[where] = self._on_device([s.prompt_ids[-1] for s in samples])
         state.position[where] = self._on_device([s.position for s in samples])
         state.count[where] = 0
-        state.room[where] = self._on_device([s.room for s in samples])
+        state.limit[where] = self._on_device([s.limit for s in samples])
         state.is_over[where] = False
         state.uniforms[where, :-1] = torch.stack([self._uniforms(s.seed) for s in samples]).to(self._device)
         if state.seen.shape[1]:
@@ -247,13 +271,14 @@ class Decoder:
             ] = True
 
     def _uniforms(self, seed: int) -> Tensor:
-        """The draws of a sample: they depend on its seed only, so it is the same in every batch."""
+        """The random numbers of a sample. They depend on its seed only, so the rest of the batch cannot change it."""
         generator = torch.Generator().manual_seed(seed)
         return torch.rand(self._params.max_new_tokens, generator=generator, dtype=torch.float64)
 
     def _shrink(self) -> None:
-        """Move the rows in use together once no sample waits, and leave the other rows out."""
+        """Once no sample waits, moves the occupied rows to the front and stops computing the others."""
         num = self._fewer_rows()
+        # Moving rows copies their keys, so it must save at least a quarter of the rows.
         if self._queue or num * 4 > self._num_rows * 3:
             return
         sources = [row for row in self._samples if row >= num]
@@ -267,25 +292,25 @@ class Decoder:
         self._num_rows = num
 
     def _fewer_rows(self) -> int:
-        """How many rows would do; with graphs one of few numbers, each of which is captured anew."""
+        """The smallest useful number of rows. With CUDA graphs only halvings: every other number needs a new capture."""
         used = max(1, len(self._samples))
-        if not self._engine.has_graphs:
+        if not self._model.has_graphs:
             return used
         num = self._num_rows
-        while num >= 2 * max(used, _FEWEST_ROWS):
+        while num >= 2 * max(used, FEWEST_ROWS):
             num = -(-num // 2)
         return num
 
     def _sample_tokens(self) -> int:
-        """Sample tokens up to the next look, and collect the rows that ended; returns the tokens of a row."""
-        left = max(s.room - s.count for s in self._samples.values())
-        num_steps = min(self._engine.steps_per_look, left)
+        """Samples tokens up to the next read, and collects the responses that ended; returns the number of decode steps."""
+        left = max(s.limit - s.count for s in self._samples.values())
+        num_steps = min(self._model.steps_per_read, left)
         farthest = max(s.position for s in self._samples.values())
         length = min(-(-(farthest + num_steps) // KEY_BUCKET) * KEY_BUCKET, self._cache.length)
         is_cut = (
             self._params.temperature > 0
             and self._params.top_p < 1
-            and self._num_candidates < self._engine.vocab_size
+            and self._num_candidates < self._model.vocab_size
         )
         restore = self._rows.save() if is_cut else None
         while True:
@@ -295,48 +320,57 @@ class Decoder:
             status = torch.stack(
                 [self._rows.count[: self._num_rows], self._rows.is_over[: self._num_rows], is_exact]
             )
-            counts, is_over, exact = status.tolist()  # the one read of these steps
+            counts, is_over, exact = status.tolist()  # the only read of these steps
             if all(exact):
                 break
-            assert restore is not None, "only a cut nucleus is inexact"
+            assert restore is not None, "draws are exact unless candidates are limited"
             restore()
             self._num_candidates *= 8
         self._collect(counts, is_over)
         return num_steps
 
     def step(self, length: int) -> Tensor:
-        """Sample one token of each row. Returns [rows] bool, False where the nucleus was not reached."""
+        """Samples one token of each row.
+
+        Returns:
+            [rows] bool: False where the nucleus has more tokens than candidates were sorted.
+        """
         rows, num, params = self._rows, self._num_rows, self._params
         logits = self._graphs.run((num, length), partial(self.logits, num, length))
         drawn = torch.empty(3, num, dtype=torch.float64, device=self._device)
         if logits is not None:
             if rows.seen.shape[1]:
-                logits = penalised(logits, rows.seen[:num], params.repetition_penalty)
+                logits = apply_repetition_penalty(logits, rows.seen[:num], params.repetition_penalty)
             uniforms = rows.uniforms[:num].gather(1, rows.count[:num, None])[:, 0]
             for place, part in enumerate(
                 draw(logits, uniforms, params.temperature, params.top_p, self._num_candidates)
             ):
                 drawn[place] = part
-        drawn = self._engine.share(drawn)
+        # Every pipeline stage needs the tokens to keep its copy of the rows' state.
+        drawn = self._model.broadcast_from_last_stage(drawn)
         is_exact = drawn[2].bool() | rows.is_over[:num]
         rows.advance(drawn[0], drawn[1], self._stops)
         return is_exact
 
     def logits(self, num: int, length: int) -> Tensor | None:
-        """Run the model on the rows' next tokens. Captured as a CUDA graph: reads and writes fixed tensors only."""
+        """Runs the model on the rows' next tokens.
+
+        CUDA graphs capture this function, so it reads and writes the same tensors at every call.
+        """
         positions = self._rows.position[:num]
         keys = torch.arange(length, device=self._device)
         seen = keys[None, :] <= positions[:, None]
-        mask = torch.zeros(seen.shape, dtype=self._engine.dtype, device=self._device)
+        mask = torch.zeros(seen.shape, dtype=self._model.dtype, device=self._device)
         self._cache.step = Decode(
-            frequencies=self._engine.frequencies[positions],
+            frequencies=self._model.frequencies[positions],
             rows=torch.arange(num, device=self._device),
             positions=positions,
             mask=mask.masked_fill_(~seen, float("-inf"))[:, None, None],
         )
-        return self._engine.forward(self._rows.token[:num][None])
+        return self._model.forward(self._rows.token[:num][None])
 
     def _collect(self, counts: list[int], is_over: list[int]) -> None:
+        """Takes over the rows' counts, and turns the responses that ended into results."""
         for row, sample in self._samples.items():
             sample.count = counts[row]
         ended = [row for row in self._samples if is_over[row]]

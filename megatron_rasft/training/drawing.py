@@ -1,4 +1,4 @@
-"""Draws the next tokens from their logits, on the device and without reading anything back."""
+"""Draws tokens from logits on the device, without making the host wait for it."""
 
 import torch
 from torch import Tensor
@@ -7,18 +7,21 @@ from torch import Tensor
 def draw(
     logits: Tensor, uniforms: Tensor, temperature: float, top_p: float, num_candidates: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sample by inversion: the smallest set of most likely tokens whose mass reaches top_p, then u.
+    """Draws one token per row by nucleus (top-p) sampling (arXiv 1904.09751).
+
+    The nucleus is the smallest set of most likely tokens whose probability reaches ``top_p``. The token is found by
+    inverting the nucleus's cumulative distribution at the given uniform number.
 
     Args:
         logits: [b, v] fp32.
         uniforms: [b] fp64 in [0, 1).
-        temperature: > 0; 0 takes the most likely token.
+        temperature: >= 0; 0 takes the most likely token.
         top_p: in (0, 1].
-        num_candidates: with top_p below 1, how many of the most likely tokens are sorted.
+        num_candidates: with ``top_p`` below 1, number of most likely tokens that are sorted.
 
     Returns:
-        tokens [b] int64, their log-probabilities [b] fp32 under softmax(logits / temperature), and [b] bool,
-        False where the candidates do not reach top_p: that row must be drawn again with more candidates.
+        Tokens [b] int64. Their log-probabilities [b] fp32 under softmax(logits / temperature), before top-p. And
+        [b] bool, False for rows whose candidates do not reach ``top_p``: these need more candidates.
     """
     is_exact = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
     if temperature == 0:
@@ -26,6 +29,7 @@ def draw(
         token = logits.argmax(dim=-1)
         return token, logprobs.gather(1, token[:, None])[:, 0], is_exact
     logprobs = torch.log_softmax(logits / temperature, dim=-1)
+    # fp64: a cumulative sum of 150,000 fp32 probabilities would lose the least likely tokens.
     probs = logprobs.double().exp()
     if top_p >= 1.0:
         place = _invert(probs.cumsum(-1), uniforms)
@@ -42,13 +46,18 @@ def draw(
 
 
 def _invert(cumulative: Tensor, uniforms: Tensor) -> Tensor:
-    """[b, n] cumulative masses and [b] fp64 -> [b, 1] the place whose mass u * total falls into."""
+    """Finds the place whose interval of the cumulative masses [b, n] contains uniforms * total. Returns [b, 1] int64."""
     total = cumulative[:, -1:].contiguous()
     place = torch.searchsorted(cumulative, uniforms[:, None] * total, right=True)
-    # Rounding can put u on the total: step back to the last place with any mass.
+    # Rounding can move u * total up to the total itself: then take the last place that has any mass.
     return torch.minimum(place, torch.searchsorted(cumulative, total))
 
 
-def penalised(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Repetition penalty (arXiv 1909.05858): positive logits of seen tokens / penalty, negative * penalty."""
+def apply_repetition_penalty(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Makes tokens that occurred before less likely, for a penalty above 1 (arXiv 1909.05858, section 4.1).
+
+    Args:
+        logits: [b, v]; positive ones of seen tokens are divided by the penalty, negative ones multiplied by it.
+        seen: [b, v] bool, True for tokens of prompt and response.
+    """
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)

@@ -1,7 +1,8 @@
-"""Samples responses from the training model itself, with its live weights and a KV cache.
+"""Samples responses from the trainer's own weights, with a KV cache.
 
-Works under tensor, pipeline (interleaved too) and context parallelism, on a CPU and on a GPU. The
-requests are spread over the data- and context-parallel replicas; inside a replica decoding.py samples them.
+Supports tensor, context and (interleaved) pipeline parallelism, on CPUs and GPUs. Requests are divided among the data-
+and context-parallel replicas, because each of these holds a whole copy of the model. Within a replica decoding.py
+samples them.
 """
 
 import contextlib
@@ -20,37 +21,42 @@ from torch import Tensor
 
 from megatron_rasft.ranks import gather_to_rank_zero, on_rank_zero
 from megatron_rasft.training.attention import SdpaCoreAttention
-from megatron_rasft.training.decoding import KEY_BUCKET, Decoder, Engine
+from megatron_rasft.training.decoding import KEY_BUCKET, Decoder, DecoderModel
 from megatron_rasft.training.kv_cache import CachedAttention, Decode, KeyValueCache, RotaryAtPositions
 from megatron_rasft.training.stopping import Stopped
 from megatron_rasft.types import FinishReason, Request, Response, SamplingParams
 
 _Packed = tuple[array, array, FinishReason]
-"""A response in 12 bytes a token: int32 ids, fp64 log-probabilities, and why it ended."""
+"""A response as it is sent to rank 0, in 12 bytes a token: int32 ids, fp64 log-probabilities, finish reason."""
 
 _CPU_ROWS = 64
-"""Rows of a CPU, where more are not faster."""
+"""Sequences decoded at once on a CPU. More are not faster there."""
 
 _MOST_ROWS = 512
-"""Most rows that are chosen from free memory."""
+"""Upper limit of the number of rows that is derived from free memory."""
 
 _MEMORY_SHARE = 0.8
-"""Share of the free memory that the rows are given; the rest is for prefills and fragmentation."""
+"""Share of the free memory that rows may take. Prefills and fragmentation need the rest."""
 
 _LOGIT_BYTES = 48
-"""Memory per row and vocabulary entry while a token is drawn: the logits in BF16 and FP32, probabilities in FP64."""
+"""Peak memory per row and vocabulary entry while a token is drawn: BF16 and FP32 logits and several FP64 tensors of
+probabilities."""
 
-STEPS_PER_LOOK = {"cuda": 16}
-"""Tokens between two reads of the device. More keep it busier, and compute more tokens after a row's last one. A CPU
-waits for nothing, so it looks at each token."""
+STEPS_PER_READ = {"cuda": 16}
+"""Device type -> decode steps between two reads of the device by the host; 1 for other types.
+
+A read makes the host wait for the GPU. Fewer reads keep the GPU busier, but rows that have ended in the meantime are
+computed for nothing until the next read. On a CPU a read costs nothing.
+"""
 
 
 @contextlib.contextmanager
 def generation_mode(chunks: Sequence[torch.nn.Module], cache: KeyValueCache) -> Iterator[None]:
-    """Make unwrapped GPTModel chunks read and write ``cache``, and restore them after.
+    """Makes unwrapped GPTModel chunks read and write ``cache``, and restores them at the end.
 
-    Switches off sequence parallelism and FP8. Replaces the core attention and the rotary embedding with the modules
-    of kv_cache.py, whose keys and values are freed at the end.
+    Switches off dropout, sequence parallelism and FP8: a decode step has one token per row, too few to split over
+    ranks or to fill FP8's multiples of 16. Replaces core attention and rotary embedding with the modules of
+    kv_cache.py, and frees their keys and values at the end.
     """
     with contextlib.ExitStack() as undo, torch.no_grad():
         undo.callback(cache.free)
@@ -72,6 +78,7 @@ def generation_mode(chunks: Sequence[torch.nn.Module], cache: KeyValueCache) -> 
             change(chunk, "rotary_pos_emb", RotaryAtPositions(cache))
             for module in self_attentions(chunk):
                 plain = module.core_attention
+                # CachedAttention calls SdpaCoreAttention.attend, which Transformer Engine's attention lacks.
                 if not isinstance(plain, SdpaCoreAttention):
                     plain = SdpaCoreAttention(
                         config,
@@ -90,7 +97,11 @@ def self_attentions(chunk: torch.nn.Module) -> list[Any]:
 
 
 def rows_that_fit(free_bytes: float, row_bytes: float) -> int:
-    """A power of two, at most 512 and at least 1: free memory differs a little from run to run, the rows then seldom do."""
+    """The number of rows that fit into the free memory, as a power of two from 1 to 512.
+
+    Free memory varies slightly between runs. A power of two makes the number of rows, and with it the kernels' shapes,
+    nearly always the same.
+    """
     num = 1
     while num < _MOST_ROWS and 2 * num * row_bytes <= free_bytes:
         num *= 2
@@ -98,11 +109,11 @@ def rows_that_fit(free_bytes: float, row_bytes: float) -> int:
 
 
 class PolicySampler:
-    """The training model as a rollout engine.
+    """Samples responses from the weights of a Megatron model.
 
     Args:
         chunks: unwrapped GPTModel chunks of this rank, one per virtual pipeline stage.
-        vocab_size: true vocabulary; padded entries are never sampled.
+        vocab_size: size of the tokenizer's vocabulary. The model's padding entries beyond it are never sampled.
     """
 
     def __init__(self, chunks: Sequence[Any], vocab_size: int) -> None:
@@ -110,7 +121,7 @@ class PolicySampler:
         self.vocab_size = vocab_size
         self.config = chunks[0].config
         self.device = next(chunks[0].parameters()).device
-        self.steps_per_look = STEPS_PER_LOOK.get(self.device.type, 1)
+        self.steps_per_read = STEPS_PER_READ.get(self.device.type, 1)
 
     def generate(
         self,
@@ -118,32 +129,33 @@ class PolicySampler:
         params: SamplingParams,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> list[list[Response]]:
-        """Sample every request; a collective of the whole world.
+        """Samples every request. A collective of the whole world.
 
-        Replicas sample at their own pace and meet on the patient group of ranks.py alone.
+        Replicas take different times, so they communicate only at the end, through ``ranks.patient_group``.
 
         Args:
-            should_stop: a collective of one replica's ranks, asked now and then.
+            requests: the same on every rank.
+            should_stop: a collective of one replica's ranks, called about every 32 tokens.
 
         Returns:
-            On rank 0, for each request its responses in the order of its seeds; [] on the others.
+            On rank 0 for each request its responses, in the order of its seeds. [] on the other ranks.
 
         Raises:
-            Stopped: a replica was to stop; what is sampled by then is lost. Raised on every rank.
+            Stopped: ``should_stop`` returned True on a replica. Raised on every rank; all responses are discarded.
         """
         replica = parallel_state.get_data_parallel_rank(with_context_parallel=True)
         num_replicas = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
-        # Longest first, dealt in turn: the replicas get alike loads, and a prefill pads little.
+        # Dealing in turn by falling length gives replicas similar loads, and prompts of one prefill similar lengths.
         order = sorted(range(len(requests)), key=lambda i: (-len(requests[i].prompt_ids), i))
         mine = order[replica::num_replicas]
-        speaks = (
+        is_sender = (
             parallel_state.get_tensor_model_parallel_rank() == 0 and parallel_state.is_pipeline_last_stage()
         )
         done: dict[int, list[_Packed]] = {}
-        # One that stops still takes part in the gather, where rank 0 learns of it by what is missing.
+        # A replica that stops still takes part in the gather. Rank 0 notices that its responses are missing.
         with contextlib.suppress(Stopped):
             groups = self._sample([requests[i] for i in mine], params, should_stop)
-            if speaks:
+            if is_sender:
                 done.update((i, [_pack(r) for r in group]) for i, group in zip(mine, groups, strict=True))
         merged: dict[int, list[Response]] = {}
         for part in gather_to_rank_zero(done or None):
@@ -155,61 +167,64 @@ class PolicySampler:
     def _sample(
         self, requests: list[Request], params: SamplingParams, should_stop: Callable[[], bool]
     ) -> list[list[Response]]:
-        """Sample this replica's requests, longest prompt first."""
+        """Samples the requests of this replica, given with the longest prompt first."""
         if not requests:
             return []
-        longest = max(len(r.prompt_ids) + params.room(len(r.prompt_ids)) for r in requests)
+        longest = max(len(r.prompt_ids) + params.max_response_tokens(len(r.prompt_ids)) for r in requests)
         length = -(-longest // KEY_BUCKET) * KEY_BUCKET
         num_rows = min(
             params.max_batch_size or self.num_rows_that_fit(length), sum(len(r.seeds) for r in requests)
         )
         cache = KeyValueCache(num_rows, length)
-        engine = self.engine(cache)
+        model = self.decoder_model(cache)
         with generation_mode(self.chunks, cache):
-            return Decoder(engine, cache, requests, params, should_stop).run()
+            return Decoder(model, cache, requests, params, should_stop).run()
 
-    def engine(self, cache: KeyValueCache) -> Engine:
-        """This model for the decoder; made outside of ``generation_mode``."""
+    def decoder_model(self, cache: KeyValueCache) -> DecoderModel:
+        """The model as ``Decoder`` calls it. Call this before ``generation_mode``, which replaces the rotary embedding."""
         group = parallel_state.get_pipeline_model_parallel_group()
 
-        def share(tensor: Tensor) -> Tensor:
+        def broadcast_from_last_stage(tensor: Tensor) -> Tensor:
             if group.size() > 1:
                 dist.broadcast(tensor, dist.get_process_group_ranks(group)[-1], group=group)
             return tensor
 
-        def all_agree(says_so: bool) -> bool:
-            return self._least(int(says_so)) == 1
+        def all_agree(agrees: bool) -> bool:
+            return self._min_over_ranks(int(agrees)) == 1
 
-        # A mixture's token counts and a stage's sends are known to the host only.
+        # CUDA graphs cannot capture work that the host decides on: the sends between pipeline stages, and the sizes of
+        # the all-to-all of a mixture of experts.
         is_static = group.size() == 1 and not self.config.num_moe_experts
-        return Engine(
+        return DecoderModel(
             forward=partial(self._forward, cache),
-            # get_emb returns the uncut frequencies of every position and, unlike forward, caches nothing.
+            # RotaryEmbedding.forward (rotary_pos_embedding.py) would cut the frequencies for one context-parallel rank
+            # and cache the result by length. get_emb returns those of every position and caches nothing.
             frequencies=self.chunks[0].rotary_pos_emb.get_emb(cache.length),
-            share=share,
+            broadcast_from_last_stage=broadcast_from_last_stage,
             all_agree=all_agree,
             dtype=self.config.params_dtype,
             vocab_size=self.vocab_size,
             has_graphs=self.device.type == "cuda" and is_static,
-            steps_per_look=self.steps_per_look,
+            steps_per_read=self.steps_per_read,
         )
 
     def num_rows_that_fit(self, length: int) -> int:
-        """Rows of ``length`` tokens for the memory that is free on all ranks of the replica."""
+        """The number of rows of ``length`` tokens that fit into the free memory of every rank of the replica."""
         if self.device.type != "cuda":
             return _CPU_ROWS
         free, _ = torch.cuda.mem_get_info(self.device)
+        # The device counts the caching allocator's reserve as used, but new tensors can be placed in it.
         free += torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
-        return self._least(rows_that_fit(_MEMORY_SHARE * free, self.row_bytes(length)))
+        return self._min_over_ranks(rows_that_fit(_MEMORY_SHARE * free, self.row_bytes(length)))
 
-    def _least(self, number: int) -> int:
-        """The smallest number of the replica's ranks."""
+    def _min_over_ranks(self, number: int) -> int:
+        """The smallest ``number`` among the replica's ranks; one all-reduce over them."""
         least = torch.tensor(number, device=self.device)
         dist.all_reduce(least, dist.ReduceOp.MIN, parallel_state.get_model_parallel_group())
         return int(least)
 
     def row_bytes(self, length: int) -> int:
-        """Memory of one row on this rank: its keys and values, and its logits on the last pipeline stage."""
+        """Memory of one row on this rank: keys and values, and on the last pipeline stage logits."""
         head_bytes = sum(
             module.num_query_groups_per_partition * module.hidden_size_per_attention_head
             for chunk in self.chunks
@@ -222,7 +237,11 @@ class PolicySampler:
         )
 
     def _forward(self, cache: KeyValueCache, tokens: Tensor) -> Tensor | None:
-        """Run [b, s] tokens through all stages; after a Decode the last one returns logits [s, v] fp32, others None."""
+        """Runs tokens [b, s] through all pipeline stages, with blocking sends and receives between them.
+
+        Returns:
+            Logits [s, v] fp32 on the last stage after a Decode; None after a Prefill and on the other stages.
+        """
         group = parallel_state.get_pipeline_model_parallel_group()
         stage, num_stages = group.rank(), group.size()
         ranks = dist.get_process_group_ranks(group)
@@ -235,7 +254,7 @@ class PolicySampler:
                 hidden = torch.empty(shape, dtype=self.config.params_dtype, device=self.device)
                 dist.recv(hidden, ranks[(stage - 1) % num_stages], group=group)
                 chunk.set_input_tensor(hidden)
-            # Positions reach the model through the rotary frequencies alone.
+            # No position ids: with rotary embeddings GPTModel reads positions from its rotary_pos_emb alone.
             out = chunk(
                 tokens,
                 None,
@@ -249,7 +268,7 @@ class PolicySampler:
             elif not is_last and num_stages > 1:
                 dist.send(out.contiguous(), ranks[(stage + 1) % num_stages], group=group)
         for chunk in self.chunks:
-            chunk.set_input_tensor(None)
+            chunk.set_input_tensor(None)  # the decoder would otherwise keep the last hidden states in memory
         return result
 
 
@@ -261,7 +280,10 @@ def _decoded_logits(
     context: Any,
     **unused: Any,
 ) -> Tensor | None:
-    """[n, 1, h] -> [n, v] gathered over the tensor-parallel group; None after a prefill, of which nothing is sampled."""
+    """Output processor of GPTModel: hidden states [n, 1, h] -> logits [n, v], gathered over tensor-parallel ranks.
+
+    Returns None after a Prefill, whose logits nobody samples from.
+    """
     if not isinstance(context.step, Decode):
         return None
     logits, _ = output_layer(hidden_states, weight=output_weight, runtime_gather_output=False)

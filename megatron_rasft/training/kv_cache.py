@@ -1,9 +1,10 @@
-"""Keys and values of the sampled sequences, stored by the attention modules themselves.
+"""The KV cache of sampling: core attention modules that store keys and values, and a rotary embedding to go with them.
 
-Megatron's static inference context stores keys before the rotary embedding and rotates every cached key again in each
-layer for each token. Here Megatron's SelfAttention is given the frequencies of the new tokens only, so it rotates
-only these, and the core attention stores the keys as they arrive. A row of the cache is one sequence; rows have
-lengths of their own, so a row can start a new sequence while the others continue.
+Megatron's StaticInferenceContext stores keys before the rotary embedding, and each layer rotates all cached keys again
+for every token (transformer/attention.py). Here SelfAttention gets the rotary frequencies of the new tokens only, so it
+rotates only these, and the core attention stores keys that are already rotated.
+
+A row of the cache is one sequence. Rows have different lengths, so a row can start a new sequence while others continue.
 """
 
 from dataclasses import dataclass
@@ -18,44 +19,44 @@ from megatron_rasft.training.attention import SdpaCoreAttention
 
 @dataclass(frozen=True, kw_only=True)
 class Prefill:
-    """A forward pass over prompts [p, s], padded on the right, that stores their keys in rows of the cache.
+    """A forward pass over prompts [p, s], padded on the right, that stores their keys and values in rows of the cache.
 
-    Real tokens never attend to the padding, because attention is causal. The stored padding is masked by
-    the row's position and overwritten as the row grows.
+    Attention is causal, so real tokens do not attend to the padding. The keys of the padding are stored too, but
+    decode steps mask keys beyond the row's position, and overwrite them as the row grows.
     """
 
     frequencies: Tensor
     """[s, 1, 1, d] rotary frequencies."""
     prompts: Tensor
-    """[m] int64, which prompt each stored row begins with: samples of one prompt share its prefill."""
+    """[m] int64 in 0 .. p - 1: the prompt of each row in ``rows``. Several samples of a prompt share its prefill."""
     rows: Tensor
-    """[m] int64 distinct rows of the cache."""
+    """[m] int64 rows of the cache, each at most once."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Decode:
     """A forward pass over one token of each of the first n rows, laid out as tokens [1, n].
 
-    Megatron then sees one sequence of n tokens, so each row can have its own rotary frequency, also with
-    Transformer Engine's fused kernel, which takes one frequency per position of the sequence.
+    Rows have different positions, so every token needs rotary frequencies of its own. Megatron and Transformer Engine's
+    fused kernel take one frequency per place in a sequence, therefore the n tokens are passed as one sequence.
     """
 
     frequencies: Tensor
     """[n, 1, 1, d] rotary frequencies at ``positions``."""
     rows: Tensor
-    """[n] int64: 0 .. n - 1."""
+    """[n] int64: 0 .. n - 1, as a tensor for indexing."""
     positions: Tensor
-    """[n] int64 position of each row's token."""
+    """[n] int64 position of each row's token in its sequence."""
     mask: Tensor
-    """[n, 1, 1, length] 0 where the row holds a key and -inf elsewhere, in the model's dtype."""
+    """[n, 1, 1, length] in the model's dtype: 0 at keys of the row's sequence, -inf elsewhere."""
 
 
 class KeyValueCache:
-    """The cache of all layers, and what the next forward pass does with it.
+    """Keys and values of all layers of this rank.
 
     Args:
-        num_rows: sequences held at once.
-        length: longest sequence, prompt and response.
+        num_rows: number of sequences that are sampled at once.
+        length: most tokens of prompt and response together.
     """
 
     def __init__(self, num_rows: int, length: int) -> None:
@@ -63,16 +64,20 @@ class KeyValueCache:
         self.length = length
         self.layers: list[CachedAttention] = []
         self.step: Prefill | Decode | None = None
+        """The kind of the next forward pass. The caller sets it before each pass."""
 
     def move(self, sources: Tensor, targets: Tensor, length: int) -> None:
-        """Copy the first ``length`` keys of rows ``sources`` to rows ``targets``, which are other rows."""
+        """Copies the first ``length`` keys and values of rows ``sources`` to rows ``targets``.
+
+        No row may occur in both.
+        """
         for layer in self.layers:
             for stored in (layer.keys, layer.values):
                 if stored is not None:
                     stored[targets, :, :length] = stored[sources, :, :length]
 
     def free(self) -> None:
-        """Let the memory go at once. Cache and layers refer to each other, so it would otherwise wait for a collection."""
+        """Frees the memory at once. Cache and layers form a reference cycle, which Python would collect much later."""
         for layer in self.layers:
             layer.keys = layer.values = None
 
@@ -81,7 +86,8 @@ class CachedAttention(torch.nn.Module):
     """Core attention of one layer while the model samples: stores the new keys and values, then attends.
 
     Args:
-        attention: computes the attention inside a prompt.
+        attention: attends within prompts during a Prefill.
+        cache: gets this module as its next layer.
     """
 
     def __init__(self, attention: SdpaCoreAttention, cache: KeyValueCache) -> None:
@@ -89,14 +95,14 @@ class CachedAttention(torch.nn.Module):
         self._attention = attention
         self._cache = cache
         self.keys: Tensor | None = None
-        """[rows, n_kv, length, d], rotated."""
+        """[rows, n_kv, length, d], after the rotary embedding; None until the first forward pass shows the shape."""
         self.values: Tensor | None = None
         cache.layers.append(self)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *unused: Any, **also_unused: Any) -> Tensor:
         """[s, p, n, d] -> [s, p, n * d] for a Prefill; [rows, 1, n, d] -> [rows, 1, n * d] for a Decode."""
         if self.keys is None or self.values is None:
-            # Zeros and not empty memory: a masked key that is NaN would still make the output NaN.
+            # Zeros instead of uninitialised memory: the weight 0 of a masked key times a NaN value would be NaN.
             shape = (self._cache.num_rows, key.shape[2], self._cache.length, key.shape[3])
             self.keys, self.values = key.new_zeros(shape), key.new_zeros(shape)
         step = self._cache.step
@@ -104,7 +110,7 @@ class CachedAttention(torch.nn.Module):
             for stored, new in ((self.keys, key), (self.values, value)):
                 stored[step.rows, :, : new.shape[0]] = new.permute(1, 2, 0, 3)[step.prompts]
             return self._attention.attend(query, key, value).flatten(2)
-        assert step is not None, "a forward pass while sampling says what it stores"
+        assert step is not None, "KeyValueCache.step must be set before a forward pass"
         return self._decode(query, key, value, step)
 
     def _decode(self, query: Tensor, key: Tensor, value: Tensor, step: Decode) -> Tensor:
@@ -113,8 +119,8 @@ class CachedAttention(torch.nn.Module):
         self.keys[step.rows, :, step.positions] = key[:, 0]
         self.values[step.rows, :, step.positions] = value[:, 0]
         length = step.mask.shape[-1]
-        # The query heads that share a key head become queries of it: no kernel needs grouped-query support,
-        # which those that take a mask lack, and each key is read once.
+        # The query heads of a group become several queries of its one key head. Each key is then read once, and the
+        # kernel needs no support for grouped queries, which torch's kernels with a mask do not have.
         grouped = query[:, 0].unflatten(1, (num_groups, -1))  # [rows, n, d] -> [rows, n_kv, n / n_kv, d]
         out = F.scaled_dot_product_attention(
             grouped,
@@ -127,10 +133,10 @@ class CachedAttention(torch.nn.Module):
 
 
 class RotaryAtPositions(torch.nn.Module):
-    """Gives Megatron's GPTModel the rotary frequencies of the next forward pass, in place of its RotaryEmbedding.
+    """Replaces GPTModel's RotaryEmbedding while the model samples: returns the frequencies of the next forward pass.
 
-    RotaryEmbedding caches its results by length alone (rotary_pos_embedding.py). Under context parallelism
-    it would return frequencies that training cut for one rank, or leave uncut ones to training.
+    RotaryEmbedding caches results by length alone (rotary_pos_embedding.py). Under context parallelism training needs
+    frequencies cut for one rank and sampling needs all of them, so each would get the other's cached results.
     """
 
     def __init__(self, cache: KeyValueCache) -> None:
@@ -138,10 +144,10 @@ class RotaryAtPositions(torch.nn.Module):
         self._cache = cache
 
     def get_rotary_seq_len(self, *unused: Any, **also_unused: Any) -> int:
-        """GPTModel asks for this length only to hand it to ``forward``, which has no use for it."""
+        """Returns a placeholder. GPTModel passes the length to ``forward``, which ignores it."""
         return 0
 
     def forward(self, *unused: Any, **also_unused: Any) -> Tensor:
-        """[s, 1, 1, d] frequencies of the tokens that the next forward pass is given."""
-        assert self._cache.step is not None, "a forward pass while sampling says where its tokens are"
+        """Returns [s, 1, 1, d]: the frequencies of the input tokens."""
+        assert self._cache.step is not None, "KeyValueCache.step must be set before a forward pass"
         return self._cache.step.frequencies

@@ -1,4 +1,4 @@
-"""CUDA graphs of the decode step: one launch for the hundreds of kernels of a token."""
+"""CUDA graphs of the decode step: one launch starts the hundreds of kernels that compute a token."""
 
 import contextlib
 import functools
@@ -12,31 +12,33 @@ from torch import Tensor
 
 @functools.cache
 def _side_stream() -> Any:
-    """The stream of all captures of this process: cuBLAS keeps a workspace, 32 MiB on Hopper, for each stream it ever ran on."""
+    """The stream on which this process captures all graphs.
+
+    cuBLAS keeps a workspace of 32 MiB (on Hopper) for every stream it has ever run on, so there should be only one.
+    """
     return torch.cuda.Stream()
 
 
 def _end_capture(pool: Any) -> None:
-    """End a capture that failed for the allocator too.
+    """Tells the caching allocator that a failed capture has ended.
 
-    capture_end of torch's CUDAGraph.cpp leaves that out where CUDA cannot end the capture. The allocator would then hold back
-    the memory of tensors of several streams for the rest of the run.
+    capture_end in torch's CUDAGraph.cpp does not do so if CUDA cannot end the capture. The allocator would then never
+    again reuse the memory of tensors that several streams have used.
     """
-    with contextlib.suppress(
-        RuntimeError
-    ):  # the step failed before its capture began, or the capture did end
+    # It raises if the allocator knows of no capture: the step failed before the capture began, or the capture has ended.
+    with contextlib.suppress(RuntimeError):
         torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
 
 
 class StepGraphs:
-    """Captures a step once for each shape and replays it from then on.
+    """Captures a step as a CUDA graph once for each shape, and replays the graph from then on.
 
-    A captured step reads and writes the same tensors at each replay, and must not read anything back. The
+    A captured step must read and write the same tensors at every replay, and must not transfer data to the host. The
     graphs live as long as this object.
 
     Args:
-        is_enabled: False runs every step as it is.
-        all_agree: whether every rank says so; a collective of the ranks that take steps together.
+        is_enabled: False runs every step without a graph.
+        all_agree: True if every rank passes True. A collective of the ranks that run steps together.
     """
 
     def __init__(self, is_enabled: bool, all_agree: Callable[[bool], bool]) -> None:
@@ -47,10 +49,11 @@ class StepGraphs:
         self._result: Tensor | None = None
 
     def run(self, shape: Hashable, step: Callable[[], Tensor | None]) -> Tensor | None:
-        """The result of ``step``, valid until the next run.
+        """Returns the result of ``step``, which is valid until the next call.
 
         Args:
-            shape: steps with equal shapes do the same work on the same tensors. The first shape has the largest result.
+            shape: identifies the graph: steps of one shape run the same kernels on the same tensors. The first shape
+                must have the largest result.
         """
         if not self.is_enabled:
             return step()
@@ -61,9 +64,13 @@ class StepGraphs:
         return result
 
     def _capture_everywhere(self, shape: Hashable, step: Callable[[], Tensor | None]) -> bool:
-        """Capture a step; where a rank could not, no rank goes on with graphs.
+        """Captures a step. If the capture fails on any rank, all ranks stop using graphs.
 
-        A capture runs the step and its collectives once more than a rank without graphs does.
+        A capture runs the step, and so its collectives, more often than a step without a graph. Ranks with and ranks
+        without graphs would therefore no longer match.
+
+        Returns:
+            True if the step is captured on all ranks.
         """
         failure = "another rank could not capture the step"
         try:
@@ -88,7 +95,7 @@ class StepGraphs:
         side = _side_stream()
         side.wait_stream(stream)
         try:
-            # Kernels allocate their workspaces at the first call, which a capture does not allow.
+            # Kernels allocate workspaces at their first call, which is not allowed in a capture: run the step once before.
             with torch.cuda.stream(side):
                 first = step()
             stream.wait_stream(side)
@@ -96,18 +103,18 @@ class StepGraphs:
             result = self._result_like(first)
             del first
             graph = torch.cuda.CUDAGraph()
-            # Other threads of the program may copy to the device meanwhile.
+            # thread_local: other threads may copy to the device meanwhile, which the default mode would treat as an error.
             with torch.cuda.graph(graph, self._pool, stream=side, capture_error_mode="thread_local"):
                 captured = step()
                 assert captured is not None
                 result.copy_(captured)
-            del captured  # its memory serves the next capture
+            del captured  # the next capture can use its memory in the pool
         finally:
-            torch.cuda.set_stream(stream)  # a capture that fails leaves the side stream current
+            torch.cuda.set_stream(stream)  # after a failed capture torch leaves the side stream current
         return graph, result
 
     def _result_like(self, first: Tensor) -> Tensor:
-        """The graphs share one result, so that none keeps memory of the pool for its own."""
+        """A tensor of ``first``'s shape for the result. All graphs share its memory instead of keeping their own."""
         if self._result is None:
             self._result = torch.empty_like(first)
         return self._result[: len(first)]

@@ -124,7 +124,7 @@ def sample(flags: list[str], root: Path) -> dict[str, Any]:
         result["lone request"] = responses(run.generate(requests(1)[:1], MODES["greedy"]))
         run.score([full_row()], with_reference=False)
         for mode, chosen in MODES.items():
-            run.sampler.steps_per_look = 16 if mode == "rare looks" else 1
+            run.sampler.steps_per_read = 16 if mode == "rare looks" else 1
             if mode == "as on a GPU":
                 with recorded_graphs.on_a_gpu(run.sampler) as used:
                     result["rows from memory"] = run.sampler.num_rows_that_fit(LENGTH)

@@ -1,9 +1,10 @@
-"""Sampling in refilled rows: the tokens of sampling each sequence alone, whatever the rows do."""
+"""Refilled, moved and repeated rows sample the same tokens as each sequence sampled alone."""
 
 import math
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from megatron_rasft.training import decoding
 from megatron_rasft.training.attention import SdpaCoreAttention
-from megatron_rasft.training.decoding import Decoder, Engine
-from megatron_rasft.training.generation import rows_that_fit
+from megatron_rasft.training.decoding import Decoder, DecoderModel, Rows
 from megatron_rasft.training.kv_cache import CachedAttention, Decode, KeyValueCache, Prefill
 from megatron_rasft.training.stopping import Stopped
 from megatron_rasft.types import Request, Response, SamplingParams
@@ -23,7 +23,7 @@ from megatron_rasft.types import Request, Response, SamplingParams
 VOCAB, HEADS, GROUPS, DIM = 13, 4, 2, 8
 LENGTH = 48
 PROMPTS = [[3, 5, 1, 12, 9, 9, 2], [1, 7, 4], [8, 8, 8], [0, 11], [6], [10]]
-"""Longest first, as PolicySampler hands them over."""
+"""Longest first, as Decoder expects."""
 
 PLAIN = SamplingParams(
     num_samples=3,
@@ -45,7 +45,10 @@ PARAMS = {
 
 
 class OneLayer:
-    """Embedding, one attention layer with rotary positions, output: all in fp64, so that rounding decides nothing."""
+    """A model of embedding, one attention layer with rotary positions, and output layer.
+
+    It computes in fp64, so that rounding differences cannot change a sampled token.
+    """
 
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(1)
@@ -58,23 +61,21 @@ class OneLayer:
         self.frequencies = torch.cat([angles, angles], -1)[:, None, None]
         self.passes: list[tuple[str, tuple[int, ...]]] = []
 
-    def engine(self, num_rows: int, **changes: Any) -> tuple[Engine, KeyValueCache]:
+    def decoder_model(self, num_rows: int, **changes: Any) -> tuple[DecoderModel, KeyValueCache]:
         cache = KeyValueCache(num_rows, LENGTH)
-        attention = SdpaCoreAttention.__new__(SdpaCoreAttention)
-        torch.nn.Module.__init__(attention)
-        attention.softmax_scale = None
-        layer = CachedAttention(attention, cache)
+        config: Any = SimpleNamespace(attention_dropout=0.0)
+        layer = CachedAttention(SdpaCoreAttention(config, 1, pg_collection=SimpleNamespace(cp=None)), cache)  # type: ignore[arg-type]
         values: dict[str, Any] = {
             "forward": partial(self.forward, layer, cache),
             "frequencies": self.frequencies,
-            "share": lambda tensor: tensor,
-            "all_agree": lambda says_so: says_so,
+            "broadcast_from_last_stage": lambda tensor: tensor,
+            "all_agree": lambda agrees: agrees,
             "dtype": torch.float64,
             "vocab_size": VOCAB,
             "has_graphs": False,
-            "steps_per_look": 1,
+            "steps_per_read": 1,
         }
-        return Engine(**{**values, **changes}), cache
+        return DecoderModel(**{**values, **changes}), cache
 
     def forward(self, layer: CachedAttention, cache: KeyValueCache, tokens: Tensor) -> Tensor | None:
         step = cache.step
@@ -88,7 +89,7 @@ class OneLayer:
         return (out @ self.output)[:, 0].float() if isinstance(step, Decode) else None
 
     def next_logits(self, ids: list[int]) -> np.ndarray:
-        """[v] after the whole sequence, by the formula of attention."""
+        """[v] logits after the sequence ``ids``, recomputed from the formula of attention."""
         hidden = self.embedding[ids]
         query, key, value = (
             (hidden @ w).unflatten(-1, (-1, DIM)) for w in (self.query, self.key, self.value)
@@ -110,12 +111,12 @@ def rotated(x: Tensor, frequencies: Tensor) -> Tensor:
 def alone(
     model: OneLayer, prompt: list[int], seed: int, params: SamplingParams
 ) -> tuple[list[int], list[float]]:
-    """One sequence sampled by itself, recomputed from the start at each token."""
+    """Samples one sequence by itself, and recomputes all of it for each token."""
     uniforms = torch.rand(
         params.max_new_tokens, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
     )
     ids, logprobs = list(prompt), []
-    for step in range(params.room(len(prompt))):
+    for step in range(params.max_response_tokens(len(prompt))):
         logits = model.next_logits(ids).astype(np.float64)
         for token in set(ids):
             logits[token] *= params.repetition_penalty ** (-1 if logits[token] > 0 else 1)
@@ -144,13 +145,13 @@ def requests(params: SamplingParams) -> list[Request]:
 
 
 def sample(model: OneLayer, params: SamplingParams, num_rows: int, **changes: Any) -> list[list[Response]]:
-    """Sample with ``num_rows`` rows; OneLayer.engine takes the changes."""
-    engine, cache = model.engine(num_rows, **changes)
-    return Decoder(engine, cache, requests(params), params, lambda: False).run()
+    """Samples all requests with ``num_rows`` rows; ``changes`` replace fields of the DecoderModel."""
+    decoder_model, cache = model.decoder_model(num_rows, **changes)
+    return Decoder(decoder_model, cache, requests(params), params, lambda: False).run()
 
 
 @pytest.fixture(autouse=True)
-def few_keys_a_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_key_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoding, "KEY_BUCKET", 8)
 
 
@@ -163,13 +164,13 @@ def expected() -> Iterator[dict[str, list[list[tuple[list[int], list[float]]]]]]
     }
 
 
-@pytest.mark.parametrize("num_rows,steps_per_look", [(18, 1), (18, 16), (5, 1), (5, 7), (1, 16)])
+@pytest.mark.parametrize("num_rows,steps_per_read", [(18, 1), (18, 16), (5, 1), (5, 7), (1, 16)])
 @pytest.mark.parametrize("name", PARAMS)
-def test_rows_sample_what_each_sequence_samples_alone(
-    expected: dict, name: str, num_rows: int, steps_per_look: int
+def test_rows_sample_the_tokens_of_each_sequence_alone(
+    expected: dict, name: str, num_rows: int, steps_per_read: int
 ) -> None:
     params = PARAMS[name]
-    found = sample(OneLayer(), params, num_rows, steps_per_look=steps_per_look)
+    found = sample(OneLayer(), params, num_rows, steps_per_read=steps_per_read)
     for group, others in zip(found, expected[name], strict=True):
         assert [r.token_ids for r in group] == [tokens for tokens, _ in others]
         for response, (tokens, logprobs) in zip(group, others, strict=True):
@@ -179,29 +180,29 @@ def test_rows_sample_what_each_sequence_samples_alone(
 
 def test_the_samples_end_at_different_tokens(expected: dict) -> None:
     lengths = {len(tokens) for group in expected["plain"] for tokens, _ in group}
-    assert len(lengths) > 5, "otherwise nothing is refilled while other rows go on"
+    assert len(lengths) > 5, "otherwise no row would be refilled while others continue"
 
 
-@pytest.mark.parametrize("steps_per_look", [1, 7])
-def test_a_nucleus_beyond_the_candidates_is_drawn_again(
-    expected: dict, monkeypatch: pytest.MonkeyPatch, steps_per_look: int
+@pytest.mark.parametrize("steps_per_read", [1, 7])
+def test_steps_are_repeated_if_a_nucleus_exceeds_the_candidates(
+    expected: dict, monkeypatch: pytest.MonkeyPatch, steps_per_read: int
 ) -> None:
-    monkeypatch.setattr(decoding, "_NUCLEUS_CANDIDATES", 2)
+    monkeypatch.setattr(decoding, "NUCLEUS_CANDIDATES", 2)
     for name in ("nucleus", "penalised nucleus"):
         model = OneLayer()
-        found = sample(model, PARAMS[name], 5, steps_per_look=steps_per_look)
+        found = sample(model, PARAMS[name], 5, steps_per_read=steps_per_read)
         assert [[r.token_ids for r in group] for group in found] == [
             [tokens for tokens, _ in others] for others in expected[name]
         ]
         few = len(model.passes)
         with monkeypatch.context() as context:
-            context.setattr(decoding, "_NUCLEUS_CANDIDATES", VOCAB)
-            sample(model, PARAMS[name], 5, steps_per_look=steps_per_look)
-        assert few > len(model.passes) - few, "two candidates were meant to be too few"
+            context.setattr(decoding, "NUCLEUS_CANDIDATES", VOCAB)
+            sample(model, PARAMS[name], 5, steps_per_read=steps_per_read)
+        assert few > len(model.passes) - few, "two candidates must be too few, so that steps are repeated"
 
 
 class HostReads(TorchFunctionMode):
-    """Counts what makes the host wait for the device."""
+    """Counts the calls that make the host wait for the device."""
 
     READS = (
         Tensor.tolist,
@@ -225,41 +226,46 @@ class HostReads(TorchFunctionMode):
 
 
 @pytest.mark.parametrize("name", ["plain", "penalised nucleus"])
-def test_the_host_reads_once_for_many_tokens(name: str) -> None:
+def test_the_host_reads_the_device_once_for_many_tokens(name: str) -> None:
     model = OneLayer()
-    # A response that fits no look exactly, and none that ends before: only the looks themselves read.
+    # All responses have 24 tokens, so the host reads after 8, 16 and 24 tokens, and then collects the responses once.
     params = replace(PARAMS[name], stop_ids=frozenset(), max_new_tokens=24)
     with HostReads() as reads:
-        sample(model, params, len(PROMPTS) * params.num_samples, steps_per_look=8)
+        sample(model, params, len(PROMPTS) * params.num_samples, steps_per_read=8)
     assert sum(kind == "Decode" for kind, _ in model.passes) == 24
-    lists_of_the_end = 2 * len(PROMPTS) * params.num_samples  # taken of a tensor that is on the host already
-    assert reads.num == 3 + 1 + lists_of_the_end
+    lists_of_host_tensors = 2 * len(PROMPTS) * params.num_samples  # of the collected responses
+    assert reads.num == 3 + 1 + lists_of_host_tensors
 
 
-def test_with_graphs_the_shapes_are_few_and_the_tensors_stay(
+def test_steps_of_one_graph_use_the_same_tensors_and_shapes_are_few(
     expected: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a graph captured for a shape must be right for the next step of that shape: the same tensors."""
+    """A replayed graph reads the addresses that it was captured with, so they must not change between steps."""
     used: dict[Any, set[Any]] = {}
+    created: list[Rows] = []
+
+    class RecordedRows(Rows):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            created.append(self)
 
     class Recorder:
         def __init__(self, is_enabled: bool, all_agree: Any) -> None:
             assert is_enabled
 
         def run(self, shape: Any, step: Any) -> Any:
-            rows = decoder._rows
-            layer = decoder._cache.layers[0]
             out = step()  # allocates the cache at the first call
-            addresses = (rows.token, rows.position, layer.keys, layer.values, decoder._engine.frequencies)
-            used.setdefault(shape, set()).add(tuple(t.data_ptr() for t in addresses))
+            (rows,), layer = created, cache.layers[0]
+            tensors = (rows.token, rows.position, layer.keys, layer.values, decoder_model.frequencies)
+            used.setdefault(shape, set()).add(tuple(tensor.data_ptr() for tensor in tensors))
             return out
 
+    monkeypatch.setattr(decoding, "Rows", RecordedRows)
     monkeypatch.setattr(decoding, "StepGraphs", Recorder)
-    monkeypatch.setattr(decoding, "_FEWEST_ROWS", 2)
+    monkeypatch.setattr(decoding, "FEWEST_ROWS", 2)
     params = PARAMS["plain"]
-    engine, cache = OneLayer().engine(8, has_graphs=True, steps_per_look=3)
-    decoder = Decoder(engine, cache, requests(params), params, lambda: False)
-    found = decoder.run()
+    decoder_model, cache = OneLayer().decoder_model(8, has_graphs=True, steps_per_read=3)
+    found = Decoder(decoder_model, cache, requests(params), params, lambda: False).run()
     assert [[r.token_ids for r in group] for group in found] == [
         [tokens for tokens, _ in others] for others in expected["plain"]
     ]
@@ -268,20 +274,20 @@ def test_with_graphs_the_shapes_are_few_and_the_tensors_stay(
     assert {length % 8 for _, length in used} == {0}
 
 
-def test_samples_of_a_prompt_share_its_prefill_which_is_cut_by_tokens(
+def test_samples_of_a_prompt_share_its_prefill_and_prefills_are_limited_in_tokens(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model, params = OneLayer(), PARAMS["greedy"]
     sample(model, params, len(PROMPTS) * params.num_samples)
-    # The last token of a prompt is decoded, so two prompts have nothing to prefill.
+    # The last token of a prompt is decoded, so the prompts of one token only pad the prefill of the others.
     assert [shape for kind, shape in model.passes if kind == Prefill.__name__] == [(6, 6)]
     model.passes.clear()
-    monkeypatch.setattr(decoding, "_PREFILL_TOKENS", 7)
+    monkeypatch.setattr(decoding, "PREFILL_TOKENS", 7)
     sample(model, params, len(PROMPTS) * params.num_samples)
     assert [shape for kind, shape in model.passes if kind == Prefill.__name__] == [(1, 6), (3, 2)]
 
 
-def test_a_stop_is_asked_for_every_32_tokens() -> None:
+def test_should_stop_is_called_about_every_32_tokens() -> None:
     model, asked = OneLayer(), []
     params = replace(PARAMS["plain"], stop_ids=frozenset(), max_total_tokens=None, max_new_tokens=30)
 
@@ -289,14 +295,76 @@ def test_a_stop_is_asked_for_every_32_tokens() -> None:
         asked.append(sum(kind == "Decode" for kind, _ in model.passes))
         return len(asked) == 3
 
-    engine, cache = model.engine(3, steps_per_look=16)
+    decoder_model, cache = model.decoder_model(3, steps_per_read=16)
     with pytest.raises(Stopped):
-        Decoder(engine, cache, requests(params), params, should_stop).run()
+        Decoder(decoder_model, cache, requests(params), params, should_stop).run()
     assert asked == [0, 46, 90]
 
 
-def test_rows_that_fit_are_a_power_of_two() -> None:
-    assert rows_that_fit(100e9, 1e9) == 64
-    assert rows_that_fit(128e9, 1e9) == 128
-    assert rows_that_fit(1e15, 1e9) == 512
-    assert rows_that_fit(1e6, 1e9) == 1
+def rows_with(num: int, **state: list[int]) -> Rows:
+    rows = Rows(num, max_new_tokens=4, num_seen=6, device=torch.device("cpu"))
+    rows.is_over.fill_(False)
+    for name, values in state.items():
+        getattr(rows, name).copy_(torch.tensor(values))
+    return rows
+
+
+def advance(rows: Rows, tokens: list[int], stops: list[int]) -> None:
+    drawn = torch.tensor(tokens, dtype=torch.float64)
+    rows.advance(drawn, -drawn / 8, torch.tensor(stops))
+
+
+def test_advance_ends_a_row_at_a_stop_token_or_its_limit() -> None:
+    rows = rows_with(4, limit=[4, 4, 1, 4], position=[7, 3, 5, 0])
+    rows.is_over[3] = True
+    advance(rows, [2, 5, 1, 3], stops=[5, 0])
+    assert rows.is_over.tolist() == [False, True, True, True]
+    assert rows.count.tolist() == [1, 1, 1, 0], "a row that was over gets no token"
+    assert rows.position.tolist() == [8, 3, 5, 0], "rows that are over stay inside the cache"
+    assert rows.token[0] == 2
+    assert rows.drawn[0, :3, 0].tolist() == [2.0, 5.0, 1.0]
+    assert rows.drawn[1, :3, 0].tolist() == [-0.25, -0.625, -0.125]
+    assert rows.seen.int().tolist()[0] == [0, 0, 1, 0, 0, 0]
+
+
+def test_rows_that_are_over_keep_their_response_while_others_continue() -> None:
+    rows = rows_with(2, limit=[1, 4])
+    for token in (1, 2, 3):
+        advance(rows, [token, token], stops=[-1])
+    assert rows.count.tolist() == [1, 3]
+    assert rows.drawn[0, 0, 0] == 1.0
+    assert rows.drawn[0, 1, :3].tolist() == [1.0, 2.0, 3.0]
+
+
+def test_advance_of_fewer_rows_leaves_the_others_alone() -> None:
+    rows = rows_with(3, limit=[4, 4, 4])
+    advance(rows, [2, 3], stops=[-1])
+    assert rows.count.tolist() == [1, 1, 0] and rows.position.tolist() == [1, 1, 0]
+
+
+def test_restored_rows_sample_the_same_tokens_again() -> None:
+    rows = rows_with(2, limit=[2, 4], position=[3, 4])
+    advance(rows, [2, 3], stops=[-1])
+    states = ("token", "position", "count", "is_over", "seen")
+    before = {name: getattr(rows, name).clone() for name in states}
+    restore = rows.save()
+    advance(rows, [4, 5], stops=[-1])
+    assert rows.is_over.tolist() == [True, False]
+    restore()
+    for name, state in before.items():
+        assert torch.equal(getattr(rows, name), state), name
+    advance(rows, [1, 1], stops=[-1])
+    assert rows.drawn[0, :, :2].tolist() == [[2.0, 1.0], [3.0, 1.0]]
+
+
+def test_moved_rows_carry_their_whole_state() -> None:
+    rows = rows_with(3, limit=[1, 2, 3], position=[4, 5, 6])
+    advance(rows, [1, 2, 3], stops=[-1])
+    names = ("token", "position", "count", "limit", "is_over", "uniforms", "seen")
+    expected = {name: getattr(rows, name)[2].clone() for name in names}
+    drawn = rows.drawn[:, 2].clone()
+    rows.move(torch.tensor([2]), torch.tensor([0]))
+    for name, state in expected.items():
+        assert torch.equal(getattr(rows, name)[0], state), name
+    assert torch.equal(rows.drawn[:, 0], drawn)
+    assert rows.limit.tolist() == [3, 2, 3]

@@ -258,4 +258,9 @@ def test_a_resumed_refresh_chooses_and_weighs_like_the_unbroken_one() -> None:
 def test_sampling_follows_the_flags() -> None:
     config = config_of(rollout=RolloutConfig(rollout_num_samples=3, rollout_top_p=0.5))
     params = refresh.sampling_params(config, STOP_IDS, 128)
-    assert (params.num_samples, params.top_p, params.stop_ids, params.room(120)) == (3, 0.5, STOP_IDS, 8)
+    assert (params.num_samples, params.top_p, params.stop_ids, params.max_response_tokens(120)) == (
+        3,
+        0.5,
+        STOP_IDS,
+        8,
+    )

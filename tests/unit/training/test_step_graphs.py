@@ -60,7 +60,7 @@ def counted(given: Tensor) -> tuple[list[int], Any]:
 def test_a_captured_step_is_replayed_on_the_tensors_of_now(gpu: list[Any]) -> None:
     given = torch.ones(3)
     runs, step = counted(given)
-    graphs = StepGraphs(True, lambda says_so: says_so)
+    graphs = StepGraphs(True, lambda agrees: agrees)
     for value in (1.0, 5.0, -2.0):
         given.fill_(value)
         result = graphs.run("shape", step)
@@ -74,8 +74,8 @@ def test_a_rank_gives_up_its_graphs_where_another_could_not_capture(gpu: list[An
     runs, step = counted(given)
     asked: list[bool] = []
 
-    def all_agree(says_so: bool) -> bool:
-        asked.append(says_so)
+    def all_agree(agrees: bool) -> bool:
+        asked.append(agrees)
         return len(asked) < 2
 
     graphs = StepGraphs(True, all_agree)
@@ -104,9 +104,9 @@ def test_a_failed_capture_ends_on_every_rank_and_for_the_allocator(
     def step() -> Tensor:
         return given * given.sum().item()  # a read, which a capture does not allow
 
-    def all_agree(says_so: bool) -> bool:
-        asked.append(says_so)
-        return says_so
+    def all_agree(agrees: bool) -> bool:
+        asked.append(agrees)
+        return agrees
 
     graphs = StepGraphs(True, all_agree)
     with pytest.warns(RuntimeWarning, match="not permitted"):
@@ -117,6 +117,6 @@ def test_a_failed_capture_ends_on_every_rank_and_for_the_allocator(
 
 def test_all_captures_of_a_process_share_one_stream(gpu: list[Any]) -> None:
     for _ in range(3):
-        graphs = StepGraphs(True, lambda says_so: says_so)
+        graphs = StepGraphs(True, lambda agrees: agrees)
         graphs.run("shape", counted(torch.ones(3))[1])
     assert len(gpu) == 1

@@ -114,7 +114,7 @@ def test_batch_size_and_neighbours_do_not_change_a_sample(tmp_path: Path, engine
 
 def test_new_tokens_are_cut_to_what_each_prompt_leaves() -> None:
     params = fit_to_positions(PARAMS, [[1] * 95, [1]], 100)
-    assert [params.room(length) for length in (1, 90, 92, 95, 99)] == [8, 8, 8, 5, 1]
+    assert [params.max_response_tokens(length) for length in (1, 90, 92, 95, 99)] == [8, 8, 8, 5, 1]
     with pytest.raises(ValueError, match="a prompt has 100 tokens, the model only 100"):
         fit_to_positions(PARAMS, [[1] * 100], 100)
 
