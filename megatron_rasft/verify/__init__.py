@@ -1,4 +1,1 @@
-"""Decides what a response is worth: extraction, grading in killable workers, text quality.
-
-Import from the modules: a grading worker loads ``grading`` and must not load the rest.
-"""
+"""Decides what a response is worth: grades its answer or its program, and judges the quality of its text."""

@@ -1,4 +1,4 @@
-"""Graders that misbehave on demand: the response text says how. Imported by the pool's workers."""
+"""A grader that misbehaves in the way that the response text names. Imported by the pool's workers."""
 
 import ctypes
 import os
@@ -11,12 +11,14 @@ from megatron_rasft.types import Verdict
 
 
 class UnpicklableError(Exception):
+    """Can be pickled but not unpickled: its constructor needs two arguments."""
+
     def __init__(self, first: str, second: str) -> None:
         super().__init__("one argument")
 
 
 def act_out(text: str, gold: str) -> tuple[Verdict, Any]:
-    """Does what the first word of the text says; ``equal`` compares the rest with the gold answer."""
+    """Performs the action that the first word of the text names. ``equal`` compares the rest with the gold answer."""
     action, _, rest = text.partition(" ")
     if action == "sleep":
         time.sleep(3600)
@@ -54,7 +56,11 @@ def act_out(text: str, gold: str) -> tuple[Verdict, Any]:
         return "correct", ""
     elif action == "modules":
         return "correct", ",".join(
-            sorted(m for m in ("torch", "megatron", "nltk", "__mp_main__") if m in sys.modules)
+            sorted(
+                m
+                for m in ("torch", "megatron", "nltk", "__mp_main__", "only_the_trainer")
+                if m in sys.modules
+            )
         )
     elif action == "pid":
         return "correct", str(os.getpid())

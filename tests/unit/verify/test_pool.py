@@ -1,4 +1,4 @@
-"""Exactly one verdict per rollout, whatever the grader does; workers that end with their parent."""
+"""Every rollout gets exactly one verdict, whatever the grader does, and workers end with their parent."""
 
 import os
 import signal
@@ -15,7 +15,14 @@ from megatron_rasft.types import CodeTests, FinishReason, Rollout
 from megatron_rasft.verify.pool import VerifierPool
 from tests.unit.verify import hostile_graders
 
-REPO = Path(__file__).parents[3]
+REPOSITORY = Path(__file__).parents[3]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fork_server_with_the_real_grader() -> None:
+    """Starts this process's fork server with sympy loaded: with another grader first, every worker would load it."""
+    with VerifierPool(VerifyConfig(verify_num_workers=1)):
+        pass
 
 
 def make_rollout(text: str, finish_reason: FinishReason = "stop", problem_id: str = "p") -> Rollout:
@@ -33,7 +40,7 @@ def make_rollout(text: str, finish_reason: FinishReason = "stop", problem_id: st
 
 def hostile_pool(**knobs: object) -> VerifierPool:
     config = VerifyConfig(
-        **{"verify_num_workers": 2, "verify_timeout_s": 3.0, "verify_memory_mib": 128} | knobs
+        **{"verify_num_workers": 2, "verify_timeout_s": 1.5, "verify_memory_mib": 128} | knobs
     )  # type: ignore[arg-type]
     return VerifierPool(config, grader=hostile_graders.act_out)
 
@@ -69,11 +76,11 @@ def test_misbehaving_grader_costs_its_own_rollout_only() -> None:
         assert counts == Counter(r.verdict for r in rollouts)
         crashed = {"exit 3", "kill", "segfault"}
         for rollout, verdict in zip(rollouts, wanted, strict=True):
-            # a worker that dies before the parent heard that it took the task can cost the deadline instead
+            # If a worker dies before the parent has read that it took the task, the rollout gets a timeout instead
             allowed = {verdict, "timeout"} if rollout.text in crashed else {verdict}
             assert rollout.verdict in allowed, rollout.text
             assert rollout.verdict_reason or verdict in ("correct", "wrong"), rollout.text
-        # the pool goes on
+        # The pool can still be used
         assert pool.verify([make_rollout("equal 5")], {"p": "5"}) == Counter(correct=1)
 
 
@@ -107,16 +114,16 @@ def test_missing_gold_is_unverifiable() -> None:
     assert {r.verdict_reason for r in rollouts} == {"no gold answer"}
 
 
-def test_what_a_look_up_raises_ends_the_call_and_leaves_the_pool_at_work() -> None:
+def test_exception_of_on_verdict_ends_the_call_and_leaves_the_pool_usable() -> None:
     rollouts = [make_rollout("equal 5"), make_rollout("sleep")]
 
-    def look_up() -> None:
+    def interrupt() -> None:
         if rollouts[0].verdict is not None:
             raise InterruptedError
 
     with hostile_pool() as pool:
         with pytest.raises(InterruptedError):
-            pool.verify(rollouts, {"p": "5"}, look_up)
+            pool.verify(rollouts, {"p": "5"}, interrupt)
         assert rollouts[1].verdict is None
         assert pool.verify([make_rollout("equal 5")], {"p": "5"}) == Counter(correct=1)
 
@@ -141,11 +148,11 @@ def test_workers_are_replaced_after_their_tasks() -> None:
 
 
 WORKER_MODULES = """
+import only_the_trainer  # stands for torch, which takes seconds to import
+
 from tests.unit.verify.test_pool import hostile_pool, make_rollout
 
 if __name__ == "__main__":
-    import torch  # the trainer has it; its workers must not inherit it
-
     rollout = make_rollout("modules")
     with hostile_pool() as pool:
         pool.verify([rollout], {"p": "5"})
@@ -153,13 +160,14 @@ if __name__ == "__main__":
 """
 
 
-def test_workers_hold_neither_torch_nor_megatron(tmp_path: Path) -> None:
-    # A process of its own: the fork server is one per process, and another test may have started this one's.
+def test_workers_load_neither_torch_nor_megatron_nor_what_the_main_script_loads(tmp_path: Path) -> None:
+    # In a process of its own, because a process has one fork server, which an earlier test may have started
     script = tmp_path / "modules.py"
     script.write_text(WORKER_MODULES, encoding="utf-8")
+    (tmp_path / "only_the_trainer.py").touch()
     done = subprocess.run(
         [sys.executable, str(script)],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])},
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
         capture_output=True,
         text=True,
         timeout=120,
@@ -191,7 +199,7 @@ def test_answers_and_programs_are_verified_in_one_call() -> None:
     }
     rollouts = [make_rollout(text, problem_id=kind) for kind, some in texts.items() for text in some]
     rollouts.append(make_rollout("def f(x): return x * x", "length", problem_id="code"))
-    with VerifierPool(VerifyConfig(verify_num_workers=2, verify_code_timeout_s=10.0)) as pool:
+    with VerifierPool(VerifyConfig(verify_num_workers=2, verify_code_timeout_s=4.0)) as pool:
         counts = pool.verify(rollouts, {"code": tests, "mathematics": "4", "nothing": ""})
     verdicts = [r.verdict for r in rollouts]
     assert verdicts == ["correct", "wrong", "wrong", "wrong", "correct", "wrong", "unverifiable", "wrong"]
@@ -199,7 +207,7 @@ def test_answers_and_programs_are_verified_in_one_call() -> None:
     assert [r.verdict_reason for r in rollouts[:3]] == [
         "2 tests passed",
         "test 2 of 2: AssertionError",
-        "deadline of 10 s",
+        "deadline of 4 s",
     ]
 
 
@@ -233,18 +241,18 @@ HOSTILE_TEXTS = [
 
 
 def test_hostile_responses_get_one_verdict_each_and_none_is_correct() -> None:
-    rollouts = [make_rollout(text) for text in HOSTILE_TEXTS] + [make_rollout(r"\boxed{5}")]
-    config = VerifyConfig(verify_num_workers=2, verify_timeout_s=2.0, verify_memory_mib=1024)
+    rollouts = [make_rollout(text) for text in HOSTILE_TEXTS]
+    # Nine of the texts use the whole deadline, so it is short
+    config = VerifyConfig(verify_num_workers=2, verify_timeout_s=1.0, verify_memory_mib=1024)
     with VerifierPool(config) as pool:
         counts = pool.verify(rollouts, {"p": "5"})
     assert sum(counts.values()) == len(rollouts)
-    assert rollouts.pop().verdict == "correct"
     assert not [r.text[:40] for r in rollouts if r.verdict == "correct"]
 
 
 MAIN_SCRIPT = """
 import os, signal, sys, time
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what it starts in the background
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background processes with SIGINT ignored
 print("imported", flush=True)
 from megatron_rasft.config.verify import VerifyConfig
 from megatron_rasft.verify.pool import VerifierPool
@@ -252,7 +260,8 @@ from tests.unit.verify import hostile_graders
 from tests.unit.verify.test_pool import make_rollout
 
 if __name__ == "__main__":
-    pool = VerifierPool(VerifyConfig(verify_num_workers=1, verify_timeout_s=2.0), hostile_graders.act_out)
+    config = VerifyConfig(verify_num_workers=1, verify_timeout_s=1.0)
+    pool = VerifierPool(config, hostile_graders.act_out, orphan_grace_s=0.5)
     pool.__enter__()
     rollouts = [make_rollout("pid")]
     pool.verify(rollouts, {"p": "5"})
@@ -263,12 +272,12 @@ if __name__ == "__main__":
                 pool.verify([make_rollout("spin")], {"p": "5"})
         finally:
             pool.close()
-    # "forgotten": the pool is never closed
+    # In the mode "forgotten", the pool is never closed
 """
 
 
 def start_script(tmp_path: Path, mode: str) -> tuple[subprocess.Popen[str], int]:
-    """The running script and the id of its worker."""
+    """Starts the script. Returns its process and the id of its worker."""
     script = tmp_path / "main_script.py"
     script.write_text(MAIN_SCRIPT)
     process = subprocess.Popen(
@@ -276,11 +285,11 @@ def start_script(tmp_path: Path, mode: str) -> tuple[subprocess.Popen[str], int]
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
-        env=os.environ | {"PYTHONPATH": str(REPO)},
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "imported\n"
-    # nothing in between: the worker did not run the main script again
+    # A worker that ran the main script again would have printed "imported" a second time
     worker = process.stdout.readline().split()
     assert worker[0] == "worker"
     return process, int(worker[1])
@@ -295,7 +304,7 @@ def wait_until_gone(pid: int) -> None:
 @pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_interrupted_run_leaves_no_worker_behind(tmp_path: Path, signal_number: int) -> None:
     process, worker = start_script(tmp_path, "busy")
-    time.sleep(0.5)  # most likely inside verify() by now; right wherever it is
+    time.sleep(0.2)  # most likely inside verify() by now; the test also holds elsewhere
     process.send_signal(signal_number)
     assert process.wait() != 0
     wait_until_gone(worker)
