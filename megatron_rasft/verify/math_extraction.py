@@ -1,9 +1,11 @@
-"""Finds the final answer in a response by scanning, linear in its length; parses nothing."""
+"""Finds the final answer in a response. Scans the text a fixed number of times, and does not parse the answer."""
 
 import re
 from collections import deque
 
+# Boxes, escaped characters (so that \{ does not count as a brace) and braces
 _BOX_TOKENS = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
+# \boxed 5, without braces
 _BARE_BOX = re.compile(r"\\(?:boxed|fbox)\s+([^\s{}$]{1,100})")
 _BOX_COMMAND = re.compile(r"\\(?:boxed|fbox)\b")
 _ANSWER_PHRASE = re.compile(r"answer\s{0,5}(?:is|:|=)\s{0,5}:?", re.IGNORECASE)
@@ -15,7 +17,7 @@ _MATH_QUOTES = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"))
 
 
 def closed_boxes(text: str) -> list[str]:
-    r"""Contents of every outermost \boxed{} or \fbox{} that is closed, in order."""
+    r"""Returns the contents of every outermost \boxed{} or \fbox{} that is closed, in order."""
     boxes: list[str] = []
     open_braces: list[int] = []  # start of the content for a box, -1 for any other brace
     num_open_boxes = 0
@@ -36,27 +38,28 @@ def closed_boxes(text: str) -> list[str]:
 
 
 def last_box_is_closed(text: str) -> bool:
-    r"""Whether the text has a \boxed and its last one is closed."""
+    r"""Returns whether the text has a \boxed and the last one is closed."""
     starts = [m.start() for m in _BOX_COMMAND.finditer(text)]
     return bool(starts) and bool(closed_boxes(text[starts[-1] :]))
 
 
 def extract_answer(text: str) -> str | None:
-    r"""The answer a response commits to, as written; None if it holds none.
+    r"""Returns the final answer of a response as it is written, or None if there is none.
 
-    The last closed \boxed{}; else what follows the last "answer is" up to the end of the sentence; else the
-    last number. An empty box is an answer that was not given, so the search goes on without boxes.
+    It is the content of the last closed \boxed{}. Without a box, or with an empty one, it is the text after the last
+    "answer is" up to the end of the sentence; else the last number of the text.
     """
     boxes = closed_boxes(text)
     bare = _BARE_BOX.findall(text) if not boxes else []
     answer = (boxes or bare or [""])[-1].strip()
     if answer:
-        # \boxed{x = \boxed{5}} commits to the inner box
+        # In \boxed{x = \boxed{5}} the inner box is the answer
         inner = closed_boxes(answer)
         return inner[-1].strip() or answer if inner else answer
     answer = _after_answer_phrase(text)
     if answer:
         return answer
+    # A deque of length 1 keeps the last match without storing the others
     numbers = deque(_NUMBER.finditer(text), maxlen=1)
     return numbers[0].group().strip() if numbers else None
 

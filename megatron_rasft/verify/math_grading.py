@@ -1,8 +1,10 @@
 """Compares the answer of a response with the gold answer. Runs in the pool's workers only.
 
-Three layers, cheapest first: normalised strings, plain numbers as exact fractions, and the structure of tuples,
-sets and lists; what is left, single expressions, goes to math-verify. Its own deadlines are signal alarms that
-do not stop C code and that clash with ours, so they are off: the pool kills the worker instead.
+The comparisons, cheapest first: equal text without typesetting, plain numbers as exact fractions, and tuples, sets and lists
+item by item. Single expressions that are left go to math-verify (0.9.0), which parses them with sympy.
+
+math-verify's own deadlines are off. They are signal alarms, which do not interrupt C code and would replace the worker's
+own alarm. The pool kills the worker at the deadline instead.
 """
 
 import logging
@@ -16,13 +18,14 @@ from sympy import Basic, MatrixBase
 from megatron_rasft.types import Verdict
 from megatron_rasft.verify.math_extraction import extract_answer
 
-# math-verify warns once per process that its deadlines are off
+# math-verify warns in every process that its deadlines are off
 logging.getLogger("math_verify").setLevel(logging.ERROR)
 
+# Only boxes: every text is put into one before it is parsed, see _parse
 _EXTRACTION = [LatexExtractionConfig(try_extract_without_anchor=False, boxed_match_priority=0)]
-# Rounding of math-verify's comparison of floats: enough digits that 0.333333 is not 1/3
+# math-verify rounds floats before it compares them. With its default of 6 digits, 0.333333 equals 1/3
 _FLOAT_DIGITS = 10
-# No gold answer of the known sets is longer than 210 characters
+# The longest gold answer of the known sets has 210 characters
 _MAX_ANSWER_CHARS = 2000
 _MAX_LIST_ITEMS = 64
 _MAX_EXPONENT = 400
@@ -52,10 +55,14 @@ _UNIT_SPELLINGS = {
     "dollar": ("dollar dollars usd", "money", "100"),
     "cent": ("cent cents", "money", "1"),
 }
-"""Unit -> its spellings, what it measures, and how much of that."""
+"""Unit -> its spellings, its dimension, and its size in the unit of that dimension with size 1.
+
+Imperial and metric units have different dimensions here: answers are not converted between the two systems.
+"""
 _UNITS = {
     spelling: unit for unit, (spellings, _, _) in _UNIT_SPELLINGS.items() for spelling in spellings.split()
 }
+# Words after a number that change its value or are not units
 _NOT_UNITS = frozenset(
     "pi sqrt or and mod times plus minus over to log ln sin cos tan sec csc cot infinity infty inf hundred thousand "
     "million billion trillion dozen half halves third thirds quarter quarters percent base if for when where by "
@@ -112,14 +119,14 @@ _SPACING = re.compile(
 
 
 def grade_answer(response_text: str, gold: str, rel_tolerance: float = 0.0) -> tuple[Verdict, str]:
-    """Whether the answer of a response is the gold answer, and why.
+    """Compares the answer of a response with the gold answer.
 
-    May run for ever and claim any amount of memory on hostile input: call it in a ``VerifierPool``.
+    On hostile input it may run for ever and use any amount of memory, so call it in a ``VerifierPool``.
 
     Args:
-        response_text: what the model wrote; see ``extract_answer`` for where its answer is looked for.
-        gold: the bare gold answer, LaTeX or plain, without a box.
-        rel_tolerance: relative difference up to which two plain numbers are equal; 0 asks for equality.
+        response_text: the response; ``extract_answer`` finds its answer.
+        gold: the gold answer in LaTeX or plain text, without a box.
+        rel_tolerance: relative difference up to which two plain numbers are equal; 0 requires equality.
 
     Returns:
         ``correct``, ``wrong`` or ``unverifiable`` (never ``timeout``) and a short reason.
@@ -139,16 +146,17 @@ def grade_answer(response_text: str, gold: str, rel_tolerance: float = 0.0) -> t
         return "unverifiable", "answer is prose"
     equal = _answers_equal(_tidy(gold), _tidy(answer), rel_tolerance)
     if equal is None:
-        return (
-            ("wrong", "different text")
-            if _parse(_tidy(gold)) is None
-            else ("unverifiable", "answer not parsed")
-        )
+        # If even the gold answer cannot be parsed, only equal text could have been correct
+        is_text = _parse(_tidy(gold)) is None
+        return ("wrong", "different text") if is_text else ("unverifiable", "answer not parsed")
     return ("correct", "equal") if equal else ("wrong", "not equal")
 
 
 def _tidy(answer: str) -> str:
-    """The answer without typesetting: no spacing commands, dollar signs, thousands separators, degree signs."""
+    """Returns the answer without typesetting: spacing commands, dollar signs, thousands separators, degree signs.
+
+    The steps depend on each other, so their order matters: an amount of money must be found before dollar signs are removed.
+    """
     answer = _unstyled(_EMPTY_GROUP_COMMA.sub("", _CONTROL.sub("", answer).strip()))
     if money := _MONEY.fullmatch(answer):
         answer = f"{money[1]}{money[2]} dollars"
@@ -160,6 +168,7 @@ def _tidy(answer: str) -> str:
     answer = (
         answer.replace(r"\lbrace", r"\{").replace(r"\rbrace", r"\}").replace(r"\varnothing", r"\emptyset")
     )
+    # Before the degree signs are removed: sin(30 degrees) is not sin(30)
     answer = _TRIG_OF_DEGREES.sub(r"\\\1{\\frac{\2\\pi}{180}}", answer)
     answer = _SPACING.sub(" ", answer)
     answer = _DEGREES.sub("", answer)
@@ -172,6 +181,7 @@ def _tidy(answer: str) -> str:
         answer = f"{scaled[1]} \\times 10^{{{_SCALES[scaled[2]]}}}"
     if _DIGIT_GROUPS.fullmatch(answer):
         answer = answer.replace(" ", "")
+    # "5 = x" is written "x = 5", which math-verify understands as the value of x
     if named := _NUMBER_IS_LETTER.fullmatch(answer):
         answer = f"{named[named.lastindex or 0]} = {named[1]}"
     if answer.startswith("{") and answer.endswith("}") and _closes_at_end(answer):
@@ -184,7 +194,7 @@ def _tidy(answer: str) -> str:
 
 
 def _unstyled(answer: str) -> str:
-    """Without colours, and without a font command around the whole of a formula; words keep theirs."""
+    """Removes colours, and a font command around a whole formula. Words keep theirs: it marks them as text."""
     answer = _COLOR.sub("", answer)
     while (style := _STYLE.match(answer)) and _closes_at_end(answer[style.end() :]):
         inner = answer[style.end() + 1 : -1].strip()
@@ -195,9 +205,10 @@ def _unstyled(answer: str) -> str:
 
 
 def _spelled_alike(answer: str, gold: str) -> bool:
-    """Equality of strings but for typesetting, case of words and the brackets of an option letter."""
+    """Compares two answers as text, without typesetting. Ignores case of words and the brackets of an option letter."""
     is_word = _is_words(gold)
     answer, gold = (_TEXT_WRAPPER.sub(r"\1", _tidy(s)).strip() for s in (answer, gold))
+    # Multiple choice: (B), B. and "(B) 12" are one answer
     letter = _CHOICE.fullmatch(gold) or _LETTER_AND_TEXT.fullmatch(gold)
     if letter:
         answer = _OPTION_WORD.sub("", answer, count=1)
@@ -216,13 +227,16 @@ def _spelled_alike(answer: str, gold: str) -> bool:
 
 
 def _squeezed(text: str) -> str:
-    """Without white space and braces that do not matter: ``{2}`` is 2, but ``^{10}`` is not ``^10``, nor 3 1/2 31/2."""
+    """Removes white space and braces without meaning.
+
+    ``{2}`` becomes 2. Kept are the braces of ``^{10}``, because ``^10`` is another power, and the space in 3 1/2.
+    """
     text = re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", text)
     return re.sub(r"(?<!\\)\{([^{}\\])\}", r"\1", text).rstrip(".")
 
 
 def _is_words(gold: str) -> bool:
-    """A gold answer made of words alone; as a formula, LQSX would be a product that commutes."""
+    """Returns whether a gold answer consists of words only. As a formula, LQSX would be a product and equal SXLQ."""
     text = _TEXT_WRAPPER.sub(r"\1", gold)
     if "\\" in text or not re.fullmatch(r"[A-Za-z][A-Za-z\s,.'\"()&-]*", text.strip()):
         return False
@@ -231,7 +245,7 @@ def _is_words(gold: str) -> bool:
 
 
 def _is_prose(answer: str) -> bool:
-    """Words that no formula has; a unit after a number is not prose."""
+    """Returns whether an answer is prose and not a formula. Units after a number do not count as words."""
     if _split_words(answer)[1] or re.search(r"[=<>\\]", _TEXT_WRAPPER.sub("", answer)):
         return False
     words = _WORD.findall(_TEXT_WRAPPER.sub(r" \1 ", answer))
@@ -239,7 +253,7 @@ def _is_prose(answer: str) -> bool:
 
 
 def _answers_equal(gold: str, answer: str, rel_tolerance: float) -> bool | None:
-    """None where one of the two, free of typesetting, cannot be read."""
+    """Compares two answers without typesetting. Returns None if one of them cannot be parsed."""
     numbers_equal = _numbers_equal(gold, answer, rel_tolerance)
     if numbers_equal is not None:
         return numbers_equal
@@ -253,6 +267,7 @@ def _answers_equal(gold: str, answer: str, rel_tolerance: float) -> bool | None:
 
 
 def _numbers_equal(gold: str, answer: str, rel_tolerance: float) -> bool | None:
+    """Compares two plain numbers with optional units. Returns None if one of them is not a plain number."""
     (gold_number, gold_unit), (answer_number, answer_unit) = _split_unit(gold), _split_unit(answer)
     x, y = _to_fraction(gold_number.removesuffix(r"\%")), _to_fraction(answer_number.removesuffix(r"\%"))
     if x is None or y is None:
@@ -262,7 +277,7 @@ def _numbers_equal(gold: str, answer: str, rel_tolerance: float) -> bool | None:
         if factor is None:
             return False
         y *= factor
-    # 50% may be written 50, and also 1/2: the percent sign names the scale, the number decides
+    # With a percent sign on one side only, two readings are accepted: 50% equals 50, and 50% equals 1/2
     scaled = [y]
     if answer_number.endswith(r"\%") != gold_number.endswith(r"\%"):
         scaled.append(y / 100 if answer_number.endswith(r"\%") else y * 100)
@@ -270,7 +285,7 @@ def _numbers_equal(gold: str, answer: str, rel_tolerance: float) -> bool | None:
 
 
 def _conversion(unit: str, wanted: str) -> Fraction | None:
-    """How many ``wanted`` one ``unit`` is; None if they measure different things or are areas, volumes and the like."""
+    """Returns the size of ``unit`` in units of ``wanted``, or None for different dimensions and for powers of units."""
     if unit not in _UNIT_SPELLINGS or wanted not in _UNIT_SPELLINGS:
         return None
     (_, measure, size), (_, wanted_measure, wanted_size) = _UNIT_SPELLINGS[unit], _UNIT_SPELLINGS[wanted]
@@ -278,7 +293,7 @@ def _conversion(unit: str, wanted: str) -> Fraction | None:
 
 
 def _to_fraction(text: str) -> Fraction | None:
-    """An integer, decimal, scientific number, fraction or mixed number, exactly; None for anything else."""
+    """Returns the exact value of an integer, decimal, scientific number, fraction or mixed number, else None."""
     text = text.strip()
     if len(text) > 1000:
         return None
@@ -308,13 +323,14 @@ def _to_fraction(text: str) -> Fraction | None:
 
 
 def _bounded(number: Decimal) -> Fraction | None:
+    """Returns the number as a fraction, or None if its exponent would make the fraction's integers too large."""
     return Fraction(number) if number.is_zero() or abs(number.adjusted()) <= _MAX_EXPONENT else None
 
 
 def _split_unit(answer: str) -> tuple[str, str]:
-    """``(number, unit)`` of a number followed by words.
+    """Splits a number with a unit into ``(number, unit)``.
 
-    The unit is a key of the table, with its power if it has one, or "" where there is none or it is not in the table.
+    The unit is a key of the table, followed by its power if it has one. It is "" without a unit or with an unknown one.
     """
     number, words = _split_words(answer)
     unit, _, power = words.partition("^")
@@ -323,7 +339,7 @@ def _split_unit(answer: str) -> tuple[str, str]:
 
 
 def _split_words(answer: str) -> tuple[str, str]:
-    """``(number, words)``; a power that the words carry follows them as ``^2``."""
+    """Splits a number with words after it into ``(number, words)``. A power of the words follows them as ``^2``."""
     text = re.sub(r"\s+", " ", _TEXT_WRAPPER.sub(r" \1", answer)).strip()
     power = re.search(r"(?<=[A-Za-z])\s*\^\s*\{?([23])\}?$", text)
     match = _NUMBER_WITH_UNIT.fullmatch(text[: power.start()] if power else text)
@@ -341,7 +357,10 @@ def _split_words(answer: str) -> tuple[str, str]:
 
 
 def _bases_equal(gold: str, answer: str) -> bool | None:
-    """``2516_8`` is not ``2516_9``; a bare ``2516`` is read in the base that the other one names."""
+    """Compares numbers in a given base, such as ``2516_8``. Returns None if neither answer names a base.
+
+    A number without a base is read in the base of the other one.
+    """
     x, y = (_BASE.fullmatch(s.replace(" ", "")) for s in (gold, answer))
     if not (x or y) or not any(m and m[1][0].isdigit() for m in (x, y)):
         return None
@@ -350,14 +369,17 @@ def _bases_equal(gold: str, answer: str) -> bool | None:
 
 
 def _lists_equal(gold: str, answer: str, rel_tolerance: float) -> bool | None:
-    """Tuples and intervals item by item, sets and bare lists in any order; None if either is a single value."""
+    """Compares tuples and intervals item by item, sets and lists without brackets in any order.
+
+    Returns None if one of the answers is a single value.
+    """
     gold_brackets, gold_items = _split_list(gold)
     answer_brackets, answer_items = _split_list(answer)
     if not gold_items or not answer_items:
         return None
     if len(gold_items) == 1 or len(answer_items) == 1:
         if len(gold_items) != len(answer_items):
-            # a plain number is no list of several; 1 \pm 2 may be one
+            # A plain number differs from a list of several. Another expression may equal one, as 1 \pm 2 does
             single = gold_items[0] if len(gold_items) == 1 else answer_items[0]
             return None if _to_fraction(single) is None else False
         if "" in (gold_brackets, answer_brackets):
@@ -366,7 +388,7 @@ def _lists_equal(gold: str, answer: str, rel_tolerance: float) -> bool | None:
         return False
     unordered = {"", "{}"}
     if gold_brackets != answer_brackets and not {gold_brackets, answer_brackets} <= unordered:
-        # the brackets were left off, or put around a list: the order must hold. [1,2] is not (1,2)
+        # One side has no brackets: then the order must match. Different brackets mean something else: [1,2] and (1,2)
         if "" not in (gold_brackets, answer_brackets):
             return False
         return all(_answers_equal(g, a, rel_tolerance) for g, a in zip(gold_items, answer_items, strict=True))
@@ -376,9 +398,10 @@ def _lists_equal(gold: str, answer: str, rel_tolerance: float) -> bool | None:
 
 
 def _same_items(gold_items: list[str], answer_items: list[str], rel_tolerance: float) -> bool:
+    """Returns whether the items are equal in some order. Both lists have the same length."""
     left = list(answer_items)
     for gold_item in gold_items:
-        # cheap comparison first, so that a long list in the same order costs one pass
+        # Equal text first, so that a list in the same order needs no comparison of different items
         left.sort(key=lambda item, wanted=gold_item: item != wanted)  # type: ignore[misc]
         for i, item in enumerate(left):
             if item == gold_item or _answers_equal(gold_item, item, rel_tolerance):
@@ -390,7 +413,7 @@ def _same_items(gold_items: list[str], answer_items: list[str], rel_tolerance: f
 
 
 def _split_list(text: str) -> tuple[str, list[str]]:
-    r"""Brackets around the whole text ("", "()", "[)", "{}" ...) and its items at the top level."""
+    r"""Splits a list into the brackets around it ("", "()", "[)", "{}" ...) and its items at the top level."""
     text = text.replace(r"\{", "{").replace(r"\}", "}") if text.startswith(r"\{") else text
     text = text.replace(r"\langle", "(").replace(r"\rangle", ")")
     brackets = ""
@@ -417,7 +440,7 @@ def _split_list(text: str) -> tuple[str, list[str]]:
 
 
 def _closes_at_end(text: str) -> bool:
-    """Whether the bracket that opens the text is closed by its last character; ( and [ close each other."""
+    """Returns whether the first bracket is closed by the last character. ( may be closed by ], as in an interval."""
     depth = 0
     for i, symbol in enumerate(text):
         if symbol in "([{":
@@ -430,6 +453,7 @@ def _closes_at_end(text: str) -> bool:
 
 
 def _expressions_equal(gold: str, answer: str) -> bool | None:
+    """Compares two expressions by math-verify. Returns None if one of them cannot be parsed."""
     gold_expression = _parse(_split_words(gold)[0])
     if gold_expression is None:
         return None
@@ -438,13 +462,14 @@ def _expressions_equal(gold: str, answer: str) -> bool | None:
         return None
     if verify(gold_expression, answer_expression, float_rounding=_FLOAT_DIGITS, timeout_seconds=0):
         return True
-    # math-verify reads x < 3 as an interval on the side of the gold answer only
+    # math-verify (0.9.0) converts an inequality such as x < 3 to an interval only on the side of the gold answer
     return bool(_INEQUALITY.search(answer)) and verify(
         answer_expression, gold_expression, float_rounding=_FLOAT_DIGITS, timeout_seconds=0
     )
 
 
 def _parse(text: str) -> Basic | MatrixBase | None:
+    """Returns the text as an expression of sympy, or None if it cannot be parsed."""
     if not text.strip():
         return None
     found = parse(f"\\boxed{{{text}}}", _EXTRACTION, fallback_mode="no_fallback", parsing_timeout=0)

@@ -1,4 +1,7 @@
-"""What the text of a response says about its worth, before anyone asks whether its answer is right."""
+"""Filters of the text quality of responses, and removal of near-duplicates.
+
+The filters and their thresholds are those of the published script; see ``published_filters`` in ``config/verify.py``.
+"""
 
 import re
 from collections import Counter
@@ -11,7 +14,7 @@ from nltk.util import ngrams
 from megatron_rasft.config.verify import VerifyConfig
 from megatron_rasft.verify.math_extraction import closed_boxes, last_box_is_closed
 
-# These run in the trainer's own process: linear on any input
+# The filters run in the trainer's own process, without a deadline. So every pattern takes linear time on any text
 _SENTENCE_END = re.compile(r"[.!?](?=\s|$)|\n")
 _SELF_CORRECTIONS = tuple(
     re.compile(pattern, re.IGNORECASE)
@@ -43,19 +46,22 @@ _REASONING_MARKER = re.compile(
 
 
 def is_too_short(text: str, config: VerifyConfig) -> bool:
-    """Fewer than ``verify_min_chars`` characters."""
+    """Returns whether the text has fewer than ``verify_min_chars`` characters, spaces around it not counted."""
     return len(text.strip()) < config.verify_min_chars
 
 
 def repeats_sentence(text: str, config: VerifyConfig) -> bool:
-    """One sentence, not a short one, occurs ``verify_loop_repeats`` times; case and spacing do not count."""
+    """Returns whether a sentence occurs ``verify_loop_repeats`` times or more. Case and spacing are ignored.
+
+    Sentences shorter than ``verify_loop_sentence_chars`` are not counted.
+    """
     sentences = (" ".join(part.lower().split()) for part in _SENTENCE_END.split(text))
     counts = Counter(s for s in sentences if len(s) >= config.verify_loop_sentence_chars)
     return any(count >= config.verify_loop_repeats for count in counts.values())
 
 
 def repeats_window(text: str, config: VerifyConfig) -> bool:
-    """One window of ``verify_loop_window_words`` words occurs ``verify_loop_repeats`` times."""
+    """Returns whether a sequence of ``verify_loop_window_words`` words occurs ``verify_loop_repeats`` times or more."""
     words = text.lower().split()
     if len(words) < config.verify_loop_min_words:
         return False
@@ -64,15 +70,15 @@ def repeats_window(text: str, config: VerifyConfig) -> bool:
 
 
 def corrects_itself(text: str, config: VerifyConfig) -> bool:
-    """``verify_self_corrections`` different phrases of self-correction occur."""
+    """Returns whether ``verify_self_corrections`` or more different phrases of self-correction occur."""
     found = (pattern for pattern in _SELF_CORRECTIONS if pattern.search(text))
     return len(list(islice(found, config.verify_self_corrections))) >= config.verify_self_corrections
 
 
 def is_mostly_symbols(text: str, config: VerifyConfig) -> bool:
-    """More than ``verify_max_symbol_frac`` of the characters are neither letters, digits nor white space.
+    """Returns whether more than ``verify_max_symbol_frac`` of the characters are neither letters nor digits.
 
-    The denominator counts the characters other than white space; a text without any holds no symbols.
+    White space is not counted, neither as symbol nor in the total.
     """
     visible = [char for char in text if not char.isspace()]
     num_symbols = sum(not char.isalnum() for char in visible)
@@ -80,7 +86,11 @@ def is_mostly_symbols(text: str, config: VerifyConfig) -> bool:
 
 
 def takes_shortcut(text: str, config: VerifyConfig) -> bool:
-    """Announces an answer instead of deriving it."""
+    """Returns whether the text states an answer without deriving it.
+
+    True for a phrase such as "the correct answer is", for a box in a short text, and for a boxed option letter in a text that
+    is a little longer.
+    """
     if _SHORTCUT_PHRASE.search(text):
         return True
     num_chars = len(text.strip())
@@ -93,7 +103,7 @@ def takes_shortcut(text: str, config: VerifyConfig) -> bool:
 
 
 def breaks_format(text: str, config: VerifyConfig) -> bool:
-    r"""Too short for a derivation, last \boxed{} missing or open, or no reasoning marker."""
+    r"""Returns whether the text is too short for a derivation, lacks a closed last \boxed{}, or lacks words of reasoning."""
     return (
         len(text.strip()) < config.verify_format_min_chars
         or not last_box_is_closed(text)
@@ -101,7 +111,7 @@ def breaks_format(text: str, config: VerifyConfig) -> bool:
     )
 
 
-# name in Rollout.filtered_by, switch in VerifyConfig, rule
+# Name in Rollout.filtered_by, switch in VerifyConfig, function. Applied in this order
 _FILTERS = (
     ("too_short", "verify_filter_too_short", is_too_short),
     ("loop_sentences", "verify_filter_loop_sentences", repeats_sentence),
@@ -115,7 +125,7 @@ FILTER_NAMES = tuple(name for name, _, _ in _FILTERS)
 
 
 def first_failed_filter(text: str, config: VerifyConfig) -> str:
-    """Name of the first filter that is on and fires, out of ``FILTER_NAMES``; empty if the text is good."""
+    """Returns the name of the first enabled filter that rejects the text (see ``FILTER_NAMES``), or an empty string."""
     for name, switch, fires in _FILTERS:
         if getattr(config, switch) and fires(text, config):
             return name
@@ -123,18 +133,21 @@ def first_failed_filter(text: str, config: VerifyConfig) -> str:
 
 
 def similarity(text: str, other: str, n: int = 3) -> float:
-    """Jaccard similarity of the two sets of lower-cased word n-grams, in [0, 1]; 1 for two empty texts."""
+    """Returns the Jaccard similarity of two texts' sets of lower-cased word n-grams, in [0, 1]; 1 for two empty texts."""
     return _jaccard(_word_ngrams(text, n), _word_ngrams(other, n))
 
 
 def max_similarity(text: str, others: Sequence[str], n: int = 3) -> float:
-    """Largest similarity to any of the others; 0 without others."""
+    """Returns the largest similarity of ``text`` to any of the others, or 0 if there are none."""
     grams = _word_ngrams(text, n)
     return max((_jaccard(grams, _word_ngrams(other, n)) for other in others), default=0.0)
 
 
 def deduplicate(texts: Sequence[str], threshold: float, n: int = 3) -> list[int]:
-    """Indices of the texts to keep, ascending: each is less than ``threshold`` similar to every kept one before."""
+    """Removes near-duplicates. Returns the ascending indices of the texts to keep.
+
+    A text is kept if its similarity to every text kept before it is less than ``threshold``.
+    """
     kept: list[int] = []
     kept_grams: list[frozenset[tuple[str, ...]]] = []
     for index, text in enumerate(texts):
@@ -146,7 +159,7 @@ def deduplicate(texts: Sequence[str], threshold: float, n: int = 3) -> list[int]
 
 
 def _word_ngrams(text: str, n: int) -> frozenset[tuple[str, ...]]:
-    """A text of fewer than n words is one gram of all its words."""
+    """Returns the set of word n-grams. A text of fewer than n words has one, of all its words."""
     words = text.lower().split()
     if not words:
         return frozenset()
