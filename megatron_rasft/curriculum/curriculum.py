@@ -182,6 +182,7 @@ class Curriculum:
         if self._config.curriculum_mode == "all":
             return list(routes)
         middle = [problem_id for problem_id, route in routes.items() if route == "middle"]
+        # Positions are drawn, not problems, so that sorting them restores the order of the refresh.
         positions = self._random(f"middle {self._refresh}").sample(
             range(len(middle)), count_of_share(self._config.curriculum_middle_frac, len(middle))
         )
@@ -199,7 +200,7 @@ class Curriculum:
                 f"got {num_correct}."
             )
         if num_samples == 0:
-            return
+            return  # all failed, which is no evidence
         correct, samples, count = float(num_correct), float(num_samples), 1
         past = self._solvability.get(problem_id)
         if past is not None:

@@ -38,6 +38,7 @@ class RolloutStore:
             self.path.open("a", encoding="utf-8", newline="\n") as file,
         ):
             file.write(lines)
+            # The next checkpoint notes the file's length: the lines must not be lost if the machine fails after it.
             file.flush()
             os.fsync(file.fileno())
 

@@ -34,6 +34,7 @@ class Heldout:
         self._policy = policy
         self._verifier = verifier
         self._seed = config.rollout.rollout_seed
+        # Apart from its temperature, the measurement draws from the model's own distribution.
         self._params = SamplingParams(
             num_samples=config.heldout.heldout_num_samples,
             max_new_tokens=config.rollout.rollout_max_new_tokens,
@@ -95,7 +96,11 @@ class Heldout:
 
 
 def heldout_values(rollouts: Sequence[Rollout]) -> dict[str, float]:
-    """Metric name -> value: the shares of correct and of truncated rollouts, at least one of which is given."""
+    """Metric name -> value: the shares of correct and of truncated rollouts.
+
+    Args:
+        rollouts: at least one, all verified.
+    """
     return {
         metrics.HELDOUT_SOLVE_RATE: sum(r.verdict == "correct" for r in rollouts) / len(rollouts),
         metrics.HELDOUT_TRUNCATED: sum(r.finish_reason == "length" for r in rollouts) / len(rollouts),

@@ -84,7 +84,7 @@ class Progress:
             self._wandb.finish(exit_code)
 
     def _record(self, event: str, step: int, values: Mapping[str, float]) -> None:
-        # JSON has no NaN, and the trackers draw it as a gap or not at all.
+        # JSON has neither NaN nor infinity.
         finite = {k: v for k, v in values.items() if math.isfinite(v)}
         if self._path is not None:
             with written_to(self._path, "--rasft-metrics"), self._path.open("a", encoding="utf-8") as file:

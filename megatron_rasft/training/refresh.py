@@ -60,7 +60,7 @@ class ProblemChoice:
     sampled_ids: list[str]
     """Problems that get new rollouts: some of ``problem_ids``, and problems of the hard pool."""
     weight_version: int | None = None
-    """Optimizer steps behind the weights that rollout servers sample with; None until the servers have started."""
+    """Version (optimizer steps) of the weights with which rollout servers sample these problems; None until they have started."""
 
 
 class Refresh:
@@ -158,6 +158,7 @@ class Refresh:
 
     def requests(self, problem_ids: Iterable[str], weight_version: int) -> list[Request]:
         """Each problem's prompt, with a seed for each of its samples."""
+        # Lists, because requests are pickled on their way to other ranks, and memoryviews of the row cache cannot be.
         return [
             Request(
                 prompt_ids=list(self._demonstrations[problem_id].prompt_ids),
@@ -181,7 +182,7 @@ class Refresh:
 
         Args:
             responses: of each problem, in the order of its seeds; None where servers failed to deliver one.
-            weight_version: optimizer steps behind the weights that sampled the responses.
+            weight_version: version (optimizer steps) of the weights that sampled the responses.
             iteration: optimizer steps done at this refresh, for the rollouts' age.
         """
         groups = {}
@@ -195,7 +196,7 @@ class Refresh:
         return groups
 
     def replay(self, problem_ids: Iterable[str]) -> dict[str, RolloutGroup]:
-        """Problem id -> stored rollouts, other ones each time a problem is sampled while the store has more."""
+        """Takes the next stored rollouts of each problem, so that every refresh gets new ones while the store has more."""
         assert self._replay is not None, "--rollout-engine replay opens its stores at start-up"
         groups = {}
         for problem_id in problem_ids:

@@ -114,6 +114,7 @@ class RefreshDriver:
             Stopped: the run is to stop. The methods below raise it too; ``state_dict()`` is then that of the refresh's start.
         """
         self._policy.stop.check()
+        # choose_problems advances the curriculum: a checkpoint that is written during the refresh needs the state from before.
         self._state_at_start = None if self._refresh_on_rank_zero is None else self.state_dict()
         self._iteration = iteration
         self._report = RefreshReport()
@@ -153,7 +154,7 @@ class RefreshDriver:
             on_rank_zero(lambda: self._refresh.curriculum.calibrate(scored.values()))
 
     def _difficulties(self, samples: list[TrainingSample]) -> dict[str, float]:
-        """Problem id -> difficulty under the policy of the moment, on rank 0; {} on the others."""
+        """Problem id -> difficulty under the current policy, on rank 0; {} on the others."""
         logprobs = self._policy.score(samples, with_reference=False)
         return difficulties(samples, logprobs)
 
@@ -204,6 +205,7 @@ class RefreshDriver:
             )
 
         groups: Groups = kept_by_rank_zero(collect, {})
+        # Servers that are about to sample ahead stay awake.
         if self._next_iteration(choice) is None and self._config.sync.sync_method == "tensor":
             servers.rest()
         return groups
@@ -242,7 +244,7 @@ class RefreshDriver:
     # ---- verify, weigh
 
     def verify(self, groups: Groups) -> None:
-        """Sets the verdicts of the rollouts, and removes bad texts. The other ranks wait for rank 0."""
+        """Sets the rollouts' verdicts and marks bad texts. The other ranks wait for rank 0."""
         stop = self._policy.stop
 
         def work() -> None:
@@ -268,7 +270,7 @@ class RefreshDriver:
     # ---- score under the reference
 
     def score_reference(self, samples: Samples) -> None:
-        """Sets the log-probabilities that the objective needs: under the frozen reference, and under the policy of now."""
+        """Sets the log-probabilities that the objective needs: under the frozen reference, and under the current policy."""
         objective = self._config.objective
         flat = list(chain.from_iterable(samples))
         began = time.monotonic()
@@ -292,6 +294,7 @@ class RefreshDriver:
     def finish(self, samples: Samples) -> tuple[BatchQueue, RefreshReport]:
         """Ends the refresh. Returns its batches, whose samples rank 0 keeps, and its report on every rank."""
         sizes: list[tuple[int, int]] = on_rank_zero(lambda: self._refresh.batch_sizes(samples))
+        # The trackers' writers are on the last rank.
         report: RefreshReport = on_rank_zero(lambda: self._report)
         arrays = kept_by_rank_zero(lambda: SampleArrays.of(list(chain.from_iterable(samples))), None)
         self._state_at_start = None

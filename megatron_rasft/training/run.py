@@ -66,7 +66,7 @@ class Run:
         self.queue = BatchQueue()
         """Batches that are not trained yet, the prepared one included."""
         self._prepared: PreparedBatch | None = None
-        """The first batch of the queue, if the step before it has handed it out already."""
+        """The first batch of the queue, once it has been handed out to the ranks; None until then."""
         self._refresh_began = 0.0
         self._last_refresh: dict[str, float] = {}
         """Metric name -> value."""
@@ -155,8 +155,9 @@ class Run:
     # ---- step
 
     def train_step(self) -> None:
-        """Trains the next batch, and records the step. The batch after it is handed out first and cut meanwhile."""
+        """Trains the next batch, and records the step."""
         began = time.monotonic()
+        # prepare() hands a batch out and returns while a thread cuts it, so the next batch is cut during this step.
         prepared = self._prepared or self._trainer.prepare(self.queue.batch(0))
         self._prepared = self._trainer.prepare(self.queue.batch(1)) if len(self.queue) > 1 else None
         result = self._trainer.train(prepared)
@@ -195,6 +196,7 @@ class Run:
             Stopped: after --exit-signal, --exit-duration-in-mins or --exit-interval.
         """
         step, args = self._trainer.iteration, self._args
+        # A background save becomes the newest checkpoint only here, so it is looked at after every step.
         self._finish_saves(is_blocking=False)
         if self.is_over or (args.save_interval and step % args.save_interval == 0):
             self._save_once()
@@ -235,7 +237,7 @@ class Run:
     # ---- end
 
     def stop(self) -> None:
-        """Saves after Stopped, so that the same command resumes from the last step, and says so."""
+        """Saves a run that was stopped, so that the same command resumes from the last step, and says so."""
         reason = self._trainer.stop.reason() or f"--exit-interval {self._args.exit_interval}"
         self._save_once()
         self._finish_saves()
