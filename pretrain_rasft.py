@@ -26,6 +26,7 @@ if __name__ != "__mp_main__":
     from megatron_rasft.training.background_saves import end_process
     from megatron_rasft.training.outputs import check_outputs
     from megatron_rasft.training.problems import open_replay, read_problems, set_length
+    from megatron_rasft.training.resume import find_resume
     from megatron_rasft.training.stopping import Stopped
     from megatron_rasft.training.trainer import Trainer
 
@@ -33,13 +34,14 @@ if __name__ != "__mp_main__":
 def main() -> None:
     """One run, top to bottom."""
     args, config, folder = startup.parse()
+    resume = find_resume(args)
     startup.start(args)
     check_outputs(args, config)
     problems, heldout = read_problems(args, config)
     replay = open_replay(config, problems)
     set_length(args, config, problems.num)
-    trainer = Trainer(args, config, folder)
-    with build_run(args, config, folder, problems, heldout, replay, trainer) as run:
+    trainer = Trainer(args, config, folder, resume.converted)
+    with build_run(args, config, folder, problems, heldout, replay, trainer, resume) as run:
         try:
             run.begin()
             run.measure_if_due()

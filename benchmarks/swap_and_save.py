@@ -17,9 +17,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a c
 import torch
 
 from benchmarks.trainers import build, make_samples, parser, peak_memory_gib, report
+from megatron_rasft.training.checkpointer import Checkpointer
+from megatron_rasft.training.resume import Resume
 from megatron_rasft.training.trainer import Trainer
 from megatron_rasft.types import TrainingSample
-from megatron_rasft.weights.torch_dist import TRACKER_FILE
+from megatron_rasft.weights.tracker import TRACKER_FILE
 
 NUM_SWAPS, NUM_STEPS = 4, 4
 MOST_STEPS = 200
@@ -46,12 +48,13 @@ def measure_save(trainer: Trainer, samples: list[TrainingSample]) -> dict[str, f
     """Save once; train on while it is written in the background."""
     folder = Path(trainer.args.save)
     began = time.perf_counter()
-    blocked_s = seconds(lambda: trainer.save(lambda: ({}, {})))
+    checkpoints = Checkpointer(trainer.args, trainer, Resume(), trainer.sampler.device)
+    blocked_s = seconds(lambda: checkpoints.save(lambda: ({}, {})))
     meanwhile = []
     while not (folder / TRACKER_FILE).exists() and len(meanwhile) < MOST_STEPS:
         meanwhile.append(seconds(lambda: trainer.step(samples, len(samples))))
-        trainer.finish_saves(is_blocking=False)
-    trainer.finish_saves()
+        checkpoints.finish(is_blocking=False)
+    checkpoints.finish()
     written_s = time.perf_counter() - began
     num_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     return {

@@ -39,7 +39,7 @@ from megatron_rasft.tools.evaluation.summary import Summary, summarise
 from megatron_rasft.types import SamplingParams
 from megatron_rasft.verify.programs.program_grading import find_sandbox_level
 from megatron_rasft.weights.folder import HfFolder, checkpoint_fingerprint, weights_fingerprint
-from megatron_rasft.weights.torch_dist import TRACKER_FILE
+from megatron_rasft.weights.tracker import TRACKER_FILE
 
 WRITERS: dict[str, Callable[[comparison_tables.Results, str], str]] = {
     "markdown": comparison_tables.markdown,

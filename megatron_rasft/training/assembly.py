@@ -8,17 +8,20 @@ from megatron_rasft.config import RasftConfig
 from megatron_rasft.ranks import kept_by_rank_zero, on_rank_zero
 from megatron_rasft.rollout.replay import ReplayEngine
 from megatron_rasft.rollout.store import RolloutStore
+from megatron_rasft.training.checkpointer import Checkpointer
 from megatron_rasft.training.fp8_scales import has_delayed_scales
 from megatron_rasft.training.heldout import Heldout
 from megatron_rasft.training.outputs import reference_cache
 from megatron_rasft.training.problems import Problems
 from megatron_rasft.training.record import RunRecord
-from megatron_rasft.training.reference import LogprobCache
+from megatron_rasft.training.reference import LogprobCache, initial_fingerprint
 from megatron_rasft.training.refresh import Refresh, sampling_params
 from megatron_rasft.training.refresh_driver import RefreshDriver
+from megatron_rasft.training.resume import Resume
 from megatron_rasft.training.rollout_servers import RolloutServers, read_keys
 from megatron_rasft.training.run import Run
-from megatron_rasft.training.trainer import Trainer, writers
+from megatron_rasft.training.startup import writers
+from megatron_rasft.training.trainer import Trainer
 from megatron_rasft.verify.pool import VerifierPool
 from megatron_rasft.weights.folder import HfFolder
 
@@ -31,6 +34,7 @@ def build_run(
     heldout: Problems | None,
     replay: ReplayEngine | None,
     trainer: Trainer,
+    resume: Resume,
 ) -> Run:
     """The run of these arguments, ready to ``begin``; a collective of the world.
 
@@ -38,11 +42,12 @@ def build_run(
         folder: the --hf-model.
         heldout: problems that are measured and never trained; None without --heldout-data.
         replay: stored rollouts, on rank 0 of a run that replays them.
+        resume: where the run goes on from.
     """
     is_rank_zero = dist.get_rank() == 0
     tensorboard, wandb = writers()
     record = RunRecord(args, config, is_rank_zero=is_rank_zero, tensorboard=tensorboard, wandb=wandb)
-    initial_weights: str = on_rank_zero(trainer.initial_fingerprint)
+    initial_weights: str = on_rank_zero(lambda: initial_fingerprint(folder.path, resume.converted))
     servers = None
     if config.rollout.rollout_engine == "sglang" and config.samples_rollouts:
         keys = read_keys(config.rollout)
@@ -69,6 +74,7 @@ def build_run(
         args,
         config,
         trainer=trainer,
+        checkpoints=Checkpointer(args, trainer, resume, trainer.sampler.device),
         refresh=RefreshDriver(
             config,
             kept_by_rank_zero(build_refresh, None),

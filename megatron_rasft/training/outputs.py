@@ -13,7 +13,7 @@ from megatron_rasft.files import write_json, written_to
 from megatron_rasft.ranks import on_rank_zero
 from megatron_rasft.rollout.store import whole_lines
 from megatron_rasft.training.reference import LogprobCache
-from megatron_rasft.weights.torch_dist import TRACKER_FILE
+from megatron_rasft.weights.tracker import has_checkpoint
 
 BEGUN_FILE = "begun.json"
 """In --save: how long the files were when the run began. Killed before its first checkpoint, it begins there again."""
@@ -94,7 +94,7 @@ def take_up_files(
     Raises:
         CheckpointError: a file is not what it was at the checkpoint.
     """
-    begun = None if save is None or (save / TRACKER_FILE).exists() else save / BEGUN_FILE
+    begun = None if save is None or has_checkpoint(save) else save / BEGUN_FILE
     at_start = json.loads(begun.read_text(encoding="utf-8")) if begun is not None and begun.exists() else {}
     lines = []
     for name, file in files.items():

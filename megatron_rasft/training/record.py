@@ -67,16 +67,16 @@ class RunRecord:
             write()
         on_rank_zero(write)
 
-    def open_files(self, marks: dict[str, Any]) -> None:
+    def open_files(self, marks: dict[str, Any], checkpoints: Path | None) -> None:
         """Cuts the files to what belongs to this run, and writes config.json. Rank 0 only.
 
         Args:
             marks: ``file_marks`` of the checkpoint that the run resumes from; {} without one.
+            checkpoints: the folder of that checkpoint, the run's --save or --load; None without one.
         """
-        load = None if self._args.load is None else Path(self._args.load)
         if self._save is not None:
             self._save.mkdir(parents=True, exist_ok=True)
-        for line in take_up_files(self._files, marks, load, self._save):
+        for line in take_up_files(self._files, marks, checkpoints, self._save):
             self.say(line)
         self.mark_files()
         if self._save is not None:

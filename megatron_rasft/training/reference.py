@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron_rasft.errors import RasftError
 from megatron_rasft.types import TrainingSample
+from megatron_rasft.weights.folder import checkpoint_fingerprint, weights_fingerprint
 
 _TABLE = "logprobs_fp32"
 """Another name for another format: tables that an earlier version wrote are not read."""
@@ -66,6 +67,16 @@ class FrozenReference:
             if parameter.data_ptr() == target.data_ptr():
                 return frozen.to(parameter.device, copy=True)
         raise AssertionError("the output projection is not among the parameters of this stage")
+
+
+def initial_fingerprint(folder: Path, converted: Path | None) -> str:
+    """Identifies the weights that a run began with, which are its reference's. Reads files, so it is for rank 0.
+
+    Args:
+        folder: --hf-model.
+        converted: the converted weights that the run began with instead, if any.
+    """
+    return weights_fingerprint(folder, "") if converted is None else checkpoint_fingerprint(converted)
 
 
 class LogprobCache:

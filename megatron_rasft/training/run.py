@@ -11,7 +11,8 @@ from megatron_rasft import metrics
 from megatron_rasft.config import RasftConfig
 from megatron_rasft.errors import CheckpointError
 from megatron_rasft.ranks import on_rank_zero
-from megatron_rasft.training.checkpoints import architecture_of
+from megatron_rasft.training.batch_preparation import PreparedBatch
+from megatron_rasft.training.checkpointer import Checkpointer
 from megatron_rasft.training.heldout import Heldout
 from megatron_rasft.training.record import RunRecord
 from megatron_rasft.training.refresh_driver import RefreshDriver, Samples
@@ -19,7 +20,7 @@ from megatron_rasft.training.rollout_servers import RolloutServers
 from megatron_rasft.training.samples import Array, BatchQueue, SampleArrays
 from megatron_rasft.training.step_report import gpu_tflop_per_s, step_values, step_warning
 from megatron_rasft.training.stopping import Stopped
-from megatron_rasft.training.trainer import PreparedBatch, Trainer
+from megatron_rasft.training.trainer import Diverged, Trainer
 
 
 class Run:
@@ -30,6 +31,7 @@ class Run:
 
     Args:
         trainer: model, optimizer and schedule.
+        checkpoints: saves and loads the trainer, and the run's own state with it.
         refresh: refills the queue.
         record: writes what the run reports.
         heldout: None without --heldout-data.
@@ -45,6 +47,7 @@ class Run:
         config: RasftConfig,
         *,
         trainer: Trainer,
+        checkpoints: Checkpointer,
         refresh: RefreshDriver,
         record: RunRecord,
         heldout: Heldout | None = None,
@@ -56,6 +59,7 @@ class Run:
         self._args = args
         self._config = config
         self._trainer = trainer
+        self._checkpoints = checkpoints
         self._refresh = refresh
         self._record = record
         self._heldout = heldout
@@ -100,11 +104,11 @@ class Run:
         Raises:
             CheckpointError: the checkpoint does not fit this run, or cannot be read.
         """
-        resumed = self._trainer.resume()
+        resumed = self._checkpoints.load()
         if resumed is not None:
             self._load_state(*resumed)
         marks = {} if resumed is None else resumed[0]["files"]
-        on_rank_zero(lambda: self._record.open_files(marks))
+        on_rank_zero(lambda: self._record.open_files(marks, self._checkpoints.resume.folder))
         for line in self._introduction:
             self._record.say(line)
         if resumed is not None:
@@ -116,14 +120,15 @@ class Run:
         self._last_refresh = state["last_refresh"]
         self._verdicts = Counter(state["verdicts"])
         self._refresh.load_state_dict(state["refresh"])
-        if self._args.load == self._args.save:
+        if self._checkpoints.resume.is_own:
             self._saved_step = self._trainer.iteration
 
     def _check_reference(self, state: dict[str, Any]) -> None:
         """Refuses to resume with other initial weights if these are the objective's reference."""
         if self._config.objective.needs_reference() and state["initial_weights"] != self._initial_weights:
+            weights = self._checkpoints.resume.converted or self._args.hf_model
             raise CheckpointError(
-                f"the run began with other weights than those of {self._trainer.initial_weights}, which would now become its "
+                f"the run began with other weights than those of {weights}, which would now become its "
                 "reference. Give the --hf-model, and the --load of converted weights, that it began with."
             )
 
@@ -160,7 +165,12 @@ class Run:
         # prepare() hands a batch out and returns while a thread cuts it, so the next batch is cut during this step.
         prepared = self._prepared or self._trainer.prepare(self.queue.batch(0))
         self._prepared = self._trainer.prepare(self.queue.batch(1)) if len(self.queue) > 1 else None
-        result = self._trainer.train(prepared)
+        try:
+            result = self._trainer.train(prepared)
+        except Diverged:
+            # The user goes on from the checkpoint before this step, which may still be being written.
+            self._checkpoints.finish()
+            raise
         # Only now: if the step fails, its batch is still in the queue.
         self.queue.popleft()
         step_s = time.monotonic() - began
@@ -210,14 +220,14 @@ class Run:
             return
         self._finish_saves()
         began = time.monotonic()
-        self._trainer.save(self._state)
+        self._checkpoints.save(self._state)
         self._saved_step = self._trainer.iteration
         done = "step {} is being saved" if self._args.async_save else "saved step {}"
         self._record.say(f"{done.format(self._saved_step)}, {time.monotonic() - began:.1f} s")
 
     def _finish_saves(self, *, is_blocking: bool = True) -> None:
         """Completes a background save (--async-save), waiting for it or not."""
-        step = self._trainer.finish_saves(is_blocking=is_blocking)
+        step = self._checkpoints.finish(is_blocking=is_blocking)
         if step is not None:
             self._record.say(f"saved step {step} in the background")
 
@@ -230,7 +240,6 @@ class Run:
             "queue": self.queue.sizes,
             "last_refresh": self._last_refresh,
             "verdicts": self._verdicts,
-            "architecture": architecture_of(self._args),
         }
         return state, self.queue.arrays()
 

@@ -6,14 +6,13 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.training import checkpointing
 from megatron.training.arguments import validate_args
-from megatron.training.global_vars import set_global_variables
+from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer, set_global_variables
 from megatron.training.initialize import initialize_megatron
 
 from megatron_rasft.config import RasftConfig
@@ -21,16 +20,12 @@ from megatron_rasft.errors import first_line
 from megatron_rasft.sync.groups import prepare_nccl
 from megatron_rasft.training.arguments import fill_in, parse_flags
 from megatron_rasft.training.background_saves import write_in_process
-from megatron_rasft.training.checkpoints import chosen_folder, is_converted
 from megatron_rasft.training.gpu_kernels import report_missing_transformer_engine
+from megatron_rasft.training.megatron_calls import VERBOSE, quiet
 from megatron_rasft.training.outputs import check_writable
 from megatron_rasft.training.rollout_servers import read_keys
 from megatron_rasft.weights.architecture import megatron_args, splits_attention
 from megatron_rasft.weights.folder import HfFolder
-from megatron_rasft.weights.torch_dist import TRACKER_FILE
-
-_VERBOSE = "MEGATRON_RASFT_VERBOSE"
-"""Environment variable: if set, everything Megatron prints is shown."""
 
 _KNOWN_WARNINGS: tuple[tuple[str, type[Warning]], ...] = (
     (r"`torch\.distributed\.\w+` is deprecated", FutureWarning),
@@ -67,7 +62,6 @@ def parse(argv: Sequence[str] | None = None, *, needs_data: bool = True) -> tupl
         raise ValueError(
             f"--export-hf {args.export_hf} exists already. Name a folder that does not, or move it away."
         )
-    _choose_load(args)
     if args.fp16:
         raise ValueError(
             "--fp16 is not supported: its steps are skipped until the loss scale fits. Use --bf16, which needs none."
@@ -88,33 +82,6 @@ def parse(argv: Sequence[str] | None = None, *, needs_data: bool = True) -> tupl
         unit = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
         args.padded_vocab_size = -(-args.vocab_size // unit) * unit
     return args, config, folder
-
-
-def _choose_load(args: Any) -> None:
-    """Where the run goes on from: --save once it holds a checkpoint, until then --load.
-
-    Converted weights stay in --load: they are the frozen reference too. See Trainer._load_converted_weights.
-    """
-    is_given, has_begun = args.load is not None, checkpointing.checkpoint_exists(args.save)
-    if has_begun:
-        chosen_folder(args, Path(args.save))
-    if is_given and not checkpointing.checkpoint_exists(args.load):
-        raise ValueError(
-            f"--load {args.load} holds no checkpoint: {TRACKER_FILE} is not there. Give the folder that was a run's --save or "
-            "that tools/convert_checkpoint.py wrote (a step in it as --ckpt-step), or leave the flag out to start from "
-            "--hf-model."
-        )
-    if is_given and not is_converted(args.load):
-        chosen_folder(args, Path(args.load))
-        if has_begun and not os.path.samefile(args.load, args.save):
-            args.load, args.ckpt_step = args.save, None
-    if args.load is None:
-        args.load = args.save
-    if args.exit_on_missing_checkpoint and not checkpointing.checkpoint_exists(args.load):
-        raise ValueError(
-            f"--exit-on-missing-checkpoint: --save {args.save} holds no checkpoint to go on from. Leave the flag out to "
-            "start from --hf-model."
-        )
 
 
 def _choose_async_form(args: Any) -> None:
@@ -178,7 +145,7 @@ def start(args: Any) -> None:
     """
     if args.save is not None:
         check_writable("--save", Path(args.save), Path(args.save))
-    if not os.environ.get(_VERBOSE):
+    if not os.environ.get(VERBOSE):
         args.logging_level = logging.ERROR
         logging.getLogger("megatron").setLevel(logging.ERROR)
         for message, category in _KNOWN_WARNINGS:
@@ -214,11 +181,6 @@ def stand_in_for_launcher() -> None:
         os.environ.setdefault(name, value)
 
 
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Megatron prints a page at start-up; the resolved configuration is written to a file instead."""
-    if os.environ.get(_VERBOSE):
-        yield
-        return
-    with contextlib.redirect_stdout(io.StringIO()):
-        yield
+def writers() -> tuple[Any | None, Any | None]:
+    """Returns Megatron's TensorBoard and Weights & Biases writers; None except on the last rank."""
+    return get_tensorboard_writer(), get_wandb_writer()

@@ -37,10 +37,7 @@ from torch.distributed.checkpoint.metadata import (
 from megatron_rasft.errors import CheckpointError, first_line
 from megatron_rasft.files import replacing, write_bytes, write_json
 from megatron_rasft.weights.saved_tensors import find_plain_tensor, read_whole
-
-TRACKER_FILE = "latest_checkpointed_iteration.txt"
-RELEASE = "release"
-"""What the tracker file says of a checkpoint without a training state: Megatron then loads weights only."""
+from megatron_rasft.weights.tracker import TRACKER_FILE, has_checkpoint, newest_step, step_folder
 
 _METADATA_FILE = ".metadata"
 _CONFIG_FILE = "metadata.json"
@@ -324,21 +321,17 @@ class TorchDistFolder:
 
 
 def _newest(path: Path) -> tuple[Path, int]:
-    tracker = path / TRACKER_FILE
-    if not tracker.is_file():
-        if (path / _CONFIG_FILE).is_file():
-            name = path.name.removeprefix("iter_")
-            return path, int(name) if name.isdecimal() else 0
-        found = "does not exist" if not path.exists() else f"has neither {TRACKER_FILE} nor {_CONFIG_FILE}"
-        raise CheckpointError(
-            f"checkpoint {path} {found}; give a run's --save folder, or one of its iter_ folders"
-        )
-    name = tracker.read_text(encoding="utf-8").strip()
-    if name == RELEASE:
-        return path / RELEASE, 0
-    if not name.isdecimal():
-        raise CheckpointError(f"checkpoint {path}: {TRACKER_FILE} holds {name!r}, not a step")
-    return path / f"iter_{int(name):07d}", int(name)
+    """The newest checkpoint in a folder of checkpoints, or the folder itself if it is one; and its step, 0 without one."""
+    if has_checkpoint(path):
+        step = newest_step(path)
+        return step_folder(path, step), step or 0
+    if (path / _CONFIG_FILE).is_file():
+        name = path.name.removeprefix("iter_")
+        return path, int(name) if name.isdecimal() else 0
+    found = "does not exist" if not path.exists() else f"has neither {TRACKER_FILE} nor {_CONFIG_FILE}"
+    raise CheckpointError(
+        f"checkpoint {path} {found}; give a run's --save folder, or one of its iter_ folders"
+    )
 
 
 def _check_config(folder: Path) -> None:

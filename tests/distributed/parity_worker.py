@@ -121,7 +121,7 @@ def check_planned_bytes(flags: str, root: Path) -> None:
 
 
 def exported(run: object, path: Path) -> dict[str, torch.Tensor]:
-    with run._settled():  # type: ignore[attr-defined]  # as a sync over the disk exports
+    with run.parameters_gathered():  # as a sync over the disk exports
         run.export(str(path))  # type: ignore[attr-defined]
     folder = HfFolder.open(path)
     tensors = {name: folder.read(name).clone() for name in folder.tensors}

@@ -40,14 +40,13 @@ from megatron_rasft.weights.loading import read_shard
 from megatron_rasft.weights.model_card import saved_run_facts, write_card
 from megatron_rasft.weights.torch_dist import (
     COMMON_STATE,
-    RELEASE,
-    TRACKER_FILE,
     DistcpFile,
     Record,
     TorchDistFolder,
     common_state,
     write_checkpoint_index,
 )
+from megatron_rasft.weights.tracker import RELEASE, TRACKER_FILE
 
 TEMPLATE_DIR = "hugging_face"
 """In a converted checkpoint, beside the weights: config, tokenizer and all else that is no weight."""

@@ -5,13 +5,10 @@ Rank 0 asks, the other ranks ``follow``; every layout that trains also samples, 
 
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from megatron.core import parallel_state
 from megatron.core.enums import ModelType
-from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from megatron.core.utils import unwrap_model
 from megatron.training import checkpointing, training
 
@@ -19,10 +16,11 @@ from megatron_rasft.errors import CheckpointError
 from megatron_rasft.ranks import on_rank_zero
 from megatron_rasft.training import checkpoints, startup
 from megatron_rasft.training.generation import PolicySampler
+from megatron_rasft.training.hf_weights import HfWeights
+from megatron_rasft.training.megatron_calls import overridden, quiet
 from megatron_rasft.training.model import build_chunk
+from megatron_rasft.training.resume import Resume
 from megatron_rasft.types import Request, Response, SamplingParams
-from megatron_rasft.weights.folder import HfFolder
-from megatron_rasft.weights.loading import load_into
 
 
 class Sampler:
@@ -46,7 +44,7 @@ class Sampler:
         args.exit_signal_handler = False  # nothing here would ask whether SIGTERM came
         startup.start(args)
         self._args = args
-        with startup.quiet():
+        with quiet():
             self._model = training.get_model(
                 partial(build_chunk, args), ModelType.encoder_or_decoder, wrap_with_ddp=False
             )
@@ -54,39 +52,29 @@ class Sampler:
         for chunk in self._chunks:
             chunk.requires_grad_(False)
         if checkpoint is None:
-            self._load_folder(folder)
+            HfWeights(self._model, folder).load()
         else:
             self._load_checkpoint(checkpoint)
         self._sampler = PolicySampler(self._chunks, folder.shape.vocab_size)
         self.is_lead = dist.get_rank() == 0
 
-    def _load_folder(self, folder: HfFolder) -> None:
-        offsets = [
-            get_transformer_layer_offset(c.config, vp_stage=getattr(c, "vp_stage", None))
-            for c in self._chunks
-        ]
-        load_into(
-            self._model,
-            folder,
-            tp_rank=parallel_state.get_tensor_model_parallel_rank(),
-            tp_size=parallel_state.get_tensor_model_parallel_world_size(),
-            layer_offsets=offsets,
-            pp_group=parallel_state.get_pipeline_model_parallel_group(),
-        )
-
     def _load_checkpoint(self, checkpoint: str) -> None:
         args = self._args
-        # a run may have saved on while the ranks started
-        args.ckpt_step = on_rank_zero(lambda: args.ckpt_step)
-        checkpoints.check_same_model(args, Path(checkpoint))
-        args.load, args.no_load_optim, args.no_load_rng = checkpoint, True, True
+        resume = on_rank_zero(lambda: self._choose(checkpoint))
+        flags = {"load": checkpoint, "ckpt_step": resume.step, "no_load_optim": True, "no_load_rng": True}
         try:
-            with startup.quiet():
+            with quiet(), overridden(args, **flags):
                 checkpointing.load_checkpoint(self._model, None, None)
         except (AssertionError, RuntimeError, *checkpoints.LOAD_FAILURES) as error:
             raise CheckpointError(
                 f"the checkpoint in {checkpoint} cannot be loaded: {checkpoints.checkpoint_failure(error)}"
             ) from error
+
+    def _choose(self, checkpoint: str) -> Resume:
+        """Rank 0 chooses for all, because a run may have saved another checkpoint while the ranks started."""
+        resume = Resume.at(checkpoint, self._args.ckpt_step)
+        checkpoints.read_state(resume, checkpoints.architecture_of(self._args))
+        return resume
 
     @property
     def max_positions(self) -> int:

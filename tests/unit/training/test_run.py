@@ -14,25 +14,13 @@ from megatron_rasft.errors import CheckpointError
 from megatron_rasft.training.batches import BatchFacts
 from megatron_rasft.training.record import RunRecord
 from megatron_rasft.training.refresh_report import RefreshReport
+from megatron_rasft.training.resume import Resume
 from megatron_rasft.training.run import Run
 from megatron_rasft.training.samples import Batch, BatchQueue, SampleArrays
 from megatron_rasft.training.stopping import Stopped, StopRequest
-from megatron_rasft.training.trainer import StepResult
+from megatron_rasft.training.trainer import Diverged, StepResult
 from megatron_rasft.types import TrainingSample
 from tests.unit.training.stand_ins import config_of
-
-ARCHITECTURE = (
-    *(
-        "num_layers",
-        "hidden_size",
-        "ffn_hidden_size",
-        "num_attention_heads",
-        "num_query_groups",
-        "kv_channels",
-    ),
-    *("vocab_size", "untie_embeddings_and_output_weights"),
-)
-"""Arguments that a checkpoint keeps of its model."""
 
 
 def args_of(**changes: Any) -> SimpleNamespace:
@@ -40,14 +28,13 @@ def args_of(**changes: Any) -> SimpleNamespace:
     defaults: dict[str, Any] = {
         "train_iters": 8,
         "save": None,
-        "load": None,
+        "hf_model": "folder",
         "save_interval": None,
         "exit_interval": None,
         "async_save": False,
         "export_hf": None,
         "log_throughput": False,
         "world_size": 1,
-        **dict.fromkeys(ARCHITECTURE, 1),
     }
     return SimpleNamespace(**defaults | changes)
 
@@ -55,13 +42,11 @@ def args_of(**changes: Any) -> SimpleNamespace:
 class TrainerOfNotes:
     """Takes steps that change nothing, and notes what it is asked for."""
 
-    def __init__(self, iteration: int = 0, resumed: Any = None) -> None:
+    def __init__(self, iteration: int = 0) -> None:
         self.iteration = iteration
-        self.initial_weights = "folder"
         self.stop = StopRequest(lambda: False)
         self.notes: list[str] = []
-        self.fails = False
-        self._resumed = resumed
+        self.error: Exception | None = None
 
     def prepare(self, batch: Batch | None) -> int:
         assert batch is not None
@@ -69,8 +54,8 @@ class TrainerOfNotes:
         return batch.num_problems
 
     def train(self, prepared: int) -> StepResult:
-        if self.fails:
-            raise RuntimeError("out of memory")
+        if self.error is not None:
+            raise self.error
         self.iteration += 1
         self.notes.append(f"train {prepared}")
         facts = BatchFacts(
@@ -78,18 +63,29 @@ class TrainerOfNotes:
         )
         return StepResult(metrics={}, grad_norm=1.0, learning_rate=0.1, is_skipped=False, batch=facts)
 
-    def resume(self) -> Any:
-        return self._resumed
-
-    def save(self, state: Any) -> None:
-        self.notes.append(f"save {self.iteration}")
-        self.saved = state()
-
-    def finish_saves(self, *, is_blocking: bool = True) -> None:
-        return None
-
     def export(self, path: str, facts: dict[str, str]) -> None:
         self.notes.append(f"export {path}")
+
+
+class CheckpointsOfNotes:
+    """Keeps the state that is saved last, and adds to the trainer's notes."""
+
+    def __init__(self, trainer: TrainerOfNotes, loaded: Any = None, resume: Resume | None = None) -> None:
+        self.resume = resume or Resume()
+        self.saved: Any = None
+        self.was_finished = False
+        self._trainer = trainer
+        self._loaded = loaded
+
+    def load(self) -> Any:
+        return self._loaded
+
+    def save(self, state: Any) -> None:
+        self._trainer.notes.append(f"save {self._trainer.iteration}")
+        self.saved = state()
+
+    def finish(self, *, is_blocking: bool = True) -> None:
+        self.was_finished = True
 
 
 class RefreshOfNotes:
@@ -142,7 +138,12 @@ def run_of(
 ) -> tuple[Run, TrainerOfNotes]:
     args, trainer, config = args or args_of(), trainer or TrainerOfNotes(), config or config_of()
     record = RunRecord(args, config, is_rank_zero=True)
-    values: dict[str, Any] = {"refresh": RefreshOfNotes(), "record": record, "initial_weights": "abc"}
+    values: dict[str, Any] = {
+        "checkpoints": CheckpointsOfNotes(trainer),
+        "refresh": RefreshOfNotes(),
+        "record": record,
+        "initial_weights": "abc",
+    }
     return Run(args, config, trainer=trainer, **values | parts), trainer
 
 
@@ -176,10 +177,22 @@ def test_the_next_batch_is_prepared_before_a_step_and_trained_once() -> None:
 
 def test_a_step_that_fails_leaves_its_batch_in_the_queue() -> None:
     run, trainer = queued()
-    trainer.fails = True
+    trainer.error = RuntimeError("out of memory")
     with pytest.raises(RuntimeError):
         run.train_step()
     assert run.queue.sizes == [(5, 1), (6, 1), (7, 1)]
+
+
+@pytest.mark.parametrize(("error", "is_finished"), [(Diverged(), True), (RuntimeError(), False)])
+def test_a_run_that_diverged_completes_the_checkpoint_before(error: Exception, is_finished: bool) -> None:
+    """Other errors may be of one rank alone, which must not wait for the others."""
+    trainer = TrainerOfNotes()
+    checkpoints = CheckpointsOfNotes(trainer)
+    run, _ = queued(trainer=trainer, checkpoints=checkpoints)
+    trainer.error = error
+    with pytest.raises(type(error)):
+        run.train_step()
+    assert checkpoints.was_finished == is_finished
 
 
 def test_refreshes_and_steps_are_recorded_in_their_order(tmp_path: Path) -> None:
@@ -216,6 +229,10 @@ def test_held_out_problems_are_measured_at_both_ends_and_at_intervals(
 # ---- save and resume
 
 
+def own(save: Path) -> Resume:
+    return Resume(folder=save, step=1, is_own=True)
+
+
 def test_a_run_saves_at_its_interval_and_once_at_its_end(tmp_path: Path) -> None:
     run, trainer = run_of(args_of(save=str(tmp_path), save_interval=3))
     for trainer.iteration in range(1, 9):
@@ -225,16 +242,18 @@ def test_a_run_saves_at_its_interval_and_once_at_its_end(tmp_path: Path) -> None
 
 
 def test_a_run_resumes_in_the_middle_of_a_refresh(tmp_path: Path) -> None:
-    args = args_of(save=str(tmp_path), load=str(tmp_path), exit_interval=1)
-    run, trainer = queued(args=args)
+    args, trainer = args_of(save=str(tmp_path), exit_interval=1), TrainerOfNotes()
+    checkpoints = CheckpointsOfNotes(trainer)
+    run, _ = queued(args=args, trainer=trainer, checkpoints=checkpoints)
     run.train_step()
     with pytest.raises(Stopped):
         run.save_if_due()
     run.stop()
-    state, arrays = trainer.saved
+    state, arrays = checkpoints.saved
     assert state["queue"] == [(6, 1), (7, 1)], "the batch that is prepared is still queued"
-    refresh = RefreshOfNotes()
-    resumed, after = run_of(args, TrainerOfNotes(1, (json.loads(json.dumps(state)), arrays)), refresh=refresh)
+    refresh, after = RefreshOfNotes(), TrainerOfNotes(1)
+    loading = CheckpointsOfNotes(after, (json.loads(json.dumps(state)), arrays), own(tmp_path))
+    resumed, _ = run_of(args, after, refresh=refresh, checkpoints=loading)
     resumed.begin()
     assert refresh.loaded == {"name": "a state"}
     resumed.train_step()
@@ -247,26 +266,31 @@ def test_a_run_resumes_in_the_middle_of_a_refresh(tmp_path: Path) -> None:
 
 
 def test_a_resumed_run_cuts_its_files_to_the_checkpoint(tmp_path: Path) -> None:
-    args = args_of(save=str(tmp_path), load=str(tmp_path))
-    run, trainer = queued(args=args)
+    args, trainer = args_of(save=str(tmp_path)), TrainerOfNotes()
+    checkpoints = CheckpointsOfNotes(trainer)
+    run, _ = queued(args=args, trainer=trainer, checkpoints=checkpoints)
     run.train_step()
     run.stop()
     run.train_step()
     assert [line["step"] for line in lines(tmp_path)] == [0, 1, 2]
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("1")
-    resumed, _ = run_of(args, TrainerOfNotes(1, trainer.saved))
+    after = TrainerOfNotes(1)
+    resumed, _ = run_of(args, after, checkpoints=CheckpointsOfNotes(after, checkpoints.saved, own(tmp_path)))
     resumed.begin()
     assert [line["step"] for line in lines(tmp_path)] == [0, 1]
 
 
 def test_another_reference_than_that_of_the_checkpoint_is_refused(tmp_path: Path) -> None:
-    args = args_of(save=str(tmp_path), load=str(tmp_path))
-    run, trainer = queued(args=args)
+    args, trainer = args_of(save=str(tmp_path)), TrainerOfNotes()
+    checkpoints = CheckpointsOfNotes(trainer)
+    run, _ = queued(args=args, trainer=trainer, checkpoints=checkpoints)
     run.train_step()
     run.stop()
     for objective, is_refused in (("rasft", True), ("sft", False)):
         config = config_of(objective=ObjectiveConfig(objective=objective))  # type: ignore[arg-type]
-        other, _ = run_of(args, TrainerOfNotes(1, trainer.saved), config, initial_weights="other weights")
+        after = TrainerOfNotes(1)
+        loading = CheckpointsOfNotes(after, checkpoints.saved, own(tmp_path))
+        other, _ = run_of(args, after, config, checkpoints=loading, initial_weights="other weights")
         if is_refused:
             with pytest.raises(CheckpointError):
                 other.begin()

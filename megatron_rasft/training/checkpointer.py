@@ -1,0 +1,188 @@
+"""Saves a run's checkpoints, in the background with --async-save, and loads the one that the run goes on from."""
+
+import argparse
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.training import checkpointing, training
+from megatron.training.async_utils import is_empty_async_queue
+
+from megatron_rasft.errors import CheckpointError
+from megatron_rasft.ranks import kept_by_rank_zero, on_rank_zero
+from megatron_rasft.training.background_saves import SaveQueue, write_in_background
+from megatron_rasft.training.checkpoints import (
+    LOAD_FAILURES,
+    STATE_FILE,
+    architecture_of,
+    checkpoint_failure,
+    load_explained,
+    read_arrays,
+    read_state,
+    refuse_other_model,
+    save_explained,
+    write_state,
+)
+from megatron_rasft.training.fp8_scales import DelayedScales, own_scales_loaded
+from megatron_rasft.training.megatron_calls import overridden, quiet
+from megatron_rasft.training.resume import Resume
+from megatron_rasft.training.samples import Array
+
+
+class Trained(Protocol):
+    """The parts of a Trainer that a checkpoint holds."""
+
+    model: list[torch.nn.Module]
+    optimizer: Any
+    scheduler: Any
+    scales: DelayedScales
+    iteration: int
+    floating_point_operations: float
+
+    def parameters_gathered(self) -> AbstractContextManager[None]: ...
+
+    def pause_preparation(self) -> None: ...
+
+
+class Checkpointer:
+    """A run's checkpoints in --save. Every method is a collective of the world.
+
+    Args:
+        args: Megatron's.
+        trainer: is saved and loaded.
+        resume: where the run goes on from.
+        device: of the parameters.
+    """
+
+    def __init__(
+        self, args: argparse.Namespace, trainer: Trained, resume: Resume, device: torch.device
+    ) -> None:
+        self._args = args
+        self._trainer = trainer
+        self.resume = resume
+        """Where the run goes on from."""
+        self._context: dict[str, Any] = {}
+        """Megatron's own: what it keeps between two saves."""
+        self._saving_step: int | None = None
+        """The step of the checkpoint that is being written in the background."""
+        if args.async_save:
+            write_in_background(SaveQueue.for_run(args, device))
+
+    def save(self, state: Callable[[], tuple[dict[str, Any], dict[str, Array]]]) -> None:
+        """Writes a checkpoint and the run's state; an earlier checkpoint stays until this one is complete.
+
+        With --async-save it is complete after a later ``finish``. The save before it must be complete already.
+
+        Args:
+            state: returns values that JSON can hold, and arrays; called on rank 0.
+        """
+        args, trainer = self._args, self._trainer
+        step = trainer.iteration
+        folder = Path(checkpointing.get_checkpoint_name(args.save, step, return_base_dir=True))
+
+        def write() -> None:
+            values, arrays = state()
+            own = {"architecture": architecture_of(args), **trainer.scales.state_dict()}
+            write_state(folder, {**values, **own}, arrays)
+
+        with save_explained(f"the checkpoint of step {step}", folder):
+            on_rank_zero(write)
+            with trainer.parameters_gathered(), quiet():
+                checkpointing.save_checkpoint(
+                    step,
+                    trainer.model,
+                    trainer.optimizer,
+                    trainer.scheduler,
+                    trainer.floating_point_operations,
+                    checkpointing_context=self._context,
+                )
+        if args.async_save:
+            self._saving_step = step
+
+    def load(self) -> tuple[dict[str, Any], dict[str, Array]] | None:
+        """Loads the checkpoint that the run goes on from into the trainer.
+
+        Returns:
+            The run's state on every rank, and the arrays saved with it on rank 0 ({} on the others); None without a checkpoint.
+
+        Raises:
+            CheckpointError: the checkpoint is missing, damaged, of another model, or was not written by this program.
+        """
+        args, trainer, resume = self._args, self._trainer, self.resume
+        folder = resume.checkpoint
+        if folder is None:
+            return None
+        state: dict[str, Any] | None = on_rank_zero(lambda: read_state(resume, architecture_of(args)))
+        if state is None:
+            raise CheckpointError(
+                f"checkpoint {folder} has no {STATE_FILE}: it was not written by this program. Use "
+                "--hf-model with an exported folder to start from those weights."
+            )
+        arrays: dict[str, Array] = kept_by_rank_zero(lambda: read_arrays(folder, state), {})
+        with (
+            load_explained(resume),
+            own_scales_loaded(args, is_own=resume.is_own),
+            overridden(args, load=str(resume.folder), ckpt_step=resume.step),
+            quiet(),
+        ):
+            iteration, trainer.floating_point_operations = checkpointing.load_checkpoint(
+                trainer.model,
+                trainer.optimizer,
+                trainer.scheduler,
+                checkpointing_context=self._context,
+            )
+        trainer.iteration = args.iteration = iteration
+        trainer.scales.load_state_dict(state)
+        return state, arrays
+
+    def finish(self, *, is_blocking: bool = True) -> int | None:
+        """Completes the checkpoint that is being written in the background (--async-save).
+
+        Args:
+            is_blocking: whether to wait until every rank has written its part.
+
+        Returns:
+            Its step, if it is complete now; None if it is not, or if none was being written.
+        """
+        if self._saving_step is None:
+            return None
+        # With --save-retain-interval Megatron forks a process that deletes the checkpoint before (iter_finalize_fn in
+        # megatron/training/checkpointing.py). No other thread may hold a lock at that moment: the copy could never release it.
+        self._trainer.pause_preparation()
+        with save_explained(f"the checkpoint of step {self._saving_step}", Path(self._args.save)), quiet():
+            training.maybe_finalize_async_save(blocking=is_blocking)
+        if not is_empty_async_queue():
+            return None
+        step, self._saving_step = self._saving_step, None
+        return step
+
+
+def load_converted_weights(
+    args: argparse.Namespace, model: list[torch.nn.Module], optimizer: Any, scheduler: Any, converted: Path
+) -> None:
+    """Loads weights without a training state, as tools/convert_checkpoint.py writes them; a collective of the world.
+
+    Args:
+        args: Megatron's.
+        model: this rank's chunks, as Megatron's set-up returned them.
+        optimizer: takes over the loaded weights.
+        scheduler: is left as it is.
+        converted: the folder that holds the weights; its parent is --load.
+
+    Raises:
+        CheckpointError: the weights are of another model, or damaged.
+    """
+    try:
+        saved_with = dist_checkpointing.load_common_state_dict(str(converted))["args"]
+        refuse_other_model(converted, architecture_of(saved_with), architecture_of(args))
+        with quiet(), overridden(args, load=str(converted.parent)):
+            checkpointing.load_checkpoint(model, optimizer, scheduler)
+    except (AssertionError, *LOAD_FAILURES) as error:
+        raise CheckpointError(
+            f"the weights in {converted.parent} cannot be loaded: {checkpoint_failure(error).rstrip('.')}. They are damaged or "
+            "do not fit this model: convert the --hf-model again."
+        ) from error
+    optimizer.reload_model_params()
