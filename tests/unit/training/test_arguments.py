@@ -64,41 +64,9 @@ def test_nccl_is_prepared_for_the_servers_before_anything_uses_it(
     assert found == [cumem]
 
 
-def checkpoint(folder: Path, newest: str) -> Path:
-    folder.mkdir()
-    (folder / "latest_checkpointed_iteration.txt").write_text(newest)
-    return folder
-
-
-def test_save_is_gone_on_from_once_it_holds_a_checkpoint(parse: Parse, tmp_path: Path) -> None:
-    start, save = checkpoint(tmp_path / "start", "7"), tmp_path / "save"
-    flags = ("--load", start, "--save", save, "--ckpt-step", "4")
-    args = parse(*flags)
-    assert (args.load, args.ckpt_step) == (str(start), 4)
-    checkpoint(save, "9")
-    args = parse(*flags)
-    assert (args.load, args.ckpt_step) == (str(save), None), "the step is one of --load"
-    args = parse("--load", save, "--save", save, "--ckpt-step", "4")
-    assert (args.load, args.ckpt_step) == (str(save), 4)
-    assert parse("--save", save).load == str(save)
-    converted = checkpoint(tmp_path / "converted", "release")
-    assert parse("--load", converted, "--save", save).load == str(converted), "it is the reference"
-
-
-def test_a_folder_to_load_that_holds_no_checkpoint_is_refused(parse: Parse, tmp_path: Path) -> None:
-    missing, save = tmp_path / "typo", checkpoint(tmp_path / "save", "9")
-    for flags in ((), ("--save", save), ("--save", missing)):
-        with pytest.raises(ValueError, match=r"--load .*typo holds no checkpoint.*--ckpt-step"):
-            parse("--load", missing, *flags)
-    with pytest.raises(ValueError, match="--exit-on-missing-checkpoint"):
-        parse("--save", missing, "--exit-on-missing-checkpoint")
-    assert parse("--save", missing).load == str(missing)
-
-
-def test_what_only_samples_takes_no_checkpoint_to_go_on_from(model: Path, tmp_path: Path) -> None:
-    trained = checkpoint(tmp_path / "trained", "7")
+def test_an_evaluation_takes_no_checkpoint_to_go_on_from(model: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"--load .*--checkpoint"):
-        Sampler(["--hf-model", str(model), "--load", str(trained)])
+        Sampler(["--hf-model", str(model), "--load", str(tmp_path)])
 
 
 def test_published_weighting_brings_its_filters_unless_a_flag_says_otherwise(parse: Parse) -> None:

@@ -60,13 +60,6 @@ def test_arrays_that_are_not_those_of_the_state_are_refused(tmp_path: Path, dama
     assert str(path) in str(raised.value)
 
 
-def test_a_checkpoint_of_an_earlier_version_is_not_called_damaged(tmp_path: Path) -> None:
-    with pytest.raises(
-        CheckpointError, match=r"iter_0000006 was written by an earlier version.*megatron-to-hf"
-    ):
-        read_arrays(tmp_path / "iter_0000006", {"queue": [[{"problem_id": "a"}]]})
-
-
 def test_a_save_that_fails_leaves_the_former_state_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,163 @@
+"""Megatron is asked for the checkpoint that was chosen, and the run's state comes with it."""
+
+import contextlib
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_rasft.errors import CheckpointError
+from megatron_rasft.training import checkpointer
+from megatron_rasft.training.checkpointer import Checkpointer, load_converted_weights
+from megatron_rasft.training.checkpoints import STATE_FILE, architecture_of
+from megatron_rasft.training.fp8_scales import DelayedScales
+from megatron_rasft.training.resume import Resume
+from tests.unit.training.stand_ins import args_with_architecture
+
+ARRAYS = {"tokens": np.arange(3, dtype=np.int32)}
+
+
+class Trained:
+    """A trainer after two steps; notes when its parameters are gathered and its threads paused."""
+
+    def __init__(self) -> None:
+        self.model: list[torch.nn.Module] = []
+        self.optimizer: Any = "optimizer"
+        self.scheduler: Any = "scheduler"
+        self.scales = DelayedScales(is_used=True, forward=lambda batches: None)
+        self.iteration = 2
+        self.floating_point_operations = 5.0
+        self.notes: list[str] = []
+
+    @contextlib.contextmanager
+    def parameters_gathered(self) -> Any:
+        self.notes.append("gathered")
+        yield
+
+    def pause_preparation(self) -> None:
+        self.notes.append("paused")
+
+
+class Megatron:
+    """Stands for the functions of megatron.training that a Checkpointer calls."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, args: Any) -> None:
+        self.args = args
+        self.calls: list[Any] = []
+        self.is_written = True
+        monkeypatch.setattr(checkpointer.checkpointing, "save_checkpoint", self.save)
+        monkeypatch.setattr(checkpointer.checkpointing, "load_checkpoint", self.load)
+        monkeypatch.setattr(checkpointer.training, "maybe_finalize_async_save", self.finalize)
+        monkeypatch.setattr(checkpointer, "is_empty_async_queue", lambda: self.is_written)
+        monkeypatch.setattr(checkpointer, "write_in_background", lambda queue: self.calls.append("queue"))
+
+    def save(self, step: int, *parts: Any, checkpointing_context: Any) -> None:
+        self.calls.append(("save", step, *parts))
+
+    def load(self, *parts: Any, checkpointing_context: Any = None) -> tuple[int, float]:
+        self.calls.append(("load", self.args.load, self.args.ckpt_step, *parts))
+        return 2, 7.0
+
+    def finalize(self, blocking: bool) -> None:
+        self.calls.append(("finalize", blocking))
+
+
+def args_of(save: Path, **changes: Any) -> Any:
+    defaults = {
+        "save": str(save),
+        "load": "given",
+        "ckpt_step": None,
+        "async_save": False,
+        "fp8": None,
+        "fp8_recipe": "delayed",
+        "ckpt_format": "torch_dist",
+    }
+    return args_with_architecture(**defaults | changes)
+
+
+def saved(
+    monkeypatch: pytest.MonkeyPatch, save: Path, **changes: Any
+) -> tuple[Checkpointer, Trained, Megatron]:
+    args, trainer = args_of(save, **changes), Trained()
+    megatron = Megatron(monkeypatch, args)
+    own = Checkpointer(args, trainer, Resume(), torch.device("cpu"))
+    own.save(lambda: ({"queue": [[1, 1]]}, ARRAYS))
+    return own, trainer, megatron
+
+
+def test_a_checkpoint_brings_back_state_step_and_operations(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    _, trainer, megatron = saved(monkeypatch, tmp_path)
+    assert megatron.calls == [("save", 2, [], "optimizer", "scheduler", 5.0)]
+    assert trainer.notes == ["gathered"]
+    after = Trained()
+    after.iteration = 0
+    resume = Resume(folder=tmp_path, step=2, is_own=True)
+    loaded = Checkpointer(megatron.args, after, resume, torch.device("cpu")).load()
+    assert loaded is not None
+    state, arrays = loaded
+    assert state["queue"] == [[1, 1]]
+    assert state["architecture"] == architecture_of(megatron.args)
+    assert arrays["tokens"].tolist() == [0, 1, 2]
+    assert (after.iteration, megatron.args.iteration, after.floating_point_operations) == (2, 2, 7.0)
+    assert after.scales.are_missing, "no pass had set them before the save"
+
+
+def test_megatron_loads_the_chosen_checkpoint_and_the_flags_stay_as_given(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    _, trainer, megatron = saved(monkeypatch, tmp_path)
+    resume = Resume(folder=tmp_path, step=2)
+    Checkpointer(megatron.args, trainer, resume, torch.device("cpu")).load()
+    assert megatron.calls[-1] == ("load", str(tmp_path), 2, [], "optimizer", "scheduler")
+    assert (megatron.args.load, megatron.args.ckpt_step) == ("given", None)
+
+
+def test_a_run_without_a_checkpoint_loads_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    own, _, megatron = saved(monkeypatch, tmp_path)
+    megatron.calls.clear()
+    assert own.load() is None
+    assert megatron.calls == []
+
+
+def test_a_checkpoint_of_another_program_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    _, trainer, megatron = saved(monkeypatch, tmp_path)
+    (tmp_path / "iter_0000002" / STATE_FILE).unlink()
+    resume = Resume(folder=tmp_path, step=2)
+    with pytest.raises(CheckpointError, match="iter_0000002"):
+        Checkpointer(megatron.args, trainer, resume, torch.device("cpu")).load()
+
+
+def test_a_background_save_is_finished_when_all_ranks_have_written(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    flags = {"async_save": True, "distributed_timeout_minutes": 1, "optimizer_cpu_offload": False}
+    own, trainer, megatron = saved(monkeypatch, tmp_path, **flags)
+    megatron.is_written = False
+    assert own.finish(is_blocking=False) is None
+    megatron.is_written = True
+    assert own.finish() == 2
+    assert own.finish() is None
+    assert trainer.notes == ["gathered", "paused", "paused"], "Megatron may fork when it finalizes"
+    assert megatron.calls[0] == "queue"
+    assert megatron.calls[2:] == [("finalize", False), ("finalize", True)]
+
+
+def test_converted_weights_are_loaded_into_model_and_optimizer(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    args, reloaded = args_of(tmp_path), list[str]()
+    megatron = Megatron(monkeypatch, args)
+    optimizer = SimpleNamespace(reload_model_params=lambda: reloaded.append("reloaded"))
+    common = {"args": args_with_architecture()}
+    monkeypatch.setattr(checkpointer.dist_checkpointing, "load_common_state_dict", lambda path: common)
+    load_converted_weights(args, [], optimizer, "scheduler", tmp_path / "release")
+    assert megatron.calls == [("load", str(tmp_path), None, [], optimizer, "scheduler")]
+    assert reloaded == ["reloaded"] and args.load == "given"
+    common["args"].num_layers += 1
+    with pytest.raises(CheckpointError, match="num_layers"):
+        load_converted_weights(args, [], optimizer, "scheduler", tmp_path / "release")
