@@ -30,10 +30,11 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from benchmarks.traffic import Traffic  # noqa: E402
-from megatron_rasft.config.objective import KLDirection, fused_chunk_tokens  # noqa: E402
+from megatron_rasft.config.loss import fused_chunk_tokens  # noqa: E402
 from megatron_rasft.objective.fused_logprobs import ReferenceLogits, fused_logprobs  # noqa: E402
 from megatron_rasft.objective.logprobs import chunked_logprobs, chunked_logprobs_and_kl  # noqa: E402
 from megatron_rasft.training.wgrad import MegatronOutputWeight  # noqa: E402
+from megatron_rasft.types import KLDirection  # noqa: E402
 
 MAX_BYTES_PER_LOGIT = 12
 """The bar: forward and backward together, BF16 logits, matrix products left out."""

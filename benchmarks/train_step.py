@@ -16,7 +16,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from torch import Tensor
 
 from benchmarks import trainers
 from benchmarks.shapes import SHAPES, write_model
+from megatron_rasft.objective.families.likelihood import Sft
 from megatron_rasft.ranks import on_rank_zero
 from megatron_rasft.training import startup
 from megatron_rasft.training.batches import MicroBatch
@@ -112,15 +112,14 @@ def use_megatron_loss(trainer: Trainer, fusion: str) -> Forward:
     for chunk in trainer.chunks:
         chunk.config.cross_entropy_loss_fusion = torch.cuda.is_available()
         chunk.config.cross_entropy_fusion_impl = fusion
-    return MegatronSft(trainer.config.objective, trainer.folder.shape.vocab_size)
+    return MegatronSft(Sft(), trainer.config.loss, trainer.folder.shape.vocab_size)
 
 
 def measure_all(
     trainer: Trainer, samples: list[TrainingSample], options: argparse.Namespace
 ) -> dict[str, Any]:
     """Each kind of step in each layout: name -> its figures."""
-    rasft, sft = trainer.forward, Forward(trainer.config.objective, trainer.folder.shape.vocab_size)
-    sft.config = replace(trainer.config.objective, objective="sft")
+    rasft, sft = trainer.forward, Forward(Sft(), trainer.config.loss, trainer.folder.shape.vocab_size)
     kinds = {
         "megatron sft": use_megatron_loss(trainer, options.megatron_cross_entropy),
         "sft": sft,

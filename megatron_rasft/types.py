@@ -8,6 +8,9 @@ FinishReason = Literal["stop", "length", "abort"]
 Verdict = Literal["correct", "wrong", "unverifiable", "timeout"]
 SampleKind = Literal["demonstration", "rollout"]
 PauseMode = Literal["abort", "retract", "in_place"]
+KLDirection = Literal["forward", "reverse"]
+"""``forward`` is KL(reference || policy), ``reverse`` is KL(policy || reference)."""
+
 TestStyle = Literal["asserts", "check", "pytest", "functional", "stdin"]
 
 

@@ -23,7 +23,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a checkout that is not installed
 
 from megatron_rasft.config.data import DataConfig
-from megatron_rasft.config.flags import add_flags, read_flags
+from megatron_rasft.config.parser import add_flags
 from megatron_rasft.data.tokenizing import end_ids, open_tokenizer, read_chat_format, tokenize_prompts
 from megatron_rasft.errors import CheckpointError, DataError, FailedElsewhere, RasftError
 from megatron_rasft.files import write_json
@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace, megatron_flags: list[str]) -> None:
     """Sample, grade, and write tables."""
-    config = read_flags(args, EvaluationConfig)
+    config = EvaluationConfig.from_args(args)
     if args.server and megatron_flags:
         raise ValueError(f"{megatron_flags[0]} has no meaning with --server: the servers hold the model.")
     _check_experts(megatron_flags)

@@ -15,7 +15,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a checkout that is not installed
 
-from megatron_rasft.config.flags import add_flags, read_flags
+from megatron_rasft.config.parser import add_flags
 from megatron_rasft.tools import cli
 from megatron_rasft.tools.capacity.choosing import disk_bytes, make_plans, nothing_fits
 from megatron_rasft.tools.capacity.commands import command_lines
@@ -37,7 +37,7 @@ from megatron_rasft.tools.capacity.layouts import Model
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0 if a layout fits, 1 if none does."""
     args = parser().parse_args(argv)
-    config, assumed = read_flags(args, PlanConfig), read_flags(args, AssumptionConfig)
+    config, assumed = PlanConfig.from_args(args), AssumptionConfig.from_args(args)
     precision = "fp8" if args.fp8 else "bf16"
     if args.top < 1:
         raise ValueError(f"--top must be >= 1, got {args.top}. Use 1 for the recommended layout only.")

@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a checkout that is not installed
 
 from megatron_rasft.config.data import DataConfig
-from megatron_rasft.config.flags import add_flags, read_flags
+from megatron_rasft.config.parser import add_flags
 from megatron_rasft.data.reading import DataReport, Row, RowFault, read_records, read_rows
 from megatron_rasft.data.tokenizing import Tokenizer, build_demonstrations, collect_demonstrations
 from megatron_rasft.errors import DataError, first_line
@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = _build_parser()
     args = parser.parse_args(argv)
     try:
-        config = read_flags(args, DataConfig)
+        config = DataConfig.from_args(args)
         if args.max_tokens is not None and args.max_tokens < 1:
             raise ValueError(
                 f"--max-tokens must be >= 1, got {args.max_tokens}. Give the --seq-length of the run."

@@ -1,23 +1,27 @@
-"""The configuration: one dataclass per room, checked once, importable without torch or a GPU."""
+"""The flags of a run: one dataclass per package, checked when it is made. Imports without torch or a GPU."""
 
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from typing import Any, Self
 
 from megatron_rasft.config.curriculum import CurriculumConfig
 from megatron_rasft.config.data import DataConfig
 from megatron_rasft.config.heldout import HeldoutConfig
-from megatron_rasft.config.objective import ObjectiveConfig
+from megatron_rasft.config.loss import LossConfig
 from megatron_rasft.config.rollout import RolloutConfig
 from megatron_rasft.config.run import RunConfig
 from megatron_rasft.config.sync import SyncConfig
 from megatron_rasft.config.verify import VerifyConfig
-from megatron_rasft.config.weighting import WeightingConfig
+from megatron_rasft.flags import FlagSection
+from megatron_rasft.objective.declaration import Objective
+from megatron_rasft.objective.families import OBJECTIVES, flag_sections
+from megatron_rasft.objective.families.rasft import Rasft
+from megatron_rasft.objective.weighting import WeightingConfig
 
 __all__ = [
     "CurriculumConfig",
     "DataConfig",
     "HeldoutConfig",
-    "ObjectiveConfig",
+    "LossConfig",
     "RasftConfig",
     "RolloutConfig",
     "RunConfig",
@@ -29,46 +33,69 @@ __all__ = [
 
 @dataclass(kw_only=True)
 class RasftConfig:
-    """Everything this package adds to Megatron's own arguments."""
+    """The flags that this package adds to Megatron's."""
 
-    run: RunConfig
-    data: DataConfig
-    curriculum: CurriculumConfig
-    rollout: RolloutConfig
-    sync: SyncConfig
-    verify: VerifyConfig
-    weighting: WeightingConfig
-    objective: ObjectiveConfig
-    heldout: HeldoutConfig
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    sync: SyncConfig = field(default_factory=SyncConfig)
+    verify: VerifyConfig = field(default_factory=VerifyConfig)
+    weighting: WeightingConfig = field(default_factory=WeightingConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    objective: Objective = field(default_factory=Rasft)
+    """The objective that ``loss.objective`` names, with its flags."""
+    heldout: HeldoutConfig = field(default_factory=HeldoutConfig)
 
     def __post_init__(self) -> None:
-        if self.weighting.weighting_skip_degenerate is None:
-            self.weighting.weighting_skip_degenerate = self.objective.objective_grpo_dapo
+        if self.objective.trains_on == "rollouts" and not self.samples_rollouts:
+            raise ValueError(
+                f"--objective {self.objective.name} trains on rollouts only, and --curriculum-mode off samples none. Use "
+                "--curriculum-mode all."
+            )
 
     @classmethod
-    def rooms(cls) -> dict[str, type]:
-        """Room name -> its dataclass."""
-        return {f.name: f.type for f in fields(cls)}  # type: ignore[misc]
+    def sections(cls) -> dict[str, type[FlagSection]]:
+        """Title of each group of flags -> its dataclass."""
+        objectives = {f"objective {names}": kind for names, kind in flag_sections().items()}
+        return {
+            "run": RunConfig,
+            "data": DataConfig,
+            "curriculum": CurriculumConfig,
+            "rollouts": RolloutConfig,
+            "weight sync": SyncConfig,
+            "verification": VerifyConfig,
+            "weighting": WeightingConfig,
+            "objective": LossConfig,
+            **objectives,
+            "held-out solve rate": HeldoutConfig,
+        }
 
     @classmethod
-    def from_args(cls, args: Any) -> "RasftConfig":
-        """Read the tree back from parsed arguments.
+    def from_args(cls, args: Any) -> Self:
+        """Read the flags back from parsed arguments.
 
         Raises:
-            ValueError: a value is out of range; the message names the flag, the rule and the way out.
+            ValueError: a value is refused; the message names the flag, the rule and the way out.
         """
-        config = cls(
-            **{
-                room: kind(**{f.name: getattr(args, f.name) for f in fields(kind)})
-                for room, kind in cls.rooms().items()
-            }
+        # The flags of all objectives are checked, also of those that the run does not use.
+        objectives = {name: kind.from_args(args) for name, kind in OBJECTIVES.items()}
+        return cls(
+            run=RunConfig.from_args(args),
+            data=DataConfig.from_args(args),
+            curriculum=CurriculumConfig.from_args(args),
+            rollout=RolloutConfig.from_args(args),
+            sync=SyncConfig.from_args(args),
+            verify=VerifyConfig.from_args(args),
+            weighting=WeightingConfig.from_args(args),
+            loss=LossConfig.from_args(args),
+            objective=objectives[args.objective],
+            heldout=HeldoutConfig.from_args(args),
         )
-        config.check()
-        return config
 
     @property
     def samples_rollouts(self) -> bool:
-        """Whether this run asks a rollout engine for anything."""
+        """Whether this run samples rollouts."""
         return self.objective.uses_rollouts() and self.curriculum.curriculum_mode != "off"
 
     @property
@@ -76,14 +103,8 @@ class RasftConfig:
         """Whether this run grades anything: rollouts or held-out problems."""
         return self.samples_rollouts or bool(self.heldout.heldout_data)
 
-    def check(self) -> None:
-        """Rules between rooms."""
-        if self.objective.objective in ("raft", "grpo") and not self.samples_rollouts:
-            raise ValueError(
-                f"--objective {self.objective.objective} trains on rollouts only, and --curriculum-mode off takes none. "
-                "Use --curriculum-mode all."
-            )
-
     def as_dict(self) -> dict[str, Any]:
-        """The tree as plain values, room by room."""
-        return asdict(self)
+        """The values of the flags, section by section; of the objectives' flags those of the chosen objective."""
+        sections = asdict(self)
+        sections["objective"] |= sections.pop("loss")
+        return sections

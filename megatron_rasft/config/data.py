@@ -1,14 +1,16 @@
-"""Knobs of ``megatron_rasft/data``: which demonstrations are read and how they become tokens."""
+"""Flags of ``megatron_rasft/data``: which demonstrations are read and how they become tokens."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from megatron_rasft.flags import FlagSection, NonNegativeInt, PositiveInt, flag_name
+
 TRAIN_DATA_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 
 
 @dataclass(kw_only=True)
-class DataConfig:
+class DataConfig(FlagSection):
     """Demonstrations on disk."""
 
     train_data: list[str] = field(default_factory=list)
@@ -18,101 +20,86 @@ class DataConfig:
     """Field of a row that holds the problem text."""
 
     data_response_field: str = "response"
-    """Field of a row that holds the expert's response."""
+    """Field of a row that holds the demonstration: the worked solution."""
 
     data_answer_field: str = "answer"
-    """Field of a row that holds the gold answer the verifier compares with: text or a number."""
+    """Field of a row that holds the gold answer, text or a number; the verifier compares answers with it."""
 
     data_tests_field: str = "tests"
-    """Field of a row that holds the tests a program in the response must pass: a script, or a list of statements.
-    Fields beside it may be entry_point (the function that is tested), test_setup_code (run before the tests) and
-    test_style (asserts, check or pytest; unset, it is told from the tests). A row needs tests or an answer."""
+    """Field of a row that holds the tests that a program in the response must pass: a script, or a list of statements. Optional
+    fields of the same row are entry_point (the function that is tested), test_setup_code (run before the tests) and test_style
+    (asserts, check or pytest; unset, the tests decide). A row needs tests or an answer."""
 
     data_messages_field: str = "messages"
-    """Field that holds a chat, [{"role", "content"}, ...], read where a row lacks a problem or a response
-    field. Its last message is the assistant's response, those before it are the prompt."""
+    """Field of a row that holds a chat, [{"role", "content"}, ...]. It is read if the row lacks a problem or a response field. The
+    last message is the response of the assistant, the messages before it are the prompt."""
 
     data_id_field: str = "id"
-    """Field that holds a row's id, unique in the run. Rows without one are called <file name>:<line>."""
+    """Field of a row that holds its id, unique in the run. The id of a row without this field is <file name>:<line>."""
 
     data_chat_template: str | None = None
-    """Jinja file of the chat template. Unset: the model's own; without one, plain text and a line break."""
+    """Jinja file of the chat template. Unset: the template of the model; if it has none, plain text and a line break."""
 
     data_prompt_suffix: str = "\nPlease reason step by step, and put your final answer within \\boxed{}."
     """Appended to the problem (in a chat: to the last user message). "" appends nothing."""
 
     data_code_prompt_suffix: str = "\nWrite the solution in Python."
-    """Appended instead of ``data_prompt_suffix`` to the problem of a row with tests; after it stands the name of
-    the function that is tested, if the row gives it and the problem does not. "" appends neither."""
+    """Appended instead of --data-prompt-suffix to the problem of a row with tests. The name of the tested function follows, if the
+    row has it and the problem does not mention it. "" appends neither."""
 
     data_system_prompt: str | None = None
-    """System message put before each prompt that has none of its own. Unset: the chat template's default."""
+    """System message of every prompt that has none. Unset: the default of the chat template."""
 
     data_overlong: Literal["drop", "refuse"] = "drop"
-    """What happens to a row whose prompt and response exceed the sequence length: drop counts it and trains
-    without it, refuse stops the run. A row is never cut."""
+    """Treatment of a row whose prompt and response exceed the sequence length. drop: count it and train without it; refuse: stop
+    the run. A row is never truncated."""
 
     data_bad_rows: Literal["refuse", "skip"] = "refuse"
-    """What happens if rows cannot be used (bad JSON, no answer, duplicate id, ...): refuse names them and
-    stops the run, skip counts them by reason and trains without them. Every row left out is named in a file in --save."""
+    """Treatment of rows that cannot be used (bad JSON, no answer, duplicate id, ...). refuse: name them and stop the run; skip:
+    count them by reason and train without them. A file in --save names every row that was left out."""
 
     data_cache: str | None = None
-    """Folder that keeps tokenized rows, found again by the content of the data, the tokenizer and the flags: a restart
-    reads them instead of tokenizing for minutes. Several runs may share it. It takes about twice the size of the data.
-    Unset: data_cache in --save. "" keeps none."""
+    """Folder for the tokenized rows, so that a restart does not tokenize again. They are identified by the content of the data, the
+    tokenizer and the flags; several runs may share a folder. It takes about twice the size of the data. Unset: data_cache in
+    --save. "" keeps none."""
 
-    data_seed: int = 1234
-    """Seed of the order in which problems are visited, >= 0."""
+    data_seed: NonNegativeInt = 1234
+    """Seed of the order of the problems."""
 
-    data_epochs: int = 1
-    """How often each problem is trained on, >= 1."""
+    data_epochs: PositiveInt = 1
+    """Number of times that each problem is trained on. To stop earlier use Megatron's --train-iters."""
 
-    def __post_init__(self) -> None:
-        for path in self.train_data:
-            if not path.endswith(TRAIN_DATA_SUFFIXES):
-                raise ValueError(
-                    f"--train-data must be {', '.join(TRAIN_DATA_SUFFIXES)} files, got {path!r}: convert it, "
-                    "or rename it if only the ending is wrong."
-                )
-        repeated = sorted({path for path in self.train_data if self.train_data.count(path) > 1})
-        if repeated:
-            raise ValueError(
-                f"--train-data must name each file once, got {repeated[0]!r} "
-                f"{self.train_data.count(repeated[0])} times. Use --data-epochs to train on it more often."
-            )
-        fields = {
-            "--data-problem-field": self.data_problem_field,
-            "--data-response-field": self.data_response_field,
-            "--data-answer-field": self.data_answer_field,
-            "--data-tests-field": self.data_tests_field,
-            "--data-messages-field": self.data_messages_field,
-            "--data-id-field": self.data_id_field,
-        }
-        for flag, name in fields.items():
-            if not name:
-                raise ValueError(f"{flag} must not be empty: name the field as it stands in the rows.")
+    def check(self) -> None:
+        check_data_files(self, "train_data", "To train on it more often use --data-epochs.")
+        for name, value in vars(self).items():
+            if name.endswith("_field") and not value:
+                raise self.refusal(name, "must not be empty. Give the name of the field in the rows.")
         if self.data_response_field in (self.data_problem_field, self.data_answer_field):
-            raise ValueError(
-                f"--data-response-field must differ from the problem and the answer field, got "
-                f"{self.data_response_field!r} for two of them. Name the field with the worked solution."
+            raise self.refusal(
+                "data_response_field",
+                "is also the problem or the answer field. Give the name of the field with the worked solution.",
             )
         if self.data_chat_template is not None and not Path(self.data_chat_template).is_file():
-            raise ValueError(
-                f"--data-chat-template must be a file, {self.data_chat_template!r} is none. Write the "
-                "template to a file, or leave the flag out to use the model's own."
+            raise self.refusal(
+                "data_chat_template",
+                "is not a file. Write the template to a file, or leave the flag out to use the template of the model.",
             )
-        if self.data_overlong not in ("drop", "refuse"):
+
+
+def check_data_files(section: FlagSection, name: str, advice: str) -> None:
+    """Check the endings of data files, and that no file is given twice.
+
+    Raises:
+        ValueError: a file is refused; the message about a repeated file ends with ``advice``.
+    """
+    paths: list[str] = getattr(section, name)
+    for path in paths:
+        if not path.endswith(TRAIN_DATA_SUFFIXES):
             raise ValueError(
-                f"--data-overlong must be drop or refuse, got {self.data_overlong!r}. Choose one of them."
+                f"{flag_name(name)} must be {', '.join(TRAIN_DATA_SUFFIXES)} files, got {path!r}. Convert it, or rename it if only "
+                "the ending is wrong."
             )
-        if self.data_bad_rows not in ("refuse", "skip"):
+        if paths.count(path) > 1:
             raise ValueError(
-                f"--data-bad-rows must be refuse or skip, got {self.data_bad_rows!r}. Choose one of them."
-            )
-        if self.data_seed < 0:
-            raise ValueError(f"--data-seed must be >= 0, got {self.data_seed}. Use any other whole number.")
-        if self.data_epochs < 1:
-            raise ValueError(
-                f"--data-epochs must be >= 1, got {self.data_epochs}. To stop earlier use Megatron's "
-                "--train-iters."
+                f"{flag_name(name)} must name each file once, got {path!r} {paths.count(path)} times. {advice}"
             )

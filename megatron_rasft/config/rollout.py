@@ -1,175 +1,146 @@
-"""Knobs of ``megatron_rasft/rollout``: how the policy is sampled and where the samples are kept."""
+"""Flags of ``megatron_rasft/rollout``: how the policy is sampled, and where the rollouts are stored."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 from urllib.parse import urlsplit
+
+from megatron_rasft.flags import (
+    FlagSection,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Range,
+    flag_name,
+)
 
 
 @dataclass(kw_only=True)
-class RolloutConfig:
+class RolloutConfig(FlagSection):
     """Sampling from the current policy."""
 
     rollout_engine: Literal["embedded", "sglang", "replay"] = "embedded"
-    """embedded: sample from the training model itself; sglang: ask the servers of --rollout-urls and
-    --rollout-server-file; replay: take the responses of --rollout-replay."""
+    """embedded: the trainer samples from its own weights; sglang: the servers of --rollout-urls and --rollout-server-file sample;
+    replay: the responses of --rollout-replay are used."""
 
-    rollout_num_samples: int = 4
-    """Responses per sampled problem (K), >= 1. To train without rollouts use --curriculum-mode off."""
+    rollout_num_samples: Annotated[
+        int, Range(at_least=1, advice="To train without rollouts use --curriculum-mode off.")
+    ] = 4
+    """Responses per sampled problem (K)."""
 
-    rollout_temperature: float = 1.0
-    """Sampling temperature, >= 0; 0 takes the most likely token."""
+    rollout_temperature: NonNegativeFloat = 1.0
+    """Sampling temperature; 0 takes the most likely token."""
 
-    rollout_top_p: float = 1.0
-    """Sample from the smallest set of tokens whose probability reaches this, in (0, 1]."""
+    rollout_top_p: Annotated[float, Range(above=0, at_most=1, advice="Use 1 to keep every token.")] = 1.0
+    """Nucleus sampling: sample from the smallest set of tokens whose total probability reaches this. 1 keeps every token."""
 
-    rollout_repetition_penalty: float = 1.0
-    """Penalty on tokens already seen, > 0; 1 is off. The published script uses 1.1."""
+    rollout_repetition_penalty: Annotated[float, Range(above=0, advice="Use 1 for none.")] = 1.0
+    """Penalty on tokens that occurred before; 1 is off. The published script uses 1.1."""
 
-    rollout_max_new_tokens: int = 1024
-    """Longest response, in tokens, >= 1. Prompt and response together must fit --seq-length."""
+    rollout_max_new_tokens: PositiveInt = 1024
+    """Longest response, in tokens. Prompt and response together must fit --seq-length."""
 
-    rollout_batch_size: int | None = None
-    """Sequences that the embedded engine decodes at once on one replica, >= 1. Unset: on a GPU the largest power of
-    two up to 512 that fits the free memory, on a CPU 64. The samples do not depend on it but for rounding."""
+    rollout_batch_size: PositiveInt | None = None
+    """Sequences that the embedded engine decodes at once on one replica. Unset: on a GPU the largest power of two up to 512 that
+    fits the free memory, on a CPU 64. It changes the responses by rounding only."""
 
-    rollout_seed: int = 1234
-    """Seed of sampling, >= 0. Each sample's draws depend on it, the problem, the weights' step and its number only."""
+    rollout_seed: NonNegativeInt = 1234
+    """Seed of sampling. The draws of each response depend on this seed, the problem, the step of the weights and the response's
+    number only."""
 
     rollout_store: str | None = None
-    """File that every rollout is appended to (.jsonl). Unset: rollouts.jsonl in --save; without --save none is kept."""
+    """File that every rollout is appended to (.jsonl). Unset: rollouts.jsonl in --save; without --save none are stored."""
 
     rollout_replay: list[str] = field(default_factory=list)
-    """Rollout stores that --rollout-engine replay takes its responses from."""
+    """Files of stored rollouts (--rollout-store of earlier runs) for --rollout-engine replay."""
 
     rollout_urls: list[str] = field(default_factory=list)
-    """Addresses of SGLang servers, http://host:port each."""
+    """Addresses of SGLang servers, each http://host:port."""
 
     rollout_server_file: str | None = None
-    """File that tools/serve_rollouts.py enters its servers in; read at every refresh, so servers may come and go."""
+    """File in which tools/serve_rollouts.py lists its servers. It is read at every refresh, so servers may come and go."""
 
     rollout_api_key_env: str | None = None
-    """Environment variable that holds the servers' --api-key. The key itself is never a flag: flags are logged."""
+    """Environment variable that holds the servers' --api-key. The key itself is not a flag, because flags are logged."""
 
     rollout_admin_api_key_env: str | None = None
-    """Environment variable that holds their --admin-api-key, where they have one."""
+    """Environment variable that holds the servers' --admin-api-key, if they have one."""
 
-    rollout_concurrency: int = 256
-    """Requests in flight at one server, >= 1, and never more than it runs at once; one request is one sample."""
+    rollout_concurrency: PositiveInt = 256
+    """Most requests in flight at one server. The limit of the server itself applies too. One request samples one response."""
 
-    rollout_deadline_s: float = 600.0
-    """Longest time a server may take for one sample, seconds, > 0; then it counts as hung and others are asked."""
+    rollout_deadline_s: PositiveFloat = 600.0
+    """Longest time that a server may take for one response, seconds. A slower server counts as hung, and other servers are asked."""
 
-    rollout_watch_s: float = 60.0
-    """Longest time a server may take to answer a sign of life while it works, seconds, > 0; then it counts as hung."""
+    rollout_watch_s: PositiveFloat = 60.0
+    """Longest time that a busy server may take to answer a health check, seconds. A slower server counts as hung."""
 
-    rollout_attempts: int = 3
-    """Times a sample is tried before it is given up, >= 1; each time elsewhere if there is a choice."""
+    rollout_attempts: PositiveInt = 3
+    """Attempts to sample a response before it is given up, each at another server if possible."""
 
-    rollout_wait_s: float = 600.0
-    """Time to wait for the first server, seconds, >= 0."""
+    rollout_wait_s: NonNegativeFloat = 600.0
+    """Longest wait for the first server at the start of the run, seconds."""
 
     rollout_without_servers: Literal["error", "demonstrations"] = "error"
-    """What a refresh does when no server answers. error: end the run, saying so; demonstrations: train on these alone."""
+    """Action of a refresh when no server answers. error: end the run with an error; demonstrations: train on the demonstrations
+    alone."""
 
-    rollout_max_logprob_gap: float | None = 0.1
-    """Largest mean difference between a server's log-probabilities and the trainer's after a sync, in nats a token on a
-    few demonstrations, > 0; a server beyond it is left out. bf16 kernels differ by 0.01 to 0.03."""
+    rollout_max_logprob_gap: Annotated[
+        float | None,
+        Range(above=0, advice="No two programs agree in every bit. Use inf to accept every server."),
+    ] = 0.1
+    """Largest mean difference between a server's log-probabilities and the trainer's after a sync, nats per token on a few
+    demonstrations. A server with a larger difference is left out. bf16 kernels differ by 0.01 to 0.03."""
 
-    rollout_lag: int = 0
-    """0: steps wait for rollouts of the current weights; 1: the rollouts of the next refresh are made while the
-    steps of this one run, so they are one refresh old."""
+    rollout_lag: Literal[0, 1] = 0
+    """0: the steps wait for rollouts of the current weights; 1: servers sample the rollouts of the next refresh during the steps of
+    this refresh, so the rollouts are one refresh old."""
 
-    def __post_init__(self) -> None:
-        for flag, value in (
-            ("--rollout-num-samples", self.rollout_num_samples),
-            ("--rollout-max-new-tokens", self.rollout_max_new_tokens),
-            ("--rollout-batch-size", 1 if self.rollout_batch_size is None else self.rollout_batch_size),
-            ("--rollout-concurrency", self.rollout_concurrency),
-            ("--rollout-attempts", self.rollout_attempts),
-        ):
-            if value < 1:
-                raise ValueError(
-                    f"{flag} must be >= 1, got {value}. To train without rollouts use --curriculum-mode off."
-                )
-        for flag, seconds in (
-            ("--rollout-deadline-s", self.rollout_deadline_s),
-            ("--rollout-watch-s", self.rollout_watch_s),
-        ):
-            if seconds <= 0:
-                raise ValueError(
-                    f"{flag} must be > 0, got {seconds}. A server that hangs is only noticed by it."
-                )
-        if self.rollout_wait_s < 0:
-            raise ValueError(
-                f"--rollout-wait-s must be >= 0, got {self.rollout_wait_s}. Use 0 not to wait at all."
-            )
-        if self.rollout_max_logprob_gap is not None and self.rollout_max_logprob_gap <= 0:
-            raise ValueError(
-                f"--rollout-max-logprob-gap must be > 0, got {self.rollout_max_logprob_gap}: no two programs agree in every "
-                "bit. Use inf to accept every server."
-            )
-        if self.rollout_lag not in (0, 1):
-            raise ValueError(
-                f"--rollout-lag must be 0 or 1, got {self.rollout_lag}. Use 0 for rollouts of the current weights."
-            )
-        if self.rollout_temperature < 0:
-            raise ValueError(
-                f"--rollout-temperature must be >= 0, got {self.rollout_temperature}. Use 1 to sample as is."
-            )
-        if not 0 < self.rollout_top_p <= 1:
-            raise ValueError(
-                f"--rollout-top-p must be in (0, 1], got {self.rollout_top_p}. Use 1 to keep every token."
-            )
-        if self.rollout_repetition_penalty <= 0:
-            raise ValueError(
-                f"--rollout-repetition-penalty must be > 0, got {self.rollout_repetition_penalty}. Use 1 for none."
-            )
-        if self.rollout_seed < 0:
-            raise ValueError(
-                f"--rollout-seed must be >= 0, got {self.rollout_seed}. Use any other whole number."
-            )
+    def check(self) -> None:
         for url in self.rollout_urls:
-            check_address(url, "--rollout-urls")
+            check_address(url, flag_name("rollout_urls"))
         has_servers = bool(self.rollout_urls) or self.rollout_server_file is not None
         if self.rollout_engine == "sglang" and not has_servers:
-            raise ValueError(
-                "--rollout-engine sglang needs servers: --rollout-urls http://HOST:PORT [...], or --rollout-server-file "
-                "FILE as tools/serve_rollouts.py writes it."
+            raise self.refusal(
+                "rollout_engine",
+                "needs servers: --rollout-urls http://HOST:PORT [...], or --rollout-server-file FILE as tools/serve_rollouts.py "
+                "writes it.",
             )
         if self.rollout_engine != "sglang" and self.rollout_lag:
-            raise ValueError(
-                f"--rollout-lag 1 needs --rollout-engine sglang, got {self.rollout_engine}: only servers sample while "
-                "the trainer steps."
+            raise self.refusal(
+                "rollout_lag",
+                f"needs --rollout-engine sglang, got {self.rollout_engine}: only servers can sample during the trainer's steps.",
             )
         if self.rollout_engine == "replay" and not self.rollout_replay:
-            raise ValueError(
-                "--rollout-engine replay needs --rollout-replay FILE [FILE...]: the stores to take from."
+            raise self.refusal(
+                "rollout_engine", "needs --rollout-replay FILE [FILE ...]: the rollouts of earlier runs."
             )
         if self.rollout_replay and self.rollout_engine != "replay":
-            raise ValueError(
-                f"--rollout-replay is for --rollout-engine replay, got {self.rollout_engine}, which samples anew. Choose that "
-                "engine, or leave the stores out."
+            raise self.refusal(
+                "rollout_replay",
+                f"needs --rollout-engine replay, got {self.rollout_engine}, which samples new rollouts. Change the engine, or leave "
+                "the files out.",
             )
 
 
 def check_address(text: str, where: str) -> str:
-    """A server's address in the one spelling that is used from here on, so that none is taken for two servers.
+    """Normalise a server's address, so that two spellings are not taken for two servers.
 
     Raises:
-        ValueError: ``text`` is no ``http://host:port``; the message begins with ``where``.
+        ValueError: ``text`` is not ``http://host:port``; the message begins with ``where``.
     """
     if "@" in text:
         raise ValueError(
-            f"{where}: an address with a user or password in it would show them in every log, and would be sent in the place of "
-            "the bearer key. Write it as http://host:port, and name the key with --rollout-api-key-env."
+            f"{where}: an address must not contain a user or password. Every log would show them, and they would be sent instead of "
+            "the API key. Write it as http://host:port, and name the variable of the key with --rollout-api-key-env."
         )
     try:
         parts = urlsplit(text)
         host, port = parts.hostname or "", parts.port
         is_address = parts.scheme in ("http", "https") and bool(host.encode("idna")) and port is not None
         is_address &= parts.path in ("", "/") and not parts.query and not parts.fragment
-    except ValueError:  # UnicodeError too: a host name that no resolver takes
+    except ValueError:  # also UnicodeError: no resolver accepts such a host name
         is_address = False
     if not is_address or not text.isprintable() or " " in text:
-        raise ValueError(f"{where}: {text!r} is no address of a server. Write it as http://host:port.")
+        raise ValueError(f"{where}: {text!r} is not the address of a server. Write it as http://host:port.")
     return f"{parts.scheme}://{f'[{host}]' if ':' in host else host}:{port}"

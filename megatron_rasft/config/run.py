@@ -1,39 +1,35 @@
-"""Knobs of the run as a whole: the model's folder, the rhythm of refreshes, how batches are laid out."""
+"""Flags of the run as a whole: the folder of the model, the interval of refreshes, the layout of batches."""
 
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_rasft.flags import FlagSection, PositiveInt
+
 
 @dataclass(kw_only=True)
-class RunConfig:
-    """The run as a whole."""
+class RunConfig(FlagSection):
+    """The model, the interval of refreshes and the layout of batches."""
 
     hf_model: str | None = None
     """Hugging Face folder of the model: config.json sets the architecture flags, the safetensors the weights."""
 
     export_hf: str | None = None
-    """Folder that the trained model is written to at the end, as transformers loads it. Must not exist."""
+    """Folder for the trained model, written at the end in the format of transformers. It must not exist."""
 
     rasft_query_groups: int | None = None
-    """Query groups to build the model with, at least those of config.json. The added ones are zero, get no gradient
-    and are not exported: SmolLM2 with its 3 groups trains on 2 tensor-parallel ranks with 4, at the cost of their
-    computation."""
+    """Query groups of the model in training, at least as many as in config.json. The added groups are zero, get no gradient and are
+    not exported; they cost computation. Example: SmolLM2 has 3 groups; with 4 it trains on 2 tensor-parallel ranks."""
 
-    rasft_refresh_interval: int = 32
-    """Steps between refreshes, >= 1: at a refresh the problems of the next steps are scored and sampled."""
+    rasft_refresh_interval: PositiveInt = 32
+    """Steps between refreshes. At a refresh the problems of the next steps are scored, sampled and weighted; 1 samples before
+    every step."""
 
     rasft_batch_layout: Literal["packed", "padded"] = "packed"
-    """packed: sequences side by side up to --micro-batch-size x --seq-length tokens; padded: --micro-batch-size
-    sequences, each padded to the longest."""
+    """Layout of a micro-batch. packed: sequences without padding, up to --micro-batch-size x --seq-length tokens; padded:
+    --micro-batch-size sequences, each padded to the longest."""
 
     rasft_ref_cache: str | None = None
-    """SQLite file of reference log-probabilities, reused by later runs. Unset: ref_logprobs.sqlite in --save."""
+    """SQLite file of reference log-probabilities, which later runs reuse. Unset: ref_logprobs.sqlite in --save."""
 
     rasft_metrics: str | None = None
-    """File every logged number is appended to, one JSON object a line. Unset: metrics.jsonl in --save."""
-
-    def __post_init__(self) -> None:
-        if self.rasft_refresh_interval < 1:
-            raise ValueError(
-                f"--rasft-refresh-interval must be >= 1, got {self.rasft_refresh_interval}. 1 samples before every step."
-            )
+    """File that every logged number is appended to, one JSON object a line. Unset: metrics.jsonl in --save."""

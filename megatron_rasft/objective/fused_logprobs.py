@@ -15,7 +15,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_rasft.config.objective import KLDirection
 from megatron_rasft.objective.logit_kernels import (
     FORWARD_KL,
     KL_KINDS,
@@ -24,6 +23,7 @@ from megatron_rasft.objective.logit_kernels import (
     logits_to_gradient_,
 )
 from megatron_rasft.objective.logprobs import all_reduce, shard_bounds
+from megatron_rasft.types import KLDirection
 
 
 class OutputWeight(Protocol):

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_rasft.config.objective import KLDirection
+from megatron_rasft.types import KLDirection
 
 NO_REFERENCE, FORWARD_KL, REVERSE_KL = 0, 1, 2
 KL_KINDS: dict[KLDirection | None, int] = {None: NO_REFERENCE, "forward": FORWARD_KL, "reverse": REVERSE_KL}

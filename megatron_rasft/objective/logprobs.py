@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.utils.checkpoint import checkpoint
 
-from megatron_rasft.config.objective import KLDirection
+from megatron_rasft.types import KLDirection
 
 Projection = Callable[[Tensor], Tensor]
 """[c, h] hidden states -> [c, v/tp] this rank's shard of the logits."""

@@ -1,53 +1,93 @@
-"""From the verified rollouts of one problem to the sequences that are trained on and their weights.
+"""Weights of a problem's demonstration and correct rollouts from its solvability, for the rasft objective.
 
-Plain Python on Python floats: this runs once per problem on rank 0. Text similarity is the verifier's
-business and comes in as two callables, so that this room needs nothing of that one.
+Plain Python on Python floats: rank 0 calls this once per problem. The comparison of texts is passed in as two callables, because
+it belongs to the package verify/.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import get_args
+from typing import Annotated, Literal
 
-from megatron_rasft.config.objective import ObjectiveName
-from megatron_rasft.config.weighting import WeightingConfig
-from megatron_rasft.types import (
-    Demonstration,
-    Rollout,
-    RolloutGroup,
-    TrainingSample,
-    counts_as_attempt,
-    counts_as_solved,
+from megatron_rasft.flags import FlagSection, Range, Share
+from megatron_rasft.objective.declaration import UNSAMPLED_WEIGHT, Deduplicate, Similarity
+from megatron_rasft.objective.groups import (
+    count_solved,
+    distinct_positives,
+    distinct_texts,
+    grpo_advantages,
+    is_attempt,
+    is_positive,
 )
+from megatron_rasft.types import RolloutGroup
 
-DEMONSTRATION_OBJECTIVES = frozenset({"sft", "sft_kl", "dft", "asft", "profit", "iw_sft", "psft"})
-"""Objectives that train on demonstrations alone, each with weight 1."""
-
-Deduplicate = Callable[[Sequence[str]], Sequence[int]]
-"""Texts -> indices of the distinct ones, first come first kept."""
-Similarity = Callable[[str, str], float]
-"""Two texts -> 0 (nothing shared) .. 1 (the same)."""
-
-UNSAMPLED_WEIGHT = 1.0
-"""Demonstration weight of a problem nothing is known about."""
-
-DUPLICATE_FILTER = "duplicate"
-"""``Rollout.filtered_by`` of a near-duplicate, should de-duplication be recorded there: such a rollout is not
-trained on, but it is a real draw from the policy and counts in the solvability."""
-
-STD_EPSILON = 1e-6
-"""Added to the group's standard deviation (GRPO, and the published weighting)."""
-
-# The published rule is history, not a choice: its constants are not flags, because with other values it would
-# no longer be the published rule. The adaptive rule has flags.
+# The published rule has no flags: with other constants it would no longer be the published rule.
 PUBLISHED_WRONG_COPY_SIMILARITY = 0.88
-PUBLISHED_WRONG_TARGET_SIMILARITY = 0.45
 PUBLISHED_WRONG_KEPT = 3
 PUBLISHED_DIFFICULTY_GAIN = 2.0
 PUBLISHED_TANH_SLOPE = 0.4
 PUBLISHED_ROLLOUT_SCALE = 0.25
 PUBLISHED_ROLLOUT_MIN = 0.02
 PUBLISHED_ROLLOUT_MAX = 0.15
+
+Amount = Annotated[float, Range(at_least=0, below=math.inf, advice="0 turns it off.")]
+Exponent = Annotated[
+    float, Range(above=0, below=math.inf, advice="With 0 the weight would not depend on solvability.")
+]
+
+
+@dataclass(kw_only=True)
+class WeightingConfig(FlagSection):
+    """Weights of the demonstration and of the policy's own correct rollouts, from solvability s.
+
+    The adaptive rule is ``demonstration(s) = min + (max - min) (1 - s) ** demonstration_exponent`` and
+    ``rollouts(s) = total * s ** rollout_exponent``, which the distinct correct rollouts share. The solvability at which the
+    demonstration has weight 1, the weight of an unsampled problem, follows from these values (0.417 with the defaults). It is also
+    the mean of the prior.
+    """
+
+    rasft_weighting: Literal["adaptive", "published"] = "adaptive"
+    """Rule of the rasft objective. adaptive: the harder the problem, the larger the weight of the demonstration. published: the
+    computation of the authors' script, which ignores every --weighting-* flag; the script's quality filters are then on unless a
+    --no-verify-filter-* flag turns one off."""
+
+    weighting_demonstration_max: Annotated[
+        float,
+        Range(
+            above=1,
+            below=math.inf,
+            advice="An unsolved problem must have a larger weight than an unsampled problem, whose weight is 1.",
+        ),
+    ] = 1.5
+    """Demonstration weight of a problem that is never solved (s = 0)."""
+
+    weighting_demonstration_min: Annotated[
+        float,
+        Range(
+            above=0,
+            below=1,
+            advice="A solved problem must have a smaller weight than an unsampled problem, whose weight is 1. To drop its "
+            "demonstration almost completely use a small positive value.",
+        ),
+    ] = 0.3
+    """Demonstration weight of a problem that is always solved (s = 1)."""
+
+    weighting_demonstration_exponent: Exponent = 1.0
+    """Exponent of (1 - s). Below 1 the demonstration keeps a large weight until s is near 1; above 1 its weight falls early."""
+
+    weighting_rollout_total: Amount = 0.7
+    """Weight that the correct rollouts of an always solved problem share. 0 trains on demonstrations only."""
+
+    weighting_rollout_exponent: Exponent = 1.0
+    """Exponent of s. Above 1 only rollouts of reliably solved problems have much weight."""
+
+    weighting_prior_strength: Amount = 1.0
+    """Size of the Beta prior on s, in rollouts. Its mean is the s at which the demonstration weight is 1, so a problem with
+    little evidence is treated almost like an unsampled problem. 0 uses s = correct / sampled unchanged."""
+
+    weighting_memory: Share = 0.5
+    """Share of a problem's earlier rollout counts that is carried into its next estimate of s. 0 forgets them; 1 keeps all,
+    although the policy has changed since."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,63 +98,7 @@ class GroupWeights:
     rollouts: tuple[float, ...]
     """One per rollout of the group, in its order; 0 for a rollout that is not trained on."""
     solvability: float | None
-    """The estimate of s the weights follow from; None if nothing is known about the problem."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GroupAdvantages:
-    """Rewards of a group, standardised within it."""
-
-    values: tuple[float, ...]
-    is_degenerate: bool
-    """All rewards equal (one reward included): the values are zeros and teach nothing."""
-
-
-def distinct_texts(texts: Sequence[str]) -> list[int]:
-    """Indices of the texts that no earlier text equals: the de-duplication used when none is handed in."""
-    first: dict[str, int] = {}
-    for index, text in enumerate(texts):
-        first.setdefault(text, index)
-    return list(first.values())
-
-
-# ---- what a rollout counts as
-
-
-def is_attempt(rollout: Rollout) -> bool:
-    """``types.counts_as_attempt``"""
-    return counts_as_attempt(len(rollout.response_ids), rollout.finish_reason, rollout.verdict)
-
-
-def is_solved(rollout: Rollout) -> bool:
-    """``types.counts_as_solved``"""
-    return counts_as_solved(len(rollout.response_ids), rollout.finish_reason, rollout.verdict)
-
-
-def is_positive(rollout: Rollout) -> bool:
-    """Whether the rollout may be imitated: solved, and let through by every text filter."""
-    return is_solved(rollout) and not rollout.filtered_by
-
-
-def count_solved(group: RolloutGroup) -> tuple[int, int]:
-    """(solved, attempts) of a group: what solvability is estimated from and what the curriculum records.
-
-    Near-duplicates count, being draws from the policy; a correct answer that a quality filter removed (a
-    guess, a loop) is an attempt that solved nothing. A group in which the verifier could nowhere tell right
-    from wrong and that ran into no length limit has no attempts: that says more about the gold answer than
-    about the policy.
-    """
-    attempts = [r for r in group.rollouts if is_attempt(r)]
-    if not any(r.verdict in ("correct", "wrong") or r.finish_reason == "length" for r in attempts):
-        return 0, 0
-    solved = sum(is_solved(r) and r.filtered_by in ("", DUPLICATE_FILTER) for r in attempts)
-    return solved, len(attempts)
-
-
-def _distinct_positives(group: RolloutGroup, deduplicate: Deduplicate) -> list[int]:
-    """Indices into the group of the rollouts worth imitating, near-duplicates among them removed."""
-    positives = [i for i, rollout in enumerate(group.rollouts) if is_positive(rollout)]
-    return [positives[j] for j in deduplicate([group.rollouts[i].text for i in positives])]
+    """The estimate of s that the weights are computed from; None if nothing is known about the problem."""
 
 
 # ---- the adaptive rule
@@ -189,7 +173,7 @@ def adaptive_weights(
     weights = [0.0] * (0 if group is None else len(group.rollouts))
     if solvability is None:
         return GroupWeights(demonstration=UNSAMPLED_WEIGHT, rollouts=tuple(weights), solvability=None)
-    trained = [] if group is None else _distinct_positives(group, deduplicate)
+    trained = [] if group is None else distinct_positives(group, deduplicate)
     for i in trained:
         weights[i] = rollout_total(solvability, config) / len(trained)
     return GroupWeights(
@@ -258,120 +242,3 @@ def _count_wrong_kept(wrong: Sequence[str], correct: Sequence[str], similarity: 
         return min(PUBLISHED_WRONG_KEPT, len(wrong))
     unlike = [w for w in wrong if max(similarity(w, c) for c in correct) < PUBLISHED_WRONG_COPY_SIMILARITY]
     return min(PUBLISHED_WRONG_KEPT, len(unlike))
-
-
-# ---- group advantages
-
-
-def grpo_advantages(rewards: Sequence[float]) -> GroupAdvantages:
-    """(R - mean) / (population std + 1e-6) over one group (2402.03300); zeros where all rewards are equal."""
-    if all(reward == rewards[0] for reward in rewards):
-        return GroupAdvantages(values=(0.0,) * len(rewards), is_degenerate=True)
-    mean = math.fsum(rewards) / len(rewards)
-    std = math.sqrt(math.fsum((reward - mean) ** 2 for reward in rewards) / len(rewards))
-    return GroupAdvantages(
-        values=tuple((reward - mean) / (std + STD_EPSILON) for reward in rewards), is_degenerate=False
-    )
-
-
-def gft_advantages(rollout_rewards: Sequence[float], demonstration_reward: float = 1.0) -> GroupAdvantages:
-    """Advantages of the mixed group of demonstration and rollouts (2604.14258); ``values[0]`` is the demonstration's."""
-    return grpo_advantages([demonstration_reward, *rollout_rewards])
-
-
-# ---- what is trained on
-
-
-def make_samples(
-    objective: ObjectiveName,
-    demonstration: Demonstration,
-    group: RolloutGroup | None = None,
-    *,
-    config: WeightingConfig,
-    remembered: tuple[float, float] | None = None,
-    deduplicate: Deduplicate = distinct_texts,
-    similarity: Similarity | None = None,
-) -> list[TrainingSample]:
-    """The sequences one problem contributes to training, demonstration first, and their weights.
-
-    Writes the weight of every rollout of ``group`` into ``rollout.weight``. A rollout that was aborted, is
-    empty or that the grader gave up on is never trained on, and one cut by length never as a positive.
-
-    - rasft: demonstration and distinct correct rollouts, by ``--rasft-weighting``.
-    - raft: distinct correct rollouts with weight 1, nothing else; possibly no sample at all.
-    - grpo: every attempt with its advantage, no demonstration; nothing for a degenerate group if
-      weighting_skip_degenerate.
-    - gft: demonstration (reward 1) and every attempt with their advantages; the demonstration with weight 1
-      where all rewards are equal or there is no attempt.
-    - the others: the demonstration with weight 1, whatever was sampled.
-
-    Args:
-        remembered: (solvability, samples it rests on) from before this refresh; adaptive rasft only.
-        deduplicate: which of some texts are distinct; rasft and raft.
-        similarity: of two texts; published rasft only.
-    """
-    if objective not in get_args(ObjectiveName):
-        raise ValueError(
-            f"--objective must be one of {', '.join(get_args(ObjectiveName))}, got {objective!r}."
-        )
-    if group is not None:
-        assert group.problem_id == demonstration.problem_id, (
-            f"rollouts of problem {group.problem_id!r} met the demonstration of {demonstration.problem_id!r}"
-        )
-        unverified = [r.sample_index for r in group.rollouts if is_attempt(r) and r.verdict is None]
-        assert not unverified, f"problem {group.problem_id!r}: rollouts {unverified} have no verdict yet"
-
-    rollouts = [] if group is None else group.rollouts
-    trained: dict[int, float] = {}  # index into rollouts -> weight
-    demonstration_share: float | None = UNSAMPLED_WEIGHT  # None: the demonstration is not trained on
-    if objective == "rasft":
-        if config.rasft_weighting == "published":
-            weights = published_weights(group, deduplicate=deduplicate, similarity=similarity)
-        else:
-            weights = adaptive_weights(group, config, remembered=remembered, deduplicate=deduplicate)
-        demonstration_share = weights.demonstration
-        trained = {i: weight for i, weight in enumerate(weights.rollouts) if weight > 0}
-    elif objective == "raft":
-        demonstration_share = None
-        trained = {} if group is None else dict.fromkeys(_distinct_positives(group, deduplicate), 1.0)
-    elif objective in ("grpo", "gft"):
-        # Where nothing could be verified, no reward is known: the group counts as unsampled.
-        is_judged = group is not None and count_solved(group)[1] > 0
-        attempts = [i for i, rollout in enumerate(rollouts) if is_judged and is_attempt(rollout)]
-        rewards = [1.0 if is_solved(rollouts[i]) else 0.0 for i in attempts]
-        if objective == "grpo":
-            demonstration_share = None
-            advantages = grpo_advantages(rewards)
-            if not (advantages.is_degenerate and config.weighting_skip_degenerate):
-                trained = dict(zip(attempts, advantages.values, strict=True))
-        else:
-            advantages = gft_advantages(rewards)
-            if not advantages.is_degenerate:
-                demonstration_share = advantages.values[0]
-                trained = dict(zip(attempts, advantages.values[1:], strict=True))
-
-    for i, rollout in enumerate(rollouts):
-        rollout.weight = trained.get(i, 0.0)
-    samples = []
-    if demonstration_share is not None:
-        samples.append(
-            TrainingSample(
-                problem_id=demonstration.problem_id,
-                kind="demonstration",
-                prompt_ids=demonstration.prompt_ids,
-                response_ids=demonstration.response_ids,
-                weight=demonstration_share,
-            )
-        )
-    samples += [
-        TrainingSample(
-            problem_id=rollouts[i].problem_id,
-            kind="rollout",
-            # the same tokens as rollouts[i].prompt_ids, which may be a list of its own
-            prompt_ids=demonstration.prompt_ids,
-            response_ids=rollouts[i].response_ids,
-            weight=weight,
-        )
-        for i, weight in trained.items()
-    ]
-    return samples

@@ -3,32 +3,17 @@
 import argparse
 import os
 import warnings
-from dataclasses import fields
 from functools import partial
 from typing import Any
 
 import torch
-from megatron.training.argument_utils import ArgumentGroupFactory
 from megatron.training.arguments import parse_args
 
 from megatron_rasft.config import RasftConfig
-from megatron_rasft.config.flags import FlagParser, with_default
+from megatron_rasft.config.parser import FlagParser, add_flags
 from megatron_rasft.config.verify import published_filters
 from megatron_rasft.training.refusals import refuse_unsupported
 from megatron_rasft.training.requirements import refuse_unrunnable
-
-_TITLES = {
-    "run": "rasft run",
-    "data": "rasft data",
-    "curriculum": "rasft curriculum",
-    "rollout": "rasft rollouts",
-    "sync": "rasft weight sync",
-    "verify": "rasft verification",
-    "weighting": "rasft weighting",
-    "objective": "rasft objective",
-    "heldout": "rasft held-out solve rate",
-}
-
 
 CHANGED_DEFAULTS = {
     "micro_batch_size": 1,
@@ -103,11 +88,8 @@ def add_arguments(megatron: argparse.ArgumentParser) -> FlagParser:
         f"{WARMUP_STEPS} where no warm-up is given.",
         add_help=False,
     )
-    for room, kind in RasftConfig.rooms().items():
-        group = ArgumentGroupFactory(kind).build_group(parser, title=_TITLES[room])
-        for action in group._group_actions:
-            action.help = with_default(action.help or "", action.default)
-        _add_opposites(group, kind)
+    for title, section in RasftConfig.sections().items():
+        add_flags(parser.add_argument_group(f"rasft {title}", section.__doc__), section)
     for action in parser._actions:
         action.help = _printable(action)
     parser.set_defaults(**defaults)
@@ -119,20 +101,6 @@ def _as_flag(name: str, value: Any) -> str:
     if isinstance(value, bool):
         return f"--{flag}" if value else f"--no-{flag}"
     return f"--{flag} {value}"
-
-
-def _add_opposites(group: argparse._ArgumentGroup, kind: type) -> None:
-    """Every switch can be put either way: the factory makes only the flag that changes the default."""
-    for field in fields(kind):
-        if field.type not in (bool, bool | None):
-            continue
-        flag = field.name.replace("_", "-")
-        name, action = (
-            (f"--{flag}", "store_true") if field.default is not False else (f"--no-{flag}", "store_false")
-        )
-        group.add_argument(
-            name, dest=field.name, action=action, default=argparse.SUPPRESS, help=argparse.SUPPRESS
-        )
 
 
 def _printable(action: argparse.Action) -> str | None:

@@ -109,7 +109,7 @@ def describe_run(args: Any, config: RasftConfig, num_problems: int) -> str:
     """The first line of a run: objective, model, length, processes, layout and precision."""
     device = "GPU" if args.distributed_backend == "nccl" else "CPU"
     return (
-        f"{config.objective.objective} on {args.hf_model}: {num_problems} problems, {args.train_iters} steps of "
+        f"{config.objective.name} on {args.hf_model}: {num_problems} problems, {args.train_iters} steps of "
         f"{args.global_batch_size}, {args.world_size} {device} process(es), tp {args.tensor_model_parallel_size} pp "
         f"{args.pipeline_model_parallel_size} cp {args.context_parallel_size}, {str(args.params_dtype)[6:]}"
     )

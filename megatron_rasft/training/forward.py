@@ -1,4 +1,4 @@
-"""What the pipeline schedule runs for a micro-batch: the model, the log-probabilities, the loss."""
+"""The forward steps that the pipeline schedule runs for each micro-batch: the model, the log-probabilities, the loss."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -11,8 +11,8 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_and_async_allreduce
 from torch import Tensor
 
-from megatron_rasft.config import ObjectiveConfig
-from megatron_rasft.config.objective import PLAIN_CHUNK_TOKENS, fused_chunk_tokens
+from megatron_rasft.config.loss import PLAIN_CHUNK_TOKENS, LossConfig, fused_chunk_tokens
+from megatron_rasft.objective.declaration import Objective
 from megatron_rasft.objective.fused_logprobs import ReferenceLogits, fused_logprobs
 from megatron_rasft.objective.logprobs import chunked_logprobs, chunked_logprobs_and_kl
 from megatron_rasft.objective.token_losses import LossSums, PackedTokens, token_loss_sums
@@ -24,30 +24,32 @@ class Forward:
     """The forward steps of one run, for Megatron's schedules.
 
     Args:
-        config: of the objective.
+        objective: the loss.
+        config: how log-probabilities are computed.
         vocab_size: true vocabulary; padded entries have no probability.
     """
 
-    def __init__(self, config: ObjectiveConfig, vocab_size: int) -> None:
+    def __init__(self, objective: Objective, config: LossConfig, vocab_size: int) -> None:
+        self.objective = objective
         self.config = config
         self.vocab_size = vocab_size
         self.ref_output_weight: Tensor | None = None
-        """[v/tp, h] of the frozen reference, on the last stage, where the objective has a full-vocabulary KL."""
+        """[v/tp, h] of the frozen reference; set on the last stage if the objective has a full-vocabulary KL."""
         self.ref_hidden: dict[int, Tensor] = {}
-        """id of a micro-batch -> the reference's hidden states for it, this step only."""
+        """``id()`` of a micro-batch -> the reference's hidden states for it, for the current step only."""
 
     def train_step(self, data_iterator: Iterator[MicroBatch], model: Any) -> tuple[Tensor, Callable]:
-        """Forward step of training: returns the model's output and the loss function of it."""
+        """Forward step of training: returns the model's output and the function that computes the loss from it."""
         batch = next(data_iterator)
         return self._run(model, batch, self._training_output), partial(self._loss, batch)
 
     def score_step(self, data_iterator: Iterator[MicroBatch], model: Any) -> tuple[Tensor, Callable]:
-        """Forward step of scoring: the loss function hands the log-probabilities through."""
+        """Forward step of scoring: the loss function returns the log-probabilities unchanged."""
         batch = next(data_iterator)
         return self._run(model, batch, self._logprobs_output), lambda out, non_loss_data=True: out
 
     def reference_step(self, data_iterator: Iterator[MicroBatch], model: Any) -> tuple[Tensor, Callable]:
-        """Forward step with the reference's weights in place: keeps its hidden states for the KL of this step."""
+        """Forward step under the reference's weights: keeps the hidden states for the KL of this step."""
         batch = next(data_iterator)
         return self._run(model, batch, self._keep_hidden), lambda out, non_loss_data=True: out
 
@@ -83,9 +85,9 @@ class Forward:
         context: MicroBatch,
         **_: Any,
     ) -> Tensor:
-        """[b * s/cp], or [2, b * s/cp] with the KL to the reference as second row."""
+        """[s/cp(/tp), b, h] -> [b * s/cp] log-probabilities, or [2, b * s/cp] with the KL to the reference as second row."""
         ref_hidden = None
-        if self.config.needs_reference_distribution():
+        if self.objective.needs_reference_distribution():
             ref_hidden = self.ref_hidden[id(context)]
         logprobs, kl = self._logprobs_and_kl(hidden_states, output_layer, output_weight, context, ref_hidden)
         return logprobs if kl is None else torch.stack([logprobs, kl])
@@ -93,19 +95,20 @@ class Forward:
     def _logprobs_and_kl(
         self, hidden: Tensor, layer: Any, weight: Tensor | None, batch: MicroBatch, ref_hidden: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Log-probabilities [b * s/cp], and with the reference's hidden states the KL to it."""
+        """Log-probabilities [b * s/cp], and the KL to the reference if its hidden states are given."""
         _await_weight(layer)
         hidden, weight = _flat(hidden, layer), layer.weight if weight is None else weight
         assert weight is not None
         reference = None
         if ref_hidden is not None:
-            assert self.ref_output_weight is not None, (
+            kl_term = self.objective.kl_term()
+            assert self.ref_output_weight is not None and kl_term is not None, (
                 "a KL objective runs reference_step before each train step"
             )
             reference = ReferenceLogits(
                 hidden=_flat(ref_hidden, layer),
                 weight=self.ref_output_weight,
-                direction=self.config.kl_term().direction,
+                direction=kl_term.direction,
             )
         if _takes_fused_kernels(self.config, hidden, layer, weight):
             return self._fused(hidden, layer, weight, batch, reference)
@@ -153,7 +156,10 @@ class Forward:
         return hidden_states.new_zeros(1)
 
     def _loss(self, batch: MicroBatch, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """The masked sum, its denominator, and [sum, count] of each metric: divided by Megatron over the batch."""
+        """The masked sum, its denominator, and [sum, count] of each metric.
+
+        Megatron sums the first two over the global batch and divides once (--calculate-per-token-loss).
+        """
         logprobs, kl = (output, None) if output.dim() == 1 else output.unbind(0)
         sums: LossSums = token_loss_sums(
             PackedTokens(
@@ -167,18 +173,18 @@ class Forward:
                 kl=kl,
                 cp_group=parallel_state.get_context_parallel_group(),
             ),
-            self.config,
+            self.objective,
         )
         count = sums.denominator.detach()
         report = {"loss": torch.stack([sums.loss_sum.detach().float(), count.float()]), **sums.metrics}
         return sums.loss_sum, count.to(torch.int), report
 
 
-def _takes_fused_kernels(config: ObjectiveConfig, hidden: Tensor, layer: Any, weight: Tensor) -> bool:
-    """Whether the Triton kernels compute the log-probabilities."""
+def _takes_fused_kernels(config: LossConfig, hidden: Tensor, layer: Any, weight: Tensor) -> bool:
+    """Whether the fused Triton kernels compute the log-probabilities."""
     if config.objective_logprob_kernels != "auto":
         return config.objective_logprob_kernels == "fused"
-    # Megatron's own layer gathers a weight that is sharded over these, and takes its gradient apart again.
+    # Only Megatron's own layer gathers a sharded weight before its use and scatters the gradient after it.
     is_sharded = hasattr(weight, "__fsdp_param__") or layer.gtp_remat_size > 1
     return hidden.is_cuda and not is_sharded
 
@@ -186,15 +192,16 @@ def _takes_fused_kernels(config: ObjectiveConfig, hidden: Tensor, layer: Any, we
 def _await_weight(layer: Any) -> None:
     """Wait for the output layer's weight under --overlap-param-gather.
 
-    Megatron waits in a hook before a module's forward (distributed_data_parallel.py), and only the layer's weight is used
-    here. Without the wait, a weight with a bucket of its own is read while it is being gathered.
+    Megatron waits in a hook that runs before a module's forward (distributed_data_parallel.py). The layer's forward is not called
+    here, only its weight is used, so the hooks are called by hand. Otherwise a weight in a bucket of its own would be read
+    while it is still being gathered.
     """
     for hook in layer._forward_pre_hooks.values():
         hook(layer, ())
 
 
 def _flat(hidden: Tensor, output_layer: Any) -> Tensor:
-    """[s/cp(/tp), b, h] -> [b * s/cp, h], whole on every tensor-parallel rank."""
+    """[s/cp(/tp), b, h] -> [b * s/cp, h], complete on every tensor-parallel rank."""
     if output_layer.sequence_parallel:
         hidden = gather_from_sequence_parallel_region(hidden, group=output_layer.tp_group)
     return hidden.transpose(0, 1).reshape(-1, hidden.shape[-1])
@@ -203,8 +210,8 @@ def _flat(hidden: Tensor, output_layer: Any) -> Tensor:
 def _projection(output_layer: Any, weight: Tensor) -> Callable[[Tensor], Tensor]:
     """The output layer for tokens that are already gathered: [t, h] -> [t, v/tp].
 
-    With sequence parallelism the backward of the gather sums the ranks' gradients of the hidden
-    states; without it the linear's own all-reduce does.
+    The gradient of the hidden states must be summed over the tensor-parallel ranks. With sequence parallelism the backward pass of
+    the gather does this, without it the all-reduce of the linear layer.
     """
 
     def project(hidden: Tensor) -> Tensor:
@@ -226,7 +233,7 @@ def run_forward_only(step: Callable, batches: Sequence[MicroBatch], model: Seque
     """Run a forward step over this rank's micro-batches.
 
     Returns:
-        On the last pipeline stage what the step's loss function gave, per micro-batch; elsewhere [].
+        On the last pipeline stage the result of the step's loss function for each micro-batch; on the others [].
     """
     training = [chunk.training for chunk in model]
     for chunk in model:

@@ -12,7 +12,8 @@ from typing import Any, Protocol
 from megatron_rasft.config import RasftConfig
 from megatron_rasft.curriculum.curriculum import Curriculum
 from megatron_rasft.data.tokenized_rows import ByProblem
-from megatron_rasft.objective.weighting import count_solved, make_samples
+from megatron_rasft.objective.groups import count_solved
+from megatron_rasft.objective.samples import make_samples
 from megatron_rasft.rollout.replay import ReplayEngine
 from megatron_rasft.rollout.seeds import sample_seed
 from megatron_rasft.rollout.store import RolloutStore
@@ -233,7 +234,7 @@ class Refresh:
     def _weighed(self, problem_id: str, group: RolloutGroup | None) -> list[TrainingSample]:
         verify, longest = self._config.verify, self._sampling.max_total_tokens
         samples = make_samples(
-            self._config.objective.objective,
+            self._config.objective,
             self._demonstrations[problem_id],
             group,
             config=self._config.weighting,

@@ -2,7 +2,7 @@
 
 import argparse
 
-from megatron_rasft.config.flags import FlagParser
+from megatron_rasft.config.parser import FlagParser
 
 _ONE_SIZE = "every step takes --global-batch-size problems"
 _ONE_KIND = "a checkpoint is a whole one, written every --save-interval steps"

@@ -150,7 +150,7 @@ class Trainer:
     def _build_reference(self) -> None:
         """Copies the initial weights, if the objective needs a reference."""
         objective = self.config.objective
-        self.forward = Forward(objective, self.folder.shape.vocab_size)
+        self.forward = Forward(objective, self.config.loss, self.folder.shape.vocab_size)
         self.reference = FrozenReference(self.model) if objective.needs_reference() else None
         if objective.needs_reference_distribution() and self.chunks[-1].post_process:
             assert self.reference is not None

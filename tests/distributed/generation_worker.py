@@ -21,7 +21,8 @@ from megatron_rasft.training import cpu_backend
 cpu_backend.enable()
 cpu_backend.use_cpu_fused_adam()
 
-from megatron_rasft.config import ObjectiveConfig, RasftConfig, RolloutConfig  # noqa: E402
+from megatron_rasft.config import RasftConfig, RolloutConfig  # noqa: E402
+from megatron_rasft.objective.families.policy_ratio import Grpo  # noqa: E402
 from megatron_rasft.ranks import gather_to_all  # noqa: E402
 from megatron_rasft.training.kv_cache import CachedAttention  # noqa: E402
 from megatron_rasft.training.reference import LogprobCache  # noqa: E402
@@ -166,9 +167,10 @@ class ParityVerifier:
 
 def refresh(run: Any) -> list[tuple[list[int], float, list[float], list[float]]]:
     """The samples of a grpo refresh on rank 0; neither rollouts nor samples go to the other ranks."""
-    rooms: dict[str, Any] = {name: kind() for name, kind in RasftConfig.rooms().items()}
-    rooms["objective"] = ObjectiveConfig(objective="grpo")
-    rooms["rollout"] = RolloutConfig(rollout_num_samples=NUM_SAMPLES, rollout_max_new_tokens=NEW_TOKENS)
+    config = RasftConfig(
+        objective=Grpo(),
+        rollout=RolloutConfig(rollout_num_samples=NUM_SAMPLES, rollout_max_new_tokens=NEW_TOKENS),
+    )
     demonstrations = [
         Demonstration(
             problem_id=str(i), problem="", response="", answer="", prompt_ids=ids, response_ids=[7, 9]
@@ -176,7 +178,6 @@ def refresh(run: Any) -> list[tuple[list[int], float, list[float], list[float]]]
         for i, ids in enumerate(PROMPTS)
     ]
     is_rank_zero = dist.get_rank() == 0
-    config = RasftConfig(**rooms)
     sampling = sampling_params(config, STOP_IDS, SEQ_LENGTH)
 
     def refresh_of_rank_zero() -> Refresh:

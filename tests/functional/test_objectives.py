@@ -3,11 +3,10 @@
 import json
 import math
 from pathlib import Path
-from typing import get_args
 
 import pytest
 
-from megatron_rasft.config.objective import ObjectiveName
+from megatron_rasft.objective.families import OBJECTIVES
 from tests.functional import launching
 from tests.functional.conftest import Workshop
 
@@ -24,7 +23,7 @@ def refreshes_of(save: Path) -> list[dict[str, float]]:
     return [r for r in records if r["event"] == "refresh"]
 
 
-@pytest.mark.parametrize("objective", get_args(ObjectiveName))
+@pytest.mark.parametrize("objective", list(OBJECTIVES))
 def test_objective_trains(workshop: Workshop, tmp_path: Path, objective: str) -> None:
     save = tmp_path / "save"
     flags = ["--objective", objective, "--train-iters", "3", "--rasft-refresh-interval", "2"]

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_rasft.config.objective import KLDirection
 from megatron_rasft.objective.fused_logprobs import ReferenceLogits, fused_logprobs
 from megatron_rasft.training.wgrad import MegatronOutputWeight, _write_product
+from megatron_rasft.types import KLDirection
 
 pytestmark = pytest.mark.gpu
 

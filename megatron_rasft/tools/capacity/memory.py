@@ -4,7 +4,7 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 
-from megatron_rasft.config.objective import fused_chunk_tokens
+from megatron_rasft.config.loss import fused_chunk_tokens
 from megatron_rasft.tools.capacity.config import AssumptionConfig, PlanConfig
 from megatron_rasft.tools.capacity.layouts import Layout, Model, padded_vocabulary, shards, stage_chunks
 

@@ -1,72 +1,191 @@
-"""Flags out of range name the flag and the way out, and every field says what it means."""
+"""The flags of a run and of the tools: ranges, rules between flags, documentation, and reading back."""
 
-import ast
-import inspect
+import math
+import re
 from argparse import ArgumentParser, Namespace
-from dataclasses import fields
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+from megatron.training.arguments import add_megatron_arguments
 
 from megatron_rasft.config import (
+    CurriculumConfig,
+    DataConfig,
     HeldoutConfig,
     RasftConfig,
     RolloutConfig,
-    RunConfig,
     SyncConfig,
 )
+from megatron_rasft.config.parser import add_flags
+from megatron_rasft.flags import FlagSection, OneOf, Range, flag_name
+from megatron_rasft.objective.families.policy_ratio import Grpo
+from megatron_rasft.tools.capacity.config import AssumptionConfig, PlanConfig
+from megatron_rasft.tools.evaluation.config import EvaluationConfig
 from megatron_rasft.training.arguments import add_arguments
 
+SECTIONS = {
+    **RasftConfig.sections(),
+    "evaluate": EvaluationConfig,
+    "plan": PlanConfig,
+    "assumed": AssumptionConfig,
+}
+STEP = 1e-3
 
-def defaults(**changes: Any) -> Namespace:
-    values = {f.name: getattr(kind(), f.name) for kind in RasftConfig.rooms().values() for f in fields(kind)}
-    return Namespace(**{**values, **changes})
+
+def parse(*flags: str) -> Namespace:
+    return add_arguments(ArgumentParser()).parse_args(list(flags))
+
+
+# ranges
+
+
+def refused(rule: Range | OneOf) -> Iterator[Any]:
+    """Values just outside a rule."""
+    if isinstance(rule, OneOf):
+        yield "another"
+        return
+    yield math.nan
+    for bound, outside in ((rule.at_least, -STEP), (rule.above, 0), (rule.at_most, STEP), (rule.below, 0)):
+        if bound is not None:
+            yield bound + outside
+
+
+def accepted(rule: Range | OneOf) -> Iterator[Any]:
+    """Values just inside a rule."""
+    if isinstance(rule, OneOf):
+        yield from rule.values
+        return
+    for bound, inside in ((rule.at_least, 0), (rule.above, STEP), (rule.at_most, 0), (rule.below, -STEP)):
+        if bound is not None and math.isfinite(bound):
+            yield bound + inside
+
+
+RULES = [(kind, name, rule) for kind in SECTIONS.values() for name, rule in kind.rules().items()]
+
+
+@pytest.mark.parametrize(("kind", "name", "rule"), RULES, ids=[name for _, name, _ in RULES])
+def test_a_value_outside_its_range_is_refused_by_its_flag(
+    kind: type[FlagSection], name: str, rule: Range | OneOf
+) -> None:
+    is_list = isinstance(kind.flag_fields()[name], list)
+    for value in refused(rule):
+        with pytest.raises(ValueError, match=f"^{flag_name(name)} must be ") as raised:
+            kind(**{name: [value] if is_list else value})
+        assert str(rule) in str(raised.value) and repr(value) in str(raised.value)
+    for value in accepted(rule):
+        assert value in rule
+
+
+def test_every_number_has_a_range() -> None:
+    """The number of query groups is compared with config.json of the model instead."""
+    numbers = {
+        name
+        for kind in SECTIONS.values()
+        for name, annotated in kind.types().items()
+        if any(part in (int, float) for part in (annotated, *getattr(annotated, "__args__", ())))
+    }
+    assert numbers - {name for _, name, _ in RULES} == {"rasft_query_groups"}
 
 
 @pytest.mark.parametrize(
-    ("kind", "name", "value"),
+    ("rule", "text", "inside", "outside"),
     [
-        (RolloutConfig, "rollout_num_samples", 0),
-        (RolloutConfig, "rollout_max_new_tokens", 0),
-        (RolloutConfig, "rollout_batch_size", -1),
-        (RolloutConfig, "rollout_temperature", -0.1),
-        (RolloutConfig, "rollout_top_p", 0.0),
-        (RolloutConfig, "rollout_top_p", 1.5),
-        (RolloutConfig, "rollout_repetition_penalty", 0.0),
-        (RolloutConfig, "rollout_seed", -1),
-        (RolloutConfig, "rollout_engine", "replay"),
-        (RolloutConfig, "rollout_replay", ["rollouts.jsonl"]),  # which the embedded engine does not read
-        (RunConfig, "rasft_refresh_interval", 0),
-        (SyncConfig, "sync_bucket_mib", 0),
-        (SyncConfig, "sync_timeout_s", 0.0),
-        (SyncConfig, "sync_port", 70000),
-        (SyncConfig, "sync_proof_interval", -1),
-        (SyncConfig, "sync_method", "disk"),  # without a folder
-        (HeldoutConfig, "heldout_interval", -1),
-        (HeldoutConfig, "heldout_num_samples", 0),
-        (HeldoutConfig, "heldout_temperature", -1.0),
-        (HeldoutConfig, "heldout_num_samples", 4),  # greedy
-        (HeldoutConfig, "heldout_data", ["rows.csv"]),
-        (HeldoutConfig, "heldout_data", ["rows.jsonl", "rows.jsonl"]),
+        (Range(at_least=1), ">= 1", [1, 1e9, math.inf], [0.5, -1, math.nan]),
+        (Range(above=0), "> 0", [1e-9, math.inf], [0, math.nan]),
+        (Range(at_most=3), "<= 3", [3, -math.inf], [3.5, math.nan]),
+        (Range(above=1, below=math.inf), "> 1 and finite", [1.5], [1, math.inf, math.nan]),
+        (Range(below=math.inf), "finite", [-5], [math.inf]),
+        (Range(at_least=0, at_most=1), "in [0, 1]", [0, 0.5, 1], [-0.1, 1.1, math.nan]),
+        (Range(above=0, below=1), "in (0, 1)", [0.5], [0, 1]),
+        (OneOf(("a", "b", "c")), "a, b or c", ["a", "c"], ["d", ""]),
+        (OneOf((0, 1)), "0 or 1", [0, 1], [2]),
     ],
 )
-def test_a_value_out_of_range_names_its_flag(kind: type, name: str, value: Any) -> None:
-    with pytest.raises(ValueError, match="--" + name.replace("_", "-")):
-        kind(**{name: value})
+def test_a_rule_reads_as_it_checks(rule: Any, text: str, inside: list[Any], outside: list[Any]) -> None:
+    assert str(rule) == text
+    assert all(value in rule for value in inside)
+    assert not any(value in rule for value in outside)
+
+
+def test_help_shows_range_and_default() -> None:
+    text = " ".join(add_arguments(ArgumentParser()).format_help().split())
+    assert "Largest ratio. Range: > 0. Default: 1.2" in text
+    assert "Range: (0, 1]. Default: 1.0" in text
+    assert "(the DFT factor). Default: on" in text
+
+
+# rules between flags
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "flags"),
+    [
+        (RolloutConfig, {"rollout_engine": "replay"}, ["--rollout-engine", "--rollout-replay"]),
+        (RolloutConfig, {"rollout_replay": ["rollouts.jsonl"]}, ["--rollout-replay", "--rollout-engine"]),
+        (RolloutConfig, {"rollout_engine": "sglang"}, ["--rollout-engine", "--rollout-urls"]),
+        (RolloutConfig, {"rollout_lag": 1}, ["--rollout-lag", "--rollout-engine"]),
+        (RolloutConfig, {"rollout_urls": ["localhost"]}, ["--rollout-urls"]),
+        (SyncConfig, {"sync_method": "disk"}, ["--sync-method", "--sync-disk-folder"]),
+        (HeldoutConfig, {"heldout_num_samples": 4}, ["--heldout-num-samples", "--heldout-temperature"]),
+        (HeldoutConfig, {"heldout_data": ["rows.csv"]}, ["--heldout-data"]),
+        (HeldoutConfig, {"heldout_data": ["rows.jsonl", "rows.jsonl"]}, ["--heldout-data"]),
+        (DataConfig, {"train_data": ["rows.csv"]}, ["--train-data"]),
+        (DataConfig, {"train_data": ["a.jsonl", "b.jsonl", "a.jsonl"]}, ["--train-data", "--data-epochs"]),
+        (DataConfig, {"data_id_field": ""}, ["--data-id-field"]),
+        (DataConfig, {"data_tests_field": ""}, ["--data-tests-field"]),
+        (DataConfig, {"data_response_field": "problem"}, ["--data-response-field"]),
+        (DataConfig, {"data_response_field": "answer"}, ["--data-response-field"]),
+        (DataConfig, {"data_chat_template": "missing.jinja"}, ["--data-chat-template"]),
+        (
+            CurriculumConfig,
+            {"curriculum_low_start": 0.05},
+            ["--curriculum-easy-floor", "--curriculum-low-start"],
+        ),
+        (CurriculumConfig, {"curriculum_low_end": 0.8}, ["--curriculum-low-end", "--curriculum-high-end"]),
+        (CurriculumConfig, {"curriculum_high_end": 0.95}, ["--curriculum-high-end", "--curriculum-ceiling"]),
+        (EvaluationConfig, {"temperature": 0.0}, ["--num-samples", "--temperature"]),
+        (EvaluationConfig, {"benchmarks": []}, ["--benchmarks"]),
+        (EvaluationConfig, {"pass_k": [1, 32]}, ["--pass-k", "--num-samples"]),
+        (PlanConfig, {"rollout_gpus": 8}, ["--rollout-gpus", "--num-gpus"]),
+        (PlanConfig, {"rollout_gpus": 0, "rollout_lag": 1}, ["--rollout-lag", "--rollout-gpus"]),
+        (PlanConfig, {"max_new_tokens": 8192}, ["--max-new-tokens", "--seq-length"]),
+    ],
+)
+def test_a_broken_rule_between_flags_names_them(
+    kind: type[FlagSection], fields: dict[str, Any], flags: list[str]
+) -> None:
+    with pytest.raises(ValueError, match=f"^{flags[0]}") as raised:
+        kind(**fields)
+    assert all(flag in str(raised.value) for flag in flags)
 
 
 @pytest.mark.parametrize("objective", ["raft", "grpo"])
 def test_objectives_on_rollouts_need_rollouts(objective: str) -> None:
     with pytest.raises(ValueError, match="--curriculum-mode"):
-        RasftConfig.from_args(defaults(objective=objective, curriculum_mode="off"))
+        RasftConfig.from_args(parse("--objective", objective, "--curriculum-mode", "off"))
 
 
-def test_the_tree_reads_back_from_arguments() -> None:
-    config = RasftConfig.from_args(defaults(rollout_num_samples=7))
+# reading back
+
+
+def test_flags_read_back_from_arguments() -> None:
+    config = RasftConfig.from_args(parse("--rollout-num-samples", "7", "--objective-ratio", "off"))
     assert config.rollout.rollout_num_samples == 7
+    assert config.objective.name == "rasft" and not config.objective.needs_reference_logprobs()
     assert config.samples_rollouts
-    assert not RasftConfig.from_args(defaults(objective="sft")).samples_rollouts
-    assert RasftConfig.from_args(defaults(objective="sft", heldout_data=["a.jsonl"])).verifies
+    assert not RasftConfig.from_args(parse("--objective", "sft")).samples_rollouts
+    assert RasftConfig.from_args(parse("--objective", "sft", "--heldout-data", "a.jsonl")).verifies
+
+
+def test_without_flags_every_section_has_its_defaults() -> None:
+    assert RasftConfig.from_args(parse()) == RasftConfig()
+
+
+def test_flags_of_an_objective_that_is_not_used_are_checked_too() -> None:
+    with pytest.raises(ValueError, match="--objective-gft-threshold"):
+        RasftConfig.from_args(parse("--objective", "sft", "--objective-gft-threshold", "2"))
 
 
 @pytest.mark.parametrize(
@@ -78,26 +197,43 @@ def test_the_tree_reads_back_from_arguments() -> None:
         (["--weighting-skip-degenerate"], True),
     ],
 )
-def test_dapo_skips_degenerate_groups_unless_told_otherwise(flags: list[str], skips: bool) -> None:
-    args = add_arguments(ArgumentParser()).parse_args(["--objective", "grpo", *flags])
-    assert RasftConfig.from_args(args).weighting.weighting_skip_degenerate is skips
+def test_dapo_skips_degenerate_groups_unless_a_flag_differs(flags: list[str], skips: bool) -> None:
+    objective = RasftConfig.from_args(parse("--objective", "grpo", *flags)).objective
+    assert isinstance(objective, Grpo) and objective.skips_degenerate_groups is skips
 
 
-@pytest.mark.parametrize("kind", RasftConfig.rooms().values(), ids=RasftConfig.rooms())
-def test_every_field_is_documented(kind: type) -> None:
-    (tree,) = ast.parse(inspect.getsource(kind)).body
-    assert isinstance(tree, ast.ClassDef)
-    documented = {
-        a.target.id
-        for a, b in zip(tree.body, tree.body[1:], strict=False)
-        if isinstance(a, ast.AnnAssign)
-        and isinstance(a.target, ast.Name)
-        and isinstance(b, ast.Expr)
-        and isinstance(b.value, ast.Constant)
-    }
-    assert documented == {f.name for f in fields(kind)}
+# documentation
 
 
-def test_no_field_has_two_rooms() -> None:
-    names = [f.name for kind in RasftConfig.rooms().values() for f in fields(kind)]
+@pytest.mark.parametrize("kind", SECTIONS.values(), ids=SECTIONS)
+def test_every_flag_is_documented(kind: type[FlagSection]) -> None:
+    assert kind.docs().keys() == kind.flag_fields().keys()
+    assert all(text.endswith((".", '."', ").")) for text in kind.docs().values())
+
+
+def test_no_flag_has_two_sections() -> None:
+    names = [name for kind in RasftConfig.sections().values() for name in kind.flag_fields()]
     assert len(names) == len(set(names))
+
+
+def test_flags_named_in_help_and_messages_exist() -> None:
+    known = set(
+        add_arguments(add_megatron_arguments(ArgumentParser(allow_abbrev=False)))._option_string_actions
+    )
+    for kind in (EvaluationConfig, PlanConfig, AssumptionConfig):
+        parser = ArgumentParser()
+        add_flags(parser, kind)
+        known |= set(parser._option_string_actions)
+    known |= {"--server", "--api-key", "--admin-api-key"}  # of tools/evaluate.py and of SGLang
+    package = Path(__file__).resolve().parents[3] / "megatron_rasft"
+    files = [
+        *(package / "config").glob("*.py"),
+        *(package / "objective").rglob("*.py"),
+        *(package / "tools").glob("*/config.py"),
+    ]
+    assert len(files) > 15
+    for file in files:
+        named = set(
+            re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*[a-z0-9](?![\w*-])", file.read_text(encoding="utf-8"))
+        )
+        assert named <= known, f"{file} names flags that do not exist: {sorted(named - known)}"

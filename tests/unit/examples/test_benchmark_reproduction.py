@@ -39,7 +39,7 @@ for world_size, flags in json.load(sys.stdin):
     os.environ["WORLD_SIZE"] = world_size
     sys.argv = ["x"]
     args, config, _ = startup.parse(flags, needs_data=False)
-    print(json.dumps({"objective": config.objective.objective, "seed": args.seed, "train_data": args.train_data,
+    print(json.dumps({"objective": config.objective.name, "seed": args.seed, "train_data": args.train_data,
         "asks": [config.data.data_system_prompt, config.data.data_prompt_suffix],
         "seeds": [args.seed, config.data.data_seed, config.rollout.rollout_seed]}))
 """
@@ -58,7 +58,7 @@ def test_every_command_of_every_setting_parses() -> None:
             command = reproduce.evaluation_command(setting, task, output)
             program = command.index(str(reproduce.ROOT / "tools" / "evaluate.py"))
             args, megatron_flags = evaluate._build_parser().parse_known_args(command[program + 1 :])
-            evaluate.read_flags(args, evaluate.EvaluationConfig)
+            evaluate.EvaluationConfig.from_args(args)
             world_size = str(setting.num_processes)
             jobs.append((world_size, ["--hf-model", os.environ["MODEL"], *megatron_flags]))
             expected.append(None)

@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from megatron_rasft.config.objective import KLDirection
+from megatron_rasft.types import KLDirection
 
 TP = 2
 KINDS: tuple[KLDirection | None, ...] = (None, "forward", "reverse")

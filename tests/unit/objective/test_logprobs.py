@@ -11,13 +11,13 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from megatron_rasft.config.objective import KLDirection
 from megatron_rasft.objective.logprobs import (
     chunked_logprobs,
     chunked_logprobs_and_kl,
     vocab_parallel_kl,
     vocab_parallel_logprobs,
 )
+from megatron_rasft.types import KLDirection
 
 DIRECTIONS: tuple[KLDirection, ...] = ("forward", "reverse")
 TP = 2

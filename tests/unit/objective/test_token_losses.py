@@ -12,15 +12,19 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from megatron_rasft.config.objective import ObjectiveConfig
-from megatron_rasft.objective.token_losses import OBJECTIVES, LossSums, PackedTokens, token_loss_sums
+from megatron_rasft.objective.declaration import Objective
+from megatron_rasft.objective.families import OBJECTIVES
+from megatron_rasft.objective.families.importance_weighted import IwSft
+from megatron_rasft.objective.families.kl_regularised import Asft, SftKl
+from megatron_rasft.objective.families.likelihood import Dft, Raft, Sft
+from megatron_rasft.objective.families.policy_ratio import Grpo, Psft
+from megatron_rasft.objective.families.rasft import Rasft
+from megatron_rasft.objective.families.token_selective import Gft, Profit
+from megatron_rasft.objective.token_losses import LossSums, PackedTokens, token_loss_sums
 
-LENGTHS = (
-    7,
-    1,
-    12,
-    4,
-)  # response tokens of each sequence; two prompt tokens before each, three of padding behind
+LENGTHS = (7, 1, 12, 4)
+"""Response tokens of each sequence. Two prompt tokens stand before each, three of padding behind the last."""
+
 WEIGHTS = (1.0, 0.2779, 1.7, 0.5)
 
 
@@ -54,13 +58,13 @@ def batch(
     )
 
 
-def loss_and_gradient(tokens: PackedTokens, config: ObjectiveConfig) -> tuple[LossSums, Tensor]:
-    sums = token_loss_sums(tokens, config)
+def loss_and_gradient(tokens: PackedTokens, objective: Objective) -> tuple[LossSums, Tensor]:
+    sums = token_loss_sums(tokens, objective)
     (grad,) = torch.autograd.grad(sums.loss_sum, tokens.logprobs, retain_graph=True)
     return sums, grad
 
 
-def assert_same_bits(tokens: PackedTokens, one: ObjectiveConfig, other: ObjectiveConfig) -> None:
+def assert_same_bits(tokens: PackedTokens, one: Objective, other: Objective) -> None:
     (sums, grad), (other_sums, other_grad) = loss_and_gradient(tokens, one), loss_and_gradient(tokens, other)
     assert sums.loss_sum.isfinite() and grad.isfinite().all()
     assert torch.equal(sums.loss_sum, other_sums.loss_sum)
@@ -85,7 +89,7 @@ def test_loss_vector_of_the_method(dtype: torch.dtype) -> None:
         weights=torch.tensor([1.0, 0.2779], dtype=dtype),
         ref_logprobs=torch.tensor([-0.2, -0.5, -1, -1.5, -2.3], dtype=dtype),
     )
-    sums = token_loss_sums(tokens, ObjectiveConfig())
+    sums = token_loss_sums(tokens, Rasft())
     loss = sums.loss_sum / sums.denominator
     loss.backward()
     tolerance = 1e-9 if dtype == torch.float64 else 1e-7
@@ -101,19 +105,19 @@ def test_loss_vector_of_the_method(dtype: torch.dtype) -> None:
 def test_rasft_with_policy_equal_to_reference_is_dft(dtype: torch.dtype, level: Any) -> None:
     tokens = batch(dtype, weights=(1.0,) * 4)
     tokens = replace(tokens, ref_logprobs=tokens.logprobs.detach().clone())
-    assert_same_bits(tokens, ObjectiveConfig(objective_ratio=level), ObjectiveConfig(objective="dft"))
+    assert_same_bits(tokens, Rasft(objective_ratio=level), Dft())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_bare_rasft_is_sft(dtype: torch.dtype) -> None:
-    bare = ObjectiveConfig(objective_ratio="off", objective_dft_factor=False)
+    bare = Rasft(objective_ratio="off", objective_dft_factor=False)
     for weights in ((1.0,) * 4, WEIGHTS):
-        assert_same_bits(batch(dtype, weights), bare, ObjectiveConfig(objective="sft"))
+        assert_same_bits(batch(dtype, weights), bare, Sft())
 
 
 @pytest.mark.parametrize("level", ["sequence", "token"])
 def test_inverted_squared_rasft_is_iw_sft(level: Any) -> None:
-    rasft = ObjectiveConfig(
+    rasft = Rasft(
         objective_ratio=level,
         objective_ratio_direction="policy_over_ref",
         objective_ratio_power=2.0,
@@ -121,8 +125,7 @@ def test_inverted_squared_rasft_is_iw_sft(level: Any) -> None:
         objective_ratio_clip_high=16.0,
         objective_dft_factor=False,
     )
-    iw_sft = ObjectiveConfig(
-        objective="iw_sft",
+    iw_sft = IwSft(
         objective_iw_level=level,
         objective_iw_power=2.0,
         objective_iw_clip_low=0.0,
@@ -131,29 +134,29 @@ def test_inverted_squared_rasft_is_iw_sft(level: Any) -> None:
     assert_same_bits(batch(torch.float32), rasft, iw_sft)
     assert_same_bits(batch(torch.float64), rasft, iw_sft)
     if level == "sequence":
-        assert iw_sft.iw_rule() == ObjectiveConfig(objective="iw_sft").iw_rule()
+        assert iw_sft.ratio_rule() == IwSft().ratio_rule()
 
 
 def test_gft_lies_between_dft_and_sft() -> None:
     tokens = batch(torch.float32)
-    for threshold, name in ((1.0, "dft"), (0.0, "sft")):
-        gft = ObjectiveConfig(objective="gft", objective_gft_threshold=threshold)
-        assert_same_bits(tokens, gft, ObjectiveConfig(objective=name))  # type: ignore[arg-type]
+    assert_same_bits(tokens, Gft(objective_gft_threshold=1.0), Dft())
+    assert_same_bits(tokens, Gft(objective_gft_threshold=0.0), Sft())
 
 
-def test_raft_is_the_loss_it_names_and_zero_kl_changes_nothing() -> None:
+def test_raft_has_the_loss_that_its_flag_names() -> None:
     tokens = batch(torch.float32)
-    for name in ("dft", "sft"):
-        raft = ObjectiveConfig(objective="raft", objective_raft_loss=name)  # type: ignore[arg-type]
-        assert_same_bits(tokens, raft, ObjectiveConfig(objective=name))  # type: ignore[arg-type]
-    for name, bare in (("asft", "dft"), ("sft_kl", "sft")):
-        with_kl = ObjectiveConfig(objective=name, objective_kl_coef=0.0)  # type: ignore[arg-type]
-        assert_same_bits(tokens, with_kl, ObjectiveConfig(objective=bare))  # type: ignore[arg-type]
+    assert_same_bits(tokens, Raft(objective_raft_loss="dft"), Dft())
+    assert_same_bits(tokens, Raft(objective_raft_loss="sft"), Sft())
 
 
-def test_profit_without_threshold_is_sft() -> None:
-    profit = ObjectiveConfig(objective="profit", objective_profit_threshold=0.0)
-    assert_same_bits(batch(torch.float32), profit, ObjectiveConfig(objective="sft"))
+def test_a_kl_coefficient_of_zero_changes_nothing() -> None:
+    tokens = batch(torch.float32)
+    assert_same_bits(tokens, Asft(objective_kl_coef=0.0), Dft())
+    assert_same_bits(tokens, SftKl(objective_kl_coef=0.0), Sft())
+
+
+def test_profit_with_threshold_zero_is_sft() -> None:
+    assert_same_bits(batch(torch.float32), Profit(objective_profit_threshold=0.0), Sft())
 
 
 # each objective against a formula written token by token
@@ -225,8 +228,8 @@ FORMULAS: dict[str, tuple[dict[str, Any], Formula]] = {
 KL_COEF = {"sft_kl": 0.1, "asft": 0.05}
 
 
-def config_of(case: str) -> ObjectiveConfig:
-    return ObjectiveConfig(objective=case.split()[0], **FORMULAS[case][0])  # type: ignore[arg-type]
+def objective_of(case: str) -> Objective:
+    return OBJECTIVES[case.split()[0]](**FORMULAS[case][0])
 
 
 def test_every_objective_has_a_formula() -> None:
@@ -236,24 +239,24 @@ def test_every_objective_has_a_formula() -> None:
 @pytest.mark.parametrize("weights", [WEIGHTS, (1.2, -0.7, -1.1, 0.4)])
 @pytest.mark.parametrize("case", FORMULAS)
 def test_loss_and_gradient_equal_the_formula(case: str, weights: tuple[float, ...]) -> None:
-    tokens, config, formula = batch(weights=weights), config_of(case), FORMULAS[case][1]
+    tokens, objective, formula = batch(weights=weights), objective_of(case), FORMULAS[case][1]
     assert tokens.ref_logprobs is not None and tokens.old_logprobs is not None and tokens.kl is not None
     means = []
     for i in range(tokens.num_segments):
         mine = tokens.loss_mask & (tokens.segment_ids == i)
         means.append((tokens.logprobs[mine].mean().item(), tokens.ref_logprobs[mine].mean().item()))
-    total, expected_grad, coef = 0.0, torch.zeros_like(tokens.logprobs), KL_COEF.get(config.objective, 0.0)
+    total, expected_grad, coef = 0.0, torch.zeros_like(tokens.logprobs), KL_COEF.get(objective.name, 0.0)
     for t in tokens.loss_mask.nonzero().flatten().tolist():
         i = int(tokens.segment_ids[t])
         given = (tokens.logprobs[t].item(), tokens.ref_logprobs[t].item(), tokens.old_logprobs[t].item())
         loss, expected_grad[t] = formula(*given, weights[i], *means[i])
         total += loss + coef * weights[i] * tokens.kl[t].item()
 
-    sums, grad = loss_and_gradient(tokens, config)
+    sums, grad = loss_and_gradient(tokens, objective)
     assert sums.loss_sum.item() == pytest.approx(total, rel=1e-12)
     torch.testing.assert_close(grad, expected_grad, rtol=1e-12, atol=1e-14)
     num_counted = sum(LENGTHS)
-    if config.objective == "profit":
+    if objective.name == "profit":
         num_counted = int((tokens.logprobs.exp() > 0.2).sum())
         assert 0 < num_counted < sum(LENGTHS)
     assert sums.denominator.item() == num_counted
@@ -268,14 +271,14 @@ def test_loss_and_gradient_equal_the_formula(case: str, weights: tuple[float, ..
 @pytest.mark.parametrize("case", ["sft", "sft_kl", "profit", "psft", "grpo", "grpo beta", "grpo dapo"])
 def test_objectives_without_detached_parts_pass_gradcheck(case: str) -> None:
     tokens = batch(weights=(1.2, -0.7, -1.1, 0.4))
-    mask, config = tokens.loss_mask, config_of(case)
+    mask, objective = tokens.loss_mask, objective_of(case)
 
     def loss(logprobs: Tensor, kl: Tensor) -> Tensor:
-        return token_loss_sums(replace(tokens, logprobs=logprobs, kl=kl), config).loss_sum
+        return token_loss_sums(replace(tokens, logprobs=logprobs, kl=kl), objective).loss_sum
 
     assert tokens.kl is not None
     logprobs = torch.where(mask, tokens.logprobs, -1.0).detach().requires_grad_()
-    kl = torch.where(mask, tokens.kl, 0.1).detach().requires_grad_(config.needs_reference_distribution())
+    kl = torch.where(mask, tokens.kl, 0.1).detach().requires_grad_(objective.needs_reference_distribution())
     assert torch.autograd.gradcheck(loss, (logprobs, kl))
 
 
@@ -308,13 +311,13 @@ def select(
 
 @pytest.mark.parametrize("case", FORMULAS)
 def test_splitting_into_micro_batches_changes_nothing(case: str) -> None:
-    tokens, config = batch(torch.float32), config_of(case)
-    whole, grad = loss_and_gradient(tokens, config)
+    tokens, objective = batch(torch.float32), objective_of(case)
+    whole, grad = loss_and_gradient(tokens, objective)
     leaf = tokens.logprobs.detach().clone().requires_grad_()
     parts = []
     for sequences in ([2, 0], [3], [1]):
         index = torch.cat([(tokens.segment_ids == i).nonzero().flatten() for i in sequences])
-        parts.append(token_loss_sums(select(tokens, index, leaf, sequences), config))
+        parts.append(token_loss_sums(select(tokens, index, leaf, sequences), objective))
     sum(part.loss_sum for part in parts).backward()  # type: ignore[union-attr]
     assert leaf.grad is not None
 
@@ -328,11 +331,11 @@ def test_splitting_into_micro_batches_changes_nothing(case: str) -> None:
 
 @pytest.mark.parametrize("case", FORMULAS)
 def test_order_of_the_packed_tokens_changes_nothing(case: str) -> None:
-    tokens, config = batch(torch.float32), config_of(case)
-    whole, grad = loss_and_gradient(tokens, config)
+    tokens, objective = batch(torch.float32), objective_of(case)
+    whole, grad = loss_and_gradient(tokens, objective)
     leaf = tokens.logprobs.detach().clone().requires_grad_()
     order = torch.randperm(leaf.numel(), generator=torch.Generator().manual_seed(3))
-    sums = token_loss_sums(select(tokens, order, leaf, [3, 1, 0, 2]), config)
+    sums = token_loss_sums(select(tokens, order, leaf, [3, 1, 0, 2]), objective)
     sums.loss_sum.backward()
     assert leaf.grad is not None
     assert torch.equal(leaf.grad, grad)
@@ -344,7 +347,7 @@ def test_order_of_the_packed_tokens_changes_nothing(case: str) -> None:
 def test_micro_batch_without_response_tokens_adds_zero(case: str) -> None:
     tokens = batch(torch.float32)
     sums, grad = loss_and_gradient(
-        replace(tokens, loss_mask=torch.zeros_like(tokens.loss_mask)), config_of(case)
+        replace(tokens, loss_mask=torch.zeros_like(tokens.loss_mask)), objective_of(case)
     )
     assert sums.loss_sum == 0 and sums.denominator == 0
     assert (grad == 0).all()
@@ -360,7 +363,7 @@ def test_token_certain_or_hopeless_stays_finite() -> None:
             given = replace(
                 tokens, logprobs=logprobs.clone().requires_grad_(), ref_logprobs=ref, old_logprobs=ref
             )
-            sums, grad = loss_and_gradient(given, config_of(case))
+            sums, grad = loss_and_gradient(given, objective_of(case))
             assert sums.loss_sum.isfinite() and grad.isfinite().all(), case
 
 
@@ -368,21 +371,21 @@ def test_missing_input_is_named() -> None:
     tokens = replace(batch(), ref_logprobs=None, old_logprobs=None, kl=None)
     for case, name in (("rasft", "ref_logprobs"), ("psft", "old_logprobs"), ("asft", "kl")):
         with pytest.raises(AssertionError, match=f"needs {name}"):
-            token_loss_sums(tokens, config_of(case))
+            token_loss_sums(tokens, objective_of(case))
     for case in ("sft", "dft", "profit", "gft", "raft"):
-        token_loss_sums(tokens, config_of(case))
+        token_loss_sums(tokens, objective_of(case))
 
 
 def test_metrics_are_sums_and_counts() -> None:
     tokens = batch()
     mask = tokens.loss_mask
     logprobs = tokens.logprobs.detach()[mask]
-    metrics = token_loss_sums(tokens, config_of("rasft")).metrics
+    metrics = token_loss_sums(tokens, objective_of("rasft")).metrics
     assert all(metric.shape == (2,) and metric.dtype == torch.float32 for metric in metrics.values())
     assert mean(metrics["ce_nats"]) == pytest.approx(-logprobs.mean().item(), rel=1e-6)
     assert mean(metrics["p_mean"]) == pytest.approx(logprobs.exp().mean().item(), rel=1e-6)
     assert metrics["ratio_mean"][1] == len(LENGTHS)
-    names = {case: set(token_loss_sums(tokens, config_of(case)).metrics) for case in FORMULAS}
+    names = {case: set(token_loss_sums(tokens, objective_of(case)).metrics) for case in FORMULAS}
     assert "ratio_clip_frac" in names["iw_sft"]
     assert "kept_frac" in names["profit"]
     assert {"clip_frac", "kl_nats"} <= names["grpo"]
@@ -402,7 +405,7 @@ def context_parallel_worker(rank: int, folder: str) -> None:
         # the single token of the second sequence lies on one rank only
         index = torch.arange(rank, leaf.numel(), 2)
         mine = replace(select(tokens, index, leaf), cp_group=dist.group.WORLD)
-        sums = token_loss_sums(mine, config_of(case))
+        sums = token_loss_sums(mine, objective_of(case))
         sums.loss_sum.backward()
         results[case] = (sums.loss_sum.detach(), sums.denominator, leaf.grad, sums.metrics)
     torch.save(results, f"{folder}/rank{rank}.pt")
@@ -413,7 +416,7 @@ def test_context_parallel_ranks_add_up_to_one_process(tmp_path: Path) -> None:
     mp.spawn(context_parallel_worker, args=(str(tmp_path),), nprocs=2)
     ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
     for case in FORMULAS:
-        whole, grad = loss_and_gradient(batch(torch.float32), config_of(case))
+        whole, grad = loss_and_gradient(batch(torch.float32), objective_of(case))
         (loss_0, count_0, grad_0, metrics_0), (loss_1, count_1, grad_1, metrics_1) = (r[case] for r in ranks)
         torch.testing.assert_close(loss_0 + loss_1, whole.loss_sum.detach(), rtol=1e-6, atol=1e-6)
         assert count_0 + count_1 == whole.denominator
@@ -422,49 +425,110 @@ def test_context_parallel_ranks_add_up_to_one_process(tmp_path: Path) -> None:
             torch.testing.assert_close(metrics_0[name] + metrics_1[name], metric, rtol=1e-5, atol=1e-5)
 
 
-# the options
+# the log-ratio limit, the clipping statistics and one-token responses
+
+
+def test_log_ratios_are_limited_to_20() -> None:
+    """A negative advantage takes the unclipped ratio, so the limit shows in the loss."""
+    tokens = one_token_each(
+        logprobs=[-1.0, -60.0], old=[-60.0, -1.0], ref=[-60.0, -1.0], weights=[-1.0, -1.0]
+    )
+    sums = token_loss_sums(tokens, Psft(objective_psft_clip_low=0.0))
+    assert sums.loss_sum.item() == pytest.approx(math.exp(20) + math.exp(-20), rel=1e-12)
+    wide = Rasft(objective_ratio_clip_low=0.0, objective_ratio_clip_high=1e30, objective_dft_factor=False)
+    for level in ("sequence", "token"):
+        ratio, _ = tokens.masked().reference_ratio(replace(wide, objective_ratio=level).ratio_rule())
+        assert ratio.tolist() == pytest.approx([math.exp(-20), math.exp(20)], rel=1e-12)
+    kl = (
+        Grpo(objective_grpo_beta=1.0).token_terms(tokens).loss
+        - Grpo(objective_grpo_beta=0.0).token_terms(tokens).loss
+    )
+    assert kl.tolist() == pytest.approx([math.exp(-20) + 20 - 1, math.exp(20) - 20 - 1], rel=1e-9)
+
+
+def test_clip_frac_counts_the_tokens_whose_gradient_is_cut() -> None:
+    """Of the ratios 2, 2, 0.5, 0.5 and 1 only 2 with A > 0 and 0.5 with A < 0 are clipped."""
+    ratios, weights = [2.0, 2.0, 0.5, 0.5, 1.0], [1.0, -1.0, 1.0, -1.0, 1.0]
+    logprobs = [math.log(q) - 1.0 for q in ratios]
+    tokens = one_token_each(logprobs=logprobs, old=[-1.0] * 5, ref=[-1.0] * 5, weights=weights)
+    for objective in (Psft(), Grpo(objective_grpo_beta=0.0)):
+        sums, grad = loss_and_gradient(tokens, objective)
+        assert sums.metrics["clip_frac"].tolist() == [2, 5]
+        assert sums.metrics["policy_ratio_mean"].tolist() == pytest.approx([6, 5])
+        assert (grad == 0).tolist() == [True, False, False, True, False]
+
+
+def test_ratio_clip_frac_counts_the_clipped_ratios() -> None:
+    tokens = one_token_each(
+        logprobs=[-1.0] * 4,
+        old=[-1.0] * 4,
+        ref=[-1.0 + math.log(q) for q in (0.3, 0.5, 1.1, 2.0)],
+        weights=[1.0] * 4,
+    )
+    for level in ("sequence", "token"):
+        metrics = token_loss_sums(tokens, Rasft(objective_ratio=level)).metrics
+        assert metrics["ratio_clip_frac"].tolist() == [2, 4]
+        assert mean(metrics["ratio_mean"]) == pytest.approx((0.4 + 0.5 + 1.1 + 1.2) / 4)
+
+
+def test_the_mean_over_a_one_token_response_is_that_token() -> None:
+    tokens = one_token_each(logprobs=[-1.0, -0.5], old=[-1.0, -0.5], ref=[-1.2, -0.4], weights=[1.0, 1.0])
+    sequence, token = (Rasft(objective_ratio=level) for level in ("sequence", "token"))
+    assert_same_bits(tokens, sequence, token)
+    _, grad = loss_and_gradient(tokens, sequence)
+    assert (-grad).tolist() == pytest.approx([math.exp(-0.2 - 1.0), math.exp(0.1 - 0.5)], rel=1e-12)
+
+
+def one_token_each(
+    *, logprobs: list[float], old: list[float], ref: list[float], weights: list[float]
+) -> PackedTokens:
+    """Sequences of one response token."""
+
+    def row(values: list[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float64)
+
+    num = len(logprobs)
+    return PackedTokens(
+        logprobs=row(logprobs).requires_grad_(),
+        loss_mask=torch.ones(num).bool(),
+        segment_ids=torch.arange(num),
+        num_segments=num,
+        weights=row(weights),
+        ref_logprobs=row(ref),
+        old_logprobs=row(old),
+    )
+
+
+# the declarations
 
 
 @pytest.mark.parametrize(
-    ("fields", "flag"),
+    ("objective", "flag"),
     [
-        ({"objective_ratio_clip_low": 1.3}, "--objective-ratio-clip-low"),
-        ({"objective_ratio_clip_low": -0.1}, "--objective-ratio-clip-low"),
-        ({"objective_ratio_power": 0.0}, "--objective-ratio-power"),
-        ({"objective_iw_power": -2.0}, "--objective-iw-power"),
-        ({"objective_iw_clip_low": 17.0}, "--objective-iw-clip-low"),
-        ({"objective_kl_coef": -0.1}, "--objective-kl-coef"),
-        ({"objective_kl_coef": math.nan}, "--objective-kl-coef"),
-        ({"objective_profit_threshold": 1.0}, "--objective-profit-threshold"),
-        ({"objective_gft_threshold": 1.1}, "--objective-gft-threshold"),
-        ({"objective_psft_clip_low": 1.1}, "--objective-psft-clip-low"),
-        ({"objective_psft_clip_high": 0.28}, "--objective-psft-clip-high"),
-        ({"objective_grpo_clip_low": 1.5}, "--objective-grpo-clip-low"),
-        ({"objective_grpo_clip_high": -0.2}, "--objective-grpo-clip-high"),
-        ({"objective_grpo_beta": -1.0}, "--objective-grpo-beta"),
-        ({"objective_logprob_chunk_tokens": -1}, "--objective-logprob-chunk-tokens"),
+        (lambda: Rasft(objective_ratio_clip_low=1.3), "--objective-ratio-clip-low"),
+        (lambda: IwSft(objective_iw_clip_low=17.0), "--objective-iw-clip-low"),
+        (lambda: IwSft(objective_iw_level="token", objective_iw_clip_low=1.9), "--objective-iw-clip-low"),
     ],
 )
-def test_wrong_option_is_named(fields: dict[str, Any], flag: str) -> None:
+def test_a_lower_clip_above_the_upper_clip_is_refused(objective: Callable[[], Objective], flag: str) -> None:
     with pytest.raises(ValueError, match=flag):
-        ObjectiveConfig(**fields)
+        objective()
 
 
-def test_options_say_what_the_objective_needs() -> None:
-    def needs(**fields: Any) -> str:
-        config = ObjectiveConfig(**fields)
+def test_objectives_declare_what_they_need() -> None:
+    def needs(objective: Objective) -> str:
         answers = {
-            "r": config.needs_reference_logprobs(),
-            "o": config.needs_old_logprobs(),
-            "d": config.needs_reference_distribution(),
-            "s": config.uses_rollouts(),
+            "r": objective.needs_reference_logprobs(),
+            "o": objective.needs_old_logprobs(),
+            "d": objective.needs_reference_distribution(),
+            "s": objective.uses_rollouts(),
         }
         return "".join(letter for letter, answer in answers.items() if answer)
 
     table = {"rasft": "rs", "iw_sft": "r", "sft_kl": "d", "asft": "d", "psft": "o", "gft": "s", "raft": "s"}
     table |= {"sft": "", "dft": "", "profit": "", "grpo": "ros"}
-    assert {name: needs(objective=name) for name in OBJECTIVES} == table
-    assert needs(objective_ratio="off") == "s"
-    assert needs(objective="grpo", objective_grpo_dapo=True) == "os"
-    assert ObjectiveConfig(objective="asft").kl_term() == (0.05, "reverse")
-    assert ObjectiveConfig(objective="sft_kl", objective_kl_direction="reverse").kl_term() == (0.1, "reverse")
+    assert {name: needs(kind()) for name, kind in OBJECTIVES.items()} == table
+    assert needs(Rasft(objective_ratio="off")) == "s"
+    assert needs(Grpo(objective_grpo_dapo=True)) == "os"
+    assert Asft().kl_term() == (0.05, "reverse")
+    assert SftKl(objective_kl_direction="reverse").kl_term() == (0.1, "reverse")

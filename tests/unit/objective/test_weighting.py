@@ -2,24 +2,24 @@
 
 import itertools
 import random
-from typing import get_args
 
 import numpy as np
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from megatron_rasft.config import ObjectiveConfig, RasftConfig, WeightingConfig
-from megatron_rasft.config.objective import ObjectiveName
+from megatron_rasft.objective.families import OBJECTIVES
+from megatron_rasft.objective.families.likelihood import Raft
+from megatron_rasft.objective.families.policy_ratio import Grpo
+from megatron_rasft.objective.families.rasft import Rasft
+from megatron_rasft.objective.families.token_selective import Gft
+from megatron_rasft.objective.groups import count_solved, gft_advantages, grpo_advantages
+from megatron_rasft.objective.samples import make_samples
 from megatron_rasft.objective.weighting import (
-    DEMONSTRATION_OBJECTIVES,
+    WeightingConfig,
     adaptive_weights,
-    count_solved,
     demonstration_weight,
     estimate_solvability,
-    gft_advantages,
-    grpo_advantages,
-    make_samples,
     neutral_solvability,
     published_weights,
     rollout_total,
@@ -294,7 +294,6 @@ def test_a_wrong_text_does_not_shadow_the_correct_one_like_it():
         ([rollout(0), rollout(1, "wrong")], (1, 2)),
         ([rollout(0, finish="length"), rollout(1)], (1, 2)),
         ([rollout(0, filtered="shortcut"), rollout(1)], (1, 2)),
-        ([rollout(0, filtered="duplicate"), rollout(1)], (2, 2)),
         ([rollout(0, "unverifiable"), rollout(1, "wrong")], (0, 2)),
         ([rollout(0, "unverifiable"), rollout(1, "unverifiable")], (0, 0)),
         ([rollout(0, "unverifiable", finish="length"), rollout(1, "unverifiable")], (0, 2)),
@@ -385,18 +384,22 @@ def mixed_group():
     return make_group(*(rollout(**fields) for fields in MIXED))
 
 
-@pytest.mark.parametrize("objective", get_args(ObjectiveName))
-def test_every_objective_trains_on_what_its_options_say(objective):
-    kinds = {s.kind for s in make_samples(objective, demonstration(), mixed_group(), config=NO_PRIOR)}
-    uses_rollouts = ObjectiveConfig(objective=objective).uses_rollouts()
-    assert ("rollout" in kinds) == uses_rollouts == (objective not in DEMONSTRATION_OBJECTIVES)
+@pytest.mark.parametrize("kind", OBJECTIVES.values(), ids=list(OBJECTIVES))
+def test_every_objective_trains_on_what_it_declares(kind):
+    kinds = {s.kind for s in make_samples(kind(), demonstration(), mixed_group(), config=NO_PRIOR)}
+    expected = {
+        "demonstrations": {"demonstration"},
+        "rollouts": {"rollout"},
+        "both": {"demonstration", "rollout"},
+    }
+    assert kinds == expected[kind.trains_on]
 
 
-@pytest.mark.parametrize("objective", sorted(DEMONSTRATION_OBJECTIVES))
-def test_demonstration_objectives_ignore_rollouts(objective):
+@pytest.mark.parametrize("kind", [kind for kind in OBJECTIVES.values() if kind.trains_on == "demonstrations"])
+def test_demonstration_objectives_ignore_rollouts(kind):
     group = mixed_group()
     group.rollouts[0].weight = 9.0
-    samples = make_samples(objective, demonstration(), group, config=WeightingConfig())
+    samples = make_samples(kind(), demonstration(), group, config=WeightingConfig())
     assert weights_of(samples) == [("demonstration", 1.0)]
     assert (samples[0].prompt_ids, samples[0].response_ids) == ([1, 2], [3, 4])
     assert [r.weight for r in group.rollouts] == [0.0] * 6
@@ -404,7 +407,7 @@ def test_demonstration_objectives_ignore_rollouts(objective):
 
 def test_rasft_trains_the_demonstration_and_the_complete_correct_rollouts():
     group = mixed_group()
-    samples = make_samples("rasft", demonstration(), group, config=NO_PRIOR)
+    samples = make_samples(Rasft(), demonstration(), group, config=NO_PRIOR)
     # four attempts, one solved: s = 1/4
     assert weights_of(samples) == [("demonstration", 1.5 - 1.2 / 4), ("rollout", 0.7 / 4)]
     assert samples[1].response_ids == [10, 10, 10]
@@ -413,54 +416,53 @@ def test_rasft_trains_the_demonstration_and_the_complete_correct_rollouts():
 
 def test_rasft_published_uses_the_published_rule():
     samples = make_samples(
-        "rasft", demonstration(), counted_group(1, 2), config=WeightingConfig(rasft_weighting="published")
+        Rasft(), demonstration(), counted_group(1, 2), config=WeightingConfig(rasft_weighting="published")
     )
     assert [s.weight for s in samples] == pytest.approx([0.2779, 0.00869], abs=5e-5)
 
 
 def test_rasft_without_rollout_weight_trains_no_rollout():
     config = WeightingConfig(weighting_rollout_total=0.0)
-    assert len(make_samples("rasft", demonstration(), counted_group(3, 1), config=config)) == 1
+    assert len(make_samples(Rasft(), demonstration(), counted_group(3, 1), config=config)) == 1
 
 
 def test_raft_trains_distinct_correct_rollouts_only():
     group = make_group(rollout(0, text="a"), rollout(1, text="a"), *mixed_group().rollouts[1:])
-    samples = make_samples("raft", demonstration(), group, config=WeightingConfig())
+    samples = make_samples(Raft(), demonstration(), group, config=WeightingConfig())
     assert weights_of(samples) == [("rollout", 1.0)]
-    assert make_samples("raft", demonstration(), counted_group(0, 3), config=WeightingConfig()) == []
-    assert make_samples("raft", demonstration(), config=WeightingConfig()) == []
+    assert make_samples(Raft(), demonstration(), counted_group(0, 3), config=WeightingConfig()) == []
+    assert make_samples(Raft(), demonstration(), config=WeightingConfig()) == []
 
 
 def test_grpo_trains_every_delivered_rollout_with_its_advantage():
     group = mixed_group()
-    samples = make_samples("grpo", demonstration(), group, config=WeightingConfig())
+    samples = make_samples(Grpo(), demonstration(), group, config=WeightingConfig())
     assert [s.response_ids[0] for s in samples] == [10, 11, 12, 15]
     x = np.array([1.0, 0.0, 0.0, 0.0])  # the correct one cut by length earns nothing
     assert [s.weight for s in samples] == pytest.approx(list((x - 0.25) / (x.std() + 1e-6)))
     assert [r.weight for r in group.rollouts if r.weight] == [s.weight for s in samples]
 
 
-@pytest.mark.parametrize(("skip", "num_samples"), [(False, 3), (True, 0)])
-def test_grpo_degenerate_groups_can_be_skipped(skip, num_samples):
-    config = WeightingConfig(weighting_skip_degenerate=skip)
-    samples = make_samples("grpo", demonstration(), counted_group(3, 0), config=config)
-    assert [s.weight for s in samples] == [0.0] * num_samples
-    assert make_samples("grpo", demonstration(), config=config) == []
-
-
-@pytest.mark.parametrize(("skip", "num_samples"), [(None, 0), (True, 0), (False, 4)])
-def test_dapo_leaves_out_groups_all_right_or_all_wrong(skip, num_samples):
-    rooms = {name: kind() for name, kind in RasftConfig.rooms().items()}
-    rooms["objective"] = ObjectiveConfig(objective="grpo", objective_grpo_dapo=True)
-    rooms["weighting"] = WeightingConfig(weighting_skip_degenerate=skip)
-    config = RasftConfig(**rooms).weighting
+@pytest.mark.parametrize(
+    ("objective", "num_samples"),
+    [
+        (Grpo(), 4),
+        (Grpo(weighting_skip_degenerate=True), 0),
+        (Grpo(objective_grpo_dapo=True), 0),
+        (Grpo(objective_grpo_dapo=True, weighting_skip_degenerate=True), 0),
+        (Grpo(objective_grpo_dapo=True, weighting_skip_degenerate=False), 4),
+    ],
+)
+def test_groups_with_equal_rewards_are_kept_or_skipped(objective, num_samples):
     for group in (counted_group(4, 0), counted_group(0, 4)):
-        assert len(make_samples("grpo", demonstration(), group, config=config)) == num_samples
-    assert len(make_samples("grpo", demonstration(), counted_group(3, 1), config=config)) == 4
+        samples = make_samples(objective, demonstration(), group, config=WeightingConfig())
+        assert [s.weight for s in samples] == [0.0] * num_samples
+    assert len(make_samples(objective, demonstration(), counted_group(3, 1), config=WeightingConfig())) == 4
+    assert make_samples(objective, demonstration(), config=WeightingConfig()) == []
 
 
 def test_gft_standardises_demonstration_and_rollouts_together():
-    samples = make_samples("gft", demonstration(), counted_group(1, 2), config=WeightingConfig())
+    samples = make_samples(Gft(), demonstration(), counted_group(1, 2), config=WeightingConfig())
     assert [s.kind for s in samples] == ["demonstration", "rollout", "rollout", "rollout"]
     assert [s.weight for s in samples] == pytest.approx([1, 1, -1, -1], abs=1e-5)
 
@@ -475,12 +477,12 @@ def test_gft_standardises_demonstration_and_rollouts_together():
     ],
 )
 def test_gft_falls_back_to_the_demonstration(group):
-    assert weights_of(make_samples("gft", demonstration(), group, config=WeightingConfig())) == [
+    assert weights_of(make_samples(Gft(), demonstration(), group, config=WeightingConfig())) == [
         ("demonstration", 1.0)
     ]
 
 
-@pytest.mark.parametrize("objective", ["rasft", "raft", "grpo", "gft"])
+@pytest.mark.parametrize("objective", [Rasft(), Raft(), Grpo(), Gft()])
 @pytest.mark.parametrize("weighting", ["adaptive", "published"])
 def test_no_positive_weight_on_incomplete_or_undelivered_rollouts(objective, weighting):
     rng = random.Random(1)
@@ -502,33 +504,11 @@ def test_no_positive_weight_on_incomplete_or_undelivered_rollouts(objective, wei
         for r in group.rollouts:
             assert r.weight <= 0 or (r.finish_reason == "stop" and r.verdict == "correct")
             assert r.weight == 0 or (r.response_ids and r.finish_reason != "abort")
-        assert sum(s.kind == "demonstration" for s in samples) == (objective in ("rasft", "gft"))
+        assert sum(s.kind == "demonstration" for s in samples) == (objective.trains_on == "both")
 
 
 def test_misuse_is_named():
-    with pytest.raises(ValueError, match="--objective"):
-        make_samples("ppo", demonstration(), config=WeightingConfig())
     with pytest.raises(AssertionError, match="other"):
-        make_samples("rasft", demonstration(), RolloutGroup(problem_id="other"), config=WeightingConfig())
+        make_samples(Rasft(), demonstration(), RolloutGroup(problem_id="other"), config=WeightingConfig())
     with pytest.raises(AssertionError, match="no verdict"):
-        make_samples("rasft", demonstration(), make_group(rollout(0, None)), config=WeightingConfig())
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("rasft_weighting", "other"),
-        ("weighting_demonstration_max", 1.0),
-        ("weighting_demonstration_max", float("inf")),
-        ("weighting_demonstration_min", 0.0),
-        ("weighting_demonstration_min", 1.0),
-        ("weighting_demonstration_exponent", 0.0),
-        ("weighting_rollout_exponent", float("nan")),
-        ("weighting_rollout_total", -0.1),
-        ("weighting_prior_strength", -1.0),
-        ("weighting_memory", 1.1),
-    ],
-)
-def test_config_names_the_wrong_flag(field, value):
-    with pytest.raises(ValueError, match="--" + field.replace("_", "-")):
-        WeightingConfig(**{field: value})
+        make_samples(Rasft(), demonstration(), make_group(rollout(0, None)), config=WeightingConfig())

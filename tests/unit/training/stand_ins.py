@@ -25,8 +25,7 @@ STOP_IDS = frozenset({9})
 
 def config_of(**packages: Any) -> RasftConfig:
     """The defaults, except for the packages that are given, such as ``rollout=RolloutConfig(...)``."""
-    defaults: dict[str, Any] = {name: kind() for name, kind in RasftConfig.rooms().items()}
-    return RasftConfig(**defaults | packages)
+    return RasftConfig(**packages)
 
 
 def demonstrations(num: int) -> list[Demonstration]:

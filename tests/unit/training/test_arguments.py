@@ -13,7 +13,7 @@ import torch
 from megatron.training.arguments import add_megatron_arguments
 
 from megatron_rasft.config import DataConfig
-from megatron_rasft.config.flags import FlagParser
+from megatron_rasft.config.parser import FlagParser
 from megatron_rasft.tools.evaluation.trainer_engine import Sampler
 from megatron_rasft.training import startup
 from megatron_rasft.training.arguments import add_arguments
@@ -224,10 +224,8 @@ def test_a_length_or_warmup_that_does_not_fit_is_refused(parse: Parse, flags: st
         set_length(args, SimpleNamespace(data=DataConfig()), 20)  # type: ignore[arg-type]
 
 
-def test_help_shows_our_defaults_and_those_that_differ_from_megatrons(parser: FlagParser) -> None:
+def test_help_lists_the_defaults_that_differ_from_megatrons(parser: FlagParser) -> None:
     text = " ".join(parser.format_help().split())
-    assert "largest ratio, > 0. Default: 1.2" in text
-    assert "(the DFT factor). Default: on" in text
     for changed in ("--lr 5e-05", "--global-batch-size 256", "--weight-decay 0.0", "--lr-warmup-iters 4"):
         assert changed in text
 

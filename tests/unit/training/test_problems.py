@@ -29,21 +29,21 @@ def test_an_unusable_file_is_named_with_its_flag(
     if content is not None:
         bad.write_text(content)
     files = {"--train-data": str(good), "--heldout-data": str(good), flag: str(bad)}
-    rooms = {name: kind() for name, kind in RasftConfig.rooms().items()}
-    rooms["data"] = DataConfig(train_data=[files["--train-data"]])
-    rooms["heldout"] = HeldoutConfig(heldout_data=[files["--heldout-data"]])
+    config = RasftConfig(
+        data=DataConfig(train_data=[files["--train-data"]]),
+        heldout=HeldoutConfig(heldout_data=[files["--heldout-data"]]),
+    )
     with pytest.raises(DataError) as raised:
-        read_problems(args, RasftConfig(**rooms))
+        read_problems(args, config)
     message = str(raised.value)
     assert "bad.jsonl" in message and flag in message
     assert message.count("-data") == 1, "the other flag is not named"
 
 
 def test_stored_rollouts_are_counted_before_the_model_is_built(args: SimpleNamespace, tmp_path: Path) -> None:
-    rooms = {name: kind() for name, kind in RasftConfig.rooms().items()}
-    rooms["data"] = DataConfig(train_data=[str(write_sums(tmp_path / "sums.jsonl", 4))])
-    problems, _ = read_problems(args, RasftConfig(**rooms))
-    assert open_replay(RasftConfig(**rooms), problems) is None
+    data = DataConfig(train_data=[str(write_sums(tmp_path / "sums.jsonl", 4))])
+    problems, _ = read_problems(args, RasftConfig(data=data))
+    assert open_replay(RasftConfig(data=data), problems) is None
     store = RolloutStore(tmp_path / "rollouts.jsonl")
     store.append(
         Rollout(
@@ -58,8 +58,8 @@ def test_stored_rollouts_are_counted_before_the_model_is_built(args: SimpleNames
         )
         for d in problems.demonstrations[:3]
     )
-    rooms["rollout"] = RolloutConfig(rollout_engine="replay", rollout_replay=[str(store.path)])
-    assert open_replay(RasftConfig(**rooms), problems) is not None
+    rollout = RolloutConfig(rollout_engine="replay", rollout_replay=[str(store.path)])
+    assert open_replay(RasftConfig(data=data, rollout=rollout), problems) is not None
     assert problems.summary.endswith("replayed        3 (have stored rollouts)")
 
 

@@ -9,11 +9,11 @@ import pytest
 
 from megatron_rasft.config import (
     CurriculumConfig,
-    ObjectiveConfig,
     RolloutConfig,
     RunConfig,
 )
 from megatron_rasft.curriculum.curriculum import Solvability
+from megatron_rasft.objective.families.kl_regularised import SftKl
 from megatron_rasft.rollout.replay import ReplayEngine
 from megatron_rasft.rollout.store import RolloutStore, read_rollouts
 from megatron_rasft.training import refresh
@@ -220,7 +220,7 @@ def test_batches_follow_the_order_of_the_problems() -> None:
 
 
 def test_samples_with_equal_content_are_scored_once_and_remembered() -> None:
-    made = refresh_of(config_of(objective=ObjectiveConfig(objective="sft_kl")), cache=LogprobCache(None, ""))
+    made = refresh_of(config_of(objective=SftKl()), cache=LogprobCache(None, ""))
 
     def samples(*prompts: int) -> list[TrainingSample]:
         return [

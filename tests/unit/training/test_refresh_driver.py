@@ -8,12 +8,13 @@ import pytest
 
 from megatron_rasft.config import (
     CurriculumConfig,
-    ObjectiveConfig,
     RasftConfig,
     RolloutConfig,
     RunConfig,
     SyncConfig,
 )
+from megatron_rasft.objective.families.likelihood import Sft
+from megatron_rasft.objective.families.policy_ratio import Psft
 from megatron_rasft.training.refresh import ProblemChoice, sampling_params
 from megatron_rasft.training.refresh_driver import RefreshDriver
 from megatron_rasft.training.refresh_report import RefreshReport
@@ -96,7 +97,7 @@ def test_without_rollouts_only_demonstrations_are_trained() -> None:
     config = config_of(
         run=RUN,
         curriculum=CurriculumConfig(curriculum_mode="off"),
-        objective=ObjectiveConfig(objective="sft"),
+        objective=Sft(),
     )
     parts = parts_of(config, verifier=None)
     queue, report = parts.refresh(0)
@@ -130,7 +131,7 @@ def test_the_reference_is_scored_with_its_own_weights_once_the_policy_differs(
 
 
 def test_a_ratio_objective_scores_all_samples_under_the_policy_of_now() -> None:
-    parts = parts_of(config_of(run=RUN, objective=ObjectiveConfig(objective="psft")))
+    parts = parts_of(config_of(run=RUN, objective=Psft()))
     queue, _ = parts.refresh(2)
     assert parts.policy.calls[-1] == "score 4 policy"
     assert queue.arrays()["old_logprobs"].tolist() == [-1.0] * 8

@@ -6,7 +6,7 @@ from types import ModuleType
 
 import pytest
 
-from megatron_rasft.config.flags import FlagParser
+from megatron_rasft.config.parser import FlagParser
 from megatron_rasft.training import requirements
 from megatron_rasft.training.requirements import refuse_unrunnable
 

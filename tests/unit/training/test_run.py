@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from megatron_rasft import metrics
-from megatron_rasft.config import HeldoutConfig, ObjectiveConfig, RasftConfig
+from megatron_rasft.config import HeldoutConfig, RasftConfig
 from megatron_rasft.errors import CheckpointError
+from megatron_rasft.objective.families import OBJECTIVES
 from megatron_rasft.training.batches import BatchFacts
 from megatron_rasft.training.record import RunRecord
 from megatron_rasft.training.refresh_report import RefreshReport
@@ -287,7 +288,7 @@ def test_another_reference_than_that_of_the_checkpoint_is_refused(tmp_path: Path
     run.train_step()
     run.stop()
     for objective, is_refused in (("rasft", True), ("sft", False)):
-        config = config_of(objective=ObjectiveConfig(objective=objective))  # type: ignore[arg-type]
+        config = config_of(objective=OBJECTIVES[objective]())
         after = TrainerOfNotes(1)
         loading = CheckpointsOfNotes(after, checkpoints.saved, own(tmp_path))
         other, _ = run_of(args, after, config, checkpoints=loading, initial_weights="other weights")

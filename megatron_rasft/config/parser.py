@@ -4,16 +4,15 @@ Megatron's parser makes flags of a dataclass in its own way.
 """
 
 import argparse
-import ast
-import dataclasses
 import difflib
-import inspect
 import re
 import sys
 import textwrap
 from collections.abc import Iterable
-from types import NoneType
-from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, NoReturn, Union, get_args, get_origin
+
+from megatron_rasft.flags import FlagSection, OneOf, Range, flag_name
 
 _BAD_CHOICE = re.compile(r"argument \S+: invalid choice: '?([^']*?)'? \(choose from (.*)\)")
 
@@ -67,55 +66,32 @@ class FlagParser(argparse.ArgumentParser):
             ) from None
 
 
-def with_default(text: str, default: Any) -> str:
-    """A flag's help as argparse prints it, with its default unless that is to be unset."""
+def help_text(doc: str, rule: Range | OneOf | None, default: Any) -> str:
+    """Help as argparse prints it: the field's doc, its range and its default."""
+    parts = [doc]
+    if isinstance(rule, Range):  # argparse lists choices itself
+        parts.append(f"Range: {str(rule).removeprefix('in ')}.")
     if default not in (None, [], ""):
-        shown = ("off", "on")[default] if isinstance(default, bool) else repr(default)
-        text += f" Default: {shown}"
-    return text.replace("%", "%%")
+        parts.append(f"Default: {('off', 'on')[default] if isinstance(default, bool) else repr(default)}")
+    return " ".join(parts).replace("%", "%%")
 
 
-def add_flags(group: argparse._ActionsContainer, config: type) -> None:
-    """One flag per field of ``config``, named as the field; the string after the field is its help."""
-    types = get_type_hints(config)
-    docs = _field_docs(config)
-    for field in dataclasses.fields(config):
-        kind = types[field.name]
-        default = field.default
-        if field.default_factory is not dataclasses.MISSING:
-            default = field.default_factory()
-        if default is dataclasses.MISSING:
-            default = None
-        options: dict[str, Any] = {"default": default, "help": with_default(docs[field.name], default)}
+def add_flags(group: argparse._ActionsContainer, section: type[FlagSection]) -> None:
+    """Add one flag per field of ``section``."""
+    types, rules, docs = section.types(), section.rules(), section.docs()
+    for name, default in section.flag_fields().items():
+        rule = rules.get(name)
+        options: dict[str, Any] = {"default": default, "help": help_text(docs[name], rule, default)}
+        kind = types[name]
+        if get_origin(kind) in (Union, UnionType):  # ``X | None``
+            kind = next(part for part in get_args(kind) if part is not NoneType)
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
-        elif get_origin(kind) is Literal:
-            options["choices"] = get_args(kind)
+        elif isinstance(rule, OneOf):
+            options.update(choices=rule.values, type=type(rule.values[0]))
         elif get_origin(kind) is list:
             (item,) = get_args(kind)
-            options.update(nargs="+", type=item, metavar="N" if item is int else "FILE")
+            options.update(nargs="+", type=item, metavar="N" if item is int else "VALUE")
         else:
-            options["type"] = next((part for part in get_args(kind) if part is not NoneType), kind)
-            options["metavar"] = "N" if options["type"] in (int, float) else "TEXT"
-        group.add_argument(f"--{field.name.replace('_', '-')}", **options)
-
-
-def read_flags[T](args: argparse.Namespace, config: type[T]) -> T:
-    """The dataclass back from parsed arguments; raises the ValueError of its own checks."""
-    fields = dataclasses.fields(config)  # type: ignore[arg-type]
-    return config(**{field.name: getattr(args, field.name) for field in fields})
-
-
-def _field_docs(config: type) -> dict[str, str]:
-    """The string literal that follows each field in the class's source."""
-    (tree,) = ast.parse(textwrap.dedent(inspect.getsource(config))).body
-    assert isinstance(tree, ast.ClassDef), "getsource of a class is a class"
-    docs = {}
-    for node, following in zip(tree.body, tree.body[1:], strict=False):
-        if (
-            isinstance(node, ast.AnnAssign)
-            and isinstance(node.target, ast.Name)
-            and isinstance(following, ast.Expr)
-        ):
-            docs[node.target.id] = " ".join(str(ast.literal_eval(following.value)).split())
-    return docs
+            options.update(type=kind, metavar="N" if kind in (int, float) else "TEXT")
+        group.add_argument(flag_name(name), **options)

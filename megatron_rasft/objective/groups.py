@@ -1,0 +1,92 @@
+"""What the rollouts of one problem count as, and their advantages within the group.
+
+Plain Python on Python floats: rank 0 calls this once per problem.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_rasft.objective.declaration import Deduplicate
+from megatron_rasft.types import Rollout, RolloutGroup, counts_as_attempt, counts_as_solved
+
+STD_EPSILON = 1e-6
+"""Added to the standard deviation of a group's rewards."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GroupAdvantages:
+    """Rewards of a group, standardised within it."""
+
+    values: tuple[float, ...]
+    is_degenerate: bool
+    """All rewards are equal, so every value is 0. True also for a single reward or none."""
+
+
+def distinct_texts(texts: Sequence[str]) -> list[int]:
+    """Indices of the texts that differ from every earlier text: the default de-duplication."""
+    first: dict[str, int] = {}
+    for index, text in enumerate(texts):
+        first.setdefault(text, index)
+    return list(first.values())
+
+
+def is_attempt(rollout: Rollout) -> bool:
+    """``types.counts_as_attempt`` of a rollout."""
+    return counts_as_attempt(len(rollout.response_ids), rollout.finish_reason, rollout.verdict)
+
+
+def is_solved(rollout: Rollout) -> bool:
+    """``types.counts_as_solved`` of a rollout."""
+    return counts_as_solved(len(rollout.response_ids), rollout.finish_reason, rollout.verdict)
+
+
+def is_positive(rollout: Rollout) -> bool:
+    """Whether the rollout may be imitated: solved, and not removed by a text filter."""
+    return is_solved(rollout) and not rollout.filtered_by
+
+
+def distinct_positives(group: RolloutGroup, deduplicate: Deduplicate) -> list[int]:
+    """Indices into the group of the rollouts that may be imitated, without near-duplicates."""
+    positives = [i for i, rollout in enumerate(group.rollouts) if is_positive(rollout)]
+    return [positives[j] for j in deduplicate([group.rollouts[i].text for i in positives])]
+
+
+def count_solved(group: RolloutGroup) -> tuple[int, int]:
+    """(solved, attempts) of a group: the counts that solvability is estimated from.
+
+    Near-duplicates count, because each is a draw from the policy. A correct answer that a quality filter removed (a guess, a
+    loop) is an attempt that solved nothing. A group without a single verdict of correct or wrong, in which no response was cut
+    by the length limit, has no attempts: the gold answer is then more likely at fault than the policy.
+    """
+    attempts = [r for r in group.rollouts if is_attempt(r)]
+    if not any(r.verdict in ("correct", "wrong") or r.finish_reason == "length" for r in attempts):
+        return 0, 0
+    return sum(map(is_positive, attempts)), len(attempts)
+
+
+def judged_rewards(group: RolloutGroup | None) -> tuple[list[int], list[float]]:
+    """Indices of the attempts and their rewards, 1 if solved, else 0.
+
+    Both are empty if the verifier judged no attempt, since no reward is known then: the group counts as unsampled.
+    """
+    if group is None or count_solved(group)[1] == 0:
+        return [], []
+    attempts = [i for i, rollout in enumerate(group.rollouts) if is_attempt(rollout)]
+    return attempts, [1.0 if is_solved(group.rollouts[i]) else 0.0 for i in attempts]
+
+
+def grpo_advantages(rewards: Sequence[float]) -> GroupAdvantages:
+    """(R - mean) / (population std + 1e-6) over one group (arXiv 2402.03300); zeros if all rewards are equal."""
+    if all(reward == rewards[0] for reward in rewards):
+        return GroupAdvantages(values=(0.0,) * len(rewards), is_degenerate=True)
+    mean = math.fsum(rewards) / len(rewards)
+    std = math.sqrt(math.fsum((reward - mean) ** 2 for reward in rewards) / len(rewards))
+    return GroupAdvantages(
+        values=tuple((reward - mean) / (std + STD_EPSILON) for reward in rewards), is_degenerate=False
+    )
+
+
+def gft_advantages(rollout_rewards: Sequence[float], demonstration_reward: float = 1.0) -> GroupAdvantages:
+    """Advantages in the group of the demonstration and the rollouts (arXiv 2604.14258), the demonstration's first."""
+    return grpo_advantages([demonstration_reward, *rollout_rewards])
