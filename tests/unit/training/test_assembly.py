@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_rasft.config import ObjectiveConfig
+from megatron_rasft.objective.families.likelihood import Sft
 from megatron_rasft.training.assembly import describe_run, open_cache
 from megatron_rasft.types import TrainingSample
 from tests.unit.training.stand_ins import config_of
@@ -61,7 +61,7 @@ def test_reference_log_probabilities_are_not_shared_between_weights_or_precision
 
 
 def test_an_objective_without_a_reference_has_no_cache() -> None:
-    assert open_cache(args_of(), config_of(objective=ObjectiveConfig(objective="sft")), "weights") is None
+    assert open_cache(args_of(), config_of(objective=Sft()), "weights") is None
 
 
 def test_the_first_line_names_objective_model_length_and_layout() -> None:
