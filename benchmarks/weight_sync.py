@@ -36,6 +36,7 @@ sys.path.insert(0, str(ROOT))
 from megatron_rasft.config import SyncConfig  # noqa: E402
 from megatron_rasft.errors import ServerError  # noqa: E402
 from megatron_rasft.servers.client import ServerClient  # noqa: E402
+from megatron_rasft.servers.record import ServerRecords  # noqa: E402
 from megatron_rasft.sync import WeightSync  # noqa: E402
 from megatron_rasft.tools.capacity.sync_time import SyncCosts, estimate_sync  # noqa: E402
 from megatron_rasft.tools.ports import free_port  # noqa: E402
@@ -165,7 +166,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                 SyncConfig(sync_bucket_mib=options.bucket_mib, sync_proof_interval=0),
                 plan=partial(plan, weights),
                 gather=partial(gather, weights, copies=not options.no_gather),
-                connect=ServerClient,
+                records=ServerRecords(),
                 model_config=config,
                 device=torch.device("cpu"),
                 stage=0,
@@ -181,7 +182,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                 report = sync.push(round_number + 1, [url])
                 assert report.synced, report.line()
                 reports.append(report)
-                sizes = sizes or [b.num_bytes for b in sync._stream.memory.buckets]  # type: ignore[union-attr]
+                sizes = sizes or [b.num_bytes for b in sync.transfer.memory_plan().buckets]
                 bare += bare_seconds(sizes, 1)
             sync.close()
         dist.destroy_process_group()

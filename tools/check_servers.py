@@ -1,11 +1,11 @@
-"""Looks at rollout servers before a large model is loaded for training: one line each, exit status 1 if any is unfit.
+"""Checks rollout servers before a training run loads a large model. Prints one line per server.
 
     tools/check_servers.py --hf-model DIR --urls http://host:port [...] | --server-file servers.txt
 
-Of each server: whether it is reached, its SGLang version and what it can do, whether its model is the trainer's, and one
-short generation, held against what it must look like. Then a test broadcast: this process joins a group with all good
-servers, as the trainer will, and sends up to --broadcast-mib of the model's own tensors. The servers load them, so they
-must still serve --hf-model itself; run this before training, not during it.
+For each server it checks that the server answers, serves the trainer's model and can be synced, and that a short generation has the
+form of a valid answer. Then it makes a test broadcast: this process joins a group with all fit servers, as the trainer will, and
+sends up to --broadcast-mib of the model's own tensors. The servers load them, so they must still serve --hf-model itself. Run it
+before training, not during it. The exit code is 1 if a server is unfit, 2 for wrong flags.
 """
 
 import argparse
@@ -16,29 +16,31 @@ import uuid
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from megatron_rasft.config.rollout import check_address
-from megatron_rasft.errors import RasftError, ServerError
-from megatron_rasft.rollout.fleet import config_mismatch, named_twice
+from megatron_rasft.errors import ServerError
 from megatron_rasft.rollout.sampling import check_generation
 from megatron_rasft.servers.addresses import read_addresses
 from megatron_rasft.servers.client import ServerClient
-from megatron_rasft.servers.info import ServerInfo, released_memory
-from megatron_rasft.servers.keys import read_key
+from megatron_rasft.servers.fit import duplicates, misfit
+from megatron_rasft.servers.info import released_memory
+from megatron_rasft.servers.keys import ServerKeys, read_key
+from megatron_rasft.servers.record import ServerRecord, ServerRecords, call_all
 from megatron_rasft.sync.buckets import Bucket, plan_buckets
 from megatron_rasft.sync.groups import GroupFailure, UpdateGroup, local_address, prepare_nccl
 from megatron_rasft.sync.nccl_versions import objection, own_pair, pair_of_sglang
-from megatron_rasft.sync.server_protocols import Server, ask_all
 from megatron_rasft.sync.wire_format import WireFormat
+from megatron_rasft.tools import cli
 from megatron_rasft.weights import HfFolder
 
 
 class Planned(NamedTuple):
-    """One tensor of the folder, as the sync plans it."""
+    """A tensor of the folder in the form that ``plan_buckets`` takes."""
 
     name: str
     shape: tuple[int, ...]
@@ -47,62 +49,54 @@ class Planned(NamedTuple):
 
 @dataclass
 class Finding:
-    """What was found out about one server."""
+    """The result of the checks of one server."""
 
-    control: ServerClient
-    info: ServerInfo | None = None
-    """None until it was reached."""
-    said: list[str] = field(default_factory=list)
+    record: ServerRecord
+    facts: list[str] = field(default_factory=list)
     fault: str = ""
 
     def line(self) -> str:
-        """The verdict."""
+        """Returns the result in one line."""
         if self.fault:
-            return f"FAIL  {self.control.url}  {self.fault}"
-        return f"ok    {self.control.url}  {', '.join(self.said)}"
+            return f"FAIL  {self.record.url}  {self.fault}"
+        return f"ok    {self.record.url}  {', '.join(self.facts)}"
 
 
 def parser() -> argparse.ArgumentParser:
-    """All flags."""
+    """Returns the parser of all flags."""
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--hf-model", type=Path, required=True, help="the trainer's --hf-model")
     made.add_argument("--urls", nargs="+", default=[], help="addresses of servers, http://host:port each")
-    made.add_argument("--server-file", type=Path, help="file that tools/serve_rollouts.py enters servers in")
-    made.add_argument("--api-key-env", help="environment variable with the servers' --api-key")
+    made.add_argument("--server-file", type=Path, help="file to which tools/serve_rollouts.py adds servers")
+    made.add_argument("--api-key-env", help="environment variable that holds the servers' --api-key")
     made.add_argument(
-        "--admin-api-key-env", help="environment variable with their --admin-api-key, if they have one"
+        "--admin-api-key-env", help="environment variable that holds their --admin-api-key, if they have one"
     )
     made.add_argument(
         "--deadline-s",
         type=float,
         default=60.0,
-        help="longest time for one step, seconds (default: %(default)s)",
+        help="longest time for one request or bucket, seconds (default: %(default)s)",
     )
     made.add_argument(
         "--broadcast-mib",
         type=int,
         default=512,
-        help="weights to send in the test, MiB; 0 sends none (default: %(default)s)",
+        help="size of the test broadcast, MiB; 0 skips it (default: %(default)s)",
     )
     made.add_argument(
-        "--sync-address", help="address of this machine as the servers reach it (default: found out)"
+        "--sync-address", help="address of this machine for the servers (default: that of the route to them)"
     )
-    made.add_argument("--sync-port", type=int, default=0, help="port for the rendezvous; 0 takes a free one")
+    made.add_argument(
+        "--sync-port", type=int, default=0, help="port for the rendezvous; 0 chooses a free one"
+    )
     made.add_argument("--sync-interface", help="network interface to send over, such as eth0")
     return made
 
 
 def main() -> int:
-    """Check all servers; 0 if every one is fit, 1 if not, 2 for flags that make no sense."""
-    args = parser().parse_args()
-    try:
-        findings = check(args)
-    except ValueError as error:
-        print(f"check_servers: {error}", file=sys.stderr)
-        return 2
-    except RasftError as error:
-        print(f"check_servers: {error}", file=sys.stderr)
-        return 1
+    """Checks all servers. Returns 0 if all are fit, otherwise 1."""
+    findings = check(parser().parse_args())
     for finding in findings:
         print(finding.line())
     num_bad = sum(bool(f.fault) for f in findings)
@@ -111,115 +105,98 @@ def main() -> int:
 
 
 def check(args: argparse.Namespace) -> list[Finding]:
-    """Everything about every server, in their order."""
+    """Returns the findings about all servers, in the order in which they are named."""
     urls = [check_address(url, "--urls") for url in args.urls]
     if args.server_file is not None:
         urls += read_addresses(args.server_file)
     urls = list(dict.fromkeys(urls))
     if not urls:
         raise ValueError(
-            f"no server is named: {args.server_file} holds none."
+            f"no server to check: {args.server_file} is empty."
             if args.server_file
-            else "no server is named: give --urls http://HOST:PORT [...] or --server-file FILE."
+            else "no server to check: give --urls http://HOST:PORT [...] or --server-file FILE."
         )
     folder = HfFolder.open(args.hf_model)
-    findings = [
-        Finding(
-            ServerClient(
-                url,
-                api_key=read_key("--api-key-env", args.api_key_env),
-                admin_api_key=read_key("--admin-api-key-env", args.admin_api_key_env),
-                deadline_s=args.deadline_s,
-            )
-        )
-        for url in urls
-    ]
+    keys = ServerKeys(
+        read_key("--api-key-env", args.api_key_env),
+        read_key("--admin-api-key-env", args.admin_api_key_env),
+    )
+    records = ServerRecords(keys, partial(ServerClient, deadline_s=args.deadline_s))
+    findings = [Finding(records.get(url)) for url in urls]
     with ThreadPoolExecutor(len(findings)) as pool:
         list(pool.map(lambda finding: examine(finding, folder), findings))
-    doubles = named_twice([f.info for f in findings if f.info is not None and not f.fault])
+    same = duplicates([f.record.known_info for f in findings if not f.fault])
     for finding in findings:
-        finding.fault = doubles.get(finding.control.url, finding.fault)
-    good = [f for f in findings if not f.fault]
-    if args.broadcast_mib > 0 and good:
-        broadcast(good, folder, args)
+        finding.fault = same.get(finding.record.url, finding.fault)
+    fit = [f for f in findings if not f.fault]
+    if args.broadcast_mib > 0 and fit:
+        broadcast(fit, folder, args)
     return findings
 
 
 def examine(finding: Finding, folder: HfFolder) -> None:
-    """Reach, version, model and one generation of one server."""
-    control = finding.control
+    """Probes one server, checks that it fits, and has it generate."""
+    client = finding.record.client
     try:
-        info = finding.info = control.probe()
-        mismatch = config_mismatch(folder.config, info.model_config)
-        architectures = tuple(folder.config.get("architectures") or ())
-        if mismatch:
-            finding.fault = f"serves another model than --hf-model: {mismatch}"
-        elif info.architectures and architectures and info.architectures != architectures:
-            finding.fault = f"serves {info.architectures[0]}, --hf-model is {architectures[0]}"
-        elif info.dp_size > 1 or info.pp_size > 1:
-            finding.fault = (
-                f"runs with --dp-size {info.dp_size} --pp-size {info.pp_size}: weights can only be sent to tensor-parallel "
-                "servers. Start several instead"
-            )
-        elif released_memory(info.weight_label) is not None:
-            finding.fault = "sleeps, as a run that was killed left it: the next run's first sync wakes it"
+        info = finding.record.info = client.probe()
+        finding.fault = misfit(info, folder.config)
+        if not finding.fault and released_memory(info.weight_label) is not None:
+            finding.fault = "has released its memory, because a run that used it was killed: the first sync of the next run wakes it"
         if finding.fault:
             return
         began = time.monotonic()
-        num_tokens = check_generation(control, folder.shape.vocab_size)
-        finding.said += [
+        num_tokens = check_generation(client, folder.shape.vocab_size)
+        finding.facts += [
             f"SGLang {info.version}",
             nccl_text(info.version),
             f"tp {info.tp_size}",
             "update session" if info.has_update_session else "no update session",
-            "heeds seeds" if info.is_deterministic else "seeds not heeded",
-            f"{info.max_total_tokens:,} tokens of cache"
-            if info.max_total_tokens
-            else "size of cache unknown",
+            "uses seeds" if info.is_deterministic else "ignores seeds",
+            f"{info.max_total_tokens:,} tokens of cache" if info.max_total_tokens else "unknown cache size",
             f"weights {info.weight_label!r}",
             f"{num_tokens} tokens in {time.monotonic() - began:.2f} s",
         ]
         if info.model_config is None:
-            finding.said.append("its config.json cannot be read here: model compared by architecture only")
+            finding.facts.append("its config.json cannot be read here: compared by architecture only")
     except ServerError as error:
         finding.fault = error.reason
         if error.reason.startswith("/generate gave no answer"):
-            finding.fault += (
-                ". A server that a run left paused takes requests again after the next run's first sync"
-            )
+            finding.fault += ". If a run left the server paused, the first sync of the next run resumes it"
 
 
 def nccl_text(sglang: str) -> str:
-    """The server's NCCL, as its version of SGLang comes with it, and whether this process's connects to it."""
+    """Returns the NCCL that comes with a version of SGLang, and whether this process's NCCL connects to it."""
     pair = pair_of_sglang(sglang)
     if pair is None:
         return "NCCL unknown"
     fits = (
-        "as here"
+        "the same here"
         if not objection(sglang, own_pair())
-        else f"here {own_pair().nccl}: on GPUs they do not connect"
+        else f"{own_pair().nccl} here: they cannot connect on GPUs"
     )
     return f"NCCL {pair.nccl} of torch {pair.torch} ({fits})"
 
 
 def broadcast(findings: Sequence[Finding], folder: HfFolder, args: argparse.Namespace) -> None:
-    """Send some of the folder's tensors to all servers at once and add the speed to what is said of them."""
-    controls = [f.control for f in findings]
+    """Sends some of the folder's tensors to all servers at once, and adds the speed to the findings."""
+    records = [f.record for f in findings]
+    infos = [record.known_info for record in records]
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     try:
-        served = WireFormat.read(controls[0].info.model_config or folder.config)
-        if served.is_block_fp8:
+        wire_format = WireFormat.read(infos[0].model_config or folder.config)
+        if wire_format.is_block_fp8:
             raise ValueError(
-                "the servers want FP8 weights, which only the trainer makes: use --broadcast-mib 0."
+                "the servers need FP8 weights, which only a trainer produces: use --broadcast-mib 0."
             )
-        buckets = first_buckets(folder, served, args.broadcast_mib * 2**20)
+        buckets = first_buckets(folder, wire_format, args.broadcast_mib * 2**20)
         prepare_nccl(args.sync_interface)
         group = UpdateGroup(
-            controls,
-            [c.info.tp_size for c in controls],
+            [record.client for record in records],
+            [info.tp_size for info in infos],
             name=f"check-{uuid.uuid4().hex[:8]}",
             backend="nccl" if device.type == "cuda" else "gloo",
-            address=args.sync_address or local_address([c.url for c in controls], args.sync_interface),
+            address=args.sync_address
+            or local_address([record.url for record in records], args.sync_interface),
             port=args.sync_port,
             interface=args.sync_interface,
             device=device,
@@ -229,7 +206,7 @@ def broadcast(findings: Sequence[Finding], folder: HfFolder, args: argparse.Name
         blame(findings, failure, "joining the test broadcast")
         return
     try:
-        seconds = send(group, controls, folder, buckets, device)
+        seconds = send(group, records, folder, buckets, device)
     except GroupFailure as failure:
         blame(findings, failure, "the test broadcast")
         return
@@ -237,45 +214,43 @@ def broadcast(findings: Sequence[Finding], folder: HfFolder, args: argparse.Name
         group.close()
     num_bytes = sum(b.num_bytes for b in buckets)
     for finding in findings:
-        finding.said.append(
-            f"broadcast to {len(findings)} of {num_bytes / 1e6:,.1f} MB at {num_bytes / 1e9 / seconds:.2f} GB/s"
+        finding.facts.append(
+            f"{num_bytes / 1e6:,.1f} MB broadcast to {len(findings)} server(s) at {num_bytes / 1e9 / seconds:.2f} GB/s"
         )
 
 
-def first_buckets(folder: HfFolder, served: WireFormat, limit: int) -> list[Bucket]:
-    """Tensors of the model up to ``limit`` bytes, one at least, in buckets of an eighth of it."""
+def first_buckets(folder: HfFolder, wire_format: WireFormat, limit: int) -> list[Bucket]:
+    """Returns the first tensors of the model, up to ``limit`` bytes but at least one, in buckets of an eighth of the limit."""
     chosen: list[Planned] = []
     total = 0
     for name, stored in folder.tensors.items():
-        total += math.prod(stored.shape) * served.dtype.itemsize
+        total += math.prod(stored.shape) * wire_format.dtype.itemsize
         if chosen and total > limit:
             break
-        chosen.append(Planned(name, stored.shape, served.dtype))
-    return plan_buckets(chosen, served, max(1, limit // 8))
+        chosen.append(Planned(name, stored.shape, wire_format.dtype))
+    return plan_buckets(chosen, wire_format, max(1, limit // 8))
 
 
 def send(
     group: UpdateGroup,
-    controls: Sequence[ServerClient],
+    records: Sequence[ServerRecord],
     folder: HfFolder,
     buckets: Sequence[Bucket],
     device: torch.device,
 ) -> float:
-    """Broadcast the buckets as a sync would; seconds spent sending.
-
-    However it ends, every server that can be reached is let go on.
+    """Broadcasts the buckets as a sync does, and resumes every server, also after a failure. Returns the seconds spent sending.
 
     Raises:
-        GroupFailure: a server failed; the first failure, not one of the cleaning up after it.
+        GroupFailure: a server failed. Failures of resuming the servers after that are not reported.
     """
 
-    def stop(control: Server) -> None:
-        control.pause("abort")
-        control.begin_weight_update()
+    def stop(record: ServerRecord) -> None:
+        record.client.pause("abort")
+        record.begin_update()
 
     seconds = 0.0
     try:
-        check_none(ask_all(controls, stop))
+        raise_failures(call_all(records, stop))
         for bucket in buckets:
             memory = torch.empty(bucket.num_bytes, dtype=torch.uint8, device=device)
             for name, view in bucket.views(memory).items():
@@ -284,16 +259,16 @@ def send(
             group.broadcast(bucket, memory)
             seconds += time.monotonic() - began
     except BaseException:
-        ask_all(controls, let_go_on)
+        call_all(records, resume)
         raise
-    check_none(ask_all(controls, let_go_on))
+    raise_failures(call_all(records, resume))
     return seconds
 
 
-def let_go_on(control: Server) -> None:
-    """Close the session, forget what was cached and generate again; each is tried whatever became of the one before."""
+def resume(record: ServerRecord) -> None:
+    """Closes the update session, flushes the cache and resumes generation. A step that fails does not skip the next ones."""
     failures = []
-    for step in (control.end_weight_update, control.flush_cache, control.resume):
+    for step in (record.end_update, record.client.flush_cache, record.client.resume):
         try:
             step()
         except ServerError as error:
@@ -302,32 +277,32 @@ def let_go_on(control: Server) -> None:
         raise failures[0]
 
 
-def check_none(failed: dict[str, str]) -> None:
-    """GroupFailure if a server failed."""
+def raise_failures(failed: dict[str, str]) -> None:
+    """Raises GroupFailure if a server failed."""
     if failed:
         raise GroupFailure(next(iter(failed.values())), failed)
 
 
 def blame(findings: Sequence[Finding], failure: GroupFailure, what: str) -> None:
-    """Put a failed broadcast down to the servers at fault, or to all if it cannot be told."""
+    """Enters a failed broadcast as the fault of the servers that the failure names, or of all if it names none."""
     for finding in findings:
-        reason = failure.servers.get(finding.control.url)
+        reason = failure.servers.get(finding.record.url)
         if reason is not None or not failure.servers:
             finding.fault = f"{what} failed: {reason or failure}. Restart it before training"
-            doubt = _nccl_doubt(finding)
-            if doubt:
-                finding.fault += f". {doubt}"
+            problem = _nccl_problem(finding)
+            if problem:
+                finding.fault += f". {problem}"
 
 
-def _nccl_doubt(finding: Finding) -> str:
-    """Why NCCL may be what failed; empty on a CPU, and where both sides have the same version as far as is known."""
-    if finding.info is None or not torch.cuda.is_available():
+def _nccl_problem(finding: Finding) -> str:
+    """Returns why NCCL may be the cause of a failure; empty on a CPU, and if both sides have the same or an unknown version."""
+    if not torch.cuda.is_available():
         return ""
     try:
-        return objection(finding.info.version, own_pair())
+        return objection(finding.record.known_info.version, own_pair())
     except LookupError:
         return ""
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli.run(main))

@@ -1,10 +1,11 @@
-"""Starts one SGLang server for rollouts and enters its address in the file that the trainer reads.
+"""Starts one SGLang server for rollouts and adds its address to the file that the trainer reads.
 
     tools/serve_rollouts.py --model DIR --server-file servers.txt [--tp 4] [--python ENV/bin/python] [-- SGLANG FLAGS]
 
-Runs in the foreground until the server ends or a SIGTERM, SIGINT or SIGHUP comes. Then it takes the address out again and
-ends the server, which has 30 s to finish what it is at. SGLang lives in an environment of its own, whose interpreter --python names. With --cpu it starts on a machine
-without a GPU, from the environments that `make servers` makes. Flags after -- go to sglang.launch_server as they are.
+Runs in the foreground until the server ends or until SIGTERM, SIGINT or SIGHUP. Then it removes the address again and ends the
+server, which gets 30 s to finish its requests. SGLang needs an environment of its own; --python names its interpreter. With --cpu
+the server runs without a GPU, in one of the environments that `make servers` creates. Flags after -- are passed to
+sglang.launch_server unchanged.
 """
 
 import argparse
@@ -24,43 +25,44 @@ from types import FrameType
 import psutil
 
 from megatron_rasft.config.rollout import check_address
-from megatron_rasft.errors import RasftError, RolloutError, ServerError
+from megatron_rasft.errors import RolloutError, ServerError
 from megatron_rasft.servers.addresses import add_address, check_writable, remove_address
 from megatron_rasft.servers.client import ServerClient
 from megatron_rasft.servers.keys import read_key
+from megatron_rasft.tools import cli
 from megatron_rasft.tools.ports import check_port, free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU_LAUNCHER = Path(__file__).resolve().parent / "sglang_on_cpu.py"
 DRAIN_S = 30.0
-"""A server that is told to end finishes its requests first, for ever if it is paused; after this time it is killed."""
+"""After SIGTERM a server finishes its requests, which never ends if it is paused, so it is killed after this time."""
 
 
 def parser() -> argparse.ArgumentParser:
-    """All flags; what follows a lone -- is SGLang's."""
+    """Returns the parser of all flags. Arguments after a lone -- are SGLang's."""
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument(
         "--model", type=Path, required=True, help="Hugging Face folder to serve: the trainer's --hf-model"
     )
     made.add_argument(
-        "--server-file", type=Path, help="file to enter the address in: the trainer's --rollout-server-file"
+        "--server-file", type=Path, help="file to add the address to: the trainer's --rollout-server-file"
     )
     made.add_argument(
         "--tp", type=int, default=1, help="GPUs to split the model over, >= 1 (default: %(default)s)"
     )
     made.add_argument(
         "--host",
-        help="address to listen on and to enter; 0.0.0.0 or :: listens on all and enters this machine's (default: this "
-        "machine's; with --cpu 127.0.0.1)",
+        help="address to listen on and to add to the file; with 0.0.0.0 or :: it listens on all addresses and adds this machine's "
+        "(default: this machine's; with --cpu 127.0.0.1)",
     )
     made.add_argument(
-        "--port", type=int, default=0, help="port to listen on; 0 takes a free one (default: %(default)s)"
+        "--port", type=int, default=0, help="port to listen on; 0 chooses a free one (default: %(default)s)"
     )
     made.add_argument(
-        "--python", type=Path, help="interpreter of the environment that holds SGLang (default: python3)"
+        "--python", type=Path, help="interpreter of the environment with SGLang (default: python3)"
     )
     made.add_argument("--cpu", action="store_true", help="run without a GPU, for tests and trials")
-    made.add_argument("--api-key-env", help="environment variable with the key that clients must give")
+    made.add_argument("--api-key-env", help="environment variable that holds the key that clients must send")
     made.add_argument(
         "--memory-saver",
         action="store_true",
@@ -79,21 +81,19 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main() -> int:
-    """Start, wait, enter, watch; every expected failure is one line on stderr and exit status 1."""
-    args = parser().parse_args()
-    try:
-        return serve(args)
-    except (RasftError, ValueError) as error:
-        print(f"serve_rollouts: {error}", file=sys.stderr)
-        return 1
+    """Runs the server until it ends or this process is asked to stop; returns 0 in the second case."""
+    return serve(parser().parse_args())
 
 
 def serve(args: argparse.Namespace) -> int:
-    """Run the server to its end; its exit status, 0 if it was asked to stop."""
+    """Checks the flags, then runs the server.
+
+    Raises:
+        ValueError: a flag is wrong; no server was started.
+        RolloutError: the server did not become ready, or ended by itself.
+    """
     if not (args.model / "config.json").is_file():
-        raise ValueError(
-            f"--model {args.model} holds no config.json: name the folder of a Hugging Face model."
-        )
+        raise ValueError(f"--model {args.model} has no config.json: name the folder of a Hugging Face model.")
     if args.tp < 1:
         raise ValueError(f"--tp must be >= 1, got {args.tp}. Use 1 for a server on one GPU.")
     host = args.host or ("127.0.0.1" if args.cpu else own_address())
@@ -106,7 +106,7 @@ def serve(args: argparse.Namespace) -> int:
     key = read_key("--api-key-env", args.api_key_env)
     if key is not None and "--config" in args.sglang:
         raise ValueError(
-            "--api-key-env does not go with SGLang's --config: write api-key into that file instead."
+            "--api-key-env cannot be combined with SGLang's --config: write api-key into that file instead."
         )
     with secrets_file(key) as secrets:
         return _watch(args, command(args, host, port, secrets), url, key)
@@ -122,7 +122,7 @@ def _watch(args: argparse.Namespace, line: Sequence[str], url: str, key: str | N
             process.terminate()
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves SIGHUP
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(number, stop)
     try:
         process = subprocess.Popen(line, env=environment(), start_new_session=True)
@@ -143,40 +143,43 @@ def _watch(args: argparse.Namespace, line: Sequence[str], url: str, key: str | N
     if stopping:
         return 0
     raise RolloutError(
-        f"the server at {url} ended by itself with status {process.returncode}: its log above says why"
+        f"the server at {url} ended by itself with status {process.returncode}: see its log above"
     )
 
 
 def enter(file: Path | None, url: str) -> None:
-    """Tell the trainer, and whoever watches, that the server is ready."""
+    """Adds the server to the file, and prints that it is ready."""
     try:
         if file is not None:
             add_address(file, url)
     except OSError as error:
         raise RolloutError(f"{file} can no longer be written ({error.strerror})") from error
-    print(f"ready: {url}" + (f", entered in {file}" if file else ""), flush=True)
+    print(f"ready: {url}" + (f", added to {file}" if file else ""), flush=True)
 
 
 def sign_off(file: Path | None, url: str) -> None:
-    """Take the server out of the file; where that cannot be, it is said."""
+    """Removes the server from the file; prints a line if that fails."""
     try:
         if file is not None:
             remove_address(file, url)
     except OSError as error:
         print(
-            f"serve_rollouts: {url} could not be taken out of {file} ({error.strerror}): do so by hand",
+            f"error: {url} could not be removed from {file} ({error.strerror}): remove it by hand",
             file=sys.stderr,
         )
 
 
 def command(args: argparse.Namespace, host: str, port: int, secrets: Path | None) -> list[str]:
-    """The server's command line, which every user of the machine can read."""
+    """Returns the server's command line. It holds no key, because every user of the machine can read it."""
     python = args.python or (cpu_python() if args.cpu else Path("python3"))
     line = [str(python), *([str(CPU_LAUNCHER)] if args.cpu else ["-m", "sglang.launch_server"])]
     line += ["--model-path", str(args.model), "--host", host, "--port", str(port), "--tp-size", str(args.tp)]
-    line += ["--nccl-port", str(free_port(host))]  # its own choice may be taken before it gets to it
+    line += [
+        "--nccl-port",
+        str(free_port(host)),
+    ]  # a port that SGLang chose itself could be taken before it is used
     if not (args.model / "tokenizer.json").exists() and not (args.model / "tokenizer.model").exists():
-        line.append("--skip-tokenizer-init")  # token ids go in and out
+        line.append("--skip-tokenizer-init")  # requests and answers are token ids
     if args.memory_saver:
         line.append("--enable-memory-saver")
     if secrets is not None:
@@ -186,23 +189,23 @@ def command(args: argparse.Namespace, host: str, port: int, secrets: Path | None
 
 @contextmanager
 def secrets_file(key: str | None) -> Iterator[Path | None]:
-    """SGLang's configuration with the key, in a file that only this user reads; None without a key."""
+    """Yields a configuration file of SGLang with the key, which only this user can read; None without a key."""
     if key is None:
         yield None
         return
-    with tempfile.TemporaryDirectory(prefix="serve_rollouts-") as folder:  # of mode 0700
+    with tempfile.TemporaryDirectory(prefix="serve_rollouts-") as folder:  # mode 0700
         path = Path(folder) / "secrets.yaml"
         path.write_text(f"api-key: {json.dumps(key)}\n", encoding="utf-8")
         yield path
 
 
 def environment() -> dict[str, str]:
-    """Ours without what would lead the server's interpreter to this environment's packages."""
+    """Returns the environment variables without those that lead the server's interpreter to this environment's packages."""
     return {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
 
 
 def cpu_python() -> Path:
-    """The newest of the environments that `make servers` has made."""
+    """Returns the interpreter of the newest environment that `make servers` has created."""
 
     def version(python: Path) -> list[int]:
         return [int(n) for n in python.parents[1].name.removeprefix(".venv-sglang-").split(".")]
@@ -210,7 +213,7 @@ def cpu_python() -> Path:
     found = sorted(ROOT.glob(".venv-sglang-[0-9]*/bin/python"), key=version)
     if not found:
         raise RolloutError(
-            "--cpu needs an environment with SGLang: run `make servers`, or name one with --python."
+            "--cpu needs an environment with SGLang: run `make servers`, or name an interpreter with --python."
         )
     return found[-1]
 
@@ -218,9 +221,9 @@ def cpu_python() -> Path:
 def wait_until_ready(
     url: str, key: str | None, process: subprocess.Popen[bytes], limit_s: float, stopping: list[int]
 ) -> None:
-    """Until the server has warmed up and generated a token; returns early if this process was asked to stop."""
+    """Waits until the server has warmed up and generated a token. Returns early if this process is asked to stop."""
     ends = time.monotonic() + limit_s
-    said = ""
+    reason = ""
     with ServerClient(url, api_key=key) as control:
         while not stopping:
             try:
@@ -231,20 +234,20 @@ def wait_until_ready(
                 )
                 return
             except ServerError as error:
-                said = error.reason
+                reason = error.reason
             if process.poll() is not None:
                 raise RolloutError(
                     f"the server ended with status {process.returncode} while starting: see its log above"
                 )
             if time.monotonic() > ends:
                 raise RolloutError(
-                    f"the server is not ready after --ready-s {limit_s:g} s ({said}): see its log above"
+                    f"the server is not ready after --ready-s {limit_s:g} s ({reason}): see its log above"
                 )
             time.sleep(1.0)
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """Leave none of the server's processes behind."""
+    """Ends all of the server's processes."""
     if process.poll() is None:
         process.terminate()
     with suppress(subprocess.TimeoutExpired):
@@ -255,10 +258,10 @@ def end(process: subprocess.Popen[bytes]) -> None:
 
 
 def address_of(host: str, port: int) -> str:
-    """The address to enter for a server that listens on ``host``; this machine's for one that listens everywhere.
+    """Returns the address to add for a server that listens on ``host``: this machine's if it listens on all addresses.
 
     Raises:
-        ValueError: ``host`` cannot be part of one.
+        ValueError: ``host`` is not a valid host.
     """
     if host in ("0.0.0.0", "::"):
         host = own_address(host)
@@ -266,7 +269,8 @@ def address_of(host: str, port: int) -> str:
 
 
 def own_address(everywhere: str = "0.0.0.0") -> str:
-    """The address, IPv6 for ``::``, by which other machines reach this one; no packet is sent."""
+    """Returns the address, IPv6 for ``::``, at which other machines reach this one."""
+    # connecting a datagram socket sends nothing, but chooses the address from which it would send
     family, far, loopback = (
         (socket.AF_INET6, "2001:db8::1", "::1")
         if ":" in everywhere
@@ -277,10 +281,10 @@ def own_address(everywhere: str = "0.0.0.0") -> str:
             probe.connect((far, 1))
             return str(probe.getsockname()[0])
         except OSError:
-            pass  # no route that leads away
+            pass  # no route to other machines
     own = [e.address for entries in psutil.net_if_addrs().values() for e in entries if e.family == family]
     return next((a for a in own if not a.startswith(("127.", "169.254.", "::1", "fe80:"))), loopback)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli.run(main))

@@ -1,4 +1,4 @@
-"""The rollout engine of a run with servers, as the trainer's rank 0 calls it: blocking, or while it steps."""
+"""The rollout engine of a run with servers, called on rank 0: it samples at once or in the background."""
 
 import asyncio
 import threading
@@ -14,16 +14,15 @@ from megatron_rasft.types import Request, SamplingParams
 
 
 class SglangEngine:
-    """Samples from the fleet's servers. Use it as a context manager: it may own a thread.
+    """Samples from the fleet's servers. Use it as a context manager, because it may own a thread.
 
         answers, report = engine.generate(requests, params, weight_version)     # an evaluation
 
         engine.start(requests, params, weight_version)                          # a training run
-        ...with --rollout-lag 1 the steps of a window; wait(seconds) while there is nothing else to do...
+        ...with --rollout-lag 1 the steps of a refresh; otherwise wait(seconds)...
         answers, report = engine.result()
 
-    Neither raises because servers fail: some answers are None then, and ``fleet.say`` was told why, from
-    the thread that samples.
+    A failing server raises nothing: some answers are None then, and ``fleet.say`` has printed why, from the sampling thread.
     """
 
     def __init__(self, fleet: Fleet, transport: httpx.AsyncBaseTransport | None = None) -> None:
@@ -39,12 +38,12 @@ class SglangEngine:
         self.close()
 
     def generate(self, requests: Sequence[Request], params: SamplingParams, weight_version: int) -> Answers:
-        """Sample every seed of every request and wait for it."""
+        """Samples every seed of every request and returns the answers."""
         assert self._future is None, "samples of an earlier start() were not taken by result()"
         return asyncio.run(sample(self.fleet, requests, params, weight_version, self._transport))
 
     def start(self, requests: Sequence[Request], params: SamplingParams, weight_version: int) -> None:
-        """Begin to sample in a thread of its own; the weights must not be synced before ``result``."""
+        """Starts sampling in a thread. The servers' weights must not be synced before ``result``."""
         assert self._future is None, "samples of an earlier start() were not taken by result()"
         self._cancel.clear()
         future: Future[Answers] = Future()
@@ -53,38 +52,32 @@ class SglangEngine:
         def work() -> None:
             try:
                 future.set_result(asyncio.run(self._cancellable(requests, params, weight_version)))
-            except BaseException as error:  # handed to the thread that asks for the result
+            except BaseException as error:  # raised in the thread that calls result()
                 future.set_exception(CancelledError() if isinstance(error, asyncio.CancelledError) else error)
 
-        # Daemonic: a run that ends by an error does not wait for its servers.
+        # a daemon, so that a run that ends with an error does not wait for its servers
         threading.Thread(target=work, name="rollouts", daemon=True).start()
 
-    @property
-    def is_started(self) -> bool:
-        """Whether there is something for ``result`` to wait for."""
-        return self._future is not None
-
     def wait(self, timeout_s: float) -> bool:
-        """Whether ``result`` would return at once; waits for that no longer than this."""
+        """Waits at most this long. Returns whether all samples are finished, so that ``result`` would return at once."""
         assert self._future is not None, "wait() without start()"
         with suppress(TimeoutError, CancelledError):
             self._future.exception(timeout=timeout_s)
         return self._future.done()
 
     def result(self) -> Answers:
-        """Wait for what ``start`` began."""
+        """Waits for the samples that ``start`` requested, and returns them."""
         assert self._future is not None, "result() without start()"
         future, self._future = self._future, None
         return future.result()
 
     def close(self) -> None:
-        """Stop what ``start`` began, and drop the connections to the servers."""
+        """Cancels the sampling that ``start`` began."""
         if self._future is not None:
             self._cancel.set()
             with suppress(TimeoutError):
                 self._future.exception(timeout=30)
             self._future = None
-        self.fleet.close()
 
     async def _cancellable(
         self, requests: Sequence[Request], params: SamplingParams, weight_version: int

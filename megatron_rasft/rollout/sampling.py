@@ -28,9 +28,10 @@ import httpx
 import psutil
 
 from megatron_rasft.errors import RolloutError, ServerError
-from megatron_rasft.rollout.fleet import Fleet, Member
-from megatron_rasft.servers.client import NO_ROOM, ServerClient
+from megatron_rasft.rollout.fleet import Fleet
+from megatron_rasft.servers.client import FULL_STATUSES, ServerClient
 from megatron_rasft.servers.info import version_label
+from megatron_rasft.servers.record import ServerRecord
 from megatron_rasft.types import FinishReason, Request, Response, SamplingParams
 
 _FAILURES_IN_ROW = 3
@@ -70,7 +71,6 @@ class SamplingReport:
     num_quarantined: int = 0
     seconds: float = 0.0
     samples_by_server: Counter[str] = field(default_factory=Counter)
-    tokens_by_server: Counter[str] = field(default_factory=Counter)
 
     @property
     def num_finished(self) -> int:
@@ -127,7 +127,7 @@ class _Sample:
     num_failures: int = 0
     num_refusals: int = 0
     num_idle_aborts: int = 0
-    failed_at: Member | None = None
+    failed_at: ServerRecord | None = None
     """The server of its last failure; it goes elsewhere next, if there is another."""
 
     def forget(self) -> None:
@@ -146,7 +146,7 @@ class _Attempt(NamedTuple):
     """One request on its way."""
 
     sample: _Sample
-    member: Member
+    server: ServerRecord
     began: float
 
 
@@ -196,7 +196,7 @@ class _Sampling:
         self._config = fleet.config
         self._params = params
         self._label = version_label(weight_version)
-        self._members = fleet.serving(weight_version)
+        self._servers = fleet.serving(weight_version)
         self._vocab_size = fleet.vocab_size
         self._transport = transport
         self._waiting: deque[_Sample] = deque()
@@ -210,8 +210,8 @@ class _Sampling:
         self._max_running = self._room_for_connections()
         self._ended: asyncio.Queue[asyncio.Task[_Part] | None] = asyncio.Queue()
         """Attempts that are over; None: a server has rested."""
-        self._resting: set[Member] = set()
-        self._full_since: dict[Member, float] = {}
+        self._resting: set[ServerRecord] = set()
+        self._full_since: dict[ServerRecord, float] = {}
         """When a server first had no room, of those that took nothing since."""
         self._refusal = ""
         key = fleet.api_key
@@ -219,8 +219,8 @@ class _Sampling:
 
     async def run(self) -> Answers:
         began = time.monotonic()
-        for member in self._members:
-            member.num_in_flight = 0
+        for server in self._servers:
+            server.num_in_flight = 0
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
         async with httpx.AsyncClient(
             transport=self._transport, trust_env=False, limits=limits, headers=self._headers
@@ -247,8 +247,8 @@ class _Sampling:
 
     def _room_for_connections(self) -> int:
         """Requests that may be in flight at all servers together: each is a socket, and so is each look at a server."""
-        wanted = min(len(self._waiting), sum(m.max_in_flight for m in self._members))
-        room = open_file_room(wanted + len(self._members)) - len(self._members)
+        wanted = min(len(self._waiting), sum(m.max_in_flight for m in self._servers))
+        room = open_file_room(wanted + len(self._servers)) - len(self._servers)
         if room < wanted:
             self._fleet.say(
                 f"the limit of open files leaves room for {max(1, room)} requests at once, not {wanted}: raise it with ulimit -n"
@@ -259,43 +259,43 @@ class _Sampling:
         """Give out waiting samples as long as there is a free place for them."""
         set_aside = []
         while self._waiting and len(self._running) < self._max_running:
-            free = [m for m in self._members if m.num_in_flight < m.max_in_flight and m not in self._resting]
+            free = [m for m in self._servers if m.num_in_flight < m.max_in_flight and m not in self._resting]
             if not free:
                 break
             one = self._waiting.popleft()
-            member = self._least_loaded(free, one)
-            if member is None:
+            server = self._least_loaded(free, one)
+            if server is None:
                 set_aside.append(one)
                 continue
-            member.num_in_flight += 1
-            task = asyncio.create_task(self._attempt(client, one, member))
-            self._running[task] = _Attempt(one, member, time.monotonic())
+            server.num_in_flight += 1
+            task = asyncio.create_task(self._attempt(client, one, server))
+            self._running[task] = _Attempt(one, server, time.monotonic())
             task.add_done_callback(self._ended.put_nowait)
         self._waiting.extendleft(reversed(set_aside))
 
-    def _least_loaded(self, free: list[Member], one: _Sample) -> Member | None:
+    def _least_loaded(self, free: list[ServerRecord], one: _Sample) -> ServerRecord | None:
         """The server with the largest free share; None while only the one where the sample failed is free."""
-        if len(self._members) > 1:
+        if len(self._servers) > 1:
             free = [m for m in free if m is not one.failed_at]
         return min(free, key=lambda m: m.num_in_flight / m.max_in_flight, default=None)
 
     def _settle(self, task: asyncio.Task[_Part]) -> None:
-        one, member, _ = self._running.pop(task)
-        member.num_in_flight -= 1
+        one, server, _ = self._running.pop(task)
+        server.num_in_flight -= 1
         if task.cancelled():  # its server was quarantined meanwhile
-            self._again(one, member)
+            self._again(one, server)
             return
         error = task.exception()
         if error is None:
-            member.num_failures_in_row = 0
-            self._full_since.pop(member, None)
-            self._take(one, member, task.result())
+            server.num_failures_in_row = 0
+            self._full_since.pop(server, None)
+            self._take(one, server, task.result())
         elif isinstance(error, _Fault):
-            self._fail(one, member, error)
+            self._fail(one, server, error)
         else:
             raise error
 
-    def _take(self, one: _Sample, member: Member, part: _Part) -> None:
+    def _take(self, one: _Sample, server: ServerRecord, part: _Part) -> None:
         one.token_ids += part.token_ids
         one.logprobs += part.logprobs
         finish_reason = part.finish_reason
@@ -311,12 +311,10 @@ class _Sampling:
             token_ids=one.token_ids, logprobs=one.logprobs, finish_reason=finish_reason
         )
         num_tokens = len(one.token_ids)
-        member.num_samples += 1
-        member.num_tokens += num_tokens
+        server.num_samples += 1
         self._report.outcomes[finish_reason] += 1
         self._report.num_tokens += num_tokens
-        self._report.samples_by_server[member.url] += 1
-        self._report.tokens_by_server[member.url] += num_tokens
+        self._report.samples_by_server[server.url] += 1
 
     def _resume(self, one: _Sample, has_gained: bool) -> None:
         """Send an aborted sample again, to go on from its tokens."""
@@ -332,11 +330,11 @@ class _Sampling:
         self._report.num_resumed += 1
         self._waiting.append(one)
 
-    def _fail(self, one: _Sample, member: Member, fault: _Fault) -> None:
+    def _fail(self, one: _Sample, server: ServerRecord, fault: _Fault) -> None:
         if fault.is_refusal:
-            one.failed_at = member
+            one.failed_at = server
             one.num_refusals += 1
-            if one.num_refusals >= min(2, max(1, len(self._members))):
+            if one.num_refusals >= min(2, max(1, len(self._servers))):
                 self._report.outcomes["refused"] += 1
                 self._refusal = fault.reason
             else:
@@ -345,39 +343,39 @@ class _Sampling:
         if fault.rest_s is not None:
             self._report.num_turned_away += 1
             self._waiting.append(one)
-            self._rest(member, fault.reason, fault.rest_s)
+            self._rest(server, fault.reason, fault.rest_s)
             return
-        member.num_failures_in_row += 1
+        server.num_failures_in_row += 1
         if fault.is_grave:
-            self._quarantine(member, fault.reason)
-        elif member.num_failures_in_row >= _FAILURES_IN_ROW:
-            self._quarantine(member, f"failed {_FAILURES_IN_ROW} times in a row ({fault.reason})")
-        self._again(one, member)
+            self._quarantine(server, fault.reason)
+        elif server.num_failures_in_row >= _FAILURES_IN_ROW:
+            self._quarantine(server, f"failed {_FAILURES_IN_ROW} times in a row ({fault.reason})")
+        self._again(one, server)
 
-    def _rest(self, member: Member, reason: str, seconds: float) -> None:
+    def _rest(self, server: ServerRecord, reason: str, seconds: float) -> None:
         """Leave a server that has no room alone for a while, or for good where it has had none for too long."""
-        if member in self._resting or member not in self._members:  # told by another request already
+        if server in self._resting or server not in self._servers:  # told by another request already
             return
         limit = self._config.rollout_deadline_s
         now = time.monotonic()
-        since = now if self._is_taking(member) else self._full_since.get(member, now)
-        self._full_since[member] = since
+        since = now if self._is_taking(server) else self._full_since.get(server, now)
+        self._full_since[server] = since
         if now - since > limit:
-            self._quarantine(member, f"had no room for {limit:g} s ({reason})")
+            self._quarantine(server, f"had no room for {limit:g} s ({reason})")
             return
-        self._resting.add(member)
-        asyncio.get_running_loop().call_later(seconds, self._rested, member)
+        self._resting.add(server)
+        asyncio.get_running_loop().call_later(seconds, self._rested, server)
 
-    def _is_taking(self, member: Member) -> bool:
+    def _is_taking(self, server: ServerRecord) -> bool:
         """Whether the server has taken a sample of this run."""
         latest = time.monotonic() - _TAKEN_S
-        return any(a.member is member and a.began < latest for a in self._running.values())
+        return any(a.server is server and a.began < latest for a in self._running.values())
 
-    def _rested(self, member: Member) -> None:
-        self._resting.discard(member)
+    def _rested(self, server: ServerRecord) -> None:
+        self._resting.discard(server)
         self._ended.put_nowait(None)
 
-    def _again(self, one: _Sample, failed_at: Member) -> None:
+    def _again(self, one: _Sample, failed_at: ServerRecord) -> None:
         one.failed_at = failed_at
         one.num_failures += 1
         if one.num_failures >= self._config.rollout_attempts:
@@ -386,16 +384,16 @@ class _Sampling:
             self._report.num_retried += 1
             self._waiting.append(one)
 
-    def _quarantine(self, member: Member, reason: str) -> None:
+    def _quarantine(self, server: ServerRecord, reason: str) -> None:
         """Take the server out, and what it works on back."""
-        if member not in self._members:
+        if server not in self._servers:
             return
-        self._members.remove(member)
-        self._rested(member)
+        self._servers.remove(server)
+        self._rested(server)
         self._report.num_quarantined += 1
-        self._fleet.quarantine(member.url, reason)
+        self._fleet.quarantine(server.url, reason)
         for task, attempt in self._running.items():
-            if attempt.member is member:
+            if attempt.server is server:
                 task.cancel()
 
     def _give_up_rest(self) -> None:
@@ -414,24 +412,24 @@ class _Sampling:
         """Ask every working server for a sign of life now and then, and whether it still has its weights."""
         while True:
             await asyncio.sleep(self._config.rollout_watch_s / 4)
-            working = [m for m in self._members if m.num_in_flight or m in self._resting]
+            working = [m for m in self._servers if m.num_in_flight or m in self._resting]
             faults = await asyncio.gather(*[self._sign_of_life(client, m) for m in working])
-            for member, fault in zip(working, faults, strict=True):
+            for server, fault in zip(working, faults, strict=True):
                 if fault:
-                    self._quarantine(member, fault)
+                    self._quarantine(server, fault)
 
-    async def _sign_of_life(self, client: httpx.AsyncClient, member: Member) -> str:
+    async def _sign_of_life(self, client: httpx.AsyncClient, server: ServerRecord) -> str:
         limit = self._config.rollout_watch_s
         try:
             async with asyncio.timeout(limit):
-                answer = await client.get(f"{member.url}/model_info", timeout=limit)
+                answer = await client.get(f"{server.url}/model_info", timeout=limit)
         except (TimeoutError, httpx.TimeoutException):
             return f"gave no sign of life for {limit:g} s"
         except httpx.HTTPError:
             return ""  # what it is working on will tell
-        if answer.status_code in NO_ROOM and not self._is_taking(member):
+        if answer.status_code in FULL_STATUSES and not self._is_taking(server):
             # a full server still says what it is; what stands in for a dead one does not
-            full_s = time.monotonic() - self._full_since.get(member, math.inf)
+            full_s = time.monotonic() - self._full_since.get(server, math.inf)
             return f"answers {answer.status_code} to everything" if full_s > _TAKEN_S else ""
         if answer.status_code != 200:
             return ""
@@ -441,15 +439,15 @@ class _Sampling:
             return _other_weights(str(label), self._label)
         return ""
 
-    async def _attempt(self, client: httpx.AsyncClient, one: _Sample, member: Member) -> _Part:
+    async def _attempt(self, client: httpx.AsyncClient, one: _Sample, server: ServerRecord) -> _Part:
         num_left = self._params.max_response_tokens(len(one.prompt_ids)) - len(one.token_ids)
-        body = self._body(one, member, num_left)
+        body = self._body(one, server, num_left)
         limit = self._config.rollout_deadline_s
         connect_s = min(limit, self._config.rollout_watch_s)
         timeout = httpx.Timeout(limit, connect=connect_s)
         try:
             async with asyncio.timeout(limit):
-                answer = await client.post(f"{member.url}/generate", json=body, timeout=timeout)
+                answer = await client.post(f"{server.url}/generate", json=body, timeout=timeout)
         except httpx.ConnectTimeout as error:
             raise _Fault(f"could not be reached for {connect_s:g} s", is_grave=True) from error
         except (TimeoutError, httpx.TimeoutException) as error:
@@ -467,7 +465,7 @@ class _Sampling:
         if answer.status_code != 200:
             reason = f"answered {answer.status_code}: {_said(answer)}"
             ran_too_long = _RAN_TOO_LONG in reason
-            is_full = answer.status_code in NO_ROOM and not ran_too_long
+            is_full = answer.status_code in FULL_STATUSES and not ran_too_long
             raise _Fault(reason, is_refusal=ran_too_long, rest_s=_rest_s(answer) if is_full else None)
         part = parse_answer(
             answer.content,
@@ -481,12 +479,12 @@ class _Sampling:
             return part._replace(finish_reason="stop")
         if part.finish_reason == "length" and len(part.token_ids) < num_left - _KEPT_BACK:
             raise _Fault(
-                f"{member.url} ended a response after {len(part.token_ids)} of {num_left} tokens: its key-value cache holds no more",
+                f"{server.url} ended a response after {len(part.token_ids)} of {num_left} tokens: its key-value cache holds no more",
                 is_refusal=True,
             )
         return part
 
-    def _body(self, one: _Sample, member: Member, num_left: int) -> dict[str, Any]:
+    def _body(self, one: _Sample, server: ServerRecord, num_left: int) -> dict[str, Any]:
         params = self._params
         sampling: dict[str, Any] = {
             "max_new_tokens": num_left,
@@ -497,7 +495,7 @@ class _Sampling:
             "repetition_penalty": params.repetition_penalty,
             "stop_token_ids": sorted(params.stop_ids),
         }
-        if member.info is not None and member.info.is_deterministic:
+        if server.info is not None and server.info.is_deterministic:
             sampling["sampling_seed"] = one.seed
         return {
             "input_ids": [*one.prompt_ids, *one.token_ids],

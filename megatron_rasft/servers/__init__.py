@@ -1,1 +1,1 @@
-"""SGLang rollout servers: the HTTP client, what a server reports, the address file and the bearer keys."""
+"""The SGLang rollout servers: one record and one HTTP client each, whether a server fits, the server file, the keys."""

@@ -1,4 +1,4 @@
-"""The file in which servers announce themselves: one address a line, written by serve_rollouts, read by the trainer."""
+"""The server file: one address a line, written by tools/serve_rollouts.py and read by the trainer."""
 
 import fcntl
 import os
@@ -15,10 +15,10 @@ from megatron_rasft.config.rollout import check_address
 
 
 def read_addresses(path: str | Path) -> list[str]:
-    """Every address in the file, in order and once each; none while the file does not exist.
+    """Returns the addresses in the file, in order and without repeats; [] if the file does not exist.
 
     Raises:
-        ValueError: a line is no address, or the file cannot be read; the message names file and line.
+        ValueError: a line is not an address, or the file cannot be read; the message names file and line.
     """
     try:
         with _locked(Path(path), "r", fcntl.LOCK_SH) as file:
@@ -26,7 +26,7 @@ def read_addresses(path: str | Path) -> list[str]:
     except FileNotFoundError:
         return []
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no file of addresses ({error}).") from error
+        raise ValueError(f"{path} cannot be read as a file of server addresses ({error}).") from error
     found = {
         check_address(line.strip(), f"{path}:{number}"): None
         for number, line in enumerate(lines, start=1)
@@ -36,10 +36,12 @@ def read_addresses(path: str | Path) -> list[str]:
 
 
 def endpoints(address: str) -> set[str]:
-    """Where an address leads, ``IP:port``; without IP where that is this machine; empty if its host is not known.
+    """Returns the places that an address leads to, as ``IP:port``; empty if its host name does not resolve.
+
+    The IP is left out if it is one of this machine's, so that all names of this machine compare equal.
 
     Args:
-        address: as ``check_address`` gives it.
+        address: as ``check_address`` returns it.
     """
     own = {entry.address for entries in psutil.net_if_addrs().values() for entry in entries}
     port = urlsplit(address).port
@@ -47,20 +49,20 @@ def endpoints(address: str) -> set[str]:
 
 
 def resolved(address: str) -> list[str]:
-    """The IPs of an address's host, in the order in which they are tried; empty if it is not known."""
+    """Returns the IPs of an address's host, in the order in which a client tries them; [] if it does not resolve."""
     parts = urlsplit(address)
     try:
         found = socket.getaddrinfo(parts.hostname, parts.port, type=socket.SOCK_STREAM)
-    except (OSError, UnicodeError):  # the second: of a name that no resolver takes
+    except (OSError, UnicodeError):  # UnicodeError: not a valid host name
         return []
     return [str(target[0]) for *_, target in found]
 
 
 def check_writable(path: str | Path) -> None:
-    """Make the file and its folder, so that a server need not start to find out that it cannot be entered.
+    """Creates the file and its folder. Called before a server starts, which can take half an hour.
 
     Raises:
-        ValueError: they cannot be made, written or locked.
+        ValueError: they cannot be created, written or locked.
     """
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -73,7 +75,7 @@ def check_writable(path: str | Path) -> None:
 
 
 def add_address(path: str | Path, address: str) -> None:
-    """Enter a server that is ready; the file and its folder are made if need be."""
+    """Adds the address of a server that is ready. Creates the file and its folder if necessary."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with _locked(Path(path), "a+", fcntl.LOCK_EX) as file:
         file.seek(0)
@@ -83,7 +85,7 @@ def add_address(path: str | Path, address: str) -> None:
 
 
 def remove_address(path: str | Path, address: str) -> None:
-    """Take a server out; nothing happens if it is not there."""
+    """Removes an address, if it is in the file."""
     try:
         with _locked(Path(path), "r+", fcntl.LOCK_EX) as file:
             _rewrite(file, [line for line in file.read().splitlines() if line.strip() != address])
@@ -92,6 +94,7 @@ def remove_address(path: str | Path, address: str) -> None:
 
 
 def _rewrite(file: IO[str], lines: Sequence[str]) -> None:
+    # in place and not by a rename: the lock belongs to this file, and a renamed one would leave others with the old lock
     file.seek(0)
     file.truncate()
     file.write("".join(f"{line}\n" for line in lines))
@@ -101,7 +104,7 @@ def _rewrite(file: IO[str], lines: Sequence[str]) -> None:
 
 @contextmanager
 def _locked(path: Path, mode: str, kind: int) -> Iterator[IO[str]]:
-    """Open the file while nobody else writes it; the lock also holds between machines that share it over NFS."""
+    """Opens the file under a lock. POSIX locks also hold between machines that share the file over NFS."""
     with path.open(mode, encoding="utf-8") as file:
         fcntl.lockf(file, kind)
         yield file

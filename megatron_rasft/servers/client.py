@@ -1,10 +1,10 @@
-"""The control plane of one SGLang server: what it is, pausing it, and the calls of a weight update.
+"""The HTTP client of one SGLang server: probing it, pausing it, and the requests of a weight update.
 
-Blocking and thread-safe on purpose: a weight update posts to a server while this process takes part in the
-broadcast that the server waits for, so the caller runs one thread per server and the collective in its own.
-Every call opens a connection of its own (a server that was restarted leaves no stale one behind), ends
-within its deadline, checks the HTTP status and ``success`` in the body, and raises ServerError otherwise.
-Proxies of the environment are not used.
+The client blocks and is thread-safe. A weight update needs both: the request must be under way while this process takes part in
+the broadcast that the server waits for, so the caller runs one thread per server beside the collective.
+
+Every request opens its own connection, so that a restarted server leaves no stale one behind. It ends within its deadline, and
+raises ServerError unless the HTTP status and ``success`` in the body report success. Proxy settings of the environment are ignored.
 """
 
 import json
@@ -24,23 +24,24 @@ from megatron_rasft.servers.addresses import resolved
 from megatron_rasft.servers.info import ServerInfo, version_label, weight_version_of
 from megatron_rasft.types import PauseMode
 
-NO_ROOM = (429, 503)
-"""HTTP statuses of a server that is full."""
+FULL_STATUSES = (429, 503)
+"""HTTP statuses of a server that accepts no further request at the moment."""
 
-_PAUSE_BETWEEN_TRIES_S = 0.2
-_PAUSE_WITHOUT_ROOM_S = 1.0
-_LONGEST_QUOTE_CHARS = 500  # an error of NCCL's, which says last what was wrong
+_FLUSH_RETRY_S = 0.2
+_FULL_RETRY_S = 1.0
+_LONGEST_QUOTE_CHARS = 500
+"""NCCL gives the cause of an error at the end of its message, so quotes are not cut shorter."""
 
 
 class ServerClient:
-    """One server, by its address.
+    """Requests to one server.
 
     Args:
         url: ``http://host:port``.
-        api_key: bearer key of the server's --api-key.
-        admin_api_key: bearer key of its --admin-api-key, which the control calls need if it has one.
-        deadline_s: longest time a call may take where the call is not given its own.
-        transport: stands in for the network in tests.
+        api_key: bearer key, the server's --api-key.
+        admin_api_key: bearer key for control requests if the server has an --admin-api-key.
+        deadline_s: longest duration of a request that is given no deadline of its own.
+        transport: replaces the network in tests.
     """
 
     def __init__(
@@ -56,14 +57,13 @@ class ServerClient:
         self.deadline_s = deadline_s
         self._api_key = api_key
         self._admin_api_key = admin_api_key or api_key
-        self._is_networked = transport is None
+        self._uses_network = transport is None
         self._client = httpx.Client(
             base_url=self.url,
             transport=transport,
             trust_env=False,
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
         )
-        self._info: ServerInfo | None = None
 
     def __enter__(self) -> "ServerClient":
         return self
@@ -72,19 +72,13 @@ class ServerClient:
         self.close()
 
     def close(self) -> None:
+        """Closes the client. The server goes on running."""
         self._client.close()
 
-    @property
-    def info(self) -> ServerInfo:
-        """What the server is; asked for once."""
-        if self._info is None:
-            self._info = self.probe()
-        return self._info
-
     def probe(self, deadline_s: float | None = None) -> ServerInfo:
-        """Ask the server what it is and what it can do, and remember it; again after a restart.
+        """Asks the server about its model, its flags and its endpoints.
 
-        Generates nothing and changes nothing, so it also works while the server is paused.
+        The server generates nothing for this and changes nothing, so it also answers while it is paused.
         """
         ends = time.monotonic() + (deadline_s or self.deadline_s)
         server = self._first_of("/server_info", "/get_server_info", ends=ends)
@@ -92,9 +86,9 @@ class ServerClient:
         label = str(model.get("weight_version", server.get("weight_version", "default")))
         path = model.get("model_path") or server.get("model_path")
         if not isinstance(path, str):
-            raise ServerError(self.url, "is no SGLang server: its /model_info names no model_path")
+            raise ServerError(self.url, "is not an SGLang server: its /model_info has no model_path")
         try:
-            self._info = ServerInfo(
+            return ServerInfo(
                 url=self.url,
                 version=str(server.get("version", "of unknown version")),
                 model_path=path,
@@ -117,42 +111,43 @@ class ServerClient:
                 random_seed=_count(server.get("random_seed")),
             )
         except (TypeError, ValueError, OverflowError) as error:
-            raise ServerError(self.url, f"says of itself what cannot be true ({error})") from error
-        return self._info
+            raise ServerError(
+                self.url, f"returned an invalid /server_info or /model_info ({error})"
+            ) from error
 
     def check_health(self, deadline_s: float | None = None) -> None:
-        """A ServerError while the server still warms up, or cannot generate."""
+        """Raises ServerError while the server is still warming up or cannot generate."""
         self._call("GET", "/health", None, self._ends(deadline_s), is_admin=False)
 
     def weight_label(self, deadline_s: float | None = None) -> str:
-        """The version label of the weights the server has now."""
+        """Returns the label of the server's current weights."""
         ends = time.monotonic() + (deadline_s or self.deadline_s)
         model = self._first_of("/model_info", "/get_model_info", ends=ends)
         if "weight_version" not in model:
-            raise ServerError(self.url, "does not say which weights it has (weight_version in /model_info)")
+            raise ServerError(self.url, "returned a /model_info without weight_version")
         return str(model["weight_version"])
 
     def weight_version(self, deadline_s: float | None = None) -> int | None:
-        """Optimizer steps its weights had seen; None for a label that no trainer gave."""
+        """Returns the optimizer steps behind the server's weights; None if no trainer set their label."""
         return weight_version_of(self.weight_label(deadline_s))
 
     def pause(self, mode: PauseMode = "abort", deadline_s: float | None = None) -> None:
-        """Stop generation; ``abort`` also ends what is running, which then returns what it has so far.
+        """Stops generation. New requests wait until ``resume``.
 
-        New requests wait until ``resume``.
+        With ``abort`` the running requests end and return the tokens they have so far.
         """
         self._post("/pause_generation", {"mode": mode}, deadline_s)
 
     def resume(self, deadline_s: float | None = None) -> None:
-        """Go on generating (/continue_generation)."""
+        """Continues generation (/continue_generation)."""
         self._post("/continue_generation", {}, deadline_s)
 
     def abort_all(self, deadline_s: float | None = None) -> None:
-        """End every running request; each returns what it has so far."""
+        """Ends every running request, which returns the tokens it has so far."""
         self._post("/abort_request", {"abort_all": True}, deadline_s)
 
     def flush_cache(self, deadline_s: float | None = None) -> None:
-        """Forget every cached prefix, trying again while requests are still leaving."""
+        """Empties the prefix cache. Retries while the server refuses because requests are still finishing."""
         limit = deadline_s or self.deadline_s
         ends = time.monotonic() + limit
         while True:
@@ -162,26 +157,24 @@ class ServerClient:
             except ServerError as error:
                 if error.status != 400:
                     raise
-                if time.monotonic() + _PAUSE_BETWEEN_TRIES_S >= ends:
+                if time.monotonic() + _FLUSH_RETRY_S >= ends:
                     raise ServerError(
                         self.url,
                         f"still refuses /flush_cache after {limit:g} s ({error.reason}): requests are still running",
                         error.status,
                     ) from error
-            time.sleep(_PAUSE_BETWEEN_TRIES_S)
+            time.sleep(_FLUSH_RETRY_S)
 
     def begin_weight_update(self, deadline_s: float | None = None) -> None:
-        """Open an update session; does nothing on a server that knows none."""
-        if self.info.has_update_session:
-            self._post("/begin_weight_update", {}, deadline_s)
+        """Opens an update session. Only servers with ``ServerInfo.has_update_session`` have this endpoint."""
+        self._post("/begin_weight_update", {}, deadline_s)
 
     def end_weight_update(self, deadline_s: float | None = None) -> None:
-        """Close the session, which finalizes packed and quantized weights; nothing where there is none.
+        """Closes the update session; the server then finalizes packed and quantized weights.
 
-        Must be called after a failed update too: a session left open blocks the next one.
+        Must also be called after a failed update, because an open session blocks the next one.
         """
-        if self.info.has_update_session:
-            self._post("/end_weight_update", {}, deadline_s)
+        self._post("/end_weight_update", {}, deadline_s)
 
     def init_weights_update_group(
         self,
@@ -194,10 +187,10 @@ class ServerClient:
         backend: Literal["nccl", "gloo"],
         deadline_s: float | None = None,
     ) -> None:
-        """Join a process group as ranks ``rank_offset`` .. ``rank_offset + tp_size - 1``.
+        """Has the server join a process group as ranks ``rank_offset`` .. ``rank_offset + tp_size - 1``.
 
-        Returns when the rendezvous is complete, so the other ranks must be joining meanwhile. The server
-        itself has no deadline: if they never come it stays stuck, and only a restart helps.
+        Returns when the rendezvous is complete, so the other ranks must join at the same time. The server has no deadline for
+        it: if the other ranks never come, it stays stuck until it is restarted.
         """
         body = {
             "master_address": master_address,
@@ -210,7 +203,7 @@ class ServerClient:
         self._post("/init_weights_update_group", body, deadline_s)
 
     def destroy_weights_update_group(self, group_name: str, deadline_s: float | None = None) -> None:
-        """Leave a process group; a ServerError if the server is not in it."""
+        """Has the server leave a process group; raises ServerError if it is not a member."""
         self._post("/destroy_weights_update_group", {"group_name": group_name}, deadline_s)
 
     def update_weights_from_distributed(
@@ -225,18 +218,18 @@ class ServerClient:
         load_format: Literal["flattened_bucket"] | None = "flattened_bucket",
         deadline_s: float | None = None,
     ) -> None:
-        """Receive tensors from rank 0 of the group; the broadcast must run meanwhile.
+        """Has the server receive and load tensors from rank 0 of the group. The broadcast must run at the same time.
 
-        With ``flush_cache`` a server that is not idle answers a failure although the weights were applied,
-        and one before 0.5.21 dies: flush on the last bucket only, after ``pause("abort")``.
+        With ``flush_cache`` a busy server reports a failure although it has applied the weights, and a server before 0.5.21
+        dies. So flush with the last bucket only, after ``pause("abort")``.
 
         Args:
             names: Hugging Face names.
-            dtypes: as torch spells them without ``torch.``, e.g. ``bfloat16``.
+            dtypes: torch's names without ``torch.``, e.g. ``bfloat16``.
             shapes: unsharded shapes.
-            weight_version: label to set once these are loaded; None keeps the label.
-            load_format: ``flattened_bucket`` is one uint8 broadcast of all tensors end to end; None is one
-                broadcast per tensor.
+            weight_version: sets the label once the tensors are loaded; None keeps the label.
+            load_format: ``flattened_bucket`` sends all tensors end to end in one uint8 broadcast; None sends each tensor in a
+                broadcast of its own.
         """
         body: dict[str, Any] = {
             "names": list(names),
@@ -257,7 +250,7 @@ class ServerClient:
         load_format: str | None = None,
         deadline_s: float | None = None,
     ) -> None:
-        """Take tensors from the request itself, or over CUDA IPC from a process on the same GPU.
+        """Has the server load tensors from the request itself, or over CUDA IPC from a process on the same GPU.
 
         Args:
             serialized: base64, one entry per tensor-parallel rank of the server.
@@ -277,9 +270,9 @@ class ServerClient:
         flush_cache: bool = True,
         deadline_s: float | None = None,
     ) -> None:
-        """Load a Hugging Face folder that the server can read too. Needs no session; a failure changes nothing.
+        """Has the server load a Hugging Face folder. Needs no update session; a failure leaves the old weights in place.
 
-        The cache is flushed by a request of its own, which waits: SGLang's flush inside the update ends the server while a
+        The cache is flushed by a request of its own, which can wait. SGLang's flush inside the update ends the server if a
         request that was just answered is still leaving its batch (flush_cache_after_weight_update).
         """
         body: dict[str, Any] = {
@@ -292,24 +285,25 @@ class ServerClient:
             self.flush_cache(deadline_s)
 
     def set_weight_version(self, weight_version: int, deadline_s: float | None = None) -> None:
-        """Set the label alone; running requests go on."""
+        """Sets the weight label to this version. Running requests go on."""
         self.set_weight_label(version_label(weight_version), deadline_s)
 
     def set_weight_label(self, label: str, deadline_s: float | None = None) -> None:
-        """The same for a label that is no trainer's."""
+        """Sets the weight label to any text. Running requests go on."""
+        # without the second field SGLang aborts running requests
         body = {"new_version": label, "abort_all_requests": False}
         self._post("/update_weight_version", body, deadline_s)
 
     def release_memory(self, tags: Sequence[str] | None = None, deadline_s: float | None = None) -> None:
-        """Give up GPU memory (``weights``, ``kv_cache``; None: all). The server must be idle."""
+        """Has an idle server release GPU memory: ``weights``, ``kv_cache``, or all for None."""
         self._post("/release_memory_occupation", {"tags": None if tags is None else list(tags)}, deadline_s)
 
     def resume_memory(self, tags: Sequence[str] | None = None, deadline_s: float | None = None) -> None:
-        """Take the released memory back; its content is undefined until it is written again."""
+        """Has the server take released memory back. Its content is undefined until it is written again."""
         self._post("/resume_memory_occupation", {"tags": None if tags is None else list(tags)}, deadline_s)
 
     def checksums(self, deadline_s: float | None = None) -> list[dict[str, str]]:
-        """Per tensor-parallel rank: the server's own (fused) tensor name -> hash of its bytes."""
+        """Returns, per tensor-parallel rank, the server's name of each (fused) tensor -> hash of its bytes."""
         answer = self._post("/weights_checker", {"action": "checksum"}, deadline_s)
         try:
             return [dict(rank["checksums"]) for rank in answer["ranks"]]
@@ -319,28 +313,28 @@ class ServerClient:
             ) from error
 
     def weights_by_name(self, name: str, truncate_size: int = 100, deadline_s: float | None = None) -> Any:
-        """First values of a tensor by its Hugging Face name; some families answer an error (e.g. Qwen)."""
+        """Returns the first rows of a tensor by its Hugging Face name. SGLang lacks this for some families, e.g. Qwen."""
         body = {"name": name, "truncate_size": truncate_size}
         return self._call("POST", "/get_weights_by_name", body, self._ends(deadline_s))
 
     def generate(self, body: dict[str, Any], deadline_s: float | None = None) -> Any:
-        """One blocking /generate, for a probe or a preflight; rollouts go through ``sampling.py``.
+        """Sends one /generate request, for probes and checks; rollouts are requested by ``rollout/sampling.py``.
 
-        A server that has no room is asked again until the deadline.
+        Retries until the deadline while the server is full.
         """
         ends = self._ends(deadline_s)
         while True:
             try:
                 return self._call("POST", "/generate", body, ends, is_admin=False)
             except ServerError as error:
-                if error.status not in NO_ROOM or time.monotonic() + _PAUSE_WITHOUT_ROOM_S > ends:
+                if error.status not in FULL_STATUSES or time.monotonic() + _FULL_RETRY_S > ends:
                     raise
-            time.sleep(_PAUSE_WITHOUT_ROOM_S)
+            time.sleep(_FULL_RETRY_S)
 
     @cached_property
     def _num_addresses(self) -> int:
-        """Of the server's host: each in turn is given the time that a connection may take."""
-        return max(1, len(resolved(self.url))) if self._is_networked else 1
+        """The number of IP addresses of the host. httpx tries them in turn, each with the full connect time-out."""
+        return max(1, len(resolved(self.url))) if self._uses_network else 1
 
     def _ends(self, deadline_s: float | None) -> float:
         return time.monotonic() + (deadline_s or self.deadline_s)
@@ -350,7 +344,8 @@ class ServerClient:
         return answer if isinstance(answer, dict) else {}
 
     def _first_of(self, *paths: str, ends: float) -> dict[str, Any]:
-        """The first of these spellings that the server knows; a JSON object."""
+        """Returns the JSON object of the first of these endpoints that the server has."""
+        # older versions of SGLang have the endpoints under other names
         for path in paths:
             try:
                 answer = self._call("GET", path, None, ends, is_admin=False)
@@ -360,11 +355,11 @@ class ServerClient:
                 raise
             if isinstance(answer, dict):
                 return answer
-            raise ServerError(self.url, f"{path} answered no JSON object: {_quoted(answer)}")
-        raise ServerError(self.url, f"is no SGLang server: it knows none of {', '.join(paths)}")
+            raise ServerError(self.url, f"{path} did not answer with a JSON object: {_quoted(answer)}")
+        raise ServerError(self.url, f"is not an SGLang server: it has none of {', '.join(paths)}")
 
     def _has(self, path: str, ends: float) -> bool:
-        """Whether the server has an endpoint; OPTIONS runs nothing, and 404 means no."""
+        """Returns whether the server has an endpoint. An OPTIONS request runs nothing; 404 means no."""
         response, _ = self._exchange("OPTIONS", path, None, ends, is_admin=True)
         if response.status_code >= 500:
             raise ServerError(
@@ -375,7 +370,7 @@ class ServerClient:
     def _call(
         self, method: str, path: str, body: dict[str, Any] | None, ends: float, is_admin: bool = True
     ) -> Any:
-        """The parsed JSON of an answer that is not a failure; text where it is no JSON."""
+        """Returns the answer's JSON, or its text if it is not JSON; raises ServerError if it reports a failure."""
         response, content = self._exchange(method, path, body, ends, is_admin)
         answer = _parsed(content)
         if response.status_code == 401:
@@ -395,33 +390,37 @@ class ServerClient:
     def _exchange(
         self, method: str, path: str, body: dict[str, Any] | None, ends: float, is_admin: bool
     ) -> tuple[httpx.Response, bytes]:
-        """Send and read to the end; the deadline also ends an answer, or its headers, that trickle in."""
+        """Sends a request and reads the whole answer. The deadline also ends headers or a body that arrive too slowly."""
         key = self._admin_api_key if is_admin else self._api_key
         headers = {} if key is None else {"Authorization": f"Bearer {key}"}
         began = time.monotonic()
         left = ends - began
         if left <= 0:
-            raise ServerError(self.url, f"no time was left for {path}")
+            raise ServerError(self.url, f"the deadline ended before {path} was sent")
         parts = []
-        cut = _Cut(left)
+        cutoff = _Cutoff(left)
         try:
             with (
-                cut,
+                cutoff,
                 self._client.stream(
                     method,
                     path,
                     json=body,
                     headers=headers,
                     timeout=httpx.Timeout(left, connect=left / self._num_addresses),
-                    extensions={"trace": cut.trace},
+                    extensions={"trace": cutoff.trace},
                 ) as response,
             ):
                 for part in response.iter_bytes():
                     parts.append(part)
                     if time.monotonic() > ends:
                         break
-        except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:  # the last: of a host's name
-            if cut.has_come or isinstance(error, httpx.TimeoutException):
+        except (
+            httpx.HTTPError,
+            httpx.InvalidURL,
+            UnicodeError,
+        ) as error:  # UnicodeError: an invalid host name
+            if cutoff.has_passed or isinstance(error, httpx.TimeoutException):
                 waited = time.monotonic() - began
                 reason = f"{path} gave no answer within {waited:.1f} s"
             elif isinstance(error, httpx.ConnectError):
@@ -434,20 +433,20 @@ class ServerClient:
         return response, b"".join(parts)
 
 
-class _Cut:
-    """Ends a connection after a time, whatever it is at: httpx's own timeouts begin anew with every byte.
+class _Cutoff:
+    """Shuts a connection down after a time. httpx's own time-outs start again with every byte that arrives.
 
     Args:
-        seconds: from entering.
+        seconds: time from entering the context.
     """
 
     def __init__(self, seconds: float) -> None:
-        self.has_come = False
+        self.has_passed = False
         self._connection: socket.socket | None = None
-        self._timer = threading.Timer(seconds, self._come)
+        self._timer = threading.Timer(seconds, self._pass)
         self._timer.daemon = True
 
-    def __enter__(self) -> "_Cut":
+    def __enter__(self) -> "_Cutoff":
         self._timer.start()
         return self
 
@@ -455,19 +454,19 @@ class _Cut:
         self._timer.cancel()
 
     def trace(self, event: str, info: dict[str, Any]) -> None:
-        """For the request's ``trace`` extension: learns the connection."""
+        """Keeps the connection that httpx opens; pass it as the request's ``trace`` extension."""
         if event in ("connection.connect_tcp.complete", "connection.start_tls.complete"):
             self._connection = info["return_value"].get_extra_info("socket")
-            if self.has_come:  # before there was a connection
+            if self.has_passed:  # the time ended while it was connecting
                 self._end_connection()
 
-    def _come(self) -> None:
-        self.has_come = True
+    def _pass(self) -> None:
+        self.has_passed = True
         self._end_connection()
 
     def _end_connection(self) -> None:
         if self._connection is not None:
-            with suppress(OSError):  # it was closed meanwhile
+            with suppress(OSError):  # httpx has closed it already
                 self._connection.shutdown(socket.SHUT_RDWR)
 
 
@@ -484,7 +483,7 @@ def _count(value: Any) -> int | None:
 
 
 def _max_running_requests(server: dict[str, Any]) -> int | None:
-    """The flag, or, where it was left out, what the server chose by itself."""
+    """Returns the server's --max-running-requests, or without that flag the number that the server chose."""
     chosen = server.get("max_running_requests")
     states = server.get("internal_states")
     if chosen is None and isinstance(states, list) and states and isinstance(states[0], dict):
@@ -503,12 +502,12 @@ def _read_config(model_path: str) -> dict[str, Any] | None:
 def _parsed(content: bytes) -> Any:
     try:
         return json.loads(content)
-    except (ValueError, RecursionError):  # the second: brackets without end
+    except (ValueError, RecursionError):  # RecursionError: too many nested brackets
         return content.decode("utf-8", errors="replace")
 
 
 def _reason(answer: Any) -> str:
-    """What a refusal says, wherever this version of the server puts it."""
+    """Returns the message of a failure. Versions of SGLang put it in different fields."""
     if isinstance(answer, dict):
         error = answer.get("error")
         inner = error.get("message") if isinstance(error, dict) else error
@@ -520,4 +519,4 @@ def _quoted(answer: Any) -> str:
     text = " ".join((answer if isinstance(answer, str) else json.dumps(answer, default=str)).split())
     if len(text) > _LONGEST_QUOTE_CHARS:
         text = text[: _LONGEST_QUOTE_CHARS - 3] + "..."
-    return text or "(nothing)"
+    return text or "(empty answer)"

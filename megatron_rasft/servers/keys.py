@@ -1,24 +1,34 @@
-"""Bearer keys of servers: out of environment variables, never out of flags, which are logged."""
+"""Bearer keys of rollout servers. They come from environment variables, never from flags, because flags are logged."""
 
 import os
+from typing import NamedTuple
+
+
+class ServerKeys(NamedTuple):
+    """The keys that all servers of a run share."""
+
+    api_key: str | None = None
+    """The servers' --api-key."""
+    admin_api_key: str | None = None
+    """Their --admin-api-key, for control requests."""
 
 
 def read_key(flag: str, name: str | None) -> str | None:
-    """The key in the environment variable that a flag names; None where the flag was not given.
+    """Returns the key in the environment variable that a flag names; None if the flag was not given.
 
     Raises:
-        ValueError: the variable is not set, or holds what no HTTP header carries; the message does not quote it.
+        ValueError: the variable is not set, or an HTTP header cannot carry its value. The message does not quote the value.
     """
     if name is None:
         return None
     key = os.environ.get(name)
     if not key:
         raise ValueError(
-            f"{flag} {name}: there is no such environment variable. Export it with the key in it, or leave the flag out."
+            f"{flag} {name}: this environment variable is not set. Export it with the key, or leave the flag out."
         )
     if not (key.isascii() and key.isprintable() and key == key.strip()):
         raise ValueError(
-            f"{flag} {name}: the key in it ends or begins with a blank, or has line breaks, control or non-ASCII characters, "
-            "which a bearer key cannot have. Export it without them."
+            f"{flag} {name}: the key has spaces at an end, line breaks, control characters or non-ASCII characters, which a "
+            "bearer key cannot have. Export it without them."
         )
     return key

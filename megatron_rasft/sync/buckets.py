@@ -1,4 +1,4 @@
-"""Which tensors are sent together, and the memory they are put together in."""
+"""Buckets: which tensors are sent together, and the memory in which a bucket is assembled."""
 
 import math
 import mmap
@@ -14,15 +14,15 @@ from torch import Tensor
 from megatron_rasft.sync.wire_format import WireFormat, WireTensor, fused_name
 
 _ALIGNMENT = 16
-"""Bytes; a view as any type needs its start on a multiple of the element size."""
+"""Bytes. A view needs a start that is a multiple of its element size, and the widest elements have 8 bytes."""
 
 _FIRST_BUCKET_BYTES = 64 * 2**20
-"""Until the first bucket is full nothing is sent, so it is small, and each after it up to twice the one before. Smaller
-still would not pay: a request costs a server some 10 ms."""
+"""Nothing is sent until the first bucket is full, so it is small, and each later one is up to twice as large as the one before.
+An even smaller first bucket would gain nothing: a request costs a server about 10 ms."""
 
 
 class Planned(Protocol):
-    """A tensor that the trainer will give (``weights.gathering.TensorPlan``)."""
+    """A tensor that the trainer will gather (``weights.gathering.TensorPlan``)."""
 
     @property
     def name(self) -> str: ...
@@ -37,24 +37,25 @@ class Slot(NamedTuple):
 
     tensor: WireTensor
     start: int
-    """Bytes from the start of the bucket."""
+    """First byte in the bucket."""
     stop: int
+    """Byte after the last one."""
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """Tensors that travel in one broadcast, end to end without gaps."""
+    """Tensors that are sent in one broadcast, end to end without gaps."""
 
-    sources: tuple[str, ...]
-    """Hugging Face tensors that are drawn for it, in the trainer's order."""
+    hf_names: tuple[str, ...]
+    """Hugging Face tensors that are gathered for it, in the trainer's order."""
     slots: tuple[Slot, ...]
-    """What they become, in the order sent: wide types first, so that each is aligned to its elements."""
+    """The tensors that are made of them, in the order sent: wide types first, so that each starts at a multiple of its elements."""
     num_bytes: int
     gathered_bytes: int
-    """Bytes of the largest parameter that is gathered for it, which is held beside the bucket for a moment."""
+    """Bytes of the largest related set that is gathered for it. While it is gathered it takes memory beside the bucket."""
 
     def views(self, memory: Tensor) -> dict[str, Tensor]:
-        """Each tensor's part of ``memory`` ([num_bytes] uint8), as that tensor."""
+        """Returns name -> the tensor's part of ``memory`` ([num_bytes] uint8), viewed with its type and shape."""
         return {
             wire.name: memory[start:stop].view(wire.dtype).view(wire.shape)
             for wire, start, stop in self.slots
@@ -66,7 +67,7 @@ def _num_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
 
 
 def related_sets(tensors: Iterable[Planned]) -> list[list[Planned]]:
-    """Tensors that belong together: those the server fuses (q, k, v; gate, up), else each by itself."""
+    """Returns the tensors in sets that must be in one bucket: the server fuses q, k, v and gate, up. Other tensors are sets of one."""
     sets: list[list[Planned]] = []
     for tensor in tensors:
         if sets and fused_name(sets[-1][0].name) == fused_name(tensor.name):
@@ -76,48 +77,48 @@ def related_sets(tensors: Iterable[Planned]) -> list[list[Planned]]:
     return sets
 
 
-def plan_buckets(tensors: Sequence[Planned], served: WireFormat, limit: int) -> list[Bucket]:
-    """Cut the tensors, in their order, into buckets of at most ``limit`` bytes, the first ones of less.
+def plan_buckets(tensors: Sequence[Planned], wire_format: WireFormat, limit: int) -> list[Bucket]:
+    """Returns buckets of at most ``limit`` bytes, the first ones smaller, that hold the tensors in their order.
 
-    A related set is never split; one larger than the limit goes alone.
+    A related set is never split. A set larger than the limit gets a bucket of its own.
     """
     buckets: list[Bucket] = []
     pending: list[list[Planned]] = []
-    room = allowed = min(limit, _FIRST_BUCKET_BYTES)
+    left = allowed = min(limit, _FIRST_BUCKET_BYTES)
     for related in related_sets(tensors):
         size = sum(
-            _num_bytes(w.shape, w.dtype) for t in related for w in served.wire_tensors(t.name, t.shape)
+            _num_bytes(w.shape, w.dtype) for t in related for w in wire_format.wire_tensors(t.name, t.shape)
         )
-        if pending and size > room:
-            buckets.append(_bucket(pending, served))
+        if pending and size > left:
+            buckets.append(_bucket(pending, wire_format))
             pending = []
-            room = allowed = min(limit, 2 * allowed)
+            left = allowed = min(limit, 2 * allowed)
         pending.append(related)
-        room -= size
-    return [*buckets, _bucket(pending, served)] if pending else buckets
+        left -= size
+    return [*buckets, _bucket(pending, wire_format)] if pending else buckets
 
 
-def _bucket(sets: list[list[Planned]], served: WireFormat) -> Bucket:
-    sources = [tensor for related in sets for tensor in related]
-    wired = [wire for tensor in sources for wire in served.wire_tensors(tensor.name, tensor.shape)]
+def _bucket(sets: list[list[Planned]], wire_format: WireFormat) -> Bucket:
+    tensors = [tensor for related in sets for tensor in related]
+    wired = [wire for tensor in tensors for wire in wire_format.wire_tensors(tensor.name, tensor.shape)]
     slots, position = [], 0
     for wire in sorted(wired, key=lambda w: -w.dtype.itemsize):
         stop = position + _num_bytes(wire.shape, wire.dtype)
         slots.append(Slot(wire, position, stop))
         position = stop
     gathered = max(sum(_num_bytes(t.shape, t.dtype) for t in related) for related in sets)
-    return Bucket(tuple(t.name for t in sources), tuple(slots), position, gathered)
+    return Bucket(tuple(t.name for t in tensors), tuple(slots), position, gathered)
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """How much memory a sync takes on the rank that sends, and the buckets that fit in it."""
+    """The buckets of a sync, and the memory that they take on the sender."""
 
     buckets: list[Bucket]
     arena_bytes: int
-    """Held from the first bucket to the last."""
+    """Allocated from the first bucket to the last."""
     gathered_bytes: int
-    """Held beside it while the largest parameter is put together."""
+    """Allocated beside the arena while the largest related set is gathered."""
 
     @property
     def peak_bytes(self) -> int:
@@ -125,32 +126,32 @@ class MemoryPlan:
 
     @classmethod
     def make(
-        cls, tensors: Sequence[Planned], served: WireFormat, bucket_bytes: int, copies: int
+        cls, tensors: Sequence[Planned], wire_format: WireFormat, bucket_bytes: int, copies: int
     ) -> "MemoryPlan":
-        """Buckets such that arena and gathering stay within two ``bucket_bytes``, where the tensors allow it.
+        """Plans buckets so that arena and gathering together stay within two ``bucket_bytes``, if the tensors allow it.
 
-        The arena holds the bucket being sent and the one being filled; where two do not fit, the second
-        waits for the first.
+        The arena holds the bucket that is being sent and the one that is being filled. If two do not fit, the second waits
+        until the first is sent.
 
         Args:
-            copies: how often a parameter is held while it is gathered: 0 where it is sent as it is.
+            copies: how many copies of a tensor exist beside its bucket while it is gathered; 0 if it is gathered in place.
         """
-        largest = max((b.gathered_bytes for b in plan_buckets(tensors, served, 0)), default=0) * copies
-        alone = max((b.num_bytes for b in plan_buckets(tensors, served, 0)), default=0)
+        largest = max((b.gathered_bytes for b in plan_buckets(tensors, wire_format, 0)), default=0) * copies
+        alone = max((b.num_bytes for b in plan_buckets(tensors, wire_format, 0)), default=0)
         arena = max(2 * bucket_bytes - largest, alone)
-        buckets = plan_buckets(tensors, served, min(bucket_bytes, arena // 2))
-        # no larger than two neighbours need: a small model takes little
+        buckets = plan_buckets(tensors, wire_format, min(bucket_bytes, arena // 2))
+        # A small model needs less: the largest two neighbours, each of which may lose up to one alignment.
         sizes = [bucket.num_bytes for bucket in buckets]
         needed = max([*sizes, *(a + b for a, b in pairwise(sizes))], default=0) + 2 * _ALIGNMENT
         return cls(buckets, min(arena, needed), largest)
 
 
 class Arena:
-    """Memory for two buckets at a time: one grows from its start, the next from its end, in turn.
+    """Memory for two buckets at a time. Buckets are placed alternately at its start and at its end.
 
     Args:
-        is_shared: other processes map the buckets. Each is then memory of its own, which torch does not give out again before
-            all of them have let it go.
+        is_shared: other processes map the buckets. Each bucket then gets an allocation of its own, which torch does not reuse
+            before every process has closed it.
     """
 
     def __init__(self, num_bytes: int, device: torch.device, is_shared: bool = False) -> None:
@@ -168,40 +169,40 @@ class Arena:
             self._memory = torch.empty(num_bytes, dtype=torch.uint8, device=device)
 
     def place(self, num_bytes: int) -> tuple[int, int] | None:
-        """Where a bucket fits beside the one in flight; None if it must wait for that one."""
+        """Returns start and stop of a place beside the bucket being sent; None if that bucket must be finished first."""
         if self._sent is None or self._sent[0] >= num_bytes:
             return 0, num_bytes
         start = (self._num_bytes - num_bytes) // _ALIGNMENT * _ALIGNMENT
         return (start, start + num_bytes) if start >= self._sent[1] else None
 
     def memory(self, place: tuple[int, int]) -> Tensor:
-        """[num_bytes] uint8."""
+        """Returns the memory of a place, [num_bytes] uint8."""
         if self._memory is not None:
             return self._memory[place[0] : place[1]]
         if self._device.type == "cuda":
-            torch.cuda.ipc_collect()  # of buckets that all readers have let go
+            torch.cuda.ipc_collect()  # frees buckets that all readers have closed
         return torch.empty(place[1] - place[0], dtype=torch.uint8, device=self._device)
 
     def sent(self, place: tuple[int, int] | None) -> None:
-        """This part is in flight from now on; None: nothing is."""
+        """Marks a place as being sent; None marks that nothing is being sent."""
         self._sent = place
 
     @property
-    def can_rest(self) -> bool:
-        """Whether it can be kept without taking memory from others."""
+    def is_reusable(self) -> bool:
+        """Whether the arena can be kept until the next sync without taking memory from others."""
         return self._pages is not None
 
-    def rest(self) -> None:
-        """Nothing in it is needed until the next sync: where memory gets scarce, the system may take it meanwhile."""
+    def park(self) -> None:
+        """Allows the system to take the pages until the next sync if memory gets scarce. Their content is lost then."""
         assert self._pages is not None
         self._sent = None
-        with suppress(AttributeError, OSError):  # another system than Linux
+        with suppress(AttributeError, OSError):  # not on Linux
             self._pages.madvise(mmap.MADV_FREE)
 
 
 def _new_pages(num_bytes: int) -> mmap.mmap:
-    """Memory of the CPU, in huge pages where there are any: small ones take longer to come in than what is copied into them."""
+    """Returns CPU memory, in huge pages if the system has them: mapping small pages takes longer than filling them."""
     pages = mmap.mmap(-1, max(1, num_bytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(AttributeError, OSError):  # another system, or one without
+    with suppress(AttributeError, OSError):  # not on Linux, or no huge pages
         pages.madvise(mmap.MADV_HUGEPAGE)
     return pages

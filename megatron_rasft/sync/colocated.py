@@ -1,7 +1,7 @@
-"""Weights for servers on the trainer's own machine, inside the request: no group, no network.
+"""Sends weights to servers on the trainer's machine inside the request, without a process group (--sync-method tensor).
 
-On GPUs the request holds one CUDA IPC handle: a server maps the bucket where it lies and copies from it. Its processes
-must see the same GPUs in the same order as the trainer's. On a CPU the request holds the bytes themselves.
+On GPUs the request holds a CUDA IPC handle: the server maps the bucket and copies from it. The server's processes must see the same
+GPUs in the same order as the trainer's. On a CPU the request holds the bytes themselves.
 """
 
 import base64
@@ -13,19 +13,20 @@ from types import FunctionType, SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
-import torch.multiprocessing  # teaches ForkingPickler about tensors
+import torch.multiprocessing  # registers tensors with ForkingPickler
 from torch import Tensor
 
+from megatron_rasft.servers.client import ServerClient
+from megatron_rasft.servers.record import call_all
 from megatron_rasft.sync.buckets import Bucket
 from megatron_rasft.sync.groups import GroupFailure
-from megatron_rasft.sync.server_protocols import Server, ask_all
 
 
 class _StoragePickler(pickle._Pickler):
     """Pickles tensors so that a server can read them.
 
-    Megatron puts a loader of its own in the place of torch's (megatron/core/__init__.py), and a server, which has no
-    Megatron and loads only what it knows, would be told to call that one.
+    Megatron replaces torch's loader of storages by its own (megatron/core/__init__.py), so a plain pickle names Megatron's. A server
+    has no Megatron, and SGLang's unpickler accepts only the names that it knows.
     """
 
     dispatch: ClassVar[dict[type, Any]] = dict(pickle._Pickler.dispatch)
@@ -41,13 +42,13 @@ class _StoragePickler(pickle._Pickler):
 
 
 def serialize_bucket(bucket: Bucket, memory: Tensor) -> str:
-    """What /update_weights_from_tensor takes as ``flattened_bucket`` for one tensor-parallel rank, in base64.
+    """Returns the payload of /update_weights_from_tensor for one tensor-parallel rank: a ``flattened_bucket`` in base64.
 
-    Memory ([num_bytes] uint8) on a GPU must stay as it is until that rank has let go of it, which torch counts (its deleter in
-    torch/csrc/StorageSharing.cpp waits for the rank's copies first). The answer says less: it is rank 0's, and SGLang 0.5.23 lets
-    the others go only after the barrier before it.
+    Memory ([num_bytes] uint8) on a GPU must not change until that rank has closed the handle. torch counts the readers (the
+    deleter in torch/csrc/StorageSharing.cpp waits for their copies). The server's answer proves less: it comes from rank 0, and in
+    SGLang 0.5.23 the other ranks may still be reading then.
     """
-    # SGLang reads these fields of whatever comes (_update_weights_from_flattened_bucket), and its unpickler knows this class
+    # SGLang reads only these fields (_update_weights_from_flattened_bucket), and its unpickler accepts this class
     places = [
         SimpleNamespace(
             name=wire.name,
@@ -59,11 +60,11 @@ def serialize_bucket(bucket: Bucket, memory: Tensor) -> str:
         )
         for wire, start, stop in bucket.slots
     ]
-    # on a CPU a pickled view would take all the memory it looks into along
+    # pickling a view would include the whole storage behind it
     sent = {"flattened_tensor": memory if memory.is_cuda else memory.clone(), "metadata": places}
     content = io.BytesIO()
     if memory.is_cuda:
-        # each rank gets a pickle of its own: the handle counts its readers
+        # pickled once per rank, because the handle counts its readers
         ForkingPickler(content, pickle.HIGHEST_PROTOCOL).dump(sent)
     else:
         _StoragePickler(content).dump(sent)
@@ -71,28 +72,28 @@ def serialize_bucket(bucket: Bucket, memory: Tensor) -> str:
 
 
 class RequestSender:
-    """Sends buckets in requests; stands where a group's ``broadcast`` does.
+    """Sends buckets in requests, as an alternative to ``UpdateGroup.broadcast``.
 
     Args:
-        servers: those that take them.
-        tp_sizes: ranks of each.
+        servers: the receivers.
+        tp_sizes: tensor-parallel size of each.
         timeout_s: longest time for one bucket.
     """
 
-    def __init__(self, servers: Sequence[Server], tp_sizes: Sequence[int], timeout_s: float) -> None:
+    def __init__(self, servers: Sequence[ServerClient], tp_sizes: Sequence[int], timeout_s: float) -> None:
         self._servers = list(servers)
         self._tp_sizes = {server.url: size for server, size in zip(servers, tp_sizes, strict=True)}
         self._timeout_s = timeout_s
 
     def send(self, bucket: Bucket, memory: Tensor) -> None:
-        """Have every server load a bucket ([num_bytes] uint8).
+        """Has every server load a bucket ([num_bytes] uint8).
 
         Raises:
-            GroupFailure: a server did not.
+            GroupFailure: names the servers that failed.
         """
         bytes_once = None if memory.is_cuda else serialize_bucket(bucket, memory)
 
-        def load(server: Server) -> None:
+        def load(server: ServerClient) -> None:
             payloads = [
                 bytes_once or serialize_bucket(bucket, memory) for _ in range(self._tp_sizes[server.url])
             ]
@@ -100,6 +101,6 @@ class RequestSender:
                 payloads, load_format="flattened_bucket", flush_cache=False, deadline_s=self._timeout_s
             )
 
-        failed = ask_all(self._servers, load)
+        failed = call_all(self._servers, load)
         if failed:
             raise GroupFailure(next(iter(failed.values())), failed)

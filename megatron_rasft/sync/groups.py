@@ -23,8 +23,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_rasft.errors import ServerError, first_line
+from megatron_rasft.servers.client import ServerClient
+from megatron_rasft.servers.record import call_all
 from megatron_rasft.sync.buckets import Bucket
-from megatron_rasft.sync.server_protocols import Server, ask_all
 
 GroupBackend = Literal["gloo", "nccl"]
 
@@ -169,7 +170,7 @@ class UpdateGroup:
 
     def __init__(
         self,
-        servers: Sequence[Server],
+        servers: Sequence[ServerClient],
         tp_sizes: Sequence[int],
         *,
         name: str,
@@ -217,7 +218,7 @@ class UpdateGroup:
         client = dist.TCPStore(address, port, is_master=False, timeout=timeout)
         joining = _in_thread(self._make_backend, backend, client, world_size, interface, timeout)
 
-        def join(server: Server, rank_offset: int) -> None:
+        def join(server: ServerClient, rank_offset: int) -> None:
             server.init_weights_update_group(
                 master_address=address,
                 master_port=port,
@@ -277,7 +278,7 @@ class UpdateGroup:
             GroupFailure: a server did not; the group is aborted and of no more use.
         """
 
-        def load(server: Server) -> None:
+        def load(server: ServerClient) -> None:
             server.update_weights_from_distributed(
                 names=[slot.tensor.name for slot in bucket.slots],
                 dtypes=[str(slot.tensor.dtype).removeprefix("torch.") for slot in bucket.slots],
@@ -289,7 +290,7 @@ class UpdateGroup:
 
         posts = {_in_thread(load, server): server.url for server in self.servers}
         sending = _in_thread(self._send, memory)
-        self._watch(sending, posts, self._abort_backend, f"the bucket of {bucket.sources[0]}")
+        self._watch(sending, posts, self._abort_backend, f"the bucket of {bucket.hf_names[0]}")
 
     def _send(self, memory: Tensor) -> None:
         options = dist.BroadcastOptions()
@@ -375,13 +376,13 @@ class UpdateGroup:
         """Leave at once; servers that wait in this group get an error."""
         self._abort_backend()
 
-    def close(self, servers: Sequence[Server] | None = None) -> None:
+    def close(self, servers: Sequence[ServerClient] | None = None) -> None:
         """Leave, and have these servers (None: all) leave too. A failure has no consequence: names are not used twice."""
         # together: between processes of one node, to leave a communicator of NCCL's is collective
-        leaving = _in_thread(ask_all, self.servers if servers is None else servers, self._leave)
+        leaving = _in_thread(call_all, self.servers if servers is None else servers, self._leave)
         self.abort()
         leaving.result()
 
-    def _leave(self, server: Server) -> None:
+    def _leave(self, server: ServerClient) -> None:
         with suppress(ServerError):
             server.destroy_weights_update_group(self.name, deadline_s=min(self._timeout_s, _LONGEST_GRACE_S))

@@ -1,4 +1,4 @@
-"""One pipeline stage's tensors on their way: gathered into a bucket while the bucket before it is being sent."""
+"""Streams one pipeline stage's tensors: the next bucket is gathered while the one before it is being sent."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,19 +14,19 @@ from torch.distributed import ProcessGroup
 
 from megatron_rasft.sync.buckets import Arena, Bucket, MemoryPlan, Planned
 from megatron_rasft.sync.groups import GroupFailure
-from megatron_rasft.sync.weight_checks import Evidence, Witness
+from megatron_rasft.sync.weight_checks import Evidence, EvidenceCollector
 from megatron_rasft.sync.wire_format import WireFormat
 from megatron_rasft.weights.fp8_blocks import SCALE_SUFFIX, quantize_blocks
 
 
 class PlanTensors(Protocol):
-    """What this stage will give: ``weights.plan_tensors`` with everything but ``dtypes`` bound."""
+    """``weights.plan_tensors`` with all arguments but ``dtypes`` bound: names, shapes and types of the stage's tensors."""
 
     def __call__(self, *, dtypes: dict[str, torch.dtype] | None = None) -> Sequence[Planned]: ...
 
 
 class GatherTensors(Protocol):
-    """Gives it, whole on the source: ``weights.gather_tensors`` with everything but these bound."""
+    """``weights.gather_tensors`` with all arguments but these bound: yields the stage's tensors, whole on the sender."""
 
     def __call__(
         self, *, dtypes: dict[str, torch.dtype], out: Callable[[str], Tensor | None]
@@ -39,20 +39,22 @@ Send = Callable[[Bucket, Tensor], None]
 
 @dataclass
 class Outcome:
-    """What the sources brought about."""
+    """The result of a transfer, of one stage or of several merged."""
 
     failed: dict[str, str] = field(default_factory=dict)
     """Servers at fault, and why."""
     reason: str = ""
-    """Set where the transfer failed, whether or not a server is known to be at fault."""
+    """Why the transfer failed, also if no server is known to be at fault; empty if it succeeded."""
     refusal: str = ""
-    """Set where no server can be at fault: an address, a port or memory of the trainer's own."""
+    """Set if no server can be at fault: the trainer's own address, port or memory."""
     evidence: Evidence = field(default_factory=Evidence)
     num_bytes: int = 0
     num_buckets: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
+    """Phase -> seconds."""
 
     def merge(self, other: "Outcome") -> None:
+        """Adds another stage's outcome to this one."""
         self.failed.update(other.failed)
         self.reason = self.reason or other.reason
         self.refusal = self.refusal or other.refusal
@@ -63,7 +65,7 @@ class Outcome:
             self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
 
     def note(self, failure: Exception) -> None:
-        """Keep the first failure; a GroupFailure names its servers."""
+        """Keeps the reason of the first failure, and the servers that a GroupFailure names."""
         self.reason = self.reason or str(failure)
         if isinstance(failure, GroupFailure):
             self.failed.update(failure.servers)
@@ -71,7 +73,7 @@ class Outcome:
 
 @contextmanager
 def timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
-    """Add the time of the block to ``seconds[phase]``."""
+    """Adds the duration of the block to ``seconds[phase]``."""
     began = time.monotonic()
     try:
         yield
@@ -80,15 +82,15 @@ def timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
 
 
 class StageStream:
-    """Draws a stage's tensors from all ranks that have a part of them and sends them from the first.
+    """Gathers a stage's tensors from all ranks that have a part of them, and sends them from the first of these ranks.
 
     Args:
         plan, gather: the stage's tensors.
-        givers: those ranks, a group on the CPU; None where there is only this one.
+        ranks: gloo group of those ranks; None if this rank is the only one.
         device: where the parameters are.
-        served: what the servers want.
-        bucket_bytes: as flagged.
-        is_shared: servers map the buckets, in the place of receiving them.
+        wire_format: the format in which the servers need the tensors.
+        bucket_bytes: --sync-bucket-mib in bytes.
+        is_shared: servers map the buckets instead of receiving copies.
     """
 
     def __init__(
@@ -96,71 +98,70 @@ class StageStream:
         plan: PlanTensors,
         gather: GatherTensors,
         *,
-        givers: ProcessGroup | None,
+        ranks: ProcessGroup | None,
         device: torch.device,
-        served: WireFormat,
+        wire_format: WireFormat,
         bucket_bytes: int,
         is_shared: bool = False,
     ) -> None:
+        self.wire_format = wire_format
         self._gather = gather
-        self._givers = givers if givers is not None and givers.size() > 1 else None
+        self._ranks = ranks if ranks is not None and ranks.size() > 1 else None
         self._device = device
-        self._served = served
         self._is_shared = is_shared
         self._arena: Arena | None = None
         own = plan()
-        self._dtypes = dict.fromkeys((tensor.name for tensor in own), served.dtype)
-        is_copied = self._givers is not None or any(tensor.dtype != served.dtype for tensor in own)
-        self.memory = MemoryPlan.make(
-            plan(dtypes=self._dtypes), served, bucket_bytes, int(is_copied) + int(served.is_block_fp8)
-        )
+        self._dtypes = dict.fromkeys((tensor.name for tensor in own), wire_format.dtype)
+        is_copied = self._ranks is not None or any(tensor.dtype != wire_format.dtype for tensor in own)
+        num_copies = int(is_copied) + int(wire_format.is_block_fp8)
+        self.memory = MemoryPlan.make(plan(dtypes=self._dtypes), wire_format, bucket_bytes, num_copies)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every Hugging Face tensor of the stage, in the trainer's order."""
+        """Hugging Face name -> shape of every tensor of the stage, in the trainer's order."""
         buckets = self.memory.buckets
         sent = {slot.tensor.name: slot.tensor.shape for bucket in buckets for slot in bucket.slots}
-        return {name: sent[name] for bucket in buckets for name in bucket.sources}
+        return {name: sent[name] for bucket in buckets for name in bucket.hf_names}
 
     @property
-    def is_source(self) -> bool:
-        return self._givers is None or self._givers.rank() == 0
+    def is_sender(self) -> bool:
+        """Whether this rank sends the tensors."""
+        return self._ranks is None or self._ranks.rank() == 0
 
-    def agree(self, is_well: bool) -> bool:
-        """The source's word on all ranks; one broadcast on the group of the givers."""
-        if self._givers is None:
-            return is_well
-        word = torch.tensor([is_well], dtype=torch.int32)
-        dist.broadcast(word, group=self._givers, group_src=0)
-        return bool(word.item())
+    def agree(self, goes_on: bool) -> bool:
+        """Returns the sender's value on all ranks of the stage. Runs one broadcast on their group."""
+        if self._ranks is None:
+            return goes_on
+        value = torch.tensor([goes_on], dtype=torch.int32)
+        dist.broadcast(value, group=self._ranks, group_src=0)
+        return bool(value.item())
 
     @property
-    def num_resting(self) -> int:
-        """Bytes that stay between two runs."""
+    def num_kept_bytes(self) -> int:
+        """Bytes of the arena that is kept between two runs."""
         return 0 if self._arena is None else self.memory.arena_bytes
 
     def take_arena(self) -> Arena:
-        """The memory that ``run`` needs on the source: on a CPU that of the last run, whose pages need not come in again."""
+        """Returns the memory that ``run`` needs on the sender.
+
+        On a CPU it is that of the last run, so that the system need not map its pages again.
+        """
         arena, self._arena = self._arena, None
         return arena or Arena(self.memory.arena_bytes, self._device, self._is_shared)
 
-    def run(self, outcome: Outcome, witness: Witness | None, arena: Arena | None, send: Send | None) -> None:
-        """Take every bucket through; ends early on all ranks when one cannot be sent.
+    def run(
+        self, outcome: Outcome, collector: EvidenceCollector | None, arena: Arena | None, send: Send | None
+    ) -> None:
+        """Gathers and sends every bucket. Ends early on all ranks if a bucket cannot be sent.
 
         Args:
-            outcome: is filled in.
-            witness: looks at each bucket; on the source only.
-            arena: from ``take_arena``; on the source only.
-            send: sends a bucket ([num_bytes] uint8), or raises GroupFailure; runs in a thread of its own.
-                None: nothing is sent, on any rank.
+            outcome: filled in.
+            collector: is given each bucket; on the sender only.
+            arena: from ``take_arena``; on the sender only.
+            send: sends a bucket in a thread of its own; None, on every rank, sends nothing.
         """
-        if not self.is_source:
-            tensors = self._gather(dtypes=self._dtypes, out=lambda name: None)
-            for bucket in self.memory.buckets:
-                for _ in bucket.sources:
-                    next(tensors)
-                if send is not None and not self.agree(True):
-                    break
+        if not self.is_sender:
+            self._gather_for_sender(has_send=send is not None)
             return
         assert arena is not None
         views: dict[str, Tensor] = {}
@@ -170,20 +171,20 @@ class StageStream:
             sending: Future[None] | None = None
             for bucket in self.memory.buckets:
                 place = arena.place(bucket.num_bytes)
-                if place is None:
+                if place is None:  # no space beside the bucket that is being sent
                     self._finish(sending, outcome)
                     sending = None
                     arena.sent(None)
                     place = arena.place(bucket.num_bytes)
                     assert place is not None, "the arena holds the largest bucket"
                 views.clear()
-                memory = None  # what is shared is given back bucket by bucket
+                memory = None  # drop the last bucket first: if buckets are shared, each has its own memory
                 memory = arena.memory(place)
                 with timed(outcome.seconds, "gather"):
                     self._fill(bucket, memory, tensors, views)
-                if witness is not None:
+                if collector is not None:
                     with timed(outcome.seconds, "hash"):
-                        witness.look(bucket, memory)
+                        collector.add(bucket, memory)
                 self._finish(sending, outcome)
                 sending = None
                 if send is not None:
@@ -192,14 +193,23 @@ class StageStream:
                     sending = pool.submit(self._send, send, bucket, memory, outcome)
                     arena.sent(place)
             self._finish(sending, outcome)
-        # after a failure a send that was given up may still read it
-        if arena.can_rest and not outcome.reason:
-            arena.rest()
+        # after a failure, a broadcast that was given up may still read the memory
+        if arena.is_reusable and not outcome.reason:
+            arena.park()
             self._arena = arena
+
+    def _gather_for_sender(self, has_send: bool) -> None:
+        """Takes part in gathering every bucket, on the ranks that do not send."""
+        tensors = self._gather(dtypes=self._dtypes, out=lambda name: None)
+        for bucket in self.memory.buckets:
+            for _ in bucket.hf_names:
+                next(tensors)
+            if has_send and not self.agree(True):
+                break
 
     def _use_device(self) -> None:
         if self._device.type == "cuda":
-            torch.cuda.set_device(self._device)  # per thread
+            torch.cuda.set_device(self._device)  # the current device is a property of each thread
 
     def _fill(
         self,
@@ -208,10 +218,11 @@ class StageStream:
         tensors: Iterator[tuple[str, Tensor | None]],
         views: dict[str, Tensor],
     ) -> None:
-        """Draw a bucket's tensors into its memory; those that are sent as they are are gathered right there."""
+        """Gathers a bucket's tensors into its memory; those that need no conversion are gathered in place, without a copy."""
         places = bucket.views(memory)
-        views.update({n: v for n, v in places.items() if n in self._dtypes and v.dtype == self._served.dtype})
-        for expected in bucket.sources:
+        dtype = self.wire_format.dtype
+        views.update({n: v for n, v in places.items() if n in self._dtypes and v.dtype == dtype})
+        for expected in bucket.hf_names:
             name, tensor = next(tensors)
             assert name == expected and tensor is not None, (
                 f"{name} was gathered where {expected} was planned"
@@ -221,7 +232,7 @@ class StageStream:
             elif tensor.data_ptr() != views[name].data_ptr():
                 views[name].copy_(tensor)
         if self._device.type == "cuda":
-            torch.cuda.current_stream().synchronize()  # another thread sends it
+            torch.cuda.current_stream().synchronize()  # the sending thread uses another stream
 
     def _send(self, send: Send, bucket: Bucket, memory: Tensor, outcome: Outcome) -> None:
         with timed(outcome.seconds, "send"):
@@ -230,6 +241,7 @@ class StageStream:
         outcome.num_buckets += 1
 
     def _finish(self, sending: Future[Any] | None, outcome: Outcome) -> None:
+        """Waits for a bucket that is being sent, and notes its failure."""
         if sending is None:
             return
         with timed(outcome.seconds, "wait"):

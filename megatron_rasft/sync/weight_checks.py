@@ -1,4 +1,4 @@
-"""Proof that a server holds what was sent: its checksums, or values read back, against the trainer's own."""
+"""Proves that a server has the weights it was sent: compares its checksums, or values read back, with the trainer's."""
 
 import hashlib
 import math
@@ -10,34 +10,36 @@ import torch
 from torch import Tensor
 
 from megatron_rasft.errors import ServerError
+from megatron_rasft.servers.client import ServerClient
 from megatron_rasft.sync.buckets import Bucket
-from megatron_rasft.sync.server_protocols import Server
-from megatron_rasft.sync.wire_format import served_name
+from megatron_rasft.sync.wire_format import name_on_server
 
 ProofKind = Literal["checksum", "read_back", "none"]
 
 _VOCABULARY_UNIT = 64
-"""Rows to whose multiple SGLang pads a vocabulary, with zeros."""
+"""SGLang pads the vocabulary with rows of zeros to a multiple of this."""
 
 _ROWS_READ = 4
+"""Rows of a tensor that are read back."""
 _TENSORS_READ = 8
-"""Rows of a tensor, and tensors of a pipeline stage, that are read back."""
+"""Tensors of a pipeline stage that are read back."""
 
 _LARGEST_READ = 2**24
-"""Elements of a tensor that is read back. For any of its rows SGLang makes Python floats of all, a second and half a GiB for so
-many: an embedding would take minutes, and the server's memory."""
+"""Largest number of elements of a tensor that is read back. SGLang turns the whole tensor into Python floats to return a few rows.
+For this many it takes a second and half a GiB; for an embedding it would take minutes and exhaust the server's memory."""
 
 
 @dataclass
 class Evidence:
-    """What the servers must hold, as one pipeline stage knows it."""
+    """The weights that servers must have, as far as one pipeline stage, or several merged, knows them."""
 
     checksums: dict[int, list[dict[str, str]]] = field(default_factory=dict)
-    """Tensor-parallel size of a server -> per rank: its tensor name -> checksum."""
+    """Tensor-parallel size of a server -> for each of its ranks: the server's tensor name -> checksum."""
     rows: dict[str, list[Any]] = field(default_factory=dict)
-    """Hugging Face name -> first rows."""
+    """Hugging Face name -> first rows of the tensor."""
 
     def merge(self, other: "Evidence") -> None:
+        """Adds another stage's evidence."""
         for size, ranks in other.checksums.items():
             mine = self.checksums.setdefault(size, [{} for _ in ranks])
             for known, more in zip(mine, ranks, strict=True):
@@ -45,14 +47,14 @@ class Evidence:
         self.rows.update(other.rows)
 
 
-class Witness:
-    """Looks at the buckets of one stage as they pass, and keeps what the servers can be held to.
+class EvidenceCollector:
+    """Collects, bucket by bucket, the checksums or values of one stage that the servers' will be compared with.
 
     Args:
-        kind: what will be compared.
+        kind: the kind of proof.
         tp_sizes: the servers' tensor-parallel sizes.
         num_heads: query heads and key-value heads of the model.
-        shapes: Hugging Face tensors of the stage, of which some are read back.
+        shapes: Hugging Face name -> shape of the stage's tensors, some of which are read back.
     """
 
     def __init__(
@@ -71,12 +73,12 @@ class Witness:
         chosen = {round(i * last / (_TENSORS_READ - 1)) for i in range(_TENSORS_READ)}
         self._read = {names[i] for i in chosen} if kind == "read_back" and names else set()
 
-    def look(self, bucket: Bucket, memory: Tensor) -> None:
-        """Take note of a bucket ([num_bytes] uint8)."""
+    def add(self, bucket: Bucket, memory: Tensor) -> None:
+        """Adds the tensors of a bucket ([num_bytes] uint8)."""
         for name, tensor in bucket.views(memory).items():
             for size in self._tp_sizes:
                 for rank in range(size):
-                    key = (size, rank, served_name(name))
+                    key = (size, rank, name_on_server(name))
                     digest = self._hashes.setdefault(key, hashlib.sha256())
                     part, num_padding_rows = held_part(name, tensor, rank, size, self._num_heads)
                     digest.update(_raw(part))
@@ -85,6 +87,7 @@ class Witness:
                 self._rows[name] = tensor[:_ROWS_READ].float().tolist()
 
     def evidence(self) -> Evidence:
+        """Returns the evidence of all buckets added so far."""
         checksums: dict[int, list[dict[str, str]]] = {
             size: [{} for _ in range(size)] for size in self._tp_sizes
         }
@@ -94,12 +97,13 @@ class Witness:
 
 
 def can_be_read(name: str, shape: tuple[int, ...], tp_size: int, num_heads: tuple[int, int]) -> bool:
-    """Whether a server gives the first rows of a tensor, and those of that one (get_weights_by_name in srt/models/llama.py)."""
+    """Whether /get_weights_by_name returns the right rows of a tensor (get_weights_by_name in srt/models/llama.py)."""
     if math.prod(shape) > _LARGEST_READ:
         return False
     if name.rpartition(".")[0].rpartition(".")[2] not in ("k_proj", "v_proj"):
         return True
-    # it looks for them behind its query heads, sized by the hidden size, and for less than one where ranks share a head
+    # SGLang finds k and v behind the query heads, whose size it derives from the hidden size, and reads wrong rows if ranks
+    # share a key-value head
     num_query_heads, num_kv_heads = num_heads
     is_plain = len(shape) == 2 and shape[0] == num_kv_heads * (shape[1] // num_query_heads)
     return is_plain and tp_size <= num_kv_heads
@@ -108,10 +112,10 @@ def can_be_read(name: str, shape: tuple[int, ...], tp_size: int, num_heads: tupl
 def held_part(
     name: str, tensor: Tensor, rank: int, size: int, num_heads: tuple[int, int]
 ) -> tuple[Tensor, int]:
-    """What one tensor-parallel rank of a server holds of a tensor, and the rows of zeros that follow it.
+    """Returns the part of a tensor that one tensor-parallel rank of a server has, and the number of rows of zeros behind it.
 
     Args:
-        num_heads: query heads, and key-value heads, of which servers with more ranks hold copies.
+        num_heads: query heads and key-value heads. A server with more ranks than key-value heads copies these.
     """
     module, _, leaf = name.rpartition(".")
     last = module.rpartition(".")[2]
@@ -124,7 +128,7 @@ def held_part(
         part = tensor[min(rows, rank * share) : min(rows, (rank + 1) * share)]
         return part, share - part.shape[0]
     num_query_heads, num_kv_heads = num_heads
-    if last in ("qkv_proj", "gate_up_proj"):  # one tensor already in the folder (Phi-3)
+    if last in ("qkv_proj", "gate_up_proj"):  # fused in the Hugging Face folder too (Phi-3)
         attention = {"q_proj": num_query_heads, "k_proj": num_kv_heads, "v_proj": num_kv_heads}
         layers = attention if last == "qkv_proj" else {"gate_proj": 1, "up_proj": 1}
         unit = tensor.shape[0] // sum(layers.values())
@@ -149,41 +153,48 @@ def _raw(tensor: Tensor) -> memoryview:
     return memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
 
 
-def check_checksums(server: Server, expected: Evidence, deadline_s: float) -> None:
-    """Compare every tensor of a server, on all its ranks.
+def check_checksums(server: ServerClient, expected: Sequence[dict[str, str]], deadline_s: float) -> None:
+    """Compares the checksums of every tensor on every rank of a server.
+
+    Args:
+        expected: for each rank of the server, its tensor name -> checksum.
 
     Raises:
-        ServerError: something differs, is missing, or is not the trainer's.
+        ServerError: a tensor differs, is missing, or is not one of the trainer's.
     """
-    ranks = expected.checksums[server.info.tp_size]
     found = server.checksums(deadline_s)
-    if len(found) != len(ranks):
-        raise ServerError(server.url, f"gave checksums of {len(found)} ranks, it has {len(ranks)}")
-    for rank, (theirs, ours) in enumerate(zip(found, ranks, strict=True)):
+    if len(found) != len(expected):
+        raise ServerError(server.url, f"returned checksums of {len(found)} ranks, but has {len(expected)}")
+    for rank, (theirs, ours) in enumerate(zip(found, expected, strict=True)):
         theirs = dict(theirs)
-        if "lm_head.weight" not in ours:  # tied: some versions list it under both names
+        if (
+            "lm_head.weight" not in ours
+        ):  # tied embeddings: some versions of SGLang list the tensor under both names
             ours = ours | {"lm_head.weight": ours["model.embed_tokens.weight"]}
             theirs.setdefault("lm_head.weight", ours["lm_head.weight"])
         wrong = [name for name, checksum in ours.items() if theirs.get(name) != checksum]
         unknown = [name for name in theirs if name not in ours]
         if wrong or unknown:
-            what = f"{wrong[0]} differs" if wrong else f"{unknown[0]} is not of the trainer's model"
+            example = f"{wrong[0]} differs" if wrong else f"{unknown[0]} is not in the trainer's model"
             raise ServerError(
                 server.url,
-                f"does not hold the weights it was sent: by checksum {len(wrong) + len(unknown)} of {len(ours)} "
-                f"tensors of its rank {rank}, {what}",
+                f"does not have the weights it was sent: the checksums of {len(wrong) + len(unknown)} of {len(ours)} "
+                f"tensors on its rank {rank} differ; for example, {example}",
             )
 
 
-def check_rows(server: Server, expected: Evidence, deadline_s: float) -> None:
-    """Read some tensors back (/get_weights_by_name; families that SGLang can do it for) and compare exactly.
+def check_rows(server: ServerClient, expected: Mapping[str, list[Any]], deadline_s: float) -> None:
+    """Reads some tensors back (/get_weights_by_name) and compares them exactly.
+
+    Args:
+        expected: Hugging Face name -> first rows.
 
     Raises:
-        ServerError: a value differs, or nothing could be read.
+        ServerError: a value differs, or cannot be read.
     """
-    for name, ours in expected.rows.items():
+    for name, ours in expected.items():
         theirs = server.weights_by_name(name, _ROWS_READ, deadline_s)
         if theirs != ours:
             raise ServerError(
-                server.url, f"does not hold the weights it was sent: {name} reads back differently"
+                server.url, f"does not have the weights it was sent: {name} reads back differently"
             )

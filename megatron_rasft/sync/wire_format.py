@@ -1,7 +1,6 @@
-"""How a server wants the weights: their type, which are quantized, and the names under which it fuses them.
+"""The format in which weights are sent to a server: types, quantization, and the names of the layers that the server fuses.
 
-All of it follows from the config.json of the served model and the server's --dtype, so that trainer and server
-cannot disagree.
+It is derived from the config.json of the served model and the server's --dtype, so that trainer and server cannot disagree.
 """
 
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ _FUSED = {
     "w1": "w13",
     "w3": "w13",
 }
-"""Linear layers that SGLang keeps as one, in this order of rows."""
+"""Linear layer -> the layer into which SGLang fuses it. Its rows are in the order of this table."""
 
 _EXPERTS = {
     "gate_proj": "w13_weight",
@@ -30,7 +29,7 @@ _EXPERTS = {
     "w3": "w13_weight",
     "w2": "w2_weight",
 }
-"""Linear layers of an expert; SGLang stacks those of all experts of a layer, in the order of their numbers."""
+"""Linear layer of an expert -> the tensor in which SGLang stacks those of all experts of a layer, in the order of their numbers."""
 
 _DTYPES = {
     "bfloat16": torch.bfloat16,
@@ -42,7 +41,7 @@ _DTYPES = {
 
 
 class WireTensor(NamedTuple):
-    """A tensor as it is sent."""
+    """Name, shape and type of a tensor as it is sent."""
 
     name: str
     shape: tuple[int, ...]
@@ -50,14 +49,14 @@ class WireTensor(NamedTuple):
 
 
 def fused_name(name: str) -> str:
-    """The linear layer that a Hugging Face tensor is fused into; tensors that belong together share one."""
+    """Returns the name of the fused layer that a Hugging Face tensor becomes part of; its own name if the server does not fuse it."""
     module, _, leaf = name.rpartition(".")
     parent, _, last = module.rpartition(".")
     return f"{parent}.{_FUSED[last]}.{leaf}" if last in _FUSED else name
 
 
-def served_name(name: str) -> str:
-    """The name under which a server keeps a Hugging Face tensor; those it fuses or stacks share one."""
+def name_on_server(name: str) -> str:
+    """Returns the server's name for a Hugging Face tensor. Tensors that it fuses or stacks share one name."""
     module = name.rpartition(".")[0]
     block, _, expert = module.partition(".experts.")
     return f"{block}.experts.{_EXPERTS[expert.partition('.')[2]]}" if expert else fused_name(name)
@@ -65,14 +64,14 @@ def served_name(name: str) -> str:
 
 @dataclass(frozen=True)
 class WireFormat:
-    """What is made of the trainer's tensors before they are sent."""
+    """How the trainer's tensors are converted before they are sent."""
 
     dtype: torch.dtype
-    """Of everything that is not quantized."""
+    """Type of the tensors that are not quantized."""
     is_block_fp8: bool = False
-    """Linear weights go as float8_e4m3fn with one fp32 scale per block of 128 x 128."""
+    """Linear weights are sent as float8_e4m3fn with one fp32 scale per block of 128 x 128."""
     kept_modules: tuple[str, ...] = ()
-    """Modules (dotted paths, whole or in part) that stay unquantized."""
+    """Modules that are not quantized: dotted paths, or parts of them."""
 
     def __str__(self) -> str:
         name = str(self.dtype).removeprefix("torch.")
@@ -83,11 +82,11 @@ class WireFormat:
 
     @classmethod
     def read(cls, config: dict[str, Any], server_dtype: str = "auto") -> "WireFormat":
-        """The format a config.json and a server's --dtype ask for.
+        """Returns the format that a server with this config.json and --dtype needs.
 
         Raises:
-            ValueError: a type or a quantization that this trainer cannot produce; the message goes on from the server's
-                name.
+            ValueError: this trainer cannot produce the type or the quantization. The message continues a sentence that begins
+                with the server's name.
         """
         name = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16").removeprefix("torch.")
         if server_dtype != "auto":
@@ -96,7 +95,7 @@ class WireFormat:
             name = "float16"  # SGLang's rule (_get_and_verify_dtype in srt/configs/model_config.py)
         if name not in _DTYPES:
             raise ValueError(
-                f"keeps its weights as {name} (--dtype, or config.json); those that can be sent are "
+                f"has weights of type {name} (--dtype, or config.json); the types that can be sent are "
                 f"{', '.join(_DTYPES)}."
             )
         dtype = _DTYPES[name]
@@ -120,15 +119,15 @@ class WireFormat:
         return cls(dtype, True, tuple(str(module).removeprefix("model.") for module in kept))
 
     def is_quantized(self, name: str, shape: tuple[int, ...]) -> bool:
-        """Whether a Hugging Face tensor goes as fp8."""
+        """Whether a Hugging Face tensor is sent as FP8."""
         if not self.is_block_fp8 or not is_linear_layer(name, shape):
             return False
         module = name.rpartition(".")[0]
-        # on the boundaries of dotted names, as SGLang matches them: mlp.gate is not mlp.gate_proj
+        # compared in whole parts of dotted names, as SGLang does: mlp.gate does not match mlp.gate_proj
         return not any(f".{kept.rstrip('.')}." in f".{module}." for kept in self.kept_modules)
 
     def wire_tensors(self, name: str, shape: tuple[int, ...]) -> tuple[WireTensor, ...]:
-        """What one Hugging Face tensor becomes."""
+        """Returns the tensors that are sent for one Hugging Face tensor."""
         if not self.is_quantized(name, shape):
             return (WireTensor(name, shape, self.dtype),)
         return (

@@ -8,6 +8,7 @@ from megatron_rasft.config import RasftConfig
 from megatron_rasft.ranks import kept_by_rank_zero, on_rank_zero
 from megatron_rasft.rollout.replay import ReplayEngine
 from megatron_rasft.rollout.store import RolloutStore
+from megatron_rasft.servers.record import ServerRecords
 from megatron_rasft.training.checkpointer import Checkpointer
 from megatron_rasft.training.fp8_scales import has_delayed_scales
 from megatron_rasft.training.heldout import Heldout
@@ -50,8 +51,8 @@ def build_run(
     initial_weights: str = on_rank_zero(lambda: initial_fingerprint(folder.path, resume.converted))
     servers = None
     if config.rollout.rollout_engine == "sglang" and config.samples_rollouts:
-        keys = read_keys(config.rollout)
-        servers = RolloutServers(config.rollout, trainer, folder.config, keys, record.say, is_rank_zero)
+        known = ServerRecords(read_keys(config.rollout))
+        servers = RolloutServers(config.rollout, trainer, folder.config, known, record.say, is_rank_zero)
     stop_ids = problems.stop_ids(args)
     sampling = sampling_params(config, stop_ids, trainer.max_tokens)
     verifier = VerifierPool(config.verify) if is_rank_zero and config.verifies else None

@@ -10,8 +10,8 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from megatron.core.utils import unwrap_model
 
 from megatron_rasft.config import SyncConfig
+from megatron_rasft.servers.record import ServerRecords
 from megatron_rasft.sync import WeightSync
-from megatron_rasft.sync.server_protocols import Server
 from megatron_rasft.weights.exporting import export
 from megatron_rasft.weights.folder import HfFolder
 from megatron_rasft.weights.gathering import ExpertGroups, gather_tensors, plan_tensors
@@ -76,7 +76,7 @@ class HfWeights:
     def sync(
         self,
         config: SyncConfig,
-        connect: Callable[[str], Server],
+        records: ServerRecords,
         device: torch.device,
         export: Callable[[str], None],
     ) -> WeightSync:
@@ -84,7 +84,7 @@ class HfWeights:
 
         Args:
             config: of the sync.
-            connect: address -> control plane of a server.
+            records: the rollout servers that this process knows.
             device: of the model.
             export: writes the weights to a folder, for --sync-method disk.
         """
@@ -98,7 +98,7 @@ class HfWeights:
             config,
             plan=partial(plan_tensors, self._model, table, **bound),
             gather=partial(gather_tensors, self._model, table, is_first_replica=is_first, **bound),
-            connect=connect,
+            records=records,
             model_config=self._folder.config,
             device=device,
             stage=parallel_state.get_pipeline_model_parallel_rank(),

@@ -16,8 +16,8 @@ from megatron_rasft.ranks import on_rank_zero
 from megatron_rasft.rollout.engine import SglangEngine
 from megatron_rasft.rollout.fleet import Fleet
 from megatron_rasft.rollout.sampling import Answers
-from megatron_rasft.servers.client import ServerClient
-from megatron_rasft.servers.keys import read_key
+from megatron_rasft.servers.keys import ServerKeys, read_key
+from megatron_rasft.servers.record import ServerRecord, ServerRecords
 from megatron_rasft.sync import SyncReport, WeightSync
 from megatron_rasft.training.stopping import StopRequest
 from megatron_rasft.types import Request, SamplingParams, TrainingSample
@@ -36,7 +36,7 @@ class SyncedModel(Protocol):
     def score(self, samples: Sequence[TrainingSample], *, with_reference: bool) -> Sequence[Sequence[float]]:
         """On rank 0 per sample the log-probabilities of its response; [] on the others, whose samples are not read."""
 
-    def weight_sync(self, connect: Callable[[str], ServerClient]) -> WeightSync:
+    def weight_sync(self, records: ServerRecords) -> WeightSync:
         """What takes this model's weights to servers."""
 
     def push_weights(self, sync: WeightSync, weight_version: int, urls: Sequence[str]) -> SyncReport:
@@ -50,7 +50,7 @@ class RolloutServers:
         config: of the rollouts.
         model: the trainer.
         model_config: config.json of the model.
-        keys: the servers' bearer key and that of their control calls, None without.
+        records: the servers that this process knows; closed with the run.
         say: told of each sync, fault and return in one line; rank 0's counts.
         is_lead: whether this is rank 0.
     """
@@ -60,21 +60,20 @@ class RolloutServers:
         config: RolloutConfig,
         model: SyncedModel,
         model_config: dict[str, Any],
-        keys: tuple[str | None, str | None],
+        records: ServerRecords,
         say: Callable[[str], None],
         is_lead: bool,
     ) -> None:
         self._config = config
         self._model = model
         self._say = say
+        self._records = records
         self._lead = (
-            SglangEngine(
-                Fleet(config, api_key=keys[0], admin_api_key=keys[1], model_config=model_config, say=say)
-            )
+            SglangEngine(Fleet(config, self._records, model_config=model_config, say=say))
             if is_lead
             else None
         )
-        self._sync = model.weight_sync(lambda url: ServerClient(url, api_key=keys[0], admin_api_key=keys[1]))
+        self._sync = model.weight_sync(self._records)
         say(self._sync.describe())
 
     @property
@@ -135,7 +134,7 @@ class RolloutServers:
         sleepers: list[str] = on_rank_zero(
             lambda: [
                 m.url
-                for m in self.engine.fleet.members
+                for m in self.engine.fleet.records
                 if m.info is not None and m.info.has_memory_saver  # quarantined ones hold memory too
             ]
         )
@@ -149,10 +148,10 @@ class RolloutServers:
     def close(self, *, is_clean: bool) -> None:
         """Stop sampling, wake who sleeps and leave the servers to themselves; a collective of the world if the run ended well."""
         if is_clean:
-            self._sync.make_room()
+            self._sync.empty_cache()
         else:
             with suppress(RuntimeError):  # of a device that failed
-                self._sync.make_room(waits=False)
+                self._sync.empty_cache(waits=False)
         if self._lead is not None:
             self._lead.close()
             for url, reason in self._sync.wake().items():
@@ -161,6 +160,7 @@ class RolloutServers:
                 )
         if is_clean:
             self._sync.close()
+        self._records.close()
 
     def _admit(
         self, report: SyncReport, probes: Sequence[TrainingSample], expected: Sequence[Sequence[float]]
@@ -171,22 +171,22 @@ class RolloutServers:
             self._say(note)
         for url, reason in report.failed.items():
             fleet.quarantine(url, f"did not get the weights of step {step}: {reason}")
-        controls = [m.control for m in fleet.members if m.url in report.synced]
-        with ThreadPoolExecutor(max(1, len(controls))) as pool:
-            gaps = list(pool.map(lambda c: logprob_gap(c, probes, expected), controls))
+        synced = [r for r in fleet.records if r.url in report.synced]
+        with ThreadPoolExecutor(max(1, len(synced))) as pool:
+            gaps = list(pool.map(lambda r: logprob_gap(r, probes, expected), synced))
         limit = self._config.rollout_max_logprob_gap
         known = []
-        for control, gap in zip(controls, gaps, strict=True):
+        for record, gap in zip(synced, gaps, strict=True):
             if isinstance(gap, str):
-                fleet.quarantine(control.url, gap)
+                fleet.quarantine(record.url, gap)
             elif limit is not None and not gap <= limit:
                 fleet.quarantine(
-                    control.url,
+                    record.url,
                     f"and the trainer differ by {gap:.3f} nats a token in their log-probabilities of {len(probes)} demonstrations "
                     f"after the weights of step {step}, more than --rollout-max-logprob-gap {limit:g}",
                 )
             else:
-                fleet.admit(control.url, step)
+                fleet.admit(record.url, step)
                 known.append(gap)
         values = report.values()
         line = report.line()
@@ -195,7 +195,7 @@ class RolloutServers:
             line += f"; log-probabilities within {max(known):.4f} nats of the trainer's"
         self._say(line)
         if not fleet.serving(step) and self._config.rollout_without_servers == "error":
-            faults = "; ".join(f"{m.url} {m.fault}" for m in fleet.members if m.fault)
+            faults = "; ".join(f"{m.url} {m.fault}" for m in fleet.records if m.fault)
             raise RolloutError(
                 f"no rollout server has the weights of step {step}: {faults}. Restart the servers and start again to go on "
                 "from the last checkpoint, or train on demonstrations meanwhile with --rollout-without-servers "
@@ -204,20 +204,20 @@ class RolloutServers:
         return values
 
 
-def read_keys(config: RolloutConfig) -> tuple[str | None, str | None]:
+def read_keys(config: RolloutConfig) -> ServerKeys:
     """The servers' bearer key and that of their control calls, out of the environment.
 
     Raises:
         ValueError: a variable that a flag names holds no key.
     """
-    return (
+    return ServerKeys(
         read_key("--rollout-api-key-env", config.rollout_api_key_env),
         read_key("--rollout-admin-api-key-env", config.rollout_admin_api_key_env),
     )
 
 
 def logprob_gap(
-    server: ServerClient, probes: Sequence[TrainingSample], expected: Sequence[Sequence[float]]
+    server: ServerRecord, probes: Sequence[TrainingSample], expected: Sequence[Sequence[float]]
 ) -> float | str:
     """How far a server is from the trainer in what it thinks of these responses.
 
@@ -244,7 +244,7 @@ def logprob_gap(
             "logprob_start_len": 0,
         }
         try:
-            found = server.generate(body)["meta_info"]["input_token_logprobs"]
+            found = server.client.generate(body)["meta_info"]["input_token_logprobs"]
             theirs = [float(entry[0]) for entry in found[len(found) - len(ours) :]]
             ids = [int(entry[1]) for entry in found[len(found) - len(ours) :]]
         except ServerError as error:
@@ -260,8 +260,8 @@ def logprob_gap(
     return total / max(1, count)
 
 
-def _context(server: ServerClient) -> int:
+def _context(server: ServerRecord) -> int:
     """Tokens that a request at a server may have, as far as it says so."""
-    info = server.info
+    info = server.known_info
     of_model = info.context_length or (info.model_config or {}).get("max_position_embeddings")
     return min(limit for limit in (of_model, info.max_total_tokens, sys.maxsize) if limit)

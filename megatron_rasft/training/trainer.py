@@ -8,7 +8,7 @@ import contextlib
 import gc
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -29,8 +29,8 @@ from megatron.training.utils import calc_params_l2_norm
 from megatron_rasft.config import RasftConfig
 from megatron_rasft.errors import RasftError
 from megatron_rasft.ranks import gather_to_all, kept_by_rank_zero
+from megatron_rasft.servers.record import ServerRecords
 from megatron_rasft.sync import SyncReport, WeightSync
-from megatron_rasft.sync.server_protocols import Server
 from megatron_rasft.training import megatron_calls
 from megatron_rasft.training.batch_preparation import (
     BatchPreparer,
@@ -200,9 +200,9 @@ class Trainer:
 
     # ---- the weights
 
-    def weight_sync(self, connect: Callable[[str], Server]) -> WeightSync:
+    def weight_sync(self, records: ServerRecords) -> WeightSync:
         """Returns the object that sends this model's weights to rollout servers; see HfWeights.sync."""
-        return self.weights.sync(self.config.sync, connect, self.sampler.device, self.export)
+        return self.weights.sync(self.config.sync, records, self.sampler.device, self.export)
 
     def push_weights(self, sync: WeightSync, weight_version: int, urls: Sequence[str]) -> SyncReport:
         """Sends the current weights to the servers; see WeightSync.push."""

@@ -27,6 +27,7 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed  # noq
 
 from megatron_rasft.config.sync import SyncConfig  # noqa: E402
 from megatron_rasft.servers.client import ServerClient  # noqa: E402
+from megatron_rasft.servers.record import ServerRecords  # noqa: E402
 from megatron_rasft.sync import SyncReport, WeightSync  # noqa: E402
 from megatron_rasft.weights import (  # noqa: E402
     ExpertGroups,
@@ -74,7 +75,7 @@ class SyncedModel:
             config,
             plan=partial(plan_tensors, self.chunks, folder.table, **bound),
             gather=partial(gather_tensors, self.chunks, folder.table, is_first_replica=is_first, **bound),
-            connect=connect,
+            records=ServerRecords(connect=connect),
             model_config=folder.config,
             device=torch.device("cpu"),
             stage=ps.get_pipeline_model_parallel_rank(),

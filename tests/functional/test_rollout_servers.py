@@ -103,8 +103,8 @@ def test_a_spoilt_answer_costs_no_sample_and_the_server_its_place(
         assert len(rollouts.said) == 1 and proxy.url in rollouts.said[0] and "left out" in rollouts.said[0]
 
         proxy.fault = None
-        assert [c.url for c in rollouts.fleet.find()][1] == proxy.url
-        assert rollouts.fleet.needs_sync and len(rollouts.fleet.serving(VERSION)) == 1
+        assert [r.url for r in rollouts.fleet.find()][1] == proxy.url
+        assert len(rollouts.fleet.serving(VERSION)) == 1
         again = rollouts.generate(requests_of(10)).report
         assert proxy.url not in again.samples_by_server, "it is not asked before a full sync"
         rollouts.fleet.admit(proxy.url, VERSION)

@@ -1,4 +1,4 @@
-"""The control plane of real servers, of both kinds."""
+"""The HTTP client against real servers of the oldest and the newest version."""
 
 import json
 from pathlib import Path
@@ -7,14 +7,15 @@ import pytest
 
 from megatron_rasft.errors import ServerError
 from megatron_rasft.servers.client import ServerClient
+from megatron_rasft.servers.record import ServerRecord
 from tests.servers.running import NEWEST, OLDEST, VERSIONS, ServerPool
 
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_what_a_real_server_says_of_itself(server_pool: ServerPool, served_model: Path, version: str) -> None:
     server = server_pool.get(version, served_model)
-    with ServerClient(server.url) as control:
-        info = control.info
+    with ServerClient(server.url) as client:
+        info = client.probe()
         assert (info.version, info.model_path, info.tp_size) == (version, str(served_model), 1)
         assert info.has_update_session == (version == NEWEST)
         assert info.has_weights_checker and not info.is_deterministic and not info.has_memory_saver
@@ -29,25 +30,26 @@ def test_the_steps_around_an_update_on_a_real_server(
     server_pool: ServerPool, served_model: Path, version: str
 ) -> None:
     server = server_pool.get(version, served_model)
-    with ServerClient(server.url) as control:
-        before = control.checksums()
+    with ServerClient(server.url) as client:
+        before = client.checksums()
         assert len(before) == 1 and "model.embed_tokens.weight" in before[0]
-        control.pause()
-        control.flush_cache()
-        control.begin_weight_update()
-        control.end_weight_update()
-        control.set_weight_version(7)
-        control.resume()
-        assert control.weight_version() == 7
-        assert control.checksums() == before
-        control.update_weights_from_disk(served_model, weight_version=8)
-        assert control.weight_version() == 8
+        client.pause()
+        client.flush_cache()
+        record = ServerRecord(server.url, client, client.probe())
+        record.begin_update()  # does nothing on the old server
+        record.end_update()
+        client.set_weight_version(7)
+        client.resume()
+        assert client.weight_version() == 7
+        assert client.checksums() == before
+        client.update_weights_from_disk(served_model, weight_version=8)
+        assert client.weight_version() == 8
         with pytest.raises(ServerError, match="update_weights_from_disk"):
-            control.update_weights_from_disk(served_model / "nothing", weight_version=9)
-        assert control.weight_version() == 8
+            client.update_weights_from_disk(served_model / "nothing", weight_version=9)
+        assert client.weight_version() == 8
         with pytest.raises(ServerError, match="destroy_weights_update_group"):
-            control.destroy_weights_update_group("nobody")
-        values = control.weights_by_name("model.norm.weight", truncate_size=4)
+            client.destroy_weights_update_group("nobody")
+        values = client.weights_by_name("model.norm.weight", truncate_size=4)
         assert len(values) == 4
 
 
@@ -55,13 +57,13 @@ def test_a_session_left_open_is_refused_and_can_be_closed(
     server_pool: ServerPool, served_model: Path
 ) -> None:
     server = server_pool.get(NEWEST, served_model)
-    with ServerClient(server.url) as control:
-        control.begin_weight_update()
+    with ServerClient(server.url) as client:
+        client.begin_weight_update()
         with pytest.raises(ServerError, match="begin_weight_update"):
-            control.begin_weight_update()
-        control.end_weight_update()
-        control.begin_weight_update()
-        control.end_weight_update()
+            client.begin_weight_update()
+        client.end_weight_update()
+        client.begin_weight_update()
+        client.end_weight_update()
 
 
 def test_a_frozen_server_costs_no_more_than_the_deadline(server_pool: ServerPool, served_model: Path) -> None:
@@ -69,9 +71,9 @@ def test_a_frozen_server_costs_no_more_than_the_deadline(server_pool: ServerPool
     server.freeze()
     try:
         with (
-            ServerClient(server.url) as control,
+            ServerClient(server.url) as client,
             pytest.raises(ServerError, match="gave no answer within 1"),
         ):
-            control.weight_version(deadline_s=1.0)
+            client.weight_version(deadline_s=1.0)
     finally:
         server.thaw()

@@ -60,9 +60,9 @@ def test_a_tensor_parallel_server_is_served_checked_and_stopped(
         with ServerClient(url) as stranger, pytest.raises(ServerError, match="--rollout-api-key-env"):
             stranger.probe()
         assert processes_of(key) == [], "a command line is read by every user of the machine"
-        with ServerClient(url, api_key=key) as control:
-            before = control.checksums()
-            assert control.info.tp_size == len(before) == 2
+        with ServerClient(url, api_key=key) as client:
+            before = client.checksums()
+            assert client.probe().tp_size == len(before) == 2
             checked = run_check(
                 "--hf-model", str(served_model), "--server-file", str(servers), "--api-key-env", "SERVER_KEY"
             )
@@ -70,8 +70,8 @@ def test_a_tensor_parallel_server_is_served_checked_and_stopped(
             line = checked.stdout.splitlines()[0]
             for part in (f"ok    {url}", f"SGLang {NEWEST}", "tp 2", "update session", "GB/s"):
                 assert part in line
-            assert control.checksums() == before, "the test broadcast sent the weights the server had"
-            assert control.weight_label() == "default"
+            assert client.checksums() == before, "the test broadcast sent the weights the server had"
+            assert client.weight_label() == "default"
         process.send_signal(signal.SIGTERM)
         assert process.wait(120) == 0
     finally:

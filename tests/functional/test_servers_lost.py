@@ -21,8 +21,8 @@ def test_a_server_killed_in_mid_rollout_and_restarted_with_old_weights(
 
         second.start()
         second.wait_until_ready()
-        assert [c.url for c in rollouts.fleet.find()] == [first.url, second.url]
-        assert [m.url for m in rollouts.fleet.serving(VERSION)] == [first.url]
+        assert [r.url for r in rollouts.fleet.find()] == [first.url, second.url]
+        assert [r.url for r in rollouts.fleet.serving(VERSION)] == [first.url]
         rollouts.said.clear()
         # What a trainer that trusted it anyway would get: it still has the weights it started with.
         rollouts.fleet.admit(second.url, VERSION)

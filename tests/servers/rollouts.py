@@ -7,6 +7,7 @@ from megatron_rasft.config import RolloutConfig
 from megatron_rasft.rollout.engine import SglangEngine
 from megatron_rasft.rollout.fleet import Fleet
 from megatron_rasft.rollout.sampling import Answers
+from megatron_rasft.servers.record import ServerRecords
 from megatron_rasft.types import Request, SamplingParams
 from tests.servers.faulty_proxy import wait_for
 
@@ -49,11 +50,12 @@ class Rollouts:
             "rollout_urls": list(urls),
             "rollout_wait_s": 60.0,
         }
-        self.fleet = Fleet(RolloutConfig(**{**values, **flags}), say=self.said.append)
+        self.records = ServerRecords()
+        self.fleet = Fleet(RolloutConfig(**{**values, **flags}), self.records, say=self.said.append)
         self.engine = SglangEngine(self.fleet)
-        for control in self.fleet.find():
-            control.set_weight_version(VERSION)
-            self.fleet.admit(control.url, VERSION)
+        for record in self.fleet.find():
+            record.client.set_weight_version(VERSION)
+            self.fleet.admit(record.url, VERSION)
 
     def generate(self, requests: list[Request], sampling: SamplingParams | None = None) -> Answers:
         answers = self.engine.generate(requests, sampling or params(), VERSION)
@@ -65,6 +67,7 @@ class Rollouts:
 
     def __exit__(self, *exc: Any) -> None:
         self.engine.close()
+        self.records.close()
 
 
 def accounted_for(requests: list[Request], answers: Answers) -> None:
@@ -83,6 +86,6 @@ def accounted_for(requests: list[Request], answers: Answers) -> None:
 
 def in_mid_rollout(rollouts: Rollouts, urls: tuple[str, str], requests: list[Request]) -> None:
     """Start sampling and return when both servers are at work and have finished something."""
-    before = {m.url: m.num_samples for m in rollouts.fleet.members}
+    before = {r.url: r.num_samples for r in rollouts.fleet.records}
     rollouts.engine.start(requests, params(max_new_tokens=40, stop_ids=frozenset({VOCABULARY - 1})), VERSION)
-    wait_for(lambda: all(m.num_samples > before[m.url] + 2 for m in rollouts.fleet.members if m.url in urls))
+    wait_for(lambda: all(r.num_samples > before[r.url] + 2 for r in rollouts.fleet.records if r.url in urls))

@@ -1,8 +1,9 @@
-"""Running SGLang servers as the engine of an evaluation: nothing is synced, whatever they serve is sampled."""
+"""The engine of an evaluation that samples running SGLang servers. It syncs no weights: it samples what the servers serve."""
 
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -12,28 +13,29 @@ from megatron_rasft.rollout.engine import SglangEngine
 from megatron_rasft.rollout.fleet import Fleet
 from megatron_rasft.servers.client import ServerClient
 from megatron_rasft.servers.info import ServerInfo, version_label
+from megatron_rasft.servers.keys import ServerKeys
+from megatron_rasft.servers.record import ServerRecord, ServerRecords
 from megatron_rasft.types import Request, Response, SamplingParams
 
 _BETWEEN_PROBES_S = 60.0
-"""A server that hangs makes the others wait for its probe, so it is not asked before every batch."""
+"""Failed servers are not probed before every batch, because the healthy ones wait for the probe of a server that hangs."""
 
 
 class Servers(AbstractContextManager["Servers"]):
-    """An ``Engine`` on servers that have their weights already.
+    """An ``Engine`` on servers that already have their weights.
 
-    A server that failed is left out, but only until it answers again with the same weights.
-
-    A server that no trainer has labelled is labelled as version 0, so that a restart in between is noticed; a
-    server only keeps to a sample's seed if it was started with --enable-deterministic-inference.
+    A failed server is left out until it answers again with the same weights. A server whose weights no trainer has labelled gets
+    the label of version 0, so that a restart during the evaluation is noticed. Only a server that was started with
+    --enable-deterministic-inference uses the seeds of the samples.
 
     Args:
-        urls: of servers with the same weights.
-        model_config: config.json of the model whose tokenizer is used; other models are refused.
-        max_positions: of that model.
+        urls: addresses of servers with the same weights.
+        model_config: config.json of the model whose tokenizer is used; servers of other models are refused.
+        max_positions: longest context of that model, tokens.
         api_key: bearer key of the servers.
         deadline_s: longest time for one sample.
-        wait_s: time to wait for a server where none answers.
-        transport, async_transport: httpx transports that stand in for the network in tests.
+        wait_s: time to wait for a first server.
+        transport, async_transport: httpx transports that replace the network in tests.
     """
 
     def __init__(
@@ -53,72 +55,74 @@ class Servers(AbstractContextManager["Servers"]):
             rollout_wait_s=wait_s,
             rollout_deadline_s=deadline_s,
         )
-        self._fleet = Fleet(config, api_key=api_key, model_config=model_config, transport=transport)
+        self._records = ServerRecords(ServerKeys(api_key), partial(ServerClient, transport=transport))
+        self._fleet = Fleet(config, self._records, model_config=model_config)
         self._engine = SglangEngine(self._fleet, async_transport)
         self._max_positions = max_positions
         self._probed_at = time.monotonic()
         found = self._find()
-        for control in found:
-            if control.info.weight_version is None:
-                control.set_weight_version(0)
-            self._max_positions = min(self._max_positions, control.info.context_length or max_positions)
-        weights = {control.url: _weights(control.info) for control in found}
-        self.weights = weights[found[0].url]
-        """What is sampled: version label and model folder, as the servers say."""
-        if len(set(weights.values())) > 1:
-            listed = ", ".join(f"{url} {what}" for url, what in weights.items())
+        infos = [record.known_info for record in found]
+        for record, info in zip(found, infos, strict=True):
+            if info.weight_version is None:
+                record.client.set_weight_version(0)
+            self._max_positions = min(self._max_positions, info.context_length or max_positions)
+        self.weights = _weights(infos[0])
+        """Version and model folder of the weights that are sampled, as the servers report them."""
+        if any(_weights(info) != self.weights for info in infos):
+            listed = ", ".join(f"{info.url} {_weights(info)}" for info in infos)
             raise RolloutError(
-                f"--server: the servers have different weights ({listed}). Name those of one step of one model."
+                f"--server: the servers have different weights ({listed}). Name servers with the same step of the same model."
             )
-        self.weight_version = found[0].info.weight_version or 0
-        for control in found:
-            self._fleet.admit(control.url, self.weight_version)
+        self.weight_version = infos[0].weight_version or 0
+        for record in found:
+            self._fleet.admit(record.url, self.weight_version)
 
     @property
     def max_positions(self) -> int:
-        """Of the model, or fewer if a server was started with fewer."""
+        """Longest context in tokens: of the model, or shorter if a server was started with less."""
         return self._max_positions
 
     def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[list[Response]]:
-        """One response per seed; those that the servers failed to give are ``abort``.
+        """Returns one response per seed. Samples that the servers failed to give have the finish reason ``abort``.
 
         Raises:
-            RolloutError: no server with the weights of the evaluation is left.
+            RolloutError: no server is left that has the weights of the evaluation.
         """
         self._readmit()
         answers = self._engine.generate(requests, params, self.weight_version)
         lost = Response(token_ids=[], logprobs=[], finish_reason="abort")
         return [[lost if response is None else response for response in group] for group in answers.responses]
 
-    def _find(self) -> list[ServerClient]:
+    def _find(self) -> list[ServerRecord]:
         try:
             return self._fleet.find()
         except RolloutError:
-            raise self._nobody() from None
+            raise self._no_server() from None
 
     def _readmit(self) -> None:
-        """Ask the servers that were left out again; those that still have their weights go on."""
+        """Probes failed servers, and admits those that still have the weights of the evaluation."""
         num_serving = len(self._fleet.serving(self.weight_version))
         is_early = time.monotonic() < self._probed_at + _BETWEEN_PROBES_S
-        if num_serving == len(self._fleet.members) or (num_serving and is_early):
+        if num_serving == len(self._fleet.records) or (num_serving and is_early):
             return
-        for control in self._find():
-            info = control.info
+        for record in self._find():
+            info = record.known_info
             if info.weight_label == version_label(self.weight_version) and _weights(info) == self.weights:
-                self._fleet.admit(control.url, self.weight_version)
+                self._fleet.admit(record.url, self.weight_version)
             else:
                 self._fleet.quarantine(
-                    control.url,
+                    record.url,
                     f"has the weights {info.weight_label!r} of {info.model_path}, not {self.weights} (was it restarted?)",
                 )
         self._probed_at = time.monotonic()
         if not self._fleet.serving(self.weight_version):
-            raise self._nobody()
+            raise self._no_server()
 
-    def _nobody(self) -> RolloutError:
-        reasons = "; ".join(f"{member.url} {member.fault}" for member in self._fleet.members)
+    def _no_server(self) -> RolloutError:
+        reasons = "; ".join(f"{record.url} {record.fault}" for record in self._fleet.records)
         return RolloutError(
-            f"--server: there is none to ask: {reasons}. Start one; an interrupted evaluation goes on by the same command."
+            f"--server: no server can be sampled: {reasons}. Start one and repeat the command, which continues an interrupted "
+            "evaluation."
         )
 
     def __exit__(
@@ -128,6 +132,7 @@ class Servers(AbstractContextManager["Servers"]):
         traceback: TracebackType | None,
     ) -> None:
         self._engine.close()
+        self._records.close()
 
 
 def _weights(info: ServerInfo) -> str:

@@ -5,6 +5,7 @@ import json
 import random
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import httpx
@@ -16,6 +17,8 @@ from megatron_rasft.errors import RolloutError
 from megatron_rasft.rollout import sampling
 from megatron_rasft.rollout.engine import SglangEngine
 from megatron_rasft.rollout.fleet import Fleet
+from megatron_rasft.servers.client import ServerClient
+from megatron_rasft.servers.record import ServerRecords
 from megatron_rasft.types import Request, Response, SamplingParams
 
 A, B = "http://a:1", "http://b:2"
@@ -82,14 +85,14 @@ class Servers:
         values: dict[str, Any] = {"rollout_engine": "sglang", "rollout_urls": [A, B], **flags}
         self.fleet = Fleet(
             RolloutConfig(**values),
+            ServerRecords(connect=partial(ServerClient, transport=httpx.MockTransport(self._control))),
             say=self.said.append,
-            transport=httpx.MockTransport(self._control),
             model_config={"vocab_size": VOCABULARY},
         )
 
     def sample(self, requests: list[Request], sampling: SamplingParams | None = None) -> Any:
-        for control in self.fleet.find():
-            self.fleet.admit(control.url, VERSION)
+        for record in self.fleet.find():
+            self.fleet.admit(record.url, VERSION)
         with SglangEngine(self.fleet, httpx.MockTransport(self._answer)) as engine:
             answers = engine.generate(requests, sampling or params(), VERSION)
         report = answers.report
@@ -243,7 +246,7 @@ def test_a_server_that_lies_is_left_out(spoil: Callable[[dict[str, Any]], None],
     assert report.num_finished == 40 and set(report.samples_by_server) == {A}
     assert all(r.token_ids == [2, 3, 4, 5] for group in responses for r in group)
     assert len(servers.said) == 1 and B in servers.said[0] and why in servers.said[0]
-    assert [m.weight_version for m in servers.fleet.members] == [VERSION, None]
+    assert [m.weight_version for m in servers.fleet.records] == [VERSION, None]
 
 
 @pytest.mark.parametrize(
@@ -369,8 +372,8 @@ def test_what_answers_503_in_the_place_of_a_dead_server_is_not_taken_for_a_full_
 ) -> None:
     monkeypatch.setattr(sampling, "_TAKEN_S", 0.1)
     servers = Servers(lambda url, body: FULL, rollout_urls=[B], rollout_watch_s=0.2)
-    for control in servers.fleet.find():
-        servers.fleet.admit(control.url, VERSION)
+    for record in servers.fleet.find():
+        servers.fleet.admit(record.url, VERSION)
     servers._control = lambda request: httpx.Response(503)  # type: ignore[method-assign]
     with SglangEngine(servers.fleet, httpx.MockTransport(servers._answer)) as engine:
         report = engine.generate(requests_of(2), params(), VERSION).report
@@ -545,13 +548,12 @@ def test_a_thousand_prompts_with_every_fault_at_random() -> None:
 
 def test_sampling_in_the_background_and_stopping_it() -> None:
     servers = Servers(good)
-    for control in servers.fleet.find():
-        servers.fleet.admit(control.url, VERSION)
+    for record in servers.fleet.find():
+        servers.fleet.admit(record.url, VERSION)
     transport = httpx.MockTransport(servers._answer)
     with SglangEngine(servers.fleet, transport) as engine:
         engine.start(requests_of(10), params(), VERSION)
-        assert engine.is_started
-        assert engine.result().report.num_finished == 20 and not engine.is_started
+        assert engine.result().report.num_finished == 20
         servers.generate = lambda url, body: {"hangs": 600}
         engine.start(requests_of(10), params(), VERSION)
         while not servers.running[A]:

@@ -77,7 +77,7 @@ def test_no_server_is_lost_when_many_sign_on_at_once(tmp_path: Path) -> None:
 def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match=r"model\.safetensors is no file of addresses"):
+    with pytest.raises(ValueError, match=r"model\.safetensors cannot be read"):
         read_addresses(path)
-    with pytest.raises(ValueError, match=rf"{tmp_path} is no file of addresses"):
+    with pytest.raises(ValueError, match=rf"{tmp_path} cannot be read"):
         read_addresses(tmp_path)

@@ -17,7 +17,7 @@ from megatron_rasft.servers.client import ServerClient
 from megatron_rasft.servers.info import version_label, weight_version_of
 
 
-def control_of(answer: Callable[[httpx.Request], httpx.Response], **more: Any) -> ServerClient:
+def client_of(answer: Callable[[httpx.Request], httpx.Response], **more: Any) -> ServerClient:
     return ServerClient("http://server:1", transport=httpx.MockTransport(answer), **more)
 
 
@@ -43,7 +43,7 @@ def test_only_whole_numbers_are_a_trainers_labels(label: str, version: int | Non
 )
 def test_a_refusal_names_the_server_and_quotes_it(answer: httpx.Response, said: str) -> None:
     with pytest.raises(ServerError) as caught:
-        control_of(lambda request: answer).pause()
+        client_of(lambda request: answer).pause()
     assert str(caught.value).startswith("rollout server http://server:1: /pause_generation")
     assert str(caught.value).endswith(said) or said in str(caught.value)
     assert (caught.value.server, caught.value.status) == ("http://server:1", answer.status_code)
@@ -59,7 +59,7 @@ def test_older_spellings_are_found_and_missing_endpoints_noticed() -> None:
             return httpx.Response(404)
         return httpx.Response(200, json=answers[request.url.path])
 
-    info = control_of(old).info
+    info = client_of(old).probe()
     assert (info.version, info.tp_size, info.weight_version, info.model_config) == ("0.5.9", 4, 12, None)
     assert not info.has_update_session and not info.has_weights_checker and not info.is_deterministic
 
@@ -76,28 +76,13 @@ def test_older_spellings_are_found_and_missing_endpoints_noticed() -> None:
 )
 def test_a_server_that_says_of_itself_what_cannot_be_is_named(info: dict[str, Any]) -> None:
     answer = httpx.Response(200, json={"model_path": "/nowhere", **info})
-    with pytest.raises(ServerError, match="http://server:1: says of itself what cannot be true"):
-        control_of(lambda request: answer).probe()
+    with pytest.raises(ServerError, match=r"http://server:1: .*/server_info"):
+        client_of(lambda request: answer).probe()
 
 
 def test_brackets_without_end_are_no_answer() -> None:
-    with pytest.raises(ServerError, match="answered no JSON object"):
-        control_of(lambda request: httpx.Response(200, content=b"[" * 10**6)).probe()
-
-
-def test_no_session_is_opened_where_there_is_none() -> None:
-    asked = []
-
-    def old(request: httpx.Request) -> httpx.Response:
-        asked.append((request.method, request.url.path))
-        if "begin" in request.url.path:
-            return httpx.Response(404)
-        return httpx.Response(200, json={"model_path": "/nowhere", "weight_version": "12"})
-
-    with control_of(old) as control:
-        control.begin_weight_update()
-        control.end_weight_update()
-    assert ("POST", "/begin_weight_update") not in asked and ("POST", "/end_weight_update") not in asked
+    with pytest.raises(ServerError, match="/server_info"):
+        client_of(lambda request: httpx.Response(200, content=b"[" * 10**6)).probe()
 
 
 def test_keys_go_where_the_server_wants_them() -> None:
@@ -107,32 +92,30 @@ def test_keys_go_where_the_server_wants_them() -> None:
         seen[request.url.path] = request.headers["authorization"]
         return httpx.Response(200, json={"model_path": "/nowhere", "weight_version": "1"})
 
-    with control_of(answer, api_key="reader", admin_api_key="admin") as control:
-        control.weight_version()
-        control.pause()
+    with client_of(answer, api_key="reader", admin_api_key="admin") as client_:
+        client_.weight_version()
+        client_.pause()
     assert seen == {"/model_info": "Bearer reader", "/pause_generation": "Bearer admin"}
 
 
 def test_flushing_waits_for_requests_to_leave_and_gives_up_in_time() -> None:
     busy = iter([400, 400, 200])
-    control_of(lambda request: httpx.Response(next(busy))).flush_cache(deadline_s=30.0)
+    client_of(lambda request: httpx.Response(next(busy))).flush_cache(deadline_s=30.0)
     with pytest.raises(ServerError, match="requests are still running"):
-        control_of(lambda request: httpx.Response(400, text="Flush cache failed.")).flush_cache(
-            deadline_s=0.3
-        )
+        client_of(lambda request: httpx.Response(400, text="Flush cache failed.")).flush_cache(deadline_s=0.3)
 
 
 def test_a_full_server_is_asked_again_for_a_probe_until_the_deadline(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(client, "_PAUSE_WITHOUT_ROOM_S", 0.05)
+    monkeypatch.setattr(client, "_FULL_RETRY_S", 0.05)
     full = httpx.Response(503, json={"error": {"message": "The request queue is full."}})
     answers = iter([full, httpx.Response(429), httpx.Response(200, json={"text": "!"})])
-    assert control_of(lambda request: next(answers)).generate({}) == {"text": "!"}
+    assert client_of(lambda request: next(answers)).generate({}) == {"text": "!"}
     with pytest.raises(ServerError, match="queue is full"):
-        control_of(lambda request: full).generate({}, deadline_s=0.3)
+        client_of(lambda request: full).generate({}, deadline_s=0.3)
     with pytest.raises(ServerError, match="answered 500"):
-        control_of(lambda request: httpx.Response(500)).generate({})
+        client_of(lambda request: httpx.Response(500)).generate({})
 
 
 def test_a_connection_that_comes_after_the_deadline_is_ended_at_once() -> None:
@@ -142,8 +125,8 @@ def test_a_connection_that_comes_after_the_deadline_is_ended_at_once() -> None:
         def get_extra_info(self, what: str) -> socket.socket:
             return ours
 
-    with ours, theirs, client._Cut(0.01) as cut:
-        while not cut.has_come:
+    with ours, theirs, client._Cutoff(0.01) as cut:
+        while not cut.has_passed:
             time.sleep(0.01)
         cut.trace("connection.connect_tcp.complete", {"return_value": Stream()})
         assert theirs.recv(1) == b""
@@ -176,7 +159,7 @@ def test_an_answer_that_trickles_in_ends_at_the_deadline() -> None:
             return slowly()
 
     with pytest.raises(ServerError, match="still answering"):
-        control_of(lambda request: httpx.Response(200, stream=Trickle())).pause(deadline_s=0.2)
+        client_of(lambda request: httpx.Response(200, stream=Trickle())).pause(deadline_s=0.2)
 
 
 def test_headers_that_trickle_in_end_at_the_deadline() -> None:
@@ -213,7 +196,7 @@ def test_headers_that_trickle_in_end_at_the_deadline() -> None:
 )
 def test_how_many_requests_a_server_runs_at_once(said: dict[str, Any], number: int | None) -> None:
     answer = httpx.Response(200, json={"model_path": "/nowhere", **said})
-    assert control_of(lambda request: answer).probe().max_running_requests == number
+    assert client_of(lambda request: answer).probe().max_running_requests == number
 
 
 def test_an_address_where_nothing_listens_cannot_be_reached() -> None:
@@ -230,8 +213,8 @@ def test_cache_is_flushed_after_the_disk_and_not_by_it() -> None:
         is_leaving = len(asked) == 2
         return httpx.Response(400 if is_leaving else 200, json={"success": not is_leaving})
 
-    control_of(answer).update_weights_from_disk("/model", weight_version=3)
+    client_of(answer).update_weights_from_disk("/model", weight_version=3)
     assert asked == [("/update_weights_from_disk", False), ("/flush_cache", None), ("/flush_cache", None)]
     asked.clear()
-    control_of(answer).update_weights_from_disk("/model", flush_cache=False)
+    client_of(answer).update_weights_from_disk("/model", flush_cache=False)
     assert asked == [("/update_weights_from_disk", False)]

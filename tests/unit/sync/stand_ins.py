@@ -1,6 +1,6 @@
-"""Servers that live in this process: they take part in real gloo groups, keep what they are sent, and fail on demand.
+"""Servers inside the test process: they join real gloo groups, keep the weights they receive, and fail on demand.
 
-What the real SGLang does is tested in tests/distributed/test_sync.py; these make the failures that it has to be forced to.
+The real SGLang is tested in tests/distributed/test_sync.py. These stand-ins produce failures that it cannot be made to show.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,17 +13,19 @@ import torch
 import torch.distributed as dist
 
 from megatron_rasft.errors import ServerError
+from megatron_rasft.servers.client import ServerClient
 from megatron_rasft.servers.info import ServerInfo
+from megatron_rasft.servers.record import ServerRecord, ServerRecords
 
 
-class StandIn:
-    """One server.
+class StandIn(ServerClient):
+    """A client and its server in one object.
 
-    ``calls`` names every call in order; ``before`` has something happen ahead of one, by its name.
+    ``calls`` lists the names of all calls in order; ``before`` maps the name of a call to a function that runs before it.
     """
 
     def __init__(self, url: str, has_update_session: bool = True) -> None:
-        self.url = url
+        super().__init__(url)
         self.calls: list[str] = []
         self.before: dict[str, Callable[[], None]] = {}
         self.weights: dict[str, torch.Tensor] = {}
@@ -61,7 +63,7 @@ class StandIn:
         raise ServerError(self.url, reason, status)
 
     def restart(self) -> None:
-        """As new: the start's weights and label, no group, no session."""
+        """Resets the server to a fresh start: initial weights and label, no group, no session."""
         self.label, self.text, self.is_open, self._groups, self.weights = None, "default", False, {}, {}
 
     def change(self, **values: Any) -> None:
@@ -74,6 +76,10 @@ class StandIn:
     @property
     def info(self) -> ServerInfo:
         return self._info
+
+    def record(self) -> ServerRecord:
+        """Returns a record of this server as after a probe."""
+        return ServerRecord(self.url, self, self._info)
 
     def probe(self, deadline_s: float | None = None) -> ServerInfo:
         self._note("probe")
@@ -185,3 +191,9 @@ class StandIn:
 
     def close(self) -> None:
         self._note("close")
+
+
+def records_of(*servers: StandIn) -> ServerRecords:
+    """Returns records whose clients are these stand-ins."""
+    by_url = {server.url: server for server in servers}
+    return ServerRecords(connect=lambda url, **_: by_url[url])

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron_rasft.sync.buckets import Arena, MemoryPlan, plan_buckets
-from megatron_rasft.sync.wire_format import WireFormat, served_name
+from megatron_rasft.sync.wire_format import WireFormat, name_on_server
 
 BF16 = WireFormat(torch.bfloat16)
 FP8 = WireFormat(torch.bfloat16, is_block_fp8=True)
@@ -35,16 +35,16 @@ def model(num_layers: int = 3, hidden: int = 64, vocab: int = 1000) -> list[Plan
     return [Planned(name, shape, torch.bfloat16) for name, shape in shapes.items()]
 
 
-@pytest.mark.parametrize("served", [BF16, FP8], ids=["bf16", "fp8"])
+@pytest.mark.parametrize("wire_format", [BF16, FP8], ids=["bf16", "fp8"])
 @pytest.mark.parametrize("limit", [1, 30_000, 60_000, 10**9])
-def test_everything_is_sent_once_in_order_and_fits(served: WireFormat, limit: int) -> None:
+def test_everything_is_sent_once_in_order_and_fits(wire_format: WireFormat, limit: int) -> None:
     tensors = model()
-    buckets = plan_buckets(tensors, served, limit)
-    assert [name for bucket in buckets for name in bucket.sources] == [t.name for t in tensors]
+    buckets = plan_buckets(tensors, wire_format, limit)
+    assert [name for bucket in buckets for name in bucket.hf_names] == [t.name for t in tensors]
     sent = [slot.tensor.name for bucket in buckets for slot in bucket.slots]
-    assert sorted(sent) == sorted(w.name for t in tensors for w in served.wire_tensors(t.name, t.shape))
+    assert sorted(sent) == sorted(w.name for t in tensors for w in wire_format.wire_tensors(t.name, t.shape))
     for bucket in buckets:
-        assert bucket.num_bytes <= limit or len({served_name(name) for name in bucket.sources}) == 1
+        assert bucket.num_bytes <= limit or len({name_on_server(name) for name in bucket.hf_names}) == 1
 
 
 def test_what_the_server_fuses_travels_together() -> None:
@@ -52,14 +52,14 @@ def test_what_the_server_fuses_travels_together() -> None:
         homes: dict[str, set[int]] = {}
         for index, bucket in enumerate(plan_buckets(model(), FP8, limit)):
             for slot in bucket.slots:
-                whole = served_name(slot.tensor.name).removesuffix("_scale_inv")
+                whole = name_on_server(slot.tensor.name).removesuffix("_scale_inv")
                 homes.setdefault(whole, set()).add(index)
         assert all(len(indices) == 1 for indices in homes.values())
 
 
-@pytest.mark.parametrize("served", [BF16, FP8], ids=["bf16", "fp8"])
-def test_tensors_lie_end_to_end_and_aligned(served: WireFormat) -> None:
-    for bucket in plan_buckets(model(hidden=65), served, 50_000):
+@pytest.mark.parametrize("wire_format", [BF16, FP8], ids=["bf16", "fp8"])
+def test_tensors_lie_end_to_end_and_aligned(wire_format: WireFormat) -> None:
+    for bucket in plan_buckets(model(hidden=65), wire_format, 50_000):
         position = 0
         for wire, start, stop in bucket.slots:
             assert start == position and start % wire.dtype.itemsize == 0
@@ -83,7 +83,7 @@ def test_memory_stays_within_two_buckets(bucket_bytes: int, copies: int) -> None
 def test_a_set_larger_than_the_bucket_goes_alone() -> None:
     plan = MemoryPlan.make(model(vocab=10_000), BF16, 100_000, 1)
     alone = next(b for b in plan.buckets if b.num_bytes > 100_000)
-    assert alone.sources == ("model.embed_tokens.weight",)
+    assert alone.hf_names == ("model.embed_tokens.weight",)
     assert plan.peak_bytes == pytest.approx(2 * alone.num_bytes, abs=64)
 
 
@@ -137,5 +137,5 @@ def test_an_arena_on_the_cpu_is_ordinary_memory_of_its_size(num_bytes: int) -> N
     memory = arena.memory((0, num_bytes))
     assert (memory.dtype, memory.numel()) == (torch.uint8, num_bytes)
     assert memory.fill_(7).eq(7).all()
-    arena.rest()
+    arena.park()
     assert memory.fill_(8).eq(8).all()

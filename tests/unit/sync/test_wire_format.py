@@ -1,4 +1,4 @@
-"""What a served model's config.json makes of the trainer's tensors."""
+"""What a wire_format model's config.json makes of the trainer's tensors."""
 
 from pathlib import Path
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_rasft.sync.wire_format import WireFormat, WireTensor, fused_name, served_name
+from megatron_rasft.sync.wire_format import WireFormat, WireTensor, fused_name, name_on_server
 from megatron_rasft.weights import HfFolder
 from megatron_rasft.weights.fp8_blocks import is_linear_layer, quantization_config
 from tests.tiny_models import write_folder
@@ -21,10 +21,10 @@ FP8: dict[str, Any] = {
 
 def test_fused_layers_share_a_name() -> None:
     names = [f"model.layers.3.self_attn.{p}_proj.bias" for p in "qkv"]
-    assert {served_name(name) for name in names} == {"model.layers.3.self_attn.qkv_proj.bias"}
-    assert served_name("model.layers.0.mlp.up_proj.weight") == "model.layers.0.mlp.gate_up_proj.weight"
+    assert {name_on_server(name) for name in names} == {"model.layers.3.self_attn.qkv_proj.bias"}
+    assert name_on_server("model.layers.0.mlp.up_proj.weight") == "model.layers.0.mlp.gate_up_proj.weight"
     for name in ("model.layers.0.mlp.down_proj.weight", "lm_head.weight", "model.norm.weight"):
-        assert served_name(name) == name
+        assert name_on_server(name) == name
 
 
 @pytest.mark.parametrize(
@@ -34,12 +34,12 @@ def test_fused_layers_share_a_name() -> None:
 def test_experts_are_stacked_but_travel_one_by_one(block: str, gate: str, up: str, down: str) -> None:
     at = f"model.layers.2.{block}.experts."
     for layer in (gate, up):
-        assert served_name(f"{at}5.{layer}.weight") == at + "w13_weight"
-    assert served_name(f"{at}5.{down}.weight") == at + "w2_weight"
+        assert name_on_server(f"{at}5.{layer}.weight") == at + "w13_weight"
+    assert name_on_server(f"{at}5.{down}.weight") == at + "w2_weight"
     assert fused_name(f"{at}5.{gate}.weight") == fused_name(f"{at}5.{up}.weight")
     assert fused_name(f"{at}5.{gate}.weight") != fused_name(f"{at}6.{gate}.weight")
     router = f"model.layers.2.{block}.gate.weight"
-    assert served_name(router) == fused_name(router) == router
+    assert name_on_server(router) == fused_name(router) == router
 
 
 @pytest.mark.parametrize(
@@ -60,9 +60,9 @@ def test_the_type_is_that_of_the_servers_flag_or_of_the_folder(
 
 
 def test_linear_weights_go_as_fp8_with_their_scales() -> None:
-    served = WireFormat.read({"quantization_config": FP8})
+    wire_format = WireFormat.read({"quantization_config": FP8})
     name = "model.layers.0.mlp.down_proj.weight"
-    assert served.wire_tensors(name, (130, 256)) == (
+    assert wire_format.wire_tensors(name, (130, 256)) == (
         WireTensor(name, (130, 256), torch.float8_e4m3fn),
         WireTensor(name + "_scale_inv", (2, 2), torch.float32),
     )
@@ -81,16 +81,16 @@ def test_linear_weights_go_as_fp8_with_their_scales() -> None:
     ],
 )
 def test_everything_else_stays(name: str, shape: tuple[int, ...]) -> None:
-    served = WireFormat.read({"quantization_config": FP8})
-    assert served.wire_tensors(name, shape) == (WireTensor(name, shape, torch.bfloat16),)
+    wire_format = WireFormat.read({"quantization_config": FP8})
+    assert wire_format.wire_tensors(name, shape) == (WireTensor(name, shape, torch.bfloat16),)
 
 
 @pytest.mark.parametrize("family", ["llama", "phi3", "mixtral", "qwen3_moe"])
 def test_what_an_export_quantizes_a_sync_does(family: str, tmp_path: Path) -> None:
     shapes = HfFolder.open(write_folder(family, tmp_path / "hf")).table.hf_shapes
-    served = WireFormat.read({"quantization_config": quantization_config(shapes)})
+    wire_format = WireFormat.read({"quantization_config": quantization_config(shapes)})
     assert {n for n, s in shapes.items() if is_linear_layer(n, s)} == {
-        n for n, s in shapes.items() if served.is_quantized(n, s)
+        n for n, s in shapes.items() if wire_format.is_quantized(n, s)
     }
 
 
@@ -108,8 +108,8 @@ def test_what_an_export_quantizes_a_sync_does(family: str, tmp_path: Path) -> No
 )
 @pytest.mark.parametrize("key", ["ignored_layers", "modules_to_not_convert"])
 def test_modules_of_the_ignore_lists_stay(key: str, kept: str, is_quantized: bool) -> None:
-    served = WireFormat.read({"quantization_config": {**FP8, key: [kept]}})
-    assert served.is_quantized("model.layers.0.mlp.down_proj.weight", (256, 256)) == is_quantized
+    wire_format = WireFormat.read({"quantization_config": {**FP8, key: [kept]}})
+    assert wire_format.is_quantized("model.layers.0.mlp.down_proj.weight", (256, 256)) == is_quantized
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,11 @@ import pytest
 
 from megatron_rasft.config import RolloutConfig
 from megatron_rasft.errors import ServerError
+from megatron_rasft.servers.record import ServerRecords
 from megatron_rasft.training.rollout_servers import RolloutServers, logprob_gap
 from megatron_rasft.training.stopping import Stopped, StopRequest
 from megatron_rasft.types import TrainingSample
-from tests.unit.sync.stand_ins import StandIn
+from tests.unit.sync.stand_ins import StandIn, records_of
 
 
 class Model:
@@ -20,13 +21,13 @@ class Model:
     def __init__(self) -> None:
         self.calls: list[str] = []
 
-    def weight_sync(self, connect: Any) -> Any:
+    def weight_sync(self, records: Any) -> Any:
         return self
 
     def describe(self) -> str:
         return "a sync"
 
-    def make_room(self, *, waits: bool = True) -> None:
+    def empty_cache(self, *, waits: bool = True) -> None:
         self.calls.append("make room with the others" if waits else "make room")
 
     def sleep(self, urls: list[str]) -> dict[str, str]:
@@ -46,7 +47,7 @@ def test_sleeping_servers_are_woken_however_a_run_ends(is_clean: bool) -> None:
     model: Any = Model()
     said: list[str] = []
     config = RolloutConfig(rollout_engine="sglang", rollout_urls=["http://a:1"])
-    RolloutServers(config, model, {}, (None, None), said.append, is_lead=True).close(is_clean=is_clean)
+    RolloutServers(config, model, {}, ServerRecords(), said.append, is_lead=True).close(is_clean=is_clean)
     assert model.calls == (
         ["make room with the others", "wake", "close"] if is_clean else ["make room", "wake"]
     ), "the rest is collective"
@@ -56,14 +57,12 @@ def test_sleeping_servers_are_woken_however_a_run_ends(is_clean: bool) -> None:
 def test_a_server_that_was_left_out_gives_up_its_memory_too() -> None:
     model: Any = Model()
     config = RolloutConfig(rollout_engine="sglang", rollout_urls=["http://a:1", "http://b:1", "http://c:1"])
-    servers = RolloutServers(config, model, {}, (None, None), lambda line: None, is_lead=True)
+    stand_ins = [StandIn(url) for url in config.rollout_urls]
+    stand_ins[2].change(has_memory_saver=False)
+    servers = RolloutServers(config, model, {}, records_of(*stand_ins), lambda line: None, is_lead=True)
     fleet = servers.engine.fleet
-    fleet._read_members()
-    for member, has_memory_saver in zip(fleet.members, (True, True, False), strict=True):
-        control = StandIn(member.url)
-        control.change(has_memory_saver=has_memory_saver)
-        member.info = control.info
-        fleet.admit(member.url, 1)
+    for record in fleet.find():
+        fleet.admit(record.url, 1)
     fleet.quarantine("http://b:1", "failed 3 times in a row")
     servers.rest()
     assert model.calls == ["sleep http://a:1 http://b:1"]
@@ -75,7 +74,7 @@ def test_a_run_that_waits_for_a_server_stops_when_it_is_told_to() -> None:
     config = RolloutConfig(
         rollout_engine="sglang", rollout_urls=["http://127.0.0.1:1"], rollout_wait_s=3600.0
     )
-    servers = RolloutServers(config, model, {}, (None, None), said.append, is_lead=True)
+    servers = RolloutServers(config, model, {}, ServerRecords(), said.append, is_lead=True)
     with pytest.raises(Stopped):
         servers.sync(0, [], StopRequest(lambda: any("waiting up to" in line for line in said)))
 
@@ -120,7 +119,7 @@ def probe(num_prompt: int, num_response: int) -> TrainingSample:
     ids=["flag", "config.json", "cache"],
 )
 def test_a_server_is_compared_on_what_its_context_holds(limits: dict[str, Any]) -> None:
-    server: Any = Prober(**limits)
+    server = Prober(**limits).record()
     probes = [probe(10, 20), probe(10, 54), probe(64, 5)]
     expected = [[-1.0] * len(p.response_ids) for p in probes]
     assert logprob_gap(server, probes, expected) == pytest.approx(0.5)
