@@ -54,23 +54,23 @@ def build_run(
         known = ServerRecords(read_keys(config.rollout))
         servers = RolloutServers(config.rollout, trainer, folder.config, known, record.say, is_rank_zero)
     stop_ids = problems.stop_ids(args)
-    sampling = sampling_params(config, stop_ids, trainer.max_tokens)
     verifier = VerifierPool(config.verify) if is_rank_zero and config.verifies else None
-    steps = {"batch_size": args.global_batch_size, "total_steps": args.train_iters}
-
-    def build_refresh() -> Refresh:
-        return Refresh(
+    sampling = sampling_params(config, stop_ids, trainer.max_tokens)
+    decisions: Refresh | None = kept_by_rank_zero(
+        lambda: Refresh(
             config,
             problems.demonstrations,
-            **steps,
+            batch_size=args.global_batch_size,
+            total_steps=args.train_iters,
             sampling=sampling,
             decode=problems.decode,
             verifier=verifier,
             replay=replay,
             store=None if record.rollouts_path is None else RolloutStore(record.rollouts_path),
             cache=open_cache(args, config, initial_weights),
-        )
-
+        ),
+        None,
+    )
     return Run(
         args,
         config,
@@ -78,11 +78,12 @@ def build_run(
         checkpoints=Checkpointer(args, trainer, resume, trainer.sampler.device),
         refresh=RefreshDriver(
             config,
-            kept_by_rank_zero(build_refresh, None),
+            decisions,
             policy=trainer,
             servers=servers,
             sampling=sampling,
-            **steps,
+            batch_size=args.global_batch_size,
+            total_steps=args.train_iters,
         ),
         record=record,
         heldout=None if heldout is None else Heldout(config, heldout, trainer, stop_ids, verifier),

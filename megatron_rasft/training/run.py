@@ -20,7 +20,7 @@ from megatron_rasft.training.rollout_servers import RolloutServers
 from megatron_rasft.training.samples import Array, BatchQueue, SampleArrays
 from megatron_rasft.training.step_report import gpu_tflop_per_s, step_values, step_warning
 from megatron_rasft.training.stopping import Stopped
-from megatron_rasft.training.trainer import Diverged, Trainer
+from megatron_rasft.training.trainer import Diverged, StepResult, Trainer
 
 
 class Run:
@@ -173,12 +173,14 @@ class Run:
             raise
         # Only now: if the step fails, its batch is still in the queue.
         self.queue.popleft()
-        step_s = time.monotonic() - began
+        self._record_step(result, time.monotonic() - began)
+
+    def _record_step(self, result: StepResult, step_s: float) -> None:
         values = step_values(result, step_s=step_s, num_queued=len(self.queue))
         if self._args.log_throughput:
-            values[metrics.GPU_TFLOP_PER_S] = gpu_tflop_per_s(
-                result, step_s=step_s, num_gpus=self._args.world_size
-            )
+            num_gpus = self._args.world_size
+            values[metrics.GPU_TFLOP_PER_S] = gpu_tflop_per_s(result, step_s=step_s, num_gpus=num_gpus)
+        # The solve rate is that of the refresh that the step belongs to.
         if metrics.SOLVE_RATE in self._last_refresh:
             values[metrics.SOLVE_RATE] = self._last_refresh[metrics.SOLVE_RATE]
         self._record.add_step(self._trainer.iteration, values)
