@@ -44,8 +44,8 @@ class Curriculum:
     """Goes through the problems epoch by epoch, each once per epoch, and chooses those that get rollouts.
 
     One refresh calls ``next_problems``, in mode band ``route`` with the problems' difficulties, ``choose_for_rollouts``, and
-    ``record`` for each sampled problem once its rollouts are verified. ``remembered`` returns the record so far: call it before
-    ``record`` to get that of earlier refreshes alone.
+    ``record`` for each sampled problem once its rollouts are verified. ``remembered`` returns the discounted record
+    so far: call it before ``record`` to get that of earlier refreshes alone.
 
     Args:
         problem_ids: all problems of the run, each once, in the order of the data.
@@ -202,20 +202,24 @@ class Curriculum:
         if num_samples == 0:
             return  # all failed, which is no evidence
         correct, samples, count = float(num_correct), float(num_samples), 1
-        past = self._solvability.get(problem_id)
-        if past is not None:
-            kept = self._memory * past.num_samples
-            correct += kept * past.solve_rate
+        remembered = self.remembered(problem_id)
+        if remembered is not None:
+            solve_rate, kept = remembered
+            correct += kept * solve_rate
             samples += kept
-            count += past.num_refreshes
+            count += self._solvability[problem_id].num_refreshes
         # Rounding can take a solve rate of 1 above 1.
         solve_rate = min(1.0, correct / samples)
         self._solvability[problem_id] = Solvability(solve_rate, samples, self._refresh, count)
 
     def remembered(self, problem_id: str) -> tuple[float, float] | None:
-        """(solve rate, discounted number of samples) of a problem so far; None if it was never sampled."""
+        """The evidence to which the next rollouts of a problem are added; None if it was never sampled.
+
+        Returns:
+            Solve rate, and the number of samples discounted by ``memory``. This is the only place that discounts.
+        """
         past = self._solvability.get(problem_id)
-        return None if past is None else (past.solve_rate, past.num_samples)
+        return None if past is None else (past.solve_rate, self._memory * past.num_samples)
 
     # ---- checkpoints
 

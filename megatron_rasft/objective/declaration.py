@@ -52,7 +52,7 @@ class SampledProblem:
     weighting: "WeightingConfig"
 
     remembered: tuple[float, float] | None
-    """Solvability before this refresh, and the number of rollouts that it is based on."""
+    """(solve rate, number of samples) of earlier refreshes, discounted; None if there were none."""
 
     deduplicate: Deduplicate
 

@@ -27,7 +27,7 @@ def make_samples(
     grading timed out is never trained on, and a response cut by the length limit never counts as correct.
 
     Args:
-        remembered: (solvability, number of rollouts that it is based on) from before this refresh; adaptive rasft only.
+        remembered: (solve rate, number of samples) of earlier refreshes, discounted; adaptive rasft only.
         deduplicate: which of some texts are distinct; rasft and raft only.
         similarity: of two texts; published rasft only.
     """

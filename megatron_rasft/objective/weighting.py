@@ -132,8 +132,8 @@ def estimate_solvability(
     Args:
         num_correct: solved attempts of this refresh.
         num_samples: attempts of this refresh; 0 if the problem was not sampled.
-        config: weighting_memory discounts ``remembered``; weighting_prior_strength is the prior's size.
-        remembered: (solvability, number of samples it rests on) from before this refresh, without this one.
+        config: weighting_prior_strength is the prior's size.
+        remembered: (solve rate, number of samples) of earlier refreshes, discounted by the curriculum.
 
     Returns:
         s in 0 .. 1, or None if there is no evidence at all.
@@ -145,9 +145,8 @@ def estimate_solvability(
         past_solvability, past_samples = remembered
         if not (0 <= past_solvability <= 1 and past_samples >= 0):
             raise ValueError(f"remembered must be (0 .. 1, >= 0), got {remembered}.")
-        kept = config.weighting_memory * past_samples
-        correct += kept * past_solvability
-        samples += kept
+        correct += past_samples * past_solvability
+        samples += past_samples
     if samples <= 0:
         return None
     prior = config.weighting_prior_strength

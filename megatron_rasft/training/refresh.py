@@ -6,6 +6,7 @@ rank 0, joins it to the model and the rollout servers, and draws the order of th
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import batched
 from typing import Any, Protocol
 
@@ -232,15 +233,17 @@ class Refresh:
         return [self._weighed(problem_id, groups.get(problem_id)) for problem_id in problem_ids]
 
     def _weighed(self, problem_id: str, group: RolloutGroup | None) -> list[TrainingSample]:
-        verify, longest = self._config.verify, self._sampling.max_total_tokens
+        longest = self._sampling.max_total_tokens
         samples = make_samples(
             self._config.objective,
             self._demonstrations[problem_id],
             group,
             config=self._config.weighting,
             remembered=self.curriculum.remembered(problem_id),
-            deduplicate=lambda texts: deduplicate(
-                texts, verify.verify_dedup_threshold, verify.verify_dedup_ngram
+            deduplicate=partial(
+                deduplicate,
+                threshold=self._config.verify.verify_dedup_threshold,
+                n=self._config.verify.verify_dedup_ngram,
             ),
             similarity=lambda a, b: max_similarity(a, [b]),
         )

@@ -149,10 +149,10 @@ def test_recorded_rollouts_are_pooled_with_discounted_earlier_ones():
     assert curriculum.remembered("row 0") is None
     curriculum.next_problems(1)
     curriculum.record("row 0", 4, 4)
-    assert curriculum.remembered("row 0") == (1.0, 4.0)
+    assert curriculum.remembered("row 0") == (1.0, 2.0)
     curriculum.next_problems(1)
     curriculum.record("row 0", 0, 4)
-    assert curriculum.remembered("row 0") == (pytest.approx(2 / 6), 6.0)
+    assert curriculum.remembered("row 0") == (pytest.approx(2 / 6), 3.0)
     curriculum.record("row 0", 0, 0)  # no sample was delivered: the record stays
     assert curriculum.solvability == {"row 0": Solvability(2 / 6, 6.0, 2, 2)}
 
@@ -166,10 +166,18 @@ def test_memory_is_the_discounted_mean(history, memory):
         if right + wrong:
             correct, samples = memory * correct + right, memory * samples + right + wrong
     if samples:
-        assert curriculum.remembered("row 0") == pytest.approx((correct / samples, samples))
+        assert curriculum.remembered("row 0") == pytest.approx((correct / samples, memory * samples))
         assert 0 <= curriculum.remembered("row 0")[0] <= 1
     else:
         assert curriculum.remembered("row 0") is None
+
+
+def test_memory_zero_forgets():
+    curriculum = Curriculum(ids(1), CurriculumConfig(), seed=0, memory=0.0)
+    curriculum.record("row 0", 4, 4)
+    assert curriculum.remembered("row 0") == (1.0, 0.0)
+    curriculum.record("row 0", 1, 4)
+    assert curriculum.solvability["row 0"] == Solvability(0.25, 4.0, 0, 2)
 
 
 # ---- checkpoints

@@ -181,7 +181,6 @@ configs = st.builds(
     weighting_rollout_total=st.floats(0.01, 3.0),
     weighting_rollout_exponent=st.floats(0.3, 4.0),
     weighting_prior_strength=st.floats(0.0, 5.0),
-    weighting_memory=st.floats(0.0, 1.0),
 )
 shares = st.integers(0, 1000).map(lambda n: n / 1000)
 
@@ -313,9 +312,11 @@ def test_estimate_is_the_mean_of_the_pooled_beta_posterior(
     config, num_correct, num_samples, past, past_samples
 ):
     assume(num_correct <= num_samples)
-    mean, kept = neutral_solvability(config), config.weighting_memory * past_samples
-    alpha = config.weighting_prior_strength * mean + num_correct + kept * past
-    beta = config.weighting_prior_strength * (1 - mean) + (num_samples - num_correct) + kept * (1 - past)
+    mean = neutral_solvability(config)
+    alpha = config.weighting_prior_strength * mean + num_correct + past_samples * past
+    beta = (
+        config.weighting_prior_strength * (1 - mean) + (num_samples - num_correct) + past_samples * (1 - past)
+    )
     estimate = estimate_solvability(num_correct, num_samples, config, (past, past_samples))
     assert estimate == pytest.approx(alpha / (alpha + beta))
 
@@ -325,10 +326,10 @@ def test_remembered_solvability_weighs_a_problem_that_is_not_sampled_again():
     assert (weights.demonstration, weights.rollouts) == (pytest.approx(0.3), ())
 
 
-def test_memory_zero_forgets():
-    config = WeightingConfig(weighting_memory=0.0)
-    assert estimate_solvability(1, 4, config, (1.0, 100.0)) == estimate_solvability(1, 4, config)
-    assert estimate_solvability(0, 0, config, (1.0, 100.0)) is None
+def test_evidence_without_samples_counts_as_none():
+    config = WeightingConfig()
+    assert estimate_solvability(1, 4, config, (1.0, 0.0)) == estimate_solvability(1, 4, config)
+    assert estimate_solvability(0, 0, config, (1.0, 0.0)) is None
 
 
 def test_little_evidence_is_treated_nearly_as_none():

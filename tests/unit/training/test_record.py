@@ -14,12 +14,8 @@ from megatron_rasft.training.record import RunRecord
 from tests.unit.training.stand_ins import config_of
 
 
-def record_of(
-    save: Path | None, config: RasftConfig | None = None, *, load: Path | None = None, **changes: Any
-) -> RunRecord:
-    args = SimpleNamespace(
-        save=None if save is None else str(save), load=None if load is None else str(load), train_iters=8
-    )
+def record_of(save: Path | None, config: RasftConfig | None = None, **changes: Any) -> RunRecord:
+    args = SimpleNamespace(save=None if save is None else str(save), train_iters=8)
     return RunRecord(args, config or config_of(), **{"is_rank_zero": True} | changes)
 
 
@@ -29,14 +25,14 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 def test_a_run_without_a_folder_writes_no_file() -> None:
     record = record_of(None)
-    record.open_files({})
+    record.open_files({}, None)
     record.add_step(1, {"x": 1.0})
     assert record.rollouts_path is None and record.file_marks == {}
 
 
 def test_steps_and_refreshes_are_appended_and_the_flags_are_written(tmp_path: Path) -> None:
     record = record_of(tmp_path / "save")
-    record.open_files({})
+    record.open_files({}, None)
     record.add_refresh(0, {"y": 2.0}, "a refresh")
     record.add_step(1, {"x": 1.0})
     assert [(line["event"], line["step"]) for line in lines(tmp_path / "save/metrics.jsonl")] == [
@@ -50,14 +46,14 @@ def test_steps_and_refreshes_are_appended_and_the_flags_are_written(tmp_path: Pa
 
 def test_marks_are_those_of_the_last_step(tmp_path: Path) -> None:
     record = record_of(tmp_path)
-    record.open_files({})
+    record.open_files({}, None)
     record.add_step(1, {"x": 1.0})
     size = (tmp_path / "metrics.jsonl").stat().st_size
     record.add_refresh(1, {"y": 2.0}, "a refresh")
     assert record.file_marks["metrics"] == {"path": "metrics.jsonl", "size": size}
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("1")
-    resumed = record_of(tmp_path, load=tmp_path)
-    resumed.open_files(record.file_marks)
+    resumed = record_of(tmp_path)
+    resumed.open_files(record.file_marks, tmp_path)
     assert [line["step"] for line in lines(tmp_path / "metrics.jsonl")] == [1], "the refresh is made again"
     assert resumed.file_marks["metrics"]["size"] == size
 
@@ -66,10 +62,10 @@ def test_rollouts_that_are_missing_since_the_checkpoint_are_an_error(tmp_path: P
     (tmp_path / "rollouts.jsonl").write_text('{"a": 1}\n')
     record = record_of(tmp_path)
     assert record.rollouts_path == tmp_path / "rollouts.jsonl"
-    record.open_files({})
+    record.open_files({}, None)
     RolloutStore(tmp_path / "rollouts.jsonl").truncate(0)
     with pytest.raises(CheckpointError, match=r"rollouts\.jsonl.*--rollout-store"):
-        record_of(tmp_path, load=tmp_path).open_files(record.file_marks)
+        record_of(tmp_path).open_files(record.file_marks, tmp_path)
 
 
 def test_a_run_that_replays_stores_no_rollouts(tmp_path: Path) -> None:
