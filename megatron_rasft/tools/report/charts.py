@@ -16,7 +16,7 @@ from megatron_rasft.errors import RasftError
 MAX_POINTS = 300
 """Most points of a line. Longer lines are averaged over equal ranges of steps."""
 MAX_COLUMNS = 48
-"""Most columns of a chart. ``merged`` adds neighbours up to stay below."""
+"""Most columns of a chart. ``merged`` adds up neighbouring columns if there are more."""
 _MAX_MARKED_POINTS = 40
 """A line of at most this many points has a dot at each."""
 _MIN_LOG_SPAN = 30
@@ -80,17 +80,17 @@ def script() -> str:
 
 
 def run_colour(place: int) -> str:
-    """Colour of the run at a place in the command's arguments. Colours repeat after eight runs."""
+    """Returns the colour of the run at this place among the command's arguments. Colours repeat after eight runs."""
     return f"run-{place % len(_DASHES)}"
 
 
 def run_dash(place: int) -> Sequence[float]:
-    """Dash pattern of the run at a place in the command's arguments."""
+    """Returns the dash pattern of the run at this place among the command's arguments."""
     return _DASHES[place % len(_DASHES)]
 
 
 def variable(colour: str) -> str:
-    """CSS value of a colour. A verdict that a store holds may be any text, so other characters are removed."""
+    """Returns the CSS value of a colour. Removes special characters: the name may hold a verdict read from a file."""
     return f"var(--{re.sub(r'[^a-z0-9-]', '', colour)})"
 
 

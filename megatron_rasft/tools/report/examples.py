@@ -10,7 +10,7 @@ from megatron_rasft.tools.report.views import Problem, RunView
 MAX_TEXT_CHARS = 6000
 """Longer texts are printed without their middle."""
 MAX_VISITS = 8
-"""Most refreshes whose numbers of correct samples are listed. The last ones are."""
+"""Most refreshes whose numbers of correct samples are listed. Earlier ones are left out."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What a run's metrics.jsonl, config.json and model card say of it."""
+"""Reads a run's metrics.jsonl, config.json and model card."""
 
 import json
 import math
@@ -11,9 +11,10 @@ from typing import Any
 from megatron_rasft import metrics
 
 CARD_ENDING = "Written by megatron_rasft."
+"""Text by which a model card of this project is recognized among other README files."""
 
 Record = dict[str, float]
-"""Metric name -> value, of one step or refresh; "time" in seconds since 1970."""
+"""Metric name -> value of one step or refresh. "time" is in seconds since 1970."""
 
 _OF_A_STEP = (
     metrics.LOSS,
@@ -30,61 +31,65 @@ _OF_A_STEP = (
     metrics.CROSS_ENTROPY,
     "time",
 )
-"""Kept of each step; a refresh is kept whole."""
+"""Metrics that are kept of each step. Long runs have many steps. Of a refresh every metric is kept."""
 
 PHASES = {
     "training": "training steps",
     "generate": "sampling rollouts",
-    "sync": "weights to servers",
-    "verify": "verification",
+    "sync": "weight sync to servers",
+    "verify": "verification of rollouts",
     "reference": "reference log-probabilities",
-    "score": "scoring difficulty",
-    "other": "other: start, held-out, saves, standstill",
+    "score": "scoring the difficulty",
+    "other": "other: start-up, held-out, saves, pauses",
 }
+"""Phase of a run -> its name on the page."""
 
 
 @dataclass
 class RunRecords:
-    """One run, read. Steps are numbered from 1; a refresh or measurement has the number of steps before it."""
+    """Metrics and settings of one run.
+
+    Steps are numbered from 1. A refresh or held-out measurement has the number of steps before it.
+    """
 
     name: str
     metrics_path: Path | None = None
     rollouts_path: Path | None = None
     config: dict[str, Any] = field(default_factory=dict)
-    """config.json as the run wrote it; empty without one."""
+    """Content of config.json. Empty if there is none."""
     card: dict[str, str] = field(default_factory=dict)
-    """Rows of the exported model's card."""
+    """Row name -> value in the exported model's card. Empty if there is none."""
     steps: dict[int, Record] = field(default_factory=dict)
     refreshes: dict[int, Record] = field(default_factory=dict)
     heldout: dict[int, Record] = field(default_factory=dict)
     num_repeated: int = 0
-    """Steps that were done again, after the run had gone on from an earlier one: the last record counts."""
+    """Steps that the run repeated after a resume. Their last record is kept."""
     num_unreadable: int = 0
-    """Lines of metrics.jsonl that are no records, as a half-written last one."""
+    """Lines of metrics.jsonl that were skipped, such as a last line that was not written completely."""
 
-    def setting(self, room: str, name: str) -> Any:
-        """A flag's value in config.json; None where that is missing."""
-        return self.config.get("rasft", {}).get(room, {}).get(name)
+    def setting(self, package: str, name: str) -> Any:
+        """Returns a flag's value in config.json, or None if it is missing."""
+        return self.config.get("rasft", {}).get(package, {}).get(name)
 
     def megatron(self, name: str) -> str | None:
-        """One of Megatron's arguments, as text; None where it is missing or None."""
+        """Returns one of Megatron's arguments as text, or None if it is missing or None."""
         value = self.config.get("megatron", {}).get(name)
         return None if value in (None, "None") else str(value)
 
     def points(self, name: str) -> list[tuple[float, float]]:
-        """(step, value) of a metric of the steps."""
+        """Returns (step, value) of a metric that steps record."""
         return _points(self.steps, name)
 
     def refresh_points(self, name: str) -> list[tuple[float, float]]:
-        """(step, value) of a metric of the refreshes, or of the held-out measurements."""
+        """Returns (step, value) of a metric that refreshes or held-out measurements record."""
         return _points(self.refreshes, name) or _points(self.heldout, name)
 
     def total(self, name: str) -> float:
-        """Sum of a metric over the steps."""
+        """Returns the sum of a metric over the steps."""
         return sum(record.get(name, 0.0) for record in self.steps.values())
 
     def seconds(self) -> dict[str, float]:
-        """Phase -> seconds, of all steps and refreshes; ``other`` is what is left of the time on the clock."""
+        """Returns the seconds of each phase. ``other`` is the rest of the wall-clock time."""
         sums = dict.fromkeys(PHASES, 0.0)
         for record in self.steps.values():
             sums["training"] += record.get(metrics.STEP_S, 0.0)
@@ -92,7 +97,7 @@ class RunRecords:
             sync = record.get(metrics.SYNC_S, 0.0)
             sums["sync"] += sync
             for name, phase in metrics.REFRESH_PHASES.items():
-                within = sync if phase == "generate" else 0.0
+                within = sync if phase == "generate" else 0.0  # "generate" includes the weight sync
                 sums[phase] += max(0.0, record.get(name, 0.0) - within)
         times = [
             r["time"]
@@ -107,7 +112,7 @@ class RunRecords:
         return sums
 
     def _before_first(self, time: float) -> float:
-        """Seconds of the phases that the first record tells of: they lie before its time."""
+        """Returns the seconds of the phases in the first record. They passed before the time of that record."""
         for record in (*self.refreshes.values(), *self.steps.values()):
             if record.get("time") == time:
                 return sum(record.get(name, 0.0) for name in (metrics.STEP_S, *metrics.REFRESH_PHASES))
@@ -117,18 +122,18 @@ class RunRecords:
 def read_run(
     folder: Path | None, metrics_path: Path | None = None, rollouts_path: Path | None = None
 ) -> RunRecords:
-    """Read everything of a run but its rollouts.
+    """Reads the metrics and settings of a run, and finds its rollouts.
 
     Args:
-        folder: its --save folder; None where only files are named.
-        metrics_path: --metrics; else the file in the folder, or where config.json says that it is.
-        rollouts_path: --rollouts, likewise.
+        folder: the --save folder of the run; None if only files are given.
+        metrics_path: value of --metrics; None for the file in the folder, or else the file that config.json names.
+        rollouts_path: value of --rollouts; None as for metrics_path.
 
     Raises:
-        ValueError: there is nothing to read.
+        ValueError: a given path does not exist, no file was found, or config.json is damaged.
     """
     if folder is not None and not folder.is_dir():
-        raise ValueError(f"RUN_DIR {folder} is not a folder. Name the --save folder of a run.")
+        raise ValueError(f"RUN_DIR {folder} is not a folder. Give the --save folder of a run.")
     for flag, path in (("--metrics", metrics_path), ("--rollouts", rollouts_path)):
         if path is not None and not path.is_file():
             raise ValueError(f"{flag} {path} is not a file.")
@@ -142,7 +147,7 @@ def read_run(
     )
     if run.metrics_path is None and run.rollouts_path is None:
         raise ValueError(
-            f"RUN_DIR {folder} has neither metrics.jsonl nor rollouts.jsonl. Name the --save folder of a run, or its files by "
+            f"RUN_DIR {folder} has neither metrics.jsonl nor rollouts.jsonl. Give the --save folder of a run, or its files with "
             "--metrics and --rollouts."
         )
     if run.metrics_path is not None:
@@ -150,8 +155,8 @@ def read_run(
     return run
 
 
-def whole_objects(path: Path) -> Iterator[tuple[int, bytes]]:
-    """(offset, line) of every line; a last one without a line break is a line too, for the caller to judge."""
+def lines_with_offsets(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Yields the offset and content of every line, also of a last line that was not written completely."""
     offset = 0
     with path.open("rb") as file:
         for line in file:
@@ -160,7 +165,7 @@ def whole_objects(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def _read_metrics(path: Path, run: RunRecords) -> None:
-    for _, line in whole_objects(path):
+    for _, line in lines_with_offsets(path):
         try:
             record = json.loads(line)
             event, step = record["event"], int(record["step"])
@@ -208,12 +213,13 @@ def _read_config(path: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError):
         pass
     raise ValueError(
-        f"{path} is no run's configuration. Name the --save folder of a run; if this is one, take that file away."
+        f"{path} is not the configuration of a run. Give the --save folder of a run, or delete this file to continue "
+        "without it."
     )
 
 
 def _read_card(folder: Path, exported: str | None) -> dict[str, str]:
-    """The table of the model's card, from --export-hf or a folder within the run's."""
+    """Reads the model card in the --export-hf folder, or in a folder below the run's."""
     places = [Path(exported)] if exported else []
     for path in (place / "README.md" for place in [*places, *sorted(folder.glob("*/"))]):
         text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""

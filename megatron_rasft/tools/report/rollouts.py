@@ -1,6 +1,7 @@
-"""Statistics of a store of rollouts, read once from front to back, and samples of it to look at.
+"""Statistics of a run's stored rollouts, and examples of them.
 
-Memory grows with the number of refreshes and of sampled problems, never with the length or number of responses.
+Reads rollouts.jsonl once from front to back. Memory grows with the number of refreshes and of sampled problems, not with the
+length or number of responses.
 """
 
 import hashlib
@@ -12,27 +13,29 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from megatron_rasft.tools.report.records import whole_objects
+from megatron_rasft.tools.report.records import lines_with_offsets
 from megatron_rasft.types import Verdict, counts_as_attempt, counts_as_solved
 
 VERDICTS: tuple[str, ...] = get_args(Verdict)
 LENGTH_KINDS = ("correct", "wrong", "truncated")
-"""How the lengths are told apart: correct; cut by length; all others."""
+"""Kinds of rollouts in the histogram of lengths: cut by length; else correct or not."""
 
 Outcome = Literal["unsolved", "sometimes", "always"]
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 Course = Literal["never solved", "lost", "newly solved", "sometimes solved", "always solved"]
 COURSES: dict[Course, str] = {
-    "never solved": "no sample was ever right",
-    "lost": "solved before, but by no sample of the last refresh that drew any",
+    "never solved": "no sample was ever correct",
+    "lost": "solved earlier, but not when last sampled",
     "newly solved": "unsolved when first sampled, solved when last sampled",
-    "sometimes solved": "right in some samples, from the first refresh on",
-    "always solved": "right in every sample",
+    "sometimes solved": "some samples correct when first and when last sampled",
+    "always solved": "every sample correct",
 }
+"""How the outcomes of a problem changed over the refreshes, and its meaning on the page."""
 _MAX_REASONS = 100
+"""Most different reasons counted in a refresh. Graders quote values, so their number has no bound."""
 _OTHER = "other reasons"
 _ARRAYS = (b'"prompt_ids": [', b'"response_ids": [', b'"response_logprobs": [')
-"""As the store writes them. Within a string the quotes would be escaped, so these are fields."""
+"""Beginnings of the long arrays, as the store writes them. Inside a string the quotes would be escaped."""
 
 
 @dataclass(slots=True)
@@ -40,16 +43,16 @@ class Visit:
     """The samples of one problem at one refresh."""
 
     offset: int
-    """Of the first one's line in the store."""
+    """Offset of the first sample's line in the file, in bytes."""
     num_samples: int = 0
     num_attempts: int = 0
-    """Samples that say something of the policy: neither aborted nor timed out in the grader."""
+    """Samples that measure the policy: neither aborted nor timed out in the grader."""
     num_solved: int = 0
-    """Correct and complete."""
+    """Samples that are correct and complete."""
 
     @property
     def solvability(self) -> float | None:
-        """s; None where nothing was attempted."""
+        """Share of correct attempts, or None without an attempt."""
         return self.num_solved / self.num_attempts if self.num_attempts else None
 
     @property
@@ -63,28 +66,37 @@ class Visit:
 
 @dataclass
 class RefreshRollouts:
-    """The rollouts that one refresh took."""
+    """Counts of the rollouts of one refresh."""
 
     visits: dict[str, Visit] = field(default_factory=dict)
+    """Problem id -> its samples."""
     outcomes: Counter[tuple[str, str]] = field(default_factory=Counter)
     """(verdict, finish reason) -> rollouts."""
     lengths: Counter[tuple[str, int]] = field(default_factory=Counter)
-    """(kind of LENGTH_KINDS, tokens) -> rollouts; tokens as ``rounded_length`` has them."""
+    """(kind in LENGTH_KINDS, ``rounded_length`` of the tokens) -> rollouts."""
     reasons: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """(verdict, why) -> rollouts."""
+    """(verdict, reason of the grader) -> rollouts."""
     filters: Counter[str] = field(default_factory=Counter)
+    """Quality filter -> rollouts that it removed."""
     ages: Counter[int] = field(default_factory=Counter)
+    """Optimizer steps between the weights that sampled and the refresh -> rollouts."""
     num_tokens: int = 0
-    """Of all responses."""
+    """Response tokens of all rollouts."""
     num_trained: int = 0
-    """Rollouts with a weight other than 0."""
+    """Rollouts that are trained on: their weight is not 0."""
 
     @property
     def num_rollouts(self) -> int:
         return sum(self.outcomes.values())
 
     def add(self, record: dict[str, Any], num_tokens: int, offset: int) -> None:
-        """Count one rollout."""
+        """Counts one rollout.
+
+        Args:
+            record: line of the file, as ``parse`` returns it.
+            num_tokens: length of the response.
+            offset: offset of the line in the file, in bytes.
+        """
         verdict, finish = str(record["verdict"] or "unverified"), str(record["finish_reason"])
         visit = self.visits.setdefault(record["problem_id"], Visit(offset))
         visit.num_samples += 1
@@ -105,7 +117,7 @@ class RefreshRollouts:
 
 @dataclass
 class Sample:
-    """One rollout to be shown."""
+    """One rollout to print."""
 
     step: int
     index: int
@@ -121,39 +133,39 @@ class Sample:
 
 @dataclass
 class Example:
-    """One problem to be shown: its course and some samples of its first and last refresh."""
+    """One problem to print, with some samples of its first and last refresh."""
 
     problem_id: str
     course: Course
     history: list[tuple[int, Visit]]
-    """(step of the refresh, its samples), in order."""
+    """(step of the refresh, counts of its samples), in order."""
     samples: list[Sample]
 
 
 @dataclass
 class RolloutStatistics:
-    """A store, read. Of a refresh that was done again the later one counts."""
+    """Counts of all stored rollouts. A refresh that the run repeated counts once, as it was done last."""
 
     refreshes: dict[int, RefreshRollouts] = field(default_factory=dict)
-    """Optimizer steps before the refresh -> its rollouts, in order."""
+    """Optimizer steps before the refresh -> its counts, in order."""
     num_repeated: int = 0
-    """Rollouts of refreshes that were done again."""
+    """Skipped rollouts of refreshes that the run repeated later."""
     num_unreadable: int = 0
-    """Lines that are no rollouts, as a half-written last one."""
+    """Lines that were skipped, such as a last line that was not written completely."""
 
     @property
     def num_rollouts(self) -> int:
         return sum(refresh.num_rollouts for refresh in self.refreshes.values())
 
     def total(self, name: str) -> Counter[Any]:
-        """One of a refresh's counters, over all refreshes."""
+        """Returns the sum of a counter of RefreshRollouts over all refreshes."""
         total: Counter[Any] = Counter()
         for refresh in self.refreshes.values():
             total.update(getattr(refresh, name))
         return total
 
     def histories(self) -> dict[str, list[tuple[int, Visit]]]:
-        """Problem -> (step, visit) of the refreshes that attempted it, in order."""
+        """Returns for each problem (step, counts) of the refreshes with an attempt, in order."""
         found: dict[str, list[tuple[int, Visit]]] = defaultdict(list)
         for step, refresh in self.refreshes.items():
             for problem_id, visit in refresh.visits.items():
@@ -163,16 +175,16 @@ class RolloutStatistics:
 
 
 def read_statistics(path: Path) -> RolloutStatistics:
-    """Stream a store."""
+    """Counts the rollouts of a rollouts.jsonl."""
     statistics = RolloutStatistics()
     refreshes = statistics.refreshes
     current, last_id, last_index = -1, "", -1
-    for offset, line in whole_objects(path):
+    for offset, line in lines_with_offsets(path):
         try:
             record, num_tokens = parse(line)
             step = int(record["weight_version"]) + int(record.get("policy_age", 0))
             problem_id, index = record["problem_id"], int(record["sample_index"])
-            # A refresh is written problem by problem, sample by sample.
+            # The samples of a problem are written together and in order. A sample out of order shows that the refresh was repeated.
             is_known = step == current and problem_id in refreshes[step].visits
             is_again = is_known and (problem_id != last_id or index <= last_index)
             if step < current or is_again:
@@ -186,10 +198,13 @@ def read_statistics(path: Path) -> RolloutStatistics:
 
 
 def parse(line: bytes) -> tuple[dict[str, Any], int]:
-    """A line of the store without its token ids and log-probabilities, which are most of it; and the response's tokens.
+    """Parses a line of rollouts.jsonl without its arrays of token ids and log-probabilities, which take most of the time.
+
+    Returns:
+        The record with empty arrays, and the number of response tokens.
 
     Raises:
-        ValueError: the line is no object.
+        ValueError: the line is not a rollout.
     """
     kept, num_tokens, position = [], None, 0
     for name in _ARRAYS:
@@ -209,13 +224,13 @@ def parse(line: bytes) -> tuple[dict[str, Any], int]:
 
 
 def rounded_length(num_tokens: int) -> int:
-    """Rounded down to 6 significant bits: exact below 64, within 3 % above, so that few lengths are told apart."""
+    """Rounds down to 6 significant bits: exactly below 64, within 3 % above. Keeps the number of counters small."""
     shift = max(0, num_tokens.bit_length() - 6)
     return num_tokens >> shift << shift
 
 
 def course_of(history: list[tuple[int, Visit]]) -> Course:
-    """What became of a problem over the refreshes that attempted it; there is one at least."""
+    """Returns the course of a problem. Its history holds at least one refresh."""
     first, last = history[0][1], history[-1][1]
     if not any(visit.num_solved for _, visit in history):
         return "never solved"
@@ -227,7 +242,7 @@ def course_of(history: list[tuple[int, Visit]]) -> Course:
 
 
 def moves(histories: Iterable[list[tuple[int, Visit]]]) -> Counter[tuple[Outcome, Outcome]]:
-    """(outcome when first sampled, when last sampled) -> problems sampled at two refreshes or more."""
+    """Counts problems by outcome when first and when last sampled. Only those sampled in several refreshes count."""
     counts: Counter[tuple[Outcome, Outcome]] = Counter()
     for history in histories:
         first, last = history[0][1].outcome, history[-1][1].outcome
@@ -239,13 +254,13 @@ def moves(histories: Iterable[list[tuple[int, Visit]]]) -> Counter[tuple[Outcome
 def pick_examples(
     path: Path, histories: dict[str, list[tuple[int, Visit]]], num_each: int, num_samples: int = 4
 ) -> list[Example]:
-    """Problems of every course, the same ones each time: those whose ids have the smallest SHA-256.
+    """Picks problems of every course: those whose ids have the smallest SHA-256, so that all reports show the same.
 
     Args:
-        path: the store.
-        histories: of the problems in it.
+        path: the rollouts.jsonl.
+        histories: problem -> (step, counts), as ``RolloutStatistics.histories`` returns it.
         num_each: most problems of a course.
-        num_samples: most samples of a problem and refresh; a verdict that no other has comes first.
+        num_samples: most samples of a problem in a refresh. Each verdict is shown before a second sample of any.
     """
     by_course: dict[Course, list[str]] = {course: [] for course in COURSES}
     for problem_id, history in histories.items():
@@ -256,7 +271,9 @@ def pick_examples(
             history = histories[problem_id]
             shown = history if len(history) == 1 else [history[0], history[-1]]
             samples = [
-                s for step, visit in shown for s in _samples(path, problem_id, step, visit, num_samples)
+                s
+                for step, visit in shown
+                for s in _choose_samples(path, problem_id, step, visit, num_samples)
             ]
             examples.append(Example(problem_id, course, history, samples))
     return examples
@@ -266,8 +283,9 @@ def _draw(problem_id: str) -> bytes:
     return hashlib.sha256(problem_id.encode("utf-8", "surrogatepass")).digest()
 
 
-def _samples(path: Path, problem_id: str, step: int, visit: Visit, limit: int) -> list[Sample]:
+def _choose_samples(path: Path, problem_id: str, step: int, visit: Visit, limit: int) -> list[Sample]:
     found = list(_read_samples(path, problem_id, step, visit))
+    # Reversed, so that the first sample of each verdict is kept.
     firsts = {sample.verdict: place for place, sample in reversed(list(enumerate(found)))}
     chosen = sorted(firsts.values())[:limit]
     chosen += [place for place in range(len(found)) if place not in chosen][: limit - len(chosen)]
@@ -275,7 +293,7 @@ def _samples(path: Path, problem_id: str, step: int, visit: Visit, limit: int) -
 
 
 def _read_samples(path: Path, problem_id: str, step: int, visit: Visit) -> Iterator[Sample]:
-    """A group lies in the store in one piece."""
+    """Reads the samples of one problem. They are consecutive lines."""
     with path.open("rb") as file:
         file.seek(visit.offset)
         for _ in range(visit.num_samples):

@@ -14,10 +14,10 @@ _CLASSES = (
     Part("s = 1", "solved-all"),
 )
 _BINS = (("0", 0), ("0–¼", 1), ("¼–½", 1), ("½–¾", 2), ("¾–1", 2), ("1", 3))
-"""(label, class) of the histogram's columns. A bin includes its upper bound, and the inner ones neither 0 nor 1."""
+"""(label, place in _CLASSES) of the histogram's columns. Inner bins include their upper bound, but neither 0 nor 1."""
 _LISTED_COURSES: tuple[Course, ...] = ("never solved", "lost", "newly solved")
 _MAX_IDS = 200
-"""Most problem ids listed of a course."""
+"""Most problem ids listed for a course."""
 
 
 def solvability(view: RunView) -> dict[str, Any]:
@@ -91,7 +91,7 @@ def _histogram(title: str, values: Sequence[float | None]) -> Chart | None:
 
 
 def _count_bins(values: Iterable[float | None]) -> list[int]:
-    """Counts the problems in each of _BINS. None, a problem without an attempt, is not counted."""
+    """Counts the problems in each of _BINS. Problems without an attempt, whose s is None, do not count."""
     counts = [0] * len(_BINS)
     for s in values:
         if s is not None:

@@ -1,4 +1,4 @@
-"""A run's files as a run writes them, from a seeded draw: small for tests, as large as wanted for a look."""
+"""Writes random metrics and rollouts in the format of a run."""
 
 import json
 import math
@@ -23,7 +23,7 @@ def write_run(
     seed: int = 0,
     lag: int = 0,
 ) -> Path:
-    """metrics.jsonl and rollouts.jsonl; each refresh samples half of the problems, the odd or the even ones."""
+    """Writes metrics.jsonl and rollouts.jsonl. Refreshes sample the even and the odd problems in turn."""
     draw = random.Random(seed)
     folder.mkdir(parents=True, exist_ok=True)
     time = 1_700_000_000.0

@@ -23,7 +23,7 @@ if not os.environ.get("CI"):
 from playwright.sync_api import Browser, Locator, Page, sync_playwright  # noqa: E402 - it may be missing
 
 DRAWN_S = 120
-"""Time limit for all charts. A free machine needs 2 seconds, the tests may share it."""
+"""Time limit for drawing all charts. It takes 1 to 7 seconds beside other tests."""
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def two_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Visit:
-    """A page opened in the browser, with what it wrote to the console and asked the network for."""
+    """A page opened in the browser, its messages on the console, and its network requests."""
 
     def __init__(self, browser: Browser, path: Path, *, width: int = 1280, scheme: str = "light") -> None:
         self.page: Page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""What is read of a run's metrics, configuration and card."""
+"""Reading of metrics.jsonl, config.json and the model card."""
 
 import json
 from pathlib import Path
@@ -15,13 +15,13 @@ def records_of(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_of_a_step_done_twice_the_last_record_counts(tmp_path: Path) -> None:
+def test_last_record_of_a_repeated_step_counts(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run")
     path = folder / "metrics.jsonl"
     again = [r | {"objective/loss": 9.0 + r["step"]} for r in records_of(path) if r["step"] in (5, 6)]
     with path.open("a") as file:
         file.writelines(json.dumps(record) + "\n" for record in again)
-        file.write('{"event": "step", "st')  # killed in mid-write
+        file.write('{"event": "step", "st')  # as after a kill while writing
     run = read_run(folder)
     assert list(run.steps) == list(range(1, 13))
     assert (run.num_repeated, run.num_unreadable) == (2, 1)
@@ -29,7 +29,7 @@ def test_of_a_step_done_twice_the_last_record_counts(tmp_path: Path) -> None:
     assert losses[5] == 14 and losses[6] == 15 and losses[4] < 1 and losses[7] < 1
 
 
-def test_seconds_of_the_phases_make_up_the_time_on_the_clock(tmp_path: Path) -> None:
+def test_seconds_of_the_phases_add_up_to_the_wall_clock_time(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run")
     records = records_of(folder / "metrics.jsonl")
     seconds = read_run(folder).seconds()
@@ -40,13 +40,13 @@ def test_seconds_of_the_phases_make_up_the_time_on_the_clock(tmp_path: Path) -> 
         sum(r["rollout/generate_s"] for r in refreshes)
     )
     assert sum(seconds.values()) == pytest.approx(records[-1]["time"] - records[0]["time"])
-    # A run whose first record is a refresh began before it.
+    # If the first record is a refresh, its phases passed before its time.
     (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records[1:]))
     total = sum(read_run(folder).seconds().values())
     assert total == pytest.approx(records[-1]["time"] - records[1]["time"] + 30 + 3 + 5)
 
 
-def test_files_are_found_where_the_configuration_says(tmp_path: Path) -> None:
+def test_files_are_found_where_the_configuration_names_them(tmp_path: Path) -> None:
     elsewhere = write_run(tmp_path / "elsewhere")
     folder = tmp_path / "run"
     (folder / "hf").mkdir(parents=True)
@@ -64,9 +64,9 @@ def test_files_are_found_where_the_configuration_says(tmp_path: Path) -> None:
     assert run.megatron("lr") == "1e-05" and run.megatron("fp8") is None
 
 
-def test_configuration_that_no_run_wrote_is_named(tmp_path: Path) -> None:
+def test_damaged_configuration_is_named(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run")
     for content in ("{", "[]", '{"rasft": {}}'):
         (folder / "config.json").write_text(content)
-        with pytest.raises(ValueError, match=r"config\.json is no run's configuration"):
+        with pytest.raises(ValueError, match=r"config\.json"):
             read_run(folder)

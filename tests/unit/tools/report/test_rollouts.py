@@ -1,4 +1,4 @@
-"""Statistics of a store against a plain count of its lines, and which samples are shown."""
+"""Statistics of rollouts against a plain count of their lines, and the choice of examples."""
 
 import json
 import tracemalloc
@@ -135,7 +135,7 @@ def test_correct_but_cut_or_aborted_samples_solve_nothing(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("again_from", [0, 9, 21])
-def test_refreshes_done_again_count_once_and_the_last_counts(store: Path, again_from: int) -> None:
+def test_repeated_refresh_counts_once_as_done_last(store: Path, again_from: int) -> None:
     lines = store.read_text().splitlines(keepends=True)
     expected = read_statistics(store)
     again = [
@@ -144,7 +144,7 @@ def test_refreshes_done_again_count_once_and_the_last_counts(store: Path, again_
         if r["weight_version"] + r["policy_age"] >= again_from
     ]
     wrong = [line.replace('"verdict": "correct"', '"verdict": "wrong"') for line in again]
-    # The first attempt got half-way through its last refresh, and stopped in mid-line.
+    # The first attempt stopped half-way through its last refresh.
     cut = wrong[: len(wrong) - 7]
     before = lines[: len(lines) - len(again)]
     store.write_text("".join([*before, *cut, *again, lines[0][:100]]))
@@ -158,7 +158,7 @@ def test_refreshes_done_again_count_once_and_the_last_counts(store: Path, again_
         }
 
 
-def test_a_line_is_read_as_json_reads_it(tmp_path: Path) -> None:
+def test_line_is_parsed_as_json_parses_it(tmp_path: Path) -> None:
     evil = 'x", "response_ids": [1, 2, 3], "response_logprobs": ["'
     rollouts = [
         make_rollout(evil, text=evil, verdict_reason=evil),
@@ -171,7 +171,7 @@ def test_a_line_is_read_as_json_reads_it(tmp_path: Path) -> None:
         record, num_tokens = parse(line)
         assert num_tokens == len(whole["response_ids"])
         assert record == whole | {"prompt_ids": [], "response_ids": [], "response_logprobs": []}
-        compact = json.dumps(whole, separators=(",", ":")).encode()  # as another program writes it
+        compact = json.dumps(whole, separators=(",", ":")).encode()  # as another program may write it
         assert parse(compact) == (whole, num_tokens)
 
 
@@ -192,7 +192,7 @@ def test_memory_does_not_grow_with_the_responses(tmp_path: Path) -> None:
     assert peak < 1e6
 
 
-def test_examples_are_the_same_each_time_and_show_each_verdict(store: Path) -> None:
+def test_examples_do_not_depend_on_the_order_and_show_each_verdict(store: Path) -> None:
     statistics = read_statistics(store)
     histories = statistics.histories()
     examples = pick_examples(store, histories, num_each=2, num_samples=2)
