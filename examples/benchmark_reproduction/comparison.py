@@ -1,4 +1,4 @@
-"""One table and the plots of a comparison, from the evaluations and metrics that its runs left."""
+"""Writes the table and the plots of a comparison from the evaluations and metrics of its runs."""
 
 import csv
 import json
@@ -11,6 +11,7 @@ from typing import Any
 
 from examples.benchmark_reproduction import records
 from megatron_rasft import metrics
+from megatron_rasft.errors import RasftError
 from megatron_rasft.tools.evaluation.published import published_rows
 from megatron_rasft.tools.evaluation.statistics import bootstrap_interval, paired_interval
 from megatron_rasft.tools.evaluation.summary import Summary
@@ -19,20 +20,20 @@ Runs = Mapping[tuple[str, int], Path]
 """(method, seed) -> folder of one training and its evaluation."""
 
 DEFAULT_REFERENCE = "sft"
-"""Method that the differences are to."""
+"""Method that the others are compared with."""
 
 
 @dataclass
 class Curve:
-    """What a training logged, at each measurement of the held-out solve rate."""
+    """Held-out solve rate over a training, and the training's totals. The lists have a value for each measurement."""
 
     steps: list[int] = field(default_factory=list)
     tokens: list[float] = field(default_factory=list)
-    """Trained so far."""
+    """Tokens trained before the measurement."""
     seconds: list[float] = field(default_factory=list)
-    """Of training and refreshes so far; the measurements themselves are left out."""
+    """Seconds of steps and refreshes before the measurement. The measurements themselves do not count."""
     accuracy: list[float] = field(default_factory=list)
-    """Percent."""
+    """Solve rate of the held-out problems, in percent."""
     total_tokens: float = 0.0
     total_generated: float = 0.0
     """Response tokens sampled for training."""
@@ -48,54 +49,64 @@ def write_comparison(
     num_jobs: int = 1,
     reference: str = DEFAULT_REFERENCE,
 ) -> str:
-    """Write comparison.md, .csv and .json and the plots; the Markdown, and why there are no plots.
+    """Writes comparison.md, .csv and .json and the plots.
 
     Args:
-        title: of table and plots.
-        runs: those that are to be compared; unfinished ones are named.
+        title: title of table and plots.
+        runs: the runs to compare. Unfinished ones are listed below the table.
         output: folder of all results.
-        compared_with: published model whose numbers stand in the table.
-        num_jobs: trainings that shared the machine, which their seconds show.
-        reference: method that the differences are to.
+        compared_with: model whose published numbers are added, if there are any.
+        num_jobs: trainings that shared the machine.
+        reference: method that the others are compared with.
+
+    Returns:
+        Text of comparison.md, and the reason if there are no plots.
+
+    Raises:
+        RasftError: no run is finished, or seeds of a method were evaluated on different problems.
     """
     summaries = {key: _summaries(folder) for key, folder in runs.items()}
     missing = [folder.name for key, folder in runs.items() if not summaries[key]]
     summaries = {key: value for key, value in summaries.items() if value}
     if not summaries:
-        raise RuntimeError(f"{output} holds no finished evaluation")
+        raise RasftError(f"{output} has no finished evaluation")
     curves = {key: read_curve(runs[key] / "metrics.jsonl") for key in summaries}
     rows = _rows(summaries, curves, reference)
-    lines = [f"# {title}", "", *_markdown(rows, reference), "", *_published(compared_with, rows)]
-    lines.append(
+    notes = [
         "Accuracy in percent, mean over seeds, problems and samples; 95 % bootstrap intervals over seeds and problems. "
-        f"Differences to {reference} are paired by problem, and by seed where both have the same seeds. Tokens and "
-        "seconds are means of a training."
-    )
-    notes = records.notes(runs[key] for key in summaries)
+        f"Differences from {reference} are paired by problem, and by seed if both methods have the same seeds. Tokens and "
+        "seconds are means over the seeds.",
+        *records.notes(runs[key] for key in summaries),
+    ]
     if num_jobs > 1:
         notes.append(
-            f"{num_jobs} trainings ran at a time on one machine: their seconds depend on what ran beside them."
+            f"{num_jobs} trainings ran at a time on one machine, so their seconds depend on each other."
         )
     if missing:
-        notes.append(f"Not there yet: {', '.join(missing)}.")
-    for note in notes:
-        lines += ["", note]
-    text = "\n".join(lines) + "\n"
+        notes.append(f"Not finished: {', '.join(missing)}.")
+    lines = [f"# {title}", "", *_markdown(rows, reference), "", *_published(compared_with)]
+    text = "\n".join(lines) + "\n" + "\n\n".join(notes) + "\n"
+    _write_tables(text, rows, output)
+    if not any(curve.steps for curve in curves.values()):
+        text += "\nNo plots: no training measured a held-out solve rate, which needs --heldout-data.\n"
+    elif not write_plots(curves, title, output, num_jobs):
+        text += (
+            "\nNo plots: matplotlib is not installed. Install it by: pip install 'megatron-rasft[plots]'\n"
+        )
+    return text
+
+
+def _write_tables(text: str, rows: Sequence[Mapping[str, Any]], output: Path) -> None:
     (output / "comparison.md").write_text(text, encoding="utf-8")
     with (output / "comparison.csv").open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     (output / "comparison.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    if not any(curve.steps for curve in curves.values()):
-        text += "\nNo plots: no training measured a held-out solve rate (--heldout-data).\n"
-    elif not write_plots(curves, title, output, num_jobs):
-        text += "\nNo plots: matplotlib is not installed (pip install 'megatron-rasft[plots]').\n"
-    return text
 
 
 def read_curve(path: Path) -> Curve:
-    """The curve of a metrics.jsonl; empty where there is none, as for the base model."""
+    """Reads a metrics.jsonl. Returns an empty curve if there is none, as for the base model."""
     curve = Curve()
     if not path.is_file():
         return curve
@@ -119,6 +130,7 @@ def read_curve(path: Path) -> Curve:
 
 
 def _summaries(folder: Path) -> dict[str, Summary]:
+    """Benchmark -> its result in one run. Empty if the run is not finished."""
     path = folder / "evaluation" / "summary.json"
     if not path.is_file() or not (folder / "done").exists():
         return {}
@@ -131,65 +143,92 @@ def _rows(
     curves: Mapping[tuple[str, int], Curve],
     reference: str,
 ) -> list[dict[str, Any]]:
-    """One row per method and benchmark."""
-    rows = []
-    methods = list(dict.fromkeys(method for method, _ in summaries))
-    sets = {name: s.title for by_name in summaries.values() for name, s in by_name.items()}
-    for method in methods:
-        of_method = [curves[key] for key in summaries if key[0] == method]
-        for name, title in sets.items():
-            by_seed = _scores(summaries, method, name)
-            if not by_seed:
-                continue
-            scores = list(by_seed.values())
-            low, high = bootstrap_interval(scores)
-            row: dict[str, Any] = {
-                "method": method,
-                "benchmark": title,
-                "seeds": len(scores),
-                "problems": len(scores[0]),
-                "accuracy": 100 * statistics.fmean(map(statistics.fmean, scores)),
-                "low": 100 * low,
-                "high": 100 * high,
-                "difference": "",
-                "difference_low": "",
-                "difference_high": "",
-            }
-            of_reference = _scores(summaries, reference, name)
-            if of_reference and method != reference:
-                others = list(of_reference.values())
-                bounds = paired_interval(scores, others, pairs_seeds=by_seed.keys() == of_reference.keys())
-                mean = statistics.fmean(map(statistics.fmean, others))
-                row["difference"] = row["accuracy"] - 100 * mean
-                row["difference_low"], row["difference_high"] = (100 * bound for bound in bounds)
-            shares = [
-                by_name[name] for (m, _), by_name in summaries.items() if m == method and name in by_name
-            ]
-            row["truncated"] = 100 * statistics.fmean(s.truncated_frac for s in shares)
-            row["response_tokens"] = statistics.fmean(s.mean_tokens for s in shares)
-            row["steps"] = max(curve.total_steps for curve in of_method)
-            row["trained_tokens"] = statistics.fmean(curve.total_tokens for curve in of_method)
-            row["generated_tokens"] = statistics.fmean(curve.total_generated for curve in of_method)
-            row["seconds"] = statistics.fmean(curve.total_seconds for curve in of_method)
-            rows.append(row)
-    return rows
+    """One row for each method and benchmark."""
+    titles = {name: s.title for by_name in summaries.values() for name, s in by_name.items()}
+    return [
+        {
+            "method": method,
+            "benchmark": title,
+            **_accuracy(_scores(summaries, method, name)),
+            **_difference(summaries, method, reference, name),
+            **_lengths(
+                [by_name[name] for (m, _), by_name in summaries.items() if m == method and name in by_name]
+            ),
+            **_costs([curves[key] for key in summaries if key[0] == method]),
+        }
+        for method in dict.fromkeys(method for method, _ in summaries)
+        for name, title in titles.items()
+        if _scores(summaries, method, name)
+    ]
+
+
+def _accuracy(by_seed: Mapping[int, Sequence[float]]) -> dict[str, Any]:
+    scores = list(by_seed.values())
+    low, high = bootstrap_interval(scores)
+    return {
+        "seeds": len(scores),
+        "problems": len(scores[0]),
+        "accuracy": _mean_percent(scores),
+        "low": 100 * low,
+        "high": 100 * high,
+    }
+
+
+def _difference(
+    summaries: Mapping[tuple[str, int], Mapping[str, Summary]], method: str, reference: str, name: str
+) -> dict[str, Any]:
+    """Columns of the difference from the reference. Empty texts for the reference itself, or if it is not finished."""
+    ours, theirs = _scores(summaries, method, name), _scores(summaries, reference, name)
+    if method == reference or not theirs:
+        return dict.fromkeys(("difference", "difference_low", "difference_high"), "")
+    scores, others = list(ours.values()), list(theirs.values())
+    low, high = paired_interval(scores, others, pairs_seeds=ours.keys() == theirs.keys())
+    return {
+        "difference": _mean_percent(scores) - _mean_percent(others),
+        "difference_low": 100 * low,
+        "difference_high": 100 * high,
+    }
+
+
+def _lengths(results: Sequence[Summary]) -> dict[str, Any]:
+    return {
+        "truncated": 100 * statistics.fmean(result.truncated_frac for result in results),
+        "response_tokens": statistics.fmean(result.mean_tokens for result in results),
+    }
+
+
+def _costs(curves: Sequence[Curve]) -> dict[str, Any]:
+    return {
+        "steps": max(curve.total_steps for curve in curves),
+        "trained_tokens": statistics.fmean(curve.total_tokens for curve in curves),
+        "generated_tokens": statistics.fmean(curve.total_generated for curve in curves),
+        "seconds": statistics.fmean(curve.total_seconds for curve in curves),
+    }
+
+
+def _mean_percent(scores: Sequence[Sequence[float]]) -> float:
+    return 100 * statistics.fmean(map(statistics.fmean, scores))
 
 
 def _scores(
     summaries: Mapping[tuple[str, int], Mapping[str, Summary]], method: str, name: str
 ) -> dict[int, list[float]]:
-    """Seed -> score of each problem, the same problems for every seed."""
+    """Seed -> score of each problem. All seeds have the same problems.
+
+    Raises:
+        RasftError: they do not.
+    """
     found = {
         seed: by_name[name] for (m, seed), by_name in summaries.items() if m == method and name in by_name
     }
     if len({tuple(summary.problem_ids) for summary in found.values()}) > 1:
-        raise RuntimeError(f"the seeds of {method} were evaluated on different problems of {name}")
+        raise RasftError(f"the seeds of {method} were evaluated on different problems of {name}")
     return {seed: found[seed].scores for seed in sorted(found)}
 
 
 def _markdown(rows: Sequence[Mapping[str, Any]], reference: str) -> list[str]:
     head = (
-        f"method | benchmark | seeds | accuracy | against {reference} | truncated | response tokens | steps | "
+        f"method | benchmark | seeds | accuracy | difference from {reference} | truncated | response tokens | steps | "
         "trained tokens | generated tokens | seconds"
     )
     lines = [f"| {head} |", "| --- | --- " + "| ---: " * 9 + "|"]
@@ -216,12 +255,12 @@ def _markdown(rows: Sequence[Mapping[str, Any]], reference: str) -> list[str]:
     return lines
 
 
-def _published(model: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def _published(model: str) -> list[str]:
     published = published_rows(model)
     if not published:
         return []
     lines = [
-        f"Published for {model}, avg@16 in percent (100,000 training rows where not said otherwise):",
+        f"Published for {model}, avg@16 in percent (trained on 100,000 rows unless noted):",
         "",
     ]
     names = list(next(iter(published.values())))
@@ -233,7 +272,11 @@ def _published(model: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def write_plots(curves: Mapping[tuple[str, int], Curve], title: str, output: Path, num_jobs: int = 1) -> bool:
-    """accuracy.png: held-out solve rate against steps, trained tokens and seconds; False without matplotlib."""
+    """Writes accuracy.png: held-out solve rate over steps, trained tokens and seconds.
+
+    Returns:
+        False if matplotlib is not installed.
+    """
     try:
         import matplotlib
     except ImportError:

@@ -1,4 +1,7 @@
-"""What made a result: the flags of a training and its evaluation, their files and the commit, kept in its ``done``."""
+"""Provenance of a result: the flags of its training and evaluation, checksums of their files, and the commit.
+
+The file ``done`` in a result's folder holds it.
+"""
 
 import hashlib
 import json
@@ -13,10 +16,17 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 
 Record = dict[str, Any]
+"""Provenance of one result, as ``make_record`` returns it."""
 
 
 def make_record(training: Sequence[str], evaluation: Sequence[str], num_processes: int) -> Record:
-    """Of flags in which the result's own folder is ``.``, so that it may be moved."""
+    """Returns the provenance of a result.
+
+    Args:
+        training: flags of the training, with ``.`` for the result's folder, so that the folder can be moved.
+        evaluation: flags of the evaluation, likewise.
+        num_processes: processes of the training and of the evaluation.
+    """
     names = [value.rpartition("=")[2] for value in [*training, *evaluation]]
     files = {name: ROOT / name for name in names if os.path.isfile(ROOT / name)}
     return {
@@ -29,45 +39,40 @@ def make_record(training: Sequence[str], evaluation: Sequence[str], num_processe
 
 
 def read_record(path: Path) -> Record | None:
-    """None where nothing is known: there is no file, or the empty one of earlier versions."""
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    return json.loads(text) if text else None
+    """Reads a record, or returns None if there is no file."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def describe_difference(stored: Record, now: Record) -> str | None:
-    """The first thing in which two records differ, commits left out; None if there is none."""
+    """Names the first difference of two records, or returns None. Commits may differ."""
     for part in ("training", "evaluation"):
         was, is_now = _by_flag(stored[part]), _by_flag(now[part])
         for flag in {**was, **is_now}:
             if was.get(flag) != is_now.get(flag):
-                return f"its {part} had {_said(flag, was)}, which is now {_said(flag, is_now)}"
+                return f"the {part} had {_text(flag, was)} and now has {_text(flag, is_now)}"
     if stored["num_processes"] != now["num_processes"]:
-        return f"num_processes was {stored['num_processes']}, which is now {now['num_processes']}"
+        return f"num_processes was {stored['num_processes']} and is now {now['num_processes']}"
     for file, checksum in stored["files"].items():
         if now["files"].get(file, checksum) != checksum:
-            return f"{file} had sha256 {checksum[:12]}..., which is now {now['files'][file][:12]}..."
+            return f"the SHA-256 of {file} was {checksum[:12]}... and is now {now['files'][file][:12]}..."
     return None
 
 
 def notes(folders: Iterable[Path]) -> list[str]:
-    """What a reader of the table must know of how its results came about."""
-    unknown, by_commit = [], defaultdict(list)
+    """Returns notes for the readers of the table: results of different commits."""
+    by_commit = defaultdict(list)
     for folder in folders:
         record = read_record(folder / "done")
-        if record is None:
-            unknown.append(folder.name)
-        elif record["commit"]:
+        if record and record["commit"]:
             by_commit[record["commit"]].append(folder.name)
-    lines = []
-    if len(by_commit) > 1:
-        made = "; ".join(f"{commit}: {', '.join(names)}" for commit, names in by_commit.items())
-        lines.append(f"Made by different commits of the code: {made}.")
-    if unknown:
-        lines.append(f"Not known is with which flags, data and code these were made: {', '.join(unknown)}.")
-    return lines
+    if len(by_commit) < 2:
+        return []
+    results = "; ".join(f"{commit}: {', '.join(names)}" for commit, names in by_commit.items())
+    return [f"The results come from different commits of the code: {results}."]
 
 
 def _by_flag(command: Sequence[str]) -> dict[str, list[str]]:
+    """Flag -> its values on a command line."""
     flags: dict[str, list[str]] = {}
     for part in command:
         if part.startswith("--"):
@@ -77,18 +82,22 @@ def _by_flag(command: Sequence[str]) -> dict[str, list[str]]:
     return flags
 
 
-def _said(flag: str, flags: dict[str, list[str]]) -> str:
+def _text(flag: str, flags: dict[str, list[str]]) -> str:
     return " ".join([flag, *flags[flag]]) if flag in flags else f"without {flag}"
 
 
 @cache
 def _checksum(path: Path, changed_ns: int) -> str:
+    """SHA-256 of a file. The time of its last change is part of the cache's key."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _commit() -> str:
-    """Of the moment: a comparison takes days. Empty where this is no checkout of git's, or git is not there."""
+    """The current commit, or an empty text without git or its folder.
+
+    Asked for each result, because a comparison takes days and the checkout can change meanwhile.
+    """
     if not (ROOT / ".git").exists():
         return ""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]

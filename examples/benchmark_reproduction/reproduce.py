@@ -1,16 +1,17 @@
-"""Runs the comparison the method claims: base, SFT and its variants, RL and RASFT at matched data, steps and rate.
+"""Compares base, SFT and its variants, RL and RASFT on the same data, steps and learning rate.
 
-reproduce.py --setting settings/cpu.toml --output DIR        everything, then tables and plots
+reproduce.py --setting settings/cpu.toml --output DIR        everything: trainings, evaluations, table and plots
 reproduce.py --setting FILE --output DIR --task N            one training and its evaluation, for a job array
-reproduce.py --setting FILE --output DIR --tables-only       tables and plots of what is there
+reproduce.py --setting FILE --output DIR --tables-only       table and plots of the finished results
 reproduce.py --setting FILE --output DIR --dry-run           print the commands instead of running them
 
-Each training is pretrain_rasft.py with the same flags but for the method's own, each evaluation tools/evaluate.py.
-Killed, the same command goes on with the first training that has no evaluation yet. Results that other flags or data
-made are refused.
+A training runs pretrain_rasft.py, an evaluation tools/evaluate.py. Methods differ by their own flags only. After an
+interruption the same command continues with the first training that has no evaluation. Results of other flags or data
+are an error.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import shlex
@@ -30,6 +31,8 @@ sys.path.insert(0, str(ROOT))  # runs from a checkout that is not installed
 
 from examples.benchmark_reproduction import records  # noqa: E402
 from examples.benchmark_reproduction.comparison import DEFAULT_REFERENCE, write_comparison  # noqa: E402
+from megatron_rasft.errors import RasftError  # noqa: E402
+from megatron_rasft.tools import cli  # noqa: E402
 
 METHODS: dict[str, list[str]] = {
     "base": [],
@@ -44,32 +47,33 @@ METHODS: dict[str, list[str]] = {
     "rasft": ["--objective", "rasft", "--rasft-weighting", "adaptive"],
     "rasft_published": ["--objective", "rasft", "--rasft-weighting", "published"],
 }
-"""Method -> what tells it from the others; base is not trained."""
+"""Method -> its flags. The base model is evaluated without a training."""
 
 
 @dataclass(kw_only=True)
 class Setting:
-    """One file of settings/."""
+    """Content of a file of settings/."""
 
     title: str
     model: str
     seeds: list[int]
     train: dict[str, Any]
-    """Flags of every training."""
+    """Flags of all trainings."""
     evaluate: dict[str, Any]
-    """Flags of every evaluation."""
+    """Flags of all evaluations."""
     prepare: list[list[str]] = field(default_factory=list)
-    """Commands that make model and data; run before anything else, they must be quick where all is there."""
+    """Commands that make the model and the data. Every call runs them first, so they must return quickly if all exists."""
     methods: list[str] = field(default_factory=lambda: list(METHODS))
     method_flags: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Method -> flags for its trainings only."""
     variants: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Name -> ``of``, the method that it is, and the flags that tell it from that: to choose constants by runs. Run where
-    ``methods`` names them."""
+    """Name -> ``of``, a method, and flags that change it. For choosing constants by runs. A variant runs only if
+    ``methods`` names it."""
     num_processes: int = 1
     num_jobs: int = 1
-    """Trainings at a time on one machine; more than one, and their seconds depend on each other."""
+    """Trainings that run at a time on one machine. If there are several, their seconds depend on each other."""
     compare_with: str = ""
-    """Published model whose numbers stand in the table."""
+    """Model whose published numbers are added to the table."""
 
     def __post_init__(self) -> None:
         changed = [str(variant.get("of")) for variant in self.variants.values()]
@@ -77,9 +81,11 @@ class Setting:
         unknown = [m for m in self.methods if m not in known]
         unknown += [m for m in [*self.method_flags, *changed] if m not in METHODS]
         if unknown:
-            raise ValueError(f"method {unknown[0]!r} is unknown. Known are {', '.join(known)}.")
+            raise ValueError(f"method {unknown[0]!r} is unknown. Methods are {', '.join(known)}.")
         if len(set(known)) < len(known) or "base" in changed:
-            raise ValueError("variants need names of their own, and a method that is trained.")
+            raise ValueError(
+                "variants must have names other than the methods', and be variants of a method other than base."
+            )
         if not self.seeds:
             raise ValueError("seeds must name at least one seed.")
 
@@ -97,10 +103,10 @@ class Task:
 
 
 def read_setting(path: Path) -> Setting:
-    """The file's fields, $VARIABLES of the environment put in.
+    """Reads a file of settings/, and replaces $VARIABLES by their values in the environment.
 
     Raises:
-        ValueError: a field or variable is unknown, or the file is no TOML.
+        ValueError: the file cannot be read as TOML, a field is unknown or wrong, or a variable is not set.
     """
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -123,19 +129,20 @@ def _expanded(value: Any) -> Any:
 
 
 def tasks_of(setting: Setting) -> list[Task]:
-    """Base once, every other method for each seed; the order that --task counts in."""
-    tasks = [Task("base", 1)] if "base" in setting.methods else []  # whichever --seeds: it is not done again
+    """Returns the tasks in the order of --task: base once, then every method for each seed."""
+    # The base model always has seed 1, so that another --seeds does not evaluate it again.
+    tasks = [Task("base", 1)] if "base" in setting.methods else []
     return tasks + [Task(m, seed) for seed in setting.seeds for m in setting.methods if m != "base"]
 
 
 def training_command(setting: Setting, task: Task, output: Path) -> list[str]:
-    """pretrain_rasft.py with this method's flags and seed."""
+    """Returns the command of a training."""
     program = str(ROOT / "pretrain_rasft.py")
     return [*_launcher(setting), program, *training_flags(setting, task, output)]
 
 
 def training_flags(setting: Setting, task: Task, output: Path) -> list[str]:
-    """Of the program alone; none for base, which is not trained."""
+    """Returns the flags of pretrain_rasft.py. Empty for base, which is not trained."""
     if task.method == "base":
         return []
     own = dict(setting.variants.get(task.method, {}))
@@ -156,13 +163,13 @@ def training_flags(setting: Setting, task: Task, output: Path) -> list[str]:
 
 
 def evaluation_command(setting: Setting, task: Task, output: Path) -> list[str]:
-    """tools/evaluate.py on what the training exported, or on the model itself."""
+    """Returns the command that evaluates the exported model of a training, or the base model."""
     program = str(ROOT / "tools" / "evaluate.py")
     return [*_launcher(setting), program, "run", *evaluation_flags(setting, task, output)]
 
 
 def evaluation_flags(setting: Setting, task: Task, output: Path) -> list[str]:
-    """Of the program alone."""
+    """Returns the flags of tools/evaluate.py."""
     flags = {
         "--model": setting.model if task.method == "base" else output / "model",
         "--label": task.name,
@@ -184,7 +191,7 @@ def _launcher(setting: Setting) -> list[str]:
 
 
 def _as_flags(flags: dict[str, Any]) -> Iterator[str]:
-    """True is the bare flag, a list several values."""
+    """Words of a command line. True stands for a flag without a value, a list for several values."""
     for flag, value in flags.items():
         yield flag
         if value is not True:
@@ -192,7 +199,7 @@ def _as_flags(flags: dict[str, Any]) -> Iterator[str]:
 
 
 def record_of(setting: Setting, task: Task) -> records.Record:
-    """What the task's result is made by."""
+    """Returns the provenance of the task's result."""
     here = Path()
     return records.make_record(
         training_flags(setting, task, here), evaluation_flags(setting, task, here), setting.num_processes
@@ -200,10 +207,10 @@ def record_of(setting: Setting, task: Task) -> records.Record:
 
 
 def check_results(setting: Setting, tasks: Sequence[Task], root: Path) -> None:
-    """Refuse results and trained weights that are there and were made in another way.
+    """Checks that existing results and trained weights come from the same flags and data.
 
     Raises:
-        ValueError: names the first of them and what differs.
+        ValueError: one does not. Names it and the first difference.
     """
     for task in tasks:
         output = root / task.name
@@ -214,7 +221,7 @@ def check_results(setting: Setting, tasks: Sequence[Task], root: Path) -> None:
         difference = stored and records.describe_difference(stored, record_of(setting, task))
         if difference:
             raise ValueError(
-                f"{output} holds results of another setting: {difference}. Give another --output, or delete the folder."
+                f"{output} has results of another setting: {difference}. Give another --output, or delete the folder."
             )
 
 
@@ -223,10 +230,12 @@ def _has_model(output: Path) -> bool:
 
 
 def run_task(setting: Setting, task: Task, root: Path, keeps_models: bool) -> None:
-    """Train, evaluate, and drop the weights; whatever is there already is not done again.
+    """Trains, evaluates and deletes the weights. Skips the parts that are finished.
+
+    The file ``begun`` holds the provenance while the task runs. It is renamed to ``done`` at the end.
 
     Raises:
-        RuntimeError: a command failed; the message names its log.
+        RasftError: a command failed. The message names its log.
     """
     output = root / task.name
     begun, done = output / "begun", output / "done"
@@ -236,13 +245,12 @@ def run_task(setting: Setting, task: Task, root: Path, keeps_models: bool) -> No
     if not _has_model(output):
         begun.write_text(json.dumps(record_of(setting, task), indent=1) + "\n", encoding="utf-8")
         if task.method != "base":
-            # A training that was killed leaves metrics; the next one would append to them.
+            # A new training would append to the files of one that was killed.
             for name in ("metrics.jsonl", "rollouts.jsonl"):
                 (output / name).unlink(missing_ok=True)
             shutil.rmtree(output / "model", ignore_errors=True)
             _run(training_command(setting, task, output), output / "training.log")
     _run(evaluation_command(setting, task, output), output / "evaluation.log")
-    begun.touch()  # empty where an earlier version trained
     begun.replace(done)
     if task.method != "base" and not keeps_models:
         shutil.rmtree(output / "model")
@@ -254,11 +262,11 @@ def _run(command: Sequence[str], log: Path) -> None:
         done = subprocess.run(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, check=False)
     if done.returncode != 0:
         last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
-        raise RuntimeError(f"exit code {done.returncode}, see {log}: {last[0] if last else 'it is empty'}")
+        raise RasftError(f"exit code {done.returncode}, see {log}: {last[0] if last else 'it is empty'}")
 
 
 def run_tasks(setting: Setting, tasks: Sequence[Task], root: Path, keeps_models: bool) -> None:
-    """All tasks, ``num_jobs`` at a time; the first failure ends the run once those that have begun are over."""
+    """Runs all tasks, ``num_jobs`` at a time. After a failure running tasks finish, and no others start."""
     with ThreadPoolExecutor(setting.num_jobs) as pool:
         futures = [pool.submit(run_task, setting, task, root, keeps_models) for task in tasks]
         try:
@@ -270,87 +278,96 @@ def run_tasks(setting: Setting, tasks: Sequence[Task], root: Path, keeps_models:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0 done, 1 a command failed, 2 wrong arguments."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--setting", type=Path, required=True, help="a file of settings/")
-    parser.add_argument("--output", type=Path, required=True, help="folder of all results")
-    parser.add_argument(
-        "--methods", nargs="+", metavar="NAME", help=f"of {', '.join(METHODS)} and the setting's variants"
-    )
-    parser.add_argument("--seeds", nargs="+", type=int, metavar="N", help="instead of the setting's")
-    parser.add_argument(
-        "--against",
-        metavar="NAME",
-        default=DEFAULT_REFERENCE,
-        help="method that the differences are to (default: %(default)s)",
-    )
-    parser.add_argument("--task", type=int, metavar="N", help="only this one, from 0, and no tables")
-    parser.add_argument("--keep-models", action="store_true", help="do not delete the trained weights")
-    parser.add_argument("--tables-only", action="store_true", help="run nothing")
-    parser.add_argument("--dry-run", action="store_true", help="print the commands and run nothing")
-    args = parser.parse_args(argv)
-    try:
-        setting = read_setting(args.setting)
-        setting = Setting(
-            **{
-                **vars(setting),
-                "methods": args.methods or setting.methods,
-                "seeds": args.seeds or setting.seeds,
-            }
-        )
-        tasks = tasks_of(setting)
-        if args.against != DEFAULT_REFERENCE and args.against not in setting.methods:
-            raise ValueError(
-                f"--against {args.against} is none of the methods: {', '.join(setting.methods)}."
-            )
-        if args.task is not None and not 0 <= args.task < len(tasks):
-            raise ValueError(f"--task must be 0 .. {len(tasks) - 1}, got {args.task}.")
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    """Runs the command line. Returns the exit code as ``cli.run`` defines it."""
+    return cli.run(reproduce, _build_parser().parse_args(argv))
+
+
+def reproduce(args: argparse.Namespace) -> None:
+    """Runs what the flags ask for.
+
+    Raises:
+        ValueError: a flag or the setting is wrong, or results of other flags or data exist.
+        RasftError: a command failed.
+    """
+    setting = _with_flags(read_setting(args.setting), args)
+    tasks = tasks_of(setting)
+    if args.against != DEFAULT_REFERENCE and args.against not in setting.methods:
+        raise ValueError(f"--against must be one of {', '.join(setting.methods)}, got {args.against}.")
+    if args.task is not None and not 0 <= args.task < len(tasks):
+        raise ValueError(f"--task must be 0 .. {len(tasks) - 1}, got {args.task}.")
     chosen = tasks if args.task is None else [tasks[args.task]]
     if args.dry_run:
         for command in commands_of(setting, chosen, args.output):
             print(shlex.join(command))
-        return 0
-    try:
-        if not args.tables_only:
-            for command in setting.prepare:
-                subprocess.run(command, cwd=ROOT, check=True)
-        check_results(setting, chosen, args.output)
-        if not args.tables_only:
-            run_tasks(setting, chosen, args.output.resolve(), args.keep_models)
-        if args.task is None:
-            runs = {(t.method, t.seed): args.output / t.name for t in tasks}
-            print(
-                write_comparison(
-                    setting.title,
-                    runs,
-                    args.output,
-                    setting.compare_with,
-                    setting.num_jobs,
-                    reference=args.against,
-                )
+        return
+    if not args.tables_only:
+        _prepare(setting)
+    check_results(setting, chosen, args.output)
+    if not args.tables_only:
+        run_tasks(setting, chosen, args.output.resolve(), args.keep_models)
+    if args.task is None:
+        runs = {(task.method, task.seed): args.output / task.name for task in tasks}
+        print(
+            write_comparison(
+                setting.title,
+                runs,
+                args.output,
+                setting.compare_with,
+                setting.num_jobs,
+                reference=args.against,
             )
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+        )
 
 
 def commands_of(setting: Setting, tasks: Sequence[Task], root: Path) -> Iterator[list[str]]:
-    """What would be run, in this order."""
+    """Yields the commands in the order in which they run."""
     yield from setting.prepare
     for task in tasks:
         output = root / task.name
         if task.method != "base":
             yield training_command(setting, task, output)
         yield evaluation_command(setting, task, output)
+
+
+def _with_flags(setting: Setting, args: argparse.Namespace) -> Setting:
+    methods, seeds = args.methods or setting.methods, args.seeds or setting.seeds
+    return dataclasses.replace(setting, methods=methods, seeds=seeds)
+
+
+def _prepare(setting: Setting) -> None:
+    for command in setting.prepare:
+        try:
+            subprocess.run(command, cwd=ROOT, check=True)
+        except subprocess.CalledProcessError as error:
+            raise RasftError(str(error)) from error
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--setting", type=Path, required=True, help="a file of settings/")
+    parser.add_argument("--output", type=Path, required=True, help="folder of all results")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        metavar="NAME",
+        help=f"methods to run: {', '.join(METHODS)}, or variants of the setting; default: those of the setting",
+    )
+    parser.add_argument("--seeds", nargs="+", type=int, metavar="N", help="default: those of the setting")
+    parser.add_argument(
+        "--against",
+        metavar="NAME",
+        default=DEFAULT_REFERENCE,
+        help="method that the others are compared with; default: %(default)s",
+    )
+    parser.add_argument(
+        "--task", type=int, metavar="N", help="run one task, counted from 0, and write no table"
+    )
+    parser.add_argument("--keep-models", action="store_true", help="keep the trained weights")
+    parser.add_argument("--tables-only", action="store_true", help="write table and plots, and run nothing")
+    parser.add_argument("--dry-run", action="store_true", help="print the commands, and run nothing")
+    return parser
 
 
 if __name__ == "__main__":

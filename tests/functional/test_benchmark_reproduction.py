@@ -1,4 +1,4 @@
-"""The comparison in its smallest real form: one command on SmolLM2, and every method on a tiny model."""
+"""The comparison: one command on SmolLM2 with the smallest setting, and every method on a tiny model."""
 
 import csv
 import dataclasses
@@ -38,17 +38,17 @@ def test_one_command_trains_evaluates_and_compares(tmp_path: Path) -> None:
     assert float(rows["sft"]["generated_tokens"]) == 0 < float(rows["rasft"]["generated_tokens"])
     assert float(rows["sft"]["trained_tokens"]) <= float(rows["rasft"]["trained_tokens"])
     assert (tmp_path / "accuracy.png").exists()
-    assert not (tmp_path / "sft-seed1" / "model").exists(), "weights are dropped once they are evaluated"
+    assert not (tmp_path / "sft-seed1" / "model").exists(), "weights are deleted after their evaluation"
 
     resumed = subprocess.run(
         command, env=os.environ | ENVIRONMENT, capture_output=True, text=True, check=True
     )
-    assert "training" not in resumed.stdout.partition("#")[0], "what is done is not done again"
+    assert "training" not in resumed.stdout.partition("#")[0], "finished trainings do not run again"
     assert "| rasft | arithmetic | 1 |" in resumed.stdout
 
 
 def run_forked(command: list[str], log: Path) -> None:
-    """As ``reproduce`` runs its commands, without the ten seconds of imports that each takes."""
+    """Stands in for reproduce._run: runs a command in a fork, which saves ten seconds of imports."""
     _, program, *arguments = command
     rank = forking.Rank(program=Path(program), arguments=arguments, log=log, variables={})
     outcome = forking.run([rank], timeout_s=240)
@@ -71,7 +71,7 @@ def test_every_method_trains_and_is_evaluated(tmp_path: Path, monkeypatch: pytes
     runs = {(task.method, task.seed): output / task.name for task in tasks}
     text = comparison.write_comparison(setting.title, runs, output)
     rows = {row["method"]: row for row in csv.DictReader((output / "comparison.csv").open())}
-    assert list(rows) == list(reproduce.METHODS) and "Not there yet" not in text
+    assert list(rows) == list(reproduce.METHODS) and "Not finished" not in text
     assert {row["steps"] for row in rows.values()} == {"0", "1"}
     assert {method for method, row in rows.items() if float(row["generated_tokens"])} == {
         "raft", "grpo", "rasft", "rasft_published",
