@@ -24,7 +24,7 @@ import torch
 
 from megatron_rasft.config.rollout import check_address
 from megatron_rasft.errors import ServerError
-from megatron_rasft.rollout.sampling import check_generation
+from megatron_rasft.rollout.answers import check_generation
 from megatron_rasft.servers.addresses import read_addresses
 from megatron_rasft.servers.client import ServerClient
 from megatron_rasft.servers.fit import duplicates, misfit

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_rasft.errors import ServerError
-from megatron_rasft.rollout.sampling import check_generation
+from megatron_rasft.rollout.answers import check_generation
 from megatron_rasft.servers.client import ServerClient
 from megatron_rasft.sync.buckets import Bucket, plan_buckets
 from megatron_rasft.sync.groups import GroupFailure
