@@ -207,7 +207,7 @@ class RefreshDriver:
         groups: Groups = kept_by_rank_zero(collect, {})
         # Servers that are about to sample ahead stay awake.
         if self._next_iteration(choice) is None and self._config.sync.sync_method == "tensor":
-            servers.rest()
+            servers.sleep()
         return groups
 
     def _start_servers(self, choice: ProblemChoice, servers: RolloutServers) -> None:

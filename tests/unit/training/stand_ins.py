@@ -123,8 +123,8 @@ class ServersOfNotes:
         self.calls.append("result")
         return Answers([answers(r) for r in self.requests], SamplingReport())
 
-    def rest(self) -> None:
-        self.calls.append("rest")
+    def sleep(self) -> None:
+        self.calls.append("sleep")
 
 
 BAND = CurriculumConfig(curriculum_mode="band")

@@ -159,7 +159,7 @@ def test_servers_on_the_trainers_gpus_sleep_while_it_trains() -> None:
     )
     parts = parts_of(config, has_servers=True)
     parts.refresh(0)
-    assert [call.split()[0] for call in parts.servers.calls] == ["sync", "start", "wait", "result", "rest"]
+    assert [call.split()[0] for call in parts.servers.calls] == ["sync", "start", "wait", "result", "sleep"]
 
 
 def test_with_lag_servers_sample_the_next_problems_while_these_are_trained() -> None:
