@@ -1,12 +1,12 @@
-"""What can go wrong in the world. What a user typed wrongly is a ValueError instead."""
+"""Errors of files, models and servers. A wrong flag or value raises ValueError instead."""
 
 
 class RasftError(Exception):
-    """Base of the errors this package raises for the state of the world; the message is meant to be read."""
+    """Base of this package's errors. Its message is written for the user, and tools print it without a traceback."""
 
 
 def first_line(error: BaseException, if_empty: str | None = None) -> str:
-    """The first line of an error's message that is not blank: libraries append pages of context that hide a run's own message.
+    """The first line of an error's message that is not blank. Libraries append pages of context, which hide it.
 
     Args:
         error: any exception.
@@ -29,16 +29,16 @@ class CheckpointError(RasftError):
 
 
 class RolloutError(RasftError):
-    """A rollout engine could not deliver what the run cannot go on without."""
+    """The rollouts that a run needs could not be obtained."""
 
 
 class ServerError(RolloutError):
-    """One rollout server did not answer in time, refused, or said what cannot be true; the message names it.
+    """A rollout server did not answer in time, refused a request, or returned an invalid answer. The message names the server.
 
     Args:
-        server: its address.
+        server: the address of the server.
         reason: what happened, without the address.
-        status: the HTTP status, if there was an answer.
+        status: the HTTP status of the answer; None without an answer.
     """
 
     def __init__(self, server: str, reason: str, status: int | None = None) -> None:
@@ -49,4 +49,4 @@ class ServerError(RolloutError):
 
 
 class FailedElsewhere(Exception):
-    """Raised on the ranks that only heard of a failure: another one has the message."""
+    """Raised on every other rank when one rank fails. The failing rank reports its own error."""

@@ -1,9 +1,9 @@
-"""Log-probabilities and KL from hidden states with fused kernels, at the price of a fused cross-entropy.
+"""Log-probabilities and KL from hidden states with fused kernels, at the cost of a fused cross-entropy.
 
-One autograd function covers all chunks of tokens. Its forward pass reads each logit once, its backward pass reads it
-once more and writes its gradient in its place: 6 bytes a BF16 logit beside the matrix products, 10 with a KL. The
-backward pass runs no collective but the sum of the hidden states' gradient, and sums the weight's gradient in fp32.
-``megatron_rasft.objective.logprobs`` is the same in plain torch.
+One autograd function covers all chunks of tokens. The forward pass reads each logit once. The backward pass reads it once more and
+overwrites it with its gradient. Besides the matrix products this is 6 bytes of memory traffic per BF16 logit, 10 with a KL. The
+backward pass runs a single collective, the sum of the hidden states' gradient, and adds up the weight's gradient in fp32.
+``megatron_rasft.objective.logprobs`` computes the same values in plain torch.
 """
 
 from collections.abc import Iterator
@@ -27,36 +27,36 @@ from megatron_rasft.types import KLDirection
 
 
 class OutputWeight(Protocol):
-    """The vocabulary projection's weight, and where its gradient goes."""
+    """The weight of the vocabulary projection, and the destination of its gradient."""
 
     weight: Tensor
-    """[v/tp, h] this rank's shard."""
+    """[v/tp, h] the shard of this rank."""
 
     tp_group: ProcessGroup | None
     """Group over which the vocabulary is split."""
 
     sums_hidden_grad: bool
-    """Whether the hidden states' gradient is to be summed over ``tp_group``: not under sequence parallelism, where the
-    gather's own backward pass does it."""
+    """Whether the hidden states' gradient must be summed over ``tp_group``. False under sequence parallelism, because the backward
+    pass of the gather sums it."""
 
     def add_gradient(self, logits_grad: Tensor, hidden: Tensor, *, is_whole: bool) -> None:
-        """Adds ``logits_grad.T @ hidden`` of one chunk, [c, v/tp] and [c, h], in fp32; ``is_whole``: it is the only one."""
+        """Adds ``logits_grad.T @ hidden`` of one chunk, [c, v/tp] and [c, h], in fp32. ``is_whole``: the only chunk."""
         ...
 
     def finish_gradient(self) -> Tensor | None:
-        """What autograd gets for the weight when every chunk has been added; starts anew after it."""
+        """Returns the gradient that autograd receives for the weight, after the last chunk, and resets the sum."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceLogits:
-    """The reference's side of a KL. No gradient reaches it."""
+    """The reference in a KL. It gets no gradient."""
 
     hidden: Tensor
-    """[t, h_ref] its hidden states for the same tokens."""
+    """[t, h_ref] the reference's hidden states for the same tokens."""
 
     weight: Tensor
-    """[v/tp, h_ref] its projection to the same vocabulary shard."""
+    """[v/tp, h_ref] the reference's projection to the same vocabulary shard."""
 
     direction: KLDirection
     """``forward`` is KL(reference || policy), ``reverse`` is KL(policy || reference)."""
@@ -72,18 +72,18 @@ def fused_logprobs(
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probability of each label, and the exact KL to a reference.
 
-    Runs two all-reduces on ``output.tp_group`` over all tokens (maxima; sums), none in the backward pass but that of the
-    hidden states' gradient. Every rank of the group must call this with the same number of tokens.
+    Runs two all-reduces on ``output.tp_group`` in the forward pass (maxima; sums) and at most one per chunk in the backward pass (the
+    hidden states' gradient). Every rank of the group must call this with the same number of tokens.
 
     Args:
-        hidden: [t, h] inputs of the projection, whole on every rank (already gathered if sequence parallel).
+        hidden: [t, h] inputs of the projection, complete on every rank (already gathered under sequence parallelism).
         output: the projection.
         labels: [t] int64 global token ids, already shifted. An id outside [0, vocab_size) gives NaN and no gradient
             through a loss that leaves the token out with ``torch.where``.
         vocab_size: true size; the padded entries from there on have probability 0.
-        chunk_tokens: tokens whose logits exist at a time; several chunks are computed again in the backward pass. With
-            0, or one chunk, the logits are kept for the backward pass, which can then run only once.
-        reference: the other side of a KL.
+        chunk_tokens: tokens whose logits exist at a time; 0 for all. The logits of several chunks are recomputed in the backward
+            pass. The logits of a single chunk are kept for the backward pass, which can then run only once.
+        reference: the other distribution of the KL; None for no KL.
 
     Returns:
         logprobs [t] fp32, nats, the same on every rank of the group; KL [t], or None without a reference.
@@ -96,7 +96,7 @@ def fused_logprobs(
 
 @dataclass(frozen=True, kw_only=True)
 class _Chunks:
-    """The inputs of one call, a chunk of tokens at a time."""
+    """The inputs of one call, and their parts for each chunk of tokens."""
 
     hidden: Tensor
     weight: Tensor
@@ -115,7 +115,7 @@ class _Chunks:
         return len(self.labels) <= self.size
 
     def slices(self) -> Iterator[slice]:
-        for start in range(0, max(len(self.labels), 1), max(self.size, 1)):  # one empty chunk of no tokens
+        for start in range(0, max(len(self.labels), 1), max(self.size, 1)):  # without tokens one empty chunk
             yield slice(start, start + self.size)
 
     def logits(self, chunk: slice) -> tuple[Tensor, Tensor | None]:
@@ -166,7 +166,7 @@ class _FusedLogprobs(torch.autograd.Function):
             parts.append(chunks.statistics(chunk, logits, ref_logits))
             if needs_grad and chunks.is_one:
                 ctx.kept = logits, ref_logits
-            del logits, ref_logits  # before the next chunk's are made
+            del logits, ref_logits  # so that only one chunk's logits exist at a time
         statistics = torch.cat(parts, dim=1)
         logprobs, kl, log_normaliser, kl_term = _combine(statistics, chunks.kind, output.tp_group)
         is_known = (labels >= 0) & (labels < vocab_size)
@@ -189,7 +189,7 @@ class _FusedLogprobs(torch.autograd.Function):
             if hidden_grad is not None:
                 torch.mm(logits_grad, chunks.weight, out=hidden_grad[chunk])
                 if output.sums_hidden_grad:
-                    # Begun before the weight's product, which hides it.
+                    # Started before the product of the weight's gradient, so that the two overlap.
                     pending.append(dist.all_reduce(hidden_grad[chunk], group=output.tp_group, async_op=True))
             if ctx.needs_input_grad[1]:
                 output.add_gradient(logits_grad, chunks.hidden[chunk], is_whole=chunks.is_one)
@@ -205,12 +205,14 @@ def _kept_or_recomputed(ctx: Any, chunk: slice) -> tuple[Tensor, Tensor | None]:
     if not ctx.chunks.is_one:
         return ctx.chunks.logits(chunk)
     kept, ctx.kept = ctx.kept, None
-    assert kept is not None, "the logits were overwritten by their gradient: this backward pass runs once"
+    assert kept is not None, (
+        "the backward pass has overwritten the logits with their gradient, so it cannot run again"
+    )
     return kept
 
 
 def _terms(ctx: Any, grads: tuple[Tensor | None, ...]) -> Tensor:
-    """[2 or 4, t] what ``logits_to_gradient_`` takes."""
+    """[2 or 4, t] the argument ``terms`` of ``logits_to_gradient_``."""
     rows = [grads[0], ctx.log_normaliser]
     if ctx.chunks.kind != NO_REFERENCE:
         rows += [grads[1], ctx.kl_term]
@@ -220,7 +222,11 @@ def _terms(ctx: Any, grads: tuple[Tensor | None, ...]) -> Tensor:
 def _combine(
     statistics: Tensor, kind: int, tp_group: ProcessGroup | None
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-    """Log-probabilities, KL, log-normaliser and the KL's term for the gradient, [t] each, from all shards' statistics."""
+    """Combine the statistics of all shards.
+
+    Returns:
+        Log-probabilities, KL, log-normaliser, and the KL's term of the gradient, each [t].
+    """
     local_max = statistics[0::3][: 1 if kind == NO_REFERENCE else 2]  # [1 or 2, t]
     global_max = all_reduce(local_max.clone(), dist.ReduceOp.MAX, tp_group)
     scale = (local_max - global_max).exp()
@@ -234,7 +240,7 @@ def _combine(
     if kind == NO_REFERENCE:
         return logprobs, None, global_max[0] + log_sum, None
     max_gap = global_max[0] - global_max[1]
-    # The quotient's logarithm, not the logarithms' difference: exactly 0 where both are equal, and near there precise.
+    # The logarithm of the quotient, not the difference of the logarithms: exactly 0 for equal sums, and precise near 0.
     if kind == FORWARD_KL:
         kl = total[3] / total[2] + max_gap + (total[0] / total[2]).log()
         return logprobs, kl, global_max[0] + log_sum, global_max[1] + total[2].log()

@@ -1,11 +1,11 @@
-"""Triton kernels of the log-probabilities: two passes over the logits, computed in fp32 whatever their dtype.
+"""Triton kernels for log-probabilities: two passes over the logits, computed in fp32 for logits of any dtype.
 
-``logit_statistics`` reads the logits once and leaves a few numbers per token, ``logits_to_gradient_`` replaces the
-logits by their gradient. Both are torch operators, so that a dispatch mode counts their traffic from their arguments
-(benchmarks/logprobs.py) on the meta device too. With TRITON_INTERPRET=1 they run on CPU tensors.
+``logit_statistics`` reads the logits once and returns a few numbers per token. ``logits_to_gradient_`` overwrites the logits with their
+gradient. Both are torch operators, so that a dispatch mode can count their memory traffic (benchmarks/logprobs.py), on the meta device
+too. With TRITON_INTERPRET=1 they run on CPU tensors.
 
-They are the project's own because no kernel library that was looked at has a KL divergence over a sharded vocabulary:
-Transformer Engine's cross-entropy and cut-cross-entropy shard it, Liger-Kernel has KL divergences, quack neither.
+The project has its own kernels because none of the existing libraries has a KL divergence over a sharded vocabulary. Transformer
+Engine's cross-entropy and cut-cross-entropy support a sharded vocabulary but no KL, Liger-Kernel a KL but no sharding, quack neither.
 """
 
 from typing import Any
@@ -19,10 +19,10 @@ from megatron_rasft.types import KLDirection
 
 NO_REFERENCE, FORWARD_KL, REVERSE_KL = 0, 1, 2
 KL_KINDS: dict[KLDirection | None, int] = {None: NO_REFERENCE, "forward": FORWARD_KL, "reverse": REVERSE_KL}
-"""Direction of the KL -> what the operators take as ``kind``."""
+"""Direction of the KL -> the argument ``kind`` of the operators."""
 
 _TILE = 4096
-"""Logits a program holds at once: two vector loads of BF16 for each thread of its eight warps. A tile is a piece of one
+"""Logits that one program holds at a time: two vector loads of BF16 for each thread of its eight warps. A tile is a part of one
 token's row, or several rows of a small vocabulary."""
 
 
@@ -47,7 +47,7 @@ def _statistics_kernel(  # type: ignore[no-untyped-def]
     is_token = rows < num_tokens
     logits += rows * row_stride
     ref_logits += rows * ref_row_stride
-    # A finite start: with minus infinity a block of infinities would give inf - inf.
+    # Finite, because the first block may hold only -inf, and -inf - (-inf) is NaN.
     row_max = tl.full([ROWS], -3.0e38, tl.float32)
     ref_max = tl.full([ROWS], -3.0e38, tl.float32)
     row_sum = tl.zeros([ROWS], tl.float32)
@@ -56,7 +56,7 @@ def _statistics_kernel(  # type: ignore[no-untyped-def]
     for start in range(0, num_valid, COLUMNS):
         columns = start + tl.arange(0, COLUMNS)
         is_valid = (columns < num_valid)[None, :]
-        # Masked by the width, which is a multiple of 16 where the vocabulary is not: loads stay vector loads.
+        # Masked by the width, not by the vocabulary: the width is a multiple of 16, which keeps the loads vector loads.
         mask = is_token[:, None] & (columns < width)[None, :]
         x = tl.load(logits[:, None] + columns[None, :], mask=mask, other=0.0).to(tl.float32)
         x_valid = tl.where(is_valid, x, float("-inf"))
@@ -148,21 +148,21 @@ _library.define(
 def logit_statistics(
     logits: Tensor, labels: Tensor, ref_logits: Tensor | None, first_id: int, num_valid: int, kind: int
 ) -> Tensor:
-    """Reads this rank's shard of the logits once.
+    """Reads the shard of this rank once and returns each token's maximum, sum of exponentials and label logit.
 
     Args:
-        logits: [t, v/tp] policy's, contiguous columns; BF16, FP16 or FP32.
+        logits: [t, v/tp] of the policy, with contiguous columns; BF16, FP16 or FP32.
         labels: [t] int64 global ids.
-        ref_logits: [t, v/tp] the reference's, where ``kind`` is a KL.
+        ref_logits: [t, v/tp] of the reference; None without a KL.
         first_id: global id of the first column.
         num_valid: columns that are not padding.
-        kind: of ``KL_KINDS``.
+        kind: a value of ``KL_KINDS``.
 
     Returns:
-        [3, t] fp32: maximum (-3e38 of a shard that is all padding), sum of exponentials relative to it, the label's
-        logit (0 where another rank has it). With a KL [6, t]: besides the reference's maximum and sum, and the sum over
-        columns of e (log-odds gap), e the exponential of the KL's first distribution relative to its maximum, the gap its
-        logit minus the other's.
+        [3, t] fp32: the maximum (-3e38 for a shard of padding only), the sum of exponentials relative to the maximum, and the
+        label's logit (0 if another rank has it). With a KL [6, t]: also the reference's maximum and sum, and the sum over the
+        columns of e * gap. Here e is the exponential of the KL's first distribution, relative to its maximum, and gap is its logit
+        minus the logit of the second distribution.
     """
     return torch.ops.megatron_rasft.logit_statistics(logits, labels, ref_logits, first_id, num_valid, kind)
 
@@ -176,12 +176,12 @@ def logits_to_gradient_(
     num_valid: int,
     kind: int,
 ) -> None:
-    """Replaces ``logits`` by the loss's gradient with respect to them; 0 in padded columns.
+    """Overwrites ``logits`` with the gradient of the loss with respect to them; 0 in padded columns.
 
     Args:
-        terms: [2, t] fp32: the loss's gradient in the log-probability, and the log-normaliser; with a KL [4, t]: besides
-            the loss's gradient in the KL, and the reference's log-normaliser (forward) or the mean under the policy of
-            policy's minus reference's logit (reverse). The other arguments are those of ``logit_statistics``.
+        terms: [2, t] fp32: the loss's gradient in the log-probability, and the log-normaliser. With a KL [4, t]: also the loss's
+            gradient in the KL, and a term of the KL. For forward this is the reference's log-normaliser, for reverse the
+            policy's mean of its own logit minus the reference's. The other arguments are those of ``logit_statistics``.
     """
     torch.ops.megatron_rasft.logits_to_gradient_(logits, labels, ref_logits, terms, first_id, num_valid, kind)
 
@@ -230,7 +230,7 @@ def _launch(
     num_valid: int,
     kind: int,
 ) -> None:
-    """Starts one program for each tile of rows."""
+    """Launches one program per tile of rows."""
     num_tokens, width = logits.shape
     other = logits if ref_logits is None else ref_logits
     assert logits.stride(1) == other.stride(1) == 1 and other.shape == logits.shape

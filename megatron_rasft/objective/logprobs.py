@@ -1,8 +1,7 @@
 """Log-probabilities and KL from logits sharded over the vocabulary, a chunk of tokens at a time.
 
-Everything is computed in fp32 (fp64 if the logits are fp64). No softmax is kept for the backward pass: the
-logits are saved in their own dtype with one log-normaliser per token, and the softmax is formed again from
-them.
+Everything is computed in fp32 (fp64 if the logits are fp64). The backward pass recomputes the softmax from the logits, which are saved in
+their own dtype, and one log-normaliser per token.
 """
 
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from megatron_rasft.types import KLDirection
 
 Projection = Callable[[Tensor], Tensor]
-"""[c, h] hidden states -> [c, v/tp] this rank's shard of the logits."""
+"""[c, h] hidden states -> [c, v/tp] the shard of the logits on this rank."""
 
 
 def vocab_parallel_logprobs(
@@ -25,8 +24,8 @@ def vocab_parallel_logprobs(
 ) -> Tensor:
     """Log-probability of each label under logits sharded over the vocabulary.
 
-    Runs two all-reduces on ``tp_group`` (max; sum of exponentials with the label's logit) and none in the
-    backward pass, where each rank gets its own shard's gradient in the dtype of ``logits``.
+    Runs two all-reduces on ``tp_group`` in the forward pass (the maximum; the sum of exponentials and the label's logit) and none in the
+    backward pass. Each rank gets the gradient of its own shard, in the dtype of ``logits``.
 
     Args:
         logits: [..., v/tp] this rank's shard; rank r holds the ids r * v/tp and up.
@@ -50,8 +49,7 @@ def vocab_parallel_kl(
 ) -> Tensor:
     """Exact KL divergence over the whole vocabulary at each position, differentiable in the policy only.
 
-    Runs three all-reduces on ``tp_group`` (both maxima; both sums; the divergence) and none in the backward
-    pass.
+    Runs three all-reduces on ``tp_group`` in the forward pass (both maxima; both sums; the divergence) and none in the backward pass.
 
     Args:
         policy_logits: [..., v/tp] this rank's shard of the policy's logits.
@@ -74,17 +72,16 @@ def chunked_logprobs(
     vocab_size: int,
     chunk_tokens: int,
 ) -> Tensor:
-    """Log-probability of each label from hidden states, with logits for ``chunk_tokens`` tokens alive at a
-    time.
+    """Log-probability of each label from hidden states. The logits of ``chunk_tokens`` tokens exist at a time.
 
-    Every rank of ``tp_group`` must call this with the same number of tokens. Where a gradient is needed and
-    there is more than one chunk, each chunk's logits are recomputed in the backward pass, collectives
-    included.
+    Every rank of ``tp_group`` must call this with the same number of tokens. If a gradient is needed and there is more than one chunk,
+    the backward pass recomputes the logits of each chunk, including the collectives.
 
     Args:
-        hidden: [t, h] inputs of the vocabulary projection, whole on every rank of ``tp_group`` (already
-            gathered if sequence parallel).
-        project: the projection; must be free of randomness, and its own backward sums over ``tp_group``.
+        hidden: [t, h] inputs of the vocabulary projection, complete on every rank of ``tp_group`` (already gathered under sequence
+            parallelism).
+        project: the projection. It must be deterministic, and its backward pass must sum the gradient of its input over
+            ``tp_group``.
         labels: [t] int64 global token ids, see ``vocab_parallel_logprobs``.
         tp_group: group over which the vocabulary is split; None for one whole vocabulary.
         vocab_size: true size of the vocabulary.
@@ -112,10 +109,10 @@ def chunked_logprobs_and_kl(
     chunk_tokens: int,
     direction: KLDirection,
 ) -> tuple[Tensor, Tensor]:
-    """``chunked_logprobs`` with the exact KL to a reference from the same projection.
+    """``chunked_logprobs`` and the exact KL to a reference, from one projection of the policy.
 
     Args:
-        ref_hidden: [t, h_ref] the reference's hidden states for the same tokens; no gradient reaches them.
+        ref_hidden: [t, h_ref] the reference's hidden states for the same tokens; they get no gradient.
         ref_project: the reference's projection to the same vocabulary shard.
         direction: see ``vocab_parallel_kl``. The other arguments are those of ``chunked_logprobs``.
 
@@ -138,21 +135,21 @@ def chunked_logprobs_and_kl(
 
 
 def _chunk(chunk_tokens: int, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
-    """Splits tensors that share their first dimension alike; one chunk if ``chunk_tokens`` is 0."""
+    """Splits tensors of equal first dimension into chunks of tokens; one chunk if ``chunk_tokens`` is 0."""
     if chunk_tokens == 0:
         return [tensors]
     return list(zip(*(tensor.split(chunk_tokens) for tensor in tensors), strict=True))
 
 
 def _recomputed(function: Callable[..., Any], num_chunks: int, *inputs: Tensor) -> Any:
-    """Calls ``function``, keeping only its inputs for the backward pass where that saves anything."""
+    """Calls ``function``. With several chunks only its inputs are kept for the backward pass."""
     if num_chunks == 1 or not torch.is_grad_enabled():
         return function(*inputs)
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 def shard_bounds(width: int, tp_group: ProcessGroup | None, vocab_size: int) -> tuple[int, int]:
-    """This rank's first token id, and how many of its ``width`` columns are not padding."""
+    """The first token id of this rank, and the number of its ``width`` columns that are not padding."""
     rank, size = (0, 1) if tp_group is None else (dist.get_rank(tp_group), dist.get_world_size(tp_group))
     assert vocab_size <= width * size, (
         f"vocabulary of {vocab_size} does not fit {size} shards of {width} logits"
@@ -171,14 +168,14 @@ def _compute_dtype(logits: Tensor) -> torch.dtype:
 
 
 def _row_max(valid_logits: Tensor, dtype: torch.dtype) -> Tensor:
-    """[..., w] -> [...]; minus infinity on a rank whose shard is all padding."""
+    """Maximum of each row, [..., w] -> [...]; minus infinity on a rank whose shard is all padding."""
     if valid_logits.shape[-1] == 0:
         return valid_logits.new_full(valid_logits.shape[:-1], float("-inf"), dtype=dtype)
     return valid_logits.amax(dim=-1).to(dtype)
 
 
 def _minus(logits: Tensor, per_row: Tensor) -> Tensor:
-    """``logits - per_row`` as a fresh tensor in the dtype of ``per_row``, free to be changed in place."""
+    """``logits - per_row`` as a new tensor in the dtype of ``per_row``, which may be changed in place."""
     return torch.sub(logits, per_row.unsqueeze(-1))
 
 

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from megatron_rasft.flags import NonNegativeFloat, PositiveFloat, Range
 from megatron_rasft.objective.declaration import Objective, RatioRule, SampledProblem, SampleWeights
-from megatron_rasft.objective.weighting import adaptive_weights, published_weights
+from megatron_rasft.objective.published_weighting import published_weights
+from megatron_rasft.objective.weighting import adaptive_weights
 
 if TYPE_CHECKING:
     from megatron_rasft.objective.token_losses import PackedTokens, TokenTerms

@@ -14,6 +14,7 @@ from megatron_rasft.objective.families.policy_ratio import Grpo
 from megatron_rasft.objective.families.rasft import Rasft
 from megatron_rasft.objective.families.token_selective import Gft
 from megatron_rasft.objective.groups import count_solved, gft_advantages, grpo_advantages
+from megatron_rasft.objective.published_weighting import published_weights
 from megatron_rasft.objective.samples import make_samples
 from megatron_rasft.objective.weighting import (
     WeightingConfig,
@@ -21,7 +22,6 @@ from megatron_rasft.objective.weighting import (
     demonstration_weight,
     estimate_solvability,
     neutral_solvability,
-    published_weights,
     rollout_total,
 )
 from megatron_rasft.types import Demonstration, Rollout, RolloutGroup
