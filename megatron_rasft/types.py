@@ -1,4 +1,4 @@
-"""The nouns every room shares. Imports nothing of this package and no torch."""
+"""Types that several packages share. This module imports neither torch nor any other module of the project."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,119 +16,124 @@ TestStyle = Literal["asserts", "check", "pytest", "functional", "stdin"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ProgramCase:
-    """One run of a program: what goes in and what must come out."""
+    """One test run of a program: its input and the expected output."""
 
     input: str
-    """``stdin``: standard input. ``functional``: JSON arguments, one a line."""
+    """Style ``stdin``: standard input. Style ``functional``: JSON arguments, one per line."""
     output: str
-    """``stdin``: standard output. ``functional``: the JSON value to be returned."""
+    """Style ``stdin``: expected standard output. Style ``functional``: expected return value as JSON."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CodeTests:
-    """What a program in a response is checked against."""
+    """The tests that a program in a response must pass."""
 
     style: TestStyle
-    """``asserts``: statements run one by one; ``check``: a script that defines ``check(candidate)``; ``pytest``: a
-    file of test functions that import from ``solution``; ``functional`` and ``stdin``: ``cases``."""
+    """``asserts``: statements that run one after the other. ``check``: a script that defines ``check(candidate)``.
+    ``pytest``: a file of test functions that import from ``solution``. ``functional`` and ``stdin``: ``cases``."""
     tests: tuple[str, ...] = ()
-    """Scripts, in order. Empty where there are ``cases``."""
+    """Test scripts, in order. Empty for the styles that use ``cases``."""
     entry_point: str = ""
-    """Name of the function the tests call; ``check`` and ``functional`` cannot do without."""
+    """Name of the function that the tests call. Required by ``check`` and ``functional``."""
     setup: str = ""
-    """Run before the tests, after the program."""
+    """Source that runs after the program and before the tests."""
     prompt: str = ""
-    """Source that a response may continue instead of writing the program whole."""
+    """Beginning of a program that a response may continue. A response may also repeat the whole program."""
     cases: tuple[ProgramCase, ...] = ()
+    """Inputs and outputs of the styles ``functional`` and ``stdin``."""
 
 
 Check = str | CodeTests
-"""What a response is checked against: a gold answer or tests."""
+"""The means to check a response: a gold answer or tests."""
 
 
 @dataclass(kw_only=True, slots=True)
 class Demonstration:
-    """One problem with its expert solution, tokenised once.
+    """One problem with a worked solution to imitate, as text and as token ids.
 
-    ``prompt_ids`` is everything the policy is conditioned on (chat template included);
-    ``response_ids`` is what is imitated and ends with end-of-sequence. Both are lists, or memoryviews of int32 where
-    they lie in a larger array: a list takes 36 bytes a token.
+    ``prompt_ids`` are all tokens before the response, including those of the chat template. ``response_ids`` are the
+    tokens to train on, and end with end-of-sequence. Both are lists, or memoryviews of int32 into a larger array,
+    because a list takes 36 bytes per token.
     """
 
     problem_id: str
-    """Unique in the run: the row's own id, else ``<file name>:<line>``."""
+    """Unique in the run: the id field of the row, or ``<file name>:<line>`` if it has none."""
     problem: str
     response: str
     answer: str | None
-    """Gold answer for the verifier; None for a program, and where every rollout engine is off."""
+    """Gold answer for the verifier. None for a problem with tests, and allowed to be None in a run without rollouts."""
     prompt_ids: Sequence[int]
     response_ids: Sequence[int]
     source: str = ""
     """``file:line`` of the row, for messages."""
     tests: CodeTests | None = None
-    """What a program in the response must pass; None for a problem with an answer."""
+    """Tests for programs; None for a problem with a gold answer."""
 
     @property
     def check(self) -> Check:
-        """What its rollouts are checked against; "" if the row has neither tests nor an answer."""
+        """The means to check rollouts: tests or gold answer, "" if the row has neither."""
         return self.tests or self.answer or ""
 
 
 @dataclass(kw_only=True, slots=True)
 class Rollout:
-    """One response the policy sampled, with everything that was decided about it."""
+    """One response sampled from the policy, with its verdict and weight."""
 
     problem_id: str
     sample_index: int
-    """0 .. num_samples - 1 within its group."""
+    """Index in its group, 0 .. num_samples - 1."""
     weight_version: int
-    """Number of optimizer steps the sampling weights had seen."""
+    """Number of optimizer steps of the weights that sampled it."""
     prompt_ids: list[int]
     response_ids: list[int]
-    """Sampled token ids, end-of-sequence included exactly when the policy produced it."""
+    """Sampled token ids. End-of-sequence is the last one only if the policy produced it."""
     response_logprobs: list[float]
-    """Per response token: log-probability under softmax(logits / temperature) before top-p, nats."""
+    """Log-probability of each response token under softmax(logits / temperature), before top-p, in nats."""
     finish_reason: FinishReason
     text: str
-    """Decoded response without special tokens: what the verifier reads."""
+    """Decoded response without special tokens, as the verifier reads it."""
     verdict: Verdict | None = None
+    """The verifier's decision; None before verification."""
     verdict_reason: str = ""
+    """Short explanation of the verdict, for the rollout store and the report."""
     filtered_by: str = ""
-    """Name of the quality filter that removed it; empty if it survived."""
+    """Name of the quality filter that rejected it; "" if no filter did."""
     weight: float = 0.0
-    """Objective weight A it was given; 0 if it is not trained on."""
+    """Objective weight A in training; 0 if it is not trained on."""
     policy_age: int = 0
-    """Optimizer steps between the weights that sampled it and those of the refresh that took it."""
+    """Optimizer steps from the weights that sampled it to those of the refresh that uses it."""
 
 
 def counts_as_attempt(num_tokens: int, finish_reason: str, verdict: str | None) -> bool:
-    """Whether a rollout says anything about the policy: it was delivered and the verifier decided on it.
+    """Returns whether a rollout counts in the solve rate: it was delivered, and the verifier decided on it.
 
-    An aborted or empty response is a failure of the engine and a timeout one of the grader; neither may
-    look like a wrong answer. A response without a checkable answer, or cut by length, is a failed attempt.
+    Aborted and empty responses are failures of the rollout engine, and a timeout is one of the verifier. Neither must
+    count as a wrong answer. A response that is truncated or has no checkable answer counts as a failed attempt.
     """
     return num_tokens > 0 and finish_reason != "abort" and verdict != "timeout"
 
 
 def counts_as_solved(num_tokens: int, finish_reason: str, verdict: str | None) -> bool:
-    """Whether it is a complete, correct attempt; one cut by length never is, whatever it says."""
+    """Returns whether a rollout is a complete and correct attempt. A truncated response never counts as solved."""
     is_attempt = counts_as_attempt(num_tokens, finish_reason, verdict)
     return is_attempt and verdict == "correct" and finish_reason == "stop"
 
 
 @dataclass(kw_only=True, frozen=True)
 class SamplingParams:
-    """How responses are drawn."""
+    """Sampling parameters of responses."""
 
     num_samples: int
+    """Responses per prompt."""
     max_new_tokens: int
+    """Most tokens of a response."""
     temperature: float
     top_p: float
     repetition_penalty: float
     stop_ids: frozenset[int]
     max_batch_size: int | None
-    """Sequences decoded at once on one replica of the training model, None for as many as its memory holds; a server
-    decides that itself."""
+    """Sequences that one replica of the trainer's model decodes at once; None for as many as fit into its memory.
+    Rollout servers ignore it."""
     max_total_tokens: int | None = None
     """Most tokens of prompt and response together; None for no limit. Longer prompts then get shorter responses."""
 
@@ -141,7 +146,7 @@ class SamplingParams:
 
 @dataclass(kw_only=True, frozen=True)
 class Request:
-    """One prompt; ``seeds`` holds one seed for each of its samples."""
+    """A prompt to sample from, with one seed for each of its samples."""
 
     prompt_ids: list[int]
     seeds: list[int]
@@ -149,32 +154,32 @@ class Request:
 
 @dataclass(kw_only=True, frozen=True)
 class Response:
-    """What was sampled for one seed of a request."""
+    """The response to one seed of a request."""
 
     token_ids: list[int]
     logprobs: list[float]
-    """Under softmax(logits / temperature), before top-p, nats."""
+    """Log-probability of each token under softmax(logits / temperature), before top-p, in nats."""
     finish_reason: FinishReason
 
 
 @dataclass(kw_only=True, slots=True)
 class RolloutGroup:
-    """All rollouts of one problem from one refresh."""
+    """All rollouts of one problem in one refresh."""
 
     problem_id: str
     rollouts: list[Rollout] = field(default_factory=list)
 
     @property
     def num_correct(self) -> int:
-        """Rollouts with verdict ``correct``, before de-duplication and filters."""
+        """Number of rollouts with verdict ``correct``, including duplicates and filtered ones."""
         return sum(r.verdict == "correct" for r in self.rollouts)
 
 
 @dataclass(kw_only=True, slots=True)
 class TrainingSample:
-    """One sequence of a training batch: prompt, response and how strongly it is trained on.
+    """One sequence of a training batch: prompt, response and weight.
 
-    Token ids may be memoryviews of int32, log-probabilities memoryviews of fp32.
+    Token ids may be memoryviews of int32, and log-probabilities memoryviews of fp32.
     """
 
     problem_id: str
@@ -182,11 +187,11 @@ class TrainingSample:
     prompt_ids: Sequence[int]
     response_ids: Sequence[int]
     weight: float
-    """A of the objective: multiplies every token's loss. Negative only for gft and grpo."""
+    """Objective weight A, which multiplies the loss of every response token. Negative only for gft and grpo."""
     ref_logprobs: Sequence[float] | None = None
-    """Per response token under the frozen reference, nats; None until scored or if not needed."""
+    """Log-probability of each response token under the frozen reference, in nats; None if not scored."""
     old_logprobs: Sequence[float] | None = None
-    """Per response token under the policy at the start of the window; psft and grpo only."""
+    """Log-probability of each response token under the policy at the last refresh, in nats; psft and grpo only."""
 
     @property
     def num_tokens(self) -> int:

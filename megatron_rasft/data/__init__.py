@@ -1,5 +1,6 @@
-"""Demonstrations on disk -> token ids, and token counts -> balanced micro-batches.
+"""Reads and tokenizes demonstrations, and packs sequences into micro-batches.
 
-reading.py names every row that cannot be used, tokenizing.py makes demonstrations of the others, packing.py
-shares sequences out to data-parallel ranks, inspecting.py shows what is trained on.
+reading.py parses rows and reports those that cannot be used. tokenizing.py turns rows into demonstrations.
+tokenized_rows.py keeps these in memory-mapped files, which row_cache.py finds again in later runs. packing.py assigns
+sequences to data-parallel ranks.
 """

@@ -1,4 +1,4 @@
-"""Rows of .jsonl, .jsonl.gz and .parquet files, each with its place, each fault named."""
+"""Reads rows of .jsonl, .jsonl.gz and .parquet files, and reports the place and fault of each that cannot be used."""
 
 import gzip
 import json
@@ -21,34 +21,34 @@ CHAT_ROLES = ("system", "user", "assistant")
 _TESTS_COMPANIONS = ("entry_point", "test_setup_code", "test_style")
 _TEST_STYLES: tuple[TestStyle, ...] = ("asserts", "check", "pytest")
 _NUM_NAMED = 10
-"""Rows of a kind that a message names one by one; the rest is a count, and where they are named."""
+"""Most rows of one kind that a message lists. It counts the rest and refers to a complete list."""
 
 
 @dataclass(kw_only=True, slots=True)
 class Row:
-    """One usable row: what the prompt is made of, the response and the gold answer."""
+    """One usable row: problem, response, and gold answer or tests."""
 
     problem_id: str
     source: str
-    """``file:line``; in parquet the row number. Both count from 1."""
+    """``file:line``, or ``file:row`` for parquet. Both count from 1."""
     problem: str
     response: str
     answer: str | None
     tests: CodeTests | None = None
     messages: list[Message]
-    """The chat before the response, as it stands in the row; a plain row is one user message."""
+    """The chat messages before the response, unchanged. A row without messages has its problem as one user message."""
 
 
 @dataclass(kw_only=True, slots=True)
 class RowFault:
-    """One row that cannot be used, and why."""
+    """One row that cannot be used, with the reason."""
 
     source: str
     """``file:line``."""
     reason: str
-    """Short and the same for all rows of a kind: the report counts by it."""
+    """Short text that is the same for all rows with this fault. The report counts rows by it."""
     detail: str = ""
-    """What only this row says."""
+    """Details that apply to this row only."""
 
     def __str__(self) -> str:
         return f"{self.source}: {self.reason}" + (f" ({self.detail})" if self.detail else "")
@@ -56,38 +56,39 @@ class RowFault:
 
 @dataclass(kw_only=True, slots=True)
 class DataReport:
-    """What became of every row that was read."""
+    """Counts of all rows that were read, and the rows that are not trained on."""
 
     num_rows: int = 0
     num_demonstrations: int = 0
     num_prompt_tokens: int = 0
     num_response_tokens: int = 0
     max_tokens_found: int = 0
-    """Tokens of the longest sequence, over-long ones included."""
+    """Tokens of the longest sequence, including sequences that are too long to train on."""
     num_plain_endings: int = 0
-    """Rows whose response the chat template changes: tokenised as it stands and closed by hand."""
+    """Rows whose response the chat template would change. Their response is tokenized unchanged, and the end token is
+    appended without the template."""
     faults: list[RowFault] = field(default_factory=list)
     overlong: list[RowFault] = field(default_factory=list)
-    """Rows with more tokens than fit; not faults."""
-    all_named_by: str = "tools/prepare_data.py validate"
-    """What names every row that is left out, for messages."""
+    """Rows with more tokens than --seq-length. They do not count as faults."""
+    complete_list: str = "tools/prepare_data.py validate"
+    """File or command that lists every row that is not trained on, for messages."""
 
     @property
     def num_faults_by_reason(self) -> dict[str, int]:
-        """Faulty rows per reason, the most frequent first."""
+        """Reason -> number of rows with this fault, the most frequent first."""
         return dict(Counter(fault.reason for fault in self.faults).most_common())
 
     def check(self, config: DataConfig) -> None:
-        """Raise DataError if ``config`` refuses what is in the report, or if nothing is left to train on."""
+        """Raises DataError if ``config`` refuses rows of the report, or if no rows are left to train on."""
         if self.faults and config.data_bad_rows == "refuse":
             raise DataError(
                 f"{len(self.faults)} of {self.num_rows} rows cannot be used:\n{self._named(self.faults)}\n"
-                "Correct them, or train without them: --data-bad-rows skip."
+                "Correct them, or leave them out with --data-bad-rows skip."
             )
         if self.overlong and config.data_overlong == "refuse":
             raise DataError(
                 f"{len(self.overlong)} of {self.num_rows} rows are too long:\n{self._named(self.overlong)}\n"
-                "Raise --seq-length, or train without them: --data-overlong drop."
+                "Raise --seq-length, or leave them out with --data-overlong drop."
             )
         if not self.num_demonstrations:
             raise DataError(
@@ -97,25 +98,25 @@ class DataReport:
             )
 
     def write_left_out(self, path: Path) -> None:
-        """Name every row that is not trained on, one a line; messages refer to ``path`` from now on."""
+        """Writes the rows that are not trained on to ``path``, one per line. Later messages refer to this file."""
         left_out = self.faults + self.overlong
         if left_out:
             path.write_text("".join(f"{row}\n" for row in left_out), encoding="utf-8")
-            self.all_named_by = str(path)
+            self.complete_list = str(path)
         else:
             path.unlink(missing_ok=True)
 
     def _named(self, rows: list[RowFault], num_named: int | None = _NUM_NAMED) -> str:
         lines = [f"  {row}" for row in rows[:num_named]]
         if len(lines) < len(rows):
-            lines.append(f"  ... and {len(rows) - len(lines)} more: {self.all_named_by} names all")
+            lines.append(f"  ... and {len(rows) - len(lines)} more: {self.complete_list} lists all")
         return "\n".join(lines)
 
     def describe(self, num_named: int | None = _NUM_NAMED) -> str:
-        """The report as lines of text, without a final line break.
+        """Returns the report as text, without a final line break.
 
         Args:
-            num_named: most rows of a kind that are named; None names all.
+            num_named: most rows of one kind to list; None lists all.
         """
         lines = [f"rows            {self.num_rows}"]
         if self.num_demonstrations:
@@ -126,7 +127,7 @@ class DataReport:
             lines.append(f"longest row     {self.max_tokens_found} tokens")
         if self.num_plain_endings:
             lines.append(
-                f"closed by hand  {self.num_plain_endings} (the chat template changes their response)"
+                f"kept as they are {self.num_plain_endings} (the chat template would change their response)"
             )
         lines.append(f"too long        {len(self.overlong)}")
         if self.overlong:
@@ -141,21 +142,23 @@ class DataReport:
 def read_rows(
     config: DataConfig, require_answer: bool = True, flag: str = "--train-data"
 ) -> Iterator[Row | RowFault]:
-    """Stream the rows of ``config.train_data``, a RowFault in the place of each that cannot be used.
+    """Yields the rows of ``config.train_data`` in order, with a RowFault in place of each row that cannot be used.
 
-    Nothing is refused here, ``DataReport.check`` decides; only a file that is missing, empty or unreadable
-    raises DataError, the missing ones before any row is read.
+    Faulty rows raise no error here; ``DataReport.check`` decides about them.
 
     Args:
-        config: the files and the names of their fields.
-        require_answer: a row with neither gold answer nor tests is a fault; False is for runs without any rollouts.
-        flag: that named the files, for messages.
+        config: the files, and the names of their fields.
+        require_answer: a row with neither gold answer nor tests is a fault. False for runs without rollouts.
+        flag: the flag that named the files, for messages.
+
+    Raises:
+        DataError: a file is missing (raised before any row is read), empty or unreadable.
     """
     paths = check_files(config.train_data, flag)
     names = [path.name for path in paths]
     first_seen: dict[str, str] = {}
     for path in paths:
-        # Two folders may hold files of one name: their rows are then called by the whole path.
+        # Files in different folders may have the same name. Default ids then contain the whole path, to be unique.
         label = path.name if names.count(path.name) == 1 else str(path)
         num_rows = 0
         for line, record in _read_records(path, config):
@@ -177,11 +180,11 @@ def read_rows(
             first_seen[row.problem_id] = source
             yield row
         if not num_rows:
-            raise DataError(f"{path} holds no rows. Write the demonstrations to it or take it out of {flag}.")
+            raise DataError(f"{path} has no rows. Write demonstrations to it, or remove it from {flag}.")
 
 
 class _Fault(Exception):
-    """Why the row being parsed cannot be used; never leaves this module."""
+    """Raised inside this module for a row that cannot be used. ``read_rows`` turns it into a RowFault."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(reason)
@@ -190,28 +193,34 @@ class _Fault(Exception):
 
 
 def check_files(files: list[str], flag: str) -> list[Path]:
-    """The files as paths, after every one of them was found to be there, not empty and named once."""
+    """Returns the files as paths.
+
+    Raises:
+        DataError: there are no files, or one does not exist, is empty, or occurs twice.
+    """
     if not files:
-        raise DataError(f"there is no data. Name at least one file: {flag} FILE.jsonl")
+        raise DataError(f"{flag} names no files. Name at least one: {flag} FILE.jsonl")
     paths: dict[Path, Path] = {}
     for file in files:
         path = Path(file)
         if not path.is_file():
             kind = "is a folder" if path.is_dir() else "does not exist"
             raise DataError(
-                f"{flag} must name files, {path} {kind} (seen from {Path.cwd()}). Correct the path."
+                f"{flag} must name files, but {path} {kind} (current folder: {Path.cwd()}). Correct the path."
             )
         if not path.stat().st_size:
-            raise DataError(f"{path} is empty. Write the demonstrations to it or take it out of {flag}.")
+            raise DataError(f"{path} is empty. Write demonstrations to it, or remove it from {flag}.")
         real_path = path.resolve()
         if real_path in paths:
-            raise DataError(f"{path} and {paths[real_path]} are one file. Take one of them out of {flag}.")
+            raise DataError(
+                f"{path} and {paths[real_path]} are the same file. Remove one of them from {flag}."
+            )
         paths[real_path] = path
     return list(paths.values())
 
 
 def read_records(path: Path) -> Iterator[tuple[int, Any]]:
-    """(line, row as it stands) of any .jsonl, .jsonl.gz or .parquet file; what is no JSON comes as an exception."""
+    """Yields (line, row) of any .jsonl, .jsonl.gz or .parquet file. Lines that are not JSON yield an exception object."""
     if path.suffix == ".parquet":
         yield from _read_table(path, lambda names: names)
     else:
@@ -219,7 +228,7 @@ def read_records(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _read_records(path: Path, config: DataConfig) -> Iterator[tuple[int, Any]]:
-    """(line, parsed JSON or _Fault) of each row; lines count from 1 and blank ones are no rows."""
+    """Yields (line, parsed JSON or _Fault) of each row. Lines count from 1; blank lines are skipped."""
     if path.suffix == ".parquet":
         yield from _read_parquet(path, config)
     else:
@@ -230,7 +239,7 @@ def _read_lines(path: Path) -> Iterator[tuple[int, Any]]:
     is_gzip = path.suffix == ".gz"
     line = 0
     try:
-        # Bytes, so that only a line feed ends a row and bad UTF-8 spoils one row, not the file.
+        # Binary mode: only a line feed ends a row, and invalid UTF-8 makes one row faulty instead of the whole file.
         with gzip.open(path, "rb") if is_gzip else open(path, "rb") as stream:
             for raw in stream:
                 line += 1
@@ -241,7 +250,7 @@ def _read_lines(path: Path) -> Iterator[tuple[int, Any]]:
     except (OSError, EOFError, zlib.error) as error:
         kind = "gzip file" if is_gzip else "file"
         raise DataError(
-            f"{path} is not a readable {kind} after line {line}: {error}. Copy or make it again."
+            f"{path} is not a readable {kind} after line {line}: {error}. Copy it again, or create it again."
         ) from error
 
 
@@ -259,9 +268,8 @@ def _read_parquet(path: Path, config: DataConfig) -> Iterator[tuple[int, dict[st
     def choose(names: list[str]) -> list[str]:
         if not {config.data_problem_field, config.data_messages_field}.intersection(names):
             raise DataError(
-                f"{path} has neither a column {config.data_problem_field!r} nor "
-                f"{config.data_messages_field!r}; its columns are {', '.join(names)}. Name one with "
-                "--data-problem-field or --data-messages-field."
+                f"{path} has neither a column {config.data_problem_field!r} nor {config.data_messages_field!r}. Name one of "
+                f"its columns with --data-problem-field or --data-messages-field: {', '.join(names)}."
             )
         return [name for name in names if name in wanted]
 
@@ -269,8 +277,8 @@ def _read_parquet(path: Path, config: DataConfig) -> Iterator[tuple[int, dict[st
 
 
 def _read_table(path: Path, choose: Callable[[list[str]], list[str]]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(row number, its fields) of a parquet file; ``choose`` picks the columns that are read."""
-    # Only parquet files need pyarrow, and importing it takes longer than reading a small .jsonl.
+    """Yields (row number, fields) of each row of a parquet file. ``choose`` selects the columns to read."""
+    # Imported here because it takes longer than reading a small .jsonl file, which does not need it.
     import pyarrow  # type: ignore[import-untyped]
     import pyarrow.parquet  # type: ignore[import-untyped]
 
@@ -283,7 +291,7 @@ def _read_table(path: Path, choose: Callable[[list[str]], list[str]]) -> Iterato
                     yield line, record
     except (OSError, pyarrow.ArrowException) as error:
         raise DataError(
-            f"{path} is not a readable parquet file after row {line}: {error}. Copy or make it again."
+            f"{path} is not a readable parquet file after row {line}: {error}. Copy it again, or create it again."
         ) from error
 
 
@@ -294,8 +302,8 @@ def _parse_json(raw: bytes) -> Any:
         return _Fault("not UTF-8", f"byte {error.start} of the line")
     except json.JSONDecodeError as error:
         return _Fault("not JSON", f"{error.msg}, character {error.colno} of the line")
-    except (ValueError, RecursionError):  # a number of thousands of digits, brackets thousands deep
-        return _Fault("not JSON", "a number or a nesting beyond Python's limits")
+    except (ValueError, RecursionError):  # numbers with more than 4,300 digits, deep nesting
+        return _Fault("not JSON", "a number or nesting exceeds Python's limits")
 
 
 def _parse_record(record: Any, config: DataConfig, require_answer: bool, source: str, default_id: str) -> Row:
@@ -306,7 +314,7 @@ def _parse_record(record: Any, config: DataConfig, require_answer: bool, source:
         return record.get(name) is not None
 
     problem_field, response_field = config.data_problem_field, config.data_response_field
-    # Published sets often carry both forms; the plain one is taken where it is complete.
+    # Published data sets often have both forms. Problem and response are used if both are present, else the messages.
     is_plain = is_present(problem_field) and is_present(response_field)
     if is_plain or not is_present(config.data_messages_field):
         problem = _parse_text(record, problem_field)
@@ -342,7 +350,7 @@ def _check_text(value: Any, what: str) -> str:
         raise _Fault(f"{what} is empty")
     try:
         value.encode("utf-8")
-    except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair, a tokenizer cannot read it
+    except UnicodeEncodeError as error:  # JSON allows half of a surrogate pair, tokenizers do not
         raise _Fault(f"{what} is not valid Unicode", f"character {error.start}") from None
     return value
 
@@ -367,16 +375,16 @@ def _parse_tests(record: dict[str, Any], name: str) -> CodeTests | None:
     scripts = [_check_text(script, f'"{name}"') for script in scripts]
     entry_point, setup, style = (record.get(field) for field in _TESTS_COMPANIONS)
     if entry_point is not None and not (isinstance(entry_point, str) and entry_point.isidentifier()):
-        raise _Fault('"entry_point" is no name of a function', repr(entry_point)[:50])
+        raise _Fault('"entry_point" is not a function name', repr(entry_point)[:50])
     if setup is not None and not isinstance(setup, str):
         raise _Fault('"test_setup_code" is not text', f"it is a {type(setup).__name__}")
     if style is not None and style not in _TEST_STYLES:
         raise _Fault(
-            "unknown test_style", f"the row has {str(style)[:50]!r}, known are {', '.join(_TEST_STYLES)}"
+            "unknown test_style", f"the row has {str(style)[:50]!r}; known styles: {', '.join(_TEST_STYLES)}"
         )
     style = style or _style_of("\n".join(scripts))
     if style == "check" and entry_point is None:
-        raise _Fault('tests of style check need an "entry_point"')
+        raise _Fault('tests of style "check" need an "entry_point"')
     return CodeTests(style=style, tests=tuple(scripts), entry_point=entry_point or "", setup=setup or "")
 
 
@@ -398,14 +406,14 @@ def _parse_id(record: dict[str, Any], name: str) -> str | None:
 
 
 def _parse_messages(value: Any, name: str) -> list[Message]:
-    """The whole chat, checked: at least one user message, an assistant message last."""
+    """Returns the chat after checking it: it needs a user message, and an assistant message at its end."""
     if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
         raise _Fault(f'"{name}" is not a list of messages')
     for index, message in enumerate(value):
         role = message.get("role")
         if role not in CHAT_ROLES:
             raise _Fault(
-                "unknown chat role", f"message {index} has {role!r}, known are {', '.join(CHAT_ROLES)}"
+                "unknown chat role", f"message {index} has {role!r}; known roles: {', '.join(CHAT_ROLES)}"
             )
         try:
             _check_text(message.get("content"), f'content of a message in "{name}"')

@@ -1,4 +1,4 @@
-"""Tokenized rows on disk, found again by the content they were made from."""
+"""Keeps tokenized rows on disk, under a key derived from the content of everything they were made from."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ from megatron_rasft.files import written_to
 
 _BUILDING = ".building-"
 _ABANDONED_S = 3600.0
-"""Rows that nothing was written to for this long belong to a process that was killed."""
+"""An unfinished folder without writes for this long belongs to a process that was killed."""
 
 _NOT_IN_ROWS = (
     "train_data",
@@ -32,10 +32,10 @@ _NOT_IN_ROWS = (
     "data_epochs",
     "data_cache",
 )
-"""Fields of DataConfig that change no row, or are told apart by the content of a file."""
+"""Fields of DataConfig that are not part of the key: they change no row, or the key has the content of their file."""
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".distcp", ".h5", ".msgpack")
-"""Every other file of a model's folder may belong to its tokenizer."""
+"""Suffixes of weight files. All other files of a model folder may belong to its tokenizer."""
 
 
 def tokenized(
@@ -47,18 +47,20 @@ def tokenized(
     flag: str,
     cache: Path | None,
 ) -> TokenizedRows:
-    """The rows of ``config.train_data`` as demonstrations; what was found is only reported.
+    """Returns the rows of ``config.train_data`` as demonstrations, from the cache if it has them.
+
+    Faulty and over-long rows raise no error here. They are in the ``report`` of the result.
 
     Args:
-        tokenizer: of the folder ``model``.
+        tokenizer: the tokenizer of the folder ``model``.
         max_tokens: most tokens of prompt and response together.
         require_answer: as for ``read_rows``.
-        flag: named the files, for messages.
-        cache: folder of rows that were tokenized before; these are added to it. None keeps them in the temporary folder,
-            without a name, until this process ends.
+        flag: the flag that named the files, for messages.
+        cache: folder for tokenized rows. None writes them to unnamed files in the temporary folder, which the system
+            deletes when this process ends.
 
     Raises:
-        DataError: a file is missing, empty or unreadable, or changes meanwhile.
+        DataError: a file is missing, empty or unreadable, or changes while it is read.
         RasftError: the cache cannot be written.
     """
 
@@ -88,7 +90,7 @@ def tokenized(
             build(made)
             if _stamps(config.train_data) != seen:
                 raise DataError(
-                    f"a file of {flag} changed while it was read. Start again when it is complete."
+                    f"a file of {flag} changed while it was read. Start again when all files are complete."
                 )
             made.chmod(0o755)
             return _moved(made, found)
@@ -99,22 +101,23 @@ def tokenized(
 def _opened(folder: Path) -> TokenizedRows | None:
     try:
         return TokenizedRows(folder)
-    except (OSError, ValueError, KeyError, TypeError):  # missing, cut, or of another format
+    except (OSError, ValueError, KeyError, TypeError):  # missing, truncated, or in another format
         return None
 
 
 def _moved(made: Path, found: Path) -> TokenizedRows:
-    """Gives new rows their final name. Complete rows of another run that was faster stay and are used.
+    """Renames the folder of new rows to its final name. If another run was faster, returns that run's rows instead.
 
-    That run has mapped them, and a network file system takes files that this node deletes from a process on another node.
+    The other run has mapped its files. On a network file system, deleting them here would take them away from a process
+    on another node.
     """
     rows = TokenizedRows(made)
     try:
-        made.rename(found)  # fails if there are files
+        made.rename(found)  # raises OSError if ``found`` has files
     except OSError:
         if (theirs := _opened(found)) is not None:
             return theirs
-        shutil.rmtree(found, ignore_errors=True)  # damaged
+        shutil.rmtree(found, ignore_errors=True)  # it is damaged
         made.rename(found)
     return rows
 
@@ -131,14 +134,14 @@ def _stamps(files: list[str]) -> list[tuple[int, int]]:
 
 
 def _key(config: DataConfig, model: Path, max_tokens: int, require_answer: bool) -> str:
-    """Names everything that rows are made from: files by their content, and the code that makes them."""
+    """The key of rows: a hash of the content of all files, flags and code that they are made from."""
     template = config.data_chat_template
     ingredients: dict[str, Any] = {
         "flags": {name: value for name, value in asdict(config).items() if name not in _NOT_IN_ROWS},
         "template": None if template is None else _digest(Path(template)),
         "max_tokens": max_tokens,
         "require_answer": require_answer,
-        # A row without an id is called by its file, and messages name the file.
+        # Paths are included because they occur in default ids and in messages.
         "data": [(path, _digest(Path(path))) for path in config.train_data],
         "tokenizer": [
             (str(path.relative_to(model)), _digest(path))

@@ -1,6 +1,6 @@
-"""Tokenized demonstrations in files that are mapped into memory: a million of them take as long to open as ten.
+"""Tokenized demonstrations in memory-mapped files, because as Python objects they take 17 KB each.
 
-As Python objects they take 17 KB each.
+Opening a million of them takes as long as opening ten.
 """
 
 import itertools
@@ -20,7 +20,7 @@ from megatron_rasft.types import CodeTests, Demonstration, ProgramCase
 
 FORMAT = 1
 _INDEX = "rows.json"
-"""Written last: sizes of the other files, and the facts about all rows."""
+"""Index file with the sizes of the other files and the totals of all rows. It is written last."""
 
 _COLUMNS: dict[str, tuple[type, int]] = {
     "tokens": (np.int32, 0),
@@ -30,36 +30,38 @@ _COLUMNS: dict[str, tuple[type, int]] = {
     "ids": (np.uint8, 0),
     "id_ends": (np.int64, 1),
 }
-"""File -> type, and numbers a row (0: as many as the ends say).
+"""File -> type of its numbers, and numbers per row (0 for a varying number).
 
-``token_ends`` says where a row's prompt and its response end, ``text_ends`` where problem, response, source and check end."""
+``token_ends`` has the end of each row's prompt and response in ``tokens``. ``text_ends`` has the ends of its problem,
+response, source and check in ``text``, and ``id_ends`` the end of its id in ``ids``.
+"""
 
 
 class TokenizedRows(Sequence[Demonstration]):
-    """The demonstrations of a folder that ``write_rows`` made; each is made anew when it is asked for.
+    """The demonstrations in a folder written by ``write_rows``. Each access creates a new Demonstration.
 
-    Its token ids are views of the file. The folder may be deleted while this is in use.
+    Token ids are views of the mapped file. On a local file system the folder may be deleted while it is in use.
 
     Raises:
-        ValueError, OSError: the folder holds something else, or less than was written.
+        ValueError, OSError: the folder is incomplete or has another format.
     """
 
     def __init__(self, folder: Path) -> None:
         index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
         if index["format"] != FORMAT:
-            raise ValueError(f"it has format {index['format']}, not {FORMAT}")
+            raise ValueError(f"{folder} has format {index['format']}, not {FORMAT}")
         self._num: int = index["num_rows"]
         self.end_ids = frozenset[int](index["end_ids"])
-        """Last tokens of the responses."""
+        """The token ids that end responses."""
         self.num_programs: int = index["num_programs"]
-        """Rows whose responses are checked by tests."""
+        """Number of rows whose responses are checked by tests."""
         self.report = _report_from(index["report"])
         self._columns = {
             name: _mapped(folder / name, index["sizes"][name], kind, width)
             for name, (kind, width) in _COLUMNS.items()
         }
         self.ids = _texts(self._columns["ids"], self._columns["id_ends"])
-        """Problem ids, in the order of the rows."""
+        """The problem id of each row."""
 
     def __len__(self) -> int:
         return self._num
@@ -90,7 +92,7 @@ class TokenizedRows(Sequence[Demonstration]):
 
 
 class ByProblem[T](Mapping[str, T]):
-    """Something about each problem, by its id, made when it is asked for."""
+    """Problem id -> a value that ``make`` computes from the problem's demonstration at each access."""
 
     def __init__(self, demonstrations: Sequence[Demonstration], make: Callable[[Demonstration], T]) -> None:
         self._demonstrations = demonstrations
@@ -112,11 +114,12 @@ class ByProblem[T](Mapping[str, T]):
 
 
 def write_rows(folder: Path, demonstrations: Iterable[Demonstration], report: DataReport) -> None:
-    """Write demonstrations one after the other; none is kept in memory.
+    """Writes demonstrations to files one by one, without keeping them in memory.
 
     Args:
-        folder: exists; holds complete rows once this returns.
-        report: of the same rows; complete once ``demonstrations`` are used up.
+        folder: an existing folder.
+        demonstrations: consumed once.
+        report: the report of the same rows. It is read after ``demonstrations`` are consumed, when it is complete.
     """
     files = {name: (folder / name).open("wb") for name in _COLUMNS}
     end_ids: set[int] = set()
@@ -157,29 +160,29 @@ def write_rows(folder: Path, demonstrations: Iterable[Demonstration], report: Da
 
 
 def _mapped(path: Path, size: int, kind: type, width: int) -> NDArray[Any]:
-    """A file as an array, [n, width] or flat; pages are read when they are touched."""
+    """Maps a file into memory as an array, [n, width] or flat for width 0. Pages are read at their first access."""
     if path.stat().st_size != size:
         raise ValueError(f"{path} has {path.stat().st_size} bytes, not {size}")
-    if not size:  # cannot be mapped
+    if not size:  # an empty file cannot be mapped
         return np.empty((0, width) if width else 0, kind)
     flat = np.asarray(np.memmap(path, kind, mode="r"))
     return flat.reshape(-1, width) if width else flat
 
 
 def _bounds(ends: NDArray[np.int64], row: int) -> tuple[int, NDArray[np.int64]]:
-    """Where a row begins, and where its parts end."""
+    """Returns the start of a row, and the ends of its parts."""
     return (int(ends[row - 1, -1]) if row else 0), ends[row]
 
 
 def _texts(encoded: NDArray[np.uint8], ends: NDArray[np.int64]) -> list[str]:
-    """The texts that lie one after the other."""
+    """Decodes concatenated texts that end at ``ends``."""
     whole = encoded.tobytes()
     bounds = [0, *ends.flatten().tolist()]
     return [whole[start:end].decode("utf-8", "surrogatepass") for start, end in itertools.pairwise(bounds)]
 
 
 def _encoded(text: str) -> bytes:
-    return text.encode("utf-8", "surrogatepass")  # paths, and so ids, may hold any bytes
+    return text.encode("utf-8", "surrogatepass")  # ids may contain file names, which may contain any bytes
 
 
 def _tests_from(values: dict[str, Any]) -> CodeTests:

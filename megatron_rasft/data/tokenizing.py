@@ -1,4 +1,4 @@
-"""Rows -> demonstrations: chat template, token ids, and exactly one end-of-sequence."""
+"""Turns rows into demonstrations: applies the chat template, tokenizes, and ends each response with one end token."""
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,18 +15,18 @@ from megatron_rasft.errors import ModelFolderError, first_line
 from megatron_rasft.types import CodeTests, Demonstration
 
 _BATCH_SIZE = 1024
-"""Texts per call of the fast tokenizer, which works through a batch on all cores."""
+"""Texts per call of the tokenizer. Fast tokenizers process the texts of a batch on all cores."""
 
 _TEMPLATE_DATE = "26 Jul 2024"
-"""Llama 3's templates write today's date into the prompt unless they are given one: a run resumed tomorrow
-must see the same tokens. This is the date those templates fall back to; others ignore it."""
+"""Date for chat templates that write one into the prompt. Llama 3's write today's date by default, but a run that is
+resumed another day must see the same tokens. This is the date to which those templates fall back."""
 
 _PROBE = "\u2020probe\u2020"
-"""A response no template knows, to see what a template puts behind a response."""
+"""A response that occurs in no template. Rendering it shows the text that a template puts after a response."""
 
 
 class Tokenizer(Protocol):
-    """The part of a transformers tokenizer that is used here."""
+    """The methods of a transformers tokenizer that this module uses."""
 
     @property
     def eos_token_id(self) -> int | None: ...
@@ -43,18 +43,21 @@ class Tokenizer(Protocol):
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class ChatFormat:
-    """How one model writes a conversation; made by ``read_chat_format``."""
+    """The chat template of a model and its end tokens; created by ``read_chat_format``."""
 
     template: str | None
-    """Jinja source given by flag; None is the tokenizer's own, if it has one."""
+    """Jinja source from --data-chat-template; None uses the tokenizer's own template, if it has one."""
     has_template: bool
+    """False: the messages of a prompt are joined by blank lines."""
     closing: str
-    """What the template puts behind the response; "" if it puts nothing."""
+    """Text that the template puts after a response; "" if none."""
     end_id: int
-    """Ends a response and a rollout: the template's end-of-turn token, else end-of-sequence."""
+    """Token that ends responses and rollouts: the template's end-of-turn token if it has one, else end-of-sequence."""
     eos_id: int | None
+    """The tokenizer's end-of-sequence token."""
 
     def render(self, tokenizer: Tokenizer, messages: list[Message], is_prompt: bool) -> str:
+        """Renders messages as text; with ``is_prompt`` up to the beginning of the assistant's response."""
         text: str = tokenizer.apply_chat_template(
             messages,
             chat_template=self.template,
@@ -74,10 +77,10 @@ class _Rendered:
 
 
 def open_tokenizer(folder: str | Path) -> Tokenizer:
-    """The tokenizer of a model folder on this machine.
+    """Loads the tokenizer of a local model folder.
 
     Raises:
-        ModelFolderError: transformers finds none that it can load.
+        ModelFolderError: transformers cannot load a tokenizer from it.
     """
     from transformers import AutoTokenizer  # takes seconds to import
 
@@ -92,7 +95,7 @@ def open_tokenizer(folder: str | Path) -> Tokenizer:
 
 
 def end_ids(folder: str | Path, tokenizer: Tokenizer) -> set[int]:
-    """Token ids that end a response by the word of the model's generation_config.json and tokenizer."""
+    """The token ids that end a response according to the model's generation_config.json and its tokenizer."""
     path = Path(folder) / "generation_config.json"
     eos = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
     values = [*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id]
@@ -100,7 +103,11 @@ def end_ids(folder: str | Path, tokenizer: Tokenizer) -> set[int]:
 
 
 def read_chat_format(tokenizer: Tokenizer, config: DataConfig) -> ChatFormat:
-    """Find the template of ``config`` or ``tokenizer`` and what it puts behind a response."""
+    """Determines the chat template, from ``config`` or ``tokenizer``, and how it ends a response.
+
+    Raises:
+        ValueError: the template cannot be used, or there is no token that could end a response.
+    """
     template = None
     if config.data_chat_template is not None:
         template = Path(config.data_chat_template).read_text(encoding="utf-8")
@@ -115,9 +122,8 @@ def read_chat_format(tokenizer: Tokenizer, config: DataConfig) -> ChatFormat:
         end_id = next((token for token in closing_ids if token in known_ids), end_id)
     if end_id is None:
         raise ValueError(
-            "the tokenizer has no end-of-sequence token and the chat template closes a response with none, "
-            "so a response could not end. Set eos_token in the model's tokenizer_config.json or give "
-            "--data-chat-template."
+            "neither the tokenizer nor the chat template has a token that ends a response. Set eos_token in the model's "
+            "tokenizer_config.json, or give a template with --data-chat-template."
         )
     return ChatFormat(
         template=template,
@@ -135,21 +141,20 @@ def build_demonstrations(
     max_tokens: int,
     require_answer: bool = True,
 ) -> tuple[list[Demonstration], DataReport]:
-    """Tokenise rows; refuse, skip or drop as ``config`` says.
+    """Tokenizes rows into demonstrations, and refuses or leaves out unusable rows as ``config`` demands.
 
-    Prompt and response are tokenised apart: ``prompt_ids`` is what a rollout server is given, so an expert
-    and a rolled-out response follow the very same tokens. ``response_ids`` ends with one end-of-sequence
-    token.
+    Prompt and response are tokenized separately. Rollouts are sampled after ``prompt_ids``, so demonstrations and
+    rollouts of a problem follow exactly the same tokens. ``response_ids`` ends with one end token.
 
     Args:
-        rows: of ``read_rows``.
-        tokenizer: of transformers; a fast one takes seconds for 10,000 rows.
-        config: template, prompt and what to refuse.
+        rows: the output of ``read_rows``.
+        tokenizer: a tokenizer of transformers; a fast one takes seconds for 10,000 rows.
+        config: chat template, prompt, and treatment of unusable rows.
         max_tokens: most tokens of prompt and response together.
         require_answer: as for ``read_rows``.
 
     Raises:
-        DataError: ``config`` refuses what was found, or no row is left.
+        DataError: ``config`` refuses rows that were found, or no row is left.
         ValueError: the chat template cannot be used.
     """
     demonstrations, report = collect_demonstrations(rows, tokenizer, config, max_tokens, require_answer)
@@ -158,7 +163,7 @@ def build_demonstrations(
 
 
 def tokenize_prompts(problems: Sequence[str], tokenizer: Tokenizer, config: DataConfig) -> list[list[int]]:
-    """Token ids of the prompts that demonstrations of these problems would have.
+    """Tokenizes problems into the same prompts that their demonstrations would have.
 
     Raises:
         ValueError: the chat template cannot be used.
@@ -184,7 +189,7 @@ def collect_demonstrations(
     max_tokens: int,
     require_answer: bool = True,
 ) -> tuple[list[Demonstration], DataReport]:
-    """As ``build_demonstrations``, but whatever was found is only reported."""
+    """Like ``build_demonstrations``, but does not raise DataError for unusable rows."""
     report = DataReport()
     return list(tokenize_rows(rows, tokenizer, config, max_tokens, report, require_answer)), report
 
@@ -197,12 +202,15 @@ def tokenize_rows(
     report: DataReport,
     require_answer: bool = True,
 ) -> Iterator[Demonstration]:
-    """``collect_demonstrations`` one by one; ``report`` is complete when the last was taken."""
+    """Yields the demonstrations of ``rows`` one by one, and adds to ``report``, which is complete after the last one.
+
+    Rows that cannot be used, or have more than ``max_tokens`` tokens, are left out and reported.
+    """
     chat_format = read_chat_format(tokenizer, config)
     for batch in batched(
         _render_rows(rows, tokenizer, chat_format, config, report, require_answer), _BATCH_SIZE
     ):
-        # A template writes every special token itself; plain text leaves them to the tokenizer.
+        # A chat template writes all special tokens itself. Without one the tokenizer adds its own.
         prompts = _tokenize(
             tokenizer, [item.prompt_text for item in batch], add_special_tokens=not chat_format.has_template
         )
@@ -248,7 +256,7 @@ def _render_rows(
     report: DataReport,
     require_answer: bool,
 ) -> Iterator[_Rendered]:
-    """Count every row in ``report`` and write the usable ones as text."""
+    """Counts every row in ``report``, and yields the usable ones as text."""
     for row in rows:
         report.num_rows += 1
         if isinstance(row, RowFault):
@@ -264,11 +272,15 @@ def _render_rows(
             except (TemplateError, ValueError) as error:
                 report.faults.append(
                     RowFault(
-                        source=row.source, reason="the chat template refuses it", detail=first_line(error)
+                        source=row.source,
+                        reason="the chat template raises an error",
+                        detail=first_line(error),
                     )
                 )
         elif any(message["role"] == "assistant" for message in messages):
-            report.faults.append(RowFault(source=row.source, reason="several turns need a chat template"))
+            report.faults.append(
+                RowFault(source=row.source, reason="a chat of several turns needs a chat template")
+            )
         else:
             yield _Rendered(
                 row=row,
@@ -283,7 +295,7 @@ def _plain_prompt(messages: list[Message]) -> str:
 
 
 def _opened(prompt_ids: list[int], chat_format: ChatFormat) -> list[int]:
-    """The prompt without end-of-sequence: some tokenizers close whatever they are given."""
+    """Removes end-of-sequence from the end of a prompt. Some tokenizers append it to every text."""
     is_closed = not chat_format.has_template and prompt_ids and prompt_ids[-1] == chat_format.eos_id
     return prompt_ids[:-1] if is_closed else prompt_ids
 
@@ -291,7 +303,7 @@ def _opened(prompt_ids: list[int], chat_format: ChatFormat) -> list[int]:
 def _complete_prompt(
     messages: list[Message], config: DataConfig, tests: CodeTests | None = None
 ) -> list[Message]:
-    """Add the system prompt, unless the row has one, and the suffix of the last user message."""
+    """Adds the suffix to the last user message, and the system prompt unless the row has one."""
     messages = [dict(message) for message in messages]
     last_user = next(message for message in reversed(messages) if message["role"] == "user")
     suffix = config.data_prompt_suffix
@@ -310,11 +322,11 @@ def _complete_prompt(
 def _render_chat(
     row: Row, messages: list[Message], tokenizer: Tokenizer, chat_format: ChatFormat
 ) -> _Rendered:
-    """Prompt as the template opens it; response as the template continues it, without its closing.
+    """Renders prompt and response by the chat template, the response without the template's closing text.
 
-    A template may begin a response with tokens of its own or trim it, and those versions are what the model
-    knows. But one that drops part of the response (its reasoning, say) or renders the prompt differently once
-    it is answered would train on something else: there the response is taken as it stands.
+    A template may add text before a response, or strip white space from it. The model was trained on that form, so the
+    rendered response is used. Some templates drop part of a response, such as its reasoning, or render a prompt
+    differently when a response follows. The response of the row is then used unchanged.
     """
     prompt_text = chat_format.render(tokenizer, messages, is_prompt=True)
     answered = [*messages, {"role": "assistant", "content": row.response}]
@@ -327,7 +339,7 @@ def _render_chat(
 
 
 def _close(response_ids: list[int], chat_format: ChatFormat) -> str:
-    """End ``response_ids`` with the end token, once, in place; or return why that cannot be."""
+    """Makes ``response_ids`` end with exactly one end token, in place. Returns "", or the reason why it cannot."""
     ends = (chat_format.end_id, chat_format.eos_id)
     while response_ids and response_ids[-1] in ends:
         response_ids.pop()
@@ -340,7 +352,11 @@ def _close(response_ids: list[int], chat_format: ChatFormat) -> str:
 
 
 def _probe_closing(tokenizer: Tokenizer, chat_format: ChatFormat, config: DataConfig) -> str:
-    """Text behind the response in a rendered conversation; "" if the template does not show the response."""
+    """Returns the text after the response in a rendered conversation; "" if the response does not occur in it.
+
+    Raises:
+        ValueError: the template cannot render a question with its answer, or not with the configured system prompt.
+    """
     messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _PROBE}]
     try:
         text = chat_format.render(tokenizer, messages, is_prompt=False)
@@ -350,7 +366,7 @@ def _probe_closing(tokenizer: Tokenizer, chat_format: ChatFormat, config: DataCo
         )
         raise ValueError(
             f"the chat template ({origin}) cannot render a question and its answer: {first_line(error)}. "
-            "Give another with --data-chat-template."
+            "Give another template with --data-chat-template."
         ) from error
     if config.data_system_prompt is not None:
         messages.insert(0, {"role": "system", "content": config.data_system_prompt})
@@ -358,8 +374,8 @@ def _probe_closing(tokenizer: Tokenizer, chat_format: ChatFormat, config: DataCo
             chat_format.render(tokenizer, messages, is_prompt=False)
         except (TemplateError, ValueError) as error:
             raise ValueError(
-                f"--data-system-prompt needs a chat template that takes a system message, this one refuses: "
-                f"{first_line(error)}. Leave the flag out, or put the text into the problems."
+                f"--data-system-prompt needs a chat template that accepts a system message, but this template raises: "
+                f"{first_line(error)}. Remove the flag, or put the text into the problems."
             ) from error
     _, found, closing = text.rpartition(_PROBE)
     return closing if found else ""

@@ -1,8 +1,8 @@
-"""Runs the unmodified Megatron on a machine without CUDA, over gloo.
+"""Runs unmodified Megatron on a machine without CUDA, over gloo.
 
-Megatron asks torch.cuda for streams, devices and random states whatever machine it is on. On a CPU
-there is one device and everything is in order, so each question has a plain answer: ``enable`` gives
-it. With CUDA present ``enable`` does nothing, so the same program runs untouched on a GPU.
+Megatron uses torch.cuda's streams, devices and random states on every machine. A CPU is a single device that computes
+everything in order, so ``enable`` replaces these functions by trivial ones. On a machine with CUDA ``enable`` does
+nothing, so the same program runs there unchanged.
 """
 
 import contextlib
@@ -18,10 +18,10 @@ from torch.overrides import TorchFunctionMode
 
 _CPU = torch.device("cpu")
 _HOST_MEMORY_BYTES = 8 << 30
-"""What get_device_properties reports; only read for log lines."""
+"""Total memory in get_device_properties. Megatron only logs it."""
 
 _GPU_KERNELS = ("transformer_engine", "apex", "amp_C")
-"""Megatron takes each where it imports, without asking whether there is a GPU: here none of them does."""
+"""Packages that Megatron uses whenever they can be imported, even without a GPU. ``enable`` blocks their import."""
 
 
 def _is_cuda(device: Any) -> bool:
@@ -30,10 +30,11 @@ def _is_cuda(device: Any) -> bool:
     )
 
 
-class _CudaMeansCpu(TorchFunctionMode):
-    """Rewrites device='cuda' to the CPU, .cuda() to the tensor itself, and drops pinning.
+class _CudaToCpu(TorchFunctionMode):
+    """Replaces device='cuda' by the CPU in every torch call, makes .cuda() return the tensor, and ignores pin_memory.
 
-    Tensor.type() keeps its 'torch.cuda.' spelling, which Megatron's optimizers test for.
+    Tensor.type() still returns 'torch.cuda.FloatTensor' and the like, because Megatron's optimizers accept no others
+    (core/optimizer/distrib_optimizer.py).
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -51,13 +52,13 @@ class _CudaMeansCpu(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-class _InOrder:
-    """Stands in for torch.cuda.Stream and Event: on a CPU everything is already in order."""
+class _NullStream:
+    """Replaces torch.cuda.Stream and Event. A CPU computes in order, so waiting and recording do nothing."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
 
-    def __enter__(self) -> "_InOrder":
+    def __enter__(self) -> "_NullStream":
         return self
 
     def __exit__(self, *exc: object) -> None: ...
@@ -66,7 +67,7 @@ class _InOrder:
 
     def wait_event(self, *args: Any) -> None: ...
 
-    def record_event(self, *args: Any) -> "_InOrder":
+    def record_event(self, *args: Any) -> "_NullStream":
         return self
 
     def record(self, *args: Any) -> None: ...
@@ -86,10 +87,10 @@ _enabled = False
 
 
 def enable() -> bool:
-    """Answer torch.cuda's questions for a machine without CUDA; call before importing Megatron.
+    """Replaces torch.cuda's functions on a machine without CUDA. Call this before importing Megatron.
 
     Returns:
-        True if the backend is active, False where CUDA is available and nothing was changed.
+        True if the replacements are in place; False if CUDA is available, and nothing was changed.
     """
     global _enabled
     if torch.cuda.is_available():
@@ -99,7 +100,7 @@ def enable() -> bool:
     _enabled = True
     for name in _GPU_KERNELS:
         sys.modules.setdefault(name, None)  # type: ignore[arg-type]
-    stream = _InOrder()
+    stream = _NullStream()
     answers = {
         "current_device": lambda: _CPU,
         "device_count": lambda: 1,
@@ -126,34 +127,34 @@ def enable() -> bool:
         setattr(torch.cuda, name, answer)
     torch.cuda.random.get_rng_state = torch.cuda.get_rng_state
     torch.cuda.random.set_rng_state = torch.cuda.set_rng_state
-    torch.cuda.Stream = torch.cuda.Event = _InOrder  # type: ignore[assignment,misc]
-    # It warns that there is no CUDA runtime wherever the compiler alone is installed; Megatron imports it.
+    torch.cuda.Stream = torch.cuda.Event = _NullStream  # type: ignore[assignment,misc]
+    # Megatron imports torch.utils.cpp_extension, which warns if a CUDA compiler is installed without a CUDA runtime.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
     import megatron.core.tensor_parallel.random as mcore_random
 
     mcore_random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
-    # fork() warns whenever the CPU stream moved: here it is the stream, so that one line is noise.
+    # CudaRNGStatesTracker.fork warns if the CPU's random state has changed. Here that state is the tracked one.
     logging.getLogger(mcore_random.__name__).addFilter(
         lambda r: "CPU RNG state changed" not in r.getMessage()
     )
     import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
 
-    # Split sizes of an all-to-all are made numbers only where they come from a GPU.
+    # The function converts the split sizes of an all-to-all to Python numbers only if they are on a GPU.
     token_dispatcher.maybe_move_tensor_to_cpu = lambda tensor, as_numpy=False, record_stream=False: (
         tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
     )
-    _CudaMeansCpu().__enter__()
+    _CudaToCpu().__enter__()
     return True
 
 
 class CpuFusedAdam(torch.optim.Optimizer):
-    """Adam(W) with the interface and state layout of Transformer Engine's FusedAdam.
+    """Adam and AdamW with the interface and the state layout of Transformer Engine's FusedAdam.
 
-    Megatron's DistributedOptimizer cannot restore torch.optim.AdamW, whose 'step' is a tensor per
-    parameter: it asserts before the first step, raises KeyError('step') on a reshardable load, and
-    hands all parameters one step tensor that then advances once per parameter. With 'step' in the
-    param group Megatron takes its FusedAdam branch, and a checkpoint has a GPU checkpoint's layout.
+    Megatron's DistributedOptimizer (core/optimizer/distrib_optimizer.py) cannot restore torch.optim.AdamW, which keeps a
+    'step' tensor for each parameter. An assertion fails before the first step, a reshardable load raises
+    KeyError('step'), and all parameters get the same step tensor, which then advances once per parameter. With 'step' in
+    the param group, Megatron takes its branch for FusedAdam, and checkpoints have the same layout as on a GPU.
     """
 
     def __init__(
@@ -175,7 +176,8 @@ class CpuFusedAdam(torch.optim.Optimizer):
     def step(self, closure: Any = None, grad_scaler: Any = None) -> None:  # type: ignore[override]
         update = adamw if self.adam_w_mode else adam
         for group in self.param_groups:
-            group["step"] = int(group.get("step", 0)) + 1  # for empty groups too: ranks must agree
+            # Also for groups without parameters on this rank: checkpoints require the same step on all ranks.
+            group["step"] = int(group.get("step", 0)) + 1
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
                 continue
@@ -201,10 +203,10 @@ class CpuFusedAdam(torch.optim.Optimizer):
 
 
 def use_cpu_fused_adam() -> bool:
-    """Make Megatron build CpuFusedAdam where neither Transformer Engine nor Apex brings FusedAdam.
+    """Makes Megatron use CpuFusedAdam if neither Transformer Engine nor Apex provides FusedAdam.
 
     Returns:
-        True if CpuFusedAdam is in place, False if a real FusedAdam is installed.
+        True if Megatron now uses CpuFusedAdam, False if it found a FusedAdam.
     """
     import megatron.core.optimizer as optimizer
     from megatron.core.optimizer import distrib_optimizer

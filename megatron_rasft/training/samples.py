@@ -1,6 +1,7 @@
-"""Training samples as arrays: how rank 0 queues them, hands them out and saves them.
+"""Training samples as arrays: the form in which rank 0 queues, sends and saves them.
 
-Python lists take 36 bytes a token and are pickled number by number; arrays take 4 and are copied whole.
+A token takes 36 bytes in a Python list, which is pickled number by number. In an array it takes 4, and the array is
+copied as a whole.
 """
 
 import itertools
@@ -21,29 +22,33 @@ LOGPROBS = ("ref_logprobs", "old_logprobs")
 
 @dataclass(kw_only=True, frozen=True)
 class SampleArrays:
-    """Samples side by side, t tokens and r response tokens in all.
+    """n samples in flat arrays, with t tokens and r response tokens in total.
 
-    Log-probabilities are fp32 as the model computes them, so nothing is rounded.
+    The model computes log-probabilities in fp32, so storing them as fp32 does not round them.
     """
 
     tokens: Array
-    """[t] int32: each sample's prompt and response, sample after sample."""
+    """[t] int32: prompt and response of each sample, one sample after the other."""
     prompt_lengths: Array
-    """[n] int32."""
+    """[n] int32: tokens of each prompt."""
     response_lengths: Array
-    """[n] int32."""
+    """[n] int32: tokens of each response."""
     weights: Array
-    """[n] fp64: A of each sample."""
+    """[n] fp64: objective weight A of each sample."""
     are_rollouts: Array
-    """[n] bool: sampled from the policy; the others are demonstrations."""
+    """[n] bool: True for rollouts, False for demonstrations."""
     ref_logprobs: Array | None = None
-    """[r] fp32, or None if any sample lacks them."""
+    """[r] fp32 under the frozen reference; None if any sample lacks them."""
     old_logprobs: Array | None = None
-    """[r] fp32, or None if any sample lacks them."""
+    """[r] fp32 under the policy at the last refresh; None if any sample lacks them."""
 
     @classmethod
     def of(cls, samples: Sequence[TrainingSample], *, with_logprobs: bool = True) -> "SampleArrays":
-        """Copies the samples' tokens, and their log-probabilities unless these are to be calculated."""
+        """Copies samples into arrays.
+
+        Args:
+            with_logprobs: False leaves log-probabilities out, for samples that are about to be scored.
+        """
         prompts = np.array([len(s.prompt_ids) for s in samples], np.int32)
         responses = np.array([len(s.response_ids) for s in samples], np.int32)
         logprobs: dict[str, Array | None] = dict.fromkeys(LOGPROBS)
@@ -61,7 +66,7 @@ class SampleArrays:
         )
 
     def arrays(self) -> dict[str, Array]:
-        """The fields that are present, by name."""
+        """Field name -> array, without the fields that are None."""
         return {name: value for name, value in vars(self).items() if value is not None}
 
     def __len__(self) -> int:
@@ -69,25 +74,25 @@ class SampleArrays:
 
     @property
     def lengths(self) -> Array:
-        """[n] int64: tokens of each sample."""
+        """[n] int64: prompt and response tokens of each sample."""
         return self.prompt_lengths.astype(np.int64) + self.response_lengths
 
     def slice(self, start: int, stop: int) -> "SampleArrays":
-        """Samples ``start`` to ``stop`` as views."""
+        """Samples ``start`` to ``stop`` - 1, as views of these arrays."""
         tokens, responses = _starts(self.lengths), _starts(self.response_lengths)
-        there, answers = slice(tokens[start], tokens[stop]), slice(responses[start], responses[stop])
+        in_tokens, in_responses = slice(tokens[start], tokens[stop]), slice(responses[start], responses[stop])
         return SampleArrays(
-            tokens=self.tokens[there],
+            tokens=self.tokens[in_tokens],
             prompt_lengths=self.prompt_lengths[start:stop],
             response_lengths=self.response_lengths[start:stop],
             weights=self.weights[start:stop],
             are_rollouts=self.are_rollouts[start:stop],
-            ref_logprobs=None if self.ref_logprobs is None else self.ref_logprobs[answers],
-            old_logprobs=None if self.old_logprobs is None else self.old_logprobs[answers],
+            ref_logprobs=None if self.ref_logprobs is None else self.ref_logprobs[in_responses],
+            old_logprobs=None if self.old_logprobs is None else self.old_logprobs[in_responses],
         )
 
     def take(self, indices: Sequence[int]) -> "SampleArrays":
-        """Copies the samples with these indices, in their order."""
+        """Copies the samples with these indices, in the order of the indices."""
         tokens, responses = _starts(self.lengths).tolist(), _starts(self.response_lengths).tolist()
 
         def picked(flat: Array | None, bounds: list[int]) -> Array | None:
@@ -112,18 +117,18 @@ class SampleArrays:
 
 @dataclass(kw_only=True)
 class Batch:
-    """One step's problems: samples may be fewer, or more, than problems."""
+    """The samples of one training step. Filters and rollouts make their number differ from the number of problems."""
 
     num_problems: int
     samples: SampleArrays
 
 
 class BatchQueue:
-    """The global batches that wait to be trained. Rank 0 has them; the other ranks know only how many there are.
+    """The global batches that have not been trained on yet. Only rank 0 has the samples; all ranks know the sizes.
 
     Args:
-        sizes: problems and samples of each batch, the same on every rank.
-        samples: of all batches, in order; None on ranks other than 0.
+        sizes: number of problems and number of samples of each batch, the same on every rank.
+        samples: the samples of all batches, in order; None on ranks other than 0.
     """
 
     def __init__(self, sizes: Iterable[Sequence[int]] = (), samples: SampleArrays | None = None) -> None:
@@ -134,7 +139,7 @@ class BatchQueue:
         return len(self._sizes)
 
     def batch(self, place: int) -> Batch | None:
-        """The batch that is trained after ``place`` others; None on ranks other than 0."""
+        """The batch at ``place`` of the queue, counted from 0; None on ranks other than 0."""
         if self._samples is None:
             return None
         start = sum(num for _, num in list(self._sizes)[:place])
@@ -142,42 +147,42 @@ class BatchQueue:
         return Batch(num_problems=num_problems, samples=self._samples.slice(start, start + num))
 
     def popleft(self) -> None:
-        """Drops the first batch, which has been trained."""
+        """Removes the first batch."""
         _, num = self._sizes.popleft()
         if self._samples is not None:
             self._samples = self._samples.slice(num, len(self._samples))
 
     @property
     def sizes(self) -> list[tuple[int, int]]:
-        """Problems and samples of each batch: what JSON holds of the queue in a checkpoint."""
+        """Number of problems and number of samples of each batch, as a checkpoint's JSON file stores them."""
         return list(self._sizes)
 
     def arrays(self) -> dict[str, Array]:
-        """The samples in a checkpoint; rank 0 only."""
+        """The arrays that rank 0 saves in a checkpoint; {} on other ranks and for an empty queue."""
         return {} if self._samples is None or not self._sizes else self._samples.arrays()
 
 
 def views(flat: Array, lengths: Array) -> list[memoryview]:
-    """The parts of a flat array: sequences of Python numbers that copy nothing."""
+    """Splits a flat array into parts of these lengths. The memoryviews copy nothing and yield Python numbers."""
     ends = _starts(lengths)
     return [memoryview(flat[start:end]) for start, end in itertools.pairwise(ends)]
 
 
 def _starts(lengths: Array) -> Array:
-    """[n + 1] int64: where each part begins, and the end of the last."""
+    """[n + 1] int64: the start of each part, and the end of the last."""
     starts = np.zeros(len(lengths) + 1, np.int64)
     np.cumsum(lengths, out=starts[1:])
     return starts
 
 
 def _joined(parts: Sequence[Any], dtype: Any) -> Array:
-    """One array of lists, arrays and memoryviews; each is converted in place, without a copy in between."""
+    """Concatenates lists, arrays and memoryviews into one array, without intermediate copies."""
     flat = np.empty(sum(map(len, parts)), dtype)
     end = 0
     for part in parts:
         start, end = end, end + len(part)
         if isinstance(part, list):
-            # half of the time that numpy takes to find out what is in a list
+            # Twice as fast as numpy, which first determines the type of each element.
             struct.pack_into(f"{len(part)}{flat.dtype.char}", flat, start * flat.itemsize, *part)
         else:
             flat[start:end] = part

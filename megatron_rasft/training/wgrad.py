@@ -1,8 +1,9 @@
-"""The gradient of the output layer's weight, summed in fp32, under Megatron's gradient accumulation fusion or without it.
+"""The gradient of the output layer's weight, summed in fp32, with and without Megatron's gradient accumulation fusion.
 
-Megatron adds the weight gradients of its own linear layers to ``main_grad`` with apex's extension
-``fused_weight_gradient_mlp_cuda`` and refuses the fusion where that does not import. Transformer Engine's GEMM does the
-same, so ``register`` puts a module of that name in its place.
+With the fusion, Megatron's linear layers add weight gradients to ``main_grad`` by Apex's extension
+``fused_weight_gradient_mlp_cuda``. Megatron refuses the fusion if that module cannot be imported
+(megatron/core/tensor_parallel/layers.py). Transformer Engine's GEMM can do the same addition, so ``register`` provides a
+module of that name.
 """
 
 import importlib
@@ -17,15 +18,15 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 _MODULE = "fused_weight_gradient_mlp_cuda"
-"""The name under which megatron.core.tensor_parallel.layers imports apex's extension."""
+"""Name under which megatron.core.tensor_parallel.layers imports Apex's extension."""
 
 
 def register() -> None:
-    """Make Megatron find the fused weight gradient; call before Megatron is imported. A real apex is left in place."""
+    """Provides the module of the fused weight gradient, unless Apex's can be imported. Call before importing Megatron."""
     try:
         importlib.import_module(_MODULE)
         return
-    except ImportError:  # absent, or built for another torch
+    except ImportError:  # not installed, or built for another version of torch
         pass
     module = types.ModuleType(_MODULE)
     module.wgrad_gemm_accum_fp32 = module.wgrad_gemm_accum_fp16 = _add_product  # type: ignore[attr-defined]
@@ -33,12 +34,18 @@ def register() -> None:
 
 
 def _add_product(hidden: Tensor, output_grad: Tensor, main_grad: Tensor) -> None:
-    """``main_grad += output_grad.T @ hidden``, [t, o] and [t, h], in the dtype of ``main_grad``: apex's function."""
+    """Adds output_grad.T @ hidden to ``main_grad`` in its dtype. Replaces Apex's function of the same signature.
+
+    Args:
+        hidden: [t, h] input of the layer.
+        output_grad: [t, o] gradient of the layer's output.
+        main_grad: [o, h].
+    """
     _write_product(hidden, output_grad, main_grad, accumulate=True)
 
 
 def _write_product(hidden: Tensor, output_grad: Tensor, into: Tensor, *, accumulate: bool) -> None:
-    """``into (+)= output_grad.T @ hidden``, summed in the dtype of ``into``."""
+    """Writes output_grad.T @ hidden to ``into``, or adds it, summed in the dtype of ``into``."""
     beta = 1 if accumulate else 0
     gemm = _transformer_engine_gemm() if hidden.is_cuda else None
     if gemm is not None:
@@ -48,14 +55,14 @@ def _write_product(hidden: Tensor, output_grad: Tensor, into: Tensor, *, accumul
     elif into.dtype == hidden.dtype:
         into.addmm_(output_grad.t(), hidden, beta=beta)
     elif hidden.device.type == "cpu":
-        # A CPU has no product of BF16 tensors with an fp32 sum.
+        # torch has no CPU kernel that multiplies BF16 matrices into an fp32 sum.
         into.addmm_(output_grad.t().to(into.dtype), hidden.to(into.dtype), beta=beta)
     else:
         torch.addmm(into, output_grad.t(), hidden, out_dtype=into.dtype, beta=beta, out=into)
 
 
 def _transformer_engine_gemm() -> Callable[..., Any] | None:
-    if sys.modules.get("transformer_engine") is None:  # absent, or switched off by cpu_backend
+    if sys.modules.get("transformer_engine") is None:  # not installed, or disabled by cpu_backend
         return None
     from transformer_engine.pytorch.cpp_extensions import general_gemm
 
@@ -64,29 +71,37 @@ def _transformer_engine_gemm() -> Callable[..., Any] | None:
 
 @dataclass(kw_only=True)
 class MegatronOutputWeight:
-    """``objective.fused_logprobs.OutputWeight`` of Megatron's output layer.
+    """Megatron's output layer as an ``objective.fused_logprobs.OutputWeight``.
 
-    It keeps the contract of megatron.core.tensor_parallel.layers: with the fusion the gradient is added to
-    ``weight.main_grad``, ``grad_added_to_main_grad`` says so to the data-parallel hook, and autograd gets a tensor that is
-    never read, because the hook asks for one.
+    With the fusion it does the same as LinearWithGradAccumulationAndAsyncCommunication in
+    megatron/core/tensor_parallel/layers.py: it adds the gradient to ``weight.main_grad`` and sets
+    ``weight.grad_added_to_main_grad`` for the data-parallel hook. Autograd gets a tensor that is never read, because the
+    hook requires ``weight.grad`` to be set.
     """
 
     weight: Tensor
-    """[v/tp, h]"""
+    """[v/tp, h]: this rank's rows of the output layer's weight."""
     tp_group: ProcessGroup | None
     sums_hidden_grad: bool
     is_fused: bool
-    """Gradient accumulation fusion is on. It is left aside where ``main_grad`` is not fp32."""
+    """Gradient accumulation fusion is on. It takes effect only if ``main_grad`` is fp32."""
     _sum: Tensor | None = field(default=None, init=False)
-    """[v/tp, h] fp32 (fp64 of an fp64 weight): the gradient so far, without the fusion."""
+    """[v/tp, h] fp32, or fp64 if the weight is: sum of the gradients so far, if the fusion takes no effect."""
 
     def add_gradient(self, logits_grad: Tensor, hidden: Tensor, *, is_whole: bool) -> None:
+        """Adds the gradient of one chunk of tokens.
+
+        Args:
+            logits_grad: [t, v/tp].
+            hidden: [t, h].
+            is_whole: the chunk is the whole micro-batch.
+        """
         main_grad = self._main_grad()
         if main_grad is not None:
             sys.modules[_MODULE].wgrad_gemm_accum_fp32(hidden, logits_grad, main_grad)
             return
         if is_whole:
-            # One product sums in fp32 inside and rounds once.
+            # A single product is summed in fp32 inside the kernel and rounded once, so it needs no fp32 buffer.
             self._sum = logits_grad.t() @ hidden
             return
         is_first = self._sum is None
@@ -96,6 +111,10 @@ class MegatronOutputWeight:
         _write_product(hidden, logits_grad, self._sum, accumulate=not is_first)
 
     def finish_gradient(self) -> Tensor | None:
+        """Returns the gradient for autograd [v/tp, h] in the weight's dtype, and starts over.
+
+        Returns None if the gradient is in ``main_grad`` and autograd needs no tensor, or if there was no chunk.
+        """
         if self._main_grad() is not None:
             return self._stand_in()
         summed, self._sum = self._sum, None
@@ -111,6 +130,6 @@ class MegatronOutputWeight:
             return None
         weight.grad_added_to_main_grad = True
         if getattr(weight, "zero_out_wgrad", False):
-            # Tied on one stage: the embedding gives a gradient in the same pass, which the hook adds.
+            # The embedding shares this weight and returns a gradient in the same backward pass, which the hook adds.
             return None
         return torch.empty_like(weight, requires_grad=False)

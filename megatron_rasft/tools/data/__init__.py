@@ -1,1 +1,1 @@
-"""Checks a data set before a run: overlap with benchmarks, and what a row becomes when it is tokenised."""
+"""Checks of a data set before a run: overlap with benchmarks, and a view of a tokenized row."""

@@ -1,4 +1,4 @@
-"""Which training problems are in a benchmark already: shared n-grams of words, near copies, and exact ones."""
+"""Finds training problems that occur in a benchmark: exact copies, equal ids, and shared n-grams of words."""
 
 import re
 from collections import defaultdict
@@ -20,38 +20,38 @@ Gram = tuple[str, ...]
 
 @dataclass(kw_only=True)
 class BenchmarkOverlap:
-    """What one benchmark and all training rows have in common; counts of benchmark rows unless named otherwise."""
+    """The overlap of one benchmark with all training rows. Counts are of benchmark rows unless named otherwise."""
 
     path: Path
     num_rows: int = 0
     num_short: int = 0
-    """Fewer words than an n-gram: only an exact copy of these can be seen."""
+    """Rows with fewer words than an n-gram, of which only exact copies and equal ids can be found."""
     sharing: dict[str, set[int]] = field(default_factory=lambda: defaultdict(set))
-    """Row name -> training rows with which it shares an n-gram."""
+    """Benchmark row -> training rows that share an n-gram with it."""
     covered: dict[str, float] = field(default_factory=dict)
-    """Row name -> share of its n-grams that occur in any training row; rows without any are left out."""
+    """Benchmark row -> share of its n-grams that occur in training rows; only rows with a share above 0."""
     exact: dict[str, set[int]] = field(default_factory=lambda: defaultdict(set))
-    """Row name -> training rows with the same words in the same order."""
+    """Benchmark row -> training rows with the same words in the same order."""
     same_id: dict[str, int] = field(default_factory=dict)
-    """Row name -> training row of that id, however it is worded; ids that are mere numbers say nothing."""
+    """Benchmark row -> training row with the same id, whatever its text. Ids that are only numbers are not compared."""
 
     @property
     def num_half(self) -> int:
-        """Rows of which at least half of the n-grams occur in the training data."""
+        """Number of rows with at least half of their n-grams in the training data."""
         return sum(share >= 0.5 for share in self.covered.values())
 
     @property
     def num_pairs(self) -> int:
-        """Pairs of a benchmark row and a training row that share an n-gram."""
+        """Number of pairs of a benchmark row and a training row that share an n-gram."""
         return sum(map(len, self.sharing.values()))
 
     @property
     def train_rows(self) -> set[int]:
-        """Training rows that share an n-gram with any row."""
+        """Training rows that share an n-gram with any row of the benchmark."""
         return set().union(*self.sharing.values())
 
     def as_dict(self) -> dict[str, Any]:
-        """Counts, and the rows behind them."""
+        """The counts, and the names of the rows that were counted, as JSON values."""
         return {
             "benchmark": self.path.name,
             "rows": self.num_rows,
@@ -70,15 +70,15 @@ class BenchmarkOverlap:
 
 @dataclass(kw_only=True)
 class Contamination:
-    """The overlaps of a training set, and which of its rows are to go."""
+    """The overlaps of a training set with benchmarks, and the training rows to drop."""
 
     num_train_rows: int
     overlaps: list[BenchmarkOverlap]
     dropped: dict[int, str]
-    """Training row -> the benchmark row it repeats, and how far."""
+    """Training row -> the reason to drop it: the benchmark row that it repeats, and the extent."""
 
     def describe(self) -> str:
-        """A table of the counts and the first rows to go, without a final line break."""
+        """Returns a table of the counts, and the first ten rows to drop, without a final line break."""
         head = ("benchmark", "rows", "short", "sharing", "half", "exact", "same id", "train rows", "pairs")
         rows = [
             (d["benchmark"], *(str(d[k]) for k in ("rows", "short", "sharing", "half", "exact", "same_id", "training_rows_hit", "row_pairs")))
@@ -99,7 +99,7 @@ class Contamination:
         return "\n".join(lines)
 
     def as_dict(self) -> dict[str, Any]:
-        """For a report file; training rows count from 1."""
+        """The report as JSON values. Training rows count from 1, like the lines of their file."""
         return {
             "training_rows": self.num_train_rows,
             "dropped": {str(row + 1): why for row, why in self.dropped.items()},
@@ -108,21 +108,21 @@ class Contamination:
 
 
 def words_of(text: str) -> list[str]:
-    """Runs of letters and digits, lower case: a LaTeX command counts as the word it is."""
+    """Returns the words of a text: runs of letters and digits, in lower case. The name of a LaTeX command is a word too."""
     return _WORD.findall(text.lower())
 
 
 def find_contamination(
     problems: Iterable[tuple[str, str]], benchmarks: Iterable[Path], n: int = 13, max_share: float = 0.5
 ) -> Contamination:
-    """Hold training problems against benchmarks.
+    """Compares training problems with benchmarks.
 
     Args:
         problems: id and text of each training problem.
-        benchmarks: files of benchmark rows in any of the usual layouts; answers and tests are not compared.
+        benchmarks: files of benchmark rows in any of the usual layouts. Answers and tests are not compared.
         n: words per n-gram.
-        max_share: a training row goes if it has at least this share of a benchmark row's n-grams, is an exact copy,
-            or has its id; 0 lets go whatever shares one n-gram, stock phrases included.
+        max_share: a training row is dropped if it contains at least this share of a benchmark row's n-grams, is an
+            exact copy, or has the same id. 0 drops every row that shares one n-gram, even a common phrase.
 
     Raises:
         DataError: a benchmark row has no text.
@@ -180,17 +180,18 @@ def find_contamination(
 
 
 def _benchmark_rows(path: Path) -> Iterator[tuple[str, str]]:
-    """(id, problem text) of each row; one without id is called by its line."""
+    """Yields (id, problem text) of each row. The line number replaces a missing id."""
     if not path.is_file():
-        raise DataError(f"--decontaminate must name files, {path} is none. Correct the path.")
+        raise DataError(f"--decontaminate must name files, but {path} is not a file. Correct the path.")
     for line, record in read_records(path):
         if not isinstance(record, dict):
-            raise DataError(f"{path}:{line} is no row of a benchmark: {record}. Cut it out.")
+            raise DataError(f"{path}:{line} is not a JSON object: {record}. Correct or delete the line.")
         record = {str(name).lower(): value for name, value in record.items()}
         text = next((record[name] for name in _TEXT_FIELDS if record.get(name)), None)
         if not isinstance(text, str):
             raise DataError(
-                f"{path}:{line} has no problem text: none of {', '.join(_TEXT_FIELDS)}; it has {', '.join(record)}."
+                f"{path}:{line} has no problem text. Its fields are {', '.join(record)}, but one of {', '.join(_TEXT_FIELDS)} is "
+                "required."
             )
         name = next((record[k] for k in ("id", "unique_id", "task_id", "question_id") if record.get(k)), line)
         yield str(name), text

@@ -1,4 +1,4 @@
-"""One demonstration as a reader should see it: what the model is given and what it is trained on."""
+"""Shows one tokenized demonstration: the prompt, and the response that is trained on."""
 
 from rich.text import Text
 
@@ -10,9 +10,9 @@ TRAINED_STYLE = "bold green"
 
 
 def render_example(demonstration: Demonstration, tokenizer: Tokenizer) -> Text:
-    """Decode the token ids themselves, special tokens included, prompt and trained tokens in a colour each.
+    """Decodes the token ids, special tokens included, with different colours for prompt and response.
 
-    Headings say the same, so that nothing is lost where there is no colour.
+    Headings mark both parts too, for output without colours.
     """
     text = Text()
     tests = demonstration.tests

@@ -27,13 +27,13 @@ def read_gzip(path: Path, num_rows: int | None = None) -> list[dict[str, Any]]:
 @pytest.fixture(scope="session")
 def data_folder() -> Path:
     if not DATA.is_dir():
-        pytest.skip(f"the real data is not here: {DATA} is no folder")
+        pytest.skip(f"the real data is missing: {DATA} is not a folder")
     return DATA
 
 
 @pytest.fixture(scope="session")
 def corpus() -> list[str]:
-    """Text to train a tokenizer on: real where it is there, made up elsewhere."""
+    """Texts to train a tokenizer on: real ones if the data is present, else generated ones."""
     path = DATA / "train" / "gsm8k_train.jsonl.gz"
     if path.is_file():
         return [row["problem"] + "\n" + row["response"] for row in read_gzip(path, 300)]
@@ -45,7 +45,7 @@ def corpus() -> list[str]:
 
 @pytest.fixture(scope="session")
 def make_tokenizer(corpus: list[str]) -> Callable[..., PreTrainedTokenizerFast]:
-    """A byte-level BPE of 1,000 tokens; ``<|endoftext|>`` is end-of-sequence, ``<|im_end|>`` ends a turn."""
+    """Creates byte-level BPE tokenizers of 1,000 tokens. ``<|endoftext|>`` is end-of-sequence, ``<|im_end|>`` ends a turn."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -73,7 +73,7 @@ def tokenizer(make_tokenizer: Callable[..., PreTrainedTokenizerFast]) -> Iterato
 
 @pytest.fixture
 def write_rows(tmp_path: Path) -> Callable[..., str]:
-    """Write rows (dicts, or lines as they stand) to a .jsonl file and return its path."""
+    """Writes rows to a .jsonl file and returns its path. Rows are dicts, or strings that are written unchanged."""
 
     def write(*rows: dict[str, Any] | str, name: str = "rows.jsonl") -> str:
         path = tmp_path / name

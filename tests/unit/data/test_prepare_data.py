@@ -1,4 +1,4 @@
-"""tools/prepare_data.py, called as a user calls it but in this process."""
+"""tools/prepare_data.py with the arguments of a user, called in the process of the tests."""
 
 import importlib.util
 import subprocess

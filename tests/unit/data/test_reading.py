@@ -53,39 +53,35 @@ def chat(*turns: tuple[str, Any]) -> dict[str, Any]:
         ({**GOOD, "id": ""}, '"id" is empty'),
         ({**GOOD, "id": [1]}, '"id" is not text'),
         ({**GOOD, "id": "first"}, "duplicate id"),
-        ({"messages": "hello", "answer": "2"}, '"messages" is not a list of messages'),
-        ({"messages": [], "answer": "2"}, '"messages" does not end with an assistant message'),
-        (
-            chat(("user", "p"), ("assistant", "r"), ("user", "q")),
-            '"messages" does not end with an assistant message',
-        ),
-        (chat(("assistant", "r")), '"messages" has no user message'),
-        (chat(("human", "p"), ("assistant", "r")), "unknown chat role"),
-        (chat(("user", "p"), ("assistant", "")), 'content of a message in "messages" is empty'),
-        (
-            chat(("user", [{"type": "text"}]), ("assistant", "r")),
-            'content of a message in "messages" is not text',
-        ),
+        ({"messages": "hello", "answer": "2"}, '"messages" is not a list'),
+        ({"messages": [], "answer": "2"}, '"messages" does not end'),
+        (chat(("user", "p"), ("assistant", "r"), ("user", "q")), '"messages" does not end'),
+        (chat(("assistant", "r")), '"messages" has no user'),
+        (chat(("human", "p"), ("assistant", "r")), "chat role"),
+        (chat(("user", "p"), ("assistant", "")), '"messages" is empty'),
+        (chat(("user", [{"type": "text"}]), ("assistant", "r")), '"messages" is not text'),
         ({"messages": CHAT}, 'no "answer"'),
     ],
 )
-def test_faulty_row_is_named_and_the_others_are_kept(write_rows: Callable, bad: Any, reason: str) -> None:
+def test_a_faulty_row_is_reported_and_the_others_are_kept(
+    write_rows: Callable, bad: Any, reason: str
+) -> None:
     path = write_rows({**GOOD, "id": "first"}, bad, GOOD)
     rows = read(path)
     assert [type(row) for row in rows] == [Row, RowFault, Row]
     assert rows[1].source == f"{path}:2"
-    assert rows[1].reason == reason
-    assert rows[2].problem_id == "rows.jsonl:3", "a faulty row must not shift the others"
+    assert reason in rows[1].reason
+    assert rows[2].problem_id == "rows.jsonl:3", "a faulty row must not shift the line numbers of others"
 
 
-def test_rows_keep_their_text_to_the_letter(write_rows: Callable) -> None:
+def test_texts_are_not_changed(write_rows: Callable) -> None:
     odd = {"problem": " a\u2028b\n", "response": "\tc\r\n", "answer": " 2 ", "id": 7}
     (row,) = read(write_rows(odd))
     assert (row.problem, row.response, row.answer, row.problem_id) == (" a\u2028b\n", "\tc\r\n", " 2 ", "7")
 
 
 @pytest.mark.parametrize(("answer", "text"), [(2, "2"), (2.5, "2.5"), ("2/3", "2/3")])
-def test_number_is_an_answer(write_rows: Callable, answer: Any, text: str) -> None:
+def test_an_answer_may_be_a_number(write_rows: Callable, answer: Any, text: str) -> None:
     assert read(write_rows({**GOOD, "answer": answer}))[0].answer == text
 
 
@@ -95,7 +91,7 @@ def test_answer_may_be_missing_only_without_rollouts(write_rows: Callable) -> No
     )
     rows = read(path, require_answer=False)
     assert [row.answer for row in rows[:3]] == [None, None, "2"]
-    assert isinstance(rows[3], RowFault), "a given answer must be usable all the same"
+    assert isinstance(rows[3], RowFault), "an answer that is given must be usable in every run"
 
 
 def test_last_assistant_message_is_the_response(write_rows: Callable) -> None:
@@ -103,7 +99,7 @@ def test_last_assistant_message_is_the_response(write_rows: Callable) -> None:
     assert (row.problem, row.response, row.messages) == ("1+1?", "2", CHAT[:-1])
 
 
-def test_plain_form_is_taken_where_both_are_complete(write_rows: Callable) -> None:
+def test_problem_and_response_take_precedence_over_messages_if_both_are_present(write_rows: Callable) -> None:
     both, only_problem = read(
         write_rows({**GOOD, "messages": CHAT}, {"problem": "p", "messages": CHAT, "answer": "2"})
     )
@@ -123,7 +119,7 @@ def test_field_names_can_be_mapped(write_rows: Callable) -> None:
     assert (row.problem, row.response, row.answer, row.problem_id) == ("p", "r", "2", "x")
 
 
-def test_blank_lines_and_byte_order_mark_are_no_rows(tmp_path: Path) -> None:
+def test_blank_lines_and_byte_order_mark_are_skipped(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + json.dumps(GOOD).encode() + b"\r\n\n  \n" + json.dumps(GOOD).encode())
     assert [row.source for row in read(str(path))] == [f"{path}:1", f"{path}:4"]
@@ -142,7 +138,7 @@ def test_all_formats_hold_the_same_rows(tmp_path: Path, write_rows: Callable) ->
     assert [row.source for row in read(str(table))] == [f"{table}:1", f"{table}:2"]
 
 
-def test_files_of_one_name_keep_their_rows_apart(tmp_path: Path, write_rows: Callable) -> None:
+def test_rows_of_files_with_the_same_name_have_different_ids(tmp_path: Path, write_rows: Callable) -> None:
     (tmp_path / "more").mkdir()
     rows = read(write_rows(GOOD), write_rows(GOOD, name="more/rows.jsonl"))
     assert len({row.problem_id for row in rows if isinstance(row, Row)}) == 2
@@ -160,15 +156,15 @@ def test_id_repeated_in_another_file_is_a_fault(write_rows: Callable) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", b"", "is empty"),
-        ("a.jsonl", b"\n\n", "holds no rows"),
-        ("a.jsonl.gz", gzip.compress(b""), "holds no rows"),
-        ("a.jsonl.gz", b"{}", "not a readable gzip file"),
-        ("a.jsonl.gz", gzip.compress(json.dumps(GOOD).encode() * 1000)[:-20], "not a readable gzip file"),
-        ("a.parquet", b"PAR1 and no more", "not a readable parquet file"),
+        ("a.jsonl", b"", "empty"),
+        ("a.jsonl", b"\n\n", "no rows"),
+        ("a.jsonl.gz", gzip.compress(b""), "no rows"),
+        ("a.jsonl.gz", b"{}", "gzip"),
+        ("a.jsonl.gz", gzip.compress(json.dumps(GOOD).encode() * 1000)[:-20], "gzip"),
+        ("a.parquet", b"PAR1 and no more", "parquet"),
     ],
 )
-def test_unusable_file_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+def test_an_unusable_file_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(DataError, match=message) as error:
@@ -176,27 +172,27 @@ def test_unusable_file_is_named(tmp_path: Path, name: str, content: bytes, messa
     assert str(path) in str(error.value)
 
 
-def test_parquet_without_the_columns_says_which_there_are(tmp_path: Path) -> None:
+def test_a_parquet_file_without_the_columns_is_refused_with_a_list_of_its_columns(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"question": ["p"], "solution": ["r"]}), path)
     with pytest.raises(DataError, match="question, solution"):
         read(str(path))
 
 
-def test_missing_file_is_found_before_any_row_is_read(write_rows: Callable, tmp_path: Path) -> None:
+def test_a_missing_file_is_reported_before_any_row_is_read(write_rows: Callable, tmp_path: Path) -> None:
     config = DataConfig(train_data=[write_rows(GOOD), str(tmp_path / "gone.jsonl")])
-    with pytest.raises(DataError, match=r"gone\.jsonl does not exist"):
+    with pytest.raises(DataError, match=r"gone\.jsonl"):
         next(read_rows(config))
 
 
-def test_one_file_under_two_names_is_refused(write_rows: Callable, tmp_path: Path) -> None:
+def test_the_same_file_under_two_names_is_refused(write_rows: Callable, tmp_path: Path) -> None:
     path = write_rows(GOOD)
     (tmp_path / "link.jsonl").symlink_to(path)
-    with pytest.raises(DataError, match="are one file"):
+    with pytest.raises(DataError, match=r"link\.jsonl and .*rows\.jsonl"):
         read(path, str(tmp_path / "link.jsonl"))
 
 
-def test_no_file_is_refused() -> None:
+def test_an_empty_list_of_files_is_refused() -> None:
     with pytest.raises(DataError, match="--train-data"):
         read()
 
@@ -208,7 +204,7 @@ def test_refusal_names_ten_rows_and_counts_all() -> None:
         report.check(DataConfig())
     message = str(error.value)
     assert "13 of 20 rows" in message and "a.jsonl:10:" in message and "a.jsonl:11:" not in message
-    assert "and 3 more: tools/prepare_data.py validate names all" in message
+    assert "and 3 more: tools/prepare_data.py validate" in message
     assert "--data-bad-rows skip" in message
     report.check(DataConfig(data_bad_rows="skip"))
     assert report.num_faults_by_reason == {"not JSON": 13}
@@ -241,7 +237,7 @@ def test_real_training_sets(
         ({"tests": "def test_f():\n    assert f(1) == 1\ntest_f()\n", "test_style": "asserts"}, "asserts", 1),
     ],
 )
-def test_row_with_tests_needs_no_answer(
+def test_a_row_with_tests_needs_no_answer(
     write_rows: Callable[..., str], fields: dict[str, Any], style: str, num_scripts: int
 ) -> None:
     path = write_rows({"problem": "p", "response": "r", **fields})
@@ -259,20 +255,20 @@ def test_row_with_tests_needs_no_answer(
     [
         ({"tests": []}, '"tests" is empty'),
         ({"tests": ["assert True", 3]}, '"tests" is not text'),
-        ({"tests": "def check(candidate): pass"}, 'tests of style check need an "entry_point"'),
-        ({"tests": "assert f(1)", "entry_point": "f(1)"}, '"entry_point" is no name of a function'),
+        ({"tests": "def check(candidate): pass"}, '"entry_point"'),
+        ({"tests": "assert f(1)", "entry_point": "f(1)"}, '"entry_point"'),
         ({"tests": "assert f(1)", "test_style": "doctest"}, "unknown test_style"),
         ({"tests": "assert f(1)", "test_setup_code": 3}, '"test_setup_code" is not text'),
         ({}, 'no "answer"'),
     ],
 )
-def test_tests_that_cannot_be_used_are_named(
+def test_unusable_tests_are_reported(
     write_rows: Callable[..., str], fields: dict[str, Any], reason: str
 ) -> None:
     path = write_rows({"problem": "p", "response": "r", **fields})
     (fault,) = read_rows(DataConfig(train_data=[path]))
     assert isinstance(fault, RowFault)
-    assert fault.reason == reason
+    assert reason in fault.reason
 
 
 def test_real_code_rows_are_usable(data_folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Rows from the cache are those that were tokenized; whatever they were made from tells them apart."""
+"""Cached rows equal tokenized rows, and are found only if nothing that they were made from has changed."""
 
 import json
 import os
@@ -32,7 +32,7 @@ ROWS: list[dict[str, Any]] = [
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    """A folder whose files stand for a tokenizer's."""
+    """A model folder whose files are placeholders."""
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "tokenizer.json").write_text("{}")
@@ -73,7 +73,7 @@ def read(
 
 
 @pytest.mark.parametrize("is_cached", [True, False])
-def test_rows_are_those_that_tokenizing_gives(
+def test_rows_equal_the_output_of_tokenizing(
     tokenizer: Any, config: DataConfig, model: Path, tmp_path: Path, is_cached: bool
 ) -> None:
     expected, report = collect_demonstrations(read_rows(config), tokenizer, config, 400)
@@ -100,7 +100,7 @@ def test_a_second_start_tokenizes_nothing(
     again = read(counted, config, model, tmp_path / "cache")
     assert counted.num_calls == 0
     assert [plain(d) for d in again] == [plain(d) for d in first]
-    # what only decides about the report, or about the order, changes no row
+    # Flags that only affect the report or the order change no row.
     others = replace(config, data_bad_rows="refuse", data_overlong="refuse", data_seed=5, data_epochs=3)
     read(counted, others, model, tmp_path / "cache")
     (model / "model.safetensors").write_text("other weights")
@@ -112,7 +112,7 @@ def change_data(config: DataConfig, model: Path) -> DataConfig:
     path = Path(config.train_data[0])
     stat = path.stat()
     path.write_text(path.read_text().replace("1+1", "1+2"))
-    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # neither its size nor its time tells
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # size and time stay the same
     return config
 
 
@@ -133,7 +133,7 @@ def change_suffix(config: DataConfig, model: Path) -> DataConfig:
 
 
 @pytest.mark.parametrize("change", [change_data, change_tokenizer, change_template, change_suffix])
-def test_whatever_rows_are_made_from_tells_them_apart(
+def test_rows_are_tokenized_again_after_any_change_of_their_sources(
     tokenizer: Any,
     config: DataConfig,
     model: Path,
@@ -155,7 +155,7 @@ def test_whatever_rows_are_made_from_tells_them_apart(
 
 
 @pytest.mark.parametrize("damage", ["cut", "missing", "index cut", "other format", "empty folder"])
-def test_damaged_rows_are_made_anew(
+def test_damaged_rows_are_replaced(
     tokenizer: Any, config: DataConfig, model: Path, tmp_path: Path, damage: str
 ) -> None:
     expected = [plain(d) for d in read(tokenizer, config, model, tmp_path / "cache")]
@@ -177,16 +177,16 @@ def test_damaged_rows_are_made_anew(
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [folder.name]
 
 
-def test_two_runs_that_start_together_both_have_the_rows(
+def test_two_runs_that_start_together_both_get_the_rows(
     tokenizer: Any, config: DataConfig, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    together, moved = threading.Barrier(2), row_cache._moved
+    together = threading.Barrier(2)
 
-    def move(made: Path, found: Path) -> TokenizedRows:
-        together.wait(20)  # both have built before either is in place
-        return moved(made, found)
+    def write_together(*args: Any) -> None:
+        write_rows(*args)
+        together.wait(20)  # both runs have written their rows before either renames its folder
 
-    monkeypatch.setattr(row_cache, "_moved", move)
+    monkeypatch.setattr(row_cache, "write_rows", write_together)
     found: list[list[Demonstration]] = []
     threads = [
         threading.Thread(
@@ -204,7 +204,7 @@ def test_two_runs_that_start_together_both_have_the_rows(
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
-def test_a_slower_run_leaves_the_rows_that_a_faster_one_has_mapped(
+def test_a_slower_run_keeps_the_files_that_a_faster_one_has_mapped(
     tokenizer: Any, config: DataConfig, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = tmp_path / "cache"
@@ -222,7 +222,7 @@ def test_a_slower_run_leaves_the_rows_that_a_faster_one_has_mapped(
     assert [plain(d) for d in rows] == [plain(d) for d in read(tokenizer, config, model, cache)]
 
 
-def test_rows_that_cannot_be_read_or_kept_leave_no_folder_behind(
+def test_no_folder_remains_if_rows_cannot_be_read_or_written(
     tokenizer: Any, config: DataConfig, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = tmp_path / "cache"
@@ -234,7 +234,7 @@ def test_rows_that_cannot_be_read_or_kept_leave_no_folder_behind(
         write_rows(*args)
 
     monkeypatch.setattr(row_cache, "write_rows", spoilt)
-    with pytest.raises(DataError, match="a file of --train-data changed while it was read"):
+    with pytest.raises(DataError, match=r"--train-data changed"):
         read(tokenizer, config, model, cache)
 
     def full(*args: Any) -> None:
@@ -247,12 +247,12 @@ def test_rows_that_cannot_be_read_or_kept_leave_no_folder_behind(
         read(tokenizer, config, model, None)
     path.write_text("\n")
     monkeypatch.setattr(row_cache, "write_rows", write_rows)
-    with pytest.raises(DataError, match="holds no rows"):
+    with pytest.raises(DataError, match=r"rows\.jsonl"):
         read(tokenizer, config, model, cache)
     assert list(cache.iterdir()) == []
 
 
-def test_what_a_killed_run_began_to_write_is_removed_in_time(
+def test_unfinished_folders_of_killed_runs_are_removed_after_an_hour(
     tokenizer: Any, config: DataConfig, model: Path, tmp_path: Path
 ) -> None:
     cache = tmp_path / "cache"
@@ -267,7 +267,7 @@ def test_what_a_killed_run_began_to_write_is_removed_in_time(
     assert [path.name for path in cache.glob(".building-*")] == [".building-new"]
 
 
-def test_no_row_and_every_kind_of_test_come_back(tmp_path: Path) -> None:
+def test_empty_files_tests_and_odd_ids_are_read_back(tmp_path: Path) -> None:
     report = DataReport(num_rows=2, faults=[RowFault(source="f:1", reason="not JSON", detail="why")])
     write_rows(tmp_path, [], report)
     rows = TokenizedRows(tmp_path)
@@ -289,7 +289,7 @@ def test_no_row_and_every_kind_of_test_come_back(tmp_path: Path) -> None:
     assert [plain(d) for d in TokenizedRows(tmp_path)] == given
 
 
-def test_problems_are_found_by_id_without_making_the_others(
+def test_values_are_computed_only_for_the_problems_that_are_accessed(
     tokenizer: Any, config: DataConfig, model: Path, tmp_path: Path
 ) -> None:
     rows = read(tokenizer, config, model, tmp_path / "cache")

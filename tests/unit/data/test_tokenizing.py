@@ -71,7 +71,7 @@ def spell(tokenizer: Any, demonstration: Demonstration) -> tuple[str, str]:
         ),
     ],
 )
-def test_response_is_closed_as_the_template_closes_it(
+def test_the_response_ends_with_the_templates_end_token(
     make_tokenizer: Callable, template: str | None, prompt: str, response: str
 ) -> None:
     tokenizer = make_tokenizer(template)
@@ -79,7 +79,7 @@ def test_response_is_closed_as_the_template_closes_it(
     assert spell(tokenizer, demonstration) == (prompt, response)
 
 
-def test_prompt_is_exactly_what_the_template_gives_a_server(tokenizer: Any) -> None:
+def test_the_prompt_has_the_tokens_that_the_template_gives_a_server(tokenizer: Any) -> None:
     row = make_row("Größe? 数学 🙂")
     (demonstration,), _ = build(tokenizer, row)
     encoded = tokenizer.apply_chat_template(row.messages, tokenize=True, add_generation_prompt=True)
@@ -94,19 +94,19 @@ def test_prompt_is_exactly_what_the_template_gives_a_server(tokenizer: Any) -> N
 @pytest.mark.parametrize(
     "ending", ["<|im_end|>", "<|im_end|><|im_end|>", "<|endoftext|>", "<|im_end|><|endoftext|>"]
 )
-def test_end_of_sequence_is_never_written_twice(tokenizer: Any, ending: str) -> None:
+def test_the_end_token_is_never_repeated(tokenizer: Any, ending: str) -> None:
     (demonstration,), _ = build(tokenizer, make_row(response="Two." + ending))
     assert spell(tokenizer, demonstration)[1] == "Two.<|im_end|>"
 
 
-def test_reasoning_a_template_drops_is_still_trained_on(make_tokenizer: Callable) -> None:
+def test_reasoning_that_a_template_drops_is_trained_on(make_tokenizer: Callable) -> None:
     tokenizer = make_tokenizer(DROPS_REASONING)
     (demonstration,), report = build(tokenizer, make_row(response="<think>so</think>Two."))
     assert spell(tokenizer, demonstration)[1] == "<think>so</think>Two.<|im_end|>"
     assert report.num_plain_endings == 1
 
 
-def test_program_has_a_suffix_of_its_own_that_names_its_function(tokenizer: Any) -> None:
+def test_prompts_for_programs_have_their_own_suffix_with_the_functions_name(tokenizer: Any) -> None:
     config = DataConfig(data_code_prompt_suffix="\nIn Python.")
     tests = CodeTests(style="asserts", tests=("assert f(1) == 1",), entry_point="square")
     rows = [
@@ -122,7 +122,7 @@ def test_program_has_a_suffix_of_its_own_that_names_its_function(tokenizer: Any)
     assert [d.check for d in demonstrations] == [tests, tests, "2"]
 
 
-def test_suffix_and_system_prompt_are_put_in_once(tokenizer: Any) -> None:
+def test_suffix_and_system_prompt_are_added_once(tokenizer: Any) -> None:
     config = DataConfig(data_prompt_suffix="\nThink.", data_system_prompt="Be brief.")
     chat = [
         {"role": "system", "content": "Own."},
@@ -136,10 +136,10 @@ def test_suffix_and_system_prompt_are_put_in_once(tokenizer: Any) -> None:
     )
     text = spell(tokenizer, talk)[0]
     assert text.count("Think.") == 1 and "Own." in text and "Be brief." not in text
-    assert plain.problem == "1+1?", "the problem stays as it was given"
+    assert plain.problem == "1+1?", "the problem has no suffix"
 
 
-def test_given_template_replaces_the_models_own(tokenizer: Any, tmp_path: Path) -> None:
+def test_the_template_of_the_flag_replaces_the_models_own(tokenizer: Any, tmp_path: Path) -> None:
     file = tmp_path / "chat.jinja"
     file.write_text(WITHOUT_END)
     config = DataConfig(data_prompt_suffix="", data_chat_template=str(file))
@@ -147,7 +147,7 @@ def test_given_template_replaces_the_models_own(tokenizer: Any, tmp_path: Path) 
     assert spell(tokenizer, demonstration) == ("user: 1+1?\nassistant: ", "It is \\boxed{2}.<|endoftext|>")
 
 
-def test_tokenizer_that_adds_begin_and_end_to_everything(make_tokenizer: Callable) -> None:
+def test_an_end_token_that_the_tokenizer_appends_to_the_prompt_is_removed(make_tokenizer: Callable) -> None:
     from tokenizers import processors
 
     tokenizer = make_tokenizer(None)
@@ -162,46 +162,47 @@ def test_tokenizer_that_adds_begin_and_end_to_everything(make_tokenizer: Callabl
 @pytest.mark.parametrize(
     ("template", "row", "reason"),
     [
-        (LLAMA_LIKE, make_row(response="a<|im_end|>b"), "end-of-sequence inside the response"),
-        (LLAMA_LIKE, make_row(response="<|im_end|>"), "the response has no tokens"),
+        (LLAMA_LIKE, make_row(response="a<|im_end|>b"), "inside the response"),
+        (LLAMA_LIKE, make_row(response="<|im_end|>"), "no tokens"),
         (LLAMA_LIKE, make_row(answer=None), 'no "answer"'),
         (
             NO_SYSTEM,
             make_row(messages=[{"role": r, "content": "x"} for r in ("system", "user")]),
-            "the chat template refuses it",
+            "chat template",
         ),
         (
             None,
             make_row(messages=[{"role": r, "content": "x"} for r in ("user", "assistant", "user")]),
-            "several turns need a chat template",
+            "chat template",
         ),
     ],
 )
-def test_row_that_cannot_be_tokenised_is_a_fault(
+def test_a_row_that_cannot_be_tokenized_is_a_fault(
     make_tokenizer: Callable, template: str, row: Row, reason: str
 ) -> None:
     skip = DataConfig(data_prompt_suffix="", data_bad_rows="skip")
     tokenizer = make_tokenizer(template)
     demonstrations, report = build(tokenizer, row, make_row(number=2), config=skip)
     assert [demonstration.problem_id for demonstration in demonstrations] == ["p2"]
-    assert report.num_faults_by_reason == {reason: 1}
+    ((found, num),) = report.num_faults_by_reason.items()
+    assert reason in found and num == 1
     assert (report.num_rows, report.num_demonstrations) == (2, 1)
     with pytest.raises(DataError, match=r"a\.jsonl:1"):
         build(tokenizer, row, make_row(number=2))
 
 
-def test_missing_answer_is_fine_without_rollouts(tokenizer: Any) -> None:
+def test_a_missing_answer_is_allowed_without_rollouts(tokenizer: Any) -> None:
     assert build(tokenizer, make_row(answer=None), require_answer=False)[0][0].answer is None
 
 
-def test_faults_of_reading_and_tokenising_are_refused_together(tokenizer: Any) -> None:
+def test_faults_of_reading_and_tokenizing_are_refused_together(tokenizer: Any) -> None:
     fault = RowFault(source="a.jsonl:7", reason="not JSON")
     with pytest.raises(DataError, match="2 of 3 rows") as error:
         build(tokenizer, fault, make_row(response="<|im_end|>"), make_row(number=2))
     assert "a.jsonl:7: not JSON" in str(error.value) and "a.jsonl:1: the response" in str(error.value)
 
 
-def test_overlong_row_is_dropped_or_refused_never_cut(tokenizer: Any) -> None:
+def test_an_overlong_row_is_dropped_or_refused_but_not_truncated(tokenizer: Any) -> None:
     short, long = make_row(), make_row(response="word " * 50, number=2)
     whole = build(tokenizer, short, long)[0]
     limit = len(whole[1].prompt_ids) + len(whole[1].response_ids)
@@ -210,41 +211,41 @@ def test_overlong_row_is_dropped_or_refused_never_cut(tokenizer: Any) -> None:
     assert kept == whole[:1]
     assert [row.source for row in report.overlong] == ["a.jsonl:2"]
     assert report.max_tokens_found == limit
-    with pytest.raises(DataError, match=r"a\.jsonl:2: longer than"):
+    with pytest.raises(DataError, match=r"a\.jsonl:2: "):
         refuse = DataConfig(data_prompt_suffix="", data_overlong="refuse")
         build(tokenizer, short, long, config=refuse, max_tokens=limit - 1)
 
 
-def test_nothing_left_to_train_on_is_an_error(tokenizer: Any) -> None:
-    with pytest.raises(DataError, match="none of the 1 rows"):
+def test_a_data_set_without_usable_rows_is_an_error(tokenizer: Any) -> None:
+    with pytest.raises(DataError, match="--seq-length"):
         build(tokenizer, make_row(), max_tokens=3)
 
 
 @pytest.mark.parametrize(
     ("template", "eos_token", "values", "message"),
     [
-        (None, None, {}, "no end-of-sequence token"),
-        (WITHOUT_END, None, {}, "no end-of-sequence token"),
+        (None, None, {}, "eos_token"),
+        (WITHOUT_END, None, {}, "eos_token"),
         ("{{ raise_exception('broken') }}", "<|endoftext|>", {}, "broken"),
         ("{% for %}", "<|endoftext|>", {}, "--data-chat-template"),
         (NO_SYSTEM, "<|endoftext|>", {"data_system_prompt": "x"}, "--data-system-prompt"),
     ],
 )
-def test_unusable_template_is_named(
+def test_an_unusable_template_is_refused(
     make_tokenizer: Callable, template: str | None, eos_token: str | None, values: dict, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
         build(make_tokenizer(template, eos_token), make_row(), config=DataConfig(**values))
 
 
-def test_template_that_writes_the_date_writes_the_same_every_day(make_tokenizer: Callable) -> None:
+def test_a_template_that_writes_the_date_writes_the_same_date_every_day(make_tokenizer: Callable) -> None:
     dated = "{% if date_string is not defined %}{{ strftime_now('%d %b %Y') }}{% else %}{{ date_string }}{% endif %}"
     tokenizer = make_tokenizer(dated + LLAMA_LIKE)
     (demonstration,), _ = build(tokenizer, make_row())
     assert spell(tokenizer, demonstration)[0].startswith("26 Jul 2024")
 
 
-def test_real_rows_decode_to_themselves(data_folder: Path, tokenizer: Any) -> None:
+def test_tokens_of_real_rows_decode_to_their_text(data_folder: Path, tokenizer: Any) -> None:
     files = [str(data_folder / "train" / f"{name}_train.jsonl.gz") for name in ("gsm8k", "math")]
     config = DataConfig(train_data=files, data_bad_rows="skip")
     demonstrations, report = build_demonstrations(read_rows(config), tokenizer, config, max_tokens=100_000)

@@ -1,4 +1,4 @@
-"""Overlaps with benchmarks: what the data's own README counted, and made-up rows whose overlap is known."""
+"""Overlaps with benchmarks: the counts in the README of the data, and generated rows with a known overlap."""
 
 import gzip
 import json
@@ -66,7 +66,7 @@ def test_words_are_runs_of_letters_and_digits() -> None:
     ]
 
 
-def test_copies_and_near_copies_go_and_stock_phrases_stay(write_rows: Callable) -> None:
+def test_copies_and_near_copies_are_dropped_and_common_phrases_kept(write_rows: Callable) -> None:
     benchmark = write_rows(
         {"id": "b1", "question": LONG}, {"id": "b2", "question": "What is 2 + 2?"}, name="b.jsonl"
     )
@@ -117,9 +117,9 @@ def test_names_of_fields_may_have_capitals(write_rows: Callable) -> None:
     assert find_contamination(named([LONG]), [Path(benchmark)]).dropped == {0: "is 2024-I-4 (b.jsonl)"}
 
 
-def test_row_without_text_is_named(write_rows: Callable) -> None:
+def test_a_benchmark_row_without_text_is_named(write_rows: Callable) -> None:
     benchmark = write_rows({"id": "b1", "problem": LONG}, {"id": "b2", "answer": "7"}, name="b.jsonl")
-    with pytest.raises(DataError, match=r"b\.jsonl:2 has no problem text"):
+    with pytest.raises(DataError, match=r"b\.jsonl:2 "):
         find_contamination(named([LONG]), [Path(benchmark)])
-    with pytest.raises(DataError, match="must name files"):
+    with pytest.raises(DataError, match=r"--decontaminate .*nowhere\.jsonl"):
         find_contamination(named([LONG]), [Path("nowhere.jsonl")])
