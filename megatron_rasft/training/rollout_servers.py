@@ -1,6 +1,6 @@
 """Joins the rollout servers of a run to its trainer: sends them the weights, and collects their samples.
 
-Rank 0 alone sends HTTP requests. During a weight sync, other ranks send weights to the servers too.
+Rank 0 alone samples from the servers. During a weight sync, other ranks send weights to them too.
 """
 
 from collections.abc import Callable, Sequence
@@ -74,7 +74,7 @@ class RolloutServers:
     @property
     def engine(self) -> SglangEngine:
         """Samples from the servers. Rank 0 only."""
-        assert self._engine_on_rank_zero is not None, "only rank 0 sends requests to the servers"
+        assert self._engine_on_rank_zero is not None, "only rank 0 samples from the servers"
         return self._engine_on_rank_zero
 
     def sync(
