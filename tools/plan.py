@@ -17,9 +17,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a c
 
 from megatron_rasft.config.parser import add_flags
 from megatron_rasft.tools import cli
-from megatron_rasft.tools.capacity.choosing import disk_bytes, make_plans, nothing_fits
+from megatron_rasft.tools.capacity.choosing import disk_bytes, estimate_layouts, nothing_fits
 from megatron_rasft.tools.capacity.commands import command_lines
-from megatron_rasft.tools.capacity.config import AssumptionConfig, PlanConfig
+from megatron_rasft.tools.capacity.config import AssumptionConfig, CapacityConfig
 from megatron_rasft.tools.capacity.layout_tables import (
     Table,
     as_values,
@@ -37,15 +37,15 @@ from megatron_rasft.tools.capacity.layouts import Model
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0 if a layout fits, 1 if none does."""
     args = parser().parse_args(argv)
-    config, assumed = PlanConfig.from_args(args), AssumptionConfig.from_args(args)
+    config, assumed = CapacityConfig.from_args(args), AssumptionConfig.from_args(args)
     precision = "fp8" if args.fp8 else "bf16"
     if args.top < 1:
         raise ValueError(f"--top must be >= 1, got {args.top}. Use 1 for the recommended layout only.")
     model = Model.read(args.hf_model, config.rasft_query_groups)
-    plans = make_plans(model, config, assumed, precision=precision)
-    failure = nothing_fits(plans, model, config, assumed, precision=precision)
-    fitting = [p for p in plans if p.excess_gib(config) <= 0]
-    shown = best_of_each(fitting or plans)[: args.top]
+    estimates = estimate_layouts(model, config, assumed, precision=precision)
+    failure = nothing_fits(estimates, model, config, assumed, precision=precision)
+    fitting = [p for p in estimates if p.excess_gib(config) <= 0]
+    shown = best_of_each(fitting or estimates)[: args.top]
     commands = [] if failure else command_lines(model, shown[0], config, precision=precision)
     disk = disk_bytes(model, config, assumed)
     assumptions = assumption_table(model, config, assumed, precision=precision)
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
                 "num_active_parameters": model.num_active_parameters,
             },
             "assumptions": [dict(zip(assumptions.header, row, strict=True)) for row in assumptions.rows],
-            "plans": [as_values(p, config) for p in shown],
+            "layouts": [as_values(p, config) for p in shown],
             "num_fitting": len(fitting),
             "disk": {name: getattr(disk, name) for name in (*disk.__dataclass_fields__, "total")},
             "commands": commands,
@@ -121,7 +121,7 @@ def parser() -> argparse.ArgumentParser:
     kinds.add_argument("--fp8", action="store_true", help="Linear layers in FP8.")
     made.add_argument("--top", type=int, default=8, metavar="N", help="Layouts to print. Default: 8")
     made.add_argument("--json", action="store_true", help="One JSON object: bytes, seconds, hours.")
-    add_flags(made.add_argument_group("cluster and run", PlanConfig.__doc__), PlanConfig)
+    add_flags(made.add_argument_group("cluster and run", CapacityConfig.__doc__), CapacityConfig)
     add_flags(made.add_argument_group("assumptions", AssumptionConfig.__doc__), AssumptionConfig)
     return made
 

@@ -22,7 +22,7 @@ cpu_backend.use_cpu_fused_adam()
 
 from megatron.core import parallel_state  # noqa: E402
 
-from megatron_rasft.tools.capacity.config import AssumptionConfig, PlanConfig  # noqa: E402
+from megatron_rasft.tools.capacity.config import AssumptionConfig, CapacityConfig  # noqa: E402
 from megatron_rasft.tools.capacity.layouts import Layout, Model  # noqa: E402
 from megatron_rasft.tools.capacity.memory import estimate_memory  # noqa: E402
 from megatron_rasft.training.trainer import Trainer  # noqa: E402
@@ -105,7 +105,7 @@ def check_planned_bytes(flags: str, root: Path) -> None:
             expert_tp=1,
         )
         planned = estimate_memory(
-            Model.read(model), layout, PlanConfig(), AssumptionConfig(), num_microbatches=1
+            Model.read(model), layout, CapacityConfig(), AssumptionConfig(), num_microbatches=1
         )
         if parallel_state.get_pipeline_model_parallel_rank() != planned.stage:
             return

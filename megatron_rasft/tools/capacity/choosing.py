@@ -4,13 +4,13 @@ import contextlib
 import math
 from dataclasses import dataclass, replace
 
-from megatron_rasft.tools.capacity.config import AssumptionConfig, PlanConfig
+from megatron_rasft.tools.capacity.config import AssumptionConfig, CapacityConfig
 from megatron_rasft.tools.capacity.layouts import Layout, Model, candidates, splits_heads
-from megatron_rasft.tools.capacity.memory import GIB, Memory, estimate_memory
+from megatron_rasft.tools.capacity.memory import GIB, MemoryEstimate, estimate_memory
 from megatron_rasft.tools.capacity.speed import (
-    Refresh,
-    Run,
-    Step,
+    RefreshEstimate,
+    RunEstimate,
+    StepEstimate,
     estimate_refresh,
     estimate_run,
     estimate_step,
@@ -22,7 +22,7 @@ from megatron_rasft.tools.capacity.speed import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Disk:
+class DiskEstimate:
     """Bytes that a run leaves on disk."""
 
     checkpoint: float
@@ -41,18 +41,18 @@ class Disk:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class LayoutEstimate:
     """One layout, and what it comes to."""
 
     layout: Layout
     rollout_gpus: int
-    memory: Memory
-    step: Step
-    refresh: Refresh
-    run: Run
+    memory: MemoryEstimate
+    step: StepEstimate
+    refresh: RefreshEstimate
+    run: RunEstimate
 
-    def excess_gib(self, config: PlanConfig) -> float:
-        """Memory wanted beyond what a GPU has; <= 0: the plan fits."""
+    def excess_gib(self, config: CapacityConfig) -> float:
+        """Memory wanted beyond what a GPU has; <= 0: the estimate fits."""
         return self.memory.total / GIB - config.gpu_memory_gib
 
 
@@ -61,7 +61,7 @@ def checkpoint_bytes(model: Model) -> float:
     return 14.0 * model.num_parameters
 
 
-def disk_bytes(model: Model, config: PlanConfig, assumed: AssumptionConfig) -> Disk:
+def disk_bytes(model: Model, config: CapacityConfig, assumed: AssumptionConfig) -> DiskEstimate:
     """Sizes of a whole run."""
     needs = config.needs
     checkpoint = checkpoint_bytes(model)
@@ -72,7 +72,7 @@ def disk_bytes(model: Model, config: PlanConfig, assumed: AssumptionConfig) -> D
     trained = problems * trained_rollouts(config, assumed)
     cached = 4 * (config.num_problems * assumed.demonstration_tokens + trained * response)
     cached += 100 * (config.num_problems + trained)
-    return Disk(
+    return DiskEstimate(
         checkpoint=checkpoint,
         checkpoints=checkpoint * num_saves(config),
         export=2.0 * model.num_parameters,
@@ -82,45 +82,45 @@ def disk_bytes(model: Model, config: PlanConfig, assumed: AssumptionConfig) -> D
     )
 
 
-def make_plans(
-    model: Model, config: PlanConfig, assumed: AssumptionConfig, *, precision: str = "bf16"
-) -> list[Plan]:
+def estimate_layouts(
+    model: Model, config: CapacityConfig, assumed: AssumptionConfig, *, precision: str = "bf16"
+) -> list[LayoutEstimate]:
     """Every layout that pretrain_rasft.py accepts, those that fit first, the shortest run at the head.
 
     Raises:
         ValueError: there is none; one line with the rule and the way out.
     """
     check(model, config, assumed)
-    made: list[Plan] = []
+    made: list[LayoutEstimate] = []
     for rollout_gpus in _rollout_shares(model, config):
         for layout in candidates(model, config, config.num_gpus - rollout_gpus):
             if layout.ep > 1 and not rollout_gpus and config.needs.uses_rollouts():
                 continue  # host._check_sampling: replicas sample at their own pace
-            made.append(_plan(model, layout, config, assumed, rollout_gpus, precision))
+            made.append(_estimate(model, layout, config, assumed, rollout_gpus, precision))
     if not made:
         raise ValueError(_why_none(model, config))
-    return sorted(made, key=lambda plan: _rank(plan, config))
+    return sorted(made, key=lambda estimate: _rank(estimate, config))
 
 
-def _rank(plan: Plan, config: PlanConfig) -> tuple[float, ...]:
-    excess = plan.excess_gib(config)
-    simple = (plan.layout.chunks, plan.layout.cp, plan.layout.pp, plan.layout.tp)
-    return (max(0.0, excess), plan.run.hours, *simple)
+def _rank(estimate: LayoutEstimate, config: CapacityConfig) -> tuple[float, ...]:
+    excess = estimate.excess_gib(config)
+    simple = (estimate.layout.chunks, estimate.layout.cp, estimate.layout.pp, estimate.layout.tp)
+    return (max(0.0, excess), estimate.run.hours, *simple)
 
 
-def _plan(
+def _estimate(
     model: Model,
     layout: Layout,
-    config: PlanConfig,
+    config: CapacityConfig,
     assumed: AssumptionConfig,
     rollout_gpus: int,
     precision: str,
-) -> Plan:
+) -> LayoutEstimate:
     step = estimate_step(model, layout, config, assumed, precision=precision)
     refresh = estimate_refresh(
         model, layout, config, assumed, step, rollout_gpus=rollout_gpus, precision=precision
     )
-    return Plan(
+    return LayoutEstimate(
         layout=layout,
         rollout_gpus=rollout_gpus,
         memory=estimate_memory(
@@ -139,7 +139,7 @@ def _plan(
     )
 
 
-def check(model: Model, config: PlanConfig, assumed: AssumptionConfig) -> None:
+def check(model: Model, config: CapacityConfig, assumed: AssumptionConfig) -> None:
     """What no layout can mend.
 
     Raises:
@@ -187,7 +187,7 @@ def check(model: Model, config: PlanConfig, assumed: AssumptionConfig) -> None:
         )
 
 
-def _rollout_shares(model: Model, config: PlanConfig) -> list[int]:
+def _rollout_shares(model: Model, config: CapacityConfig) -> list[int]:
     """GPUs for servers: none, or whole nodes up to half of the cluster; on one node, halves of it."""
     if not config.needs.uses_rollouts():
         if config.rollout_gpus:
@@ -221,7 +221,7 @@ def _rollout_shares(model: Model, config: PlanConfig) -> list[int]:
     return shares if config.rollout_lag else [0, *shares]
 
 
-def _why_none(model: Model, config: PlanConfig) -> str:
+def _why_none(model: Model, config: CapacityConfig) -> str:
     """Why no layout is possible: not a matter of memory."""
     shares = [config.rollout_gpus] if config.rollout_gpus is not None else [0]
     num = config.num_gpus - shares[0]
@@ -271,10 +271,15 @@ def _near(batch: int) -> list[int]:
 
 
 def nothing_fits(
-    plans: list[Plan], model: Model, config: PlanConfig, assumed: AssumptionConfig, *, precision: str = "bf16"
+    estimates: list[LayoutEstimate],
+    model: Model,
+    config: CapacityConfig,
+    assumed: AssumptionConfig,
+    *,
+    precision: str = "bf16",
 ) -> str | None:
     """One line on by how much the closest layout is too large, and what to change; None if something fits."""
-    closest = plans[0]
+    closest = estimates[0]
     excess = closest.excess_gib(config)
     if excess <= 0:
         return None
@@ -293,11 +298,13 @@ def nothing_fits(
     )
 
 
-def _enough_gpus(model: Model, config: PlanConfig, assumed: AssumptionConfig, precision: str) -> int | None:
+def _enough_gpus(
+    model: Model, config: CapacityConfig, assumed: AssumptionConfig, precision: str
+) -> int | None:
     """The smallest doubling of the cluster, up to eightfold, on which something fits."""
     for num_gpus in (2 * config.num_gpus, 4 * config.num_gpus, 8 * config.num_gpus):
         larger = replace(config, num_gpus=num_gpus)
         with contextlib.suppress(ValueError):
-            if make_plans(model, larger, assumed, precision=precision)[0].excess_gib(larger) <= 0:
+            if estimate_layouts(model, larger, assumed, precision=precision)[0].excess_gib(larger) <= 0:
                 return num_gpus
     return None

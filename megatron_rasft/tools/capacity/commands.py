@@ -1,14 +1,16 @@
 """The commands that start a planned run."""
 
-from megatron_rasft.tools.capacity.choosing import Plan
-from megatron_rasft.tools.capacity.config import PlanConfig
+from megatron_rasft.tools.capacity.choosing import LayoutEstimate
+from megatron_rasft.tools.capacity.config import CapacityConfig
 from megatron_rasft.tools.capacity.layouts import Model
 from megatron_rasft.tools.capacity.speed import serving_tp
 
 
-def training_flags(model: Model, plan: Plan, config: PlanConfig, *, precision: str = "bf16") -> list[str]:
+def training_flags(
+    model: Model, estimate: LayoutEstimate, config: CapacityConfig, *, precision: str = "bf16"
+) -> list[str]:
     """Everything after pretrain_rasft.py."""
-    layout = plan.layout
+    layout = estimate.layout
     flags = [
         "--hf-model",
         model.path,
@@ -37,7 +39,7 @@ def training_flags(model: Model, plan: Plan, config: PlanConfig, *, precision: s
     if layout.chunks > 1:
         layers = model.shape.num_layers // layout.pp // layout.chunks
         flags += ["--num-layers-per-virtual-pipeline-stage", str(layers)]
-    flags += _recompute_flags(model, plan)
+    flags += _recompute_flags(model, estimate)
     if layout.num_replicas > 1:
         flags += ["--overlap-grad-reduce", "--overlap-param-gather"]
     flags += ["--seq-length", str(config.seq_length), "--micro-batch-size", str(config.micro_batch_size)]
@@ -47,14 +49,14 @@ def training_flags(model: Model, plan: Plan, config: PlanConfig, *, precision: s
     if config.rasft_query_groups is not None:
         flags += ["--rasft-query-groups", str(config.rasft_query_groups)]
     if config.needs.uses_rollouts():
-        flags += _rollout_flags(plan, config)
+        flags += _rollout_flags(estimate, config)
     if config.save_interval:
         flags += ["--save", "runs/planned/checkpoints", "--save-interval", str(config.save_interval)]
     return [*flags, "--export-hf", "runs/planned/hf"]
 
 
-def _recompute_flags(model: Model, plan: Plan) -> list[str]:
-    match plan.layout.recompute:
+def _recompute_flags(model: Model, estimate: LayoutEstimate) -> list[str]:
+    match estimate.layout.recompute:
         case "full":
             flags = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
             return flags.split()
@@ -65,11 +67,11 @@ def _recompute_flags(model: Model, plan: Plan) -> list[str]:
             return []
 
 
-def _rollout_flags(plan: Plan, config: PlanConfig) -> list[str]:
+def _rollout_flags(estimate: LayoutEstimate, config: CapacityConfig) -> list[str]:
     flags = ["--rasft-refresh-interval", str(config.refresh_interval)]
     flags += ["--rollout-num-samples", str(config.num_samples)]
     flags += ["--rollout-max-new-tokens", str(config.max_new_tokens)]
-    if plan.rollout_gpus:
+    if estimate.rollout_gpus:
         flags += ["--rollout-engine", "sglang", "--rollout-server-file", "runs/planned/servers.txt"]
         flags += ["--rollout-lag", str(config.rollout_lag), "--sync-bucket-mib", str(config.sync_bucket_mib)]
     else:
@@ -77,15 +79,15 @@ def _rollout_flags(plan: Plan, config: PlanConfig) -> list[str]:
     return flags
 
 
-def serving_command(model: Model, config: PlanConfig) -> list[str]:
+def serving_command(model: Model, config: CapacityConfig) -> list[str]:
     """One server."""
     command = ["python", "tools/serve_rollouts.py", "--python", "SGLANG_PYTHON", "--model", model.path]
     return [*command, "--tp", str(serving_tp(model, config)), "--server-file", "runs/planned/servers.txt"]
 
 
-def launcher(plan: Plan, config: PlanConfig) -> list[str]:
+def launcher(estimate: LayoutEstimate, config: CapacityConfig) -> list[str]:
     """What stands before pretrain_rasft.py, on one node or under Slurm."""
-    num_gpus = plan.layout.num_gpus
+    num_gpus = estimate.layout.num_gpus
     if num_gpus <= config.gpus_per_node:
         return ["torchrun", "--nproc-per-node", str(num_gpus)]
     nodes = str(num_gpus // config.gpus_per_node)
@@ -101,15 +103,17 @@ def launcher(plan: Plan, config: PlanConfig) -> list[str]:
     return ["srun", "--nodes", nodes, "--ntasks-per-node", "1", *torchrun]
 
 
-def command_lines(model: Model, plan: Plan, config: PlanConfig, *, precision: str = "bf16") -> list[str]:
+def command_lines(
+    model: Model, estimate: LayoutEstimate, config: CapacityConfig, *, precision: str = "bf16"
+) -> list[str]:
     """As they are typed, with a note where one is meant more than once."""
     lines = []
-    if plan.rollout_gpus:
+    if estimate.rollout_gpus:
         tp = serving_tp(model, config)
-        assert tp is not None, "a plan with servers has ones that fit"
-        num, per_node = plan.rollout_gpus // tp, config.gpus_per_node // tp
+        assert tp is not None, "an estimate with servers has ones that fit"
+        num, per_node = estimate.rollout_gpus // tp, config.gpus_per_node // tp
         once = f"# {num} servers of {tp} GPUs, at most {per_node} on a node; CUDA_VISIBLE_DEVICES gives each its own"
         lines += [once, " ".join(serving_command(model, config))]
-    flags = training_flags(model, plan, config, precision=precision)
-    lines.append(" ".join([*launcher(plan, config), "pretrain_rasft.py", *flags]))
+    flags = training_flags(model, estimate, config, precision=precision)
+    lines.append(" ".join([*launcher(estimate, config), "pretrain_rasft.py", *flags]))
     return lines

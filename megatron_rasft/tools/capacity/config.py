@@ -18,7 +18,7 @@ from megatron_rasft.objective.families import OBJECTIVES
 
 
 @dataclass(kw_only=True)
-class PlanConfig(FlagSection):
+class CapacityConfig(FlagSection):
     """The cluster, and the run on it."""
 
     num_gpus: PositiveInt = 8

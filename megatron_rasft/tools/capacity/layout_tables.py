@@ -1,11 +1,11 @@
-"""A plan as tables, as text and as plain values."""
+"""An estimate as tables, as text and as plain values."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from megatron_rasft.tools.capacity.choosing import Disk, Plan
-from megatron_rasft.tools.capacity.config import AssumptionConfig, PlanConfig
+from megatron_rasft.tools.capacity.choosing import DiskEstimate, LayoutEstimate
+from megatron_rasft.tools.capacity.config import AssumptionConfig, CapacityConfig
 from megatron_rasft.tools.capacity.layouts import Model
 from megatron_rasft.tools.capacity.memory import GIB
 from megatron_rasft.tools.capacity.speed import (
@@ -40,31 +40,34 @@ class Table:
         return "\n".join([self.title, *(f"  {line}" for line in cells)])
 
 
-def best_of_each(plans: Sequence[Plan]) -> list[Plan]:
-    """The best of the plans that differ in recomputation and interleaving only; the order stays."""
-    best: dict[tuple[int, ...], Plan] = {}
-    for plan in plans:
-        at = plan.layout
-        best.setdefault((plan.rollout_gpus, at.tp, at.pp, at.cp, at.ep), plan)
+def best_of_each(estimates: Sequence[LayoutEstimate]) -> list[LayoutEstimate]:
+    """The best of the estimates that differ in recomputation and interleaving only; the order stays."""
+    best: dict[tuple[int, ...], LayoutEstimate] = {}
+    for estimate in estimates:
+        at = estimate.layout
+        best.setdefault((estimate.rollout_gpus, at.tp, at.pp, at.cp, at.ep), estimate)
     return list(best.values())
 
 
-def layout_table(plans: Sequence[Plan], config: PlanConfig) -> Table:
+def layout_table(estimates: Sequence[LayoutEstimate], config: CapacityConfig) -> Table:
     """The layouts side by side."""
     rows = []
-    for number, plan in enumerate(plans, start=1):
-        at, excess = plan.layout, plan.excess_gib(config)
+    for number, estimate in enumerate(estimates, start=1):
+        at, excess = estimate.layout, estimate.excess_gib(config)
         rows.append(
             (
-                *(str(n) for n in (number, plan.rollout_gpus, at.tp, at.pp, at.cp, at.ep, at.dp, at.chunks)),
+                *(
+                    str(n)
+                    for n in (number, estimate.rollout_gpus, at.tp, at.pp, at.cp, at.ep, at.dp, at.chunks)
+                ),
                 at.recompute,
-                f"{plan.memory.total / GIB:.1f}",
+                f"{estimate.memory.total / GIB:.1f}",
                 "yes" if excess <= 0 else f"{excess:.1f} over",
-                f"{plan.step.total_s:.1f}",
-                f"{plan.step.mfu:.0%}",
-                f"{plan.refresh.total_s:.0f}",
-                f"{plan.run.hours:.1f}",
-                f"{plan.run.gpu_hours:.0f}",
+                f"{estimate.step.total_s:.1f}",
+                f"{estimate.step.mfu:.0%}",
+                f"{estimate.refresh.total_s:.0f}",
+                f"{estimate.run.hours:.1f}",
+                f"{estimate.run.gpu_hours:.0f}",
             )
         )
     header = "# servers tp pp cp ep dp chunks recompute GiB fits step_s MFU refresh_s hours GPU-hours".split()
@@ -76,12 +79,16 @@ def layout_table(plans: Sequence[Plan], config: PlanConfig) -> Table:
     )
 
 
-def memory_table(plans: Sequence[Plan]) -> Table:
+def memory_table(estimates: Sequence[LayoutEstimate]) -> Table:
     """Memory of the fullest stage, part by part."""
     parts = "weights gradients optimizer activations logits reference sync kv_cache margin total".split()
     rows = tuple(
-        (str(number), str(plan.memory.stage), *(f"{getattr(plan.memory, part) / GIB:.1f}" for part in parts))
-        for number, plan in enumerate(plans, start=1)
+        (
+            str(number),
+            str(estimate.memory.stage),
+            *(f"{getattr(estimate.memory, part) / GIB:.1f}" for part in parts),
+        )
+        for number, estimate in enumerate(estimates, start=1)
     )
     title = (
         "GiB on a GPU of the fullest stage (of a step, a sync and sampling the largest counts in the total)"
@@ -89,18 +96,18 @@ def memory_table(plans: Sequence[Plan]) -> Table:
     return Table(title, ("#", "stage", *parts), rows)
 
 
-def time_table(plans: Sequence[Plan]) -> Table:
+def time_table(estimates: Sequence[LayoutEstimate]) -> Table:
     """Seconds of a step and of a refresh, part by part."""
     step = "compute_s bubble_s tensor_s context_s data_s reference_s".split()
     refresh = "rollouts_s verification_s scoring_s sync_s".split()
     rows = tuple(
         (
             str(number),
-            str(plan.step.num_microbatches),
-            *(f"{getattr(plan.step, part):.1f}" for part in step),
-            *(f"{getattr(plan.refresh, part):.0f}" for part in refresh),
+            str(estimate.step.num_microbatches),
+            *(f"{getattr(estimate.step, part):.1f}" for part in step),
+            *(f"{getattr(estimate.refresh, part):.0f}" for part in refresh),
         )
-        for number, plan in enumerate(plans, start=1)
+        for number, estimate in enumerate(estimates, start=1)
     )
     header = [name.removesuffix("_s") for name in (*step, *refresh)]
     header[5] = "ref-pass"
@@ -109,7 +116,7 @@ def time_table(plans: Sequence[Plan]) -> Table:
     )
 
 
-def disk_table(disk: Disk, host_bytes: float, config: PlanConfig) -> Table:
+def disk_table(disk: DiskEstimate, host_bytes: float, config: CapacityConfig) -> Table:
     """What the run leaves on disk, and the host memory it needs."""
     rows = [
         ("checkpoint with optimizer", disk.checkpoint),
@@ -126,7 +133,7 @@ def disk_table(disk: Disk, host_bytes: float, config: PlanConfig) -> Table:
 
 
 def assumption_table(
-    model: Model, config: PlanConfig, assumed: AssumptionConfig, *, precision: str = "bf16"
+    model: Model, config: CapacityConfig, assumed: AssumptionConfig, *, precision: str = "bf16"
 ) -> Table:
     """Every assumption with its flag, its value and where it comes from."""
     given = AssumptionConfig()
@@ -161,7 +168,7 @@ def assumption_table(
     )
 
 
-def summary(model: Model, config: PlanConfig, *, precision: str = "bf16") -> str:
+def summary(model: Model, config: CapacityConfig, *, precision: str = "bf16") -> str:
     """What is planned for, in a line or two."""
     size = f"{model.num_parameters / 1e9:.2f}B parameters"
     if model.top_k:
@@ -174,12 +181,12 @@ def summary(model: Model, config: PlanConfig, *, precision: str = "bf16") -> str
     )
 
 
-def as_values(plan: Plan, config: PlanConfig) -> dict[str, Any]:
-    """One plan for --json: bytes, seconds, hours."""
-    values = asdict(plan)
-    values["layout"]["num_gpus"] = plan.layout.num_gpus
-    values["memory"] |= {"steady": plan.memory.steady, "total": plan.memory.total}
-    values["step"]["total_s"] = plan.step.total_s
-    values["refresh"]["total_s"] = plan.refresh.total_s
-    values["fits"] = plan.excess_gib(config) <= 0
+def as_values(estimate: LayoutEstimate, config: CapacityConfig) -> dict[str, Any]:
+    """One estimate for --json: bytes, seconds, hours."""
+    values = asdict(estimate)
+    values["layout"]["num_gpus"] = estimate.layout.num_gpus
+    values["memory"] |= {"steady": estimate.memory.steady, "total": estimate.memory.total}
+    values["step"]["total_s"] = estimate.step.total_s
+    values["refresh"]["total_s"] = estimate.refresh.total_s
+    values["fits"] = estimate.excess_gib(config) <= 0
     return values

@@ -8,7 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
-from megatron_rasft.tools.capacity.config import PlanConfig
+from megatron_rasft.tools.capacity.config import CapacityConfig
 from megatron_rasft.weights.architecture import ModelDescription, megatron_args, splits_attention
 from megatron_rasft.weights.families import Entry, Family, ModelShape, NameTable
 
@@ -201,7 +201,7 @@ def stage_chunks(model: Model, layout: Layout, stage: int) -> list[Chunk]:
     return made
 
 
-def candidates(model: Model, config: PlanConfig, num_gpus: int) -> Iterator[Layout]:
+def candidates(model: Model, config: CapacityConfig, num_gpus: int) -> Iterator[Layout]:
     """Every layout of ``num_gpus`` GPUs that pretrain_rasft.py accepts, in all forms of recomputation."""
     for tp, pp, cp in _sizes(model, config, num_gpus):
         dp = num_gpus // (tp * pp * cp)
@@ -220,7 +220,7 @@ def candidates(model: Model, config: PlanConfig, num_gpus: int) -> Iterator[Layo
                     )
 
 
-def _sizes(model: Model, config: PlanConfig, num_gpus: int) -> Iterator[tuple[int, int, int]]:
+def _sizes(model: Model, config: CapacityConfig, num_gpus: int) -> Iterator[tuple[int, int, int]]:
     """Tensor, pipeline and context parallel sizes."""
     for tp in _divisors(config.gpus_per_node, config.tensor_model_parallel_size):
         if not splits_heads(model, tp):
@@ -234,7 +234,7 @@ def _sizes(model: Model, config: PlanConfig, num_gpus: int) -> Iterator[tuple[in
                     yield tp, pp, cp
 
 
-def _context_sizes(config: PlanConfig) -> list[int]:
+def _context_sizes(config: CapacityConfig) -> list[int]:
     if config.context_parallel_size is not None:
         return [config.context_parallel_size]
     return [cp for cp in (1, 2, 4, 8) if cp == 1 or config.seq_length >= cp * _CONTEXT_SHARE]
@@ -252,13 +252,13 @@ def _divisors(number: int, fixed: int | None) -> list[int]:
     return [n for n in range(1, number + 1) if number % n == 0 and fixed in (None, n)]
 
 
-def _expert_sizes(model: Model, config: PlanConfig, num_ranks: int) -> list[int]:
+def _expert_sizes(model: Model, config: CapacityConfig, num_ranks: int) -> list[int]:
     """Expert-parallel sizes of ``num_ranks`` ranks of a pipeline stage."""
     sizes = _divisors(max(1, model.shape.num_experts), config.expert_model_parallel_size)
     return [ep for ep in sizes if num_ranks % ep == 0]
 
 
-def _chunk_counts(model: Model, config: PlanConfig, pp: int) -> list[int]:
+def _chunk_counts(model: Model, config: CapacityConfig, pp: int) -> list[int]:
     """Chunks per stage. Interleaving needs a pipeline."""
     layers = model.shape.num_layers // pp
     fixed = config.num_layers_per_virtual_pipeline_stage

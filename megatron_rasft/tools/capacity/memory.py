@@ -5,7 +5,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from megatron_rasft.config.loss import fused_chunk_tokens
-from megatron_rasft.tools.capacity.config import AssumptionConfig, PlanConfig
+from megatron_rasft.tools.capacity.config import AssumptionConfig, CapacityConfig
 from megatron_rasft.tools.capacity.layouts import Layout, Model, padded_vocabulary, shards, stage_chunks
 
 GIB = 2**30
@@ -19,7 +19,7 @@ _ADAM = 2 * _FP32
 
 
 @dataclass(frozen=True, kw_only=True)
-class Memory:
+class MemoryEstimate:
     """Bytes on one GPU.
 
     Activations, the key-value cache and the sync's buckets are never there together: a step, a refresh and a sync
@@ -54,14 +54,14 @@ class Memory:
 def estimate_memory(
     model: Model,
     layout: Layout,
-    config: PlanConfig,
+    config: CapacityConfig,
     assumed: AssumptionConfig,
     *,
     num_microbatches: int,
     is_fp8: bool = False,
     uses_servers: bool = True,
     samples: bool = True,
-) -> Memory:
+) -> MemoryEstimate:
     """Of the fullest stage, in BF16 with fp32 gradients and the distributed optimizer.
 
     Args:
@@ -80,20 +80,20 @@ def estimate_memory(
 def _stage_memory(
     model: Model,
     layout: Layout,
-    config: PlanConfig,
+    config: CapacityConfig,
     assumed: AssumptionConfig,
     stage: int,
     num_microbatches: int,
     is_fp8: bool,
     uses_servers: bool,
     samples: bool,
-) -> Memory:
+) -> MemoryEstimate:
     needs = config.needs
     is_last = stage == layout.pp - 1
     dense, expert = buffer_elements(model, layout, stage)
     held = sum(c.num_dense + c.num_expert for c in stage_chunks(model, layout, stage))
     tokens = config.micro_batch_size * config.seq_length / layout.cp
-    return Memory(
+    return MemoryEstimate(
         stage=stage,
         weights=2 * (dense + expert) + (2 * _linear_elements(model, layout) if is_fp8 else 0),
         gradients=_FP32 * (dense + expert),
@@ -205,7 +205,7 @@ def activation_bytes(model: Model, layout: Layout, stage: int, tokens: float, nu
     return 2 * tokens / layout.tp * (kept * num_layers * under_way + working)
 
 
-def logprob_chunk(model: Model, layout: Layout, config: PlanConfig, tokens: float) -> float:
+def logprob_chunk(model: Model, layout: Layout, config: CapacityConfig, tokens: float) -> float:
     """Tokens whose logits a rank holds at a time; ``tokens`` where none of them is computed twice."""
     chunk = config.logprob_chunk_tokens
     if chunk is None:
@@ -213,7 +213,7 @@ def logprob_chunk(model: Model, layout: Layout, config: PlanConfig, tokens: floa
     return min(chunk or tokens, tokens)
 
 
-def _logits_bytes(model: Model, layout: Layout, config: PlanConfig, tokens: float) -> float:
+def _logits_bytes(model: Model, layout: Layout, config: CapacityConfig, tokens: float) -> float:
     """Logits in BF16, a chunk of tokens at a time: their gradient takes their place."""
     chunk = logprob_chunk(model, layout, config, tokens)
     vocabulary = padded_vocabulary(model, layout.tp) / layout.tp
@@ -240,7 +240,7 @@ def sync_bytes(model: Model, layout: Layout, stage: int, bucket_bytes: int) -> f
 
 
 def _kv_cache_bytes(
-    model: Model, layout: Layout, config: PlanConfig, assumed: AssumptionConfig, is_last: bool
+    model: Model, layout: Layout, config: CapacityConfig, assumed: AssumptionConfig, is_last: bool
 ) -> float:
     """Of the embedded engine's rows, and their logits while a token is drawn."""
     length = min(config.seq_length, assumed.prompt_tokens + config.max_new_tokens)

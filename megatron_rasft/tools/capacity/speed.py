@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from megatron_rasft.tools.capacity.config import AssumptionConfig, PlanConfig
+from megatron_rasft.tools.capacity.config import AssumptionConfig, CapacityConfig
 from megatron_rasft.tools.capacity.layouts import Layout, Model, stage_chunks
 from megatron_rasft.tools.capacity.memory import cached_token_bytes, logprob_chunk
 from megatron_rasft.tools.capacity.sync_time import SyncCosts, estimate_sync
@@ -33,7 +33,7 @@ _OVERLAP_REST = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
-class Step:
+class StepEstimate:
     """Seconds of one step."""
 
     tokens: float
@@ -59,7 +59,7 @@ class Step:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Refresh:
+class RefreshEstimate:
     """Seconds of one refresh."""
 
     rollouts_s: float
@@ -74,7 +74,7 @@ class Refresh:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
+class RunEstimate:
     """The whole run."""
 
     num_steps: int
@@ -84,31 +84,31 @@ class Run:
     gpu_hours: float
 
 
-def tokens_per_step(config: PlanConfig, assumed: AssumptionConfig) -> float:
+def tokens_per_step(config: CapacityConfig, assumed: AssumptionConfig) -> float:
     """Demonstrations, and the rollouts that are trained on."""
     return config.global_batch_size * (
         assumed.demonstration_tokens + trained_rollouts(config, assumed) * rollout_tokens(config, assumed)
     )
 
 
-def trained_rollouts(config: PlanConfig, assumed: AssumptionConfig) -> float:
+def trained_rollouts(config: CapacityConfig, assumed: AssumptionConfig) -> float:
     """Per problem."""
     if not config.needs.uses_rollouts():
         return 0.0
     return config.num_samples * (1.0 if config.objective == "grpo" else assumed.solve_rate)
 
 
-def response_tokens(config: PlanConfig, assumed: AssumptionConfig) -> float:
+def response_tokens(config: CapacityConfig, assumed: AssumptionConfig) -> float:
     """Mean length of a rollout without its prompt."""
     return assumed.response_tokens or config.max_new_tokens / 2
 
 
-def rollout_tokens(config: PlanConfig, assumed: AssumptionConfig) -> float:
+def rollout_tokens(config: CapacityConfig, assumed: AssumptionConfig) -> float:
     """Mean length of a rollout with its prompt."""
     return assumed.prompt_tokens + response_tokens(config, assumed)
 
 
-def mean_length(config: PlanConfig, assumed: AssumptionConfig) -> float:
+def mean_length(config: CapacityConfig, assumed: AssumptionConfig) -> float:
     """Mean length of a sequence that a token attends in, weighted by tokens."""
     n = trained_rollouts(config, assumed)
     a, b = assumed.demonstration_tokens, rollout_tokens(config, assumed)
@@ -139,8 +139,13 @@ def forward_flops(model: Model, length: float) -> ForwardFlops:
 
 
 def estimate_step(
-    model: Model, layout: Layout, config: PlanConfig, assumed: AssumptionConfig, *, precision: str = "bf16"
-) -> Step:
+    model: Model,
+    layout: Layout,
+    config: CapacityConfig,
+    assumed: AssumptionConfig,
+    *,
+    precision: str = "bf16",
+) -> StepEstimate:
     """Of one training step.
 
     The slowest stage sets the pace of the pipeline, which fills and drains once a step: its bubble is (pp - 1) micro-batches,
@@ -179,7 +184,7 @@ def estimate_step(
         "reference_s": reference_s,
     }
     model_flops = 3 * ((flops.attention + flops.mlp) * model.shape.num_layers + flops.output) * tokens
-    return Step(
+    return StepEstimate(
         tokens=tokens, num_microbatches=num, mfu=model_flops / peak / sum(parts.values()), **parts
     )  # fmt: skip
 
@@ -195,14 +200,14 @@ def flops_per_s(model: Model, assumed: AssumptionConfig, precision: str) -> floa
     return matrix_share(model, assumed, precision) * peak * 1e12
 
 
-def _bandwidth(assumed: AssumptionConfig, config: PlanConfig, span: int) -> float:
+def _bandwidth(assumed: AssumptionConfig, config: CapacityConfig, span: int) -> float:
     """Bytes per second of a collective over ranks that span so many GPUs, counted from the first of a node."""
     gb_per_s = assumed.nvlink_gb_per_s if span <= config.gpus_per_node else assumed.network_gb_per_s
     return gb_per_s * 1e9
 
 
 def _communication(
-    model: Model, layout: Layout, config: PlanConfig, assumed: AssumptionConfig, width: float
+    model: Model, layout: Layout, config: CapacityConfig, assumed: AssumptionConfig, width: float
 ) -> tuple[float, float]:
     """Seconds of a micro-batch on a stage: tensor, expert and pipeline parallel; context parallel."""
     s = model.shape
@@ -223,7 +228,7 @@ def _communication(
 
 
 def _data_s(
-    model: Model, layout: Layout, config: PlanConfig, assumed: AssumptionConfig, microbatch_s: float
+    model: Model, layout: Layout, config: CapacityConfig, assumed: AssumptionConfig, microbatch_s: float
 ) -> float:
     """fp32 gradients scattered and BF16 weights gathered, hidden behind the last and the first micro-batch."""
     slowest = 0.0
@@ -239,7 +244,7 @@ def _data_s(
 def _forward_s(
     model: Model,
     layout: Layout,
-    config: PlanConfig,
+    config: CapacityConfig,
     assumed: AssumptionConfig,
     precision: str,
     num_microbatches: float,
@@ -256,7 +261,7 @@ def _forward_s(
     return once * (num_microbatches + layout.pp - 1) + 3 * 2 * held / (assumed.pcie_gb_per_s * 1e9)
 
 
-def serving_tp(model: Model, config: PlanConfig) -> int | None:
+def serving_tp(model: Model, config: CapacityConfig) -> int | None:
     """GPUs of a server: the fewest whose memory the weights fill to at most 75 %; None if no node is large enough."""
     room = 0.75 * config.gpu_memory_gib * 2**30
     sizes = [n for n in range(1, config.gpus_per_node + 1) if config.gpus_per_node % n == 0]
@@ -274,13 +279,13 @@ def decode_tokens_per_s(model: Model, assumed: AssumptionConfig) -> float:
 def estimate_refresh(
     model: Model,
     layout: Layout,
-    config: PlanConfig,
+    config: CapacityConfig,
     assumed: AssumptionConfig,
-    step: Step,
+    step: StepEstimate,
     *,
     rollout_gpus: int,
     precision: str = "bf16",
-) -> Refresh:
+) -> RefreshEstimate:
     """Of the refresh before --refresh-interval steps."""
     needs = config.needs
     num_steps = min(config.refresh_interval, _num_steps(config))
@@ -288,7 +293,7 @@ def estimate_refresh(
     rollouts_s = sync_s = 0.0
     if num_samples and rollout_gpus:
         tp = serving_tp(model, config)
-        assert tp is not None, "a plan with servers has ones that fit"
+        assert tp is not None, "an estimate with servers has ones that fit"
         tokens = num_samples * response_tokens(config, assumed)
         longest_s = config.max_new_tokens * _read_s(model, tp, assumed)
         rollouts_s = tokens / rollout_gpus / decode_tokens_per_s(model, assumed) + longest_s
@@ -301,7 +306,7 @@ def estimate_refresh(
     num_scored = needs.needs_reference_logprobs() + needs.needs_old_logprobs()
     budget = config.micro_batch_size * config.seq_length
     num_batches = num_steps * step.tokens / PACKING / layout.dp / budget
-    return Refresh(
+    return RefreshEstimate(
         rollouts_s=rollouts_s,
         verification_s=num_samples / assumed.verifications_per_s,
         scoring_s=num_scored
@@ -313,7 +318,7 @@ def estimate_refresh(
 
 
 def _embedded_position_s(
-    model: Model, layout: Layout, config: PlanConfig, assumed: AssumptionConfig
+    model: Model, layout: Layout, config: CapacityConfig, assumed: AssumptionConfig
 ) -> float:
     """A token of all rows of the embedded engine: kernels, weights, and the rows' keys and values."""
     has_graphs = layout.pp == 1 and not model.shape.num_experts
@@ -330,7 +335,7 @@ def _read_s(model: Model, tp: int, assumed: AssumptionConfig) -> float:
     return 2 * model.num_parameters / tp / (assumed.hbm_gb_per_s * 1e9 * _HBM_SHARE)
 
 
-def _sync_s(model: Model, layout: Layout, config: PlanConfig, assumed: AssumptionConfig) -> float:
+def _sync_s(model: Model, layout: Layout, config: CapacityConfig, assumed: AssumptionConfig) -> float:
     """A source has one card and gives the servers half of it: SyncCosts as benchmarks/weight_sync.py assumes them."""
     num_bytes = 2 * model.num_parameters
     costs = SyncCosts(
@@ -344,13 +349,18 @@ def _sync_s(model: Model, layout: Layout, config: PlanConfig, assumed: Assumptio
     return estimate_sync(num_bytes, num_buckets, costs, num_stages=layout.pp).total_s
 
 
-def _num_steps(config: PlanConfig) -> int:
+def _num_steps(config: CapacityConfig) -> int:
     return math.ceil(config.num_problems * config.epochs / config.global_batch_size)
 
 
 def estimate_run(
-    config: PlanConfig, step: Step, refresh: Refresh, *, checkpoint_bytes: float, assumed: AssumptionConfig
-) -> Run:
+    config: CapacityConfig,
+    step: StepEstimate,
+    refresh: RefreshEstimate,
+    *,
+    checkpoint_bytes: float,
+    assumed: AssumptionConfig,
+) -> RunEstimate:
     """All steps, refreshes and saves. With --rollout-lag 1 the servers sample while the trainer steps."""
     num_steps = _num_steps(config)
     num_refreshes = math.ceil(num_steps / config.refresh_interval)
@@ -360,7 +370,7 @@ def estimate_run(
     saves_s = num_saves(config) * checkpoint_bytes / (assumed.disk_gb_per_s * 1e9)
     rest_s = num_refreshes * (refresh.total_s - refresh.rollouts_s)
     hours = (waited_s + rest_s + saves_s) / 3600
-    return Run(
+    return RunEstimate(
         num_steps=num_steps,
         num_refreshes=num_refreshes,
         saves_s=saves_s,
@@ -369,6 +379,6 @@ def estimate_run(
     )
 
 
-def num_saves(config: PlanConfig) -> int:
+def num_saves(config: CapacityConfig) -> int:
     """Checkpoints of a run: one every --save-interval steps, and one at the end."""
     return math.ceil(_num_steps(config) / config.save_interval) if config.save_interval else 0

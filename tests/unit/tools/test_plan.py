@@ -43,8 +43,8 @@ def test_json_holds_every_number(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--hf-model", str(LLAMA_70B), "--json", "--top", "3", "--mfu", "0.4") == 0
     values = json.loads(capsys.readouterr().out)
     assert values["model"]["num_parameters"] == 70_553_706_496
-    assert len(values["plans"]) == 3 <= values["num_fitting"]
-    first = values["plans"][0]
+    assert len(values["layouts"]) == 3 <= values["num_fitting"]
+    first = values["layouts"][0]
     assert first["fits"] and first["memory"]["total"] <= 80 * 2**30
     assert {"flag": "--mfu", "value": "0.4", "basis": "given"} in values["assumptions"]
     assert any(line.startswith("python tools/serve_rollouts.py") for line in values["commands"])

@@ -1,4 +1,4 @@
-"""The model and the run that the tests of this room plan."""
+"""The model and the run that the tests of this room estimate."""
 
 from pathlib import Path
 

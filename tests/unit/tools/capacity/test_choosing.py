@@ -6,26 +6,28 @@ from typing import Any
 
 import pytest
 
-from megatron_rasft.tools.capacity.choosing import Plan, make_plans, nothing_fits
-from megatron_rasft.tools.capacity.config import AssumptionConfig, PlanConfig
+from megatron_rasft.tools.capacity.choosing import LayoutEstimate, estimate_layouts, nothing_fits
+from megatron_rasft.tools.capacity.config import AssumptionConfig, CapacityConfig
 from megatron_rasft.tools.capacity.layouts import Model
 from tests.tiny_models import write_folder
 
 
-def plans(model: Model, precision: str = "bf16", **given: Any) -> tuple[list[Plan], PlanConfig]:
-    config = PlanConfig(**{"num_gpus": 64, **given})
-    return make_plans(model, config, AssumptionConfig(), precision=precision), config
+def estimates(
+    model: Model, precision: str = "bf16", **given: Any
+) -> tuple[list[LayoutEstimate], CapacityConfig]:
+    config = CapacityConfig(**{"num_gpus": 64, **given})
+    return estimate_layouts(model, config, AssumptionConfig(), precision=precision), config
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp8"])
 def test_70b_on_64_gpus_is_split_as_engineers_do(llama_70b: Model, precision: str) -> None:
-    found, config = plans(llama_70b, precision)
+    found, config = estimates(llama_70b, precision)
     best = found[0].layout
     assert found[0].excess_gib(config) <= 0
     assert best.tp in (4, 8) and 2 <= best.pp <= 8 and best.cp <= 2
     assert found[0].rollout_gpus in (16, 24, 32)
     assert 0.25 < found[0].step.mfu < 0.45 if precision == "bf16" else 0.15 < found[0].step.mfu < 0.27
-    hours = [plan.run.hours for plan in found if plan.excess_gib(config) <= 0]
+    hours = [estimate.run.hours for estimate in found if estimate.excess_gib(config) <= 0]
     assert hours == sorted(hours)
 
 
@@ -39,21 +41,21 @@ def test_8b_on_one_node_needs_no_pipeline(tmp_path: Path) -> None:
     }
     (tmp_path / "config.json").write_text(json.dumps({**config, **sizes}))
     model = Model.read(tmp_path)
-    found, given = plans(model, num_gpus=8)
+    found, given = estimates(model, num_gpus=8)
     assert nothing_fits(found, model, given, AssumptionConfig()) is None
     assert found[0].layout.pp <= 2 and found[0].layout.tp <= 4
 
 
 def test_mixture_samples_from_servers_where_its_experts_are_spread(tmp_path: Path) -> None:
     model = Model.read(write_folder("mixtral", tmp_path / "mixtral"))
-    found, _ = plans(model, num_gpus=8)
-    assert {plan.layout.ep for plan in found} == {1, 2, 4}
-    assert all(plan.rollout_gpus > 0 for plan in found if plan.layout.ep > 1)
+    found, _ = estimates(model, num_gpus=8)
+    assert {estimate.layout.ep for estimate in found} == {1, 2, 4}
+    assert all(estimate.rollout_gpus > 0 for estimate in found if estimate.layout.ep > 1)
 
 
 def test_objective_without_rollouts_trains_on_every_gpu(llama_70b: Model) -> None:
-    found, _ = plans(llama_70b, objective="sft")
-    assert {plan.rollout_gpus for plan in found} == {0}
+    found, _ = estimates(llama_70b, objective="sft")
+    assert {estimate.rollout_gpus for estimate in found} == {0}
     assert found[0].refresh.total_s == 0 and found[0].memory.host == 0
 
 
@@ -82,12 +84,12 @@ def test_what_cannot_be_is_refused_with_the_way_out(
     llama_70b: Model, given: dict[str, Any], says: str
 ) -> None:
     with pytest.raises(ValueError, match=says) as caught:
-        plans(llama_70b, **given)
+        estimates(llama_70b, **given)
     assert "\n" not in str(caught.value)
 
 
 def test_nothing_fits_says_by_how_much_and_what_to_change(llama_70b: Model) -> None:
-    found, config = plans(
+    found, config = estimates(
         llama_70b,
         num_gpus=32,
         objective="sft",
@@ -99,18 +101,18 @@ def test_nothing_fits_says_by_how_much_and_what_to_change(llama_70b: Model) -> N
     assert message is not None and "\n" not in message
     assert f"{found[0].excess_gib(config):.1f} too much" in message
     assert "--recompute full" in message and "a shorter --seq-length" in message
-    found, _ = plans(
+    found, _ = estimates(
         llama_70b, num_gpus=32, objective="sft", seq_length=32768, recompute="full", context_parallel_size=1
     )
     assert found[0].excess_gib(config) <= 0
 
 
 def test_more_gpus_are_named_where_they_are_enough(llama_70b: Model) -> None:
-    found, config = plans(llama_70b, num_gpus=8)
+    found, config = estimates(llama_70b, num_gpus=8)
     message = nothing_fits(found, llama_70b, config, AssumptionConfig())
     assert message is not None
     enough = int(message.split("--num-gpus ")[1].split(",")[0])
-    found, larger = plans(llama_70b, num_gpus=enough)
+    found, larger = estimates(llama_70b, num_gpus=enough)
     assert found[0].excess_gib(larger) <= 0
-    found, smaller = plans(llama_70b, num_gpus=enough // 2)
+    found, smaller = estimates(llama_70b, num_gpus=enough // 2)
     assert found[0].excess_gib(smaller) > 0

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from megatron_rasft.tools.capacity.choosing import Plan, make_plans
+from megatron_rasft.tools.capacity.choosing import LayoutEstimate, estimate_layouts
 from megatron_rasft.tools.capacity.commands import launcher, serving_command, training_flags
-from megatron_rasft.tools.capacity.config import AssumptionConfig, PlanConfig
+from megatron_rasft.tools.capacity.config import AssumptionConfig, CapacityConfig
 from megatron_rasft.tools.capacity.layouts import Model
 from megatron_rasft.training import cpu_backend
 
@@ -20,9 +20,9 @@ from tests.tiny_models import write_folder  # noqa: E402
 from tools import serve_rollouts  # noqa: E402
 
 
-def first(model: Model, precision: str = "bf16", **given: Any) -> tuple[Plan, PlanConfig]:
-    config = PlanConfig(**{"num_gpus": 64, **given})
-    return make_plans(model, config, AssumptionConfig(), precision=precision)[0], config
+def first(model: Model, precision: str = "bf16", **given: Any) -> tuple[LayoutEstimate, CapacityConfig]:
+    config = CapacityConfig(**{"num_gpus": 64, **given})
+    return estimate_layouts(model, config, AssumptionConfig(), precision=precision)[0], config
 
 
 @pytest.mark.parametrize(
@@ -57,14 +57,16 @@ def test_run_of_a_mixture_accepts_its_flags(tmp_path: Path, monkeypatch: pytest.
         accepted(model, *first(model, num_gpus=16, **short, **given), monkeypatch)
 
 
-def accepted(model: Model, plan: Plan, config: PlanConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def accepted(
+    model: Model, estimate: LayoutEstimate, config: CapacityConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """startup.parse takes the flags, and reads the planned layout out of them."""
     monkeypatch.setattr(startup.HfFolder, "open", partial(HfFolder.open, with_weights=False))
-    monkeypatch.setenv("WORLD_SIZE", str(plan.layout.num_gpus))
+    monkeypatch.setenv("WORLD_SIZE", str(estimate.layout.num_gpus))
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setattr("sys.argv", ["pretrain_rasft.py"])
-    args, run, _ = startup.parse(training_flags(model, plan, config))
-    at = plan.layout
+    args, run, _ = startup.parse(training_flags(model, estimate, config))
+    at = estimate.layout
     assert (args.tensor_model_parallel_size, args.pipeline_model_parallel_size) == (at.tp, at.pp)
     assert (args.context_parallel_size, args.expert_model_parallel_size) == (at.cp, at.ep)
     assert args.data_parallel_size == at.dp and args.expert_tensor_parallel_size == at.expert_tp
@@ -72,27 +74,27 @@ def accepted(model: Model, plan: Plan, config: PlanConfig, monkeypatch: pytest.M
     assert args.sequence_parallel == (at.tp > 1)
     assert (args.recompute_granularity or "none") == at.recompute
     assert args.use_distributed_optimizer and args.accumulate_allreduce_grads_in_fp32 and args.bf16
-    assert run.rollout.rollout_engine == ("sglang" if plan.rollout_gpus else "embedded")
+    assert run.rollout.rollout_engine == ("sglang" if estimate.rollout_gpus else "embedded")
 
 
 def test_fp8_flags_are_known(llama_70b: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine without a GPU refuses FP8 only after it has parsed the flags."""
-    plan, config = first(llama_70b, "fp8")
+    estimate, config = first(llama_70b, "fp8")
     monkeypatch.setattr(startup.HfFolder, "open", partial(HfFolder.open, with_weights=False))
-    monkeypatch.setenv("WORLD_SIZE", str(plan.layout.num_gpus))
+    monkeypatch.setenv("WORLD_SIZE", str(estimate.layout.num_gpus))
     monkeypatch.setattr("sys.argv", ["pretrain_rasft.py"])
     with pytest.raises(ValueError, match="--fp8-format needs"):
-        startup.parse(training_flags(llama_70b, plan, config, precision="fp8"))
+        startup.parse(training_flags(llama_70b, estimate, config, precision="fp8"))
 
 
 def test_server_accepts_its_flags(llama_70b: Model) -> None:
-    plan, config = first(llama_70b)
+    estimate, config = first(llama_70b)
     args = serve_rollouts.parser().parse_args(serving_command(llama_70b, config)[2:])
-    assert args.tp == 4 and plan.rollout_gpus % args.tp == 0
+    assert args.tp == 4 and estimate.rollout_gpus % args.tp == 0
 
 
 def test_several_nodes_are_started_by_slurm_and_one_by_torchrun(llama_70b: Model) -> None:
-    plan, config = first(llama_70b, rollout_gpus=32)
-    assert launcher(plan, config)[:3] == ["srun", "--nodes", "4"]
-    plan, config = first(llama_70b, num_gpus=8, recompute="full")
-    assert launcher(plan, config)[:2] == ["torchrun", "--nproc-per-node"]
+    estimate, config = first(llama_70b, rollout_gpus=32)
+    assert launcher(estimate, config)[:3] == ["srun", "--nodes", "4"]
+    estimate, config = first(llama_70b, num_gpus=8, recompute="full")
+    assert launcher(estimate, config)[:2] == ["torchrun", "--nproc-per-node"]

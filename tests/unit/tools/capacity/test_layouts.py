@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_rasft.tools.capacity.config import PlanConfig
+from megatron_rasft.tools.capacity.config import CapacityConfig
 from megatron_rasft.tools.capacity.layouts import Layout, Model, candidates, padded_vocabulary, stage_chunks
 from megatron_rasft.weights.architecture import ModelDescription
 from megatron_rasft.weights.families import NameTable
@@ -43,7 +43,7 @@ def test_vocabulary_is_padded_for_every_rank(llama_70b: Model) -> None:
 
 
 def test_every_layout_divides_what_it_splits(llama_70b: Model) -> None:
-    config = PlanConfig(num_gpus=32)
+    config = CapacityConfig(num_gpus=32)
     found = list(candidates(llama_70b, config, 32))
     assert len(found) == len(set(found)) > 50
     for at in found:
@@ -58,18 +58,18 @@ def test_heads_that_do_not_split_are_left_out(tmp_path: Path) -> None:
     path.write_text(
         json.dumps({**config, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64})
     )
-    sizes = {at.tp for at in candidates(Model.read(tmp_path), PlanConfig(), 8)}
+    sizes = {at.tp for at in candidates(Model.read(tmp_path), CapacityConfig(), 8)}
     assert sizes == {1}
     path.write_text(
         json.dumps({**config, "num_attention_heads": 12, "num_key_value_heads": 4, "head_dim": 64})
     )
-    sizes = {at.tp for at in candidates(Model.read(tmp_path, query_groups=8), PlanConfig(), 8)}
+    sizes = {at.tp for at in candidates(Model.read(tmp_path, query_groups=8), CapacityConfig(), 8)}
     assert sizes == {1, 2, 4, 8}
 
 
 def test_experts_are_spread_over_the_ranks_of_a_stage(tmp_path: Path) -> None:
     model = Model.read(write_folder("mixtral", tmp_path / "mixtral"))
-    config = PlanConfig(expert_model_parallel_size=4, recompute="none", tensor_model_parallel_size=2)
+    config = CapacityConfig(expert_model_parallel_size=4, recompute="none", tensor_model_parallel_size=2)
     for at in candidates(model, config, 8):
         assert at.tp * at.cp * at.dp % 4 == 0 and at.expert_tp == 1
         assert at.num_expert_replicas == at.tp * at.cp * at.dp // 4

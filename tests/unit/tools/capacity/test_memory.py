@@ -7,7 +7,7 @@ import torch
 
 from megatron_rasft.sync.buckets import MemoryPlan
 from megatron_rasft.sync.wire_format import WireFormat
-from megatron_rasft.tools.capacity.config import AssumptionConfig, PlanConfig
+from megatron_rasft.tools.capacity.config import AssumptionConfig, CapacityConfig
 from megatron_rasft.tools.capacity.layouts import Layout, Model
 from megatron_rasft.tools.capacity.memory import (
     GIB,
@@ -25,7 +25,7 @@ TP8_PP4 = Layout(tp=8, pp=4, cp=1, dp=2, expert_tp=8)
 def test_70b_over_64_gpus_is_six_bytes_a_parameter_and_twelve_shared(
     llama_70b: Model, assumed: AssumptionConfig
 ) -> None:
-    memory = estimate_memory(llama_70b, TP8_PP4, PlanConfig(num_gpus=64), assumed, num_microbatches=16)
+    memory = estimate_memory(llama_70b, TP8_PP4, CapacityConfig(num_gpus=64), assumed, num_microbatches=16)
     layer = 8192 * (8192 + 2 * 1024) + 8192 * 8192 + 3 * 8192 * 28672
     elements = (20 * layer + 129024 * 8192) / 8 + 2 * 20 * 8192
     assert memory.stage == 0
@@ -59,7 +59,7 @@ def test_recomputation_keeps_less(llama_70b: Model) -> None:
 def test_kl_objective_holds_the_references_output_layer_and_hidden_states(
     llama_70b: Model, assumed: AssumptionConfig
 ) -> None:
-    config = PlanConfig(num_gpus=64, objective="sft_kl")
+    config = CapacityConfig(num_gpus=64, objective="sft_kl")
     memory = estimate_memory(
         llama_70b, replace(TP8_PP4, pp=1, dp=8), config, assumed, num_microbatches=3, samples=False
     )
@@ -68,7 +68,7 @@ def test_kl_objective_holds_the_references_output_layer_and_hidden_states(
 
 
 def test_embedded_engine_caches_keys_and_values(llama_70b: Model, assumed: AssumptionConfig) -> None:
-    config = PlanConfig(num_gpus=64, rollout_batch_size=32)
+    config = CapacityConfig(num_gpus=64, rollout_batch_size=32)
     memory = estimate_memory(llama_70b, TP8_PP4, config, assumed, num_microbatches=1, uses_servers=False)
     length, logits = 256 + 4096, 32 * 128256 * 48
     # one of 8 groups a rank
@@ -92,7 +92,7 @@ def test_sync_takes_what_its_memory_plan_says(llama_70b: Model, tp: int, bucket_
 def test_fp8_keeps_two_more_bytes_of_each_linear_weight(llama_70b: Model, assumed: AssumptionConfig) -> None:
     def weights(is_fp8: bool) -> float:
         return estimate_memory(
-            llama_70b, TP8_PP4, PlanConfig(num_gpus=64), assumed, num_microbatches=1, is_fp8=is_fp8
+            llama_70b, TP8_PP4, CapacityConfig(num_gpus=64), assumed, num_microbatches=1, is_fp8=is_fp8
         ).weights
 
     layer = 8192 * (8192 + 2 * 1024) + 8192 * 8192 + 3 * 8192 * 28672
@@ -101,7 +101,7 @@ def test_fp8_keeps_two_more_bytes_of_each_linear_weight(llama_70b: Model, assume
 
 def test_logits_are_kept_in_bf16_up_to_three_gib(llama_70b: Model) -> None:
     one_gpu = replace(TP8_PP4, tp=1)
-    config = PlanConfig(num_gpus=64)
+    config = CapacityConfig(num_gpus=64)
     assert logprob_chunk(llama_70b, one_gpu, config, 8192) == 8192
     # 128,256 logits of two bytes a token: 12,557 tokens fit, so 20,000 make two equal parts
     assert logprob_chunk(llama_70b, one_gpu, config, 20000) == 10000

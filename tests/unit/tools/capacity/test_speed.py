@@ -10,7 +10,7 @@ from megatron_rasft.data.reading import DataReport
 from megatron_rasft.data.tokenized_rows import write_rows
 from megatron_rasft.tools.capacity import speed
 from megatron_rasft.tools.capacity.choosing import disk_bytes
-from megatron_rasft.tools.capacity.config import AssumptionConfig, PlanConfig
+from megatron_rasft.tools.capacity.config import AssumptionConfig, CapacityConfig
 from megatron_rasft.tools.capacity.layouts import Layout, Model
 from megatron_rasft.training.reference import LogprobCache
 from megatron_rasft.types import Demonstration, Rollout, TrainingSample
@@ -34,7 +34,7 @@ QWEN2_5 = {
 def test_one_gpu_is_as_fast_as_was_measured(tmp_path: Path, precision: str, measured: int) -> None:
     (tmp_path / "config.json").write_text(json.dumps(QWEN2_5))
     model = Model.read(tmp_path)
-    config = PlanConfig(
+    config = CapacityConfig(
         num_gpus=1, objective="sft", seq_length=2048, max_new_tokens=1024, logprob_chunk_tokens=0
     )
     assumed = AssumptionConfig(demonstration_tokens=2048)
@@ -50,7 +50,7 @@ def test_flops_are_six_per_weight_and_token_with_causal_attention(llama_70b: Mod
 
 
 def test_bubble_is_shared_by_the_chunks_of_a_stage(llama_70b: Model, assumed: AssumptionConfig) -> None:
-    config = PlanConfig(num_gpus=64)
+    config = CapacityConfig(num_gpus=64)
     plain = speed.estimate_step(llama_70b, TP8_PP2, config, assumed)
     chunked = speed.estimate_step(llama_70b, replace(TP8_PP2, chunks=4), config, assumed)
     share = plain.bubble_s / (plain.compute_s + plain.tensor_s)
@@ -59,7 +59,7 @@ def test_bubble_is_shared_by_the_chunks_of_a_stage(llama_70b: Model, assumed: As
 
 
 def test_recomputation_costs_a_forward_pass(llama_70b: Model, assumed: AssumptionConfig) -> None:
-    config = PlanConfig(num_gpus=64, logprob_chunk_tokens=0)
+    config = CapacityConfig(num_gpus=64, logprob_chunk_tokens=0)
     none, full = (
         speed.estimate_step(llama_70b, replace(TP8_PP2, recompute=r), config, assumed)
         for r in ("none", "full")
@@ -69,7 +69,7 @@ def test_recomputation_costs_a_forward_pass(llama_70b: Model, assumed: Assumptio
 
 
 def test_rollouts_of_servers_scale_with_gpus_and_size(llama_70b: Model, assumed: AssumptionConfig) -> None:
-    config = PlanConfig(num_gpus=64)
+    config = CapacityConfig(num_gpus=64)
     step = speed.estimate_step(llama_70b, TP8_PP2, config, assumed)
     few, many = (
         speed.estimate_refresh(llama_70b, TP8_PP2, config, assumed, step, rollout_gpus=n) for n in (16, 32)
@@ -86,7 +86,7 @@ def test_the_embedded_engine_refills_its_rows(
     llama_70b: Model, assumed: AssumptionConfig, pp: int, layer_s: float
 ) -> None:
     """Without graphs, as in a pipeline, launching the kernels takes most of the time."""
-    config = PlanConfig(num_gpus=64, num_samples=4, refresh_interval=1, max_new_tokens=1000)
+    config = CapacityConfig(num_gpus=64, num_samples=4, refresh_interval=1, max_new_tokens=1000)
     layout = replace(TP8_PP2, pp=pp, dp=8 // pp)
     step = speed.estimate_step(llama_70b, layout, config, assumed)
     refresh = speed.estimate_refresh(llama_70b, layout, config, assumed, step, rollout_gpus=0)
@@ -97,7 +97,7 @@ def test_the_embedded_engine_refills_its_rows(
 
 
 def test_lag_hides_the_shorter_of_rollouts_and_steps(llama_70b: Model, assumed: AssumptionConfig) -> None:
-    config = PlanConfig(num_gpus=64, rollout_gpus=32)
+    config = CapacityConfig(num_gpus=64, rollout_gpus=32)
     step = speed.estimate_step(llama_70b, TP8_PP2, config, assumed)
     refresh = speed.estimate_refresh(llama_70b, TP8_PP2, config, assumed, step, rollout_gpus=32)
     waits, overlaps = (
@@ -112,7 +112,7 @@ def test_lag_hides_the_shorter_of_rollouts_and_steps(llama_70b: Model, assumed: 
 def test_sizes_on_disk_are_those_of_the_files(
     llama_70b: Model, assumed: AssumptionConfig, tmp_path: Path
 ) -> None:
-    disk = disk_bytes(llama_70b, PlanConfig(num_gpus=64, num_problems=1000, num_samples=1), assumed)
+    disk = disk_bytes(llama_70b, CapacityConfig(num_gpus=64, num_problems=1000, num_samples=1), assumed)
     ids = list(range(10_000, 10_000 + 2048))
     rollout = Rollout(
         problem_id="train.jsonl:123",
