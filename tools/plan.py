@@ -1,10 +1,10 @@
-"""Memory, time and layout for a model on a cluster, before it is rented.
+"""Estimates memory and time of every layout of a model on a cluster, before the cluster is rented.
 
     python tools/plan.py --hf-model DIR --num-gpus 64 [--gpu-memory-gib 80] [--seq-length 8192] [--bf16 | --fp8]
 
-DIR needs a config.json only. Prints the layouts that fit, what each holds and how long it takes, the one to take, and
-the commands that start it. Parameters, gradients and optimizer states are those that Megatron builds; the rest is
-calculated, from speeds that are printed with their flags. Neither a GPU nor torch is needed.
+DIR needs only a config.json. The tool prints the layouts that fit with their memory and times, recommends one and prints the
+commands that start it. Sizes of parameters, gradients and optimizer states are exactly those that Megatron allocates. All other
+figures are calculated from assumed speeds, which are printed with their flags. The tool needs neither a GPU nor torch.
 """
 
 import argparse
@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def show(table: Table) -> None:
-    """With colours and lines on a terminal, aligned text elsewhere."""
+    """Prints a table: with colours and lines on a terminal, as aligned text elsewhere."""
     print()
     if not sys.stdout.isatty():
         print(table.plain())
@@ -102,7 +102,7 @@ def show(table: Table) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    """All flags."""
+    """Builds the parser with all flags."""
     made = argparse.ArgumentParser(
         prog="plan.py",
         description=__doc__,
@@ -114,13 +114,17 @@ def parser() -> argparse.ArgumentParser:
         type=Path,
         required=True,
         metavar="DIR",
-        help="Hugging Face folder; config.json will do.",
+        help="Hugging Face folder. Only its config.json is read.",
     )
     kinds = made.add_mutually_exclusive_group()
     kinds.add_argument("--bf16", action="store_true", help="Train in BF16. This is the default.")
-    kinds.add_argument("--fp8", action="store_true", help="Linear layers in FP8.")
-    made.add_argument("--top", type=int, default=8, metavar="N", help="Layouts to print. Default: 8")
-    made.add_argument("--json", action="store_true", help="One JSON object: bytes, seconds, hours.")
+    kinds.add_argument("--fp8", action="store_true", help="Train the linear layers in FP8.")
+    made.add_argument(
+        "--top", type=int, default=8, metavar="N", help="Number of layouts to print. Default: 8"
+    )
+    made.add_argument(
+        "--json", action="store_true", help="Print one JSON object, in bytes, seconds and hours."
+    )
     add_flags(made.add_argument_group("cluster and run", CapacityConfig.__doc__), CapacityConfig)
     add_flags(made.add_argument_group("assumptions", AssumptionConfig.__doc__), AssumptionConfig)
     return made

@@ -1,4 +1,4 @@
-"""Which layouts of a cluster fit, how long each takes, and which to take."""
+"""Lists the layouts of a cluster with the memory and time of each, and orders them: the shortest run that fits comes first."""
 
 import contextlib
 import math
@@ -23,17 +23,17 @@ from megatron_rasft.tools.capacity.speed import (
 
 @dataclass(frozen=True, kw_only=True)
 class DiskEstimate:
-    """Bytes that a run leaves on disk."""
+    """Bytes that a run writes to disk."""
 
     checkpoint: float
     checkpoints: float
     export: float
     rollout_store: float
-    """JSON of every rollout: 35 bytes a token of the response (id, log-probability, text), 6 of the prompt's."""
+    """JSON of every rollout: 35 bytes per token of the response (id, log-probability, text) and 6 per token of the prompt."""
     reference_cache: float
-    """Four bytes a token of what is trained on, and 100 for each sequence."""
+    """Four bytes per trained token, and 100 per sequence."""
     data_cache: float
-    """Eight bytes a token of the demonstrations (id, text), and 150 for each."""
+    """Eight bytes per token of the demonstrations (id, text), and 150 per demonstration."""
 
     @property
     def total(self) -> float:
@@ -42,7 +42,7 @@ class DiskEstimate:
 
 @dataclass(frozen=True, kw_only=True)
 class LayoutEstimate:
-    """One layout, and what it comes to."""
+    """A layout with its memory and its times."""
 
     layout: Layout
     rollout_gpus: int
@@ -52,23 +52,23 @@ class LayoutEstimate:
     run: RunEstimate
 
     def excess_gib(self, config: CapacityConfig) -> float:
-        """Memory wanted beyond what a GPU has; <= 0: the estimate fits."""
+        """Memory that is missing on a GPU, GiB; <= 0 if the layout fits."""
         return self.memory.total / GIB - config.gpu_memory_gib
 
 
 def checkpoint_bytes(model: Model) -> float:
-    """Weights in BF16, masters and two moments in fp32."""
+    """Bytes of a checkpoint: weights in BF16, and master weights and two moments in fp32."""
     return 14.0 * model.num_parameters
 
 
 def disk_bytes(model: Model, config: CapacityConfig, assumed: AssumptionConfig) -> DiskEstimate:
-    """Sizes of a whole run."""
+    """Estimates the sizes of all files of a run."""
     needs = config.needs
     checkpoint = checkpoint_bytes(model)
     problems = config.num_problems * config.epochs
     rollouts = problems * config.num_samples if needs.uses_rollouts() else 0
     response = response_tokens(config, assumed)
-    # a demonstration's reference is the same in every epoch
+    # the reference log-probabilities of a demonstration are cached once for all epochs
     trained = problems * trained_rollouts(config, assumed)
     cached = 4 * (config.num_problems * assumed.demonstration_tokens + trained * response)
     cached += 100 * (config.num_problems + trained)
@@ -85,17 +85,17 @@ def disk_bytes(model: Model, config: CapacityConfig, assumed: AssumptionConfig) 
 def estimate_layouts(
     model: Model, config: CapacityConfig, assumed: AssumptionConfig, *, precision: str = "bf16"
 ) -> list[LayoutEstimate]:
-    """Every layout that pretrain_rasft.py accepts, those that fit first, the shortest run at the head.
+    """Estimates every layout that pretrain_rasft.py accepts: first those that fit, ordered by the length of the run.
 
     Raises:
-        ValueError: there is none; one line with the rule and the way out.
+        ValueError: no layout is accepted. The message is one line with the broken rule and a way out.
     """
     check(model, config, assumed)
     made: list[LayoutEstimate] = []
     for rollout_gpus in _rollout_shares(model, config):
         for layout in candidates(model, config, config.num_gpus - rollout_gpus):
             if layout.ep > 1 and not rollout_gpus and config.needs.uses_rollouts():
-                continue  # host._check_sampling: replicas sample at their own pace
+                continue  # refused by a run (host): replicas sample at their own pace, and experts of several replicas must run together
             made.append(_estimate(model, layout, config, assumed, rollout_gpus, precision))
     if not made:
         raise ValueError(_why_none(model, config))
@@ -140,14 +140,14 @@ def _estimate(
 
 
 def check(model: Model, config: CapacityConfig, assumed: AssumptionConfig) -> None:
-    """What no layout can mend.
+    """Refuses flags that no layout can satisfy.
 
     Raises:
         ValueError: the message names the flag, the rule and the way out.
     """
     if config.seq_length > model.max_positions:
         raise ValueError(
-            f"--seq-length {config.seq_length} is longer than the {model.max_positions} positions the model was made for "
+            f"--seq-length {config.seq_length} is longer than the {model.max_positions} positions of the model "
             "(config.json, max_position_embeddings). Give a shorter one."
         )
     if config.num_gpus > config.gpus_per_node and config.num_gpus % config.gpus_per_node:
@@ -156,8 +156,8 @@ def check(model: Model, config: CapacityConfig, assumed: AssumptionConfig) -> No
         )
     if assumed.demonstration_tokens > config.seq_length:
         raise ValueError(
-            f"--demonstration-tokens {assumed.demonstration_tokens} is more than --seq-length {config.seq_length}, and the run "
-            "drops what is longer. Give a longer --seq-length."
+            f"--demonstration-tokens {assumed.demonstration_tokens} is more than --seq-length {config.seq_length}, and a run "
+            "drops longer samples. Give a longer --seq-length."
         )
     tp, pp, ep = (
         config.tensor_model_parallel_size,
@@ -167,8 +167,8 @@ def check(model: Model, config: CapacityConfig, assumed: AssumptionConfig) -> No
     shape = model.shape
     if tp is not None and config.gpus_per_node % tp:
         raise ValueError(
-            f"--tensor-model-parallel-size {tp} does not divide --gpus-per-node {config.gpus_per_node}, and between nodes it is "
-            "too slow. Use a divisor."
+            f"--tensor-model-parallel-size {tp} does not divide --gpus-per-node {config.gpus_per_node}, and tensor "
+            "parallelism between nodes is too slow. Use a divisor."
         )
     if tp is not None and not splits_heads(model, tp):
         groups = -(-shape.num_query_groups // tp) * tp
@@ -188,29 +188,29 @@ def check(model: Model, config: CapacityConfig, assumed: AssumptionConfig) -> No
 
 
 def _rollout_shares(model: Model, config: CapacityConfig) -> list[int]:
-    """GPUs for servers: none, or whole nodes up to half of the cluster; on one node, halves of it."""
+    """Numbers of GPUs for servers to compare: none, and whole nodes up to half of the cluster, or quarters of a single node."""
     if not config.needs.uses_rollouts():
         if config.rollout_gpus:
             raise ValueError(
-                f"--objective {config.objective} takes no rollouts, and --rollout-gpus {config.rollout_gpus} would idle. Use 0."
+                f"--objective {config.objective} uses no rollouts, so the servers of --rollout-gpus {config.rollout_gpus} would be idle. Use 0."
             )
         return [0]
     tp = serving_tp(model, config)
     if config.rollout_gpus is not None:
         if config.rollout_gpus and tp is None:
             raise ValueError(
-                f"no server of {config.gpus_per_node} GPUs holds the model's {2 * model.num_parameters / GIB:.0f} GiB in 75 % of "
-                "its memory. Use larger GPUs, or --rollout-gpus 0."
+                f"the model's {2 * model.num_parameters / GIB:.0f} GiB need more than 75 % of the memory of a server with "
+                f"{config.gpus_per_node} GPUs. Use larger GPUs, or --rollout-gpus 0."
             )
         if config.rollout_gpus and tp is not None and config.rollout_gpus % tp:
             raise ValueError(
-                f"--rollout-gpus {config.rollout_gpus} is not a multiple of the {tp} GPUs that a server of this model takes. Use "
+                f"--rollout-gpus {config.rollout_gpus} is not a multiple of the {tp} GPUs that a server of this model needs. Use "
                 f"{max(1, round(config.rollout_gpus / tp)) * tp}."
             )
         left = config.num_gpus - config.rollout_gpus
         if left > config.gpus_per_node and left % config.gpus_per_node:
             raise ValueError(
-                f"--rollout-gpus {config.rollout_gpus} leaves {left} GPUs to the trainer, which are no whole nodes of "
+                f"--rollout-gpus {config.rollout_gpus} leaves {left} GPUs to the trainer, which do not fill nodes of "
                 f"{config.gpus_per_node}. Use {-(-config.rollout_gpus // config.gpus_per_node) * config.gpus_per_node}."
             )
         return [config.rollout_gpus]
@@ -222,7 +222,7 @@ def _rollout_shares(model: Model, config: CapacityConfig) -> list[int]:
 
 
 def _why_none(model: Model, config: CapacityConfig) -> str:
-    """Why no layout is possible: not a matter of memory."""
+    """The reason why no layout is possible, whatever the memory."""
     shares = [config.rollout_gpus] if config.rollout_gpus is not None else [0]
     num = config.num_gpus - shares[0]
     chosen = [
@@ -238,8 +238,8 @@ def _why_none(model: Model, config: CapacityConfig) -> str:
     ]
     if config.rollout_gpus == 0 and (config.expert_model_parallel_size or 1) > 1:
         return (
-            f"{' '.join(chosen)} does not go with --rollout-gpus 0: a trainer whose experts are spread does not sample. Give "
-            "servers GPUs."
+            f"{' '.join(chosen)} cannot be combined with --rollout-gpus 0: a trainer with expert parallelism does not sample. "
+            "Give GPUs to servers."
         )
     size = 1
     for value in (
@@ -250,7 +250,7 @@ def _why_none(model: Model, config: CapacityConfig) -> str:
         size *= value or 1
     if num % size:
         return (
-            f"{' '.join(chosen)}: a replica takes {size} GPUs, which does not divide the {num} that train. Use smaller sizes, or "
+            f"{' '.join(chosen)}: a replica needs {size} GPUs, which does not divide the {num} GPUs that train. Use smaller sizes, or "
             f"--num-gpus {max(1, round(num / size)) * size + shares[0]}."
         )
     for batch in _near(config.global_batch_size):
@@ -266,7 +266,7 @@ def _why_none(model: Model, config: CapacityConfig) -> str:
 
 
 def _near(batch: int) -> list[int]:
-    """Larger and smaller batches, the nearest first."""
+    """Larger and smaller batch sizes, the nearest first."""
     return [n for d in range(1, batch) for n in (batch + d, batch - d) if n >= 1]
 
 
@@ -278,7 +278,7 @@ def nothing_fits(
     *,
     precision: str = "bf16",
 ) -> str | None:
-    """One line on by how much the closest layout is too large, and what to change; None if something fits."""
+    """One line with the excess of the closest layout and the flags to change; None if a layout fits."""
     closest = estimates[0]
     excess = closest.excess_gib(config)
     if excess <= 0:
@@ -293,7 +293,7 @@ def nothing_fits(
         ways.append("--recompute full")
     return (
         f"nothing fits {config.num_gpus} GPUs of {config.gpu_memory_gib:g} GiB: the closest layout (tp {layout.tp}, pp "
-        f"{layout.pp}, cp {layout.cp}, ep {layout.ep}, dp {layout.dp}, recompute {layout.recompute}) takes "
+        f"{layout.pp}, cp {layout.cp}, ep {layout.ep}, dp {layout.dp}, recompute {layout.recompute}) needs "
         f"{memory.total / GIB:.1f} GiB a GPU, {excess:.1f} too much. Change one of: {', '.join(ways)}."
     )
 
@@ -301,7 +301,7 @@ def nothing_fits(
 def _enough_gpus(
     model: Model, config: CapacityConfig, assumed: AssumptionConfig, precision: str
 ) -> int | None:
-    """The smallest doubling of the cluster, up to eightfold, on which something fits."""
+    """The smallest of two, four and eight times the cluster on which a layout fits; None if none is large enough."""
     for num_gpus in (2 * config.num_gpus, 4 * config.num_gpus, 8 * config.num_gpus):
         larger = replace(config, num_gpus=num_gpus)
         with contextlib.suppress(ValueError):

@@ -1,4 +1,4 @@
-"""The commands that start a planned run."""
+"""The commands that start the run with a chosen layout."""
 
 from megatron_rasft.tools.capacity.choosing import LayoutEstimate
 from megatron_rasft.tools.capacity.config import CapacityConfig
@@ -9,7 +9,7 @@ from megatron_rasft.tools.capacity.speed import serving_tp
 def training_flags(
     model: Model, estimate: LayoutEstimate, config: CapacityConfig, *, precision: str = "bf16"
 ) -> list[str]:
-    """Everything after pretrain_rasft.py."""
+    """The flags of pretrain_rasft.py."""
     layout = estimate.layout
     flags = [
         "--hf-model",
@@ -80,13 +80,13 @@ def _rollout_flags(estimate: LayoutEstimate, config: CapacityConfig) -> list[str
 
 
 def serving_command(model: Model, config: CapacityConfig) -> list[str]:
-    """One server."""
+    """The command that starts one rollout server."""
     command = ["python", "tools/serve_rollouts.py", "--python", "SGLANG_PYTHON", "--model", model.path]
     return [*command, "--tp", str(serving_tp(model, config)), "--server-file", "runs/planned/servers.txt"]
 
 
 def launcher(estimate: LayoutEstimate, config: CapacityConfig) -> list[str]:
-    """What stands before pretrain_rasft.py, on one node or under Slurm."""
+    """The command before pretrain_rasft.py: torchrun on one node, srun and torchrun on several."""
     num_gpus = estimate.layout.num_gpus
     if num_gpus <= config.gpus_per_node:
         return ["torchrun", "--nproc-per-node", str(num_gpus)]
@@ -106,7 +106,7 @@ def launcher(estimate: LayoutEstimate, config: CapacityConfig) -> list[str]:
 def command_lines(
     model: Model, estimate: LayoutEstimate, config: CapacityConfig, *, precision: str = "bf16"
 ) -> list[str]:
-    """As they are typed, with a note where one is meant more than once."""
+    """All commands as a user types them, with a comment on how many servers to start."""
     lines = []
     if estimate.rollout_gpus:
         tp = serving_tp(model, config)

@@ -1,4 +1,4 @@
-"""An estimate as tables, as text and as plain values."""
+"""Tables of the estimates for people, and plain values for --json."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -19,7 +19,7 @@ from megatron_rasft.tools.capacity.speed import (
 
 @dataclass(frozen=True)
 class Table:
-    """Cells are text; the first column, and those named in ``words``, are set to the left."""
+    """A table of text cells. The first column and the columns named in ``words`` are aligned to the left."""
 
     title: str
     header: tuple[str, ...]
@@ -27,7 +27,7 @@ class Table:
     words: frozenset[str] = frozenset()
 
     def plain(self) -> str:
-        """Aligned columns, for a pipe or a file."""
+        """Formats the table with aligned columns, for a pipe or a file."""
         lines = [self.header, *self.rows]
         widths = [max(len(line[i]) for line in lines) for i in range(len(self.header))]
         cells = [
@@ -41,7 +41,7 @@ class Table:
 
 
 def best_of_each(estimates: Sequence[LayoutEstimate]) -> list[LayoutEstimate]:
-    """The best of the estimates that differ in recomputation and interleaving only; the order stays."""
+    """Keeps the first of the estimates that differ only in recomputation and interleaving; the order stays."""
     best: dict[tuple[int, ...], LayoutEstimate] = {}
     for estimate in estimates:
         at = estimate.layout
@@ -50,7 +50,7 @@ def best_of_each(estimates: Sequence[LayoutEstimate]) -> list[LayoutEstimate]:
 
 
 def layout_table(estimates: Sequence[LayoutEstimate], config: CapacityConfig) -> Table:
-    """The layouts side by side."""
+    """One row per layout: sizes, memory and times."""
     rows = []
     for number, estimate in enumerate(estimates, start=1):
         at, excess = estimate.layout, estimate.excess_gib(config)
@@ -72,7 +72,7 @@ def layout_table(estimates: Sequence[LayoutEstimate], config: CapacityConfig) ->
         )
     header = "# servers tp pp cp ep dp chunks recompute GiB fits step_s MFU refresh_s hours GPU-hours".split()
     return Table(
-        f"Layouts of {config.num_gpus} GPUs (servers: GPUs of them that serve)",
+        f"Layouts of {config.num_gpus} GPUs (servers: GPUs that run rollout servers)",
         tuple(header),
         tuple(rows),
         frozenset({"recompute", "fits"}),
@@ -80,7 +80,7 @@ def layout_table(estimates: Sequence[LayoutEstimate], config: CapacityConfig) ->
 
 
 def memory_table(estimates: Sequence[LayoutEstimate]) -> Table:
-    """Memory of the fullest stage, part by part."""
+    """One row per layout: memory of the fullest stage, part by part."""
     parts = "weights gradients optimizer activations logits reference sync kv_cache margin total".split()
     rows = tuple(
         (
@@ -90,14 +90,12 @@ def memory_table(estimates: Sequence[LayoutEstimate]) -> Table:
         )
         for number, estimate in enumerate(estimates, start=1)
     )
-    title = (
-        "GiB on a GPU of the fullest stage (of a step, a sync and sampling the largest counts in the total)"
-    )
+    title = "GiB on a GPU of the fullest stage (the total counts the largest of step, sync and sampling)"
     return Table(title, ("#", "stage", *parts), rows)
 
 
 def time_table(estimates: Sequence[LayoutEstimate]) -> Table:
-    """Seconds of a step and of a refresh, part by part."""
+    """One row per layout: seconds of a step and of a refresh, part by part."""
     step = "compute_s bubble_s tensor_s context_s data_s reference_s".split()
     refresh = "rollouts_s verification_s scoring_s sync_s".split()
     rows = tuple(
@@ -117,7 +115,7 @@ def time_table(estimates: Sequence[LayoutEstimate]) -> Table:
 
 
 def disk_table(disk: DiskEstimate, host_bytes: float, config: CapacityConfig) -> Table:
-    """What the run leaves on disk, and the host memory it needs."""
+    """The sizes of a run's files, and the host memory that it needs."""
     rows = [
         ("checkpoint with optimizer", disk.checkpoint),
         ("all checkpoints of the run", disk.checkpoints),
@@ -125,17 +123,17 @@ def disk_table(disk: DiskEstimate, host_bytes: float, config: CapacityConfig) ->
         ("rollout store", disk.rollout_store),
         ("reference cache", disk.reference_cache),
         ("tokenized rows", disk.data_cache),
-        ("in all", disk.total),
+        ("total", disk.total),
         ("pinned host memory of a node", host_bytes * config.gpus_per_node),
     ]
-    cells = tuple((what, f"{size / GIB:.1f}") for what, size in rows)
-    return Table("Disk and host memory", ("what", "GiB"), cells)
+    cells = tuple((item, f"{size / GIB:.1f}") for item, size in rows)
+    return Table("Disk and host memory", ("item", "GiB"), cells)
 
 
 def assumption_table(
     model: Model, config: CapacityConfig, assumed: AssumptionConfig, *, precision: str = "bf16"
 ) -> Table:
-    """Every assumption with its flag, its value and where it comes from."""
+    """Every assumption with its flag, its value and its source."""
     given = AssumptionConfig()
     basis = {
         "mfu": "published for Qwen3-30B-A3B and 235B-A22B"
@@ -169,12 +167,12 @@ def assumption_table(
 
 
 def summary(model: Model, config: CapacityConfig, *, precision: str = "bf16") -> str:
-    """What is planned for, in a line or two."""
+    """The model and the cluster, in two lines."""
     size = f"{model.num_parameters / 1e9:.2f}B parameters"
     if model.top_k:
         size += f", {model.num_active_parameters / 1e9:.2f}B of them active"
     tp = serving_tp(model, config)
-    servers = f"; a server takes {tp} of them" if tp else ""
+    servers = f"; a server needs {tp} of them" if tp else ""
     return (
         f"{model.path}: {model.family.architecture}, {size}, {precision.upper()}\n"
         f"{config.num_gpus} GPUs of {config.gpu_memory_gib:g} GiB, {config.gpus_per_node} to a node{servers}"
@@ -182,7 +180,7 @@ def summary(model: Model, config: CapacityConfig, *, precision: str = "bf16") ->
 
 
 def as_values(estimate: LayoutEstimate, config: CapacityConfig) -> dict[str, Any]:
-    """One estimate for --json: bytes, seconds, hours."""
+    """The values of one estimate for --json, in bytes, seconds and hours."""
     values = asdict(estimate)
     values["layout"]["num_gpus"] = estimate.layout.num_gpus
     values["memory"] |= {"steady": estimate.memory.steady, "total": estimate.memory.total}

@@ -1,4 +1,4 @@
-"""Ways to spread a model over GPUs, and the parameters that a rank of each then holds, as Megatron builds them."""
+"""The layouts of a model over GPUs, and the parameters that each rank of a layout holds, as Megatron builds them."""
 
 import math
 from collections import Counter
@@ -13,37 +13,38 @@ from megatron_rasft.weights.architecture import ModelDescription, megatron_args,
 from megatron_rasft.weights.families import Entry, Family, ModelShape, NameTable
 
 _CONTEXT_SHARE = 4096
-"""Tokens below which a sequence is not cut further, unless the size is given: each of its samples is cut as often."""
+"""Least tokens of a sequence on a context-parallel rank, unless the size is given. A packed sequence consists of samples that
+are all cut into that many parts, and short parts waste time."""
 
 Recompute = Literal["none", "selective", "full"]
 
 _VOCABULARY_UNIT = 128
-"""Megatron's --make-vocab-size-divisible-by; with the tensor-parallel size the vocabulary is padded to its multiples."""
+"""Megatron's --make-vocab-size-divisible-by. Megatron pads the vocabulary to a multiple of this times the tensor-parallel size."""
 
 _MAX_CHUNKS = 5
-"""Model chunks per stage that are looked at; published layouts of 70B models have 5."""
+"""Most model chunks per stage to consider; published layouts of 70B models have 5."""
 
 
 @dataclass(frozen=True)
 class Model:
-    """A model as Megatron is told to build it."""
+    """The sizes of a model, from its config.json."""
 
     path: str
     family: Family
     stored: ModelShape
-    """As in the folder."""
+    """The sizes in the folder."""
     shape: ModelShape
-    """With the query groups that --rasft-query-groups adds."""
+    """The sizes that Megatron builds, with the query groups that --rasft-query-groups adds."""
     top_k: int
-    """Experts that a token passes through; 0 without experts."""
+    """Experts per token; 0 for a model without experts."""
     max_positions: int
 
     @classmethod
     def read(cls, path: Path, query_groups: int | None = None) -> "Model":
-        """From the folder's config.json.
+        """Reads the folder's config.json.
 
         Raises:
-            ModelFolderError, ValueError: one line with what is wrong and the way out.
+            ModelFolderError, ValueError: one line with the mistake and the way out.
         """
         described = ModelDescription.read(path)
         args = megatron_args(described, query_groups)
@@ -63,12 +64,12 @@ class Model:
 
     @property
     def num_parameters(self) -> int:
-        """Of the folder."""
+        """Parameters in the folder."""
         return self._count(self.stored.num_experts)
 
     @property
     def num_active_parameters(self) -> int:
-        """Of the folder, those that a token passes through."""
+        """Parameters in the folder that one token uses: top_k of the experts, and everything else."""
         return self._count(self.top_k)
 
     def _count(self, num_experts: int) -> int:
@@ -84,7 +85,7 @@ class Model:
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """How the trainer's GPUs are split."""
+    """The parallel sizes of the trainer, and its recomputation."""
 
     tp: int
     pp: int
@@ -92,9 +93,9 @@ class Layout:
     dp: int
     ep: int = 1
     expert_tp: int
-    """Ranks that an expert is split over."""
+    """Ranks that each expert is split over."""
     chunks: int = 1
-    """Model chunks per pipeline stage; more than one: interleaved."""
+    """Model chunks per pipeline stage; more than 1 means the interleaved schedule."""
     recompute: Recompute = "none"
 
     @property
@@ -103,7 +104,7 @@ class Layout:
 
     @property
     def num_replicas(self) -> int:
-        """Ranks that share the optimizer's states of what is not an expert."""
+        """Ranks that share the optimizer's states of all parameters that are not in experts."""
         return self.dp * self.cp
 
     @property
@@ -112,21 +113,21 @@ class Layout:
 
 
 class Shards(NamedTuple):
-    """Elements of each parameter on one rank."""
+    """Number of elements of each parameter on one rank."""
 
     layer: tuple[int, ...]
-    """Of a layer, without its experts."""
+    """Parameters of one layer, without its experts."""
     expert: tuple[int, ...]
-    """Of one expert."""
+    """Parameters of one expert."""
     embedding: int
     final_norm: int
     linear: int
-    """Of a layer's matrix products, without its experts'."""
+    """Sum over the matrices of one layer, without its experts."""
 
 
 @lru_cache(maxsize=64)
 def shards(model: Model, tp: int, expert_tp: int) -> Shards:
-    """What one of ``tp`` ranks holds of a layer and of the model's ends.
+    """The parameters that one of ``tp`` ranks holds of a layer, the embedding and the final norm.
 
     Raises:
         ValueError: a weight does not divide by ``tp``.
@@ -155,13 +156,13 @@ def _numel(entry: Entry, shape: ModelShape, tp: int) -> int:
 
 
 def padded_vocabulary(model: Model, tp: int) -> int:
-    """Rows of the embedding that Megatron makes."""
+    """Rows of Megatron's embedding, with the padding."""
     unit = _VOCABULARY_UNIT * tp
     return -(-model.shape.vocab_size // unit) * unit
 
 
 class Chunk(NamedTuple):
-    """Parameters of one model chunk on one rank: how many there are of each number of elements."""
+    """Parameters of one model chunk on one rank: number of elements of a parameter -> number of such parameters."""
 
     num_layers: int
     dense: Counter[int]
@@ -169,12 +170,12 @@ class Chunk(NamedTuple):
 
     @property
     def num_dense(self) -> int:
-        """Elements."""
+        """Elements of all parameters outside experts."""
         return sum(size * count for size, count in self.dense.items())
 
     @property
     def num_expert(self) -> int:
-        """Elements."""
+        """Elements of all parameters of experts."""
         return sum(size * count for size, count in self.expert.items())
 
 
@@ -188,7 +189,7 @@ def stage_chunks(model: Model, layout: Layout, stage: int) -> list[Chunk]:
     for place in range(layout.chunks):
         is_first = stage == 0 and place == 0
         is_last = stage == last_stage and place == layout.chunks - 1
-        # a tied output layer is a parameter of its own where the embedding is not on its stage
+        # Megatron keeps a second copy of a tied embedding on the last stage unless the embedding is on it too
         has_output = is_last and not (model.shape.is_tied and is_first)
         dense, expert = Counter[int](), Counter[int]()
         for size in held.layer:
@@ -202,7 +203,7 @@ def stage_chunks(model: Model, layout: Layout, stage: int) -> list[Chunk]:
 
 
 def candidates(model: Model, config: CapacityConfig, num_gpus: int) -> Iterator[Layout]:
-    """Every layout of ``num_gpus`` GPUs that pretrain_rasft.py accepts, in all forms of recomputation."""
+    """Yields every layout of ``num_gpus`` GPUs that pretrain_rasft.py accepts, with every kind of recomputation."""
     for tp, pp, cp in _sizes(model, config, num_gpus):
         dp = num_gpus // (tp * pp * cp)
         for ep in _expert_sizes(model, config, tp * cp * dp):
@@ -221,7 +222,7 @@ def candidates(model: Model, config: CapacityConfig, num_gpus: int) -> Iterator[
 
 
 def _sizes(model: Model, config: CapacityConfig, num_gpus: int) -> Iterator[tuple[int, int, int]]:
-    """Tensor, pipeline and context parallel sizes."""
+    """Yields tensor-, pipeline- and context-parallel sizes."""
     for tp in _divisors(config.gpus_per_node, config.tensor_model_parallel_size):
         if not splits_heads(model, tp):
             continue
@@ -253,13 +254,13 @@ def _divisors(number: int, fixed: int | None) -> list[int]:
 
 
 def _expert_sizes(model: Model, config: CapacityConfig, num_ranks: int) -> list[int]:
-    """Expert-parallel sizes of ``num_ranks`` ranks of a pipeline stage."""
+    """Expert-parallel sizes that divide the ``num_ranks`` ranks of a pipeline stage."""
     sizes = _divisors(max(1, model.shape.num_experts), config.expert_model_parallel_size)
     return [ep for ep in sizes if num_ranks % ep == 0]
 
 
 def _chunk_counts(model: Model, config: CapacityConfig, pp: int) -> list[int]:
-    """Chunks per stage. Interleaving needs a pipeline."""
+    """Numbers of model chunks per stage. More than one needs a pipeline."""
     layers = model.shape.num_layers // pp
     fixed = config.num_layers_per_virtual_pipeline_stage
     if fixed is not None:

@@ -1,4 +1,4 @@
-"""What a GPU of the trainer must hold, part by part, on the fullest pipeline stage."""
+"""The memory that a GPU of the trainer needs, part by part, on the pipeline stage that needs most."""
 
 import math
 from collections import Counter
@@ -11,19 +11,19 @@ from megatron_rasft.tools.capacity.layouts import Layout, Model, padded_vocabula
 GIB = 2**30
 
 _LOGIT_BYTES = 48
-"""Per row and vocabulary entry of the embedded engine: PolicySampler.row_bytes."""
+"""Bytes per sequence and vocabulary entry while the trainer draws a token; see PolicySampler.row_bytes."""
 
 _FP32 = 4
 _ADAM = 2 * _FP32
-"""Two moments of an element."""
+"""Bytes of Adam's two moments of one element."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryEstimate:
     """Bytes on one GPU.
 
-    Activations, the key-value cache and the sync's buckets are never there together: a step, a refresh and a sync
-    follow each other.
+    Activations, the key-value cache and the buckets of a weight sync never exist at the same time, because a step, a refresh
+    and a sync follow each other.
     """
 
     stage: int
@@ -32,14 +32,14 @@ class MemoryEstimate:
     optimizer: float
     activations: float
     logits: float
-    """And the last layer's hidden states, gathered over the tensor-parallel ranks."""
+    """Logits of the last stage, with the last layer's hidden states gathered over the tensor-parallel ranks."""
     reference: float
-    """On the GPU: only an objective with a full-vocabulary KL has it there."""
+    """Reference weights on the GPU, which only an objective with a full-vocabulary KL needs."""
     sync: float
     kv_cache: float
     margin: float
     host: float
-    """In pinned memory of the node, for each GPU: the frozen reference, and the live weights while it scores."""
+    """Pinned memory of the node, per GPU: the frozen reference, and the trainer's weights while the reference scores."""
 
     @property
     def steady(self) -> float:
@@ -62,13 +62,13 @@ def estimate_memory(
     uses_servers: bool = True,
     samples: bool = True,
 ) -> MemoryEstimate:
-    """Of the fullest stage, in BF16 with fp32 gradients and the distributed optimizer.
+    """Estimates the memory of the fullest stage, in BF16 with fp32 gradients and the distributed optimizer.
 
     Args:
-        num_microbatches: of a step, on each data-parallel rank.
-        is_fp8: linear layers run in FP8; Transformer Engine then keeps two 8-bit copies of their weights.
-        uses_servers: rollouts come from servers, which are sent the weights; else from the trainer.
-        samples: whether there are rollouts at all.
+        num_microbatches: micro-batches of a step on each data-parallel rank.
+        is_fp8: linear layers run in FP8, for which Transformer Engine keeps two 8-bit copies of their weights.
+        uses_servers: rollout servers sample and receive the weights; False: the trainer samples.
+        samples: False: the objective uses no rollouts.
     """
     stages = [
         _stage_memory(model, layout, config, assumed, stage, num_microbatches, is_fp8, uses_servers, samples)
@@ -115,11 +115,11 @@ def _stage_memory(
 
 
 def buffer_elements(model: Model, layout: Layout, stage: int) -> tuple[int, int]:
-    """Elements of the buffers that Megatron lays parameters and gradients out in: experts have their own.
+    """The number of elements in Megatron's buffers of parameters and gradients, without and with experts.
 
-    Every parameter begins on a multiple of 64, and a buffer ends on one of 128 and of the ranks that share the
-    optimizer's states (megatron.core.optimizer.param_layout); with --overlap-grad-reduce so does each of its buckets,
-    which is left out here.
+    Megatron pads: every parameter begins at a multiple of 64 elements, and every buffer ends at a multiple of 128 and of the
+    number of ranks that share the optimizer's states (megatron.core.optimizer.param_layout). With --overlap-grad-reduce every
+    bucket is padded too. This estimate ignores that.
     """
     dense = expert = 0
     for chunk in stage_chunks(model, layout, stage):
@@ -141,10 +141,10 @@ def _linear_elements(model: Model, layout: Layout) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerActivations:
-    """Elements kept for the backward pass of one layer, per token; fp32 ones count as many as they fill."""
+    """Elements that one layer keeps per token for its backward pass. An fp32 element counts as two BF16 elements."""
 
     norms: float
-    """Inputs of the two norms, which are the residual stream, and their outputs."""
+    """Inputs (the residual stream) and outputs of the two norms."""
     attention: float
     mlp: float
 
@@ -154,25 +154,25 @@ class LayerActivations:
 
 
 def layer_activations(model: Model, *, has_te: bool = True, element_bytes: int = 2) -> LayerActivations:
-    """After Korthikanti et al. 2022 (arXiv 2205.05198, section 4), for this project's layers.
+    """Counts the activations of one layer as Korthikanti et al. 2022 (arXiv 2205.05198, section 4) do.
 
-    Their 34 sbh + 5 as^2b bytes hold for GPT-3's layer. Here there are grouped keys and values, a gated MLP, no
-    dropout, and fused attention that keeps its output and one normaliser per head in the place of the matrix of scores.
+    Their formula, 34 sbh + 5 as^2b bytes, holds for GPT-3's layer. The layers here differ: grouped keys and values, a gated
+    MLP, no dropout, and fused attention, which keeps its output and one normaliser per head instead of the matrix of scores.
 
     Args:
-        has_te: Transformer Engine's fused layers. The plain ones also keep the normalised input of each norm's scale, the
-            rotation's tables, and the gate's activation and the linear half beside their product.
-        element_bytes: of an activation.
+        has_te: the layers are Transformer Engine's fused ones. Plain layers also keep the normalised input of each norm's
+            scale, the tables of the rotary embedding, and both factors of the gated product.
+        element_bytes: bytes of one activation.
     """
     s = model.shape
     q, kv = s.num_attention_heads * s.head_dim, s.num_query_groups * s.head_dim
     f = s.ffn_hidden_size * (3 if has_te else 5)
     if s.num_experts:
-        # sent to the experts, returned by them, put in order again; the router's probabilities are fp32
+        # sent to the experts, returned by them, and put back in order; the router's probabilities are fp32
         mlp = model.top_k * (3 * s.hidden_size + f) + s.num_experts * 2 * _FP32 / element_bytes
     else:
         mlp = f
-    # projected, rotated (the values are not), and the output with its normalisers
+    # projections, rotated queries and keys (values are not rotated), and the output with its normalisers
     attention = (q + 2 * kv) + (q + kv) + q + s.num_attention_heads * _FP32 / element_bytes
     if s.has_qk_norm:
         attention += q if has_te else 2 * q + kv
@@ -182,12 +182,11 @@ def layer_activations(model: Model, *, has_te: bool = True, element_bytes: int =
 
 
 def activation_bytes(model: Model, layout: Layout, stage: int, tokens: float, num_microbatches: int) -> float:
-    """Kept between the forward and the backward pass by all micro-batches that a stage has under way, and what the
-    backward pass of one layer makes for itself.
+    """Bytes that a stage keeps between forward and backward passes, plus the temporary memory of one layer's backward pass.
 
-    With sequence parallelism, which every layout with tp > 1 has, all of a layer is split over the tensor-parallel
-    ranks. 1F1B has pp - stage micro-batches under way; interleaved, more, of a chunk each (Narayanan et al. 2021,
-    arXiv 2104.04473). FP8 keeps less; that is not counted.
+    Every layout with tp > 1 uses sequence parallelism, which splits all activations of a layer over the tensor-parallel ranks.
+    The 1F1B schedule has pp - stage micro-batches in flight; the interleaved schedule has more, each with the activations of
+    one model chunk (Narayanan et al. 2021, arXiv 2104.04473). FP8 keeps less, which is not counted.
     """
     layer = layer_activations(model)
     kept = {
@@ -214,7 +213,7 @@ def logprob_chunk(model: Model, layout: Layout, config: CapacityConfig, tokens: 
 
 
 def _logits_bytes(model: Model, layout: Layout, config: CapacityConfig, tokens: float) -> float:
-    """Logits in BF16, a chunk of tokens at a time: their gradient takes their place."""
+    """Logits in BF16 of one chunk of tokens. Their gradient is written in place, so it is not counted again."""
     chunk = logprob_chunk(model, layout, config, tokens)
     vocabulary = padded_vocabulary(model, layout.tp) / layout.tp
     copies = 2 if config.needs.needs_reference_distribution() else 1
@@ -223,13 +222,13 @@ def _logits_bytes(model: Model, layout: Layout, config: CapacityConfig, tokens: 
 
 
 def _reference_bytes(model: Model, layout: Layout, tokens: float, num_microbatches: int) -> float:
-    """The reference's output projection, and its hidden states of the whole step."""
+    """The reference's output projection, and its hidden states for all micro-batches of a step."""
     hidden = tokens * model.shape.hidden_size / layout.tp * num_microbatches
     return 2 * (shards(model, layout.tp, layout.expert_tp).embedding + hidden)
 
 
 def sync_bytes(model: Model, layout: Layout, stage: int, bucket_bytes: int) -> float:
-    """What a sync takes on the rank that sends, in BF16: sync.buckets.MemoryPlan's bound."""
+    """Peak memory of a weight sync on the sending rank, in BF16: the bound that sync.buckets.MemoryPlan keeps."""
     s = model.stored
     gate_up = 2 * s.ffn_hidden_size * s.hidden_size
     qkv = (s.num_attention_heads + 2 * s.num_query_groups) * s.head_dim * s.hidden_size
@@ -242,7 +241,7 @@ def sync_bytes(model: Model, layout: Layout, stage: int, bucket_bytes: int) -> f
 def _kv_cache_bytes(
     model: Model, layout: Layout, config: CapacityConfig, assumed: AssumptionConfig, is_last: bool
 ) -> float:
-    """Of the embedded engine's rows, and their logits while a token is drawn."""
+    """The key-value cache of all sequences that the trainer decodes at once, and the logits while it draws a token."""
     length = min(config.seq_length, assumed.prompt_tokens + config.max_new_tokens)
     row = cached_token_bytes(model, layout.tp) * length // layout.pp
     logits = _LOGIT_BYTES * model.shape.vocab_size if is_last else 0
@@ -250,6 +249,6 @@ def _kv_cache_bytes(
 
 
 def cached_token_bytes(model: Model, tp: int) -> int:
-    """Keys and values of one token in BF16 on the ranks of all stages together."""
+    """Bytes of one token's keys and values in BF16, summed over the stages."""
     s = model.shape
     return 2 * 2 * max(1, s.num_query_groups // tp) * s.head_dim * s.num_layers

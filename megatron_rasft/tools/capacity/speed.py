@@ -1,4 +1,4 @@
-"""How long a step, a refresh and the whole run take: counted work over stated speeds."""
+"""Estimates the time of a step, a refresh and the whole run: counted work divided by assumed speeds."""
 
 import math
 from dataclasses import dataclass
@@ -9,27 +9,27 @@ from megatron_rasft.tools.capacity.memory import cached_token_bytes, logprob_chu
 from megatron_rasft.tools.capacity.sync_time import SyncCosts, estimate_sync
 
 PEAK_TFLOPS = {"bf16": 989.0, "fp8": 1979.0}
-"""Of an H100 SXM, dense."""
+"""Dense peak of an H100 SXM."""
 
 MFU = {"bf16": 0.47, "fp8": 0.27}
 """Measured on one H100 with the shape of Qwen2.5-1.5B and sequences of 2,048 tokens: 47,000 tokens/s in BF16, 54,000 in
-FP8. There is neither bubble nor communication on one GPU."""
+FP8. One GPU has neither pipeline bubble nor communication."""
 
 MIXTURE_MFU = {"bf16": 0.30, "fp8": 0.12}
 """Published for Qwen3-30B-A3B and 235B-A22B: verl 0.31 to 0.40 in BF16, Megatron-Bridge 206 to 253 TFLOP/s in FP8."""
 
 DECODING = 40_000.0 * 1.54e9
 """Tokens per second times parameters: SGLang 0.5.17 on one H100, Qwen2.5-1.5B's shape, 256 sequences at once, measured.
-By size that is 7,700 tokens/s for an 8B model, where others publish 16,200: it errs on the slow side."""
+For an 8B model this scales to 7,700 tokens/s, less than the published 16,200, so times come out long rather than short."""
 
 PACKING = 0.95
 """Share of a packed micro-batch that is not padding."""
 
 _HBM_SHARE = 0.6
-"""Of the memory bandwidth that decoding reaches."""
+"""Share of the memory bandwidth that decoding reaches."""
 
 _OVERLAP_REST = 0.1
-"""Share of the data-parallel communication that nothing hides."""
+"""Share of the data-parallel communication that no computation hides."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,20 +37,20 @@ class StepEstimate:
     """Seconds of one step."""
 
     tokens: float
-    """Of all samples, padding left out."""
+    """Tokens of all samples, without padding."""
     num_microbatches: int
     compute_s: float
-    """Matrix products of the slowest stage, recomputation included."""
+    """Matrix products of the slowest stage, including recomputation."""
     bubble_s: float
     tensor_s: float
-    """Tensor- and expert-parallel communication, and that between stages."""
+    """Communication of tensor and expert parallelism and between pipeline stages."""
     context_s: float
     data_s: float
-    """Gradients and weights between replicas, as far as nothing hides it."""
+    """Communication of gradients and weights between replicas that no computation hides."""
     reference_s: float
-    """The reference's forward pass, where an objective needs it in each step."""
+    """The reference's forward pass, if the objective needs one in each step."""
     mfu: float
-    """Model FLOPs (without recomputation) per second over the trainer's peak."""
+    """Model FLOPs per second (without recomputation) as a share of the trainer's peak."""
 
     @property
     def total_s(self) -> float:
@@ -65,7 +65,7 @@ class RefreshEstimate:
     rollouts_s: float
     verification_s: float
     scoring_s: float
-    """Forward passes for log-probabilities of the reference, or of the policy of the moment."""
+    """Forward passes for log-probabilities under the reference or the current policy."""
     sync_s: float
 
     @property
@@ -75,7 +75,7 @@ class RefreshEstimate:
 
 @dataclass(frozen=True, kw_only=True)
 class RunEstimate:
-    """The whole run."""
+    """Steps, refreshes and time of the whole run."""
 
     num_steps: int
     num_refreshes: int
@@ -85,14 +85,14 @@ class RunEstimate:
 
 
 def tokens_per_step(config: CapacityConfig, assumed: AssumptionConfig) -> float:
-    """Demonstrations, and the rollouts that are trained on."""
+    """Tokens of a step: demonstrations, and the rollouts that are trained on."""
     return config.global_batch_size * (
         assumed.demonstration_tokens + trained_rollouts(config, assumed) * rollout_tokens(config, assumed)
     )
 
 
 def trained_rollouts(config: CapacityConfig, assumed: AssumptionConfig) -> float:
-    """Per problem."""
+    """Rollouts per problem that are trained on: all in GRPO, else the correct ones."""
     if not config.needs.uses_rollouts():
         return 0.0
     return config.num_samples * (1.0 if config.objective == "grpo" else assumed.solve_rate)
@@ -109,7 +109,7 @@ def rollout_tokens(config: CapacityConfig, assumed: AssumptionConfig) -> float:
 
 
 def mean_length(config: CapacityConfig, assumed: AssumptionConfig) -> float:
-    """Mean length of a sequence that a token attends in, weighted by tokens."""
+    """Mean sequence length, weighted by tokens: the length that attention's cost of a token depends on."""
     n = trained_rollouts(config, assumed)
     a, b = assumed.demonstration_tokens, rollout_tokens(config, assumed)
     return (a * a + n * b * b) / (a + n * b)
@@ -117,17 +117,17 @@ def mean_length(config: CapacityConfig, assumed: AssumptionConfig) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class ForwardFlops:
-    """Of one token, on the whole model."""
+    """FLOPs of one token's forward pass, summed over all ranks."""
 
     attention: float
-    """Of a layer: projections, scores, weighted values."""
+    """Attention of one layer: projections, scores, weighted values."""
     mlp: float
-    """Of a layer: the experts that a token passes through, and the router."""
+    """MLP of one layer, or the token's experts and the router."""
     output: float
 
 
 def forward_flops(model: Model, length: float) -> ForwardFlops:
-    """Two per weight, and causal attention in a sequence of ``length`` tokens."""
+    """Counts two FLOPs per weight, and causal attention in a sequence of ``length`` tokens."""
     s = model.shape
     q, kv = s.num_attention_heads * s.head_dim, s.num_query_groups * s.head_dim
     mlp = 3 * s.hidden_size * s.ffn_hidden_size * max(1, model.top_k)
@@ -146,20 +146,19 @@ def estimate_step(
     *,
     precision: str = "bf16",
 ) -> StepEstimate:
-    """Of one training step.
+    """Estimates one training step.
 
-    The slowest stage sets the pace of the pipeline, which fills and drains once a step: its bubble is (pp - 1) micro-batches,
-    divided by the model chunks of a stage (Narayanan et al. 2021, arXiv 2104.04473). Tensor-, context- and
-    expert-parallel communication is counted as if nothing hid it; data-parallel communication is hidden behind one
-    micro-batch.
+    The slowest stage sets the pace of the pipeline. The pipeline fills and drains once a step, so its bubble is pp - 1
+    micro-batches, divided by the model chunks of a stage (Narayanan et al. 2021, arXiv 2104.04473). Communication of tensor,
+    context and expert parallelism counts in full; data-parallel communication overlaps with one micro-batch.
     """
     flops = forward_flops(model, mean_length(config, assumed))
     tokens = tokens_per_step(config, assumed)
     budget = config.micro_batch_size * config.seq_length
     num = max(1, math.ceil(tokens / PACKING / layout.dp / budget))
-    if layout.chunks > 1:
+    if layout.chunks > 1:  # Megatron's interleaved schedule needs a multiple of the stages
         num = -(-num // layout.pp) * layout.pp
-    # micro-batches have the length of the fullest, not of the budget
+    # a packed micro-batch is as long as its samples, not padded to the budget
     width = min(budget, tokens / PACKING / layout.dp / num)
     layers = model.shape.num_layers / layout.pp
     again = {"none": 0.0, "selective": flops.mlp, "full": flops.attention + flops.mlp}[layout.recompute]
@@ -190,18 +189,18 @@ def estimate_step(
 
 
 def matrix_share(model: Model, assumed: AssumptionConfig, precision: str) -> float:
-    """Of the peak, what matrix products reach: --mfu or its default."""
+    """Share of the peak that matrix products reach: --mfu or its default."""
     return assumed.mfu or (MIXTURE_MFU if model.top_k else MFU)[precision]
 
 
 def flops_per_s(model: Model, assumed: AssumptionConfig, precision: str) -> float:
-    """What matrix products reach on one GPU."""
+    """FLOPs per second of matrix products on one GPU."""
     peak = assumed.peak_tflops or PEAK_TFLOPS[precision]
     return matrix_share(model, assumed, precision) * peak * 1e12
 
 
 def _bandwidth(assumed: AssumptionConfig, config: CapacityConfig, span: int) -> float:
-    """Bytes per second of a collective over ranks that span so many GPUs, counted from the first of a node."""
+    """Bytes per second of a collective whose ranks lie within ``span`` consecutive GPUs, starting at the first GPU of a node."""
     gb_per_s = assumed.nvlink_gb_per_s if span <= config.gpus_per_node else assumed.network_gb_per_s
     return gb_per_s * 1e9
 
@@ -209,12 +208,12 @@ def _bandwidth(assumed: AssumptionConfig, config: CapacityConfig, span: int) -> 
 def _communication(
     model: Model, layout: Layout, config: CapacityConfig, assumed: AssumptionConfig, width: float
 ) -> tuple[float, float]:
-    """Seconds of a micro-batch on a stage: tensor, expert and pipeline parallel; context parallel."""
+    """Seconds that a micro-batch communicates on a stage: tensor, expert and pipeline parallelism; context parallelism."""
     s = model.shape
     tp, cp, ep = layout.tp, layout.cp, layout.ep
     layers = s.num_layers / layout.pp
     hidden = 2 * width / cp * s.hidden_size
-    # forward: gather and scatter around attention and MLP; backward the same, and each input gathered once more
+    # forward: gather and scatter around attention and MLP; backward: the same, and each input is gathered once more
     passes = {"none": 10, "selective": 12, "full": 14}[layout.recompute]
     inside = layers * passes * hidden * (tp - 1) / tp / _bandwidth(assumed, config, tp)
     forwards = {"none": 2, "selective": 3, "full": 3}[layout.recompute]
@@ -230,7 +229,7 @@ def _communication(
 def _data_s(
     model: Model, layout: Layout, config: CapacityConfig, assumed: AssumptionConfig, microbatch_s: float
 ) -> float:
-    """fp32 gradients scattered and BF16 weights gathered, hidden behind the last and the first micro-batch."""
+    """Seconds to scatter fp32 gradients and gather BF16 weights, less the overlap with the last and the first micro-batch."""
     slowest = 0.0
     span = layout.num_gpus // layout.pp
     for stage in (0, layout.pp - 1):
@@ -250,7 +249,7 @@ def _forward_s(
     num_microbatches: float,
     width: float,
 ) -> float:
-    """A forward pass of the reference: its weights swapped in, and the live ones back."""
+    """Seconds of a forward pass of the reference, including swapping its weights in and the trainer's weights back."""
     flops = forward_flops(model, mean_length(config, assumed))
     layers = model.shape.num_layers / layout.pp
     rate = flops_per_s(model, assumed, precision) * layout.tp * layout.cp
@@ -262,7 +261,7 @@ def _forward_s(
 
 
 def serving_tp(model: Model, config: CapacityConfig) -> int | None:
-    """GPUs of a server: the fewest whose memory the weights fill to at most 75 %; None if no node is large enough."""
+    """GPUs of a server: the smallest number whose memory the weights fill by at most 75 %; None if a node is too small."""
     room = 0.75 * config.gpu_memory_gib * 2**30
     sizes = [n for n in range(1, config.gpus_per_node + 1) if config.gpus_per_node % n == 0]
     fitting = [
@@ -272,7 +271,7 @@ def serving_tp(model: Model, config: CapacityConfig) -> int | None:
 
 
 def decode_tokens_per_s(model: Model, assumed: AssumptionConfig) -> float:
-    """Of a server, per GPU."""
+    """Decoded tokens per second of a server, per GPU."""
     return assumed.decode_tokens_per_s or DECODING / model.num_active_parameters
 
 
@@ -286,7 +285,7 @@ def estimate_refresh(
     rollout_gpus: int,
     precision: str = "bf16",
 ) -> RefreshEstimate:
-    """Of the refresh before --refresh-interval steps."""
+    """Estimates the refresh before --refresh-interval steps."""
     needs = config.needs
     num_steps = min(config.refresh_interval, _num_steps(config))
     num_samples = num_steps * config.global_batch_size * config.num_samples if needs.uses_rollouts() else 0
@@ -300,7 +299,7 @@ def estimate_refresh(
         sync_s = _sync_s(model, layout, config, assumed)
     elif num_samples:
         tokens = num_samples / layout.num_replicas * response_tokens(config, assumed)
-        # Rows are refilled as they end. At the end no sample waits, and the last row runs alone.
+        # a finished row is refilled at once, until no sample waits and the last row runs alone
         positions = tokens / config.rollout_batch_size + config.max_new_tokens
         rollouts_s = positions * _embedded_position_s(model, layout, config, assumed)
     num_scored = needs.needs_reference_logprobs() + needs.needs_old_logprobs()
@@ -320,7 +319,7 @@ def estimate_refresh(
 def _embedded_position_s(
     model: Model, layout: Layout, config: CapacityConfig, assumed: AssumptionConfig
 ) -> float:
-    """A token of all rows of the embedded engine: kernels, weights, and the rows' keys and values."""
+    """Seconds to decode one token of every row in the trainer: kernels, reading the weights, reading keys and values."""
     has_graphs = layout.pp == 1 and not model.shape.num_experts
     layer_ms = assumed.embedded_graph_layer_ms if has_graphs else assumed.embedded_layer_ms
     cached = (
@@ -331,12 +330,12 @@ def _embedded_position_s(
 
 
 def _read_s(model: Model, tp: int, assumed: AssumptionConfig) -> float:
-    """All weights read once: the least time of a position."""
+    """Seconds to read all weights once, the least time to decode a position."""
     return 2 * model.num_parameters / tp / (assumed.hbm_gb_per_s * 1e9 * _HBM_SHARE)
 
 
 def _sync_s(model: Model, layout: Layout, config: CapacityConfig, assumed: AssumptionConfig) -> float:
-    """A source has one card and gives the servers half of it: SyncCosts as benchmarks/weight_sync.py assumes them."""
+    """Seconds of a weight sync. A sender has one network card and sends at half its speed, as benchmarks/weight_sync.py assumes."""
     num_bytes = 2 * model.num_parameters
     costs = SyncCosts(
         gather=assumed.nvlink_gb_per_s * 1e9 / 3,
@@ -361,7 +360,7 @@ def estimate_run(
     checkpoint_bytes: float,
     assumed: AssumptionConfig,
 ) -> RunEstimate:
-    """All steps, refreshes and saves. With --rollout-lag 1 the servers sample while the trainer steps."""
+    """Adds up all steps, refreshes and saves. With --rollout-lag 1 the servers sample while the trainer steps."""
     num_steps = _num_steps(config)
     num_refreshes = math.ceil(num_steps / config.refresh_interval)
     training_s = num_steps * step.total_s

@@ -1,24 +1,24 @@
-"""How long a sync will take on a given cluster: arithmetic on measured or assumed speeds, checked by the benchmark."""
+"""Estimates the time of a weight sync from measured or assumed speeds; benchmarks/weight_sync.py checks the estimate."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True)
 class SyncCosts:
-    """What the parts of a sync cost; bytes per second unless said otherwise."""
+    """Speeds of the parts of a sync, in bytes per second unless the name ends in _s."""
 
     gather: float
-    """A stage's parameters put together on its source, over its tensor-parallel group."""
+    """Gathering a stage's parameters on its sender, over its tensor-parallel group."""
     network: float
-    """One broadcast from a source to all servers: the slower of its network card and the servers' own links."""
+    """A broadcast from a sender to all servers: the slower of its network card and the links between the servers."""
     load: float
-    """A server copying a received bucket into its weights."""
+    """Copying a received bucket into a server's weights."""
     request_s: float
-    """Seconds per bucket that move nothing: the request, its answer, the launch of the collective."""
+    """Fixed seconds per bucket: the request, its answer and the launch of the collective."""
     control_s: float
-    """Seconds per sync for pausing, flushing, labelling and going on."""
+    """Fixed seconds per sync: pausing the servers, emptying their cache, setting the weight version, resuming."""
     proof: float | None = None
-    """Hashing on trainer or server, if the sync is proven by checksums; None: it is not."""
+    """Hashing on trainer or server, if checksums prove the sync; None: they do not."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,9 +26,9 @@ class SyncEstimate:
     """Seconds of one sync."""
 
     gather_s: float
-    """Of all buckets; hidden but for the first of each stage while the bucket before is on its way."""
+    """Gathering all buckets. Only the first of each stage costs time, because the others are gathered during a send."""
     send_s: float
-    """Network, load and request of all buckets, which follow each other."""
+    """Sending all buckets one after another: network, load and request."""
     proof_s: float
     total_s: float
 
@@ -36,23 +36,23 @@ class SyncEstimate:
 def estimate_sync(
     num_bytes: float, num_buckets: int, costs: SyncCosts, *, num_stages: int = 1, overlaps: bool = True
 ) -> SyncEstimate:
-    """Time to give all servers ``num_bytes`` of weights.
+    """Estimates the time to send ``num_bytes`` of weights to all servers.
 
-    The number of servers does not enter: a broadcast passes them like beads on a string. Neither does the number
-    of stages, which take turns, but for one gather each that nothing hides.
+    The number of servers does not matter, because a broadcast forwards the data from server to server in small pieces. The
+    stages send one after another, so their number matters only through the first gather of each, which no send hides.
 
     Args:
-        num_bytes: of the weights as they are sent.
-        num_buckets: of all stages together.
+        num_bytes: bytes of the weights as they are sent.
+        num_buckets: buckets of all stages together.
         costs: speeds of this cluster.
         num_stages: pipeline stages.
-        overlaps: whether a bucket is gathered while the one before is sent.
+        overlaps: whether a bucket is gathered while the previous one is sent.
     """
     gather_s = num_bytes / costs.gather
     send_s = num_bytes / costs.network + num_bytes / costs.load + num_buckets * costs.request_s
     proof_s = num_bytes / costs.proof if costs.proof else 0.0
     first_s = gather_s / num_buckets * num_stages
-    # the hash of a bucket is taken in the same time as its gather
+    # a bucket is hashed right after its gather, also while the previous one is sent
     transfer_s = (
         first_s + max(send_s, gather_s + proof_s - first_s) if overlaps else gather_s + send_s + proof_s
     )

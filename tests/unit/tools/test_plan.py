@@ -51,22 +51,22 @@ def test_json_holds_every_number(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "code", "says"),
+    ("flags", "code", "named"),
     [
-        (["--hf-model", "nowhere"], 1, "the folder does not exist"),
-        (["--hf-model", str(ROOT / "docs")], 1, "has no config.json"),
-        (["--hf-model", str(LLAMA_70B), "--seq-length", "200000"], 2, "longer than the 131072 positions"),
-        (["--hf-model", str(LLAMA_70B), "--solve-rate", "2"], 2, "--solve-rate must be in [0, 1]"),
-        (["--hf-model", str(LLAMA_70B), "--top", "0"], 2, "--top must be >= 1"),
-        (["--hf-model", str(LLAMA_70B), "--num-gpus", "4"], 1, "nothing fits 4 GPUs of 80 GiB"),
+        (["--hf-model", "nowhere"], 1, "nowhere"),
+        (["--hf-model", str(ROOT / "docs")], 1, "config.json"),
+        (["--hf-model", str(LLAMA_70B), "--seq-length", "200000"], 2, "--seq-length 200000"),
+        (["--hf-model", str(LLAMA_70B), "--solve-rate", "2"], 2, "--solve-rate"),
+        (["--hf-model", str(LLAMA_70B), "--top", "0"], 2, "--top"),
+        (["--hf-model", str(LLAMA_70B), "--num-gpus", "4"], 1, "4 GPUs of 80 GiB"),
     ],
 )
 def test_mistake_is_one_line(
-    capsys: pytest.CaptureFixture[str], flags: list[str], code: int, says: str
+    capsys: pytest.CaptureFixture[str], flags: list[str], code: int, named: str
 ) -> None:
     assert run(*flags) == code
     error = capsys.readouterr().err
-    assert says in error and error.startswith("error: ") and error.count("\n") == 1
+    assert named in error and error.startswith("error: ") and error.count("\n") == 1
 
 
 def test_family_that_is_not_supported_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

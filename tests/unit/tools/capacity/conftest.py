@@ -1,4 +1,4 @@
-"""The model and the run that the tests of this room estimate."""
+"""The model and the run that the tests of this package estimate."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from megatron_rasft.tools.capacity.config import AssumptionConfig
 from megatron_rasft.tools.capacity.layouts import Model
 
 LLAMA_70B = Path(__file__).with_name("llama-3.1-70b")
-"""A config.json, no weights."""
+"""A folder with a config.json and without weights."""
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,6 @@
-"""The formula of kept activations against what autograd keeps for this project's plain layers, on the CPU in fp32.
+"""Compares the formula of activations with the tensors that autograd keeps for the plain layers, on the CPU in fp32.
 
-Transformer Engine's layers keep other copies: their terms are calculated, and need a GPU to be measured.
+Transformer Engine's layers keep other copies. Their terms are calculated; measuring them needs a GPU.
 """
 
 import json
@@ -22,7 +22,7 @@ from tests.tiny_models import build_chunks  # noqa: E402
 
 TOKENS = 96
 TOLERANCE = 0.01
-"""Of a layer: what is left out of the formula are indices and statistics per token."""
+"""The formula for one layer leaves out indices and per-token statistics."""
 
 SIZES = {
     "hidden_size": 256,
@@ -55,7 +55,7 @@ def write_config(path: Path, kind: str, num_layers: int) -> Path:
 
 
 def kept_bytes(path: Path, recompute: str) -> int:
-    """By a forward and backward pass: storages that autograd keeps, parameters left out, each once."""
+    """Bytes of the distinct storages that autograd keeps from forward to backward pass, without parameters."""
     (model,), _ = build_chunks(HfFolder.open(path, with_weights=False), 128, **RECOMPUTE[recompute])
     model.train()
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -64,7 +64,9 @@ def kept_bytes(path: Path, recompute: str) -> int:
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage  # held, so that no other takes its place
+            kept[storage.data_ptr()] = (
+                storage  # a reference keeps the storage alive, so that its address is not used again
+            )
         return tensor
 
     tokens = torch.arange(TOKENS)[None] % 128

@@ -60,7 +60,7 @@ def test_run_of_a_mixture_accepts_its_flags(tmp_path: Path, monkeypatch: pytest.
 def accepted(
     model: Model, estimate: LayoutEstimate, config: CapacityConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """startup.parse takes the flags, and reads the planned layout out of them."""
+    """Checks that startup.parse accepts the flags and reads the same layout from them."""
     monkeypatch.setattr(startup.HfFolder, "open", partial(HfFolder.open, with_weights=False))
     monkeypatch.setenv("WORLD_SIZE", str(estimate.layout.num_gpus))
     monkeypatch.setenv("RANK", "0")
@@ -78,7 +78,7 @@ def accepted(
 
 
 def test_fp8_flags_are_known(llama_70b: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine without a GPU refuses FP8 only after it has parsed the flags."""
+    """Without a GPU startup.parse refuses FP8, but only after it has parsed all flags."""
     estimate, config = first(llama_70b, "fp8")
     monkeypatch.setattr(startup.HfFolder, "open", partial(HfFolder.open, with_weights=False))
     monkeypatch.setenv("WORLD_SIZE", str(estimate.layout.num_gpus))

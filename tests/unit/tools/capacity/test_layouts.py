@@ -1,4 +1,4 @@
-"""Parameters are counted right, and only layouts that the host accepts are planned; ranks' shares are in tests/distributed."""
+"""Counts of parameters, and the layouts that are considered. tests/distributed compares the shares of ranks with Megatron's."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Bytes on a GPU, against independent arithmetic and the code that allocates them."""
+"""Compares bytes on a GPU with independent arithmetic and with the code that allocates them."""
 
 from dataclasses import replace
 

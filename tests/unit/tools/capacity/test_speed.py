@@ -1,4 +1,4 @@
-"""Times are counted work over stated speeds, and come out where they were measured."""
+"""Times are counted work divided by assumed speeds, and agree with measurements."""
 
 import json
 from dataclasses import asdict, replace
@@ -45,7 +45,9 @@ def test_one_gpu_is_as_fast_as_was_measured(tmp_path: Path, precision: str, meas
 def test_flops_are_six_per_weight_and_token_with_causal_attention(llama_70b: Model) -> None:
     flops = speed.forward_flops(llama_70b, length=4096)
     total = 80 * (flops.attention + flops.mlp) + flops.output
-    weights = llama_70b.num_parameters - 128256 * 8192 - 161 * 8192  # neither the look-up nor the norms
+    weights = (
+        llama_70b.num_parameters - 128256 * 8192 - 161 * 8192
+    )  # neither the embedding lookup nor the norms count
     assert total == pytest.approx(2 * weights + 80 * 4 * (4096 / 2) * 8192)
 
 
@@ -78,14 +80,14 @@ def test_rollouts_of_servers_scale_with_gpus_and_size(llama_70b: Model, assumed:
     assert few.rollouts_s - longest_s == pytest.approx(2 * (many.rollouts_s - longest_s))
     tokens = 32 * 256 * 4 * 2048
     assert many.rollouts_s - longest_s == pytest.approx(tokens / 32 / (40e3 * 1.54e9 / 70.55e9), rel=1e-3)
-    assert 5 < many.sync_s < 15  # benchmarks/weight_sync.py --cluster says the same
+    assert 5 < many.sync_s < 15  # the same figure as benchmarks/weight_sync.py --cluster
 
 
 @pytest.mark.parametrize(("pp", "layer_s"), [(1, 0.034e-3), (2, 0.5e-3)])
 def test_the_embedded_engine_refills_its_rows(
     llama_70b: Model, assumed: AssumptionConfig, pp: int, layer_s: float
 ) -> None:
-    """Without graphs, as in a pipeline, launching the kernels takes most of the time."""
+    """Without CUDA graphs, as in a pipeline, launching kernels takes most of the time."""
     config = CapacityConfig(num_gpus=64, num_samples=4, refresh_interval=1, max_new_tokens=1000)
     layout = replace(TP8_PP2, pp=pp, dp=8 // pp)
     step = speed.estimate_step(llama_70b, layout, config, assumed)

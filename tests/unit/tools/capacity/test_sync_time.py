@@ -1,4 +1,4 @@
-"""The arithmetic of a sync's duration."""
+"""The estimate of a weight sync's time."""
 
 import pytest
 
