@@ -21,14 +21,14 @@ from megatron_rasft.config import (
 from megatron_rasft.config.parser import add_flags
 from megatron_rasft.flags import FlagSection, OneOf, Range, flag_name
 from megatron_rasft.objective.families.policy_ratio import Grpo
-from megatron_rasft.tools.capacity.config import AssumptionConfig, PlanConfig
+from megatron_rasft.tools.capacity.config import AssumptionConfig, CapacityConfig
 from megatron_rasft.tools.evaluation.config import EvaluationConfig
 from megatron_rasft.training.arguments import add_arguments
 
 SECTIONS = {
     **RasftConfig.sections(),
     "evaluate": EvaluationConfig,
-    "plan": PlanConfig,
+    "plan": CapacityConfig,
     "assumed": AssumptionConfig,
 }
 STEP = 1e-3
@@ -148,9 +148,9 @@ def test_help_shows_range_and_default() -> None:
         (EvaluationConfig, {"temperature": 0.0}, ["--num-samples", "--temperature"]),
         (EvaluationConfig, {"benchmarks": []}, ["--benchmarks"]),
         (EvaluationConfig, {"pass_k": [1, 32]}, ["--pass-k", "--num-samples"]),
-        (PlanConfig, {"rollout_gpus": 8}, ["--rollout-gpus", "--num-gpus"]),
-        (PlanConfig, {"rollout_gpus": 0, "rollout_lag": 1}, ["--rollout-lag", "--rollout-gpus"]),
-        (PlanConfig, {"max_new_tokens": 8192}, ["--max-new-tokens", "--seq-length"]),
+        (CapacityConfig, {"rollout_gpus": 8}, ["--rollout-gpus", "--num-gpus"]),
+        (CapacityConfig, {"rollout_gpus": 0, "rollout_lag": 1}, ["--rollout-lag", "--rollout-gpus"]),
+        (CapacityConfig, {"max_new_tokens": 8192}, ["--max-new-tokens", "--seq-length"]),
     ],
 )
 def test_a_broken_rule_between_flags_names_them(
@@ -220,7 +220,7 @@ def test_flags_named_in_help_and_messages_exist() -> None:
     known = set(
         add_arguments(add_megatron_arguments(ArgumentParser(allow_abbrev=False)))._option_string_actions
     )
-    for kind in (EvaluationConfig, PlanConfig, AssumptionConfig):
+    for kind in (EvaluationConfig, CapacityConfig, AssumptionConfig):
         parser = ArgumentParser()
         add_flags(parser, kind)
         known |= set(parser._option_string_actions)
