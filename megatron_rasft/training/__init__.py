@@ -1,11 +1,11 @@
-"""Joins the rooms to Megatron: the only room that imports megatron.training."""
+"""Joins the other packages to Megatron. Of the packages that a run uses, only this one imports megatron.training."""
 
 import warnings
 
 from megatron_rasft.training import wgrad
 
-# Megatron warns at import about every optional kernel library that is missing; the run says what it uses.
+# Megatron warns at import about every optional kernel library that is missing. A run reports the kernels that it uses instead.
 warnings.filterwarnings("ignore", module=r"megatron\..*")
 
-# Before Megatron's layers are imported: they look for the module once.
+# Must come before the import of Megatron's layers, which look for this module once.
 wgrad.register()

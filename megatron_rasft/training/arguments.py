@@ -1,4 +1,4 @@
-"""Adds this package's flags to Megatron's parser, and fills in what the machine and the model decide."""
+"""Adds this package's flags to Megatron's parser, and sets the arguments that follow from the machine and the model."""
 
 import argparse
 import os
@@ -35,29 +35,29 @@ CHANGED_DEFAULTS = {
     "num_workers": 0,
     "position_embedding_type": "rope",
     "tokenizer_type": "NullTokenizer",
-    # Megatron's default, delayed, scales by what earlier passes saw, and the first passes of a run have seen nothing.
+    # Megatron's default, delayed, scales by the maxima of earlier passes, which a run's first passes do not have.
     "fp8_recipe": "tensorwise",
 }
-"""Of Megatron's own flags: those of supervised fine-tuning."""
+"""Defaults of Megatron's own flags that suit supervised fine-tuning."""
 
 NEWER_DEFAULTS = {
-    # From 0.20 on: at the end of a save Megatron would write its own tokenizer, which this program never builds.
+    # Since 0.20 Megatron writes its own tokenizer at the end of a save. A run here builds none.
     "save_tokenizer_assets": False,
 }
-"""The same for flags that only a later Megatron-Core has."""
+"""The same for flags that only later versions of Megatron-Core have."""
 
 WARMUP_STEPS = 4
-"""Where no --lr-warmup-* is given; fewer in a run that is shorter."""
+"""Steps of warm-up if no --lr-warmup-* flag is given; fewer in a run that is shorter."""
 
 
 def parse_flags() -> argparse.Namespace:
-    """This process's command line, read by Megatron's parser with this package's flags in it.
+    """Parses this process's command line by Megatron's parser, extended by this package's flags.
 
     Returns:
-        Megatron's arguments, and ``given_flags``: the flags that were typed, as typed, by their destination.
+        Megatron's arguments. Their ``given_flags`` are the flags that the user typed: destination -> flag as typed.
 
     Raises:
-        ValueError: a flag or a value is unknown, or means nothing here.
+        ValueError: a flag or a value is unknown, or the flag has no effect in this program.
     """
     parser: FlagParser | None = None
 
@@ -69,23 +69,23 @@ def parse_flags() -> argparse.Namespace:
 
     args = parse_args(extended)
     if args.objective == "rasft" and args.rasft_weighting == "published":
-        # the published script's filters are on, and a flag still says otherwise
+        # The published script filters by default. Parsing again makes this a default that a flag can still change.
         args = parse_args(partial(extended, **published_filters()))
-    assert parser is not None, "Megatron has asked for it"
+    assert parser is not None, "Megatron calls the extension"
     refuse_unsupported(parser, args)
     return args
 
 
 def add_arguments(megatron: argparse.ArgumentParser) -> FlagParser:
-    """Megatron's parser with one group more per room, and with our defaults of Megatron's flags."""
+    """Returns Megatron's parser with a group of flags for each package, and with ``CHANGED_DEFAULTS``."""
     known = {action.dest for action in megatron._actions}
     defaults = CHANGED_DEFAULTS | {name: v for name, v in NEWER_DEFAULTS.items() if name in known}
     changed = (_as_flag(name, value) for name, value in defaults.items())
     parser = FlagParser(
         parents=[megatron],
         description="Rollout-Adaptive Supervised Fine-Tuning on Megatron-Core.",
-        epilog=f"Defaults of Megatron's flags that differ from Megatron's: {', '.join(changed)}, and --lr-warmup-iters "
-        f"{WARMUP_STEPS} where no warm-up is given.",
+        epilog=f"These defaults differ from Megatron's: {', '.join(changed)}, and --lr-warmup-iters {WARMUP_STEPS} "
+        "if no warm-up is given.",
         add_help=False,
     )
     for title, section in RasftConfig.sections().items():
@@ -104,7 +104,7 @@ def _as_flag(name: str, value: Any) -> str:
 
 
 def _printable(action: argparse.Action) -> str | None:
-    """The help text as argparse can print it: a lone % (ours and some of Megatron's have one) is doubled."""
+    """Returns a help text that argparse can format: it reads a single % as a placeholder, so that one is doubled."""
     text = action.help
     if text is None or "%" not in text:
         return text
@@ -116,11 +116,14 @@ def _printable(action: argparse.Action) -> str | None:
 
 
 def fill_in(args: argparse.Namespace, architecture: dict[str, Any]) -> None:
-    """Set what the user need not type: the architecture, and what this machine can run.
+    """Sets the arguments that follow from the model's config.json and from this machine.
 
     Args:
         args: parsed, not yet validated by Megatron.
-        architecture: Megatron argument names and values that the model's config.json implies.
+        architecture: Megatron's argument -> value, from config.json.
+
+    Raises:
+        ValueError: a flag contradicts the model, or needs hardware or a library that this machine lacks.
     """
     _check_architecture(args, architecture)
     for name, value in architecture.items():
@@ -131,7 +134,7 @@ def fill_in(args: argparse.Namespace, architecture: dict[str, Any]) -> None:
     if args.seq_length > args.max_position_embeddings:
         raise ValueError(
             f"--seq-length {args.seq_length} is longer than the {args.max_position_embeddings} positions the model "
-            "was made for (config.json, max_position_embeddings). Give a shorter one."
+            "was made for (config.json, max_position_embeddings). Give a smaller value."
         )
     args.decoder_seq_length = None
     has_gpu, has_te = torch.cuda.is_available() and _has_device(), has_transformer_engine()
@@ -141,12 +144,13 @@ def fill_in(args: argparse.Namespace, architecture: dict[str, Any]) -> None:
     if not has_gpu:
         if args.given_flags.get("distributed_backend") and args.distributed_backend != "gloo":
             raise ValueError(
-                f"--distributed-backend {args.distributed_backend} needs a GPU, and this machine has none that can be used. "
-                "Leave the flag out: a CPU takes gloo."
+                f"--distributed-backend {args.distributed_backend} needs a GPU, and this machine has no usable GPU. "
+                "Leave the flag out: on a CPU the backend is gloo."
             )
         args.distributed_backend = "gloo"
         args.masked_softmax_fusion = False
     if args.tensor_model_parallel_size > 1 or args.context_parallel_size > 1:
+        # Overlapped communication must start before the computation that is launched after it (Megatron checks this).
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if args.wandb_project:
         _check_wandb(args)
@@ -155,19 +159,19 @@ def fill_in(args: argparse.Namespace, architecture: dict[str, Any]) -> None:
 
 
 def _check_architecture(args: argparse.Namespace, architecture: dict[str, Any]) -> None:
-    """Refuse a flag that says otherwise than the model: it would be ignored."""
+    """Refuses a flag that contradicts config.json. ``fill_in`` would overwrite its value."""
     for name, value in architecture.items():
         given = getattr(args, name)
         if name not in args.given_flags or given == value:
             continue
         reason = f"{args.hf_model}/config.json says {value}"
         if name.endswith("dropout"):
-            reason = "with dropout the policy would differ from the reference, and from itself, before the first step"
+            reason = "dropout makes log-probabilities random, so policy and reference would differ before the first step"
         raise ValueError(f"{args.given_flags[name]} {given} is refused: {reason}. Leave the flag out.")
 
 
 def _set_warmup(args: argparse.Namespace) -> None:
-    """The default warm-up, in the unit of the run's length; a flag in the other unit would be ignored."""
+    """Sets the default warm-up in the unit of the run's length. Megatron ignores flags in the other unit, so they are refused."""
     own, other = ("samples", "iters") if args.train_samples else ("iters", "samples")
     if args.train_samples and "train_iters" in args.given_flags:
         raise ValueError(
@@ -177,11 +181,11 @@ def _set_warmup(args: argparse.Namespace) -> None:
         if getattr(args, f"{name}_{other}"):
             flag = f"--{name.replace('_', '-')}"
             raise ValueError(
-                f"{flag}-{other} goes with --train-{other}, and the run's length is in {own}. Give {flag}-{own}."
+                f"{flag}-{other} needs --train-{other}, but the run's length is given in {own}. Use {flag}-{own}."
             )
     if args.lr_warmup_fraction is not None and not 0 <= args.lr_warmup_fraction < 1:
         raise ValueError(
-            f"--lr-warmup-fraction is a share of the decay, >= 0 and < 1, got {args.lr_warmup_fraction}."
+            f"--lr-warmup-fraction must be >= 0 and < 1 (a share of the decay), got {args.lr_warmup_fraction}."
         )
     if not has_own_warmup(args):
         args.lr_warmup_iters = 0 if args.train_samples else WARMUP_STEPS
@@ -189,25 +193,25 @@ def _set_warmup(args: argparse.Namespace) -> None:
 
 
 def has_own_warmup(args: argparse.Namespace) -> bool:
-    """Whether the user said anything about warm-up."""
+    """Returns whether the user gave a flag about warm-up."""
     return any(name.startswith("lr_warmup_") and name != "lr_warmup_init" for name in args.given_flags)
 
 
 def _check_wandb(args: argparse.Namespace) -> None:
-    # Megatron meets each of these on the last rank only, in a traceback, while the others wait.
+    # Megatron fails on each of these only on the last rank, with a traceback, while the other ranks wait.
     if not args.wandb_exp_name:
-        raise ValueError("--wandb-project needs --wandb-exp-name NAME: what the run is called there.")
+        raise ValueError("--wandb-project needs --wandb-exp-name NAME, the name of the run there.")
     if args.save is None and not args.wandb_save_dir:
-        raise ValueError("--wandb-project needs --wandb-save-dir DIR, or --save, to keep its files in.")
+        raise ValueError("--wandb-project needs --wandb-save-dir DIR, or --save, for its files.")
     if not _importable("wandb"):
         raise ValueError(
-            "--wandb-project needs Weights & Biases, which does not import here. Install the extra: "
-            "pip install 'megatron-rasft[trackers]', or leave the flag out."
+            "--wandb-project needs Weights & Biases, which cannot be imported here. Install it "
+            "(pip install 'megatron-rasft[trackers]'), or leave the flag out."
         )
 
 
 def has_transformer_engine() -> bool:
-    """Whether Transformer Engine imports here and there is a GPU for it."""
+    """Returns whether this machine has a GPU and Transformer Engine can be imported."""
     return _has_device() and _importable("transformer_engine.pytorch")
 
 

@@ -28,10 +28,10 @@ _POLL_S = 0.05
 """Time between two checks whether every rank has written its part."""
 
 _THREAD = "save"
-"""Name of the writing thread."""
+"""Name of the thread that writes."""
 
 _DONE, _WRITING, _LATE = 0, 1, 2
-"""The progress of one rank's part. The largest value over all ranks is that of the checkpoint."""
+"""The progress of one rank's part. The largest value over all ranks is the progress of the checkpoint."""
 
 
 class SaveQueue:
@@ -47,7 +47,7 @@ class SaveQueue:
 
     def __init__(self, timeout_s: float, *, copies_cpu_tensors: bool) -> None:
         self._timeout_s = timeout_s
-        self._copies_cpu_tensors = copies_cpu_tensors
+        self.copies_cpu_tensors = copies_cpu_tensors
         self._request: AsyncRequest | None = None
         self._writer: Thread | None = None
 
@@ -61,20 +61,20 @@ class SaveQueue:
 
     def schedule_async_request(self, request: AsyncRequest) -> int:
         """Copies the checkpoint's tensors into host memory and starts to write them. Training may go on when this returns."""
-        assert self._request is None, "Trainer.save completes an earlier save first"
+        assert self._request is None, "an earlier save must be completed first"
         self._request = request
         if request.async_fn is not None:
             arguments = list(request.async_fn_args)
             if request.preload_fn is not None:
                 arguments[1] = self._staged(request.preload_fn())
-            # A daemon: a run that fails elsewhere does not wait for a checkpoint that it can no longer complete.
+            # A daemon thread: a run that fails elsewhere must not wait for a checkpoint that it can no longer complete.
             self._writer = Thread(target=_write, args=(request, arguments), name=_THREAD, daemon=True)
             self._writer.start()
         return 0
 
     def _staged(self, buckets: Sequence[Any]) -> list[Any]:
         """Returns Megatron's buckets (file, key, (bytes, tensors)) with tensors in host memory that nothing else changes."""
-        if not self._copies_cpu_tensors:
+        if not self.copies_cpu_tensors:
             return list(buckets)
         return [
             (file, key, (data, [(item, tensor.clone()) for item, tensor in tensors]))
@@ -110,7 +110,7 @@ class SaveQueue:
         request, self._request, self._writer = self._request, None, None
         for finalize in request.finalize_fns:
             finalize()
-        dist.barrier()  # the checkpoint is the newest for every rank
+        dist.barrier()  # Rank 0 has written the tracker file before any rank goes on.
         return [0]
 
     def _state(self, is_late: bool) -> int:
@@ -141,9 +141,10 @@ def _write(request: AsyncRequest, arguments: list[Any]) -> None:
 
 
 def end_process(code: int) -> NoReturn:
-    """End the process with an exit code, also while a checkpoint that no rank will complete is being written.
+    """Ends the process with an exit code, even if a thread still writes a checkpoint that no rank will complete.
 
-    The interpreter's own end would stop the writer inside torch's C++ code, which aborts the process: exit code 134 and a core dump.
+    sys.exit would end the interpreter under a thread inside torch's C++ code. That aborts the process with exit code 134 and a core
+    dump.
     """
     if all(thread.name != _THREAD for thread in threading.enumerate()):
         sys.exit(code)
@@ -154,9 +155,9 @@ def end_process(code: int) -> NoReturn:
 
 
 def write_in_process() -> None:
-    """Makes writers hand their results over within this process.
+    """Makes Megatron's writers pass their results through a queue of this process.
 
-    Megatron's queue would start another process for that, which takes seconds and 800 MB, and is left behind when this one is killed.
+    Megatron's own queue starts another process, which takes seconds and 800 MB, and which survives when this process is killed.
     """
     filesystem_async._results_queue = queue.Queue()
 

@@ -1,4 +1,4 @@
-"""The layer specification: Transformer Engine's modules where asked for, plain torch otherwise."""
+"""Builds model chunks: with Transformer Engine's layers if --transformer-impl asks for them, otherwise with plain torch."""
 
 from typing import Any
 
@@ -18,11 +18,11 @@ from megatron_rasft.training.attention import RMSNorm, SdpaCoreAttention
 def build_chunk(
     args: Any, pre_process: bool = True, post_process: bool = True, vp_stage: int | None = None, **_: Any
 ) -> GPTModel:
-    """One chunk of the model with random weights, as Megatron's set-up functions ask for it."""
+    """Builds one chunk of the model with random weights. Megatron's set-up functions call it with these arguments."""
     config = core_transformer_config_from_args(args)
-    config.variable_seq_lengths = False
+    config.variable_seq_lengths = False  # all micro-batches of a step have one shape
     if args.distributed_backend == "gloo":
-        # Sends are asynchronous and hold the tensor, whose storage Megatron would free.
+        # gloo sends asynchronously and reads the tensor later, but Megatron would free its storage after the call.
         config.deallocate_pipeline_outputs = False
     return GPTModel(
         config,
@@ -44,11 +44,10 @@ def build_chunk(
 def layer_spec(
     config: TransformerConfig, vp_stage: int | None = None
 ) -> ModuleSpec | TransformerBlockSubmodules:
-    """Specification of the decoder block for GPTModel.
+    """Returns the specification of the decoder block for GPTModel.
 
-    ``config.transformer_impl`` decides: "transformer_engine" gives Megatron's own TE layers, anything
-    else the same layers with this package's RMSNorm and SdpaCoreAttention. Parameter names in a
-    checkpoint are the same for both.
+    With ``config.transformer_impl`` "transformer_engine" the layers are Megatron's own TE layers, otherwise the same layers with
+    this package's RMSNorm and SdpaCoreAttention. Parameter names in a checkpoint are the same for both.
     """
     kind: dict[str, Any] = {
         "qk_layernorm": config.qk_layernorm,
@@ -61,7 +60,7 @@ def layer_spec(
     layer = spec.submodules
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
     if config.num_moe_experts:
-        # Megatron names it in a checkpoint as if it were fused with an MLP that is not there.
+        # Megatron renames this norm in checkpoints as if it were fused with a dense MLP, which an MoE layer does not have.
         names = layer.sharded_state_dict_keys_map
         layer.sharded_state_dict_keys_map = {k: v for k, v in names.items() if k != "pre_mlp_layernorm."}
     attention = layer.self_attention.submodules

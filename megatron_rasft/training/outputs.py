@@ -1,4 +1,4 @@
-"""What a run writes beside its checkpoints: where it is, whether it can be, and how a run takes up what it appends to."""
+"""The files that a run writes beside its checkpoints: their paths, whether they are writable, and their lengths after a resume."""
 
 import json
 import os
@@ -16,93 +16,94 @@ from megatron_rasft.training.reference import LogprobCache
 from megatron_rasft.weights.tracker import has_checkpoint
 
 BEGUN_FILE = "begun.json"
-"""In --save: how long the files were when the run began. Killed before its first checkpoint, it begins there again."""
+"""File in --save: the lengths of the files when the run began. A run that is killed before its first checkpoint cuts them to these."""
 
 
 @dataclass(kw_only=True)
 class AppendedFile:
-    """A file that a run adds whole lines to and whose length its checkpoints know; its methods are for rank 0."""
+    """A file to which a run appends whole lines. Checkpoints hold its length. Its methods are for rank 0."""
 
     path: Path
     flag: str
-    """Gives it another place."""
+    """The flag that gives the path."""
     is_named: bool
-    """The flag was given; else the file lies in --save."""
+    """Whether the flag was given. Otherwise the file is in --save."""
     may_be_shorter: bool
-    """Whether a run may go on though lines are missing that were there at its checkpoint."""
+    """Whether a run may resume although the file is shorter than at the checkpoint."""
 
     @property
     def size(self) -> int:
         return self.path.stat().st_size if self.path.exists() else 0
 
     def mark(self) -> dict[str, Any]:
-        """Which file this is and how long, for a checkpoint. In --save it is known by its name: the folder may move."""
+        """Returns the file's path and length, for a checkpoint. For a file in --save it is the name only: the folder may be moved."""
         return {"path": str(self.path.resolve()) if self.is_named else self.path.name, "size": self.size}
 
-    def is_known_as(self, mark: dict[str, Any] | None, folder: Path | None) -> bool:
-        """Whether ``mark``, kept in ``folder``, is of this file."""
+    def matches(self, mark: dict[str, Any] | None, folder: Path | None) -> bool:
+        """Returns whether ``mark``, which was saved in ``folder``, belongs to this file."""
         return (
             mark is not None
             and folder is not None
             and (folder / mark["path"]).resolve() == self.path.resolve()
         )
 
-    def take_up(self, at_checkpoint: int | None, at_start: int | None) -> str:
-        """Leave what belongs to the run: it appends from here on.
+    def cut(self, at_checkpoint: int | None, at_start: int | None) -> str:
+        """Truncates the file to the lines that this run wrote before its checkpoint, and to whole lines.
 
         Args:
-            at_checkpoint: bytes it had when the checkpoint was written that the run goes on from; None without one, or
-                if it is not that checkpoint's file.
-            at_start: bytes it had when the run began for the first time, if the run has no checkpoint yet.
+            at_checkpoint: length in bytes at the checkpoint that the run goes on from; None without a checkpoint, or if the
+                checkpoint belongs to another file.
+            at_start: length in bytes when the run was first started; None if the run has a checkpoint of its own.
 
         Returns:
-            A line for the user if what it holds of an earlier start was cut away, else an empty one.
+            A line for the user if lines of an earlier start were cut off, otherwise "".
 
         Raises:
-            CheckpointError: it is shorter than at the checkpoint.
+            CheckpointError: the file is shorter than at the checkpoint.
         """
         text = ""
         size = whole_lines(self.path)
         if at_checkpoint is not None:
             if self.size < at_checkpoint and not self.may_be_shorter:
                 raise CheckpointError(
-                    f"{self.path} has {self.size} bytes, but the checkpoint was written when it had {at_checkpoint}: it was "
+                    f"{self.path} has {self.size} bytes, but had {at_checkpoint} when the checkpoint was written: it was "
                     f"moved or cut. Put the file back, or name another with {self.flag}."
                 )
             size = min(size, at_checkpoint)
         if at_start is not None and at_start < size:
             size = at_start
-            text = f"{self.path} is cut to the {size} bytes it had when the run began: it ended before its first checkpoint"
+            text = f"{self.path} is cut to the {size} bytes it had when the run began: the run ended before its first checkpoint"
         if size < self.size:
             os.truncate(self.path, size)
         return text
 
 
-def take_up_files(
+def cut_files(
     files: dict[str, AppendedFile], marks: dict[str, Any], load: Path | None, save: Path | None
 ) -> list[str]:
-    """Leave in each file what belongs to the run; for rank 0.
+    """Truncates each file to the lines that belong to this run; for rank 0.
 
     Args:
-        files: by the name that marks know them by.
-        marks: of the checkpoint in ``load`` that the run goes on from; empty without one.
-        save: the run's folder. Until it has a checkpoint, it keeps how long the files were when the run began.
+        files: name in ``marks`` -> file.
+        marks: name -> mark, of the checkpoint in ``load`` that the run goes on from; {} without one.
+        load: the folder of that checkpoint; None without one.
+        save: the run's folder. Until it has a checkpoint, its ``BEGUN_FILE`` holds the marks of the run's first start.
 
     Returns:
         Lines for the user.
 
     Raises:
-        CheckpointError: a file is not what it was at the checkpoint.
+        CheckpointError: a file is shorter than at the checkpoint.
     """
     begun = None if save is None or has_checkpoint(save) else save / BEGUN_FILE
     at_start = json.loads(begun.read_text(encoding="utf-8")) if begun is not None and begun.exists() else {}
     lines = []
     for name, file in files.items():
         sizes = [
-            kept[name]["size"] if file.is_known_as(kept.get(name), folder) else None
+            kept[name]["size"] if file.matches(kept.get(name), folder) else None
             for kept, folder in ((marks, load), (at_start, save))
         ]
-        lines.append(file.take_up(*sizes))
+        lines.append(file.cut(*sizes))
     if begun is not None:
         with written_to(begun, "--save"):
             write_json(begun, {name: file.mark() for name, file in files.items()})
@@ -110,12 +111,12 @@ def take_up_files(
 
 
 def metrics_file(args: Any, config: RasftConfig) -> AppendedFile | None:
-    """Where every logged number goes; None if nowhere."""
+    """The file of every logged number; None without --save and --rasft-metrics."""
     return _appended(args, config.run.rasft_metrics, "metrics.jsonl", "--rasft-metrics", may_be_shorter=True)
 
 
 def rollouts_file(args: Any, config: RasftConfig) -> AppendedFile | None:
-    """Where every rollout goes; None if nowhere, or if the run makes none."""
+    """The file of all rollouts; None if the run samples none, or without --save and --rollout-store."""
     rollout = config.rollout
     if not config.samples_rollouts or rollout.rollout_engine == "replay":
         return None
@@ -123,10 +124,11 @@ def rollouts_file(args: Any, config: RasftConfig) -> AppendedFile | None:
 
 
 def data_cache(args: Any, named: str | None) -> Path | None:
-    """Where tokenized rows are kept; None if nowhere.
+    """The folder of tokenized rows; None if they are not kept.
 
     Args:
-        named: --data-cache.
+        args: Megatron's.
+        named: --data-cache; "" turns the cache off.
     """
     if named is not None:
         return Path(named) if named else None
@@ -134,7 +136,7 @@ def data_cache(args: Any, named: str | None) -> Path | None:
 
 
 def reference_cache(args: Any, config: RasftConfig) -> Path | None:
-    """The reference's log-probabilities on disk; None if they stay in memory, or there are none."""
+    """The file of the reference's log-probabilities; None if they stay in memory, or if the objective needs none."""
     if not config.objective.needs_reference_logprobs():
         return None
     if config.run.rasft_ref_cache is not None:
@@ -143,10 +145,10 @@ def reference_cache(args: Any, config: RasftConfig) -> Path | None:
 
 
 def check_outputs(args: Any, config: RasftConfig) -> None:
-    """Refuse what cannot be written, on every rank, while nothing is built yet.
+    """Checks before anything is built that every output can be written. A collective of the world: rank 0 checks.
 
     Raises:
-        ValueError, RasftError: with the flag; FailedElsewhere on the ranks that do not write.
+        ValueError, RasftError: with the flag; FailedElsewhere on the other ranks.
     """
     files = [f for f in (metrics_file(args, config), rollouts_file(args, config)) if f is not None]
     cache, rows = reference_cache(args, config), data_cache(args, config.data.data_cache)
@@ -166,7 +168,12 @@ def check_outputs(args: Any, config: RasftConfig) -> None:
 
 
 def check_writable(flag: str, path: Path, folder: Path) -> None:
-    """Refuse a path that nothing can be written to. Makes ``folder``, which is the path itself or what it lies in.
+    """Checks that a path can be written.
+
+    Args:
+        flag: gives the path.
+        path: a file or a folder.
+        folder: ``path`` itself, or the folder of the file; is created.
 
     Raises:
         ValueError: with the flag.

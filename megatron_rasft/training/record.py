@@ -7,7 +7,7 @@ from typing import Any
 from megatron_rasft.config import RasftConfig
 from megatron_rasft.files import write_json, written_to
 from megatron_rasft.ranks import on_rank_zero
-from megatron_rasft.training.outputs import metrics_file, rollouts_file, take_up_files
+from megatron_rasft.training.outputs import cut_files, metrics_file, rollouts_file
 from megatron_rasft.training.progress import Progress, ScalarWriter
 from megatron_rasft.weights.model_card import run_facts
 
@@ -76,7 +76,7 @@ class RunRecord:
         """
         if self._save is not None:
             self._save.mkdir(parents=True, exist_ok=True)
-        for line in take_up_files(self._files, marks, checkpoints, self._save):
+        for line in cut_files(self._files, marks, checkpoints, self._save):
             self.say(line)
         self.mark_files()
         if self._save is not None:

@@ -1,4 +1,4 @@
-"""The frozen reference: a host copy of the initial weights, and a disk cache of what it thinks of tokens."""
+"""The frozen reference: a host copy of the initial weights, and a disk cache of its log-probabilities."""
 
 import contextlib
 import hashlib
@@ -16,17 +16,17 @@ from megatron_rasft.types import TrainingSample
 from megatron_rasft.weights.folder import checkpoint_fingerprint, weights_fingerprint
 
 _TABLE = "logprobs_fp32"
-"""Another name for another format: tables that an earlier version wrote are not read."""
+"""The name changes with the format of the values, so that a table of another format is never read."""
 
 _LOCK_TIMEOUT_S = 60.0
-"""Other runs may write to the same cache; one that waits longer than this for it gives up."""
+"""Several runs may share a cache. A run that cannot write to it for this long ends with an error."""
 
 
 class FrozenReference:
     """The reference policy's weights, sharded like the model, in (pinned) host memory.
 
     Args:
-        chunks: model chunks of this rank while they hold the reference's weights.
+        chunks: this rank's model chunks; they hold the reference's weights at this moment.
     """
 
     def __init__(self, chunks: Sequence[torch.nn.Module]) -> None:
@@ -45,13 +45,13 @@ class FrozenReference:
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
-        """Put the reference's weights into the model for the duration; the live ones come back bit for bit."""
-        live = [self._to_host(p) for p in self._parameters()]
+        """Puts the reference's weights into the model while the context is open. The policy's weights come back bit for bit."""
+        policy = [self._to_host(p) for p in self._parameters()]
         try:
             self._put(self._frozen)
             yield
         finally:
-            self._put(live)
+            self._put(policy)
 
     def _put(self, values: Iterable[Tensor]) -> None:
         for parameter, value in zip(self._parameters(), values, strict=True):
@@ -59,8 +59,9 @@ class FrozenReference:
         torch.cuda.synchronize()
 
     def output_weight(self, chunk: Any) -> Tensor:
-        """[v/tp, h] reference copy of the output projection, on the model's device; last stage only."""
-        # Of a stage with both ends Megatron's shared_embedding_or_output_weight() is the input embedding, tied or not.
+        """Returns a copy of the reference's output projection, [v/tp, h], on the model's device; for the last pipeline stage."""
+        # On a stage with both embeddings, Megatron's shared_embedding_or_output_weight() returns the input embedding even if
+        # the two are not tied.
         tied = chunk.share_embeddings_and_output_weights
         target = chunk.shared_embedding_or_output_weight() if tied else chunk.output_layer.weight
         for parameter, frozen in zip(self._parameters(), self._frozen, strict=True):
@@ -80,16 +81,16 @@ def initial_fingerprint(folder: Path, converted: Path | None) -> str:
 
 
 class LogprobCache:
-    """Reference log-probabilities on disk, by content: a property of (reference weights, tokens).
+    """The reference's log-probabilities on disk, found by the reference's weights and a sample's tokens.
 
-    Rank 0 only. Values are stored as they were computed, in fp32, so a hit is exact.
+    Rank 0 only. Values are stored in fp32, as they were calculated, so a stored value equals a calculated one.
 
     Args:
-        path: SQLite file, made if missing; None keeps the cache in memory.
-        fingerprint: names the reference weights and the precision they run in.
+        path: an SQLite file, created if it is missing; None keeps the cache in memory.
+        fingerprint: identifies the reference's weights and the precision of its passes.
 
     Raises:
-        RasftError: the file is no database, or cannot be read or written; methods raise it too.
+        RasftError: the file is not a database, or cannot be read or written. Methods raise it too.
     """
 
     def __init__(self, path: str | Path | None, fingerprint: str) -> None:
@@ -110,7 +111,7 @@ class LogprobCache:
         except (OSError, sqlite3.Error) as error:
             raise RasftError(
                 f"the cache of reference log-probabilities, {self._path}, cannot be used: {error}. Name another file with "
-                "--rasft-ref-cache, or move this one away: it is made anew."
+                "--rasft-ref-cache, or move this one away: the run creates a new one."
             ) from error
 
     def _key(self, sample: TrainingSample) -> bytes:
@@ -120,24 +121,24 @@ class LogprobCache:
         return digest.digest()
 
     def fill(self, samples: Iterable[TrainingSample]) -> list[TrainingSample]:
-        """Set ``ref_logprobs`` of the samples that are known.
+        """Sets ``ref_logprobs`` of the samples that the cache has.
 
         Returns:
-            Those that are not, each content once.
+            The other samples. Of several with the same tokens, only the first is returned.
         """
-        unknown: dict[bytes, TrainingSample] = {}
+        missing: dict[bytes, TrainingSample] = {}
         for sample in samples:
             key = self._key(sample)
             with self._explained():
                 row = self._database.execute(f"SELECT value FROM {_TABLE} WHERE key = ?", (key,)).fetchone()
             if row is None:
-                unknown.setdefault(key, sample)
+                missing.setdefault(key, sample)
             else:
                 sample.ref_logprobs = memoryview(row[0]).cast("f")
-        return list(unknown.values())
+        return list(missing.values())
 
     def add(self, samples: Iterable[TrainingSample], logprobs: Iterable[Sequence[float]]) -> None:
-        """Remember the reference's log-probabilities of these samples' responses."""
+        """Stores the reference's log-probabilities of these samples' responses."""
         pairs = zip(samples, logprobs, strict=True)
         rows = [(self._key(s), np.asarray(values, np.float32).tobytes()) for s, values in pairs]
         with self._explained(), self._database:

@@ -1,45 +1,48 @@
-"""Megatron's flags that mean nothing to this program: each is refused by name, with what to do instead."""
+"""Refuses Megatron's flags that have no effect in this program, or break it, each with the reason and an alternative."""
 
 import argparse
 
 from megatron_rasft.config.parser import FlagParser
 
-_ONE_SIZE = "every step takes --global-batch-size problems"
-_ONE_KIND = "a checkpoint is a whole one, written every --save-interval steps"
+_ONE_SIZE = "every step trains --global-batch-size problems"
+_ONE_KIND = "there is one kind of checkpoint, written every --save-interval steps"
 _NEW_RUN = (
-    "a run goes on from a whole checkpoint or begins with weights: export a checkpoint (tools/convert_checkpoint.py "
-    "megatron-to-hf) and give it as --hf-model, or --load what hf-to-megatron wrote"
+    "a run either resumes from a complete checkpoint or starts from weights: export the checkpoint "
+    "(tools/convert_checkpoint.py megatron-to-hf) and give it as --hf-model, or convert weights with hf-to-megatron and give them "
+    "as --load"
 )
-_LOGS = "every number that is logged goes to --rasft-metrics, TensorBoard and Weights & Biases at every step"
-_ARCHITECTURE = "config.json of --hf-model says what the model computes"
-_ONE_SHAPE = "it is set up for one number of tokens, and the number differs from step to step and in scoring and sampling passes"
+_LOGS = "all metrics are written to --rasft-metrics, TensorBoard and Weights & Biases at every step"
+_ARCHITECTURE = "the architecture is that of config.json in --hf-model"
+_ONE_SHAPE = "it supports one number of tokens only, but here the number changes from step to step and from training to sampling"
 _FIRST_WEIGHTS = (
-    "the run would start from 8-bit or 4-bit roundings of the weights of --hf-model: Megatron copies the quantized parameters "
-    "into the fp32 main parameters. --fp8-format alone computes in FP8 and keeps the weights exact"
+    "the run would start from weights rounded to 8 or 4 bits, because Megatron copies the quantized parameters into the fp32 main "
+    "parameters. --fp8-format alone computes in FP8 and keeps the weights exact"
 )
-_WRITER = "--async-save writes on a thread of the training process, which needs no worker process and has its priority"
+_WRITER = (
+    "--async-save writes on a thread of the training process, so there is no worker process to configure"
+)
 
 REFUSED = {
-    "skip_train": "nothing is evaluated here: tools/evaluate.py does it, of a folder, a checkpoint or servers",
+    "skip_train": "a run only trains: tools/evaluate.py evaluates a model folder, a checkpoint or rollout servers",
     "rampup_batch_size": _ONE_SIZE,
     "step_batch_size_schedule": _ONE_SIZE,
     "decrease_batch_size_if_needed": _ONE_SIZE,
-    "iterations_to_skip": "no batch is left out; take its rows from --train-data",
-    "phase_transition_iterations": "there are no phases; start one run after the other",
+    "iterations_to_skip": "no batch is left out: remove its rows from --train-data",
+    "phase_transition_iterations": "a run has one phase: start one run after the other",
     "non_persistent_save_interval": _ONE_KIND,
     "non_persistent_ckpt_type": _ONE_KIND,
     "non_persistent_global_ckpt_dir": _ONE_KIND,
     "non_persistent_local_ckpt_dir": _ONE_KIND,
-    "ckpt_convert_format": "tools/convert_checkpoint.py converts",
+    "ckpt_convert_format": "checkpoints are converted by tools/convert_checkpoint.py",
     "finetune": _NEW_RUN,
     "pretrained_checkpoint": _NEW_RUN,
     "override_ckpt_iteration": _NEW_RUN,
-    "use_checkpoint_args": _ARCHITECTURE + ", and the layout is that of the flags",
-    "use_mp_args_from_checkpoint_args": "the layout is that of the flags; any layout loads any checkpoint",
+    "use_checkpoint_args": _ARCHITECTURE + ", and the parallel layout is that of the flags",
+    "use_mp_args_from_checkpoint_args": "the parallel layout is that of the flags: a checkpoint can be loaded into any layout",
     "profile": "start the profiler around the program: nsys profile torchrun ..., or py-spy record",
     "record_memory_history": "start a profiler around the program: nsys profile --cuda-memory-usage=true torchrun ...",
-    "train_sync_interval": "the ranks meet at every step",
-    "check_weight_hash_across_dp_replicas_interval": "replicas are not compared while they train",
+    "train_sync_interval": "the ranks synchronize at every step",
+    "check_weight_hash_across_dp_replicas_interval": "replicas are not compared during training",
     "gpu_sniff_test_interval": "test the GPUs before the run",
     "optimizer_cuda_graph": _ONE_SHAPE,
     **dict.fromkeys(
@@ -58,13 +61,13 @@ REFUSED = {
         "async_strategy use_persistent_ckpt_worker async_ckpt_cpu_priority async_ckpt_io_priority async_ckpt_use_cpu_shm".split(),
         _WRITER,
     ),
-    "cross_entropy_loss_fusion": "the loss is that of --objective, which no fused cross entropy of Megatron computes",
-    "cross_entropy_fusion_impl": "the loss is that of --objective, which no fused cross entropy of Megatron computes",
+    "cross_entropy_loss_fusion": "the loss is that of --objective, and Megatron has no fused kernel for it",
+    "cross_entropy_fusion_impl": "the loss is that of --objective, and Megatron has no fused kernel for it",
     **dict.fromkeys(
         ("defer_embedding_wgrad_compute", "wgrad_deferral_limit"),
-        "the output layer's gradient is calculated with the log-probabilities, so Megatron finds none to calculate later",
+        "the output layer's gradient is calculated together with the log-probabilities, so there is nothing to defer",
     ),
-    "overlap_moe_expert_parallel_comm": "its schedule runs Megatron's own loss and not that of --objective",
+    "overlap_moe_expert_parallel_comm": "its schedule calls Megatron's own loss instead of that of --objective",
     "log_progress": _LOGS,
     "log_timers_to_tensorboard": _LOGS,
     "log_validation_ppl_to_tensorboard": _LOGS,
@@ -90,25 +93,25 @@ REFUSED = {
         _ARCHITECTURE,
     ),
 }
-"""Destination of a flag -> why it is refused, and the way out. What config.json sets is compared with it in ``fill_in``."""
+"""Destination of a flag -> why it is refused, and the alternative. Flags that config.json also sets are checked in ``fill_in``."""
 
 REFUSED_GROUPS = {
-    "rl": "reinforcement learning is --objective grpo here, with --objective-grpo-*, --rollout-* and --sync-*",
-    "sft": "supervised fine-tuning is --objective sft here, and demonstrations come from --train-data",
-    "data and dataloader": "demonstrations come from --train-data, and --data-* says how they are read",
-    "tokenizer": "the tokenizer is that of --hf-model; --data-chat-template names another chat template",
-    "validation": "problems that are not trained on are --heldout-data, measured every --heldout-interval steps",
-    "inference": "rollouts are sampled as --rollout-* says",
-    "Logits Distillation": "nothing is distilled; --objective sft_kl and asft hold on to the reference",
-    "vision": "the models are language models",
-    "biencoder": "the models are language models",
-    "autoresume": "SIGTERM saves and ends a run, and the same command goes on with it",
-    "In-process restart": "start the same command again: it goes on from the last checkpoint",
-    "ft_package": "start the same command again: it goes on from the last checkpoint",
+    "rl": "for reinforcement learning use --objective grpo with --objective-grpo-*, --rollout-* and --sync-*",
+    "sft": "for supervised fine-tuning use --objective sft with demonstrations from --train-data",
+    "data and dataloader": "demonstrations come from --train-data and are read as --data-* sets",
+    "tokenizer": "the tokenizer is that of --hf-model; --data-chat-template replaces its chat template",
+    "validation": "held-out problems are given as --heldout-data and measured every --heldout-interval steps",
+    "inference": "rollouts are sampled as the --rollout-* flags set",
+    "Logits Distillation": "there is no distillation; --objective sft_kl and asft keep the policy near a reference",
+    "vision": "only language models are supported",
+    "biencoder": "only language models are supported",
+    "autoresume": "SIGTERM saves and ends a run, and the same command resumes it",
+    "In-process restart": "start the same command again: it resumes from the last checkpoint",
+    "ft_package": "start the same command again: it resumes from the last checkpoint",
     "straggler": _LOGS,
     "workload inspector": _LOGS,
 }
-"""Title of a group of Megatron's flags -> likewise, for all of them but ``_HONOURED``."""
+"""Title of a group of Megatron's flags -> why its flags are refused, except ``_HONOURED``."""
 
 _HONOURED = {
     "seq_length",
@@ -120,10 +123,11 @@ _HONOURED = {
     "padded_vocab_size",
     "trust_remote_code",
 }
+"""Destinations of flags in ``REFUSED_GROUPS`` that this program does use."""
 
 
 def reasons(parser: FlagParser) -> dict[str, str]:
-    """Destination of every flag that is refused -> why."""
+    """Returns for every refused flag: destination -> why it is refused, and the alternative."""
     grouped = {
         action.dest: REFUSED_GROUPS[group.title]
         for group in parser._action_groups
@@ -135,10 +139,10 @@ def reasons(parser: FlagParser) -> dict[str, str]:
 
 
 def refuse_unsupported(parser: FlagParser, args: argparse.Namespace) -> None:
-    """Refuse what was given and would be ignored; a value that changes nothing may stand.
+    """Refuses the flags that were given and have no effect here. A flag that repeats its default is accepted.
 
     Raises:
-        ValueError: with the flag, the reason and the way out.
+        ValueError: with the flag, the reason and the alternative.
     """
     for name, reason in reasons(parser).items():
         value = getattr(args, name, None)

@@ -1,4 +1,4 @@
-"""Refuses flags that this machine cannot run, before anything heavy is loaded."""
+"""Refuses flags that this machine cannot run, before the model is loaded."""
 
 import argparse
 import os
@@ -13,7 +13,7 @@ _TRANSFORMER_ENGINE_FLAGS = (
     "moe_permute_fusion",
     "moe_router_fusion",
 )
-"""Destinations of flags whose kernels Transformer Engine brings. Without it Megatron ignores some of them and fails late on others."""
+"""Destinations of flags whose kernels are in Transformer Engine. Without it Megatron ignores some of them and fails late on others."""
 
 _FORMATS = {"fp8": "--fp8-format", "fp4": "--fp4-format"}
 
@@ -24,11 +24,11 @@ _CHECKS = {
     "mxfp8": "check_mxfp8_support",
     "nvfp4": "check_nvfp4_support",
 }
-"""Recipe -> the function of transformer_engine.pytorch.quantization that says whether this GPU has its kernels."""
+"""Recipe -> the function of transformer_engine.pytorch.quantization that returns whether this GPU has its kernels."""
 
 
 def refuse_unrunnable(args: argparse.Namespace, *, has_gpu: bool, has_transformer_engine: bool) -> None:
-    """Refuses kernels that need a GPU or Transformer Engine where either is missing, and recipes that the GPU lacks.
+    """Refuses kernels that need a GPU or Transformer Engine if that is missing, and recipes that the GPU has no kernels for.
 
     Raises:
         ValueError: with the flag, the reason and the way out.
@@ -38,23 +38,23 @@ def refuse_unrunnable(args: argparse.Namespace, *, has_gpu: bool, has_transforme
         recipe = args.given_flags.get(f"{name}_recipe")
         if recipe and getattr(args, name) is None:
             raise ValueError(
-                f"{recipe} changes nothing without {format_flag}. Give {format_flag} too, or leave it out."
+                f"{recipe} has no effect without {format_flag}. Give {format_flag} too, or leave it out."
             )
     for name in _needing_transformer_engine(args):
         flag = args.given_flags[name]
         if not has_gpu:
             raise ValueError(
-                f"{flag} needs a GPU with Transformer Engine, and this machine has no GPU that can be used. Leave the flag out."
+                f"{flag} needs a GPU with Transformer Engine, and this machine has no usable GPU. Leave the flag out."
             )
         if not has_transformer_engine:
             raise ValueError(
-                f"{flag} needs Transformer Engine, which does not import here. Install it (pip install --no-build-isolation "
+                f"{flag} needs Transformer Engine, which cannot be imported here. Install it (pip install --no-build-isolation "
                 "'megatron-rasft[te]'), or leave the flag out."
             )
         if name in _FORMATS:
             if args.transformer_impl != "transformer_engine":
                 raise ValueError(
-                    f"{flag} changes nothing with --transformer-impl {args.transformer_impl}, whose layers compute in BF16. Leave one "
+                    f"{flag} has no effect with --transformer-impl {args.transformer_impl}, whose layers compute in BF16. Leave one "
                     "of the two out."
                 )
             _check_recipe(_FORMATS[name], f"--{name}-recipe", str(getattr(args, f"{name}_recipe")))
@@ -63,16 +63,15 @@ def refuse_unrunnable(args: argparse.Namespace, *, has_gpu: bool, has_transforme
 def _refuse_fused_logprobs(args: argparse.Namespace, *, has_gpu: bool) -> None:
     if args.objective_logprob_kernels != "fused":
         return
-    if (
-        not has_gpu and os.environ.get("TRITON_INTERPRET") != "1"
-    ):  # the interpreter is slow, and runs on a CPU
+    # Triton's interpreter runs the kernels on a CPU. It is too slow for a run, but tests use it.
+    if not has_gpu and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError(
-            "--objective-logprob-kernels fused needs a GPU, and this machine has no GPU that can be used. Leave the flag out."
+            "--objective-logprob-kernels fused needs a GPU, and this machine has no usable GPU. Leave the flag out."
         )
     if args.use_megatron_fsdp:
         raise ValueError(
-            "--objective-logprob-kernels fused does not go with --use-megatron-fsdp: the kernels take the output layer's weight "
-            "whole. Leave the flag out."
+            "--objective-logprob-kernels fused cannot be combined with --use-megatron-fsdp, which shards the output layer's weight: "
+            "the kernels need all of it. Leave the flag out."
         )
 
 
@@ -85,7 +84,7 @@ def _needing_transformer_engine(args: argparse.Namespace) -> list[str]:
 
 def _check_recipe(format_flag: str, recipe_flag: str, recipe: str) -> None:
     """Refuses a recipe without kernels for this GPU. Transformer Engine itself raises only in the first forward pass."""
-    if recipe not in _CHECKS:  # a recipe of the user's own
+    if recipe not in _CHECKS:  # a custom recipe of the user
         return
     from transformer_engine.pytorch import quantization
 

@@ -1,4 +1,7 @@
-"""How a run ends before its last step: asked for in the pauses of its work, at one place on all ranks."""
+"""Ends a run before its last step: on a signal, or after a given time.
+
+All ranks must stop at the same place, so the run checks at fixed places of its work, and the ranks agree there.
+"""
 
 import time
 from collections.abc import Callable
@@ -11,17 +14,17 @@ from megatron_rasft.ranks import gather_to_all, kept_by_rank_zero, on_rank_zero
 
 
 class Stopped(Exception):
-    """The run is to end here; raised on every rank alike, but for ``StopRequest.check_here``."""
+    """Ends the run. It is raised on every rank at the same place, except by ``StopRequest.check_here``."""
 
 
 class StopRequest:
-    """--exit-signal (SIGTERM), and --exit-duration-in-mins.
+    """Checks for --exit-signal (SIGTERM) and --exit-duration-in-mins.
 
     Args:
-        has_signal: whether this process was sent the signal.
-        duration_min: minutes after ``began`` at which the run ends; None lets it go on.
-        began: when the program started, seconds of ``time.time()``.
-        device: of the flags that ranks exchange.
+        has_signal: returns whether this process has received the signal.
+        duration_min: minutes after ``began`` at which the run ends; None for no limit.
+        began: ``time.time()`` when the program started.
+        device: of the tensor that the ranks exchange.
     """
 
     def __init__(
@@ -44,11 +47,11 @@ class StopRequest:
         return ""
 
     def reason(self) -> str:
-        """What asks any rank to stop, empty if nothing does; a collective of the world."""
+        """Returns why the run is to stop: a reason that any rank has, or "". A collective of the world."""
         return next((reason for reason in gather_to_all(self._reason_here()) if reason), "")
 
     def is_asked(self, group: Any = None) -> bool:
-        """Whether any rank of ``group``, by default the world, is to stop; one all-reduce on it."""
+        """Returns whether any rank of ``group`` (None: the world) has a reason to stop. Runs one all-reduce on the group."""
         if not dist.is_initialized():
             return bool(self._reason_here())
         flag = torch.tensor(int(bool(self._reason_here())), device=self._device)
@@ -56,17 +59,17 @@ class StopRequest:
         return bool(flag)
 
     def check(self) -> None:
-        """Raise Stopped if any rank is to stop; a collective of the world."""
+        """Raises Stopped if any rank has a reason to stop. A collective of the world."""
         if self.is_asked():
             raise Stopped
 
     def check_here(self) -> None:
-        """Raise Stopped if this rank is to stop; for the work of ``on_rank_zero``."""
+        """Raises Stopped if this rank has a reason to stop. No collective: for work that only rank 0 does."""
         if self._reason_here():
             raise Stopped
 
     def on_rank_zero[T](self, work: Callable[[], T]) -> T:
-        """``ranks.on_rank_zero`` of long work that calls ``check_here`` now and then."""
+        """Runs long work that calls ``check_here`` as ``ranks.on_rank_zero`` does. Stopped reaches every rank."""
 
         def attempt() -> tuple[T | None, bool]:
             try:
@@ -80,5 +83,5 @@ class StopRequest:
         return result  # type: ignore[return-value]
 
     def kept_by_rank_zero[T](self, work: Callable[[], T], elsewhere: T) -> T:
-        """The same for a result that nobody else needs: the other ranks get ``elsewhere``."""
+        """Runs such work and keeps its result on rank 0; the other ranks get ``elsewhere``."""
         return kept_by_rank_zero(work, elsewhere, self.on_rank_zero)

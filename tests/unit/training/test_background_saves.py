@@ -16,6 +16,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 
 from megatron_rasft.training.background_saves import SaveQueue, end_process
+from tests.unit.training.conftest import Parse
 
 
 @pytest.fixture(autouse=True)
@@ -129,3 +130,12 @@ def test_a_program_that_fails_during_a_save_ends_with_its_own_code(monkeypatch: 
     saves.close()
     with pytest.raises(SystemExit, match="2"):
         end_process(2)
+
+
+def test_only_memory_that_training_changes_is_copied(parse: Parse) -> None:
+    args = parse("--async-save")
+    on_gpu, on_cpu = torch.device("cuda"), torch.device("cpu")
+    assert not SaveQueue.for_run(args, on_gpu).copies_cpu_tensors
+    assert SaveQueue.for_run(args, on_cpu).copies_cpu_tensors
+    args.optimizer_cpu_offload = True
+    assert SaveQueue.for_run(args, on_gpu).copies_cpu_tensors

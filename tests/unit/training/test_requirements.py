@@ -1,4 +1,4 @@
-"""Kernels that a machine lacks are refused by the flag that asks for them."""
+"""A flag is refused if this machine cannot run its kernels."""
 
 import argparse
 import sys
@@ -36,11 +36,9 @@ def parsed(flags: str) -> argparse.Namespace:
 )
 def test_kernels_of_transformer_engine_need_it_and_a_gpu(flags: str) -> None:
     flag = flags.split()[0]
-    with pytest.raises(
-        ValueError, match=f"^{flag} needs a GPU with Transformer Engine.* Leave the flag out.$"
-    ):
+    with pytest.raises(ValueError, match=f"^{flag} .*GPU"):
         refuse_unrunnable(parsed(flags), has_gpu=False, has_transformer_engine=False)
-    with pytest.raises(ValueError, match=rf"^{flag} needs Transformer Engine.*megatron-rasft\[te\]"):
+    with pytest.raises(ValueError, match=rf"^{flag} .*megatron-rasft\[te\]"):
         refuse_unrunnable(parsed(flags), has_gpu=True, has_transformer_engine=False)
 
 
@@ -50,18 +48,19 @@ def test_defaults_need_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "says"),
+    ("flags", "format_flag"),
     [("--fp8-recipe delayed", "--fp8-format"), ("--fp4-recipe nvfp4", "--fp4-format")],
 )
-def test_a_recipe_without_its_format_is_refused(flags: str, says: str) -> None:
-    with pytest.raises(ValueError, match=f"changes nothing without {says}"):
+def test_a_recipe_without_its_format_is_refused(flags: str, format_flag: str) -> None:
+    recipe = flags.split()[0]
+    with pytest.raises(ValueError, match=f"^{recipe} .*{format_flag}"):
         refuse_unrunnable(parsed(flags), has_gpu=True, has_transformer_engine=True)
 
 
 @pytest.mark.parametrize("flag", ["--fp8-format hybrid", "--fp4-format e2m1"])
-def test_layers_that_know_no_fp8_are_refused_with_it(flag: str) -> None:
+def test_fp8_is_refused_with_layers_that_compute_in_bf16(flag: str) -> None:
     args = parsed(f"{flag} --transformer-impl local")
-    with pytest.raises(ValueError, match=f"^{flag.split()[0]} changes nothing with --transformer-impl local"):
+    with pytest.raises(ValueError, match=f"^{flag.split()[0]} .*--transformer-impl local"):
         refuse_unrunnable(args, has_gpu=True, has_transformer_engine=True)
 
 
@@ -93,18 +92,14 @@ def test_a_recipe_that_the_gpu_lacks_is_refused_before_the_model_is_loaded(
     monkeypatch.setitem(sys.modules, quantization.__name__, quantization)
     refuse_unrunnable(parsed(flags), has_gpu=True, has_transformer_engine=True)
     setattr(quantization, check, lambda: (False, "Device compute capability 10.0 or higher required."))
-    with pytest.raises(
-        ValueError, match=f"^{refused} cannot run on this GPU: .*10.0 or higher required. Choose"
-    ):
+    with pytest.raises(ValueError, match=f"^{refused} .*10.0 or higher required"):
         refuse_unrunnable(parsed(flags), has_gpu=True, has_transformer_engine=True)
 
 
 def test_fused_logprobs_need_a_gpu_or_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     asked = parsed("--objective-logprob-kernels fused")
-    with pytest.raises(
-        ValueError, match=r"^--objective-logprob-kernels fused needs a GPU.* Leave the flag out.$"
-    ):
+    with pytest.raises(ValueError, match=r"^--objective-logprob-kernels fused .*GPU"):
         refuse_unrunnable(asked, has_gpu=False, has_transformer_engine=False)
     refuse_unrunnable(asked, has_gpu=True, has_transformer_engine=False)
     refuse_unrunnable(
@@ -116,5 +111,5 @@ def test_fused_logprobs_need_a_gpu_or_the_interpreter(monkeypatch: pytest.Monkey
 
 def test_fused_logprobs_are_refused_under_fsdp() -> None:
     asked = parsed("--objective-logprob-kernels fused --use-megatron-fsdp")
-    with pytest.raises(ValueError, match="does not go with --use-megatron-fsdp"):
+    with pytest.raises(ValueError, match=r"--objective-logprob-kernels fused.*--use-megatron-fsdp"):
         refuse_unrunnable(asked, has_gpu=True, has_transformer_engine=True)

@@ -1,0 +1,61 @@
+"""Checks that a run's parallel layout fits the processes, the model and the run's kind of sampling."""
+
+import argparse
+
+from megatron_rasft.config import RasftConfig
+from megatron_rasft.weights.architecture import splits_attention
+
+
+def check_layout(args: argparse.Namespace) -> None:
+    """Checks the sizes of the layout and of the batches, before Megatron's own check, which asserts without a way out.
+
+    Raises:
+        ValueError: with the flag.
+    """
+    tp, pp, cp = (
+        args.tensor_model_parallel_size,
+        args.pipeline_model_parallel_size,
+        args.context_parallel_size,
+    )
+    size = tp * pp * cp
+    if args.world_size % size:
+        raise ValueError(
+            f"tensor x pipeline x context parallel = {tp} x {pp} x {cp} = {size} does not fit {args.world_size} "
+            f"processes. Start a multiple of {size} with --nproc-per-node, or choose smaller sizes."
+        )
+    heads, groups = args.num_attention_heads, args.num_query_groups
+    if not splits_attention(heads, groups, tp):
+        raise ValueError(
+            f"--tensor-model-parallel-size {tp} does not divide the model's {heads} heads in {groups} query groups. Use "
+            f"another size, or --rasft-query-groups {-(-groups // tp) * tp}, which adds groups of zeros."
+        )
+    dp = args.world_size // size
+    per_step = args.micro_batch_size * dp
+    if args.global_batch_size % per_step:
+        raise ValueError(
+            f"--global-batch-size {args.global_batch_size} is not a multiple of micro batch size x data parallel = "
+            f"{args.micro_batch_size} x {dp} = {per_step}. Use a multiple."
+        )
+
+
+def check_sampling(args: argparse.Namespace, config: RasftConfig) -> None:
+    """Refuses expert parallelism if the trainer samples: data-parallel ranks then run different numbers of passes.
+
+    The experts of a layer would be spread over these ranks, and every pass needs all of them.
+
+    Raises:
+        ValueError: with the flag.
+    """
+    if args.expert_model_parallel_size == 1:
+        return
+    flag = f"--expert-model-parallel-size {args.expert_model_parallel_size}"
+    if config.samples_rollouts and config.rollout.rollout_engine == "embedded":
+        raise ValueError(
+            f"{flag} cannot be combined with --rollout-engine embedded: data-parallel ranks sample at their own pace. Sample "
+            "from servers (--rollout-engine sglang), or keep every expert on each rank (--expert-model-parallel-size 1)."
+        )
+    if config.heldout.heldout_data:
+        raise ValueError(
+            f"{flag} cannot be combined with --heldout-data, which the trainer samples itself. Evaluate checkpoints with "
+            "tools/evaluate.py instead, or keep every expert on each rank (--expert-model-parallel-size 1)."
+        )

@@ -1,0 +1,72 @@
+"""A parallel layout that does not fit is refused by its flag."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from megatron_rasft.config import HeldoutConfig, RolloutConfig
+from megatron_rasft.training.layout_checks import check_layout, check_sampling
+from tests.unit.training.stand_ins import config_of
+
+
+def args_of(**changes: int) -> Any:
+    """8 processes, a model of 8 heads in 4 query groups."""
+    sizes = {
+        "world_size": 8,
+        "tensor_model_parallel_size": 2,
+        "pipeline_model_parallel_size": 2,
+        "context_parallel_size": 1,
+        "expert_model_parallel_size": 1,
+        "num_attention_heads": 8,
+        "num_query_groups": 4,
+        "micro_batch_size": 2,
+        "global_batch_size": 8,
+    }
+    return SimpleNamespace(**sizes | changes)
+
+
+def test_a_layout_that_fits_is_accepted() -> None:
+    check_layout(args_of())
+
+
+@pytest.mark.parametrize(
+    ("changes", "pattern"),
+    [
+        ({"context_parallel_size": 4}, r"2 x 2 x 4 = 16 .* 8"),
+        ({"world_size": 6}, r"2 x 2 x 1 = 4 .* 6"),
+        ({"num_attention_heads": 9, "num_query_groups": 3}, r"parallel-size 2 .*--rasft-query-groups 4"),
+        ({"global_batch_size": 6}, r"--global-batch-size 6 .* 2 x 2 = 4"),
+    ],
+)
+def test_a_layout_that_does_not_fit_is_refused(changes: dict[str, int], pattern: str) -> None:
+    with pytest.raises(ValueError, match=pattern):
+        check_layout(args_of(**changes))
+
+
+@pytest.mark.parametrize(
+    ("packages", "pattern"),
+    [
+        ({"rollout": RolloutConfig(rollout_engine="embedded")}, "--rollout-engine embedded"),
+        (
+            {
+                "rollout": RolloutConfig(rollout_engine="sglang", rollout_urls=["http://a:1"]),
+                "heldout": HeldoutConfig(heldout_data=["file.jsonl"]),
+            },
+            "--heldout-data",
+        ),
+    ],
+    ids=["rollouts", "held-out problems"],
+)
+def test_experts_on_other_ranks_are_refused_if_the_trainer_samples(
+    packages: dict[str, Any], pattern: str
+) -> None:
+    config = config_of(**packages)
+    check_sampling(args_of(), config)
+    with pytest.raises(ValueError, match=f"--expert-model-parallel-size 2 .*{pattern}"):
+        check_sampling(args_of(expert_model_parallel_size=2), config)
+
+
+def test_experts_on_other_ranks_are_accepted_if_servers_sample() -> None:
+    config = config_of(rollout=RolloutConfig(rollout_engine="sglang", rollout_urls=["http://a:1"]))
+    check_sampling(args_of(expert_model_parallel_size=2), config)

@@ -1,0 +1,52 @@
+"""The layers of a model: their modules, and their parameters' names in a checkpoint."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from megatron_rasft.training import model as model_module
+from megatron_rasft.training.attention import RMSNorm, SdpaCoreAttention
+from megatron_rasft.training.model import layer_spec
+
+
+def config_of(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> Any:
+    monkeypatch.setattr(model_module, "get_num_layers_to_build", lambda config, vp_stage: 3)
+    values = {
+        "transformer_impl": "local",
+        "qk_layernorm": False,
+        "num_moe_experts": None,
+        "moe_grouped_gemm": False,
+    }
+    return SimpleNamespace(**values | changes)
+
+
+@pytest.mark.parametrize("has_qk_norm", [False, True])
+def test_plain_layers_have_this_packages_norms_and_attention(
+    has_qk_norm: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block: Any = layer_spec(config_of(monkeypatch, qk_layernorm=has_qk_norm))
+    assert len(block.layer_specs) == 3 and block.layer_norm is RMSNorm
+    layer = block.layer_specs[0].submodules
+    assert layer.input_layernorm is layer.pre_mlp_layernorm is RMSNorm
+    attention = layer.self_attention.submodules
+    assert attention.core_attention is SdpaCoreAttention
+    assert (attention.q_layernorm is RMSNorm) == (attention.k_layernorm is RMSNorm) == has_qk_norm
+
+
+@pytest.mark.parametrize(("num_experts", "is_renamed"), [(None, True), (4, False)])
+def test_the_norm_before_experts_keeps_its_name_in_a_checkpoint(
+    num_experts: int | None, is_renamed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the norm before a dense MLP has the name of a fused layer."""
+    block: Any = layer_spec(config_of(monkeypatch, num_moe_experts=num_experts))
+    names = block.layer_specs[0].submodules.sharded_state_dict_keys_map
+    assert ("pre_mlp_layernorm." in names) == is_renamed
+
+
+def test_transformer_engines_layers_are_megatrons_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        model_module, "get_gpt_layer_with_transformer_engine_spec", lambda **kind: ("TE", kind)
+    )
+    spec: Any = layer_spec(config_of(monkeypatch, transformer_impl="transformer_engine", qk_layernorm=True))
+    assert spec == ("TE", {"qk_layernorm": True, "num_experts": None, "moe_grouped_gemm": False})

@@ -1,0 +1,101 @@
+"""A trainer of one process: what a step, a batch without samples and a gradient that is not finite do to it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_rasft.types import SamplingParams, TrainingSample
+from tests.forking import call_on_ranks
+from tests.tiny_policy import write_model
+
+
+def sample() -> TrainingSample:
+    return TrainingSample(
+        problem_id="p", kind="demonstration", prompt_ids=[3, 4], response_ids=[5, 6], weight=1.0
+    )
+
+
+def _train(rank: int, folder: str) -> None:
+    import pretrain_rasft
+    from megatron_rasft.training.trainer import Diverged
+    from megatron_rasft.types import Request
+    from tests.distributed.ranks_harness import trainer
+
+    pretrain_rasft.cpu_backend.enable()
+    pretrain_rasft.cpu_backend.use_cpu_fused_adam()
+    flags = "--objective sft_kl --global-batch-size 1 --lr 1e-3 --lr-warmup-iters 0"
+    notes: dict[str, Any] = {}
+
+    def weights() -> torch.Tensor:
+        return torch.cat([p.detach().flatten().clone() for p in run.chunks[0].parameters()])
+
+    with trainer(Path(folder, "model"), Path(folder, "none.jsonl"), flags.split()) as run:
+        initial = weights()
+        (policy,) = run.score([sample()], with_reference=False)
+        sampling = SamplingParams(
+            num_samples=1,
+            temperature=1.0,
+            top_p=1.0,
+            repetition_penalty=1.0,
+            max_new_tokens=2,
+            stop_ids=frozenset(),
+            max_batch_size=1,
+        )
+        (answer,) = run.generate([Request(prompt_ids=[3, 4], seeds=[1])], sampling)[0]
+        notes["sampled"] = len(answer.token_ids)
+        scored = sample()
+        scored.ref_logprobs = policy
+
+        skipped = run.step([], 1)
+        notes["skipped"] = skipped.is_skipped and torch.equal(weights(), initial) and run.iteration == 1
+
+        result = run.step([scored], 1)
+        notes["trained"] = not result.is_skipped and not torch.equal(weights(), initial)
+        notes["iteration"] = run.iteration
+        notes["tokens"] = result.num_tokens
+        notes["problems"] = run.args.consumed_train_samples
+        (reference,) = run.score([sample()], with_reference=True)
+        notes["reference stays"] = reference.tolist() == policy.tolist()
+        notes["flags stay"] = (run.args.seq_length, run.args.micro_batch_size) == (run.max_tokens, 1)
+
+        run.export(f"{folder}/exported")
+        with torch.no_grad():
+            next(run.chunks[0].parameters()).fill_(float("nan"))
+        try:
+            run.step([scored], 1)
+        except Diverged:
+            notes["diverged"] = run.iteration
+    Path(folder, "notes.json").write_text(json.dumps(notes))
+
+
+@pytest.fixture(scope="module")
+def notes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("trainer")
+    write_model(folder / "model")
+    call_on_ranks(_train, folder, 1)
+    found: dict[str, Any] = json.loads((folder / "notes.json").read_text())
+    return found
+
+
+def test_a_batch_without_samples_changes_no_weight_and_counts_as_a_step(notes: dict[str, Any]) -> None:
+    assert notes["skipped"]
+
+
+def test_a_step_changes_the_policy_and_not_the_reference(notes: dict[str, Any]) -> None:
+    assert notes["trained"] and notes["reference stays"]
+    assert (notes["iteration"], notes["problems"], notes["tokens"]) == (2, 2, 4)
+
+
+def test_a_steps_shape_is_not_left_in_the_flags(notes: dict[str, Any]) -> None:
+    assert notes["flags stay"]
+
+
+def test_the_policy_is_sampled(notes: dict[str, Any]) -> None:
+    assert notes["sampled"] == 2
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run(notes: dict[str, Any]) -> None:
+    assert notes["diverged"] == 3
