@@ -1,4 +1,4 @@
-"""A small policy that is right now and then and ends its responses, and the flags its runs share."""
+"""A small policy that solves some problems and ends its responses, and the flags that its runs share."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ SHORT_ANSWERS = ["--data-prompt-suffix", "", "--no-verify-filter-too-short", "--
 
 @dataclass(frozen=True)
 class Workshop:
-    """Files that every run starts from."""
+    """The model folders and data files of all runs."""
 
     root: Path
     random: Path
@@ -22,10 +22,10 @@ class Workshop:
     policy: Path
     """The model after a little supervised fine-tuning."""
     sums: Path
-    """40 problems."""
+    """File of 40 problems."""
 
     def flags(self, *more: str, data: Path | None = None, model: Path | None = None) -> list[str]:
-        """A run of the policy on the sums: 8 problems a step, 3 steps a refresh, constant learning rate."""
+        """The flags of a run of the policy on the sums: 8 problems a step, 3 steps a refresh, a constant learning rate."""
         return [
             *("--hf-model", str(model or self.policy), "--train-data", str(data or self.sums)),
             *(
@@ -43,7 +43,7 @@ class Workshop:
         ]
 
     def train(self, save: Path, more: Sequence[str] = (), world_size: int = 1) -> launching.Outcome:
-        """A run that must end well, with its checkpoints and records in ``save``."""
+        """Runs the program with --save; fails if the run does not succeed on every rank."""
         return launching.succeed(
             save.with_name(f"{save.name}-logs"), self.flags("--save", str(save), *more), world_size
         )
@@ -55,7 +55,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
 
 
 def build_workshop(root: Path) -> Workshop:
-    """Write the data and the random model, and train the policy; half a minute."""
+    """Writes the data and the random model, and trains the policy, which takes half a minute."""
     shop = Workshop(root, write_model(root / "random"), root / "policy", write_sums(root / "sums.jsonl", 40))
     lessons = write_sums(root / "lessons.jsonl", 256, seed=1)
     flags = shop.flags("--objective", "sft", "--data-epochs", "4", model=shop.random, data=lessons)

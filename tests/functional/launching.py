@@ -1,7 +1,7 @@
 """Starts pretrain_rasft.py on several ranks.
 
-A forked run is seconds instead of half a minute. Each rank's own exit code is seen, and no launcher ends the
-others when one fails: a rank that is left waiting shows as a hang. ``torchrun`` starts the program as a user does.
+``run`` forks the ranks, which takes seconds instead of half a minute. It returns every rank's exit code, and no launcher ends the
+other ranks when one fails, so a rank that waits forever is noticed. ``torchrun`` starts the program as a user does.
 """
 
 import json
@@ -31,18 +31,18 @@ Phase = Literal["step", "generate", "verify", "score"]
 
 @dataclass(kw_only=True)
 class Interruption:
-    """A signal that a run sends to itself once a step is done: when it comes is then no matter of luck."""
+    """A signal that a run sends to itself after a step, so that its time does not depend on the machine's speed."""
 
     step: int
     number: signal.Signals
     only_rank: int | None = None
     phase: Phase = "step"
-    """It comes when the first of these begins after the step; with ``step`` at the end of the step itself."""
+    """When the signal is sent: at the end of the step ("step"), or at the start of the first such phase after it."""
 
 
 @dataclass(kw_only=True)
 class Pause:
-    """The run stands still once a step is done, until a file is there: what happens meanwhile has its time."""
+    """Pauses the run after a step until a file exists, so that a test can do something in between."""
 
     step: int
     until: Path
@@ -83,17 +83,17 @@ def _interrupt(events: Sequence[Interruption | Pause]) -> None:
 
 @dataclass(kw_only=True)
 class HeldWrites:
-    """Background writes of the checkpoint of ``step`` stand still until the metrics of step ``until`` are there."""
+    """Delays the background write of the checkpoint of ``step`` until the metrics of step ``until`` are written."""
 
     step: int
     until: int
     metrics: Path
     timeout_s: float = 20.0
-    """A write that training waits for is let go then, and leaves no ``evidence``."""
+    """The longest delay. A write that training waits for continues then, without ``evidence``."""
 
     @property
     def evidence(self) -> Path:
-        """Written when the step came: the newest checkpoint that the tracker named then."""
+        """File that is written after the delay: the newest checkpoint by the tracker file at that time."""
         return self.metrics.with_name(f"held-{self.step}.json")
 
     def __call__(self) -> None:
@@ -139,20 +139,20 @@ def run(
     has_launcher: bool = True,
     program: Path = PROGRAM,
 ) -> Outcome:
-    """Run the program to its end on ``world_size`` ranks; logs are written to ``folder``.
+    """Runs the program to its end on ``world_size`` ranks; writes their logs to ``folder``.
 
     Args:
-        interruption: a signal for the ranks in mid-run.
-        pauses: times at which rank 0, and so the run, stands still.
-        held_writes: checkpoints whose writers wait, on every rank.
-        file_limit: largest file a rank may write, bytes; 0 is none. Beyond it a write fails with EFBIG, as on a
-            full disk it fails with ENOSPC.
-        timeout_s: a rank still running then is killed and has no exit code.
-        variables: more of the environment.
-        prepare_rank: rank -> what is called in it before the program.
+        interruption: a signal for the ranks during the run.
+        pauses: of rank 0, for which the other ranks wait.
+        held_writes: delayed background writes, on every rank.
+        file_limit: largest file that a rank may write, bytes; 0 for no limit. A longer write fails with EFBIG, similar to ENOSPC
+            on a full disk.
+        timeout_s: a rank that still runs then is killed and has no exit code.
+        variables: are added to the environment.
+        prepare_rank: rank -> functions that are called in its process before the program.
         parent: the process that the ranks are forked from.
-        has_launcher: whether each rank finds the variables that torchrun sets.
-        program: another one than pretrain_rasft.py.
+        has_launcher: whether the ranks have the variables that torchrun sets.
+        program: the file to run.
     """
     folder.mkdir(parents=True, exist_ok=True)
     ranks = []
@@ -177,7 +177,7 @@ def run(
 
 
 def succeed(folder: Path, flags: Sequence[str], world_size: int = 1) -> Outcome:
-    """``run``, which must end well on every rank."""
+    """Calls ``run``; fails unless every rank succeeds."""
     outcome = run(folder, flags, world_size)
     assert outcome.codes == [0] * world_size, outcome.output
     assert "Traceback" not in outcome.output, outcome.output
@@ -192,11 +192,11 @@ def torchrun(
     timeout_s: float = TIMEOUT_S,
     hides_gpu: bool = True,
 ) -> Outcome:
-    """The command a user types, in fresh interpreters; one exit code and one log for all.
+    """Runs the command that a user types, in new interpreters; returns one exit code and one log.
 
     Args:
-        ended_when: once this is true torchrun itself is sent SIGTERM, as a scheduler does it.
-        hides_gpu: whether the run is one on the CPU wherever it is started.
+        ended_when: torchrun gets SIGTERM, as from a scheduler, when this returns true.
+        hides_gpu: whether the run uses the CPU even if the machine has a GPU.
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(num_processes)]
     command += ["--master-port", str(free_port()), str(PROGRAM), *flags]
@@ -208,7 +208,7 @@ def torchrun(
         try:
             deadline = time.monotonic() + timeout_s
             while ended_when is not None and not ended_when() and process.poll() is None:
-                assert time.monotonic() < deadline, "what the test waits for has not come"
+                assert time.monotonic() < deadline, "the condition of the test was not met in time"
                 time.sleep(0.05)
             if ended_when is not None:
                 process.terminate()
@@ -221,7 +221,7 @@ def torchrun(
 
 
 def steps(save: Path) -> dict[int, dict[str, float]]:
-    """Each step's record in metrics.jsonl, times left out; of a step done twice the last."""
+    """Returns each step's record in metrics.jsonl without times; of a step that ran twice, the last record."""
     records: dict[int, dict[str, float]] = {}
     for line in (save / "metrics.jsonl").read_text().splitlines():
         record = json.loads(line)
@@ -233,5 +233,5 @@ def steps(save: Path) -> dict[int, dict[str, float]]:
 
 
 def losses(save: Path) -> list[float]:
-    """The objective's loss of each step, in order."""
+    """Returns the objective's loss of every step, in order."""
     return [record["objective/loss"] for _, record in sorted(steps(save).items())]

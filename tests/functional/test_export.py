@@ -1,4 +1,4 @@
-"""What a run exports is the model that was trained, and transformers loads it."""
+"""A run exports the model that it trained, and transformers loads it."""
 
 import json
 import shutil
@@ -27,9 +27,7 @@ def test_run_without_learning_exports_the_weights_it_read(workshop: Workshop, tm
     assert f"| Loss of the last step | {loss:.4g} |" in card
 
 
-def test_what_was_learnt_in_fp32_is_not_rounded_to_the_folders_type(
-    workshop: Workshop, tmp_path: Path
-) -> None:
+def test_fp32_weights_are_not_rounded_to_the_folders_type(workshop: Workshop, tmp_path: Path) -> None:
     folder = tmp_path / "bf16"
     shutil.copytree(workshop.policy, folder)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
@@ -42,7 +40,7 @@ def test_what_was_learnt_in_fp32_is_not_rounded_to_the_folders_type(
     assert {tensor.dtype for tensor in after.values()} == {torch.float32}
     assert json.loads((tmp_path / "exported" / "config.json").read_text())["dtype"] == "float32"
     moved = [name for name, tensor in before.items() if not tensor.float().equal(after[name])]
-    assert len(moved) == len(before), "steps of 1e-6 are below bf16's resolution, and are there"
+    assert len(moved) == len(before), "updates of 1e-6 are below bf16's resolution, and are not lost"
 
     conversion = ["--input", str(tmp_path / "save"), "--output", str(tmp_path / "converted"), "--verify"]
     assert convert_checkpoint.main(["megatron-to-hf", *conversion]) == 0
@@ -53,7 +51,7 @@ def test_what_was_learnt_in_fp32_is_not_rounded_to_the_folders_type(
         assert texts[0] == texts[1].replace("# converted", "# exported")
 
 
-def test_four_processes_train_and_export_what_one_does(workshop: Workshop, tmp_path: Path) -> None:
+def test_four_processes_train_and_export_the_same_model_as_one(workshop: Workshop, tmp_path: Path) -> None:
     folders = {1: tmp_path / "one", 4: tmp_path / "four"}
     layout = ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"]
     for world_size, folder in folders.items():

@@ -1,4 +1,4 @@
-"""TensorBoard and Weights & Biases are given what metrics.jsonl has, through Megatron's own flags."""
+"""TensorBoard and Weights & Biases, turned on by Megatron's own flags, get the same metrics as metrics.jsonl."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ from tests.functional.conftest import Workshop
 
 @pytest.fixture(scope="module")
 def save(workshop: Workshop) -> Path:
-    """A run on two ranks: Megatron's writers are on the last one, metrics.jsonl is rank 0's."""
+    """The folder of a run on two ranks. The last rank has Megatron's writers, and rank 0 writes metrics.jsonl."""
     folder = workshop.root / "tracked"
     flags = workshop.flags("--save", str(folder), "--train-samples", "16", "--wandb-project", "rasft")
     flags += ["--log-throughput", "--log-params-norm", "--manual-gc", "--manual-gc-interval", "1"]
@@ -28,7 +28,7 @@ def save(workshop: Workshop) -> Path:
 
 
 def records_of(save: Path) -> list[dict[str, float]]:
-    """Without times, which each rank takes for itself."""
+    """The records without times, which every rank measures for itself."""
     lines = (save / "metrics.jsonl").read_text().splitlines()
     times = ("time", "_s")
     return [
