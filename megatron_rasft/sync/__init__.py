@@ -1,21 +1,9 @@
-"""Carries new weights to the rollout servers, in bounded buckets, and proves that they arrived.
+"""Sends new weights to the rollout servers in buckets of bounded size, and proves that the servers have them.
 
-What needs torch is imported when it is first asked for: ``estimating`` does without.
+``push.WeightSync`` runs a sync on all ranks: ``session`` is rank 0's side, ``transfer`` that of the ranks that send.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from megatron_rasft.sync.push import WeightSync
-    from megatron_rasft.sync.report import SyncReport
+from megatron_rasft.sync.push import WeightSync
+from megatron_rasft.sync.report import SyncReport
 
 __all__ = ["SyncReport", "WeightSync"]
-
-_HOMES = {"SyncReport": "report", "WeightSync": "push"}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

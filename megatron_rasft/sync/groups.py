@@ -1,8 +1,8 @@
-"""The process group over which one pipeline stage sends to the servers, and a broadcast that cannot hang.
+"""The process group over which one pipeline stage sends weights to the servers, with a broadcast that cannot hang.
 
-The trainer's rank is rank 0 of the group, the servers' tensor-parallel ranks follow. The group is built
-from torch's backends directly and not registered with torch.distributed, so that it can be aborted and made
-anew at any time without a trace in the trainer's own groups.
+The sender is rank 0 of the group; the servers' tensor-parallel ranks follow. The group is created from torch's backends directly,
+without registering it in torch.distributed, so that it can be aborted and replaced at any time without effect on the trainer's own
+groups.
 """
 
 import os
@@ -30,24 +30,24 @@ from megatron_rasft.sync.buckets import Bucket
 GroupBackend = Literal["gloo", "nccl"]
 
 _SETTLE_S = 1.0
-"""After a first failure: time for the server that caused it to be known from those it took along."""
+"""Time to wait after the first failure, so that the server that caused it is known before the servers that fail because of it."""
 
 _SETTLE_JOIN_S = 3.0
-"""The same while joining: a server that finds no store any more would look for it for half an hour."""
+"""The same while joining. It is longer because a server whose rendezvous store disappears looks for it for half an hour."""
 
 _LONGEST_GRACE_S = 20.0
-"""After an abort: time for the other servers to notice and answer. Also the longest an abort itself is waited for."""
+"""Longest time to wait after an abort for the other servers to answer, and for the abort itself."""
 
 _POLL_S = 0.001
-"""Between two looks at whether a broadcast of NCCL's has ended."""
+"""Time between two checks whether an NCCL broadcast has ended."""
 
 
 class GroupFailure(Exception):
-    """A collective with servers did not succeed; the group was aborted.
+    """A collective with servers failed, and the group was aborted.
 
     Args:
-        reason: what happened.
-        servers: url -> reason of the servers that are at fault; empty if it could not be told.
+        reason: the failure.
+        servers: url -> reason of the servers at fault; empty if they are not known.
     """
 
     def __init__(self, reason: str, servers: dict[str, str]) -> None:
@@ -56,13 +56,13 @@ class GroupFailure(Exception):
 
 
 def prepare_nccl(interface: str | None = None) -> None:
-    """Have NCCL start in this process so that it fits SGLang's; before anything here has used it, as it reads this once.
+    """Sets NCCL's environment variables so that it can connect to SGLang's. NCCL reads them once, so call this before its first use.
 
     SGLang switches NCCL's cuMem allocator off (_set_envs_and_config in srt/entrypoints/engine.py), and two processes on
-    one node whose settings differ cannot map each other's memory. A value that the user has set stays.
+    one node with different settings cannot map each other's memory. A value that the user has set is kept.
 
     Args:
-        interface: network interface, or a pattern of NCCL's; for everything that this process sends by NCCL.
+        interface: network interface, or a pattern in NCCL's syntax, for all NCCL traffic of this process.
     """
     os.environ.setdefault("NCCL_CUMEM_ENABLE", "0")
     if interface:
@@ -71,7 +71,7 @@ def prepare_nccl(interface: str | None = None) -> None:
 
 @contextmanager
 def _environment(**values: str) -> Iterator[None]:
-    """Set variables for as long as the block runs."""
+    """Sets environment variables while the block runs."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:
@@ -85,7 +85,7 @@ def _environment(**values: str) -> Iterator[None]:
 
 
 def _in_thread[T](work: Callable[..., T], *args: Any) -> Future[T]:
-    """Do ``work`` in a thread that the end of the process does not wait for: NCCL can be stuck for ever while it connects."""
+    """Runs ``work`` in a daemon thread, because NCCL can hang for ever while it connects, and the process must still be able to end."""
     future: Future[T] = Future()
 
     def run() -> None:
@@ -99,19 +99,19 @@ def _in_thread[T](work: Callable[..., T], *args: Any) -> Future[T]:
 
 
 def _cause(problem: BaseException) -> str:
-    """An error of torch in a line: its first one, and what NCCL says at the end of its own."""
+    """Returns an error of torch in one line: its first line, and the cause that NCCL appends after "Last error:"."""
     lines = [line.strip() for line in str(problem).splitlines() if line.strip()]
     at = lines.index("Last error:") + 1 if "Last error:" in lines else len(lines)
     return ": ".join([first_line(problem), *lines[at : at + 1]])
 
 
 def local_address(urls: Sequence[str], interface: str | None = None) -> str:
-    """The address of this machine that the servers can reach: the interface's, else the one from which it would talk to them.
+    """Returns the address of this machine that the servers can reach: that of the interface, or of the route to the servers.
 
-    A server on another machine decides; loopback is the answer only if all servers are on this one.
+    A loopback address is returned only if all servers are on this machine.
 
     Raises:
-        ValueError: there is no way to one of the servers.
+        ValueError: there is no route to one of the servers.
     """
     if interface is not None and (address := _interface_address(interface)) is not None:
         return address
@@ -123,24 +123,24 @@ def local_address(urls: Sequence[str], interface: str | None = None) -> str:
                 parts.hostname, parts.port or 80, type=socket.SOCK_DGRAM
             )[0]
             with socket.socket(family, kind, proto) as probe:
-                probe.connect(target)  # of a datagram socket: nothing is sent
+                probe.connect(target)  # sends nothing: it is a datagram socket
                 addresses.append(probe.getsockname()[0])
         except OSError as error:
             raise ValueError(
-                f"the address from which {url} can be reached cannot be told ({error}). Name it with --sync-address, "
-                "or the network with --sync-interface."
+                f"there is no route to {url} ({error}). Give the address of this machine with --sync-address, or its network "
+                "interface with --sync-interface."
             ) from error
     return next((a for a in addresses if not a.startswith("127.") and a != "::1"), addresses[0])
 
 
 def _interface_address(interface: str) -> str | None:
-    """Its IPv4 address on this machine; None if there is none, as for a pattern that only NCCL understands."""
+    """Returns the IPv4 address of an interface; None if it has none, or is a pattern in NCCL's syntax."""
     found = psutil.net_if_addrs().get(interface, [])
     return next((entry.address for entry in found if entry.family == socket.AF_INET), None)
 
 
 def is_own_address(address: str) -> bool:
-    """Whether this machine has the address, so that servers which connect to it arrive here."""
+    """Whether the address, or host name, is one of this machine's."""
     try:
         family, kind, proto, _, target = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, proto) as probe:
@@ -151,21 +151,22 @@ def is_own_address(address: str) -> bool:
 
 
 class UpdateGroup:
-    """This rank and some servers, joined for broadcasts from this rank.
+    """A process group of this rank and some servers, for broadcasts from this rank.
 
     Args:
-        servers: in the order of their ranks.
-        tp_sizes: how many ranks each of them takes.
-        name: unique among all groups these servers were ever in.
-        backend: gloo for a trainer on CPUs, nccl on GPUs.
-        address: of this machine, as the servers reach it.
-        port: of the rendezvous on this machine; 0: one that is free.
-        interface: network interface for gloo's data, None: it chooses; for NCCL's see ``prepare_nccl``.
-        device: the device of what will be broadcast.
-        timeout_s: longest time for the servers to join, and for a broadcast.
+        servers: the servers in the order of their ranks.
+        tp_sizes: number of ranks of each server.
+        name: unique among all groups that these servers have ever joined.
+        backend: gloo for a trainer on CPUs, nccl for one on GPUs.
+        address: this machine's address for the servers.
+        port: port of the rendezvous on this machine; 0 chooses a free one.
+        interface: network interface for gloo; None lets gloo choose. For NCCL see ``prepare_nccl``.
+        device: device of the memory that will be broadcast.
+        timeout_s: longest time for the servers to join, and for one broadcast.
 
     Raises:
         GroupFailure: not all servers joined in time.
+        ValueError: the rendezvous cannot be opened at this address and port.
     """
 
     def __init__(
@@ -186,13 +187,13 @@ class UpdateGroup:
         self._timeout_s = timeout_s
         self._device = device
         self._backend: Any = None
-        # the trainer's own stream must not come to wait for the servers: the next bucket is gathered on it
+        # a stream of its own: the next bucket is gathered on the trainer's stream, which must not wait for the servers
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._join(tp_sizes, backend, address, port, interface)
 
     def _use_device(self) -> None:
         if self._device.type == "cuda":
-            torch.cuda.set_device(self._device)  # per thread
+            torch.cuda.set_device(self._device)  # the current device is a property of each thread
 
     def _join(
         self,
@@ -203,16 +204,16 @@ class UpdateGroup:
         interface: str | None,
     ) -> None:
         timeout = timedelta(seconds=self._timeout_s)
-        # The store is made here and not by torch's rendezvous: under torchrun that would only connect, to an agent's
-        # store that does not exist at this address (TORCHELASTIC_USE_AGENT_STORE).
+        # torch's own rendezvous cannot be used: under torchrun (TORCHELASTIC_USE_AGENT_STORE) it only connects, to a store
+        # that torchrun has not opened at this address
         try:
             store = dist.TCPStore(
                 address, port, is_master=True, wait_for_workers=False, timeout=timeout, multi_tenant=False
             )
         except (RuntimeError, OSError) as error:
             raise ValueError(
-                f"--sync-address {address} --sync-port {port}: no rendezvous can be opened there "
-                f"({_cause(error)}). Give an address of this machine and a free port, or 0 for any."
+                f"--sync-address {address} --sync-port {port}: the rendezvous cannot be opened there "
+                f"({_cause(error)}). Give an address of this machine and a free port, or port 0."
             ) from error
         port, world_size = store.port, 1 + sum(tp_sizes)
         client = dist.TCPStore(address, port, is_master=False, timeout=timeout)
@@ -234,7 +235,7 @@ class UpdateGroup:
             _in_thread(join, server, offset): server.url
             for server, offset in zip(self.servers, offsets, strict=False)
         }
-        # closing the store is how servers that wait in the rendezvous get an error
+        # closing the store ends the rendezvous of waiting servers with an error, so this is its only reference
         self._store: dist.Store | None = store
         del store
         self._backend = self._watch(
@@ -250,7 +251,7 @@ class UpdateGroup:
         timeout: timedelta,
     ) -> Any:
         self._use_device()
-        # Keys as in torch's _new_process_group_helper, which the servers use.
+        # the keys that the servers use (torch's _new_process_group_helper)
         device = "cpu" if backend == "gloo" else "cuda"
         for prefix in (self.name, f"{self.name}/", f"{device}/"):
             store = dist.PrefixStore(prefix, store)
@@ -264,18 +265,18 @@ class UpdateGroup:
             options._threads = 2
             return gloo(store, 0, world_size, options)
         nccl_options = dist.ProcessGroupNCCL.Options()
-        # this class aborts in time
+        # long, because this class aborts earlier
         nccl_options._timeout = timeout * 10 + timedelta(minutes=10)
-        # Torch's watchdog ends the process at the first error that NCCL reports, and a server that died is one. With these,
-        # which the group reads here, it has none, and wait() raises the error (ProcessGroupNCCL.cpp).
+        # torch's watchdog ends the process at the first NCCL error, for example when a server dies. With these variables,
+        # which the group reads when it is created, there is no watchdog, and wait() raises the error (ProcessGroupNCCL.cpp).
         with _environment(TORCH_NCCL_BLOCKING_WAIT="1", TORCH_NCCL_ASYNC_ERROR_HANDLING="0"):
             return dist.ProcessGroupNCCL(store, 0, world_size, nccl_options)
 
     def broadcast(self, bucket: Bucket, memory: Tensor) -> None:
-        """Send a bucket ([num_bytes] uint8) and have every server load it; returns when all have.
+        """Sends a bucket ([num_bytes] uint8). Returns when every server has loaded it.
 
         Raises:
-            GroupFailure: a server did not; the group is aborted and of no more use.
+            GroupFailure: a server failed. The group is aborted and cannot be used again.
         """
 
         def load(server: ServerClient) -> None:
@@ -295,7 +296,7 @@ class UpdateGroup:
     def _send(self, memory: Tensor) -> None:
         options = dist.BroadcastOptions()
         options.rootRank, options.rootTensor = 0, 0
-        # held here: gloo's destructor waits for what is running, which must not be the main thread's wait
+        # this thread keeps a reference: gloo's destructor waits for running collectives, which must not block the main thread
         backend = self._backend
         if self._stream is None:
             backend.broadcast([memory], options).wait()
@@ -303,10 +304,10 @@ class UpdateGroup:
         self._use_device()
         with torch.cuda.stream(self._stream):
             work = backend.broadcast([memory], options)
-            # Not wait(), which has a stream wait for the broadcast: with CUDA_DEVICE_MAX_CONNECTIONS=1 all streams would.
+            # wait() would make a stream wait for the broadcast, and with CUDA_DEVICE_MAX_CONNECTIONS=1 all streams with it
             while not work.is_completed():
                 time.sleep(_POLL_S)
-            work.wait()  # raises what went wrong
+            work.wait()  # raises the error of a failed broadcast
 
     def _watch(
         self,
@@ -316,7 +317,7 @@ class UpdateGroup:
         what: str,
         settle_s: float = _SETTLE_S,
     ) -> Any:
-        """The collective's result, once it and all posts succeeded; else give up and tell whose fault it was."""
+        """Returns the collective's result when it and all requests have succeeded. Otherwise aborts and raises GroupFailure."""
         waiting: set[Future[Any]] = {collective, *posts}
         ends = time.monotonic() + self._timeout_s
         while waiting and (left := ends - time.monotonic()) > 0:
@@ -331,8 +332,8 @@ class UpdateGroup:
             wait(posts, settle_s)
         before = {url: future.exception() for future, url in posts.items() if future.done()}
         give_up()
-        # The others notice that this rank is gone, and answer with a failure; who does not is stuck. A collective of
-        # gloo cannot be interrupted: its thread ends at its own deadline.
+        # Healthy servers notice the abort and answer with a failure; a server that does not answer is stuck. A gloo
+        # collective cannot be interrupted: its thread ends at its own deadline.
         wait(posts, min(self._timeout_s, _LONGEST_GRACE_S))
         raise self._failure(collective, posts, before, is_late, what)
 
@@ -344,16 +345,21 @@ class UpdateGroup:
         is_late: bool,
         what: str,
     ) -> GroupFailure:
+        """Returns the failure with the servers at fault: those that did not answer, or else those that refused first.
+
+        Args:
+            before: url -> error of the requests that had ended before the abort. Later errors are its consequences.
+        """
         unreachable, refused = {}, {}
         for future, url in posts.items():
             error = future.exception() if future.done() else None
             if not future.done():
-                unreachable[url] = f"was stuck in {what}, for more than {self._timeout_s:g} s"
+                unreachable[url] = f"did not answer within {self._timeout_s:g} s ({what})"
             elif isinstance(error, ServerError):
                 if error.status is None:
-                    unreachable[url] = f"{error.reason} (in {what})"
+                    unreachable[url] = f"{error.reason} ({what})"
                 elif before.get(url) is error:
-                    refused[url] = f"{error.reason} (in {what})"
+                    refused[url] = f"{error.reason} ({what})"
             elif error is not None:
                 raise error
         faults = unreachable or refused
@@ -368,17 +374,17 @@ class UpdateGroup:
     def _abort_backend(self) -> None:
         backend, self._backend = self._backend, None
         if backend is not None:
-            # an abort of NCCL's can wait for the device
+            # an NCCL abort can wait for the device
             wait([_in_thread(backend.abort)], _LONGEST_GRACE_S)
         self._store = None
 
     def abort(self) -> None:
-        """Leave at once; servers that wait in this group get an error."""
+        """Leaves the group at once. Servers that wait in it get an error."""
         self._abort_backend()
 
     def close(self, servers: Sequence[ServerClient] | None = None) -> None:
-        """Leave, and have these servers (None: all) leave too. A failure has no consequence: names are not used twice."""
-        # together: between processes of one node, to leave a communicator of NCCL's is collective
+        """Leaves the group, together with these servers, or all for None. Failures are ignored, because names are not used twice."""
+        # at the same time, because leaving an NCCL communicator is a collective of the processes on one node
         leaving = _in_thread(call_all, self.servers if servers is None else servers, self._leave)
         self.abort()
         leaving.result()

@@ -26,7 +26,7 @@ _FIRST_WITH: tuple[tuple[tuple[int, ...], str], ...] = (
 """First version of SGLang -> the torch that it and those after it pin (Requires-Dist of their wheels)."""
 
 NEWEST_SGLANG = (0, 5, 23)
-"""The last version that the table is known to hold for."""
+"""The last version for which the table has been checked."""
 
 _NCCL = {"2.11": "2.28.9", "2.12": "2.29.7", "2.13": "2.29.7", "2.14": "2.30.7"}
 """torch of PyPI -> the NCCL that it pins."""
@@ -55,8 +55,7 @@ def objection(sglang: str, own: Pair) -> str:
     theirs = pair_of_sglang(sglang)
     if theirs is None:
         raise LookupError(
-            f"SGLang {sglang} is not in the table of docs/servers.md: make sure that its torch has NCCL {own.nccl}, as the "
-            "trainer's has"
+            f"SGLang {sglang} is not in the table of docs/servers.md: check that its torch has NCCL {own.nccl}, like the trainer's"
         )
     if theirs.nccl == own.nccl:
         return ""

@@ -1,4 +1,4 @@
-"""What one weight sync did, for the log; and how its memory is measured."""
+"""The report of one weight sync for log and metrics, and the measurement of its memory."""
 
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -13,35 +13,35 @@ _GIB = 2**30
 
 @dataclass(kw_only=True)
 class SyncReport:
-    """One sync, the same on every rank."""
+    """The result of one sync, the same on every rank."""
 
     weight_version: int
     synced: list[str] = field(default_factory=list)
-    """Servers that have the new weights, whole."""
+    """Servers that have all of the new weights."""
     failed: dict[str, str] = field(default_factory=dict)
-    """Servers that do not, and why: they may hold a mixture, and stay paused until a sync reaches them."""
+    """Server -> reason, of the servers that failed. They may have a mixture of weights, and stay paused until a sync succeeds."""
     notes: tuple[str, ...] = ()
-    """Lines for the reader that this run has not had before."""
+    """Lines to print that this run has not printed before."""
     num_attempts: int = 0
     num_bytes: int = 0
-    """Sent in the last attempt, once per server."""
+    """Bytes sent in the last attempt to each server."""
     num_buckets: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
-    """Phase -> seconds, of all attempts together. The stages' ``gather`` and ``send`` overlap, so they may add up to
-    more than ``transfer``, which is their time on the clock."""
+    """Phase -> seconds, summed over all attempts. ``gather`` and ``send`` overlap, so their sum can be larger than the elapsed
+    time ``transfer``."""
     peak_bytes: int = 0
-    """Memory over the steady state on the rank where that was most."""
+    """Largest memory of a rank above its memory before the sync."""
     proof: str = ""
-    """How the weights were proven; empty if this sync was not."""
+    """How the weights were proven; empty if this sync was not proven."""
 
     @property
     def gb_per_s(self) -> float:
-        """Decimal gigabytes per second while weights were on their way."""
+        """Decimal gigabytes per second during the transfer."""
         transfer = self.seconds.get("transfer", 0.0)
         return self.num_bytes / 1e9 / transfer if transfer else 0.0
 
     def values(self) -> dict[str, float]:
-        """Metric name -> value."""
+        """Returns metric name -> value."""
         phases = {f"sync/{phase}_s": value for phase, value in self.seconds.items()}
         return phases | {
             metrics.SYNC_GB: self.num_bytes / 1e9,
@@ -52,7 +52,7 @@ class SyncReport:
         }
 
     def line(self) -> str:
-        """The sync in one line."""
+        """Returns the report in one line."""
         phases = " ".join(f"{phase} {value:.2f}" for phase, value in self.seconds.items() if phase != "total")
         text = (
             f"weights of step {self.weight_version} on {len(self.synced)} server(s) in {self.seconds.get('total', 0.0):.2f} s "
@@ -69,20 +69,20 @@ class SyncReport:
 
 
 class PeakMemory:
-    """The most memory this process held beyond what it holds now: of the GPU, else resident in RAM.
+    """Measures the largest memory that this process has above its memory now: allocated on the GPU, or else resident in RAM.
 
     Args:
-        num_resting: bytes of what it holds now that it only keeps for what is measured, and that count as part of that.
+        num_kept: bytes that are allocated now but belong to the measured work, and count as part of it.
     """
 
-    def __init__(self, device: torch.device, num_resting: int = 0) -> None:
+    def __init__(self, device: torch.device, num_kept: int = 0) -> None:
         self._device = device
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         else:
             with suppress(OSError):
-                Path("/proc/self/clear_refs").write_text("5")  # the peak starts over from now
-        self._steady = self._read("VmRSS", "allocated_bytes.all.current") - num_resting
+                Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+        self._steady = self._read("VmRSS", "allocated_bytes.all.current") - num_kept
 
     def _read(self, of_ram: str, of_gpu: str) -> int:
         if self._device.type == "cuda":
@@ -93,4 +93,5 @@ class PeakMemory:
         return 0
 
     def peak_bytes(self) -> int:
+        """Returns the bytes above the memory at the start."""
         return max(0, self._read("VmHWM", "allocated_bytes.all.peak") - self._steady)

@@ -95,7 +95,7 @@ def test_a_stuck_server_is_aborted_at_the_deadline_over_nccl(bucket: Any) -> Non
     )
     server.before["update"] = lambda: time.sleep(25)
     began = time.monotonic()
-    with pytest.raises(GroupFailure, match="stuck"):
+    with pytest.raises(GroupFailure, match="did not answer"):
         group.broadcast(*bucket)
     assert time.monotonic() - began < 40
     torch.ones(1, device=DEVICE).add_(1).cpu()  # the device goes on

@@ -139,3 +139,67 @@ def test_an_arena_on_the_cpu_is_ordinary_memory_of_its_size(num_bytes: int) -> N
     assert memory.fill_(7).eq(7).all()
     arena.park()
     assert memory.fill_(8).eq(8).all()
+
+
+def planned(name: str, num_elements: int, dtype: torch.dtype = torch.bfloat16) -> Planned:
+    return Planned(name, (num_elements,), dtype)
+
+
+@pytest.mark.parametrize(
+    ("num_elements", "num_buckets"), [(50, 1), (51, 2)], ids=["exact fit", "one too many"]
+)
+def test_a_bucket_is_filled_to_the_last_byte(num_elements: int, num_buckets: int) -> None:
+    tensors = [planned("a.weight", 50), planned("b.weight", num_elements)]
+    assert len(plan_buckets(tensors, BF16, limit=2 * (50 + 50))) == num_buckets
+
+
+def test_the_space_left_in_a_bucket_is_counted_from_its_first_tensor() -> None:
+    tensors = [planned(f"{name}.weight", 30) for name in "abcdef"]
+    sizes = [len(bucket.hf_names) for bucket in plan_buckets(tensors, BF16, limit=2 * 90)]
+    assert sizes == [3, 3], "three fill a bucket exactly, also the second one"
+
+
+def test_gathered_bytes_are_those_of_the_largest_related_set() -> None:
+    """Memory beside a bucket: sets are gathered one after the other, and the tensors of a set together."""
+    at = "model.layers.0."
+    tensors = [
+        planned(at + "input_layernorm.weight", 7),
+        *(planned(f"{at}self_attn.{part}_proj.weight", 10) for part in "qkv"),
+        planned(at + "mlp.down_proj.weight", 29),
+    ]
+    (bucket,) = plan_buckets(tensors, BF16, limit=10**6)
+    assert bucket.gathered_bytes == 2 * 3 * 10
+    fp32 = [t._replace(dtype=torch.float32) for t in tensors]
+    (bucket,) = plan_buckets(fp32, BF16, limit=10**6)
+    assert bucket.gathered_bytes == 4 * 3 * 10, "of the type that is gathered, not of the one that is sent"
+    for copies in (0, 1, 2):
+        plan = MemoryPlan.make(tensors, BF16, 10**6, copies)
+        assert plan.gathered_bytes == 2 * 3 * 10 * copies
+
+
+@pytest.mark.parametrize("num_bytes", [1, 8, 15, 16, 17, 100])
+def test_buckets_start_at_aligned_bytes(num_bytes: int) -> None:
+    """A float32 view needs a start that is a multiple of 4, also in a bucket at the end of the arena."""
+    arena = Arena(1003, torch.device("cpu"))
+    arena.sent((0, 400))
+    place = arena.place(num_bytes)
+    assert place is not None
+    start, stop = place
+    assert start % 16 == 0 and stop - start == num_bytes and 400 <= start and stop <= 1003
+    assert 1003 - stop < 16, "no more than one alignment is lost"
+
+
+def test_a_bucket_takes_the_space_beside_the_one_being_sent_exactly() -> None:
+    arena = Arena(160, torch.device("cpu"))
+    arena.sent((64, 160))
+    assert arena.place(64) == (0, 64) and arena.place(65) is None
+    arena.sent((0, 64))
+    assert arena.place(96) == (64, 160) and arena.place(97) is None
+
+
+def test_the_arena_holds_the_largest_neighbours_and_their_alignment() -> None:
+    """One byte less, and the second bucket of a small model would wait for the first one."""
+    tensors = [planned("a.weight", 33), planned("b.weight", 35), planned("c.weight", 37)]
+    plan = MemoryPlan.make(tensors, BF16, 100, 0)
+    assert [bucket.num_bytes for bucket in plan.buckets] == [66, 70, 74]
+    assert plan.arena_bytes == 70 + 74 + 2 * 16

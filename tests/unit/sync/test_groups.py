@@ -129,7 +129,7 @@ def test_a_stuck_server_is_named_at_the_deadline(
 ) -> None:
     joined = group(*servers, timeout_s=5.0)
     servers[0].before["update"] = hang_for(14)
-    with pytest.raises(GroupFailure, match=r"stuck .* more than 5 s") as caught:
+    with pytest.raises(GroupFailure, match="within 5 s") as caught:
         joined.broadcast(*bucket)
     assert list(caught.value.servers) == ["http://a:1"]
 
