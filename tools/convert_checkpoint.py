@@ -31,6 +31,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from megatron_rasft.config.saved import SavedConfig
 from megatron_rasft.errors import CheckpointError, first_line
 from megatron_rasft.tools import cli
 from megatron_rasft.tools.conversion.conversion import (
@@ -159,9 +160,10 @@ def _template(args: argparse.Namespace, checkpoint: TorchDistFolder) -> Path:
     if (root / TEMPLATE_DIR).is_dir():
         return root / TEMPLATE_DIR
     try:
-        named = json.loads((root / "config.json").read_text(encoding="utf-8"))["megatron"]["hf_model"]
-    except (OSError, ValueError, KeyError, TypeError):
-        named = None
+        saved = SavedConfig.read(root)
+    except ValueError:  # The checkpoint is of another program, whose config.json describes something else.
+        saved = None
+    named = None if saved is None else saved.hf_model
     if named is None or not Path(named).is_dir():
         raise ValueError(
             f"--hf-model is missing, and {root} does not say which model it is of. Give the folder that the run was "

@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a c
 
 from megatron_rasft.config.data import DataConfig
 from megatron_rasft.config.parser import add_flags
+from megatron_rasft.config.saved import CONFIG_FILE, SavedConfig
 from megatron_rasft.data.tokenizing import end_ids, open_tokenizer, read_chat_format, tokenize_prompts
 from megatron_rasft.errors import CheckpointError, DataError, FailedElsewhere, RasftError
 from megatron_rasft.files import write_json
@@ -206,12 +207,12 @@ def read_summaries(output: Path) -> tuple[str, list[Summary]]:
 
 def _model_of_checkpoint(checkpoint: Path) -> str | None:
     """--hf-model of the run that wrote the checkpoints, by its config.json."""
-    path = checkpoint / "config.json"
-    if not path.is_file():
+    saved = SavedConfig.read(checkpoint)
+    if saved is None:
         raise ValueError(
-            f"--model DIR is missing, and {checkpoint} has no config.json that would name the model."
+            f"--model DIR is missing, and {checkpoint} has no {CONFIG_FILE} that would name the model."
         )
-    return json.loads(path.read_text(encoding="utf-8"))["rasft"]["run"]["hf_model"]
+    return saved.hf_model
 
 
 def _chosen_iteration(checkpoint: Path, megatron_flags: list[str]) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rasft.config import RasftConfig
-from megatron_rasft.files import write_json, written_to
+from megatron_rasft.config.saved import SavedConfig
 from megatron_rasft.ranks import on_rank_zero
 from megatron_rasft.training.outputs import cut_files, metrics_file, rollouts_file
 from megatron_rasft.training.progress import Progress, ScalarWriter
@@ -80,9 +80,7 @@ class RunRecord:
             self.say(line)
         self.mark_files()
         if self._save is not None:
-            path = self._save / "config.json"
-            with written_to(path, "--save"):
-                write_json(path, self._resolved())
+            SavedConfig.of(self._args, self._config).write(self._save)
 
     def mark_files(self) -> None:
         """Notes the files' lengths for the next checkpoint."""
@@ -90,14 +88,7 @@ class RunRecord:
 
     def facts(self, iteration: int) -> dict[str, str]:
         """The rows of an exported model's card that describe this run as of step ``iteration``."""
-        return run_facts(self._resolved(), self._metrics_path, iteration)
-
-    def _resolved(self) -> dict[str, Any]:
-        """The value of every flag."""
-        return {
-            "rasft": self._config.as_dict(),
-            "megatron": {k: str(v) for k, v in sorted(vars(self._args).items())},
-        }
+        return run_facts(SavedConfig.of(self._args, self._config), self._metrics_path, iteration)
 
     def close(self, *, is_clean: bool) -> None:
         """Flushes the trackers. ``is_clean`` says whether the run ended without an error."""

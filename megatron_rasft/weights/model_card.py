@@ -3,36 +3,36 @@
 import json
 import math
 from pathlib import Path
-from typing import Any
 
+from megatron_rasft.config.saved import SavedConfig
 from megatron_rasft.weights.folder import HfFolder
 
 CARD_FILE = "README.md"
 
 
 def saved_run_facts(save: Path, iteration: int) -> dict[str, str]:
-    """What a run's --save folder tells of it as of step ``iteration``; nothing for weights without a run."""
+    """Returns the rows of a card that describe the run of a --save folder, as of step ``iteration``; {} for weights without a run."""
     try:
-        resolved = json.loads((save / "config.json").read_text(encoding="utf-8"))
-        return run_facts(resolved, save / "metrics.jsonl", iteration)
+        saved = SavedConfig.read(save)
+        return {} if saved is None else run_facts(saved, save / "metrics.jsonl", iteration)
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 
 
-def run_facts(resolved: dict[str, Any], metrics: Path | None, iteration: int) -> dict[str, str]:
-    """The rows of a card that tell of a run.
+def run_facts(saved: SavedConfig, metrics: Path | None, iteration: int) -> dict[str, str]:
+    """Returns the rows of a card that describe a run.
 
     Args:
-        resolved: its configuration, as a run writes it to config.json.
+        saved: the run's configuration.
         metrics: its metrics.jsonl, if it has one.
         iteration: step of the weights.
     """
-    rooms, megatron = resolved["rasft"], resolved["megatron"]
+    rasft, megatron = saved.rasft, saved.megatron
     facts = {
-        "Base model": megatron["hf_model"],
-        "Objective": rooms["objective"]["objective"],
-        "Demonstrations": ", ".join(rooms["data"]["train_data"]),
-        "Rollout engine": rooms["rollout"]["rollout_engine"],
+        "Base model": saved.hf_model or "",
+        "Objective": rasft["objective"]["objective"],
+        "Demonstrations": ", ".join(rasft["data"]["train_data"]),
+        "Rollout engine": rasft["rollout"]["rollout_engine"],
         "Steps": str(iteration),
         "Problems per step": megatron["global_batch_size"],
         "Learning rate": megatron["lr"],

@@ -4,11 +4,12 @@ import json
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megatron_rasft import metrics
+from megatron_rasft.config.saved import SavedConfig
 
 CARD_ENDING = "Written by megatron_rasft."
 """Text by which a model card of this project is recognized among other README files."""
@@ -139,7 +140,8 @@ def read_run(
             raise ValueError(f"{flag} {path} is not a file.")
     run = RunRecords(_name_of(folder or metrics_path or rollouts_path))
     if folder is not None:
-        run.config = _read_config(folder / "config.json")
+        saved = SavedConfig.read(folder)
+        run.config = {} if saved is None else asdict(saved)
         run.card = _read_card(folder, run.megatron("export_hf"))
     run.metrics_path = metrics_path or _find(folder, "metrics.jsonl", run.setting("run", "rasft_metrics"))
     run.rollouts_path = rollouts_path or _find(
@@ -201,21 +203,6 @@ def _find(folder: Path | None, name: str, configured: Any) -> Path | None:
     if isinstance(configured, str):
         candidates.append(Path(configured))
     return next((path for path in candidates if path.is_file()), None)
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        if all(isinstance(config[part], dict) for part in ("rasft", "megatron")):
-            return dict(config)
-    except (ValueError, KeyError, TypeError):
-        pass
-    raise ValueError(
-        f"{path} is not the configuration of a run. Give the --save folder of a run, or delete this file to continue "
-        "without it."
-    )
 
 
 def _read_card(folder: Path, exported: str | None) -> dict[str, str]:
