@@ -5,8 +5,8 @@
         sync_bucket_mib: PositiveInt = 512
         \"\"\"Weights sent at once, MiB.\"\"\"
 
-The field's name gives the flag (``--sync-bucket-mib``), its type and range say which values are accepted, and the string below it
-is the help text. ``config/parser.py`` adds the flags to a parser.
+The field's name gives the flag (``--sync-bucket-mib``), its annotation the accepted values, and the string below it the help text.
+``config/parser.py`` adds the flags to a parser.
 """
 
 import ast
@@ -27,7 +27,7 @@ def flag_name(field_name: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Range:
-    """The numbers that a flag accepts. NaN lies in no range."""
+    """The numbers that a flag accepts. A range with a bound excludes NaN."""
 
     at_least: float | None = None
     above: float | None = None
@@ -35,10 +35,10 @@ class Range:
     below: float | None = None
     """Infinity here accepts every finite number."""
     advice: str = ""
-    """Ends the message about a value outside the range. Unset: the default of the flag."""
+    """Last sentence of the error about a value outside the range. Unset: names the default of the flag."""
 
     def __contains__(self, value: float) -> bool:
-        # Each bound is a comparison that must hold, so NaN, for which none holds, is refused.
+        # Every comparison with NaN is false, so NaN is refused as long as there is a bound.
         return (
             (self.at_least is None or value >= self.at_least)
             and (self.above is None or value > self.above)
@@ -62,7 +62,7 @@ class Range:
 
 @dataclass(frozen=True)
 class OneOf:
-    """The values that a flag accepts, where a table of the program lists them."""
+    """The only values that a flag accepts."""
 
     values: tuple[Any, ...]
     advice: str = ""
@@ -82,7 +82,7 @@ Share = Annotated[float, Range(at_least=0, at_most=1)]
 
 
 class FlagSection:
-    """Base of the dataclasses of flags: checks the values when it is made."""
+    """Base class of a dataclass whose fields are flags. The values are checked when an instance is created."""
 
     def __post_init__(self) -> None:
         for name, rule in self.rules().items():
@@ -95,19 +95,21 @@ class FlagSection:
         self.check()
 
     def check(self) -> None:
-        """Check the rules between fields; a section that has such rules overrides this.
+        """Checks the rules between fields. A section with such rules overrides this method.
 
         Raises:
             ValueError: a rule is broken; the message names the flag, the rule and the way out.
         """
 
     def refusal(self, name: str, reason: str) -> ValueError:
-        """The error for a broken rule between fields: the flag with its value, then ``reason``."""
-        return ValueError(f"{flag_name(name)} {getattr(self, name)} {reason}")
+        """Returns the error for a broken rule between fields: the flag with its value, followed by ``reason``."""
+        value = getattr(self, name)
+        text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+        return ValueError(" ".join(filter(None, [flag_name(name), text, reason])))
 
     @classmethod
     def from_args(cls, args: Any) -> Self:
-        """Read the section back from parsed arguments.
+        """Reads the section from parsed arguments.
 
         Raises:
             ValueError: a value is refused; the message names the flag, the rule and the way out.
@@ -116,7 +118,7 @@ class FlagSection:
 
     @classmethod
     def flag_fields(cls) -> dict[str, Any]:
-        """Field name -> its default, None where it has none."""
+        """Field name -> its default; None for a field without a default."""
         return {field.name: _default(field) for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
 
     @classmethod
@@ -127,7 +129,7 @@ class FlagSection:
     @classmethod
     @cache
     def rules(cls) -> dict[str, Range | OneOf]:
-        """Field name -> the values it accepts, for the fields that do not accept every value of their type."""
+        """Field name -> the values that it accepts. A field that accepts every value of its type is left out."""
         hints = get_type_hints(cls, include_extras=True)
         found = {name: _rule(hints[name]) for name in cls.flag_fields()}
         return {name: rule for name, rule in found.items() if rule is not None}

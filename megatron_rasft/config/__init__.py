@@ -1,4 +1,4 @@
-"""The flags of a run: one dataclass per package, checked when it is made. Imports without torch or a GPU."""
+"""The flags of a run: one dataclass per package, checked when it is created. Needs neither torch nor a GPU."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
@@ -73,12 +73,12 @@ class RasftConfig:
 
     @classmethod
     def from_args(cls, args: Any) -> Self:
-        """Read the flags back from parsed arguments.
+        """Reads the flags from parsed arguments.
 
         Raises:
             ValueError: a value is refused; the message names the flag, the rule and the way out.
         """
-        # The flags of all objectives are checked, also of those that the run does not use.
+        # Built for all objectives, so that a wrong value is refused even if the run does not use its objective.
         objectives = {name: kind.from_args(args) for name, kind in OBJECTIVES.items()}
         return cls(
             run=RunConfig.from_args(args),

@@ -87,7 +87,7 @@ class DataConfig(FlagSection):
 
 
 def check_data_files(section: FlagSection, name: str, advice: str) -> None:
-    """Check the endings of data files, and that no file is given twice.
+    """Checks the endings of data files, and that no file is given twice.
 
     Raises:
         ValueError: a file is refused; the message about a repeated file ends with ``advice``.

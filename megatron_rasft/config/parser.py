@@ -1,7 +1,4 @@
-"""Command-line flags: a parser that says a mistake in one line, and flags from a documented dataclass.
-
-Megatron's parser makes flags of a dataclass in its own way.
-"""
+"""The parser of the command line, and the flags that it gets from the sections (``megatron_rasft/flags.py``)."""
 
 import argparse
 import difflib
@@ -18,7 +15,10 @@ _BAD_CHOICE = re.compile(r"argument \S+: invalid choice: '?([^']*?)'? \(choose f
 
 
 class _WholeFlags(argparse.HelpFormatter):
-    """Does not break a line within the name of a flag."""
+    """Breaks the lines of help texts between words only, so that the name of a flag is never split."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         words = " ".join(text.split())
@@ -28,9 +28,9 @@ class _WholeFlags(argparse.HelpFormatter):
 
 
 class FlagParser(argparse.ArgumentParser):
-    """Raises a mistake as a ValueError of one line, with the flag or the choice that was probably meant.
+    """Reports a mistake as a ValueError of one line, which suggests the flag or the choice with the most similar name.
 
-    After parsing, ``given_flags`` of the namespace are the flags that were typed, as typed, by their destination.
+    The parsed namespace has an attribute ``given_flags``: attribute name -> flag as typed, for the flags on the command line.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -58,7 +58,7 @@ class FlagParser(argparse.ArgumentParser):
     def _get_value(self, action: argparse.Action, text: str) -> Any:
         try:
             return super()._get_value(action, text)  # type: ignore[misc]
-        except KeyError:  # Megatron looks the name up in an enumeration
+        except KeyError:  # Megatron's type functions look the name up in an enumeration.
             names: Iterable[Any] = action.choices or ()
             choices = ", ".join(repr(name.name) for name in names)
             raise argparse.ArgumentError(
@@ -67,9 +67,9 @@ class FlagParser(argparse.ArgumentParser):
 
 
 def help_text(doc: str, rule: Range | OneOf | None, default: Any) -> str:
-    """Help as argparse prints it: the field's doc, its range and its default."""
+    """The help text of a flag for argparse: the field's doc, its range and its default."""
     parts = [doc]
-    if isinstance(rule, Range):  # argparse lists choices itself
+    if isinstance(rule, Range):  # argparse lists the choices itself
         parts.append(f"Range: {str(rule).removeprefix('in ')}.")
     if default not in (None, [], ""):
         parts.append(f"Default: {('off', 'on')[default] if isinstance(default, bool) else repr(default)}")
@@ -77,7 +77,7 @@ def help_text(doc: str, rule: Range | OneOf | None, default: Any) -> str:
 
 
 def add_flags(group: argparse._ActionsContainer, section: type[FlagSection]) -> None:
-    """Add one flag per field of ``section``."""
+    """Adds one flag per field of ``section``."""
     types, rules, docs = section.types(), section.rules(), section.docs()
     for name, default in section.flag_fields().items():
         rule = rules.get(name)

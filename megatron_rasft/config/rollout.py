@@ -124,7 +124,7 @@ class RolloutConfig(FlagSection):
 
 
 def check_address(text: str, where: str) -> str:
-    """Normalise a server's address, so that two spellings are not taken for two servers.
+    """Normalises a server's address, so that two spellings are not taken for two servers.
 
     Raises:
         ValueError: ``text`` is not ``http://host:port``; the message begins with ``where``.

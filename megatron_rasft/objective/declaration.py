@@ -1,7 +1,4 @@
-"""The base class of the objectives: what an objective needs, its weights and its loss.
-
-Imports no torch, so that flags can be parsed and a cluster planned without it.
-"""
+"""The base class of the objectives. Imports no torch, because flags are parsed and clusters are planned without it."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -222,7 +222,7 @@ def _terms(ctx: Any, grads: tuple[Tensor | None, ...]) -> Tensor:
 def _combine(
     statistics: Tensor, kind: int, tp_group: ProcessGroup | None
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-    """Combine the statistics of all shards.
+    """Combines the statistics of all shards.
 
     Returns:
         Log-probabilities, KL, log-normaliser, and the KL's term of the gradient, each [t].

@@ -1,4 +1,4 @@
-"""What the rollouts of one problem count as, and their advantages within the group.
+"""Counts, rewards and advantages of the rollouts of one problem.
 
 Plain Python on Python floats: rank 0 calls this once per problem.
 """
@@ -32,12 +32,12 @@ def distinct_texts(texts: Sequence[str]) -> list[int]:
 
 
 def is_attempt(rollout: Rollout) -> bool:
-    """``types.counts_as_attempt`` of a rollout."""
+    """Whether the rollout says something about the policy (``types.counts_as_attempt``)."""
     return counts_as_attempt(len(rollout.response_ids), rollout.finish_reason, rollout.verdict)
 
 
 def is_solved(rollout: Rollout) -> bool:
-    """``types.counts_as_solved`` of a rollout."""
+    """Whether the rollout is a complete, correct attempt (``types.counts_as_solved``)."""
     return counts_as_solved(len(rollout.response_ids), rollout.finish_reason, rollout.verdict)
 
 

@@ -187,7 +187,7 @@ def token_loss_sums(tokens: PackedTokens, objective: Objective) -> LossSums:
     """Loss and metrics of one micro-batch.
 
     Runs one all-reduce of [2, n] on ``cp_group`` if the objective has a sequence-level ratio, otherwise none. ``ref_logprobs``,
-    ``old_logprobs`` and ``kl`` must be given exactly if the objective needs them.
+    ``old_logprobs`` and ``kl`` must be set if the objective needs them.
     """
     tokens = tokens.masked()
     terms = objective.token_terms(tokens)

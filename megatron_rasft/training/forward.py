@@ -190,7 +190,7 @@ def _takes_fused_kernels(config: LossConfig, hidden: Tensor, layer: Any, weight:
 
 
 def _await_weight(layer: Any) -> None:
-    """Wait for the output layer's weight under --overlap-param-gather.
+    """Waits for the output layer's weight under --overlap-param-gather.
 
     Megatron waits in a hook that runs before a module's forward (distributed_data_parallel.py). The layer's forward is not called
     here, only its weight is used, so the hooks are called by hand. Otherwise a weight in a bucket of its own would be read
@@ -230,7 +230,7 @@ def _projection(output_layer: Any, weight: Tensor) -> Callable[[Tensor], Tensor]
 
 
 def run_forward_only(step: Callable, batches: Sequence[MicroBatch], model: Sequence[Any]) -> list[Any]:
-    """Run a forward step over this rank's micro-batches.
+    """Runs a forward step over the micro-batches of this rank.
 
     Returns:
         On the last pipeline stage the result of the step's loss function for each micro-batch; on the others [].

@@ -1,4 +1,4 @@
-"""The method of this project: imitation that is weighted by solvability and by the drift from the reference."""
+"""RASFT, the method of this project: imitation weighted by solvability and by the drift from the reference."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal

@@ -1,7 +1,7 @@
-"""The Triton kernels on CPU tensors, through Triton's interpreter, whole and sharded, against fp64 formulas.
+"""The Triton kernels in Triton's interpreter on the CPU, with a whole and a sharded vocabulary, against fp64 formulas.
 
-The interpreter is chosen when a kernel is defined, so the cases run in processes of their own, which start with
-TRITON_INTERPRET=1; the tests compare what these computed.
+Triton chooses its interpreter when a kernel is defined. So the cases run in separate processes with TRITON_INTERPRET=1, and the tests
+compare their results.
 """
 
 from collections.abc import Iterator
@@ -20,10 +20,10 @@ from megatron_rasft.types import KLDirection
 TP = 2
 KINDS: tuple[KLDirection | None, ...] = (None, "forward", "reverse")
 VOCAB_SIZES = (16, 13, 9, 8, 5)
-"""Of a width of 16 on two ranks: from 8 down the second shard is padding alone."""
+"""Vocabularies in a width of 16 on two ranks. Up to 8 the second shard is padding only."""
 CHUNKS = (0, 4, 16)
 WIDE = 5000
-"""Columns of more than one tile."""
+"""A vocabulary of more than one tile."""
 
 
 def values(*shape: int, seed: int = 0, scale: float = 4.0) -> Tensor:
@@ -37,7 +37,7 @@ def labels_of(num: int, vocab_size: int) -> Tensor:
 def expected(
     logits: Tensor, ref_logits: Tensor, labels: Tensor, vocab_size: int, kind: KLDirection | None
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities and KL (0 without one), written out in fp64."""
+    """The formulas of log-probabilities and KL (0 without a KL) in fp64."""
     log_p = logits.double()[:, :vocab_size].log_softmax(-1)
     log_q = ref_logits.double()[:, :vocab_size].log_softmax(-1)
     kl = {
@@ -59,7 +59,7 @@ def loss_of(logprobs: Tensor, kl: Tensor | None) -> Tensor:
 
 
 class Output:
-    """An output projection that sums its weight's gradient in place, and counts what it was given."""
+    """An output projection that adds up the gradient of its weight in place and counts the calls."""
 
     def __init__(self, weight: Tensor, group: Any) -> None:
         self.weight, self.tp_group, self.sums_hidden_grad = weight, group, group is not None
@@ -156,7 +156,7 @@ def edge_cases() -> Iterator[tuple[str, Tensor]]:
 
 
 def backward_twice() -> Iterator[tuple[str, Tensor]]:
-    """1 where the second backward pass of a graph raised, 2 where it gave the same again."""
+    """1 if the second backward pass of a graph raised an error, 2 if it gave the same gradient."""
     from megatron_rasft.objective.fused_logprobs import fused_logprobs
 
     for chunk_tokens in (0, 2):
@@ -172,7 +172,7 @@ def backward_twice() -> Iterator[tuple[str, Tensor]]:
 
 
 def far_row() -> Iterator[tuple[str, Tensor]]:
-    """A row that begins beyond 2**31 elements. Its pages are the only ones the system has to provide."""
+    """A row that begins beyond 2**31 elements. Only the pages of the rows in use take memory."""
     from megatron_rasft.objective.logit_kernels import logit_statistics, logits_to_gradient_
 
     memory = torch.empty(2**31 + 16, dtype=torch.bfloat16)
@@ -242,7 +242,7 @@ def worker(rank: int, folder: str) -> None:
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[dict[str, Tensor]]]:
-    """What each of two ranks computed."""
+    """The results of the two ranks."""
     folder: Path = tmp_path_factory.mktemp("fused")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
@@ -294,13 +294,13 @@ def test_kernels_equal_the_formula(
     torch.testing.assert_close(got["logprobs"].double(), logprobs.detach(), rtol=2e-6, atol=2e-6)
     torch.testing.assert_close(got["kl"].double(), kl.detach(), rtol=1e-5, atol=1e-5)
     assert got["logits"].dtype == dtype
-    # The interpreter cuts fp32 to BF16 where a GPU rounds it: one unit in the last place instead of half of one.
+    # The interpreter truncates fp32 to BF16, a GPU rounds: an error of up to one unit in the last place instead of half a unit.
     rtol, atol = (2**-7, 1e-7) if dtype == torch.bfloat16 else (1e-5, 1e-6)
     torch.testing.assert_close(got["logits"].double(), logits.grad, rtol=rtol, atol=atol)
 
 
 @pytest.mark.parametrize("label", [-100, -1, 13, 15, 400])
-def test_label_outside_the_vocabulary_is_nan_and_harmless_where_left_out(
+def test_label_outside_the_vocabulary_is_nan_and_harmless_if_left_out(
     ranks: list[dict[str, Tensor]], label: int
 ) -> None:
     assert ranks[1][f"label {label}"].isnan().tolist() == [False, True, False]
@@ -346,8 +346,7 @@ def test_traffic_counted_from_arguments_is_that_of_the_kernels(
     per_logit = {"statistics": 2, "gradient": 4} if kind is None else {"statistics": 4, "gradient": 6}
     for name, num_bytes in per_logit.items():
         moved, counted = ranks[1][f"traffic {name} {kind}"].tolist()
-        label_logits = (
-            7 * 2 if name == "statistics" else 0
-        )  # read once more, each from a row that was read before
+        # The label's logit is loaded a second time, for each of 7 tokens; the count has one load per row.
+        label_logits = 7 * 2 if name == "statistics" else 0
         assert moved == counted + label_logits
-        assert 0 < moved - num_bytes * 7 * WIDE < 7 * 64  # the rest is a few numbers a token
+        assert 0 < moved - num_bytes * 7 * WIDE < 7 * 64  # the rest: a few numbers per token

@@ -1,4 +1,4 @@
-"""The Triton kernels compiled for Hopper, which needs no GPU: the interpreter takes what the compiler refuses."""
+"""The Triton kernels compiled for Hopper. This needs no GPU and finds errors that the interpreter accepts."""
 
 import re
 from typing import Any
@@ -13,11 +13,11 @@ from megatron_rasft.objective import logit_kernels
 
 TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 ALIGNED = ("logits", "ref_logits", "labels", "out", "terms", "row_stride", "ref_row_stride", "width")
-"""What is a multiple of 16 in a run: addresses, and a width padded as Megatron pads it."""
+"""Arguments that are multiples of 16 in a run: addresses, and widths with Megatron's padding."""
 
 
 def assembly(kernel: Any, dtype: torch.dtype, kind: int) -> str:
-    """PTX for a vocabulary of many tiles."""
+    """The PTX of a kernel for a vocabulary of many tiles."""
     types = {
         "logits": TYPES[dtype],
         "ref_logits": TYPES[dtype],
@@ -46,7 +46,7 @@ def test_logits_are_read_and_written_16_bytes_at_a_time(
     dtype: torch.dtype, kind: int, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    # 16 logits for each of 256 threads, of the policy and with a KL of the reference
+    # Each of 256 threads holds 16 logits of the policy, and with a KL 16 of the reference.
     vectors = 16 * dtype.itemsize // 16
     num_inputs = 1 if kind == logit_kernels.NO_REFERENCE else 2
     statistics = assembly(logit_kernels._statistics_kernel, dtype, kind)

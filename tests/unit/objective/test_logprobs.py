@@ -1,4 +1,4 @@
-"""Vocabulary-parallel logprobs and KL, whole and sharded, against fp64 formulas."""
+"""Log-probabilities and KL with a whole and a sharded vocabulary, against fp64 formulas."""
 
 import os
 from collections.abc import Iterator
@@ -45,7 +45,7 @@ def expected_kl(policy: Tensor, ref: Tensor, vocab_size: int, direction: KLDirec
 
 
 def gradient(output: Tensor, wrt: Tensor) -> Tensor:
-    """Gradient under an upstream gradient that differs between positions."""
+    """The gradient, with an upstream gradient that differs between positions."""
     upstream = torch.linspace(-1.0, 2.0, output.numel(), dtype=output.dtype).reshape(output.shape)
     (result,) = torch.autograd.grad(output, wrt, upstream)
     return result
@@ -102,7 +102,7 @@ def test_huge_logits_stay_finite() -> None:
 
 
 @pytest.mark.parametrize("label", [-100, -1, 13, 15, 400])
-def test_label_outside_the_vocabulary_is_nan_and_harmless_where_left_out(label: int) -> None:
+def test_label_outside_the_vocabulary_is_nan_and_harmless_if_left_out(label: int) -> None:
     logits = logits_of(3, 16).float().requires_grad_()
     logprobs = vocab_parallel_logprobs(logits, torch.tensor([2, label, 12]), None, 13)
     assert logprobs.isnan().tolist() == [False, True, False]
@@ -148,7 +148,7 @@ def test_kl_of_a_distribution_with_itself_is_exactly_zero(direction: KLDirection
 
 
 class Head:
-    """A projection that remembers the largest number of tokens it was given at once."""
+    """A projection that records the largest number of tokens of one call."""
 
     def __init__(self, weight: Tensor) -> None:
         self.weight = weight
@@ -177,7 +177,7 @@ def test_chunked_logprobs_equal_whole_ones(chunk_tokens: int) -> None:
     assert max(head.calls) == (min(chunk_tokens, 11) or 11)
 
 
-def test_projection_is_recomputed_only_where_it_saves_memory() -> None:
+def test_projection_is_recomputed_only_if_this_saves_memory() -> None:
     hidden, labels = logits_of(8, 6).requires_grad_(), labels_of(8, vocab_size=16)
     weight = logits_of(16, 6, seed=2)
     for chunk_tokens, with_grad, num_calls in [(4, True, 4), (4, False, 2), (0, True, 1), (8, True, 1)]:
@@ -218,17 +218,12 @@ def test_chunked_kl_equals_whole_one_and_spares_the_reference(
 
 # two processes
 
-SHARDED_VOCAB_SIZES = (
-    16,
-    15,
-    9,
-    8,
-    5,
-)  # width 16 on two ranks: from 8 down the second shard is padding alone
+SHARDED_VOCAB_SIZES = (16, 15, 9, 8, 5)
+"""Vocabularies in a width of 16 on two ranks. Up to 8 the second shard is padding only."""
 
 
 def sharded_results(rank: int) -> Iterator[tuple[str, Tensor]]:
-    """Each case computed on this rank's half of the vocabulary."""
+    """Each case, computed on this rank's half of the vocabulary."""
     group = dist.group.WORLD
     labels = {size: labels_of(6, vocab_size=size) for size in SHARDED_VOCAB_SIZES}
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
@@ -257,7 +252,7 @@ def sharded_results(rank: int) -> Iterator[tuple[str, Tensor]]:
     )
     (logprobs.sum() + kl.sum()).backward()
     assert hidden.grad is not None
-    dist.all_reduce(hidden.grad)  # a column-parallel projection does this in its own backward
+    dist.all_reduce(hidden.grad)  # a column-parallel projection does this in its backward pass
     yield "chunked-logprobs", logprobs.detach()
     yield "chunked-kl", kl.detach()
     yield "chunked-grad", hidden.grad
@@ -272,7 +267,7 @@ def sharded_worker(rank: int, folder: str) -> None:
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Tensor]]:
-    """What each of two ranks computed."""
+    """The results of the two ranks."""
     folder: Path = tmp_path_factory.mktemp("tp")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     mp.spawn(sharded_worker, args=(str(folder),), nprocs=TP)

@@ -1,4 +1,4 @@
-"""The losses against the method's vectors, identities and independent fp64 formulas."""
+"""The losses against the method's test vectors, identities between objectives, and independent fp64 formulas."""
 
 import math
 from collections.abc import Callable
@@ -31,7 +31,7 @@ WEIGHTS = (1.0, 0.2779, 1.7, 0.5)
 def batch(
     dtype: torch.dtype = torch.float64, weights: tuple[float, ...] = WEIGHTS, seed: int = 0
 ) -> PackedTokens:
-    """Four sequences with every field filled; what the mask hides is NaN."""
+    """Four sequences with every field filled. Values outside the mask are NaN."""
     generator = torch.Generator().manual_seed(seed)
     segment_ids = torch.cat(
         [torch.full((length + 2,), i) for i, length in enumerate(LENGTHS)] + [torch.zeros(3)]
@@ -162,7 +162,7 @@ def test_profit_with_threshold_zero_is_sft() -> None:
 # each objective against a formula written token by token
 
 Formula = Callable[[float, float, float, float, float, float], tuple[float, float]]
-"""(l, r, old, A, mean l, mean r) -> loss and d loss / d l of one token, KL term left out."""
+"""(l, r, old, A, mean l, mean r) -> loss and d loss / d l of one token, without the KL term."""
 
 
 def clip(x: float, low: float, high: float) -> float:
@@ -288,7 +288,7 @@ def test_objectives_without_detached_parts_pass_gradcheck(case: str) -> None:
 def select(
     tokens: PackedTokens, index: Tensor, leaf: Tensor, sequences: list[int] | None = None
 ) -> PackedTokens:
-    """The tokens of ``index``, with logprobs drawn from ``leaf`` and sequences renumbered."""
+    """The tokens of ``index``, with log-probabilities from ``leaf`` and renumbered sequences."""
     sequences = list(range(tokens.num_segments)) if sequences is None else sequences
     number = torch.zeros(tokens.num_segments, dtype=torch.int64)
     number[sequences] = torch.arange(len(sequences))
@@ -402,7 +402,7 @@ def context_parallel_worker(rank: int, folder: str) -> None:
     for case in FORMULAS:
         tokens = batch(torch.float32)
         leaf = tokens.logprobs.detach().clone().requires_grad_()
-        # the single token of the second sequence lies on one rank only
+        # The second sequence has one token, which only one rank has.
         index = torch.arange(rank, leaf.numel(), 2)
         mine = replace(select(tokens, index, leaf), cp_group=dist.group.WORLD)
         sums = token_loss_sums(mine, objective_of(case))
@@ -459,16 +459,13 @@ def test_clip_frac_counts_the_tokens_whose_gradient_is_cut() -> None:
 
 
 def test_ratio_clip_frac_counts_the_clipped_ratios() -> None:
-    tokens = one_token_each(
-        logprobs=[-1.0] * 4,
-        old=[-1.0] * 4,
-        ref=[-1.0 + math.log(q) for q in (0.3, 0.5, 1.1, 2.0)],
-        weights=[1.0] * 4,
-    )
+    ratios = (0.3, 0.5, 1.1, 2.0, 1.0)
+    ref = [-1.0 + math.log(q) for q in ratios]
+    tokens = one_token_each(logprobs=[-1.0] * 5, old=[-1.0] * 5, ref=ref, weights=[1.0] * 5)
     for level in ("sequence", "token"):
         metrics = token_loss_sums(tokens, Rasft(objective_ratio=level)).metrics
-        assert metrics["ratio_clip_frac"].tolist() == [2, 4]
-        assert mean(metrics["ratio_mean"]) == pytest.approx((0.4 + 0.5 + 1.1 + 1.2) / 4)
+        assert metrics["ratio_clip_frac"].tolist() == [2, 5]
+        assert mean(metrics["ratio_mean"]) == pytest.approx((0.4 + 0.5 + 1.1 + 1.2 + 1.0) / 5)
 
 
 def test_the_mean_over_a_one_token_response_is_that_token() -> None:

@@ -1,4 +1,4 @@
-"""Weights from verified rollouts: the published rule computed twice, the adaptive one by properties."""
+"""Weights from verified rollouts: the published rule against a second implementation, the adaptive rule by its properties."""
 
 import itertools
 import random
@@ -107,7 +107,7 @@ def near_distinct(texts):
 
 
 def published_again(group):
-    """The published rule in numpy, table-wise and with the wrong rollouts really ranked."""
+    """A second implementation of the published rule, in numpy. It ranks the wrong rollouts as the script does."""
     attempts = [
         r
         for r in group.rollouts
@@ -137,7 +137,7 @@ def published_again(group):
     return a[0], table
 
 
-def test_published_agrees_with_a_second_computation_on_random_groups():
+def test_published_agrees_with_a_second_implementation_on_random_groups():
     rng = random.Random(0)
     outcomes = set()
     for _ in range(5000):
@@ -165,7 +165,7 @@ def test_published_agrees_with_a_second_computation_on_random_groups():
 def test_published_wrong_copies_of_a_correct_text_leave_the_group():
     one_copy = make_group(rollout(0), rollout(1, "wrong"), rollout(2, "wrong"))
     copies = published_weights(one_copy, similarity=lambda w, c: 0.88 if w == "text 2" else 0.879)
-    # d is still 2/3: the copy was sampled, it is only no longer an example of a wrong answer.
+    # d stays 2/3, because the copy was sampled. Only its wrong answer is left out of the group.
     rewards = np.array([1 + 4 / 3, 1.0, 0.0])
     z = (rewards - rewards.mean()) / (rewards.std() + 1e-6)
     assert copies.demonstration == pytest.approx(np.tanh(0.4 * z[0]) / 2, rel=1e-12)
@@ -281,7 +281,7 @@ def test_near_duplicates_share_one_weight_but_count_as_draws():
     assert weights.rollouts == pytest.approx([0.7 * 0.75 / 2, 0, 0.7 * 0.75 / 2, 0])
 
 
-def test_a_wrong_text_does_not_shadow_the_correct_one_like_it():
+def test_a_correct_text_counts_although_a_wrong_text_equals_it():
     group = make_group(rollout(0, "wrong", text="same"), rollout(1, text="same"))
     assert adaptive_weights(group, NO_PRIOR).rollouts == pytest.approx([0, 0.35])
 
@@ -300,7 +300,7 @@ def test_a_wrong_text_does_not_shadow_the_correct_one_like_it():
         ([rollout(0, None, finish="abort"), rollout(1)], (1, 1)),
     ],
 )
-def test_what_counts_as_solved(rollouts, expected):
+def test_solved_rollouts_and_attempts_are_counted(rollouts, expected):
     assert count_solved(make_group(*rollouts)) == expected
 
 
@@ -439,7 +439,7 @@ def test_grpo_trains_every_delivered_rollout_with_its_advantage():
     group = mixed_group()
     samples = make_samples(Grpo(), demonstration(), group, config=WeightingConfig())
     assert [s.response_ids[0] for s in samples] == [10, 11, 12, 15]
-    x = np.array([1.0, 0.0, 0.0, 0.0])  # the correct one cut by length earns nothing
+    x = np.array([1.0, 0.0, 0.0, 0.0])  # the correct response that was cut by the length limit has reward 0
     assert [s.weight for s in samples] == pytest.approx(list((x - 0.25) / (x.std() + 1e-6)))
     assert [r.weight for r in group.rollouts if r.weight] == [s.weight for s in samples]
 
