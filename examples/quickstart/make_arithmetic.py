@@ -1,7 +1,7 @@
-"""Writes the quickstart's task: arithmetic that a small model can partly do, with written-out steps.
+"""Writes the quickstart's task: arithmetic that a small model solves sometimes, with step-by-step demonstrations.
 
-Two files of rows {"id", "problem", "response", "answer"}: train.jsonl, and heldout.jsonl with problems that occur in
-neither order of their operands in train.jsonl. The same flags give the same files, byte for byte.
+Writes train.jsonl and heldout.jsonl with rows {"id", "problem", "response", "answer"}. Held-out problems do not occur in train.jsonl, in
+any order of their operands. The same flags give the same files, byte for byte.
 """
 
 import argparse
@@ -14,14 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 HELDOUT_FRAC_MAX = 0.25
-"""Largest share of a kind's problems that is held out: the small kinds keep enough to train on."""
+"""Largest share of a kind's problems that is held out, so that kinds with few problems keep enough for training."""
 
 Operands = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Kind:
-    """One sort of problem; the operands of a problem are drawn from ``ranges``."""
+    """One kind of problem, with a range for each operand."""
 
     name: str
     ranges: tuple[range, ...]
@@ -31,19 +31,19 @@ class Kind:
 
 
 def sum_of_pair(operands: Operands) -> str:
-    """``7 + 8 = 15``"""
+    """Writes a sum of two, e.g. ``7 + 8 = 15.``"""
     a, b = operands
     return f"{a} + {b} = {a + b}."
 
 
 def sum_of_three(operands: Operands) -> str:
-    """Left to right."""
+    """Writes a sum of three from left to right."""
     a, b, c = operands
     return f"{a} + {b} = {a + b}. {a + b} + {c} = {a + b + c}."
 
 
 def sum_by_tens(operands: Operands) -> str:
-    """Tens, ones, then both."""
+    """Writes a sum of two-digit numbers: tens, ones, then both."""
     a, b = operands
     tens, ones = a // 10 * 10 + b // 10 * 10, a % 10 + b % 10
     return (
@@ -52,20 +52,20 @@ def sum_by_tens(operands: Operands) -> str:
 
 
 def product_of_digits(operands: Operands) -> str:
-    """``6 x 7 = 42``"""
+    """Writes a product, e.g. ``6 x 7 = 42.``"""
     a, b = operands
     return f"{a} x {b} = {a * b}."
 
 
 def product_by_tens(operands: Operands) -> str:
-    """Tens times the digit, ones times the digit, then both."""
+    """Writes a product with a two-digit number: tens, ones, then both."""
     a, b = operands
     tens, ones = a // 10 * 10 * b, a % 10 * b
     return f"{a // 10 * 10} x {b} = {tens}. {a % 10} x {b} = {ones}. {tens} + {ones} = {a * b}."
 
 
 def product(operands: Operands) -> int:
-    """Of two."""
+    """Returns the product of two operands."""
     a, b = operands
     return a * b
 
@@ -84,7 +84,7 @@ KINDS = {
 
 
 def make_row(kind: Kind, operands: Operands) -> dict[str, str]:
-    """One row; the response ends with the boxed answer."""
+    """Returns a row. Its response ends with the boxed answer."""
     written = f" {kind.sign} ".join(map(str, operands))
     answer = str(kind.answer(operands))
     return {
@@ -96,7 +96,10 @@ def make_row(kind: Kind, operands: Operands) -> dict[str, str]:
 
 
 def split_kind(kind: Kind, rng: random.Random) -> tuple[list[Operands], list[Operands]]:
-    """(held-out candidates, training candidates), shuffled; 4 + 9 and 9 + 4 are on the same side."""
+    """Splits a kind's problems into held-out and training candidates, both shuffled.
+
+    All orders of the same operands, such as 4 + 9 and 9 + 4, are on the same side.
+    """
     orders: dict[Operands, list[Operands]] = {}
     for operands in itertools.product(*kind.ranges):
         orders.setdefault(tuple(sorted(operands)), []).append(operands)
@@ -110,7 +113,11 @@ def split_kind(kind: Kind, rng: random.Random) -> tuple[list[Operands], list[Ope
 
 
 def take_evenly(pools: dict[str, list[Operands]], num: int, flag: str) -> list[tuple[str, Operands]]:
-    """``num`` (kind, operands), one kind after the other; a kind that has run out leaves its turn to the rest."""
+    """Takes ``num`` problems, one of each kind in turn. A kind without further problems is skipped.
+
+    Raises:
+        ValueError: ``num`` is not between 1 and the number of problems. The message names ``flag``.
+    """
     total = sum(map(len, pools.values()))
     if not 1 <= num <= total:
         raise ValueError(f"{flag} must be 1 .. {total} for these --kinds, got {num}")
@@ -122,10 +129,14 @@ def take_evenly(pools: dict[str, list[Operands]], num: int, flag: str) -> list[t
 def make_task(
     kinds: Iterable[str], num_train: int, num_heldout: int, seed: int
 ) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-    """(training rows, held-out rows), each in random order."""
+    """Returns training rows and held-out rows, each in random order.
+
+    Raises:
+        ValueError: there are not enough problems.
+    """
     heldout_pools, train_pools = {}, {}
     for name in kinds:
-        # A generator per kind: leaving a kind out does not change the others.
+        # One generator for each kind, so that leaving out a kind does not change the others.
         heldout_pools[name], train_pools[name] = split_kind(KINDS[name], random.Random(f"{seed} {name}"))
     heldout = take_evenly(heldout_pools, num_heldout, "--num-heldout")
     train = take_evenly(train_pools, num_train, "--num-train")
@@ -141,10 +152,10 @@ def make_task(
 
 
 def write_task(output: Path, kinds: Iterable[str], num_train: int, num_heldout: int, seed: int) -> None:
-    """Write both files to the folder ``output`` and say so.
+    """Writes both files to the folder ``output``, and prints their names.
 
     Raises:
-        ValueError: there are not as many problems.
+        ValueError: there are not enough problems.
         OSError: the folder cannot be written.
     """
     train, heldout = make_task(kinds, num_train, num_heldout, seed)
@@ -156,7 +167,7 @@ def write_task(output: Path, kinds: Iterable[str], num_train: int, num_heldout: 
 
 
 def main() -> int:
-    """Parse, make, write; a wrong flag is one line and exit status 2."""
+    """Runs the command line. Returns 1 if the folder cannot be written; a wrong flag exits with 2."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -174,7 +185,10 @@ def main() -> int:
         "--kinds", nargs="+", choices=list(KINDS), default=list(KINDS), help="default: all of them"
     )
     parser.add_argument(
-        "--seed", type=int, default=1234, help="of the choice and the split (default: %(default)s)"
+        "--seed",
+        type=int,
+        default=1234,
+        help="seed of the split and of the choice of problems (default: %(default)s)",
     )
     args = parser.parse_args()
     try:

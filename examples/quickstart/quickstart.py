@@ -1,7 +1,7 @@
-"""Trains a small real model with RASFT on a CPU and prints its solve rate before and after.
+"""Trains a small real model with RASFT on a CPU, and prints its solve rate before and after.
 
-Runs pretrain_rasft.py, as anyone would, once per objective on the same problems, batches, steps and learning rate; the
-held-out problems are measured by that program itself and never trained on.
+Runs pretrain_rasft.py once for each objective, on the same problems, batches, steps and learning rate. That program also measures the
+solve rate on held-out problems, which it never trains on.
 """
 
 import argparse
@@ -23,7 +23,7 @@ BATCH = 16
 
 
 def training_flags(args: argparse.Namespace, objective: str, output: Path) -> list[str]:
-    """The flags of one run; the same for every objective but for its name."""
+    """Returns the flags of a run. Runs differ in the name of the objective only."""
     flags = {
         "--hf-model": args.hf_model,
         "--train-data": args.output / "data" / "train.jsonl",
@@ -38,17 +38,17 @@ def training_flags(args: argparse.Namespace, objective: str, output: Path) -> li
         "--rollout-num-samples": 4,
         "--rollout-max-new-tokens": 40,
         "--lr": args.lr,
-        "--lr-warmup-iters": int(args.num_train > BATCH),  # a single step has no room for it
+        "--lr-warmup-iters": int(args.num_train > BATCH),  # a run of one step has no warm-up
         "--export-hf": output / "model",
         "--tensorboard-dir": output / "tensorboard",
         "--rollout-store": output / "rollouts.jsonl",
     }
-    # Written-out sums are shorter than the shortest response the filter lets through by default.
+    # Correct solutions are shorter than the shortest response that the filter accepts by default.
     return [str(part) for pair in flags.items() for part in pair] + ["--no-verify-filter-too-short"]
 
 
 def run(args: argparse.Namespace, objective: str) -> tuple[float, float, float]:
-    """Train with one objective; held-out solve rate before and after, and seconds."""
+    """Trains with one objective. Returns the held-out solve rate before and after, and the seconds."""
     output = args.output / f"{objective}-{time.strftime('%Y%m%d-%H%M%S')}"
     output.mkdir(parents=True)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
@@ -70,27 +70,27 @@ def run(args: argparse.Namespace, objective: str) -> tuple[float, float, float]:
 
 
 def main() -> None:
-    """Run and print the table."""
+    """Makes the task, trains, and prints the table of solve rates."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     cache = ROOT / ".cache"
     parser.add_argument("--hf-model", type=Path, default=cache / "smollm2-135m-instruct", help="model folder")
     parser.add_argument(
-        "--output", type=Path, default=cache / "quickstart", help="where the problems and the runs go"
+        "--output", type=Path, default=cache / "quickstart", help="folder of the problems and the runs"
     )
     parser.add_argument(
         "--num-train",
         type=int,
         default=96,
-        help=f"problems to train on, {BATCH} a step (default: %(default)s)",
+        help=f"problems to train on, {BATCH} for each step (default: %(default)s)",
     )
     parser.add_argument(
         "--num-heldout", type=int, default=50, help="held-out problems (default: %(default)s)"
     )
     parser.add_argument("--lr", type=float, default=3e-5, help="peak learning rate (default: %(default)s)")
     parser.add_argument(
-        "--compare", action="store_true", help="also train with sft and dft, at the same steps"
+        "--compare", action="store_true", help="also train with sft and dft, for the same steps"
     )
     args = parser.parse_args()
     try:

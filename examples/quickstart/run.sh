@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From a fresh checkout to a trained model on a CPU; flags go to quickstart.py (see README.md beside this file).
+# Installs, fetches the model and trains it on a CPU. Flags are passed to quickstart.py; see README.md in this folder.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
