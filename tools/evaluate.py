@@ -1,21 +1,20 @@
-"""Evaluate a model on mathematical and code benchmarks, by the published protocol unless told otherwise.
+"""Evaluates a model on mathematical and code benchmarks. The defaults are the published protocol.
 
 evaluate.py run --model DIR --data-folder DIR --output DIR [--benchmarks NAME[=FILE] ...] [any Megatron flag]
-evaluate.py run --checkpoint DIR ...          the newest Megatron checkpoint of a run
+evaluate.py run --checkpoint DIR ...           the newest Megatron checkpoint of a run
 evaluate.py run --server URL... --model DIR    running SGLang servers; DIR gives the tokenizer
 evaluate.py show OUTPUT [--benchmark NAME] [--problem ID] [--verdict wrong] [--limit N]
 evaluate.py table OUTPUT [OUTPUT ...] [--format markdown|csv|latex]
 
-Killed, the same command goes on where it stopped. torchrun spreads the work over processes and GPUs.
+After an interruption, the same command continues. torchrun distributes the work over processes and GPUs.
 """
 
 import argparse
-import json
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,35 +26,39 @@ from megatron_rasft.config.parser import add_flags
 from megatron_rasft.config.saved import CONFIG_FILE, SavedConfig
 from megatron_rasft.data.tokenizing import end_ids, open_tokenizer, read_chat_format, tokenize_prompts
 from megatron_rasft.errors import CheckpointError, DataError, FailedElsewhere, RasftError
-from megatron_rasft.files import write_json
 from megatron_rasft.rollout.store import read_rollouts
 from megatron_rasft.servers.keys import read_key
-from megatron_rasft.tools.evaluation import comparison_tables
+from megatron_rasft.tools import cli
 from megatron_rasft.tools.evaluation.benchmark_grading import Grader, verify_config
 from megatron_rasft.tools.evaluation.benchmark_sampling import Engine, sample_benchmark
-from megatron_rasft.tools.evaluation.benchmarks import KNOWN_SETS, Benchmark, ask, chosen, read_benchmark
+from megatron_rasft.tools.evaluation.benchmarks import Benchmark, chosen, read_benchmark
 from megatron_rasft.tools.evaluation.config import EvaluationConfig
+from megatron_rasft.tools.evaluation.output_folder import TABLE_WRITERS, OutputFolder
+from megatron_rasft.tools.evaluation.questions import ask
 from megatron_rasft.tools.evaluation.server_engine import Servers
 from megatron_rasft.tools.evaluation.summary import Summary, summarise
+from megatron_rasft.training.resume import Resume
 from megatron_rasft.types import SamplingParams
 from megatron_rasft.verify.programs.program_grading import find_sandbox_level
 from megatron_rasft.weights.folder import HfFolder, checkpoint_fingerprint, weights_fingerprint
-from megatron_rasft.weights.tracker import TRACKER_FILE
+from megatron_rasft.weights.tracker import TRACKER_FILE, has_checkpoint
 
-WRITERS: dict[str, Callable[[comparison_tables.Results, str], str]] = {
-    "markdown": comparison_tables.markdown,
-    "csv": comparison_tables.comma_separated,
-    "latex": comparison_tables.latex,
-}
-FILES = {"markdown": "results.md", "csv": "results.csv", "latex": "results.tex"}
 DRAWN_BY = (
     "model checkpoint weights dtype temperature top_p max_new_tokens seed prompt_suffix system_prompt chat_template"
 ).split()
-"""What decides about a sample: a store holds samples of one setting of these."""
+"""Names of all settings that influence a sample. The samples of a folder have the same values of these."""
+
+OpenEngine = Callable[[argparse.Namespace, Servers | None, list[str]], AbstractContextManager[Engine | None]]
+"""Opens the engine of an evaluation, given the arguments, the servers (None: load the weights) and Megatron's flags."""
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0 done, 1 the world failed, 2 wrong arguments."""
+def main(argv: list[str] | None = None, open_engine: OpenEngine | None = None) -> int:
+    """Runs the command. Returns the exit code: 0 success, 1 failure, 2 a wrong flag or input.
+
+    Args:
+        argv: the command line.
+        open_engine: replaces the engine; for tests.
+    """
     argv = sys.argv[1:] if argv is None else argv
     parser = _build_parser()
     if argv and argv[0].startswith("--") and argv[0] != "--help":
@@ -63,56 +66,66 @@ def main(argv: list[str] | None = None) -> int:
     args, rest = parser.parse_known_args(argv)
     if rest and args.command is not run:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    args.open_engine = open_engine or _open_engine
+    return cli.run(_run_once_per_error, args, rest)
+
+
+def _run_once_per_error(args: argparse.Namespace, rest: list[str]) -> None:
+    """Runs the command. If all ranks of a node fail with the same error, all but one raise FailedElsewhere instead."""
     try:
         args.command(args, rest)
-    except (ValueError, RasftError, OSError, FailedElsewhere) as error:
-        # It imports torch, which --server does without.
-        from megatron_rasft.training.failures import report_failure
+    except (ValueError, RasftError, OSError) as error:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            # Imported here because it imports torch, which an evaluation of servers does not need
+            from megatron_rasft.training.failures import prints_for_node
 
-        return report_failure(error)
-    return 0
+            if not prints_for_node(str(error)):
+                raise FailedElsewhere from error
+        raise
 
 
 def run(args: argparse.Namespace, megatron_flags: list[str]) -> None:
-    """Sample, grade, and write tables."""
+    """Draw samples, grade them, and write tables."""
     config = EvaluationConfig.from_args(args)
     if args.server and megatron_flags:
-        raise ValueError(f"{megatron_flags[0]} has no meaning with --server: the servers hold the model.")
+        raise ValueError(f"{megatron_flags[0]} cannot be combined with --server: the servers hold the model.")
     _check_experts(megatron_flags)
-    if args.model is None and args.checkpoint is not None:
-        args.model = _model_of_checkpoint(Path(args.checkpoint))
     if args.model is None:
-        raise ValueError("--model DIR is missing: the model's Hugging Face folder.")
+        args.model = _model_of_checkpoint(args.checkpoint)
     folder = None if config.data_folder is None else Path(config.data_folder)
-    benchmarks = []
-    for known, path in chosen(config.benchmarks, folder):
-        benchmarks.append(read_benchmark(known, path, config.unknown_data == "accept"))
-    output = Path(args.output)
-    iteration = None
+    accepts_unknown = config.unknown_data == "accept"
+    benchmarks = [
+        read_benchmark(known, path, accepts_unknown) for known, path in chosen(config.benchmarks, folder)
+    ]
+    resume = None
     if args.checkpoint is not None:
-        iteration = _chosen_iteration(Path(args.checkpoint), megatron_flags)
-        if iteration.isdecimal():  # else Sampler says what is wrong
-            megatron_flags = [*megatron_flags, "--ckpt-step", iteration]
+        resume = _choose_checkpoint(Path(args.checkpoint), megatron_flags)
+        # The engine must load this checkpoint, also if the run saves another one before
+        megatron_flags = [*megatron_flags, "--ckpt-step", str(resume.step)]
+    output = OutputFolder(Path(args.output))
     with _open_servers(args, config) if args.server else nullcontext() as servers:
-        drawn_by = _drawn_by(args, config, servers, iteration)
-        _check_protocol(output, drawn_by, benchmarks)
+        drawn_by = _drawn_by(args, config, servers, resume)
+        output.check(drawn_by, benchmarks)
         if any(benchmark.kind == "code" for benchmark in benchmarks):
             level = find_sandbox_level(verify_config(config))  # fails now if the machine does not allow it
             if os.environ.get("RANK", "0") == "0":
                 print(f"programs run in a sandbox of level {level}")
-        with _open_engine(args, servers, megatron_flags) as engine:
-            if engine is None:  # another rank speaks
+        with args.open_engine(args, servers, megatron_flags) as engine:
+            if engine is None:  # rank 0 does the rest
                 return
-            _write_protocol(output, drawn_by, config, benchmarks)
-            _sample_all(args, config, engine, benchmarks)
-    print((output / FILES["markdown"]).read_text(encoding="utf-8"))
+            output.write_protocol(drawn_by, config, benchmarks)
+            _sample_all(args, config, engine, benchmarks, output)
+    print(output.markdown.read_text(encoding="utf-8"))
 
 
 def _sample_all(
-    args: argparse.Namespace, config: EvaluationConfig, engine: Engine, benchmarks: list[Benchmark]
+    args: argparse.Namespace,
+    config: EvaluationConfig,
+    engine: Engine,
+    benchmarks: list[Benchmark],
+    output: OutputFolder,
 ) -> None:
-    """Every benchmark in turn, its table written when it is done."""
-    output = Path(args.output)
+    """Evaluates one benchmark after the other. The tables are written after each."""
     tokenizer = open_tokenizer(args.model)
     prompt_config = DataConfig(
         data_prompt_suffix="",
@@ -133,14 +146,15 @@ def _sample_all(
         num_rows = len(benchmark.problems)
         if config.limit:
             benchmark.problems = benchmark.problems[: config.limit]
-        put = ask(benchmark, config.prompt_suffix)
+        write_question = ask(benchmark, config.prompt_suffix)
+        questions = [write_question(problem) for problem in benchmark.problems]
         with Grader(benchmark, config) as grade:
             rollouts = sample_benchmark(
                 benchmark,
-                tokenize_prompts([put(p) for p in benchmark.problems], tokenizer, prompt_config),
+                tokenize_prompts(questions, tokenizer, prompt_config),
                 engine,
                 grade,
-                _store(output, benchmark),
+                output.samples_of(benchmark),
                 num_samples=config.num_samples,
                 seed=config.seed,
                 params=params,
@@ -148,11 +162,11 @@ def _sample_all(
                 on_progress=_Progress(benchmark.title),
             )
         summary = summarise(benchmark, rollouts, config.num_samples, config.ks(), num_rows)
-        _write_results(output, args.label or Path(args.model).name, args.compare_with or args.model, summary)
+        output.add_summary(args.label or Path(args.model).name, args.compare_with or args.model, summary)
 
 
 def show(args: argparse.Namespace, _: list[str]) -> None:
-    """Print stored samples, in the order they were drawn."""
+    """Print stored samples, in the order in which they were drawn."""
     from rich.console import Console
 
     stores = sorted((Path(args.output) / "samples").glob("*.jsonl"))
@@ -182,71 +196,59 @@ def show(args: argparse.Namespace, _: list[str]) -> None:
 
 
 def table(args: argparse.Namespace, _: list[str]) -> None:
-    """Print results of one or more evaluations side by side."""
+    """Print the results of one or more evaluations in one table."""
     results: dict[str, list[Summary]] = {}
     for output in args.output:
-        label, summaries = read_summaries(Path(output))
+        label, summaries = OutputFolder(Path(output)).read_summaries()
         results[label if label not in results else f"{label} ({output})"] = summaries
-    print(WRITERS[args.format](results, args.compare_with or ""), end="")
+    print(TABLE_WRITERS[args.format](results, args.compare_with or ""), end="")
 
 
-def read_summaries(output: Path) -> tuple[str, list[Summary]]:
-    """Label and summaries of a finished evaluation.
-
-    Raises:
-        DataError: the folder holds none.
-    """
-    path = output / "summary.json"
-    if not path.is_file():
-        raise DataError(
-            f"{output} holds no results: {path.name} is not there. Run the evaluation to its end."
-        )
-    content = json.loads(path.read_text(encoding="utf-8"))
-    return content["label"], [Summary.from_dict(values) for values in content["benchmarks"]]
-
-
-def _model_of_checkpoint(checkpoint: Path) -> str | None:
-    """--hf-model of the run that wrote the checkpoints, by its config.json."""
-    saved = SavedConfig.read(checkpoint)
+def _model_of_checkpoint(checkpoint: str | None) -> str:
+    """Returns the model folder of the run that wrote the checkpoints."""
+    if checkpoint is None:
+        raise ValueError("--model is missing. Give the Hugging Face folder of the model.")
+    saved = SavedConfig.read(Path(checkpoint))
     if saved is None:
         raise ValueError(
-            f"--model DIR is missing, and {checkpoint} has no {CONFIG_FILE} that would name the model."
+            f"--model is missing, and {checkpoint}/{CONFIG_FILE} does not exist. Give the Hugging Face folder of the model."
         )
     return saved.hf_model
 
 
-def _chosen_iteration(checkpoint: Path, megatron_flags: list[str]) -> str:
-    """--ckpt-step or else the newest, so that what is fingerprinted is what is loaded while a run saves on."""
-    path = checkpoint / TRACKER_FILE
-    if not path.is_file():
+def _choose_checkpoint(checkpoint: Path, megatron_flags: list[str]) -> Resume:
+    """Chooses the checkpoint of --ckpt-step or the newest. The one that is fingerprinted is then the one that is loaded."""
+    if not has_checkpoint(checkpoint):
         raise CheckpointError(
-            f"--checkpoint {checkpoint} holds no Megatron checkpoint: {path.name} is not there. Give the folder that was "
-            "--save."
+            f"--checkpoint {checkpoint} holds no Megatron checkpoint: {TRACKER_FILE} does not exist. Give the --save folder of "
+            "a run."
         )
-    return _megatron_flag(megatron_flags, "--ckpt-step") or path.read_text().strip()
+    return Resume.at(checkpoint, _megatron_flag(megatron_flags, "--ckpt-step"))
 
 
-def _megatron_flag(megatron_flags: list[str], flag: str) -> str | None:
+def _megatron_flag(megatron_flags: list[str], flag: str) -> int | None:
     parser = argparse.ArgumentParser(prog="evaluate.py", add_help=False, allow_abbrev=False)
-    parser.add_argument(flag, dest="value")
+    parser.add_argument(flag, dest="value", type=int)
     return parser.parse_known_args(megatron_flags)[0].value
 
 
 def _check_experts(megatron_flags: list[str]) -> None:
     size = _megatron_flag(megatron_flags, "--expert-model-parallel-size")
-    if size not in (None, "1"):
+    if size not in (None, 1):
+        # Ranks of different replicas share experts, and would wait for each other in steps that only one of them has
         raise ValueError(
-            f"--expert-model-parallel-size must be 1 to evaluate, got {size}: replicas decode different numbers of steps. Cut "
-            "the experts by --tensor-model-parallel-size, or ask servers (--server)."
+            f"--expert-model-parallel-size must be 1 to evaluate, got {size}: replicas decode different numbers of steps. "
+            "Divide the experts by --tensor-model-parallel-size, or use servers (--server)."
         )
 
 
 def _drawn_by(
-    args: argparse.Namespace, config: EvaluationConfig, servers: Servers | None, iteration: str | None
+    args: argparse.Namespace, config: EvaluationConfig, servers: Servers | None, resume: Resume | None
 ) -> dict[str, Any]:
-    if iteration is not None:
-        folder = Path(args.checkpoint) / f"iter_{iteration:0>7}"
-        weights = f"step {iteration}, {checkpoint_fingerprint(folder)}"
+    """Returns the values of the settings in ``DRAWN_BY``."""
+    if resume is not None:
+        assert resume.checkpoint is not None, "a checkpoint was chosen"
+        weights = f"step {resume.step}, {checkpoint_fingerprint(resume.checkpoint)}"
     elif servers is not None:
         weights = servers.weights
     else:
@@ -255,87 +257,34 @@ def _drawn_by(
     return {name: values[name] for name in DRAWN_BY}
 
 
-def _check_protocol(output: Path, drawn_by: dict[str, Any], benchmarks: list[Benchmark]) -> None:
-    """Refuse a folder whose samples were drawn in another way or from other files, before a model is loaded."""
-    path = output / "protocol.json"
-    if not path.is_file():
-        return
-    protocol = json.loads(path.read_text(encoding="utf-8"))
-    stored = protocol["drawn_by"]
-    for name, value in drawn_by.items():
-        if stored.get(name) != value:
-            raise ValueError(
-                f"--output {output} holds samples drawn with {name} {stored.get(name)!r}, not {value!r}. Give another "
-                "folder, or the flags of then."
-            )
-    for benchmark in benchmarks:
-        file, samples = protocol["files"].get(benchmark.name), _store(output, benchmark)
-        if file is not None and file["sha256"] != benchmark.sha256 and samples.exists():
-            raise ValueError(
-                f"{samples} was drawn from {file['path']} with sha256 {file['sha256'][:12]}..., but {benchmark.path} has "
-                f"{benchmark.sha256[:12]}.... Give another --output or the file of then, or delete the samples."
-            )
-
-
-def _store(output: Path, benchmark: Benchmark) -> Path:
-    return output / "samples" / f"{benchmark.name}.jsonl"
-
-
-def _write_protocol(
-    output: Path, drawn_by: dict[str, Any], config: EvaluationConfig, benchmarks: list[Benchmark]
-) -> None:
-    """Say how the samples are drawn; the files of benchmarks that were sampled earlier stay named."""
-    output.mkdir(parents=True, exist_ok=True)
-    path = output / "protocol.json"
-    files = json.loads(path.read_text(encoding="utf-8"))["files"] if path.is_file() else {}
-    for b in benchmarks:
-        files[b.name] = {"path": str(b.path), "sha256": b.sha256, "verified": b.is_verified}
-    content = {"drawn_by": drawn_by, "config": asdict(config), "files": files}
-    write_json(path, content)
-
-
-def _write_results(output: Path, label: str, compared_with: str, summary: Summary) -> None:
-    """Add one benchmark to summary.json and write the tables anew."""
-    path = output / "summary.json"
-    earlier = read_summaries(output)[1] if path.is_file() else []
-    order = {name: place for place, name in enumerate(KNOWN_SETS)}
-    summaries = sorted(
-        [s for s in earlier if s.name != summary.name] + [summary],
-        key=lambda s: (order.get(s.name, len(order)), s.name),
-    )
-    content = {"label": label, "benchmarks": [s.as_dict() for s in summaries]}
-    write_json(path, content)
-    for name, write in WRITERS.items():
-        (output / FILES[name]).write_text(write({label: summaries}, compared_with), encoding="utf-8")
-
-
 @contextmanager
 def _open_engine(
     args: argparse.Namespace, servers: Servers | None, megatron_flags: list[str]
 ) -> Iterator[Engine | None]:
-    """The engine, on the process that asks it; None on the others, after they have followed to the end."""
+    """Yields the engine on rank 0. Yields None on the other ranks, after they have taken part in all of its sampling."""
     if servers is not None:
         yield servers
         return
     from megatron_rasft.training import cpu_backend, gpu_kernels
 
     gpu_kernels.check_transformer_engine()
+    # Before Megatron is imported: on a machine without a GPU, its imports call CUDA
     cpu_backend.enable()
     import torch
 
-    from megatron_rasft.tools.evaluation.trainer_engine import Sampler
+    from megatron_rasft.tools.evaluation.embedded_engine import EmbeddedEngine
 
     flags = ["--hf-model", str(args.model), *megatron_flags]
     if args.dtype == "bf16" or (args.dtype == "auto" and torch.cuda.is_available()):
         flags.append("--bf16")
-    sampler = Sampler(flags, args.checkpoint)
+    engine = EmbeddedEngine(flags, args.checkpoint)
     try:
-        if not sampler.is_lead:
-            sampler.follow()
+        if not engine.is_rank_zero:
+            engine.follow()
             yield None
             return
-        yield sampler
-        sampler.close()
+        yield engine
+        engine.close()
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
@@ -349,7 +298,7 @@ def _open_servers(args: argparse.Namespace, config: EvaluationConfig) -> Servers
 
 
 class _Progress:
-    """A line every ten seconds at most, with what is left at this speed."""
+    """Prints the progress of a benchmark with the estimated remaining time, at most once in ten seconds."""
 
     def __init__(self, title: str) -> None:
         self._title = title
@@ -360,7 +309,7 @@ class _Progress:
         now = time.monotonic()
         if self._at_start is None:
             self._at_start = done
-            print(f"{self._title}: {done} of {total} samples are there", flush=True)
+            print(f"{self._title}: {done} of {total} samples are stored already", flush=True)
         elif done == total or now - self._last >= 10:
             self._last = now
             per_s = (done - self._at_start) / max(now - self._began, 1e-9)
@@ -382,42 +331,60 @@ def _build_parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--checkpoint",
         metavar="DIR",
-        help="Take the newest Megatron checkpoint in this --save, or that of --ckpt-step.",
+        help="Folder of a run's Megatron checkpoints. Evaluates the newest, or that of --ckpt-step.",
     )
     command.add_argument(
-        "--server", nargs="+", metavar="URL", help="Ask these SGLang servers instead of loading weights."
+        "--server",
+        nargs="+",
+        metavar="URL",
+        help="Sample from these SGLang servers instead of loading weights.",
     )
-    command.add_argument("--api-key-env", metavar="NAME", help="Environment variable with the servers' key.")
-    command.add_argument("--output", metavar="DIR", required=True, help="Where samples and tables go.")
-    command.add_argument("--label", help="Name of the row in the tables. Default: the model folder's name.")
+    command.add_argument(
+        "--api-key-env",
+        metavar="NAME",
+        help="Name of the environment variable with the API key of the servers.",
+    )
+    command.add_argument("--output", metavar="DIR", required=True, help="Folder for samples and tables.")
+    command.add_argument(
+        "--label", help="Name of the row in the tables. Default: the name of the model folder."
+    )
     command.add_argument(
         "--compare-with",
         metavar="MODEL",
-        help="Published model to put beside. Default: by the folder's name.",
+        help="Model whose published results the tables add. Default: the model with the name of the folder.",
     )
     command.add_argument(
         "--dtype",
         choices=("auto", "bf16", "fp32"),
         default="auto",
-        help="Of the embedded engine. auto: bf16 on a GPU, fp32 on a CPU.",
+        help="Type of the weights, without --server. auto: bf16 on a GPU, fp32 on a CPU.",
     )
     add_flags(command.add_argument_group("evaluation", EvaluationConfig.__doc__), EvaluationConfig)
 
     command = commands.add_parser("show", help=show.__doc__, description=show.__doc__)
     command.set_defaults(command=show)
-    command.add_argument("output", help="--output of a run.")
-    command.add_argument("--benchmark", help="Only samples of this set.")
+    command.add_argument("output", help="--output of an evaluation.")
+    command.add_argument("--benchmark", help="Only samples of this benchmark.")
     command.add_argument("--problem", metavar="ID", help="Only samples of this problem.")
     command.add_argument(
         "--verdict", choices=("correct", "wrong", "unverifiable", "timeout"), help="Only with this verdict."
     )
-    command.add_argument("--limit", type=int, default=20, metavar="N", help="At most so many (default: 20).")
+    command.add_argument(
+        "--limit", type=int, default=20, metavar="N", help="Show at most this many (default: 20)."
+    )
 
     command = commands.add_parser("table", help=table.__doc__, description=table.__doc__)
     command.set_defaults(command=table)
-    command.add_argument("output", nargs="+", help="--output of runs.")
-    command.add_argument("--format", choices=tuple(WRITERS), default="markdown", help="Default: markdown.")
-    command.add_argument("--compare-with", metavar="MODEL", help="Published model to put beside.")
+    command.add_argument("output", nargs="+", help="--output of the evaluations.")
+    command.add_argument(
+        "--format",
+        choices=tuple(TABLE_WRITERS),
+        default="markdown",
+        help="Format of the table. Default: markdown.",
+    )
+    command.add_argument(
+        "--compare-with", metavar="MODEL", help="Model whose published results the table adds."
+    )
     return parser
 
 

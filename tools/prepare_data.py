@@ -1,4 +1,4 @@
-"""Look at training data before a run: every row, one as the model sees it, and what benchmarks have in common with it.
+"""Checks training data before a run: validates every row, removes rows of benchmarks, shows one row as the model sees it.
 
 prepare_data.py validate --train-data FILE.jsonl [--tokenizer DIR [--max-tokens N]] [any --data-* flag]
 prepare_data.py --decontaminate BENCHMARK... --train-data FILE.jsonl [--output CLEAN.jsonl] [--report FILE.json]
@@ -20,6 +20,7 @@ from megatron_rasft.data.reading import DataReport, Row, RowFault, read_records,
 from megatron_rasft.data.tokenizing import Tokenizer, build_demonstrations, collect_demonstrations
 from megatron_rasft.errors import DataError, first_line
 from megatron_rasft.files import write_json
+from megatron_rasft.tools import cli
 from megatron_rasft.tools.data.contamination import find_contamination
 from megatron_rasft.tools.data.inspecting import render_example
 
@@ -27,29 +28,30 @@ _NO_LIMIT = 2**62
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0 all rows are usable, 1 some are not, 2 wrong arguments or an unreadable file."""
+    """Runs the command. Returns the exit code: 0 all rows can be used, 1 some cannot or a file is faulty, 2 a wrong flag."""
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0].startswith("--") and "--decontaminate" in argv:
         argv = ["decontaminate", *argv]
-    parser = _build_parser()
-    args = parser.parse_args(argv)
-    try:
-        config = DataConfig.from_args(args)
-        if args.max_tokens is not None and args.max_tokens < 1:
-            raise ValueError(
-                f"--max-tokens must be >= 1, got {args.max_tokens}. Give the --seq-length of the run."
-            )
-        return args.run(args, config)
-    except (DataError, ValueError) as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return 2
+    return cli.run(_run, _build_parser().parse_args(argv))
+
+
+def _run(args: argparse.Namespace) -> int:
+    config = DataConfig.from_args(args)
+    if not config.train_data:
+        raise ValueError("--train-data is missing. Give the files to check.")
+    if args.max_tokens is not None and args.max_tokens < 1:
+        raise ValueError(
+            f"--max-tokens must be >= 1, got {args.max_tokens}. Give the --seq-length of the run."
+        )
+    exit_code: int = args.run(args, config)
+    return exit_code
 
 
 def validate(args: argparse.Namespace, config: DataConfig) -> int:
-    """Print what becomes of every row."""
+    """Print which rows can be used, and the reason for each that cannot."""
     if args.max_tokens is not None and args.tokenizer is None:
         raise ValueError(
-            "--max-tokens needs --tokenizer: tokens can be counted with a tokenizer only. Give its folder."
+            "--max-tokens needs --tokenizer, because only a tokenizer can count tokens. Give its folder."
         )
     rows = read_rows(config, require_answer=not args.no_answers)
     if args.tokenizer is None:
@@ -74,19 +76,19 @@ def validate(args: argparse.Namespace, config: DataConfig) -> int:
 
 
 def decontaminate(args: argparse.Namespace, config: DataConfig) -> int:
-    """Find rows that repeat a benchmark's problems by their n-grams, and write the others."""
+    """Find rows that repeat problems of a benchmark, by their n-grams, and write the other rows."""
     if args.overlap_ngram < 1:
         raise ValueError(f"--overlap-ngram must be >= 1 words, got {args.overlap_ngram}. 13 is usual.")
     if not 0 <= args.overlap_share <= 1:
         raise ValueError(
-            f"--overlap-share is a share, 0 .. 1, got {args.overlap_share}. 0 drops any overlap."
+            f"--overlap-share must be in 0 .. 1, got {args.overlap_share}. 0 drops every row with an overlap."
         )
     if args.output is not None and Path(args.output).exists():
-        raise ValueError(f"--output {args.output} exists already. Name a file that does not.")
+        raise ValueError(f"--output {args.output} exists already. Give the name of a new file.")
     faults = [row for row in read_rows(config, require_answer=False) if isinstance(row, RowFault)]
     if faults:
         raise DataError(
-            f"{faults[0]}, the first of {len(faults)} faulty rows. Correct them first: see validate."
+            f"{faults[0]}. This is the first of {len(faults)} faulty rows. Run validate to see them, and correct them first."
         )
     records = [record for file in config.train_data for _, record in read_records(Path(file))]
     rows = read_rows(config, require_answer=False)
@@ -107,13 +109,11 @@ def decontaminate(args: argparse.Namespace, config: DataConfig) -> int:
 
 
 def show(args: argparse.Namespace, config: DataConfig) -> int:
-    """Print one demonstration, coloured on a terminal."""
+    """Print one demonstration as the model sees it, with colours on a terminal."""
     from rich.console import Console
 
     if args.tokenizer is None:
-        raise ValueError(
-            "inspect needs --tokenizer: it shows the tokens a model is given. Give the model's folder."
-        )
+        raise ValueError("inspect needs --tokenizer, because it shows tokens. Give the folder of the model.")
     if args.index < 0:
         raise ValueError(f"--index must be >= 0, got {args.index}. 0 is the first usable row.")
     require_answer = not args.no_answers
@@ -121,7 +121,7 @@ def show(args: argparse.Namespace, config: DataConfig) -> int:
     rows = list(islice(usable, args.index, args.index + 1))
     if not rows:
         raise DataError(
-            f"there is no usable row {args.index} (the first is 0). Try a smaller --index, or validate."
+            f"--index {args.index} is too large: fewer rows can be used. The first row is 0. Run validate to see them."
         )
     strict = dataclasses.replace(config, data_bad_rows="refuse", data_overlong="refuse")
     tokenizer = _load_tokenizer(args.tokenizer)
@@ -150,16 +150,20 @@ def _build_parser() -> argparse.ArgumentParser:
                 "--max-tokens",
                 type=int,
                 metavar="N",
-                help="Most tokens of prompt and response. Unset: no limit.",
+                help="Largest number of tokens of prompt and response. Unset: no limit.",
             )
             command.add_argument(
                 "--no-answers",
                 action="store_true",
-                help="Rows need neither answer nor tests: for runs without rollouts.",
+                help="Accept rows without answer and tests, for runs without rollouts.",
             )
         if name == "inspect":
             command.add_argument(
-                "--index", type=int, default=0, metavar="N", help="Which usable row, from 0 (default: 0)."
+                "--index",
+                type=int,
+                default=0,
+                metavar="N",
+                help="Number of the row, from 0, counting rows that can be used (default: 0).",
             )
         add_flags(command.add_argument_group("data", DataConfig.__doc__), DataConfig)
     return parser
@@ -171,32 +175,34 @@ def _add_overlap_flags(command: argparse.ArgumentParser) -> None:
         "--decontaminate", nargs="+", required=True, metavar="FILE", help="Benchmark files to compare with."
     )
     command.add_argument(
-        "--overlap-ngram", type=int, default=13, metavar="N", help="Words per n-gram, >= 1 (default: 13)."
+        "--overlap-ngram", type=int, default=13, metavar="N", help="Words of an n-gram, >= 1 (default: 13)."
     )
     command.add_argument(
         "--overlap-share",
         type=float,
         default=0.5,
         metavar="X",
-        help="A row goes if it has this share of a benchmark row's n-grams, its words or its id, 0 .. 1 (default: 0.5). 0: "
-        "any n-gram in common, stock phrases included.",
+        help="Drop a row that has this share of the n-grams of a benchmark row, its exact words or its id, 0 .. 1 (default: "
+        "0.5). 0: drop a row with any common n-gram, also a stock phrase.",
     )
-    command.add_argument("--output", metavar="FILE", help="Write the rows that stay (.jsonl).")
-    command.add_argument("--report", metavar="FILE", help="Write every overlap (.json).")
+    command.add_argument(
+        "--output", metavar="FILE", help="Write the rows that are kept to this file (.jsonl)."
+    )
+    command.add_argument("--report", metavar="FILE", help="Write every overlap to this file (.json).")
 
 
 def _load_tokenizer(folder: str) -> Tokenizer:
     if not Path(folder).is_dir():
         raise ValueError(
-            f"--tokenizer must be a folder, {folder!r} is none. Give a Hugging Face folder on this machine."
+            f"--tokenizer must be a folder, got {folder!r}. Give a Hugging Face folder on this machine."
         )
     from transformers import AutoTokenizer
 
     try:
         tokenizer: Tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # transformers raises whatever a broken file makes it stumble over
+    except Exception as error:  # transformers raises many different exceptions for broken files
         raise ValueError(
-            f"--tokenizer {folder} holds no tokenizer that transformers can load: {first_line(error)}"
+            f"--tokenizer {folder}: transformers cannot load the tokenizer: {first_line(error)}"
         ) from error
     return tokenizer
 

@@ -1,4 +1,4 @@
-"""Rows with tests train like rows with answers: their rollouts are verified by running them."""
+"""Rows with tests train like rows with answers; their rollouts are verified by running them."""
 
 import gzip
 import json
@@ -27,7 +27,7 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 def additions(num_rows: int, seed: int) -> list[dict[str, Any]]:
-    """Programs of one line, with tests that call them."""
+    """Problems whose solution is a program of one line, with tests that call it."""
     draw = random.Random(seed)
     rows = []
     for index in range(num_rows):
@@ -82,7 +82,7 @@ def test_mathematics_and_code_train_in_one_run(root: Path) -> None:
     programs = [r for r in rollouts if r["problem_id"].startswith("add")]
     answers = [r for r in rollouts if not r["problem_id"].startswith("add")]
     assert len(programs) == len(answers) == 12 * 4
-    # What the policy writes is right at times, and for each kind it is its own check that says so
+    # The policy solves some problems of each kind, and each kind is verified by its own check
     passed = [r for r in programs if r["verdict"] == "correct"]
     assert passed
     assert {r["verdict_reason"] for r in passed} == {"2 tests passed"}
@@ -100,7 +100,7 @@ def test_mathematics_and_code_train_in_one_run(root: Path) -> None:
 def test_real_tasks_are_verified_by_execution(root: Path) -> None:
     path = DATA / "train" / "mbpp_train.jsonl.gz"
     if not path.is_file():
-        pytest.skip(f"the real data is not here: {path} is no file")
+        pytest.skip(f"the data sets are not part of the repository, and {path} does not exist")
     with gzip.open(path, "rt", encoding="utf-8") as stream:
         rows = [json.loads(line) for line in stream]
     rows = [{**row, "response": row["response"].replace("\r", "").replace("\t", "    ")} for row in rows]
@@ -117,7 +117,7 @@ def test_real_tasks_are_verified_by_execution(root: Path) -> None:
     )
     rollouts = rollouts_of(save)
     assert len(rollouts) == 8 * 4
-    # eight random characters are a program of a kind, and fail as one
+    # Eight random characters are run as a program, and fail
     assert {r["verdict"] for r in rollouts} == {"wrong"}
     reasons = {r["verdict_reason"].partition(":")[0] for r in rollouts}
     assert "the program raised SyntaxError" in reasons

@@ -1,1 +1,1 @@
-"""Benchmarks, sampling, pass@k and avg@k with intervals, comparison with published tables."""
+"""Evaluates a model on benchmarks: sampling, grading, statistics, tables. See README.md."""

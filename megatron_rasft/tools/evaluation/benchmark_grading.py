@@ -1,20 +1,27 @@
-"""Verdicts on the samples of a benchmark, by the verifier that a training run uses."""
+"""Grades the samples of a benchmark with the verifier of a training run."""
 
 from contextlib import AbstractContextManager, ExitStack
 from types import TracebackType
 
 from megatron_rasft.config.verify import VerifyConfig
-from megatron_rasft.tools.evaluation.benchmarks import Benchmark, Problem
+from megatron_rasft.tools.evaluation.benchmark_rows import Problem
+from megatron_rasft.tools.evaluation.benchmarks import Benchmark
 from megatron_rasft.tools.evaluation.config import EvaluationConfig
 from megatron_rasft.types import Rollout
 from megatron_rasft.verify.pool import VerifierPool
 
 
 def verify_config(config: EvaluationConfig, rel_tolerance: float = 0.0) -> VerifyConfig:
-    """The verifier's knobs of an evaluation."""
+    """Returns the verifier's settings for an evaluation.
+
+    Args:
+        config: settings of the evaluation.
+        rel_tolerance: relative difference up to which two plain numbers are equal.
+    """
     return VerifyConfig(
         verify_timeout_s=config.verify_timeout_s,
         verify_num_workers=config.verify_num_workers,
+        # As in the published harness: an answer counts if it was boxed before the response was cut
         verify_grade_truncated=True,
         verify_numeric_rel_tolerance=rel_tolerance,
         verify_sandbox_level=config.sandbox_level,
@@ -25,11 +32,7 @@ def verify_config(config: EvaluationConfig, rel_tolerance: float = 0.0) -> Verif
 
 
 class Grader(AbstractContextManager["Grader"]):
-    """Grades the samples of one benchmark; owns the verifier's processes.
-
-    Unlike a training run it grades truncated samples too, as the published harness does: what a model has boxed
-    before it was cut counts.
-    """
+    """Grades the samples of one benchmark. Starts the verifier's workers when it is entered."""
 
     def __init__(self, benchmark: Benchmark, config: EvaluationConfig) -> None:
         self._pool = VerifierPool(verify_config(config, benchmark.rel_tolerance))
@@ -48,5 +51,5 @@ class Grader(AbstractContextManager["Grader"]):
         self._exit.close()
 
     def __call__(self, rollouts: list[Rollout], problems: dict[str, Problem]) -> None:
-        """Set ``verdict`` and ``verdict_reason`` of every rollout."""
+        """Sets ``verdict`` and ``verdict_reason`` of every rollout; ``problems`` are by id."""
         self._pool.verify(rollouts, {name: problem.check for name, problem in problems.items()})

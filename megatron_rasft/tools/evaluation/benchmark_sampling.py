@@ -1,7 +1,7 @@
-"""Draws the samples of a benchmark that are not in its store yet, grades them and stores them."""
+"""Draws the samples of a benchmark that are not stored yet, grades them and stores them."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import batched
 from pathlib import Path
 from typing import Protocol
@@ -9,26 +9,27 @@ from typing import Protocol
 from megatron_rasft.errors import RolloutError
 from megatron_rasft.rollout.seeds import sample_seed
 from megatron_rasft.rollout.store import RolloutStore, read_rollouts, whole_lines
-from megatron_rasft.tools.evaluation.benchmarks import Benchmark, Problem
+from megatron_rasft.tools.evaluation.benchmark_rows import Problem
+from megatron_rasft.tools.evaluation.benchmarks import Benchmark
 from megatron_rasft.types import Request, Response, Rollout, SamplingParams
 
 _SEED_BITS = 31
-"""Rollout servers are asked for seeds that fit a signed 32-bit integer."""
+"""Servers accept seeds that fit a signed 32-bit integer."""
 
 
 class Engine(Protocol):
-    """What can continue a prompt: the embedded model or a server."""
+    """Draws responses: from a model in this program's processes, or from rollout servers."""
 
     @property
     def max_positions(self) -> int:
-        """Most tokens of prompt and response together."""
+        """Largest number of tokens of prompt and response together."""
 
     def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[list[Response]]:
-        """For each request one response per seed, in their order; ``abort`` for one that could not be had."""
+        """Returns for each request one response per seed, in their order. A response that failed has ``abort``."""
 
 
 Grade = Callable[[list[Rollout], dict[str, Problem]], None]
-"""Sets verdict and reason of every rollout; the problems by id."""
+"""Sets verdict and reason of every rollout, given the problems by id."""
 
 
 def sample_benchmark(
@@ -44,82 +45,46 @@ def sample_benchmark(
     decode: Callable[[list[int]], str],
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Rollout]:
-    """Every sample of a benchmark: those in the store, and the missing ones, drawn and graded now.
+    """Returns every sample of a benchmark. Reads stored samples, and draws, grades and stores the missing ones.
 
-    A killed evaluation loses the batch it was at: a sample is stored once it is graded, and never drawn again.
+    Samples are stored batch by batch as soon as they are graded, so a killed evaluation repeats one batch at most.
 
     Args:
         benchmark: its problems.
         prompts: token ids of each problem's prompt.
-        engine: draws.
+        engine: draws the responses.
         grade: sets the verdicts.
-        path: the store, one JSON object a sample.
-        num_samples: per problem.
-        seed: of the evaluation.
-        params: how to draw.
-        decode: token ids -> text without special tokens.
-        on_progress: told the number of finished and of all samples.
+        path: the store, a file with one JSON object per sample.
+        num_samples: samples per problem.
+        seed: seed of the evaluation.
+        params: sampling parameters.
+        decode: converts token ids to text without special tokens.
+        on_progress: called with the number of finished samples and of all samples.
 
     Returns:
-        [problems x num_samples], problem after problem.
+        [problems x num_samples] samples, problem after problem.
 
     Raises:
-        ValueError: a stored sample was drawn from another prompt, or a prompt leaves no room.
-        RolloutError: samples could not be drawn, after everything else was.
+        ValueError: a stored sample was drawn from another prompt, or a prompt is as long as the model's context.
+        RolloutError: some samples could not be drawn. Raised after all others have been stored.
     """
     params = fit_to_positions(params, prompts, engine.max_positions)
+    assert params.max_batch_size is not None, "an evaluation stores batches, so their size must be given"
     problems = {problem.problem_id: problem for problem in benchmark.problems}
-    finished = {
-        (r.problem_id, r.sample_index): r
-        for r in _stored(path)
-        if r.problem_id in problems and r.sample_index < num_samples
-    }
     prompt_of = dict(zip(problems, prompts, strict=True))
-    for rollout in finished.values():
-        if rollout.prompt_ids != prompt_of[rollout.problem_id]:
-            raise ValueError(
-                f"{path} holds samples of {rollout.problem_id} drawn from another prompt: question, tokenizer or chat "
-                "template was another one. Give another --output, or delete the samples."
-            )
+    finished = _read_finished(path, prompt_of, num_samples)
+    missing = [
+        _Missing(problem_id, prompt_ids, indices)
+        for problem_id, prompt_ids in prompt_of.items()
+        if (indices := [i for i in range(num_samples) if (problem_id, i) not in finished])
+    ]
     store = RolloutStore(path)
     total = len(problems) * num_samples
-    assert params.max_batch_size is not None, (
-        "an evaluation saves after each batch, so it says how large one is"
-    )
-    # One problem's samples share its prefill, so they stay in one batch.
-    per_batch = max(1, params.max_batch_size // num_samples)
-    missing = [
-        (problem, prompt_ids, indices)
-        for problem, prompt_ids in zip(benchmark.problems, prompts, strict=True)
-        if (indices := [i for i in range(num_samples) if (problem.problem_id, i) not in finished])
-    ]
     on_progress(len(finished), total)
-    for batch in batched(missing, per_batch):
-        requests = [
-            Request(
-                prompt_ids=prompt_ids,
-                seeds=[
-                    sample_seed(seed, benchmark.name, problem.problem_id, index, num_bits=_SEED_BITS)
-                    for index in indices
-                ],
-            )
-            for problem, prompt_ids, indices in batch
-        ]
-        responses = engine.generate(requests, params)
-        rollouts = [
-            Rollout(
-                problem_id=problem.problem_id,
-                sample_index=index,
-                weight_version=0,
-                prompt_ids=prompt_ids,
-                response_ids=response.token_ids,
-                response_logprobs=response.logprobs,
-                finish_reason=response.finish_reason,
-                text=decode(response.token_ids),
-            )
-            for (problem, prompt_ids, indices), answers in zip(batch, responses, strict=True)
-            for index, response in zip(indices, answers, strict=True)
-        ]
+    # The samples of a problem share the prefill of its prompt, so they stay in one batch
+    for batch in batched(missing, max(1, params.max_batch_size // num_samples)):
+        requests = [Request(prompt_ids=m.prompt_ids, seeds=m.seeds(seed, benchmark.name)) for m in batch]
+        rollouts = _as_rollouts(batch, engine.generate(requests, params), decode)
         grade(rollouts, problems)
         store.append(r for r in rollouts if r.finish_reason != "abort")
         finished.update({(r.problem_id, r.sample_index): r for r in rollouts})
@@ -127,31 +92,84 @@ def sample_benchmark(
     aborted = sum(r.finish_reason == "abort" for r in finished.values())
     if aborted:
         raise RolloutError(
-            f"{benchmark.title}: {aborted} of {total} samples could not be drawn. The others are in {path}: the same "
-            "command draws those that are missing."
+            f"{benchmark.title}: {aborted} of {total} samples could not be drawn. The others are stored in {path}. Run the "
+            "same command again to draw the missing ones."
         )
     return [finished[problem_id, i] for problem_id in problems for i in range(num_samples)]
+
+
+@dataclass(frozen=True)
+class _Missing:
+    """The samples of one problem that are not stored yet."""
+
+    problem_id: str
+    prompt_ids: list[int]
+    indices: list[int]
+    """Numbers of the samples."""
+
+    def seeds(self, seed: int, benchmark_name: str) -> list[int]:
+        return [
+            sample_seed(seed, benchmark_name, self.problem_id, index, num_bits=_SEED_BITS)
+            for index in self.indices
+        ]
+
+
+def _read_finished(
+    path: Path, prompt_of: Mapping[str, list[int]], num_samples: int
+) -> dict[tuple[str, int], Rollout]:
+    """Returns the stored samples that belong to this evaluation, by problem id and number."""
+    finished = {
+        (r.problem_id, r.sample_index): r
+        for r in _stored(path)
+        if r.problem_id in prompt_of and r.sample_index < num_samples
+    }
+    for rollout in finished.values():
+        if rollout.prompt_ids != prompt_of[rollout.problem_id]:
+            raise ValueError(
+                f"{path} holds samples of {rollout.problem_id} that were drawn from another prompt: the question, the "
+                "tokenizer or the chat template has changed. Give another --output, or delete the samples."
+            )
+    return finished
+
+
+def _as_rollouts(
+    batch: Sequence[_Missing], responses: Sequence[Sequence[Response]], decode: Callable[[list[int]], str]
+) -> list[Rollout]:
+    return [
+        Rollout(
+            problem_id=missing.problem_id,
+            sample_index=index,
+            weight_version=0,
+            prompt_ids=missing.prompt_ids,
+            response_ids=response.token_ids,
+            response_logprobs=response.logprobs,
+            finish_reason=response.finish_reason,
+            text=decode(response.token_ids),
+        )
+        for missing, answers in zip(batch, responses, strict=True)
+        for index, response in zip(missing.indices, answers, strict=True)
+    ]
 
 
 def fit_to_positions(
     params: SamplingParams, prompts: Sequence[list[int]], max_positions: int
 ) -> SamplingParams:
-    """Fewer new tokens for each prompt that would exceed the model with them.
+    """Returns ``params`` with the total length limited to the model's context, which shortens responses to long prompts.
 
     Raises:
-        ValueError: the longest prompt leaves no room at all.
+        ValueError: the longest prompt is as long as the context.
     """
     longest = max(map(len, prompts), default=0)
     if longest >= max_positions:
         raise ValueError(
-            f"a prompt has {longest} tokens, the model only {max_positions} positions: nothing can be "
-            "sampled. Leave this benchmark out."
+            f"a prompt has {longest} tokens, but the model's context has {max_positions}. Leave this benchmark out of "
+            "--benchmarks."
         )
     return replace(params, max_total_tokens=max_positions)
 
 
 def _stored(path: Path) -> Iterator[Rollout]:
-    """What is in the store, after a line that a kill left unfinished was cut away."""
+    """Yields the stored samples, after removing an incomplete last line that a killed evaluation left."""
     if not path.exists():
         return
     RolloutStore(path).truncate(whole_lines(path))

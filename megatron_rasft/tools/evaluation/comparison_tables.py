@@ -1,4 +1,4 @@
-"""Results as tables: Markdown to read, CSV to compute with, LaTeX to print, each beside the published numbers."""
+"""Writes results as tables beside the published numbers, in Markdown, CSV and LaTeX."""
 
 import csv
 import io
@@ -8,14 +8,19 @@ from megatron_rasft.tools.evaluation.published import PUBLISHED_SETS, published_
 from megatron_rasft.tools.evaluation.summary import Summary
 
 Results = Mapping[str, Sequence[Summary]]
-"""Row label -> the summaries of its benchmarks."""
+"""Label of a row -> summaries of its benchmarks."""
 
 _LATEX_STAR = "$^{*}$"
-_NOT_COMPARABLE = "not comparable with published numbers: a set of one's own, a file that is none of the known ones, or not all problems."
+_NOT_COMPARABLE = "not comparable with published numbers: not a published set, other content than the published set, or not all problems."
 
 
 def markdown(results: Results, compared_with: str = "") -> str:
-    """Accuracies with intervals, then what else is to be known of every benchmark."""
+    """Returns a table of accuracies with intervals, and a table of all other results per benchmark.
+
+    Args:
+        results: the rows.
+        compared_with: model whose published rows are added; "" adds none.
+    """
     names, titles = _columns(results)
     published = published_rows(compared_with)
     has_mean = bool(published) or any(_has_mean({s.name: s for s in ss}) for ss in results.values())
@@ -33,7 +38,7 @@ def markdown(results: Results, compared_with: str = "") -> str:
 
 
 def latex(results: Results, compared_with: str = "") -> str:
-    """The table of accuracies as a tabular of booktabs."""
+    """Returns the table of accuracies as a tabular for the package booktabs; arguments as for ``markdown``."""
     names, titles = _columns(results)
     lines = [
         r"\begin{tabular}{l" + "r" * (len(names) + 1) + "}",
@@ -62,7 +67,10 @@ def latex(results: Results, compared_with: str = "") -> str:
 
 
 def comma_separated(results: Results, compared_with: str = "") -> str:
-    """One line per row label and benchmark, shares in percent; published numbers have the accuracy only."""
+    """Returns one line per label and benchmark, fractions in percent. Published rows have the accuracy only.
+
+    Arguments are those of ``markdown``.
+    """
     ks = sorted({k for summaries in results.values() for s in summaries for k in s.pass_at})
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
@@ -135,7 +143,7 @@ def _has_mean(by_name: Mapping[str, Summary]) -> bool:
 
 
 def _mean_cell(by_name: Mapping[str, Summary], missing: str = "", star: str = " *") -> str:
-    """Unweighted over the published five, in percent, as published."""
+    """Returns the unweighted mean over the five published sets in percent, or ``missing`` if a set is missing."""
     if not _has_mean(by_name):
         return missing
     summaries = [by_name[name] for name in PUBLISHED_SETS]

@@ -1,7 +1,7 @@
-"""Published accuracies that results are put beside: avg@16 in percent, temperature 1, top-p 1, 4,096 tokens."""
+"""Published accuracies for comparison: avg@16 in percent, temperature 1, top-p 1, 4,096 tokens."""
 
 PUBLISHED_SETS = ("math500", "minerva_math", "olympiadbench", "aime24", "amc23")
-"""The sets of the published rows, in their order; a published mean is over these five."""
+"""The sets of the published rows, in their order. A published mean is over these five."""
 
 _ON_100K_ROWS = {
     "Qwen2.5-Math-1.5B": {
@@ -23,20 +23,20 @@ _ON_100K_ROWS = {
         "DFT": (12.79, 2.84, 2.90, 0.83, 3.91),
     },
 }
-"""Model -> method -> accuracy per set; 100,000 training rows, DFT's harness (arXiv 2508.05629)."""
+"""Model -> method -> accuracy per set. 100,000 training rows, evaluated with the harness of DFT (arXiv 2508.05629)."""
 
 _MEANS_ONLY = {
     "Qwen2.5-Math-1.5B": {"GRPO": 32.00, "DFT on verified self-samples": 35.43},
     "Qwen2.5-7B": {"base": 12.61, "SFT": 16.73, "DFT": 27.37, "ASFT": 28.75},
 }
-"""Where only the mean was at hand; the rows of Qwen2.5-7B are of 10,000 training rows."""
+"""Model -> method -> mean, where the accuracies per set are not known. Qwen2.5-7B was trained on 10,000 rows."""
 
 
 def published_rows(model: str) -> dict[str, dict[str, float]]:
-    """Method -> {set name, and "mean": accuracy in percent}; empty for a model without published numbers.
+    """Returns the accuracies of each method in percent, by set name and "mean"; {} for a model that is not in the table.
 
     Args:
-        model: a name or folder; it matches if it ends with a published model's name, whatever the case.
+        model: a name or path. Its last part must be the name of a published model, in any case.
     """
     plain = model.rstrip("/").rpartition("/")[2].lower()
     rows: dict[str, dict[str, float]] = {}

@@ -1,4 +1,4 @@
-"""What repeated samples of a benchmark say: avg@k, pass@k, maj@k, and how sure one may be of them."""
+"""Statistics of repeated samples: pass@k, maj@k, and bootstrap intervals of means."""
 
 import math
 from collections import Counter
@@ -11,13 +11,18 @@ from numpy.random import Generator
 from numpy.typing import ArrayLike, NDArray
 
 _MAX_SUBSETS = 2000
-"""maj@k visits every k of n samples up to this many subsets; beyond, as many drawn ones."""
+"""maj@k uses every subset of k samples if there are at most this many, else this many random ones."""
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
-    """Probability that at least one of ``k`` samples, drawn without replacement, is correct.
+    """Returns the probability that at least one of ``k`` samples, drawn without replacement, is correct.
 
-    The unbiased estimator 1 - C(n - c, k) / C(n, k).
+    This is 1 - C(n - c, k) / C(n, k), the unbiased estimator of Chen et al. (arXiv 2107.03374).
+
+    Args:
+        num_samples: n.
+        num_correct: c.
+        k: drawn samples, 1 .. n.
     """
     if not 1 <= k <= num_samples:
         raise ValueError(f"pass@k needs 1 <= k <= samples, got k {k} of {num_samples} samples.")
@@ -29,16 +34,16 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
 def majority_at_k(
     answers: Sequence[Hashable | None], correct: Sequence[bool], k: int, seed: int = 0
 ) -> float:
-    """Probability that the most frequent answer of ``k`` of the samples is correct.
+    """Returns the probability that the most frequent answer among ``k`` of the samples is correct.
 
-    All correct samples are one answer, however they are written. None is no answer and has no vote. Of
-    answers that are equally frequent each is as likely to be taken.
+    All correct samples count as one answer, however they are written. If several answers are equally frequent, each is
+    chosen with the same probability.
 
     Args:
-        answers: what each sample answered; samples with equal entries vote together.
+        answers: answer of each sample; equal entries vote together, None does not vote.
         correct: whether each sample was graded correct.
-        k: votes, 1 .. number of samples.
-        seed: of the drawn subsets, where there are too many to visit.
+        k: number of votes, 1 .. number of samples.
+        seed: seed of the random subsets, if there are too many to use all.
     """
     num = len(answers)
     if not 1 <= k <= num:
@@ -62,13 +67,15 @@ def _share_of_winners(votes: Sequence[Hashable | None]) -> float:
 def bootstrap_interval(
     scores: ArrayLike, confidence: float = 0.95, num_resamples: int = 2000, seed: int = 0
 ) -> tuple[float, float]:
-    """Percentile interval of the mean of ``scores``, resampled over problems and, if there are several, seeds.
+    """Returns the percentile bootstrap interval of the mean of ``scores``.
+
+    Resamples problems and, if there are several, seeds.
 
     Args:
-        scores: [problems], or [seeds, problems] of trainings that differ by their seed; the score of a problem is
-            the mean of its samples, so that samples of one problem stay together.
+        scores: [problems], or [seeds, problems] of training runs that differ in their seed. The score of a problem is the
+            mean of its samples, so that samples of a problem are resampled together.
         confidence: probability mass between the bounds, in (0, 1).
-        num_resamples: more narrow down the bounds' own noise.
+        num_resamples: more resamples reduce the noise of the bounds.
         seed: the same scores and seed give the same bounds.
     """
     table = np.atleast_2d(np.asarray(scores, dtype=np.float64))
@@ -92,23 +99,25 @@ def paired_interval(
     *,
     pairs_seeds: bool = False,
 ) -> tuple[float, float]:
-    """Interval of mean(scores) - mean(others), problems paired: what is hard for both cancels.
+    """Returns the bootstrap interval of mean(scores) - mean(others), with the problems paired.
+
+    Each resample takes the same problems on both sides, so that the difficulty of a problem cancels.
 
     Args:
         scores: as in ``bootstrap_interval``.
-        others: the same problems in the same order, of as many seeds as there are.
+        others: scores of the same problems in the same order, of any number of seeds.
         confidence: as in ``bootstrap_interval``.
         num_resamples: as in ``bootstrap_interval``.
         seed: as in ``bootstrap_interval``.
-        pairs_seeds: row i of both is of one seed, so that what it does to both cancels too. False draws the seeds of
-            each side by themselves.
+        pairs_seeds: row i of both sides belongs to the same seed, so that the effect of the seed cancels too. False
+            resamples the seeds of each side separately.
     """
     a, b = (np.atleast_2d(np.asarray(s, dtype=np.float64)) for s in (scores, others))
     if a.shape[1] != b.shape[1]:
         raise ValueError(f"a paired interval needs the same problems, got {a.shape[1]} and {b.shape[1]}.")
     if pairs_seeds:
         if len(a) != len(b):
-            raise ValueError(f"seeds can be paired only with as many, got {len(a)} and {len(b)}.")
+            raise ValueError(f"paired seeds need equal numbers of seeds, got {len(a)} and {len(b)}.")
         return bootstrap_interval(a - b, confidence, num_resamples, seed)
     rng = np.random.default_rng(seed)
     return _percentiles(
@@ -123,7 +132,7 @@ def paired_interval(
 def _resampled(
     table: NDArray[np.float64], problems: NDArray[np.int64], rng: Generator
 ) -> NDArray[np.float64]:
-    """As many of the rows of ``table``, drawn with replacement, at these problems."""
+    """Resamples the rows (seeds) of ``table`` with replacement, and returns them at these problems."""
     return table[rng.integers(len(table), size=len(table))][:, problems]
 
 

@@ -1,4 +1,4 @@
-"""The numbers of one benchmark, from its stored samples."""
+"""Calculates the results of one benchmark from its graded samples."""
 
 import re
 from collections.abc import Sequence
@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from megatron_rasft.tools.evaluation.benchmarks import Benchmark, Kind
+from megatron_rasft.tools.evaluation.benchmarks import Benchmark
+from megatron_rasft.tools.evaluation.known_sets import Kind
 from megatron_rasft.tools.evaluation.statistics import bootstrap_interval, majority_at_k, pass_at_k
 from megatron_rasft.types import Rollout
 from megatron_rasft.verify.math_extraction import closed_boxes, extract_answer
@@ -16,49 +17,53 @@ from megatron_rasft.verify.programs.program_extraction import extract_program
 
 @dataclass(kw_only=True, slots=True)
 class Summary:
-    """What one model does on one benchmark. Shares are of samples, in [0, 1]; lengths in tokens."""
+    """Results of one model on one benchmark. Fractions are of samples, in [0, 1]; lengths are in tokens."""
 
     name: str
     title: str
     kind: Kind
     num_problems: int
     num_rows: int
-    """Of the whole set; more than ``num_problems`` where --limit cut it."""
+    """Rows of the whole set; more than ``num_problems`` if --limit was given."""
     num_samples: int
-    """Per problem."""
+    """Samples per problem."""
     is_verified: bool
+    """Whether the set has the published content."""
     sha256: str
+    """Checksum of the set's file, uncompressed."""
     accuracy: float
-    """avg@k: correct over all samples."""
+    """avg@k: share of correct samples."""
     accuracy_low: float
+    """Lower bound of the 95 % bootstrap interval over problems."""
     accuracy_high: float
-    """95 % bootstrap interval over problems."""
+    """Upper bound of the same interval."""
     pass_at: dict[int, float] = field(default_factory=dict)
+    """k -> pass@k."""
     majority_at: dict[int, float] = field(default_factory=dict)
-    """Empty for code, where programs have no vote."""
+    """k -> maj@k. Empty for code, because programs cannot be counted as equal answers."""
     truncated_frac: float = 0.0
     no_answer_frac: float = 0.0
-    """No answer could be extracted: no box, no "answer is", no number; of code, no text that could be a program."""
+    """Samples in which ``extract_answer``, or ``extract_program`` for code, finds nothing."""
     no_box_frac: float = 0.0
-    """No closed box; the answer, if any, was taken from the text."""
+    """Samples without a closed box. Their answer, if any, was taken from the text."""
     unverifiable_frac: float = 0.0
     timeout_frac: float = 0.0
     mean_tokens: float = 0.0
     median_tokens: float = 0.0
     p95_tokens: float = 0.0
     mean_tokens_correct: float | None = None
-    """None without a correct sample."""
+    """Mean length of correct samples; None if there are none."""
     problem_ids: list[str] = field(default_factory=list)
     scores: list[float] = field(default_factory=list)
-    """Share of correct samples of each problem, as ``problem_ids``."""
+    """Share of correct samples of each problem, in the order of ``problem_ids``."""
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, as they are written to summary.json."""
+        """Returns the content of summary.json for this benchmark."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Summary":
-        """The inverse of ``as_dict`` after JSON, which has no integer keys."""
+        """Reverses ``as_dict``, also after JSON, which turns the integer keys into text."""
         for name in ("pass_at", "majority_at"):
             values[name] = {int(k): v for k, v in values[name].items()}
         return cls(**values)
@@ -67,7 +72,15 @@ class Summary:
 def summarise(
     benchmark: Benchmark, rollouts: Sequence[Rollout], num_samples: int, ks: Sequence[int], num_rows: int
 ) -> Summary:
-    """Numbers of a benchmark from [problems x num_samples] graded samples, problem after problem."""
+    """Calculates the results of a benchmark.
+
+    Args:
+        benchmark: its problems, those of --limit only.
+        rollouts: [problems x num_samples] graded samples, problem after problem.
+        num_samples: samples per problem.
+        ks: every k of pass@k and maj@k.
+        num_rows: rows of the whole set.
+    """
     assert len(rollouts) == len(benchmark.problems) * num_samples, "a sample is missing"
     correct = np.array([r.verdict == "correct" for r in rollouts]).reshape(-1, num_samples)
     scores = correct.mean(axis=1)
@@ -119,7 +132,10 @@ def summarise(
 
 
 def _ballot(answer: str) -> str:
-    """Wrong answers vote together if they differ in typesetting only; correct ones do anyway."""
+    """Returns the answer without typesetting. Wrong answers with equal ballots vote together.
+
+    Correct answers vote together in any case, so this needs no comparison by value.
+    """
     text = re.sub(r"\\[dt]frac", r"\\frac", answer[:2000])
     text = re.sub(r"\\(?:left|right|displaystyle|text|mathrm|textbf)(?![A-Za-z])|\\[,;:! ]|[\s${}]", "", text)
     text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text).rstrip(".").casefold()

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_rasft.tools.evaluation.trainer_engine import Sampler
+from megatron_rasft.tools.evaluation.embedded_engine import EmbeddedEngine
 from megatron_rasft.training import startup
 from tests.unit.training.conftest import Parse
 
@@ -98,4 +98,4 @@ def test_nccl_is_prepared_for_the_servers_before_anything_uses_it(
 
 def test_an_evaluation_takes_no_checkpoint_to_go_on_from(model: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"--load .*--checkpoint"):
-        Sampler(["--hf-model", str(model), "--load", str(tmp_path)])
+        EmbeddedEngine(["--hf-model", str(model), "--load", str(tmp_path)])

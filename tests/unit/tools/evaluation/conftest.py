@@ -1,4 +1,4 @@
-"""Engines and graders of known behaviour."""
+"""Engines, graders and servers with known answers."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 import pytest
 
-from megatron_rasft.tools.evaluation.benchmarks import Problem
+from megatron_rasft.tools.evaluation.benchmark_rows import Problem
 from megatron_rasft.tools.evaluation.server_engine import Servers
 from megatron_rasft.types import Request, Response, Rollout, SamplingParams
 
@@ -16,7 +16,11 @@ MODEL = {"vocab_size": 100, "hidden_size": 8}
 
 
 class CountingEngine:
-    """Answers with the seed; its tokens are the prompt's and the seed. May be told to fail."""
+    """An engine whose response is the prompt and the seed.
+
+    Args:
+        fails_after: raise KeyboardInterrupt after this number of batches.
+    """
 
     max_positions = 100
 
@@ -37,7 +41,7 @@ class CountingEngine:
 
 
 def grade_even(rollouts: list[Rollout], problems: dict[str, Problem]) -> None:
-    """An even seed is right."""
+    """Grades a response as correct if its seed is even."""
     for rollout in rollouts:
         assert rollout.problem_id in problems
         is_right = rollout.response_ids[-1] % 2 == 0

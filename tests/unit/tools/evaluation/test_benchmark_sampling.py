@@ -1,4 +1,4 @@
-"""Sampling goes on after a kill, keeps every sample, and depends on nothing but seed, problem and number."""
+"""Sampling continues after a kill and keeps every sample. A sample depends only on seed, problem and number."""
 
 import json
 from dataclasses import replace
@@ -9,11 +9,12 @@ import pytest
 
 from megatron_rasft.errors import RolloutError
 from megatron_rasft.rollout.store import read_rollouts
+from megatron_rasft.tools.evaluation.benchmark_rows import Problem
 from megatron_rasft.tools.evaluation.benchmark_sampling import (
     fit_to_positions,
     sample_benchmark,
 )
-from megatron_rasft.tools.evaluation.benchmarks import Benchmark, Problem
+from megatron_rasft.tools.evaluation.benchmarks import Benchmark
 from megatron_rasft.types import Response, Rollout, SamplingParams
 from tests.unit.tools.evaluation.conftest import CountingEngine, grade_even
 
@@ -62,7 +63,7 @@ def test_every_sample_is_drawn_once_stored_and_in_order(tmp_path: Path, engine: 
     assert [(r.problem_id, r.sample_index) for r in rollouts] == [
         (f"p{i}", j) for i in range(5) for j in range(4)
     ]
-    assert engine.num_prompts == [2, 2, 1], "whole problems, at most batch_size samples"
+    assert engine.num_prompts == [2, 2, 1], "batches of whole problems, with at most 8 samples"
     assert len(set(engine.seeds)) == 20
     assert list(read_rollouts(tmp_path / "s.jsonl")) == rollouts
     assert all(r.verdict in ("correct", "wrong") for r in rollouts)
@@ -74,7 +75,7 @@ def test_killed_and_started_again_equals_unbroken(tmp_path: Path, engine: Counti
     with pytest.raises(KeyboardInterrupt):
         sample(path, CountingEngine(fails_after=1))
     with path.open("a") as file:
-        file.write('{"problem_id": "p2", "sample_')  # the kill came while a line was written
+        file.write('{"problem_id": "p2", "sample_')  # the evaluation was killed while it wrote a line
     second = CountingEngine()
     assert sample(path, second) == whole
     assert len(second.seeds) == 12, "the first batch of eight is not drawn again"
@@ -98,9 +99,9 @@ def test_samples_of_another_prompt_are_not_taken_over(tmp_path: Path, engine: Co
     sample(path, engine)
     stored = path.read_text()
     moved = make_benchmark()
-    moved.problems.insert(0, moved.problems.pop())  # every id has another prompt now
+    moved.problems.insert(0, moved.problems.pop())  # gives every id another prompt
     second = CountingEngine()
-    with pytest.raises(ValueError, match=r"s\.jsonl holds samples of p0 drawn from another prompt"):
+    with pytest.raises(ValueError, match=r"s\.jsonl .* p0 .*--output"):
         sample(path, second, benchmark=moved)
     assert second.seeds == [] and path.read_text() == stored
 
@@ -115,7 +116,7 @@ def test_batch_size_and_neighbours_do_not_change_a_sample(tmp_path: Path, engine
 def test_new_tokens_are_cut_to_what_each_prompt_leaves() -> None:
     params = fit_to_positions(PARAMS, [[1] * 95, [1]], 100)
     assert [params.max_response_tokens(length) for length in (1, 90, 92, 95, 99)] == [8, 8, 8, 5, 1]
-    with pytest.raises(ValueError, match="a prompt has 100 tokens, the model only 100"):
+    with pytest.raises(ValueError, match="a prompt has 100 tokens"):
         fit_to_positions(PARAMS, [[1] * 100], 100)
 
 
@@ -133,7 +134,7 @@ def test_aborted_samples_are_not_stored_and_stop_the_evaluation_at_its_end(tmp_p
     path, benchmark = tmp_path / "s.jsonl", make_benchmark()
     options: dict[str, Any] = {"num_samples": 4, "seed": 1, "params": PARAMS, "decode": str}
     prompts = [[i] for i in range(5)]
-    with pytest.raises(RolloutError, match=r"Own: 1 of 20 samples could not be drawn"):
+    with pytest.raises(RolloutError, match=r"Own: 1 of 20 samples .*s\.jsonl"):
         sample_benchmark(benchmark, prompts, Flaky(), grade, path, **options)
     assert len(path.read_text().splitlines()) == 19
     repaired = CountingEngine()
@@ -144,5 +145,5 @@ def test_aborted_samples_are_not_stored_and_stop_the_evaluation_at_its_end(tmp_p
 def test_broken_line_inside_the_store_is_named(tmp_path: Path, engine: CountingEngine) -> None:
     path = tmp_path / "s.jsonl"
     path.write_text(json.dumps({"what": 1}) + "\n")
-    with pytest.raises(RolloutError, match=r"s\.jsonl:1 is not a rollout"):
+    with pytest.raises(RolloutError, match=r"s\.jsonl:1 "):
         sample(path, engine)

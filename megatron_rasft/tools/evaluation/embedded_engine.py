@@ -1,6 +1,6 @@
-"""The embedded engine of an evaluation: a model that only samples, without optimizer or gradients.
+"""Samples from a model in this program's own processes, without optimizer or gradients.
 
-Rank 0 asks, the other ranks ``follow``; every layout that trains also samples, but for expert parallelism.
+Rank 0 calls ``generate``; the other ranks run ``follow``. Every parallel layout of training works, except expert parallelism.
 """
 
 from collections.abc import Sequence
@@ -23,25 +23,28 @@ from megatron_rasft.training.resume import Resume
 from megatron_rasft.types import Request, Response, SamplingParams
 
 
-class Sampler:
-    """An ``Engine`` of evaluation/ on this program's own processes.
+class EmbeddedEngine:
+    """An ``Engine`` that loads the model. Created on all ranks.
 
     Args:
-        flags: Megatron's and this package's own flags; --hf-model is among them.
-        checkpoint: folder of Megatron checkpoints, of which --ckpt-step is taken, or the newest; None takes the weights of
+        flags: flags of Megatron and of this package, including --hf-model.
+        checkpoint: folder of Megatron checkpoints; loads the one of --ckpt-step, or the newest. None loads the weights of
             --hf-model.
 
     Raises:
-        ValueError, ModelFolderError, CheckpointError: a flag, or a folder, that no model can be built from.
+        ValueError: a flag cannot be used.
+        ModelFolderError: --hf-model cannot be read.
+        CheckpointError: the checkpoint is of another model, or cannot be loaded.
     """
 
     def __init__(self, flags: Sequence[str], checkpoint: str | None = None) -> None:
         args, _, folder = startup.parse(flags, needs_data=False)
         if "load" in args.given_flags:
             raise ValueError(
-                f"--load {args.load} is not what is sampled from: name the folder with --checkpoint."
+                f"--load {args.load} has no effect here. Give the folder of checkpoints as --checkpoint."
             )
-        args.exit_signal_handler = False  # nothing here would ask whether SIGTERM came
+        # Megatron's handler only remembers the signal for the training loop. Without it, SIGTERM ends the evaluation
+        args.exit_signal_handler = False
         startup.start(args)
         self._args = args
         with quiet():
@@ -56,7 +59,7 @@ class Sampler:
         else:
             self._load_checkpoint(checkpoint)
         self._sampler = PolicySampler(self._chunks, folder.shape.vocab_size)
-        self.is_lead = dist.get_rank() == 0
+        self.is_rank_zero = dist.get_rank() == 0
 
     def _load_checkpoint(self, checkpoint: str) -> None:
         args = self._args
@@ -78,21 +81,21 @@ class Sampler:
 
     @property
     def max_positions(self) -> int:
-        """Tokens of prompt and response that the model was made for."""
+        """Largest number of tokens of prompt and response together."""
         return self._args.max_position_embeddings
 
     def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[list[Response]]:
-        """On rank 0, while the other ranks ``follow``."""
+        """Draws the responses. Called on rank 0, while the other ranks run ``follow``."""
         self._broadcast((list(requests), params))
         return self._sampler.generate(requests, params)
 
     def follow(self) -> None:
-        """Take part in what rank 0 samples, until it closes."""
+        """Takes part in the sampling of rank 0 until that calls ``close``. Called on the other ranks."""
         while (work := self._broadcast(None)) is not None:
             self._sampler.generate(*work)
 
     def close(self) -> None:
-        """On rank 0: let the other ranks go."""
+        """Ends ``follow`` on the other ranks. Called on rank 0."""
         self._broadcast(None)
 
     def _broadcast(self, work: Any) -> Any:

@@ -1,0 +1,28 @@
+"""Questions show what the set provides, and never the deciding tests."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_rasft.tools.evaluation.benchmarks import find_file, read_benchmark
+from megatron_rasft.tools.evaluation.known_sets import KNOWN_SETS
+from megatron_rasft.tools.evaluation.questions import ask
+
+DATA = Path(__file__).parents[5] / "shared" / "data" / "evaluation"
+SHOWN = {
+    "humaneval": "def has_close_elements",
+    "mbpp": "assert ",
+    "mbpp_plus": "assert ",
+    "livecodebench_v1_public": "standard input",
+}
+
+
+@pytest.mark.parametrize(("name", "shown"), SHOWN.items())
+def test_question_of_a_code_set_shows_base_tests_only(name: str, shown: str) -> None:
+    if not DATA.is_dir():
+        pytest.skip(f"the benchmarks are not part of the repository, and {DATA} does not exist")
+    benchmark = read_benchmark(KNOWN_SETS[name], find_file(KNOWN_SETS[name], DATA))
+    write = ask(benchmark, "\nPut the answer in a box.")
+    question = write(benchmark.problems[0])
+    assert shown in question and "```python" in question and "box" not in question
+    assert not any("def check(" in write(p) or "assertion(" in write(p) for p in benchmark.problems)
