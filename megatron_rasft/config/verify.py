@@ -44,7 +44,7 @@ class VerifyConfig(FlagSection):
 
     verify_sandbox_level: SandboxLevel = "limits"
     """Weakest protection under which programs that a model wrote may run. The strongest protection that the machine allows is used:
-    namespaces, then landlock, then limits. ``megatron_rasft/verify/programs/sandbox.py`` describes them."""
+    namespaces, then landlock, then limits. docs/sandbox.md describes them."""
 
     verify_code_timeout_s: PositiveFloat = 20.0
     """Deadline for one program with all its tests (with one case, if cases are run one by one), seconds of wall time. Its CPU time

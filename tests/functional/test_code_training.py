@@ -124,7 +124,7 @@ def test_real_tasks_are_verified_by_execution(root: Path) -> None:
     assert "truncated" not in reasons
 
 
-def test_run_refuses_less_protection_than_asked_for(root: Path) -> None:
+def test_unknown_sandbox_level_is_refused(root: Path) -> None:
     rows = write_rows(root / "refused.jsonl", additions(8, seed=5))
     flags = ["--seq-length", "64", *FLAGS, "--global-batch-size", "8", "--lr", "1e-3"]
     model = write_model(root / "refusing", CHARACTERS)

@@ -88,7 +88,7 @@ def test_samples_are_graded_and_tabulated(evaluated: Path, capsys: pytest.Captur
     assert capsys.readouterr().out.count("policy") == 2
 
 
-def test_server_answers_as_its_folder_does(
+def test_server_gives_the_same_samples_as_its_folder(
     workshop: Workshop, server_pool: ServerPool, tmp_path: Path
 ) -> None:
     server = server_pool.get(NEWEST, workshop.policy, "--dtype", "float32")
@@ -102,7 +102,7 @@ def test_server_answers_as_its_folder_does(
     assert len(answers[0]) == NUM_PROBLEMS and answers[0] == answers[1]
 
 
-def test_killed_evaluation_goes_on_to_the_same_end(
+def test_killed_evaluation_continues_to_the_same_result(
     workshop: Workshop, evaluated: Path, tmp_path: Path
 ) -> None:
     flags = command(workshop, tmp_path / "out", "--model", str(workshop.policy))
@@ -120,7 +120,7 @@ def test_killed_evaluation_goes_on_to_the_same_end(
     assert scores[0] == scores[1]
 
 
-def test_megatron_checkpoint_says_what_its_exported_folder_says_on_two_ranks(
+def test_checkpoint_on_two_ranks_gives_the_samples_of_its_exported_folder(
     workshop: Workshop, tmp_path: Path
 ) -> None:
     save, folder = tmp_path / "save", tmp_path / "folder"
@@ -140,7 +140,7 @@ def test_megatron_checkpoint_says_what_its_exported_folder_says_on_two_ranks(
         (["--temperature", "0.5"], "temperature 1.0, not 0.5"),
         (["--num-samples", "0"], "--num-samples"),
         (["--temperature", "0"], "--temperature 0"),
-        (["--pass-k", "9"], "--pass-k must be in 1 .. 4"),
+        (["--pass-k", "9"], "--pass-k"),
         (["--benchmarks", "mathematics"], "--benchmarks: 'mathematics'"),
         (["--benchmarks", "aime24"], "--data-folder"),
         (["--chat-template", "nowhere.jinja"], "chat_template None"),

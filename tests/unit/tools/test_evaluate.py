@@ -74,14 +74,14 @@ def test_samples_are_kept_for_the_same_file_only(
     assert command(model, output, questions) == 0 and len(world.bodies) == num_drawn + 4
 
 
-def test_a_deadline_of_nothing_is_refused(
+def test_deadline_of_zero_is_refused(
     model: Path, world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert command(model, tmp_path / "out", tmp_path / "none.jsonl", "--deadline-s", "0") == 2
     assert "--deadline-s" in capsys.readouterr().err
 
 
-def test_a_model_folder_that_names_no_positions_has_those_of_its_family(
+def test_context_of_the_family_is_used_if_the_model_folder_names_none(
     model: Path, world: World, tmp_path: Path
 ) -> None:
     folder = shutil.copytree(model, tmp_path / "model")

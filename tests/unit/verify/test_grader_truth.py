@@ -1,6 +1,6 @@
-"""How often the grader agrees with a reader: hand-labelled hard pairs, and every gold answer and expert response.
+"""Compares the grader with hand-labelled pairs of answers, and with every gold answer and demonstration of the data sets.
 
-What it gets wrong is listed here, pair by pair. A change may shorten the lists; one that lengthens them fails.
+The known mistakes of the grader are listed here, pair by pair. A change that adds a mistake fails.
 """
 
 import gzip
@@ -20,9 +20,9 @@ HERE = Path(__file__).parent
 
 FALSE_ACCEPTS: set[tuple[str, str]] = set()
 FALSE_REJECTS = {
-    # sympy's 10 ** 1.5 is a float, the gold answer is exact
+    # sympy evaluates 10 ** 1.5 to a float, which does not equal the exact gold answer
     (r"10\sqrt{10}", "10^{1.5}"),
-    # i and e are read as letters: 6 + 9i as a polynomial compares well, powers of them do not
+    # math-verify parses i and e as symbols. That is enough for 6 + 9i, but not for powers of i and e
     ("i", r"\sqrt{-1}"),
     (r"e^{i\pi}", "-1"),
 }
@@ -38,18 +38,18 @@ Pair = tuple[str, str]
 
 
 def read_pairs(name: str) -> dict[Pair, bool]:
-    """(gold, answer) -> whether it is to be accepted."""
+    """Reads a file of labelled pairs: (gold, answer) -> whether the answer is correct."""
     pairs: dict[Pair, bool] = {}
     for line in (HERE / name).read_text(encoding="utf-8").splitlines():
         if line[:2] in ("= ", "! "):
             gold, answer = line[2:].split(" ||| ")
-            assert (gold, answer) not in pairs, f"{name}: {line} is there twice"
+            assert (gold, answer) not in pairs, f"{name}: {line} occurs twice"
             pairs[gold, answer] = line[0] == "="
     return pairs
 
 
 def grade_in_pool(pairs: dict[Pair, bool]) -> dict[Pair, Rollout]:
-    """As in a run: in a worker that is killed at the deadline."""
+    """Grades pairs as a run does, in workers that are killed at the deadline."""
     rollouts = {
         (gold, answer): Rollout(
             problem_id=f"{gold} ||| {answer}",
@@ -63,8 +63,8 @@ def grade_in_pool(pairs: dict[Pair, bool]) -> dict[Pair, Rollout]:
         )
         for gold, answer in pairs
     }
-    # The default deadline is for a machine with a free core; this test may share one with many others.
-    with VerifierPool(VerifyConfig(verify_num_workers=1, verify_timeout_s=60)) as pool:
+    # The default deadline assumes a free core. This test may share its cores with others
+    with VerifierPool(VerifyConfig(verify_num_workers=2, verify_timeout_s=60)) as pool:
         pool.verify(list(rollouts.values()), {r.problem_id: gold for (gold, _), r in rollouts.items()})
     return rollouts
 
@@ -76,7 +76,7 @@ def grade_in_pool(pairs: dict[Pair, bool]) -> dict[Pair, Rollout]:
         ("grader_truth_unseen.txt", UNSEEN_FALSE_ACCEPTS, UNSEEN_FALSE_REJECTS, 100),
     ],
 )
-def test_grader_agrees_with_the_labels_but_for_the_known_pairs(
+def test_grader_agrees_with_the_labels_except_for_known_pairs(
     name: str, known_accepts: set[Pair], known_rejects: set[Pair], num_pairs: int
 ) -> None:
     pairs = read_pairs(name)
@@ -96,7 +96,7 @@ def test_grader_agrees_with_the_labels_but_for_the_known_pairs(
 
 def read_rows(name: str) -> list[dict[str, str]]:
     if not DATA.is_dir():
-        pytest.skip(f"{DATA} is missing: the data sets are not part of the repository")
+        pytest.skip(f"the data sets are not part of the repository, and {DATA} does not exist")
     with gzip.open(DATA / f"{name}.jsonl.gz", "rt", encoding="utf-8") as lines:
         return list(map(json.loads, lines))
 
@@ -115,7 +115,7 @@ def test_every_gold_answer_equals_itself(name: str) -> None:
 
 @pytest.mark.parametrize(("name", "num_without_gold"), [("gsm8k_train", 0), ("math_train", 2)])
 def test_every_demonstration_grades_correct(name: str, num_without_gold: int) -> None:
-    """The two misses of MATH have an empty box in the original, so there is nothing to compare with."""
+    """Two rows of MATH have an empty box in the original data, so they have no gold answer."""
     misses = Counter()
     for row in read_rows(f"train/{name}"):
         verdict, reason = grade_answer(row["response"], row["answer"])

@@ -1,4 +1,4 @@
-"""Pairs that must grade as equal and pairs that must not, and the gold answers of every set against themselves."""
+"""Pairs of answers that are equal and pairs that are not, and every set's gold answers compared with themselves."""
 
 import gzip
 import itertools
@@ -13,7 +13,7 @@ from megatron_rasft.verify.math_grading import grade_answer
 
 DATA = Path(__file__).parents[4] / "shared" / "data"
 
-# gold answer, what a response may write in the box
+# Gold answer, and another way to write it in the box
 EQUAL = [
     # fractions
     (r"\frac{1}{2}", r"\dfrac{1}{2}"),
@@ -313,7 +313,7 @@ MATH_SETS = [
 
 def sample_rows(name: str, num_rows: int) -> list[dict[str, str]]:
     if not DATA.is_dir():
-        pytest.skip(f"{DATA} is missing: the data sets are not part of the repository")
+        pytest.skip(f"the data sets are not part of the repository, and {DATA} does not exist")
     with gzip.open(DATA / f"{name}.jsonl.gz", "rt", encoding="utf-8") as lines:
         rows = [row for row in map(json.loads, lines) if row["answer"]]
     return random.Random(20260606).sample(rows, min(num_rows, len(rows)))
@@ -336,7 +336,7 @@ def test_demonstration_responses_grade_correct(name: str) -> None:
 
 
 def test_other_rows_answers_grade_wrong() -> None:
-    # whole numbers of GSM8K, so that "equal" needs no mathematics
+    # The answers of GSM8K are whole numbers, so that this test can compare them itself
     rows = sample_rows("evaluation/gsm8k", 300)
     for row, other in itertools.pairwise(rows):
         same = float(row["answer"].replace(",", "")) == float(other["answer"].replace(",", ""))

@@ -1,4 +1,4 @@
-"""Every filter against an independent recomputation, and de-duplication against set arithmetic."""
+"""Compares every filter with an independent calculation, and de-duplication with set arithmetic."""
 
 import random
 import re
@@ -86,27 +86,27 @@ def test_default_switches() -> None:
     assert all(getattr(PUBLISHED, switch) for switch in SWITCHES)
 
 
-def test_thresholds_are_edges() -> None:
+def test_thresholds_are_exact() -> None:
     assert not quality.is_too_short("x" * 20, DEFAULT)
     assert quality.is_too_short("x" * 19, DEFAULT)
-    # 42 of 100 characters is not more than 42 %
+    # The share must exceed 42 %
     assert not quality.is_mostly_symbols("+" * 42 + "a" * 58, DEFAULT)
     assert quality.is_mostly_symbols("+" * 43 + "a" * 57, DEFAULT)
     assert not quality.is_mostly_symbols("", DEFAULT)
-    # a sentence of 12 characters counts with its third occurrence, one of 11 never
+    # A sentence of 12 characters is a loop at its third occurrence, a shorter one never
     assert quality.repeats_sentence("abcdefghijkl. " * 3, DEFAULT)
     assert not quality.repeats_sentence("abcdefghijkl. " * 2, DEFAULT)
     assert not quality.repeats_sentence("abcdefghijk. " * 9, DEFAULT)
-    # 30 words are searched, 29 are not
+    # Texts of 29 words or fewer are not searched
     window = [str(i) for i in range(8)]
     assert quality.repeats_window(" ".join(window * 3 + ["a"] * 6), DEFAULT)
     assert not quality.repeats_window(" ".join(window * 3 + ["a"] * 5), DEFAULT)
-    # one phrase twice is one phrase
+    # The same phrase twice counts once
     assert not quality.corrects_itself("Wait, what? Wait, no.", DEFAULT)
     assert quality.corrects_itself("Wait, what? Hold on.", DEFAULT)
 
 
-def test_filters_agree_with_a_recomputation() -> None:
+def test_filters_agree_with_an_independent_calculation() -> None:
     for text in [*random_texts(), GOOD]:
         words = text.lower().split()
         windows = [tuple(words[i : i + 8]) for i in range(len(words) - 7)]

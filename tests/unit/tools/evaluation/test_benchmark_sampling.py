@@ -69,7 +69,9 @@ def test_every_sample_is_drawn_once_stored_and_in_order(tmp_path: Path, engine: 
     assert all(r.verdict in ("correct", "wrong") for r in rollouts)
 
 
-def test_killed_and_started_again_equals_unbroken(tmp_path: Path, engine: CountingEngine) -> None:
+def test_killed_and_restarted_evaluation_equals_an_uninterrupted_one(
+    tmp_path: Path, engine: CountingEngine
+) -> None:
     whole = sample(tmp_path / "whole.jsonl", engine)
     path = tmp_path / "cut.jsonl"
     with pytest.raises(KeyboardInterrupt):
@@ -84,7 +86,7 @@ def test_killed_and_started_again_equals_unbroken(tmp_path: Path, engine: Counti
     assert path.read_text() == (tmp_path / "whole.jsonl").read_text()
 
 
-def test_more_samples_are_added_to_those_that_are_there(tmp_path: Path, engine: CountingEngine) -> None:
+def test_more_samples_are_added_to_the_stored_ones(tmp_path: Path, engine: CountingEngine) -> None:
     path = tmp_path / "s.jsonl"
     few = sample(path, engine, num_samples=2)
     more = CountingEngine()
@@ -94,7 +96,7 @@ def test_more_samples_are_added_to_those_that_are_there(tmp_path: Path, engine: 
     assert many == sample(tmp_path / "other.jsonl", CountingEngine(), num_samples=4)
 
 
-def test_samples_of_another_prompt_are_not_taken_over(tmp_path: Path, engine: CountingEngine) -> None:
+def test_stored_samples_of_another_prompt_are_refused(tmp_path: Path, engine: CountingEngine) -> None:
     path = tmp_path / "s.jsonl"
     sample(path, engine)
     stored = path.read_text()
@@ -106,14 +108,14 @@ def test_samples_of_another_prompt_are_not_taken_over(tmp_path: Path, engine: Co
     assert second.seeds == [] and path.read_text() == stored
 
 
-def test_batch_size_and_neighbours_do_not_change_a_sample(tmp_path: Path, engine: CountingEngine) -> None:
+def test_batch_does_not_change_a_sample(tmp_path: Path, engine: CountingEngine) -> None:
     wide = sample(tmp_path / "a.jsonl", engine, params=replace(PARAMS, max_batch_size=64))
     alone = sample(tmp_path / "b.jsonl", CountingEngine(), benchmark=make_benchmark(1))
     assert alone == wide[:4]
     assert sample(tmp_path / "c.jsonl", CountingEngine(), seed=2) != wide
 
 
-def test_new_tokens_are_cut_to_what_each_prompt_leaves() -> None:
+def test_responses_are_limited_to_the_context_of_the_model() -> None:
     params = fit_to_positions(PARAMS, [[1] * 95, [1]], 100)
     assert [params.max_response_tokens(length) for length in (1, 90, 92, 95, 99)] == [8, 8, 8, 5, 1]
     with pytest.raises(ValueError, match="a prompt has 100 tokens"):

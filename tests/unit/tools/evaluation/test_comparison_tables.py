@@ -47,7 +47,7 @@ def make_summary(
     return summarise(benchmark, rollouts, num_samples=4, ks=[1, 2, 4], num_rows=num_rows)
 
 
-def test_summary_counts_what_the_samples_say() -> None:
+def test_summary_of_known_samples() -> None:
     s = make_summary()
     assert s.accuracy == pytest.approx((1 / 4 + 2 / 4) / 2)
     assert (s.accuracy_low, s.accuracy_high) == bootstrap_interval([0.25, 0.5])
@@ -83,7 +83,7 @@ def test_published_rows_are_those_of_the_papers() -> None:
     assert published_rows("Qwen2.5-Math-1.5B-Instruct") == {} and published_rows("") == {}
 
 
-def test_markdown_stands_beside_the_published_numbers() -> None:
+def test_markdown_shows_published_numbers() -> None:
     results = {"mine": [make_summary(name, name) for name in PUBLISHED_SETS]}
     text = markdown(results, "Qwen2.5-Math-1.5B")
     low, high = bootstrap_interval([0.25, 0.5])

@@ -1,4 +1,4 @@
-"""Statistics against independent formulas: enumeration, products, closed forms."""
+"""Compares the statistics with independent formulas: enumeration, products, closed forms."""
 
 import itertools
 import math
@@ -29,13 +29,13 @@ def test_pass_at_k_equals_the_product_form_for_large_n() -> None:
         assert pass_at_k(n, c, k) == pytest.approx(max(product, 0.0), abs=1e-12)
 
 
-def test_pass_at_one_is_the_mean_and_pass_at_n_asks_for_any() -> None:
+def test_pass_at_one_is_the_mean_and_pass_at_n_requires_one_correct_sample() -> None:
     assert pass_at_k(16, 5, 1) == pytest.approx(5 / 16)
     assert [pass_at_k(16, c, 16) for c in (0, 1, 16)] == [0, 1, 1]
 
 
 @pytest.mark.parametrize(("n", "c", "k"), [(4, 1, 5), (4, 1, 0), (4, 5, 2), (4, -1, 2)])
-def test_impossible_counts_are_refused(n: int, c: int, k: int) -> None:
+def test_counts_out_of_range_are_refused(n: int, c: int, k: int) -> None:
     with pytest.raises(ValueError, match="pass@k needs"):
         pass_at_k(n, c, k)
 
@@ -68,13 +68,13 @@ def test_majority_at_one_is_the_mean() -> None:
 
 
 def test_majority_at_k_of_two_answers_is_hypergeometric() -> None:
-    n, c, k = 10, 6, 5  # odd k: no ties between the correct answer and the one wrong one
+    n, c, k = 10, 6, 5  # with an odd k, the correct and the wrong answer cannot tie
     wins = sum(math.comb(c, i) * math.comb(n - c, k - i) for i in range(3, k + 1)) / math.comb(n, k)
     answers = ["5"] * c + ["4"] * (n - c)
     assert majority_at_k(answers, [a == "5" for a in answers], k) == pytest.approx(wins, abs=1e-12)
 
 
-def test_drawn_subsets_come_near_the_exact_value_and_are_reproducible() -> None:
+def test_random_subsets_approximate_the_exact_value_and_are_reproducible() -> None:
     n, c, k = 32, 18, 9
     wins = sum(math.comb(c, i) * math.comb(n - c, k - i) for i in range(5, k + 1)) / math.comb(n, k)
     answers = ["5"] * c + ["4"] * (n - c)
@@ -92,14 +92,16 @@ def test_interval_agrees_with_the_normal_approximation() -> None:
     assert high == pytest.approx(scores.mean() + 1.96 * error, abs=0.15 * error)
 
 
-def test_interval_covers_the_true_mean_about_as_often_as_it_says() -> None:
+def test_interval_covers_the_true_mean_with_its_confidence() -> None:
     rng = np.random.default_rng(1)
     hits = 0
     for trial in range(200):
         scores = rng.binomial(16, 0.3, size=60) / 16
         low, high = bootstrap_interval(scores, 0.9, num_resamples=300, seed=trial)
         hits += low <= 0.3 <= high
-    assert 165 <= hits <= 195  # 180 expected, standard deviation 4.2, percentile intervals a little narrow
+    assert (
+        165 <= hits <= 195
+    )  # 180 expected with a standard deviation of 4.2; percentile intervals are slightly too narrow
 
 
 def test_interval_of_equal_scores_has_no_width_and_a_seed_gives_one_result() -> None:
@@ -116,7 +118,7 @@ def test_interval_over_seeds_is_wider_where_the_seeds_differ() -> None:
     assert width[1] > 1.5 * width[0]
 
 
-def test_paired_interval_cancels_what_is_hard_for_both() -> None:
+def test_paired_interval_cancels_the_difficulty_of_problems() -> None:
     rng = np.random.default_rng(2)
     hard = rng.random(300)
     better = hard + 0.05 + 0.01 * rng.standard_normal(300)
@@ -127,7 +129,7 @@ def test_paired_interval_cancels_what_is_hard_for_both() -> None:
 
 
 def test_paired_interval_refuses_other_problems() -> None:
-    with pytest.raises(ValueError, match="same problems"):
+    with pytest.raises(ValueError, match="got 2 and 1"):
         paired_interval([1.0, 0.0], [1.0])
 
 
@@ -139,7 +141,7 @@ def test_paired_interval_keeps_the_spread_of_seeds_that_have_no_pair() -> None:
     assert low < -0.2 and high > 0.05
 
 
-def test_paired_seeds_cancel_and_are_as_many() -> None:
+def test_paired_seeds_cancel_and_must_be_equal_in_number() -> None:
     others = np.stack([np.full(50, mean) for mean in (0.15, 0.30, 0.45)])
     assert paired_interval(others + 0.1, others, pairs_seeds=True) == pytest.approx((0.1, 0.1))
     low, high = paired_interval(others + 0.1, others)

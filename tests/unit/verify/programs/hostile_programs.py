@@ -1,8 +1,8 @@
-"""Programs that try to score without solving, to outlive their check, or to reach outside. ``f(x)`` should be x * x.
+"""Hostile programs: they try to pass without solving the problem, to outlive their check, or to reach outside.
 
-What they attack is filled in: ``SECRET`` is a file outside that holds a correct solution, ``OUTSIDE`` a writable
-folder, ``PORT`` a listening TCP socket, ``UNIX`` a listening unix socket, ``VICTIM`` a process of the same user.
-A program whose attack fails goes on to a wrong ``f``, so that a verdict of ``correct`` means that it worked.
+``f(x)`` should be x * x. A program whose attack fails defines a wrong ``f``, so the verdict ``correct`` means that the attack
+succeeded. The test fills in the targets: ``SECRET`` is a file outside with a correct solution, ``OUTSIDE`` a writable folder,
+``PORT`` a listening TCP socket, ``UNIX`` a listening unix socket, ``VICTIM`` a process of the same user.
 """
 
 _SEARCH = """
@@ -30,7 +30,7 @@ libc = ctypes.CDLL(None, use_errno=True)
 """
 
 TRICKS = {
-    # ends early, in the hope that no news is good news
+    # Ends early: a missing verdict must not count as success
     "exit at load": "import sys; sys.exit(0)",
     "_exit at load": "import os; os._exit(0)",
     "exit in the call": "def f(x):\n    import sys; sys.exit(0)",
@@ -49,7 +49,7 @@ TRICKS = {
     "kills itself": "import os, signal\ndef f(x): os.kill(os.getpid(), signal.SIGKILL)",
     "aborts": "import os\ndef f(x): os.abort()",
     "segfaults": "import ctypes\ndef f(x): ctypes.string_at(0)",
-    # is equal to everything
+    # Equals everything
     "equal object": "class A:\n    def __eq__(self, o): return True\n    def __ne__(self, o): return False\n    __hash__ = None\ndef f(x): return A()",
     "equal int": "class A(int):\n    def __eq__(self, o): return True\n    __hash__ = int.__hash__\ndef f(x): return A(0)",
     "equal list": "class A(list):\n    def __eq__(self, o): return True\ndef f(x): return A()",
@@ -58,7 +58,7 @@ TRICKS = {
     "mock function": "from unittest.mock import MagicMock\nf = MagicMock()\nf.return_value.__eq__ = lambda *a: True",
     "lies about its class": "class A:\n    __class__ = int\n    def __eq__(self, o): return True\ndef f(x): return A()",
     "entry point is operator.eq": "from operator import eq as f",
-    # changes what judges it
+    # Changes the code that judges it
     "patches builtins": "import builtins\nfor n in ('all', 'any', 'len', 'sorted', 'abs', 'isinstance'):\n    setattr(builtins, n, lambda *a: True)\nbuiltins.AssertionError = type('E', (Exception,), {})\ndef f(x): return 0",
     "patches int": _LIBC + """
 try:
@@ -83,7 +83,7 @@ def f(x): return 0""",
     "prints that all passed": "print('1 passed in 0.01s')\nprint('OK')\nprint('[\"correct\", \"\"]')\ndef f(x):\n    print('[\"correct\", \"2 tests passed\"]'); return 0",
     "overwrites the tests": "for n in ('solution.py', 'test_solution.py', 'conftest.py', 'pytest.ini', 'program_tests.py', 'sitecustomize.py'):\n    try: open(n, 'w').write('def pytest_runtest_makereport(): pass')\n    except OSError: pass\ndef f(x): return 0",
     "names what the tests read": "__test__ = True\npytest_plugins = ['x']\nAssertionError = Exception\ndef check(c): pass\ndef sorted(x): return 0\nint = str = bool = lambda *a: 4\ndef f(x): return 0",
-    # learns what is expected
+    # Finds out the expected values
     "reads the frames above": _SEARCH + "import sys\nframe = sys._getframe()\nwhile frame:\n    learn(repr(frame.f_locals) + repr(frame.f_globals)[:10**6])\n    frame = frame.f_back\nif 'f' not in globals():\n    def f(x): return 0",
     "reads all objects": _SEARCH + "import gc\ntext = ''\nfor o in gc.get_objects():\n    try: text += repr(o)[:5000] if 'assert f' in repr(o)[:100000] else ''\n    except BaseException: pass\nlearn(text)\nif 'f' not in globals():\n    def f(x): return 0",
     "reads its own memory": _SEARCH + """
@@ -124,7 +124,7 @@ local = (ctypes.c_void_p * 2)(ctypes.addressof(buffer), 8)
 remote = (ctypes.c_void_p * 2)(0x400000, 8)
 done = libc.process_vm_readv(VICTIM, local, 1, remote, 1, 0)
 def f(x): return x * x if done >= 0 or ctypes.get_errno() == 14 else 0""",
-    # says it itself
+    # Reports success itself
     "writes a verdict to every open file": _EVERY_FD + """
 import json
 for fd in list(every_fd()):
@@ -138,7 +138,7 @@ def f(x): return 0""",
     "claims changes": _EVERY_FD + "import json\ndef f(x):\n    d = json.dumps(['value', {'t': 'shared', 'v': ['builtins', 'eval']}, '', [[9, 1], ['x', 2]]]).encode()\n    for fd in list(every_fd())[3:]:\n        os.write(fd, len(d).to_bytes(8, 'big') + d)\n    return 0",
     "calls back": _EVERY_FD + "import json\ndef f(x):\n    for op in ('call', 'getattr', 'setattr', 'next', 'input'):\n        d = json.dumps(['call back', op, 1, ['__class__', 0], []]).encode()\n        for fd in list(every_fd())[3:]:\n            os.write(fd, len(d).to_bytes(8, 'big') + d)\n    return 0",
     "shuts the channel": _EVERY_FD + "for fd in list(every_fd())[3:]: os.close(fd)\ndef f(x): return 0",
-    # takes everything
+    # Uses up resources
     "uses memory": "def f(x): return len(bytearray(64 * 2**30))",
     "hoards memory": "def f(x):\n    hoard = []\n    while True: hoard.append(bytearray(2**20))",
     "returns too much": "def f(x): return 'x' * 2**28",
@@ -148,7 +148,7 @@ def f(x): return 0""",
     "fills the disk": "import os\ntry:\n    for n in range(10**4):\n        with open(f'big{n}', 'wb') as file: file.write(bytes(2**24))\nexcept OSError: pass\ndef f(x): return 0",
     "digs": "import os\ntry:\n    for _ in range(2000):\n        os.mkdir('d' * 99)\n        os.chdir('d' * 99)\nexcept OSError: pass\ndef f(x): return 0",
     "raises its limits": "import resource\nfor name in dir(resource):\n    if name.startswith('RLIMIT_'):\n        try: resource.setrlimit(getattr(resource, name), (-1, -1))\n        except (OSError, ValueError): pass\ndef f(x): return len(bytearray(64 * 2**30))",
-    # outlives its check
+    # Outlives its check
     "forks": "import os\ntry:\n    if os.fork() == 0:\n        while True: pass\nexcept OSError: pass\ndef f(x): return 0",
     "daemonises": "import os, time\ntry:\n    if os.fork() == 0:\n        os.setsid()\n        if os.fork() == 0: time.sleep(10**6)\n        os._exit(0)\nexcept OSError: pass\ndef f(x): return 0",
     "fork bomb": "import os\ntry:\n    while True: os.fork()\nexcept OSError: pass\ndef f(x): return 0",
@@ -159,7 +159,7 @@ def f(x): return 0""",
     "thread bomb": "import threading, time\nthreading.stack_size(32768)\ntry:\n    for _ in range(20000): threading.Thread(target=time.sleep, args=(1000,), daemon=True).start()\nexcept (RuntimeError, MemoryError): pass\ndef f(x): return 0",
     "keeps its death signal off": _LIBC + "libc.prctl(1, 0, 0, 0, 0)\ndef f(x): return 0",
     "ignores signals": "import signal\nfor s in range(1, 65):\n    try: signal.signal(s, signal.SIG_IGN)\n    except (OSError, ValueError): pass\ndef f(x): return 0",
-    # reaches outside
+    # Reaches outside
     "kills others": "import os, signal\nfor pid in (VICTIM, os.getppid(), -1, 0, 1):\n    for number in (signal.SIGKILL, signal.SIGTERM):\n        if pid != os.getpid():\n            try: os.kill(pid, number)\n            except OSError: pass\ndef f(x): return 0",
     "signals by other calls": _LIBC + "for number in (200, 234, 129, 297, 424):\n    libc.syscall(number, VICTIM, 9, 9, 0)\n    libc.syscall(number, VICTIM, VICTIM, 9, 0)\ndef f(x): return 0",
     "signals as the owner of a file": _LIBC + """
@@ -310,7 +310,7 @@ HOSTILE_OBJECTS = {
     "nan": "def f(x): return float('nan')",
     "infinity": "def f(x): return float('inf')",
 }  # fmt: skip
-"""What ``f`` gives is an object, or an oddity, that tests might take for whatever they expect."""
+"""Programs whose ``f`` returns an object, or an odd value, that a comparison might take for the expected value."""
 
 HOSTILE_SCRIPTS = {
     "prints everything": "for n in range(1000): print(n)",
@@ -324,4 +324,4 @@ HOSTILE_SCRIPTS = {
     "forks away": "import os\nif os.fork(): os._exit(0)\nwhile True: print(4)",
     "grows its output": "import os\nos.ftruncate(1, 2**24)\ntry: os.ftruncate(1, 2**40)\nexcept OSError: pass",
 }
-"""Standard input is 2, expected output 4."""
+"""Hostile scripts. Standard input is 2, and the expected output is 4."""

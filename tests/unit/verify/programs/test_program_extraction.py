@@ -36,7 +36,7 @@ def test_program_is_found(text: str, entry_point: str, program: str | None) -> N
     assert extract_program(text, entry_point) == program
 
 
-def test_completion_continues_its_prompt_and_a_whole_program_follows_it() -> None:
+def test_prompt_is_put_before_a_completion_and_before_a_whole_program() -> None:
     prompt = 'import math\n\ndef f(x):\n    """Square."""\n'
     assert extract_program("    return x * x\n", "f", prompt) == prompt + "    return x * x\n"
     whole = extract_program(fenced("def f(x):\n    return math.floor(x)"), "f", prompt)

@@ -54,7 +54,7 @@ def test_reasons(strongest_sandbox: Sandbox, program: str, verdict: str, reason:
     assert reason in found[1]
 
 
-def test_tests_that_leave_the_program_alone_prove_nothing(strongest_sandbox: Sandbox) -> None:
+def test_tests_that_do_not_use_the_program_are_unverifiable(strongest_sandbox: Sandbox) -> None:
     own = "from solution import *\ndef f(x): return 4\ndef test_f(): assert f(2) == 4"
     found = strongest_sandbox.judge(
         "def f(x): return 0", CodeTests(style="pytest", tests=(own,), entry_point="f")

@@ -1,6 +1,6 @@
-"""Reference solutions of the real code sets pass their tests, and fail them once they are changed.
+"""Reference solutions of the code sets pass their tests, and changed ones fail.
 
-A share of them; ``python benchmarks/code_verification.py --references --mutants`` runs all.
+This runs a part of them; ``python benchmarks/code_verification.py --references --mutants`` runs all.
 """
 
 from collections import Counter
@@ -14,7 +14,7 @@ from megatron_rasft.verify.programs.sandbox import Sandbox
 
 DATA = Path(__file__).resolve().parents[5] / "shared" / "data"
 EVERY = {"evaluation/humaneval_plus": 25, "evaluation/mbpp_plus": 30, "train/kodcode_demo": 12}
-# These alone take longer than all others
+# Left out, because these four take longer than all others together
 SLOW = {
     "mbpp_plus Mbpp/123",
     "mbpp_plus Mbpp/271",
@@ -25,7 +25,7 @@ SLOW = {
 
 def share_of(code_set: str) -> list[Reference]:
     if not DATA.is_dir():
-        pytest.skip(f"the real data is not here: {DATA} is no folder")
+        pytest.skip(f"the data sets are not part of the repository, and {DATA} does not exist")
     references = list(read_references(DATA, code_set))
     return [r for r in references[:: EVERY.get(code_set, 20)] if r.name not in SLOW | set(NOT_CORRECT)]
 
@@ -43,7 +43,7 @@ def test_references_pass_and_mutants_fail(strongest_sandbox: Sandbox, code_set: 
         if empty is not None:
             assert run_tests(strongest_sandbox, empty, reference.tests)[0] == "wrong", reference.name
         negated = mutate(reference, "negated")
-        if negated is not None and code_set != "train/kodcode_demo":  # its loops would turn endless
+        if negated is not None and code_set != "train/kodcode_demo":  # its loops would not end
             verdicts[run_tests(strongest_sandbox, negated, reference.tests)[0]] += 1
-    # a comparison may be one that does not matter
+    # In some programs the negated comparison has no effect on the result
     assert verdicts["correct"] <= 0.25 * verdicts.total()

@@ -239,7 +239,7 @@ def test_environment_is_cleared(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatc
         assert fresh.judge(program, tests)[0] == "correct"
 
 
-def test_tests_can_write_files_but_for_the_lowest_level(patient_sandbox: Sandbox) -> None:
+def test_tests_can_write_files_except_at_the_lowest_level(patient_sandbox: Sandbox) -> None:
     tests = CodeTests(
         style="asserts",
         tests=("f('a.txt')", "assert open('a.txt').read() == 'written'"),
@@ -252,7 +252,7 @@ def test_tests_can_write_files_but_for_the_lowest_level(patient_sandbox: Sandbox
 
 
 @pytest.mark.parametrize("name", ["fills the disk", "digs"])
-def test_what_a_program_writes_is_bounded_and_removed(sandbox: Sandbox, name: str) -> None:
+def test_files_of_a_program_are_limited_and_removed(sandbox: Sandbox, name: str) -> None:
     waits = "import time\nfrom contextlib import suppress\nwith suppress(OSError): time.sleep(1)\n"
     verdict, reason = sandbox.judge(TRICKS[name] + "\n" + waits, ASSERTS)
     assert verdict in ("wrong", "timeout")
@@ -293,7 +293,7 @@ sandbox.judge("import time; time.sleep(10**6)", CodeTests(style="asserts", tests
 """
 
 
-def test_everything_ends_with_a_user_that_is_killed(sandbox: Sandbox) -> None:
+def test_all_processes_end_when_the_user_of_a_sandbox_is_killed(sandbox: Sandbox) -> None:
     user = subprocess.Popen(
         [sys.executable, "-c", KILLED, sandbox.level],
         env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
@@ -314,7 +314,7 @@ def test_everything_ends_with_a_user_that_is_killed(sandbox: Sandbox) -> None:
     wait_until_ended(running)
 
 
-def test_a_level_that_cannot_be_had_is_refused() -> None:
+def test_level_that_is_not_available_is_refused() -> None:
     config = VerifyConfig(verify_sandbox_level="namespaces")
     with pytest.raises(SandboxError, match="--verify-sandbox-level namespaces"):
         Sandbox(config, ["landlock", "limits"])

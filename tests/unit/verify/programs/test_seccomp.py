@@ -18,7 +18,7 @@ open(sys.argv[1] + ".own", "w").write("x")
 """
 
 
-def test_an_old_landlock_that_knows_no_truncation_is_helped_out(tmp_path: Path) -> None:
+def test_filter_refuses_truncation_where_landlock_cannot(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("x")
     command = [sys.executable, "-c", CUTS, str(file)]

@@ -17,7 +17,7 @@ VALUES = [
 ]  # fmt: skip
 
 
-def test_values_cross_as_they_are(strongest_sandbox: Sandbox) -> None:
+def test_values_cross_unchanged(strongest_sandbox: Sandbox) -> None:
     tests = [
         f"v = {v}; r = f(v); assert type(r) is type(v) and r == v and repr(r) == repr(v)" for v in VALUES
     ]
@@ -135,7 +135,7 @@ def test_tests_use_a_program_as_if_they_had_imported_it(strongest_sandbox: Sandb
     assert found == ("correct", "7 tests passed")
 
 
-# Each holds for the square and shows the expected value to whatever would decide about it
+# Expressions that are true for the correct program. Each shows the expected value to the object that f returns
 FORMS = [
     "f(2) == 4", "4 == f(2)", "not f(2) != 4", "f(2) in (4, 5)", "f(2) in {4: 0}", "[4].index(f(2)) == 0",
     "abs(f(2) - 4) < 1e-6", "abs(4 - f(2)) < 1e-6", "-1e-6 < f(2) - 4 < 1e-6", "4 <= f(2) <= 4", "not f(2) - 4",
@@ -167,7 +167,7 @@ def holding(forms: list[str]) -> CodeTests:
 
 
 @pytest.mark.parametrize("program", HOSTILE_OBJECTS.values(), ids=HOSTILE_OBJECTS)
-def test_no_object_decides_about_what_is_expected(strongest_sandbox: Sandbox, program: str) -> None:
+def test_no_object_decides_a_comparison(strongest_sandbox: Sandbox, program: str) -> None:
     assert strongest_sandbox.judge(program, holding([])) == ("correct", "1 tests passed")
 
 
@@ -180,11 +180,11 @@ def test_no_object_decides_about_what_is_expected(strongest_sandbox: Sandbox, pr
     ],
     ids=lambda tests: tests.style,
 )
-def test_no_object_decides_in_any_style(strongest_sandbox: Sandbox, tests: CodeTests) -> None:
+def test_no_object_decides_a_comparison_in_any_style(strongest_sandbox: Sandbox, tests: CodeTests) -> None:
     for name in ("the entry point is a class", "the entry point says yes"):
         assert strongest_sandbox.judge(HOSTILE_OBJECTS[name], tests)[0] == "wrong"
     assert strongest_sandbox.judge("def f(x): return x * x", tests)[0] == "correct"
 
 
-def test_a_plain_value_decides(strongest_sandbox: Sandbox) -> None:
+def test_plain_values_are_compared(strongest_sandbox: Sandbox) -> None:
     assert strongest_sandbox.judge("def f(x): return x * x", holding(FORMS)) == ("correct", "1 tests passed")
