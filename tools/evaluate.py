@@ -209,9 +209,10 @@ def _model_of_checkpoint(checkpoint: str | None) -> str:
     if checkpoint is None:
         raise ValueError("--model is missing. Give the Hugging Face folder of the model.")
     saved = SavedConfig.read(Path(checkpoint))
-    if saved is None:
+    if saved is None or saved.hf_model is None:
         raise ValueError(
-            f"--model is missing, and {checkpoint}/{CONFIG_FILE} does not exist. Give the Hugging Face folder of the model."
+            f"--model is missing, and {checkpoint}/{CONFIG_FILE} does not name a model. Give the Hugging Face folder of the "
+            "model."
         )
     return saved.hf_model
 
