@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 @functools.cache
-def _side_stream() -> Any:
+def capture_stream() -> Any:
     """The stream on which this process captures all graphs.
 
     cuBLAS keeps a workspace of 32 MiB (on Hopper) for every stream it has ever run on, so there should be only one.
@@ -84,7 +84,9 @@ class StepGraphs:
         self.is_enabled = False
         self._graphs.clear()
         warnings.warn(
-            f"Sampling goes on without CUDA graphs, which is slower: {failure}", RuntimeWarning, stacklevel=3
+            f"Sampling continues without CUDA graphs, which is slower: {failure}",
+            RuntimeWarning,
+            stacklevel=3,
         )
         return False
 
@@ -92,7 +94,7 @@ class StepGraphs:
         stream = torch.cuda.current_stream()
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
-        side = _side_stream()
+        side = capture_stream()
         side.wait_stream(stream)
         try:
             # Kernels allocate workspaces at their first call, which is not allowed in a capture: run the step once before.

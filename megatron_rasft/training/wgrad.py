@@ -29,11 +29,11 @@ def register() -> None:
     except ImportError:  # not installed, or built for another version of torch
         pass
     module = types.ModuleType(_MODULE)
-    module.wgrad_gemm_accum_fp32 = module.wgrad_gemm_accum_fp16 = _add_product  # type: ignore[attr-defined]
+    module.wgrad_gemm_accum_fp32 = module.wgrad_gemm_accum_fp16 = add_product  # type: ignore[attr-defined]
     sys.modules[_MODULE] = module
 
 
-def _add_product(hidden: Tensor, output_grad: Tensor, main_grad: Tensor) -> None:
+def add_product(hidden: Tensor, output_grad: Tensor, main_grad: Tensor) -> None:
     """Adds output_grad.T @ hidden to ``main_grad`` in its dtype. Replaces Apex's function of the same signature.
 
     Args:
@@ -41,13 +41,13 @@ def _add_product(hidden: Tensor, output_grad: Tensor, main_grad: Tensor) -> None
         output_grad: [t, o] gradient of the layer's output.
         main_grad: [o, h].
     """
-    _write_product(hidden, output_grad, main_grad, accumulate=True)
+    write_product(hidden, output_grad, main_grad, accumulate=True)
 
 
-def _write_product(hidden: Tensor, output_grad: Tensor, into: Tensor, *, accumulate: bool) -> None:
+def write_product(hidden: Tensor, output_grad: Tensor, into: Tensor, *, accumulate: bool) -> None:
     """Writes output_grad.T @ hidden to ``into``, or adds it, summed in the dtype of ``into``."""
     beta = 1 if accumulate else 0
-    gemm = _transformer_engine_gemm() if hidden.is_cuda else None
+    gemm = transformer_engine_gemm() if hidden.is_cuda else None
     if gemm is not None:
         gemm(
             hidden, output_grad, out_dtype=into.dtype, layout="NT", out=into, grad=True, accumulate=accumulate
@@ -61,7 +61,7 @@ def _write_product(hidden: Tensor, output_grad: Tensor, into: Tensor, *, accumul
         torch.addmm(into, output_grad.t(), hidden, out_dtype=into.dtype, beta=beta, out=into)
 
 
-def _transformer_engine_gemm() -> Callable[..., Any] | None:
+def transformer_engine_gemm() -> Callable[..., Any] | None:
     if sys.modules.get("transformer_engine") is None:  # not installed, or disabled by cpu_backend
         return None
     from transformer_engine.pytorch.cpp_extensions import general_gemm
@@ -108,7 +108,7 @@ class MegatronOutputWeight:
         if self._sum is None:
             dtype = torch.promote_types(self.weight.dtype, torch.float32)
             self._sum = torch.empty_like(self.weight, dtype=dtype, requires_grad=False)
-        _write_product(hidden, logits_grad, self._sum, accumulate=not is_first)
+        write_product(hidden, logits_grad, self._sum, accumulate=not is_first)
 
     def finish_gradient(self) -> Tensor | None:
         """Returns the gradient for autograd [v/tp, h] in the weight's dtype, and starts over.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_rasft.objective.fused_logprobs import ReferenceLogits, fused_logprobs
-from megatron_rasft.training.wgrad import MegatronOutputWeight, _write_product
+from megatron_rasft.training.wgrad import MegatronOutputWeight, write_product
 from megatron_rasft.types import KLDirection
 
 pytestmark = pytest.mark.gpu
@@ -91,9 +91,9 @@ def test_weight_gradient_is_summed_in_fp32(
     if has_transformer_engine:
         pytest.importorskip("transformer_engine.pytorch")
     else:
-        monkeypatch.setattr("megatron_rasft.training.wgrad._transformer_engine_gemm", lambda: None)
+        monkeypatch.setattr("megatron_rasft.training.wgrad.transformer_engine_gemm", lambda: None)
     hidden, grad = torch.randn(TOKENS, HIDDEN).bfloat16(), torch.randn(TOKENS, 128).bfloat16()
     into = torch.full((128, HIDDEN), 1000.0)
-    _write_product(hidden, grad, into, accumulate=accumulate)
+    write_product(hidden, grad, into, accumulate=accumulate)
     want = grad.double().t() @ hidden.double() + (1000.0 if accumulate else 0.0)
     torch.testing.assert_close(into.double(), want, rtol=1e-6, atol=1e-3)

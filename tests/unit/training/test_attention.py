@@ -1,16 +1,23 @@
-"""The zigzag cut of context parallelism, and attention over it."""
+"""Plain torch layers compared with formulas: context parallelism, packed sequences and RMSNorm."""
 
+import itertools
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor
 
-from megatron_rasft.training.attention import SdpaCoreAttention, zigzag_positions
+from megatron_rasft.training import attention
+from megatron_rasft.training.attention import RMSNorm, SdpaCoreAttention, zigzag_positions
+
+HEADS, GROUPS, DIM = 4, 2, 8
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 @pytest.mark.parametrize("chunk", [1, 5])
-def test_zigzag_shares_out_every_position_once_and_causal_work_alike(size: int, chunk: int) -> None:
+def test_zigzag_divides_positions_so_that_ranks_have_the_same_work(size: int, chunk: int) -> None:
     length = 2 * size * chunk
     shares = [zigzag_positions(length, rank, size).tolist() for rank in range(size)]
     assert sorted(position for share in shares for position in share) == list(range(length))
@@ -24,36 +31,124 @@ def test_zigzag_of_two_ranks() -> None:
     assert zigzag_positions(8, 1, 2).tolist() == [2, 3, 4, 5]
 
 
-def test_zigzag_refuses_a_length_that_does_not_split() -> None:
-    with pytest.raises(AssertionError, match="multiple of 2"):
+def test_zigzag_refuses_a_length_that_is_not_a_multiple_of_its_chunks() -> None:
+    with pytest.raises(AssertionError, match="6"):
         zigzag_positions(6, 0, 2)
 
 
-def test_the_plain_attention_keeps_torch_from_building_a_plan_for_each_length(
+class Group:
+    """Stands in for the context-parallel process group of one rank."""
+
+    def __init__(self, rank: int = 0, size: int = 1) -> None:
+        self.rank = lambda: rank
+        self.size = lambda: size
+
+
+def core_attention(rank: int = 0, size: int = 1, dropout: float = 0.0) -> SdpaCoreAttention:
+    config: Any = SimpleNamespace(attention_dropout=dropout)
+    return SdpaCoreAttention(config, 1, pg_collection=SimpleNamespace(cp=Group(rank, size)))  # type: ignore[arg-type]
+
+
+def random_heads(*shape: int) -> list[Tensor]:
+    """Query [*shape, n, d], key and value [*shape, n_kv, d]."""
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(*shape, heads, DIM, generator=generator) for heads in (HEADS, GROUPS, GROUPS)]
+
+
+def attended(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """[s, b, n * d] causal attention of whole sequences by its formula, in fp64."""
+    key, value = (x.repeat_interleave(HEADS // GROUPS, 2).double() for x in (key, value))
+    scores = torch.einsum("qbnd,kbnd->bnqk", query.double(), key) / DIM**0.5
+    is_later = ~torch.ones(len(query), len(query)).tril().bool()
+    weights = scores.masked_fill(is_later, float("-inf")).softmax(-1)
+    return torch.einsum("bnqk,kbnd->qbnd", weights, value).flatten(2)
+
+
+def gather_from(monkeypatch: pytest.MonkeyPatch, gathered: list[Tensor]) -> None:
+    """Makes the all-gathers of key and value return ``gathered`` in turn."""
+    answers = itertools.cycle(gathered)
+    monkeypatch.setattr(attention, "gather_from_sequence_parallel_region", lambda mine, group: next(answers))
+
+
+def test_one_rank_attends_causally() -> None:
+    heads = random_heads(7, 2)
+    torch.testing.assert_close(
+        core_attention()(*heads, None).double(), attended(*heads), atol=1e-6, rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_context_parallel_ranks_compute_causal_attention_of_the_whole_sequence(
+    size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    length = 16
+    query, key, value = random_heads(length, 2)
+    expected = attended(query, key, value)
+    order = torch.cat([zigzag_positions(length, rank, size) for rank in range(size)])
+    for rank in range(size):
+        mine = zigzag_positions(length, rank, size)
+        gather_from(monkeypatch, [key[order], value[order]])
+        found = core_attention(rank, size)(query[mine], key[mine], value[mine], None)
+        torch.testing.assert_close(found.double(), expected[mine], atol=1e-6, rtol=1e-5)
+
+
+def packed(bounds: list[int]) -> PackedSeqParams:
+    cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
+    return PackedSeqParams(qkv_format="thd", cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_packed_sequences_attend_only_to_themselves(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    bounds = [0, 4, 4, 12, 20]  # the second sequence is empty
+    query, key, value = random_heads(bounds[-1])
+    segments = list(itertools.pairwise(bounds))
+    expected = torch.cat(
+        [attended(*(x[begin:end, None] for x in (query, key, value)))[:, 0] for begin, end in segments]
+    )
+    places = [
+        torch.cat([begin + zigzag_positions(end - begin, rank, size) for begin, end in segments])
+        for rank in range(size)
+    ]
+    for rank, mine in enumerate(places):
+        gather_from(monkeypatch, [key[torch.cat(places)], value[torch.cat(places)]])
+        heads = (x[mine] for x in (query, key, value))
+        found = core_attention(rank, size)(*heads, None, packed_seq_params=packed(bounds))
+        torch.testing.assert_close(found.double(), expected[mine], atol=1e-6, rtol=1e-5)
+
+
+def test_padded_bounds_take_precedence_over_unpadded_ones() -> None:
+    heads = random_heads(8)
+    params = packed([0, 3, 6])
+    params.cu_seqlens_q_padded = torch.tensor([0, 4, 8], dtype=torch.int32)
+    found = core_attention()(*heads, None, packed_seq_params=params)
+    expected = torch.cat([attended(*(x[i : i + 4, None] for x in heads))[:, 0] for i in (0, 4)])
+    torch.testing.assert_close(found.double(), expected, atol=1e-6, rtol=1e-5)
+
+
+def test_cudnn_attention_is_switched_off_because_it_prepares_a_plan_for_each_length(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     switched: list[bool] = []
     monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", switched.append)
-    config = SimpleNamespace(attention_dropout=0.0)
-    SdpaCoreAttention(config, 1, pg_collection=SimpleNamespace(cp=None))  # type: ignore[arg-type]
+    core_attention()
     assert switched == [False]
 
 
-@pytest.mark.parametrize("size", [2, 4])
-def test_attention_on_zigzag_shares_is_causal_attention_on_the_whole(size: int) -> None:
-    attention = SdpaCoreAttention.__new__(SdpaCoreAttention)
-    torch.nn.Module.__init__(attention)
-    attention.softmax_scale = None
-    length, batch, heads, groups, dim = 16, 2, 4, 2, 8
-    generator = torch.Generator().manual_seed(1)
-    query = torch.randn(length, batch, heads, dim, generator=generator)
-    key, value = (torch.randn(length, batch, groups, dim, generator=generator) for _ in range(2))
-    spread_key, spread_value = (x.repeat_interleave(heads // groups, 2).double() for x in (key, value))
-    scores = torch.einsum("qbnd,kbnd->bnqk", query.double(), spread_key) / dim**0.5
-    scores = scores.masked_fill(~torch.ones(length, length).tril().bool(), float("-inf"))
-    expected = torch.einsum("bnqk,kbnd->qbnd", scores.softmax(-1), spread_value)
-    order = torch.cat([zigzag_positions(length, rank, size) for rank in range(size)])
-    for rank in range(size):
-        mine = zigzag_positions(length, rank, size)
-        found = attention._attend_zigzag(query[mine], key[order], value[order], rank, size)
-        torch.testing.assert_close(found.double(), expected[mine], atol=1e-6, rtol=1e-5)
+def test_dropout_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"--attention-dropout 0\.1"):
+        core_attention(dropout=0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rms_norm_divides_by_the_root_mean_square_in_fp32(dtype: torch.dtype) -> None:
+    config: Any = SimpleNamespace(use_cpu_initialization=True, params_dtype=dtype, sequence_parallel=True)
+    norm = RMSNorm(config, 6, eps=1e-3)
+    assert norm.weight.sequence_parallel, "finalize_model_grads sums the gradients of marked weights"
+    with torch.no_grad():
+        norm.weight.copy_(torch.arange(6) / 4)
+    x = torch.randn(5, 6, generator=torch.Generator().manual_seed(2)).to(dtype)
+    root = (x.double().pow(2).mean(-1, keepdim=True) + 1e-3).sqrt()
+    expected = x.double() / root * norm.weight.double()
+    assert norm(x).dtype == dtype
+    rtol = 1e-5 if dtype == torch.float32 else 2**-7
+    torch.testing.assert_close(norm(x).double(), expected, atol=1e-5, rtol=rtol)

@@ -1,4 +1,4 @@
-"""Samples as arrays are the samples, wherever they are cut, taken and sent to."""
+"""SampleArrays keep every value of the samples when they are sliced, selected and saved."""
 
 import random
 import tracemalloc
@@ -12,7 +12,7 @@ from megatron_rasft.types import TrainingSample
 
 
 def some_samples(num: int, *, has_old: bool = True) -> list[TrainingSample]:
-    """Lists, arrays and views by turns; values that fp32 holds."""
+    """Samples with lists, arrays and memoryviews in turn, and log-probabilities that fp32 represents exactly."""
     draw = random.Random(5)
     samples = []
     for index in range(num):
@@ -34,7 +34,7 @@ def some_samples(num: int, *, has_old: bool = True) -> list[TrainingSample]:
 
 
 def plain(samples: SampleArrays) -> list[tuple]:
-    """Every sample's values as Python lists, read one after the other."""
+    """The values of every sample as Python lists."""
     rows, token, answer = [], 0, 0
     for i in range(len(samples)):
         num_prompt, num_response = int(samples.prompt_lengths[i]), int(samples.response_lengths[i])
@@ -75,7 +75,29 @@ def test_arrays_hold_the_samples(has_old: bool) -> None:
     assert plain(SampleArrays(**arrays.arrays())) == expected(samples)
 
 
-def test_logprobs_are_left_out_where_they_are_to_be_calculated_or_one_lacks_them() -> None:
+def test_a_response_of_one_token_is_kept_at_every_place() -> None:
+    samples = [
+        TrainingSample(
+            problem_id="p",
+            kind="rollout",
+            prompt_ids=[10 * i + j for j in range(num_prompt)],
+            response_ids=[10 * i + 9 for _ in range(num_response)],
+            weight=float(i),
+            ref_logprobs=[-float(i)] * num_response,
+            old_logprobs=[-float(i) / 2] * num_response,
+        )
+        for i, (num_prompt, num_response) in enumerate([(1, 1), (3, 1), (2, 4), (1, 1)])
+    ]
+    arrays = SampleArrays.of(samples)
+    assert arrays.lengths.tolist() == [2, 4, 6, 2]
+    assert arrays.response_lengths.tolist() == [1, 1, 4, 1]
+    for place in range(4):
+        assert plain(arrays.slice(place, place + 1)) == expected(samples[place : place + 1])
+        assert plain(arrays.take([place])) == expected(samples[place : place + 1])
+    assert plain(arrays.take([3, 1, 0])) == expected([samples[i] for i in (3, 1, 0)])
+
+
+def test_logprobs_are_left_out_on_request_and_if_a_sample_lacks_them() -> None:
     samples = some_samples(4)
     assert SampleArrays.of(samples, with_logprobs=False).ref_logprobs is None
     samples[2].old_logprobs = None
@@ -89,7 +111,7 @@ def test_a_slice_copies_nothing() -> None:
     assert np.shares_memory(arrays.slice(1, 4).ref_logprobs, arrays.ref_logprobs)  # type: ignore[arg-type]
 
 
-def test_queue_gives_each_batch_once_and_saves_those_that_are_left() -> None:
+def test_the_queue_yields_each_batch_once_and_saves_the_remaining_ones() -> None:
     samples = some_samples(9)
     sizes = [(3, 4), (2, 0), (3, 5)]
     queue = BatchQueue(sizes, SampleArrays.of(samples))
@@ -106,11 +128,11 @@ def test_queue_gives_each_batch_once_and_saves_those_that_are_left() -> None:
         queue.popleft()
         elsewhere.popleft()
     assert len(queue) == len(elsewhere) == 0
-    assert queue.arrays() == {}, "nothing is saved of samples that are trained"
+    assert queue.arrays() == {}, "batches that have been trained on are not saved"
 
 
 def test_a_queued_token_takes_at_most_twelve_bytes() -> None:
-    """With both log-probabilities; a Python list takes 8 bytes an entry and 24 or 28 for the number."""
+    """Both log-probabilities included. A Python list takes 8 bytes for the entry and 24 or 28 for the number."""
     num, num_prompt, num_response = 200, 100, 900
     numbers = list(range(1000, 1000 + num_response))
     samples = [
@@ -133,7 +155,7 @@ def test_a_queued_token_takes_at_most_twelve_bytes() -> None:
     assert held <= 12 * num * (num_prompt + num_response)
 
 
-def test_views_part_an_array_without_a_copy() -> None:
+def test_views_split_an_array_without_a_copy() -> None:
     flat = np.arange(6, dtype=np.float32)
     parts = views(flat, np.array([2, 0, 4]))
     assert [part.tolist() for part in parts] == [[0.0, 1.0], [], [2.0, 3.0, 4.0, 5.0]]

@@ -1,4 +1,4 @@
-"""When a step is captured, replayed, and run without a graph."""
+"""Capturing and replaying a step, and the fallback to steps without graphs."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -14,7 +14,7 @@ from tests import recorded_graphs
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
-    """Records graphs on the CPU; gives the streams that were made."""
+    """Records graphs on the CPU. The value is the list of streams that were created."""
     streams: list[Any] = []
 
     class Stream:
@@ -29,7 +29,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
 
     current = Stream()
     streams.clear()
-    step_graphs._side_stream.cache_clear()
+    step_graphs.capture_stream.cache_clear()
     answers = {
         "CUDAGraph": recorded_graphs.RecordedGraph,
         "graph": recorded_graphs.capture,
@@ -43,11 +43,11 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     for name, answer in answers.items():
         monkeypatch.setattr(torch.cuda, name, answer)
     yield streams
-    step_graphs._side_stream.cache_clear()
+    step_graphs.capture_stream.cache_clear()
 
 
 def counted(given: Tensor) -> tuple[list[int], Any]:
-    """How often Python ran the step, and the step: it doubles ``given``."""
+    """A step that doubles ``given``, and a list that grows each time Python runs it."""
     runs: list[int] = []
 
     def step() -> Tensor:
@@ -57,7 +57,7 @@ def counted(given: Tensor) -> tuple[list[int], Any]:
     return runs, step
 
 
-def test_a_captured_step_is_replayed_on_the_tensors_of_now(gpu: list[Any]) -> None:
+def test_a_replay_computes_from_the_present_content_of_the_tensors(gpu: list[Any]) -> None:
     given = torch.ones(3)
     runs, step = counted(given)
     graphs = StepGraphs(True, lambda agrees: agrees)
@@ -65,11 +65,32 @@ def test_a_captured_step_is_replayed_on_the_tensors_of_now(gpu: list[Any]) -> No
         given.fill_(value)
         result = graphs.run("shape", step)
         assert result is not None and torch.equal(result, torch.full((3,), 2 * value))
-    assert len(runs) == 2  # to warm up, and in the capture
+    assert len(runs) == 2  # for the warm-up and for the capture
 
 
-def test_a_rank_gives_up_its_graphs_where_another_could_not_capture(gpu: list[Any]) -> None:
-    """A capture runs the step's collectives once more: ranks that capture and ranks that do not would no longer match."""
+def test_without_graphs_every_step_runs() -> None:
+    runs, step = counted(torch.ones(3))
+    graphs = StepGraphs(False, lambda agrees: agrees)
+    for _ in range(3):
+        result = graphs.run("shape", step)
+        assert result is not None and torch.equal(result, torch.full((3,), 2.0))
+    assert len(runs) == 3
+
+
+def test_graphs_of_several_shapes_share_the_memory_of_their_results(gpu: list[Any]) -> None:
+    graphs = StepGraphs(True, lambda agrees: agrees)
+    results = {}
+    for num in (4, 2):
+        results[num] = graphs.run(num, counted(torch.full((num,), float(num)))[1])
+    large, small = results[4], results[2]
+    assert large is not None and small is not None
+    assert small.tolist() == [4.0, 4.0] and small.data_ptr() == large.data_ptr()
+    again = graphs.run(4, counted(torch.zeros(4))[1])
+    assert again is not None and again.tolist() == [8.0] * 4, "a replay uses the tensors of the capture"
+
+
+def test_a_rank_stops_using_graphs_if_another_could_not_capture(gpu: list[Any]) -> None:
+    """A capture runs the step's collectives more often than a step without a graph, so all ranks must do the same."""
     given = torch.ones(3)
     runs, step = counted(given)
     asked: list[bool] = []
@@ -80,7 +101,7 @@ def test_a_rank_gives_up_its_graphs_where_another_could_not_capture(gpu: list[An
 
     graphs = StepGraphs(True, all_agree)
     graphs.run("first", step)
-    with pytest.warns(RuntimeWarning, match="another rank could not capture"):
+    with pytest.warns(RuntimeWarning, match="another rank"):
         result = graphs.run("second", step)
     assert result is not None and torch.equal(result, given * 2)
     assert asked == [True, True] and not graphs.is_enabled
@@ -89,7 +110,7 @@ def test_a_rank_gives_up_its_graphs_where_another_could_not_capture(gpu: list[An
     assert len(runs) == before + 1 and len(asked) == 2
 
 
-def test_a_failed_capture_ends_on_every_rank_and_for_the_allocator(
+def test_a_failed_capture_ends_for_every_rank_and_for_the_allocator(
     gpu: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given, ended = torch.ones(3), []
@@ -102,7 +123,7 @@ def test_a_failed_capture_ends_on_every_rank_and_for_the_allocator(
     asked: list[bool] = []
 
     def step() -> Tensor:
-        return given * given.sum().item()  # a read, which a capture does not allow
+        return given * given.sum().item()  # reads from the device, which a capture does not allow
 
     def all_agree(agrees: bool) -> bool:
         asked.append(agrees)

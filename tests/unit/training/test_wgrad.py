@@ -1,4 +1,4 @@
-"""The output weight's gradient: its sum over chunks, and what Megatron's data-parallel hook is left with."""
+"""The gradient of the output layer's weight: its sum over chunks, and its transfer to Megatron's data-parallel hook."""
 
 import subprocess
 import sys
@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 def chunks(dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
-    """Of one token each: gradients of the logits and hidden states."""
+    """400 chunks of one token: the gradient of the logits [1, 8], and the hidden state [1, 4]."""
     draw = torch.Generator().manual_seed(0)
     return [
         (torch.randn(1, 8, generator=draw).to(dtype), torch.randn(1, 4, generator=draw).to(dtype))
@@ -53,25 +53,25 @@ def test_chunks_of_bf16_are_summed_in_fp32_and_rounded_once() -> None:
     for grad, hidden in given:
         in_bf16 += grad.t() @ hidden
     assert (in_bf16.double() - product(given)).abs().max() > 0.05, (
-        "a BF16 sum would have passed: the data do not tell"
+        "the data must make a difference between a sum in BF16 and one in fp32"
     )
 
 
-def test_a_second_micro_batch_starts_from_nothing() -> None:
+def test_a_second_micro_batch_starts_from_zero() -> None:
     given, output = chunks(torch.bfloat16), output_weight()
     first = add_all(output, given)
     second = add_all(output, given)
     assert first is not None and second is not None and torch.equal(first, second)
 
 
-def test_the_only_chunk_gives_its_product() -> None:
+def test_a_single_chunk_is_one_product() -> None:
     given = chunks(torch.bfloat16)[:1]
     gradient = add_all(output_weight(), given)
     assert gradient is not None
     torch.testing.assert_close(gradient.double(), product(given), rtol=2**-8, atol=0)
 
 
-def test_gradient_fusion_adds_to_main_grad_in_fp32_and_gives_the_hook_a_stand_in() -> None:
+def test_gradient_fusion_adds_to_main_grad_in_fp32_and_returns_a_placeholder() -> None:
     given, main_grad = chunks(torch.bfloat16), torch.full((8, 4), 3.0)
     output = output_weight(main_grad=main_grad, grad_added_to_main_grad=False)
     stand_in = add_all(output, given)
@@ -82,7 +82,7 @@ def test_gradient_fusion_adds_to_main_grad_in_fp32_and_gives_the_hook_a_stand_in
     assert stand_in is not None and stand_in.shape == weight.shape and stand_in.dtype == weight.dtype
 
 
-def test_tied_weight_leaves_the_gradient_of_autograd_to_the_embedding() -> None:
+def test_a_tied_weight_gets_its_gradient_for_autograd_from_the_embedding() -> None:
     main_grad = torch.zeros(8, 4)
     output = output_weight(main_grad=main_grad, grad_added_to_main_grad=False, zero_out_wgrad=True)
     assert add_all(output, chunks(torch.bfloat16)) is None
@@ -109,7 +109,7 @@ def test_megatron_finds_the_fused_weight_gradient_without_apex() -> None:
     assert done.stdout.split()[-1] == "True"
 
 
-def test_apex_is_left_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_installed_apex_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     apex = types.ModuleType("fused_weight_gradient_mlp_cuda")
     monkeypatch.setitem(sys.modules, apex.__name__, apex)
     wgrad.register()
@@ -130,7 +130,7 @@ def test_transformer_engine_computes_the_product_on_a_gpu(monkeypatch: pytest.Mo
     monkeypatch.setitem(sys.modules, extensions.__name__, extensions)
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda tensor: True))
     (grad, hidden), main_grad = chunks(torch.bfloat16)[0], torch.ones(8, 4)
-    wgrad._add_product(hidden, grad, main_grad)
+    wgrad.add_product(hidden, grad, main_grad)
     torch.testing.assert_close(main_grad.double(), 1.0 + product([(grad, hidden)]), rtol=1e-6, atol=1e-6)
     assert calls == [
         {
