@@ -71,7 +71,7 @@ def _fill_bins(lengths: Sequence[int], order: list[int], max_tokens: int, step: 
             tight, high = bins, capacity
         else:
             low = capacity + 1
-    return _occupy_all(lengths, tight, num_bins)
+    return split_fullest_bins(lengths, tight, num_bins)
 
 
 def _spread(
@@ -112,7 +112,7 @@ def _best_fit(lengths: Sequence[int], order: list[int], capacity: int) -> list[l
     return bins
 
 
-def _occupy_all(lengths: Sequence[int], bins: list[list[int]], num_bins: int) -> list[list[int]]:
+def split_fullest_bins(lengths: Sequence[int], bins: list[list[int]], num_bins: int) -> list[list[int]]:
     """Adds bins up to ``num_bins``, each with the longest sequence of the fullest bin that holds more than one.
 
     A replica without real tokens would wait for the others, and best fit may leave some of the bins unused.

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_rasft.data.packing import pack
+from megatron_rasft.data.packing import pack, split_fullest_bins
 
 
 def bin_loads(lengths: list[int], replicas: list[list[list[int]]]) -> list[list[int]]:
@@ -166,24 +166,25 @@ def test_bins_too_full_for_spreading_are_still_found() -> None:
     assert bin_loads(lengths, pack(lengths, 10, 1)) == [[10, 10, 10]]
 
 
-def test_a_bin_that_best_fit_leaves_unused_gets_the_longest_sequence_of_the_fullest() -> None:
-    # 12 bins of 15 tokens, cut into pieces. Spreading over 13 replicas would put 16 tokens into a bin; best
-    # fit needs 12 bins at any capacity from 14.
+def test_bins_that_best_fit_leaves_unused_are_filled() -> None:
+    # 12 bins of 15 tokens, cut into pieces. Spreading over 13 replicas would put 16 tokens into a bin, and best fit needs
+    # 14 bins at any smaller capacity.
     lengths = [9, 6, 3, 3, 9, 1, 7, 7, 4, 5, 6, 12, 3, 4, 10, 1, 4, 8, 3, 6, 9, 3, 12, 5, 10, 7, 8, 10, 4, 1]
-    assert max(longest_processing_time(lengths, 13)) > 15
-    capacity = next(c for c in range(12, 16) if len(best_fit_decreasing(lengths, c)) <= 13)
-    expected = best_fit_decreasing(lengths, capacity)
-    assert len(expected) == 12
-    bins = [sorted((lengths[i] for i in indices), reverse=True) for (indices,) in pack(lengths, 15, 13)]
-    loads = [sum(sizes) for sizes in bins]
-    # Taking back the split of a fullest bin, whose longest sequence is alone now, gives the loads of best fit.
-    assert any(
-        alone >= rest[0]
-        and alone + sum(rest) == max(expected)
-        and sorted([*loads, alone + sum(rest)]) == sorted([*expected, alone, sum(rest)])
-        for (alone, *others), rest in itertools.permutations(bins, 2)
-        if not others
-    )
+    assert max(longest_processing_time(lengths, 13)) == 16
+    assert [len(best_fit_decreasing(lengths, capacity)) for capacity in (14, 15)] == [14, 12]
+    loads = sorted(flat_loads(lengths, pack(lengths, 15, 13)))
+    assert len(loads) == 13 and loads[2:] == [15] * 11 and sum(loads[:2]) == 15 and loads[0] > 0
+
+
+def test_each_added_bin_gets_the_longest_sequence_of_the_fullest_bin() -> None:
+    lengths = [9, 6, 5, 4, 3, 2]
+    bins = [[0], [1, 5], [2, 3, 4]]  # 9, 8 and 12 tokens
+    assert split_fullest_bins(lengths, bins, 3) == bins
+    assert split_fullest_bins(lengths, bins, 4) == [[0], [1, 5], [3, 4], [2]]
+    assert split_fullest_bins(lengths, bins, 5) == [[0], [5], [3, 4], [2], [1]]
+    assert split_fullest_bins(lengths, bins, 6) == [[0], [5], [4], [2], [1], [3]]
+    assert split_fullest_bins(lengths, bins, 8) == [[0], [5], [4], [2], [1], [3], [], []]
+    assert bins == [[0], [1, 5], [2, 3, 4]], "the given bins must not change"
 
 
 def test_empty_bins_occur_only_if_there_are_too_few_sequences() -> None:
