@@ -166,6 +166,30 @@ def test_bins_too_full_for_spreading_are_still_found() -> None:
     assert bin_loads(lengths, pack(lengths, 10, 1)) == [[10, 10, 10]]
 
 
+@pytest.mark.parametrize(
+    ("lengths", "max_tokens"),
+    [
+        ([8, 10, 10, 16, 13, 8, 8, 13, 17], 30),
+        ([14, 10, 9, 8, 11, 15, 23, 28, 14], 30),
+        ([227, 209, 297, 184, 166, 215, 163, 258, 240], 600),
+        ([175, 146, 261, 294, 253, 199, 218], 600),
+        ([309, 160, 228, 246, 203, 166, 130, 275, 317], 600),
+    ],
+)
+def test_if_spreading_fails_best_fit_takes_the_smallest_capacity_that_suffices(
+    lengths: list[int], max_tokens: int
+) -> None:
+    num_bins = len(best_fit_decreasing(lengths, max_tokens))
+    assert max(longest_processing_time(lengths, num_bins)) > max_tokens
+    smallest = next(
+        capacity
+        for capacity in range(max(lengths), max_tokens + 1)
+        if len(best_fit_decreasing(lengths, capacity)) <= num_bins
+    )
+    assert smallest < max(best_fit_decreasing(lengths, max_tokens))
+    assert max(flat_loads(lengths, pack(lengths, max_tokens, 1))) == smallest
+
+
 def test_bins_that_best_fit_leaves_unused_are_filled() -> None:
     # 12 bins of 15 tokens, cut into pieces. Spreading over 13 replicas would put 16 tokens into a bin, and best fit needs
     # 14 bins at any smaller capacity.
