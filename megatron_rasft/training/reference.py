@@ -15,9 +15,6 @@ from megatron_rasft.errors import RasftError
 from megatron_rasft.types import TrainingSample
 from megatron_rasft.weights.folder import checkpoint_fingerprint, weights_fingerprint
 
-_TABLE = "logprobs_fp32"
-"""The name changes with the format of the values, so that a table of another format is never read."""
-
 _LOCK_TIMEOUT_S = 60.0
 """Several runs may share a cache. A run that cannot write to it for this long ends with an error."""
 
@@ -102,7 +99,9 @@ class LogprobCache:
             self._database = sqlite3.connect(
                 ":memory:" if path is None else str(path), timeout=_LOCK_TIMEOUT_S
             )
-            self._database.execute(f"CREATE TABLE IF NOT EXISTS {_TABLE} (key BLOB PRIMARY KEY, value BLOB)")
+            self._database.execute(
+                "CREATE TABLE IF NOT EXISTS logprobs_fp32 (key BLOB PRIMARY KEY, value BLOB)"
+            )
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
@@ -130,7 +129,9 @@ class LogprobCache:
         for sample in samples:
             key = self._key(sample)
             with self._explained():
-                row = self._database.execute(f"SELECT value FROM {_TABLE} WHERE key = ?", (key,)).fetchone()
+                row = self._database.execute(
+                    "SELECT value FROM logprobs_fp32 WHERE key = ?", (key,)
+                ).fetchone()
             if row is None:
                 missing.setdefault(key, sample)
             else:
@@ -142,4 +143,4 @@ class LogprobCache:
         pairs = zip(samples, logprobs, strict=True)
         rows = [(self._key(s), np.asarray(values, np.float32).tobytes()) for s, values in pairs]
         with self._explained(), self._database:
-            self._database.executemany(f"INSERT OR REPLACE INTO {_TABLE} VALUES (?, ?)", rows)
+            self._database.executemany("INSERT OR REPLACE INTO logprobs_fp32 VALUES (?, ?)", rows)

@@ -1,4 +1,4 @@
-"""What a run leaves beside Megatron's files comes back as it was, or is refused with the way out."""
+"""A run's own files in a checkpoint are read as written, and errors name the checkpoint and the way out."""
 
 import json
 from pathlib import Path
@@ -6,9 +6,24 @@ from typing import Any
 
 import numpy as np
 import pytest
+from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_rasft.errors import CheckpointError
-from megatron_rasft.training.checkpoints import QUEUE_FILE, STATE_FILE, read_arrays, write_state
+from megatron_rasft.errors import CheckpointError, FailedElsewhere
+from megatron_rasft.training import checkpoints
+from megatron_rasft.training.checkpoints import (
+    QUEUE_FILE,
+    STATE_FILE,
+    architecture_of,
+    checkpoint_failure,
+    load_explained,
+    read_arrays,
+    read_state,
+    save_explained,
+    write_state,
+)
+from megatron_rasft.training.fp8_scales import UNPICKLE
+from megatron_rasft.training.resume import Resume
+from tests.unit.training.stand_ins import args_with_architecture
 
 ARRAYS = {
     "tokens": np.arange(1000, dtype=np.int32),
@@ -41,7 +56,7 @@ def test_arrays_come_back_bit_for_bit(tmp_path: Path) -> None:
 def test_arrays_that_are_not_those_of_the_state_are_refused(tmp_path: Path, damage: str) -> None:
     for step in (2, 4, 6):
         write_state(tmp_path / f"iter_{step:07d}", {"queue": []}, ARRAYS)
-        (tmp_path / f"iter_{step:07d}" / "metadata.json").touch()  # which Megatron writes last
+        (tmp_path / f"iter_{step:07d}" / "metadata.json").touch()  # Megatron writes it last
     folder = tmp_path / "iter_0000006"
     path = folder / QUEUE_FILE
     content = bytearray(path.read_bytes())
@@ -55,7 +70,7 @@ def test_arrays_that_are_not_those_of_the_state_are_refused(tmp_path: Path, dama
     else:
         write_state(tmp_path / "other", {"queue": []}, ARRAYS | {"weights": np.array([0.1, -2.0])})
         path.write_bytes((tmp_path / "other" / QUEUE_FILE).read_bytes())
-    with pytest.raises(CheckpointError, match=r"is damaged.*of step 2, 4: give it as --ckpt-step") as raised:
+    with pytest.raises(CheckpointError, match=r"step 2, 4: .*--ckpt-step") as raised:
         read_arrays(folder, state_of(folder))
     assert str(path) in str(raised.value)
 
@@ -73,3 +88,88 @@ def test_a_save_that_fails_leaves_the_former_state_whole(
     with pytest.raises(OSError, match="No space left"):
         write_state(tmp_path, {"queue": []}, {})
     assert ((tmp_path / STATE_FILE).read_bytes(), (tmp_path / QUEUE_FILE).read_bytes()) == kept
+
+
+ARCHITECTURE = architecture_of(args_with_architecture())  # type: ignore[arg-type]
+
+
+def saved(save: Path, step: int = 2, **state: Any) -> Resume:
+    """A checkpoint of this architecture."""
+    folder = save / f"iter_{step:07d}"
+    write_state(folder, {"architecture": ARCHITECTURE, **state}, ARRAYS)
+    (folder / "metadata.json").touch()
+    return Resume(folder=save, step=step)
+
+
+def test_a_state_is_read_as_it_was_written(tmp_path: Path) -> None:
+    state = read_state(saved(tmp_path, verdicts={"correct": 3}), ARCHITECTURE)
+    assert state is not None and state["verdicts"] == {"correct": 3}
+
+
+def test_a_checkpoint_without_a_state_is_of_another_program(tmp_path: Path) -> None:
+    (tmp_path / "iter_0000002").mkdir()
+    assert read_state(Resume(folder=tmp_path, step=2), ARCHITECTURE) is None
+
+
+def test_a_checkpoint_of_another_model_names_the_arguments_that_differ(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"iter_0000002.*hidden_size 32 != 48.*--hf-model"):
+        read_state(saved(tmp_path), ARCHITECTURE | {"hidden_size": 48})
+
+
+@pytest.mark.parametrize(("is_chosen", "named_by"), [(True, "--ckpt-step"), (False, "latest_checkpointed")])
+def test_a_missing_checkpoint_is_named_with_its_origin(
+    tmp_path: Path, is_chosen: bool, named_by: str
+) -> None:
+    saved(tmp_path, step=2)
+    resume = Resume(folder=tmp_path, step=4, is_chosen=is_chosen)
+    with pytest.raises(CheckpointError, match=rf"iter_0000004.*{named_by}.*step 2"):
+        read_state(resume, ARCHITECTURE)
+
+
+def test_a_checkpoint_that_was_never_completed_is_not_offered(tmp_path: Path) -> None:
+    saved(tmp_path, step=2)
+    (tmp_path / "iter_0000002" / "metadata.json").unlink()
+    resume = saved(tmp_path, step=4)
+    (tmp_path / "iter_0000004" / STATE_FILE).write_text("{")
+    with pytest.raises(CheckpointError, match=rf"{STATE_FILE}.*another --save") as raised:
+        read_state(resume, ARCHITECTURE)
+    assert "step 2" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("error", "name"),
+    [
+        (AssertionError("lr differs\nand more"), "--override-opt_param-scheduler"),
+        (OSError("short file"), "iter_0000002"),
+        (json.JSONDecodeError("no JSON", "", 0), "iter_0000002"),
+        (RuntimeError(f"set {UNPICKLE}=1"), f"{UNPICKLE}=1"),
+    ],
+)
+def test_an_error_of_megatrons_load_names_the_checkpoint(tmp_path: Path, error: Exception, name: str) -> None:
+    with pytest.raises(CheckpointError) as raised, load_explained(Resume(folder=tmp_path, step=2)):
+        raise error
+    assert name in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_other_errors_of_a_load_keep_their_traceback(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="out of memory"), load_explained(Resume(folder=tmp_path, step=2)):
+        raise RuntimeError("out of memory")
+
+
+def test_an_error_of_a_save_names_the_folder_and_its_free_space(tmp_path: Path) -> None:
+    folder = tmp_path / "missing" / "iter_0000002"
+    pattern = r"step 2 .*iter_0000002: .*No space left.*GiB.*--save"
+    with (
+        pytest.raises(CheckpointError, match=pattern),
+        save_explained("the checkpoint of step 2", folder),
+    ):
+        raise OSError(28, "No space left on device")
+
+
+def test_the_reason_of_the_first_failed_rank_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    failures: Any = {3: (OSError("disk gone"), None), 1: (OSError("disk full\nmore"), None)}
+    assert checkpoint_failure(CheckpointException("", failures)) == "rank 1: disk full"
+    assert checkpoint_failure(OSError("disk full\nmore")) == "disk full"
+    monkeypatch.setattr(checkpoints.dist, "get_rank", lambda: 1)
+    with pytest.raises(FailedElsewhere):
+        checkpoint_failure(CheckpointException("", {}))

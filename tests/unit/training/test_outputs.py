@@ -1,4 +1,4 @@
-"""A run that starts or goes on leaves in its files what belongs to it, and nothing twice."""
+"""A run that starts or resumes cuts its files to the lines that belong to it."""
 
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ def cut(
 
 
 @pytest.mark.parametrize("is_named", [False, True])
-def test_what_came_after_the_checkpoint_is_forgotten(tmp_path: Path, is_named: bool) -> None:
+def test_lines_behind_the_checkpoint_are_cut_off(tmp_path: Path, is_named: bool) -> None:
     file = a_file(tmp_path / "rollouts.jsonl", "1\n2\n", is_named=is_named)
     mark = file.mark()
     file.path.write_text("1\n2\n3\n4")
@@ -33,7 +33,7 @@ def test_what_came_after_the_checkpoint_is_forgotten(tmp_path: Path, is_named: b
     assert file.path.read_text() == "1\n2\n"
 
 
-def test_a_file_in_a_folder_that_was_moved_is_still_the_checkpoints(tmp_path: Path) -> None:
+def test_a_file_in_a_moved_folder_is_recognized(tmp_path: Path) -> None:
     mark = a_file(tmp_path / "old" / "rollouts.jsonl", "1\n").mark()
     (tmp_path / "old").rename(tmp_path / "new")
     file = a_file(tmp_path / "new" / "rollouts.jsonl", "1\n2\n")
@@ -41,20 +41,22 @@ def test_a_file_in_a_folder_that_was_moved_is_still_the_checkpoints(tmp_path: Pa
     assert file.path.read_text() == "1\n"
 
 
-def test_a_file_shorter_than_at_its_checkpoint_is_refused_where_all_lines_count(tmp_path: Path) -> None:
+def test_a_file_shorter_than_at_its_checkpoint_is_refused_if_all_lines_count(tmp_path: Path) -> None:
     file = a_file(tmp_path / "rollouts.jsonl", "1\n2\n")
     mark = file.mark()
     file.path.write_text("1\n2")
     with pytest.raises(CheckpointError, match=r"rollouts.jsonl .*3 .*4 .*--rollout-store"):
         cut(file, mark, tmp_path)
-    assert file.path.read_text() == "1\n2", "the user may still mend it"
+    assert file.path.read_text() == "1\n2", "the user can still repair it"
     file.may_be_shorter = True
     cut(file, mark, tmp_path)
     assert file.path.read_text() == "1\n"
 
 
 @pytest.mark.parametrize("length", [0, 1, 2**16 - 2, 2**16, 3 * 2**16])
-def test_another_file_than_the_checkpoints_loses_only_an_unfinished_line(tmp_path: Path, length: int) -> None:
+def test_a_file_that_the_checkpoint_does_not_know_loses_only_an_unfinished_line(
+    tmp_path: Path, length: int
+) -> None:
     mark = a_file(tmp_path / "first" / "rollouts.jsonl", "1\n").mark()
     file = a_file(tmp_path / "second.jsonl", "1\n22\n" + "3" * length, is_named=True)
     assert cut(file, mark, tmp_path / "first", tmp_path / "first") == []
@@ -63,7 +65,7 @@ def test_another_file_than_the_checkpoints_loses_only_an_unfinished_line(tmp_pat
 
 @pytest.mark.parametrize("is_named", [False, True])
 @pytest.mark.parametrize("loads", [False, True])
-def test_a_run_that_ended_before_its_first_checkpoint_begins_where_it_began(
+def test_a_run_that_ended_before_its_first_checkpoint_cuts_its_lines(
     tmp_path: Path, is_named: bool, loads: bool
 ) -> None:
     save = tmp_path / "save"
@@ -80,14 +82,14 @@ def test_a_run_that_ended_before_its_first_checkpoint_begins_where_it_began(
         assert str(own) in line and str(len(before)) in line
         assert own.read_text() == before
     own.unlink()
-    assert cut(file, *other, save=save) == [], "the user may have taken it away"
+    assert cut(file, *other, save=save) == [], "the user may have moved it away"
     own.write_text("1\n")
     (save / "latest_checkpointed_iteration.txt").write_text("1")
     assert cut(file, file.mark(), save, save) == []
-    assert own.read_text() == "1\n", "from the first checkpoint on, the checkpoints know"
+    assert own.read_text() == "1\n", "with a checkpoint its mark counts"
 
 
-def test_without_a_folder_a_named_file_goes_on(tmp_path: Path) -> None:
+def test_a_named_file_is_appended_to_without_a_run_folder(tmp_path: Path) -> None:
     file = a_file(tmp_path / "named.jsonl", "1\n2\n3", is_named=True)
     for _ in range(2):
         assert cut(file) == []

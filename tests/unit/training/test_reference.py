@@ -1,4 +1,4 @@
-"""The cache gives back what it was given; the reference leaves the live weights as they were."""
+"""The cache returns the stored log-probabilities; the reference leaves the policy's weights unchanged."""
 
 import contextlib
 import math
@@ -28,14 +28,14 @@ def test_cache_returns_exact_values_also_after_reopening(tmp_path: Path) -> None
     sample = a_sample([1, 2], [3, 4, 5, 6, 7])
     assert cache.fill([sample]) == [sample]
     cache.add([sample], [values])
-    assert sample.ref_logprobs is None, "add remembers, fill sets"
+    assert sample.ref_logprobs is None, "add stores, fill sets"
     again = a_sample([1, 2], [3, 4, 5, 6, 7], weight=0.25)
     assert LogprobCache(tmp_path / "deep" / "cache.sqlite", "model").fill([again]) == []
     assert again.ref_logprobs is not None
     assert [v.hex() for v in again.ref_logprobs] == [v.hex() for v in values]
 
 
-def test_cache_tells_contents_and_models_apart(tmp_path: Path) -> None:
+def test_the_cache_distinguishes_samples_and_models(tmp_path: Path) -> None:
     path = tmp_path / "cache.sqlite"
     cache = LogprobCache(path, "model")
     cache.add([a_sample([1, 2], [3])], [[-1.0]])
@@ -47,26 +47,14 @@ def test_cache_tells_contents_and_models_apart(tmp_path: Path) -> None:
     assert cache.fill([same]) == []
 
 
-def test_values_of_the_former_table_are_not_read(tmp_path: Path) -> None:
-    """It held fp64: read as fp32 they would be other numbers, and twice as many."""
-    path = tmp_path / "cache.sqlite"
-    with contextlib.closing(sqlite3.connect(path)) as former, former:
-        former.execute("CREATE TABLE logprobs (key BLOB PRIMARY KEY, value BLOB)")
-    sample = a_sample([1, 2], [3])
-    cache = LogprobCache(path, "model")
-    with contextlib.closing(sqlite3.connect(path)) as former, former:
-        former.execute("INSERT INTO logprobs VALUES (?, ?)", (cache._key(sample), bytes(8)))
-    assert cache.fill([sample]) == [sample]
-
-
-def test_cache_takes_views_of_arrays_for_the_lists_they_equal() -> None:
+def test_an_array_is_found_by_the_list_it_equals() -> None:
     cache = LogprobCache(None, "model")
     cache.add([a_sample([1, 2], [3])], [[-0.5]])
     ids = memoryview(np.array([1, 2, 3], np.int32))
     assert cache.fill([a_sample(ids[:2], ids[2:])]) == []  # type: ignore[arg-type]
 
 
-def test_cache_asks_for_each_content_once() -> None:
+def test_samples_with_the_same_tokens_are_missing_once() -> None:
     cache = LogprobCache(None, "model")
     twins = [a_sample([1], [2]), a_sample([1], [2]), a_sample([1], [3])]
     asked = cache.fill(twins)
@@ -76,16 +64,14 @@ def test_cache_asks_for_each_content_once() -> None:
     assert [list(s.ref_logprobs or ()) for s in twins] == [[-0.5], [-0.5], [-0.25]]
 
 
-def test_cache_that_is_no_database_is_named_with_its_flag(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_database_is_named_with_its_flag(tmp_path: Path) -> None:
     path = tmp_path / "cache.sqlite"
     path.write_text("not a database, but long enough to be looked at" * 100)
-    with pytest.raises(
-        RasftError, match=r"cache\.sqlite, cannot be used: file is not a database.*--rasft-ref-cache"
-    ):
+    with pytest.raises(RasftError, match=r"cache\.sqlite.*--rasft-ref-cache"):
         LogprobCache(path, "model")
 
 
-def test_cache_that_another_run_holds_is_waited_for_and_then_named(
+def test_a_cache_that_another_run_locks_is_an_error_after_a_wait(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert reference._LOCK_TIMEOUT_S >= 60
@@ -94,7 +80,7 @@ def test_cache_that_another_run_holds_is_waited_for_and_then_named(
     cache = LogprobCache(path, "model")
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
         other.execute("BEGIN EXCLUSIVE")
-        with pytest.raises(RasftError, match=r"database is locked.*--rasft-ref-cache"):
+        with pytest.raises(RasftError, match=r"cache\.sqlite.*locked.*--rasft-ref-cache"):
             cache.add([a_sample([1], [2])], [[-0.5]])
         other.execute("COMMIT")
     cache.add([a_sample([1], [2])], [[-0.5]])
@@ -117,7 +103,7 @@ def equal(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_live_weights_come_back_bit_for_bit(chunks: list[torch.nn.Module], fails: bool) -> None:
+def test_the_policys_weights_come_back_bit_for_bit(chunks: list[torch.nn.Module], fails: bool) -> None:
     initial = bits(chunks)
     reference = FrozenReference(chunks)
     with torch.no_grad():
@@ -125,8 +111,8 @@ def test_live_weights_come_back_bit_for_bit(chunks: list[torch.nn.Module], fails
             for parameter in chunk.parameters():
                 parameter.mul_(1.1).add_(0.3)
         chunks[0].bias[0] = float("nan")  # type: ignore[index,operator]
-    live = bits(chunks)
-    assert not equal(live, initial)
+    policy = bits(chunks)
+    assert not equal(policy, initial)
     storages = [p.data_ptr() for c in chunks for p in c.parameters()]
     try:
         with reference.in_place():
@@ -135,18 +121,20 @@ def test_live_weights_come_back_bit_for_bit(chunks: list[torch.nn.Module], fails
                 raise RuntimeError("scoring failed")
     except RuntimeError:
         assert fails
-    assert equal(bits(chunks), live)
+    assert equal(bits(chunks), policy)
     assert [p.data_ptr() for c in chunks for p in c.parameters()] == storages
     with reference.in_place():
         assert equal(bits(chunks), initial)
 
 
 @pytest.mark.parametrize("is_tied", [False, True])
-def test_output_weight_is_the_projections(is_tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_output_weight_is_that_of_the_output_projection(
+    is_tied: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
 
     class Chunk(torch.nn.Module):
-        """Both pipeline ends, with GPTModel's names; as in Megatron the shared weight is always the embedding."""
+        """A stage with both embeddings, with GPTModel's names. As in Megatron, the shared weight is always the input embedding."""
 
         def __init__(self) -> None:
             super().__init__()

@@ -1,4 +1,4 @@
-"""When a run is to stop, and where it learns so."""
+"""A signal or the end of the given time stops a run where it checks for them."""
 
 import time
 
@@ -27,5 +27,5 @@ def test_a_signal_and_the_end_of_the_time_ask_to_stop(
         assert stop.on_rank_zero(lambda: 5) == 5
 
 
-def test_without_a_duration_time_does_not_matter() -> None:
+def test_without_a_duration_a_run_has_no_time_limit() -> None:
     assert not StopRequest(lambda: False).is_asked()
