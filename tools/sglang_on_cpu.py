@@ -1,10 +1,10 @@
-"""Starts the real SGLang server on a machine without a GPU: for tests, and to try a run before it gets GPUs.
+"""Starts the real SGLang server on a machine without a GPU: for tests, and to try a run before GPUs are available.
 
     python sglang_on_cpu.py --model-path DIR --port N [any flag of sglang.launch_server]
 
-Runs in the server's own environment (CPU torch, no sgl-kernel), which `make servers` makes, on every SGLang from
-0.5.17 to 0.5.23; tools/serve_rollouts.py --cpu uses it. SGLang starts its workers with spawn, which imports this
-file first: that is why it bridges what is missing at module level.
+Runs in the server's own environment (CPU torch, no sgl-kernel), which `make servers` creates, with SGLang 0.5.17 to 0.5.23;
+tools/serve_rollouts.py --cpu uses it. The missing modules are replaced at module level, because SGLang starts its workers with
+spawn, and each of them imports this file first.
 """
 
 import argparse
@@ -20,21 +20,21 @@ from collections.abc import Callable
 from typing import Any
 
 os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
-# More threads than cores are free make decoding a hundred times slower.
+# More threads than free cores make decoding a hundred times slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
-"""Of glibc's malloc.h."""
+"""Parameters of mallopt, from glibc's malloc.h."""
 
 DEFAULTS = {
     "--device": "cpu",
     "--attention-backend": "torch_native",
     "--sampling-backend": "pytorch",
     "--host": "127.0.0.1",
-    "--max-total-tokens": "20000",  # else the KV cache takes all the memory there is
+    "--max-total-tokens": "20000",  # without it the KV cache takes all free memory
     "--max-running-requests": "64",
 }
 
@@ -47,15 +47,15 @@ def assign_req_to_token_pool_cpu(
     out_cache_loc: torch.Tensor,
     pool_len: int,
 ) -> None:
-    """The one compiled kernel that SGLang calls without AMX: note where each request's new tokens are cached.
+    """Replaces the only compiled kernel that SGLang calls on a CPU without AMX: stores the cache slots of each request's new tokens.
 
     Args:
         req_pool_indices: [b] rows of ``req_to_token``.
-        req_to_token: [rows, pool_len] cache slot of each token; written to.
-        start_offset: [b] first token to write of each request.
-        end_offset: [b] end of them.
-        out_cache_loc: the slots, request after request.
-        pool_len: unused here.
+        req_to_token: [rows, pool_len] cache slot of each token; modified in place.
+        start_offset: [b] first token of each request whose slot is stored.
+        end_offset: [b] the token after the last one.
+        out_cache_loc: [tokens] the slots, concatenated over the requests.
+        pool_len: not used.
     """
     offset = 0
     for row, start, end in zip(
@@ -67,7 +67,7 @@ def assign_req_to_token_pool_cpu(
 
 
 def missing_kernel(name: str) -> Callable[..., Any]:
-    """Stands for a kernel that is imported but not called on the CPU's path."""
+    """Returns a placeholder for a kernel that SGLang imports but does not call on a CPU."""
     if name.startswith("__"):
         raise AttributeError(name)
 
@@ -78,7 +78,7 @@ def missing_kernel(name: str) -> Callable[..., Any]:
 
 
 def bridge() -> None:
-    """Put in place what SGLang imports or calls and a CPU does not have."""
+    """Provides the modules and functions that SGLang imports or calls and that a CPU environment lacks."""
     kernels: Any = types.ModuleType("sgl_kernel")
     kernels.__version__ = "0.0.0"
     kernels.__path__ = []
@@ -89,27 +89,27 @@ def bridge() -> None:
     try:
         importlib.import_module("torchvision")
     except RuntimeError:
-        # Linked with CUDA, it does not load beside a CPU torch: without these schemas its import, and with it
-        # transformers', fails. One that loads defines them itself, and a second definition ends the process.
+        # A torchvision built for CUDA does not load with a CPU torch. Its import, and that of transformers, succeeds once these
+        # operators are defined. A torchvision that loads defines them itself, and a second definition ends the process.
         for operator in ("nms", "qnms"):
             torch.library.define(
                 f"torchvision::{operator}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
             )
-    # /weights_checker calls both.
+    # /weights_checker calls both of these.
     torch.cuda.synchronize = lambda *args, **kwargs: None  # type: ignore[assignment]
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
 
 
 def keep_freed_memory() -> None:
-    """Have the C library reuse what it was given back: a weight sync's buckets otherwise come in page by page, at half the speed."""
-    with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
+    """Makes the C library reuse freed memory. Otherwise each bucket of a weight sync needs new pages, which halves the speed."""
+    with contextlib.suppress(OSError, AttributeError):  # not glibc
         library = ctypes.CDLL(None)
         library.mallopt(_M_MMAP_MAX, 0)
         library.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def bind_ranks(flags: list[str]) -> None:
-    """Give each tensor-parallel rank a core of its own, which SGLang asks for on one NUMA node."""
+    """Assigns one core to each tensor-parallel rank. SGLang requires this if there is only one NUMA node."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--tp", "--tp-size", "--tensor-parallel-size", type=int, default=1)
     num_ranks = parser.parse_known_args(flags)[0].tp
@@ -128,6 +128,6 @@ if __name__ == "__main__":
         if not any(a == flag or a.startswith(flag + "=") for a in sys.argv):
             sys.argv += [flag, value]
     if "--sleep-on-idle" not in sys.argv:
-        sys.argv.append("--sleep-on-idle")  # else an idle server takes half a core
+        sys.argv.append("--sleep-on-idle")  # otherwise an idle server uses half a core
     bind_ranks(sys.argv[1:])
     runpy.run_module("sglang.launch_server", run_name="__main__", alter_sys=False)

@@ -1,4 +1,4 @@
-"""Ports for servers that take long to start."""
+"""Chooses ports for servers that bind them only minutes after they are chosen."""
 
 import errno
 import random
@@ -7,17 +7,17 @@ from pathlib import Path
 
 _CONNECTIONS = Path("/proc/sys/net/ipv4/ip_local_port_range")
 _LOWEST = 15000
-"""Below it are the well-known ports of services that may start later."""
+"""Lowest port that is chosen. Services that may start later have well-known ports below it."""
 
 
 def free_port(host: str = "127.0.0.1") -> int:
-    """A port that nobody listens on, and that the system gives to no connection.
+    """Returns a port on which no process listens, below the range from which the system takes ports of outgoing connections.
 
-    A server binds its ports only when it has loaded its model. One that the system picks (port 0) comes from the range
-    that outgoing connections are given meanwhile, and is then taken; so it is drawn from below that range.
+    A server binds its port only after it has loaded its model. A port chosen by the system (port 0) comes from that range, so an
+    outgoing connection could get it in the meantime.
 
     Raises:
-        ValueError: ``host`` is no address of this machine.
+        ValueError: ``host`` is not an address of this machine.
     """
     low = _first_of_connections()
     tries = [random.SystemRandom().randrange(_LOWEST, low) for _ in range(64)] if low > _LOWEST else []
@@ -34,13 +34,13 @@ def free_port(host: str = "127.0.0.1") -> int:
 
 
 def check_port(host: str, port: int) -> None:
-    """Refuse a port that a server could not listen on.
+    """Checks that a server can listen on a port.
 
     Raises:
-        ValueError: somebody listens there, or ``host`` is no address of this machine.
+        ValueError: a process listens on it, or ``host`` is not an address of this machine.
     """
     with socket.socket(_family(host)) as probe:
-        # connections of a server that ended do not count
+        # ignores connections of an ended server, which stay for a minute
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
@@ -48,7 +48,7 @@ def check_port(host: str, port: int) -> None:
             if error.errno != errno.EADDRINUSE:
                 raise _no_address(host, error) from error
             raise ValueError(
-                f"--port {port}: somebody listens there already. Give another one, or leave it out for a free one."
+                f"--port {port} is in use. Give another port, or leave the flag out to use a free one."
             ) from error
 
 
@@ -57,12 +57,12 @@ def _family(host: str) -> socket.AddressFamily:
 
 
 def _no_address(host: str, error: OSError) -> ValueError:
-    return ValueError(f"--host {host} is no address of this machine ({error.strerror}).")
+    return ValueError(f"--host {host} is not an address of this machine ({error.strerror}).")
 
 
 def _first_of_connections() -> int:
-    """The lowest port that the system gives to outgoing connections."""
+    """Returns the lowest port that the system gives to outgoing connections."""
     try:
         return int(_CONNECTIONS.read_text().split()[0])
     except OSError:
-        return 32768  # Linux's default; elsewhere they start higher
+        return 32768  # Linux's default; other systems start higher

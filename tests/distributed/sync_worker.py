@@ -1,6 +1,6 @@
-"""One rank of test_sync.py: trainers of every layout push to real servers, and what the servers hold is looked at.
+"""One rank of test_sync.py: trainers of several layouts sync to real servers, whose weights are then compared.
 
-Usage: sync_worker.py RANK WORLD_SIZE ROOT, where ROOT/job.json says what to do:
+Usage: sync_worker.py RANK WORLD_SIZE ROOT, where ROOT/job.json holds the job:
 
     {"task": "layouts" | "faults", "model": folder, "urls": [...], "victim": url,
      "layouts": [[tp, pp, vpp, ep, expert tp], ...]}
@@ -46,7 +46,7 @@ PROMPT = [5, 17, 3, 88, 41]
 
 
 class SyncedModel:
-    """A tiny model of one layout, and the sync that pushes it."""
+    """A tiny model in one layout, and its weight sync."""
 
     def __init__(
         self, folder: HfFolder, vpp: int | None, config: SyncConfig, connect: Any = ServerClient
@@ -85,7 +85,7 @@ class SyncedModel:
         )
 
     def change(self, times: int = 1) -> None:
-        """Other weights, the same whatever the layout."""
+        """Changes the weights, in the same way for every layout."""
         with torch.no_grad():
             for chunk in self.chunks:
                 for param in chunk.parameters():
@@ -119,7 +119,7 @@ def layout(tp: int, pp: int, vpp: int | None = None, ep: int = 1, etp: int | Non
 
 
 def generated(url: str) -> list[Any]:
-    """Greedy tokens and their log-probabilities."""
+    """Returns greedy tokens and their log-probabilities."""
     body = {
         "input_ids": PROMPT,
         "sampling_params": {"max_new_tokens": 6, "temperature": 0.0, "ignore_eos": True},
@@ -144,7 +144,7 @@ def check_layouts(job: dict[str, Any], root: Path) -> None:
             model = SyncedModel(folder, sizes[2], SyncConfig(sync_bucket_mib=BUCKET_MIB, sync_timeout_s=60))
             model.change(2 * version - 1)
             push_and_compare(model, job["urls"], version, root / f"export-{version}")
-            # over the same groups
+            # uses the same groups
             model.change()
             report = model.sync.push(version + 100, job["urls"])
             assert report.proof == "" and report.synced == job["urls"], report.line()
@@ -165,7 +165,7 @@ def check_layouts(job: dict[str, Any], root: Path) -> None:
 
 
 def push_and_compare(model: SyncedModel, urls: list[str], version: int, exported: Path) -> None:
-    """After a push the servers hold, bit for bit, what they hold after loading the exported folder from disk."""
+    """Checks that a sync leaves the servers with the same bits as loading the exported folder from disk."""
     before = [generated(url) for url in urls] if dist.get_rank() == 0 else []
     report = model.sync.push(version, urls)
     assert report.synced == urls and not report.failed, report.line()
@@ -186,12 +186,12 @@ def push_and_compare(model: SyncedModel, urls: list[str], version: int, exported
 
 
 def check_faults(job: dict[str, Any], root: Path) -> None:
-    """Frozen, thawed, killed and restarted in mid-sync: named, left out, and whole again at the next sync."""
+    """Freezes and kills a server during a sync: it is named and left out, and has all weights after the next sync."""
     victim, other = job["victim"], next(u for u in job["urls"] if u != job["victim"])
     strike = {"what": "", "calls": 0}
 
-    class Struck(ServerClient):
-        """Has something happen to the victim when it is asked for its third bucket."""
+    class FailingClient(ServerClient):
+        """Acts on the victim when it is sent its third bucket."""
 
         def update_weights_from_distributed(self, **values: Any) -> None:
             if self.url == victim:
@@ -218,7 +218,7 @@ def check_faults(job: dict[str, Any], root: Path) -> None:
 
     with layout(2, 1):
         config = SyncConfig(sync_bucket_mib=BUCKET_MIB, sync_timeout_s=job["timeout_s"])
-        model = SyncedModel(HfFolder.open(job["model"]), None, config, Struck)
+        model = SyncedModel(HfFolder.open(job["model"]), None, config, FailingClient)
         assert push(1).synced == job["urls"]
         began = time.monotonic()
         check_left_out(push(2, "freeze"), 2)
@@ -242,7 +242,7 @@ def ask_once(root: Path, what: str) -> None:
 
 
 def ask(root: Path, what: str) -> None:
-    """Have the test, which owns the servers, do something to one; returns when it is done."""
+    """Has the test, which owns the servers, act on the victim. Returns when it has done so."""
     (root / f"{what}.wanted").touch()
     while not (root / f"{what}.done").exists():
         time.sleep(0.05)

@@ -1,4 +1,4 @@
-"""Weight sync from trainers of several layouts into real SGLang servers, and what happens when a server fails in it."""
+"""Weight syncs from trainers of several layouts to real SGLang servers, and syncs in which a server fails."""
 
 import json
 import threading
@@ -19,7 +19,7 @@ SIZES: dict[str, Any] = {
     "hidden_size": 256,
     "intermediate_size": 512,
     "num_hidden_layers": 4,
-    "vocab_size": 101,  # padded by the trainer and, otherwise, by the server
+    "vocab_size": 101,  # trainer and server pad it to different sizes
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 256,
@@ -41,7 +41,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Family -> folder of a tiny random model in bf16."""
+    """Returns a function: family -> folder of a tiny random model in bf16."""
     root = tmp_path_factory.mktemp("sync-models")
 
     def folder(family: str) -> Path:
@@ -76,12 +76,12 @@ def test_llama_reaches_old_and_new_servers_from_every_layout(
     run_job(tmp_path, 4, task="layouts", model=str(model), urls=[s.url for s in servers], layouts=layouts)
 
 
-def test_a_server_that_fails_in_mid_sync_is_left_out_and_comes_back(
+def test_a_server_that_fails_during_a_sync_is_left_out_and_synced_later(
     server_pool: ServerPool, folders: Callable[[str], Path], tmp_path: Path
 ) -> None:
     model = folders("Llama")
     other, victim = server_pool.pair(OLDEST, NEWEST, model)
-    with Obeying(victim, tmp_path):
+    with ServerActions(victim, tmp_path):
         run_job(
             tmp_path,
             2,
@@ -136,8 +136,8 @@ def test_experts_of_every_rank_reach_a_server(
     run_job(tmp_path, 4, task="layouts", model=str(model), urls=[server.url], layouts=layouts)
 
 
-class Obeying:
-    """Does to a server what the worker asks for in ``root``."""
+class ServerActions:
+    """Freezes, thaws, kills or restarts a server when the worker writes the name of the action to ``root``."""
 
     def __init__(self, server: RunningServer, root: Path) -> None:
         self._root = root
@@ -149,13 +149,13 @@ class Obeying:
         }
         self._server = server
         self._is_over = threading.Event()
-        self._thread = threading.Thread(target=self._obey)
+        self._thread = threading.Thread(target=self._act)
 
     def _restart(self) -> None:
         self._server.start()
         self._server.wait_until_ready()
 
-    def _obey(self) -> None:
+    def _act(self) -> None:
         while not self._is_over.wait(0.05):
             for what, act in self._actions.items():
                 if (self._root / f"{what}.wanted").exists() and not (self._root / f"{what}.done").exists():

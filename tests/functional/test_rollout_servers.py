@@ -1,4 +1,4 @@
-"""Rollouts from real SGLang servers, whole and broken: frozen, lying, paused, aborted at random."""
+"""Rollouts from real SGLang servers, healthy and faulty: frozen, paused, aborted at random, or with corrupted answers."""
 
 import math
 import random
@@ -19,7 +19,7 @@ from tests.servers.rollouts import (
     EOS,
     VERSION,
     Rollouts,
-    accounted_for,
+    check_accounting,
     in_mid_rollout,
     params,
     requests_of,
@@ -45,7 +45,7 @@ def test_logprobs_are_those_of_transformers_under_the_temperature(
                 logits = model(ids).logits[0, len(request.prompt_ids) - 1 : -1]
             wanted = torch.log_softmax(logits / temperature, -1)
             wanted = wanted.gather(1, torch.tensor(response.token_ids)[:, None])[:, 0]
-            # The server computes in the folder's fp32, but attention and sampling round on the way.
+            # The server computes in the folder's fp32, but attention and sampling round differently.
             assert torch.allclose(wanted, torch.tensor(response.logprobs, dtype=torch.float64), atol=1e-3)
 
 
@@ -69,7 +69,7 @@ def test_greedy_samples_and_stop_ids(server_pool: ServerPool, served_model: Path
 def test_samples_of_one_prompt_differ_and_follow_the_policy(
     server_pool: ServerPool, served_model: Path, version: str
 ) -> None:
-    """First tokens over many samples against the probabilities that the server itself gives."""
+    """Compares the first tokens of many samples with the probabilities that the server reports for them."""
     server = server_pool.get(version, served_model)
     num = 400
     request = Request(prompt_ids=[3, 4, 5], seeds=list(range(num)))
@@ -84,7 +84,7 @@ def test_samples_of_one_prompt_differ_and_follow_the_policy(
 
 @contextmanager
 def faulty_pair(pool: ServerPool, model: Path, **flags: Any) -> Iterator[tuple[Rollouts, FaultyProxy]]:
-    """A good server and the proxy in front of another."""
+    """Yields the engine on a healthy server and a proxy of another, and that proxy."""
     good, bad = pool.pair(OLDEST, NEWEST, model)
     with ExitStack() as stack:
         proxy = stack.enter_context(FaultyProxy(bad.url))
@@ -92,7 +92,7 @@ def faulty_pair(pool: ServerPool, model: Path, **flags: Any) -> Iterator[tuple[R
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_spoilt_answer_costs_no_sample_and_the_server_its_place(
+def test_a_corrupted_answer_costs_no_sample_and_quarantines_the_server(
     server_pool: ServerPool, served_model: Path, fault: str
 ) -> None:
     with faulty_pair(server_pool, served_model, rollout_watch_s=4.0) as (rollouts, proxy):
@@ -106,13 +106,15 @@ def test_a_spoilt_answer_costs_no_sample_and_the_server_its_place(
         assert [r.url for r in rollouts.fleet.find()][1] == proxy.url
         assert len(rollouts.fleet.serving(VERSION)) == 1
         again = rollouts.generate(requests_of(10)).report
-        assert proxy.url not in again.samples_by_server, "it is not asked before a full sync"
+        assert proxy.url not in again.samples_by_server, "it is not sampled before a full sync"
         rollouts.fleet.admit(proxy.url, VERSION)
         again = rollouts.generate(requests_of(10)).report
         assert again.num_finished == 20 and proxy.url in again.samples_by_server
 
 
-def test_a_server_frozen_in_mid_rollout(server_pool: ServerPool, served_model: Path) -> None:
+def test_a_server_that_freezes_while_sampling_is_quarantined(
+    server_pool: ServerPool, served_model: Path
+) -> None:
     first, second = server_pool.pair(OLDEST, NEWEST, served_model)
     with Rollouts(first.url, second.url, rollout_watch_s=10.0) as rollouts:
         in_mid_rollout(rollouts, (first.url, second.url), requests_of(80))
@@ -137,7 +139,7 @@ def test_a_prompt_too_long_for_the_server_is_refused_and_quoted(
     assert "2 samples were refused" in rollouts.said[0] and "128 tokens" in rollouts.said[0]
 
 
-def test_a_paused_server_ends_nothing_and_goes_on_where_it_was(
+def test_samples_of_a_paused_server_continue_where_they_were(
     server_pool: ServerPool, served_model: Path
 ) -> None:
     server = server_pool.get(NEWEST, served_model)
@@ -154,7 +156,7 @@ def test_a_paused_server_ends_nothing_and_goes_on_where_it_was(
 def test_a_thousand_prompts_of_eight_samples_with_random_aborts(
     server_pool: ServerPool, served_model: Path
 ) -> None:
-    """Every one of 8,000 samples comes back, none of them twice, and the aborted ones have no seam."""
+    """All of 8,000 samples are returned exactly once, and aborted ones continue from their tokens."""
     first, second = server_pool.pair(OLDEST, NEWEST, served_model)
     requests = requests_of(1000, 8)
     stop = threading.Event()
@@ -179,7 +181,7 @@ def test_a_thousand_prompts_of_eight_samples_with_random_aborts(
     print(answers.report.describe())
 
 
-def test_two_runs_at_a_server_without_room_for_both_get_every_sample(
+def test_two_runs_that_share_a_full_server_get_every_sample(
     server_pool: ServerPool, served_model: Path
 ) -> None:
     server = server_pool.get(
@@ -190,7 +192,7 @@ def test_two_runs_at_a_server_without_room_for_both_get_every_sample(
         one.engine.start(requests, params(max_new_tokens=40), VERSION)
         answers = [other.generate(requests, params(max_new_tokens=40)), one.engine.result()]
     for found in answers:
-        accounted_for(requests, found)
+        check_accounting(requests, found)
         assert found.report.num_finished == 40 and found.report.num_quarantined == 0
     assert sum(found.report.num_turned_away for found in answers) > 0
     assert one.said == other.said == []

@@ -12,7 +12,7 @@ from tests.servers.running import NEWEST, OLDEST, VERSIONS, ServerPool
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_what_a_real_server_says_of_itself(server_pool: ServerPool, served_model: Path, version: str) -> None:
+def test_a_real_server_is_probed(server_pool: ServerPool, served_model: Path, version: str) -> None:
     server = server_pool.get(version, served_model)
     with ServerClient(server.url) as client:
         info = client.probe()
@@ -26,7 +26,7 @@ def test_what_a_real_server_says_of_itself(server_pool: ServerPool, served_model
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_the_steps_around_an_update_on_a_real_server(
+def test_the_requests_around_an_update_of_a_real_server(
     server_pool: ServerPool, served_model: Path, version: str
 ) -> None:
     server = server_pool.get(version, served_model)
@@ -53,7 +53,7 @@ def test_the_steps_around_an_update_on_a_real_server(
         assert len(values) == 4
 
 
-def test_a_session_left_open_is_refused_and_can_be_closed(
+def test_a_second_update_session_is_refused_until_the_first_is_closed(
     server_pool: ServerPool, served_model: Path
 ) -> None:
     server = server_pool.get(NEWEST, served_model)
@@ -66,7 +66,9 @@ def test_a_session_left_open_is_refused_and_can_be_closed(
         client.end_weight_update()
 
 
-def test_a_frozen_server_costs_no_more_than_the_deadline(server_pool: ServerPool, served_model: Path) -> None:
+def test_a_request_to_a_frozen_server_ends_at_its_deadline(
+    server_pool: ServerPool, served_model: Path
+) -> None:
     server = server_pool.get(OLDEST, served_model)
     server.freeze()
     try:

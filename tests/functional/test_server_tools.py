@@ -1,4 +1,4 @@
-"""A server started by tools/serve_rollouts.py is found by its file, passes tools/check_servers.py and signs off."""
+"""tools/serve_rollouts.py and tools/check_servers.py with real servers."""
 
 import os
 import signal
@@ -31,7 +31,7 @@ def start_serving(log: Path, *flags: str) -> subprocess.Popen[bytes]:
 
 
 def processes_of(text: str) -> Sequence[str]:
-    """Command lines on this machine that hold ``text``."""
+    """Returns the command lines of all processes on this machine that contain ``text``."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
@@ -44,7 +44,7 @@ def processes_of(text: str) -> Sequence[str]:
 
 
 @pytest.mark.servers
-def test_a_tensor_parallel_server_is_served_checked_and_stopped(
+def test_a_tensor_parallel_server_is_started_checked_and_stopped(
     served_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     servers, log = tmp_path / "servers.txt", tmp_path / "serve.log"
@@ -59,7 +59,7 @@ def test_a_tensor_parallel_server_is_served_checked_and_stopped(
         (url,) = read_addresses(servers)
         with ServerClient(url) as stranger, pytest.raises(ServerError, match="--rollout-api-key-env"):
             stranger.probe()
-        assert processes_of(key) == [], "a command line is read by every user of the machine"
+        assert processes_of(key) == [], "every user of the machine can read a command line"
         with ServerClient(url, api_key=key) as client:
             before = client.checksums()
             assert client.probe().tp_size == len(before) == 2
@@ -95,47 +95,44 @@ def test_every_unfit_server_is_named_with_its_fault(
     assert good.startswith(f"ok    {server.url}") and "no update session" in good and "GB/s" in good
     assert dead.startswith("FAIL  http://127.0.0.1:1  cannot be reached")
     assert lying.startswith(f"FAIL  {liar.url}") and "outside the vocabulary" in lying
-    assert double == f"FAIL  {again}  is the same server as {server.url}: name it once"
+    assert double.startswith(f"FAIL  {again}") and server.url in double
     assert count == "1 of 4 servers are fit"
 
     other = write_model(tmp_path / "other", hidden_size=32)
     done = run_check("--hf-model", str(other), "--urls", server.url)
     assert done.returncode == 1
-    assert "another model" in done.stdout and "hidden_size is 64 there, 32 here" in done.stdout
+    assert "hidden_size is 64" in done.stdout and "32" in done.stdout
 
 
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--urls", "localhost"], "--urls: 'localhost' is no address"),
-        ([], "no server is named"),
+        (["--urls", "localhost"], "error: --urls: 'localhost'"),
+        ([], "--server-file"),
         (["--urls", "http://a:1", "--api-key-env", "NOT_SET_HERE"], "--api-key-env NOT_SET_HERE"),
     ],
 )
-def test_flags_that_make_no_sense_to_check_servers(served_model: Path, flags: list[str], said: str) -> None:
+def test_check_servers_refuses_wrong_flags(served_model: Path, flags: list[str], said: str) -> None:
     done = run_check("--hf-model", str(served_model), *flags)
     assert done.returncode == 2 and said in done.stderr and done.stdout == ""
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "code", "named"),
     [
-        (["--model", "/nothing"], "--model /nothing holds no config.json"),
-        (["--model", "MODEL", "--tp", "0"], "--tp must be >= 1, got 0"),
-        (["--model", "MODEL", "--host", "192.0.2.1"], "--host 192.0.2.1 is no address of this machine"),
-        (["--model", "MODEL", "--cpu", "--python", "/nothing/python"], "--python /nothing/python"),
-        (["--model", "MODEL", "--cpu", "--", "--no-such-flag"], "ended with status"),
-        (
-            ["--model", "MODEL", "--api-key-env", "HOME", "--", "--config", "x"],
-            "--api-key-env does not go with",
-        ),
+        (["--model", "/nothing"], 2, "error: --model /nothing"),
+        (["--model", "MODEL", "--tp", "0"], 2, "error: --tp"),
+        (["--model", "MODEL", "--host", "192.0.2.1"], 2, "error: --host 192.0.2.1"),
+        (["--model", "MODEL", "--cpu", "--python", "/nothing/python"], 2, "error: --python /nothing/python"),
+        (["--model", "MODEL", "--cpu", "--", "--no-such-flag"], 1, "error: the server ended with status"),
+        (["--model", "MODEL", "--api-key-env", "HOME", "--", "--config", "x"], 2, "error: --api-key-env"),
     ],
 )
-def test_flags_that_make_no_sense_to_serve_rollouts(
-    served_model: Path, tmp_path: Path, flags: list[str], said: str
+def test_serve_rollouts_refuses_wrong_flags(
+    served_model: Path, tmp_path: Path, flags: list[str], code: int, named: str
 ) -> None:
     server_python(NEWEST)
     log = tmp_path / "log"
     process = start_serving(log, *[str(served_model) if f == "MODEL" else f for f in flags])
-    assert process.wait(200) == 1
-    assert f"serve_rollouts: {said}" in log.read_text() or said in log.read_text().splitlines()[-1]
+    assert process.wait(200) == code
+    assert named in log.read_text().splitlines()[-1]

@@ -1,4 +1,4 @@
-"""Servers that die while they sample: last of the server tests, since those after it start their servers anew."""
+"""Servers that die while they sample. These tests run last of the server tests, because later ones would restart the servers."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ from tests.servers.rollouts import VERSION, Rollouts, in_mid_rollout, params, re
 from tests.servers.running import NEWEST, OLDEST, ServerPool
 
 
-def test_a_server_killed_in_mid_rollout_and_restarted_with_old_weights(
+def test_a_server_that_is_killed_while_sampling_and_restarted_has_old_weights(
     server_pool: ServerPool, served_model: Path
 ) -> None:
     first, second = server_pool.pair(OLDEST, NEWEST, served_model)
@@ -24,14 +24,14 @@ def test_a_server_killed_in_mid_rollout_and_restarted_with_old_weights(
         assert [r.url for r in rollouts.fleet.find()] == [first.url, second.url]
         assert [r.url for r in rollouts.fleet.serving(VERSION)] == [first.url]
         rollouts.said.clear()
-        # What a trainer that trusted it anyway would get: it still has the weights it started with.
+        # The restarted server has the weights of its start. Sampling notices it even if the trainer admits the server.
         rollouts.fleet.admit(second.url, VERSION)
         _, report = rollouts.engine.generate(requests_of(10), params(), VERSION)
         assert report.num_finished == 20 and set(report.samples_by_server) == {first.url}
         assert "is back" in rollouts.said[0] and "was it restarted?" in rollouts.said[1]
 
 
-def test_when_both_servers_die_the_run_goes_on_with_what_there_is(
+def test_a_run_whose_servers_die_gets_the_finished_samples(
     server_pool: ServerPool, served_model: Path
 ) -> None:
     first, second = server_pool.pair(OLDEST, NEWEST, served_model)

@@ -1,4 +1,4 @@
-"""A proxy in front of a real server that spoils its answers, for faults that no real process makes on demand."""
+"""A proxy that corrupts a real server's answers, for faults that a real server cannot be made to show."""
 
 import http.client
 import json
@@ -56,7 +56,7 @@ FAULTS = (*LIES, "error 500", "out of memory", "garbage", "truncated", "cut off"
 
 
 class FaultyProxy:
-    """Passes everything on to ``target``; answers to /generate get the fault while one is set.
+    """Forwards all requests to a server. While ``fault`` is set, answers to /generate are corrupted accordingly.
 
     Args:
         target: address of the real server.
@@ -83,7 +83,7 @@ class FaultyProxy:
             request_queue_size = 256
 
             def handle_error(self, *args: Any) -> None:
-                pass  # a client that went away
+                pass  # the client has closed the connection
 
         self._server = Server(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
@@ -111,7 +111,7 @@ class FaultyProxy:
             if fault == "cut off":
                 handler.connection.close()
                 return
-            status, content = _spoilt(fault, status, content)
+            status, content = _corrupted(fault, status, content)
         handler.send_response(status)
         handler.send_header("Content-Type", "application/json")
         handler.send_header("Content-Length", str(len(content) * (2 if fault == "truncated" else 1)))
@@ -128,7 +128,7 @@ class FaultyProxy:
             connection.close()
 
 
-def _spoilt(fault: str, status: int, content: bytes) -> tuple[int, bytes]:
+def _corrupted(fault: str, status: int, content: bytes) -> tuple[int, bytes]:
     if fault == "error 500":
         return 500, b"Internal Server Error"
     if fault == "out of memory":
@@ -143,8 +143,8 @@ def _spoilt(fault: str, status: int, content: bytes) -> tuple[int, bytes]:
 
 
 def wait_for(condition: Callable[[], bool], timeout_s: float = 120.0) -> None:
-    """Until something happens in another thread or process."""
+    """Waits until a condition that another thread or process brings about is true."""
     deadline = time.monotonic() + timeout_s
     while not condition():
-        assert time.monotonic() < deadline, "what the test waits for has not come"
+        assert time.monotonic() < deadline, "the condition did not become true in time"
         time.sleep(0.02)

@@ -1,4 +1,4 @@
-"""The engine over real servers, and what must hold of everything it returns."""
+"""The rollout engine on real servers, and checks that every result must pass."""
 
 import random
 from typing import Any
@@ -41,7 +41,7 @@ def requests_of(num: int, num_samples: int = 2) -> list[Request]:
 
 
 class Rollouts:
-    """The engine over some addresses, all of them labelled with and admitted at ``VERSION``."""
+    """The engine on the servers at some addresses, all labelled with and admitted at ``VERSION``."""
 
     def __init__(self, *urls: str, **flags: Any) -> None:
         self.said: list[str] = []
@@ -59,7 +59,7 @@ class Rollouts:
 
     def generate(self, requests: list[Request], sampling: SamplingParams | None = None) -> Answers:
         answers = self.engine.generate(requests, sampling or params(), VERSION)
-        accounted_for(requests, answers)
+        check_accounting(requests, answers)
         return answers
 
     def __enter__(self) -> "Rollouts":
@@ -70,8 +70,8 @@ class Rollouts:
         self.records.close()
 
 
-def accounted_for(requests: list[Request], answers: Answers) -> None:
-    """Every sample is in the report once, and what came back is whole."""
+def check_accounting(requests: list[Request], answers: Answers) -> None:
+    """Checks that the report counts every sample once, and that every response is complete."""
     report = answers.report
     assert sum(report.outcomes.values()) == report.num_samples == sum(len(r.seeds) for r in requests)
     assert [len(group) for group in answers.responses] == [len(r.seeds) for r in requests]
@@ -85,7 +85,7 @@ def accounted_for(requests: list[Request], answers: Answers) -> None:
 
 
 def in_mid_rollout(rollouts: Rollouts, urls: tuple[str, str], requests: list[Request]) -> None:
-    """Start sampling and return when both servers are at work and have finished something."""
+    """Starts sampling, and returns when both servers have finished some samples."""
     before = {r.url: r.num_samples for r in rollouts.fleet.records}
     rollouts.engine.start(requests, params(max_new_tokens=40, stop_ids=frozenset({VOCABULARY - 1})), VERSION)
     wait_for(lambda: all(r.num_samples > before[r.url] + 2 for r in rollouts.fleet.records if r.url in urls))

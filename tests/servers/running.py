@@ -1,17 +1,17 @@
 """Real SGLang servers on the CPU, for tests.
 
-A test asks the session's pool, the fixture ``server_pool`` of tests/conftest.py, for what it needs:
+A test gets servers from the session's pool, the fixture ``server_pool`` of tests/conftest.py:
 
     def test_something(server_pool: ServerPool, model: Path) -> None:
-        server = server_pool.get("0.5.23", model)           # ready to answer; started at the first call only
-        control = ServerClient(server.url)
+        server = server_pool.get("0.5.23", model)           # ready; started at the first call only
+        client = ServerClient(server.url)
 
-Starting one takes half a minute or more, so servers are kept between tests and handed out again for the same version,
-model and flags: with the model's own weights (label ``default``), unpaused. Two at most are up at once (2 GB each);
-``get`` stops the one that was asked for longest ago. A test may kill, freeze or ruin the server it got: one that
-does not answer is started again at the next ``get``. A test that needs two asks for ``pair``.
+Starting a server takes half a minute or more, so servers are kept between tests. A test gets a kept server of the same version, model
+and flags, reset to the model's own weights (label ``default``) and not paused. At most two servers run at once (2 GB each); ``get``
+stops the least recently used one. A test may kill, freeze or break its server: a server that does not answer is started again at
+the next ``get``. A test that needs two servers calls ``pair``.
 
-``VERSIONS`` are those that tests/ is run against; ``make servers`` installs them.
+The tests use the versions of SGLang in ``VERSIONS``, which ``make servers`` installs.
 """
 
 import os
@@ -29,7 +29,7 @@ from megatron_rasft.tools.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 VERSIONS = ("0.5.17", "0.5.23")
-"""The oldest and the newest that the tests run against; they differ in the update session and the version spans."""
+"""The oldest and the newest version that is tested. Only the newest has update sessions and reports spans of versions."""
 OLDEST, NEWEST = VERSIONS
 
 _START_S = 400.0
@@ -37,7 +37,7 @@ _MOST_AT_ONCE = 2
 
 
 def server_python(version: str) -> Path:
-    """The interpreter of a version's environment; the test fails where ``make servers`` has not been run."""
+    """Returns the interpreter of a version's environment. The test fails if ``make servers`` has not been run."""
     python = ROOT / f".venv-sglang-{version}" / "bin" / "python"
     if not python.exists():
         pytest.fail(
@@ -50,9 +50,9 @@ class RunningServer:
     """One server process with its children, in a process group of its own.
 
     Args:
-        version: of SGLang.
+        version: version of SGLang.
         model: Hugging Face folder.
-        log: file for what the server prints.
+        log: file for the server's output.
         flags: further flags of sglang.launch_server.
     """
 
@@ -66,7 +66,7 @@ class RunningServer:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Launch the processes and return at once; the same port again after a stop."""
+        """Starts the processes and returns at once. After a stop the same port is used again."""
         command = [str(server_python(self.version)), str(ROOT / "tools" / "sglang_on_cpu.py")]
         command += ["--model-path", str(self.model), "--port", str(self.port)]
         command += ["--nccl-port", str(free_port()), *self.flags]
@@ -79,7 +79,7 @@ class RunningServer:
             )
 
     def wait_until_ready(self, timeout_s: float = _START_S) -> None:
-        """Until it has generated a token; the test fails with the end of the log if it does not come up."""
+        """Waits until the server has generated a token. If it does not, the test fails and shows the end of the log."""
         deadline = time.monotonic() + timeout_s
         with ServerClient(self.url) as control:
             while True:
@@ -100,7 +100,7 @@ class RunningServer:
         return self._process is not None and self._process.poll() is None
 
     def answers(self) -> bool:
-        """Whether it generates: looked at before it is handed out again."""
+        """Whether the server still generates."""
         if not self.is_alive:
             return False
         try:
@@ -112,7 +112,7 @@ class RunningServer:
         return True
 
     def reset(self) -> None:
-        """The model's own weights and the label of a fresh start, unpaused, whatever a test has sent it."""
+        """Resets the server to the model's own weights and the label of a fresh start, and resumes it."""
         with ServerClient(self.url, deadline_s=60.0) as control:
             control.pause("abort")
             control.update_weights_from_disk(self.model)
@@ -120,20 +120,20 @@ class RunningServer:
             control.resume()
 
     def freeze(self) -> None:
-        """Stop every process where it is: a hung server, whose connections stay open."""
+        """Stops every process, like a server that hangs: its connections stay open."""
         self._signal(signal.SIGSTOP)
 
     def thaw(self) -> None:
         self._signal(signal.SIGCONT)
 
     def kill(self) -> None:
-        """SIGKILL, children first of all included; returns when they are gone."""
+        """Kills the server and its children, and returns when the server has ended."""
         self._signal(signal.SIGKILL)
         if self._process is not None:
             self._process.wait(60)
 
     def log_tail(self, num_lines: int = 25) -> str:
-        """The last lines of the log, each cut to a readable length."""
+        """Returns the last lines of the log, each cut to a readable length."""
         lines = (
             self.log.read_text(encoding="utf-8", errors="replace").splitlines() if self.log.exists() else []
         )
@@ -154,11 +154,11 @@ class ServerPool:
         self._num_started = 0
 
     def get(self, version: str, model: Path, *flags: str) -> RunningServer:
-        """A server of this kind that answers, with the model's own weights."""
+        """Returns a server that answers and has the model's own weights."""
         return self._ready([(version, model, flags, 0)])[0]
 
     def pair(self, first: str, second: str, model: Path, *flags: str) -> tuple[RunningServer, RunningServer]:
-        """Two servers at once, started side by side."""
+        """Returns two servers, which are started at the same time."""
         kinds = [(first, model, flags, 0), (second, model, flags, int(first == second))]
         a, b = self._ready(kinds)
         return a, b
@@ -171,7 +171,7 @@ class ServerPool:
                 server = None
             if server is not None:
                 server.reset()
-                self._servers[kind] = server  # last: asked for most recently
+                self._servers[kind] = server  # moved to the end: the most recently used
         for kind in kinds:
             if kind not in self._servers:
                 while len(self._servers) >= _MOST_AT_ONCE:
@@ -187,12 +187,12 @@ class ServerPool:
         return [self._servers[kind] for kind in kinds]
 
     def logs(self) -> str:
-        """The end of every log, for the report of a failed test."""
+        """Returns the end of every log, for the report of a failed test."""
         parts = [f"--- SGLang {s.version} at {s.url}\n{s.log_tail()}" for s in self._servers.values()]
         return "\n".join(parts)
 
     def close(self) -> None:
-        """Kill every server that is still up."""
+        """Kills every server that is still running."""
         for server in self._servers.values():
             server.kill()
         self._servers.clear()

@@ -1,4 +1,4 @@
-"""Servers come and go in one file, from several processes at once, and a bad line is named."""
+"""The server file: several processes add and remove addresses at once, and an invalid line is named."""
 
 import multiprocessing
 from pathlib import Path
@@ -74,7 +74,7 @@ def test_no_server_is_lost_when_many_sign_on_at_once(tmp_path: Path) -> None:
     assert sorted(read_addresses(path)) == [f"http://staying:{i + 1}" for i in range(3)]
 
 
-def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match=r"model\.safetensors cannot be read"):

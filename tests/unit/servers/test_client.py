@@ -1,4 +1,4 @@
-"""The control plane against what a server answers and what it should never answer; without a network."""
+"""The HTTP client with valid, failing and invalid answers, without a network."""
 
 import json
 import socket
@@ -49,7 +49,7 @@ def test_a_refusal_names_the_server_and_quotes_it(answer: httpx.Response, said: 
     assert (caught.value.server, caught.value.status) == ("http://server:1", answer.status_code)
 
 
-def test_older_spellings_are_found_and_missing_endpoints_noticed() -> None:
+def test_endpoints_of_older_servers_are_found_and_missing_ones_noticed() -> None:
     def old(request: httpx.Request) -> httpx.Response:
         answers = {
             "/get_server_info": {"version": "0.5.9", "tp_size": 4, "max_total_num_tokens": 1000},
@@ -74,18 +74,18 @@ def test_older_spellings_are_found_and_missing_endpoints_noticed() -> None:
     ],
     ids=["size", "architectures", "count", "label"],
 )
-def test_a_server_that_says_of_itself_what_cannot_be_is_named(info: dict[str, Any]) -> None:
+def test_a_server_with_an_invalid_server_info_is_named(info: dict[str, Any]) -> None:
     answer = httpx.Response(200, json={"model_path": "/nowhere", **info})
     with pytest.raises(ServerError, match=r"http://server:1: .*/server_info"):
         client_of(lambda request: answer).probe()
 
 
-def test_brackets_without_end_are_no_answer() -> None:
+def test_an_answer_of_nested_brackets_is_an_error() -> None:
     with pytest.raises(ServerError, match="/server_info"):
         client_of(lambda request: httpx.Response(200, content=b"[" * 10**6)).probe()
 
 
-def test_keys_go_where_the_server_wants_them() -> None:
+def test_each_request_carries_its_key() -> None:
     seen = {}
 
     def answer(request: httpx.Request) -> httpx.Response:
@@ -105,7 +105,7 @@ def test_flushing_waits_for_requests_to_leave_and_gives_up_in_time() -> None:
         client_of(lambda request: httpx.Response(400, text="Flush cache failed.")).flush_cache(deadline_s=0.3)
 
 
-def test_a_full_server_is_asked_again_for_a_probe_until_the_deadline(
+def test_a_generation_is_retried_on_a_full_server_until_the_deadline(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(client, "_FULL_RETRY_S", 0.05)
@@ -118,7 +118,7 @@ def test_a_full_server_is_asked_again_for_a_probe_until_the_deadline(
         client_of(lambda request: httpx.Response(500)).generate({})
 
 
-def test_a_connection_that_comes_after_the_deadline_is_ended_at_once() -> None:
+def test_a_connection_that_opens_after_the_deadline_is_closed_at_once() -> None:
     ours, theirs = socket.socketpair()
 
     class Stream:
@@ -167,7 +167,7 @@ def test_headers_that_trickle_in_end_at_the_deadline() -> None:
 
     def trickle(listener: socket.socket) -> None:
         connection, _ = listener.accept()
-        with connection, suppress(OSError):  # the other side has hung up
+        with connection, suppress(OSError):  # the client has closed the connection
             for byte in answer:
                 connection.sendall(bytes([byte]))
                 time.sleep(0.05)
@@ -204,8 +204,8 @@ def test_an_address_where_nothing_listens_cannot_be_reached() -> None:
         ServerClient("http://127.0.0.1:1/").probe(deadline_s=20.0)
 
 
-def test_cache_is_flushed_after_the_disk_and_not_by_it() -> None:
-    """Asked to flush as it loads, SGLang ends if a request is still leaving; here it leaves at the second try."""
+def test_the_cache_is_flushed_by_a_request_after_an_update_from_disk() -> None:
+    """SGLang ends if the update itself flushes while a request is leaving. Here the request leaves before the second try."""
     asked: list[tuple[str, object]] = []
 
     def answer(request: httpx.Request) -> httpx.Response:

@@ -1,4 +1,4 @@
-"""A key that no request could carry is refused where it is read, and never quoted."""
+"""A key that a request cannot carry is refused when it is read, and is never quoted."""
 
 import pytest
 
@@ -19,7 +19,9 @@ def test_a_variable_without_a_key_is_named(monkeypatch: pytest.MonkeyPatch, name
 
 
 @pytest.mark.parametrize("key", ["hidden\n", "hidden\r", " hidden", "hid\tden", "hid\nden", "hiddén"])
-def test_what_no_header_carries_is_refused_unquoted(monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+def test_a_key_that_a_header_cannot_carry_is_refused_and_not_quoted(
+    monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
     monkeypatch.setenv("KEY", key)
     with pytest.raises(ValueError, match="--key-env KEY:") as caught:
         read_key("--key-env", "KEY")

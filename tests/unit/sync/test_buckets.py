@@ -1,4 +1,4 @@
-"""Buckets: bounded, whole where tensors belong together, aligned, and never two in one place."""
+"""Buckets are bounded and aligned, keep related tensors together, and never overlap in the arena."""
 
 import math
 from typing import NamedTuple
@@ -47,7 +47,7 @@ def test_everything_is_sent_once_in_order_and_fits(wire_format: WireFormat, limi
         assert bucket.num_bytes <= limit or len({name_on_server(name) for name in bucket.hf_names}) == 1
 
 
-def test_what_the_server_fuses_travels_together() -> None:
+def test_tensors_that_the_server_fuses_are_in_one_bucket() -> None:
     for limit in (1, 20_000, 30_000, 50_000):
         homes: dict[str, set[int]] = {}
         for index, bucket in enumerate(plan_buckets(model(), FP8, limit)):
@@ -84,11 +84,12 @@ def test_a_set_larger_than_the_bucket_goes_alone() -> None:
     plan = MemoryPlan.make(model(vocab=10_000), BF16, 100_000, 1)
     alone = next(b for b in plan.buckets if b.num_bytes > 100_000)
     assert alone.hf_names == ("model.embed_tokens.weight",)
+    assert all(b.num_bytes <= 100_000 for b in plan.buckets if b is not alone)
     assert plan.peak_bytes == pytest.approx(2 * alone.num_bytes, abs=64)
 
 
 @pytest.mark.parametrize("bucket_bytes", [60_000, 130_000, 200_000])
-def test_a_bucket_is_never_filled_where_one_is_being_sent(bucket_bytes: int) -> None:
+def test_a_bucket_never_overlaps_the_one_being_sent(bucket_bytes: int) -> None:
     plan = MemoryPlan.make(model(num_layers=6), BF16, bucket_bytes, 1)
     arena = Arena(plan.arena_bytes, torch.device("cpu"))
     in_flight: tuple[int, int] | None = None
@@ -115,14 +116,14 @@ def test_the_first_buckets_are_small_so_that_sending_begins_early() -> None:
     assert all(192 < size <= 256 for size in sizes[3:-1]) and len(sizes) > 6
 
 
-def test_what_other_processes_map_is_memory_of_its_own() -> None:
+def test_each_shared_bucket_has_memory_of_its_own() -> None:
     plan = MemoryPlan.make(model(num_layers=6), BF16, 130_000, 1)
     apart = Arena(plan.arena_bytes, torch.device("cpu"))
     shared = Arena(plan.arena_bytes, torch.device("cpu"), is_shared=True)
     held = []
     for bucket in plan.buckets:
         place = shared.place(bucket.num_bytes)
-        assert place == apart.place(bucket.num_bytes), "as much at once as without"
+        assert place == apart.place(bucket.num_bytes), "the same places as in memory that is not shared"
         for arena in (apart, shared):
             arena.sent(place)
         if place is not None:

@@ -1,4 +1,4 @@
-"""What a server on the trainer's machine is sent."""
+"""Payloads for servers on the trainer's machine."""
 
 import base64
 import pickle
@@ -11,13 +11,15 @@ from megatron_rasft.sync.wire_format import WireFormat
 from tests.unit.sync.test_buckets import model
 
 
-def test_a_bucket_goes_as_one_tensor_with_the_place_of_each() -> None:
+def test_a_bucket_is_sent_as_one_tensor_with_the_place_of_each_tensor() -> None:
     served = WireFormat(torch.bfloat16, is_block_fp8=True)
     (bucket,) = plan_buckets(model(), served, 10**9)
     arena = torch.randint(0, 256, (bucket.num_bytes + 64,), dtype=torch.uint8)
     memory = arena[32:-32]
     payload = base64.b64decode(serialize_bucket(bucket, memory))
-    assert len(payload) < arena.numel() + 10_000  # once, however many tensors look into it
+    assert (
+        len(payload) < arena.numel() + 10_000
+    )  # the memory is sent once, although every tensor is a view of it
 
     sent = pickle.loads(payload)
     assert torch.equal(sent["flattened_tensor"], memory)

@@ -1,4 +1,4 @@
-"""Update groups: the rendezvous, and whose fault a failed broadcast is."""
+"""Update groups: the rendezvous, and which server a failed broadcast names."""
 
 import os
 import subprocess
@@ -69,7 +69,7 @@ def test_every_server_gets_the_bytes(
 def test_servers_and_trainer_leave_a_group_together(
     servers: tuple[StandIn, StandIn], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """NCCL of a server on the same node may not be able to before the trainer does."""
+    """On one node a server's NCCL may be unable to leave before the trainer's does."""
     joined = group(*servers)
     has_left = threading.Event()
     abort = joined.abort
@@ -81,10 +81,10 @@ def test_servers_and_trainer_leave_a_group_together(
 
 
 @pytest.mark.parametrize("agent", ["True", "False"])
-def test_the_store_is_made_under_torchrun_too(
+def test_the_store_is_created_under_torchrun_too(
     agent: str, servers: tuple[StandIn, StandIn], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """torchrun tells torch's rendezvous that a server is there already; at this address there is none."""
+    """torchrun makes torch's own rendezvous expect an existing store, but there is none at this address."""
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", agent)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", "1")
@@ -163,13 +163,13 @@ except GroupFailure as failure:
 """
 
 
-def test_a_collective_that_nothing_ends_does_not_keep_the_process() -> None:
+def test_a_collective_that_never_ends_does_not_keep_the_process_alive() -> None:
     root = Path(__file__).parents[3]
     done = subprocess.run(
         [sys.executable, "-c", STUCK],
         cwd=root,
         env={**os.environ, "PYTHONPATH": str(root)},
-        timeout=120,  # else it would be an hour
+        timeout=120,  # otherwise the process would live for an hour
         capture_output=True,
         text=True,
     )
@@ -178,7 +178,7 @@ def test_a_collective_that_nothing_ends_does_not_keep_the_process() -> None:
 
 
 class NcclStandIn:
-    """A group over NCCL whose broadcast takes ``looks`` looks; keeps what it was made and used with."""
+    """Replaces torch's NCCL group. Its broadcast is complete after ``looks`` checks; it records how it was created and used."""
 
     Options = type("Options", (), {})
 
@@ -203,7 +203,7 @@ class NcclStandIn:
 
 @pytest.fixture
 def over_nccl(monkeypatch: pytest.MonkeyPatch) -> tuple[UpdateGroup, NcclStandIn]:
-    """A group as it is on a GPU, without one."""
+    """A group over NCCL, without a GPU."""
     monkeypatch.setattr(dist, "ProcessGroupNCCL", NcclStandIn)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     joined: Any = UpdateGroup.__new__(UpdateGroup)
@@ -224,7 +224,7 @@ def over_nccl(monkeypatch: pytest.MonkeyPatch) -> tuple[UpdateGroup, NcclStandIn
 def test_an_error_of_nccl_does_not_end_the_trainer(
     over_nccl: tuple[UpdateGroup, NcclStandIn], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Torch's watchdog would: it is started unless waits block, and tears down unless errors are not its own to handle."""
+    """torch's watchdog would. It starts unless waits block, and ends the process unless its error handling is off."""
     made_with = over_nccl[1].environment
     assert (
         made_with["TORCH_NCCL_BLOCKING_WAIT"] == "1" and made_with["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == "0"
@@ -243,7 +243,7 @@ def test_over_nccl_no_stream_of_the_trainer_waits_for_the_servers(
     assert backend.events == ["broadcast on its own stream", "wait, done"]
 
 
-def test_nccl_is_prepared_to_meet_sglangs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nccl_gets_the_settings_of_sglang(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "environ", {"NCCL_SOCKET_IFNAME": "eth0"})
     prepare_nccl()
     assert os.environ["NCCL_CUMEM_ENABLE"] == "0" and os.environ["NCCL_SOCKET_IFNAME"] == "eth0"
@@ -270,7 +270,7 @@ def test_an_error_of_torch_is_one_line_with_its_cause(text: str, says: str) -> N
     assert _cause(RuntimeError(text)) == says
 
 
-def test_the_address_is_the_one_the_servers_reach() -> None:
+def test_the_address_is_that_of_the_route_to_the_servers() -> None:
     assert local_address(["http://127.0.0.1:30000", "http://localhost:30001"]) == "127.0.0.1"
     with pytest.raises(ValueError, match="--sync-address"):
         local_address(["http://no.such.host.invalid:30000"])
@@ -283,7 +283,7 @@ def test_a_named_interface_decides_on_the_address() -> None:
     )
 
 
-def test_an_address_is_known_for_this_machines() -> None:
+def test_addresses_of_this_machine_are_recognised() -> None:
     assert is_own_address("127.0.0.1") and is_own_address("localhost")
     assert not is_own_address("192.0.2.1") and not is_own_address("no.such.host.invalid")
 

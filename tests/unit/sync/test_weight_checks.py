@@ -1,4 +1,4 @@
-"""What the servers are held to: checksums under their own names and shards, and values read back."""
+"""Proofs: checksums by the servers' own names and shards, and values read back."""
 
 import hashlib
 from typing import Any
@@ -53,7 +53,7 @@ def test_checksums_are_those_of_the_fused_tensors(weights: dict[str, torch.Tenso
     assert found["model.embed_tokens.weight"] == checksum(embedding, padding)
 
 
-def test_each_rank_of_a_server_is_held_to_its_shard(weights: dict[str, torch.Tensor]) -> None:
+def test_each_rank_of_a_server_has_checksums_of_its_shard(weights: dict[str, torch.Tensor]) -> None:
     found = evidence_of(weights, "checksum", [2, 1]).checksums
     assert set(found) == {1, 2}
     at = "model.layers.0."
@@ -68,7 +68,7 @@ def test_each_rank_of_a_server_is_held_to_its_shard(weights: dict[str, torch.Ten
 
 
 @pytest.mark.parametrize("leaf,whole", [("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2")])
-def test_experts_are_cut_as_other_layers(leaf: str, whole: str) -> None:
+def test_experts_are_sharded_like_other_layers(leaf: str, whole: str) -> None:
     tensor = torch.arange(24.0).reshape(4, 6)
     dim = 1 if leaf == "down_proj" else 0
     for name in (
@@ -90,7 +90,7 @@ def test_more_ranks_than_key_value_heads_hold_copies() -> None:
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_layers_fused_in_the_folder_are_cut_one_by_one(size: int) -> None:
+def test_layers_fused_in_the_folder_are_sharded_one_by_one(size: int) -> None:
     at, heads = "model.layers.0.self_attn.", (4, 2)
     query, key, value = torch.randn(4 * 6, 5), torch.randn(2 * 6, 5), torch.randn(2 * 6, 5)
     gate, up = torch.randn(8, 5), torch.randn(8, 5)
@@ -164,7 +164,7 @@ def test_rows_read_back_must_be_equal(weights: dict[str, torch.Tensor]) -> None:
         "norm",
     ],
 )
-def test_only_what_sglang_reads_well_is_read_back(
+def test_only_tensors_that_sglang_reads_correctly_are_read_back(
     name: str, shape: tuple[int, ...], tp_size: int, is_read: bool
 ) -> None:
     assert can_be_read(name, shape, tp_size, (32, 8)) == is_read

@@ -1,4 +1,4 @@
-"""What a wire_format model's config.json makes of the trainer's tensors."""
+"""The format that follows from the config.json of a served model."""
 
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ def test_fused_layers_share_a_name() -> None:
     "block,gate,up,down",
     [("mlp", "gate_proj", "up_proj", "down_proj"), ("block_sparse_moe", "w1", "w3", "w2")],
 )
-def test_experts_are_stacked_but_travel_one_by_one(block: str, gate: str, up: str, down: str) -> None:
+def test_experts_are_stacked_but_sent_one_by_one(block: str, gate: str, up: str, down: str) -> None:
     at = f"model.layers.2.{block}.experts."
     for layer in (gate, up):
         assert name_on_server(f"{at}5.{layer}.weight") == at + "w13_weight"
@@ -80,13 +80,13 @@ def test_linear_weights_go_as_fp8_with_their_scales() -> None:
         ("model.layers.0.block_sparse_moe.gate.weight", (128, 256)),
     ],
 )
-def test_everything_else_stays(name: str, shape: tuple[int, ...]) -> None:
+def test_other_tensors_are_not_quantized(name: str, shape: tuple[int, ...]) -> None:
     wire_format = WireFormat.read({"quantization_config": FP8})
     assert wire_format.wire_tensors(name, shape) == (WireTensor(name, shape, torch.bfloat16),)
 
 
 @pytest.mark.parametrize("family", ["llama", "phi3", "mixtral", "qwen3_moe"])
-def test_what_an_export_quantizes_a_sync_does(family: str, tmp_path: Path) -> None:
+def test_a_sync_quantizes_the_same_tensors_as_an_export(family: str, tmp_path: Path) -> None:
     shapes = HfFolder.open(write_folder(family, tmp_path / "hf")).table.hf_shapes
     wire_format = WireFormat.read({"quantization_config": quantization_config(shapes)})
     assert {n for n, s in shapes.items() if is_linear_layer(n, s)} == {
@@ -107,7 +107,7 @@ def test_what_an_export_quantizes_a_sync_does(family: str, tmp_path: Path) -> No
     ],
 )
 @pytest.mark.parametrize("key", ["ignored_layers", "modules_to_not_convert"])
-def test_modules_of_the_ignore_lists_stay(key: str, kept: str, is_quantized: bool) -> None:
+def test_modules_of_the_ignore_lists_are_not_quantized(key: str, kept: str, is_quantized: bool) -> None:
     wire_format = WireFormat.read({"quantization_config": {**FP8, key: [kept]}})
     assert wire_format.is_quantized("model.layers.0.mlp.down_proj.weight", (256, 256)) == is_quantized
 
@@ -122,6 +122,8 @@ def test_modules_of_the_ignore_lists_stay(key: str, kept: str, is_quantized: boo
         ({"scale_fmt": "ue8m0"}, "ue8m0"),
     ],
 )
-def test_a_quantization_that_cannot_be_made_is_refused(change: dict[str, Any], named: str) -> None:
+def test_a_quantization_that_the_trainer_cannot_produce_is_refused(
+    change: dict[str, Any], named: str
+) -> None:
     with pytest.raises(ValueError, match=named):
         WireFormat.read({"quantization_config": {**FP8, **change}})

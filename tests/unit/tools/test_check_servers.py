@@ -25,7 +25,7 @@ class Folder:
 
 
 class Group:
-    """Broadcasts to nobody; ``failure`` has it fail."""
+    """A group whose broadcasts do nothing, or raise ``failure``."""
 
     def __init__(self, failure: GroupFailure | None = None) -> None:
         self.failure = failure
@@ -48,7 +48,7 @@ def servers() -> tuple[StandIn, StandIn]:
     return StandIn("http://a:1"), StandIn("http://b:1")
 
 
-def test_servers_are_let_go_on(servers: tuple[StandIn, StandIn]) -> None:
+def test_servers_are_resumed(servers: tuple[StandIn, StandIn]) -> None:
     group = Group()
     assert send(group, *servers) >= 0 and group.num_sent == 1
     for server in servers:
@@ -57,7 +57,7 @@ def test_servers_are_let_go_on(servers: tuple[StandIn, StandIn]) -> None:
 
 @pytest.mark.parametrize("status", [None, 400], ids=["dies", "refuses"])
 @pytest.mark.parametrize("call", ["pause abort", "begin", "broadcast"])
-def test_one_that_fails_is_named_and_the_other_goes_on(
+def test_a_server_that_fails_is_named_and_the_other_is_resumed(
     call: str, status: int | None, servers: tuple[StandIn, StandIn]
 ) -> None:
     bad, good = servers
@@ -72,7 +72,7 @@ def test_one_that_fails_is_named_and_the_other_goes_on(
 
 
 @pytest.mark.parametrize("call", ["end", "flush", "resume"])
-def test_a_failure_at_the_end_is_one_too(call: str, servers: tuple[StandIn, StandIn]) -> None:
+def test_a_failure_to_resume_is_reported(call: str, servers: tuple[StandIn, StandIn]) -> None:
     bad, good = servers
     bad.before[call] = lambda: bad.fail("finalizing failed")
     with pytest.raises(GroupFailure) as caught:
@@ -90,7 +90,7 @@ def examine(finding: check_servers.Finding, examined: list[str]) -> None:
     finding.record.info = StandIn(finding.record.url).info
 
 
-def test_a_server_that_is_named_twice_joins_the_broadcast_once(
+def test_an_address_that_is_given_twice_is_checked_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     examined: list[str] = []
@@ -106,7 +106,7 @@ def test_a_server_that_is_named_twice_joins_the_broadcast_once(
     ]
 
 
-def test_one_that_does_not_answer_may_have_been_left_paused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_does_not_generate_may_be_paused(monkeypatch: pytest.MonkeyPatch) -> None:
     server = StandIn("http://a:1")
     monkeypatch.setattr(
         check_servers, "check_generation", lambda *_: server.fail("/generate gave no answer within 60.0 s")
@@ -117,7 +117,7 @@ def test_one_that_does_not_answer_may_have_been_left_paused(monkeypatch: pytest.
     assert finding.fault.startswith("/generate gave no answer") and "paused" in finding.fault
 
 
-def test_one_that_sleeps_is_asked_for_nothing() -> None:
+def test_a_sleeping_server_is_only_probed() -> None:
     server = StandIn("http://a:1")
     server.set_weight_label("asleep weights kv_cache")
     folder: Any = SimpleNamespace(config={}, shape=SimpleNamespace(vocab_size=100))
@@ -126,11 +126,11 @@ def test_one_that_sleeps_is_asked_for_nothing() -> None:
     assert "released its memory" in finding.fault and server.calls[1:] == ["probe"]
 
 
-def test_a_generation_that_is_aborted_is_none() -> None:
+def test_an_aborted_generation_is_a_failure() -> None:
     def answer(request: httpx.Request) -> httpx.Response:
         aborted = {"finish_reason": {"type": "abort"}, "prompt_tokens": 1}
         return httpx.Response(200, json={"output_ids": [], "meta_info": aborted, "weight_version": "default"})
 
-    control = ServerClient("http://a:1", transport=httpx.MockTransport(answer))
-    with control, pytest.raises(ServerError, match=r"http://a:1.*aborted"):
-        check_generation(control, 10)
+    client = ServerClient("http://a:1", transport=httpx.MockTransport(answer))
+    with client, pytest.raises(ServerError, match=r"http://a:1.*aborted"):
+        check_generation(client, 10)

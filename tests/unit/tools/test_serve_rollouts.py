@@ -1,4 +1,4 @@
-"""What tools/serve_rollouts.py does around its server, which a small one stands in for here; the real one runs in tests/functional."""
+"""tools/serve_rollouts.py with a small stand-in for SGLang; tests/functional uses the real one."""
 
 import errno
 import os
@@ -21,7 +21,7 @@ from tools import serve_rollouts
 ROOT = Path(__file__).resolve().parents[3]
 
 SERVER = '''#!{python}
-"""Answers what the launcher asks after a while, notes its process and what it is asked, and ends at SIGTERM only where it may."""
+"""Answers the launcher's requests, records its process id and the requests, and ignores SIGTERM if it is paused."""
 import os, signal, socket, sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 if {is_paused}:
@@ -48,7 +48,7 @@ Server((host, int(port)), Handler).serve_forever()
 
 
 class Launcher:
-    """A launcher with a stand-in for SGLang, whose process id is in ``note`` once it has started."""
+    """Runs the launcher with a stand-in for SGLang, which writes its process id to ``note`` when it starts."""
 
     def __init__(self, folder: Path, is_paused: bool) -> None:
         self.folder = folder
@@ -65,7 +65,7 @@ class Launcher:
 
     @contextmanager
     def run(self, *flags: str) -> Iterator[subprocess.Popen[str]]:
-        # the tests themselves may run under nohup, whose ignored signals are inherited
+        # nohup ignores signals, and the launcher inherits that from the tests
         program = (
             "import signal, sys; [signal.signal(n, signal.SIG_DFL) for n in (signal.SIGINT, signal.SIGHUP)]; "
         )
@@ -97,10 +97,10 @@ class Launcher:
 
     @property
     def is_serving(self) -> bool:
-        """Whether the server's process is there."""
+        """Whether the server's process exists."""
         return self.note.exists() and Path(f"/proc/{self.note.read_text()}").exists()
 
-    def wait_until_entered(self, process: subprocess.Popen[str]) -> str:
+    def wait_until_added(self, process: subprocess.Popen[str]) -> str:
         wait_for(lambda: bool(read_addresses(self.file)) or process.poll() is not None)
         assert process.poll() is None, process.communicate()
         return read_addresses(self.file)[0]
@@ -112,25 +112,27 @@ def launcher(tmp_path: Path) -> Launcher:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_server_that_does_not_end_is_signed_off_and_killed(tmp_path: Path, number: signal.Signals) -> None:
+def test_a_server_that_does_not_end_is_removed_from_the_file_and_killed(
+    tmp_path: Path, number: signal.Signals
+) -> None:
     launcher = Launcher(tmp_path, is_paused=True)
     with launcher.run("--host", "127.0.0.1", "--server-file", str(launcher.file)) as process:
-        launcher.wait_until_entered(process)
+        launcher.wait_until_added(process)
         process.send_signal(number)
         assert process.wait(60) == 0, process.communicate()
         assert read_addresses(launcher.file) == [] and not launcher.is_serving
 
 
-def test_a_server_that_warms_up_is_not_entered_yet(launcher: Launcher) -> None:
+def test_a_server_is_added_only_after_it_has_warmed_up(launcher: Launcher) -> None:
     with launcher.run("--server-file", str(launcher.file)) as process:
-        launcher.wait_until_entered(process)
+        launcher.wait_until_added(process)
     asked = Path(f"{launcher.note}.asked").read_text().split()
     assert [path for path in asked if path != "/model_info"] == ["/health", "/health", "/health", "/generate"]
 
 
-def test_no_server_is_left_behind_when_the_file_has_gone_bad(launcher: Launcher) -> None:
+def test_the_server_ends_even_if_the_file_has_become_unwritable(launcher: Launcher) -> None:
     with launcher.run("--host", "127.0.0.1", "--server-file", str(launcher.file)) as process:
-        url = launcher.wait_until_entered(process)
+        url = launcher.wait_until_added(process)
         launcher.file.unlink()
         launcher.file.mkdir()
         process.terminate()
@@ -146,7 +148,7 @@ def test_a_file_that_cannot_be_written_is_found_before_the_server_starts(launche
     assert str(launcher.folder) in said
 
 
-def test_a_port_where_somebody_listens_is_refused(launcher: Launcher) -> None:
+def test_a_port_in_use_is_refused(launcher: Launcher) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -154,11 +156,11 @@ def test_a_port_where_somebody_listens_is_refused(launcher: Launcher) -> None:
         with launcher.run("--host", "127.0.0.1", "--port", str(port)) as process:
             _, said = process.communicate(timeout=60)
     assert process.returncode == 2 and not launcher.note.exists()
-    assert said.startswith(f"error: --port {port}:")
+    assert said.startswith(f"error: --port {port}")
 
 
 def loopbacks() -> list[str]:
-    """Where this machine listens to itself: not every one has IPv6."""
+    """Returns the loopback addresses of this machine, which may lack IPv6."""
     try:
         free_port("::1")
     except (ValueError, OSError):
@@ -167,13 +169,13 @@ def loopbacks() -> list[str]:
 
 
 @pytest.mark.parametrize("host", loopbacks())
-def test_a_server_is_entered_where_it_listens(launcher: Launcher, host: str) -> None:
+def test_the_address_in_the_file_is_the_one_that_the_server_listens_on(launcher: Launcher, host: str) -> None:
     port = free_port(host)
     with launcher.run("--host", host, "--port", str(port), "--server-file", str(launcher.file)) as process:
-        assert launcher.wait_until_entered(process) == serve_rollouts.address_of(host, port)
+        assert launcher.wait_until_added(process) == serve_rollouts.address_of(host, port)
 
 
-def test_without_a_route_that_leads_away_an_interface_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_route_the_address_is_that_of_an_interface(monkeypatch: pytest.MonkeyPatch) -> None:
     def entry(address: str, family: int = socket.AF_INET) -> SimpleNamespace:
         return SimpleNamespace(address=address, family=family)
 
@@ -184,7 +186,7 @@ def test_without_a_route_that_leads_away_an_interface_is_asked(monkeypatch: pyte
     monkeypatch.setattr(serve_rollouts.psutil, "net_if_addrs", lambda: found)
     monkeypatch.setattr(serve_rollouts.socket.socket, "connect", no_route)
     assert serve_rollouts.own_address() == "172.16.0.5"
-    assert serve_rollouts.own_address("::") == "::1", "there is no other"
+    assert serve_rollouts.own_address("::") == "::1", "it is the only one"
 
 
 def no_route(*_: object) -> None:
@@ -199,6 +201,6 @@ def no_route(*_: object) -> None:
         ("fd00::1", "http://[fd00::1]:7"),
     ],
 )
-def test_what_is_entered_is_where_others_reach_it(host: str, address: str) -> None:
+def test_the_address_in_the_file_is_reachable_from_other_machines(host: str, address: str) -> None:
     assert serve_rollouts.address_of(host, 7) == address
     assert "0.0.0.0" not in address

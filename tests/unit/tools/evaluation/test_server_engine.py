@@ -1,4 +1,4 @@
-"""Servers as an engine: labelled if nobody did, all of one step, lost samples marked; without a network."""
+"""Servers as the engine of an evaluation, without a network: labels, equal weights, lost samples."""
 
 import asyncio
 
@@ -68,7 +68,7 @@ def drawn(engine: Servers) -> list[str]:
     return [r.finish_reason for r in group]
 
 
-def test_a_server_that_failed_is_asked_again(
+def test_a_failed_server_is_used_again(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     world = World(["12", "12"])
@@ -76,8 +76,8 @@ def test_a_server_that_failed_is_asked_again(
         world.down = {"b"}
         assert drawn(servers) == ["stop", "stop"]
         world.down = {"a"}
-        assert drawn(servers) == ["abort", "abort"], "b was asked a moment ago"
-        assert drawn(servers) == ["stop", "stop"], "there is no other"
+        assert drawn(servers) == ["abort", "abort"], "b was probed a moment ago"
+        assert drawn(servers) == ["stop", "stop"], "all have failed, so they are probed at once"
         world.down = set()
         monkeypatch.setattr("megatron_rasft.tools.evaluation.server_engine._BETWEEN_PROBES_S", 0.0)
         assert drawn(servers) == ["stop", "stop"]
@@ -85,7 +85,7 @@ def test_a_server_that_failed_is_asked_again(
     assert "a:1 is back" in said and "b:2 is back" in said and "sync" not in said
 
 
-def test_a_server_that_hung_is_asked_again(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_server_that_hung_is_used_again(capsys: pytest.CaptureFixture[str]) -> None:
     world = World(["12"])
     is_hung = True
 
@@ -104,7 +104,7 @@ def test_a_server_that_hung_is_asked_again(capsys: pytest.CaptureFixture[str]) -
 
 
 @pytest.mark.parametrize(("label", "path"), [("default", "/far"), ("13", "/far"), ("12", "/near")])
-def test_a_server_that_comes_back_with_other_weights_is_not_asked(label: str, path: str) -> None:
+def test_a_server_that_comes_back_with_other_weights_is_not_sampled(label: str, path: str) -> None:
     world = World(["12"])
     with world.open() as servers:
         world.down = {"a"}
@@ -115,7 +115,7 @@ def test_a_server_that_comes_back_with_other_weights_is_not_asked(label: str, pa
     assert world.bodies == []
 
 
-def test_silence_is_an_error() -> None:
+def test_no_answering_server_is_an_error() -> None:
     def nobody(request: httpx.Request) -> httpx.Response:
         raise httpx.ConnectError("refused")
 
