@@ -66,6 +66,8 @@ class OneOf:
 
     values: tuple[Any, ...]
     advice: str = ""
+    meanings: str = ""
+    """Explains the values; --help shows it after the help text of the field."""
 
     def __contains__(self, value: Any) -> bool:
         return value in self.values

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from megatron_rasft.flags import FlagSection, NonNegativeInt, OneOf
-from megatron_rasft.objective.families import OBJECTIVES
+from megatron_rasft.objective.families import OBJECTIVES, describe_objectives
 
 LOGITS_BYTES = 3 << 30
 """Logits that the fused kernels keep at a time if --objective-logprob-chunk-tokens is unset, and as many of the reference under a
@@ -19,9 +19,8 @@ PLAIN_CHUNK_TOKENS = 1024
 class LossConfig(FlagSection):
     """The objective, and the computation of log-probabilities."""
 
-    objective: Annotated[str, OneOf(tuple(OBJECTIVES))] = "rasft"
-    """The loss that is minimised. rasft and gft train on demonstrations and rollouts, grpo and raft on rollouts, the others on
-    demonstrations. Each loss is a masked sum over response tokens, divided once by their number in the global batch."""
+    objective: Annotated[str, OneOf(tuple(OBJECTIVES), meanings=describe_objectives())] = "rasft"
+    """The loss that is minimised: a masked sum over response tokens, divided once by their number in the global batch."""
 
     objective_logprob_chunk_tokens: NonNegativeInt | None = None
     """Tokens per vocabulary projection: logits exist for this many tokens at a time and are recomputed in the backward pass.

@@ -69,8 +69,10 @@ class FlagParser(argparse.ArgumentParser):
 def help_text(doc: str, rule: Range | OneOf | None, default: Any) -> str:
     """The help text of a flag for argparse: the field's doc, its range and its default."""
     parts = [doc]
-    if isinstance(rule, Range):  # argparse lists the choices itself
+    if isinstance(rule, Range):
         parts.append(f"Range: {str(rule).removeprefix('in ')}.")
+    if isinstance(rule, OneOf) and rule.meanings:  # argparse lists the values itself
+        parts.append(rule.meanings)
     if default not in (None, [], ""):
         parts.append(f"Default: {('off', 'on')[default] if isinstance(default, bool) else repr(default)}")
     return " ".join(parts).replace("%", "%%")

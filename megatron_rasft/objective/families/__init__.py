@@ -16,6 +16,13 @@ OBJECTIVES: dict[str, type[Objective]] = {
 """Value of --objective -> its class, in the order in which --help lists them."""
 
 
+def describe_objectives() -> str:
+    """One sentence per objective for --help, from the classes' docstrings."""
+    return " ".join(
+        f"{name}: {(kind.__doc__ or '').partition(chr(10))[0]}" for name, kind in OBJECTIVES.items()
+    )
+
+
 def flag_sections() -> dict[str, type[Objective]]:
     """The names of the objectives that share some flags (``sft_kl, asft``) -> the class that declares these flags."""
     names: dict[type[Objective], list[str]] = {}

@@ -18,7 +18,7 @@ _DEFAULTS = {
 
 @dataclass(kw_only=True)
 class IwSft(Objective):
-    """SFT weighted by the clipped ratio of policy to frozen reference."""
+    """SFT weighted by the clipped ratio of the policy to the frozen reference (arXiv 2507.12856)."""
 
     name = "iw_sft"
 

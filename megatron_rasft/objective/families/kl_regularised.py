@@ -34,7 +34,7 @@ class KLRegularised(Objective):
 
 @dataclass(kw_only=True)
 class SftKl(KLRegularised):
-    """SFT plus the KL."""
+    """SFT plus the full-vocabulary KL to the frozen reference."""
 
     name = "sft_kl"
     default_kl = KLTerm(coef=0.1, direction="forward")
@@ -46,7 +46,7 @@ class SftKl(KLRegularised):
 
 @dataclass(kw_only=True)
 class Asft(KLRegularised):
-    """DFT plus the KL (ASFT)."""
+    """DFT plus the full-vocabulary KL to the frozen reference."""
 
     name = "asft"
     default_kl = KLTerm(coef=0.05, direction="reverse")

@@ -34,7 +34,7 @@ class Dft(Objective):
 
 @dataclass(kw_only=True)
 class Raft(Objective):
-    """Rejection sampling: the policy's own correct rollouts, each with weight 1."""
+    """Rejection sampling: the correct rollouts, each with weight 1."""
 
     name = "raft"
     trains_on = "rollouts"

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class Psft(Objective):
-    """Proximal SFT on the demonstrations (arXiv 2508.17784)."""
+    """SFT with a clipped ratio of the policy to the policy at the last refresh (arXiv 2508.17784)."""
 
     name = "psft"
 
@@ -38,7 +38,7 @@ class Psft(Objective):
 
 @dataclass(kw_only=True)
 class Grpo(Objective):
-    """Group relative policy optimisation on every rollout (arXiv 2402.03300), and its DAPO variant."""
+    """Group relative policy optimisation on all rollouts, correct and wrong (arXiv 2402.03300); with a DAPO variant."""
 
     name = "grpo"
     trains_on = "rollouts"

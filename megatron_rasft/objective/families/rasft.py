@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class Rasft(Objective):
-    """The drift ratio between the frozen reference and the policy, and the DFT factor."""
+    """Demonstrations and correct rollouts, weighted by solvability, by the drift from the frozen reference and by the DFT factor."""
 
     name = "rasft"
     trains_on = "both"

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class Profit(Objective):
-    """SFT on the demonstrations' likely tokens only (arXiv 2601.09195)."""
+    """SFT on the likely tokens of the demonstrations (arXiv 2601.09195)."""
 
     name = "profit"
 
@@ -31,7 +31,7 @@ class Profit(Objective):
 
 @dataclass(kw_only=True)
 class Gft(Objective):
-    """Group fine-tuning: the demonstration and the rollouts share one group of advantages (arXiv 2604.14258)."""
+    """Demonstration and rollouts, weighted by their advantages in one group (arXiv 2604.14258)."""
 
     name = "gft"
     trains_on = "both"

@@ -114,6 +114,7 @@ def test_help_shows_range_and_default() -> None:
     assert "Largest ratio. Range: > 0. Default: 1.2" in text
     assert "Range: (0, 1]. Default: 1.0" in text
     assert "(the DFT factor). Default: on" in text
+    assert "dft: Dynamic fine-tuning on the demonstrations (arXiv 2508.05629)." in text
 
 
 # rules between flags
