@@ -1,4 +1,4 @@
-"""Writes one HTML page about a run, or about several side by side: curves, solvability, rollouts and settings.
+"""Writes one HTML page about a run, or about several side by side: curves, problems, rollouts and settings.
 
 report.py RUN_DIR [RUN_DIR ...] --output report.html
 report.py [RUN_DIR] [--metrics FILE] [--rollouts FILE] [--train-data FILE ...] --output report.html

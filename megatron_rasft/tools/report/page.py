@@ -15,7 +15,7 @@ from megatron_rasft.tools.report.configuration import configuration
 from megatron_rasft.tools.report.curves import curves
 from megatron_rasft.tools.report.examples import examples, shortened
 from megatron_rasft.tools.report.overview import overview
-from megatron_rasft.tools.report.solvability import solvability
+from megatron_rasft.tools.report.problems import problems
 from megatron_rasft.tools.report.verdicts import verdicts
 from megatron_rasft.tools.report.views import RunView
 
@@ -44,7 +44,7 @@ class Section(NamedTuple):
 SECTIONS = (
     Section("Overview", of_page=overview),
     Section("Curves", of_page=curves),
-    Section("Solvability", of_run=solvability),
+    Section("Problems", of_run=problems),
     Section("Rollouts", of_run=verdicts),
     Section("Examples", of_run=examples),
     Section("Configuration", of_page=configuration),

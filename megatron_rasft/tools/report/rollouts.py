@@ -51,7 +51,7 @@ class Visit:
     """Samples that are correct and complete."""
 
     @property
-    def solvability(self) -> float | None:
+    def solve_rate(self) -> float | None:
         """Share of correct attempts, or None without an attempt."""
         return self.num_solved / self.num_attempts if self.num_attempts else None
 

@@ -97,7 +97,7 @@ def _note_without_rollouts(records: RunRecords) -> str:
         return "This run replays stored rollouts and stores none itself."
     if any(record.get("rollout/num_rollouts") for record in records.refreshes.values()):
         return (
-            "rollouts.jsonl was not found, so there are no examples and the solvability is unknown. Give the file with "
+            "rollouts.jsonl was not found, so there are no examples and the solve rates of problems are unknown. Give the file with "
             "--rollouts."
         )
     return "This run has no rollouts: it trains on demonstrations only, or has not reached its first refresh."

@@ -140,7 +140,7 @@ def test_several_runs_share_charts_and_their_settings_are_compared(tmp_path: Pat
         (folder / "config.json").write_text(json.dumps(config))
     shown = Page(page([view_of(folder) for folder in folders]))
     assert list(shown.lines["Loss of the objective"]) == ["first", "second"]
-    assert shown.texts["h3"].count("first") == 3, "solvability, rollouts, examples"
+    assert shown.texts["h3"].count("first") == 3, "problems, rollouts, examples"
     compared = next(t for t in shown.texts["table"] if "--lr" in t and "--tp" not in t)
     assert "".join(compared.split()) == "flagdefaultfirstsecond--lr–1e-052e-05"
     assert "--rollout-engineembeddedsglangsglang" in shown.rows

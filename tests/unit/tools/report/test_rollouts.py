@@ -130,7 +130,7 @@ def test_correct_but_cut_or_aborted_samples_solve_nothing(tmp_path: Path) -> Non
     ]
     RolloutStore(path).append(rollouts)
     statistics = read_statistics(path)
-    assert statistics.refreshes[0].visits["cut"].solvability == 0
+    assert statistics.refreshes[0].visits["cut"].solve_rate == 0
     assert list(statistics.histories()) == ["cut"]
 
 

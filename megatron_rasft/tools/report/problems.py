@@ -1,4 +1,4 @@
-"""Section "Solvability": the share of a problem's samples that are correct, and how it changes."""
+"""Section "Problems": the solve rate s of each problem, and how it changes."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -20,8 +20,8 @@ _MAX_IDS = 200
 """Most problem ids listed for a course."""
 
 
-def solvability(view: RunView) -> dict[str, Any]:
-    """Returns charts of the solvability s by refresh, and tables of how it changed from first to last sampling.
+def problems(view: RunView) -> dict[str, Any]:
+    """Returns charts of the solve rate by refresh, and tables of how it changed from first to last sampling.
 
     The result has no charts if no sample was verified.
     """
@@ -34,16 +34,16 @@ def solvability(view: RunView) -> dict[str, Any]:
     for problem_id, history in histories.items():
         courses[course_of(history)].append(problem_id)
     num_resampled = sum(len(history) > 1 for history in histories.values())
-    firsts = [history[0][1].solvability for history in histories.values()]
-    lasts = [history[-1][1].solvability for history in histories.values()]
+    firsts = [history[0][1].solve_rate for history in histories.values()]
+    lasts = [history[-1][1].solve_rate for history in histories.values()]
     charts = [_by_refresh(view)]
     if num_resampled:
         charts += [
-            _histogram("Solvability when first sampled", firsts),
-            _histogram("Solvability when last sampled", lasts),
+            _histogram("Solve rate when first sampled", firsts),
+            _histogram("Solve rate when last sampled", lasts),
         ]
     else:
-        charts.append(_histogram("Solvability", firsts))
+        charts.append(_histogram("Solve rate", firsts))
     return {
         "charts": [chart for chart in charts if chart is not None],
         "num_problems": len(histories),
@@ -62,16 +62,16 @@ def solvability(view: RunView) -> dict[str, Any]:
 
 
 def _by_refresh(view: RunView) -> Chart | None:
-    assert view.rollouts is not None, "solvability checked that rollouts are stored"
+    assert view.rollouts is not None, "problems() checked that rollouts are stored"
     counted = []
     for step, refresh in view.rollouts.refreshes.items():
-        bins = _count_bins(visit.solvability for visit in refresh.visits.values())
+        bins = _count_bins(visit.solve_rate for visit in refresh.visits.values())
         counted.append(
             (step, [sum(n for n, (_, c) in zip(bins, _BINS) if c == place) for place in range(len(_CLASSES))])
         )
     labels, counts = merged(counted, len(_CLASSES))
     return columns(
-        "Solvability by refresh",
+        "Solve rate by refresh",
         "step of the refresh",
         labels,
         _CLASSES,
