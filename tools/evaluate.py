@@ -326,6 +326,13 @@ def _build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(required=True, metavar="run|show|table")
+    _add_run(commands)
+    _add_show(commands)
+    _add_table(commands)
+    return parser
+
+
+def _add_run(commands: Any) -> None:
     command = commands.add_parser("run", help=run.__doc__, description=run.__doc__, allow_abbrev=False)
     command.set_defaults(command=run)
     command.add_argument("--model", metavar="DIR", help="Hugging Face folder of the model.")
@@ -362,6 +369,8 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     add_flags(command.add_argument_group("evaluation", EvaluationConfig.__doc__), EvaluationConfig)
 
+
+def _add_show(commands: Any) -> None:
     command = commands.add_parser("show", help=show.__doc__, description=show.__doc__)
     command.set_defaults(command=show)
     command.add_argument("output", help="--output of an evaluation.")
@@ -374,6 +383,8 @@ def _build_parser() -> argparse.ArgumentParser:
         "--limit", type=int, default=20, metavar="N", help="Show at most this many (default: 20)."
     )
 
+
+def _add_table(commands: Any) -> None:
     command = commands.add_parser("table", help=table.__doc__, description=table.__doc__)
     command.set_defaults(command=table)
     command.add_argument("output", nargs="+", help="--output of the evaluations.")
@@ -386,7 +397,6 @@ def _build_parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--compare-with", metavar="MODEL", help="Model whose published results the table adds."
     )
-    return parser
 
 
 if __name__ == "__main__":

@@ -10,6 +10,10 @@ from megatron_rasft.tools.evaluation.summary import Summary
 Results = Mapping[str, Sequence[Summary]]
 """Label of a row -> summaries of its benchmarks."""
 
+_CSV_COLUMNS = (
+    "source label benchmark problems samples accuracy low high truncated no_answer no_box unverifiable timeout mean_tokens "
+    "median_tokens p95_tokens verified sha256"
+).split()
 _LATEX_STAR = "$^{*}$"
 _NOT_COMPARABLE = "not comparable with published numbers: not a published set, other content than the published set, or not all problems."
 
@@ -71,42 +75,39 @@ def comma_separated(results: Results, compared_with: str = "") -> str:
 
     Arguments are those of ``markdown``.
     """
-    ks = sorted({k for summaries in results.values() for s in summaries for k in s.pass_at})
+    ks = _all_ks(results)
+    columns = [*_CSV_COLUMNS, *(f"pass@{k}" for k in ks), *(f"maj@{k}" for k in ks)]
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(
-        "source label benchmark problems samples accuracy low high truncated no_answer no_box unverifiable timeout "
-        "mean_tokens median_tokens p95_tokens verified sha256".split()
-        + [f"pass@{k}" for k in ks]
-        + [f"maj@{k}" for k in ks]
-    )
+    writer.writerow(columns)
     for label, summaries in results.items():
-        for s in summaries:
-            shares = (
-                s.accuracy,
-                s.accuracy_low,
-                s.accuracy_high,
-                s.truncated_frac,
-                s.no_answer_frac,
-                s.no_box_frac,
-                s.unverifiable_frac,
-                s.timeout_frac,
-            )
-            lengths = (s.mean_tokens, s.median_tokens, s.p95_tokens)
-            writer.writerow(
-                ["measured", label, s.name, s.num_problems, s.num_samples]
-                + [f"{100 * share:.4f}" for share in shares]
-                + [f"{length:.1f}" for length in lengths]
-                + [str(s.is_verified).lower(), s.sha256]
-                + [f"{100 * s.pass_at[k]:.4f}" if k in s.pass_at else "" for k in ks]
-                + [f"{100 * s.majority_at[k]:.4f}" if k in s.majority_at else "" for k in ks]
-            )
-    width = 18 + 2 * len(ks)
+        writer.writerows(["measured", label, *_csv_cells(summary, ks)] for summary in summaries)
     for method, values in published_rows(compared_with).items():
         for name, value in values.items():
             row = ["published", method, name, "", "16", f"{value:.4f}"]
-            writer.writerow(row + [""] * (width - len(row)))
+            writer.writerow(row + [""] * (len(columns) - len(row)))
     return stream.getvalue()
+
+
+def _csv_cells(s: Summary, ks: Sequence[int]) -> list[str]:
+    """Returns the cells of a summary, from the column "benchmark" on."""
+    fractions = (
+        *(s.accuracy, s.accuracy_low, s.accuracy_high, s.truncated_frac, s.no_answer_frac, s.no_box_frac),
+        *(s.unverifiable_frac, s.timeout_frac),
+    )
+    lengths = (s.mean_tokens, s.median_tokens, s.p95_tokens)
+    return [
+        *(s.name, str(s.num_problems), str(s.num_samples)),
+        *(f"{100 * fraction:.4f}" for fraction in fractions),
+        *(f"{length:.1f}" for length in lengths),
+        *(str(s.is_verified).lower(), s.sha256),
+        *(f"{100 * s.pass_at[k]:.4f}" if k in s.pass_at else "" for k in ks),
+        *(f"{100 * s.majority_at[k]:.4f}" if k in s.majority_at else "" for k in ks),
+    ]
+
+
+def _all_ks(results: Results) -> list[int]:
+    return sorted({k for summaries in results.values() for s in summaries for k in s.pass_at})
 
 
 def _columns(results: Results) -> tuple[list[str], list[str]]:
@@ -169,7 +170,7 @@ def _notes(results: Results) -> list[str]:
 
 
 def _details(results: Results) -> str:
-    ks = sorted({k for summaries in results.values() for s in summaries for k in s.pass_at})
+    ks = _all_ks(results)
     head = ["", "benchmark", "problems", "samples"]
     head += [f"pass@{k}" for k in ks] + [f"maj@{k}" for k in ks if k > 1]
     head += ["truncated", "no answer", "no box", "unverifiable", "timeout", "tokens mean", "median", "95 %"]

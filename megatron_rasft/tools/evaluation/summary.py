@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megatron_rasft.tools.evaluation.benchmarks import Benchmark
 from megatron_rasft.tools.evaluation.known_sets import Kind
@@ -88,11 +89,6 @@ def summarise(
     lengths = np.array([len(r.response_ids) for r in rollouts])
     is_math = benchmark.kind == "math"
     answers = [extract_answer(r.text) if is_math else extract_program(r.text) for r in rollouts]
-    votes = [None if answer is None else _ballot(answer) for answer in answers]
-    groups = [
-        (votes[i : i + num_samples], correct[i // num_samples].tolist())
-        for i in range(0, len(rollouts), num_samples)
-    ]
 
     def share(flags: Sequence[bool]) -> float:
         return sum(flags) / len(rollouts)
@@ -112,11 +108,7 @@ def summarise(
         pass_at={
             k: float(np.mean([pass_at_k(num_samples, int(row.sum()), k) for row in correct])) for k in ks
         },
-        majority_at={
-            k: float(np.mean([majority_at_k(ballots, right, k) for ballots, right in groups])) for k in ks
-        }
-        if is_math
-        else {},
+        majority_at=_majorities(answers, correct, ks) if is_math else {},
         truncated_frac=share([r.finish_reason == "length" for r in rollouts]),
         no_answer_frac=share([answer is None for answer in answers]),
         no_box_frac=share([is_math and not closed_boxes(r.text) for r in rollouts]),
@@ -129,6 +121,18 @@ def summarise(
         problem_ids=[p.problem_id for p in benchmark.problems],
         scores=scores.tolist(),
     )
+
+
+def _majorities(
+    answers: Sequence[str | None], correct: NDArray[np.bool_], ks: Sequence[int]
+) -> dict[int, float]:
+    """Returns maj@k averaged over problems; ``correct`` is [problems, samples]."""
+    num_samples = correct.shape[1]
+    ballots = [None if answer is None else _ballot(answer) for answer in answers]
+    groups = [
+        (ballots[i * num_samples : (i + 1) * num_samples], flags.tolist()) for i, flags in enumerate(correct)
+    ]
+    return {k: float(np.mean([majority_at_k(votes, right, k) for votes, right in groups])) for k in ks}
 
 
 def _ballot(answer: str) -> str:

@@ -112,7 +112,7 @@ def drop_privileges(to_nobody: bool) -> None:
     while kernel_calls.LIBC.prctl(kernel_calls.PR_CAPBSET_DROP, capability, 0, 0, 0) == 0:
         capability += 1
     if to_nobody and os.geteuid() == 0:
-        # A user namespace around this process may not map nobody. Root without capabilities is as good
+        # In a user namespace the id of the user nobody may not exist. Root without capabilities has no more rights
         with contextlib.suppress(OSError):
             os.setgroups([])
             os.setresgid(_NOBODY, _NOBODY, _NOBODY)
