@@ -1,6 +1,7 @@
 """Hugging Face folders <-> Megatron models: one table per family, both directions, streamed.
 
-What needs torch is imported when it is first asked for: ``architecture`` and ``families`` do without.
+Names whose modules import torch are imported on first use, so that capacity planning can import ``architecture`` and
+``families`` without torch.
 """
 
 from importlib import import_module

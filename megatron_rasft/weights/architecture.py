@@ -1,6 +1,6 @@
-"""What a config.json means: the model's sizes, and Megatron's arguments for it.
+"""Reads a config.json: the model's sizes, and Megatron's arguments for the same model.
 
-Whatever would make Megatron compute something else than transformers is refused here.
+This module refuses every setting with which Megatron would compute another result than transformers.
 """
 
 import json
@@ -17,14 +17,14 @@ _MEGATRON_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_m
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary embedding: base, and Llama 3's scaling factor (None: not scaled)."""
+    """Rotary embedding: the base, and Llama 3's scaling factor (None: no scaling)."""
 
     theta: float
     llama3_factor: float | None
 
 
 class Described(Protocol):
-    """What is known of a model from its config.json (an HfFolder, or a ModelDescription)."""
+    """A model as its config.json describes it: an HfFolder or a ModelDescription."""
 
     @property
     def config(self) -> dict[str, Any]: ...
@@ -38,7 +38,7 @@ class Described(Protocol):
 
 @dataclass(frozen=True)
 class ModelDescription:
-    """A folder's config.json, read; the folder needs no weights."""
+    """The contents of a folder's config.json. The folder needs no weights."""
 
     config: dict[str, Any]
     family: Family
@@ -47,7 +47,7 @@ class ModelDescription:
 
     @classmethod
     def read(cls, path: Path) -> "ModelDescription":
-        """Raises ModelFolderError: one line with the folder and what is wrong."""
+        """Reads config.json; raises ModelFolderError with one line that names the folder and the mistake."""
         try:
             config = read_config(path)
             family = read_family(config)
@@ -57,12 +57,12 @@ class ModelDescription:
 
 
 def splits_attention(num_heads: int, num_groups: int, tp: int) -> bool:
-    """Whether Megatron can split that many heads, in that many query groups, over ``tp`` ranks."""
+    """Returns whether Megatron can split ``num_heads`` heads in ``num_groups`` query groups over ``tp`` ranks."""
     return num_heads % tp == 0 and (num_groups % tp == 0 or tp % num_groups == 0)
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The config.json of a folder."""
+    """Reads a folder's config.json."""
     return read_json(path / "config.json", missing=_describe_missing_config(path))
 
 
@@ -75,7 +75,7 @@ def _describe_missing_config(path: Path) -> str:
 
 
 def read_json(path: Path, missing: str) -> dict[str, Any]:
-    """The object in a JSON file; ``missing`` is the error if there is no file."""
+    """Reads the object in a JSON file; ``missing`` is the error message if the file does not exist."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
@@ -88,7 +88,7 @@ def read_json(path: Path, missing: str) -> dict[str, Any]:
 
 
 def read_family(config: dict[str, Any]) -> Family:
-    """The family of a config.json, or ModelFolderError naming what is supported."""
+    """Returns the family of a config.json; raises ModelFolderError with the supported families if it has no table."""
     named = config.get("architectures") or []
     for architecture in named:
         if architecture in FAMILIES:
@@ -111,7 +111,7 @@ def _positive_int(config: dict[str, Any], key: str, default: int | None = None) 
 
 
 def read_shape(config: dict[str, Any], family: Family) -> ModelShape:
-    """The sizes of the model; refuses features that Megatron's GPTModel is not set up for."""
+    """Reads the model's sizes; raises ModelFolderError for features that Megatron's GPTModel does not have here."""
     _refuse_unsupported(config, family)
     hidden_size = _positive_int(config, "hidden_size")
     heads = _positive_int(config, "num_attention_heads")
@@ -142,7 +142,8 @@ def read_shape(config: dict[str, Any], family: Family) -> ModelShape:
 
 
 def _ffn_hidden_size(config: dict[str, Any]) -> int:
-    """Of one expert where a family has it apart; its intermediate_size then is that of layers without experts."""
+    """Inner size of the MLP or of one expert. If the key moe_intermediate_size exists, intermediate_size belongs to layers without
+    experts."""
     key = "moe_intermediate_size" if "moe_intermediate_size" in config else "intermediate_size"
     return _positive_int(config, key)
 
@@ -191,14 +192,14 @@ def _uses_sliding_window(config: dict[str, Any], family: Family) -> bool:
         return False
     if not family.has_max_window_layers:
         return True
-    # transformers gives the window to the layers from max_window_layers on
+    # transformers applies the window to layers from max_window_layers on; its default is 28
     first_windowed = config.get("max_window_layers")
     return (28 if first_windowed is None else first_windowed) < _positive_int(config, "num_hidden_layers")
 
 
 def read_rope(config: dict[str, Any], family: Family) -> Rope:
-    """Rotary embedding of a config.json, written by transformers 5 (rope_parameters) or earlier."""
-    # where a folder has both, transformers takes rope_scaling
+    """Reads the rotary embedding, as transformers 5 (rope_parameters) or earlier releases (rope_theta, rope_scaling) write it."""
+    # if both keys exist, transformers uses rope_scaling
     rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
     kind = rope.get("rope_type", rope.get("type", "default"))
     theta = rope.get("rope_theta") or config.get("rope_theta") or family.default_rope_theta
@@ -206,9 +207,7 @@ def read_rope(config: dict[str, Any], family: Family) -> Rope:
     if partial != 1.0:
         raise ModelFolderError(f"partial_rotary_factor {partial} is not supported; supported is 1.0")
     if not isinstance(theta, int | float) or theta != int(theta):
-        raise ModelFolderError(
-            f"rope_theta {theta} is not an integer, which Megatron's --rotary-base demands"
-        )
+        raise ModelFolderError(f"rope_theta {theta} is not an integer, as Megatron's --rotary-base must be")
     if kind == "default":
         return Rope(theta, None)
     if kind != "llama3":
@@ -222,8 +221,7 @@ def read_rope(config: dict[str, Any], family: Family) -> Rope:
     for key, value in _MEGATRON_LLAMA3.items():
         if rope.get(key) != value:
             raise ModelFolderError(
-                f"llama3 rope scaling with {key} {rope.get(key)} cannot be given to Megatron, "
-                f"where it is fixed at {value:g}"
+                f"llama3 rope scaling with {key} {rope.get(key)} is not supported: Megatron fixes it at {value:g}"
             )
     if not isinstance(rope.get("factor"), int | float):
         raise ModelFolderError("llama3 rope scaling has no factor")
@@ -231,13 +229,13 @@ def read_rope(config: dict[str, Any], family: Family) -> Rope:
 
 
 def megatron_args(folder: Described, query_groups: int | None = None) -> dict[str, Any]:
-    """Values of Megatron's arguments (attributes of its args) that the folder's model implies.
+    """Returns the values of Megatron's arguments (attributes of its args) for the folder's model.
 
-    A query group of zeros adds nothing to the output and gets no gradient, so a model with more of them
-    than the folder is the same model, and stays it in training.
+    ``query_groups`` adds query groups whose weights are zero. Such a group contributes nothing to the output and gets no
+    gradient, so the model stays the same in training.
 
-    ``use_rope_scaling`` and ``rope_scaling_factor`` are arguments of GPTModel too: megatron.training
-    0.19 passes the first on but not the second, so whoever builds the model must pass both.
+    ``use_rope_scaling`` and ``rope_scaling_factor`` are arguments of GPTModel too. megatron.training 0.19 passes on the
+    first but not the second, so the code that builds the model must pass both.
     """
     shape, config, family = folder.shape, folder.config, folder.family
     groups = query_groups or shape.num_query_groups
@@ -278,7 +276,10 @@ def megatron_args(folder: Described, query_groups: int | None = None) -> dict[st
 
 
 def _expert_args(shape: ModelShape, config: dict[str, Any], family: Family) -> dict[str, Any]:
-    """Megatron's softmax over the chosen experts alone is transformers' normalised choice."""
+    """Megatron's arguments for the experts.
+
+    If transformers normalises the weights of the chosen experts, Megatron must take the softmax over these experts alone.
+    """
     is_normalized = family.always_normalizes_experts or config.get("norm_topk_prob", False)
     return {
         "num_experts": shape.num_experts,

@@ -1,4 +1,4 @@
-"""Model chunks -> a Hugging Face folder, streamed, never half-written under its final name."""
+"""Writes model chunks as a Hugging Face folder, tensor by tensor. The folder gets its name when it is complete."""
 
 import json
 import math
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_rasft.errors import CheckpointError, ModelFolderError
+from megatron_rasft.ranks import gather_to_all
 from megatron_rasft.weights.folder import DTYPES, INDEX_FILE, SINGLE_FILE, HfFolder
 from megatron_rasft.weights.gathering import ExpertGroups, TensorPlan, gather_tensors, plan_tensors
 from megatron_rasft.weights.model_card import write_card
@@ -37,16 +38,16 @@ _COPIED = (
     "NOTICE*",
     "USE_POLICY*",
 )
-"""What travels with the weights, as far as the template folder has it."""
+"""Files of the template folder that are copied along with the weights, if they exist."""
 
 _DTYPE_NAMES = {**{dtype: name for name, dtype in DTYPES.items()}, torch.float8_e4m3fn: "F8_E4M3"}
 
 
 class ShardWriter:
-    """Writes one safetensors file tensor by tensor; the plan gives the header, so nothing is held back."""
+    """Writes one safetensors file tensor by tensor, without keeping tensors in memory: the header is written first, from the plans."""
 
     def __init__(self, path: Path, plans: Sequence[TensorPlan]) -> None:
-        # wide types first, so that every tensor is aligned to its element size
+        # wide types come first, so that every tensor is aligned to its element size
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         self._spans: dict[str, tuple[int, int]] = {}
         position = 0
@@ -67,10 +68,10 @@ class ShardWriter:
         self._file.write(struct.pack("<Q", len(encoded)) + encoded)
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Put a CPU tensor where the header says; the last one closes the file."""
+        """Writes a CPU tensor at its offset. The last tensor also flushes the file to the disk and closes it."""
         start, end = self._spans.pop(name)
         raw = tensor.contiguous().reshape(-1).view(torch.uint8)
-        assert raw.numel() == end - start, f"{name}: {raw.numel()} bytes for a place of {end - start}"
+        assert raw.numel() == end - start, f"{name} has {raw.numel()} bytes, planned were {end - start}"
         self._file.seek(self._data_start + start)
         self._file.write(memoryview(raw.numpy()))
         if not self._spans:
@@ -96,33 +97,32 @@ def export(
     facts: dict[str, str] | None = None,
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
-    """Write the model as a folder that transformers loads. Every rank of the default group must call it.
+    """Writes the model as a folder that transformers loads. Every rank of the default group must call it.
 
-    Each pipeline stage writes its own files through rank 0 of its ``tp_group``, all into one temporary folder
-    beside ``out_dir`` (so all writers must see one file system), which gets its name when everything is
-    there. Collectives: a gather per sharded parameter on ``tp_group``, and a few object gathers on the
-    default group; an error on one rank is raised on all.
+    Rank 0 of each stage's ``tp_group`` writes the files of the stage into a temporary folder next to ``out_dir``, so all nodes
+    must share a file system. Rank 0 renames the folder when it is complete. Runs one gather per sharded parameter on
+    ``tp_group``, and a few object gathers on the default group. An error on one rank is raised on all.
 
     Args:
         chunks: the model chunks of this rank, wrapped or not.
-        template: the folder the architecture came from; gives config, tokenizer, chat template and dtypes.
-        out_dir: must not exist, or be an empty folder.
+        template: the folder that the model was built from; gives config, tokenizer, chat template and types.
+        out_dir: the folder to write; must not exist, or be empty.
         layer_offsets: global index of the first decoder layer of each chunk.
-        tp_group: the tensor-parallel group; None where there is none.
+        tp_group: the tensor-parallel group; None without tensor parallelism.
         pp_rank: this rank's pipeline stage.
-        is_first_replica: True where data- and context-parallel rank are 0; other ranks give at most their experts.
-        experts: where the experts of a layer are; None: each rank has all, cut as the rest is.
+        is_first_replica: True if the data- and context-parallel ranks are 0. Other ranks send at most their experts.
+        experts: the groups of the experts; None: each rank holds a shard of every expert, as of other parameters.
         dtype: type of all weights; None keeps the type of each tensor in ``template``.
-        facts: rows of the model card (README.md) beyond the model's own; None writes no card.
-        max_shard_bytes: size at which a stage begins another file, in bytes.
+        facts: further rows of the model card (README.md); None: write no card.
+        max_shard_bytes: largest size of a file, bytes.
 
     Raises:
         ValueError: ``out_dir`` is in use.
-        CheckpointError: the folder could not be written; nothing is left under ``out_dir``.
+        CheckpointError: the folder could not be written. ``out_dir`` then does not exist.
     """
     out_dir = Path(out_dir)
-    is_lead = _rank() == 0
-    temporary = _begin(out_dir, is_lead)
+    is_rank_zero = _rank() == 0
+    temporary = _begin(out_dir, is_rank_zero)
     files: dict[str, list[str]] = {}
     num_bytes, failure = 0, ""
     if is_first_replica or (experts is not None and experts.is_first_replica):
@@ -141,9 +141,9 @@ def export(
             )
         except (OSError, ModelFolderError, ValueError) as error:
             failure = str(error)
-    reports = _exchange((files, num_bytes, failure))
+    reports = gather_to_all((files, num_bytes, failure))
     failure = next((f for _, _, f in reports if f), "")
-    if is_lead:
+    if is_rank_zero:
         try:
             if not failure:
                 _finish(reports, template, temporary, out_dir, dtype, facts)
@@ -151,7 +151,7 @@ def export(
             failure = str(error)
         if failure:
             shutil.rmtree(temporary, ignore_errors=True)
-    failure = next((f for f in _exchange(failure) if f), "")
+    failure = next((f for f in gather_to_all(failure) if f), "")
     if failure:
         raise CheckpointError(f"cannot export to {out_dir}: {failure}")
 
@@ -160,19 +160,10 @@ def _rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def _exchange(value: Any) -> list[Any]:
-    """Every rank's value, on every rank."""
-    if not dist.is_initialized():
-        return [value]
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
-def _begin(out_dir: Path, is_lead: bool) -> Path:
-    """Refuse an out_dir in use, else make the temporary folder; the same outcome on every rank."""
+def _begin(out_dir: Path, is_rank_zero: bool) -> Path:
+    """Creates the temporary folder, or refuses an ``out_dir`` in use, with the same outcome on every rank."""
     temporary, refusal, failure = None, "", ""
-    if is_lead:
+    if is_rank_zero:
         if out_dir.exists() and not (out_dir.is_dir() and not any(out_dir.iterdir())):
             refusal = (
                 f"export to {out_dir}: it exists and is not an empty folder. Remove it, or give another name."
@@ -183,7 +174,7 @@ def _begin(out_dir: Path, is_lead: bool) -> Path:
                 temporary.mkdir(parents=True)
             except OSError as error:
                 failure = f"cannot export to {out_dir}: {error}"
-    temporary, refusal, failure = _exchange((temporary, refusal, failure))[0]
+    temporary, refusal, failure = gather_to_all((temporary, refusal, failure))[0]
     if refusal:
         raise ValueError(refusal)
     if failure:
@@ -204,7 +195,11 @@ def _write_stage(
     experts: ExpertGroups | None,
     is_first_replica: bool,
 ) -> tuple[dict[str, list[str]], int]:
-    """Write this stage; returns {file: tensor names} and bytes of weights (none but on the writer)."""
+    """Writes the files of this stage.
+
+    Returns:
+        File name -> tensor names, and the bytes of all tensors; empty and 0 on ranks that write nothing.
+    """
     dtypes = {name: dtype or stored.dtype for name, stored in template.tensors.items()}
     plans = plan_tensors(
         chunks,
@@ -231,7 +226,7 @@ def _write_stage(
     )
     for name, tensor in tensors:
         if tensor is None or failure is not None:
-            continue  # keep drawing: other ranks are in the same gathers
+            continue  # also after a failure: other ranks wait in the same gathers
         i = shard_of[name]
         try:
             if i not in writers:
@@ -248,21 +243,21 @@ def _write_stage(
 
 
 def file_name(i: int, num_files: int) -> str:
-    """Name of the i-th safetensors file of a folder, as transformers has it."""
+    """Name of a folder's i-th safetensors file (from 0), as transformers names it."""
     return SINGLE_FILE if num_files == 1 else f"model-{i + 1:05d}-of-{num_files:05d}.safetensors"
 
 
 def _split(plans: list[TensorPlan], max_shard_bytes: int) -> list[list[TensorPlan]]:
-    """Cut the plan into files of at most max_shard_bytes, or of one tensor."""
+    """Splits the tensors into files of at most ``max_shard_bytes``; a larger tensor gets a file of its own."""
     shards: list[list[TensorPlan]] = []
-    room = 0
+    num_free = 0
     for plan in plans:
         size = math.prod(plan.shape) * plan.dtype.itemsize
-        if not shards or size > room:
+        if not shards or size > num_free:
             shards.append([])
-            room = max_shard_bytes
+            num_free = max_shard_bytes
         shards[-1].append(plan)
-        room -= size
+        num_free -= size
     return shards
 
 
@@ -274,7 +269,7 @@ def _finish(
     dtype: torch.dtype | None,
     facts: dict[str, str] | None,
 ) -> None:
-    """Name the files, write index, configuration and card, and move the folder to its name."""
+    """Gives the files their names, writes index, configuration and card, and renames the folder."""
     files = {file: names for stage_files, _, _ in reports for file, names in stage_files.items()}
     written = [name for names in files.values() for name in names]
     _check_complete(written, template)
@@ -283,8 +278,7 @@ def _finish(
         final = file_name(i, len(files))
         if not (temporary / file).exists():
             raise ModelFolderError(
-                f"{file} is not there on the first rank: the output must be on a file system that all nodes "
-                "share"
+                f"rank 0 does not see {file}: the output must be on a file system that all nodes share"
             )
         (temporary / file).rename(temporary / final)
         weight_map.update(dict.fromkeys(files[file], final))
@@ -302,7 +296,7 @@ def _finish(
 
 
 def write_index(folder: Path, weight_map: dict[str, str], total_size: int) -> None:
-    """Write the index of a folder with several files: tensor name -> file, and the bytes of all tensors."""
+    """Writes the index of a folder with several files: tensor name -> file, and the bytes of all tensors."""
     index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
     (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
@@ -320,7 +314,7 @@ def _check_complete(written: list[str], template: HfFolder) -> None:
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Copy what travels with the weights: tokenizer, chat template, generation config, licence."""
+    """Copies the files that accompany the weights: tokenizer, chat template, generation config, licence."""
     for pattern in _COPIED:
         for path in sorted(source.glob(pattern)):
             if path.is_dir():
@@ -330,7 +324,7 @@ def copy_companions(source: Path, target: Path) -> None:
 
 
 def types_by_size(weights: Iterable[tuple[tuple[int, ...], torch.dtype]]) -> list[torch.dtype]:
-    """The types of a folder's (shape, type) weights; that of most elements, which config.json names, first."""
+    """Returns the types of (shape, type) weights, ordered by number of elements. config.json names the first."""
     sizes: Counter[torch.dtype] = Counter()
     for shape, dtype in weights:
         sizes[dtype] += math.prod(shape)
@@ -338,12 +332,12 @@ def types_by_size(weights: Iterable[tuple[tuple[int, ...], torch.dtype]]) -> lis
 
 
 def type_names(types: Iterable[torch.dtype]) -> str:
-    """As a model card has them."""
+    """Names of types for a model card, such as "bfloat16, float32"."""
     return ", ".join(str(dtype).removeprefix("torch.") for dtype in types)
 
 
 def write_config(template: HfFolder, target: Path, dtype: torch.dtype, **more: Any) -> None:
-    """Write config.json for weights of ``dtype``; ``more`` are further keys."""
+    """Writes config.json for weights of type ``dtype``, with further keys ``more``."""
     if dtype == template.dtype and not more:
         shutil.copyfile(template.path / "config.json", target / "config.json")
         return

@@ -1,7 +1,7 @@
 """One table per model family: Hugging Face tensor names and layouts <-> Megatron's, for both directions.
 
-A rank's shard of a Megatron parameter is, along one dimension, a row of pieces of Hugging Face tensors.
-Loading copies the pieces in, exporting copies them out, so there is one description of each layout.
+A rank's shard of a Megatron parameter consists of pieces of Hugging Face tensors, concatenated along one dimension. Loading
+copies the pieces in and exporting copies them out, so each layout is described once.
 """
 
 import re
@@ -13,47 +13,47 @@ from typing import NamedTuple
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
-    """The sizes a config.json implies."""
+    """The sizes that a config.json implies."""
 
     num_layers: int
     hidden_size: int
     ffn_hidden_size: int
-    """Of one expert, where there are experts."""
+    """Inner size of the MLP, or of one expert."""
     num_attention_heads: int
     num_query_groups: int
     head_dim: int
     vocab_size: int
-    """Rows of the embedding in the folder, without Megatron's padding."""
+    """Rows of the embedding in the folder. Megatron's may have more, as padding."""
     is_tied: bool
-    """The output layer is the embedding; the folder has no lm_head."""
+    """The output layer shares the embedding's weights, so the folder has no lm_head."""
     has_qkv_bias: bool
     has_qk_norm: bool
     num_experts: int = 0
-    """Experts of each layer; 0: every layer has one MLP."""
+    """Experts of each layer; 0 if every layer has one MLP."""
 
 
 class Piece(NamedTuple):
-    """Rows (or columns) ``start:stop`` of the ``source``-th Hugging Face tensor of an entry."""
+    """Rows (or columns) ``start:stop`` of an entry's Hugging Face tensor number ``tensor``."""
 
-    source: int
+    tensor: int
     start: int
     stop: int
 
 
 class ShardLayout(NamedTuple):
-    """How one rank's shard is laid out."""
+    """The layout of one rank's shard."""
 
     dim: int
-    """Dimension along which the pieces follow each other."""
+    """Dimension along which the pieces are concatenated."""
     length: int
-    """Size of the shard along ``dim``; where the pieces end earlier the rest is padding (zeros)."""
+    """Size of the shard along ``dim``. If the pieces are shorter, zeros pad the rest."""
     pieces: tuple[Piece, ...]
 
 
 Layout = Callable[[ModelShape, int, int, Sequence[int] | None], ShardLayout]
-"""(shape, tp_rank, tp_size, the shard's own shape or None) -> layout.
+"""Function of the model's shape, tp_rank, tp_size, and the shape of the shard in the model.
 
-Only what can be padded (the vocabulary, the query groups) looks at the shard; None says that nothing is.
+Only layouts that allow padding (vocabulary, query groups) use the last argument; None means no padding.
 """
 
 
@@ -66,9 +66,10 @@ def _share(total: int, tp_rank: int, tp_size: int) -> tuple[int, int]:
 
 
 def _padded_share(total: int, size: int | None, tp_rank: int, tp_size: int) -> tuple[int, int, int]:
-    """Size of a shard of which ``tp_size`` make up ``total`` and padding after it, and the part it holds.
+    """Returns the size of a rank's shard, and the range of ``total`` that it holds; padding follows after ``total``.
 
-    Shards of a ``size`` too small for ``total`` get what they ought to have.
+    If ``size`` times ``tp_size`` is less than ``total``, the size is wrong. The result is then the layout without padding, so
+    that the caller's comparison of shapes reports the mismatch.
     """
     if size is None or size * tp_size < total:
         start, stop = _share(total, tp_rank, tp_size)
@@ -84,7 +85,7 @@ def _replicated(size: Callable[[ModelShape], int]) -> Layout:
 
 
 def _input_split(size: Callable[[ModelShape], int]) -> Layout:
-    """Row-parallel: every rank holds a range of columns; columns of added query groups come last."""
+    """A row-parallel weight: every rank holds a range of columns. The columns of added query groups come last."""
 
     def layout(shape: ModelShape, tp_rank: int, tp_size: int, shard: Sequence[int] | None) -> ShardLayout:
         width = None if shard is None else shard[1]
@@ -95,7 +96,7 @@ def _input_split(size: Callable[[ModelShape], int]) -> Layout:
 
 
 def _gate_then_up(shape: ModelShape, tp_rank: int, tp_size: int, shard: Sequence[int] | None) -> ShardLayout:
-    """Every rank's gate rows, then the same rank's up rows."""
+    """The rank's rows of the gate projection, followed by its rows of the up projection."""
     start, stop = _share(shape.ffn_hidden_size, tp_rank, tp_size)
     return ShardLayout(0, 2 * (stop - start), (Piece(0, start, stop), Piece(1, start, stop)))
 
@@ -103,11 +104,11 @@ def _gate_then_up(shape: ModelShape, tp_rank: int, tp_size: int, shard: Sequence
 def _query_key_value(
     shape: ModelShape, tp_rank: int, tp_size: int, shard: Sequence[int] | None
 ) -> ShardLayout:
-    """Per query group its queries, its key, its value; ranks cut that row of groups evenly.
+    """Each query group consists of its queries, its key and its value; ranks split the sequence of groups evenly.
 
-    With fewer groups than ranks the cut runs through a group; Megatron gathers it again in the
-    forward pass (SelfAttention.get_query_key_value_tensors). A model with more groups than the folder
-    has padding in their place, at the end.
+    With fewer groups than ranks a group is split between ranks, and Megatron gathers it in the forward pass
+    (SelfAttention.get_query_key_value_tensors). If the model has more groups than the folder, the added groups are padding
+    at the end.
     """
     d = shape.head_dim
     q = shape.num_attention_heads // shape.num_query_groups * d
@@ -115,29 +116,29 @@ def _query_key_value(
     length, start, stop = _padded_share(shape.num_query_groups * (q + 2 * d), rows, tp_rank, tp_size)
     pieces, position = [], 0
     for group in range(shape.num_query_groups):
-        for source, size in ((0, q), (1, d), (2, d)):
+        for tensor, size in ((0, q), (1, d), (2, d)):
             low, high = max(start, position), min(stop, position + size)
             if low < high:
                 offset = group * size - position
-                pieces.append(Piece(source, low + offset, high + offset))
+                pieces.append(Piece(tensor, low + offset, high + offset))
             position += size
     return ShardLayout(0, length, tuple(pieces))
 
 
 def _fused(layout: Layout, sizes: Callable[[ModelShape], tuple[int, ...]]) -> Layout:
-    """The same shard where one Hugging Face tensor holds the sources of ``layout`` below each other."""
+    """Returns the layout of the same shard if one Hugging Face tensor stacks the tensors that ``layout`` refers to."""
 
     def fused(shape: ModelShape, tp_rank: int, tp_size: int, shard: Sequence[int] | None) -> ShardLayout:
         starts = [0, *accumulate(sizes(shape))]
         plain = layout(shape, tp_rank, tp_size, shard)
-        pieces = (Piece(0, starts[p.source] + p.start, starts[p.source] + p.stop) for p in plain.pieces)
+        pieces = (Piece(0, starts[p.tensor] + p.start, starts[p.tensor] + p.stop) for p in plain.pieces)
         return plain._replace(pieces=tuple(pieces))
 
     return fused
 
 
 def _vocabulary(shape: ModelShape, tp_rank: int, tp_size: int, shard: Sequence[int] | None) -> ShardLayout:
-    """A range of token rows; the vocabulary is padded at its end, so the last ranks hold padding rows."""
+    """A range of token rows. The vocabulary is padded at its end, so the last ranks may hold padding only."""
     rows = None if shard is None else shard[0]
     if rows is not None and rows * tp_size < shape.vocab_size:
         raise ValueError(
@@ -149,19 +150,19 @@ def _vocabulary(shape: ModelShape, tp_rank: int, tp_size: int, shard: Sequence[i
 
 
 class Entry(NamedTuple):
-    """One Megatron parameter and the Hugging Face tensors it is made of; names of a layer lack its prefix.
+    """One Megatron parameter and the Hugging Face tensors that it consists of.
 
-    An expert's names hold {e} for its number.
+    Names within a layer do not include the layer's prefix. Names within an expert contain {e} in place of its number.
     """
 
     megatron: tuple[str, ...]
-    """Names in GPTModel: the plain layers' first, then that of Transformer Engine's fused layers, which is
-    also the name in a checkpoint."""
+    """Names in GPTModel: first the name in plain layers, then the name in Transformer Engine's fused layers. Checkpoints use
+    the last name."""
     hf: tuple[str, ...]
     hf_shape: Callable[[ModelShape], tuple[tuple[int, ...], ...]]
     layout: Layout
     is_sharded: bool = True
-    """False where every tensor-parallel rank holds the same whole tensor."""
+    """False if every tensor-parallel rank holds the whole tensor."""
     is_expert: bool = False
 
 
@@ -238,7 +239,7 @@ _FUSED_GATE_UP = _MLP[1]._replace(
 
 
 def _mixture(block: str, gate: str, up: str, down: str) -> tuple[Entry, ...]:
-    """A router and experts in the place of the MLP; the names of an expert's tensors differ by family."""
+    """Entries of a router and its experts, which replace the MLP. Families name the tensors of an expert differently."""
     norm, fc1, fc2 = _MLP
     return (
         norm._replace(megatron=("pre_mlp_layernorm.weight",)),
@@ -284,26 +285,27 @@ _QK_NORM = (
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """A model family: what transformers calls it, and what sets it apart from its siblings.
+    """A model family: its name in transformers, and its differences from the other families.
 
-    The defaults are transformers': config.json may leave out what equals them.
+    The defaults are those of transformers' configuration classes, because a config.json may omit keys that equal them.
+    tests/unit/weights/test_architecture.py compares the two.
     """
 
     architecture: str
     attention: tuple[Entry, ...] = _ATTENTION
     mlp: tuple[Entry, ...] = _MLP
     default_head_dim: int | None = None
-    """head_dim where config.json has none; None means hidden_size / num_attention_heads."""
+    """head_dim if config.json omits it; None means hidden_size / num_attention_heads."""
     default_max_position_embeddings: int
     default_rope_theta: float = 10000.0
     default_norm_eps: float = 1e-6
     default_sliding_window: int | None = None
     has_window_switch: bool = False
-    """sliding_window counts only where use_sliding_window is true."""
+    """True if config.json's sliding_window applies only when use_sliding_window is true."""
     has_max_window_layers: bool = False
-    """The first max_window_layers layers have no window; else all have it."""
+    """True if the first max_window_layers layers have no window; False: all layers have it."""
     always_normalizes_experts: bool = False
-    """The weights of a token's experts add up to 1; else norm_topk_prob says so."""
+    """True if the weights of a token's experts always sum to 1; False: norm_topk_prob in config.json decides."""
 
     @property
     def layer_entries(self) -> tuple[Entry, ...]:
@@ -382,47 +384,47 @@ REFUSED = {
     "Qwen2MoeForCausalLM": "its shared expert is gated, and only its successor Qwen3-MoE has a table here",
     "DeepseekV3ForCausalLM": "its latent attention and grouped routing have no table here",
 }
-"""Families that people ask for and that cannot be converted, each with the reason."""
+"""Well-known families that cannot be converted, each with the reason."""
 
 _IN_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 _IN_EXPERT = re.compile(r"(mlp\.experts\.)(?:local_experts\.(\d+)\.(.+)|(linear_fc[12]\.weight)(\d+))")
 
 
 class Binding(NamedTuple):
-    """An entry bound to one parameter: full Hugging Face names and shapes."""
+    """An entry for one parameter of the model: full Hugging Face names and shapes."""
 
     entry: Entry
     hf_names: tuple[str, ...]
     hf_shapes: tuple[tuple[int, ...], ...]
     is_copy: bool
-    """True for the tied output layer on a stage without the embedding: loaded, but not exported again."""
+    """True for a tied output layer, which Megatron stores separately on the last stage: it is loaded but not exported."""
     prefix: str
-    """Of the layer in the Hugging Face names."""
+    """Prefix of the layer in the Hugging Face names; empty outside layers."""
     expert: int
-    """Its number among all experts; 0 where it is none."""
+    """Number of the expert among all experts of the layer; 0 outside experts."""
 
     def shard_shape(self, layout: ShardLayout) -> tuple[int, ...]:
-        """Shape of the Megatron parameter on the rank ``layout`` was made for."""
+        """Shape of the Megatron parameter on the rank that ``layout`` belongs to."""
         sizes = list(self.hf_shapes[0])
         sizes[layout.dim] = layout.length
         return tuple(sizes)
 
 
 class StoredParameter(NamedTuple):
-    """A parameter's place in Megatron's checkpoints, where layers, and the experts of a layer, are stacked."""
+    """Location of a parameter in Megatron's checkpoints, which stack layers, and the experts of a layer, in one tensor."""
 
     key: str
     single_key: str
-    """Its name where the layers are not stacked (Megatron's non_homogeneous_layers); then without position[0]."""
+    """Key if layers are not stacked (Megatron's non_homogeneous_layers). Then position[0] does not apply."""
     position: tuple[int, ...]
-    """() or (layer,) or (layer, expert)."""
+    """Index in the stack: (), (layer,) or (layer, expert)."""
     stack: tuple[int, ...]
-    """Sizes of the dimensions that ``position`` counts in."""
+    """Sizes of the dimensions that ``position`` indexes."""
     binding: Binding
 
 
 class NameTable:
-    """The names of one model: every Hugging Face tensor, and which of them make up a Megatron parameter."""
+    """The table of one model: every Hugging Face tensor, and the Megatron parameter that it belongs to."""
 
     def __init__(self, family: Family, shape: ModelShape) -> None:
         self.shape = shape
@@ -438,15 +440,15 @@ class NameTable:
             for parameter in self.stored_parameters()
             for name, size in zip(parameter.binding.hf_names, parameter.binding.hf_shapes, strict=True)
         }
-        """Every tensor the folder must hold, in the order of the model."""
+        """Every tensor that the folder must contain, in the order of the model."""
 
     def bind(self, megatron_name: str, layer_offset: int, expert_offset: int = 0) -> Binding | None:
-        """The entry of a parameter, or None if this family has no such parameter.
+        """Returns the entry of a parameter, or None if this family has no such parameter.
 
         Args:
-            megatron_name: name in GPTModel, without the prefixes of wrappers.
-            layer_offset: global index of the first decoder layer of the parameter's model chunk.
-            expert_offset: global index of the first expert of the parameter's expert-parallel rank.
+            megatron_name: name in GPTModel, without the prefixes of wrapper modules.
+            layer_offset: global index of the first decoder layer in the parameter's model chunk.
+            expert_offset: global index of the first expert on the parameter's expert-parallel rank.
         """
         match = _IN_LAYER.fullmatch(megatron_name)
         if match is None:
@@ -465,7 +467,7 @@ class NameTable:
         return self._bind(entry, f"model.layers.{layer}.", expert)
 
     def stored_parameters(self) -> Iterator[StoredParameter]:
-        """Every parameter as a checkpoint has it, in the order of the model."""
+        """Yields every parameter with its location in a checkpoint, in the order of the model."""
         yield self._store_top(_EMBEDDING)
         for layer in range(self.shape.num_layers):
             for entry in self._entries:
@@ -498,5 +500,5 @@ class NameTable:
         return Binding(entry, names, entry.hf_shape(self.shape), entry is _TIED_OUTPUT, prefix, expert)
 
     def same_on(self, binding: Binding, expert: int) -> Binding:
-        """What ``binding`` is for another expert of the same layer."""
+        """Returns the binding of the same parameter in another expert of the layer."""
         return self._bind(binding.entry, binding.prefix, expert)

@@ -1,4 +1,4 @@
-"""A Hugging Face model folder: checked in full when opened, read slice by slice afterwards."""
+"""A Hugging Face model folder: completely checked when it is opened, read slice by slice afterwards."""
 
 import hashlib
 import json
@@ -21,27 +21,27 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
-"""Safetensors' names of the weight types that can be loaded."""
+"""Names in safetensors files -> weight types that can be loaded."""
 
 _NOT_WEIGHTS = ".rotary_emb.inv_freq"
-"""Buffers that old Llama folders carry; transformers drops them on load."""
+"""Buffers in old Llama folders, which transformers ignores too."""
 
 _COMPARE_ROWS = 4096
 
 
 class StoredTensor(NamedTuple):
-    """Where and how one tensor is stored."""
+    """Location, shape and type of a stored tensor."""
 
     file: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     start: int
-    """Of its bytes, in the file."""
+    """Offset of its first byte in the file."""
 
 
 @dataclass(frozen=True)
 class HfFolder:
-    """An opened folder; ``open`` is the way to get one. Holds headers and memory maps, no weights."""
+    """A folder opened by ``HfFolder.open``. It holds headers and memory maps, no weights."""
 
     path: Path
     config: dict[str, Any]
@@ -50,19 +50,19 @@ class HfFolder:
     rope: Rope
     table: NameTable
     tensors: dict[str, StoredTensor]
-    """The tensors of the model by Hugging Face name, exactly those of ``table``; none if opened without."""
+    """Hugging Face name -> tensor, exactly the tensors of ``table``; empty if opened without weights."""
     _shards: dict[str, Any] = field(repr=False)
 
     @classmethod
     def open(cls, path: str | Path, *, with_weights: bool = True) -> "HfFolder":
-        """Open a folder and check it against the table of its family.
+        """Opens a folder and checks it against the table of its family.
 
         Args:
             path: the folder.
-            with_weights: False where only the model's description is wanted; there may then be no weights.
+            with_weights: False: read only the model's description. The folder then needs no weights.
 
         Raises:
-            ModelFolderError: one line with the folder, what is wrong and, where there is one, the way out.
+            ModelFolderError: one line with the folder, the mistake and, if possible, a way out.
         """
         path = Path(path)
         known = ModelDescription.read(path)
@@ -79,12 +79,12 @@ class HfFolder:
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """The type that config.json says the weights have; None if it says none that can be loaded."""
+        """The weight type that config.json names; None if it names none that can be loaded."""
         name = str(self.config.get("dtype", self.config.get("torch_dtype")))
         return {str(t).removeprefix("torch."): t for t in DTYPES.values()}.get(name)
 
     def read(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> Tensor:
-        """Tensor ``name``, or its range ``start:stop`` along ``dim``, in its stored dtype on the CPU."""
+        """Reads tensor ``name``, or its range ``start:stop`` along ``dim``, in its stored type onto the CPU."""
         stored = self.tensors[name]
         try:
             if dim == 0:
@@ -97,7 +97,7 @@ class HfFolder:
             ) from error
 
     def _read_rows(self, stored: StoredTensor, start: int, stop: int) -> Tensor:
-        """Rows lie together: read in one go, where a mapped file would come in page by page."""
+        """Reads consecutive rows in one read. The memory map would fetch them page by page, which is slower."""
         stop = min(stop, stored.shape[0])
         rows = torch.empty((max(0, stop - start), *stored.shape[1:]), dtype=stored.dtype)
         raw = memoryview(rows.reshape(-1).view(torch.uint8).numpy())
@@ -106,7 +106,7 @@ class HfFolder:
             while raw:
                 count = file.readinto(raw)
                 if not count:
-                    raise EOFError("the file ends within it")
+                    raise EOFError("the file ends before the tensor does")
                 raw = raw[count:]
         return rows
 
@@ -134,7 +134,7 @@ class HfFolder:
                 )
 
     def _drop_stored_tied_output(self) -> None:
-        """Some tied folders store the output layer too: harmless if it is the embedding."""
+        """Drops the stored output layer of a tied model, which some folders have; refuses one that differs from the embedding."""
         embedding = self.tensors.get("model.embed_tokens.weight")
         output = self.tensors["lm_head.weight"]
         is_same = embedding is not None and output[1:3] == embedding[1:3]
@@ -153,9 +153,9 @@ class HfFolder:
 
 
 def weights_fingerprint(folder: Path, precision: str) -> str:
-    """Names a Hugging Face folder's weights without reading all of them.
+    """Returns a hash that identifies a Hugging Face folder's weights without reading all of them.
 
-    Hashes config.json and, of each safetensors file, its size, its header and samples of its content.
+    The hash covers config.json, and the size, header and samples of the content of each safetensors file.
     """
     return _fingerprint(
         precision.encode() + (folder / "config.json").read_bytes(), folder.glob("*.safetensors")
@@ -163,7 +163,7 @@ def weights_fingerprint(folder: Path, precision: str) -> str:
 
 
 def checkpoint_fingerprint(folder: Path) -> str:
-    """Names the weights in one ``iter_`` folder of Megatron's, likewise."""
+    """Returns such a hash for the weights in an ``iter_`` folder of a Megatron checkpoint."""
     return _fingerprint(b"", (path for path in folder.rglob("*") if path.is_file()))
 
 
@@ -180,8 +180,8 @@ def _fingerprint(start: bytes, paths: Iterable[Path]) -> str:
 
 
 def _shard_files(path: Path) -> dict[str, list[str] | None]:
-    """File name -> names of the tensors the index promises there (None: whatever the file holds)."""
-    if (path / SINGLE_FILE).exists():  # first, as in transformers
+    """Returns file name -> names of its tensors in the index (None without an index: all tensors of the file)."""
+    if (path / SINGLE_FILE).exists():  # transformers prefers it to an index too
         return {SINGLE_FILE: None}
     if (path / INDEX_FILE).exists():
         weight_map = read_json(path / INDEX_FILE, missing="").get("weight_map")
@@ -196,7 +196,7 @@ def _shard_files(path: Path) -> dict[str, list[str] | None]:
     pickles = sorted(p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
     if pickles:
         raise ModelFolderError(
-            f"holds only pickled weights ({pickles[0]}), which are not loaded; "
+            f"has only pickled weights ({pickles[0]}), which are not loaded because they can run code; "
             "convert them with save_pretrained(..., safe_serialization=True) of transformers"
         )
     raise ModelFolderError(f"has no weights: neither {SINGLE_FILE} nor {INDEX_FILE}")
@@ -211,7 +211,9 @@ def _open_shards(path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
         starts = _data_starts(path / file)
         for name in promised or ():
             if name not in present:
-                raise ModelFolderError(f"{file} does not hold {name}, which {INDEX_FILE} says it does")
+                raise ModelFolderError(
+                    f"{file} does not contain {name}, although {INDEX_FILE} lists it there"
+                )
         for name in present:
             if name in stored:
                 raise ModelFolderError(f"tensor {name} is in both {stored[name].file} and {file}")
@@ -225,7 +227,7 @@ def _open_shards(path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
 
 
 def _data_starts(path: Path) -> dict[str, int]:
-    """Where each tensor's bytes begin; the header is one that ``safe_open`` has accepted."""
+    """Returns the offset of each tensor's bytes. ``safe_open`` has validated the header before."""
     with path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         header = json.loads(file.read(length))
@@ -237,7 +239,7 @@ def _open_shard(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
     except FileNotFoundError:
-        raise ModelFolderError(f"{path.name} is missing, though {INDEX_FILE} names it") from None
+        raise ModelFolderError(f"{path.name} is missing, although {INDEX_FILE} lists it") from None
     except (SafetensorError, OSError) as error:
         with path.open("rb") as file:
             if file.read(12) == b"version http":
@@ -251,7 +253,7 @@ def _open_shard(path: Path) -> Any:
 
 
 def _check_tokenizer(path: Path, vocab_size: int) -> None:
-    """Every id the tokenizer can give must have a row in the embedding."""
+    """Refuses a tokenizer with ids that have no row in the embedding."""
     if not (path / "tokenizer.json").exists():
         return
     content = read_json(path / "tokenizer.json", missing="")
@@ -262,7 +264,7 @@ def _check_tokenizer(path: Path, vocab_size: int) -> None:
         highest = max(ids, default=-1)
     except (AttributeError, KeyError, TypeError) as error:
         raise ModelFolderError(
-            f"tokenizer.json is not laid out as the tokenizers library does: {error!r}"
+            f"tokenizer.json does not have the format of the tokenizers library: {error!r}"
         ) from error
     if highest >= vocab_size:
         raise ModelFolderError(

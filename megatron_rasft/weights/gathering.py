@@ -1,4 +1,4 @@
-"""Model chunks -> Hugging Face tensors, one parameter at a time."""
+"""Gathers Hugging Face tensors from the model chunks of all ranks, one parameter at a time."""
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
@@ -14,7 +14,7 @@ from megatron_rasft.weights.loading import ExpertRanks, bound_parameters
 
 
 class TensorPlan(NamedTuple):
-    """One tensor that ``gather_tensors`` will give."""
+    """A tensor that ``gather_tensors`` will yield."""
 
     name: str
     shape: tuple[int, ...]
@@ -22,12 +22,12 @@ class TensorPlan(NamedTuple):
 
 
 class ExpertGroups(NamedTuple):
-    """Groups over which the experts of a layer are spread, and over which one expert is cut."""
+    """The process groups that the experts of a layer are distributed over (ep) and that each expert is split over (etp)."""
 
     ep_group: ProcessGroup
     etp_group: ProcessGroup
     is_first_replica: bool = True
-    """True where the expert-data-parallel rank is 0: these ranks give the experts."""
+    """True if the expert-data-parallel rank is 0. These ranks send the experts."""
 
     @property
     def ranks(self) -> ExpertRanks:
@@ -45,9 +45,9 @@ def _turns(
     tp_group: ProcessGroup | None,
     experts: ExpertGroups | None,
 ) -> Iterator[tuple[Tensor, Binding, int]]:
-    """Each parameter, its binding on the rank that gives it, and for an expert that expert-parallel rank, else 0.
+    """Yields each parameter, its binding on the sending rank, and the expert-parallel rank that sends it (0 outside experts).
 
-    The experts of a layer come from rank after rank, so that they are in the order of their numbers.
+    The expert-parallel ranks take turns within a layer, so that experts come in the order of their numbers.
     """
     ranks = None if experts is None else experts.ranks
     bound = bound_parameters(chunks, table, layer_offsets, *_rank_and_size(tp_group), ranks)
@@ -72,7 +72,7 @@ def plan_tensors(
     dtypes: dict[str, torch.dtype] | None = None,
     experts: ExpertGroups | None = None,
 ) -> list[TensorPlan]:
-    """What ``gather_tensors`` gives with the same arguments, in its order; runs no collective."""
+    """Returns the tensors that ``gather_tensors`` yields for the same arguments, in its order. Runs no collective."""
     return [
         TensorPlan(name, shape, (dtypes or {}).get(name, param.dtype))
         for param, binding, _ in _turns(chunks, table, layer_offsets, tp_group, experts)
@@ -93,35 +93,36 @@ def gather_tensors(
     experts: ExpertGroups | None = None,
     is_first_replica: bool = True,
 ) -> Iterator[tuple[str, Tensor | None]]:
-    """The Hugging Face tensors of this pipeline stage, whole on the first of its ranks.
+    """Yields the Hugging Face tensors of this pipeline stage, gathered on rank 0 of its tensor-parallel group.
 
-    Runs one gather per sharded parameter on ``tp_group``, so all its ranks must draw to the end, in step.
-    Experts are gathered on ``experts``' groups instead, one sent after the other to the first expert-parallel
-    rank; all ranks of these groups must draw then.
-    The tied output layer's copy on the last stage is left out. Beside the model there is at most one
-    parameter in memory, twice on the first rank. The parameters must be current: with --overlap-param-gather the
-    last step's are only gathered at the next forward pass, unless they are synchronised first.
+    Runs one gather per sharded parameter on ``tp_group``, so all its ranks must iterate to the end at the same pace. Experts
+    are gathered on the groups of ``experts`` instead, and sent to the first expert-parallel rank one after another; all ranks
+    of these groups must iterate.
+
+    The last stage's copy of a tied output layer is not yielded. Besides the model, memory holds at most one parameter, and a
+    second copy of it on rank 0. The parameters must be current: with --overlap-param-gather Megatron gathers the last step's
+    weights only in the next forward pass, unless the caller synchronises them before.
 
     Args:
         chunks: the model chunks of this rank, wrapped or not.
         table: names and layouts, ``HfFolder.table``.
         layer_offsets: global index of the first decoder layer of each chunk.
-        tp_group: the tensor-parallel group; None where there is none.
-        dtypes: type to give, by name; the parameter's own where a name is not in it.
-        device: where to put the tensors together; None: where the parameters are.
-        out: name -> memory of the tensor's shape and type to put it together in; None: new memory.
-        experts: where the experts of a layer are; None: each rank has all, cut as the rest is.
-        is_first_replica: False on a rank that takes part for its experts only: its data- or context-parallel
-            rank is not 0.
+        tp_group: the tensor-parallel group; None without tensor parallelism.
+        dtypes: name -> type of the result; other tensors keep the type of their parameter.
+        device: device of the result; None: that of the parameters.
+        out: returns a tensor to write the named result into, of its shape and type; None: allocate it.
+        experts: the groups of the experts; None: each rank holds a shard of every expert, as of other parameters.
+        is_first_replica: False on a rank that only takes part with its experts, because its data- or context-parallel rank is
+            not 0.
 
     Yields:
-        (name, tensor) on rank 0 of ``tp_group``, for experts of both of ``experts``' groups, (name, None)
-        on the other ranks.
+        (name, tensor) on rank 0 of ``tp_group``, or for experts on rank 0 of both groups of ``experts``; (name, None) on the
+        other ranks.
     """
     for param, binding, ep_rank in _turns(chunks, table, layer_offsets, tp_group, experts):
         tensors: Sequence[Tensor] | None = None
         wanted = [(dtypes or {}).get(name, param.dtype) for name in binding.hf_names]
-        # one type travels; q, k and v of different stored types (unheard of) travel as the parameter is
+        # a gather has one type: if q, k and v are stored in different types, the parameter's type is gathered
         dtype = wanted[0] if len(set(wanted)) == 1 else param.dtype
         if experts is not None and binding.entry.is_expert:
             if experts.is_first_replica:
@@ -144,16 +145,16 @@ def _gather_expert(
     binding: Binding,
     table: NameTable,
     experts: ExpertGroups,
-    giver: int,
+    sender: int,
     device: torch.device | str | None,
     out: Callable[[str], Tensor | None] | None,
 ) -> list[Tensor] | None:
-    """One expert of expert-parallel rank ``giver``, on the first rank; None on the others."""
+    """Returns one expert of expert-parallel rank ``sender`` on rank 0 of both groups, None on the others."""
     ranks = experts.ranks
     tensors: list[Tensor] | None = None
-    if ranks.ep_rank == giver:
+    if ranks.ep_rank == sender:
         shards = _gather_shards(param, dtype, experts.etp_group)
-        if shards is not None and giver == 0:
+        if shards is not None and sender == 0:
             return assemble(shards, binding, table, device, out)
         for tensor in assemble(shards, binding, table) if shards is not None else ():
             dist.send(tensor.view(torch.uint8), group=experts.ep_group, group_dst=0)
@@ -163,21 +164,21 @@ def _gather_expert(
             memory = None if out is None else out(name)
             if memory is None or memory.device != param.device:
                 memory = torch.empty(shape, dtype=dtype, device=param.device)
-            dist.recv(memory.view(torch.uint8), group=experts.ep_group, group_src=giver)
+            dist.recv(memory.view(torch.uint8), group=experts.ep_group, group_src=sender)
             tensors.append(memory if device is None else memory.to(device))
     return tensors
 
 
 def _gather_shards(param: Tensor, dtype: torch.dtype, group: ProcessGroup | None) -> list[Tensor] | None:
-    """A parameter's shards, as ``dtype``, of all ranks of ``group`` on its first, None on the others."""
+    """Returns a parameter's shards from all ranks of ``group``, as ``dtype``, on its rank 0; None on the others."""
     return _gather(param.detach().to(dtype).contiguous(), group)
 
 
 def _gather(shard: Tensor, tp_group: ProcessGroup | None) -> list[Tensor] | None:
-    """The shards of all ranks on rank 0, None on the others."""
+    """Returns the shards of all ranks on rank 0, None on the others."""
     if tp_group is None or tp_group.size() == 1:
         return [shard]
-    # as bytes: every backend can move those, whatever the type
+    # as bytes, because not every backend supports every type
     raw = shard.view(torch.uint8)
     raws = [torch.empty_like(raw) for _ in range(tp_group.size())] if tp_group.rank() == 0 else None
     dist.gather(raw, raws, group=tp_group, group_dst=0)
@@ -191,7 +192,7 @@ def assemble(
     device: torch.device | str | None = None,
     out: Callable[[str], Tensor | None] | None = None,
 ) -> list[Tensor]:
-    """Whole Hugging Face tensors out of the shards of all tensor-parallel ranks."""
+    """Assembles the Hugging Face tensors of a parameter from the shards of all tensor-parallel ranks."""
     dtype, device = shards[0].dtype, device or shards[0].device
     tensors = []
     for name, shape in zip(binding.hf_names, binding.hf_shapes, strict=True):
@@ -201,8 +202,8 @@ def assemble(
     for rank, shard in enumerate(shards):
         layout = binding.entry.layout(table.shape, rank, size, shard.shape)
         position = 0
-        for source, start, stop in layout.pieces:
+        for tensor, start, stop in layout.pieces:
             piece = shard.narrow(layout.dim, position, stop - start)
-            tensors[source].narrow(layout.dim, start, stop - start).copy_(piece)
+            tensors[tensor].narrow(layout.dim, start, stop - start).copy_(piece)
             position += stop - start
     return tensors

@@ -1,4 +1,4 @@
-"""Hugging Face folder -> model chunks, in place, every rank reading only its own slices."""
+"""Loads a Hugging Face folder into model chunks in place. Every rank reads only its own slices."""
 
 from collections.abc import Iterator, Sequence
 from functools import reduce
@@ -15,12 +15,12 @@ from megatron_rasft.weights.folder import HfFolder
 
 
 class ExpertRanks(NamedTuple):
-    """Which experts a rank holds, and how they are cut; the default is all of them, whole."""
+    """The experts that a rank holds, and its shard of them; by default all experts, unsplit."""
 
     ep_rank: int = 0
     ep_size: int = 1
     etp_rank: int = 0
-    """In the expert-tensor-parallel group, which cuts experts as the tensor-parallel group cuts the rest."""
+    """Rank in the expert-tensor-parallel group, over which each expert is split."""
     etp_size: int = 1
 
     def num_local(self, num_experts: int) -> int:
@@ -39,9 +39,12 @@ def bound_parameters(
     tp_size: int,
     experts: ExpertRanks | None = None,
 ) -> Iterator[tuple[Tensor, Binding, ShardLayout]]:
-    """Every parameter of the chunks with its place in the table; refuses one that has none or does not fit.
+    """Yields every parameter of the chunks with its entry in the table and the layout of its shard.
 
-    Wrappers (DistributedDataParallel, Float16Module) are seen through.
+    The prefixes of wrapper modules (DistributedDataParallel, Float16Module) are ignored.
+
+    Raises:
+        ModelFolderError: a parameter has no entry or another shape.
     """
     if len(chunks) != len(layer_offsets):
         raise ValueError(
@@ -88,11 +91,10 @@ def load_into(
     pp_group: ProcessGroup | None = None,
     experts: ExpertRanks | None = None,
 ) -> None:
-    """Copy the folder's weights into the parameters of this rank, in place, cast to each parameter's dtype.
+    """Copies the folder's weights into the parameters of this rank, cast to the type of each parameter.
 
-    Reads this rank's slices only; beside the model there is never more than one shard of one parameter and
-    one slice in memory. Rows of the padded vocabulary become zero. With an optimizer that keeps main
-    parameters, call its ``reload_model_params()`` afterwards.
+    Reads only this rank's slices. Besides the model, memory holds one shard of one parameter and one slice. Rows of the
+    padded vocabulary become zero. If an optimizer keeps main parameters, call its ``reload_model_params()`` afterwards.
 
     Args:
         chunks: the model chunks of this rank, wrapped or not.
@@ -100,9 +102,9 @@ def load_into(
         tp_rank: rank in the tensor-parallel group.
         tp_size: size of the tensor-parallel group.
         layer_offsets: global index of the first decoder layer of each chunk.
-        pp_group: group over which the layers are split. Given, one all_gather_object runs on it, to know
-            that the stages together took every tensor; None says that these chunks are the whole model.
-        experts: the experts this rank holds; None: all, cut as the rest is.
+        pp_group: group over which the layers are split; one all_gather_object on it checks that the stages together loaded
+            every tensor. None: these chunks are the whole model.
+        experts: the experts of this rank; None: a shard of every expert, as of other parameters.
 
     Raises:
         ModelFolderError: a parameter without a tensor, a tensor without a parameter, or another shape.
@@ -135,7 +137,7 @@ def load_into(
 
 
 def read_shard(folder: HfFolder, binding: Binding, layout: ShardLayout) -> Tensor:
-    """One parameter's shard in the stored dtype, on the CPU."""
+    """Reads one parameter's shard in the stored type onto the CPU."""
     if len(layout.pieces) == 1 and len(binding.hf_names) == 1:
         (piece,) = layout.pieces
         if piece.stop - piece.start == layout.length:
@@ -143,8 +145,8 @@ def read_shard(folder: HfFolder, binding: Binding, layout: ShardLayout) -> Tenso
     dtype = reduce(torch.promote_types, (folder.tensors[name].dtype for name in binding.hf_names))
     shard = torch.zeros(binding.shard_shape(layout), dtype=dtype)
     position = 0
-    for source, start, stop in layout.pieces:
+    for tensor, start, stop in layout.pieces:
         target = shard.narrow(layout.dim, position, stop - start)
-        target.copy_(folder.read(binding.hf_names[source], layout.dim, start, stop))
+        target.copy_(folder.read(binding.hf_names[tensor], layout.dim, start, stop))
         position += stop - start
     return shard

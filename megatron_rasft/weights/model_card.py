@@ -1,4 +1,4 @@
-"""The README.md of an exported model: what it is, where its weights come from, and how they were trained."""
+"""Writes the README.md of an exported model: the model's sizes, the base model and the training."""
 
 import json
 import math
@@ -41,7 +41,7 @@ def run_facts(saved: SavedConfig, metrics: Path | None, iteration: int) -> dict[
 
 
 def _last_metrics(path: Path, iteration: int) -> dict[str, str]:
-    """Loss and solve rate as of ``iteration``."""
+    """The last loss and solve rate up to step ``iteration``."""
     shown = {"objective/loss": "Loss of the last step", "verify/solve_rate": "Solve rate of the last refresh"}
     facts = {}
     try:
@@ -59,13 +59,13 @@ def _last_metrics(path: Path, iteration: int) -> dict[str, str]:
 
 
 def write_card(folder: Path, template: HfFolder, title: str, facts: dict[str, str]) -> None:
-    """Write README.md into ``folder``.
+    """Writes README.md into ``folder``.
 
     Args:
-        folder: where the model lies.
+        folder: the model's folder.
         template: the model's description.
         title: the model's name.
-        facts: rows of the table below the model's own.
+        facts: further rows of the table, after those about the model.
     """
     shape = template.shape
     num_parameters = sum(math.prod(size) for size in template.table.hf_shapes.values())

@@ -45,7 +45,7 @@ def shards(
     result = []
     for rank in range(tp_size):
         layout = binding.entry.layout(table.shape, rank, tp_size, shard_shape)
-        pieces = [hf[p.source].narrow(layout.dim, p.start, p.stop - p.start) for p in layout.pieces]
+        pieces = [hf[p.tensor].narrow(layout.dim, p.start, p.stop - p.start) for p in layout.pieces]
         result.append(torch.cat(pieces, layout.dim) if pieces else torch.empty(0))
     return result
 
