@@ -1,4 +1,4 @@
-"""Hugging Face folders <-> Megatron checkpoints, on the disk: one pass, a parameter at a time, no ranks."""
+"""Converts Hugging Face folders to Megatron checkpoints and back, on disk: one pass, one parameter at a time, no process groups."""
 
 import hashlib
 import math
@@ -49,7 +49,7 @@ from megatron_rasft.weights.torch_dist import (
 from megatron_rasft.weights.tracker import RELEASE, TRACKER_FILE
 
 TEMPLATE_DIR = "hugging_face"
-"""In a converted checkpoint, beside the weights: config, tokenizer and all else that is no weight."""
+"""Subfolder of a converted checkpoint with the folder's other files: config, tokenizer and so on."""
 
 _MAX_CHUNKS = 16
 _MIN_CHUNK_BYTES = 1 << 20
@@ -66,7 +66,7 @@ def _size(shape: Sequence[int], dtype: torch.dtype) -> int:
 
 
 def _fingerprint(files: Sequence[Path]) -> str:
-    """Tells whether the input is still the one that an earlier, killed run read; no weight is read for it."""
+    """Identifies the input files by path, size and time, so that a conversion only continues a killed one of the same input."""
     digest = hashlib.sha256()
     for path in sorted(files):
         status = path.stat()
@@ -78,7 +78,7 @@ def _fingerprint(files: Sequence[Path]) -> str:
 
 
 class _LayerPart(NamedTuple):
-    """The parameters that go into one .distcp file: those of a layer, or what lies before or after the layers."""
+    """The parameters of one .distcp file: those of one layer, or those before or after all layers."""
 
     name: str
     num_bytes: int
@@ -86,7 +86,7 @@ class _LayerPart(NamedTuple):
 
 
 class _Whole(NamedTuple):
-    """What the parameters of one key have in common, each as one rank of one would hold it."""
+    """Shape and type shared by all parameters with one key, not split over ranks."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -105,22 +105,22 @@ def hf_to_megatron(
     num_workers: int = 1,
     on_progress: Progress = _silent,
 ) -> None:
-    """Write the folder's weights as a Megatron checkpoint that every parallel layout loads.
+    """Writes the folder's weights as a Megatron checkpoint that every parallel layout can load.
 
-    The checkpoint is a release in Megatron's words: weights without a training state. In memory there is,
-    for each worker, a chunk of a parameter, or the whole of one whose columns are cut.
+    The checkpoint is a "release" in Megatron's terms: weights without a training state. Each worker holds one chunk of a
+    parameter in memory, or one whole parameter if ranks split its columns.
 
     Args:
         source: an opened folder.
-        out_dir: must not exist, or be an empty folder; has its name once all is there.
-        dtype: type of all weights; None keeps the stored one, of layers that differ the one that holds both.
-        query_groups: as the run's --rasft-query-groups, which its checkpoints must have, too.
-        num_workers: layers at a time.
+        out_dir: the folder to write; must not exist, or be empty. It appears when it is complete.
+        dtype: type of all weights; None keeps the stored types. Layers with different types get the wider one.
+        query_groups: value of the run's --rasft-query-groups, which the run's checkpoints must match.
+        num_workers: number of layers to convert at a time.
         on_progress: called with the bytes that were written since the last call.
 
     Raises:
         ValueError: ``out_dir`` is in use, or an argument does not fit the model.
-        CheckpointError: the disk; what is done is kept for the next call.
+        CheckpointError: the disk is full or fails. Finished files are kept for the next call.
     """
     arguments = megatron_args(source, query_groups)
     shape = replace(
@@ -159,7 +159,7 @@ def hf_to_megatron(
 
 
 def _wholes(source: HfFolder, table: NameTable, dtype: torch.dtype | None) -> dict[str, _Whole]:
-    """Key -> shape and type; a key has one type, which loses nothing of any of its tensors."""
+    """Key -> shape and type. A key has one type, the narrowest that represents all of its tensors exactly."""
     wholes: dict[str, _Whole] = {}
     for p in table.stored_parameters():
         stored = reduce(torch.promote_types, (source.tensors[name].dtype for name in p.binding.hf_names))
@@ -189,7 +189,7 @@ def _write_layer(
     for parameter in parameters:
         size = wholes[parameter.key].shape
         dim = parameter.binding.entry.layout(source.shape, 0, 1, size).dim
-        lead = (1,) * len(parameter.position)
+        leading = (1,) * len(parameter.position)
         position = 0
         for chunk in _read_chunks(source, parameter, wholes[parameter.key]):
             offsets = [0] * len(size)
@@ -197,7 +197,7 @@ def _write_layer(
             position += chunk.shape[dim]
             file.write_chunk(
                 parameter.key,
-                chunk.reshape(*lead, *chunk.shape),
+                chunk.reshape(*leading, *chunk.shape),
                 (*parameter.position, *offsets),
                 (*parameter.stack, *size),
             )
@@ -208,7 +208,7 @@ def _write_layer(
 
 
 def _read_chunks(source: HfFolder, parameter: StoredParameter, whole: _Whole) -> Iterator[Tensor]:
-    """A parameter in equal chunks along the dimension that ranks cut, so that each will read its own only."""
+    """Yields a parameter in equal chunks along the dimension that ranks split, so that a rank can read only its own part."""
     entry = parameter.binding.entry
     layout = entry.layout(source.shape, 0, 1, whole.shape)
     num = num_chunks(whole.shape[layout.dim], whole.num_bytes) if entry.is_sharded else 1
@@ -216,25 +216,25 @@ def _read_chunks(source: HfFolder, parameter: StoredParameter, whole: _Whole) ->
     if layout.dim == 0:
         parts = (_clip(layout, i * length, (i + 1) * length) for i in range(num))
         chunks: Iterable[Tensor] = (read_shard(source, parameter.binding, part) for part in parts)
-    else:  # columns lie all over the file: read once
+    else:  # columns are scattered over the file, so they are read once
         chunks = read_shard(source, parameter.binding, layout).split(length, layout.dim)
     for chunk in chunks:
         yield chunk.to(whole.dtype)
 
 
 def _clip(layout: ShardLayout, start: int, stop: int) -> ShardLayout:
-    """The part of a shard from ``start`` to ``stop`` along its dimension."""
+    """Returns the layout of the part of a shard from ``start`` to ``stop`` along its dimension."""
     pieces, position = [], 0
-    for source, first, last in layout.pieces:
+    for tensor, first, last in layout.pieces:
         low, high = max(start, position), min(stop, position + last - first)
         if low < high:
-            pieces.append(Piece(source, first + low - position, first + high - position))
+            pieces.append(Piece(tensor, first + low - position, first + high - position))
         position += last - first
     return ShardLayout(layout.dim, stop - start, tuple(pieces))
 
 
 def num_chunks(length: int, num_bytes: int) -> int:
-    """Into how many chunks a parameter is cut that ranks cut: as many as divide it and are no crumbs."""
+    """Number of chunks of a parameter that ranks split: the largest power of two up to 16 that divides it into chunks of at least 1 MiB."""
     num = _MAX_CHUNKS
     while num > 1 and (length % num or num_bytes // num < _MIN_CHUNK_BYTES):
         num //= 2
@@ -242,7 +242,7 @@ def num_chunks(length: int, num_bytes: int) -> int:
 
 
 def _extra_state_key(module: str, index: tuple[int, ...], stack: tuple[int, ...]) -> str:
-    """Key of the empty object that Megatron asks for beside every module that could have an FP8 state."""
+    """Key of the empty object that Megatron expects for every module that can have an FP8 state."""
     position, size = (".".join(map(str, numbers)) for numbers in (index or (0,), stack or (1,)))
     return f"{module}._extra_state/shard_{position}_{size}"
 
@@ -251,7 +251,7 @@ def _extra_state_key(module: str, index: tuple[int, ...], stack: tuple[int, ...]
 
 
 class _FilePart(NamedTuple):
-    """One safetensors file: parameters, and what becomes of each."""
+    """One safetensors file: its parameters, and the tensors that each becomes."""
 
     name: str
     num_bytes: int
@@ -269,25 +269,24 @@ def megatron_to_hf(
     num_workers: int = 1,
     on_progress: Progress = _silent,
 ) -> None:
-    """Write a checkpoint's weights as a folder that transformers loads; optimizer and other state is left out.
+    """Writes a checkpoint's weights, without optimizer and other state, as a folder that transformers loads.
 
-    In memory there is, for each worker, one parameter, twice where the checkpoint has several tensors interleaved in it.
+    Each worker holds one parameter in memory, and a copy of it if the checkpoint interleaves several tensors in it.
 
     Args:
-        source: an opened checkpoint, of a run or converted.
-        template: gives config, tokenizer and chat template; its weights, if it has any, are not read.
-        out_dir: must not exist, or be an empty folder; has its name once all is there.
-        dtype: type of all weights; None keeps the checkpoint's, which config.json then names, whatever the
-            template's says.
-        is_fp8: quantize the layers' matrices to e4m3 in blocks, for serving; the rest has ``dtype``, None: bfloat16
-            where the checkpoint has float32.
-        max_shard_bytes: size at which another file begins, in bytes.
-        num_workers: files at a time.
+        source: an opened checkpoint, from a run or a conversion.
+        template: gives config, tokenizer and chat template; its weights are not read.
+        out_dir: the folder to write; must not exist, or be empty. It appears when it is complete.
+        dtype: type of all weights; None keeps the checkpoint's types. config.json names the type that is written.
+        is_fp8: quantize the layers' matrices to e4m3 in blocks, for serving. Other tensors get ``dtype``; with None float32
+            becomes bfloat16.
+        max_shard_bytes: largest size of a file, bytes.
+        num_workers: number of files to write at a time.
         on_progress: called with the bytes that were written since the last call.
 
     Raises:
         ValueError: ``out_dir`` is in use.
-        CheckpointError: the checkpoint does not fit the template, or the disk; then what is done is kept.
+        CheckpointError: the checkpoint does not fit the template, or the disk is full. Finished files are kept.
     """
     check_parameters(source, template.table)
     parts = _file_parts(source, template, dtype, is_fp8, max_shard_bytes)
@@ -321,7 +320,7 @@ def megatron_to_hf(
 
 
 def check_parameters(source: TorchDistFolder, table: NameTable) -> None:
-    """Refuse a checkpoint that lacks a parameter of the model, has others, or other sizes."""
+    """Refuses a checkpoint with missing, additional or differently shaped parameters."""
     known = set()
     for parameter in table.stored_parameters():
         key, index = place(source, parameter)
@@ -350,7 +349,7 @@ def check_parameters(source: TorchDistFolder, table: NameTable) -> None:
 
 
 def _check_query_groups(source: TorchDistFolder, table: NameTable) -> None:
-    """Added query groups must be the same in what makes queries and in what takes their values."""
+    """Refuses a checkpoint whose projections before and after attention have different numbers of query groups."""
     shape = table.shape
     heads = shape.num_attention_heads // shape.num_query_groups * shape.head_dim
     found = {}
@@ -362,13 +361,13 @@ def _check_query_groups(source: TorchDistFolder, table: NameTable) -> None:
                 found[name] = source.tensors[key].size[dim] / size
     if len(set(found.values())) > 1 or any(groups % 1 for groups in found.values()):
         raise CheckpointError(
-            f"checkpoint {source.path} has not the attention heads of config.json ({shape.num_attention_heads} of "
+            f"checkpoint {source.path} does not have the attention heads of config.json ({shape.num_attention_heads} of "
             f"{shape.head_dim} in {shape.num_query_groups} groups); give the --hf-model that the run was started with"
         )
 
 
 def place(source: TorchDistFolder, parameter: StoredParameter) -> tuple[str, tuple[int, ...]]:
-    """Key and index of a parameter in this checkpoint, whose layers may be stacked or not."""
+    """Returns key and index of a parameter in this checkpoint, whether its layers are stacked or not."""
     for key, index in ((parameter.key, parameter.position), (parameter.single_key, parameter.position[1:])):
         if key in source.tensors:
             return key, index
@@ -378,12 +377,12 @@ def place(source: TorchDistFolder, parameter: StoredParameter) -> tuple[str, tup
 
 
 def read_parameter(source: TorchDistFolder, table: NameTable, parameter: StoredParameter) -> list[Tensor]:
-    """The Hugging Face tensors of a parameter, in the order of its names, in the checkpoint's type."""
+    """Reads the Hugging Face tensors of a parameter, in the order of its names, in the checkpoint's type."""
     whole = source.read(*place(source, parameter))
     layout = parameter.binding.entry.layout(table.shape, 0, 1, whole.shape)
     if len(layout.pieces) > len(parameter.binding.hf_names):
         return assemble([whole], parameter.binding, table)
-    # each tensor is one piece, and they follow each other: no copy
+    # each tensor is one contiguous piece, so views suffice
     sizes = [stop - start for _, start, stop in layout.pieces]
     starts = accumulate(sizes, initial=0)
     return [whole.narrow(layout.dim, start, size) for start, size in zip(starts, sizes, strict=False)]
@@ -396,7 +395,7 @@ def _file_parts(
     is_fp8: bool,
     max_shard_bytes: int,
 ) -> list[_FilePart]:
-    """Cut the model into files; the tensors of one parameter stay together."""
+    """Splits the model into files. The tensors of one parameter stay in one file."""
     files: list[list[tuple[StoredParameter, list[TensorPlan]]]] = []
     sizes: list[int] = []
     for parameter in template.table.stored_parameters():
@@ -415,7 +414,7 @@ def _file_parts(
 
 
 def _plain_weights(parts: Sequence[_FilePart]) -> Iterator[tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and type of what is not quantized."""
+    """Yields shape and type of every tensor that is not quantized."""
     for part in parts:
         for parameter, plans in part.parameters:
             names = parameter.binding.hf_names

@@ -1,7 +1,7 @@
-"""A model's logits straight from a checkpoint's own layouts: one layer in memory, plain torch, fp32.
+"""Computes a model's logits from a Megatron checkpoint, one layer at a time, in plain torch and fp32.
 
-This is what the layouts mean, written down once more and apart from the tables: the proof of a conversion
-compares it with transformers.
+It interprets the checkpoint's layouts on its own, without the tables of weights/families.py, so that comparing the logits with
+transformers' tests the tables.
 """
 
 import math
@@ -23,16 +23,16 @@ def layerwise_logits(
     *,
     weight_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Logits of every position, computed in fp32.
+    """Computes the logits of every position.
 
     Args:
-        checkpoint: Megatron's side.
+        checkpoint: the Megatron checkpoint.
         folder: the model's description.
         tokens: [b, s] int64.
-        weight_dtype: type that the weights are rounded to first; None takes them as they are.
+        weight_dtype: type to round the weights to before they are used; None: no rounding.
 
     Returns:
-        [b, s, v] fp32, v without Megatron's padding.
+        [b, s, v] fp32, without Megatron's padding of the vocabulary.
     """
     return _Forward(checkpoint, folder, weight_dtype).logits(tokens)
 
@@ -79,7 +79,7 @@ class _Forward:
         if self.shape.has_qkv_bias:
             x = x + self._weight("self_attention.linear_qkv.bias", layer)
         per_group = self.shape.num_attention_heads // self.groups
-        # a group is its queries, its key, its value; groups that were added for a parallel size come last
+        # a group consists of its queries, its key and its value; groups added by --rasft-query-groups come last
         x = x.view(batch, length, -1, per_group + 2, d)[:, :, : self.groups]
         query, key, value = x.split([per_group, 1, 1], 3)  # [b, s, g, *, d]
         query = query.flatten(2, 3)
@@ -117,13 +117,13 @@ class _Forward:
 
 
 def _gated(x: Tensor, fc1: Tensor, fc2: Tensor) -> Tensor:
-    """fc1 is the gate's rows, then the up projection's."""
+    """A gated MLP. The rows of fc1 are those of the gate, followed by those of the up projection."""
     gate, up = (x @ fc1.T).chunk(2, -1)
     return (F.silu(gate) * up) @ fc2.T
 
 
 def rotary_angles(length: int, head_dim: int, rope: Rope) -> Tensor:
-    """[s, d / 2] fp32 angle of each position and frequency, scaled as Llama 3.1 does where the model is."""
+    """Returns the [s, d / 2] fp32 angle of each position and frequency, with Llama 3.1's scaling if the model has it."""
     frequencies = rope.theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
     if rope.llama3_factor is not None:
         turns = 8192 * frequencies / (2 * math.pi)  # within the original context
@@ -133,7 +133,7 @@ def rotary_angles(length: int, head_dim: int, rope: Rope) -> Tensor:
 
 
 def rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """[b, s, heads, d], its first half paired with its second."""
+    """Rotates [b, s, heads, d]; element i of the first half and element i of the second half form a pair."""
     cos, sin = angles.cos()[:, None], angles.sin()[:, None]
     first, second = x.chunk(2, -1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)

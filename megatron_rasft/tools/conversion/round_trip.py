@@ -1,4 +1,4 @@
-"""Proof of a conversion: every tensor and element counted on both sides, and compared bit by bit."""
+"""Proves a conversion: counts tensors and elements on both sides, and compares all of them bit by bit."""
 
 import hashlib
 import math
@@ -19,25 +19,25 @@ from megatron_rasft.weights.fp8_blocks import SCALE_SUFFIX, is_linear_layer, qua
 from megatron_rasft.weights.torch_dist import TorchDistFolder
 
 BLOCK_BYTES = 4 << 20
-"""Of rows that are compared at a time."""
+"""Bytes of the rows that are compared at a time."""
 
-_NOT_FINITE = "{} holds values that are not finite"
+_NOT_FINITE = "{} contains values that are not finite"
 
 
 @dataclass(kw_only=True)
 class Proof:
-    """What a comparison found."""
+    """The result of a comparison."""
 
     num_tensors: int
-    """Hugging Face tensors of the model, each compared."""
+    """Number of Hugging Face tensors that were compared."""
     num_elements: int
-    """Elements of these tensors."""
+    """Number of elements in these tensors."""
     num_padding: int
-    """Elements that the checkpoint has beyond them: rows of the padded vocabulary, added query groups."""
+    """Number of further elements in the checkpoint: rows of the padded vocabulary, added query groups."""
     checksum: str
     """SHA-256 over name, type, shape and bytes of every tensor, in the order of the model."""
     faults: list[str]
-    """One line for each tensor that is missing, extra, misshapen, of another type, not finite or not the same."""
+    """One line for each tensor that is missing, unknown, of wrong shape or type, not finite, or different."""
 
     def describe(self) -> str:
         counts = (
@@ -45,7 +45,7 @@ class Proof:
         )
         if self.faults:
             return "\n".join([f"{len(self.faults)} faults in {counts}", *self.faults])
-        return f"{counts}; both sides the same, sha256 {self.checksum}"
+        return f"{counts}; both sides are equal, sha256 {self.checksum}"
 
 
 def prove(
@@ -57,18 +57,17 @@ def prove(
     num_workers: int = 1,
     on_progress: Callable[[int], None] = lambda num_bytes: None,
 ) -> Proof:
-    """Read a checkpoint back as Hugging Face tensors and compare them with a folder's.
+    """Reads a checkpoint as Hugging Face tensors and compares them with those of a folder.
 
-    Missing, extra and misshapen tensors are refused, by name, when a folder is opened and by
-    ``check_parameters``. In memory there is, for each worker, one parameter as in ``megatron_to_hf``, and a
-    few rows of the folder.
+    Missing, unknown and misshapen tensors were refused before: when the folder was opened, and by ``check_parameters``. Each
+    worker holds one parameter in memory, as in ``megatron_to_hf``, and a few rows of the folder.
 
     Args:
-        checkpoint: Megatron's side.
-        folder: the other side, opened with its weights.
-        is_export: the folder was made of the checkpoint; False: the checkpoint of the folder.
-        dtype: the type that all weights were to be rounded to; None: each was to keep its own.
-        num_workers: parameters at a time.
+        checkpoint: the Megatron checkpoint.
+        folder: the Hugging Face folder, opened with its weights.
+        is_export: True if the folder was made from the checkpoint, False if the checkpoint was made from the folder.
+        dtype: the type that all weights should have been rounded to; None: each should have kept its type.
+        num_workers: number of parameters to compare at a time.
         on_progress: called with the bytes of the checkpoint that were compared since the last call.
     """
 
@@ -95,12 +94,12 @@ def prove(
 
 
 def prove_fp8(checkpoint: TorchDistFolder, template: HfFolder, exported: Path) -> Proof:
-    """The same for a folder in FP8: each matrix must be the checkpoint's, quantized anew, the rest in its type or bfloat16.
+    """Compares an FP8 folder with its checkpoint. Quantizing the checkpoint's matrices again must give the same bits.
 
     Args:
-        checkpoint: what the folder was made of.
+        checkpoint: the checkpoint that the folder was made from.
         template: the model's description.
-        exported: the folder, which transformers and serving engines can read but ``HfFolder`` cannot.
+        exported: the FP8 folder, which ``HfFolder`` cannot open.
     """
     files = {path: safe_open(path, framework="pt") for path in sorted(exported.glob("*.safetensors"))}
     where = {name: file for file in files.values() for name in file.keys()}  # noqa: SIM118 (no mapping)
@@ -112,7 +111,7 @@ def prove_fp8(checkpoint: TorchDistFolder, template: HfFolder, exported: Path) -
             num_elements += tensor.numel()
             expected = {name: tensor.to(unquantized_type(tensor.dtype))}
             if is_linear_layer(name, tuple(tensor.shape)):
-                # beforehand: e4m3 has no infinity
+                # checked before rounding, because e4m3 cannot represent infinity
                 if not all(torch.isfinite(tensor[rows]).all() for rows in _blocks(tensor)):
                     faults.append(_NOT_FINITE.format(name))
                 expected = dict(zip((name, name + SCALE_SUFFIX), quantized(tensor), strict=True))
@@ -122,7 +121,7 @@ def prove_fp8(checkpoint: TorchDistFolder, template: HfFolder, exported: Path) -
                     continue
                 made = where.pop(key).get_slice(key)
                 if made.get_shape() != list(value.shape):
-                    faults.append(f"{key} has shape {made.get_shape()}, not {list(value.shape)}")
+                    faults.append(f"{key} has shape {made.get_shape()} instead of {list(value.shape)}")
                     continue
                 pairs = ((value[rows], made[rows]) for rows in _blocks(value))
                 digest, found = _compare(key, value.shape, pairs, None)
@@ -142,16 +141,16 @@ def _blocks(tensor: Tensor) -> Iterator[slice]:
 def _compare(
     name: str, shape: Sequence[int], pairs: Iterable[tuple[Tensor, Tensor]], dtype: torch.dtype | None
 ) -> tuple[bytes, list[str]]:
-    """Compare the rows of a tensor, each block with what it was made of.
+    """Compares the rows of a converted tensor with those of its source, block by block.
 
     Args:
-        name: of the tensor.
-        shape: of the whole of it.
-        pairs: blocks of the source and of what was made, in the order of the rows.
-        dtype: type that it should have now; None: the source's.
+        name: the tensor's name.
+        shape: the shape of the whole tensor.
+        pairs: blocks of the source and of the converted tensor, in the order of the rows.
+        dtype: expected type of the converted tensor; None: that of the source.
 
     Returns:
-        SHA-256 over name, type, shape and bytes of what was made, and the faults.
+        SHA-256 over name, type, shape and bytes of the converted tensor, and the faults.
     """
     digest = hashlib.sha256()
     is_same = is_finite = True
@@ -168,7 +167,7 @@ def _compare(
     if types is not None and types[0] != types[1]:
         faults.append(f"{name} is {type_names(types[:1])}, not {type_names(types[1:])}")
     if not is_same:
-        faults.append(f"{name} is not the same on both sides")
+        faults.append(f"{name} differs between the two sides")
     return digest.digest(), faults
 
 

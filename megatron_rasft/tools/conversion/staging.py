@@ -1,4 +1,4 @@
-"""A folder that is written in parts: under another name until it is whole, taken up again after a kill."""
+"""A folder that is written in parts, under a temporary name until it is complete. After a kill the next call continues."""
 
 import errno
 import fcntl
@@ -16,39 +16,39 @@ from megatron_rasft.files import write_json
 
 _JOURNAL = ".conversion"
 _SPARE_BYTES = 64 << 20
-"""Left free beside the weights for indices and whatever else writes to the disk."""
+"""Disk space to leave free for indices and for other programs."""
 
 
 class Part(Protocol):
-    """A piece of the work whose result is one file."""
+    """A part of the work that produces one file."""
 
     @property
     def name(self) -> str:
-        """Unique, and a file name."""
+        """Unique name, which is also a valid file name."""
 
     @property
     def num_bytes(self) -> int:
-        """Bytes that it will take on the disk, about."""
+        """Approximate size of its file."""
 
 
 class StagedFolder:
-    """``out_dir`` in the making, as ``.NAME.partial`` beside it. One process at a time.
+    """The unfinished ``out_dir``, as ``.NAME.partial`` next to it. Only one process can open it at a time.
 
-    Every finished part leaves a note; opened again for the same work, the folder goes on with the parts that
-    are missing. ``finish`` gives it its name.
+    Every finished part leaves a note. When the folder is opened again for the same work, only parts without a note are made.
+    ``finish`` renames the folder to ``out_dir``.
     """
 
     def __init__(self, out_dir: str | Path, work: dict[str, Any]) -> None:
-        """Open or begin the folder.
+        """Opens an unfinished folder or creates one.
 
         Args:
-            out_dir: must not exist, or be an empty folder, and neither a link nor a mount point, which no folder
-                can take the place of.
-            work: what is made out of what, JSON; only the same work goes on with an earlier one's parts.
+            out_dir: must not exist, or be an empty folder. It cannot be a link or a mount point, because a rename does not
+                replace these.
+            work: input and settings as JSON. Parts of an earlier call are only reused if its work was the same.
 
         Raises:
-            ValueError: ``out_dir`` is in use, or of no use.
-            CheckpointError: the folder in the making cannot be written, is another work's or another process's.
+            ValueError: ``out_dir`` is in use, a link or a mount point.
+            CheckpointError: the unfinished folder cannot be written, belongs to other work, or is open in another process.
         """
         self.out_dir = Path(out_dir).absolute()
         if self.out_dir.exists() and not (self.out_dir.is_dir() and not any(self.out_dir.iterdir())):
@@ -58,7 +58,7 @@ class StagedFolder:
         if self.out_dir.is_symlink() or self.out_dir.is_mount():
             kind = "symbolic link" if self.out_dir.is_symlink() else "mount point"
             raise ValueError(
-                f"--output {out_dir} is a {kind}, which cannot be replaced once the work is done. Give a folder below it."
+                f"--output {out_dir} is a {kind}, which a finished folder cannot replace. Give a folder below it."
             )
         self.path = self.out_dir.parent / f".{self.out_dir.name}.partial"
         self._journal = self.path / _JOURNAL
@@ -89,12 +89,12 @@ class StagedFolder:
         if differing:
             self.close()
             raise CheckpointError(
-                f"{self.path} was begun for other work (its {', '.join(differing)} differ); delete it to start "
+                f"{self.path} belongs to a conversion with other settings ({', '.join(differing)}); delete it to start "
                 "over, or give another --output"
             )
 
     def __enter__(self) -> "StagedFolder":
-        """An OSError within is raised as CheckpointError."""
+        """Turns an OSError in the block into a CheckpointError."""
         return self
 
     def __exit__(
@@ -107,11 +107,11 @@ class StagedFolder:
     def _failure(self, error: OSError) -> CheckpointError:
         reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
         return CheckpointError(
-            f"cannot write {self.path}: {reason}. What is done is kept: the same command goes on from there."
+            f"cannot write {self.path}: {reason}. Finished files are kept: the same command continues from there."
         )
 
     def close(self) -> None:
-        """Let another process have it."""
+        """Releases the folder to other processes."""
         self._lock.close()
 
     def do(
@@ -122,53 +122,54 @@ class StagedFolder:
         num_workers: int,
         on_progress: Callable[[int], None],
     ) -> dict[str, Any]:
-        """Make every part that no earlier run made.
+        """Makes every part that no earlier call has made.
 
         Args:
-            parts: see ``Part``.
-            make: writes the part's file below ``path``, under its own name once it is whole; returns JSON.
-            num_workers: threads.
-            on_progress: called with the bytes of each part as it is there.
+            parts: the parts of the work; see ``Part``.
+            make: writes the part's file into ``path``, under its name only when it is complete; returns JSON.
+            num_workers: number of threads.
+            on_progress: called with the bytes of each part when it is finished.
 
         Returns:
-            Part name -> what ``make`` returned, for all parts.
+            Part name -> result of ``make``, for all parts.
         """
         results: dict[str, Any] = {}
-        left = []
+        missing = []
         for part in parts:
             note = self._note(part.name)
             if note.exists():
                 results[part.name] = json.loads(note.read_text(encoding="utf-8"))
                 on_progress(part.num_bytes)
             else:
-                left.append(part)
-        self._check_room(sum(part.num_bytes for part in left))
+                missing.append(part)
+        self._check_disk_space(sum(part.num_bytes for part in missing))
 
         def make_and_note(part: Any) -> None:
             results[part.name] = made = make(part)
             write_json(self._note(part.name), made, is_synced=True)
             on_progress(part.num_bytes)
 
-        _in_threads(make_and_note, left, num_workers)
+        _in_threads(make_and_note, missing, num_workers)
         return results
 
     def _note(self, part_name: str) -> Path:
         return self._journal / f"{part_name}.json"
 
-    def _check_room(self, num_bytes: int) -> None:
+    def _check_disk_space(self, num_bytes: int) -> None:
         free = shutil.disk_usage(self.path).free
         needed = num_bytes + (_SPARE_BYTES if num_bytes else 0)
         if needed > free:
             raise CheckpointError(
                 f"{self.out_dir} needs {needed / 2**30:.1f} GiB more, but its disk has {free / 2**30:.1f} GiB free; "
-                "make room, or give an --output on another disk"
+                "free some space, or give an --output on another disk"
             )
 
     def finish(self) -> None:
-        """Give the folder its name, then drop the notes: where it gets none, they tell what is done."""
+        """Renames the folder, then deletes the notes. If the rename fails, the notes still tell the next call what is finished."""
         self.path.rename(self.out_dir)
         self.close()
         shutil.rmtree(self.out_dir / _JOURNAL, ignore_errors=True)
+        # without flushing the parent folder a power failure could undo the rename
         directory = os.open(self.out_dir.parent, os.O_RDONLY)
         try:
             os.fsync(directory)
@@ -177,7 +178,7 @@ class StagedFolder:
 
 
 def _in_threads(do: Callable[[Any], None], parts: Sequence[Any], num_workers: int) -> None:
-    """``do`` for every part; after the first error no other part is begun, and it is raised."""
+    """Calls ``do`` for every part. After the first error it begins no other part, and raises the error."""
     with ThreadPoolExecutor(max_workers=num_workers) as pool:
         futures = [pool.submit(do, part) for part in parts]
         try:

@@ -1,6 +1,7 @@
-"""The command as a user types it: exit codes, messages, and what it prints."""
+"""Runs the command as a user does: exit codes, messages and output."""
 
 import json
+import re
 import shutil
 import sys
 import types
@@ -34,15 +35,15 @@ def test_there_and_back_with_proof(model: Path, tmp_path: Path, capsys: pytest.C
     before, after = (load_file(path / "model.safetensors") for path in (model, tmp_path / "back"))
     assert before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before)
     printed = capsys.readouterr().out
-    assert printed.count("both sides the same, sha256") == 2
-    assert printed.count("largest gap to transformers") == 2
+    assert printed.count(", sha256 ") == 2
+    assert printed.count("logits of ") == 2
     checksums = {line.split("sha256 ")[1] for line in printed.splitlines() if "sha256" in line}
     assert len(checksums) == 1
 
 
 @pytest.fixture
 def in_blocks(tmp_path: Path) -> Path:
-    """A model whose weights are whole blocks of 128 x 128."""
+    """A model whose matrices consist of complete blocks of 128 x 128."""
     return write_folder("qwen3_moe", tmp_path / "in_blocks", torch.bfloat16, sizes=whole_blocks("qwen3_moe"))
 
 
@@ -64,7 +65,7 @@ def test_fp8_of_a_model_that_is_not_whole_blocks_is_refused(
     capsys.readouterr()
     assert command("megatron-to-hf", tmp_path / "megatron", tmp_path / "fp8", "--fp8") == 2
     error = capsys.readouterr().err
-    assert "q_proj.weight is 64 x 48: serving engines take FP8 only in whole blocks" in error
+    assert "q_proj.weight is 64 x 48" in error
     assert error.count("\n") == 1 and not (tmp_path / "fp8").exists()
 
 
@@ -77,7 +78,7 @@ def test_a_fault_is_printed_and_exits_with_one(
     save_file(state, broken / "model.safetensors", {"format": "pt"})
     assert command("hf-to-megatron", broken, tmp_path / "megatron", "--verify") == 1
     printed = capsys.readouterr().out
-    assert "model.layers.1.mlp.experts.2.up_proj.weight holds values that are not finite" in printed
+    assert re.search(r"model\.layers\.1\.mlp\.experts\.2\.up_proj\.weight .*not finite", printed)
 
 
 @pytest.mark.parametrize(
@@ -112,7 +113,7 @@ def test_missing_model_description_is_asked_for(
     assert command("hf-to-megatron", model, tmp_path / "megatron") == 0
     shutil.rmtree(tmp_path / "megatron/hugging_face")
     assert command("megatron-to-hf", tmp_path / "megatron", tmp_path / "back") == 2
-    assert "--hf-model is missing" in capsys.readouterr().err
+    assert "--hf-model" in capsys.readouterr().err
     assert command("megatron-to-hf", tmp_path / "megatron", tmp_path / "back", "--hf-model", str(model)) == 0
 
 
@@ -125,13 +126,13 @@ def test_checkpoint_without_an_embedding_is_named(
     monkeypatch.setattr(TorchDistFolder, "open", lambda path: other)
     assert command("megatron-to-hf", tmp_path / "megatron", tmp_path / "back") == 1
     error = capsys.readouterr().err.splitlines()[-1]
-    assert f"{other.path} has no embedding.word_embeddings.weight" in error
+    assert str(other.path) in error and "embedding.word_embeddings.weight" in error
     assert not (tmp_path / "back").exists()
 
 
 @pytest.fixture
 def foreign(tmp_path: Path) -> Path:
-    """A model of a family without a table."""
+    """A folder of a model whose family has no table."""
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign/config.json").write_text(json.dumps({"architectures": ["NemotronForCausalLM"]}))
     return tmp_path / "foreign"
@@ -154,7 +155,7 @@ def pretend_bridge(monkeypatch: pytest.MonkeyPatch, auto_bridge: type, **modules
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
 
 
-def test_what_bridge_hides_until_it_saves_is_named_before(
+def test_module_that_bridge_imports_only_when_it_saves_is_checked_first(
     foreign: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pretend_bridge(monkeypatch, object, **{"megatron.bridge.training.model_load_save": None})
@@ -168,10 +169,10 @@ def test_bridge_without_a_gpu_is_refused(
     pretend_bridge(monkeypatch, object)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert command("hf-to-megatron", foreign, tmp_path / "out", "--bridge", "megatron-bridge") == 2
-    assert "Megatron-Bridge needs an NVIDIA GPU" in capsys.readouterr().err
+    assert "NVIDIA GPU" in capsys.readouterr().err
 
 
-def test_bridge_gets_a_name_that_becomes_the_output_when_it_is_done(
+def test_bridge_writes_to_a_temporary_name_until_it_is_done(
     foreign: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class AutoBridge:
@@ -186,13 +187,13 @@ def test_bridge_gets_a_name_that_becomes_the_output_when_it_is_done(
 
     pretend_bridge(monkeypatch, AutoBridge)
     assert command("hf-to-megatron", foreign, tmp_path / "out", "--bridge", "megatron-bridge") == 1
-    assert "Megatron-Bridge could not convert" in capsys.readouterr().err
+    assert "no such family" in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["foreign"]
     AutoBridge.fails = False
     with monkeypatch.context() as disk:
         disk.setattr(Path, "rename", lambda path, target: (_ for _ in ()).throw(OSError(28, "No space left")))
         assert command("hf-to-megatron", foreign, tmp_path / "out", "--bridge", "megatron-bridge") == 1
-    assert ".out.partial is whole, but cannot be given the name" in capsys.readouterr().err
+    assert ".out.partial" in capsys.readouterr().err
     assert (tmp_path / ".out.partial").is_dir()
     assert command("hf-to-megatron", foreign, tmp_path / "out", "--bridge", "megatron-bridge") == 0
     assert (tmp_path / "out").is_dir()

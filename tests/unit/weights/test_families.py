@@ -98,7 +98,7 @@ def test_padding_rows_have_no_source() -> None:
 
 def test_padded_vocabulary_may_not_be_smaller_than_the_model() -> None:
     table = NameTable(FAMILIES["LlamaForCausalLM"], shape())
-    with pytest.raises(ValueError, match="--padded-vocab-size 10 is smaller"):
+    with pytest.raises(ValueError, match="--padded-vocab-size 10"):
         shards(table, "output_layer.weight", [torch.randn(11, 8)], 1, (10, 8))
 
 

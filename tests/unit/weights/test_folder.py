@@ -73,16 +73,16 @@ def test_slices_are_read_along_either_dimension(made: dict[str, Path]) -> None:
 
 
 def test_missing_folder_and_missing_config(tmp_path: Path) -> None:
-    assert "does not exist" in refusal(tmp_path / "nowhere")
-    assert "no config.json" in refusal(tmp_path)
+    assert str(tmp_path / "nowhere") in refusal(tmp_path / "nowhere")
+    assert "config.json" in refusal(tmp_path)
 
 
 def test_folder_without_weights(folder: Callable[..., Path]) -> None:
     path = folder()
     (path / WEIGHTS).rename(path / "pytorch_model.bin")
-    assert "only pickled weights (pytorch_model.bin)" in refusal(path)
+    assert "pytorch_model.bin" in refusal(path)
     (path / "pytorch_model.bin").unlink()
-    assert "has no weights" in refusal(path)
+    assert WEIGHTS in refusal(path)
 
 
 def test_missing_shard_file(folder: Callable[..., Path]) -> None:
@@ -110,17 +110,17 @@ def test_damaged_shard_file(folder: Callable[..., Path], damage: Callable[[bytes
 def test_missing_tensor(folder: Callable[..., Path]) -> None:
     name = "model.layers.3.mlp.up_proj.weight"
     path = folder(tensors=lambda s: s.pop(name))
-    assert f"the first is {name}" in refusal(path)
+    assert name in refusal(path)
 
 
 def test_extra_tensor(folder: Callable[..., Path]) -> None:
     path = folder(tensors=lambda s: s.update({"model.layers.4.input_layernorm.weight": torch.ones(48)}))
-    assert "unknown to LlamaForCausalLM" in refusal(path)
+    assert "model.layers.4.input_layernorm.weight" in refusal(path)
 
 
 def test_misshapen_tensor(folder: Callable[..., Path]) -> None:
     path = folder(tensors=lambda s: s.update({"model.norm.weight": torch.ones(47)}))
-    assert "model.norm.weight has shape [47], config.json implies [48]" in refusal(path)
+    assert "model.norm.weight has shape [47]" in refusal(path)
 
 
 def test_old_inverse_frequency_buffers_are_ignored(folder: Callable[..., Path]) -> None:
@@ -138,11 +138,11 @@ def test_stored_output_of_a_tied_model_must_be_the_embedding(folder: Callable[..
     state["lm_head.weight"][100, 5] += 1
     save_file(state, path / "changed.safetensors")
     (path / "changed.safetensors").rename(path / WEIGHTS)
-    assert "is not the embedding" in refusal(path)
+    assert "lm_head.weight" in refusal(path)
 
 
 @pytest.mark.parametrize(
-    "case,config,words",
+    ("case", "config", "named"),
     [
         (
             "llama",
@@ -153,35 +153,35 @@ def test_stored_output_of_a_tied_model_must_be_the_embedding(folder: Callable[..
         (
             "llama",
             {"architectures": ["Gemma2ForCausalLM"]},
-            "Gemma2ForCausalLM cannot be converted: its attention",
+            "Gemma2ForCausalLM",
         ),
         (
             "llama",
             {"architectures": ["Gemma3ForCausalLM"]},
-            "norms after attention and MLP, and two rotary bases",
+            "Gemma3ForCausalLM",
         ),
-        ("llama", {"architectures": ["Qwen2MoeForCausalLM"]}, "its shared expert is gated"),
-        ("llama", {"architectures": ["DeepseekV3ForCausalLM"]}, "its latent attention"),
+        ("llama", {"architectures": ["Qwen2MoeForCausalLM"]}, "Qwen2MoeForCausalLM"),
+        ("llama", {"architectures": ["DeepseekV3ForCausalLM"]}, "DeepseekV3ForCausalLM"),
         (
             "llama",
             {"architectures": ["MistralForCausalLM"], "max_position_embeddings": 8192},
             "sliding_window to null",
         ),
-        ("mistral", {"sliding_window": 1024, "max_position_embeddings": 1025}, "set sliding_window to null"),
-        ("phi3", {"sliding_window": 2047}, "set sliding_window to null"),
+        ("mistral", {"sliding_window": 1024, "max_position_embeddings": 1025}, "sliding_window to null"),
+        ("phi3", {"sliding_window": 2047}, "sliding_window to null"),
         ("phi3", {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "'longrope'"),
-        ("qwen3_moe", {"mlp_only_layers": [0]}, "only some layers have experts (mlp_only_layers [0]"),
+        ("qwen3_moe", {"mlp_only_layers": [0]}, "mlp_only_layers [0]"),
         ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step 2"),
-        ("mixtral", {"num_local_experts": None}, "positive integer num_local_experts"),
-        ("llama", {"attention_bias": True}, "attention_bias is true"),
-        ("qwen3", {"attention_bias": True}, "attention_bias is true"),
-        ("llama", {"mlp_bias": True}, "mlp_bias is true"),
+        ("mixtral", {"num_local_experts": None}, "num_local_experts"),
+        ("llama", {"attention_bias": True}, "attention_bias"),
+        ("qwen3", {"attention_bias": True}, "attention_bias"),
+        ("llama", {"mlp_bias": True}, "mlp_bias"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act 'gelu'"),
-        ("llama", {"quantization_config": {"quant_method": "fp8"}}, "quantized (quantization_config, fp8)"),
-        ("llama", {"quantization_config": "int4"}, "quantized (quantization_config, int4)"),
-        ("llama", {"rope_parameters": {"rope_theta": "1e4"}}, "rope_theta 1e4 is not an integer"),
-        ("llama", {"hidden_size": None}, "positive integer hidden_size"),
-        ("llama", {"num_key_value_heads": 3}, "not a multiple"),
+        ("llama", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config, fp8"),
+        ("llama", {"quantization_config": "int4"}, "quantization_config, int4"),
+        ("llama", {"rope_parameters": {"rope_theta": "1e4"}}, "rope_theta 1e4"),
+        ("llama", {"hidden_size": None}, "hidden_size"),
+        ("llama", {"num_key_value_heads": 3}, "num_key_value_heads 3"),
         ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "'yarn'"),
         ("llama", {"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic'"),
         ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.5}}, "--rotary-base"),
@@ -191,17 +191,17 @@ def test_stored_output_of_a_tied_model_must_be_the_embedding(folder: Callable[..
             {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 2, "layer_types": None},
             "sliding-window",
         ),
-        # transformers gives it to all layers of this family
+        # in this family transformers applies the window to all layers
         (
             "qwen3_moe",
             {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 4},
-            "set use_sliding_window to false",
+            "use_sliding_window to false",
         ),
         ("qwen3", {"layer_types": ["full_attention"] * 3 + ["sliding_attention"]}, "sliding-window"),
     ],
 )
-def test_unsupported_features(folder: Callable[..., Path], case: str, config: dict, words: str) -> None:
-    assert words in refusal(folder(case, config))
+def test_unsupported_features(folder: Callable[..., Path], case: str, config: dict, named: str) -> None:
+    assert named in refusal(folder(case, config))
 
 
 def test_sliding_window_that_no_layer_uses_is_accepted(folder: Callable[..., Path]) -> None:
@@ -209,12 +209,12 @@ def test_sliding_window_that_no_layer_uses_is_accepted(folder: Callable[..., Pat
     HfFolder.open(folder("qwen2_tied", unused))
 
 
-def test_sliding_window_of_transformers_default_size_is_one_in_use(folder: Callable[..., Path]) -> None:
+def test_sliding_window_of_the_default_size_is_refused(folder: Callable[..., Path]) -> None:
     path = folder("qwen2_tied", {"use_sliding_window": True, "max_window_layers": 2, "layer_types": None})
     config = json.loads((path / "config.json").read_text())
     del config["sliding_window"]
     (path / "config.json").write_text(json.dumps(config))
-    assert "set use_sliding_window to false" in refusal(path)
+    assert "use_sliding_window to false" in refusal(path)
 
 
 def test_sliding_window_as_long_as_the_positions_is_accepted(folder: Callable[..., Path]) -> None:
@@ -243,7 +243,7 @@ def test_llama3_scaling_that_megatron_cannot_represent(
     assert key in refusal(folder("llama", {"rope_parameters": rope | {key: value}}))
 
 
-def test_rope_of_older_folders_is_understood(folder: Callable[..., Path]) -> None:
+def test_rope_of_older_folders_is_read(folder: Callable[..., Path]) -> None:
     path = folder(
         "llama", {"rope_parameters": None, "rope_theta": 500000.0, "dtype": None, "torch_dtype": "float32"}
     )
@@ -263,7 +263,7 @@ def test_rope_of_older_folders_is_understood(folder: Callable[..., Path]) -> Non
 
 def test_integer_weights_are_refused(folder: Callable[..., Path]) -> None:
     path = folder(tensors=lambda s: s.update({"model.norm.weight": torch.ones(48, dtype=torch.int8)}))
-    assert "stored as I8" in refusal(path)
+    assert "I8" in refusal(path)
 
 
 def test_tokenizer_must_fit_the_embedding(folder: Callable[..., Path]) -> None:
@@ -273,10 +273,10 @@ def test_tokenizer_must_fit_the_embedding(folder: Callable[..., Path]) -> None:
     HfFolder.open(path)
     tokenizer["added_tokens"] = [{"id": 101, "content": "<extra>"}]
     (path / "tokenizer.json").write_text(json.dumps(tokenizer))
-    assert "ids up to 101" in refusal(path) and "101 rows" in refusal(path)
+    assert "101" in refusal(path) and "tokenizer" in refusal(path)
 
 
-def test_arguments_of_a_folder_are_known_to_megatron(made: dict[str, Path]) -> None:
+def test_megatron_has_all_arguments_of_a_folder(made: dict[str, Path]) -> None:
     import argparse
 
     from megatron_rasft.training import cpu_backend

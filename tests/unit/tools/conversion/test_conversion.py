@@ -260,7 +260,7 @@ def checkpoint_of(path: Path, chunks: dict[tuple[int, ...], torch.Tensor], shape
 
 
 class Scanned(list):
-    """Counts how often it is gone through."""
+    """A list that counts how often it is iterated over."""
 
     count = 0
 
@@ -288,15 +288,15 @@ def test_chunks_cut_along_several_axes_are_looked_up_not_searched(
 def test_chunk_of_another_type_than_its_index_says_is_refused(tmp_path: Path) -> None:
     cut = {(0, 0): torch.ones(1, 3), (1, 0): torch.ones(1, 3, dtype=torch.float64)}
     checkpoint = checkpoint_of(tmp_path / "cut", cut, (2, 3))
-    with pytest.raises(CheckpointError, match=r"a chunk of key is torch\.float64 of shape"):
+    with pytest.raises(CheckpointError, match=r"key is torch\.float64"):
         checkpoint.read("key")
 
 
 class Killed(BaseException):
-    """Stands for SIGKILL: nothing in the program catches it."""
+    """Simulates SIGKILL: no code under test catches it."""
 
 
-def test_killed_conversion_goes_on_with_what_is_missing(
+def test_killed_conversion_continues_with_the_missing_files(
     folders: dict[str, HfFolder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain, done = conversion._write_layer, []
@@ -319,7 +319,7 @@ def test_killed_conversion_goes_on_with_what_is_missing(
     assert prove(TorchDistFolder.open(tmp_path / "out"), folders["llama"], is_export=False).faults == []
 
 
-def test_killed_export_goes_on_with_what_is_missing(
+def test_killed_export_continues_with_the_missing_files(
     folders: dict[str, HfFolder], llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain, done = conversion._write_file, []
@@ -344,7 +344,7 @@ def test_killed_export_goes_on_with_what_is_missing(
     assert_same_tensors(HfFolder.open(tmp_path / "out"), folders["llama"])
 
 
-def test_a_change_of_the_work_is_not_mixed_with_what_is_there(
+def test_files_of_other_work_are_not_reused(
     folders: dict[str, HfFolder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*args: object) -> None:
@@ -354,9 +354,9 @@ def test_a_change_of_the_work_is_not_mixed_with_what_is_there(
         patch.setattr(conversion, "_write_layer", fail)
         with pytest.raises(Killed):
             hf_to_megatron(folders["llama"], tmp_path / "out")
-    with pytest.raises(CheckpointError, match=r"begun for other work \(its dtype differ\)"):
+    with pytest.raises(CheckpointError, match=r"out\.partial .*\(dtype\)"):
         hf_to_megatron(folders["llama"], tmp_path / "out", dtype=torch.bfloat16)
-    with pytest.raises(CheckpointError, match="begun for other work"):
+    with pytest.raises(CheckpointError, match=r"out\.partial .*\(input\)"):
         hf_to_megatron(folders["qwen3"], tmp_path / "out")
     hf_to_megatron(folders["llama"], tmp_path / "out")
 
@@ -364,24 +364,24 @@ def test_a_change_of_the_work_is_not_mixed_with_what_is_there(
 def test_output_in_use_is_refused(folders: dict[str, HfFolder], tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out/mine.txt").write_text("kept")
-    with pytest.raises(ValueError, match="not an empty folder"):
+    with pytest.raises(ValueError, match=r"--output .*/out"):
         hf_to_megatron(folders["llama"], tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
 def test_two_processes_do_not_write_one_output(folders: dict[str, HfFolder], tmp_path: Path) -> None:
     other = StagedFolder(tmp_path / "out", {"any": "work"})
-    with pytest.raises(CheckpointError, match="another process is writing"):
+    with pytest.raises(CheckpointError, match=r"another process.*out\.partial"):
         hf_to_megatron(folders["llama"], tmp_path / "out")
     other.close()
 
 
-def test_too_little_disk_is_said_before_anything_is_written(
+def test_too_little_disk_space_is_reported_before_anything_is_written(
     folders: dict[str, HfFolder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1 << 40, 1 << 40, 1000))
-    with pytest.raises(CheckpointError, match=r"needs 0\.1 GiB more, but its disk has 0\.0 GiB free"):
+    with pytest.raises(CheckpointError, match=r"0\.1 GiB .* 0\.0 GiB"):
         hf_to_megatron(folders["llama"], tmp_path / "out")
     assert not list(tmp_path.rglob("*.distcp"))
 
@@ -396,7 +396,7 @@ def test_too_little_disk_is_said_before_anything_is_written(
         ("tools.conversion.staging.Path.rename", 6),
     ],
 )
-def test_full_disk_ends_in_one_line_and_keeps_what_is_done(
+def test_full_disk_ends_in_one_line_and_keeps_finished_files(
     folders: dict[str, HfFolder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, num_kept: int
 ) -> None:
     def full(*args: object, **more: object) -> None:
@@ -404,7 +404,7 @@ def test_full_disk_ends_in_one_line_and_keeps_what_is_done(
 
     with monkeypatch.context() as patch:
         patch.setattr(f"megatron_rasft.{where}", full)
-        with pytest.raises(CheckpointError, match=r"the disk is full\. What is done is kept"):
+        with pytest.raises(CheckpointError, match=r"out\.partial: the disk is full"):
             hf_to_megatron(folders["llama"], tmp_path / "out", num_workers=2)
     plain, done = conversion._write_layer, []
 
@@ -425,7 +425,7 @@ def test_disk_that_is_full_after_the_last_file_of_an_export_ends_in_one_line(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(conversion, "write_card", full)
-    with pytest.raises(CheckpointError, match=r"the disk is full\. What is done is kept"):
+    with pytest.raises(CheckpointError, match=r"out\.partial: the disk is full"):
         megatron_to_hf(TorchDistFolder.open(llama), template_of(llama), tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == [".out.partial"]
 
@@ -436,7 +436,7 @@ def test_output_that_is_a_link_is_refused_before_anything_is_written(
 ) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "out").symlink_to(tmp_path / target)
-    with pytest.raises(ValueError, match="is a symbolic link"):
+    with pytest.raises(ValueError, match="symbolic link"):
         hf_to_megatron(folders["llama"], tmp_path / "out")
     assert {path.name for path in tmp_path.iterdir()} == {"empty", "out"}
 
@@ -471,27 +471,27 @@ def running_index(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "damage,words",
+    "damage,pattern",
     [
-        (remove_metadata, "it was not finished"),
-        (truncate, r"__1_0.distcp is truncated: \d+ bytes of at least"),
-        (lambda path: first_file(path).unlink(), "__1_0.distcp is missing"),
-        (other_format, "format 'zarr'; supported is 'torch_dist'"),
-        (garbage_index, "cannot be read"),
-        (running_index, "names builtins.exec, which no index needs"),
-        (lambda path: (path / "release/metadata.json").unlink(), "no metadata.json"),
+        (remove_metadata, r"\.metadata"),
+        (truncate, r"__1_0.distcp .* \d+ bytes"),
+        (lambda path: first_file(path).unlink(), "__1_0.distcp"),
+        (other_format, "'zarr'.*'torch_dist'"),
+        (garbage_index, r"\.metadata"),
+        (running_index, "builtins.exec"),
+        (lambda path: (path / "release/metadata.json").unlink(), "metadata.json"),
         (
             lambda path: (path / "latest_checkpointed_iteration.txt").write_text("soon"),
-            "holds 'soon', not a step",
+            "latest_checkpointed_iteration.txt .*'soon'",
         ),
-        (lambda path: (path / "latest_checkpointed_iteration.txt").unlink(), "give a run's --save folder"),
+        (lambda path: (path / "latest_checkpointed_iteration.txt").unlink(), "--save"),
     ],
 )
 def test_damaged_checkpoint_is_refused_when_opened(
-    copied: Path, damage: Callable[[Path], None], words: str
+    copied: Path, damage: Callable[[Path], None], pattern: str
 ) -> None:
     damage(copied)
-    with pytest.raises(CheckpointError, match=words) as caught:
+    with pytest.raises(CheckpointError, match=pattern) as caught:
         TorchDistFolder.open(copied)
     assert "\n" not in str(caught.value) and str(copied) in str(caught.value)
 
@@ -500,9 +500,15 @@ def test_damaged_record_is_named(copied: Path, tmp_path: Path) -> None:
     data = bytearray(first_file(copied).read_bytes())
     data[: len(data) // 4] = b"\xff" * (len(data) // 4)
     first_file(copied).write_bytes(bytes(data))
-    with pytest.raises(CheckpointError, match=r"decoder\.layers\.\S+ in __1_0.distcp is damaged"):
+    with pytest.raises(CheckpointError, match=r"decoder\.layers\.\S+ in __1_0.distcp"):
         megatron_to_hf(TorchDistFolder.open(copied), template_of(copied), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def named(faults: list[str]) -> list[tuple[str, str]]:
+    """(tensor, kind of fault) of each line."""
+    kinds = ("differs", "not finite", "missing", "unknown")
+    return [(fault.split()[0], next(kind for kind in kinds if kind in fault)) for fault in faults]
 
 
 def test_proof_names_a_changed_tensor_and_one_that_is_not_finite(
@@ -515,10 +521,10 @@ def test_proof_names_a_changed_tensor_and_one_that_is_not_finite(
     state["model.norm.weight"][5] = float("nan")
     save_file(state, changed / "model.safetensors", {"format": "pt"})
     proof = prove(TorchDistFolder.open(llama), HfFolder.open(changed), is_export=True)
-    assert proof.faults == [
-        "model.layers.2.mlp.up_proj.weight is not the same on both sides",
-        "model.norm.weight holds values that are not finite",
-        "model.norm.weight is not the same on both sides",
+    assert named(proof.faults) == [
+        ("model.layers.2.mlp.up_proj.weight", "differs"),
+        ("model.norm.weight", "not finite"),
+        ("model.norm.weight", "differs"),
     ]
     assert "3 faults" in proof.describe()
 
@@ -536,9 +542,9 @@ def test_fp8_proof_names_a_tensor_that_is_not_finite(
     checkpoint, template = TorchDistFolder.open(tmp_path / "megatron"), template_of(tmp_path / "megatron")
     megatron_to_hf(checkpoint, template, tmp_path / "out", is_fp8=True)
     faults = prove_fp8(checkpoint, template, tmp_path / "out").faults
-    assert [fault for fault in faults if "_scale_inv" not in fault] == [
-        "model.layers.2.mlp.up_proj.weight holds values that are not finite",
-        "model.norm.weight holds values that are not finite",
+    assert [fault for fault in named(faults) if "_scale_inv" not in fault[0]] == [
+        ("model.layers.2.mlp.up_proj.weight", "not finite"),
+        ("model.norm.weight", "not finite"),
     ]
 
 
@@ -577,22 +583,18 @@ def without(path: Path, key: str) -> TorchDistFolder:
 def test_checkpoint_of_another_model_is_refused(folders: dict[str, HfFolder], llama: Path) -> None:
     checkpoint = TorchDistFolder.open(llama)
     biased = NameTable(FAMILIES["Qwen2ForCausalLM"], folders["llama"].shape)
-    with pytest.raises(CheckpointError, match=r"has no decoder\.layers\.self_attention\.linear_qkv\.bias"):
+    with pytest.raises(CheckpointError, match=r"decoder\.layers\.self_attention\.linear_qkv\.bias"):
         check_parameters(checkpoint, biased)
     heads = replace(folders["llama"].shape, num_attention_heads=6, head_dim=8)
-    with pytest.raises(
-        CheckpointError, match=r"has not the attention heads of config.json \(6 of 8 in 2 groups\)"
-    ):
+    with pytest.raises(CheckpointError, match=r"attention heads .*\(6 of 8 in 2 groups\)"):
         check_parameters(checkpoint, NameTable(FAMILIES["LlamaForCausalLM"], heads))
-    with pytest.raises(
-        CheckpointError, match=r"linear_qkv.weight has shape \[4, 96, 48\], config.json implies"
-    ):
+    with pytest.raises(CheckpointError, match=r"linear_qkv.weight .*\[4, 96, 48\]"):
         check_parameters(checkpoint, folders["llama_groups_are_heads"].table)
     missing = without(llama, "decoder.final_layernorm.weight")
-    with pytest.raises(CheckpointError, match=r"has no decoder\.final_layernorm\.weight"):
+    with pytest.raises(CheckpointError, match=r"decoder\.final_layernorm\.weight"):
         check_parameters(missing, folders["llama"].table)
     checkpoint.tensors["decoder.layers.mtp.weight"] = checkpoint.tensors["output_layer.weight"]
-    with pytest.raises(CheckpointError, match=r"1 tensors are unknown .* decoder\.layers\.mtp\.weight"):
+    with pytest.raises(CheckpointError, match=r"unknown .* decoder\.layers\.mtp\.weight"):
         check_parameters(checkpoint, folders["llama"].table)
 
 
@@ -647,7 +649,7 @@ def test_transformers_loads_an_fp8_folder_as_it_is_meant(tmp_path: Path, case: s
     assert all(torch.equal(loaded[name], expected[name]) for name in expected)
 
 
-def test_fp8_proof_names_what_is_wrong(tmp_path: Path, folders: dict[str, HfFolder], llama: Path) -> None:
+def test_fp8_proof_names_every_fault(tmp_path: Path, folders: dict[str, HfFolder], llama: Path) -> None:
     checkpoint = TorchDistFolder.open(llama)
     megatron_to_hf(checkpoint, folders["llama"], tmp_path / "out", is_fp8=True)
     state = load_file(tmp_path / "out/model.safetensors")
@@ -655,10 +657,10 @@ def test_fp8_proof_names_what_is_wrong(tmp_path: Path, folders: dict[str, HfFold
     del state["model.norm.weight"]
     state["more"] = torch.ones(1)
     save_file(state, tmp_path / "out/model.safetensors")
-    assert prove_fp8(checkpoint, folders["llama"], tmp_path / "out").faults == [
-        "model.layers.0.mlp.up_proj.weight_scale_inv is not the same on both sides",
-        "model.norm.weight is missing",
-        "more is unknown to the model",
+    assert named(prove_fp8(checkpoint, folders["llama"], tmp_path / "out").faults) == [
+        ("model.layers.0.mlp.up_proj.weight_scale_inv", "differs"),
+        ("model.norm.weight", "missing"),
+        ("more", "unknown"),
     ]
 
 
@@ -683,6 +685,6 @@ def test_damaged_safetensors_are_refused_before_anything_is_written(
     shutil.copytree(folders["llama"].path, tmp_path / "hf")
     weights = tmp_path / "hf/model.safetensors"
     weights.write_bytes(damage(weights.read_bytes()))
-    with pytest.raises(ModelFolderError, match="truncated or not safetensors"):
+    with pytest.raises(ModelFolderError, match=r"model\.safetensors"):
         hf_to_megatron(HfFolder.open(tmp_path / "hf"), tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["hf"]
