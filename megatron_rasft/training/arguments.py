@@ -44,7 +44,7 @@ NEWER_DEFAULTS = {
     # Since 0.20 Megatron writes its own tokenizer at the end of a save. A run here builds none.
     "save_tokenizer_assets": False,
 }
-"""The same for flags that only later versions of Megatron-Core have."""
+"""Such defaults of flags that only later versions of Megatron-Core have."""
 
 WARMUP_STEPS = 4
 """Steps of warm-up if no --lr-warmup-* flag is given; fewer in a run that is shorter."""
@@ -164,7 +164,7 @@ def _check_architecture(args: argparse.Namespace, architecture: dict[str, Any]) 
         given = getattr(args, name)
         if name not in args.given_flags or given == value:
             continue
-        reason = f"{args.hf_model}/config.json says {value}"
+        reason = f"{args.hf_model}/config.json has {value}"
         if name.endswith("dropout"):
             reason = "dropout makes log-probabilities random, so policy and reference would differ before the first step"
         raise ValueError(f"{args.given_flags[name]} {given} is refused: {reason}. Leave the flag out.")

@@ -43,7 +43,7 @@ def build_run(
         folder: the --hf-model.
         heldout: problems that are measured and never trained; None without --heldout-data.
         replay: stored rollouts, on rank 0 of a run that replays them.
-        resume: where the run goes on from.
+        resume: where the run resumes from.
     """
     is_rank_zero = dist.get_rank() == 0
     tensorboard, wandb = writers()

@@ -132,7 +132,7 @@ class SaveQueue:
 
 
 def _write(request: AsyncRequest, arguments: list[Any]) -> None:
-    """Runs Megatron's writer, which puts its results or its error into the results queue, and puts any other error there too."""
+    """Runs Megatron's writer. It puts its results, or most errors, into the results queue; this puts all other errors there."""
     assert request.async_fn is not None
     try:
         request.async_fn(*arguments, **request.async_fn_kwargs)

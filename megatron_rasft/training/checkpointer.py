@@ -1,4 +1,4 @@
-"""Saves a run's checkpoints, in the background with --async-save, and loads the one that the run goes on from."""
+"""Saves a run's checkpoints, in the background with --async-save, and loads the one that the run resumes from."""
 
 import argparse
 from collections.abc import Callable
@@ -53,7 +53,7 @@ class Checkpointer:
     Args:
         args: Megatron's.
         trainer: is saved and loaded.
-        resume: where the run goes on from.
+        resume: where the run resumes from.
         device: of the parameters.
     """
 
@@ -63,7 +63,7 @@ class Checkpointer:
         self._args = args
         self._trainer = trainer
         self.resume = resume
-        """Where the run goes on from."""
+        """Where the run resumes from."""
         self._context: dict[str, Any] = {}
         """Megatron's own: what it keeps between two saves."""
         self._saving_step: int | None = None
@@ -103,7 +103,7 @@ class Checkpointer:
             self._saving_step = step
 
     def load(self) -> tuple[dict[str, Any], dict[str, Array]] | None:
-        """Loads the checkpoint that the run goes on from into the trainer.
+        """Loads the checkpoint that the run resumes from into the trainer.
 
         Returns:
             The run's state on every rank, and the arrays saved with it on rank 0 ({} on the others); None without a checkpoint.

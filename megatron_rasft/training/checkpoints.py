@@ -125,7 +125,7 @@ def _checkpoint(resume: Resume) -> Path:
 
 
 def _earlier(folder: Path) -> str:
-    """The end of an error about an unusable checkpoint: the earlier ones that the user can go on from."""
+    """Returns the last sentence of an error about an unusable checkpoint: the earlier ones that a run can resume from."""
     # Megatron writes metadata.json when a checkpoint is complete. A save that was killed leaves only the state file.
     others = sorted(
         path.parent
@@ -136,7 +136,7 @@ def _earlier(folder: Path) -> str:
     if not steps:
         return "There is no earlier one: start anew with another --save folder."
     return (
-        f"Go on from an earlier one, of step {', '.join(map(str, steps))}: give it as --ckpt-step, or write it into "
+        f"Resume from an earlier one, of step {', '.join(map(str, steps))}: give it as --ckpt-step, or write it into "
         f"{folder.parent / TRACKER_FILE}."
     )
 
@@ -159,7 +159,7 @@ def save_explained(what: str, folder: Path) -> Iterator[None]:
             reason += ", which is printed above"
         raise CheckpointError(
             f"{what} could not be written to {folder}: {reason}; {_free_gib(folder):.1f} GiB are free there. "
-            "Earlier checkpoints are untouched. Make room or change --save, and start again to go on from the last one."
+            "Earlier checkpoints are unchanged. Free some disk space or change --save, then start again to resume from the last one."
         ) from error
 
 
@@ -205,6 +205,6 @@ def checkpoint_failure(error: BaseException) -> str:
 
 
 def _free_gib(folder: Path) -> float:
-    """Free space of the file system of a folder that may not exist yet."""
+    """Returns the free space of a folder's file system. The folder need not exist yet."""
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     return shutil.disk_usage(existing).free / 2**30

@@ -64,7 +64,7 @@ class DelayedScales:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over whether a loaded checkpoint has the scales.
 
-        A run that switches to the delayed recipe goes on from a checkpoint without them, so it sets them anew.
+        A run that switches to the delayed recipe resumes from a checkpoint without them, so it sets them anew.
         """
         self.are_missing = self._is_used and not state.get(_STATE_KEY, False)
 

@@ -51,7 +51,7 @@ class AppendedFile:
         """Truncates the file to the lines that this run wrote before its checkpoint, and to whole lines.
 
         Args:
-            at_checkpoint: length in bytes at the checkpoint that the run goes on from; None without a checkpoint, or if the
+            at_checkpoint: length in bytes at the checkpoint that the run resumes from; None without a checkpoint, or if the
                 checkpoint belongs to another file.
             at_start: length in bytes when the run was first started; None if the run has a checkpoint of its own.
 
@@ -85,7 +85,7 @@ def cut_files(
 
     Args:
         files: name in ``marks`` -> file.
-        marks: name -> mark, of the checkpoint in ``load`` that the run goes on from; {} without one.
+        marks: name -> mark, of the checkpoint in ``load`` that the run resumes from; {} without one.
         load: the folder of that checkpoint; None without one.
         save: the run's folder. Until it has a checkpoint, its ``BEGUN_FILE`` holds the marks of the run's first start.
 

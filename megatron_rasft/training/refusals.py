@@ -27,7 +27,7 @@ REFUSED = {
     "rampup_batch_size": _ONE_SIZE,
     "step_batch_size_schedule": _ONE_SIZE,
     "decrease_batch_size_if_needed": _ONE_SIZE,
-    "iterations_to_skip": "no batch is left out: remove its rows from --train-data",
+    "iterations_to_skip": "no batch can be left out: remove the rows from --train-data",
     "phase_transition_iterations": "a run has one phase: start one run after the other",
     "non_persistent_save_interval": _ONE_KIND,
     "non_persistent_ckpt_type": _ONE_KIND,

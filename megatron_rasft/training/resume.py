@@ -1,4 +1,4 @@
-"""Decides where a run goes on from: --save once it holds a checkpoint, until then --load, or the weights of --hf-model."""
+"""Decides where a run resumes from: --save once it holds a checkpoint, until then --load, or the weights of --hf-model."""
 
 import argparse
 import os
@@ -17,7 +17,7 @@ from megatron_rasft.weights.tracker import (
 
 @dataclass(frozen=True, kw_only=True)
 class Resume:
-    """Where a run goes on from. It is decided once, before anything is built; nothing writes --load or --ckpt-step later."""
+    """Where a run resumes from. It is decided once, before anything is built; nothing writes --load or --ckpt-step later."""
 
     folder: Path | None = None
     """The folder of checkpoints that the run loads one from; None for a run that begins at step 0."""
@@ -29,7 +29,7 @@ class Resume:
     """Whether --ckpt-step names the step, and not the folder's tracker file."""
     converted: Path | None = None
     """Converted weights given as --load. The run begins with them instead of those of --hf-model, and they are the frozen
-    reference also when the run goes on from a checkpoint of its own."""
+    reference also when the run resumes from a checkpoint of its own."""
 
     @property
     def checkpoint(self) -> Path | None:
@@ -54,7 +54,7 @@ class Resume:
 
 
 def find_resume(args: argparse.Namespace) -> Resume:
-    """Decides where the run of a command line goes on from; reads tracker files only.
+    """Decides where the run of a command line resumes from; reads tracker files only.
 
     Args:
         args: Megatron's, of which --load, --save, --ckpt-step and --exit-on-missing-checkpoint are read.
@@ -82,7 +82,7 @@ def find_resume(args: argparse.Namespace) -> Resume:
         return Resume.at(other, step)
     if converted is None and args.exit_on_missing_checkpoint:
         raise ValueError(
-            f"--exit-on-missing-checkpoint: --save {args.save} holds no checkpoint to go on from. Leave the flag out to "
+            f"--exit-on-missing-checkpoint: --save {args.save} holds no checkpoint to resume from. Leave the flag out to "
             "start from --hf-model."
         )
     return Resume(converted=converted)

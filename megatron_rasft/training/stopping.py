@@ -83,5 +83,5 @@ class StopRequest:
         return result  # type: ignore[return-value]
 
     def kept_by_rank_zero[T](self, work: Callable[[], T], elsewhere: T) -> T:
-        """Runs such work and keeps its result on rank 0; the other ranks get ``elsewhere``."""
+        """Runs long work like ``on_rank_zero``, but keeps its result on rank 0; the other ranks get ``elsewhere``."""
         return kept_by_rank_zero(work, elsewhere, self.on_rank_zero)

@@ -72,12 +72,12 @@ class StepResult:
     data_s: float = 0.0
     """Time of waiting for the cut batch, and of the reference's forward pass for a KL objective."""
     forward_backward_s: float = 0.0
-    """Includes the reduction of gradients."""
+    """Time of forward and backward, including the reduction of gradients."""
     optimizer_s: float = 0.0
     params_norm: float | None = None
     """None without --log-params-norm."""
     floating_point_operations: float = 0.0
-    """Of forward and backward on all ranks, as Megatron counts them; without rollouts and reference."""
+    """Operations of forward and backward on all ranks, as Megatron counts them; without rollouts and reference."""
 
     @property
     def num_tokens(self) -> int:
@@ -103,9 +103,9 @@ class Trainer:
         self.folder = folder
         self.max_tokens = args.seq_length
         self.iteration = 0
-        """Number of steps that were taken."""
+        """Number of steps so far, skipped ones included."""
         self.floating_point_operations = 0.0
-        """Of all steps, for Megatron's checkpoints."""
+        """Operations of all steps so far. Megatron's checkpoints hold them."""
         self._build_model(converted)
         self._build_reference()
         self._prepare_model_config()
@@ -321,7 +321,7 @@ class Trainer:
             return
         raise Diverged(
             f"step {self.iteration} has no finite gradient (loss {metrics.get('loss', math.nan):g}, gradient norm "
-            f"{grad_norm:g}): the run has diverged, and nothing of this step is saved. Go on from the last checkpoint, or from "
+            f"{grad_norm:g}): the run has diverged, and nothing of this step is saved. Resume from the last checkpoint, or from "
             "an earlier one (--ckpt-step), with a lower --lr (and --override-opt_param-scheduler)."
         )
 

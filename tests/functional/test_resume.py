@@ -103,7 +103,7 @@ def test_a_run_stopped_by_sigterm_resumes_as_if_uninterrupted(
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_killed_run_goes_on_from_its_last_checkpoint(
+def test_a_killed_run_resumes_from_its_last_checkpoint(
     workshop: Workshop, tmp_path: Path, world_size: int
 ) -> None:
     unbroken = unbroken_run(workshop, world_size)
@@ -125,7 +125,7 @@ def held(save: Path, step: int, until: int) -> HeldWrites:
     return HeldWrites(step=step, until=until, metrics=save / "metrics.jsonl")
 
 
-def test_async_save_goes_on_beside_the_steps_and_survives_a_kill(workshop: Workshop, tmp_path: Path) -> None:
+def test_async_save_writes_beside_the_steps_and_survives_a_kill(workshop: Workshop, tmp_path: Path) -> None:
     unbroken = unbroken_run(workshop, 2)
     save = tmp_path / "save"
     # The first checkpoint is written while step 3 changes the weights. The kill comes while the second one is written.
@@ -175,7 +175,7 @@ def test_run_killed_before_its_first_checkpoint_starts_anew(workshop: Workshop, 
     assert [r["step"] for r in records if r["event"] == "step"] == list(range(1, STEPS + 1))
 
 
-def test_checkpoint_of_another_folder_goes_on_with_files_of_its_own(
+def test_checkpoint_of_another_folder_is_resumed_with_files_of_its_own(
     workshop: Workshop, stopped_at_7: Path, tmp_path: Path
 ) -> None:
     expected = (unbroken_run(workshop, 1) / "rollouts.jsonl").read_bytes()
@@ -193,7 +193,7 @@ def test_checkpoint_of_another_folder_goes_on_with_files_of_its_own(
     assert (stopped_at_7 / "rollouts.jsonl").read_bytes() == kept
 
 
-def test_run_goes_on_from_an_earlier_checkpoint_than_a_damaged_one(
+def test_a_run_resumes_from_an_earlier_checkpoint_than_a_damaged_one(
     workshop: Workshop, stopped_at_7: Path, tmp_path: Path
 ) -> None:
     unbroken = unbroken_run(workshop, 1)
@@ -210,7 +210,7 @@ def test_run_goes_on_from_an_earlier_checkpoint_than_a_damaged_one(
 
 
 @pytest.mark.parametrize("size", ["--tensor-model-parallel-size", "--pipeline-model-parallel-size"])
-def test_checkpoint_goes_on_in_another_layout(
+def test_a_checkpoint_is_resumed_in_another_layout(
     workshop: Workshop, stopped_at_7: Path, tmp_path: Path, size: str
 ) -> None:
     unbroken = unbroken_run(workshop, 1)

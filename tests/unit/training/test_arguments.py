@@ -33,9 +33,9 @@ def test_flags_of_a_later_megatron_get_our_defaults(parser: FlagParser) -> None:
 @pytest.mark.parametrize(
     ("flags", "pattern"),
     [
-        ("--num-layers 3", "--num-layers 3.*config.json says 4"),
-        ("--norm-epsilon 0.1", "--norm-epsilon 0.1.*config.json says 1e-0"),
-        ("--num-experts 4", "--num-experts 4.*config.json says None"),
+        ("--num-layers 3", "--num-layers 3.*config.json has 4"),
+        ("--norm-epsilon 0.1", "--norm-epsilon 0.1.*config.json has 1e-0"),
+        ("--num-experts 4", "--num-experts 4.*config.json has None"),
         ("--hidden-dropout 0.1", "--hidden-dropout 0.1"),
         ("--attention-dropout 0.1", "--attention-dropout 0.1"),
         ("--train-samples 80 --train-iters 3", "--train-iters.*--train-samples"),

@@ -1,4 +1,4 @@
-"""How a rank cuts a global batch, and what may happen beside the cutting."""
+"""A rank's layout, the order of preparation, and the thread that cuts micro-batches."""
 
 import threading
 from types import SimpleNamespace
@@ -40,7 +40,7 @@ def layout(monkeypatch: pytest.MonkeyPatch, *, has_gpu: bool = True, **flags: ob
 @pytest.mark.parametrize(
     ("recipe", "per_rank"), [("tensorwise", 16), ("delayed", 16), ("mxfp8", 32), ("blockwise", 128)]
 )
-def test_fp8_pads_to_what_its_kernels_need_and_no_further(
+def test_fp8_pads_to_the_multiple_of_its_kernels(
     recipe: str, per_rank: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert layout(monkeypatch, fp8="hybrid", fp8_recipe=recipe).token_multiple == per_rank * 4 * 2
@@ -61,7 +61,7 @@ def test_an_interleaved_pipeline_gets_a_multiple_of_its_stages(monkeypatch: pyte
 
 
 def preparer() -> BatchPreparer:
-    """Of a world of one rank."""
+    """A preparer in a world of one rank."""
     single = BatchLayout(
         micro_batch_size=1,
         seq_length=8,

@@ -1,4 +1,4 @@
-"""Where a run goes on from, decided from tracker files alone."""
+"""The checkpoint that a run resumes from, decided from tracker files alone."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -41,7 +41,7 @@ def test_another_runs_checkpoint_starts_a_run_that_has_none(tmp_path: Path) -> N
     assert found(load, save).checkpoint == load / "iter_0000007"
 
 
-def test_save_is_gone_on_from_once_it_holds_a_checkpoint(tmp_path: Path) -> None:
+def test_a_run_resumes_from_save_once_it_holds_a_checkpoint(tmp_path: Path) -> None:
     load, save = folder(tmp_path / "load", "7"), folder(tmp_path / "save", "9")
     assert found(None, save) == Resume(folder=save, step=9, is_own=True)
     assert found(load, save, 4) == Resume(folder=save, step=9, is_own=True), "the step is one of --load"
@@ -49,7 +49,7 @@ def test_save_is_gone_on_from_once_it_holds_a_checkpoint(tmp_path: Path) -> None
         assert found(own, save, 4) == Resume(folder=save, step=4, is_own=True, is_chosen=True)
 
 
-def test_converted_weights_stay_the_reference_of_a_run_that_goes_on(tmp_path: Path) -> None:
+def test_converted_weights_stay_the_reference_of_a_resumed_run(tmp_path: Path) -> None:
     load, save = folder(tmp_path / "load", "release"), tmp_path / "save"
     assert found(load, save) == Resume(converted=load / "release")
     folder(save, "9")
@@ -62,7 +62,7 @@ def test_a_folder_to_load_that_holds_no_checkpoint_is_refused(tmp_path: Path) ->
             found(tmp_path / "typo", save)
 
 
-def test_exit_on_missing_checkpoint_wants_any(tmp_path: Path) -> None:
+def test_exit_on_missing_checkpoint_needs_a_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--exit-on-missing-checkpoint"):
         found(None, tmp_path / "save", must=True)
     found(folder(tmp_path / "converted", "release"), tmp_path / "save", must=True)

@@ -34,7 +34,7 @@ def samples(num: int) -> list[TrainingSample]:
 
 
 class Reference:
-    """Is in place while its context is open."""
+    """A reference that knows whether its context is open."""
 
     is_in_place = False
 
@@ -61,7 +61,7 @@ class Pass:
 def scorer_of(
     check_stop: Callable[[], None] = lambda: None, scales: DelayedScales | None = None
 ) -> tuple[Scorer, Pass]:
-    """One rank; a global batch has 2 samples."""
+    """A scorer on one rank, for global batches of 2 samples."""
     reference = Reference()
     forward = Pass(reference)
     scales = scales or DelayedScales(is_used=False, forward=forward)
