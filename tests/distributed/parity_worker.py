@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from megatron_rasft import training
 from megatron_rasft.training import cpu_backend
 
 cpu_backend.enable()
@@ -25,7 +26,6 @@ from megatron.core import parallel_state  # noqa: E402
 from megatron_rasft.tools.capacity.config import AssumptionConfig, CapacityConfig  # noqa: E402
 from megatron_rasft.tools.capacity.layouts import Layout, Model  # noqa: E402
 from megatron_rasft.tools.capacity.memory import estimate_memory  # noqa: E402
-from megatron_rasft.training.trainer import Trainer  # noqa: E402
 from megatron_rasft.weights import HfFolder  # noqa: E402
 from tests.distributed.parity_cases import COMMON, MODELS, NUM_STEPS, Case, batches, cases  # noqa: E402
 from tests.distributed.ranks_harness import trainer  # noqa: E402
@@ -58,6 +58,7 @@ def train(case: Case, root: Path) -> dict:
     """Losses and gradient norms of each step, and the exported weights after the first and the last."""
     result: dict = {"loss": [], "grad_norm": [], "weights": [], "metrics": []}
     with (
+        widths_rounded(case.width_slack),
         trainer(
             root / MODELS[case.model],
             root / "none.jsonl",
@@ -65,7 +66,6 @@ def train(case: Case, root: Path) -> dict:
             case.has_distributed_optimizer,
             case.has_gradient_fusion,
         ) as run,
-        widths_rounded(case.width_slack),
     ):
         for index, batch in enumerate(batches(case.objective)):
             step = run.step(batch, len(batch))
@@ -81,13 +81,11 @@ def train(case: Case, root: Path) -> dict:
 
 @contextlib.contextmanager
 def widths_rounded(slack: float) -> Iterator[None]:
-    """Trainers cut batches as on a GPU, which rounds the widths of micro-batches."""
-    layout: property = Trainer.layout  # type: ignore[assignment]
-    assert layout.fget is not None
-    cut = layout.fget
-    Trainer.layout = property(lambda run: replace(cut(run), width_slack=slack))  # type: ignore[assignment]
+    """Builds trainers that cut batches as on a GPU, which rounds the widths of micro-batches."""
+    layout = training.trainer.batch_layout
+    training.trainer.batch_layout = lambda *args, **named: replace(layout(*args, **named), width_slack=slack)
     yield
-    Trainer.layout = layout  # type: ignore[assignment,method-assign]
+    training.trainer.batch_layout = layout
 
 
 def check_planned_bytes(flags: str, root: Path) -> None:
