@@ -106,27 +106,11 @@ class ServerSession:
             ValueError: at the first sync, if servers answer and none of them can be given this trainer's weights.
         """
         records = [self._records.get(url) for url in urls if url not in report.failed]
-        failed = call_all(records, self._probe)
-        records = _without(records, failed)
-        wire_format, unfit = self._choose_format(records)
-        if wire_format is None and unfit and self._sent_format is None:
-            raise ValueError("; ".join(f"rollout server {url} {reason}" for url, reason in unfit.items()))
-        failed |= unfit
-        records = _without(records, unfit)
-        for record in records:
-            released = released_memory(record.known_info.weight_label)
-            if released is None:  # awake; perhaps it was restarted
-                record.released = None
-            elif record.released is None:  # a run that was killed left it asleep
-                record.released = released
-        failed |= call_all(records, self._pause)
-        records = _without(records, failed)
+        records = self._call(records, self._probe, report)
+        wire_format, records = self._choose_format(records, report)
+        records = self._call(records, self._pause, report)
         if self._config.sync_method != "disk":
-            failed |= call_all(records, self._begin)
-            records = _without(records, failed)
-        for url in failed:
-            self._records.get(url).synced_version = None
-        report.failed.update(failed)
+            records = self._call(records, self._begin, report)
         if wire_format is None or not records:
             return Attempt()
         self._choose_group(records)
@@ -204,32 +188,57 @@ class ServerSession:
     # ---- prepare
 
     def _probe(self, record: ServerRecord) -> None:
+        """Updates a record's info."""
         record.info = record.client.probe(self._timeout_s)
 
-    def _choose_format(self, records: Sequence[ServerRecord]) -> tuple[WireFormat | None, dict[str, str]]:
-        """Returns the format to send, None if no server can be given the weights, and url -> reason of the unfit servers."""
-        unfit: dict[str, str] = {}
-        formats: dict[str, WireFormat] = {}
-        for record in records:
-            reason = misfit(record.known_info, self._model_config)
-            try:
-                if reason:
-                    raise ValueError(reason)
-                formats[record.url] = self._format_of(record)
-            except ValueError as error:
-                unfit[record.url] = str(error)
-        if not formats:
-            return None, unfit
+    def _call(
+        self, records: Sequence[ServerRecord], call: Callable[[ServerRecord], None], report: SyncReport
+    ) -> list[ServerRecord]:
+        """Calls all servers at the same time. Leaves out those that fail, and returns the others."""
+        failed = call_all(records, call)
+        self._leave_out(failed, report)
+        return [record for record in records if record.url not in failed]
+
+    def _choose_format(
+        self, records: Sequence[ServerRecord], report: SyncReport
+    ) -> tuple[WireFormat | None, list[ServerRecord]]:
+        """Chooses the format to send, leaves out the servers that need another one, and returns the others.
+
+        The format is None if no server can be given the weights.
+        """
+        formats, unfit = self._needed_formats(records)
+        if not formats and unfit and self._sent_format is None:
+            raise ValueError("; ".join(f"rollout server {url} {reason}" for url, reason in unfit.items()))
         wanted = list(formats.values())
         # One broadcast feeds all servers, so all get one format: that of the last sync, otherwise the most frequent one.
-        chosen = self._sent_format if self._sent_format in wanted else max(wanted, key=wanted.count)
+        chosen = self._sent_format
+        if chosen not in wanted:
+            chosen = max(wanted, key=wanted.count, default=None)
         for url, other in formats.items():
             if other != chosen:
                 unfit[url] = (
                     f"serves a folder of another dtype or quantization_config than the other servers: it needs {other}, "
                     f"they need {chosen}. Serve the same folder on each."
                 )
-        return chosen, unfit
+        self._leave_out(unfit, report)
+        return chosen, [record for record in records if record.url not in unfit]
+
+    def _needed_formats(
+        self, records: Sequence[ServerRecord]
+    ) -> tuple[dict[str, WireFormat], dict[str, str]]:
+        """Returns url -> format of the servers that can be given the weights, and url -> reason of the others."""
+        formats: dict[str, WireFormat] = {}
+        unfit: dict[str, str] = {}
+        for record in records:
+            reason = misfit(record.known_info, self._model_config)
+            if reason:
+                unfit[record.url] = reason
+                continue
+            try:
+                formats[record.url] = self._format_of(record)
+            except ValueError as error:
+                unfit[record.url] = str(error)
+        return formats, unfit
 
     def _format_of(self, record: ServerRecord) -> WireFormat:
         """Returns the format that a server needs.
@@ -264,12 +273,19 @@ class ServerSession:
         return wire_format
 
     def _pause(self, record: ServerRecord) -> None:
+        """Pauses a server, and has it take its weights' memory back if it sleeps."""
+        released = released_memory(record.known_info.weight_label)
+        if released is None:  # awake; perhaps it was restarted
+            record.released = None
+        elif record.released is None:  # a run that was killed left it asleep
+            record.released = released
         mode = self._config.sync_pause_mode
         # SGLang before 0.5.21, the first version with update sessions, dies if it is updated while requests wait
         record.client.pause(mode if record.known_info.has_update_session else "abort", self._timeout_s)
         self._take_back(record, "weights")
 
     def _begin(self, record: ServerRecord) -> None:
+        """Opens an update session, after closing one that is open."""
         try:
             record.begin_update(self._timeout_s)
         except ServerError as error:
@@ -335,10 +351,14 @@ class ServerSession:
 
     def _quarantine(self, failed: dict[str, str], report: SyncReport) -> None:
         """Leaves servers out of this sync. The next transfer uses new groups and is proven."""
+        self._leave_out(failed, report)
+        self._members = []
+
+    def _leave_out(self, failed: dict[str, str], report: SyncReport) -> None:
+        """Enters failed servers in the report. They are no longer members of an update group."""
         report.failed.update(failed)
         for url in failed:
             self._records.get(url).synced_version = None
-        self._members = []
 
     def _release(self, attempt: Attempt, evidence: Evidence, weight_version: int) -> dict[str, str]:
         """Finalizes, proves, labels and resumes the servers. Servers that fail in it stay paused.
@@ -405,7 +425,3 @@ def _is_as_left(record: ServerRecord) -> bool:
         return False
     # the label of a sleeping server is not a version
     return record.released is not None or record.synced_version == record.known_info.weight_version
-
-
-def _without(records: Sequence[ServerRecord], failed: dict[str, str]) -> list[ServerRecord]:
-    return [record for record in records if record.url not in failed]
