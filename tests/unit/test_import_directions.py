@@ -40,7 +40,7 @@ MAY_IMPORT_TORCH = {"ranks", "objective", "weights", "sync", "training", "tools"
 LIGHT_TOOLS = ["tools/capacity", "tools/cli", "tools/data"]
 """The parts of tools/ that work on a machine without torch, such as a laptop."""
 
-MAY_IMPORT_MEGATRON = {"sync", "training", "tools"}
+MAY_IMPORT_MEGATRON = {"training", "tools"}
 """The others take tensors and process groups as arguments."""
 MAY_IMPORT_MEGATRON_TRAINING = {"training", "tools"}
 MAY_SPEAK_HTTP = {"servers", "rollout"}
