@@ -34,7 +34,7 @@ class Thresholds:
 def interpolated_quantile(ordered: Sequence[float], q: float) -> float:
     """Quantile q, 0 .. 1, of ascending values: linear between the neighbours of position q * (n - 1)."""
     position = q * (len(ordered) - 1)
-    below = min(int(position), len(ordered) - 1)
+    below = int(position)
     above = min(below + 1, len(ordered) - 1)
     return ordered[below] + (position - below) * (ordered[above] - ordered[below])
 

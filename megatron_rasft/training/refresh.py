@@ -149,7 +149,7 @@ class Refresh:
             difficulties: problem id -> mean cross-entropy of its demonstration, nats per token.
             iteration: optimizer steps before the first step that trains on these problems.
         """
-        progress = iteration / max(1, self._total_steps)
+        progress = iteration / self._total_steps
         return self.curriculum.choose_for_rollouts(self.curriculum.route(difficulties, progress))
 
     # ---- sample

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_rasft.config.curriculum import CurriculumConfig
@@ -34,6 +34,7 @@ def test_routes_of_the_published_vector():
     assert routes == ["easy", "easy", "rest", "middle", "middle", "hard", "hard", "rest"]
 
 
+@settings(deadline=None)  # numpy's first quantile of a process is slow
 @given(st.lists(finite, min_size=1, max_size=60), st.floats(0, 1))
 def test_quantile_is_the_linear_one(values, q):
     assert interpolated_quantile(sorted(values), q) == pytest.approx(

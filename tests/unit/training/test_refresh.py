@@ -55,6 +55,7 @@ def test_a_refresh_covers_its_interval_and_the_last_one_ends_with_the_run() -> N
     assert len(made.next_problems(0)) == 6
     assert len(made.next_problems(3)) == 6
     assert len(made.next_problems(10)) == 4, "2 of 12 steps are left"
+    assert len(made.next_problems(11)) == 2
 
 
 def test_two_refreshes_choose_different_problems_and_an_epoch_repeats_none() -> None:
@@ -89,6 +90,8 @@ def test_the_band_slides_with_the_steps_of_the_run() -> None:
     made = refresh_of(config_of(curriculum=BAND))
     made.curriculum.calibrate([i / 10 for i in range(11)])
     assert made.choose_by_difficulty({"p0": 0.3}, 0) == ["p0"]
+    assert made.choose_by_difficulty({"p0": 0.46}, 6) == ["p0"], "half way it is at the quantiles 0.35 to 0.6"
+    assert made.choose_by_difficulty({"p0": 0.34}, 6) == []
     assert made.choose_by_difficulty({"p0": 0.3}, 12) == [], "the band ends at the quantiles 0.5 to 0.75"
 
 
@@ -99,6 +102,7 @@ def test_difficulty_is_the_mean_cross_entropy_of_a_demonstration() -> None:
         ("p0", [1, 0], [5, 9]),
     ]
     assert difficulties(samples, [[-1.0, -2.0], [-0.5, -0.5]]) == {"p1": 1.5, "p0": 0.5}
+    assert difficulties(samples, [[-1.0], []]) == {"p1": 1.0, "p0": 0.0}
 
 
 # ---- sample
