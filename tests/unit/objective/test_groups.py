@@ -1,0 +1,48 @@
+"""Counts and advantages of the rollouts of one problem."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_rasft.objective.groups import count_solved, gft_advantages, grpo_advantages
+from megatron_rasft.types import Rollout
+from tests.unit.objective.sampled_groups import make_group, rollout
+
+
+@pytest.mark.parametrize(
+    ("rollouts", "expected"),
+    [
+        ([], (0, 0)),
+        ([rollout(0), rollout(1, "wrong")], (1, 2)),
+        ([rollout(0, finish="length"), rollout(1)], (1, 2)),
+        ([rollout(0, filtered="shortcut"), rollout(1)], (1, 2)),
+        ([rollout(0, "unverifiable"), rollout(1, "wrong")], (0, 2)),
+        ([rollout(0, "unverifiable"), rollout(1, "unverifiable")], (0, 0)),
+        ([rollout(0, "unverifiable", finish="length"), rollout(1, "unverifiable")], (0, 2)),
+        ([rollout(0, "timeout"), rollout(1)], (1, 1)),
+        ([rollout(0, None, finish="abort"), rollout(1)], (1, 1)),
+    ],
+)
+def test_solved_rollouts_and_attempts_are_counted(rollouts: list[Rollout], expected: tuple[int, int]) -> None:
+    assert count_solved(make_group(*rollouts)) == expected
+
+
+@given(st.lists(st.integers(-3, 3).map(float), min_size=1, max_size=16))
+def test_grpo_advantages_are_population_z_scores(rewards: list[float]) -> None:
+    advantages = grpo_advantages(rewards)
+    x = np.array(rewards)
+    assert advantages.is_degenerate == (np.ptp(x) == 0)
+    np.testing.assert_allclose(advantages.values, (x - x.mean()) / (x.std() + 1e-6), rtol=1e-12, atol=1e-12)
+
+
+def test_equal_rewards_have_advantage_exactly_zero() -> None:
+    assert grpo_advantages([0.1] * 3).values == (0.0, 0.0, 0.0)
+    assert grpo_advantages([]).is_degenerate
+
+
+def test_gft_group_includes_the_demonstration() -> None:
+    values = gft_advantages([1.0, 0.0, 0.0]).values
+    assert values == pytest.approx([1, 1, -1, -1], abs=1e-5)
+    assert gft_advantages([1.0, 1.0]).is_degenerate
+    assert gft_advantages([]).is_degenerate

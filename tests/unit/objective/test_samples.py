@@ -1,0 +1,170 @@
+"""The sequences that one problem contributes to training, for each objective."""
+
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_rasft.objective.declaration import Objective
+from megatron_rasft.objective.families import OBJECTIVES
+from megatron_rasft.objective.families.likelihood import Raft
+from megatron_rasft.objective.families.policy_ratio import Grpo
+from megatron_rasft.objective.families.rasft import Rasft
+from megatron_rasft.objective.families.token_selective import Gft
+from megatron_rasft.objective.samples import make_samples
+from megatron_rasft.objective.weighting import WeightingConfig
+from megatron_rasft.types import RolloutGroup, TrainingSample
+from tests.unit.objective.sampled_groups import counted_group, demonstration, make_group, rollout
+
+NO_PRIOR = WeightingConfig(weighting_prior_strength=0.0)
+
+
+def weights_of(samples: list[TrainingSample]) -> list[tuple[str, Any]]:
+    return [(s.kind, pytest.approx(s.weight)) for s in samples]
+
+
+MIXED: tuple[dict[str, Any], ...] = (
+    {"index": 0, "verdict": "correct"},
+    {"index": 1, "verdict": "wrong"},
+    {"index": 2, "verdict": "correct", "finish": "length"},
+    {"index": 3, "verdict": "correct", "finish": "abort"},
+    {"index": 4, "verdict": "correct", "num_tokens": 0},
+    {"index": 5, "verdict": "wrong", "finish": "length"},
+)
+
+
+def mixed_group() -> RolloutGroup:
+    return make_group(*(rollout(**fields) for fields in MIXED))
+
+
+@pytest.mark.parametrize("kind", OBJECTIVES.values(), ids=list(OBJECTIVES))
+def test_every_objective_trains_on_what_it_declares(kind: type[Objective]) -> None:
+    kinds = {s.kind for s in make_samples(kind(), demonstration(), mixed_group(), config=NO_PRIOR)}
+    expected = {
+        "demonstrations": {"demonstration"},
+        "rollouts": {"rollout"},
+        "both": {"demonstration", "rollout"},
+    }
+    assert kinds == expected[kind.trains_on]
+
+
+@pytest.mark.parametrize("kind", [kind for kind in OBJECTIVES.values() if kind.trains_on == "demonstrations"])
+def test_demonstration_objectives_ignore_rollouts(kind: type[Objective]) -> None:
+    group = mixed_group()
+    group.rollouts[0].weight = 9.0
+    samples = make_samples(kind(), demonstration(), group, config=WeightingConfig())
+    assert weights_of(samples) == [("demonstration", 1.0)]
+    assert (samples[0].prompt_ids, samples[0].response_ids) == ([1, 2], [3, 4])
+    assert [r.weight for r in group.rollouts] == [0.0] * 6
+
+
+def test_rasft_trains_the_demonstration_and_the_complete_correct_rollouts() -> None:
+    group = mixed_group()
+    samples = make_samples(Rasft(), demonstration(), group, config=NO_PRIOR)
+    # four attempts, one solved: s = 1/4
+    assert weights_of(samples) == [("demonstration", 1.5 - 1.2 / 4), ("rollout", 0.7 / 4)]
+    assert samples[1].response_ids == [10, 10, 10]
+    assert [r.weight for r in group.rollouts] == pytest.approx([0.175, 0, 0, 0, 0, 0])
+
+
+def test_rasft_published_uses_the_published_rule() -> None:
+    samples = make_samples(
+        Rasft(), demonstration(), counted_group(1, 2), config=WeightingConfig(rasft_weighting="published")
+    )
+    assert [s.weight for s in samples] == pytest.approx([0.2779, 0.00869], abs=5e-5)
+
+
+def test_rasft_without_rollout_weight_trains_no_rollout() -> None:
+    config = WeightingConfig(weighting_rollout_total=0.0)
+    assert len(make_samples(Rasft(), demonstration(), counted_group(3, 1), config=config)) == 1
+
+
+def test_raft_trains_distinct_correct_rollouts_only() -> None:
+    group = make_group(rollout(0, text="a"), rollout(1, text="a"), *mixed_group().rollouts[1:])
+    samples = make_samples(Raft(), demonstration(), group, config=WeightingConfig())
+    assert weights_of(samples) == [("rollout", 1.0)]
+    assert make_samples(Raft(), demonstration(), counted_group(0, 3), config=WeightingConfig()) == []
+    assert make_samples(Raft(), demonstration(), config=WeightingConfig()) == []
+
+
+def test_grpo_trains_every_delivered_rollout_with_its_advantage() -> None:
+    group = mixed_group()
+    samples = make_samples(Grpo(), demonstration(), group, config=WeightingConfig())
+    assert [s.response_ids[0] for s in samples] == [10, 11, 12, 15]
+    x = np.array([1.0, 0.0, 0.0, 0.0])  # the correct response that was cut by the length limit has reward 0
+    assert [s.weight for s in samples] == pytest.approx(list((x - 0.25) / (x.std() + 1e-6)))
+    assert [r.weight for r in group.rollouts if r.weight] == [s.weight for s in samples]
+
+
+@pytest.mark.parametrize(
+    ("objective", "num_samples"),
+    [
+        (Grpo(), 4),
+        (Grpo(weighting_skip_degenerate=True), 0),
+        (Grpo(objective_grpo_dapo=True), 0),
+        (Grpo(objective_grpo_dapo=True, weighting_skip_degenerate=True), 0),
+        (Grpo(objective_grpo_dapo=True, weighting_skip_degenerate=False), 4),
+    ],
+)
+def test_groups_with_equal_rewards_are_kept_or_skipped(objective: Objective, num_samples: int) -> None:
+    for group in (counted_group(4, 0), counted_group(0, 4)):
+        samples = make_samples(objective, demonstration(), group, config=WeightingConfig())
+        assert [s.weight for s in samples] == [0.0] * num_samples
+    assert len(make_samples(objective, demonstration(), counted_group(3, 1), config=WeightingConfig())) == 4
+    assert make_samples(objective, demonstration(), config=WeightingConfig()) == []
+
+
+def test_gft_standardises_demonstration_and_rollouts_together() -> None:
+    samples = make_samples(Gft(), demonstration(), counted_group(1, 2), config=WeightingConfig())
+    assert [s.kind for s in samples] == ["demonstration", "rollout", "rollout", "rollout"]
+    assert [s.weight for s in samples] == pytest.approx([1, 1, -1, -1], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "group",
+    [
+        None,
+        make_group(),
+        counted_group(3, 0),
+        make_group(rollout(0, "unverifiable"), rollout(1, "unverifiable")),
+    ],
+)
+def test_gft_falls_back_to_the_demonstration(group: RolloutGroup | None) -> None:
+    assert weights_of(make_samples(Gft(), demonstration(), group, config=WeightingConfig())) == [
+        ("demonstration", 1.0)
+    ]
+
+
+@pytest.mark.parametrize("objective", [Rasft(), Raft(), Grpo(), Gft()])
+@pytest.mark.parametrize("weighting", ["adaptive", "published"])
+def test_no_positive_weight_on_incomplete_or_undelivered_rollouts(
+    objective: Objective, weighting: Any
+) -> None:
+    rng = random.Random(1)
+    config = WeightingConfig(rasft_weighting=weighting)
+    for _ in range(300):
+        group = make_group(
+            *(
+                rollout(
+                    i,
+                    rng.choice(["correct", "wrong", "unverifiable", "timeout"]),
+                    finish=rng.choice(["stop", "length", "abort"]),
+                    num_tokens=rng.choice([0, 3]),
+                )
+                for i in range(8)
+            )
+        )
+        samples = make_samples(objective, demonstration(), group, config=config)
+        assert all(s.response_ids for s in samples)
+        for r in group.rollouts:
+            assert r.weight <= 0 or (r.finish_reason == "stop" and r.verdict == "correct")
+            assert r.weight == 0 or (r.response_ids and r.finish_reason != "abort")
+        assert sum(s.kind == "demonstration" for s in samples) == (objective.trains_on == "both")
+
+
+def test_misuse_is_named() -> None:
+    with pytest.raises(AssertionError, match="other"):
+        make_samples(Rasft(), demonstration(), RolloutGroup(problem_id="other"), config=WeightingConfig())
+    with pytest.raises(AssertionError, match="no verdict"):
+        make_samples(Rasft(), demonstration(), make_group(rollout(0, None)), config=WeightingConfig())
