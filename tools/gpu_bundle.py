@@ -1,12 +1,12 @@
-"""Packs the wheels that a machine with GPUs and without a network lacks into pieces that can be carried there.
+"""Packs the wheels that a GPU machine without a network needs into pieces that can be copied there.
 
     python tools/gpu_bundle.py [--output DIR] [--wheel FILE ...] [--skip NAME ...]
 
---output gets wheels/, the pieces 000.piece, 001.piece, ... of at most --piece-mb, manifest.json and install.py. Carry all but
-wheels/ to one folder of the other machine and run `python install.py --target DIR` there. A second call keeps the wheels that
-are there already. pip asks whichever index it is configured for.
+--output gets wheels/, the pieces 000.piece, 001.piece, ... of at most --piece-mb, manifest.json and install.py. Copy all but
+wheels/ to one folder of the other machine and run `python install.py --target DIR` there. A second call keeps existing wheels.
+pip uses the index that it is configured for.
 
-Exit code: 0 the bundle is complete; 1 a wheel could not be had; 2 wrong arguments.
+Exit code: 0 if the bundle is complete, 1 if a wheel could not be downloaded, 2 for wrong arguments.
 """
 
 import argparse
@@ -34,16 +34,16 @@ PIECE_MB = 46
 """The lending tool that this is made for takes 64 MiB a call, the repository included."""
 
 GLIBC_VERSIONS = (5, 12, 17, 24, 26, 27, 28)
-"""Of the target: pip takes a wheel only for exactly the platforms that it is given."""
+"""Minor versions of glibc 2 that the target accepts. pip takes only wheels for exactly the platforms in its flags."""
 
 
 class BundleError(RasftError):
-    """A wheel could not be had."""
+    """A wheel could not be downloaded or built."""
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A file of the bundle."""
+    """Name, size and hash of a file in the bundle."""
 
     name: str
     size: int
@@ -51,7 +51,7 @@ class Stored:
 
 
 def parser() -> argparse.ArgumentParser:
-    """All flags."""
+    """Builds the parser with all flags."""
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument(
         "--output", type=Path, default=Path(".cache/gpu-bundle"), help="folder of the bundle (%(default)s)"
@@ -66,7 +66,7 @@ def parser() -> argparse.ArgumentParser:
         "--wheel", type=Path, action="append", default=[], help="a wheel of your own to add; may be repeated"
     )
     made.add_argument(
-        "--skip", nargs="+", default=[], metavar="NAME", help="packages that the other machine has"
+        "--skip", nargs="+", default=[], metavar="NAME", help="packages that the other machine already has"
     )
     made.add_argument(
         "--piece-mb", type=float, default=PIECE_MB, help="largest piece, millions of bytes (%(default)s)"
@@ -75,7 +75,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Download, check, cut; see the exit codes above."""
+    """Downloads the wheels, verifies them and splits them into pieces."""
     options = parser().parse_args(argv)
     requirements = read_requirements(options.requirements, options.skip)
     check_flags(options)
@@ -83,10 +83,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def check_flags(options: argparse.Namespace) -> None:
-    """Refuse wrong flags before anything is downloaded.
+    """Refuses wrong flags before anything is downloaded.
 
     Raises:
-        ValueError: with the flag.
+        ValueError: the message names the flag.
     """
     if options.piece_mb * 1e6 < 1:
         raise ValueError(f"--piece-mb must be at least one byte, got {options.piece_mb:g}. Use {PIECE_MB}.")
@@ -129,15 +129,15 @@ def read_requirements(path: Path, skipped: Sequence[str]) -> dict[str, str]:
 
 
 def normalized(name: str) -> str:
-    """A package's name as indexes compare it."""
+    """Normalizes a package's name as package indexes do."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def bundle(output: Path, requirements: dict[str, str], own: Sequence[Path], piece_bytes: int) -> None:
-    """Make the bundle in ``output``.
+    """Writes the bundle into ``output``.
 
     Raises:
-        BundleError: a wheel could not be had.
+        BundleError: a wheel could not be downloaded.
     """
     wheels = output / "wheels"
     wheels.mkdir(parents=True, exist_ok=True)
@@ -158,15 +158,15 @@ def bundle(output: Path, requirements: dict[str, str], own: Sequence[Path], piec
     megabytes = sum(s.size for s in stored) / 1e6
     print(f"{len(stored)} wheels of {megabytes:.0f} MB in {len(pieces)} pieces: {output}")
     print(
-        "carry the pieces, manifest.json and install.py to one folder; there: python install.py --target DIR"
+        "copy the pieces, manifest.json and install.py to one folder and run there: python install.py --target DIR"
     )
 
 
 def download(lines: Iterable[str], wheels: Path) -> None:
-    """Have pip fetch exactly these wheels, which it checks against their hashes.
+    """Downloads exactly these wheels with pip, which verifies their hashes.
 
     Raises:
-        BundleError: pip failed; its own message stands above.
+        BundleError: pip failed, after printing its own message.
     """
     platforms = [f"manylinux_2_{minor}_x86_64" for minor in GLIBC_VERSIONS]
     platforms += ["manylinux1_x86_64", "manylinux2010_x86_64", "manylinux2014_x86_64"]
@@ -184,7 +184,7 @@ def download(lines: Iterable[str], wheels: Path) -> None:
 
 
 def cut(paths: Sequence[Path], output: Path, piece_bytes: int) -> list[Stored]:
-    """Write the files one after the other into pieces; the pieces of an earlier call are removed."""
+    """Writes the concatenated files into pieces, and removes the pieces of an earlier call."""
     for old in output.glob("*.piece"):
         old.unlink()
     pieces: list[Stored] = []
@@ -196,7 +196,7 @@ def cut(paths: Sequence[Path], output: Path, piece_bytes: int) -> list[Stored]:
 
 
 def blocks(paths: Iterable[Path], size: int) -> Iterator[bytes]:
-    """The files' bytes in blocks of ``size``, the last one shorter."""
+    """Yields the files' bytes in blocks of ``size``; the last block may be shorter."""
     block = bytearray()
     for path in paths:
         with path.open("rb") as file:
@@ -210,7 +210,7 @@ def blocks(paths: Iterable[Path], size: int) -> Iterator[bytes]:
 
 
 def sha256(path: Path) -> str:
-    """Of a file's content."""
+    """Returns the SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -1,13 +1,13 @@
-"""Runs what a machine with GPUs can show about this repository, and writes a report.
+"""Tests and measures this repository on a machine with GPUs, and writes a report.
 
     python tools/gpu_check.py --output DIR [--steps NAME_OR_NUMBER ...] [--shape tiny]
 
-Needs Python 3.12, torch and the packages of pyproject.toml, neither make nor a network nor model weights. Each step runs
-in processes of its own with a deadline, and the check goes on after one that fails. --output gets gpu_check.json,
-gpu_check.md and gpu_check.log, written after every step, so that a check that is killed leaves what it has.
+Needs Python 3.12, torch and the packages of pyproject.toml, but neither make nor a network nor model weights. Each step runs in
+its own processes with a deadline. After a failed step the check continues. It rewrites gpu_check.json, gpu_check.md and
+gpu_check.log in --output after every step, so that a killed check leaves its results so far.
 
-Exit code: 0 every step passed or names the reason why it was not run; 1 a step failed or timed out; 2 there is no GPU, or
-a flag is wrong.
+Exit code: 0 if every step passed or could not run for a stated reason, 1 if a step failed or timed out, 2 if there is no GPU
+or a flag is wrong.
 """
 
 import argparse
@@ -35,23 +35,23 @@ from tools.gpu_checking.steps import OUTPUT_FILE, SIZES, STEPS, Setting, Step
 LIMIT_S = 1500.0
 LAST_LINES = 40
 RESERVE_S = 30.0
-"""Kept back from --limit-s, for the end of a step that is killed and for the removal of its files."""
+"""Part of --limit-s that is reserved for killing a step and removing its files."""
 
 SHORTEST_S = 10.0
-"""A step is not begun with less time than this."""
+"""Least remaining time to begin a step."""
 LOG_BYTES = 1 << 20
-"""Of each step's output that is kept: its end says how it failed."""
+"""Bytes at the end of each step's output that are kept, because the end shows the failure."""
 
 
 class CannotCheck(ValueError):
-    """The check cannot begin: no GPU, or a flag is wrong."""
+    """The check cannot begin, because there is no GPU or a flag is wrong."""
 
 
 def main(argv: Sequence[str] | None = None, begin: Start = start, steps: Sequence[Step] = STEPS) -> int:
-    """Run the check; see the exit codes above.
+    """Runs the check; returns the exit code, see above.
 
     Args:
-        begin: starts a program; tests fork it from one that has imported everything.
+        begin: starts a program. Tests pass a function that forks a process which has imported everything.
         steps: the steps to choose from.
     """
     options = parser(steps).parse_args(argv)
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None, begin: Start = start, steps: Sequenc
 
 
 def end_on_signals() -> None:
-    """Make SIGTERM and SIGHUP end this program as an exception does: the running step's processes are then ended too."""
+    """Turns SIGTERM and SIGHUP into an exception, so that the processes of the running step are ended too."""
 
     def end(number: int, frame: Any) -> None:
         raise SystemExit(128 + number)
@@ -73,7 +73,7 @@ def end_on_signals() -> None:
 
 
 def parser(steps: Sequence[Step]) -> argparse.ArgumentParser:
-    """All flags."""
+    """Builds the parser with all flags."""
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--output", type=Path, required=True, help="folder for the report")
     made.add_argument(
@@ -111,14 +111,14 @@ def parser(steps: Sequence[Step]) -> argparse.ArgumentParser:
 
 
 def check_flags(options: argparse.Namespace) -> None:
-    """Refuse values that no step could use.
+    """Refuses wrong flags.
 
     Raises:
-        CannotCheck: with the flag.
+        CannotCheck: the message names the flag.
     """
     if options.hf_model is not None and not (options.hf_model / "config.json").is_file():
         raise CannotCheck(
-            f"--hf-model {options.hf_model} holds no config.json: name the folder of a Hugging Face model."
+            f"--hf-model {options.hf_model} has no config.json: give the folder of a Hugging Face model."
         )
     if options.limit_s <= 0:
         raise CannotCheck(f"--limit-s must be > 0, got {options.limit_s:g}. Use {LIMIT_S:g} for 25 minutes.")
@@ -133,14 +133,14 @@ def _names(steps: Sequence[Step]) -> str:
 
 
 def merge(paths: Sequence[Path], output: Path) -> int:
-    """Join reports: of a step that several have, the last that ran counts."""
+    """Merges reports. If several reports have a step, the last one that ran it counts."""
     try:
         found = [reports.read(path) for path in paths]
     except ValueError as error:
         raise CannotCheck(f"--merge: {error}") from error
     if len({(report.commit, report.shape, report.emulated) for report in found}) > 1:
         raise CannotCheck(
-            "--merge: the reports are of different commits or shapes. Join only reports of one."
+            "--merge: the reports are of different commits or shapes. Merge only reports of one commit and shape."
         )
     joined = replace(found[-1], seconds=sum(r.seconds for r in found), limit_s=sum(r.limit_s for r in found))
     for report in found[:-1]:
@@ -155,7 +155,7 @@ def merge(paths: Sequence[Path], output: Path) -> int:
 
 
 class Check:
-    """One check: the steps in turn, and the report as far as it is."""
+    """A check: runs the steps in order, and rewrites the report after each."""
 
     def __init__(
         self, options: argparse.Namespace, begin: Start, steps: Sequence[Step], scratch: Path
@@ -186,7 +186,7 @@ class Check:
         )
 
     def run(self) -> int:
-        """Run the chosen steps; returns the exit code."""
+        """Runs the chosen steps; returns the exit code."""
         self._output.mkdir(parents=True, exist_ok=True)
         (self._output / reports.LOG_FILE).unlink(missing_ok=True)
         for index, step in enumerate(self._steps):
@@ -206,7 +206,7 @@ class Check:
         return self._report.exit_code
 
     def _look_at_machine(self, versions: Result) -> None:
-        """Take the facts of the first step into the report.
+        """Copies the facts that the first step found into the report.
 
         Raises:
             CannotCheck: there is no GPU, or torch says nothing about it.
@@ -226,7 +226,7 @@ class Check:
         self._setting = replace(self._setting, num_gpus=num_gpus)
 
     def _result(self, step: Step) -> Result:
-        """Run one step, unless something is in its way."""
+        """Runs one step, unless an obstacle prevents it."""
         needed = next((r for r in self._report.steps if r.name == step.after), None)
         obstacle = step.obstacle(self._setting)
         if needed is not None and needed.status != "passed":
@@ -255,7 +255,7 @@ class Check:
         try:
             result.figures = dict(step.figures(setting.folder))
         except (OSError, ValueError, KeyError, StopIteration, SyntaxError) as error:
-            figures_fault = f"its figures cannot be read: {type(error).__name__}: {error}"
+            figures_fault = f"the figures of the step cannot be read: {type(error).__name__}: {error}"
         result.status, result.reason = _verdict(step, ended, result.figures, figures_fault)
         if result.status != "passed":
             result.last_lines = _last_lines(log)
@@ -263,7 +263,7 @@ class Check:
         return result
 
     def _keep(self, step: Step, result: Result, log: Path) -> None:
-        """Append the end of a step's output to the log of the check."""
+        """Appends the end of a step's output to the log of the check."""
         with (self._output / reports.LOG_FILE).open("ab") as kept, log.open("rb") as output:
             kept.write(f"==== {step.name}: {result.status}\n{result.command}\n".encode())
             output.seek(max(0, log.stat().st_size - LOG_BYTES))
@@ -271,7 +271,7 @@ class Check:
 
 
 def chosen(steps: Sequence[Step], names: Sequence[str] | None) -> list[Step]:
-    """The named steps, in the check's order, and those that they need.
+    """Returns the named steps and the steps that they need, in the order of the check.
 
     Raises:
         CannotCheck: no step has such a name or number.
@@ -287,7 +287,7 @@ def chosen(steps: Sequence[Step], names: Sequence[str] | None) -> list[Step]:
 
 
 def commit() -> str:
-    """Commit of this checkout, with a plus if files were changed; "unknown" where git does not say it."""
+    """Commit of this checkout, with a plus if files were changed; "unknown" if git cannot tell."""
     described = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"]
     try:
         return subprocess.run(
@@ -310,7 +310,7 @@ def _not_run(step: Step, reason: str) -> Result:
 
 
 def _verdict(step: Step, ended: Ended, figures: Mapping[str, Figure], fault: str) -> tuple[Status, str]:
-    """Whether the step passed, and why not."""
+    """Returns whether the step passed, and the reason if it did not."""
     if ended.code is None:
         return "timed out", f"still running after {ended.seconds:.0f} s"
     if ended.code != 0:
@@ -328,7 +328,7 @@ def _verdict(step: Step, ended: Ended, figures: Mapping[str, Figure], fault: str
 
 
 def _last_lines(log: Path) -> list[str]:
-    """The end of a step's output, without the page that torchrun adds when a rank fails."""
+    """Returns the end of a step's output, without the lines that torchrun adds when a rank fails."""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     launcher = (
         i for i, line in enumerate(lines) if "torch/distributed/elastic/" in line and "exitcode" in line

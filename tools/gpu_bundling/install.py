@@ -1,10 +1,11 @@
-"""Joins the pieces of a bundle and installs its wheels into a folder of their own. Needs pip, no network.
+"""Joins the pieces of a bundle and installs its wheels into a new folder. Needs pip but no network.
 
     python install.py --target DIR [--pieces DIR]
 
-tools/gpu_bundle.py puts this file beside the pieces. Every piece and wheel is compared with its sha256 first.
+tools/gpu_bundle.py puts this file next to the pieces. It verifies the SHA-256 of every piece and wheel first. It imports only the
+standard library, because the target machine need not have this package.
 
-Exit code: 0 installed, or installed before; 1 a file is damaged, or pip failed; 2 pieces are missing, or a flag is wrong.
+Exit code: 0 if the bundle is installed, 1 if a file is damaged or pip failed, 2 if pieces are missing or a flag is wrong.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 MARK = ".gpu-bundle.json"
-"""In the target: the manifest of what was installed, written last."""
+"""File in the target with the manifest of the installed bundle, written last."""
 
 CHUNK = 1 << 20
 
@@ -35,7 +36,7 @@ class Pieces:
         self._file: BinaryIO | None = None
 
     def copy(self, size: int, target: BinaryIO) -> str:
-        """Copy the next ``size`` bytes; returns their sha256."""
+        """Copies the next ``size`` bytes and returns their SHA-256."""
         digest = hashlib.sha256()
         while size:
             if self._file is None:
@@ -52,7 +53,7 @@ class Pieces:
 
 
 def check(folder: Path, pieces: list[dict[str, Any]]) -> list[Path]:
-    """The pieces' paths.
+    """Returns the paths of the pieces after verifying them.
 
     Raises:
         ValueError: some are missing.
@@ -60,21 +61,21 @@ def check(folder: Path, pieces: list[dict[str, Any]]) -> list[Path]:
     """
     missing = [piece["name"] for piece in pieces if not (folder / piece["name"]).is_file()]
     if missing:
-        raise ValueError(f"of {len(pieces)} pieces {len(missing)} are not in {folder}: {' '.join(missing)}")
+        raise ValueError(f"{len(missing)} of {len(pieces)} pieces are not in {folder}: {' '.join(missing)}")
     paths = []
     for piece in pieces:
         path = folder / piece["name"]
         with path.open("rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != piece["sha256"]:
                 raise Damaged(
-                    f"{path} is damaged ({path.stat().st_size} of {piece['size']} bytes): carry it again"
+                    f"{path} is damaged ({path.stat().st_size} of {piece['size']} bytes): copy it again"
                 )
         paths.append(path)
     return paths
 
 
 def install(manifest: dict[str, Any], pieces: list[Path], target: Path) -> None:
-    """Join, compare and install; ``target`` appears only when all is in it.
+    """Joins the pieces, verifies the wheels and installs them. ``target`` appears only when it is complete.
 
     Raises:
         Damaged: a wheel has other content, or pip failed.
@@ -106,7 +107,7 @@ def install(manifest: dict[str, Any], pieces: list[Path], target: Path) -> None:
 
 
 def main() -> int:
-    """See the exit codes above."""
+    """Runs the command line; returns the exit code, see above."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -124,15 +125,15 @@ def main() -> int:
             mark.is_file() and json.loads(mark.read_text(encoding="utf-8")) == manifest
         ):
             raise ValueError(
-                f"--target {target} exists and does not hold this bundle: name a folder that does not exist"
+                f"--target {target} exists and does not contain this bundle: give a folder that does not exist"
             )
         if not target.exists():
             install(manifest, check(options.pieces, manifest["pieces"]), target)
     except (ValueError, OSError) as error:
-        print(f"install: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     except Damaged as error:
-        print(f"install: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 1
     print(f"export PYTHONPATH={target}")
     return 0

@@ -1,1 +1,1 @@
-"""The parts of tools/gpu_check.py: its steps, the processes they run in, its report, and the programs that only it runs."""
+"""The parts of tools/gpu_check.py: steps, processes, report, and the programs that only this tool runs."""

@@ -1,4 +1,4 @@
-"""Trains beside one SGLang server on the same GPU: starts the server, waits for it, runs the trainer, ends the server.
+"""Trains on the same GPU as an SGLang server: starts the server, waits until it is ready, runs the trainer, stops the server.
 
     python tools/gpu_checking/colocated.py --sglang-python PYTHON --model DIR --folder DIR -- PROGRAM [FLAGS]
 
@@ -24,17 +24,17 @@ SERVER_FLAGS = [
     "--sampling-backend",
     "pytorch",
 ]
-"""Of SGLang. A third of the memory leaves room for the trainer; these backends need the fewest compiled packages."""
+"""Flags of SGLang. A third of the memory leaves enough for the trainer; these backends need the fewest compiled packages."""
 
 SERVER_VARIABLES = {"SGLANG_SKIP_SGL_KERNEL_VERSION_CHECK": "1"}
-"""A wheel of its kernels that was cut to one kind of GPU has another version."""
+"""Accepts a wheel of SGLang's kernels that was reduced to one kind of GPU, which has another version."""
 
 END_S = 60.0
-"""serve_rollouts.py gives SGLang 30 s to finish its requests."""
+"""Longer than the 30 s in which serve_rollouts.py lets SGLang finish its requests."""
 
 
 def server_line(python: Path, model: Path, server_file: Path) -> list[str]:
-    """The command that serves the model and enters its address in ``server_file``."""
+    """The command that serves the model and writes the server's address into ``server_file``."""
     line = [sys.executable, str(ROOT / "tools" / "serve_rollouts.py"), "--python", str(python)]
     line += [
         "--model",
@@ -49,7 +49,7 @@ def server_line(python: Path, model: Path, server_file: Path) -> list[str]:
 
 
 def run(server: Sequence[str], trainer: Sequence[str], server_file: Path) -> int:
-    """Run both; returns the trainer's exit code, or the server's if that ends before it is ready."""
+    """Runs both. Returns the trainer's exit code, or the server's if the server ends before it is ready."""
     serving = subprocess.Popen(server, cwd=ROOT, env=os.environ | SERVER_VARIABLES)
     try:
         began = time.monotonic()
@@ -69,7 +69,7 @@ def run(server: Sequence[str], trainer: Sequence[str], server_file: Path) -> int
 
 
 def main() -> int:
-    """See the top."""
+    """Runs the server and the trainer; see the module's docstring."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -20,11 +20,11 @@ PACKAGES = (
     "nvidia-resiliency-ext",
 )
 EXTENSIONS = {"apex": "amp_C", "apex's gradient fusion": "fused_weight_gradient_mlp_cuda"}
-"""Compiled modules that Megatron looks for."""
+"""Optional compiled modules that Megatron imports."""
 
 
 def versions() -> dict[str, Any]:
-    """Everything but Transformer Engine; torch must import."""
+    """Collects all facts except those about Transformer Engine. torch must be importable."""
     import torch
 
     nccl = torch.cuda.nccl.version() if torch.cuda.is_available() else ()
@@ -54,16 +54,16 @@ def versions() -> dict[str, Any]:
 
 
 def main() -> int:
-    """Exit code 1 if Transformer Engine cannot be imported; --json is written all the same."""
+    """Prints and writes the facts; returns 1 if Transformer Engine cannot be imported, after writing --json."""
     found = versions()
     Path(sys.argv[sys.argv.index("--json") + 1]).write_text(json.dumps(found), encoding="utf-8")
     code = 0
     try:
-        # After torch, whose libraries its extension is linked with.
+        # imported after torch, because its extension is linked with torch's libraries
         importlib.import_module("transformer_engine.pytorch")
     except (
         Exception
-    ):  # a wheel for another torch raises OSError or ImportError, a missing library RuntimeError
+    ):  # a wheel for another torch raises OSError or ImportError, a missing library raises RuntimeError
         traceback.print_exc()
         code = 1
     print(json.dumps(found, indent=1), flush=True)

@@ -1,4 +1,4 @@
-"""Writes a model folder with random weights and a file of demonstrations: a machine without network has neither.
+"""Writes a model folder with random weights and a file of demonstrations, for machines without a network.
 
 python tools/gpu_checking/material.py --shape qwen2.5-1.5b --output DIR
 """
@@ -18,7 +18,7 @@ EOS = "<|endoftext|>"
 
 
 def write_tokenizer(folder: Path) -> None:
-    """One token per printable ASCII character; a larger vocabulary's other ids decode to nothing."""
+    """A tokenizer with one token per printable ASCII character. Further ids of a larger vocabulary decode to an empty string."""
     import transformers
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
@@ -45,7 +45,7 @@ def write_rows(path: Path) -> None:
 
 
 def main() -> int:
-    """Write both into --output."""
+    """Writes the model and the demonstrations into --output."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,6 +1,6 @@
-"""Runs one program of a check to its end or to its deadline, and leaves none of its processes behind.
+"""Runs a program of a check until it ends or reaches its deadline, and kills every process that it leaves behind.
 
-Needs the standard library only: a check must report that a package is missing, not die of it.
+Imports only the standard library, so that the check can report a missing package instead of failing with it.
 """
 
 import os
@@ -17,10 +17,10 @@ from typing import Protocol
 
 ROOT = Path(__file__).resolve().parents[2]
 MARKER = "GPU_CHECK_STEP"
-"""In the environment of every process of a step. A server that has a session of its own is found by it."""
+"""Environment variable of every process of a step. It identifies a server that has started its own session."""
 
 GRACE_S = 5.0
-"""Time between SIGTERM and SIGKILL for a program that has passed its deadline: pytest and torchrun clean up in it."""
+"""Time between SIGTERM and SIGKILL for a program that has passed its deadline, in which pytest and torchrun clean up."""
 
 HELPERS_S = 2.0
 MEMORY_INTERVAL_S = 5.0
@@ -28,21 +28,21 @@ MEMORY_INTERVAL_S = 5.0
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
-    """A Python program of this repository and how it is started."""
+    """A Python program of this repository, and the way to start it."""
 
     program: Sequence[str]
-    """A file below the root, or ``-m`` and a module; then its arguments."""
+    """A file below the root, or ``-m`` and a module, followed by arguments."""
     num_processes: int = 0
-    """Ranks that torchrun starts; 0 starts the program itself."""
+    """Number of ranks for torchrun to start; 0: start the program without torchrun."""
     variables: dict[str, str] = field(default_factory=dict)
-    """Added to the environment."""
+    """Variables to add to the environment."""
 
     @property
     def line(self) -> list[str]:
-        """The command line, without the interpreter."""
+        """The command line after the interpreter."""
         if not self.num_processes:
             return list(self.program)
-        # --standalone finds a free port by itself.
+        # --standalone makes torchrun choose a free port
         launcher = [
             "-m",
             "torch.distributed.run",
@@ -54,33 +54,33 @@ class Command:
 
 
 class Started(Protocol):
-    """A running program that leads a process group."""
+    """A running program with its own process group."""
 
     pid: int
 
     def poll(self) -> int | None:
-        """Its exit code, None while it runs."""
+        """Exit code; None while it runs."""
 
 
 Start = Callable[[Command, Path], Started]
-"""Starts a command in a process group of its own, its output appended to a file."""
+"""Starts a command in a new process group and appends its output to a file."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ended:
-    """How a program ended."""
+    """The end of a program."""
 
     code: int | None
     """Exit code, negative for a signal; None if it passed its deadline and was killed."""
     seconds: float
     left_behind: int
-    """Processes that were still running after their program had ended by itself. They were killed."""
+    """Number of processes that were still running after their program had ended by itself, and were killed."""
     peak_gpu_memory_gib: float | None
-    """Of the GPU that was fullest, by nvidia-smi every few seconds; None where there is none."""
+    """Largest memory in use on a GPU, from nvidia-smi every few seconds; None without nvidia-smi."""
 
 
 def start(command: Command, log: Path) -> Started:
-    """Start a command in a fresh interpreter."""
+    """Starts a command in a new interpreter."""
     environment = os.environ | command.variables
     # The repository need not be installed.
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -98,7 +98,7 @@ def start(command: Command, log: Path) -> Started:
 
 
 def run(command: Command, log: Path, deadline_s: float, begin: Start = start) -> Ended:
-    """Run a command to its end; one that still runs after ``deadline_s`` is killed with all its descendants."""
+    """Runs a command until it ends. After ``deadline_s`` the command and all its descendants are killed."""
     marker = uuid.uuid4().hex
     command.variables[MARKER] = marker
     memory = GpuMemory()
@@ -118,7 +118,7 @@ def run(command: Command, log: Path, deadline_s: float, begin: Start = start) ->
 
 
 def _left_behind(marker: str) -> list[int]:
-    """Processes that outlive their program by more than the moment that it takes Python's own helpers to see its end."""
+    """Processes that outlive their program by more than a moment, which Python's own helper processes need to notice its end."""
     ends = time.monotonic() + HELPERS_S
     while (found := _marked(marker)) and time.monotonic() < ends:
         time.sleep(0.05)
@@ -134,7 +134,7 @@ def _end(process: Started) -> None:
 
 
 def _kill(group: int, marker: str) -> None:
-    """Kill the group and every marked process, until none is left: one may start another meanwhile."""
+    """Kills the group and every marked process, and repeats it until none exists, because a process may start another meanwhile."""
     with suppress(ProcessLookupError):
         os.killpg(group, signal.SIGKILL)
     ends = time.monotonic() + GRACE_S
@@ -146,7 +146,7 @@ def _kill(group: int, marker: str) -> None:
 
 
 def _marked(marker: str) -> list[int]:
-    """Processes that a step's program started, directly or not, in whatever session. Zombies have no environment."""
+    """Processes that a step's program started, directly or indirectly, in any session. Zombies are not found, as they have no environment."""
     wanted = f"{MARKER}={marker}".encode()
     found = []
     for entry in Path("/proc").glob("[0-9]*/environ"):
@@ -157,14 +157,14 @@ def _marked(marker: str) -> list[int]:
 
 
 class GpuMemory:
-    """The largest memory in use on a GPU, as nvidia-smi shows it: that of all processes together."""
+    """The largest memory in use on any GPU according to nvidia-smi, by all processes together."""
 
     def __init__(self) -> None:
         self.peak_gib: float | None = None
         self._next = time.monotonic()
 
     def sample(self) -> None:
-        """Ask if it is time to; a machine whose nvidia-smi fails or hangs is not asked again."""
+        """Runs nvidia-smi if the interval has passed, but never again once it has failed or hung."""
         if time.monotonic() < self._next:
             return
         self._next = time.monotonic() + MEMORY_INTERVAL_S

@@ -1,4 +1,4 @@
-"""What a check found, as JSON for programs and as Markdown for readers."""
+"""The result of a check, as JSON for programs and as Markdown for people."""
 
 import json
 import re
@@ -18,7 +18,7 @@ SCHEMA = 1
 
 @dataclass(kw_only=True)
 class Result:
-    """One step of a check."""
+    """The result of one step."""
 
     name: str
     number: int
@@ -26,28 +26,28 @@ class Result:
     title: str
     status: Status
     reason: str = ""
-    """Why it failed or was not run."""
+    """The reason why it failed or was not run."""
     command: str = ""
     seconds: float = 0.0
     deadline_s: float = 0.0
     figures: dict[str, Figure] = field(default_factory=dict)
     last_lines: list[str] = field(default_factory=list)
-    """Of its output, if it failed or timed out."""
+    """End of its output, if it failed or timed out."""
     peak_gpu_memory_gib: float | None = None
     left_behind: int = 0
-    """Processes that it left running."""
+    """Number of processes that it left running."""
     covers: dict[str, str] = field(default_factory=dict)
-    """What the emulated GPU cannot show -> the tests, or the part of the step, that do."""
+    """Property that the emulated GPU cannot test -> the tests, or the part of the step, that test it."""
 
     def outcome(self, part: str) -> str:
-        """The results of the tests that ``part`` names and the step ran, or the step's own."""
+        """Returns the results of the tests that ``part`` names, or the status of the step if it names none."""
         tests = {str(v) for k, v in self.figures.items() for name in part.split(", ") if f"::{name}" in k}
         return ", ".join(sorted(tests)).lower() or self.status
 
 
 @dataclass(kw_only=True)
 class Report:
-    """A whole check."""
+    """The result of a whole check."""
 
     schema: int = SCHEMA
     commit: str = ""
@@ -62,17 +62,17 @@ class Report:
 
     @property
     def exit_code(self) -> int:
-        """1 if a step failed or timed out, else 0: a step that could not run here names its reason."""
+        """1 if a step failed or timed out, else 0. A step that could not run on this machine has a reason and does not count."""
         return int(any(step.status in ("failed", "timed out") for step in self.steps))
 
     def write(self, folder: Path) -> None:
-        """Write both files; each is replaced only when it is complete."""
+        """Writes both files. Each is replaced only when it is complete."""
         write_json(folder / JSON_FILE, asdict(self))
         write_text(folder / MARKDOWN_FILE, markdown(self))
 
 
 def read(path: Path) -> Report:
-    """Read a report that an earlier check wrote.
+    """Reads a report that an earlier check wrote.
 
     Raises:
         ValueError: the file is not such a report.
@@ -91,7 +91,7 @@ def read(path: Path) -> Report:
 
 
 def markdown(report: Report) -> str:
-    """The report for a reader: what ran, the figures, and how failures ended."""
+    """Formats the report for people: the steps, their figures, and the end of each failed step's output."""
     return "\n".join(
         [
             *_head(report),
@@ -145,7 +145,7 @@ _SPEED = re.compile(r"measured (.+) tokens_per_s")
 
 
 def _training_speeds(steps: Iterable[Result]) -> list[str]:
-    """Tokens per second of each kind of training step, with the steps of the check side by side."""
+    """A table of tokens per second of each kind of training step, one column per step of the check."""
     speeds = {
         step.title: {m[1]: value for name, value in step.figures.items() if (m := _SPEED.fullmatch(name))}
         for step in steps
@@ -205,7 +205,7 @@ def _text(value: Any) -> str:
 
 
 def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, Figure]:
-    """Nested figures of a benchmark as one table: ``{"a": {"b": 1}}`` becomes ``{"a b": 1}``."""
+    """Flattens the nested figures of a benchmark: ``{"a": {"b": 1}}`` becomes ``{"a b": 1}``."""
     flat: dict[str, Figure] = {}
     for key, value in values.items():
         name = f"{prefix} {key}".strip()

@@ -1,4 +1,4 @@
-"""The steps of a check, in their order: what each runs, how long it may take, and which figures it must give.
+"""The steps of a check in order: the program of each, its deadline, and the figures that it must produce.
 
 The order is the audit's, but for tests/gpu: it comes last, because it takes longest and keeps its results when it is cut short.
 """
@@ -15,7 +15,7 @@ from tools.gpu_checking.processes import Command
 from tools.gpu_checking.report import Figure, flattened
 
 FIGURES_FILE = "figures.json"
-"""In a step's folder: what a benchmark writes with --json."""
+"""Name of the file in a step's folder that a benchmark writes with --json."""
 
 OUTPUT_FILE = "output.log"
 """In a step's folder: what its processes print."""
@@ -23,25 +23,25 @@ OUTPUT_FILE = "output.log"
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """How much work the steps do."""
+    """The amount of work of each step."""
 
     seq_length: int
     micro_batch_size: int
     global_batch_size: int
     max_new_tokens: int
-    """Per rollout of a training run."""
+    """Most new tokens of a rollout in the training runs."""
     packed_length: int
-    """Tokens of a micro-batch in the step benchmark."""
+    """Tokens of a micro-batch in the benchmark of a training step."""
     num_samples: int
-    """Sequences of a global batch in the step benchmark."""
+    """Sequences of a global batch in the benchmark of a training step."""
     mean_tokens: int
     rows: int
     """Sequences that the generation benchmark decodes at once."""
     generated_tokens: int
-    """Longest response there."""
+    """Most new tokens of a response in the generation benchmark."""
     mean_generated_tokens: int
     logprobs: tuple[str, ...] = ()
-    """Flags of benchmarks/logprobs.py, which has shapes of its own."""
+    """Flags of benchmarks/logprobs.py, which has its own shapes."""
 
 
 SIZES = {
@@ -75,60 +75,60 @@ SIZES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """Where a step runs."""
+    """The machine, model and folders that a step uses."""
 
     shape: str
     model: Path
-    """Hugging Face folder: the random model, or a real one that the user named."""
+    """Hugging Face folder of the random model, or of the user's --hf-model."""
     data: Path
     material: Path
     folder: Path
-    """The step's own, removed after it."""
+    """The step's own folder, removed after the step."""
     num_gpus: int
     sglang_python: Path | None = None
 
     @property
     def sizes(self) -> Sizes:
-        """The amounts that go with the shape."""
+        """The amounts of work for the shape."""
         return SIZES[self.shape]
 
     @property
     def figures_file(self) -> Path:
-        """Where a program writes its figures."""
+        """The file that a program writes its figures to."""
         return self.folder / FIGURES_FILE
 
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One step, run in processes of its own."""
+    """A step, which runs in its own processes."""
 
     name: str
     number: int
-    """Of the audit's list; 0 is none of them."""
+    """Number in the audit's list; 0 for other steps."""
     title: str
     deadline_s: float
     command: Callable[[Setting], Command]
     after: str = "material"
-    """Step that must have passed; "" is none."""
+    """Step that must have passed before; "" if none."""
     obstacle: Callable[[Setting], str] = lambda setting: ""
-    """Why it cannot run on this machine; "" if it can."""
+    """The reason why the step cannot run on this machine; "" if it can."""
     figures: Callable[[Path], Mapping[str, Figure]] = lambda folder: {}
-    """Reads them from the step's folder."""
+    """Reads the figures from the step's folder."""
     wants: tuple[str, ...] = ()
-    """Figures without which the step has failed."""
+    """Figures that must exist for the step to pass."""
     bounds: dict[str, tuple[float, float]] = field(default_factory=dict)
-    """Figures that must lie between two values, these included."""
+    """Figure -> smallest and largest value with which the step passes."""
     covers: Mapping[str, str] = field(default_factory=dict)
-    """Gap in tests/emulated_gpu/not_shown.toml -> by what the step closes it: names of tests, or words."""
+    """Gap in tests/emulated_gpu/not_shown.toml -> how the step closes it: names of tests, or words."""
 
 
 def benchmark_figures(folder: Path) -> dict[str, Figure]:
-    """What a benchmark wrote with --json."""
+    """Reads the file that a benchmark wrote with --json."""
     return flattened(json.loads((folder / FIGURES_FILE).read_text(encoding="utf-8")))
 
 
 def run_figures(folder: Path) -> dict[str, Figure]:
-    """Ratio, loss and time of each step, times of the refreshes, and what Transformer Engine says of its attention."""
+    """Reads ratio, loss and time of each step, times of the refreshes, and the attention kernels that Transformer Engine logs."""
     figures: dict[str, Figure] = {}
     num_refreshes = 0
     log = (folder / OUTPUT_FILE).read_text(encoding="utf-8", errors="replace")
@@ -151,7 +151,7 @@ def run_figures(folder: Path) -> dict[str, Figure]:
 
 
 def few_gpus(num: int) -> Callable[[Setting], str]:
-    """The obstacle of a step for several GPUs."""
+    """The reason why a step for several GPUs cannot run; "" if it can."""
 
     def obstacle(setting: Setting) -> str:
         return "" if setting.num_gpus >= num else f"needs {num} GPUs, this machine has {setting.num_gpus}"
@@ -160,7 +160,7 @@ def few_gpus(num: int) -> Callable[[Setting], str]:
 
 
 def _filled(words: Iterable[str], setting: Setting) -> list[str]:
-    """Flags with the setting's values in the place of {names}."""
+    """Replaces {names} in flags by the setting's values."""
     values = asdict(setting.sizes) | asdict(setting) | {"figures_file": setting.figures_file}
     return [word.format(**values) for word in words]
 
@@ -172,23 +172,23 @@ README_FLAGS = """
     --lr 1e-5 --lr-decay-style cosine --rasft-metrics {folder}/metrics.jsonl
     --train-iters 3 --rasft-refresh-interval 3 --rollout-max-new-tokens {max_new_tokens}
 """.split()
-"""Of README's first command, with a smaller batch and for three steps only. Only the first run saves: it takes a minute."""
+"""Flags of README's first command, with a smaller batch and only three steps. Only the first run saves, because a save takes a minute."""
 
 
 def training(num_processes: int, more: str = "") -> Callable[[Setting], Command]:
-    """README's first command on this many GPUs, with ``more`` flags."""
+    """Builds README's first command for ``num_processes`` GPUs, with the flags ``more``."""
     return lambda setting: Command(
         program=["pretrain_rasft.py", *_filled([*README_FLAGS, *more.split()], setting)],
         num_processes=num_processes,
         variables={
             "NVTE_DEBUG": "1",
             "NVTE_DEBUG_LEVEL": "1",
-        },  # names the attention kernels, once for each choice
+        },  # makes Transformer Engine log the attention kernels, once per choice
     )
 
 
 def benchmark(program: str, flags: str) -> Callable[[Setting], Command]:
-    """A file of benchmarks/ on one GPU."""
+    """Builds the command of a file of benchmarks/ on one GPU."""
     return lambda setting: Command(
         program=[f"benchmarks/{program}", *_filled([*flags.split(), "--json", "{figures_file}"], setting)],
         num_processes=1,
@@ -209,7 +209,7 @@ def _gpu_tests(setting: Setting) -> Command:
 
 
 def _test_results(folder: Path) -> dict[str, Figure]:
-    """Each test's result, from pytest's lines: they are there too for the tests before one that hung."""
+    """Reads each test's result from pytest's output, which also has the results of the tests before one that hung."""
     log = (folder / OUTPUT_FILE).read_text(encoding="utf-8", errors="replace")
     results = dict(re.findall(r"^(\S+::\S+) (PASSED|FAILED|ERROR|SKIPPED)", log, re.MULTILINE))
     counts = Counter(results.values())
@@ -247,7 +247,7 @@ def _no_server(setting: Setting) -> str:
 
 
 _RATIO = {"step 1 ratio_mean": (0.99, 1.01)}
-"""At the first step policy and reference are one set of weights."""
+"""At the first step the policy and the reference have the same weights, so their ratio must be 1."""
 
 _AMOUNT = """
     --bf16 --seq-length {packed_length} --micro-batch-size 1 --num-samples {num_samples} --mean-tokens {mean_tokens}
@@ -265,7 +265,7 @@ _STEP_FIGURES = tuple(
 _GENERATION_FLAGS = """
     --shape {shape} --bf16 --rows {rows} --rounds 4 --new-tokens {generated_tokens} --mean-tokens {mean_generated_tokens}
 """
-"""Four samples of each prompt: with four rounds as many prompts as rows."""
+"""Flags of the generation benchmark. With four samples of each prompt and four rounds there are as many prompts as rows."""
 
 STEPS = [
     Step(
@@ -428,7 +428,7 @@ STEPS = [
         },
     ),
     Step(
-        # Few micro-batches: reading a profile takes longer than the step.
+        # few micro-batches, because reading a profile takes longer than the step
         name="profile",
         number=9,
         title="profile of one step",

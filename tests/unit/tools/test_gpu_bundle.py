@@ -166,7 +166,7 @@ def test_missing_and_damaged_pieces_are_named(downloaded: Files, tmp_path: Path)
     assert done.returncode == 1 and "001.piece is damaged" in done.stderr
     piece.unlink()
     done = install(bundle, target)
-    assert done.returncode == 2 and "1 are not in" in done.stderr and "001.piece" in done.stderr
+    assert done.returncode == 2 and "001.piece" in done.stderr
     assert not target.exists()
     (tmp_path / "elsewhere").mkdir()
     for path in bundle.glob("*.piece"):
@@ -179,7 +179,7 @@ def test_folder_with_other_content_is_not_installed_into(downloaded: Files, tmp_
     assert cli.run(gpu_bundle.main, downloaded.flags) == 0
     (tmp_path / "site").mkdir()
     done = install(downloaded.bundle, tmp_path / "site")
-    assert done.returncode == 2 and "exists and does not hold this bundle" in done.stderr
+    assert done.returncode == 2 and "--target" in done.stderr and "site" in done.stderr
 
 
 def test_list_holds_every_dependency_at_a_version_that_the_project_takes() -> None:
