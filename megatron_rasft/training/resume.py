@@ -73,10 +73,8 @@ def find_resume(args: argparse.Namespace) -> Resume:
     other = load if converted is None else None
     if has_checkpoint(args.save):
         if other is not None and not os.path.samefile(other, args.save):
-            Resume.at(
-                other, step
-            )  # refuses a damaged tracker file, although the run no longer loads from there
-            step = None  # it names a checkpoint of --load
+            Resume.at(other, step)  # reports a damaged tracker file, although nothing is loaded from it
+            step = None  # --ckpt-step is a step of --load
         return replace(Resume.at(args.save, step, is_own=True), converted=converted)
     if other is not None:
         return Resume.at(other, step)
