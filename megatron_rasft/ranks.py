@@ -35,6 +35,7 @@ def on_rank_zero[T](work: Callable[[], T]) -> T:
         try:
             box[0] = work()
         except (Exception, KeyboardInterrupt) as error:
+            # Ctrl-C may interrupt rank 0 alone, and the other ranks must end too.
             failure = error
             box = [None, f"{type(error).__name__}: {error}"]
     dist.broadcast_object_list(box, src=0, group=patient_group())
@@ -121,6 +122,7 @@ def hand_out[T](work: Callable[[], Sequence[T]], replicas: Sequence[Sequence[int
     if me == 0:
         value = parts[0]
         others = zip(parts[1:], replicas[1:], strict=True)
+        # All sends run at once, so no replica waits for another one's copy.
         sends = [dist.isend(part, ranks[0], group=group) for part, ranks in others]
     else:
         value = torch.empty(sizes[number], dtype=torch.uint8)
@@ -138,6 +140,7 @@ def _packed(value: Any) -> torch.Tensor:
     pickled = pickle.dumps(value, protocol=5, buffer_callback=buffers.append)
     parts: list[Any] = [memoryview(pickled), *(buffer.raw() for buffer in buffers)]
     head = np.array([len(parts), *map(len, parts)], np.int64)
+    # np.empty does not clear the memory, which would cost as much as the copy.
     packed = np.empty(head.nbytes + sum(map(_aligned, head[1:].tolist())), np.uint8)
     end = 0
     for part in (head.view(np.uint8), *parts):

@@ -89,6 +89,7 @@ class Checkpointer:
             write_state(folder, {**values, **own}, arrays)
 
         with save_explained(f"the checkpoint of step {step}", folder):
+            # The run's state comes first: Megatron completes the checkpoint and writes the tracker file last.
             on_rank_zero(write)
             with trainer.parameters_gathered(), quiet():
                 checkpointing.save_checkpoint(
@@ -121,6 +122,7 @@ class Checkpointer:
                 f"checkpoint {folder} has no {STATE_FILE}: it was not written by this program. Use "
                 "--hf-model with an exported folder to start from those weights."
             )
+        # Only rank 0 has the queue, so the arrays of its samples are not broadcast.
         arrays: dict[str, Array] = kept_by_rank_zero(lambda: read_arrays(folder, state), {})
         with (
             load_explained(resume),
@@ -185,4 +187,5 @@ def load_converted_weights(
             f"the weights in {converted.parent} cannot be loaded: {checkpoint_failure(error).rstrip('.')}. They are damaged or "
             "do not fit this model: convert the --hf-model again."
         ) from error
+    # Megatron does this itself only with --bf16 or --fp16 (load_checkpoint).
     optimizer.reload_model_params()

@@ -132,6 +132,7 @@ def _earlier(folder: Path) -> str:
         for path in folder.parent.glob(f"iter_*/{STATE_FILE}")
         if (path.parent / "metadata.json").is_file()
     )
+    # Folder names have leading zeros, so they compare like the steps.
     steps = [int(path.name.removeprefix("iter_")) for path in others if path < folder]
     if not steps:
         return "There is no earlier one: start anew with another --save folder."

@@ -38,6 +38,7 @@ class HfWeights:
             parallel_state.get_expert_tensor_parallel_group(),
             parallel_state.get_expert_data_parallel_rank() == 0,
         )
+        # Context-parallel ranks hold the same weights as data-parallel ones, so they count as replicas here.
         self._is_first_replica = parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
 
     def load(self) -> None:

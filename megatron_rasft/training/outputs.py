@@ -62,7 +62,7 @@ class AppendedFile:
             CheckpointError: the file is shorter than at the checkpoint.
         """
         text = ""
-        size = whole_lines(self.path)
+        size = whole_lines(self.path)  # a kill can leave a part of a line
         if at_checkpoint is not None:
             if self.size < at_checkpoint and not self.may_be_shorter:
                 raise CheckpointError(
@@ -95,6 +95,7 @@ def cut_files(
     Raises:
         CheckpointError: a file is shorter than at the checkpoint.
     """
+    # As soon as the run has a checkpoint of its own, that checkpoint's marks take the place of BEGUN_FILE.
     begun = None if save is None or has_checkpoint(save) else save / BEGUN_FILE
     at_start = json.loads(begun.read_text(encoding="utf-8")) if begun is not None and begun.exists() else {}
     lines = []
@@ -158,7 +159,7 @@ def check_outputs(args: Any, config: RasftConfig) -> None:
             check_writable(file.flag, file.path, file.path.parent)
         if cache is not None:
             check_writable("--rasft-ref-cache", cache, cache.parent)
-            LogprobCache(cache, fingerprint="")
+            LogprobCache(cache, fingerprint="")  # an existing file may be something else than a database
         if rows is not None:
             check_writable("--data-cache", rows, rows)
         if args.export_hf is not None:
@@ -183,7 +184,7 @@ def check_writable(flag: str, path: Path, folder: Path) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
         if path != folder and path.exists():
-            path.open("ab").close()
+            path.open("ab").close()  # checks the permission and leaves the content unchanged
     except OSError as error:
         raise ValueError(
             f"{flag} {path} cannot be written: {error.strerror}. Name another place, or make this one writable."

@@ -53,6 +53,7 @@ class FrozenReference:
     def _put(self, values: Iterable[Tensor]) -> None:
         for parameter, value in zip(self._parameters(), values, strict=True):
             parameter.copy_(value, non_blocking=True)
+        # The host buffers may be freed after this method, so the copies from them must be finished.
         torch.cuda.synchronize()
 
     def output_weight(self, chunk: Any) -> Tensor:

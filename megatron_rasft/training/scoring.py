@@ -76,6 +76,7 @@ class Scorer:
         def first_batch() -> list[MicroBatch]:
             return self._preparer.on_device(self._preparer.prepare(part(0, self._global_batch_size)))
 
+        # Small parts would waste time on exchanges between the ranks, large ones would delay a stop.
         size = _SCORED_BATCHES * self._global_batch_size
         with self._gathered(), contextlib.ExitStack() as reference:
             self._scales.set_from(first_batch, is_whole=num >= self._global_batch_size)
@@ -83,6 +84,7 @@ class Scorer:
                 assert self._reference is not None, "only an objective with a reference asks for it"
                 reference.enter_context(self._reference.in_place())
             scored: list[memoryview] = []
+            # While a part is scored, a thread cuts the next one.
             for prepared in self._preparer.one_ahead(part(start, size) for start in range(0, num, size)):
                 self._check_stop()
                 scored += self._score(prepared)

@@ -49,7 +49,7 @@ def parse(argv: Sequence[str] | None = None, *, needs_data: bool = True) -> tupl
         ValueError, ModelFolderError: with the flag or the file, the rule and the way out.
     """
     if argv is not None:
-        sys.argv = [sys.argv[0], *argv]
+        sys.argv = [sys.argv[0], *argv]  # Megatron's parse_args reads no other list of flags
     args = parse_flags()
     config = RasftConfig.from_args(args)
     read_keys(config.rollout)

@@ -110,6 +110,7 @@ class Trainer:
         self._build_reference()
         self._prepare_model_config()
         self.sampler = PolicySampler(self.chunks, folder.shape.vocab_size)
+        # Megatron's public signals_received() gathers over all ranks at every call; StopRequest needs this rank's flag alone.
         self.stop = StopRequest(
             lambda: get_signal_handler()._signal_received,
             args.exit_duration_in_mins,
@@ -143,6 +144,7 @@ class Trainer:
         self.chunks = unwrap_model(self.model)
         self.weights = HfWeights(self.model, self.folder)
         self.weights.load()
+        # The optimizer was built on random weights, and its fp32 main parameters are still copies of them.
         self.optimizer.reload_model_params()
         if converted is not None:
             load_converted_weights(args, self.model, self.optimizer, self.scheduler, converted)
@@ -176,6 +178,7 @@ class Trainer:
     def _finalize_gradients(self, *args: Any, **kwargs: Any) -> None:
         """Reduces the gradients, and takes the time at which they are ready."""
         finalize_model_grads(*args, **kwargs)
+        # Kernels run asynchronously: without this, the time of the backward pass would count as the optimizer's.
         torch.cuda.synchronize()
         self._gradients_at = time.monotonic()
 
@@ -307,6 +310,7 @@ class Trainer:
                 iteration=self.iteration,
             )
         self.forward.ref_hidden = {}
+        # The norm is None if the optimizer found an infinite gradient (MixedPrecisionOptimizer.step).
         return metrics, bool(skipped), float(grad_norm or 0.0)
 
     def _count_step(self, facts: BatchFacts) -> None:
@@ -342,6 +346,7 @@ class Trainer:
         dp = parallel_state.get_data_parallel_world_size()
         try:
             with overridden(args, seq_length=width, micro_batch_size=rows):
+                # Megatron calculates global batch / (micro-batch x dp), so a micro-batch size of 1 gives num_batches.
                 _set_num_microbatches(num_batches * dp, 1, dp)
                 yield
         finally:
