@@ -92,14 +92,14 @@ def gather_to_rank_zero[T](value: T | None) -> list[T]:
 
 
 def hand_out[T](work: Callable[[], Sequence[T]], replicas: Sequence[Sequence[int]]) -> T:
-    """Returns to the ranks of each replica the replica's own value; a failure of ``work`` reaches every rank.
+    """Sends every replica a value of its own, and returns it on the replica's ranks. A failure of ``work`` reaches every rank.
 
     A collective of the world on the patient group. Rank 0 sends one copy to the first rank of each replica. The ranks of a replica
     pass it on among themselves, so that rank 0's traffic does not grow with the size of a replica.
 
     Args:
         work: called on rank 0; returns one value for each replica.
-        replicas: the ranks of each replica, the same on every rank. Together they are the world, and rank 0 is the first of all.
+        replicas: the ranks of each replica, the same on every rank. Together they are the world, and rank 0 is the first rank of the first replica.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return work()[0]

@@ -27,7 +27,7 @@ class PreparedBatch:
 
     facts: BatchFacts
     micro_batches: Future[list[MicroBatch]]
-    """In host memory."""
+    """This rank's micro-batches, in host memory."""
 
 
 class BatchPreparer:

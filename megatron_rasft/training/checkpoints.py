@@ -68,8 +68,8 @@ def read_state(resume: Resume, architecture: dict[str, Any]) -> dict[str, Any] |
     """Reads the state that a run saved with a checkpoint; None if another program wrote the checkpoint.
 
     Args:
-        resume: has a checkpoint.
-        architecture: of this run. Megatron itself would fail later, with the shape of a tensor.
+        resume: names the checkpoint.
+        architecture: of this run. Without this check Megatron would fail later, at the shape of a tensor.
 
     Raises:
         CheckpointError: the checkpoint is missing, damaged, or of another model.

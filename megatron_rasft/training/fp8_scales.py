@@ -62,7 +62,7 @@ class DelayedScales:
         return {_STATE_KEY: self._is_used and not self.are_missing}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes over whether a loaded checkpoint has the scales.
+        """Reads from a saved state whether the loaded checkpoint has the scales.
 
         A run that switches to the delayed recipe resumes from a checkpoint without them, so it sets them anew.
         """

@@ -1,7 +1,7 @@
 """The trainer: builds model, optimizer and schedule under Megatron, takes training steps, scores and samples.
 
-The modules of training/ are the only ones that call megatron.training, so they are the ones to check when Megatron's version changes.
-Statements about Megatron in them were verified with 0.19.2.
+In a run only the modules of training/ call megatron.training, so they must be checked when Megatron's version changes. Their
+statements about Megatron were verified with 0.19.2.
 """
 
 import contextlib

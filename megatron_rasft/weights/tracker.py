@@ -1,6 +1,6 @@
-"""Names the checkpoint that is the newest in a folder of Megatron checkpoints.
+"""Reads which checkpoint is the newest in a folder of Megatron checkpoints.
 
-Megatron keeps that name in a tracker file: a step, or "release" for weights without a training state (read_metadata in
+Megatron writes that into a tracker file: a step, or "release" for weights without a training state (read_metadata in
 megatron/training/checkpointing.py).
 """
 
