@@ -1,6 +1,6 @@
 """Charts as Vega-Lite specifications, which the page draws with the script of the package vl-convert-python.
 
-Colours are names of the style sheet's variables, so that the charts follow the page's light and dark themes.
+Specifications map values to marks. The style of the marks and axes is set in page.js. Colours are names of the style sheet's variables, so that the charts follow the page's light and dark themes.
 """
 
 import functools
@@ -121,23 +121,19 @@ def line_chart(
     values = [value for one in shown for _, value in one.points]
     low, high = min(values), max(values)
     is_log = may_be_log and low > 0 and high > _MIN_LOG_SPAN * low
-    value_axis = _log_axis(low, high) if is_log else _linear_axis(low, high, is_share, from_zero or is_share)
+    axis = _log_axis(low, high) if is_log else _linear_axis(low, high, is_share, from_zero or is_share)
     rows = _averaged([one.points for one in shown])
     is_averaged = len(rows) < len({step for one in shown for step, _ in one.points})
     names = [f"{name}{place}" for place in range(len(shown)) for name in ("value", "low", "high")]
     number_format = ".1%" if is_share else ".3~e" if 0 < high < 1e-3 else ",.5~r"
+    layers = [_line(place, one, axis, len(rows)) for place, one in enumerate(shown)]
+    if is_averaged:
+        layers = [*(_band(place, one, axis) for place, one in enumerate(shown)), *layers]
+    labels = [one.label if len(series) > 1 else title for one in shown]
     spec = {
         "data": _table(["step", *names], rows),
         "encoding": {"x": _step_axis([row[0] for row in rows])},
-        "layer": [
-            *itertools.chain.from_iterable(
-                _line(
-                    place, one, value_axis, is_averaged=is_averaged, has_dots=len(rows) <= _MAX_MARKED_POINTS
-                )
-                for place, one in enumerate(shown)
-            ),
-            _pointer([one.label if len(series) > 1 else title for one in shown], number_format),
-        ],
+        "layer": [*layers, _pointer(labels, number_format)],
     }
     return Chart(title, unit + (", log scale" if is_log else ""), spec)
 
@@ -172,45 +168,31 @@ def columns(
         for place, (part, count) in enumerate(zip(parts, column))
         if count
     ]
+    colours = {"domain": [part.label for part in parts], "range": [variable(part.colour) for part in parts]}
+    ticks = {"labelAngle": 0, "labelOverlap": "parity", "labelSeparation": 8, "ticks": False}
     spec = {
         "data": _table(["column", "place", "part", "count", "share"], rows),
-        "mark": {"type": "bar", "binSpacing": 0},
+        "mark": "bar",
         "encoding": {
             "x": {
                 "field": "column",
                 "type": "ordinal",
-                "sort": None,
-                "axis": {
-                    "title": x_label,
-                    "labelAngle": 0,
-                    "labelOverlap": "parity",
-                    "labelSeparation": 8,
-                    "ticks": False,
-                },
+                "axis": {"title": x_label, **ticks},
                 "scale": {"domain": list(labels), "paddingInner": 0.1, "paddingOuter": 0.05},
             },
-            "y": {
-                "field": "count",
-                "type": "quantitative",
-                "stack": "normalize" if is_share else "zero",
-                "axis": {"title": None, "tickCount": _NUM_TICKS, **_tick_format(max(sums), is_share)},
-                "scale": {"nice": _NUM_TICKS},
-            },
-            "color": {
-                "field": "part",
-                "type": "nominal",
-                "scale": {
-                    "domain": [part.label for part in parts],
-                    "range": [variable(part.colour) for part in parts],
-                },
-                "legend": None,
-            },
-            "order": {"field": "place", "type": "quantitative"},
+            "y": _number(
+                "count",
+                stack="normalize" if is_share else "zero",
+                axis={"tickCount": _NUM_TICKS, **_tick_format(max(sums), is_share)},
+                scale={"nice": _NUM_TICKS},
+            ),
+            "color": {"field": "part", "type": "nominal", "scale": colours},
+            "order": _number("place"),
             "tooltip": [
                 {"field": "column", "type": "nominal", "title": x_label},
                 {"field": "part", "type": "nominal", "title": "part"},
-                {"field": "count", "type": "quantitative", "format": ",", "title": "count"},
-                {"field": "share", "type": "quantitative", "format": ".1%", "title": "share of the column"},
+                _number("count", title="count", format=","),
+                _number("share", title="share of the column", format=".1%"),
             ],
         },
     }
@@ -263,80 +245,64 @@ def _rounded(cell: Cell) -> Cell:
     return float(f"{cell:.6g}") if isinstance(cell, float) else cell
 
 
+def _number(field: str, **properties: Any) -> Spec:
+    """Channel of a specification that shows a numeric column of the data."""
+    return {"field": field, "type": "quantitative", **properties}
+
+
 def _step_axis(steps: Sequence[Any]) -> Spec:
     low, high = min(steps), max(steps)
     domain = [low, high] if low < high else [low - 1, low + 1]
-    return {
-        "field": "step",
-        "type": "quantitative",
-        "axis": {"title": "step", "tickMinStep": 1, "tickCount": 6, "format": ",d", "grid": False},
-        "scale": {"domain": domain, "nice": False, "padding": 6},
-    }
+    axis = {"title": "step", "tickMinStep": 1, "tickCount": _NUM_TICKS + 1, "format": ",d", "grid": False}
+    return _number("step", axis=axis, scale={"domain": domain, "nice": False, "padding": 6})
 
 
 def _linear_axis(low: float, high: float, is_share: bool, from_zero: bool) -> Spec:
     # A scale of height 0 has no ticks: a share that is always 0 is drawn below 10 %.
     domain = {"domain": [0, 0.1]} if is_share and low == high == 0 else {}
-    return {
-        "type": "quantitative",
-        "axis": {"title": None, "tickCount": _NUM_TICKS, **_tick_format(high, is_share)},
-        "scale": {"zero": from_zero, "nice": _NUM_TICKS, **domain},
-    }
+    axis = {"tickCount": _NUM_TICKS, **_tick_format(high, is_share)}
+    return {"axis": axis, "scale": {"zero": from_zero, "nice": _NUM_TICKS, **domain}}
 
 
 def _log_axis(low: float, high: float) -> Spec:
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     # Vega's own ticks include 2, 3, ... 9 times each power.
     ticks = [10.0**power for power in powers[:: max(1, len(powers) // _NUM_TICKS)]]
-    return {
-        "type": "quantitative",
-        "axis": {"title": None, "values": ticks, "format": "~g"},
-        "scale": {"type": "log", "domain": [10.0 ** powers[0], 10.0 ** powers[-1]]},
-    }
+    scale = {"type": "log", "domain": [10.0 ** powers[0], 10.0 ** powers[-1]]}
+    return {"axis": {"values": ticks, "format": "~g"}, "scale": scale}
 
 
-def _line(place: int, one: Series, value_axis: Spec, *, is_averaged: bool, has_dots: bool) -> list[Spec]:
-    colour = variable(one.colour)
-    line: Spec = {"type": "line", "color": colour, "strokeWidth": 1.6, "strokeJoin": "round"}
-    if one.dash:
-        line["strokeDash"] = list(one.dash)
-    if has_dots:
-        line["point"] = {"color": colour, "size": 22, "filled": True}
-    layers = [{"mark": line, "encoding": {"y": {"field": f"value{place}", **value_axis}}}]
-    if is_averaged:
-        band = {"type": "area", "color": colour, "opacity": 0.16, "line": False}
-        ends = {"y": {"field": f"low{place}", **value_axis}, "y2": {"field": f"high{place}"}}
-        layers.insert(0, {"mark": band, "encoding": ends})
-    return layers
+def _line(place: int, one: Series, axis: Spec, num_points: int) -> Spec:
+    mark: Spec = {"type": "line", "color": variable(one.colour), "strokeDash": list(one.dash)}
+    if num_points <= _MAX_MARKED_POINTS:
+        mark["point"] = {"color": variable(one.colour)}
+    return {"mark": mark, "encoding": {"y": _number(f"value{place}", **axis)}}
+
+
+def _band(place: int, one: Series, axis: Spec) -> Spec:
+    """Area from the lowest to the highest value of each average."""
+    ends = {"y": _number(f"low{place}", **axis), "y2": {"field": f"high{place}"}}
+    return {"mark": {"type": "area", "color": variable(one.colour)}, "encoding": ends}
 
 
 def _pointer(labels: Sequence[str], number_format: str) -> Spec:
     """A rule at the step nearest to the pointer, with a tooltip of the values there."""
     values = [
-        {"field": f"value{place}", "type": "quantitative", "title": label, "format": number_format}
-        for place, label in enumerate(labels)
+        _number(f"value{place}", title=label, format=number_format) for place, label in enumerate(labels)
     ]
-    is_nearest = {"param": "nearest", "empty": False, "value": 1}
+    select = {
+        "type": "point",
+        "on": "pointermove",
+        "clear": "pointerout",
+        "nearest": True,
+        "encodings": ["x"],
+    }
     return {
-        "mark": {"type": "rule", "color": "var(--base)", "strokeDash": [2, 2]},
-        "params": [
-            {
-                "name": "nearest",
-                "select": {
-                    "type": "point",
-                    "on": "pointermove",
-                    "clear": "pointerout",
-                    "nearest": True,
-                    "encodings": ["x"],
-                },
-            }
-        ],
+        "mark": "rule",
+        "params": [{"name": "nearest", "select": select}],
         "encoding": {
-            "opacity": {"condition": is_nearest, "value": 0},
-            "tooltip": [
-                {"field": "step", "type": "quantitative", "title": "step", "format": ",.0f"},
-                *values,
-            ],
+            "opacity": {"condition": {"param": "nearest", "empty": False, "value": 1}, "value": 0},
+            "tooltip": [_number("step", title="step", format=",.0f"), *values],
         },
     }
 

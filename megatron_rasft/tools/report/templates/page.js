@@ -14,8 +14,14 @@ async function drawCharts() {
       font: "inherit",
       view: { stroke: null, continuousHeight: 150, discreteHeight: 150 },
       mark: { invalid: "filter" }, // a line skips the steps that only another run has
+      line: { strokeWidth: 1.6, strokeJoin: "round" },
+      point: { size: 22, filled: true },
+      area: { opacity: 0.16 },
+      rule: { color: "var(--base)", strokeDash: [2, 2] },
+      bar: { binSpacing: 0 },
+      legend: { disable: true }, // the page has legends that wrap
       axis: {
-        labelColor: "var(--quiet)", labelFontSize: 11, titleColor: "var(--quiet)", titleFontSize: 11, titleFontWeight: "normal",
+        title: null, labelColor: "var(--quiet)", labelFontSize: 11, titleColor: "var(--quiet)", titleFontSize: 11, titleFontWeight: "normal",
         titleAnchor: "end", domainColor: "var(--base)", tickColor: "var(--base)", tickSize: 3,
       },
       axisY: { domain: false, ticks: false, gridColor: "var(--grid)", minExtent: 36, maxExtent: 60 },
