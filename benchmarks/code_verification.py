@@ -1,11 +1,11 @@
-"""How fast programs are verified, and whether the verdicts are right on every reference solution.
+"""Measures the speed of verifying programs, and checks the verdicts on every reference solution.
 
     python benchmarks/code_verification.py                       checks per second against bare `python -c pass`
     python benchmarks/code_verification.py --references          all reference solutions of the code sets
-    python benchmarks/code_verification.py --references --mutants    and what is left of them after a mutation
+    python benchmarks/code_verification.py --references --mutants    the same after a mutation
 
-The sets are those of ../shared/data (see its README); --data names another folder. Exits with 1 if a reference does not
-pass that should. Some mutants are as good as the original: they are counted.
+The sets are those of ../shared/data (see its README); --data names another folder. Exits with 1 if a
+reference fails that should pass. Mutants that pass are counted, because some are equivalent to the original.
 """
 
 import argparse
@@ -42,7 +42,7 @@ NOT_CORRECT = {
     "mbpp_plus Mbpp/255": "one call returns a list that is 1 GB as text, over the limits on memory and output",
     **{f"kodcode_demo kodcode/Algorithm_000000{row}": _OWN for row in ("41_C", "41_I", "51_C", "51_I")},
 }
-"""References that do not pass, and why that is right."""
+"""References that are expected to fail -> the reason."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Reference:
 
 
 def read_references(data: Path, code_set: str) -> Iterator[Reference]:
-    """The reference solutions of one set, in order."""
+    """Yields the reference solutions of one set, in order."""
     label = code_set.rpartition("/")[2]
     with gzip.open(data / f"{code_set}.jsonl.gz", "rt", encoding="utf-8") as stream:
         for line in stream:
@@ -86,7 +86,7 @@ class _ReturnNothing(ast.NodeTransformer):
 
 
 class _ChangeOnce(ast.NodeTransformer):
-    """Changes the first place it can, inside functions only."""
+    """Changes the first possible place inside a function."""
 
     def __init__(self, change: Callable[[ast.AST], ast.AST | None]) -> None:
         self._change = change
@@ -111,7 +111,7 @@ def _negated(node: ast.AST) -> ast.AST | None:
 
 
 def mutate(reference: Reference, mutation: str) -> str | None:
-    """The program with ``returns nothing``, ``off by one`` or ``negated`` applied; None where it does not apply."""
+    """Applies the mutation ``returns nothing``, ``off by one`` or ``negated``; returns None if it does not apply."""
     tree = ast.parse(reference.program)
     functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)]
     wanted = [n for n in functions if n.name == reference.tests.entry_point] or functions
@@ -131,7 +131,7 @@ MUTATIONS = ("returns nothing", "off by one", "negated")
 
 
 def check_references(data: Path, sandbox: Sandbox, every: int, has_mutants: bool) -> bool:
-    """Print a line per set and one per reference that does not pass; whether all is as it should be."""
+    """Prints a line per set and per failing reference; returns whether only the expected references fail."""
     is_right = True
     for code_set in CODE_SETS:
         began = time.monotonic()
@@ -161,7 +161,7 @@ def check_references(data: Path, sandbox: Sandbox, every: int, has_mutants: bool
 
 
 def measure(num_checks: int, num_workers: int, levels: list[str]) -> None:
-    """Checks per second of each level against starting an interpreter, in this one run on this machine."""
+    """Measures checks per second at each level, compared with starting an interpreter in the same run."""
     program = "def f(x):\n    return x * x"
     tests = CodeTests(style="asserts", tests=("assert f(2) == 4", "assert f(3) == 9"), entry_point="f")
 
@@ -193,7 +193,7 @@ def measure(num_checks: int, num_workers: int, levels: list[str]) -> None:
 
 
 def main() -> int:
-    """Run what the flags ask for."""
+    """Runs the parts that the flags select."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -202,7 +202,9 @@ def main() -> int:
     parser.add_argument("--every", type=int, default=1, metavar="N", help="Take every Nth reference.")
     parser.add_argument("--data", type=Path, default=DATA, metavar="DIR", help=f"Default: {DATA}")
     parser.add_argument(
-        "--level", choices=LEVELS, help="Only this level. Default: strongest, or all to measure."
+        "--level",
+        choices=LEVELS,
+        help="Use only this level. Default: the strongest for --references, all for speed.",
     )
     limits = EvaluationConfig()
     parser.add_argument(

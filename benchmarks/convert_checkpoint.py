@@ -1,10 +1,10 @@
-"""Time and memory of a checkpoint conversion, against the disk's copy speed and transformers' load and save.
+"""Measures time and memory of a checkpoint conversion, compared with copying the files and with transformers' load and save.
 
 benchmarks/convert_checkpoint.py --shape llama-3.1-8b --folder DIR [--with-transformers] [--workers N]
 
-Writes a folder of that shape with random weights below DIR, of real size; needs three times its size on the disk. Every
-measurement is a process of its own that begins with a cold cache and ends with all bytes on the disk; memory is the
-peak beyond what the process had before. The ratios, not the absolute figures, can be compared between machines.
+Writes a folder of that shape and size with random weights into DIR, and needs three times its size on the disk. Every
+measurement runs in a new process, begins with a cold cache, and ends when all bytes are on the disk. Memory is the peak above
+the memory before the measurement. Compare ratios between machines, not absolute figures.
 """
 
 import argparse
@@ -58,7 +58,7 @@ _BLOCKS_OF_PROOF = 8
 
 
 def write_model(shape: str, path: Path) -> None:
-    """A Llama folder of that shape, bf16, random; written tensor by tensor."""
+    """Writes a random bf16 Llama folder of that shape, tensor by tensor."""
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -93,11 +93,11 @@ def table_of(config: dict[str, Any]) -> NameTable:
     return NameTable(family, read_shape(config, family))
 
 
-# ---- what is measured; each is given a source and a target folder
+# ---- the measured functions; each converts a source folder to a target folder
 
 
 def copy(source: Path, target: Path, workers: int) -> None:
-    """What the disk can do: read every byte, write it, wait until it is there."""
+    """Copies every byte and waits until it is on the disk: the speed of the disk."""
     target.mkdir()
     for path in sorted(p for p in source.iterdir() if p.is_file()):
         with path.open("rb") as read, (target / path.name).open("wb") as write:
@@ -128,7 +128,7 @@ def transformers_load_save(source: Path, target: Path, workers: int) -> None:
 
 
 def _forget_cache(folder: Path) -> None:
-    """Let the kernel drop what it holds of these files."""
+    """Makes the kernel drop its cached pages of these files."""
     for path in folder.rglob("*"):
         if path.is_file():
             with path.open("rb") as file:
@@ -137,7 +137,7 @@ def _forget_cache(folder: Path) -> None:
 
 
 def _resident_bytes() -> tuple[int, int]:
-    """Memory of this process: its own, and pages of files that it has mapped, which the kernel may drop."""
+    """Memory of this process: private bytes, and mapped pages of files, which the kernel may drop."""
     status = Path("/proc/self/status").read_text(encoding="ascii")
     own, mapped = (int(status.split(f"{name}:")[1].split()[0]) << 10 for name in ("RssAnon", "RssFile"))
     return own, mapped
@@ -171,7 +171,7 @@ def _in_child(
     result: dict[str, float] = {}
     _forget_cache(source)
     if do is transformers_load_save:
-        from transformers import LlamaForCausalLM  # noqa: F401 (its import is no part of the time)
+        from transformers import LlamaForCausalLM  # noqa: F401 (imported before the measurement)
     with _peak_memory(result):
         start = time.perf_counter()
         do(source, target, workers)
@@ -195,7 +195,7 @@ def measure(
 
 
 def calculated(shape: str, workers: int) -> dict[str, float]:
-    """Peak memory in GiB by what is held at once; with a proof it is the same in both directions."""
+    """Calculates the peak memory in GiB from the tensors that are in memory at once. With --verify it is the same in both directions."""
     table = table_of({"architectures": ["LlamaForCausalLM"], **SHAPES[shape]})
     to_megatron, to_hf, verified, layers, total = 0.0, 0.0, 0.0, 0.0, 0.0
     for parameter in table.stored_parameters():
@@ -203,12 +203,12 @@ def calculated(shape: str, workers: int) -> dict[str, float]:
         layout = binding.entry.layout(table.shape, 0, 1, None)
         size = 2 * torch.Size(binding.shard_shape(layout)).numel()
         chunk = size / num_chunks(layout.length, size) if binding.entry.is_sharded else size
-        # rows are read chunk by chunk, each with its slice of the file and torch.save's copy; columns at once
+        # rows are read in chunks, each with its slice of the file and torch.save's copy; columns are read at once
         to_megatron = max(to_megatron, 3 * chunk if layout.dim == 0 else size + 2 * chunk)
-        # rows are read to their place, columns with a chunk in hand; put together anew where tensors are interleaved
+        # rows are read into the result, columns need one more chunk; interleaved tensors need a copy of the parameter
         held = size if layout.dim == 0 else size + chunk
         to_hf = max(to_hf, 2 * size if len(layout.pieces) > len(binding.hf_names) else held)
-        # the proof's parameter as on the way back, and rows: two of the folder, copies, isfinite's
+        # the proof holds a parameter as in megatron-to-hf, and blocks of rows: two of the folder, copies, isfinite's
         verified = to_hf + _BLOCKS_OF_PROOF * BLOCK_BYTES
         total += size
         layers += size if parameter.position == (0,) else 0
@@ -228,7 +228,10 @@ def main() -> None:
     )
     parser.add_argument("--shape", choices=SHAPES, default="llama-3.2-1b")
     parser.add_argument(
-        "--folder", default=None, metavar="DIR", help="On the disk to measure (default: temporary)."
+        "--folder",
+        default=None,
+        metavar="DIR",
+        help="Folder on the disk to measure (default: a temporary folder).",
     )
     parser.add_argument("--workers", type=int, default=2, metavar="N")
     parser.add_argument("--with-transformers", action="store_true", help="Needs the model's size in memory.")
@@ -250,7 +253,7 @@ def main() -> None:
         shutil.rmtree(root / "copy")
         shutil.rmtree(root / "hf")
         results["to_hf"] = measure(to_hf, root / "megatron", root / "back", args.workers)
-    # a disk that others use is not the same from one minute to the next
+    # two copies, because the speed of a shared disk changes from minute to minute
     copy_s = (results["copy"]["time_s"] + results["copy_again"]["time_s"]) / 2
     for result in results.values():
         result["times_copy"] = result["time_s"] / copy_s

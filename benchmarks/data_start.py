@@ -1,12 +1,12 @@
-"""Seconds and memory of rank 0 from the data's files to a curriculum that is ready, without and with the row cache.
+"""Measures seconds and memory of rank 0 from the data files to a ready curriculum, without and with the row cache.
 
 Usage:
     python benchmarks/data_start.py --rows 100000
     python benchmarks/data_start.py --rows 1000000 --folder DIR
 
-Writes rows of word problems and a small tokenizer, then starts twice, each time in a process of its own: the first start tokenizes
-and fills the cache, the second finds it. With --folder both stay there, and only the second start is measured when it has been run
-before. ``rss_gib`` is the peak of the process, pages of mapped files included; ``imports_gib`` is what it had before it read a row.
+Writes rows of word problems and a small tokenizer, then starts twice, each time in a new process: the first start tokenizes and
+fills the cache, the second uses it. --folder keeps rows and cache, so that a second call only measures the start from the cache.
+``rss_gib`` is the peak memory of the process, including mapped files; ``imports_gib`` is its memory before it reads a row.
 """
 
 import argparse
@@ -27,13 +27,13 @@ from megatron_rasft.data.tokenized_rows import ByProblem
 from megatron_rasft.data.tokenizing import open_tokenizer
 
 BARS = {"seconds": 60.0, "rss_gib": 4.0}
-"""Of a start from the cache with a million rows."""
+"""Largest allowed figures of a start from the cache with a million rows."""
 
 SEQ_LENGTH = 4096
 
 
 def write_rows(path: Path, num_rows: int, num_words: int) -> None:
-    """Rows of about ``num_words`` words, a fifth of them the problem."""
+    """Yields rows of about ``num_words`` words, a fifth of which are the problem."""
     draw = random.Random(0)
     words = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=draw.randint(2, 9))) for _ in range(4000)]
     with path.open("w", encoding="utf-8") as file:
@@ -46,7 +46,7 @@ def write_rows(path: Path, num_rows: int, num_words: int) -> None:
 
 
 def write_tokenizer(folder: Path, rows: Path) -> None:
-    """A byte-level BPE of 8,000 tokens, trained on the first rows."""
+    """Trains a byte-level BPE tokenizer of 8,000 tokens on the first rows."""
     from itertools import islice
 
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -62,7 +62,7 @@ def write_tokenizer(folder: Path, rows: Path) -> None:
 
 
 def start(folder: Path) -> dict[str, Any]:
-    """What rank 0 of a run does with its data before the model is built, in this process."""
+    """Reads the data as rank 0 of a run does before it builds the model."""
     tokenizer = open_tokenizer(folder / "model")
     imports = peak_gib()
     began, cpu_began = time.monotonic(), time.process_time()
@@ -88,7 +88,7 @@ def peak_gib() -> float:
 
 
 def main() -> int:
-    """Print one JSON line a start.
+    """Prints one JSON line per start.
 
     Returns:
         1 with --bars if the start from the cache is above a bar.
@@ -98,9 +98,9 @@ def main() -> int:
     )
     parser.add_argument("--rows", type=int, default=100_000)
     parser.add_argument("--words", type=int, default=120, help="mean words of a row")
-    parser.add_argument("--folder", help="where the files stay; a temporary folder if unset")
+    parser.add_argument("--folder", help="folder for the files; a temporary folder if unset")
     parser.add_argument(
-        "--bars", action="store_true", help="end with 1 where a start from the cache is above a bar"
+        "--bars", action="store_true", help="exit with 1 if a start from the cache exceeds a bar"
     )
     parser.add_argument("--start", help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -1,11 +1,10 @@
-"""Cost of a token of the embedded engine: kernels, memory traffic and host reads, counted; tokens per second on a GPU.
+"""Counts kernels, memory traffic and host reads per token when the trainer samples; measures tokens per second on a GPU.
 
     python benchmarks/generation.py --shape qwen2.5-1.5b --rows 256 --bf16 [any Megatron flag]
 
-The counts come from the decode step on tensors without data, so they are the same on every machine. They are those of the plain
-layers: Transformer Engine's fuse some of these kernels and need data, so with them nothing is counted (--transformer-impl local
-counts). Where there is a GPU the model, with random weights, also samples,
-and responses end at random tokens after --mean-tokens on average.
+The decode step is counted on tensors without data, so the counts are the same on every machine. They hold for the plain layers.
+Transformer Engine's layers need data and fuse some of the kernels, so with them nothing is counted (use --transformer-impl local).
+On a machine with a GPU the model also samples with random weights. Responses end at random tokens after --mean-tokens on average.
 """
 
 import argparse
@@ -40,18 +39,18 @@ from megatron_rasft.training.model import build_chunk  # noqa: E402
 from megatron_rasft.types import Request, SamplingParams  # noqa: E402
 
 HBM_BYTES_PER_S = 2.7e12
-"""What an H100 SXM reaches of its 3.35e12."""
+"""Memory bandwidth that an H100 SXM reaches in practice, of 3.35e12 bytes per second."""
 MATMUL_FLOPS = 650e12
-"""What it reaches in BF16, of 989e12."""
+"""BF16 FLOPs per second that it reaches in practice, of 989e12."""
 KERNEL_S = 2e-6
-"""Least time of a small kernel inside a CUDA graph."""
+"""Least time of a small kernel inside a CUDA graph, seconds."""
 
 BAR_TOKENS_PER_S = 12_000
-"""What the qwen2.5-1.5b shape with 256 rows is to reach on one H100: three tenths of SGLang's 39,900."""
+"""Tokens per second to reach with the qwen2.5-1.5b shape and 256 rows on one H100: three tenths of SGLang's 39,900."""
 
 
 def write_folder(shape: str, path: Path) -> None:
-    """A Qwen2 folder of that shape whose weights are a sparse file of zeros: only its description is read."""
+    """Writes a Qwen2 folder of that shape. Its weights are a sparse file of zeros, because only the description is read."""
     config = transformers.Qwen2Config(**SHAPES[shape])
     with torch.device("meta"):
         model = transformers.Qwen2ForCausalLM(config)
@@ -72,7 +71,7 @@ def write_folder(shape: str, path: Path) -> None:
 
 
 def sampling(options: argparse.Namespace, vocab_size: int) -> SamplingParams:
-    """A random model's tokens are nearly uniform: one in --mean-tokens ends a response."""
+    """Sampling parameters whose end tokens end a response after --mean-tokens on average: a random model's tokens are nearly uniform."""
     return SamplingParams(
         num_samples=4,
         max_new_tokens=options.new_tokens,
@@ -85,7 +84,7 @@ def sampling(options: argparse.Namespace, vocab_size: int) -> SamplingParams:
 
 
 def requests(num: int, params: SamplingParams, prompt_tokens: int, vocab_size: int) -> list[Request]:
-    """Prompts of random tokens."""
+    """Makes prompts of random tokens."""
     draw = random.Random(0)
     return [
         Request(
@@ -97,7 +96,7 @@ def requests(num: int, params: SamplingParams, prompt_tokens: int, vocab_size: i
 
 
 def count(sampler: PolicySampler, options: argparse.Namespace) -> dict[str, Any]:
-    """Kernels and traffic of one decode step at half of the longest sequence, for all rows."""
+    """Counts kernels and memory traffic of one decode step for all rows, at half of the longest sequence."""
     params = sampling(options, sampler.vocab_size)
     length = -(-(options.prompt_tokens + options.new_tokens) // KEY_BUCKET) * KEY_BUCKET
     cache = KeyValueCache(options.rows, length)
@@ -105,7 +104,7 @@ def count(sampler: PolicySampler, options: argparse.Namespace) -> dict[str, Any]
     keys = -(-(options.prompt_tokens + options.new_tokens // 2) // KEY_BUCKET) * KEY_BUCKET
     with generation_mode(sampler.chunks, cache):
         decoder = Decoder(model, cache, [], params, lambda: False)
-        # Nothing in a step can be read: a fake tensor has no data, and a read of it raises.
+        # a fake tensor has no data, so any read of a value on the host raises
         decoder.step(keys)
         with Traffic() as forward:
             decoder.logits(options.rows, keys)
@@ -127,7 +126,7 @@ def count(sampler: PolicySampler, options: argparse.Namespace) -> dict[str, Any]
 
 
 def measure(sampler: PolicySampler, options: argparse.Namespace) -> dict[str, Any]:
-    """Tokens per second over enough samples that most rows are refilled, after a short run that is not counted."""
+    """Measures tokens per second, after a warm-up, over enough samples that most rows are refilled."""
     params = sampling(options, sampler.vocab_size)
     num = max(1, options.rounds * options.rows // params.num_samples)
     asked = requests(num, params, options.prompt_tokens, sampler.vocab_size)
@@ -150,12 +149,12 @@ def measure(sampler: PolicySampler, options: argparse.Namespace) -> dict[str, An
 
 
 def host_memory_gib() -> float:
-    """Resident memory of this process: attention plans that are kept for each length would make it grow."""
+    """Resident memory of this process, which would grow if attention plans were kept for every length."""
     return round(psutil.Process().memory_info().rss / 2**30, 3)
 
 
 def main() -> None:
-    """Count, measure where there is a GPU, print one JSON line."""
+    """Counts, measures if there is a GPU, and prints one JSON line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -165,18 +164,16 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=1024, help="longest response")
     parser.add_argument("--mean-tokens", type=int, default=500, help="mean length of a response")
     parser.add_argument("--top-p", type=float, default=1.0, help="see --rollout-top-p")
-    parser.add_argument(
-        "--rounds", type=int, default=4, help="samples for each row in the measurement on a GPU"
-    )
+    parser.add_argument("--rounds", type=int, default=4, help="samples per row in the measurement on a GPU")
     parser.add_argument(
         "--cudnn-attention",
         action="store_true",
-        help="keep torch's cuDNN attention, which a run switches off",
+        help="keep cuDNN attention of torch, which a run switches off",
     )
     parser.add_argument("--json", type=Path, help="file to write the figures to")
     options, megatron_flags = parser.parse_known_args()
     if options.cudnn_attention:
-        # SdpaCoreAttention switches it off by this function.
+        # SdpaCoreAttention switches cuDNN attention off with this function
         torch.backends.cuda.enable_cudnn_sdp = lambda enabled: None
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "model"
@@ -190,7 +187,7 @@ def main() -> None:
             "cudnn_attention": options.cudnn_attention,
         }
         if args.transformer_impl == "local":
-            args.perform_initialization = False  # random numbers need data
+            args.perform_initialization = False  # random numbers cannot be drawn without data
             with FakeTensorMode():
                 report["counted"] = count(policy_sampler(args, opened), options)
             args.perform_initialization = True
@@ -204,7 +201,7 @@ def main() -> None:
 
 
 def policy_sampler(args: Any, folder: Any) -> PolicySampler:
-    """The model with random weights in the precision of the flags."""
+    """Builds the model with random weights in the precision of the flags."""
     chunk = build_chunk(args).requires_grad_(False)
     return PolicySampler([chunk], folder.shape.vocab_size)
 

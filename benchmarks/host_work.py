@@ -1,12 +1,13 @@
-"""What rank 0 and the other ranks spend on a refresh's samples, in CPU seconds and bytes, beside the former way.
+"""Measures CPU seconds and bytes that ranks spend on a refresh's samples, compared with an earlier implementation.
 
 Usage:
     python benchmarks/host_work.py
     python benchmarks/host_work.py --objective grpo --num-samples 4000 --bars
 
-Needs two processes and no GPU. A refresh is turned into arrays, handed out batch by batch to two replicas over gloo, saved, and cut
-into micro-batches. rasft has one log-probability a response token, grpo two. The former way pickled samples made of Python lists
-for every rank and wrote them as JSON. CPU seconds are those of a whole process, gloo's threads included, of the rank with more.
+Needs two processes and no GPU. The samples of a refresh are converted to arrays, distributed batch by batch to two replicas over
+gloo, saved, and packed into micro-batches. rasft has one log-probability per response token, grpo two. The earlier implementation
+pickled samples made of Python lists for every rank and saved them as JSON. CPU seconds include gloo's threads and are those of the
+rank with more.
 """
 
 import argparse
@@ -39,17 +40,20 @@ BARS = {
     "rank_0_bytes_per_token": 12.0,
     "other_rank_queue_bytes_per_token": 0.01,
 }
-"""Most CPU seconds per million tokens, and bytes per token; a queue's list of batch sizes is all that other ranks may hold."""
+"""Bars: CPU seconds per million tokens, and bytes per token. Ranks other than 0 may only hold the queue's list of batch sizes."""
 
 BATCH_SIZE = 256
-"""Samples of a step, as README's --global-batch-size has problems."""
+"""Samples of a step: README's --global-batch-size."""
 REPEATS = 7
-"""Of which the smallest counts: neighbours on the machine only add to it."""
+"""Number of measurements. The smallest counts, because other load on the machine only adds to a time."""
 REPLICAS = [[0], [1]]
 
 
 def make_samples(num: int, mean_tokens: int, objective: str) -> list[TrainingSample]:
-    """Half demonstrations, whose tokens lie in one array, half rollouts, whose tokens came as lists; a fifth is prompt."""
+    """Makes samples: half demonstrations, whose tokens are in one array, and half rollouts, whose tokens are lists.
+
+    A fifth of each sample is its prompt.
+    """
     draw = random.Random(0)
     samples = []
     for index in range(num):
@@ -73,7 +77,7 @@ def make_samples(num: int, mean_tokens: int, objective: str) -> list[TrainingSam
 
 
 def as_lists(samples: list[TrainingSample]) -> list[TrainingSample]:
-    """The same in the form they had in the former way."""
+    """The same samples in the form of the earlier implementation."""
     names = ("prompt_ids", "response_ids", "ref_logprobs", "old_logprobs")
     return [
         replace(s, **{name: list(getattr(s, name)) for name in names if getattr(s, name) is not None})
@@ -82,14 +86,14 @@ def as_lists(samples: list[TrainingSample]) -> list[TrainingSample]:
 
 
 def cpu_seconds(work: Callable[[], Any]) -> tuple[float, Any]:
-    """CPU seconds of this process, and what ``work`` returned."""
+    """Returns the CPU seconds that ``work`` takes in this process, and its result."""
     began = time.process_time()
     result = work()
     return time.process_time() - began, result
 
 
 def held_bytes(make: Callable[[], Any]) -> int:
-    """Bytes that what ``make`` returns keeps."""
+    """Bytes of memory that the result of ``make`` occupies."""
     tracemalloc.start()
     kept = make()
     held = tracemalloc.get_traced_memory()[0]
@@ -116,13 +120,13 @@ def queue_of(samples: list[TrainingSample]) -> BatchQueue:
 
 
 def sizes_of(num: int) -> list[tuple[int, int]]:
-    """Problems and samples of each batch, here the same."""
+    """Number of problems and of samples in each batch, which are equal here."""
     sizes = [min(BATCH_SIZE, num - start) for start in range(0, num, BATCH_SIZE)]
     return [(size, size) for size in sizes]
 
 
 def measure(rank: int, folder: str, num: int, mean_tokens: int, objective: str) -> None:
-    """One rank; rank 0 writes the figures."""
+    """Runs one rank. Rank 0 writes the figures."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     samples = make_samples(num, mean_tokens, objective) if rank == 0 else []
@@ -171,7 +175,7 @@ def rank_zero_figures(
     layout: BatchLayout,
     folder: Path,
 ) -> dict[str, dict[str, float]]:
-    """What only rank 0 does, or what every rank does alone."""
+    """Measures the work of rank 0 alone, and the work that every rank does without the others."""
     tokens = sum(s.num_tokens for s in samples)
     million = tokens / 1e6
     save_s, _ = cpu_seconds(lambda: write_state(folder / "saved", {"queue": queue.sizes}, queue.arrays()))
@@ -197,10 +201,10 @@ def rank_zero_figures(
 
 
 def main() -> int:
-    """Measure in two processes and print one JSON line.
+    """Measures in two processes and prints one JSON line.
 
     Returns:
-        1 with --bars if a figure is above its bar.
+        1 with --bars if a figure exceeds its bar.
     """
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -208,7 +212,7 @@ def main() -> int:
     parser.add_argument("--objective", choices=["rasft", "grpo"], default="rasft")
     parser.add_argument("--num-samples", type=int, default=1000, help="samples of the refresh")
     parser.add_argument("--mean-tokens", type=int, default=1000, help="mean length of a sample")
-    parser.add_argument("--bars", action="store_true", help="end with 1 where a figure is above its bar")
+    parser.add_argument("--bars", action="store_true", help="exit with 1 if a figure exceeds its bar")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         given = (folder, options.num_samples, options.mean_tokens, options.objective)

@@ -1,14 +1,14 @@
-"""Memory traffic and kernels of the log-probabilities, forward and backward, and on a GPU their time.
+"""Counts memory traffic and kernels of the log-probabilities, forward and backward, and measures their time on a GPU.
 
 python benchmarks/logprobs.py [--tokens 8192] [--no-time]
 
 Bytes and kernels are counted on the meta device from the arguments of every torch operator that runs, so the figures are
-the same on every machine: an operator reads its inputs once and writes its outputs once, whatever the caches hold. A
-matrix product's own operands are counted apart (`matmul`), because a fused cross-entropy has the same ones. The counts of
+the same on every machine: each operator reads its inputs once and writes its outputs once, without caches. Operands of matrix
+products are counted separately (`matmul`), because a fused cross-entropy has the same ones. The counts of
 the Triton kernels are compared with the loads and stores that they run in tests/unit/objective/test_fused_logprobs.py.
 
-With a GPU, each way is timed beside Megatron's fused cross-entropy and Transformer Engine's, all from hidden states to the
-gradients of hidden states and weight.
+On a GPU each implementation is timed, as are the fused cross-entropies of Megatron and Transformer Engine, from hidden states to
+the gradients of hidden states and weight.
 """
 
 import argparse
@@ -37,12 +37,12 @@ from megatron_rasft.training.wgrad import MegatronOutputWeight  # noqa: E402
 from megatron_rasft.types import KLDirection  # noqa: E402
 
 MAX_BYTES_PER_LOGIT = 12
-"""The bar: forward and backward together, BF16 logits, matrix products left out."""
+"""Bar for forward and backward together with BF16 logits, without the matrix products."""
 
 PLAIN_CHUNK = 1024
 NO_FUSION = ", gradient left to autograd"
-"""Without gradient accumulation fusion. Several chunks then end in one more pass over the weight's fp32 gradient, 6 bytes a
-weight, which the bar on logits does not cover."""
+"""Suffix for the names of implementations without gradient accumulation fusion. With several chunks these make another pass over the
+weight's fp32 gradient, 6 bytes per weight, which the bar on logits does not cover."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +62,7 @@ SHAPES = {
 
 
 class Linear(torch.autograd.Function):
-    """The projection as Megatron's layer computes it without gradient accumulation fusion."""
+    """The vocabulary projection as Megatron's layer computes it without gradient accumulation fusion."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor) -> Tensor:  # type: ignore[override]
@@ -76,7 +76,7 @@ class Linear(torch.autograd.Function):
 
 
 class Inputs:
-    """Hidden states, weight and labels of one micro-batch, BF16."""
+    """Hidden states, weight and labels of a micro-batch in BF16."""
 
     def __init__(self, shape: Shape, num_tokens: int, direction: KLDirection | None, device: str) -> None:
         def bf16(*size: int) -> Tensor:
@@ -95,7 +95,7 @@ class Inputs:
 
 
 def plain(given: Inputs, chunk_tokens: int) -> None:
-    """Forward and backward in plain torch operators."""
+    """Computes forward and backward with plain torch operators."""
     if given.direction is None:
         logprobs = chunked_logprobs(
             given.hidden,
@@ -122,7 +122,7 @@ def plain(given: Inputs, chunk_tokens: int) -> None:
 
 
 def fused(given: Inputs, chunk_tokens: int, *, adds_to_main_grad: bool = True) -> None:
-    """Forward and backward with the fused kernels."""
+    """Computes forward and backward with the fused kernels."""
     output = MegatronOutputWeight(
         weight=given.weight, tp_group=None, sums_hidden_grad=False, is_fused=adds_to_main_grad
     )
@@ -138,7 +138,7 @@ def fused(given: Inputs, chunk_tokens: int, *, adds_to_main_grad: bool = True) -
 
 
 def ways(shape: Shape, num_tokens: int, direction: KLDirection | None) -> dict[str, Callable[[Inputs], None]]:
-    """Name of each way to compute the same -> the function that does it."""
+    """Name of each implementation -> its function. All compute the same values."""
     default = fused_chunk_tokens(num_tokens, 2 * shape.vocab_size)
     small = max(1, min(PLAIN_CHUNK, num_tokens // 2))
     return {
@@ -154,7 +154,7 @@ def ways(shape: Shape, num_tokens: int, direction: KLDirection | None) -> dict[s
 
 
 def count(shape: Shape, num_tokens: int, direction: KLDirection | None) -> list[dict[str, Any]]:
-    """One row for each way: kernels, bytes a logit, and the matrix products' own."""
+    """One row per implementation: kernels, bytes per logit, and bytes of the matrix products."""
     rows = []
     for way, run in ways(shape, num_tokens, direction).items():
         given = Inputs(shape, num_tokens, direction, "meta")
@@ -175,13 +175,13 @@ def count(shape: Shape, num_tokens: int, direction: KLDirection | None) -> list[
 
 
 def is_under_bar(row: dict[str, Any]) -> bool:
-    """Whether the bar holds for this row: every fused way but chunks without gradient accumulation fusion."""
+    """Whether the bar applies: to every fused implementation except chunks without gradient accumulation fusion."""
     way: str = row["way"]
     return way.startswith("fused") and not ("chunks" in way and way.endswith(NO_FUSION))
 
 
 def cross_entropies(given: Inputs) -> dict[str, Callable[[Inputs], None]]:
-    """Megatron's and Transformer Engine's fused cross-entropy, all tokens at once, where they import."""
+    """Fused cross-entropy of Megatron and Transformer Engine, if they can be imported, for all tokens at once."""
     from megatron.core import parallel_state
     from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
 
@@ -207,7 +207,7 @@ def cross_entropies(given: Inputs) -> dict[str, Callable[[Inputs], None]]:
 
 
 def time_on_gpu(shape: Shape, num_tokens: int, repeats: int) -> dict[str, dict[str, float]]:
-    """Median milliseconds, and peak GiB above the inputs, of each way; no KL."""
+    """Measures median milliseconds and peak GiB above the inputs of each implementation, without KL."""
     given = Inputs(shape, num_tokens, None, "cuda")
     measured = {}
     for way, run in {**ways(shape, num_tokens, None), **cross_entropies(given)}.items():
@@ -229,7 +229,7 @@ def time_on_gpu(shape: Shape, num_tokens: int, repeats: int) -> dict[str, dict[s
 
 
 def start_megatron() -> None:
-    """One process's groups: the cross-entropies ask for one."""
+    """Initializes process groups of one process, which the cross-entropies need."""
     from megatron.core import parallel_state
 
     from megatron_rasft.training.startup import stand_in_for_launcher
@@ -240,7 +240,7 @@ def start_megatron() -> None:
 
 
 def main() -> int:
-    """Count, print a line for each way, time where there is a GPU, and print everything as JSON."""
+    """Counts and prints a line per implementation, measures times if there is a GPU, and prints all figures as JSON."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -249,11 +249,11 @@ def main() -> int:
         nargs="+",
         choices=list(SHAPES),
         default=["1.5B", "8B", "70B TP8"],
-        help="vocabulary projections on one rank; tiny is for a quick look",
+        help="vocabulary projections on one rank; tiny is for a quick test",
     )
     parser.add_argument("--tokens", type=int, default=8192, help="tokens of a micro-batch")
     parser.add_argument("--repeats", type=int, default=10, help="timed repetitions of each way")
-    parser.add_argument("--no-time", action="store_true", help="count only, also where there is a GPU")
+    parser.add_argument("--no-time", action="store_true", help="only count, even if there is a GPU")
     parser.add_argument("--json", type=Path, help="file to write the figures to")
     options = parser.parse_args()
     report: dict[str, Any] = {"tokens": options.tokens, "counted": {}, "timed": {}}

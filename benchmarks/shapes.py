@@ -1,4 +1,4 @@
-"""Shapes of the models that benchmarks build with random weights."""
+"""Shapes of the random models that benchmarks build."""
 
 from pathlib import Path
 from typing import Any
@@ -28,18 +28,18 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def write_model(shape: str, path: Path, **config: Any) -> None:
-    """Write a Qwen2 folder of that shape with random weights in BF16, the same on every call.
+    """Writes a Qwen2 folder of that shape with random BF16 weights, which are the same on every call.
 
     Args:
         shape: a key of ``SHAPES``.
         path: the folder; made if missing.
         config: more arguments of Qwen2Config.
     """
-    # Imported here: a program that only lists the shapes starts at once.
+    # imported here, so that a program that only lists the shapes starts quickly
     import torch
     import transformers
 
-    # On a GPU 1.5 billion random numbers take a second, on a CPU half a minute.
+    # 1.5 billion random numbers take a second on a GPU, and half a minute on a CPU
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with torch.random.fork_rng(), torch.device(device):
         torch.manual_seed(0)

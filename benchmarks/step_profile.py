@@ -1,9 +1,9 @@
-"""Where the time of one training step goes on a GPU, by torch.profiler.
+"""Profiles one training step on a GPU with torch.profiler.
 
 torchrun --nproc-per-node 1 benchmarks/step_profile.py --hf-model DIR [any flag of pretrain_rasft.py]
 
-``first_kernel_after_ms`` is the host's work before a step's first kernel, while the GPU idles. ``idle_frac`` is the share of
-the time from the first to the last kernel in which none ran. Without a GPU there are no kernels: both are null.
+``first_kernel_after_ms`` is the time before a step's first kernel, in which the GPU is idle. ``idle_frac`` is the share of the time
+from the first to the last kernel in which no kernel ran. Without a GPU both are null.
 """
 
 import sys
@@ -26,7 +26,7 @@ LABEL = "rasft step"
 
 
 def busy_us(spans: Sequence[tuple[float, float]]) -> float:
-    """Length of the union of (start, end) spans."""
+    """Returns the length of the union of (start, end) spans."""
     total, reached = 0.0, float("-inf")
     for start, end in sorted(spans):
         total += max(0.0, end - max(start, reached))
@@ -35,10 +35,10 @@ def busy_us(spans: Sequence[tuple[float, float]]) -> float:
 
 
 def figures_of(events: Sequence[Any]) -> dict[str, Any]:
-    """The figures of one profiled step.
+    """Returns the figures of one profiled step.
 
     Args:
-        events: of the profiler, times in microseconds on one clock.
+        events: the profiler's events, with times in microseconds.
     """
     step = next(e for e in events if e.name == LABEL and e.device_type == torch.autograd.DeviceType.CPU)
     kernels = [e for e in events if e.device_type == torch.autograd.DeviceType.CUDA and e.name != LABEL]
@@ -62,7 +62,7 @@ def figures_of(events: Sequence[Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Profile one step, print one JSON line."""
+    """Profiles one step and prints one JSON line."""
     options, flags = parser(__doc__).parse_known_args()
     trainer = build(flags)
     samples = make_samples(trainer, options.num_samples, options.mean_tokens)
@@ -76,7 +76,7 @@ def main() -> None:
         activities.append(ProfilerActivity.CUDA)
     torch.cuda.synchronize()
     with profile(activities=activities) as profiler, record_function(LABEL):
-        trainer.prepare(batch)  # as a run does: the next batch is cut beside this step
+        trainer.prepare(batch)  # as in a run, the next batch is prepared during this step
         result = trainer.train(prepared)
         torch.cuda.synchronize()
     figures = figures_of(profiler.events())

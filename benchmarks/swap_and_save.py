@@ -1,9 +1,9 @@
-"""Seconds of what a run does between its steps: the swap of the reference's weights, and a save.
+"""Measures two things that a run does between steps: swapping the reference's weights, and saving.
 
 torchrun --nproc-per-node N benchmarks/swap_and_save.py --hf-model DIR --save DIR [--async-save] [any flag of pretrain_rasft.py]
 
-The first swap is reported by itself: it allocates pinned memory. With --async-save the steps go on while the checkpoint is
-written; their time stands beside that of other steps.
+The first swap is reported separately, because it allocates pinned memory. With --async-save the trainer takes steps during the
+save, whose time is printed next to that of other steps.
 """
 
 import statistics
@@ -25,11 +25,11 @@ from megatron_rasft.weights.tracker import TRACKER_FILE
 
 NUM_SWAPS, NUM_STEPS = 4, 4
 MOST_STEPS = 200
-"""Steps after which a background save is no longer watched but waited for."""
+"""Most steps to train during a background save before waiting for it."""
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """Wall time of a call, and of the GPU work that it started."""
+    """Measures the wall time of a call, including the GPU work that it starts."""
     torch.cuda.synchronize()
     began = time.perf_counter()
     work()
@@ -38,14 +38,14 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def swap(trainer: Trainer) -> None:
-    """Puts the reference's weights into the model and the policy's back."""
+    """Swaps the reference's weights into the model and the policy's weights back."""
     assert trainer.reference is not None
     with trainer.reference.in_place():
         pass
 
 
 def measure_save(trainer: Trainer, samples: list[TrainingSample]) -> dict[str, float | int | None]:
-    """Save once; train on while it is written in the background."""
+    """Saves once, and continues training while a background save writes."""
     folder = Path(trainer.args.save)
     began = time.perf_counter()
     checkpoints = Checkpointer(trainer.args, trainer, Resume(), trainer.sampler.device)
@@ -67,11 +67,11 @@ def measure_save(trainer: Trainer, samples: list[TrainingSample]) -> dict[str, f
 
 
 def main() -> None:
-    """Measure each, print one JSON line."""
+    """Measures swap and save, and prints one JSON line."""
     options, flags = parser(__doc__).parse_known_args()
     trainer = build(flags)
     samples = make_samples(trainer, options.num_samples, options.mean_tokens)
-    trainer.step(samples, len(samples))  # builds the optimizer's states
+    trainer.step(samples, len(samples))  # the first step allocates the optimizer's states
     swaps = [seconds(lambda: swap(trainer)) for _ in range(NUM_SWAPS)]
     steps = [seconds(lambda: trainer.step(samples, len(samples))) for _ in range(NUM_STEPS)]
     figures = {

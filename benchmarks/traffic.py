@@ -1,4 +1,4 @@
-"""Memory traffic counted from the arguments of every torch operator that runs, on the meta device or a real one."""
+"""Counts memory traffic from the arguments of every torch operator that runs, on the meta device or a real one."""
 
 import math
 from typing import Any
@@ -10,31 +10,31 @@ from torch.utils._pytree import tree_flatten
 _NO_KERNEL = frozenset(
     "_unsafe_view unsafe_split lift_fresh detach reshape empty empty_like empty_strided new_empty".split()
 )
-"""Views that do not say so in their schema, and allocations."""
+"""Operators without memory traffic: views that are not marked as such in their schema, and allocations."""
 
 _WRITE_ONLY = ("zeros", "zero_", "full", "new_zeros", "new_full", "fill", "ones", "scalar_tensor")
 _MATMULS = ("mm", "bmm", "addmm", "addmm_")
 _GATHERS = ("gather", "index", "index_select", "embedding")
 _SCATTERS = ("scatter_", "scatter_add_", "index_put_", "_index_put_impl_")
 _NO_OPERATORS = ("prim", "c10d", "_c10d_functional")
-"""Namespaces of questions about a tensor, and of collectives."""
+"""Namespaces that are not counted: queries about tensors, and collectives."""
 
 
 def _num_bytes(tensor: Tensor) -> int:
-    """Bytes of its distinct elements: an expanded tensor is read once."""
+    """Bytes of a tensor's distinct elements; an expanded tensor is read once."""
     num = math.prod(n for n, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride or not n)
     return num * tensor.element_size()
 
 
 def _launches(func: Any) -> bool:
-    """Whether a call of this operator launches a kernel."""
+    """Returns whether a call of this operator launches a kernel."""
     name = func._schema.name.split("::")[1]
     is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
     return not is_view and name not in _NO_KERNEL and func.namespace not in _NO_OPERATORS
 
 
 def operator_bytes(func: Any, args: Any, kwargs: Any, out: Any) -> int:
-    """Bytes that one call of a torch operator moves, from its arguments and results."""
+    """Returns the bytes that a call of a torch operator moves, from its arguments and results."""
     name = func._schema.name.split("::")[1]
     results = [x for x in tree_flatten(out)[0] if isinstance(x, Tensor)]
     if name.startswith(_WRITE_ONLY):
@@ -52,8 +52,8 @@ def operator_bytes(func: Any, args: Any, kwargs: Any, out: Any) -> int:
         if not (is_written and (argument.kwarg_only or name == "copy_")):
             read += tensors
     if name in ("addmm", "addmm_") and kwargs.get("beta", 1) == 0:
-        read = read[1:]  # the sum so far is not looked at
-    if name in _GATHERS:  # only the elements that are named, and the indices
+        read = read[1:]  # the previous content of the result is not read
+    if name in _GATHERS:  # only the indexed elements, and the indices
         return 2 * sum(map(_num_bytes, results)) + sum(map(_num_bytes, read[1:]))
     if name in _SCATTERS:
         return 2 * _num_bytes(read[-1]) + sum(map(_num_bytes, read[1:-1]))
@@ -61,19 +61,19 @@ def operator_bytes(func: Any, args: Any, kwargs: Any, out: Any) -> int:
 
 
 class Traffic(TorchDispatchMode):
-    """Counts kernels and bytes while it is entered."""
+    """Counts the kernels and bytes of all operators in its block."""
 
     def __init__(self) -> None:
         super().__init__()
         self.num_kernels = 0
         self.num_bytes = 0
-        """Of everything but matrix products."""
+        """Bytes of all operators except matrix products."""
         self.matmul_bytes = 0
         self.matmul_flops = 0
 
     @property
     def all_bytes(self) -> int:
-        """Bytes of everything, matrix products included."""
+        """Bytes of all operators, including matrix products."""
         return self.num_bytes + self.matmul_bytes
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -1,10 +1,10 @@
-"""Tokens per second of a training step: RASFT against Megatron's own SFT, and packed against padded, in one run.
+"""Measures tokens per second of a training step: RASFT and Megatron's own SFT, packed and padded, in one run.
 
 torchrun --nproc-per-node N benchmarks/train_step.py --shape qwen2.5-1.5b --bf16 [any flag of pretrain_rasft.py]
 
 Megatron's SFT is the same model, optimizer, schedule and batches with Megatron's loss: GPTModel with labels and its fused
 cross-entropy, and none of this project's objective. The model has random weights, the sequences random tokens of log-normal
-lengths; the first step of each kind is not counted. The ratios, not the absolute figures, can be compared between machines.
+lengths. The first step of each kind is a warm-up. Compare ratios between machines, not absolute figures.
 """
 
 import argparse
@@ -39,7 +39,7 @@ from megatron_rasft.types import TrainingSample
 
 
 class MegatronSft(Forward):
-    """Megatron's own supervised step: GPTModel with labels, and the masked sum of its losses."""
+    """A training step of Megatron's own SFT: GPTModel with labels, and the masked sum of its losses."""
 
     def train_step(self, data_iterator: Iterator[MicroBatch], model: Any) -> tuple[Tensor, Callable]:
         batch = next(data_iterator)
@@ -58,7 +58,7 @@ class MegatronSft(Forward):
 
 
 def measure(trainer: Trainer, samples: list[TrainingSample], steps: int) -> dict[str, float | None]:
-    """Median tokens per second over ``steps`` steps after one that is not counted, that step's loss, and the peak memory."""
+    """Measures median tokens per second over ``steps`` steps after a warm-up step, the warm-up's loss, and the peak memory."""
     rates, losses = [], []
     batch = Batch(num_problems=len(samples), samples=SampleArrays.of(samples))
     torch.cuda.reset_peak_memory_stats()
@@ -67,7 +67,7 @@ def measure(trainer: Trainer, samples: list[TrainingSample], steps: int) -> dict
         dist.barrier()
         torch.cuda.synchronize()
         began = time.perf_counter()
-        following = trainer.prepare(batch)  # as a run does: the next batch is cut beside this step
+        following = trainer.prepare(batch)  # as in a run, the next batch is prepared during this step
         result = trainer.train(prepared)
         torch.cuda.synchronize()
         rates.append(result.num_tokens / (time.perf_counter() - began))
@@ -81,9 +81,9 @@ def measure(trainer: Trainer, samples: list[TrainingSample], steps: int) -> dict
 
 
 def start_processes() -> list[str]:
-    """Start torch.distributed, and return host and device of every process.
+    """Starts torch.distributed, and returns host and device of every process.
 
-    Each process chooses its GPU first: where there is a process group already, Megatron does not choose one any more
+    Each process selects its GPU here, because Megatron does not select one if a process group exists already
     (_initialize_distributed in megatron/training/initialize.py).
     """
     startup.stand_in_for_launcher()
@@ -99,7 +99,7 @@ def start_processes() -> list[str]:
 
 
 def shared_model(shape: str) -> Path:
-    """A model folder of one name on every node, written by the first process of each."""
+    """Returns a model folder with the same name on every node, which the first process of each node writes."""
     folder = Path(on_rank_zero(lambda: tempfile.mkdtemp(prefix="train_step-")))
     if os.environ["LOCAL_RANK"] == "0":
         write_model(shape, folder)
@@ -108,7 +108,7 @@ def shared_model(shape: str) -> Path:
 
 
 def use_megatron_loss(trainer: Trainer, fusion: str) -> Forward:
-    """Megatron's forward step, with its cross-entropy fused where there is a GPU."""
+    """Megatron's forward step, with its fused cross-entropy on a GPU."""
     for chunk in trainer.chunks:
         chunk.config.cross_entropy_loss_fusion = torch.cuda.is_available()
         chunk.config.cross_entropy_fusion_impl = fusion
@@ -118,7 +118,7 @@ def use_megatron_loss(trainer: Trainer, fusion: str) -> Forward:
 def measure_all(
     trainer: Trainer, samples: list[TrainingSample], options: argparse.Namespace
 ) -> dict[str, Any]:
-    """Each kind of step in each layout: name -> its figures."""
+    """Measures each kind of step in each layout; returns name -> figures."""
     rasft, sft = trainer.forward, Forward(Sft(), trainer.config.loss, trainer.folder.shape.vocab_size)
     kinds = {
         "megatron sft": use_megatron_loss(trainer, options.megatron_cross_entropy),
@@ -135,15 +135,15 @@ def measure_all(
 
 
 def main() -> None:
-    """Build once, measure each kind of step, print one JSON line."""
+    """Builds the trainer once, measures each kind of step, and prints one JSON line."""
     parser = trainers.parser(__doc__ or "")
     parser.add_argument("--shape", choices=list(SHAPES), default="tiny")
-    parser.add_argument("--steps", type=int, default=5, help="steps of each kind that are counted")
+    parser.add_argument("--steps", type=int, default=5, help="number of measured steps of each kind")
     parser.add_argument(
         "--megatron-cross-entropy",
         choices=["native", "te"],
         default="native",
-        help="which of Megatron's fused cross-entropies its own step takes; te is Transformer Engine's",
+        help="fused cross-entropy of Megatron's own step; te is Transformer Engine's",
     )
     options, megatron_flags = parser.parse_known_args()
     places = start_processes()

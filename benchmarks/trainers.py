@@ -21,7 +21,7 @@ from megatron_rasft.types import TrainingSample  # noqa: E402
 
 
 def parser(description: str) -> argparse.ArgumentParser:
-    """Flags that benchmarks of a trainer share; all others go to the trainer."""
+    """Parses the flags that benchmarks of a trainer share; returns all others for the trainer."""
     made = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -32,7 +32,7 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 
 def build(flags: list[str]) -> Trainer:
-    """Build the trainer of a run with these flags. No training data is read."""
+    """Builds the trainer of a run with these flags, without reading training data."""
     defaults = [
         "--train-data",
         "unused.jsonl",
@@ -49,7 +49,7 @@ def build(flags: list[str]) -> Trainer:
 
 
 def make_samples(trainer: Trainer, num: int, mean_tokens: int) -> list[TrainingSample]:
-    """Sequences of random tokens and log-normal length, a fifth of each the prompt."""
+    """Makes sequences of random tokens with log-normal lengths. A fifth of each is the prompt."""
     draw = random.Random(0)
     samples = []
     for index in range(num):
@@ -71,7 +71,7 @@ def make_samples(trainer: Trainer, num: int, mean_tokens: int) -> list[TrainingS
 
 
 def report(figures: Mapping[str, Any], path: Path | None) -> None:
-    """Print the figures on rank 0, write them to ``path``, and leave the process group."""
+    """Prints the figures on rank 0, writes them to ``path``, and destroys the process group."""
     if dist.get_rank() == 0:
         text = json.dumps(figures)
         print(text, flush=True)

@@ -1,12 +1,12 @@
-"""A weight sync into a real SGLang server on this machine, against the bare broadcast of the same bytes, in one run.
+"""Compares a weight sync into a real SGLang server on this machine with the bare broadcast of the same bytes, in one run.
 
 python benchmarks/weight_sync.py [--mib 1600] [--bucket-mib 256] [--version 0.5.23] [--no-gather] [--cluster]
 
 Needs `make servers`. Prints one JSON line: seconds and GB/s of the sync and of the bare broadcast of the same buckets,
-the peak memory over the steady state, and what the parts, measured each by itself, predict for the whole (the same
-function as for a cluster). `--no-gather` sends memory as it is, in the place of weights: what is then left between sync and
-bare broadcast is the servers' alone. `--cluster` instead prints that function's figures for a 70B model on 8 to 64 GPUs, whose
-speeds are assumptions: they are printed too.
+the peak memory above the steady state, and the estimate for the sync from its parts, each measured alone (by the same function as
+for a cluster). With `--no-gather` buckets are sent without gathering weights into them, so only the server causes the difference
+between sync and bare broadcast. `--cluster` instead prints the function's estimates for a 70B model on 8 to 64 GPUs, with the
+assumed speeds.
 """
 
 import argparse
@@ -50,12 +50,12 @@ CLUSTER = SyncCosts(
     request_s=0.010,
     control_s=0.5,
 )
-"""Assumed for H100 nodes: half of one 400 Gb/s card per source (25 of 50 GB/s, less a fifth), NVLink gathers at a quarter
+"""Assumed for H100 nodes: half of one 400 Gb/s card per sender (25 of 50 GB/s, less a fifth), NVLink gathers at a quarter
 of its 450 GB/s, a copy in HBM at a third of its 3.35 TB/s, the request as measured on a quiet CPU."""
 
 
 def write_model(path: Path, mib: int) -> None:
-    """A random Llama in bf16 of about this size, of as many layers of Llama-3.2-1B's shape."""
+    """Writes a random Llama in bf16 of about this size, made of layers with Llama-3.2-1B's shape."""
     import transformers
 
     layer_bytes = 2 * (2 * 2048 * (2048 + 512) + 3 * 2048 * 8192)
@@ -73,7 +73,7 @@ def write_model(path: Path, mib: int) -> None:
 
 @contextmanager
 def server(version: str, model: Path, log: Path) -> Iterator[str]:
-    """A real server; killed on the way out."""
+    """Runs a real server; kills it at the end of the block."""
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     command = [str(ROOT / f".venv-sglang-{version}/bin/python"), str(ROOT / "tools/sglang_on_cpu.py")]
@@ -103,7 +103,7 @@ def server(version: str, model: Path, log: Path) -> Iterator[str]:
 
 
 def receive(port: int, sizes: list[int], rounds: int) -> None:
-    """The other end of the bare broadcast."""
+    """Receives the bare broadcast in another process."""
     torch.set_num_threads(1)
     group = bare_group(port, 1)
     buffer = torch.empty(max(sizes), dtype=torch.uint8)
@@ -114,7 +114,7 @@ def receive(port: int, sizes: list[int], rounds: int) -> None:
 
 
 def bare_group(port: int, rank: int) -> Any:
-    """A gloo group of two."""
+    """Creates a gloo group of two processes."""
     timeout = timedelta(seconds=300)
     store = dist.TCPStore("127.0.0.1", port, is_master=rank == 0, wait_for_workers=False, timeout=timeout)
     return dist.ProcessGroupGloo(store, rank, 2, timeout)
@@ -128,7 +128,7 @@ def broadcast(group: Any, tensor: torch.Tensor) -> None:
 
 
 def bare_seconds(sizes: list[int], rounds: int) -> list[float]:
-    """Seconds of each round of broadcasting buckets of these sizes to one process that does nothing with them."""
+    """Measures the seconds of each round of broadcasting buckets of these sizes to a process that ignores them."""
     port = free_port()
     context = multiprocessing.get_context("spawn")
     receiver = context.Process(target=receive, args=(port, sizes, rounds))
@@ -136,7 +136,7 @@ def bare_seconds(sizes: list[int], rounds: int) -> list[float]:
     group = bare_group(port, 0)
     buffer = torch.ones(max(sizes), dtype=torch.uint8)
     seconds = []
-    broadcast(group, buffer)  # its pages are there from here on
+    broadcast(group, buffer)  # allocates the pages before the measurement
     for _ in range(rounds):
         began = time.perf_counter()
         for size in sizes:
@@ -147,7 +147,7 @@ def bare_seconds(sizes: list[int], rounds: int) -> list[float]:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Sync and bare broadcast in turn, so that both meet the same load."""
+    """Measures sync and bare broadcast alternately, so that other load on the machine affects both alike."""
     from safetensors.torch import load_file
 
     torch.set_num_threads(1)
@@ -157,7 +157,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         config = json.loads((folder / "config.json").read_text())
         weights: dict[str, torch.Tensor] = {}
         for file in sorted(folder.glob("*.safetensors")):
-            weights |= {n: t.clone() for n, t in load_file(file).items()}  # as parameters: no pages of a file
+            weights |= {
+                n: t.clone() for n, t in load_file(file).items()
+            }  # anonymous memory like parameters, not pages of a mapped file
         weights = in_megatron_order(weights)
         store = dist.FileStore(str(Path(scratch) / "store"), 1)
         dist.init_process_group("gloo", store=store, rank=0, world_size=1)
@@ -177,7 +179,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             reports, bare = [], []
             sizes: list[int] = []
             for round_number in range(options.rounds):
-                # else the C library keeps freed memory, which then hides in the steady state
+                # without this the C library keeps freed memory, which would count as steady state
                 ctypes.CDLL(None).malloc_trim(0)
                 report = sync.push(round_number + 1, [url])
                 assert report.synced, report.line()
@@ -187,7 +189,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             sync.close()
         dist.destroy_process_group()
     median = statistics.median
-    # the least disturbed round of each: a busy machine can only add to a time
+    # the fastest round of each, because a busy machine can only add to a time
     transfer = min(r.seconds["transfer"] for r in reports)
     num_bytes = reports[0].num_bytes
     bare_s = min(bare)
@@ -215,7 +217,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def predict(report: Any, bare_s: float, num_bytes: int) -> dict[str, float]:
-    """The estimate of a sync from its parts: the bare broadcast and the gather by themselves, and the rest of a send."""
+    """Estimates the sync from its parts, each measured alone: the bare broadcast, the gather, and the rest of a send."""
     rest_s = max(1e-9, report.seconds["send"] - bare_s)
     costs = SyncCosts(
         gather=num_bytes / report.seconds["gather"],
@@ -229,7 +231,7 @@ def predict(report: Any, bare_s: float, num_bytes: int) -> dict[str, float]:
 
 
 def in_megatron_order(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Related tensors next to each other, as the trainer's tables give them."""
+    """Orders related tensors next to each other, as the trainer's tables do."""
 
     def place(name: str) -> tuple[int, int]:
         parts = name.split(".")
@@ -241,7 +243,7 @@ def in_megatron_order(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
 
 
 def plan(weights: dict[str, torch.Tensor], *, dtypes: dict[str, torch.dtype] | None = None) -> list[Any]:
-    """The weights as a stage's plan."""
+    """Plans the weights like those of a pipeline stage."""
     from megatron_rasft.weights.gathering import TensorPlan
 
     return [TensorPlan(n, tuple(t.shape), (dtypes or {}).get(n, t.dtype)) for n, t in weights.items()]
@@ -250,7 +252,7 @@ def plan(weights: dict[str, torch.Tensor], *, dtypes: dict[str, torch.dtype] | N
 def gather(
     weights: dict[str, torch.Tensor], *, copies: bool, dtypes: dict[str, torch.dtype], out: Any
 ) -> Iterator[Any]:
-    """The weights as a stage of one rank gathers them: each copied into its place, or as if it had been."""
+    """Yields the weights as a stage of one rank gathers them; with --no-gather without copying them into the bucket."""
     for name, tensor in weights.items():
         memory = out(name)
         if memory is not None and copies:
@@ -259,12 +261,12 @@ def gather(
 
 
 def cluster_figures() -> dict[str, Any]:
-    """A 70B model in BF16, and as FP8, from 8 to 64 GPUs of trainer."""
+    """Estimates for a 70B model in BF16 and in FP8 on trainers with 8 to 64 GPUs."""
     num_parameters, num_layers, bucket_bytes = 70.6e9, 80, 512 * MIB
     figures = {}
     for num_gpus, tp, pp in ((8, 8, 1), (16, 8, 2), (32, 8, 4), (64, 8, 8)):
         for precision, num_bytes in (("bf16", 2 * num_parameters), ("fp8", num_parameters * 1.0002)):
-            # three buckets a layer: gate and up go together, and with bf16 alone
+            # gate and up are sent together. In BF16 they fill a bucket alone, so a layer takes three buckets, in FP8 two
             num_buckets = max(num_layers * (3 if precision == "bf16" else 2), round(num_bytes / bucket_bytes))
             estimate = estimate_sync(num_bytes, num_buckets, CLUSTER, num_stages=pp)
             figures[f"{num_gpus} GPUs tp{tp} pp{pp} {precision}"] = round(estimate.total_s, 1)
@@ -272,18 +274,22 @@ def cluster_figures() -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure, or calculate; print one JSON line."""
+    """Measures, or calculates with --cluster, and prints one JSON line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--mib", type=int, default=1600, help="size of the model, MiB")
     parser.add_argument("--bucket-mib", type=int, default=256, help="--sync-bucket-mib")
     parser.add_argument("--version", default="0.5.23", help="SGLang's, as installed by `make servers`")
-    parser.add_argument("--rounds", type=int, default=8, help="syncs, and bare broadcasts, that are counted")
+    parser.add_argument(
+        "--rounds", type=int, default=8, help="number of syncs and of bare broadcasts to measure"
+    )
     parser.add_argument("--no-gather", action="store_true", help="leave out the trainer's own work")
     parser.add_argument("--cluster", action="store_true", help="calculate a 70B model's sync instead")
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the server goes too
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(143)
+    )  # SystemExit runs the clean-up, which stops the server
     print(json.dumps(cluster_figures() if options.cluster else measure(options)), flush=True)
 
 
