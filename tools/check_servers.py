@@ -31,8 +31,9 @@ from megatron_rasft.servers.fit import duplicates, misfit
 from megatron_rasft.servers.info import released_memory
 from megatron_rasft.servers.keys import ServerKeys, read_key
 from megatron_rasft.servers.record import ServerRecord, ServerRecords, call_all
+from megatron_rasft.sync.broadcaster import prepare_nccl
 from megatron_rasft.sync.buckets import Bucket, plan_buckets
-from megatron_rasft.sync.groups import GroupFailure, UpdateGroup, local_address, prepare_nccl
+from megatron_rasft.sync.groups import GroupFailure, UpdateGroup, local_address
 from megatron_rasft.sync.nccl_versions import objection, own_pair, pair_of_sglang
 from megatron_rasft.sync.wire_format import WireFormat
 from megatron_rasft.tools import cli

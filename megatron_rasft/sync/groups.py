@@ -5,16 +5,15 @@ without registering it in torch.distributed, so that it can be aborted and repla
 groups.
 """
 
-import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from datetime import timedelta
 from itertools import accumulate
 from threading import Thread
-from typing import Any, Literal
+from typing import Any
 from urllib.parse import urlsplit
 
 import psutil
@@ -25,9 +24,8 @@ from torch import Tensor
 from megatron_rasft.errors import ServerError, first_line
 from megatron_rasft.servers.client import ServerClient
 from megatron_rasft.servers.record import call_all
+from megatron_rasft.sync.broadcaster import Broadcaster, GroupBackend
 from megatron_rasft.sync.buckets import Bucket
-
-GroupBackend = Literal["gloo", "nccl"]
 
 _SETTLE_S = 1.0
 """Time to wait after the first failure, so that the server that caused it is known before the servers that fail because of it."""
@@ -37,9 +35,6 @@ _SETTLE_JOIN_S = 3.0
 
 _LONGEST_GRACE_S = 20.0
 """Longest time to wait after an abort for the other servers to answer, and for the abort itself."""
-
-_POLL_S = 0.001
-"""Time between two checks whether an NCCL broadcast has ended."""
 
 
 class GroupFailure(Exception):
@@ -53,35 +48,6 @@ class GroupFailure(Exception):
     def __init__(self, reason: str, servers: dict[str, str]) -> None:
         super().__init__(reason)
         self.servers = servers
-
-
-def prepare_nccl(interface: str | None = None) -> None:
-    """Sets NCCL's environment variables so that it can connect to SGLang's. NCCL reads them once, so call this before its first use.
-
-    SGLang switches NCCL's cuMem allocator off (_set_envs_and_config in srt/entrypoints/engine.py), and two processes on
-    one node with different settings cannot map each other's memory. A value that the user has set is kept.
-
-    Args:
-        interface: network interface, or a pattern in NCCL's syntax, for all NCCL traffic of this process.
-    """
-    os.environ.setdefault("NCCL_CUMEM_ENABLE", "0")
-    if interface:
-        os.environ["NCCL_SOCKET_IFNAME"] = interface
-
-
-@contextmanager
-def _environment(**values: str) -> Iterator[None]:
-    """Sets environment variables while the block runs."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 def _in_thread[T](work: Callable[..., T], *args: Any) -> Future[T]:
@@ -98,7 +64,7 @@ def _in_thread[T](work: Callable[..., T], *args: Any) -> Future[T]:
     return future
 
 
-def _cause(problem: BaseException) -> str:
+def error_with_cause(problem: BaseException) -> str:
     """Returns an error of torch in one line: its first line, and the cause that NCCL appends after "Last error:"."""
     lines = [line.strip() for line in str(problem).splitlines() if line.strip()]
     at = lines.index("Last error:") + 1 if "Last error:" in lines else len(lines)
@@ -185,15 +151,8 @@ class UpdateGroup:
         self.name = name
         self.servers = list(servers)
         self._timeout_s = timeout_s
-        self._device = device
-        self._backend: Any = None
-        # a stream of its own: the next bucket is gathered on the trainer's stream, which must not wait for the servers
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._join(tp_sizes, backend, address, port, interface)
-
-    def _use_device(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.set_device(self._device)  # the current device is a property of each thread
+        self._broadcaster: Broadcaster | None = None
+        self._join(tp_sizes, backend, address, port, interface, device)
 
     def _join(
         self,
@@ -202,6 +161,7 @@ class UpdateGroup:
         address: str,
         port: int,
         interface: str | None,
+        device: torch.device,
     ) -> None:
         timeout = timedelta(seconds=self._timeout_s)
         # torch's own rendezvous cannot be used: under torchrun (TORCHELASTIC_USE_AGENT_STORE) it only connects, to a store
@@ -213,11 +173,11 @@ class UpdateGroup:
         except (RuntimeError, OSError) as error:
             raise ValueError(
                 f"--sync-address {address} --sync-port {port}: the rendezvous cannot be opened there "
-                f"({_cause(error)}). Give an address of this machine and a free port, or port 0."
+                f"({error_with_cause(error)}). Give an address of this machine and a free port, or port 0."
             ) from error
         port, world_size = store.port, 1 + sum(tp_sizes)
         client = dist.TCPStore(address, port, is_master=False, timeout=timeout)
-        joining = _in_thread(self._make_backend, backend, client, world_size, interface, timeout)
+        joining = _in_thread(Broadcaster, backend, client, self.name, world_size, interface, device, timeout)
 
         def join(server: ServerClient, rank_offset: int) -> None:
             server.init_weights_update_group(
@@ -238,39 +198,9 @@ class UpdateGroup:
         # closing the store ends the rendezvous of waiting servers with an error, so this is its only reference
         self._store: dist.Store | None = store
         del store
-        self._backend = self._watch(
-            joining, posts, self._abort_backend, "joining the update group", _SETTLE_JOIN_S
+        self._broadcaster = self._watch(
+            joining, posts, self.abort, "joining the update group", _SETTLE_JOIN_S
         )
-
-    def _make_backend(
-        self,
-        backend: GroupBackend,
-        store: dist.Store,
-        world_size: int,
-        interface: str | None,
-        timeout: timedelta,
-    ) -> Any:
-        self._use_device()
-        # the keys that the servers use (torch's _new_process_group_helper)
-        device = "cpu" if backend == "gloo" else "cuda"
-        for prefix in (self.name, f"{self.name}/", f"{device}/"):
-            store = dist.PrefixStore(prefix, store)
-        if backend == "gloo":
-            gloo: Any = dist.ProcessGroupGloo
-            options = gloo._Options()
-            options._devices = [
-                gloo.create_device(interface=interface) if interface else gloo.create_default_device()
-            ]
-            options._timeout = timeout
-            options._threads = 2
-            return gloo(store, 0, world_size, options)
-        nccl_options = dist.ProcessGroupNCCL.Options()
-        # long, because this class aborts earlier
-        nccl_options._timeout = timeout * 10 + timedelta(minutes=10)
-        # torch's watchdog ends the process at the first NCCL error, for example when a server dies. With these variables,
-        # which the group reads when it is created, there is no watchdog, and wait() raises the error (ProcessGroupNCCL.cpp).
-        with _environment(TORCH_NCCL_BLOCKING_WAIT="1", TORCH_NCCL_ASYNC_ERROR_HANDLING="0"):
-            return dist.ProcessGroupNCCL(store, 0, world_size, nccl_options)
 
     def broadcast(self, bucket: Bucket, memory: Tensor) -> None:
         """Sends a bucket ([num_bytes] uint8). Returns when every server has loaded it.
@@ -290,24 +220,9 @@ class UpdateGroup:
             )
 
         posts = {_in_thread(load, server): server.url for server in self.servers}
-        sending = _in_thread(self._send, memory)
-        self._watch(sending, posts, self._abort_backend, f"the bucket of {bucket.hf_names[0]}")
-
-    def _send(self, memory: Tensor) -> None:
-        options = dist.BroadcastOptions()
-        options.rootRank, options.rootTensor = 0, 0
-        # this thread keeps a reference: gloo's destructor waits for running collectives, which must not block the main thread
-        backend = self._backend
-        if self._stream is None:
-            backend.broadcast([memory], options).wait()
-            return
-        self._use_device()
-        with torch.cuda.stream(self._stream):
-            work = backend.broadcast([memory], options)
-            # wait() would make a stream wait for the broadcast, and with CUDA_DEVICE_MAX_CONNECTIONS=1 all streams with it
-            while not work.is_completed():
-                time.sleep(_POLL_S)
-            work.wait()  # raises the error of a failed broadcast
+        assert self._broadcaster is not None, "the group was aborted"
+        sending = _in_thread(self._broadcaster.send, memory)
+        self._watch(sending, posts, self.abort, f"the bucket of {bucket.hf_names[0]}")
 
     def _watch(
         self,
@@ -368,19 +283,16 @@ class UpdateGroup:
         if not reason:
             reason = f"{what} took more than {self._timeout_s:g} s" if is_late else f"{what} failed"
             if problem is not None:
-                reason += f" ({_cause(problem)})"
+                reason += f" ({error_with_cause(problem)})"
         return GroupFailure(reason, faults)
-
-    def _abort_backend(self) -> None:
-        backend, self._backend = self._backend, None
-        if backend is not None:
-            # an NCCL abort can wait for the device
-            wait([_in_thread(backend.abort)], _LONGEST_GRACE_S)
-        self._store = None
 
     def abort(self) -> None:
         """Leaves the group at once. Servers that wait in it get an error."""
-        self._abort_backend()
+        broadcaster, self._broadcaster = self._broadcaster, None
+        if broadcaster is not None:
+            # an NCCL abort can wait for the device
+            wait([_in_thread(broadcaster.abort)], _LONGEST_GRACE_S)
+        self._store = None
 
     def close(self, servers: Sequence[ServerClient] | None = None) -> None:
         """Leaves the group, together with these servers, or all for None. Failures are ignored, because names are not used twice."""

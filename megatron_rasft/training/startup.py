@@ -17,7 +17,7 @@ from megatron.training.initialize import initialize_megatron
 
 from megatron_rasft.config import RasftConfig
 from megatron_rasft.errors import first_line
-from megatron_rasft.sync.groups import prepare_nccl
+from megatron_rasft.sync.broadcaster import prepare_nccl
 from megatron_rasft.training.arguments import fill_in, parse_flags
 from megatron_rasft.training.background_saves import write_in_process
 from megatron_rasft.training.gpu_kernels import report_missing_transformer_engine

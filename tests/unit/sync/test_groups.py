@@ -15,14 +15,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_rasft.sync.broadcaster import Broadcaster, prepare_nccl
 from megatron_rasft.sync.buckets import Bucket, plan_buckets
 from megatron_rasft.sync.groups import (
     GroupFailure,
     UpdateGroup,
-    _cause,
+    error_with_cause,
     is_own_address,
     local_address,
-    prepare_nccl,
 )
 from megatron_rasft.sync.wire_format import WireFormat
 from tests.unit.sync.stand_ins import StandIn
@@ -144,7 +144,8 @@ def test_a_server_that_does_not_join_is_named(servers: tuple[StandIn, StandIn]) 
 STUCK = """
 import time
 import torch
-from megatron_rasft.sync.groups import GroupFailure, UpdateGroup
+from megatron_rasft.sync.broadcaster import Broadcaster
+from megatron_rasft.sync.groups import GroupFailure
 from tests.unit.sync.stand_ins import StandIn
 from tests.unit.sync.test_groups import group
 from tests.unit.sync.test_buckets import model
@@ -153,7 +154,7 @@ from megatron_rasft.sync.wire_format import WireFormat
 
 server = StandIn("http://a:1", False)
 joined = group(server, timeout_s=5.0)
-UpdateGroup._send = lambda self, memory: time.sleep(3600)  # as NCCL while it connects: no abort ends it
+Broadcaster.send = lambda self, memory: time.sleep(3600)  # like NCCL while it connects: no abort ends it
 server.before["update"] = lambda: server.fail("is gone", None)
 (bucket,) = plan_buckets(model(), WireFormat(torch.bfloat16), 10**9)
 try:
@@ -202,27 +203,32 @@ class NcclStandIn:
 
 
 @pytest.fixture
-def over_nccl(monkeypatch: pytest.MonkeyPatch) -> tuple[UpdateGroup, NcclStandIn]:
-    """A group over NCCL, without a GPU."""
-    monkeypatch.setattr(dist, "ProcessGroupNCCL", NcclStandIn)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    joined: Any = UpdateGroup.__new__(UpdateGroup)
-    joined.name, joined._device, joined._stream = "test", torch.device("cuda", 0), "its own"
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    joined._backend = joined._make_backend("nccl", store, 2, "eth7", timedelta(seconds=5))
+def over_nccl(monkeypatch: pytest.MonkeyPatch) -> tuple[Broadcaster, NcclStandIn]:
+    """A broadcaster over NCCL without a GPU, and the stand-in that it uses."""
+    created: list[NcclStandIn] = []
+
+    def create(*arguments: Any) -> NcclStandIn:
+        created.append(NcclStandIn(*arguments))
+        return created[0]
 
     @contextmanager
     def use(stream: str) -> Iterator[None]:
-        joined._backend.stream = stream
+        created[0].stream = stream
         yield
-        joined._backend.stream = "the trainer's"
+        created[0].stream = "the trainer's"
 
+    create.Options = NcclStandIn.Options  # type: ignore[attr-defined]
+    monkeypatch.setattr(dist, "ProcessGroupNCCL", create)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: "its own")
     monkeypatch.setattr(torch.cuda, "stream", use)
-    return joined, joined._backend
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    device = torch.device("cuda", 0)
+    return Broadcaster("nccl", store, "test", 2, "eth7", device, timedelta(seconds=5)), created[0]
 
 
 def test_an_error_of_nccl_does_not_end_the_trainer(
-    over_nccl: tuple[UpdateGroup, NcclStandIn], monkeypatch: pytest.MonkeyPatch
+    over_nccl: tuple[Broadcaster, NcclStandIn], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """torch's watchdog would. It starts unless waits block, and ends the process unless its error handling is off."""
     made_with = over_nccl[1].environment
@@ -235,11 +241,11 @@ def test_an_error_of_nccl_does_not_end_the_trainer(
 
 
 def test_over_nccl_no_stream_of_the_trainer_waits_for_the_servers(
-    over_nccl: tuple[UpdateGroup, NcclStandIn],
+    over_nccl: tuple[Broadcaster, NcclStandIn],
 ) -> None:
-    joined, backend = over_nccl
+    broadcaster, backend = over_nccl
     with pytest.raises(RuntimeError, match="remote process exited"):
-        joined._send(torch.zeros(1))
+        broadcaster.send(torch.zeros(1))
     assert backend.events == ["broadcast on its own stream", "wait, done"]
 
 
@@ -267,7 +273,7 @@ def test_nccl_gets_the_settings_of_sglang(monkeypatch: pytest.MonkeyPatch) -> No
     ids=["NCCL", "gloo", "nothing"],
 )
 def test_an_error_of_torch_is_one_line_with_its_cause(text: str, says: str) -> None:
-    assert _cause(RuntimeError(text)) == says
+    assert error_with_cause(RuntimeError(text)) == says
 
 
 def test_the_address_is_that_of_the_route_to_the_servers() -> None:
