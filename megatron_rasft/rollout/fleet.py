@@ -163,7 +163,7 @@ class Fleet:
             self._records = {url: self._known.get(url) for url in named}
 
     def _read_file(self, path: str) -> list[str]:
-        """Returns the addresses in the file; those of the last time if somebody has damaged it during the run."""
+        """Returns the addresses in the file; those of the last time if the file has been damaged during the run."""
         try:
             self._last_read, fault = read_addresses(path), ""
         except ValueError as error:

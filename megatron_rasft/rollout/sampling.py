@@ -8,7 +8,7 @@ by itself. It goes to the least loaded server that has the wanted weights. The k
 - HTTP error or broken connection: another server repeats the request. Three failures in a row quarantine the server.
 - The server is full (HTTP 429 or 503, perhaps because others use it too): the request is repeated after a second, or after the time
   that the server asks for. A server that accepts nothing for as long as one sample may take is quarantined.
-- The request was aborted because somebody paused the server: the sample continues from the tokens it has.
+- The request was aborted because the server was paused: the sample continues from the tokens it has.
 - The server refuses the request itself (HTTP 400), or its KV cache or time limit is too small for it: the sample is given up once a
   second server refuses it too.
 """

@@ -49,7 +49,7 @@ def _other_model(info: ServerInfo, name: str, theirs: object, ours: object) -> s
 def duplicates(infos: Sequence[ServerInfo]) -> dict[str, str]:
     """Returns, for each address that leads to the same server as an earlier one, why it is not used.
 
-    Servers draw a random seed when they start, so two servers behind one address (an ingress) are told apart by it.
+    Servers draw a random seed when they start, so the seed distinguishes two servers behind one address (an ingress).
     """
     faults: dict[str, str] = {}
     for number, info in enumerate(infos):

@@ -17,7 +17,7 @@ class ServerInfo:
     model_path: str
     """Path on the server's machine. After an update from disk it is the folder of that update."""
     model_config: dict[str, Any] | None
-    """config.json of ``model_path``, which also tells whether the weights are FP8; None if this machine cannot read it."""
+    """config.json of ``model_path``, which also shows whether the weights are FP8; None if this machine cannot read it."""
     architectures: tuple[str, ...]
     dtype: str
     """The server's --dtype; ``auto`` means that of config.json."""

@@ -26,7 +26,7 @@ class ServerRecord:
     """Why it may not be sampled, as last reported."""
 
     synced_version: int | None = None
-    """Version of the last sync that the server went through whole, as a member of the current update group; None: of none."""
+    """Version that the last sync left it with. It is still in that sync's update group; None if it failed, or was never synced."""
     released: list[str] | None = None
     """Memory that it has released and not taken back (``weights``, ``kv_cache``); None if it is awake."""
     start_config: dict[str, Any] | None = field(default=None, repr=False)

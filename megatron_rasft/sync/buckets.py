@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_rasft.sync.wire_format import WireFormat, WireTensor, fused_name
 
 _ALIGNMENT = 16
-"""Bytes between possible starts of a bucket: a multiple of every element size, because a view must start at a multiple of its own."""
+"""Bytes between possible starts of a bucket: a multiple of every element size, because a view must start at a multiple of its element size."""
 
 _FIRST_BUCKET_BYTES = 64 * 2**20
 """Nothing is sent until the first bucket is full, so it is small, and each later one is up to twice as large as the one before.

@@ -1,7 +1,7 @@
 """Which torch, and so which NCCL, comes with a version of SGLang: NCCL connects processes of one version only.
 
 A server does not report its NCCL. SGLang pins its torch, and torch pins its NCCL, so the version of SGLang implies the NCCL of a
-server unless somebody installed another one.
+server, unless another one was installed by hand.
 """
 
 import re

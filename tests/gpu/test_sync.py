@@ -1,4 +1,4 @@
-"""The forms on a GPU of what tests/distributed/test_sync.py and tests/unit/sync/ assert on a CPU. Await a GPU."""
+"""Tests of tests/unit/sync/ in their form for GPUs."""
 
 import base64
 import io
@@ -41,7 +41,7 @@ def test_quantizing_gives_the_same_on_gpu_and_cpu() -> None:
         quantize_blocks(weight.to(device), values, scales)
         results.append((values.view(torch.uint8).cpu(), scales.cpu()))
     assert torch.equal(results[0][1], results[1][1])
-    # a quotient in the middle of two values may be rounded the other way
+    # a quotient halfway between two values may be rounded differently
     assert (results[0][0] != results[1][0]).float().mean() < 1e-3
 
 
@@ -51,7 +51,7 @@ def read_handles(payload: str, results: Any) -> None:
     results.put([(place.name, flat[place.start_idx : place.end_idx]) for place in content["metadata"]])
 
 
-def test_another_process_reads_a_bucket_where_it_lies(bucket: Any) -> None:
+def test_another_process_reads_a_bucket_over_cuda_ipc(bucket: Any) -> None:
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
     reader = context.Process(target=read_handles, args=(serialize_bucket(*bucket), results))
@@ -63,7 +63,7 @@ def test_another_process_reads_a_bucket_where_it_lies(bucket: Any) -> None:
 
 
 def join_by_nccl(server: StandIn, rank_device: int) -> None:
-    """Have a stand-in join over NCCL with another GPU."""
+    """Makes a stand-in join over NCCL with another GPU."""
 
     def init(
         *, master_address: str, master_port: int, rank_offset: int, world_size: int, group_name: str, **_: Any
@@ -73,12 +73,12 @@ def join_by_nccl(server: StandIn, rank_device: int) -> None:
         store: Any = dist.TCPStore(master_address, master_port, is_master=False, timeout=timeout)
         for prefix in (group_name, f"{group_name}/", "cuda/"):
             store = dist.PrefixStore(prefix, store)
-        server._groups[group_name] = dist.ProcessGroupNCCL(store, rank_offset, world_size, timeout)
+        server.groups[group_name] = dist.ProcessGroupNCCL(store, rank_offset, world_size, timeout)
 
     server.init_weights_update_group = init  # type: ignore[method-assign]
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL takes one rank per GPU: needs two")
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs: NCCL allows one rank per GPU")
 def test_a_stuck_server_is_aborted_at_the_deadline_over_nccl(bucket: Any) -> None:
     server = StandIn("http://a:1", has_update_session=False)
     join_by_nccl(server, 1)
@@ -98,4 +98,4 @@ def test_a_stuck_server_is_aborted_at_the_deadline_over_nccl(bucket: Any) -> Non
     with pytest.raises(GroupFailure, match="did not answer"):
         group.broadcast(*bucket)
     assert time.monotonic() - began < 40
-    torch.ones(1, device=DEVICE).add_(1).cpu()  # the device goes on
+    torch.ones(1, device=DEVICE).add_(1).cpu()  # the device still works

@@ -35,7 +35,7 @@ class StandIn(ServerClient):
         self.text = "default"
         self.is_open = False
         self.is_paused = False
-        self._groups: dict[str, Any] = {}
+        self.groups: dict[str, Any] = {}
         self._info = ServerInfo(
             url=url,
             version="stand-in",
@@ -64,7 +64,7 @@ class StandIn(ServerClient):
 
     def restart(self) -> None:
         """Resets the server to a fresh start: initial weights and label, no group, no session."""
-        self.label, self.text, self.is_open, self._groups, self.weights = None, "default", False, {}, {}
+        self.label, self.text, self.is_open, self.groups, self.weights = None, "default", False, {}, {}
 
     def change(self, **values: Any) -> None:
         self._info = replace(self._info, **values)
@@ -130,13 +130,13 @@ class StandIn(ServerClient):
         for prefix in (group_name, f"{group_name}/", "cpu/"):
             store = dist.PrefixStore(prefix, store)
         try:
-            self._groups[group_name] = dist.ProcessGroupGloo(store, rank_offset, world_size, timeout)
+            self.groups[group_name] = dist.ProcessGroupGloo(store, rank_offset, world_size, timeout)
         except RuntimeError as error:
             self.fail(f"rendezvous: {error}")
 
     def destroy_weights_update_group(self, group_name: str, deadline_s: float | None = None) -> None:
         self._note("destroy")
-        if self._groups.pop(group_name, None) is None:
+        if self.groups.pop(group_name, None) is None:
             self.fail("no such group")
 
     def update_weights_from_distributed(
@@ -145,14 +145,14 @@ class StandIn(ServerClient):
         self._note("update")
         if self._info.has_update_session and not self.is_open:
             self.fail("must run between begin_weight_update() and end_weight_update()")
-        if group_name not in self._groups:
+        if group_name not in self.groups:
             self.fail("unknown group")
         empty = [torch.empty(tuple(s), dtype=getattr(torch, d)) for s, d in zip(shapes, dtypes, strict=True)]
         flat = torch.empty(sum(t.nbytes for t in empty), dtype=torch.uint8)
         options = dist.BroadcastOptions()
         options.rootRank = options.rootTensor = 0
         try:
-            self._groups[group_name].broadcast([flat], options).wait()
+            self.groups[group_name].broadcast([flat], options).wait()
         except RuntimeError as error:
             self.fail(f"broadcast: {error}")
         position = 0
