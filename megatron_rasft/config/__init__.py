@@ -106,5 +106,6 @@ class RasftConfig:
     def as_dict(self) -> dict[str, Any]:
         """The values of the flags, section by section; of the objectives' flags those of the chosen objective."""
         sections = asdict(self)
+        # One section in config.json: its readers look up the objective's name beside the objective's flags.
         sections["objective"] |= sections.pop("loss")
         return sections

@@ -176,6 +176,7 @@ class PackedTokens:
 
     def _segment_means(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """Mean of ``values`` (0 where masked) over each sequence's response tokens, and their number. fp64, both [n]."""
+        # fp64, so that the order in which tokens and ranks are added does not show in the ratio, which is rounded to fp32.
         sums = torch.zeros(2, self.num_segments, dtype=torch.float64, device=values.device)
         sums.index_add_(1, self.segment_ids, torch.stack([values.double(), self.loss_mask.double()]))
         if self.cp_group is not None:
