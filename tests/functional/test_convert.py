@@ -1,4 +1,4 @@
-"""Converted weights start a run, and a run's checkpoint becomes the folder that the run itself exports."""
+"""A run starts from converted weights, and converting a run's checkpoint gives the folder that the run exports."""
 
 import os
 import shutil
@@ -27,7 +27,7 @@ def assert_same_weights(a: Path, b: Path) -> None:
 
 
 def test_four_ranks_start_from_a_converted_checkpoint_and_go_on(workshop: Workshop, tmp_path: Path) -> None:
-    """Each stage has the first and the third, or the second and the fourth layer."""
+    """Interleaved stages: the first stage has layers 1 and 3, the second has layers 2 and 4."""
     other = shutil.copytree(workshop.policy, tmp_path / "other")
     weights = {n: t * 1.1 for n, t in load_file(other / "model.safetensors").items()}
     save_file(weights, other / "model.safetensors", {"format": "pt"})

@@ -1,4 +1,4 @@
-"""benchmarks/host_work.py and benchmarks/data_start.py still measure what they name; no time is compared here."""
+"""benchmarks/host_work.py and benchmarks/data_start.py run and print their figures. No time is compared here."""
 
 import json
 import os
@@ -20,7 +20,7 @@ def test_a_refresh_is_measured_on_two_ranks(tmp_path: Path) -> None:
     now, formerly = figures["now"], figures["formerly"]
     assert host_work.BARS.keys() <= now.keys()
     assert all(value > 0 for value in (*now.values(), *formerly.values()))
-    # bytes are the same on every machine; a sample of 200 tokens has room for the 21 bytes besides
+    # bytes are the same on every machine; the bar allows for 21 further bytes per sample of 200 tokens
     assert now["rank_0_bytes_per_token"] < 12 < 50 < formerly["every_rank_bytes_per_token"]
     assert now["saved_bytes_per_token"] < 12 < formerly["saved_bytes_per_token"]
 

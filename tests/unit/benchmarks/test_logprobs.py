@@ -1,4 +1,4 @@
-"""What benchmarks/logprobs.py counts on the meta device."""
+"""The counts of benchmarks/logprobs.py on the meta device."""
 
 import json
 import subprocess
@@ -22,6 +22,6 @@ def test_fused_logprobs_stay_under_the_bar_and_plain_ones_do_not() -> None:
             # A logit is read twice and its gradient written once, 2 bytes each; a KL reads the reference's twice.
             least = 6 if row["kl"] is None else 10
             assert row["bytes_per_logit"] >= (least if row["way"].startswith("fused") else 48)
-    # the figures of the audit at commit 90c0253, counted by a program of its own
+    # figures of an audit at commit 90c0253, counted by an independent program
     (first, *_) = report["counted"]["1.5B"]
     assert (first["kernels"], first["bytes_per_logit"]) == (507, 75.92)

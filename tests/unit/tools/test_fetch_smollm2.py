@@ -1,4 +1,4 @@
-"""What the script does when it cannot fetch; the fetch itself is part of the quickstart."""
+"""Errors of the script. The quickstart's test covers a successful download."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""tools/gpu_bundle.py and the installer it packs, with small wheels, the real pip and no network."""
+"""Tests tools/gpu_bundle.py and its installer with small wheels, the real pip and no network."""
 
 import hashlib
 import json
@@ -19,11 +19,11 @@ from tools import gpu_bundle
 ROOT = Path(__file__).resolve().parents[3]
 
 ON_THE_MACHINE = {"torch", "triton", "transformers", "safetensors", "jinja2", "numpy"}
-"""Dependencies of the project that come with torch and transformers, which the machine has."""
+"""Dependencies of the project that come with torch and transformers, which the GPU machine has."""
 
 
 def write_wheel(folder: Path, name: str, version: str, source: str) -> Path:
-    """A wheel of one module, the same bytes each time."""
+    """Writes a wheel of one module, with the same bytes each time."""
     path = folder / f"{name}-{version}-py3-none-any.whl"
     info = f"{name}-{version}.dist-info"
     files = {
@@ -45,13 +45,13 @@ def line(wheel: Path) -> str:
 
 @dataclass(frozen=True)
 class Files:
-    """What a call of the program is given."""
+    """The files of one call of the program."""
 
     shelf: Path
-    """Folder that pip takes wheels from, in the place of an index."""
+    """Folder that pip takes wheels from instead of an index."""
     bundle: Path
     flags: list[str]
-    """Two listed wheels and one of our own, cut into pieces of 300 bytes."""
+    """Two listed wheels and one additional wheel, split into pieces of 300 bytes."""
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Files:
 
 @pytest.fixture
 def downloaded(files: Files) -> Files:
-    """The same with the listed wheels in the bundle already, as an earlier call leaves them; pip can fetch none."""
+    """The same files after an earlier call: the bundle contains the listed wheels, and pip cannot download any."""
     files.shelf.rename(files.bundle.parent / "wheels")
     files.bundle.mkdir()
     (files.bundle.parent / "wheels").rename(files.bundle / "wheels")
@@ -92,13 +92,13 @@ def test_wheels_are_downloaded_once(files: Files) -> None:
     assert cli.run(gpu_bundle.main, files.flags) == 0
     first = content()
     for wheel in files.shelf.iterdir():
-        wheel.unlink()  # pip could not fetch any now
+        wheel.unlink()  # pip could not download any wheel now
     assert cli.run(gpu_bundle.main, files.flags) == 0
     assert content() == first
 
 
 def test_download_that_broke_off_goes_on(downloaded: Files) -> None:
-    """A wheel that is there only in part is fetched again; the other cannot be fetched and is kept."""
+    """An incomplete wheel is downloaded again. A complete one is kept, because pip could not download it."""
     cut = downloaded.bundle / "wheels" / "second_part-2.1-py3-none-any.whl"
     whole = cut.read_bytes()
     (downloaded.shelf / cut.name).write_bytes(whole)

@@ -1,4 +1,4 @@
-"""tools/gpu_check.py with small programs as its steps: deadlines, failures, the report, exit codes."""
+"""Runs tools/gpu_check.py with small programs as steps: deadlines, failures, the report, exit codes."""
 
 import json
 import os
@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 def step(name: str, code: str, **more: Any) -> Step:
-    """A step that runs a few lines of Python; they find the step's folder in ``folder``."""
+    """A step that runs a few lines of Python, which can use the step's folder as ``folder``."""
 
     def command(setting: Setting) -> Command:
         return Command(
@@ -66,7 +66,7 @@ def is_running(pid: int) -> bool:
 
 
 def assert_ended(pids: Sequence[int | str]) -> None:
-    """A killed process takes the kernel a moment to end on a busy machine."""
+    """Waits until the processes have ended, because on a busy machine a killed process ends only after a moment."""
     ends = time.monotonic() + 20
     while (left := [pid for pid in pids if is_running(int(pid))]) and time.monotonic() < ends:
         time.sleep(0.02)
@@ -80,7 +80,7 @@ def wait_for(path: Path) -> str:
 
 
 def begin_and_wait(path: Path) -> processes.Start:
-    """Starts a program and returns when it has written a line to ``path``: a deadline of nothing then passes at once."""
+    """Starts a program and returns when it has written a line to ``path``, so that a deadline of zero passes only then."""
 
     def begin(command: Command, log: Path) -> Started:
         started = processes.start(command, log)
@@ -92,7 +92,7 @@ def begin_and_wait(path: Path) -> processes.Start:
 
 
 def hanging(path: Path, prologue: str = "") -> str:
-    """Code that starts a process in a session of its own, writes both ids to ``path`` and sleeps."""
+    """Code that starts a process in a new session, writes both ids to ``path`` and sleeps."""
     return (
         f"import os, subprocess, sys, time\n{prologue}\n"
         "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'], start_new_session=True)\n"
@@ -241,7 +241,7 @@ def test_torch_that_does_not_import_is_named(tmp_path: Path, capsys: pytest.Capt
 
 
 def test_the_program_itself_finds_no_gpu_here(tmp_path: Path) -> None:
-    """As `make gpu-check` starts it, on a machine whose GPUs are hidden."""
+    """Starts it as `make gpu-check` does, with hidden GPUs."""
     done = subprocess.run(
         [sys.executable, "tools/gpu_check.py", "--output", str(tmp_path)],
         cwd=ROOT,
@@ -263,7 +263,7 @@ def test_the_program_itself_finds_no_gpu_here(tmp_path: Path) -> None:
 def test_make_starts_the_programs_without_an_environment(target: str, command: str) -> None:
     line = ["make", "--dry-run", "--no-print-directory", target]
     line += ["ARGS=--shape tiny", "VENV=nowhere", "PYTHON=python3.12"]
-    # `make test` runs this test, and its own flags and variables would go on to this make.
+    # `make test` may run this test, and would pass its own flags and variables on to this make
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
     done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout == f'"python3.12" {command}\n'

@@ -1,4 +1,4 @@
-"""tools/gpu_checking/colocated.py with small programs in the places of server and trainer."""
+"""Runs tools/gpu_checking/colocated.py with small programs as server and trainer."""
 
 import sys
 from pathlib import Path

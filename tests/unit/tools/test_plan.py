@@ -1,4 +1,4 @@
-"""tools/plan.py from its command line."""
+"""Runs tools/plan.py from its command line."""
 
 import json
 import re
@@ -21,7 +21,7 @@ def run(*flags: str) -> int:
 
 
 def test_readme_shows_what_the_tool_prints() -> None:
-    """In a process of its own, which shows that neither torch nor Megatron is imported."""
+    """Runs in a new process without torch and Megatron, so that importing either would fail."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     command, shown = re.findall(
         r"^    (python tools/plan\.py .*)\n\n((?:    .*\n|\n)+)", readme, re.MULTILINE

@@ -1,4 +1,4 @@
-"""The defaults of a config.json and of each family, against transformers' configuration classes."""
+"""Compares the defaults of each family with transformers' configuration classes."""
 
 from typing import Any
 
@@ -16,20 +16,20 @@ from megatron_rasft.weights.families import FAMILIES
 
 
 def transformers_config(architecture: str, **values: Any) -> Any:
-    """The configuration that transformers builds for a config.json with these values only."""
+    """Builds transformers' configuration for a config.json with only these values."""
     return getattr(transformers, architecture.replace("ForCausalLM", "Config"))(**values)
 
 
 @pytest.mark.parametrize("architecture", FAMILIES)
 def test_defaults_are_those_of_transformers(architecture: str) -> None:
-    """Folders leave out keys that equal the defaults of transformers' configuration class.
+    """Folders may omit keys that equal the defaults of transformers' configuration class.
 
-    num_key_value_heads is not compared: Mistral, Mixtral and Qwen3-MoE have a default of their own there, and read_shape takes
-    as many groups as heads. Folders of these families always have the key.
+    num_key_value_heads is not compared: Mistral, Mixtral and Qwen3-MoE have their own default there, but read_shape uses
+    as many groups as heads. Published folders of these families have the key.
     """
     family = FAMILIES[architecture]
-    # transformers drops the window of families with a switch unless it is on; a hidden size other than the default
-    # tells a fixed head_dim from a computed one
+    # in families with a switch transformers drops the window unless the switch is on; a hidden size other than
+    # the default distinguishes a fixed head_dim from a computed one
     has_switch = hasattr(transformers_config(architecture), "use_sliding_window")
     switch = {"use_sliding_window": True} if has_switch else {}
     config = transformers_config(architecture, hidden_size=1024, **switch)

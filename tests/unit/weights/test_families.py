@@ -1,4 +1,4 @@
-"""The tables and layouts, against independent formulas."""
+"""Compares the tables and layouts with independent formulas."""
 
 import pytest
 import torch
@@ -40,7 +40,7 @@ def shards(
     tp_size: int,
     shard_shape: tuple[int, ...] | None = None,
 ) -> list:
-    """Every rank's shard, by the layouts of the table; its padding is left out."""
+    """Every rank's shard according to the table's layouts, without padding."""
     binding = bind(table, name)
     result = []
     for rank in range(tp_size):
@@ -65,7 +65,7 @@ def test_query_key_value_are_interleaved_by_group(heads: int, groups: int, tp_si
 
 
 def test_added_query_groups_are_padding_of_the_last_ranks() -> None:
-    """3 groups of 2 heads in a model of 4, on 2 ranks."""
+    """A folder with 3 groups of 2 heads, in a model with 4 groups on 2 ranks."""
     table = NameTable(FAMILIES["LlamaForCausalLM"], shape(6, 3))
     q, k, v, o = torch.randn(24, 8), torch.randn(12, 8), torch.randn(12, 8), torch.randn(8, 24)
     groups = [torch.cat([q[8 * g : 8 * g + 8], k[4 * g : 4 * g + 4], v[4 * g : 4 * g + 4]]) for g in range(3)]

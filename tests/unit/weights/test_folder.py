@@ -1,4 +1,4 @@
-"""A folder that cannot be used is refused when it is opened, in one line."""
+"""An unusable folder is refused in one line when it is opened."""
 
 import json
 from collections.abc import Callable
@@ -27,7 +27,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture
 def folder(made: dict[str, Path], tmp_path: Path) -> Callable[..., Path]:
-    """Copy of a made folder with config.json and tensors changed."""
+    """Copies a test folder and changes its config.json and tensors."""
 
     def copy(
         case: str = "llama", config: dict | None = None, tensors: Callable[[dict], None] | None = None

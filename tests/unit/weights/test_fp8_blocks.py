@@ -1,4 +1,4 @@
-"""Blocks against the formula written out, whatever the shape, zeros and subnormals included."""
+"""Compares blocks with an independent formula for many shapes, including zeros and subnormals."""
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ def test_zeros_and_numbers_too_small_for_a_scale_stay_zero() -> None:
 
 
 def nearest_e4m3(value: float) -> set[float]:
-    """The representable numbers nearest to ``value``: one, or two where it lies in the middle."""
+    """The representable numbers nearest to ``value``: one, or two if it lies halfway between them."""
     grid = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
     grid = grid[~grid.isnan()]
     distance = (grid - value).abs()

@@ -1,4 +1,4 @@
-"""Random architectures of every family: whatever the sizes and the split, nothing is lost and nothing moves."""
+"""Random architectures of every family: with any sizes and any split, loading and exporting restores every element."""
 
 import json
 import math
@@ -45,7 +45,7 @@ def shapes(draw: st.DrawFn, family: Family, tp_size: int = 1) -> ModelShape:
 
 
 def distinct_tensors(table: NameTable) -> dict[str, Tensor]:
-    """No two elements of the model are the same number."""
+    """Makes tensors in which no two elements of the model are equal."""
     tensors, start = {}, 0
     for name, shape in table.hf_shapes.items():
         count = math.prod(shape)
@@ -55,7 +55,7 @@ def distinct_tensors(table: NameTable) -> dict[str, Tensor]:
 
 
 def shard_of(binding: Binding, table: NameTable, tensors: dict[str, Tensor], rank: int, size: int) -> Tensor:
-    """What a rank holds, padded as Megatron pads the vocabulary and a run its query groups."""
+    """A rank's shard, with -1 as the padding of the vocabulary and of the query groups."""
     whole = binding.shard_shape(binding.entry.layout(table.shape, 0, 1, None))
     dim = binding.entry.layout(table.shape, 0, 1, None).dim
     length = padded_length(binding, table.shape, whole[dim], size)
@@ -64,8 +64,8 @@ def shard_of(binding: Binding, table: NameTable, tensors: dict[str, Tensor], ran
     shard = torch.full(binding.shard_shape(layout), -1.0)
     assert list(shard.shape) == list(shape)
     position = 0
-    for source, start, stop in layout.pieces:
-        piece = tensors[binding.hf_names[source]].narrow(layout.dim, start, stop - start)
+    for tensor, start, stop in layout.pieces:
+        piece = tensors[binding.hf_names[tensor]].narrow(layout.dim, start, stop - start)
         shard.narrow(layout.dim, position, stop - start).copy_(piece)
         position += stop - start
     return shard
@@ -102,7 +102,7 @@ def test_ranks_hold_every_element_once_and_give_it_back(architecture: str, data:
 
 
 class Chunk:
-    """Stands for the model chunk of a rank: names, and shards of the right shapes."""
+    """Replaces the model chunk of a rank: names, and shards of the right shapes."""
 
     def __init__(self, parameters: dict[str, Tensor]) -> None:
         self._parameters = parameters
@@ -112,7 +112,7 @@ class Chunk:
 
 
 class Folder:
-    """Stands for an opened folder."""
+    """Replaces an opened folder."""
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:
         self.tensors = tensors
@@ -122,7 +122,7 @@ class Folder:
 
 
 def names_of(family: Family, num_layers: int, num_local_experts: int, is_grouped: bool) -> list[str]:
-    """Parameters of a chunk in the middle, as Megatron names them on the rank."""
+    """Names of the parameters in a middle chunk, as Megatron names them on the rank."""
     names = []
     for layer in range(num_layers):
         for entry in family.layer_entries:
@@ -136,7 +136,7 @@ def names_of(family: Family, num_layers: int, num_local_experts: int, is_grouped
 @settings(_QUIET, max_examples=25)
 @given(data=st.data())
 def test_every_split_over_ranks_loads_all_and_gives_it_back(architecture: str, data: st.DataObject) -> None:
-    """TP, PP, VPP, EP and ETP at once: each rank binds, slices and reads its own; all together are the model."""
+    """With TP, PP, VPP, EP and ETP at once the shards of all ranks make up the model exactly once."""
     family = FAMILIES[architecture]
     tp_size, etp_size = data.draw(st.integers(1, 4), "tp_size"), data.draw(st.integers(1, 3), "etp_size")
     shape = data.draw(shapes(family, tp_size * etp_size), "shape")

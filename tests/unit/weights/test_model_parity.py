@@ -1,4 +1,4 @@
-"""One process: a loaded GPTModel computes what transformers computes, and goes back to the same bits."""
+"""In one process: a loaded GPTModel computes the same as transformers, and exporting it gives the same bits."""
 
 import json
 from pathlib import Path
@@ -65,7 +65,7 @@ def test_logits_equal_those_of_transformers(folders: dict[str, HfFolder], case: 
 
 @pytest.mark.parametrize("case", CASES)
 def test_megatron_loads_what_was_converted(folders: dict[str, HfFolder], tmp_path: Path, case: str) -> None:
-    """By Megatron's own loader, which must find everything that the model asks for, in whatever it pads."""
+    """Loads with Megatron's own loader, which must find every parameter of the model, with any padding."""
     hf_to_megatron(folders[case], tmp_path / "megatron")
     chunks, _ = build_chunks(folders[case], padded_vocab_size=128)
     metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
@@ -73,7 +73,7 @@ def test_megatron_loads_what_was_converted(folders: dict[str, HfFolder], tmp_pat
     with torch.no_grad():
         for param in chunks[0].parameters():
             param.fill_(float("nan"))
-    # Megatron calls missing what is stored and not asked for, unexpected what is asked for and not stored
+    # Megatron calls stored keys that the model lacks missing, and keys of the model that are not stored unexpected
     state, _, unexpected = dist_checkpointing.load(
         {"model": sharded}, str(tmp_path / "megatron" / "release"), strict="return_all"
     )
@@ -87,7 +87,7 @@ def test_megatron_loads_what_was_converted(folders: dict[str, HfFolder], tmp_pat
 
 
 def test_llama3_scaling_changes_the_logits(folders: dict[str, HfFolder]) -> None:
-    """So the parity of the scaled case is not empty."""
+    """Shows that the case with scaling tests something."""
     chunks, _ = load(folders["llama_scaled_tied"])
     tokens = some_tokens()
     scaled = logits(chunks, tokens)
@@ -102,7 +102,7 @@ def test_llama3_scaling_changes_the_logits(folders: dict[str, HfFolder]) -> None
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_round_trip_is_bit_equal(tmp_path: Path, case: str, dtype: torch.dtype) -> None:
     folder = HfFolder.open(write_folder(case, tmp_path / "in", dtype))
-    chunks, offsets = load(folder)  # fp32 parameters hold bf16 values exactly
+    chunks, offsets = load(folder)  # fp32 represents bf16 values exactly
     export(chunks, folder, tmp_path / "out", layer_offsets=offsets)
     assert_same_tensors(HfFolder.open(tmp_path / "out"), folder)
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
@@ -127,7 +127,9 @@ def test_wrapped_bf16_model_round_trips(tmp_path: Path) -> None:
     wrapped = DistributedDataParallel(config, ddp_config, Float16Module(config, chunks[0]))
     addresses = [p.data_ptr() for p in wrapped.parameters()]
     load_into([wrapped], folder, tp_rank=0, tp_size=1, layer_offsets=offsets)
-    assert addresses == [p.data_ptr() for p in wrapped.parameters()]  # in place: DDP's buffer holds them
+    assert addresses == [
+        p.data_ptr() for p in wrapped.parameters()
+    ]  # in place, because DDP's buffer holds the parameters
     export([wrapped], folder, tmp_path / "out", layer_offsets=offsets)
     assert_same_tensors(HfFolder.open(tmp_path / "out"), folder)
 

@@ -1,4 +1,4 @@
-"""Tensors are found inside torch.save's records, and only where they lie there as they are wanted."""
+"""Tensors are found inside torch.save's records, but only contiguous ones of the expected type and shape."""
 
 import io
 import zipfile

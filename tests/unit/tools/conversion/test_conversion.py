@@ -1,4 +1,4 @@
-"""Whole conversions on the disk: bit-equal both ways, taken up after a kill, refused where something is wrong."""
+"""Complete conversions on disk: bit-equal in both directions, continued after a kill, refused for wrong input."""
 
 import json
 import pickle
@@ -37,7 +37,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, HfFolder]:
 
 @pytest.fixture(scope="module")
 def llama(folders: dict[str, HfFolder], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A converted checkpoint; not to be changed."""
+    """A converted checkpoint, which tests must not change."""
     path = tmp_path_factory.mktemp("megatron") / "llama"
     hf_to_megatron(folders["llama"], path)
     return path
@@ -82,7 +82,7 @@ def test_round_trip_is_bit_equal_and_computes_what_transformers_does(
 
 
 def test_layers_are_stacked_and_cut_for_ranks(tmp_path: Path) -> None:
-    """A rank reads its own bytes: chunks along the dimension that tensor parallelism cuts, a layer each."""
+    """Chunks are single layers, cut along the dimension that tensor parallelism splits, so that a rank can read only its own bytes."""
     big = {"hidden_size": 512, "intermediate_size": 4096, "num_hidden_layers": 2, "vocab_size": 128}
     config = transformers.LlamaConfig(**big, num_attention_heads=8, num_key_value_heads=8)
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "hf")
@@ -116,7 +116,7 @@ def test_another_dtype_is_a_plain_rounding(
 
 
 def retyped(path: Path, source: HfFolder, config_dtype: str, dtypes: dict[str, torch.dtype]) -> HfFolder:
-    """A copy whose tensors have the types of the first key that their names hold."""
+    """Copies a folder and gives each tensor the type of the first key that its name contains."""
     shutil.copytree(source.path, path)
     (path / "config.json").write_text(json.dumps(source.config | {"dtype": config_dtype}))
     state = {
@@ -167,7 +167,7 @@ def test_folder_of_two_types_comes_back_bit_equal(
 def test_layers_of_different_types_are_widened_and_named(
     folders: dict[str, HfFolder], tmp_path: Path
 ) -> None:
-    """A parameter of all layers has one type in a checkpoint."""
+    """A checkpoint stores the parameter of all layers in one type."""
     wide = {"2.mlp.down_proj": torch.float32, "1.self_attn.k_proj": torch.float32, "": torch.bfloat16}
     folder = retyped(tmp_path / "hf", folders["llama"], "bfloat16", wide)
     hf_to_megatron(folder, tmp_path / "megatron")
@@ -210,7 +210,7 @@ def test_companions_and_card_travel(folders: dict[str, HfFolder], tmp_path: Path
     assert not (tmp_path / "out/training_args.bin").exists()
     card = (tmp_path / "out/README.md").read_text()
     assert "| Architecture | LlamaForCausalLM |" in card and "library_name: transformers" in card
-    assert "Objective" not in card  # these weights saw no run
+    assert "Objective" not in card  # converted weights come from no run
 
 
 def test_query_groups_of_zeros_are_added_and_left_out_again(
@@ -250,7 +250,7 @@ def test_layers_that_are_not_stacked_and_a_padded_vocabulary_are_read(
 
 
 def checkpoint_of(path: Path, chunks: dict[tuple[int, ...], torch.Tensor], shape: tuple) -> TorchDistFolder:
-    """One tensor, "key", of chunks by their offsets."""
+    """Makes a checkpoint of one tensor, "key", from chunks by their offsets."""
     path.mkdir()
     with DistcpFile(path / "a.distcp") as file:
         for offsets, chunk in chunks.items():
@@ -314,7 +314,7 @@ def test_killed_conversion_continues_with_the_missing_files(
     done.clear()
     counted: list[int] = []
     hf_to_megatron(folders["llama"], tmp_path / "out", on_progress=counted.append)
-    assert len(done) == 3 and len(counted) == 6  # of six files three were there
+    assert len(done) == 3 and len(counted) == 6  # three of six files were finished
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     assert prove(TorchDistFolder.open(tmp_path / "out"), folders["llama"], is_export=False).faults == []
 
@@ -506,7 +506,7 @@ def test_damaged_record_is_named(copied: Path, tmp_path: Path) -> None:
 
 
 def named(faults: list[str]) -> list[tuple[str, str]]:
-    """(tensor, kind of fault) of each line."""
+    """Returns (tensor, kind of fault) for each line."""
     kinds = ("differs", "not finite", "missing", "unknown")
     return [(fault.split()[0], next(kind for kind in kinds if kind in fault)) for fault in faults]
 
@@ -627,7 +627,7 @@ def test_fp8_export_holds_blocks_and_scales(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("case", ["llama", "qwen2_tied", "qwen3", "mistral", "phi3", "mixtral", "qwen3_moe"])
 def test_transformers_loads_an_fp8_folder_as_it_is_meant(tmp_path: Path, case: str) -> None:
-    """transformers multiplies by the scales itself where there is no GPU; it takes whole blocks only."""
+    """Without a GPU transformers multiplies by the scales itself, for complete blocks only."""
     folder = HfFolder.open(write_folder(case, tmp_path / "hf", torch.bfloat16, sizes=whole_blocks(case)))
     hf_to_megatron(folder, tmp_path / "megatron")
     megatron_to_hf(TorchDistFolder.open(tmp_path / "megatron"), folder, tmp_path / "fp8", is_fp8=True)
