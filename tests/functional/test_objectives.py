@@ -59,10 +59,10 @@ def test_run_leaves_its_records(workshop: Workshop, recorded: Path) -> None:
     assert {r["finish_reason"] for r in rollouts} >= {"stop"}
     assert {r["weight_version"] for r in rollouts} == {0, 3}
     for refresh in refreshes_of(recorded):
-        window = [r for r in rollouts if r["weight_version"] == refresh["step"]]
-        correct = sum(r["verdict"] == "correct" for r in window)
-        assert refresh["rollout/num_rollouts"] == len(window)
-        assert refresh["verify/correct_frac"] == pytest.approx(correct / len(window))
+        sampled = [r for r in rollouts if r["weight_version"] == refresh["step"]]
+        correct = sum(r["verdict"] == "correct" for r in sampled)
+        assert refresh["rollout/num_rollouts"] == len(sampled)
+        assert refresh["verify/correct_frac"] == pytest.approx(correct / len(sampled))
     resolved = json.loads((recorded / "config.json").read_text())
     assert resolved["rasft"]["rollout"]["rollout_max_new_tokens"] == 12
     assert resolved["megatron"]["train_iters"] == "5"
