@@ -1,4 +1,4 @@
-"""What tests of every kind may ask for."""
+"""Fixtures for tests of every kind."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,14 +24,14 @@ def _server_pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerPoo
 
 @pytest.fixture
 def server_pool(_server_pool: ServerPool) -> Iterator[ServerPool]:
-    """Real SGLang servers, started when they are first asked for; their logs are shown if the test fails."""
+    """Real SGLang servers, each started at its first use. Their logs are shown if the test fails."""
     yield _server_pool
     print(_server_pool.logs())
 
 
 @pytest.fixture(scope="session")
 def served_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Llama with a tokenizer, as every server test may serve it."""
+    """Folder of a tiny Llama with a tokenizer, which server tests may share."""
     from tests.tiny_policy import write_model
 
     return write_model(tmp_path_factory.mktemp("served") / "model")
@@ -39,14 +39,14 @@ def served_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Megatron's groups of a single process on the CPU, whose backend the module has enabled."""
+    """Megatron's process groups for a single process. The test module must have enabled the CPU backend."""
     import torch
     import torch.distributed as dist
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
     if torch.cuda.is_available():
-        pytest.skip("the CPU backend is off where CUDA is available")
+        pytest.skip("the CPU backend is off because CUDA is available")
     store = tmp_path_factory.mktemp("dist") / "store"
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
     parallel_state.initialize_model_parallel()

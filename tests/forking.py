@@ -1,6 +1,6 @@
-"""Runs a program on several ranks, each in a process forked from one that has imported everything.
+"""Runs a program on several ranks, each in a process forked from one that has already imported everything.
 
-A rank then starts at once instead of importing torch, Megatron and transformers for ten seconds.
+A rank then starts at once, instead of importing torch, Megatron and transformers for ten seconds.
 """
 
 import contextlib
@@ -30,17 +30,17 @@ ENVIRONMENT = {
 
 @dataclass
 class Parent:
-    """The process that ranks are forked from; it is started when it is first needed."""
+    """The process that ranks are forked from. It starts at its first use."""
 
     preload: str
-    """Module that it imports."""
+    """Name of the module that it imports."""
     variables: Mapping[str, str] = field(default_factory=dict)
-    """More of its environment, and so of its ranks'."""
+    """Additional environment variables of this process and its ranks."""
     _server: forkserver.ForkServer = field(default_factory=forkserver.ForkServer)
 
     @contextlib.contextmanager
     def forks(self) -> Iterator[None]:
-        """While this is entered, multiprocessing's forkserver context forks new processes from this parent."""
+        """Makes multiprocessing's forkserver context fork new processes from this parent until the end of the context."""
         self._server.set_forkserver_preload([self.preload])
         before = dict(os.environ)
         os.environ.update(self.variables)
@@ -63,11 +63,12 @@ ON_CPU = Parent("tests.preloaded")
 
 @dataclass
 class Outcome:
-    """What a run left behind, one entry a rank."""
+    """Exit codes and logs of a run, with one entry per rank."""
 
     codes: list[int | None]
-    """Exit codes, negative for a signal; None for a rank that had to be killed after the timeout."""
+    """Exit codes, negative for a signal; None for a rank that was killed after the timeout."""
     logs: list[str]
+    """Standard output and standard error of each rank."""
 
     @property
     def output(self) -> str:
@@ -75,21 +76,22 @@ class Outcome:
 
     @property
     def errors(self) -> list[str]:
-        """Each message from its ``error:`` to the end of the log; several rows at fault take a line each."""
+        """The error messages in the logs: from ``error:`` to the end of the log, because messages may have several lines."""
         return [part for log in self.logs for part in f"\n{log}".split("\nerror: ")[1:]]
 
 
 @dataclass(kw_only=True)
 class Rank:
-    """What one rank runs."""
+    """The program of one rank, with arguments and environment."""
 
     program: Path
     arguments: Sequence[str]
     log: Path
+    """File for standard output and standard error."""
     variables: dict[str, str]
-    """More of the environment."""
+    """Additional environment variables."""
     prepare: Sequence[Callable[[], None]] = ()
-    """Called in its process before the program; can be pickled."""
+    """Functions to call in the process before the program. They are pickled."""
 
     def __call__(self) -> None:
         output = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -112,13 +114,15 @@ def run(
     parent: Parent = ON_CPU,
     has_launcher: bool = True,
 ) -> Outcome:
-    """Run the ranks to their end, side by side.
+    """Runs all ranks at the same time and waits for their end.
 
     Args:
-        timeout_s: a rank still running then is killed and has no exit code.
-        ends_with_first_failure: the others are killed then; else one that is left waiting shows as a hang.
-        parent: the process they are forked from.
-        has_launcher: whether each finds the variables that torchrun sets.
+        ranks: one entry per rank.
+        timeout_s: ranks that still run after this time are killed and have no exit code.
+        ends_with_first_failure: if a rank fails, the others are killed. Otherwise ranks that wait for it run into the
+            timeout, which shows that they hang.
+        parent: the process that ranks are forked from.
+        has_launcher: set the environment variables of torchrun.
     """
     os.environ.update(ENVIRONMENT)
     context = multiprocessing.get_context("forkserver")

@@ -1,9 +1,9 @@
-"""What the process that ranks are forked from imports: all that a rank would otherwise import for itself."""
+"""Imports everything that ranks need. The process that ranks are forked from imports this module once for all of them."""
 
 import gc
 import os
 
-# Read when Triton defines a kernel and when it runs one: on a CPU the ranks interpret this project's.
+# Makes Triton interpret this project's kernels on the CPU. Triton reads it when a kernel is defined and when it runs.
 os.environ["TRITON_INTERPRET"] = "1"
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401
@@ -14,4 +14,4 @@ import tests.tiny_models
 import tests.tiny_policy  # noqa: F401
 
 gc.collect()
-gc.freeze()  # what is here stays: a collection in a rank need not look at it
+gc.freeze()  # garbage collection in the ranks then skips these objects and leaves their memory shared

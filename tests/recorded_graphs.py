@@ -1,7 +1,7 @@
-"""CUDA graphs on a CPU: a capture records every operation with its tensors, a replay repeats them on the same tensors.
+"""Emulates CUDA graphs on a CPU: a capture records all operations, and a replay repeats them on the same tensors.
 
-Like a real graph, a replay sees nothing of Python: a value that the host computed is the same in every replay, a tensor that
-was replaced is not seen, and an operation that gives the host data is an error in a capture.
+Like a real graph, a replay does not run Python code. Values that the host computed stay those of the capture, tensors that
+Python replaced later are not used, and an operation that reads data to the host raises an error during a capture.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from megatron_rasft.training.generation import STEPS_PER_READ
 
 FREE_BYTES = 1 << 20
-"""What is free on the GPU."""
+"""Free memory of the emulated GPU."""
 
 READS = {
     "_local_scalar_dense",
@@ -30,7 +30,7 @@ READS = {
 
 
 class RecordedGraph:
-    """Stands in for torch.cuda.CUDAGraph."""
+    """Replaces torch.cuda.CUDAGraph."""
 
     num_captured = 0
     num_replayed = 0
@@ -46,7 +46,7 @@ class RecordedGraph:
                 for value in tree_leaves(again):
                     if isinstance(
                         value, torch.ScriptObject
-                    ):  # of a collective, which gloo runs in the background
+                    ):  # a collective, which gloo runs in the background
                         value.wait()
                 for target, made in zip(tensors(recorded), tensors(again), strict=True):
                     if made.data_ptr() != target.data_ptr():
@@ -69,14 +69,14 @@ class _Recording(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         if not name.startswith(
             ("empty", "new_empty")
-        ):  # no kernel, and Megatron gives such a tensor other memory later
+        ):  # they run no kernel, and Megatron later replaces the memory of such tensors
             self.graph.calls.append((func, args, kwargs or {}, out))
         return out
 
 
 @contextlib.contextmanager
 def capture(graph: RecordedGraph, *unused: Any, **also_unused: Any) -> Iterator[None]:
-    """Stands in for torch.cuda.graph. Unlike there, a capture computes as well, which only a replay must."""
+    """Replaces torch.cuda.graph. Unlike a real capture, this one also computes the results."""
     with _Recording(graph):
         yield
     type(graph).num_captured += 1
@@ -84,9 +84,9 @@ def capture(graph: RecordedGraph, *unused: Any, **also_unused: Any) -> Iterator[
 
 @contextlib.contextmanager
 def on_a_gpu(sampler: Any) -> Iterator[type[RecordedGraph]]:
-    """Let a PolicySampler take every branch for GPUs, on a CPU that answers torch.cuda's other questions.
+    """Makes a PolicySampler take its branches for GPUs, on a CPU whose backend is enabled.
 
-    The graphs counted are those of this use.
+    The value is a class that counts the graphs captured and replayed in this context.
     """
     graphs = type("Graphs", (RecordedGraph,), {"num_captured": 0, "num_replayed": 0})
     answers = {

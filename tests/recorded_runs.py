@@ -1,10 +1,10 @@
-"""Records ten short runs, so that a change that must not alter numbers can show that it does not.
+"""Records ten short runs, to show that a change does not alter their numbers.
 
     python -m tests.recorded_runs before.json            at the commit before the change
-    python -m tests.recorded_runs after.json before.json after it: names every run and value that differ
+    python -m tests.recorded_runs after.json before.json after it: lists every run and value that differ
 
-Recorded are each step's loss, gradient norm and number of samples, each rollout's tokens, log-probabilities, verdict and weight, and the
-exported weights. They are compared bit for bit, so both recordings must be made on one machine.
+A recording has the loss, gradient norm and number of samples of each step, the tokens, log-probabilities, verdict and weight of each
+rollout, and the exported weights. They are compared bit for bit, so both recordings must be made on the same machine.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ from tests.servers.running import NEWEST, ServerPool
 
 @dataclass(kw_only=True)
 class Case:
-    """One run: its flags beyond the workshop's, its ranks, and the step after which it is stopped and resumed."""
+    """One run: flags in addition to the workshop's, number of ranks, and the step after which it is stopped and resumed."""
 
     flags: tuple[str, ...] = ()
     world_size: int = 1
@@ -74,7 +74,7 @@ STEPS = 5
 
 
 def record(case: Case, name: str, workshop: Workshop, pool: ServerPool) -> dict[str, Any]:
-    """Run one case to its end, in two parts where it is stopped."""
+    """Runs one case, in two parts if it is stopped and resumed, and returns its record."""
     save = workshop.root / name
     exported = workshop.root / f"{name}-exported"
     flags = ["--save", str(save), "--train-iters", str(STEPS), "--export-hf", str(exported), *case.flags]
@@ -105,9 +105,10 @@ def record(case: Case, name: str, workshop: Workshop, pool: ServerPool) -> dict[
 
 
 def rollouts_of(save: Path, *, has_logprobs: bool) -> list[list[Any]]:
-    """What each rollout was and how it was judged, in the file's order.
+    """The rollouts of a run with their verdicts, in the order of the file.
 
-    A server computes log-probabilities in batches that depend on when requests arrive: their last bits differ between two runs.
+    Log-probabilities of a rollout server are left out. Their last bits differ between runs, because the server's batches depend on the
+    times at which requests arrive.
     """
     store = save / "rollouts.jsonl"
     if not store.exists():
@@ -128,8 +129,8 @@ def rollouts_of(save: Path, *, has_logprobs: bool) -> list[list[Any]]:
 
 
 def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """One line for each value of each run that is not the same."""
-    lines = [f"{name}: recorded once only" for name in sorted(before.keys() ^ after.keys())]
+    """Returns one line for each value of each run that differs."""
+    lines = [f"{name}: recorded only once" for name in sorted(before.keys() ^ after.keys())]
     for name in sorted(before.keys() & after.keys()):
         lines += [
             f"{name}: {key} differs" for key, value in before[name].items() if after[name][key] != value
@@ -138,7 +139,7 @@ def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
 
 
 def main(output: Path, before: Path | None) -> int:
-    """Record every case; exit code 1 if one differs from ``before``."""
+    """Records every case. Returns exit code 1 if one differs from ``before``."""
     records = {}
     with tempfile.TemporaryDirectory() as folder:
         workshop = build_workshop(Path(folder))
@@ -157,7 +158,7 @@ def main(output: Path, before: Path | None) -> int:
     if before is None:
         return 0
     lines = differences(json.loads(before.read_text()), records)
-    print("\n".join(lines) or f"the {len(records)} runs are those of {before}, bit for bit")
+    print("\n".join(lines) or f"the {len(records)} runs are bit-equal to those of {before}")
     return int(bool(lines))
 
 

@@ -1,4 +1,4 @@
-"""Tiny Hugging Face folders of every supported family, and the Megatron models for them."""
+"""Tiny Hugging Face models of every supported family, and the Megatron models with the same weights."""
 
 from pathlib import Path
 from typing import Any
@@ -97,7 +97,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def whole_blocks(case: str) -> dict[str, Any]:
-    """Sizes with which every matrix of the case is whole blocks of 128 x 128, as FP8 wants them."""
+    """Sizes for a case that make every matrix consist of whole blocks of 128 x 128, as blockwise FP8 requires."""
     family, overrides = CASES[case]
     sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 256, "intermediate_size": 384}
     sizes |= {"num_hidden_layers": 1}
@@ -106,7 +106,7 @@ def whole_blocks(case: str) -> dict[str, Any]:
 
 
 def hf_model(case: str, sizes: dict[str, Any] | None = None) -> transformers.PreTrainedModel:
-    """A random fp32 model, norms and biases off their trivial values; ``sizes`` other than the case's."""
+    """A random fp32 model whose norms and biases do not have their initial ones and zeros; ``sizes`` replace the case's."""
     family, overrides = CASES[case]
     config = getattr(transformers, family + "Config")(**{**_SIZES, **overrides, **(sizes or {})})
     torch.manual_seed(1234)
@@ -124,18 +124,18 @@ def write_folder(
     sizes: dict[str, Any] | None = None,
     **save: Any,
 ) -> Path:
-    """Save the case's model as transformers does."""
+    """Saves the model of a case with transformers."""
     hf_model(case, sizes).to(dtype).save_pretrained(path, **save)
     return path
 
 
 def some_tokens(batch: int = 2, length: int = 64) -> Tensor:
-    """[b, s] int64 ids below every case's vocabulary."""
+    """Random token ids [b, s] int64 that are valid for every case."""
     return torch.randint(0, 101, (batch, length), generator=torch.Generator().manual_seed(7))
 
 
 def transformer_config(folder: HfFolder, **overrides: Any) -> Any:
-    """Megatron's TransformerConfig for the folder; model parallelism must be initialised."""
+    """Returns Megatron's TransformerConfig for a model folder. Model parallelism must be initialised."""
     import torch.nn.functional as F
     from megatron.core import parallel_state as ps
     from megatron.core.transformer.transformer_config import TransformerConfig
@@ -169,7 +169,7 @@ def transformer_config(folder: HfFolder, **overrides: Any) -> Any:
 def build_chunks(
     folder: HfFolder, padded_vocab_size: int, vpp: int | None = None, **overrides: Any
 ) -> tuple[list[Any], list[int]]:
-    """This rank's GPTModel chunks with random weights, and the layer offset of each."""
+    """Builds this rank's GPTModel chunks with random weights, and returns them with their layer offsets."""
     from megatron.core import parallel_state as ps
     from megatron.core.models.gpt import GPTModel
     from megatron.core.transformer.transformer_layer import get_transformer_layer_offset

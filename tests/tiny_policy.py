@@ -1,7 +1,7 @@
-"""A real, tiny policy: a random Llama over 32 characters whose one-digit guesses are right now and then.
+"""A tiny policy for tests: a random Llama over 32 characters, whose guesses of one digit are sometimes right.
 
-Small enough to train in seconds, yet everything about it is real: a Hugging Face folder, a tokenizer, sampling,
-and answers that the verifier grades.
+It is small enough to train in seconds, but complete: a Hugging Face folder with a tokenizer, from which responses can be
+sampled and graded.
 """
 
 import json
@@ -19,7 +19,7 @@ EOS = "<eos>"
 
 
 def write_model(path: Path, characters: str = CHARACTERS, **overrides: Any) -> Path:
-    """A 4-layer Llama of width 64 with a tokenizer of one token per character, in fp32."""
+    """Writes an fp32 Llama with 4 layers of width 64, and a tokenizer with one token per character."""
     symbols = [EOS, *dict.fromkeys(characters)]
     vocabulary = {symbol: i for i, symbol in enumerate(symbols)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=EOS))
@@ -48,13 +48,13 @@ def write_model(path: Path, characters: str = CHARACTERS, **overrides: Any) -> P
 
 
 def write_mixture(path: Path, like: Path) -> Path:
-    """A random Mixtral of four experts with the tokenizer of another model, in fp32."""
+    """Writes a random fp32 Mixtral with four experts, and the tokenizer of another model."""
     shutil.copytree(like, path, ignore=shutil.ignore_patterns("*.safetensors"))
     config = transformers.AutoConfig.from_pretrained(like)
     shape: dict[str, Any] = {
         "vocab_size": config.vocab_size,
         "hidden_size": 32,
-        "intermediate_size": 64,  # a multiple of 32: to one SGLang pads it on a CPU
+        "intermediate_size": 64,  # a multiple of 32, so that SGLang does not pad it on a CPU
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
@@ -70,7 +70,7 @@ def write_mixture(path: Path, like: Path) -> Path:
 
 
 def write_sums(path: Path, num_rows: int, seed: int = 0) -> Path:
-    """Sums whose answer is one digit, with a response that says so."""
+    """Writes rows of sums with an answer of one digit, each with a response."""
     draw = random.Random(seed)
     with path.open("w", encoding="utf-8") as file:
         for index in range(num_rows):

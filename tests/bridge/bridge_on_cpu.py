@@ -1,7 +1,7 @@
 """Runs a script that uses Megatron-Bridge on a machine without a GPU: python bridge_on_cpu.py SCRIPT ARGS
 
-Maps the CUDA calls on the way of a conversion to the CPU; kernels are never called there. Megatron-Bridge writes checkpoints in
-spawned processes, which import this file first: that is why it patches at module level.
+It replaces the CUDA calls of a conversion, which calls no kernels. Megatron-Bridge writes checkpoints in spawned processes, which
+import this file first. The replacement is therefore done at module level.
 """
 
 import importlib
@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 
 def patch() -> None:
-    """Put the CPU in place of the device, before and after Transformer Engine asks for one."""
+    """Replaces torch.cuda's functions: some before Megatron-Bridge is imported, and some after."""
     device = types.SimpleNamespace(
         major=9, minor=0, total_memory=80 * 2**30, name="cpu", multi_processor_count=1
     )
@@ -45,7 +45,9 @@ def patch() -> None:
         module.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
         module.manual_seed = lambda seed: torch.manual_seed(seed)
 
-    importlib.import_module("megatron.bridge")  # while its parts still see no device
+    importlib.import_module(
+        "megatron.bridge"
+    )  # before is_available returns True, so that no module expects a device
     import megatron.core.tensor_parallel.layers as layers
     import megatron.core.tensor_parallel.random as random
 

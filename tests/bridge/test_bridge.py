@@ -1,7 +1,10 @@
-"""convert_checkpoint.py --bridge with the real Megatron-Bridge, on the families that the README sends there.
+"""convert_checkpoint.py --bridge with the real Megatron-Bridge, for the families that need it according to the README.
 
-In an environment that has it (NVIDIA's NeMo container, or `pip install 'megatron-bridge[te]'`): python -m pytest -m bridge
-Without a GPU the CUDA calls of a conversion are mapped to the CPU.
+Run it in an environment with Megatron-Bridge (NVIDIA's NeMo container, or `pip install 'megatron-bridge[te]'`):
+
+    python -m pytest -m bridge
+
+Without a GPU, bridge_on_cpu.py replaces the CUDA calls of a conversion.
 """
 
 import subprocess
@@ -45,7 +48,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.bridge
 @pytest.mark.parametrize("family", ["Gemma2", "Gemma3"])
-def test_there_and_back_is_bit_equal(family: str, tmp_path: Path) -> None:
+def test_a_round_trip_is_bit_equal(family: str, tmp_path: Path) -> None:
     import transformers
 
     torch.manual_seed(1)

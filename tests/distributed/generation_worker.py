@@ -1,6 +1,6 @@
-"""One rank of test_generation.py: samples from the tiny model in every layout of its world size.
+"""One rank of test_generation.py: samples from a tiny model in every layout of its world size.
 
-Usage: generation_worker.py RANK WORLD_SIZE ROOT, where ROOT holds the folder "llama".
+Usage: generation_worker.py RANK WORLD_SIZE ROOT, where ROOT contains the model folder "llama".
 """
 
 import contextlib
@@ -58,14 +58,14 @@ LAYOUTS: dict[int, dict[str, str]] = {
 
 SEQ_LENGTH = 64
 LENGTH = 128
-"""Of the rows whose number is chosen from the memory."""
+"""Length of the rows whose number is derived from free memory."""
 COMMON = f"--seq-length {SEQ_LENGTH} --global-batch-size 8 --lr-decay-style constant --lr-warmup-iters 0 --lr 1e-3 --objective dft"
 
 PROMPTS = [[5, 17, 99], [3], [88, 2, 45, 45, 7, 60, 31, 12], [100, 0, 41, 9, 9], [71, 70]]
 NUM_SAMPLES = 3
 NEW_TOKENS = 20
 STOP_IDS = frozenset(range(0, 101, 6))
-"""A sixth of the vocabulary: rows end one after another, so they are refilled and moved again and again."""
+"""A sixth of the vocabulary, so that rows end at different steps and are often refilled and moved."""
 
 
 def params(**changes: Any) -> SamplingParams:
@@ -87,8 +87,8 @@ MODES: dict[str, SamplingParams] = {
     "small batches": params(max_batch_size=4),
     "rare looks": params(max_batch_size=4),
     "as on a GPU": params(max_batch_size=8),
-    # Longest prompt and response are half a training row: with two context-parallel ranks Megatron's rotary embedding
-    # is asked for as many positions by both.
+    # Longest prompt plus response is half a training row. With two context-parallel ranks, training and sampling then
+    # ask Megatron's rotary embedding for the same number of positions, by which it caches its results.
     "half a training row": params(max_new_tokens=SEQ_LENGTH // 2 - 8),
     "little room": params(max_total_tokens=18, max_batch_size=9),
     "nucleus": params(temperature=0.9, top_p=0.8),
@@ -121,7 +121,7 @@ def sample(flags: list[str], root: Path) -> dict[str, Any]:
     result: dict[str, Any] = {}
     with trainer(root / "llama", root / "none.jsonl", flags) as run:
         before = training_state(run.chunks)
-        # Fewer requests than replicas, before anything else has gathered the parameters.
+        # Fewer requests than replicas. It comes first, when the distributed optimizer has not yet gathered parameters.
         result["lone request"] = responses(run.generate(requests(1)[:1], MODES["greedy"]))
         run.score([full_row()], with_reference=False)
         for mode, chosen in MODES.items():
@@ -134,7 +134,7 @@ def sample(flags: list[str], root: Path) -> dict[str, Any]:
                 continue
             asked = requests(1 if chosen.temperature == 0 else NUM_SAMPLES)
             groups = run.generate(asked, chosen)
-            assert bool(groups) == (dist.get_rank() == 0), "only rank 0 has use for the responses"
+            assert bool(groups) == (dist.get_rank() == 0), "only rank 0 gets the responses"
             result[mode] = responses(groups)
         result["caches left"] = caches_left(lambda: run.generate(requests(1), MODES["plain"]))
         stop, run.stop = run.stop, StopRequest(lambda: dist.get_rank() == dist.get_world_size() - 1)
@@ -158,7 +158,7 @@ def sample(flags: list[str], root: Path) -> dict[str, Any]:
 
 
 class ParityVerifier:
-    """A verifier to which every other response is right."""
+    """A verifier that accepts responses whose token ids have an even sum."""
 
     def verify(self, rollouts: list[Rollout], checks: dict, *_: Any) -> None:
         for rollout in rollouts:
@@ -166,7 +166,7 @@ class ParityVerifier:
 
 
 def refresh(run: Any) -> list[tuple[list[int], float, list[float], list[float]]]:
-    """The samples of a grpo refresh on rank 0; neither rollouts nor samples go to the other ranks."""
+    """Runs a grpo refresh and returns its samples on rank 0. Checks that no other rank receives rollouts or samples."""
     config = RasftConfig(
         objective=Grpo(),
         rollout=RolloutConfig(rollout_num_samples=NUM_SAMPLES, rollout_max_new_tokens=NEW_TOKENS),
@@ -201,13 +201,13 @@ def refresh(run: Any) -> list[tuple[list[int], float, list[float], list[float]]]
         batch_size=len(PROMPTS),
         total_steps=1,
     )
-    broadcast, heard = dist.broadcast_object_list, []
+    broadcast, messages = dist.broadcast_object_list, []
 
-    def listen(box: list, *args: Any, **options: Any) -> None:
+    def broadcast_recorded(box: list, *args: Any, **options: Any) -> None:
         broadcast(box, *args, **options)
-        heard.append(pickle.dumps(box))
+        messages.append(pickle.dumps(box))
 
-    dist.broadcast_object_list = listen
+    dist.broadcast_object_list = broadcast_recorded
     try:
         driver.start(0)
         choice = driver.choose_problems()
@@ -220,7 +220,7 @@ def refresh(run: Any) -> list[tuple[list[int], float, list[float], list[float]]]
         dist.broadcast_object_list = broadcast
     assert report.num_rollouts == len(PROMPTS) * NUM_SAMPLES
     names = (Rollout.__name__, TrainingSample.__name__, SampleArrays.__name__)
-    assert not any(name.encode() in message for message in heard for name in names)
+    assert not any(name.encode() in message for message in messages for name in names)
     assert gather_to_all(queue.sizes) == [queue.sizes] * dist.get_world_size()
     batch = queue.batch(0)
     if not is_rank_zero:
@@ -238,7 +238,7 @@ def refresh(run: Any) -> list[tuple[list[int], float, list[float], list[float]]]
 
 
 def caches_left(work: Callable[[], Any]) -> int:
-    """Layers that still hold keys after ``work``, before any garbage is collected."""
+    """The number of layers that still hold keys after ``work``, with garbage collection switched off."""
     gc.disable()
     try:
         work()
@@ -281,7 +281,7 @@ def samples_of(groups: list) -> list[TrainingSample]:
 
 
 def training_state(chunks: list) -> dict[str, Any]:
-    """Everything generation may have to switch, by name."""
+    """Name -> the state that generation changes temporarily."""
     state: dict[str, Any] = {}
     for number, chunk in enumerate(chunks):
         state[f"{number} config"] = (chunk.config.sequence_parallel, chunk.config.fp8, chunk.config.fp4)

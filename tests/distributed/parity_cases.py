@@ -1,4 +1,4 @@
-"""The cases of test_training_parity.py and the batches they train on. Imports no Megatron."""
+"""The cases of test_training_parity.py, and the batches that they train on. This module does not import Megatron."""
 
 import random
 from dataclasses import dataclass
@@ -12,11 +12,11 @@ BETAS = (0.9, 0.95)
 WEIGHT_DECAY = 0.01
 
 EPSILON = {"rasft": 1e-3, "dft": 1e-3, "sft_kl": 1e-1}
-"""Adam's eps per objective, above the gradients': the update is smooth in the gradient, lr * g / (|g| + eps)
-in the first step, so weights that agree mean gradients that agree."""
+"""Adam's eps for each objective, larger than the gradients. The first update, lr * g / (|g| + eps), is then smooth in the
+gradient g, so equal weights imply equal gradients."""
 
 CLIP = {"rasft": 1e-3, "dft": 1e-3, "sft_kl": 0.3}
-"""Below the gradients' norm: the norm over all ranks is then part of every weight."""
+"""Gradient clipping below the gradients' norm, so that the norm over all ranks affects every weight."""
 
 COMMON = (
     "--seq-length 64 --micro-batch-size 1 --global-batch-size 8 --lr-decay-style constant --lr-warmup-iters 0 "
@@ -43,7 +43,7 @@ LAYOUTS: dict[int, dict[str, str]] = {
         "dp2": "",
         "dp2, plain optimizer": "",
         "dp2, plain optimizer, overlapped": "--overlap-grad-reduce",
-        # Small buckets: each weight is waited for by itself, as those of a large model are.
+        # Small buckets, so that the forward pass waits for the weights one after the other, as in a large model.
         "dp2, overlapped": "--overlap-grad-reduce --overlap-param-gather --ddp-bucket-size 100",
         "dp2, padded": "--rasft-batch-layout padded --micro-batch-size 2",
         "tp2": "--tensor-model-parallel-size 2",
@@ -109,7 +109,7 @@ class Case:
 
     @property
     def width_slack(self) -> float:
-        """Share of padding that rounding of widths may add; on a GPU it is 0.03."""
+        """``BatchLayout.width_slack``; 0.03 on a GPU."""
         return 0.9 if "coarse widths" in self.layout else 0.0
 
     @property
@@ -125,11 +125,11 @@ SECOND = {
     "pp2 cp2": "sft_kl",
     "dp2 cp2": "dft",
 }
-"""Layouts of four processes -> what they train beside rasft."""
+"""Layout of four processes -> the objective that it trains besides rasft."""
 
 
 def cases(world_size: int) -> list[Case]:
-    """Every layout trains rasft; of those of one or two processes, the ones without a variation in their name train all."""
+    """All layouts train rasft. Those of one or two processes train all objectives unless their name has a variation."""
     chosen = []
     for layout in LAYOUTS[world_size]:
         pairs = [("rasft", "untied")]
@@ -142,7 +142,7 @@ def cases(world_size: int) -> list[Case]:
 
 
 def batches(objective: str) -> list[list[TrainingSample]]:
-    """Global batches of 6, 4 and 1 samples, of unequal lengths and weights; the last leaves replicas idle."""
+    """Global batches of 6, 4 and 1 samples with different lengths and weights. The last one leaves replicas idle."""
     draw = random.Random(11)
     out = []
     for size in (6, 4, 1):

@@ -1,6 +1,6 @@
-"""One rank of test_training_parity.py: trains every case of its world size and keeps what came of it.
+"""One rank of test_training_parity.py: trains every case of its world size, and saves losses and weights.
 
-Usage: parity_worker.py RANK WORLD_SIZE ROOT, where ROOT holds a Hugging Face folder for each model.
+Usage: parity_worker.py RANK WORLD_SIZE ROOT, where ROOT contains a Hugging Face folder for each model.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ from tests.distributed.parity_cases import COMMON, MODELS, NUM_STEPS, Case, batc
 from tests.distributed.ranks_harness import trainer  # noqa: E402
 
 PLANNED = {1: [""], 2: ["", "--tensor-model-parallel-size 2 --sequence-parallel"]}
-"""World size -> flags of the trainers whose tensors are weighed."""
+"""World size -> flags of the trainers whose memory is compared with that of capacity planning."""
 
 
 def main(rank: int, world_size: int, root: Path) -> None:
@@ -55,7 +55,7 @@ def main(rank: int, world_size: int, root: Path) -> None:
 
 
 def train(case: Case, root: Path) -> dict:
-    """Losses and gradient norms of each step, and the exported weights after the first and the last."""
+    """Trains one case. Returns losses and gradient norms of each step, and exported weights after the first and last."""
     result: dict = {"loss": [], "grad_norm": [], "weights": [], "metrics": []}
     with (
         widths_rounded(case.width_slack),
@@ -89,7 +89,7 @@ def widths_rounded(slack: float) -> Iterator[None]:
 
 
 def check_planned_bytes(flags: str, root: Path) -> None:
-    """tools/plan.py says what a real optimizer's tensors take, in BF16 with the distributed optimizer."""
+    """Compares the memory that tools/plan.py calculates with the tensors of a real optimizer, in BF16."""
     model = root / MODELS["tied"]
     with trainer(model, root / "none.jsonl", f"{COMMON} --objective dft --bf16 {flags}".split()) as run:
         batch = batches("dft")[0]
@@ -119,7 +119,8 @@ def check_planned_bytes(flags: str, root: Path) -> None:
 
 
 def exported(run: object, path: Path) -> dict[str, torch.Tensor]:
-    with run.parameters_gathered():  # as a sync over the disk exports
+    """Exports the weights, and returns them by name."""
+    with run.parameters_gathered():  # the same context as in a sync by disk
         run.export(str(path))  # type: ignore[attr-defined]
     folder = HfFolder.open(path)
     tensors = {name: folder.read(name).clone() for name in folder.tensors}

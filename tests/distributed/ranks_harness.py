@@ -1,4 +1,4 @@
-"""Runs one process per rank over gloo, and in it one trainer after another."""
+"""Runs one process per rank over gloo, each with several trainers one after the other."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -9,7 +9,7 @@ from tests import forking
 
 
 def run_ranks(worker: Path, world_size: int, root: Path, timeout_s: int = 300) -> forking.Outcome:
-    """Run ``worker RANK WORLD_SIZE ROOT`` on every rank; fails with the ranks' output if one of them does."""
+    """Runs ``worker RANK WORLD_SIZE ROOT`` on every rank. If one fails, the test fails with the output of all ranks."""
     ranks = [
         forking.Rank(
             program=worker,
@@ -33,10 +33,11 @@ def trainer(
     has_distributed_optimizer: bool = True,
     has_gradient_fusion: bool = False,
 ) -> Iterator[Any]:
-    """A Trainer built from a command line; Megatron's globals are gone afterwards, so another can follow.
+    """Builds a Trainer from a command line, and destroys Megatron's globals at the end, so that another can follow.
 
-    The distributed optimizer is this package's default, and Megatron has no flag that turns it off. Gradient accumulation
-    fusion is Megatron's default, and this package turns it off without Transformer Engine.
+    The two booleans are set after parsing. The package switches the distributed optimizer on by default, and Megatron has
+    no flag to switch it off. Gradient accumulation fusion is Megatron's default, but the package switches it off if
+    Transformer Engine is missing.
     """
     from megatron.core import num_microbatches_calculator, parallel_state, rerun_state_machine
     from megatron.core.transformer import utils as transformer_utils
@@ -58,5 +59,5 @@ def trainer(
         num_microbatches_calculator.destroy_num_microbatches_calculator()
         rerun_state_machine.destroy_rerun_state_machine()
         global_vars.destroy_global_vars()
-        # Megatron remembers modules by the id of their model, which the next model may be given again.
+        # Megatron caches modules by the id of their model, and Python may give the next model the same id.
         transformer_utils._sequence_parallel_attr_cache = None

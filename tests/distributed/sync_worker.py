@@ -41,7 +41,7 @@ from tests.tiny_models import build_chunks  # noqa: E402
 
 PADDED_VOCAB_SIZE = 128
 BUCKET_MIB = 1
-"""Small, so that the tiny model takes several."""
+"""Small, so that the tiny model needs several buckets."""
 PROMPT = [5, 17, 3, 88, 41]
 
 

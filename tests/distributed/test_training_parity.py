@@ -1,4 +1,4 @@
-"""Same loss, gradient and weights for every split of a batch; one process against transformers in fp64."""
+"""Every division of a batch gives the same loss, gradients and weights, and one process those of transformers in fp64."""
 
 import math
 from pathlib import Path
@@ -25,10 +25,10 @@ from tests.distributed.ranks_harness import run_ranks
 from tests.tiny_models import hf_model, write_folder
 
 WEIGHT_TOLERANCE = 1e-6
-"""Absolute; weights reach 1 and move by 1e-2, so it is a few units in the last place."""
+"""Absolute tolerance of weights. They reach 1, where fp32 has steps of 1e-7, and training moves them by 1e-2."""
 
 LOSS_TOLERANCE = 1e-5
-"""Relative, of losses and gradient norms."""
+"""Relative tolerance of losses and gradient norms."""
 
 KL_COEF = 0.1
 
@@ -43,7 +43,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def results(root: Path) -> dict[str, dict[str, Any]]:
-    """What every case of every world size came to."""
+    """Case -> losses, gradient norms, metrics and weights, for all world sizes."""
     worker = Path(__file__).with_name("parity_worker.py")
     found: dict[str, dict[str, Any]] = {}
     for world_size in LAYOUTS:
@@ -56,7 +56,7 @@ ALL_CASES = [case for world_size in LAYOUTS for case in cases(world_size)]
 
 
 @pytest.mark.parametrize("case", ALL_CASES, ids=lambda case: case.key)
-def test_every_split_trains_alike(results: dict[str, dict[str, Any]], case: Case) -> None:
+def test_every_layout_trains_the_same(results: dict[str, dict[str, Any]], case: Case) -> None:
     expected = results[Case(1, "packed", case.objective, case.model).key]
     found = results[case.key]
     assert found["loss"] == pytest.approx(expected["loss"], rel=LOSS_TOLERANCE)
@@ -69,18 +69,18 @@ def test_every_split_trains_alike(results: dict[str, dict[str, Any]], case: Case
 
 
 @pytest.mark.parametrize("case", [c for c in cases(1) if c.layout == "packed"], ids=lambda case: case.key)
-def test_one_process_trains_as_transformers_and_torch_do(
+def test_one_process_trains_like_transformers_and_torch(
     results: dict[str, dict[str, Any]], case: Case
 ) -> None:
     found = results[case.key]
     losses, norms, weights = independent_training(case.objective, MODELS[case.model])
-    assert min(norms) > CLIP[case.objective], "the clip is meant to act in every step"
+    assert min(norms) > CLIP[case.objective], "gradients must be clipped in every step"
     assert found["loss"] == pytest.approx(losses, rel=LOSS_TOLERANCE)
     assert found["grad_norm"] == pytest.approx(norms, rel=LOSS_TOLERANCE)
     initial = hf_model(MODELS[case.model]).state_dict()
     moved = [max(float((now[n] - initial[n]).abs().max()) for n in now) for now in weights]
     assert min(moved) > 5000 * WEIGHT_TOLERANCE, (
-        f"weights moved by {moved}: too little to tell gradients apart"
+        f"weights moved by {moved}, too little to detect wrong gradients"
     )
     assert_same_weights(found["weights"], weights)
 
@@ -88,7 +88,7 @@ def test_one_process_trains_as_transformers_and_torch_do(
 def assert_same_weights(
     found: list[dict[str, torch.Tensor]], expected: list[dict[str, torch.Tensor]]
 ) -> None:
-    """After each step; the expectation may name a tied tensor twice."""
+    """Compares the weights after each step. Of tied tensors, ``expected`` may contain both names."""
     assert len(found) == len(expected)
     for step, (mine, theirs) in enumerate(zip(found, expected, strict=True)):
         assert mine.keys() <= theirs.keys()
@@ -101,7 +101,7 @@ def assert_same_weights(
 def independent_training(
     objective: str, name: str
 ) -> tuple[list[float], list[float], list[dict[str, torch.Tensor]]]:
-    """Losses, gradient norms and weights of transformers' model in fp64 under torch's AdamW."""
+    """Trains transformers' model in fp64 with torch's AdamW. Returns losses, gradient norms and weights."""
     model, reference = hf_model(name).double(), hf_model(name).double()
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(
@@ -132,7 +132,7 @@ def sequence_loss(
     reference: transformers.PreTrainedModel,
     sample: TrainingSample,
 ) -> torch.Tensor:
-    """Sum over the response tokens, straight from method.md's formulas."""
+    """The sum of the token losses of one sample, computed by the formulas of method.md."""
     ids = torch.tensor([[*sample.prompt_ids, *sample.response_ids]])
     start = len(sample.prompt_ids)
     full = torch.log_softmax(model(ids).logits[0, start - 1 : -1], -1)

@@ -1,6 +1,6 @@
 """One rank of test_weights.py: loads, compares and exports every case in every layout of its world size.
 
-Usage: weights_worker.py RANK WORLD_SIZE ROOT, where ROOT holds a folder and logits.pt per case.
+Usage: weights_worker.py RANK WORLD_SIZE ROOT, where ROOT contains a model folder and CASE.logits.pt for each case.
 """
 
 import sys
@@ -28,7 +28,7 @@ LAYOUTS: dict[int, list[tuple[int, int, int | None]]] = {
     2: [(2, 1, None), (1, 2, None), (1, 2, 2), (1, 1, None)],
     4: [(2, 2, None), (4, 1, None), (2, 2, 2)],
 }
-"""World size -> (tp, pp, vpp); what is left over is data parallel."""
+"""World size -> (tp, pp, vpp). The remaining factor of the world size is data parallelism."""
 
 EXPERT_LAYOUTS = {2: [(1, 1, 2, 1), (2, 1, 2, 1)], 4: [(1, 2, 2, 1), (2, 1, 2, 2), (2, 1, 2, 1)]}
 """World size -> (tp, pp, ep, expert tp) for the cases with experts."""
@@ -45,7 +45,7 @@ def main(rank: int, world_size: int, root: Path) -> None:
         model_parallel_cuda_manual_seed(123)
         for case in CASES:
             if tp == 4 and CASES[case][1]["num_attention_heads"] == 6:
-                continue  # six heads do not split in four
+                continue  # six heads cannot be divided among four ranks
             check(case, root, f"tp{tp}pp{pp}vpp{vpp}", vpp)
         ps.destroy_model_parallel()
     for tp, pp, ep, etp in EXPERT_LAYOUTS[world_size]:
@@ -97,7 +97,7 @@ def check(case: str, root: Path, layout: str, vpp: int | None) -> None:
         is_first_replica=ps.get_data_parallel_rank(with_context_parallel=True) == 0,
         experts=experts,
     )
-    exported = HfFolder.open(out)  # on every rank: nobody returned before the folder was there
+    exported = HfFolder.open(out)  # on every rank, to check that export returns when the folder is complete
     if dist.get_rank() == 0:
         for name in folder.tensors:
             assert torch.equal(exported.read(name), folder.read(name)), f"{case} {layout}: {name}"
@@ -105,7 +105,7 @@ def check(case: str, root: Path, layout: str, vpp: int | None) -> None:
 
 
 def check_planned(model: Model, chunks: list, vpp: int | None) -> None:
-    """tools/plan.py counts this rank's parameters as Megatron has built them, one by one."""
+    """Compares the parameters of this rank in capacity planning with those that Megatron has built, one by one."""
     tp, pp = ps.get_tensor_model_parallel_world_size(), ps.get_pipeline_model_parallel_world_size()
     layout = Layout(
         tp=tp,

@@ -1,4 +1,4 @@
-"""Models and data of the runs on the emulated machine."""
+"""Models, data and assertions for runs on the emulated machine."""
 
 import shutil
 from dataclasses import dataclass, field
@@ -32,15 +32,15 @@ DEMONSTRATIONS_ONLY = ["--curriculum-mode", "off", "--train-iters", str(STEPS)]
 
 @dataclass(frozen=True)
 class Bench:
-    """Files that the runs start from."""
+    """Models and training data of the runs, and a cache of their losses on the CPU."""
 
     root: Path
     data: Path
-    """40 problems."""
+    """File with 40 problems."""
     _losses: dict[tuple[str, ...], list[float]] = field(default_factory=dict)
 
     def model(self, case: str) -> Path:
-        """A random model of tests.tiny_models that has the tokenizer of the tiny policy."""
+        """Returns the folder of a random model of tests.tiny_models, with the tokenizer of the tiny policy."""
         path = self.root / case
         if case == "policy":
             return path
@@ -61,7 +61,7 @@ class Bench:
     def train(
         self, save: Path, flags: list[str], world_size: int = 1, **options: object
     ) -> list[facts.Facts]:
-        """A run on the emulated machine that must end well; what each rank used."""
+        """Runs a training on the emulated machine that must succeed, and returns the facts of each rank."""
         paths = [save.with_name(f"{save.name}-facts{rank}.json") for rank in range(world_size)]
         outcome = running.run(
             save.with_name(f"{save.name}-logs"),
@@ -75,7 +75,7 @@ class Bench:
         return facts.read(paths)
 
     def losses_on_cpu(self, case: str, *more: str) -> list[float]:
-        """Losses of the same demonstrations on one process of the CPU path."""
+        """The losses of the same training in one process on the CPU."""
         key = (case, *more)
         if key not in self._losses:
             save = self.root / f"cpu-{len(self._losses)}"
@@ -95,7 +95,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 
 
 def assert_gpu_path(found: list[facts.Facts], *, kernels: set[str]) -> None:
-    """No stand-in for CPUs took part in what a GPU trains with, and these kernels were called on every rank."""
+    """Checks that every rank used the modules for GPUs only, and called these kernels."""
     for rank in found:
         assert (rank.backend, rank.distributed_backend) == ("nccl", "nccl")
         assert rank.transformer_impl == "transformer_engine"

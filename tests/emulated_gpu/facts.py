@@ -1,4 +1,4 @@
-"""Records what a run on the emulated machine really used, so that a test can tell the GPU path from the CPU's."""
+"""Records the modules and kernels that a run on the emulated machine used, to distinguish the GPU path from the CPU path."""
 
 import json
 from collections.abc import Sequence
@@ -10,27 +10,29 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Facts:
-    """One rank's."""
+    """Modules, arguments and kernels that one rank used."""
 
     backend: str
-    """Of the default process group."""
+    """Backend of the default process group."""
     distributed_backend: str
-    """Megatron's argument."""
+    """Megatron's argument of this name."""
     transformer_impl: str
+    """Megatron's argument of this name."""
     optimizer: str
-    """Module of the Adam that Megatron takes."""
+    """Python module of the Adam class that Megatron uses."""
     cpu_backend_is_on: bool
     core_attention: list[str]
-    """Classes in the model that is trained, with their modules."""
+    """Classes of the model's core attention, with their Python modules."""
     layers: list[str]
-    """Classes of its modules that have parameters."""
+    """Classes of the model's layers that have parameters."""
     gradient_accumulation_fusion: bool
+    """Megatron's argument of this name."""
     kernels: dict[str, int]
-    """Calls of the emulated kernels by the end of the process."""
+    """Emulated kernel -> number of calls until the end of the process."""
 
 
 def record(path: Path) -> None:
-    """Write this process's facts when it ends; to be called before the program, for ``prepare``."""
+    """Writes the facts of this process to ``path`` when it ends. Pass it to ``prepare``, to be called before the program."""
     from megatron_rasft.objective import logit_kernels
     from megatron_rasft.training.trainer import Trainer
 
@@ -81,5 +83,5 @@ def _of(trainer: Any) -> dict[str, Any]:
 
 
 def read(paths: Sequence[Path]) -> list[Facts]:
-    """The ranks' facts, in order."""
+    """Reads the facts of all ranks, in the order of the paths."""
     return [Facts(**json.loads(path.read_text())) for path in paths]

@@ -1,3 +1,3 @@
-"""What the process on the emulated machine imports from which ranks are forked. Its environment has made it one already."""
+"""Imported by the process that ranks on the emulated machine are forked from. sitecustomize.py has emulated the GPUs before."""
 
 import tests.preloaded  # noqa: F401

@@ -1,6 +1,6 @@
-"""Runs programs unmodified on an emulated machine with GPUs: in fresh interpreters, or forked from one that is prepared.
+"""Runs unmodified programs on an emulated machine with GPUs, in new interpreters or forked from a prepared process.
 
-``variables`` is all that a program needs: give it as the environment of any command. See machine/gpu_emulation/__init__.py.
+The environment variables of ``variables`` are sufficient to emulate GPUs for any command. See machine/gpu_emulation/__init__.py.
 """
 
 import os
@@ -17,18 +17,18 @@ from tests.forking import ENVIRONMENT, REPOSITORY, Outcome
 from tests.functional import launching
 
 TRANSFORMER_ENGINE = REPOSITORY / ".cache" / "transformer_engine-2.20.2"
-"""Where tools/install_emulated_gpu.sh puts it."""
+"""Folder to which tools/install_emulated_gpu.sh installs Transformer Engine's Python files."""
 
 MACHINE = Path(__file__).parent / "machine"
 
 
 def variables(*packages: str) -> dict[str, str]:
-    """The environment that makes a process one on an emulated GPU.
+    """The environment variables that give a process emulated GPUs.
 
     Args:
-        packages: those that the machine has: transformer_engine, apex, or transformer_engine_of_another_torch.
+        packages: packages on the machine: transformer_engine, apex, or transformer_engine_of_another_torch.
     """
-    # EMULATED_GPU_TE can name a folder that is there already, as in a second checkout.
+    # EMULATED_GPU_TE can name an existing folder, for example that of another checkout.
     folder = Path(os.environ.get("EMULATED_GPU_TE", TRANSFORMER_ENGINE))
     if not (folder / ".installed").is_file():
         pytest.fail(f"{folder} is not installed: make emulated-gpu")
@@ -36,9 +36,9 @@ def variables(*packages: str) -> dict[str, str]:
         "EMULATED_GPU": ",".join(packages),
         "EMULATED_GPU_TE": str(folder),
         "PYTHONPATH": os.pathsep.join([str(MACHINE), str(REPOSITORY)]),
-        # There is nothing to run compiled kernels on.
+        # Triton's interpreter, because there is no device for compiled kernels.
         "TRITON_INTERPRET": "1",
-        # Compiling for the CPU would take minutes, and shows nothing about a GPU.
+        # torch.compile would take minutes to compile for the CPU, which says nothing about a GPU.
         "TORCHDYNAMO_DISABLE": "1",
     }
 
@@ -47,14 +47,14 @@ _parents: dict[tuple[str, ...], forking.Parent] = {}
 
 
 def parent(*packages: str) -> forking.Parent:
-    """The process on the emulated machine from which ranks are forked."""
+    """The process on the emulated machine that ranks are forked from."""
     if packages not in _parents:
         _parents[packages] = forking.Parent("tests.emulated_gpu.preloaded", variables(*packages))
     return _parents[packages]
 
 
 def _add_paths() -> None:
-    """Put the machine's folders back on the path: multiprocessing gives a forked process the path of the one that asked for it."""
+    """Adds the machine's folders to sys.path again. multiprocessing replaces a forked process's path by the requester's."""
     sys.path += [str(MACHINE), os.environ["EMULATED_GPU_TE"]]
 
 
@@ -67,7 +67,7 @@ def run(
     prepare_rank: Callable[[int], Sequence[Callable[[], None]]] = lambda rank: (),
     **options: Any,
 ) -> Outcome:
-    """``launching.run`` on the emulated machine."""
+    """Calls ``launching.run`` on the emulated machine."""
     options["prepare_rank"] = lambda rank: [_add_paths, *prepare_rank(rank)]
     local = {"LOCAL_WORLD_SIZE": str(world_size)} | dict(options.pop("variables", {}))
     return launching.run(folder, flags, world_size, parent=parent(*packages), variables=local, **options)
@@ -79,7 +79,7 @@ def command(
     more: Mapping[str, str] | None = None,
     timeout_s: float = 240,
 ) -> subprocess.CompletedProcess[str]:
-    """A command on the emulated machine as a user types it, with both outputs in ``stdout``."""
+    """Runs a command on the emulated machine. Standard output and standard error are both in ``stdout``."""
     environment = os.environ | variables(*packages) | (more or {})
     return subprocess.run(
         line,

@@ -1,4 +1,4 @@
-"""FP8 runs by Transformer Engine's own Python: its quantizers, amax histories and scale updates, on emulated kernels."""
+"""FP8 runs with Transformer Engine's own Python code (quantizers, amax histories, scale updates) on emulated kernels."""
 
 import shutil
 from functools import partial
@@ -17,16 +17,17 @@ STEPS = 3
 FP8 = ["--bf16", "--fp8-format", "hybrid", "--train-iters", str(STEPS)]
 
 RATIO_GAP = 3e-3
-"""Largest difference from 1 of ratios of one model: 0.0015 here, since scales depend on the micro-batch and scoring cuts others.
+"""Tolerance of the ratio of policy and reference while both are the same model.
 
-Where the reference was computed at a scale of 1 it is 0.01.
+The difference from 1 is 0.0015 here, because scales depend on the micro-batch and scoring uses different micro-batches. If the
+reference were computed with scales of 1, the difference would be 0.01.
 """
 
 
 def make_scales_matter(model: Path) -> None:
-    """Give the layers inputs of hundreds in the place of small ones.
+    """Scales the layers' inputs up to hundreds, while their weights are so small that e4m3 rounds them coarsely at scale 1.
 
-    Their weights are so small that e4m3 rounds them coarsely at a scale of 1, and the products count beside the residual stream.
+    The layers' outputs are then large enough to affect the residual stream, and wrong scales change the losses.
     """
     path = model / "model.safetensors"
     weights = load_file(path)
@@ -43,7 +44,7 @@ def inputs(tmp_path: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("recipe", ["delayed", "tensorwise"])
-def test_ratios_of_an_fp8_run_are_one_while_the_weights_stand_still(
+def test_ratios_of_an_fp8_run_are_one_while_the_weights_do_not_change(
     inputs: list[str], tmp_path: Path, recipe: str
 ) -> None:
     paths, save = [tmp_path / "facts.json"], tmp_path / "save"

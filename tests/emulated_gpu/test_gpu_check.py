@@ -1,4 +1,4 @@
-"""tools/gpu_check.py at small size on the emulated GPU: its programs run and give their figures."""
+"""tools/gpu_check.py on the emulated GPU with small sizes: its programs run and report their figures."""
 
 import multiprocessing
 import os
@@ -19,7 +19,7 @@ from tools.gpu_checking.processes import Command, Started
 
 @dataclass(kw_only=True)
 class Leader(Rank):
-    """A program that leads a process group, as the check starts it."""
+    """A program that is the leader of a process group, as gpu_check starts programs."""
 
     def __call__(self) -> None:
         os.setsid()
@@ -28,7 +28,7 @@ class Leader(Rank):
 
 @dataclass
 class Forked:
-    """A running program, as the check asks about it."""
+    """A running program with the interface that gpu_check uses."""
 
     process: ForkServerProcess
 
@@ -42,7 +42,7 @@ class Forked:
 
 
 def profile_host_only() -> None:
-    """The profiler asks CUDA's driver itself, of which nothing is emulated."""
+    """Makes torch's profiler record the CPU only, because it calls the CUDA driver, which is not emulated."""
     import torch.profiler
 
     init = torch.profiler.profile.__init__
@@ -80,7 +80,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Iterator[report.Report]:
     steps = ["first_run", "train_step", "generation", "generation_cudnn", "fp8_delayed", "swap_and_save"]
     steps += ["async_save", "profile"]
     code = gpu_check.main(["--output", str(output), "--shape", "tiny", "--steps", *steps], begin=begin)
-    assert code in (0, 1), "the check did not begin: its message is above"
+    assert code in (0, 1), "gpu_check did not start, its message is above"
     print((output / report.MARKDOWN_FILE).read_text())
     yield report.read(output / report.JSON_FILE)
 

@@ -1,4 +1,4 @@
-"""What the emulated machine refuses as a GPU does: without this a run on it would show little."""
+"""The emulated machine raises the errors of a real GPU. Without them a run on it would prove little."""
 
 import sys
 
@@ -34,7 +34,7 @@ for fault in FAULTS:
 
 
 @pytest.fixture(scope="module")
-def said() -> str:
+def output() -> str:
     program = f"FAULTS = {list(FAULTS)}\n{PROGRAM}"
     done = running.command([sys.executable, "-c", program], "transformer_engine")
     assert done.returncode == 0, done.stdout
@@ -42,5 +42,7 @@ def said() -> str:
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_fault_is_refused(said: str, fault: str) -> None:
-    assert any(line.startswith(f"{fault} ->") and FAULTS[fault] in line for line in said.splitlines()), said
+def test_a_fault_raises_the_error_of_a_gpu(output: str, fault: str) -> None:
+    assert any(line.startswith(f"{fault} ->") and FAULTS[fault] in line for line in output.splitlines()), (
+        output
+    )

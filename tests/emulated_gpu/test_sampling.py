@@ -1,4 +1,4 @@
-"""The embedded engine with Transformer Engine's layers: its decode step can be captured, and a replay samples the same."""
+"""Sampling with Transformer Engine's layers: the decode step can be captured, and a replay samples the same tokens."""
 
 import json
 from functools import partial
@@ -11,7 +11,7 @@ from tests.emulated_gpu.conftest import Bench
 
 
 def sample_with_graphs(evidence: Path) -> None:
-    """Let a run sample as on a GPU; how many graphs it took goes to ``evidence``. For ``prepare``."""
+    """Makes a run sample with graphs, and writes the numbers of captures and replays to ``evidence``. Pass it to ``prepare``."""
     from megatron_rasft.training.trainer import Trainer
 
     generate = Trainer.generate
@@ -30,7 +30,7 @@ def rollouts(folder: Path) -> list[tuple[Any, ...]]:
     return [(r["problem_id"], r["sample_index"], r["response_ids"], r["response_logprobs"]) for r in rows]
 
 
-def test_a_captured_step_samples_what_the_step_itself_samples(bench: Bench, tmp_path: Path) -> None:
+def test_a_captured_step_samples_the_same_rollouts_as_an_eager_step(bench: Bench, tmp_path: Path) -> None:
     evidence = tmp_path / "graphs.json"
     for name, prepare in (("eager", []), ("captured", [partial(sample_with_graphs, evidence)])):
         outcome = running.run(

@@ -1,4 +1,4 @@
-"""Programs as a user starts them on a machine with GPUs."""
+"""Starts programs on emulated GPUs by the commands that a user types."""
 
 import contextlib
 import io
@@ -25,7 +25,7 @@ SMALL = (
 
 
 def first_run(bench: Bench, save: Path) -> list[str]:
-    """Flags of README's first command, at small sizes: a flag that is given twice counts as it is given last."""
+    """The flags of README's first command, with smaller sizes appended, because the last value of a flag counts."""
     line = next(c for c in commands(REPOSITORY / "README.md") if c.startswith(FIRST_RUN))
     names = {"DIR": str(bench.model("policy")), "train.jsonl": str(bench.data)}
     flags = [names.get(word, word) for word in shlex.split(line)[4:]]
@@ -42,7 +42,7 @@ def first_run(bench: Bench, save: Path) -> list[str]:
 
 
 def test_first_command_of_the_readme_runs_on_two_gpus(bench: Bench, tmp_path: Path) -> None:
-    """In fresh interpreters under torchrun."""
+    """Runs in new interpreters under torchrun, not in forked processes."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     program = str(launching.PROGRAM)
     done = running.command([*torchrun, program, *first_run(bench, tmp_path)], "transformer_engine")
@@ -84,7 +84,7 @@ def test_evaluation_runs_on_one_gpu_without_torchrun(bench: Bench, tmp_path: Pat
     ],
 )
 def test_planned_run_starts(bench: Bench, tmp_path: Path, case: str, given: str) -> None:
-    """The command that tools/plan.py prints, with the planned layout, at a small batch."""
+    """Runs the command that tools/plan.py prints, with its layout and a small batch."""
     planned = [
         "--hf-model",
         str(bench.model(case)),
@@ -114,7 +114,7 @@ def test_transformer_engine_for_another_torch_is_one_line(bench: Bench, tmp_path
         done = running.command([sys.executable, program, *arguments], "transformer_engine_of_another_torch")
         assert done.returncode == 1, done.stdout
         (line,) = done.stdout.splitlines()
-        assert line.startswith("error: Transformer Engine 2.20.2 does not import with torch 2."), line
+        assert line.startswith("error: Transformer Engine 2.20.2 ") and " torch 2." in line, line
         assert "undefined symbol" in line and "--no-build-isolation" in line
 
 
@@ -123,7 +123,7 @@ def test_run_without_transformer_engine_says_so(bench: Bench, tmp_path: Path) ->
     done = running.command([sys.executable, "pretrain_rasft.py", *flags])
     assert done.returncode == 0, done.stdout
     assert "1 GPU process(es)" in done.stdout
-    assert done.stdout.count("Transformer Engine is not installed: layers run in plain torch") == 1
+    assert done.stdout.count("Transformer Engine is not installed") == 1
     assert launching.losses(tmp_path / "save") == pytest.approx(
         bench.losses_on_cpu("policy", "--bf16"), abs=2e-3
     )

@@ -29,7 +29,7 @@ def test_each_process_has_a_gpu_and_megatron_trains_the_same(tmp_path: Path) -> 
     )
     assert outcome.codes == [0, 0], outcome.output
     report = json.loads(figures.read_text())
-    # With a process group there already, Megatron leaves every process on the first GPU.
+    # If a process group exists already, Megatron does not choose a GPU, and every process would use the first.
     assert sorted(place.split()[-1] for place in report["places"]) == ["cuda:0", "cuda:1"]
     measured = report["measured"]
     assert measured.keys() == {
@@ -40,7 +40,7 @@ def test_each_process_has_a_gpu_and_megatron_trains_the_same(tmp_path: Path) -> 
         theirs, ours = (measured[f"{kind} {layout}"]["first_loss"] for kind in ("megatron sft", "sft"))
         assert ours == pytest.approx(
             theirs, rel=2e-3
-        )  # a few steps of a learning rate of 1e-6 lie between them
+        )  # a few steps with a learning rate of 1e-6 were trained in between
         assert theirs > 1.0
 
 

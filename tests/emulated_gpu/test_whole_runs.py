@@ -1,4 +1,4 @@
-"""Whole runs on the GPU path: refreshes with the reference in place, sampling, saves, resumes and exports."""
+"""Whole runs on the GPU path: refreshes with reference scores, sampling, saving, resuming and exporting."""
 
 from pathlib import Path
 from signal import SIGTERM
@@ -13,7 +13,7 @@ from tests.functional import launching
 from tests.functional.launching import Interruption
 
 STEPS = 4
-"""Refreshes come before steps 1 and 3. The second scores with the reference swapped in: the weights have moved by then."""
+"""Refreshes come before steps 1 and 3. The second one swaps the reference's weights in, because the policy has changed."""
 
 KERNELS = {"gemm", "rmsnorm_fwd", "rmsnorm_bwd", "rope_thd", "attention_thd", "adam"}
 LAYOUTS = {
@@ -24,13 +24,13 @@ LAYOUTS = {
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of an exported folder; each pipeline stage writes its own file."""
+    """Reads every tensor of an exported folder, in which each pipeline stage has written a file."""
     return {name: value for file in folder.glob("*.safetensors") for name, value in load_file(file).items()}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_resumed_run_is_the_unbroken_one(bench: Bench, tmp_path: Path, layout: str) -> None:
-    """Bit for bit: the emulated kernels are deterministic, as those of a GPU are not by default."""
+def test_a_resumed_run_equals_the_unbroken_one(bench: Bench, tmp_path: Path, layout: str) -> None:
+    """They are bit-equal, because the emulated kernels are deterministic, unlike those of a GPU by default."""
     words, ranks = LAYOUTS[layout]
     flags = bench.flags("policy", "--bf16", *words.split())
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
@@ -49,8 +49,8 @@ def test_resumed_run_is_the_unbroken_one(bench: Bench, tmp_path: Path, layout: s
     transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
 
 
-def test_policy_is_its_reference_at_the_first_step(bench: Bench, tmp_path: Path) -> None:
-    """With next to no learning rate policy and reference stay one model, through the swap of the second refresh too."""
+def test_the_policy_equals_its_reference_without_training(bench: Bench, tmp_path: Path) -> None:
+    """With a learning rate of almost 0 both stay the same model, also after the second refresh has swapped weights."""
     flags = bench.flags("policy", "--bf16", "--lr", "1e-12", "--train-iters", str(STEPS))
     bench.train(tmp_path / "save", flags)
     ratios = [step["objective/ratio_mean"] for step in launching.steps(tmp_path / "save").values()]

@@ -1,4 +1,4 @@
-"""The log-probabilities' kernels as a GPU compiles and runs them, against fp64 formulas."""
+"""The kernels of the log-probabilities, compiled for and run on a GPU, compared with fp64 formulas."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.gpu
 
 TOKENS, HIDDEN = 40, 64
 PADDED, VOCABULARY = 20480, 20001
-"""Five tiles of columns, and a true size that no vector load divides."""
+"""Padded size of five tiles of columns, and a vocabulary size that is not a multiple of a vector load."""
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +32,7 @@ def gradients_of(loss: Tensor, *leaves: Tensor) -> list[Tensor]:
 def expected_terms(
     logits: Tensor, ref_logits: Tensor, labels: Tensor, kind: KLDirection | None
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities and KL from fp64 logits."""
+    """Computes log-probabilities and KL divergences from fp64 logits."""
     log_p = logits[:, :VOCABULARY].log_softmax(-1)
     log_q = ref_logits[:, :VOCABULARY].log_softmax(-1)
     kl = (log_q.exp() * (log_q - log_p)).sum(-1)
@@ -78,7 +78,7 @@ def test_logprobs_kl_and_gradients_equal_the_formula(
 
 
 def assert_near(found: Tensor, expected: Tensor) -> None:
-    """The gradient of each logit is rounded to BF16, which leaves 2**-9 of a whole."""
+    """Compares with a tolerance of 2**-7, because the gradient of each logit is rounded to BF16 (relative error 2**-9)."""
     gap = (found.double() - expected).norm() / expected.norm()
     assert gap < 2**-7, gap
 

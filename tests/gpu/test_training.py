@@ -1,6 +1,6 @@
-"""Whole runs with Transformer Engine's layers and NCCL: the assertions of tests/functional where kernels round.
+"""Whole runs with Transformer Engine and NCCL: the assertions of tests/functional, with tolerances for BF16 and FP8.
 
-The policy is trained on the CPU, in fp32, so that both sides start from the same weights.
+The policy was trained on the CPU in fp32 before, so that all runs start from the same weights.
 """
 
 import json
@@ -19,13 +19,13 @@ __all__ = ["workshop"]  # a fixture
 pytestmark = pytest.mark.gpu
 
 BF16_LOSS_GAP = 0.03
-"""Largest difference of losses around 0.1 to 2 that bf16 weights may make in three steps."""
+"""Tolerance of losses from 0.1 to 2 after three steps with BF16 weights."""
 
 RATIO_GAP = 1e-3
-"""At step 0 policy and reference are one set of weights, run by the same kernels on differently packed batches."""
+"""Tolerance of ratios at step 0, when policy and reference have the same weights but different packed batches."""
 
 FP8_RECIPES = ["delayed", "tensorwise", "blockwise"]
-"""Those of Hopper; mxfp8 needs a later GPU."""
+"""The recipes that Hopper supports. mxfp8 needs a later GPU."""
 
 
 def train(
@@ -40,14 +40,14 @@ def train(
 
 @pytest.fixture(scope="module")
 def on_cpu(workshop: Workshop) -> list[float]:
-    """Losses of the run in fp32 on the CPU."""
+    """The losses of the run in fp32 on the CPU."""
     train(workshop, workshop.root / "on_cpu", "--curriculum-mode", "off", hides_gpu=True)
     return launching.losses(workshop.root / "on_cpu")
 
 
 @pytest.fixture(scope="module")
 def in_bf16(workshop: Workshop) -> list[float]:
-    """Losses of the same run in bf16 on the GPU, packed."""
+    """The losses of the same run in BF16 on the GPU, with packed batches."""
     train(workshop, workshop.root / "in_bf16", "--bf16", "--curriculum-mode", "off")
     return launching.losses(workshop.root / "in_bf16")
 
@@ -92,10 +92,10 @@ def test_precision_aware_optimizer_trains_and_resumes(
 def test_losses_are_the_same_with_blocking_launches(
     workshop: Workshop, in_bf16: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A tensor that is read before its kernel has run shows here."""
+    """Detects tensors that are read before their kernel has run."""
     monkeypatch.setenv("CUDA_LAUNCH_BLOCKING", "1")
     train(workshop, tmp_path, "--bf16", "--curriculum-mode", "off")
-    # cuDNN adds up in no fixed order in its backward pass, and bf16 weights round what differs.
+    # cuDNN's backward pass sums in no fixed order, and BF16 weights amplify the differences.
     assert launching.losses(tmp_path) == pytest.approx(in_bf16, abs=5e-3)
 
 
@@ -109,7 +109,7 @@ def test_mixture_with_grouped_gemm_trains_as_the_cpu_does(workshop: Workshop, tm
     train(workshop, tmp_path / "cpu", *flags, hides_gpu=True)
     train(workshop, tmp_path / "gpu", *flags, "--bf16", "--moe-grouped-gemm")
     expected = launching.losses(tmp_path / "cpu")
-    # Its random weights give losses above 3, where bf16 rounds twice as coarsely.
+    # The random weights give losses above 3, where BF16 has steps twice as large.
     assert launching.losses(tmp_path / "gpu") == pytest.approx(expected, abs=3 * BF16_LOSS_GAP)
 
 
@@ -129,20 +129,20 @@ def test_fp8_trains_with_every_recipe(
     train(workshop, tmp_path, *flags)
     assert launching.losses(tmp_path) == pytest.approx(on_cpu, abs=5 * BF16_LOSS_GAP)
     ratio = launching.steps(tmp_path)[1]["objective/ratio_mean"]
-    assert ratio == pytest.approx(1.0, abs=0.05), "delayed scaling changes with what it has seen"
+    assert ratio == pytest.approx(1.0, abs=0.05), "delayed scales depend on earlier batches"
 
 
-def test_sampled_logprobs_are_those_of_training(workshop: Workshop, tmp_path: Path) -> None:
-    """grpo's first step: the policy that sampled, re-scored by the training forward, is the one that is trained."""
+def test_sampled_logprobs_equal_those_of_training(workshop: Workshop, tmp_path: Path) -> None:
+    """In grpo's first step the ratio compares the log-probabilities of sampling with those of the training forward pass."""
     train(workshop, tmp_path, "--bf16", "--objective", "grpo", "--rasft-refresh-interval", "1")
     assert launching.steps(tmp_path)[1]["objective/policy_ratio_mean"] == pytest.approx(1.0, abs=RATIO_GAP)
 
 
 @pytest.mark.parametrize(("more", "loss_gap"), [([], BF16_LOSS_GAP), (["--deterministic-mode"], 0.0)])
-def test_resumed_run_goes_on_as_the_unbroken_one(
+def test_a_resumed_run_equals_the_unbroken_one(
     workshop: Workshop, tmp_path: Path, more: list[str], loss_gap: float
 ) -> None:
-    """Bit for bit with deterministic kernels only: by default cuDNN's attention adds up gradients in any order."""
+    """They are bit-equal only with deterministic kernels. By default cuDNN's attention sums gradients in no fixed order."""
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
     train(workshop, unbroken, "--bf16", *more)
     flags = ["--bf16", "--override-opt_param-scheduler", *more]
@@ -153,4 +153,4 @@ def test_resumed_run_goes_on_as_the_unbroken_one(
         [json.loads(line)["response_ids"] for line in (save / "rollouts.jsonl").read_text().splitlines()]
         for save in (unbroken, broken)
     ]
-    assert rollouts[0] == rollouts[1], "they are sampled before the first step"
+    assert rollouts[0] == rollouts[1], "rollouts are sampled before the first step"

@@ -1,6 +1,6 @@
-"""Python runs this file at start-up where its folder is on PYTHONPATH: it makes the process one on an emulated GPU.
+"""Python runs this file at start-up if its folder is on PYTHONPATH. It gives the process emulated GPUs.
 
-Entry points, torchrun and every process that they start then run unmodified.
+Programs, torchrun and all processes that they start therefore run unmodified.
 """
 
 import os

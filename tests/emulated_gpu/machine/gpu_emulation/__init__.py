@@ -1,13 +1,13 @@
-"""A machine with GPUs, emulated on a CPU: what torch.cuda, NCCL and Transformer Engine's extension answer there.
+"""Emulates a machine with GPUs on a CPU: torch.cuda, NCCL and the C++ extension of Transformer Engine.
 
-Tensors stay in the CPU's memory and know on which side they are (placement.py), gloo carries the collectives, and Transformer Engine's
-own Python runs on kernels in plain torch.
-Nothing of the product is imported here, least of all its backend for CPUs. ``not_shown.toml`` lists what this cannot show.
+Tensors are in the CPU's memory with a mark that says whether they are on the GPU (placement.py). gloo runs the collectives.
+Transformer Engine's own Python code runs on kernels in plain torch.
+This package does not import the product, in particular not its CPU backend. ``not_shown.toml`` lists the gaps of the emulation.
 
-Two environment variables describe the machine; only tests know them:
+Two environment variables, which only tests use, describe the machine:
 
-    EMULATED_GPU       the packages it has, separated by commas: transformer_engine, apex. Empty: a GPU without either.
-                       transformer_engine_of_another_torch: an extension that fails to load.
+    EMULATED_GPU       installed packages, separated by commas: transformer_engine, apex. Empty: a GPU without either.
+                       transformer_engine_of_another_torch: its extension cannot be loaded.
     EMULATED_GPU_TE    folder with the Python files of Transformer Engine
 """
 
@@ -20,7 +20,7 @@ PACKAGES = frozenset({"transformer_engine", "transformer_engine_of_another_torch
 
 
 def packages() -> set[str]:
-    """The packages that this process's machine has."""
+    """The packages that are installed on the emulated machine."""
     named = {name for name in os.environ["EMULATED_GPU"].split(",") if name}
     if unknown := named - PACKAGES:
         raise ValueError(f"EMULATED_GPU names {sorted(unknown)}; known: {sorted(PACKAGES)}")
@@ -28,7 +28,7 @@ def packages() -> set[str]:
 
 
 def install() -> None:
-    """Emulate the machine in this process, as soon as it imports torch."""
+    """Emulates the machine in this process from the moment it imports torch."""
     installed = packages()
     if installed & {"transformer_engine", "transformer_engine_of_another_torch"}:
         _install_transformer_engine(works="transformer_engine" in installed)
@@ -52,10 +52,10 @@ def _after_torch() -> None:
 
 
 def _install_transformer_engine(*, works: bool) -> None:
-    # At the end: this folder holds nothing that another package should take.
+    # Appended at the end of the path, so that nothing in this folder hides another package.
     sys.path.append(os.environ["EMULATED_GPU_TE"])
 
-    # It imports them for its export to ONNX alone.
+    # Transformer Engine imports them only for its ONNX export.
     for name in ("onnx", "onnx_ir", "onnxscript"):
         imports.stand_in(name)
 
@@ -66,7 +66,7 @@ def _install_transformer_engine(*, works: bool) -> None:
         common.load_framework_extension = extension.load if works else extension.fail  # type: ignore[attr-defined]
         del os.environ["NVTE_PROJECT_BUILDING"]
 
-    # Transformer Engine loads CUDA's libraries and its own when it is imported, except where this is set.
+    # If this is set, Transformer Engine does not load CUDA's libraries and its own when it is imported.
     def skip_libraries() -> None:
         os.environ["NVTE_PROJECT_BUILDING"] = "1"
 

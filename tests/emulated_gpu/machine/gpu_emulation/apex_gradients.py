@@ -1,4 +1,4 @@
-"""Apex's extension fused_weight_gradient_mlp_cuda in plain torch: a weight's gradient added to an accumulated one."""
+"""Apex's extension fused_weight_gradient_mlp_cuda in plain torch: adds a weight's gradient to an accumulated sum."""
 
 from torch import Tensor
 

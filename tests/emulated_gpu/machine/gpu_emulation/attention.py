@@ -1,7 +1,7 @@
-"""Bodies of Transformer Engine's attention kernels, by their formulas: forward with the log-sum-exp, backward from it.
+"""Transformer Engine's attention kernels in plain torch.
 
-The backward takes the output and the log-sum-exp that it is given. Under context parallelism these are those of the whole sequence,
-and the kernel is called once for each block of it.
+The forward pass returns the log-sum-exp, from which the backward pass computes gradients. Under context parallelism the backward
+pass gets output and log-sum-exp of the whole sequence, and is called once for each block of it.
 """
 
 from collections.abc import Iterator
@@ -15,11 +15,11 @@ from gpu_emulation.kernels import CALLS
 KERNELS = ("fused_attn_fwd", "fused_attn_bwd")
 
 Piece = tuple[Any, Any]
-"""Index of one sequence's queries and of its keys."""
+"""Index of the queries, and index of the keys, of one sequence."""
 
 
 def _mask(mask_type: Any, bottom_right: bool, num_queries: int, num_keys: int) -> Tensor | None:
-    """True where a key may be seen [sq, sk]; None: everywhere."""
+    """[sq, sk] bool: True where a query may attend to a key. None allows all."""
     if "CAUSAL" not in mask_type.name:
         return None
     shift = num_keys - num_queries if bottom_right or "BOTTOM_RIGHT" in mask_type.name else 0
@@ -35,7 +35,7 @@ def _pieces(
     padded_q: Tensor | None,
     padded_kv: Tensor | None,
 ) -> Iterator[Piece]:
-    """The sequences of a batch, as indices that give [s, n, d]."""
+    """The sequences of a batch, as indices that select tensors [s, n, d]."""
     if layout.startswith("THD"):
         lengths_q, lengths_kv = cu_q.diff().tolist(), cu_kv.diff().tolist()
         begins_q = (cu_q if padded_q is None else padded_q).tolist()
@@ -55,7 +55,7 @@ def _layout(value: Any) -> str:
 
 
 def _scores(q: Tensor, k: Tensor, scale: float, mask: Tensor | None) -> Tensor:
-    """[n, sq, sk] fp32 of q [sq, n, d] and k [sk, n, d]."""
+    """Attention scores [n, sq, sk] fp32 of q [sq, n, d] and k [sk, n, d]."""
     scores = scale * torch.einsum("qnd,knd->nqk", q, k)
     return scores if mask is None else scores.masked_fill(~mask, -torch.inf)
 
@@ -90,7 +90,7 @@ def fused_attn_fwd(
     padded_kv: Tensor | None,
     *unused: Any,
 ) -> list[Tensor]:
-    """Output like q, log-sum-exp [b, n, sq, 1] (packed: [t, n, 1]) in fp32, and the random state."""
+    """Returns the output (shaped like q), the fp32 log-sum-exp [b, n, sq, 1] (packed: [t, n, 1]), and the random state."""
     assert dropout == 0.0
     name = _layout(layout)
     is_packed = name.startswith("THD")

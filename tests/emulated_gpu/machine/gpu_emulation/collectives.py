@@ -1,4 +1,4 @@
-"""NCCL over gloo: a group of backend "nccl" says that it is one, and gloo does its work."""
+"""NCCL over gloo: process groups report the backend "nccl", but gloo runs their collectives."""
 
 import functools
 from typing import Any
@@ -11,7 +11,7 @@ _default_is_nccl = False
 
 
 def _gloo(backend: Any) -> tuple[Any, bool]:
-    """What torch is asked for instead of ``backend``, and whether that was NCCL."""
+    """Returns the backend to pass to torch instead of ``backend``, and whether ``backend`` was NCCL."""
     name = None if backend is None else str(backend).lower()
     if name is None or "nccl" not in name:
         return backend, False
@@ -67,7 +67,7 @@ def _get_backend(original: Any) -> Any:
 
 
 class _Work:
-    """A request that can be waited for again, as NCCL's can: gloo would wait for a second message."""
+    """A request that can be waited for twice, like NCCL's. A second wait of gloo would expect a second message."""
 
     def __init__(self, work: Any) -> None:
         self._work = work
@@ -86,7 +86,7 @@ class _Work:
 def _isend(original: Any) -> Any:
     @functools.wraps(original)
     def isend(tensor: Any, *args: Any, **kwargs: Any) -> Any:
-        # NCCL sends in stream order, so that memory freed after the call is not overwritten before; gloo needs a copy.
+        # NCCL sends in stream order, so memory that is freed after the call cannot be overwritten before. gloo needs a copy.
         return _again(original(tensor.clone(), *args, **kwargs))
 
     return isend
@@ -105,7 +105,7 @@ def _again(work: Any) -> Any:
 
 
 def install() -> None:
-    """Let torch.distributed take NCCL groups in this process."""
+    """Makes torch.distributed accept NCCL groups in this process."""
     wrappers = {
         "init_process_group": _init_process_group,
         "new_group": _new_group,

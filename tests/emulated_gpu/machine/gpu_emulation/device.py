@@ -1,4 +1,4 @@
-"""torch.cuda of a machine with GPUs."""
+"""torch.cuda of the emulated machine."""
 
 import contextlib
 import logging
@@ -14,14 +14,14 @@ import torch.cuda.graphs
 _GIB = 1 << 30
 _MEMORY_BYTES = 80 * _GIB
 _DEVICE_FILE = "/dev/nvidiactl"
-"""What the driver makes where there is a GPU."""
+"""Objects that torch creates only if there is a GPU."""
 
 current = 0
-"""Index of this process's current device."""
+"""Index of the current device of this process."""
 
 
 def names_gpu(device: Any) -> bool:
-    """Whether torch would take this for a GPU: an index, "cuda", "cuda:1" or a device."""
+    """Returns whether torch would accept this as a GPU: an index, "cuda", "cuda:1" or a device."""
     if isinstance(device, int) and not isinstance(device, bool):
         return True
     return (isinstance(device, str) and device.startswith("cuda")) or (
@@ -30,7 +30,7 @@ def names_gpu(device: Any) -> bool:
 
 
 class Stream:
-    """A CUDA stream or event where every operation is done when it returns."""
+    """A CUDA stream or event on which every operation is complete when it returns."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.cuda_stream = 0
@@ -82,7 +82,7 @@ def _device(device: Any) -> Iterator[None]:
 
 
 def device_count() -> int:
-    """As many GPUs as this node has processes, and one at least."""
+    """The number of GPUs: the number of processes on this node, but at least 1."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
 
 
@@ -134,7 +134,7 @@ def _answers() -> dict[str, Any]:
         "Stream": Stream,
         "Event": Stream,
         "is_current_stream_capturing": lambda: False,
-        # One generator serves both: the random stream of the CPU is that of the GPU.
+        # CPU and GPU share one random generator.
         "default_generators": (torch.default_generator,) * 8,
         "manual_seed": _seed,
         "manual_seed_all": _seed,
@@ -156,7 +156,7 @@ def _answers() -> dict[str, Any]:
 
 
 def install() -> None:
-    """Let torch in this process answer as on a machine with GPUs."""
+    """Makes torch in this process behave as on a machine with GPUs."""
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     for name, answer in _answers().items():
         setattr(torch.cuda, name, answer)
@@ -165,5 +165,5 @@ def install() -> None:
     torch.cuda.graphs.is_current_stream_capturing = torch.cuda.is_current_stream_capturing  # type: ignore[assignment]
     exists = os.path.exists
     os.path.exists = lambda path: path == _DEVICE_FILE or exists(path)  # type: ignore[assignment]
-    # It looks for a CUDA runtime when Megatron imports it, and warns that there is none.
+    # Megatron imports it, and it warns that there is no CUDA runtime.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)

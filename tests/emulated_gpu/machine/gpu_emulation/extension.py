@@ -1,6 +1,6 @@
-"""Stands in for transformer_engine_torch, Transformer Engine's C++ extension: its enumerations, and kernels in plain torch.
+"""Replaces transformer_engine_torch, the C++ extension of Transformer Engine, by its enumerations and kernels in plain torch.
 
-A kernel that ``kernels`` and ``attention`` lack can be imported but not called: the call says so.
+Kernels that ``kernels`` and ``attention`` lack can be imported, but calling them raises NotEmulated.
 """
 
 import enum
@@ -20,11 +20,11 @@ _CUBLAS_VERSION = 130100
 
 
 class NotEmulated(NotImplementedError):
-    """A kernel was called that has no body here."""
+    """Raised when a kernel is called that is not emulated."""
 
 
 class DType(enum.IntEnum):
-    """Numbered as in transformer_engine.h."""
+    """Data types, with the numbers of transformer_engine.h."""
 
     kByte = 0
     kInt32 = 2
@@ -37,7 +37,7 @@ class DType(enum.IntEnum):
 
 
 class _OpenEnum(type):
-    """An enumeration that numbers its members as they are asked for: Transformer Engine compares them with each other only."""
+    """An enumeration that creates members when they are accessed. Transformer Engine only compares them with each other."""
 
     @property
     def __members__(cls) -> dict[str, Any]:
@@ -78,7 +78,7 @@ _ENUMERATIONS = (
 
 
 def _missing(name: str) -> type:
-    """A class, so that it can stand in annotations and in ``isinstance`` too."""
+    """Returns a class, which can also be used in annotations and ``isinstance``."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         raise NotEmulated(
@@ -98,7 +98,7 @@ class _Extension(ModuleType):
 
 
 def load(framework: str) -> None:
-    """Put the stand-in in place; called instead of transformer_engine.common.load_framework_extension."""
+    """Provides the extension. Called instead of transformer_engine.common.load_framework_extension."""
     assert framework == "torch"
     module = _Extension(NAME)
     module.__file__ = __file__
@@ -113,7 +113,7 @@ def load(framework: str) -> None:
     backends: Any = module.NVTE_Fused_Attn_Backend
 
     def get_fused_attn_backend(params: Any) -> tuple[Any, str]:
-        """Like cuDNN: 16-bit only."""
+        """Supports 16-bit types only, like cuDNN."""
         if params.qkv_dtype in (DType.kBFloat16, DType.kFloat16):
             return backends.NVTE_F16_arbitrary_seqlen, ""
         return backends.NVTE_No_Backend, "fused attention takes BF16 and FP16"
@@ -128,21 +128,21 @@ def load(framework: str) -> None:
     }
     for name, answer in answers.items():
         setattr(module, name, answer)
-    # Transformer Engine takes all names by an asterisk, so that each must be there, callable or not.
+    # Transformer Engine imports all names with an asterisk, so every name must exist.
     for name in _names_in_use() - vars(module).keys():
         setattr(module, name, _missing(name))
     sys.modules[NAME] = module
 
 
 def _names_in_use() -> set[str]:
-    """What Transformer Engine's Python asks its extension for."""
+    """The attributes that Transformer Engine's Python code uses of its extension."""
     root = Path(os.environ["EMULATED_GPU_TE"], "transformer_engine", "pytorch")
     sources = (path.read_text(encoding="utf-8") for path in root.rglob("*.py"))
     return {name for source in sources for name in re.findall(r"\btex\.(\w+)", source)}
 
 
 def fail(framework: str) -> None:
-    """Fail as an extension does that was built for another torch."""
+    """Raises the error of an extension that was built for another torch."""
     raise ImportError(
         f"{NAME}.cpython-312-x86_64-linux-gnu.so: undefined symbol: _ZN3c104cuda29c10_cuda_check_implementationEiPKcS2_jb"
     )

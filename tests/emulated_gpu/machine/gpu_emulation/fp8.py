@@ -1,6 +1,7 @@
-"""FP8 with one scale a tensor (delayed and tensorwise), in plain torch: values are rounded as a GPU rounds them.
+"""FP8 with one scale per tensor (delayed and tensorwise recipes) in plain torch. Values are rounded like on a GPU.
 
-Products are computed in fp32 of the rounded operands, so what a recipe's scales do to a run shows; sums of FP8 tensor cores do not.
+Products of the rounded operands are computed in fp32. The effects of a recipe's scales are therefore emulated, but not the summation
+of FP8 tensor cores.
 """
 
 import enum
@@ -23,7 +24,7 @@ KERNELS = (
 
 
 class FP8FwdTensors(enum.IntEnum):
-    """Places of a module's quantizers, numbered as in transformer_engine_torch."""
+    """Indices of a module's quantizers in the forward pass, numbered as in transformer_engine_torch."""
 
     GEMM1_INPUT = 0
     GEMM1_WEIGHT = 1
@@ -37,7 +38,7 @@ class FP8FwdTensors(enum.IntEnum):
 
 
 class FP8BwdTensors(enum.IntEnum):
-    """The same for the backward pass."""
+    """Indices of a module's quantizers in the backward pass."""
 
     GRAD_OUTPUT1 = 0
     GRAD_INPUT1 = 1
@@ -48,11 +49,11 @@ class FP8BwdTensors(enum.IntEnum):
 
 
 _FORMATS = {7: (torch.float8_e4m3fn, 448.0), 8: (torch.float8_e5m2, 57344.0)}
-"""DType -> torch's type and its largest value."""
+"""FP8 DType -> torch's type and its largest value."""
 
 
 def quantize(tensor: Tensor, quantizer: Any, output: Any = None, noop: Tensor | None = None) -> Any:
-    """An FP8 tensor by the scale of the quantizer, which notes the largest value; or by that of the tensor (tensorwise)."""
+    """Quantizes a tensor with the quantizer's scale and records the largest value (delayed), or with its own scale (tensorwise)."""
     kernels.CALLS["fp8_quantize"] += 1
     dtype, largest = _FORMATS[int(quantizer.dtype)]
     values = tensor.detach().float()
@@ -79,25 +80,25 @@ def quantize(tensor: Tensor, quantizer: Any, output: Any = None, noop: Tensor | 
 
 
 def dequantize(tensor: Any, dtype: Any) -> Tensor:
-    """The values that an FP8 tensor stands for."""
+    """The values that an FP8 tensor represents."""
     stored, _ = _FORMATS[int(tensor._fp8_dtype)]
     return (tensor._data.view(stored).float() * tensor._scale_inv).to(kernels.TORCH_DTYPES[int(dtype)])
 
 
 def fp8_transpose(data: Tensor, dtype: Any, out: Tensor | None = None) -> Tensor:
-    """The last dimension first, as the GEMM of Hopper wants one operand."""
+    """Moves the last dimension to the front, as Hopper's FP8 GEMM requires for one operand."""
     return data.movedim(-1, 0).contiguous()
 
 
 def bgrad_quantize(grad: Tensor, quantizer: Any) -> tuple[Tensor, Any]:
-    """The bias's gradient, and the quantized gradient."""
+    """Returns the gradient of the bias, and the quantized gradient."""
     return grad.reshape(-1, grad.shape[-1]).float().sum(0).to(grad.dtype), quantize(grad, quantizer)
 
 
 def fused_amax_and_scale_update_after_reduction(
     reduced: Tensor, histories: list[Tensor], scales: list[Tensor], algorithm: str, dtype: Any, margin: int
 ) -> None:
-    """Delayed scaling's update: scales from the largest values seen; a tensor that saw none keeps its scale."""
+    """Updates the scales of the delayed recipe from the largest recorded values. A tensor without any keeps its scale."""
     kernels.CALLS["fp8_scale_update"] += 1
     _, largest = _FORMATS[int(dtype)]
     start = 0
@@ -117,7 +118,7 @@ def _plain(operand: Any) -> Tensor:
 
 
 def generic_gemm(a: Any, transposes_a: bool, b: Any, transposes_b: bool, *args: Any, **kwargs: Any) -> Any:
-    """The GEMM of the values that FP8 operands stand for."""
+    """The GEMM of the values that FP8 operands represent."""
     if hasattr(a, "_fp8_dtype"):
         kernels.CALLS["fp8_gemm"] += 1
     return kernels.generic_gemm(_plain(a), transposes_a, _plain(b), transposes_b, *args, **kwargs)
@@ -126,7 +127,7 @@ def generic_gemm(a: Any, transposes_a: bool, b: Any, transposes_b: bool, *args: 
 def rmsnorm_fwd(
     x: Tensor, weight: Tensor, eps: float, out: Any, quantizer: Any, *args: Any
 ) -> tuple[Any, None, Tensor]:
-    """The norm, and its result quantized where a quantizer is given."""
+    """Computes the norm, and quantizes its result if there is a quantizer."""
     if quantizer is None:
         return kernels.rmsnorm_fwd(x, weight, eps, out, None, *args)
     assert out is None

@@ -1,4 +1,4 @@
-"""Hooks on imports: work to do right before and after a module is executed, modules to provide and to hide."""
+"""Import hooks: functions to call before and after a module is executed, and modules to provide or hide."""
 
 import importlib
 import importlib.abc
@@ -15,7 +15,7 @@ def _nothing() -> None: ...
 
 
 class _Loader(importlib.abc.Loader):
-    """A module's own loader, with work before and after it."""
+    """Wraps the loader of a module, with functions to call before and after it."""
 
     def __init__(
         self, loader: importlib.abc.Loader, before: Callable[[], None], done: Callable[[], None]
@@ -35,7 +35,7 @@ class _Loader(importlib.abc.Loader):
 
 
 class _After(importlib.abc.MetaPathFinder):
-    """Finds a module as the other finders do, and wraps its loader."""
+    """Finds a module by the other finders, and wraps its loader."""
 
     def __init__(self, name: str, before: Callable[[], None], done: Callable[[], None]) -> None:
         self._name, self._before, self._done = name, before, done
@@ -46,7 +46,7 @@ class _After(importlib.abc.MetaPathFinder):
         if fullname != self._name:
             return None
         others = (finder for finder in sys.meta_path if finder is not self)
-        # Many packages look for another one's spec without importing it: every look gives a wrapped one.
+        # Many packages look up the spec of another package without importing it, so every look-up returns a wrapped one.
         found = next(filter(None, (finder.find_spec(fullname, path, target) for finder in others)), None)
         if found is not None:
             assert found.loader is not None
@@ -55,7 +55,7 @@ class _After(importlib.abc.MetaPathFinder):
 
 
 class _Provided(importlib.abc.MetaPathFinder):
-    """Finds one module in the source file of another."""
+    """Finds a module in the source file of another module."""
 
     def __init__(self, name: str, module: str) -> None:
         self._name, self._module = name, module
@@ -71,23 +71,23 @@ class _Provided(importlib.abc.MetaPathFinder):
 
 
 def after(name: str, work: Callable[[], None], *, before: Callable[[], None] = _nothing) -> None:
-    """Call ``work`` once the module ``name`` has been executed, ``before`` right before that."""
+    """Calls ``before`` right before the module ``name`` is executed, and ``work`` right after."""
     assert name not in sys.modules, f"{name} is imported already"
     sys.meta_path.insert(0, _After(name, before, work))
 
 
 def provide(name: str, module: str) -> None:
-    """Let ``import name`` execute the source file of ``module``."""
+    """Makes ``import name`` execute the source file of ``module``."""
     sys.meta_path.insert(0, _Provided(name, module))
 
 
 def stand_in(name: str) -> None:
-    """Let ``import name`` give a module whose every attribute can be called and does nothing."""
+    """Makes ``import name`` return a module whose attributes are all functions that do nothing."""
     module: Any = MagicMock(name=name)
     module.__spec__ = importlib.machinery.ModuleSpec(name, None)
     sys.modules[name] = module
 
 
 def hide(name: str) -> None:
-    """Let ``import name`` fail as if the package were not installed."""
+    """Makes ``import name`` fail as if the package were not installed."""
     sys.modules[name] = None  # type: ignore[assignment]

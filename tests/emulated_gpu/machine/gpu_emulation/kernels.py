@@ -1,4 +1,4 @@
-"""Bodies of Transformer Engine's kernels for a BF16 or FP32 step, in plain torch. Each computes in fp32, as on a GPU."""
+"""Transformer Engine's kernels for BF16 and FP32 in plain torch. Each computes in fp32, like on a GPU."""
 
 import itertools
 from collections import Counter
@@ -20,7 +20,7 @@ KERNELS = (
 )
 
 CALLS: Counter[str] = Counter()
-"""How often each kernel was called in this process."""
+"""Kernel -> number of calls in this process."""
 
 
 def rmsnorm_fwd(
@@ -33,7 +33,7 @@ def rmsnorm_fwd(
     margin: int,
     centered: bool,
 ) -> tuple[Tensor, None, Tensor]:
-    """y, no mean, and the reciprocal root mean square of each row."""
+    """Returns the output, None for the mean, and the reciprocal root mean square of each row."""
     assert quantizer is None and not centered
     CALLS["rmsnorm_fwd"] += 1
     rows = x.float()
@@ -45,7 +45,7 @@ def rmsnorm_fwd(
 def rmsnorm_bwd(
     dy: Tensor, x: Tensor, scale: Tensor, weight: Tensor, margin: int, centered: bool
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of x and of the weight."""
+    """Returns the gradients of x and of the weight."""
     CALLS["rmsnorm_bwd"] += 1
     scale = scale.reshape(*x.shape[:-1], 1)
     normed = x.float() * scale
@@ -80,7 +80,7 @@ def generic_gemm(
     alpha: float = 1.0,
     beta: float | None = None,
 ) -> tuple[Tensor, Tensor | None, None, None]:
-    """op(B) @ op(A), which is cuBLAS's column-major A @ B; with ``is_grad`` also the bias's gradient."""
+    """Computes op(B) @ op(A), which is A @ B in cuBLAS's column-major order; with ``is_grad`` also the gradient of the bias."""
     assert quantizer is None and comm_overlap is None and not gelu
     CALLS["gemm"] += 1
     rows = b.reshape(-1, b.shape[-1])
@@ -110,7 +110,7 @@ TORCH_DTYPES = {4: torch.float32, 5: torch.float16, 6: torch.bfloat16}
 
 
 def _rotated(t: Tensor, freqs: Tensor) -> Tensor:
-    """Rotary embedding of t [s, ..., d] by the angles freqs [s, 1, 1, d']; elements after d' pass through."""
+    """Rotates t [s, ..., d] by the angles freqs [s, 1, 1, d']. Elements after d' stay unchanged."""
     angles = freqs.reshape(freqs.shape[0], *([1] * (t.dim() - 2)), freqs.shape[-1]).float()
     width = angles.shape[-1]
     turned, rest = t[..., :width].float(), t[..., width:]
@@ -120,7 +120,7 @@ def _rotated(t: Tensor, freqs: Tensor) -> Tensor:
 
 
 def _angles(t: Tensor, freqs: Tensor, cu_seqlens: Tensor | None, cp_size: int, cp_rank: int) -> Tensor:
-    """The angles of each of t's tokens: in a packed batch positions begin anew with each sequence."""
+    """The angles of each token of t. In a packed batch positions start at 0 in each sequence."""
     if cu_seqlens is None:
         return freqs[: t.shape[0]]
     bounds = cu_seqlens.tolist()
@@ -149,7 +149,7 @@ def fused_rope_forward(
     cp_size: int,
     cp_rank: int,
 ) -> Tensor:
-    """Rotate t, which is [s, b, n, d] or packed [t, n, d]."""
+    """Rotates t: [s, b, n, d], or packed [t, n, d]."""
     assert not interleaved and start_positions is None
     CALLS["rope_thd" if cu_seqlens is not None else "rope_sbhd"] += 1
     return _rotated(t, _angles(t, freqs, cu_seqlens, cp_size, cp_rank))
@@ -165,7 +165,7 @@ def fused_rope_backward(
     cp_size: int,
     cp_rank: int,
 ) -> Tensor:
-    """Rotate the gradient back."""
+    """Rotates the gradient by the negative angles."""
     return _rotated(grad, -_angles(grad, freqs, cu_seqlens, cp_size, cp_rank))
 
 
@@ -182,7 +182,7 @@ def multi_tensor_adam(
     corrects_bias: int,
     weight_decay: float,
 ) -> None:
-    """Adam on lists of gradients, parameters, first and second moments, and with a fifth list on fp32 masters."""
+    """Adam on lists of gradients, parameters, first and second moments. An optional fifth list has fp32 main parameters."""
     CALLS["adam"] += 1
     correction1 = 1 - beta1**step if corrects_bias else 1.0
     correction2 = 1 - beta2**step if corrects_bias else 1.0
@@ -204,14 +204,14 @@ def multi_tensor_adam(
 def multi_tensor_l2norm(
     chunk_size: int, overflow: Tensor, tensors: list[list[Tensor]], per_tensor: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Norm of all together [1], and of each."""
+    """Returns the norm of all tensors together [1], and of each."""
     CALLS["l2norm"] += 1
     norms = torch.stack([t.float().norm() for t in tensors[0]]) if tensors[0] else torch.zeros(1)
     return norms.norm().reshape(1), norms
 
 
 def multi_tensor_scale(chunk_size: int, overflow: Tensor, tensors: list[list[Tensor]], scale: float) -> None:
-    """Second list = first * scale."""
+    """Writes the first list times ``scale`` to the second list."""
     for source, target in zip(*tensors, strict=True):
         target.copy_(source * scale)
 

@@ -1,6 +1,6 @@
-"""Bodies of Transformer Engine's kernels for packed sequences under context parallelism.
+"""Transformer Engine's kernels for packed sequences under context parallelism, in plain torch.
 
-A rank holds two chunks of each sequence, next to each other: its first and its second half. Log-sum-exps are [n, t].
+A rank holds two chunks of each sequence side by side, called the first and the second half. Log-sum-exps are [n, t].
 """
 
 import itertools
@@ -18,7 +18,7 @@ KERNELS = (
 
 
 def _half(cu_seqlens: Tensor, half: int) -> Tensor:
-    """Places of the tokens in the first (0) or second (1) half of every sequence."""
+    """Indices of the tokens in the first (0) or second (1) half of every sequence."""
     bounds = cu_seqlens.tolist()
     places = []
     for begin, end in itertools.pairwise(bounds):
@@ -28,12 +28,12 @@ def _half(cu_seqlens: Tensor, half: int) -> Tensor:
 
 
 def thd_read_half_tensor(tensor: Tensor, cu_seqlens: Tensor, half: int) -> Tensor:
-    """[t, n, d] -> [t/2, n, d]"""
+    """Selects one half of every sequence: [t, n, d] -> [t/2, n, d]."""
     return tensor[_half(cu_seqlens, half)]
 
 
 def thd_read_second_half_lse(lse: Tensor, cu_seqlens: Tensor, is_packed: bool, length: int) -> Tensor:
-    """[n, t] -> [n, t/2]"""
+    """Selects the log-sum-exps of the second halves: [n, t] -> [n, t/2]."""
     assert is_packed
     result = lse[:, _half(cu_seqlens, 1)].contiguous()
     assert result.shape[1] == length
@@ -41,7 +41,7 @@ def thd_read_second_half_lse(lse: Tensor, cu_seqlens: Tensor, is_packed: bool, l
 
 
 def thd_second_half_lse_correction(lse: Tensor, of_step: Tensor, cu_seqlens: Tensor, is_packed: bool) -> None:
-    """Add a step's sums [n, t/2] to those of the second halves, in place."""
+    """Adds the sums of a step [n, t/2] to those of the second halves, in place."""
     assert is_packed
     places = _half(cu_seqlens, 1)
     lse[:, places] = torch.logaddexp(lse[:, places], of_step)
@@ -57,7 +57,7 @@ def thd_out_correction(
     only_second_half: bool,
     is_packed: bool,
 ) -> None:
-    """Merge a step's output into that of the steps before it, in place: each weighs by its share of the sum."""
+    """Merges the output of a step into that of earlier steps, in place, weighted by their shares of the sum."""
     assert is_packed
     places = _half(cu_seqlens, 1) if only_second_half else torch.arange(old_lse.shape[1])
     tokens = out.view(-1, *out.shape[-2:])
@@ -68,9 +68,9 @@ def thd_out_correction(
 
 
 def thd_grad_correction(grad: Tensor, of_step: Tensor, cu_seqlens: Tensor, first: str, second: str) -> None:
-    """Add or copy a step's gradient into each half, set a half to zero, or leave it, in place.
+    """Adds or copies the gradient of a step to each half, or sets a half to zero or leaves it unchanged, in place.
 
-    Where a half is left or set to zero, ``of_step`` holds the tokens of the other one only.
+    If a half is unchanged or set to zero, ``of_step`` has the tokens of the other half only.
     """
     is_whole = {first, second}.isdisjoint({"none", "zero"})
     for half, action in enumerate((first, second)):

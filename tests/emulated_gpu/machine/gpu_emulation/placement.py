@@ -1,7 +1,7 @@
-"""Which tensors are on the GPU: a mark on their memory, passed on to what is computed from them.
+"""Marks the memory of tensors that are on the emulated GPU, and passes the marks on to the results of operations.
 
-All memory is the CPU's. An operation on tensors of both sides fails as it does on a GPU, and so does the numpy array of a tensor on the
-GPU. Views and detached tensors share the memory of their base, and so its mark.
+All memory is the CPU's. Operations on tensors of both sides fail like on a machine with a GPU, and so does converting a GPU tensor to
+numpy. Views and detached tensors share the memory of their base, and therefore its mark.
 """
 
 import functools
@@ -29,17 +29,17 @@ _TAKE_BOTH = (
     "profiler::",
 )
 _INDEXING = ("aten::index.", "aten::index_put", "aten::_index_put", "aten::_unsafe_index")
-"""On the GPU these take places from the CPU too."""
+"""Operations that accept index tensors on the CPU for a tensor on the GPU."""
 
 _kernels = threading.local()
-"""``made``: what the kernel that this thread is in has made so far."""
+"""``made``: the tensors that the running kernel of this thread has created."""
 
 _memory_device = torch._C.TensorBase.device
-"""The property that ``Tensor.device`` hides here."""
+"""The original property, which ``Tensor.device`` replaces."""
 
 
 def is_on_gpu(tensor: Tensor) -> bool:
-    """Whether the tensor is marked; one that wraps others, as an FP8 tensor does, is where those are."""
+    """Returns whether a tensor is on the GPU. A tensor that wraps others, such as an FP8 tensor, is where those are."""
     if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
         return any(is_on_gpu(kept) for kept in vars(tensor).values() if isinstance(kept, Tensor))
     try:
@@ -55,7 +55,7 @@ def _mark(tensor: Tensor, *, on_gpu: bool = True) -> Tensor:
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:
-    """Tensors in nested lists and tuples, and those that an object keeps."""
+    """The tensors in nested lists and tuples, and in the attributes of objects."""
     for leaf in tree_leaves(values):
         if isinstance(leaf, Tensor):
             yield leaf
@@ -79,7 +79,7 @@ def _mark_new(result: Any, given: list[Tensor]) -> None:
 
 
 class _Places(TorchDispatchMode):
-    """Passes the marks on, and refuses tensors of both sides in one operation."""
+    """Passes marks on to results, and refuses operations on tensors of both sides."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -112,7 +112,7 @@ def _check(name: str, given: list[Tensor]) -> None:
 
 
 class _GpuInHostMemory(TorchFunctionMode):
-    """Puts what is asked for on a GPU into the CPU's memory, and marks it."""
+    """Creates tensors that are requested on a GPU in the CPU's memory, and marks them."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -158,7 +158,7 @@ def _to(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 
 def _moved(source: Tensor, result: Tensor, *, to_gpu: bool) -> Tensor:
-    """The tensor on that side: a copy of it, if it was on the other."""
+    """Returns the tensor on the requested side; a copy if it was on the other."""
     if is_on_gpu(result) == to_gpu:
         return result
     if _memory(result) == _memory(source):
@@ -167,7 +167,7 @@ def _moved(source: Tensor, result: Tensor, *, to_gpu: bool) -> Tensor:
 
 
 def on_gpu(kernel: Any) -> Any:
-    """A kernel of a library: its tensors must be on the GPU, and whatever it makes is. Its own operations are not checked."""
+    """Runs a kernel of a library. Its arguments must be on the GPU, and its results are. Operations inside are not checked."""
 
     @functools.wraps(kernel)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -190,7 +190,7 @@ def on_gpu(kernel: Any) -> Any:
 
 
 def _with_mode(run_backward: Any) -> Any:
-    """A backward pass in which the mode is on: torch switches it off while it handles the call of torch.autograd.backward."""
+    """Runs a backward pass with the mode on. torch switches it off while it handles the call of torch.autograd.backward."""
 
     @functools.wraps(run_backward)
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -210,7 +210,7 @@ def _enter() -> None:
 
 
 def install() -> None:
-    """Keep the sides apart in every thread of this process."""
+    """Separates CPU and GPU tensors in every thread of this process."""
     Tensor.device = property(_device)  # type: ignore[assignment]
     Tensor.is_cuda = property(is_on_gpu)  # type: ignore[assignment]
     Tensor.is_cpu = property(lambda tensor: not is_on_gpu(tensor))  # type: ignore[assignment]
