@@ -64,7 +64,7 @@ def grade_in_pool(pairs: dict[Pair, bool]) -> dict[Pair, Rollout]:
         for gold, answer in pairs
     }
     # The default deadline assumes a free core. This test may share its cores with others
-    with VerifierPool(VerifyConfig(verify_num_workers=2, verify_timeout_s=60)) as pool:
+    with VerifierPool(VerifyConfig(verify_num_workers=1, verify_timeout_s=60)) as pool:
         pool.verify(list(rollouts.values()), {r.problem_id: gold for (gold, _), r in rollouts.items()})
     return rollouts
 

@@ -40,7 +40,7 @@ def make_rollout(text: str, finish_reason: FinishReason = "stop", problem_id: st
 
 def hostile_pool(**knobs: object) -> VerifierPool:
     config = VerifyConfig(
-        **{"verify_num_workers": 2, "verify_timeout_s": 1.5, "verify_memory_mib": 128} | knobs
+        **{"verify_num_workers": 2, "verify_timeout_s": 3.0, "verify_memory_mib": 128} | knobs
     )  # type: ignore[arg-type]
     return VerifierPool(config, grader=hostile_graders.act_out)
 
