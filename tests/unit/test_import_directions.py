@@ -15,9 +15,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "megatron_rasft"
 TOP_LEVEL = {"types", "flags", "config", "errors", "files", "metrics", "ranks"}
-"""Modules (config: a package) that every room may import; themselves they import each other only, types nothing."""
+"""Modules (config: a package) that every package may import; they import each other only, and types nothing."""
 
-ROOMS = {
+PACKAGES = {
     "data",
     "curriculum",
     "servers",
@@ -33,7 +33,7 @@ MAY_ALSO_IMPORT = {"rollout": {"servers"}, "sync": {"servers", "weights"}, "conf
 """Package -> others it may import: weights/ lays out what sync/ sends to the servers, servers/ holds their one record and client, and
 the flags of an objective stand in its own file, which imports no torch."""
 
-JOINING_ROOMS = {"training", "tools"}
+JOINING_PACKAGES = {"training", "tools"}
 """May import other packages."""
 
 MAY_IMPORT_TORCH = {"ranks", "objective", "weights", "sync", "training", "tools"}
@@ -42,7 +42,6 @@ LIGHT_TOOLS = ["tools/capacity", "tools/cli", "tools/data"]
 
 MAY_IMPORT_MEGATRON = {"training", "tools"}
 """The others take tensors and process groups as arguments."""
-MAY_IMPORT_MEGATRON_TRAINING = {"training", "tools"}
 MAY_SPEAK_HTTP = {"servers", "rollout"}
 MAY_CALL_DEVICES = {"sync", "training"}
 
@@ -75,31 +74,59 @@ def is_within(name: str, package: str) -> bool:
 
 
 def broken_rules(home: str, name: str) -> Iterator[str]:
-    """Why a file of ``home`` (a room, a top-level module, or ``__init__``) may not import ``name``."""
+    """Why a file of ``home`` (a package, a top-level module, or ``__init__``) may not import ``name``."""
     if is_within(name, PACKAGE) and name != PACKAGE:
         target = name.split(".")[1]
-        if target == "training" and home not in JOINING_ROOMS:
+        if target == "training" and home not in JOINING_PACKAGES:
             yield "only pretrain_rasft.py and tools/ import training/"
         elif target == "tools" and home != "tools":
             yield "a run imports nothing of tools/"
         elif home == "types":
             yield "types.py imports nothing of this package"
-        elif home not in ROOMS and target in ROOMS - MAY_ALSO_IMPORT.get(home, set()):
-            yield f"{home} is top-level and may not import the room {target}/"
-        elif home in ROOMS - JOINING_ROOMS and target in ROOMS - {home} - MAY_ALSO_IMPORT.get(home, set()):
-            yield f"{home}/ may not import the room {target}/: a shared noun belongs in types.py"
+        elif home not in PACKAGES and target in PACKAGES - MAY_ALSO_IMPORT.get(home, set()):
+            yield f"{home} is shared and may not import the package {target}/"
+        elif home in PACKAGES - JOINING_PACKAGES and target in PACKAGES - {home} - MAY_ALSO_IMPORT.get(
+            home, set()
+        ):
+            yield f"{home}/ may not import the package {target}/: a shared noun belongs in types.py"
     if is_within(name, "torch") and home not in MAY_IMPORT_TORCH:
         yield f"{home} does without torch"
-    if is_within(name, "megatron.training") and home not in MAY_IMPORT_MEGATRON_TRAINING:
-        yield "only training/ and tools/ import megatron.training"
-    elif is_within(name, "megatron") and home not in MAY_IMPORT_MEGATRON:
-        yield f"{home} does without Megatron"
+    if is_within(name, "megatron") and home not in MAY_IMPORT_MEGATRON:
+        yield "only training/ and tools/ import Megatron"
     if is_within(name, "torch.cuda") and home not in MAY_CALL_DEVICES:
         yield "device calls stay in training/ and sync/"
     if any(is_within(name, library) for library in HTTP) and home not in MAY_SPEAK_HTTP:
         yield "only servers/ and rollout/ use HTTP"
     if is_within(name, "sglang"):
         yield "sglang runs in an environment of its own and is never imported"
+
+
+def import_cycles(root: Path) -> list[str]:
+    """The modules that import themselves through others. Imports for type checkers are left out, because they never run."""
+    modules = {}
+    for path in sorted((root / PACKAGE).rglob("*.py")):
+        parts = path.relative_to(root).with_suffix("").parts
+        modules[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    graph: dict[str, set[str]] = {}
+    for module, path in modules.items():
+        tree = WithoutTypeChecking().visit(ast.parse(path.read_text(encoding="utf-8")))
+        names = {name for _, name in imported_names(tree, module, path.name == "__init__.py")}
+        # ``from a.b import c`` gives a.b.c: a module, or a name in the module a.b
+        targets = {name if name in modules else name.rpartition(".")[0] for name in names}
+        graph[module] = targets & modules.keys() - {module}
+    # A module that imports none of the others, or that none of them imports, is not in a cycle.
+    while ends := {
+        m for m in graph if not graph[m] & graph.keys() or all(m not in t for t in graph.values())
+    }:
+        graph = {module: targets for module, targets in graph.items() if module not in ends}
+    return sorted(graph)
+
+
+class WithoutTypeChecking(ast.NodeTransformer):
+    """Removes the blocks under ``if TYPE_CHECKING``."""
+
+    def visit_If(self, node: ast.If) -> ast.AST | list[ast.stmt]:
+        return node.orelse if "TYPE_CHECKING" in ast.unparse(node.test) else self.generic_visit(node)
 
 
 def device_calls(tree: ast.AST) -> Iterator[int]:
@@ -120,13 +147,13 @@ def violations(root: Path) -> list[str]:
     for path in sorted(package.rglob("*.py")):
         parts = path.relative_to(package).with_suffix("").parts
         home, where = parts[0], path.relative_to(root)
-        if len(parts) > 1 and home not in ROOMS and home not in TOP_LEVEL:
-            found.append(f"{where}:1: {home}/ is no room: give it a place in {Path(__file__).name}")
+        if len(parts) > 1 and home not in PACKAGES and home not in TOP_LEVEL:
+            found.append(f"{where}:1: {home}/ is an unknown package: enter it in {Path(__file__).name}")
             continue
         if len(parts) == 1 and home not in TOP_LEVEL and home != "__init__":
-            found.append(f"{where}:1: {home}.py is no top-level module: it belongs in a room")
+            found.append(f"{where}:1: {home}.py is no shared module: it belongs in a package")
         if VAGUE_NAMES & set(parts):
-            found.append(f"{where}:1: {path.stem} says nothing: modules are named by a noun of the field")
+            found.append(f"{where}:1: {path.stem} is a vague name: name the module for its content")
         is_package = parts[-1] == "__init__"
         module = ".".join([PACKAGE, *parts[: len(parts) - is_package]])
         tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
@@ -145,9 +172,16 @@ def test_this_checkout_keeps_the_import_directions() -> None:
     assert violations(ROOT) == []
 
 
-def test_light_rooms_import_where_torch_and_megatron_are_missing() -> None:
+def test_no_module_imports_itself_through_others(tmp_path: Path) -> None:
+    assert import_cycles(ROOT) == []
+    write_tree(tmp_path, "data/reading.py", "from megatron_rasft.data import packing")
+    (tmp_path / PACKAGE / "data" / "packing.py").write_text("from megatron_rasft.data.reading import read")
+    assert import_cycles(tmp_path) == ["megatron_rasft.data.packing", "megatron_rasft.data.reading"]
+
+
+def test_light_packages_import_where_torch_and_megatron_are_missing() -> None:
     """Also through what they import: a transitive import would not show in their own syntax."""
-    light = [*sorted((TOP_LEVEL | ROOMS) - MAY_IMPORT_TORCH), *LIGHT_TOOLS]
+    light = [*sorted((TOP_LEVEL | PACKAGES) - MAY_IMPORT_TORCH), *LIGHT_TOOLS]
     modules = []
     for name in light:
         path = ROOT / PACKAGE / name
@@ -196,32 +230,32 @@ def test_allowed_imports_pass(tmp_path: Path, file: str, line: str) -> None:
         (
             "rollout/store.py",
             "from megatron_rasft.verify.pool import VerifierPool",
-            "may not import the room verify/",
+            "may not import the package verify/",
         ),
-        ("rollout/store.py", "from ..verify.pool import VerifierPool", "may not import the room verify/"),
-        ("rollout/__init__.py", "from ..verify import pool", "may not import the room verify/"),
-        ("rollout/store.py", "from megatron_rasft import verify", "may not import the room verify/"),
-        ("data/reading.py", "import megatron_rasft.curriculum", "may not import the room curriculum/"),
+        ("rollout/store.py", "from ..verify.pool import VerifierPool", "may not import the package verify/"),
+        ("rollout/__init__.py", "from ..verify import pool", "may not import the package verify/"),
+        ("rollout/store.py", "from megatron_rasft import verify", "may not import the package verify/"),
+        ("data/reading.py", "import megatron_rasft.curriculum", "may not import the package curriculum/"),
         ("training/run.py", "from megatron_rasft.tools.report import page", "imports nothing of tools/"),
         ("data/reading.py", "def read():\n    import megatron_rasft.training", "only pretrain_rasft.py"),
         ("types.py", "from megatron_rasft.errors import RasftError", "types.py imports nothing"),
-        ("config/data.py", "from megatron_rasft.data import reading", "may not import the room data/"),
+        ("config/data.py", "from megatron_rasft.data import reading", "may not import the package data/"),
         ("config/data.py", "import torch", "does without torch"),
         ("curriculum/curriculum.py", "from torch import Tensor", "does without torch"),
         ("verify/pool.py", "def f():\n    import torch.nn", "does without torch"),
         ("rollout/engine.py", "import importlib\nimportlib.import_module('torch')", "does without torch"),
-        ("rollout/engine.py", "from megatron.core import parallel_state", "does without Megatron"),
+        ("rollout/engine.py", "from megatron.core import parallel_state", "only training/ and tools/"),
         ("weights/loading.py", "from megatron.training import get_args", "only training/ and tools/"),
         ("objective/loss.py", "import megatron.training.training as t", "only training/ and tools/"),
         ("objective/loss.py", "import torch\ntorch.cuda.synchronize()", "device calls"),
         ("weights/loading.py", "from torch.cuda import Stream", "device calls"),
-        ("weights/loading.py", "from megatron.core import parallel_state", "does without Megatron"),
+        ("weights/loading.py", "from megatron.core import parallel_state", "only training/ and tools/"),
         ("data/packing.py", "import torch", "does without torch"),
         ("sync/broadcast.py", "from urllib.request import urlopen", "only servers/ and rollout/ use HTTP"),
         ("rollout/client.py", "import sglang.srt", "never imported"),
-        ("utils/strings.py", "x = 1", "is no room"),
-        ("data/helpers.py", "x = 1", "says nothing"),
-        ("loop.py", "x = 1", "no top-level module"),
+        ("utils/strings.py", "x = 1", "is an unknown package"),
+        ("data/helpers.py", "x = 1", "is a vague name"),
+        ("loop.py", "x = 1", "no shared module"),
     ],
 )
 def test_each_broken_rule_is_found(tmp_path: Path, file: str, line: str, why: str) -> None:
