@@ -190,7 +190,9 @@ class VerifierPool:
             max_tasks=self._config.verify_max_tasks_per_worker,
             initializer=grading_worker.prepare,
             initargs=(self._config.verify_memory_mib * 2**20,),
-            context=_IsolatedContext([grading_worker.__name__, _module_of(self._grader)]),
+            context=_IsolatedContext(
+                [grading_worker.__name__, _module_of(self._grader), _module_of(grade_program)]
+            ),
         )
         try:
             self._pool.schedule(grading_worker.is_ready).result(timeout=120)

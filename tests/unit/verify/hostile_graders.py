@@ -9,6 +9,8 @@ from typing import Any
 
 from megatron_rasft.types import Verdict
 
+PROGRAM_GRADING = "megatron_rasft.verify.programs.program_grading"
+
 
 class UnpicklableError(Exception):
     """Can be pickled but not unpickled: its constructor needs two arguments."""
@@ -55,13 +57,8 @@ def act_out(text: str, gold: str) -> tuple[Verdict, Any]:
         print("x" * 10**5)
         return "correct", ""
     elif action == "modules":
-        return "correct", ",".join(
-            sorted(
-                m
-                for m in ("torch", "megatron", "nltk", "__mp_main__", "only_the_trainer")
-                if m in sys.modules
-            )
-        )
+        names = ("torch", "megatron", "nltk", "__mp_main__", "only_the_trainer", PROGRAM_GRADING)
+        return "correct", ",".join(name for name in names if name in sys.modules)
     elif action == "pid":
         return "correct", str(os.getpid())
     return ("correct" if rest == gold else "wrong"), ""

@@ -174,7 +174,10 @@ def test_workers_load_neither_torch_nor_megatron_nor_what_the_main_script_loads(
         check=True,
     )
     modules = set(done.stdout.strip().split(","))
-    assert modules <= {"nltk", "__mp_main__"}
+    assert hostile_graders.PROGRAM_GRADING in modules, (
+        "importing it in every worker would take longer than the check of an answer"
+    )
+    assert modules <= {"nltk", "__mp_main__", hostile_graders.PROGRAM_GRADING}
 
 
 def test_only_the_tail_of_a_long_response_is_read() -> None:
