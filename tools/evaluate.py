@@ -25,7 +25,7 @@ from megatron_rasft.config.data import DataConfig
 from megatron_rasft.config.parser import add_flags
 from megatron_rasft.config.saved import CONFIG_FILE, SavedConfig
 from megatron_rasft.data.tokenizing import end_ids, open_tokenizer, read_chat_format, tokenize_prompts
-from megatron_rasft.errors import CheckpointError, DataError, FailedElsewhere, RasftError
+from megatron_rasft.errors import CheckpointError, DataError, RasftError
 from megatron_rasft.rollout.store import read_rollouts
 from megatron_rasft.servers.keys import read_key
 from megatron_rasft.tools import cli
@@ -67,21 +67,21 @@ def main(argv: list[str] | None = None, open_engine: OpenEngine | None = None) -
     if rest and args.command is not run:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     args.open_engine = open_engine or _open_engine
-    return cli.run(_run_once_per_error, args, rest)
+    return cli.run(_run_command, args, rest)
 
 
-def _run_once_per_error(args: argparse.Namespace, rest: list[str]) -> None:
-    """Runs the command. If all ranks of a node fail with the same error, all but one raise FailedElsewhere instead."""
+def _run_command(args: argparse.Namespace, rest: list[str]) -> int:
+    """Runs the command. Of several ranks that fail with the same error, one on each node prints it, as in a training run."""
     try:
         args.command(args, rest)
     except (ValueError, RasftError, OSError) as error:
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            # Imported here because it imports torch, which an evaluation of servers does not need
-            from megatron_rasft.training.failures import prints_for_node
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            raise
+        # Imported here because it imports torch, which an evaluation of servers does not need
+        from megatron_rasft.training.failures import report_failure
 
-            if not prints_for_node(str(error)):
-                raise FailedElsewhere from error
-        raise
+        return report_failure(error)
+    return 0
 
 
 def run(args: argparse.Namespace, megatron_flags: list[str]) -> None:

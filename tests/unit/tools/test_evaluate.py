@@ -102,6 +102,19 @@ def test_expert_parallelism_is_refused_before_anything_is_read(
     assert said.count("\n") == 1 and "--expert-model-parallel-size" in said and "got 2" in said
 
 
+def test_error_of_one_rank_names_the_rank(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--model", str(tmp_path / "gone"), "--output", str(tmp_path), "--expert-model-parallel-size", "2"]
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", "1"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
+    assert evaluate.main(flags) == 2
+    assert "rank 1" in capsys.readouterr().err
+    monkeypatch.setenv("LOCAL_RANK", "1")  # the first rank of the node prints it
+    assert evaluate.main(flags) == 2
+    assert capsys.readouterr().err == ""
+
+
 def test_samples_are_kept_for_the_same_served_weights_only(
     model: Path, world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
