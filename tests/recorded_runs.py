@@ -7,6 +7,7 @@ A recording has the loss, gradient norm and number of samples of each step, the 
 rollout, and the exported weights. They are compared bit for bit, so both recordings must be made on the same machine.
 """
 
+import argparse
 import hashlib
 import json
 import sys
@@ -163,4 +164,10 @@ def main(output: Path, before: Path | None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), Path(sys.argv[2]) if len(sys.argv) > 2 else None))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("output", type=Path, help="file for the recording")
+    parser.add_argument("before", type=Path, nargs="?", help="an earlier recording, to compare with")
+    flags = parser.parse_args()
+    sys.exit(main(flags.output, flags.before))
