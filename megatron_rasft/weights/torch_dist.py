@@ -293,14 +293,6 @@ class TorchDistFolder:
         for chunk in self._chunks[key, num_leading].get(tuple(index), ()):
             yield chunk, tuple(i - o for i, o in zip(index, chunk.offsets, strict=False))
 
-    def read_object(self, key: str) -> Any:
-        """Reads an object with one shard. It may contain only plain values (torch's weights_only)."""
-        place = self._places[MetadataIndex(key)]
-        with (self.path / place.relative_path).open("rb") as file:
-            file.seek(place.offset)
-            (value,) = torch.load(io.BytesIO(file.read(place.length)), weights_only=True)
-        return value
-
     def _load(self, key: str, chunk: ChunkStorageMetadata, within: tuple[int, ...], target: Tensor) -> None:
         """Reads index ``within`` of a chunk into ``target``."""
         place = self._places[MetadataIndex(key, chunk.offsets)]
