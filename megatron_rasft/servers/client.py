@@ -415,11 +415,8 @@ class ServerClient:
                     parts.append(part)
                     if time.monotonic() > ends:
                         break
-        except (
-            httpx.HTTPError,
-            httpx.InvalidURL,
-            UnicodeError,
-        ) as error:  # UnicodeError: an invalid host name
+        except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:
+            # UnicodeError: the host name is invalid
             if cutoff.has_passed or isinstance(error, httpx.TimeoutException):
                 waited = time.monotonic() - began
                 reason = f"{path} gave no answer within {waited:.1f} s"

@@ -167,9 +167,8 @@ def check_checksums(server: ServerClient, expected: Sequence[dict[str, str]], de
         raise ServerError(server.url, f"returned checksums of {len(found)} ranks, but has {len(expected)}")
     for rank, (theirs, ours) in enumerate(zip(found, expected, strict=True)):
         theirs = dict(theirs)
-        if (
-            "lm_head.weight" not in ours
-        ):  # tied embeddings: some versions of SGLang list the tensor under both names
+        # tied embeddings: some versions of SGLang list the tensor under both names
+        if "lm_head.weight" not in ours:
             ours = ours | {"lm_head.weight": ours["model.embed_tokens.weight"]}
             theirs.setdefault("lm_head.weight", ours["lm_head.weight"])
         wrong = [name for name, checksum in ours.items() if theirs.get(name) != checksum]

@@ -154,9 +154,8 @@ def save_explained(what: str, folder: Path) -> Iterator[None]:
         yield
     except (OSError, RuntimeError, CheckpointException) as error:
         reason = checkpoint_failure(error).rstrip(".")
-        if (
-            "<class " in reason
-        ):  # A background writer passes on only the error's class; torch prints the rest.
+        # A background writer passes on only the error's class; torch prints the rest.
+        if "<class " in reason:
             reason += ", which is printed above"
         raise CheckpointError(
             f"{what} could not be written to {folder}: {reason}; {_free_gib(folder):.1f} GiB are free there. "

@@ -61,9 +61,8 @@ def main() -> int:
     try:
         # imported after torch, because its extension is linked with torch's libraries
         importlib.import_module("transformer_engine.pytorch")
-    except (
-        Exception
-    ):  # a wheel for another torch raises OSError or ImportError, a missing library raises RuntimeError
+    except Exception:
+        # a wheel for another torch raises OSError or ImportError, a missing library raises RuntimeError
         traceback.print_exc()
         code = 1
     print(json.dumps(found, indent=1), flush=True)

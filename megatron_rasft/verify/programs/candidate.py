@@ -49,9 +49,8 @@ def serve(stream: socket.socket, source: str, max_bytes: int) -> None:
         max_bytes: the longest message in either direction.
     """
     side = _CandidateSide(stream, source, max_bytes)
-    with contextlib.suppress(
-        CandidateEndedError
-    ):  # raised when the tester closes the socket: the tests are over
+    # raised when the tester closes the socket: the tests are over
+    with contextlib.suppress(CandidateEndedError):
         side.serve()
 
 

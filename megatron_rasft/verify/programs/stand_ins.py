@@ -129,9 +129,8 @@ class TesterSide(Codec):
             parents = tuple(self._error_class(base) for base in bases) or (Exception,)
             try:
                 return type(str(name), parents, {"_number": number})
-            except (
-                TypeError
-            ):  # bases that Python cannot combine: the program claims a class that cannot exist
+            except TypeError:
+                # Python cannot combine these bases: the program claims a class that cannot exist
                 return type(str(name), parents[:1], {"_number": number})
         stand_in = {"class": RemoteClass, "callable": RemoteCallable}.get(kind, RemoteObject)
         return stand_in(self, number)
@@ -190,9 +189,8 @@ class TesterSide(Codec):
     def _error(self, kind: type[Exception], args: Any, text: str, attributes: Any) -> Exception:
         try:
             error = kind(*args)
-        except (
-            Exception
-        ):  # UnicodeDecodeError, for example, requires arguments that the program may not have given
+        except Exception:
+            # UnicodeDecodeError, for example, requires arguments that the program may not have given
             error = RuntimeError(text)
         if "_number" in vars(kind) and str(error) != text:
             error.args = (text,)
