@@ -208,8 +208,8 @@ class Curriculum:
             correct += kept * solve_rate
             samples += kept
             count += self._solvability[problem_id].num_refreshes
-        # Rounding can take a solve rate of 1 above 1.
-        solve_rate = min(1.0, correct / samples)
+        # At most 1 also when rounded, because rounding never changes an order.
+        solve_rate = correct / samples
         self._solvability[problem_id] = Solvability(solve_rate, samples, self._refresh, count)
 
     def remembered(self, problem_id: str) -> tuple[float, float] | None:

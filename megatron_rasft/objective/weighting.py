@@ -130,8 +130,8 @@ def estimate_solvability(
     if samples <= 0:
         return None
     prior = config.weighting_prior_strength
-    estimate = (correct + prior * neutral_solvability(config)) / (samples + prior)
-    return min(1.0, max(0.0, estimate))
+    # In [0, 1] also when rounded, because rounding never changes an order.
+    return (correct + prior * neutral_solvability(config)) / (samples + prior)
 
 
 def adaptive_weights(
