@@ -1,7 +1,9 @@
 """The curriculum walks every problem once per epoch and resumes as if it had never stopped."""
 
+import hashlib
 import json
 import random
+import struct
 
 import pytest
 from hypothesis import given
@@ -105,6 +107,31 @@ def test_band_mode_samples_a_share_of_the_middle_and_probes_the_pool():
     assert hard == problem_ids[40:42]  # 3 % of 60, rounded
 
 
+def test_random_choices_depend_on_seed_purpose_and_refresh_alone():
+    """A resumed run, also with a later version, must choose like an uninterrupted one, so the generators are part of the state."""
+    curriculum = calibrated(num_problems=40, seed=7)
+    curriculum.route({"row 0": 0.05}, 0.0)
+    shuffled = ids(40)
+    random.Random("curriculum 7 calibration").shuffle(shuffled)
+    assert curriculum.calibration_sample() == shuffled
+    routes = dict.fromkeys(ids(20), "middle")
+    chosen = []
+    for refresh in (1, 2):
+        curriculum.next_problems(20)
+        chosen.append(curriculum.choose_for_rollouts(routes))
+        drawn = random.Random(f"curriculum 7 middle {refresh}").sample(range(20), 7)
+        assert chosen[-1] == [f"row {position}" for position in sorted(drawn)]
+    assert chosen[0] != chosen[1]
+
+
+def test_a_hard_problem_that_was_never_sampled_is_probed_before_those_of_the_first_refresh():
+    curriculum = calibrated(config=CurriculumConfig(curriculum_mode="band", curriculum_hard_frac=0.5))
+    curriculum.route(dict.fromkeys(["row 0", "row 1"], 0.8), 0.0)
+    curriculum.next_problems(1)
+    curriculum.record("row 0", 0, 4)
+    assert curriculum.choose_for_rollouts({}) == ["row 1"]
+
+
 def test_probes_go_round_the_pool():
     curriculum = calibrated(config=CurriculumConfig(curriculum_mode="band", curriculum_hard_frac=0.34))
     curriculum.route(dict.fromkeys(["row 0", "row 1", "row 2"], 0.8), 0.0)
@@ -172,6 +199,13 @@ def test_memory_is_the_discounted_mean(history, memory):
         assert curriculum.remembered("row 0") is None
 
 
+def test_memory_one_keeps_all_samples():
+    curriculum = Curriculum(ids(1), CurriculumConfig(), seed=0, memory=1.0)
+    curriculum.record("row 0", 4, 4)
+    curriculum.record("row 0", 0, 4)
+    assert curriculum.remembered("row 0") == (0.5, 8.0)
+
+
 def test_memory_zero_forgets():
     curriculum = Curriculum(ids(1), CurriculumConfig(), seed=0, memory=0.0)
     curriculum.record("row 0", 4, 4)
@@ -228,6 +262,8 @@ def test_state_can_be_taken_before_calibration_and_within_a_refresh():
     routes = curriculum.route(dict.fromkeys(problem_ids, 0.3), 0.0)
     resumed = Curriculum(ids(100), BAND, seed=0)
     assert resumed.state_dict()["thresholds"] is None
+    resumed.load_state_dict(resumed.state_dict())
+    assert resumed.thresholds is None
     resumed.load_state_dict(curriculum.state_dict())
     assert resumed.choose_for_rollouts(routes) == curriculum.choose_for_rollouts(routes)
 
@@ -238,6 +274,15 @@ def test_taken_state_does_not_change_with_the_curriculum():
     before = json.dumps(state)
     one_refresh(curriculum, random.Random(0), 20, 10)
     assert json.dumps(state) == before
+
+
+def test_problems_are_identified_by_a_hash_of_their_ids_and_lengths():
+    """A checkpoint holds it, so a later version must compute the same. The last id is half a surrogate pair, as JSON may hold."""
+    problem_ids = ["a", "bc", "é", "\ud83d"]
+    encoded = [b"a", b"bc", b"\xc3\xa9", b"\xed\xa0\xbd"]
+    digest = hashlib.sha256(b"".join(struct.pack(">Q", len(text)) + text for text in encoded)).hexdigest()
+    state = Curriculum(problem_ids, CurriculumConfig(), seed=0).state_dict()
+    assert state["problems"] == f"4 problems, {digest[:16]}"
 
 
 def test_state_of_other_problems_or_format_is_refused():

@@ -18,6 +18,7 @@ from megatron_rasft.objective.logprobs import (
     vocab_parallel_logprobs,
 )
 from megatron_rasft.types import KLDirection
+from tests.unit.objective.thread_ranks import on_threads
 
 DIRECTIONS: tuple[KLDirection, ...] = ("forward", "reverse")
 TP = 2
@@ -177,6 +178,11 @@ def test_chunked_logprobs_equal_whole_ones(chunk_tokens: int) -> None:
     assert max(head.calls) == (min(chunk_tokens, 11) or 11)
 
 
+def test_labels_of_other_tokens_are_refused() -> None:
+    with pytest.raises(ValueError, match="zip"):
+        chunked_logprobs(logits_of(7, 6), Head(logits_of(16, 6)), labels_of(6, vocab_size=16), None, 16, 3)
+
+
 def test_projection_is_recomputed_only_if_this_saves_memory() -> None:
     hidden, labels = logits_of(8, 6).requires_grad_(), labels_of(8, vocab_size=16)
     weight = logits_of(16, 6, seed=2)
@@ -204,6 +210,8 @@ def test_chunked_kl_equals_whole_one_and_spares_the_reference(
     )
     (logprobs.sum() + 0.3 * kl.sum()).backward()
 
+    # 3 chunks of 7 tokens, each projected again in the backward pass; one chunk is not.
+    assert len(head.calls) == len(ref_head.calls) == (6 if chunk_tokens else 1)
     leaf = hidden.detach().requires_grad_()
     policy, ref = leaf @ head.weight.t(), (ref_hidden @ ref_head.weight.t()).detach()
     want_logprobs = expected_logprobs(policy, labels, 13)
@@ -216,15 +224,14 @@ def test_chunked_kl_equals_whole_one_and_spares_the_reference(
     assert ref_hidden.grad is None and ref_head.weight.grad is None
 
 
-# two processes
+# two ranks
 
 SHARDED_VOCAB_SIZES = (16, 15, 9, 8, 5)
 """Vocabularies in a width of 16 on two ranks. Up to 8 the second shard is padding only."""
 
 
-def sharded_results(rank: int) -> Iterator[tuple[str, Tensor]]:
+def sharded_results(rank: int, group: Any) -> Iterator[tuple[str, Tensor]]:
     """Each case, computed on this rank's half of the vocabulary."""
-    group = dist.group.WORLD
     labels = {size: labels_of(6, vocab_size=size) for size in SHARDED_VOCAB_SIZES}
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         columns = slice(rank * 8, (rank + 1) * 8)
@@ -250,9 +257,13 @@ def sharded_results(rank: int) -> Iterator[tuple[str, Tensor]]:
         4,
         "reverse",
     )
+    plain = chunked_logprobs(
+        hidden.detach(), lambda chunk: chunk @ weight.t(), labels[9], group, 9, chunk_tokens=4
+    )
+    assert torch.equal(plain, logprobs)
     (logprobs.sum() + kl.sum()).backward()
     assert hidden.grad is not None
-    dist.all_reduce(hidden.grad)  # a column-parallel projection does this in its backward pass
+    dist.all_reduce(hidden.grad, group=group)  # a column-parallel projection does this in its backward pass
     yield "chunked-logprobs", logprobs.detach()
     yield "chunked-kl", kl.detach()
     yield "chunked-grad", hidden.grad
@@ -261,13 +272,17 @@ def sharded_results(rank: int) -> Iterator[tuple[str, Tensor]]:
 def sharded_worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=TP)
-    torch.save(dict(sharded_results(rank)), f"{folder}/rank{rank}.pt")
+    torch.save(dict(sharded_results(rank, dist.group.WORLD)), f"{folder}/rank{rank}.pt")
     dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Tensor]]:
+@pytest.fixture(scope="module", params=["threads", "processes"])
+def shards(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> list[dict[str, Tensor]]:
     """The results of the two ranks."""
+    if request.param == "threads":
+        return on_threads(lambda rank, group: dict(sharded_results(rank, group)), TP)
     folder: Path = tmp_path_factory.mktemp("tp")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     mp.spawn(sharded_worker, args=(str(folder),), nprocs=TP)

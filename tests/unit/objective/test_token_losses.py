@@ -21,6 +21,7 @@ from megatron_rasft.objective.families.policy_ratio import Grpo, Psft
 from megatron_rasft.objective.families.rasft import Rasft
 from megatron_rasft.objective.families.token_selective import Gft, Profit
 from megatron_rasft.objective.token_losses import LossSums, PackedTokens, token_loss_sums
+from tests.unit.objective.thread_ranks import on_threads
 
 LENGTHS = (7, 1, 12, 4)
 """Response tokens of each sequence. Two prompt tokens stand before each, three of padding behind the last."""
@@ -395,26 +396,34 @@ def test_metrics_are_sums_and_counts() -> None:
 # context parallelism
 
 
-def context_parallel_worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+def context_parallel_results(rank: int, group: Any) -> dict[str, tuple]:
     results = {}
     for case in FORMULAS:
         tokens = batch(torch.float32)
         leaf = tokens.logprobs.detach().clone().requires_grad_()
         # The second sequence has one token, which only one rank has.
         index = torch.arange(rank, leaf.numel(), 2)
-        mine = replace(select(tokens, index, leaf), cp_group=dist.group.WORLD)
+        mine = replace(select(tokens, index, leaf), cp_group=group)
         sums = token_loss_sums(mine, objective_of(case))
         sums.loss_sum.backward()
         results[case] = (sums.loss_sum.detach(), sums.denominator, leaf.grad, sums.metrics)
-    torch.save(results, f"{folder}/rank{rank}.pt")
+    return results
+
+
+def context_parallel_worker(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    torch.save(context_parallel_results(rank, dist.group.WORLD), f"{folder}/rank{rank}.pt")
     dist.destroy_process_group()
 
 
-def test_context_parallel_ranks_add_up_to_one_process(tmp_path: Path) -> None:
-    mp.spawn(context_parallel_worker, args=(str(tmp_path),), nprocs=2)
-    ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
+@pytest.mark.parametrize("ranks_are", ["threads", "processes"])
+def test_context_parallel_ranks_add_up_to_one_process(ranks_are: str, tmp_path: Path) -> None:
+    if ranks_are == "threads":
+        ranks = on_threads(context_parallel_results, 2)
+    else:
+        mp.spawn(context_parallel_worker, args=(str(tmp_path),), nprocs=2)
+        ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
     for case in FORMULAS:
         whole, grad = loss_and_gradient(batch(torch.float32), objective_of(case))
         (loss_0, count_0, grad_0, metrics_0), (loss_1, count_1, grad_1, metrics_1) = (r[case] for r in ranks)
@@ -518,12 +527,21 @@ def test_objectives_declare_what_they_need() -> None:
             "r": objective.needs_reference_logprobs(),
             "o": objective.needs_old_logprobs(),
             "d": objective.needs_reference_distribution(),
+            "f": objective.needs_reference(),
             "s": objective.uses_rollouts(),
         }
         return "".join(letter for letter, answer in answers.items() if answer)
 
-    table = {"rasft": "rs", "iw_sft": "r", "sft_kl": "d", "asft": "d", "psft": "o", "gft": "s", "raft": "s"}
-    table |= {"sft": "", "dft": "", "profit": "", "grpo": "ros"}
+    table = {
+        "rasft": "rfs",
+        "iw_sft": "rf",
+        "sft_kl": "df",
+        "asft": "df",
+        "psft": "o",
+        "gft": "s",
+        "raft": "s",
+    }
+    table |= {"sft": "", "dft": "", "profit": "", "grpo": "rofs"}
     assert {name: needs(kind()) for name, kind in OBJECTIVES.items()} == table
     assert needs(Rasft(objective_ratio="off")) == "s"
     assert needs(Grpo(objective_grpo_dapo=True)) == "os"

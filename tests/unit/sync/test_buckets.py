@@ -1,7 +1,8 @@
 """Buckets are bounded and aligned, keep related tensors together, and never overlap in the arena."""
 
 import math
-from typing import NamedTuple
+import mmap
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -138,8 +139,64 @@ def test_an_arena_on_the_cpu_is_ordinary_memory_of_its_size(num_bytes: int) -> N
     memory = arena.memory((0, num_bytes))
     assert (memory.dtype, memory.numel()) == (torch.uint8, num_bytes)
     assert memory.fill_(7).eq(7).all()
+    assert arena.memory((0, num_bytes)).data_ptr() == memory.data_ptr()
+    arena.sent((0, num_bytes))
     arena.park()
     assert memory.fill_(8).eq(8).all()
+    assert arena.place(num_bytes) == (0, num_bytes), "nothing is being sent any more"
+
+
+@pytest.mark.parametrize("is_known", [True, False])
+def test_memory_works_on_systems_without_huge_or_freeable_pages(
+    is_known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("MADV_FREE", "MADV_HUGEPAGE"):
+        if is_known:
+            monkeypatch.setattr(mmap, name, 9999, raising=False)  # the system call fails
+        else:
+            monkeypatch.delattr(mmap, name, raising=False)
+    arena = Arena(100, torch.device("cpu"))
+    arena.park()
+    assert arena.memory((0, 100)).fill_(8).eq(8).all()
+
+
+def test_memory_is_on_the_device() -> None:
+    device = torch.device("meta")
+    arena, shared = Arena(100, device), Arena(100, device, is_shared=True)
+    for memory in (arena.memory((10, 30)), shared.memory((10, 30))):
+        assert (memory.device, memory.dtype, memory.shape) == (device, torch.uint8, (20,))
+    assert not arena.is_reusable and not shared.is_reusable
+    assert Arena(100, torch.device("cpu")).is_reusable
+
+
+def test_memory_of_a_gpu_is_allocated_once_or_for_each_shared_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before a shared bucket is allocated, those that all readers have closed are freed."""
+    calls: list[Any] = []
+
+    def empty(num_bytes: int, **options: Any) -> torch.Tensor:
+        calls.append((num_bytes, options))
+        return torch.zeros(num_bytes)
+
+    monkeypatch.setattr(torch.cuda, "ipc_collect", lambda: calls.append("ipc_collect"))
+    monkeypatch.setattr(torch, "empty", empty)
+    options: dict[str, Any] = {"dtype": torch.uint8, "device": torch.device("cuda")}
+    arena, shared = Arena(100, options["device"]), Arena(100, options["device"], is_shared=True)
+    assert [len(memory.memory((10, 30))) for memory in (arena, shared)] == [20, 20]
+    assert calls == [(100, options), "ipc_collect", (20, options)]
+
+
+def test_a_plan_without_tensors_is_empty() -> None:
+    assert plan_buckets([], BF16, 100) == []
+    for bucket_bytes, arena_bytes in ((100, 2 * 16), (0, 0)):
+        plan = MemoryPlan.make([], BF16, bucket_bytes, 1)
+        assert (plan.buckets, plan.arena_bytes, plan.gathered_bytes) == ([], arena_bytes, 0)
+
+
+def test_half_of_the_memory_beside_gathering_is_for_one_bucket() -> None:
+    tensors = [planned(f"{name}.weight", 10) for name in "abcdefghij"]
+    plan = MemoryPlan.make(tensors, BF16, 110, 1)  # 220 bytes, of which 20 are for gathering
+    assert [bucket.num_bytes for bucket in plan.buckets] == [100, 100]
+    assert (plan.arena_bytes, plan.gathered_bytes) == (200, 20)
 
 
 def planned(name: str, num_elements: int, dtype: torch.dtype = torch.bfloat16) -> Planned:

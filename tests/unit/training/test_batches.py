@@ -398,11 +398,20 @@ def test_response_values_are_sorted_by_sample(is_packed: bool) -> None:
     assert found == {i: pytest.approx(s.ref_logprobs, abs=1e-6) for i, s in enumerate(samples)}
 
 
+def test_an_empty_response_has_no_values() -> None:
+    samples = [lone_sample(2, 3), lone_sample(2, 0)]
+    (batch,) = micro_batches(samples, a_layout(is_packed=False))
+    assert batch.ref_logprobs is not None and batch.sample_indices == [0, 1]
+    found = response_values(batch.ref_logprobs, batch, Group(1))  # type: ignore[arg-type]
+    assert {i: values.tolist() for i, values in found.items()} == {0: [-3.0, -4.0, -5.0], 1: []}
+
+
 @pytest.mark.parametrize("is_packed", [True, False])
 def test_response_values_are_gathered_over_context_parallel_ranks(
     is_packed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     samples, size = some_samples(9), 2
+    cp_group = Group(size)
     ranks = [
         micro_batches(samples, a_layout(is_packed=is_packed, cp_rank=r, cp_size=size)) for r in range(size)
     ]
@@ -413,8 +422,8 @@ def test_response_values_are_gathered_over_context_parallel_ranks(
             for part, s in zip(parts, shards, strict=True):
                 rows = [s.ref_logprobs, s.loss_mask, s.segment_ids, s.position_ids.flatten()]
                 part.copy_(torch.stack([row.double() for row in rows]))
-            assert torch.equal(parts[1], mine)
+            assert torch.equal(parts[1], mine) and group is cp_group
 
         monkeypatch.setattr(torch.distributed, "all_gather", all_gather)
-        found.update(response_values(shards[1].ref_logprobs, shards[1], Group(size)))  # type: ignore[arg-type]
+        found.update(response_values(shards[1].ref_logprobs, shards[1], cp_group))  # type: ignore[arg-type]
     assert found == {i: pytest.approx(s.ref_logprobs, abs=1e-6) for i, s in enumerate(samples)}

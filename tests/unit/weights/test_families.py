@@ -1,10 +1,18 @@
 """Compares the tables and layouts with independent formulas."""
 
+import importlib.util
+import math
+from pathlib import Path
+
 import pytest
 import torch
+import transformers
+from safetensors.torch import load_file
 
+from megatron_rasft.weights import families
 from megatron_rasft.weights.families import FAMILIES, Binding, ModelShape, NameTable
 
+MODELS = {architecture: getattr(transformers, architecture) for architecture in FAMILIES}
 LAYER = "decoder.layers.1."
 
 
@@ -25,6 +33,15 @@ def shape(heads: int = 4, groups: int = 2, tied: bool = False, **more: int) -> M
         has_qk_norm=False,
         **sizes,
     )
+
+
+def table_of(architecture: str, sizes: ModelShape) -> NameTable:
+    """A table from families.py executed again: mutmut changes a function after its first import, which calls those of FAMILIES."""
+    spec = importlib.util.spec_from_file_location(families.__name__, families.__file__)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.NameTable(module.FAMILIES[architecture], sizes)
 
 
 def bind(table: NameTable, name: str, layer_offset: int = 0) -> Binding:
@@ -53,7 +70,7 @@ def shards(
 @pytest.mark.parametrize("heads,groups", [(4, 2), (4, 4), (4, 1), (6, 2), (6, 3), (8, 2), (12, 6)])
 @pytest.mark.parametrize("tp_size", [1, 2, 4])
 def test_query_key_value_are_interleaved_by_group(heads: int, groups: int, tp_size: int) -> None:
-    table = NameTable(FAMILIES["LlamaForCausalLM"], shape(heads, groups))
+    table = table_of("LlamaForCausalLM", shape(heads, groups))
     d, per_group = 4, heads // groups
     q, k, v = (torch.randn(n * d, 8) for n in (heads, groups, groups))
     by_group = torch.cat(
@@ -66,7 +83,7 @@ def test_query_key_value_are_interleaved_by_group(heads: int, groups: int, tp_si
 
 def test_added_query_groups_are_padding_of_the_last_ranks() -> None:
     """A folder with 3 groups of 2 heads, in a model with 4 groups on 2 ranks."""
-    table = NameTable(FAMILIES["LlamaForCausalLM"], shape(6, 3))
+    table = table_of("LlamaForCausalLM", shape(6, 3))
     q, k, v, o = torch.randn(24, 8), torch.randn(12, 8), torch.randn(12, 8), torch.randn(8, 24)
     groups = [torch.cat([q[8 * g : 8 * g + 8], k[4 * g : 4 * g + 4], v[4 * g : 4 * g + 4]]) for g in range(3)]
     first, second = shards(table, LAYER + "self_attention.linear_qkv.weight", [q, k, v], 2, (32, 8))
@@ -76,20 +93,20 @@ def test_added_query_groups_are_padding_of_the_last_ranks() -> None:
 
 
 def test_gate_and_up_are_concatenated_per_rank() -> None:
-    table = NameTable(FAMILIES["LlamaForCausalLM"], shape())
+    table = table_of("LlamaForCausalLM", shape())
     gate, up = torch.randn(12, 8), torch.randn(12, 8)
     got = shards(table, LAYER + "mlp.linear_fc1.weight", [gate, up], 2)
     assert torch.equal(got[1], torch.cat([gate[6:], up[6:]]))
 
 
 def test_row_parallel_weights_are_cut_along_their_columns() -> None:
-    table = NameTable(FAMILIES["LlamaForCausalLM"], shape())
+    table = table_of("LlamaForCausalLM", shape())
     down = torch.randn(8, 12)
     assert torch.equal(shards(table, LAYER + "mlp.linear_fc2.weight", [down], 3)[2], down[:, 8:])
 
 
 def test_padding_rows_have_no_source() -> None:
-    table = NameTable(FAMILIES["LlamaForCausalLM"], shape())
+    table = table_of("LlamaForCausalLM", shape())
     embedding = torch.randn(11, 8)
     got = shards(table, "embedding.word_embeddings.weight", [embedding], 4, (4, 8))
     assert [g.shape[0] for g in got] == [4, 4, 3, 0]
@@ -97,7 +114,7 @@ def test_padding_rows_have_no_source() -> None:
 
 
 def test_padded_vocabulary_may_not_be_smaller_than_the_model() -> None:
-    table = NameTable(FAMILIES["LlamaForCausalLM"], shape())
+    table = table_of("LlamaForCausalLM", shape())
     with pytest.raises(ValueError, match="--padded-vocab-size 10"):
         shards(table, "output_layer.weight", [torch.randn(11, 8)], 1, (10, 8))
 
@@ -107,7 +124,7 @@ def test_padded_vocabulary_may_not_be_smaller_than_the_model() -> None:
 def test_every_hf_tensor_has_exactly_one_parameter(architecture: str, is_tied: bool) -> None:
     family = FAMILIES[architecture]
     num_experts = 5 if family.has_experts else 0
-    table = NameTable(family, shape(tied=is_tied, num_experts=num_experts))
+    table = table_of(architecture, shape(tied=is_tied, num_experts=num_experts))
     names = ["embedding.word_embeddings.weight", "decoder.final_layernorm.weight"]
     names += [] if is_tied else ["output_layer.weight"]
     for which in (0, -1):  # plain layers, fused layers
@@ -124,7 +141,7 @@ def test_every_hf_tensor_has_exactly_one_parameter(architecture: str, is_tied: b
 
 
 def test_experts_count_from_their_rank() -> None:
-    table = NameTable(FAMILIES["MixtralForCausalLM"], shape(num_experts=4))
+    table = table_of("MixtralForCausalLM", shape(num_experts=4))
     for name in ("mlp.experts.local_experts.1.linear_fc2.weight", "mlp.experts.linear_fc2.weight1"):
         binding = table.bind(LAYER + name, 0, expert_offset=2)
         assert binding is not None
@@ -134,8 +151,8 @@ def test_experts_count_from_their_rank() -> None:
 
 @pytest.mark.parametrize("tp_size", [1, 2])
 def test_fused_tensors_of_phi3_hold_the_sources_below_each_other(tp_size: int) -> None:
-    plain = NameTable(FAMILIES["LlamaForCausalLM"], shape(6, 2))
-    fused = NameTable(FAMILIES["Phi3ForCausalLM"], shape(6, 2))
+    plain = table_of("LlamaForCausalLM", shape(6, 2))
+    fused = table_of("Phi3ForCausalLM", shape(6, 2))
     for name, rows in (("self_attention.linear_qkv.weight", (24, 8, 8)), ("mlp.linear_fc1.weight", (12, 12))):
         parts = [torch.randn(n, 8) for n in rows]
         expected = shards(plain, LAYER + name, parts, tp_size)
@@ -144,7 +161,7 @@ def test_fused_tensors_of_phi3_hold_the_sources_below_each_other(tp_size: int) -
 
 
 def test_fused_norm_names_of_transformer_engine_are_known() -> None:
-    table = NameTable(FAMILIES["Qwen3ForCausalLM"], shape())
+    table = table_of("Qwen3ForCausalLM", shape())
     for fused, plain in [
         ("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight"),
         ("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight"),
@@ -154,12 +171,100 @@ def test_fused_norm_names_of_transformer_engine_are_known() -> None:
 
 
 def test_unknown_parameters_and_layers_are_not_bound() -> None:
-    table = NameTable(FAMILIES["LlamaForCausalLM"], shape())
+    table = table_of("LlamaForCausalLM", shape())
     assert table.bind(LAYER + "mlp.linear_fc1.bias", 0) is None
     assert table.bind(LAYER + "self_attention.linear_qkv.bias", 0) is None
     assert table.bind("decoder.layers.2.mlp.linear_fc1.weight", 1) is None
 
 
 def test_tied_output_layer_is_a_copy_of_the_embedding() -> None:
-    binding = bind(NameTable(FAMILIES["LlamaForCausalLM"], shape(tied=True)), "output_layer.weight")
+    binding = bind(table_of("LlamaForCausalLM", shape(tied=True)), "output_layer.weight")
     assert binding.is_copy and binding.hf_names == ("model.embed_tokens.weight",)
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_tables_have_the_names_and_shapes_that_transformers_saves(
+    architecture: str, is_tied: bool, tmp_path: Path
+) -> None:
+    num_experts = 5 if FAMILIES[architecture].has_experts else 0
+    config = getattr(transformers, architecture.replace("ForCausalLM", "Config"))(
+        vocab_size=11,
+        hidden_size=16,
+        intermediate_size=12,
+        moe_intermediate_size=12,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=4,
+        num_experts=num_experts,
+        num_local_experts=num_experts,
+        num_experts_per_tok=2,
+        pad_token_id=None,
+        tie_word_embeddings=is_tied,
+    )
+    MODELS[architecture](config).save_pretrained(tmp_path)
+    saved = {name: tuple(t.shape) for name, t in load_file(tmp_path / "model.safetensors").items()}
+    table = table_of(architecture, shape(tied=is_tied, hidden_size=16, num_experts=num_experts))
+    assert table.hf_shapes == saved
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_shards_of_all_ranks_are_the_whole_tensors(architecture: str, tp_size: int) -> None:
+    """Norms and routers are whole on every rank; every element of the others is on exactly one."""
+    sizes = shape(vocab_size=12, num_experts=5 if FAMILIES[architecture].has_experts else 0)
+    table = table_of(architecture, sizes)
+    for parameter in table.stored_parameters():
+        entry, shapes = parameter.binding.entry, parameter.binding.hf_shapes
+        is_whole = "norm" in parameter.key or "router" in parameter.key
+        assert entry.is_sharded is not is_whole, parameter.key
+        counts = [torch.zeros(size) for size in shapes]
+        for rank in range(tp_size):
+            layout = entry.layout(sizes, rank, tp_size, None)
+            held = torch.zeros(parameter.binding.shard_shape(layout))
+            assert layout.length == sum(piece.stop - piece.start for piece in layout.pieces)
+            assert held.numel() == sum(map(math.prod, shapes)) / (1 if is_whole else tp_size)
+            for piece in layout.pieces:
+                counts[piece.tensor].narrow(layout.dim, piece.start, piece.stop - piece.start).add_(1)
+        assert all((count == (tp_size if is_whole else 1)).all() for count in counts), parameter.key
+
+
+@pytest.mark.parametrize(
+    ("architecture", "name", "key", "position", "stack", "is_expert"),
+    [
+        (
+            "Qwen3ForCausalLM",
+            "mlp.linear_fc2.weight",
+            "decoder.layers.mlp.linear_fc2.weight",
+            (1,),
+            (3,),
+            False,
+        ),
+        (
+            "MixtralForCausalLM",
+            "mlp.experts.linear_fc2.weight4",
+            "decoder.layers.mlp.experts.experts.linear_fc2.weight",
+            (1, 4),
+            (3, 5),
+            True,
+        ),
+    ],
+)
+def test_stored_parameters_are_stacked_by_layer_and_expert(
+    architecture: str, name: str, key: str, position: tuple, stack: tuple, is_expert: bool
+) -> None:
+    table = table_of(architecture, shape(num_experts=5 if is_expert else 0))
+    (stored,) = [p for p in table.stored_parameters() if p.key == key and p.position == position]
+    assert stored.stack == stack
+    assert stored.single_key == key.replace("layers.", "layers.1.")
+    assert stored.binding == table.bind(LAYER + name, 0)
+    assert stored.binding.entry.is_expert is is_expert
+    assert (stored.binding.prefix, stored.binding.expert) == ("model.layers.1.", position[-1] * is_expert)
+    assert not stored.binding.is_copy
+    if is_expert:
+        other = table.bind(LAYER + "mlp.experts.linear_fc2.weight2", 0)
+        assert other is not None and table.same_on(other, 4) == stored.binding
+    (top,) = [p for p in table.stored_parameters() if p.key == "decoder.final_layernorm.weight"]
+    assert (top.single_key, top.position, top.stack) == (top.key, (), ())
+    assert (top.binding.prefix, top.binding.expert) == ("", 0)
