@@ -1,4 +1,4 @@
-# make quickstart [ARGS=--compare]   make test   make lint   make venv   make servers   make gpu-check   make gpu-bundle
+# make quickstart [ARGS=--compare]   make test   make lint   make mutants   make venv   make servers   make gpu-check   make gpu-bundle
 # PYTHON names the interpreter the environment is made with (>= 3.12), VENV where it goes.
 PYTHON ?= python3.12
 VENV ?= .venv
@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WHEEL := .cache/wheel
 
-.PHONY: quickstart test lint types pytest pytest-servers pytest-runs pytest-units pytest-emulated wheel venv \
+.PHONY: quickstart test lint types pytest pytest-servers pytest-runs pytest-units pytest-emulated mutants wheel venv \
 	servers emulated-gpu gpu-check gpu-bundle
 .DELETE_ON_ERROR:
 
@@ -42,6 +42,14 @@ pytest-units:
 
 pytest-emulated:
 	$(BIN)/python -m pytest -m "not gpu" -p no:cacheprovider tests/emulated_gpu $(ARGS)
+
+# For every night: changes the method's functions, one operator or value at a time, and runs their unit tests on each change. The
+# old results are removed, because mutmut would keep those of functions whose tests have changed.
+mutants: venv
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --editable '.[mutants]'
+	rm -rf mutants
+	OMP_NUM_THREADS=1 $(BIN)/python -m mutmut run
+	$(BIN)/python -m tests.mutants
 
 # Builds the wheel, installs it by itself and imports it from there. A stale build/ would end up in it.
 wheel: venv
