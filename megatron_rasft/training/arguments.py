@@ -41,13 +41,13 @@ CHANGED_DEFAULTS = {
 """Defaults of Megatron's own flags that suit supervised fine-tuning."""
 
 NEWER_DEFAULTS = {
-    # Since 0.20 Megatron writes its own tokenizer at the end of a save. A run here builds none.
+    # Since 0.20 Megatron saves its own tokenizer with a checkpoint. This program never builds that tokenizer.
     "save_tokenizer_assets": False,
 }
-"""Such defaults of flags that only later versions of Megatron-Core have."""
+"""Like CHANGED_DEFAULTS, for flags that only later versions of Megatron-Core have."""
 
 WARMUP_STEPS = 4
-"""Steps of warm-up if no --lr-warmup-* flag is given; fewer in a run that is shorter."""
+"""Warm-up steps if no --lr-warmup-* flag is given. A shorter run gets fewer."""
 
 
 def parse_flags() -> argparse.Namespace:
@@ -104,7 +104,7 @@ def _as_flag(name: str, value: Any) -> str:
 
 
 def _printable(action: argparse.Action) -> str | None:
-    """Returns a help text that argparse can format: it reads a single % as a placeholder, so that one is doubled."""
+    """Returns a help text that argparse can format: a single % would be read as a placeholder, so it is doubled."""
     text = action.help
     if text is None or "%" not in text:
         return text

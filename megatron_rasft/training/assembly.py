@@ -37,10 +37,10 @@ def build_run(
     trainer: Trainer,
     resume: Resume,
 ) -> Run:
-    """The run of these arguments, ready to ``begin``; a collective of the world.
+    """Builds the run that the arguments describe, ready for ``begin``. A collective of the world.
 
     Args:
-        folder: the --hf-model.
+        folder: the folder --hf-model.
         heldout: problems that are measured and never trained; None without --heldout-data.
         replay: stored rollouts, on rank 0 of a run that replays them.
         resume: where the run resumes from.

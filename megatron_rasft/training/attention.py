@@ -160,7 +160,7 @@ class SdpaCoreAttention(MegatronModule):
     def _packed(self, query: Tensor, key: Tensor, value: Tensor, params: PackedSeqParams) -> Tensor:
         size, rank = self.cp_group.size(), self.cp_group.rank()
         bounds = params.cu_seqlens_q if params.cu_seqlens_q_padded is None else params.cu_seqlens_q_padded
-        starts = [bound // size for bound in bounds.tolist()]  # every rank holds 1 / size of each sequence
+        starts = [bound // size for bound in bounds.tolist()]  # each rank holds 1 / size of every sequence
         if size > 1:
             local = key.shape[0]
             key, value = (

@@ -1,7 +1,7 @@
 """Writes checkpoints on a thread of the training process (--async-save), behind the interface of Megatron's own queue.
 
-Megatron 0.19 writes them in another process: the form it recommends needs nvidia-resiliency-ext, which has wheels for glibc 2.39
-only, and the other form hangs the run when its process dies. A thread cannot die unnoticed or outlive the run, and writing
+Megatron 0.19 writes them in another process: the method it recommends needs nvidia-resiliency-ext, which has wheels for glibc 2.39
+only, and the other method hangs the run when its process dies. A thread cannot die unnoticed or outlive the run, and writing
 takes little of the interpreter's time: torch computes checksums and writes to files without holding the interpreter's lock.
 """
 
@@ -25,10 +25,10 @@ from megatron.training import async_utils
 from megatron_rasft.errors import first_line
 
 _POLL_S = 0.05
-"""Time between two checks whether every rank has written its part."""
+"""How often the ranks check whether all of them have written their parts."""
 
 _THREAD = "save"
-"""Name of the thread that writes."""
+"""Name of the thread that writes checkpoints."""
 
 _DONE, _WRITING, _LATE = 0, 1, 2
 """The progress of one rank's part. The largest value over all ranks is the progress of the checkpoint."""
@@ -82,10 +82,10 @@ class SaveQueue:
         ]
 
     def maybe_finalize_async_calls(self, blocking: bool = False, no_dist: bool = False) -> list[int]:
-        """Completes the checkpoint if every rank has written its part: rank 0 then names it the newest.
+        """Completes the checkpoint if every rank has written its part. Rank 0 then writes it into the tracker file as the newest.
 
         Args:
-            blocking: whether to wait for that.
+            blocking: whether to wait until every rank has written its part.
             no_dist: not supported; Megatron passes False.
 
         Returns:
@@ -125,14 +125,14 @@ class SaveQueue:
         return int(self._request is not None)
 
     def close(self, abort: bool = False) -> None:
-        """Completes the checkpoint, or with ``abort`` drops it."""
+        """Completes the checkpoint, or drops it if ``abort`` is set."""
         if abort:
             self._request = None
         self.maybe_finalize_async_calls(blocking=True)
 
 
 def _write(request: AsyncRequest, arguments: list[Any]) -> None:
-    """Runs Megatron's writer. It puts its results, or most errors, into the results queue; this puts all other errors there."""
+    """Runs Megatron's writer, which puts its result, or most of its errors, into the results queue. Adds the other errors to it."""
     assert request.async_fn is not None
     try:
         request.async_fn(*arguments, **request.async_fn_kwargs)

@@ -1,4 +1,4 @@
-"""Hands a global batch out and cuts this rank's micro-batches on a thread, beside the training step before it."""
+"""Distributes a global batch and cuts this rank's micro-batches on a thread, while the previous training step runs."""
 
 import argparse
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,7 +23,7 @@ from megatron_rasft.training.samples import Batch
 
 @dataclass(kw_only=True)
 class PreparedBatch:
-    """A global batch that has been handed out, while a thread cuts this rank's micro-batches."""
+    """A global batch that has been distributed to the ranks, and the thread's work of cutting this rank's micro-batches."""
 
     facts: BatchFacts
     micro_batches: Future[list[MicroBatch]]
@@ -36,7 +36,7 @@ class BatchPreparer:
     Args:
         layout: how this rank cuts a global batch.
         replicas: the ranks of each data-parallel replica.
-        device: of the model.
+        device: the model's device.
     """
 
     def __init__(self, layout: BatchLayout, replicas: Sequence[Sequence[int]], device: torch.device) -> None:
@@ -46,7 +46,7 @@ class BatchPreparer:
         self._thread = ThreadPoolExecutor(1, "cut", _choose_device, (device,))
 
     def prepare(self, batch: Batch | None) -> PreparedBatch:
-        """Hands a global batch out and starts to cut it; a collective of the world.
+        """Distributes a global batch and starts to cut it. A collective of the world.
 
         The ranks of a replica receive only the replica's shard. The collectives run here and not on the thread: collectives of
         two threads could start in a different order on another rank.
@@ -64,7 +64,7 @@ class BatchPreparer:
 
     def _cut(self, shard: BatchShard) -> list[MicroBatch]:
         batches = build_micro_batches(shard, self._layout)
-        # Pinned memory is copied to the GPU faster, and pinning takes time: the thread does it beside the training step.
+        # Copies from pinned memory are faster. Pinning takes time, so the thread does it while the training step runs.
         return [batch.pinned() for batch in batches] if self._device.type == "cuda" else batches
 
     def on_device(self, prepared: PreparedBatch) -> list[MicroBatch]:
@@ -72,7 +72,7 @@ class BatchPreparer:
         return [batch.to(self._device) for batch in prepared.micro_batches.result()]
 
     def one_ahead(self, batches: Iterable[Batch | None]) -> Iterator[PreparedBatch]:
-        """Yields every batch prepared, each after the next one's preparation has begun."""
+        """Prepares and yields every batch. Each is yielded after the preparation of the next has begun."""
         waiting = None
         for batch in batches:
             prepared = self.prepare(batch)
@@ -92,7 +92,7 @@ def batch_layout(args: argparse.Namespace, *, is_packed: bool) -> BatchLayout:
     """Returns how this rank cuts a global batch.
 
     Args:
-        args: Megatron's.
+        args: Megatron's arguments.
         is_packed: whether samples are packed into rows (--rasft-batch-layout packed) or padded to one length.
     """
     tp, cp = args.tensor_model_parallel_size, args.context_parallel_size
@@ -109,17 +109,17 @@ def batch_layout(args: argparse.Namespace, *, is_packed: bool) -> BatchLayout:
         token_multiple=cp
         * (tp if args.sequence_parallel else 1)
         * _tokens_per_rank_multiple(args, is_on_gpu),
-        # Megatron's interleaved schedule wants a multiple of the pipeline's stages.
+        # Megatron's interleaved schedule needs a multiple of the number of pipeline stages.
         micro_batch_multiple=args.pipeline_model_parallel_size if is_interleaved else 1,
         width_slack=WIDTH_SLACK if is_on_gpu else 0.0,
     )
 
 
 def _tokens_per_rank_multiple(args: argparse.Namespace, is_on_gpu: bool) -> int:
-    """The tokens of a micro-batch on one rank are a multiple of this, for the matrix kernels.
+    """Returns a number that must divide a rank's tokens in a micro-batch, for the matrix kernels.
 
     The last dimension of an FP8 operand is a multiple of 16 (assert_dim_for_fp8_exec in transformer_engine/pytorch/utils.py),
-    and in the gradient of a weight that dimension is the tokens. Block scales cover 128 of them, those of mxfp8 32.
+    and in a weight's gradient the last dimension counts tokens. A block scale covers 128 tokens, an mxfp8 scale 32.
     """
     if args.fp8 is not None:
         return {"blockwise": 128, "mxfp8": 32, "delayed": 16, "tensorwise": 16}.get(str(args.fp8_recipe), 128)

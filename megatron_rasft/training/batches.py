@@ -27,7 +27,7 @@ Every new width makes the caching allocator split its blocks and makes torch.com
 """
 
 MicroBatchIndices = list[list[int]]
-"""The micro-batches of one replica: for each the indices of its samples in the global batch."""
+"""The micro-batches of one replica, each as the indices of its samples in the global batch."""
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -109,7 +109,7 @@ class MicroBatch:
     packed_seq_params: PackedSeqParams | None
     """Bounds of the sequences for Megatron's attention; None in the padded layout."""
     sample_indices: list[int]
-    """For each segment its sample's index in the global batch."""
+    """[segments] index in the global batch of each segment's sample."""
 
     @property
     def num_segments(self) -> int:
@@ -157,7 +157,7 @@ class BatchShard:
     """Rows and tokens of every micro-batch, the same for all replicas."""
     micro_batches: MicroBatchIndices
     samples: SampleArrays
-    """The samples of all micro-batches, in the order of ``micro_batches``."""
+    """The samples of all micro-batches, ordered as in ``micro_batches``."""
 
 
 def shard_batch(batch: Batch, layout: BatchLayout) -> list[BatchShard]:
@@ -167,7 +167,7 @@ def shard_batch(batch: Batch, layout: BatchLayout) -> list[BatchShard]:
     one fixed shape (pipeline_parallel/schedules.py with variable_seq_lengths off).
 
     Args:
-        batch: none of its samples is longer than ``layout.seq_length``.
+        batch: samples of at most ``layout.seq_length`` tokens.
         layout: the layout of any rank; the rank numbers are not used.
 
     Returns:
@@ -216,7 +216,7 @@ def build_micro_batches(shard: BatchShard, layout: BatchLayout) -> list[MicroBat
     """Builds this rank's micro-batches from its replica's shard, in host memory.
 
     Returns:
-        Equally many on every rank; [] for a batch without samples.
+        The micro-batches, the same number on every rank; [] for a batch without samples.
     """
     starts = [0, *itertools.accumulate(len(indices) for indices in shard.micro_batches)]
     return [
@@ -226,7 +226,7 @@ def build_micro_batches(shard: BatchShard, layout: BatchLayout) -> list[MicroBat
 
 
 def _assign_packed(lengths: list[int], layout: BatchLayout) -> list[MicroBatchIndices]:
-    """Packs samples of these padded lengths into micro-batches of at most the token budget, for each replica."""
+    """Packs samples with the given padded lengths into micro-batches within the token budget, for each replica."""
     budget = layout.padded(layout.micro_batch_size * layout.seq_length)
     return pack(lengths, budget, layout.dp_size, layout.micro_batch_multiple)
 
@@ -287,7 +287,7 @@ def _flat_fields(samples: SampleArrays, bounds: list[int]) -> dict[str, Array]:
     positions = np.arange(total)
     for start, end in itertools.pairwise(bounds):
         flat["position_ids"][start:end] = positions[: end - start]
-    read, answered = 0, 0  # tokens and response tokens of the samples before
+    read, answered = 0, 0  # number of tokens and of response tokens in the samples before this one
     lengths = zip(samples.prompt_lengths.tolist(), samples.response_lengths.tolist(), strict=True)
     for place, (num_prompt, num_response) in enumerate(lengths):
         num = num_prompt + num_response
@@ -335,7 +335,7 @@ def _packed_seq_params(cu_seqlens: Tensor, longest: int) -> PackedSeqParams:
 def response_values(
     per_token: Tensor, batch: MicroBatch, cp_group: torch.distributed.ProcessGroup
 ) -> dict[int, Array]:
-    """Sorts per-token values of a micro-batch into one array per response.
+    """Splits a micro-batch's per-token values into one array per response.
 
     Runs one all-gather on ``cp_group`` if it has more than one rank.
 
@@ -361,7 +361,7 @@ def response_values(
     values, mask, segments, positions = columns.cpu()
     kept = mask > 0
     values, segments, positions = values[kept], segments[kept].long(), positions[kept].long()
-    order = torch.argsort(segments * (1 << 32) + positions)  # by segment, then by position
+    order = torch.argsort(segments * (1 << 32) + positions)  # sorted by segment, then by position
     values, segments = values[order], segments[order]
     counts = torch.bincount(segments, minlength=batch.num_segments).tolist()
     split = torch.split(values.float(), counts)

@@ -51,10 +51,10 @@ class Checkpointer:
     """A run's checkpoints in --save. Every method is a collective of the world.
 
     Args:
-        args: Megatron's.
-        trainer: is saved and loaded.
+        args: Megatron's arguments.
+        trainer: the trainer to save and load.
         resume: where the run resumes from.
-        device: of the parameters.
+        device: the device of the parameters.
     """
 
     def __init__(
@@ -65,16 +65,16 @@ class Checkpointer:
         self.resume = resume
         """Where the run resumes from."""
         self._context: dict[str, Any] = {}
-        """Megatron's own: what it keeps between two saves."""
+        """State that Megatron's save functions keep between two saves."""
         self._saving_step: int | None = None
         """The step of the checkpoint that is being written in the background."""
         if args.async_save:
             write_in_background(SaveQueue.for_run(args, device))
 
     def save(self, state: Callable[[], tuple[dict[str, Any], dict[str, Array]]]) -> None:
-        """Writes a checkpoint and the run's state; an earlier checkpoint stays until this one is complete.
+        """Writes a checkpoint and the run's state. The previous checkpoint stays the newest until this one is complete.
 
-        With --async-save it is complete after a later ``finish``. The save before it must be complete already.
+        With --async-save a later ``finish`` completes it. The previous save must be complete.
 
         Args:
             state: returns values that JSON can hold, and arrays; called on rank 0.
@@ -122,7 +122,7 @@ class Checkpointer:
                 f"checkpoint {folder} has no {STATE_FILE}: it was not written by this program. Use "
                 "--hf-model with an exported folder to start from those weights."
             )
-        # Only rank 0 has the queue, so the arrays of its samples are not broadcast.
+        # Only rank 0 has the queue of batches, so the arrays of its samples are not broadcast.
         arrays: dict[str, Array] = kept_by_rank_zero(lambda: read_arrays(folder, state), {})
         with (
             load_explained(resume),
@@ -147,12 +147,12 @@ class Checkpointer:
             is_blocking: whether to wait until every rank has written its part.
 
         Returns:
-            Its step, if it is complete now; None if it is not, or if none was being written.
+            The step of the checkpoint that is now complete; None if it is incomplete, or if none was being written.
         """
         if self._saving_step is None:
             return None
-        # With --save-retain-interval Megatron forks a process that deletes the checkpoint before (iter_finalize_fn in
-        # megatron/training/checkpointing.py). No other thread may hold a lock at that moment: the copy could never release it.
+        # With --save-retain-interval Megatron forks a process that deletes the previous checkpoint (iter_finalize_fn in
+        # megatron/training/checkpointing.py). No other thread may hold a lock then: the forked process could not release it.
         self._trainer.pause_preparation()
         with save_explained(f"the checkpoint of step {self._saving_step}", Path(self._args.save)), quiet():
             training.maybe_finalize_async_save(blocking=is_blocking)
@@ -168,10 +168,10 @@ def load_converted_weights(
     """Loads weights without a training state, as tools/convert_checkpoint.py writes them; a collective of the world.
 
     Args:
-        args: Megatron's.
+        args: Megatron's arguments.
         model: this rank's chunks, as Megatron's set-up returned them.
-        optimizer: takes over the loaded weights.
-        scheduler: is left as it is.
+        optimizer: receives the loaded weights.
+        scheduler: is not changed.
         converted: the folder that holds the weights; its parent is --load.
 
     Raises:

@@ -26,7 +26,7 @@ STATE_FILE = "rasft_state.json"
 """File beside Megatron's own in a checkpoint: the positions of the data, the curriculum and the rollout store."""
 
 QUEUE_FILE = "rasft_queue.safetensors"
-"""File beside ``STATE_FILE``, which holds its SHA-256: the samples that are not trained on yet."""
+"""File of the samples that are not trained on yet. ``STATE_FILE`` beside it holds its SHA-256."""
 
 LOAD_FAILURES = (
     CheckpointException,
@@ -69,7 +69,7 @@ def read_state(resume: Resume, architecture: dict[str, Any]) -> dict[str, Any] |
 
     Args:
         resume: names the checkpoint.
-        architecture: of this run. Without this check Megatron would fail later, at the shape of a tensor.
+        architecture: this run's architecture. Without this check Megatron would fail later, at the shape of a tensor.
 
     Raises:
         CheckpointError: the checkpoint is missing, damaged, or of another model.
@@ -92,8 +92,8 @@ def read_state(resume: Resume, architecture: dict[str, Any]) -> dict[str, Any] |
 def write_state(folder: Path, state: dict[str, Any], arrays: dict[str, Array]) -> None:
     """Writes a run's state into a checkpoint's folder.
 
-    The arrays are written as raw memory, because JSON takes 20 times as long. The state holds the SHA-256 of the arrays' file, so it
-    is written last.
+    The arrays are written as raw memory, because JSON takes 20 times as long. The state holds the SHA-256 of the arrays' file,
+    so it is written last.
     """
     folder.mkdir(parents=True, exist_ok=True)
     content = safetensors.numpy.save(arrays)
@@ -120,12 +120,12 @@ def read_arrays(folder: Path, state: dict[str, Any]) -> dict[str, Array]:
 
 
 def _checkpoint(resume: Resume) -> Path:
-    assert resume.checkpoint is not None, "only a run with a checkpoint loads one"
+    assert resume.checkpoint is not None, "a run without a checkpoint must not load its arrays"
     return resume.checkpoint
 
 
 def _earlier(folder: Path) -> str:
-    """Returns the last sentence of an error about an unusable checkpoint: the earlier ones that a run can resume from."""
+    """Returns the last sentence of an error about an unusable checkpoint, which lists the earlier usable ones."""
     # Megatron writes metadata.json when a checkpoint is complete. A save that was killed leaves only the state file.
     others = sorted(
         path.parent
@@ -147,14 +147,14 @@ def save_explained(what: str, folder: Path) -> Iterator[None]:
     """Raises one CheckpointError in place of any error of a save.
 
     Args:
-        what: is saved; the message begins with it.
-        folder: the save's folder; need not exist yet.
+        what: name of the saved object, with which the message begins.
+        folder: the folder to write, which need not exist yet.
     """
     try:
         yield
     except (OSError, RuntimeError, CheckpointException) as error:
         reason = checkpoint_failure(error).rstrip(".")
-        # A background writer passes on only the error's class; torch prints the rest.
+        # An error of a background writer holds only the original error's class; torch prints the rest.
         if "<class " in reason:
             reason += ", which is printed above"
         raise CheckpointError(

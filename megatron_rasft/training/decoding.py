@@ -20,10 +20,10 @@ from megatron_rasft.training.stopping import Stopped
 from megatron_rasft.types import Request, Response, SamplingParams
 
 KEY_BUCKET = 128
-"""Attention reads a multiple of this many keys. Each shape needs a CUDA graph of its own, so shapes should be few."""
+"""The number of keys that attention reads is a multiple of this. Each number needs its own CUDA graph, so there should be few."""
 
 NUCLEUS_CANDIDATES = 4096
-"""Most likely tokens that are sorted for top-p sampling. If the nucleus of a row has more tokens, the step is repeated
+"""How many of the most likely tokens are sorted for top-p sampling. If the nucleus of a row has more tokens, the step is repeated
 with eight times as many candidates, which later steps keep."""
 
 _TOKENS_PER_STOP = 32
@@ -33,7 +33,7 @@ _REFILL_SHARE = 8
 """Rows are refilled once 1 / 8 of them are free. A prefill of few prompts takes as long as a decode step of all rows."""
 
 PREFILL_TOKENS = 16384
-"""Most prompt tokens, padding included, of one prefill. This bounds the memory of its activations."""
+"""Maximum number of prompt tokens in one prefill, padding included. This bounds the memory of its activations."""
 
 FEWEST_ROWS = 8
 """With CUDA graphs the number of computed rows is halved as rows become free, but not below this."""
@@ -47,18 +47,18 @@ class DecoderModel:
     """
 
     forward: Callable[[Tensor], Tensor | None]
-    """Tokens [b, s] -> logits [s, v] fp32 after a Decode on the last pipeline stage, otherwise None."""
+    """Runs the model on tokens [b, s]. Returns logits [s, v] fp32 for a Decode on the last pipeline stage, otherwise None."""
     frequencies: Tensor
     """[length, 1, 1, d] rotary frequencies of every position."""
     broadcast_from_last_stage: Callable[[Tensor], Tensor]
-    """Overwrites a tensor with that of the last pipeline stage, and returns it."""
+    """Overwrites a tensor with the last pipeline stage's tensor, and returns it."""
     all_agree: Callable[[bool], bool]
-    """True if every rank of the replica passes True."""
+    """Returns True if every rank of the replica passes True."""
     dtype: torch.dtype
-    """Of the model's activations."""
+    """Data type of the model's activations."""
     vocab_size: int
     has_graphs: bool
-    """Decode steps can be captured as CUDA graphs."""
+    """Whether decode steps can be captured as CUDA graphs."""
     steps_per_read: int
     """Decode steps between two reads of the rows' state by the host."""
 
@@ -77,10 +77,10 @@ class Rows:
         self.count = zeros(num)
         """[num] tokens sampled so far."""
         self.limit = zeros(num)
-        """[num] most tokens to sample."""
+        """[num] maximum number of tokens to sample."""
         self.is_over = torch.ones(num, dtype=torch.bool, device=device)
         """[num] the response has ended, or the row has no sample. Such rows are still computed, but not collected."""
-        # One column more than a response has tokens: rows that are over keep writing to the column after their last token.
+        # One column more than a response has tokens: ended rows keep writing to the column after their last token.
         self.uniforms = zeros(num, max_new_tokens + 1, dtype=torch.float64)
         """[num, max_new_tokens + 1] one uniform random number for each token."""
         self.drawn = zeros(2, num, max_new_tokens + 1, dtype=torch.float64)
@@ -93,14 +93,14 @@ class Rows:
         return [*states, self.uniforms, *self.drawn, self.seen]
 
     def move(self, sources: Tensor, targets: Tensor) -> None:
-        """Copies rows ``sources`` to rows ``targets``."""
+        """Copies the state of rows ``sources`` to rows ``targets``."""
         for state in self._all():
             state[targets] = state[sources]
 
     def save(self) -> Callable[[], None]:
         """Saves the state that decode steps change, and returns a function that restores it.
 
-        ``drawn`` is left out: the repeated steps overwrite it.
+        ``drawn`` is not saved, because the repeated steps overwrite it.
         """
         changing = [self.token, self.position, self.count, self.is_over, self.seen]
         saved = [state.clone() for state in changing]
@@ -112,7 +112,7 @@ class Rows:
         return restore
 
     def advance(self, token: Tensor, logprob: Tensor, stops: Tensor) -> None:
-        """Appends a sampled token to each of the first n rows that is not over.
+        """Appends a sampled token to each of the first n rows, except rows whose response has ended.
 
         Args:
             token: [n] fp64 token ids.
@@ -128,25 +128,25 @@ class Rows:
             self.seen[:num].scatter_(1, ids[:, None], True)
         count += ~is_over
         is_over |= (ids[:, None] == stops).any(-1) | (count >= self.limit[:num])
-        # The position of a row that is over no longer grows, so it never exceeds the cache.
+        # The position of an ended row no longer grows, so it never exceeds the cache.
         self.token[:num].copy_(torch.where(is_over, self.token[:num], ids))
         self.position[:num] += ~is_over
 
 
 @dataclass(kw_only=True)
 class _Sample:
-    """One response to be sampled, and its length when the host last read the rows."""
+    """A response that is being sampled, and its length when the host last read the rows."""
 
     request: int
-    """Index of its request."""
+    """Index of the request to which the sample belongs."""
     index: int
-    """Index among the samples of the request."""
+    """Index of this sample among its request's samples."""
     prompt_ids: list[int]
     seed: int
     limit: int
-    """Most tokens to sample."""
+    """Maximum number of tokens to sample."""
     count: int = 0
-    """Tokens sampled at the last read."""
+    """Tokens sampled when the host last read the rows."""
 
     @property
     def position(self) -> int:
@@ -155,15 +155,15 @@ class _Sample:
 
 
 class Decoder:
-    """Samples requests on the ranks of one replica, which all hold the same state and take the same decisions.
+    """Samples requests on the ranks of one replica, which all hold the same state and make the same decisions.
 
     The last token of a prompt is not prefilled. It is the input of the row's first decode step, so the first response
     token is sampled like all others.
 
     Args:
         model: the model that is sampled from.
-        cache: its keys and values; the number of rows is the batch size.
-        requests: in the order of falling prompt length.
+        cache: the model's keys and values; its number of rows is the batch size.
+        requests: sorted by prompt length, longest first.
         params: how tokens are drawn.
         should_stop: a collective of the replica's ranks, called about every 32 decode steps.
     """
@@ -193,11 +193,11 @@ class Decoder:
         )
         self._device = model.frequencies.device
         self._num_rows = cache.num_rows
-        """Rows that a decode step computes: all rows of the cache, and fewer once no sample waits."""
+        """Number of rows that a decode step computes: all rows of the cache while samples wait, then fewer."""
         num_seen = model.vocab_size if params.repetition_penalty != 1.0 else 0
         self._rows = Rows(cache.num_rows, params.max_new_tokens, num_seen, self._device)
         self._samples: dict[int, _Sample] = {}
-        """Row -> its sample, for the rows that have one."""
+        """Row -> the sample in it, for all rows in use."""
         self._stops = self._on_device(sorted(params.stop_ids) or [-1])
         self._num_candidates = NUCLEUS_CANDIDATES
         self._graphs = StepGraphs(model.has_graphs, model.all_agree)
@@ -207,7 +207,7 @@ class Decoder:
         """Samples all requests.
 
         Returns:
-            For each request its responses, in the order of its seeds.
+            The responses of each request, in the order of its seeds.
 
         Raises:
             Stopped: ``should_stop`` returned True.
@@ -235,7 +235,7 @@ class Decoder:
         self._samples.update(taken)
         prompts = [list(group) for _, group in groupby(taken, key=lambda item: item[1].request)]
         while prompts:
-            # Prompts come in the order of falling length, so the first determines the width.
+            # Prompts are sorted with the longest first, so the first determines the width.
             width = len(prompts[0][0][1].prompt_ids) - 1
             num = max(1, PREFILL_TOKENS // max(1, width))
             if width:
@@ -244,7 +244,7 @@ class Decoder:
         self._start([row for row, _ in taken], [sample for _, sample in taken])
 
     def _prefill(self, prompts: list[list[tuple[int, _Sample]]], width: int) -> None:
-        """Stores the keys of prompts, cut to ``width`` tokens; for each prompt the (row, sample) pairs that begin with it."""
+        """Stores the keys of prompts in the rows of their samples. Prompts are cut to ``width`` tokens."""
         # Padded on the right: under causal attention real tokens do not see the padding.
         tokens = [(group[0][1].prompt_ids[:-1] + [0] * width)[:width] for group in prompts]
         self._cache.step = Prefill(
@@ -271,12 +271,12 @@ class Decoder:
             ] = True
 
     def _uniforms(self, seed: int) -> Tensor:
-        """The random numbers of a sample. They depend on its seed only, so the rest of the batch cannot change it."""
+        """Returns the random numbers of a sample. They depend only on its seed, so other samples of the batch cannot change it."""
         generator = torch.Generator().manual_seed(seed)
         return torch.rand(self._params.max_new_tokens, generator=generator, dtype=torch.float64)
 
     def _shrink(self) -> None:
-        """Once no sample waits, moves the occupied rows to the front and stops computing the others."""
+        """If no sample is waiting, moves the occupied rows to the front and stops computing the others."""
         num = self._fewer_rows()
         # Moving rows copies their keys, so it must save at least a quarter of the rows.
         if self._queue or num * 4 > self._num_rows * 3:
@@ -292,7 +292,7 @@ class Decoder:
         self._num_rows = num
 
     def _fewer_rows(self) -> int:
-        """The smallest useful number of rows. With CUDA graphs only halvings: every other number needs a new capture."""
+        """Returns the smallest useful number of rows. With CUDA graphs it is only halved: each number needs a capture."""
         used = max(1, len(self._samples))
         if not self._model.has_graphs:
             return used
@@ -302,7 +302,7 @@ class Decoder:
         return num
 
     def _sample_tokens(self) -> int:
-        """Samples tokens up to the next read, and collects the responses that ended; returns the number of decode steps."""
+        """Samples tokens until the host reads the rows, and collects ended responses. Returns the number of decode steps."""
         left = max(s.limit - s.count for s in self._samples.values())
         num_steps = min(self._model.steps_per_read, left)
         farthest = max(s.position for s in self._samples.values())
@@ -320,10 +320,12 @@ class Decoder:
             status = torch.stack(
                 [self._rows.count[: self._num_rows], self._rows.is_over[: self._num_rows], is_exact]
             )
-            counts, is_over, exact = status.tolist()  # the only read of these steps
+            counts, is_over, exact = (
+                status.tolist()
+            )  # The host reads the device only here, once after these steps
             if all(exact):
                 break
-            assert restore is not None, "draws are exact unless candidates are limited"
+            assert restore is not None, "only a limited number of candidates can make a draw inexact"
             restore()
             self._num_candidates *= 8
         self._collect(counts, is_over)
@@ -333,7 +335,7 @@ class Decoder:
         """Samples one token of each row.
 
         Returns:
-            [rows] bool: False where the nucleus has more tokens than candidates were sorted.
+            [rows] bool: False for rows whose nucleus has more tokens than were sorted.
         """
         rows, num, params = self._rows, self._num_rows, self._params
         logits = self._graphs.run((num, length), partial(self.logits, num, length))
@@ -370,7 +372,7 @@ class Decoder:
         return self._model.forward(self._rows.token[:num][None])
 
     def _collect(self, counts: list[int], is_over: list[int]) -> None:
-        """Takes over the rows' counts, and turns the responses that ended into results."""
+        """Reads the rows' counts, and turns ended responses into results."""
         for row, sample in self._samples.items():
             sample.count = counts[row]
         ended = [row for row in self._samples if is_over[row]]

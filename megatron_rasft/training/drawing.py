@@ -1,4 +1,4 @@
-"""Draws tokens from logits on the device, without making the host wait for it."""
+"""Draws tokens from logits on the device, without making the host wait for the device."""
 
 import torch
 from torch import Tensor
@@ -46,10 +46,10 @@ def draw(
 
 
 def _invert(cumulative: Tensor, uniforms: Tensor) -> Tensor:
-    """Finds the place whose interval of the cumulative masses [b, n] contains uniforms * total. Returns [b, 1] int64."""
+    """Finds the index whose interval of the cumulative probabilities [b, n] contains uniforms * total. Returns [b, 1] int64."""
     total = cumulative[:, -1:].contiguous()
     place = torch.searchsorted(cumulative, uniforms[:, None] * total, right=True)
-    # Rounding can move u * total up to the total itself: then take the last place that has any mass.
+    # Rounding can move u * total up to the total itself: then take the last index with a probability above 0.
     return torch.minimum(place, torch.searchsorted(cumulative, total))
 
 

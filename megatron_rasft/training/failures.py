@@ -19,7 +19,7 @@ def report_failure(error: BaseException) -> int:
         The exit code: 2 for a ValueError (a flag or an input is wrong), 1 for any other error.
     """
     if not isinstance(error, FailedElsewhere) and prints_for_node(str(error)):
-        # The rank's number tells the user which node's files and log to look at. Rank 0 is where the user looks anyway.
+        # The rank's number shows which node's files and log to look at. Rank 0 needs no number: users look there first.
         rank = int(os.environ.get("RANK", "0"))
         print("error: " + (f"rank {rank}: " if rank else "") + str(error), file=sys.stderr, flush=True)
     return 2 if isinstance(error, ValueError) else 1
@@ -29,8 +29,8 @@ def prints_for_node(message: str) -> bool:
     """Returns whether this process prints an error.
 
     The first rank of a node prints it at once and marks it as printed in the store of torch.distributed. The node's other ranks
-    wait ``_GRACE`` for that mark and print the error themselves if it does not appear: then only they have met the error. Before
-    torch.distributed is initialized, only the first rank of a node prints.
+    wait ``_GRACE`` for that mark and print the error themselves if it does not appear: then the first rank did not have the
+    error. Before torch.distributed is initialized, only the first rank of a node prints.
     """
     node = os.environ.get("GROUP_RANK") or os.environ.get("SLURM_NODEID") or "0"
     mark = f"rasft/printed/{node}/{message}"
@@ -44,7 +44,7 @@ def prints_for_node(message: str) -> bool:
         else:
             store.wait([mark], _GRACE)
     except dist.DistNetworkError:
-        # Rank 0 hosts the store and has ended. It has printed its own error before that.
+        # Rank 0 hosts the store and has ended. It printed its own error before it ended.
         return is_first
     except RuntimeError:  # torch's class for "the mark did not appear in time"
         return True

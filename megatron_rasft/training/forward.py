@@ -24,8 +24,8 @@ class Forward:
     """The forward steps of one run, for Megatron's schedules.
 
     Args:
-        objective: the loss.
-        config: how log-probabilities are computed.
+        objective: computes the loss.
+        config: settings for computing log-probabilities.
         vocab_size: true vocabulary; padded entries have no probability.
     """
 
@@ -103,7 +103,7 @@ class Forward:
         if ref_hidden is not None:
             kl_term = self.objective.kl_term()
             assert self.ref_output_weight is not None and kl_term is not None, (
-                "a KL objective runs reference_step before each train step"
+                "a KL objective must run reference_step before each training step"
             )
             reference = ReferenceLogits(
                 hidden=_flat(ref_hidden, layer),
@@ -156,7 +156,7 @@ class Forward:
         return hidden_states.new_zeros(1)
 
     def _loss(self, batch: MicroBatch, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """The masked sum, its denominator, and [sum, count] of each metric.
+        """Returns the loss's masked sum, its denominator, and [sum, count] of each metric.
 
         Megatron sums the first two over the global batch and divides once (--calculate-per-token-loss).
         """
@@ -208,10 +208,10 @@ def _flat(hidden: Tensor, output_layer: Any) -> Tensor:
 
 
 def _projection(output_layer: Any, weight: Tensor) -> Callable[[Tensor], Tensor]:
-    """The output layer for tokens that are already gathered: [t, h] -> [t, v/tp].
+    """Returns the output layer for tokens that are already gathered: [t, h] -> [t, v/tp].
 
     The gradient of the hidden states must be summed over the tensor-parallel ranks. With sequence parallelism the backward pass of
-    the gather does this, without it the all-reduce of the linear layer.
+    the gather does this; otherwise the all-reduce of the linear layer does it.
     """
 
     def project(hidden: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
 """Scales of FP8's delayed recipe, set before the first log-probabilities are calculated.
 
-The recipe scales a tensor by the largest value that it had in earlier passes. Transformer Engine starts every scale at 1 and updates
-scales only in passes with gradients (FP8GlobalStateManager.autocast_exit in transformer_engine/pytorch/quantization.py). Here the
-first passes of a run score samples without gradients, and their log-probabilities become the reference's for the whole run.
+The recipe scales a tensor by the largest value that it had in earlier passes. Transformer Engine starts every scale at 1 and
+updates scales only in passes with gradients (FP8GlobalStateManager.autocast_exit in
+transformer_engine/pytorch/quantization.py). Here the first passes of a run score samples without gradients, and their
+log-probabilities become the reference's for the whole run.
 """
 
 import argparse
@@ -33,7 +34,7 @@ class DelayedScales:
     the policy's scales.
 
     Args:
-        is_used: whether the run has the delayed recipe; without it nothing is ever missing.
+        is_used: whether the run uses the delayed recipe; otherwise there are no scales to set.
         forward: runs a forward pass over micro-batches without gradients.
     """
 
@@ -41,15 +42,15 @@ class DelayedScales:
         self._is_used = is_used
         self._forward = forward
         self.are_missing = is_used
-        """Whether the scales are still to be set from a whole global batch."""
+        """Whether the scales have not been set from a complete global batch yet."""
 
     def set_from(self, batches: Callable[[], list[Any]], *, is_whole: bool = True) -> None:
         """Sets the scales if they are missing; a collective of the world.
 
         Args:
             batches: returns the micro-batches of a global batch; a collective of the world, called only if scales are missing.
-            is_whole: False for fewer samples than a global batch, such as the four probes of the first sync. Their maxima are
-                not reliable enough for the reference, so the next pass sets the scales again.
+            is_whole: False for a batch with fewer samples than a global batch, such as the four probes of the first sync. Their
+                maxima are not reliable enough for the reference, so the next pass sets the scales again.
         """
         if not self.are_missing:
             return
@@ -58,7 +59,7 @@ class DelayedScales:
         set_delayed_scales(lambda: self._forward(micro_batches))
 
     def state_dict(self) -> dict[str, bool]:
-        """The entry of a run's saved state."""
+        """Returns the scales' entry in a run's saved state."""
         return {_STATE_KEY: self._is_used and not self.are_missing}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """Samples responses from the trainer's own weights, with a KV cache.
 
 Supports tensor, context and (interleaved) pipeline parallelism, on CPUs and GPUs. Requests are divided among the data-
-and context-parallel replicas, because each of these holds a whole copy of the model. Within a replica decoding.py
+and context-parallel replicas, because each of these holds a complete copy of the model. Within a replica decoding.py
 samples them.
 """
 
@@ -27,10 +27,10 @@ from megatron_rasft.training.stopping import Stopped
 from megatron_rasft.types import FinishReason, Request, Response, SamplingParams
 
 _Packed = tuple[array, array, FinishReason]
-"""A response as it is sent to rank 0, in 12 bytes a token: int32 ids, fp64 log-probabilities, finish reason."""
+"""A response in the form in which it is sent to rank 0: int32 ids, fp64 log-probabilities (12 bytes per token), finish reason."""
 
 _CPU_ROWS = 64
-"""Sequences decoded at once on a CPU. More are not faster there."""
+"""Number of sequences decoded at once on a CPU. A larger number is not faster there."""
 
 _MOST_ROWS = 512
 """Upper limit of the number of rows that is derived from free memory."""
@@ -92,7 +92,7 @@ def generation_mode(chunks: Sequence[torch.nn.Module], cache: KeyValueCache) -> 
 
 
 def self_attentions(chunk: torch.nn.Module) -> list[Any]:
-    """The attention layers of a chunk."""
+    """Returns the attention layers of a chunk."""
     return [module for module in chunk.modules() if isinstance(module, SelfAttention)]
 
 
@@ -138,14 +138,14 @@ class PolicySampler:
             should_stop: a collective of one replica's ranks, called about every 32 tokens.
 
         Returns:
-            On rank 0 for each request its responses, in the order of its seeds. [] on the other ranks.
+            On rank 0 each request's responses, in the order of its seeds; [] on the other ranks.
 
         Raises:
             Stopped: ``should_stop`` returned True on a replica. Raised on every rank; all responses are discarded.
         """
         replica = parallel_state.get_data_parallel_rank(with_context_parallel=True)
         num_replicas = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
-        # Dealing in turn by falling length gives replicas similar loads, and prompts of one prefill similar lengths.
+        # Dealing requests in turn, longest first, gives replicas similar loads, and prompts of one prefill similar lengths.
         order = sorted(range(len(requests)), key=lambda i: (-len(requests[i].prompt_ids), i))
         mine = order[replica::num_replicas]
         is_sender = (
@@ -181,7 +181,7 @@ class PolicySampler:
             return Decoder(model, cache, requests, params, should_stop).run()
 
     def decoder_model(self, cache: KeyValueCache) -> DecoderModel:
-        """The model as ``Decoder`` calls it. Call this before ``generation_mode``, which replaces the rotary embedding."""
+        """Returns the model as ``Decoder`` uses it. Call this before ``generation_mode``, which replaces the rotary embedding."""
         group = parallel_state.get_pipeline_model_parallel_group()
 
         def broadcast_from_last_stage(tensor: Tensor) -> Tensor:
@@ -280,9 +280,9 @@ def _decoded_logits(
     context: Any,
     **unused: Any,
 ) -> Tensor | None:
-    """Output processor of GPTModel: hidden states [n, 1, h] -> logits [n, v], gathered over tensor-parallel ranks.
+    """Serves as output processor of GPTModel: hidden states [n, 1, h] -> logits [n, v], gathered over tensor-parallel ranks.
 
-    Returns None after a Prefill, whose logits nobody samples from.
+    Returns None after a Prefill, whose logits are not needed.
     """
     if not isinstance(context.step, Decode):
         return None

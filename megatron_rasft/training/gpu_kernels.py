@@ -11,7 +11,7 @@ import torch
 from megatron_rasft.errors import RasftError, first_line
 
 _INSTALL = "pip install --no-build-isolation 'megatron-rasft[te]'"
-"""Without --no-build-isolation pip would compile it for the newest torch instead of the installed one."""
+"""Installs Transformer Engine. Without --no-build-isolation pip would compile it for the newest torch, not the installed one."""
 
 
 def check_transformer_engine() -> None:
@@ -27,7 +27,9 @@ def check_transformer_engine() -> None:
         return
     try:
         importlib.import_module("transformer_engine.pytorch")
-    except Exception as error:  # its checks of versions and libraries raise many types of errors
+    except (
+        Exception
+    ) as error:  # Transformer Engine's checks of versions and libraries raise many types of errors
         if isinstance(error, ModuleNotFoundError) and (error.name or "").startswith("transformer_engine"):
             return
         raise RasftError(

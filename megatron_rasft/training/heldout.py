@@ -17,9 +17,9 @@ class Heldout:
 
     Args:
         problems: read from --heldout-data.
-        policy: the model.
+        policy: scores and samples with the model.
         stop_ids: token ids that end a response.
-        verifier: on rank 0, None on the others.
+        verifier: grades the responses; None on ranks other than 0.
     """
 
     def __init__(
@@ -58,14 +58,14 @@ class Heldout:
         )
 
     def line(self, iteration: int, values: dict[str, float], seconds: float) -> str:
-        """The console line of a measurement that took so many seconds."""
+        """Returns the console line of a measurement that took ``seconds``."""
         return (
             f"held out: {values[metrics.HELDOUT_SOLVE_RATE]:.1%} of {self._problems.num} problems solved after "
             f"step {iteration}, {seconds:.1f} s"
         )
 
     def _requests(self) -> list[Request]:
-        # The seeds do not depend on the step, so that two measurements differ by the weights alone.
+        # The seeds do not depend on the step, so that only the weights differ between two measurements.
         return [
             Request(
                 prompt_ids=list(d.prompt_ids),
@@ -80,8 +80,8 @@ class Heldout:
     def _graded(
         self, requests: list[Request], responses: list[list[Response]], iteration: int
     ) -> list[Rollout]:
-        """All responses with their verdicts. Rank 0 only."""
-        assert self._verifier is not None, "a run with held-out problems has a verifier"
+        """Returns all responses with their verdicts. Rank 0 only."""
+        assert self._verifier is not None, "a run with held-out problems needs a verifier"
         demonstrations, decode = self._problems.demonstrations, self._problems.decode
         rollouts = [
             rollout
@@ -96,7 +96,7 @@ class Heldout:
 
 
 def heldout_values(rollouts: Sequence[Rollout]) -> dict[str, float]:
-    """Metric name -> value: the shares of correct and of truncated rollouts.
+    """Returns metric name -> value: the shares of correct and of truncated rollouts.
 
     Args:
         rollouts: at least one, all verified.

@@ -19,7 +19,7 @@ from megatron_rasft.weights.loading import load_into
 
 
 class HfWeights:
-    """The weights of this rank's model chunks, by the names of a Hugging Face folder. Every method is a collective of the world.
+    """The weights of this rank's model chunks under the names of a Hugging Face folder. Every method is a collective of the world.
 
     Args:
         model: this rank's chunks, wrapped or not.
@@ -58,7 +58,7 @@ class HfWeights:
 
         Args:
             path: must not exist, or be an empty folder.
-            dtype: of the written tensors.
+            dtype: data type of the written tensors.
             facts: rows of the model card that describe the run; None writes no card.
         """
         export(
@@ -84,9 +84,9 @@ class HfWeights:
         """Returns the object that sends these weights to rollout servers.
 
         Args:
-            config: of the sync.
+            config: settings of the sync.
             records: the rollout servers that this process knows.
-            device: of the model.
+            device: the model's device.
             export: writes the weights to a folder, for --sync-method disk.
         """
         bound: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""The KV cache of sampling: core attention modules that store keys and values, and a rotary embedding to go with them.
+"""The KV cache for sampling: core attention modules that store keys and values, and a matching rotary embedding.
 
 Megatron's StaticInferenceContext stores keys before the rotary embedding, and each layer rotates all cached keys again
 for every token (transformer/attention.py). Here SelfAttention gets the rotary frequencies of the new tokens only, so it
@@ -38,7 +38,7 @@ class Decode:
     """A forward pass over one token of each of the first n rows, laid out as tokens [1, n].
 
     Rows have different positions, so every token needs rotary frequencies of its own. Megatron and Transformer Engine's
-    fused kernel take one frequency per place in a sequence, therefore the n tokens are passed as one sequence.
+    fused kernel take one frequency per position of a sequence, so the n tokens are passed as one sequence.
     """
 
     frequencies: Tensor
@@ -56,7 +56,7 @@ class KeyValueCache:
 
     Args:
         num_rows: number of sequences that are sampled at once.
-        length: most tokens of prompt and response together.
+        length: maximum number of tokens of prompt plus response.
     """
 
     def __init__(self, num_rows: int, length: int) -> None:
@@ -86,7 +86,7 @@ class CachedAttention(torch.nn.Module):
     """Core attention of one layer while the model samples: stores the new keys and values, then attends.
 
     Args:
-        attention: attends within prompts during a Prefill.
+        attention: computes attention within prompts during a Prefill.
         cache: gets this module as its next layer.
     """
 
@@ -119,7 +119,7 @@ class CachedAttention(torch.nn.Module):
         self.keys[step.rows, :, step.positions] = key[:, 0]
         self.values[step.rows, :, step.positions] = value[:, 0]
         length = step.mask.shape[-1]
-        # The query heads of a group become several queries of its one key head. Each key is then read once, and the
+        # The query heads of a group become several queries of its one key head. Then each key is read once, and the
         # kernel needs no support for grouped queries, which torch's kernels with a mask do not have.
         grouped = query[:, 0].unflatten(1, (num_groups, -1))  # [rows, n, d] -> [rows, n_kv, n / n_kv, d]
         out = F.scaled_dot_product_attention(

@@ -7,10 +7,10 @@ from megatron_rasft.weights.architecture import splits_attention
 
 
 def check_layout(args: argparse.Namespace) -> None:
-    """Checks the sizes of the layout and of the batches, before Megatron's own check, which asserts without a way out.
+    """Checks the sizes of the layout and of the batches, before Megatron's own check, whose assertions do not say what to change.
 
     Raises:
-        ValueError: with the flag.
+        ValueError: a size does not fit; the message names the flag.
     """
     tp, pp, cp = (
         args.tensor_model_parallel_size,
@@ -44,7 +44,7 @@ def check_sampling(args: argparse.Namespace, config: RasftConfig) -> None:
     The experts of a layer would be spread over these ranks, and every pass needs all of them.
 
     Raises:
-        ValueError: with the flag.
+        ValueError: a size does not fit; the message names the flag.
     """
     if args.expert_model_parallel_size == 1:
         return

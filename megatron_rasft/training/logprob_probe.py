@@ -8,13 +8,13 @@ from megatron_rasft.servers.record import ServerRecord
 from megatron_rasft.types import TrainingSample
 
 _RESERVED_TOKENS = 8
-"""Part of a server's context that a probe leaves free. SGLang needs 6 tokens (max_req_input_len in srt/managers)."""
+"""Tokens of a server's context that a probe does not use. SGLang needs 6 of them (max_req_input_len in srt/managers)."""
 
 
 def logprob_gap(
     server: ServerRecord, probes: Sequence[TrainingSample], expected: Sequence[Sequence[float]]
 ) -> float | str:
-    """The mean absolute difference between the server's and the trainer's log-probabilities, nats per token.
+    """Returns the mean absolute difference between the server's and the trainer's log-probabilities, nats per token.
 
     Both compute them at temperature 1: SGLang divides the logits of sampled tokens by the temperature, but not those of a
     prompt, and a probe's response is sent as a part of the prompt. If the server's context is too short for a response, its
@@ -24,7 +24,7 @@ def logprob_gap(
         expected: the trainer's log-probabilities of each probe's response, nats.
 
     Returns:
-        The difference, 0 without probes; or the reason why the server cannot be compared.
+        The difference (0 without probes), or the reason why the server cannot be compared.
     """
     total, count = 0.0, 0
     context = _context_tokens(server)
@@ -43,7 +43,7 @@ def logprob_gap(
 
 
 def _server_logprobs(server: ServerRecord, probe: TrainingSample, num: int) -> list[float] | str:
-    """The server's log-probabilities of the first ``num`` tokens of a response, or the reason why there are none."""
+    """Returns the server's log-probabilities of a response's first ``num`` tokens, or the reason why it gave none."""
     response_ids = list(probe.response_ids[:num])
     body = {
         "input_ids": [*probe.prompt_ids, *response_ids],
@@ -63,12 +63,12 @@ def _server_logprobs(server: ServerRecord, probe: TrainingSample, num: int) -> l
     return (
         logprobs
         if ids == response_ids
-        else "returned log-probabilities of other tokens than those of a probe"
+        else "returned log-probabilities of tokens that differ from the probe's"
     )
 
 
 def _context_tokens(server: ServerRecord) -> int:
-    """Longest prompt plus response of a request: the smaller of the model's context and the KV cache, as far as known."""
+    """Returns the longest prompt plus response that a server takes: the smaller of its context and its KV cache, if known."""
     info = server.known_info
     of_model = info.context_length or (info.model_config or {}).get("max_position_embeddings")
     return min(limit for limit in (of_model, info.max_total_tokens, sys.maxsize) if limit)

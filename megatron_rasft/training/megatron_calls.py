@@ -16,7 +16,7 @@ VERBOSE = "MEGATRON_RASFT_VERBOSE"
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Hides what Megatron prints, a page at start-up alone. A run writes its resolved configuration to a file instead."""
+    """Hides Megatron's output, which fills a page at start-up alone. A run writes its resolved configuration to a file instead."""
     if os.environ.get(VERBOSE):
         yield
         return
@@ -26,7 +26,7 @@ def quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def overridden(args: argparse.Namespace, **values: Any) -> Iterator[None]:
-    """Sets arguments for the duration of a call: many of Megatron's functions read them instead of taking parameters."""
+    """Sets Megatron's arguments during a call, because many of its functions read them instead of taking parameters."""
     before = {name: getattr(args, name) for name in values}
     vars(args).update(values)
     try:
@@ -42,15 +42,15 @@ def parameters_gathered(
     """Gathers all parameters on every rank and keeps Megatron's forward hooks from gathering while the context is open.
 
     With --overlap-param-gather a forward pass gathers the parameters it needs, a collective of the data-parallel ranks. Sampling
-    replicas run different numbers of passes, and one without a request runs none. Other ranks would then wait for it forever.
+    replicas run different numbers of passes, and a replica without requests runs none. Other ranks would then wait for it forever.
 
     Args:
-        args: Megatron's.
+        args: Megatron's arguments.
         model: this rank's chunks, wrapped by Megatron.
         are_stale: whether a step has changed the parameters; before the first step every rank has all of them.
     """
     is_overlapped = args.use_distributed_optimizer and args.overlap_param_gather
-    # Without hooks the context is open already, as in the export of a sync over the disk. Megatron-FSDP has hooks of its own.
+    # An outer context may have removed the hooks already, as in the export of a disk sync. Megatron-FSDP has its own hooks.
     if not is_overlapped or not getattr(model[0], "remove_forward_pre_hook_handles", None):
         yield
         return

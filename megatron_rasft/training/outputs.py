@@ -16,7 +16,10 @@ from megatron_rasft.training.reference import LogprobCache
 from megatron_rasft.weights.tracker import has_checkpoint
 
 BEGUN_FILE = "begun.json"
-"""File in --save: the lengths of the files when the run began. A run that is killed before its first checkpoint cuts them to these."""
+"""File in --save: the lengths of the files when the run began.
+
+If the run is killed before its first checkpoint, its next start truncates the files to these lengths.
+"""
 
 
 @dataclass(kw_only=True)
@@ -36,7 +39,7 @@ class AppendedFile:
         return self.path.stat().st_size if self.path.exists() else 0
 
     def mark(self) -> dict[str, Any]:
-        """Returns the file's path and length, for a checkpoint. For a file in --save it is the name only: the folder may be moved."""
+        """Returns the file's path and length, for a checkpoint. A file in --save is given by name only: the folder may be moved."""
         return {"path": str(self.path.resolve()) if self.is_named else self.path.name, "size": self.size}
 
     def matches(self, mark: dict[str, Any] | None, folder: Path | None) -> bool:
@@ -62,17 +65,17 @@ class AppendedFile:
             CheckpointError: the file is shorter than at the checkpoint.
         """
         text = ""
-        size = whole_lines(self.path)  # a kill can leave a part of a line
+        size = whole_lines(self.path)  # a killed run may have written only a part of its last line
         if at_checkpoint is not None:
             if self.size < at_checkpoint and not self.may_be_shorter:
                 raise CheckpointError(
                     f"{self.path} has {self.size} bytes, but had {at_checkpoint} when the checkpoint was written: it was "
-                    f"moved or cut. Put the file back, or name another with {self.flag}."
+                    f"moved or truncated. Put the file back, or name another with {self.flag}."
                 )
             size = min(size, at_checkpoint)
         if at_start is not None and at_start < size:
             size = at_start
-            text = f"{self.path} is cut to the {size} bytes it had when the run began: the run ended before its first checkpoint"
+            text = f"{self.path} is truncated to the {size} bytes it had when the run began: the run ended before its first checkpoint"
         if size < self.size:
             os.truncate(self.path, size)
         return text
@@ -112,7 +115,7 @@ def cut_files(
 
 
 def metrics_file(args: Any, config: RasftConfig) -> AppendedFile | None:
-    """The file of every logged number; None without --save and --rasft-metrics."""
+    """The file of all logged metrics; None without --save and --rasft-metrics."""
     return _appended(args, config.run.rasft_metrics, "metrics.jsonl", "--rasft-metrics", may_be_shorter=True)
 
 
@@ -129,7 +132,7 @@ def data_cache(args: Any, named: str | None) -> Path | None:
 
     Args:
         args: Megatron's.
-        named: --data-cache; "" turns the cache off.
+        named: the value of --data-cache; "" turns the cache off.
     """
     if named is not None:
         return Path(named) if named else None
@@ -146,10 +149,10 @@ def reference_cache(args: Any, config: RasftConfig) -> Path | None:
 
 
 def check_outputs(args: Any, config: RasftConfig) -> None:
-    """Checks before anything is built that every output can be written. A collective of the world: rank 0 checks.
+    """Checks that every output can be written, before anything is built. Rank 0 checks, but the call is a collective of the world.
 
     Raises:
-        ValueError, RasftError: with the flag; FailedElsewhere on the other ranks.
+        ValueError, RasftError: an output cannot be written; the message names the flag. FailedElsewhere on the other ranks.
     """
     files = [f for f in (metrics_file(args, config), rollouts_file(args, config)) if f is not None]
     cache, rows = reference_cache(args, config), data_cache(args, config.data.data_cache)
@@ -159,7 +162,7 @@ def check_outputs(args: Any, config: RasftConfig) -> None:
             check_writable(file.flag, file.path, file.path.parent)
         if cache is not None:
             check_writable("--rasft-ref-cache", cache, cache.parent)
-            LogprobCache(cache, fingerprint="")  # an existing file may be something else than a database
+            LogprobCache(cache, fingerprint="")  # fails if an existing file is not a database
         if rows is not None:
             check_writable("--data-cache", rows, rows)
         if args.export_hf is not None:
@@ -172,19 +175,21 @@ def check_writable(flag: str, path: Path, folder: Path) -> None:
     """Checks that a path can be written.
 
     Args:
-        flag: gives the path.
+        flag: the flag that gives the path, for the message.
         path: a file or a folder.
         folder: ``path`` itself, or the folder of the file; is created.
 
     Raises:
-        ValueError: with the flag.
+        ValueError: the path cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
         if path != folder and path.exists():
-            path.open("ab").close()  # checks the permission and leaves the content unchanged
+            path.open(
+                "ab"
+            ).close()  # opening for appending checks the permission and leaves the content unchanged
     except OSError as error:
         raise ValueError(
             f"{flag} {path} cannot be written: {error.strerror}. Name another place, or make this one writable."

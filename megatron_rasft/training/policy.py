@@ -1,4 +1,4 @@
-"""The interface of the model for refreshes and held-out measurements. ``Trainer`` implements it."""
+"""The interface of the trained model that refreshes and held-out measurements use. ``Trainer`` implements it."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -17,7 +17,7 @@ class Policy(Protocol):
 
         Args:
             samples: on rank 0; not read on the others.
-            with_reference: use the weights of the frozen reference, not those of the moment.
+            with_reference: use the weights of the frozen reference instead of the current ones.
         """
 
     def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[list[Response]]:

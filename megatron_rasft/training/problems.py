@@ -19,10 +19,10 @@ from megatron_rasft.verify.programs.program_grading import find_sandbox_level
 
 
 class Problems:
-    """Tokenized demonstrations and their tokenizer, both on rank 0 only. Constructed by all ranks together.
+    """Tokenized demonstrations and their tokenizer, both on rank 0 only. The constructor is a collective of the world.
 
     Args:
-        config: names the files and says how rows are read.
+        config: names the files and sets how rows are read.
         needs_answers: whether a row without a gold answer, and without tests, is an error.
         flag: the flag of the files, for messages.
     """
@@ -33,7 +33,7 @@ class Problems:
         self.rows: TokenizedRows | None = None
         self.tokenizer: Any = None
         self.summary = ""
-        """Lines for the console: what was read and what was left out; rank 0 only."""
+        """Console lines about the rows that were read and those that were left out; rank 0 only."""
 
         def read() -> int:
             self.tokenizer = open_tokenizer(args.hf_model)
@@ -89,7 +89,7 @@ def read_problems(args: Any, config: RasftConfig) -> tuple[Problems, Problems | 
 
 
 def open_replay(config: RasftConfig, problems: Problems) -> ReplayEngine | None:
-    """Opens the stores of --rollout-engine replay on rank 0; None on the others and with other engines. A collective."""
+    """Opens the stores of --rollout-engine replay on rank 0; None on other ranks or engines. A collective."""
     if config.rollout.rollout_engine != "replay" or not config.samples_rollouts:
         return None
 
@@ -114,7 +114,7 @@ def set_length(args: Any, config: RasftConfig, num_problems: int) -> None:
     """Sets --train-iters from --data-epochs if no length was given, and shortens the default warm-up to fit a short run.
 
     Raises:
-        ValueError: --train-samples is less than one step, or the warm-up flags leave the decay no steps.
+        ValueError: --train-samples is less than one step, or the warm-up is as long as the decay.
     """
     batch = args.global_batch_size
     if args.train_samples is not None and args.train_samples < batch:

@@ -21,14 +21,14 @@ class ScalarWriter(Protocol):
 
 
 class Progress:
-    """One rank's share of the reports. A file that cannot be written raises a RasftError on that rank alone.
+    """Reports of one rank. A file that cannot be written raises a RasftError on that rank alone.
 
     Args:
         total_steps: steps of the run.
-        path: metrics.jsonl, which lines are appended to; None writes none.
+        path: metrics.jsonl, to which lines are appended; None writes no file.
         tensorboard: Megatron's writer, or None.
         wandb: Megatron's Weights & Biases module, or None.
-        is_silent: True on all ranks but 0: neither console lines nor metrics.jsonl. The trackers are on other ranks.
+        is_silent: writes neither console lines nor metrics.jsonl; True on all ranks except 0. The trackers are on the last rank.
     """
 
     def __init__(
@@ -110,11 +110,11 @@ _STEP_LINE = (
     (metrics.TOKENS_PER_S, "tok/s", ".0f"),
     (metrics.STEP_S, "s", ".2f"),
 )
-"""Metric, label and format of the values in a step's line; NaN and missing values are left out."""
+"""(metric, label, format) of each value in a step's console line. NaN and missing values are left out."""
 
 _STEP_PHASES = (
     (metrics.DATA_S, "data"),
     (metrics.FORWARD_BACKWARD_S, "forward-backward"),
     (metrics.OPTIMIZER_S, "optimizer"),
 )
-"""Metric, label: phases in parentheses behind the seconds of a step."""
+"""(metric, label) of each phase listed in parentheses after the seconds of a step."""

@@ -13,7 +13,7 @@ from megatron_rasft.weights.model_card import run_facts
 
 
 class RunRecord:
-    """The record of one run. Every rank has one; rank 0 writes the files and the console lines.
+    """The record of one run. Every rank has a record; rank 0 writes the files and the console lines.
 
     Args:
         is_rank_zero: whether this is rank 0.
@@ -44,8 +44,8 @@ class RunRecord:
             args.train_iters, self._metrics_path, tensorboard, wandb, is_silent=not is_rank_zero
         )
         self.file_marks: dict[str, Any] = {}
-        """Name and length of each growing file after the last step, on rank 0. A run that resumes from a checkpoint cuts the
-        files to its marks and writes the lines behind them again."""
+        """Name and length of each growing file after the last step, on rank 0. A run that resumes from a checkpoint truncates the
+        files to its marks and writes the later lines again."""
 
     def say(self, text: str) -> None:
         """Prints a line on rank 0's console."""
@@ -68,7 +68,7 @@ class RunRecord:
         on_rank_zero(write)
 
     def open_files(self, marks: dict[str, Any], checkpoints: Path | None) -> None:
-        """Cuts the files to what belongs to this run, and writes config.json. Rank 0 only.
+        """Truncates the files to the lines that belong to this run, and writes config.json. Rank 0 only.
 
         Args:
             marks: ``file_marks`` of the checkpoint that the run resumes from; {} without one.
@@ -83,7 +83,7 @@ class RunRecord:
             SavedConfig.of(self._args, self._config).write(self._save)
 
     def mark_files(self) -> None:
-        """Notes the files' lengths for the next checkpoint."""
+        """Stores the files' lengths for the next checkpoint."""
         self.file_marks = {name: file.mark() for name, file in self._files.items()}
 
     def facts(self, iteration: int) -> dict[str, str]:
@@ -91,5 +91,5 @@ class RunRecord:
         return run_facts(SavedConfig.of(self._args, self._config), self._metrics_path, iteration)
 
     def close(self, *, is_clean: bool) -> None:
-        """Flushes the trackers. ``is_clean`` says whether the run ended without an error."""
+        """Flushes the trackers. ``is_clean``: whether the run ended without an error."""
         self._progress.close(0 if is_clean else 1)

@@ -16,14 +16,14 @@ from megatron_rasft.types import TrainingSample
 from megatron_rasft.weights.folder import checkpoint_fingerprint, weights_fingerprint
 
 _LOCK_TIMEOUT_S = 60.0
-"""Several runs may share a cache. A run that cannot write to it for this long ends with an error."""
+"""Longest wait for the cache, which other runs may be using. After that the run ends with an error."""
 
 
 class FrozenReference:
     """The reference policy's weights, sharded like the model, in (pinned) host memory.
 
     Args:
-        chunks: this rank's model chunks; they hold the reference's weights at this moment.
+        chunks: this rank's model chunks; they must hold the reference's weights when this is called.
     """
 
     def __init__(self, chunks: Sequence[torch.nn.Module]) -> None:
@@ -42,7 +42,7 @@ class FrozenReference:
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
-        """Puts the reference's weights into the model while the context is open. The policy's weights come back bit for bit."""
+        """Puts the reference's weights into the model while the context is open. The policy's weights are restored bit for bit."""
         policy = [self._to_host(p) for p in self._parameters()]
         try:
             self._put(self._frozen)
@@ -121,10 +121,10 @@ class LogprobCache:
         return digest.digest()
 
     def fill(self, samples: Iterable[TrainingSample]) -> list[TrainingSample]:
-        """Sets ``ref_logprobs`` of the samples that the cache has.
+        """Sets ``ref_logprobs`` of the samples in the cache.
 
         Returns:
-            The other samples. Of several with the same tokens, only the first is returned.
+            The samples that the cache lacks. If several have the same tokens, only the first is returned.
         """
         missing: dict[bytes, TrainingSample] = {}
         for sample in samples:

@@ -1,7 +1,7 @@
 """One refresh in a single process: which problems come next, what their rollouts are worth, what is trained on.
 
-Plain Python on plain objects: this module needs neither torch nor Megatron nor another rank. refresh_driver.py calls it on
-rank 0, joins it to the model and the rollout servers, and draws the order of the calls.
+This module is plain Python: it needs neither torch nor Megatron nor another rank. refresh_driver.py calls it on
+rank 0, joins it to the model and the rollout servers, and shows the order of the calls in a diagram.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -40,14 +40,14 @@ class Verifier(Protocol):
     def verify(
         self, rollouts: Sequence[Rollout], checks: Mapping[str, Check], look_up: Callable[[], None]
     ) -> Any:
-        """Sets ``verdict`` of every rollout. Calls ``look_up`` now and then; an exception that it raises ends the call."""
+        """Sets ``verdict`` of every rollout. Calls ``look_up`` at intervals; an exception from it ends the call."""
 
 
 class ReferenceCache(Protocol):
     """Keeps log-probabilities under the reference. In a run this is ``training.reference.LogprobCache``."""
 
     def fill(self, samples: Iterable[TrainingSample]) -> list[TrainingSample]:
-        """Sets ``ref_logprobs`` of the samples it knows. Returns the unknown ones, each content once."""
+        """Sets ``ref_logprobs`` of the samples in the cache. Returns the others, without duplicates."""
 
     def add(self, samples: Iterable[TrainingSample], logprobs: Iterable[Sequence[float]]) -> None:
         """Stores the log-probabilities of these samples' responses."""
@@ -78,8 +78,8 @@ class Refresh:
         decode: token ids -> text.
         verifier: None if the run samples no rollouts.
         replay: the stored rollouts of --rollout-engine replay.
-        store: keeps every rollout; None keeps none.
-        cache: None if the objective has no reference.
+        store: stores every rollout; None if they are not stored.
+        cache: log-probabilities under the reference; None if the objective has no reference.
     """
 
     def __init__(
@@ -199,7 +199,7 @@ class Refresh:
 
     def replay(self, problem_ids: Iterable[str]) -> dict[str, RolloutGroup]:
         """Takes the next stored rollouts of each problem, so that every refresh gets new ones while the store has more."""
-        assert self._replay is not None, "--rollout-engine replay opens its stores at start-up"
+        assert self._replay is not None, "a run with --rollout-engine replay must have opened its stores"
         groups = {}
         for problem_id in problem_ids:
             known = self.curriculum.solvability.get(problem_id)
@@ -215,9 +215,9 @@ class Refresh:
         """Sets each rollout's verdict, and the name of the text filter that removes it, if any.
 
         Args:
-            look_up: called now and then; an exception that it raises ends the call.
+            look_up: called at intervals; an exception from it ends the call.
         """
-        assert self._verifier is not None, "a run that samples rollouts has a verifier"
+        assert self._verifier is not None, "a run that samples rollouts needs a verifier"
         rollouts = [rollout for group in groups.values() for rollout in group.rollouts]
         checks = {problem_id: self._demonstrations[problem_id].check for problem_id in groups}
         self._verifier.verify(rollouts, checks, look_up)
@@ -229,7 +229,7 @@ class Refresh:
     def weigh(
         self, problem_ids: Iterable[str], groups: Mapping[str, RolloutGroup]
     ) -> list[list[TrainingSample]]:
-        """The weighted training samples of each problem. Samples without a response, or too long, are left out."""
+        """Returns the weighted training samples of each problem, without samples that are too long or have no response."""
         return [self._weighed(problem_id, groups.get(problem_id)) for problem_id in problem_ids]
 
     def _weighed(self, problem_id: str, group: RolloutGroup | None) -> list[TrainingSample]:
@@ -261,14 +261,14 @@ class Refresh:
             self._store.append(rollout for group in groups.values() for rollout in group.rollouts)
 
     def batch_sizes(self, samples: Sequence[Sequence[TrainingSample]]) -> list[tuple[int, int]]:
-        """(problems, samples) of each step's batch, from the samples of each problem."""
+        """Groups the samples of the problems into batches, one per step, each as (problems, samples)."""
         return [(len(part), sum(map(len, part))) for part in batched(samples, self._batch_size)]
 
     # ---- score under the reference
 
     def fill_reference(self, samples: Iterable[TrainingSample]) -> list[TrainingSample]:
-        """Sets the reference log-probabilities that the cache has. Returns the samples to be scored, each content once."""
-        assert self._cache is not None, "a run whose objective has a reference has the cache"
+        """Sets the cached reference log-probabilities. Returns the samples still to be scored, without duplicates."""
+        assert self._cache is not None, "a run whose objective has a reference needs the cache"
         return self._cache.fill(samples)
 
     def add_reference(
@@ -277,8 +277,8 @@ class Refresh:
         scored: Sequence[TrainingSample],
         logprobs: Sequence[Sequence[float]],
     ) -> None:
-        """Puts new log-probabilities into the cache and sets those of all samples: several may share one content."""
-        assert self._cache is not None, "a run whose objective has a reference has the cache"
+        """Adds new log-probabilities to the cache and sets them in all samples, including samples with equal tokens."""
+        assert self._cache is not None, "a run whose objective has a reference needs the cache"
         self._cache.add(scored, logprobs)
         missing = self._cache.fill(samples)
         assert not missing, f"{len(missing)} samples have no reference log-probabilities"
@@ -318,7 +318,7 @@ def sampling_params(config: RasftConfig, stop_ids: frozenset[int], max_total_tok
 
     Args:
         stop_ids: token ids that end a response.
-        max_total_tokens: longest prompt plus response, which is the trainer's sequence length.
+        max_total_tokens: maximum length of prompt plus response: the trainer's sequence length.
     """
     rollout = config.rollout
     return SamplingParams(

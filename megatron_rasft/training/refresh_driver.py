@@ -34,9 +34,10 @@ Who waits for whom. A, B and C are the problems of three refreshes; a column end
 
     --rollout-lag 1: the servers sample B while the trainer trains A. If they have finished by then, it does not wait for B.
 
-    trainer ranks  | choose A | sync 0 | wait     | choose B | sync 0 | wait    | weigh, score A | train A    | wait | choose C | ...
-    servers        |          | load 0 | sample A |          | load 0 | sample B ................................. |          | ...
-    verifier       |          |        |          |          |        | grade A |                |            |      |          | ...
+    trainer ranks  | choose A | sync 0 | wait     | choose B | sync 0 | wait    | weigh, score A | train A    | wait | choose C
+    | ... servers        |          | load 0 | sample A |          | load 0 | sample B ................................. |
+       | ... verifier       |          |        |          |          |        | grade A |                |            |      |
+               | ...
 
     With lag 1 the weights that sampled a rollout are one refresh older than those that train on it (``Rollout.policy_age``).
 
@@ -59,18 +60,18 @@ from megatron_rasft.training.samples import BatchQueue, SampleArrays
 from megatron_rasft.types import Request, RolloutGroup, SamplingParams, TrainingSample
 
 Groups = Mapping[str, RolloutGroup]
-"""Problem id -> its rollouts; on rank 0 only, empty on the others."""
+"""Problem id -> rollouts of the problem; empty on ranks other than 0."""
 
 Samples = Sequence[Sequence[TrainingSample]]
-"""The training samples of each problem; on rank 0 only, empty on the others."""
+"""The training samples of each problem; empty on ranks other than 0."""
 
 
 class RefreshDriver:
     """Runs the refreshes of a run. Every method is a collective of the world unless it says otherwise.
 
     Args:
-        refresh: decides; on rank 0, None on the others.
-        policy: the model.
+        refresh: makes the decisions on rank 0; None on other ranks.
+        policy: scores and samples with the model.
         servers: None if rollouts are not sampled by servers.
         sampling: how responses are drawn.
         batch_size: problems per step.
@@ -111,7 +112,8 @@ class RefreshDriver:
         """Begins a refresh after ``iteration`` optimizer steps, which are also the version of the weights.
 
         Raises:
-            Stopped: the run is to stop. The methods below raise it too; ``state_dict()`` is then that of the refresh's start.
+            Stopped: the run is to stop. The methods below raise it too; ``state_dict()`` then returns the state at the start of
+                the refresh.
         """
         self._policy.stop.check()
         # choose_problems advances the curriculum: a checkpoint that is written during the refresh needs the state from before.
@@ -122,7 +124,7 @@ class RefreshDriver:
     # ---- choose problems
 
     def choose_problems(self) -> ProblemChoice:
-        """Chooses the problems of this refresh, unless the last one has already (--rollout-lag 1)."""
+        """Chooses the problems of this refresh, unless the previous refresh has chosen them (--rollout-lag 1)."""
         choice = self._next_choice or self._choose(self._iteration)
         self._next_choice = None
         self._report.num_problems = len(choice.problem_ids)
@@ -205,13 +207,13 @@ class RefreshDriver:
             )
 
         groups: Groups = kept_by_rank_zero(collect, {})
-        # Servers that are about to sample ahead stay awake.
+        # Servers that will sample ahead next need their memory.
         if self._next_iteration(choice) is None and self._config.sync.sync_method == "tensor":
             servers.sleep()
         return groups
 
     def _start_servers(self, choice: ProblemChoice, servers: RolloutServers) -> None:
-        """Has the servers sample ``choice`` with the weights of the last sync, unless they do so already."""
+        """Starts the servers on ``choice`` with the weights of the last sync, unless they are sampling it already."""
         if choice.weight_version is not None:
             return
         version = choice.weight_version = self._iteration
@@ -236,7 +238,7 @@ class RefreshDriver:
             self._next_choice = upcoming
 
     def _next_iteration(self, choice: ProblemChoice) -> int | None:
-        """Steps done when the next refresh begins; None if its problems are not sampled ahead."""
+        """Returns the number of steps before the next refresh; None if that refresh is not sampled ahead."""
         iteration = self._iteration + -(-len(choice.problem_ids) // self._batch_size)
         is_ahead = self._servers is not None and self._config.rollout.rollout_lag
         return iteration if is_ahead and iteration < self._total_steps else None
@@ -292,9 +294,9 @@ class RefreshDriver:
     # ---- finish
 
     def finish(self, samples: Samples) -> tuple[BatchQueue, RefreshReport]:
-        """Ends the refresh. Returns its batches, whose samples rank 0 keeps, and its report on every rank."""
+        """Ends the refresh. Returns its report and its batches on every rank; only rank 0 has the samples."""
         sizes: list[tuple[int, int]] = on_rank_zero(lambda: self._refresh.batch_sizes(samples))
-        # The trackers' writers are on the last rank.
+        # The report goes to every rank, because the trackers' writers are on the last rank.
         report: RefreshReport = on_rank_zero(lambda: self._report)
         arrays = kept_by_rank_zero(lambda: SampleArrays.of(list(chain.from_iterable(samples))), None)
         self._state_at_start = None
@@ -303,7 +305,7 @@ class RefreshDriver:
     # ---- checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON values that a resumed run continues from. Rank 0 only, not a collective."""
+        """Returns the JSON values from which a resumed run continues. Rank 0 only, not a collective."""
         if self._state_at_start is not None:
             return self._state_at_start
         ahead = self._next_choice

@@ -10,12 +10,12 @@ from megatron_rasft.types import RolloutGroup, TrainingSample
 
 @dataclass
 class RefreshReport:
-    """Counts, means and seconds of one refresh. Means over nothing are NaN, and are not logged."""
+    """Counts, means and seconds of one refresh. A mean of no values is NaN and is not logged."""
 
     num_problems: int = 0
     """Problems that the next steps train on."""
     num_sampled: int = 0
-    """Problems with rollouts. Problems of the hard pool that are not trained now count too."""
+    """Problems with rollouts, including problems of the hard pool that are not trained in this refresh."""
     verdicts: Counter[str] = field(default_factory=Counter)
     """Verdict -> number of rollouts."""
     num_filtered: int = 0
@@ -30,12 +30,12 @@ class RefreshReport:
     rollout_weight: float = float("nan")
     """Mean objective weight of the rollouts that are trained on."""
     score_s: float = 0.0
-    """Computing the difficulties."""
+    """Seconds for computing the difficulties."""
     generate_s: float = 0.0
-    """Sampling, with the weight sync before it."""
+    """Seconds for sampling, including the weight sync before it."""
     verify_s: float = 0.0
     reference_s: float = 0.0
-    """Computing the log-probabilities under the reference and the old policy."""
+    """Seconds for computing the log-probabilities under the reference and the old policy."""
     servers: dict[str, float] = field(default_factory=dict)
     """Metric name -> value, for the weight sync and the sampling of rollout servers."""
 

@@ -37,8 +37,8 @@ REFUSED = {
     "finetune": _NEW_RUN,
     "pretrained_checkpoint": _NEW_RUN,
     "override_ckpt_iteration": _NEW_RUN,
-    "use_checkpoint_args": _ARCHITECTURE + ", and the parallel layout is that of the flags",
-    "use_mp_args_from_checkpoint_args": "the parallel layout is that of the flags: a checkpoint can be loaded into any layout",
+    "use_checkpoint_args": _ARCHITECTURE + ", and the flags set the parallel layout",
+    "use_mp_args_from_checkpoint_args": "the flags set the parallel layout: a checkpoint can be loaded into any layout",
     "profile": "start the profiler around the program: nsys profile torchrun ..., or py-spy record",
     "record_memory_history": "start a profiler around the program: nsys profile --cuda-memory-usage=true torchrun ...",
     "train_sync_interval": "the ranks synchronize at every step",
@@ -61,13 +61,13 @@ REFUSED = {
         "async_strategy use_persistent_ckpt_worker async_ckpt_cpu_priority async_ckpt_io_priority async_ckpt_use_cpu_shm".split(),
         _WRITER,
     ),
-    "cross_entropy_loss_fusion": "the loss is that of --objective, and Megatron has no fused kernel for it",
-    "cross_entropy_fusion_impl": "the loss is that of --objective, and Megatron has no fused kernel for it",
+    "cross_entropy_loss_fusion": "--objective selects the loss, and Megatron has no fused kernel for it",
+    "cross_entropy_fusion_impl": "--objective selects the loss, and Megatron has no fused kernel for it",
     **dict.fromkeys(
         ("defer_embedding_wgrad_compute", "wgrad_deferral_limit"),
         "the output layer's gradient is calculated together with the log-probabilities, so there is nothing to defer",
     ),
-    "overlap_moe_expert_parallel_comm": "its schedule calls Megatron's own loss instead of that of --objective",
+    "overlap_moe_expert_parallel_comm": "its schedule calls Megatron's own loss instead of the one that --objective selects",
     "log_progress": _LOGS,
     "log_timers_to_tensorboard": _LOGS,
     "log_validation_ppl_to_tensorboard": _LOGS,
@@ -98,10 +98,10 @@ REFUSED = {
 REFUSED_GROUPS = {
     "rl": "for reinforcement learning use --objective grpo with --objective-grpo-*, --rollout-* and --sync-*",
     "sft": "for supervised fine-tuning use --objective sft with demonstrations from --train-data",
-    "data and dataloader": "demonstrations come from --train-data and are read as --data-* sets",
+    "data and dataloader": "demonstrations come from --train-data, and the --data-* flags configure how they are read",
     "tokenizer": "the tokenizer is that of --hf-model; --data-chat-template replaces its chat template",
     "validation": "held-out problems are given as --heldout-data and measured every --heldout-interval steps",
-    "inference": "rollouts are sampled as the --rollout-* flags set",
+    "inference": "the --rollout-* flags configure how rollouts are sampled",
     "Logits Distillation": "there is no distillation; --objective sft_kl and asft keep the policy near a reference",
     "vision": "only language models are supported",
     "biencoder": "only language models are supported",
@@ -123,7 +123,7 @@ _HONOURED = {
     "padded_vocab_size",
     "trust_remote_code",
 }
-"""Destinations of flags in ``REFUSED_GROUPS`` that this program does use."""
+"""Destinations of flags in ``REFUSED_GROUPS`` that this program uses."""
 
 
 def reasons(parser: FlagParser) -> dict[str, str]:

@@ -13,7 +13,10 @@ _TRANSFORMER_ENGINE_FLAGS = (
     "moe_permute_fusion",
     "moe_router_fusion",
 )
-"""Destinations of flags whose kernels are in Transformer Engine. Without it Megatron ignores some of them and fails late on others."""
+"""Destinations of flags whose kernels are in Transformer Engine.
+
+Without it Megatron ignores some of them and fails late on others.
+"""
 
 _FORMATS = {"fp8": "--fp8-format", "fp4": "--fp4-format"}
 
@@ -28,10 +31,10 @@ _CHECKS = {
 
 
 def refuse_unrunnable(args: argparse.Namespace, *, has_gpu: bool, has_transformer_engine: bool) -> None:
-    """Refuses kernels that need a GPU or Transformer Engine if that is missing, and recipes that the GPU has no kernels for.
+    """Refuses kernels that need a missing GPU or Transformer Engine, and recipes for which the GPU has no kernels.
 
     Raises:
-        ValueError: with the flag, the reason and the way out.
+        ValueError: this machine cannot run a flag; the message names the flag, the reason and the way out.
     """
     _refuse_fused_logprobs(args, has_gpu=has_gpu)
     for name, format_flag in _FORMATS.items():
@@ -84,7 +87,7 @@ def _needing_transformer_engine(args: argparse.Namespace) -> list[str]:
 
 def _check_recipe(format_flag: str, recipe_flag: str, recipe: str) -> None:
     """Refuses a recipe without kernels for this GPU. Transformer Engine itself raises only in the first forward pass."""
-    if recipe not in _CHECKS:  # a custom recipe of the user
+    if recipe not in _CHECKS:  # a recipe that the user has written
         return
     from transformer_engine.pytorch import quantization
 

@@ -1,4 +1,4 @@
-"""Decides where a run resumes from: --save once it holds a checkpoint, until then --load, or the weights of --hf-model."""
+"""Decides where a run resumes from: from --save if it holds a checkpoint, else from --load, else from the weights of --hf-model."""
 
 import argparse
 import os
@@ -20,25 +20,25 @@ class Resume:
     """Where a run resumes from. It is decided once, before anything is built; nothing writes --load or --ckpt-step later."""
 
     folder: Path | None = None
-    """The folder of checkpoints that the run loads one from; None for a run that begins at step 0."""
+    """The folder with the checkpoint that the run loads; None for a run that begins at step 0."""
     step: int = 0
-    """The step of that checkpoint; 0 without one."""
+    """The step of the checkpoint; 0 without a checkpoint."""
     is_own: bool = False
-    """Whether ``folder`` is the run's own --save, and not that of another run given as --load."""
+    """Whether ``folder`` is the run's own --save rather than another run's folder given as --load."""
     is_chosen: bool = False
-    """Whether --ckpt-step names the step, and not the folder's tracker file."""
+    """Whether the step comes from --ckpt-step instead of the folder's tracker file."""
     converted: Path | None = None
-    """Converted weights given as --load. The run begins with them instead of those of --hf-model, and they are the frozen
-    reference also when the run resumes from a checkpoint of its own."""
+    """Converted weights given as --load. The run begins with them instead of those of --hf-model, and they stay the frozen
+    reference when the run resumes from its own checkpoint."""
 
     @property
     def checkpoint(self) -> Path | None:
-        """The folder of the checkpoint itself; None without one."""
+        """The folder of the checkpoint itself; None without a checkpoint."""
         return None if self.folder is None else step_folder(self.folder, self.step)
 
     @classmethod
     def at(cls, folder: Path | str, ckpt_step: int | None, *, is_own: bool = False) -> "Resume":
-        """Chooses a checkpoint from a folder of a run's checkpoints: that of --ckpt-step, or the newest.
+        """Chooses a checkpoint from a folder of a run's checkpoints: the step of --ckpt-step, or the newest.
 
         Raises:
             CheckpointError: the tracker file is damaged, or the folder holds converted weights.
@@ -57,7 +57,7 @@ def find_resume(args: argparse.Namespace) -> Resume:
     """Decides where the run of a command line resumes from; reads tracker files only.
 
     Args:
-        args: Megatron's, of which --load, --save, --ckpt-step and --exit-on-missing-checkpoint are read.
+        args: Megatron's arguments. Reads --load, --save, --ckpt-step and --exit-on-missing-checkpoint.
 
     Raises:
         ValueError: --load holds no checkpoint, or --exit-on-missing-checkpoint was given and there is none.
@@ -74,7 +74,7 @@ def find_resume(args: argparse.Namespace) -> Resume:
     if has_checkpoint(args.save):
         if other is not None and not os.path.samefile(other, args.save):
             Resume.at(other, step)  # reports a damaged tracker file, although nothing is loaded from it
-            step = None  # --ckpt-step is a step of --load
+            step = None  # --ckpt-step names a step in --load, not in --save
         return replace(Resume.at(args.save, step, is_own=True), converted=converted)
     if other is not None:
         return Resume.at(other, step)

@@ -23,7 +23,7 @@ from megatron_rasft.training.stopping import StopRequest
 from megatron_rasft.types import Request, SamplingParams, TrainingSample
 
 _WAIT_S = 5.0
-"""While servers sample, the ranks meet this often: no collective waits for longer, and a run can be stopped meanwhile."""
+"""Time between two collectives of the ranks while servers sample, so that none waits longer and the run can be stopped."""
 
 
 class SyncedModel(Protocol):
@@ -43,10 +43,10 @@ class RolloutServers:
     """All rollout servers of a run. Every rank has this object; rank 0's also has the HTTP connections.
 
     Args:
-        model: the trainer.
+        model: the trainer, whose weights the servers get.
         model_config: the model's config.json.
         records: the servers known to this process; closed with the run.
-        say: prints a line about a sync, a fault or a server that returns; used on rank 0.
+        say: prints a line about a sync, a fault or a returning server; used on rank 0.
         is_rank_zero: whether this is rank 0.
     """
 
@@ -106,7 +106,7 @@ class RolloutServers:
         return on_rank_zero(lambda: self._admit(report, probes, expected))
 
     def start(self, requests: Sequence[Request], params: SamplingParams, weight_version: int) -> None:
-        """Has the servers with these weights sample in the background. Rank 0 only."""
+        """Starts sampling in the background from the servers that have these weights. Rank 0 only."""
         self.engine.start(requests, params, weight_version)
 
     def wait(self, check: Callable[[], None] = lambda: None) -> None:
@@ -119,13 +119,13 @@ class RolloutServers:
             check()
 
     def result(self) -> Answers:
-        """The samples of the last ``start``. Rank 0 only."""
+        """Returns the samples of the last ``start``. Rank 0 only."""
         answers = self.engine.result()
         self._say(answers.report.describe())
         return answers
 
     def sleep(self) -> None:
-        """Has servers on the trainer's own GPUs free their memory until the next sync; a collective of the world."""
+        """Makes servers on the trainer's own GPUs free their memory until the next sync. A collective of the world."""
         # Quarantined servers hold memory too.
         urls: list[str] = on_rank_zero(
             lambda: [
@@ -144,12 +144,12 @@ class RolloutServers:
 
         Args:
             is_clean: the run ended without an error. Only then is this a collective of the world: after an error, other ranks may
-                never arrive.
+                never take part.
         """
         if is_clean:
             self._sync.empty_cache()
         else:
-            with suppress(RuntimeError):  # the device may have failed
+            with suppress(RuntimeError):  # a failed device can raise here too
                 self._sync.empty_cache(waits=False)
         if self._engine_on_rank_zero is not None:
             self._engine_on_rank_zero.close()
@@ -169,7 +169,7 @@ class RolloutServers:
         for note in report.notes:
             self._say(note)
         for url, reason in report.failed.items():
-            fleet.quarantine(url, f"did not get the weights of step {step}: {reason}")
+            fleet.quarantine(url, f"did not receive the weights of step {step}: {reason}")
         gaps = self._admitted(report, probes, expected)
         values, line = report.values(), report.line()
         if gaps:
@@ -188,7 +188,7 @@ class RolloutServers:
     def _admitted(
         self, report: SyncReport, probes: Sequence[TrainingSample], expected: Sequence[Sequence[float]]
     ) -> list[float]:
-        """Admits or quarantines each synced server. Returns the admitted servers' distances to the trainer, nats per token."""
+        """Admits or quarantines each synced server. Returns the log-probability gaps of the admitted servers, nats per token."""
         fleet, limit = self.engine.fleet, self._config.rollout_max_logprob_gap
         synced = [record for record in fleet.records if record.url in report.synced]
         with ThreadPoolExecutor(max(1, len(synced))) as pool:
@@ -197,7 +197,7 @@ class RolloutServers:
         for record, gap in zip(synced, gaps, strict=True):
             if isinstance(gap, str):
                 fleet.quarantine(record.url, gap)
-            elif limit is not None and not gap <= limit:  # also if the gap is NaN
+            elif limit is not None and not gap <= limit:  # written so that a NaN gap fails too
                 fleet.quarantine(
                     record.url,
                     f"has log-probabilities of {len(probes)} demonstrations that differ from the trainer's by {gap:.3f} nats per "

@@ -24,18 +24,18 @@ from megatron_rasft.training.trainer import Diverged, StepResult, Trainer
 
 
 class Run:
-    """One run: its queue of batches, the figures of its last refresh, the step of its last checkpoint.
+    """A run: its queue of batches, the figures of its last refresh, the step of its last checkpoint.
 
     Every method is a collective of the world. Use the run as a context manager: it stops the verifier's processes and closes the
     connections to rollout servers.
 
     Args:
         trainer: model, optimizer and schedule.
-        checkpoints: saves and loads the trainer, and the run's own state with it.
+        checkpoints: saves and loads the trainer together with the run's own state.
         refresh: refills the queue.
-        record: writes what the run reports.
+        record: writes metrics, console lines and rollouts.
         heldout: None without --heldout-data.
-        verifier: starts its processes when it is entered; None on ranks other than 0, and if nothing is graded.
+        verifier: its processes run while the run is open; None on ranks other than 0, and if nothing is graded.
         servers: None if rollouts are not sampled by servers.
         initial_weights: fingerprint of the weights that the run began with; rank 0 only.
         introduction: lines that ``begin`` prints.
@@ -68,14 +68,14 @@ class Run:
         self._initial_weights = initial_weights
         self._introduction = introduction
         self.queue = BatchQueue()
-        """Batches that are not trained yet, the prepared one included."""
+        """Batches that are not trained yet, including the prepared batch."""
         self._prepared: PreparedBatch | None = None
-        """The first batch of the queue, once it has been handed out to the ranks; None until then."""
+        """The first batch of the queue, if it has been distributed to the ranks; otherwise None."""
         self._refresh_began = 0.0
         self._last_refresh: dict[str, float] = {}
-        """Metric name -> value."""
+        """Metric name -> value, for the last refresh."""
         self._verdicts: Counter[str] = Counter()
-        """Verdict -> number of rollouts of the whole run."""
+        """Verdict -> number of rollouts since the run began."""
         self._saved_step = 0
         """Step of the newest checkpoint in --save. Step 0 needs no checkpoint."""
 
@@ -162,16 +162,16 @@ class Run:
     def train_step(self) -> None:
         """Trains the next batch, and records the step."""
         began = time.monotonic()
-        # prepare() hands a batch out and returns while a thread cuts it, so the next batch is cut during this step.
+        # prepare() distributes a batch and returns while a thread cuts it, so the next batch is cut during this step.
         prepared = self._prepared or self._trainer.prepare(self.queue.batch(0))
         self._prepared = self._trainer.prepare(self.queue.batch(1)) if len(self.queue) > 1 else None
         try:
             result = self._trainer.train(prepared)
         except Diverged:
-            # The user goes on from the checkpoint before this step, which may still be being written.
+            # The user will resume from the last checkpoint, which may still be in writing.
             self._checkpoints.finish()
             raise
-        # Only now: if the step fails, its batch is still in the queue.
+        # Removed only now: if the step fails, its batch is still in the queue.
         self.queue.popleft()
         self._record_step(result, time.monotonic() - began)
 
@@ -180,7 +180,7 @@ class Run:
         if self._args.log_throughput:
             num_gpus = self._args.world_size
             values[metrics.GPU_TFLOP_PER_S] = gpu_tflop_per_s(result, step_s=step_s, num_gpus=num_gpus)
-        # The solve rate is that of the refresh that the step belongs to.
+        # The step belongs to the last refresh, whose solve rate is reported.
         if metrics.SOLVE_RATE in self._last_refresh:
             values[metrics.SOLVE_RATE] = self._last_refresh[metrics.SOLVE_RATE]
         self._record.add_step(self._trainer.iteration, values)
@@ -208,7 +208,7 @@ class Run:
             Stopped: after --exit-signal, --exit-duration-in-mins or --exit-interval.
         """
         step, args = self._trainer.iteration, self._args
-        # A background save becomes the newest checkpoint only here, so it is looked at after every step.
+        # Only this call makes a background save the newest checkpoint, so it is made after every step.
         self._finish_saves(is_blocking=False)
         if self.is_over or (args.save_interval and step % args.save_interval == 0):
             self._save_once()
@@ -228,7 +228,7 @@ class Run:
         self._record.say(f"{done.format(self._saved_step)}, {time.monotonic() - began:.1f} s")
 
     def _finish_saves(self, *, is_blocking: bool = True) -> None:
-        """Completes a background save (--async-save), waiting for it or not."""
+        """Completes a background save (--async-save); waits for it if asked to."""
         step = self._checkpoints.finish(is_blocking=is_blocking)
         if step is not None:
             self._record.say(f"saved step {step} in the background")
@@ -248,17 +248,17 @@ class Run:
     # ---- end
 
     def stop(self) -> None:
-        """Saves a run that was stopped, so that the same command resumes from the last step, and says so."""
+        """Saves a stopped run, so that the same command resumes from the last step, and prints how to resume it."""
         reason = self._trainer.stop.reason() or f"--exit-interval {self._args.exit_interval}"
         self._save_once()
         self._finish_saves()
         step = self._trainer.iteration
         if not step:
-            outcome = "before the first step; the same command begins anew"
+            outcome = "before the first step; the same command starts it again"
         elif self._args.save is None:
             outcome = f"after step {step}; --save was not given"
         else:
-            outcome = f"after step {step}; saved, the same command goes on from here"
+            outcome = f"after step {step}; saved; the same command resumes it"
         self._record.say(f"stopped by {reason} {outcome}")
 
     def finish(self) -> None:

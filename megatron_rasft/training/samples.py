@@ -1,7 +1,7 @@
 """Training samples as arrays: the form in which rank 0 queues, sends and saves them.
 
 A token takes 36 bytes in a Python list, which is pickled number by number. In an array it takes 4, and the array is
-copied as a whole.
+copied in one piece.
 """
 
 import itertools
@@ -124,7 +124,7 @@ class Batch:
 
 
 class BatchQueue:
-    """The global batches that have not been trained on yet. Only rank 0 has the samples; all ranks know the sizes.
+    """The global batches that are not trained on yet. Only rank 0 has the samples; all ranks know the sizes.
 
     Args:
         sizes: number of problems and number of samples of each batch, the same on every rank.
@@ -182,7 +182,7 @@ def _joined(parts: Sequence[Any], dtype: Any) -> Array:
     for part in parts:
         start, end = end, end + len(part)
         if isinstance(part, list):
-            # Twice as fast as numpy, which first determines the type of each element.
+            # This is twice as fast as numpy, which first determines the type of each element.
             struct.pack_into(f"{len(part)}{flat.dtype.char}", flat, start * flat.itemsize, *part)
         else:
             flat[start:end] = part

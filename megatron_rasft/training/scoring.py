@@ -17,19 +17,19 @@ from megatron_rasft.training.samples import Array, Batch, SampleArrays, views
 from megatron_rasft.types import TrainingSample
 
 _SCORED_BATCHES = 4
-"""Global batches that are scored between two checks whether the run is to stop."""
+"""Number of global batches scored between two checks for a stop of the run."""
 
 
 class Scorer:
     """Scores samples for rank 0. Every method is a collective of the world.
 
     Args:
-        preparer: hands the samples out.
-        forward: runs a forward pass over this rank's micro-batches; returns on the last pipeline stage the log-probabilities of each,
-            [b * s/cp] fp32 in nats, and [] on the others.
-        scales: of FP8's delayed recipe; are set from the first samples if they are missing.
-        reference: its weights; None without an objective that needs them.
-        gathered: context in which every rank has all parameters.
+        preparer: distributes the samples to the ranks.
+        forward: runs a forward pass over this rank's micro-batches; returns on the last pipeline stage the log-probabilities of
+            each, [b * s/cp] fp32 in nats, and [] on the others.
+        scales: scales of FP8's delayed recipe, set from the first samples if they are missing.
+        reference: the frozen reference's weights; None if the objective needs none.
+        gathered: opens a context in which every rank has all parameters.
         check_stop: raises Stopped if the run is to stop.
         global_batch_size: samples of a global batch.
     """
@@ -53,7 +53,7 @@ class Scorer:
         self._global_batch_size = global_batch_size
 
     def score(self, samples: Sequence[TrainingSample], *, with_reference: bool) -> list[memoryview]:
-        """Returns on rank 0 for each sample the fp32 log-probabilities of its response, in nats; [] on the other ranks.
+        """Returns on rank 0 the fp32 log-probabilities of each sample's response, in nats; [] on the other ranks.
 
         Args:
             samples: on rank 0; not read on the others.
@@ -81,7 +81,9 @@ class Scorer:
         with self._gathered(), contextlib.ExitStack() as reference:
             self._scales.set_from(first_batch, is_whole=num >= self._global_batch_size)
             if with_reference:
-                assert self._reference is not None, "only an objective with a reference asks for it"
+                assert self._reference is not None, (
+                    "the objective has no reference, so nothing can be scored under it"
+                )
                 reference.enter_context(self._reference.in_place())
             scored: list[memoryview] = []
             # While a part is scored, a thread cuts the next one.

@@ -39,17 +39,17 @@ def parse(argv: Sequence[str] | None = None, *, needs_data: bool = True) -> tupl
     """Parses and checks the command line. Nothing is initialized, and no weights are read.
 
     Args:
-        argv: the flags; None takes those of the process.
+        argv: the flags; None uses the command line of this process.
         needs_data: whether --train-data must be given; False for a model that only samples.
 
     Returns:
         Megatron's arguments, this package's configuration, and the opened model folder.
 
     Raises:
-        ValueError, ModelFolderError: with the flag or the file, the rule and the way out.
+        ValueError, ModelFolderError: the message names the flag or the file, the rule and the way out.
     """
     if argv is not None:
-        sys.argv = [sys.argv[0], *argv]  # Megatron's parse_args reads no other list of flags
+        sys.argv = [sys.argv[0], *argv]  # Megatron's parse_args can read the flags only from sys.argv
     args = parse_flags()
     config = RasftConfig.from_args(args)
     read_keys(config.rollout)
@@ -132,10 +132,10 @@ def start(args: Any) -> None:
 
 
 def stand_in_for_launcher() -> None:
-    """Sets the variables that torchrun sets, if the process was started without it. Its world is then this one process."""
+    """Sets the variables that torchrun sets, if the process was started without it. The world then consists of this process."""
     if os.environ.get("WORLD_SIZE", "1") != "1":
         return
-    # gloo and NCCL find the other ranks by these variables.
+    # gloo and NCCL find the other ranks through these variables.
     for name, value in (
         ("RANK", "0"),
         ("WORLD_SIZE", "1"),

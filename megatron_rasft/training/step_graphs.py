@@ -14,7 +14,7 @@ from torch import Tensor
 def capture_stream() -> Any:
     """The stream on which this process captures all graphs.
 
-    cuBLAS keeps a workspace of 32 MiB (on Hopper) for every stream it has ever run on, so there should be only one.
+    cuBLAS keeps a workspace of 32 MiB (on Hopper) for every stream it has ever run on, so all captures use the same stream.
     """
     return torch.cuda.Stream()
 
@@ -25,7 +25,7 @@ def _end_capture(pool: Any) -> None:
     capture_end in torch's CUDAGraph.cpp does not do so if CUDA cannot end the capture. The allocator would then never
     again reuse the memory of tensors that several streams have used.
     """
-    # It raises if the allocator knows of no capture: the step failed before the capture began, or the capture has ended.
+    # This raises if the allocator has no capture: the step failed before the capture began, or the capture has ended.
     with contextlib.suppress(RuntimeError):
         torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
 
@@ -38,7 +38,7 @@ class StepGraphs:
 
     Args:
         is_enabled: False runs every step without a graph.
-        all_agree: True if every rank passes True. A collective of the ranks that run steps together.
+        all_agree: returns True if every rank passes True; a collective of the ranks that run steps together.
     """
 
     def __init__(self, is_enabled: bool, all_agree: Callable[[bool], bool]) -> None:
@@ -52,7 +52,7 @@ class StepGraphs:
         """Returns the result of ``step``, which is valid until the next call.
 
         Args:
-            shape: identifies the graph: steps of one shape run the same kernels on the same tensors. The first shape
+            shape: identifies the graph: steps of the same shape run the same kernels on the same tensors. The first shape
                 must have the largest result.
         """
         if not self.is_enabled:
@@ -110,13 +110,13 @@ class StepGraphs:
                 captured = step()
                 assert captured is not None
                 result.copy_(captured)
-            del captured  # the next capture can use its memory in the pool
+            del captured  # frees the graph's memory in the pool for the next capture
         finally:
             torch.cuda.set_stream(stream)  # after a failed capture torch leaves the side stream current
         return graph, result
 
     def _result_like(self, first: Tensor) -> Tensor:
-        """A tensor of ``first``'s shape for the result. All graphs share its memory instead of keeping their own."""
+        """Returns a tensor of ``first``'s shape for the result. All graphs share its memory."""
         if self._result is None:
             self._result = torch.empty_like(first)
         return self._result[: len(first)]

@@ -7,7 +7,7 @@ from megatron_rasft.training.trainer import StepResult
 
 
 def step_values(result: StepResult, *, step_s: float, num_queued: int) -> dict[str, float]:
-    """Metric name -> value.
+    """Returns metric name -> value.
 
     Args:
         step_s: duration of the whole step, seconds.
@@ -28,7 +28,7 @@ def step_values(result: StepResult, *, step_s: float, num_queued: int) -> dict[s
     }
     if result.params_norm is not None:
         values[metrics.PARAMS_NORM] = result.params_norm
-    # A step whose batch has no sample of a kind reports no mean weight of that kind.
+    # If the batch has no sample of a kind, there is no mean weight to report for it.
     for kind, name in (("demonstration", metrics.DEMONSTRATION_WEIGHT), ("rollout", metrics.ROLLOUT_WEIGHT)):
         if kind in result.batch.mean_weights:
             values[name] = result.batch.mean_weights[kind]
@@ -41,7 +41,7 @@ def gpu_tflop_per_s(result: StepResult, *, step_s: float, num_gpus: int) -> floa
 
 
 def step_warning(iteration: int, result: StepResult) -> str:
-    """The line that the user reads after an unusual step; "" after an ordinary one."""
+    """Returns the warning to print after an unusual step; "" after an ordinary step."""
     if result.is_skipped:
         return f"step {iteration} changed no weight: {_why_skipped(result)}"
     if not math.isfinite(result.grad_norm):

@@ -1,6 +1,6 @@
 """Ends a run before its last step: on a signal, or after a given time.
 
-All ranks must stop at the same place, so the run checks at fixed places of its work, and the ranks agree there.
+All ranks must stop at the same point, so the run checks at fixed points, where the ranks agree by a collective.
 """
 
 import time
@@ -21,10 +21,10 @@ class StopRequest:
     """Checks for --exit-signal (SIGTERM) and --exit-duration-in-mins.
 
     Args:
-        has_signal: returns whether this process has received the signal.
+        has_signal: called without arguments; returns whether this process has received the signal.
         duration_min: minutes after ``began`` at which the run ends; None for no limit.
         began: ``time.time()`` when the program started.
-        device: of the tensor that the ranks exchange.
+        device: device of the tensor that the ranks exchange.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class StopRequest:
             raise Stopped
 
     def check_here(self) -> None:
-        """Raises Stopped if this rank has a reason to stop. No collective: for work that only rank 0 does."""
+        """Raises Stopped if this rank has a reason to stop. Not a collective: it serves work that only rank 0 does."""
         if self._reason_here():
             raise Stopped
 

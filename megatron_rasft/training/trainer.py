@@ -55,7 +55,7 @@ from megatron_rasft.weights.folder import HfFolder
 
 
 class Diverged(RasftError):
-    """The gradient of a step is not finite. Raised on every rank; nothing of the step may be saved."""
+    """Raised on every rank if a step's gradient is not finite. Nothing of the step may be saved."""
 
 
 @dataclass(kw_only=True)
@@ -70,18 +70,18 @@ class StepResult:
     """Whether the weights are unchanged: no problem had a sample, or --grad-norm-skip-threshold was exceeded."""
     batch: BatchFacts
     data_s: float = 0.0
-    """Time of waiting for the cut batch, and of the reference's forward pass for a KL objective."""
+    """Time spent waiting for the prepared batch, and in the reference's forward pass of a KL objective."""
     forward_backward_s: float = 0.0
     """Time of forward and backward, including the reduction of gradients."""
     optimizer_s: float = 0.0
     params_norm: float | None = None
     """None without --log-params-norm."""
     floating_point_operations: float = 0.0
-    """Operations of forward and backward on all ranks, as Megatron counts them; without rollouts and reference."""
+    """Floating-point operations of forward and backward on all ranks, as Megatron counts them, without rollouts and reference."""
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that were computed, without padding."""
+        """Tokens computed in the step, without padding."""
         return self.batch.num_tokens
 
 
@@ -89,9 +89,9 @@ class Trainer:
     """Model, optimizer and schedule of one run. Every method is a collective of the world.
 
     Args:
-        args: Megatron's.
-        config: of the run.
-        folder: --hf-model.
+        args: Megatron's arguments.
+        config: the run's configuration.
+        folder: the folder --hf-model.
         converted: converted weights to begin with, instead of those in ``folder``.
     """
 
@@ -105,7 +105,7 @@ class Trainer:
         self.iteration = 0
         """Number of steps so far, skipped ones included."""
         self.floating_point_operations = 0.0
-        """Operations of all steps so far. Megatron's checkpoints hold them."""
+        """Floating-point operations of all steps so far, which Megatron's checkpoints store."""
         self._build_model(converted)
         self._build_reference()
         self._prepare_model_config()
@@ -176,14 +176,14 @@ class Trainer:
             chunk.train()
 
     def _finalize_gradients(self, *args: Any, **kwargs: Any) -> None:
-        """Reduces the gradients, and takes the time at which they are ready."""
+        """Reduces the gradients, and records the time at which they are ready."""
         finalize_model_grads(*args, **kwargs)
         # Kernels run asynchronously: without this, the time of the backward pass would count as the optimizer's.
         torch.cuda.synchronize()
         self._gradients_at = time.monotonic()
 
     def parameters_gathered(self) -> AbstractContextManager[None]:
-        """Context in which every rank has all current parameters; see ``megatron_calls.parameters_gathered``."""
+        """Returns a context in which every rank has all current parameters; see ``megatron_calls.parameters_gathered``."""
         return megatron_calls.parameters_gathered(self.args, self.model, are_stale=self.iteration > 0)
 
     # ---- the policy of a refresh
@@ -225,7 +225,7 @@ class Trainer:
     # ---- training steps
 
     def prepare(self, batch: Batch | None) -> PreparedBatch:
-        """Hands a global batch out and starts to cut it; see BatchPreparer.prepare."""
+        """Distributes a global batch and starts to cut it; see BatchPreparer.prepare."""
         return self._preparer.prepare(batch)
 
     def pause_preparation(self) -> None:
@@ -233,7 +233,7 @@ class Trainer:
         self._preparer.pause()
 
     def step(self, samples: Sequence[TrainingSample], num_problems: int) -> StepResult:
-        """Prepares the samples of rank 0 and trains on them at once."""
+        """Prepares rank 0's samples as a batch and trains on it at once."""
         batch = kept_by_rank_zero(
             lambda: Batch(num_problems=num_problems, samples=SampleArrays.of(samples)), None
         )
@@ -378,5 +378,5 @@ def _learning_rate(optimizer: Any) -> float:
 
 
 def _one_or_list(values: list[Any]) -> Any:
-    """Megatron takes a value for each model chunk as a list, and a single one without it."""
+    """Returns a list with one value per model chunk, or the value itself if there is one chunk, as Megatron expects."""
     return values[0] if len(values) == 1 else values

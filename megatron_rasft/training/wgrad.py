@@ -1,6 +1,6 @@
 """The gradient of the output layer's weight, summed in fp32, with and without Megatron's gradient accumulation fusion.
 
-With the fusion, Megatron's linear layers add weight gradients to ``main_grad`` by Apex's extension
+With the fusion, Megatron's linear layers add weight gradients to ``main_grad`` with Apex's extension
 ``fused_weight_gradient_mlp_cuda``. Megatron refuses the fusion if that module cannot be imported
 (megatron/core/tensor_parallel/layers.py). Transformer Engine's GEMM can do the same addition, so ``register`` provides a
 module of that name.
@@ -84,9 +84,9 @@ class MegatronOutputWeight:
     tp_group: ProcessGroup | None
     sums_hidden_grad: bool
     is_fused: bool
-    """Gradient accumulation fusion is on. It takes effect only if ``main_grad`` is fp32."""
+    """Whether gradient accumulation fusion is on. It takes effect only if ``main_grad`` is fp32."""
     _sum: Tensor | None = field(default=None, init=False)
-    """[v/tp, h] fp32, or fp64 if the weight is: sum of the gradients so far, if the fusion takes no effect."""
+    """[v/tp, h] sum of the gradients so far, if the fusion takes no effect; fp32, or fp64 for an fp64 weight."""
 
     def add_gradient(self, logits_grad: Tensor, hidden: Tensor, *, is_whole: bool) -> None:
         """Adds the gradient of one chunk of tokens.
@@ -94,7 +94,7 @@ class MegatronOutputWeight:
         Args:
             logits_grad: [t, v/tp].
             hidden: [t, h].
-            is_whole: the chunk is the whole micro-batch.
+            is_whole: whether the chunk is the complete micro-batch.
         """
         main_grad = self._main_grad()
         if main_grad is not None:

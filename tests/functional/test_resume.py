@@ -169,7 +169,7 @@ def test_run_killed_before_its_first_checkpoint_starts_anew(workshop: Workshop, 
             file.write('{"step": 2, "pro')  # a line that was cut off when the run was killed
     output = workshop.train(save, flags_of(save)).output
     for name in ("metrics.jsonl", "rollouts.jsonl"):
-        assert f"{save / name} is cut to the 0 bytes" in output
+        assert f"{save / name} is truncated to the 0 bytes" in output
     assert_same_run(save, unbroken)
     records = [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records if r["event"] == "step"] == list(range(1, STEPS + 1))

@@ -74,5 +74,5 @@ def test_every_row_that_is_left_out_is_listed_in_save(args: SimpleNamespace, tmp
     left_out = tmp_path / "train-data-left-out.txt"
     places = [line.split(": ")[0] for line in left_out.read_text().splitlines()]
     assert places == [f"{data}:{line}" for line in range(3, 26)]
-    assert f"and 2 more: {left_out} names all" in problems.summary
-    assert f"and 1 more: {left_out} names all" in problems.summary
+    assert f"and 2 more: {left_out}" in problems.summary
+    assert f"and 1 more: {left_out}" in problems.summary
