@@ -1,1 +1,1 @@
-"""The SGLang rollout servers: one record and one HTTP client each, whether a server fits, the server file, the keys."""
+"""The SGLang rollout servers: record and HTTP client of a server, the check that it fits the trainer, server file and keys."""

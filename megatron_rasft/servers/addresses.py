@@ -1,4 +1,4 @@
-"""The server file: one address a line, written by tools/serve_rollouts.py and read by the trainer."""
+"""The server file, with one address per line: written by tools/serve_rollouts.py and read by the trainer."""
 
 import fcntl
 import os
@@ -36,7 +36,7 @@ def read_addresses(path: str | Path) -> list[str]:
 
 
 def endpoints(address: str) -> set[str]:
-    """Returns the places that an address leads to, as ``IP:port``; empty if its host name does not resolve.
+    """Returns the endpoints of an address, as ``IP:port``; empty if its host name does not resolve.
 
     The IP is left out if it is one of this machine's, so that all names of this machine compare equal.
 
@@ -70,7 +70,7 @@ def check_writable(path: str | Path) -> None:
             pass
     except OSError as error:
         raise ValueError(
-            f"{path} cannot be written and locked ({error.strerror}). Name a file that can."
+            f"{path} cannot be written and locked ({error.strerror}). Name a writable file."
         ) from error
 
 
@@ -94,7 +94,7 @@ def remove_address(path: str | Path, address: str) -> None:
 
 
 def _rewrite(file: IO[str], lines: Sequence[str]) -> None:
-    # in place and not by a rename: the lock belongs to this file, and a renamed one would leave others with the old lock
+    # Written in place: a rename would leave other processes waiting for the lock of the old file
     file.seek(0)
     file.truncate()
     file.write("".join(f"{line}\n" for line in lines))

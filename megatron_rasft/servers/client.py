@@ -3,8 +3,9 @@
 The client blocks and is thread-safe. A weight update needs both: the request must be under way while this process takes part in
 the broadcast that the server waits for, so the caller runs one thread per server beside the collective.
 
-Every request opens its own connection, so that a restarted server leaves no stale one behind. It ends within its deadline, and
-raises ServerError unless the HTTP status and ``success`` in the body report success. Proxy settings of the environment are ignored.
+Every request opens its own connection, so that no stale connection remains after a server restarts. A request ends within its
+deadline, and raises ServerError unless the HTTP status and ``success`` in the body report success. Proxy settings of the
+environment are ignored.
 """
 
 import json
@@ -25,12 +26,12 @@ from megatron_rasft.servers.info import ServerInfo, version_label, weight_versio
 from megatron_rasft.types import PauseMode
 
 FULL_STATUSES = (429, 503)
-"""HTTP statuses of a server that accepts no further request at the moment."""
+"""HTTP statuses with which a busy server refuses a request."""
 
 _FLUSH_RETRY_S = 0.2
 _FULL_RETRY_S = 1.0
 _LONGEST_QUOTE_CHARS = 500
-"""NCCL gives the cause of an error at the end of its message, so quotes are not cut shorter."""
+"""Maximum length of a quoted message, characters. It is large because NCCL puts the cause of an error at the end."""
 
 
 class ServerClient:
@@ -40,7 +41,7 @@ class ServerClient:
         url: ``http://host:port``.
         api_key: bearer key, the server's --api-key.
         admin_api_key: bearer key for control requests if the server has an --admin-api-key.
-        deadline_s: longest duration of a request that is given no deadline of its own.
+        deadline_s: longest duration of a request without its own deadline.
         transport: replaces the network in tests.
     """
 
@@ -72,13 +73,13 @@ class ServerClient:
         self.close()
 
     def close(self) -> None:
-        """Closes the client. The server goes on running."""
+        """Closes the client. The server keeps running."""
         self._client.close()
 
     def probe(self, deadline_s: float | None = None) -> ServerInfo:
         """Asks the server about its model, its flags and its endpoints.
 
-        The server generates nothing for this and changes nothing, so it also answers while it is paused.
+        These requests neither generate nor change anything, so the server answers them even while it is paused.
         """
         ends = time.monotonic() + (deadline_s or self.deadline_s)
         server = self._first_of("/server_info", "/get_server_info", ends=ends)
@@ -128,7 +129,7 @@ class ServerClient:
         return str(model["weight_version"])
 
     def weight_version(self, deadline_s: float | None = None) -> int | None:
-        """Returns the optimizer steps behind the server's weights; None if no trainer set their label."""
+        """Returns the number of optimizer steps of the server's weights; None if no trainer set their label."""
         return weight_version_of(self.weight_label(deadline_s))
 
     def pause(self, mode: PauseMode = "abort", deadline_s: float | None = None) -> None:
@@ -187,10 +188,10 @@ class ServerClient:
         backend: Literal["nccl", "gloo"],
         deadline_s: float | None = None,
     ) -> None:
-        """Has the server join a process group as ranks ``rank_offset`` .. ``rank_offset + tp_size - 1``.
+        """Makes the server join a process group as ranks ``rank_offset`` .. ``rank_offset + tp_size - 1``.
 
         Returns when the rendezvous is complete, so the other ranks must join at the same time. The server has no deadline for
-        it: if the other ranks never come, it stays stuck until it is restarted.
+        it: if the other ranks never come, it hangs until it is restarted.
         """
         body = {
             "master_address": master_address,
@@ -203,7 +204,7 @@ class ServerClient:
         self._post("/init_weights_update_group", body, deadline_s)
 
     def destroy_weights_update_group(self, group_name: str, deadline_s: float | None = None) -> None:
-        """Has the server leave a process group; raises ServerError if it is not a member."""
+        """Makes the server leave a process group. Raises ServerError if the server is not in the group."""
         self._post("/destroy_weights_update_group", {"group_name": group_name}, deadline_s)
 
     def update_weights_from_distributed(
@@ -218,7 +219,7 @@ class ServerClient:
         load_format: Literal["flattened_bucket"] | None = "flattened_bucket",
         deadline_s: float | None = None,
     ) -> None:
-        """Has the server receive and load tensors from rank 0 of the group. The broadcast must run at the same time.
+        """Makes the server receive and load tensors from rank 0 of the group. The broadcast must run at the same time.
 
         With ``flush_cache`` a busy server reports a failure although it has applied the weights, and a server before 0.5.21
         dies. So flush with the last bucket only, after ``pause("abort")``.
@@ -250,7 +251,7 @@ class ServerClient:
         load_format: str | None = None,
         deadline_s: float | None = None,
     ) -> None:
-        """Has the server load tensors from the request itself, or over CUDA IPC from a process on the same GPU.
+        """Makes the server load tensors from the request itself, or over CUDA IPC from a process on the same GPU.
 
         Args:
             serialized: base64, one entry per tensor-parallel rank of the server.
@@ -270,7 +271,7 @@ class ServerClient:
         flush_cache: bool = True,
         deadline_s: float | None = None,
     ) -> None:
-        """Has the server load a Hugging Face folder. Needs no update session; a failure leaves the old weights in place.
+        """Makes the server load a Hugging Face folder, without an update session. If it fails, the server keeps the old weights.
 
         The cache is flushed by a request of its own, which can wait. SGLang's flush inside the update ends the server if a
         request that was just answered is still leaving its batch (flush_cache_after_weight_update).
@@ -285,25 +286,25 @@ class ServerClient:
             self.flush_cache(deadline_s)
 
     def set_weight_version(self, weight_version: int, deadline_s: float | None = None) -> None:
-        """Sets the weight label to this version. Running requests go on."""
+        """Sets the weight label to this version. Running requests continue."""
         self.set_weight_label(version_label(weight_version), deadline_s)
 
     def set_weight_label(self, label: str, deadline_s: float | None = None) -> None:
-        """Sets the weight label to any text. Running requests go on."""
+        """Sets the weight label to any text. Running requests continue."""
         # without the second field SGLang aborts running requests
         body = {"new_version": label, "abort_all_requests": False}
         self._post("/update_weight_version", body, deadline_s)
 
     def release_memory(self, tags: Sequence[str] | None = None, deadline_s: float | None = None) -> None:
-        """Has an idle server release GPU memory: ``weights``, ``kv_cache``, or all for None."""
+        """Makes an idle server release GPU memory: ``weights``, ``kv_cache``, or both for None."""
         self._post("/release_memory_occupation", {"tags": None if tags is None else list(tags)}, deadline_s)
 
     def resume_memory(self, tags: Sequence[str] | None = None, deadline_s: float | None = None) -> None:
-        """Has the server take released memory back. Its content is undefined until it is written again."""
+        """Makes the server allocate released memory again. The memory's content is undefined until it is written."""
         self._post("/resume_memory_occupation", {"tags": None if tags is None else list(tags)}, deadline_s)
 
     def checksums(self, deadline_s: float | None = None) -> list[dict[str, str]]:
-        """Returns, per tensor-parallel rank, the server's name of each (fused) tensor -> hash of its bytes."""
+        """Returns for each tensor-parallel rank: the server's name of a (fused) tensor -> hash of its bytes."""
         answer = self._post("/weights_checker", {"action": "checksum"}, deadline_s)
         try:
             return [dict(rank["checksums"]) for rank in answer["ranks"]]
@@ -344,8 +345,8 @@ class ServerClient:
         return answer if isinstance(answer, dict) else {}
 
     def _first_of(self, *paths: str, ends: float) -> dict[str, Any]:
-        """Returns the JSON object of the first of these endpoints that the server has."""
-        # older versions of SGLang have the endpoints under other names
+        """Returns the JSON object from the first of these endpoints that exists on the server."""
+        # older versions of SGLang use other names for the endpoints
         for path in paths:
             try:
                 answer = self._call("GET", path, None, ends, is_admin=False)
@@ -359,7 +360,7 @@ class ServerClient:
         raise ServerError(self.url, f"is not an SGLang server: it has none of {', '.join(paths)}")
 
     def _has(self, path: str, ends: float) -> bool:
-        """Returns whether the server has an endpoint. An OPTIONS request runs nothing; 404 means no."""
+        """Returns whether the server has an endpoint. OPTIONS requests have no side effects; status 404 means no."""
         response, _ = self._exchange("OPTIONS", path, None, ends, is_admin=True)
         if response.status_code >= 500:
             raise ServerError(
@@ -375,7 +376,7 @@ class ServerClient:
         answer = _parsed(content)
         if response.status_code == 401:
             raise ServerError(
-                self.url, f"{path} needs a bearer key (--rollout-api-key-env) or refuses the one given", 401
+                self.url, f"{path} needs a bearer key (--rollout-api-key-env) or refuses the given key", 401
             )
         if response.status_code >= 300:
             raise ServerError(
@@ -390,7 +391,7 @@ class ServerClient:
     def _exchange(
         self, method: str, path: str, body: dict[str, Any] | None, ends: float, is_admin: bool
     ) -> tuple[httpx.Response, bytes]:
-        """Sends a request and reads the whole answer. The deadline also ends headers or a body that arrive too slowly."""
+        """Sends a request and reads the whole answer. The deadline also applies if headers or body arrive too slowly."""
         key = self._admin_api_key if is_admin else self._api_key
         headers = {} if key is None else {"Authorization": f"Bearer {key}"}
         began = time.monotonic()
@@ -419,7 +420,7 @@ class ServerClient:
             # UnicodeError: the host name is invalid
             if cutoff.has_passed or isinstance(error, httpx.TimeoutException):
                 waited = time.monotonic() - began
-                reason = f"{path} gave no answer within {waited:.1f} s"
+                reason = f"{path} did not answer within {waited:.1f} s"
             elif isinstance(error, httpx.ConnectError):
                 reason = f"cannot be reached ({error})"
             else:
@@ -431,7 +432,7 @@ class ServerClient:
 
 
 class _Cutoff:
-    """Shuts a connection down after a time. httpx's own time-outs start again with every byte that arrives.
+    """Shuts a connection down at a deadline. httpx's own time-outs are not enough, because every received byte restarts them.
 
     Args:
         seconds: time from entering the context.
@@ -454,7 +455,7 @@ class _Cutoff:
         """Keeps the connection that httpx opens; pass it as the request's ``trace`` extension."""
         if event in ("connection.connect_tcp.complete", "connection.start_tls.complete"):
             self._connection = info["return_value"].get_extra_info("socket")
-            if self.has_passed:  # the time ended while it was connecting
+            if self.has_passed:  # the deadline passed while it was connecting
                 self._end_connection()
 
     def _pass(self) -> None:
@@ -463,7 +464,7 @@ class _Cutoff:
 
     def _end_connection(self) -> None:
         if self._connection is not None:
-            with suppress(OSError):  # httpx has closed it already
+            with suppress(OSError):  # httpx has already closed the connection
                 self._connection.shutdown(socket.SHUT_RDWR)
 
 

@@ -1,4 +1,4 @@
-"""Whether a rollout server can be given this trainer's weights. Everything that syncs or samples asks here."""
+"""Checks whether a rollout server can take this trainer's weights. All code that syncs or samples uses this check."""
 
 from collections.abc import Mapping, Sequence
 
@@ -18,7 +18,7 @@ _MUST_MATCH = (
 
 
 def misfit(info: ServerInfo, model_config: Mapping[str, object] | None) -> str:
-    """Returns why a server cannot be given the trainer's weights, as a sentence about it; empty if it can.
+    """Returns why a server cannot take the trainer's weights, as the rest of a sentence about the server; empty if it can.
 
     Compares only fields that both sides have: this machine may be unable to read the server's config.json.
 
@@ -43,11 +43,11 @@ def misfit(info: ServerInfo, model_config: Mapping[str, object] | None) -> str:
 
 
 def _other_model(info: ServerInfo, name: str, theirs: object, ours: object) -> str:
-    return f"serves {info.model_path}, whose {name} is {theirs}; that of --hf-model is {ours}. Serve the folder of --hf-model"
+    return f"serves {info.model_path}, whose {name} is {theirs}; in --hf-model it is {ours}. Serve the folder of --hf-model"
 
 
 def duplicates(infos: Sequence[ServerInfo]) -> dict[str, str]:
-    """Returns, for each address that leads to the same server as an earlier one, why it is not used.
+    """Returns address -> reason, for addresses that are skipped because an earlier address reaches the same server.
 
     Servers draw a random seed when they start, so the seed distinguishes two servers behind one address (an ingress).
     """

@@ -8,9 +8,9 @@ class ServerKeys(NamedTuple):
     """The keys that all servers of a run share."""
 
     api_key: str | None = None
-    """The servers' --api-key."""
+    """The value of the servers' --api-key."""
     admin_api_key: str | None = None
-    """Their --admin-api-key, for control requests."""
+    """The value of the servers' --admin-api-key, for control requests."""
 
 
 def read_key(flag: str, name: str | None) -> str | None:

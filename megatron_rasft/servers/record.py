@@ -21,27 +21,27 @@ class ServerRecord:
     """The latest answer to a probe; None before the first one, and while the server does not answer or does not fit."""
 
     weight_version: int | None = None
-    """Version of its weights while it may be sampled; None until a full sync has brought and proven them."""
+    """Version of the server's weights if it may be sampled; None until a complete sync has sent and proven them."""
     fault: str = ""
-    """Why it may not be sampled, as last reported."""
+    """The last reported reason why the server may not be sampled."""
 
     synced_version: int | None = None
-    """Version that the last sync left it with. It is still in that sync's update group; None if it failed, or was never synced."""
+    """Version of the last sync, in whose update group the server still is; None if that sync failed or there was none."""
     released: list[str] | None = None
-    """Memory that it has released and not taken back (``weights``, ``kv_cache``); None if it is awake."""
+    """Memory that the server has released (``weights``, ``kv_cache``); None if it is awake."""
     start_config: dict[str, Any] | None = field(default=None, repr=False)
-    """config.json of the folder that it was started with. An update from disk changes its model path, not its tensors' types."""
+    """config.json of the folder that the server was started with. A disk update changes the model path, not the tensors' types."""
 
     num_in_flight: int = 0
-    """Requests for samples that it is working on."""
+    """Requests for samples that the server is working on."""
     max_in_flight: int = 1
     num_failures_in_row: int = 0
     num_samples: int = 0
-    """Samples that it has finished in the whole run."""
+    """Samples that the server has finished since the run began."""
 
     @property
     def known_info(self) -> ServerInfo:
-        """``info`` of a server that has been probed."""
+        """``info``, for a server that has been probed."""
         assert self.info is not None, f"{self.url} has not been probed"
         return self.info
 
@@ -59,7 +59,7 @@ class ServerRecord:
 class ServerRecords:
     """The records of all servers by address, each created when its address is first asked for.
 
-    A record stays when its server leaves the run, since a server may come back at the same address.
+    A record is kept when its server leaves the run, because the server may return at the same address.
 
     Args:
         keys: bearer keys for all servers.
@@ -84,20 +84,20 @@ class ServerRecords:
         return self._records[url]
 
     def close(self) -> None:
-        """Closes every client. The servers go on running."""
+        """Closes every client. The servers keep running."""
         for record in self:
             record.client.close()
 
 
 class HasUrl(Protocol):
-    """A record or a client."""
+    """An object with an address: a record or a client."""
 
     @property
     def url(self) -> str: ...
 
 
 def call_all[S: HasUrl](servers: Sequence[S], call: Callable[[S], Any]) -> dict[str, str]:
-    """Calls all servers at the same time, each in a thread of its own.
+    """Calls all servers at the same time, each in its own thread.
 
     Returns:
         url -> reason of the servers whose call raised ServerError. Any other error is raised here.

@@ -1,4 +1,4 @@
-"""Broadcasts from this rank to the servers over one of torch's backends, which torch.distributed does not know of."""
+"""Broadcasts from this rank to the servers over one of torch's backends, without registering a group in torch.distributed."""
 
 import os
 import time
@@ -14,11 +14,11 @@ from torch import Tensor
 GroupBackend = Literal["gloo", "nccl"]
 
 _POLL_S = 0.001
-"""Time between two checks whether an NCCL broadcast has ended."""
+"""Interval at which an NCCL broadcast is checked for its end."""
 
 
 def prepare_nccl(interface: str | None = None) -> None:
-    """Sets NCCL's environment variables so that it can connect to SGLang's. NCCL reads them once, so call this before its first use.
+    """Sets environment variables so that this process's NCCL can connect to SGLang's. Call it before the first use of NCCL.
 
     SGLang switches NCCL's cuMem allocator off (_set_envs_and_config in srt/entrypoints/engine.py), and two processes on
     one node with different settings cannot map each other's memory. A value that the user has set is kept.
@@ -56,7 +56,7 @@ class Broadcaster:
     ) -> None:
         self._device = device
         self._use_device()
-        # a stream of its own: the next bucket is gathered on the trainer's stream, which must not wait for the servers
+        # a separate stream: the next bucket is gathered on the trainer's stream, which must not wait for the servers
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         # the keys that the servers use (torch's _new_process_group_helper)
         for prefix in (name, f"{name}/", f"{device.type}/"):
@@ -81,7 +81,7 @@ class Broadcaster:
             work.wait()  # raises the error of a failed broadcast
 
     def abort(self) -> None:
-        """Ends the group. A running gloo broadcast ends at its own time-out all the same."""
+        """Ends the group. A running gloo broadcast still runs until its time-out."""
         self._backend.abort()
 
     def _use_device(self) -> None:
@@ -102,7 +102,7 @@ def _gloo(store: dist.Store, world_size: int, interface: str | None, timeout: ti
 
 def _nccl(store: dist.Store, world_size: int, interface: str | None, timeout: timedelta) -> Any:
     options = dist.ProcessGroupNCCL.Options()
-    # long, because UpdateGroup aborts earlier
+    # longer than UpdateGroup's own deadline, which aborts first
     options._timeout = timeout * 10 + timedelta(minutes=10)
     # torch's watchdog ends the process at the first NCCL error, for example when a server dies. With these variables,
     # which the group reads when it is created, there is no watchdog, and wait() raises the error (ProcessGroupNCCL.cpp).

@@ -14,11 +14,11 @@ from torch import Tensor
 from megatron_rasft.sync.wire_format import WireFormat, WireTensor, fused_name
 
 _ALIGNMENT = 16
-"""Bytes between possible starts of a bucket: a multiple of every element size, because a view must start at a multiple of its element size."""
+"""Buckets start at multiples of this many bytes. It is a multiple of every element size, as a view of the bucket needs."""
 
 _FIRST_BUCKET_BYTES = 64 * 2**20
-"""Nothing is sent until the first bucket is full, so it is small, and each later one is up to twice as large as the one before.
-An even smaller first bucket would gain nothing: a request costs a server about 10 ms."""
+"""Size of the first bucket. It is small, because nothing is sent until it is full; each later bucket is up to twice as large.
+A smaller first bucket would not save time, because a request costs a server about 10 ms."""
 
 
 class Planned(Protocol):
@@ -37,9 +37,9 @@ class Slot(NamedTuple):
 
     tensor: WireTensor
     start: int
-    """First byte in the bucket."""
+    """Offset of the first byte in the bucket."""
     stop: int
-    """Byte after the last one."""
+    """Offset after the last byte."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,12 @@ class Bucket:
     """Tensors that are sent in one broadcast, end to end without gaps."""
 
     hf_names: tuple[str, ...]
-    """Hugging Face tensors that are gathered for it, in the trainer's order."""
+    """Hugging Face tensors that are gathered for this bucket, in the trainer's order."""
     slots: tuple[Slot, ...]
-    """The tensors that are made of them, in the order sent: wide types first, so that each starts at a multiple of its elements."""
+    """The converted tensors in sending order: wide types first, so that each starts at a multiple of its element size."""
     num_bytes: int
     gathered_bytes: int
-    """Bytes of the largest related set that is gathered for it. While it is gathered it takes memory beside the bucket."""
+    """Bytes of the largest related set of tensors in the bucket, which takes additional memory while it is gathered."""
 
     def views(self, memory: Tensor) -> dict[str, Tensor]:
         """Returns name -> the tensor's part of ``memory`` ([num_bytes] uint8), viewed with its type and shape."""
@@ -67,7 +67,7 @@ def _num_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
 
 
 def related_sets(tensors: Iterable[Planned]) -> list[list[Planned]]:
-    """Returns the tensors in sets that must be in one bucket: the server fuses q, k, v and gate, up. Other tensors are sets of one."""
+    """Returns the tensors in sets that must be in one bucket, because the server fuses q, k, v and gate, up."""
     sets: list[list[Planned]] = []
     for tensor in tensors:
         if sets and fused_name(sets[-1][0].name) == fused_name(tensor.name):
@@ -116,9 +116,9 @@ class MemoryPlan:
 
     buckets: list[Bucket]
     arena_bytes: int
-    """Allocated from the first bucket to the last."""
+    """Bytes allocated for the buckets during the whole sync."""
     gathered_bytes: int
-    """Allocated beside the arena while the largest related set is gathered."""
+    """Bytes allocated in addition while the largest related set is gathered."""
 
     @property
     def peak_bytes(self) -> int:
@@ -134,13 +134,13 @@ class MemoryPlan:
         until the first is sent.
 
         Args:
-            copies: how many copies of a tensor exist beside its bucket while it is gathered; 0 if it is gathered in place.
+            copies: number of additional copies of a tensor while it is gathered; 0 if it is gathered in place.
         """
         largest = max((b.gathered_bytes for b in plan_buckets(tensors, wire_format, 0)), default=0) * copies
         alone = max((b.num_bytes for b in plan_buckets(tensors, wire_format, 0)), default=0)
         arena = max(2 * bucket_bytes - largest, alone)
         buckets = plan_buckets(tensors, wire_format, min(bucket_bytes, arena // 2))
-        # A small model needs less: the largest two neighbours, each of which may lose up to one alignment.
+        # A small model needs less: the largest two neighbours, each with up to one alignment of padding.
         sizes = [bucket.num_bytes for bucket in buckets]
         needed = max([*sizes, *(a + b for a, b in pairwise(sizes))], default=0) + 2 * _ALIGNMENT
         return cls(buckets, min(arena, needed), largest)
@@ -150,8 +150,8 @@ class Arena:
     """Memory for two buckets at a time. Buckets are placed alternately at its start and at its end.
 
     Args:
-        is_shared: other processes map the buckets. Each bucket then gets an allocation of its own, which torch does not reuse
-            before every process has closed it.
+        is_shared: whether other processes map the buckets. Each bucket then gets an allocation of its own, which torch does not
+            reuse before every process has closed it.
     """
 
     def __init__(self, num_bytes: int, device: torch.device, is_shared: bool = False) -> None:
@@ -169,14 +169,14 @@ class Arena:
             self._memory = torch.empty(num_bytes, dtype=torch.uint8, device=device)
 
     def place(self, num_bytes: int) -> tuple[int, int] | None:
-        """Returns start and stop of a place beside the bucket being sent; None if that bucket must be finished first."""
+        """Returns start and stop of a free region for a bucket; None if the bucket being sent must be finished first."""
         if self._sent is None or self._sent[0] >= num_bytes:
             return 0, num_bytes
         start = (self._num_bytes - num_bytes) // _ALIGNMENT * _ALIGNMENT
         return (start, start + num_bytes) if start >= self._sent[1] else None
 
     def memory(self, place: tuple[int, int]) -> Tensor:
-        """Returns the memory of a place, [num_bytes] uint8."""
+        """Returns the memory of a region, [num_bytes] uint8."""
         if self._memory is not None:
             return self._memory[place[0] : place[1]]
         if self._device.type == "cuda":
@@ -184,12 +184,12 @@ class Arena:
         return torch.empty(place[1] - place[0], dtype=torch.uint8, device=self._device)
 
     def sent(self, place: tuple[int, int] | None) -> None:
-        """Marks a place as being sent; None marks that nothing is being sent."""
+        """Marks a region as being sent; None if no region is being sent."""
         self._sent = place
 
     @property
     def is_reusable(self) -> bool:
-        """Whether the arena can be kept until the next sync without taking memory from others."""
+        """Whether the arena can be kept until the next sync without taking memory from other uses."""
         return self._pages is not None
 
     def park(self) -> None:
@@ -203,6 +203,6 @@ class Arena:
 def _new_pages(num_bytes: int) -> mmap.mmap:
     """Returns CPU memory, in huge pages if the system has them: mapping small pages takes longer than filling them."""
     pages = mmap.mmap(-1, max(1, num_bytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(AttributeError, OSError):  # not on Linux, or no huge pages
+    with suppress(AttributeError, OSError):  # the system is not Linux, or has no huge pages
         pages.madvise(mmap.MADV_HUGEPAGE)
     return pages

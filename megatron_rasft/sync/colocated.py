@@ -13,7 +13,7 @@ from types import FunctionType, SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
-import torch.multiprocessing  # registers tensors with ForkingPickler
+import torch.multiprocessing  # this import registers tensors with ForkingPickler
 from torch import Tensor
 
 from megatron_rasft.servers.client import ServerClient
@@ -23,9 +23,9 @@ from megatron_rasft.sync.groups import GroupFailure
 
 
 class _StoragePickler(pickle._Pickler):
-    """Pickles tensors so that a server can read them.
+    """Pickles tensors in a form that a server can read.
 
-    Megatron replaces torch's loader of storages by its own (megatron/core/__init__.py), so a plain pickle names Megatron's. A server
+    Megatron replaces torch's loader of storages with its own (megatron/core/__init__.py), which a plain pickle would name. A server
     has no Megatron, and SGLang's unpickler accepts only the names that it knows.
     """
 
@@ -45,8 +45,8 @@ def serialize_bucket(bucket: Bucket, memory: Tensor) -> str:
     """Returns the payload of /update_weights_from_tensor for one tensor-parallel rank: a ``flattened_bucket`` in base64.
 
     Memory ([num_bytes] uint8) on a GPU must not change until that rank has closed the handle. torch counts the readers (the
-    deleter in torch/csrc/StorageSharing.cpp waits for their copies). The server's answer proves less: it comes from rank 0, and in
-    SGLang 0.5.23 the other ranks may still be reading then.
+    deleter in torch/csrc/StorageSharing.cpp waits for their copies). The server's answer is not sufficient: it comes from rank
+    0, and in SGLang 0.5.23 the other ranks may still be reading then.
     """
     # SGLang reads only these fields (_update_weights_from_flattened_bucket), and its unpickler accepts this class
     places = [
@@ -76,7 +76,7 @@ class RequestSender:
 
     Args:
         servers: the receivers.
-        tp_sizes: tensor-parallel size of each.
+        tp_sizes: tensor-parallel size of each server.
         timeout_s: longest time for one bucket.
     """
 
@@ -86,7 +86,7 @@ class RequestSender:
         self._timeout_s = timeout_s
 
     def send(self, bucket: Bucket, memory: Tensor) -> None:
-        """Has every server load a bucket ([num_bytes] uint8).
+        """Makes every server load a bucket ([num_bytes] uint8).
 
         Raises:
             GroupFailure: names the servers that failed.

@@ -31,10 +31,10 @@ _SETTLE_S = 1.0
 """Time to wait after the first failure, so that the server that caused it is known before the servers that fail because of it."""
 
 _SETTLE_JOIN_S = 3.0
-"""The same while joining. It is longer because a server whose rendezvous store disappears looks for it for half an hour."""
+"""The same time while servers join. It is longer because a server searches half an hour for a lost rendezvous store."""
 
 _LONGEST_GRACE_S = 20.0
-"""Longest time to wait after an abort for the other servers to answer, and for the abort itself."""
+"""Longest wait for the other servers' answers after an abort, and for the abort itself."""
 
 
 class GroupFailure(Exception):
@@ -51,7 +51,7 @@ class GroupFailure(Exception):
 
 
 def _in_thread[T](work: Callable[..., T], *args: Any) -> Future[T]:
-    """Runs ``work`` in a daemon thread, because NCCL can hang for ever while it connects, and the process must still be able to end."""
+    """Runs ``work`` in a daemon thread: NCCL can hang for ever while it connects, and the process must still be able to end."""
     future: Future[T] = Future()
 
     def run() -> None:
@@ -72,7 +72,7 @@ def error_with_cause(problem: BaseException) -> str:
 
 
 def local_address(urls: Sequence[str], interface: str | None = None) -> str:
-    """Returns the address of this machine that the servers can reach: that of the interface, or of the route to the servers.
+    """Returns the address of this machine that the servers can reach: the address of the interface, or of the route to the servers.
 
     A loopback address is returned only if all servers are on this machine.
 
@@ -89,7 +89,7 @@ def local_address(urls: Sequence[str], interface: str | None = None) -> str:
                 parts.hostname, parts.port or 80, type=socket.SOCK_DGRAM
             )[0]
             with socket.socket(family, kind, proto) as probe:
-                probe.connect(target)  # sends nothing: it is a datagram socket
+                probe.connect(target)  # connecting a datagram socket sends nothing
                 addresses.append(probe.getsockname()[0])
         except OSError as error:
             raise ValueError(
@@ -122,7 +122,7 @@ class UpdateGroup:
     Args:
         servers: the servers in the order of their ranks.
         tp_sizes: number of ranks of each server.
-        name: unique among all groups that these servers have ever joined.
+        name: a name that no earlier group of these servers has had.
         backend: gloo for a trainer on CPUs, nccl for one on GPUs.
         address: this machine's address for the servers.
         port: port of the rendezvous on this machine; 0 chooses a free one.
@@ -172,7 +172,7 @@ class UpdateGroup:
             )
         except (RuntimeError, OSError) as error:
             raise ValueError(
-                f"--sync-address {address} --sync-port {port}: the rendezvous cannot be opened there "
+                f"--sync-address {address} --sync-port {port}: the rendezvous cannot be opened "
                 f"({error_with_cause(error)}). Give an address of this machine and a free port, or port 0."
             ) from error
         port, world_size = store.port, 1 + sum(tp_sizes)
@@ -287,16 +287,16 @@ class UpdateGroup:
         return GroupFailure(reason, faults)
 
     def abort(self) -> None:
-        """Leaves the group at once. Servers that wait in it get an error."""
+        """Leaves the group at once. Servers that are waiting in the group get an error."""
         broadcaster, self._broadcaster = self._broadcaster, None
         if broadcaster is not None:
-            # an NCCL abort can wait for the device
+            # a thread, because an NCCL abort can wait for the device
             wait([_in_thread(broadcaster.abort)], _LONGEST_GRACE_S)
         self._store = None
 
     def close(self, servers: Sequence[ServerClient] | None = None) -> None:
-        """Leaves the group, together with these servers, or all for None. Failures are ignored, because names are not used twice."""
-        # at the same time, because leaving an NCCL communicator is a collective of the processes on one node
+        """Leaves the group together with these servers (None: all). Ignores failures, because group names are never reused."""
+        # All leave at the same time, because leaving an NCCL communicator is a collective of a node's processes
         leaving = _in_thread(call_all, self.servers if servers is None else servers, self._leave)
         self.abort()
         leaving.result()

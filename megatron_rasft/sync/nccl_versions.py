@@ -1,7 +1,7 @@
-"""Which torch, and so which NCCL, comes with a version of SGLang: NCCL connects processes of one version only.
+"""Which torch, and so which NCCL, comes with a version of SGLang: NCCL only connects processes with the same NCCL version.
 
 A server does not report its NCCL. SGLang pins its torch, and torch pins its NCCL, so the version of SGLang implies the NCCL of a
-server, unless another one was installed by hand.
+server, unless another NCCL was installed by hand.
 """
 
 import re
@@ -11,7 +11,7 @@ import torch
 
 
 class Pair(NamedTuple):
-    """The versions on one side of a sync."""
+    """The versions of torch and NCCL on one side of a sync."""
 
     torch: str
     """Major and minor version."""
@@ -23,17 +23,17 @@ _FIRST_WITH: tuple[tuple[tuple[int, ...], str], ...] = (
     ((0, 5, 18), "2.13"),
     ((0, 5, 22), "2.14"),
 )
-"""First version of SGLang -> the torch that it and those after it pin (Requires-Dist of their wheels)."""
+"""First version of SGLang -> the torch that this and later versions pin (Requires-Dist of their wheels)."""
 
 NEWEST_SGLANG = (0, 5, 23)
-"""The last version for which the table has been checked."""
+"""The last version of SGLang for which the table has been checked."""
 
 _NCCL = {"2.11": "2.28.9", "2.12": "2.29.7", "2.13": "2.29.7", "2.14": "2.30.7"}
 """torch of PyPI -> the NCCL that it pins."""
 
 
 def pair_of_sglang(version: str) -> Pair | None:
-    """Returns the versions that pip installs with an SGLang; None for a version that is not in the table."""
+    """Returns the versions that pip installs with a version of SGLang; None if the table does not have it."""
     numbers = _numbers(version)
     if not numbers or not _FIRST_WITH[0][0] <= numbers <= NEWEST_SGLANG:
         return None
@@ -47,7 +47,7 @@ def own_pair() -> Pair:
 
 
 def objection(sglang: str, own: Pair) -> str:
-    """Returns why NCCL would not connect this process to a server of this SGLang, and the way out; empty if it would.
+    """Returns why NCCL cannot connect this process to a server of this SGLang version, and the way out; empty if it can.
 
     Raises:
         LookupError: the version is not in the table.
@@ -68,7 +68,7 @@ def objection(sglang: str, own: Pair) -> str:
 
 
 def table() -> list[tuple[str, Pair]]:
-    """Returns each range of SGLang's versions, as text, and the versions that come with it."""
+    """Returns each range of SGLang's versions as text, with the torch and NCCL that it installs."""
     rows = []
     for (first, name), after in zip(_FIRST_WITH, [*_FIRST_WITH[1:], None], strict=True):
         last = NEWEST_SGLANG if after is None else (*after[0][:2], after[0][2] - 1)

@@ -1,8 +1,8 @@
 """The weight sync of all ranks: pause the servers, transfer the weights, prove them, release the servers.
 
 Rank 0 has the ``ServerSession``: it makes every request to the servers except the data requests, and its decisions are broadcast.
-On each pipeline stage the ranks of one replica gather that stage's tensors (``StageTransfer``), and the first of them, the sender,
-sends them. The stages take turns, so a server never receives two buckets at once.
+On each pipeline stage the ranks of one replica gather that stage's tensors (``StageTransfer``), and the first of these ranks,
+the sender, sends them. The stages take turns, so a server never receives two buckets at once.
 
 If a transfer fails, every rank learns it from the exchange after the stage. The server at fault is left out, and everything is
 sent again, over new groups, to the other servers.
@@ -36,10 +36,10 @@ class WeightSync:
     Args:
         config: the sync flags.
         plan: returns names, shapes and types of the tensors that ``gather`` yields; runs no collective.
-        gather: yields the stage's Hugging Face tensors, whole on the sender; a collective of the ranks that take part.
+        gather: yields the stage's Hugging Face tensors, complete on the sender; a collective of the ranks that take part.
         records: the servers' records of this process, on rank 0 shared with the fleet.
         model_config: config.json of the model.
-        device: where the parameters are.
+        device: the device of the parameters.
         stage: pipeline stage of this rank.
         num_stages: number of pipeline stages.
         takes_part: whether this rank's weights are gathered. Ranks of other replicas only wait. The first rank of a stage that
@@ -65,7 +65,7 @@ class WeightSync:
         export: Callable[[str], None] | None = None,
     ) -> None:
         if config.sync_method == "disk" and export is None:
-            raise ValueError("--sync-method disk needs a way to export the model.")
+            raise ValueError("--sync-method disk needs an export function.")
         if config.sync_proof == "checksum" and device.type == "cuda":
             # tensor_hash in srt/managers/mm_utils.py: sha256 of the bytes on a CPU, the hash of a kernel on a GPU
             raise ValueError(
@@ -112,8 +112,8 @@ class WeightSync:
     def push(self, weight_version: int, urls: Sequence[str] = ()) -> SyncReport:
         """Sends the current weights to the servers. A collective of the world, between steps; the parameters must be current.
 
-        Returns the same report on every rank when each server has the weights or has failed. There is at most one attempt more
-        than servers that fail, and each step of an attempt ends within --sync-timeout-s.
+        Returns the same report on every rank when each server has the weights or has failed. The number of attempts is at most
+        the number of failing servers plus one, and each step of an attempt ends within --sync-timeout-s.
 
         Args:
             weight_version: optimizer steps done; becomes the servers' version label.
@@ -144,7 +144,7 @@ class WeightSync:
             return True
         with timed(report.seconds, "transfer"):
             outcome = self._transfer_stages(attempt, report.weight_version)
-        self.empty_cache()  # before servers take the memory of their KV cache back
+        self.empty_cache()  # before servers allocate their KV cache again
         return on_rank_zero(lambda: self._session.conclude(attempt, outcome, report))
 
     def _transfer_stages(self, attempt: Attempt, weight_version: int) -> Outcome:
@@ -166,7 +166,7 @@ class WeightSync:
         return total
 
     def _load_from_disk(self, attempt: Attempt, weight_version: int) -> Outcome:
-        """Exports the model and has the servers load the folder. A collective of the world."""
+        """Exports the model and makes the servers load the folder. A collective of the world."""
         assert self._export is not None and self._config.sync_disk_folder is not None
         name = on_rank_zero(lambda: f"weights-{weight_version:08d}-{uuid.uuid4().hex[:8]}")
         folder = (Path(self._config.sync_disk_folder) / name).absolute()
@@ -180,7 +180,7 @@ class WeightSync:
     def empty_cache(self, *, waits: bool = True) -> None:
         """Frees the memory that torch's allocator keeps, for servers on the same GPUs (--sync-method tensor).
 
-        A server that takes its memory back while too little is free ends.
+        A server ends if too little memory is free when it takes its memory back.
 
         Args:
             waits: waits until every rank has freed its memory; a collective of the world.
@@ -188,13 +188,13 @@ class WeightSync:
         if self._config.sync_method != "tensor":
             return
         if self._device.type == "cuda":
-            torch.cuda.ipc_collect()  # of buckets that servers have read
+            torch.cuda.ipc_collect()  # frees the memory of buckets that servers have read
         torch.cuda.empty_cache()
         if waits:
             _gather(None)
 
     def sleep(self, urls: Sequence[str] = ()) -> dict[str, str]:
-        """Has colocated servers release their GPU memory until the next ``push``. A collective of the world.
+        """Makes colocated servers release their GPU memory until the next ``push``. A collective of the world.
 
         Args:
             urls: servers started with --enable-memory-saver; read on rank 0. Running requests are aborted.
@@ -205,7 +205,7 @@ class WeightSync:
         return on_rank_zero(lambda: self._session.sleep(urls))
 
     def wake(self) -> dict[str, str]:
-        """Has sleeping servers take their memory back without new weights. Called on rank 0 alone; see ServerSession.wake."""
+        """Wakes sleeping servers without sending weights. Call it on rank 0 only; see ServerSession.wake."""
         return self._session.wake()
 
     def close(self) -> None:
@@ -217,7 +217,7 @@ class WeightSync:
 
 
 def _stage_group(config: SyncConfig, stage: int, num_stages: int, takes_part: bool) -> ProcessGroup | None:
-    """Returns the gloo group of the ranks that gather this rank's stage; None if this rank does not, or is alone.
+    """Returns the gloo group of the ranks that gather this rank's stage; None if this rank does not gather, or gathers alone.
 
     A collective of the world. The ranks of a stage wait in this group for their sender, each of whose steps has a deadline.
     """

@@ -17,22 +17,22 @@ class SyncReport:
 
     weight_version: int
     synced: list[str] = field(default_factory=list)
-    """Servers that have all of the new weights."""
+    """Servers that have all new weights."""
     failed: dict[str, str] = field(default_factory=dict)
-    """Server -> reason, of the servers that failed. They may have a mixture of weights, and stay paused until a sync succeeds."""
+    """Failed server -> reason. They may have a mixture of weights, and stay paused until a sync succeeds."""
     notes: tuple[str, ...] = ()
     """Lines to print that this run has not printed before."""
     num_attempts: int = 0
     num_bytes: int = 0
-    """Bytes sent in the last attempt to each server."""
+    """Bytes sent to each server in the last attempt."""
     num_buckets: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     """Phase -> seconds, summed over all attempts. ``gather`` and ``send`` overlap, so their sum can be larger than the elapsed
     time ``transfer``."""
     peak_bytes: int = 0
-    """Largest memory of a rank above its memory before the sync."""
+    """Peak memory of a rank during the sync, minus its memory before; the largest over all ranks."""
     proof: str = ""
-    """How the weights were proven; empty if this sync was not proven."""
+    """The kind of proof; empty if this sync was not proven."""
 
     @property
     def gb_per_s(self) -> float:
@@ -69,7 +69,7 @@ class SyncReport:
 
 
 class PeakMemory:
-    """Measures the largest memory that this process has above its memory now: allocated on the GPU, or else resident in RAM.
+    """Measures how far this process's memory grows above its present size: allocated on the GPU, or else resident in RAM.
 
     Args:
         num_kept: bytes that are allocated now but belong to the measured work, and count as part of it.
@@ -93,5 +93,5 @@ class PeakMemory:
         return 0
 
     def peak_bytes(self) -> int:
-        """Returns the bytes above the memory at the start."""
+        """Returns the growth since the start, in bytes."""
         return max(0, self._read("VmHWM", "allocated_bytes.all.peak") - self._steady)

@@ -1,6 +1,6 @@
-"""Rank 0's side of a weight sync: pauses the servers, decides what is sent to whom, proves and releases the servers.
+"""Rank 0's part of a weight sync: pauses the servers, decides which get which tensors, proves and releases the servers.
 
-A ``ServerSession`` is plain single-process code. Its decisions are ``Attempt`` values, which ``push.py`` broadcasts, and its memory
+A ``ServerSession`` is plain single-process code. Its decisions are ``Attempt`` values, which ``push.py`` broadcasts, and its state
 between syncs is the servers' records plus the few fields here.
 """
 
@@ -25,10 +25,10 @@ from megatron_rasft.sync.weight_checks import Evidence, ProofKind, check_checksu
 from megatron_rasft.sync.wire_format import WireFormat
 
 _MEMORY = ("weights", "kv_cache")
-"""Memory that a sleeping server has released, in the order in which it is taken back: weights, before they are written."""
+"""Kinds of memory that a sleeping server has released, in the order of resuming: weights first, before they are written."""
 
 _KEPT_FOLDERS = 2
-"""Versions kept in --sync-disk-folder: the one that the servers have, and the one before it."""
+"""Number of versions kept in --sync-disk-folder: the version that the servers have, and the previous version."""
 
 _CAN_READ_BACK = ("LlamaForCausalLM",)
 """Architectures for which SGLang implements /get_weights_by_name, among those that this package trains."""
@@ -47,11 +47,11 @@ class Attempt:
     servers: tuple[tuple[str, int], ...] = ()
     """Address and tensor-parallel size of each server to reach, in the order of their ranks."""
     group: str = ""
-    """Name of the update groups. A new name means that new groups are made."""
+    """Name of the update groups. A new name makes the ranks create new groups."""
     wire_format: WireFormat = field(default_factory=lambda: WireFormat(torch.bfloat16))
     proof: ProofKind = "none"
     suspects: dict[str, str] = field(default_factory=dict)
-    """Servers whose NCCL probably differs from the trainer's, and why. They are blamed if nobody else can be."""
+    """Server whose NCCL probably differs from the trainer's -> reason. They are blamed if no other server has failed."""
 
     @property
     def urls(self) -> list[str]:
@@ -88,14 +88,14 @@ class ServerSession:
         self._device = device
         self._nccl = nccl
         self._noted: set[str] = set()
-        """Lines about NCCL that this run has printed."""
+        """Lines about NCCL that this run has already printed."""
         self._members: list[tuple[str, int]] = []
         """Address and size of each server in the current update groups, in the order of their ranks."""
         self._group = ""
         self._sent_format: WireFormat | None = None
-        """Format of the last sync that succeeded."""
+        """Format of the last successful sync."""
         self._syncs_since_proof: int | None = None
-        """None: the next sync must be proven."""
+        """None if the next sync must be proven."""
 
     def prepare(self, urls: Sequence[str], report: SyncReport) -> Attempt:
         """Pauses the servers, opens their update sessions and decides what all ranks do.
@@ -124,7 +124,7 @@ class ServerSession:
     def conclude(self, attempt: Attempt, outcome: Outcome, report: SyncReport) -> bool:
         """Releases the servers after a transfer, or decides which servers failed it. Returns whether the sync is over.
 
-        Otherwise everything is to be sent again, over new groups, to the servers that have not failed.
+        If the sync is not over, everything must be sent again, over new groups, to the servers that have not failed.
 
         Raises:
             ValueError: the transfer failed for a reason that no server can be blamed for.
@@ -146,7 +146,7 @@ class ServerSession:
         return True
 
     def load_folder(self, attempt: Attempt, folder: Path) -> Outcome:
-        """Has the servers load an exported folder, and deletes older exports (--sync-method disk)."""
+        """Makes the servers load an exported folder, and deletes older exports (--sync-method disk)."""
         outcome = Outcome()
         with timed(outcome.seconds, "send"):
             outcome.failed = call_all(
@@ -164,7 +164,7 @@ class ServerSession:
         return outcome
 
     def sleep(self, urls: Sequence[str]) -> dict[str, str]:
-        """Has servers release their GPU memory until the next sync or ``wake``. Running requests are aborted.
+        """Makes servers release their GPU memory until the next sync or ``wake``. Running requests are aborted.
 
         Args:
             urls: servers started with --enable-memory-saver.
@@ -175,7 +175,7 @@ class ServerSession:
         return call_all([self._records.get(url) for url in urls], self._put_to_sleep)
 
     def wake(self) -> dict[str, str]:
-        """Has sleeping servers take their memory back without new weights, at the end of a run.
+        """Wakes sleeping servers without sending weights, at the end of a run.
 
         They stay paused, since the content of that memory is undefined. The first sync of the next run resumes them.
 
@@ -210,14 +210,14 @@ class ServerSession:
         if not formats and unfit and self._sent_format is None:
             raise ValueError("; ".join(f"rollout server {url} {reason}" for url, reason in unfit.items()))
         wanted = list(formats.values())
-        # One broadcast feeds all servers, so all get one format: that of the last sync, otherwise the most frequent one.
+        # One broadcast feeds all servers, so all get the same format: the last sync's, otherwise the most frequent format.
         chosen = self._sent_format
         if chosen not in wanted:
             chosen = max(wanted, key=wanted.count, default=None)
         for url, other in formats.items():
             if other != chosen:
                 unfit[url] = (
-                    f"serves a folder of another dtype or quantization_config than the other servers: it needs {other}, "
+                    f"serves a folder whose dtype or quantization_config differs from the other servers': it needs {other}, "
                     f"they need {chosen}. Serve the same folder on each."
                 )
         self._leave_out(unfit, report)
@@ -255,13 +255,13 @@ class ServerSession:
         if info.quantization and not config.get("quantization_config"):
             raise ValueError(
                 f"quantizes the weights itself (--quantization {info.quantization}). Serve a folder whose config.json has the "
-                "quantization_config instead, or leave that flag out."
+                "quantization_config instead, or leave the flag out."
             )
         wire_format = WireFormat.read(config, info.dtype)
         if wire_format.is_block_fp8 and self._config.sync_proof == "checksum":
             # SGLang hashes FP8 weights after dequantizing them
             raise ValueError(
-                "serves FP8, for which SGLang's checksums are not those of the bytes sent: --sync-proof checksum cannot succeed. "
+                "serves FP8, for which SGLang's checksums differ from those of the sent bytes: --sync-proof checksum cannot succeed. "
                 "Use --sync-proof auto, or serve a folder in bfloat16."
             )
         if wire_format.is_block_fp8 and self._config.sync_method == "disk":
@@ -273,11 +273,11 @@ class ServerSession:
         return wire_format
 
     def _pause(self, record: ServerRecord) -> None:
-        """Pauses a server, and has it take its weights' memory back if it sleeps."""
+        """Pauses a server. A sleeping server first allocates the memory of its weights again."""
         released = released_memory(record.known_info.weight_label)
-        if released is None:  # awake; perhaps it was restarted
+        if released is None:  # the server is awake; it may have been restarted
             record.released = None
-        elif record.released is None:  # a run that was killed left it asleep
+        elif record.released is None:  # a killed run left the server asleep
             record.released = released
         mode = self._config.sync_pause_mode
         # SGLang before 0.5.21, the first version with update sessions, dies if it is updated while requests wait
@@ -285,13 +285,13 @@ class ServerSession:
         self._take_back(record, "weights")
 
     def _begin(self, record: ServerRecord) -> None:
-        """Opens an update session, after closing one that is open."""
+        """Opens an update session. If one is already open, closes it first."""
         try:
             record.begin_update(self._timeout_s)
         except ServerError as error:
             if error.status is None:
                 raise
-            # perhaps an interrupted sync left a session open
+            # an interrupted sync may have left a session open
             try:
                 record.end_update(self._timeout_s)
             except ServerError:
@@ -299,7 +299,7 @@ class ServerSession:
             record.begin_update(self._timeout_s)
 
     def _choose_group(self, records: Sequence[ServerRecord]) -> None:
-        """Keeps the update groups if exactly these servers are in them and went through the last sync; otherwise names new ones."""
+        """Keeps the update groups if they consist of exactly these servers, all synced last time; otherwise names new groups."""
         members = [(record.url, record.known_info.tp_size) for record in records]
         if members == self._members and all(_is_as_left(record) for record in records):
             return
@@ -308,12 +308,12 @@ class ServerSession:
         self._syncs_since_proof = None
 
     def _compare_nccl(self, records: Sequence[ServerRecord]) -> tuple[tuple[str, ...], dict[str, str]]:
-        """Compares NCCL on both sides before the first collective. Returns lines to print and url -> objection."""
+        """Compares NCCL on both sides before the first collective. Returns lines to print, and url -> reason for doubt."""
         if self._device != "cuda" or self._config.sync_method != "broadcast":
             return (), {}
         own, suspects, lines = self._nccl(), dict[str, str](), list[str]()
         for record in records:
-            if record.synced_version is not None:  # it has connected before
+            if record.synced_version is not None:  # the server has connected before
                 continue
             try:
                 problem = objection(record.known_info.version, own)
@@ -342,11 +342,11 @@ class ServerSession:
     # ---- conclude
 
     def _blamed(self, attempt: Attempt, outcome: Outcome, report: SyncReport) -> dict[str, str]:
-        """Returns the servers that a failed transfer is put down to; {} to try once more with all."""
+        """Returns the servers to which a failed transfer is attributed; {} to try again with all servers."""
         failed = outcome.failed or attempt.suspects
         if failed or report.num_attempts <= 1 + len(report.failed):
             return dict(failed)
-        # the second failure without a culprit
+        # the second failure that no server can be blamed for
         return dict.fromkeys(attempt.urls, outcome.reason)
 
     def _quarantine(self, failed: dict[str, str], report: SyncReport) -> None:
@@ -355,13 +355,13 @@ class ServerSession:
         self._members = []
 
     def _leave_out(self, failed: dict[str, str], report: SyncReport) -> None:
-        """Enters failed servers in the report. They are no longer members of an update group."""
+        """Enters failed servers in the report, and marks them as outside the update groups."""
         report.failed.update(failed)
         for url in failed:
             self._records.get(url).synced_version = None
 
     def _release(self, attempt: Attempt, evidence: Evidence, weight_version: int) -> dict[str, str]:
-        """Finalizes, proves, labels and resumes the servers. Servers that fail in it stay paused.
+        """Finalizes, proves, labels and resumes the servers. Servers that fail stay paused.
 
         Returns:
             url -> reason of the servers that failed.
@@ -394,7 +394,7 @@ class ServerSession:
         if found != weight_version:
             raise ServerError(
                 record.url,
-                f"reports the weights of step {found} after it was sent those of step {weight_version}",
+                f"reports the weights of step {found} after it was sent the weights of step {weight_version}",
             )
         client.resume(timeout_s)
 
@@ -409,19 +409,19 @@ class ServerSession:
             record.client.set_weight_label(sleep_label(_MEMORY), self._timeout_s)
 
     def _take_back(self, record: ServerRecord, *tags: str) -> None:
-        """Has a server take this memory back, unless it has it already."""
+        """Makes a server allocate this memory again, unless it has the memory already."""
         released = record.released or []
         for tag in tags:
             if tag in released:
                 record.client.resume_memory([tag], self._timeout_s)
-                # noted at once: SGLang ends with a KeyError if it is asked for the same memory twice
+                # recorded at once: SGLang ends with a KeyError if the same memory is requested twice
                 released.remove(tag)
                 record.client.set_weight_label(sleep_label(released), self._timeout_s)
 
 
 def _is_as_left(record: ServerRecord) -> bool:
-    """Whether a server is still in its group; False if its label shows that it was restarted or given other weights."""
+    """Returns whether a server is still in its group. Its label shows if it was restarted or got other weights."""
     if record.synced_version is None:
         return False
-    # the label of a sleeping server is not a version
+    # the label of a sleeping server does not hold a version
     return record.released is not None or record.synced_version == record.known_info.weight_version

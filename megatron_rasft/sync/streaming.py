@@ -1,4 +1,4 @@
-"""Streams one pipeline stage's tensors: the next bucket is gathered while the one before it is being sent."""
+"""Streams one pipeline stage's tensors: the next bucket is gathered while the previous bucket is being sent."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +26,7 @@ class PlanTensors(Protocol):
 
 
 class GatherTensors(Protocol):
-    """``weights.gather_tensors`` with all arguments but these bound: yields the stage's tensors, whole on the sender."""
+    """``weights.gather_tensors`` with all arguments but these bound: yields the stage's tensors, complete on the sender."""
 
     def __call__(
         self, *, dtypes: dict[str, torch.dtype], out: Callable[[str], Tensor | None]
@@ -34,24 +34,24 @@ class GatherTensors(Protocol):
 
 
 Send = Callable[[Bucket, Tensor], None]
-"""Has every server load a bucket ([num_bytes] uint8), or raises GroupFailure."""
+"""Makes every server load a bucket ([num_bytes] uint8), or raises GroupFailure."""
 
 
 @dataclass
 class Outcome:
-    """The result of a transfer, of one stage or of several merged."""
+    """The result of the transfer of one or more stages."""
 
     failed: dict[str, str] = field(default_factory=dict)
-    """Servers at fault, and why."""
+    """Server at fault -> reason."""
     reason: str = ""
     """Why the transfer failed, also if no server is known to be at fault; empty if it succeeded."""
     refusal: str = ""
-    """Set if no server can be at fault: the trainer's own address, port or memory."""
+    """Whether the fault is the trainer's own: its address, port or memory."""
     evidence: Evidence = field(default_factory=Evidence)
     num_bytes: int = 0
     num_buckets: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
-    """Phase -> seconds."""
+    """Phase of the transfer -> seconds."""
 
     def merge(self, other: "Outcome") -> None:
         """Adds another stage's outcome to this one."""
@@ -82,15 +82,15 @@ def timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
 
 
 class StageStream:
-    """Gathers a stage's tensors from all ranks that have a part of them, and sends them from the first of these ranks.
+    """Gathers a stage's tensors from all ranks that hold parts of them, and sends them from the first of these ranks.
 
     Args:
         plan, gather: the stage's tensors.
-        ranks: gloo group of those ranks; None if this rank is the only one.
-        device: where the parameters are.
+        ranks: gloo group of the gathering ranks; None if this rank is the only one.
+        device: the device of the parameters.
         wire_format: the format in which the servers need the tensors.
         bucket_bytes: --sync-bucket-mib in bytes.
-        is_shared: servers map the buckets instead of receiving copies.
+        is_shared: whether servers map the buckets instead of receiving copies.
     """
 
     def __init__(
@@ -138,13 +138,13 @@ class StageStream:
 
     @property
     def num_kept_bytes(self) -> int:
-        """Bytes of the arena that is kept between two runs."""
+        """Size in bytes of the arena that is kept between two runs."""
         return 0 if self._arena is None else self.memory.arena_bytes
 
     def take_arena(self) -> Arena:
         """Returns the memory that ``run`` needs on the sender.
 
-        On a CPU it is that of the last run, so that the system need not map its pages again.
+        On a CPU this is the last run's memory, so that the system need not map its pages again.
         """
         arena, self._arena = self._arena, None
         return arena or Arena(self.memory.arena_bytes, self._device, self._is_shared)
@@ -155,10 +155,10 @@ class StageStream:
         """Gathers and sends every bucket. Ends early on all ranks if a bucket cannot be sent.
 
         Args:
-            outcome: filled in.
-            collector: is given each bucket; on the sender only.
+            outcome: the outcome to fill in.
+            collector: receives each bucket; on the sender only.
             arena: from ``take_arena``; on the sender only.
-            send: sends a bucket in a thread of its own; None, on every rank, sends nothing.
+            send: sends a bucket, called in a separate thread; None on every rank sends nothing.
         """
         if not self.is_sender:
             self._gather_for_sender(has_send=send is not None)
@@ -178,7 +178,7 @@ class StageStream:
                     place = arena.place(bucket.num_bytes)
                     assert place is not None, "the arena holds the largest bucket"
                 views.clear()
-                memory = None  # drop the last bucket first: if buckets are shared, each has its own memory
+                memory = None  # frees the last bucket first: if buckets are shared, each has its own memory
                 memory = arena.memory(place)
                 with timed(outcome.seconds, "gather"):
                     self._fill(bucket, memory, tensors, views)
@@ -193,13 +193,13 @@ class StageStream:
                     sending = pool.submit(self._send, send, bucket, memory, outcome)
                     arena.sent(place)
             self._finish(sending, outcome)
-        # after a failure, a broadcast that was given up may still read the memory
+        # after a failure, an abandoned broadcast may still read the memory
         if arena.is_reusable and not outcome.reason:
             arena.park()
             self._arena = arena
 
     def _gather_for_sender(self, has_send: bool) -> None:
-        """Takes part in gathering every bucket, on the ranks that do not send."""
+        """Gathers every bucket together with the sender. Runs on the ranks that do not send."""
         tensors = self._gather(dtypes=self._dtypes, out=lambda name: None)
         for bucket in self.memory.buckets:
             for _ in bucket.hf_names:
@@ -218,7 +218,7 @@ class StageStream:
         tensors: Iterator[tuple[str, Tensor | None]],
         views: dict[str, Tensor],
     ) -> None:
-        """Gathers a bucket's tensors into its memory; those that need no conversion are gathered in place, without a copy."""
+        """Gathers a bucket's tensors into its memory. Tensors that need no conversion are gathered in place, without a copy."""
         places = bucket.views(memory)
         dtype = self.wire_format.dtype
         views.update({n: v for n, v in places.items() if n in self._dtypes and v.dtype == dtype})
@@ -241,7 +241,7 @@ class StageStream:
         outcome.num_buckets += 1
 
     def _finish(self, sending: Future[Any] | None, outcome: Outcome) -> None:
-        """Waits for a bucket that is being sent, and notes its failure."""
+        """Waits until a bucket is sent, and records its failure."""
         if sending is None:
             return
         with timed(outcome.seconds, "wait"):

@@ -29,13 +29,13 @@ class StageTransfer:
     Args:
         config: the sync flags.
         plan, gather: the stage's tensors, see ``WeightSync``.
-        records: of this process; the sender uses their clients.
+        records: the servers' records; the sender uses their clients.
         model_config: config.json of the trainer's model.
-        device: where the parameters are.
+        device: the device of the parameters.
         stage: pipeline stage of this rank.
-        ranks: gloo group of the ranks that gather the stage's tensors, None if this rank is not one of them. Its first rank is
+        ranks: gloo group of the ranks that gather the stage's tensors, None if this rank is not in the group. Its first rank is
             the stage's sender.
-        takes_part: whether this rank gathers. With a world of one rank there are no groups, and it does.
+        takes_part: whether this rank gathers; needed because a world of one rank has no groups.
     """
 
     def __init__(
@@ -71,11 +71,11 @@ class StageTransfer:
 
     @property
     def num_kept_bytes(self) -> int:
-        """Bytes of bucket memory that are kept between syncs."""
+        """Size in bytes of the bucket memory that is kept between syncs."""
         return 0 if self._stream is None else self._stream.num_kept_bytes
 
     def address_problem(self) -> str:
-        """Returns why servers would not reach this rank at --sync-address; empty if they do, or do not connect to it."""
+        """Returns why servers cannot reach this rank at --sync-address; empty if they can, or need not connect to it."""
         address = self._config.sync_address
         if address is None or not self.is_sender or self._config.sync_method != "broadcast":
             return ""
@@ -83,8 +83,8 @@ class StageTransfer:
             return ""
         return (
             f"--sync-address {address} is not an address of {socket.gethostname()}, which sends pipeline stage {self._stage}. "
-            "Leave the flag out: each stage then gives the servers an address of its own node, that of --sync-interface if "
-            "one is given."
+            "Leave the flag out: each stage then uses an address of its own node, on --sync-interface if that is "
+            "given."
         )
 
     def run(self, attempt: Attempt) -> Outcome:
@@ -93,7 +93,7 @@ class StageTransfer:
         With --sync-method disk nothing is sent; the tensors are only gathered for the proof.
 
         Returns:
-            On the sender, what happened; on the other ranks an empty outcome.
+            The outcome on the sender; an empty outcome on the other ranks.
         """
         outcome = Outcome()
         stream = self._stage_stream(attempt.wire_format)
@@ -127,7 +127,7 @@ class StageTransfer:
             self._group = None
 
     def _stage_stream(self, wire_format: WireFormat) -> StageStream:
-        """Returns the stage's planned tensors. They are planned again only if the servers need another format."""
+        """Returns the stage's planned tensors. The plan is made again only if the servers need another format."""
         if self._stream is None or self._stream.wire_format != wire_format:
             self._stream = StageStream(
                 self._plan,
@@ -150,12 +150,12 @@ class StageTransfer:
         return RequestSender(clients, attempt.tp_sizes, self._config.sync_timeout_s).send
 
     def _update_group(self, attempt: Attempt) -> UpdateGroup:
-        """Returns the stage's update group: the existing one if the attempt names it, otherwise a new one."""
+        """Returns the stage's update group: the existing group if the attempt names it, otherwise a new group."""
         if self._group is not None and self._group_name == attempt.group:
             return self._group
         clients = self._clients(attempt)
         if self._group is not None:
-            # servers outside this attempt do not answer, so only the others are asked to leave
+            # servers outside this attempt do not answer, so only the servers in it are asked to leave
             self._group.close([client for client in self._group.servers if client.url in attempt.urls])
             self._group = None
         self._group_name = attempt.group
@@ -191,7 +191,7 @@ def check_same_machine(urls: Sequence[str], stage: int) -> None:
         GroupFailure: names the servers that are not on this machine.
     """
     reason = (
-        f"is not on {socket.gethostname()}, from whose GPU --sync-method tensor gives it pipeline stage {stage}: use "
+        f"is not on {socket.gethostname()}, whose GPU memory it must map for pipeline stage {stage} with --sync-method tensor: use "
         "--sync-method broadcast"
     )
     far = {url: reason for url in urls if not is_own_address(urlsplit(url).hostname or "")}

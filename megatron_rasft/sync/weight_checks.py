@@ -17,12 +17,12 @@ from megatron_rasft.sync.wire_format import name_on_server
 ProofKind = Literal["checksum", "read_back", "none"]
 
 _VOCABULARY_UNIT = 64
-"""SGLang pads the vocabulary with rows of zeros to a multiple of this."""
+"""SGLang pads the vocabulary to a multiple of this with rows of zeros."""
 
 _ROWS_READ = 4
-"""Rows of a tensor that are read back."""
+"""Number of rows of a tensor that are read back."""
 _TENSORS_READ = 8
-"""Tensors of a pipeline stage that are read back."""
+"""Number of tensors of a pipeline stage that are read back."""
 
 _LARGEST_READ = 2**24
 """Largest number of elements of a tensor that is read back. SGLang turns the whole tensor into Python floats to return a few rows.
@@ -31,10 +31,10 @@ For this many it takes a second and half a GiB; for an embedding it would take m
 
 @dataclass
 class Evidence:
-    """The weights that servers must have, as far as one pipeline stage, or several merged, knows them."""
+    """Evidence of the weights that servers must have, from one or more pipeline stages."""
 
     checksums: dict[int, list[dict[str, str]]] = field(default_factory=dict)
-    """Tensor-parallel size of a server -> for each of its ranks: the server's tensor name -> checksum."""
+    """Tensor-parallel size of a server -> for each of its ranks a dictionary: the server's tensor name -> checksum."""
     rows: dict[str, list[Any]] = field(default_factory=dict)
     """Hugging Face name -> first rows of the tensor."""
 
@@ -48,13 +48,13 @@ class Evidence:
 
 
 class EvidenceCollector:
-    """Collects, bucket by bucket, the checksums or values of one stage that the servers' will be compared with.
+    """Collects the checksums or values of one stage, bucket by bucket, for comparison with the servers'.
 
     Args:
         kind: the kind of proof.
         tp_sizes: the servers' tensor-parallel sizes.
         num_heads: query heads and key-value heads of the model.
-        shapes: Hugging Face name -> shape of the stage's tensors, some of which are read back.
+        shapes: Hugging Face name -> shape of the stage's tensors. Some of these tensors are read back.
     """
 
     def __init__(
@@ -128,7 +128,7 @@ def held_part(
         part = tensor[min(rows, rank * share) : min(rows, (rank + 1) * share)]
         return part, share - part.shape[0]
     num_query_heads, num_kv_heads = num_heads
-    if last in ("qkv_proj", "gate_up_proj"):  # fused in the Hugging Face folder too (Phi-3)
+    if last in ("qkv_proj", "gate_up_proj"):  # such a layer is fused in the Hugging Face folder too (Phi-3)
         attention = {"q_proj": num_query_heads, "k_proj": num_kv_heads, "v_proj": num_kv_heads}
         layers = attention if last == "qkv_proj" else {"gate_proj": 1, "up_proj": 1}
         unit = tensor.shape[0] // sum(layers.values())
@@ -160,7 +160,7 @@ def check_checksums(server: ServerClient, expected: Sequence[dict[str, str]], de
         expected: for each rank of the server, its tensor name -> checksum.
 
     Raises:
-        ServerError: a tensor differs, is missing, or is not one of the trainer's.
+        ServerError: a tensor differs, is missing, or does not exist in the trainer's model.
     """
     found = server.checksums(deadline_s)
     if len(found) != len(expected):

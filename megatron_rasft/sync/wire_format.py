@@ -19,7 +19,7 @@ _FUSED = {
     "w1": "w13",
     "w3": "w13",
 }
-"""Linear layer -> the layer into which SGLang fuses it. Its rows are in the order of this table."""
+"""Linear layer -> the layer into which SGLang fuses it, with the rows in the order of this table."""
 
 _EXPERTS = {
     "gate_proj": "w13_weight",
@@ -29,7 +29,7 @@ _EXPERTS = {
     "w3": "w13_weight",
     "w2": "w2_weight",
 }
-"""Linear layer of an expert -> the tensor in which SGLang stacks those of all experts of a layer, in the order of their numbers."""
+"""Linear layer of an expert -> the tensor in which SGLang stacks this layer of all experts, ordered by expert number."""
 
 _DTYPES = {
     "bfloat16": torch.bfloat16,
@@ -49,7 +49,8 @@ class WireTensor(NamedTuple):
 
 
 def fused_name(name: str) -> str:
-    """Returns the name of the fused layer that a Hugging Face tensor becomes part of; its own name if the server does not fuse it."""
+    """Returns the name of the fused layer that a Hugging Face tensor becomes part of; its own name if the server does not fuse
+    it."""
     module, _, leaf = name.rpartition(".")
     parent, _, last = module.rpartition(".")
     return f"{parent}.{_FUSED[last]}.{leaf}" if last in _FUSED else name
@@ -67,11 +68,11 @@ class WireFormat:
     """How the trainer's tensors are converted before they are sent."""
 
     dtype: torch.dtype
-    """Type of the tensors that are not quantized."""
+    """Data type of the tensors that are not quantized."""
     is_block_fp8: bool = False
-    """Linear weights are sent as float8_e4m3fn with one fp32 scale per block of 128 x 128."""
+    """Whether linear weights are sent as float8_e4m3fn with one fp32 scale per block of 128 x 128."""
     kept_modules: tuple[str, ...] = ()
-    """Modules that are not quantized: dotted paths, or parts of them."""
+    """Modules that are not quantized, as dotted paths or parts of such paths."""
 
     def __str__(self) -> str:
         name = str(self.dtype).removeprefix("torch.")

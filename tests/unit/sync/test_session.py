@@ -358,7 +358,7 @@ def test_a_server_that_did_not_wake_is_woken_by_the_next_sync(
     tag: str, asleep: tuple[Syncs, Sleeper, Sleeper]
 ) -> None:
     syncs, late, _ = asleep
-    late.before[f"resume {tag}"] = lambda: late.fail("gave no answer within 20 s", None)
+    late.before[f"resume {tag}"] = lambda: late.fail("did not answer within 20 s", None)
     assert syncs.run(2).synced == [B]
     del late.before[f"resume {tag}"]
     assert syncs.run(3).synced == [A, B] and not late.released

@@ -109,7 +109,7 @@ def test_an_address_that_is_given_twice_is_checked_once(
 def test_a_server_that_does_not_generate_may_be_paused(monkeypatch: pytest.MonkeyPatch) -> None:
     server = StandIn("http://a:1")
     monkeypatch.setattr(
-        check_servers, "check_generation", lambda *_: server.fail("/generate gave no answer within 60.0 s")
+        check_servers, "check_generation", lambda *_: server.fail("/generate did not answer within 60.0 s")
     )
     folder: Any = SimpleNamespace(config={}, shape=SimpleNamespace(vocab_size=100))
     finding = check_servers.Finding(server.record())
