@@ -1,4 +1,4 @@
-"""What runs in a worker of ``VerifierPool``: limits on the process, and the call of the grader."""
+"""The code of a ``VerifierPool`` worker: it limits the process and calls the grader."""
 
 import os
 import resource
@@ -16,7 +16,7 @@ def prepare(memory_bytes: int) -> None:
     """Prepares a new worker: limits its address space, makes deadlines effective, and silences its output.
 
     Args:
-        memory_bytes: address space that gradings may claim beyond what the worker has now.
+        memory_bytes: address space that gradings may use in addition to the worker's present size.
     """
     # The default actions kill at once. Python's own handlers would run only after C code such as 10**10**10 returns
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -24,7 +24,7 @@ def prepare(memory_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with open("/proc/self/statm") as statm:
         own_bytes = int(statm.read().split()[0]) * resource.getpagesize()
-    # Only the soft limit: a sandbox started from this worker sets other limits for its own processes
+    # Only the soft limit is set: a sandbox started from this worker sets other limits for its own processes
     hard_limit = resource.getrlimit(resource.RLIMIT_AS)[1]
     resource.setrlimit(resource.RLIMIT_AS, (own_bytes + memory_bytes, hard_limit))
     # sympy's and ANTLR's parsers print pages of warnings about malformed formulas
@@ -34,7 +34,7 @@ def prepare(memory_bytes: int) -> None:
 
 
 def is_ready() -> bool:
-    """Returns True: a task that shows that workers can start."""
+    """Returns True. The pool runs this task to see whether workers can start."""
     return True
 
 

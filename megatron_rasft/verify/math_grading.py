@@ -1,7 +1,7 @@
 """Compares the answer of a response with the gold answer. Runs in the pool's workers only.
 
 The comparisons, cheapest first: equal text without typesetting, plain numbers as exact fractions, and tuples, sets and lists
-item by item. Single expressions that are left go to math-verify (0.9.0), which parses them with sympy.
+item by item. All other single expressions go to math-verify (0.9.0), which parses them with sympy.
 
 math-verify's own deadlines are off. They are signal alarms, which do not interrupt C code and would replace the worker's
 own alarm. The pool kills the worker at the deadline instead.
@@ -21,7 +21,7 @@ from megatron_rasft.verify.math_extraction import extract_answer
 # math-verify warns in every process that its deadlines are off
 logging.getLogger("math_verify").setLevel(logging.ERROR)
 
-# Only boxes: every text is put into one before it is parsed, see _parse
+# Only boxes are extracted, because _parse puts every text into a box
 _EXTRACTION = [LatexExtractionConfig(try_extract_without_anchor=False, boxed_match_priority=0)]
 # math-verify rounds floats before it compares them. With its default of 6 digits, 0.333333 equals 1/3
 _FLOAT_DIGITS = 10
@@ -55,7 +55,7 @@ _UNIT_SPELLINGS = {
     "dollar": ("dollar dollars usd", "money", "100"),
     "cent": ("cent cents", "money", "1"),
 }
-"""Unit -> its spellings, its dimension, and its size in the unit of that dimension with size 1.
+"""Unit -> its spellings, its dimension, and its size relative to the dimension's base unit.
 
 Imperial and metric units have different dimensions here: answers are not converted between the two systems.
 """
@@ -194,7 +194,7 @@ def _tidy(answer: str) -> str:
 
 
 def _unstyled(answer: str) -> str:
-    """Removes colours, and a font command around a whole formula. Words keep theirs: it marks them as text."""
+    """Removes colours, and a font command around a whole formula. Words keep their font command, which marks them as text."""
     answer = _COLOR.sub("", answer)
     while (style := _STYLE.match(answer)) and _closes_at_end(answer[style.end() :]):
         inner = answer[style.end() + 1 : -1].strip()
@@ -229,14 +229,14 @@ def _spelled_alike(answer: str, gold: str) -> bool:
 def _squeezed(text: str) -> str:
     """Removes white space and braces without meaning.
 
-    ``{2}`` becomes 2. Kept are the braces of ``^{10}``, because ``^10`` is another power, and the space in 3 1/2.
+    ``{2}`` becomes 2. It keeps the braces of ``^{10}``, because ``^10`` is another power, and the space in 3 1/2.
     """
     text = re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", text)
     return re.sub(r"(?<!\\)\{([^{}\\])\}", r"\1", text).rstrip(".")
 
 
 def _is_words(gold: str) -> bool:
-    """Returns whether a gold answer consists of words only. As a formula, LQSX would be a product and equal SXLQ."""
+    """Returns whether a gold answer consists of words only. If parsed as a formula, LQSX would be a product and equal SXLQ."""
     text = _TEXT_WRAPPER.sub(r"\1", gold)
     if "\\" in text or not re.fullmatch(r"[A-Za-z][A-Za-z\s,.'\"()&-]*", text.strip()):
         return False
@@ -330,7 +330,7 @@ def _bounded(number: Decimal) -> Fraction | None:
 def _split_unit(answer: str) -> tuple[str, str]:
     """Splits a number with a unit into ``(number, unit)``.
 
-    The unit is a key of the table, followed by its power if it has one. It is "" without a unit or with an unknown one.
+    The unit is a key of the table, followed by its power if it has one; "" if there is no unit or an unknown unit.
     """
     number, words = _split_words(answer)
     unit, _, power = words.partition("^")
@@ -359,7 +359,7 @@ def _split_words(answer: str) -> tuple[str, str]:
 def _bases_equal(gold: str, answer: str) -> bool | None:
     """Compares numbers in a given base, such as ``2516_8``. Returns None if neither answer names a base.
 
-    A number without a base is read in the base of the other one.
+    A number without a base is read in the other answer's base.
     """
     x, y = (_BASE.fullmatch(s.replace(" ", "")) for s in (gold, answer))
     if not (x or y) or not any(m and m[1][0].isdigit() for m in (x, y)):
@@ -379,7 +379,7 @@ def _lists_equal(gold: str, answer: str, rel_tolerance: float) -> bool | None:
         return None
     if len(gold_items) == 1 or len(answer_items) == 1:
         if len(gold_items) != len(answer_items):
-            # A plain number differs from a list of several. Another expression may equal one, as 1 \pm 2 does
+            # A plain number never equals a list of several items. Another expression can, for example 1 \pm 2
             single = gold_items[0] if len(gold_items) == 1 else answer_items[0]
             return None if _to_fraction(single) is None else False
         if "" in (gold_brackets, answer_brackets):
@@ -388,7 +388,7 @@ def _lists_equal(gold: str, answer: str, rel_tolerance: float) -> bool | None:
         return False
     unordered = {"", "{}"}
     if gold_brackets != answer_brackets and not {gold_brackets, answer_brackets} <= unordered:
-        # One side has no brackets: then the order must match. Different brackets mean something else: [1,2] and (1,2)
+        # If one side has no brackets, the order must match. Different brackets, as in [1,2] and (1,2), have different meanings
         if "" not in (gold_brackets, answer_brackets):
             return False
         return all(_answers_equal(g, a, rel_tolerance) for g, a in zip(gold_items, answer_items, strict=True))
@@ -440,7 +440,7 @@ def _split_list(text: str) -> tuple[str, list[str]]:
 
 
 def _closes_at_end(text: str) -> bool:
-    """Returns whether the first bracket is closed by the last character. ( may be closed by ], as in an interval."""
+    """Returns whether the first bracket is closed by the last character. "(" may be closed by "]", as in an interval."""
     depth = 0
     for i, symbol in enumerate(text):
         if symbol in "([{":

@@ -35,7 +35,7 @@ _MAIN_LOCK = threading.Lock()
 
 
 class VerifierPool:
-    """Workers that grade rollouts, each rollout with a deadline and a memory limit of its own.
+    """Workers that grade rollouts. Each rollout has its own deadline and memory limit.
 
     Workers are forked from a server process that has loaded the grader but neither torch nor the main script. So they
     start in milliseconds and hold none of the trainer's memory. They end with the parent, or, if it is killed while
@@ -51,7 +51,7 @@ class VerifierPool:
 
         Args:
             config: limits, number of workers, sandbox.
-            grader: grades answers instead of ``grade_answer``. Must be importable in a worker. Programs are always graded by
+            grader: replaces ``grade_answer``. It must be importable in a worker. Programs are always graded by
                 ``grade_program``.
             orphan_grace_s: a worker kills itself this long after its deadline, seconds. Until then its parent should have
                 killed it, unless the parent has been killed.
@@ -84,9 +84,9 @@ class VerifierPool:
     ) -> Counter[Verdict]:
         """Sets ``verdict`` and ``verdict_reason`` of every rollout, and counts the verdicts.
 
-        Aborted rollouts are ``wrong`` without being graded. So are those cut by length, unless ``verify_grade_truncated``.
-        A problem without gold answer gives ``unverifiable``. A grader that exceeds its deadline gives ``timeout``, one that
-        crashes ``unverifiable``; neither affects other rollouts.
+        Aborted rollouts are ``wrong`` without being graded. So are truncated rollouts, unless ``verify_grade_truncated`` is set.
+        A problem without gold answer gives ``unverifiable``. A grader that exceeds its deadline gives ``timeout``. A grader that
+        crashes gives ``unverifiable``. Other rollouts are not affected.
 
         Args:
             rollouts: changed in place. Earlier verdicts are overwritten.
@@ -104,7 +104,9 @@ class VerifierPool:
             unfinished = self._grade(to_grade, checks, max_in_flight, on_verdict)
             if unfinished:
                 num_broken += 1
-                logger.warning("verifier workers broke (time %d in this call): starting new ones", num_broken)
+                logger.warning(
+                    "verifier workers crashed (%d. time in this call): starting new workers", num_broken
+                )
                 if max_in_flight == 1:
                     _set(unfinished.pop(), "unverifiable", "grader broke the worker pool")
                 to_grade.extendleft(unfinished)
@@ -133,7 +135,7 @@ class VerifierPool:
     ) -> list[Rollout]:
         """Grades until the queue is empty. Returns [], or the rollouts in progress when the pool broke."""
         in_flight: dict[Future[Any], Rollout] = {}
-        # In case pebble loses a task: by then every task in flight could have exceeded its deadline twice
+        # Guards against a task that pebble loses: in this time every running task could exceed its deadline twice
         stalled_s = 60 + 4 * max((self._deadline_s(checks[r.problem_id]) for r in to_grade), default=0)
         try:
             while to_grade or in_flight:
@@ -142,7 +144,7 @@ class VerifierPool:
                     rollout = to_grade.popleft()
                     try:
                         in_flight[self._schedule(rollout, checks[rollout.problem_id])] = rollout
-                    except RuntimeError:  # pebble raises it for a pool that has broken
+                    except RuntimeError:  # pebble raises this if the pool is broken
                         return [rollout, *in_flight.values()]
                 done, _ = wait(in_flight, timeout=stalled_s, return_when=FIRST_COMPLETED)
                 if not done:
@@ -154,7 +156,7 @@ class VerifierPool:
                         return list(in_flight.values())
                     del in_flight[future]
             return []
-        except BaseException:  # also Ctrl-C and the exceptions of on_verdict
+        except BaseException:  # includes Ctrl-C and the exceptions of on_verdict
             for future in in_flight:
                 future.cancel()
             raise
@@ -177,7 +179,7 @@ class VerifierPool:
         return self._pool.schedule(grading_worker.grade, args=args, timeout=deadline_s)
 
     def _deadline_s(self, check: Check) -> float:
-        """Returns the time after which the worker is killed. For a program, its sandbox decides long before."""
+        """Returns the time after which the worker is killed. For a program, the sandbox's own deadline ends much earlier."""
         if not isinstance(check, CodeTests):
             return self._config.verify_timeout_s
         num_runs = len(check.cases) if check.style == "stdin" else 1
@@ -228,10 +230,10 @@ def _set(rollout: Rollout, verdict: Verdict, reason: str) -> None:
 
 
 class _IsolatedProcess(ForkServerProcess):
-    """A worker that does not import the main script again.
+    """A worker process that does not import the main script again.
 
     multiprocessing imports the parent's main script into every child that is not forked from the parent. For a trainer
-    that would be torch and Megatron in each worker. Python has no switch for it, but skips the import if ``__main__`` has
+    that would be torch and Megatron in each worker. Python has no option against this, but skips the import if ``__main__`` has
     neither a file nor a spec (multiprocessing/spawn.py, ``get_preparation_data``). So both are hidden while a child starts.
     """
 
@@ -242,7 +244,7 @@ class _IsolatedProcess(ForkServerProcess):
 
 
 class _IsolatedContext(ForkServerContext):
-    """A multiprocessing context whose server process loads some modules for all workers.
+    """A multiprocessing context whose fork server loads some modules once for all workers.
 
     Args:
         preloaded: names of the modules. Ignored if this program has started the server before.

@@ -1,6 +1,6 @@
 """Filters of the text quality of responses, and removal of near-duplicates.
 
-The filters and their thresholds are those of the published script; see ``published_filters`` in ``config/verify.py``.
+The filters and their thresholds come from the published script; see ``published_filters`` in ``config/verify.py``.
 """
 
 import re
@@ -14,7 +14,7 @@ from nltk.util import ngrams
 from megatron_rasft.config.verify import VerifyConfig
 from megatron_rasft.verify.math_extraction import closed_boxes, last_box_is_closed
 
-# The filters run in the trainer's own process, without a deadline. So every pattern takes linear time on any text
+# The filters run in the trainer's process without a deadline, so every pattern must take linear time on any text
 _SENTENCE_END = re.compile(r"[.!?](?=\s|$)|\n")
 _SELF_CORRECTIONS = tuple(
     re.compile(pattern, re.IGNORECASE)
@@ -46,7 +46,7 @@ _REASONING_MARKER = re.compile(
 
 
 def is_too_short(text: str, config: VerifyConfig) -> bool:
-    """Returns whether the text has fewer than ``verify_min_chars`` characters, spaces around it not counted."""
+    """Returns whether the text has fewer than ``verify_min_chars`` characters, without the spaces around it."""
     return len(text.strip()) < config.verify_min_chars
 
 
@@ -159,7 +159,7 @@ def deduplicate(texts: Sequence[str], threshold: float, n: int = 3) -> list[int]
 
 
 def _word_ngrams(text: str, n: int) -> frozenset[tuple[str, ...]]:
-    """Returns the set of word n-grams. A text of fewer than n words has one, of all its words."""
+    """Returns the set of word n-grams. A text with fewer than n words has a single n-gram of all its words."""
     words = text.lower().split()
     if not words:
         return frozenset()

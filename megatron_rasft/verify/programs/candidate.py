@@ -1,7 +1,7 @@
 """The candidate: the process that runs the program. It is untrusted and never holds tests or expected values.
 
 The tester sends requests over a socket (see ``messages``): load the program, look up a name, call a function, read an
-attribute. The objects that the tests pass to the program are stand-ins here, which send each operation back.
+attribute. Objects that the tests pass to the program are replaced here by stand-ins, which send each operation back.
 """
 
 import builtins
@@ -24,7 +24,7 @@ from megatron_rasft.verify.programs.messages import (
     shared_name,
 )
 
-# Special methods that the tester may ask for by name
+# Special methods that the tester may call by name
 _SPECIAL: dict[str, Callable[..., Any]] = {
     **{name: getattr(operator, f"__{name}__") for name in (
         "getitem setitem delitem contains eq ne lt le gt ge index abs neg pos invert add sub mul truediv floordiv mod "
@@ -103,7 +103,7 @@ class _CandidateSide(Codec):
         return ["started"]
 
     def ask(self, operation: str, number: int, *args: Any, **keywords: Any) -> Any:
-        """Requests an operation on an object of the tests, and serves the tester's requests until the reply comes."""
+        """Requests an operation on an object of the tests, and executes the tester's requests until the reply arrives."""
         pairs = [[name, self.encode(value)] for name, value in keywords.items()]
         self._channel.send(["call back", operation, number, [self.encode(arg) for arg in args], pairs])
         while True:
@@ -132,7 +132,11 @@ class _CandidateSide(Codec):
     def _reply(self, message: list[Any]) -> None:
         try:
             self._channel.send(message)
-        except (ValueError, TypeError, RecursionError) as error:  # too long, not JSON, or too deeply nested
+        except (
+            ValueError,
+            TypeError,
+            RecursionError,
+        ) as error:  # the message is too long, not JSON, or too deeply nested
             reason = ["ValueError", {"t": "tuple", "v": [str(error)]}, str(error), []]
             self._channel.send(["raised", reason, "", []])
 
@@ -198,7 +202,7 @@ class _CandidateSide(Codec):
         return self.reference(kind)
 
     def reference(self, value: Any) -> dict[str, Any]:
-        """Names a value of the program: "receiver" is an object of the tests, "sender" stays in this process."""
+        """Returns a JSON name for a value: side "receiver" for an object of the tests, "sender" for an object of this process."""
         if isinstance(value, _TestObject):
             return {"t": "receiver", "v": object.__getattribute__(value, "_number")}
         kind = type(value)
@@ -224,7 +228,7 @@ class _CandidateSide(Codec):
         return {"t": "sender", "v": [number, "callable" if callable(value) else "object"]}
 
     def _number(self, value: Any) -> int:
-        # Kept for good: an id is unique only while its object lives
+        # Never removed, because an id is unique only while its object exists
         self._objects[id(value)] = value
         return id(value)
 

@@ -60,7 +60,7 @@ def enter_namespaces() -> None:
         os.unshare(flags)
     else:
         os.unshare(flags | os.CLONE_NEWUSER)
-        # The kernel accepts gid_map of an ordinary user only after setgroups was given up
+        # The kernel accepts the gid_map of an ordinary user only after setgroups is denied
         Path("/proc/self/setgroups").write_text("deny")
         Path("/proc/self/uid_map").write_text(f"{uid} {uid} 1")
         Path("/proc/self/gid_map").write_text(f"{gid} {gid} 1")
@@ -69,11 +69,11 @@ def enter_namespaces() -> None:
 
 
 def enter_bare_root(readable: Iterable[Path]) -> None:
-    """Replaces the root file system by one with the ``readable`` paths, read-only, an empty /tmp, and no /proc.
+    """Replaces the root file system by a new root with the ``readable`` paths, read-only, an empty /tmp, and no /proc.
 
     Call ``enter_namespaces`` first. Paths that do not exist are left out.
     """
-    # The new root needs an existing folder to be mounted on. /sys exists everywhere and is not needed from here on
+    # The new root needs an existing folder to be mounted on. /sys exists everywhere and is not needed later
     root = Path("/sys")
     mount("tmpfs", str(root), "tmpfs", MS_NOSUID | MS_NODEV, "size=1m,mode=0755")
     for path in readable:
@@ -107,7 +107,7 @@ def _call(name: str, *args: object) -> None:
 
 def drop_privileges(to_nobody: bool) -> None:
     """Gives up all capabilities for good. With ``to_nobody``, root becomes the user nobody."""
-    # The numbers of the capabilities are contiguous. The first that fails does not exist in this kernel
+    # The capabilities' numbers are contiguous. The first number that fails does not exist in this kernel
     capability = 0
     while kernel_calls.LIBC.prctl(kernel_calls.PR_CAPBSET_DROP, capability, 0, 0, 0) == 0:
         capability += 1
@@ -143,11 +143,11 @@ def restrict_paths(readable: Iterable[Path], writable: Path) -> bool:
     # The rights of linux/landlock.h that each ABI version knows: 13 at first, then REFER, TRUNCATE and IOCTL_DEV
     known = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(abi, 16)) - 1
     # struct landlock_ruleset_attr: rights to files, to the network (left to seccomp), scope (abstract sockets, signals).
-    # A kernel before ABI 6 refuses a structure longer than the part it knows, unless the rest is zero
+    # A kernel before ABI 6 refuses a structure longer than its own, unless the additional fields are zero
     attributes = struct.pack("QQQ", known, 0, 0b11)
     size = 24 if abi >= 6 else 8
     ruleset = kernel_calls.call(create, "landlock_create_ruleset", attributes, ctypes.c_size_t(size), 0)
-    read, read_file = 0b1101 & known, 0b0101 & known  # execute, read file, read folder
+    read, read_file = 0b1101 & known, 0b0101 & known  # rights to execute, to read files and to read folders
     rules = [(path, read if path.is_dir() else read_file) for path in readable if path.exists()]
     rules += [(writable, known), (Path(os.devnull), 0b0110 & known)]
     for path, access in rules:
@@ -165,10 +165,10 @@ def restrict_paths(readable: Iterable[Path], writable: Path) -> bool:
 def set_limits(
     *, memory_bytes: int, cpu_s: int, file_bytes: int, num_files: int, num_processes: int | None
 ) -> None:
-    """Sets hard limits of this process. Core dumps, locked memory and message queues get 0.
+    """Sets hard limits of this process. The limits of core dumps, locked memory and message queues are 0.
 
     Args:
-        memory_bytes: address space, including what the process has already.
+        memory_bytes: address space, including the process's present size.
         cpu_s: CPU time since the start of the process, seconds.
         file_bytes: size of each file that it writes.
         num_files: open files.

@@ -60,12 +60,12 @@ def check(result: int, what: str) -> int:
 
 
 def prctl(option: int, value: int, what: str) -> None:
-    """Sets one attribute of this process; ``what`` names it in the error message."""
+    """Sets one attribute of this process; ``what`` is its name in the error message."""
     check(LIBC.prctl(option, ctypes.c_ulong(value), 0, 0, 0), what)
 
 
 def call(number: int, what: str, *args: object) -> int:
-    """Makes a system call that libc has no function for; ``what`` names it in the error message."""
+    """Makes a system call that libc has no function for; ``what`` is its name in the error message."""
     return check(int(LIBC.syscall(ctypes.c_long(number), *args)), what)
 
 

@@ -54,17 +54,17 @@ class Allowance:
     """The limits of one check."""
 
     timeout_s: float
-    """Wall time of the whole check."""
+    """Wall time of the check."""
     memory_bytes: int
-    """Address space of each process, beyond that of the launcher."""
+    """Address space of each process, in addition to the launcher's."""
     output_bytes: int
-    """Standard output of a script, or one message between tester and candidate."""
+    """Maximum size of a script's standard output, or of one message between tester and candidate."""
     scratch_bytes: int
-    """Files that the program and the tests write, all together."""
+    """Maximum total size of the files that the program and the tests write."""
 
 
 def main(level: str, packages: str, control_fd: int, parent_pid: int) -> None:
-    """Runs checks until ``control_fd`` is closed. The first message on it says whether ``level`` could be reached.
+    """Runs checks until ``control_fd`` is closed. The first message to its other end reports whether ``level`` could be reached.
 
     Args:
         level: the sandbox level to confine this process to.
@@ -124,7 +124,7 @@ def _preload(level: str, packages: list[str]) -> None:
 
 
 def _readable_paths() -> list[Path]:
-    """Returns the paths of Python, its packages and the system libraries, without those below another one."""
+    """Returns the paths of Python, its packages and the system libraries, without paths below another path in the result."""
     wanted = [Path(sys.prefix), Path(sys.base_prefix), Path(sys.exec_prefix)]
     wanted += [Path(entry) for entry in sys.path if entry.endswith(("-packages", "lib-dynload"))]
     wanted += [
@@ -139,7 +139,7 @@ def _readable_paths() -> list[Path]:
 
 
 def _continue_as_first_process(control: socket.socket) -> None:
-    """Returns in a child that is process 1 of the new namespace. The calling process waits and ends with it.
+    """Forks a child that becomes process 1 of the new namespace, and returns in it. The calling process waits and ends with it.
 
     A process never moves to another process-id namespace itself: only children that it forks after unshare(2) do.
     """
@@ -152,7 +152,7 @@ def _continue_as_first_process(control: socket.socket) -> None:
 
 
 class _Launcher:
-    """Runs one check after the other.
+    """Runs the requested checks one after the other.
 
     Args:
         level: the level that this process is confined to.
@@ -209,7 +209,7 @@ class _Launcher:
         try:
             while True:
                 left_s = max(0.0, deadline - time.monotonic())
-                # RLIMIT_FSIZE bounds each file, and Landlock nothing. So the sum of all files is looked up regularly
+                # RLIMIT_FSIZE limits each file, and Landlock limits no sizes, so the total size of the files is checked regularly
                 interval_s = left_s if scratch is None else min(left_s, _SCRATCH_INTERVAL_S)
                 if select.select([ended], [], [], interval_s)[0]:
                     break
@@ -233,7 +233,7 @@ class _Launcher:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(-1, signal.SIGKILL)
         else:
-            # Neither has been reaped yet, so the kernel cannot have given their ids to other processes
+            # Neither process has been reaped, so the kernel cannot have reused their ids
             for pid in filter(None, (first, candidate_pid)):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
@@ -277,7 +277,7 @@ class _Check:
         """Runs the program in the file ``source`` as a script, and ends with its success or failure."""
         child = self._fork(keeps=(source, stdin, stdout))
         if child:
-            # WNOWAIT leaves the child unreaped: its id stays its own until the launcher has killed it
+            # WNOWAIT leaves the child unreaped: its id stays reserved until the launcher has killed it
             status = os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
             os._exit(0 if status is not None and status.si_status == 0 else 1)
         program = _read(source)
@@ -293,7 +293,7 @@ class _Check:
         tester_end, candidate_end = socket.socketpair()
         child = self._fork(keeps=(source, candidate_end.fileno()))
         if not child:
-            tester_end.detach()  # closed by _fork already
+            tester_end.detach()  # _fork has already closed this file
             program = _read(source)
             os.close(source)
             self._confine(self._allowance.scratch_bytes, is_candidate=True)
@@ -333,7 +333,7 @@ class _Check:
             confinement.hide_memory()
         confinement.set_limits(
             memory_bytes=self._base_bytes + self._allowance.memory_bytes,
-            # A little more than the wall time, so that a deadline is usually reported as one
+            # A little more than the wall time, so that exceeding it is usually reported as a time-out
             cpu_s=int(self._allowance.timeout_s) + 2,
             file_bytes=file_bytes,
             num_files=_NUM_FILES,
@@ -365,7 +365,7 @@ def _tests_from(content: dict[str, Any]) -> CodeTests:
 
 
 def _is_over(folder: Path, max_bytes: int) -> bool:
-    """Returns whether the files below a folder are too large or too many, or in a folder that cannot be read."""
+    """Returns whether the files below a folder are too large, too many, or in a folder that cannot be read."""
     errors: list[OSError] = []
     num_bytes = num_files = 0
     for root, folders, files in os.walk(folder, onerror=errors.append):

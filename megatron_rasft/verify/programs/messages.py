@@ -122,11 +122,11 @@ class Codec:
     """
 
     def reference(self, value: Any) -> dict[str, Any]:
-        """Returns the JSON object that names a value which is not plain."""
+        """Returns the JSON object that refers to a value which is not plain."""
         raise NotImplementedError
 
     def dereference(self, tag: str, value: Any) -> Any:
-        """Returns the value that the other side's ``reference`` named."""
+        """Returns the value to which the other side's ``reference`` refers."""
         raise NotImplementedError
 
     def encode(self, value: Any) -> Any:
@@ -226,7 +226,7 @@ def _decode_array(_: Codec, content: Any) -> Any:
     dtype, shape, raw, is_scalar = content
     if not _NUMERIC_DTYPE.fullmatch(dtype):
         raise CandidateEndedError("the program sent an invalid message")
-    import numpy  # loaded before the sandbox closed if the program or the tests name it
+    import numpy  # loaded before the confinement if the program or the tests name it
 
     array = numpy.frombuffer(bytes.fromhex(raw), dtype=dtype).reshape(shape).copy()
     return array[()] if is_scalar else array

@@ -12,8 +12,8 @@ from megatron_rasft.types import CodeTests, Verdict
 from megatron_rasft.verify.programs.program_extraction import extract_program
 from megatron_rasft.verify.programs.sandbox import Sandbox
 
-# A worker keeps its sandbox for all its checks, because starting a launcher takes about a second. Each configuration has
-# one; a worker sees one configuration, a test process several
+# A worker keeps its sandbox for all its checks, because starting a launcher takes about a second. There is a sandbox for each
+# configuration: a worker has one configuration, a test process several
 _sandboxes: dict[str, Sandbox] = {}
 
 
@@ -21,7 +21,7 @@ def find_sandbox_level(config: VerifyConfig) -> SandboxLevel:
     """Returns the strongest sandbox level that this machine allows, by starting a sandbox.
 
     Raises:
-        SandboxError: it is weaker than ``verify_sandbox_level``.
+        SandboxError: that level is weaker than ``verify_sandbox_level``.
     """
     with Sandbox(config) as sandbox:
         return sandbox.level

@@ -1,7 +1,7 @@
 """The sandbox: starts launchers at the strongest level that the machine allows, and runs checks in them.
 
-``docs/sandbox.md`` describes the three levels (``namespaces``, ``landlock``, ``limits``) and what none of them prevents.
-README.md of this package shows the processes.
+``docs/sandbox.md`` describes the three levels (``namespaces``, ``landlock``, ``limits``) and the attacks that none of them
+prevents. README.md of this package shows the processes.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from megatron_rasft.types import CodeTests, Verdict
 from megatron_rasft.verify.programs.launcher import HEAVY, Allowance
 
 LEVELS: tuple[SandboxLevel, ...] = get_args(SandboxLevel)
-"""Strongest first."""
+"""Sandbox levels, strongest first."""
 
 # The folder that holds megatron_rasft. The launcher imports from it without any .pth file or PYTHONPATH
 _PACKAGE_PARENT = Path(__file__).resolve().parents[3]
@@ -47,12 +47,12 @@ _ENVIRONMENT = {
 _PROBE = "import colorsys\ndef f(x): return x * x"
 _PROBE_TESTS = CodeTests(style="asserts", tests=("assert f(3) == 9",), entry_point="f")
 _START_TIMEOUT_S = 120.0
-# The launcher enforces the deadline of a check. If it has not answered this much later, it is replaced
+# Seconds after a check's deadline, which the launcher enforces. A launcher that has not answered by then is replaced
 _GRACE_S = 30.0
 
 
 class SandboxError(RasftError):
-    """This machine does not allow the sandbox level that the user requires."""
+    """Raised if this machine does not allow the required sandbox level."""
 
 
 class Sandbox:
@@ -156,7 +156,7 @@ class Sandbox:
         try:
             return self._launchers[packages].run(request, fds, self.allowance.timeout_s + _GRACE_S)
         except OSError:
-            # The launcher hangs or has ended. This check gets no verdict, the next check a new launcher
+            # The launcher hangs or has ended. This check gets no verdict, and the next check starts a new launcher
             self._launchers.pop(packages).close()
             return "the sandbox broke"
 
@@ -174,7 +174,7 @@ class _LauncherProcess:
         packages: packages that it loads beside the standard library, separated by spaces.
 
     Raises:
-        SandboxError: it does not start, or the machine does not allow the level.
+        SandboxError: the launcher does not start, or the machine does not allow the level.
     """
 
     def __init__(self, level: SandboxLevel, packages: str) -> None:

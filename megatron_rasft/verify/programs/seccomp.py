@@ -2,7 +2,7 @@
 
 The filter is a program in classic BPF. The kernel runs it at every system call of the process that installed it, and of
 its threads and children. It can be neither removed nor weakened. The design is a list of forbidden calls, not of allowed
-ones: Python, numpy and pytest may then use whatever reads and computes.
+ones: Python, numpy and pytest may then use all calls that only read or compute.
 """
 
 import ctypes
@@ -75,7 +75,7 @@ def filter_system_calls(
     program.deny_unless_all_bits("clone", 0, 0x10000)
     for name in ("kill", "tgkill"):
         program.deny_unless_equal(name, 0, own)
-    # Process id 0 is the caller
+    # Process id 0 means the calling process
     for name in ("prlimit64", *_SCHEDULES):
         program.deny_unless_equal(name, 0, 0, own)
     program.deny_if_equal("fcntl", 1, *_OWNS_BY_FCNTL)
@@ -151,7 +151,7 @@ class _Filter:
         packed = b"".join(struct.pack("=HBBI", *instruction) for instruction in code)
         buffer = ctypes.create_string_buffer(packed)
         program = struct.pack("HxxxxxxP", len(code), ctypes.addressof(buffer))
-        # The kernel requires it of a process without privileges that installs a filter
+        # The kernel requires this before a process without privileges may install a filter
         kernel_calls.prctl(kernel_calls.PR_SET_NO_NEW_PRIVS, 1, "PR_SET_NO_NEW_PRIVS")
         mode_filter = 2
         done = kernel_calls.LIBC.prctl(kernel_calls.PR_SET_SECCOMP, mode_filter, program, 0, 0)

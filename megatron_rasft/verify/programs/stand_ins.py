@@ -53,10 +53,10 @@ class TesterSide(Codec):
         self._exported: dict[int, Any] = {}
         self._stand_ins: dict[int, Any] = {}
         self.fault: BaseException | None = None
-        """The first CandidateEndedError or CannotCrossError. Kept because tests may catch the exception itself."""
+        """The first CandidateEndedError or CannotCrossError. It is kept here because tests may catch the exception."""
 
         self.num_uses = 0
-        """Operations on the program's objects so far. Tests that pass with 0 do not check the program."""
+        """Number of operations on the program's objects so far. Tests that pass without any do not check the program."""
 
     def started(self) -> str:
         """Waits until the program has been loaded. Returns the error that ended it, or an empty string."""
@@ -85,7 +85,7 @@ class TesterSide(Codec):
         return self._ask(operation, target, *args, **keywords)
 
     def reference(self, value: Any) -> dict[str, Any]:
-        """Names a value of the tests: "receiver" is an object of the program, "sender" stays in this process."""
+        """Returns a JSON name for a value: side "receiver" for an object of the program, "sender" for an object of this process."""
         if isinstance(value, _STAND_INS):
             return {"t": "receiver", "v": _number_of(value)}
         if isinstance(value, type) and issubclass(value, BaseException) and "_number" in vars(value):
@@ -280,7 +280,7 @@ class RemoteObject:
     """The stand-in of an object in the program's process.
 
     The program must neither see the expected value nor decide whether its result matches. So comparison with a plain
-    value is always unequal, order and arithmetic with one raise TypeError, and ``in`` iterates over the object instead
+    value is always unequal, order and arithmetic with a plain value raise TypeError, and ``in`` iterates over the object instead
     of calling its ``__contains__``. Operators between two objects of the program are the program's.
     """
 
@@ -289,7 +289,7 @@ class RemoteObject:
         object.__setattr__(self, "_number", number)
 
     def __getattr__(self, name: str) -> Any:
-        # Not sent: pytest and unittest look for their own attributes on every object they handle
+        # Not sent to the program: pytest and unittest look for their own attributes on every object
         is_private = name.startswith("__") and name not in _VISIBLE_DUNDERS
         if is_private or name.startswith(("_pytest", "pytest")):
             raise AttributeError(name)

@@ -1,6 +1,6 @@
 """The tester: the process that runs the tests and gives the verdict.
 
-It never runs a line of the program. The names that the tests use of the program are bound to stand-ins.
+It never runs a line of the program. The program's names are bound to stand-ins in the tests.
 """
 
 import ast
@@ -88,14 +88,14 @@ def _compare_empty_arrays_as_different(tests: CodeTests) -> None:
 
 
 def _refusing_empty(compare: Callable[..., Any], numpy: Any) -> Callable[..., Any]:
-    """Returns ``compare`` with one change: an empty array and one that is not empty are different."""
+    """Returns ``compare`` with one change: an empty array differs from every array that is not empty."""
     signature = inspect.signature(compare)
 
     def comparison(*args: Any, **keywords: Any) -> Any:
         call = signature.bind(*args, **keywords)
         sizes = set()
         for name in list(call.arguments)[:2]:
-            # Converted here once: an object of the program could give another array when numpy asks again
+            # Converted only once, because an object of the program could return another array at the second conversion
             array = call.arguments[name] = numpy.asanyarray(call.arguments[name])
             sizes.add(bool(array.size))
         if len(sizes) == 1:
@@ -192,11 +192,14 @@ def _call_all(functions: list[str], module: types.ModuleType) -> tuple[Verdict, 
 
 def _run_by_pytest(module: types.ModuleType, pytest: Any) -> tuple[Verdict, str]:
     outcomes = _Outcomes(module, pytest)
-    # pytest collects files that exist. This one, of pytest itself, is readable and imports nothing
+    # pytest collects only existing files. This file of pytest itself is readable and imports nothing
     anchor = Path(pytest.__file__).with_name("py.typed")
     options = "--capture=sys -p no:cacheprovider -p no:faulthandler -p no:junitxml".split()
     if not _opens_null():
-        options += ["-p", "no:logging"]  # it writes to /dev/null, which the level "limits" does not allow
+        options += [
+            "-p",
+            "no:logging",
+        ]  # disabled because it writes to /dev/null, which the level "limits" does not allow
     # Without these, pytest would look for configuration files in folders that are not readable
     options += ["-c", os.devnull, "--rootdir", str(anchor.parent), "--confcutdir", str(anchor.parent)]
     try:
@@ -253,7 +256,7 @@ class _Outcomes:
         self.num_passed = 0
         self.failure = ""
 
-        # A class defined here, because its base exists only if pytest is installed
+        # The class is defined here because its base exists only if pytest is installed
         class InMemory(pytest.Module):  # type: ignore[misc,name-defined]
             def _getobj(self) -> types.ModuleType:
                 return module
@@ -311,7 +314,7 @@ _RUNNERS: dict[str, Callable[[CodeTests, TesterSide], tuple[Verdict, str]]] = {
 
 
 def _names_of_program(sources: Iterable[str], entry_point: str, side: TesterSide) -> dict[str, Any]:
-    """Returns the program's values of the names that the tests read, but neither define nor find among the builtins.
+    """Returns name -> the program's value, for names that the tests read and that neither they nor the builtins define.
 
     So a program cannot replace ``sorted`` or ``abs`` for the tests, unless that is its entry point.
     """
