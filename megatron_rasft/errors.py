@@ -6,7 +6,7 @@ class RasftError(Exception):
 
 
 def first_line(error: BaseException, if_empty: str | None = None) -> str:
-    """The first line of an error's message that is not blank. Libraries append pages of context, which hide it.
+    """The first line of an error's message that is not blank. Libraries append pages of context, which would hide it.
 
     Args:
         error: any exception.
@@ -37,7 +37,7 @@ class ServerError(RolloutError):
 
     Args:
         server: the address of the server.
-        reason: what happened, without the address.
+        reason: the fault, without the address.
         status: the HTTP status of the answer; None without an answer.
     """
 
@@ -49,4 +49,4 @@ class ServerError(RolloutError):
 
 
 class FailedElsewhere(Exception):
-    """Raised on every other rank when one rank fails. The failing rank reports its own error."""
+    """Raised on all other ranks when a rank fails. The failing rank raises its own error."""

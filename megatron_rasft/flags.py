@@ -33,12 +33,12 @@ class Range:
     above: float | None = None
     at_most: float | None = None
     below: float | None = None
-    """Infinity here accepts every finite number."""
+    """Upper bound, exclusive. Infinity accepts every finite number."""
     advice: str = ""
-    """Last sentence of the error about a value outside the range. Unset: names the default of the flag."""
+    """Last sentence of the error about a value outside the range. Unset: a sentence that names the flag's default."""
 
     def __contains__(self, value: float) -> bool:
-        # Every comparison with NaN is false, so NaN is refused as long as there is a bound.
+        # Every comparison with NaN is false, so NaN is refused if there is a bound.
         return (
             (self.at_least is None or value >= self.at_least)
             and (self.above is None or value > self.above)
@@ -67,7 +67,7 @@ class OneOf:
     values: tuple[Any, ...]
     advice: str = ""
     meanings: str = ""
-    """Explains the values; --help shows it after the help text of the field."""
+    """Explanation of the values. --help shows it after the field's help text."""
 
     def __contains__(self, value: Any) -> bool:
         return value in self.values
@@ -170,7 +170,7 @@ def _rule(hint: Any) -> Range | OneOf | None:
 def _field_docs(kind: type) -> dict[str, str]:
     """Field name -> the string literal that follows the field in the source of the class."""
     (tree,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
-    assert isinstance(tree, ast.ClassDef), "getsource of a class is a class"
+    assert isinstance(tree, ast.ClassDef), "the source of a class must parse as a class"
     docs = {}
     for node, following in zip(tree.body, tree.body[1:], strict=False):
         if (

@@ -1,6 +1,6 @@
 """Metric names: the package that computes the metric, the quantity, and its unit unless it is a count or a share.
 
-A mean is divided once, after its sum and count have been added up over the global batch.
+A mean is computed once, from sum and count over the global batch.
 """
 
 LOSS = "objective/loss"

@@ -44,7 +44,7 @@ class CodeTests:
 
 
 Check = str | CodeTests
-"""The means to check a response: a gold answer or tests."""
+"""The check of a response: a gold answer or tests."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -71,7 +71,7 @@ class Demonstration:
 
     @property
     def check(self) -> Check:
-        """The means to check rollouts: tests or gold answer, "" if the row has neither."""
+        """The check of rollouts: tests or gold answer; "" if the row has neither."""
         return self.tests or self.answer or ""
 
 
@@ -83,10 +83,10 @@ class Rollout:
     sample_index: int
     """Index in its group, 0 .. num_samples - 1."""
     weight_version: int
-    """Number of optimizer steps of the weights that sampled it."""
+    """Version (optimizer steps) of the weights that sampled the rollout."""
     prompt_ids: list[int]
     response_ids: list[int]
-    """Sampled token ids. End-of-sequence is the last one only if the policy produced it."""
+    """Sampled token ids. The last token is end-of-sequence only if the policy produced it."""
     response_logprobs: list[float]
     """Log-probability of each response token under softmax(logits / temperature), before top-p, in nats."""
     finish_reason: FinishReason
@@ -97,17 +97,17 @@ class Rollout:
     verdict_reason: str = ""
     """Short explanation of the verdict, for the rollout store and the report."""
     filtered_by: str = ""
-    """Name of the quality filter that rejected it; "" if no filter did."""
+    """Name of the quality filter that rejected the rollout; "" if none did."""
     weight: float = 0.0
-    """Objective weight A in training; 0 if it is not trained on."""
+    """Objective weight A in training; 0 if the rollout is not trained on."""
     policy_age: int = 0
-    """Optimizer steps from the weights that sampled it to those of the refresh that uses it."""
+    """Optimizer steps between the weights that sampled the rollout and the refresh that uses it."""
 
 
 def counts_as_attempt(num_tokens: int, finish_reason: str, verdict: str | None) -> bool:
-    """Returns whether a rollout counts in the solve rate: it was delivered, and the verifier decided on it.
+    """Returns whether a rollout counts in the solve rate: it has a response, and the verifier decided on it.
 
-    Aborted and empty responses are failures of the rollout engine, and a timeout is one of the verifier. Neither must
+    Aborted and empty responses are failures of the rollout engine, and a timeout is a failure of the verifier. Neither must
     count as a wrong answer. A response that is truncated or has no checkable answer counts as a failed attempt.
     """
     return num_tokens > 0 and finish_reason != "abort" and verdict != "timeout"
@@ -126,16 +126,16 @@ class SamplingParams:
     num_samples: int
     """Responses per prompt."""
     max_new_tokens: int
-    """Most tokens of a response."""
+    """Maximum number of tokens of a response."""
     temperature: float
     top_p: float
     repetition_penalty: float
     stop_ids: frozenset[int]
     max_batch_size: int | None
-    """Sequences that one replica of the trainer's model decodes at once; None for as many as fit into its memory.
-    Rollout servers ignore it."""
+    """Number of sequences that one replica of the trainer's model decodes at once; None for as many as fit into memory.
+    Rollout servers ignore this."""
     max_total_tokens: int | None = None
-    """Most tokens of prompt and response together; None for no limit. Longer prompts then get shorter responses."""
+    """Maximum number of tokens of prompt plus response; None for no limit. Longer prompts then get shorter responses."""
 
     def max_response_tokens(self, prompt_len: int) -> int:
         """The longest response to a prompt of ``prompt_len`` tokens: at least 1 token."""

@@ -104,8 +104,8 @@ class RasftConfig:
         return self.samples_rollouts or bool(self.heldout.heldout_data)
 
     def as_dict(self) -> dict[str, Any]:
-        """The values of the flags, section by section; of the objectives' flags those of the chosen objective."""
+        """The values of the flags by section. Only the chosen objective's flags are included."""
         sections = asdict(self)
-        # One section in config.json: its readers look up the objective's name beside the objective's flags.
+        # Name and flags of the objective share a section in config.json, because its readers look them up together.
         sections["objective"] |= sections.pop("loss")
         return sections

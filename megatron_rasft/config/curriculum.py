@@ -13,16 +13,16 @@ _ASCENDING = (
     ("high_start", "ceiling"),
     ("high_end", "ceiling"),
 )
-"""Pairs of quantiles of which the first must not exceed the second."""
+"""Pairs of quantiles. The first of a pair must not exceed the second."""
 
 
 @dataclass(kw_only=True)
 class CurriculumConfig(FlagSection):
     """Choice of the problems that get rollouts at a refresh.
 
-    The difficulty of a problem is the current policy's mean cross-entropy on its demonstration, in nats per token. The quantiles are
-    those of the difficulties of a calibration sample under the initial policy. The band of difficulties that are sampled slides from
-    its start to its end linearly over training. All flags but the mode are used in mode ``band`` only.
+    The difficulty of a problem is the current policy's mean cross-entropy on its demonstration, in nats per token. The quantiles
+    refer to the difficulties of a calibration sample under the initial policy. The band of difficulties that are sampled slides
+    from its start to its end linearly over training. All flags but the mode are used in mode ``band`` only.
     """
 
     curriculum_mode: Literal["all", "band", "off"] = "all"

@@ -48,7 +48,7 @@ class DataConfig(FlagSection):
     row has it and the problem does not mention it. "" appends neither."""
 
     data_system_prompt: str | None = None
-    """System message of every prompt that has none. Unset: the default of the chat template."""
+    """System message for prompts without a system message. Unset: the default of the chat template."""
 
     data_overlong: Literal["drop", "refuse"] = "drop"
     """Treatment of a row whose prompt and response exceed the sequence length. drop: count it and train without it; refuse: stop
@@ -61,10 +61,10 @@ class DataConfig(FlagSection):
     data_cache: str | None = None
     """Folder for the tokenized rows, so that a restart does not tokenize again. They are identified by the content of the data, the
     tokenizer and the flags; several runs may share a folder. It takes about twice the size of the data. Unset: data_cache in
-    --save. "" keeps none."""
+    --save. "" turns the cache off."""
 
     data_seed: NonNegativeInt = 1234
-    """Seed of the order of the problems."""
+    """Seed for the order of the problems."""
 
     data_epochs: PositiveInt = 1
     """Number of times that each problem is trained on. To stop earlier use Megatron's --train-iters."""

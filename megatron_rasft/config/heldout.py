@@ -15,7 +15,7 @@ class HeldoutConfig(FlagSection):
     step."""
 
     heldout_interval: NonNegativeInt = 0
-    """Steps between further measurements; 0: none."""
+    """Steps between further measurements; 0 makes no further ones."""
 
     heldout_num_samples: PositiveInt = 1
     """Responses per held-out problem; the solve rate is their mean (avg@k)."""
@@ -28,5 +28,5 @@ class HeldoutConfig(FlagSection):
         if self.heldout_num_samples > 1 and self.heldout_temperature == 0:
             raise self.refusal(
                 "heldout_num_samples",
-                "at --heldout-temperature 0 would draw the same response each time. Use one sample, or a temperature above 0.",
+                "at --heldout-temperature 0 would give the same response each time. Use one sample, or a temperature above 0.",
             )

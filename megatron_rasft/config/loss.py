@@ -7,12 +7,12 @@ from megatron_rasft.flags import FlagSection, NonNegativeInt, OneOf
 from megatron_rasft.objective.families import OBJECTIVES, describe_objectives
 
 LOGITS_BYTES = 3 << 30
-"""Logits that the fused kernels keep at a time if --objective-logprob-chunk-tokens is unset, and as many of the reference under a
-full-vocabulary KL. All logits of a micro-batch of 8,192 tokens fit up to a vocabulary of 196,000 a rank, so that none is computed
-twice."""
+"""Maximum bytes of logits that the fused kernels keep at a time if --objective-logprob-chunk-tokens is unset. With a
+full-vocabulary KL the reference's logits take the same again. All logits of a micro-batch of 8,192 tokens fit for a vocabulary
+of up to 196,000 per rank. They are then not computed twice."""
 
 PLAIN_CHUNK_TOKENS = 1024
-"""Tokens whose logits the plain operators keep at a time if --objective-logprob-chunk-tokens is unset."""
+"""Number of tokens whose logits the plain operators keep at a time if --objective-logprob-chunk-tokens is unset."""
 
 
 @dataclass(kw_only=True)
@@ -24,15 +24,15 @@ class LossConfig(FlagSection):
 
     objective_logprob_chunk_tokens: NonNegativeInt | None = None
     """Tokens per vocabulary projection: logits exist for this many tokens at a time and are recomputed in the backward pass.
-    Smaller saves memory; 0 projects all tokens at once, which saves the recomputation. Unset: as many as fit 3 GiB of logits on
-    a GPU, 1024 on a CPU."""
+    A smaller value saves memory; 0 projects all tokens at once, which saves the recomputation. Unset: as many as fit 3 GiB of
+    logits on a GPU, 1024 on a CPU."""
 
     objective_logprob_kernels: Literal["auto", "fused", "plain"] = "auto"
-    """Implementation of log-probabilities and KL. fused: Triton kernels, 6 to 10 bytes of memory traffic a logit; plain: torch
-    operators, 48 and more; auto: fused on a GPU, plain on a CPU."""
+    """Implementation of log-probabilities and KL. fused: Triton kernels, 6 to 10 bytes of memory traffic per logit; plain: torch
+    operators, 48 bytes or more; auto: fused on a GPU, plain on a CPU."""
 
 
 def fused_chunk_tokens(num_tokens: int, bytes_per_token: int) -> int:
-    """Tokens whose logits are kept at a time: equal parts of at most ``LOGITS_BYTES``; 0 for all at once."""
+    """Returns the number of tokens whose logits are kept at a time: equal parts of at most ``LOGITS_BYTES``; 0 for all."""
     num_chunks = -(-num_tokens * bytes_per_token // LOGITS_BYTES)
     return 0 if num_chunks <= 1 else -(-num_tokens // num_chunks)

@@ -1,4 +1,4 @@
-"""The parser of the command line, and the flags that it gets from the sections (``megatron_rasft/flags.py``)."""
+"""The parser of the command line, and the functions that add the flags of the sections (``megatron_rasft/flags.py``)."""
 
 import argparse
 import difflib
@@ -28,7 +28,7 @@ class _WholeFlags(argparse.HelpFormatter):
 
 
 class FlagParser(argparse.ArgumentParser):
-    """Reports a mistake as a ValueError of one line, which suggests the flag or the choice with the most similar name.
+    """A parser that reports a mistake as a ValueError of one line, which suggests the most similar flag or choice.
 
     The parsed namespace has an attribute ``given_flags``: attribute name -> flag as typed, for the flags on the command line.
     """

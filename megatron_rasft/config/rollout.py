@@ -45,11 +45,11 @@ class RolloutConfig(FlagSection):
     fits the free memory, on a CPU 64. It changes the responses by rounding only."""
 
     rollout_seed: NonNegativeInt = 1234
-    """Seed of sampling. The draws of each response depend on this seed, the problem, the step of the weights and the response's
-    number only."""
+    """Seed of sampling. The draws of a response depend only on this seed, the problem, the step of the weights and the response's
+    number."""
 
     rollout_store: str | None = None
-    """File that every rollout is appended to (.jsonl). Unset: rollouts.jsonl in --save; without --save none are stored."""
+    """File to which every rollout is appended (.jsonl). Unset: rollouts.jsonl in --save; without --save rollouts are not stored."""
 
     rollout_replay: list[str] = field(default_factory=list)
     """Files of stored rollouts (--rollout-store of earlier runs) for --rollout-engine replay."""
@@ -58,7 +58,7 @@ class RolloutConfig(FlagSection):
     """Addresses of SGLang servers, each http://host:port."""
 
     rollout_server_file: str | None = None
-    """File in which tools/serve_rollouts.py lists its servers. It is read at every refresh, so servers may come and go."""
+    """File in which tools/serve_rollouts.py lists its servers. It is read at every refresh, so servers may be added and removed."""
 
     rollout_api_key_env: str | None = None
     """Environment variable that holds the servers' --api-key. The key itself is not a flag, because flags are logged."""
@@ -67,10 +67,13 @@ class RolloutConfig(FlagSection):
     """Environment variable that holds the servers' --admin-api-key, if they have one."""
 
     rollout_concurrency: PositiveInt = 256
-    """Most requests in flight at one server. The limit of the server itself applies too. One request samples one response."""
+    """Maximum number of running requests per server. The server's own limit applies too. One request samples one response."""
 
     rollout_deadline_s: PositiveFloat = 600.0
-    """Longest time that a server may take for one response, seconds. A slower server counts as hung, and other servers are asked."""
+    """Longest time that a server may take for one response, seconds.
+
+    A slower server counts as hung, and other servers are asked.
+    """
 
     rollout_watch_s: PositiveFloat = 60.0
     """Longest time that a busy server may take to answer a health check, seconds. A slower server counts as hung."""
@@ -87,7 +90,7 @@ class RolloutConfig(FlagSection):
 
     rollout_max_logprob_gap: Annotated[
         float | None,
-        Range(above=0, advice="No two programs agree in every bit. Use inf to accept every server."),
+        Range(above=0, advice="Two programs never agree in every bit. Use inf to accept every server."),
     ] = 0.1
     """Largest mean difference between a server's log-probabilities and the trainer's after a sync, nats per token on a few
     demonstrations. A server with a larger difference is left out. bf16 kernels differ by 0.01 to 0.03."""
@@ -124,7 +127,7 @@ class RolloutConfig(FlagSection):
 
 
 def check_address(text: str, where: str) -> str:
-    """Normalises a server's address, so that two spellings are not taken for two servers.
+    """Normalises a server's address, so that two spellings of it do not count as two servers.
 
     Raises:
         ValueError: ``text`` is not ``http://host:port``; the message begins with ``where``.
@@ -142,5 +145,5 @@ def check_address(text: str, where: str) -> str:
     except ValueError:  # also UnicodeError: no resolver accepts such a host name
         is_address = False
     if not is_address or not text.isprintable() or " " in text:
-        raise ValueError(f"{where}: {text!r} is not the address of a server. Write it as http://host:port.")
+        raise ValueError(f"{where}: {text!r} is not a valid server address. Write it as http://host:port.")
     return f"{parts.scheme}://{f'[{host}]' if ':' in host else host}:{port}"

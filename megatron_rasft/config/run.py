@@ -21,7 +21,7 @@ class RunConfig(FlagSection):
     not exported; they cost computation. Example: SmolLM2 has 3 groups; with 4 it trains on 2 tensor-parallel ranks."""
 
     rasft_refresh_interval: PositiveInt = 32
-    """Steps between refreshes. At a refresh the problems of the next steps are scored, sampled and weighted; 1 samples before
+    """Steps between refreshes. At a refresh the problems of the next steps are scored, sampled and weighted. 1 refreshes before
     every step."""
 
     rasft_batch_layout: Literal["packed", "padded"] = "packed"
@@ -32,4 +32,4 @@ class RunConfig(FlagSection):
     """SQLite file of reference log-probabilities, which later runs reuse. Unset: ref_logprobs.sqlite in --save."""
 
     rasft_metrics: str | None = None
-    """File that every logged number is appended to, one JSON object a line. Unset: metrics.jsonl in --save."""
+    """File to which all logged metrics are appended, one JSON object per line. Unset: metrics.jsonl in --save."""

@@ -10,7 +10,7 @@ from megatron_rasft.config import RasftConfig
 from megatron_rasft.files import write_json, written_to
 
 CONFIG_FILE = "config.json"
-"""File in --save."""
+"""Name of the configuration's file in --save."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +24,7 @@ class SavedConfig:
 
     @classmethod
     def of(cls, args: argparse.Namespace, config: RasftConfig) -> Self:
-        """Takes the values of a running run."""
+        """Collects the values of the present run."""
         return cls(rasft=config.as_dict(), megatron={k: str(v) for k, v in sorted(vars(args).items())})
 
     @classmethod
@@ -32,7 +32,7 @@ class SavedConfig:
         """Reads the configuration of the run that wrote ``save``; None if the folder has no ``CONFIG_FILE``.
 
         Raises:
-            ValueError: the file is not the configuration of a run.
+            ValueError: the file does not hold a run's configuration.
         """
         path = save / CONFIG_FILE
         if not path.is_file():
@@ -44,7 +44,7 @@ class SavedConfig:
         except (ValueError, KeyError, TypeError):
             pass
         raise ValueError(
-            f"{path} is not the configuration of a run. Give the --save folder of a run, or delete this file to continue "
+            f"{path} does not hold the configuration of a run. Give the --save folder of a run, or delete this file to continue "
             "without it."
         )
 
@@ -60,6 +60,6 @@ class SavedConfig:
 
     @property
     def hf_model(self) -> str | None:
-        """The model's folder that the run was started with; None in a file that does not have it."""
+        """The run's --hf-model; None if the file does not hold it."""
         path = self.rasft.get("run", {}).get("hf_model")
         return path if isinstance(path, str) else None

@@ -16,22 +16,23 @@ class SyncConfig(FlagSection):
     servers on the trainer's own GPUs (on a CPU: in the request itself)."""
 
     sync_bucket_mib: PositiveInt = 512
-    """Weights sent at once, MiB. A sync takes at most two such buckets of the trainer's memory and one of a server's (two with
-    SGLang 0.5.17 or older). Larger tensors that belong together (an embedding, gate and up projection) are sent alone. On a CPU
-    the memory is kept for the next sync, unless the system needs it."""
+    """Weights sent at once, MiB. A sync takes the memory of at most two such buckets on the trainer and of one on a server (two
+    with SGLang 0.5.17 or older). Larger tensors that belong together (an embedding, gate and up projection) are sent alone. On
+    a CPU the memory is kept for the next sync, unless the system needs it."""
 
     sync_timeout_s: PositiveFloat = 120.0
     """Longest time that a server may take for one step of a sync (a request, a bucket, joining), seconds. A slower server is left
     out and the sync begins again without it. Keep it well below --distributed-timeout-minutes."""
 
     sync_pause_mode: PauseMode = "abort"
-    """Treatment of running requests during a sync. abort: they end with the tokens they have; retract: they wait and go on with the
-    new weights (from SGLang 0.5.21 on; earlier servers abort); in_place: like retract, but they keep the key-value cache of the old
-    weights."""
+    """Treatment of running requests during a sync. abort: they end with the tokens they have; retract: they wait and continue
+    with the new weights (from SGLang 0.5.21 on; earlier servers abort); in_place: like retract, but they keep the key-value
+    cache of the old weights."""
 
     sync_address: str | None = None
-    """Address at which the servers reach the trainer's node. Unset: the address of --sync-interface, else the address from which the
-    node reaches the servers. Leave it out if pipeline stages are on several nodes, because each node sends its own stages."""
+    """Address at which the servers reach the trainer's node. Unset: the address of --sync-interface, else the address from
+    which the node reaches the servers. Leave it out if pipeline stages are on several nodes, because each node sends its own
+    stages."""
 
     sync_port: Annotated[int, Range(at_least=0, at_most=65535)] = 0
     """First port of the rendezvous with the servers, which takes one port per pipeline stage. 0 takes free ports."""
@@ -45,7 +46,7 @@ class SyncConfig(FlagSection):
     read_back: compare some rows of some tensors (Llama models only); auto: the best proof that these servers support."""
 
     sync_proof_interval: NonNegativeInt = 10
-    """Syncs between two proofs. The first sync and every sync after a failure are always proven; 0: no other sync is."""
+    """Syncs between two proofs. The first sync and every sync after a failure are always proven; 0 proves no other sync."""
 
     sync_disk_folder: str | None = None
     """Folder of --sync-method disk. Trainer and servers must see it under the same path. It keeps the last two versions."""

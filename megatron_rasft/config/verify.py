@@ -20,7 +20,7 @@ class VerifyConfig(FlagSection):
 
     verify_timeout_s: PositiveFloat = 10.0
     """Deadline for grading one rollout, seconds of wall time. After it the worker is killed and the verdict is ``timeout``. The
-    start of a worker does not count."""
+    time for starting a worker is not counted."""
 
     verify_memory_mib: Annotated[
         int, Range(at_least=64, advice="Parsing a formula needs at least this much.")
@@ -31,13 +31,13 @@ class VerifyConfig(FlagSection):
     """Gradings after which a worker is replaced, because sympy's caches grow with every answer."""
 
     verify_max_response_chars: PositiveInt = 200_000
-    """Characters of a response that the grader reads: the last ones, which contain the answer."""
+    """Number of characters at the end of a response that the grader reads; the end contains the answer."""
 
     verify_grade_truncated: bool = False
-    """Grade responses that the length limit cut like finished ones. Off: their verdict is ``wrong`` ("truncated")."""
+    """Grade truncated responses like finished responses. Off: their verdict is ``wrong`` ("truncated")."""
 
     verify_numeric_rel_tolerance: Annotated[
-        float, Range(at_least=0, at_most=0.1, advice="With 0 only equal numbers are equal.")
+        float, Range(at_least=0, at_most=0.1, advice="With 0 the numbers must be exactly equal.")
     ] = 0.0
     """Relative difference up to which two numbers are equal; 0 requires equal numbers. Physics benchmarks with rounded answers
     (Minerva) are commonly scored with 1e-4."""
@@ -47,16 +47,19 @@ class VerifyConfig(FlagSection):
     namespaces, then landlock, then limits. docs/sandbox.md describes them."""
 
     verify_code_timeout_s: PositiveFloat = 20.0
-    """Deadline for one program with all its tests (with one case, if cases are run one by one), seconds of wall time. Its CPU time
-    is limited to 2 s more."""
+    """Deadline for one program with all its tests (or with one case, if cases are run one by one), seconds of wall time. Its
+    CPU time is limited to 2 s more."""
 
     verify_code_memory_mib: Annotated[
         int, Range(at_least=64, advice="Running a program needs at least this much.")
     ] = 1024
-    """Address space that a program may use beyond that of the loaded interpreter, MiB. The tests may use as much again."""
+    """Address space that a program may use beyond that of the loaded interpreter, MiB.
+
+    The tests may use the same amount in addition.
+    """
 
     verify_code_output_mib: PositiveInt = 16
-    """Most that a program may print, return at once, or write to files, MiB."""
+    """Maximum output of a program, MiB: printed, returned at once, or written to files."""
 
     verify_dedup_threshold: Annotated[
         float, Range(above=0, at_most=1, advice="1 removes only responses with the same word n-grams.")
@@ -73,7 +76,7 @@ class VerifyConfig(FlagSection):
     """Shortest response that --verify-filter-too-short keeps, characters without surrounding white space."""
 
     verify_filter_loop_sentences: bool = True
-    """Drop responses that contain one sentence --verify-loop-repeats times."""
+    """Drop responses that contain the same sentence --verify-loop-repeats times."""
 
     verify_loop_sentence_chars: PositiveInt = 12
     """Shortest sentence that --verify-filter-loop-sentences counts, characters."""
@@ -88,11 +91,11 @@ class VerifyConfig(FlagSection):
     """Shortest response that --verify-filter-loop-windows searches, words."""
 
     verify_loop_repeats: Annotated[int, Range(at_least=2, advice="A single occurrence is not a loop.")] = 3
-    """Occurrences that make a loop, of a sentence or of consecutive words."""
+    """Number of occurrences of a sentence, or of consecutive words, that count as a loop."""
 
     verify_filter_self_correction: bool = False
-    """Drop responses with --verify-self-corrections different phrases of self-correction ("wait", "let me recheck"). Off by default,
-    because it drops good long reasoning."""
+    """Drop responses with --verify-self-corrections different phrases of self-correction ("wait", "let me recheck"). Off by
+    default, because it drops good long reasoning."""
 
     verify_self_corrections: PositiveInt = 2
     """Number of different phrases of self-correction from which --verify-filter-self-correction drops a response."""
@@ -101,13 +104,13 @@ class VerifyConfig(FlagSection):
     """Drop responses with more than --verify-max-symbol-frac symbols. Off by default, because it drops good LaTeX."""
 
     verify_max_symbol_frac: Share = 0.42
-    """Largest share of symbols that --verify-filter-symbols keeps: characters that are neither letters nor digits, of all characters
-    except white space."""
+    """Largest share of symbols that --verify-filter-symbols keeps: characters that are neither letters nor digits, of all
+    characters except white space."""
 
     verify_filter_shortcut: bool = False
     """Drop responses that state an answer without deriving it: with a phrase such as "the correct answer is", with a boxed option
-    letter in fewer than --verify-shortcut-option-chars characters, or with any box in fewer than --verify-shortcut-box-chars. Off by
-    default, because short word problems have short correct solutions."""
+    letter in fewer than --verify-shortcut-option-chars characters, or with any box in fewer than --verify-shortcut-box-chars.
+    Off by default, because short word problems have short correct solutions."""
 
     verify_shortcut_option_chars: NonNegativeInt = 180
     """Length below which --verify-filter-shortcut drops a response with a boxed option letter, characters."""
@@ -126,8 +129,8 @@ class VerifyConfig(FlagSection):
 def published_filters() -> dict[str, Any]:
     """Values of ``VerifyConfig`` for the filters and the de-duplication of the published script.
 
-    Use them as ``VerifyConfig(**published_filters())``, or as ``dataclasses.replace(config, **published_filters())`` to keep a run's
-    workers and limits.
+    Use them as ``VerifyConfig(**published_filters())``, or as ``dataclasses.replace(config, **published_filters())`` to keep a
+    run's workers and limits.
     """
     return {
         "verify_dedup_threshold": 0.82,

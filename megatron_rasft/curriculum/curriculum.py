@@ -1,7 +1,7 @@
-"""The curriculum: which problems come next, which of them get rollouts, how well each has been solved so far.
+"""The curriculum: which problems come next, which of them get rollouts, and how often each has been solved.
 
-Rank 0 only. Every random choice has a generator of its own, seeded by the run's seed and the purpose of the choice. The state
-therefore holds no generator, and a resumed run chooses like an uninterrupted one.
+Rank 0 only. Every random choice uses a new generator, seeded by the run's seed and the purpose of the choice. The state
+therefore holds no generator, and a resumed run makes the same choices as an uninterrupted run.
 """
 
 import hashlib
@@ -21,12 +21,12 @@ STATE_VERSION = 1
 
 @dataclass(frozen=True, slots=True)
 class Solvability:
-    """One problem's solve rate over all refreshes so far. Each refresh discounts the samples of those before it."""
+    """One problem's solve rate over all refreshes so far. Each refresh discounts the samples of earlier refreshes."""
 
     solve_rate: float
     """Discounted number of correct samples / ``num_samples``."""
     num_samples: float
-    """Discounted number of samples; not a whole number."""
+    """Discounted number of samples, usually not an integer."""
     refresh: int
     """Number of the refresh that sampled the problem last."""
     num_refreshes: int
@@ -34,7 +34,7 @@ class Solvability:
 
 
 def count_of_share(share: float, size: int) -> int:
-    """``share * size`` rounded to the nearest whole number, halves up, and at least 1 unless one of the two is 0."""
+    """``share * size`` rounded to the nearest whole number, halves up, and at least 1 unless ``share`` or ``size`` is 0."""
     if share <= 0 or size <= 0:
         return 0
     return min(size, max(1, math.floor(share * size + 0.5)))
@@ -45,13 +45,13 @@ class Curriculum:
 
     One refresh calls ``next_problems``, in mode band ``route`` with the problems' difficulties, ``choose_for_rollouts``, and
     ``record`` for each sampled problem once its rollouts are verified. ``remembered`` returns the discounted record
-    so far: call it before ``record`` to get that of earlier refreshes alone.
+    so far: call it before ``record`` to get the record of earlier refreshes only.
 
     Args:
         problem_ids: all problems of the run, each once, in the order of the data.
         config: the curriculum's flags.
         seed: --data-seed. Orders, calibration sample and choices depend on it.
-        memory: --weighting-memory, 0 .. 1: the factor by which a refresh discounts the samples of those before it.
+        memory: --weighting-memory, 0 .. 1: the factor by which a refresh discounts the samples of earlier refreshes.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Curriculum:
         self._refresh = 0
         self._thresholds: Thresholds | None = None
         self._solvability: dict[str, Solvability] = {}
-        self._hard_pool: dict[str, None] = {}  # a set in the order of insertion
+        self._hard_pool: dict[str, None] = {}  # a dictionary, used as a set that keeps the order of insertion
         self._order = self._shuffled(f"epoch {self._epoch}")
         self._fingerprint = _fingerprint(self._problem_ids)
 
@@ -87,7 +87,7 @@ class Curriculum:
 
     @property
     def num_remaining(self) -> int:
-        """Problems of this epoch that are still to come; with 0 the next refresh opens a new epoch."""
+        """Number of problems left in this epoch; if 0, the next refresh begins a new epoch."""
         return len(self._order) - self._cursor
 
     @property
@@ -107,7 +107,7 @@ class Curriculum:
 
     @property
     def solvability(self) -> Mapping[str, Solvability]:
-        """Problem -> its record, for every problem that was sampled so far."""
+        """Problem -> its record, for every problem that has been sampled."""
         return self._solvability
 
     # ---- calibration
@@ -123,9 +123,9 @@ class Curriculum:
     # ---- one refresh
 
     def next_problems(self, num_problems: int) -> list[str]:
-        """The next ``num_problems`` problems of this epoch, or those that are left of it, and always at least one.
+        """Returns the next ``num_problems`` problems of this epoch, or fewer at its end, but at least one.
 
-        A new epoch begins, in a new order, when the last one has no problems left.
+        A new epoch begins, in a new order, when the last epoch has no problems left.
         """
         if num_problems < 1:
             raise ValueError(f"a refresh needs at least one problem, got {num_problems}.")
@@ -169,7 +169,7 @@ class Curriculum:
         """The problems that get rollouts at this refresh, each once. A second call within a refresh returns the same.
 
         - Mode all: every problem of the refresh, whatever its route.
-        - Mode off: none.
+        - Mode off: no problem.
         - Mode band: a random share of the middle problems, in the order of the refresh. Then a share of the hard pool, where
           the problems that were not sampled for longest come first. A hard problem that the refresh does not train is only
           probed: its record counts when it is trained next.
@@ -192,7 +192,7 @@ class Curriculum:
         return [middle[position] for position in sorted(positions)] + by_staleness[:num_hard]
 
     def record(self, problem_id: str, num_correct: int, num_samples: int) -> None:
-        """Adds the verified rollouts of this refresh to a problem's record. Without samples the record stays as it is."""
+        """Adds the verified rollouts of this refresh to a problem's record. Without samples the record does not change."""
         self._check_known(problem_id)
         if not 0 <= num_correct <= num_samples:
             raise ValueError(
@@ -200,7 +200,7 @@ class Curriculum:
                 f"got {num_correct}."
             )
         if num_samples == 0:
-            return  # all failed, which is no evidence
+            return  # every rollout failed, so there is no evidence
         correct, samples, count = float(num_correct), float(num_samples), 1
         remembered = self.remembered(problem_id)
         if remembered is not None:
@@ -213,7 +213,7 @@ class Curriculum:
         self._solvability[problem_id] = Solvability(solve_rate, samples, self._refresh, count)
 
     def remembered(self, problem_id: str) -> tuple[float, float] | None:
-        """The evidence to which the next rollouts of a problem are added; None if it was never sampled.
+        """The earlier record to which the next rollouts of a problem are added; None if it was never sampled.
 
         Returns:
             Solve rate, and the number of samples discounted by ``memory``. This is the only place that discounts.
@@ -224,7 +224,7 @@ class Curriculum:
     # ---- checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that later choices depend on besides the problems and the flags, as JSON values."""
+        """The state on which later choices depend, besides problems and flags, as JSON values."""
         return {
             "version": STATE_VERSION,
             "problems": self._fingerprint,
@@ -245,7 +245,7 @@ class Curriculum:
         """Continues from ``state_dict()``, with the seed of the run that made it.
 
         Raises:
-            CheckpointError: the state has another format or belongs to other problems. Nothing is changed then.
+            CheckpointError: the state has another format or belongs to other problems. The curriculum is then unchanged.
         """
         if state.get("version") != STATE_VERSION:
             raise CheckpointError(
@@ -254,7 +254,7 @@ class Curriculum:
             )
         if state["problems"] != self._fingerprint:
             raise CheckpointError(
-                f"the checkpoint's problems ({state['problems']}) are not those of --train-data "
+                f"the checkpoint's problems ({state['problems']}) differ from those of --train-data "
                 f"({self._fingerprint}). Resume with the same data, or start a new run from the checkpoint's weights."
             )
         self._seed = state["seed"]
@@ -269,7 +269,7 @@ class Curriculum:
     # ---- internal
 
     def _random(self, purpose: str) -> random.Random:
-        # random.Random hashes a text seed with SHA-512: the same numbers on every machine, whatever PYTHONHASHSEED is.
+        # random.Random hashes a text seed with SHA-512, so the numbers are the same on every machine, for any PYTHONHASHSEED.
         return random.Random(f"curriculum {self._seed} {purpose}")
 
     def _shuffled(self, purpose: str) -> list[str]:
@@ -291,6 +291,6 @@ def _fingerprint(problem_ids: Sequence[str]) -> str:
     digest = hashlib.sha256()
     for problem_id in problem_ids:
         encoded = problem_id.encode("utf-8", "surrogatepass")
-        # With its length in front, an id cannot be confused with two shorter ones.
+        # Each id is preceded by its length, so that two lists of ids cannot give the same bytes.
         digest.update(len(encoded).to_bytes(8, "big") + encoded)
     return f"{len(problem_ids)} problems, {digest.hexdigest()[:16]}"

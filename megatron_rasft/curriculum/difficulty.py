@@ -1,4 +1,4 @@
-"""From difficulties to routes: thresholds, fixed by a calibration sample, and the difficulty band that slides between them.
+"""Turns difficulties into routes: by thresholds from a calibration sample and a difficulty band that slides between them.
 
 A problem's difficulty is the mean cross-entropy of its demonstration's response under the current policy, in nats per token.
 """
@@ -12,7 +12,7 @@ from megatron_rasft.config.curriculum import CurriculumConfig
 
 Route = Literal["easy", "middle", "hard", "rest"]
 """easy: at or below the floor. middle: inside the band; a share of these problems gets rollouts. hard: above the band, up to the
-ceiling; these problems form the hard pool. rest: all others. Problems that are easy or rest never get rollouts."""
+ceiling; these problems form the hard pool. rest: all others. Problems of the routes easy and rest never get rollouts."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,7 +48,7 @@ def calibrate_thresholds(difficulties: Iterable[float], config: CurriculumConfig
     ordered = sorted(difficulties)
     if not ordered or not all(math.isfinite(d) for d in ordered):
         raise ValueError(
-            f"the curriculum's calibration needs finite difficulties, got {len(ordered)} of which "
+            f"the curriculum's calibration needs finite difficulties, got {len(ordered)}, of which "
             f"{sum(not math.isfinite(d) for d in ordered)} are not: check the model's loss on them."
         )
     return Thresholds(
@@ -70,7 +70,7 @@ def difficulty_band(thresholds: Thresholds, progress: float) -> tuple[float, flo
 
 
 def route_difficulty(difficulty: float, thresholds: Thresholds, progress: float) -> Route:
-    """The route of a problem of this difficulty. The edges of the band belong to it, the floor is easy, the ceiling is hard."""
+    """The route of a problem of this difficulty. The edges of the band are middle, the floor is easy, and the ceiling is hard."""
     low, high = difficulty_band(thresholds, progress)
     if difficulty <= thresholds.easy_floor:
         return "easy"

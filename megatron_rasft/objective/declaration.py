@@ -1,4 +1,4 @@
-"""The base class of the objectives. Imports no torch, because flags are parsed and clusters are planned without it."""
+"""The base class of the objectives. Does not import torch, because parsing flags and capacity planning work without it."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,10 +15,10 @@ UNSAMPLED_WEIGHT = 1.0
 """Weight of the demonstration of a problem without rollouts."""
 
 Deduplicate = Callable[[Sequence[str]], Sequence[int]]
-"""Texts -> indices of the distinct ones. Of several near-duplicates the first is kept."""
+"""A function: texts -> indices of the distinct texts. The first of several near-duplicates is kept."""
 
 Similarity = Callable[[str, str], float]
-"""Two texts -> 0 (nothing in common) to 1 (equal)."""
+"""A function: two texts -> their similarity, from 0 (nothing in common) to 1 (equal)."""
 
 
 class KLTerm(NamedTuple):
@@ -32,7 +32,7 @@ class RatioRule(NamedTuple):
     """How an importance ratio is computed: clip(exp(power * difference of log-probabilities), clip_low, clip_high)."""
 
     level: Literal["sequence", "token", "off"]
-    """sequence: from the means over each response; token: from each token; off: the ratio is 1."""
+    """sequence: one ratio from the means over each response; token: one ratio per token; off: the ratio is 1."""
     direction: Literal["ref_over_policy", "policy_over_ref"]
     power: float
     clip_low: float
@@ -49,7 +49,7 @@ class SampledProblem:
     weighting: "WeightingConfig"
 
     remembered: tuple[float, float] | None
-    """(solve rate, number of samples) of earlier refreshes, discounted; None if there were none."""
+    """Discounted (solve rate, number of samples) of earlier refreshes; None for a problem that was never sampled."""
 
     deduplicate: Deduplicate
 
@@ -61,10 +61,10 @@ class SampleWeights:
     """The weight A of each sequence that one problem contributes to training."""
 
     demonstration: float | None = UNSAMPLED_WEIGHT
-    """None: the demonstration is not trained on."""
+    """Weight of the demonstration; None if it is not trained on."""
 
     rollouts: dict[int, float]
-    """Index into the group -> weight. The other rollouts are not trained on."""
+    """Index into the group -> weight, for the rollouts that are trained on."""
 
 
 @dataclass(kw_only=True)
@@ -81,7 +81,7 @@ class Objective(FlagSection):
     trains_on: ClassVar[Literal["demonstrations", "rollouts", "both"]] = "demonstrations"
 
     def uses_rollouts(self) -> bool:
-        """Whether problems are sampled for this objective."""
+        """Whether this objective needs rollouts."""
         return self.trains_on != "demonstrations"
 
     def needs_reference_logprobs(self) -> bool:
@@ -101,7 +101,7 @@ class Objective(FlagSection):
         return self.kl_term() is not None
 
     def needs_reference(self) -> bool:
-        """Whether the frozen reference is needed at all."""
+        """Whether the frozen reference is needed for anything."""
         return self.needs_reference_logprobs() or self.needs_reference_distribution()
 
     def weigh(self, problem: SampledProblem) -> SampleWeights:

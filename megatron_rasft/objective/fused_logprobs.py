@@ -30,7 +30,7 @@ class OutputWeight(Protocol):
     """The weight of the vocabulary projection, and the destination of its gradient."""
 
     weight: Tensor
-    """[v/tp, h] the shard of this rank."""
+    """[v/tp, h] this rank's shard of the weight."""
 
     tp_group: ProcessGroup | None
     """Group over which the vocabulary is split."""
@@ -40,7 +40,10 @@ class OutputWeight(Protocol):
     pass of the gather sums it."""
 
     def add_gradient(self, logits_grad: Tensor, hidden: Tensor, *, is_whole: bool) -> None:
-        """Adds ``logits_grad.T @ hidden`` of one chunk, [c, v/tp] and [c, h], in fp32. ``is_whole``: the only chunk."""
+        """Adds ``logits_grad.T @ hidden`` of one chunk, [c, v/tp] and [c, h], in fp32.
+
+        ``is_whole``: whether it is the only chunk.
+        """
         ...
 
     def finish_gradient(self) -> Tensor | None:
@@ -50,7 +53,7 @@ class OutputWeight(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceLogits:
-    """The reference in a KL. It gets no gradient."""
+    """The reference distribution of a KL, which gets no gradient."""
 
     hidden: Tensor
     """[t, h_ref] the reference's hidden states for the same tokens."""
@@ -72,18 +75,18 @@ def fused_logprobs(
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probability of each label, and the exact KL to a reference.
 
-    Runs two all-reduces on ``output.tp_group`` in the forward pass (maxima; sums) and at most one per chunk in the backward pass (the
-    hidden states' gradient). Every rank of the group must call this with the same number of tokens.
+    Runs two all-reduces on ``output.tp_group`` in the forward pass (maxima; sums) and at most one per chunk in the backward
+    pass (the hidden states' gradient). Every rank of the group must call this with the same number of tokens.
 
     Args:
         hidden: [t, h] inputs of the projection, complete on every rank (already gathered under sequence parallelism).
         output: the projection.
         labels: [t] int64 global token ids, already shifted. An id outside [0, vocab_size) gives NaN and no gradient
             through a loss that leaves the token out with ``torch.where``.
-        vocab_size: true size; the padded entries from there on have probability 0.
-        chunk_tokens: tokens whose logits exist at a time; 0 for all. The logits of several chunks are recomputed in the backward
-            pass. The logits of a single chunk are kept for the backward pass, which can then run only once.
-        reference: the other distribution of the KL; None for no KL.
+        vocab_size: true vocabulary size; entries beyond it are padding and have probability 0.
+        chunk_tokens: number of tokens whose logits exist at a time; 0 for all. The logits of several chunks are recomputed in
+            the backward pass. The logits of a single chunk are kept for the backward pass, which can then run only once.
+        reference: the reference distribution of the KL; None without a KL.
 
     Returns:
         logprobs [t] fp32, nats, the same on every rank of the group; KL [t], or None without a reference.
@@ -115,11 +118,13 @@ class _Chunks:
         return len(self.labels) <= self.size
 
     def slices(self) -> Iterator[slice]:
-        for start in range(0, max(len(self.labels), 1), max(self.size, 1)):  # without tokens one empty chunk
+        for start in range(
+            0, max(len(self.labels), 1), max(self.size, 1)
+        ):  # without tokens there is one empty chunk
             yield slice(start, start + self.size)
 
     def logits(self, chunk: slice) -> tuple[Tensor, Tensor | None]:
-        """[c, v/tp] of policy and reference."""
+        """Logits [c, v/tp] of policy and reference; None instead of the reference's without a KL."""
         ref = self.reference
         ref_logits = None if ref is None else ref.hidden[chunk] @ ref.weight.t()
         return self.hidden[chunk] @ self.weight.t(), ref_logits
@@ -166,7 +171,7 @@ class _FusedLogprobs(torch.autograd.Function):
             parts.append(chunks.statistics(chunk, logits, ref_logits))
             if needs_grad and chunks.is_one:
                 ctx.kept = logits, ref_logits
-            del logits, ref_logits  # so that only one chunk's logits exist at a time
+            del logits, ref_logits  # freed here, so that only one chunk's logits exist at a time
         statistics = torch.cat(parts, dim=1)
         logprobs, kl, log_normaliser, kl_term = _combine(statistics, chunks.kind, output.tp_group)
         is_known = (labels >= 0) & (labels < vocab_size)
@@ -212,7 +217,7 @@ def _kept_or_recomputed(ctx: Any, chunk: slice) -> tuple[Tensor, Tensor | None]:
 
 
 def _terms(ctx: Any, grads: tuple[Tensor | None, ...]) -> Tensor:
-    """[2 or 4, t] the argument ``terms`` of ``logits_to_gradient_``."""
+    """Returns the argument ``terms`` of ``logits_to_gradient_``, [2 or 4, t]."""
     rows = [grads[0], ctx.log_normaliser]
     if ctx.chunks.kind != NO_REFERENCE:
         rows += [grads[1], ctx.kl_term]
@@ -240,7 +245,7 @@ def _combine(
     if kind == NO_REFERENCE:
         return logprobs, None, global_max[0] + log_sum, None
     max_gap = global_max[0] - global_max[1]
-    # The logarithm of the quotient, not the difference of the logarithms: exactly 0 for equal sums, and precise near 0.
+    # The logarithm of the quotient is exactly 0 for equal sums and precise near 0. The difference of logarithms is not.
     if kind == FORWARD_KL:
         kl = total[3] / total[2] + max_gap + (total[0] / total[2]).log()
         return logprobs, kl, global_max[0] + log_sum, global_max[1] + total[2].log()

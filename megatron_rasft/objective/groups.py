@@ -1,6 +1,6 @@
 """Counts, rewards and advantages of the rollouts of one problem.
 
-Plain Python on Python floats: rank 0 calls this once per problem.
+This is plain Python on Python floats. Rank 0 calls it once per problem.
 """
 
 import math
@@ -11,7 +11,7 @@ from megatron_rasft.objective.declaration import Deduplicate
 from megatron_rasft.types import Rollout, RolloutGroup, counts_as_attempt, counts_as_solved
 
 STD_EPSILON = 1e-6
-"""Added to the standard deviation of a group's rewards."""
+"""Added to the standard deviation of a group's rewards, so that it can be divided by."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,7 +20,7 @@ class GroupAdvantages:
 
     values: tuple[float, ...]
     is_degenerate: bool
-    """All rewards are equal, so every value is 0. True also for a single reward or none."""
+    """Whether all rewards are equal, so that every value is 0. True also for a single reward or none."""
 
 
 def distinct_texts(texts: Sequence[str]) -> list[int]:
@@ -32,7 +32,7 @@ def distinct_texts(texts: Sequence[str]) -> list[int]:
 
 
 def is_attempt(rollout: Rollout) -> bool:
-    """Whether the rollout says something about the policy (``types.counts_as_attempt``)."""
+    """Whether the rollout counts as an attempt of the policy (``types.counts_as_attempt``)."""
     return counts_as_attempt(len(rollout.response_ids), rollout.finish_reason, rollout.verdict)
 
 
@@ -53,11 +53,11 @@ def distinct_positives(group: RolloutGroup, deduplicate: Deduplicate) -> list[in
 
 
 def count_solved(group: RolloutGroup) -> tuple[int, int]:
-    """(solved, attempts) of a group: the counts that solvability is estimated from.
+    """(solved, attempts) of a group: the counts from which solvability is estimated.
 
     Near-duplicates count, because each is a draw from the policy. A correct answer that a quality filter removed (a guess, a
-    loop) is an attempt that solved nothing. A group without a single verdict of correct or wrong, in which no response was cut
-    by the length limit, has no attempts: the gold answer is then more likely at fault than the policy.
+    loop) is an attempt that solved nothing. A group has no attempts if no verdict is correct or wrong and no response was
+    truncated by the length limit: the gold answer is then more likely at fault than the policy.
     """
     attempts = [r for r in group.rollouts if is_attempt(r)]
     if not any(r.verdict in ("correct", "wrong") or r.finish_reason == "length" for r in attempts):
@@ -68,7 +68,7 @@ def count_solved(group: RolloutGroup) -> tuple[int, int]:
 def judged_rewards(group: RolloutGroup | None) -> tuple[list[int], list[float]]:
     """Indices of the attempts and their rewards, 1 if solved, else 0.
 
-    Both are empty if the verifier judged no attempt, since no reward is known then: the group counts as unsampled.
+    Both are empty if the verifier judged no attempt. No reward is known then, so the group counts as unsampled.
     """
     if group is None or count_solved(group)[1] == 0:
         return [], []
@@ -88,5 +88,5 @@ def grpo_advantages(rewards: Sequence[float]) -> GroupAdvantages:
 
 
 def gft_advantages(rollout_rewards: Sequence[float], demonstration_reward: float = 1.0) -> GroupAdvantages:
-    """Advantages in the group of the demonstration and the rollouts (arXiv 2604.14258), the demonstration's first."""
+    """Advantages of the demonstration and the rollouts as one group (arXiv 2604.14258), the demonstration's first."""
     return grpo_advantages([demonstration_reward, *rollout_rewards])

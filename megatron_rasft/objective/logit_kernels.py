@@ -1,11 +1,12 @@
 """Triton kernels for log-probabilities: two passes over the logits, computed in fp32 for logits of any dtype.
 
-``logit_statistics`` reads the logits once and returns a few numbers per token. ``logits_to_gradient_`` overwrites the logits with their
-gradient. Both are torch operators, so that a dispatch mode can count their memory traffic (benchmarks/logprobs.py), on the meta device
-too. With TRITON_INTERPRET=1 they run on CPU tensors.
+``logit_statistics`` reads the logits once and returns a few numbers per token. ``logits_to_gradient_`` overwrites the logits
+with their gradient. Both are torch operators, so that a dispatch mode can count their memory traffic (benchmarks/logprobs.py),
+also on the meta device. With TRITON_INTERPRET=1 they run on CPU tensors.
 
 The project has its own kernels because none of the existing libraries has a KL divergence over a sharded vocabulary. Transformer
-Engine's cross-entropy and cut-cross-entropy support a sharded vocabulary but no KL, Liger-Kernel a KL but no sharding, quack neither.
+Engine's cross-entropy and cut-cross-entropy support a sharded vocabulary but no KL, Liger-Kernel has a KL but no sharding,
+quack has neither.
 """
 
 from typing import Any
@@ -22,8 +23,8 @@ KL_KINDS: dict[KLDirection | None, int] = {None: NO_REFERENCE, "forward": FORWAR
 """Direction of the KL -> the argument ``kind`` of the operators."""
 
 _TILE = 4096
-"""Logits that one program holds at a time: two vector loads of BF16 for each thread of its eight warps. A tile is a part of one
-token's row, or several rows of a small vocabulary."""
+"""Number of logits that one program holds at a time: two vector loads of BF16 for each thread of its eight warps. A tile is a
+part of one token's row, or several rows of a small vocabulary."""
 
 
 @triton.jit
@@ -56,7 +57,7 @@ def _statistics_kernel(  # type: ignore[no-untyped-def]
     for start in range(0, num_valid, COLUMNS):
         columns = start + tl.arange(0, COLUMNS)
         is_valid = (columns < num_valid)[None, :]
-        # Masked by the width, not by the vocabulary: the width is a multiple of 16, which keeps the loads vector loads.
+        # Loads are masked by the width, not by the vocabulary: the width is a multiple of 16, so they stay vector loads.
         mask = is_token[:, None] & (columns < width)[None, :]
         x = tl.load(logits[:, None] + columns[None, :], mask=mask, other=0.0).to(tl.float32)
         x_valid = tl.where(is_valid, x, float("-inf"))

@@ -1,7 +1,7 @@
 """Log-probabilities and KL from logits sharded over the vocabulary, a chunk of tokens at a time.
 
-Everything is computed in fp32 (fp64 if the logits are fp64). The backward pass recomputes the softmax from the logits, which are saved in
-their own dtype, and one log-normaliser per token.
+Everything is computed in fp32 (fp64 if the logits are fp64). The backward pass recomputes the softmax from the logits, which
+are saved in their own dtype, and one log-normaliser per token.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from megatron_rasft.types import KLDirection
 
 Projection = Callable[[Tensor], Tensor]
-"""[c, h] hidden states -> [c, v/tp] the shard of the logits on this rank."""
+"""A function: hidden states [c, h] -> this rank's shard of the logits, [c, v/tp]."""
 
 
 def vocab_parallel_logprobs(
@@ -24,15 +24,15 @@ def vocab_parallel_logprobs(
 ) -> Tensor:
     """Log-probability of each label under logits sharded over the vocabulary.
 
-    Runs two all-reduces on ``tp_group`` in the forward pass (the maximum; the sum of exponentials and the label's logit) and none in the
-    backward pass. Each rank gets the gradient of its own shard, in the dtype of ``logits``.
+    Runs two all-reduces on ``tp_group`` in the forward pass (the maximum; the sum of exponentials and the label's logit) and
+    none in the backward pass. Each rank gets the gradient of its own shard, in the dtype of ``logits``.
 
     Args:
         logits: [..., v/tp] this rank's shard; rank r holds the ids r * v/tp and up.
         labels: [...] int64 global token ids, already shifted. An id outside [0, vocab_size) gives NaN and no
             gradient through a loss that leaves the token out with ``torch.where``.
-        tp_group: group over which the vocabulary is split; None for one whole vocabulary.
-        vocab_size: true size; the padded entries from there on have probability 0.
+        tp_group: group over which the vocabulary is split; None if the vocabulary is not split.
+        vocab_size: true vocabulary size; entries beyond it are padding and have probability 0.
 
     Returns:
         [...] fp32 (fp64 for fp64 logits), nats, the same on every rank of ``tp_group``.
@@ -49,13 +49,14 @@ def vocab_parallel_kl(
 ) -> Tensor:
     """Exact KL divergence over the whole vocabulary at each position, differentiable in the policy only.
 
-    Runs three all-reduces on ``tp_group`` in the forward pass (both maxima; both sums; the divergence) and none in the backward pass.
+    Runs three all-reduces on ``tp_group`` in the forward pass (both maxima; both sums; the divergence) and none in the backward
+    pass.
 
     Args:
         policy_logits: [..., v/tp] this rank's shard of the policy's logits.
         ref_logits: [..., v/tp] the same shard of the reference's logits; treated as a constant.
-        tp_group: group over which the vocabulary is split; None for one whole vocabulary.
-        vocab_size: true size; the padded entries from there on are left out.
+        tp_group: group over which the vocabulary is split; None if the vocabulary is not split.
+        vocab_size: true vocabulary size; entries beyond it are padding and are left out.
         direction: ``forward`` is KL(reference || policy), ``reverse`` is KL(policy || reference).
 
     Returns:
@@ -74,8 +75,8 @@ def chunked_logprobs(
 ) -> Tensor:
     """Log-probability of each label from hidden states. The logits of ``chunk_tokens`` tokens exist at a time.
 
-    Every rank of ``tp_group`` must call this with the same number of tokens. If a gradient is needed and there is more than one chunk,
-    the backward pass recomputes the logits of each chunk, including the collectives.
+    Every rank of ``tp_group`` must call this with the same number of tokens. If a gradient is needed and there is more than one
+    chunk, the backward pass recomputes the logits of each chunk, including the collectives.
 
     Args:
         hidden: [t, h] inputs of the vocabulary projection, complete on every rank of ``tp_group`` (already gathered under sequence
@@ -83,7 +84,7 @@ def chunked_logprobs(
         project: the projection. It must be deterministic, and its backward pass must sum the gradient of its input over
             ``tp_group``.
         labels: [t] int64 global token ids, see ``vocab_parallel_logprobs``.
-        tp_group: group over which the vocabulary is split; None for one whole vocabulary.
+        tp_group: group over which the vocabulary is split; None if the vocabulary is not split.
         vocab_size: true size of the vocabulary.
         chunk_tokens: tokens per projection; 0 for all at once.
 
@@ -142,7 +143,7 @@ def _chunk(chunk_tokens: int, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
 
 
 def _recomputed(function: Callable[..., Any], num_chunks: int, *inputs: Tensor) -> Any:
-    """Calls ``function``. With several chunks only its inputs are kept for the backward pass."""
+    """Calls ``function``. With several chunks only its inputs are kept, and the backward pass calls it again."""
     if num_chunks == 1 or not torch.is_grad_enabled():
         return function(*inputs)
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
@@ -175,7 +176,7 @@ def _row_max(valid_logits: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _minus(logits: Tensor, per_row: Tensor) -> Tensor:
-    """``logits - per_row`` as a new tensor in the dtype of ``per_row``, which may be changed in place."""
+    """Returns ``logits - per_row`` as a new tensor in the dtype of ``per_row``. The caller may change it in place."""
     return torch.sub(logits, per_row.unsqueeze(-1))
 
 

@@ -1,7 +1,7 @@
 """The weights of the authors' published script, for ``--rasft-weighting published``.
 
-The source is ``train_RASFT.py`` of github.com/zjd1sq/RASFT. Its constants are not flags: with other values this would no longer be the
-published rule.
+The source is ``train_RASFT.py`` of github.com/zjd1sq/RASFT. Its constants are not flags: with other values this would no longer
+be the published rule.
 """
 
 import math
@@ -13,7 +13,7 @@ from megatron_rasft.objective.weighting import GroupWeights
 from megatron_rasft.types import RolloutGroup
 
 WRONG_COPY_SIMILARITY = 0.88
-"""A wrong text that is this similar to a correct one is left out of the group."""
+"""A wrong text with at least this similarity to a correct text is left out of the group."""
 NUM_WRONG_KEPT = 3
 DIFFICULTY_GAIN = 2.0
 TANH_SLOPE = 0.4
@@ -30,17 +30,17 @@ def published_weights(
 ) -> GroupWeights:
     """The weights that the published script computes.
 
-    The reward of the demonstration is 1 + 2 (1 - s), of a correct rollout 1, of a wrong rollout 0. The rewards are standardised
-    within the group, squashed by tanh and divided by 1 + the number of correct rollouts; the result of a rollout is clipped and
-    scaled down. The demonstration has weight 1 if no rollout is correct or all rewards are equal.
+    The reward of the demonstration is 1 + 2 (1 - s), that of a correct rollout is 1, that of a wrong rollout 0. The rewards are
+    standardised within the group, squashed by tanh and divided by 1 + the number of correct rollouts; the result of a rollout
+    is clipped and scaled down. The demonstration has weight 1 if no rollout is correct or all rewards are equal.
 
     Two mistakes of the script are not repeated: aborted rollouts and rollouts whose grading timed out are ignored, and a correct
     response that the length limit cut counts as sampled but neither as correct nor as wrong.
 
     Args:
         group: verified rollouts with ``filtered_by`` set; None if the problem was not sampled.
-        deduplicate: applied to the texts of all attempts, before the text filters.
-        similarity: between a wrong and a correct text. None: no wrong text is similar to a correct one.
+        deduplicate: finds distinct texts; applied to the texts of all attempts, before the text filters.
+        similarity: compares a wrong with a correct text. None: no wrong text counts as similar to a correct text.
     """
     rollouts = [] if group is None else group.rollouts
     weights = [0.0] * len(rollouts)
@@ -63,17 +63,17 @@ def published_weights(
 
     squashed = [math.tanh(TANH_SLOPE * z) for z in advantages.values]
     scale = 1.0 / (1.0 + len(positives))
-    # Not strict: the advantages of the wrong rollouts stand at the end, and wrong rollouts are not trained on.
+    # zip is not strict: the advantages of wrong rollouts, at the end, are not used because these are not trained on.
     for i, advantage in zip(positives, squashed[1:], strict=False):
         weights[i] = ROLLOUT_SCALE * min(ROLLOUT_MAX, max(ROLLOUT_MIN, advantage * scale))
     return GroupWeights(demonstration=squashed[0] * scale, rollouts=tuple(weights), solvability=solvability)
 
 
 def _count_wrong_kept(wrong: Sequence[str], correct: Sequence[str], similarity: Similarity | None) -> int:
-    """Number of wrong texts in the published group.
+    """Returns the number of wrong texts in the published group.
 
-    The script keeps the three whose similarity to a correct text is closest to 0.45. All have reward 0 and none is trained on, so only
-    their number has an effect.
+    The script keeps the three whose similarity to a correct text is closest to 0.45. All have reward 0 and none is trained on,
+    so only their number has an effect.
     """
     if similarity is None:
         return min(NUM_WRONG_KEPT, len(wrong))

@@ -28,8 +28,8 @@ def make_samples(
 
     Args:
         remembered: (solve rate, number of samples) of earlier refreshes, discounted; adaptive rasft only.
-        deduplicate: which of some texts are distinct; rasft and raft only.
-        similarity: of two texts; published rasft only.
+        deduplicate: finds distinct texts; rasft and raft only.
+        similarity: compares two texts; published rasft only.
     """
     if group is not None:
         _check_group(demonstration, group)

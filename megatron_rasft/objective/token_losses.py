@@ -1,4 +1,4 @@
-"""The parts that the objectives build their losses from, as masked sums over packed tokens.
+"""The parts of the objectives' losses, as masked sums over packed tokens.
 
 Nothing here divides by a token count. The caller adds up ``LossSums`` over micro-batches and over the data- and context-parallel
 ranks and divides once, so the way in which a batch is split cannot change its gradient.
@@ -22,14 +22,14 @@ class LossSums:
     """The contribution of one micro-batch to the loss, on one context-parallel rank."""
 
     loss_sum: Tensor
-    """Scalar with graph: sum of the token losses. Divide by the global sum of ``denominator``."""
+    """Scalar with autograd graph: sum of the token losses. Divide by the global sum of ``denominator``."""
 
     denominator: Tensor
-    """Scalar int64: number of response tokens; for profit, of those above its threshold (may be 0, also globally)."""
+    """Scalar int64: number of response tokens; for profit, of response tokens above its threshold (may be 0, even globally)."""
 
     metrics: dict[str, Tensor]
-    """Name without the package -> [sum, count], fp32, detached. Sum over micro-batches, data- and context-parallel ranks, then
-    divide. The names depend on the flags only."""
+    """Metric name without the package -> [sum, count], fp32, detached. Sum over micro-batches, data- and context-parallel
+    ranks, then divide. The names depend on the flags only."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class TokenTerms:
     """The loss of each token. Values outside the mask are ignored."""
 
     loss: Tensor
-    """[t] with graph."""
+    """[t] with autograd graph."""
 
     counted: Tensor
     """[t] bool: the tokens in the denominator. The loss of all others is dropped."""
@@ -49,8 +49,8 @@ class TokenTerms:
 class PackedTokens:
     """The tokens of one micro-batch, or this context-parallel rank's share of them.
 
-    All tokens of a sequence are in one micro-batch; only context parallelism splits a sequence. Values where the mask is 0 are never
-    read and may be anything. The methods are the parts that the objectives' losses are built from.
+    All tokens of a sequence are in one micro-batch; only context parallelism splits a sequence. Values where the mask is 0 are
+    never read and may be anything. The objectives build their losses from the methods.
     """
 
     logprobs: Tensor
@@ -79,7 +79,7 @@ class PackedTokens:
     """[t] float, nats: full-vocabulary KL between policy and reference, with its graph."""
 
     cp_group: ProcessGroup | None = None
-    """Group that shares each sequence's tokens; None if every sequence is complete here."""
+    """Group over which each sequence's tokens are divided; None if every sequence is complete on this rank."""
 
     def __post_init__(self) -> None:
         for name in ("loss_mask", "segment_ids", "ref_logprobs", "old_logprobs", "kl"):
@@ -92,7 +92,7 @@ class PackedTokens:
         )
 
     def masked(self) -> "PackedTokens":
-        """These tokens with zeros wherever the mask is 0, so that a NaN there reaches neither the loss nor a gradient."""
+        """Returns a copy with zeros wherever the mask is 0, so that a NaN there reaches neither the loss nor a gradient."""
         mask = self.loss_mask.bool()
 
         def masked(values: Tensor) -> Tensor:
@@ -136,7 +136,7 @@ class PackedTokens:
         return replace(terms, loss=loss, metrics=terms.metrics | metrics)
 
     def clipped_surrogate(self, clip_low: float, clip_high: float) -> TokenTerms:
-        """-min(q A, clip(q) A) per token, q = policy over old policy."""
+        """-min(q A, clip(q) A) per token, where q is the ratio of policy to old policy."""
         advantage = self.token_weights()
         ratio = _clamp(self.logprobs - _given(self.old_logprobs, "old_logprobs")).exp()
         unclipped, clipped = ratio * advantage, ratio.clamp(clip_low, clip_high) * advantage
@@ -157,7 +157,7 @@ class PackedTokens:
         """Detached clipped ratio of policy and reference for each token [t], and its metrics.
 
         At sequence level this runs one all-reduce of [2, n] on ``cp_group``. It takes the mean of the differences instead of the
-        difference of the means: the same number, but exactly 0 if policy and reference agree, in whatever order a device adds.
+        difference of the means. Both are equal, but the first is exactly 0 if policy and reference agree, in any order of adding.
         """
         if rule.level == "off":
             return torch.ones_like(self.logprobs), {}
@@ -176,7 +176,7 @@ class PackedTokens:
 
     def _segment_means(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """Mean of ``values`` (0 where masked) over each sequence's response tokens, and their number. fp64, both [n]."""
-        # fp64, so that the order in which tokens and ranks are added does not show in the ratio, which is rounded to fp32.
+        # fp64, so that the order of adding tokens and ranks does not change the ratio, which is rounded to fp32.
         sums = torch.zeros(2, self.num_segments, dtype=torch.float64, device=values.device)
         sums.index_add_(1, self.segment_ids, torch.stack([values.double(), self.loss_mask.double()]))
         if self.cp_group is not None:
@@ -207,7 +207,7 @@ def token_loss_sums(tokens: PackedTokens, objective: Objective) -> LossSums:
 
 
 def _clipped_exp(gap: Tensor, rule: RatioRule) -> tuple[Tensor, Tensor]:
-    """clip(exp(power * gap)), and whether the clip changed each value."""
+    """Returns clip(exp(power * gap)), and for each value whether the clip changed it."""
     raw = _clamp(rule.power * gap).exp()
     ratio = raw.clamp(rule.clip_low, rule.clip_high)
     return ratio, ratio != raw

@@ -1,7 +1,7 @@
 """The adaptive weights of the rasft objective: demonstration and correct rollouts weighted by the problem's solvability.
 
-Plain Python on Python floats: rank 0 calls this once per problem. The comparison of texts is passed in as a callable, because it
-belongs to the package verify/.
+This is plain Python on Python floats. Rank 0 calls it once per problem. The comparison of texts is passed in as a callable,
+because it belongs to the package verify/.
 """
 
 import math
@@ -70,7 +70,7 @@ class WeightingConfig(FlagSection):
 
     weighting_memory: Share = 0.5
     """Share of a problem's earlier rollout counts that is carried into its next estimate of s. 0 forgets them; 1 keeps all,
-    although the policy has changed since."""
+    although the policy has changed in the meantime."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,7 +79,7 @@ class GroupWeights:
 
     demonstration: float
     rollouts: tuple[float, ...]
-    """One per rollout of the group, in its order; 0 for a rollout that is not trained on."""
+    """One weight per rollout of the group, in its order; 0 for a rollout that is not trained on."""
     solvability: float | None
     """The estimate of s that the weights are computed from; None if nothing is known about the problem."""
 
@@ -141,7 +141,7 @@ def adaptive_weights(
     remembered: tuple[float, float] | None = None,
     deduplicate: Deduplicate = distinct_texts,
 ) -> GroupWeights:
-    """Weights that imitate the demonstration less, and the policy's own solutions more, the higher the solvability is.
+    """Weighs the demonstration less, and the policy's own solutions more, the higher the solvability is.
 
     The sum of the weights depends on the group only through s. So it does not grow with the number of rollouts, and it is at most
     weighting_demonstration_max + weighting_rollout_total. With the defaults it falls from 1.5 to 1.

@@ -13,7 +13,7 @@ _DEFAULTS = {
     "sequence": RatioRule("sequence", "policy_over_ref", power=2.0, clip_low=0.0, clip_high=16.0),
     "token": RatioRule("token", "policy_over_ref", power=1.0, clip_low=0.2, clip_high=1.8),
 }
-"""The published rule of each level."""
+"""Level of the importance weight -> its published rule."""
 
 
 @dataclass(kw_only=True)
@@ -23,7 +23,7 @@ class IwSft(Objective):
     name = "iw_sft"
 
     objective_iw_level: Literal["sequence", "token"] = "sequence"
-    """Importance weight: one per sequence, from mean log-probabilities, or one per token."""
+    """Level of the importance weight: one weight per sequence, from mean log-probabilities, or one per token."""
 
     objective_iw_power: PositiveFloat | None = None
     """Exponent of the ratio before clipping. Unset: 2 per sequence, 1 per token."""
@@ -43,7 +43,7 @@ class IwSft(Objective):
             )
 
     def ratio_rule(self) -> RatioRule:
-        """How the importance weight is computed, with the defaults of its level."""
+        """The rule of the importance weight, with the defaults of its level."""
         default = _DEFAULTS[self.objective_iw_level]
         power, low, high = self.objective_iw_power, self.objective_iw_clip_low, self.objective_iw_clip_high
         return default._replace(
@@ -56,6 +56,6 @@ class IwSft(Objective):
         return True
 
     def token_terms(self, tokens: "PackedTokens") -> "TokenTerms":
-        """-A w log p, w the detached importance weight."""
+        """-A w log p, where w is the detached importance weight."""
         ratio, metrics = tokens.reference_ratio(self.ratio_rule())
         return tokens.weighted_ce(ratio * tokens.token_weights(), metrics)

@@ -52,5 +52,5 @@ class Asft(KLRegularised):
     default_kl = KLTerm(coef=0.05, direction="reverse")
 
     def token_terms(self, tokens: "PackedTokens") -> "TokenTerms":
-        """-A p log p + coef A KL, the first p detached."""
+        """-A p log p + coef A KL, where the first p is detached."""
         return tokens.with_distribution_kl(Dft().token_terms(tokens), self.kl_term().coef)

@@ -1,4 +1,4 @@
-"""Maximum likelihood: SFT, DFT, and the same on the policy's own correct rollouts (RAFT)."""
+"""Maximum likelihood: SFT and DFT on demonstrations, and RAFT, which applies either to the policy's own correct rollouts."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -28,7 +28,7 @@ class Dft(Objective):
     name = "dft"
 
     def token_terms(self, tokens: "PackedTokens") -> "TokenTerms":
-        """-A p log p, the first p detached."""
+        """-A p log p, where the first p is detached."""
         return tokens.weighted_ce(tokens.token_weights() * tokens.probabilities())
 
 
@@ -43,10 +43,10 @@ class Raft(Objective):
     """Loss on the correct rollouts."""
 
     def weigh(self, problem: SampledProblem) -> SampleWeights:
-        """The distinct correct rollouts, and nothing for a problem without any."""
+        """The distinct correct rollouts. A problem without correct rollouts contributes nothing."""
         positives = [] if problem.group is None else distinct_positives(problem.group, problem.deduplicate)
         return SampleWeights(demonstration=None, rollouts=dict.fromkeys(positives, 1.0))
 
     def token_terms(self, tokens: "PackedTokens") -> "TokenTerms":
-        """The loss of DFT or of SFT. That the tokens are correct rollouts is decided by ``weigh``."""
+        """The loss of DFT or of SFT. ``weigh`` has selected the correct rollouts."""
         return (Dft() if self.objective_raft_loss == "dft" else Sft()).token_terms(tokens)

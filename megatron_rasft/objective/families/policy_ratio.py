@@ -19,12 +19,14 @@ class Psft(Objective):
 
     objective_psft_clip_low: Annotated[
         float,
-        Range(at_least=0, at_most=1, advice="It bounds the ratio itself: for an epsilon of 0.2 give 0.8."),
+        Range(
+            at_least=0, at_most=1, advice="The flag bounds the ratio itself: for an epsilon of 0.2 give 0.8."
+        ),
     ] = 0.8
     """Lower bound of the policy ratio itself, not an epsilon."""
 
     objective_psft_clip_high: Annotated[
-        float, Range(at_least=1, advice="It bounds the ratio itself: for an epsilon of 0.2 give 1.2.")
+        float, Range(at_least=1, advice="The flag bounds the ratio itself: for an epsilon of 0.2 give 1.2.")
     ] = 1.28
     """Upper bound of the policy ratio itself. A token above it has no gradient."""
 
@@ -32,25 +34,26 @@ class Psft(Objective):
         return True
 
     def token_terms(self, tokens: "PackedTokens") -> "TokenTerms":
-        """-min(q A, clip(q) A), q the ratio of the policy to the policy at the last refresh."""
+        """-min(q A, clip(q) A), where q is the ratio of the policy to the policy at the last refresh."""
         return tokens.clipped_surrogate(self.objective_psft_clip_low, self.objective_psft_clip_high)
 
 
 @dataclass(kw_only=True)
 class Grpo(Objective):
-    """Group relative policy optimisation on all rollouts, correct and wrong (arXiv 2402.03300); with a DAPO variant."""
+    """Group relative policy optimisation on all rollouts, correct and wrong (arXiv 2402.03300). Has a DAPO variant."""
 
     name = "grpo"
     trains_on = "rollouts"
 
     objective_grpo_clip_low: Annotated[
-        float, Range(at_least=0, at_most=1, advice="It is an epsilon: for a lower bound of 0.8 give 0.2.")
+        float,
+        Range(at_least=0, at_most=1, advice="The flag is an epsilon: for a lower bound of 0.8 give 0.2."),
     ] = 0.2
-    """Epsilon below 1 of the ratio to the policy at the last refresh. With --rollout-lag 1 or a replay, rollouts are older than
-    that policy; the ratio does not correct for this."""
+    """Lower clip epsilon: the ratio to the policy at the last refresh is clipped at 1 minus this. With --rollout-lag 1 or a
+    replay, rollouts are older than that policy; the ratio does not correct for this."""
 
     objective_grpo_clip_high: NonNegativeFloat | None = None
-    """Epsilon above 1 of the ratio. Unset: 0.2, or 0.28 with --objective-grpo-dapo."""
+    """Upper clip epsilon: the ratio is clipped at 1 plus this. Unset: 0.2, or 0.28 with --objective-grpo-dapo."""
 
     objective_grpo_beta: NonNegativeFloat | None = None
     """Weight of the per-token KL estimate to the reference; 0 needs no reference. Unset: 0.001, or 0 with
@@ -66,13 +69,13 @@ class Grpo(Objective):
 
     @property
     def clip_high(self) -> float:
-        """Epsilon above 1, with the default of the variant."""
+        """The upper clip epsilon, with the default of the variant."""
         default = 0.28 if self.objective_grpo_dapo else 0.2
         return default if self.objective_grpo_clip_high is None else self.objective_grpo_clip_high
 
     @property
     def beta(self) -> float:
-        """Weight of the KL estimate, with the default of the variant."""
+        """The weight of the KL estimate, with the default of the variant."""
         default = 0.0 if self.objective_grpo_dapo else 0.001
         return default if self.objective_grpo_beta is None else self.objective_grpo_beta
 
@@ -90,7 +93,7 @@ class Grpo(Objective):
         return True
 
     def weigh(self, problem: SampledProblem) -> SampleWeights:
-        """Every attempt with its advantage, wrong ones too, and no demonstration."""
+        """Every attempt, correct or wrong, with its advantage. The demonstration is not trained on."""
         attempts, rewards = judged_rewards(problem.group)
         advantages = grpo_advantages(rewards)
         if advantages.is_degenerate and self.skips_degenerate_groups:
@@ -98,7 +101,7 @@ class Grpo(Objective):
         return SampleWeights(demonstration=None, rollouts=dict(zip(attempts, advantages.values, strict=True)))
 
     def token_terms(self, tokens: "PackedTokens") -> "TokenTerms":
-        """-min(q A, clip(q) A) + beta KL, q the ratio of the policy to the policy at the last refresh."""
+        """-min(q A, clip(q) A) + beta KL, where q is the ratio of the policy to the policy at the last refresh."""
         terms = tokens.clipped_surrogate(1.0 - self.objective_grpo_clip_low, 1.0 + self.clip_high)
         if self.beta == 0.0:
             return terms

@@ -14,13 +14,14 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class Rasft(Objective):
-    """Demonstrations and correct rollouts, weighted by solvability, by the drift from the frozen reference and by the DFT factor."""
+    """Demonstrations and correct rollouts, weighted by solvability, by the drift from the frozen reference and by the DFT
+    factor."""
 
     name = "rasft"
     trains_on = "both"
 
     objective_ratio: Literal["sequence", "token", "off"] = "sequence"
-    """Drift ratio: one per sequence, from mean log-probabilities; one per token; or off, which sets it to 1."""
+    """Level of the drift ratio: one per sequence, from mean log-probabilities; one per token; or off, which sets it to 1."""
 
     objective_ratio_direction: Literal["ref_over_policy", "policy_over_ref"] = "ref_over_policy"
     """Numerator and denominator of the ratio. The method divides the frozen reference by the policy."""
@@ -52,7 +53,7 @@ class Rasft(Objective):
             )
 
     def ratio_rule(self) -> RatioRule:
-        """How the drift ratio is computed."""
+        """The rule of the drift ratio."""
         return RatioRule(
             level=self.objective_ratio,
             direction=self.objective_ratio_direction,
@@ -83,7 +84,7 @@ class Rasft(Objective):
         )
 
     def token_terms(self, tokens: "PackedTokens") -> "TokenTerms":
-        """-log p, weighted by the clipped drift ratio, A and p itself (the DFT factor), all detached."""
+        """-log p times the clipped drift ratio, A and the DFT factor p. All three weights are detached."""
         ratio, metrics = tokens.reference_ratio(self.ratio_rule())
         weight = ratio * tokens.token_weights()
         if self.objective_dft_factor:

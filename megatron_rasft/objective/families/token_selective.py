@@ -18,9 +18,12 @@ class Profit(Objective):
     name = "profit"
 
     objective_profit_threshold: Annotated[
-        float, Range(at_least=0, below=1, advice="It is a token's probability. The published value is 0.1.")
+        float,
+        Range(
+            at_least=0, below=1, advice="The threshold is a token's probability. The published value is 0.1."
+        ),
     ] = 0.1
-    """Only tokens whose probability is above this are trained on."""
+    """Only tokens with a higher probability than this are trained on."""
 
     def token_terms(self, tokens: "PackedTokens") -> "TokenTerms":
         """-A log p on the tokens above the threshold, divided by their number."""
@@ -49,7 +52,7 @@ class Gft(Objective):
     def weigh(self, problem: SampledProblem) -> SampleWeights:
         """The demonstration (reward 1) and every attempt with their advantages.
 
-        The demonstration alone, with weight 1, if all rewards are equal or nothing was verified.
+        If all rewards are equal or nothing was verified, only the demonstration is trained on, with weight 1.
         """
         attempts, rewards = judged_rewards(problem.group)
         advantages = gft_advantages(rewards)
@@ -61,7 +64,7 @@ class Gft(Objective):
         )
 
     def token_terms(self, tokens: "PackedTokens") -> "TokenTerms":
-        """-A c log p, c = 1 on tokens above the threshold and the detached p on the others."""
+        """-A c log p, where c is 1 on tokens above the threshold and the detached p on the others."""
         probabilities = tokens.probabilities()
         is_likely = probabilities > self.objective_gft_threshold
         factor = probabilities.masked_fill(is_likely, 1.0)
