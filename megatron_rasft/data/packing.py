@@ -5,7 +5,7 @@ from bisect import bisect_left, insort
 from collections.abc import Sequence
 
 _NUM_CAPACITY_TRIALS = 8
-"""Steps of the binary search for the smallest capacity that suffices, if spreading the sequences evenly fails."""
+"""Number of steps of the binary search for the smallest capacity, if spreading the sequences evenly fails."""
 
 
 def pack(
@@ -19,7 +19,7 @@ def pack(
 
     Args:
         lengths: tokens of each sequence including its padding, >= 1.
-        max_tokens: most tokens in one bin.
+        max_tokens: maximum number of tokens in a bin.
         num_replicas: data-parallel size.
         multiple_of_bins: the number of bins per replica is a multiple of this (interleaved pipelines).
 
@@ -48,7 +48,10 @@ def pack(
 
 
 def _fill_bins(lengths: Sequence[int], order: list[int], max_tokens: int, step: int) -> list[list[int]]:
-    """Fills bins of at most ``max_tokens``. Their number is a multiple of ``step``; ``order`` is by falling length."""
+    """Fills bins of at most ``max_tokens``.
+
+    The number of bins is a multiple of ``step``. ``order`` lists the longest sequence first.
+    """
     total = sum(lengths)
     num_bins = _round_up(-(-total // max_tokens), step)
     bins = _spread(lengths, order, num_bins, max_tokens)
@@ -83,7 +86,7 @@ def _spread(
         The bins, or None if one would exceed ``max_tokens``.
     """
     bins: list[list[int]] = [[] for _ in range(num_bins)]
-    loads = [(0, bin_index) for bin_index in range(num_bins)]  # a heap; equal loads are ordered by index
+    loads = [(0, bin_index) for bin_index in range(num_bins)]  # a heap, ordered by load and then by index
     for index in order:
         load, bin_index = loads[0]
         load += lengths[index]
@@ -97,7 +100,7 @@ def _spread(
 def _best_fit(lengths: Sequence[int], order: list[int], capacity: int) -> list[list[int]]:
     """Puts each sequence, longest first, into the fullest bin that can still hold it, else into a new bin."""
     bins: list[list[int]] = []
-    spaces: list[tuple[int, int]] = []  # (free tokens, bin) in rising order, without full bins
+    spaces: list[tuple[int, int]] = []  # (free tokens, bin) in ascending order, without full bins
     for index in order:
         length = lengths[index]
         position = bisect_left(spaces, (length, -1))
@@ -115,7 +118,7 @@ def _best_fit(lengths: Sequence[int], order: list[int], capacity: int) -> list[l
 def split_fullest_bins(lengths: Sequence[int], bins: list[list[int]], num_bins: int) -> list[list[int]]:
     """Adds bins up to ``num_bins``, each with the longest sequence of the fullest bin that holds more than one.
 
-    A replica without real tokens would wait for the others, and best fit may leave some of the bins unused.
+    Best fit may leave bins unused, and a replica without real tokens would only wait for the others.
     """
     bins = [list(indices) for indices in bins]
     loads = [(-sum(lengths[index] for index in indices), number) for number, indices in enumerate(bins)]
@@ -123,7 +126,9 @@ def split_fullest_bins(lengths: Sequence[int], bins: list[list[int]], num_bins: 
     heapq.heapify(fullest)
     while len(bins) < num_bins and fullest:
         load, number = heapq.heappop(fullest)
-        index = bins[number].pop(0)  # the longest: _best_fit appends by falling length
+        index = bins[number].pop(
+            0
+        )  # the longest sequence is the first, because _best_fit appends longer sequences first
         bins.append([index])
         if len(bins[number]) > 1:
             heapq.heappush(fullest, (load + lengths[index], number))

@@ -1,4 +1,4 @@
-"""Reads rows of .jsonl, .jsonl.gz and .parquet files, and reports the place and fault of each that cannot be used."""
+"""Reads rows of .jsonl, .jsonl.gz and .parquet files, and reports place and fault of each unusable row."""
 
 import gzip
 import json
@@ -21,7 +21,7 @@ CHAT_ROLES = ("system", "user", "assistant")
 _TESTS_COMPANIONS = ("entry_point", "test_setup_code", "test_style")
 _TEST_STYLES: tuple[TestStyle, ...] = ("asserts", "check", "pytest")
 _NUM_NAMED = 10
-"""Most rows of one kind that a message lists. It counts the rest and refers to a complete list."""
+"""Maximum number of rows of one kind that a message lists. It only counts the rest and names a complete list."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -30,7 +30,7 @@ class Row:
 
     problem_id: str
     source: str
-    """``file:line``, or ``file:row`` for parquet. Both count from 1."""
+    """Place of the row: ``file:line``, or ``file:row`` for parquet. Both count from 1."""
     problem: str
     response: str
     answer: str | None
@@ -44,7 +44,7 @@ class RowFault:
     """One row that cannot be used, with the reason."""
 
     source: str
-    """``file:line``."""
+    """Place of the row: ``file:line``."""
     reason: str
     """Short text that is the same for all rows with this fault. The report counts rows by it."""
     detail: str = ""
@@ -116,7 +116,7 @@ class DataReport:
         """Returns the report as text, without a final line break.
 
         Args:
-            num_named: most rows of one kind to list; None lists all.
+            num_named: maximum number of rows of one kind to list; None lists all.
         """
         lines = [f"rows            {self.num_rows}"]
         if self.num_demonstrations:
@@ -148,7 +148,7 @@ def read_rows(
 
     Args:
         config: the files, and the names of their fields.
-        require_answer: a row with neither gold answer nor tests is a fault. False for runs without rollouts.
+        require_answer: whether a row with neither gold answer nor tests is a fault. False for runs without rollouts.
         flag: the flag that named the files, for messages.
 
     Raises:
@@ -158,7 +158,7 @@ def read_rows(
     names = [path.name for path in paths]
     first_seen: dict[str, str] = {}
     for path in paths:
-        # Files in different folders may have the same name. Default ids then contain the whole path, to be unique.
+        # Files in different folders may have the same name. Default ids then contain the complete path, to be unique.
         label = path.name if names.count(path.name) == 1 else str(path)
         num_rows = 0
         for line, record in _read_records(path, config):
@@ -302,7 +302,10 @@ def _parse_json(raw: bytes) -> Any:
         return _Fault("not UTF-8", f"byte {error.start} of the line")
     except json.JSONDecodeError as error:
         return _Fault("not JSON", f"{error.msg}, character {error.colno} of the line")
-    except (ValueError, RecursionError):  # numbers with more than 4,300 digits, deep nesting
+    except (
+        ValueError,
+        RecursionError,
+    ):  # raised for numbers with more than 4,300 digits and for deep nesting
         return _Fault("not JSON", "a number or nesting exceeds Python's limits")
 
 

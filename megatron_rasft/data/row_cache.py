@@ -1,4 +1,4 @@
-"""Keeps tokenized rows on disk, under a key derived from the content of everything they were made from."""
+"""Keeps tokenized rows on disk. Their key is derived from the content of all inputs."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ from megatron_rasft.files import written_to
 
 _BUILDING = ".building-"
 _ABANDONED_S = 3600.0
-"""An unfinished folder without writes for this long belongs to a process that was killed."""
+"""An unfinished folder without writes for this time was left by a killed process and may be deleted."""
 
 _NOT_IN_ROWS = (
     "train_data",
@@ -32,7 +32,7 @@ _NOT_IN_ROWS = (
     "data_epochs",
     "data_cache",
 )
-"""Fields of DataConfig that are not part of the key: they change no row, or the key has the content of their file."""
+"""Fields of DataConfig that are not in the key: they change no row, or the key covers the content of their files."""
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".distcp", ".h5", ".msgpack")
 """Suffixes of weight files. All other files of a model folder may belong to its tokenizer."""
@@ -53,7 +53,7 @@ def tokenized(
 
     Args:
         tokenizer: the tokenizer of the folder ``model``.
-        max_tokens: most tokens of prompt and response together.
+        max_tokens: maximum number of tokens of prompt plus response.
         require_answer: as for ``read_rows``.
         flag: the flag that named the files, for messages.
         cache: folder for tokenized rows. None writes them to unnamed files in the temporary folder, which the system
@@ -101,19 +101,24 @@ def tokenized(
 def _opened(folder: Path) -> TokenizedRows | None:
     try:
         return TokenizedRows(folder)
-    except (OSError, ValueError, KeyError, TypeError):  # missing, truncated, or in another format
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+    ):  # the stored rows are missing, truncated, or in another format
         return None
 
 
 def _moved(made: Path, found: Path) -> TokenizedRows:
-    """Renames the folder of new rows to its final name. If another run was faster, returns that run's rows instead.
+    """Renames the folder of new rows to its final name. If another run was faster, returns the other run's rows.
 
-    The other run has mapped its files. On a network file system, deleting them here would take them away from a process
+    The other run has mapped its own files. On a network file system, deleting them here would take them away from a process
     on another node.
     """
     rows = TokenizedRows(made)
     try:
-        made.rename(found)  # raises OSError if ``found`` has files
+        made.rename(found)  # raises OSError if ``found`` contains files
     except OSError:
         if (theirs := _opened(found)) is not None:
             return theirs
@@ -134,7 +139,7 @@ def _stamps(files: list[str]) -> list[tuple[int, int]]:
 
 
 def _key(config: DataConfig, model: Path, max_tokens: int, require_answer: bool) -> str:
-    """The key of rows: a hash of the content of all files, flags and code that they are made from."""
+    """Returns the key of rows: a hash over the content of all files, flags and code from which they are made."""
     template = config.data_chat_template
     ingredients: dict[str, Any] = {
         "flags": {name: value for name, value in asdict(config).items() if name not in _NOT_IN_ROWS},

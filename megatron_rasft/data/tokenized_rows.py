@@ -1,6 +1,6 @@
-"""Tokenized demonstrations in memory-mapped files, because as Python objects they take 17 KB each.
+"""Tokenized demonstrations in memory-mapped files.
 
-Opening a million of them takes as long as opening ten.
+As Python objects they would take 17 KB each. Opening a file of a million takes as long as opening a file of ten.
 """
 
 import itertools
@@ -30,7 +30,7 @@ _COLUMNS: dict[str, tuple[type, int]] = {
     "ids": (np.uint8, 0),
     "id_ends": (np.int64, 1),
 }
-"""File -> type of its numbers, and numbers per row (0 for a varying number).
+"""File -> type of its numbers, and how many a row has (0 if this varies).
 
 ``token_ends`` has the end of each row's prompt and response in ``tokens``. ``text_ends`` has the ends of its problem,
 response, source and check in ``text``, and ``id_ends`` the end of its id in ``ids``.
@@ -52,7 +52,7 @@ class TokenizedRows(Sequence[Demonstration]):
             raise ValueError(f"{folder} has format {index['format']}, not {FORMAT}")
         self._num: int = index["num_rows"]
         self.end_ids = frozenset[int](index["end_ids"])
-        """The token ids that end responses."""
+        """The token ids that end a response."""
         self.num_programs: int = index["num_programs"]
         """Number of rows whose responses are checked by tests."""
         self.report = _report_from(index["report"])
@@ -182,7 +182,7 @@ def _texts(encoded: NDArray[np.uint8], ends: NDArray[np.int64]) -> list[str]:
 
 
 def _encoded(text: str) -> bytes:
-    return text.encode("utf-8", "surrogatepass")  # ids may contain file names, which may contain any bytes
+    return text.encode("utf-8", "surrogatepass")  # ids may contain file names, which can contain any bytes
 
 
 def _tests_from(values: dict[str, Any]) -> CodeTests:

@@ -15,14 +15,14 @@ from megatron_rasft.errors import ModelFolderError, first_line
 from megatron_rasft.types import CodeTests, Demonstration
 
 _BATCH_SIZE = 1024
-"""Texts per call of the tokenizer. Fast tokenizers process the texts of a batch on all cores."""
+"""Number of texts per call of the tokenizer. Fast tokenizers process the texts of a batch on all cores."""
 
 _TEMPLATE_DATE = "26 Jul 2024"
-"""Date for chat templates that write one into the prompt. Llama 3's write today's date by default, but a run that is
-resumed another day must see the same tokens. This is the date to which those templates fall back."""
+"""Date for chat templates that write one into the prompt. Llama 3's templates write today's date by default, but a run that is
+resumed on another day must get the same tokens. This is the date to which those templates fall back."""
 
 _PROBE = "\u2020probe\u2020"
-"""A response that occurs in no template. Rendering it shows the text that a template puts after a response."""
+"""A response that no template contains. Rendering it shows the text that a template puts after a response."""
 
 
 class Tokenizer(Protocol):
@@ -48,7 +48,7 @@ class ChatFormat:
     template: str | None
     """Jinja source from --data-chat-template; None uses the tokenizer's own template, if it has one."""
     has_template: bool
-    """False: the messages of a prompt are joined by blank lines."""
+    """Whether there is a chat template. Without one, the messages of a prompt are joined by blank lines."""
     closing: str
     """Text that the template puts after a response; "" if none."""
     end_id: int
@@ -82,7 +82,7 @@ def open_tokenizer(folder: str | Path) -> Tokenizer:
     Raises:
         ModelFolderError: transformers cannot load a tokenizer from it.
     """
-    from transformers import AutoTokenizer  # takes seconds to import
+    from transformers import AutoTokenizer  # imported here because it takes seconds
 
     try:
         tokenizer: Tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
@@ -150,7 +150,7 @@ def build_demonstrations(
         rows: the output of ``read_rows``.
         tokenizer: a tokenizer of transformers; a fast one takes seconds for 10,000 rows.
         config: chat template, prompt, and treatment of unusable rows.
-        max_tokens: most tokens of prompt and response together.
+        max_tokens: maximum number of tokens of prompt plus response.
         require_answer: as for ``read_rows``.
 
     Raises:
@@ -163,7 +163,7 @@ def build_demonstrations(
 
 
 def tokenize_prompts(problems: Sequence[str], tokenizer: Tokenizer, config: DataConfig) -> list[list[int]]:
-    """Tokenizes problems into the same prompts that their demonstrations would have.
+    """Tokenizes problems into the prompts that their demonstrations would have.
 
     Raises:
         ValueError: the chat template cannot be used.

@@ -1,4 +1,4 @@
-"""Checks the answers of SGLang's /generate: an answer is used only if everything in it is consistent with the request."""
+"""Checks the answers of SGLang's /generate: an answer is used only if it is completely consistent with the request."""
 
 import json
 import math
@@ -11,16 +11,16 @@ from megatron_rasft.types import FinishReason
 
 _NUM_CHECK_TOKENS = 8
 _LARGEST_LOGPROB = 1e-3
-"""Nats. Rounding can make the log-probability of a certain token slightly positive."""
+"""Largest accepted log-probability, nats. Rounding can make that of an almost certain token slightly positive."""
 
 
 class Fault(Exception):
     """One request for a sample failed.
 
     Args:
-        reason: a sentence that continues the server's address.
-        is_grave: the server is quarantined at once.
-        is_refusal: the server is in order, but does not serve this request.
+        reason: a sentence without its subject, which is the server's address.
+        is_grave: whether the server is quarantined at once.
+        is_refusal: whether a healthy server refuses this request.
         backoff_s: set if the server was full: seconds until it should get the next request.
     """
 
@@ -35,7 +35,7 @@ class Fault(Exception):
 
 
 class Part(NamedTuple):
-    """The tokens of one answer: a whole response, or a part of one whose request was aborted."""
+    """The tokens of one answer: a complete response, or a part of a response whose request was aborted."""
 
     token_ids: list[int]
     logprobs: list[float]
@@ -48,11 +48,11 @@ def parse_answer(
     """Returns the tokens of an answer of /generate after checking all of it.
 
     Args:
-        prompt_len: tokens that were sent.
-        label: weight label that the server must have.
+        prompt_len: number of tokens that were sent.
+        label: the weight label that the server must report.
 
     Raises:
-        Fault: grave, if anything in the answer is impossible: the server's other answers cannot be trusted either.
+        Fault: a grave one if the answer contains something impossible, because then no answer of the server can be trusted.
     """
     answer = json_object(content)
     if answer is None:
@@ -68,7 +68,7 @@ def parse_answer(
         # Newer servers report which weights produced which tokens. All of these spans are checked.
         spans = [str(span["version"]) for span in meta.get("weight_versions") or []]
     except (KeyError, TypeError, ValueError) as error:
-        raise Fault(f"answered without a field that was asked for ({error!r})", is_grave=True) from error
+        raise Fault(f"answered without a requested field ({error!r})", is_grave=True) from error
     if reason not in ("stop", "length", "abort"):
         raise Fault(f"returned the finish reason {reason!r}", is_grave=True)
     if prompt_tokens != prompt_len:
@@ -107,7 +107,7 @@ def _checked_logprobs(tokens: list[int], entries: Any) -> list[float]:
 
 
 def other_weights(label: str, wanted: str) -> str:
-    """Returns the reason of a fault: a server has other weights than it was given."""
+    """Returns the reason of a fault: the server's weights are not those that it was sent."""
     return f"has the weights {label!r}, not those of step {wanted} (was it restarted?)"
 
 
@@ -129,7 +129,7 @@ def quoted_error(content: bytes) -> str:
 
 
 def check_generation(client: ServerClient, vocab_size: int) -> int:
-    """Has a server generate a few tokens, and checks the answer as that of a rollout.
+    """Makes a server generate a few tokens, and checks the answer like a rollout's.
 
     Returns:
         The number of tokens.

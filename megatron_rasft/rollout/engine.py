@@ -14,15 +14,15 @@ from megatron_rasft.types import Request, SamplingParams
 
 
 class SglangEngine:
-    """Samples from the fleet's servers. Use it as a context manager, because it may own a thread.
+    """Samples from the fleet's servers. Use it as a context manager, because it may have a thread.
 
         answers, report = engine.generate(requests, params, weight_version)     # an evaluation
 
         engine.start(requests, params, weight_version)                          # a training run
-        ...with --rollout-lag 1 the steps of a refresh; otherwise wait(seconds)...
+        ... (with --rollout-lag 1, the training steps; otherwise, calls of wait(seconds))
         answers, report = engine.result()
 
-    A failing server raises nothing: some answers are None then, and ``fleet.say`` has printed why, from the sampling thread.
+    A failing server raises no error. Some answers are then None, and ``fleet.say`` has printed the reason from the sampling thread.
     """
 
     def __init__(self, fleet: Fleet, transport: httpx.AsyncBaseTransport | None = None) -> None:
@@ -52,7 +52,7 @@ class SglangEngine:
         def work() -> None:
             try:
                 future.set_result(asyncio.run(self._cancellable(requests, params, weight_version)))
-            except BaseException as error:  # raised in the thread that calls result()
+            except BaseException as error:  # kept here and raised in the thread that calls result()
                 future.set_exception(CancelledError() if isinstance(error, asyncio.CancelledError) else error)
 
         # a daemon, so that a run that ends with an error does not wait for its servers

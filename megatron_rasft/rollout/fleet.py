@@ -1,4 +1,4 @@
-"""The rollout servers of a run: which servers there are, which may be sampled, and why the others may not.
+"""The rollout servers of a run: finds them, and decides which may be sampled.
 
 A server may be sampled after a full weight sync. Its first serious fault puts it in quarantine, and only another full sync ends
 that, because the weights of a failed or restarted server are not known. Once per refresh the trainer does:
@@ -24,7 +24,7 @@ from megatron_rasft.servers.fit import duplicates, misfit
 from megatron_rasft.servers.record import ServerRecord, ServerRecords
 
 _PROBE_S = 30.0
-"""Longest time a server may take to answer a probe, which generates nothing."""
+"""Longest time a server may take to answer a probe, which does not generate tokens."""
 _BETWEEN_PROBES_S = 2.0
 
 
@@ -55,7 +55,7 @@ class Fleet:
         self._records: dict[str, ServerRecord] = {}
         self._has_waited = False
         self._last_read: list[str] | None = None
-        """The addresses of the last time that --rollout-server-file could be read."""
+        """The addresses from the last successful reading of --rollout-server-file."""
         self._file_fault = ""
 
     @property
@@ -82,11 +82,11 @@ class Fleet:
         run, and returns [] if there is no server.
 
         Args:
-            check: called repeatedly during the wait; an error that it raises ends the wait.
+            check: called repeatedly during the wait; an error from it ends the wait.
 
         Raises:
-            RolloutError: no server answered in time and the run may not go on without.
-            ValueError: --rollout-server-file cannot be read, and could not be read before either.
+            RolloutError: no server answered in time, and the run may not continue without servers.
+            ValueError: --rollout-server-file cannot be read, and has never been read in this run.
         """
         is_error = self.config.rollout_without_servers == "error"
         waits = is_error or not self._has_waited
@@ -122,10 +122,10 @@ class Fleet:
         return []
 
     def lacking(self, weight_version: int, found: Sequence[ServerRecord]) -> list[str]:
-        """Returns the addresses of the servers just found that need a sync to have these weights.
+        """Returns the addresses of the found servers that need a sync to get these weights.
 
-        These are servers that were not admitted with them or whose label differs, and every server with a memory saver: it may
-        have released its weights.
+        These are servers that were not admitted with these weights or whose label differs, and every server with a memory
+        saver: it may have released its weights.
         """
         return [r.url for r in found if not _has_weights(r, weight_version)]
 
@@ -163,7 +163,7 @@ class Fleet:
             self._records = {url: self._known.get(url) for url in named}
 
     def _read_file(self, path: str) -> list[str]:
-        """Returns the addresses in the file; those of the last time if the file has been damaged during the run."""
+        """Returns the addresses in the file; the last readable ones if the file has been damaged during the run."""
         try:
             self._last_read, fault = read_addresses(path), ""
         except ValueError as error:
@@ -171,7 +171,7 @@ class Fleet:
                 raise
             fault = str(error)
         if fault and fault != self._file_fault:
-            self.say(f"--rollout-server-file {path} cannot be read, so the known servers stay: {fault}")
+            self.say(f"--rollout-server-file {path} cannot be read, so the known servers are kept: {fault}")
         self._file_fault = fault
         return self._last_read
 
@@ -196,7 +196,7 @@ class Fleet:
         return [r for r, fault in zip(records, faults, strict=True) if not fault]
 
     def _probe(self, record: ServerRecord) -> str:
-        """Updates a record from a probe. Returns the server's fault; empty if it can be synced."""
+        """Updates a record from a probe. Returns the server's fault; empty if the server can be synced."""
         record.info = None
         try:
             info = record.client.probe(_PROBE_S)

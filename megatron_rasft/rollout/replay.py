@@ -9,7 +9,7 @@ from megatron_rasft.types import Rollout
 
 
 class ReplayEngine:
-    """Returns the stored rollouts of each problem in turn, oldest first, and from the beginning again after the last.
+    """Returns the stored rollouts of each problem in turn, oldest first. After the last it starts again from the first.
 
     Memory holds the file positions of the rollouts, not the rollouts.
 
@@ -24,7 +24,7 @@ class ReplayEngine:
 
     def __init__(self, paths: Sequence[str | Path], prompts: Mapping[str, Sequence[int]]) -> None:
         self._positions: dict[str, list[tuple[Path, int]]] = {}
-        # An example each, for the error message.
+        # One example of each, for the error message.
         unknown_problem = other_prompt = ""
         for path in map(Path, paths):
             for offset, rollout in scan_rollouts(path):
@@ -46,10 +46,10 @@ class ReplayEngine:
         return len(self._positions)
 
     def take(self, problem_id: str, num_samples: int, visit: int) -> list[Rollout]:
-        """At most ``num_samples`` rollouts of a problem, each once.
+        """Returns at most ``num_samples`` rollouts of a problem, without repeats.
 
         Args:
-            visit: how many refreshes have sampled the problem before. The next visit continues where this one ends.
+            visit: how many refreshes have sampled the problem before. The next visit continues after this visit's rollouts.
         """
         positions = self._positions.get(problem_id, [])
         start = visit * num_samples
@@ -80,4 +80,4 @@ def _explain_empty(stores: str, own_problem: str, unknown_problem: str, other_pr
             f"example {own_problem!r}. A row without an id (--data-id-field) is called <file name>:<line>, so use the --train-data "
             "file of the run that wrote the store, under the same name."
         )
-    return f"--rollout-replay {stores}: has no rollouts. Give the rollouts.jsonl of a run that sampled some."
+    return f"--rollout-replay {stores}: contains no rollouts. Give the rollouts.jsonl of a run that sampled rollouts."

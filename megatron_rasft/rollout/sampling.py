@@ -1,15 +1,16 @@
 """Samples from several SGLang servers at once: token ids in, token ids and log-probabilities out.
 
-Each sample is an HTTP request of its own (servers share a prompt's prefix among its samples), so each is retried, resumed and counted
-by itself. It goes to the least loaded server that has the wanted weights. The kind of a failure decides what happens next:
+Each sample is an HTTP request of its own (servers share a prompt's prefix among its samples), so samples are retried, resumed
+and counted independently. It goes to the least loaded server that has the wanted weights. The kind of a failure decides what
+happens next:
 
 - The server cannot be reached, exceeds the deadline, does not answer the watch, has other weights, or returns an impossible answer:
   it is quarantined at once, and other servers repeat its running requests.
 - HTTP error or broken connection: another server repeats the request. Three failures in a row quarantine the server.
 - The server is full (HTTP 429 or 503, perhaps because others use it too): the request is repeated after a second, or after the time
-  that the server asks for. A server that accepts nothing for as long as one sample may take is quarantined.
+  that the server asks for. A server that accepts no request during the deadline of a sample is quarantined.
 - The request was aborted because the server was paused: the sample continues from the tokens it has.
-- The server refuses the request itself (HTTP 400), or its KV cache or time limit is too small for it: the sample is given up once a
+- The server refuses the request itself (HTTP 400), or its KV cache or time limit is too small for it: the sample is given up when a
   second server refuses it too.
 """
 
@@ -35,18 +36,21 @@ from megatron_rasft.types import Request, Response, SamplingParams
 
 _FAILURES_IN_ROW = 3
 _ABORTS_WITHOUT_GAIN = 20
-"""A sample is given up after this many aborts that brought no token."""
+"""A sample is given up after this many aborts without a new token."""
 _MIN_BACKOFF_S = 1.0
 """Shortest time between two requests to a full server."""
 _MAX_BACKOFF_S = 30.0
 _ACCEPTED_S = 1.0
-"""A request that was not rejected by then is running, or waits in the server's queue."""
+"""Time after which a request that was not rejected counts as accepted: it is running or in the server's queue."""
 _TIMEOUT_MESSAGE = "running timeout"
-"""Part of SGLang's message about a request that ran longer than SGLANG_REQ_RUNNING_TIMEOUT. Its status is that of a full server."""
+"""Part of SGLang's message about a request that ran longer than SGLANG_REQ_RUNNING_TIMEOUT.
+
+It has the status of a full server's answer.
+"""
 _UNUSED_CONTEXT = 2
-"""Tokens that SGLang leaves free when prompt and response fill its context."""
+"""Number of tokens that SGLang leaves free when prompt and response fill its context."""
 _SPARE_FILES = 256
-"""Files that the rest of the process may open while samples are made."""
+"""Number of files reserved for the rest of the process while samples are made."""
 
 
 @dataclass
@@ -120,7 +124,7 @@ class _Job:
 
     request: int
     index: int
-    """Position of its seed in the request."""
+    """Position of the sample's seed in the request."""
     prompt_ids: list[int]
     seed: int
     token_ids: list[int] = field(default_factory=list)
@@ -128,9 +132,9 @@ class _Job:
     num_failures: int = 0
     num_refusals: int = 0
     num_idle_aborts: int = 0
-    """Aborts that brought no token."""
+    """Number of aborts without a new token."""
     failed_at: ServerRecord | None = None
-    """The server of its last failure. The next attempt goes to another one, if there is one."""
+    """The server of the last failure. The next attempt goes to another server, if there is one."""
 
 
 class _Attempt(NamedTuple):
@@ -150,7 +154,7 @@ async def sample(
 ) -> Answers:
     """Samples every seed of every request from the servers that have weights of this version.
 
-    Failing servers raise nothing; their samples may end as None. A request lasts at most --rollout-deadline-s, and a sample is given
+    Failing servers raise no error; their samples may be None. A request lasts at most --rollout-deadline-s, and a sample is given
     up after --rollout-attempts failed requests. An aborted sample continues as long as it gains tokens. Cancelling this coroutine
     closes every connection, which makes the servers drop the requests.
 
@@ -188,9 +192,9 @@ class _Sampling:
         self._running: dict[asyncio.Task[Part], _Attempt] = {}
         self._max_running = self._max_connections()
         self._ended: asyncio.Queue[asyncio.Task[Part] | None] = asyncio.Queue()
-        """Attempts that have ended; None if a full server may get requests again."""
+        """Queue of ended attempts. A None in it means that a full server may get requests again."""
         self._backing_off: set[ServerRecord] = set()
-        """Full servers that get no request at the moment."""
+        """Full servers, which get no requests for a while."""
         self._full_since: dict[ServerRecord, float] = {}
         """Server -> time of the first rejection since it last accepted a request."""
         self._refusal = ""
@@ -313,7 +317,7 @@ class _Sampling:
             "max_new_tokens": num_left,
             "temperature": params.temperature,
             "top_p": params.top_p,
-            # sent although they are off, so that no default of the server applies
+            # sent even if off, so that the server's defaults do not apply
             "top_k": -1,
             "min_p": 0.0,
             "repetition_penalty": params.repetition_penalty,
@@ -330,10 +334,10 @@ class _Sampling:
     # ---- ended attempts
 
     def _settle(self, task: asyncio.Task[Part]) -> None:
-        """Takes the tokens of an ended attempt, or decides what follows from its failure."""
+        """Processes an ended attempt: adds its tokens to the sample, or handles its failure."""
         job, server, _ = self._running.pop(task)
         server.num_in_flight -= 1
-        if task.cancelled():  # its server was quarantined
+        if task.cancelled():  # the attempt's server was quarantined
             self._retry(job, server)
             return
         error = task.exception()
@@ -369,7 +373,7 @@ class _Sampling:
     def _resume(self, job: _Job, has_gained: bool) -> None:
         """Queues an aborted sample, which continues from its tokens."""
         if self._params.repetition_penalty != 1.0:
-            # Servers do not penalise tokens of the prompt as they do those of the response, so the sample starts again.
+            # Servers do not penalise prompt tokens like response tokens, so the sample starts from its beginning.
             job.token_ids, job.logprobs = [], []
             has_gained = False
         if not has_gained:
@@ -381,7 +385,7 @@ class _Sampling:
         self._waiting.append(job)
 
     def _fail(self, job: _Job, server: ServerRecord, fault: Fault) -> None:
-        """Queues a failed job again or gives it up, and quarantines its server if the fault asks for it."""
+        """Queues a failed job again or gives it up. Quarantines its server if the fault is grave enough."""
         if fault.is_refusal:
             self._refuse(job, server, fault.reason)
         elif fault.backoff_s is not None:
@@ -397,7 +401,7 @@ class _Sampling:
             self._retry(job, server)
 
     def _refuse(self, job: _Job, server: ServerRecord, reason: str) -> None:
-        """Gives a sample up once two servers, or the only one, have refused it."""
+        """Gives a sample up when two servers, or the only server, have refused it."""
         job.failed_at = server
         job.num_refusals += 1
         if job.num_refusals >= min(2, max(1, len(self._servers))):
@@ -419,8 +423,10 @@ class _Sampling:
     # ---- servers
 
     def _back_off(self, server: ServerRecord, reason: str, seconds: float) -> None:
-        """Sends a full server nothing for a while; quarantines it if it has been full for too long."""
-        if server in self._backing_off or server not in self._servers:  # another request was rejected first
+        """Sends a full server no requests for a while. Quarantines it if it has been full for too long."""
+        if (
+            server in self._backing_off or server not in self._servers
+        ):  # another request has already been rejected
             return
         limit = self._config.rollout_deadline_s
         now = time.monotonic()
@@ -454,7 +460,7 @@ class _Sampling:
                 task.cancel()
 
     def _give_up_waiting(self) -> None:
-        """Counts the jobs for which no server is left as failed, and reports failures and refusals."""
+        """Counts jobs as failed if no server is left for them, and reports failures and refusals."""
         if self._waiting:
             self._fleet.say(
                 f"no rollout server is left: {len(self._waiting)} of {self._report.num_samples} samples were not made"
@@ -477,7 +483,7 @@ class _Sampling:
                     self._quarantine(server, fault)
 
     async def _watch_one(self, client: httpx.AsyncClient, server: ServerRecord) -> str:
-        """Returns a server's fault: it hangs, it answers for a dead server, or it has other weights. Empty if there is none."""
+        """Returns a server's fault: it hangs, it is a gateway to a dead server, or its weights differ. Empty without a fault."""
         limit = self._config.rollout_watch_s
         try:
             async with asyncio.timeout(limit):
@@ -485,9 +491,9 @@ class _Sampling:
         except (TimeoutError, httpx.TimeoutException):
             return f"did not answer /model_info within {limit:g} s"
         except httpx.HTTPError:
-            return ""  # its running requests will fail, and with a better reason
+            return ""  # the server's running requests will fail, with a more precise reason
         if answer.status_code in FULL_STATUSES and not self._works_for_us(server):
-            # a full server still answers /model_info; a gateway whose server is dead does not
+            # a full server still answers /model_info; a gateway to a dead server does not
             full_s = time.monotonic() - self._full_since.get(server, math.inf)
             return f"answers {answer.status_code} to everything" if full_s > _ACCEPTED_S else ""
         if answer.status_code != 200:
@@ -515,12 +521,12 @@ def _check_prompt(prompt_ids: Sequence[int], number: int, vocab_size: int | None
     if not prompt_ids or min(prompt_ids) < 0 or (vocab_size is not None and max(prompt_ids) >= vocab_size):
         raise RolloutError(
             f"prompt {number} is empty or has token ids outside the servers' vocabulary of {vocab_size}: "
-            "the tokenizer is not that of the served model"
+            "the tokenizer does not belong to the served model"
         )
 
 
 def _check_status(answer: httpx.Response) -> None:
-    """Raises the Fault that an HTTP status other than 200 stands for."""
+    """Raises the Fault that corresponds to an HTTP status other than 200."""
     status = answer.status_code
     if status == 200:
         return
@@ -535,6 +541,6 @@ def _check_status(answer: httpx.Response) -> None:
 
 
 def backoff_s(answer: httpx.Response) -> float:
-    """Returns how long to send a full server nothing: its Retry-After in seconds, within the limits of this module."""
+    """Returns how long a full server gets no request: its Retry-After in seconds, within the limits of this module."""
     asked = answer.headers.get("retry-after", "")
     return min(max(_MIN_BACKOFF_S, int(asked)), _MAX_BACKOFF_S) if asked.isdecimal() else _MIN_BACKOFF_S

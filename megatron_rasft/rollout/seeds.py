@@ -8,7 +8,7 @@ def sample_seed(seed: int, *sample: str | int, num_bits: int = 56) -> int:
 
     Args:
         seed: the seed of the whole run.
-        sample: what identifies the sample, for example problem id, iteration and index in its group.
+        sample: values that identify the sample, for example problem id, iteration and index in its group.
         num_bits: the result is in [0, 2 ** num_bits); at most 64. 56 bits stay positive in the int64 of
             torch.Generator.manual_seed and of SGLang's sampling_seed.
     """

@@ -11,11 +11,11 @@ from megatron_rasft.files import written_to
 from megatron_rasft.types import Rollout
 
 _CHUNK = 2**16
-"""Bytes that ``whole_lines`` reads at once."""
+"""Number of bytes that ``whole_lines`` reads at once."""
 
 
 class RolloutStore:
-    """A file that rollouts are appended to. Its folder is created."""
+    """A file to which rollouts are appended. The constructor creates its folder."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -38,19 +38,21 @@ class RolloutStore:
             self.path.open("a", encoding="utf-8", newline="\n") as file,
         ):
             file.write(lines)
-            # The next checkpoint notes the file's length: the lines must not be lost if the machine fails after it.
+            # The next checkpoint stores the file's length, so the lines must not be lost if the machine fails later.
             file.flush()
             os.fsync(file.fileno())
 
     def truncate(self, offset: int) -> None:
-        """Cuts the file to its first ``offset`` bytes."""
-        assert offset <= self.offset, f"{self.path} has {self.offset} bytes and cannot be cut to {offset}"
+        """Truncates the file to its first ``offset`` bytes."""
+        assert offset <= self.offset, (
+            f"{self.path} has {self.offset} bytes and cannot be truncated to {offset}"
+        )
         if self.path.exists():
             os.truncate(self.path, offset)
 
 
 def whole_lines(path: Path) -> int:
-    """Number of bytes up to the end of the last complete line. A run that is killed can leave half a line behind it."""
+    """Number of bytes up to the end of the last complete line. A killed run can leave an incomplete line at the end."""
     if not path.exists():
         return 0
     with path.open("rb") as file:

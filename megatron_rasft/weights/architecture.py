@@ -12,7 +12,7 @@ from megatron_rasft.errors import ModelFolderError
 from megatron_rasft.weights.families import FAMILIES, REFUSED, Family, ModelShape
 
 _MEGATRON_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-"""Fixed in Megatron's RotaryEmbedding._apply_scaling (core/models/common/embeddings)."""
+"""Values that are fixed in Megatron's RotaryEmbedding._apply_scaling (core/models/common/embeddings)."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def _positive_int(config: dict[str, Any], key: str, default: int | None = None) 
 
 
 def read_shape(config: dict[str, Any], family: Family) -> ModelShape:
-    """Reads the model's sizes; raises ModelFolderError for features that Megatron's GPTModel does not have here."""
+    """Reads the model's sizes; raises ModelFolderError for features that Megatron's GPTModel lacks."""
     _refuse_unsupported(config, family)
     hidden_size = _positive_int(config, "hidden_size")
     heads = _positive_int(config, "num_attention_heads")
@@ -198,7 +198,8 @@ def _uses_sliding_window(config: dict[str, Any], family: Family) -> bool:
 
 
 def read_rope(config: dict[str, Any], family: Family) -> Rope:
-    """Reads the rotary embedding, as transformers 5 (rope_parameters) or earlier releases (rope_theta, rope_scaling) write it."""
+    """Reads the rotary embedding, in the form of transformers 5 (rope_parameters) or of earlier releases (rope_theta,
+    rope_scaling)."""
     # if both keys exist, transformers uses rope_scaling
     rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
     kind = rope.get("rope_type", rope.get("type", "default"))
@@ -241,7 +242,7 @@ def megatron_args(folder: Described, query_groups: int | None = None) -> dict[st
     groups = query_groups or shape.num_query_groups
     if groups < shape.num_query_groups:
         raise ValueError(
-            f"--rasft-query-groups {groups} is less than the {shape.num_query_groups} of the model. "
+            f"--rasft-query-groups {groups} is less than the model's {shape.num_query_groups}. "
             "Leave it out, or give a larger number."
         )
     return {

@@ -44,7 +44,10 @@ _DTYPE_NAMES = {**{dtype: name for name, dtype in DTYPES.items()}, torch.float8_
 
 
 class ShardWriter:
-    """Writes one safetensors file tensor by tensor, without keeping tensors in memory: the header is written first, from the plans."""
+    """Writes one safetensors file tensor by tensor, without keeping tensors in memory.
+
+    The header is written first, from the planned sizes.
+    """
 
     def __init__(self, path: Path, plans: Sequence[TensorPlan]) -> None:
         # wide types come first, so that every tensor is aligned to its element size
@@ -71,7 +74,9 @@ class ShardWriter:
         """Writes a CPU tensor at its offset. The last tensor also flushes the file to the disk and closes it."""
         start, end = self._spans.pop(name)
         raw = tensor.contiguous().reshape(-1).view(torch.uint8)
-        assert raw.numel() == end - start, f"{name} has {raw.numel()} bytes, planned were {end - start}"
+        assert raw.numel() == end - start, (
+            f"{name} has {raw.numel()} bytes instead of the planned {end - start}"
+        )
         self._file.seek(self._data_start + start)
         self._file.write(memoryview(raw.numpy()))
         if not self._spans:
@@ -111,8 +116,8 @@ def export(
         tp_group: the tensor-parallel group; None without tensor parallelism.
         pp_rank: this rank's pipeline stage.
         is_first_replica: True if the data- and context-parallel ranks are 0. Other ranks send at most their experts.
-        experts: the groups of the experts; None: each rank holds a shard of every expert, as of other parameters.
-        dtype: type of all weights; None keeps the type of each tensor in ``template``.
+        experts: the groups of the experts; None: each rank holds a shard of every expert, like other parameters.
+        dtype: type of all weights; None keeps each tensor's type in ``template``.
         facts: further rows of the model card (README.md); None: write no card.
         max_shard_bytes: largest size of a file, bytes.
 
@@ -226,7 +231,7 @@ def _write_stage(
     )
     for name, tensor in tensors:
         if tensor is None or failure is not None:
-            continue  # also after a failure: other ranks wait in the same gathers
+            continue  # continues after a failure, because other ranks wait in the same gathers
         i = shard_of[name]
         try:
             if i not in writers:
@@ -248,7 +253,7 @@ def file_name(i: int, num_files: int) -> str:
 
 
 def _split(plans: list[TensorPlan], max_shard_bytes: int) -> list[list[TensorPlan]]:
-    """Splits the tensors into files of at most ``max_shard_bytes``; a larger tensor gets a file of its own."""
+    """Splits the tensors into files of at most ``max_shard_bytes``; a larger tensor gets its own file."""
     shards: list[list[TensorPlan]] = []
     num_free = 0
     for plan in plans:
@@ -305,7 +310,9 @@ def _check_complete(written: list[str], template: HfFolder) -> None:
     distinct = set(written)
     missing = [name for name in template.table.hf_shapes if name not in distinct]
     if missing:
-        raise ModelFolderError(f"{len(missing)} tensors were written by no rank, the first is {missing[0]}")
+        raise ModelFolderError(
+            f"{len(missing)} tensors were not written by any rank; the first is {missing[0]}"
+        )
     if len(written) != len(distinct):
         twice = next(name for name in written if written.count(name) > 1)
         raise ModelFolderError(

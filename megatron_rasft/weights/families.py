@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
-    """The sizes that a config.json implies."""
+    """The sizes of a model, as its config.json gives them."""
 
     num_layers: int
     hidden_size: int
@@ -23,13 +23,13 @@ class ModelShape:
     num_query_groups: int
     head_dim: int
     vocab_size: int
-    """Rows of the embedding in the folder. Megatron's may have more, as padding."""
+    """Rows of the embedding in the folder. Megatron's embedding may have more rows, as padding."""
     is_tied: bool
-    """The output layer shares the embedding's weights, so the folder has no lm_head."""
+    """Whether the output layer shares the embedding's weights. If so, the folder has no lm_head."""
     has_qkv_bias: bool
     has_qk_norm: bool
     num_experts: int = 0
-    """Experts of each layer; 0 if every layer has one MLP."""
+    """Number of experts per layer; 0 if every layer has a single MLP."""
 
 
 class Piece(NamedTuple):
@@ -51,7 +51,7 @@ class ShardLayout(NamedTuple):
 
 
 Layout = Callable[[ModelShape, int, int, Sequence[int] | None], ShardLayout]
-"""Function of the model's shape, tp_rank, tp_size, and the shape of the shard in the model.
+"""A function of the model's shape, tp_rank, tp_size and the shape of the shard in the model, which returns the shard's layout.
 
 Only layouts that allow padding (vocabulary, query groups) use the last argument; None means no padding.
 """
@@ -66,7 +66,7 @@ def _share(total: int, tp_rank: int, tp_size: int) -> tuple[int, int]:
 
 
 def _padded_share(total: int, size: int | None, tp_rank: int, tp_size: int) -> tuple[int, int, int]:
-    """Returns the size of a rank's shard, and the range of ``total`` that it holds; padding follows after ``total``.
+    """Returns the size of a rank's shard, and the part of ``total`` that it holds. The padding comes after ``total``.
 
     If ``size`` times ``tp_size`` is less than ``total``, the size is wrong. The result is then the layout without padding, so
     that the caller's comparison of shapes reports the mismatch.
@@ -162,7 +162,7 @@ class Entry(NamedTuple):
     hf_shape: Callable[[ModelShape], tuple[tuple[int, ...], ...]]
     layout: Layout
     is_sharded: bool = True
-    """False if every tensor-parallel rank holds the whole tensor."""
+    """False if every tensor-parallel rank holds the complete tensor."""
     is_expert: bool = False
 
 
@@ -381,8 +381,8 @@ REFUSED = {
     "and MLP, and every other layer has a sliding window; Megatron's GPTModel has no such caps and norms",
     "Gemma3ForCausalLM": "its layers have norms after attention and MLP, and two rotary bases; Megatron's GPTModel "
     "has neither",
-    "Qwen2MoeForCausalLM": "its shared expert is gated, and only its successor Qwen3-MoE has a table here",
-    "DeepseekV3ForCausalLM": "its latent attention and grouped routing have no table here",
+    "Qwen2MoeForCausalLM": "its shared expert is gated, and only its successor Qwen3-MoE has a table",
+    "DeepseekV3ForCausalLM": "there is no table for its latent attention and grouped routing",
 }
 """Well-known families that cannot be converted, each with the reason."""
 
@@ -397,11 +397,11 @@ class Binding(NamedTuple):
     hf_names: tuple[str, ...]
     hf_shapes: tuple[tuple[int, ...], ...]
     is_copy: bool
-    """True for a tied output layer, which Megatron stores separately on the last stage: it is loaded but not exported."""
+    """Whether this is a tied output layer. Megatron stores it separately on the last stage: it is loaded but not exported."""
     prefix: str
     """Prefix of the layer in the Hugging Face names; empty outside layers."""
     expert: int
-    """Number of the expert among all experts of the layer; 0 outside experts."""
+    """Index of the expert among all experts of the layer; 0 outside experts."""
 
     def shard_shape(self, layout: ShardLayout) -> tuple[int, ...]:
         """Shape of the Megatron parameter on the rank that ``layout`` belongs to."""
@@ -415,7 +415,7 @@ class StoredParameter(NamedTuple):
 
     key: str
     single_key: str
-    """Key if layers are not stacked (Megatron's non_homogeneous_layers). Then position[0] does not apply."""
+    """Key if layers are not stacked (Megatron's non_homogeneous_layers). In that case position[0] is not used."""
     position: tuple[int, ...]
     """Index in the stack: (), (layer,) or (layer, expert)."""
     stack: tuple[int, ...]

@@ -21,7 +21,7 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
-"""Names in safetensors files -> weight types that can be loaded."""
+"""Name of a type in safetensors files -> the torch type, for the types that can be loaded."""
 
 _NOT_WEIGHTS = ".rotary_emb.inv_freq"
 """Buffers in old Llama folders, which transformers ignores too."""
@@ -36,7 +36,7 @@ class StoredTensor(NamedTuple):
     shape: tuple[int, ...]
     dtype: torch.dtype
     start: int
-    """Offset of its first byte in the file."""
+    """Offset of the tensor's first byte in the file."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class HfFolder:
 
         Args:
             path: the folder.
-            with_weights: False: read only the model's description. The folder then needs no weights.
+            with_weights: False reads only the model's description, for which the folder needs no weights.
 
         Raises:
             ModelFolderError: one line with the folder, the mistake and, if possible, a way out.
@@ -79,7 +79,7 @@ class HfFolder:
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """The weight type that config.json names; None if it names none that can be loaded."""
+        """The weight type that config.json names; None if it names no type or an unsupported one."""
         name = str(self.config.get("dtype", self.config.get("torch_dtype")))
         return {str(t).removeprefix("torch."): t for t in DTYPES.values()}.get(name)
 
@@ -106,7 +106,7 @@ class HfFolder:
             while raw:
                 count = file.readinto(raw)
                 if not count:
-                    raise EOFError("the file ends before the tensor does")
+                    raise EOFError("the file ends within the tensor")
                 raw = raw[count:]
         return rows
 
@@ -163,7 +163,7 @@ def weights_fingerprint(folder: Path, precision: str) -> str:
 
 
 def checkpoint_fingerprint(folder: Path) -> str:
-    """Returns such a hash for the weights in an ``iter_`` folder of a Megatron checkpoint."""
+    """Returns a hash that identifies the weights in an ``iter_`` folder of a Megatron checkpoint."""
     return _fingerprint(b"", (path for path in folder.rglob("*") if path.is_file()))
 
 
@@ -181,7 +181,7 @@ def _fingerprint(start: bytes, paths: Iterable[Path]) -> str:
 
 def _shard_files(path: Path) -> dict[str, list[str] | None]:
     """Returns file name -> names of its tensors in the index (None without an index: all tensors of the file)."""
-    if (path / SINGLE_FILE).exists():  # transformers prefers it to an index too
+    if (path / SINGLE_FILE).exists():  # transformers also prefers this file to an index
         return {SINGLE_FILE: None}
     if (path / INDEX_FILE).exists():
         weight_map = read_json(path / INDEX_FILE, missing="").get("weight_map")
@@ -227,7 +227,7 @@ def _open_shards(path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
 
 
 def _data_starts(path: Path) -> dict[str, int]:
-    """Returns the offset of each tensor's bytes. ``safe_open`` has validated the header before."""
+    """Returns the offset of each tensor's bytes. ``safe_open`` has already validated the header."""
     with path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         header = json.loads(file.read(length))
@@ -253,7 +253,7 @@ def _open_shard(path: Path) -> Any:
 
 
 def _check_tokenizer(path: Path, vocab_size: int) -> None:
-    """Refuses a tokenizer with ids that have no row in the embedding."""
+    """Refuses a tokenizer whose largest id is beyond the rows of the embedding."""
     if not (path / "tokenizer.json").exists():
         return
     content = read_json(path / "tokenizer.json", missing="")

@@ -12,11 +12,11 @@ SCALE_SUFFIX = "_scale_inv"
 """Suffix of the name of a weight's scales. Despite the name, weight = e4m3 value * scale."""
 
 _KEPT_LAYERS = ("embed_tokens", "lm_head", "gate")
-"""Embedding, output and router (not gate_proj), which engines keep in 16 bits."""
+"""Pattern of the layers that engines keep in 16 bits: embedding, output and router (but not gate_proj)."""
 
 _ROWS_OF_BLOCKS = {"cpu": 1, "cuda": 8}
-"""Rows of blocks to round at once. A CPU's cache holds one. A GPU needs several, or launching kernels dominates: 5 s for a 70B model
-with one row each (calculated)."""
+"""Device type -> number of rows of blocks that are rounded at once. A CPU's cache holds one row of blocks. A GPU rounds
+several, because launching kernels row by row would take 5 s for a 70B model (calculated)."""
 
 _LARGEST = torch.finfo(torch.float8_e4m3fn).max
 
@@ -98,7 +98,7 @@ def quantize_blocks(weight: Tensor, values: Tensor, scales: Tensor) -> None:
         blocks = padded.view(-1, BLOCK, scales.shape[1], BLOCK)
         scale = blocks.abs().amax((1, 3)) / _LARGEST
         part_scales.copy_(torch.where(scale > 0, scale, 1.0))
-        # rounding can slightly exceed the largest value, which would become NaN: e4m3fn has no infinity
+        # Rounding can slightly exceed the largest value. e4m3fn has no infinity, so the result would be NaN
         scaled = (blocks / part_scales[:, None, :, None]).clamp(-_LARGEST, _LARGEST).view(padded.shape)
         part_values.copy_(scaled[:rows, :columns])
 
@@ -112,7 +112,7 @@ def quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dequantize_blocks(values: Tensor, scales: Tensor) -> Tensor:
-    """Returns the [rows, columns] fp32 weight that an engine computes with."""
+    """Returns the [rows, columns] fp32 weight that the values and scales represent."""
     rows, columns = values.shape
     spread = scales.repeat_interleave(BLOCK, 0)[:rows].repeat_interleave(BLOCK, 1)[:, :columns]
     return values.float() * spread

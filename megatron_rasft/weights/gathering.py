@@ -22,7 +22,7 @@ class TensorPlan(NamedTuple):
 
 
 class ExpertGroups(NamedTuple):
-    """The process groups that the experts of a layer are distributed over (ep) and that each expert is split over (etp)."""
+    """The process groups over which a layer's experts are distributed (ep) and each expert is split (etp)."""
 
     ep_group: ProcessGroup
     etp_group: ProcessGroup
@@ -47,7 +47,7 @@ def _turns(
 ) -> Iterator[tuple[Tensor, Binding, int]]:
     """Yields each parameter, its binding on the sending rank, and the expert-parallel rank that sends it (0 outside experts).
 
-    The expert-parallel ranks take turns within a layer, so that experts come in the order of their numbers.
+    The expert-parallel ranks take turns within a layer, so that experts are yielded in the order of their indices.
     """
     ranks = None if experts is None else experts.ranks
     bound = bound_parameters(chunks, table, layer_offsets, *_rank_and_size(tp_group), ranks)
@@ -95,7 +95,7 @@ def gather_tensors(
 ) -> Iterator[tuple[str, Tensor | None]]:
     """Yields the Hugging Face tensors of this pipeline stage, gathered on rank 0 of its tensor-parallel group.
 
-    Runs one gather per sharded parameter on ``tp_group``, so all its ranks must iterate to the end at the same pace. Experts
+    Runs one gather per sharded parameter on ``tp_group``, so all its ranks must iterate to the end together. Experts
     are gathered on the groups of ``experts`` instead, and sent to the first expert-parallel rank one after another; all ranks
     of these groups must iterate.
 
@@ -109,10 +109,10 @@ def gather_tensors(
         layer_offsets: global index of the first decoder layer of each chunk.
         tp_group: the tensor-parallel group; None without tensor parallelism.
         dtypes: name -> type of the result; other tensors keep the type of their parameter.
-        device: device of the result; None: that of the parameters.
-        out: returns a tensor to write the named result into, of its shape and type; None: allocate it.
-        experts: the groups of the experts; None: each rank holds a shard of every expert, as of other parameters.
-        is_first_replica: False on a rank that only takes part with its experts, because its data- or context-parallel rank is
+        device: device of the result; None for the parameters' device.
+        out: returns the tensor into which the named result is written, of its shape and type; None allocates a new tensor.
+        experts: the groups of the experts; None: each rank holds a shard of every expert, like other parameters.
+        is_first_replica: False on a rank that only sends its experts, because its data- or context-parallel rank is
             not 0.
 
     Yields:
@@ -178,7 +178,7 @@ def _gather(shard: Tensor, tp_group: ProcessGroup | None) -> list[Tensor] | None
     """Returns the shards of all ranks on rank 0, None on the others."""
     if tp_group is None or tp_group.size() == 1:
         return [shard]
-    # as bytes, because not every backend supports every type
+    # gathered as bytes, because not every backend supports every type
     raw = shard.view(torch.uint8)
     raws = [torch.empty_like(raw) for _ in range(tp_group.size())] if tp_group.rank() == 0 else None
     dist.gather(raw, raws, group=tp_group, group_dst=0)

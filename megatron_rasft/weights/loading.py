@@ -15,7 +15,7 @@ from megatron_rasft.weights.folder import HfFolder
 
 
 class ExpertRanks(NamedTuple):
-    """The experts that a rank holds, and its shard of them; by default all experts, unsplit."""
+    """The experts that a rank holds, and its shard of each; by default all experts, not split."""
 
     ep_rank: int = 0
     ep_size: int = 1
@@ -44,7 +44,7 @@ def bound_parameters(
     The prefixes of wrapper modules (DistributedDataParallel, Float16Module) are ignored.
 
     Raises:
-        ModelFolderError: a parameter has no entry or another shape.
+        ModelFolderError: a parameter has no entry, or its shape differs from the entry's.
     """
     if len(chunks) != len(layer_offsets):
         raise ValueError(
@@ -103,11 +103,11 @@ def load_into(
         tp_size: size of the tensor-parallel group.
         layer_offsets: global index of the first decoder layer of each chunk.
         pp_group: group over which the layers are split; one all_gather_object on it checks that the stages together loaded
-            every tensor. None: these chunks are the whole model.
-        experts: the experts of this rank; None: a shard of every expert, as of other parameters.
+            every tensor. None: these chunks are the complete model.
+        experts: the experts of this rank; None: a shard of every expert, like other parameters.
 
     Raises:
-        ModelFolderError: a parameter without a tensor, a tensor without a parameter, or another shape.
+        ModelFolderError: a parameter has no tensor, a tensor has no parameter, or their shapes differ.
     """
     taken: set[str] = set()
     for param, binding, layout in bound_parameters(

@@ -11,7 +11,8 @@ CARD_FILE = "README.md"
 
 
 def saved_run_facts(save: Path, iteration: int) -> dict[str, str]:
-    """Returns the rows of a card that describe the run of a --save folder, as of step ``iteration``; {} for weights without a run."""
+    """Returns the rows of a card that describe the run of a --save folder, as of step ``iteration``; {} for weights without a
+    run."""
     try:
         saved = SavedConfig.read(save)
         return {} if saved is None else run_facts(saved, save / "metrics.jsonl", iteration)
@@ -24,8 +25,8 @@ def run_facts(saved: SavedConfig, metrics: Path | None, iteration: int) -> dict[
 
     Args:
         saved: the run's configuration.
-        metrics: its metrics.jsonl, if it has one.
-        iteration: step of the weights.
+        metrics: the run's metrics.jsonl, which need not exist.
+        iteration: the step of the weights.
     """
     rasft, megatron = saved.rasft, saved.megatron
     facts = {

@@ -1,7 +1,7 @@
 """Finds the bytes of a tensor inside a record of torch.save, so that they can be read directly into another tensor.
 
-torch.load would allocate the whole tensor first. For a tensor of 1 GiB in one chunk it needs 2.0 GiB at its peak instead of 1.0, and
-1.4 s of CPU time instead of 0.8 (torch 2.14, cached file), so memory would double for an unsplit embedding.
+torch.load would allocate the whole tensor first. For a tensor of 1 GiB in one chunk it needs 2.0 GiB at its peak instead of
+1.0, and 1.4 s of CPU time instead of 0.8 (torch 2.14, cached file), so memory would double for an unsplit embedding.
 
 A record is a ZIP archive with uncompressed members: ``data.pkl`` describes the tensor, ``data/0`` is its storage
 (torch.serialization in torch 2.11 and 2.14).
@@ -20,7 +20,7 @@ from torch import Tensor
 _LOCAL_HEADER_BYTES = 30
 _LOCAL_LENGTHS = struct.Struct("<HH")
 _LOCAL_LENGTHS_AT = 26
-"""A ZIP member begins with a header: 30 fixed bytes, then a name and extra data, whose lengths stand at byte 26 of the header."""
+"""A ZIP member begins with a header of 30 fixed bytes, then a name and extra data, whose lengths are at byte 26 of the header."""
 
 
 _STORAGES = {
@@ -31,7 +31,7 @@ _STORAGES = {
 
 
 class _Unknown(Exception):
-    """The pickle contains something other than a plain tensor."""
+    """Raised if the pickle contains something other than a plain tensor."""
 
 
 class _Described(NamedTuple):
@@ -117,11 +117,11 @@ def read_whole(file: BinaryIO, target: Tensor) -> None:
     """Fills ``target``, a contiguous CPU tensor, from the file's current position.
 
     Raises:
-        EOFError: the file ends before the tensor does.
+        EOFError: the file ends within the tensor.
     """
     raw = memoryview(target.reshape(-1).view(torch.uint8).numpy())
     while raw:
         count = file.readinto(raw)  # type: ignore[attr-defined]
         if not count:
-            raise EOFError("the file ends before the tensor does")
+            raise EOFError("the file ends within the tensor")
         raw = raw[count:]

@@ -1,6 +1,6 @@
-"""Reads which checkpoint is the newest in a folder of Megatron checkpoints.
+"""Finds the newest checkpoint in a folder of Megatron checkpoints.
 
-Megatron writes that into a tracker file: a step, or "release" for weights without a training state (read_metadata in
+Megatron names it in a tracker file: a step, or "release" for weights without a training state (read_metadata in
 megatron/training/checkpointing.py).
 """
 
@@ -42,5 +42,5 @@ def newest_step(folder: Path | str) -> int | None:
 
 
 def step_folder(folder: Path | str, step: int | None) -> Path:
-    """Returns the folder of one checkpoint: that of a step, or for None the converted weights."""
+    """Returns the folder of the checkpoint of a step, or for None that of the converted weights."""
     return Path(folder, RELEASE if step is None else f"iter_{step:07d}")
