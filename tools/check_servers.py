@@ -41,7 +41,7 @@ from megatron_rasft.weights import HfFolder
 
 
 class Planned(NamedTuple):
-    """A tensor of the folder in the form that ``plan_buckets`` takes."""
+    """A tensor of the folder, in the form that ``plan_buckets`` takes."""
 
     name: str
     shape: tuple[int, ...]
@@ -71,7 +71,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--server-file", type=Path, help="file to which tools/serve_rollouts.py adds servers")
     made.add_argument("--api-key-env", help="environment variable that holds the servers' --api-key")
     made.add_argument(
-        "--admin-api-key-env", help="environment variable that holds their --admin-api-key, if they have one"
+        "--admin-api-key-env",
+        help="environment variable that holds the servers' --admin-api-key, if they have one",
     )
     made.add_argument(
         "--deadline-s",
@@ -86,7 +87,8 @@ def parser() -> argparse.ArgumentParser:
         help="size of the test broadcast, MiB; 0 skips it (default: %(default)s)",
     )
     made.add_argument(
-        "--sync-address", help="address of this machine for the servers (default: that of the route to them)"
+        "--sync-address",
+        help="address of this machine for the servers (default: the address of the route to them)",
     )
     made.add_argument(
         "--sync-port", type=int, default=0, help="port for the rendezvous; 0 chooses a free one"
@@ -106,7 +108,7 @@ def main() -> int:
 
 
 def check(args: argparse.Namespace) -> list[Finding]:
-    """Returns the findings about all servers, in the order in which they are named."""
+    """Returns the findings about all servers, in the order of the flags."""
     urls = [check_address(url, "--urls") for url in args.urls]
     if args.server_file is not None:
         urls += read_addresses(args.server_file)
@@ -136,13 +138,15 @@ def check(args: argparse.Namespace) -> list[Finding]:
 
 
 def examine(finding: Finding, folder: HfFolder) -> None:
-    """Probes one server, checks that it fits, and has it generate."""
+    """Probes one server, checks that it fits, and makes it generate."""
     client = finding.record.client
     try:
         info = finding.record.info = client.probe()
         finding.fault = misfit(info, folder.config)
         if not finding.fault and released_memory(info.weight_label) is not None:
-            finding.fault = "has released its memory, because a run that used it was killed: the first sync of the next run wakes it"
+            finding.fault = (
+                "has released its memory, because its run was killed: the first sync of the next run wakes it"
+            )
         if finding.fault:
             return
         began = time.monotonic()
@@ -158,7 +162,7 @@ def examine(finding: Finding, folder: HfFolder) -> None:
             f"{num_tokens} tokens in {time.monotonic() - began:.2f} s",
         ]
         if info.model_config is None:
-            finding.facts.append("its config.json cannot be read here: compared by architecture only")
+            finding.facts.append("its config.json cannot be read here, so only the architecture was compared")
     except ServerError as error:
         finding.fault = error.reason
         if error.reason.startswith("/generate gave no answer"):
@@ -267,7 +271,7 @@ def send(
 
 
 def resume(record: ServerRecord) -> None:
-    """Closes the update session, flushes the cache and resumes generation. A step that fails does not skip the next ones."""
+    """Closes the update session, flushes the cache and resumes generation. If a step fails, the next steps still run."""
     failures = []
     for step in (record.end_update, record.client.flush_cache, record.client.resume):
         try:
@@ -285,7 +289,7 @@ def raise_failures(failed: dict[str, str]) -> None:
 
 
 def blame(findings: Sequence[Finding], failure: GroupFailure, what: str) -> None:
-    """Enters a failed broadcast as the fault of the servers that the failure names, or of all if it names none."""
+    """Records a failed broadcast for the servers that the failure names, or for all servers if it names none."""
     for finding in findings:
         reason = failure.servers.get(finding.record.url)
         if reason is not None or not failure.servers:

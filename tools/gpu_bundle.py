@@ -2,9 +2,9 @@
 
     python tools/gpu_bundle.py [--output DIR] [--wheel FILE ...] [--skip NAME ...]
 
---output gets wheels/, the pieces 000.piece, 001.piece, ... of at most --piece-mb, manifest.json and install.py. Copy all but
-wheels/ to one folder of the other machine and run `python install.py --target DIR` there. A second call keeps existing wheels.
-pip uses the index that it is configured for.
+The tool writes to --output: wheels/, the pieces 000.piece, 001.piece, ... of at most --piece-mb, manifest.json and install.py.
+Copy all but wheels/ to one folder of the other machine and run `python install.py --target DIR` there. A second call keeps
+existing wheels. pip uses the index in its configuration.
 
 Exit code: 0 if the bundle is complete, 1 if a wheel could not be downloaded, 2 for wrong arguments.
 """
@@ -21,7 +21,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a checkout that is not installed
+sys.path.insert(
+    0, str(Path(__file__).resolve().parent.parent)
+)  # lets the file run from a checkout that is not installed
 
 from megatron_rasft.errors import RasftError
 from megatron_rasft.files import write_json
@@ -31,14 +33,14 @@ PARTS = Path(__file__).resolve().parent / "gpu_bundling"
 REQUIREMENTS = PARTS / "trainer.txt"
 INSTALLER = PARTS / "install.py"
 PIECE_MB = 46
-"""The lending tool that this is made for takes 64 MiB a call, the repository included."""
+"""Default size of a piece, MB. The tool that copies to the GPU machine takes 64 MiB per call, including the repository."""
 
 GLIBC_VERSIONS = (5, 12, 17, 24, 26, 27, 28)
-"""Minor versions of glibc 2 that the target accepts. pip takes only wheels for exactly the platforms in its flags."""
+"""Minor versions of glibc 2 that the target accepts. pip only takes wheels for the platforms listed in its flags."""
 
 
 class BundleError(RasftError):
-    """A wheel could not be downloaded or built."""
+    """Raised if a wheel could not be downloaded or built."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
         help="list of wheels: name==version --hash=sha256:...",
     )
     made.add_argument(
-        "--wheel", type=Path, action="append", default=[], help="a wheel of your own to add; may be repeated"
+        "--wheel", type=Path, action="append", default=[], help="your own wheel to add; may be repeated"
     )
     made.add_argument(
         "--skip", nargs="+", default=[], metavar="NAME", help="packages that the other machine already has"
@@ -98,7 +100,7 @@ def check_flags(options: argparse.Namespace) -> None:
 
 
 def read_requirements(path: Path, skipped: Sequence[str]) -> dict[str, str]:
-    """Maps the sha256 of each wheel to the line of the requirements file that asks for it.
+    """Returns sha256 of a wheel -> the line of the requirements file that requires it.
 
     Raises:
         ValueError: a line without a hash, or --skip names a package that is not in the file.
@@ -129,7 +131,7 @@ def read_requirements(path: Path, skipped: Sequence[str]) -> dict[str, str]:
 
 
 def normalized(name: str) -> str:
-    """Normalizes a package's name as package indexes do."""
+    """Normalizes a package's name like package indexes."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 

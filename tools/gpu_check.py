@@ -24,7 +24,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a checkout that is not installed
+sys.path.insert(
+    0, str(Path(__file__).resolve().parent.parent)
+)  # lets the file run from a checkout that is not installed
 
 from megatron_rasft.tools import cli
 from tools.gpu_checking import report as reports
@@ -38,13 +40,13 @@ RESERVE_S = 30.0
 """Part of --limit-s that is reserved for killing a step and removing its files."""
 
 SHORTEST_S = 10.0
-"""Least remaining time to begin a step."""
+"""Minimum remaining time to begin a step, seconds."""
 LOG_BYTES = 1 << 20
-"""Bytes at the end of each step's output that are kept, because the end shows the failure."""
+"""Number of bytes at the end of a step's output that are kept, because the end shows the failure."""
 
 
 class CannotCheck(ValueError):
-    """The check cannot begin, because there is no GPU or a flag is wrong."""
+    """Raised if the check cannot begin, because there is no GPU or a flag is wrong."""
 
 
 def main(argv: Sequence[str] | None = None, begin: Start = start, steps: Sequence[Step] = STEPS) -> int:
@@ -99,7 +101,7 @@ def parser(steps: Sequence[Step]) -> argparse.ArgumentParser:
         type=Path,
         help="folder with 50 GB free for checkpoints, which are removed (default: TMPDIR)",
     )
-    made.add_argument("--commit", help="commit of this checkout, where git cannot say it")
+    made.add_argument("--commit", help="commit of this checkout, if git cannot tell it")
     made.add_argument(
         "--merge",
         type=Path,
@@ -133,7 +135,7 @@ def _names(steps: Sequence[Step]) -> str:
 
 
 def merge(paths: Sequence[Path], output: Path) -> int:
-    """Merges reports. If several reports have a step, the last one that ran it counts."""
+    """Merges reports. If several reports ran a step, the last of these counts."""
     try:
         found = [reports.read(path) for path in paths]
     except ValueError as error:
@@ -209,17 +211,17 @@ class Check:
         """Copies the facts that the first step found into the report.
 
         Raises:
-            CannotCheck: there is no GPU, or torch says nothing about it.
+            CannotCheck: there is no GPU, or torch does not report it.
         """
         if "num_gpus" not in versions.figures:
             last = versions.last_lines[-1] if versions.last_lines else versions.reason
-            raise CannotCheck(f"torch cannot be asked about GPUs with {sys.executable}: {last}")
+            raise CannotCheck(f"torch cannot report the GPUs with {sys.executable}: {last}")
         num_gpus = versions.figures["num_gpus"]
         assert isinstance(num_gpus, int)
         if not num_gpus:
             raise CannotCheck(
                 f"no GPU was found by torch {versions.figures['torch']}. Run the check on a machine with a CUDA GPU and "
-                "a driver that this torch fits."
+                "a driver that supports this torch."
             )
         self._report.emulated = bool(versions.figures.pop("emulated", False))
         self._report.machine, versions.figures = versions.figures, {}

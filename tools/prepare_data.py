@@ -12,7 +12,9 @@ import sys
 from itertools import islice
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a checkout that is not installed
+sys.path.insert(
+    0, str(Path(__file__).resolve().parent.parent)
+)  # lets the file run from a checkout that is not installed
 
 from megatron_rasft.config.data import DataConfig
 from megatron_rasft.config.parser import add_flags
@@ -28,7 +30,10 @@ _NO_LIMIT = 2**62
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command. Returns the exit code: 0 all rows can be used, 1 some cannot or a file is faulty, 2 a wrong flag."""
+    """Runs the command.
+
+    Returns the exit code: 0 if all rows can be used, 1 if some cannot or a file is faulty, 2 for a wrong flag.
+    """
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0].startswith("--") and "--decontaminate" in argv:
         argv = ["decontaminate", *argv]
@@ -48,7 +53,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def validate(args: argparse.Namespace, config: DataConfig) -> int:
-    """Print which rows can be used, and the reason for each that cannot."""
+    """Print how many rows can be used, and the reason for each row that cannot."""
     if args.max_tokens is not None and args.tokenizer is None:
         raise ValueError(
             "--max-tokens needs --tokenizer, because only a tokenizer can count tokens. Give its folder."
@@ -175,7 +180,11 @@ def _add_overlap_flags(command: argparse.ArgumentParser) -> None:
         "--decontaminate", nargs="+", required=True, metavar="FILE", help="Benchmark files to compare with."
     )
     command.add_argument(
-        "--overlap-ngram", type=int, default=13, metavar="N", help="Words of an n-gram, >= 1 (default: 13)."
+        "--overlap-ngram",
+        type=int,
+        default=13,
+        metavar="N",
+        help="Number of words of an n-gram, >= 1 (default: 13).",
     )
     command.add_argument(
         "--overlap-share",
@@ -183,7 +192,7 @@ def _add_overlap_flags(command: argparse.ArgumentParser) -> None:
         default=0.5,
         metavar="X",
         help="Drop a row that has this share of the n-grams of a benchmark row, its exact words or its id, 0 .. 1 (default: "
-        "0.5). 0: drop a row with any common n-gram, also a stock phrase.",
+        "0.5). 0: drop a row with any common n-gram, even a common phrase.",
     )
     command.add_argument(
         "--output", metavar="FILE", help="Write the rows that are kept to this file (.jsonl)."

@@ -10,7 +10,9 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a checkout that is not installed
+sys.path.insert(
+    0, str(Path(__file__).resolve().parent.parent)
+)  # lets the file run from a checkout that is not installed
 
 from megatron_rasft.files import write_text
 from megatron_rasft.tools import cli
@@ -20,7 +22,7 @@ from megatron_rasft.tools.report.records import RunRecords, read_run
 from megatron_rasft.tools.report.views import read_view
 
 _VAGUE_NAMES = {"save", "checkpoints", "checkpoint"}
-"""Names of --save folders that do not identify a run."""
+"""Common names of --save folders, which do not identify a run."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -32,7 +34,7 @@ def report(args: argparse.Namespace) -> None:
     """Reads the runs and writes the page.
 
     Raises:
-        ValueError: the arguments do not fit each other, or name nothing that can be read or written.
+        ValueError: the arguments contradict each other, or name files that cannot be read or written.
         RasftError: the package that draws the charts is not installed.
     """
     _check_arguments(args)
@@ -110,14 +112,14 @@ def _build_parser() -> argparse.ArgumentParser:
         "--train-data",
         nargs="+",
         metavar="FILE",
-        help="demonstrations to take the problems' texts from; default: as in RUN_DIR/config.json",
+        help="files of demonstrations with the problems' texts; default: as in RUN_DIR/config.json",
     )
     parser.add_argument(
         "--num-examples",
         type=int,
         default=6,
         metavar="N",
-        help="most problems shown of each course (never solved, lost, newly, sometimes and always solved), >= 0; default: 6",
+        help="maximum number of problems shown for each course (never solved, lost, newly, sometimes and always solved), >= 0; default: 6",
     )
     return parser
 

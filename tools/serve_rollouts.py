@@ -3,7 +3,7 @@
     tools/serve_rollouts.py --model DIR --server-file servers.txt [--tp 4] [--python ENV/bin/python] [-- SGLANG FLAGS]
 
 Runs in the foreground until the server ends or until SIGTERM, SIGINT or SIGHUP. Then it removes the address again and ends the
-server, which gets 30 s to finish its requests. SGLang needs an environment of its own; --python names its interpreter. With --cpu
+server, which gets 30 s to finish its requests. SGLang needs its own environment; --python names its interpreter. With --cpu
 the server runs without a GPU, in one of the environments that `make servers` creates. Flags after -- are passed to
 sglang.launch_server unchanged.
 """
@@ -35,7 +35,7 @@ from megatron_rasft.tools.ports import check_port, free_port
 ROOT = Path(__file__).resolve().parent.parent
 CPU_LAUNCHER = Path(__file__).resolve().parent / "sglang_on_cpu.py"
 DRAIN_S = 30.0
-"""After SIGTERM a server finishes its requests, which never ends if it is paused, so it is killed after this time."""
+"""Time after SIGTERM until the server is killed, seconds. It finishes its requests first, which never ends if it is paused."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -45,10 +45,15 @@ def parser() -> argparse.ArgumentParser:
         "--model", type=Path, required=True, help="Hugging Face folder to serve: the trainer's --hf-model"
     )
     made.add_argument(
-        "--server-file", type=Path, help="file to add the address to: the trainer's --rollout-server-file"
+        "--server-file",
+        type=Path,
+        help="file that gets the server's address: the trainer's --rollout-server-file",
     )
     made.add_argument(
-        "--tp", type=int, default=1, help="GPUs to split the model over, >= 1 (default: %(default)s)"
+        "--tp",
+        type=int,
+        default=1,
+        help="number of GPUs over which the model is split, >= 1 (default: %(default)s)",
     )
     made.add_argument(
         "--host",
@@ -72,7 +77,7 @@ def parser() -> argparse.ArgumentParser:
         "--ready-s",
         type=float,
         default=1800.0,
-        help="time the server may take to start, seconds (default: %(default)s)",
+        help="longest time for the server to start, seconds (default: %(default)s)",
     )
     made.add_argument(
         "sglang", nargs="*", metavar="-- SGLANG FLAGS", help="further flags of sglang.launch_server"
@@ -177,9 +182,9 @@ def command(args: argparse.Namespace, host: str, port: int, secrets: Path | None
     line += [
         "--nccl-port",
         str(free_port(host)),
-    ]  # a port that SGLang chose itself could be taken before it is used
+    ]  # chosen here, because a port chosen by SGLang could be taken before SGLang uses it
     if not (args.model / "tokenizer.json").exists() and not (args.model / "tokenizer.model").exists():
-        line.append("--skip-tokenizer-init")  # requests and answers are token ids
+        line.append("--skip-tokenizer-init")  # no tokenizer, because requests and answers are token ids
     if args.memory_saver:
         line.append("--enable-memory-saver")
     if secrets is not None:
@@ -200,7 +205,7 @@ def secrets_file(key: str | None) -> Iterator[Path | None]:
 
 
 def environment() -> dict[str, str]:
-    """Returns the environment variables without those that lead the server's interpreter to this environment's packages."""
+    """Returns the environment variables, without those that make the server's interpreter load this environment's packages."""
     return {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
 
 
@@ -269,7 +274,7 @@ def address_of(host: str, port: int) -> str:
 
 
 def own_address(everywhere: str = "0.0.0.0") -> str:
-    """Returns the address, IPv6 for ``::``, at which other machines reach this one."""
+    """Returns the address at which other machines reach this machine; an IPv6 address for ``::``."""
     # connecting a datagram socket sends nothing, but chooses the address from which it would send
     family, far, loopback = (
         (socket.AF_INET6, "2001:db8::1", "::1")
@@ -281,7 +286,7 @@ def own_address(everywhere: str = "0.0.0.0") -> str:
             probe.connect((far, 1))
             return str(probe.getsockname()[0])
         except OSError:
-            pass  # no route to other machines
+            pass  # there is no route to other machines
     own = [e.address for entries in psutil.net_if_addrs().values() for e in entries if e.family == family]
     return next((a for a in own if not a.startswith(("127.", "169.254.", "::1", "fe80:"))), loopback)
 

@@ -4,7 +4,7 @@
 
 Runs in the server's own environment (CPU torch, no sgl-kernel), which `make servers` creates, with SGLang 0.5.17 to 0.5.23;
 tools/serve_rollouts.py --cpu uses it. The missing modules are replaced at module level, because SGLang starts its workers with
-spawn, and each of them imports this file first.
+spawn, and each worker imports this file first.
 """
 
 import argparse
@@ -34,7 +34,7 @@ DEFAULTS = {
     "--attention-backend": "torch_native",
     "--sampling-backend": "pytorch",
     "--host": "127.0.0.1",
-    "--max-total-tokens": "20000",  # without it the KV cache takes all free memory
+    "--max-total-tokens": "20000",  # without this limit the KV cache takes all free memory
     "--max-running-requests": "64",
 }
 
@@ -47,13 +47,14 @@ def assign_req_to_token_pool_cpu(
     out_cache_loc: torch.Tensor,
     pool_len: int,
 ) -> None:
-    """Replaces the only compiled kernel that SGLang calls on a CPU without AMX: stores the cache slots of each request's new tokens.
+    """Replaces the only compiled kernel that SGLang calls on a CPU without AMX: stores the cache slots of each request's new
+    tokens.
 
     Args:
         req_pool_indices: [b] rows of ``req_to_token``.
         req_to_token: [rows, pool_len] cache slot of each token; modified in place.
-        start_offset: [b] first token of each request whose slot is stored.
-        end_offset: [b] the token after the last one.
+        start_offset: [b] position of the first token of each request whose slot is stored.
+        end_offset: [b] position after the last token whose slot is stored.
         out_cache_loc: [tokens] the slots, concatenated over the requests.
         pool_len: not used.
     """
@@ -128,6 +129,6 @@ if __name__ == "__main__":
         if not any(a == flag or a.startswith(flag + "=") for a in sys.argv):
             sys.argv += [flag, value]
     if "--sleep-on-idle" not in sys.argv:
-        sys.argv.append("--sleep-on-idle")  # otherwise an idle server uses half a core
+        sys.argv.append("--sleep-on-idle")  # without this an idle server uses half a core
     bind_ranks(sys.argv[1:])
     runpy.run_module("sglang.launch_server", run_name="__main__", alter_sys=False)

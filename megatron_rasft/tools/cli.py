@@ -1,4 +1,4 @@
-"""Runs a command-line tool: the same exit codes and error lines for all of tools/."""
+"""Runs a command-line tool, so that all tools have the same exit codes and error lines."""
 
 import os
 import signal
@@ -8,7 +8,7 @@ from collections.abc import Callable
 from megatron_rasft.errors import FailedElsewhere, RasftError
 
 USAGE_ERROR = 2
-"""Exit code for a wrong flag or input, the same as argparse's."""
+"""Exit code for a wrong flag or input, as in argparse."""
 
 
 def run[**P](main: Callable[P, int | None], *args: P.args, **kwargs: P.kwargs) -> int:
@@ -17,12 +17,12 @@ def run[**P](main: Callable[P, int | None], *args: P.args, **kwargs: P.kwargs) -
     Other exceptions are bugs and pass through with their traceback.
 
     Returns:
-        The exit code: that of ``main`` (0 for None; tools return 1 for a failed check), 1 for a RasftError or an OSError,
-        2 for a ValueError, 130 after Ctrl-C, 141 when the reader of stdout is gone, as after ``| head``.
+        The exit code: the result of ``main`` (0 for None; tools return 1 for a failed check), 1 for a RasftError or an OSError,
+        2 for a ValueError, 130 after Ctrl-C, 141 if the reader of stdout has ended, as with ``| head``.
     """
     try:
         code = main(*args, **kwargs)
-        sys.stdout.flush()  # a closed pipe shows here rather than at exit, where Python prints a traceback
+        sys.stdout.flush()  # flushed here, because a closed pipe at exit would make Python print a traceback
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return USAGE_ERROR
@@ -30,7 +30,7 @@ def run[**P](main: Callable[P, int | None], *args: P.args, **kwargs: P.kwargs) -
         print("interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
     except BrokenPipeError:
-        # Python flushes stdout once more at exit: without an open file below it, that fails too
+        # Python flushes stdout again at exit, which would fail too if stdout had no open file
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 128 + signal.SIGPIPE
     except FailedElsewhere:

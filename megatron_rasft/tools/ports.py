@@ -1,4 +1,4 @@
-"""Chooses ports for servers that bind them only minutes after they are chosen."""
+"""Chooses ports for servers that take minutes to start before they bind the port."""
 
 import errno
 import random
@@ -7,11 +7,11 @@ from pathlib import Path
 
 _CONNECTIONS = Path("/proc/sys/net/ipv4/ip_local_port_range")
 _LOWEST = 15000
-"""Lowest port that is chosen. Services that may start later have well-known ports below it."""
+"""Lowest port to choose. Ports below it are the well-known ports of other services."""
 
 
 def free_port(host: str = "127.0.0.1") -> int:
-    """Returns a port on which no process listens, below the range from which the system takes ports of outgoing connections.
+    """Returns a port on which no process listens, below the range that the system uses for outgoing connections.
 
     A server binds its port only after it has loaded its model. A port chosen by the system (port 0) comes from that range, so an
     outgoing connection could get it in the meantime.
@@ -40,7 +40,7 @@ def check_port(host: str, port: int) -> None:
         ValueError: a process listens on it, or ``host`` is not an address of this machine.
     """
     with socket.socket(_family(host)) as probe:
-        # ignores connections of an ended server, which stay for a minute
+        # ignores an ended server's connections, which the kernel keeps for a minute
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
@@ -65,4 +65,4 @@ def _first_of_connections() -> int:
     try:
         return int(_CONNECTIONS.read_text().split()[0])
     except OSError:
-        return 32768  # Linux's default; other systems start higher
+        return 32768  # Linux's default; the range of other systems starts higher

@@ -25,7 +25,7 @@ CHUNK = 1 << 20
 
 
 class Damaged(Exception):
-    """A file is not the one that was packed, or pip refused it."""
+    """Raised if a file differs from the packed file, or pip refuses it."""
 
 
 class Pieces:
@@ -56,8 +56,8 @@ def check(folder: Path, pieces: list[dict[str, Any]]) -> list[Path]:
     """Returns the paths of the pieces after verifying them.
 
     Raises:
-        ValueError: some are missing.
-        Damaged: one has other content.
+        ValueError: pieces are missing.
+        Damaged: the content of a piece has changed.
     """
     missing = [piece["name"] for piece in pieces if not (folder / piece["name"]).is_file()]
     if missing:
@@ -75,10 +75,10 @@ def check(folder: Path, pieces: list[dict[str, Any]]) -> list[Path]:
 
 
 def install(manifest: dict[str, Any], pieces: list[Path], target: Path) -> None:
-    """Joins the pieces, verifies the wheels and installs them. ``target`` appears only when it is complete.
+    """Joins the pieces, verifies the wheels and installs them. ``target`` exists only when it is complete.
 
     Raises:
-        Damaged: a wheel has other content, or pip failed.
+        Damaged: the content of a wheel has changed, or pip failed.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".gpu-bundle-") as scratch:
@@ -114,7 +114,7 @@ def main() -> int:
     here = Path(__file__).resolve().parent
     parser.add_argument("--target", type=Path, required=True, help="folder to install into; must not exist")
     parser.add_argument(
-        "--pieces", type=Path, default=here, help="folder with the pieces (default: this file's)"
+        "--pieces", type=Path, default=here, help="folder with the pieces (default: the folder of this file)"
     )
     options = parser.parse_args()
     target = options.target.resolve()

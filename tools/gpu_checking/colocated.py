@@ -2,7 +2,7 @@
 
     python tools/gpu_checking/colocated.py --sglang-python PYTHON --model DIR --folder DIR -- PROGRAM [FLAGS]
 
-PROGRAM is started with Python and is given the server's address by --rollout-server-file.
+PROGRAM is started with Python and gets the server's address through --rollout-server-file.
 """
 
 import argparse
@@ -27,10 +27,10 @@ SERVER_FLAGS = [
 """Flags of SGLang. A third of the memory leaves enough for the trainer; these backends need the fewest compiled packages."""
 
 SERVER_VARIABLES = {"SGLANG_SKIP_SGL_KERNEL_VERSION_CHECK": "1"}
-"""Accepts a wheel of SGLang's kernels that was reduced to one kind of GPU, which has another version."""
+"""Makes SGLang accept a wheel of its kernels that was reduced to one kind of GPU and has another version."""
 
 END_S = 60.0
-"""Longer than the 30 s in which serve_rollouts.py lets SGLang finish its requests."""
+"""Time for the server to end, seconds: longer than the 30 s in which serve_rollouts.py lets SGLang finish its requests."""
 
 
 def server_line(python: Path, model: Path, server_file: Path) -> list[str]:

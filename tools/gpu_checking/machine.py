@@ -1,4 +1,4 @@
-"""Writes as JSON which GPUs and which versions are here. Fails where Transformer Engine does not import."""
+"""Writes GPUs and versions of this machine as JSON. Fails if Transformer Engine cannot be imported."""
 
 import importlib
 import importlib.metadata
@@ -48,7 +48,7 @@ def versions() -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             found[package] = None
     for name, module in EXTENSIONS.items():
-        # On the path: the project puts a module of the second name into sys.modules where Apex is missing.
+        # Searched on the path, because the project puts a module of the second name into sys.modules if Apex is missing.
         found[name] = PathFinder.find_spec(module) is not None
     return found
 

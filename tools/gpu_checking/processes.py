@@ -31,7 +31,7 @@ class Command:
     """A Python program of this repository, and the way to start it."""
 
     program: Sequence[str]
-    """A file below the root, or ``-m`` and a module, followed by arguments."""
+    """A file in the repository, or ``-m`` and a module; then the arguments."""
     num_processes: int = 0
     """Number of ranks for torchrun to start; 0: start the program without torchrun."""
     variables: dict[str, str] = field(default_factory=dict)
@@ -68,7 +68,7 @@ Start = Callable[[Command, Path], Started]
 
 @dataclass(frozen=True, kw_only=True)
 class Ended:
-    """The end of a program."""
+    """The result of a program that has ended."""
 
     code: int | None
     """Exit code, negative for a signal; None if it passed its deadline and was killed."""
@@ -76,7 +76,7 @@ class Ended:
     left_behind: int
     """Number of processes that were still running after their program had ended by itself, and were killed."""
     peak_gpu_memory_gib: float | None
-    """Largest memory in use on a GPU, from nvidia-smi every few seconds; None without nvidia-smi."""
+    """Largest memory in use on a GPU, sampled every few seconds with nvidia-smi; None without nvidia-smi."""
 
 
 def start(command: Command, log: Path) -> Started:
@@ -118,7 +118,7 @@ def run(command: Command, log: Path, deadline_s: float, begin: Start = start) ->
 
 
 def _left_behind(marker: str) -> list[int]:
-    """Processes that outlive their program by more than a moment, which Python's own helper processes need to notice its end."""
+    """Returns processes that outlive their program by more than the moment that Python's own helper processes need to end."""
     ends = time.monotonic() + HELPERS_S
     while (found := _marked(marker)) and time.monotonic() < ends:
         time.sleep(0.05)
@@ -134,7 +134,7 @@ def _end(process: Started) -> None:
 
 
 def _kill(group: int, marker: str) -> None:
-    """Kills the group and every marked process, and repeats it until none exists, because a process may start another meanwhile."""
+    """Kills the group and every marked process. Repeats this until none exists, because a process may start another meanwhile."""
     with suppress(ProcessLookupError):
         os.killpg(group, signal.SIGKILL)
     ends = time.monotonic() + GRACE_S
@@ -146,18 +146,21 @@ def _kill(group: int, marker: str) -> None:
 
 
 def _marked(marker: str) -> list[int]:
-    """Processes that a step's program started, directly or indirectly, in any session. Zombies are not found, as they have no environment."""
+    """Processes that a step's program started, directly or indirectly, in any session.
+
+    Zombies are not found, as they have no environment.
+    """
     wanted = f"{MARKER}={marker}".encode()
     found = []
     for entry in Path("/proc").glob("[0-9]*/environ"):
-        with suppress(OSError):  # it has ended, or is another user's
+        with suppress(OSError):  # the process has ended, or belongs to another user
             if wanted in entry.read_bytes().split(b"\0"):
                 found.append(int(entry.parent.name))
     return found
 
 
 class GpuMemory:
-    """The largest memory in use on any GPU according to nvidia-smi, by all processes together."""
+    """The largest memory that all processes together use on any GPU, according to nvidia-smi."""
 
     def __init__(self) -> None:
         self.peak_gib: float | None = None

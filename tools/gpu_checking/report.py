@@ -22,22 +22,22 @@ class Result:
 
     name: str
     number: int
-    """Of the audit's list of what to measure first; 0 is none of them."""
+    """Number in the audit's list of measurements; 0 for other steps."""
     title: str
     status: Status
     reason: str = ""
-    """The reason why it failed or was not run."""
+    """The reason why the step failed or was not run."""
     command: str = ""
     seconds: float = 0.0
     deadline_s: float = 0.0
     figures: dict[str, Figure] = field(default_factory=dict)
     last_lines: list[str] = field(default_factory=list)
-    """End of its output, if it failed or timed out."""
+    """End of the step's output, if it failed or timed out."""
     peak_gpu_memory_gib: float | None = None
     left_behind: int = 0
-    """Number of processes that it left running."""
+    """Number of processes that the step left running."""
     covers: dict[str, str] = field(default_factory=dict)
-    """Property that the emulated GPU cannot test -> the tests, or the part of the step, that test it."""
+    """Property that the emulated GPU cannot test -> the tests, or the part of this step, that test it."""
 
     def outcome(self, part: str) -> str:
         """Returns the results of the tests that ``part`` names, or the status of the step if it names none."""
@@ -54,7 +54,7 @@ class Report:
     began: str = ""
     shape: str = ""
     emulated: bool = False
-    """tests/emulated_gpu stood in for a GPU: no figure is a measurement."""
+    """Whether tests/emulated_gpu replaced the GPU, so that no figure is a measurement."""
     limit_s: float = 0.0
     seconds: float = 0.0
     machine: dict[str, Any] = field(default_factory=dict)
@@ -75,7 +75,7 @@ def read(path: Path) -> Report:
     """Reads a report that an earlier check wrote.
 
     Raises:
-        ValueError: the file is not such a report.
+        ValueError: the file is not a report of this program.
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))

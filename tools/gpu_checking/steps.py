@@ -1,6 +1,7 @@
 """The steps of a check in order: the program of each, its deadline, and the figures that it must produce.
 
-The order is the audit's, but for tests/gpu: it comes last, because it takes longest and keeps its results when it is cut short.
+The order is that of the audit's list, except that tests/gpu comes last: it takes longest and keeps its results if it is
+interrupted.
 """
 
 import json
@@ -18,7 +19,7 @@ FIGURES_FILE = "figures.json"
 """Name of the file in a step's folder that a benchmark writes with --json."""
 
 OUTPUT_FILE = "output.log"
-"""In a step's folder: what its processes print."""
+"""Name of the file in a step's folder with the output of its processes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +30,7 @@ class Sizes:
     micro_batch_size: int
     global_batch_size: int
     max_new_tokens: int
-    """Most new tokens of a rollout in the training runs."""
+    """Maximum number of new tokens of a rollout in the training runs."""
     packed_length: int
     """Tokens of a micro-batch in the benchmark of a training step."""
     num_samples: int
@@ -38,7 +39,7 @@ class Sizes:
     rows: int
     """Sequences that the generation benchmark decodes at once."""
     generated_tokens: int
-    """Most new tokens of a response in the generation benchmark."""
+    """Maximum number of new tokens of a response in the generation benchmark."""
     mean_generated_tokens: int
     logprobs: tuple[str, ...] = ()
     """Flags of benchmarks/logprobs.py, which has its own shapes."""
@@ -94,7 +95,7 @@ class Setting:
 
     @property
     def figures_file(self) -> Path:
-        """The file that a program writes its figures to."""
+        """The file to which a program writes its figures."""
         return self.folder / FIGURES_FILE
 
 
@@ -109,17 +110,17 @@ class Step:
     deadline_s: float
     command: Callable[[Setting], Command]
     after: str = "material"
-    """Step that must have passed before; "" if none."""
+    """Step that must have passed before this step; "" if none."""
     obstacle: Callable[[Setting], str] = lambda setting: ""
     """The reason why the step cannot run on this machine; "" if it can."""
     figures: Callable[[Path], Mapping[str, Figure]] = lambda folder: {}
     """Reads the figures from the step's folder."""
     wants: tuple[str, ...] = ()
-    """Figures that must exist for the step to pass."""
+    """Names of figures that must exist for the step to pass."""
     bounds: dict[str, tuple[float, float]] = field(default_factory=dict)
     """Figure -> smallest and largest value with which the step passes."""
     covers: Mapping[str, str] = field(default_factory=dict)
-    """Gap in tests/emulated_gpu/not_shown.toml -> how the step closes it: names of tests, or words."""
+    """Gap in tests/emulated_gpu/not_shown.toml -> how the step closes it: names of tests, or a description."""
 
 
 def benchmark_figures(folder: Path) -> dict[str, Figure]:
@@ -172,7 +173,10 @@ README_FLAGS = """
     --lr 1e-5 --lr-decay-style cosine --rasft-metrics {folder}/metrics.jsonl
     --train-iters 3 --rasft-refresh-interval 3 --rollout-max-new-tokens {max_new_tokens}
 """.split()
-"""Flags of README's first command, with a smaller batch and only three steps. Only the first run saves, because a save takes a minute."""
+"""Flags of README's first command, with a smaller batch and only three steps.
+
+Only the first run saves, because a save takes a minute.
+"""
 
 
 def training(num_processes: int, more: str = "") -> Callable[[Setting], Command]:
@@ -226,7 +230,7 @@ def _logprobs(setting: Setting) -> Command:
 
 
 def _logprob_figures(folder: Path) -> dict[str, Figure]:
-    """The bar and the times; the counts are the same on every machine."""
+    """Reads the bar and the times. The counts are the same on every machine, so they are left out."""
     figures = benchmark_figures(folder)
     shown = {name: value for name, value in figures.items() if not name.startswith("counted")}
     return {"num_timed": sum(name.endswith(" ms") for name in figures), **shown}

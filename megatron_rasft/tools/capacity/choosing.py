@@ -23,17 +23,17 @@ from megatron_rasft.tools.capacity.speed import (
 
 @dataclass(frozen=True, kw_only=True)
 class DiskEstimate:
-    """Bytes that a run writes to disk."""
+    """Sizes of the files that a run writes, bytes."""
 
     checkpoint: float
     checkpoints: float
     export: float
     rollout_store: float
-    """JSON of every rollout: 35 bytes per token of the response (id, log-probability, text) and 6 per token of the prompt."""
+    """Rollouts as JSON: 35 bytes per response token (id, log-probability, text) and 6 per prompt token."""
     reference_cache: float
-    """Four bytes per trained token, and 100 per sequence."""
+    """Cache of reference log-probabilities: four bytes per trained token, and 100 per sequence."""
     data_cache: float
-    """Eight bytes per token of the demonstrations (id, text), and 150 per demonstration."""
+    """Tokenized rows: eight bytes per token of the demonstrations (id, text), and 150 per demonstration."""
 
     @property
     def total(self) -> float:
@@ -52,7 +52,7 @@ class LayoutEstimate:
     run: RunEstimate
 
     def excess_gib(self, config: CapacityConfig) -> float:
-        """Memory that is missing on a GPU, GiB; <= 0 if the layout fits."""
+        """Memory that a GPU lacks, GiB; <= 0 if the layout fits."""
         return self.memory.total / GIB - config.gpu_memory_gib
 
 
@@ -95,7 +95,7 @@ def estimate_layouts(
     for rollout_gpus in _rollout_shares(model, config):
         for layout in candidates(model, config, config.num_gpus - rollout_gpus):
             if layout.ep > 1 and not rollout_gpus and config.needs.uses_rollouts():
-                continue  # refused by a run (host): replicas sample at their own pace, and experts of several replicas must run together
+                continue  # a run refuses this: replicas sample at their own pace, and experts of several replicas must run together
             made.append(_estimate(model, layout, config, assumed, rollout_gpus, precision))
     if not made:
         raise ValueError(_why_none(model, config))
@@ -148,7 +148,7 @@ def check(model: Model, config: CapacityConfig, assumed: AssumptionConfig) -> No
     if config.seq_length > model.max_positions:
         raise ValueError(
             f"--seq-length {config.seq_length} is longer than the {model.max_positions} positions of the model "
-            "(config.json, max_position_embeddings). Give a shorter one."
+            "(config.json, max_position_embeddings). Give a shorter length."
         )
     if config.num_gpus > config.gpus_per_node and config.num_gpus % config.gpus_per_node:
         raise ValueError(
@@ -188,7 +188,8 @@ def check(model: Model, config: CapacityConfig, assumed: AssumptionConfig) -> No
 
 
 def _rollout_shares(model: Model, config: CapacityConfig) -> list[int]:
-    """Numbers of GPUs for servers to compare: none, and whole nodes up to half of the cluster, or quarters of a single node."""
+    """Returns the numbers of GPUs for servers to compare: 0, and full nodes up to half of the cluster, or quarters of a single
+    node."""
     if not config.needs.uses_rollouts():
         if config.rollout_gpus:
             raise ValueError(
@@ -222,7 +223,7 @@ def _rollout_shares(model: Model, config: CapacityConfig) -> list[int]:
 
 
 def _why_none(model: Model, config: CapacityConfig) -> str:
-    """The reason why no layout is possible, whatever the memory."""
+    """Returns the reason why no layout is possible with any memory."""
     shares = [config.rollout_gpus] if config.rollout_gpus is not None else [0]
     num = config.num_gpus - shares[0]
     chosen = [
@@ -260,7 +261,7 @@ def _why_none(model: Model, config: CapacityConfig) -> str:
                 f"that train. Use {batch}, or another --rollout-gpus."
             )
     return (
-        f"no layout of the {num} GPUs that train accepts {' '.join(chosen) or 'this model'}: heads, layers and sequence must "
+        f"no layout of the {num} training GPUs accepts {' '.join(chosen) or 'this model'}: heads, layers and sequence must "
         "divide by their parallel sizes. Leave out one of them."
     )
 
@@ -278,7 +279,7 @@ def nothing_fits(
     *,
     precision: str = "bf16",
 ) -> str | None:
-    """One line with the excess of the closest layout and the flags to change; None if a layout fits."""
+    """Returns one line with the excess of the closest layout and the flags to change; None if a layout fits."""
     closest = estimates[0]
     excess = closest.excess_gib(config)
     if excess <= 0:

@@ -110,9 +110,9 @@ def command_lines(
     lines = []
     if estimate.rollout_gpus:
         tp = serving_tp(model, config)
-        assert tp is not None, "an estimate with servers has ones that fit"
+        assert tp is not None, "an estimate with servers must have servers that fit"
         num, per_node = estimate.rollout_gpus // tp, config.gpus_per_node // tp
-        once = f"# {num} servers of {tp} GPUs, at most {per_node} on a node; CUDA_VISIBLE_DEVICES gives each its own"
+        once = f"# {num} servers of {tp} GPUs, at most {per_node} on a node; CUDA_VISIBLE_DEVICES assigns the GPUs"
         lines += [once, " ".join(serving_command(model, config))]
     flags = training_flags(model, estimate, config, precision=precision)
     lines.append(" ".join([*launcher(estimate, config), "pretrain_rasft.py", *flags]))

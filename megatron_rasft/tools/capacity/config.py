@@ -31,7 +31,7 @@ class CapacityConfig(FlagSection):
     """Memory of a GPU, GiB."""
 
     rollout_gpus: NonNegativeInt | None = None
-    """Part of --num-gpus that SGLang servers run on; 0: the trainer samples itself. Unset: the number with the shortest run."""
+    """GPUs of --num-gpus for SGLang servers; 0: the trainer samples itself. Unset: the number with the shortest run."""
 
     objective: Annotated[str, OneOf(tuple(OBJECTIVES))] = "rasft"
     """The objective, as in pretrain_rasft.py. It decides whether rollouts and a reference are needed."""
@@ -40,7 +40,7 @@ class CapacityConfig(FlagSection):
     """Longest sample, tokens. A packed micro-batch holds --micro-batch-size times as many tokens."""
 
     global_batch_size: PositiveInt = 256
-    """Problems of a step."""
+    """Problems per step."""
 
     micro_batch_size: PositiveInt = 1
     """Tokens of a micro-batch, in units of --seq-length."""
@@ -61,7 +61,7 @@ class CapacityConfig(FlagSection):
     """Steps between refreshes (--rasft-refresh-interval)."""
 
     rollout_lag: Literal[0, 1] = 0
-    """0: the trainer waits for rollouts; 1: servers sample during its steps (--rollout-lag)."""
+    """0: the trainer waits for rollouts; 1: servers sample during the training steps (--rollout-lag)."""
 
     rollout_batch_size: PositiveInt = 64
     """Sequences that one replica of the trainer decodes at once if the trainer samples itself."""
@@ -70,13 +70,16 @@ class CapacityConfig(FlagSection):
     """Weights sent at once in a sync, MiB."""
 
     logprob_chunk_tokens: NonNegativeInt | None = None
-    """Tokens whose logits exist at once (--objective-logprob-chunk-tokens); 0: all. Unset: as many as fit 3 GiB of logits."""
+    """Number of tokens whose logits exist at once (--objective-logprob-chunk-tokens); 0: all.
+
+    Unset: as many as fit 3 GiB of logits.
+    """
 
     rasft_query_groups: int | None = None
     """Query groups of the model in training, as in pretrain_rasft.py."""
 
     save_interval: NonNegativeInt = 100
-    """Steps between checkpoints, all of which are kept; 0: none."""
+    """Steps between checkpoints. All checkpoints are kept. 0: the run saves none."""
 
     tensor_model_parallel_size: PositiveInt | None = None
     """Plan only layouts with this size. Unset: all sizes that divide the node and the model."""
@@ -111,7 +114,7 @@ class CapacityConfig(FlagSection):
             )
         if self.rollout_lag and self.rollout_gpus == 0:
             raise self.refusal(
-                "rollout_lag", "needs servers, and --rollout-gpus 0 leaves none. Change either of the two."
+                "rollout_lag", "needs servers, and --rollout-gpus 0 leaves none. Change one of the two flags."
             )
         if self.max_new_tokens >= self.seq_length:
             raise self.refusal(
@@ -122,7 +125,7 @@ class CapacityConfig(FlagSection):
 
 @dataclass(kw_only=True)
 class AssumptionConfig(FlagSection):
-    """The assumptions that the times are calculated from. Each is printed with its value and its source."""
+    """The assumptions from which the times are calculated. Each is printed with its value and its source."""
 
     demonstration_tokens: PositiveInt = 1024
     """Mean length of a demonstration with its prompt, tokens."""
@@ -134,7 +137,7 @@ class AssumptionConfig(FlagSection):
     """Mean length of a rollout without its prompt, tokens. Unset: half of --max-new-tokens."""
 
     solve_rate: Share = 0.5
-    """Share of the rollouts that are correct and so are trained on."""
+    """Share of the rollouts that are correct and therefore trained on."""
 
     mfu: Annotated[float | None, Range(above=0, at_most=1, advice="0.4 means 40 % of the peak.")] = None
     """Share of --peak-tflops that matrix products reach, without pipeline bubbles and communication. Unset: 0.47 in BF16, 0.27 in
@@ -147,23 +150,26 @@ class AssumptionConfig(FlagSection):
     """Tokens that SGLang decodes per second and GPU. Unset: a measurement, scaled by the size of the model."""
 
     embedded_layer_ms: PositiveFloat = 0.5
-    """Time of the kernels of one layer for one token of every sequence, ms, if the trainer samples itself and launches the kernels one
-    by one. It does so with pipeline stages and with mixtures of experts."""
+    """Time of the kernels of one layer for one token of every sequence, ms, if the trainer samples itself and launches the
+    kernels one by one. It does so with pipeline stages and with mixtures of experts."""
 
     embedded_graph_layer_ms: PositiveFloat = 0.034
-    """The same time in a CUDA graph, ms. An estimate: 17 kernels of 2 microseconds with Transformer Engine's layers."""
+    """The same time as --layer-ms in a CUDA graph, ms.
+
+    Estimated from 17 kernels of 2 microseconds with Transformer Engine's layers.
+    """
 
     verifications_per_s: PositiveFloat = 100.0
     """Rollouts that all workers together verify per second."""
 
     hbm_gb_per_s: PositiveFloat = 3350.0
-    """Memory bandwidth of a GPU, GB/s, of which decoding reaches the share 0.6."""
+    """Memory bandwidth of a GPU, GB/s. Decoding reaches 60 % of it."""
 
     nvlink_gb_per_s: PositiveFloat = 300.0
     """Bandwidth of a collective inside a node, GB/s per GPU and direction."""
 
     network_gb_per_s: PositiveFloat = 40.0
-    """Bandwidth of a collective between nodes, GB/s per GPU and direction (a 400 Gb/s card per GPU, less a fifth)."""
+    """Bandwidth of a collective between nodes, GB/s per GPU and direction (80 % of a 400 Gb/s card per GPU)."""
 
     pcie_gb_per_s: PositiveFloat = 25.0
     """Bandwidth between a GPU and pinned host memory, GB/s."""

@@ -41,7 +41,7 @@ class Table:
 
 
 def best_of_each(estimates: Sequence[LayoutEstimate]) -> list[LayoutEstimate]:
-    """Keeps the first of the estimates that differ only in recomputation and interleaving; the order stays."""
+    """Keeps the first of the estimates that differ only in recomputation and interleaving, in the same order."""
     best: dict[tuple[int, ...], LayoutEstimate] = {}
     for estimate in estimates:
         at = estimate.layout
@@ -80,7 +80,7 @@ def layout_table(estimates: Sequence[LayoutEstimate], config: CapacityConfig) ->
 
 
 def memory_table(estimates: Sequence[LayoutEstimate]) -> Table:
-    """One row per layout: memory of the fullest stage, part by part."""
+    """One row per layout: memory of the fullest stage, by part."""
     parts = "weights gradients optimizer activations logits reference sync kv_cache margin total".split()
     rows = tuple(
         (
@@ -95,7 +95,7 @@ def memory_table(estimates: Sequence[LayoutEstimate]) -> Table:
 
 
 def time_table(estimates: Sequence[LayoutEstimate]) -> Table:
-    """One row per layout: seconds of a step and of a refresh, part by part."""
+    """One row per layout: seconds of a step and of a refresh, by part."""
     step = "compute_s bubble_s tensor_s context_s data_s reference_s".split()
     refresh = "rollouts_s verification_s scoring_s sync_s".split()
     rows = tuple(
@@ -143,7 +143,7 @@ def assumption_table(
         "decode_tokens_per_s": "measured on 1 H100, Qwen2.5-1.5B: 40k tokens/s; scaled by active parameters",
         "hbm_gb_per_s": "H100 SXM data sheet",
         "nvlink_gb_per_s": "assumed: two thirds of 450",
-        "network_gb_per_s": "assumed: a 400 Gb/s card a GPU, less a fifth",
+        "network_gb_per_s": "assumed: 80 % of a 400 Gb/s card per GPU",
         "response_tokens": "assumed: half of --max-new-tokens",
     }
     values: dict[str, Any] = {

@@ -13,8 +13,8 @@ from megatron_rasft.weights.architecture import ModelDescription, megatron_args,
 from megatron_rasft.weights.families import Entry, Family, ModelShape, NameTable
 
 _CONTEXT_SHARE = 4096
-"""Least tokens of a sequence on a context-parallel rank, unless the size is given. A packed sequence consists of samples that
-are all cut into that many parts, and short parts waste time."""
+"""Minimum tokens of a sequence on a context-parallel rank, unless the user gives the size. Every sample of a packed sequence is
+cut into as many parts, and short parts waste time."""
 
 Recompute = Literal["none", "selective", "full"]
 
@@ -22,7 +22,7 @@ _VOCABULARY_UNIT = 128
 """Megatron's --make-vocab-size-divisible-by. Megatron pads the vocabulary to a multiple of this times the tensor-parallel size."""
 
 _MAX_CHUNKS = 5
-"""Most model chunks per stage to consider; published layouts of 70B models have 5."""
+"""Maximum number of model chunks per stage to consider; published layouts of 70B models have 5."""
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,11 @@ class Model:
     path: str
     family: Family
     stored: ModelShape
-    """The sizes in the folder."""
+    """The sizes of the model in the folder."""
     shape: ModelShape
-    """The sizes that Megatron builds, with the query groups that --rasft-query-groups adds."""
+    """The sizes of Megatron's model, including the query groups that --rasft-query-groups adds."""
     top_k: int
-    """Experts per token; 0 for a model without experts."""
+    """Number of experts per token; 0 for a model without experts."""
     max_positions: int
 
     @classmethod
@@ -64,12 +64,12 @@ class Model:
 
     @property
     def num_parameters(self) -> int:
-        """Parameters in the folder."""
+        """Number of parameters in the folder."""
         return self._count(self.stored.num_experts)
 
     @property
     def num_active_parameters(self) -> int:
-        """Parameters in the folder that one token uses: top_k of the experts, and everything else."""
+        """Number of parameters that one token uses: those outside experts, and top_k experts."""
         return self._count(self.top_k)
 
     def _count(self, num_experts: int) -> int:
@@ -93,7 +93,7 @@ class Layout:
     dp: int
     ep: int = 1
     expert_tp: int
-    """Ranks that each expert is split over."""
+    """Number of ranks over which each expert is split."""
     chunks: int = 1
     """Model chunks per pipeline stage; more than 1 means the interleaved schedule."""
     recompute: Recompute = "none"
@@ -104,7 +104,7 @@ class Layout:
 
     @property
     def num_replicas(self) -> int:
-        """Ranks that share the optimizer's states of all parameters that are not in experts."""
+        """Number of ranks that share the optimizer's states of parameters outside experts."""
         return self.dp * self.cp
 
     @property

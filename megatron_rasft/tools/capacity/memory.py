@@ -20,10 +20,10 @@ _ADAM = 2 * _FP32
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryEstimate:
-    """Bytes on one GPU.
+    """Memory on one GPU, in bytes by part.
 
-    Activations, the key-value cache and the buckets of a weight sync never exist at the same time, because a step, a refresh
-    and a sync follow each other.
+    Activations, the key-value cache and the buckets of a weight sync never exist at the same time, because step, refresh
+    and sync run one after the other.
     """
 
     stage: int
@@ -66,9 +66,9 @@ def estimate_memory(
 
     Args:
         num_microbatches: micro-batches of a step on each data-parallel rank.
-        is_fp8: linear layers run in FP8, for which Transformer Engine keeps two 8-bit copies of their weights.
-        uses_servers: rollout servers sample and receive the weights; False: the trainer samples.
-        samples: False: the objective uses no rollouts.
+        is_fp8: whether linear layers run in FP8, for which Transformer Engine keeps two 8-bit copies of their weights.
+        uses_servers: whether rollout servers sample and receive the weights; False: the trainer samples.
+        samples: whether the objective uses rollouts.
     """
     stages = [
         _stage_memory(model, layout, config, assumed, stage, num_microbatches, is_fp8, uses_servers, samples)
@@ -115,7 +115,7 @@ def _stage_memory(
 
 
 def buffer_elements(model: Model, layout: Layout, stage: int) -> tuple[int, int]:
-    """The number of elements in Megatron's buffers of parameters and gradients, without and with experts.
+    """The number of elements in Megatron's buffers of parameters and gradients: outside experts, and of experts.
 
     Megatron pads: every parameter begins at a multiple of 64 elements, and every buffer ends at a multiple of 128 and of the
     number of ranks that share the optimizer's states (megatron.core.optimizer.param_layout). With --overlap-grad-reduce every
@@ -154,13 +154,13 @@ class LayerActivations:
 
 
 def layer_activations(model: Model, *, has_te: bool = True, element_bytes: int = 2) -> LayerActivations:
-    """Counts the activations of one layer as Korthikanti et al. 2022 (arXiv 2205.05198, section 4) do.
+    """Counts the activations of one layer like Korthikanti et al. 2022 (arXiv 2205.05198, section 4).
 
     Their formula, 34 sbh + 5 as^2b bytes, holds for GPT-3's layer. The layers here differ: grouped keys and values, a gated
     MLP, no dropout, and fused attention, which keeps its output and one normaliser per head instead of the matrix of scores.
 
     Args:
-        has_te: the layers are Transformer Engine's fused ones. Plain layers also keep the normalised input of each norm's
+        has_te: whether the layers are Transformer Engine's fused layers. Plain layers also keep the normalised input of each norm's
             scale, the tables of the rotary embedding, and both factors of the gated product.
         element_bytes: bytes of one activation.
     """
@@ -168,7 +168,7 @@ def layer_activations(model: Model, *, has_te: bool = True, element_bytes: int =
     q, kv = s.num_attention_heads * s.head_dim, s.num_query_groups * s.head_dim
     f = s.ffn_hidden_size * (3 if has_te else 5)
     if s.num_experts:
-        # sent to the experts, returned by them, and put back in order; the router's probabilities are fp32
+        # tokens sent to the experts, returned by them, and restored in order; the router's probabilities are fp32
         mlp = model.top_k * (3 * s.hidden_size + f) + s.num_experts * 2 * _FP32 / element_bytes
     else:
         mlp = f
@@ -205,7 +205,7 @@ def activation_bytes(model: Model, layout: Layout, stage: int, tokens: float, nu
 
 
 def logprob_chunk(model: Model, layout: Layout, config: CapacityConfig, tokens: float) -> float:
-    """Tokens whose logits a rank holds at a time; ``tokens`` where none of them is computed twice."""
+    """Number of tokens whose logits a rank holds at a time; ``tokens`` if none is computed twice."""
     chunk = config.logprob_chunk_tokens
     if chunk is None:
         chunk = fused_chunk_tokens(math.ceil(tokens), 2 * padded_vocabulary(model, layout.tp) // layout.tp)

@@ -20,7 +20,7 @@ MIXTURE_MFU = {"bf16": 0.30, "fp8": 0.12}
 
 DECODING = 40_000.0 * 1.54e9
 """Tokens per second times parameters: SGLang 0.5.17 on one H100, Qwen2.5-1.5B's shape, 256 sequences at once, measured.
-For an 8B model this scales to 7,700 tokens/s, less than the published 16,200, so times come out long rather than short."""
+For an 8B model this scales to 7,700 tokens/s, less than the published 16,200, so times are rather overestimated."""
 
 PACKING = 0.95
 """Share of a packed micro-batch that is not padding."""
@@ -34,21 +34,21 @@ _OVERLAP_REST = 0.1
 
 @dataclass(frozen=True, kw_only=True)
 class StepEstimate:
-    """Seconds of one step."""
+    """The time of one step, in seconds."""
 
     tokens: float
     """Tokens of all samples, without padding."""
     num_microbatches: int
     compute_s: float
-    """Matrix products of the slowest stage, including recomputation."""
+    """Seconds of the slowest stage's matrix products, including recomputation."""
     bubble_s: float
     tensor_s: float
-    """Communication of tensor and expert parallelism and between pipeline stages."""
+    """Seconds of communication of tensor and expert parallelism and between pipeline stages."""
     context_s: float
     data_s: float
-    """Communication of gradients and weights between replicas that no computation hides."""
+    """Seconds of communication of gradients and weights between replicas that no computation hides."""
     reference_s: float
-    """The reference's forward pass, if the objective needs one in each step."""
+    """Seconds of the reference's forward pass, if the objective needs it in each step."""
     mfu: float
     """Model FLOPs per second (without recomputation) as a share of the trainer's peak."""
 
@@ -60,12 +60,12 @@ class StepEstimate:
 
 @dataclass(frozen=True, kw_only=True)
 class RefreshEstimate:
-    """Seconds of one refresh."""
+    """The time of one refresh, in seconds."""
 
     rollouts_s: float
     verification_s: float
     scoring_s: float
-    """Forward passes for log-probabilities under the reference or the current policy."""
+    """Seconds of forward passes for log-probabilities under the reference or the current policy."""
     sync_s: float
 
     @property
@@ -109,7 +109,7 @@ def rollout_tokens(config: CapacityConfig, assumed: AssumptionConfig) -> float:
 
 
 def mean_length(config: CapacityConfig, assumed: AssumptionConfig) -> float:
-    """Mean sequence length, weighted by tokens: the length that attention's cost of a token depends on."""
+    """Mean sequence length, weighted by tokens, on which attention's cost of a token depends."""
     n = trained_rollouts(config, assumed)
     a, b = assumed.demonstration_tokens, rollout_tokens(config, assumed)
     return (a * a + n * b * b) / (a + n * b)
@@ -148,7 +148,7 @@ def estimate_step(
 ) -> StepEstimate:
     """Estimates one training step.
 
-    The slowest stage sets the pace of the pipeline. The pipeline fills and drains once a step, so its bubble is pp - 1
+    The slowest stage sets the pace of the pipeline. The pipeline fills and drains once per step, so its bubble is pp - 1
     micro-batches, divided by the model chunks of a stage (Narayanan et al. 2021, arXiv 2104.04473). Communication of tensor,
     context and expert parallelism counts in full; data-parallel communication overlaps with one micro-batch.
     """
@@ -156,7 +156,7 @@ def estimate_step(
     tokens = tokens_per_step(config, assumed)
     budget = config.micro_batch_size * config.seq_length
     num = max(1, math.ceil(tokens / PACKING / layout.dp / budget))
-    if layout.chunks > 1:  # Megatron's interleaved schedule needs a multiple of the stages
+    if layout.chunks > 1:  # Megatron's interleaved schedule needs a multiple of the number of stages
         num = -(-num // layout.pp) * layout.pp
     # a packed micro-batch is as long as its samples, not padded to the budget
     width = min(budget, tokens / PACKING / layout.dp / num)
@@ -208,7 +208,8 @@ def _bandwidth(assumed: AssumptionConfig, config: CapacityConfig, span: int) -> 
 def _communication(
     model: Model, layout: Layout, config: CapacityConfig, assumed: AssumptionConfig, width: float
 ) -> tuple[float, float]:
-    """Seconds that a micro-batch communicates on a stage: tensor, expert and pipeline parallelism; context parallelism."""
+    """Seconds of communication of a micro-batch on a stage: first tensor, expert and pipeline parallelism, then context
+    parallelism."""
     s = model.shape
     tp, cp, ep = layout.tp, layout.cp, layout.ep
     layers = s.num_layers / layout.pp
@@ -217,7 +218,7 @@ def _communication(
     passes = {"none": 10, "selective": 12, "full": 14}[layout.recompute]
     inside = layers * passes * hidden * (tp - 1) / tp / _bandwidth(assumed, config, tp)
     forwards = {"none": 2, "selective": 3, "full": 3}[layout.recompute]
-    sent = 2 * hidden / tp * model.top_k * (ep - 1) / ep  # to the experts and back
+    sent = 2 * hidden / tp * model.top_k * (ep - 1) / ep  # tokens are sent to the experts and back
     inside += layers * forwards * sent / _bandwidth(assumed, config, tp * cp * layout.dp if ep > 1 else 1)
     if layout.pp > 1:
         inside += 2 * layout.chunks * hidden / tp / _bandwidth(assumed, config, layout.num_gpus)
@@ -261,7 +262,7 @@ def _forward_s(
 
 
 def serving_tp(model: Model, config: CapacityConfig) -> int | None:
-    """GPUs of a server: the smallest number whose memory the weights fill by at most 75 %; None if a node is too small."""
+    """Returns the GPUs of a server: the fewest whose memory the weights fill to at most 75 %; None if a node is too small."""
     room = 0.75 * config.gpu_memory_gib * 2**30
     sizes = [n for n in range(1, config.gpus_per_node + 1) if config.gpus_per_node % n == 0]
     fitting = [
@@ -292,14 +293,14 @@ def estimate_refresh(
     rollouts_s = sync_s = 0.0
     if num_samples and rollout_gpus:
         tp = serving_tp(model, config)
-        assert tp is not None, "an estimate with servers has ones that fit"
+        assert tp is not None, "an estimate with servers must have servers that fit"
         tokens = num_samples * response_tokens(config, assumed)
         longest_s = config.max_new_tokens * _read_s(model, tp, assumed)
         rollouts_s = tokens / rollout_gpus / decode_tokens_per_s(model, assumed) + longest_s
         sync_s = _sync_s(model, layout, config, assumed)
     elif num_samples:
         tokens = num_samples / layout.num_replicas * response_tokens(config, assumed)
-        # a finished row is refilled at once, until no sample waits and the last row runs alone
+        # a finished row is refilled at once; when no sample waits any more, rows end one after the other
         positions = tokens / config.rollout_batch_size + config.max_new_tokens
         rollouts_s = positions * _embedded_position_s(model, layout, config, assumed)
     num_scored = needs.needs_reference_logprobs() + needs.needs_old_logprobs()
@@ -330,7 +331,7 @@ def _embedded_position_s(
 
 
 def _read_s(model: Model, tp: int, assumed: AssumptionConfig) -> float:
-    """Seconds to read all weights once, the least time to decode a position."""
+    """Seconds to read all weights once: the minimum time to decode a position."""
     return 2 * model.num_parameters / tp / (assumed.hbm_gb_per_s * 1e9 * _HBM_SHARE)
 
 
@@ -379,5 +380,5 @@ def estimate_run(
 
 
 def num_saves(config: CapacityConfig) -> int:
-    """Checkpoints of a run: one every --save-interval steps, and one at the end."""
+    """Number of checkpoints of a run: one every --save-interval steps, and one at the end."""
     return math.ceil(_num_steps(config) / config.save_interval) if config.save_interval else 0

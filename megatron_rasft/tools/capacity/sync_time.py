@@ -18,15 +18,15 @@ class SyncCosts:
     control_s: float
     """Fixed seconds per sync: pausing the servers, emptying their cache, setting the weight version, resuming."""
     proof: float | None = None
-    """Hashing on trainer or server, if checksums prove the sync; None: they do not."""
+    """Hashing on trainer or server, if checksums prove the sync; otherwise None."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SyncEstimate:
-    """Seconds of one sync."""
+    """The time of one sync, in seconds."""
 
     gather_s: float
-    """Gathering all buckets. Only the first of each stage costs time, because the others are gathered during a send."""
+    """Gathering all buckets. Only each stage's first bucket adds time, because the others are gathered during a send."""
     send_s: float
     """Sending all buckets one after another: network, load and request."""
     proof_s: float
@@ -39,7 +39,7 @@ def estimate_sync(
     """Estimates the time to send ``num_bytes`` of weights to all servers.
 
     The number of servers does not matter, because a broadcast forwards the data from server to server in small pieces. The
-    stages send one after another, so their number matters only through the first gather of each, which no send hides.
+    stages send one after another, so their number only matters for the first gather of each stage, which no send hides.
 
     Args:
         num_bytes: bytes of the weights as they are sent.
@@ -52,7 +52,7 @@ def estimate_sync(
     send_s = num_bytes / costs.network + num_bytes / costs.load + num_buckets * costs.request_s
     proof_s = num_bytes / costs.proof if costs.proof else 0.0
     first_s = gather_s / num_buckets * num_stages
-    # a bucket is hashed right after its gather, also while the previous one is sent
+    # a bucket is hashed right after its gather, while the previous bucket is being sent
     transfer_s = (
         first_s + max(send_s, gather_s + proof_s - first_s) if overlaps else gather_s + send_s + proof_s
     )

@@ -1,1 +1,1 @@
-"""Converts Hugging Face folders to Megatron checkpoints and back, and proves that nothing was lost on the way."""
+"""Converts Hugging Face folders to Megatron checkpoints and back, and proves that nothing was lost."""

@@ -66,7 +66,8 @@ def _size(shape: Sequence[int], dtype: torch.dtype) -> int:
 
 
 def _fingerprint(files: Sequence[Path]) -> str:
-    """Identifies the input files by path, size and time, so that a conversion only continues a killed one of the same input."""
+    """Identifies the input files by path, size and time, so that a conversion only continues an earlier conversion of the same
+    input."""
     digest = hashlib.sha256()
     for path in sorted(files):
         status = path.stat()
@@ -108,12 +109,12 @@ def hf_to_megatron(
     """Writes the folder's weights as a Megatron checkpoint that every parallel layout can load.
 
     The checkpoint is a "release" in Megatron's terms: weights without a training state. Each worker holds one chunk of a
-    parameter in memory, or one whole parameter if ranks split its columns.
+    parameter in memory, or a complete parameter if ranks split its columns.
 
     Args:
         source: an opened folder.
-        out_dir: the folder to write; must not exist, or be empty. It appears when it is complete.
-        dtype: type of all weights; None keeps the stored types. Layers with different types get the wider one.
+        out_dir: the folder to write; must not exist, or be empty. It exists only when it is complete.
+        dtype: type of all weights; None keeps the stored types. Layers with different types get the wider type.
         query_groups: value of the run's --rasft-query-groups, which the run's checkpoints must match.
         num_workers: number of layers to convert at a time.
         on_progress: called with the bytes that were written since the last call.
@@ -159,7 +160,7 @@ def hf_to_megatron(
 
 
 def _wholes(source: HfFolder, table: NameTable, dtype: torch.dtype | None) -> dict[str, _Whole]:
-    """Key -> shape and type. A key has one type, the narrowest that represents all of its tensors exactly."""
+    """Returns key -> shape and type. The type of a key is the narrowest that represents all of its tensors exactly."""
     wholes: dict[str, _Whole] = {}
     for p in table.stored_parameters():
         stored = reduce(torch.promote_types, (source.tensors[name].dtype for name in p.binding.hf_names))
@@ -216,7 +217,7 @@ def _read_chunks(source: HfFolder, parameter: StoredParameter, whole: _Whole) ->
     if layout.dim == 0:
         parts = (_clip(layout, i * length, (i + 1) * length) for i in range(num))
         chunks: Iterable[Tensor] = (read_shard(source, parameter.binding, part) for part in parts)
-    else:  # columns are scattered over the file, so they are read once
+    else:  # a range of columns is scattered over the file, so the parameter is read once
         chunks = read_shard(source, parameter.binding, layout).split(length, layout.dim)
     for chunk in chunks:
         yield chunk.to(whole.dtype)
@@ -234,7 +235,8 @@ def _clip(layout: ShardLayout, start: int, stop: int) -> ShardLayout:
 
 
 def num_chunks(length: int, num_bytes: int) -> int:
-    """Number of chunks of a parameter that ranks split: the largest power of two up to 16 that divides it into chunks of at least 1 MiB."""
+    """Number of chunks of a parameter that ranks split: the largest power of two up to 16 that divides it into chunks of at
+    least 1 MiB."""
     num = _MAX_CHUNKS
     while num > 1 and (length % num or num_bytes // num < _MIN_CHUNK_BYTES):
         num //= 2
@@ -242,7 +244,7 @@ def num_chunks(length: int, num_bytes: int) -> int:
 
 
 def _extra_state_key(module: str, index: tuple[int, ...], stack: tuple[int, ...]) -> str:
-    """Key of the empty object that Megatron expects for every module that can have an FP8 state."""
+    """Returns the key of the empty object that Megatron expects for every module that may have an FP8 state."""
     position, size = (".".join(map(str, numbers)) for numbers in (index or (0,), stack or (1,)))
     return f"{module}._extra_state/shard_{position}_{size}"
 
@@ -251,7 +253,7 @@ def _extra_state_key(module: str, index: tuple[int, ...], stack: tuple[int, ...]
 
 
 class _FilePart(NamedTuple):
-    """One safetensors file: its parameters, and the tensors that each becomes."""
+    """One safetensors file: its parameters, and the tensors made from each."""
 
     name: str
     num_bytes: int
@@ -276,7 +278,7 @@ def megatron_to_hf(
     Args:
         source: an opened checkpoint, from a run or a conversion.
         template: gives config, tokenizer and chat template; its weights are not read.
-        out_dir: the folder to write; must not exist, or be empty. It appears when it is complete.
+        out_dir: the folder to write; must not exist, or be empty. It exists only when it is complete.
         dtype: type of all weights; None keeps the checkpoint's types. config.json names the type that is written.
         is_fp8: quantize the layers' matrices to e4m3 in blocks, for serving. Other tensors get ``dtype``; with None float32
             becomes bfloat16.

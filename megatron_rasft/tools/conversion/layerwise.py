@@ -1,6 +1,6 @@
 """Computes a model's logits from a Megatron checkpoint, one layer at a time, in plain torch and fp32.
 
-It interprets the checkpoint's layouts on its own, without the tables of weights/families.py, so that comparing the logits with
+It interprets the checkpoint's layouts independently, without the tables of weights/families.py, so that comparing the logits with
 transformers' tests the tables.
 """
 
@@ -50,7 +50,7 @@ class _Forward:
 
     def _weight(self, name: str, *index: int) -> Tensor:
         key = f"decoder.layers.{name}" if index else name
-        if key not in self.checkpoint.tensors and index:  # layers that are not stacked
+        if key not in self.checkpoint.tensors and index:  # the checkpoint does not stack its layers
             key, index = f"decoder.layers.{index[0]}.{name}", index[1:]
         weight = self.checkpoint.read(key, index)
         return (weight if self.weight_dtype is None else weight.to(self.weight_dtype)).float()
@@ -117,7 +117,7 @@ class _Forward:
 
 
 def _gated(x: Tensor, fc1: Tensor, fc2: Tensor) -> Tensor:
-    """A gated MLP. The rows of fc1 are those of the gate, followed by those of the up projection."""
+    """Computes a gated MLP. The first half of fc1's rows is the gate projection, the second half the up projection."""
     gate, up = (x @ fc1.T).chunk(2, -1)
     return (F.silu(gate) * up) @ fc2.T
 
@@ -126,7 +126,9 @@ def rotary_angles(length: int, head_dim: int, rope: Rope) -> Tensor:
     """Returns the [s, d / 2] fp32 angle of each position and frequency, with Llama 3.1's scaling if the model has it."""
     frequencies = rope.theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
     if rope.llama3_factor is not None:
-        turns = 8192 * frequencies / (2 * math.pi)  # within the original context
+        turns = (
+            8192 * frequencies / (2 * math.pi)
+        )  # frequencies whose wavelength is within the original context
         smooth = ((turns - 1.0) / (4.0 - 1.0)).clamp(0, 1)
         frequencies = (1 - smooth) * frequencies / rope.llama3_factor + smooth * frequencies
     return torch.arange(length, dtype=torch.float32)[:, None] * frequencies

@@ -19,7 +19,7 @@ from megatron_rasft.weights.fp8_blocks import SCALE_SUFFIX, is_linear_layer, qua
 from megatron_rasft.weights.torch_dist import TorchDistFolder
 
 BLOCK_BYTES = 4 << 20
-"""Bytes of the rows that are compared at a time."""
+"""Number of bytes of rows that are compared at a time."""
 
 _NOT_FINITE = "{} contains values that are not finite"
 
@@ -59,14 +59,14 @@ def prove(
 ) -> Proof:
     """Reads a checkpoint as Hugging Face tensors and compares them with those of a folder.
 
-    Missing, unknown and misshapen tensors were refused before: when the folder was opened, and by ``check_parameters``. Each
+    Missing and unknown tensors and wrong shapes have already been refused, on opening the folder and by ``check_parameters``. Each
     worker holds one parameter in memory, as in ``megatron_to_hf``, and a few rows of the folder.
 
     Args:
         checkpoint: the Megatron checkpoint.
         folder: the Hugging Face folder, opened with its weights.
         is_export: True if the folder was made from the checkpoint, False if the checkpoint was made from the folder.
-        dtype: the type that all weights should have been rounded to; None: each should have kept its type.
+        dtype: the type to which all weights should have been rounded; None if each should have kept its type.
         num_workers: number of parameters to compare at a time.
         on_progress: called with the bytes of the checkpoint that were compared since the last call.
     """
@@ -147,7 +147,7 @@ def _compare(
         name: the tensor's name.
         shape: the shape of the whole tensor.
         pairs: blocks of the source and of the converted tensor, in the order of the rows.
-        dtype: expected type of the converted tensor; None: that of the source.
+        dtype: expected type of the converted tensor; None for the source's type.
 
     Returns:
         SHA-256 over name, type, shape and bytes of the converted tensor, and the faults.

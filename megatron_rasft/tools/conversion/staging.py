@@ -1,4 +1,7 @@
-"""A folder that is written in parts, under a temporary name until it is complete. After a kill the next call continues."""
+"""A folder that is written in parts, under a temporary name until it is complete.
+
+If the process is killed, the next call continues.
+"""
 
 import errno
 import fcntl
@@ -28,13 +31,13 @@ class Part(Protocol):
 
     @property
     def num_bytes(self) -> int:
-        """Approximate size of its file."""
+        """Approximate size of the part's file, bytes."""
 
 
 class StagedFolder:
     """The unfinished ``out_dir``, as ``.NAME.partial`` next to it. Only one process can open it at a time.
 
-    Every finished part leaves a note. When the folder is opened again for the same work, only parts without a note are made.
+    Every finished part leaves a note file. When the folder is opened again for the same work, only parts without a note are made.
     ``finish`` renames the folder to ``out_dir``.
     """
 
@@ -107,7 +110,7 @@ class StagedFolder:
     def _failure(self, error: OSError) -> CheckpointError:
         reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
         return CheckpointError(
-            f"cannot write {self.path}: {reason}. Finished files are kept: the same command continues from there."
+            f"cannot write {self.path}: {reason}. Finished files are kept: the same command continues after them."
         )
 
     def close(self) -> None:
@@ -122,11 +125,11 @@ class StagedFolder:
         num_workers: int,
         on_progress: Callable[[int], None],
     ) -> dict[str, Any]:
-        """Makes every part that no earlier call has made.
+        """Makes all parts that earlier calls have not made.
 
         Args:
             parts: the parts of the work; see ``Part``.
-            make: writes the part's file into ``path``, under its name only when it is complete; returns JSON.
+            make: writes the part's file into the folder ``path`` and renames it when it is complete; returns JSON values.
             num_workers: number of threads.
             on_progress: called with the bytes of each part when it is finished.
 
@@ -178,7 +181,7 @@ class StagedFolder:
 
 
 def _in_threads(do: Callable[[Any], None], parts: Sequence[Any], num_workers: int) -> None:
-    """Calls ``do`` for every part. After the first error it begins no other part, and raises the error."""
+    """Calls ``do`` for every part. After the first error it begins no further parts, and raises the error."""
     with ThreadPoolExecutor(max_workers=num_workers) as pool:
         futures = [pool.submit(do, part) for part in parts]
         try:

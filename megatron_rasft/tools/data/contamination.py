@@ -20,12 +20,12 @@ Gram = tuple[str, ...]
 
 @dataclass(kw_only=True)
 class BenchmarkOverlap:
-    """The overlap of one benchmark with all training rows. Counts are of benchmark rows unless named otherwise."""
+    """The overlap of one benchmark with all training rows. Counts refer to benchmark rows unless the name says otherwise."""
 
     path: Path
     num_rows: int = 0
     num_short: int = 0
-    """Rows with fewer words than an n-gram, of which only exact copies and equal ids can be found."""
+    """Rows with fewer words than an n-gram. Only their exact copies and equal ids can be found."""
     sharing: dict[str, set[int]] = field(default_factory=lambda: defaultdict(set))
     """Benchmark row -> training rows that share an n-gram with it."""
     covered: dict[str, float] = field(default_factory=dict)
@@ -33,7 +33,7 @@ class BenchmarkOverlap:
     exact: dict[str, set[int]] = field(default_factory=lambda: defaultdict(set))
     """Benchmark row -> training rows with the same words in the same order."""
     same_id: dict[str, int] = field(default_factory=dict)
-    """Benchmark row -> training row with the same id, whatever its text. Ids that are only numbers are not compared."""
+    """Benchmark row -> training row with the same id and any text. Ids that are only numbers are not compared."""
 
     @property
     def num_half(self) -> int:
@@ -51,7 +51,7 @@ class BenchmarkOverlap:
         return set().union(*self.sharing.values())
 
     def as_dict(self) -> dict[str, Any]:
-        """The counts, and the names of the rows that were counted, as JSON values."""
+        """Returns the counts, and the names of the counted rows, as JSON values."""
         return {
             "benchmark": self.path.name,
             "rows": self.num_rows,
@@ -75,7 +75,7 @@ class Contamination:
     num_train_rows: int
     overlaps: list[BenchmarkOverlap]
     dropped: dict[int, str]
-    """Training row -> the reason to drop it: the benchmark row that it repeats, and the extent."""
+    """Training row -> the reason to drop it: the benchmark row that it repeats, and to which extent."""
 
     def describe(self) -> str:
         """Returns a table of the counts, and the first ten rows to drop, without a final line break."""
@@ -122,7 +122,7 @@ def find_contamination(
         benchmarks: files of benchmark rows in any of the usual layouts. Answers and tests are not compared.
         n: words per n-gram.
         max_share: a training row is dropped if it contains at least this share of a benchmark row's n-grams, is an
-            exact copy, or has the same id. 0 drops every row that shares one n-gram, even a common phrase.
+            exact copy, or has the same id. 0 drops every row that shares any n-gram, even a common phrase.
 
     Raises:
         DataError: a benchmark row has no text.

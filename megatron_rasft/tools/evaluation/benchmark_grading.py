@@ -21,7 +21,7 @@ def verify_config(config: EvaluationConfig, rel_tolerance: float = 0.0) -> Verif
     return VerifyConfig(
         verify_timeout_s=config.verify_timeout_s,
         verify_num_workers=config.verify_num_workers,
-        # As in the published harness: an answer counts if it was boxed before the response was cut
+        # As in the published harness, an answer counts if it was boxed before the response was truncated
         verify_grade_truncated=True,
         verify_numeric_rel_tolerance=rel_tolerance,
         verify_sandbox_level=config.sandbox_level,
@@ -51,5 +51,5 @@ class Grader(AbstractContextManager["Grader"]):
         self._exit.close()
 
     def __call__(self, rollouts: list[Rollout], problems: dict[str, Problem]) -> None:
-        """Sets ``verdict`` and ``verdict_reason`` of every rollout; ``problems`` are by id."""
+        """Sets ``verdict`` and ``verdict_reason`` of every rollout. ``problems`` maps ids to problems."""
         self._pool.verify(rollouts, {name: problem.check for name, problem in problems.items()})

@@ -1,4 +1,4 @@
-"""Reads one row of a benchmark, in this project's layout or in that of the set's Hugging Face data set."""
+"""Reads one row of a benchmark, in this project's layout or in the layout of its Hugging Face data set."""
 
 import base64
 import io
@@ -27,7 +27,7 @@ class Problem:
 
     @property
     def check(self) -> Check:
-        """The gold answer or the tests, as the verifier takes them."""
+        """The gold answer or the tests, in the form that the verifier takes."""
         if not self.tests:
             return self.answer
         entry_point = self.tests.get("entry_point", "")
@@ -53,7 +53,7 @@ def parse_row(record: dict[str, Any], kind: Kind, default_id: str) -> Problem:
     Args:
         record: the row, with field names in any case.
         kind: whether the set is mathematical or code.
-        default_id: id of a row that has none.
+        default_id: id for a row without an id.
 
     Raises:
         KeyError, ValueError, TypeError: a field is missing or cannot be used.
@@ -63,7 +63,7 @@ def parse_row(record: dict[str, Any], kind: Kind, default_id: str) -> Problem:
 
 
 def _first(record: dict[str, Any], *names: str) -> Any:
-    """Returns the first field that has a value. A KeyError names the first of ``names``, which is this project's."""
+    """Returns the first field that has a value. A KeyError names the first of ``names``, which is this project's name."""
     for name in names:
         if record.get(name) is not None:
             return record[name]
@@ -85,7 +85,7 @@ def _parse_math(record: dict[str, Any], default_id: str) -> Problem:
 
 
 def _gold(record: dict[str, Any]) -> str:
-    """Returns the gold answer as a string without a box, from whichever field and notation the data set uses."""
+    """Returns the gold answer as a string without a box, from any of the fields and notations that data sets use."""
     try:
         value = _first(record, "answer", "final_answer", "expected_answer")
     except KeyError:
@@ -164,10 +164,12 @@ def _parse_contest(record: dict[str, Any], default_id: str) -> Problem:
 
 
 class _NoGlobals(pickle.Unpickler):
-    """Unpickles plain values only. Refuses every object that would import or call something."""
+    """Unpickles plain values only. Refuses objects that would import or call anything."""
 
     def find_class(self, module: str, name: str) -> Any:
-        raise ValueError(f"its hidden tests would call {module}.{name}, as those of LiveCodeBench never do")
+        raise ValueError(
+            f"its hidden tests would call {module}.{name}, which LiveCodeBench's own tests never do"
+        )
 
 
 def _hidden_tests(packed: str) -> list[dict[str, str]]:

@@ -25,7 +25,10 @@ class Engine(Protocol):
         """Largest number of tokens of prompt and response together."""
 
     def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[list[Response]]:
-        """Returns for each request one response per seed, in their order. A response that failed has ``abort``."""
+        """Returns for each request one response per seed, in the order of the seeds.
+
+        A failed response has finish reason ``abort``.
+        """
 
 
 Grade = Callable[[list[Rollout], dict[str, Problem]], None]
@@ -47,10 +50,10 @@ def sample_benchmark(
 ) -> list[Rollout]:
     """Returns every sample of a benchmark. Reads stored samples, and draws, grades and stores the missing ones.
 
-    Samples are stored batch by batch as soon as they are graded, so a killed evaluation repeats one batch at most.
+    Samples are stored batch by batch as soon as they are graded, so a killed evaluation repeats at most one batch.
 
     Args:
-        benchmark: its problems.
+        benchmark: the benchmark with its problems.
         prompts: token ids of each problem's prompt.
         engine: draws the responses.
         grade: sets the verdicts.
@@ -62,14 +65,16 @@ def sample_benchmark(
         on_progress: called with the number of finished samples and of all samples.
 
     Returns:
-        [problems x num_samples] samples, problem after problem.
+        [problems x num_samples] samples, in the order of the problems.
 
     Raises:
         ValueError: a stored sample was drawn from another prompt, or a prompt is as long as the model's context.
-        RolloutError: some samples could not be drawn. Raised after all others have been stored.
+        RolloutError: some samples could not be drawn. It is raised after the other samples are stored.
     """
     params = fit_to_positions(params, prompts, engine.max_positions)
-    assert params.max_batch_size is not None, "an evaluation stores batches, so their size must be given"
+    assert params.max_batch_size is not None, (
+        "an evaluation stores samples in batches, so it needs a batch size"
+    )
     problems = {problem.problem_id: problem for problem in benchmark.problems}
     prompt_of = dict(zip(problems, prompts, strict=True))
     finished = _read_finished(path, prompt_of, num_samples)
@@ -105,7 +110,7 @@ class _Missing:
     problem_id: str
     prompt_ids: list[int]
     indices: list[int]
-    """Numbers of the samples."""
+    """Indices of the missing samples."""
 
     def seeds(self, seed: int, benchmark_name: str) -> list[int]:
         return [

@@ -28,7 +28,7 @@ class Benchmark:
     sha256: str
     """Checksum of the uncompressed file."""
     is_verified: bool
-    """Whether the checksum of the file, or of its content, is that of the published set."""
+    """Whether the checksum of the file, or of its content, matches the published set."""
     rel_tolerance: float = 0.0
 
 
@@ -57,15 +57,15 @@ def find_file(known: KnownSet, folder: Path) -> Path:
 
 
 def read_benchmark(known: KnownSet, path: Path, accept_unknown: bool = False) -> Benchmark:
-    """Reads a set and compares it with the published one.
+    """Reads a set and compares it with the published set.
 
     Args:
         known: the set that the file should hold.
-        path: a file in this project's layout or in that of the set's Hugging Face data set.
+        path: a file in this project's layout or in the layout of the set's Hugging Face data set.
         accept_unknown: also accept other content and another number of rows; ``is_verified`` is then False.
 
     Raises:
-        DataError: a row cannot be used, or the content is not that of the set.
+        DataError: a row cannot be used, or the content differs from the set's.
     """
     problems = list(_read_problems(known, path))
     sha256 = text_checksum(path)
@@ -118,7 +118,7 @@ def _check_content(known: KnownSet, path: Path, num_rows: int, sha256: str, is_v
 
 
 def text_checksum(path: Path) -> str:
-    """Returns the sha256 of a file. For a file that ends in .gz, that of its uncompressed content."""
+    """Returns the sha256 of a file, or of the uncompressed content if the name ends in .gz."""
     digest = hashlib.sha256()
     with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as stream:
         while block := stream.read(1 << 20):
@@ -129,7 +129,7 @@ def text_checksum(path: Path) -> str:
 def fingerprint(problems: list[Problem]) -> str:
     """Returns the sha256 of problems with their answers or tests.
 
-    Ignores the order of rows, ids, white space, and thousands separators and leading zeros of whole numbers, so that every
+    Ignores the order of rows, ids, white space, and thousands separators and leading zeros of integers, so that every
     layout of a set has the same fingerprint.
     """
     lines = sorted(
@@ -165,7 +165,7 @@ def _split_to_evaluate(clone: Path) -> list[Path]:
 
 
 def chosen(names: list[str], folder: Path | None) -> Iterator[tuple[KnownSet, Path]]:
-    """Yields set and file of each NAME or NAME=FILE. An unknown name with a file is a mathematical set of the user's own.
+    """Yields set and file of each NAME or NAME=FILE. An unknown name with a file is the user's own mathematical set.
 
     Raises:
         ValueError: a name without a file is unknown, or there is no folder to look in.

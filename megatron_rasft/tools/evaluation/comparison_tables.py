@@ -71,9 +71,9 @@ def latex(results: Results, compared_with: str = "") -> str:
 
 
 def comma_separated(results: Results, compared_with: str = "") -> str:
-    """Returns one line per label and benchmark, fractions in percent. Published rows have the accuracy only.
+    """Returns one line per label and benchmark, with fractions in percent. Published rows only have the accuracy.
 
-    Arguments are those of ``markdown``.
+    The arguments are those of ``markdown``.
     """
     ks = _all_ks(results)
     columns = [*_CSV_COLUMNS, *(f"pass@{k}" for k in ks), *(f"maj@{k}" for k in ks)]

@@ -40,16 +40,19 @@ class EvaluationConfig(FlagSection):
     """Longest response, tokens."""
 
     seed: NonNegativeInt = 1234
-    """Seed of sampling. The draws of each sample depend on this seed, the problem and the sample's number only."""
+    """Seed of sampling. The draws of a sample depend only on this seed, the problem and the sample's number."""
 
     batch_size: PositiveInt = 64
     """Sequences decoded at once on one replica, or requests in flight at a server."""
 
     deadline_s: PositiveFloat = 1800.0
-    """Longest time that a server of --server may take for one sample, seconds. After it other servers are asked."""
+    """Longest time that a server of --server may take for one sample, seconds. After that, other servers get the request."""
 
     limit: NonNegativeInt = 0
-    """Evaluate only this many problems of each benchmark, the first ones; the tables then say so. 0: all problems."""
+    """Evaluate only this many problems of each benchmark, from its beginning; the tables then have a note on it.
+
+    0: all problems.
+    """
 
     pass_k: list[PositiveInt] = field(default_factory=list)
     """k of pass@k and maj@k, at most --num-samples. Unset: the powers of two up to --num-samples."""
@@ -79,10 +82,10 @@ class EvaluationConfig(FlagSection):
     code_memory_mib: Annotated[
         int, Range(at_least=64, advice="Running a program needs at least this much.")
     ] = 2048
-    """Address space that a program may use, MiB. Its tests may use as much again."""
+    """Address space that a program may use, MiB. Its tests may use the same amount in addition."""
 
     code_output_mib: PositiveInt = 64
-    """Most that a program may print, return at once, or write to files, MiB."""
+    """Maximum output of a program, MiB: printed, returned at once, or written to files."""
 
     unknown_data: Literal["refuse", "accept"] = "refuse"
     """Treatment of a file with unknown content or an unexpected number of rows. refuse: stop; accept: mark its results as
@@ -92,7 +95,7 @@ class EvaluationConfig(FlagSection):
         if self.temperature == 0 and self.num_samples > 1:
             raise self.refusal(
                 "num_samples",
-                "at --temperature 0 would draw the same response each time. Use --num-samples 1, or a temperature above 0.",
+                "at --temperature 0 would give the same response each time. Use --num-samples 1, or a temperature above 0.",
             )
         if not self.benchmarks:
             raise self.refusal("benchmarks", "must name at least one benchmark.")

@@ -34,7 +34,7 @@ class EmbeddedEngine:
     Raises:
         ValueError: a flag cannot be used.
         ModelFolderError: --hf-model cannot be read.
-        CheckpointError: the checkpoint is of another model, or cannot be loaded.
+        CheckpointError: the checkpoint belongs to another model, or cannot be loaded.
     """
 
     def __init__(self, flags: Sequence[str], checkpoint: str | None = None) -> None:
@@ -74,7 +74,7 @@ class EmbeddedEngine:
             ) from error
 
     def _choose(self, checkpoint: str) -> Resume:
-        """Rank 0 chooses for all, because a run may have saved another checkpoint while the ranks started."""
+        """Chooses the checkpoint on rank 0 for all ranks, because a run may save another checkpoint while the ranks start."""
         resume = Resume.at(checkpoint, self._args.ckpt_step)
         checkpoints.read_state(resume, checkpoints.architecture_of(self._args))
         return resume
@@ -90,7 +90,7 @@ class EmbeddedEngine:
         return self._sampler.generate(requests, params)
 
     def follow(self) -> None:
-        """Takes part in the sampling of rank 0 until that calls ``close``. Called on the other ranks."""
+        """Takes part in rank 0's sampling until rank 0 calls ``close``. Called on the other ranks."""
         while (work := self._broadcast(None)) is not None:
             self._sampler.generate(*work)
 

@@ -8,19 +8,19 @@ Kind = Literal["math", "code"]
 
 @dataclass(frozen=True, kw_only=True)
 class KnownSet:
-    """A benchmark as it was published, or a set of the user's own."""
+    """A published benchmark, or the user's own set."""
 
     name: str
     title: str
     kind: Kind = "math"
     num_rows: int = 0
-    """0: a set of the user's own, which is read without comparison."""
+    """Number of rows. 0 for the user's own set, which is read without comparison."""
     text_sha256: str = ""
     """Checksum of the uncompressed file in this project's layout."""
     content_sha256: str = ""
     """Checksum of problems and answers (or tests) alone, the same in every layout; see ``benchmarks.fingerprint``."""
     also_called: tuple[str, ...] = ()
-    """Other names of files and folders, in lower case without - and _."""
+    """Other names of its files and folders, in lower case without - and _."""
     rel_tolerance: float = 0.0
     """Relative difference up to which two plain numbers are equal. The answers of Minerva are rounded."""
 

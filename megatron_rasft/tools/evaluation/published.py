@@ -1,7 +1,7 @@
 """Published accuracies for comparison: avg@16 in percent, temperature 1, top-p 1, 4,096 tokens."""
 
 PUBLISHED_SETS = ("math500", "minerva_math", "olympiadbench", "aime24", "amc23")
-"""The sets of the published rows, in their order. A published mean is over these five."""
+"""The sets of the published rows, in the published order. A published mean is the mean over these five."""
 
 _ON_100K_ROWS = {
     "Qwen2.5-Math-1.5B": {

@@ -1,4 +1,7 @@
-"""The engine of an evaluation that samples running SGLang servers. It syncs no weights: it samples what the servers serve."""
+"""The engine of an evaluation that samples running SGLang servers.
+
+It does not sync weights: the servers keep the weights that they have.
+"""
 
 import time
 from collections.abc import Sequence
@@ -18,7 +21,7 @@ from megatron_rasft.servers.record import ServerRecord, ServerRecords
 from megatron_rasft.types import Request, Response, SamplingParams
 
 _BETWEEN_PROBES_S = 60.0
-"""Failed servers are not probed before every batch, because the healthy ones wait for the probe of a server that hangs."""
+"""Minimum time between two probes of failed servers. Healthy servers wait while a hanging server is probed."""
 
 
 class Servers(AbstractContextManager["Servers"]):
@@ -34,7 +37,7 @@ class Servers(AbstractContextManager["Servers"]):
         max_positions: longest context of that model, tokens.
         api_key: bearer key of the servers.
         deadline_s: longest time for one sample.
-        wait_s: time to wait for a first server.
+        wait_s: longest wait for the first server.
         transport, async_transport: httpx transports that replace the network in tests.
     """
 
@@ -79,14 +82,14 @@ class Servers(AbstractContextManager["Servers"]):
 
     @property
     def max_positions(self) -> int:
-        """Longest context in tokens: of the model, or shorter if a server was started with less."""
+        """Longest context in tokens: the model's, or less if a server was started with a shorter context."""
         return self._max_positions
 
     def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[list[Response]]:
-        """Returns one response per seed. Samples that the servers failed to give have the finish reason ``abort``.
+        """Returns one response per seed. Samples that the servers failed to return have the finish reason ``abort``.
 
         Raises:
-            RolloutError: no server is left that has the weights of the evaluation.
+            RolloutError: no server with the weights of the evaluation is left.
         """
         self._readmit()
         answers = self._engine.generate(requests, params, self.weight_version)

@@ -11,7 +11,7 @@ from numpy.random import Generator
 from numpy.typing import ArrayLike, NDArray
 
 _MAX_SUBSETS = 2000
-"""maj@k uses every subset of k samples if there are at most this many, else this many random ones."""
+"""maj@k uses all subsets of k samples if there are at most this many, else this number of random subsets."""
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
@@ -22,7 +22,7 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
     Args:
         num_samples: n.
         num_correct: c.
-        k: drawn samples, 1 .. n.
+        k: number of drawn samples, 1 .. n.
     """
     if not 1 <= k <= num_samples:
         raise ValueError(f"pass@k needs 1 <= k <= samples, got k {k} of {num_samples} samples.")
@@ -36,7 +36,7 @@ def majority_at_k(
 ) -> float:
     """Returns the probability that the most frequent answer among ``k`` of the samples is correct.
 
-    All correct samples count as one answer, however they are written. If several answers are equally frequent, each is
+    All correct samples count as the same answer, in any notation. If several answers are equally frequent, each is
     chosen with the same probability.
 
     Args:
@@ -76,7 +76,7 @@ def bootstrap_interval(
             mean of its samples, so that samples of a problem are resampled together.
         confidence: probability mass between the bounds, in (0, 1).
         num_resamples: more resamples reduce the noise of the bounds.
-        seed: the same scores and seed give the same bounds.
+        seed: seed of the resampling; the same scores and seed give the same bounds.
     """
     table = np.atleast_2d(np.asarray(scores, dtype=np.float64))
     if not table.size:
@@ -109,7 +109,7 @@ def paired_interval(
         confidence: as in ``bootstrap_interval``.
         num_resamples: as in ``bootstrap_interval``.
         seed: as in ``bootstrap_interval``.
-        pairs_seeds: row i of both sides belongs to the same seed, so that the effect of the seed cancels too. False
+        pairs_seeds: whether row i of both sides belongs to the same seed, so that the effect of the seed cancels too. False
             resamples the seeds of each side separately.
     """
     a, b = (np.atleast_2d(np.asarray(s, dtype=np.float64)) for s in (scores, others))

@@ -25,7 +25,7 @@ class Summary:
     kind: Kind
     num_problems: int
     num_rows: int
-    """Rows of the whole set; more than ``num_problems`` if --limit was given."""
+    """Number of rows of the complete set; more than ``num_problems`` if --limit was given."""
     num_samples: int
     """Samples per problem."""
     is_verified: bool
@@ -64,7 +64,7 @@ class Summary:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Summary":
-        """Reverses ``as_dict``, also after JSON, which turns the integer keys into text."""
+        """Reverses ``as_dict``, even after conversion to JSON, which turns the integer keys into text."""
         for name in ("pass_at", "majority_at"):
             values[name] = {int(k): v for k, v in values[name].items()}
         return cls(**values)
@@ -76,11 +76,11 @@ def summarise(
     """Calculates the results of a benchmark.
 
     Args:
-        benchmark: its problems, those of --limit only.
+        benchmark: the benchmark with its problems, at most --limit.
         rollouts: [problems x num_samples] graded samples, problem after problem.
         num_samples: samples per problem.
         ks: every k of pass@k and maj@k.
-        num_rows: rows of the whole set.
+        num_rows: number of rows of the complete set.
     """
     assert len(rollouts) == len(benchmark.problems) * num_samples, "a sample is missing"
     correct = np.array([r.verdict == "correct" for r in rollouts]).reshape(-1, num_samples)
@@ -136,9 +136,9 @@ def _majorities(
 
 
 def _ballot(answer: str) -> str:
-    """Returns the answer without typesetting. Wrong answers with equal ballots vote together.
+    """Returns the answer without typesetting. Wrong answers with the same text vote together.
 
-    Correct answers vote together in any case, so this needs no comparison by value.
+    Correct answers always vote together, so values need not be compared.
     """
     text = re.sub(r"\\[dt]frac", r"\\frac", answer[:2000])
     text = re.sub(r"\\(?:left|right|displaystyle|text|mathrm|textbf)(?![A-Za-z])|\\[,;:! ]|[\s${}]", "", text)

@@ -1,6 +1,7 @@
 """Charts as Vega-Lite specifications, which the page draws with the script of the package vl-convert-python.
 
-Specifications map values to marks. The style of the marks and axes is set in page.js. Colours are names of the style sheet's variables, so that the charts follow the page's light and dark themes.
+Specifications map values to marks. The style of the marks and axes is set in page.js. Colours are names of the style sheet's
+variables, so that the charts follow the page's light and dark themes.
 """
 
 import functools
@@ -14,16 +15,16 @@ from typing import Any
 from megatron_rasft.errors import RasftError
 
 MAX_POINTS = 300
-"""Most points of a line. Longer lines are averaged over equal ranges of steps."""
+"""Maximum number of points of a line. Longer lines are averaged over equal ranges of steps."""
 MAX_COLUMNS = 48
-"""Most columns of a chart. ``merged`` adds up neighbouring columns if there are more."""
+"""Maximum number of columns of a chart. ``merged`` adds up neighbouring columns if there are more."""
 _MAX_MARKED_POINTS = 40
-"""A line of at most this many points has a dot at each."""
+"""A line with at most this many points is drawn with a dot at each point."""
 _MIN_LOG_SPAN = 30
-"""The values' least ratio of highest to lowest for which an axis is logarithmic."""
+"""An axis is logarithmic if the ratio of highest to lowest value is at least this."""
 _NUM_TICKS = 5
 _DASHES: tuple[Sequence[float], ...] = ([], [7, 2], [3, 2], [8, 2, 2, 2], [1.5, 2], [5, 4], [10, 3], [])
-"""One pattern for each colour of ``run_colour``, to tell runs apart without colours."""
+"""One dash pattern for each colour of ``run_colour``, to distinguish runs without colours."""
 
 Spec = dict[str, Any]
 Point = tuple[float, float]
@@ -37,9 +38,9 @@ class Series:
     label: str
     colour: str
     points: Sequence[Point]
-    """(step, value)."""
+    """Points of the line: (step, value)."""
     dash: Sequence[float] = ()
-    """Lengths of strokes and gaps in pixels. Empty is a solid line."""
+    """Lengths of strokes and gaps in pixels; empty for a solid line."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Chart:
 
 @functools.cache
 def script() -> str:
-    """Returns the JavaScript of Vega, Vega-Lite and Vega-Embed, which loads nothing and defines ``vegaEmbed``.
+    """Returns the JavaScript of Vega, Vega-Lite and Vega-Embed, which loads no other files and defines ``vegaEmbed``.
 
     Raises:
         RasftError: vl-convert-python is not installed.
@@ -111,9 +112,9 @@ def line_chart(
         title: title of the figure.
         unit: unit of the values.
         series: the lines.
-        is_share: values are shares of 1, printed in percent.
-        may_be_log: the axis is logarithmic if the values span more than a factor of 30.
-        from_zero: the axis begins at 0.
+        is_share: whether values are shares of 1, printed in percent.
+        may_be_log: whether the axis is logarithmic if the values span more than a factor of 30.
+        from_zero: whether the axis begins at 0.
     """
     shown = [one for one in series if one.points]
     if not shown:
@@ -157,7 +158,7 @@ def columns(
         parts: the parts of each column, from the bottom up.
         counts: [columns][parts] sizes of the parts.
         unit: unit of the counts.
-        is_share: each column is drawn in percent of its sum.
+        is_share: whether each column is drawn in percent of its sum.
     """
     sums = [sum(column) for column in counts]
     if not any(sums):
@@ -218,7 +219,7 @@ def merged(values: Sequence[tuple[int, Sequence[float]]], width: int) -> tuple[l
 
 
 def _averaged(lines: Sequence[Sequence[Point]]) -> list[list[Cell]]:
-    """Averages lines over ranges of as many steps each, of which there are at most MAX_POINTS.
+    """Averages lines over at most MAX_POINTS ranges of steps of equal length.
 
     Returns:
         Rows of the middle step, then mean, lowest and highest value of each line, or None if it has no point there.
@@ -237,7 +238,7 @@ def _averaged(lines: Sequence[Sequence[Point]]) -> list[list[Cell]]:
 
 
 def _table(names: Sequence[str], rows: Iterable[Sequence[Cell]]) -> Spec:
-    """Data of a chart. page.js makes an object of each row: as JSON, objects would be three times as long."""
+    """Data of a chart as rows, which page.js turns into objects. As JSON, objects would be three times as long."""
     return {"names": names, "rows": [[_rounded(cell) for cell in row] for row in rows]}
 
 
@@ -266,7 +267,7 @@ def _linear_axis(low: float, high: float, is_share: bool, from_zero: bool) -> Sp
 
 def _log_axis(low: float, high: float) -> Spec:
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    # Vega's own ticks include 2, 3, ... 9 times each power.
+    # Vega's own ticks would include 2, 3, ... 9 times each power.
     ticks = [10.0**power for power in powers[:: max(1, len(powers) // _NUM_TICKS)]]
     scale = {"type": "log", "domain": [10.0 ** powers[0], 10.0 ** powers[-1]]}
     return {"axis": {"values": ticks, "format": "~g"}, "scale": scale}
@@ -308,7 +309,7 @@ def _pointer(labels: Sequence[str], number_format: str) -> Spec:
 
 
 def _tick_format(high: float, is_share: bool) -> Spec:
-    """Format of an axis' ticks in D3's notation. Its default prints 10,000,000 and 0.00001 in full."""
+    """Format of an axis' ticks in D3's notation. D3's default prints all digits of 10,000,000 and 0.00001."""
     if is_share:
         return {"format": ".3~%"}
     return {"format": "~s"} if high >= 1e4 else {"format": ".2~e"} if 0 < high < 1e-3 else {}

@@ -1,4 +1,4 @@
-"""Section "Configuration": the model card, and settings beside their defaults and those of other runs."""
+"""Section "Configuration": the model card, and settings beside their defaults and the settings of other runs."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -10,7 +10,7 @@ from megatron_rasft.tools.report.views import RunView
 Settings = dict[str, str]
 """Flag -> value as text."""
 Row = tuple[str, list[str]]
-"""A flag and its values: the default if known, then each run's."""
+"""A flag and its values: the default, if known, then the value of each run."""
 
 
 def configuration(views: Sequence[RunView]) -> dict[str, Any]:
@@ -47,7 +47,7 @@ def _settings(packages: Mapping[str, Mapping[str, Any]]) -> Settings:
 
 
 def _host_settings(arguments: Mapping[str, Any], ours: Settings) -> Settings:
-    """Megatron's own arguments. Its namespace also holds this project's, also of objectives that the run does not use."""
+    """Megatron's own arguments. Its namespace also contains this project's, even for objectives that the run does not use."""
     settings = {flag_name(name): str(value) for name, value in arguments.items()}
     return {name: value for name, value in settings.items() if name not in ours}
 

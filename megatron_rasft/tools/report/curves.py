@@ -19,7 +19,7 @@ from megatron_rasft.tools.report.views import RunView
 
 
 class Curve(NamedTuple):
-    """A metric and how it is drawn. ``charts.line_chart`` explains the flags."""
+    """A metric, and the options for drawing it, which ``charts.line_chart`` explains."""
 
     metric: str
     title: str

@@ -8,18 +8,18 @@ from megatron_rasft.tools.report.rollouts import Course, Example, Sample
 from megatron_rasft.tools.report.views import Problem, RunView
 
 MAX_TEXT_CHARS = 6000
-"""Longer texts are printed without their middle."""
+"""Maximum length of a printed text, characters. Longer texts are printed without their middle."""
 MAX_VISITS = 8
-"""Most refreshes whose numbers of correct samples are listed. Earlier ones are left out."""
+"""Maximum number of refreshes whose numbers of correct samples are listed. Earlier refreshes are left out."""
 
 
 @dataclass(frozen=True)
 class Text:
-    """A text to print. Of a long one the beginning and the end."""
+    """A text to print: all of it, or the beginning and the end of a long text."""
 
     head: str
     num_left_out: int
-    """Characters between head and tail."""
+    """Number of characters left out between head and tail."""
     tail: str
 
 
@@ -29,13 +29,13 @@ class Item:
 
     example: Example
     problem: Problem | None
-    """None if its texts were not found."""
+    """Texts of the problem; None if they were not found."""
     refreshes: list[tuple[int, int, list[Sample]]]
     """(step, number of samples, samples to print)."""
 
 
 def examples(view: RunView) -> dict[str, Any]:
-    """Returns the examples of a run and the courses that they stand for."""
+    """Returns the examples of a run, and the courses that they represent."""
     items = [_item(example, view.problems.get(example.problem_id)) for example in view.examples]
     courses: list[Course] = list(dict.fromkeys(example.course for example in view.examples))
     return {

@@ -23,7 +23,7 @@ def overview(views: Sequence[RunView]) -> dict[str, Any]:
 
 
 def _tiles(records: RunRecords) -> list[tuple[str, str]]:
-    """(value, name) of the headline numbers."""
+    """Returns the headline numbers as (value, name)."""
     tiles = []
     for metric, name in (
         (metrics.HELDOUT_SOLVE_RATE, "held-out problems solved"),
@@ -42,7 +42,7 @@ def _tiles(records: RunRecords) -> list[tuple[str, str]]:
 
 
 def _facts(view: RunView) -> dict[str, str]:
-    """Name -> value of the facts known of a run."""
+    """Returns name -> value of the known facts about a run."""
     facts = _settings(view.records) | _training(view.records) | _rollouts(view)
     return {name: str(value) for name, value in facts.items() if value}
 
@@ -76,7 +76,7 @@ def _training(records: RunRecords) -> dict[str, Any]:
             f"{number(tokens / seconds, 3)} tokens/s, mean over {duration(seconds)} of steps"
         )
     if records.num_repeated:
-        facts["Steps repeated"] = f"{records.num_repeated} after a resume; their last record counts"
+        facts["Steps repeated"] = f"{records.num_repeated} after a resume; the last record of each counts"
     return facts
 
 
@@ -147,7 +147,7 @@ def _sampling(records: RunRecords) -> str | None:
 
 
 def _time(runs: Sequence[RunRecords]) -> dict[str, Any]:
-    """Seconds and shares by run and by phase."""
+    """Returns seconds and shares of each phase, by run."""
     seconds = [records.seconds() for records in runs]
     totals = [sum(one.values()) for one in seconds]
     phases = [phase for phase in PHASES if any(one[phase] for one in seconds)]

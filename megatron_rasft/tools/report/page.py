@@ -1,4 +1,4 @@
-"""The HTML page of one or several runs: one file that loads nothing from elsewhere."""
+"""The HTML page of one or several runs: one file that loads no other files."""
 
 import base64
 import functools
@@ -29,15 +29,15 @@ class Section(NamedTuple):
 
     title: str
     of_page: Callable[[Sequence[RunView]], dict[str, Any]] | None = None
-    """Returns the variables of the template, from all runs. Set this or ``of_run``."""
+    """Function that returns the template's variables for all runs. A section has either this or ``of_run``."""
     of_run: Callable[[RunView], dict[str, Any]] | None = None
-    """Returns them from one run. The template is then rendered once for each run."""
+    """Function that returns the template's variables for one run. The template is then rendered once per run."""
 
     def parts(self, views: Sequence[RunView]) -> list[dict[str, Any]]:
         """Returns the template's variables, for each time that it is rendered."""
         if self.of_run is not None:
             return [self.of_run(view) for view in views]
-        assert self.of_page is not None, "a section has a function of the page or of a run"
+        assert self.of_page is not None, "a section needs a function of all runs or of one run"
         return [self.of_page(views)]
 
 
@@ -53,9 +53,9 @@ SECTIONS = (
 
 
 def page(views: Sequence[RunView]) -> str:
-    """Returns the whole HTML document."""
+    """Returns the complete HTML document."""
     scripts = [charts.script(), _source("page.js")]
-    # Second barrier behind the escaping of texts that a model wrote: the browser loads nothing and runs these scripts only.
+    # Second barrier behind the escaping of texts that a model wrote: the browser may load no files and run only these scripts.
     hashes = " ".join(f"'sha256-{_sha256(script)}'" for script in scripts)
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src {hashes}; base-uri 'none'; form-action 'none'"
     return (

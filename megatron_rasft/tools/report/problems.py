@@ -14,10 +14,10 @@ _CLASSES = (
     Part("s = 1", "solved-all"),
 )
 _BINS = (("0", 0), ("0–¼", 1), ("¼–½", 1), ("½–¾", 2), ("¾–1", 2), ("1", 3))
-"""(label, place in _CLASSES) of the histogram's columns. Inner bins include their upper bound, but neither 0 nor 1."""
+"""(label, index in _CLASSES) of the histogram's columns. Inner bins include their upper bound, but neither 0 nor 1."""
 _LISTED_COURSES: tuple[Course, ...] = ("never solved", "lost", "newly solved")
 _MAX_IDS = 200
-"""Most problem ids listed for a course."""
+"""Maximum number of problem ids listed for a course."""
 
 
 def problems(view: RunView) -> dict[str, Any]:
@@ -91,7 +91,7 @@ def _histogram(title: str, values: Sequence[float | None]) -> Chart | None:
 
 
 def _count_bins(values: Iterable[float | None]) -> list[int]:
-    """Counts the problems in each of _BINS. Problems without an attempt, whose s is None, do not count."""
+    """Counts the problems in each of _BINS. Problems without an attempt, whose s is None, are not counted."""
     counts = [0] * len(_BINS)
     for s in values:
         if s is not None:
@@ -102,7 +102,7 @@ def _count_bins(values: Iterable[float | None]) -> list[int]:
 def _moves(
     counts: Mapping[tuple[Outcome, Outcome], int],
 ) -> list[tuple[Outcome, list[tuple[int, float, str]]]]:
-    """Rows by first outcome: (number, share, better, worse or same) by last outcome. Empty if no problem has both."""
+    """Rows by first outcome: (number, share, better, worse or same) by last outcome. Empty if no problem was sampled twice."""
     total = sum(counts.values())
     if not total:
         return []

@@ -12,7 +12,7 @@ from megatron_rasft import metrics
 from megatron_rasft.config.saved import SavedConfig
 
 CARD_ENDING = "Written by megatron_rasft."
-"""Text by which a model card of this project is recognized among other README files."""
+"""Text that identifies a model card of this project among README files."""
 
 Record = dict[str, float]
 """Metric name -> value of one step or refresh. "time" is in seconds since 1970."""
@@ -32,7 +32,7 @@ _OF_A_STEP = (
     metrics.CROSS_ENTROPY,
     "time",
 )
-"""Metrics that are kept of each step. Long runs have many steps. Of a refresh every metric is kept."""
+"""Metrics that are kept for each step, because long runs have many steps. For refreshes all metrics are kept."""
 
 PHASES = {
     "training": "training steps",
@@ -50,23 +50,23 @@ PHASES = {
 class RunRecords:
     """Metrics and settings of one run.
 
-    Steps are numbered from 1. A refresh or held-out measurement has the number of steps before it.
+    Steps are numbered from 1. The step of a refresh or held-out measurement is the number of steps before it.
     """
 
     name: str
     metrics_path: Path | None = None
     rollouts_path: Path | None = None
     config: dict[str, Any] = field(default_factory=dict)
-    """Content of config.json. Empty if there is none."""
+    """Content of config.json. Empty if it does not exist."""
     card: dict[str, str] = field(default_factory=dict)
-    """Row name -> value in the exported model's card. Empty if there is none."""
+    """Row name -> value in the exported model's card. Empty if it does not exist."""
     steps: dict[int, Record] = field(default_factory=dict)
     refreshes: dict[int, Record] = field(default_factory=dict)
     heldout: dict[int, Record] = field(default_factory=dict)
     num_repeated: int = 0
-    """Steps that the run repeated after a resume. Their last record is kept."""
+    """Number of steps that the run repeated after a resume. The last record of each is kept."""
     num_unreadable: int = 0
-    """Lines of metrics.jsonl that were skipped, such as a last line that was not written completely."""
+    """Number of skipped lines of metrics.jsonl, such as an incomplete last line."""
 
     def setting(self, package: str, name: str) -> Any:
         """Returns a flag's value in config.json, or None if it is missing."""
@@ -113,7 +113,7 @@ class RunRecords:
         return sums
 
     def _before_first(self, time: float) -> float:
-        """Returns the seconds of the phases in the first record. They passed before the time of that record."""
+        """Returns the seconds of the phases in the first record. That record's time does not include them."""
         for record in (*self.refreshes.values(), *self.steps.values()):
             if record.get("time") == time:
                 return sum(record.get(name, 0.0) for name in (metrics.STEP_S, *metrics.REFRESH_PHASES))
@@ -127,7 +127,7 @@ def read_run(
 
     Args:
         folder: the --save folder of the run; None if only files are given.
-        metrics_path: value of --metrics; None for the file in the folder, or else the file that config.json names.
+        metrics_path: value of --metrics; None selects the file in the folder, or else the file that config.json names.
         rollouts_path: value of --rollouts; None as for metrics_path.
 
     Raises:
@@ -158,7 +158,7 @@ def read_run(
 
 
 def lines_with_offsets(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Yields the offset and content of every line, also of a last line that was not written completely."""
+    """Yields the offset and content of every line, including an incomplete last line."""
     offset = 0
     with path.open("rb") as file:
         for line in file:
@@ -194,7 +194,7 @@ def _points(records: dict[int, Record], name: str) -> list[tuple[float, float]]:
 
 
 def _name_of(path: Path | None) -> str:
-    assert path is not None, "a run has a folder or a file"
+    assert path is not None, "a run must have a folder or a file"
     return path.resolve().name
 
 

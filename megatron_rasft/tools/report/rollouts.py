@@ -18,7 +18,7 @@ from megatron_rasft.types import Verdict, counts_as_attempt, counts_as_solved
 
 VERDICTS: tuple[str, ...] = get_args(Verdict)
 LENGTH_KINDS = ("correct", "wrong", "truncated")
-"""Kinds of rollouts in the histogram of lengths: cut by length; else correct or not."""
+"""Kinds of rollouts in the histogram of lengths: truncated, correct, not correct."""
 
 Outcome = Literal["unsolved", "sometimes", "always"]
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
@@ -30,12 +30,12 @@ COURSES: dict[Course, str] = {
     "sometimes solved": "some samples correct when first and when last sampled",
     "always solved": "every sample correct",
 }
-"""How the outcomes of a problem changed over the refreshes, and its meaning on the page."""
+"""Course of a problem, by the change of its outcomes over the refreshes -> its explanation on the page."""
 _MAX_REASONS = 100
-"""Most different reasons counted in a refresh. Graders quote values, so their number has no bound."""
+"""Maximum number of different reasons counted in a refresh. Reasons quote values, so there can be any number of them."""
 _OTHER = "other reasons"
 _ARRAYS = (b'"prompt_ids": [', b'"response_ids": [', b'"response_logprobs": [')
-"""Beginnings of the long arrays, as the store writes them. Inside a string the quotes would be escaped."""
+"""Text with which the long arrays of a line begin. It cannot occur inside a string, where quotes are escaped."""
 
 
 @dataclass(slots=True)
@@ -43,12 +43,12 @@ class Visit:
     """The samples of one problem at one refresh."""
 
     offset: int
-    """Offset of the first sample's line in the file, in bytes."""
+    """Byte offset of the first sample's line in the file."""
     num_samples: int = 0
     num_attempts: int = 0
-    """Samples that measure the policy: neither aborted nor timed out in the grader."""
+    """Number of samples that count as attempts: neither aborted nor timed out in the grader."""
     num_solved: int = 0
-    """Samples that are correct and complete."""
+    """Number of samples that are correct and complete."""
 
     @property
     def solve_rate(self) -> float | None:
@@ -79,7 +79,7 @@ class RefreshRollouts:
     filters: Counter[str] = field(default_factory=Counter)
     """Quality filter -> rollouts that it removed."""
     ages: Counter[int] = field(default_factory=Counter)
-    """Optimizer steps between the weights that sampled and the refresh -> rollouts."""
+    """Optimizer steps between the sampling weights and the refresh -> number of rollouts."""
     num_tokens: int = 0
     """Response tokens of all rollouts."""
     num_trained: int = 0
@@ -144,14 +144,14 @@ class Example:
 
 @dataclass
 class RolloutStatistics:
-    """Counts of all stored rollouts. A refresh that the run repeated counts once, as it was done last."""
+    """Counts of all stored rollouts. A refresh that the run repeated counts once, with its last result."""
 
     refreshes: dict[int, RefreshRollouts] = field(default_factory=dict)
     """Optimizer steps before the refresh -> its counts, in order."""
     num_repeated: int = 0
-    """Skipped rollouts of refreshes that the run repeated later."""
+    """Number of skipped rollouts, of refreshes that the run repeated later."""
     num_unreadable: int = 0
-    """Lines that were skipped, such as a last line that was not written completely."""
+    """Number of skipped lines, such as an incomplete last line."""
 
     @property
     def num_rollouts(self) -> int:
@@ -242,7 +242,7 @@ def course_of(history: list[tuple[int, Visit]]) -> Course:
 
 
 def moves(histories: Iterable[list[tuple[int, Visit]]]) -> Counter[tuple[Outcome, Outcome]]:
-    """Counts problems by outcome when first and when last sampled. Only those sampled in several refreshes count."""
+    """Counts problems by their outcomes when first and when last sampled, for problems sampled in several refreshes."""
     counts: Counter[tuple[Outcome, Outcome]] = Counter()
     for history in histories:
         first, last = history[0][1].outcome, history[-1][1].outcome
@@ -254,13 +254,13 @@ def moves(histories: Iterable[list[tuple[int, Visit]]]) -> Counter[tuple[Outcome
 def pick_examples(
     path: Path, histories: dict[str, list[tuple[int, Visit]]], num_each: int, num_samples: int = 4
 ) -> list[Example]:
-    """Picks problems of every course: those whose ids have the smallest SHA-256, so that all reports show the same.
+    """Selects problems of every course: those whose ids have the smallest SHA-256, so that all reports show the same problems.
 
     Args:
         path: the rollouts.jsonl.
         histories: problem -> (step, counts), as ``RolloutStatistics.histories`` returns it.
-        num_each: most problems of a course.
-        num_samples: most samples of a problem in a refresh. Each verdict is shown before a second sample of any.
+        num_each: maximum number of problems of a course.
+        num_samples: maximum samples of a problem in a refresh. No verdict is shown twice before all verdicts are shown.
     """
     by_course: dict[Course, list[str]] = {course: [] for course in COURSES}
     for problem_id, history in histories.items():
@@ -293,7 +293,7 @@ def _choose_samples(path: Path, problem_id: str, step: int, visit: Visit, limit:
 
 
 def _read_samples(path: Path, problem_id: str, step: int, visit: Visit) -> Iterator[Sample]:
-    """Reads the samples of one problem. They are consecutive lines."""
+    """Reads the samples of one problem, which are consecutive lines."""
     with path.open("rb") as file:
         file.seek(visit.offset)
         for _ in range(visit.num_samples):

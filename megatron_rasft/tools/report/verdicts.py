@@ -21,7 +21,7 @@ _FINISH_ORDER = ("stop", "length", "abort")
 def verdicts(view: RunView) -> dict[str, Any]:
     """Returns charts and tables of all rollouts of a run.
 
-    Without stored rollouts only the chart of verdicts is known, from the metrics, and ``total`` is 0.
+    Without stored rollouts there is only the chart of verdicts, drawn from the metrics, and ``total`` is 0.
     """
     statistics = view.rollouts
     if statistics is None or not statistics.refreshes:
@@ -100,7 +100,7 @@ def _length_histogram(lengths: Counter[tuple[str, int]]) -> Chart | None:
 
 
 def _bin_width(longest: int) -> int:
-    """Returns 1, 2 or 5 times a power of ten, not below the distance of two values of ``rounded_length``."""
+    """Returns a bin width: 1, 2 or 5 times a power of ten, at least the distance between two values of ``rounded_length``."""
     distance = longest - rounded_length(longest - 1) if longest > 1 else 1
     least = max(1, (longest + 1) / _NUM_LENGTH_BINS, distance)
     power = 1
@@ -144,7 +144,7 @@ def _age_histogram(ages: Counter[int]) -> Chart | None:
 
 
 def _outcomes(outcomes: Counter[tuple[str, str]]) -> dict[str, Any]:
-    """Rollouts by verdict and finish reason. Verdicts that this version does not know come last."""
+    """Rollouts by verdict and finish reason. Unknown verdicts come last."""
     finishes = sorted({finish for _, finish in outcomes}, key=_finish_rank)
     known = [*VERDICTS, *sorted({verdict for verdict, _ in outcomes} - set(VERDICTS))]
     rows = [(verdict, [outcomes[verdict, finish] for finish in finishes]) for verdict in known]
@@ -160,6 +160,6 @@ def _finish_rank(finish: str) -> tuple[int, str]:
 
 
 def _reasons(reasons: Counter[tuple[str, str]], total: int) -> dict[str, Any]:
-    """The most frequent reasons of verdicts, and the number of rollouts with others."""
+    """The most frequent reasons of verdicts, and the number of rollouts with other reasons."""
     shown = reasons.most_common(_NUM_REASONS)
     return {"reasons": shown, "num_other_reasons": total - sum(count for _, count in shown)}

@@ -1,4 +1,4 @@
-"""One run with everything that the page shows of it."""
+"""A run with all data that the page shows."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -20,19 +20,19 @@ class Problem:
     response: str
     """The demonstration."""
     check: str
-    """The gold answer or the tests."""
+    """The problem's gold answer or tests."""
 
 
 @dataclass
 class RunView:
-    """One run with everything that the page shows of it."""
+    """A run with all data that the page shows."""
 
     records: RunRecords
     rollouts: RolloutStatistics | None = None
-    """None if the run has no stored rollouts."""
+    """Statistics of the stored rollouts; None if the run has none."""
     examples: list[Example] = field(default_factory=list)
     problems: Mapping[str, Problem] = field(default_factory=dict)
-    """Problem id -> texts. Holds the examples whose texts were found."""
+    """Problem id -> texts, for the examples whose texts were found."""
     notes: list[str] = field(default_factory=list)
     """Missing or damaged inputs, listed at the top of the page."""
 
@@ -48,8 +48,8 @@ def read_view(records: RunRecords, data_files: Sequence[str] | None, num_example
 
     Args:
         records: the run's metrics and settings.
-        data_files: files of demonstrations; None for those that the run's settings name.
-        num_examples: most examples of each course.
+        data_files: files of demonstrations; None for the files that the run's settings name.
+        num_examples: maximum number of examples of each course.
     """
     view = RunView(records, notes=_notes_on_metrics(records))
     if records.rollouts_path is None:
@@ -109,7 +109,7 @@ def _read_problems(
     """Reads texts of problems from the given files, or from those that config.json or the model card names.
 
     Raises:
-        DataError: no file is named, or a named one cannot be read.
+        DataError: no file is named, or a named file cannot be read.
     """
     known = {field.name for field in dataclasses.fields(DataConfig)}
     settings = {k: v for k, v in records.config.get("rasft", {}).get("data", {}).items() if k in known}
