@@ -5,7 +5,7 @@
     python benchmarks/code_verification.py --references --mutants    the same after a mutation
 
 The sets are those of ../shared/data (see its README); --data names another folder. Exits with 1 if a
-reference fails that should pass. Mutants that pass are counted, because some are equivalent to the original.
+reference solution fails unexpectedly. Mutants that pass are counted, because some are equivalent to the original.
 """
 
 import argparse
@@ -131,7 +131,7 @@ MUTATIONS = ("returns nothing", "off by one", "negated")
 
 
 def check_references(data: Path, sandbox: Sandbox, every: int, has_mutants: bool) -> bool:
-    """Prints a line per set and per failing reference; returns whether only the expected references fail."""
+    """Prints a line per set and per failing reference. Returns whether only the expected references fail."""
     is_right = True
     for code_set in CODE_SETS:
         began = time.monotonic()

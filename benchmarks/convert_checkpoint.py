@@ -21,7 +21,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a checkout that is not installed
+sys.path.insert(
+    0, str(Path(__file__).resolve().parent.parent)
+)  # lets the file run from a checkout that is not installed
 
 import torch
 
@@ -97,7 +99,7 @@ def table_of(config: dict[str, Any]) -> NameTable:
 
 
 def copy(source: Path, target: Path, workers: int) -> None:
-    """Copies every byte and waits until it is on the disk: the speed of the disk."""
+    """Copies every byte and waits until it is on the disk, which measures the disk's speed."""
     target.mkdir()
     for path in sorted(p for p in source.iterdir() if p.is_file()):
         with path.open("rb") as read, (target / path.name).open("wb") as write:
@@ -195,7 +197,10 @@ def measure(
 
 
 def calculated(shape: str, workers: int) -> dict[str, float]:
-    """Calculates the peak memory in GiB from the tensors that are in memory at once. With --verify it is the same in both directions."""
+    """Calculates the peak memory in GiB from the tensors that are in memory at once.
+
+    With --verify it is the same in both directions.
+    """
     table = table_of({"architectures": ["LlamaForCausalLM"], **SHAPES[shape]})
     to_megatron, to_hf, verified, layers, total = 0.0, 0.0, 0.0, 0.0, 0.0
     for parameter in table.stored_parameters():
@@ -208,7 +213,8 @@ def calculated(shape: str, workers: int) -> dict[str, float]:
         # rows are read into the result, columns need one more chunk; interleaved tensors need a copy of the parameter
         held = size if layout.dim == 0 else size + chunk
         to_hf = max(to_hf, 2 * size if len(layout.pieces) > len(binding.hf_names) else held)
-        # the proof holds a parameter as in megatron-to-hf, and blocks of rows: two of the folder, copies, isfinite's
+        # the comparison holds a parameter like megatron-to-hf, and blocks of rows: two of the folder, their copies, isfinite's
+        # result
         verified = to_hf + _BLOCKS_OF_PROOF * BLOCK_BYTES
         total += size
         layers += size if parameter.position == (0,) else 0

@@ -4,7 +4,7 @@ Usage:
     python benchmarks/data_start.py --rows 100000
     python benchmarks/data_start.py --rows 1000000 --folder DIR
 
-Writes rows of word problems and a small tokenizer, then starts twice, each time in a new process: the first start tokenizes and
+Writes rows of word problems and a small tokenizer, and measures two starts in new processes: the first tokenizes and
 fills the cache, the second uses it. --folder keeps rows and cache, so that a second call only measures the start from the cache.
 ``rss_gib`` is the peak memory of the process, including mapped files; ``imports_gib`` is its memory before it reads a row.
 """
@@ -91,7 +91,7 @@ def main() -> int:
     """Prints one JSON line per start.
 
     Returns:
-        1 with --bars if the start from the cache is above a bar.
+        1 if --bars is given and the start from the cache exceeds a bar, otherwise 0.
     """
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

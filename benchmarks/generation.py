@@ -3,7 +3,7 @@
     python benchmarks/generation.py --shape qwen2.5-1.5b --rows 256 --bf16 [any Megatron flag]
 
 The decode step is counted on tensors without data, so the counts are the same on every machine. They hold for the plain layers.
-Transformer Engine's layers need data and fuse some of the kernels, so with them nothing is counted (use --transformer-impl local).
+Transformer Engine's layers need data and fuse some of the kernels, so their steps cannot be counted (use --transformer-impl local).
 On a machine with a GPU the model also samples with random weights. Responses end at random tokens after --mean-tokens on average.
 """
 
@@ -41,16 +41,16 @@ from megatron_rasft.types import Request, SamplingParams  # noqa: E402
 HBM_BYTES_PER_S = 2.7e12
 """Memory bandwidth that an H100 SXM reaches in practice, of 3.35e12 bytes per second."""
 MATMUL_FLOPS = 650e12
-"""BF16 FLOPs per second that it reaches in practice, of 989e12."""
+"""BF16 FLOPs per second that an H100 SXM reaches in practice, of 989e12."""
 KERNEL_S = 2e-6
-"""Least time of a small kernel inside a CUDA graph, seconds."""
+"""Minimum time of a small kernel inside a CUDA graph, seconds."""
 
 BAR_TOKENS_PER_S = 12_000
 """Tokens per second to reach with the qwen2.5-1.5b shape and 256 rows on one H100: three tenths of SGLang's 39,900."""
 
 
 def write_folder(shape: str, path: Path) -> None:
-    """Writes a Qwen2 folder of that shape. Its weights are a sparse file of zeros, because only the description is read."""
+    """Writes a Qwen2 folder of this shape. The weights are a sparse file of zeros, because only the description is read."""
     config = transformers.Qwen2Config(**SHAPES[shape])
     with torch.device("meta"):
         model = transformers.Qwen2ForCausalLM(config)
@@ -71,7 +71,8 @@ def write_folder(shape: str, path: Path) -> None:
 
 
 def sampling(options: argparse.Namespace, vocab_size: int) -> SamplingParams:
-    """Sampling parameters whose end tokens end a response after --mean-tokens on average: a random model's tokens are nearly uniform."""
+    """Sampling parameters whose end tokens end a response after --mean-tokens on average: a random model's tokens are nearly
+    uniform."""
     return SamplingParams(
         num_samples=4,
         max_new_tokens=options.new_tokens,
@@ -168,7 +169,7 @@ def main() -> None:
     parser.add_argument(
         "--cudnn-attention",
         action="store_true",
-        help="keep cuDNN attention of torch, which a run switches off",
+        help="keep torch's cuDNN attention, which a run switches off",
     )
     parser.add_argument("--json", type=Path, help="file to write the figures to")
     options, megatron_flags = parser.parse_known_args()

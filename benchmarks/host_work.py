@@ -6,8 +6,8 @@ Usage:
 
 Needs two processes and no GPU. The samples of a refresh are converted to arrays, distributed batch by batch to two replicas over
 gloo, saved, and packed into micro-batches. rasft has one log-probability per response token, grpo two. The earlier implementation
-pickled samples made of Python lists for every rank and saved them as JSON. CPU seconds include gloo's threads and are those of the
-rank with more.
+pickled samples made of Python lists for every rank and saved them as JSON. CPU seconds include gloo's threads; the larger of the
+two ranks' figures is reported.
 """
 
 import argparse
@@ -45,7 +45,7 @@ BARS = {
 BATCH_SIZE = 256
 """Samples of a step: README's --global-batch-size."""
 REPEATS = 7
-"""Number of measurements. The smallest counts, because other load on the machine only adds to a time."""
+"""Number of measurements. The smallest result counts, because other load on the machine only adds to a time."""
 REPLICAS = [[0], [1]]
 
 
@@ -77,7 +77,7 @@ def make_samples(num: int, mean_tokens: int, objective: str) -> list[TrainingSam
 
 
 def as_lists(samples: list[TrainingSample]) -> list[TrainingSample]:
-    """The same samples in the form of the earlier implementation."""
+    """Returns the same samples in the form of the earlier implementation."""
     names = ("prompt_ids", "response_ids", "ref_logprobs", "old_logprobs")
     return [
         replace(s, **{name: list(getattr(s, name)) for name in names if getattr(s, name) is not None})
@@ -175,7 +175,7 @@ def rank_zero_figures(
     layout: BatchLayout,
     folder: Path,
 ) -> dict[str, dict[str, float]]:
-    """Measures the work of rank 0 alone, and the work that every rank does without the others."""
+    """Measures the work that only rank 0 does, and the work that every rank does without communication."""
     tokens = sum(s.num_tokens for s in samples)
     million = tokens / 1e6
     save_s, _ = cpu_seconds(lambda: write_state(folder / "saved", {"queue": queue.sizes}, queue.arrays()))
@@ -204,7 +204,7 @@ def main() -> int:
     """Measures in two processes and prints one JSON line.
 
     Returns:
-        1 with --bars if a figure exceeds its bar.
+        1 if --bars is given and a figure exceeds its bar, otherwise 0.
     """
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

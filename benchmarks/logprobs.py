@@ -4,7 +4,7 @@ python benchmarks/logprobs.py [--tokens 8192] [--no-time]
 
 Bytes and kernels are counted on the meta device from the arguments of every torch operator that runs, so the figures are
 the same on every machine: each operator reads its inputs once and writes its outputs once, without caches. Operands of matrix
-products are counted separately (`matmul`), because a fused cross-entropy has the same ones. The counts of
+products are counted separately (`matmul`), because a fused cross-entropy has the same products. The counts of
 the Triton kernels are compared with the loads and stores that they run in tests/unit/objective/test_fused_logprobs.py.
 
 On a GPU each implementation is timed, as are the fused cross-entropies of Megatron and Transformer Engine, from hidden states to
@@ -41,8 +41,8 @@ MAX_BYTES_PER_LOGIT = 12
 
 PLAIN_CHUNK = 1024
 NO_FUSION = ", gradient left to autograd"
-"""Suffix for the names of implementations without gradient accumulation fusion. With several chunks these make another pass over the
-weight's fp32 gradient, 6 bytes per weight, which the bar on logits does not cover."""
+"""Suffix for the names of implementations without gradient accumulation fusion. With several chunks these make an additional
+pass over the weight's fp32 gradient, 6 bytes per weight, to which the bar on logits does not apply."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,7 +253,7 @@ def main() -> int:
     )
     parser.add_argument("--tokens", type=int, default=8192, help="tokens of a micro-batch")
     parser.add_argument("--repeats", type=int, default=10, help="timed repetitions of each way")
-    parser.add_argument("--no-time", action="store_true", help="only count, even if there is a GPU")
+    parser.add_argument("--no-time", action="store_true", help="count only, without measuring times on a GPU")
     parser.add_argument("--json", type=Path, help="file to write the figures to")
     options = parser.parse_args()
     report: dict[str, Any] = {"tokens": options.tokens, "counted": {}, "timed": {}}

@@ -12,7 +12,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a checkout that is not installed
+sys.path.insert(
+    0, str(Path(__file__).resolve().parent.parent)
+)  # lets the file run from a checkout that is not installed
 
 import torch
 
@@ -25,7 +27,7 @@ from megatron_rasft.weights.tracker import TRACKER_FILE
 
 NUM_SWAPS, NUM_STEPS = 4, 4
 MOST_STEPS = 200
-"""Most steps to train during a background save before waiting for it."""
+"""Maximum number of steps to train during a background save before waiting for it."""
 
 
 def seconds(work: Callable[[], object]) -> float:

@@ -53,7 +53,7 @@ def operator_bytes(func: Any, args: Any, kwargs: Any, out: Any) -> int:
             read += tensors
     if name in ("addmm", "addmm_") and kwargs.get("beta", 1) == 0:
         read = read[1:]  # the previous content of the result is not read
-    if name in _GATHERS:  # only the indexed elements, and the indices
+    if name in _GATHERS:  # only the indexed elements and the indices are read
         return 2 * sum(map(_num_bytes, results)) + sum(map(_num_bytes, read[1:]))
     if name in _SCATTERS:
         return 2 * _num_bytes(read[-1]) + sum(map(_num_bytes, read[1:-1]))

@@ -2,8 +2,8 @@
 
 torchrun --nproc-per-node N benchmarks/train_step.py --shape qwen2.5-1.5b --bf16 [any flag of pretrain_rasft.py]
 
-Megatron's SFT is the same model, optimizer, schedule and batches with Megatron's loss: GPTModel with labels and its fused
-cross-entropy, and none of this project's objective. The model has random weights, the sequences random tokens of log-normal
+Megatron's SFT has the same model, optimizer, schedule and batches, but Megatron's loss: GPTModel with labels and its fused
+cross-entropy, without this project's objective. The model has random weights, the sequences random tokens of log-normal
 lengths. The first step of each kind is a warm-up. Compare ratios between machines, not absolute figures.
 """
 

@@ -50,7 +50,7 @@ CLUSTER = SyncCosts(
     request_s=0.010,
     control_s=0.5,
 )
-"""Assumed for H100 nodes: half of one 400 Gb/s card per sender (25 of 50 GB/s, less a fifth), NVLink gathers at a quarter
+"""Assumed for H100 nodes: 80 % of half a 400 Gb/s card per sender (25 of 50 GB/s), NVLink gathers at a quarter
 of its 450 GB/s, a copy in HBM at a third of its 3.35 TB/s, the request as measured on a quiet CPU."""
 
 
@@ -121,7 +121,7 @@ def bare_group(port: int, rank: int) -> Any:
 
 
 def broadcast(group: Any, tensor: torch.Tensor) -> None:
-    """From rank 0, waiting for it."""
+    """Broadcasts from rank 0 and waits for the end."""
     options = dist.BroadcastOptions()
     options.rootRank = options.rootTensor = 0
     group.broadcast([tensor], options).wait()
@@ -147,7 +147,7 @@ def bare_seconds(sizes: list[int], rounds: int) -> list[float]:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Measures sync and bare broadcast alternately, so that other load on the machine affects both alike."""
+    """Measures sync and bare broadcast alternately, so that other load on the machine affects both equally."""
     from safetensors.torch import load_file
 
     torch.set_num_threads(1)
@@ -179,7 +179,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             reports, bare = [], []
             sizes: list[int] = []
             for round_number in range(options.rounds):
-                # without this the C library keeps freed memory, which would count as steady state
+                # without this the C library keeps freed memory, which would be counted as part of the steady state
                 ctypes.CDLL(None).malloc_trim(0)
                 report = sync.push(round_number + 1, [url])
                 assert report.synced, report.line()
@@ -189,7 +189,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             sync.close()
         dist.destroy_process_group()
     median = statistics.median
-    # the fastest round of each, because a busy machine can only add to a time
+    # the fastest round of each counts, because other load can only add to a time
     transfer = min(r.seconds["transfer"] for r in reports)
     num_bytes = reports[0].num_bytes
     bare_s = min(bare)

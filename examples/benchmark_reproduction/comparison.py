@@ -20,7 +20,7 @@ Runs = Mapping[tuple[str, int], Path]
 """(method, seed) -> folder of one training and its evaluation."""
 
 DEFAULT_REFERENCE = "sft"
-"""Method that the others are compared with."""
+"""Method with which the others are compared."""
 
 
 @dataclass
@@ -31,7 +31,7 @@ class Curve:
     tokens: list[float] = field(default_factory=list)
     """Tokens trained before the measurement."""
     seconds: list[float] = field(default_factory=list)
-    """Seconds of steps and refreshes before the measurement. The measurements themselves do not count."""
+    """Seconds of steps and refreshes before the measurement, without the held-out measurements."""
     accuracy: list[float] = field(default_factory=list)
     """Solve rate of the held-out problems, in percent."""
     total_tokens: float = 0.0
@@ -53,11 +53,11 @@ def write_comparison(
 
     Args:
         title: title of table and plots.
-        runs: the runs to compare. Unfinished ones are listed below the table.
+        runs: the runs to compare. Unfinished runs are listed below the table.
         output: folder of all results.
         compared_with: model whose published numbers are added, if there are any.
         num_jobs: trainings that shared the machine.
-        reference: method that the others are compared with.
+        reference: method with which the others are compared.
 
     Returns:
         Text of comparison.md, and the reason if there are no plots.
@@ -177,7 +177,10 @@ def _accuracy(by_seed: Mapping[int, Sequence[float]]) -> dict[str, Any]:
 def _difference(
     summaries: Mapping[tuple[str, int], Mapping[str, Summary]], method: str, reference: str, name: str
 ) -> dict[str, Any]:
-    """Columns of the difference from the reference. Empty texts for the reference itself, or if it is not finished."""
+    """Columns of the difference from the reference.
+
+    They are empty for the reference itself, or if the reference is not finished.
+    """
     ours, theirs = _scores(summaries, method, name), _scores(summaries, reference, name)
     if method == reference or not theirs:
         return dict.fromkeys(("difference", "difference_low", "difference_high"), "")
@@ -216,7 +219,7 @@ def _scores(
     """Seed -> score of each problem. All seeds have the same problems.
 
     Raises:
-        RasftError: they do not.
+        RasftError: the seeds have different problems.
     """
     found = {
         seed: by_name[name] for (m, seed), by_name in summaries.items() if m == method and name in by_name

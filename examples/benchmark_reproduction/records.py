@@ -24,7 +24,7 @@ def make_record(training: Sequence[str], evaluation: Sequence[str], num_processe
 
     Args:
         training: flags of the training, with ``.`` for the result's folder, so that the folder can be moved.
-        evaluation: flags of the evaluation, likewise.
+        evaluation: flags of the evaluation, with the same replacement.
         num_processes: processes of the training and of the evaluation.
     """
     names = [value.rpartition("=")[2] for value in [*training, *evaluation]]
@@ -88,15 +88,15 @@ def _text(flag: str, flags: dict[str, list[str]]) -> str:
 
 @cache
 def _checksum(path: Path, changed_ns: int) -> str:
-    """SHA-256 of a file. The time of its last change is part of the cache's key."""
+    """Returns the SHA-256 of a file. The cache's key includes the time of the file's last change."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _commit() -> str:
-    """The current commit, or an empty text without git or its folder.
+    """Returns the current commit, or an empty text without git or a repository.
 
-    Asked for each result, because a comparison takes days and the checkout can change meanwhile.
+    It is read for each result, because a comparison takes days and the checkout can change meanwhile.
     """
     if not (ROOT / ".git").exists():
         return ""

@@ -5,8 +5,8 @@ reproduce.py --setting FILE --output DIR --task N            one training and it
 reproduce.py --setting FILE --output DIR --tables-only       table and plots of the finished results
 reproduce.py --setting FILE --output DIR --dry-run           print the commands instead of running them
 
-A training runs pretrain_rasft.py, an evaluation tools/evaluate.py. Methods differ by their own flags only. After an
-interruption the same command continues with the first training that has no evaluation. Results of other flags or data
+A training runs pretrain_rasft.py, an evaluation tools/evaluate.py. Methods differ only in their own flags. After an
+interruption the same command continues with the first training that has no evaluation. Results with other flags or data
 are an error.
 """
 
@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))  # runs from a checkout that is not installed
+sys.path.insert(0, str(ROOT))  # lets the file run from a checkout that is not installed
 
 from examples.benchmark_reproduction import records  # noqa: E402
 from examples.benchmark_reproduction.comparison import DEFAULT_REFERENCE, write_comparison  # noqa: E402
@@ -62,13 +62,13 @@ class Setting:
     evaluate: dict[str, Any]
     """Flags of all evaluations."""
     prepare: list[list[str]] = field(default_factory=list)
-    """Commands that make the model and the data. Every call runs them first, so they must return quickly if all exists."""
+    """Commands that make the model and the data. Every call runs them first, so they must return quickly if the files exist."""
     methods: list[str] = field(default_factory=lambda: list(METHODS))
     method_flags: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Method -> flags for its trainings only."""
     variants: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Name -> ``of``, a method, and flags that change it. For choosing constants by runs. A variant runs only if
-    ``methods`` names it."""
+    """Name -> ``of`` (a method), and flags that change it. Variants are for choosing constants by experiment. A variant runs
+    only if ``methods`` names it."""
     num_processes: int = 1
     num_jobs: int = 1
     """Trainings that run at a time on one machine. If there are several, their seconds depend on each other."""
@@ -191,7 +191,7 @@ def _launcher(setting: Setting) -> list[str]:
 
 
 def _as_flags(flags: dict[str, Any]) -> Iterator[str]:
-    """Words of a command line. True stands for a flag without a value, a list for several values."""
+    """Words of a command line. True means a flag without a value, a list means several values."""
     for flag, value in flags.items():
         yield flag
         if value is not True:
@@ -210,7 +210,7 @@ def check_results(setting: Setting, tasks: Sequence[Task], root: Path) -> None:
     """Checks that existing results and trained weights come from the same flags and data.
 
     Raises:
-        ValueError: one does not. Names it and the first difference.
+        ValueError: a result does not. The message names it and the first difference.
     """
     for task in tasks:
         output = root / task.name
@@ -245,7 +245,7 @@ def run_task(setting: Setting, task: Task, root: Path, keeps_models: bool) -> No
     if not _has_model(output):
         begun.write_text(json.dumps(record_of(setting, task), indent=1) + "\n", encoding="utf-8")
         if task.method != "base":
-            # A new training would append to the files of one that was killed.
+            # A new training would otherwise append to the files of a killed training.
             for name in ("metrics.jsonl", "rollouts.jsonl"):
                 (output / name).unlink(missing_ok=True)
             shutil.rmtree(output / "model", ignore_errors=True)
@@ -283,7 +283,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def reproduce(args: argparse.Namespace) -> None:
-    """Runs what the flags ask for.
+    """Runs the tasks that the flags select.
 
     Raises:
         ValueError: a flag or the setting is wrong, or results of other flags or data exist.
@@ -359,7 +359,7 @@ def _build_parser() -> argparse.ArgumentParser:
         "--against",
         metavar="NAME",
         default=DEFAULT_REFERENCE,
-        help="method that the others are compared with; default: %(default)s",
+        help="method with which the others are compared; default: %(default)s",
     )
     parser.add_argument(
         "--task", type=int, metavar="N", help="run one task, counted from 0, and write no table"

@@ -1,4 +1,4 @@
-"""RASFT in one file: plain transformers, one process, no Megatron, no servers, nothing of megatron_rasft.
+"""RASFT in one file: plain transformers, one process, without Megatron, servers or megatron_rasft.
 
     python examples/minimal/rasft.py --hf-model MODEL --train-data train.jsonl --rollout-store rollouts.jsonl
 
@@ -56,7 +56,7 @@ class Sample:
 
 
 def read_problems(path: Path, tokenizer: Any, system_prompt: str) -> list[Problem]:
-    """Reads rows {"id", "problem", "response", "answer"} and tokenises prompt and response apart.
+    """Reads rows {"id", "problem", "response", "answer"} and tokenises prompt and response separately.
 
     A rollout continues exactly the tokens that the demonstration continues, so both are conditioned on the same prompt.
     """
@@ -100,13 +100,13 @@ def sample(model: Any, tokenizer: Any, problem: Problem, args: argparse.Namespac
         if is_complete:
             ids = ids[: ids.index(end_id) + 1]
         text = tokenizer.decode(ids, skip_special_tokens=True)
-        # A response that was cut at the length limit never counts as solved, whatever it says.
+        # A response that was truncated by the length limit never counts as solved.
         rollouts.append(Rollout(ids, text, is_complete and given_answer(text) == problem.answer))
     return rollouts
 
 
 def given_answer(text: str) -> Fraction | None:
-    r"""The number a response commits to: the content of its last \boxed{}, or without a box its last number."""
+    r"""The final answer of a response: the content of its last \boxed{}, or without a box its last number."""
     boxes = re.findall(r"\\boxed\{([^{}]*)\}", text)
     numbers = boxes or re.findall(r"(?<![\w.])-?\d[\d,]*(?:\.\d+)?", text)
     return number(numbers[-1]) if numbers else None
@@ -121,7 +121,7 @@ def number(text: str) -> Fraction | None:
 
 
 def distinct(rollouts: list[Rollout]) -> list[Rollout]:
-    """Drops each rollout whose word 3-grams are at least 82 % the same (Jaccard) as those of an earlier one."""
+    """Drops rollouts whose word 3-grams have a Jaccard similarity of at least 0.82 with an earlier rollout's."""
     kept: list[tuple[set, Rollout]] = []
     for rollout in rollouts:
         words = rollout.text.lower().split()
@@ -137,13 +137,13 @@ def distinct(rollouts: list[Rollout]) -> list[Rollout]:
 DEMONSTRATION_MAX, DEMONSTRATION_MIN = 1.5, 0.3
 ROLLOUT_TOTAL = 0.7
 NEUTRAL = 1 - (1 - DEMONSTRATION_MIN) / (DEMONSTRATION_MAX - DEMONSTRATION_MIN)
-"""The solvability at which a demonstration weighs as much as that of a problem that was never sampled: 1."""
+"""The solvability at which a demonstration has weight 1, like the demonstration of an unsampled problem."""
 MEMORY = 0.5
-"""Share of the earlier counts that is kept: the policy moves on, so old rollouts say less about it."""
+"""Share of the earlier counts that is kept. The policy changes, so old rollouts describe it less well."""
 
 
 class Solvability:
-    """How often the policy solves each problem, smoothed over refreshes and by one pseudo-rollout at ``NEUTRAL``."""
+    """The policy's solve rate on each problem, smoothed over refreshes and by one pseudo-rollout at ``NEUTRAL``."""
 
     def __init__(self) -> None:
         self._counts: dict[str, tuple[float, float]] = {}
@@ -158,7 +158,7 @@ class Solvability:
 
 
 def weigh(problem: Problem, rollouts: list[Rollout], s: float) -> list[Sample]:
-    """The harder the problem, the more its demonstration counts; the easier, the more the policy's own solutions do."""
+    """Weighs the demonstration more for a hard problem, and the policy's own solutions more for an easy problem."""
     demonstration = DEMONSTRATION_MIN + (DEMONSTRATION_MAX - DEMONSTRATION_MIN) * (1 - s)
     samples = [Sample(problem.prompt_ids, problem.demonstration_ids, demonstration)]
     solutions = distinct([r for r in rollouts if r.is_correct])
@@ -181,8 +181,8 @@ def response_logprobs(model: nn.Module, sample: Sample) -> Tensor:
 def token_loss_sum(logprobs: Tensor, ref_logprobs: Tensor, weight: float) -> Tensor:
     """Sum over a response of the RASFT loss: -log p, weighted by A, by p itself and by the drift ratio.
 
-    The ratio of reference to policy is one number a sequence, from the mean log-probabilities, clipped to 0.4 .. 1.2: a
-    response that the policy already likes much more than the reference does is held back. Only -log p has a gradient.
+    The ratio of reference to policy is one number per sequence, from the mean log-probabilities, clipped to 0.4 .. 1.2: a
+    response that is much more likely under the policy than under the reference gets less weight. Only -log p has a gradient.
     """
     policy = logprobs.detach()
     ratio = (ref_logprobs - policy).mean().clamp(-20, 20).exp().clamp(0.4, 1.2)
@@ -292,7 +292,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--max-new-tokens", type=int, default=40, help="longest rollout")
     parser.add_argument("--lr", type=float, default=3e-5, help="peak learning rate")
     parser.add_argument("--lr-warmup-iters", type=int, default=1, help="steps of linear warm-up")
-    parser.add_argument("--seed", type=int, default=1234, help="of the order of problems and of sampling")
+    parser.add_argument(
+        "--seed", type=int, default=1234, help="seed for the order of problems and for sampling"
+    )
     return parser.parse_args()
 
 

@@ -1,7 +1,7 @@
 """Writes the quickstart's task: arithmetic that a small model solves sometimes, with step-by-step demonstrations.
 
-Writes train.jsonl and heldout.jsonl with rows {"id", "problem", "response", "answer"}. Held-out problems do not occur in train.jsonl, in
-any order of their operands. The same flags give the same files, byte for byte.
+Writes train.jsonl and heldout.jsonl with rows {"id", "problem", "response", "answer"}. Held-out problems do not occur in
+train.jsonl, in any order of their operands. The same flags give the same files, byte for byte.
 """
 
 import argparse
@@ -31,19 +31,19 @@ class Kind:
 
 
 def sum_of_pair(operands: Operands) -> str:
-    """Writes a sum of two, e.g. ``7 + 8 = 15.``"""
+    """Writes the solution of a sum of two numbers, e.g. ``7 + 8 = 15.``"""
     a, b = operands
     return f"{a} + {b} = {a + b}."
 
 
 def sum_of_three(operands: Operands) -> str:
-    """Writes a sum of three from left to right."""
+    """Writes the solution of a sum of three numbers, from left to right."""
     a, b, c = operands
     return f"{a} + {b} = {a + b}. {a + b} + {c} = {a + b + c}."
 
 
 def sum_by_tens(operands: Operands) -> str:
-    """Writes a sum of two-digit numbers: tens, ones, then both."""
+    """Writes the solution of a sum of two-digit numbers: tens, ones, then both."""
     a, b = operands
     tens, ones = a // 10 * 10 + b // 10 * 10, a % 10 + b % 10
     return (
@@ -52,13 +52,13 @@ def sum_by_tens(operands: Operands) -> str:
 
 
 def product_of_digits(operands: Operands) -> str:
-    """Writes a product, e.g. ``6 x 7 = 42.``"""
+    """Writes the solution of a product, e.g. ``6 x 7 = 42.``"""
     a, b = operands
     return f"{a} x {b} = {a * b}."
 
 
 def product_by_tens(operands: Operands) -> str:
-    """Writes a product with a two-digit number: tens, ones, then both."""
+    """Writes the solution of a product with a two-digit number: tens, ones, then both."""
     a, b = operands
     tens, ones = a // 10 * 10 * b, a % 10 * b
     return f"{a // 10 * 10} x {b} = {tens}. {a % 10} x {b} = {ones}. {tens} + {ones} = {a * b}."

@@ -1,7 +1,7 @@
 """Trains a small real model with RASFT on a CPU, and prints its solve rate before and after.
 
-Runs pretrain_rasft.py once for each objective, on the same problems, batches, steps and learning rate. That program also measures the
-solve rate on held-out problems, which it never trains on.
+Runs pretrain_rasft.py once for each objective, on the same problems, batches, steps and learning rate. That program also
+measures the solve rate on held-out problems, on which it never trains.
 """
 
 import argparse
@@ -23,7 +23,7 @@ BATCH = 16
 
 
 def training_flags(args: argparse.Namespace, objective: str, output: Path) -> list[str]:
-    """Returns the flags of a run. Runs differ in the name of the objective only."""
+    """Returns the flags of a run. Runs differ only in the objective."""
     flags = {
         "--hf-model": args.hf_model,
         "--train-data": args.output / "data" / "train.jsonl",
@@ -38,7 +38,7 @@ def training_flags(args: argparse.Namespace, objective: str, output: Path) -> li
         "--rollout-num-samples": 4,
         "--rollout-max-new-tokens": 40,
         "--lr": args.lr,
-        "--lr-warmup-iters": int(args.num_train > BATCH),  # a run of one step has no warm-up
+        "--lr-warmup-iters": int(args.num_train > BATCH),  # a run with a single step has no warm-up
         "--export-hf": output / "model",
         "--tensorboard-dir": output / "tensorboard",
         "--rollout-store": output / "rollouts.jsonl",
