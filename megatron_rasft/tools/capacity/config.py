@@ -154,7 +154,7 @@ class AssumptionConfig(FlagSection):
     kernels one by one. It does so with pipeline stages and with mixtures of experts."""
 
     embedded_graph_layer_ms: PositiveFloat = 0.034
-    """The same time as --layer-ms in a CUDA graph, ms.
+    """The same time in a CUDA graph, ms.
 
     Estimated from 17 kernels of 2 microseconds with Transformer Engine's layers.
     """

@@ -263,10 +263,12 @@ def _forward_s(
 
 def serving_tp(model: Model, config: CapacityConfig) -> int | None:
     """Returns the GPUs of a server: the fewest whose memory the weights fill to at most 75 %; None if a node is too small."""
-    room = 0.75 * config.gpu_memory_gib * 2**30
+    memory = 0.75 * config.gpu_memory_gib * 2**30
     sizes = [n for n in range(1, config.gpus_per_node + 1) if config.gpus_per_node % n == 0]
     fitting = [
-        n for n in sizes if model.stored.num_attention_heads % n == 0 and 2 * model.num_parameters / n <= room
+        n
+        for n in sizes
+        if model.stored.num_attention_heads % n == 0 and 2 * model.num_parameters / n <= memory
     ]
     return min(fitting, default=None)
 
