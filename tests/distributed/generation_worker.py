@@ -58,7 +58,7 @@ LAYOUTS: dict[int, dict[str, str]] = {
 
 SEQ_LENGTH = 64
 LENGTH = 128
-"""Length of the rows whose number is derived from free memory."""
+"""Length of a row, tokens, from which the number of rows that fit into memory is derived."""
 COMMON = f"--seq-length {SEQ_LENGTH} --global-batch-size 8 --lr-decay-style constant --lr-warmup-iters 0 --lr 1e-3 --objective dft"
 
 PROMPTS = [[5, 17, 99], [3], [88, 2, 45, 45, 7, 60, 31, 12], [100, 0, 41, 9, 9], [71, 70]]
@@ -147,7 +147,7 @@ def sample(flags: list[str], root: Path) -> dict[str, Any]:
         after = training_state(run.chunks)
         assert before == after, [name for name in before if before[name] != after.get(name)]
         result["scores"] = [v.tolist() for v in run.score(given, with_reference=False)]
-        size, run.args.global_batch_size = run.args.global_batch_size, 1  # four samples at a time
+        size, run.args.global_batch_size = run.args.global_batch_size, 1  # the decoder has four rows
         result["scores in parts"] = [v.tolist() for v in run.score(given, with_reference=False)]
         run.args.global_batch_size = size
         result["refresh"] = refresh(run)

@@ -81,7 +81,7 @@ LAYOUTS: dict[int, dict[str, str]] = {
         "dp2 pp2": "--pipeline-model-parallel-size 2",
     },
 }
-"""World size -> name -> flags."""
+"""World size -> name of the layout -> its flags."""
 
 MODELS = {"untied": "llama", "tied": "qwen2_tied"}
 

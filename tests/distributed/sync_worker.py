@@ -41,7 +41,7 @@ from tests.tiny_models import build_chunks  # noqa: E402
 
 PADDED_VOCAB_SIZE = 128
 BUCKET_MIB = 1
-"""Small, so that the tiny model needs several buckets."""
+"""Size of a bucket. It is small, so that the tiny model needs several buckets."""
 PROMPT = [5, 17, 3, 88, 41]
 
 
@@ -144,7 +144,7 @@ def check_layouts(job: dict[str, Any], root: Path) -> None:
             model = SyncedModel(folder, sizes[2], SyncConfig(sync_bucket_mib=BUCKET_MIB, sync_timeout_s=60))
             model.change(2 * version - 1)
             push_and_compare(model, job["urls"], version, root / f"export-{version}")
-            # uses the same groups
+            # this sync uses the same groups
             model.change()
             report = model.sync.push(version + 100, job["urls"])
             assert report.proof == "" and report.synced == job["urls"], report.line()
@@ -180,7 +180,7 @@ def push_and_compare(model: SyncedModel, urls: list[str], version: int, exported
                 server.pause("abort")
                 server.update_weights_from_disk(exported, weight_version=version)
                 server.resume()
-                assert server.checksums() == by_push, f"{url}: not what the exported folder holds"
+                assert server.checksums() == by_push, f"{url}: differs from the exported folder"
             assert generated(url) == new != old
     dist.barrier()
 
@@ -242,7 +242,7 @@ def ask_once(root: Path, what: str) -> None:
 
 
 def ask(root: Path, what: str) -> None:
-    """Has the test, which owns the servers, act on the victim. Returns when it has done so."""
+    """Makes the test, which owns the servers, act on the victim. Returns after the action."""
     (root / f"{what}.wanted").touch()
     while not (root / f"{what}.done").exists():
         time.sleep(0.05)

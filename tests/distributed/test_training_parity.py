@@ -1,4 +1,4 @@
-"""Every division of a batch gives the same loss, gradients and weights, and one process those of transformers in fp64."""
+"""Every division of a batch gives the same loss, gradients and weights. On one process these equal transformers' in fp64."""
 
 import math
 from pathlib import Path
@@ -88,7 +88,7 @@ def test_one_process_trains_like_transformers_and_torch(
 def assert_same_weights(
     found: list[dict[str, torch.Tensor]], expected: list[dict[str, torch.Tensor]]
 ) -> None:
-    """Compares the weights after each step. Of tied tensors, ``expected`` may contain both names."""
+    """Compares the weights after each step. ``expected`` may contain tied tensors under both names."""
     assert len(found) == len(expected)
     for step, (mine, theirs) in enumerate(zip(found, expected, strict=True)):
         assert mine.keys() <= theirs.keys()

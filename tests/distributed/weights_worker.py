@@ -97,7 +97,9 @@ def check(case: str, root: Path, layout: str, vpp: int | None) -> None:
         is_first_replica=ps.get_data_parallel_rank(with_context_parallel=True) == 0,
         experts=experts,
     )
-    exported = HfFolder.open(out)  # on every rank, to check that export returns when the folder is complete
+    exported = HfFolder.open(
+        out
+    )  # read on every rank, to check that export only returns when the folder is complete
     if dist.get_rank() == 0:
         for name in folder.tensors:
             assert torch.equal(exported.read(name), folder.read(name)), f"{case} {layout}: {name}"
@@ -170,7 +172,7 @@ def compare_logits(chunks: list, case: str, root: Path, layout: str, vpp: int | 
 
 
 def check_shared_failure(root: Path) -> None:
-    """A disk error on one rank is an error on all, and leaves nothing."""
+    """A disk error on one rank is raised on all ranks, and no files are left."""
     ps.initialize_model_parallel(1, 2)
     model_parallel_cuda_manual_seed(123)
     folder = HfFolder.open(root / "llama")

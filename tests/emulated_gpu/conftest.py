@@ -95,7 +95,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 
 
 def assert_gpu_path(found: list[facts.Facts], *, kernels: set[str]) -> None:
-    """Checks that every rank used the modules for GPUs only, and called these kernels."""
+    """Checks that every rank used only the modules for GPUs, and called these kernels."""
     for rank in found:
         assert (rank.backend, rank.distributed_backend) == ("nccl", "nccl")
         assert rank.transformer_impl == "transformer_engine"

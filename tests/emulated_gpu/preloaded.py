@@ -1,3 +1,3 @@
-"""Imported by the process that ranks on the emulated machine are forked from. sitecustomize.py has emulated the GPUs before."""
+"""Imported by the process from which ranks on the emulated machine are forked. sitecustomize.py has already emulated the GPUs."""
 
 import tests.preloaded  # noqa: F401

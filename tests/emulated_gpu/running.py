@@ -38,7 +38,7 @@ def variables(*packages: str) -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join([str(MACHINE), str(REPOSITORY)]),
         # Triton's interpreter, because there is no device for compiled kernels.
         "TRITON_INTERPRET": "1",
-        # torch.compile would take minutes to compile for the CPU, which says nothing about a GPU.
+        # torch.compile would take minutes to compile for the CPU, which would not test a GPU.
         "TORCHDYNAMO_DISABLE": "1",
     }
 
@@ -47,7 +47,7 @@ _parents: dict[tuple[str, ...], forking.Parent] = {}
 
 
 def parent(*packages: str) -> forking.Parent:
-    """The process on the emulated machine that ranks are forked from."""
+    """The process on the emulated machine from which ranks are forked."""
     if packages not in _parents:
         _parents[packages] = forking.Parent("tests.emulated_gpu.preloaded", variables(*packages))
     return _parents[packages]

@@ -17,7 +17,7 @@ STEPS = 3
 FP8 = ["--bf16", "--fp8-format", "hybrid", "--train-iters", str(STEPS)]
 
 RATIO_GAP = 3e-3
-"""Tolerance of the ratio of policy and reference while both are the same model.
+"""Tolerance of the ratio of policy and reference while both have the same weights.
 
 The difference from 1 is 0.0015 here, because scales depend on the micro-batch and scoring uses different micro-batches. If the
 reference were computed with scales of 1, the difference would be 0.01.

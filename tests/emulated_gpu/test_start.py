@@ -42,7 +42,7 @@ def first_run(bench: Bench, save: Path) -> list[str]:
 
 
 def test_first_command_of_the_readme_runs_on_two_gpus(bench: Bench, tmp_path: Path) -> None:
-    """Runs in new interpreters under torchrun, not in forked processes."""
+    """Runs the command in new interpreters under torchrun instead of forked processes."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     program = str(launching.PROGRAM)
     done = running.command([*torchrun, program, *first_run(bench, tmp_path)], "transformer_engine")

@@ -1,4 +1,4 @@
-"""Whole runs on the GPU path: refreshes with reference scores, sampling, saving, resuming and exporting."""
+"""Complete runs on the GPU path: refreshes with reference scores, sampling, saving, resuming and exporting."""
 
 from pathlib import Path
 from signal import SIGTERM
@@ -30,7 +30,7 @@ def weights(folder: Path) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_resumed_run_equals_the_unbroken_one(bench: Bench, tmp_path: Path, layout: str) -> None:
-    """They are bit-equal, because the emulated kernels are deterministic, unlike those of a GPU by default."""
+    """The runs are bit-equal, because the emulated kernels are deterministic, unlike those of a GPU by default."""
     words, ranks = LAYOUTS[layout]
     flags = bench.flags("policy", "--bf16", *words.split())
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
@@ -50,7 +50,7 @@ def test_a_resumed_run_equals_the_unbroken_one(bench: Bench, tmp_path: Path, lay
 
 
 def test_the_policy_equals_its_reference_without_training(bench: Bench, tmp_path: Path) -> None:
-    """With a learning rate of almost 0 both stay the same model, also after the second refresh has swapped weights."""
+    """With a learning rate of almost 0 policy and reference stay equal, even after the second refresh has swapped weights."""
     flags = bench.flags("policy", "--bf16", "--lr", "1e-12", "--train-iters", str(STEPS))
     bench.train(tmp_path / "save", flags)
     ratios = [step["objective/ratio_mean"] for step in launching.steps(tmp_path / "save").values()]

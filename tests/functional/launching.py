@@ -37,7 +37,7 @@ class Interruption:
     number: signal.Signals
     only_rank: int | None = None
     phase: Phase = "step"
-    """When the signal is sent: at the end of the step ("step"), or at the start of the first such phase after it."""
+    """The time of the signal: the end of the step ("step"), or the start of the first phase of this name after it."""
 
 
 @dataclass(kw_only=True)
@@ -89,7 +89,7 @@ class HeldWrites:
     until: int
     metrics: Path
     timeout_s: float = 20.0
-    """The longest delay. A write that training waits for continues then, without ``evidence``."""
+    """The longest delay, seconds. After it the write continues even if training waits for it, without ``evidence``."""
 
     @property
     def evidence(self) -> Path:
@@ -143,14 +143,14 @@ def run(
 
     Args:
         interruption: a signal for the ranks during the run.
-        pauses: of rank 0, for which the other ranks wait.
+        pauses: pauses of rank 0. The other ranks wait for it.
         held_writes: delayed background writes, on every rank.
         file_limit: largest file that a rank may write, bytes; 0 for no limit. A longer write fails with EFBIG, similar to ENOSPC
             on a full disk.
-        timeout_s: a rank that still runs then is killed and has no exit code.
-        variables: are added to the environment.
+        timeout_s: a rank that runs longer is killed and has no exit code.
+        variables: environment variables to add.
         prepare_rank: rank -> functions that are called in its process before the program.
-        parent: the process that the ranks are forked from.
+        parent: the process from which the ranks are forked.
         has_launcher: whether the ranks have the variables that torchrun sets.
         program: the file to run.
     """
@@ -221,7 +221,7 @@ def torchrun(
 
 
 def steps(save: Path) -> dict[int, dict[str, float]]:
-    """Returns each step's record in metrics.jsonl without times; of a step that ran twice, the last record."""
+    """Returns each step's record in metrics.jsonl without times. For a step that ran twice it is the last record."""
     records: dict[int, dict[str, float]] = {}
     for line in (save / "metrics.jsonl").read_text().splitlines():
         record = json.loads(line)

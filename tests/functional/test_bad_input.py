@@ -23,13 +23,13 @@ BAD_INPUT_TIMEOUT_S = 120
 
 @dataclass(frozen=True)
 class Case:
-    """One mistake of a user, and the names that the error must contain."""
+    """A mistake of a user, and the names that the error must contain."""
 
     flags: Callable[[Workshop, Path], list[str]]
     names: tuple[str, ...]
     world_size: int = 1
     num_lines: int = 1
-    """Lines of the error. Faulty rows are listed, one line each."""
+    """Number of lines of the error. Faulty rows are listed, one line each."""
 
 
 def without(flags: list[str], flag: str) -> list[str]:
@@ -261,7 +261,7 @@ def saved(workshop: Workshop) -> Path:
 
 
 def checkpoint_files(save: Path) -> dict[str, bytes]:
-    """The files that a later start reads."""
+    """The files of the run that a later start reads."""
     paths = [
         p
         for p in save.rglob("*")

@@ -117,7 +117,7 @@ def test_real_tasks_are_verified_by_execution(root: Path) -> None:
     )
     rollouts = rollouts_of(save)
     assert len(rollouts) == 8 * 4
-    # Eight random characters are run as a program, and fail
+    # Responses of eight random characters are run as programs, and fail
     assert {r["verdict"] for r in rollouts} == {"wrong"}
     reasons = {r["verdict_reason"].partition(":")[0] for r in rollouts}
     assert "the program raised SyntaxError" in reasons

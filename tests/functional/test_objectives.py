@@ -1,4 +1,4 @@
-"""Every objective, curriculum and layout runs from start to end, and leaves its records."""
+"""Every objective, curriculum and layout runs from start to end and writes its records."""
 
 import json
 import math

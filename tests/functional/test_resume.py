@@ -166,7 +166,7 @@ def test_run_killed_before_its_first_checkpoint_starts_anew(workshop: Workshop, 
     assert outcome.codes == [-SIGKILL], outcome.output
     for name in ("metrics.jsonl", "rollouts.jsonl"):
         with (save / name).open("a") as file:
-            file.write('{"step": 2, "pro')  # a line that was cut off when the run was killed
+            file.write('{"step": 2, "pro')  # an incomplete line, as a killed run leaves it
     output = workshop.train(save, flags_of(save)).output
     for name in ("metrics.jsonl", "rollouts.jsonl"):
         assert f"{save / name} is truncated to the 0 bytes" in output

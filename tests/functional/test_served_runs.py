@@ -17,9 +17,9 @@ from tests.tiny_policy import write_mixture
 
 STEPS = 6
 REFRESHES = [0, 3, 5]
-"""Every 3 steps, and where an epoch of 40 problems ends."""
+"""Steps of the refreshes: every 3 steps, and at the end of an epoch of 40 problems."""
 LARGEST_GAP = 0.02
-"""Nats a token between the fp32 trainer and its own weights on a server; measured 1e-6 to 4e-3."""
+"""Largest difference in nats per token between the fp32 trainer and its own weights on a server; measured 1e-6 to 4e-3."""
 
 
 def flags_of(workshop: Workshop, save: Path, *more: str, servers: tuple[RunningServer, ...]) -> list[str]:

@@ -36,7 +36,7 @@ def test_the_requests_around_an_update_of_a_real_server(
         client.pause()
         client.flush_cache()
         record = ServerRecord(server.url, client, client.probe())
-        record.begin_update()  # does nothing on the old server
+        record.begin_update()  # has no effect on the old server
         record.end_update()
         client.set_weight_version(7)
         client.resume()

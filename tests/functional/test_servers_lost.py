@@ -24,7 +24,7 @@ def test_a_server_that_is_killed_while_sampling_and_restarted_has_old_weights(
         assert [r.url for r in rollouts.fleet.find()] == [first.url, second.url]
         assert [r.url for r in rollouts.fleet.serving(VERSION)] == [first.url]
         rollouts.said.clear()
-        # The restarted server has the weights of its start. Sampling notices it even if the trainer admits the server.
+        # The restarted server has its initial weights. Sampling notices it even if the trainer admits the server.
         rollouts.fleet.admit(second.url, VERSION)
         _, report = rollouts.engine.generate(requests_of(10), params(), VERSION)
         assert report.num_finished == 20 and set(report.samples_by_server) == {first.url}

@@ -28,7 +28,7 @@ def save(workshop: Workshop) -> Path:
 
 
 def records_of(save: Path) -> list[dict[str, float]]:
-    """The records without times, which every rank measures for itself."""
+    """Returns the records without times, which every rank measures independently."""
     lines = (save / "metrics.jsonl").read_text().splitlines()
     times = ("time", "_s")
     return [

@@ -1,4 +1,4 @@
-"""Tests of tests/unit/sync/ in their form for GPUs."""
+"""The tests of tests/unit/sync/ in a version for GPUs."""
 
 import base64
 import io
@@ -98,4 +98,4 @@ def test_a_stuck_server_is_aborted_at_the_deadline_over_nccl(bucket: Any) -> Non
     with pytest.raises(GroupFailure, match="did not answer"):
         group.broadcast(*bucket)
     assert time.monotonic() - began < 40
-    torch.ones(1, device=DEVICE).add_(1).cpu()  # the device still works
+    torch.ones(1, device=DEVICE).add_(1).cpu()  # shows that the device still works

@@ -1,4 +1,4 @@
-"""Whole runs with Transformer Engine and NCCL: the assertions of tests/functional, with tolerances for BF16 and FP8.
+"""Complete runs with Transformer Engine and NCCL: the assertions of tests/functional, with tolerances for BF16 and FP8.
 
 The policy was trained on the CPU in fp32 before, so that all runs start from the same weights.
 """
@@ -95,7 +95,7 @@ def test_losses_are_the_same_with_blocking_launches(
     """Detects tensors that are read before their kernel has run."""
     monkeypatch.setenv("CUDA_LAUNCH_BLOCKING", "1")
     train(workshop, tmp_path, "--bf16", "--curriculum-mode", "off")
-    # cuDNN's backward pass sums in no fixed order, and BF16 weights amplify the differences.
+    # cuDNN's backward pass sums in varying order, and BF16 weights amplify the differences.
     assert launching.losses(tmp_path) == pytest.approx(in_bf16, abs=5e-3)
 
 
@@ -142,7 +142,7 @@ def test_sampled_logprobs_equal_those_of_training(workshop: Workshop, tmp_path: 
 def test_a_resumed_run_equals_the_unbroken_one(
     workshop: Workshop, tmp_path: Path, more: list[str], loss_gap: float
 ) -> None:
-    """They are bit-equal only with deterministic kernels. By default cuDNN's attention sums gradients in no fixed order."""
+    """A resumed run is bit-equal only with deterministic kernels. By default cuDNN's attention sums gradients in varying order."""
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
     train(workshop, unbroken, "--bf16", *more)
     flags = ["--bf16", "--override-opt_param-scheduler", *more]

@@ -1,4 +1,4 @@
-"""A proxy that corrupts a real server's answers, for faults that a real server cannot be made to show."""
+"""A proxy that corrupts a real server's answers, for faults that cannot be caused in a real server."""
 
 import http.client
 import json

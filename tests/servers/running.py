@@ -6,10 +6,10 @@ A test gets servers from the session's pool, the fixture ``server_pool`` of test
         server = server_pool.get("0.5.23", model)           # ready; started at the first call only
         client = ServerClient(server.url)
 
-Starting a server takes half a minute or more, so servers are kept between tests. A test gets a kept server of the same version, model
-and flags, reset to the model's own weights (label ``default``) and not paused. At most two servers run at once (2 GB each); ``get``
-stops the least recently used one. A test may kill, freeze or break its server: a server that does not answer is started again at
-the next ``get``. A test that needs two servers calls ``pair``.
+Starting a server takes half a minute or more, so servers are kept between tests. A test gets a kept server of the same version,
+model and flags, reset to the model's own weights (label ``default``) and not paused. At most two servers run at once (2 GB
+each); ``get`` stops the least recently used one. A test may kill, freeze or break its server: a server that does not answer is
+started again at the next ``get``. A test that needs two servers calls ``pair``.
 
 The tests use the versions of SGLang in ``VERSIONS``, which ``make servers`` installs.
 """
@@ -47,7 +47,7 @@ def server_python(version: str) -> Path:
 
 
 class RunningServer:
-    """One server process with its children, in a process group of its own.
+    """A server process with its children, in its own process group.
 
     Args:
         version: version of SGLang.

@@ -124,7 +124,7 @@ def test_each_replica_is_handed_its_own_value(tmp_path: Path) -> None:
 
 
 def _rank_that_counts_bytes(rank: int, folder: str) -> None:
-    """Counts the bytes this rank sends while 8 MB go to another replica."""
+    """Counts the bytes that this rank sends while 8 MB are sent to another replica."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=3)
     on_rank_zero(lambda: None)  # makes the group
     sent: list[int] = []

@@ -19,7 +19,7 @@ def test_fused_logprobs_stay_under_the_bar_and_plain_ones_do_not() -> None:
     for rows in report["counted"].values():
         assert {row["kl"] for row in rows} == {None, "forward", "reverse"}
         for row in rows:
-            # A logit is read twice and its gradient written once, 2 bytes each; a KL reads the reference's twice.
+            # A logit is read twice and its gradient written once, 2 bytes each. With a KL the reference's logit is read twice too.
             least = 6 if row["kl"] is None else 10
             assert row["bytes_per_logit"] >= (least if row["way"].startswith("fused") else 48)
     # figures of an audit at commit 90c0253, counted by an independent program

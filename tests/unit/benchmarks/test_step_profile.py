@@ -19,7 +19,7 @@ def test_gap_and_idle_share_are_those_of_the_kernels() -> None:
         [
             event(LABEL, 1000, 11000, DeviceType.CPU),
             event("aten::mm", 2000, 3000, DeviceType.CPU),
-            event(LABEL, 4000, 9000),  # the span of the label itself on the device
+            event(LABEL, 4000, 9000),  # the device's span of the label itself, which is not a kernel
             event("gemm", 8000, 9000),
             event("gemm", 4000, 6000),
             event("norm", 5000, 7000),

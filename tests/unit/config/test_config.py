@@ -79,7 +79,7 @@ def test_a_value_outside_its_range_is_refused_by_its_flag(
 
 
 def test_every_number_has_a_range() -> None:
-    """The number of query groups is compared with config.json of the model instead."""
+    """--rasft-query-groups has no such range: its value is compared with the model's config.json."""
     numbers = {
         name
         for kind in SECTIONS.values()
@@ -225,7 +225,11 @@ def test_flags_named_in_help_and_messages_exist() -> None:
         parser = ArgumentParser()
         add_flags(parser, kind)
         known |= set(parser._option_string_actions)
-    known |= {"--server", "--api-key", "--admin-api-key"}  # of tools/evaluate.py and of SGLang
+    known |= {
+        "--server",
+        "--api-key",
+        "--admin-api-key",
+    }  # these flags belong to tools/evaluate.py and to SGLang
     package = Path(__file__).resolve().parents[3] / "megatron_rasft"
     files = [
         *(package / "config").glob("*.py"),

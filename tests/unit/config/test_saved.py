@@ -1,4 +1,4 @@
-"""Tools read the configuration that a run wrote, and no other file of that name."""
+"""Tools read the configuration that a run wrote, and refuse other files of that name."""
 
 from pathlib import Path
 from types import SimpleNamespace

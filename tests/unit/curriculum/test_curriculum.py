@@ -1,4 +1,4 @@
-"""The curriculum walks every problem once per epoch and resumes as if it had never stopped."""
+"""The curriculum visits every problem once per epoch, and a resumed curriculum equals an uninterrupted one."""
 
 import hashlib
 import json
@@ -104,7 +104,7 @@ def test_band_mode_samples_a_share_of_the_middle_and_probes_the_pool():
     middle, hard = chosen[:14], chosen[14:]
     assert [routes[p] for p in middle] == ["middle"] * 14 and len(set(middle)) == 14
     assert middle == sorted(middle, key=problem_ids.index) and middle != problem_ids[:14]
-    assert hard == problem_ids[40:42]  # 3 % of 60, rounded
+    assert hard == problem_ids[40:42]  # 3 % of 60 problems, rounded
 
 
 def test_random_choices_depend_on_seed_purpose_and_refresh_alone():
@@ -180,7 +180,7 @@ def test_recorded_rollouts_are_pooled_with_discounted_earlier_ones():
     curriculum.next_problems(1)
     curriculum.record("row 0", 0, 4)
     assert curriculum.remembered("row 0") == (pytest.approx(2 / 6), 3.0)
-    curriculum.record("row 0", 0, 0)  # no sample was delivered: the record stays
+    curriculum.record("row 0", 0, 0)  # without samples the record does not change
     assert curriculum.solvability == {"row 0": Solvability(2 / 6, 6.0, 2, 2)}
 
 
@@ -218,7 +218,7 @@ def test_memory_zero_forgets():
 
 
 def one_refresh(curriculum, rng, size, total):
-    """What a run does between two refreshes, its outcome; the policy's answers come from ``rng``."""
+    """Runs a refresh and returns its outcome; ``rng`` draws the policy's answers."""
     problem_ids = curriculum.next_problems(size)
     routes = curriculum.route({p: rng.random() for p in problem_ids}, min(1.0, curriculum.refresh / total))
     chosen = curriculum.choose_for_rollouts(routes)
@@ -244,7 +244,9 @@ def test_resumed_equals_unbroken(num_problems, size, stop, mode, seed):
         one_refresh(unbroken, rng, size, 12)
     state = unbroken.state_dict()
     assert json.loads(json.dumps(state)) == state
-    resumed = Curriculum(ids(num_problems), config, seed=seed + 1)  # the checkpoint's seed wins
+    resumed = Curriculum(
+        ids(num_problems), config, seed=seed + 1
+    )  # the checkpoint's seed replaces the new one
     resumed.load_state_dict(json.loads(json.dumps(state)))
     assert resumed.state_dict() == state
     assert resumed.epoch == unbroken.epoch and resumed.num_remaining == unbroken.num_remaining

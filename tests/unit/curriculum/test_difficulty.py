@@ -34,7 +34,7 @@ def test_routes_of_the_published_vector():
     assert routes == ["easy", "easy", "rest", "middle", "middle", "hard", "hard", "rest"]
 
 
-@settings(deadline=None)  # numpy's first quantile of a process is slow
+@settings(deadline=None)  # numpy's first quantile in a process is slow
 @given(st.lists(finite, min_size=1, max_size=60), st.floats(0, 1))
 def test_quantile_is_the_linear_one(values, q):
     assert interpolated_quantile(sorted(values), q) == pytest.approx(

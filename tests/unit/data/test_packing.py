@@ -144,7 +144,7 @@ def test_bins_of_one_place_are_similar_and_replicas_differ_by_less_than_them(
     places = list(zip(*loads, strict=True))
     for place, following in itertools.pairwise(places):
         assert min(place) >= max(following)
-    # Each place gives its largest bin to the replica that has the fewest tokens, so differences do not add up.
+    # At each position the replica with the fewest tokens gets the largest bin, so differences do not add up.
     sums = [sum(replica) for replica in loads]
     assert max(sums) - min(sums) <= max(max(place) - min(place) for place in places)
 
@@ -161,7 +161,7 @@ def test_bins_and_replicas_are_balanced() -> None:
 
 
 def test_bins_too_full_for_spreading_are_still_found() -> None:
-    # 6+4, 6+4, 5+5 fill three bins; spreading, longest first, would put 4 upon 5 + 5 and exceed 10.
+    # 6+4, 6+4, 5+5 fill three bins; spreading, longest first, would add 4 to 5 + 5 and exceed 10.
     lengths = [6, 6, 5, 5, 4, 4]
     assert bin_loads(lengths, pack(lengths, 10, 1)) == [[10, 10, 10]]
 
@@ -202,7 +202,7 @@ def test_bins_that_best_fit_leaves_unused_are_filled() -> None:
 
 def test_each_added_bin_gets_the_longest_sequence_of_the_fullest_bin() -> None:
     lengths = [9, 6, 5, 4, 3, 2]
-    bins = [[0], [1, 5], [2, 3, 4]]  # 9, 8 and 12 tokens
+    bins = [[0], [1, 5], [2, 3, 4]]  # the bins have 9, 8 and 12 tokens
     assert split_fullest_bins(lengths, bins, 3) == bins
     assert split_fullest_bins(lengths, bins, 4) == [[0], [1, 5], [3, 4], [2]]
     assert split_fullest_bins(lengths, bins, 5) == [[0], [5], [3, 4], [2], [1]]

@@ -1,4 +1,4 @@
-"""Cached rows equal tokenized rows, and are found only if nothing that they were made from has changed."""
+"""Cached rows equal tokenized rows, and are found only if all inputs are unchanged."""
 
 import json
 import os
@@ -112,7 +112,7 @@ def change_data(config: DataConfig, model: Path) -> DataConfig:
     path = Path(config.train_data[0])
     stat = path.stat()
     path.write_text(path.read_text().replace("1+1", "1+2"))
-    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # size and time stay the same
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # size and time of the file do not change
     return config
 
 
@@ -213,7 +213,7 @@ def test_a_slower_run_keeps_the_files_that_a_faster_one_has_mapped(
     def slowly(*args: Any) -> None:
         write_rows(*args)
         monkeypatch.setattr(row_cache, "write_rows", write_rows)
-        read(tokenizer, config, model, cache)  # the faster run, from beginning to end
+        read(tokenizer, config, model, cache)  # the faster run does all of its work here
         inodes.append({path.stat().st_ino for path in cache.glob("[!.]*/*")})
 
     monkeypatch.setattr(row_cache, "write_rows", slowly)

@@ -48,7 +48,7 @@ for world_size, flags in json.load(sys.stdin):
 
 @pytest.mark.usefixtures("users_files")
 def test_every_command_of_every_setting_parses() -> None:
-    """The programs' own parsers read them, without building a model. Most settings are tested with two methods."""
+    """The programs' own parsers read the commands, without building a model. Most settings are tested with two methods."""
     jobs, expected = [], []
     for path in SETTINGS:
         setting = reproduce.read_setting(path)
@@ -231,7 +231,7 @@ def test_table_holds_means_intervals_and_paired_differences(tmp_path: Path) -> N
 
 
 def test_interval_of_a_difference_covers_seeds_and_pairs_them_by_number(tmp_path: Path) -> None:
-    """Base has one seed, dft lacks one, and iw_sft has the seeds of sft in another order."""
+    """Base has one seed, dft lacks a seed, and iw_sft has the seeds of sft in another order."""
     runs = {("base", 1): write_run(tmp_path / "base", [0.2] * 9)}
     means = {
         "sft": {1: 0.15, 2: 0.30, 3: 0.45},
@@ -251,7 +251,7 @@ def test_interval_of_a_difference_covers_seeds_and_pairs_them_by_number(tmp_path
 
 
 class Workplace:
-    """A setting of two methods. Stand-ins for the programs write the files that the real ones write."""
+    """A setting of two methods. Stand-ins write the files of the real programs."""
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.folder, self.begun = folder, []

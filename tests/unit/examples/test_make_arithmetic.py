@@ -12,7 +12,7 @@ SCRIPT = Path(__file__).resolve().parents[3] / "examples" / "quickstart" / "make
 
 
 def value(written: str) -> int:
-    """Of a sum or a product of numbers, without the code under test."""
+    """Returns the value of a sum or a product, calculated without the code under test."""
     numbers = [int(number) for number in re.findall(r"\d+", written)]
     return sum(numbers) if "+" in written else numbers[0] * numbers[1]
 

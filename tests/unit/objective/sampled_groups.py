@@ -38,7 +38,7 @@ def counted_group(num_correct: int, num_wrong: int) -> RolloutGroup:
 
 
 def failed_group() -> RolloutGroup:
-    """Rollouts that say nothing about the policy: aborted, timed out in grading, empty."""
+    """Rollouts that do not count as attempts: aborted, timed out in grading, empty."""
     return make_group(
         rollout(0, None, finish="abort"), rollout(1, "timeout"), rollout(2, "wrong", num_tokens=0)
     )

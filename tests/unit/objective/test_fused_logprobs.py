@@ -1,7 +1,7 @@
-"""The Triton kernels in Triton's interpreter on the CPU, with a whole and a sharded vocabulary, against fp64 formulas.
+"""The Triton kernels in Triton's interpreter on the CPU, with a complete and a sharded vocabulary, against fp64 formulas.
 
-Triton chooses its interpreter when a kernel is defined. So the cases run in separate processes with TRITON_INTERPRET=1, and the tests
-compare their results.
+Triton chooses its interpreter when a kernel is defined. The cases therefore run in separate processes with TRITON_INTERPRET=1,
+and the tests compare their results.
 """
 
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ from megatron_rasft.types import KLDirection
 TP = 2
 KINDS: tuple[KLDirection | None, ...] = (None, "forward", "reverse")
 VOCAB_SIZES = (16, 13, 9, 8, 5)
-"""Vocabularies in a width of 16 on two ranks. Up to 8 the second shard is padding only."""
+"""Vocabulary sizes, padded to 16 logits on two ranks. With a size of at most 8 the second shard is padding only."""
 CHUNKS = (0, 4, 16)
 WIDE = 5000
 """A vocabulary of more than one tile."""
@@ -100,7 +100,7 @@ def sharded_cases(rank: int) -> Iterator[tuple[str, Tensor]]:
 
 
 def kernel_cases() -> Iterator[tuple[str, Tensor]]:
-    """Log-probabilities, KL and the logits' gradient of one whole vocabulary."""
+    """Log-probabilities, KL and the logits' gradient for a vocabulary that is not split."""
     from megatron_rasft.objective import fused_logprobs as fused
     from megatron_rasft.objective.logit_kernels import KL_KINDS, logit_statistics, logits_to_gradient_
 
@@ -349,4 +349,4 @@ def test_traffic_counted_from_arguments_is_that_of_the_kernels(
         # The label's logit is loaded a second time, for each of 7 tokens; the count has one load per row.
         label_logits = 7 * 2 if name == "statistics" else 0
         assert moved == counted + label_logits
-        assert 0 < moved - num_bytes * 7 * WIDE < 7 * 64  # the rest: a few numbers per token
+        assert 0 < moved - num_bytes * 7 * WIDE < 7 * 64  # the remaining bytes: a few numbers per token

@@ -1,4 +1,4 @@
-"""Log-probabilities and KL with a whole and a sharded vocabulary, against fp64 formulas."""
+"""Log-probabilities and KL with a complete and a sharded vocabulary, against fp64 formulas."""
 
 import os
 from collections.abc import Iterator
@@ -227,7 +227,7 @@ def test_chunked_kl_equals_whole_one_and_spares_the_reference(
 # two ranks
 
 SHARDED_VOCAB_SIZES = (16, 15, 9, 8, 5)
-"""Vocabularies in a width of 16 on two ranks. Up to 8 the second shard is padding only."""
+"""Vocabulary sizes, padded to 16 logits on two ranks. With a size of at most 8 the second shard is padding only."""
 
 
 def sharded_results(rank: int, group: Any) -> Iterator[tuple[str, Tensor]]:

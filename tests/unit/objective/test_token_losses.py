@@ -24,7 +24,7 @@ from megatron_rasft.objective.token_losses import LossSums, PackedTokens, token_
 from tests.unit.objective.thread_ranks import on_threads
 
 LENGTHS = (7, 1, 12, 4)
-"""Response tokens of each sequence. Two prompt tokens stand before each, three of padding behind the last."""
+"""Number of response tokens of each sequence. Each follows two prompt tokens; three padding tokens follow the last sequence."""
 
 WEIGHTS = (1.0, 0.2779, 1.7, 0.5)
 
@@ -401,7 +401,7 @@ def context_parallel_results(rank: int, group: Any) -> dict[str, tuple]:
     for case in FORMULAS:
         tokens = batch(torch.float32)
         leaf = tokens.logprobs.detach().clone().requires_grad_()
-        # The second sequence has one token, which only one rank has.
+        # The second sequence has a single token, so only one rank has a part of it.
         index = torch.arange(rank, leaf.numel(), 2)
         mine = replace(select(tokens, index, leaf), cp_group=group)
         sums = token_loss_sums(mine, objective_of(case))
@@ -438,7 +438,7 @@ def test_context_parallel_ranks_add_up_to_one_process(ranks_are: str, tmp_path: 
 
 
 def test_log_ratios_are_limited_to_20() -> None:
-    """A negative advantage takes the unclipped ratio, so the limit shows in the loss."""
+    """With a negative advantage the loss uses the unclipped ratio, so the limit changes the loss."""
     tokens = one_token_each(
         logprobs=[-1.0, -60.0], old=[-60.0, -1.0], ref=[-60.0, -1.0], weights=[-1.0, -1.0]
     )
@@ -456,7 +456,7 @@ def test_log_ratios_are_limited_to_20() -> None:
 
 
 def test_clip_frac_counts_the_tokens_whose_gradient_is_cut() -> None:
-    """Of the ratios 2, 2, 0.5, 0.5 and 1 only 2 with A > 0 and 0.5 with A < 0 are clipped."""
+    """The ratios are 2, 2, 0.5, 0.5 and 1. Only 2 with A > 0 and 0.5 with A < 0 are clipped."""
     ratios, weights = [2.0, 2.0, 0.5, 0.5, 1.0], [1.0, -1.0, 1.0, -1.0, 1.0]
     logprobs = [math.log(q) - 1.0 for q in ratios]
     tokens = one_token_each(logprobs=logprobs, old=[-1.0] * 5, ref=[-1.0] * 5, weights=weights)
@@ -488,7 +488,7 @@ def test_the_mean_over_a_one_token_response_is_that_token() -> None:
 def one_token_each(
     *, logprobs: list[float], old: list[float], ref: list[float], weights: list[float]
 ) -> PackedTokens:
-    """Sequences of one response token."""
+    """Sequences with a single response token."""
 
     def row(values: list[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float64)

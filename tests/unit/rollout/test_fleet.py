@@ -1,4 +1,4 @@
-"""Which servers may be sampled: admitted by a sync, quarantined by a fault, and what happens without a server."""
+"""Servers that may be sampled: a sync admits them, a fault quarantines them. Also tests runs without servers."""
 
 from collections.abc import Callable
 from functools import partial
@@ -19,7 +19,7 @@ MODEL = {"vocab_size": 100, "hidden_size": 64}
 
 
 class Network:
-    """Answers for every server that is up; ``info`` of a server overrides fields of its /server_info."""
+    """Answers for every running server. ``info`` overrides fields of a server's /server_info."""
 
     def __init__(self, *up: str) -> None:
         self.up = set(up)

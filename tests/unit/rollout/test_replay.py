@@ -1,4 +1,4 @@
-"""Stored rollouts are handed out in turn, and only for the prompts that they answer."""
+"""Stored rollouts are returned in turn, and only for the prompts that they answer."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Sampling without a network: every sample is counted exactly once, whatever the servers do."""
+"""Sampling without a network: every sample is counted exactly once, even if servers fail."""
 
 import asyncio
 import json
@@ -149,7 +149,7 @@ def test_no_server_gets_more_requests_than_it_runs_at_once() -> None:
 
 
 def limit_open_files(monkeypatch: pytest.MonkeyPatch, soft: int, hard: int) -> list[tuple[int, int]]:
-    """Limits open files to this many more than are open. Returns the limits that are set later, less those that are open."""
+    """Limits the number of files that can still be opened. Returns the limits set later, minus the files already open."""
     num_open = psutil.Process().num_fds()
     limits: list[tuple[int, int]] = []
     monkeypatch.setattr(sampling.psutil.Process, "num_fds", lambda self: num_open)
@@ -326,7 +326,7 @@ def test_a_server_that_stays_full_is_left_out_at_the_deadline(monkeypatch: pytes
 def test_a_server_that_works_for_this_run_is_not_quarantined_as_full(
     monkeypatch: pytest.MonkeyPatch, num_places: int
 ) -> None:
-    """Like a gateway that answers 503 beyond a number of connections."""
+    """Behaves like a gateway that answers 503 above a number of connections."""
     monkeypatch.setattr(sampling, "_MIN_BACKOFF_S", 0.05)
     monkeypatch.setattr(sampling, "_ACCEPTED_S", 0.1)
     servers = Servers(

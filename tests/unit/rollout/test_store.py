@@ -1,4 +1,4 @@
-"""A rollout store returns what was written to it, and survives half a line."""
+"""A rollout store returns the rollouts written to it, and tolerates an incomplete line."""
 
 from pathlib import Path
 

@@ -205,7 +205,7 @@ def test_an_address_where_nothing_listens_cannot_be_reached() -> None:
 
 
 def test_the_cache_is_flushed_by_a_request_after_an_update_from_disk() -> None:
-    """SGLang ends if the update itself flushes while a request is leaving. Here the request leaves before the second try."""
+    """SGLang ends if the update itself flushes while a request is leaving. Here the request has left before the second attempt."""
     asked: list[tuple[str, object]] = []
 
     def answer(request: httpx.Request) -> httpx.Response:

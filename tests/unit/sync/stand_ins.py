@@ -1,6 +1,7 @@
 """Servers inside the test process: they join real gloo groups, keep the weights they receive, and fail on demand.
 
-The real SGLang is tested in tests/distributed/test_sync.py. These stand-ins produce failures that it cannot be made to show.
+The real SGLang is tested in tests/distributed/test_sync.py. These stand-ins produce failures that cannot be caused in a real
+server.
 """
 
 from collections.abc import Callable, Sequence
@@ -78,7 +79,7 @@ class StandIn(ServerClient):
         return self._info
 
     def record(self) -> ServerRecord:
-        """Returns a record of this server as after a probe."""
+        """Returns a record of this server in its state after a probe."""
         return ServerRecord(self.url, self, self._info)
 
     def probe(self, deadline_s: float | None = None) -> ServerInfo:
@@ -125,7 +126,7 @@ class StandIn(ServerClient):
     ) -> None:
         self._note("init")
         timeout = timedelta(seconds=10)
-        # as torch's _new_process_group_helper does it on a server
+        # like torch's _new_process_group_helper on a server
         store: Any = dist.TCPStore(master_address, master_port, is_master=False, timeout=timeout)
         for prefix in (group_name, f"{group_name}/", "cpu/"):
             store = dist.PrefixStore(prefix, store)

@@ -218,7 +218,7 @@ def test_the_space_left_in_a_bucket_is_counted_from_its_first_tensor() -> None:
 
 
 def test_gathered_bytes_are_those_of_the_largest_related_set() -> None:
-    """Memory beside a bucket: sets are gathered one after the other, and the tensors of a set together."""
+    """Memory in addition to a bucket: sets are gathered one after the other, the tensors of a set together."""
     at = "model.layers.0."
     tensors = [
         planned(at + "input_layernorm.weight", 7),
@@ -237,7 +237,7 @@ def test_gathered_bytes_are_those_of_the_largest_related_set() -> None:
 
 @pytest.mark.parametrize("num_bytes", [1, 8, 15, 16, 17, 100])
 def test_buckets_start_at_aligned_bytes(num_bytes: int) -> None:
-    """A float32 view needs a start that is a multiple of 4, also in a bucket at the end of the arena."""
+    """A float32 view must start at a multiple of 4 bytes, even in a bucket at the end of the arena."""
     arena = Arena(1003, torch.device("cpu"))
     arena.sent((0, 400))
     place = arena.place(num_bytes)
@@ -256,7 +256,7 @@ def test_a_bucket_takes_the_space_beside_the_one_being_sent_exactly() -> None:
 
 
 def test_the_arena_holds_the_largest_neighbours_and_their_alignment() -> None:
-    """One byte less, and the second bucket of a small model would wait for the first one."""
+    """With one byte less, the second bucket of a small model would wait for the first."""
     tensors = [planned("a.weight", 33), planned("b.weight", 35), planned("c.weight", 37)]
     plan = MemoryPlan.make(tensors, BF16, 100, 0)
     assert [bucket.num_bytes for bucket in plan.buckets] == [66, 70, 74]

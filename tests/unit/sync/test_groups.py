@@ -84,7 +84,7 @@ def test_servers_and_trainer_leave_a_group_together(
 def test_the_store_is_created_under_torchrun_too(
     agent: str, servers: tuple[StandIn, StandIn], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """torchrun makes torch's own rendezvous expect an existing store, but there is none at this address."""
+    """torchrun makes torch's own rendezvous expect an existing store, but this address has no store."""
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", agent)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", "1")
@@ -170,7 +170,7 @@ def test_a_collective_that_never_ends_does_not_keep_the_process_alive() -> None:
         [sys.executable, "-c", STUCK],
         cwd=root,
         env={**os.environ, "PYTHONPATH": str(root)},
-        timeout=120,  # otherwise the process would live for an hour
+        timeout=120,  # otherwise the process would run for an hour
         capture_output=True,
         text=True,
     )
@@ -179,7 +179,7 @@ def test_a_collective_that_never_ends_does_not_keep_the_process_alive() -> None:
 
 
 class NcclStandIn:
-    """Replaces torch's NCCL group. Its broadcast is complete after ``looks`` checks; it records how it was created and used."""
+    """Replaces torch's NCCL group. Its broadcast is complete after ``looks`` checks. It records how it was created and used."""
 
     Options = type("Options", (), {})
 
@@ -230,7 +230,10 @@ def over_nccl(monkeypatch: pytest.MonkeyPatch) -> tuple[Broadcaster, NcclStandIn
 def test_an_error_of_nccl_does_not_end_the_trainer(
     over_nccl: tuple[Broadcaster, NcclStandIn], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """torch's watchdog would. It starts unless waits block, and ends the process unless its error handling is off."""
+    """torch's watchdog would end the process.
+
+    It starts unless waits block, and ends the process unless its error handling is off.
+    """
     made_with = over_nccl[1].environment
     assert (
         made_with["TORCH_NCCL_BLOCKING_WAIT"] == "1" and made_with["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == "0"

@@ -1,4 +1,4 @@
-"""Whole syncs of one rank to servers in this process: the weights arrive, and failures of the transfer leave servers out."""
+"""Complete syncs of one rank to servers in this process: the weights arrive, and failures of the transfer leave servers out."""
 
 import hashlib
 import re
@@ -110,7 +110,7 @@ def test_a_server_that_fails_is_left_out_and_gets_a_full_sync_over_a_new_group_l
     trainer = Trainer(bad, good)
     trainer.push(1)
     if call == "init":
-        bad.restart()  # otherwise there is no new group to join
+        bad.restart()  # otherwise the sync would not create a new group
     bad.before[call] = lambda: bad.fail("out of order")
     trainer.weights["model.norm.weight"] += 1
     report = trainer.push(2)
@@ -155,7 +155,7 @@ def test_proofs_come_first_after_failures_and_every_n() -> None:
 
 
 def checksums_of(server: StandIn) -> list[dict[str, str]]:
-    """Returns the checksums of a stand-in's weights by the formula of SGLang's checker."""
+    """Returns the checksums of a stand-in's weights, calculated with the formula of SGLang's checker."""
     found: dict[str, Any] = {}
     for name, tensor in server.weights.items():
         fused = re.sub(r"\b[qkv]_proj", "qkv_proj", re.sub(r"\b(gate|up)_proj", "gate_up_proj", name))
@@ -273,7 +273,7 @@ def test_an_address_of_another_machine_is_refused_at_once() -> None:
     elsewhere = "192.0.2.1"
     with pytest.raises(ValueError, match=rf"--sync-address {elsewhere}.*{socket.gethostname()}.*stage 0"):
         Trainer(sync_address=elsewhere)
-    Trainer(sync_address=elsewhere, sync_method="tensor")  # no server connects to it
+    Trainer(sync_address=elsewhere, sync_method="tensor")  # servers never connect to this address
 
 
 def test_fp8_servers_and_disk_are_refused_before_anything_is_exported(tmp_path: Path) -> None:

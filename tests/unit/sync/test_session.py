@@ -1,4 +1,4 @@
-"""Rank 0's session without any transfer: which requests it sends in which order, and what a failure leads to."""
+"""Rank 0's session without any transfer: its requests, their order, and the consequences of failures."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +25,7 @@ A, B = "http://a:1", "http://b:1"
 
 
 class Syncs:
-    """A session with some servers, and syncs whose transfers end as the test says."""
+    """A session with some servers. The test sets the outcomes of the transfers of its syncs."""
 
     def __init__(self, *servers: StandIn, device: str = "cpu", nccl: Any = None, **flags: Any) -> None:
         self.servers = servers
@@ -35,7 +35,7 @@ class Syncs:
         self.session = ServerSession(config, records_of(*servers), CONFIG, device, nccl)
 
     def run(self, version: int, *outcomes: Outcome, urls: Sequence[str] | None = None) -> SyncReport:
-        """Syncs once. The transfers have these outcomes, and succeed after them."""
+        """Syncs once. The first transfers have these outcomes; later transfers succeed."""
         report, left = SyncReport(weight_version=version), list(outcomes)
         while True:
             attempt = self.session.prepare(self.urls if urls is None else urls, report)
@@ -298,7 +298,7 @@ def test_a_server_that_loaded_an_export_keeps_the_type_of_its_start(tmp_path: Pa
 
 
 class Sleeper(StandIn):
-    """Fails, as SGLang ends, if it is asked to resume memory that it has not released."""
+    """A server that fails if it must resume memory that it has not released, as SGLang would end."""
 
     def __init__(self, url: str) -> None:
         super().__init__(url)
@@ -317,7 +317,7 @@ class Sleeper(StandIn):
 
 @pytest.fixture
 def asleep() -> tuple[Syncs, Sleeper, Sleeper]:
-    """Two servers that have been synced once and sleep."""
+    """Two servers that have been synced once and are asleep."""
     one, two = Sleeper(A), Sleeper(B)
     syncs = Syncs(one, two, sync_method="tensor")
     syncs.run(1)

@@ -1,4 +1,4 @@
-"""The parts of a stage's transfer that no whole sync on one machine reaches."""
+"""The parts of a stage's transfer that a sync on one machine does not reach."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Proofs: checksums by the servers' own names and shards, and values read back."""
+"""Proofs of a sync: checksums of each server's shards under the server's own names, and values read back."""
 
 import hashlib
 from typing import Any
@@ -49,7 +49,7 @@ def test_checksums_are_those_of_the_fused_tensors(weights: dict[str, torch.Tenso
     assert found[at + "qkv_proj.weight"] == checksum(*(weights[f"{at}{p}_proj.weight"] for p in "qkv"))
     assert found[at + "qkv_proj.bias"] == checksum(*(weights[f"{at}{p}_proj.bias"] for p in "qkv"))
     embedding = weights["model.embed_tokens.weight"]
-    padding = torch.zeros(24, 64, dtype=torch.bfloat16)  # 1000 rows -> 1024
+    padding = torch.zeros(24, 64, dtype=torch.bfloat16)  # 1000 rows are padded to 1024
     assert found["model.embed_tokens.weight"] == checksum(embedding, padding)
 
 

@@ -49,7 +49,7 @@ def test_a_closed_pipe_ends_a_tool_silently() -> None:
     program = (
         "import sys; from megatron_rasft.tools import cli; sys.exit(cli.run(lambda: print('x\\n' * {lines})))"
     )
-    for lines in (1, 100_000):  # once when stdout is flushed at the end, once within print
+    for lines in (1, 100_000):  # fails once when stdout is flushed at the end, and once within print
         tool = subprocess.Popen(
             [sys.executable, "-c", "import time; time.sleep(0.5);" + program.format(lines=lines)],
             stdout=subprocess.PIPE,

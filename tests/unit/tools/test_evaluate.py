@@ -1,4 +1,4 @@
-"""The command with servers that need no network: which stored samples it continues from, and which it refuses."""
+"""The command with servers that need no network: the stored samples from which it continues, and those it refuses."""
 
 import json
 import shutil
@@ -160,7 +160,7 @@ def test_samples_are_kept_for_the_same_checkpoint_only_and_it_is_the_one_that_is
     write_checkpoint(save, 14, b"later")
     assert run() == 2 and "'step 7, " in capsys.readouterr().err
     assert run("--ckpt-step", "7") == 0 and loaded[1][-2:] == ["--ckpt-step", "7"]
-    write_checkpoint(save, 7, b"again")  # another training run, to the same step
+    write_checkpoint(save, 7, b"again")  # weights of another training run at the same step
     assert run("--ckpt-step", "7") == 2 and len(loaded) == 2
     assert "'step 7, " in capsys.readouterr().err
 

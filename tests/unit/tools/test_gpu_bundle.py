@@ -48,7 +48,7 @@ class Files:
     """The files of one call of the program."""
 
     shelf: Path
-    """Folder that pip takes wheels from instead of an index."""
+    """Folder from which pip takes wheels instead of an index."""
     bundle: Path
     flags: list[str]
     """Two listed wheels and one additional wheel, split into pieces of 300 bytes."""
@@ -98,7 +98,7 @@ def test_wheels_are_downloaded_once(files: Files) -> None:
 
 
 def test_download_that_broke_off_goes_on(downloaded: Files) -> None:
-    """An incomplete wheel is downloaded again. A complete one is kept, because pip could not download it."""
+    """An incomplete wheel is downloaded again. A complete wheel is kept; pip could not download it here."""
     cut = downloaded.bundle / "wheels" / "second_part-2.1-py3-none-any.whl"
     whole = cut.read_bytes()
     (downloaded.shelf / cut.name).write_bytes(whole)

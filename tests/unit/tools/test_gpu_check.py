@@ -80,7 +80,8 @@ def wait_for(path: Path) -> str:
 
 
 def begin_and_wait(path: Path) -> processes.Start:
-    """Starts a program and returns when it has written a line to ``path``, so that a deadline of zero passes only then."""
+    """Starts a program and returns when it has written a line to ``path``, so that a deadline of zero does not end the program
+    earlier."""
 
     def begin(command: Command, log: Path) -> Started:
         started = processes.start(command, log)
@@ -241,7 +242,7 @@ def test_torch_that_does_not_import_is_named(tmp_path: Path, capsys: pytest.Capt
 
 
 def test_the_program_itself_finds_no_gpu_here(tmp_path: Path) -> None:
-    """Starts it as `make gpu-check` does, with hidden GPUs."""
+    """Starts the check like `make gpu-check`, with hidden GPUs."""
     done = subprocess.run(
         [sys.executable, "tools/gpu_check.py", "--output", str(tmp_path)],
         cwd=ROOT,
@@ -395,7 +396,7 @@ def test_every_gap_of_the_emulation_is_closed_by_a_step() -> None:
 
 
 def test_first_run_is_the_command_of_the_readme() -> None:
-    """Apart from paths, parallel sizes and what makes it small."""
+    """The flags are equal except for paths, parallel sizes and the flags that make the run small."""
     readme = (ROOT / "README.md").read_text().replace("\\\n", " ")
     (command,) = re.findall(r"^    torchrun --nproc-per-node 8 pretrain_rasft.py(.*)$", readme, re.MULTILINE)
     setting = Setting(
@@ -420,7 +421,7 @@ def test_first_run_is_the_command_of_the_readme() -> None:
 
 
 def flags_of(words: Sequence[str]) -> dict[str, str]:
-    """Each flag with its value, an empty one where it takes none."""
+    """Returns flag -> value; the value is empty for a flag that takes none."""
     return dict(re.findall(r"(--\S+)(?: (?!--)(\S+))?", " ".join(words)))
 
 

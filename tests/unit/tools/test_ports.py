@@ -1,4 +1,4 @@
-"""A port chosen for a server is still free when the server has loaded its model."""
+"""A chosen port is still free when the server has loaded its model."""
 
 import socket
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The command line: wrong arguments, files that it finds by itself, and notes on missing ones."""
+"""The command line: wrong arguments, files that it finds by itself, and notes on missing files."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""tools/serve_rollouts.py with a small stand-in for SGLang; tests/functional uses the real one."""
+"""tools/serve_rollouts.py with a small stand-in for SGLang; tests/functional uses real servers."""
 
 import errno
 import os
@@ -65,7 +65,7 @@ class Launcher:
 
     @contextmanager
     def run(self, *flags: str) -> Iterator[subprocess.Popen[str]]:
-        # nohup ignores signals, and the launcher inherits that from the tests
+        # under nohup the tests ignore signals, and the launcher inherits this
         program = (
             "import signal, sys; [signal.signal(n, signal.SIG_DFL) for n in (signal.SIGINT, signal.SIGHUP)]; "
         )

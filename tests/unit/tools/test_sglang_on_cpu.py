@@ -1,4 +1,4 @@
-"""SGLang's launcher bridges what the environment lacks, and nothing else; real servers are started in tests/functional."""
+"""The launcher only replaces the modules that the environment lacks; real servers are started in tests/functional."""
 
 import subprocess
 import sys
@@ -14,7 +14,7 @@ SCHEMA = '"torchvision::nms", "(Tensor dets, Tensor scores, float iou_threshold)
 @pytest.mark.parametrize(
     "torchvision",
     [
-        f"torch.library.define({SCHEMA})",  # it fits its torch: as its compiled part does
+        f"torch.library.define({SCHEMA})",  # fits its torch, and defines the operators like torchvision's compiled part
         'torch.library.register_fake("torchvision::nms")(lambda *given: None)',  # without a compiled part
     ],
 )

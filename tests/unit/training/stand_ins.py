@@ -24,7 +24,7 @@ STOP_IDS = frozenset({9})
 
 
 def config_of(**packages: Any) -> RasftConfig:
-    """The defaults, except for the packages that are given, such as ``rollout=RolloutConfig(...)``."""
+    """The default configuration, with some sections replaced, such as ``rollout=RolloutConfig(...)``."""
     return RasftConfig(**packages)
 
 
@@ -39,7 +39,7 @@ def demonstrations(num: int) -> list[Demonstration]:
 
 
 class FirstTokenVerifier:
-    """Finds a rollout correct if its first token is 5."""
+    """A verifier for which a rollout is correct if its first token is 5."""
 
     def verify(
         self, rollouts: Sequence[Rollout], checks: Mapping[str, Check], look_up: Callable[[], None]
@@ -56,7 +56,7 @@ def decode(ids: list[int]) -> str:
 
 
 def refresh_of(config: RasftConfig, num_problems: int = 8, **changes: Any) -> Refresh:
-    """Steps of 2 problems, 12 steps in all."""
+    """A refresh of a run with 2 problems per step and 12 steps."""
     values: dict[str, Any] = {
         "batch_size": 2,
         "total_steps": 12,
@@ -74,7 +74,7 @@ def response(*ids: int) -> Response:
 
 @dataclass
 class PolicyOfNotes:
-    """Answers every seed with the tokens [5 or 6, its position, 9], and notes what it is asked for."""
+    """A policy that answers every seed with the tokens [5 or 6, its position, 9] and records its calls."""
 
     difficulties: dict[str, float] = field(default_factory=dict)
     """Problem id -> cross-entropy of its demonstration, nats per token; 1.0 for the others."""
@@ -100,7 +100,7 @@ def answers(request: Request) -> list[Response]:
 
 @dataclass
 class ServersOfNotes:
-    """Rollout servers that answer at once, and note what they are asked for."""
+    """Rollout servers that answer at once and record their calls."""
 
     calls: list[str] = field(default_factory=list)
     requests: Sequence[Request] = ()
@@ -131,7 +131,7 @@ BAND = CurriculumConfig(curriculum_mode="band")
 
 
 def args_with_architecture(**changes: Any) -> SimpleNamespace:
-    """Megatron's arguments that identify an architecture, and others."""
+    """Some of Megatron's arguments, including those that identify an architecture."""
     shape = {
         "num_layers": 2,
         "hidden_size": 32,

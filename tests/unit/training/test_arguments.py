@@ -72,7 +72,7 @@ def test_flags_that_agree_with_the_model_are_accepted(parse: Parse) -> None:
     ("flags", "num_problems", "length", "warmup"),
     [
         ("", 200, 25, 4),
-        ("", 20, 3, 1),  # the default is shortened
+        ("", 20, 3, 1),  # the default warm-up is shortened
         ("--lr-warmup-iters 0", 20, 3, 0),
         ("--lr-warmup-iters 2", 20, 3, 2),
         ("--lr-warmup-fraction 0.5 --train-iters 9", 20, 9, 0),

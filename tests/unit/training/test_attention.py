@@ -56,7 +56,7 @@ def random_heads(*shape: int) -> list[Tensor]:
 
 
 def attended(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """[s, b, n * d] causal attention of whole sequences by its formula, in fp64."""
+    """[s, b, n * d] causal attention of complete sequences by its formula, in fp64."""
     key, value = (x.repeat_interleave(HEADS // GROUPS, 2).double() for x in (key, value))
     scores = torch.einsum("qbnd,kbnd->bnqk", query.double(), key) / DIM**0.5
     is_later = ~torch.ones(len(query), len(query)).tril().bool()

@@ -1,4 +1,4 @@
-"""A checkpoint is written on a thread from copies, completed by all ranks together, and waited for with a time-out."""
+"""A checkpoint is written on a thread from copies, completed by all ranks together, and a wait for it has a time-out."""
 
 import atexit
 import os
@@ -29,7 +29,7 @@ def one_rank(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
 
 
 class Disk:
-    """Keeps the numbers written to it, as soon as the test allows the write."""
+    """A file that stores the numbers written to it, once the test allows the write."""
 
     def __init__(self) -> None:
         self.may_write = threading.Event()
@@ -108,7 +108,7 @@ def test_a_rank_with_nothing_to_write_takes_part() -> None:
 
 
 def test_a_program_that_fails_during_a_save_ends_with_its_own_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With sys.exit() five of eight such processes aborted with code 134, because the writer was inside C++ code."""
+    """With sys.exit(), five of eight such processes aborted with code 134, because the writer was inside C++ code."""
     done: list[object] = []
 
     def leave(code: int) -> None:

@@ -1,4 +1,4 @@
-"""Micro-batches hold every token, label, mask and log-probability where a slow construction puts them."""
+"""Micro-batches have the same tokens, labels, masks and log-probabilities as a slow, simple construction."""
 
 import pickle
 import random
@@ -138,7 +138,7 @@ def test_every_value_has_its_place_in_every_layout(
         (
             {"is_packed": False, "micro_batch_size": 4},
             90,
-        ),  # the longest sample decides, from 1,000 to 4,096 tokens
+        ),  # the longest sample, of 1,000 to 4,096 tokens, determines the width
     ],
 )
 def test_a_thousand_steps_have_few_widths_and_little_padding(
@@ -260,13 +260,13 @@ def test_max_seqlen_is_the_longest_distance_of_the_bounds(
         ({"token_multiple": 8}, 17, 24),
         ({"cp_size": 2}, 17, 20),
         ({"cp_size": 2, "token_multiple": 6}, 13, 24),  # a multiple of both 4 and 6
-        ({"width_slack": 0.5}, 7, 8),  # in steps of 2: the largest power of two within half of 7
+        ({"width_slack": 0.5}, 7, 8),  # in steps of 2, the largest power of two that is at most half of 7
         ({"width_slack": 0.5}, 9, 12),  # in steps of 4
         ({"width_slack": 0.25}, 33, 40),  # in steps of 8
         ({"width_slack": 0.8}, 10, 16),  # in steps of 8, which is exactly the slack
         ({"width_slack": 0.25, "token_multiple": 2}, 33, 40),  # 17 units of 2, in steps of 4
         ({"width_slack": 0.9}, 61, 64),  # at most the token budget, 2 * 32
-        ({"width_slack": 0.9, "is_packed": False}, 31, 32),  # at most one sample
+        ({"width_slack": 0.9, "is_packed": False}, 31, 32),  # at most the length of one sample
     ],
 )
 def test_width_is_rounded_to_units_and_steps_within_the_budget(

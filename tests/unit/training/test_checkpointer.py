@@ -1,4 +1,4 @@
-"""Megatron is asked for the checkpoint that was chosen, and the run's state comes with it."""
+"""Megatron loads the chosen checkpoint, and the run's state is loaded with it."""
 
 import contextlib
 from pathlib import Path
@@ -21,7 +21,7 @@ ARRAYS = {"tokens": np.arange(3, dtype=np.int32)}
 
 
 class Trained:
-    """A trainer after two steps; notes when its parameters are gathered and its threads paused."""
+    """A trainer after two steps. It records when its parameters are gathered and its threads paused."""
 
     def __init__(self) -> None:
         self.model: list[torch.nn.Module] = []
@@ -42,7 +42,7 @@ class Trained:
 
 
 class Megatron:
-    """Stands for the functions of megatron.training that a Checkpointer calls."""
+    """Replaces the functions of megatron.training that a Checkpointer calls."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, args: Any) -> None:
         self.args = args

@@ -56,7 +56,7 @@ def test_arrays_come_back_bit_for_bit(tmp_path: Path) -> None:
 def test_arrays_that_are_not_those_of_the_state_are_refused(tmp_path: Path, damage: str) -> None:
     for step in (2, 4, 6):
         write_state(tmp_path / f"iter_{step:07d}", {"queue": []}, ARRAYS)
-        (tmp_path / f"iter_{step:07d}" / "metadata.json").touch()  # Megatron writes it last
+        (tmp_path / f"iter_{step:07d}" / "metadata.json").touch()  # Megatron writes this file last
     folder = tmp_path / "iter_0000006"
     path = folder / QUEUE_FILE
     content = bytearray(path.read_bytes())

@@ -15,7 +15,7 @@ needs_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machin
 
 
 def run(program: str, *folders: Path) -> None:
-    """Runs a program in a process of its own, because ``enable`` changes torch for good."""
+    """Runs a program in a separate process, because ``enable`` changes torch permanently."""
     environment = os.environ | {"PYTHONPATH": ":".join(map(str, (ROOT, *folders)))}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", program],

@@ -23,7 +23,7 @@ from megatron_rasft.types import Request, Response, SamplingParams
 VOCAB, HEADS, GROUPS, DIM = 13, 4, 2, 8
 LENGTH = 48
 PROMPTS = [[3, 5, 1, 12, 9, 9, 2], [1, 7, 4], [8, 8, 8], [0, 11], [6], [10]]
-"""Longest first, as Decoder expects."""
+"""Sorts requests with the longest prompt first, as Decoder expects."""
 
 PLAIN = SamplingParams(
     num_samples=3,
@@ -111,7 +111,7 @@ def rotated(x: Tensor, frequencies: Tensor) -> Tensor:
 def alone(
     model: OneLayer, prompt: list[int], seed: int, params: SamplingParams
 ) -> tuple[list[int], list[float]]:
-    """Samples one sequence by itself, and recomputes all of it for each token."""
+    """Samples one sequence alone, and recomputes all of it for each token."""
     uniforms = torch.rand(
         params.max_new_tokens, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
     )
@@ -233,7 +233,7 @@ def test_the_host_reads_the_device_once_for_many_tokens(name: str) -> None:
     with HostReads() as reads:
         sample(model, params, len(PROMPTS) * params.num_samples, steps_per_read=8)
     assert sum(kind == "Decode" for kind, _ in model.passes) == 24
-    lists_of_host_tensors = 2 * len(PROMPTS) * params.num_samples  # of the collected responses
+    lists_of_host_tensors = 2 * len(PROMPTS) * params.num_samples  # reads of the collected responses
     assert reads.num == 3 + 1 + lists_of_host_tensors
 
 
@@ -254,7 +254,7 @@ def test_steps_of_one_graph_use_the_same_tensors_and_shapes_are_few(
             assert is_enabled
 
         def run(self, shape: Any, step: Any) -> Any:
-            out = step()  # allocates the cache at the first call
+            out = step()  # the first call allocates the cache
             (rows,), layer = created, cache.layers[0]
             tensors = (rows.token, rows.position, layer.keys, layer.values, decoder_model.frequencies)
             used.setdefault(shape, set()).add(tuple(tensor.data_ptr() for tensor in tensors))
@@ -279,7 +279,7 @@ def test_samples_of_a_prompt_share_its_prefill_and_prefills_are_limited_in_token
 ) -> None:
     model, params = OneLayer(), PARAMS["greedy"]
     sample(model, params, len(PROMPTS) * params.num_samples)
-    # The last token of a prompt is decoded, so the prompts of one token only pad the prefill of the others.
+    # The last token of a prompt is decoded, so prompts of one token have only padding in the others' prefill.
     assert [shape for kind, shape in model.passes if kind == Prefill.__name__] == [(6, 6)]
     model.passes.clear()
     monkeypatch.setattr(decoding, "PREFILL_TOKENS", 7)

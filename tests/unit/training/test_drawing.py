@@ -10,7 +10,7 @@ from megatron_rasft.training.drawing import apply_repetition_penalty, draw
 
 
 def nucleus(logits: np.ndarray, u: float, temperature: float, top_p: float) -> int:
-    """Takes tokens by falling probability until their sum reaches top_p, and inverts their distribution at u."""
+    """Takes the most likely tokens until the sum of their probabilities reaches top_p, and inverts their distribution at u."""
     scaled = logits.astype(np.float64) / temperature
     probs = np.exp(scaled - scaled.max())
     probs /= probs.sum()

@@ -41,7 +41,7 @@ def _rank_that_fails(rank: int, folder: str) -> None:
     assert prints_for_node("before they met") == (rank % 2 == 0)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=4)
     if rank % 2 == 0:
-        time.sleep(1)  # the others wait for it
+        time.sleep(1)  # the other ranks wait for this
     printed = prints_for_node("met by all")
     if rank in (2, 3):
         printed = (printed, prints_for_node("met by the second node"))

@@ -81,13 +81,13 @@ def batch() -> MicroBatch:
 
 
 def log_softmax(stand_in: StandInModel) -> Tensor:
-    """[t, v] in fp64, without the padded entries of the vocabulary."""
+    """Logits [t, v] in fp64, without the padded entries of the vocabulary."""
     hidden = stand_in.hidden.transpose(0, 1).reshape(-1, HIDDEN).double()
     return (hidden @ stand_in.layer.weight[:VOCAB].double().T).log_softmax(dim=-1)
 
 
 def label_logprobs(stand_in: StandInModel) -> Tensor:
-    """[t] in fp64."""
+    """Log-probabilities [t] in fp64."""
     return log_softmax(stand_in).gather(1, batch().labels[:, None])[:, 0]
 
 

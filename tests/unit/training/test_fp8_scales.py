@@ -1,4 +1,4 @@
-"""When the scales of FP8's delayed recipe are set, and when a checkpoint's scales may be unpickled."""
+"""Setting the scales of FP8's delayed recipe, and permission to unpickle a checkpoint's scales."""
 
 import os
 from types import SimpleNamespace
@@ -14,7 +14,7 @@ DELAYED: Any = SimpleNamespace(fp8="hybrid", fp8_recipe="delayed")
 
 @pytest.fixture
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The micro-batches of each setting of the scales."""
+    """Records the micro-batches of each call that sets the scales."""
     seen: list[Any] = []
     monkeypatch.setattr(fp8_scales, "set_delayed_scales", lambda forward: seen.append(forward()))
     return seen
@@ -41,7 +41,7 @@ def test_other_recipes_set_no_scales(passes: list[Any]) -> None:
     ("state", "is_used", "are_missing"),
     [
         ({"has_fp8_scales": True}, True, False),
-        ({"has_fp8_scales": False}, True, True),  # as of a run in BF16
+        ({"has_fp8_scales": False}, True, True),  # the state that a run in BF16 saves
         ({"has_fp8_scales": False}, False, False),
     ],
 )

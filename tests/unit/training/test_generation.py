@@ -1,4 +1,4 @@
-"""How the model is switched to sampling and back, and how many rows fit into memory."""
+"""Switching the model to sampling and back, and the number of rows that fit into memory."""
 
 from types import SimpleNamespace
 from typing import Any

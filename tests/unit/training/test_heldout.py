@@ -1,4 +1,4 @@
-"""The held-out measurement: what is sampled, and what is counted."""
+"""The held-out measurement: the requested samples, and the counts."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ from tests.unit.training.stand_ins import (
 
 
 class HeldoutProblems:
-    """Three problems as ``Problems`` gives them."""
+    """Three problems with the interface of ``Problems``."""
 
     demonstrations = demonstrations(3)
     num = 3
@@ -32,7 +32,7 @@ class HeldoutProblems:
 
 
 class Recorder(PolicyOfNotes):
-    """A policy that keeps what it is asked to sample."""
+    """A policy that records the requests for samples."""
 
     def generate(self, requests: Any, params: SamplingParams) -> list[list[Response]]:
         self.requests: list[Request] = list(requests)

@@ -1,4 +1,4 @@
-"""A trainer's weights are those of its folder, and it exports and syncs them by the folder's names."""
+"""A trainer loads its folder's weights, and exports and syncs them under the folder's names."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Cached attention compared with attention over whole sequences, row by row."""
+"""Cached attention compared with attention over complete sequences, row by row."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -80,7 +80,7 @@ def test_a_decode_step_attends_to_the_keys_of_its_row_up_to_its_position() -> No
     key, value = random_heads(5, 2, GROUPS, seed=2), random_heads(5, 2, GROUPS, seed=3)
     prefill(cache, prompts=[0, 1], rows=[0, 1])
     layer(random_heads(5, 2, HEADS, seed=1), key, value, None)
-    # Row 0 has 5 tokens. Row 1 has 2, the other keys are padding. Each gets a new token.
+    # Row 0 has 5 tokens. Row 1 has 2 tokens, and its other keys are padding. Each row gets a new token.
     query = random_heads(2, 1, HEADS, seed=4)
     new_key, new_value = random_heads(2, 1, GROUPS, seed=5), random_heads(2, 1, GROUPS, seed=6)
     decode(cache, positions=[5, 2])
@@ -110,7 +110,7 @@ def test_moved_rows_continue_with_their_keys() -> None:
 def test_every_layer_is_moved_and_freed() -> None:
     layer, cache = cached_attention()
     assert cache.layers == [layer]
-    cache.move(torch.tensor([1]), torch.tensor([0]), 2)  # before the first pass there is nothing to move
+    cache.move(torch.tensor([1]), torch.tensor([0]), 2)  # before the first pass there are no keys to move
     prefill(cache, prompts=[0], rows=[1])
     layer(
         random_heads(2, 1, HEADS, seed=1),

@@ -13,7 +13,7 @@ from tests.unit.sync.stand_ins import StandIn
 
 
 class Prober(StandIn):
-    """Gives every token a log-probability of -1.5, and refuses, like SGLang, a prompt that does not fit its context."""
+    """A server that gives every token a log-probability of -1.5. Like SGLang it refuses prompts that exceed its context."""
 
     def __init__(self, **limits: Any) -> None:
         super().__init__("http://a:1")
@@ -35,7 +35,7 @@ def probe(num_prompt: int, num_response: int) -> TrainingSample:
     return TrainingSample(
         problem_id="a",
         kind="demonstration",
-        # views, as the row cache gives them
+        # memoryviews, like those of the row cache
         prompt_ids=memoryview(np.arange(num_prompt, dtype=np.int32)),  # type: ignore[arg-type]
         response_ids=memoryview(np.arange(100, 100 + num_response, dtype=np.int32)),  # type: ignore[arg-type]
         weight=1.0,

@@ -1,4 +1,4 @@
-"""Megatron's output, arguments and hooks are as before when a context closes."""
+"""Closing a context restores Megatron's output, arguments and hooks."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -48,7 +48,7 @@ class Chunk:
         ((True, True), True, ["gather True", "hooks off", "inside", "hooks on"]),
         ((True, False), True, ["inside"]),
         ((False, True), True, ["inside"]),
-        ((True, True), False, ["inside"]),  # as in the export of a sync over the disk
+        ((True, True), False, ["inside"]),  # like the export of a sync over the disk
     ],
 )
 def test_hooks_are_off_while_parameters_are_gathered(

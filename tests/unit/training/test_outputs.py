@@ -1,4 +1,4 @@
-"""A run that starts or resumes cuts its files to the lines that belong to it."""
+"""A run that starts or resumes truncates its files to the lines that belong to it."""
 
 from pathlib import Path
 from typing import Any

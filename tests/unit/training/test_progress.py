@@ -12,7 +12,7 @@ from megatron_rasft.training.progress import Progress
 
 
 class Recorder:
-    """A ScalarWriter that keeps what it is given."""
+    """A ScalarWriter that stores the values it gets."""
 
     def __init__(self) -> None:
         self.seen: list[tuple[str, float, int]] = []

@@ -1,4 +1,4 @@
-"""The files and lines of a run: where they are written, and where a resumed run cuts them."""
+"""The files and lines of a run: where they are written, and where a resumed run truncates them."""
 
 import json
 from pathlib import Path

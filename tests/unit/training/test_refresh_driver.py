@@ -1,4 +1,4 @@
-"""The order of a refresh's phases on one rank: with the trainer's own weights, with servers, ahead of time, interrupted."""
+"""The order of a refresh's phases on one rank: with the trainer's own weights, with servers, sampled ahead, interrupted."""
 
 import json
 from dataclasses import dataclass
@@ -30,19 +30,19 @@ from tests.unit.training.stand_ins import (
 )
 
 RUN = RunConfig(rasft_refresh_interval=2)
-"""With steps of 2 problems a refresh has 4."""
+"""A run with 2 problems per step and 4 per refresh."""
 
 
 @dataclass
 class Parts:
-    """A driver, and the stand-ins that note what it asks for. The run has 8 problems and 6 steps."""
+    """A driver with stand-ins that record its calls. The run has 8 problems and 6 steps."""
 
     driver: RefreshDriver
     policy: PolicyOfNotes
     servers: ServersOfNotes
 
     def refresh(self, iteration: int) -> tuple[BatchQueue, RefreshReport]:
-        """All phases, in the order of pretrain_rasft.py."""
+        """Runs all phases, in the order of pretrain_rasft.py."""
         driver = self.driver
         driver.start(iteration)
         choice = driver.choose_problems()

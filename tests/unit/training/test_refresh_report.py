@@ -11,7 +11,7 @@ from tests.unit.training.stand_ins import response
 
 
 def group(problem_id: str, *verdicts: Verdict) -> RolloutGroup:
-    """One rollout a verdict: 1 token, 2 tokens, 3 tokens, ..."""
+    """One rollout per verdict, with 1, 2, 3, ... tokens."""
     responses = [response(*range(n + 1)) for n in range(len(verdicts))]
     rollouts = as_rollouts(problem_id, [1], responses, 0, str)
     for rollout, verdict in zip(rollouts, verdicts, strict=True):

@@ -1,4 +1,4 @@
-"""Syncs, faults and the end of a run at its servers, on stand-ins. tests/functional has real servers."""
+"""Syncs, faults and the end of a run, with stand-ins for the servers. tests/functional uses real servers."""
 
 import math
 from typing import Any
@@ -17,7 +17,7 @@ from tests.unit.sync.stand_ins import StandIn, records_of
 
 
 class Model:
-    """A trainer and its weight sync in one object, which notes the calls of the sync."""
+    """A trainer and its weight sync in one object, which records the calls of the sync."""
 
     def __init__(self) -> None:
         self.calls: list[str] = []
@@ -46,7 +46,7 @@ class Model:
         return [[-1.0] * len(sample.response_ids) for sample in samples]
 
     def push_weights(self, sync: Any, weight_version: int, urls: list[str]) -> SyncReport:
-        """Reaches every server but those at port 9."""
+        """Reaches every server except those at port 9."""
         self.calls.append(f"push {weight_version} {' '.join(urls)}")
         failed = {url: "does not answer" for url in urls if url.endswith(":9")}
         synced = [url for url in urls if url not in failed]
@@ -93,7 +93,7 @@ def test_a_run_that_waits_for_a_server_can_be_stopped() -> None:
 
 
 class Scored(StandIn):
-    """Gives every token of a probe the same log-probability."""
+    """A server that gives every token of a probe the same log-probability."""
 
     def __init__(self, url: str, logprob: float = -1.0) -> None:
         super().__init__(url)

@@ -1,4 +1,4 @@
-"""The loop's state on plain stand-ins: the queue, the reports, and how a run ends early, fails, saves and resumes."""
+"""A run with plain stand-ins: its queue, its reports, and how it ends early, fails, saves and resumes."""
 
 import json
 import weakref
@@ -41,7 +41,7 @@ def args_of(**changes: Any) -> SimpleNamespace:
 
 
 class TrainerOfNotes:
-    """Takes steps that change nothing, and notes what it is asked for."""
+    """A trainer whose steps change nothing. It records its calls."""
 
     def __init__(self, iteration: int = 0) -> None:
         self.iteration = iteration
@@ -69,7 +69,7 @@ class TrainerOfNotes:
 
 
 class CheckpointsOfNotes:
-    """Keeps the state that is saved last, and adds to the trainer's notes."""
+    """Checkpoints that keep the state saved last and add their calls to the trainer's record."""
 
     def __init__(self, trainer: TrainerOfNotes, loaded: Any = None, resume: Resume | None = None) -> None:
         self.resume = resume or Resume()
@@ -112,7 +112,7 @@ class RefreshOfNotes:
 
 
 class HeldoutOfNotes:
-    """Solves half of its problems, and notes when."""
+    """Held-out problems of which half are solved. It records the steps of the measurements."""
 
     def __init__(self) -> None:
         self.measured: list[int] = []
@@ -126,7 +126,7 @@ class HeldoutOfNotes:
 
 
 def three_batches() -> BatchQueue:
-    """Of 5, 6 and 7 problems with one sample each."""
+    """Batches of 5, 6 and 7 problems with one sample each."""
     samples = [
         TrainingSample(problem_id=str(i), kind="demonstration", prompt_ids=[i], response_ids=[9], weight=1.0)
         for i in range(3)
@@ -186,7 +186,7 @@ def test_a_step_that_fails_leaves_its_batch_in_the_queue() -> None:
 
 @pytest.mark.parametrize(("error", "is_finished"), [(Diverged(), True), (RuntimeError(), False)])
 def test_a_run_that_diverged_completes_the_checkpoint_before(error: Exception, is_finished: bool) -> None:
-    """Other errors may be of one rank alone, which must not wait for the others."""
+    """Another error may occur on one rank only, which must not wait for the others."""
     trainer = TrainerOfNotes()
     checkpoints = CheckpointsOfNotes(trainer)
     run, _ = queued(trainer=trainer, checkpoints=checkpoints)
@@ -334,7 +334,7 @@ class RecordWithoutCard(RunRecord):
 
 
 class Verifier:
-    """Notes when its processes would start and end."""
+    """A verifier that records when its processes would start and end."""
 
     def __init__(self) -> None:
         self.notes: list[str] = []

@@ -12,7 +12,7 @@ from megatron_rasft.types import TrainingSample
 
 
 def some_samples(num: int, *, has_old: bool = True) -> list[TrainingSample]:
-    """Samples with lists, arrays and memoryviews in turn, and log-probabilities that fp32 represents exactly."""
+    """Samples whose values are alternately lists, arrays and memoryviews, with log-probabilities that fp32 represents exactly."""
     draw = random.Random(5)
     samples = []
     for index in range(num):
@@ -132,7 +132,7 @@ def test_the_queue_yields_each_batch_once_and_saves_the_remaining_ones() -> None
 
 
 def test_a_queued_token_takes_at_most_twelve_bytes() -> None:
-    """Both log-probabilities included. A Python list takes 8 bytes for the entry and 24 or 28 for the number."""
+    """The size includes both log-probabilities. A Python list takes 8 bytes for an entry and 24 or 28 for its number."""
     num, num_prompt, num_response = 200, 100, 900
     numbers = list(range(1000, 1000 + num_response))
     samples = [

@@ -34,7 +34,7 @@ def samples(num: int) -> list[TrainingSample]:
 
 
 class Reference:
-    """A reference that knows whether its context is open."""
+    """A reference that records whether its context is open."""
 
     is_in_place = False
 

@@ -14,7 +14,7 @@ from tests import recorded_graphs
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
-    """Records graphs on the CPU. The value is the list of streams that were created."""
+    """Makes graphs recordable on the CPU. Yields the list of created streams."""
     streams: list[Any] = []
 
     class Stream:
@@ -123,7 +123,7 @@ def test_a_failed_capture_ends_for_every_rank_and_for_the_allocator(
     asked: list[bool] = []
 
     def step() -> Tensor:
-        return given * given.sum().item()  # reads from the device, which a capture does not allow
+        return given * given.sum().item()  # this reads from the device, which a capture does not allow
 
     def all_agree(agrees: bool) -> bool:
         asked.append(agrees)

@@ -1,4 +1,4 @@
-"""A signal or the end of the given time stops a run where it checks for them."""
+"""A signal or the end of the given time stops a run at its next check."""
 
 import time
 

@@ -1,4 +1,4 @@
-"""A trainer of one process: what a step, a batch without samples and a gradient that is not finite do to it."""
+"""A trainer in one process: a step, a batch without samples, and a gradient that is not finite."""
 
 import json
 from pathlib import Path

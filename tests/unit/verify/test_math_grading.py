@@ -336,7 +336,7 @@ def test_demonstration_responses_grade_correct(name: str) -> None:
 
 
 def test_other_rows_answers_grade_wrong() -> None:
-    # The answers of GSM8K are whole numbers, so that this test can compare them itself
+    # The answers of GSM8K are integers, so this test can compare them itself
     rows = sample_rows("evaluation/gsm8k", 300)
     for row, other in itertools.pairwise(rows):
         same = float(row["answer"].replace(",", "")) == float(other["answer"].replace(",", ""))

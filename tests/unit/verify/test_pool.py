@@ -1,4 +1,4 @@
-"""Every rollout gets exactly one verdict, whatever the grader does, and workers end with their parent."""
+"""Every rollout gets exactly one verdict, even from a misbehaving grader, and workers end with their parent."""
 
 import os
 import signal
@@ -161,7 +161,7 @@ if __name__ == "__main__":
 
 
 def test_workers_load_neither_torch_nor_megatron_nor_what_the_main_script_loads(tmp_path: Path) -> None:
-    # In a process of its own, because a process has one fork server, which an earlier test may have started
+    # Runs in a separate process, because a process has one fork server, which an earlier test may have started
     script = tmp_path / "modules.py"
     script.write_text(WORKER_MODULES, encoding="utf-8")
     (tmp_path / "only_the_trainer.py").touch()
@@ -307,7 +307,7 @@ def wait_until_gone(pid: int) -> None:
 @pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_interrupted_run_leaves_no_worker_behind(tmp_path: Path, signal_number: int) -> None:
     process, worker = start_script(tmp_path, "busy")
-    time.sleep(0.2)  # most likely inside verify() by now; the test also holds elsewhere
+    time.sleep(0.2)  # most likely inside verify() by now; the test is also valid if not
     process.send_signal(signal_number)
     assert process.wait() != 0
     wait_until_gone(worker)

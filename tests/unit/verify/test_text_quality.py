@@ -93,7 +93,7 @@ def test_thresholds_are_exact() -> None:
     assert not quality.is_mostly_symbols("+" * 42 + "a" * 58, DEFAULT)
     assert quality.is_mostly_symbols("+" * 43 + "a" * 57, DEFAULT)
     assert not quality.is_mostly_symbols("", DEFAULT)
-    # A sentence of 12 characters is a loop at its third occurrence, a shorter one never
+    # A sentence of 12 characters is a loop at its third occurrence, a shorter sentence never is
     assert quality.repeats_sentence("abcdefghijkl. " * 3, DEFAULT)
     assert not quality.repeats_sentence("abcdefghijkl. " * 2, DEFAULT)
     assert not quality.repeats_sentence("abcdefghijk. " * 9, DEFAULT)

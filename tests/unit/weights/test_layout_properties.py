@@ -27,7 +27,7 @@ _QUIET = settings(deadline=None, suppress_health_check=list(HealthCheck), derand
 
 @st.composite
 def shapes(draw: st.DrawFn, family: Family, tp_size: int = 1) -> ModelShape:
-    """Odd sizes wherever ``tp_size`` does not have to divide them."""
+    """Draws sizes, including odd sizes wherever ``tp_size`` need not divide them."""
     groups = draw(st.integers(1, 5))
     return ModelShape(
         num_layers=draw(st.integers(1, 3)),
@@ -55,7 +55,7 @@ def distinct_tensors(table: NameTable) -> dict[str, Tensor]:
 
 
 def shard_of(binding: Binding, table: NameTable, tensors: dict[str, Tensor], rank: int, size: int) -> Tensor:
-    """A rank's shard, with -1 as the padding of the vocabulary and of the query groups."""
+    """Returns a rank's shard, with -1 as padding of the vocabulary and of the query groups."""
     whole = binding.shard_shape(binding.entry.layout(table.shape, 0, 1, None))
     dim = binding.entry.layout(table.shape, 0, 1, None).dim
     length = padded_length(binding, table.shape, whole[dim], size)

@@ -32,7 +32,7 @@ def load(folder: HfFolder) -> tuple[list, list[int]]:
     chunks, offsets = build_chunks(folder, padded_vocab_size=128)
     with torch.no_grad():
         for param in chunks[0].parameters():
-            param.fill_(float("nan"))  # whatever the load leaves out shows
+            param.fill_(float("nan"))  # so that the test detects parameters that are not loaded
     load_into(chunks, folder, tp_rank=0, tp_size=1, layer_offsets=offsets)
     return chunks, offsets
 
@@ -129,7 +129,7 @@ def test_wrapped_bf16_model_round_trips(tmp_path: Path) -> None:
     load_into([wrapped], folder, tp_rank=0, tp_size=1, layer_offsets=offsets)
     assert addresses == [
         p.data_ptr() for p in wrapped.parameters()
-    ]  # in place, because DDP's buffer holds the parameters
+    ]  # changed in place, because DDP's buffer holds the parameters
     export([wrapped], folder, tmp_path / "out", layer_offsets=offsets)
     assert_same_tensors(HfFolder.open(tmp_path / "out"), folder)
 

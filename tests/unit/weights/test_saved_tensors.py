@@ -1,4 +1,4 @@
-"""Tensors are found inside torch.save's records, but only contiguous ones of the expected type and shape."""
+"""Tensors are found inside torch.save's records, but only contiguous tensors of the expected type and shape."""
 
 import io
 import zipfile

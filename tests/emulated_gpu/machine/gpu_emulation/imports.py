@@ -46,7 +46,7 @@ class _After(importlib.abc.MetaPathFinder):
         if fullname != self._name:
             return None
         others = (finder for finder in sys.meta_path if finder is not self)
-        # Many packages look up the spec of another package without importing it, so every look-up returns a wrapped one.
+        # Many packages look up the spec of another package without importing it, so every look-up returns a wrapped spec.
         found = next(filter(None, (finder.find_spec(fullname, path, target) for finder in others)), None)
         if found is not None:
             assert found.loader is not None

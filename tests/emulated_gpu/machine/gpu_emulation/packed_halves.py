@@ -41,7 +41,7 @@ def thd_read_second_half_lse(lse: Tensor, cu_seqlens: Tensor, is_packed: bool, l
 
 
 def thd_second_half_lse_correction(lse: Tensor, of_step: Tensor, cu_seqlens: Tensor, is_packed: bool) -> None:
-    """Adds the sums of a step [n, t/2] to those of the second halves, in place."""
+    """Adds the log-sum-exps of a step [n, t/2] to those of the second halves, in place."""
     assert is_packed
     places = _half(cu_seqlens, 1)
     lse[:, places] = torch.logaddexp(lse[:, places], of_step)
@@ -57,7 +57,7 @@ def thd_out_correction(
     only_second_half: bool,
     is_packed: bool,
 ) -> None:
-    """Merges the output of a step into that of earlier steps, in place, weighted by their shares of the sum."""
+    """Merges the output of a step into the output of earlier steps, in place, weighted by their shares of the sum."""
     assert is_packed
     places = _half(cu_seqlens, 1) if only_second_half else torch.arange(old_lse.shape[1])
     tokens = out.view(-1, *out.shape[-2:])

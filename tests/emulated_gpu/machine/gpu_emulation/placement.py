@@ -1,7 +1,7 @@
 """Marks the memory of tensors that are on the emulated GPU, and passes the marks on to the results of operations.
 
-All memory is the CPU's. Operations on tensors of both sides fail like on a machine with a GPU, and so does converting a GPU tensor to
-numpy. Views and detached tensors share the memory of their base, and therefore its mark.
+All memory is the CPU's. Operations on tensors of both sides fail like on a machine with a GPU, and so does converting a GPU
+tensor to numpy. Views and detached tensors share the memory of their base, and therefore its mark.
 """
 
 import functools
@@ -39,12 +39,15 @@ _memory_device = torch._C.TensorBase.device
 
 
 def is_on_gpu(tensor: Tensor) -> bool:
-    """Returns whether a tensor is on the GPU. A tensor that wraps others, such as an FP8 tensor, is where those are."""
+    """Returns whether a tensor is on the GPU.
+
+    A tensor that wraps others, such as an FP8 tensor, is on the side of the wrapped tensors.
+    """
     if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
         return any(is_on_gpu(kept) for kept in vars(tensor).values() if isinstance(kept, Tensor))
     try:
         return getattr(tensor.untyped_storage(), "is_on_gpu", False)
-    except (RuntimeError, NotImplementedError):  # it has no memory
+    except (RuntimeError, NotImplementedError):  # the tensor has no memory
         return False
 
 
@@ -167,7 +170,10 @@ def _moved(source: Tensor, result: Tensor, *, to_gpu: bool) -> Tensor:
 
 
 def on_gpu(kernel: Any) -> Any:
-    """Runs a kernel of a library. Its arguments must be on the GPU, and its results are. Operations inside are not checked."""
+    """Runs a kernel of a library.
+
+    Its arguments must be on the GPU, and its results are marked as on the GPU. Operations inside are not checked.
+    """
 
     @functools.wraps(kernel)
     def call(*args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The recommended layout is one that engineers use; impossible flags are refused in one line with a way out."""
+"""The recommended layout is a usual one; impossible flags are refused in one line with a way out."""
 
 import json
 from pathlib import Path

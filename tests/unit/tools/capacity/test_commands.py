@@ -1,4 +1,4 @@
-"""What is printed to be typed is accepted by the programs it is typed for."""
+"""The programs accept the commands that are printed for them."""
 
 from functools import partial
 from pathlib import Path

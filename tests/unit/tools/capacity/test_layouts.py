@@ -24,7 +24,7 @@ def test_count_is_that_of_the_folder(tmp_path: Path, case: str) -> None:
 def test_70b_has_the_published_number_of_parameters(llama_70b: Model) -> None:
     assert (
         llama_70b.num_parameters == 70_553_706_496
-    )  # the index of the published folder says twice that in bytes
+    )  # the index of the published folder gives twice this number as bytes
 
 
 def test_added_query_groups_are_counted_in_the_trainer_only(tmp_path: Path) -> None:
@@ -74,4 +74,4 @@ def test_experts_are_spread_over_the_ranks_of_a_stage(tmp_path: Path) -> None:
         assert at.tp * at.cp * at.dp % 4 == 0 and at.expert_tp == 1
         assert at.num_expert_replicas == at.tp * at.cp * at.dp // 4
         (chunk, *_) = stage_chunks(model, at, 0)
-        assert chunk.expert.total() == 2 * chunk.num_layers  # one of four experts, two weights
+        assert chunk.expert.total() == 2 * chunk.num_layers  # one of four experts with two weights

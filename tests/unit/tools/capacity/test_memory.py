@@ -71,7 +71,7 @@ def test_embedded_engine_caches_keys_and_values(llama_70b: Model, assumed: Assum
     config = CapacityConfig(num_gpus=64, rollout_batch_size=32)
     memory = estimate_memory(llama_70b, TP8_PP4, config, assumed, num_microbatches=1, uses_servers=False)
     length, logits = 256 + 4096, 32 * 128256 * 48
-    # one of 8 groups a rank
+    # each rank has one of 8 groups
     assert memory.stage == 3
     assert memory.kv_cache == 2 * 2 * 128 * 20 * length * 32 + logits
     assert memory.sync == 0
@@ -103,7 +103,7 @@ def test_logits_are_kept_in_bf16_up_to_three_gib(llama_70b: Model) -> None:
     one_gpu = replace(TP8_PP4, tp=1)
     config = CapacityConfig(num_gpus=64)
     assert logprob_chunk(llama_70b, one_gpu, config, 8192) == 8192
-    # 128,256 logits of two bytes a token: 12,557 tokens fit, so 20,000 make two equal parts
+    # With 128,256 logits of two bytes per token, 12,557 tokens fit. So 20,000 tokens are divided into two equal parts
     assert logprob_chunk(llama_70b, one_gpu, config, 20000) == 10000
     assert logprob_chunk(llama_70b, TP8_PP4, config, 20000) == 20000
     assert logprob_chunk(llama_70b, TP8_PP4, replace(config, logprob_chunk_tokens=1024), 20000) == 1024

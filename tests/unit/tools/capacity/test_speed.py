@@ -47,7 +47,7 @@ def test_flops_are_six_per_weight_and_token_with_causal_attention(llama_70b: Mod
     total = 80 * (flops.attention + flops.mlp) + flops.output
     weights = (
         llama_70b.num_parameters - 128256 * 8192 - 161 * 8192
-    )  # neither the embedding lookup nor the norms count
+    )  # the embedding lookup and the norms are not counted
     assert total == pytest.approx(2 * weights + 80 * 4 * (4096 / 2) * 8192)
 
 
@@ -153,5 +153,5 @@ def test_sizes_on_disk_are_those_of_the_files(
     ]
     cache.add(trained, [[0.0] * len(sample.response_ids) for sample in trained])
     assert disk.reference_cache == pytest.approx((tmp_path / "cache").stat().st_size, rel=0.15)
-    # Qwen2.5-1.5B: 21 GB were measured
+    # measured for Qwen2.5-1.5B: 21 GB
     assert disk.checkpoint / llama_70b.num_parameters == pytest.approx(21e9 / 1.54e9, rel=0.03)

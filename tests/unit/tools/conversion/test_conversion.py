@@ -82,7 +82,8 @@ def test_round_trip_is_bit_equal_and_computes_what_transformers_does(
 
 
 def test_layers_are_stacked_and_cut_for_ranks(tmp_path: Path) -> None:
-    """Chunks are single layers, cut along the dimension that tensor parallelism splits, so that a rank can read only its own bytes."""
+    """Chunks are single layers, cut along the dimension that tensor parallelism splits, so that a rank can read only its own
+    bytes."""
     big = {"hidden_size": 512, "intermediate_size": 4096, "num_hidden_layers": 2, "vocab_size": 128}
     config = transformers.LlamaConfig(**big, num_attention_heads=8, num_key_value_heads=8)
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "hf")
@@ -116,7 +117,7 @@ def test_another_dtype_is_a_plain_rounding(
 
 
 def retyped(path: Path, source: HfFolder, config_dtype: str, dtypes: dict[str, torch.dtype]) -> HfFolder:
-    """Copies a folder and gives each tensor the type of the first key that its name contains."""
+    """Copies a folder. Each tensor gets the type of the first key that its name contains."""
     shutil.copytree(source.path, path)
     (path / "config.json").write_text(json.dumps(source.config | {"dtype": config_dtype}))
     state = {
@@ -210,7 +211,7 @@ def test_companions_and_card_travel(folders: dict[str, HfFolder], tmp_path: Path
     assert not (tmp_path / "out/training_args.bin").exists()
     card = (tmp_path / "out/README.md").read_text()
     assert "| Architecture | LlamaForCausalLM |" in card and "library_name: transformers" in card
-    assert "Objective" not in card  # converted weights come from no run
+    assert "Objective" not in card  # converted weights do not come from a run
 
 
 def test_query_groups_of_zeros_are_added_and_left_out_again(
@@ -282,7 +283,7 @@ def test_chunks_cut_along_several_axes_are_looked_up_not_searched(
     for index in [*product(range(4), range(6)), *((layer,) for layer in range(4)), ()]:
         checkpoint.read_ahead("key", index)
         assert torch.equal(checkpoint.read("key", index), whole[index])
-    assert scanned.count == 3  # for no, one and two leading dimensions
+    assert scanned.count == 3  # once each for zero, one and two leading dimensions
 
 
 def test_chunk_of_another_type_than_its_index_says_is_refused(tmp_path: Path) -> None:

@@ -75,8 +75,8 @@ def test_copies_and_near_copies_are_dropped_and_common_phrases_kept(write_rows: 
         LONG.upper() + "?",  # the same words
         "Tell me. "
         + LONG.replace("thousand", "million"),  # the last of the seven 13-grams, ten of the fifteen 5-grams
-        " ".join(words[:13]) + " one may ask",  # the first of the seven
-        "what is 2+2",  # short, but the same words
+        " ".join(words[:13]) + " one may ask",  # the first of the seven 13-grams
+        "what is 2+2",  # shorter than an n-gram, but with the same words
         "Nothing in common with any of the benchmarks here, as far as thirteen words in a row can show it at all",
     ]
     found = find_contamination(named(problems), [Path(benchmark)], n=13)

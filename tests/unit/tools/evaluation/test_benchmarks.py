@@ -205,7 +205,7 @@ def test_hidden_tests_of_livecodebench_are_read(tmp_path: Path) -> None:
 
 
 class Hostile:
-    """Deletes a folder when it is unpickled."""
+    """An object that deletes a folder when it is unpickled."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return shutil.rmtree, ("/nowhere",)

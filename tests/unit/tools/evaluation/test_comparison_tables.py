@@ -78,7 +78,7 @@ def test_published_rows_are_those_of_the_papers() -> None:
         ("Qwen2.5-Math-1.5B", "DFT on verified self-samples", 35.43),
         ("Qwen2.5-7B", "ASFT", 28.75),
     ]:
-        # The mean is calculated from the five sets if they are known, and must agree with the published one
+        # The mean is calculated from the five sets if they are known, and must agree with the published mean
         assert published_rows(model)[method]["mean"] == pytest.approx(mean, abs=0.011)
     assert published_rows("Qwen2.5-Math-1.5B-Instruct") == {} and published_rows("") == {}
 

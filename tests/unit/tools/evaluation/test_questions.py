@@ -1,4 +1,4 @@
-"""Questions show what the set provides, and never the deciding tests."""
+"""Questions contain the texts that a set provides for them, but never the tests that decide."""
 
 from pathlib import Path
 

@@ -39,7 +39,7 @@ class Page(HTMLParser):
 
     @property
     def text(self) -> str:
-        """Text of the whole page, with single spaces."""
+        """Text of the complete page, with single spaces."""
         return " ".join("".join(self.texts["main"]).split())
 
     @property

@@ -1,6 +1,6 @@
 """The page in a real browser: Debian's chromium, driven by playwright.
 
-Without one of them the tests skip, unless REQUIRE_BROWSER is set, as .ci/run does once it has installed chromium.
+If one of them is missing, the tests are skipped, unless REQUIRE_BROWSER is set. .ci/run sets it after installing chromium.
 """
 
 import os
@@ -20,7 +20,7 @@ if not os.environ.get("REQUIRE_BROWSER"):
     if CHROMIUM is None:
         pytest.skip("chromium is not installed: apt-get install chromium", allow_module_level=True)
 
-from playwright.sync_api import Browser, Locator, Page, sync_playwright  # noqa: E402 - it may be missing
+from playwright.sync_api import Browser, Locator, Page, sync_playwright  # noqa: E402 - playwright may be missing
 
 DRAWN_S = 120
 """Time limit for drawing all charts. It takes 1 to 7 seconds beside other tests."""
@@ -28,7 +28,7 @@ DRAWN_S = 120
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    # Chromium refuses its sandbox to root.
+    # Chromium's sandbox does not work for root.
     arguments = ["--no-sandbox"] if os.geteuid() == 0 else []
     with sync_playwright() as playwright:
         launched = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)

@@ -1,4 +1,4 @@
-"""Charts hold the values they are given, and long lines are averaged."""
+"""Charts contain the given values, and long lines are averaged."""
 
 import sys
 from typing import Any

@@ -1,4 +1,4 @@
-"""The page shows the numbers of the run's files, and texts that a model wrote stay text."""
+"""The page shows the numbers of the run's files, and shows texts that a model wrote as plain text."""
 
 import base64
 import hashlib
@@ -70,7 +70,7 @@ def test_numbers_on_the_page_are_those_of_the_files(tmp_path: Path) -> None:
 
 
 def assert_rows(shown: Page, texts: list[str]) -> None:
-    """A row of the page begins with the first text and holds the others."""
+    """Asserts that a row of the page begins with the first text and contains the others."""
     assert any(row.startswith(texts[0]) and all(t in row for t in texts) for row in shown.rows), texts
 
 

@@ -21,7 +21,7 @@ def test_last_record_of_a_repeated_step_counts(tmp_path: Path) -> None:
     again = [r | {"objective/loss": 9.0 + r["step"]} for r in records_of(path) if r["step"] in (5, 6)]
     with path.open("a") as file:
         file.writelines(json.dumps(record) + "\n" for record in again)
-        file.write('{"event": "step", "st')  # as after a kill while writing
+        file.write('{"event": "step", "st')  # like a run that was killed while it wrote
     run = read_run(folder)
     assert list(run.steps) == list(range(1, 13))
     assert (run.num_repeated, run.num_unreadable) == (2, 1)
@@ -40,7 +40,7 @@ def test_seconds_of_the_phases_add_up_to_the_wall_clock_time(tmp_path: Path) -> 
         sum(r["rollout/generate_s"] for r in refreshes)
     )
     assert sum(seconds.values()) == pytest.approx(records[-1]["time"] - records[0]["time"])
-    # If the first record is a refresh, its phases passed before its time.
+    # If the first record is a refresh, its phases ended before its recorded time.
     (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records[1:]))
     total = sum(read_run(folder).seconds().values())
     assert total == pytest.approx(records[-1]["time"] - records[1]["time"] + 30 + 3 + 5)

@@ -23,7 +23,7 @@ def sandbox(request: pytest.FixtureRequest) -> Iterator[Sandbox]:
 
 @pytest.fixture(scope="session")
 def brief_sandbox(sandbox: Sandbox) -> Iterator[Sandbox]:
-    """The same level with a deadline of 0.5 s, for programs that only wait for it."""
+    """A sandbox of the same level with a deadline of 0.5 s, for programs that only wait for it."""
     config = VerifyConfig(verify_code_timeout_s=0.5, verify_code_memory_mib=256, verify_code_output_mib=16)
     with Sandbox(config, [sandbox.level]) as made:
         yield made
@@ -31,7 +31,7 @@ def brief_sandbox(sandbox: Sandbox) -> Iterator[Sandbox]:
 
 @pytest.fixture(scope="session")
 def patient_sandbox(sandbox: Sandbox) -> Iterator[Sandbox]:
-    """The same level with a deadline of 120 s, for programs that must end by themselves on a busy machine."""
+    """A sandbox of the same level with a deadline of 120 s, for programs that must end by themselves on a busy machine."""
     with Sandbox(VerifyConfig(verify_code_timeout_s=120.0), [sandbox.level]) as made:
         yield made
 

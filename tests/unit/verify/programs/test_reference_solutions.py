@@ -1,4 +1,4 @@
-"""Reference solutions of the code sets pass their tests, and changed ones fail.
+"""Reference solutions of the code sets pass their tests, and mutated solutions fail.
 
 This runs a part of them; ``python benchmarks/code_verification.py --references --mutants`` runs all.
 """
@@ -43,7 +43,9 @@ def test_references_pass_and_mutants_fail(strongest_sandbox: Sandbox, code_set: 
         if empty is not None:
             assert run_tests(strongest_sandbox, empty, reference.tests)[0] == "wrong", reference.name
         negated = mutate(reference, "negated")
-        if negated is not None and code_set != "train/kodcode_demo":  # its loops would not end
+        if (
+            negated is not None and code_set != "train/kodcode_demo"
+        ):  # the mutated program's loops would not end
             verdicts[run_tests(strongest_sandbox, negated, reference.tests)[0]] += 1
     # In some programs the negated comparison has no effect on the result
     assert verdicts["correct"] <= 0.25 * verdicts.total()

@@ -1,4 +1,5 @@
-"""Hostile programs at every level of the sandbox: no trick earns a verdict, nothing outlives its check or gets outside."""
+"""Hostile programs at every level of the sandbox: they neither get the verdict correct, nor outlive their check, nor reach
+outside."""
 
 import json
 import os

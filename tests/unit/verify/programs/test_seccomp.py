@@ -1,4 +1,4 @@
-"""The seccomp filter on its own, where it must cover what an old Landlock does not."""
+"""The seccomp filter alone: it must forbid the calls that an old Landlock allows."""
 
 import os
 import subprocess
