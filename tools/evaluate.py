@@ -19,9 +19,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parent.parent)
-)  # lets the file run from a checkout that is not installed
+# lets the file run from a checkout that is not installed
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_rasft.config.data import DataConfig
 from megatron_rasft.config.parser import add_flags
@@ -110,9 +109,8 @@ def run(args: argparse.Namespace, megatron_flags: list[str]) -> None:
         drawn_by = _drawn_by(args, config, servers, resume)
         output.check(drawn_by, benchmarks)
         if any(benchmark.kind == "code" for benchmark in benchmarks):
-            level = find_sandbox_level(
-                verify_config(config)
-            )  # fails here if the machine does not allow the sandbox
+            # fails here if the machine does not allow the sandbox
+            level = find_sandbox_level(verify_config(config))
             if os.environ.get("RANK", "0") == "0":
                 print(f"programs run in a sandbox of level {level}")
         with args.open_engine(args, servers, megatron_flags) as engine:

@@ -21,9 +21,8 @@ import zipfile
 from pathlib import Path
 from typing import IO
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parent.parent)
-)  # lets the file run from a checkout that is not installed
+# lets the file run from a checkout that is not installed
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_rasft.errors import RasftError
 from megatron_rasft.tools import cli

@@ -12,9 +12,8 @@ import sys
 from itertools import islice
 from pathlib import Path
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parent.parent)
-)  # lets the file run from a checkout that is not installed
+# lets the file run from a checkout that is not installed
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_rasft.config.data import DataConfig
 from megatron_rasft.config.parser import add_flags

@@ -126,9 +126,8 @@ def split_fullest_bins(lengths: Sequence[int], bins: list[list[int]], num_bins: 
     heapq.heapify(fullest)
     while len(bins) < num_bins and fullest:
         load, number = heapq.heappop(fullest)
-        index = bins[number].pop(
-            0
-        )  # the longest sequence is the first, because _best_fit appends longer sequences first
+        # the longest sequence is the first, because _best_fit appends longer sequences first
+        index = bins[number].pop(0)
         bins.append([index])
         if len(bins[number]) > 1:
             heapq.heappush(fullest, (load + lengths[index], number))

@@ -302,10 +302,8 @@ def _parse_json(raw: bytes) -> Any:
         return _Fault("not UTF-8", f"byte {error.start} of the line")
     except json.JSONDecodeError as error:
         return _Fault("not JSON", f"{error.msg}, character {error.colno} of the line")
-    except (
-        ValueError,
-        RecursionError,
-    ):  # raised for numbers with more than 4,300 digits and for deep nesting
+    # raised for numbers with more than 4,300 digits and for deep nesting
+    except (ValueError, RecursionError):
         return _Fault("not JSON", "a number or nesting exceeds Python's limits")
 
 

@@ -101,12 +101,8 @@ def tokenized(
 def _opened(folder: Path) -> TokenizedRows | None:
     try:
         return TokenizedRows(folder)
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-    ):  # the stored rows are missing, truncated, or in another format
+    # the stored rows are missing, truncated, or in another format
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 

@@ -118,9 +118,8 @@ class _Chunks:
         return len(self.labels) <= self.size
 
     def slices(self) -> Iterator[slice]:
-        for start in range(
-            0, max(len(self.labels), 1), max(self.size, 1)
-        ):  # without tokens there is one empty chunk
+        # without tokens there is one empty chunk
+        for start in range(0, max(len(self.labels), 1), max(self.size, 1)):
             yield slice(start, start + self.size)
 
     def logits(self, chunk: slice) -> tuple[Tensor, Tensor | None]:

@@ -424,9 +424,8 @@ class _Sampling:
 
     def _back_off(self, server: ServerRecord, reason: str, seconds: float) -> None:
         """Sends a full server no requests for a while. Quarantines it if it has been full for too long."""
-        if (
-            server in self._backing_off or server not in self._servers
-        ):  # another request has already been rejected
+        # another request has already been rejected
+        if server in self._backing_off or server not in self._servers:
             return
         limit = self._config.rollout_deadline_s
         now = time.monotonic()

@@ -320,9 +320,8 @@ class Decoder:
             status = torch.stack(
                 [self._rows.count[: self._num_rows], self._rows.is_over[: self._num_rows], is_exact]
             )
-            counts, is_over, exact = (
-                status.tolist()
-            )  # The host reads the device only here, once after these steps
+            # The host reads the device only here, once after these steps
+            counts, is_over, exact = status.tolist()
             if all(exact):
                 break
             assert restore is not None, "only a limited number of candidates can make a draw inexact"

@@ -27,9 +27,8 @@ def check_transformer_engine() -> None:
         return
     try:
         importlib.import_module("transformer_engine.pytorch")
-    except (
-        Exception
-    ) as error:  # Transformer Engine's checks of versions and libraries raise many types of errors
+    # Transformer Engine's checks of versions and libraries raise many types of errors
+    except Exception as error:
         if isinstance(error, ModuleNotFoundError) and (error.name or "").startswith("transformer_engine"):
             return
         raise RasftError(

@@ -187,9 +187,8 @@ def check_writable(flag: str, path: Path, folder: Path) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
         if path != folder and path.exists():
-            path.open(
-                "ab"
-            ).close()  # opening for appending checks the permission and leaves the content unchanged
+            # opening for appending checks the permission and leaves the content unchanged
+            path.open("ab").close()
     except OSError as error:
         raise ValueError(
             f"{flag} {path} cannot be written: {error.strerror}. Name another place, or make this one writable."

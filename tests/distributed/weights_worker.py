@@ -97,9 +97,8 @@ def check(case: str, root: Path, layout: str, vpp: int | None) -> None:
         is_first_replica=ps.get_data_parallel_rank(with_context_parallel=True) == 0,
         experts=experts,
     )
-    exported = HfFolder.open(
-        out
-    )  # read on every rank, to check that export only returns when the folder is complete
+    # read on every rank, to check that export only returns when the folder is complete
+    exported = HfFolder.open(out)
     if dist.get_rank() == 0:
         for name in folder.tensors:
             assert torch.equal(exported.read(name), folder.read(name)), f"{case} {layout}: {name}"

@@ -1,4 +1,4 @@
-"""The import directions of CONTRIBUTING.md, read from the syntax trees: the modules need not be importable.
+"""The import directions of CONTRIBUTING.md, read from the syntax trees: nothing needs to be importable for this.
 
 Imports inside functions and under TYPE_CHECKING count like any other, and so do constant names given to
 importlib.import_module and __import__.
@@ -30,8 +30,8 @@ PACKAGES = {
     "tools",
 }
 MAY_ALSO_IMPORT = {"rollout": {"servers"}, "sync": {"servers", "weights"}, "config": {"objective"}}
-"""Package -> other packages that it may import: weights/ defines the layout of the tensors that sync/ sends, servers/ has the
-servers' records and clients, and the flags of an objective are in its own file, which does not import torch."""
+"""Package -> others it may import: weights/ lays out what sync/ sends to the servers, servers/ holds their one record and client, and
+the flags of an objective stand in its own file, which imports no torch."""
 
 JOINING_PACKAGES = {"training", "tools"}
 """May import other packages."""
@@ -50,7 +50,7 @@ VAGUE_NAMES = {"utils", "helpers", "common", "misc"}
 
 
 def imported_names(tree: ast.AST, module: str, is_package: bool) -> Iterator[tuple[int, str]]:
-    """Yields (line, dotted name) of all imports in ``tree``; ``from a import b`` gives ``a.b``."""
+    """(line, dotted name) of everything ``tree`` imports; ``from a import b`` gives ``a.b``."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
@@ -80,7 +80,7 @@ def broken_rules(home: str, name: str) -> Iterator[str]:
         if target == "training" and home not in JOINING_PACKAGES:
             yield "only pretrain_rasft.py and tools/ import training/"
         elif target == "tools" and home != "tools":
-            yield "a run does not import tools/"
+            yield "a run imports nothing of tools/"
         elif home == "types":
             yield "types.py imports nothing of this package"
         elif home not in PACKAGES and target in PACKAGES - MAY_ALSO_IMPORT.get(home, set()):
@@ -95,10 +95,10 @@ def broken_rules(home: str, name: str) -> Iterator[str]:
         yield "only training/ and tools/ import Megatron"
     if is_within(name, "torch.cuda") and home not in MAY_CALL_DEVICES:
         yield "device calls stay in training/ and sync/"
-    if any(is_within(name, library) for library in HTTP) and home not in MAY_USE_HTTP:
+    if any(is_within(name, library) for library in HTTP) and home not in MAY_SPEAK_HTTP:
         yield "only servers/ and rollout/ use HTTP"
     if is_within(name, "sglang"):
-        yield "sglang runs in its own environment and is never imported"
+        yield "sglang runs in an environment of its own and is never imported"
 
 
 def import_cycles(root: Path) -> list[str]:
@@ -130,7 +130,7 @@ class WithoutTypeChecking(ast.NodeTransformer):
 
 
 def device_calls(tree: ast.AST) -> Iterator[int]:
-    """Returns the lines that name torch.cuda."""
+    """Lines that name torch.cuda."""
     for node in ast.walk(tree):
         if (
             isinstance(node, ast.Attribute)
@@ -141,7 +141,7 @@ def device_calls(tree: ast.AST) -> Iterator[int]:
 
 
 def violations(root: Path) -> list[str]:
-    """Returns every broken rule below ``root``/megatron_rasft, as ``path:line: subject: reason``."""
+    """Every broken rule below ``root``/megatron_rasft, as ``path:line: what: why``."""
     found = []
     package = root / PACKAGE
     for path in sorted(package.rglob("*.py")):

@@ -126,9 +126,8 @@ def rotary_angles(length: int, head_dim: int, rope: Rope) -> Tensor:
     """Returns the [s, d / 2] fp32 angle of each position and frequency, with Llama 3.1's scaling if the model has it."""
     frequencies = rope.theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
     if rope.llama3_factor is not None:
-        turns = (
-            8192 * frequencies / (2 * math.pi)
-        )  # frequencies whose wavelength is within the original context
+        # frequencies whose wavelength is within the original context
+        turns = 8192 * frequencies / (2 * math.pi)
         smooth = ((turns - 1.0) / (4.0 - 1.0)).clamp(0, 1)
         frequencies = (1 - smooth) * frequencies / rope.llama3_factor + smooth * frequencies
     return torch.arange(length, dtype=torch.float32)[:, None] * frequencies

@@ -132,11 +132,8 @@ class _CandidateSide(Codec):
     def _reply(self, message: list[Any]) -> None:
         try:
             self._channel.send(message)
-        except (
-            ValueError,
-            TypeError,
-            RecursionError,
-        ) as error:  # the message is too long, not JSON, or too deeply nested
+        # the message is too long, not JSON, or too deeply nested
+        except (ValueError, TypeError, RecursionError) as error:
             reason = ["ValueError", {"t": "tuple", "v": [str(error)]}, str(error), []]
             self._channel.send(["raised", reason, "", []])
 

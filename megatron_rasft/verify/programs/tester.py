@@ -196,10 +196,8 @@ def _run_by_pytest(module: types.ModuleType, pytest: Any) -> tuple[Verdict, str]
     anchor = Path(pytest.__file__).with_name("py.typed")
     options = "--capture=sys -p no:cacheprovider -p no:faulthandler -p no:junitxml".split()
     if not _opens_null():
-        options += [
-            "-p",
-            "no:logging",
-        ]  # disabled because it writes to /dev/null, which the level "limits" does not allow
+        # disabled because it writes to /dev/null, which the level "limits" does not allow
+        options += ["-p", "no:logging"]
     # Without these, pytest would look for configuration files in folders that are not readable
     options += ["-c", os.devnull, "--rootdir", str(anchor.parent), "--confcutdir", str(anchor.parent)]
     try:

@@ -225,11 +225,8 @@ def test_flags_named_in_help_and_messages_exist() -> None:
         parser = ArgumentParser()
         add_flags(parser, kind)
         known |= set(parser._option_string_actions)
-    known |= {
-        "--server",
-        "--api-key",
-        "--admin-api-key",
-    }  # these flags belong to tools/evaluate.py and to SGLang
+    # these flags belong to tools/evaluate.py and to SGLang
+    known |= {"--server", "--api-key", "--admin-api-key"}
     package = Path(__file__).resolve().parents[3] / "megatron_rasft"
     files = [
         *(package / "config").glob("*.py"),

@@ -244,9 +244,8 @@ def test_resumed_equals_unbroken(num_problems, size, stop, mode, seed):
         one_refresh(unbroken, rng, size, 12)
     state = unbroken.state_dict()
     assert json.loads(json.dumps(state)) == state
-    resumed = Curriculum(
-        ids(num_problems), config, seed=seed + 1
-    )  # the checkpoint's seed replaces the new one
+    # the checkpoint's seed replaces the new one
+    resumed = Curriculum(ids(num_problems), config, seed=seed + 1)
     resumed.load_state_dict(json.loads(json.dumps(state)))
     assert resumed.state_dict() == state
     assert resumed.epoch == unbroken.epoch and resumed.num_remaining == unbroken.num_remaining

@@ -8,14 +8,14 @@ from megatron_rasft.config.data import DataConfig
 @pytest.mark.parametrize(
     ("values", "flag", "way_out"),
     [
-        ({"train_data": ["rows.csv"]}, "--train-data", "convert it"),
+        ({"train_data": ["rows.csv"]}, "--train-data", "rows.csv"),
         ({"train_data": ["a.jsonl", "a.jsonl"]}, "--train-data", "--data-epochs"),
-        ({"data_epochs": 0}, "--data-epochs", "--train-iters"),
-        ({"data_seed": -1}, "--data-seed", "whole number"),
-        ({"data_overlong": "cut"}, "--data-overlong", "Choose"),
-        ({"data_bad_rows": "ignore"}, "--data-bad-rows", "Choose"),
+        ({"data_epochs": 0}, "--data-epochs", "0"),
+        ({"data_seed": -1}, "--data-seed", "-1"),
+        ({"data_overlong": "cut"}, "--data-overlong", "drop"),
+        ({"data_bad_rows": "ignore"}, "--data-bad-rows", "skip"),
         ({"data_chat_template": "/nowhere/chat.jinja"}, "--data-chat-template", "leave the flag out"),
-        ({"data_answer_field": ""}, "--data-answer-field", "name the field"),
+        ({"data_answer_field": ""}, "--data-answer-field", "field"),
         ({"data_response_field": "problem"}, "--data-response-field", "worked solution"),
     ],
 )

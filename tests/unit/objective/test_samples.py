@@ -92,9 +92,8 @@ def test_grpo_trains_every_delivered_rollout_with_its_advantage() -> None:
     group = mixed_group()
     samples = make_samples(Grpo(), demonstration(), group, config=WeightingConfig())
     assert [s.response_ids[0] for s in samples] == [10, 11, 12, 15]
-    x = np.array(
-        [1.0, 0.0, 0.0, 0.0]
-    )  # the correct response that was truncated by the length limit has reward 0
+    # the correct response that was truncated by the length limit has reward 0
+    x = np.array([1.0, 0.0, 0.0, 0.0])
     assert [s.weight for s in samples] == pytest.approx(list((x - 0.25) / (x.std() + 1e-6)))
     assert [r.weight for r in group.rollouts if r.weight] == [s.weight for s in samples]
 

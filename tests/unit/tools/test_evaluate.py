@@ -105,7 +105,14 @@ def test_expert_parallelism_is_refused_before_anything_is_read(
 def test_error_of_one_rank_names_the_rank(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = ["--model", str(tmp_path / "gone"), "--output", str(tmp_path), "--expert-model-parallel-size", "2"]
+    flags = [
+        "--model",
+        str(tmp_path / "gone"),
+        "--output",
+        str(tmp_path),
+        "--expert-model-parallel-size",
+        "2",
+    ]
     for name, value in (("WORLD_SIZE", "2"), ("RANK", "1"), ("LOCAL_RANK", "0")):
         monkeypatch.setenv(name, value)
     assert evaluate.main(flags) == 2

@@ -43,9 +43,8 @@ def test_references_pass_and_mutants_fail(strongest_sandbox: Sandbox, code_set: 
         if empty is not None:
             assert run_tests(strongest_sandbox, empty, reference.tests)[0] == "wrong", reference.name
         negated = mutate(reference, "negated")
-        if (
-            negated is not None and code_set != "train/kodcode_demo"
-        ):  # the mutated program's loops would not end
+        # the mutated program's loops would not end
+        if negated is not None and code_set != "train/kodcode_demo":
             verdicts[run_tests(strongest_sandbox, negated, reference.tests)[0]] += 1
     # In some programs the negated comparison has no effect on the result
     assert verdicts["correct"] <= 0.25 * verdicts.total()
