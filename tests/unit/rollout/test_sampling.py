@@ -214,8 +214,8 @@ def test_seeds_are_sent_only_to_servers_that_use_them() -> None:
         (lambda a: a.update(output_ids=None), "list of 1 to 4 tokens"),
         (lambda a: a.update(output_ids=[1] * 5), "list of 1 to 4 tokens"),
         (lambda a: a.update(output_ids=[]), "list of 1 to 4 tokens"),
-        (lambda a: a.pop("output_ids"), "without a field"),
-        (lambda a: a["meta_info"].pop("output_token_logprobs"), "without a field"),
+        (lambda a: a.pop("output_ids"), "without a requested field"),
+        (lambda a: a["meta_info"].pop("output_token_logprobs"), "without a requested field"),
         (
             lambda a: a["meta_info"]["output_token_logprobs"].__setitem__(0, [0.5, 2, None]),
             "0.5 as the log-probability",
@@ -230,7 +230,7 @@ def test_seeds_are_sent_only_to_servers_that_use_them() -> None:
             "log-probability of token 2",
         ),
         (lambda a: a["meta_info"].update(finish_reason={"type": "tired"}), "finish reason 'tired'"),
-        (lambda a: a["meta_info"].update(finish_reason=None), "without a field"),
+        (lambda a: a["meta_info"].update(finish_reason=None), "without a requested field"),
         (lambda a: a["meta_info"].update(prompt_tokens=9), "9 prompt tokens"),
         (lambda a: a["meta_info"].update(weight_version="default"), "weights 'default', not those of step 5"),
         (
