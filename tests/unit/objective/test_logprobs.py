@@ -124,9 +124,13 @@ def test_logprobs_and_kl_pass_gradcheck(vocab_size: int) -> None:
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("vocab_size", [16, 13])
-def test_kl_and_gradient_equal_the_formula(direction: KLDirection, vocab_size: int) -> None:
-    ref = logits_of(7, 16, seed=3).float().requires_grad_()
-    policy = logits_of(7, 16).float().requires_grad_()
+@pytest.mark.parametrize("shape", [(7,), (3, 5)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kl_and_gradient_equal_the_formula(
+    direction: KLDirection, vocab_size: int, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    ref = logits_of(*shape, 16, seed=3).to(dtype).requires_grad_()
+    policy = logits_of(*shape, 16).to(dtype).requires_grad_()
     reference = policy.detach().double().requires_grad_()
 
     kl = vocab_parallel_kl(policy, ref, None, vocab_size, direction)
@@ -134,9 +138,10 @@ def test_kl_and_gradient_equal_the_formula(direction: KLDirection, vocab_size: i
 
     assert kl.dtype == torch.float32
     torch.testing.assert_close(kl.double(), expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(
-        gradient(kl, policy).double(), gradient(expected, reference), rtol=1e-5, atol=1e-5
-    )
+    grad = gradient(kl, policy)
+    assert grad.dtype == dtype
+    rtol = 2**-8 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(grad.double(), gradient(expected, reference), rtol=rtol, atol=1e-5)
     assert ref.grad is None
 
 
