@@ -281,13 +281,9 @@ def sharded_worker(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module", params=["threads", "processes"])
-def shards(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> list[dict[str, Tensor]]:
-    """The results of the two ranks."""
-    if request.param == "threads":
-        return on_threads(lambda rank, group: dict(sharded_results(rank, group)), TP)
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Tensor]]:
+    """The results of two ranks that are processes."""
     folder: Path = tmp_path_factory.mktemp("tp")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     mp.spawn(sharded_worker, args=(str(folder),), nprocs=TP)
@@ -297,9 +293,22 @@ def shards(
 @pytest.mark.parametrize("vocab_size", SHARDED_VOCAB_SIZES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["logprobs", *DIRECTIONS])
-def test_two_ranks_equal_the_formula(
+def test_two_processes_equal_the_formula(
     shards: list[dict[str, Tensor]], name: Any, dtype: torch.dtype, vocab_size: int
 ) -> None:
+    check_shards(shards, name, dtype, vocab_size)
+
+
+def test_two_threads_equal_the_formula() -> None:
+    shards = on_threads(lambda rank, group: dict(sharded_results(rank, group)), TP)
+    for name in ("logprobs", *DIRECTIONS):
+        for dtype in (torch.float64, torch.float32, torch.bfloat16):
+            for vocab_size in SHARDED_VOCAB_SIZES:
+                check_shards(shards, name, dtype, vocab_size)
+    check_chunks(shards)
+
+
+def check_shards(shards: list[dict[str, Tensor]], name: Any, dtype: torch.dtype, vocab_size: int) -> None:
     logits = logits_of(6, 16).to(dtype).double().requires_grad_()
     if name == "logprobs":
         expected = expected_logprobs(logits, labels_of(6, vocab_size=vocab_size), vocab_size)
@@ -316,7 +325,11 @@ def test_two_ranks_equal_the_formula(
     torch.testing.assert_close(got.double(), gradient(expected, logits), rtol=rtol, atol=tolerance)
 
 
-def test_two_ranks_equal_the_formula_in_chunks(shards: list[dict[str, Tensor]]) -> None:
+def test_two_processes_equal_the_formula_in_chunks(shards: list[dict[str, Tensor]]) -> None:
+    check_chunks(shards)
+
+
+def check_chunks(shards: list[dict[str, Tensor]]) -> None:
     hidden, weight = logits_of(6, 4).requires_grad_(), logits_of(16, 4, seed=2, scale=0.3)
     logprobs = expected_logprobs(hidden @ weight.t(), labels_of(6, vocab_size=9), 9)
     kl = expected_kl(hidden @ weight.t(), (hidden.detach() * 0.5) @ weight.t(), 9, "reverse")
