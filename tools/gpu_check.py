@@ -100,7 +100,7 @@ def parser(steps: Sequence[Step]) -> argparse.ArgumentParser:
         type=Path,
         help="folder with 50 GB free for checkpoints, which are removed (default: TMPDIR)",
     )
-    made.add_argument("--commit", help="commit of this checkout, if git cannot tell it")
+    made.add_argument("--commit", help="commit of this checkout, for machines without git")
     made.add_argument(
         "--merge",
         type=Path,

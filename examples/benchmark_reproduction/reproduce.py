@@ -210,7 +210,7 @@ def check_results(setting: Setting, tasks: Sequence[Task], root: Path) -> None:
     """Checks that existing results and trained weights come from the same flags and data.
 
     Raises:
-        ValueError: a result does not. The message names it and the first difference.
+        ValueError: a result has other flags or data. The message names it and the first difference.
     """
     for task in tasks:
         output = root / task.name

@@ -25,7 +25,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Item:
-    """One example."""
+    """A problem of the section, with its texts and rollouts."""
 
     example: Example
     problem: Problem | None

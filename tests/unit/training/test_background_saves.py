@@ -56,7 +56,7 @@ def test_the_written_numbers_are_those_of_the_start_of_the_save() -> None:
     saves = SaveQueue(20, copies_cpu_tensors=True)
     children = psutil.Process().children(recursive=True)
     saves.schedule_async_request(disk.request(weights))
-    weights += 100  # the optimizer's next step
+    weights += 100  # as the optimizer's next step does
     assert saves.maybe_finalize_async_calls() == []
     assert (saves.get_num_unfinalized_calls(), disk.finalized, disk.written) == (1, 0, [])
     assert psutil.Process().children(recursive=True) == children

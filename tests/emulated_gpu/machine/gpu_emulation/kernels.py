@@ -204,7 +204,7 @@ def multi_tensor_adam(
 def multi_tensor_l2norm(
     chunk_size: int, overflow: Tensor, tensors: list[list[Tensor]], per_tensor: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Returns the norm of all tensors together [1], and of each."""
+    """Returns the norm of all tensors together [1], and the norm of each tensor."""
     CALLS["l2norm"] += 1
     norms = torch.stack([t.float().norm() for t in tensors[0]]) if tensors[0] else torch.zeros(1)
     return norms.norm().reshape(1), norms
