@@ -34,12 +34,12 @@ Who waits for whom. A, B and C are the problems of three refreshes; a column end
 
     --rollout-lag 1: the servers sample B while the trainer trains A. If they have finished by then, it does not wait for B.
 
-    trainer ranks  | choose A | sync 0 | wait     | choose B | sync 0 | wait    | weigh, score A | train A    | wait | choose C
-    | ... servers        |          | load 0 | sample A |          | load 0 | sample B ................................. |
-       | ... verifier       |          |        |          |          |        | grade A |                |            |      |
-               | ...
+    trainer ranks  | choose A | sync 0 | wait     | choose B | wait    | weigh, score A | train A    | wait | choose C | ...
+    servers        |          | load 0 | sample A |          | sample B ................................... |          | ...
+    verifier       |          |        |          |          | grade A |                |            |      |          | ...
 
-    With lag 1 the weights that sampled a rollout are one refresh older than those that train on it (``Rollout.policy_age``).
+    Servers that have the weights already are not sent them again: only the first refresh samples twice with the same ones.
+    Later rollouts were sampled with weights one refresh older than those that train on them (``Rollout.policy_age``).
 
 Without servers, sync_weights does nothing and ``sample`` uses the trainer's own weights, or the store of --rollout-engine replay.
 """
