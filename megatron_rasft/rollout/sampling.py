@@ -37,10 +37,10 @@ from megatron_rasft.types import Request, Response, SamplingParams
 _FAILURES_IN_ROW = 3
 _ABORTS_WITHOUT_GAIN = 20
 """A sample is given up after this many aborts without a new token."""
-_MIN_BACKOFF_S = 1.0
+MIN_BACKOFF_S = 1.0
 """Shortest time between two requests to a full server."""
 _MAX_BACKOFF_S = 30.0
-_ACCEPTED_S = 1.0
+ACCEPTED_S = 1.0
 """Time after which a request that was not rejected counts as accepted: it is running or in the server's queue."""
 _TIMEOUT_MESSAGE = "running timeout"
 """Part of SGLang's message about a request that ran longer than SGLANG_REQ_RUNNING_TIMEOUT.
@@ -443,7 +443,7 @@ class _Sampling:
 
     def _works_for_us(self, server: ServerRecord) -> bool:
         """Whether the server has accepted a request of this call that is still running."""
-        latest = time.monotonic() - _ACCEPTED_S
+        latest = time.monotonic() - ACCEPTED_S
         return any(a.server is server and a.began < latest for a in self._running.values())
 
     def _quarantine(self, server: ServerRecord, reason: str) -> None:
@@ -494,7 +494,7 @@ class _Sampling:
         if answer.status_code in FULL_STATUSES and not self._works_for_us(server):
             # a full server still answers /model_info; a gateway to a dead server does not
             full_s = time.monotonic() - self._full_since.get(server, math.inf)
-            return f"answers {answer.status_code} to everything" if full_s > _ACCEPTED_S else ""
+            return f"answers {answer.status_code} to everything" if full_s > ACCEPTED_S else ""
         if answer.status_code != 200:
             return ""
         info = json_object(answer.content)
@@ -542,4 +542,4 @@ def _check_status(answer: httpx.Response) -> None:
 def backoff_s(answer: httpx.Response) -> float:
     """Returns how long a full server gets no request: its Retry-After in seconds, within the limits of this module."""
     asked = answer.headers.get("retry-after", "")
-    return min(max(_MIN_BACKOFF_S, int(asked)), _MAX_BACKOFF_S) if asked.isdecimal() else _MIN_BACKOFF_S
+    return min(max(MIN_BACKOFF_S, int(asked)), _MAX_BACKOFF_S) if asked.isdecimal() else MIN_BACKOFF_S

@@ -29,7 +29,7 @@ FULL_STATUSES = (429, 503)
 """HTTP statuses with which a busy server refuses a request."""
 
 _FLUSH_RETRY_S = 0.2
-_FULL_RETRY_S = 1.0
+FULL_RETRY_S = 1.0
 _LONGEST_QUOTE_CHARS = 500
 """Maximum length of a quoted message, characters. It is large because NCCL puts the cause of an error at the end."""
 
@@ -328,9 +328,9 @@ class ServerClient:
             try:
                 return self._call("POST", "/generate", body, ends, is_admin=False)
             except ServerError as error:
-                if error.status not in FULL_STATUSES or time.monotonic() + _FULL_RETRY_S > ends:
+                if error.status not in FULL_STATUSES or time.monotonic() + FULL_RETRY_S > ends:
                     raise
-            time.sleep(_FULL_RETRY_S)
+            time.sleep(FULL_RETRY_S)
 
     @cached_property
     def _num_addresses(self) -> int:

@@ -6,7 +6,7 @@ import socket
 from pathlib import Path
 
 _CONNECTIONS = Path("/proc/sys/net/ipv4/ip_local_port_range")
-_LOWEST = 15000
+LOWEST_PORT = 15000
 """Lowest port to choose. Ports below it are the well-known ports of other services."""
 
 
@@ -19,8 +19,10 @@ def free_port(host: str = "127.0.0.1") -> int:
     Raises:
         ValueError: ``host`` is not an address of this machine.
     """
-    low = _first_of_connections()
-    tries = [random.SystemRandom().randrange(_LOWEST, low) for _ in range(64)] if low > _LOWEST else []
+    low = first_of_connections()
+    tries = (
+        [random.SystemRandom().randrange(LOWEST_PORT, low) for _ in range(64)] if low > LOWEST_PORT else []
+    )
     for port in [*tries, 0]:
         with socket.socket(_family(host)) as probe:
             try:
@@ -60,7 +62,7 @@ def _no_address(host: str, error: OSError) -> ValueError:
     return ValueError(f"--host {host} is not an address of this machine ({error.strerror}).")
 
 
-def _first_of_connections() -> int:
+def first_of_connections() -> int:
     """Returns the lowest port that the system gives to outgoing connections."""
     try:
         return int(_CONNECTIONS.read_text().split()[0])

@@ -15,7 +15,7 @@ from megatron_rasft.errors import RasftError
 from megatron_rasft.types import TrainingSample
 from megatron_rasft.weights.folder import checkpoint_fingerprint, weights_fingerprint
 
-_LOCK_TIMEOUT_S = 60.0
+LOCK_TIMEOUT_S = 60.0
 """Longest wait for the cache, which other runs may be using. After that the run ends with an error."""
 
 
@@ -98,7 +98,7 @@ class LogprobCache:
             if path is not None:
                 Path(path).parent.mkdir(parents=True, exist_ok=True)
             self._database = sqlite3.connect(
-                ":memory:" if path is None else str(path), timeout=_LOCK_TIMEOUT_S
+                ":memory:" if path is None else str(path), timeout=LOCK_TIMEOUT_S
             )
             self._database.execute(
                 "CREATE TABLE IF NOT EXISTS logprobs_fp32 (key BLOB PRIMARY KEY, value BLOB)"

@@ -142,7 +142,7 @@ def hf_to_megatron(
 
         def make(part: _LayerPart) -> list[Any]:
             with DistcpFile(folder / part.name) as file:
-                _write_layer(file, source, part.parameters, wholes)
+                write_layer(file, source, part.parameters, wholes)
             return [record.to_json() for record in file.records]
 
         made = staged.do(parts, make, num_workers=num_workers, on_progress=on_progress)
@@ -180,7 +180,7 @@ def _layer_parts(source: HfFolder, wholes: dict[str, _Whole]) -> Iterator[_Layer
         yield _LayerPart(f"__{i}_0.distcp", num_bytes, parameters)
 
 
-def _write_layer(
+def write_layer(
     file: DistcpFile,
     source: HfFolder,
     parameters: Sequence[StoredParameter],
@@ -303,7 +303,7 @@ def megatron_to_hf(
 
         def make(part: _FilePart) -> None:
             with replacing(staged.path / part.name) as temporary:
-                _write_file(temporary, source, template.table, part)
+                write_file(temporary, source, template.table, part)
 
         staged.do(parts, make, num_workers=num_workers, on_progress=on_progress)
         weight_map = {
@@ -434,7 +434,7 @@ def _plan(parameter: StoredParameter, dtype: torch.dtype, is_fp8: bool) -> list[
     return plans
 
 
-def _write_file(path: Path, source: TorchDistFolder, table: NameTable, part: _FilePart) -> None:
+def write_file(path: Path, source: TorchDistFolder, table: NameTable, part: _FilePart) -> None:
     writer = ShardWriter(path, [plan for _, plans in part.parameters for plan in plans])
     try:
         following = [place(source, parameter) for parameter, _ in part.parameters[1:]]

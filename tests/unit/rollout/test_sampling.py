@@ -293,7 +293,7 @@ FULL = httpx.Response(503, json={"error": {"message": "The request queue is full
 def test_a_full_server_gets_requests_again_later_without_limit(
     monkeypatch: pytest.MonkeyPatch, urls: list[str], answer: httpx.Response
 ) -> None:
-    monkeypatch.setattr(sampling, "_MIN_BACKOFF_S", 0.01)
+    monkeypatch.setattr(sampling, "MIN_BACKOFF_S", 0.01)
     count = iter(range(10**6))
     servers = Servers(
         lambda url, body: answer if url == B and next(count) % 8 else answer_of(body),
@@ -315,7 +315,7 @@ def test_a_full_server_gets_no_request_for_as_long_as_it_asks() -> None:
 
 
 def test_a_server_that_stays_full_is_left_out_at_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampling, "_MIN_BACKOFF_S", 0.05)
+    monkeypatch.setattr(sampling, "MIN_BACKOFF_S", 0.05)
     servers = Servers(lambda url, body: FULL, rollout_urls=[B], rollout_deadline_s=0.3)
     _, report = servers.sample(requests_of(4))
     assert report.outcomes["failed"] == 8 and report.num_quarantined == 1
@@ -327,8 +327,8 @@ def test_a_server_that_works_for_this_run_is_not_quarantined_as_full(
     monkeypatch: pytest.MonkeyPatch, num_places: int
 ) -> None:
     """Behaves like a gateway that answers 503 above a number of connections."""
-    monkeypatch.setattr(sampling, "_MIN_BACKOFF_S", 0.05)
-    monkeypatch.setattr(sampling, "_ACCEPTED_S", 0.1)
+    monkeypatch.setattr(sampling, "MIN_BACKOFF_S", 0.05)
+    monkeypatch.setattr(sampling, "ACCEPTED_S", 0.1)
     servers = Servers(
         lambda url, body: FULL if servers.running[url] > num_places else {"hangs": 0.4},
         rollout_urls=[B],
@@ -377,7 +377,7 @@ def test_a_response_cut_by_a_small_cache_does_not_count_as_too_long() -> None:
 def test_a_gateway_that_answers_503_for_a_dead_server_is_not_treated_as_full(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(sampling, "_ACCEPTED_S", 0.1)
+    monkeypatch.setattr(sampling, "ACCEPTED_S", 0.1)
     servers = Servers(lambda url, body: FULL, rollout_urls=[B], rollout_watch_s=0.2)
     for record in servers.fleet.find():
         servers.fleet.admit(record.url, VERSION)

@@ -108,7 +108,7 @@ def test_flushing_waits_for_requests_to_leave_and_gives_up_in_time() -> None:
 def test_a_generation_is_retried_on_a_full_server_until_the_deadline(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(client, "_FULL_RETRY_S", 0.05)
+    monkeypatch.setattr(client, "FULL_RETRY_S", 0.05)
     full = httpx.Response(503, json={"error": {"message": "The request queue is full."}})
     answers = iter([full, httpx.Response(429), httpx.Response(200, json={"text": "!"})])
     assert client_of(lambda request: next(answers)).generate({}) == {"text": "!"}

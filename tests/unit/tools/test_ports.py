@@ -18,13 +18,13 @@ def test_a_port_in_use_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", free_port()))
         port = taken.getsockname()[1]
-        monkeypatch.setattr(ports, "_LOWEST", port)
-        monkeypatch.setattr(ports, "_first_of_connections", lambda: port + 2)
+        monkeypatch.setattr(ports, "LOWEST_PORT", port)
+        monkeypatch.setattr(ports, "first_of_connections", lambda: port + 2)
         assert {free_port() for _ in range(20)} == {port + 1}
 
 
 def test_the_system_chooses_if_there_is_no_port_below_the_range(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ports, "_first_of_connections", lambda: 1024)
+    monkeypatch.setattr(ports, "first_of_connections", lambda: 1024)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", free_port()))
 

@@ -74,8 +74,8 @@ def test_a_file_that_is_not_a_database_is_named_with_its_flag(tmp_path: Path) ->
 def test_a_cache_that_another_run_locks_is_an_error_after_a_wait(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert reference._LOCK_TIMEOUT_S >= 60
-    monkeypatch.setattr(reference, "_LOCK_TIMEOUT_S", 0.05)
+    assert reference.LOCK_TIMEOUT_S >= 60
+    monkeypatch.setattr(reference, "LOCK_TIMEOUT_S", 0.05)
     path = tmp_path / "cache.sqlite"
     cache = LogprobCache(path, "model")
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:

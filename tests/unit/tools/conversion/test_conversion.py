@@ -300,7 +300,7 @@ class Killed(BaseException):
 def test_killed_conversion_continues_with_the_missing_files(
     folders: dict[str, HfFolder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain, done = conversion._write_layer, []
+    plain, done = conversion.write_layer, []
 
     def until_third(file: DistcpFile, *args: object) -> None:
         if len(done) == 3:
@@ -308,7 +308,7 @@ def test_killed_conversion_continues_with_the_missing_files(
         plain(file, *args)
         done.append(file)
 
-    monkeypatch.setattr(conversion, "_write_layer", until_third)
+    monkeypatch.setattr(conversion, "write_layer", until_third)
     with pytest.raises(Killed):
         hf_to_megatron(folders["llama"], tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == [".out.partial"]
@@ -323,7 +323,7 @@ def test_killed_conversion_continues_with_the_missing_files(
 def test_killed_export_continues_with_the_missing_files(
     folders: dict[str, HfFolder], llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain, done = conversion._write_file, []
+    plain, done = conversion.write_file, []
 
     def until_second(*args: object) -> None:
         if len(done) == 2:
@@ -336,11 +336,11 @@ def test_killed_export_continues_with_the_missing_files(
             TorchDistFolder.open(llama), template_of(llama), tmp_path / "out", max_shard_bytes=60_000
         )
 
-    monkeypatch.setattr(conversion, "_write_file", until_second)
+    monkeypatch.setattr(conversion, "write_file", until_second)
     with pytest.raises(Killed):
         export()
     assert not (tmp_path / "out").exists()
-    monkeypatch.setattr(conversion, "_write_file", plain)
+    monkeypatch.setattr(conversion, "write_file", plain)
     export()
     assert_same_tensors(HfFolder.open(tmp_path / "out"), folders["llama"])
 
@@ -352,7 +352,7 @@ def test_files_of_other_work_are_not_reused(
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(conversion, "_write_layer", fail)
+        patch.setattr(conversion, "write_layer", fail)
         with pytest.raises(Killed):
             hf_to_megatron(folders["llama"], tmp_path / "out")
     with pytest.raises(CheckpointError, match=r"out\.partial .*\(dtype\)"):
@@ -407,13 +407,13 @@ def test_full_disk_ends_in_one_line_and_keeps_finished_files(
         patch.setattr(f"megatron_rasft.{where}", full)
         with pytest.raises(CheckpointError, match=r"out\.partial: the disk is full"):
             hf_to_megatron(folders["llama"], tmp_path / "out", num_workers=2)
-    plain, done = conversion._write_layer, []
+    plain, done = conversion.write_layer, []
 
     def count(*args: Any) -> None:
         plain(*args)
         done.append(args)
 
-    monkeypatch.setattr(conversion, "_write_layer", count)
+    monkeypatch.setattr(conversion, "write_layer", count)
     hf_to_megatron(folders["llama"], tmp_path / "out")
     assert len(done) == 6 - num_kept
     assert [path.name for path in (tmp_path / "out").iterdir() if path.name.startswith(".")] == []
