@@ -1,5 +1,6 @@
 """The sequences that one problem contributes to training, for each objective."""
 
+import math
 import random
 from typing import Any
 
@@ -75,6 +76,31 @@ def test_rasft_published_uses_the_published_rule() -> None:
     assert [s.weight for s in samples] == pytest.approx([0.2779, 0.00869], abs=5e-5)
 
 
+def test_rasft_uses_earlier_refreshes_and_the_given_comparisons_of_texts() -> None:
+    pooled = make_samples(
+        Rasft(),
+        demonstration(),
+        counted_group(2, 0),
+        config=NO_PRIOR,
+        remembered=(0.0, 2.0),
+        deduplicate=lambda texts: [0],
+    )
+    # Two of two solved now, none of two before: s = 1/2. One of the two solved rollouts is distinct.
+    assert weights_of(pooled) == [("demonstration", 1.5 - 1.2 / 2), ("rollout", 0.7 / 2)]
+
+    published = WeightingConfig(rasft_weighting="published")
+    one_text = make_samples(
+        Rasft(), demonstration(), counted_group(2, 1), config=published, deduplicate=lambda texts: [0]
+    )
+    assert weights_of(one_text) == [("demonstration", 1.0)], "equal rewards of demonstration and rollout"
+    like = make_samples(
+        Rasft(), demonstration(), counted_group(1, 1), config=published, similarity=lambda wrong, correct: 1.0
+    )
+    # Without the wrong text, which is like the correct one, the rewards are 2 and 1: one deviation above and below their mean.
+    expected = math.tanh(0.4) / 2
+    assert [s.weight for s in like] == pytest.approx([expected, 0.25 * 0.02], abs=1e-5)
+
+
 def test_rasft_without_rollout_weight_trains_no_rollout() -> None:
     config = WeightingConfig(weighting_rollout_total=0.0)
     assert len(make_samples(Rasft(), demonstration(), counted_group(3, 1), config=config)) == 1
@@ -120,6 +146,9 @@ def test_gft_standardises_demonstration_and_rollouts_together() -> None:
     samples = make_samples(Gft(), demonstration(), counted_group(1, 2), config=WeightingConfig())
     assert [s.kind for s in samples] == ["demonstration", "rollout", "rollout", "rollout"]
     assert [s.weight for s in samples] == pytest.approx([1, 1, -1, -1], abs=1e-5)
+    samples = make_samples(Gft(), demonstration(), counted_group(1, 3), config=WeightingConfig())
+    x = np.array([1.0, 1.0, 0.0, 0.0, 0.0])
+    assert [s.weight for s in samples] == pytest.approx(list((x - x.mean()) / x.std()), abs=1e-5)
 
 
 @pytest.mark.parametrize(
