@@ -393,6 +393,61 @@ def test_metrics_are_sums_and_counts() -> None:
     assert "kl_nats" in names["sft_kl"] & names["asft"]
 
 
+def test_each_objective_has_these_metrics() -> None:
+    every, weighted_ce = {"ce_nats", "p_mean"}, {"ce_nats", "p_mean", "weight_mean"}
+    ratio = weighted_ce | {"ref_logprob_gap_nats", "ratio_mean", "ratio_clip_frac"}
+    surrogates = every | {"policy_ratio_mean", "clip_frac"}
+    expected = {
+        "rasft": ratio,
+        "iw_sft": ratio,
+        "sft": weighted_ce,
+        "dft": weighted_ce,
+        "raft": weighted_ce,
+        "sft_kl": weighted_ce | {"kl_nats"},
+        "asft": weighted_ce | {"kl_nats"},
+        "profit": weighted_ce | {"kept_frac"},
+        "gft": weighted_ce | {"full_gradient_frac"},
+        "psft": surrogates,
+        "grpo": surrogates | {"kl_nats", "ref_logprob_gap_nats"},
+        "grpo dapo": surrogates,
+    }
+    for case, names in expected.items():
+        assert set(token_loss_sums(batch(), objective_of(case)).metrics) == names, case
+
+
+def test_metrics_equal_the_formulas() -> None:
+    tokens = batch()
+    mask = tokens.loss_mask
+    assert tokens.ref_logprobs is not None and tokens.old_logprobs is not None and tokens.kl is not None
+    logprobs, ref, old = (
+        v.detach()[mask] for v in (tokens.logprobs, tokens.ref_logprobs, tokens.old_logprobs)
+    )
+    expected = {
+        ("sft", "weight_mean"): tokens.weights[tokens.segment_ids][mask],
+        ("sft_kl", "kl_nats"): tokens.kl.detach()[mask],
+        ("profit", "kept_frac"): (logprobs.exp() > 0.2).double(),
+        ("gft", "full_gradient_frac"): (logprobs.exp() > 0.3).double(),
+        ("psft", "policy_ratio_mean"): (logprobs - old).exp(),
+        ("grpo", "kl_nats"): (ref - logprobs).exp() - (ref - logprobs) - 1,
+        ("rasft", "ref_logprob_gap_nats"): logprobs - ref,
+        ("rasft token", "ratio_mean"): (ref - logprobs).exp().clamp(0.4, 1.2),
+    }
+    for (case, name), values in expected.items():
+        total, count = token_loss_sums(tokens, objective_of(case)).metrics[name].tolist()
+        assert (total, count) == (pytest.approx(values.sum().item(), rel=1e-5), mask.sum()), (case, name)
+
+
+def test_a_token_at_the_threshold_is_not_above_it() -> None:
+    tokens = batch()
+    tokens = replace(tokens, logprobs=torch.full_like(tokens.logprobs, math.log(0.5)).requires_grad_())
+    assert math.exp(math.log(0.5)) == 0.5
+    for objective, name in (
+        (Profit(objective_profit_threshold=0.5), "kept_frac"),
+        (Gft(objective_gft_threshold=0.5), "full_gradient_frac"),
+    ):
+        assert token_loss_sums(tokens, objective).metrics[name].tolist() == [0, sum(LENGTHS)]
+
+
 # context parallelism
 
 
