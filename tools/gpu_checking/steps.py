@@ -465,9 +465,9 @@ STEPS = [
             "thd_context_parallel": "test_two_gpus_train_as_the_cpu_does[context]",
             "grouped_gemm": "test_mixture_with_grouped_gemm_trains_as_the_cpu_does",
             "nccl": "test_two_gpus_train_as_the_cpu_does",
-            "cuda_ipc": "test_another_process_reads_a_bucket_where_it_lies",
+            "cuda_ipc": "test_another_process_reads_a_bucket_over_cuda_ipc",
             "streams_and_memory": "test_losses_are_the_same_with_blocking_launches",
-            "compiled_kernels": "test_sampled_logprobs_are_those_of_training, "
+            "compiled_kernels": "test_sampled_logprobs_equal_those_of_training, "
             "test_logprobs_kl_and_gradients_equal_the_formula",
             "optimizer_variants": "test_precision_aware_optimizer_trains_and_resumes",
         },

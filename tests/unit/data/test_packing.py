@@ -2,7 +2,6 @@
 
 import itertools
 import random
-import time
 from fractions import Fraction
 from math import ceil
 
@@ -239,12 +238,12 @@ def test_invalid_arguments_are_named(
     assert all(text in str(error.value) for text in named)
 
 
+@pytest.mark.timeout(
+    300
+)  # 3 s on an idle machine; an algorithm that is quadratic in the sequences takes an hour
 @pytest.mark.parametrize("longest", [4096, 8192])
-def test_hundred_thousand_sequences_take_seconds(longest: int) -> None:
+def test_hundred_thousand_sequences_are_packed(longest: int) -> None:
     generator = random.Random(1)
     lengths = [generator.randint(1, longest) for _ in range(100_000)]
-    start = time.perf_counter()
-    pack(lengths, 8192, 64)
-    assert time.perf_counter() - start < 20, (
-        "takes about 3 s on an idle machine; the bound allows for a busy one"
-    )
+    packed = pack(lengths, 8192, 64)
+    assert sorted(i for replica in packed for bin_ in replica for i in bin_) == list(range(100_000))

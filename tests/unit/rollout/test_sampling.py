@@ -330,10 +330,10 @@ def test_a_server_that_works_for_this_run_is_not_quarantined_as_full(
     monkeypatch.setattr(sampling, "MIN_BACKOFF_S", 0.05)
     monkeypatch.setattr(sampling, "ACCEPTED_S", 0.1)
     servers = Servers(
-        lambda url, body: FULL if servers.running[url] > num_places else {"hangs": 0.4},
+        lambda url, body: FULL if servers.running[url] > num_places else {"hangs": 0.8},
         rollout_urls=[B],
-        rollout_watch_s=0.4,
-        rollout_deadline_s=0.5,
+        rollout_watch_s=1.0,
+        rollout_deadline_s=2.0,  # shorter than all samples together, far longer than a sample on a busy machine
     )
     for found in servers.fleet.find():
         servers.fleet.admit(found.url, VERSION)
