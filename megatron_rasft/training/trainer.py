@@ -126,7 +126,7 @@ class Trainer:
             self.scales,
             self.reference,
             self.parameters_gathered,
-            self.stop.check,
+            lambda: self.stop.check(),
             args.global_batch_size,
         )
         if args.manual_gc:
