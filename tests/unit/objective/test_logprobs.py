@@ -183,6 +183,22 @@ def test_chunked_logprobs_equal_whole_ones(chunk_tokens: int) -> None:
     assert max(head.calls) == (min(chunk_tokens, 11) or 11)
 
 
+def test_a_vocabulary_larger_than_its_logits_is_refused() -> None:
+    logits, labels = logits_of(3, 8), labels_of(3, vocab_size=8)
+    with pytest.raises(AssertionError, match="vocabulary of 9"):
+        vocab_parallel_logprobs(logits, labels, None, 9)
+    with pytest.raises(AssertionError, match="vocabulary of 9"):
+        vocab_parallel_kl(logits, logits, None, 9, "forward")
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (4, 0)])
+def test_no_tokens_have_no_logprobs(shape: tuple[int, int]) -> None:
+    logits = logits_of(*shape, 8).requires_grad_()
+    logprobs = vocab_parallel_logprobs(logits, labels_of(*shape, vocab_size=8), None, 8)
+    assert logprobs.shape == shape and gradient(logprobs, logits).shape == logits.shape
+    assert vocab_parallel_kl(logits, logits, None, 8, "reverse").shape == shape
+
+
 def test_labels_of_other_tokens_are_refused() -> None:
     with pytest.raises(ValueError, match="zip"):
         chunked_logprobs(logits_of(7, 6), Head(logits_of(16, 6)), labels_of(6, vocab_size=16), None, 16, 3)

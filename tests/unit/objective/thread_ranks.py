@@ -24,7 +24,7 @@ def on_threads[T](function: Callable[[int, Any], T], size: int) -> list[T]:
         barrier.wait()
         parts = torch.stack([sent[rank] for rank in range(size)])
         barrier.wait()  # before a rank sends again
-        tensor.copy_(parts.amax(0) if op == dist.ReduceOp.MAX else parts.sum(0))
+        tensor.copy_({dist.ReduceOp.MAX: parts.amax, dist.ReduceOp.SUM: parts.sum}[op](0))
 
     def run(rank: int) -> T:
         try:
@@ -35,7 +35,7 @@ def on_threads[T](function: Callable[[int, Any], T], size: int) -> list[T]:
 
     with (
         mock.patch.object(dist, "get_rank", lambda group: group),
-        mock.patch.object(dist, "get_world_size", lambda group: size),
+        mock.patch.object(dist, "get_world_size", dict.fromkeys(range(size), size).__getitem__),
         mock.patch.object(dist, "all_reduce", all_reduce),
         ThreadPoolExecutor(size) as pool,
     ):
