@@ -65,7 +65,8 @@ def test_rasft_trains_the_demonstration_and_the_complete_correct_rollouts() -> N
     samples = make_samples(Rasft(), demonstration(), group, config=NO_PRIOR)
     # four attempts, one solved: s = 1/4
     assert weights_of(samples) == [("demonstration", 1.5 - 1.2 / 4), ("rollout", 0.7 / 4)]
-    assert samples[1].response_ids == [10, 10, 10]
+    assert [(s.problem_id, s.prompt_ids) for s in samples] == [("p", [1, 2])] * 2
+    assert [s.response_ids for s in samples] == [[3, 4], [10, 10, 10]]
     assert [r.weight for r in group.rollouts] == pytest.approx([0.175, 0, 0, 0, 0, 0])
 
 
