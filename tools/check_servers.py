@@ -165,7 +165,7 @@ def examine(finding: Finding, folder: HfFolder) -> None:
             finding.facts.append("its config.json cannot be read here, so only the architecture was compared")
     except ServerError as error:
         finding.fault = error.reason
-        if error.reason.startswith("/generate gave no answer"):
+        if error.reason.startswith("/generate did not answer within"):
             finding.fault += ". If a run left the server paused, the first sync of the next run resumes it"
 
 

@@ -114,7 +114,7 @@ def test_a_server_that_does_not_generate_may_be_paused(monkeypatch: pytest.Monke
     folder: Any = SimpleNamespace(config={}, shape=SimpleNamespace(vocab_size=100))
     finding = check_servers.Finding(server.record())
     check_servers.examine(finding, folder)
-    assert finding.fault.startswith("/generate gave no answer") and "paused" in finding.fault
+    assert finding.fault.startswith("/generate did not answer") and "paused" in finding.fault
 
 
 def test_a_sleeping_server_is_only_probed() -> None:

@@ -78,7 +78,7 @@ def test_objective_without_rollouts_trains_on_every_gpu(llama_70b: Model) -> Non
         ),
         (
             {"num_layers_per_virtual_pipeline_stage": 7},
-            "64 GPUs .* --num-layers-per-virtual-pipeline-stage 7",
+            "64 training GPUs .*--num-layers-per-virtual-pipeline-stage 7",
         ),
         ({"gpus_per_node": 6, "num_gpus": 6, "tensor_model_parallel_size": 6}, "--rasft-query-groups 12"),
     ],
