@@ -48,5 +48,9 @@ class ServerError(RolloutError):
         self.status = status
 
 
+class ServerTimeoutError(ServerError):
+    """A rollout server did not answer a request in time. The reason begins with the path of the request."""
+
+
 class FailedElsewhere(Exception):
     """Raised on all other ranks when a rank fails. The failing rank raises its own error."""

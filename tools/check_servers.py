@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 
 from megatron_rasft.config.rollout import check_address
-from megatron_rasft.errors import ServerError
+from megatron_rasft.errors import ServerError, ServerTimeoutError
 from megatron_rasft.rollout.answers import check_generation
 from megatron_rasft.servers.addresses import read_addresses
 from megatron_rasft.servers.client import ServerClient
@@ -165,7 +165,7 @@ def examine(finding: Finding, folder: HfFolder) -> None:
             finding.facts.append("its config.json cannot be read here, so only the architecture was compared")
     except ServerError as error:
         finding.fault = error.reason
-        if error.reason.startswith("/generate did not answer within"):
+        if isinstance(error, ServerTimeoutError) and error.reason.startswith("/generate"):
             finding.fault += ". If a run left the server paused, the first sync of the next run resumes it"
 
 

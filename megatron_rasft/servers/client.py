@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import httpx
 
-from megatron_rasft.errors import ServerError
+from megatron_rasft.errors import ServerError, ServerTimeoutError
 from megatron_rasft.servers.addresses import resolved
 from megatron_rasft.servers.info import ServerInfo, version_label, weight_version_of
 from megatron_rasft.types import PauseMode
@@ -421,7 +421,8 @@ class ServerClient:
             if cutoff.has_passed or isinstance(error, httpx.TimeoutException):
                 waited = time.monotonic() - began
                 reason = f"{path} did not answer within {waited:.1f} s"
-            elif isinstance(error, httpx.ConnectError):
+                raise ServerTimeoutError(self.url, reason) from error
+            if isinstance(error, httpx.ConnectError):
                 reason = f"cannot be reached ({error})"
             else:
                 reason = f"{path} broke off ({type(error).__name__}: {error})"

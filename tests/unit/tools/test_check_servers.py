@@ -3,12 +3,13 @@
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import httpx
 import pytest
 import torch
 
-from megatron_rasft.errors import ServerError
+from megatron_rasft.errors import ServerError, ServerTimeoutError
 from megatron_rasft.rollout.answers import check_generation
 from megatron_rasft.servers.client import ServerClient
 from megatron_rasft.sync.buckets import Bucket, plan_buckets
@@ -109,7 +110,9 @@ def test_an_address_that_is_given_twice_is_checked_once(
 def test_a_server_that_does_not_generate_may_be_paused(monkeypatch: pytest.MonkeyPatch) -> None:
     server = StandIn("http://a:1")
     monkeypatch.setattr(
-        check_servers, "check_generation", lambda *_: server.fail("/generate did not answer within 60.0 s")
+        check_servers,
+        "check_generation",
+        Mock(side_effect=ServerTimeoutError("http://a:1", "/generate did not answer")),
     )
     folder: Any = SimpleNamespace(config={}, shape=SimpleNamespace(vocab_size=100))
     finding = check_servers.Finding(server.record())
