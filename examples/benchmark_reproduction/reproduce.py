@@ -29,7 +29,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # lets the file run from a checkout that is not installed
 
-from examples.benchmark_reproduction import records  # noqa: E402
+from examples.benchmark_reproduction import preloading, records  # noqa: E402
 from examples.benchmark_reproduction.comparison import DEFAULT_REFERENCE, write_comparison  # noqa: E402
 from megatron_rasft.errors import RasftError  # noqa: E402
 from megatron_rasft.tools import cli  # noqa: E402
@@ -58,7 +58,7 @@ class Setting:
     model: str
     seeds: list[int]
     train: dict[str, Any]
-    """Flags of all trainings."""
+    """Flags of all trainings. ``{seed}`` in a value is replaced by the seed."""
     evaluate: dict[str, Any]
     """Flags of all evaluations."""
     prepare: list[list[str]] = field(default_factory=list)
@@ -72,6 +72,8 @@ class Setting:
     num_processes: int = 1
     num_jobs: int = 1
     """Trainings that run at a time on one machine. If there are several, their seconds depend on each other."""
+    preload: bool = False
+    """Fork each program from a process that has imported everything. Saves ten seconds each; only without a GPU."""
     compare_with: str = ""
     """Model whose published numbers are added to the table."""
 
@@ -88,6 +90,8 @@ class Setting:
             )
         if not self.seeds:
             raise ValueError("seeds must name at least one seed.")
+        if self.preload and self.num_processes > 1:
+            raise ValueError("preload = true needs num_processes = 1.")
 
 
 @dataclass(frozen=True)
@@ -159,7 +163,7 @@ def training_flags(setting: Setting, task: Task, output: Path) -> list[str]:
         "--rasft-metrics": output / "metrics.jsonl",
         "--rollout-store": output / "rollouts.jsonl",
     }
-    return [*METHODS[method], *_as_flags(flags)]
+    return [*METHODS[method], *_as_flags(_with_seed(flags, task.seed))]
 
 
 def evaluation_command(setting: Setting, task: Task, output: Path) -> list[str]:
@@ -180,6 +184,11 @@ def evaluation_flags(setting: Setting, task: Task, output: Path) -> list[str]:
     if setting.compare_with:
         flags["--compare-with"] = setting.compare_with
     return list(_as_flags(flags))
+
+
+def _with_seed(flags: dict[str, Any], seed: int) -> dict[str, Any]:
+    """Replaces ``{seed}`` in the texts."""
+    return {flag: v.replace("{seed}", str(seed)) if isinstance(v, str) else v for flag, v in flags.items()}
 
 
 def _launcher(setting: Setting) -> list[str]:
@@ -249,20 +258,25 @@ def run_task(setting: Setting, task: Task, root: Path, keeps_models: bool) -> No
             for name in ("metrics.jsonl", "rollouts.jsonl"):
                 (output / name).unlink(missing_ok=True)
             shutil.rmtree(output / "model", ignore_errors=True)
-            _run(training_command(setting, task, output), output / "training.log")
-    _run(evaluation_command(setting, task, output), output / "evaluation.log")
+            _run(setting, training_command(setting, task, output), output / "training.log")
+    _run(setting, evaluation_command(setting, task, output), output / "evaluation.log")
     begun.replace(done)
     if task.method != "base" and not keeps_models:
         shutil.rmtree(output / "model")
 
 
-def _run(command: Sequence[str], log: Path) -> None:
+def _run(setting: Setting, command: Sequence[str], log: Path) -> None:
     print(f"{time.strftime('%H:%M:%S')} {log.parent.name}: {log.stem}", flush=True)
-    with log.open("w", encoding="utf-8") as file:
-        done = subprocess.run(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, check=False)
-    if done.returncode != 0:
+    if setting.preload:
+        _, program, *arguments = command
+        code = preloading.run_program(Path(program), arguments, log)
+    else:
+        with log.open("w", encoding="utf-8") as file:
+            done = subprocess.run(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, check=False)
+        code = done.returncode
+    if code != 0:
         last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
-        raise RasftError(f"exit code {done.returncode}, see {log}: {last[0] if last else 'it is empty'}")
+        raise RasftError(f"exit code {code}, see {log}: {last[0] if last else 'it is empty'}")
 
 
 def run_tasks(setting: Setting, tasks: Sequence[Task], root: Path, keeps_models: bool) -> None:

@@ -6,11 +6,12 @@ import os
 import string
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from examples.benchmark_reproduction import comparison, reproduce
+from examples.benchmark_reproduction import comparison, preloading, reproduce
 from tests import forking
 from tests.functional.launching import ENVIRONMENT, REPOSITORY
 from tests.tiny_policy import write_model, write_sums
@@ -47,16 +48,16 @@ def test_one_command_trains_evaluates_and_compares(tmp_path: Path) -> None:
     assert "| rasft | arithmetic | 1 |" in resumed.stdout
 
 
-def run_forked(command: list[str], log: Path) -> None:
-    """Stands in for reproduce._run: runs a command in a fork, which saves ten seconds of imports."""
-    _, program, *arguments = command
-    rank = forking.Rank(program=Path(program), arguments=arguments, log=log, variables={})
+def run_forked(program: Path, arguments: Sequence[str], log: Path) -> int:
+    """Stands in for preloading.run_program: forks from the process that the other tests use too."""
+    rank = forking.Rank(program=program, arguments=arguments, log=log, variables={})
     outcome = forking.run([rank], timeout_s=240)
     assert outcome.codes == [0], outcome.output
+    return 0
 
 
 def test_every_method_trains_and_is_evaluated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reproduce, "_run", run_forked)
+    monkeypatch.setattr(preloading, "run_program", run_forked)
     setting = reproduce.read_setting(EXAMPLE / "settings" / "ci.toml")
     train, heldout = (str(write_sums(tmp_path / f"{n}.jsonl", n, seed=n)) for n in (4, 3))
     setting = dataclasses.replace(

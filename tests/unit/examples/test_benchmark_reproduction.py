@@ -1,5 +1,6 @@
 """Commands of the settings parse, job arrays reach every task, and tables hold the right numbers."""
 
+import dataclasses
 import json
 import os
 import shlex
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from examples.benchmark_reproduction import comparison, records, reproduce
+from examples.benchmark_reproduction import comparison, preloading, records, reproduce
 from megatron_rasft.errors import RasftError
 from megatron_rasft.tools.evaluation.statistics import bootstrap_interval, paired_interval
 from tests.tiny_policy import write_model
@@ -341,3 +342,36 @@ def test_seeds_on_other_problems_are_refused(tmp_path: Path) -> None:
     runs = {("sft", n): write_run(tmp_path / str(n), [0.5] * n) for n in (1, 2)}
     with pytest.raises(RasftError, match="sft"):
         comparison.write_comparison("title", runs, tmp_path)
+
+
+def test_a_preloaded_program_has_its_arguments_log_and_exit_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preloading, "IMPORTS", "json")
+    program, log = tmp_path / "program.py", tmp_path / "log"
+    program.write_text(
+        "import sys\nif __name__ == '__main__':\n    print(sys.argv[1:])\n    sys.exit(int(sys.argv[1]))\n"
+    )
+    log.write_text("of an earlier attempt, and longer than the output of this one")
+    assert preloading.run_program(program, ["3", "a b"], log) == 3
+    assert log.read_text() == "['3', 'a b']\n"
+    program.write_text("raise ValueError('no such file')\n")
+    assert preloading.run_program(program, [], log) == 1
+    assert log.read_text().strip().splitlines()[-1] == "ValueError: no such file"
+
+
+def test_a_flag_may_contain_the_seed(tmp_path: Path) -> None:
+    setting = dataclasses.replace(
+        reproduce.read_setting(FOLDER / "settings" / "ci.toml"), train={"--train-data": "rows-{seed}.jsonl"}
+    )
+    flags = reproduce.training_flags(setting, reproduce.Task("sft", 7), tmp_path)
+    assert flags[flags.index("--train-data") + 1] == "rows-7.jsonl"
+
+
+def test_preloading_is_for_one_process(tmp_path: Path) -> None:
+    path = tmp_path / "setting.toml"
+    path.write_text(
+        'title = "t"\nmodel = "m"\nseeds = [1]\npreload = true\nnum_processes = 2\n[train]\n[evaluate]\n'
+    )
+    with pytest.raises(ValueError, match="num_processes"):
+        reproduce.read_setting(path)
