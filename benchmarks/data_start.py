@@ -24,7 +24,7 @@ from megatron_rasft.config import CurriculumConfig, DataConfig
 from megatron_rasft.curriculum.curriculum import Curriculum
 from megatron_rasft.data.row_cache import tokenized
 from megatron_rasft.data.tokenized_rows import ByProblem
-from megatron_rasft.data.tokenizing import open_tokenizer
+from megatron_rasft.data.tokenizer import open_tokenizer
 
 BARS = {"seconds": 60.0, "rss_gib": 4.0}
 """Largest allowed figures of a start from the cache with a million rows."""

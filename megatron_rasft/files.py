@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_rasft.errors import RasftError
+from megatron_rasft.errors import ModelFolderError, RasftError, first_line
 
 
 @contextlib.contextmanager
@@ -51,6 +51,27 @@ def write_json(path: Path, value: Any, *, indent: int | None = 1, is_synced: boo
     """Replaces a file's content by ``value`` as JSON and a newline in one step; see ``replacing``."""
     # json.dumps runs in C, json.dump in Python at half its speed: a run's state is tens of megabytes
     write_text(path, json.dumps(value, indent=indent) + "\n", is_synced=is_synced)
+
+
+def read_json_object(path: Path, missing: str | None = None) -> dict[str, Any]:
+    """Reads the object in a JSON file of a model folder.
+
+    Raises:
+        ModelFolderError: one line with the file's name, or ``missing`` if the file does not exist.
+    """
+    try:
+        # a FIFO or a device would block, or never end
+        if path.exists() and not path.is_file():
+            raise ModelFolderError(f"{path.name} is not a regular file")
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise ModelFolderError(missing or f"{path.name} is missing") from None
+    except (OSError, ValueError, RecursionError) as error:
+        reason = first_line(error)
+        raise ModelFolderError(f"{path.name} cannot be read: {reason}") from error
+    if not isinstance(content, dict):
+        raise ModelFolderError(f"{path.name} is not a JSON object")
+    return content
 
 
 @contextlib.contextmanager

@@ -25,7 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from megatron_rasft.config.data import DataConfig
 from megatron_rasft.config.parser import add_flags
 from megatron_rasft.config.saved import CONFIG_FILE, SavedConfig
-from megatron_rasft.data.tokenizing import end_ids, open_tokenizer, read_chat_format, tokenize_prompts
+from megatron_rasft.data.chat_format import read_chat_format
+from megatron_rasft.data.tokenizer import end_ids, open_tokenizer
+from megatron_rasft.data.tokenizing import tokenize_prompts
 from megatron_rasft.errors import CheckpointError, DataError, RasftError
 from megatron_rasft.rollout.store import read_rollouts
 from megatron_rasft.servers.keys import read_key

@@ -18,8 +18,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from megatron_rasft.config.data import DataConfig
 from megatron_rasft.config.parser import add_flags
 from megatron_rasft.data.reading import DataReport, Row, RowFault, read_records, read_rows
-from megatron_rasft.data.tokenizing import Tokenizer, build_demonstrations, collect_demonstrations
-from megatron_rasft.errors import DataError, first_line
+from megatron_rasft.data.tokenizer import Tokenizer, open_tokenizer
+from megatron_rasft.data.tokenizing import build_demonstrations, collect_demonstrations
+from megatron_rasft.errors import DataError
 from megatron_rasft.files import write_json
 from megatron_rasft.tools import cli
 from megatron_rasft.tools.data.contamination import find_contamination
@@ -204,15 +205,7 @@ def _load_tokenizer(folder: str) -> Tokenizer:
         raise ValueError(
             f"--tokenizer must be a folder, got {folder!r}. Give a Hugging Face folder on this machine."
         )
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # transformers raises many different exceptions for broken files
-        raise ValueError(
-            f"--tokenizer {folder}: transformers cannot load the tokenizer: {first_line(error)}"
-        ) from error
-    return tokenizer
+    return open_tokenizer(folder)
 
 
 if __name__ == "__main__":

@@ -67,6 +67,9 @@ class DataReport:
     num_plain_endings: int = 0
     """Rows whose response the chat template would change. Their response is tokenized unchanged, and the end token is
     appended without the template."""
+    num_continued: int = 0
+    """Rows whose response begins with the tag that opens its reasoning, in a prompt that ends with this tag. They are trained
+    without the tag."""
     faults: list[RowFault] = field(default_factory=list)
     overlong: list[RowFault] = field(default_factory=list)
     """Rows with more tokens than --seq-length. They do not count as faults."""
@@ -128,6 +131,10 @@ class DataReport:
         if self.num_plain_endings:
             lines.append(
                 f"kept as they are {self.num_plain_endings} (the chat template would change their response)"
+            )
+        if self.num_continued:
+            lines.append(
+                f"continued       {self.num_continued} (the prompt already opens their reasoning, so its first tag is left out)"
             )
         lines.append(f"too long        {len(self.overlong)}")
         if self.overlong:

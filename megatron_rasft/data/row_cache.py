@@ -12,16 +12,21 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rasft.config.data import DataConfig
-from megatron_rasft.data import reading, tokenized_rows, tokenizing
+from megatron_rasft.data import chat_format, reading, tokenized_rows, tokenizing
+from megatron_rasft.data import tokenizer as tokenizer_module
 from megatron_rasft.data.reading import DataReport, read_rows
 from megatron_rasft.data.tokenized_rows import TokenizedRows, write_rows
-from megatron_rasft.data.tokenizing import Tokenizer, tokenize_rows
+from megatron_rasft.data.tokenizer import Tokenizer
+from megatron_rasft.data.tokenizing import tokenize_rows
 from megatron_rasft.errors import DataError
 from megatron_rasft.files import written_to
 
 _BUILDING = ".building-"
 _ABANDONED_S = 3600.0
 """An unfinished folder without writes for this time was left by a killed process and may be deleted."""
+
+_CODE = (reading, tokenizer_module, chat_format, tokenizing, tokenized_rows)
+"""The modules that make rows from files."""
 
 _NOT_IN_ROWS = (
     "train_data",
@@ -149,7 +154,7 @@ def _key(config: DataConfig, model: Path, max_tokens: int, require_answer: bool)
             for path in sorted([*model.glob("*"), *model.glob("additional_chat_templates/*")])
             if path.is_file() and path.suffix not in _WEIGHTS
         ],
-        "code": [_digest(Path(module.__file__ or "")) for module in (reading, tokenizing, tokenized_rows)],
+        "code": [_digest(Path(module.__file__ or "")) for module in _CODE],
         "versions": [metadata.version(name) for name in ("transformers", "tokenizers", "jinja2")],
     }
     return hashlib.sha256(json.dumps(ingredients).encode()).hexdigest()[:32]

@@ -8,7 +8,7 @@ from typing import Any
 from megatron_rasft.config import DataConfig, RasftConfig, VerifyConfig
 from megatron_rasft.data.row_cache import tokenized
 from megatron_rasft.data.tokenized_rows import ByProblem, TokenizedRows
-from megatron_rasft.data.tokenizing import end_ids, open_tokenizer
+from megatron_rasft.data.tokenizer import end_ids, open_tokenizer
 from megatron_rasft.files import written_to
 from megatron_rasft.ranks import kept_by_rank_zero, on_rank_zero
 from megatron_rasft.rollout.replay import ReplayEngine

@@ -3,12 +3,12 @@
 This module refuses every setting with which Megatron would compute another result than transformers.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_rasft.errors import ModelFolderError
+from megatron_rasft.files import read_json_object
 from megatron_rasft.weights.families import FAMILIES, REFUSED, Family, ModelShape
 
 _MEGATRON_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -63,7 +63,7 @@ def splits_attention(num_heads: int, num_groups: int, tp: int) -> bool:
 
 def read_config(path: Path) -> dict[str, Any]:
     """Reads a folder's config.json."""
-    return read_json(path / "config.json", missing=_describe_missing_config(path))
+    return read_json_object(path / "config.json", missing=_describe_missing_config(path))
 
 
 def _describe_missing_config(path: Path) -> str:
@@ -72,19 +72,6 @@ def _describe_missing_config(path: Path) -> str:
     if not path.is_dir():
         return "is a file; give the folder that holds config.json"
     return "has no config.json, so it is not a Hugging Face model folder"
-
-
-def read_json(path: Path, missing: str) -> dict[str, Any]:
-    """Reads the object in a JSON file; ``missing`` is the error message if the file does not exist."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise ModelFolderError(missing) from None
-    except (OSError, ValueError) as error:
-        raise ModelFolderError(f"{path.name} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise ModelFolderError(f"{path.name} is not a JSON object")
-    return content
 
 
 def read_family(config: dict[str, Any]) -> Family:

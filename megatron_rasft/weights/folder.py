@@ -14,7 +14,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_rasft.errors import ModelFolderError
-from megatron_rasft.weights.architecture import ModelDescription, Rope, read_json
+from megatron_rasft.files import read_json_object
+from megatron_rasft.weights.architecture import ModelDescription, Rope
 from megatron_rasft.weights.families import Family, ModelShape, NameTable
 
 SINGLE_FILE = "model.safetensors"
@@ -184,7 +185,7 @@ def _shard_files(path: Path) -> dict[str, list[str] | None]:
     if (path / SINGLE_FILE).exists():  # transformers also prefers this file to an index
         return {SINGLE_FILE: None}
     if (path / INDEX_FILE).exists():
-        weight_map = read_json(path / INDEX_FILE, missing="").get("weight_map")
+        weight_map = read_json_object(path / INDEX_FILE).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise ModelFolderError(f"{INDEX_FILE} has no weight_map")
         files: dict[str, list[str] | None] = {}
@@ -256,7 +257,7 @@ def _check_tokenizer(path: Path, vocab_size: int) -> None:
     """Refuses a tokenizer whose largest id is beyond the rows of the embedding."""
     if not (path / "tokenizer.json").exists():
         return
-    content = read_json(path / "tokenizer.json", missing="")
+    content = read_json_object(path / "tokenizer.json")
     try:
         vocab = (content.get("model") or {}).get("vocab") or {}
         ids = [len(vocab) - 1] if isinstance(vocab, list) else list(vocab.values())

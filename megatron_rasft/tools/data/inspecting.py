@@ -2,7 +2,7 @@
 
 from rich.text import Text
 
-from megatron_rasft.data.tokenizing import Tokenizer
+from megatron_rasft.data.tokenizer import Tokenizer
 from megatron_rasft.types import Demonstration
 
 PROMPT_STYLE = "dim cyan"

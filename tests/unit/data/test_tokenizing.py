@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 
 from megatron_rasft.config.data import DataConfig
+from megatron_rasft.data.chat_format import read_chat_format
 from megatron_rasft.data.reading import DataReport, Row, RowFault, read_rows
-from megatron_rasft.data.tokenizing import build_demonstrations, read_chat_format
+from megatron_rasft.data.tokenizing import build_demonstrations, tokenize_prompts
 from megatron_rasft.errors import DataError
 from megatron_rasft.types import CodeTests, Demonstration
 
@@ -24,7 +25,11 @@ DROPS_REASONING = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content.split('</think>')[-1] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-OPENS_THINKING = DROPS_REASONING.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+THINK = ("<think>", "</think>")
+NO_SYSTEM_SHOWN = "{% for m in messages if m.role != 'system' %}{{ m.content }}<|im_end|>{% endfor %}"
+SHOWS_FIRST = "{{ messages[0].content }}<|im_end|>"
+NEEDS_TOOLS = "{% for t in tools %}{{ t }}{% endfor %}" + LLAMA_LIKE
+FAILS_ON_A_NUMBER = "{% if '3' in messages[-1].content %}{{ 1 / 0 }}{% endif %}" + LLAMA_LIKE
 NO_SYSTEM = (
     "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + LLAMA_LIKE
 )
@@ -64,11 +69,6 @@ def spell(tokenizer: Any, demonstration: Demonstration) -> tuple[str, str]:
             "<|im_start|>user\n1+1?<|im_end|>\n<|im_start|>assistant\n",
             "It is \\boxed{2}.<|im_end|>",
         ),
-        (
-            OPENS_THINKING,
-            "<|im_start|>user\n1+1?<|im_end|>\n<|im_start|>assistant\n<think>\n",
-            "It is \\boxed{2}.<|im_end|>",
-        ),
     ],
 )
 def test_the_response_ends_with_the_templates_end_token(
@@ -89,6 +89,71 @@ def test_the_prompt_has_the_tokens_that_the_template_gives_a_server(tokenizer: A
     assert (
         end == tokenizer.convert_tokens_to_ids("<|im_end|>") == read_chat_format(tokenizer, NO_SUFFIX).end_id
     )
+
+
+# As in DeepSeek-R1-Distill: the prompt opens the reasoning, and an answer's reasoning is dropped.
+@pytest.mark.parametrize(
+    ("tags", "lead", "response", "trained"),
+    [
+        (THINK, "\n", "<think>\nso\n</think>\n\nTwo.", "so\n</think>\n\nTwo."),
+        (THINK, "\n", "\n<think>so</think>Two.", "so</think>Two."),
+        (THINK, "", "<think>\nso</think>Two.", "\nso</think>Two."),
+        (THINK, "\n", "so</think>Two.", "so</think>Two."),
+        (THINK, "\nOkay,", "<think>\nOkay, so</think>Two.", " so</think>Two."),
+        (("<thinking>", "</thinking>"), "\n", "<thinking>\nso</thinking>Two.", "so</thinking>Two."),
+        (("<seed:think>", "</seed:think>"), "", "<seed:think>so</seed:think>2", "so</seed:think>2"),
+        (("[THINK]", "[/THINK]"), "", "[THINK]so[/THINK]Two.", "so[/THINK]Two."),
+        (("<|begin_of_thought|>", "<|end_of_thought|>"), "\n", "<|begin_of_thought|>\nso<|end_of_thought|>2", "so<|end_of_thought|>2"),
+        (THINK, "\n", "It is \\boxed{2}.", None),
+        (THINK, "\n", "<think>\ncut off", None),
+        (THINK, "\n", "<think>so</think>Two.<think>again", None),
+        (THINK, "\n", "Well: <think>so</think>Two.", None),
+        (THINK, "\n", "<think><think>so</think>Two.", None),
+    ],
+)  # fmt: skip
+def test_reasoning_that_the_prompt_opens_is_not_opened_twice_and_must_be_closed(
+    make_tokenizer: Callable, tags: tuple[str, str], lead: str, response: str, trained: str | None
+) -> None:
+    opens = DROPS_REASONING.replace("</think>", tags[1]).replace(
+        "assistant\n{% endif", "assistant\n{{ '" + tags[0] + lead.replace("\n", "\\n") + "' }}{% endif"
+    )
+    tokenizer = make_tokenizer(opens)
+    skip = DataConfig(data_prompt_suffix="", data_bad_rows="skip")
+    filler = make_row(response=f"x{tags[1]}y", number=2)
+    demonstrations, report = build(tokenizer, make_row(response=response), filler, config=skip)
+    if trained is None:
+        assert [fault.source for fault in report.faults] == ["a.jsonl:1"]
+        assert tags[0] in report.faults[0].reason and not report.num_continued
+        return
+    prompt, made = spell(tokenizer, demonstrations[0])
+    assert prompt.endswith(tags[0] + lead) and made == trained + "<|im_end|>"
+    assert report.num_continued == (response.lstrip().startswith(tags[0]))
+
+
+def test_reasoning_that_the_template_completes_keeps_the_templates_form(make_tokenizer: Callable) -> None:
+    """Qwen3-Thinking's template writes the reasoning of the last answer itself, an empty one if there is none."""
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
+        "{% set parts = m.content.split('</think>') %}<think>\n"
+        "{{ parts[0].split('<think>')[-1].strip('\n') if parts | length > 1 else '' }}\n</think>\n\n"
+        "{{ parts[-1].lstrip('\n') }}{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+    )
+    tokenizer = make_tokenizer(template)
+    rows = [make_row(response="<think>\nso\n</think>\n\nTwo."), make_row(response="Two.", number=2)]
+    responses = [spell(tokenizer, d)[1] for d in build(tokenizer, *rows)[0]]
+    assert responses == ["so\n</think>\n\nTwo.<|im_end|>", "\n</think>\n\nTwo.<|im_end|>"]
+
+
+@pytest.mark.parametrize("opening", ["<think>\n\n</think>\n\n", "<answer>\n", "<|assistant|>"])
+def test_a_prompt_that_leaves_no_reasoning_open_takes_any_response(
+    make_tokenizer: Callable, opening: str
+) -> None:
+    tokenizer = make_tokenizer(
+        DROPS_REASONING.replace("assistant\n{% endif", f"assistant\n{opening}{{% endif")
+    )
+    (demonstration,), _ = build(tokenizer, make_row(problem="What is <think>?", response="<think>a</think>b"))
+    assert spell(tokenizer, demonstration)[1] == "<think>a</think>b<|im_end|>"
 
 
 @pytest.mark.parametrize(
@@ -175,6 +240,17 @@ def test_an_end_token_that_the_tokenizer_appends_to_the_prompt_is_removed(make_t
             make_row(messages=[{"role": r, "content": "x"} for r in ("user", "assistant", "user")]),
             "chat template",
         ),
+        (
+            SHOWS_FIRST,
+            make_row(messages=[{"role": r, "content": "x"} for r in ("user", "assistant", "user")]),
+            "does not show the problem",
+        ),
+        (
+            SHOWS_FIRST,
+            make_row(messages=[{"role": r, "content": "x"} for r in ("system", "user")]),
+            "does not show the problem",
+        ),
+        (FAILS_ON_A_NUMBER, make_row("3?"), "chat template raises"),
     ],
 )
 def test_a_row_that_cannot_be_tokenized_is_a_fault(
@@ -229,6 +305,13 @@ def test_a_data_set_without_usable_rows_is_an_error(tokenizer: Any) -> None:
         ("{{ raise_exception('broken') }}", "<|endoftext|>", {}, "broken"),
         ("{% for %}", "<|endoftext|>", {}, "--data-chat-template"),
         (NO_SYSTEM, "<|endoftext|>", {"data_system_prompt": "x"}, "--data-system-prompt"),
+        (SHOWS_FIRST, "<|endoftext|>", {"data_system_prompt": "x"}, "--data-system-prompt"),
+        (NO_SYSTEM_SHOWN, "<|endoftext|>", {"data_system_prompt": "x"}, "--data-system-prompt"),
+        (NEEDS_TOOLS, "<|endoftext|>", {}, "the model's own.*TypeError"),
+        ("{{ 1 // 0 }}", "<|endoftext|>", {}, "the model's own.*ZeroDivisionError"),
+        ("{% if add_generation_prompt %}{{ x.y.z }}{% endif %}", "<|endoftext|>", {}, "the model's own"),
+        ("Hello", "<|endoftext|>", {}, "the model's own.*problem"),
+        ("{{ messages[0].text }}", "<|endoftext|>", {}, "the model's own.*problem"),
     ],
 )
 def test_an_unusable_template_is_refused(
@@ -238,11 +321,36 @@ def test_an_unusable_template_is_refused(
         build(make_tokenizer(template, eos_token), make_row(), config=DataConfig(**values))
 
 
-def test_a_template_that_writes_the_date_writes_the_same_date_every_day(make_tokenizer: Callable) -> None:
-    dated = "{% if date_string is not defined %}{{ strftime_now('%d %b %Y') }}{% else %}{{ date_string }}{% endif %}"
+@pytest.mark.parametrize(
+    ("dated", "date"),
+    [
+        ("{{ strftime_now('%Y-%m-%d %H') }}", "2024-07-26 00"),
+        (
+            "{% if date_string is not defined %}{{ strftime_now('%d %b %Y') }}{% else %}{{ date_string }}{% endif %}",
+            "26 Jul 2024",
+        ),
+    ],
+)
+def test_a_template_that_writes_the_date_writes_the_same_date_every_day(
+    make_tokenizer: Callable, dated: str, date: str
+) -> None:
     tokenizer = make_tokenizer(dated + LLAMA_LIKE)
     (demonstration,), _ = build(tokenizer, make_row())
-    assert spell(tokenizer, demonstration)[0].startswith("26 Jul 2024")
+    assert spell(tokenizer, demonstration)[0].startswith(date + "<|im_start|>")
+    (prompt,) = tokenize_prompts(["1+1?"], tokenizer, NO_SUFFIX)
+    assert prompt == demonstration.prompt_ids
+
+
+def test_a_template_file_that_cannot_be_read_is_named(tokenizer: Any, tmp_path: Path) -> None:
+    file = tmp_path / "chat.jinja"
+    file.write_bytes(b"\xff")
+    with pytest.raises(ValueError, match=r"--data-chat-template .*chat\.jinja"):
+        build(tokenizer, make_row(), config=DataConfig(data_chat_template=str(file)))
+
+
+def test_a_question_that_the_template_refuses_is_named(make_tokenizer: Callable) -> None:
+    with pytest.raises(ValueError, match=r"3\?.*ZeroDivisionError"):
+        tokenize_prompts(["1?", "3?"], make_tokenizer(FAILS_ON_A_NUMBER), NO_SUFFIX)
 
 
 def test_tokens_of_real_rows_decode_to_their_text(data_folder: Path, tokenizer: Any) -> None:
