@@ -36,6 +36,7 @@ GENERATE_S = "rollout/generate_s"
 SOLVE_RATE = "verify/solve_rate"
 SOLVED_PROBLEMS = "verify/solved_problems_frac"
 FILTERED = "verify/filtered_frac"
+GIVEN_UP = "verify/given_up_frac"
 VERIFY_S = "verify/verify_s"
 
 HELDOUT_SOLVE_RATE = "heldout/solve_rate"

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from megatron_rasft import metrics
 from megatron_rasft.types import RolloutGroup, TrainingSample
+from megatron_rasft.verify.grading_order import GIVEN_UP
 
 
 @dataclass
@@ -20,6 +21,8 @@ class RefreshReport:
     """Verdict -> number of rollouts."""
     num_filtered: int = 0
     """Rollouts that a text filter removed."""
+    num_given_up: int = 0
+    """Rollouts that were not graded, because the gradings before them exceeded their deadlines."""
     num_solved: int = 0
     """Problems with at least one correct rollout."""
     mean_response_tokens: float = 0.0
@@ -45,6 +48,7 @@ class RefreshReport:
         self.num_sampled = len(groups)
         self.verdicts = Counter(rollout.verdict or "unverifiable" for rollout in rollouts)
         self.num_filtered = sum(bool(rollout.filtered_by) for rollout in rollouts)
+        self.num_given_up = sum(rollout.verdict_reason.startswith(GIVEN_UP) for rollout in rollouts)
         self.num_solved = sum(group.num_correct > 0 for group in groups)
         self.mean_response_tokens = sum(len(r.response_ids) for r in rollouts) / max(1, len(rollouts))
 
@@ -76,6 +80,7 @@ class RefreshReport:
             metrics.NUM_ROLLOUTS: self.num_rollouts,
             metrics.RESPONSE_TOKENS: self.mean_response_tokens,
             metrics.FILTERED: self.num_filtered / num_rollouts,
+            metrics.GIVEN_UP: self.num_given_up / num_rollouts,
             **{f"verify/{verdict}_frac": n / num_rollouts for verdict, n in self.verdicts.items()},
             metrics.SAMPLED_PROBLEMS: self.num_sampled,
             metrics.DIFFICULTY: self.mean_difficulty,

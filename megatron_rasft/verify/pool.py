@@ -3,13 +3,15 @@
 import contextlib
 import logging
 import os
+import signal
 import sys
 import threading
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, wait
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from functools import partial
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from typing import Any
@@ -20,6 +22,7 @@ from megatron_rasft.config.verify import VerifyConfig
 from megatron_rasft.errors import RasftError
 from megatron_rasft.types import Check, CodeTests, Rollout, Verdict
 from megatron_rasft.verify import grading_worker
+from megatron_rasft.verify.grading_order import GIVEN_UP, GradingOrder, Turn
 from megatron_rasft.verify.programs.program_grading import grade_program
 
 logger = logging.getLogger(__name__)
@@ -29,9 +32,25 @@ Grader = Callable[[str, str], tuple[Verdict, str]]
 
 # A worker whose check runs in a sandbox is killed this long after the deadline that the sandbox itself enforces
 _SANDBOX_GRACE_S = 60.0
+# Answers that take longer than this are graded after all others, with the whole deadline. Most take a few
+# milliseconds. The first one of a new worker takes up to half a second
+_FIRST_ROUND_SHARE = 0.1
+_FIRST_ROUND_MIN_S = 0.5
 # If the pool breaks more often in one call, rollouts are graded one at a time, which shows the one that breaks it
 _MAX_BROKEN_POOLS = 2
 _MAIN_LOCK = threading.Lock()
+
+
+@dataclass
+class _Call:
+    """The state of one call of ``verify``."""
+
+    order: GradingOrder
+    checks: Mapping[str, Check]
+    on_verdict: Callable[[], None]
+    is_last_round: bool = False
+    num_broken: int = 0
+    """How often the workers broke."""
 
 
 class VerifierPool:
@@ -88,6 +107,9 @@ class VerifierPool:
         A problem without gold answer gives ``unverifiable``. A grader that exceeds its deadline gives ``timeout``. A grader that
         crashes gives ``unverifiable``. Other rollouts are not affected.
 
+        Answers whose grading is slow are graded after all others. A rollout is not graded but gets ``timeout`` if the gradings
+        before it hang: ``GradingOrder`` has the rules.
+
         Args:
             rollouts: changed in place. Earlier verdicts are overwritten.
             checks: gold answer or tests of each problem, by problem id.
@@ -97,21 +119,18 @@ class VerifierPool:
         Raises:
             RasftError: workers cannot be started.
         """
-        to_grade = deque(rollout for rollout in rollouts if self._needs_grading(rollout, checks))
-        num_broken = 0
-        while to_grade:
-            max_in_flight = 2 * self._num_workers if num_broken <= _MAX_BROKEN_POOLS else 1
-            unfinished = self._grade(to_grade, checks, max_in_flight, on_verdict)
-            if unfinished:
-                num_broken += 1
-                logger.warning(
-                    "verifier workers crashed (%d. time in this call): starting new workers", num_broken
-                )
-                if max_in_flight == 1:
-                    _set(unfinished.pop(), "unverifiable", "grader broke the worker pool")
-                to_grade.extendleft(unfinished)
-                self._restart()
+        to_grade = [rollout for rollout in rollouts if self._needs_grading(rollout, checks)]
+        order = GradingOrder(
+            to_grade, self._config.verify_timeouts_per_problem, self._config.verify_max_timeouts
+        )
+        call = _Call(order, checks, on_verdict)
+        order.start_round([r for r in to_grade if self._has_first_round(checks[r.problem_id])], is_last=False)
+        self._grade_round(call)
+        call.is_last_round = True
+        order.start_round([r for r in to_grade if r.verdict is None], is_last=True)
+        self._grade_round(call)
         assert all(r.verdict is not None for r in rollouts), "a rollout has no verdict"
+        _warn_of_timeouts(to_grade)
         return Counter(r.verdict for r in rollouts if r.verdict is not None)
 
     def _needs_grading(self, rollout: Rollout, checks: Mapping[str, Check]) -> bool:
@@ -126,32 +145,41 @@ class VerifierPool:
             _set(rollout, "unverifiable", "no gold answer")
         return rollout.verdict is None
 
-    def _grade(
-        self,
-        to_grade: deque[Rollout],
-        checks: Mapping[str, Check],
-        max_in_flight: int,
-        on_verdict: Callable[[], None],
-    ) -> list[Rollout]:
+    def _grade_round(self, call: "_Call") -> None:
+        """Grades until the queue is empty. Replaces the workers if they break."""
+        while call.order:
+            max_in_flight = 2 * self._num_workers if call.num_broken <= _MAX_BROKEN_POOLS else 1
+            unfinished = self._grade(call, max_in_flight)
+            if unfinished:
+                call.num_broken += 1
+                logger.warning(
+                    "verifier workers crashed (%d. time in this call): starting new workers", call.num_broken
+                )
+                if max_in_flight == 1:
+                    _set(unfinished[0], "unverifiable", "grader broke the worker pool")
+                    call.order.settle(unfinished.pop(0), is_late=False)
+                call.order.put_back(unfinished)
+                self._restart()
+
+    def _grade(self, call: "_Call", max_in_flight: int) -> list[Rollout]:
         """Grades until the queue is empty. Returns [], or the rollouts in progress when the pool broke."""
         in_flight: dict[Future[Any], Rollout] = {}
         # Guards against a task that pebble loses: in this time every running task could exceed its deadline twice
-        stalled_s = 60 + 4 * max((self._deadline_s(checks[r.problem_id]) for r in to_grade), default=0)
+        stalled_s = 60 + 4 * max(map(self._deadline_s, call.checks.values()), default=0)
         try:
-            while to_grade or in_flight:
-                on_verdict()
-                while to_grade and len(in_flight) < max_in_flight:
-                    rollout = to_grade.popleft()
+            while call.order or in_flight:
+                call.on_verdict()
+                while len(in_flight) < max_in_flight and (rollout := self._next(call, len(in_flight))):
                     try:
-                        in_flight[self._schedule(rollout, checks[rollout.problem_id])] = rollout
+                        in_flight[self._schedule(rollout, call)] = rollout
                     except RuntimeError:  # pebble raises this if the pool is broken
                         return [rollout, *in_flight.values()]
                 done, _ = wait(in_flight, timeout=stalled_s, return_when=FIRST_COMPLETED)
-                if not done:
+                if in_flight and not done:
                     return list(in_flight.values())
                 for future in done:
                     try:
-                        self._set_result(in_flight[future], checks, future)
+                        self._settle(in_flight[future], call, future)
                     except (BrokenProcessPool, CancelledError):
                         return list(in_flight.values())
                     del in_flight[future]
@@ -161,22 +189,56 @@ class VerifierPool:
                 future.cancel()
             raise
 
-    def _set_result(self, rollout: Rollout, checks: Mapping[str, Check], future: Future[Any]) -> None:
+    def _next(self, call: "_Call", num_in_flight: int) -> Rollout | None:
+        """Returns the next rollout to grade, or None if there is none at present. Gives up those before it that must not be graded."""
+        while call.order:
+            turn = call.order.turn(num_in_flight)
+            if turn == "grade":
+                return call.order.take()
+            if turn == "wait":
+                return None
+            rollout = call.order.give_up()
+            if call.is_last_round:
+                _set(rollout, "timeout", GIVEN_UP + self._why(turn))
+        return None
+
+    def _why(self, turn: Turn) -> str:
+        if turn == "give up":
+            return f"the {self._config.verify_timeouts_per_problem} responses before it exceeded the deadline"
+        return f"{self._config.verify_max_timeouts} responses exceeded the deadline"
+
+    def _settle(self, rollout: Rollout, call: "_Call", future: Future[Any]) -> None:
+        """Sets the verdict, unless the rollout was slow in the first round."""
+        is_late = False
         try:
             _set(rollout, *future.result())
         except FutureTimeoutError:
-            deadline_s = self._deadline_s(checks[rollout.problem_id])
-            _set(rollout, "timeout", f"deadline of {deadline_s:g} s")
+            is_late = True
         except ProcessExpired as error:
-            _set(rollout, "unverifiable", f"grader crashed, exit code {error.exitcode}")
+            # A worker that is not killed at its deadline kills itself a little later
+            is_late = error.exitcode == -signal.SIGALRM
+            if not is_late:
+                _set(rollout, "unverifiable", f"grader crashed, exit code {error.exitcode}")
+        call.order.settle(rollout, is_late)
+        if is_late and call.is_last_round:
+            _set(rollout, "timeout", f"deadline of {self._deadline_s(call.checks[rollout.problem_id]):g} s")
 
-    def _schedule(self, rollout: Rollout, check: Check) -> ProcessFuture:
+    def _schedule(self, rollout: Rollout, call: "_Call") -> ProcessFuture:
         assert self._pool is not None, "VerifierPool must be used as a context manager"
+        check = call.checks[rollout.problem_id]
         text = rollout.text[-self._config.verify_max_response_chars :]
-        deadline_s = self._deadline_s(check)
+        deadline_s = self._deadline_s(check) if call.is_last_round else self._first_deadline_s
         grader = partial(grade_program, config=self._config) if isinstance(check, CodeTests) else self._grader
         args = (grader, text, check, deadline_s + self._orphan_grace_s)
         return self._pool.schedule(grading_worker.grade, args=args, timeout=deadline_s)
+
+    @property
+    def _first_deadline_s(self) -> float:
+        return max(_FIRST_ROUND_MIN_S, _FIRST_ROUND_SHARE * self._config.verify_timeout_s)
+
+    def _has_first_round(self, check: Check) -> bool:
+        """Returns whether a check is tried with a short deadline first. Programs take long even if nothing hangs."""
+        return not isinstance(check, CodeTests) and self._first_deadline_s < self._config.verify_timeout_s
 
     def _deadline_s(self, check: Check) -> float:
         """Returns the time after which the worker is killed. For a program, the sandbox's own deadline ends much earlier."""
@@ -223,6 +285,18 @@ def _answer_grader(config: VerifyConfig) -> Grader:
 def _module_of(grader: Any) -> str:
     function = grader.func if isinstance(grader, partial) else grader
     return str(function.__module__)
+
+
+def _warn_of_timeouts(rollouts: Sequence[Rollout]) -> None:
+    reasons = [rollout.verdict_reason for rollout in rollouts if rollout.verdict == "timeout"]
+    num_given_up = sum(reason.startswith(GIVEN_UP) for reason in reasons)
+    if num_given_up:
+        logger.warning(
+            "gradings hang: %d responses exceeded their deadline, and %d were not graded because of them "
+            "(--verify-timeouts-per-problem, --verify-max-timeouts)",
+            len(reasons) - num_given_up,
+            num_given_up,
+        )
 
 
 def _set(rollout: Rollout, verdict: Verdict, reason: str) -> None:

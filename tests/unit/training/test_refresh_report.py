@@ -7,6 +7,7 @@ from megatron_rasft import metrics
 from megatron_rasft.training.refresh import as_rollouts
 from megatron_rasft.training.refresh_report import RefreshReport
 from megatron_rasft.types import RolloutGroup, TrainingSample, Verdict
+from megatron_rasft.verify.grading_order import GIVEN_UP
 from tests.unit.training.stand_ins import response
 
 
@@ -26,6 +27,7 @@ def sample(kind: Any, weight: float) -> TrainingSample:
 def test_rollouts_are_counted_by_verdict_and_by_problem() -> None:
     groups = [group("a", "correct", "correct", "wrong"), group("b", "wrong"), group("c", "timeout")]
     groups[0].rollouts[1].filtered_by = "too short"
+    groups[2].rollouts[0].verdict_reason = f"{GIVEN_UP}others hang"
     report = RefreshReport()
     report.count_rollouts(groups)
     values = report.values()
@@ -34,11 +36,13 @@ def test_rollouts_are_counted_by_verdict_and_by_problem() -> None:
     assert values[metrics.SOLVED_PROBLEMS] == 1 / 3
     assert values[metrics.SAMPLED_PROBLEMS] == 3
     assert values[metrics.FILTERED] == 1 / 5
+    assert values[metrics.GIVEN_UP] == 1 / 5
     assert values[metrics.RESPONSE_TOKENS] == (1 + 2 + 3 + 1 + 1) / 5
     verdicts = {
         key: value for key, value in values.items() if key.endswith("_frac") and "filtered" not in key
     }
     verdicts.pop(metrics.SOLVED_PROBLEMS)
+    verdicts.pop(metrics.GIVEN_UP)
     assert verdicts == {"verify/correct_frac": 0.4, "verify/wrong_frac": 0.4, "verify/timeout_frac": 0.2}
 
 

@@ -24,6 +24,11 @@ def act_out(text: str, gold: str) -> tuple[Verdict, Any]:
     action, _, rest = text.partition(" ")
     if action == "sleep":
         time.sleep(3600)
+    elif action == "slowly":
+        time.sleep(0.3)
+    elif action == "alarm":
+        os.kill(os.getpid(), signal.SIGALRM)
+        time.sleep(3600)
     elif action == "spin":
         return "correct", len(str(10**10**10))
     elif action == "ignore_sigterm":

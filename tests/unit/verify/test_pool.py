@@ -12,6 +12,8 @@ import pytest
 
 from megatron_rasft.config.verify import VerifyConfig
 from megatron_rasft.types import CodeTests, FinishReason, Rollout
+from megatron_rasft.verify import pool as pool_module
+from megatron_rasft.verify.grading_order import GIVEN_UP
 from megatron_rasft.verify.pool import VerifierPool
 from tests.unit.verify import hostile_graders
 
@@ -126,6 +128,58 @@ def test_exception_of_on_verdict_ends_the_call_and_leaves_the_pool_usable() -> N
             pool.verify(rollouts, {"p": "5"}, interrupt)
         assert rollouts[1].verdict is None
         assert pool.verify([make_rollout("equal 5")], {"p": "5"}) == Counter(correct=1)
+
+
+@pytest.mark.timeout(120)
+def test_problem_whose_gradings_hang_costs_a_few_deadlines_and_no_other_verdict(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    hanging = [make_rollout("spin", problem_id="hangs") for _ in range(2000)]
+    fine = [make_rollout("equal 5") for _ in range(20)]
+    with hostile_pool(verify_timeout_s=0.5) as pool:
+        counts = pool.verify([*hanging, *fine], {"hangs": "5", "p": "5"})
+    assert counts == Counter(timeout=2000, correct=20)
+    assert [r.verdict_reason for r in hanging[:4]] == ["deadline of 0.5 s"] * 4
+    assert all(r.verdict_reason.startswith(GIVEN_UP) for r in hanging[4:])
+    assert "1996" in caplog.text
+    assert "--verify-timeouts-per-problem" in caplog.text
+
+
+@pytest.mark.timeout(120)
+def test_hanging_problems_share_a_number_of_deadlines_and_others_are_graded_first() -> None:
+    hanging = [make_rollout("sleep", problem_id=str(n)) for n in range(6)]
+    fine = [make_rollout("equal 5", problem_id="p") for _ in range(6)]
+    rollouts = [rollout for pair in zip(hanging, fine, strict=True) for rollout in pair]
+    fine_when_first_hanging_has_verdict = []
+
+    def look() -> None:
+        if any(r.verdict for r in hanging) and not fine_when_first_hanging_has_verdict:
+            fine_when_first_hanging_has_verdict.append(sum(r.verdict == "correct" for r in fine))
+
+    with hostile_pool(verify_max_timeouts=2, verify_timeout_s=1.0) as pool:
+        pool.verify(rollouts, {"p": "5"} | {str(n): "5" for n in range(6)}, look)
+    assert {r.verdict for r in hanging} == {"timeout"}
+    assert {r.verdict for r in fine} == {"correct"}
+    assert [r.verdict_reason.startswith(GIVEN_UP) for r in hanging] == [False] * 2 + [True] * 4
+    assert fine_when_first_hanging_has_verdict == [6]
+
+
+def test_slow_grading_within_the_deadline_gets_its_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first round cuts it off, the last does not."""
+    monkeypatch.setattr(pool_module, "_FIRST_ROUND_MIN_S", 0.1)
+    rollouts = [make_rollout("slowly 5"), make_rollout("slowly 6"), make_rollout("equal 5")]
+    with hostile_pool(verify_timeout_s=30.0) as pool:
+        monkeypatch.setattr(pool_module, "_FIRST_ROUND_SHARE", 0.0)
+        pool.verify(rollouts, {"p": "5"})
+    assert [r.verdict for r in rollouts] == ["correct", "wrong", "correct"]
+
+
+@pytest.mark.timeout(120)
+def test_worker_that_ends_itself_at_its_deadline_gives_a_timeout() -> None:
+    rollout = make_rollout("alarm")
+    with hostile_pool() as pool:
+        pool.verify([rollout], {"p": "5"})
+    assert rollout.verdict == "timeout"
 
 
 def test_no_rollouts_no_verdicts() -> None:
