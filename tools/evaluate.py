@@ -47,7 +47,7 @@ from megatron_rasft.weights.folder import HfFolder, checkpoint_fingerprint, weig
 from megatron_rasft.weights.tracker import TRACKER_FILE, has_checkpoint
 
 DRAWN_BY = (
-    "model checkpoint weights dtype temperature top_p max_new_tokens seed prompt_suffix system_prompt chat_template"
+    "model checkpoint weights dtype temperature top_p max_new_tokens seed prompt_suffix code_prompt_suffix system_prompt chat_template"
 ).split()
 """Names of all settings that influence a sample. All samples in a folder have the same values of these settings."""
 
@@ -151,7 +151,7 @@ def _sample_all(
         num_rows = len(benchmark.problems)
         if config.limit:
             benchmark.problems = benchmark.problems[: config.limit]
-        write_question = ask(benchmark, config.prompt_suffix)
+        write_question = ask(benchmark, config.prompt_suffix, config.code_prompt_suffix)
         questions = [write_question(problem) for problem in benchmark.problems]
         with Grader(benchmark, config) as grade:
             rollouts = sample_benchmark(

@@ -202,15 +202,19 @@ def _complete_prompt(
     last_user = next(message for message in reversed(messages) if message["role"] == "user")
     suffix = config.data_prompt_suffix
     if tests is not None:
-        suffix = config.data_code_prompt_suffix
-        name = tests.entry_point
-        if suffix and name and name not in last_user["content"]:
-            suffix += f" Name the function `{name}`."
+        suffix = code_suffix(last_user["content"], tests.entry_point, config.data_code_prompt_suffix)
     if not last_user["content"].endswith(suffix):
         last_user["content"] += suffix
     if config.data_system_prompt is not None and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": config.data_system_prompt})
     return messages
+
+
+def code_suffix(problem: str, entry_point: str, suffix: str) -> str:
+    """Returns what --data-code-prompt-suffix appends to a problem with tests: the suffix, and the name that the tests call."""
+    if suffix and entry_point and entry_point not in problem:
+        return f"{suffix} Name the function `{entry_point}`."
+    return suffix
 
 
 def _render_chat(

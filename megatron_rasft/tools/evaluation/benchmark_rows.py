@@ -12,6 +12,9 @@ from megatron_rasft.tools.evaluation.known_sets import Kind
 from megatron_rasft.types import Check, CodeTests, ProgramCase
 from megatron_rasft.verify.math_extraction import closed_boxes
 
+TEST_FIELDS = frozenset({"tests", "test", "test_list", "public_test_cases"})
+"""Names of the fields, in lower case, that hold the tests of a code problem."""
+
 
 @dataclass(kw_only=True, slots=True)
 class Problem:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megatron_rasft.data.reading import read_records
 from megatron_rasft.errors import DataError
-from megatron_rasft.tools.evaluation.benchmark_rows import Problem, parse_row
+from megatron_rasft.tools.evaluation.benchmark_rows import TEST_FIELDS, Problem, parse_row
 from megatron_rasft.tools.evaluation.known_sets import KNOWN_SETS, Kind, KnownSet
 
 _SUFFIXES = (".jsonl.gz", ".jsonl", ".parquet")
@@ -54,6 +54,13 @@ def find_file(known: KnownSet, folder: Path) -> Path:
             f"{found[1].relative_to(folder)}. Choose one: --benchmarks {known.name}=FILE"
         )
     return found[0]
+
+
+def _kind_of(path: Path) -> Kind:
+    """Returns ``code`` if the first row of the user's own set has tests."""
+    _, record = next(iter(read_records(path)), (0, None))
+    fields = record.items() if isinstance(record, dict) else ()
+    return "code" if any(value and str(name).lower() in TEST_FIELDS for name, value in fields) else "math"
 
 
 def read_benchmark(known: KnownSet, path: Path, accept_unknown: bool = False) -> Benchmark:
@@ -165,7 +172,7 @@ def _split_to_evaluate(clone: Path) -> list[Path]:
 
 
 def chosen(names: list[str], folder: Path | None) -> Iterator[tuple[KnownSet, Path]]:
-    """Yields set and file of each NAME or NAME=FILE. An unknown name with a file is the user's own mathematical set.
+    """Yields set and file of each NAME or NAME=FILE. An unknown name with a file is the user's own set.
 
     Raises:
         ValueError: a name without a file is unknown, or there is no folder to look in.
@@ -181,7 +188,10 @@ def chosen(names: list[str], folder: Path | None) -> Iterator[tuple[KnownSet, Pa
         if file:
             if not Path(file).is_file():
                 raise DataError(f"--benchmarks {entry}: the file {file} does not exist.")
-            yield KNOWN_SETS.get(name) or KnownSet(name=name, title=name), Path(file)
+            yield (
+                KNOWN_SETS.get(name) or KnownSet(name=name, title=name, kind=_kind_of(Path(file))),
+                Path(file),
+            )
         elif folder is None:
             raise ValueError(
                 f"--benchmarks {name} needs --data-folder DIR, or its file: --benchmarks {name}=FILE"

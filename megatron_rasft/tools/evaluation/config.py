@@ -22,7 +22,8 @@ class EvaluationConfig(FlagSection):
     """The benchmarks, the number of samples and how they are drawn."""
 
     benchmarks: list[str] = field(default_factory=lambda: list(MATH_BENCHMARKS))
-    """Names of known benchmarks, which are searched in --data-folder, or NAME=FILE. NAME may be new: a mathematical benchmark."""
+    """Names of known benchmarks, which are searched in --data-folder, or NAME=FILE. NAME may be new: a benchmark of
+    your own, of code if its rows have tests."""
 
     data_folder: str | None = None
     """Folder of benchmark files (<name>.jsonl.gz, .jsonl or .parquet), or of clones of their Hugging Face data sets."""
@@ -59,6 +60,9 @@ class EvaluationConfig(FlagSection):
 
     prompt_suffix: str = "\nPlease reason step by step, and put your final answer within \\boxed{}."
     """Appended to each mathematical problem; "" appends nothing."""
+
+    code_prompt_suffix: str = "\nWrite the solution in Python."
+    """Appended to each problem of a code benchmark of your own, as --data-code-prompt-suffix in training. "" appends nothing."""
 
     system_prompt: str | None = None
     """System message of every prompt. Unset: the default of the chat template."""

@@ -2,16 +2,28 @@
 
 from collections.abc import Callable
 
+from megatron_rasft.data.tokenizing import code_suffix
 from megatron_rasft.tools.evaluation.benchmark_rows import Problem
 from megatron_rasft.tools.evaluation.benchmarks import Benchmark
+from megatron_rasft.tools.evaluation.known_sets import KNOWN_SETS
 
 _BLOCK = "one ```python block"
 
 
-def ask(benchmark: Benchmark, prompt_suffix: str) -> Callable[[Problem], str]:
-    """Returns a function that writes a problem of this set as a message. ``prompt_suffix`` is for mathematics only."""
+def ask(benchmark: Benchmark, prompt_suffix: str, code_prompt_suffix: str) -> Callable[[Problem], str]:
+    """Returns a function that writes a problem of this set as a message.
+
+    Args:
+        benchmark: the set.
+        prompt_suffix: appended to mathematical problems.
+        code_prompt_suffix: appended to the problems of the user's own code sets, which are asked as in training.
+    """
     if benchmark.kind == "math":
         return lambda problem: problem.text + prompt_suffix
+    if benchmark.name not in KNOWN_SETS:
+        return lambda problem: (
+            problem.text + code_suffix(problem.text, problem.tests.get("entry_point", ""), code_prompt_suffix)
+        )
     return _ask_for_code
 
 

@@ -163,7 +163,7 @@ def test_own_set_is_read_and_marked(tmp_path: Path) -> None:
     benchmark = read_benchmark(known, found)
     assert [(p.problem_id, p.answer) for p in benchmark.problems] == [("own/1", "4"), ("own/2", "0.5")]
     assert not benchmark.is_verified
-    assert ask(benchmark, " Box it.")(benchmark.problems[0]) == "2+2? Box it."
+    assert ask(benchmark, " Box it.", "")(benchmark.problems[0]) == "2+2? Box it."
 
 
 def test_wrong_choices_are_refused(tmp_path: Path) -> None:
