@@ -165,7 +165,7 @@ def restrict_paths(readable: Iterable[Path], writable: Path) -> bool:
 def set_limits(
     *, memory_bytes: int, cpu_s: int, file_bytes: int, num_files: int, num_processes: int | None
 ) -> None:
-    """Sets hard limits of this process. The limits of core dumps, locked memory and message queues are 0.
+    """Sets hard limits of this process. Those of core dumps, locked memory, message queues and queued signals are 0.
 
     Args:
         memory_bytes: address space, including the process's present size.
@@ -183,6 +183,8 @@ def set_limits(
         resource.RLIMIT_CORE: 0,
         resource.RLIMIT_MEMLOCK: 0,
         resource.RLIMIT_MSGQUEUE: 0,
+        # Counts the queued signals and timers of the user's processes together
+        resource.RLIMIT_SIGPENDING: 0,
     }
     if num_processes is not None:
         limits[resource.RLIMIT_NPROC] = num_processes
