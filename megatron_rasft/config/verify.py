@@ -49,9 +49,10 @@ class VerifyConfig(FlagSection):
     """Relative difference up to which two numbers are equal; 0 requires equal numbers. Physics benchmarks with rounded answers
     (Minerva) are commonly scored with 1e-4."""
 
-    verify_sandbox_level: SandboxLevel = "limits"
+    verify_sandbox_level: SandboxLevel = "landlock"
     """Weakest protection under which programs that a model wrote may run. The strongest protection that the machine allows is used:
-    namespaces, then landlock, then limits. docs/sandbox.md describes them."""
+    namespaces, then landlock, then limits. docs/sandbox.md describes them. At limits, programs can find out which files exist, and
+    tests can read every file of the user."""
 
     verify_code_timeout_s: PositiveFloat = 20.0
     """Deadline for one program with all its tests (or with one case, if cases are run one by one), seconds of wall time. Its

@@ -17,7 +17,7 @@ CHARACTERS = string.printable[:97]
 FLAGS = [
     *("--data-prompt-suffix", "", "--data-code-prompt-suffix", "", "--no-verify-filter-too-short"),
     *("--verify-num-workers", "1", "--verify-code-timeout-s", "60", "--rasft-refresh-interval", "3"),
-    *("--lr-decay-style", "constant", "--lr-warmup-iters", "0"),
+    *("--lr-decay-style", "constant", "--lr-warmup-iters", "0", "--verify-sandbox-level", "limits"),
 ]
 
 

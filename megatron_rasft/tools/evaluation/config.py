@@ -76,8 +76,9 @@ class EvaluationConfig(FlagSection):
     verify_num_workers: NonNegativeInt = 0
     """Grading processes. 0: one per two CPU cores."""
 
-    sandbox_level: SandboxLevel = "limits"
-    """Weakest protection under which programs that a model wrote may run; namespaces is the strongest."""
+    sandbox_level: SandboxLevel = "landlock"
+    """Weakest protection under which programs that a model wrote may run; namespaces is the strongest. docs/sandbox.md describes
+    them."""
 
     code_timeout_s: PositiveFloat = 60.0
     """Deadline for a program with all its tests, or with one case of standard input and output, seconds of wall time. The slowest

@@ -21,6 +21,8 @@ _MS_BIND, _MS_REC, _MS_PRIVATE = 4096, 16384, 1 << 18
 _MNT_DETACH = 2
 _AT_FDCWD, _AT_RECURSIVE = -100, 0x8000
 _NOBODY = 65534
+# System calls that are newer than 424 have the same number on every architecture
+_LANDLOCK_CREATE, _LANDLOCK_ADD, _LANDLOCK_RESTRICT = 444, 445, 446
 
 
 def die_with_parent() -> None:
@@ -125,6 +127,15 @@ def drop_privileges(to_nobody: bool) -> None:
     kernel_calls.prctl(kernel_calls.PR_SET_NO_NEW_PRIVS, 1, "PR_SET_NO_NEW_PRIVS")
 
 
+def landlock_version() -> int:
+    """Returns the version of Landlock that the kernel has.
+
+    Raises:
+        OSError: the kernel does not have Landlock, or this process may not use it.
+    """
+    return kernel_calls.call(_LANDLOCK_CREATE, "landlock_create_ruleset", None, ctypes.c_size_t(0), 1)
+
+
 def restrict_paths(readable: Iterable[Path], writable: Path) -> bool:
     """Restricts this process by Landlock: reads only below ``readable``, changes files only below ``writable``.
 
@@ -137,27 +148,29 @@ def restrict_paths(readable: Iterable[Path], writable: Path) -> bool:
     Raises:
         OSError: the kernel does not have Landlock, or this process may not use it.
     """
-    # System calls that are newer than 424 have the same number on every architecture
-    create, add, restrict = 444, 445, 446
-    abi = kernel_calls.call(create, "landlock_create_ruleset", None, ctypes.c_size_t(0), 1)
+    abi = landlock_version()
     # The rights of linux/landlock.h that each ABI version knows: 13 at first, then REFER, TRUNCATE and IOCTL_DEV
     known = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(abi, 16)) - 1
     # struct landlock_ruleset_attr: rights to files, to the network (left to seccomp), scope (abstract sockets, signals).
     # A kernel before ABI 6 refuses a structure longer than its own, unless the additional fields are zero
     attributes = struct.pack("QQQ", known, 0, 0b11)
     size = 24 if abi >= 6 else 8
-    ruleset = kernel_calls.call(create, "landlock_create_ruleset", attributes, ctypes.c_size_t(size), 0)
+    ruleset = kernel_calls.call(
+        _LANDLOCK_CREATE, "landlock_create_ruleset", attributes, ctypes.c_size_t(size), 0
+    )
     read, read_file = 0b1101 & known, 0b0101 & known  # rights to execute, to read files and to read folders
     rules = [(path, read if path.is_dir() else read_file) for path in readable if path.exists()]
     rules += [(writable, known), (Path(os.devnull), 0b0110 & known)]
     for path, access in rules:
         fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
         try:
-            kernel_calls.call(add, f"landlock_add_rule {path}", ruleset, 1, struct.pack("=Qi", access, fd), 0)
+            kernel_calls.call(
+                _LANDLOCK_ADD, f"landlock_add_rule {path}", ruleset, 1, struct.pack("=Qi", access, fd), 0
+            )
         finally:
             os.close(fd)
     kernel_calls.prctl(kernel_calls.PR_SET_NO_NEW_PRIVS, 1, "PR_SET_NO_NEW_PRIVS")
-    kernel_calls.call(restrict, "landlock_restrict_self", ruleset, 0)
+    kernel_calls.call(_LANDLOCK_RESTRICT, "landlock_restrict_self", ruleset, 0)
     os.close(ruleset)
     return abi >= 3
 

@@ -86,6 +86,8 @@ def main(level: str, packages: str, control_fd: int, parent_pid: int) -> None:
             confinement.enter_bare_root(_readable_paths())
         else:
             confinement.adopt_orphans()
+        if level == "landlock":
+            confinement.landlock_version()
     except OSError as error:
         control.send(json.dumps({"failed": str(error)}).encode())
         return

@@ -89,8 +89,10 @@ class Sandbox:
             failures.append(f"{level}: {failure}")
         raise SandboxError(
             f"--verify-sandbox-level {config.verify_sandbox_level} is not available on this machine "
-            f"({'; '.join(failures) or 'no level was tried'}). Allow it in the container or the kernel, use another "
-            f"machine, or accept a weaker level. From strong to weak: {', '.join(LEVELS)}."
+            f"({'; '.join(failures) or 'no level was tried'}). Programs that the model writes would run with less "
+            "protection. Allow user namespaces or Landlock in the container or the kernel, use another machine, or accept a "
+            f"weaker level with --verify-sandbox-level (tools/evaluate.py: --sandbox-level); docs/sandbox.md describes "
+            f"the levels. From strong to weak: {', '.join(LEVELS)}."
         )
 
     def _try_level(self) -> str:

@@ -256,7 +256,8 @@ def test_answers_and_programs_are_verified_in_one_call() -> None:
     }
     rollouts = [make_rollout(text, problem_id=kind) for kind, some in texts.items() for text in some]
     rollouts.append(make_rollout("def f(x): return x * x", "length", problem_id="code"))
-    with VerifierPool(VerifyConfig(verify_num_workers=2, verify_code_timeout_s=4.0)) as pool:
+    config = VerifyConfig(verify_num_workers=2, verify_code_timeout_s=4.0, verify_sandbox_level="limits")
+    with VerifierPool(config) as pool:
         counts = pool.verify(rollouts, {"code": tests, "mathematics": "4", "nothing": ""})
     verdicts = [r.verdict for r in rollouts]
     assert verdicts == ["correct", "wrong", "wrong", "wrong", "correct", "wrong", "unverifiable", "wrong"]

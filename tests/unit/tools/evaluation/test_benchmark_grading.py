@@ -15,7 +15,7 @@ from megatron_rasft.tools.evaluation.known_sets import KNOWN_SETS
 from megatron_rasft.types import FinishReason, Rollout
 
 DATA = Path(__file__).parents[5] / "shared" / "data" / "evaluation"
-CONFIG = EvaluationConfig(verify_num_workers=1, verify_timeout_s=60)
+CONFIG = EvaluationConfig(verify_num_workers=1, verify_timeout_s=60, sandbox_level="limits")
 
 
 def respond(problem_id: str, text: str, finish_reason: FinishReason = "stop") -> Rollout:

@@ -7,12 +7,25 @@ import pytest
 from megatron_rasft.config.verify import SandboxLevel, VerifyConfig
 from megatron_rasft.verify.programs.sandbox import LEVELS, Sandbox, SandboxError
 
+PATIENT = VerifyConfig(verify_code_timeout_s=120.0, verify_sandbox_level="limits")
+"""Accepts every level, because the tests run on machines that allow only the weakest."""
+
+
+def tight(timeout_s: float) -> VerifyConfig:
+    """Returns limits for hostile programs."""
+    return VerifyConfig(
+        verify_code_timeout_s=timeout_s,
+        verify_code_memory_mib=256,
+        verify_code_output_mib=16,
+        verify_sandbox_level="limits",
+    )
+
 
 @pytest.fixture(scope="session", params=LEVELS)
 def sandbox(request: pytest.FixtureRequest) -> Iterator[Sandbox]:
     """A sandbox of each level with tight limits and a deadline of 2 s, for hostile programs."""
     level: SandboxLevel = request.param
-    config = VerifyConfig(verify_code_timeout_s=2.0, verify_code_memory_mib=256, verify_code_output_mib=16)
+    config = tight(2.0)
     try:
         made = Sandbox(config, [level])
     except SandboxError as error:
@@ -24,7 +37,7 @@ def sandbox(request: pytest.FixtureRequest) -> Iterator[Sandbox]:
 @pytest.fixture(scope="session")
 def brief_sandbox(sandbox: Sandbox) -> Iterator[Sandbox]:
     """A sandbox of the same level with a deadline of 0.5 s, for programs that only wait for it."""
-    config = VerifyConfig(verify_code_timeout_s=0.5, verify_code_memory_mib=256, verify_code_output_mib=16)
+    config = tight(0.5)
     with Sandbox(config, [sandbox.level]) as made:
         yield made
 
@@ -32,12 +45,12 @@ def brief_sandbox(sandbox: Sandbox) -> Iterator[Sandbox]:
 @pytest.fixture(scope="session")
 def patient_sandbox(sandbox: Sandbox) -> Iterator[Sandbox]:
     """A sandbox of the same level with a deadline of 120 s, for programs that must end by themselves on a busy machine."""
-    with Sandbox(VerifyConfig(verify_code_timeout_s=120.0), [sandbox.level]) as made:
+    with Sandbox(PATIENT, [sandbox.level]) as made:
         yield made
 
 
 @pytest.fixture(scope="session")
 def strongest_sandbox() -> Iterator[Sandbox]:
     """A sandbox of the strongest level with a deadline of 120 s, for tests that do not depend on the level."""
-    with Sandbox(VerifyConfig(verify_code_timeout_s=120.0)) as made:
+    with Sandbox(PATIENT) as made:
         yield made

@@ -2,7 +2,6 @@
 
 import pytest
 
-from megatron_rasft.config.verify import VerifyConfig
 from megatron_rasft.types import CodeTests, ProgramCase
 from megatron_rasft.verify.programs.program_grading import (
     find_sandbox_level,
@@ -11,6 +10,7 @@ from megatron_rasft.verify.programs.program_grading import (
     run_tests,
 )
 from megatron_rasft.verify.programs.sandbox import Sandbox
+from tests.unit.verify.programs.conftest import PATIENT
 
 
 @pytest.mark.parametrize(
@@ -93,20 +93,19 @@ def test_order_of_sets_is_the_same_in_every_run() -> None:
     program = "def f(): return list({'a', 'b', 'c', 'd', 'e'})"
     reasons = set()
     for _ in range(2):
-        with Sandbox(VerifyConfig()) as fresh:
+        with Sandbox(PATIENT) as fresh:
             reasons.add(fresh.judge(program, tests))
     assert len(reasons) == 1
 
 
 def test_grading_takes_the_program_from_a_response() -> None:
     tests = CodeTests(style="asserts", tests=("assert f(2) == 4",), entry_point="f")
-    config = VerifyConfig(verify_code_timeout_s=120.0)
-    assert grade_program("So:\n```python\ndef f(x): return x * x\n```\n", tests, config)[0] == "correct"
-    assert grade_program("I do not know.", tests, config)[0] == "wrong"
-    assert grade_program("", tests, config) == ("wrong", "no program")
+    assert grade_program("So:\n```python\ndef f(x): return x * x\n```\n", tests, PATIENT)[0] == "correct"
+    assert grade_program("I do not know.", tests, PATIENT)[0] == "wrong"
+    assert grade_program("", tests, PATIENT) == ("wrong", "no program")
     no_tests = CodeTests(style="asserts")
-    assert grade_program("def f(x): return 4", no_tests, config) == ("unverifiable", "no tests")
+    assert grade_program("def f(x): return 4", no_tests, PATIENT) == ("unverifiable", "no tests")
 
 
 def test_level_that_a_run_reports_is_the_one_that_a_sandbox_reaches(strongest_sandbox: Sandbox) -> None:
-    assert find_sandbox_level(VerifyConfig()) == strongest_sandbox.level
+    assert find_sandbox_level(PATIENT) == strongest_sandbox.level

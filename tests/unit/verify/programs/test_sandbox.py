@@ -17,6 +17,8 @@ import psutil
 import pytest
 
 from megatron_rasft.config.verify import VerifyConfig
+from megatron_rasft.tools.evaluation.benchmark_grading import verify_config
+from megatron_rasft.tools.evaluation.config import EvaluationConfig
 from megatron_rasft.types import CodeTests, ProgramCase
 from megatron_rasft.verify.programs import confinement
 from megatron_rasft.verify.programs.program_grading import run_tests
@@ -236,7 +238,7 @@ def test_environment_is_cleared(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatc
         entry_point="f",
     )
     monkeypatch.setenv("RASFT_SECRET", "x")
-    with Sandbox(VerifyConfig(), [sandbox.level]) as fresh:
+    with Sandbox(VerifyConfig(verify_sandbox_level="limits"), [sandbox.level]) as fresh:
         assert fresh.judge(program, tests)[0] == "correct"
 
 
@@ -265,7 +267,7 @@ def test_files_of_a_program_are_limited_and_removed(sandbox: Sandbox, name: str)
 
 def test_a_launcher_that_is_killed_costs_one_check(sandbox: Sandbox) -> None:
     before = launchers_of(os.getpid())
-    with Sandbox(VerifyConfig(), [sandbox.level]) as fresh:
+    with Sandbox(VerifyConfig(verify_sandbox_level="limits"), [sandbox.level]) as fresh:
         (launcher,) = set(launchers_of(os.getpid())) - set(before)
         # At the level namespaces, the first process of the namespace does the work and dies after its parent
         processes = [launcher, *launcher.children()]
@@ -288,7 +290,7 @@ import json, sys
 from megatron_rasft.config.verify import VerifyConfig
 from megatron_rasft.types import CodeTests
 from megatron_rasft.verify.programs.sandbox import Sandbox
-sandbox = Sandbox(VerifyConfig(), [sys.argv[1]])
+sandbox = Sandbox(VerifyConfig(verify_sandbox_level="limits"), [sys.argv[1]])
 print("ready", flush=True)
 sandbox.judge("import time; time.sleep(10**6)", CodeTests(style="asserts", tests=("f(1)",), entry_point="f"))
 """
@@ -319,6 +321,14 @@ def test_level_that_is_not_available_is_refused() -> None:
     config = VerifyConfig(verify_sandbox_level="namespaces")
     with pytest.raises(SandboxError, match="--verify-sandbox-level namespaces"):
         Sandbox(config, ["landlock", "limits"])
+
+
+def test_a_machine_that_allows_only_the_weakest_level_is_refused_unless_it_is_accepted() -> None:
+    for config in (VerifyConfig(), verify_config(EvaluationConfig())):
+        with pytest.raises(SandboxError, match=r"--verify-sandbox-level landlock.* --sandbox-level"):
+            Sandbox(config, ["limits"])
+    with Sandbox(VerifyConfig(verify_sandbox_level="limits"), ["limits"]) as accepted:
+        assert accepted.level == "limits"
 
 
 def test_verdict_is_json_and_short(sandbox: Sandbox) -> None:
