@@ -20,7 +20,7 @@ from megatron_rasft.config.parser import add_flags
 from megatron_rasft.data.reading import DataReport, Row, RowFault, read_records, read_rows
 from megatron_rasft.data.tokenizer import Tokenizer, open_tokenizer
 from megatron_rasft.data.tokenizing import build_demonstrations, collect_demonstrations
-from megatron_rasft.errors import DataError
+from megatron_rasft.errors import DataError, ModelFolderError
 from megatron_rasft.files import write_json
 from megatron_rasft.tools import cli
 from megatron_rasft.tools.data.contamination import find_contamination
@@ -97,7 +97,11 @@ def decontaminate(args: argparse.Namespace, config: DataConfig) -> int:
         )
     records = [record for file in config.train_data for _, record in read_records(Path(file))]
     rows = read_rows(config, require_answer=False)
-    problems = ((row.problem_id, row.problem) for row in rows if isinstance(row, Row))
+    problems = (
+        (row.problem_id, *(message["content"] for message in row.messages))
+        for row in rows
+        if isinstance(row, Row)
+    )
     found = find_contamination(
         problems, [Path(file) for file in args.decontaminate], args.overlap_ngram, args.overlap_share
     )
@@ -184,7 +188,8 @@ def _add_overlap_flags(command: argparse.ArgumentParser) -> None:
         type=int,
         default=13,
         metavar="N",
-        help="Number of words of an n-gram, >= 1 (default: 13).",
+        help="Number of words of an n-gram, >= 1 (default: 13). In scripts without spaces between words, such as Chinese and "
+        "Japanese, each character is a word.",
     )
     command.add_argument(
         "--overlap-share",
@@ -205,7 +210,10 @@ def _load_tokenizer(folder: str) -> Tokenizer:
         raise ValueError(
             f"--tokenizer must be a folder, got {folder!r}. Give a Hugging Face folder on this machine."
         )
-    return open_tokenizer(folder)
+    try:
+        return open_tokenizer(folder)
+    except ModelFolderError as error:
+        raise ValueError(f"--tokenizer: {error}") from error
 
 
 if __name__ == "__main__":

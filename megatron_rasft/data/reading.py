@@ -2,12 +2,12 @@
 
 import gzip
 import json
-import math
 import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -172,16 +172,16 @@ def read_rows(
             num_rows += 1
             source = f"{path}:{line}"
             try:
-                if isinstance(record, _Fault):
+                if isinstance(record, FieldError):
                     raise record
                 row = _parse_record(
                     record, config, require_answer, source=source, default_id=f"{label}:{line}"
                 )
                 if row.problem_id in first_seen:
-                    raise _Fault(
+                    raise FieldError(
                         "duplicate id", f"{row.problem_id!r} is also at {first_seen[row.problem_id]}"
                     )
-            except _Fault as fault:
+            except FieldError as fault:
                 yield RowFault(source=source, reason=fault.reason, detail=fault.detail)
                 continue
             first_seen[row.problem_id] = source
@@ -190,11 +190,11 @@ def read_rows(
             raise DataError(f"{path} has no rows. Write demonstrations to it, or remove it from {flag}.")
 
 
-class _Fault(Exception):
-    """Raised inside this module for a row that cannot be used. ``read_rows`` turns it into a RowFault."""
+class FieldError(ValueError):
+    """A row, or one of its fields, cannot be used. ``read_rows`` turns it into a RowFault."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
-        super().__init__(reason)
+        super().__init__(f"{reason} ({detail})" if detail else reason)
         self.reason = reason
         self.detail = detail
 
@@ -235,7 +235,7 @@ def read_records(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _read_records(path: Path, config: DataConfig) -> Iterator[tuple[int, Any]]:
-    """Yields (line, parsed JSON or _Fault) of each row. Lines count from 1; blank lines are skipped."""
+    """Yields (line, parsed JSON or FieldError) of each row. Lines count from 1; blank lines are skipped."""
     if path.suffix == ".parquet":
         yield from _read_parquet(path, config)
     else:
@@ -248,17 +248,37 @@ def _read_lines(path: Path) -> Iterator[tuple[int, Any]]:
     try:
         # Binary mode: only a line feed ends a row, and invalid UTF-8 makes one row faulty instead of the whole file.
         with gzip.open(path, "rb") if is_gzip else open(path, "rb") as stream:
+            is_first = True
             for raw in stream:
                 line += 1
                 if line == 1:
                     raw = raw.removeprefix(b"\xef\xbb\xbf")
                 if raw.strip():
-                    yield line, _parse_json(raw)
+                    record = _parse_json(raw)
+                    if is_first:
+                        _refuse_other_layout(path, raw.strip(), record)
+                    is_first = False
+                    yield line, record
     except (OSError, EOFError, zlib.error) as error:
         kind = "gzip file" if is_gzip else "file"
         raise DataError(
             f"{path} is not a readable {kind} after line {line}: {error}. Copy it again, or create it again."
         ) from error
+
+
+def _refuse_other_layout(path: Path, first_line: bytes, record: Any) -> None:
+    """Refuses a file that is a JSON array, or one value over several lines, instead of naming a fault of each line."""
+    is_array = first_line == b"[" or (
+        first_line.startswith((b"[{", b"[ {"))
+        if isinstance(record, FieldError)
+        else isinstance(record, list) and any(isinstance(row, dict) for row in record)
+    )
+    if is_array or first_line == b"{":
+        kind = "a JSON array" if is_array else "one JSON object over several lines"
+        raise DataError(
+            f"{path} is {kind}, but a file needs one row a line. Convert it: jq -c '{'.[]' if is_array else '.'}' FILE > "
+            "ROWS.jsonl"
+        )
 
 
 def _read_parquet(path: Path, config: DataConfig) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -296,7 +316,7 @@ def _read_table(path: Path, choose: Callable[[list[str]], list[str]]) -> Iterato
                 for record in batch.to_pylist():
                     line += 1
                     yield line, record
-    except (OSError, pyarrow.ArrowException) as error:
+    except (OSError, pyarrow.ArrowException, UnicodeDecodeError, OverflowError) as error:
         raise DataError(
             f"{path} is not a readable parquet file after row {line}: {error}. Copy it again, or create it again."
         ) from error
@@ -306,17 +326,17 @@ def _parse_json(raw: bytes) -> Any:
     try:
         return json.loads(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
-        return _Fault("not UTF-8", f"byte {error.start} of the line")
+        return FieldError("not UTF-8", f"byte {error.start} of the line")
     except json.JSONDecodeError as error:
-        return _Fault("not JSON", f"{error.msg}, character {error.colno} of the line")
+        return FieldError("not JSON", f"{error.msg}, character {error.colno} of the line")
     # raised for numbers with more than 4,300 digits and for deep nesting
     except (ValueError, RecursionError):
-        return _Fault("not JSON", "a number or nesting exceeds Python's limits")
+        return FieldError("not JSON", "a number or nesting exceeds Python's limits")
 
 
 def _parse_record(record: Any, config: DataConfig, require_answer: bool, source: str, default_id: str) -> Row:
     if not isinstance(record, dict):
-        raise _Fault("not a JSON object", f"it is a {type(record).__name__}")
+        raise FieldError("not a JSON object", f"it is a {type(record).__name__}")
 
     def is_present(name: str) -> bool:
         return record.get(name) is not None
@@ -333,12 +353,16 @@ def _parse_record(record: Any, config: DataConfig, require_answer: bool, source:
         response = messages.pop()["content"]
         problem = next(message["content"] for message in reversed(messages) if message["role"] == "user")
     tests = _parse_tests(record, config.data_tests_field)
+    needs_answer = require_answer and tests is None
+    if needs_answer and _is_blank(record.get(config.data_answer_field)) and config.data_tests_field in record:
+        if record[config.data_tests_field] is not None:
+            raise FieldError(f'"{config.data_tests_field}" is empty')
     return Row(
         problem_id=_parse_id(record, config.data_id_field) or default_id,
         source=source,
         problem=problem,
         response=response,
-        answer=_parse_answer(record, config.data_answer_field, require_answer and tests is None),
+        answer=_parse_answer(record, config.data_answer_field, needs_answer),
         tests=tests,
         messages=messages,
     )
@@ -347,52 +371,82 @@ def _parse_record(record: Any, config: DataConfig, require_answer: bool, source:
 def _parse_text(record: dict[str, Any], name: str) -> str:
     value = record.get(name)
     if value is None:
-        raise _Fault(f'no "{name}"', f"the row has {', '.join(map(str, record)) or 'no fields'}")
-    return _check_text(value, f'"{name}"')
+        raise FieldError(f'no "{name}"', f"the row has {', '.join(map(str, record)) or 'no fields'}")
+    return check_text(value, f'"{name}"')
 
 
-def _check_text(value: Any, what: str) -> str:
+def check_text(value: Any, what: str) -> str:
+    """Returns ``value`` if it is text that a tokenizer can read and that is not blank.
+
+    Raises:
+        FieldError: the value is something else. ``what`` names it.
+    """
     if not isinstance(value, str):
-        raise _Fault(f"{what} is not text", f"it is a {type(value).__name__}")
+        raise FieldError(f"{what} is not text", f"it is a {type(value).__name__}")
     if not value.strip():
-        raise _Fault(f"{what} is empty")
+        raise FieldError(f"{what} is empty")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:  # JSON allows half of a surrogate pair, tokenizers do not
-        raise _Fault(f"{what} is not valid Unicode", f"character {error.start}") from None
+        raise FieldError(f"{what} is not valid Unicode", f"character {error.start}") from None
     return value
+
+
+def _is_blank(value: Any) -> bool:
+    """Returns whether a field holds nothing. In a table, rows without a value often have an empty text or list."""
+    if isinstance(value, list):
+        return all(_is_blank(item) for item in value)
+    return value is None or (isinstance(value, str) and not value.strip())
 
 
 def _parse_answer(record: dict[str, Any], name: str, require_answer: bool) -> str | None:
     value = record.get(name)
-    is_blank = value is None or (isinstance(value, str) and not value.strip())
-    if is_blank and not require_answer:
+    if not require_answer and not isinstance(value, list) and _is_blank(value):
         return None
-    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-        return str(value)
-    return _parse_text(record, name)
+    return gold_text(value, name) if value is not None else _parse_text(record, name)
+
+
+def gold_text(value: Any, name: str) -> str:
+    """Returns a gold answer as text. Training and evaluation accept and refuse the same values.
+
+    Args:
+        value: the field's value: text or a finite number.
+        name: name of the field, for messages.
+
+    Raises:
+        FieldError: the value is something else, such as a boolean, NaN, a list or an object.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float | Decimal):
+        return check_text(value, f'"{name}"')
+    number = Decimal(str(value))
+    if not number.is_finite():
+        raise FieldError(f'"{name}" is not a finite number', f"it is {value}")
+    # never in the form 1e-07, which is a product in mathematical notation
+    text = format(number, "f")
+    # a table has 2.0 for 2 if the column also has empty fields
+    return text.removesuffix(".0") if isinstance(value, float) else text
 
 
 def _parse_tests(record: dict[str, Any], name: str) -> CodeTests | None:
     value = record.get(name)
-    if value is None:
+    if _is_blank(value):
         return None
     scripts = value if isinstance(value, list) else [value]
-    if not scripts:
-        raise _Fault(f'"{name}" is empty')
-    scripts = [_check_text(script, f'"{name}"') for script in scripts]
-    entry_point, setup, style = (record.get(field) for field in _TESTS_COMPANIONS)
+    scripts = [check_text(script, f'"{name}"') for script in scripts]
+    entry_point, setup, style = (
+        None if _is_blank(record.get(field)) else record[field] for field in _TESTS_COMPANIONS
+    )
     if entry_point is not None and not (isinstance(entry_point, str) and entry_point.isidentifier()):
-        raise _Fault('"entry_point" is not a function name', repr(entry_point)[:50])
+        raise FieldError('"entry_point" is not a function name', repr(entry_point)[:50])
     if setup is not None and not isinstance(setup, str):
-        raise _Fault('"test_setup_code" is not text', f"it is a {type(setup).__name__}")
+        raise FieldError('"test_setup_code" is not text', f"it is a {type(setup).__name__}")
     if style is not None and style not in _TEST_STYLES:
-        raise _Fault(
+        raise FieldError(
             "unknown test_style", f"the row has {str(style)[:50]!r}; known styles: {', '.join(_TEST_STYLES)}"
         )
     style = style or _style_of("\n".join(scripts))
     if style == "check" and entry_point is None:
-        raise _Fault('tests of style "check" need an "entry_point"')
+        raise FieldError('tests of style "check" need an "entry_point"')
     return CodeTests(style=style, tests=tuple(scripts), entry_point=entry_point or "", setup=setup or "")
 
 
@@ -410,25 +464,25 @@ def _parse_id(record: dict[str, Any], name: str) -> str | None:
         return None
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
-    return _check_text(value, f'"{name}"')
+    return check_text(value, f'"{name}"')
 
 
 def _parse_messages(value: Any, name: str) -> list[Message]:
     """Returns the chat after checking it: it needs a user message, and an assistant message at its end."""
     if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
-        raise _Fault(f'"{name}" is not a list of messages')
+        raise FieldError(f'"{name}" is not a list of messages')
     for index, message in enumerate(value):
         role = message.get("role")
         if role not in CHAT_ROLES:
-            raise _Fault(
+            raise FieldError(
                 "unknown chat role", f"message {index} has {role!r}; known roles: {', '.join(CHAT_ROLES)}"
             )
         try:
-            _check_text(message.get("content"), f'content of a message in "{name}"')
-        except _Fault as fault:
-            raise _Fault(fault.reason, f"message {index}") from None
+            check_text(message.get("content"), f'content of a message in "{name}"')
+        except FieldError as fault:
+            raise FieldError(fault.reason, f"message {index}") from None
     if not value or value[-1]["role"] != "assistant":
-        raise _Fault(f'"{name}" does not end with an assistant message')
+        raise FieldError(f'"{name}" does not end with an assistant message')
     if all(message["role"] != "user" for message in value):
-        raise _Fault(f'"{name}" has no user message')
+        raise FieldError(f'"{name}" has no user message')
     return [{"role": message["role"], "content": message["content"]} for message in value]

@@ -1,8 +1,9 @@
-"""Finds training problems that occur in a benchmark: exact copies, equal ids, and shared n-grams of words."""
+"""Finds training rows whose prompts contain a benchmark's problem: exact copies, equal ids, and shared n-grams of words."""
 
 import re
+import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,16 @@ from nltk.util import ngrams
 from megatron_rasft.data.reading import read_records
 from megatron_rasft.errors import DataError
 
-_WORD = re.compile(r"[^\W_]+")
+_UNSPACED = (
+    "\u0e00-\u0eff"  # Thai, Lao
+    "\u1000-\u109f"  # Myanmar
+    "\u1780-\u17ff"  # Khmer
+    "\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff"  # Japanese
+    "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # Chinese characters
+)
+"""Characters of scripts that are written without spaces between words."""
+
+_WORD = re.compile(rf"(?=[^\W_])[{_UNSPACED}]|[^\W_{_UNSPACED}]+")
 _TEXT_FIELDS = ("problem", "question", "text", "prompt", "question_content")
 
 Gram = tuple[str, ...]
@@ -108,17 +118,22 @@ class Contamination:
 
 
 def words_of(text: str) -> list[str]:
-    """Returns the words of a text: runs of letters and digits, in lower case. The name of a LaTeX command is a word too."""
-    return _WORD.findall(text.lower())
+    """Returns the words of a text: runs of letters and digits, in lower case. The name of a LaTeX command is a word too.
+
+    In scripts that are written without spaces, such as Chinese, Japanese and Thai, each character counts as a word. Full-width
+    letters and digits count as the ordinary ones.
+    """
+    return _WORD.findall(unicodedata.normalize("NFKC", text).lower())
 
 
 def find_contamination(
-    problems: Iterable[tuple[str, str]], benchmarks: Iterable[Path], n: int = 13, max_share: float = 0.5
+    problems: Iterable[Sequence[str]], benchmarks: Iterable[Path], n: int = 13, max_share: float = 0.5
 ) -> Contamination:
     """Compares training problems with benchmarks.
 
     Args:
-        problems: id and text of each training problem.
+        problems: id of each training row, and the text of each of its prompt's messages. The n-grams of all messages count,
+            and a copy is exact if one message has the words of the benchmark row.
         benchmarks: files of benchmark rows in any of the usual layouts. Answers and tests are not compared.
         n: words per n-gram.
         max_share: a training row is dropped if it contains at least this share of a benchmark row's n-grams, is an
@@ -141,7 +156,8 @@ def find_contamination(
             overlap.num_rows += 1
             overlap.num_short += not grams
             sizes[row] = len(grams)
-            by_words[tuple(words)].append(row)
+            if words:
+                by_words[tuple(words)].append(row)
             if not name.isdigit():
                 by_id[name].append(row)
             for gram in grams:
@@ -150,11 +166,11 @@ def find_contamination(
     found: dict[tuple[int, str], set[Gram]] = defaultdict(set)
     dropped: dict[int, tuple[float, str]] = {}
     num_train_rows = 0
-    for train_row, (train_id, problem) in enumerate(problems):
+    for train_row, (train_id, *messages) in enumerate(problems):
         num_train_rows += 1
-        words = words_of(problem)
+        turns = [tuple(words_of(message)) for message in messages]
         shared: dict[tuple[int, str], int] = defaultdict(int)
-        for gram in set(ngrams(words, n)) if len(words) >= n else ():
+        for gram in {gram for words in turns if len(words) >= n for gram in ngrams(words, n)}:
             for row in index.get(gram, ()):
                 shared[row] += 1
                 found[row].add(gram)
@@ -167,7 +183,7 @@ def find_contamination(
         for number, name in by_id.get(train_id, ()):
             overlaps[number].same_id[name] = train_row
             dropped[train_row] = (1.0, f"has the id of {name} ({overlaps[number].path.name})")
-        for number, name in by_words.get(tuple(words), ()):
+        for number, name in (row for words in turns for row in by_words.get(words, ())):
             overlaps[number].exact[name].add(train_row)
             dropped[train_row] = (1.0, f"is {name} ({overlaps[number].path.name})")
     for (number, name), grams in found.items():

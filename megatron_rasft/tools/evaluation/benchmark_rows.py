@@ -8,6 +8,7 @@ import zlib
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_rasft.data.reading import FieldError, check_text, gold_text
 from megatron_rasft.tools.evaluation.known_sets import Kind
 from megatron_rasft.types import Check, CodeTests, ProgramCase
 from megatron_rasft.verify.math_extraction import closed_boxes
@@ -59,18 +60,27 @@ def parse_row(record: dict[str, Any], kind: Kind, default_id: str) -> Problem:
         default_id: id for a row without an id.
 
     Raises:
-        KeyError, ValueError, TypeError: a field is missing or cannot be used.
+        FieldError: a field is missing or cannot be used.
     """
     parse = _parse_math if kind == "math" else _parse_code
     return parse({str(name).lower(): value for name, value in record.items()}, default_id)
 
 
-def _first(record: dict[str, Any], *names: str) -> Any:
-    """Returns the first field that has a value. A KeyError names the first of ``names``, which is this project's name."""
+def _first(record: dict[str, Any], *names: str) -> tuple[str, Any]:
+    """Returns name and value of the first field that has a value.
+
+    Raises:
+        FieldError: there is none. It names the first of ``names``, which is this project's name.
+    """
     for name in names:
         if record.get(name) is not None:
-            return record[name]
-    raise KeyError(names[0])
+            return name, record[name]
+    raise FieldError(f'no "{names[0]}"', f"the row has {', '.join(record) or 'no fields'}")
+
+
+def _text(record: dict[str, Any], *names: str) -> str:
+    name, value = _first(record, *names)
+    return check_text(value, f'"{name}"')
 
 
 def _id(record: dict[str, Any], default: str) -> str:
@@ -81,34 +91,28 @@ def _id(record: dict[str, Any], default: str) -> str:
 
 
 def _parse_math(record: dict[str, Any], default_id: str) -> Problem:
-    text = _first(record, "problem", "question")
-    if not isinstance(text, str) or not text.strip():
-        raise ValueError("the problem is empty")
+    text = _text(record, "problem", "question")
     return Problem(problem_id=_id(record, default_id), text=text, answer=_gold(record))
 
 
 def _gold(record: dict[str, Any]) -> str:
     """Returns the gold answer as a string without a box, from any of the fields and notations that data sets use."""
     try:
-        value = _first(record, "answer", "final_answer", "expected_answer")
-    except KeyError:
+        name, value = _first(record, "answer", "final_answer", "expected_answer")
+    except FieldError:
         boxes = closed_boxes(str(record.get("solution") or ""))
         if not boxes:
             raise
-        value = boxes[-1]
+        name, value = "solution", boxes[-1]
     if isinstance(value, list):
         if len(value) != 1:
-            raise ValueError(f"it has {len(value)} final answers, but must have one")
-        value = str(value[0]).strip("$")
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if not isinstance(value, str):
-        value = str(value)
-    if "####" in value:  # GSM8K puts the reasoning before these marks and the answer after them
-        value = value.rpartition("####")[2]
-    if not value.strip():
-        raise ValueError("the answer is empty")
-    return value.strip()
+            raise FieldError(f'"{name}" has {len(value)} final answers, but must have one')
+        text = gold_text(value[0], name).strip("$")
+    else:
+        text = gold_text(value, name)
+    if "####" in text:  # GSM8K puts the reasoning before these marks and the answer after them
+        text = text.rpartition("####")[2]
+    return check_text(text, f'"{name}"').strip()
 
 
 def _parse_code(record: dict[str, Any], default_id: str) -> Problem:
@@ -120,65 +124,100 @@ def _parse_code(record: dict[str, Any], default_id: str) -> Problem:
         name = f"Mbpp/{name}"
     tests: dict[str, Any] = {}
     if record.get("test"):
-        tests["test"] = str(record["test"])
-    asserts = record.get("tests") or record.get("test_list")
-    if asserts:
-        if not all(isinstance(test, str) for test in asserts):
-            raise ValueError("its tests must be statements or pairs of input and output")
-        tests["tests"] = list(asserts)
+        tests["test"] = check_text(record["test"], '"test"')
+    field, asserts = next(((n, record[n]) for n in ("tests", "test_list") if record.get(n)), ("tests", None))
+    if asserts is not None:
+        if not isinstance(asserts, list):
+            raise FieldError(f'"{field}" is not a list of statements or of pairs of input and output')
+        tests["tests"] = [check_text(test, f'"{field}"') for test in asserts]
     if not tests:
-        raise KeyError("tests")
+        raise FieldError('no "tests"', f"the row has {', '.join(record) or 'no fields'}")
     entry_point = record.get("entry_point")
     if entry_point:
-        tests["entry_point"] = str(entry_point)
-    setup = record.get("test_setup_code") or "\n".join(record.get("test_imports") or [])
+        tests["entry_point"] = check_text(entry_point, '"entry_point"')
+    setup = record.get("test_setup_code") or _joined_imports(record.get("test_imports"))
     if setup:
-        tests["test_setup_code"] = str(setup)
+        tests["test_setup_code"] = check_text(setup, '"test_setup_code"')
     # mbpp_plus has the task as text, and again as a prompt in the form of a docstring
-    text = str(_first(record, "text", "prompt", "problem"))
-    return Problem(problem_id=name, text=text, tests=tests)
+    return Problem(problem_id=name, text=_text(record, "text", "prompt", "problem"), tests=tests)
+
+
+def _joined_imports(imports: Any) -> str:
+    lines = imports if isinstance(imports, list) else [] if imports is None else [imports]
+    return "\n".join(check_text(line, '"test_imports"') for line in lines)
 
 
 def _parse_contest(record: dict[str, Any], default_id: str) -> Problem:
     """Reads a row of LiveCodeBench, whose tests are pairs of input and output."""
-    pairs: list[dict[str, str]] = []
     if record.get("tests"):
-        pairs = list(record["tests"])
+        pairs = _pairs(record["tests"], "tests")
     else:
-        pairs = json.loads(_first(record, "public_test_cases"))
+        name, packed = _first(record, "public_test_cases")
+        pairs = _pairs(packed, name)
         if record.get("private_test_cases"):
-            pairs += _hidden_tests(str(record["private_test_cases"]))
-    metadata = record.get("metadata") or {}
-    if isinstance(metadata, str):
-        metadata = json.loads(metadata)
-    tests: dict[str, Any] = {
-        "tests": [{k: str(p[k]) for k in ("input", "output", "testtype")} for p in pairs]
-    }
+            pairs += _pairs(_hidden_tests(str(record["private_test_cases"])), "private_test_cases")
+    if not pairs:
+        raise FieldError('"tests" is empty')
+    metadata = _unpacked(record.get("metadata") or {}, "metadata")
+    if not isinstance(metadata, dict):
+        raise FieldError('"metadata" is not an object')
+    tests: dict[str, Any] = {"tests": pairs}
     entry_point = record.get("entry_point") or metadata.get("func_name")
     if entry_point:
-        tests["entry_point"] = str(entry_point)
+        tests["entry_point"] = check_text(entry_point, '"entry_point"')
     if record.get("starter_code"):
-        tests["starter_code"] = str(record["starter_code"])
+        tests["starter_code"] = check_text(record["starter_code"], '"starter_code"')
     return Problem(
         problem_id=_id(record, default_id),
-        text=str(_first(record, "prompt", "question_content")),
+        text=_text(record, "prompt", "question_content"),
         tests=tests,
     )
+
+
+def _unpacked(value: Any, name: str) -> Any:
+    """Parses a field that some layouts store as JSON text."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise FieldError(f'"{name}" is not JSON', str(error)[:80]) from None
+
+
+def _pairs(value: Any, name: str) -> list[dict[str, str]]:
+    """Returns the tests of a field as pairs of input and output, each with the key "testtype"."""
+    pairs = _unpacked(value, name)
+    keys = ("input", "output", "testtype")
+    if not isinstance(pairs, list) or not all(isinstance(p, dict) and p.keys() >= set(keys) for p in pairs):
+        raise FieldError(f'"{name}" is not a list of objects with {", ".join(keys)}')
+    return [{key: str(pair[key]) for key in keys} for pair in pairs]
+
+
+class _ForeignPickle(FieldError):
+    """A pickle that would run code."""
 
 
 class _NoGlobals(pickle.Unpickler):
     """Unpickles plain values only. Refuses objects that would import or call anything."""
 
     def find_class(self, module: str, name: str) -> Any:
-        raise ValueError(
+        raise _ForeignPickle(
             f"its hidden tests would call {module}.{name}, which LiveCodeBench's own tests never do"
         )
 
 
-def _hidden_tests(packed: str) -> list[dict[str, str]]:
+def _hidden_tests(packed: str) -> Any:
     """Reads the private tests of code_generation_lite: JSON, or JSON that is pickled, compressed and in base 64."""
     try:
         return json.loads(packed)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
+        pass
+    try:
         stream = io.BytesIO(zlib.decompress(base64.b64decode(packed)))
         return json.loads(_NoGlobals(stream).load())
+    except _ForeignPickle:
+        raise
+    except Exception as error:  # damaged pickles raise many kinds of errors
+        raise FieldError(
+            '"private_test_cases" is neither JSON nor the packed form of LiveCodeBench', str(error)[:80]
+        ) from None

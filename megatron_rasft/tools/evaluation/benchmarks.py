@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_rasft.data.reading import read_records
+from megatron_rasft.data.reading import FieldError, read_records
 from megatron_rasft.errors import DataError
 from megatron_rasft.tools.evaluation.benchmark_rows import TEST_FIELDS, Problem, parse_row
 from megatron_rasft.tools.evaluation.known_sets import KNOWN_SETS, Kind, KnownSet
@@ -99,12 +99,13 @@ def _read_problems(known: KnownSet, path: Path) -> Iterator[Problem]:
     seen: set[str] = set()
     for line, record in read_records(path):
         try:
+            if isinstance(record, FieldError):
+                raise record
             if not isinstance(record, dict):
-                raise ValueError(str(getattr(record, "reason", "not a JSON object")))
+                raise FieldError("not a JSON object", f"it is a {type(record).__name__}")
             problem = parse_row(record, known.kind, f"{known.name}/{line}")
-        except (KeyError, ValueError, TypeError) as error:
-            reason = f"the field {error} is missing" if isinstance(error, KeyError) else str(error)
-            raise DataError(f"{path}:{line} is not a row of {known.name}: {reason}.") from error
+        except FieldError as error:
+            raise DataError(f"{path}:{line} is not a row of {known.name}: {error}.") from error
         if problem.problem_id in seen:
             raise DataError(
                 f"{path}:{line}: the id {problem.problem_id} occurs twice. Remove one of the rows."

@@ -1,16 +1,20 @@
 import gzip
 import json
+import re
 from collections import Counter
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import pyarrow
 import pyarrow.parquet
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from megatron_rasft.config.data import DataConfig
-from megatron_rasft.data.reading import DataReport, Row, RowFault, read_rows
+from megatron_rasft.data.reading import DataReport, FieldError, Row, RowFault, _parse_record, read_rows
 from megatron_rasft.errors import DataError
 
 GOOD: dict[str, Any] = {"problem": "1+1?", "response": "It is \\boxed{2}.", "answer": "2"}
@@ -47,7 +51,9 @@ def chat(*turns: tuple[str, Any]) -> dict[str, Any]:
         ({**GOOD, "answer": ""}, '"answer" is empty'),
         ({**GOOD, "answer": ["2"]}, '"answer" is not text'),
         ({**GOOD, "answer": True}, '"answer" is not text'),
-        ({**GOOD, "answer": float("nan")}, '"answer" is not text'),
+        ({**GOOD, "answer": {"value": 2}}, '"answer" is not text'),
+        ({**GOOD, "answer": float("nan")}, '"answer" is not a finite number'),
+        ({**GOOD, "answer": float("-inf")}, '"answer" is not a finite number'),
         ({**GOOD, "problem": 3}, '"problem" is not text'),
         ({**GOOD, "response": "\ud800"}, '"response" is not valid Unicode'),
         ({**GOOD, "id": ""}, '"id" is empty'),
@@ -80,7 +86,18 @@ def test_texts_are_not_changed(write_rows: Callable) -> None:
     assert (row.problem, row.response, row.answer, row.problem_id) == (" a\u2028b\n", "\tc\r\n", " 2 ", "7")
 
 
-@pytest.mark.parametrize(("answer", "text"), [(2, "2"), (2.5, "2.5"), ("2/3", "2/3")])
+@pytest.mark.parametrize(
+    ("answer", "text"),
+    [
+        (2, "2"),
+        (2.5, "2.5"),
+        (2.0, "2"),
+        (-1e-7, "-0.0000001"),
+        (1.5e30, "1500000000000000000000000000000"),
+        ("2/3", "2/3"),
+        ("nan", "nan"),
+    ],
+)
 def test_an_answer_may_be_a_number(write_rows: Callable, answer: Any, text: str) -> None:
     assert read(write_rows({**GOOD, "answer": answer}))[0].answer == text
 
@@ -172,6 +189,76 @@ def test_an_unusable_file_is_named(tmp_path: Path, name: str, content: bytes, me
     assert str(path) in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("content", "way_out"),
+    [
+        (json.dumps([GOOD, GOOD], indent=1), "jq -c '.[]'"),
+        (json.dumps([GOOD, GOOD]), "jq -c '.[]'"),
+        ("\n " + json.dumps([GOOD, GOOD])[:-9], "jq -c '.[]'"),
+        (json.dumps(GOOD, indent=2), "jq -c '.'"),
+    ],
+)
+@pytest.mark.parametrize("bad_rows", ["refuse", "skip"])
+def test_a_file_that_is_one_json_value_is_refused_as_a_whole(
+    write_rows: Callable, content: str, way_out: str, bad_rows: str
+) -> None:
+    path = write_rows(content)
+    with pytest.raises(DataError, match=re.escape(way_out)) as error:
+        read(path, data_bad_rows=bad_rows)
+    assert path in str(error.value) and "one row a line" in str(error.value)
+
+
+def test_decimals_of_a_table_are_numbers(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    columns = {"problem": ["p"], "response": ["r"], "answer": [Decimal("0.0000025")]}
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    assert read(str(path))[0].answer == "0.0000025"
+
+
+DEFAULTS = DataConfig()
+JSON_VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=4)
+    | st.sampled_from(["check", "f", "user"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["role", "content", "x"]), inner, max_size=3)
+    ),
+    max_leaves=4,
+)
+FIELDS = [
+    "problem",
+    "response",
+    "answer",
+    "tests",
+    "messages",
+    "id",
+    "entry_point",
+    "test_setup_code",
+    "test_style",
+]
+
+
+@given(
+    record=JSON_VALUES | st.dictionaries(st.sampled_from(FIELDS), JSON_VALUES), require_answer=st.booleans()
+)
+def test_any_json_value_is_a_row_or_a_fault(record: Any, require_answer: bool) -> None:
+    try:
+        row = _parse_record(record, DEFAULTS, require_answer, source="a:1", default_id="a")
+    except FieldError as fault:
+        assert fault.reason and "\n" not in fault.reason
+    else:
+        assert (
+            row.problem.strip()
+            and row.response.strip()
+            and row.messages[-1]["role"] in ("user", "assistant", "system")
+        )
+        assert row.tests is not None or row.answer is not None or not require_answer
+
+
 def test_a_parquet_file_without_the_columns_is_refused_with_a_list_of_its_columns(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"question": ["p"], "solution": ["r"]}), path)
@@ -250,10 +337,28 @@ def test_a_row_with_tests_needs_no_answer(
     assert row.tests.entry_point == fields.get("entry_point", "")
 
 
+@pytest.mark.parametrize("tests", [[], "", " ", [""], [None], None])
+def test_empty_tests_beside_an_answer_are_no_tests(write_rows: Callable[..., str], tests: Any) -> None:
+    """In a table of both kinds of rows, the columns of the other kind are empty."""
+    other = {"tests": tests, "entry_point": "", "test_setup_code": "", "test_style": ""}
+    programs = {
+        "problem": "p",
+        "response": "r",
+        "answer": "",
+        "tests": ["assert f()"],
+        "entry_point": "",
+        "test_style": "",
+    }
+    rows = read(write_rows({**GOOD, **other}, programs))
+    assert [(row.answer, row.tests and row.tests.style) for row in rows] == [("2", None), (None, "asserts")]
+
+
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
         ({"tests": []}, '"tests" is empty'),
+        ({"tests": " ", "answer": ""}, '"tests" is empty'),
+        ({"tests": ["", None]}, '"tests" is empty'),
         ({"tests": ["assert True", 3]}, '"tests" is not text'),
         ({"tests": "def check(candidate): pass"}, '"entry_point"'),
         ({"tests": "assert f(1)", "entry_point": "f(1)"}, '"entry_point"'),

@@ -66,6 +66,45 @@ def test_words_are_runs_of_letters_and_digits() -> None:
     ]
 
 
+CHINESE = "已知等差数列的前三项之和为十二，前六项之和为四十二，求该数列的公差与首项。"
+JAPANESE = "サイコロを三回ふるとき、出た目の和が十になる確率を求めなさい。ただし、どの目も同様に確からしい。"
+THAI = "มีจำนวนเต็มบวกกี่จำนวนที่น้อยกว่าหนึ่งพันและหารด้วยเจ็ดลงตัว"
+
+
+@pytest.mark.parametrize("text", [CHINESE, JAPANESE, THAI])
+def test_text_without_spaces_is_compared_character_by_character(write_rows: Callable, text: str) -> None:
+    benchmark = write_rows({"id": "b1", "question": text}, name="b.jsonl")
+    assert len(words_of(text)) > 25
+    problems = [
+        f"x{text}y",  # with other text before and after it
+        text.replace("，", "\n").replace("、", " , "),  # with other punctuation
+        text[: len(text) // 3],
+        f"{LONG} {text[-5:]}",
+    ]
+    found = find_contamination(named(problems), [Path(benchmark)])
+    assert list(found.dropped) == [0, 1] and found.overlaps[0].num_short == 0
+
+
+def test_characters_of_mixed_scripts_are_words_of_their_own() -> None:
+    assert words_of("若x12=３，求AB的值") == ["若", "x12", "3", "求", "ab", "的", "值"]
+    assert words_of("한국어 문장 is spaced") == ["한국어", "문장", "is", "spaced"]
+
+
+def test_a_problem_in_an_earlier_message_is_found(write_rows: Callable, tmp_path: Path) -> None:
+    benchmark = write_rows({"id": "b1", "question": LONG}, {"id": "b2", "question": "∫?"}, name="b.jsonl")
+    turns = [("user", LONG), ("assistant", "7"), ("user", "And why?"), ("assistant", "So.")]
+    shots = [("system", f"Example: {LONG} It is 7."), ("user", "Next one?"), ("assistant", "So.")]
+    harmless = [("user", "∫!"), ("assistant", LONG)]
+    rows = [
+        {"messages": [{"role": role, "content": text} for role, text in chat], "answer": "1"}
+        for chat in (turns, shots, harmless)
+    ]
+    clean = tmp_path / "clean.jsonl"
+    command = ["--decontaminate", benchmark, "--train-data", write_rows(*rows, name="t.jsonl")]
+    assert prepare_data.main([*command, "--output", str(clean)]) == 0
+    assert [json.loads(line) for line in clean.read_text().splitlines()] == rows[2:]
+
+
 def test_copies_and_near_copies_are_dropped_and_common_phrases_kept(write_rows: Callable) -> None:
     benchmark = write_rows(
         {"id": "b1", "question": LONG}, {"id": "b2", "question": "What is 2 + 2?"}, name="b.jsonl"

@@ -13,8 +13,12 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from megatron_rasft.data.reading import FieldError
 from megatron_rasft.errors import DataError
+from megatron_rasft.tools.evaluation.benchmark_rows import parse_row
 from megatron_rasft.tools.evaluation.benchmarks import chosen, find_file, read_benchmark
 from megatron_rasft.tools.evaluation.known_sets import KNOWN_SETS
 from megatron_rasft.tools.evaluation.questions import ask
@@ -141,10 +145,16 @@ def test_changed_answer_or_missing_row_is_refused_unless_accepted(data_folder: P
 @pytest.mark.parametrize(
     ("row", "cause"),
     [
-        ({"answer": "1"}, "'problem'"),
-        ({"problem": "1+1?"}, "'answer'"),
-        ({"problem": " ", "answer": "1"}, "problem"),
-        ({"problem": "1+1?", "answer": " "}, "answer"),
+        ({"answer": "1"}, 'no "problem"'),
+        ({"problem": "1+1?"}, 'no "answer"'),
+        ({"problem": " ", "answer": "1"}, '"problem" is empty'),
+        ({"problem": 3, "answer": "1"}, '"problem" is not text'),
+        ({"problem": "1+1?", "answer": " "}, '"answer" is empty'),
+        ({"problem": "1+1?", "answer": "so #### "}, '"answer" is empty'),
+        ({"problem": "1+1?", "answer": True}, '"answer" is not text'),
+        ({"problem": "1+1?", "answer": float("nan")}, '"answer" is not a finite number'),
+        ({"problem": "1+1?", "answer": {"value": 1}}, '"answer" is not text'),
+        ({"problem": "1+1?", "final_answer": [None]}, '"final_answer" is not text'),
         ({"problem": "1+1?", "final_answer": ["1", "2"]}, "2 final answers"),
     ],
 )
@@ -202,6 +212,43 @@ def test_hidden_tests_of_livecodebench_are_read(tmp_path: Path) -> None:
     (problem,) = benchmark.problems
     assert [t["output"] for t in problem.tests["tests"]] == ["3", "7"]
     assert problem.tests["entry_point"] == "add"
+
+
+@pytest.mark.parametrize(
+    "private", ["no base 64", "eJw", base64.b64encode(b"no zlib").decode(), base64.b64encode(zlib.compress(b"no")).decode(),
+                pack("no JSON"), pack(3), pack("[3]"), "[]]", '{"input": 1}']
+)  # fmt: skip
+def test_damaged_hidden_tests_are_named(private: str, tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "lcb.jsonl", [contest_row(private)])
+    with pytest.raises(DataError, match=r'lcb\.jsonl:1 .*"private_test_cases" is n'):
+        read_benchmark(KNOWN_SETS["livecodebench_v1_public"], path, accept_unknown=True)
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["input", "output", "testtype", "x"]), inner, max_size=3)
+    ),
+    max_leaves=5,
+)
+FIELDS = [
+    "id", "problem", "question", "answer", "final_answer", "solution", "text", "prompt", "test", "tests", "test_list",
+    "entry_point", "test_setup_code", "test_imports", "public_test_cases", "private_test_cases", "metadata", "starter_code",
+]  # fmt: skip
+
+
+@given(
+    record=st.dictionaries(st.sampled_from(FIELDS), VALUES | VALUES.map(json.dumps)),
+    kind=st.sampled_from(["math", "code"]),
+)
+def test_any_json_object_is_a_problem_or_a_fault(record: dict[str, Any], kind: Any) -> None:
+    try:
+        problem = parse_row(record, kind, "own/1")
+    except FieldError as error:
+        assert error.reason
+    else:
+        assert problem.text.strip() and (problem.answer.strip() or problem.check)
 
 
 class Hostile:
