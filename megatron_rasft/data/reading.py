@@ -431,8 +431,8 @@ def _parse_tests(record: dict[str, Any], name: str) -> CodeTests | None:
     value = record.get(name)
     if _is_blank(value):
         return None
-    scripts = value if isinstance(value, list) else [value]
-    scripts = [check_text(script, f'"{name}"') for script in scripts]
+    items = value if isinstance(value, list) else [value]
+    scripts = [check_text(item, f'"{name}"') for item in items]
     entry_point, setup, style = (
         None if _is_blank(record.get(field)) else record[field] for field in _TESTS_COMPANIONS
     )
