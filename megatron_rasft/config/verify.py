@@ -6,13 +6,15 @@ from typing import Annotated, Any, Literal
 from megatron_rasft.flags import FlagSection, NonNegativeInt, PositiveFloat, PositiveInt, Range, Share
 
 SandboxLevel = Literal["namespaces", "landlock", "limits"]
+ShortTexts = Literal["compare", "equal"]
 
 
 @dataclass(kw_only=True)
 class VerifyConfig(FlagSection):
     """Verification of rollouts: grading in killable workers, near-duplicates, text filters.
 
-    The filters run in the order of their flags, and a rollout's ``filtered_by`` names the first filter that rejects it.
+    The filters run in the order of their flags, and a rollout's ``filtered_by`` names the first filter that rejects it. A rollout
+    that a filter rejects is not trained on. If it is correct, it still counts as solved.
     """
 
     verify_num_workers: NonNegativeInt = 0
@@ -77,6 +79,14 @@ class VerifyConfig(FlagSection):
     verify_dedup_ngram: PositiveInt = 3
     """Words per n-gram of the similarity."""
 
+    verify_dedup_short_texts: ShortTexts = "compare"
+    """Similarity of responses with fewer words than --verify-dedup-ngram. compare: their words are compared; equal: all of them
+    count as equal, as in the published script."""
+
+    verify_filter_programs: bool = False
+    """Filter programs too, the responses to problems with tests. Off by default, because the filters are made for mathematics: a
+    good program repeats lines, and the format filter drops every program."""
+
     verify_filter_too_short: bool = True
     """Drop responses that are shorter than --verify-min-chars."""
 
@@ -84,10 +94,11 @@ class VerifyConfig(FlagSection):
     """Shortest response that --verify-filter-too-short keeps, characters without surrounding white space."""
 
     verify_filter_loop_sentences: bool = True
-    """Drop responses that contain the same sentence --verify-loop-repeats times."""
+    """Drop responses that contain the same piece between full stops --verify-loop-repeats times. Case and white space are
+    ignored."""
 
     verify_loop_sentence_chars: PositiveInt = 12
-    """Shortest sentence that --verify-filter-loop-sentences counts, characters."""
+    """Shortest piece that --verify-filter-loop-sentences counts, characters."""
 
     verify_filter_loop_windows: bool = True
     """Drop responses that contain the same --verify-loop-window-words consecutive words --verify-loop-repeats times."""
@@ -97,6 +108,10 @@ class VerifyConfig(FlagSection):
 
     verify_loop_min_words: NonNegativeInt = 30
     """Shortest response that --verify-filter-loop-windows searches, words."""
+
+    verify_loop_max_words: NonNegativeInt = 500
+    """Longest response that the two loop filters search, words; 0 for no limit. Good long reasoning repeats itself: without a limit
+    these filters drop half of the reasoning traces of DeepSeek-R1."""
 
     verify_loop_repeats: Annotated[int, Range(at_least=2, advice="A single occurrence is not a loop.")] = 3
     """Number of occurrences of a sentence, or of consecutive words, that count as a loop."""
@@ -112,16 +127,16 @@ class VerifyConfig(FlagSection):
     """Drop responses with more than --verify-max-symbol-frac symbols. Off by default, because it drops good LaTeX."""
 
     verify_max_symbol_frac: Share = 0.42
-    """Largest share of symbols that --verify-filter-symbols keeps: characters that are neither letters nor digits, of all
-    characters except white space."""
+    """Largest share of symbols that --verify-filter-symbols keeps: characters that are neither letters nor digits nor white space,
+    of all characters."""
 
     verify_filter_shortcut: bool = False
-    """Drop responses that state an answer without deriving it: with a phrase such as "the correct answer is", with a boxed option
-    letter in fewer than --verify-shortcut-option-chars characters, or with any box in fewer than --verify-shortcut-box-chars.
-    Off by default, because short word problems have short correct solutions."""
+    """Drop responses that state an answer without deriving it: with a phrase such as "therefore, the correct answer is", with a box
+    of options or digits only in fewer than --verify-shortcut-option-chars characters, or with any box in fewer than
+    --verify-shortcut-box-chars. Off by default, because short word problems have short correct solutions."""
 
     verify_shortcut_option_chars: NonNegativeInt = 180
-    """Length below which --verify-filter-shortcut drops a response with a boxed option letter, characters."""
+    """Length below which --verify-filter-shortcut drops a response whose box holds options or digits only, characters."""
 
     verify_shortcut_box_chars: NonNegativeInt = 120
     """Length below which --verify-filter-shortcut drops a response with any box, characters."""
@@ -143,6 +158,7 @@ def published_filters() -> dict[str, Any]:
     return {
         "verify_dedup_threshold": 0.82,
         "verify_dedup_ngram": 3,
+        "verify_dedup_short_texts": "equal",
         "verify_filter_too_short": True,
         "verify_min_chars": 20,
         "verify_filter_loop_sentences": True,
@@ -150,6 +166,7 @@ def published_filters() -> dict[str, Any]:
         "verify_filter_loop_windows": True,
         "verify_loop_window_words": 8,
         "verify_loop_min_words": 30,
+        "verify_loop_max_words": 0,
         "verify_loop_repeats": 3,
         "verify_filter_self_correction": True,
         "verify_self_corrections": 2,

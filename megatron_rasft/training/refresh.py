@@ -20,6 +20,7 @@ from megatron_rasft.rollout.seeds import sample_seed
 from megatron_rasft.rollout.store import RolloutStore
 from megatron_rasft.types import (
     Check,
+    CodeTests,
     Demonstration,
     Request,
     Response,
@@ -28,7 +29,7 @@ from megatron_rasft.types import (
     SamplingParams,
     TrainingSample,
 )
-from megatron_rasft.verify.text_quality import deduplicate, first_failed_filter, max_similarity
+from megatron_rasft.verify.text_quality import deduplicate, first_failed_filter, similarity
 
 _NUM_PROBES = 4
 """Demonstrations on which the log-probabilities of servers and trainer are compared after a weight sync."""
@@ -222,7 +223,10 @@ class Refresh:
         checks = {problem_id: self._demonstrations[problem_id].check for problem_id in groups}
         self._verifier.verify(rollouts, checks, look_up)
         for rollout in rollouts:
-            rollout.filtered_by = first_failed_filter(rollout.text, self._config.verify)
+            is_program = isinstance(checks[rollout.problem_id], CodeTests)
+            rollout.filtered_by = first_failed_filter(
+                rollout.text, self._config.verify, is_program=is_program
+            )
 
     # ---- weigh
 
@@ -234,18 +238,19 @@ class Refresh:
 
     def _weighed(self, problem_id: str, group: RolloutGroup | None) -> list[TrainingSample]:
         longest = self._sampling.max_total_tokens
+        verify = self._config.verify
+        texts: dict[str, Any] = {
+            "n": verify.verify_dedup_ngram,
+            "short_texts": verify.verify_dedup_short_texts,
+        }
         samples = make_samples(
             self._config.objective,
             self._demonstrations[problem_id],
             group,
             config=self._config.weighting,
             remembered=self.curriculum.remembered(problem_id),
-            deduplicate=partial(
-                deduplicate,
-                threshold=self._config.verify.verify_dedup_threshold,
-                n=self._config.verify.verify_dedup_ngram,
-            ),
-            similarity=lambda a, b: max_similarity(a, [b]),
+            deduplicate=partial(deduplicate, threshold=verify.verify_dedup_threshold, **texts),
+            similarity=partial(similarity, **texts),
         )
         return [s for s in samples if s.response_ids and (longest is None or s.num_tokens <= longest)]
 

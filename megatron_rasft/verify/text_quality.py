@@ -1,114 +1,149 @@
 """Filters of the text quality of responses, and removal of near-duplicates.
 
-The filters and their thresholds come from the published script; see ``published_filters`` in ``config/verify.py``.
+The filters and their thresholds are those of the published script, character by character; ``published_filters`` in
+``config/verify.py`` turns all of them on. docs/method.md describes them.
 """
 
 import re
 from collections import Counter
 from collections.abc import Sequence
-from itertools import islice
 
-from nltk.metrics.distance import jaccard_distance
 from nltk.util import ngrams
 
-from megatron_rasft.config.verify import VerifyConfig
-from megatron_rasft.verify.math_extraction import closed_boxes, last_box_is_closed
+from megatron_rasft.config.verify import ShortTexts, VerifyConfig
 
-# The filters run in the trainer's process without a deadline, so every pattern must take linear time on any text
-_SENTENCE_END = re.compile(r"[.!?](?=\s|$)|\n")
-_SELF_CORRECTIONS = tuple(
-    re.compile(pattern, re.IGNORECASE)
-    for pattern in (
-        r"\bwait\b",
-        r"\bhold on\b",
-        r"\blet me (?:re-?check|re-?think|re-?consider|re-?calculate|re-?do|double[- ]check|try again)",
-        r"\blet's (?:re-?check|re-?think|re-?consider|re-?calculate|re-?do|double[- ]check|try again)",
-        r"\bI (?:made|have made) (?:a|an) (?:\w+ )?(?:mistake|error)",
-        r"\b(?:that|this) (?:is|was) (?:wrong|incorrect|not right)",
-        r"\bon second thought",
-        r"\bactually,",
-        r"\bcorrection:",
-        r"\bsorry\b",
-        r"\bapolog(?:y|ies|i[sz]e)",
-    )
+# The filters run in the trainer's process without a deadline, so every pattern must take linear time on any text. "+" after a
+# quantifier makes it possessive: it never gives characters back.
+_SELF_CORRECTIONS = (
+    "let me correct",
+    "correcting the calculation",
+    "i need to correct",
+    "rechecking",
+    "let's correct",
+    "wait,",
+    "however, this is incorrect",
+    "the previous reasoning was wrong",
 )
 _SHORTCUT_PHRASE = re.compile(
-    r"\bthe (?:correct|right) (?:answer|option|choice) (?:is|must be|should be|would be)\b|"
-    r"\b(?:option|choice) \(?[A-J]\)? is (?:correct|right|the (?:correct |right )?answer)\b",
-    re.IGNORECASE,
+    r"(?:(?:according to the problem|therefore|thus)[, ]++|based on the given information[, ]++we know that )the correct answer is|"
+    r"the correct answer is\s*+[:：]?+\s*+\\boxed"
 )
-_OPTION_LETTER = re.compile(r"(?:\\text(?:bf|rm|it)?\{)?\(?[A-J]\)?\.?\}?")
-_REASONING_MARKER = re.compile(
-    r"=|\b(?:therefore|thus|hence|because|since|let|we have|we get|we find|so that|implies|it follows)\b|"
-    r"\\(?:implies|Rightarrow|therefore)\b",
-    re.IGNORECASE,
+_BOX = r"\boxed{"
+_BOX_PADDING = ("$", r"\left", r"\right", r"\!", r"\,", r"\;", r"\:")
+_OPTIONS = re.compile(r"[A-Da-d①-⑨0-9,， ]{1,12}")
+_REASONING_MARKERS = (
+    "=",
+    "therefore",
+    "thus",
+    "hence",
+    "so ",
+    "let ",
+    "we have",
+    "we get",
+    "substitute",
+    "solve",
 )
 
 
 def is_too_short(text: str, config: VerifyConfig) -> bool:
-    """Returns whether the text has fewer than ``verify_min_chars`` characters, without the spaces around it."""
-    return len(text.strip()) < config.verify_min_chars
+    """Returns whether the text has fewer than ``verify_min_chars`` characters."""
+    return len(text) < config.verify_min_chars
 
 
 def repeats_sentence(text: str, config: VerifyConfig) -> bool:
-    """Returns whether a sentence occurs ``verify_loop_repeats`` times or more. Case and spacing are ignored.
+    """Returns whether a piece of the text between full stops occurs ``verify_loop_repeats`` times or more.
 
-    Sentences shorter than ``verify_loop_sentence_chars`` are not counted.
+    Case and white space are ignored. Pieces shorter than ``verify_loop_sentence_chars`` are not counted, and texts longer than
+    ``verify_loop_max_words`` are not searched.
     """
-    sentences = (" ".join(part.lower().split()) for part in _SENTENCE_END.split(text))
-    counts = Counter(s for s in sentences if len(s) >= config.verify_loop_sentence_chars)
+    words = text.lower().split()
+    if _is_too_long_for_loops(words, config):
+        return False
+    pieces = (piece.strip() for piece in " ".join(words).split("."))
+    counts = Counter(piece for piece in pieces if len(piece) >= config.verify_loop_sentence_chars)
     return any(count >= config.verify_loop_repeats for count in counts.values())
 
 
 def repeats_window(text: str, config: VerifyConfig) -> bool:
-    """Returns whether a sequence of ``verify_loop_window_words`` words occurs ``verify_loop_repeats`` times or more."""
+    """Returns whether a sequence of ``verify_loop_window_words`` words occurs ``verify_loop_repeats`` times or more.
+
+    Case is ignored. Texts longer than ``verify_loop_max_words`` are not searched.
+    """
     words = text.lower().split()
-    if len(words) < config.verify_loop_min_words:
+    if len(words) < config.verify_loop_min_words or _is_too_long_for_loops(words, config):
         return False
     counts = Counter(ngrams(words, config.verify_loop_window_words))
     return any(count >= config.verify_loop_repeats for count in counts.values())
 
 
+def _is_too_long_for_loops(words: Sequence[str], config: VerifyConfig) -> bool:
+    return 0 < config.verify_loop_max_words < len(words)
+
+
 def corrects_itself(text: str, config: VerifyConfig) -> bool:
     """Returns whether ``verify_self_corrections`` or more different phrases of self-correction occur."""
-    found = (pattern for pattern in _SELF_CORRECTIONS if pattern.search(text))
-    return len(list(islice(found, config.verify_self_corrections))) >= config.verify_self_corrections
+    normalised = " ".join(text.lower().split())
+    return sum(phrase in normalised for phrase in _SELF_CORRECTIONS) >= config.verify_self_corrections
 
 
 def is_mostly_symbols(text: str, config: VerifyConfig) -> bool:
-    """Returns whether more than ``verify_max_symbol_frac`` of the characters are neither letters nor digits.
+    """Returns whether more than ``verify_max_symbol_frac`` of all characters are symbols.
 
-    White space is not counted, neither as symbol nor in the total.
+    A symbol is neither a letter nor a digit nor white space. White space counts in the total.
     """
-    visible = [char for char in text if not char.isspace()]
-    num_symbols = sum(not char.isalnum() for char in visible)
-    return num_symbols > config.verify_max_symbol_frac * len(visible)
+    num_symbols = sum(not char.isalnum() and not char.isspace() for char in text)
+    # Divided as the script divides: multiplying would round differently at the limit.
+    return bool(text) and num_symbols / len(text) > config.verify_max_symbol_frac
 
 
 def takes_shortcut(text: str, config: VerifyConfig) -> bool:
     """Returns whether the text states an answer without deriving it.
 
-    True for a phrase such as "the correct answer is", for a box in a short text, and for a boxed option letter in a text that
-    is a little longer.
+    True for a phrase such as "therefore, the correct answer is", for a box in a short text, and for a box with nothing but
+    options or digits in a text that is a little longer.
     """
-    if _SHORTCUT_PHRASE.search(text):
+    if _SHORTCUT_PHRASE.search(text.lower()):
         return True
-    num_chars = len(text.strip())
-    boxes = closed_boxes(text)
-    if boxes and num_chars < config.verify_shortcut_box_chars:
-        return True
-    if num_chars >= config.verify_shortcut_option_chars:
+    box = _last_box(text)
+    if box is None:
         return False
-    return any(_OPTION_LETTER.fullmatch("".join(box.split())) for box in boxes)
+    if len(text) < config.verify_shortcut_box_chars:
+        return True
+    return len(text) < config.verify_shortcut_option_chars and bool(_OPTIONS.fullmatch(_unpadded(box)))
+
+
+def _unpadded(box: str) -> str:
+    """Returns the content of a box without dollar signs, thin spaces and punctuation around it."""
+    for padding in _BOX_PADDING:
+        box = box.replace(padding, "")
+    return box.replace("\n", " ").strip(" .,:;!?\t").strip()
 
 
 def breaks_format(text: str, config: VerifyConfig) -> bool:
-    r"""Returns whether the text is too short for a derivation, lacks a closed last \boxed{}, or lacks words of reasoning."""
+    r"""Returns whether the text is too short for a derivation, lacks a closed last \boxed{}, or lacks words of reasoning.
+
+    The script's rule also contains the filters before this one. They are applied by their own switches here.
+    """
+    lowered = text.lower()
     return (
-        len(text.strip()) < config.verify_format_min_chars
-        or not last_box_is_closed(text)
-        or not _REASONING_MARKER.search(text)
+        len(text) < config.verify_format_min_chars
+        or _last_box(text) is None
+        or not any(marker in lowered for marker in _REASONING_MARKERS)
     )
+
+
+def _last_box(text: str) -> str | None:
+    r"""Returns the content of the last \boxed{, or None if there is none or it is not closed.
+
+    Braces are counted as the published script counts them: a brace after a backslash counts too, and \fbox is no box.
+    """
+    _, box, rest = text.rpartition(_BOX)
+    depth = 1
+    for brace in re.finditer("[{}]", rest if box else ""):
+        depth += 1 if brace.group() == "{" else -1
+        if depth == 0:
+            return rest[: brace.start()]
+    return None
 
 
 # Name in Rollout.filtered_by, switch in VerifyConfig, function. Applied in this order
@@ -124,26 +159,34 @@ _FILTERS = (
 FILTER_NAMES = tuple(name for name, _, _ in _FILTERS)
 
 
-def first_failed_filter(text: str, config: VerifyConfig) -> str:
-    """Returns the name of the first enabled filter that rejects the text (see ``FILTER_NAMES``), or an empty string."""
+def first_failed_filter(text: str, config: VerifyConfig, *, is_program: bool = False) -> str:
+    """Returns the name of the first enabled filter that rejects the text (see ``FILTER_NAMES``), or an empty string.
+
+    Args:
+        text: the response. White space around it is ignored.
+        is_program: whether the response answers a problem with tests. It then passes, unless ``verify_filter_programs`` is set.
+    """
+    if is_program and not config.verify_filter_programs:
+        return ""
+    text = text.strip()
     for name, switch, fires in _FILTERS:
         if getattr(config, switch) and fires(text, config):
             return name
     return ""
 
 
-def similarity(text: str, other: str, n: int = 3) -> float:
-    """Returns the Jaccard similarity of two texts' sets of lower-cased word n-grams, in [0, 1]; 1 for two empty texts."""
-    return _jaccard(_word_ngrams(text, n), _word_ngrams(other, n))
+def similarity(text: str, other: str, n: int = 3, short_texts: ShortTexts = "compare") -> float:
+    """Returns the Jaccard similarity of two texts' sets of lower-cased word n-grams, in [0, 1]; 1 for two empty texts.
+
+    Args:
+        short_texts: the n-grams of a text with fewer than n words; see ``verify_dedup_short_texts``.
+    """
+    return _jaccard(_word_ngrams(text, n, short_texts), _word_ngrams(other, n, short_texts))
 
 
-def max_similarity(text: str, others: Sequence[str], n: int = 3) -> float:
-    """Returns the largest similarity of ``text`` to any of the others, or 0 if there are none."""
-    grams = _word_ngrams(text, n)
-    return max((_jaccard(grams, _word_ngrams(other, n)) for other in others), default=0.0)
-
-
-def deduplicate(texts: Sequence[str], threshold: float, n: int = 3) -> list[int]:
+def deduplicate(
+    texts: Sequence[str], threshold: float, n: int = 3, short_texts: ShortTexts = "compare"
+) -> list[int]:
     """Removes near-duplicates. Returns the ascending indices of the texts to keep.
 
     A text is kept if its similarity to every text kept before it is less than ``threshold``.
@@ -151,22 +194,25 @@ def deduplicate(texts: Sequence[str], threshold: float, n: int = 3) -> list[int]
     kept: list[int] = []
     kept_grams: list[frozenset[tuple[str, ...]]] = []
     for index, text in enumerate(texts):
-        grams = _word_ngrams(text, n)
+        grams = _word_ngrams(text, n, short_texts)
         if all(_jaccard(grams, other) < threshold for other in kept_grams):
             kept.append(index)
             kept_grams.append(grams)
     return kept
 
 
-def _word_ngrams(text: str, n: int) -> frozenset[tuple[str, ...]]:
-    """Returns the set of word n-grams. A text with fewer than n words has a single n-gram of all its words."""
+def _word_ngrams(text: str, n: int, short_texts: ShortTexts) -> frozenset[tuple[str, ...]]:
+    """Returns the set of word n-grams. A text with fewer than n words has a single n-gram of all its words, or none."""
     words = text.lower().split()
-    if not words:
+    if not words or (len(words) < n and short_texts == "equal"):
         return frozenset()
     return frozenset(ngrams(words, min(n, len(words))))
 
 
 def _jaccard(grams: frozenset[tuple[str, ...]], other: frozenset[tuple[str, ...]]) -> float:
-    if not grams and not other:
-        return 1.0
-    return 1.0 - float(jaccard_distance(grams, other))
+    """Intersection over union; 1 for two empty sets.
+
+    Not nltk's jaccard_distance: 1 - (1 - x) is rounded twice, so that a similarity of exactly the threshold can fall below it.
+    """
+    union = len(grams | other)
+    return len(grams & other) / union if union else 1.0

@@ -1,20 +1,22 @@
-"""Compares every filter with an independent calculation, and de-duplication with set arithmetic."""
+"""The filters at their limits, and de-duplication against set arithmetic.
+
+``tests/unit/objective/test_published_groups.py`` compares all filters with a second implementation.
+"""
 
 import random
-import re
 
 import pytest
 
 from megatron_rasft.config.verify import VerifyConfig, published_filters
 from megatron_rasft.verify import text_quality as quality
-from megatron_rasft.verify.text_quality import FILTER_NAMES, deduplicate, first_failed_filter, max_similarity
+from megatron_rasft.verify.text_quality import FILTER_NAMES, deduplicate, first_failed_filter, similarity
 
 PUBLISHED = VerifyConfig(**published_filters())
 DEFAULT = VerifyConfig()
 SWITCHES = [f"verify_filter_{name}" for name in FILTER_NAMES]
 GOOD = (
     "Let x be the number of apples. Since Anna has 3 more than Ben, we have x + (x + 3) = 15, so 2x = 12 and "
-    "therefore x = 6. Anna has 9 apples, which is what was asked. \\boxed{9}"
+    "therefore x = 6. Anna has 9 apples, which is what was asked, and Ben has the 6 others of the two. \\boxed{9}"
 )
 
 
@@ -60,14 +62,14 @@ def test_good_text_passes_every_filter() -> None:
     "name, text",
     [
         ("too_short", "  x = 5  " + " " * 40),
-        ("loop_sentences", "We add one more. " * 3 + GOOD),
+        ("loop_sentences", "We add one more to it. " * 3 + GOOD),
         ("loop_windows", GOOD + " and now we do the same thing once more" * 3),
-        ("self_correction", "Wait, this is not it. Let me recheck the sum. " + GOOD),
+        ("self_correction", "Wait, this is not it. Let's correct the sum. " + GOOD),
         ("symbols", "+-*/^_{}[]()=" * 8 + "Let x = 4 \\boxed{4}"),
-        ("shortcut", "Therefore the correct answer is what follows from the sum that we have seen = 4. " + GOOD),
+        ("shortcut", "Thus, the correct answer is what follows from the sum that we have seen = 4. " + GOOD),
         ("shortcut", "So x + x = 8, and therefore x = 4. \\boxed{4}"),
         ("shortcut", "We have x + x = 8, and therefore x = 4, which is the second of the options that the problem "
-                     "gives us to choose from: \\boxed{\\text{(B)}}"),
+                     "gives us to choose from: \\boxed{$B$}"),
         ("format", "Nothing here reasons about anything at all, it merely talks on and on about apples and pears."),
         ("format", GOOD.replace("\\boxed{9}", "\\boxed{9")),
     ],
@@ -93,9 +95,13 @@ def test_thresholds_are_exact() -> None:
     assert not quality.is_mostly_symbols("+" * 42 + "a" * 58, DEFAULT)
     assert quality.is_mostly_symbols("+" * 43 + "a" * 57, DEFAULT)
     assert not quality.is_mostly_symbols("", DEFAULT)
-    # A sentence of 12 characters is a loop at its third occurrence, a shorter sentence never is
+    # White space counts in the total
+    assert not quality.is_mostly_symbols("+" * 42 + "a" * 29 + " " * 29, DEFAULT)
+    # A piece of 12 characters is a loop at its third occurrence, a shorter piece never is
     assert quality.repeats_sentence("abcdefghijkl. " * 3, DEFAULT)
+    assert quality.repeats_sentence("Abcdefg\nhijk. x.ABCDEFG  hijk.y.abcdefg hijk", DEFAULT)
     assert not quality.repeats_sentence("abcdefghijkl. " * 2, DEFAULT)
+    assert not quality.repeats_sentence("abcdefghijkl! " * 3, DEFAULT)
     assert not quality.repeats_sentence("abcdefghijk. " * 9, DEFAULT)
     # Texts of 29 words or fewer are not searched
     window = [str(i) for i in range(8)]
@@ -103,34 +109,49 @@ def test_thresholds_are_exact() -> None:
     assert not quality.repeats_window(" ".join(window * 3 + ["a"] * 5), DEFAULT)
     # The same phrase twice counts once
     assert not quality.corrects_itself("Wait, what? Wait, no.", DEFAULT)
-    assert quality.corrects_itself("Wait, what? Hold on.", DEFAULT)
+    assert quality.corrects_itself("Wait, what? Let me\n correct this.", DEFAULT)
 
 
-def test_filters_agree_with_an_independent_calculation() -> None:
-    for text in [*random_texts(), GOOD]:
-        words = text.lower().split()
-        windows = [tuple(words[i : i + 8]) for i in range(len(words) - 7)]
-        loops = len(words) >= 30 and any(windows.count(w) >= 3 for w in set(windows))
-        assert quality.repeats_window(text, DEFAULT) == loops
-        sentences = [" ".join(s.split()).lower() for s in re.split(r"[.!?]\s|[.!?]$|\n", text)]
-        repeated = any(sentences.count(s) >= 3 for s in sentences if len(s) >= 12)
-        assert quality.repeats_sentence(text, DEFAULT) == repeated
-        visible = re.sub(r"\s", "", text)
-        symbols = len(re.findall(r"[\W_]", visible))
-        assert quality.is_mostly_symbols(text, DEFAULT) == (bool(visible) and symbols / len(visible) > 0.42)
-        assert quality.is_too_short(text, DEFAULT) == (len(text.strip()) < 20)
+def test_loops_of_long_texts_and_of_programs_pass_by_default() -> None:
+    loop = "We add one more to it. " * 3
+    long = loop + " ".join(map(str, range(500 - len(loop.split()))))
+    assert first_failed_filter(long, DEFAULT) == "loop_sentences"
+    assert first_failed_filter(long + " 500", DEFAULT) == ""
+    assert first_failed_filter(long + " 500", VerifyConfig(verify_loop_max_words=0)) == "loop_sentences"
+    assert first_failed_filter(long + " 500", PUBLISHED) == "loop_sentences"
+    window = "a b c d e f g h i j " * 3
+    assert first_failed_filter(window + " ".join(map(str, range(471))), DEFAULT) == ""
+    for text in (loop, "x = 1"):
+        assert first_failed_filter(text, DEFAULT) and not first_failed_filter(
+            text, PUBLISHED, is_program=True
+        )
+        assert first_failed_filter(text, VerifyConfig(verify_filter_programs=True), is_program=True)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5])
 def test_similarity_is_the_jaccard_index_of_word_ngrams(n: int) -> None:
     texts = [*random_texts(40), "", "one", "one two", "One  TWO", GOOD]
     for a in texts:
-        assert max_similarity(a, texts[:10], n) == pytest.approx(
-            max(reference_jaccard(a, b, n) for b in texts[:10])
-        )
-        assert quality.similarity(a, a, n) == 1.0
-    assert max_similarity("one two", [], n) == 0.0
-    assert max_similarity("one two", ["One  TWO"], n) == 1.0
+        for b in texts[:10]:
+            assert similarity(a, b, n) == reference_jaccard(a, b, n)
+        assert similarity(a, a, n) == 1.0
+    assert similarity("one two", "One  TWO", n) == 1.0
+
+
+def test_short_texts_have_no_ngram_in_the_published_rule() -> None:
+    assert similarity("one two", "three", 3, "equal") == 1.0 == similarity("", "one two", 3, "equal")
+    assert similarity("one two", "one two three", 3, "equal") == 0.0
+    assert similarity("one two", "three", 3) == 0.0
+    texts = ["one two three", "a", "b c", "one two three", ""]
+    assert deduplicate(texts, 0.82, 3, "equal") == [0, 1]
+    assert deduplicate(texts, 0.82, 3) == [0, 1, 2, 4]
+
+
+def test_a_similarity_equal_to_the_threshold_is_a_near_duplicate() -> None:
+    # 41 of 50 unigrams in common: 0.82, which 1 - (1 - 0.82) rounds down
+    one, other = " ".join(map(str, range(46))), " ".join(map(str, range(5, 50)))
+    assert similarity(one, other, 1) == 0.82
+    assert deduplicate([one, other], 0.82, 1) == [0]
 
 
 @pytest.mark.parametrize("threshold", [0.1, 0.5, 0.82, 1.0])
@@ -160,6 +181,9 @@ def test_deduplication_of_nothing_and_of_equals() -> None:
         "{" * 300_000,
         "\\boxed{" + " " * 300_000 + "}",
         "wait " * 60_000,
+        "the correct answer is" + " " * 300_000,
+        "therefore" + ", " * 150_000,
+        "therefore, " * 30_000,
         "\x00" * 9999,
     ],
 )
