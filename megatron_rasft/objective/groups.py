@@ -55,14 +55,14 @@ def distinct_positives(group: RolloutGroup, deduplicate: Deduplicate) -> list[in
 def count_solved(group: RolloutGroup) -> tuple[int, int]:
     """(solved, attempts) of a group: the counts from which solvability is estimated.
 
-    Near-duplicates count, because each is a draw from the policy. A correct answer that a quality filter removed (a guess, a
-    loop) is an attempt that solved nothing. A group has no attempts if no verdict is correct or wrong and no response was
+    Near-duplicates count, because each is a draw from the policy. A correct response that a text filter keeps out of training counts
+    as solved: the filters judge whether a text is worth imitating, not whether the policy can solve the problem. A group has no attempts if no verdict is correct or wrong and no response was
     truncated by the length limit: the gold answer is then more likely at fault than the policy.
     """
     attempts = [r for r in group.rollouts if is_attempt(r)]
     if not any(r.verdict in ("correct", "wrong") or r.finish_reason == "length" for r in attempts):
         return 0, 0
-    return sum(map(is_positive, attempts)), len(attempts)
+    return sum(map(is_solved, attempts)), len(attempts)
 
 
 def judged_rewards(group: RolloutGroup | None) -> tuple[list[int], list[float]]:
@@ -76,15 +76,28 @@ def judged_rewards(group: RolloutGroup | None) -> tuple[list[int], list[float]]:
     return attempts, [1.0 if is_solved(group.rollouts[i]) else 0.0 for i in attempts]
 
 
-def grpo_advantages(rewards: Sequence[float]) -> GroupAdvantages:
-    """(R - mean) / (population std + 1e-6) over one group (arXiv 2402.03300); zeros if all rewards are equal."""
+def standardise(rewards: Sequence[float], *, is_sample: bool) -> GroupAdvantages:
+    """(R - mean) / (std + 1e-6) over one group; zeros if all rewards are equal, and so for a single reward.
+
+    Args:
+        is_sample: whether the variance is divided by K - 1, as an estimate from a sample, or by K.
+    """
     if all(reward == rewards[0] for reward in rewards):
         return GroupAdvantages(values=(0.0,) * len(rewards), is_degenerate=True)
     mean = math.fsum(rewards) / len(rewards)
-    std = math.sqrt(math.fsum((reward - mean) ** 2 for reward in rewards) / len(rewards))
+    squares = math.fsum((reward - mean) ** 2 for reward in rewards)
+    std = math.sqrt(squares / (len(rewards) - is_sample))
     return GroupAdvantages(
         values=tuple((reward - mean) / (std + STD_EPSILON) for reward in rewards), is_degenerate=False
     )
+
+
+def grpo_advantages(rewards: Sequence[float]) -> GroupAdvantages:
+    """Rewards standardised by the deviation of the sample (K - 1), as in verl and TRL (arXiv 2402.03300).
+
+    A group of one reward has no deviation, so its advantage is 0. verl uses the reward itself there, and TRL refuses such groups.
+    """
+    return standardise(rewards, is_sample=True)
 
 
 def gft_advantages(rollout_rewards: Sequence[float], demonstration_reward: float = 1.0) -> GroupAdvantages:

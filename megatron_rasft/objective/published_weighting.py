@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 
 from megatron_rasft.objective.declaration import UNSAMPLED_WEIGHT, Deduplicate, Similarity
-from megatron_rasft.objective.groups import distinct_texts, grpo_advantages, is_attempt, is_positive
+from megatron_rasft.objective.groups import distinct_texts, is_attempt, is_positive, standardise
 from megatron_rasft.objective.weighting import GroupWeights
 from megatron_rasft.types import RolloutGroup
 
@@ -57,7 +57,8 @@ def published_weights(
     )
     solvability = len(positives) / len(distinct)
     demonstration_reward = 1.0 + DIFFICULTY_GAIN * (1.0 - solvability)
-    advantages = grpo_advantages([demonstration_reward] + [1.0] * len(positives) + [0.0] * num_wrong)
+    rewards = [demonstration_reward] + [1.0] * len(positives) + [0.0] * num_wrong
+    advantages = standardise(rewards, is_sample=False)
     if advantages.is_degenerate:
         return GroupWeights(demonstration=UNSAMPLED_WEIGHT, rollouts=tuple(weights), solvability=solvability)
 

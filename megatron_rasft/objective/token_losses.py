@@ -135,8 +135,14 @@ class PackedTokens:
         loss = terms.loss + coef * self.token_weights() * kl
         return replace(terms, loss=loss, metrics=terms.metrics | metrics)
 
-    def clipped_surrogate(self, clip_low: float, clip_high: float) -> TokenTerms:
-        """-min(q A, clip(q) A) per token, where q is the ratio of policy to old policy."""
+    def clipped_surrogate(
+        self, clip_low: float, clip_high: float, dual_clip: float | None = None
+    ) -> TokenTerms:
+        """-min(q A, clip(q) A) per token, where q is the ratio of policy to old policy.
+
+        Args:
+            dual_clip: largest q of a token with a negative advantage (arXiv 1912.09729); None for no such limit.
+        """
         advantage = self.token_weights()
         ratio = _clamp(self.logprobs - _given(self.old_logprobs, "old_logprobs")).exp()
         unclipped, clipped = ratio * advantage, ratio.clamp(clip_low, clip_high) * advantage
@@ -145,13 +151,22 @@ class PackedTokens:
             "policy_ratio_mean": self.sum_and_count(ratio.detach()),
             "clip_frac": self.sum_and_count(is_clipped),
         }
-        loss = -torch.where(is_clipped, clipped, unclipped)
-        return TokenTerms(loss=loss, counted=self.loss_mask, metrics=metrics)
+        value = torch.where(is_clipped, clipped, unclipped)
+        if dual_clip is not None:
+            is_limited = (advantage < 0) & (value < dual_clip * advantage)
+            metrics["dual_clip_frac"] = self.sum_and_count(is_limited)
+            value = torch.where(is_limited, dual_clip * advantage, value)
+        return TokenTerms(loss=-value, counted=self.loss_mask, metrics=metrics)
 
-    def reference_kl_estimate(self) -> Tensor:
-        """[t] Estimate of KL(policy || reference) from the sampled token: never negative, unbiased on the policy's own samples."""
+    def reference_kl_estimate(self, cap: float | None = None) -> Tensor:
+        """[t] Estimate of KL(policy || reference) from the sampled token: never negative, unbiased on the policy's own samples.
+
+        Args:
+            cap: largest estimate, nats. A token above it has no gradient from this term. None for no such limit.
+        """
         log_ratio = _clamp(_given(self.ref_logprobs, "ref_logprobs") - self.logprobs)
-        return log_ratio.exp() - log_ratio - 1.0
+        estimate = log_ratio.exp() - log_ratio - 1.0
+        return estimate if cap is None else estimate.clamp(max=cap)
 
     def reference_ratio(self, rule: RatioRule) -> tuple[Tensor, dict[str, Tensor]]:
         """Detached clipped ratio of policy and reference for each token [t], and its metrics.

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated
 
-from megatron_rasft.flags import NonNegativeFloat, Range
+from megatron_rasft.flags import NonNegativeFloat, PositiveFloat, Range
 from megatron_rasft.objective.declaration import Objective, SampledProblem, SampleWeights
 from megatron_rasft.objective.groups import grpo_advantages, judged_rewards
 
@@ -59,6 +59,18 @@ class Grpo(Objective):
     """Weight of the per-token KL estimate to the reference; 0 needs no reference. Unset: 0.001, or 0 with
     --objective-grpo-dapo."""
 
+    objective_grpo_kl_cap: PositiveFloat | None = None
+    """Largest KL estimate of a token, nats: a token above it has no gradient from the KL term. verl uses 10. Unset: no limit."""
+
+    objective_grpo_dual_clip: (
+        Annotated[
+            float, Range(above=1, advice="The flag bounds the ratio itself. verl uses 3 (clip_ratio_c).")
+        ]
+        | None
+    ) = None
+    """Upper bound of the ratio of tokens with a negative advantage, which the upper clip does not bound (dual clip; verl's
+    clip_ratio_c, 3). A token above it has no gradient. Unset: no bound, as in TRL."""
+
     objective_grpo_dapo: bool = False
     """The DAPO variant: larger upper clip, no KL, and groups with equal rewards are left out. Each of these can also be set by
     its own flag: --objective-grpo-clip-high, --objective-grpo-beta, --no-weighting-skip-degenerate."""
@@ -102,9 +114,11 @@ class Grpo(Objective):
 
     def token_terms(self, tokens: "PackedTokens") -> "TokenTerms":
         """-min(q A, clip(q) A) + beta KL, where q is the ratio of the policy to the policy at the last refresh."""
-        terms = tokens.clipped_surrogate(1.0 - self.objective_grpo_clip_low, 1.0 + self.clip_high)
+        terms = tokens.clipped_surrogate(
+            1.0 - self.objective_grpo_clip_low, 1.0 + self.clip_high, self.objective_grpo_dual_clip
+        )
         if self.beta == 0.0:
             return terms
-        kl = tokens.reference_kl_estimate()
+        kl = tokens.reference_kl_estimate(self.objective_grpo_kl_cap)
         metrics = terms.metrics | {"kl_nats": tokens.sum_and_count(kl.detach())}
         return replace(terms, loss=terms.loss + self.beta * kl, metrics=metrics)

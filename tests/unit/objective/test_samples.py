@@ -121,7 +121,7 @@ def test_grpo_trains_every_delivered_rollout_with_its_advantage() -> None:
     assert [s.response_ids[0] for s in samples] == [10, 11, 12, 15]
     # the correct response that was truncated by the length limit has reward 0
     x = np.array([1.0, 0.0, 0.0, 0.0])
-    assert [s.weight for s in samples] == pytest.approx(list((x - 0.25) / (x.std() + 1e-6)))
+    assert [s.weight for s in samples] == pytest.approx(list((x - 0.25) / (x.std(ddof=1) + 1e-6)))
     assert [r.weight for r in group.rollouts if r.weight] == [s.weight for s in samples]
 
 
@@ -146,10 +146,12 @@ def test_groups_with_equal_rewards_are_kept_or_skipped(objective: Objective, num
 def test_gft_standardises_demonstration_and_rollouts_together() -> None:
     samples = make_samples(Gft(), demonstration(), counted_group(1, 2), config=WeightingConfig())
     assert [s.kind for s in samples] == ["demonstration", "rollout", "rollout", "rollout"]
-    assert [s.weight for s in samples] == pytest.approx([1, 1, -1, -1], abs=1e-5)
+    assert [s.weight for s in samples] == pytest.approx(
+        [0.75**0.5, 0.75**0.5, -(0.75**0.5), -(0.75**0.5)], abs=1e-5
+    )
     samples = make_samples(Gft(), demonstration(), counted_group(1, 3), config=WeightingConfig())
     x = np.array([1.0, 1.0, 0.0, 0.0, 0.0])
-    assert [s.weight for s in samples] == pytest.approx(list((x - x.mean()) / x.std()), abs=1e-5)
+    assert [s.weight for s in samples] == pytest.approx(list((x - x.mean()) / x.std(ddof=1)), abs=1e-5)
 
 
 @pytest.mark.parametrize(

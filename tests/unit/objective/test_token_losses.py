@@ -177,12 +177,19 @@ def weighted(weight: Callable[..., float]) -> Formula:
     return formula
 
 
-def surrogate(low: float, high: float, beta: float = 0.0) -> Formula:
+def surrogate(
+    low: float, high: float, beta: float = 0.0, most: float = math.inf, kl_cap: float = math.inf
+) -> Formula:
     def formula(lp: float, r: float, old: float, a: float, lm: float, rm: float) -> tuple[float, float]:
         q = math.exp(lp - old)
-        acts = clip(q, low, high) * a < q * a
+        acts = clip(q, low, high) * a < q * a or (a < 0 and q > most)
         kl, kl_grad = math.exp(r - lp) - (r - lp) - 1, 1 - math.exp(r - lp)
-        return -min(q * a, clip(q, low, high) * a) + beta * kl, (0.0 if acts else -q * a) + beta * kl_grad
+        if kl > kl_cap:
+            kl, kl_grad = kl_cap, 0.0
+        value = min(q * a, clip(q, low, high) * a)
+        # As in verl: the loss of a negative advantage is at most -most * a.
+        loss = min(-value, -most * a) if a < 0 else -value
+        return loss + beta * kl, (0.0 if acts else -q * a) + beta * kl_grad
 
     return formula
 
@@ -225,6 +232,10 @@ FORMULAS: dict[str, tuple[dict[str, Any], Formula]] = {
     "grpo": ({}, surrogate(0.8, 1.2, beta=0.001)),
     "grpo beta": ({"objective_grpo_beta": 0.3}, surrogate(0.8, 1.2, beta=0.3)),
     "grpo dapo": ({"objective_grpo_dapo": True}, surrogate(0.8, 1.28)),
+    "grpo limited": (
+        {"objective_grpo_dual_clip": 1.1, "objective_grpo_beta": 0.3, "objective_grpo_kl_cap": 0.5},
+        surrogate(0.8, 1.2, beta=0.3, most=1.1, kl_cap=0.5),
+    ),
 }
 KL_COEF = {"sft_kl": 0.1, "asft": 0.05}
 
@@ -410,6 +421,7 @@ def test_each_objective_has_these_metrics() -> None:
         "psft": surrogates,
         "grpo": surrogates | {"kl_nats", "ref_logprob_gap_nats"},
         "grpo dapo": surrogates,
+        "grpo limited": surrogates | {"kl_nats", "ref_logprob_gap_nats", "dual_clip_frac"},
     }
     for case, names in expected.items():
         assert set(token_loss_sums(batch(), objective_of(case)).metrics) == names, case
