@@ -51,10 +51,10 @@ class CurriculumConfig(FlagSection):
     """Demonstrations in the calibration sample; all of them if the data has fewer."""
 
     curriculum_middle_frac: Share = 0.35
-    """Share of the problems inside the band that is sampled at a refresh; at least one problem unless 0."""
+    """Share of the problems inside the band that is sampled at a refresh; the number is rounded up."""
 
     curriculum_hard_frac: Share = 0.03
-    """Share of the hard pool that is sampled at a refresh; at least one problem unless 0."""
+    """Share of the hard pool that is sampled at a refresh; the number is rounded down, to at least one problem unless 0."""
 
     def check(self) -> None:
         for lower, upper in _ASCENDING:

@@ -33,11 +33,14 @@ class Solvability:
     """How many refreshes have sampled the problem."""
 
 
-def count_of_share(share: float, size: int) -> int:
-    """``share * size`` rounded to the nearest whole number, halves up, and at least 1 unless ``share`` or ``size`` is 0."""
-    if share <= 0 or size <= 0:
-        return 0
-    return min(size, max(1, math.floor(share * size + 0.5)))
+def middle_count(share: float, size: int) -> int:
+    """The number of middle problems to sample: ``share * size`` rounded up, as in the published script."""
+    return math.ceil(share * size)
+
+
+def hard_count(share: float, size: int) -> int:
+    """The number of hard problems to sample: ``share * size`` rounded down, but at least 1 unless ``share`` or ``size`` is 0."""
+    return min(size, max(1, math.floor(share * size))) if share > 0 else 0
 
 
 class Curriculum:
@@ -184,11 +187,11 @@ class Curriculum:
         middle = [problem_id for problem_id, route in routes.items() if route == "middle"]
         # Positions are drawn, not problems, so that sorting them restores the order of the refresh.
         positions = self._random(f"middle {self._refresh}").sample(
-            range(len(middle)), count_of_share(self._config.curriculum_middle_frac, len(middle))
+            range(len(middle)), middle_count(self._config.curriculum_middle_frac, len(middle))
         )
         # sorted() is stable: problems that were last sampled at the same refresh keep the order of the pool.
         by_staleness = sorted(self._hard_pool, key=self._last_sampled)
-        num_hard = count_of_share(self._config.curriculum_hard_frac, len(by_staleness))
+        num_hard = hard_count(self._config.curriculum_hard_frac, len(by_staleness))
         return [middle[position] for position in sorted(positions)] + by_staleness[:num_hard]
 
     def record(self, problem_id: str, num_correct: int, num_samples: int) -> None:

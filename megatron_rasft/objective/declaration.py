@@ -104,6 +104,10 @@ class Objective(FlagSection):
         """Whether the frozen reference is needed for anything."""
         return self.needs_reference_logprobs() or self.needs_reference_distribution()
 
+    def remarks(self) -> list[str]:
+        """Console lines about choices of this objective that its sources make differently."""
+        return []
+
     def weigh(self, problem: SampledProblem) -> SampleWeights:
         """The weights of the demonstration and of the rollouts of one problem."""
         return SampleWeights(rollouts={})

@@ -31,8 +31,9 @@ class WeightingConfig(FlagSection):
 
     rasft_weighting: Literal["adaptive", "published"] = "adaptive"
     """Rule of the rasft objective. adaptive: the harder the problem, the larger the weight of the demonstration. published: the
-    computation of the authors' script, which ignores every --weighting-* flag; the script's quality filters are then on unless a
-    --no-verify-filter-* flag turns one off."""
+    computation of the authors' script, which ignores the flags of solvability and its weights. It also sets the script's sampling
+    (--rollout-num-samples 3, --rollout-temperature 0.9, --rollout-top-p 0.95, --rollout-repetition-penalty 1.1) and its text
+    filters, unless a flag says otherwise; the log lists the values."""
 
     weighting_demonstration_max: Annotated[
         float,

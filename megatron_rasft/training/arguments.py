@@ -11,7 +11,7 @@ from megatron.training.arguments import parse_args
 
 from megatron_rasft.config import RasftConfig
 from megatron_rasft.config.parser import FlagParser, add_flags
-from megatron_rasft.config.verify import published_filters
+from megatron_rasft.config.published import published_preset
 from megatron_rasft.training.refusals import refuse_unsupported
 from megatron_rasft.training.requirements import refuse_unrunnable
 
@@ -69,8 +69,8 @@ def parse_flags() -> argparse.Namespace:
 
     args = parse_args(extended)
     if args.objective == "rasft" and args.rasft_weighting == "published":
-        # The published script filters by default. Parsing again makes this a default that a flag can still change.
-        args = parse_args(partial(extended, **published_filters()))
+        # Parsing again makes the preset's values defaults that a flag can still change.
+        args = parse_args(partial(extended, **published_preset()))
     assert parser is not None, "Megatron calls the extension"
     refuse_unsupported(parser, args)
     return args

@@ -18,6 +18,7 @@ from megatron_rasft.training.record import RunRecord
 from megatron_rasft.training.reference import LogprobCache, initial_fingerprint
 from megatron_rasft.training.refresh import Refresh, sampling_params
 from megatron_rasft.training.refresh_driver import RefreshDriver
+from megatron_rasft.training.remarks import remarks
 from megatron_rasft.training.resume import Resume
 from megatron_rasft.training.rollout_servers import RolloutServers, read_keys
 from megatron_rasft.training.run import Run
@@ -90,7 +91,11 @@ def build_run(
         verifier=verifier,
         servers=servers,
         initial_weights=initial_weights,
-        introduction=[describe_run(args, config, problems.num), *problems.summary.splitlines()],
+        introduction=[
+            describe_run(args, config, problems.num),
+            *problems.summary.splitlines(),
+            *remarks(config, args.given_flags, problems.num_programs),
+        ],
     )
 
 

@@ -46,6 +46,8 @@ def step_warning(iteration: int, result: StepResult) -> str:
         return f"step {iteration} changed no weight: {_why_skipped(result)}"
     if not math.isfinite(result.grad_norm):
         return f"step {iteration} trained on a gradient that is not finite"
+    if result.metrics.get("kept_frac") == 0:
+        return f"step {iteration} has no gradient: no token is above --objective-profit-threshold"
     return ""
 
 

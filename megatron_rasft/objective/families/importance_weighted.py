@@ -26,7 +26,8 @@ class IwSft(Objective):
     """Level of the importance weight: one weight per sequence, from mean log-probabilities, or one per token."""
 
     objective_iw_power: PositiveFloat | None = None
-    """Exponent of the ratio before clipping. Unset: 2 per sequence, 1 per token."""
+    """Exponent of the ratio before clipping. Unset: 2 per sequence, which is the default of the published function, although its
+    trainer passes 1; 1 per token."""
 
     objective_iw_clip_low: NonNegativeFloat | None = None
     """Smallest weight. Unset: 0 per sequence, 0.2 per token."""
@@ -54,6 +55,11 @@ class IwSft(Objective):
 
     def needs_reference_logprobs(self) -> bool:
         return True
+
+    def remarks(self) -> list[str]:
+        rule = self.ratio_rule()
+        published = "the published function's default is 2 per sequence, its trainer passes 1"
+        return [f"iw_sft raises the ratio per {rule.level} to the power {rule.power:g} ({published})"]
 
     def token_terms(self, tokens: "PackedTokens") -> "TokenTerms":
         """-A w log p, where w is the detached importance weight."""

@@ -23,7 +23,15 @@ class Profit(Objective):
             at_least=0, below=1, advice="The threshold is a token's probability. The published value is 0.1."
         ),
     ] = 0.1
-    """Only tokens with a higher probability than this are trained on."""
+    """Only tokens with a higher probability than this are trained on. The loss is divided by their number; the authors' code divides
+    by the number of all response tokens."""
+
+    def remarks(self) -> list[str]:
+        threshold = self.objective_profit_threshold
+        return [
+            f"profit divides by the tokens with a probability above {threshold:g} (the authors' code by all response tokens); a "
+            "step without such a token has no gradient (the published script trains it as sft)"
+        ]
 
     def token_terms(self, tokens: "PackedTokens") -> "TokenTerms":
         """-A log p on the tokens above the threshold, divided by their number."""

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_rasft.config.curriculum import CurriculumConfig
-from megatron_rasft.curriculum.curriculum import Curriculum, Solvability, count_of_share
+from megatron_rasft.curriculum.curriculum import Curriculum, Solvability, hard_count, middle_count
 from megatron_rasft.errors import CheckpointError
 
 BAND = CurriculumConfig(curriculum_mode="band")
@@ -104,7 +104,7 @@ def test_band_mode_samples_a_share_of_the_middle_and_probes_the_pool():
     middle, hard = chosen[:14], chosen[14:]
     assert [routes[p] for p in middle] == ["middle"] * 14 and len(set(middle)) == 14
     assert middle == sorted(middle, key=problem_ids.index) and middle != problem_ids[:14]
-    assert hard == problem_ids[40:42]  # 3 % of 60 problems, rounded
+    assert hard == problem_ids[40:41]  # 3 % of 60 problems, rounded down
 
 
 def test_random_choices_depend_on_seed_purpose_and_refresh_alone():
@@ -152,20 +152,22 @@ def test_mode_all_takes_every_problem_and_off_nothing():
 
 
 @pytest.mark.parametrize(
-    ("share", "size", "expected"),
+    ("share", "size", "middle", "hard"),
     [
-        (0.35, 0, 0),
-        (0.35, 1, 1),
-        (0.03, 16, 1),
-        (0.35, 10, 4),
-        (0.5, 5, 3),
-        (0.03, 100, 3),
-        (0.0, 9, 0),
-        (1.0, 9, 9),
+        (0.35, 0, 0, 0),
+        (0.35, 1, 1, 1),
+        (0.35, 10, 4, 3),
+        (0.03, 16, 1, 1),
+        (0.03, 99, 3, 2),
+        (0.03, 100, 3, 3),
+        (0.35, 20, 7, 7),
+        (0.0, 9, 0, 0),
+        (1.0, 9, 9, 9),
     ],
 )
-def test_shares_are_rounded_half_up_and_never_to_nothing(share, size, expected):
-    assert count_of_share(share, size) == expected
+def test_shares_become_counts_as_in_the_published_script(share, size, middle, hard):
+    assert middle_count(share, size) == middle
+    assert hard_count(share, size) == hard
 
 
 # ---- memory

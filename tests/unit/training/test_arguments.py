@@ -21,6 +21,22 @@ def test_published_weighting_brings_its_filters_unless_a_flag_says_otherwise(par
     assert not parse(*published, "--no-verify-filter-format").verify_filter_format
 
 
+def test_published_weighting_brings_its_sampling_unless_a_flag_says_otherwise(parse: Parse) -> None:
+    names = (
+        "rollout_num_samples",
+        "rollout_temperature",
+        "rollout_top_p",
+        "rollout_repetition_penalty",
+    )
+    published = ("--rasft-weighting", "published")
+    assert [getattr(parse(*published), name) for name in names] == [3, 0.9, 0.95, 1.1]
+    # Also a flag with the value that is the default without the preset.
+    given = parse(*published, "--rollout-temperature", "1.0", "--rollout-num-samples", "4")
+    assert [getattr(given, name) for name in names] == [4, 1.0, 0.95, 1.1]
+    other = parse(*published, "--objective", "dft")
+    assert [getattr(other, name) for name in names] == [4, 1.0, 1.0, 1.0]
+
+
 def test_flags_of_a_later_megatron_get_our_defaults(parser: FlagParser) -> None:
     assert "save_tokenizer_assets" not in vars(parser.parse_args([]))
     later = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))

@@ -57,6 +57,12 @@ def test_the_norm_of_the_parameters_is_there_if_it_was_computed() -> None:
     assert step_values(result_of(params_norm=3.0), step_s=1.0, num_queued=0)[metrics.PARAMS_NORM] == 3.0
 
 
+def test_a_step_in_which_profit_trains_no_token_is_named() -> None:
+    result = result_of(metrics={"loss": math.nan, "kept_frac": 0.0})
+    assert "--objective-profit-threshold" in step_warning(4, result)
+    assert not step_warning(4, result_of(metrics={"loss": 0.1, "kept_frac": 0.1}))
+
+
 def test_throughput_is_that_of_one_gpu() -> None:
     assert gpu_tflop_per_s(result_of(floating_point_operations=8e12), step_s=2.0, num_gpus=4) == 1.0
 
