@@ -83,8 +83,6 @@ def build_run(
             policy=trainer,
             servers=servers,
             sampling=sampling,
-            batch_size=args.global_batch_size,
-            total_steps=args.train_iters,
         ),
         record=record,
         heldout=None if heldout is None else Heldout(config, heldout, trainer, stop_ids, verifier),

@@ -63,13 +63,13 @@ class ProblemChoice:
     sampled_ids: list[str]
     """Problems that get new rollouts: some of ``problem_ids``, and problems of the hard pool."""
     weight_version: int | None = None
-    """Version (optimizer steps) of the weights with which rollout servers sample these problems; None until they have started."""
+    """Version (optimizer steps) of the weights that sample these problems; None until sampling has begun."""
 
 
 class Refresh:
-    """Makes the decisions of every refresh of a run. Rank 0 only.
+    """Makes the decisions of every refresh of a run, and keeps what a checkpoint needs to go on. Rank 0 only.
 
-    One refresh is ``next_problems``, ``choose_for_rollouts``, ``group`` (or ``replay``), ``verify``, ``weigh``, ``record``.
+    One refresh is ``begin``, ``next_problems``, ``choose``, ``group`` (or ``replay``), ``verify``, ``weigh``, ``record``, ``end``.
 
     Args:
         demonstrations: all problems of the run.
@@ -113,6 +113,67 @@ class Refresh:
             seed=config.data.data_seed,
             memory=config.weighting.weighting_memory,
         )
+        self._ahead: ProblemChoice | None = None
+        """With --rollout-lag 1: the next refresh's problems, which the servers are sampling."""
+        self._state_at_start: dict[str, Any] | None = None
+        """``state_dict()`` from before the refresh that is running. If it is interrupted, the resumed run repeats it."""
+
+    # ---- begin and end, checkpoints
+
+    def begin(self) -> None:
+        """Begins a refresh. Until ``end``, ``state_dict`` returns the state from before it."""
+        # next_problems advances the curriculum: a checkpoint that is written during the refresh needs the state from before.
+        self._state_at_start = self.state_dict()
+
+    def end(self, samples: Sequence[Sequence[TrainingSample]]) -> list[tuple[int, int]]:
+        """Ends the refresh. Returns its batches, one per step, each as (problems, samples).
+
+        Args:
+            samples: the samples of each problem.
+        """
+        self._state_at_start = None
+        return [(len(part), sum(map(len, part))) for part in batched(samples, self._batch_size)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the JSON values from which a resumed run continues."""
+        if self._state_at_start is not None:
+            return self._state_at_start
+        ahead = self._ahead
+        return {
+            "curriculum": self.curriculum.state_dict(),
+            "next_choice": None if ahead is None else [ahead.problem_ids, ahead.sampled_ids],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues from ``state_dict()``.
+
+        Responses that servers were sampling when it was taken are lost: the next refresh samples the same problems again, with
+        the weights of the checkpoint.
+        """
+        self.curriculum.load_state_dict(state["curriculum"])
+        if state["next_choice"] is not None:
+            problem_ids, sampled_ids = state["next_choice"]
+            self._ahead = ProblemChoice(problem_ids=problem_ids, sampled_ids=sampled_ids)
+
+    # ---- --rollout-lag 1
+
+    def iteration_ahead(self, choice: ProblemChoice, iteration: int) -> int | None:
+        """Returns the number of steps before the next refresh; None if that refresh is not sampled ahead.
+
+        Args:
+            choice: the problems of the refresh that began after ``iteration`` steps.
+        """
+        after = iteration + -(-len(choice.problem_ids) // self._batch_size)
+        return after if self._config.rollout.rollout_lag and after < self._total_steps else None
+
+    def keep_ahead(self, choice: ProblemChoice) -> None:
+        """Keeps the problems of the next refresh, which servers are sampling."""
+        self._ahead = choice
+
+    def take_ahead(self) -> ProblemChoice | None:
+        """Returns the problems that the previous refresh chose for this one; None if it chose none."""
+        ahead, self._ahead = self._ahead, None
+        return ahead
 
     # ---- choose
 
@@ -139,19 +200,28 @@ class Refresh:
         is_calibrated = self.curriculum.thresholds is not None
         return [] if is_calibrated else self.demonstration_samples(self.curriculum.calibration_sample())
 
-    def choose_for_rollouts(self, problem_ids: Iterable[str]) -> list[str]:
-        """The problems to sample in --curriculum-mode all or off: all of them, or none."""
-        return self.curriculum.choose_for_rollouts(dict.fromkeys(problem_ids, "middle"))
+    def calibrate(self, difficulties: Mapping[str, float]) -> None:
+        """Fixes the curriculum's thresholds with the difficulties of ``calibration_samples``, unless they are fixed."""
+        if self.curriculum.thresholds is None:
+            self.curriculum.calibrate(difficulties.values())
 
-    def choose_by_difficulty(self, difficulties: Mapping[str, float], iteration: int) -> list[str]:
-        """The problems to sample in --curriculum-mode band.
+    def choose(
+        self, problem_ids: list[str], difficulties: Mapping[str, float], iteration: int
+    ) -> ProblemChoice:
+        """Chooses the problems to sample: some of ``problem_ids`` with --curriculum-mode band, otherwise all or none of them.
 
         Args:
-            difficulties: problem id -> mean cross-entropy of its demonstration, nats per token.
+            problem_ids: problems that are trained until the next refresh.
+            difficulties: problem id -> mean cross-entropy of its demonstration, nats per token; read with band only.
             iteration: optimizer steps before the first step that trains on these problems.
         """
-        progress = iteration / self._total_steps
-        return self.curriculum.choose_for_rollouts(self.curriculum.route(difficulties, progress))
+        if not self._config.samples_rollouts:
+            return ProblemChoice(problem_ids=problem_ids, sampled_ids=[])
+        if self._config.curriculum.curriculum_mode == "band":
+            bands = self.curriculum.route(difficulties, iteration / self._total_steps)
+        else:
+            bands = dict.fromkeys(problem_ids, "middle")
+        return ProblemChoice(problem_ids=problem_ids, sampled_ids=self.curriculum.choose_for_rollouts(bands))
 
     # ---- sample
 
@@ -159,37 +229,34 @@ class Refresh:
         """Demonstrations on which rollout servers are compared with the trainer after a weight sync."""
         return self.demonstration_samples(choice.problem_ids[:_NUM_PROBES])
 
-    def requests(self, problem_ids: Iterable[str], weight_version: int) -> list[Request]:
-        """Each problem's prompt, with a seed for each of its samples."""
+    def requests(self, choice: ProblemChoice) -> list[Request]:
+        """Each sampled problem's prompt, with a seed for each of its samples."""
+        assert choice.weight_version is not None, "seeds depend on the weights that sample"
         # Lists, because requests are pickled on their way to other ranks, and memoryviews of the row cache cannot be.
         return [
             Request(
                 prompt_ids=list(self._demonstrations[problem_id].prompt_ids),
                 seeds=[
-                    sample_seed(self._config.rollout.rollout_seed, problem_id, weight_version, index)
+                    sample_seed(self._config.rollout.rollout_seed, problem_id, choice.weight_version, index)
                     for index in range(self._sampling.num_samples)
                 ],
             )
-            for problem_id in problem_ids
+            for problem_id in choice.sampled_ids
         ]
 
     def group(
-        self,
-        problem_ids: Sequence[str],
-        responses: Sequence[Sequence[Response | None]],
-        *,
-        weight_version: int,
-        iteration: int,
+        self, choice: ProblemChoice, responses: Sequence[Sequence[Response | None]], iteration: int
     ) -> dict[str, RolloutGroup]:
         """Problem id -> its rollouts, not yet verified. Problems without any response are left out.
 
         Args:
-            responses: of each problem, in the order of its seeds; None where servers failed to deliver one.
-            weight_version: version (optimizer steps) of the weights that sampled the responses.
+            responses: of each sampled problem, in the order of its seeds; None where servers failed to deliver one.
             iteration: optimizer steps done at this refresh, for the rollouts' age.
         """
+        weight_version = choice.weight_version
+        assert weight_version is not None, "responses have been sampled with some weights"
         groups = {}
-        for problem_id, answers in zip(problem_ids, responses, strict=True):
+        for problem_id, answers in zip(choice.sampled_ids, responses, strict=True):
             prompt_ids = list(self._demonstrations[problem_id].prompt_ids)
             rollouts = as_rollouts(problem_id, prompt_ids, answers, weight_version, self._decode)
             for rollout in rollouts:
@@ -198,11 +265,11 @@ class Refresh:
                 groups[problem_id] = RolloutGroup(problem_id=problem_id, rollouts=rollouts)
         return groups
 
-    def replay(self, problem_ids: Iterable[str]) -> dict[str, RolloutGroup]:
-        """Takes the next stored rollouts of each problem, so that every refresh gets new ones while the store has more."""
+    def replay(self, choice: ProblemChoice) -> dict[str, RolloutGroup]:
+        """Takes the next stored rollouts of each sampled problem, so that every refresh gets new ones while the store has more."""
         assert self._replay is not None, "a run with --rollout-engine replay must have opened its stores"
         groups = {}
-        for problem_id in problem_ids:
+        for problem_id in choice.sampled_ids:
             known = self.curriculum.solvability.get(problem_id)
             visit = 0 if known is None else known.num_refreshes
             rollouts = self._replay.take(problem_id, self._sampling.num_samples, visit)
@@ -218,6 +285,8 @@ class Refresh:
         Args:
             look_up: called at intervals; an exception from it ends the call.
         """
+        if not groups:
+            return
         assert self._verifier is not None, "a run that samples rollouts needs a verifier"
         rollouts = [rollout for group in groups.values() for rollout in group.rollouts]
         checks = {problem_id: self._demonstrations[problem_id].check for problem_id in groups}
@@ -265,10 +334,6 @@ class Refresh:
         if self._store is not None:
             self._store.append(rollout for group in groups.values() for rollout in group.rollouts)
 
-    def batch_sizes(self, samples: Sequence[Sequence[TrainingSample]]) -> list[tuple[int, int]]:
-        """Groups the samples of the problems into batches, one per step, each as (problems, samples)."""
-        return [(len(part), sum(map(len, part))) for part in batched(samples, self._batch_size)]
-
     # ---- score under the reference
 
     def fill_reference(self, samples: Iterable[TrainingSample]) -> list[TrainingSample]:
@@ -283,6 +348,8 @@ class Refresh:
         logprobs: Sequence[Sequence[float]],
     ) -> None:
         """Adds new log-probabilities to the cache and sets them in all samples, including samples with equal tokens."""
+        if not scored:
+            return
         assert self._cache is not None, "a run whose objective has a reference needs the cache"
         self._cache.add(scored, logprobs)
         missing = self._cache.fill(samples)

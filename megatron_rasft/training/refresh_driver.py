@@ -44,11 +44,8 @@ Who waits for whom. A, B and C are the problems of three refreshes; a column end
 Without servers, sync_weights does nothing and ``sample`` uses the trainer's own weights, or the store of --rollout-engine replay.
 """
 
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from itertools import chain
-from typing import Any
 
 from megatron_rasft.config import RasftConfig
 from megatron_rasft.ranks import kept_by_rank_zero, on_rank_zero
@@ -67,269 +64,165 @@ Samples = Sequence[Sequence[TrainingSample]]
 
 
 class RefreshDriver:
-    """Runs the refreshes of a run. Every method is a collective of the world unless it says otherwise.
+    """Runs the refreshes of a run. Every method is a collective of the world, and may raise Stopped.
 
     Args:
-        refresh: makes the decisions on rank 0; None on other ranks.
+        decisions: makes the decisions on rank 0; None on other ranks.
         policy: scores and samples with the model.
         servers: None if rollouts are not sampled by servers.
         sampling: how responses are drawn.
-        batch_size: problems per step.
-        total_steps: steps of the whole run.
     """
 
     def __init__(
         self,
         config: RasftConfig,
-        refresh: Refresh | None,
+        decisions: Refresh | None,
         *,
         policy: Policy,
         servers: RolloutServers | None,
         sampling: SamplingParams,
-        batch_size: int,
-        total_steps: int,
     ) -> None:
         self._config = config
-        self._refresh_on_rank_zero = refresh
+        self._decisions = decisions
         self._policy = policy
         self._servers = servers
         self._sampling = sampling
-        self._batch_size = batch_size
-        self._total_steps = total_steps
         self._iteration = 0
         self._report = RefreshReport()
-        self._next_choice: ProblemChoice | None = None
-        """With --rollout-lag 1: the next refresh's problems, which the servers are sampling."""
-        self._state_at_start: dict[str, Any] | None = None
-        """``state_dict()`` from before the refresh that is running. If it is interrupted, the resumed run repeats it."""
 
     @property
-    def _refresh(self) -> Refresh:
-        assert self._refresh_on_rank_zero is not None, "only rank 0 decides"
-        return self._refresh_on_rank_zero
+    def decisions(self) -> Refresh:
+        """The decisions of the run's refreshes, with their state for checkpoints. Rank 0 only."""
+        assert self._decisions is not None, "only rank 0 decides"
+        return self._decisions
 
     def start(self, iteration: int) -> None:
-        """Begins a refresh after ``iteration`` optimizer steps, which are also the version of the weights.
-
-        Raises:
-            Stopped: the run is to stop. The methods below raise it too; ``state_dict()`` then returns the state at the start of
-                the refresh.
-        """
+        """Begins a refresh after ``iteration`` optimizer steps, which are also the version of the weights."""
         self._policy.stop.check()
-        # choose_problems advances the curriculum: a checkpoint that is written during the refresh needs the state from before.
-        self._state_at_start = None if self._refresh_on_rank_zero is None else self.state_dict()
         self._iteration = iteration
         self._report = RefreshReport()
-
-    # ---- choose problems
+        on_rank_zero(lambda: self.decisions.begin())
 
     def choose_problems(self) -> ProblemChoice:
         """Chooses the problems of this refresh, unless the previous refresh has chosen them (--rollout-lag 1)."""
-        choice = self._next_choice or self._choose(self._iteration)
-        self._next_choice = None
+        ahead: ProblemChoice | None = on_rank_zero(lambda: self.decisions.take_ahead())
+        choice = ahead or self._choose(self._iteration)
         self._report.num_problems = len(choice.problem_ids)
         return choice
 
     def _choose(self, iteration: int) -> ProblemChoice:
         """The problems of the refresh that begins after ``iteration`` steps, the same on every rank."""
-        problem_ids: list[str] = on_rank_zero(lambda: self._refresh.next_problems(iteration))
-        if not self._config.samples_rollouts:
-            return ProblemChoice(problem_ids=problem_ids, sampled_ids=[])
-        if self._config.curriculum.curriculum_mode != "band":
-            sampled = on_rank_zero(lambda: self._refresh.choose_for_rollouts(problem_ids))
-            return ProblemChoice(problem_ids=problem_ids, sampled_ids=sampled)
-        began = time.monotonic()
-        self._calibrate()
-        scored = self._difficulties(
-            kept_by_rank_zero(lambda: self._refresh.demonstration_samples(problem_ids), [])
-        )
-        self._report.mean_difficulty = sum(scored.values()) / max(1, len(scored))
-        self._report.score_s = time.monotonic() - began
-        sampled = on_rank_zero(lambda: self._refresh.choose_by_difficulty(scored, iteration))
-        return ProblemChoice(problem_ids=problem_ids, sampled_ids=sampled)
+        problem_ids: list[str] = on_rank_zero(lambda: self.decisions.next_problems(iteration))
+        scored: dict[str, float] = {}
+        if self._config.samples_rollouts and self._config.curriculum.curriculum_mode == "band":
+            with self._report.timed("score_s"):
+                scored = self._score_difficulties(problem_ids)
+            self._report.mean_difficulty = sum(scored.values()) / max(1, len(scored))
+        return on_rank_zero(lambda: self.decisions.choose(problem_ids, scored, iteration))
 
-    def _calibrate(self) -> None:
-        """Fixes the curriculum's thresholds with the policy of the first refresh."""
-        samples: list[TrainingSample] = kept_by_rank_zero(lambda: self._refresh.calibration_samples(), [])
-        if on_rank_zero(lambda: len(samples)):
-            scored = self._difficulties(samples)
-            on_rank_zero(lambda: self._refresh.curriculum.calibrate(scored.values()))
-
-    def _difficulties(self, samples: list[TrainingSample]) -> dict[str, float]:
-        """Problem id -> difficulty under the current policy, on rank 0; {} on the others."""
-        logprobs = self._policy.score(samples, with_reference=False)
-        return difficulties(samples, logprobs)
-
-    # ---- sync weights
+    def _score_difficulties(self, problem_ids: list[str]) -> dict[str, float]:
+        """Problem id -> difficulty under the current policy, on rank 0. The first call fixes the curriculum's thresholds."""
+        samples: list[TrainingSample] = kept_by_rank_zero(lambda: self.decisions.calibration_samples(), [])
+        scored = difficulties(samples, self._policy.score(samples, with_reference=False))
+        on_rank_zero(lambda: self.decisions.calibrate(scored))
+        samples = kept_by_rank_zero(lambda: self.decisions.demonstration_samples(problem_ids), [])
+        return difficulties(samples, self._policy.score(samples, with_reference=False))
 
     def sync_weights(self, choice: ProblemChoice) -> None:
         """Sends the trainer's weights to the rollout servers, unless these are sampling ``choice`` already."""
         if self._servers is None or choice.weight_version is not None:
             return
-        with self._timed_as_generate():
-            probes: list[TrainingSample] = kept_by_rank_zero(lambda: self._refresh.probes(choice), [])
+        with self._report.timed("generate_s"):
+            probes: list[TrainingSample] = kept_by_rank_zero(lambda: self.decisions.probes(choice), [])
             self._report.servers |= self._servers.sync(self._iteration, probes, self._policy.stop)
-
-    # ---- sample
 
     def sample(self, choice: ProblemChoice) -> Groups:
         """Collects this refresh's rollouts, not yet verified."""
-        with self._timed_as_generate():
+        with self._report.timed("generate_s"):
             if self._servers is not None:
                 return self._sample_with_servers(choice, self._servers)
             if not choice.sampled_ids:
                 return {}
             if self._config.rollout.rollout_engine == "replay":
-                return kept_by_rank_zero(lambda: self._refresh.replay(choice.sampled_ids), {})
-            return self._sample_with_trainer(choice.sampled_ids)
+                return kept_by_rank_zero(lambda: self.decisions.replay(choice), {})
+            return self._sample_with_trainer(choice)
 
-    def _sample_with_trainer(self, problem_ids: list[str]) -> Groups:
-        version = self._iteration
-        requests: list[Request] = on_rank_zero(lambda: self._refresh.requests(problem_ids, version))
+    def _sample_with_trainer(self, choice: ProblemChoice) -> Groups:
+        choice.weight_version = self._iteration
+        requests: list[Request] = on_rank_zero(lambda: self.decisions.requests(choice))
         responses = self._policy.generate(requests, self._sampling)
-        return kept_by_rank_zero(
-            lambda: self._refresh.group(problem_ids, responses, weight_version=version, iteration=version), {}
-        )
+        return kept_by_rank_zero(lambda: self.decisions.group(choice, responses, self._iteration), {})
 
     def _sample_with_servers(self, choice: ProblemChoice, servers: RolloutServers) -> Groups:
-        self._start_servers(choice, servers)
-        servers.wait(self._policy.stop.check)
-
         def collect() -> Groups:
             answers = servers.result()
             self._report.servers |= answers.report.values()
-            assert choice.weight_version is not None, "the servers have started"
-            return self._refresh.group(
-                choice.sampled_ids,
-                answers.responses,
-                weight_version=choice.weight_version,
-                iteration=self._iteration,
-            )
+            return self.decisions.group(choice, answers.responses, self._iteration)
 
-        groups: Groups = kept_by_rank_zero(collect, {})
-        # Servers that will sample ahead next need their memory.
-        if self._next_iteration(choice) is None and self._config.sync.sync_method == "tensor":
-            servers.sleep()
-        return groups
+        self._start_servers(choice, servers)
+        servers.wait(self._policy.stop.check)
+        return kept_by_rank_zero(collect, {})
 
     def _start_servers(self, choice: ProblemChoice, servers: RolloutServers) -> None:
         """Starts the servers on ``choice`` with the weights of the last sync, unless they are sampling it already."""
-        if choice.weight_version is not None:
-            return
-        version = choice.weight_version = self._iteration
-        on_rank_zero(
-            lambda: servers.start(
-                self._refresh.requests(choice.sampled_ids, version), self._sampling, version
-            )
-        )
-
-    # ---- --rollout-lag 1
+        if choice.weight_version is None:
+            version = choice.weight_version = self._iteration
+            on_rank_zero(lambda: servers.start(self.decisions.requests(choice), self._sampling, version))
 
     def sample_ahead(self, choice: ProblemChoice) -> None:
-        """With --rollout-lag 1, starts the servers on the next refresh's problems; they sample while ``choice`` is trained."""
-        iteration = self._next_iteration(choice)
-        if iteration is None:
+        """With --rollout-lag 1, starts the servers on the next refresh's problems; they sample while ``choice`` is trained.
+
+        Otherwise, servers on the trainer's own GPUs free their memory.
+        """
+        if self._servers is None:
             return
-        assert self._servers is not None, "--rollout-lag 1 needs servers"
-        with self._timed_as_generate():
-            upcoming = self._choose(iteration)
-            self.sync_weights(upcoming)
-            self._start_servers(upcoming, self._servers)
-            self._next_choice = upcoming
-
-    def _next_iteration(self, choice: ProblemChoice) -> int | None:
-        """Returns the number of steps before the next refresh; None if that refresh is not sampled ahead."""
-        iteration = self._iteration + -(-len(choice.problem_ids) // self._batch_size)
-        is_ahead = self._servers is not None and self._config.rollout.rollout_lag
-        return iteration if is_ahead and iteration < self._total_steps else None
-
-    # ---- verify, weigh
+        with self._report.timed("generate_s"):
+            iteration: int | None = on_rank_zero(
+                lambda: self.decisions.iteration_ahead(choice, self._iteration)
+            )
+            if iteration is not None:
+                ahead = self._choose(iteration)
+                self.sync_weights(ahead)
+                self._start_servers(ahead, self._servers)
+                on_rank_zero(lambda: self.decisions.keep_ahead(ahead))
+            elif self._config.sync.sync_method == "tensor":
+                self._servers.sleep()
 
     def verify(self, groups: Groups) -> None:
         """Sets the rollouts' verdicts and marks bad texts. The other ranks wait for rank 0."""
         stop = self._policy.stop
-
-        def work() -> None:
-            began = time.monotonic()
-            if groups:
-                self._refresh.verify(groups, stop.check_here)
-            self._report.count_rollouts(groups.values())
-            self._report.verify_s = time.monotonic() - began
-
-        stop.on_rank_zero(work)
+        with self._report.timed("verify_s"):
+            stop.on_rank_zero(lambda: self.decisions.verify(groups, stop.check_here))
+        self._report.count_rollouts(groups.values())
 
     def weigh(self, choice: ProblemChoice, groups: Groups) -> Samples:
         """Turns demonstrations and rollouts into weighted training samples, and records the rollouts."""
-
-        def work() -> Samples:
-            samples = self._refresh.weigh(choice.problem_ids, groups)
-            self._refresh.record(groups)
-            self._report.average_weights(chain.from_iterable(samples))
-            return samples
-
-        return kept_by_rank_zero(work, [])
-
-    # ---- score under the reference
+        samples: Samples = kept_by_rank_zero(lambda: self.decisions.weigh(choice.problem_ids, groups), [])
+        on_rank_zero(lambda: self.decisions.record(groups))
+        self._report.average_weights(chain.from_iterable(samples))
+        return samples
 
     def score_reference(self, samples: Samples) -> None:
         """Sets the log-probabilities that the objective needs: under the frozen reference, and under the current policy."""
-        objective = self._config.objective
-        flat = list(chain.from_iterable(samples))
-        began = time.monotonic()
-        if objective.needs_reference_logprobs():
-            self._set_reference_logprobs(flat)
-        if objective.needs_old_logprobs() and on_rank_zero(lambda: len(flat)):
-            old = self._policy.score(flat, with_reference=False)
-            for sample, values in zip(flat, old, strict=True):
-                sample.old_logprobs = values
-        self._report.reference_s = time.monotonic() - began
+        objective, flat = self._config.objective, list(chain.from_iterable(samples))
+        with self._report.timed("reference_s"):
+            if objective.needs_reference_logprobs():
+                self._set_reference_logprobs(flat)
+            if objective.needs_old_logprobs():
+                old = self._policy.score(flat, with_reference=False)
+                for sample, values in zip(flat, old, strict=True):
+                    sample.old_logprobs = values
 
     def _set_reference_logprobs(self, samples: list[TrainingSample]) -> None:
-        unknown: list[TrainingSample] = kept_by_rank_zero(lambda: self._refresh.fill_reference(samples), [])
-        if on_rank_zero(lambda: len(unknown)):
-            # Before the first step the policy is the reference: the weights need not be swapped.
-            logprobs = self._policy.score(unknown, with_reference=self._iteration > 0)
-            on_rank_zero(lambda: self._refresh.add_reference(samples, unknown, logprobs))
-
-    # ---- finish
+        unknown: list[TrainingSample] = kept_by_rank_zero(lambda: self.decisions.fill_reference(samples), [])
+        # Before the first step the policy is the reference: the weights need not be swapped.
+        logprobs = self._policy.score(unknown, with_reference=self._iteration > 0)
+        on_rank_zero(lambda: self.decisions.add_reference(samples, unknown, logprobs))
 
     def finish(self, samples: Samples) -> tuple[BatchQueue, RefreshReport]:
         """Ends the refresh. Returns its report and its batches on every rank; only rank 0 has the samples."""
-        sizes: list[tuple[int, int]] = on_rank_zero(lambda: self._refresh.batch_sizes(samples))
+        sizes: list[tuple[int, int]] = on_rank_zero(lambda: self.decisions.end(samples))
         # The report goes to every rank, because the trackers' writers are on the last rank.
         report: RefreshReport = on_rank_zero(lambda: self._report)
         arrays = kept_by_rank_zero(lambda: SampleArrays.of(list(chain.from_iterable(samples))), None)
-        self._state_at_start = None
         return BatchQueue(sizes, arrays), report
-
-    # ---- checkpoints
-
-    def state_dict(self) -> dict[str, Any]:
-        """Returns the JSON values from which a resumed run continues. Rank 0 only, not a collective."""
-        if self._state_at_start is not None:
-            return self._state_at_start
-        ahead = self._next_choice
-        return {
-            "curriculum": self._refresh.curriculum.state_dict(),
-            "next_choice": None if ahead is None else [ahead.problem_ids, ahead.sampled_ids],
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues from ``state_dict()``.
-
-        Responses that servers were sampling when it was taken are lost: the next refresh samples the same problems again, with
-        the weights of the checkpoint.
-        """
-        if state["next_choice"] is not None:
-            problem_ids, sampled_ids = state["next_choice"]
-            self._next_choice = ProblemChoice(problem_ids=problem_ids, sampled_ids=sampled_ids)
-        on_rank_zero(lambda: self._refresh.curriculum.load_state_dict(state["curriculum"]))
-
-    @contextmanager
-    def _timed_as_generate(self) -> Iterator[None]:
-        began, before = time.monotonic(), self._report.generate_s
-        try:
-            yield
-        finally:
-            # Assigned, not added: sample_ahead calls sync_weights, which measures a part of the same time.
-            self._report.generate_s = before + time.monotonic() - began

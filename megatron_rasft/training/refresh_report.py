@@ -1,7 +1,9 @@
 """The figures of one refresh: collected while it runs, then logged as metrics and printed as one line."""
 
+import time
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from megatron_rasft import metrics
@@ -41,6 +43,15 @@ class RefreshReport:
     """Seconds for computing the log-probabilities under the reference and the old policy."""
     servers: dict[str, float] = field(default_factory=dict)
     """Metric name -> value, for the weight sync and the sampling of rollout servers."""
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Adds the seconds of a block to the field ``name``. A block inside a block of the same name counts once."""
+        began, before = time.monotonic(), getattr(self, name)
+        try:
+            yield
+        finally:
+            setattr(self, name, before + time.monotonic() - began)
 
     def count_rollouts(self, groups: Collection[RolloutGroup]) -> None:
         """Counts verified and filtered rollouts."""

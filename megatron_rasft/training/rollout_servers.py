@@ -5,7 +5,7 @@ Rank 0 alone samples from the servers. During a weight sync, other ranks send we
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from typing import Any, Protocol
 
 from megatron_rasft import metrics
@@ -35,8 +35,8 @@ class SyncedModel(Protocol):
     def weight_sync(self, records: ServerRecords) -> WeightSync:
         """Returns the object that sends this model's weights to servers."""
 
-    def push_weights(self, sync: WeightSync, weight_version: int, urls: Sequence[str]) -> SyncReport:
-        """Sends the current weights to the servers at ``urls``."""
+    def parameters_gathered(self) -> AbstractContextManager[None]:
+        """Returns a context in which every rank has all current parameters."""
 
 
 class RolloutServers:
@@ -102,7 +102,8 @@ class RolloutServers:
         if not urls:
             return {}
         expected = self._model.score(probes, with_reference=False)
-        report = self._model.push_weights(self._sync, weight_version, urls)
+        with self._model.parameters_gathered():
+            report = self._sync.push(weight_version, urls)
         return on_rank_zero(lambda: self._admit(report, probes, expected))
 
     def start(self, requests: Sequence[Request], params: SamplingParams, weight_version: int) -> None:

@@ -119,7 +119,7 @@ class Run:
         self.queue = BatchQueue(state["queue"], SampleArrays(**arrays) if arrays else None)
         self._last_refresh = state["last_refresh"]
         self._verdicts = Counter(state["verdicts"])
-        self._refresh.load_state_dict(state["refresh"])
+        on_rank_zero(lambda: self._refresh.decisions.load_state_dict(state["refresh"]))
         if self._checkpoints.resume.is_own:
             self._saved_step = self._trainer.iteration
 
@@ -236,7 +236,7 @@ class Run:
     def _state(self) -> tuple[dict[str, Any], dict[str, Array]]:
         """The run's part of a checkpoint: JSON values, and the samples of the queue. Rank 0 only."""
         state = {
-            "refresh": self._refresh.state_dict(),
+            "refresh": self._refresh.decisions.state_dict(),
             "initial_weights": self._initial_weights,
             "files": self._record.file_marks,
             "queue": self.queue.sizes,

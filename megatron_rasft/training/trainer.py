@@ -30,7 +30,7 @@ from megatron_rasft.config import RasftConfig
 from megatron_rasft.errors import RasftError
 from megatron_rasft.ranks import gather_to_all, kept_by_rank_zero
 from megatron_rasft.servers.record import ServerRecords
-from megatron_rasft.sync import SyncReport, WeightSync
+from megatron_rasft.sync import WeightSync
 from megatron_rasft.training import megatron_calls
 from megatron_rasft.training.batch_preparation import (
     BatchPreparer,
@@ -206,11 +206,6 @@ class Trainer:
     def weight_sync(self, records: ServerRecords) -> WeightSync:
         """Returns the object that sends this model's weights to rollout servers; see HfWeights.sync."""
         return self.weights.sync(self.config.sync, records, self.sampler.device, self.export)
-
-    def push_weights(self, sync: WeightSync, weight_version: int, urls: Sequence[str]) -> SyncReport:
-        """Sends the current weights to the servers; see WeightSync.push."""
-        with self.parameters_gathered():
-            return sync.push(weight_version, urls)
 
     def export(self, path: str, facts: dict[str, str] | None = None) -> None:
         """Writes the model as a Hugging Face folder, in the type it is trained in, so that no update is rounded away.

@@ -198,8 +198,6 @@ def refresh(run: Any) -> list[tuple[list[int], float, list[float], list[float]]]
         policy=run,
         servers=None,
         sampling=sampling,
-        batch_size=len(PROMPTS),
-        total_steps=1,
     )
     broadcast, messages = dist.broadcast_object_list, []
 

@@ -85,7 +85,8 @@ class PolicyOfNotes:
         self.stop = StopRequest(lambda: self.is_stopped)
 
     def score(self, samples: Sequence[TrainingSample], *, with_reference: bool) -> list[list[float]]:
-        self.calls.append(f"score {len(samples)} {'reference' if with_reference else 'policy'}")
+        if samples:
+            self.calls.append(f"score {len(samples)} {'reference' if with_reference else 'policy'}")
         return [[-self.difficulties.get(s.problem_id, 1.0)] * len(s.response_ids) for s in samples]
 
     def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[list[Response]]:

@@ -32,10 +32,17 @@ from tests.unit.training.stand_ins import (
 )
 
 
+def sampled(*problem_ids: str, weight_version: int | None = 0) -> ProblemChoice:
+    """A choice of problems that all get rollouts."""
+    return ProblemChoice(
+        problem_ids=list(problem_ids), sampled_ids=list(problem_ids), weight_version=weight_version
+    )
+
+
 def verified(made: Refresh, problem_ids: list[str], weight_version: int = 0) -> dict[str, RolloutGroup]:
     """Sampled and graded rollouts of these problems; every second one is correct."""
-    responses = [answers(request) for request in made.requests(problem_ids, weight_version)]
-    groups = made.group(problem_ids, responses, weight_version=weight_version, iteration=weight_version)
+    choice = sampled(*problem_ids, weight_version=weight_version)
+    groups = made.group(choice, [answers(request) for request in made.requests(choice)], weight_version)
     made.verify(groups)
     return groups
 
@@ -70,29 +77,44 @@ def test_two_refreshes_choose_different_problems_and_an_epoch_repeats_none() -> 
 def test_without_a_band_all_problems_or_none_are_sampled(mode: Any, share: int) -> None:
     made = refresh_of(config_of(curriculum=CurriculumConfig(curriculum_mode=mode)))
     problem_ids = made.next_problems(0)
-    assert made.choose_for_rollouts(problem_ids) == problem_ids * share
+    choice = made.choose(problem_ids, {}, 0)
+    assert (choice.problem_ids, choice.sampled_ids) == (problem_ids, problem_ids * share)
+    assert choice.weight_version is None, "nothing is sampled yet"
+
+
+def test_an_objective_without_rollouts_samples_no_problem() -> None:
+    made = refresh_of(config_of(objective=SftKl()))
+    assert made.choose(["p1", "p0"], {}, 0).sampled_ids == []
 
 
 def test_the_band_samples_other_problems_once_the_policy_has_changed() -> None:
     made = refresh_of(config_of(curriculum=BAND), num_problems=20)
     assert len(made.calibration_samples()) == 20
-    made.curriculum.calibrate([i / 10 for i in range(11)])
+    made.calibrate({f"p{i}": i / 10 for i in range(11)})
     assert made.calibration_samples() == [], "the thresholds stay those of the first refresh"
+    thresholds = made.curriculum.thresholds
+    made.calibrate({})
+    assert made.curriculum.thresholds == thresholds
     problem_ids = made.next_problems(0)
     inside, below = 0.3, 0.05
-    first = made.choose_by_difficulty({p: inside if i < 10 else below for i, p in enumerate(problem_ids)}, 0)
-    second = made.choose_by_difficulty({p: below if i < 10 else inside for i, p in enumerate(problem_ids)}, 0)
+    easy_last = {p: inside if i < 10 else below for i, p in enumerate(problem_ids)}
+    easy_first = {p: below if i < 10 else inside for i, p in enumerate(problem_ids)}
+    first, second = (made.choose(problem_ids, d, 0).sampled_ids for d in (easy_last, easy_first))
     assert first and set(first) <= set(problem_ids[:10])
     assert second and set(second) <= set(problem_ids[10:])
 
 
 def test_the_band_slides_with_the_steps_of_the_run() -> None:
     made = refresh_of(config_of(curriculum=BAND))
-    made.curriculum.calibrate([i / 10 for i in range(11)])
-    assert made.choose_by_difficulty({"p0": 0.3}, 0) == ["p0"]
-    assert made.choose_by_difficulty({"p0": 0.46}, 6) == ["p0"], "half way it is at the quantiles 0.35 to 0.6"
-    assert made.choose_by_difficulty({"p0": 0.34}, 6) == []
-    assert made.choose_by_difficulty({"p0": 0.3}, 12) == [], "the band ends at the quantiles 0.5 to 0.75"
+    made.calibrate({f"p{i}": i / 10 for i in range(11)})
+
+    def is_sampled(difficulty: float, iteration: int) -> bool:
+        return made.choose(["p0"], {"p0": difficulty}, iteration).sampled_ids == ["p0"]
+
+    assert is_sampled(0.3, 0)
+    assert is_sampled(0.46, 6), "half way it is at the quantiles 0.35 to 0.6"
+    assert not is_sampled(0.34, 6)
+    assert not is_sampled(0.3, 12), "the band ends at the quantiles 0.5 to 0.75"
 
 
 def test_difficulty_is_the_mean_cross_entropy_of_a_demonstration() -> None:
@@ -113,11 +135,11 @@ def test_every_sample_of_every_refresh_has_a_seed_of_its_own() -> None:
     seeds = [
         seed
         for version in (0, 4)
-        for request in made.requests(["p0", "p1"], version)
+        for request in made.requests(sampled("p0", "p1", weight_version=version))
         for seed in request.seeds
     ]
     assert len(set(seeds)) == len(seeds) == 12
-    assert made.requests(["p1"], 4)[0].seeds == seeds[9:], "whatever else is sampled"
+    assert made.requests(sampled("p1", weight_version=4))[0].seeds == seeds[9:], "whatever else is sampled"
 
 
 def test_a_response_that_servers_failed_to_deliver_does_not_move_the_others() -> None:
@@ -132,7 +154,8 @@ def test_a_response_that_servers_failed_to_deliver_does_not_move_the_others() ->
 
 def test_rollouts_know_their_age_and_a_problem_without_any_is_left_out() -> None:
     made = refresh_of(config_of())
-    groups = made.group(["p0", "p1"], [[None, response(5, 9)], [None, None]], weight_version=2, iteration=6)
+    choice = sampled("p0", "p1", weight_version=2)
+    groups = made.group(choice, [[None, response(5, 9)], [None, None]], iteration=6)
     assert list(groups) == ["p0"]
     (rollout,) = groups["p0"].rollouts
     assert (rollout.weight_version, rollout.policy_age, rollout.prompt_ids) == (2, 4, [1, 0])
@@ -148,7 +171,7 @@ def test_replay_hands_out_new_rollouts_at_each_refresh(tmp_path: Path) -> None:
     made = refresh_of(config, replay=ReplayEngine([store.path], prompts))
     taken = []
     for _ in range(3):
-        groups = made.replay(["p0", "p3"])
+        groups = made.replay(sampled("p0", "p3", weight_version=None))
         assert list(groups) == ["p3"], "the store has nothing for p0"
         made.verify(groups)
         made.record(groups)
@@ -175,8 +198,8 @@ def test_rollouts_are_graded_and_bad_texts_are_filtered() -> None:
 def test_correct_rollouts_are_trained_beside_the_demonstration() -> None:
     made = refresh_of(config_of())
     groups = verified(made, ["p0"])
-    sampled, unsampled = made.weigh(["p0", "p1"], groups)
-    assert [(s.kind, s.response_ids) for s in sampled] == [
+    solved, unsampled = made.weigh(["p0", "p1"], groups)
+    assert [(s.kind, s.response_ids) for s in solved] == [
         ("demonstration", [5, 9]),
         ("rollout", [5, 0, 9]),
         ("rollout", [5, 2, 9]),
@@ -195,7 +218,7 @@ def test_weights_use_the_memory_from_before_this_refresh() -> None:
 def test_samples_that_do_not_fit_a_training_row_are_left_out() -> None:
     made = refresh_of(config_of())
     long = [response(5, *range(100, 160), 9), response(5, *range(200, 261), 9)]
-    groups = made.group(["p0"], [long], weight_version=0, iteration=0)
+    groups = made.group(sampled("p0"), [long], iteration=0)
     made.verify(groups)
     assert [s.num_tokens for s in made.weigh(["p0"], groups)[0]] == [4, 64]
 
@@ -217,7 +240,7 @@ def test_every_group_is_remembered_and_stored(tmp_path: Path) -> None:
 def test_batches_follow_the_order_of_the_problems() -> None:
     made = refresh_of(config_of())
     samples = made.weigh(["p0", "p1", "p2"], verified(made, ["p2"]))
-    assert made.batch_sizes(samples) == [(2, 2), (1, 3)]
+    assert made.end(samples) == [(2, 2), (1, 3)]
 
 
 # ---- score under the reference
@@ -242,7 +265,58 @@ def test_samples_with_equal_content_are_scored_once_and_remembered() -> None:
     assert made.fill_reference(samples(8, 7)) == []
 
 
+# ---- --rollout-lag 1
+
+
+@pytest.mark.parametrize(
+    ("lag", "iteration", "num_problems", "ahead"),
+    [
+        (0, 0, 4, None),
+        (1, 0, 4, 2),
+        (1, 2, 3, 4),
+        (1, 8, 4, 10),
+        (1, 10, 4, None),
+        (1, 10, 3, None),
+    ],
+)
+def test_the_next_refresh_is_sampled_ahead_unless_the_run_ends_first(
+    lag: Any, iteration: int, num_problems: int, ahead: int | None
+) -> None:
+    engine = RolloutConfig(rollout_engine="sglang", rollout_urls=["http://a:1"], rollout_lag=lag)
+    made = refresh_of(config_of(rollout=engine))
+    assert made.iteration_ahead(sampled(*"abcd"[:num_problems]), iteration) == ahead
+
+
+def test_problems_chosen_ahead_are_handed_out_once() -> None:
+    made = refresh_of(config_of())
+    choice = sampled("p0")
+    assert made.take_ahead() is None
+    made.keep_ahead(choice)
+    assert made.take_ahead() is choice
+    assert made.take_ahead() is None
+
+
 # ---- resume
+
+
+def test_a_checkpoint_written_during_a_refresh_repeats_it() -> None:
+    made = refresh_of(config_of())
+    made.keep_ahead(sampled("p0", "p1"))
+    before = json.dumps(made.state_dict())
+    made.begin()
+    made.take_ahead()
+    made.record(verified(made, made.next_problems(0)))
+    assert json.dumps(made.state_dict()) == before
+    made.end([])
+    assert json.dumps(made.state_dict()) != before
+
+
+def test_problems_chosen_ahead_are_sampled_again_after_resuming() -> None:
+    made, resumed = refresh_of(config_of()), refresh_of(config_of())
+    made.keep_ahead(ProblemChoice(problem_ids=["p0", "p1"], sampled_ids=["p1"], weight_version=3))
+    resumed.load_state_dict(json.loads(json.dumps(made.state_dict())))
+    lost = ProblemChoice(problem_ids=["p0", "p1"], sampled_ids=["p1"], weight_version=None)
+    assert resumed.take_ahead() == lost
 
 
 def test_a_resumed_refresh_chooses_and_weighs_like_the_unbroken_one() -> None:
@@ -250,7 +324,7 @@ def test_a_resumed_refresh_chooses_and_weighs_like_the_unbroken_one() -> None:
     made = refresh_of(config)
     made.record(verified(made, made.next_problems(0)))
     resumed = refresh_of(config)
-    resumed.curriculum.load_state_dict(json.loads(json.dumps(made.curriculum.state_dict())))
+    resumed.load_state_dict(json.loads(json.dumps(made.state_dict())))
     assert resumed.curriculum.solvability == made.curriculum.solvability
     for step in (2, 4):
         problem_ids = made.next_problems(step)

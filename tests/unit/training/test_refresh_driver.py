@@ -63,8 +63,6 @@ def parts_of(config: RasftConfig, *, has_servers: bool = False, **refresh: Any) 
         policy=policy,
         servers=servers if has_servers else None,  # type: ignore[arg-type]
         sampling=sampling_params(config, STOP_IDS, 64),
-        batch_size=2,
-        total_steps=6,
     )
     return Parts(driver, policy, servers)
 
@@ -198,27 +196,27 @@ def test_two_refreshes_with_lag_choose_other_problems() -> None:
 def test_an_interrupted_refresh_is_repeated_by_the_resumed_run() -> None:
     parts = parts_of(config_of(run=RUN))
     parts.refresh(0)
-    before = json.dumps(parts.driver.state_dict())
+    before = json.dumps(parts.driver.decisions.state_dict())
     parts.driver.start(2)
     problem_ids = parts.driver.choose_problems().problem_ids
     parts.policy.is_stopped = True
     groups = parts.driver.sample(ProblemChoice(problem_ids=problem_ids, sampled_ids=problem_ids))
     with pytest.raises(Stopped):
         parts.driver.verify(groups)
-    assert json.dumps(parts.driver.state_dict()) == before
+    assert json.dumps(parts.driver.decisions.state_dict()) == before
     resumed = parts_of(config_of(run=RUN))
-    resumed.driver.load_state_dict(json.loads(before))
+    resumed.driver.decisions.load_state_dict(json.loads(before))
     resumed.driver.start(2)
     assert resumed.driver.choose_problems().problem_ids == problem_ids
 
 
 def test_a_refresh_does_not_begin_once_the_run_is_to_stop() -> None:
     parts = parts_of(config_of(run=RUN))
-    before = parts.driver.state_dict()
+    before = parts.driver.decisions.state_dict()
     parts.policy.is_stopped = True
     with pytest.raises(Stopped):
         parts.driver.start(0)
-    assert parts.driver.state_dict() == before
+    assert parts.driver.decisions.state_dict() == before
 
 
 def test_a_resumed_run_samples_again_what_servers_were_sampling() -> None:
@@ -226,7 +224,7 @@ def test_a_resumed_run_samples_again_what_servers_were_sampling() -> None:
     parts.refresh(0)
     ahead = parts.servers.calls[-1].split(" with ")[0]
     resumed = served(lag=1)
-    resumed.driver.load_state_dict(json.loads(json.dumps(parts.driver.state_dict())))
+    resumed.driver.decisions.load_state_dict(json.loads(json.dumps(parts.driver.decisions.state_dict())))
     resumed.refresh(2)
     assert resumed.servers.calls[:2] == ["sync 2", f"{ahead} with 2"]
 

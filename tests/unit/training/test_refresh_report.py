@@ -1,6 +1,8 @@
 """The figures of a refresh, from plain rollouts and samples."""
 
 import math
+import time
+from contextlib import suppress
 from typing import Any
 
 from megatron_rasft import metrics
@@ -70,6 +72,16 @@ def test_a_refresh_without_rollouts_has_no_rates() -> None:
 
 def test_the_servers_figures_are_logged_under_their_own_names() -> None:
     assert RefreshReport(servers={metrics.SYNC_S: 2.5}).values()[metrics.SYNC_S] == 2.5
+
+
+def test_a_timed_block_inside_another_counts_once_and_a_failed_one_counts_too() -> None:
+    report = RefreshReport(verify_s=10.0)
+    began = time.monotonic()
+    with suppress(ZeroDivisionError), report.timed("verify_s"):
+        with report.timed("verify_s"):
+            time.sleep(0.01)
+        raise ZeroDivisionError
+    assert 10.01 <= report.verify_s <= 10.0 + time.monotonic() - began
 
 
 def test_the_line_names_only_phases_that_ran() -> None:

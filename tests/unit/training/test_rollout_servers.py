@@ -1,6 +1,8 @@
 """Syncs, faults and the end of a run, with stand-ins for the servers. tests/functional uses real servers."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -45,7 +47,13 @@ class Model:
     def score(self, samples: Any, *, with_reference: bool) -> list[list[float]]:
         return [[-1.0] * len(sample.response_ids) for sample in samples]
 
-    def push_weights(self, sync: Any, weight_version: int, urls: list[str]) -> SyncReport:
+    @contextmanager
+    def parameters_gathered(self) -> Iterator[None]:
+        self.calls.append("gather")
+        yield
+        self.calls.append("free")
+
+    def push(self, weight_version: int, urls: list[str]) -> SyncReport:
         """Reaches every server except those at port 9."""
         self.calls.append(f"push {weight_version} {' '.join(urls)}")
         failed = {url: "does not answer" for url in urls if url.endswith(":9")}
@@ -151,4 +159,4 @@ def test_servers_that_have_the_weights_get_none() -> None:
     servers.sync(4, probes(), StopRequest(lambda: False))
     server.label = 4
     assert servers.sync(4, probes(), StopRequest(lambda: False)) == {}
-    assert model.calls == ["push 4 http://a:1"]
+    assert model.calls == ["gather", "push 4 http://a:1", "free"]

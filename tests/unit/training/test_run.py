@@ -90,10 +90,11 @@ class CheckpointsOfNotes:
 
 
 class RefreshOfNotes:
-    """A refresh driver that makes three batches."""
+    """A refresh driver that makes three batches, and its own decisions."""
 
     def __init__(self) -> None:
         self.loaded: Any = None
+        self.decisions = self
         self.started: list[int] = []
 
     def start(self, iteration: int) -> None:
