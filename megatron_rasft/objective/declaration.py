@@ -80,6 +80,9 @@ class Objective(FlagSection):
 
     trains_on: ClassVar[Literal["demonstrations", "rollouts", "both"]] = "demonstrations"
 
+    trains_on_wrong_rollouts: ClassVar[bool] = False
+    """Whether wrong rollouts are trained on too. Capacity planning counts the tokens of a step with it."""
+
     def uses_rollouts(self) -> bool:
         """Whether this objective needs rollouts."""
         return self.trains_on != "demonstrations"

@@ -44,6 +44,7 @@ class Grpo(Objective):
 
     name = "grpo"
     trains_on = "rollouts"
+    trains_on_wrong_rollouts = True
 
     objective_grpo_clip_low: Annotated[
         float,

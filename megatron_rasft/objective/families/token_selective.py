@@ -46,6 +46,7 @@ class Gft(Objective):
 
     name = "gft"
     trains_on = "both"
+    trains_on_wrong_rollouts = True
 
     objective_gft_threshold: Annotated[
         float,

@@ -17,6 +17,7 @@ from megatron_rasft.tools.capacity.speed import (
     num_saves,
     response_tokens,
     serving_tp,
+    trained_demonstrations,
     trained_rollouts,
 )
 
@@ -70,8 +71,9 @@ def disk_bytes(model: Model, config: CapacityConfig, assumed: AssumptionConfig) 
     response = response_tokens(config, assumed)
     # the reference log-probabilities of a demonstration are cached once for all epochs
     trained = problems * trained_rollouts(config, assumed)
-    cached = 4 * (config.num_problems * assumed.demonstration_tokens + trained * response)
-    cached += 100 * (config.num_problems + trained)
+    demonstrations = config.num_problems * trained_demonstrations(config)
+    cached = 4 * (demonstrations * assumed.demonstration_tokens + trained * response)
+    cached += 100 * (demonstrations + trained)
     return DiskEstimate(
         checkpoint=checkpoint,
         checkpoints=checkpoint * num_saves(config),

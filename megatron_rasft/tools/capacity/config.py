@@ -137,7 +137,7 @@ class AssumptionConfig(FlagSection):
     """Mean length of a rollout without its prompt, tokens. Unset: half of --max-new-tokens."""
 
     solve_rate: Share = 0.5
-    """Share of the rollouts that are correct and therefore trained on."""
+    """Share of the rollouts that are correct. Most objectives train on these only, grpo and gft on the wrong ones too."""
 
     mfu: Annotated[float | None, Range(above=0, at_most=1, advice="0.4 means 40 % of the peak.")] = None
     """Share of --peak-tflops that matrix products reach, without pipeline bubbles and communication. Unset: 0.47 in BF16, 0.27 in

@@ -86,16 +86,21 @@ class RunEstimate:
 
 def tokens_per_step(config: CapacityConfig, assumed: AssumptionConfig) -> float:
     """Tokens of a step: demonstrations, and the rollouts that are trained on."""
-    return config.global_batch_size * (
-        assumed.demonstration_tokens + trained_rollouts(config, assumed) * rollout_tokens(config, assumed)
-    )
+    demonstrations = trained_demonstrations(config) * assumed.demonstration_tokens
+    rollouts = trained_rollouts(config, assumed) * rollout_tokens(config, assumed)
+    return config.global_batch_size * (demonstrations + rollouts)
+
+
+def trained_demonstrations(config: CapacityConfig) -> int:
+    """Demonstrations per problem that are trained on: 1, or 0 if the objective trains on rollouts only."""
+    return 0 if config.needs.trains_on == "rollouts" else 1
 
 
 def trained_rollouts(config: CapacityConfig, assumed: AssumptionConfig) -> float:
-    """Rollouts per problem that are trained on: all in GRPO, else the correct ones."""
+    """Rollouts per problem that are trained on: all of them, or the correct ones."""
     if not config.needs.uses_rollouts():
         return 0.0
-    return config.num_samples * (1.0 if config.objective == "grpo" else assumed.solve_rate)
+    return config.num_samples * (1.0 if config.needs.trains_on_wrong_rollouts else assumed.solve_rate)
 
 
 def response_tokens(config: CapacityConfig, assumed: AssumptionConfig) -> float:
@@ -110,9 +115,9 @@ def rollout_tokens(config: CapacityConfig, assumed: AssumptionConfig) -> float:
 
 def mean_length(config: CapacityConfig, assumed: AssumptionConfig) -> float:
     """Mean sequence length, weighted by tokens, on which attention's cost of a token depends."""
-    n = trained_rollouts(config, assumed)
+    m, n = trained_demonstrations(config), trained_rollouts(config, assumed)
     a, b = assumed.demonstration_tokens, rollout_tokens(config, assumed)
-    return (a * a + n * b * b) / (a + n * b)
+    return (m * a * a + n * b * b) / (m * a + n * b) if m or n else 0.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,12 +8,17 @@ import pytest
 
 from megatron_rasft.data.reading import DataReport
 from megatron_rasft.data.tokenized_rows import write_rows
+from megatron_rasft.objective.declaration import SampledProblem
+from megatron_rasft.objective.families import OBJECTIVES
+from megatron_rasft.objective.groups import distinct_texts
+from megatron_rasft.objective.weighting import WeightingConfig
 from megatron_rasft.tools.capacity import speed
 from megatron_rasft.tools.capacity.choosing import disk_bytes
 from megatron_rasft.tools.capacity.config import AssumptionConfig, CapacityConfig
 from megatron_rasft.tools.capacity.layouts import Layout, Model
 from megatron_rasft.training.reference import LogprobCache
 from megatron_rasft.types import Demonstration, Rollout, TrainingSample
+from tests.unit.objective.sampled_groups import counted_group
 
 ONE_GPU = Layout(tp=1, pp=1, cp=1, dp=1, expert_tp=1)
 TP8_PP2 = Layout(tp=8, pp=2, cp=1, dp=2, expert_tp=8)
@@ -49,6 +54,34 @@ def test_flops_are_six_per_weight_and_token_with_causal_attention(llama_70b: Mod
         llama_70b.num_parameters - 128256 * 8192 - 161 * 8192
     )  # the embedding lookup and the norms are not counted
     assert total == pytest.approx(2 * weights + 80 * 4 * (4096 / 2) * 8192)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_an_objective_declares_the_samples_that_its_weights_train(
+    name: str, assumed: AssumptionConfig
+) -> None:
+    config = CapacityConfig(num_gpus=8, objective=name, num_samples=4, global_batch_size=3)
+    problem = SampledProblem(
+        group=counted_group(2, 2),
+        weighting=WeightingConfig(),
+        remembered=None,
+        deduplicate=distinct_texts,
+        similarity=None,
+    )
+    weights = config.needs.weigh(problem)
+    num_demonstrations = int(weights.demonstration is not None)
+    assert speed.trained_rollouts(config, assumed) == len(weights.rollouts), "half of four are correct"
+    assert speed.trained_demonstrations(config) == num_demonstrations
+    a, b = assumed.demonstration_tokens, speed.rollout_tokens(config, assumed)
+    lengths = [a] * num_demonstrations + [b] * len(weights.rollouts)
+    assert speed.tokens_per_step(config, assumed) == 3 * sum(lengths)
+    assert speed.mean_length(config, assumed) == pytest.approx(sum(n * n for n in lengths) / sum(lengths))
+
+
+def test_a_step_without_a_correct_rollout_has_nothing_to_train(llama_70b: Model) -> None:
+    config, assumed = CapacityConfig(num_gpus=64, objective="raft"), AssumptionConfig(solve_rate=0.0)
+    step = speed.estimate_step(llama_70b, TP8_PP2, config, assumed)
+    assert (step.tokens, step.mfu) == (0.0, 0.0)
 
 
 def test_bubble_is_shared_by_the_chunks_of_a_stage(llama_70b: Model, assumed: AssumptionConfig) -> None:
