@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None, open_engine: OpenEngine | None = None) -
         open_engine: opens the engine; tests pass their own.
     """
     argv = sys.argv[1:] if argv is None else argv
-    parser = _build_parser()
+    parser = build_parser()
     if argv and argv[0].startswith("--") and argv[0] != "--help":
         argv = ["run", *argv]
     args, rest = parser.parse_known_args(argv)
@@ -323,7 +323,7 @@ class _Progress:
             print(f"{self._title}: {done} of {total} samples, {per_s:.2f} samples/s{left}", flush=True)
 
 
-def _build_parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="evaluate.py",
         description=__doc__,

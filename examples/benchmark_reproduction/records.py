@@ -34,7 +34,7 @@ def make_record(training: Sequence[str], evaluation: Sequence[str], num_processe
         "evaluation": list(evaluation),
         "num_processes": num_processes,
         "files": {name: _checksum(path, path.stat().st_mtime_ns) for name, path in files.items()},
-        "commit": _commit(),
+        "commit": current_commit(),
     }
 
 
@@ -93,7 +93,7 @@ def _checksum(path: Path, changed_ns: int) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _commit() -> str:
+def current_commit() -> str:
     """Returns the current commit, or an empty text without git or a repository.
 
     It is read for each result, because a comparison takes days and the checkout can change meanwhile.

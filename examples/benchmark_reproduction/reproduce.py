@@ -258,14 +258,14 @@ def run_task(setting: Setting, task: Task, root: Path, keeps_models: bool) -> No
             for name in ("metrics.jsonl", "rollouts.jsonl"):
                 (output / name).unlink(missing_ok=True)
             shutil.rmtree(output / "model", ignore_errors=True)
-            _run(setting, training_command(setting, task, output), output / "training.log")
-    _run(setting, evaluation_command(setting, task, output), output / "evaluation.log")
+            run_logged(setting, training_command(setting, task, output), output / "training.log")
+    run_logged(setting, evaluation_command(setting, task, output), output / "evaluation.log")
     begun.replace(done)
     if task.method != "base" and not keeps_models:
         shutil.rmtree(output / "model")
 
 
-def _run(setting: Setting, command: Sequence[str], log: Path) -> None:
+def run_logged(setting: Setting, command: Sequence[str], log: Path) -> None:
     print(f"{time.strftime('%H:%M:%S')} {log.parent.name}: {log.stem}", flush=True)
     if setting.preload:
         _, program, *arguments = command

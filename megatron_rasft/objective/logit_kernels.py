@@ -204,7 +204,7 @@ def _launch_statistics(
     logits: Tensor, labels: Tensor, ref_logits: Tensor | None, first_id: int, num_valid: int, kind: int
 ) -> Tensor:
     out = _statistics_shape(logits, labels, ref_logits, first_id, num_valid, kind)
-    _launch(_statistics_kernel, logits, labels, ref_logits, out, first_id, num_valid, kind)
+    launch(_statistics_kernel, logits, labels, ref_logits, out, first_id, num_valid, kind)
     return out
 
 
@@ -218,10 +218,10 @@ def _launch_gradient(
     num_valid: int,
     kind: int,
 ) -> None:
-    _launch(_gradient_kernel, logits, labels, ref_logits, terms, first_id, num_valid, kind)
+    launch(_gradient_kernel, logits, labels, ref_logits, terms, first_id, num_valid, kind)
 
 
-def _launch(
+def launch(
     kernel: Any,
     logits: Tensor,
     labels: Tensor,

@@ -83,7 +83,8 @@ class _NullStream:
         return 0.0
 
 
-_enabled = False
+is_enabled = False
+"""Whether ``enable`` has replaced torch.cuda's functions in this process."""
 
 
 def enable() -> bool:
@@ -92,12 +93,12 @@ def enable() -> bool:
     Returns:
         True if the replacements are in place; False if CUDA is available, and nothing was changed.
     """
-    global _enabled
+    global is_enabled
     if torch.cuda.is_available():
         return False
-    if _enabled:
+    if is_enabled:
         return True
-    _enabled = True
+    is_enabled = True
     for name in _GPU_KERNELS:
         sys.modules.setdefault(name, None)  # type: ignore[arg-type]
     stream = _NullStream()

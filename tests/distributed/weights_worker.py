@@ -6,7 +6,7 @@ Usage: weights_worker.py RANK WORLD_SIZE ROOT, where ROOT contains a model folde
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -59,7 +59,7 @@ def main(rank: int, world_size: int, root: Path) -> None:
 
 
 def check(case: str, root: Path, layout: str, vpp: int | None) -> None:
-    folder = HfFolder.open(root / case)
+    folder = CountingFolder.open(root / case)
     planned = Model.read(root / case)
     tp = ps.get_tensor_model_parallel_world_size()
     chunks, offsets = build_chunks(folder, padded_vocabulary(planned, tp), vpp)
@@ -73,7 +73,7 @@ def check(case: str, root: Path, layout: str, vpp: int | None) -> None:
         for chunk in chunks:
             for param in chunk.parameters():
                 param.fill_(float("nan"))
-    read = counting_reads(folder)
+    CountingFolder.num_read = 0
     load_into(
         chunks,
         folder,
@@ -84,7 +84,8 @@ def check(case: str, root: Path, layout: str, vpp: int | None) -> None:
         experts=experts.ranks,
     )
     held = sum(param.numel() for chunk in chunks for param in chunk.parameters())
-    assert read() <= held, f"{case} {layout}: read {read()} elements for {held} parameters"
+    num_read = CountingFolder.num_read
+    assert 0 < num_read <= held, f"{case} {layout}: read {num_read} elements for {held} parameters"
     compare_logits(chunks, case, root, layout, vpp)
     out = root / f"{case}-{layout}"
     export(
@@ -125,17 +126,15 @@ def check_planned(model: Model, chunks: list, vpp: int | None) -> None:
         assert (Counter(dense), Counter(expert)) == (expected.dense, expected.expert), layout
 
 
-def counting_reads(folder: HfFolder) -> Any:
-    """Counts the elements that are read from now on."""
-    total, plain_read = [0], folder.read
+class CountingFolder(HfFolder):
+    """A folder that counts the elements that are read."""
 
-    def read(*args: Any) -> torch.Tensor:
-        tensor = plain_read(*args)
-        total[0] += tensor.numel()
+    num_read: ClassVar[int] = 0
+
+    def read(self, *args: Any) -> torch.Tensor:
+        tensor = super().read(*args)
+        CountingFolder.num_read += tensor.numel()
         return tensor
-
-    object.__setattr__(folder, "read", read)
-    return lambda: total[0]
 
 
 def compare_logits(chunks: list, case: str, root: Path, layout: str, vpp: int | None) -> None:

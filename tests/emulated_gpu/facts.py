@@ -43,20 +43,20 @@ def record(path: Path) -> None:
         build(self, *args, **kwargs)
         found.update(_of(self))
 
-    launch = logit_kernels._launch
+    plain_launch = logit_kernels.launch
 
     def counted_launch(*args: Any) -> None:
         from gpu_emulation.kernels import CALLS
 
         CALLS["fused_logprobs"] += 1
-        launch(*args)
+        plain_launch(*args)
 
     def write() -> None:
         from gpu_emulation.kernels import CALLS
 
         path.write_text(json.dumps({**found, "kernels": dict(CALLS)}))
 
-    logit_kernels._launch = counted_launch
+    logit_kernels.launch = counted_launch
     Trainer.__init__ = init  # type: ignore[method-assign]
     Finalize(None, write, exitpriority=0)  # atexit is not run in a forked rank
 
@@ -75,7 +75,7 @@ def _of(trainer: Any) -> dict[str, Any]:
         "distributed_backend": trainer.args.distributed_backend,
         "transformer_impl": trainer.args.transformer_impl,
         "optimizer": optimizer.Adam.__module__,
-        "cpu_backend_is_on": cpu_backend._enabled,
+        "cpu_backend_is_on": cpu_backend.is_enabled,
         "core_attention": sorted({f"{type(a).__module__}.{type(a).__name__}" for a in attention}),
         "layers": sorted(f"{kind.__module__}.{kind.__name__}" for kind in with_parameters),
         "gradient_accumulation_fusion": trainer.args.gradient_accumulation_fusion,

@@ -20,9 +20,6 @@ from megatron_rasft.servers.keys import ServerKeys
 from megatron_rasft.servers.record import ServerRecord, ServerRecords
 from megatron_rasft.types import Request, Response, SamplingParams
 
-_BETWEEN_PROBES_S = 60.0
-"""Minimum time between two probes of failed servers. Healthy servers wait while a hanging server is probed."""
-
 
 class Servers(AbstractContextManager["Servers"]):
     """An ``Engine`` on servers that already have their weights.
@@ -38,6 +35,7 @@ class Servers(AbstractContextManager["Servers"]):
         api_key: bearer key of the servers.
         deadline_s: longest time for one sample.
         wait_s: longest wait for the first server.
+        probe_interval_s: shortest time between two probes of failed servers, because healthy servers wait during a probe.
         transport, async_transport: httpx transports that replace the network in tests.
     """
 
@@ -49,6 +47,7 @@ class Servers(AbstractContextManager["Servers"]):
         api_key: str | None = None,
         deadline_s: float = 1800.0,
         wait_s: float = 60.0,
+        probe_interval_s: float = 60.0,
         transport: Any = None,
         async_transport: Any = None,
     ) -> None:
@@ -62,6 +61,7 @@ class Servers(AbstractContextManager["Servers"]):
         self._fleet = Fleet(config, self._records, model_config=model_config)
         self._engine = SglangEngine(self._fleet, async_transport)
         self._max_positions = max_positions
+        self._probe_interval_s = probe_interval_s
         self._probed_at = time.monotonic()
         found = self._find()
         infos = [record.known_info for record in found]
@@ -105,7 +105,7 @@ class Servers(AbstractContextManager["Servers"]):
     def _readmit(self) -> None:
         """Probes failed servers, and admits those that still have the weights of the evaluation."""
         num_serving = len(self._fleet.serving(self.weight_version))
-        is_early = time.monotonic() < self._probed_at + _BETWEEN_PROBES_S
+        is_early = time.monotonic() < self._probed_at + self._probe_interval_s
         if num_serving == len(self._fleet.records) or (num_serving and is_early):
             return
         for record in self._find():

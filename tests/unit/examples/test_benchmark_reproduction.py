@@ -59,7 +59,7 @@ def test_every_command_of_every_setting_parses() -> None:
             output = Path("/nowhere") / task.name
             command = reproduce.evaluation_command(setting, task, output)
             program = command.index(str(reproduce.ROOT / "tools" / "evaluate.py"))
-            args, megatron_flags = evaluate._build_parser().parse_known_args(command[program + 1 :])
+            args, megatron_flags = evaluate.build_parser().parse_known_args(command[program + 1 :])
             evaluate.EvaluationConfig.from_args(args)
             world_size = str(setting.num_processes)
             jobs.append((world_size, ["--hf-model", os.environ["MODEL"], *megatron_flags]))
@@ -258,11 +258,11 @@ class Workplace:
         self.folder, self.begun = folder, []
         self.data = folder / "train.jsonl"
         self.data.write_text("a row")
-        monkeypatch.setattr(reproduce, "_run", self._run)
-        monkeypatch.setattr(records, "_commit", lambda: "first")
+        monkeypatch.setattr(reproduce, "run_logged", self.run_logged)
+        monkeypatch.setattr(records, "current_commit", lambda: "first")
         self.fails_in = ""
 
-    def _run(self, command: list[str], log: Path) -> None:
+    def run_logged(self, setting: object, command: list[str], log: Path) -> None:
         self.begun.append(f"{log.parent.name} {log.stem}")
         if log.stem == self.fails_in:
             raise RasftError("killed")
@@ -325,7 +325,7 @@ def test_table_lists_results_of_different_commits(
     workplace: Workplace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     assert workplace.run() == 0 and "commits" not in capsys.readouterr().out
-    monkeypatch.setattr(records, "_commit", lambda: "second")
+    monkeypatch.setattr(records, "current_commit", lambda: "second")
     assert workplace.run("--tables-only", "--against", "rasft") == 2
     assert "--against" in capsys.readouterr().err
     assert workplace.run("--seeds", "1", "2") == 0

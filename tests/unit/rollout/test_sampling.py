@@ -85,7 +85,7 @@ class Servers:
         values: dict[str, Any] = {"rollout_engine": "sglang", "rollout_urls": [A, B], **flags}
         self.fleet = Fleet(
             RolloutConfig(**values),
-            ServerRecords(connect=partial(ServerClient, transport=httpx.MockTransport(self._control))),
+            ServerRecords(connect=partial(ServerClient, transport=httpx.MockTransport(self.control))),
             say=self.said.append,
             model_config={"vocab_size": VOCABULARY},
         )
@@ -93,7 +93,7 @@ class Servers:
     def sample(self, requests: list[Request], sampling: SamplingParams | None = None) -> Any:
         for record in self.fleet.find():
             self.fleet.admit(record.url, VERSION)
-        with SglangEngine(self.fleet, httpx.MockTransport(self._answer)) as engine:
+        with SglangEngine(self.fleet, httpx.MockTransport(self.answer)) as engine:
             answers = engine.generate(requests, sampling or params(), VERSION)
         report = answers.report
         assert sum(report.outcomes.values()) == report.num_samples == sum(len(r.seeds) for r in requests)
@@ -101,15 +101,15 @@ class Servers:
         assert len(finished(answers.responses)) == report.num_finished
         return answers
 
-    def _control(self, request: httpx.Request) -> httpx.Response:
+    def control(self, request: httpx.Request) -> httpx.Response:
         if request.method == "OPTIONS":
             return httpx.Response(405)
         return httpx.Response(200, json={"model_path": "/m", "weight_version": str(VERSION), **self.info})
 
-    async def _answer(self, request: httpx.Request) -> httpx.Response:
+    async def answer(self, request: httpx.Request) -> httpx.Response:
         url = f"http://{request.url.host}:{request.url.port}"
         if request.url.path != "/generate":
-            return self._control(request)
+            return self.control(request)
         body = json.loads(request.content)
         self.asked.append((url, body))
         self.running[url] += 1
@@ -337,8 +337,8 @@ def test_a_server_that_works_for_this_run_is_not_quarantined_as_full(
     )
     for found in servers.fleet.find():
         servers.fleet.admit(found.url, VERSION)
-    servers._control = lambda request: FULL if servers.running[B] >= num_places else httpx.Response(200)  # type: ignore[method-assign]
-    with SglangEngine(servers.fleet, httpx.MockTransport(servers._answer)) as engine:
+    servers.control = lambda request: FULL if servers.running[B] >= num_places else httpx.Response(200)  # type: ignore[method-assign]
+    with SglangEngine(servers.fleet, httpx.MockTransport(servers.answer)) as engine:
         report = engine.generate(requests_of(3), params(), VERSION).report
     assert report.num_finished == 6 and report.num_turned_away > 0 and servers.said == []
 
@@ -381,8 +381,8 @@ def test_a_gateway_that_answers_503_for_a_dead_server_is_not_treated_as_full(
     servers = Servers(lambda url, body: FULL, rollout_urls=[B], rollout_watch_s=0.2)
     for record in servers.fleet.find():
         servers.fleet.admit(record.url, VERSION)
-    servers._control = lambda request: httpx.Response(503)  # type: ignore[method-assign]
-    with SglangEngine(servers.fleet, httpx.MockTransport(servers._answer)) as engine:
+    servers.control = lambda request: httpx.Response(503)  # type: ignore[method-assign]
+    with SglangEngine(servers.fleet, httpx.MockTransport(servers.answer)) as engine:
         report = engine.generate(requests_of(2), params(), VERSION).report
     assert report.outcomes["failed"] == 4 and "answers 503 to everything" in servers.said[0]
 
@@ -424,13 +424,13 @@ def test_a_restarted_server_is_noticed_by_the_watch() -> None:
     def control(request: httpx.Request) -> httpx.Response:
         return httpx.Response(200, json={"model_path": "/m", "weight_version": "default"})
 
-    original = servers._control
+    original = servers.control
     servers.fleet.find()
     servers.fleet.admit(B, VERSION)
-    servers._control = control  # type: ignore[method-assign]
-    with SglangEngine(servers.fleet, httpx.MockTransport(servers._answer)) as engine:
+    servers.control = control  # type: ignore[method-assign]
+    with SglangEngine(servers.fleet, httpx.MockTransport(servers.answer)) as engine:
         answers = engine.generate(requests_of(2), params(), VERSION)
-    servers._control = original  # type: ignore[method-assign]
+    servers.control = original  # type: ignore[method-assign]
     assert answers.report.outcomes["failed"] == 4 and answers.responses == [[None, None]] * 2
     assert "was it restarted?" in servers.said[0]
 
@@ -558,7 +558,7 @@ def test_sampling_in_the_background_can_be_stopped() -> None:
     servers = Servers(good)
     for record in servers.fleet.find():
         servers.fleet.admit(record.url, VERSION)
-    transport = httpx.MockTransport(servers._answer)
+    transport = httpx.MockTransport(servers.answer)
     with SglangEngine(servers.fleet, transport) as engine:
         engine.start(requests_of(10), params(), VERSION)
         assert engine.result().report.num_finished == 20

@@ -2,7 +2,6 @@
 
 import atexit
 import os
-import queue
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,14 +14,16 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 
-from megatron_rasft.training.background_saves import SaveQueue, end_process
+from megatron_rasft.training.background_saves import SaveQueue, end_process, write_in_process
 from tests.unit.training.conftest import Parse
 
 
 @pytest.fixture(autouse=True)
 def one_rank(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     monkeypatch.setattr(torch.cuda, "current_device", lambda: torch.device("cpu"))
-    monkeypatch.setattr(filesystem_async, "_results_queue", queue.Queue())
+    # Megatron's writers look this name up; write_in_process sets it too, and this restores it after the test.
+    monkeypatch.setattr(filesystem_async, "_results_queue", None)
+    write_in_process()
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     yield
     dist.destroy_process_group()
@@ -115,6 +116,7 @@ def test_a_program_that_fails_during_a_save_ends_with_its_own_code(monkeypatch: 
         done.append(code)
         raise InterruptedError
 
+    # The standard library has no public call that runs the exit handlers and then ends the process at once.
     monkeypatch.setattr(atexit, "_run_exitfuncs", lambda: done.append("atexit"))
     monkeypatch.setattr(os, "_exit", leave)
     with pytest.raises(SystemExit, match="2"):

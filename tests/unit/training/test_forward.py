@@ -1,12 +1,11 @@
 """The forward steps with a stand-in for the model: log-probabilities, KL, loss, and the choice of kernels."""
 
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_rasft.config import LossConfig
 from megatron_rasft.objective.declaration import Objective
@@ -27,20 +26,27 @@ def one_context_parallel_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forward.parallel_state, "get_context_parallel_group", lambda: None)
 
 
+class OutputLayer(nn.Module):
+    """The attributes of Megatron's output layer that are read. Its own forward is never called."""
+
+    tp_group = None
+    sequence_parallel = False
+    allreduce_dgrad = False
+    gradient_accumulation_fusion = False
+    gtp_remat_size = 1
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight: Tensor
+        self.register_buffer("weight", weight)
+
+
 class StandInModel:
     """A last pipeline stage whose hidden states [s, b, h] are given, with the output layer of a Megatron model."""
 
     def __init__(self, hidden: Tensor, weight: Tensor) -> None:
         self.hidden = hidden
-        self.layer = SimpleNamespace(
-            weight=weight,
-            tp_group=None,
-            sequence_parallel=False,
-            allreduce_dgrad=False,
-            gradient_accumulation_fusion=False,
-            gtp_remat_size=1,
-            _forward_pre_hooks={},
-        )
+        self.layer = OutputLayer(weight)
 
     def __call__(
         self, tokens: Tensor, positions: Tensor, mask: None, *, output_processor: Callable, **rest: Any
@@ -155,7 +161,7 @@ def test_the_hooks_that_wait_for_the_weight_run_before_it_is_read() -> None:
     """Megatron's hook replaces the parameter's content when the gather has ended."""
     stand_in = model()
     gathered, stand_in.layer.weight = stand_in.layer.weight, torch.zeros(PADDED, HIDDEN)
-    stand_in.layer._forward_pre_hooks[0] = lambda layer, inputs: setattr(layer, "weight", gathered)
+    stand_in.layer.register_forward_pre_hook(lambda layer, inputs: setattr(layer, "weight", gathered))
     output, _ = forward_of(Sft()).score_step(iter([batch()]), stand_in)
     torch.testing.assert_close(output.double(), label_logprobs(stand_in), rtol=0, atol=1e-5)
 

@@ -119,6 +119,7 @@ def test_a_failed_capture_ends_for_every_rank_and_for_the_allocator(
         ended.append(place)
         raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
 
+    # torch.cuda.graph has no public way to end a failed capture, so StepGraphs calls this function of the allocator.
     monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end, raising=False)
     asked: list[bool] = []
 

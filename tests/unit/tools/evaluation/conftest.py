@@ -94,9 +94,10 @@ class World:
             },
         )
 
-    def open(self, num: int = 1) -> Servers:
+    def open(self, num: int = 1, **options: Any) -> Servers:
         transport = httpx.MockTransport(self)
-        return Servers(URLS[:num], MODEL, 4096, wait_s=0.0, transport=transport, async_transport=transport)
+        options |= {"wait_s": 0.0, "transport": transport, "async_transport": transport}
+        return Servers(URLS[:num], MODEL, 4096, **options)
 
 
 @pytest.fixture

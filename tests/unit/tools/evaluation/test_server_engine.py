@@ -68,9 +68,7 @@ def drawn(engine: Servers) -> list[str]:
     return [r.finish_reason for r in group]
 
 
-def test_a_failed_server_is_used_again(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_failed_server_is_used_again(capsys: pytest.CaptureFixture[str]) -> None:
     world = World(["12", "12"])
     with world.open(2) as servers:
         world.down = {"b"}
@@ -78,8 +76,11 @@ def test_a_failed_server_is_used_again(
         world.down = {"a"}
         assert drawn(servers) == ["abort", "abort"], "b was probed a moment ago"
         assert drawn(servers) == ["stop", "stop"], "all have failed, so they are probed at once"
+    world.down = set()
+    with world.open(2, probe_interval_s=0.0) as servers:
+        world.down = {"a"}
+        assert drawn(servers) == ["stop", "stop"]
         world.down = set()
-        monkeypatch.setattr("megatron_rasft.tools.evaluation.server_engine._BETWEEN_PROBES_S", 0.0)
         assert drawn(servers) == ["stop", "stop"]
     said = capsys.readouterr().out
     assert "a:1 is back" in said and "b:2 is back" in said and "sync" not in said
