@@ -13,7 +13,7 @@ from megatron_rasft.tools.evaluation.known_sets import Kind
 from megatron_rasft.tools.evaluation.statistics import bootstrap_interval, majority_at_k, pass_at_k
 from megatron_rasft.types import Rollout
 from megatron_rasft.verify.math_extraction import closed_boxes, extract_answer
-from megatron_rasft.verify.programs.program_extraction import extract_program
+from megatron_rasft.verify.programs.program_extraction import holds_program
 
 
 @dataclass(kw_only=True, slots=True)
@@ -44,7 +44,7 @@ class Summary:
     """k -> maj@k. Empty for code, because programs cannot be counted as equal answers."""
     truncated_frac: float = 0.0
     no_answer_frac: float = 0.0
-    """Samples in which ``extract_answer``, or ``extract_program`` for code, finds nothing."""
+    """Samples in which ``extract_answer``, or ``holds_program`` for code, finds nothing."""
     no_box_frac: float = 0.0
     """Samples without a closed box. Their answer, if any, was taken from the text."""
     unverifiable_frac: float = 0.0
@@ -88,7 +88,7 @@ def summarise(
     low, high = bootstrap_interval(scores)
     lengths = np.array([len(r.response_ids) for r in rollouts])
     is_math = benchmark.kind == "math"
-    answers = [extract_answer(r.text) if is_math else extract_program(r.text) for r in rollouts]
+    answers = [extract_answer(r.text) if is_math else ("" if holds_program(r.text) else None) for r in rollouts]
 
     def share(flags: Sequence[bool]) -> float:
         return sum(flags) / len(rollouts)

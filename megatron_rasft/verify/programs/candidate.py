@@ -16,6 +16,7 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+from megatron_rasft.verify.programs.environment import remember_source, supply_star_imports
 from megatron_rasft.verify.programs.messages import (
     CandidateEndedError,
     Channel,
@@ -54,26 +55,6 @@ def serve(stream: socket.socket, source: str, max_bytes: int) -> None:
         side.serve()
 
 
-def run_program(source: str) -> int:
-    """Runs the program as a script and returns its exit status, 0 .. 255."""
-    main = types.ModuleType("__main__")
-    main.__dict__["__builtins__"] = builtins
-    sys.modules["__main__"] = main
-    sys.argv = ["solution.py"]
-    status = 0
-    try:
-        exec(compile(source, "solution.py", "exec", dont_inherit=True), main.__dict__)
-    except SystemExit as exit_:
-        status = exit_.code if isinstance(exit_.code, int) else int(exit_.code is not None)
-    except BaseException:
-        status = 1
-    try:
-        sys.stdout.flush()
-    except BaseException:
-        status = status or 1
-    return status & 0xFF
-
-
 class _CandidateSide(Codec):
     """The candidate's end of the socket: executes the tester's requests on the program's objects."""
 
@@ -89,14 +70,18 @@ class _CandidateSide(Codec):
         # Printed text travels with each reply, so that tests can capture it in their own process
         sys.stdout = self._printed
         builtins.input = lambda prompt="": self.ask("input", 0, str(prompt))  # type: ignore[assignment]
-        assert self._channel.receive() == ["start"]
-        self._reply(self._start())
+        start, has_star_imports = self._channel.receive()
+        assert start == "start"
+        self._reply(self._start(has_star_imports))
         while True:
             self._do(self._channel.receive())
 
-    def _start(self) -> list[Any]:
+    def _start(self, has_star_imports: bool) -> list[Any]:
         sys.modules["solution"] = self._program
+        remember_source("solution.py", self._source)
         try:
+            if has_star_imports:
+                supply_star_imports(self._program.__dict__)
             exec(compile(self._source, "solution.py", "exec", dont_inherit=True), self._program.__dict__)
         except BaseException as error:
             return ["failed", f"the program raised {_describe(error)}"]

@@ -11,8 +11,6 @@ the candidate, which runs the program. A check of a ``script`` needs the candida
 import contextlib
 import errno
 import gc
-import importlib
-import io
 import json
 import os
 import select
@@ -23,24 +21,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_rasft.types import CodeTests, ProgramCase
-from megatron_rasft.verify.programs import candidate, confinement, seccomp, tester
+from megatron_rasft.verify.programs import candidate, confinement, environment, preloading, seccomp, tester
 
-_PRELOADED = (
-    "math cmath random re string json datetime decimal fractions statistics copy operator itertools functools "
-    "collections collections.abc heapq bisect typing dataclasses enum abc io time timeit hashlib base64 textwrap "
-    "contextlib array numbers zlib calendar"
-).split()
 HEAVY = ("numpy", "pytest")
 """Packages that make every fork slower. A launcher loads them only if the program or the tests name them."""
-# The rest of the standard library is loaded at the level "limits", where no file can be opened later. These modules open
-# windows or a browser, print, or have side effects
-_NOT_PRELOADED = frozenset("antigravity idlelib lib2to3 this tkinter turtle turtledemo test".split())
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
 _NUM_FILES = 64
 _NUM_PROCESSES = 64
@@ -77,7 +67,7 @@ def main(level: str, packages: str, control_fd: int, parent_pid: int) -> None:
         return  # the parent ended before the death signal was set
     control = socket.socket(fileno=control_fd)
     os.setpgid(0, 0)
-    _preload(level, packages.split())
+    preloading.load_modules(packages.split(), is_complete=level == "limits")
     base_bytes = confinement.address_space_bytes()
     try:
         if level == "namespaces":
@@ -104,25 +94,6 @@ def main(level: str, packages: str, control_fd: int, parent_pid: int) -> None:
             return
         outcome = launcher.run(json.loads(request), fds)
         control.send(json.dumps(outcome).encode())
-
-
-def _preload(level: str, packages: list[str]) -> None:
-    names: Iterable[str] = [*_PRELOADED, *packages]
-    if level == "limits":
-        public = sorted(n for n in sys.stdlib_module_names - _NOT_PRELOADED if not n.startswith("_"))
-        names = [*names, *public]
-    with open(os.devnull, "w") as null, contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
-        for name in names:
-            with contextlib.suppress(Exception):
-                importlib.import_module(name)
-        if "pytest" in packages:
-            # The first run of pytest imports its own plugins
-            with contextlib.suppress(ImportError, SystemExit):
-                importlib.import_module("pytest").main(["--version"])
-    # Python loads these on first use, when files may no longer be readable
-    with contextlib.suppress(Exception):
-        "".encode("idna")
-        __import__("locale").getpreferredencoding(False)
 
 
 def _readable_paths() -> list[Path]:
@@ -286,9 +257,7 @@ class _Check:
         os.dup2(stdin, 0)
         os.dup2(stdout, 1)
         self._confine(self._allowance.output_bytes, is_candidate=True)
-        sys.stdin = io.TextIOWrapper(io.FileIO(0), encoding="utf-8", errors="surrogateescape")
-        sys.stdout = io.TextIOWrapper(io.FileIO(1, "w"), encoding="utf-8", errors="surrogateescape")
-        os._exit(candidate.run_program(program))
+        os._exit(environment.run_script(program))
 
     def run_tests(self, request: int, verdict: int, source: int) -> NoReturn:
         """Becomes the tester: runs the tests in the file ``request`` and writes their verdict to ``verdict``."""
@@ -303,6 +272,11 @@ class _Check:
             os._exit(0)
         candidate_end.close()
         os.close(source)
+        if self._level == "namespaces":
+            # A process whose children would belong to another process-id namespace cannot start threads
+            own = os.pidfd_open(os.getpid())
+            os.setns(own, os.CLONE_NEWPID)
+            os.close(own)
         # Read only now: the candidate was forked before, so the tests were never in its memory
         tests = _tests_from(json.loads(_read(request)))
         self._confine(self._allowance.scratch_bytes, is_candidate=False)

@@ -11,6 +11,7 @@ from megatron_rasft.config.verify import SandboxLevel, VerifyConfig
 from megatron_rasft.types import CodeTests, Verdict
 from megatron_rasft.verify.programs.program_extraction import extract_program
 from megatron_rasft.verify.programs.sandbox import Sandbox
+from megatron_rasft.verify.programs.scripts import names_of_program
 
 # A worker keeps its sandbox for all its checks, because starting a launcher takes about a second. There is a sandbox for each
 # configuration: a worker has one configuration, a test process several
@@ -36,7 +37,7 @@ def grade_program(response_text: str, tests: CodeTests, config: VerifyConfig) ->
     Raises:
         SandboxError: the machine does not allow ``verify_sandbox_level``.
     """
-    program = extract_program(response_text, tests.entry_point, tests.prompt)
+    program = program_of(response_text, tests)
     if program is None:
         return "wrong", "no program"
     if not tests.tests and not tests.cases:
@@ -47,6 +48,14 @@ def grade_program(response_text: str, tests: CodeTests, config: VerifyConfig) ->
     verdict, reason = run_tests(_sandboxes[key], program, tests)
     # The verdict "timeout" is for graders that do not end. A program that does not end has failed its tests
     return ("wrong", reason) if verdict == "timeout" else (verdict, reason)
+
+
+def program_of(response_text: str, tests: CodeTests) -> str | None:
+    """Returns the program in a response that these tests can check, or None if there is none."""
+    names = () if tests.entry_point or tests.style == "stdin" else names_of_program(tests)
+    return extract_program(
+        response_text, tests.entry_point, tests.prompt, names, reads_input=tests.style == "stdin"
+    )
 
 
 def run_tests(sandbox: Sandbox, program: str, tests: CodeTests) -> tuple[Verdict, str]:
@@ -66,8 +75,8 @@ def run_tests(sandbox: Sandbox, program: str, tests: CodeTests) -> tuple[Verdict
 
 
 def outputs_equal(output: str, expected: str) -> bool:
-    """Compares outputs line by line and word by word. Words that are equal as numbers match, such as 1.0 and 1."""
-    lines, wanted = (text.rstrip().split("\n") for text in (output, expected))
+    """Compares outputs line by line and word by word, as LiveCodeBench does. Words that are equal as numbers match (1.0, 1)."""
+    lines, wanted = (text.strip().split("\n") for text in (output, expected))
     if len(lines) != len(wanted):
         return False
     return all(_lines_equal(line.split(), want.split()) for line, want in zip(lines, wanted, strict=True))

@@ -7,12 +7,14 @@ tests nor the expected values nor the verdict.
 
 import builtins
 import collections
+import contextlib
 import socket
 import sys
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from megatron_rasft.verify.programs.empty_arrays import refusing_empty
 from megatron_rasft.verify.programs.messages import (
     MUTABLE,
     PLAIN_BASES,
@@ -26,7 +28,7 @@ from megatron_rasft.verify.programs.messages import (
 
 # Special methods (without the underscores) that a stand-in sends to the program's object
 _FORWARDED = (
-    "len getitem setitem delitem bool str repr hash iter next enter exit int float index complex abs neg pos invert "
+    "len getitem setitem delitem bool str repr hash iter next enter int float index complex abs neg pos invert "
     "round trunc floor ceil reversed format bytes"
 ).split()
 # Attributes with two underscores that tests may read of the program's objects
@@ -58,9 +60,29 @@ class TesterSide(Codec):
         self.num_uses = 0
         """Number of operations on the program's objects so far. Tests that pass without any do not check the program."""
 
-    def started(self) -> str:
-        """Waits until the program has been loaded. Returns the error that ended it, or an empty string."""
-        self._channel.send(["start"])
+        self.found: set[str] = set()
+        """Names at the program's top level that were looked up and that it defines."""
+
+        self.expects_errors = True
+        """Whether the running test may handle an exception of the program. If it cannot, ``ignored`` keeps the exception."""
+
+        self.expects_stop = True
+        """Whether the running test may handle StopIteration."""
+
+        self.ignored: BaseException | None = None
+        """The first exception of a call that no handler of the tests can have expected. The test has to fail with it."""
+
+        # The latest exceptions of the program, which are compared by identity
+        self._raised: collections.deque[BaseException] = collections.deque(maxlen=1000)
+        self._num_callbacks = 0
+
+    def started(self, has_star_imports: bool = False) -> str:
+        """Waits until the program has been loaded. Returns the error that ended it, or an empty string.
+
+        Args:
+            has_star_imports: whether the program runs after the imports that LiveCodeBench's runner supplies.
+        """
+        self._channel.send(["start", has_star_imports])
         status, *rest = self._answer()
         return "" if status == "started" else str(rest[0] if rest else "")[:200]
 
@@ -70,7 +92,19 @@ class TesterSide(Codec):
         Raises:
             AttributeError: the program does not define the name.
         """
-        return self._ask("get", name)
+        value = self._ask("get", name)
+        self.found.add(name)
+        return value
+
+    def defines(self, name: str) -> bool:
+        """Returns whether the program defines a name at its top level."""
+        with contextlib.suppress(AttributeError):
+            self.get(name)
+        return name in self.found
+
+    def has_raised(self, error: BaseException) -> bool:
+        """Returns whether the program raised this exception, rather than the tests."""
+        return any(error is raised for raised in self._raised)
 
     def operate(self, operation: str, target: int, *args: Any, **keywords: Any) -> Any:
         """Runs one operation on an object of the program, then copies its changes into the mutable arguments.
@@ -83,6 +117,10 @@ class TesterSide(Codec):
         """
         self.num_uses += 1
         return self._ask(operation, target, *args, **keywords)
+
+    def received_array(self, array: Any) -> Any:
+        """Returns an array of the program. An empty one does not equal or combine with arrays that are not empty."""
+        return array if array.size else refusing_empty(array)
 
     def reference(self, value: Any) -> dict[str, Any]:
         """Returns a JSON name for a value: side "receiver" for an object of the program, "sender" for an object of this process."""
@@ -154,8 +192,23 @@ class TesterSide(Codec):
             self.fault = self.fault or fault
             raise
         if error is not None:
-            raise error
+            raise self._noted(error, operation, args)
         return value
+
+    def _noted(self, error: BaseException, operation: str, args: tuple[Any, ...]) -> BaseException:
+        """Records an exception of the program. Returns the one to raise in the tests.
+
+        ``all(map(f, inputs))`` takes a StopIteration of ``f`` for the end of the inputs and is true. As in a generator, a
+        StopIteration therefore becomes a RuntimeError, unless the tests ask an iterator for its next item.
+        """
+        is_next = operation == "special" and args[1:2] == ("next",)
+        if isinstance(error, StopIteration | StopAsyncIteration) and not is_next and not self.expects_stop:
+            error = RuntimeError(f"the program raised {type(error).__name__}")
+        # An exception in a callback goes back to the program, which may handle it
+        if operation == "call" and not self.expects_errors and not self._num_callbacks:
+            self.ignored = self.ignored or error
+        self._raised.append(error)
+        return error
 
     def _answer_to(
         self, operation: str, args: tuple[Any, ...], keywords: dict[str, Any]
@@ -205,7 +258,10 @@ class TesterSide(Codec):
             message = self._channel.receive()
             if message[0] != "call back":
                 return message
-            self._channel.send(self._serve(message[1:]))
+            self._num_callbacks += 1
+            reply = self._serve(message[1:])
+            self._num_callbacks -= 1
+            self._channel.send(reply)
 
     def _serve(self, request: list[Any]) -> list[Any]:
         """Runs one operation that the program requests on an object of the tests, and returns the reply.
@@ -305,6 +361,13 @@ class RemoteObject:
         if isinstance(item, RemoteObject):
             return bool(_operate(self, "special", "contains", item))
         return any(item is own or item == own for own in iter(self))  # type: ignore[call-overload]
+
+    def __exit__(self, kind: Any = None, error: Any = None, trace: Any = None) -> bool:
+        # A failed assert of the tests is not for the program, which could suppress it
+        is_failure = isinstance(error, AssertionError)
+        details = (None, None, None) if is_failure else (kind, error, trace)
+        is_handled = bool(_operate(self, "special", "exit", *details))
+        return is_handled and not is_failure
 
     def __dir__(self) -> list[str]:
         return [str(name) for name in _operate(self, "dir")]

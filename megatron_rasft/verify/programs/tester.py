@@ -5,8 +5,6 @@ It never runs a line of the program. The program's names are bound to stand-ins 
 
 import ast
 import builtins
-import importlib
-import inspect
 import io
 import json
 import os
@@ -14,16 +12,29 @@ import re
 import socket
 import sys
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from megatron_rasft.types import CodeTests, Verdict
+from megatron_rasft.verify.programs.empty_arrays import patch_comparisons
 from megatron_rasft.verify.programs.messages import CandidateEndedError, CannotCrossError
-from megatron_rasft.verify.programs.stand_ins import TesterSide
+from megatron_rasft.verify.programs.scripts import (
+    find_fault,
+    handles_errors,
+    names_bound,
+    names_called,
+    names_read,
+    parts_of,
+)
+from megatron_rasft.verify.programs.stand_ins import RemoteObject, TesterSide
 
 _MODULE = "program_tests"
+# A name of these modules that the tests use without importing it is missing in the tests, not in the program
+_COMMON_MODULES = (
+    "math cmath collections itertools functools operator typing string random pytest numpy".split()
+)
 _FRESH_GLOBALS = {"__name__": _MODULE, "__builtins__": builtins}
 
 
@@ -38,16 +49,27 @@ def judge(tests: CodeTests, stream: socket.socket, max_bytes: int) -> tuple[Verd
     Returns:
         The verdict (never ``timeout``, which the launcher decides) and a short reason.
     """
+    fault = find_fault(tests)
+    if fault:
+        return "unverifiable", fault
     side = TesterSide(stream, max_bytes, _MODULE)
     sys.stdout = io.StringIO()
-    _compare_empty_arrays_as_different(tests)
+    scripts = (tests.setup, *tests.tests)
+    patch_comparisons(
+        has_numpy=any("numpy" in script for script in scripts),
+        has_numpy_testing=any("testing" in script for script in scripts),
+        has_pytest=any("pytest" in script for script in scripts),
+    )
     try:
-        failure = side.started()
+        failure = side.started(has_star_imports=tests.style == "functional")
         if failure:
             return "wrong", failure
+        sys.modules["solution"] = _ProgramModule(tests, side)
         verdict, reason = _RUNNERS[tests.style](tests, side)
         if side.fault is not None:
             raise side.fault
+        if verdict == "correct" and side.ignored is not None:
+            return "wrong", f"the tests ignore an exception of the program: {_describe(side.ignored)}"
         if verdict == "correct" and not side.num_uses:
             return "unverifiable", "the tests pass without using the program"
         return verdict, reason
@@ -59,65 +81,17 @@ def judge(tests: CodeTests, stream: socket.socket, max_bytes: int) -> tuple[Verd
         return "unverifiable", "the tests ran out of memory"
 
 
-def _compare_empty_arrays_as_different(tests: CodeTests) -> None:
-    """Patches numpy and pytest in this process, so that an empty array does not equal every number.
-
-    ``numpy.allclose([], 4)`` and ``[] == pytest.approx(4)`` with an array are true. A program could pass by returning
-    an empty array.
-    """
-    numpy = sys.modules.get("numpy")
-    if numpy is None:
-        return
-    modules = {numpy: "allclose isclose array_equiv"}
-    if any("testing" in script for script in (tests.setup, *tests.tests)):
-        names = "assert_allclose assert_array_equal assert_almost_equal assert_array_almost_equal assert_array_less"
-        modules[importlib.import_module("numpy.testing")] = names
-    for module, names in modules.items():
-        for name in names.split():
-            setattr(module, name, _refusing_empty(getattr(module, name), numpy))
-    pytest = sys.modules.get("pytest")
-    if pytest is not None:
-        near: Any = type(pytest.approx(0.0))
-        equals = near.__eq__
-
-        def is_near(own: Any, value: Any) -> bool:
-            is_empty = isinstance(value, numpy.ndarray) and not value.size
-            return not is_empty and equals(own, value)
-
-        near.__eq__ = is_near
-
-
-def _refusing_empty(compare: Callable[..., Any], numpy: Any) -> Callable[..., Any]:
-    """Returns ``compare`` with one change: an empty array differs from every array that is not empty."""
-    signature = inspect.signature(compare)
-
-    def comparison(*args: Any, **keywords: Any) -> Any:
-        call = signature.bind(*args, **keywords)
-        sizes = set()
-        for name in list(call.arguments)[:2]:
-            # Converted only once, because an object of the program could return another array at the second conversion
-            array = call.arguments[name] = numpy.asanyarray(call.arguments[name])
-            sizes.add(bool(array.size))
-        if len(sizes) == 1:
-            return compare(*call.args, **call.kwargs)
-        assert not compare.__name__.startswith("assert"), "an empty array equals only another empty array"
-        return False
-
-    return comparison
-
-
 def _run_asserts(tests: CodeTests, side: TesterSide) -> tuple[Verdict, str]:
     # All tests share one scope: a statement may use what an earlier one assigned
     scope = dict(_FRESH_GLOBALS)
-    scope.update(_names_of_program([tests.setup, *tests.tests], tests.entry_point, side))
-    if tests.setup:
-        failure = _run(tests.setup, "setup", scope)
-        if failure:
-            return "wrong", f"setup of the tests: {failure}"
-    for number, test in enumerate(tests.tests, 1):
-        failure = _run(test, f"test {number}", scope)
-        if failure:
-            return "wrong", f"test {number} of {len(tests.tests)}: {failure}"
+    scope.update(_bind_names_of_program(tests, side))
+    scripts = [tests.setup] if tests.setup else []
+    for number, script in enumerate([*scripts, *tests.tests], 1 - len(scripts)):
+        _expect_errors(side, script, *(other for other in (tests.setup, *tests.tests) if "def " in other))
+        failure = _run(script, f"test {number}" if number else "setup", scope)
+        if failure is not None:
+            where = f"test {number} of {len(tests.tests)}" if number else "setup of the tests"
+            return _verdict_of(failure, tests, side), f"{where}: {_describe(failure)}"
     return "correct", f"{len(tests.tests)} tests passed"
 
 
@@ -126,22 +100,25 @@ def _run_check(tests: CodeTests, side: TesterSide) -> tuple[Verdict, str]:
     if tests.prompt:
         # The prompt may define helper functions beside the one to complete (HumanEval/32), and the tests call them
         failure = _run(_closed(tests.prompt), "prompt", scope)
-        if failure:
-            return "unverifiable", f"prompt of the tests: {failure}"
+        if failure is not None:
+            return "unverifiable", f"prompt of the tests: {_describe(failure)}"
     try:
         program = side.get(tests.entry_point)
     except AttributeError:
         return "wrong", f"the program does not define {tests.entry_point}"
     scope[tests.entry_point] = program
+    _expect_errors(side, tests.setup, *tests.tests)
     for script in (tests.setup, *tests.tests):
         failure = _run(script, "tests", scope)
-        if failure:
-            return "wrong", failure
+        if failure is not None:
+            return _verdict_of(failure, tests, side), _describe(failure)
     check = scope.get("check")
     if not isinstance(check, types.FunctionType):
         return "unverifiable", "the tests do not define a function check"
     failure = _failure_of(lambda: check(program))
-    return ("wrong", failure) if failure else ("correct", "check passed")
+    if failure is not None:
+        return _verdict_of(failure, tests, side), _describe(failure)
+    return "correct", "check passed"
 
 
 def _run_functional(tests: CodeTests, side: TesterSide) -> tuple[Verdict, str]:
@@ -150,19 +127,29 @@ def _run_functional(tests: CodeTests, side: TesterSide) -> tuple[Verdict, str]:
     except AttributeError:
         owner = None
     for number, case in enumerate(tests.cases, 1):
-        failure = _failure_of(partial(_compare_json, case.input, case.output, owner, tests.entry_point, side))
-        if failure:
-            return "wrong", f"case {number} of {len(tests.cases)}: {failure}"
+        try:
+            arguments = [json.loads(line) for line in case.input.split("\n") if line.strip()]
+            expected = json.loads(case.output)
+        except ValueError as error:
+            return "unverifiable", f"case {number} of {len(tests.cases)} is not valid JSON: {error}"
+        failure = _failure_of(partial(_compare, arguments, expected, owner, tests.entry_point, side))
+        if failure is not None:
+            return "wrong", f"case {number} of {len(tests.cases)}: {_describe(failure)}"
     return "correct", f"{len(tests.cases)} cases passed"
 
 
-def _compare_json(inputs: str, output: str, owner: Any, entry_point: str, side: TesterSide) -> None:
-    arguments = [json.loads(line) for line in inputs.split("\n") if line.strip()]
+def _compare(arguments: list[Any], expected: Any, owner: Any, entry_point: str, side: TesterSide) -> None:
     function = side.get(entry_point) if owner is None else getattr(owner(), entry_point)
-    result = function(*arguments)
-    # JSON has no tuples. Like LiveCodeBench's own harness, accept a tuple in place of a list
-    as_list = list(result) if type(result) is tuple else result
-    assert as_list == json.loads(output), "wrong value"
+    assert _without_tuples(function(*arguments)) == expected, "wrong value"
+
+
+def _without_tuples(value: Any) -> Any:
+    """Returns a result with lists in place of tuples, also inside. JSON has no tuples, and LiveCodeBench accepts them."""
+    if type(value) in (tuple, list):
+        return [_without_tuples(item) for item in value]
+    if type(value) is dict:
+        return {key: _without_tuples(item) for key, item in value.items()}
+    return value
 
 
 def _run_pytest(tests: CodeTests, side: TesterSide) -> tuple[Verdict, str]:
@@ -171,26 +158,38 @@ def _run_pytest(tests: CodeTests, side: TesterSide) -> tuple[Verdict, str]:
     except ImportError:
         return "unverifiable", "the tests need pytest: pip install 'megatron-rasft[code]'"
     source = "\n".join([tests.setup, *tests.tests])
-    sys.modules["solution"] = _ProgramModule(source, tests.entry_point, side)
     module = types.ModuleType(_MODULE)
     module.__dict__["__file__"] = f"{_MODULE}.py"
+    module.__dict__.update(_bind_names_of_program(tests, side))
+    _expect_errors(side, source)
     failure = _run(source, "tests", module.__dict__)
-    if failure:
-        return "wrong", failure
+    if failure is not None:
+        return _verdict_of(failure, tests, side), _describe(failure)
 
     functions = _plain_functions(source)
-    return _call_all(functions, module) if functions else _run_by_pytest(module, pytest)
+    return (
+        _call_all(functions, module, tests, side)
+        if functions
+        else _run_by_pytest(module, pytest, tests, side)
+    )
 
 
-def _call_all(functions: list[str], module: types.ModuleType) -> tuple[Verdict, str]:
+def _call_all(
+    functions: list[str], module: types.ModuleType, tests: CodeTests, side: TesterSide
+) -> tuple[Verdict, str]:
+    parts = parts_of("\n".join([tests.setup, *tests.tests]))
+    shared = [source for name, source in parts if name not in functions]
     for name in functions:
+        _expect_errors(side, *shared, *(source for part, source in parts if part == name))
         failure = _failure_of(module.__dict__[name])
-        if failure:
-            return "wrong", f"{name}: {failure}"
+        if failure is not None:
+            return _verdict_of(failure, tests, side), f"{name}: {_describe(failure)}"
     return "correct", f"{len(functions)} tests passed"
 
 
-def _run_by_pytest(module: types.ModuleType, pytest: Any) -> tuple[Verdict, str]:
+def _run_by_pytest(
+    module: types.ModuleType, pytest: Any, tests: CodeTests, side: TesterSide
+) -> tuple[Verdict, str]:
     outcomes = _Outcomes(module, pytest)
     # pytest collects only existing files. This file of pytest itself is readable and imports nothing
     anchor = Path(pytest.__file__).with_name("py.typed")
@@ -205,7 +204,12 @@ def _run_by_pytest(module: types.ModuleType, pytest: Any) -> tuple[Verdict, str]
     except SystemExit:
         return "wrong", "the tests were ended by SystemExit"
     if outcomes.failure:
-        return "wrong", outcomes.failure
+        is_unrelated = outcomes.error is not None and not side.has_raised(outcomes.error)
+        if outcomes.is_before_test and is_unrelated:
+            return "unverifiable", outcomes.failure
+        return _verdict_of(outcomes.error, tests, side), outcomes.failure
+    if outcomes.num_skipped:
+        return "unverifiable", f"{outcomes.num_skipped} tests were skipped or are expected to fail"
     if not outcomes.num_passed:
         return "unverifiable", "the tests do not define a test function"
     return "correct", f"{outcomes.num_passed} tests passed"
@@ -252,7 +256,12 @@ class _Outcomes:
 
     def __init__(self, module: types.ModuleType, pytest: Any) -> None:
         self.num_passed = 0
+        self.num_skipped = 0
         self.failure = ""
+        self.error: BaseException | None = None
+        """The exception of the first failure."""
+        self.is_before_test = False
+        """Whether the first failure is one of the collection or of a fixture, and not of a test itself."""
 
         # The class is defined here because its base exists only if pytest is installed
         class InMemory(pytest.Module):  # type: ignore[misc,name-defined]
@@ -265,14 +274,21 @@ class _Outcomes:
     def pytest_collect_file(self, file_path: Path, parent: Any) -> Any:
         return self._collector.from_parent(parent, path=file_path)
 
+    def pytest_exception_interact(self, node: Any, call: Any, report: Any) -> None:
+        if self.error is None:
+            self.error = call.excinfo.value
+            self.is_before_test = report.when != "call"
+
     def pytest_runtest_logreport(self, report: Any) -> None:
-        if report.outcome == "passed" and not hasattr(report, "wasxfail"):
-            self.num_passed += report.when == "call"
-        else:
+        if report.failed:
             crash = getattr(report.longrepr, "reprcrash", None)
             why = f": {crash.message}" if crash is not None else ""
             name = report.nodeid.rpartition("::")[2]
             self.failure = self.failure or re.sub(r"\s+", " ", f"{name} {report.outcome}{why}")[:200]
+        elif report.skipped or hasattr(report, "wasxfail"):
+            self.num_skipped += 1
+        else:
+            self.num_passed += report.when == "call"
 
     def pytest_collectreport(self, report: Any) -> None:
         if report.failed:
@@ -291,16 +307,22 @@ def _opens_null() -> bool:
 class _ProgramModule(types.ModuleType):
     """The module ``solution`` that the tests import: its attributes are looked up in the program."""
 
-    def __init__(self, source: str, entry_point: str, side: TesterSide) -> None:
+    def __init__(self, tests: CodeTests, side: TesterSide) -> None:
         super().__init__("solution")
+        self._tests = tests
         self._side = side
-        # "from solution import *" must not replace names of the tests, such as builtins they use
-        self.__all__ = list(_names_of_program([source], entry_point, side))
 
     def __getattr__(self, name: str) -> Any:
+        if name == "__all__":
+            # "from solution import *" must not replace names of the tests, such as builtins they use
+            return list(_bind_names_of_program(self._tests, self._side))
         if name.startswith("__"):
             raise AttributeError(name)
-        return self._side.get(name)
+        # The tests ask for this name of the program, so they use it even if the program lacks it
+        self._side.num_uses += 1
+        value = self._side.get(name)
+        self._side.num_uses -= isinstance(value, RemoteObject)
+        return value
 
 
 _RUNNERS: dict[str, Callable[[CodeTests, TesterSide], tuple[Verdict, str]]] = {
@@ -311,34 +333,50 @@ _RUNNERS: dict[str, Callable[[CodeTests, TesterSide], tuple[Verdict, str]]] = {
 }
 
 
-def _names_of_program(sources: Iterable[str], entry_point: str, side: TesterSide) -> dict[str, Any]:
+def _bind_names_of_program(tests: CodeTests, side: TesterSide) -> dict[str, Any]:
     """Returns name -> the program's value, for names that the tests read and that neither they nor the builtins define.
 
     So a program cannot replace ``sorted`` or ``abs`` for the tests, unless that is its entry point.
     """
-    read: set[str] = set()
-    bound: set[str] = set()
-    for source in sources:
-        try:
-            tree = ast.parse(source)
-        except SyntaxError:
-            continue
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Name):
-                (read if isinstance(node.ctx, ast.Load) else bound).add(node.id)
-            elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-                bound.add(node.name)
-            elif isinstance(node, ast.Import):
-                bound.update((alias.asname or alias.name).partition(".")[0] for alias in node.names)
-            elif isinstance(node, ast.ImportFrom) and node.module != "solution":
-                bound.update(alias.asname or alias.name for alias in node.names)
+    # pytest's file is one script; another style's scripts share one scope
+    scripts = (
+        ["\n".join([tests.setup, *tests.tests])] if tests.style == "pytest" else [tests.setup, *tests.tests]
+    )
+    read = names_read(scripts) - names_bound(scripts)
     found = {}
-    for name in sorted(read - bound - set(dir(builtins)) | {entry_point} - {""}):
+    for name in sorted(read - set(dir(builtins)) | {tests.entry_point} - {""}):
         try:
             found[name] = side.get(name)
         except AttributeError:
             continue  # the test that uses the name fails with a NameError
+        if name in read and not isinstance(found[name], RemoteObject):
+            side.num_uses += 1  # a plain value is all that there is to use
     return found
+
+
+def _expect_errors(side: TesterSide, *sources: str) -> None:
+    """Tells the tester's side whether the scripts that now run may handle exceptions of the program."""
+    side.expects_errors = any(map(handles_errors, sources))
+    side.expects_stop = any("StopIteration" in source or "StopAsyncIteration" in source for source in sources)
+
+
+def _verdict_of(error: BaseException | None, tests: CodeTests, side: TesterSide) -> Verdict:
+    """Returns ``wrong``, or ``unverifiable`` for an exception that shows that the tests cannot run with any program."""
+    if error is None or side.has_raised(error):
+        return "wrong"
+    if isinstance(error, ImportError):
+        return "wrong" if error.name == "solution" else "unverifiable"
+    if type(error) is NameError:
+        return "wrong" if _is_expected(error.name, tests, side) else "unverifiable"
+    return "wrong" if side.num_uses else "unverifiable"
+
+
+def _is_expected(name: str | None, tests: CodeTests, side: TesterSide) -> bool:
+    """Returns whether the program should define a name that is not bound, rather than the tests."""
+    if tests.entry_point:
+        return name == tests.entry_point or not side.defines(tests.entry_point)
+    is_common = any(hasattr(sys.modules.get(module), str(name)) for module in _COMMON_MODULES)
+    return name in names_called([tests.setup, *tests.tests]) and not (is_common and side.found)
 
 
 def _closed(prompt: str) -> str:
@@ -350,8 +388,8 @@ def _closed(prompt: str) -> str:
         return f"{prompt.rstrip()}\n    pass\n"
 
 
-def _run(source: str, name: str, scope: dict[str, Any]) -> str:
-    """Executes a script. Returns a description of the exception it raised, or an empty string."""
+def _run(source: str, name: str, scope: dict[str, Any]) -> BaseException | None:
+    """Executes a script. Returns the exception it raised, or None."""
 
     def execute() -> None:
         exec(compile(source, name, "exec", dont_inherit=True), scope)
@@ -359,19 +397,23 @@ def _run(source: str, name: str, scope: dict[str, Any]) -> str:
     return _failure_of(execute)
 
 
-def _failure_of(action: Callable[[], None]) -> str:
-    """Calls ``action``. Returns a description of the exception it raised, or an empty string."""
+def _failure_of(action: Callable[[], None]) -> BaseException | None:
+    """Calls ``action``. Returns the exception it raised, or None."""
     try:
         action()
     except (CandidateEndedError, CannotCrossError, MemoryError):
         raise
     except BaseException as error:
-        text = re.sub(r"\s+", " ", _text_of(error))
-        return f"{type(error).__name__}: {text}"[:200] if text else type(error).__name__
-    return ""
+        return error
+    return None
 
 
-def _text_of(error: BaseException) -> str:
+def _describe(error: BaseException | None) -> str:
+    text = re.sub(r"\s+", " ", _text_of(error))
+    return f"{type(error).__name__}: {text}"[:200] if text else type(error).__name__
+
+
+def _text_of(error: BaseException | None) -> str:
     try:
         return str(error)[:200]
     except BaseException:  # an exception of the tests may hold a stand-in, and str() of that may fail

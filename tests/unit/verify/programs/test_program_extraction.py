@@ -1,8 +1,12 @@
 """The program of a response is found, and joined with the prompt that it continues."""
 
+import contextlib
+import io
+import sys
+
 import pytest
 
-from megatron_rasft.verify.programs.program_extraction import extract_program
+from megatron_rasft.verify.programs.program_extraction import extract_program, holds_program
 
 TICKS = "`" * 3
 
@@ -19,7 +23,7 @@ def fenced(code: str, language: str = "python") -> str:
         (f"Here:\n{fenced('def f(): pass')}Done.", "f", "def f(): pass\n"),
         (f"{fenced('def f(): 1')}Better:\n{fenced('def f(): 2')}", "f", "def f(): 2\n"),
         (f"{fenced('def f(): 1')}Use it:\n{fenced('print(f())')}", "f", "def f(): 1\n"),
-        (f"{fenced('def f(): 1')}Use it:\n{fenced('print(f())')}", "", "print(f())\n"),
+        (f"{fenced('def f(): 1')}Use it:\n{fenced('print(f())')}", "", "def f(): 1\n"),
         (
             f"{fenced('x = 1', 'text')}{fenced('def f(): 1', 'py')}{fenced('pip install', 'bash')}",
             "f",
@@ -44,3 +48,128 @@ def test_prompt_is_put_before_a_completion_and_before_a_whole_program() -> None:
     scope: dict[str, object] = {}
     exec(whole, scope)
     assert scope["f"](2.5) == 2  # type: ignore[operator]
+
+
+# In each response, the program that the response commits to returns 2 for f(1); other code in it does not
+RESPONSES = {
+    "docstring": (
+        f"{TICKS}python\ndef f(x):\n    '''\n    {TICKS}\n    f(1)\n    {TICKS}\n    '''\n    return x + 1\n{TICKS}",
+        "f",
+    ),
+    "docstring mid": (
+        f'{TICKS}python\ndef f(x):\n    """Use {TICKS}f(1){TICKS} or\n{TICKS}\nf(1)\n{TICKS}\n    """\n    return x + 1\n{TICKS}\nDone',
+        "f",
+    ),
+    "list": (f"1. Like this:\n   {TICKS}python\n   def f(x):\n       return x + 1\n   {TICKS}\n", "f"),
+    "list marker": (f"- {TICKS}python\n  def f(x):\n      return x + 1\n  {TICKS}\n- then", "f"),
+    "quote": (f"> {TICKS}python\n> def f(x):\n>     return x + 1\n> {TICKS}\n", "f"),
+    "glued close": (f"{TICKS}python\ndef f(x):\n    return x + 1{TICKS}\n", "f"),
+    "glued close text": (f"{TICKS}python\ndef f(x):\n    return x + 1\n{TICKS}That works.\n", "f"),
+    "glued open": (f"Here it is:{TICKS}python\ndef f(x):\n    return x + 1\n{TICKS}\n", "f"),
+    "one line": (f"{TICKS}python def f(x): return x + 1{TICKS}\n", "f"),
+    "one line2": (f"It is {TICKS}def f(x): return x + 1{TICKS}\n", "f"),
+    "helper": (
+        f"{TICKS}python\ndef h(x):\n    return x + 1\n{TICKS}\n{TICKS}python\ndef f(x):\n    return h(x)\n{TICKS}",
+        "f",
+    ),
+    "imports": (
+        f"{TICKS}python\nimport math\nfrom typing import List\n{TICKS}\n{TICKS}python\ndef f(x: List[int]):\n    return math.floor(x)+1\n{TICKS}",
+        "f",
+    ),
+    "helper after": (
+        f"{TICKS}python\ndef f(x):\n    return h(x)\n{TICKS}\nwith\n{TICKS}python\ndef h(x):\n    return x + 1\n{TICKS}",
+        "f",
+    ),
+    "usage": (
+        f"{TICKS}python\ndef f(x):\n    return x + 1\n{TICKS}\nUsage:\n{TICKS}python\nprint(f(1))\n{TICKS}",
+        "",
+    ),
+    "tilde": ("~~~python\ndef f(x):\n    return x + 1\n~~~\n", "f"),
+    "unclosed": (f"{TICKS}python\ndef f(x):\n    return x + 1\n", "f"),
+    "unclosed prose": (
+        f"{TICKS}python\ndef f(x):\n    return x + 1\n\nThis adds one to it.\nIt's simple.",
+        "f",
+    ),
+    "think": (
+        f"<think>{TICKS}python\ndef f(x):\n  return 0\n{TICKS}</think>{TICKS}python\ndef f(x):\n    return x + 1\n{TICKS}",
+        "f",
+    ),
+    "think open": (
+        f"draft {TICKS}python\ndef f(x):\n  return 0\n{TICKS} so</think>\n{TICKS}python\ndef f(x):\n    return x + 1\n{TICKS}",
+        "f",
+    ),
+    "think tag in code": (
+        f"{TICKS}python\nimport re\ndef f(x):\n    y = re.sub(r'<think>.*?</think>', '', '')\n    return x + 1\n{TICKS}",
+        "f",
+    ),
+    "missing close": (
+        f"{TICKS}python\ndef f(x):\n    return x + 1\n\n{TICKS}python\nprint(f(1))\n{TICKS}",
+        "f",
+    ),
+    "prose": ("Sure, here it is:\n\ndef f(x):\n    return x + 1\n\nIt adds one.", "f"),
+    "stub": (
+        f"{TICKS}python\ndef f(x):\n    return x + 1\n{TICKS}\nSignature:\n{TICKS}python\ndef f(x: int) -> int: ...\n{TICKS}",
+        "f",
+    ),
+    "repl": (
+        f"{TICKS}python\ndef f(x):\n    return x + 1\n{TICKS}\nUsage:\n{TICKS}python\n>>> f(1)\n2\n{TICKS}",
+        "",
+    ),
+    "crlf": (f"{TICKS}python\r\ndef f(x):\r\n    return x + 1\r\n{TICKS}\r\n", "f"),
+    "future": (
+        f"{TICKS}python\ndef h(x): return x + 1\n{TICKS}\n{TICKS}python\nfrom __future__ import annotations\ndef f(x: A):\n    return h(x)\n{TICKS}",
+        "f",
+    ),
+    "nested ticks": (
+        f"{TICKS}`markdown\n{TICKS}python\ndef f(x): return 0\n{TICKS}\n{TICKS}`\n{TICKS}python\ndef f(x): return x + 1\n{TICKS}",
+        "f",
+    ),
+    "lang Python 3": (f"{TICKS}Python 3\ndef f(x): return x + 1\n{TICKS}", "f"),
+    "lang braces": (f"{TICKS}{{python}}\ndef f(x): return x + 1\n{TICKS}", "f"),
+    "answer tag": ("<answer>\ndef f(x): return x + 1\n</answer>", "f"),
+    "answer tag fence": (f"<answer>{TICKS}python\ndef f(x): return x + 1\n{TICKS}</answer>", "f"),
+    "output": (f"{TICKS}python\ndef f(x): return x + 1\n{TICKS}\nOutput:\n{TICKS}\n2\n{TICKS}", ""),
+    "json": (
+        f"{TICKS}json\n{{}}\n{TICKS}\n{TICKS}python\ndef f(x): return x + 1\n{TICKS}\n{TICKS}bash\npython f.py\n{TICKS}",
+        "f",
+    ),
+    "tabs": (f"\t{TICKS}python\n\tdef f(x):\n\t\treturn x + 1\n\t{TICKS}", "f"),
+    "mixed": (f"{TICKS}python\ndef f(x):\n    s = '{TICKS}'\n    return x + 1\n{TICKS}", "f"),
+}
+
+
+@pytest.mark.parametrize(("text", "entry_point"), RESPONSES.values(), ids=RESPONSES)
+def test_program_that_a_response_commits_to_is_found(text: str, entry_point: str) -> None:
+    program = extract_program(text, entry_point, names=["f"])
+    assert program is not None
+    scope: dict[str, object] = {}
+    exec(program, scope)
+    assert scope["f"](1) == 2  # type: ignore[operator]
+
+
+# Each program prints 2 for the input 1
+SCRIPTS = {
+    "samples": f"{TICKS}python\nprint(int(input()) + 1)\n{TICKS}\nInput:\n{TICKS}\n1\n{TICKS}\nOutput:\n{TICKS}\n2\n{TICKS}",
+    "unlabelled": f"{TICKS}\nprint(int(input()) + 1)\n{TICKS}\nInput:\n{TICKS}\n1\n{TICKS}\nOutput:\n{TICKS}\n2\n{TICKS}",
+    "usage": f"{TICKS}python\nimport sys\ndef solve(s):\n    return int(s) + 1\nprint(solve(sys.stdin.read()))\n{TICKS}\nUsage:\n{TICKS}python\nprint(solve('1'))\n{TICKS}",
+    "split": f"{TICKS}python\ndef solve():\n    return int(input()) + 1\n{TICKS}\nMain:\n{TICKS}python\nif __name__ == '__main__':\n    print(solve())\n{TICKS}",
+    "split2": f"{TICKS}python\nn = int(input())\n{TICKS}\nthen:\n{TICKS}python\nprint(n + 1)\n{TICKS}",
+}
+
+
+@pytest.mark.parametrize("text", SCRIPTS.values(), ids=SCRIPTS)
+def test_script_that_a_response_commits_to_is_found(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = extract_program(text, reads_input=True)
+    assert program is not None
+    monkeypatch.setattr(sys, "stdin", io.StringIO("1\n"))
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(program, {"__name__": "__main__"})
+    assert printed.getvalue() == "2\n"
+
+
+def test_thought_that_does_not_end_holds_no_program() -> None:
+    text = f"<think>\n{fenced('def f(x): return x + 1')}so far"
+    assert extract_program(text, "f") is None
+    assert not holds_program(text)
+    assert holds_program(f"<think>a</think>{fenced('def f(x): return x + 1')}")

@@ -292,7 +292,7 @@ from megatron_rasft.types import CodeTests
 from megatron_rasft.verify.programs.sandbox import Sandbox
 sandbox = Sandbox(VerifyConfig(verify_sandbox_level="limits"), [sys.argv[1]])
 print("ready", flush=True)
-sandbox.judge("import time; time.sleep(10**6)", CodeTests(style="asserts", tests=("f(1)",), entry_point="f"))
+sandbox.judge("import time; time.sleep(10**6)", CodeTests(style="asserts", tests=("assert f(1)",), entry_point="f"))
 """
 
 

@@ -1,0 +1,277 @@
+"""Verdicts of tests that cannot run, cannot fail, or swallow exceptions; and of tests that look similar and are sound."""
+
+from typing import Any
+
+import pytest
+
+from megatron_rasft.types import CodeTests, ProgramCase, Verdict
+from megatron_rasft.verify.programs.sandbox import Sandbox
+
+ADDS = "def f(x): return x + 1"
+
+
+def asserts(*scripts: str, entry_point: str = "f", setup: str = "") -> CodeTests:
+    return CodeTests(style="asserts", tests=scripts, entry_point=entry_point, setup=setup)
+
+
+def in_pytest(script: str, entry_point: str = "f") -> CodeTests:
+    return CodeTests(style="pytest", tests=(script,), entry_point=entry_point)
+
+
+def in_check(script: str) -> CodeTests:
+    return CodeTests(style="check", tests=(script,), entry_point="f")
+
+
+def functional(given: str, output: str) -> CodeTests:
+    return CodeTests(style="functional", entry_point="f", cases=(ProgramCase(input=given, output=output),))
+
+
+RUNNABLE: dict[str, tuple[str, CodeTests, Verdict]] = {
+    "ok": (ADDS, asserts("assert f(1) == 2"), "correct"),
+    "name unbound": (ADDS, asserts("assert math.floor(f(1)) == 2"), "unverifiable"),
+    "name unbound noentry": (ADDS, asserts("assert math.floor(f(1)) == 2", entry_point=""), "unverifiable"),
+    "name unbound fn noentry": (ADDS, asserts("assert sqrt(f(3)) == 2", entry_point=""), "unverifiable"),
+    "missing f noentry": ("def g(x): return 2", asserts("assert f(1) == 2", entry_point=""), "wrong"),
+    "missing f": ("def g(x): return 2", asserts("assert f(1) == 2"), "wrong"),
+    "other name": (ADDS, asserts("assert g(1) == 2"), "unverifiable"),
+    "raises nameerror": ("def f(x): return y", asserts("assert f(1) == 2"), "wrong"),
+    "raises importerror": ("def f(x):\n import nopackage\n return x+1", asserts("assert f(1) == 2"), "wrong"),
+    "import missing": (ADDS, asserts("import nopackage\nassert f(1) == 2"), "unverifiable"),
+    "import missing in function": (
+        ADDS,
+        in_pytest("def test_f():\n    import nopackage\n    assert f(1) == 2"),
+        "unverifiable",
+    ),
+    "from math missing": (ADDS, asserts("from math import nothing\nassert f(1) == 2"), "unverifiable"),
+    "pytest no import": (ADDS, in_pytest("def test_f():\n    assert f(1) == 2"), "correct"),
+    "pytest no import wrong": (
+        "def f(x): return 5",
+        in_pytest("def test_f():\n    assert f(1) == 2"),
+        "wrong",
+    ),
+    "pytest no import missing": (
+        "def g(x): return 5",
+        in_pytest("def test_f():\n    assert f(1) == 2"),
+        "wrong",
+    ),
+    "pytest import missing name": (
+        "def g(x): return 5",
+        in_pytest("from solution import f\ndef test_f():\n    assert f(1) == 2", ""),
+        "wrong",
+    ),
+    "pytest import module": (
+        "def g(x): return 5",
+        in_pytest("import solution\ndef test_f():\n    assert solution.f(1) == 2", ""),
+        "wrong",
+    ),
+    "pytest import module ok": (
+        ADDS,
+        in_pytest("import solution\ndef test_f():\n    assert solution.f(1) == 2", ""),
+        "correct",
+    ),
+    "pytest fixture missing": (
+        ADDS,
+        in_pytest("from solution import f\ndef test_f(nofixture):\n    assert f(1) == 2"),
+        "unverifiable",
+    ),
+    "pytest collection error": (
+        ADDS,
+        in_pytest(
+            "from solution import f\nimport pytest\n@pytest.mark.parametrize('x', 5)\ndef test_f(x):\n    assert f(1) == 2"
+        ),
+        "unverifiable",
+    ),
+    "pytest fixture raises": (
+        ADDS,
+        in_pytest(
+            "from solution import f\nimport pytest\n@pytest.fixture\ndef z(): return open('/nonexistent/file')\ndef test_f(z):\n    assert f(1) == 2"
+        ),
+        "unverifiable",
+    ),
+    "pytest skip": (
+        ADDS,
+        in_pytest(
+            "from solution import f\nimport pytest\n@pytest.mark.skip\ndef test_f():\n    assert f(1) == 2"
+        ),
+        "unverifiable",
+    ),
+    "pytest main import": (
+        ADDS,
+        in_pytest("from main import f\ndef test_f():\n    assert f(1) == 2", ""),
+        "unverifiable",
+    ),
+    "syntax": (ADDS, asserts("assert f(1) = 2"), "unverifiable"),
+    "syntax second": (ADDS, asserts("assert f(1) == 2", "assert f(2) == = 3"), "unverifiable"),
+    "syntax pytest": (ADDS, in_pytest("def test_f(:\n  assert f(1) == 2"), "unverifiable"),
+    "indent": (ADDS, asserts("  assert f(1) == 2"), "unverifiable"),
+    "setup raises": (ADDS, asserts("assert f(1) == 2", setup="1/0"), "unverifiable"),
+    "setup uses class": (
+        "class P: pass\ndef f(x): return x + 1",
+        asserts("assert f(1) == 2", setup="p = P()"),
+        "correct",
+    ),
+    "setup import": (ADDS, asserts("assert f(1) == 2", setup="import nopackage"), "unverifiable"),
+    "setup file": (
+        ADDS,
+        asserts("assert f(1) == 2", setup="data = open('input.txt').read()"),
+        "unverifiable",
+    ),
+    "no assert": (ADDS, asserts("f(1) == 2"), "unverifiable"),
+    "tuple": (ADDS, asserts("assert (f(1) == 2, 'one')"), "unverifiable"),
+    "print": (ADDS, asserts("print(f(1))"), "unverifiable"),
+    "caught": (
+        ADDS,
+        asserts("try:\n    assert f(1) == 2\nexcept AssertionError:\n    print('no')"),
+        "unverifiable",
+    ),
+    "check no assert": (
+        ADDS,
+        in_check("def check(candidate):\n    return candidate(1) == 2"),
+        "unverifiable",
+    ),
+    "check unbound": (
+        ADDS,
+        in_check("def check(candidate):\n    assert candidate(1) == expected"),
+        "unverifiable",
+    ),
+    "check ok": (ADDS, in_check("def check(candidate):\n    assert candidate(1) == 2"), "correct"),
+    "check missing": (
+        ADDS,
+        in_check("def checker(candidate):\n    assert candidate(1) == 2"),
+        "unverifiable",
+    ),
+    "check entry name": (ADDS, in_check("def check(candidate):\n    assert f(1) == 2"), "correct"),
+    "test wrong": (ADDS, asserts("assert f(1) == 3"), "wrong"),
+    "test before": (ADDS, asserts("assert 1 == 2\nassert f(1) == 2"), "unverifiable"),
+    "const": ("ANSWER = 42", asserts("assert ANSWER == 42", entry_point=""), "correct"),
+    "const wrong": ("ANSWER = 41", asserts("assert ANSWER == 42", entry_point=""), "wrong"),
+    "shared": ("from math import gcd as f", asserts("assert f(4, 6) == 2"), "correct"),
+}
+"""Whether tests can run at all, and whose fault it is. Test -> program, tests, verdict."""
+
+SWALLOWING: dict[str, tuple[str, CodeTests, Verdict]] = {
+    "stop all map": (
+        "def f(x): raise StopIteration",
+        asserts("assert all(map(lambda x: f(x) == x + 1, range(5)))"),
+        "wrong",
+    ),
+    "stop for map": (
+        "def f(x): raise StopIteration",
+        asserts("for y, x in zip(map(f, range(5)), range(5)): assert y == x + 1"),
+        "wrong",
+    ),
+    "stop pytest": (
+        "def f(x): raise StopIteration",
+        in_pytest(
+            "from solution import f\ndef test_f():\n    assert all(map(lambda x: f(x) == x + 1, range(5)))"
+        ),
+        "wrong",
+    ),
+    "stop pytest raises": (
+        "def f(x): raise StopIteration",
+        in_pytest(
+            "from solution import f\nimport pytest\ndef test_f():\n    assert all(map(lambda x: f(x) == x + 1, range(5)))\n    with pytest.raises(ZeroDivisionError): 1/0"
+        ),
+        "wrong",
+    ),
+    "stop subclass": (
+        "class E(StopIteration): pass\ndef f(x): raise E",
+        asserts("assert all(map(lambda x: f(x) == x + 1, range(5)))"),
+        "wrong",
+    ),
+    "index legacy": (
+        "def f(x): raise IndexError",
+        asserts("class S:\n    def __getitem__(self, i): return f(i) == i + 1\nassert all(S())"),
+        "wrong",
+    ),
+    "attr": (
+        "def f(x): raise AttributeError",
+        asserts("class S:\n    @property\n    def y(self): return f(1)\nassert getattr(S(), 'y', 2) == 2"),
+        "wrong",
+    ),
+    "thread": (
+        "def f(x): raise SystemExit",
+        asserts(
+            "import threading\nr = []\nt = threading.Thread(target=lambda: r.append(f(1)))\nt.start(); t.join()\nassert all(v == 2 for v in r)"
+        ),
+        "wrong",
+    ),
+    "suppress legit": (
+        "def f(x): raise ValueError",
+        asserts(
+            "from contextlib import suppress\nok = False\nwith suppress(ValueError):\n    f(1)\n    ok = True\nassert not ok"
+        ),
+        "correct",
+    ),
+    "stop legit": (
+        "def f(it): return next(it)",
+        asserts("import pytest\nwith pytest.raises(StopIteration): f(iter([]))"),
+        "correct",
+    ),
+    "iter legit": (
+        "class f:\n    def __init__(s, n): s.n = n\n    def __iter__(s): return s\n    def __next__(s):\n        s.n -= 1\n        if s.n < 0: raise StopIteration\n        return s.n",
+        asserts("assert list(f(3)) == [2, 1, 0]", "assert next(f(1)) == 0"),
+        "correct",
+    ),
+    "cm swallows": (
+        "class f:\n    def __enter__(s): return s\n    def __exit__(s, *a): return True",
+        asserts("with f() as x:\n    assert x == 5"),
+        "wrong",
+    ),
+    "empty approx": (
+        "import sys\nn = __import__('num'+'py')\ndef f(x): return n.array([])",
+        asserts("import pytest\nassert f(1) == pytest.approx(2)"),
+        "wrong",
+    ),
+    "empty norm": (
+        "import numpy as np\ndef f(x): return np.array([])",
+        asserts("import numpy as np\nassert np.linalg.norm(f(1) - 2) < 1e-6"),
+        "wrong",
+    ),
+    "empty all": (
+        "import numpy as np\ndef f(x): return np.array([])",
+        asserts("import numpy as np\nassert (f(1) == np.array([2])).all()"),
+        "wrong",
+    ),
+    "empty legit": (
+        "import numpy as np\ndef f(x): return np.array([])",
+        asserts(
+            "import numpy as np\nassert f(1).size == 0 and np.array_equal(f(1), np.array([])) and (f(1) == np.array([])).all() and np.allclose(f(1), [])"
+        ),
+        "correct",
+    ),
+}
+"""Exceptions and empty arrays that Python code between program and assert takes for success."""
+
+FUNCTIONAL: dict[str, tuple[str, CodeTests, Verdict]] = {
+    "star fn": (
+        "class Solution:\n    def f(self, x: List[int]) -> Optional[int]:\n        return sum(Counter(x).values()) + gcd(2, 4) + (inf > 3)",
+        functional("[1,2]", "5"),
+        "correct",
+    ),
+    "nested tuples": (
+        "def f(x): return [(1, (2, 3)), {'a': (1,)}]",
+        functional("1", '[[1,[2,3]],{"a":[1]}]'),
+        "correct",
+    ),
+    "set no": ("def f(x): return {1}", functional("1", "[1]"), "wrong"),
+    "deep": (
+        "class Solution:\n    def f(self, n):\n        return 0 if n == 0 else 1 + self.f(n - 1)",
+        functional("20000", "20000"),
+        "correct",
+    ),
+    "bad json": (ADDS, functional("x", "[1]"), "unverifiable"),
+}
+"""LiveCodeBench's functional tests: its imports, and lists for tuples."""
+
+
+@pytest.mark.parametrize(
+    "table", [RUNNABLE, SWALLOWING, FUNCTIONAL], ids=["runnable", "swallowing", "functional"]
+)
+def test_verdicts(strongest_sandbox: Sandbox, table: dict[str, tuple[str, CodeTests, Verdict]]) -> None:
+    found: dict[str, Any] = {}
+    for name, (program, tests, verdict) in table.items():
+        given = strongest_sandbox.judge(program, tests)
+        if given[0] != verdict:
+            found[name] = given
+    assert found == {}
