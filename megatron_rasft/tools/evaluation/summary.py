@@ -88,7 +88,9 @@ def summarise(
     low, high = bootstrap_interval(scores)
     lengths = np.array([len(r.response_ids) for r in rollouts])
     is_math = benchmark.kind == "math"
-    answers = [extract_answer(r.text) if is_math else ("" if holds_program(r.text) else None) for r in rollouts]
+    answers = [
+        extract_answer(r.text) if is_math else ("" if holds_program(r.text) else None) for r in rollouts
+    ]
 
     def share(flags: Sequence[bool]) -> float:
         return sum(flags) / len(rollouts)
