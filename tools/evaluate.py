@@ -26,6 +26,7 @@ from megatron_rasft.config.data import DataConfig
 from megatron_rasft.config.parser import add_flags
 from megatron_rasft.config.saved import CONFIG_FILE, SavedConfig
 from megatron_rasft.data.chat_format import read_chat_format
+from megatron_rasft.data.response_text import response_decoder
 from megatron_rasft.data.tokenizer import end_ids, open_tokenizer
 from megatron_rasft.data.tokenizing import tokenize_prompts
 from megatron_rasft.errors import CheckpointError, DataError, RasftError
@@ -137,7 +138,8 @@ def _sample_all(
         data_system_prompt=config.system_prompt,
         data_chat_template=config.chat_template,
     )
-    stop_ids = end_ids(args.model, tokenizer) | {read_chat_format(tokenizer, prompt_config).end_id}
+    chat_format = read_chat_format(tokenizer, prompt_config)
+    stop_ids = end_ids(args.model, tokenizer) | {chat_format.end_id}
     params = SamplingParams(
         num_samples=config.num_samples,
         max_new_tokens=config.max_new_tokens,
@@ -163,7 +165,7 @@ def _sample_all(
                 num_samples=config.num_samples,
                 seed=config.seed,
                 params=params,
-                decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
+                decode=response_decoder(tokenizer, chat_format),
                 on_progress=_Progress(benchmark.title),
             )
         summary = summarise(benchmark, rollouts, config.num_samples, config.ks(), num_rows)

@@ -224,6 +224,12 @@ def _open_block(opening: str) -> ThoughtBlock | None:
     return None if end in lead else ThoughtBlock(start=start, end=end, lead=lead)
 
 
+def is_thought_tag(text: str) -> bool:
+    """Returns whether a text is a tag that opens or closes a block of reasoning."""
+    others = (*_OTHER_THOUGHT_TAGS, *_OTHER_THOUGHT_TAGS.values())
+    return text in others or bool(_THOUGHT_TAG.fullmatch(text.replace("/", "", 1)))
+
+
 def _end_of(tag: re.Match[str]) -> str:
     return f"</{tag['tag']}>" if tag["tag"] else f"[/{tag['mark']}]"
 

@@ -1,11 +1,13 @@
 """The problems of a run: rank 0 reads and tokenizes them, and all ranks know their number."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from megatron_rasft.config import DataConfig, RasftConfig, VerifyConfig
+from megatron_rasft.data.chat_format import read_chat_format
+from megatron_rasft.data.response_text import response_decoder
 from megatron_rasft.data.row_cache import tokenized
 from megatron_rasft.data.tokenized_rows import ByProblem, TokenizedRows
 from megatron_rasft.data.tokenizer import end_ids, open_tokenizer
@@ -32,6 +34,7 @@ class Problems:
     ) -> None:
         self.rows: TokenizedRows | None = None
         self.tokenizer: Any = None
+        self._decode: Callable[[Sequence[int]], str]
         self.summary = ""
         """Console lines about the rows that were read and those that were left out; rank 0 only."""
 
@@ -41,6 +44,7 @@ class Problems:
             self.rows = tokenized(
                 config, self.tokenizer, Path(args.hf_model), args.seq_length, needs_answers, flag, cache
             )
+            self._decode = response_decoder(self.tokenizer, read_chat_format(self.tokenizer, config))
             report = self.rows.report
             if args.save is not None:
                 path = Path(args.save, f"{flag.removeprefix('--')}-left-out.txt")
@@ -63,8 +67,8 @@ class Problems:
         return 0 if self.rows is None else self.rows.num_programs
 
     def decode(self, ids: list[int]) -> str:
-        """The text of a response without special tokens. Rank 0 only."""
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
+        """The text of a response, as the verifier reads it. Rank 0 only."""
+        return self._decode(ids)
 
     def stop_ids(self, args: Any) -> frozenset[int]:
         """Token ids that end a response: the model's own, and those that demonstrations end with. A collective of the world."""
