@@ -1,6 +1,6 @@
 """Checks training data before a run: validates every row, removes rows of benchmarks, shows one row as the model sees it.
 
-prepare_data.py validate --train-data FILE.jsonl [--tokenizer DIR [--max-tokens N]] [any --data-* flag]
+prepare_data.py validate --train-data FILE.jsonl [--tokenizer DIR [--max-tokens N]] [any --data-* or --verify-* flag]
 prepare_data.py --decontaminate BENCHMARK... --train-data FILE.jsonl [--output CLEAN.jsonl] [--report FILE.json]
 prepare_data.py inspect --train-data FILE.jsonl --tokenizer DIR [--index N] [any --data-* flag]
 """
@@ -8,6 +8,7 @@ prepare_data.py inspect --train-data FILE.jsonl --tokenizer DIR [--index N] [any
 import argparse
 import dataclasses
 import json
+import os
 import sys
 from itertools import islice
 from pathlib import Path
@@ -17,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_rasft.config.data import DataConfig
 from megatron_rasft.config.parser import add_flags
+from megatron_rasft.config.verify import VerifyConfig
 from megatron_rasft.data.reading import DataReport, Row, RowFault, read_records, read_rows
 from megatron_rasft.data.tokenizer import Tokenizer, open_tokenizer
 from megatron_rasft.data.tokenizing import build_demonstrations, collect_demonstrations
@@ -24,6 +26,7 @@ from megatron_rasft.errors import DataError, ModelFolderError
 from megatron_rasft.files import write_json
 from megatron_rasft.tools import cli
 from megatron_rasft.tools.data.contamination import find_contamination
+from megatron_rasft.tools.data.demonstration_checks import check_demonstrations
 from megatron_rasft.tools.data.inspecting import render_example
 
 _NO_LIMIT = 2**62
@@ -32,7 +35,8 @@ _NO_LIMIT = 2**62
 def main(argv: list[str] | None = None) -> int:
     """Runs the command.
 
-    Returns the exit code: 0 if all rows can be used, 1 if some cannot or a file is faulty, 2 for a wrong flag.
+    Returns the exit code: 0 if all rows can be used, 1 if some cannot, if a demonstration fails its own answer or tests, or if
+    a file is faulty, 2 for a wrong flag.
     """
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0].startswith("--") and "--decontaminate" in argv:
@@ -53,10 +57,14 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def validate(args: argparse.Namespace, config: DataConfig) -> int:
-    """Print how many rows can be used, and the reason for each row that cannot."""
+    """Print how many rows can be used, the reason for each row that cannot, and rows that fail their own answer or tests."""
     if args.max_tokens is not None and args.tokenizer is None:
         raise ValueError(
             "--max-tokens needs --tokenizer, because only a tokenizer can count tokens. Give its folder."
+        )
+    if not args.verification_max_s > 0:
+        raise ValueError(
+            f"--verification-max-s must be > 0, got {args.verification_max_s:g}. --no-verification grades nothing."
         )
     rows = read_rows(config, require_answer=not args.no_answers)
     if args.tokenizer is None:
@@ -77,7 +85,20 @@ def validate(args: argparse.Namespace, config: DataConfig) -> int:
         num_usable = len(demonstrations)
     print(report.describe(num_named=None))
     is_refused = report.faults or not num_usable or (report.overlong and config.data_overlong == "refuse")
-    return 1 if is_refused else 0
+    is_unfit = not args.no_verification and _verify(args, config)
+    return 1 if is_refused or is_unfit else 0
+
+
+def _verify(args: argparse.Namespace, config: DataConfig) -> bool:
+    """Grades the demonstrations and prints the result. Returns whether a row fails its own answer or tests."""
+    verify_config = VerifyConfig.from_args(args)
+    if not verify_config.verify_num_workers:
+        verify_config = dataclasses.replace(verify_config, verify_num_workers=len(os.sched_getaffinity(0)))
+    rows = read_rows(config, require_answer=not args.no_answers)
+    usable = (row for row in rows if isinstance(row, Row))
+    report = check_demonstrations(usable, verify_config, args.verification_max_s)
+    print(report.describe())
+    return bool(report.failures)
 
 
 def decontaminate(args: argparse.Namespace, config: DataConfig) -> int:
@@ -166,6 +187,8 @@ def _build_parser() -> argparse.ArgumentParser:
                 action="store_true",
                 help="Accept rows without answer and tests, for runs without rollouts.",
             )
+        if name == "validate":
+            _add_verification_flags(command)
         if name == "inspect":
             command.add_argument(
                 "--index",
@@ -176,6 +199,22 @@ def _build_parser() -> argparse.ArgumentParser:
             )
         add_flags(command.add_argument_group("data", DataConfig.__doc__), DataConfig)
     return parser
+
+
+def _add_verification_flags(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--no-verification",
+        action="store_true",
+        help="Do not grade the rows' own responses with their answers and tests. Grading runs the programs of rows with tests.",
+    )
+    command.add_argument(
+        "--verification-max-s",
+        type=float,
+        default=600.0,
+        metavar="X",
+        help="Time limit for grading the rows' own responses, seconds (default: 600). Rows after it are counted, but not graded.",
+    )
+    add_flags(command.add_argument_group("verify", VerifyConfig.__doc__), VerifyConfig)
 
 
 def _add_overlap_flags(command: argparse.ArgumentParser) -> None:

@@ -24,16 +24,17 @@ def tokenizer_folder(tokenizer: Any, tmp_path: Path) -> str:
 
 def test_validate_accepts_good_rows(write_rows: Callable, capsys: pytest.CaptureFixture) -> None:
     assert prepare_data.main(["validate", "--train-data", write_rows(GOOD, GOOD)]) == 0
-    assert "rows            2" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "rows            2" in printed and "verified        2 of 2" in printed
 
 
 def test_validate_names_faults_and_fails(
     write_rows: Callable, tokenizer_folder: str, capsys: pytest.CaptureFixture
 ) -> None:
     path = write_rows(GOOD, *["{"] * 12, *[{**GOOD, "response": "long " * 500}] * 12)
-    assert prepare_data.main(["validate", "--train-data", path]) == 1
-    command = ["validate", "--train-data", path, "--tokenizer", tokenizer_folder, "--max-tokens", "200"]
-    assert prepare_data.main(command) == 1
+    plain = ["validate", "--no-verification", "--train-data", path]
+    assert prepare_data.main(plain) == 1
+    assert prepare_data.main([*plain, "--tokenizer", tokenizer_folder, "--max-tokens", "200"]) == 1
     printed = capsys.readouterr().out
     for line in range(2, 14):
         assert printed.count(f"{path}:{line}: not JSON") == 2
@@ -42,7 +43,8 @@ def test_validate_names_faults_and_fails(
 
 def test_overlong_rows_fail_only_where_they_are_refused(write_rows: Callable, tokenizer_folder: str) -> None:
     path = write_rows(GOOD, {**GOOD, "response": "long " * 500})
-    command = ["validate", "--train-data", path, "--tokenizer", tokenizer_folder, "--max-tokens", "200"]
+    command = ["validate", "--no-verification", "--train-data", path, "--tokenizer", tokenizer_folder]
+    command += ["--max-tokens", "200"]
     assert prepare_data.main(command) == 0
     assert prepare_data.main([*command, "--data-overlong", "refuse"]) == 1
 
@@ -73,6 +75,7 @@ def test_inspect_prints_one_row_plainly_when_not_on_a_terminal(
         (["inspect", "--train-data", "ROWS", "--tokenizer", "MODEL", "--index", "-1"], "--index", 2),
         (["validate", "--train-data", "ROWS", "--tokenizer", "gone"], "--tokenizer", 2),
         (["validate", "--train-data", "ROWS", "--tokenizer", "EMPTY"], "--tokenizer", 2),
+        (["validate", "--train-data", "ROWS", "--verification-max-s", "0"], "--verification-max-s", 2),
     ],
 )
 def test_error_is_one_line(
@@ -104,3 +107,56 @@ def test_runs_as_a_script_from_any_folder(write_rows: Callable, tmp_path: Path) 
     command = [sys.executable, str(TOOL), "validate", "--train-data", write_rows(GOOD, "{")]
     done = subprocess.run(command, check=False, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and "not JSON" in done.stdout and "Traceback" not in done.stderr
+
+
+def program_row(source: str, *tests: str) -> dict[str, Any]:
+    """A row with tests for a program."""
+    return {
+        "problem": "Write f.",
+        "response": f"```python\n{source}\n```",
+        "tests": list(tests),
+        "entry_point": "f",
+    }
+
+
+ADDS = "def f(x):\n    return x + 1"
+VERIFIED = [
+    # Row, part of the reason that names it; "" for rows that fit
+    (GOOD, ""),
+    ({**GOOD, "answer": "4", "response": "It is \\boxed{5}."}, "fails its own answer '4'"),
+    (program_row(ADDS, "assert f(1) == 2"), ""),
+    (program_row(ADDS, "assert f(1) == 3"), "fails its own tests"),
+    (
+        program_row("def f(x):\n    raise ValueError", "import pytest\nwith pytest.raises(ValueError): f(1)"),
+        "",
+    ),
+    (program_row("class A:\n    def f(self): return 3", "assert A().f() == 3"), ""),
+    (program_row(ADDS, "f(1) == 2"), "cannot fail"),
+    (program_row(ADDS, "assert f(1) == f(1)"), "cannot fail"),
+    (program_row(ADDS, "assert f(1) = 2"), "not valid Python"),
+    (program_row(ADDS, "import no_such_package", "assert f(1) == 2"), "no_such_package"),
+    (program_row("def f(x):\n    while True: pass", "assert f(1) == 2"), "deadline"),
+]
+
+
+def test_validate_names_rows_that_fail_their_own_answer_or_tests(
+    write_rows: Callable, capsys: pytest.CaptureFixture
+) -> None:
+    path = write_rows(*({**row, "id": f"row {n}"} for n, (row, _) in enumerate(VERIFIED)))
+    command = ["validate", "--train-data", path, "--verify-code-timeout-s", "10"]
+    assert prepare_data.main(command) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert f"verified        {len(VERIFIED)} of {len(VERIFIED)} demonstrations" in lines
+    for number, (_, reason) in enumerate(VERIFIED, 1):
+        named = [line for line in lines if line.startswith(f"  {path}:{number}: ")]
+        assert len(named) == bool(reason), number
+        assert all(reason in line for line in named)
+    assert "unfit checks    7" in lines
+    assert prepare_data.main([*command, "--no-verification"]) == 0
+    assert "verified" not in capsys.readouterr().out
+
+
+def test_verification_ends_at_its_time_limit(write_rows: Callable, capsys: pytest.CaptureFixture) -> None:
+    path = write_rows(*({**GOOD, "id": f"row {n}"} for n in range(300)))
+    assert prepare_data.main(["validate", "--train-data", path, "--verification-max-s", "0.001"]) == 0
+    assert "of 300 demonstrations in 0.001 s. Raise --verification-max-s" in capsys.readouterr().out
