@@ -1,38 +1,134 @@
-"""Finds the final answer in a response. Scans the text a fixed number of times, and does not parse the answer."""
+r"""Finds the final answer in a response. Does not parse the answer, and needs neither sympy nor torch.
+
+docs/verification.md states the rule. Training, evaluation and report use this module only. Its regular expressions take
+linear time, because they run on text that a model wrote.
+"""
 
 import re
 from collections import deque
+from typing import NamedTuple
 
 # Boxes, escaped characters (so that \{ does not count as a brace) and braces
-_BOX_TOKENS = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
-# \boxed 5, without braces
-_BARE_BOX = re.compile(r"\\(?:boxed|fbox)\s+([^\s{}$]{1,100})")
-_BOX_COMMAND = re.compile(r"\\(?:boxed|fbox)\b")
-_ANSWER_PHRASE = re.compile(r"answer\s{0,5}(?:is|:|=)\s{0,5}:?", re.IGNORECASE)
-_SENTENCE_END = re.compile(r"[.!?](?=\s|\*|$)")
+_BOX_TOKENS = re.compile(r"\\(?:boxed|fbox|framebox)\s*\{|\\.|[{}]", re.DOTALL)
+# \boxed 5 and \boxed5, without braces
+_BARE_BOX = re.compile(r"\\(?:boxed|fbox)\s*(?<!\{)([^\s{}$A-Za-z\\][^\s{}$]{0,99}|(?<=\s)[A-Za-z]\b)")
+_BOX_COMMAND = re.compile(r"\\(?:boxed|fbox|framebox)(?![A-Za-z])")
+
+_THOUGHT_TAGS = (
+    ("<think>", "</think>"),
+    ("<thinking>", "</thinking>"),
+    ("<thought>", "</thought>"),
+    ("<reasoning>", "</reasoning>"),
+    ("[THINK]", "[/THINK]"),
+    ("◁think▷", "◁/think▷"),
+    ("<|begin_of_thought|>", "<|end_of_thought|>"),
+)
+
+_ANSWER_PHRASE = re.compile(
+    r"(?:answer|result|solution)\s{0,5}(?:is|would be|equals|comes to|:|=|：)(?:\s{0,5}:)?(?![a-z])"
+    r"|final answer\W{0,10}\n"
+    r"|(?m:^)\s{0,5}####"
+    r"|答案\s{0,5}(?:是|为|為|：|:|=)\s{0,5}[:：]?",
+    re.IGNORECASE,
+)
+_ANSWER_ONLY_PHRASE = re.compile(r"(?:result|solution)", re.IGNORECASE)
+_SENTENCE_END = re.compile(r"[.!?](?=[\s*$]|$)|[。！？]")
 _NUMBER = re.compile(
     r"(?<![\w.])-?\$?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?:\.\d+|(?<=\d))(?:/\d+(?![\d.]))?\s?%?"
 )
-_MATH_QUOTES = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"))
+_CLAUSE = re.compile(
+    r"\s*,?\s*(?:\b(?:because|since|which|where|so that|as (?:required|desired|expected|we|it)|i\.e\.|rather than|instead of"
+    r"|and not|but not|not)\b|，|,\s(?=(?:so|as|giving|but|and (?:we|so|thus))\b))",
+    re.IGNORECASE,
+)
+_NAME_BEFORE = re.compile(r"(?<![A-Za-z\\])((?:\\?[A-Za-z]+)(?:_\{?\w{1,5}\}?)?)\s*=\s*\$?\s*$")
+_JOIN = re.compile(
+    r"(?:[\s$,;:&~*]|\\[(),;:!\[\]]|\\q?quad|\\text\s*\{|\}|\band\b|\bor\b|\balso\b|\bboth\b|\by?ields?\b"
+    r"|(?:\\?[A-Za-z]+)(?:_\{?\w{1,5}\}?)?\s*=)*",
+)
+_HEDGE = re.compile(
+    r"\b(?:maybe|perhaps|possibly|might|could be|may be|either|or|alternatively|not sure|unsure|uncertain)\b",
+    re.IGNORECASE,
+)
+_HEDGE_AFTER_BOX = re.compile(
+    r"[\s$.,;:)(*\\]*(?:text\s*\{\s*)?(?:or|maybe|perhaps|possibly|alternatively|but (?:maybe|it (?:could|might)))\b",
+    re.IGNORECASE,
+)
+_RETRACTION = re.compile(
+    r"\b(?:wait|actually|correction|scratch that|on second thought|i was wrong|i made (?:a|an) (?:mistake|error)"
+    r"|(?:that|this|it)(?:'s| is| was| seems) (?:wrong|incorrect|not right|not correct|a mistake))\b",
+    re.IGNORECASE,
+)
+_REPLACED = re.compile(
+    r"\b(?:but|however|instead|no|not|wrong|check(?:ing)?|mistake|guess|try|correct(?:ed|ion)?|first i|then i)\b",
+    re.IGNORECASE,
+)
+_NEGATION = re.compile(
+    r"\b(?:not|n't|never|cannot|can't|isn't|wasn't|doesn't|don't|couldn't|unable|fail(?:s|ed)?|no (?:idea|answer))\b",
+    re.IGNORECASE,
+)
+_CHANGES_NUMBER = re.compile(
+    r"\s*(?:hundred|thousand|million|billion|trillion|dozens?|score|percent|half|halves|thirds?|quarters?|[a-z]+ths?|fifths?"
+    r"|squared|cubed|factorial|negative|minus|plus|times|divided|over|less|fewer|more than|and a|too|to the)\b",
+    re.IGNORECASE,
+)
+_EDGES = " \t\n*:`：$"
+
+
+class _Box(NamedTuple):
+    content: str
+    start: int
+    end: int
+
+
+def without_thought(text: str) -> str:
+    """Returns the reply of a response: the text without blocks such as ``<think> ... </think>``.
+
+    A closing tag without an opening one ends a thought that the prompt has opened. A thought that is not closed is a response
+    without a reply, so the result is the text before it.
+    """
+    for opening, closing in _THOUGHT_TAGS:
+        if closing in text or opening in text:
+            text = _without_blocks(text, opening, closing)
+    return text
+
+
+def _without_blocks(text: str, opening: str, closing: str) -> str:
+    reply = ""
+    first_closing, first_opening = text.find(closing), text.find(opening)
+    if 0 <= first_closing and (first_opening < 0 or first_closing < first_opening):
+        text = text[first_closing + len(closing) :]
+    while True:
+        before, tag, rest = text.partition(opening)
+        reply += before
+        if not tag:
+            return reply.replace(closing, "")
+        _, tag, text = rest.partition(closing)
+        if not tag:
+            return reply
 
 
 def closed_boxes(text: str) -> list[str]:
-    r"""Returns the contents of every outermost \boxed{} or \fbox{} that is closed, in order."""
-    boxes: list[str] = []
-    open_braces: list[int] = []  # start of the content for a box, -1 for any other brace
+    r"""Returns the contents of every outermost \boxed{}, \fbox{} or \framebox{} that is closed, in order."""
+    return [box.content for box in _find_boxes(text)]
+
+
+def _find_boxes(text: str) -> list[_Box]:
+    boxes: list[_Box] = []
+    open_braces: list[tuple[int, int]] = []  # start of the box and of its content; (-1, -1) for any other brace
     num_open_boxes = 0
     for token in _BOX_TOKENS.finditer(text):
         symbol = token.group()
         if symbol == "{":
-            open_braces.append(-1)
+            open_braces.append((-1, -1))
         elif symbol == "}":
-            start = open_braces.pop() if open_braces else -1
+            start, content = open_braces.pop() if open_braces else (-1, -1)
             if start >= 0:
                 num_open_boxes -= 1
                 if num_open_boxes == 0:
-                    boxes.append(text[start : token.start()])
+                    boxes.append(_Box(text[content : token.start()], start, token.end()))
         elif len(symbol) > 2:
-            open_braces.append(token.end())
+            open_braces.append((token.start(), token.end()))
             num_open_boxes += 1
     return boxes
 
@@ -43,37 +139,125 @@ def last_box_is_closed(text: str) -> bool:
     return bool(starts) and bool(closed_boxes(text[starts[-1] :]))
 
 
-def extract_answer(text: str) -> str | None:
-    r"""Returns the final answer of a response as it is written, or None if there is none.
+def extract_answer(text: str, num_values: int = 1) -> str | None:
+    r"""Returns the final answer of a response as it is written, or None if the response does not commit to an answer.
 
-    It is the content of the last closed \boxed{}. Without a box, or with an empty one, it is the text after the last
-    "answer is" up to the end of the sentence; else the last number of the text.
+    The thought is removed first. The answer is the content of the last closed \boxed{}. Boxes that are joined by "and",
+    "or" or commas only are one list. Without a box, or with empty boxes only, it is the text after the last phrase such as
+    "answer is"; else the last number of the text. A hedge or a retraction takes the commitment back.
+
+    Args:
+        text: the response.
+        num_values: number of values of the gold answer. If it is above 1 and the reply has as many boxes, these are one list.
     """
-    boxes = closed_boxes(text)
-    bare = _BARE_BOX.findall(text) if not boxes else []
-    answer = (boxes or bare or [""])[-1].strip()
-    if answer:
-        # In \boxed{x = \boxed{5}} the inner box is the answer
-        inner = closed_boxes(answer)
-        return inner[-1].strip() or answer if inner else answer
-    answer = _after_answer_phrase(text)
-    if answer:
-        return answer
-    # A deque of length 1 keeps the last match without storing the others
-    numbers = deque(_NUMBER.finditer(text), maxlen=1)
-    return numbers[0].group().strip() if numbers else None
+    text = without_thought(text)
+    boxes = [box for box in _find_boxes(text) if box.content.strip()]
+    if boxes:
+        return _from_boxes(text, boxes, num_values)
+    bare = list(_BARE_BOX.finditer(text))
+    if bare:
+        return bare[-1][1].strip()
+    if _BOX_COMMAND.search(text) and not _find_boxes(text):
+        return None
+    phrase = _last_answer_phrase(text)
+    if phrase is not None:
+        return _after_phrase(text[phrase.end() :])
+    return _last_number(text)
 
 
-def _after_answer_phrase(text: str) -> str:
-    phrases = deque(_ANSWER_PHRASE.finditer(text), maxlen=1)
-    if not phrases:
-        return ""
-    rest = text[phrases[0].end() :].lstrip(" \t\n*:")
-    for opening, closing in _MATH_QUOTES:
+def _from_boxes(text: str, boxes: list[_Box], num_values: int) -> str | None:
+    tail = text[boxes[-1].end :]
+    if _HEDGE_AFTER_BOX.match(tail) or _RETRACTION.search(tail):
+        return None
+    joined = _joined_boxes(text, boxes)
+    if len(joined) == 1 and len(boxes) == num_values > 1 and not _are_replaced(text, boxes):
+        joined = boxes
+    contents = [_with_name(text, box) if len(joined) > 1 else _innermost(box.content) for box in joined]
+    contents = list(dict.fromkeys(contents))
+    return contents[0] if len(contents) == 1 else ", ".join(contents)
+
+
+def _joined_boxes(text: str, boxes: list[_Box]) -> list[_Box]:
+    """Returns the last box and those before it that are joined to it by connecting words only."""
+    first = len(boxes) - 1
+    while first > 0 and _is_join(text[boxes[first - 1].end : boxes[first].start]):
+        first -= 1
+    return boxes[first:]
+
+
+def _is_join(between: str) -> bool:
+    return len(between) <= 80 and _JOIN.fullmatch(between) is not None
+
+
+def _are_replaced(text: str, boxes: list[_Box]) -> bool:
+    """Returns whether the text from the first to the last box withdraws one of them."""
+    return bool(_REPLACED.search(text[boxes[0].end : boxes[-1].start]))
+
+
+def _with_name(text: str, box: _Box) -> str:
+    """Returns the content of a box with the name before it, as in ``x = \boxed{3}``."""
+    content = _innermost(box.content)
+    named = None if "=" in content else _NAME_BEFORE.search(text[max(0, box.start - 40) : box.start])
+    return f"{named[1]} = {content}" if named else content
+
+
+def _innermost(content: str) -> str:
+    r"""Returns the inner box's content for ``\boxed{x = \boxed{5}}``."""
+    inner = closed_boxes(content)
+    return (inner[-1].strip() or content.strip()) if inner else content.strip()
+
+
+def _last_answer_phrase(text: str) -> re.Match[str] | None:
+    """Returns the last phrase that announces the answer. "Answer" comes before "result" and "solution"."""
+    phrases = list(_ANSWER_PHRASE.finditer(text))
+    announced = [p for p in phrases if not _ANSWER_ONLY_PHRASE.match(p.group())]
+    found = announced or [p for p in phrases if re.match(r"\W*[$\\(\[-]*\d", text[p.end() : p.end() + 20])]
+    return found[-1] if found else None
+
+
+def _after_phrase(rest: str) -> str | None:
+    """Returns the answer after a phrase: the rest of the sentence without reasons that follow the answer."""
+    line = rest.lstrip(_EDGES).partition("\n")[0] if not rest.lstrip(_EDGES).startswith("[") else rest
+    line = _display_math(rest.lstrip(" \t\n*:`：")) or line
+    sentence_end = _SENTENCE_END.search(line)
+    sentence, rest = (
+        (line[: sentence_end.start()], line[sentence_end.start() :]) if sentence_end else (line, "")
+    )
+    if rest.startswith(("?", "？")) or _RETRACTION.search(rest):
+        return None
+    clause = _CLAUSE.search(sentence, 1)
+    if clause and clause.start() > 0:
+        if _HEDGE.search(sentence[clause.start() :]):
+            return None
+        sentence = sentence[: clause.start()]
+    return sentence.strip(_EDGES + ".,;") or None
+
+
+def _display_math(rest: str) -> str | None:
+    r"""Returns a formula that stands on lines of its own, as in ``\[ ... \]``, else None."""
+    for opening, closing in (("$$", "$$"), (r"\[", r"\]")):
         if rest.startswith(opening):
             end = rest.find(closing, len(opening))
             if end > 0:
-                return rest[len(opening) : end].strip()
-    line = rest.partition("\n")[0]
-    sentence_end = _SENTENCE_END.search(line)
-    return line[: sentence_end.start() if sentence_end else None].strip(" \t*.:")
+                return " ".join(rest[len(opening) : end].split())
+    return None
+
+
+def _last_number(text: str) -> str | None:
+    """Returns the last number of the text, unless its sentence hedges or what follows gives up."""
+    # A deque of length 1 keeps the last match without storing the others
+    numbers = deque(_NUMBER.finditer(text), maxlen=1)
+    if not numbers or not numbers[0].group().strip():
+        return None
+    number = numbers[0]
+    starts = deque((m.end() for m in _SENTENCE_END.finditer(text, 0, number.start())), maxlen=1)
+    sentence_start = max(starts[0] if starts else 0, text.rfind("\n", 0, number.start()) + 1)
+    end = _SENTENCE_END.search(text, number.end())
+    sentence = text[sentence_start : end.end() if end else len(text)]
+    if sentence.rstrip().endswith(("?", "？")) or _HEDGE.search(sentence):
+        return None
+    if _NEGATION.search(text, sentence_start) or _RETRACTION.search(text, number.end()):
+        return None
+    if _CHANGES_NUMBER.match(text, number.end()):
+        return None
+    return number.group().strip()
