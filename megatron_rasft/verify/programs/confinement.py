@@ -20,6 +20,7 @@ MS_RDONLY, MS_NOSUID, MS_NODEV = 1, 2, 4
 _MS_BIND, _MS_REC, _MS_PRIVATE = 4096, 16384, 1 << 18
 _MNT_DETACH = 2
 _AT_FDCWD, _AT_RECURSIVE = -100, 0x8000
+_OPEN_TREE_CLONE, _MOVE_MOUNT_F_EMPTY_PATH = 1, 4
 _NOBODY = 65534
 # System calls that are newer than 424 have the same number on every architecture
 _LANDLOCK_CREATE, _LANDLOCK_ADD, _LANDLOCK_RESTRICT = 444, 445, 446
@@ -101,10 +102,29 @@ def enter_bare_root(readable: Iterable[Path]) -> None:
     _call("mount_setattr", _AT_FDCWD, b"/", _AT_RECURSIVE, attributes, len(attributes))
 
 
-def _call(name: str, *args: object) -> None:
+def mount_empty_folder(folder: Path, options: str, kept: Iterable[Path]) -> None:
+    """Mounts an empty file system in memory on ``folder``. Mounts on the ``kept`` paths stay visible if they are below it.
+
+    Args:
+        folder: where to mount it.
+        options: size and mode of the file system, see tmpfs(5).
+        kept: absolute paths, below the folder or not.
+    """
+    below = [path for path in kept if folder in path.parents and path.exists()]
+    flags = _OPEN_TREE_CLONE | _AT_RECURSIVE | os.O_CLOEXEC
+    trees = [(path, path.is_dir(), _call("open_tree", _AT_FDCWD, os.fsencode(path), flags)) for path in below]
+    mount("tmpfs", str(folder), "tmpfs", MS_NOSUID | MS_NODEV, options)
+    for path, is_folder, tree in trees:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.mkdir() if is_folder else path.touch()
+        _call("move_mount", tree, b"", _AT_FDCWD, os.fsencode(path), _MOVE_MOUNT_F_EMPTY_PATH)
+        os.close(tree)
+
+
+def _call(name: str, *args: object) -> int:
     number = kernel_calls.find_number(name)
     assert number is not None, f"this machine does not have the system call {name}"
-    kernel_calls.call(number, name, *args)
+    return kernel_calls.call(number, name, *args)
 
 
 def drop_privileges(to_nobody: bool) -> None:

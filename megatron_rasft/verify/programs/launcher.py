@@ -239,8 +239,12 @@ class _Check:
             # The new process-id namespace is for the candidate, which then cannot see the tester
             os.unshare(os.CLONE_NEWNS | os.CLONE_NEWPID)
             options = f"size={allowance.scratch_bytes},nr_inodes={_NUM_INODES},mode=1777"
-            confinement.mount("tmpfs", "/tmp", "tmpfs", confinement.MS_NOSUID | confinement.MS_NODEV, options)
             self._scratch = Path("/tmp")
+            # Python itself may be installed below /tmp
+            confinement.mount_empty_folder(self._scratch, options, kept=_readable_paths())
+        elif scratch is not None:
+            # The modules that use temporary files may have been asked for their folder before
+            os.environ["TMPDIR"] = tempfile.tempdir = str(scratch)
         os.chdir(self._scratch or "/")
         # Restricted before the candidate is forked, which then restricts itself again. A Landlock domain does not let
         # signals out, not even the death signal of a parent (Linux 6.12 and later), except to a domain inside it

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import venv
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -329,6 +330,50 @@ def test_a_machine_that_allows_only_the_weakest_level_is_refused_unless_it_is_ac
             Sandbox(config, ["limits"])
     with Sandbox(VerifyConfig(verify_sandbox_level="limits"), ["limits"]) as accepted:
         assert accepted.level == "limits"
+
+
+IMPORTS = """
+import sys
+from megatron_rasft.config.verify import VerifyConfig
+from megatron_rasft.types import CodeTests
+from megatron_rasft.verify.programs.sandbox import Sandbox
+tests = CodeTests(style="asserts", tests=("assert f(3) == [9, ['its own']]",), entry_point="f")
+program = "import installed\\ndef f(x): return [x * x, installed.try_to_write()]"
+with Sandbox(VerifyConfig(verify_code_timeout_s=120.0, verify_sandbox_level="limits"), [sys.argv[1]]) as sandbox:
+    print(sandbox.judge(program, tests))
+"""
+INSTALLED = """
+import os
+def try_to_write():
+    open("own", "w").write("x")
+    written = ["its own"]
+    for path in (__file__, os.path.dirname(__file__) + "/new"):
+        try:
+            open(path, "w").write("x")
+            written.append(path)
+        except OSError:
+            pass
+    return written
+"""
+
+
+def test_python_that_is_installed_below_tmp_is_readable_and_not_writable(patient_sandbox: Sandbox) -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        Path(folder).chmod(0o755)
+        environment = Path(folder, "environment")
+        venv.create(environment, symlinks=True, with_pip=False)
+        python = environment / "bin" / "python"
+        packages = environment / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
+        (packages / "installed.py").write_text(INSTALLED)
+        done = subprocess.run(
+            [python, "-c", IMPORTS, patient_sandbox.level],
+            env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+            capture_output=True,
+            text=True,
+        )
+    # At the lowest level, programs import the standard library and numpy only
+    verdict = "wrong" if patient_sandbox.level == "limits" else "correct"
+    assert done.stdout.startswith(f"('{verdict}'"), done.stdout + done.stderr
 
 
 def test_verdict_is_json_and_short(sandbox: Sandbox) -> None:
