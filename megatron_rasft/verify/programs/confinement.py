@@ -21,7 +21,7 @@ _MS_BIND, _MS_REC, _MS_PRIVATE = 4096, 16384, 1 << 18
 _MNT_DETACH = 2
 _AT_FDCWD, _AT_RECURSIVE = -100, 0x8000
 _OPEN_TREE_CLONE, _MOVE_MOUNT_F_EMPTY_PATH = 1, 4
-_NOBODY = 65534
+NOBODY = 65534
 # System calls that are newer than 424 have the same number on every architecture
 _LANDLOCK_CREATE, _LANDLOCK_ADD, _LANDLOCK_RESTRICT = 444, 445, 446
 
@@ -127,18 +127,19 @@ def _call(name: str, *args: object) -> int:
     return kernel_calls.call(number, name, *args)
 
 
-def drop_privileges(to_nobody: bool) -> None:
-    """Gives up all capabilities for good. With ``to_nobody``, root becomes the user nobody."""
+def drop_privileges(users: Iterable[int] = ()) -> None:
+    """Gives up all capabilities for good. Root becomes the first of ``users`` that its user namespace maps."""
     # The capabilities' numbers are contiguous. The first number that fails does not exist in this kernel
     capability = 0
     while kernel_calls.LIBC.prctl(kernel_calls.PR_CAPBSET_DROP, capability, 0, 0, 0) == 0:
         capability += 1
-    if to_nobody and os.geteuid() == 0:
-        # In a user namespace the id of the user nobody may not exist. Root without capabilities has no more rights
+    for user in users if os.geteuid() == 0 else ():
+        # Root without capabilities has no more rights than the users have
         with contextlib.suppress(OSError):
             os.setgroups([])
-            os.setresgid(_NOBODY, _NOBODY, _NOBODY)
-            os.setresuid(_NOBODY, _NOBODY, _NOBODY)
+            os.setresgid(user, user, user)
+            os.setresuid(user, user, user)
+            break
     clear_all = 4
     kernel_calls.LIBC.prctl(kernel_calls.PR_CAP_AMBIENT, clear_all, 0, 0, 0)
     # _LINUX_CAPABILITY_VERSION_3 and this process; then two words each of effective, permitted and inheritable

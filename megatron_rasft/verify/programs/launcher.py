@@ -9,7 +9,6 @@ the candidate, which runs the program. A check of a ``script`` needs the candida
 """
 
 import contextlib
-import errno
 import gc
 import json
 import os
@@ -27,15 +26,21 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_rasft.types import CodeTests, ProgramCase
-from megatron_rasft.verify.programs import candidate, confinement, environment, preloading, seccomp, tester
+from megatron_rasft.verify.programs import (
+    candidate,
+    confinement,
+    environment,
+    preloading,
+    seccomp,
+    tester,
+    usage,
+)
 
 HEAVY = ("numpy", "pytest")
 """Packages that make every fork slower. A launcher loads them only if the program or the tests name them."""
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
 _NUM_FILES = 64
-_NUM_PROCESSES = 64
-_NUM_INODES = 1024
-_SCRATCH_INTERVAL_S = 0.25
+_FIRST_USER = 1 << 30
 _MAX_REQUEST_BYTES = 1 << 16
 
 
@@ -66,6 +71,8 @@ def main(level: str, packages: str, control_fd: int, parent_pid: int) -> None:
     if os.getppid() != parent_pid:
         return  # the parent ended before the death signal was set
     control = socket.socket(fileno=control_fd)
+    # The kernel counts threads by user. Checks of another launcher must not count, so root runs each launcher's as another user
+    users = (_FIRST_USER + os.getpid(), confinement.NOBODY)
     os.setpgid(0, 0)
     preloading.load_modules(packages.split(), is_complete=level == "limits")
     base_bytes = confinement.address_space_bytes()
@@ -87,7 +94,7 @@ def main(level: str, packages: str, control_fd: int, parent_pid: int) -> None:
     gc.collect()
     gc.freeze()
     control.send(b"{}")
-    launcher = _Launcher(level, control, base_bytes)
+    launcher = _Launcher(level, control, base_bytes, users)
     while True:
         request, fds, _, _ = socket.recv_fds(control, _MAX_REQUEST_BYTES, 4)
         if not request:
@@ -131,12 +138,14 @@ class _Launcher:
         level: the level that this process is confined to.
         control: the socket to the parent, which forked processes must close.
         base_bytes: address space of this process.
+        users: ids of users without files, for checks in namespaces. The first that exists is used.
     """
 
-    def __init__(self, level: str, control: socket.socket, base_bytes: int) -> None:
+    def __init__(self, level: str, control: socket.socket, base_bytes: int, users: Sequence[int]) -> None:
         self._level = level
         self._control = control
         self._base_bytes = base_bytes
+        self._users = users if level == "namespaces" else ()
 
     def run(self, request: dict[str, Any], fds: Sequence[int]) -> dict[str, Any]:
         """Runs one check within its time, and ends everything that it started.
@@ -160,7 +169,7 @@ class _Launcher:
             try:
                 os.close(pid_reader)
                 self._control.close()
-                check = _Check(self._level, self._base_bytes, allowance, scratch, pid_writer)
+                check = _Check(self._level, self._base_bytes, allowance, scratch, pid_writer, self._users)
                 check.run_script(*fds) if request["kind"] == "script" else check.run_tests(*fds)
             finally:
                 os._exit(3)
@@ -169,31 +178,31 @@ class _Launcher:
         candidate_pid = int.from_bytes(os.read(pid_reader, 8), "little")
         os.close(pid_reader)
         try:
-            return {"outcome": self._wait(first, allowance, scratch)}
+            return {"outcome": self._wait([first, candidate_pid], allowance, scratch)}
         finally:
             self._end_all(first, candidate_pid)
             if scratch is not None:
                 _remove(scratch)
 
-    def _wait(self, pid: int, allowance: Allowance, scratch: Path | None) -> str:
-        """Waits for a process until the deadline and returns the outcome. Does not reap it: see ``_end_all``."""
+    def _wait(self, pids: Sequence[int], allowance: Allowance, scratch: Path | None) -> str:
+        """Waits for the first process until the deadline and returns the outcome. Does not reap it: see ``_end_all``."""
         deadline = time.monotonic() + allowance.timeout_s
-        ended = os.pidfd_open(pid)
+        ended = os.pidfd_open(pids[0])
         try:
             while True:
                 left_s = max(0.0, deadline - time.monotonic())
-                # RLIMIT_FSIZE limits each file, and Landlock limits no sizes, so the total size of the files is checked regularly
-                interval_s = left_s if scratch is None else min(left_s, _SCRATCH_INTERVAL_S)
+                interval_s = left_s if self._level == "namespaces" else min(left_s, usage.INTERVAL_S)
                 if select.select([ended], [], [], interval_s)[0]:
                     break
-                if scratch is not None and _is_over(scratch, allowance.scratch_bytes):
-                    limit_mib = allowance.scratch_bytes >> 20
-                    return f"stopped: it wrote more than {limit_mib} MiB or too many files"
+                if self._level != "namespaces":
+                    excess = usage.find_excess(pids, scratch, allowance.scratch_bytes)
+                    if excess:
+                        return f"stopped: {excess}"
                 if time.monotonic() >= deadline:
                     return "timeout"
         finally:
             os.close(ended)
-        status = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        status = os.waitid(os.P_PID, pids[0], os.WEXITED | os.WNOWAIT)
         assert status is not None
         if status.si_code != os.CLD_EXITED:
             return f"killed by signal {status.si_status}"
@@ -224,10 +233,17 @@ class _Check:
         allowance: limits of the check.
         scratch: the folder that may be written to; None for the private /tmp of ``namespaces``, or for no folder.
         pid_writer: pipe to the launcher for the candidate's process id.
+        users: users that root may become.
     """
 
     def __init__(
-        self, level: str, base_bytes: int, allowance: Allowance, scratch: Path | None, pid_writer: int
+        self,
+        level: str,
+        base_bytes: int,
+        allowance: Allowance,
+        scratch: Path | None,
+        pid_writer: int,
+        users: Sequence[int],
     ) -> None:
         confinement.die_with_parent()
         self._level = level
@@ -235,10 +251,11 @@ class _Check:
         self._allowance = allowance
         self._scratch = scratch
         self._pid_writer = pid_writer
+        self._users = users
         if level == "namespaces":
             # The new process-id namespace is for the candidate, which then cannot see the tester
             os.unshare(os.CLONE_NEWNS | os.CLONE_NEWPID)
-            options = f"size={allowance.scratch_bytes},nr_inodes={_NUM_INODES},mode=1777"
+            options = f"size={allowance.scratch_bytes},nr_inodes={usage.MAX_FILES},mode=1777"
             self._scratch = Path("/tmp")
             # Python itself may be installed below /tmp
             confinement.mount_empty_folder(self._scratch, options, kept=_readable_paths())
@@ -317,9 +334,9 @@ class _Check:
             cpu_s=int(self._allowance.timeout_s) + 2,
             file_bytes=file_bytes,
             num_files=_NUM_FILES,
-            num_processes=_NUM_PROCESSES if has_own_namespace else None,
+            num_processes=usage.MAX_THREADS if has_own_namespace else None,
         )
-        confinement.drop_privileges(to_nobody=has_own_namespace)
+        confinement.drop_privileges(self._users)
         if self._level == "landlock" and is_candidate:
             self._restrict_paths()
         seccomp.filter_system_calls(
@@ -342,20 +359,6 @@ def _read(fd: int) -> str:
 def _tests_from(content: dict[str, Any]) -> CodeTests:
     cases = tuple(ProgramCase(**case) for case in content["cases"])
     return CodeTests(**{**content, "tests": tuple(content["tests"]), "cases": cases})
-
-
-def _is_over(folder: Path, max_bytes: int) -> bool:
-    """Returns whether the files below a folder are too large, too many, or in a folder that cannot be read."""
-    errors: list[OSError] = []
-    num_bytes = num_files = 0
-    for root, folders, files in os.walk(folder, onerror=errors.append):
-        num_files += len(folders) + len(files)
-        for name in files:
-            with contextlib.suppress(FileNotFoundError):
-                num_bytes += os.lstat(f"{root}/{name}").st_blocks * 512
-        if num_bytes > max_bytes or num_files > _NUM_INODES:
-            return True
-    return any(error.errno != errno.ENOENT for error in errors)
 
 
 def _remove(folder: Path) -> None:

@@ -63,7 +63,8 @@ kept = []
 """
 
 ATTEMPTS = {
-    "descriptor sent to an outside listener through a socketpair": "a, b = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM); socket.send_fds(a, [b'x'], [0], 0, OUT + '/listener')",
+    "descriptor sent to an outside listener through a socketpair": "a, b = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM); a.sendmsg([b'x'], [(1, 1, struct.pack('i', 0))], 0, OUT + '/listener')",
+    "descriptor sent to an abstract name": "a, b = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM); a.sendmsg([b'x'], [(1, 1, struct.pack('i', 0))], 0, ABSTRACT)",
     "datagram sent to a path": "socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)[0].sendto(b'x', OUT + '/listener')",
     "datagram sent to an abstract name": "socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)[0].sendto(b'x', ABSTRACT)",
     "paired socket connected anew": "socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)[0].connect(OUT + '/listener')",

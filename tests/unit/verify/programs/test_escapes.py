@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import psutil
@@ -116,7 +115,7 @@ def targets(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Targets]:
     # Without capabilities, like a process of an ordinary user
     victim = subprocess.Popen(
         [sys.executable, "-c", "import time; time.sleep(10000)"],
-        preexec_fn=partial(confinement.drop_privileges, to_nobody=False),
+        preexec_fn=confinement.drop_privileges,
     )
     yield Targets(folder, victim, listeners, objects)
     victim.kill()

@@ -10,8 +10,8 @@ import tempfile
 import time
 import venv
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import psutil
@@ -24,6 +24,7 @@ from megatron_rasft.types import CodeTests, ProgramCase
 from megatron_rasft.verify.programs import confinement
 from megatron_rasft.verify.programs.program_grading import run_tests
 from megatron_rasft.verify.programs.sandbox import Sandbox, SandboxError
+from tests.unit.verify.programs.conftest import PATIENT
 from tests.unit.verify.programs.hostile_programs import ENDLESS, HOSTILE_SCRIPTS, HOSTILE_TO_PYTEST, TRICKS
 
 REPOSITORY = Path(__file__).parents[4]
@@ -134,7 +135,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     # Without capabilities, like a process of an ordinary user: other processes of the user may change its scheduling
     victim = subprocess.Popen(
         [sys.executable, "-c", "import time; time.sleep(10000)"],
-        preexec_fn=partial(confinement.drop_privileges, to_nobody=False),
+        preexec_fn=confinement.drop_privileges,
     )
     yield World(folder, secret, victim, tcp, unix)
     victim.kill()
@@ -255,6 +256,60 @@ def test_tests_can_write_files_except_at_the_lowest_level(patient_sandbox: Sandb
     assert verdict == ("wrong" if patient_sandbox.level == "limits" else "correct")
 
 
+NAMELESS = """
+import mmap, os, time
+kept = []
+for n in range(200):
+    with open("file", "w+b") as file:
+        file.write(bytes(2**20))
+        file.flush()
+        HOLDS
+    os.remove("file")
+time.sleep(100)
+"""
+
+
+@pytest.mark.parametrize(
+    "holds", ["kept.append(os.dup(file.fileno()))", "kept.append(mmap.mmap(file.fileno(), 4096))"]
+)
+def test_files_without_a_name_count(sandbox: Sandbox, holds: str) -> None:
+    program = NAMELESS.replace("HOLDS", holds if "dup" in holds else "file.truncate(2**20); " + holds)
+    verdict, reason = sandbox.judge(program, ASSERTS)
+    assert verdict == "wrong"
+    if sandbox.level == "landlock":
+        assert reason.startswith("stopped: it wrote more than 16 MiB")
+
+
+THREADS = """
+import threading, time
+threading.stack_size(32768)
+started = []
+for _ in range(NUMBER):
+    try:
+        threading.Thread(target=time.sleep, args=(0.2,), daemon=True).start()
+        started.append(1)
+    except RuntimeError:
+        break
+time.sleep(100 if len(started) > 64 else 0.2)
+def f(x): return x * x if len(started) == NUMBER else 0
+"""
+
+
+def test_a_check_has_some_threads_and_not_many(sandbox: Sandbox) -> None:
+    assert sandbox.judge(THREADS.replace("NUMBER", "40"), ASSERTS)[0] == "correct"
+    verdict, reason = sandbox.judge(THREADS.replace("NUMBER", "80"), ASSERTS)
+    assert verdict == "wrong"
+    if sandbox.level != "namespaces":
+        assert reason == "stopped: it started more than 64 threads"
+
+
+def test_threads_of_other_sandboxes_do_not_count(strongest_sandbox: Sandbox) -> None:
+    program = THREADS.replace("NUMBER", "40").replace("0.2", "1")
+    with Sandbox(PATIENT, [strongest_sandbox.level]) as other, ThreadPoolExecutor(2) as pool:
+        verdicts = list(pool.map(lambda one: one.judge(program, ASSERTS), (strongest_sandbox, other)))
+    assert [verdict for verdict, _ in verdicts] == ["correct", "correct"], verdicts
+
+
 @pytest.mark.parametrize("name", ["fills the disk", "digs"])
 def test_files_of_a_program_are_limited_and_removed(sandbox: Sandbox, name: str) -> None:
     waits = "import time\nfrom contextlib import suppress\nwith suppress(OSError): time.sleep(1)\n"
@@ -363,7 +418,9 @@ def test_python_that_is_installed_below_tmp_is_readable_and_not_writable(patient
         environment = Path(folder, "environment")
         venv.create(environment, symlinks=True, with_pip=False)
         python = environment / "bin" / "python"
-        packages = environment / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
+        packages = (
+            environment / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
+        )
         (packages / "installed.py").write_text(INSTALLED)
         done = subprocess.run(
             [python, "-c", IMPORTS, patient_sandbox.level],
