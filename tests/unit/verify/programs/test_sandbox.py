@@ -295,11 +295,11 @@ def f(x): return x * x if len(started) == NUMBER else 0
 """
 
 
-def test_a_check_has_some_threads_and_not_many(sandbox: Sandbox) -> None:
-    assert sandbox.judge(THREADS.replace("NUMBER", "40"), ASSERTS)[0] == "correct"
-    verdict, reason = sandbox.judge(THREADS.replace("NUMBER", "80"), ASSERTS)
+def test_a_check_has_some_threads_and_not_many(patient_sandbox: Sandbox) -> None:
+    assert patient_sandbox.judge(THREADS.replace("NUMBER", "40"), ASSERTS)[0] == "correct"
+    verdict, reason = patient_sandbox.judge(THREADS.replace("NUMBER", "80"), ASSERTS)
     assert verdict == "wrong"
-    if sandbox.level != "namespaces":
+    if patient_sandbox.level != "namespaces":
         assert reason == "stopped: it started more than 64 threads"
 
 
