@@ -43,7 +43,10 @@ _UNORDERED = ("", "{}")
 _DEGREE = Fraction(1, 180)
 _INDEXED_NAME = re.compile(r"(.+?)_?\{?\d+\}?")
 _CLOCK_TIME = re.compile(r"\d{1,2}:[0-5]\d")
-_IDENTITY = re.compile(r"I(?:_\{?\d\}?)?|\\mathbf\{I\}|E_\{?\d\}?")
+_IDENTITY = re.compile(r"(.*?)\s*(?:\\cdot\s*)?(?:I(?:_\{?\d\}?)?|\\mathbf\{\s*I\s*\})")
+_UNIT_VECTOR = re.compile(
+    r"\\(?:mathbf|hat|vec|boldsymbol|bm|mathrm)\s*\{?\s*(?:\\mathbf\s*\{)?\s*\\?([ijk])(?:math)?\s*\}?\}?"
+)
 _LEAD = re.compile(
     r"^(?:(?:it|this|that|they|the (?:graph|curve|figure|shape|answer|triangle|function|sequence|series)) (?:is|are)|it's|an?|the)\s+"
 )
@@ -77,7 +80,9 @@ def is_rounded_to(gold: Value, answer: Value) -> bool:
     (gold_value, gold_unit), (value, unit) = _measured(gold), _measured(answer)
     if not isinstance(gold_value, Number) or value is None or (gold_unit and unit and gold_unit != unit):
         return False
-    decimals = len(gold_value.text.partition(".")[2]) if re.fullmatch(r"-?\d*\.?\d*", gold_value.text) else None
+    decimals = (
+        len(gold_value.text.partition(".")[2]) if re.fullmatch(r"-?\d*\.?\d*", gold_value.text) else None
+    )
     expression = _sympy_value(value)
     if decimals is None or expression is None:
         return False
@@ -88,7 +93,14 @@ def _words_match(gold: Value, answer: Value, _: float) -> bool | None:
     if not (isinstance(gold, Words) and isinstance(answer, Words)):
         # A formula may be the name of a person or a product of letters
         return False
-    return normal_words(gold.text) == normal_words(answer.text)
+    wanted, found = normal_words(gold.text), normal_words(answer.text)
+    if wanted == found:
+        return True
+    # "Yes, it converges" answers a question of yes or no
+    decision = re.match(r"(yes|no|true|false)\s*[,.;:-]", answer.text.casefold())
+    if decision is None or wanted != [decision[1]]:
+        return False
+    return not re.search(r"\b(?:or|but|maybe)\b", answer.text.casefold())
 
 
 def normal_words(text: str) -> list[str]:
@@ -119,7 +131,10 @@ def _inequalities_match(gold: Inequality, answer: Inequality) -> bool | None:
     if len(gold.operators) != 1 or len(answer.operators) != 1:
         return None
     sides = parse_expression(gold.members[0]), parse_expression(gold.members[1])
-    if any(s is None for s in sides) or len(set().union(*(s.free_symbols for s in sides if s is not None))) < 2:
+    if (
+        any(s is None for s in sides)
+        or len(set().union(*(s.free_symbols for s in sides if s is not None))) < 2
+    ):
         return None
     ratio = constant_ratio((gold.members[0], gold.members[1]), (answer.members[0], answer.members[1]))
     flipped = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "!=": "!="}[answer.operators[0]]
@@ -193,7 +208,9 @@ def _combined(value: Region) -> tuple[str, Set] | None:
     sets = [region[1] for region in regions if region]
     result = sets[0]
     for operator, part in zip(value.operators, sets[1:], strict=True):
-        result = {r"\cup": Union, r"\cap": sympy.Intersection, r"\setminus": sympy.Complement}[operator](result, part)
+        result = {r"\cup": Union, r"\cap": sympy.Intersection, r"\setminus": sympy.Complement}[operator](
+            result, part
+        )
     return "", result
 
 
@@ -225,7 +242,9 @@ def _half_line(left: Any, operator: str, right: Any, symbol: Any) -> Set:
         if operator in ("<", "<="):
             return Interval(-sympy.oo, right, True, operator == "<" or right == sympy.oo)
         return Interval(right, sympy.oo, operator == ">" or right == -sympy.oo, True)
-    relation = {"<": sympy.Lt, ">": sympy.Gt, "<=": sympy.Le, ">=": sympy.Ge, "!=": sympy.Ne}[operator](left, right)
+    relation = {"<": sympy.Lt, ">": sympy.Gt, "<=": sympy.Le, ">=": sympy.Ge, "!=": sympy.Ne}[operator](
+        left, right
+    )
     if relation in (True, False):
         return sympy.S.Reals if relation else EmptySet
     return relation.as_set()
@@ -254,7 +273,9 @@ def _pieces(region: Set) -> list[tuple[Any, Any, bool, bool]] | None:
             pieces.append((part.start, part.end, bool(part.left_open), bool(part.right_open)))
         else:
             return None
-    return sorted(pieces, key=lambda piece: float(piece[0]) if piece[0].is_real or piece[0].is_infinite else 0.0)
+    return sorted(
+        pieces, key=lambda piece: float(piece[0]) if piece[0].is_real or piece[0].is_infinite else 0.0
+    )
 
 
 def _bindings(value: Value) -> list[tuple[str, Value]] | None:
@@ -286,7 +307,12 @@ def _assignments_match(gold: Value, answer: Value, rel_tolerance: float) -> bool
         return _collections_match(gold, answer, rel_tolerance)
     if isinstance(gold, Collection) != isinstance(answer, Collection):
         single, other = (gold, answer) if isinstance(gold, Assignment) else (answer, gold)
-        if isinstance(single, Assignment) and isinstance(other, Collection) and _bindings(other) and single is gold:
+        if (
+            isinstance(single, Assignment)
+            and isinstance(other, Collection)
+            and _bindings(other)
+            and single is gold
+        ):
             return _collections_match(gold, answer, rel_tolerance)
     if isinstance(gold, Assignment) and isinstance(answer, Assignment) and gold.names and answer.names:
         return _named_match(gold, answer, rel_tolerance)
@@ -342,9 +368,20 @@ def _collections_match(gold: Value, answer: Value, rel_tolerance: float) -> bool
         gold = both_readings(gold.text) or gold
     if isinstance(answer, Number) and isinstance(gold, Collection):
         answer = both_readings(answer.text) or answer
+    if isinstance(gold, Collection) and gold.brackets == "()" and isinstance(answer, Expression):
+        components = _components(answer.text)
+        if components is not None and len(gold.items) in (2, 3):
+            values = [*map(_sympy_value, gold.items), *[sympy.Integer(0)] * (3 - len(gold.items))]
+            return _all(
+                values_equal(v, c) if v is not None else None for v, c in zip(values, components, strict=True)
+            )
     x, y = _as_collection(gold), _as_collection(answer)
     if x.brackets == "{}" or y.brackets == "{}":
-        return x.brackets in _UNORDERED and y.brackets in _UNORDERED and _same_sets(x.items, y.items, rel_tolerance)
+        return (
+            x.brackets in _UNORDERED
+            and y.brackets in _UNORDERED
+            and _same_sets(x.items, y.items, rel_tolerance)
+        )
     if len(x.items) != len(y.items):
         return False
     if x.brackets == y.brackets == "":
@@ -383,12 +420,20 @@ def _bound_match(gold: Value, answer: Value, rel_tolerance: float) -> bool | Non
         values = [value for _, value in sorted(y, key=lambda b: b[0])]
         if _are_alternatives(y):
             return values_match(gold, Collection("", tuple(values)), rel_tolerance) or False
-        return isinstance(gold, Collection) and gold.brackets != "{}" and _in_order(gold.items, values, rel_tolerance)
+        return (
+            isinstance(gold, Collection)
+            and gold.brackets != "{}"
+            and _in_order(gold.items, values, rel_tolerance)
+        )
     if x and isinstance(answer, Collection):
         values = [value for _, value in x]
         if _are_alternatives(x):
             return values_match(Collection("", tuple(values)), answer, rel_tolerance) or False
-        return answer.brackets != "{}" and answer.joined_by != "or" and _in_order(values, answer.items, rel_tolerance)
+        return (
+            answer.brackets != "{}"
+            and answer.joined_by != "or"
+            and _in_order(values, answer.items, rel_tolerance)
+        )
     return None
 
 
@@ -448,17 +493,56 @@ def _matrices_match(gold: Value, answer: Value, rel_tolerance: float) -> bool | 
         if isinstance(x, Matrix) and isinstance(y, Collection):
             cells = [cell for row in x.rows for cell in row]
             is_vector = 1 in (len(x.rows), len(x.rows[0]))
-            if not is_vector or y.brackets not in ("()", "") or y.joined_by == "or" or len(cells) != len(y.items):
+            if (
+                not is_vector
+                or y.brackets not in ("()", "")
+                or y.joined_by == "or"
+                or len(cells) != len(y.items)
+            ):
                 return False
             return _all(
                 values_equal(p, q) if p is not None and q is not None else None
-                for p, q in ((parse_expression(c), _sympy_value(i)) for c, i in zip(cells, y.items, strict=True))
+                for p, q in (
+                    (parse_expression(c), _sympy_value(i)) for c, i in zip(cells, y.items, strict=True)
+                )
             )
-        if isinstance(x, Matrix) and isinstance(y, Expression) and _IDENTITY.fullmatch(y.text):
-            matrix = _sympy_value(x)
-            return matrix is not None and matrix.is_square and matrix == sympy.eye(matrix.rows)
+        if isinstance(x, Matrix) and isinstance(y, Expression):
+            special = _identity_or_vector(y.text, len(x.rows), len(x.rows[0]))
+            if special is not None:
+                matrix = _sympy_value(x)
+                return None if matrix is None else values_equal(matrix, special)
     left, right = _sympy_value(gold), _sympy_value(answer)
     return None if left is None or right is None else values_equal(left, right)
+
+
+def _identity_or_vector(text: str, num_rows: int, num_columns: int) -> Any | None:
+    r"""Returns ``2I`` as a matrix of the wanted size, and ``3\mathbf{i} - \mathbf{j}`` as a vector; else None."""
+    if match := _IDENTITY.fullmatch(text):
+        factor = parse_expression({"": "1", "-": "-1"}.get(match[1], match[1]))
+        is_square = num_rows == num_columns
+        return (
+            sympy.ImmutableMatrix(sympy.eye(num_rows) * factor) if factor is not None and is_square else None
+        )
+    components = _components(text)
+    if components is None or min(num_rows, num_columns) > 1:
+        return None
+    padded = components[: num_rows * num_columns]
+    return (
+        sympy.ImmutableMatrix(num_rows, num_columns, padded) if not any(components[len(padded) :]) else None
+    )
+
+
+def _components(text: str) -> list[Any] | None:
+    r"""Returns the three components of a sum of unit vectors, or None for another expression."""
+    if not _UNIT_VECTOR.search(text):
+        return None
+    names = {"i": "u_1", "j": "u_2", "k": "u_3"}
+    vector = parse_expression(_UNIT_VECTOR.sub(lambda m: f" {names[m[1]]} ", text))
+    if vector is None or isinstance(vector, MatrixBase):
+        return None
+    units = [next((s for s in vector.free_symbols if s.name == name), None) for name in names.values()]
+    vector = vector.expand()
+    return [vector.coeff(unit) if unit is not None else sympy.Integer(0) for unit in units]
 
 
 def _cases_match(gold: Value, answer: Value, rel_tolerance: float) -> bool | None:
@@ -479,9 +563,9 @@ def _cases_match(gold: Value, answer: Value, rel_tolerance: float) -> bool | Non
 
 
 def _based_match(gold: Value, answer: Value, _: float) -> bool | None:
-    """Compares numbers in a given base. A number without a base is read in the other's base."""
+    """Compares numbers in a given base. An answer without a base is read in the gold answer's base, but not the reverse."""
     x, y = (_digits_and_base(value) for value in (gold, answer))
-    return x is not None and y is not None and x[0] == y[0] and (not (x[1] and y[1]) or x[1] == y[1])
+    return x is not None and y is not None and x[0] == y[0] and y[1] in ("", x[1])
 
 
 def _digits_and_base(value: Value) -> tuple[str, str] | None:
@@ -520,7 +604,11 @@ def _congruences_match(gold: Value, answer: Value, _: float) -> bool | None:
     congruence, other = (gold, answer) if isinstance(gold, Congruence) else (answer, gold)
     if isinstance(other, Assignment):
         other = _assigned(other) or other
-    return isinstance(congruence, Congruence) and isinstance(other, Number) and congruence.residues == (other.value,)
+    return (
+        isinstance(congruence, Congruence)
+        and isinstance(other, Number)
+        and congruence.residues == (other.value,)
+    )
 
 
 def _measured(value: Value) -> tuple[Number | Expression | None, Unit | None]:
@@ -544,7 +632,9 @@ def _scalars_match(gold: Scalar, answer: Scalar, rel_tolerance: float) -> bool |
 
 
 def _angles_match(
-    gold: tuple[Number | Expression, Unit | None], answer: tuple[Number | Expression, Unit | None], rel_tolerance: float
+    gold: tuple[Number | Expression, Unit | None],
+    answer: tuple[Number | Expression, Unit | None],
+    rel_tolerance: float,
 ) -> bool | None:
     """Compares angles of which at least one has a degree sign. An angle with pi, or in radians, is converted."""
     (x, x_unit), (y, y_unit) = gold, answer
@@ -582,7 +672,10 @@ def _percents_match(gold: Scalar, answer: Scalar, rel_tolerance: float) -> bool 
 
 
 def _plain_match(
-    gold: Number | Expression, answer: Number | Expression, rel_tolerance: float, factor: Fraction = Fraction(1)
+    gold: Number | Expression,
+    answer: Number | Expression,
+    rel_tolerance: float,
+    factor: Fraction = Fraction(1),
 ) -> bool | None:
     """Compares the gold answer with ``factor`` times the answer."""
     if isinstance(gold, Number) and isinstance(answer, Number):
@@ -617,7 +710,9 @@ def _sympy_value(value: Value) -> Any | None:
         return over / under if over is not None and under is not None and under != 0 else None
     if isinstance(value, Matrix):
         cells = [[parse_expression(cell) for cell in row] for row in value.rows]
-        is_readable = all(cell is not None and not isinstance(cell, MatrixBase) for row in cells for cell in row)
+        is_readable = all(
+            cell is not None and not isinstance(cell, MatrixBase) for row in cells for cell in row
+        )
         return sympy.ImmutableMatrix(cells) if is_readable else None
     return None
 

@@ -7,6 +7,8 @@ several points.
 
 import functools
 import itertools
+import math
+import operator
 import re
 from collections.abc import Sequence
 from fractions import Fraction
@@ -49,7 +51,9 @@ _DEGREE_ARGUMENT = re.compile(
 )
 _CHOOSE = re.compile(r"\{?\s*\{?([A-Za-z0-9+\-]+)\}?\s*\\choose\s*\{?([A-Za-z0-9+\-]+)\}?\s*\}?")
 _COMBINATION = re.compile(r"(?:\{\}\s*)?[_^]?\{?(\d+|n)\}?\s*([CP])_\{?(\d+|[kr])\}?")
-_UNREADABLE = re.compile(r"\\(?:text|mbox|def|newcommand|let|ldots|usd|approx|undefined)(?![A-Za-z])|\.\.|[\"#@`?]|_\{\}")
+_UNREADABLE = re.compile(
+    r"\\(?:text|mbox|def|newcommand|let|ldots|usd|approx|undefined)(?![A-Za-z])|\.\.|[\"#@`?']|_\{\}"
+)
 _SAFE_COMMAND = re.compile(r"\\(?:operatorname|begin|end)\{[a-z]+\*?\}|\\[A-Za-z]+")
 _WORD = re.compile(r"[A-Za-z]{4,}")
 _INTEGER_NAMES = frozenset("n m k N M K".split())
@@ -81,8 +85,9 @@ def values_equal(x: Any, y: Any) -> bool | None:
         return _matrices_equal(x, y)
     if x == y:
         return not x.has(sympy.nan, sympy.zoo)
-    if x.is_Rational and y.is_Rational:
-        return False
+    fractions = _fraction(x), _fraction(y)
+    if fractions[0] is not None and fractions[1] is not None:
+        return fractions[0] == fractions[1]
     if x.has(sympy.nan, sympy.zoo) or y.has(sympy.nan, sympy.zoo):
         return False
     if sympy.oo in (abs(x), abs(y)) or x.has(sympy.oo) or y.has(sympy.oo):
@@ -94,6 +99,35 @@ def values_equal(x: Any, y: Any) -> bool | None:
     if digits > _QUICK_DIGITS and _agree_at_points(evaluate, symbols, _QUICK_DIGITS) is False:
         return False
     return _agree_at_points(evaluate, symbols, digits) if digits <= _MAX_DIGITS else None
+
+
+def _fraction(e: Any) -> Fraction | None:
+    """Returns the exact value of sums, products and integer powers of fractions; None for other expressions."""
+    if isinstance(e, Rational):
+        return Fraction(e.p, e.q)
+    if isinstance(e, sympy.factorial):
+        n = _fraction(e.args[0])
+        return (
+            Fraction(math.factorial(int(n)))
+            if n is not None and n.denominator == 1 and 0 <= n < 5000
+            else None
+        )
+    if not isinstance(e, sympy.Add | sympy.Mul | Pow):
+        return None
+    parts = [part for part in map(_fraction, e.args) if part is not None]
+    if len(parts) < len(e.args):
+        return None
+    if isinstance(e, Pow) and (parts[1].denominator != 1 or (parts[0] == 0 and parts[1] < 0)):
+        return None
+    result: Fraction = functools.reduce(_OPERATIONS[e.func], parts)
+    return result
+
+
+_OPERATIONS: dict[Any, Any] = {
+    sympy.Add: operator.add,
+    sympy.Mul: operator.mul,
+    Pow: lambda x, n: x ** int(n),
+}
 
 
 def constant_ratio(gold: tuple[str, str], answer: tuple[str, str]) -> int | None:
@@ -111,7 +145,11 @@ def constant_ratio(gold: tuple[str, str], answer: tuple[str, str]) -> int | None
     if x.free_symbols != y.free_symbols or not x.free_symbols:
         return 0
     digits = _digits(x, y)
-    return _ratio_sign(_evaluator([x, y], _symbols(x, y)), _symbols(x, y), digits) if digits <= _MAX_DIGITS else None
+    return (
+        _ratio_sign(_evaluator([x, y], _symbols(x, y)), _symbols(x, y), digits)
+        if digits <= _MAX_DIGITS
+        else None
+    )
 
 
 def _ratio_sign(evaluate: Any, symbols: Sequence[Symbol], digits: int) -> int | None:
@@ -173,8 +211,12 @@ def parse_expression(text: str) -> Any | None:
 
 def _prepared(text: str) -> str | None:
     """Returns text that latex2sympy reads as it is meant, or None for text that it would misread."""
-    text = re.sub(r"\\text\{\s*(lcm|gcd|max|min|Re|Im|arctan|arcsin|arccos)\s*\}", r"\\operatorname{\1}", text)
-    text = TEXT_WRAPPER.sub(lambda m: m[1] if re.fullmatch(r"[A-Za-z]|\d+", m[1].strip()) else m.group(), text)
+    text = re.sub(
+        r"\\text\{\s*(lcm|gcd|max|min|Re|Im|arctan|arcsin|arccos)\s*\}", r"\\operatorname{\1}", text
+    )
+    text = TEXT_WRAPPER.sub(
+        lambda m: m[1] if re.fullmatch(r"[A-Za-z]|\d+", m[1].strip()) else m.group(), text
+    )
     text = re.sub(r"\\(?:mathrm|operatorname)\{\s*(lcm|gcd|max|min)\s*\}", r"\\\1", text)
     text = re.sub(r"\\lcm", r"\\operatorname{lcm}", text)
     text = _DEGREE_ARGUMENT.sub(r"\\\1\2{\\frac{\3 \\pi}{180}}", text).replace(r"^{\circ}", "")
@@ -224,7 +266,13 @@ def _named_call(call: Any) -> Any:
 
 
 def _is_odd_root(e: Any) -> bool:
-    return isinstance(e, Pow) and isinstance(e.exp, Rational) and e.exp.q % 2 == 1 and e.exp.q > 1 and not e.base.is_positive
+    return (
+        isinstance(e, Pow)
+        and isinstance(e.exp, Rational)
+        and e.exp.q % 2 == 1
+        and e.exp.q > 1
+        and not e.base.is_positive
+    )
 
 
 def _odd_root(e: Any) -> Any:
@@ -250,7 +298,11 @@ def _with_constant_of(gold: Any, answer: Any) -> Any:
 def _height(e: Any) -> float:
     """Estimates how many digits the integers of an expression have, before anything is evaluated."""
     if isinstance(e, Rational):
-        return len(str(abs(e.p))) + len(str(e.q)) if abs(e.p) < 10**4000 and e.q < 10**4000 else 2.0 * _MAX_DIGITS
+        return (
+            len(str(abs(e.p))) + len(str(e.q))
+            if abs(e.p) < 10**4000 and e.q < 10**4000
+            else 2.0 * _MAX_DIGITS
+        )
     if isinstance(e, Pow | sympy.exp):
         base, exponent = e.as_base_exp()
         size = _magnitude(exponent)
@@ -303,13 +355,22 @@ def _evaluator(expressions: Sequence[Any], symbols: Sequence[Symbol]) -> Any:
     ]
     printer = _Printer({"fully_qualified_modules": False, "inline": True, "allow_unknown_functions": True})
     functions = [
-        sympy.lambdify(dummies, e, modules=[{"_OddRoot": _real_odd_root}, "mpmath"], printer=printer) for e in prepared
+        sympy.lambdify(dummies, e, modules=[{"_OddRoot": _real_odd_root}, "mpmath"], printer=printer)
+        for e in prepared
     ]
 
     def evaluate(point: tuple[Any, ...]) -> list[Any] | None:
         try:
             values = [mpmath.mpmathify(f(*point)) for f in functions]
-        except (ZeroDivisionError, ValueError, TypeError, NameError, AttributeError, OverflowError, NotImplementedError):
+        except (
+            ZeroDivisionError,
+            ValueError,
+            TypeError,
+            NameError,
+            AttributeError,
+            OverflowError,
+            NotImplementedError,
+        ):
             return None
         return values if all(mpmath.isfinite(v) for v in values) else None
 

@@ -159,7 +159,9 @@ def _frac(text: str) -> Fraction | None:
     match = _FRAC.fullmatch(text)
     if not match:
         return None
-    over, under = (Fraction(Decimal((a or b).replace(" ", ""))) for a, b in (match.group(3, 4), match.group(5, 6)))
+    over, under = (
+        Fraction(Decimal((a or b).replace(" ", ""))) for a, b in (match.group(3, 4), match.group(5, 6))
+    )
     if match[2] and (over < 0 or under < 0):
         return None
     return _signed(match[1], int(match[2] or 0) + over / under)

@@ -36,15 +36,17 @@ _SUBSCRIPT_RUN = re.compile(f"[{''.join(map(re.escape, _SUBSCRIPTS))}]+")
 _VULGAR = re.compile(r"(\d*)\s*(\d+)⁄(\d+)")
 
 TEXT_WRAPPER = re.compile(
-    r"\\(?:text(?:bf|it|rm|sf|tt|normal|up)?|math(?:rm|bf|it|sf|tt|normal)|mbox|hbox|operatorname\*?|rm|bf)\s*\{([^{}]*)\}"
+    r"\\(?:text(?:bf|it|rm|sf|tt|normal|up)?|math(?:rm|bf|it|sf|tt|normal)|mbox|hbox|operatorname\*?|rm|bf)\s*\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}"
 )
 _COLOR = re.compile(r"\\(?:text)?color\s*\{[A-Za-z]*\}")
-_STYLE = re.compile(r"\\(?:text(?:bf|it|rm)?|math(?:bf|rm|it)|boldsymbol|bm|underline|emph|displaystyle)\s*(?=\{)")
+_STYLE = re.compile(
+    r"\\(?:text(?:bf|it|rm)?|math(?:bf|rm|it)|boldsymbol|bm|underline|emph|displaystyle)\s*(?=\{)"
+)
 _SPACING = re.compile(
     r"(?<!\\)\\[,;:! ]|~|\\q?quad\b|\\(?:hspace|vspace|phantom|hphantom)\s*\*?\{[^{}]*\}"
     r"|\\(?:left|right|displaystyle|textstyle|limits|nolimits|strut|bigg?[lr]?|Bigg?[lr]?)(?![A-Za-z])"
 )
-_PLAIN_SQRT = re.compile(r"(?<![\\A-Za-z])(sqrt|cbrt)\s*(?=[({\[\d])")
+_PLAIN_SQRT = re.compile(r"(?<![\\A-Za-z])(sqrt|cbrt|abs)\s*(?=[({\[\d])")
 _PLAIN_FUNCTION = re.compile(
     r"(?<![\\A-Za-z])(arc(?:sin|cos|tan)|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|ln|log|exp|gcd|lcm|max|min|det)(?=\s*[({\[\\^_ \dxyt])"
 )
@@ -70,7 +72,16 @@ _COMMANDS = (
     (r"\lor", r"\text{ or }"), (r"\wedge", r"\text{ and }"), (r"\vee", r"\text{ or }"),
 )  # fmt: skip
 _COMMAND_RULES = tuple((re.compile(re.escape(old) + r"(?![A-Za-z])"), new) for old, new in _COMMANDS)
-_QUOTES = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("`", "`"), ('"', '"'), ("**", "**"), ("''", "''"))
+_QUOTES = (
+    ("$$", "$$"),
+    ("$", "$"),
+    (r"\(", r"\)"),
+    (r"\[", r"\]"),
+    ("`", "`"),
+    ('"', '"'),
+    ("**", "**"),
+    ("''", "''"),
+)
 _OPENERS, _CLOSERS = "([{", ")]}"
 
 
@@ -89,7 +100,7 @@ def tidy(answer: str) -> str:
     answer = _SPACING.sub(" ", answer)
     answer = _FRAC_SPELLING.sub(r"\\frac", answer)
     answer = re.sub(r"\^\s*\{?\s*\\circ\s*\}?", r"^{\\circ}", answer)
-    answer = re.sub(r"\\?%|\\text\s*\{\s*(?:percent|\\?%)\s*\}|(?<=\d)\s*percent\b", r"\\%", answer)
+    answer = re.sub(r"\\?%|\\text\s*\{\s*(?:per ?cent|\\?%)\s*\}|(?<=\d)\s*per ?cent\b", r"\\%", answer)
     answer = re.sub(r"\s+", " ", answer).strip()
     answer = _plain_to_latex(answer)
     return _without_outer_braces(_without_final_mark(answer))
@@ -108,7 +119,9 @@ def _plain_characters(text: str) -> str:
 
 
 def _is_invisible(char: str) -> bool:
-    return ord(char) < 32 or char == "\x7f" or (ord(char) > 127 and unicodedata.category(char) in ("Cf", "Cc"))
+    return (
+        ord(char) < 32 or char == "\x7f" or (ord(char) > 127 and unicodedata.category(char) in ("Cf", "Cc"))
+    )
 
 
 def _mixed(match: re.Match[str]) -> str:
@@ -147,7 +160,8 @@ def _unstyled(answer: str) -> str:
             break
         answer = inner
     # A single letter or a number in a font is a symbol and not a word
-    return re.sub(r"\\(?:text|math)(?:bf|rm|it|sf|normal|up)?\s*\{\s*(-?[\d.]+|[ei])\s*\}", r"{\1}", answer)
+    answer = re.sub(r"\\(?:text|math)(?:bf|rm|it|sf|normal|up)?\s*\{\s*(-?[\d.]+)\s*\}", r"{\1}", answer)
+    return re.sub(r"\\(?:text|math)(?:rm|it|normal)?\s*\{\s*([ei])\s*\}", r"{\1}", answer)
 
 
 def _plain_to_latex(answer: str) -> str:
@@ -165,12 +179,15 @@ def _plain_to_latex(answer: str) -> str:
 
 def _outside_text(rule: re.Pattern[str], new: str, answer: str) -> str:
     """Applies a rule outside of ``\\text{}``, whose words are not plain notation."""
-    parts = re.split(f"({TEXT_WRAPPER.pattern.replace('([^{}]*)', '[^{}]*')})", answer)
-    return "".join(part if i % 2 else rule.sub(new, part) for i, part in enumerate(parts))
+    result, position = "", 0
+    for wrapper in TEXT_WRAPPER.finditer(answer):
+        result += rule.sub(new, answer[position : wrapper.start()]) + wrapper.group()
+        position = wrapper.end()
+    return result + rule.sub(new, answer[position:])
 
 
 def _latex_root(answer: str, match: re.Match[str]) -> str:
-    command = r"\sqrt" if match[1] == "sqrt" else r"\sqrt[3]"
+    command = {"sqrt": r"\sqrt", "cbrt": r"\sqrt[3]", "abs": r"\mathrm{abs}"}[match[1]]
     rest = answer[match.end() :]
     if rest[0] == "[":
         return f"{answer[: match.start()]}{command}{rest}"
@@ -178,11 +195,15 @@ def _latex_root(answer: str, match: re.Match[str]) -> str:
     if end < 0:
         return f"{answer[: match.start()]}{command} {rest}"
     inner = rest[1:end] if rest[0] in "({" else rest[: end + 1]
+    if match[1] == "abs":
+        return f"{answer[: match.start()]}|{inner}|{rest[end + 1 :]}"
     return f"{answer[: match.start()]}{command}{{{inner}}}{rest[end + 1 :]}"
 
 
 def _without_final_mark(answer: str) -> str:
-    while answer.endswith((".", ",", ";", ":", "?", "。")) or (answer.endswith("\\") and not answer.endswith("\\\\")):
+    while answer.endswith((".", ",", ";", ":", "?", "。")) or (
+        answer.endswith("\\") and not answer.endswith("\\\\")
+    ):
         if answer.endswith(("..", r"\}.")) and answer.endswith(".."):
             break
         answer = answer[:-1].rstrip()

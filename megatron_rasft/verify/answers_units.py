@@ -69,7 +69,7 @@ _PLURALS = ("", "s", "es")
 
 # Words after a number that are no unit: they change the value, or leave it open
 _NOT_COUNTED = frozenset(
-    "pi sqrt or and mod times plus minus over to log ln sin cos tan infinity hundred thousand million billion trillion dozen "
+    "pi sqrt or and mod plus minus over to log ln sin cos tan infinity hundred thousand million billion trillion dozen "
     "dozens score half halves third thirds quarter quarters fifths tenths percent percents base if for when where by not at is "
     "are was were negative positive less more fewer than too many few much squared cubed factorial divided multiplied "
     "maybe perhaps possibly either else but except without approximately about nearly almost roughly wait no yes none "
@@ -129,8 +129,15 @@ def parse_unit(text: str) -> Unit | None:
 
     Text without a unit of the table counts things if it ends with a plural noun and has no word that changes a number.
     """
-    text = TEXT_WRAPPER.sub(r" \1 ", re.sub(r"\\mu\s*", "μ", text).replace(r"\Omega", "Ω").replace(r"\ohm", "Ω"))
-    text = re.sub(r"[()\[\]{}.,]+(?=\s|$|/)|(?<=\s)[(\[{]|^[(\[{]", " ", text).replace("{", "").replace("}", "").strip()
+    text = TEXT_WRAPPER.sub(
+        r" \1 ", re.sub(r"\\mu\s*", "μ", text).replace(r"\Omega", "Ω").replace(r"\ohm", "Ω")
+    )
+    text = (
+        re.sub(r"[()\[\]{}.,]+(?=\s|$|/)|(?<=\s)[(\[{]|^[(\[{]", " ", text)
+        .replace("{", "")
+        .replace("}", "")
+        .strip()
+    )
     text = re.sub(r"\^\s*\\circ", r"^{\\circ}", text)
     return _measured(text) or _counted(text)
 
@@ -192,7 +199,9 @@ def _counted(text: str) -> Unit | None:
     head = words[:per]
     if not head or len(words) > 5:
         return None
-    refused = [w for w in words if (w in _NOT_COUNTED or _ORDINAL_FRACTION.fullmatch(w)) and w not in _COUNTED]
+    refused = [
+        w for w in words if (w in _NOT_COUNTED or _ORDINAL_FRACTION.fullmatch(w)) and w not in _COUNTED
+    ]
     noun = head[-1]
     is_noun = (noun.endswith("s") and not noun.endswith(("ss", "ous", "us"))) or noun in _IRREGULAR_PLURALS
     if refused or not (is_noun or noun in _SINGULARS):
@@ -205,7 +214,9 @@ def _singular(noun: str) -> str:
         return noun[:-3] + "y"
     if noun.endswith(("xes", "ches", "shes", "sses")):
         return noun[:-2]
-    return {"people": "person", "children": "child", "men": "man", "women": "woman"}.get(noun, noun.removesuffix("s"))
+    return {"people": "person", "children": "child", "men": "man", "women": "woman"}.get(
+        noun, noun.removesuffix("s")
+    )
 
 
 def is_degree(unit: Unit | None) -> bool:

@@ -201,15 +201,23 @@ _TRAILING_UNIT = re.compile(
     r"(?P<value>.*?[\d)}\]!A-Za-z])\s*(?P<unit>(?:\^\{\\circ\}\s*(?:(?:\\(?:text|mathrm)\s*\{\s*)?[CF]\s*\}?)?|\\(?:text|mathrm|mbox|operatorname|textrm|textbf|mathbf|rm|mathit|textit)\s*\{[^{}]*\}"
     r"|(?<=[\d)}\] ])[A-Za-zμ€£¢¥₹å][A-Za-zμ\-']*|[\u4e00-\u9fff]+)(?:[\s/*.]|\\cdot|\\times|\^\s*\{?-?\d\}?|\\(?:text|mathrm|mbox|rm)\s*\{[^{}]*\}|[A-Za-zμ][A-Za-zμ\-']*|\^\{\\circ\})*)"
 )
-_UNIT_START = re.compile(r"\^\{\\circ\}|\\(?:text|math|mbox|operatorname|rm)|[A-Za-zμ€£¢¥₹\u4e00-\u9fff]|\\mu")
+_UNIT_START = re.compile(
+    r"\^\{\\circ\}|\\(?:text|math|mbox|operatorname|rm)|[A-Za-zμ€£¢¥₹\u4e00-\u9fff]|\\mu"
+)
 _TRIGONOMETRIC = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])")
-_GROUPED = re.compile(r"(?P<before>[^\d,]*)(?P<number>\d{1,3}(?:,\d{3})+)(?P<after>(?:\.\d+)?(?:[^\d,][^,]*)?)")
+_GROUPED = re.compile(
+    r"(?P<before>[^\d,]*)(?P<number>\d{1,3}(?:,\d{3})+)(?P<after>(?:\.\d+)?(?:[^\d,][^,]*)?)"
+)
 _CLOCK = re.compile(r"\d{1,2}(?::\d{2})?\s*[ap]\.?\s?m\b\.?", re.IGNORECASE)
 _CURRENCY_BEFORE = re.compile(
     r"(?P<sign>-?)\s*(?P<unit>\\usd|€|£|¥|₹|(?:US|USD|Rs\.?|EUR|GBP)(?=\s*\d)|\\text\{\s*(?:Rs\.?|USD|US)\s*\})\s*(?P<value>[\d.].*)"
 )
-_DEGREES_MINUTES = re.compile(r"(-?\d+)\^\{\\circ\}\s*(\d+(?:\.\d+)?)\s*(?:'|\\prime|\^\{?\\prime\}?)\s*(?:(\d+(?:\.\d+)?)\s*''\s*)?")
-_ORDINAL = re.compile(r"(-?\d+)\s*(?:\^?\s*\{?\s*(?:\\(?:text|mathrm)\s*\{)?\s*(?:st|nd|rd|th)\s*\}?\s*\}?)(?: .*)?")
+_DEGREES_MINUTES = re.compile(
+    r"(-?\d+)\^\{\\circ\}\s*(\d+(?:\.\d+)?)\s*(?:'|\\prime|\^\{?\\prime\}?)\s*(?:(\d+(?:\.\d+)?)\s*''\s*)?"
+)
+_ORDINAL = re.compile(
+    r"(-?\d+)\s*(?:\^?\s*\{?\s*(?:\\(?:text|mathrm)\s*\{)?\s*(?:st|nd|rd|th)\s*\}?\s*\}?)(?: (?:place|term|position|person|day|row|floor|grade|century))?"
+)
 _REMARK = re.compile(
     r"\s*(?:\\text\s*\{\s*)?[(\[]\s*(?:\\text\s*\{\s*)?(?P<words>(?:not|see|because|since|as|by|from|in|rounded|to the nearest|after"
     r"|exact|exactly|approximately|which|where|for)\b[^()]*)[)\]]\s*\}?$",
@@ -218,6 +226,10 @@ _REMARK = re.compile(
 _CLAUSE = re.compile(
     r"\s*,?\s*(?:\\text\s*\{\s*,?\s*)?(?:,\s*not|but not|and not|not|because|since|where|for (?:all|any|every|some)|when|with)\b.*$"
 )
+_DOMAIN = re.compile(
+    r"(?<=\s)\(?\s*(?:\\text\s*\{\s*)?\(\s*(?:\\text\s*\{[^{}]*\})?\s*[A-Za-z](?:\s*,\s*[A-Za-z])*\s*(?:\\(?:ge|le|ne|in)(?![A-Za-z])|[<>=])[^()]*\)$"
+)
+_NEGATIVE = re.compile(r"(?:\\text\s*\{\s*)?(?:negative|minus)\s*\}?\s*(?=[\d\\.])", re.IGNORECASE)
 _PREFIX = re.compile(
     r"^(?:\\text\s*\{\s*)?(?:(?:the )?(?:final |correct )?(?:answer|result|solution)s?(?: (?:is|are|equals))?\s*[:=]?|it is|it's|there are|is equal to"
     r"|equals|approximately|about|roughly|approx\.?)\s+(?:\})?\s*|^(?:\\text\s*\{\s*(?:(?:the )?(?:final )?answer(?: is)?\s*:?|approximately|about)\s*\})\s*",
@@ -230,7 +242,7 @@ _HEDGE = re.compile(
 )
 _EMPTY_SET = re.compile(r"\\emptyset|\\?\{\s*\\?\}|\\\{\s*\\\}")
 _BASED = re.compile(
-    r"(?P<digits>\d[0-9A-Za-z. ]*|[0-9A-F]{2,})_\s*\{?\s*(?:\\text\s*\{\s*)?(?P<base>\d{1,2})\s*\}?\s*\}?"
+    r"(?P<digits>\d[0-9A-Za-z. ]*|[0-9A-F]{2,})_\s*\{?\s*(?:\\text\s*\{\s*)?(?P<base>\d{1,2}|[a-z]{3,7})\s*\}?\s*\}?"
 )
 _CONGRUENCE = re.compile(
     r"(?:(?P<name>[A-Za-z])\s*\\equiv\s*)?(?P<residues>-?\d+(?:\s*,\s*-?\d+)*)\s*\(?\s*\\(?:pmod|mod)\s*\{?\s*(?P<modulus>\d+)\s*\}?\s*\)?"
@@ -239,7 +251,9 @@ _NO_SOLUTION = re.compile(
     r"(?:there (?:is|are|exists?) )?(?:no|none) ?(?:such |real |integer |possible |valid |positive |complex |rational )*"
     r"(?:solutions?|roots?|values?|numbers?|integers?)(?: for [a-z])?(?: exists?)?|(?:the )?empty set|(?:has )?no solutions?"
 )
-_ALL_REALS = re.compile(r"(?:for )?all (?:the )?(?:real numbers?|reals?)|(?:the )?(?:set of )?(?:all )?real numbers|all real values?(?: of [a-z])?")
+_ALL_REALS = re.compile(
+    r"(?:for )?all (?:the )?(?:real numbers?|reals?)|(?:the )?(?:set of )?(?:all )?real numbers|all real values?(?: of [a-z])?"
+)
 _IS_WORDS = re.compile(r"[A-Za-z][A-Za-z\s,.'\"()&\-:]*")
 _FORMULA_WORDS = frozenset("sqrt frac".split())
 
@@ -262,7 +276,8 @@ def read_answer(answer: str) -> Value:
         return Unreadable(text)
     stripped = _APPROX_MARK.sub("", _PREFIX.sub("", text)).strip()
     text = stripped or text
-    text = _REMARK.sub("", text).strip() or text
+    for rule in (_REMARK, _DOMAIN, _CLAUSE):
+        text = rule.sub("", text).strip() or text
     return read_value(tidy(text))
 
 
@@ -284,7 +299,7 @@ def is_words(text: str) -> bool:
         return False
     if TEXT_WRAPPER.search(text) and not re.fullmatch(r"[A-Za-z]", bare):
         return True
-    return bool(re.search(r"[A-Za-z]{4,}|[A-Z]{2,}|[A-Za-z]{2,}\s+[A-Za-z]{2,}|^(?:yes|no)$", bare, re.IGNORECASE))
+    return bool(re.search(r"[A-Za-z]{4,}|[A-Z]{2,}|[A-Za-z]{2,}\s+[A-Za-z]{2,}|^(?:[Yy]es|[Nn]o)$", bare))
 
 
 def _read_empty(text: str) -> Value | None:
@@ -297,6 +312,15 @@ def _read_number(text: str) -> Value | None:
         return Number(number, text)
     scaled = scaled_number(plain_words(text)) if re.search(r"[a-z]{5}", text) else None
     return Number(scaled, plain_words(text)) if scaled is not None else None
+
+
+def _read_negative(text: str) -> Value | None:
+    """Reads ``negative 6`` and ``minus six``."""
+    if sign := _NEGATIVE.match(text):
+        return read_value(f"-{text[sign.end() :]}")
+    words = re.fullmatch(r"(?:negative|minus) (.+)", plain_words(text), re.IGNORECASE)
+    number = worded_number(words[1]) if words else None
+    return Number(-number, plain_words(text)) if number is not None else None
 
 
 def _read_grouped(text: str) -> Value | None:
@@ -351,13 +375,17 @@ def _read_cases(text: str) -> Value | None:
 
 
 def _is_case(row: str) -> bool:
-    return "&" in row and not re.match(r"[^&=]*&\s*=|[^&]*=\s*&", row) or bool(re.search(r"\b(?:if|for|when|otherwise)\b", row))
+    return ("&" in row and not re.match(r"[^&=]*&\s*=|[^&]*=\s*&", row)) or bool(
+        re.search(r"\b(?:if|for|when|otherwise)\b", row)
+    )
 
 
 def _read_case(row: str) -> tuple[Value, Value | None]:
     value, mark, condition = row.partition("&")
     if not mark:
-        match = re.search(r"\\text\s*\{\s*,?\s*(?:if|for|when|otherwise)\b|\b(?:if|for|when|otherwise)\b", row)
+        match = re.search(
+            r"\\text\s*\{\s*,?\s*(?:if|for|when|otherwise)\b|\b(?:if|for|when|otherwise)\b", row
+        )
         value, condition = (row[: match.start()], row[match.start() :]) if match else (row, "")
     if _OTHERWISE.fullmatch(condition):
         return read_value(tidy(value)), None
@@ -368,7 +396,9 @@ def _read_matrix(text: str) -> Value | None:
     match = _ENVIRONMENT.fullmatch(text)
     if not match or match["kind"] in ("vmatrix", "Vmatrix"):
         return None
-    rows = [row for row in re.split(r"\\\\(?:\[[^\]]*\])?", match["body"].replace(r"\hline", "")) if row.strip()]
+    rows = [
+        row for row in re.split(r"\\\\(?:\[[^\]]*\])?", match["body"].replace(r"\hline", "")) if row.strip()
+    ]
     cells = tuple(tuple(tidy(cell) for cell in row.split("&")) for row in rows)
     if not cells or len({len(row) for row in cells}) > 1 or len(cells) * len(cells[0]) > MAX_ITEMS:
         return Unreadable(text)
@@ -377,7 +407,10 @@ def _read_matrix(text: str) -> Value | None:
 
 def _read_based(text: str) -> Value | None:
     match = _BASED.fullmatch(text)
-    return Based(match["digits"].replace(" ", "").lstrip("0").upper(), match["base"]) if match else None
+    if not match:
+        return None
+    base = match["base"] if match["base"].isdigit() else str(worded_number(match["base"]))
+    return Based(match["digits"].replace(" ", "").lstrip("0").upper(), base)
 
 
 def _read_congruence(text: str) -> Value | None:
@@ -436,11 +469,19 @@ def _read_relation(text: str) -> Value | None:
     if set(operators) <= {"=", r"\approx", r"\equiv"}:
         return _equality(text, members, operators)
     if operators == [r"\in"]:
-        return Membership(members[0], read_value(members[1]))
+        return _membership(members[0], read_value(members[1]))
     if set(operators) <= set(_OPERATORS):
         return Inequality(tuple(members), tuple(_OPERATORS[o] for o in operators))
     # x \in \mathbb{R}, x > 2 and the like are lists. A mixture such as x = 3 > 2 has no single value
     return Unreadable(text)
+
+
+def _membership(name: str, region: Value) -> Value:
+    """Reads ``x \\in \\{2, 3\\}`` as ``x = 2, x = 3``."""
+    is_finite = isinstance(region, Collection) and region.brackets == "{}" and bool(region.items)
+    if is_finite and _name(name) and all(isinstance(item, Number | Expression) for item in region.items):  # type: ignore[union-attr]
+        return Collection("", tuple(Assignment((_name(name),), (item,)) for item in region.items))  # type: ignore[union-attr]
+    return Membership(name, region)
 
 
 def _equality(text: str, members: list[str], operators: list[str]) -> Value:
@@ -454,7 +495,9 @@ def _equality(text: str, members: list[str], operators: list[str]) -> Value:
     if names and members[0].startswith("(") and len(names) == 1:
         return _tuple_assignment(names[0], rest[-1]) if len(rest) == 1 else Unreadable(text)
     if not names and any(has_symbols(member) is not False for member in members):
-        return Equation(members[0], members[1]) if len(members) == 2 and operators == ["="] else Unreadable(text)
+        return (
+            Equation(members[0], members[1]) if len(members) == 2 and operators == ["="] else Unreadable(text)
+        )
     kept = [m for m, o in zip(rest, ["=", *operators[max(num_names, 1) :]], strict=False) if o != r"\approx"]
     approximate = read_value(rest[-1]) if len(rest) > 1 and operators[-1] == r"\approx" else None
     values = tuple(read_value(m) for m in (kept or rest[:1]))
@@ -465,7 +508,12 @@ def _tuple_assignment(name: str, value: str) -> Value:
     """Reads ``(x, y) = (3, 4)`` as ``x = 3, y = 4``."""
     names = [_name(part.strip()) for part in name[1:-1].split(",")]
     read = read_value(value)
-    if isinstance(read, Collection) and read.brackets == "()" and len(read.items) == len(names) and all(names):
+    if (
+        isinstance(read, Collection)
+        and read.brackets == "()"
+        and len(read.items) == len(names)
+        and all(names)
+    ):
         return Collection(
             "()", tuple(Assignment((n,), (v,)) for n, v in zip(names, read.items, strict=True)), "and"
         )
@@ -482,14 +530,18 @@ def _name(text: str) -> str:
         return f"({','.join(parts)})" if len(parts) > 1 and all(parts) else ""
     if not (_NAME.fullmatch(text) or _WORDY_NAME.fullmatch(text)) or re.fullmatch(r"e|i|\\pi\s?", text):
         return ""
-    text = TEXT_WRAPPER.sub(r"\1", re.sub(r"\\(?:vec|mathbf|overrightarrow|boldsymbol|hat)\s*\{([^{}]*)\}", r"\1", text))
+    text = TEXT_WRAPPER.sub(
+        r"\1", re.sub(r"\\(?:vec|mathbf|overrightarrow|boldsymbol|hat)\s*\{([^{}]*)\}", r"\1", text)
+    )
     return re.sub(r"[{}\s]|m(?=\\angle)", "", text)
 
 
 def _read_region(text: str) -> Value | None:
     if _NUMBER_SET.fullmatch(text):
         return Region((Words(text.replace(" ", "")),), ())
-    text = re.sub(r"(\\mathbb\s*\{?\s*[RZNQC]\s*\}?)\s*(?:\\backslash|-|/)\s*(?=\\\{)", r"\1 \\setminus ", text)
+    text = re.sub(
+        r"(\\mathbb\s*\{?\s*[RZNQC]\s*\}?)\s*(?:\\backslash|-|/)\s*(?=\\\{)", r"\1 \\setminus ", text
+    )
     parts = split_top_level(text, _SET_OPERATION)
     if len(parts) < 3:
         return None
@@ -522,7 +574,11 @@ def _read_bracketed(text: str) -> Value | None:
         text = f"({text[1:]}"
     elif re.fullmatch(r"\[\s*[^\[\]]+,[^\[\]]+\[", text):
         text = f"{text[:-1]})"
-    text = re.sub(r"\^\s*\{?\s*(?:T|\\top|\\intercal)\s*\}?$", "", text).replace(r"\langle", "(").replace(r"\rangle", ")")
+    text = (
+        re.sub(r"\^\s*\{?\s*(?:T|\\top|\\intercal)\s*\}?$", "", text)
+        .replace(r"\langle", "(")
+        .replace(r"\rangle", ")")
+    )
     text = text.replace(r"\{", "{").replace(r"\}", "}").strip()
     if text[:1] not in ("(", "[", "{") or text[-1:] not in (")", "]", "}") or not closes_at_end(text):
         return None
@@ -533,7 +589,9 @@ def _read_bracketed(text: str) -> Value | None:
         return read_value(inner) if brackets == "()" and inner else None
     if not all(items) or len(items) > MAX_ITEMS:
         return Unreadable(text)
-    return Collection(brackets, _items(items) if brackets == "{}" else tuple(read_value(item) for item in items))
+    return Collection(
+        brackets, _items(items) if brackets == "{}" else tuple(read_value(item) for item in items)
+    )
 
 
 def _read_percent(text: str) -> Value | None:
@@ -575,7 +633,11 @@ def _unit_after(text: str) -> Value | None:
         # 5k and 2m are products. 5cm and 10kJ are quantities
         if not is_wrapped and len(unit) == 1 and unit not in "€£¢¥₹":
             return None
-        if not is_wrapped and re.fullmatch(r"[a-z]{2}", unit) and unit not in ("cm", "mm", "km", "kg", "ft", "in", "ml", "mg", "yd", "mi", "lb", "oz", "hr"):
+        if (
+            not is_wrapped
+            and re.fullmatch(r"[a-z]{2}", unit)
+            and unit not in ("cm", "mm", "km", "kg", "ft", "in", "ml", "mg", "yd", "mi", "lb", "oz", "hr")
+        ):
             continue
         return _quantity(value, unit, text)
     return None
@@ -593,13 +655,15 @@ def _quantity(value: str, unit: str, text: str) -> Value:
 
 def _read_expression(text: str) -> Value | None:
     bare = re.sub(r"\\(?:operatorname|begin|end)\{[a-z]+\*?\}|\\[A-Za-z]+", "", text)
-    if re.search(r"\\text|[A-Za-z]{4,}", bare) or r"\text" in text and not re.search(r"\\text\{\s*(?:lcm|gcd|max|min)\s*\}", text):
+    if re.search(r"\\text|[A-Za-z]{4,}", bare) or (
+        r"\text" in text and not re.search(r"\\text\{\s*(?:lcm|gcd|max|min)\s*\}", text)
+    ):
         return None
     return Expression(text) if text else None
 
 
 _READERS = (
-    _read_empty, _read_number, _read_grouped, _read_words, _read_based, _read_cases, _read_matrix, _read_congruence, _read_set_builder, _read_list,
+    _read_empty, _read_number, _read_negative, _read_grouped, _read_words, _read_based, _read_cases, _read_matrix, _read_congruence, _read_set_builder, _read_list,
     _read_relation, _read_region, _read_plus_minus, _read_percent, _read_quantity, _read_ratio, _read_bracketed,
     _read_expression,
 )  # fmt: skip

@@ -25,7 +25,7 @@ _THOUGHT_TAGS = (
 )
 
 _ANSWER_PHRASE = re.compile(
-    r"(?:answer|result|solution)\s{0,5}(?:is|would be|equals|comes to|:|=|：)(?:\s{0,5}:)?(?![a-z])"
+    r"(?:answer|result|solution|option|choice)\s{0,5}(?:is|would be|equals|comes to|:|=|：)(?:\s{0,5}:)?(?![a-z])"
     r"|final answer\W{0,10}\n"
     r"|(?m:^)\s{0,5}####"
     r"|答案\s{0,5}(?:是|为|為|：|:|=)\s{0,5}[:：]?",
@@ -51,12 +51,15 @@ _HEDGE = re.compile(
     re.IGNORECASE,
 )
 _HEDGE_AFTER_BOX = re.compile(
-    r"[\s$.,;:)(*\\]*(?:text\s*\{\s*)?(?:or|maybe|perhaps|possibly|alternatively|but (?:maybe|it (?:could|might)))\b",
+    r"[ \t$,;:)(*\\]*(?:text\s*\{\s*)?(?:(?:or|alternatively)\b|[.]?[ \t$]*(?:maybe|perhaps|possibly|or maybe|but (?:maybe|it (?:could|might)))\b)\}?"
+    r"(?P<other>[^\n]*)",
     re.IGNORECASE,
 )
+# At the start of a sentence only: explanations after the answer also contain words such as "actually"
 _RETRACTION = re.compile(
-    r"\b(?:wait|actually|correction|scratch that|on second thought|i was wrong|i made (?:a|an) (?:mistake|error)"
-    r"|(?:that|this|it)(?:'s| is| was| seems) (?:wrong|incorrect|not right|not correct|a mistake))\b",
+    r"(?:^|[.!?:)\n$—-])\s*(?:(?:oh|hmm+|no|but|hold on)\b[,.!\s]+)*"
+    r"(?:(?:wait|sorry|correction|scratch that|on second thought|i was wrong|no\b(?=[,.!]))\b|actually,? (?:no|that|this|it|the|i)\b"
+    r"|i made (?:a|an) (?:mistake|error)|(?:that|this|it)(?:'s| is| was| seems) (?:wrong|incorrect|not right|not correct|a mistake))",
     re.IGNORECASE,
 )
 _REPLACED = re.compile(
@@ -96,7 +99,7 @@ def without_thought(text: str) -> str:
 def _without_blocks(text: str, opening: str, closing: str) -> str:
     reply = ""
     first_closing, first_opening = text.find(closing), text.find(opening)
-    if 0 <= first_closing and (first_opening < 0 or first_closing < first_opening):
+    if first_closing >= 0 and (first_opening < 0 or first_closing < first_opening):
         text = text[first_closing + len(closing) :]
     while True:
         before, tag, rest = text.partition(opening)
@@ -115,7 +118,9 @@ def closed_boxes(text: str) -> list[str]:
 
 def _find_boxes(text: str) -> list[_Box]:
     boxes: list[_Box] = []
-    open_braces: list[tuple[int, int]] = []  # start of the box and of its content; (-1, -1) for any other brace
+    open_braces: list[
+        tuple[int, int]
+    ] = []  # start of the box and of its content; (-1, -1) for any other brace
     num_open_boxes = 0
     for token in _BOX_TOKENS.finditer(text):
         symbol = token.group()
@@ -139,42 +144,58 @@ def last_box_is_closed(text: str) -> bool:
     return bool(starts) and bool(closed_boxes(text[starts[-1] :]))
 
 
-def extract_answer(text: str, num_values: int = 1) -> str | None:
-    r"""Returns the final answer of a response as it is written, or None if the response does not commit to an answer.
+def extract_answer(text: str) -> str | None:
+    """Returns the final answer of a response as it is written, or None if the response does not commit to an answer.
 
-    The thought is removed first. The answer is the content of the last closed \boxed{}. Boxes that are joined by "and",
-    "or" or commas only are one list. Without a box, or with empty boxes only, it is the text after the last phrase such as
+    Several answers that are joined, as in two boxes with "and" between them, are separated by commas.
+    """
+    return ", ".join(extract_answers(text)) or None
+
+
+def extract_answers(text: str, num_values: int = 1) -> list[str]:
+    r"""Returns what a response commits to, as it is written: [] for nothing, several texts for joined boxes.
+
+    The thought is removed first. The answer is the content of the last closed \boxed{}, together with the boxes that are joined
+    to it by "and", "or" or commas only. Without a box, or with empty boxes only, it is the text after the last phrase such as
     "answer is"; else the last number of the text. A hedge or a retraction takes the commitment back.
 
     Args:
         text: the response.
-        num_values: number of values of the gold answer. If it is above 1 and the reply has as many boxes, these are one list.
+        num_values: number of values of the gold answer. If it is above 1 and the reply has as many boxes, all of them count.
     """
     text = without_thought(text)
     boxes = [box for box in _find_boxes(text) if box.content.strip()]
     if boxes:
         return _from_boxes(text, boxes, num_values)
+    answer = _without_box(text)
+    return [answer] if answer else []
+
+
+def _without_box(text: str) -> str | None:
     bare = list(_BARE_BOX.finditer(text))
     if bare:
         return bare[-1][1].strip()
     if _BOX_COMMAND.search(text) and not _find_boxes(text):
         return None
     phrase = _last_answer_phrase(text)
-    if phrase is not None:
-        return _after_phrase(text[phrase.end() :])
-    return _last_number(text)
+    return _last_number(text) if phrase is None else _after_phrase(text[phrase.end() :])
 
 
-def _from_boxes(text: str, boxes: list[_Box], num_values: int) -> str | None:
+def _from_boxes(text: str, boxes: list[_Box], num_values: int) -> list[str]:
     tail = text[boxes[-1].end :]
-    if _HEDGE_AFTER_BOX.match(tail) or _RETRACTION.search(tail):
-        return None
+    if _RETRACTION.search(tail):
+        return []
     joined = _joined_boxes(text, boxes)
     if len(joined) == 1 and len(boxes) == num_values > 1 and not _are_replaced(text, boxes):
         joined = boxes
     contents = [_with_name(text, box) if len(joined) > 1 else _innermost(box.content) for box in joined]
-    contents = list(dict.fromkeys(contents))
-    return contents[0] if len(contents) == 1 else ", ".join(contents)
+    alternative = _HEDGE_AFTER_BOX.match(tail)
+    if alternative:
+        sentence_end = _SENTENCE_END.search(alternative["other"])
+        contents.append(
+            alternative["other"][: sentence_end.start() if sentence_end else None].strip(_EDGES + ".,;()")
+        )
+    return list(dict.fromkeys(contents))
 
 
 def _joined_boxes(text: str, boxes: list[_Box]) -> list[_Box]:

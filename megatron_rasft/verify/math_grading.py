@@ -22,7 +22,7 @@ from megatron_rasft.verify.answers_values import (
     is_words,
     read_answer,
 )
-from megatron_rasft.verify.math_extraction import extract_answer
+from megatron_rasft.verify.math_extraction import extract_answers
 
 # The longest gold answer of the known sets has 210 characters
 _MAX_ANSWER_CHARS = 2000
@@ -31,9 +31,7 @@ _CHOICE = re.compile(r"\(?\s*([A-Za-z])\s*\)?\s*[.:]?")
 _GOLD_CHOICE_WITH_TEXT = re.compile(r"\(([A-J])\)[\s\\~].*", re.DOTALL)
 _CHOICES = re.compile(r"\(?([A-J])\)?(?:\s*(?:,|;|and|&|\s)\s*\(?([A-J])\)?)+|[A-J]{2,5}")
 _OPTION = re.compile(r"(?:\(([A-J])\)|(?<![A-Za-z\\])([A-J])(?=[.:)]|$))")
-_OPTION_WORD = re.compile(
-    r"^(?:the )?(?:correct )?(?:option|choice|answer)s?(?: is)?\s*:?\s*", re.IGNORECASE
-)
+_OPTION_WORD = re.compile(r"^(?:the )?(?:correct )?(?:option|choice|answer)s?(?: is)?\s*:?\s*", re.IGNORECASE)
 _ALTERNATIVE = re.compile(r"\b(?:or|either|and|maybe|not)\b", re.IGNORECASE)
 
 
@@ -43,7 +41,7 @@ def grade_answer(response_text: str, gold: str, rel_tolerance: float = 0.0) -> t
     On hostile input it may run for ever and use any amount of memory, so call it in a ``VerifierPool``.
 
     Args:
-        response_text: the response; ``extract_answer`` finds its answer.
+        response_text: the response; ``extract_answers`` finds its answer.
         gold: the gold answer in LaTeX or plain text, without a box.
         rel_tolerance: relative difference up to which two plain numbers are equal; 0 requires equality.
 
@@ -53,16 +51,24 @@ def grade_answer(response_text: str, gold: str, rel_tolerance: float = 0.0) -> t
     if not gold.strip():
         return "unverifiable", "no gold answer"
     gold_value = read_answer(gold)
-    answer = extract_answer(response_text, _num_values(gold_value))
-    if answer is None:
+    answers = extract_answers(response_text, _num_values(gold_value))
+    if not answers:
         return "wrong", "no answer"
-    if len(answer) > max(_MAX_ANSWER_CHARS, 2 * len(gold)):
+    if sum(map(len, answers)) > max(_MAX_ANSWER_CHARS, 2 * len(gold)):
         return "unverifiable", f"answer longer than {_MAX_ANSWER_CHARS} characters"
+    grades = [_grade(answer, gold, gold_value, rel_tolerance) for answer in answers]
+    if len(answers) == 1 or all(verdict == "correct" for verdict, _ in grades):
+        return grades[0]
+    # Several boxes: one list of values
+    return _grade(", ".join(answers), gold, gold_value, rel_tolerance)
+
+
+def _grade(answer: str, gold: str, gold_value: Value, rel_tolerance: float) -> tuple[Verdict, str]:
     if _spelled_alike(answer, gold):
         return "correct", "same text"
     options = _options(gold)
     if options is not None:
-        return ("correct", "same option") if _options_match(options, answer, gold) else ("wrong", "other option")
+        return ("correct", "same option") if _options_match(options, answer) else ("wrong", "other option")
     return _verdict(gold, gold_value, read_answer(answer), rel_tolerance)
 
 
@@ -84,7 +90,8 @@ def _verdict(gold: str, gold_value: Value, answer: Value, rel_tolerance: float) 
     if equal is not True and is_approximate(gold) and is_rounded_to(gold_value, answer):
         return "correct", "rounds to the gold answer"
     if equal is None:
-        return "unverifiable", "answer not parsed"
+        is_readable = values_match(gold_value, gold_value) is not None
+        return ("unverifiable", "answer not parsed") if is_readable else ("wrong", "different text")
     return ("correct", "equal") if equal else ("wrong", "not equal")
 
 
@@ -121,11 +128,15 @@ def _options(gold: str) -> set[str] | None:
     return set(re.findall(r"[A-J]", text)) if _CHOICES.fullmatch(text) else None
 
 
-def _options_match(wanted: set[str], answer: str, gold: str) -> bool:
+def _options_match(wanted: set[str], answer: str) -> bool:
     """Returns whether an answer names exactly the wanted options. Text after the letter of a single option is not compared."""
     text = _OPTION_WORD.sub("", plain_words(tidy(answer))).strip()
     if len(wanted) > 1:
-        return bool(_CHOICES.fullmatch(text)) and set(re.findall(r"[A-J]", text)) == wanted and " or " not in text
+        return (
+            bool(_CHOICES.fullmatch(text))
+            and set(re.findall(r"[A-J]", text)) == wanted
+            and " or " not in text
+        )
     if bare := _CHOICE.fullmatch(text):
         return bare[1].upper() in wanted
     named = {first or second for first, second in _OPTION.findall(text)}

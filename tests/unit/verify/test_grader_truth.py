@@ -19,20 +19,24 @@ DATA = Path(__file__).parents[4] / "shared" / "data"
 HERE = Path(__file__).parent
 
 FALSE_ACCEPTS: set[tuple[str, str]] = set()
-FALSE_REJECTS = {
-    # sympy evaluates 10 ** 1.5 to a float, which does not equal the exact gold answer
-    (r"10\sqrt{10}", "10^{1.5}"),
-    # math-verify parses i and e as symbols. That is enough for 6 + 9i, but not for powers of i and e
-    ("i", r"\sqrt{-1}"),
-    (r"e^{i\pi}", "-1"),
+FALSE_REJECTS: set[tuple[str, str]] = set()
+
+# Rows of MATH whose demonstration boxes several values, of which the gold answer has only the last. A response with these boxes
+# does not commit to the last one
+PARTIAL_GOLD_ANSWERS = {
+    "math/train/algebra/152",
+    "math/train/algebra/1771",
+    "math/train/intermediate_algebra/396",
+    "math/train/intermediate_algebra/1486",
+    "math/train/intermediate_algebra/1964",
+    "math/train/precalculus/722",
+    "math/train/precalculus/860",
+    "math/train/precalculus/1040",
+    "math/train/precalculus/1089",
+    "math/train/precalculus/1149",
 }
-UNSEEN_FALSE_ACCEPTS: set[tuple[str, str]] = set()
-UNSEEN_FALSE_REJECTS = {
-    (r"7:30 \text{ p.m.}", "7:30 PM"),
-    (r"4 \text{ days}", "four days"),
-    (r"(-\infty,0)\cup(0,\infty)", r"x \neq 0"),
-    (r"\text{B and D}", "B, D"),
-}
+# A time of day with 24 hours and with 12
+UNREAD_TIMES = {"math/train/number_theory/837"}
 
 Pair = tuple[str, str]
 
@@ -73,7 +77,7 @@ def grade_in_pool(pairs: dict[Pair, bool]) -> dict[Pair, Rollout]:
     ("name", "known_accepts", "known_rejects", "num_pairs"),
     [
         ("grader_truth.txt", FALSE_ACCEPTS, FALSE_REJECTS, 560),
-        ("grader_truth_unseen.txt", UNSEEN_FALSE_ACCEPTS, UNSEEN_FALSE_REJECTS, 100),
+        ("grader_truth_unseen.txt", FALSE_ACCEPTS, FALSE_REJECTS, 100),
     ],
 )
 def test_grader_agrees_with_the_labels_except_for_known_pairs(
@@ -116,9 +120,8 @@ def test_every_gold_answer_equals_itself(name: str) -> None:
 @pytest.mark.parametrize(("name", "num_without_gold"), [("gsm8k_train", 0), ("math_train", 2)])
 def test_every_demonstration_grades_correct(name: str, num_without_gold: int) -> None:
     """Two rows of MATH have an empty box in the original data, so they have no gold answer."""
-    misses = Counter()
-    for row in read_rows(f"train/{name}"):
-        verdict, reason = grade_answer(row["response"], row["answer"])
-        if verdict != "correct":
-            misses[reason] += 1
-    assert misses == ({"no gold answer": num_without_gold} if num_without_gold else {})
+    reasons = {row["id"]: grade_answer(row["response"], row["answer"]) for row in read_rows(f"train/{name}")}
+    missed = {row: reason for row, (verdict, reason) in reasons.items() if verdict != "correct"}
+    assert Counter(missed.values())["no gold answer"] == num_without_gold
+    others = {row for row, reason in missed.items() if reason != "no gold answer"}
+    assert others == (PARTIAL_GOLD_ANSWERS | UNREAD_TIMES if name == "math_train" else set())
