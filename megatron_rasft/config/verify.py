@@ -22,14 +22,14 @@ class VerifyConfig(FlagSection):
 
     verify_timeout_s: PositiveFloat = 10.0
     """Deadline for grading one rollout, seconds of wall time. After it the worker is killed and the verdict is ``timeout``. The
-    time for starting a worker is not counted. Answers that take more than a tenth of it are graded after all others."""
+    time for starting a worker is not counted. Answers that take more than a twentieth of it are graded after all others."""
 
     verify_timeouts_per_problem: PositiveInt = 4
     """Number of responses in a row to one problem that exceed the deadline, after which the next responses to it are not graded: their
     verdict is ``timeout``. A refresh (or a benchmark) starts to count anew."""
 
     verify_max_timeouts: PositiveInt = 64
-    """Number of responses in one refresh (or benchmark) that exceed the deadline, after which all others have only a tenth of it."""
+    """Number of responses in one refresh (or benchmark) that exceed the deadline, after which all others have only a twentieth of it."""
 
     verify_memory_mib: Annotated[
         int, Range(at_least=64, advice="Parsing a formula needs at least this much.")

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -34,10 +35,12 @@ Grader = Callable[[str, str], tuple[Verdict, str]]
 _SANDBOX_GRACE_S = 60.0
 # Answers that take longer than this are graded after all others, with the whole deadline. Most take a few
 # milliseconds. The first one of a new worker takes up to half a second
-_FIRST_ROUND_SHARE = 0.1
+_FIRST_ROUND_SHARE = 0.05
 _FIRST_ROUND_MIN_S = 0.5
 # If the pool breaks more often in one call, rollouts are graded one at a time, which shows the one that breaks it
 _MAX_BROKEN_POOLS = 2
+# The tag at the start of a response. </name> closes <name>, and [/NAME] closes [NAME]
+_FIRST_TAG = re.compile(r"\s*([<\[◁])([^\s<>\[\]◁▷]{1,40}[>\]▷])")
 _MAIN_LOCK = threading.Lock()
 
 
@@ -226,7 +229,7 @@ class VerifierPool:
     def _schedule(self, rollout: Rollout, call: "_Call") -> ProcessFuture:
         assert self._pool is not None, "VerifierPool must be used as a context manager"
         check = call.checks[rollout.problem_id]
-        text = rollout.text[-self._config.verify_max_response_chars :]
+        text = end_of_response(rollout.text, self._config.verify_max_response_chars)
         deadline_s = self._deadline_s(check) if call.is_last_round else self._first_deadline_s
         grader = partial(grade_program, config=self._config) if isinstance(check, CodeTests) else self._grader
         args = (grader, text, check, deadline_s + self._orphan_grace_s)
@@ -280,6 +283,14 @@ def _answer_grader(config: VerifyConfig) -> Grader:
     from megatron_rasft.verify.math_grading import grade_answer
 
     return partial(grade_answer, rel_tolerance=config.verify_numeric_rel_tolerance)
+
+
+def end_of_response(text: str, num_chars: int) -> str:
+    """Returns the end of a response. If the rest opened a block of reasoning and did not close it, the end keeps the tag."""
+    rest = text[:-num_chars]
+    tag = _FIRST_TAG.match(rest)
+    is_open = tag is not None and tag[1] + "/" + tag[2] not in rest
+    return (tag[0] if tag is not None and is_open else "") + text[-num_chars:]
 
 
 def _module_of(grader: Any) -> str:

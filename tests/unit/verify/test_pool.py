@@ -166,10 +166,11 @@ def test_hanging_problems_share_a_number_of_deadlines_and_others_are_graded_firs
 
 def test_slow_grading_within_the_deadline_gets_its_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first round cuts it off, the last does not."""
+    # Private names, because no run needs another first round. With the real one, this test would take seconds
     monkeypatch.setattr(pool_module, "_FIRST_ROUND_MIN_S", 0.1)
+    monkeypatch.setattr(pool_module, "_FIRST_ROUND_SHARE", 0.0)
     rollouts = [make_rollout("slowly 5"), make_rollout("slowly 6"), make_rollout("equal 5")]
     with hostile_pool(verify_timeout_s=30.0) as pool:
-        monkeypatch.setattr(pool_module, "_FIRST_ROUND_SHARE", 0.0)
         pool.verify(rollouts, {"p": "5"})
     assert [r.verdict for r in rollouts] == ["correct", "wrong", "correct"]
 
@@ -240,6 +241,25 @@ def test_only_the_tail_of_a_long_response_is_read() -> None:
     with VerifierPool(config) as pool:
         pool.verify(rollouts, {"p": "5"})
     assert [r.verdict for r in rollouts] == ["wrong", "correct"]
+
+
+@pytest.mark.parametrize(
+    ("text", "read"),
+    [
+        ("<think>so 123456", "<think>123456"),
+        (" <think>\nso 123456", " <think>123456"),
+        ("<seed:think>so 123456", "<seed:think>123456"),
+        ("[THINK]so 123456", "[THINK]123456"),
+        ("◁think▷so 123456", "◁think▷123456"),
+        ("<think>so</think> 123456", "123456"),
+        ("[THINK]so[/THINK] 123456", "123456"),
+        ("so <think> 123456", "123456"),
+        ("<think>3456", "k>3456"),
+        ("3456", "3456"),
+    ],
+)
+def test_tail_of_a_response_does_not_leave_its_reasoning(text: str, read: str) -> None:
+    assert pool_module.end_of_response(text, 6) == read
 
 
 def test_answers_and_programs_are_verified_in_one_call() -> None:
