@@ -59,8 +59,11 @@ def check_round_trip(tokenizer: Tokenizer, folder: str | Path) -> None:
     known = {symbol for symbol, text in zip(symbols, _round_trips(tokenizer, symbols)) if symbol in text}
     sample = "".join(symbol for symbol in _SAMPLE if symbol in known or symbol in " \n")
     # some tokenizers put a space before every text
+    (ids,) = tokenize(tokenizer, [sample], add_special_tokens=False)
+    if not known or getattr(tokenizer, "unk_token_id", None) in ids:
+        return  # a small vocabulary of words, which has the letters but not the words of the sample
     (made,) = _round_trips(tokenizer, [sample])
-    if not known or made.strip() == sample.strip():
+    if made.strip() == sample.strip():
         return
     import transformers
 

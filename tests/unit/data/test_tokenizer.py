@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from megatron_rasft.data.tokenizer import check_round_trip, end_ids, open_tokenizer
 from megatron_rasft.errors import ModelFolderError
@@ -60,6 +60,16 @@ def test_a_small_vocabulary_need_not_have_every_character() -> None:
     small.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     small.decoder = decoders.Fuse()
     check_round_trip(transformers.PreTrainedTokenizerFast(tokenizer_object=small), "folder")
+
+
+def test_a_small_vocabulary_of_words_need_not_have_every_word() -> None:
+    import transformers
+
+    symbols = ["?", " ", "\n", *"Add the numbers", "numbers", "add"]
+    small = Tokenizer(models.WordLevel({s: i for i, s in enumerate(dict.fromkeys(symbols))}, unk_token="?"))
+    small.pre_tokenizer = pre_tokenizers.Split(Regex(r" ?[a-z]+|[\s\S]"), "isolated")
+    small.decoder = decoders.Fuse()
+    check_round_trip(transformers.PreTrainedTokenizerFast(tokenizer_object=small, unk_token="?"), "folder")
 
 
 @pytest.mark.parametrize(
