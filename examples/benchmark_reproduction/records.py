@@ -8,7 +8,7 @@ import json
 import os
 import subprocess
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,19 +19,18 @@ Record = dict[str, Any]
 """Provenance of one result, as ``make_record`` returns it."""
 
 
-def make_record(training: Sequence[str], evaluation: Sequence[str], num_processes: int) -> Record:
+def make_record(flags: Mapping[str, Sequence[str]], num_processes: int) -> Record:
     """Returns the provenance of a result.
 
     Args:
-        training: flags of the training, with ``.`` for the result's folder, so that the folder can be moved.
-        evaluation: flags of the evaluation, with the same replacement.
-        num_processes: processes of the training and of the evaluation.
+        flags: ``training``, or the name of an evaluation -> its flags, with ``.`` for the result's folder, so that the folder can
+            be moved.
+        num_processes: processes of the training and of the evaluations.
     """
-    names = [value.rpartition("=")[2] for value in [*training, *evaluation]]
+    names = [value.rpartition("=")[2] for values in flags.values() for value in values]
     files = {name: ROOT / name for name in names if os.path.isfile(ROOT / name)}
     return {
-        "training": list(training),
-        "evaluation": list(evaluation),
+        "flags": {name: list(values) for name, values in flags.items()},
         "num_processes": num_processes,
         "files": {name: _checksum(path, path.stat().st_mtime_ns) for name, path in files.items()},
         "commit": current_commit(),
@@ -45,8 +44,8 @@ def read_record(path: Path) -> Record | None:
 
 def describe_difference(stored: Record, now: Record) -> str | None:
     """Names the first difference of two records, or returns None. Commits may differ."""
-    for part in ("training", "evaluation"):
-        was, is_now = _by_flag(stored[part]), _by_flag(now[part])
+    for part in {**stored["flags"], **now["flags"]}:
+        was, is_now = (_by_flag(record["flags"].get(part, ())) for record in (stored, now))
         for flag in {**was, **is_now}:
             if was.get(flag) != is_now.get(flag):
                 return f"the {part} had {_text(flag, was)} and now has {_text(flag, is_now)}"

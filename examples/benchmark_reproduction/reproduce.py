@@ -61,6 +61,8 @@ class Setting:
     """Flags of all trainings. ``{seed}`` in a value is replaced by the seed."""
     evaluate: dict[str, Any]
     """Flags of all evaluations."""
+    greedy: dict[str, Any] = field(default_factory=dict)
+    """Other flags of a second evaluation. Empty: there is none."""
     prepare: list[list[str]] = field(default_factory=list)
     """Commands that make the model and the data. Every call runs them first, so they must return quickly if the files exist."""
     methods: list[str] = field(default_factory=lambda: list(METHODS))
@@ -166,19 +168,27 @@ def training_flags(setting: Setting, task: Task, output: Path) -> list[str]:
     return [*METHODS[method], *_as_flags(_with_seed(flags, task.seed))]
 
 
-def evaluation_command(setting: Setting, task: Task, output: Path) -> list[str]:
+def evaluations(setting: Setting) -> list[str]:
+    """Names of the evaluations of each model, which are also their folders: ``evaluation``, and ``greedy`` if it has flags."""
+    return ["evaluation", "greedy"] if setting.greedy else ["evaluation"]
+
+
+def evaluation_command(
+    setting: Setting, task: Task, output: Path, evaluation: str = "evaluation"
+) -> list[str]:
     """Returns the command that evaluates the exported model of a training, or the base model."""
     program = str(ROOT / "tools" / "evaluate.py")
-    return [*_launcher(setting), program, "run", *evaluation_flags(setting, task, output)]
+    return [*_launcher(setting), program, "run", *evaluation_flags(setting, task, output, evaluation)]
 
 
-def evaluation_flags(setting: Setting, task: Task, output: Path) -> list[str]:
-    """Returns the flags of tools/evaluate.py."""
+def evaluation_flags(setting: Setting, task: Task, output: Path, evaluation: str = "evaluation") -> list[str]:
+    """Returns the flags of tools/evaluate.py for one of ``evaluations``."""
     flags = {
         "--model": setting.model if task.method == "base" else output / "model",
         "--label": task.name,
-        "--output": output / "evaluation",
+        "--output": output / evaluation,
         **setting.evaluate,
+        **(setting.greedy if evaluation == "greedy" else {}),
         "--seed": task.seed,
     }
     if setting.compare_with:
@@ -210,8 +220,9 @@ def _as_flags(flags: dict[str, Any]) -> Iterator[str]:
 def record_of(setting: Setting, task: Task) -> records.Record:
     """Returns the provenance of the task's result."""
     here = Path()
+    flags = {name: evaluation_flags(setting, task, here, name) for name in evaluations(setting)}
     return records.make_record(
-        training_flags(setting, task, here), evaluation_flags(setting, task, here), setting.num_processes
+        {"training": training_flags(setting, task, here), **flags}, setting.num_processes
     )
 
 
@@ -259,7 +270,8 @@ def run_task(setting: Setting, task: Task, root: Path, keeps_models: bool) -> No
                 (output / name).unlink(missing_ok=True)
             shutil.rmtree(output / "model", ignore_errors=True)
             run_logged(setting, training_command(setting, task, output), output / "training.log")
-    run_logged(setting, evaluation_command(setting, task, output), output / "evaluation.log")
+    for name in evaluations(setting):
+        run_logged(setting, evaluation_command(setting, task, output, name), output / f"{name}.log")
     begun.replace(done)
     if task.method != "base" and not keeps_models:
         shutil.rmtree(output / "model")
@@ -340,7 +352,8 @@ def commands_of(setting: Setting, tasks: Sequence[Task], root: Path) -> Iterator
         output = root / task.name
         if task.method != "base":
             yield training_command(setting, task, output)
-        yield evaluation_command(setting, task, output)
+        for name in evaluations(setting):
+            yield evaluation_command(setting, task, output, name)
 
 
 def _with_flags(setting: Setting, args: argparse.Namespace) -> Setting:
