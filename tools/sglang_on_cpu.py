@@ -3,8 +3,8 @@
     python sglang_on_cpu.py --model-path DIR --port N [any flag of sglang.launch_server]
 
 Runs in the server's own environment (CPU torch, no sgl-kernel), which `make servers` creates, with SGLang 0.5.17 to 0.5.23;
-tools/serve_rollouts.py --cpu uses it. The missing modules are replaced at module level, because SGLang starts its workers with
-spawn, and each worker imports this file first.
+tools/serve_rollouts.py --cpu uses it. The missing modules are replaced at module level, so that an import of this file prepares a
+process for SGLang, also a worker of SGLang that is spawned.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import importlib
 import importlib.machinery
+import multiprocessing
 import os
 import runpy
 import sys
@@ -109,6 +110,19 @@ def keep_freed_memory() -> None:
         library.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
+def fork_workers() -> None:
+    """Makes SGLang fork its workers. It asks for spawn, with which each worker imports torch and SGLang again, for 7 seconds.
+
+    A fork is safe here: there is no CUDA context, and the server starts its threads after its workers.
+    """
+    set_start_method = multiprocessing.set_start_method
+
+    def forked(method: str | None, force: bool = False) -> None:
+        set_start_method("fork" if method == "spawn" else method, force)
+
+    multiprocessing.set_start_method = forked
+
+
 def bind_ranks(flags: list[str]) -> None:
     """Assigns one core to each tensor-parallel rank. SGLang requires this if there is only one NUMA node."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -124,11 +138,24 @@ if not torch.cuda.is_available():
     bridge()
     keep_freed_memory()
 
-if __name__ == "__main__":
+
+def serve(flags: list[str]) -> None:
+    """Runs the server in this process until it ends.
+
+    Args:
+        flags: flags of sglang.launch_server. Flags of ``DEFAULTS`` are added if they are absent.
+    """
     for flag, value in DEFAULTS.items():
-        if not any(a == flag or a.startswith(flag + "=") for a in sys.argv):
-            sys.argv += [flag, value]
-    if "--sleep-on-idle" not in sys.argv:
-        sys.argv.append("--sleep-on-idle")  # without this an idle server uses half a core
-    bind_ranks(sys.argv[1:])
+        if not any(a == flag or a.startswith(flag + "=") for a in flags):
+            flags = [*flags, flag, value]
+    if "--sleep-on-idle" not in flags:
+        flags = [*flags, "--sleep-on-idle"]  # without this an idle server uses half a core
+    sys.argv[1:] = flags
+    bind_ranks(flags)
+    if not torch.cuda.is_available():
+        fork_workers()
     runpy.run_module("sglang.launch_server", run_name="__main__", alter_sys=False)
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1:])

@@ -6,7 +6,8 @@ A test gets servers from the session's pool, the fixture ``server_pool`` of test
         server = server_pool.get("0.5.23", model)           # ready; started at the first call only
         client = ServerClient(server.url)
 
-Starting a server takes half a minute or more, so servers are kept between tests. A test gets a kept server of the same version,
+Each server is forked from a process that has imported SGLang. It is ready after a few seconds, but not at once, so servers are kept
+between tests. A test gets a kept server of the same version,
 model and flags, reset to the model's own weights (label ``default``) and not paused. At most two servers run at once (2 GB
 each); ``get`` stops the least recently used one. A test may kill, freeze or break its server: a server that does not answer is
 started again at the next ``get``. A test that needs two servers calls ``pair``.
@@ -14,10 +15,13 @@ started again at the next ``get``. A test that needs two servers calls ``pair``.
 The tests use the versions of SGLang in ``VERSIONS``, which ``make servers`` installs.
 """
 
+import functools
+import json
 import os
 import signal
 import subprocess
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -46,6 +50,39 @@ def server_python(version: str) -> Path:
     return python
 
 
+class ServerParent:
+    """The process from which the servers of a version are forked. It ends with this process, and its servers with it."""
+
+    def __init__(self, version: str) -> None:
+        self.version = version
+        command = [str(server_python(version)), str(Path(__file__).with_name("server_parent.py"))]
+        # Bytecode is written, because the packages were installed without.
+        left_out = ("PYTHONPATH", "VIRTUAL_ENV", "PYTHONDONTWRITEBYTECODE")
+        environment = {k: v for k, v in os.environ.items() if k not in left_out}
+        self._process = subprocess.Popen(
+            command,
+            env=environment | {"PYTHONWARNINGS": "ignore"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def fork(self, flags: Sequence[str], log: Path) -> int:
+        """Starts a server and returns its process id, which is also the id of its process group."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        print(json.dumps({"flags": list(flags), "log": str(log)}), file=self._process.stdin, flush=True)
+        answer = self._process.stdout.readline()
+        if not answer:
+            pytest.fail(f"SGLang {self.version} cannot be imported; the error is in the output", False)
+        return int(answer)
+
+
+@functools.cache
+def server_parent(version: str) -> ServerParent:
+    return ServerParent(version)
+
+
 class RunningServer:
     """A server process with its children, in its own process group.
 
@@ -63,20 +100,15 @@ class RunningServer:
         self.flags = flags
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        self._process: subprocess.Popen[bytes] | None = None
+        self._pid: int | None = None
 
     def start(self) -> None:
         """Starts the processes and returns at once. After a stop the same port is used again."""
-        command = [str(server_python(self.version)), str(ROOT / "tools" / "sglang_on_cpu.py")]
-        command += ["--model-path", str(self.model), "--port", str(self.port)]
-        command += ["--nccl-port", str(free_port()), *self.flags]
+        flags = ["--model-path", str(self.model), "--port", str(self.port)]
+        flags += ["--nccl-port", str(free_port()), *self.flags]
         if not (self.model / "tokenizer.json").exists() and "--skip-tokenizer-init" not in self.flags:
-            command.append("--skip-tokenizer-init")
-        environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
-        with self.log.open("ab") as log:
-            self._process = subprocess.Popen(
-                command, stdout=log, stderr=log, env=environment, start_new_session=True
-            )
+            flags.append("--skip-tokenizer-init")
+        self._pid = server_parent(self.version).fork(flags, self.log)
 
     def wait_until_ready(self, timeout_s: float = _START_S) -> None:
         """Waits until the server has generated a token. If it does not, the test fails and shows the end of the log."""
@@ -97,7 +129,12 @@ class RunningServer:
 
     @property
     def is_alive(self) -> bool:
-        return self._process is not None and self._process.poll() is None
+        if self._pid is None:
+            return False
+        with suppress(ProcessLookupError):
+            os.kill(self._pid, 0)
+            return True
+        return False
 
     def answers(self) -> bool:
         """Whether the server still generates."""
@@ -129,8 +166,11 @@ class RunningServer:
     def kill(self) -> None:
         """Kills the server and its children, and returns when the server has ended."""
         self._signal(signal.SIGKILL)
-        if self._process is not None:
-            self._process.wait(60)
+        deadline = time.monotonic() + 60
+        while self.is_alive:
+            assert time.monotonic() < deadline, f"process {self._pid} survives SIGKILL"
+            time.sleep(0.01)
+        self._pid = None
 
     def log_tail(self, num_lines: int = 25) -> str:
         """Returns the last lines of the log, each cut to a readable length."""
@@ -140,9 +180,9 @@ class RunningServer:
         return "\n".join(line[:300] for line in lines[-num_lines:])
 
     def _signal(self, number: int) -> None:
-        if self._process is not None:
+        if self._pid is not None:
             with suppress(ProcessLookupError):
-                os.killpg(self._process.pid, number)
+                os.killpg(self._pid, number)
 
 
 class ServerPool:
