@@ -13,10 +13,10 @@ WHEEL := .cache/wheel
 quickstart:
 	PYTHON="$(PYTHON)" VENV="$(VENV)" examples/quickstart/run.sh $(ARGS)
 
-# The cheap checks first, while the servers are fetched: one fails before the long ones start.
+# Three jobs at a time, in this order, each printed when it is done. The cheap checks come first, while the servers are installed:
+# after a failure make starts no further job.
 test: venv
-	$(MAKE) --jobs=2 --output-sync=target lint types wheel servers emulated-gpu
-	$(MAKE) pytest
+	$(MAKE) --jobs=3 --output-sync=target servers lint types wheel emulated-gpu $(PARTS)
 
 lint: venv
 	$(BIN)/ruff check .
@@ -25,22 +25,27 @@ lint: venv
 types: venv
 	$(BIN)/mypy
 
-# Tests with servers mostly wait for them, and unit tests of the verifier for its deadlines: three parts side by side, each
-# printed when it is done. The fourth, which runs the GPU path on an emulated GPU, takes the place of the first that ends.
-pytest: venv servers emulated-gpu
-	$(MAKE) --jobs=3 --output-sync=target pytest-servers pytest-runs pytest-units pytest-emulated
+# Tests with servers partly wait for them, and unit tests of the verifier for its deadlines: three parts side by side, the longest
+# first. The last part, which runs the GPU path on an emulated GPU, takes the place of the first that ends.
+PARTS := pytest-runs pytest-servers pytest-units pytest-emulated
 
-pytest-servers:
+pytest: venv
+	$(MAKE) --jobs=3 --output-sync=target $(PARTS)
+
+# The parts share the cores, and their tensors are tiny: more threads only wait for each other.
+$(PARTS): export OMP_NUM_THREADS = 1
+
+pytest-servers: servers
 	$(BIN)/python -m pytest -m "servers and not gpu" $(ARGS)
 
-pytest-runs:
+pytest-runs: venv
 	$(BIN)/python -m pytest -m "not servers and not gpu" -p no:cacheprovider tests/functional tests/distributed $(ARGS)
 
-pytest-units:
+pytest-units: venv
 	$(BIN)/python -m pytest -m "not servers and not gpu and not bridge" -p no:cacheprovider --ignore=tests/functional --ignore=tests/distributed \
 		--ignore=tests/emulated_gpu $(ARGS)
 
-pytest-emulated:
+pytest-emulated: emulated-gpu
 	$(BIN)/python -m pytest -m "not gpu" -p no:cacheprovider tests/emulated_gpu $(ARGS)
 
 # For every night: changes the method's functions, one operator or value at a time, and runs their unit tests on each change. The
@@ -61,12 +66,14 @@ wheel: venv
 
 venv: $(STAMP)
 
-# pip asks whichever index it is configured for. The stamp makes an interrupted installation go on next time.
+# pip asks whichever index it is configured for. The stamp makes an interrupted installation go on next time. The packages are
+# compiled on every core, which pip does not do.
 $(STAMP): pyproject.toml
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 12))' || \
 		{ echo "make: PYTHON=$(PYTHON) is not a Python >= 3.12: make PYTHON=/path/to/python3.12 ..." >&2; exit 1; }
 	"$(PYTHON)" -m venv "$(VENV)"
-	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[dev,quickstart]'
+	$(BIN)/python -m pip install --disable-pip-version-check --no-compile --editable '.[dev,quickstart]'
+	$(BIN)/python -m compileall -q -j 0 $(VENV)/lib > /dev/null || true # some packages hold files of Python 2
 	touch $@
 
 # SGLang servers that run on a CPU, for the tests; finished ones are left alone. PYTHON311 names a Python 3.11,

@@ -35,10 +35,10 @@ python311() {
     return 1
 }
 
-install() { # environment, pip's arguments
+install() { # environment, pip's arguments. A server imports few of the files, and compiles those itself.
     local venv="$1"
     shift
-    "$VENV/bin/python" -m pip --disable-pip-version-check --python "$venv/bin/python" install --quiet "$@"
+    "$VENV/bin/python" -m pip --disable-pip-version-check --python "$venv/bin/python" install --quiet --no-compile "$@"
 }
 
 site_packages() {
