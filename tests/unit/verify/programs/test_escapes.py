@@ -16,6 +16,7 @@ import pytest
 from megatron_rasft.verify.programs import confinement
 from megatron_rasft.verify.programs.sandbox import Sandbox
 from tests.unit.verify.programs.escape_attempts import ATTEMPTS, NUMBERS, PREAMBLE
+from tests.unit.verify.programs.working_programs import ANYWHERE, WITH_FILES
 
 POSSIBLE = {
     "namespaces": {"read lock"},
@@ -154,3 +155,20 @@ def test_no_attempt_leaves_the_sandbox(patient_sandbox: Sandbox, targets: Target
     succeeded = output.splitlines()
     assert set(succeeded) - {"tried all"} == POSSIBLE[patient_sandbox.level]
     assert targets.state() == before
+
+
+WORKS = """
+import contextlib, io, traceback
+for name, program in PROGRAMS.items():
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            exec(program, {"__name__": "working"})
+    except BaseException:
+        print(name, traceback.format_exc())
+"""
+
+
+def test_python_and_numpy_work(patient_sandbox: Sandbox) -> None:
+    programs = ANYWHERE | ({} if patient_sandbox.level == "limits" else WITH_FILES)
+    outcome, output = patient_sandbox.run_script(f"PROGRAMS = {programs!r}\n{WORKS}", "")
+    assert (outcome, output) == ("ended", "")
