@@ -179,7 +179,8 @@ def measure(num_checks: int, num_workers: int, levels: list[str]) -> None:
         list(threads.map(start_bare, range(num_checks)))
         bare_rate = report("python -c pass", time.monotonic() - began, None)
         for level in levels:
-            sandboxes = [Sandbox(VerifyConfig(), [level]) for _ in range(num_workers)]  # type: ignore[list-item]
+            config = VerifyConfig(verify_sandbox_level="limits")
+            sandboxes = [Sandbox(config, [level]) for _ in range(num_workers)]  # type: ignore[list-item]
 
             def check_share(sandbox: Sandbox) -> None:
                 for _ in range(num_checks // num_workers):
@@ -222,6 +223,7 @@ def main() -> int:
         verify_code_timeout_s=args.timeout_s,
         verify_code_memory_mib=args.memory_mib,
         verify_code_output_mib=args.output_mib,
+        verify_sandbox_level="limits",
     )
     with Sandbox(config, [args.level] if args.level else LEVELS) as sandbox:
         print(f"level {sandbox.level}, Python {sys.version.split()[0]}")

@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -75,6 +76,7 @@ def main(level: str, packages: str, control_fd: int, parent_pid: int) -> None:
     users = (_FIRST_USER + os.getpid(), confinement.NOBODY)
     os.setpgid(0, 0)
     preloading.load_modules(packages.split(), is_complete=level == "limits")
+    _readable_paths()  # found once, for all forked processes
     base_bytes = confinement.address_space_bytes()
     try:
         if level == "namespaces":
@@ -103,7 +105,8 @@ def main(level: str, packages: str, control_fd: int, parent_pid: int) -> None:
         control.send(json.dumps(outcome).encode())
 
 
-def _readable_paths() -> list[Path]:
+@lru_cache(maxsize=1)
+def _readable_paths() -> tuple[Path, ...]:
     """Returns the paths of Python, its packages and the system libraries, without paths below another path in the result."""
     wanted = [Path(sys.prefix), Path(sys.base_prefix), Path(sys.exec_prefix)]
     wanted += [Path(entry) for entry in sys.path if entry.endswith(("-packages", "lib-dynload"))]
@@ -115,7 +118,7 @@ def _readable_paths() -> list[Path]:
     for path in sorted({path.absolute() for path in wanted}):
         if path != Path("/") and not any(path.is_relative_to(other) for other in chosen):
             chosen.append(path)
-    return chosen
+    return tuple(chosen)
 
 
 def _continue_as_first_process(control: socket.socket) -> None:
