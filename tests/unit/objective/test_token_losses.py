@@ -588,6 +588,17 @@ def test_a_lower_clip_above_the_upper_clip_is_refused(objective: Callable[[], Ob
         objective()
 
 
+def test_with_equal_clips_every_ratio_is_the_clip() -> None:
+    cases: list[tuple[Objective, Objective, float]] = [
+        (Rasft(objective_ratio_clip_low=1.2, objective_ratio_clip_high=1.2), Dft(), 1.2),
+        (IwSft(objective_iw_clip_low=1.5, objective_iw_clip_high=1.5), Sft(), 1.5),
+        (IwSft(objective_iw_level="token", objective_iw_clip_low=1.8), Sft(), 1.8),
+    ]
+    for weighted_by_ratio, plain, clip_at in cases:
+        _, grad = loss_and_gradient(batch(), weighted_by_ratio)
+        torch.testing.assert_close(grad, clip_at * loss_and_gradient(batch(), plain)[1])
+
+
 def test_objectives_declare_what_they_need() -> None:
     def needs(objective: Objective) -> str:
         answers = {

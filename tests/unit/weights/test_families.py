@@ -62,6 +62,7 @@ def shards(
     result = []
     for rank in range(tp_size):
         layout = binding.entry.layout(table.shape, rank, tp_size, shard_shape)
+        assert all(piece.start < piece.stop for piece in layout.pieces), "an empty piece is left out"
         pieces = [hf[p.tensor].narrow(layout.dim, p.start, p.stop - p.start) for p in layout.pieces]
         result.append(torch.cat(pieces, layout.dim) if pieces else torch.empty(0))
     return result
@@ -90,6 +91,8 @@ def test_added_query_groups_are_padding_of_the_last_ranks() -> None:
     assert torch.equal(first, torch.cat(groups[:2])) and torch.equal(second, groups[2])
     first, second = shards(table, LAYER + "self_attention.linear_proj.weight", [o], 2, (8, 16))
     assert torch.equal(first, o[:, :16]) and torch.equal(second, o[:, 16:])
+    first, second = shards(table, LAYER + "self_attention.linear_proj.weight", [o], 2, (8, 24))
+    assert torch.equal(first, o) and second.numel() == 0
 
 
 def test_gate_and_up_are_concatenated_per_rank() -> None:
@@ -108,6 +111,9 @@ def test_row_parallel_weights_are_cut_along_their_columns() -> None:
 def test_padding_rows_have_no_source() -> None:
     table = table_of("LlamaForCausalLM", shape())
     embedding = torch.randn(11, 8)
+    assert torch.equal(
+        shards(table, "embedding.word_embeddings.weight", [embedding], 1, (11, 8))[0], embedding
+    )
     got = shards(table, "embedding.word_embeddings.weight", [embedding], 4, (4, 8))
     assert [g.shape[0] for g in got] == [4, 4, 3, 0]
     assert torch.equal(torch.cat(got[:3]), embedding)
