@@ -8,8 +8,8 @@ import json
 import sys
 from pathlib import Path
 
-KILLED = {1, 3, 24, -24, 152, -9, -11}
-"""Exit codes of pytest for a failed test, and of a process that ran out of time or crashed."""
+KILLED = {1, 3, 24, -24, 152, 36, 255, -9, -11}
+"""Exit codes of pytest for a failed test, and of a process that ran out of time or crashed (``status_by_exit_code`` of mutmut)."""
 LEAST_SHARE = 0.95
 
 
