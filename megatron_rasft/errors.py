@@ -28,6 +28,10 @@ class CheckpointError(RasftError):
     """A checkpoint belongs to another run or model, is incomplete, or could not be written."""
 
 
+class WeightsError(RasftError):
+    """Weights contain NaN or infinity, or values beyond the range of the type to which they are converted."""
+
+
 class RolloutError(RasftError):
     """The rollouts that a run needs could not be obtained."""
 

@@ -5,11 +5,14 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from megatron.core.utils import unwrap_model
 
 from megatron_rasft.config import SyncConfig
+from megatron_rasft.errors import FailedElsewhere, WeightsError
+from megatron_rasft.ranks import gather_to_all
 from megatron_rasft.servers.record import ServerRecords
 from megatron_rasft.sync import WeightSync
 from megatron_rasft.weights.exporting import export
@@ -42,16 +45,27 @@ class HfWeights:
         self._is_first_replica = parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
 
     def load(self) -> None:
-        """Copies the folder's weights into the model."""
-        load_into(
-            self._model,
-            self._folder,
-            tp_rank=parallel_state.get_tensor_model_parallel_rank(),
-            tp_size=parallel_state.get_tensor_model_parallel_world_size(),
-            layer_offsets=self._layer_offsets,
-            pp_group=parallel_state.get_pipeline_model_parallel_group(),
-            experts=self._experts.ranks,
-        )
+        """Copies the folder's weights into the model.
+
+        Raises:
+            WeightsError: a tensor has NaN or infinity. Ranks other than 0 raise FailedElsewhere.
+        """
+        fault = ""
+        try:
+            load_into(
+                self._model,
+                self._folder,
+                tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+                tp_size=parallel_state.get_tensor_model_parallel_world_size(),
+                layer_offsets=self._layer_offsets,
+                pp_group=parallel_state.get_pipeline_model_parallel_group(),
+                experts=self._experts.ranks,
+            )
+        except WeightsError as error:
+            fault = str(error)
+        # only the ranks that hold the tensor have found the fault
+        if fault := next((found for found in gather_to_all(fault) if found), ""):
+            raise WeightsError(fault) if dist.get_rank() == 0 else FailedElsewhere(fault)
 
     def export(self, path: str, dtype: torch.dtype, facts: dict[str, str] | None = None) -> None:
         """Writes the model as a Hugging Face folder.

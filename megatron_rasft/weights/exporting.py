@@ -16,29 +16,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_rasft.errors import CheckpointError, ModelFolderError
+from megatron_rasft.errors import CheckpointError, ModelFolderError, WeightsError
 from megatron_rasft.ranks import gather_to_all
+from megatron_rasft.weights.companions import copy_companions
+from megatron_rasft.weights.finite import NOT_FINITE, is_finite
 from megatron_rasft.weights.folder import DTYPES, INDEX_FILE, SINGLE_FILE, HfFolder
 from megatron_rasft.weights.gathering import ExpertGroups, TensorPlan, gather_tensors, plan_tensors
 from megatron_rasft.weights.model_card import write_card
-
-_COPIED = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "additional_chat_templates",
-    "LICENSE*",
-    "NOTICE*",
-    "USE_POLICY*",
-)
-"""Files of the template folder that are copied along with the weights, if they exist."""
 
 _DTYPE_NAMES = {**{dtype: name for name, dtype in DTYPES.items()}, torch.float8_e4m3fn: "F8_E4M3"}
 
@@ -144,7 +128,7 @@ def export(
                 experts,
                 is_first_replica,
             )
-        except (OSError, ModelFolderError, ValueError) as error:
+        except (OSError, ModelFolderError, WeightsError, ValueError) as error:
             failure = str(error)
     reports = gather_to_all((files, num_bytes, failure))
     failure = next((f for _, _, f in reports if f), "")
@@ -218,7 +202,7 @@ def _write_stage(
     paths = [folder / f"stage-{pp_rank:04d}-{i:05d}.safetensors" for i in range(len(shards))]
     shard_of = {plan.name: i for i, shard in enumerate(shards) for plan in shard}
     writers: dict[int, ShardWriter] = {}
-    failure: OSError | None = None
+    failure: OSError | WeightsError | None = None
     tensors = gather_tensors(
         chunks,
         template.table,
@@ -234,10 +218,12 @@ def _write_stage(
             continue  # continues after a failure, because other ranks wait in the same gathers
         i = shard_of[name]
         try:
+            if not is_finite(tensor):
+                raise WeightsError(f"{name} contains {NOT_FINITE} as {type_names([tensor.dtype])}")
             if i not in writers:
                 writers[i] = ShardWriter(paths[i], shards[i])
             writers[i].write(name, tensor)
-        except OSError as error:
+        except (OSError, WeightsError) as error:
             failure = error
     if failure is not None:
         for writer in writers.values():
@@ -320,16 +306,6 @@ def _check_complete(written: list[str], template: HfFolder) -> None:
         )
 
 
-def copy_companions(source: Path, target: Path) -> None:
-    """Copies the files that accompany the weights: tokenizer, chat template, generation config, licence."""
-    for pattern in _COPIED:
-        for path in sorted(source.glob(pattern)):
-            if path.is_dir():
-                shutil.copytree(path, target / path.name, dirs_exist_ok=True)
-            else:
-                shutil.copyfile(path, target / path.name)
-
-
 def types_by_size(weights: Iterable[tuple[tuple[int, ...], torch.dtype]]) -> list[torch.dtype]:
     """Returns the types of (shape, type) weights, ordered by number of elements. config.json names the first."""
     sizes: Counter[torch.dtype] = Counter()
@@ -344,11 +320,15 @@ def type_names(types: Iterable[torch.dtype]) -> str:
 
 
 def write_config(template: HfFolder, target: Path, dtype: torch.dtype, **more: Any) -> None:
-    """Writes config.json for weights of type ``dtype``, with further keys ``more``."""
-    if dtype == template.dtype and not more:
+    """Writes config.json for weights of type ``dtype``, with further keys ``more``.
+
+    "auto_map" is left out. It refers to code beside the weights, but transformers has its own class for every family.
+    """
+    if dtype == template.dtype and not more and "auto_map" not in template.config:
         shutil.copyfile(template.path / "config.json", target / "config.json")
         return
     config = {**template.config, **more}
+    config.pop("auto_map", None)
     # transformers 5 reads and writes "dtype", earlier releases "torch_dtype"
     config["dtype" if "dtype" in config else "torch_dtype"] = str(dtype).removeprefix("torch.")
     (target / "config.json").write_text(

@@ -9,8 +9,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_rasft.errors import ModelFolderError
+from megatron_rasft.errors import ModelFolderError, WeightsError
 from megatron_rasft.weights.families import Binding, NameTable, ShardLayout
+from megatron_rasft.weights.finite import NOT_FINITE, is_finite
 from megatron_rasft.weights.folder import HfFolder
 
 
@@ -108,17 +109,30 @@ def load_into(
 
     Raises:
         ModelFolderError: a parameter has no tensor, a tensor has no parameter, or their shapes differ.
+        WeightsError: a tensor has NaN or infinity, or overflows as float16.
     """
     taken: set[str] = set()
+    fault = ""  # raised at the end, because the other stages wait in the gather
     for param, binding, layout in bound_parameters(
         chunks, folder.table, layer_offsets, tp_rank, tp_size, experts
     ):
-        param.copy_(read_shard(folder, binding, layout))
+        shard = read_shard(folder, binding, layout)
+        if param.dtype == torch.float16:
+            shard = shard.half()  # checked in the type in which values can overflow
+        if not fault and not is_finite(shard):
+            fault = (
+                f"model folder {folder.path}: {' or '.join(binding.hf_names)} contains {NOT_FINITE} as "
+                f"{str(shard.dtype).removeprefix('torch.')}. Repair the weights, or give another folder."
+            )
+        param.copy_(shard)
         taken.update(binding.hf_names)
     if pp_group is not None:
-        stages: list[set[str]] = [set()] * pp_group.size()
-        dist.all_gather_object(stages, taken, group=pp_group)
-        taken = set().union(*stages)
+        stages: list[tuple[set[str], str]] = [(set(), "")] * pp_group.size()
+        dist.all_gather_object(stages, (taken, fault), group=pp_group)
+        taken = set().union(*(names for names, _ in stages))
+        fault = next((found for _, found in stages if found), "")
+    if fault:
+        raise WeightsError(fault)
     ep_rank, ep_size = (0, 1) if experts is None else experts[:2]
     num_local = folder.shape.num_experts // ep_size
     left = [

@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_rasft.errors import CheckpointError
+from megatron_rasft.errors import CheckpointError, WeightsError
 from megatron_rasft.files import replacing
 from megatron_rasft.tools.conversion.staging import StagedFolder
 from megatron_rasft.weights.architecture import megatron_args
+from megatron_rasft.weights.companions import copy_companions
 from megatron_rasft.weights.exporting import (
     ShardWriter,
-    copy_companions,
     file_name,
     type_names,
     types_by_size,
@@ -26,6 +26,7 @@ from megatron_rasft.weights.exporting import (
     write_index,
 )
 from megatron_rasft.weights.families import NameTable, Piece, ShardLayout, StoredParameter
+from megatron_rasft.weights.finite import NOT_FINITE, describe_overflow, is_finite
 from megatron_rasft.weights.folder import HfFolder
 from megatron_rasft.weights.fp8_blocks import (
     SCALE_SUFFIX,
@@ -50,6 +51,8 @@ from megatron_rasft.weights.tracker import RELEASE, TRACKER_FILE
 
 TEMPLATE_DIR = "hugging_face"
 """Subfolder of a converted checkpoint with the folder's other files: config, tokenizer and so on."""
+
+_WIDER_TYPE = "Give --dtype bfloat16 or float32."
 
 _MAX_CHUNKS = 16
 _MIN_CHUNK_BYTES = 1 << 20
@@ -122,6 +125,7 @@ def hf_to_megatron(
     Raises:
         ValueError: ``out_dir`` is in use, or an argument does not fit the model.
         CheckpointError: the disk is full or fails. Finished files are kept for the next call.
+        WeightsError: a tensor has NaN or infinity, or overflows as ``dtype``. No file is kept.
     """
     arguments = megatron_args(source, query_groups)
     shape = replace(
@@ -192,7 +196,12 @@ def write_layer(
         dim = parameter.binding.entry.layout(source.shape, 0, 1, size).dim
         leading = (1,) * len(parameter.position)
         position = 0
-        for chunk in _read_chunks(source, parameter, wholes[parameter.key]):
+        for stored in _read_chunks(source, parameter, wholes[parameter.key]):
+            chunk = stored.to(wholes[parameter.key].dtype)
+            if not is_finite(chunk):
+                raise WeightsError(
+                    f"model folder {source.path}: {_describe_not_finite(source, parameter, chunk.dtype)}"
+                )
             offsets = [0] * len(size)
             offsets[dim] = position
             position += chunk.shape[dim]
@@ -209,7 +218,10 @@ def write_layer(
 
 
 def _read_chunks(source: HfFolder, parameter: StoredParameter, whole: _Whole) -> Iterator[Tensor]:
-    """Yields a parameter in equal chunks along the dimension that ranks split, so that a rank can read only its own part."""
+    """Yields a parameter in equal chunks along the dimension that ranks split, so that a rank can read only its own part.
+
+    The chunks have the stored type.
+    """
     entry = parameter.binding.entry
     layout = entry.layout(source.shape, 0, 1, whole.shape)
     num = num_chunks(whole.shape[layout.dim], whole.num_bytes) if entry.is_sharded else 1
@@ -219,8 +231,18 @@ def _read_chunks(source: HfFolder, parameter: StoredParameter, whole: _Whole) ->
         chunks: Iterable[Tensor] = (read_shard(source, parameter.binding, part) for part in parts)
     else:  # a range of columns is scattered over the file, so the parameter is read once
         chunks = read_shard(source, parameter.binding, layout).split(length, layout.dim)
-    for chunk in chunks:
-        yield chunk.to(whole.dtype)
+    yield from chunks
+
+
+def _describe_not_finite(source: HfFolder, parameter: StoredParameter, made: torch.dtype) -> str:
+    """Names the tensor of a parameter that has NaN or infinity, or that overflows as type ``made``."""
+    for name in parameter.binding.hf_names:
+        stored = source.read(name)
+        if not is_finite(stored):
+            return f"{name} contains {NOT_FINITE}"
+        if not is_finite(stored.to(made)):
+            return f"--dtype: {name} {describe_overflow(stored, made)}. {_WIDER_TYPE}"
+    raise AssertionError(f"{parameter.key} is not finite, but its tensors are")
 
 
 def _clip(layout: ShardLayout, start: int, stop: int) -> ShardLayout:
@@ -289,6 +311,7 @@ def megatron_to_hf(
     Raises:
         ValueError: ``out_dir`` is in use.
         CheckpointError: the checkpoint does not fit the template, or the disk is full. Finished files are kept.
+        WeightsError: a tensor has NaN or infinity, or overflows as ``dtype``. No file is kept.
     """
     check_parameters(source, template.table)
     parts = _file_parts(source, template, dtype, is_fp8, max_shard_bytes)
@@ -445,6 +468,7 @@ def write_file(path: Path, source: TorchDistFolder, table: NameTable, part: _Fil
             for name, tensor in zip(
                 parameter.binding.hf_names, read_parameter(source, table, parameter), strict=True
             ):
+                _check_finite(source, name, tensor, dtypes[name])
                 if dtypes[name] is torch.float8_e4m3fn:
                     values, scales = quantized(tensor)
                     writer.write(name, values)
@@ -453,3 +477,15 @@ def write_file(path: Path, source: TorchDistFolder, table: NameTable, part: _Fil
                     writer.write(name, tensor.to(dtypes[name]))
     finally:
         writer.close()
+
+
+def _check_finite(source: TorchDistFolder, name: str, tensor: Tensor, made: torch.dtype) -> None:
+    """Refuses a tensor with NaN or infinity, or with values beyond the range of the type to write."""
+    if not is_finite(tensor):
+        raise WeightsError(f"checkpoint {source.path}: {name} contains {NOT_FINITE}")
+    # FP8 has scales, and a type of the same range needs no second pass
+    if made.itemsize > 1 and torch.finfo(made).max < torch.finfo(tensor.dtype).max:
+        if not is_finite(tensor.to(made)):
+            raise WeightsError(
+                f"checkpoint {source.path}: --dtype: {name} {describe_overflow(tensor, made)}. {_WIDER_TYPE}"
+            )

@@ -14,14 +14,13 @@ from torch import Tensor
 from megatron_rasft.tools.conversion.conversion import place, read_parameter
 from megatron_rasft.weights.exporting import type_names
 from megatron_rasft.weights.families import StoredParameter
+from megatron_rasft.weights.finite import NOT_FINITE, is_finite
 from megatron_rasft.weights.folder import HfFolder
 from megatron_rasft.weights.fp8_blocks import SCALE_SUFFIX, is_linear_layer, quantized, unquantized_type
 from megatron_rasft.weights.torch_dist import TorchDistFolder
 
 BLOCK_BYTES = 4 << 20
 """Number of bytes of rows that are compared at a time."""
-
-_NOT_FINITE = "{} contains values that are not finite"
 
 
 @dataclass(kw_only=True)
@@ -112,8 +111,8 @@ def prove_fp8(checkpoint: TorchDistFolder, template: HfFolder, exported: Path) -
             expected = {name: tensor.to(unquantized_type(tensor.dtype))}
             if is_linear_layer(name, tuple(tensor.shape)):
                 # checked before rounding, because e4m3 cannot represent infinity
-                if not all(torch.isfinite(tensor[rows]).all() for rows in _blocks(tensor)):
-                    faults.append(_NOT_FINITE.format(name))
+                if not is_finite(tensor):
+                    faults.append(f"{name} contains {NOT_FINITE}")
                 expected = dict(zip((name, name + SCALE_SUFFIX), quantized(tensor), strict=True))
             for key, value in expected.items():
                 if key not in where:
@@ -153,7 +152,7 @@ def _compare(
         SHA-256 over name, type, shape and bytes of the converted tensor, and the faults.
     """
     digest = hashlib.sha256()
-    is_same = is_finite = True
+    is_same = is_usable = True
     types: tuple[torch.dtype, torch.dtype] | None = None
     for source, made in pairs:
         if types is None:
@@ -161,9 +160,9 @@ def _compare(
             digest.update(f"{name} {made.dtype} {list(shape)}\n".encode())
         ours, theirs = (t.contiguous().view(torch.uint8) for t in (source.to(made.dtype), made))
         is_same = is_same and torch.equal(ours, theirs)
-        is_finite = is_finite and (made.itemsize == 1 or bool(torch.isfinite(made).all()))
+        is_usable = is_usable and (made.itemsize == 1 or is_finite(made))
         digest.update(memoryview(theirs.reshape(-1).numpy()))
-    faults = [] if is_finite else [_NOT_FINITE.format(name)]
+    faults = [] if is_usable else [f"{name} contains {NOT_FINITE}"]
     if types is not None and types[0] != types[1]:
         faults.append(f"{name} is {type_names(types[:1])}, not {type_names(types[1:])}")
     if not is_same:

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
-from megatron_rasft.errors import CheckpointError
+from megatron_rasft.errors import CheckpointError, WeightsError
 from megatron_rasft.files import write_json
 
 _JOURNAL = ".conversion"
@@ -103,6 +103,8 @@ class StagedFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if isinstance(error, WeightsError):  # the same command would fail again, so nothing can be continued
+            shutil.rmtree(self.path, ignore_errors=True)
         self.close()
         if isinstance(error, OSError):
             raise self._failure(error) from error

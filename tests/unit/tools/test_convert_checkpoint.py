@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_rasft.tools import cli
+from megatron_rasft.tools.conversion import conversion
 from megatron_rasft.weights import HfFolder
 from megatron_rasft.weights.torch_dist import TorchDistFolder
 from tests.tiny_models import whole_blocks, write_folder
@@ -69,16 +70,20 @@ def test_fp8_of_a_model_that_is_not_whole_blocks_is_refused(
     assert error.count("\n") == 1 and not (tmp_path / "fp8").exists()
 
 
-def test_a_fault_is_printed_and_exits_with_one(
-    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_weights_that_are_not_finite_are_refused_without_verify_and_found_by_it(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     broken = shutil.copytree(model, tmp_path / "model")
     state = load_file(broken / "model.safetensors")
-    state["model.layers.1.mlp.experts.2.up_proj.weight"][0, 0] = float("nan")
+    name = "model.layers.1.mlp.experts.2.up_proj.weight"
+    state[name][0, 0] = float("nan")
     save_file(state, broken / "model.safetensors", {"format": "pt"})
+    assert command("hf-to-megatron", broken, tmp_path / "megatron") == 1
+    printed = capsys.readouterr().err
+    assert name in printed and printed.count("\n") == 1 and not (tmp_path / "megatron").exists()
+    monkeypatch.setattr(conversion, "is_finite", lambda tensor: True)
     assert command("hf-to-megatron", broken, tmp_path / "megatron", "--verify") == 1
-    printed = capsys.readouterr().out
-    assert re.search(r"model\.layers\.1\.mlp\.experts\.2\.up_proj\.weight .*not finite", printed)
+    assert re.search(rf"{re.escape(name)} .*not finite", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import torch
 import transformers
 from safetensors import safe_open
 
-from megatron_rasft.errors import CheckpointError, ModelFolderError
+from megatron_rasft.errors import CheckpointError, ModelFolderError, WeightsError
 from megatron_rasft.training import cpu_backend
 
 cpu_backend.enable()
@@ -182,13 +182,17 @@ def test_companion_files_travel_and_pickles_do_not(tmp_path: Path) -> None:
     (path / "additional_chat_templates/tools.jinja").write_text("{{ tools }}")
     (path / "training_args.bin").write_bytes(b"x")
     (path / "modeling_custom.py").write_text("raise SystemExit")
+    config = json.loads((path / "config.json").read_text())
+    original = dict(config)
+    config["auto_map"] = {"AutoModelForCausalLM": "modeling_custom.Custom"}
+    (path / "config.json").write_text(json.dumps(config))
     folder = HfFolder.open(path)
     chunks, offsets = load(folder)
     export(chunks, folder, tmp_path / "out", layer_offsets=offsets)
     out = tmp_path / "out"
     assert (out / "chat_template.jinja").read_text() == "{{ messages }}"
     assert (out / "additional_chat_templates/tools.jinja").exists() and (out / "tokenizer.json").exists()
-    assert (out / "config.json").read_bytes() == (path / "config.json").read_bytes()
+    assert json.loads((out / "config.json").read_text()) == original
     assert not (out / "training_args.bin").exists() and not (out / "modeling_custom.py").exists()
 
 
@@ -215,6 +219,28 @@ def test_failed_export_leaves_nothing(
     with pytest.raises(CheckpointError, match="No space left"):
         export(chunks, folders["llama"], tmp_path / "out", layer_offsets=offsets)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_neither_exported_nor_loaded(
+    tmp_path: Path, folders: dict[str, HfFolder], value: float
+) -> None:
+    from megatron_rasft.weights import exporting
+
+    folder, name = folders["llama"], "model.layers.2.mlp.down_proj.weight"
+    chunks, offsets = load(folder)
+    (parameter,) = (p for n, p in chunks[0].named_parameters() if "layers.2.mlp.linear_fc2.weight" in n)
+    with torch.no_grad():
+        parameter[3, 4] = value
+    with pytest.raises(CheckpointError, match=name):
+        export(chunks, folder, tmp_path / "out", layer_offsets=offsets)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exporting, "is_finite", lambda tensor: True)
+        export(chunks, folder, tmp_path / "out", layer_offsets=offsets)
+    with pytest.raises(WeightsError, match=name) as error:
+        load(HfFolder.open(tmp_path / "out"))
+    assert str(tmp_path / "out") in str(error.value)
 
 
 @pytest.mark.parametrize(

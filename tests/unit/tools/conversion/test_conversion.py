@@ -16,7 +16,7 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from megatron_rasft.errors import CheckpointError, ModelFolderError
+from megatron_rasft.errors import CheckpointError, ModelFolderError, WeightsError
 from megatron_rasft.tools.conversion import conversion
 from megatron_rasft.tools.conversion.conversion import check_parameters, hf_to_megatron, megatron_to_hf
 from megatron_rasft.tools.conversion.layerwise import layerwise_logits
@@ -506,6 +506,64 @@ def test_damaged_record_is_named(copied: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.fixture
+def changed(folders: dict[str, HfFolder], tmp_path: Path) -> Callable[..., HfFolder]:
+    """Copies a folder with one changed element of one tensor."""
+
+    def change(name: str, value: float, dtype: torch.dtype = torch.float32) -> HfFolder:
+        path = shutil.copytree(folders["llama"].path, tmp_path / "changed")
+        state = {key: tensor.to(dtype) for key, tensor in load_file(path / "model.safetensors").items()}
+        state[name].view(-1)[-3] = value
+        save_file(state, path / "model.safetensors", {"format": "pt"})
+        return HfFolder.open(path)
+
+    return change
+
+
+MATRICES = (
+    "model.embed_tokens.weight",
+    "model.layers.2.mlp.up_proj.weight",
+    "model.layers.1.mlp.down_proj.weight",
+)
+
+
+@pytest.mark.parametrize("name", [*MATRICES, "model.layers.3.self_attn.k_proj.weight", "model.norm.weight"])
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_weights_that_are_not_finite_are_refused_in_both_directions(
+    changed: Callable[..., HfFolder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: float
+) -> None:
+    folder = changed(name, value)
+    with pytest.raises(WeightsError, match=name) as error:
+        hf_to_megatron(folder, tmp_path / "megatron", num_workers=2)
+    assert str(folder.path) in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["changed"]
+    with monkeypatch.context() as patch:
+        patch.setattr(conversion, "is_finite", lambda tensor: True)
+        hf_to_megatron(folder, tmp_path / "megatron")
+    checkpoint, template = TorchDistFolder.open(tmp_path / "megatron"), template_of(tmp_path / "megatron")
+    for is_fp8 in (False, True):
+        with pytest.raises(WeightsError, match=name) as error:
+            megatron_to_hf(checkpoint, template, tmp_path / "out", is_fp8=is_fp8)
+        assert str(tmp_path / "megatron") in str(error.value)
+    assert {path.name for path in tmp_path.iterdir()} == {"changed", "megatron"}
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_weights_that_overflow_as_float16_are_refused_in_both_directions(
+    changed: Callable[..., HfFolder], tmp_path: Path, stored: torch.dtype
+) -> None:
+    name = "model.layers.2.mlp.up_proj.weight"
+    folder = changed(name, -70_000.0, stored)
+    with pytest.raises(WeightsError, match=rf"--dtype: {name} .*7.*e\+04.*float16 .*bfloat16"):
+        hf_to_megatron(folder, tmp_path / "megatron", dtype=torch.float16)
+    hf_to_megatron(folder, tmp_path / "megatron", dtype=torch.bfloat16)
+    checkpoint, template = TorchDistFolder.open(tmp_path / "megatron"), template_of(tmp_path / "megatron")
+    with pytest.raises(WeightsError, match=rf"--dtype: {name} .*7.*e\+04.*float16 "):
+        megatron_to_hf(checkpoint, template, tmp_path / "out", dtype=torch.float16)
+    megatron_to_hf(checkpoint, template, tmp_path / "out", dtype=torch.float32)
+    assert HfFolder.open(tmp_path / "out").read(name).min() < -65504
+
+
 def named(faults: list[str]) -> list[tuple[str, str]]:
     """Returns (tensor, kind of fault) for each line."""
     kinds = ("differs", "not finite", "missing", "unknown")
@@ -532,8 +590,11 @@ def test_proof_names_a_changed_tensor_and_one_that_is_not_finite(
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_fp8_proof_names_a_tensor_that_is_not_finite(
-    folders: dict[str, HfFolder], llama: Path, tmp_path: Path, value: float
+    folders: dict[str, HfFolder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float
 ) -> None:
+    monkeypatch.setattr(
+        conversion, "is_finite", lambda tensor: True
+    )  # the conversion itself refuses such a tensor
     broken = shutil.copytree(folders["llama"].path, tmp_path / "broken")
     state = load_file(broken / "model.safetensors")
     for name in ("model.layers.2.mlp.up_proj.weight", "model.norm.weight"):
