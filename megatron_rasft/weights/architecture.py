@@ -3,6 +3,7 @@
 This module refuses every setting with which Megatron would compute another result than transformers.
 """
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,6 +14,10 @@ from megatron_rasft.weights.families import FAMILIES, REFUSED, Family, ModelShap
 
 _MEGATRON_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 """Values that are fixed in Megatron's RotaryEmbedding._apply_scaling (core/models/common/embeddings)."""
+
+_LARGEST_SIZE = 2**31 - 1
+_MOST_LAYERS = 1_000_000
+"""Largest number of layers times experts. The table of their names is built in memory before anything else is checked."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,9 @@ class ModelDescription:
         try:
             config = read_config(path)
             family = read_family(config)
-            return cls(config, family, read_shape(config, family), read_rope(config, family))
+            known = cls(config, family, read_shape(config, family), read_rope(config, family))
+            megatron_args(known)  # checks the other keys
+            return known
         except ModelFolderError as error:
             raise ModelFolderError(f"model folder {path}: {error}") from error.__cause__
 
@@ -76,7 +83,7 @@ def _describe_missing_config(path: Path) -> str:
 
 def read_family(config: dict[str, Any]) -> Family:
     """Returns the family of a config.json; raises ModelFolderError with the supported families if it has no table."""
-    named = config.get("architectures") or []
+    named = _list(config, "architectures", str)
     for architecture in named:
         if architecture in FAMILIES:
             return FAMILIES[architecture]
@@ -85,15 +92,49 @@ def read_family(config: dict[str, Any]) -> Family:
             raise ModelFolderError(
                 f"architecture {architecture} cannot be converted: {REFUSED[architecture]}"
             )
-    found = ", ".join(map(str, named)) or f"none (model_type {config.get('model_type')!r})"
+    found = ", ".join(named) or f"none (model_type {_short(config.get('model_type'))})"
     raise ModelFolderError(f"architecture {found} is not supported; supported are {', '.join(FAMILIES)}")
+
+
+def _refusal(key: str, wanted: str, found: Any) -> ModelFolderError:
+    return ModelFolderError(f"config.json must have {wanted} {key}, found {_short(found)}")
+
+
+def _short(value: Any) -> str:
+    return repr(value)[:80]
 
 
 def _positive_int(config: dict[str, Any], key: str, default: int | None = None) -> int:
     value = config.get(key)
     value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-        raise ModelFolderError(f"config.json must have a positive integer {key}, found {value!r}")
+    if type(value) is not int or not 0 < value <= _LARGEST_SIZE:
+        raise _refusal(key, "a positive integer", value)
+    return value
+
+
+def _positive_number(config: dict[str, Any], key: str, default: float) -> float:
+    """Returns a number. JSON of Python also has NaN and Infinity, which are refused."""
+    value = config.get(key)
+    value = default if value is None else value
+    if type(value) not in (int, float) or not 0 < value <= sys.float_info.max:
+        raise _refusal(key, "a positive number as", value)
+    return float(value)
+
+
+def _flag(config: dict[str, Any], key: str, default: bool = False) -> bool:
+    value = config.get(key)
+    value = default if value is None else value
+    if not isinstance(value, bool):
+        raise _refusal(key, "true or false as", value)
+    return value
+
+
+def _list(config: dict[str, Any], key: str, kind: type) -> list[Any]:
+    """Returns a list, empty if the key is missing or null."""
+    value = config.get(key)
+    value = [] if value is None else value
+    if not isinstance(value, list) or not all(type(item) is kind for item in value):
+        raise _refusal(key, f"a list of {'names' if kind is str else 'integers'} as", value)
     return value
 
 
@@ -107,24 +148,30 @@ def read_shape(config: dict[str, Any], family: Family) -> ModelShape:
         raise ModelFolderError(
             f"num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}"
         )
-    head_dim = config.get("head_dim") or family.default_head_dim
-    if head_dim is None and hidden_size % heads:
+    has_head_dim = config.get("head_dim") is not None or family.default_head_dim is not None
+    if not has_head_dim and hidden_size % heads:
         raise ModelFolderError(
             f"config.json has no head_dim, and num_attention_heads {heads} does not divide "
             f"hidden_size {hidden_size}"
         )
+    num_layers = _positive_int(config, "num_hidden_layers")
+    num_experts = _num_experts(config) if family.has_experts else 0
+    if num_layers * max(1, num_experts) > _MOST_LAYERS:
+        raise ModelFolderError(
+            f"config.json has {num_layers} layers of {num_experts} experts, which is a mistake"
+        )
     return ModelShape(
-        num_layers=_positive_int(config, "num_hidden_layers"),
+        num_layers=num_layers,
         hidden_size=hidden_size,
         ffn_hidden_size=_ffn_hidden_size(config),
         num_attention_heads=heads,
         num_query_groups=groups,
-        head_dim=head_dim or hidden_size // heads,
+        head_dim=_positive_int(config, "head_dim", default=family.default_head_dim or hidden_size // heads),
         vocab_size=_positive_int(config, "vocab_size"),
-        is_tied=bool(config.get("tie_word_embeddings", False)),
+        is_tied=_flag(config, "tie_word_embeddings"),
         has_qkv_bias=family.has_qkv_bias,
         has_qk_norm=family.has_qk_norm,
-        num_experts=_num_experts(config) if family.has_experts else 0,
+        num_experts=num_experts,
     )
 
 
@@ -144,76 +191,105 @@ def _refuse_unsupported(config: dict[str, Any], family: Family) -> None:
     if quantization := config.get("quantization_config"):
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         raise ModelFolderError(
-            f"the model is quantized (quantization_config, {method}); use a folder with plain bf16, fp16 or "
+            f"the model is quantized (quantization_config, {str(method)[:80]}); use a folder with plain bf16, fp16 or "
             "fp32 weights"
         )
     for key in ("attention_bias", "mlp_bias"):
-        if config.get(key):
+        if _flag(config, key):
             raise ModelFolderError(f"{key} is true, which is not supported for {family.architecture}")
     activation = config.get("hidden_act", "silu")
     if activation != "silu":
-        raise ModelFolderError(f"hidden_act {activation!r} is not supported; supported is 'silu'")
-    if _uses_sliding_window(config, family):
-        key, value = (
-            ("use_sliding_window", "false") if family.has_window_switch else ("sliding_window", "null")
-        )
-        raise ModelFolderError(
-            "sliding-window attention is in use, which is not supported; if the model was trained with full "
-            f"attention, or if your sequences fit in the window, set {key} to {value} in config.json"
-        )
-    if family.has_experts and (config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1):
+        raise ModelFolderError(f"hidden_act {_short(activation)} is not supported; supported is 'silu'")
+    _refuse_window(config, family)
+    sparse_step = _positive_int(config, "decoder_sparse_step", default=1)
+    if family.has_experts and (_list(config, "mlp_only_layers", int) or sparse_step != 1):
         raise ModelFolderError(
             f"only some layers have experts (mlp_only_layers {config.get('mlp_only_layers')}, decoder_sparse_step "
-            f"{config.get('decoder_sparse_step', 1)}), which is not supported"
+            f"{sparse_step}), which is not supported"
         )
+
+
+def _refuse_window(config: dict[str, Any], family: Family) -> None:
+    """Refuses attention that is not full. The advice also names layer_types, which transformers reads before all other keys."""
+    kinds = set(_list(config, "layer_types", str)) - {"full_attention"}
+    if other := sorted(kinds - {"sliding_attention"}):
+        raise ModelFolderError(f"layers of type {', '.join(other)} (layer_types) are not supported")
+    if not _uses_sliding_window(config, family):
+        return
+    key, value = ("use_sliding_window", "false") if family.has_window_switch else ("sliding_window", "null")
+    more = " and remove layer_types" if kinds else ""
+    raise ModelFolderError(
+        "sliding-window attention is in use, which is not supported; if the model was trained with full "
+        f"attention, or if your sequences fit in the window, set {key} to {value}{more} in config.json"
+    )
 
 
 def _uses_sliding_window(config: dict[str, Any], family: Family) -> bool:
-    if any(kind != "full_attention" for kind in config.get("layer_types") or []):
+    if "sliding_attention" in _list(config, "layer_types", str):
         return True
     window = config.get("sliding_window", family.default_sliding_window)
+    if window is not None:
+        window = _positive_int(config, "sliding_window", default=window)
+    longest = _longest(config, family)
     if not family.has_window_switch:
-        longest = config.get("max_position_embeddings", family.default_max_position_embeddings)
         return window is not None and window < longest
-    if not config.get("use_sliding_window", False) or window is None:
+    if not _flag(config, "use_sliding_window") or window is None:
         return False
     if not family.has_max_window_layers:
         return True
     # transformers applies the window to layers from max_window_layers on; its default is 28
     first_windowed = config.get("max_window_layers")
-    return (28 if first_windowed is None else first_windowed) < _positive_int(config, "num_hidden_layers")
+    first_windowed = 28 if first_windowed is None else first_windowed
+    if type(first_windowed) is not int:
+        raise _refusal("max_window_layers", "an integer as", first_windowed)
+    return first_windowed < _positive_int(config, "num_hidden_layers")
+
+
+def _longest(config: dict[str, Any], family: Family) -> int:
+    return _positive_int(config, "max_position_embeddings", default=family.default_max_position_embeddings)
 
 
 def read_rope(config: dict[str, Any], family: Family) -> Rope:
     """Reads the rotary embedding, in the form of transformers 5 (rope_parameters) or of earlier releases (rope_theta,
     rope_scaling)."""
-    # if both keys exist, transformers uses rope_scaling
-    rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
+    rope = _rope_settings(config)
     kind = rope.get("rope_type", rope.get("type", "default"))
-    theta = rope.get("rope_theta") or config.get("rope_theta") or family.default_rope_theta
-    partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor")) or 1.0
+    own_theta = _positive_number(config, "rope_theta", family.default_rope_theta)
+    theta = _positive_number(rope, "rope_theta", own_theta)
+    own_partial = _positive_number(config, "partial_rotary_factor", 1.0)
+    partial = _positive_number(rope, "partial_rotary_factor", own_partial)
     if partial != 1.0:
         raise ModelFolderError(f"partial_rotary_factor {partial} is not supported; supported is 1.0")
-    if not isinstance(theta, int | float) or theta != int(theta):
+    if theta != int(theta):
         raise ModelFolderError(f"rope_theta {theta} is not an integer, as Megatron's --rotary-base must be")
     if kind == "default":
         return Rope(theta, None)
     if kind != "llama3":
         raise ModelFolderError(
-            f"rope scaling type {kind!r} is not supported; supported are 'default' and 'llama3'"
+            f"rope scaling type {_short(kind)} is not supported; supported are 'default' and 'llama3'"
         )
-    rope.setdefault(
-        "original_max_position_embeddings",
-        config.get("max_position_embeddings", family.default_max_position_embeddings),
-    )
+    rope.setdefault("original_max_position_embeddings", _longest(config, family))
     for key, value in _MEGATRON_LLAMA3.items():
         if rope.get(key) != value:
             raise ModelFolderError(
-                f"llama3 rope scaling with {key} {rope.get(key)} is not supported: Megatron fixes it at {value:g}"
+                f"llama3 rope scaling with {key} {_short(rope.get(key))} is not supported: Megatron fixes it at {value:g}"
             )
-    if not isinstance(rope.get("factor"), int | float):
+    if rope.get("factor") is None:
         raise ModelFolderError("llama3 rope scaling has no factor")
-    return Rope(theta, float(rope["factor"]))
+    return Rope(theta, _positive_number(rope, "factor", 0.0))
+
+
+def _rope_settings(config: dict[str, Any]) -> dict[str, Any]:
+    """Returns a copy of the settings of the rotary embedding. If both keys exist, transformers uses rope_scaling."""
+    key = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
+    rope = config.get(key) or {}
+    if not isinstance(rope, dict):
+        raise _refusal(key, "an object as", rope)
+    if any(isinstance(value, dict) for value in rope.values()):
+        raise ModelFolderError(
+            f"{key} differs between kinds of layers ({_short(list(rope))}), which is not supported"
+        )
+    return dict(rope)
 
 
 def megatron_args(folder: Described, query_groups: int | None = None) -> dict[str, Any]:
@@ -240,8 +316,7 @@ def megatron_args(folder: Described, query_groups: int | None = None) -> dict[st
         "group_query_attention": True,
         "num_query_groups": groups,
         "kv_channels": shape.head_dim,
-        "max_position_embeddings": config.get("max_position_embeddings")
-        or family.default_max_position_embeddings,
+        "max_position_embeddings": _longest(config, family),
         "position_embedding_type": "rope",
         "rotary_base": int(folder.rope.theta),
         "rotary_percent": 1.0,
@@ -249,7 +324,7 @@ def megatron_args(folder: Described, query_groups: int | None = None) -> dict[st
         "use_rope_scaling": folder.rope.llama3_factor is not None,
         "rope_scaling_factor": folder.rope.llama3_factor or 8.0,
         "normalization": "RMSNorm",
-        "layernorm_epsilon": config.get("rms_norm_eps", family.default_norm_eps),
+        "layernorm_epsilon": _positive_number(config, "rms_norm_eps", family.default_norm_eps),
         "swiglu": True,
         "add_bias_linear": False,
         "add_qkv_bias": shape.has_qkv_bias,
@@ -258,7 +333,7 @@ def megatron_args(folder: Described, query_groups: int | None = None) -> dict[st
         "vocab_size": shape.vocab_size,
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,
-        "init_method_std": config.get("initializer_range", 0.02),
+        "init_method_std": _positive_number(config, "initializer_range", 0.02),
         **(_expert_args(shape, config, family) if shape.num_experts else {"num_experts": None}),
     }
 
@@ -268,7 +343,7 @@ def _expert_args(shape: ModelShape, config: dict[str, Any], family: Family) -> d
 
     If transformers normalises the weights of the chosen experts, Megatron must take the softmax over these experts alone.
     """
-    is_normalized = family.always_normalizes_experts or config.get("norm_topk_prob", False)
+    is_normalized = family.always_normalizes_experts or _flag(config, "norm_topk_prob")
     return {
         "num_experts": shape.num_experts,
         "moe_router_topk": _positive_int(config, "num_experts_per_tok"),

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import math
+import os
+import stat
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -13,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_rasft.errors import ModelFolderError
+from megatron_rasft.errors import ModelFolderError, first_line
 from megatron_rasft.files import read_json_object
 from megatron_rasft.weights.architecture import ModelDescription, Rope
 from megatron_rasft.weights.families import Family, ModelShape, NameTable
@@ -119,6 +121,11 @@ class HfFolder:
             self._drop_stored_tied_output()
         missing = [name for name in expected if name not in self.tensors]
         extra = [name for name in self.tensors if name not in expected]
+        if missing == ["lm_head.weight"]:
+            raise ModelFolderError(
+                "lm_head.weight is missing; if the model uses its embedding as output layer, set tie_word_embeddings to true in "
+                "config.json"
+            )
         if missing:
             raise ModelFolderError(
                 f"{len(missing)} tensors of the model are missing, the first is {missing[0]}"
@@ -159,7 +166,8 @@ def weights_fingerprint(folder: Path, precision: str) -> str:
     The hash covers config.json, and the size, header and samples of the content of each safetensors file.
     """
     return _fingerprint(
-        precision.encode() + (folder / "config.json").read_bytes(), folder.glob("*.safetensors")
+        precision.encode() + (folder / "config.json").read_bytes(),
+        (p for p in folder.glob("*.safetensors") if p.is_file()),
     )
 
 
@@ -182,18 +190,11 @@ def _fingerprint(start: bytes, paths: Iterable[Path]) -> str:
 
 def _shard_files(path: Path) -> dict[str, list[str] | None]:
     """Returns file name -> names of its tensors in the index (None without an index: all tensors of the file)."""
-    if (path / SINGLE_FILE).exists():  # transformers also prefers this file to an index
+    # transformers also prefers this file to an index; a broken link exists for lexists only
+    if os.path.lexists(path / SINGLE_FILE):
         return {SINGLE_FILE: None}
-    if (path / INDEX_FILE).exists():
-        weight_map = read_json_object(path / INDEX_FILE).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise ModelFolderError(f"{INDEX_FILE} has no weight_map")
-        files: dict[str, list[str] | None] = {}
-        for name, file in weight_map.items():
-            promised = files.setdefault(str(file), [])
-            assert promised is not None
-            promised.append(name)
-        return files
+    if os.path.lexists(path / INDEX_FILE):
+        return dict(_indexed_files(read_json_object(path / INDEX_FILE)))
     pickles = sorted(p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
     if pickles:
         raise ModelFolderError(
@@ -201,6 +202,24 @@ def _shard_files(path: Path) -> dict[str, list[str] | None]:
             "convert them with save_pretrained(..., safe_serialization=True) of transformers"
         )
     raise ModelFolderError(f"has no weights: neither {SINGLE_FILE} nor {INDEX_FILE}")
+
+
+def _indexed_files(index: dict[str, Any]) -> dict[str, list[str]]:
+    """Returns file name -> names of its tensors. Refuses files outside the folder, which could belong to another model."""
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ModelFolderError(f"{INDEX_FILE} has no weight_map")
+    files: dict[str, list[str]] = {}
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or not file or "\0" in file:
+            raise ModelFolderError(f"{INDEX_FILE} names no file for {name}, but {file!r}")
+        if Path(file).is_absolute() or ".." in Path(file).parts:
+            raise ModelFolderError(
+                f"{INDEX_FILE} places {name} in {file!r}, which is outside the folder; copy the file into the folder, and "
+                "correct the index"
+            )
+        files.setdefault(file, []).append(name)
+    return files
 
 
 def _open_shards(path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
@@ -237,19 +256,33 @@ def _data_starts(path: Path) -> dict[str, int]:
 
 
 def _open_shard(path: Path) -> Any:
+    # opened here first, because safe_open calls every file missing that it cannot open, and waits for ever at a FIFO
+    try:
+        kind = path.stat().st_mode
+        if not stat.S_ISREG(kind):
+            raise ModelFolderError(
+                f"{path.name} is {'a folder' if stat.S_ISDIR(kind) else 'not a regular file'}; put the file of weights there"
+            )
+        with path.open("rb") as file:
+            start = file.read(12)
+    except FileNotFoundError:
+        if path.is_symlink():
+            raise ModelFolderError(
+                f"{path.name} is a link to {path.readlink()}, which does not exist; download the weights again"
+            ) from None
+        raise ModelFolderError(f"{path.name} is missing, although {INDEX_FILE} lists it") from None
+    except OSError as error:
+        raise ModelFolderError(f"{path.name} cannot be read: {error.strerror or error}") from error
     try:
         return safe_open(path, framework="pt")
-    except FileNotFoundError:
-        raise ModelFolderError(f"{path.name} is missing, although {INDEX_FILE} lists it") from None
     except (SafetensorError, OSError) as error:
-        with path.open("rb") as file:
-            if file.read(12) == b"version http":
-                raise ModelFolderError(
-                    f"{path.name} is a Git LFS pointer; fetch the weights with git lfs pull"
-                ) from None
+        if start == b"version http":
+            raise ModelFolderError(
+                f"{path.name} is a Git LFS pointer; fetch the weights with git lfs pull"
+            ) from None
         size = path.stat().st_size
         raise ModelFolderError(
-            f"{path.name} ({size} bytes) is truncated or not safetensors: {error}"
+            f"{path.name} ({size} bytes) is truncated or not safetensors: {first_line(error)}"
         ) from error
 
 
@@ -262,6 +295,8 @@ def _check_tokenizer(path: Path, vocab_size: int) -> None:
         vocab = (content.get("model") or {}).get("vocab") or {}
         ids = [len(vocab) - 1] if isinstance(vocab, list) else list(vocab.values())
         ids += [token["id"] for token in content.get("added_tokens") or ()]
+        if any(type(token) is not int for token in ids):
+            raise TypeError("an id is not an integer")
         highest = max(ids, default=-1)
     except (AttributeError, KeyError, TypeError) as error:
         raise ModelFolderError(

@@ -23,6 +23,7 @@ import json
 import math
 import os
 import pickle
+import stat
 import uuid
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -217,18 +218,23 @@ class TorchDistFolder:
         path = Path(path)
         folder, iteration = _newest(path)
         _check_config(folder)
+        index = folder / _METADATA_FILE
+        if index.exists() and not index.is_file():
+            raise CheckpointError(f"checkpoint {folder}: {_METADATA_FILE} is not a regular file")
         try:
-            with (folder / _METADATA_FILE).open("rb") as file:
+            with index.open("rb") as file:
                 metadata = _MetadataUnpickler(file).load()
+            tensors = {
+                key: entry
+                for key, entry in metadata.state_dict_metadata.items()
+                if isinstance(entry, TensorStorageMetadata)
+            }
         except FileNotFoundError:
             raise CheckpointError(f"checkpoint {folder} is incomplete: it has no {_METADATA_FILE}") from None
-        except (pickle.UnpicklingError, EOFError, AttributeError, ValueError, TypeError) as error:
-            raise CheckpointError(f"checkpoint {folder}: {_METADATA_FILE} cannot be read: {error}") from error
-        tensors = {
-            key: entry
-            for key, entry in metadata.state_dict_metadata.items()
-            if isinstance(entry, TensorStorageMetadata)
-        }
+        except Exception as error:  # damaged pickles raise many kinds of errors
+            raise CheckpointError(
+                f"checkpoint {folder}: {_METADATA_FILE} cannot be read: {first_line(error)}"
+            ) from error
         opened = cls(folder, iteration, tensors, metadata.storage_data)
         opened._check_files()
         return opened
@@ -244,12 +250,23 @@ class TorchDistFolder:
                 )
             ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
         for file, end in ends.items():
+            if Path(file).is_absolute() or ".." in Path(file).parts:
+                raise CheckpointError(
+                    f"checkpoint {self.path}: {_METADATA_FILE} lists {file!r}, which is outside the folder"
+                )
             try:
-                size = (self.path / file).stat().st_size
+                status = (self.path / file).stat()
             except FileNotFoundError:
                 raise CheckpointError(
                     f"checkpoint {self.path}: {file} is missing, although {_METADATA_FILE} lists it"
                 ) from None
+            except (OSError, ValueError) as error:
+                raise CheckpointError(
+                    f"checkpoint {self.path}: {file} cannot be read: {first_line(error)}"
+                ) from error
+            if not stat.S_ISREG(status.st_mode):
+                raise CheckpointError(f"checkpoint {self.path}: {file} is not a regular file")
+            size = status.st_size
             if size < end:
                 raise CheckpointError(
                     f"checkpoint {self.path}: {file} is truncated: {size} bytes of at least {end}"
@@ -345,14 +362,17 @@ def _newest(path: Path) -> tuple[Path, int]:
 
 
 def _check_config(folder: Path) -> None:
+    config = folder / _CONFIG_FILE
+    if config.exists() and not config.is_file():
+        raise CheckpointError(f"checkpoint {folder}: {_CONFIG_FILE} is not a regular file")
     try:
-        backend = json.loads((folder / _CONFIG_FILE).read_text(encoding="utf-8")).get("sharded_backend")
+        backend = json.loads(config.read_text(encoding="utf-8")).get("sharded_backend")
     except FileNotFoundError:
         raise CheckpointError(
             f"checkpoint {folder} has no {_CONFIG_FILE}: it is incomplete, or does not have the format torch_dist "
             "(Megatron's --ckpt-format)"
         ) from None
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"checkpoint {folder}: {_CONFIG_FILE} cannot be read: {error}") from error
     if backend != _CONFIG["sharded_backend"]:
         raise CheckpointError(

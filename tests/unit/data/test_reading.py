@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_rasft.config.data import DataConfig
@@ -245,6 +245,7 @@ FIELDS = [
 @given(
     record=JSON_VALUES | st.dictionaries(st.sampled_from(FIELDS), JSON_VALUES), require_answer=st.booleans()
 )
+@settings(deadline=None)
 def test_any_json_value_is_a_row_or_a_fault(record: Any, require_answer: bool) -> None:
     try:
         row = _parse_record(record, DEFAULTS, require_answer, source="a:1", default_id="a")

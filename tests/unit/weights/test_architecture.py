@@ -1,10 +1,17 @@
-"""Compares the defaults of each family with transformers' configuration classes."""
+"""Compares the defaults of each family with transformers' configuration classes, and reads config.json with any values."""
 
+import json
+import math
+from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
 import transformers
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from megatron_rasft.errors import ModelFolderError
 from megatron_rasft.weights.architecture import (
     ModelDescription,
     _uses_sliding_window,
@@ -77,3 +84,101 @@ def test_window_starts_at_the_layer_where_transformers_starts_it(architecture: s
     values = {"num_hidden_layers": num_layers, "use_sliding_window": True}
     kinds = transformers_config(architecture, **values).layer_types
     assert _uses_sliding_window(values, FAMILIES[architecture]) is ("sliding_attention" in kinds)
+
+
+KEYS = [
+    "architectures", "num_hidden_layers", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "vocab_size", "tie_word_embeddings", "quantization_config", "attention_bias", "mlp_bias",
+    "hidden_act", "layer_types", "sliding_window", "use_sliding_window", "max_window_layers", "max_position_embeddings",
+    "rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "rms_norm_eps", "initializer_range",
+    "num_experts", "num_local_experts", "num_experts_per_tok", "norm_topk_prob", "mlp_only_layers", "decoder_sparse_step",
+]  # fmt: skip
+ROPE_KEYS = [
+    "rope_type",
+    "type",
+    "rope_theta",
+    "factor",
+    "low_freq_factor",
+    "original_max_position_embeddings",
+    "partial_rotary_factor",
+]
+WRONG = [
+    float("nan"),
+    float("inf"),
+    float("-inf"),
+    1e300,
+    10**400,
+    -1,
+    0,
+    True,
+    "1",
+    "",
+    [],
+    [None],
+    {},
+    {"a": {}},
+    0.5,
+    [1],
+    ["x"],
+]
+ANYTHING = st.sampled_from(
+    [*WRONG, None, False, 1, 2, 8, 64, 1e4, "llama3", "silu", ["full_attention"], 1.0, 4.0, 8192]
+)
+
+
+def base(architecture: str) -> dict[str, Any]:
+    """A config.json with every key, so that a wrong value of one key is the only mistake."""
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "norm_topk_prob": True}
+    return {
+        "architectures": [architecture], "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 32,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 96, "tie_word_embeddings": False,
+        "sliding_window": None, "max_position_embeddings": 128, "rope_theta": 1e4, "rms_norm_eps": 1e-6,
+        **(experts if FAMILIES[architecture].has_experts else {}),
+    }  # fmt: skip
+
+
+def read_back(path: Path, config: Any) -> dict[str, Any] | str:
+    """Returns Megatron's arguments, or the message of the refusal."""
+    (path / "config.json").write_text(json.dumps(config))
+    try:
+        return megatron_args(ModelDescription.read(path))
+    except ModelFolderError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3MoeForCausalLM"])
+def test_wrong_values_are_refused_with_one_line_that_names_the_key(architecture: str, tmp_path: Path) -> None:
+    config = base(architecture)
+    assert isinstance(read_back(tmp_path, config), dict)
+    numbers = [
+        k
+        for k in KEYS
+        if isinstance(config.get(k), int | float) and k not in ("tie_word_embeddings", "norm_topk_prob")
+    ]
+    for key, value in product(KEYS, WRONG):
+        made = read_back(tmp_path, config | {key: value})
+        if isinstance(made, str):
+            assert "\n" not in made and str(tmp_path) in made and len(made) < 400 + len(str(tmp_path))
+        elif key in numbers and key != "intermediate_size":
+            fits = type(value) in (int, float) and math.isfinite(value) and value > 0
+            assert fits, (key, value)
+
+
+@given(
+    architecture=st.sampled_from(sorted(FAMILIES)),
+    changes=st.dictionaries(st.sampled_from(KEYS), ANYTHING, max_size=6),
+    rope=st.none() | st.dictionaries(st.sampled_from(ROPE_KEYS), ANYTHING),
+)
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_config_is_read_or_refused_with_one_line(
+    tmp_path: Path, architecture: str, changes: dict[str, Any], rope: dict[str, Any] | None
+) -> None:
+    made = read_back(
+        tmp_path, base(architecture) | changes | ({} if rope is None else {"rope_scaling": rope})
+    )
+    if isinstance(made, str):
+        assert "\n" not in made and str(tmp_path) in made
+        return
+    for key, value in made.items():
+        assert not isinstance(value, float) or math.isfinite(value), key
+        assert value is None or isinstance(value, int | float | str), key

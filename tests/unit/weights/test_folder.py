@@ -1,6 +1,8 @@
 """An unusable folder is refused in one line when it is opened."""
 
 import json
+import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -107,6 +109,120 @@ def test_damaged_shard_file(folder: Callable[..., Path], damage: Callable[[bytes
     assert word in refusal(path) and WEIGHTS in refusal(path)
 
 
+def test_an_output_layer_that_is_missing_may_be_the_embedding(folder: Callable[..., Path]) -> None:
+    path = folder(tensors=lambda s: s.pop("lm_head.weight"))
+    assert "tie_word_embeddings to true" in refusal(path)
+    (path / "config.json").write_text(
+        (path / "config.json")
+        .read_text()
+        .replace('"tie_word_embeddings": false', '"tie_word_embeddings": true')
+    )
+    HfFolder.open(path)
+
+
+def make_folder(path: Path) -> None:
+    path.mkdir()
+
+
+def make_link(path: Path) -> None:
+    path.symlink_to("../blobs/gone")
+
+
+def make_loop(path: Path) -> None:
+    path.symlink_to(path.name)
+
+
+@pytest.mark.parametrize("case", ["llama", "sharded"])
+@pytest.mark.parametrize(
+    ("make", "word"),
+    [(make_folder, "is a folder"), (os.mkfifo, "regular file"), (make_link, "../blobs/gone"), (make_loop, "cannot be read")],
+)  # fmt: skip
+def test_a_shard_that_is_no_file_is_named(
+    folder: Callable[..., Path], case: str, make: Callable[[Path], None], word: str
+) -> None:
+    path = folder(case)
+    shard = max(path.glob("*.safetensors"))
+    shard.unlink()
+    make(shard)
+    assert word in refusal(path) and shard.name in refusal(path)
+
+
+def test_a_shard_that_may_not_be_read_is_not_missing(
+    folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, plain = folder(), Path.open
+
+    def refuse(self: Path, *args: Any, **more: Any) -> Any:
+        if self.suffix == ".safetensors":
+            raise PermissionError(13, "Permission denied")
+        return plain(self, *args, **more)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    message = refusal(path)
+    assert WEIGHTS in message and "Permission denied" in message and "missing" not in message
+
+
+INDEX = "model.safetensors.index.json"
+FIRST = "model.embed_tokens.weight"
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "../other/model-00001-of-00002.safetensors",
+        "/etc/passwd",
+        "a/../../b.safetensors",
+        7,
+        None,
+        "",
+        "a\0b",
+        ["x"],
+    ],
+)
+def test_an_index_entry_outside_the_folder_is_refused(folder: Callable[..., Path], file: Any) -> None:
+    path = folder("sharded")
+    index = json.loads((path / INDEX).read_text())
+    index["weight_map"][FIRST] = file
+    (path / INDEX).write_text(json.dumps(index))
+    assert INDEX in refusal(path) and FIRST in refusal(path)
+
+
+@pytest.mark.parametrize("name", ["config.json", INDEX, "tokenizer.json"])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b"NaN", b"null", b"\xff\xfe", b"3", b'"text"', b"[" * 100_000, b'{"weight_map": []}', None]
+)  # fmt: skip
+def test_any_content_of_a_json_file_gives_one_line(
+    folder: Callable[..., Path], name: str, content: bytes | None
+) -> None:
+    path = folder("sharded")
+    (path / name).unlink(missing_ok=True)
+    if content is None:
+        os.mkfifo(path / name)
+    else:
+        (path / name).write_bytes(content)
+    if name != INDEX and content == b'{"weight_map": []}':
+        return  # an object, which other tests change
+    assert name in refusal(path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"model": [1]},
+        {"model": {"vocab": 3}},
+        {"model": {"vocab": {"a": "x", "b": 1}}},
+        {"model": {"vocab": {"a": float("nan")}}},
+        {"added_tokens": [{"id": True}]},
+        {"added_tokens": [3]},
+        {"added_tokens": 3},
+    ],
+)
+def test_a_tokenizer_of_another_format_gives_one_line(folder: Callable[..., Path], content: Any) -> None:
+    path = folder()
+    (path / "tokenizer.json").write_text(json.dumps(content))
+    assert "tokenizer.json" in refusal(path)
+
+
 def test_missing_tensor(folder: Callable[..., Path]) -> None:
     name = "model.layers.3.mlp.up_proj.weight"
     path = folder(tensors=lambda s: s.pop(name))
@@ -150,6 +266,7 @@ def test_stored_output_of_a_tied_model_must_be_the_embedding(folder: Callable[..
             "LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM",
         ),
         ("llama", {"architectures": None}, "model_type 'llama'"),
+        ("llama", {"architectures": "LlamaForCausalLM"}, "architectures, found 'LlamaForCausalLM'"),
         (
             "llama",
             {"architectures": ["Gemma2ForCausalLM"]},
@@ -179,7 +296,7 @@ def test_stored_output_of_a_tied_model_must_be_the_embedding(folder: Callable[..
         ("llama", {"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ("llama", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config, fp8"),
         ("llama", {"quantization_config": "int4"}, "quantization_config, int4"),
-        ("llama", {"rope_parameters": {"rope_theta": "1e4"}}, "rope_theta 1e4"),
+        ("llama", {"rope_parameters": {"rope_theta": "1e4"}}, "rope_theta, found '1e4'"),
         ("llama", {"hidden_size": None}, "hidden_size"),
         ("llama", {"num_key_value_heads": 3}, "num_key_value_heads 3"),
         ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "'yarn'"),
@@ -198,10 +315,39 @@ def test_stored_output_of_a_tied_model_must_be_the_embedding(folder: Callable[..
             "use_sliding_window to false",
         ),
         ("qwen3", {"layer_types": ["full_attention"] * 3 + ["sliding_attention"]}, "sliding-window"),
+        ("qwen3", {"layer_types": ["full_attention"] * 3 + ["linear_attention"]}, "linear_attention"),
+        ("llama", {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "full_attention"),
+        ("llama", {"tie_word_embeddings": True, "num_hidden_layers": 10**12}, "num_hidden_layers"),
+        ("llama", {"num_hidden_layers": 10**9}, "layers"),
     ],
 )
 def test_unsupported_features(folder: Callable[..., Path], case: str, config: dict, named: str) -> None:
     assert named in refusal(folder(case, config))
+
+
+@pytest.mark.parametrize(
+    ("case", "config"),
+    [
+        ("qwen2_tied", {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 2, "layer_types": None}),
+        ("qwen2_tied", {"use_sliding_window": True, "sliding_window": 64, "layer_types": ["sliding_attention"] * 4}),
+        ("qwen3", {"use_sliding_window": False, "layer_types": ["full_attention"] * 3 + ["sliding_attention"]}),
+        ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 64}),
+        ("mistral", {"sliding_window": 64}),
+        ("mistral", {"sliding_window": 64, "layer_types": ["sliding_attention"] * 4}),
+        ("phi3", {"sliding_window": 64, "layer_types": ["sliding_attention"] * 4}),
+    ],
+)  # fmt: skip
+def test_the_advice_about_a_window_makes_the_folder_usable(
+    folder: Callable[..., Path], case: str, config: dict
+) -> None:
+    path = folder(case, config)
+    advice = re.search(r"set (\w+) to (false|null)( and remove layer_types)? in config", refusal(path))
+    assert advice is not None
+    changed = json.loads((path / "config.json").read_text()) | {advice[1]: json.loads(advice[2])}
+    if advice[3]:
+        del changed["layer_types"]
+    (path / "config.json").write_text(json.dumps(changed))
+    HfFolder.open(path)
 
 
 def test_sliding_window_that_no_layer_uses_is_accepted(folder: Callable[..., Path]) -> None:

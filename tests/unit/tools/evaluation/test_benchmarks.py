@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_rasft.data.reading import FieldError
@@ -242,6 +242,7 @@ FIELDS = [
     record=st.dictionaries(st.sampled_from(FIELDS), VALUES | VALUES.map(json.dumps)),
     kind=st.sampled_from(["math", "code"]),
 )
+@settings(deadline=None)
 def test_any_json_object_is_a_problem_or_a_fault(record: dict[str, Any], kind: Any) -> None:
     try:
         problem = parse_row(record, kind, "own/1")
