@@ -169,7 +169,7 @@ def test_wrong_values_are_refused_with_one_line_that_names_the_key(architecture:
     changes=st.dictionaries(st.sampled_from(KEYS), ANYTHING, max_size=6),
     rope=st.none() | st.dictionaries(st.sampled_from(ROPE_KEYS), ANYTHING),
 )
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_config_is_read_or_refused_with_one_line(
     tmp_path: Path, architecture: str, changes: dict[str, Any], rope: dict[str, Any] | None
 ) -> None:
