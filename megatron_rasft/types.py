@@ -188,6 +188,8 @@ class TrainingSample:
     response_ids: Sequence[int]
     weight: float
     """Objective weight A, which multiplies the loss of every response token. Negative only for gft and grpo."""
+    is_counted: bool = True
+    """Whether the response tokens count in the denominator of the loss. False for rollouts under --weighting-normalization problem."""
     ref_logprobs: Sequence[float] | None = None
     """Log-probability of each response token under the frozen reference, in nats; None if not scored."""
     old_logprobs: Sequence[float] | None = None

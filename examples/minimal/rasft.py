@@ -48,8 +48,8 @@ class Sample:
     prompt_ids: list[int]
     response_ids: list[int]
     weight: float
-    ref_logprobs: Tensor | None = None
-    """[response tokens] fp32, nats, under the frozen reference."""
+    is_demonstration: bool = False
+    ref_logprobs: Tensor | None = None  # [response tokens] fp32, nats, under the frozen reference
 
 
 # ---- the data
@@ -138,8 +138,7 @@ DEMONSTRATION_MAX, DEMONSTRATION_MIN = 1.5, 0.3
 ROLLOUT_TOTAL = 0.7
 NEUTRAL = 1 - (1 - DEMONSTRATION_MIN) / (DEMONSTRATION_MAX - DEMONSTRATION_MIN)
 """The solvability at which a demonstration has weight 1, like the demonstration of an unsampled problem."""
-MEMORY = 0.5
-"""Share of the earlier counts that is kept. The policy changes, so old rollouts describe it less well."""
+MEMORY = 0.5  # share of earlier counts that is kept: old rollouts describe the changed policy less well
 
 
 class Solvability:
@@ -159,13 +158,13 @@ class Solvability:
 
 def weigh(problem: Problem, rollouts: list[Rollout], s: float) -> list[Sample]:
     """Weighs the demonstration more for a hard problem, and the policy's own solutions more for an easy problem."""
-    demonstration = DEMONSTRATION_MIN + (DEMONSTRATION_MAX - DEMONSTRATION_MIN) * (1 - s)
-    samples = [Sample(problem.prompt_ids, problem.demonstration_ids, demonstration)]
+    weight = DEMONSTRATION_MIN + (DEMONSTRATION_MAX - DEMONSTRATION_MIN) * (1 - s)
+    demonstration = Sample(problem.prompt_ids, problem.demonstration_ids, weight, is_demonstration=True)
+    # Solutions share their weight by tokens: weight x tokens of a problem does not depend on their number and lengths.
     solutions = distinct([r for r in rollouts if r.is_correct])
-    samples += [
-        Sample(problem.prompt_ids, r.response_ids, ROLLOUT_TOTAL * s / len(solutions)) for r in solutions
-    ]
-    return samples
+    num_tokens = sum(len(r.response_ids) for r in solutions)
+    each = ROLLOUT_TOTAL * s * len(problem.demonstration_ids) / max(1, num_tokens)
+    return [demonstration, *(Sample(problem.prompt_ids, r.response_ids, each) for r in solutions)]
 
 
 # ---- the loss
@@ -192,10 +191,10 @@ def token_loss_sum(logprobs: Tensor, ref_logprobs: Tensor, weight: float) -> Ten
 def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, samples: list[Sample]) -> float:
     """One optimizer step on the samples of a batch of problems; returns the loss.
 
-    The sum is divided once, by the number of all response tokens of the batch: how the batch is split into forward passes
-    does not change the gradient.
+    The sum is divided once, by the number of demonstration tokens of the batch: neither the split into forward passes nor the
+    length of the rollouts changes the gradient of a demonstration.
     """
-    num_tokens = sum(len(s.response_ids) for s in samples)
+    num_tokens = sum(len(s.response_ids) for s in samples if s.is_demonstration)
     total = 0.0
     optimizer.zero_grad()
     for item in samples:
@@ -209,9 +208,9 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, samples: list
 
 
 def learning_rate(step: int, total: int, args: argparse.Namespace) -> float:
-    """Linear warm-up, then a cosine to 0. Steps count from 0, as in Megatron: with a warm-up the first step has rate 0."""
-    if args.lr_warmup_iters and step <= args.lr_warmup_iters:
-        return args.lr * step / args.lr_warmup_iters
+    """Linear warm-up, then a cosine to 0. Steps count from 0; the first has the rate 1 / (steps of the warm-up)."""
+    if step < args.lr_warmup_iters:
+        return args.lr * (step + 1) / args.lr_warmup_iters
     share = (step - args.lr_warmup_iters) / (total - args.lr_warmup_iters)
     return args.lr * 0.5 * (1 + math.cos(math.pi * share))
 
@@ -292,9 +291,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--max-new-tokens", type=int, default=40, help="longest rollout")
     parser.add_argument("--lr", type=float, default=3e-5, help="peak learning rate")
     parser.add_argument("--lr-warmup-iters", type=int, default=1, help="steps of linear warm-up")
-    parser.add_argument(
-        "--seed", type=int, default=1234, help="seed for the order of problems and for sampling"
-    )
+    parser.add_argument("--seed", type=int, default=1234, help="seed of the order and of sampling")
     return parser.parse_args()
 
 

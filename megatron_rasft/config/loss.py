@@ -20,7 +20,8 @@ class LossConfig(FlagSection):
     """The objective, and the computation of log-probabilities."""
 
     objective: Annotated[str, OneOf(tuple(OBJECTIVES), meanings=describe_objectives())] = "rasft"
-    """The loss that is minimised: a masked sum over response tokens, divided once by their number in the global batch."""
+    """The loss that is minimised: a masked sum over response tokens, divided once by their number in the global batch; for rasft,
+    --weighting-normalization sets which tokens are counted."""
 
     objective_logprob_chunk_tokens: NonNegativeInt | None = None
     """Tokens per vocabulary projection: logits exist for this many tokens at a time and are recomputed in the backward pass.

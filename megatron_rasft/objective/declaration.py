@@ -66,6 +66,10 @@ class SampleWeights:
     rollouts: dict[int, float]
     """Index into the group -> weight, for the rollouts that are trained on."""
 
+    is_per_problem: bool = False
+    """Whether the rollouts share the sum of their weights by tokens, scaled to the length of the demonstration, and only the
+    tokens of demonstrations count in the denominator of the loss (--weighting-normalization problem)."""
+
 
 @dataclass(kw_only=True)
 class Objective(FlagSection):

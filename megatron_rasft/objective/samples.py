@@ -1,5 +1,8 @@
 """The sequences that one problem contributes to training. Plain Python: rank 0 calls this once per problem."""
 
+import math
+from collections.abc import Mapping
+
 from megatron_rasft.objective.declaration import (
     Deduplicate,
     Objective,
@@ -20,6 +23,7 @@ def make_samples(
     remembered: tuple[float, float] | None = None,
     deduplicate: Deduplicate = distinct_texts,
     similarity: Similarity | None = None,
+    max_tokens: int | None = None,
 ) -> list[TrainingSample]:
     """The weighted sequences of one problem, demonstration first; possibly none.
 
@@ -30,6 +34,7 @@ def make_samples(
         remembered: (solve rate, number of samples) of earlier refreshes, discounted; adaptive rasft only.
         deduplicate: finds distinct texts; rasft and raft only.
         similarity: compares two texts; published rasft only.
+        max_tokens: longest sequence that can be trained on, prompt and response; None for no limit. Longer ones are left out.
     """
     if group is not None:
         _check_group(demonstration, group)
@@ -43,10 +48,18 @@ def make_samples(
         )
     )
     rollouts = [] if group is None else group.rollouts
+    longest = math.inf if max_tokens is None else max_tokens - len(demonstration.prompt_ids)
+    lengths = {i: len(rollouts[i].response_ids) for i in weights.rollouts}
+    trained = {i: weight for i, weight in weights.rollouts.items() if 0 < lengths[i] <= longest}
+    if weights.is_per_problem:
+        num_tokens = len(demonstration.response_ids)
+        trained = shared_by_tokens(
+            sum(weights.rollouts.values()), num_tokens, {i: lengths[i] for i in trained}
+        )
     for i, rollout in enumerate(rollouts):
-        rollout.weight = weights.rollouts.get(i, 0.0)
+        rollout.weight = trained.get(i, 0.0)
     samples = []
-    if weights.demonstration is not None:
+    if weights.demonstration is not None and 0 < len(demonstration.response_ids) <= longest:
         samples.append(
             TrainingSample(
                 problem_id=demonstration.problem_id,
@@ -64,10 +77,26 @@ def make_samples(
             prompt_ids=demonstration.prompt_ids,
             response_ids=rollouts[i].response_ids,
             weight=weight,
+            is_counted=not weights.is_per_problem,
         )
-        for i, weight in weights.rollouts.items()
+        for i, weight in trained.items()
     ]
     return samples
+
+
+def shared_by_tokens(total: float, num_tokens: int, lengths: Mapping[int, int]) -> dict[int, float]:
+    """Shares a weight among responses, so that weight x tokens, summed over all of them, is ``total`` x ``num_tokens``.
+
+    Args:
+        num_tokens: response tokens of the demonstration.
+        lengths: rollout -> its response tokens, > 0.
+
+    Returns:
+        Rollout -> weight. It is the same for all rollouts, so every token has the same weight.
+    """
+    if not lengths:
+        return {}
+    return dict.fromkeys(lengths, total * num_tokens / sum(lengths.values()))
 
 
 def _check_group(demonstration: Demonstration, group: RolloutGroup) -> None:

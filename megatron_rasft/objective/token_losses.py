@@ -25,7 +25,8 @@ class LossSums:
     """Scalar with autograd graph: sum of the token losses. Divide by the global sum of ``denominator``."""
 
     denominator: Tensor
-    """Scalar int64: number of response tokens; for profit, of response tokens above its threshold (may be 0, even globally)."""
+    """Scalar int64: number of response tokens; for profit, of response tokens above its threshold (may be 0, even globally). Tokens
+    of sequences that are not counted (``PackedTokens.are_counted``) are left out."""
 
     metrics: dict[str, Tensor]
     """Metric name without the package -> [sum, count], fp32, detached. Sum over micro-batches, data- and context-parallel
@@ -40,7 +41,7 @@ class TokenTerms:
     """[t] with autograd graph."""
 
     counted: Tensor
-    """[t] bool: the tokens in the denominator. The loss of all others is dropped."""
+    """[t] bool: the tokens that are trained on, and that the denominator counts. The loss of all others is dropped."""
 
     metrics: dict[str, Tensor] = field(default_factory=dict)
 
@@ -68,6 +69,9 @@ class PackedTokens:
 
     weights: Tensor
     """[n] float: A of each sequence; multiplies the loss of all its tokens in every objective."""
+
+    are_counted: Tensor | None = None
+    """[n] bool: whether each sequence's tokens count in the denominator; None if all do."""
 
     ref_logprobs: Tensor | None = None
     """[t] float, nats: log p of each label under the frozen reference."""
@@ -214,9 +218,12 @@ def token_loss_sums(tokens: PackedTokens, objective: Objective) -> LossSums:
     }
     if objective.needs_reference_logprobs() and tokens.ref_logprobs is not None:
         metrics["ref_logprob_gap_nats"] = tokens.sum_and_count(tokens.logprobs.detach() - tokens.ref_logprobs)
+    counted = terms.counted
+    if tokens.are_counted is not None:
+        counted = counted & tokens.are_counted[tokens.segment_ids]
     return LossSums(
         loss_sum=torch.where(terms.counted, terms.loss, zero).sum(),
-        denominator=terms.counted.sum(),
+        denominator=counted.sum(),
         metrics=metrics | terms.metrics,
     )
 

@@ -35,6 +35,13 @@ class WeightingConfig(FlagSection):
     (--rollout-num-samples 3, --rollout-temperature 0.9, --rollout-top-p 0.95, --rollout-repetition-penalty 1.1) and its text
     filters, unless a flag says otherwise; the log lists the values."""
 
+    weighting_normalization: Literal["problem", "tokens"] | None = None
+    """Share of a problem in the loss of the rasft objective. problem: the correct rollouts share their weight by tokens, scaled to the
+    length of the demonstration, and the loss is divided by the demonstration tokens of the batch; a problem's share relative to an
+    unsampled problem then depends on its solvability alone, not on the number and length of its rollouts or on the other problems
+    of the batch. tokens: each rollout's weight multiplies all its tokens, and the loss is divided by all response tokens of the
+    batch, as in the published script. Unset: problem for adaptive, tokens for published."""
+
     weighting_demonstration_max: Annotated[
         float,
         Range(
@@ -72,6 +79,12 @@ class WeightingConfig(FlagSection):
     weighting_memory: Share = 0.5
     """Share of a problem's earlier rollout counts that is carried into its next estimate of s. 0 forgets them; 1 keeps all,
     although the policy has changed in the meantime."""
+
+    @property
+    def is_per_problem(self) -> bool:
+        """Whether --weighting-normalization is ``problem``, by its flag or as the default of the rule."""
+        default = "tokens" if self.rasft_weighting == "published" else "problem"
+        return (self.weighting_normalization or default) == "problem"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -47,7 +47,7 @@ NEWER_DEFAULTS = {
 """Like CHANGED_DEFAULTS, for flags that only later versions of Megatron-Core have."""
 
 WARMUP_STEPS = 4
-"""Warm-up steps if no --lr-warmup-* flag is given. A shorter run gets fewer."""
+"""Warm-up steps if no --lr-warmup-* flag is given. A shorter run gets fewer. ``training/warmup.py`` counts them."""
 
 
 def parse_flags() -> argparse.Namespace:
@@ -85,7 +85,8 @@ def add_arguments(megatron: argparse.ArgumentParser) -> FlagParser:
         parents=[megatron],
         description="Rollout-Adaptive Supervised Fine-Tuning on Megatron-Core.",
         epilog=f"These defaults differ from Megatron's: {', '.join(changed)}, and --lr-warmup-iters {WARMUP_STEPS} "
-        "if no warm-up is given.",
+        "if no warm-up is given. Step k of a warm-up of W steps has k/W of the learning rate, so the first step trains; with "
+        "--lr-warmup-init the warm-up is Megatron's, and the first step has that rate.",
         add_help=False,
     )
     for title, section in RasftConfig.sections().items():

@@ -102,6 +102,8 @@ class MicroBatch:
     """[b * s/cp] int64: the token's place in ``sample_indices``. Padding has a valid value too, with mask 0."""
     weights: Tensor
     """[n] fp32: objective weight A of each sample; a micro-batch without samples has a single 0."""
+    are_counted: Tensor
+    """[n] bool: whether each sample's tokens count in the denominator of the loss."""
     ref_logprobs: Tensor | None
     """[b * s/cp] fp32 under the frozen reference; None if any sample of the batch lacks them."""
     old_logprobs: Tensor | None
@@ -261,6 +263,7 @@ def _build(
         loss_mask=local["loss_mask"],
         segment_ids=local["segment_ids"],
         weights=torch.tensor(samples.weights.tolist() or [0.0]),
+        are_counted=torch.tensor(samples.are_counted.tolist() or [True]),
         ref_logprobs=local.get("ref_logprobs"),
         old_logprobs=local.get("old_logprobs"),
         packed_seq_params=params,

@@ -168,6 +168,7 @@ class Forward:
                 segment_ids=batch.segment_ids,
                 num_segments=batch.num_segments,
                 weights=batch.weights,
+                are_counted=batch.are_counted,
                 ref_logprobs=batch.ref_logprobs,
                 old_logprobs=batch.old_logprobs,
                 kl=kl,

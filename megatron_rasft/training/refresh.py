@@ -306,13 +306,12 @@ class Refresh:
         return [self._weighed(problem_id, groups.get(problem_id)) for problem_id in problem_ids]
 
     def _weighed(self, problem_id: str, group: RolloutGroup | None) -> list[TrainingSample]:
-        longest = self._sampling.max_total_tokens
         verify = self._config.verify
         texts: dict[str, Any] = {
             "n": verify.verify_dedup_ngram,
             "short_texts": verify.verify_dedup_short_texts,
         }
-        samples = make_samples(
+        return make_samples(
             self._config.objective,
             self._demonstrations[problem_id],
             group,
@@ -320,8 +319,8 @@ class Refresh:
             remembered=self.curriculum.remembered(problem_id),
             deduplicate=partial(deduplicate, threshold=verify.verify_dedup_threshold, **texts),
             similarity=partial(similarity, **texts),
+            max_tokens=self._sampling.max_total_tokens,
         )
-        return [s for s in samples if s.response_ids and (longest is None or s.num_tokens <= longest)]
 
     def record(self, groups: Mapping[str, RolloutGroup]) -> None:
         """Adds the rollouts to the curriculum's memory and to the store.

@@ -116,7 +116,7 @@ class Run:
 
     def _load_state(self, state: dict[str, Any], arrays: dict[str, Array]) -> None:
         on_rank_zero(lambda: self._check_reference(state))
-        self.queue = BatchQueue(state["queue"], SampleArrays(**arrays) if arrays else None)
+        self.queue = BatchQueue(state["queue"], SampleArrays.load(arrays) if arrays else None)
         self._last_refresh = state["last_refresh"]
         self._verdicts = Counter(state["verdicts"])
         on_rank_zero(lambda: self._refresh.decisions.load_state_dict(state["refresh"]))

@@ -37,6 +37,8 @@ class SampleArrays:
     """[n] fp64: objective weight A of each sample."""
     are_rollouts: Array
     """[n] bool: True for rollouts, False for demonstrations."""
+    are_counted: Array
+    """[n] bool: whether each sample's response tokens count in the denominator of the loss."""
     ref_logprobs: Array | None = None
     """[r] fp32 under the frozen reference; None if any sample lacks them."""
     old_logprobs: Array | None = None
@@ -62,8 +64,14 @@ class SampleArrays:
             response_lengths=responses,
             weights=np.array([s.weight for s in samples], np.float64),
             are_rollouts=np.array([s.kind == "rollout" for s in samples], np.bool_),
+            are_counted=np.array([s.is_counted for s in samples], np.bool_),
             **logprobs,
         )
+
+    @classmethod
+    def load(cls, arrays: dict[str, Array]) -> "SampleArrays":
+        """Restores samples from ``arrays()``. In checkpoints without ``are_counted`` all samples count."""
+        return cls(**{"are_counted": np.ones(len(arrays["weights"]), np.bool_)} | arrays)
 
     def arrays(self) -> dict[str, Array]:
         """Field name -> array, without the fields that are None."""
@@ -87,6 +95,7 @@ class SampleArrays:
             response_lengths=self.response_lengths[start:stop],
             weights=self.weights[start:stop],
             are_rollouts=self.are_rollouts[start:stop],
+            are_counted=self.are_counted[start:stop],
             ref_logprobs=None if self.ref_logprobs is None else self.ref_logprobs[in_responses],
             old_logprobs=None if self.old_logprobs is None else self.old_logprobs[in_responses],
         )
@@ -110,6 +119,7 @@ class SampleArrays:
             response_lengths=self.response_lengths[chosen],
             weights=self.weights[chosen],
             are_rollouts=self.are_rollouts[chosen],
+            are_counted=self.are_counted[chosen],
             ref_logprobs=picked(self.ref_logprobs, responses),
             old_logprobs=picked(self.old_logprobs, responses),
         )

@@ -50,6 +50,7 @@ from megatron_rasft.training.reference import FrozenReference
 from megatron_rasft.training.samples import Batch, SampleArrays
 from megatron_rasft.training.scoring import Scorer
 from megatron_rasft.training.stopping import StopRequest
+from megatron_rasft.training.warmup import WarmUp
 from megatron_rasft.types import Request, Response, SamplingParams, TrainingSample
 from megatron_rasft.weights.folder import HfFolder
 
@@ -129,6 +130,7 @@ class Trainer:
             lambda: self.stop.check(),
             args.global_batch_size,
         )
+        self._warm_up = WarmUp(self.scheduler, args.global_batch_size, args.given_flags)
         if args.manual_gc:
             gc.disable()
             gc.collect()
@@ -243,6 +245,7 @@ class Trainer:
         facts = prepared.facts
         if not facts.num_samples:
             return self._skip(facts)
+        self._warm_up.set_rates()
         learning_rate = _learning_rate(self.optimizer)
         began = time.monotonic()
         batches = self._preparer.on_device(prepared)
@@ -272,6 +275,7 @@ class Trainer:
         )
 
     def _skip(self, facts: BatchFacts) -> StepResult:
+        self._warm_up.set_rates()
         learning_rate = _learning_rate(self.optimizer)
         self.scheduler.step(increment=self.args.global_batch_size)
         self.iteration += 1

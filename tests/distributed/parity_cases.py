@@ -148,12 +148,15 @@ def batches(objective: str) -> list[list[TrainingSample]]:
     for size in (6, 4, 1):
         batch = []
         for index in range(size):
+            # Under --weighting-normalization problem the tokens of rollouts are not in the denominator.
+            is_counted = objective != "rasft" or index % 3 != 1
             prompt = [draw.randrange(VOCAB_SIZE) for _ in range(draw.randint(1, 12))]
             response = [draw.randrange(VOCAB_SIZE) for _ in range(draw.randint(1, 40))]
             batch.append(
                 TrainingSample(
                     problem_id=str(index),
-                    kind="demonstration",
+                    kind="demonstration" if is_counted else "rollout",
+                    is_counted=is_counted,
                     prompt_ids=prompt,
                     response_ids=response,
                     weight=draw.uniform(0.2, 2.0),

@@ -116,7 +116,7 @@ def independent_training(
     losses, norms, weights = [], [], []
     for batch in batches(objective):
         optimizer.zero_grad()
-        total = sum(len(s.response_ids) for s in batch)
+        total = sum(len(s.response_ids) for s in batch if s.is_counted)
         loss = sum((sequence_loss(objective, model, reference, s) for s in batch), torch.tensor(0.0)) / total
         loss.backward()
         losses.append(float(loss.detach()))

@@ -81,6 +81,7 @@ class Rasft(Objective):
         return SampleWeights(
             demonstration=weights.demonstration,
             rollouts={i: weight for i, weight in enumerate(weights.rollouts) if weight > 0},
+            is_per_problem=problem.weighting.is_per_problem,
         )
 
     def token_terms(self, tokens: "PackedTokens") -> "TokenTerms":

@@ -6,16 +6,26 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from megatron_rasft.objective.declaration import Objective
+from megatron_rasft.objective.declaration import Objective, SampledProblem
 from megatron_rasft.objective.families import OBJECTIVES
 from megatron_rasft.objective.families.likelihood import Raft
 from megatron_rasft.objective.families.policy_ratio import Grpo
 from megatron_rasft.objective.families.rasft import Rasft
 from megatron_rasft.objective.families.token_selective import Gft
+from megatron_rasft.objective.groups import distinct_texts
 from megatron_rasft.objective.samples import make_samples
-from megatron_rasft.objective.weighting import WeightingConfig
-from megatron_rasft.types import RolloutGroup, TrainingSample
+from megatron_rasft.objective.token_losses import PackedTokens, token_loss_sums
+from megatron_rasft.objective.weighting import (
+    WeightingConfig,
+    demonstration_weight,
+    estimate_solvability,
+    rollout_total,
+)
+from megatron_rasft.types import Demonstration, RolloutGroup, TrainingSample
 from tests.unit.objective.sampled_groups import counted_group, demonstration, make_group, rollout
 
 NO_PRIOR = WeightingConfig(weighting_prior_strength=0.0)
@@ -64,10 +74,125 @@ def test_rasft_trains_the_demonstration_and_the_complete_correct_rollouts() -> N
     group = mixed_group()
     samples = make_samples(Rasft(), demonstration(), group, config=NO_PRIOR)
     # four attempts, one solved: s = 1/4
-    assert weights_of(samples) == [("demonstration", 1.5 - 1.2 / 4), ("rollout", 0.7 / 4)]
+    # The rollout has three tokens, the demonstration two.
+    assert weights_of(samples) == [("demonstration", 1.5 - 1.2 / 4), ("rollout", 0.7 / 4 * 2 / 3)]
     assert [(s.problem_id, s.prompt_ids) for s in samples] == [("p", [1, 2])] * 2
     assert [s.response_ids for s in samples] == [[3, 4], [10, 10, 10]]
-    assert [r.weight for r in group.rollouts] == pytest.approx([0.175, 0, 0, 0, 0, 0])
+    assert [r.weight for r in group.rollouts] == pytest.approx([0.175 * 2 / 3, 0, 0, 0, 0, 0])
+
+
+def sized_problem(
+    draw: random.Random, num_correct: int, num_wrong: int
+) -> tuple[Demonstration, RolloutGroup]:
+    """A problem whose demonstration and rollouts have random lengths."""
+    group = counted_group(num_correct, num_wrong)
+    for r in group.rollouts:
+        r.response_ids = [9] * draw.randint(1, 400)
+    problem = demonstration()
+    problem.response_ids = [3] * draw.randint(1, 400)
+    return problem, group
+
+
+def mass(samples: list[TrainingSample]) -> float:
+    """Weight x tokens of a problem, relative to an unsampled problem with the same demonstration."""
+    return sum(s.weight * len(s.response_ids) for s in samples) / len(samples[0].response_ids)
+
+
+@given(st.integers(0, 16), st.integers(0, 16), st.integers(0, 10_000), st.booleans())
+def test_mass_of_a_problem_depends_on_its_solvability_alone(
+    num_correct: int, num_wrong: int, seed: int, has_prior: bool
+) -> None:
+    config = WeightingConfig() if has_prior else NO_PRIOR
+    problem, group = sized_problem(random.Random(seed), num_correct, num_wrong)
+    samples = make_samples(Rasft(), problem, group, config=config)
+    s = estimate_solvability(num_correct, num_correct + num_wrong, config)
+    expected = 1.0 if s is None else demonstration_weight(s, config)
+    if num_correct:
+        assert s is not None
+        expected += rollout_total(s, config)
+    assert mass(samples) == pytest.approx(expected, rel=1e-12)
+    assert mass(make_samples(Rasft(), problem, config=config)) == 1.0
+    assert [s.is_counted for s in samples] == [True] + [False] * num_correct
+    assert len({s.weight for s in samples[1:]}) <= 1, "every token of the rollouts has the same weight"
+
+
+def gradient_of(problems: list[list[TrainingSample]]) -> list[float]:
+    """The sum of the loss's gradient over the tokens of each problem, in a batch whose tokens all have the probability 1/2."""
+    samples = [sample for problem in problems for sample in problem]
+    lengths = torch.tensor([len(sample.response_ids) for sample in samples])
+    logprobs = torch.full((int(lengths.sum()),), math.log(0.5), dtype=torch.float64).requires_grad_()
+    tokens = PackedTokens(
+        logprobs=logprobs,
+        loss_mask=torch.ones_like(logprobs),
+        segment_ids=torch.arange(len(samples)).repeat_interleave(lengths),
+        num_segments=len(samples),
+        weights=torch.tensor([sample.weight for sample in samples], dtype=torch.float64),
+        are_counted=torch.tensor([sample.is_counted for sample in samples]),
+        ref_logprobs=logprobs.detach(),
+    )
+    sums = token_loss_sums(tokens, Rasft())
+    (gradient,) = torch.autograd.grad(sums.loss_sum / sums.denominator, logprobs)
+    sizes = [sum(len(sample.response_ids) for sample in problem) for problem in problems]
+    return [float(part.sum()) for part in gradient.split(sizes)]
+
+
+def test_share_of_a_problem_in_the_loss_does_not_depend_on_its_neighbours() -> None:
+    draw = random.Random(4)
+    hard, hard_group = sized_problem(draw, 0, 4)
+    unsampled, _ = sized_problem(draw, 0, 0)
+    neighbour, _ = sized_problem(draw, 0, 0)
+    gradients = []
+    for num_correct, num_wrong in ((0, 1), (1, 0), (3, 1), (16, 0)):
+        _, group = sized_problem(draw, num_correct, num_wrong)
+        problems = [
+            make_samples(Rasft(), hard, hard_group, config=NO_PRIOR),
+            make_samples(Rasft(), unsampled, config=NO_PRIOR),
+            make_samples(Rasft(), neighbour, group, config=NO_PRIOR),
+        ]
+        gradients.append(gradient_of(problems))
+        s = num_correct / (num_correct + num_wrong)
+        lengths = [len(d.response_ids) for d in (hard, unsampled, neighbour)]
+        masses = [1.5, 1.0, demonstration_weight(s, NO_PRIOR) + rollout_total(s, NO_PRIOR)]
+        expected = [-0.5 * m * n / sum(lengths) for m, n in zip(masses, lengths, strict=True)]
+        assert gradients[-1] == pytest.approx(expected, rel=1e-9)
+    assert len({tuple(round(value, 12) for value in part[:2]) for part in gradients}) == 1
+
+
+def test_normalization_follows_the_rule_unless_its_flag_says_otherwise() -> None:
+    adaptive, published = WeightingConfig(), WeightingConfig(rasft_weighting="published")
+    assert adaptive.is_per_problem and not published.is_per_problem
+    problem, group = sized_problem(random.Random(1), 2, 1)
+    for config in (WeightingConfig(weighting_normalization="tokens", weighting_prior_strength=0), published):
+        samples = make_samples(Rasft(), problem, group, config=config)
+        assert all(s.is_counted for s in samples)
+        of_rasft = Rasft().weigh(sampled(group, config))
+        assert [s.weight for s in samples[1:]] == list(of_rasft.rollouts.values())
+    both = WeightingConfig(rasft_weighting="published", weighting_normalization="problem")
+    assert mass(make_samples(Rasft(), problem, group, config=both)) == pytest.approx(
+        0.1551 + 2 * 0.005, abs=5e-5
+    )
+
+
+def sampled(group: RolloutGroup, config: WeightingConfig) -> SampledProblem:
+    return SampledProblem(
+        group=group, weighting=config, remembered=None, deduplicate=distinct_texts, similarity=None
+    )
+
+
+def test_rollouts_that_are_too_long_leave_their_share_to_the_others() -> None:
+    group = make_group(rollout(0, num_tokens=7), rollout(1, num_tokens=2), rollout(2, num_tokens=8))
+    samples = make_samples(Rasft(), demonstration(), group, config=NO_PRIOR, max_tokens=9)
+    assert [len(s.response_ids) for s in samples] == [2, 7, 2]
+    assert mass(samples) == pytest.approx(0.3 + 0.7)
+    assert group.rollouts[2].weight == 0.0
+    (alone,) = make_samples(Rasft(), demonstration(), group, config=NO_PRIOR, max_tokens=4)[:1]
+    assert alone.kind == "demonstration"
+    assert make_samples(Rasft(), demonstration(), group, config=NO_PRIOR, max_tokens=3) == []
+
+
+@pytest.mark.parametrize("kind", [kind for kind in OBJECTIVES.values() if kind is not Rasft])
+def test_other_objectives_count_all_their_tokens(kind: type[Objective]) -> None:
+    assert all(s.is_counted for s in make_samples(kind(), demonstration(), mixed_group(), config=NO_PRIOR))
 
 
 def test_rasft_published_uses_the_published_rule() -> None:
@@ -87,7 +212,7 @@ def test_rasft_uses_earlier_refreshes_and_the_given_comparisons_of_texts() -> No
         deduplicate=lambda texts: [0],
     )
     # Two of two solved now, none of two before: s = 1/2. One of the two solved rollouts is distinct.
-    assert weights_of(pooled) == [("demonstration", 1.5 - 1.2 / 2), ("rollout", 0.7 / 2)]
+    assert weights_of(pooled) == [("demonstration", 1.5 - 1.2 / 2), ("rollout", 0.7 / 2 * 2 / 3)]
 
     published = WeightingConfig(rasft_weighting="published")
     one_text = make_samples(

@@ -367,6 +367,22 @@ def test_micro_batch_without_response_tokens_adds_zero(case: str) -> None:
         assert metric.tolist() == [0, 0]
 
 
+@pytest.mark.parametrize("case", FORMULAS)
+def test_sequences_that_are_not_counted_keep_their_loss_and_leave_the_denominator(case: str) -> None:
+    tokens, objective = batch(), objective_of(case)
+    whole, grad = loss_and_gradient(tokens, objective)
+    are_counted = torch.tensor([True, False, False, True])
+    some, same_grad = loss_and_gradient(replace(tokens, are_counted=are_counted), objective)
+    assert torch.equal(some.loss_sum, whole.loss_sum) and torch.equal(same_grad, grad)
+    alone = [
+        token_loss_sums(
+            replace(tokens, loss_mask=tokens.loss_mask & (tokens.segment_ids == i)), objective
+        ).denominator
+        for i in (0, 3)
+    ]
+    assert some.denominator == sum(alone) < whole.denominator
+
+
 def test_token_certain_or_hopeless_stays_finite() -> None:
     tokens = batch(torch.float32)
     extreme = torch.linspace(-200.0, 0.0, tokens.logprobs.numel())

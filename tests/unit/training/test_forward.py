@@ -79,6 +79,7 @@ def batch() -> MicroBatch:
         loss_mask=torch.tensor(MASK, dtype=torch.float32),
         segment_ids=torch.arange(num_tokens) // 4,
         weights=torch.tensor([0.5, 2.0]),
+        are_counted=torch.tensor([True, True]),
         ref_logprobs=torch.linspace(-3.0, -1.0, num_tokens),
         old_logprobs=None,
         packed_seq_params=None,

@@ -26,6 +26,7 @@ def some_samples(num: int, *, has_old: bool = True) -> list[TrainingSample]:
                 prompt_ids=prompt if index % 2 else memoryview(np.array(prompt, np.int32)),  # type: ignore[arg-type]
                 response_ids=array("i", response) if index % 2 else response,
                 weight=index / 10,
+                is_counted=index % 4 != 1,
                 ref_logprobs=memoryview(np.array(ref, np.float32)) if index % 2 else ref,  # type: ignore[arg-type]
                 old_logprobs=[v / 2 for v in ref] if has_old else None,
             )
@@ -44,7 +45,16 @@ def plain(samples: SampleArrays) -> list[tuple]:
             for flat in (samples.ref_logprobs, samples.old_logprobs)
         ]
         kind = "rollout" if samples.are_rollouts[i] else "demonstration"
-        rows.append((kind, ids[:num_prompt], ids[num_prompt:], float(samples.weights[i]), *logprobs))
+        rows.append(
+            (
+                kind,
+                ids[:num_prompt],
+                ids[num_prompt:],
+                float(samples.weights[i]),
+                bool(samples.are_counted[i]),
+                *logprobs,
+            )
+        )
         token, answer = token + num_prompt + num_response, answer + num_response
     return rows
 
@@ -56,6 +66,7 @@ def expected(samples: list[TrainingSample]) -> list[tuple]:
             list(s.prompt_ids),
             list(s.response_ids),
             s.weight,
+            s.is_counted,
             list(s.ref_logprobs or ()),
             None if s.old_logprobs is None else list(s.old_logprobs),
         )
@@ -72,7 +83,13 @@ def test_arrays_hold_the_samples(has_old: bool) -> None:
     assert plain(arrays.slice(2, 7).slice(1, 3)) == expected(samples[3:5])
     assert plain(arrays.take([4, 0, 8])) == expected([samples[i] for i in (4, 0, 8)])
     assert plain(arrays.take([])) == []
-    assert plain(SampleArrays(**arrays.arrays())) == expected(samples)
+    assert plain(SampleArrays.load(arrays.arrays())) == expected(samples)
+
+
+def test_all_samples_of_an_older_checkpoint_count() -> None:
+    arrays = SampleArrays.of(some_samples(5)).arrays()
+    del arrays["are_counted"]
+    assert SampleArrays.load(arrays).are_counted.tolist() == [True] * 5
 
 
 def test_a_response_of_one_token_is_kept_at_every_place() -> None:
@@ -119,7 +136,7 @@ def test_the_queue_yields_each_batch_once_and_saves_the_remaining_ones() -> None
     ahead = queue.batch(2)
     assert ahead is not None and plain(ahead.samples) == expected(samples[4:])
     for start, (num_problems, num) in zip((0, 4, 4), sizes, strict=True):
-        resumed = BatchQueue(queue.sizes, SampleArrays(**queue.arrays()))
+        resumed = BatchQueue(queue.sizes, SampleArrays.load(queue.arrays()))
         for one in (queue, resumed):
             batch = one.batch(0)
             assert batch is not None and batch.num_problems == num_problems
