@@ -41,6 +41,7 @@ def some_samples(num: int, has_logprobs: bool = True) -> list[TrainingSample]:
                 prompt_ids=prompt,
                 response_ids=response,
                 weight=index + 0.5,
+                is_counted=index % 3 != 1,
                 ref_logprobs=[-index - t / 64 for t in range(len(response))] if has_logprobs else None,
                 old_logprobs=[-index - t / 32 for t in range(len(response))] if has_logprobs else None,
             )
@@ -312,6 +313,7 @@ def check_micro_batch(shards: list[MicroBatch], samples: list[TrainingSample], i
     width = batch.tokens.shape[1] * len(shards)
     start, trained = 0, 0
     assert batch.weights.tolist() == ([samples[i].weight for i in batch.sample_indices] or [0.0])
+    assert batch.are_counted.tolist() == ([samples[i].is_counted for i in batch.sample_indices] or [True])
     for place, index in enumerate(batch.sample_indices):
         sample = samples[index]
         start = start if is_packed else place * width
@@ -361,7 +363,7 @@ def test_pinning_copies_every_tensor_unchanged(is_packed: bool, monkeypatch: pyt
     batch = micro_batches(some_samples(3), a_layout(is_packed=is_packed))[0]
     moved = batch.pinned()
     tensors = {name: value for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
-    assert len(tensors) == 8 and {id(tensor) for tensor in tensors.values()} <= set(pinned)
+    assert len(tensors) == 9 and {id(tensor) for tensor in tensors.values()} <= set(pinned)
     for name, tensor in tensors.items():
         assert torch.equal(getattr(moved, name), tensor) and getattr(moved, name) is not tensor
     assert moved.sample_indices == batch.sample_indices

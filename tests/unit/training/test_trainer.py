@@ -26,7 +26,7 @@ def _train(rank: int, folder: str) -> None:
 
     pretrain_rasft.cpu_backend.enable()
     pretrain_rasft.cpu_backend.use_cpu_fused_adam()
-    flags = "--objective sft_kl --global-batch-size 1 --lr 1e-3 --lr-warmup-iters 0"
+    flags = "--objective sft_kl --global-batch-size 1 --lr 1e-3 --lr-warmup-iters 4"
     notes: dict[str, Any] = {}
 
     def weights() -> torch.Tensor:
@@ -53,6 +53,7 @@ def _train(rank: int, folder: str) -> None:
         notes["skipped"] = skipped.is_skipped and torch.equal(weights(), initial) and run.iteration == 1
 
         result = run.step([scored], 1)
+        notes["rates"] = [skipped.learning_rate, result.learning_rate]
         notes["trained"] = not result.is_skipped and not torch.equal(weights(), initial)
         notes["iteration"] = run.iteration
         notes["tokens"] = result.num_tokens
@@ -87,6 +88,10 @@ def test_a_batch_without_samples_changes_no_weight_and_counts_as_a_step(notes: d
 def test_a_step_changes_the_policy_and_not_the_reference(notes: dict[str, Any]) -> None:
     assert notes["trained"] and notes["reference stays"]
     assert (notes["iteration"], notes["problems"], notes["tokens"]) == (2, 2, 4)
+
+
+def test_the_warm_up_counts_from_the_first_step(notes: dict[str, Any]) -> None:
+    assert notes["rates"] == pytest.approx([1e-3 / 4, 2e-3 / 4])
 
 
 def test_a_steps_shape_is_not_left_in_the_flags(notes: dict[str, Any]) -> None:
