@@ -4,8 +4,10 @@ import ast
 import builtins
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Any
 
 from megatron_rasft.types import CodeTests
 
@@ -24,7 +26,6 @@ def parse_script(source: str) -> ast.Module:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            compile(source, "tests", "exec", dont_inherit=True)
             return ast.parse(source)
     except (ValueError, RecursionError, MemoryError) as error:
         raise SyntaxError(str(error) or type(error).__name__) from None
@@ -74,60 +75,95 @@ def parts_of(source: str) -> list[tuple[str, str]]:
     ]
 
 
-def names_bound(sources: Iterable[str]) -> set[str]:
-    """Returns the names that the scripts define themselves. Names imported from ``solution`` are the program's."""
-    bound: set[str] = set()
-    for node in _nodes(sources):
-        if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
-            bound.add(node.id)
-        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            bound.add(node.name)
-        elif isinstance(node, ast.Import):
-            bound.update((alias.asname or alias.name).partition(".")[0] for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module != "solution":
-            bound.update(alias.asname or alias.name for alias in node.names)
-    return bound
+@dataclass
+class _Names:
+    """Names in a script, by their use."""
+
+    read: set[str] = field(default_factory=set)
+    called: set[str] = field(default_factory=set)
+    bound: set[str] = field(default_factory=set)
+    """Names that the script defines, without arguments of functions and without names imported from ``solution``."""
+    arguments: set[str] = field(default_factory=set)
+    asked: set[str] = field(default_factory=set)
+    """Names imported from ``solution``, or read as its attributes."""
+    aliases: set[str] = field(default_factory=set)
+    """The names under which these are imported."""
 
 
-def names_read(sources: Iterable[str]) -> set[str]:
-    """Returns the names that the scripts read."""
-    return {
-        node.id for node in _nodes(sources) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)
-    }
+@lru_cache(maxsize=256)
+def _names_in(source: str) -> _Names:
+    found = _Names()
+    try:
+        tree = parse_script(source)
+    except SyntaxError:
+        return found
+    for node in ast.walk(tree):
+        record = _RECORDERS.get(type(node))
+        if record is not None:
+            record(node, found)
+    return found
+
+
+def _record_name(node: ast.Name, found: _Names) -> None:
+    (found.read if isinstance(node.ctx, ast.Load) else found.bound).add(node.id)
+
+
+def _record_call(node: ast.Call, found: _Names) -> None:
+    if isinstance(node.func, ast.Name):
+        found.called.add(node.func.id)
+
+
+def _record_attribute(node: ast.Attribute, found: _Names) -> None:
+    if isinstance(node.value, ast.Name) and node.value.id == "solution":
+        found.asked.add(node.attr)
+
+
+def _record_import(node: ast.Import | ast.ImportFrom, found: _Names) -> None:
+    if isinstance(node, ast.Import) or node.module != "solution":
+        found.bound.update((alias.asname or alias.name).partition(".")[0] for alias in node.names)
+        return
+    found.asked.update(alias.name for alias in node.names if alias.name != "*")
+    found.aliases.update(alias.asname or alias.name for alias in node.names)
+
+
+_RECORDERS: dict[type, Callable[[Any, _Names], None]] = {
+    ast.Name: _record_name,
+    ast.Call: _record_call,
+    ast.Attribute: _record_attribute,
+    ast.Import: _record_import,
+    ast.ImportFrom: _record_import,
+    ast.arg: lambda node, found: found.arguments.add(node.arg),
+    **dict.fromkeys(
+        (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef), lambda node, found: found.bound.add(node.name)
+    ),
+}
+
+
+def free_names(sources: Iterable[str]) -> set[str]:
+    """Returns the names that the scripts read and do not define. Names imported from ``solution`` are among them."""
+    names = [_names_in(source) for source in sources]
+    read: set[str] = set().union(*(found.read for found in names))
+    return read.difference(*(found.bound for found in names))
 
 
 def names_called(sources: Iterable[str]) -> set[str]:
     """Returns the names that the scripts call as functions."""
-    calls = (node.func for node in _nodes(sources) if isinstance(node, ast.Call))
-    return {function.id for function in calls if isinstance(function, ast.Name)}
+    return set().union(*(_names_in(source).called for source in sources))
 
 
-def names_of_program(tests: CodeTests) -> list[str]:
+@lru_cache(maxsize=64)
+def names_of_program(tests: CodeTests) -> tuple[str, ...]:
     """Returns the names that the tests take from the program: imported from ``solution``, or read and defined nowhere."""
     sources = [tests.setup, *tests.tests]
-    aliases = [
-        alias
-        for node in _nodes(sources)
-        if isinstance(node, ast.ImportFrom) and node.module == "solution"
-        for alias in node.names
-    ]
-    imported = {alias.name for alias in aliases} - {"*"}
-    attributes = {
-        node.attr
-        for node in _nodes(sources)
-        if isinstance(node, ast.Attribute) and _last_name(node.value) == "solution"
-    }
-    arguments = {node.arg for node in _nodes(sources) if isinstance(node, ast.arg)}
-    bound = names_bound(sources) | arguments | {alias.asname or alias.name for alias in aliases}
-    return sorted(imported | attributes | names_read(sources) - bound - set(dir(builtins)) - {"solution"})
+    names = [_names_in(source) for source in sources]
+    asked: set[str] = set().union(*(found.asked for found in names))
+    own: set[str] = set().union(*(found.arguments | found.aliases for found in names))
+    return tuple(sorted(asked | free_names(sources) - own - set(dir(builtins)) - {"solution"}))
 
 
-def _nodes(sources: Iterable[str]) -> Iterator[ast.AST]:
-    for source in sources:
-        try:
-            yield from ast.walk(parse_script(source))
-        except SyntaxError:
-            continue
+def aliases_of_program(tests: CodeTests) -> set[str]:
+    """Returns the names under which the tests import names of the program."""
+    return set().union(*(_names_in(source).aliases for source in (tests.setup, *tests.tests)))
 
 
 def _can_fail(statements: Iterable[ast.AST]) -> bool:

@@ -72,6 +72,9 @@ class TesterSide(Codec):
         self.ignored: BaseException | None = None
         """The first exception of a call that no handler of the tests can have expected. The test has to fail with it."""
 
+        self._is_holding = False
+        # Changes that the program made to arguments, and that are held back: the argument and its new value
+        self._held: list[tuple[Any, Any]] = []
         # The latest exceptions of the program, which are compared by identity
         self._raised: collections.deque[BaseException] = collections.deque(maxlen=1000)
         self._num_callbacks = 0
@@ -95,6 +98,24 @@ class TesterSide(Codec):
         value = self._ask("get", name)
         self.found.add(name)
         return value
+
+    def hold_changes(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Returns ``function`` with its changes of arguments held back until ``release_changes``, unless it returns None."""
+
+        def holding(*args: Any, **keywords: Any) -> Any:
+            self._is_holding = True
+            try:
+                return function(*args, **keywords)
+            finally:
+                self._is_holding = False
+
+        return holding
+
+    def release_changes(self) -> None:
+        """Applies the changes that are held back."""
+        held, self._held = self._held, []
+        for original, current in held:
+            _bring_up_to_date(original, current)
 
     def defines(self, name: str) -> bool:
         """Returns whether the program defines a name at its top level."""
@@ -229,11 +250,16 @@ class TesterSide(Codec):
         content, printed, changed = rest
         if printed:
             sys.stdout.write(str(printed))
+        value = self.decode(content) if status == "value" else None
         for place, encoded in changed:
             original = keywords[place] if isinstance(place, str) else args[place]
-            _bring_up_to_date(original, self.decode(encoded))
+            current = self.decode(encoded)
+            if self._is_holding and value is not None:
+                self._held.append((original, current))
+            else:
+                _bring_up_to_date(original, current)
         if status == "value":
-            return self.decode(content), None
+            return value, None
         if status != "raised":
             raise ValueError(status)
         kind, arguments, text, attributes = content

@@ -19,13 +19,15 @@ from typing import Any
 
 from megatron_rasft.types import CodeTests, Verdict
 from megatron_rasft.verify.programs.empty_arrays import patch_comparisons
-from megatron_rasft.verify.programs.messages import CandidateEndedError, CannotCrossError
+from megatron_rasft.verify.programs.input_copies import HOLD, RELEASE, holding_changes
+from megatron_rasft.verify.programs.messages import CandidateEndedError, CannotCrossError, shared_name
 from megatron_rasft.verify.programs.scripts import (
+    aliases_of_program,
     find_fault,
+    free_names,
     handles_errors,
-    names_bound,
     names_called,
-    names_read,
+    names_of_program,
     parts_of,
 )
 from megatron_rasft.verify.programs.stand_ins import RemoteObject, TesterSide
@@ -88,7 +90,7 @@ def _run_asserts(tests: CodeTests, side: TesterSide) -> tuple[Verdict, str]:
     scripts = [tests.setup] if tests.setup else []
     for number, script in enumerate([*scripts, *tests.tests], 1 - len(scripts)):
         _expect_errors(side, script, *(other for other in (tests.setup, *tests.tests) if "def " in other))
-        failure = _run(script, f"test {number}" if number else "setup", scope)
+        failure = _run(script, f"test {number}" if number else "setup", scope, tests, side)
         if failure is not None:
             where = f"test {number} of {len(tests.tests)}" if number else "setup of the tests"
             return _verdict_of(failure, tests, side), f"{where}: {_describe(failure)}"
@@ -99,7 +101,8 @@ def _run_check(tests: CodeTests, side: TesterSide) -> tuple[Verdict, str]:
     scope = dict(_FRESH_GLOBALS)
     if tests.prompt:
         # The prompt may define helper functions beside the one to complete (HumanEval/32), and the tests call them
-        failure = _run(_closed(tests.prompt), "prompt", scope)
+        prompt = _closed(tests.prompt)
+        failure = _failure_of(lambda: exec(compile(prompt, "prompt", "exec", dont_inherit=True), scope))
         if failure is not None:
             return "unverifiable", f"prompt of the tests: {_describe(failure)}"
     try:
@@ -109,7 +112,7 @@ def _run_check(tests: CodeTests, side: TesterSide) -> tuple[Verdict, str]:
     scope[tests.entry_point] = program
     _expect_errors(side, tests.setup, *tests.tests)
     for script in (tests.setup, *tests.tests):
-        failure = _run(script, "tests", scope)
+        failure = _run(script, "tests", scope, tests, side)
         if failure is not None:
             return _verdict_of(failure, tests, side), _describe(failure)
     check = scope.get("check")
@@ -162,7 +165,7 @@ def _run_pytest(tests: CodeTests, side: TesterSide) -> tuple[Verdict, str]:
     module.__dict__["__file__"] = f"{_MODULE}.py"
     module.__dict__.update(_bind_names_of_program(tests, side))
     _expect_errors(side, source)
-    failure = _run(source, "tests", module.__dict__)
+    failure = _run(source, "tests", module.__dict__, tests, side)
     if failure is not None:
         return _verdict_of(failure, tests, side), _describe(failure)
 
@@ -321,7 +324,7 @@ class _ProgramModule(types.ModuleType):
         # The tests ask for this name of the program, so they use it even if the program lacks it
         self._side.num_uses += 1
         value = self._side.get(name)
-        self._side.num_uses -= isinstance(value, RemoteObject)
+        self._side.num_uses -= not _is_used_by_reading(name, value, self._tests)
         return value
 
 
@@ -342,16 +345,25 @@ def _bind_names_of_program(tests: CodeTests, side: TesterSide) -> dict[str, Any]
     scripts = (
         ["\n".join([tests.setup, *tests.tests])] if tests.style == "pytest" else [tests.setup, *tests.tests]
     )
-    read = names_read(scripts) - names_bound(scripts)
+    read = free_names(scripts)
     found = {}
     for name in sorted(read - set(dir(builtins)) | {tests.entry_point} - {""}):
         try:
             found[name] = side.get(name)
         except AttributeError:
             continue  # the test that uses the name fails with a NameError
-        if name in read and not isinstance(found[name], RemoteObject):
-            side.num_uses += 1  # a plain value is all that there is to use
+        side.num_uses += name in read and _is_used_by_reading(name, found[name], tests)
     return found
+
+
+def _is_used_by_reading(name: str, value: Any, tests: CodeTests) -> bool:
+    """Returns whether tests that read this value of the program use the program: it has no operations to count.
+
+    A value of a library, such as ``typing.List``, is not of the program, unless the program gives it as the entry point.
+    """
+    if isinstance(value, RemoteObject):
+        return False
+    return name == tests.entry_point or shared_name(value) is None
 
 
 def _expect_errors(side: TesterSide, *sources: str) -> None:
@@ -364,6 +376,8 @@ def _verdict_of(error: BaseException | None, tests: CodeTests, side: TesterSide)
     """Returns ``wrong``, or ``unverifiable`` for an exception that shows that the tests cannot run with any program."""
     if error is None or side.has_raised(error):
         return "wrong"
+    if isinstance(error, _InvalidScriptError):
+        return "unverifiable"
     if isinstance(error, ImportError):
         return "wrong" if error.name == "solution" else "unverifiable"
     if type(error) is NameError:
@@ -388,13 +402,21 @@ def _closed(prompt: str) -> str:
         return f"{prompt.rstrip()}\n    pass\n"
 
 
-def _run(source: str, name: str, scope: dict[str, Any]) -> BaseException | None:
+def _run(
+    source: str, name: str, scope: dict[str, Any], tests: CodeTests, side: TesterSide
+) -> BaseException | None:
     """Executes a script. Returns the exception it raised, or None."""
+    names = {*names_of_program(tests), *aliases_of_program(tests), *side.found, tests.entry_point, "solution"}
+    scope.update({HOLD: side.hold_changes, RELEASE: side.release_changes})
+    try:
+        code = compile(holding_changes(source, names), name, "exec", dont_inherit=True)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        return _InvalidScriptError(str(error))
+    return _failure_of(lambda: exec(code, scope))
 
-    def execute() -> None:
-        exec(compile(source, name, "exec", dont_inherit=True), scope)
 
-    return _failure_of(execute)
+class _InvalidScriptError(Exception):
+    """A script of the tests is not valid Python."""
 
 
 def _failure_of(action: Callable[[], None]) -> BaseException | None:

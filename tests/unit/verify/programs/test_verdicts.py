@@ -144,6 +144,12 @@ RUNNABLE: dict[str, tuple[str, CodeTests, Verdict]] = {
     "test wrong": (ADDS, asserts("assert f(1) == 3"), "wrong"),
     "test before": (ADDS, asserts("assert 1 == 2\nassert f(1) == 2"), "unverifiable"),
     "const": ("ANSWER = 42", asserts("assert ANSWER == 42", entry_point=""), "correct"),
+    "return outside a function": (ADDS, asserts("assert f(1) == 2\nreturn"), "unverifiable"),
+    "library name of the program": (
+        "from typing import List\ndef f(x): return x + 1",
+        in_pytest("from solution import *\ndef f(x) -> List: return 2\ndef test_f():\n    assert f(1) == 2"),
+        "unverifiable",
+    ),
     "const wrong": ("ANSWER = 41", asserts("assert ANSWER == 42", entry_point=""), "wrong"),
     "shared": ("from math import gcd as f", asserts("assert f(4, 6) == 2"), "correct"),
 }
@@ -275,3 +281,53 @@ def test_verdicts(strongest_sandbox: Sandbox, table: dict[str, tuple[str, CodeTe
         if given[0] != verdict:
             found[name] = given
     assert found == {}
+
+
+CLEARS = "def f(a):\n    a.clear()\n    return []"
+SORTS_A_COPY = "def f(a): return sorted(a)"
+SORTS_IN_PLACE = "def f(a): a.sort()"
+SORTS_IN_PLACE_AND_RETURNS = "def f(a):\n    a.sort()\n    return list(a)"
+# Each compares the result for an input with something calculated from the input
+WITH_REFERENCE = {
+    "expression": asserts("a = [3, 1, 2]\nassert f(a) == sorted(a)"),
+    "other statement": asserts("a = [3, 1, 2]", "assert f(a) == sorted(a)"),
+    "variable": asserts("a = [3, 1, 2]\nr = f(a)\nassert r == sorted(a)"),
+    "reference in a variable": in_pytest(
+        "from solution import f\ndef ref(a): return sorted(a)\n"
+        "def test_f():\n    a = [3, 1, 2]\n    r = f(a)\n    e = ref(a)\n    assert r == e"
+    ),
+    "check": in_check(
+        "def check(candidate):\n    for inp in [[[3, 1, 2]], [[2, 1]]]:\n        assert candidate(*inp) == sorted(*inp)"
+    ),
+    "generator": asserts("assert all(f(x) == sorted(x) for x in [[3, 1], [2, 1]])"),
+    "checker": asserts("def ok(r, a): return sorted(a) == r\na = [3, 1, 2]\nassert ok(f(a), a)"),
+    "permutation": asserts("a = [3, 1, 2]\nr = f(a)\nassert len(r) == len(a)\nassert all(x in r for x in a)"),
+    "item": asserts("cases = [{'i': [2, 1]}]\nfor c in cases:\n    assert f(c['i']) == sorted(c['i'])"),
+    "parameter": in_pytest(
+        "from solution import f\nimport pytest\n@pytest.mark.parametrize('a', [[3, 1], [2, 1, 5]])\n"
+        "def test_f(a):\n    assert f(a) == sorted(a)"
+    ),
+}
+IN_PLACE = {
+    "expression": asserts("a = [3, 1, 2]\nassert f(a) is None and a == [1, 2, 3]"),
+    "variable": asserts("a = [3, 1, 2]\nr = f(a)\nassert r is None\nassert a == sorted(a)"),
+    "statement": asserts("a = [3, 1, 2]\nf(a)\nassert a == sorted([3, 1, 2]) and len(a) == 3"),
+}
+UNCHANGED = asserts("a = [3, 1, 2]\nassert f(a) == sorted(a)\nassert a == [3, 1, 2]")
+
+
+@pytest.mark.parametrize("tests", WITH_REFERENCE.values(), ids=WITH_REFERENCE)
+def test_reference_sees_the_inputs_before_the_program_changes_them(
+    strongest_sandbox: Sandbox, tests: CodeTests
+) -> None:
+    assert strongest_sandbox.judge(CLEARS, tests)[0] == "wrong"
+    assert strongest_sandbox.judge(SORTS_A_COPY, tests)[0] == "correct"
+    assert strongest_sandbox.judge(SORTS_IN_PLACE_AND_RETURNS, tests)[0] == "correct"
+
+
+def test_changes_of_inputs_are_seen_where_tests_look_at_them(strongest_sandbox: Sandbox) -> None:
+    for name, tests in IN_PLACE.items():
+        assert strongest_sandbox.judge(SORTS_IN_PLACE, tests)[0] == "correct", name
+        assert strongest_sandbox.judge(SORTS_A_COPY, tests)[0] == "wrong", name
+    assert strongest_sandbox.judge(SORTS_A_COPY, UNCHANGED)[0] == "correct"
+    assert strongest_sandbox.judge(SORTS_IN_PLACE_AND_RETURNS, UNCHANGED)[0] == "wrong"
