@@ -48,7 +48,7 @@ _UNIT_VECTOR = re.compile(
     r"\\(?:mathbf|hat|vec|boldsymbol|bm|mathrm)\s*\{?\s*(?:\\mathbf\s*\{)?\s*\\?([ijk])(?:math)?\s*\}?\}?"
 )
 _LEAD = re.compile(
-    r"^(?:(?:it|this|that|they|the (?:graph|curve|figure|shape|answer|triangle|function|sequence|series)) (?:is|are)|it's|an?|the)\s+"
+    r"^(?:on|(?:it|this|that|they|the (?:graph|curve|figure|shape|answer|triangle|function|sequence|series)) (?:is|are)|it's|an?|the)\s+"
 )
 _ANSWER_SYNONYMS = {
     "dne": "does not exist", "doesn't exist": "does not exist", "not defined": "undefined", "infinitely many solutions": "infinitely many",
@@ -172,6 +172,8 @@ def _interval(value: Collection) -> tuple[str, Set] | None:
     if len(value.items) != 2:
         return None
     low, high = (_sympy_value(item) for item in value.items)
+    if (low == -sympy.oo and value.brackets[0] == "[") or (high == sympy.oo and value.brackets[1] == "]"):
+        return None
     if low is None or high is None or low.free_symbols or high.free_symbols or not low < high:
         return None
     return "", Interval(low, high, value.brackets[0] == "(", value.brackets[1] == ")")
@@ -295,15 +297,25 @@ def _assigned(value: Assignment) -> Value | None:
     """Returns the last member of a chain. None if two members are different numbers, as in ``x = 4 = 5``."""
     last = value.members[-1]
     for member in value.members[:-1]:
-        x, y = _sympy_value(member), _sympy_value(last)
-        is_number = x is not None and y is not None and not isinstance(x, MatrixBase) and not x.free_symbols
-        if is_number and not values_match(last, member):
+        if _is_constant(member) and _is_constant(last) and not values_match(last, member):
             return None
     return last
 
 
+def _is_constant(value: Value) -> bool:
+    """Returns whether a value is a number, also with a unit or percent sign."""
+    if isinstance(value, Percent | Quantity):
+        return _is_constant(value.value)
+    expression = _sympy_value(value)
+    return expression is not None and not isinstance(expression, MatrixBase) and not expression.free_symbols
+
+
 def _assignments_match(gold: Value, answer: Value, rel_tolerance: float) -> bool | None:
-    if isinstance(gold, Collection | Matrix) and isinstance(answer, Assignment) and len(answer.names) > 1:
+    pairs = ((gold, answer), (answer, gold))
+    if any(
+        isinstance(x, Collection | Matrix) and isinstance(y, Assignment) and len(y.names) > 1
+        for x, y in pairs
+    ):
         return _collections_match(gold, answer, rel_tolerance)
     if isinstance(gold, Collection) != isinstance(answer, Collection):
         single, other = (gold, answer) if isinstance(gold, Assignment) else (answer, gold)
@@ -360,6 +372,8 @@ def _sides(value: Value) -> tuple[str, str] | None:
 
 def _collections_match(gold: Value, answer: Value, rel_tolerance: float) -> bool | None:
     if isinstance(gold, Matrix) or isinstance(answer, Matrix):
+        return _matrices_match(gold, answer, rel_tolerance)
+    if any(isinstance(v, Expression) and r"\begin" in v.text for v in (gold, answer)):
         return _matrices_match(gold, answer, rel_tolerance)
     named = _bound_match(gold, answer, rel_tolerance)
     if named is not None:
@@ -489,6 +503,7 @@ def _same_items(gold: Sequence[Value], answer: Sequence[Value], rel_tolerance: f
 
 
 def _matrices_match(gold: Value, answer: Value, rel_tolerance: float) -> bool | None:
+    gold, answer = _evaluated_matrix(gold), _evaluated_matrix(answer)
     for x, y in ((gold, answer), (answer, gold)):
         if isinstance(x, Matrix) and isinstance(y, Collection):
             cells = [cell for row in x.rows for cell in row]
@@ -513,6 +528,16 @@ def _matrices_match(gold: Value, answer: Value, rel_tolerance: float) -> bool | 
                 return None if matrix is None else values_equal(matrix, special)
     left, right = _sympy_value(gold), _sympy_value(answer)
     return None if left is None or right is None else values_equal(left, right)
+
+
+def _evaluated_matrix(value: Value) -> Value:
+    r"""Returns a product such as ``\\frac15 \\begin{pmatrix} 1 \\ 2 \end{pmatrix}`` as a matrix, any other value as it is."""
+    matrix = (
+        parse_expression(value.text) if isinstance(value, Expression) and r"\begin" in value.text else None
+    )
+    if not isinstance(matrix, MatrixBase):
+        return value
+    return Matrix(tuple(tuple(sympy.latex(cell) for cell in matrix.row(i)) for i in range(matrix.rows)))
 
 
 def _identity_or_vector(text: str, num_rows: int, num_columns: int) -> Any | None:

@@ -56,6 +56,8 @@ _UNREADABLE = re.compile(
 )
 _SAFE_COMMAND = re.compile(r"\\(?:operatorname|begin|end)\{[a-z]+\*?\}|\\[A-Za-z]+")
 _WORD = re.compile(r"[A-Za-z]{4,}")
+# latex2sympy evaluates binomials while it parses
+_HUGE = re.compile(r"\\binom[^A-Za-z]*\d{6}|\\prod(?![A-Za-z]).{0,40}\^\s*\{?\s*(?:\d{5}|10\^)")
 _INTEGER_NAMES = frozenset("n m k N M K".split())
 _CALCULUS = (sympy.Integral, sympy.Limit, sympy.Derivative, sympy.Sum, sympy.Product)
 
@@ -231,7 +233,7 @@ def _prepared(text: str) -> str | None:
         return None
     if "=" in text and not _INDEXED.search(text):
         return None
-    if _WORD.search(_SAFE_COMMAND.sub("", text)):
+    if _WORD.search(_SAFE_COMMAND.sub("", text)) or _HUGE.search(text):
         return None
     return text.strip() or None
 
@@ -348,33 +350,40 @@ def _points(symbols: Sequence[Symbol]) -> list[tuple[Any, ...]]:
 
 def _evaluator(expressions: Sequence[Any], symbols: Sequence[Symbol]) -> Any:
     """Returns a function of a point that evaluates the expressions, or returns None where one of them has no finite value."""
-    dummies = [sympy.Dummy(real=True) for _ in symbols]
-    prepared = [
-        (e.doit() if e.has(*_CALCULUS) else e).xreplace(dict(zip(symbols, dummies, strict=True)))
-        for e in expressions
-    ]
-    printer = _Printer({"fully_qualified_modules": False, "inline": True, "allow_unknown_functions": True})
-    functions = [
-        sympy.lambdify(dummies, e, modules=[{"_OddRoot": _real_odd_root}, "mpmath"], printer=printer)
-        for e in prepared
-    ]
 
     def evaluate(point: tuple[Any, ...]) -> list[Any] | None:
         try:
             values = [mpmath.mpmathify(f(*point)) for f in functions]
-        except (
-            ZeroDivisionError,
-            ValueError,
-            TypeError,
-            NameError,
-            AttributeError,
-            OverflowError,
-            NotImplementedError,
-        ):
+        except _EVALUATION_ERRORS:
             return None
         return values if all(mpmath.isfinite(v) for v in values) else None
 
+    try:
+        functions = [_as_function(e, symbols) for e in expressions]
+    except _EVALUATION_ERRORS:
+        return lambda point: None
     return evaluate
+
+
+_EVALUATION_ERRORS = (
+    ArithmeticError,
+    ValueError,
+    TypeError,
+    NameError,
+    AttributeError,
+    LookupError,
+    NotImplementedError,
+)
+
+
+def _as_function(e: Any, symbols: Sequence[Symbol]) -> Any:
+    """Returns a function of mpmath numbers. Integrals, sums and limits are evaluated by sympy first."""
+    dummies = [sympy.Dummy(real=True) for _ in symbols]
+    prepared = (e.doit() if e.has(*_CALCULUS) else e).xreplace(dict(zip(symbols, dummies, strict=True)))
+    printer = _Printer({"fully_qualified_modules": False, "inline": True, "allow_unknown_functions": True})
+    return sympy.lambdify(
+        dummies, prepared, modules=[{"_OddRoot": _real_odd_root}, "mpmath"], printer=printer
+    )
 
 
 def _real_odd_root(base: Any, numerator: Any, denominator: Any) -> Any:

@@ -35,6 +35,16 @@ _ONES = (
 _WORDS = {word: n for n, word in enumerate(_ONES.split())} | {
     word: 10 * n for n, word in enumerate("twenty thirty forty fifty sixty seventy eighty ninety".split(), 2)
 }
+_PARTS = {
+    word: n
+    for n, words in (
+        (2, "half halves"),
+        (3, "third thirds"),
+        (4, "quarter quarters fourth fourths"),
+        (5, "fifth fifths"),
+    )
+    for word in words.split()
+}
 _SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 _SCALED = re.compile(rf"(.*[\d}}])\s*({'|'.join(_SCALES)}|dozen)s?", re.IGNORECASE)
 
@@ -71,7 +81,11 @@ def scaled_number(text: str) -> Fraction | None:
 
 def worded_number(text: str) -> Fraction | None:
     """Returns the value of a number in words, such as ``twenty-one``; None for other text."""
-    return _worded(text.lower().replace("-", " ").replace(" and ", " ").split())
+    words = text.lower().replace("-", " ").replace(" and ", " ").split()
+    if words and words[-1] in _PARTS and len(words) <= 3:
+        count = _worded(words[:-1]) if words[:-1] not in ([], ["a"], ["an"]) else Fraction(1)
+        return None if count is None else count / _PARTS[words[-1]]
+    return _worded(words)
 
 
 def _worded(words: list[str]) -> Fraction | None:

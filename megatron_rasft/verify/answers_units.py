@@ -89,6 +89,9 @@ _SINGULARS = frozenset(
 )
 # Words that count things although they end like a word that is refused
 _COUNTED = frozenset("digits points pairs options choices squares cubes factors roots zeros bits".split())
+_TRAILING_WORDS = re.compile(
+    r"\s+(?:old|long|tall|wide|high|deep|apart|away|each|total|in total|in all|left|remaining|altogether)$"
+)
 _TOKENS = re.compile(
     r"(?P<degree_word>\^\{\\circ\}\s*[CF](?![A-Za-z]))|(?P<degree>\^\{\\circ\})|(?P<per>/|\bper\b)"
     r"|(?P<power>\^\s*\{?\s*(?P<exponent>-?\d)\s*\}?)|(?P<times>\\cdot|\*|·|⋅|\\times)"
@@ -139,7 +142,14 @@ def parse_unit(text: str) -> Unit | None:
         .strip()
     )
     text = re.sub(r"\^\s*\\circ", r"^{\\circ}", text)
+    text = _TRAILING_WORDS.sub("", text)
     return _measured(text) or _counted(text)
+
+
+def unit_is_known(text: str) -> bool:
+    """Returns whether the text is a unit of the table, and not a counted thing."""
+    text = TEXT_WRAPPER.sub(r" \1 ", text).replace("°", r"^{\circ}").strip(" .")
+    return _measured(re.sub(r"\^\s*\{?\s*\\circ\s*\}?", r"^{\\circ}", text)) is not None
 
 
 def _measured(text: str) -> Unit | None:

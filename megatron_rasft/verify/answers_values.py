@@ -202,8 +202,9 @@ _TRAILING_UNIT = re.compile(
     r"|(?<=[\d)}\] ])[A-Za-zμ€£¢¥₹å][A-Za-zμ\-']*|[\u4e00-\u9fff]+)(?:[\s/*.]|\\cdot|\\times|\^\s*\{?-?\d\}?|\\(?:text|mathrm|mbox|rm)\s*\{[^{}]*\}|[A-Za-zμ][A-Za-zμ\-']*|\^\{\\circ\})*)"
 )
 _UNIT_START = re.compile(
-    r"\^\{\\circ\}|\\(?:text|math|mbox|operatorname|rm)|[A-Za-zμ€£¢¥₹\u4e00-\u9fff]|\\mu"
+    r"\^\{\\circ\}|\\Omega|\\ohm|\\(?:text|math|mbox|operatorname|rm)|[A-Za-zμ€£¢¥₹\u4e00-\u9fff]|\\mu"
 )
+_COMPOUND = re.compile(r"(\d+(?:\.\d+)?)(\s*[A-Za-z]+\s*)")
 _TRIGONOMETRIC = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])")
 _GROUPED = re.compile(
     r"(?P<before>[^\d,]*)(?P<number>\d{1,3}(?:,\d{3})+)(?P<after>(?:\.\d+)?(?:[^\d,][^,]*)?)"
@@ -274,11 +275,20 @@ def read_answer(answer: str) -> Value:
     text = tidy(answer)
     if _HEDGE.search(text):
         return Unreadable(text)
+    wrapped = TEXT_WRAPPER.fullmatch(text)
+    if wrapped and re.search(r"\d", wrapped[1]):
+        text = tidy(wrapped[1])
     stripped = _APPROX_MARK.sub("", _PREFIX.sub("", text)).strip()
     text = stripped or text
+    return read_value(tidy(text if is_words(text) else _without_remarks(text)))
+
+
+def _without_remarks(text: str) -> str:
     for rule in (_REMARK, _DOMAIN, _CLAUSE):
-        text = rule.sub("", text).strip() or text
-    return read_value(tidy(text))
+        shorter = rule.sub("", text).strip()
+        if shorter and shorter.count("{") == shorter.count("}"):
+            text = shorter
+    return text
 
 
 def is_approximate(gold: str) -> bool:
@@ -609,9 +619,27 @@ def _read_quantity(text: str) -> Value | None:
         degrees = abs(parts[0]) + parts[1] / 60 + parts[2] / 3600
         unit = parse_unit(r"^{\circ}")
         return Quantity(Number(-degrees if text.startswith("-") else degrees, text), unit) if unit else None
+    if compound := _compound(text):
+        return compound
     if match := _ORDINAL.fullmatch(text):
         return Number(Fraction(match[1]), match[1])
     return _unit_after(text)
+
+
+def _compound(text: str) -> Quantity | None:
+    """Reads ``3 hours 30 minutes`` and ``5 ft 2 in`` as one quantity, in the first unit."""
+    parts = _COMPOUND.findall(plain_words(text))
+    if len(parts) < 2 or "".join("".join(part) for part in parts) != plain_words(text).replace(" and ", " "):
+        return None
+    units = [parse_unit(unit) for _, unit in parts]
+    numbers = [exact_number(number) for number, _ in parts]
+    if any(unit is None or unit.dimensions != units[0].dimensions for unit in units) or None in numbers:  # type: ignore[union-attr]
+        return None
+    scales = [unit.scale for unit in units if unit]
+    if scales != sorted(scales, reverse=True) or len(set(scales)) < len(scales):
+        return None
+    total = sum(number * scale for number, scale in zip(numbers, scales, strict=True) if number is not None)
+    return Quantity(Number(Fraction(total / scales[0]), text), units[0]) if units[0] else None
 
 
 def _unit_after(text: str) -> Value | None:

@@ -8,6 +8,8 @@ import re
 from collections import deque
 from typing import NamedTuple
 
+from megatron_rasft.verify.answers_units import unit_is_known
+
 # Boxes, escaped characters (so that \{ does not count as a brace) and braces
 _BOX_TOKENS = re.compile(r"\\(?:boxed|fbox|framebox)\s*\{|\\.|[{}]", re.DOTALL)
 # \boxed 5 and \boxed5, without braces
@@ -25,7 +27,7 @@ _THOUGHT_TAGS = (
 )
 
 _ANSWER_PHRASE = re.compile(
-    r"(?:answer|result|solution|option|choice)\s{0,5}(?:is|would be|equals|comes to|:|=|：)(?:\s{0,5}:)?(?![a-z])"
+    r"(?:answer|result|solution|option|choice)s?\s{0,5}(?:is|are|would be|equals|comes to|:|=|：)(?:\s{0,5}:)?(?![a-z])"
     r"|final answer\W{0,10}\n"
     r"|(?m:^)\s{0,5}####"
     r"|答案\s{0,5}(?:是|为|為|：|:|=)\s{0,5}[:：]?",
@@ -42,6 +44,7 @@ _CLAUSE = re.compile(
     re.IGNORECASE,
 )
 _NAME_BEFORE = re.compile(r"(?<![A-Za-z\\])((?:\\?[A-Za-z]+)(?:_\{?\w{1,5}\}?)?)\s*=\s*\$?\s*$")
+_SIGN_BEFORE = re.compile(r"(?:^|[=$\s(])\s*[-−]\s*$")
 _JOIN = re.compile(
     r"(?:[\s$,;:&~*]|\\[(),;:!\[\]]|\\q?quad|\\text\s*\{|\}|\band\b|\bor\b|\balso\b|\bboth\b|\by?ields?\b"
     r"|(?:\\?[A-Za-z]+)(?:_\{?\w{1,5}\}?)?\s*=)*",
@@ -62,6 +65,13 @@ _RETRACTION = re.compile(
     r"|i made (?:a|an) (?:mistake|error)|(?:that|this|it)(?:'s| is| was| seems) (?:wrong|incorrect|not right|not correct|a mistake))",
     re.IGNORECASE,
 )
+_DENIED = re.compile(
+    r"[\s$)]*(?:is|are|was|were) (?:wrong|incorrect|not (?:the |a )?(?:right|correct|valid|(?:final )?answer|solution))\b",
+    re.IGNORECASE,
+)
+_OPTION_IS_RIGHT = re.compile(
+    r"\b(?:option|choice|statement)\s+\(?([A-J])\)?\s+is\s+(?:the\s+)?(?:correct|right|true)\b", re.IGNORECASE
+)
 _REPLACED = re.compile(
     r"\b(?:but|however|instead|no|not|wrong|check(?:ing)?|mistake|guess|try|correct(?:ed|ion)?|first i|then i)\b",
     re.IGNORECASE,
@@ -75,6 +85,14 @@ _CHANGES_NUMBER = re.compile(
     r"|squared|cubed|factorial|negative|minus|plus|times|divided|over|less|fewer|more than|and a|too|to the)\b",
     re.IGNORECASE,
 )
+_FORMULA = re.compile(r"\$([^$\n]{1,300})\$|\\\((.{1,300}?)\\\)")
+_OPERATOR_BEFORE = re.compile(r"[+*/×÷·^<>≤≥]\s*$|(?<=\s)[-−–x]\s+$")
+_MAX_WORD_CHARS = 60
+_UNIT_AFTER_BOX = re.compile(
+    r"(?:\s|\\[,;: ]|~)*(\\(?:text|mathrm|mbox|rm)\s*\{[^{}]{1,60}\}(?:\s*\^\s*\{?-?\d\}?)?|\^\s*\{?\s*\\circ\s*\}?|°|\\?%)"
+    r"|\$?\s{1,2}((?:[A-Za-z]{2,12}|[A-Za-z]{1,4}/[a-z]{1,3})(?:\^\{?\d\}?)?)(?=[\s.,$]|$)"
+)
+_WORDS_THAT_ARE_UNITS = frozenset("in as at min ha am pm bar rad".split())
 _EDGES = " \t\n*:`：$"
 
 
@@ -178,17 +196,19 @@ def _without_box(text: str) -> str | None:
     if _BOX_COMMAND.search(text) and not _find_boxes(text):
         return None
     phrase = _last_answer_phrase(text)
+    if phrase is None and (options := _OPTION_IS_RIGHT.findall(text)):
+        return options[-1] if len(set(options)) == 1 else None
     return _last_number(text) if phrase is None else _after_phrase(text[phrase.end() :])
 
 
 def _from_boxes(text: str, boxes: list[_Box], num_values: int) -> list[str]:
     tail = text[boxes[-1].end :]
-    if _RETRACTION.search(tail):
+    if _RETRACTION.search(tail) or _DENIED.match(tail):
         return []
     joined = _joined_boxes(text, boxes)
     if len(joined) == 1 and len(boxes) == num_values > 1 and not _are_replaced(text, boxes):
         joined = boxes
-    contents = [_with_name(text, box) if len(joined) > 1 else _innermost(box.content) for box in joined]
+    contents = [_with_name(text, box) if len(joined) > 1 else _in_context(text, box) for box in joined]
     alternative = _HEDGE_AFTER_BOX.match(tail)
     if alternative:
         sentence_end = _SENTENCE_END.search(alternative["other"])
@@ -213,6 +233,21 @@ def _is_join(between: str) -> bool:
 def _are_replaced(text: str, boxes: list[_Box]) -> bool:
     """Returns whether the text from the first to the last box withdraws one of them."""
     return bool(_REPLACED.search(text[boxes[0].end : boxes[-1].start]))
+
+
+def _in_context(text: str, box: _Box) -> str:
+    r"""Returns the content of a box with a sign before it and a unit after it, as in ``-\\boxed{60}\\text{ m/s}``."""
+    content = _innermost(box.content)
+    if _SIGN_BEFORE.search(text, 0, box.start) and not content.startswith("-"):
+        content = f"-{content}"
+    after = _UNIT_AFTER_BOX.match(text, box.end)
+    unit = (after[1] or after[2]) if after else ""
+    if not unit or unit in _WORDS_THAT_ARE_UNITS or not re.fullmatch(r".*[\d}!]", content.strip(), re.DOTALL):
+        return content
+    if unit.endswith("%"):
+        return f"{content}\\%"
+    is_table_unit = unit_is_known(unit)
+    return f"{content} {unit if after and after[1] else f'\\text{{{unit}}}'}" if is_table_unit else content
 
 
 def _with_name(text: str, box: _Box) -> str:
@@ -265,7 +300,7 @@ def _display_math(rest: str) -> str | None:
 
 
 def _last_number(text: str) -> str | None:
-    """Returns the last number of the text, unless its sentence hedges or what follows gives up."""
+    """Returns the last formula or word with a digit, unless its sentence hedges or what follows gives up."""
     # A deque of length 1 keeps the last match without storing the others
     numbers = deque(_NUMBER.finditer(text), maxlen=1)
     if not numbers or not numbers[0].group().strip():
@@ -279,6 +314,31 @@ def _last_number(text: str) -> str | None:
         return None
     if _NEGATION.search(text, sentence_start) or _RETRACTION.search(text, number.end()):
         return None
-    if _CHANGES_NUMBER.match(text, number.end()):
+    formula = _formula_around(text, number)
+    if formula is not None:
+        return formula
+    start, stop = _word_around(text, number)
+    if _CHANGES_NUMBER.match(text, stop) or _OPERATOR_BEFORE.search(text, 0, start):
         return None
-    return number.group().strip()
+    return text[start:stop].strip(_EDGES.rstrip("$") + ".,;!") or None
+
+
+def _formula_around(text: str, number: re.Match[str]) -> str | None:
+    r"""Returns the formula between dollar signs or ``\( \)`` that contains a number, else None."""
+    line_start = text.rfind("\n", 0, number.start()) + 1
+    for formula in _FORMULA.finditer(text, line_start):
+        if formula.start() > number.start():
+            return None
+        if formula.end() >= number.end():
+            return (formula[1] or formula[2]).strip()
+    return None
+
+
+def _word_around(text: str, number: re.Match[str]) -> tuple[int, int]:
+    """Returns start and end of the text without white space around a number: ``x=5``, ``sqrt(2)``, ``3:4``."""
+    start, stop = number.start(), number.start() + len(number.group().rstrip())
+    while start > 0 and not text[start - 1].isspace() and number.start() - start < _MAX_WORD_CHARS:
+        start -= 1
+    while stop < len(text) and not text[stop].isspace() and stop - number.end() < _MAX_WORD_CHARS:
+        stop += 1
+    return start, stop
