@@ -11,7 +11,7 @@ from typing import Any
 from megatron_rasft.data.reading import FieldError, check_text, gold_text
 from megatron_rasft.tools.evaluation.known_sets import Kind
 from megatron_rasft.types import Check, CodeTests, ProgramCase
-from megatron_rasft.verify.math_extraction import closed_boxes
+from megatron_rasft.verify.math_extraction import closed_boxes, extract_answer
 
 TEST_FIELDS = frozenset({"tests", "test", "test_list", "public_test_cases"})
 """Names of the fields, in lower case, that hold the tests of a code problem."""
@@ -100,10 +100,12 @@ def _gold(record: dict[str, Any]) -> str:
     try:
         name, value = _first(record, "answer", "final_answer", "expected_answer")
     except FieldError:
-        boxes = closed_boxes(str(record.get("solution") or ""))
+        solution = str(record.get("solution") or "")
+        boxes = closed_boxes(solution)
         if not boxes:
             raise
-        name, value = "solution", boxes[-1]
+        # As in a response, boxes that are joined by "and" or "or" are one answer
+        name, value = "solution", extract_answer(solution) or boxes[-1]
     if isinstance(value, list):
         if len(value) != 1:
             raise FieldError(f'"{name}" has {len(value)} final answers, but must have one')

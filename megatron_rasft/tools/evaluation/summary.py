@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_rasft.config.verify import VerifyConfig
 from megatron_rasft.tools.evaluation.benchmarks import Benchmark
 from megatron_rasft.tools.evaluation.known_sets import Kind
 from megatron_rasft.tools.evaluation.statistics import bootstrap_interval, majority_at_k, pass_at_k
 from megatron_rasft.types import Rollout
 from megatron_rasft.verify.math_extraction import closed_boxes, extract_answer, without_thought
+from megatron_rasft.verify.pool import end_of_response
 from megatron_rasft.verify.programs.program_extraction import holds_program
 
 
@@ -88,9 +90,8 @@ def summarise(
     low, high = bootstrap_interval(scores)
     lengths = np.array([len(r.response_ids) for r in rollouts])
     is_math = benchmark.kind == "math"
-    answers = [
-        extract_answer(r.text) if is_math else ("" if holds_program(r.text) else None) for r in rollouts
-    ]
+    texts = [end_of_response(r.text, VerifyConfig().verify_max_response_chars) for r in rollouts]
+    answers = [extract_answer(text) if is_math else ("" if holds_program(text) else None) for text in texts]
 
     def share(flags: Sequence[bool]) -> float:
         return sum(flags) / len(rollouts)
@@ -113,7 +114,7 @@ def summarise(
         majority_at=_majorities(answers, correct, ks) if is_math else {},
         truncated_frac=share([r.finish_reason == "length" for r in rollouts]),
         no_answer_frac=share([answer is None for answer in answers]),
-        no_box_frac=share([is_math and not closed_boxes(without_thought(r.text)) for r in rollouts]),
+        no_box_frac=share([is_math and not closed_boxes(without_thought(text)) for text in texts]),
         unverifiable_frac=share([r.verdict == "unverifiable" for r in rollouts]),
         timeout_frac=share([r.verdict == "timeout" for r in rollouts]),
         mean_tokens=float(lengths.mean()),

@@ -224,6 +224,19 @@ def test_damaged_hidden_tests_are_named(private: str, tmp_path: Path) -> None:
         read_benchmark(KNOWN_SETS["livecodebench_v1_public"], path, accept_unknown=True)
 
 
+@pytest.mark.parametrize(
+    ("solution", "answer"),
+    [
+        (r"So it is $\boxed{4}$.", "4"),
+        (r"First $\boxed{3}$. Part two: $\boxed{4}$.", "4"),
+        (r"The roots are $\boxed{3}$ and $\boxed{4}$.", "3, 4"),
+        (r"Empty: $\boxed{}$, full: $\boxed{4}$.", "4"),
+    ],
+)
+def test_gold_answer_of_a_solution_is_what_a_response_would_commit_to(solution: str, answer: str) -> None:
+    assert parse_row({"problem": "?", "solution": solution}, "math", "p").answer == answer
+
+
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4),
     lambda inner: (

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from megatron_rasft.config.verify import VerifyConfig
 from megatron_rasft.tools.evaluation.benchmark_rows import Problem
 from megatron_rasft.tools.evaluation.benchmarks import Benchmark
 from megatron_rasft.tools.evaluation.comparison_tables import comma_separated, latex, markdown
@@ -18,6 +19,8 @@ from megatron_rasft.tools.evaluation.published import PUBLISHED_SETS, published_
 from megatron_rasft.tools.evaluation.statistics import bootstrap_interval, pass_at_k
 from megatron_rasft.tools.evaluation.summary import Summary, summarise
 from megatron_rasft.types import Rollout, Verdict
+from megatron_rasft.verify.math_grading import grade_answer
+from megatron_rasft.verify.pool import end_of_response
 
 # Text, verdict, number of tokens, whether it was truncated
 SAMPLES: list[list[tuple[str, Verdict, int, bool]]] = [
@@ -60,6 +63,29 @@ def test_summary_of_known_samples() -> None:
     assert (s.mean_tokens, s.median_tokens) == (st.mean(lengths), st.median(lengths))
     assert s.mean_tokens_correct == st.mean([10, 50, 60])
     assert s.scores == [0.25, 0.5] and s.problem_ids == ["p0", "p1"]
+
+
+def test_answers_are_counted_by_the_rule_of_the_grader() -> None:
+    texts = [
+        r"<think>\boxed{4}</think> I ran out of time.",
+        r"<think>It is \boxed{4}, but",
+        r"\boxed{4}" + "x" * VerifyConfig().verify_max_response_chars,
+        r"<think>\boxed{5}</think> \boxed{4}",
+    ]
+    rollouts = [
+        Rollout(
+            problem_id="p", sample_index=i, weight_version=0, prompt_ids=[], response_ids=[1], response_logprobs=[],
+            finish_reason="stop", text=text, verdict=grade_answer(end_of_response(text, 200_000), "4")[0],
+        )
+        for i, text in enumerate(texts)
+    ]  # fmt: skip
+    benchmark = Benchmark(
+        name="aime24", title="AIME", kind="math", path=Path("x"), sha256="", is_verified=True,
+        problems=[Problem(problem_id="p", text="?", answer="4")],
+    )  # fmt: skip
+    summary = summarise(benchmark, rollouts, num_samples=4, ks=[1], num_rows=1)
+    assert summary.accuracy == 1 / 4
+    assert summary.no_answer_frac == summary.no_box_frac == 3 / 4
 
 
 def test_summary_survives_json() -> None:
