@@ -48,7 +48,7 @@ class Summary:
     no_answer_frac: float = 0.0
     """Samples in which ``extract_answer``, or ``holds_program`` for code, finds nothing."""
     no_box_frac: float = 0.0
-    """Samples without a closed box. Their answer, if any, was taken from the text."""
+    """Samples whose reply has no closed box. Their answer, if any, was taken from the text."""
     unverifiable_frac: float = 0.0
     timeout_frac: float = 0.0
     mean_tokens: float = 0.0
