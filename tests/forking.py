@@ -148,6 +148,14 @@ def run(
     return Outcome(codes, [r.log.read_text(errors="replace") if r.log.exists() else "" for r in ranks])
 
 
+def run_program(program: Path, arguments: Sequence[str], log: Path) -> int:
+    """Stands in for examples.benchmark_reproduction.preloading.run_program, and raises an AssertionError if the program fails."""
+    rank = Rank(program=program, arguments=arguments, log=log, variables={})
+    outcome = run([rank], timeout_s=240)
+    assert outcome.codes == [0], outcome.output
+    return 0
+
+
 @contextlib.contextmanager
 def _killed_at_the_end(processes: Sequence[ForkServerProcess]) -> Iterator[None]:
     try:

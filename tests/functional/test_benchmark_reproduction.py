@@ -6,7 +6,6 @@ import os
 import string
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -62,16 +61,8 @@ def test_one_command_trains_evaluates_and_compares(tmp_path: Path) -> None:
     assert "| rasft | arithmetic | 1 |" in resumed.stdout
 
 
-def run_forked(program: Path, arguments: Sequence[str], log: Path) -> int:
-    """Stands in for preloading.run_program: forks from the process that the other tests use too."""
-    rank = forking.Rank(program=program, arguments=arguments, log=log, variables={})
-    outcome = forking.run([rank], timeout_s=240)
-    assert outcome.codes == [0], outcome.output
-    return 0
-
-
 def test_every_method_trains_and_is_evaluated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preloading, "run_program", run_forked)
+    monkeypatch.setattr(preloading, "run_program", forking.run_program)
     setting = reproduce.read_setting(EXAMPLE / "settings" / "ci.toml")
     train, heldout = (str(write_sums(tmp_path / f"{n}.jsonl", n, seed=n)) for n in (4, 3))
     setting = dataclasses.replace(

@@ -62,6 +62,7 @@ RUN_BY = {
     "python benchmarks/logprobs.py": "test_fused_logprobs_stay_under_the_bar_and_plain_ones_do_not",
     "python benchmarks/code_verification.py": "test_benchmark_of_code_verification_runs",
     "python examples/benchmark_reproduction/reproduce.py": "test_one_command_trains_evaluates_and_compares",
+    "python examples/proving_ground/run.py": "test_a_study_runs_and_goes_on",
     ".venv/bin/python examples/minimal/rasft.py": "test_losses_are_those_of_the_method_in_one_file",
     "python -c pass": "test_benchmark_of_code_verification_runs",
 }

@@ -1,0 +1,224 @@
+"""Tables and plot of the proving ground."""
+
+import json
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from examples.benchmark_reproduction.comparison import read_curve
+from examples.benchmark_reproduction.reproduce import Task
+from examples.proving_ground.worlds import KINDS, RETAINED
+from megatron_rasft.errors import RasftError
+from megatron_rasft.tools.evaluation.statistics import bootstrap_interval, paired_interval
+from megatron_rasft.tools.evaluation.summary import Summary
+
+Scores = NDArray[np.float64]
+"""Share of correct samples of each problem, [problems] or [seeds, problems]."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """One training in one world, evaluated."""
+
+    world: str
+    method: str
+    seed: int
+    sampled: Mapping[str, Summary]
+    """Kind of problem -> four samples at temperature 1."""
+    greedy: Mapping[str, Summary]
+    """Kind of problem -> the greedy response."""
+    trained_tokens: float
+    generated_tokens: float
+    seconds: float
+
+    def scores(self, kinds: Sequence[str], *, is_greedy: bool = False) -> Scores:
+        """Scores of the problems of several kinds, one kind after the other."""
+        results = self.greedy if is_greedy else self.sampled
+        return np.array([score for kind in kinds for score in results[kind].scores])
+
+    @property
+    def response_tokens(self) -> float:
+        """Mean length of the sampled responses to the trained kinds."""
+        return statistics.fmean(self.sampled[kind].mean_tokens for kind in KINDS)
+
+    @property
+    def solved_once(self) -> float:
+        """pass@4 of the trained kinds, as a share."""
+        return statistics.fmean(max(self.sampled[kind].pass_at.items())[1] for kind in KINDS)
+
+
+def read_result(world: str, task: Task, folder: Path) -> Result:
+    """Reads the folder of a finished task."""
+    curve = read_curve(folder / "metrics.jsonl")
+    return Result(
+        world=world,
+        method=task.method,
+        seed=task.seed,
+        sampled=_summaries(folder / "evaluation"),
+        greedy=_summaries(folder / "greedy"),
+        trained_tokens=curve.total_tokens,
+        generated_tokens=curve.total_generated,
+        seconds=curve.total_seconds,
+    )
+
+
+def _summaries(folder: Path) -> dict[str, Summary]:
+    content = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    return {values["name"]: Summary.from_dict(values) for values in content["benchmarks"]}
+
+
+def write_results(results: Sequence[Result], output: Path, reference: str) -> str:
+    """Writes results.md and results.png.
+
+    Args:
+        results: everything that is finished, in the order of the tables.
+        output: folder of the files.
+        reference: method with which the others are compared.
+
+    Returns:
+        The text of results.md.
+
+    Raises:
+        RasftError: there are no results.
+    """
+    if not results:
+        raise RasftError(f"{output} has no finished results")
+    worlds = list(dict.fromkeys(result.world for result in results))
+    text = "\n".join(["# Proving ground", "", *_summary_table(results, worlds, reference)])
+    for world in worlds:
+        text += "\n".join(["", f"## {world}", "", *_world_table(results, world, reference)])
+    text += (
+        "\nPercent of samples at temperature 1 that are correct, mean over seeds, kinds and problems, with 95 % bootstrap intervals "
+        f"over seeds and problems. Differences from {reference} are paired by problem and seed. Tokens and seconds are means over "
+        "seeds; two trainings share the machine.\n"
+    )
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "results.md").write_text(text, encoding="utf-8")
+    _write_plot(results, worlds, output / "results.png")
+    return text
+
+
+def _of(results: Iterable[Result], world: str, method: str) -> dict[int, Result]:
+    return {r.seed: r for r in results if r.world == world and r.method == method}
+
+
+def _methods(results: Iterable[Result]) -> list[str]:
+    return list(dict.fromkeys(result.method for result in results))
+
+
+def _stack(by_seed: Mapping[int, Result], kinds: Sequence[str], *, is_greedy: bool = False) -> Scores:
+    return np.stack([by_seed[seed].scores(kinds, is_greedy=is_greedy) for seed in sorted(by_seed)])
+
+
+def _difference(ours: Scores, theirs: Scores) -> str:
+    """``+1.2 [-0.3, 2.8]`` in points; seeds are paired if there are equally many."""
+    low, high = paired_interval(ours, theirs, pairs_seeds=len(ours) == len(theirs))
+    return f"{100 * (ours.mean() - theirs.mean()):+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+
+
+def _summary_table(results: Sequence[Result], worlds: Sequence[str], reference: str) -> list[str]:
+    """Accuracy of each method in each world, and the mean over worlds for methods that are finished in all of them."""
+    lines = [
+        f"| method | {' | '.join(worlds)} | mean | mean difference from {reference} | retained |",
+        "| --- |" + " ---: |" * (len(worlds) + 3),
+    ]
+    theirs = _pooled(results, worlds, reference, KINDS)
+    for method in _methods(results):
+        cells = []
+        for world in worlds:
+            by_seed = _of(results, world, method)
+            cells.append(f"{100 * _stack(by_seed, KINDS).mean():.1f}" if by_seed else "")
+        ours, kept = (_pooled(results, worlds, method, kinds) for kinds in (KINDS, RETAINED))
+        cells.append(f"{100 * ours.mean():.1f}" if ours is not None else "")
+        is_compared = ours is not None and theirs is not None and method != reference
+        cells.append(_difference(ours, theirs) if is_compared else "")  # type: ignore[arg-type]
+        cells.append(f"{100 * kept.mean():.1f}" if kept is not None else "")
+        lines.append(f"| {method} | {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def _pooled(
+    results: Sequence[Result], worlds: Sequence[str], method: str, kinds: Sequence[str]
+) -> Scores | None:
+    """Scores in all worlds, [seeds, problems]. None if a world is missing."""
+    found = [_of(results, world, method) for world in worlds]
+    seeds = set.intersection(*(set(by_seed) for by_seed in found))
+    if not seeds:
+        return None
+    return np.concatenate([_stack({s: by_seed[s] for s in seeds}, kinds) for by_seed in found], axis=1)
+
+
+def _world_table(results: Sequence[Result], world: str, reference: str) -> list[str]:
+    head = [
+        "method", "seeds", "accuracy", f"difference from {reference}", "greedy", "pass@4", *KINDS, "retained", "greedy",
+        "response tokens", "trained tokens", "generated tokens", "seconds",
+    ]  # fmt: skip
+    lines = [f"| {' | '.join(head)} |", "| --- |" + " ---: |" * (len(head) - 1)]
+    theirs = _of(results, world, reference)
+    for method in _methods(results):
+        by_seed = _of(results, world, method)
+        if by_seed:
+            other = _stack(theirs, KINDS) if theirs and method != reference else None
+            lines.append(f"| {' | '.join([method, *_cells(by_seed, other)])} |")
+    return [*lines, ""]
+
+
+def _cells(by_seed: Mapping[int, Result], other: Scores | None) -> list[str]:
+    accuracy = _stack(by_seed, KINDS)
+    low, high = bootstrap_interval(accuracy)
+    runs = list(by_seed.values())
+
+    def mean(values: Iterable[float]) -> float:
+        return statistics.fmean(values)
+
+    return [
+        str(len(runs)),
+        f"{100 * accuracy.mean():.1f} [{100 * low:.1f}, {100 * high:.1f}]",
+        "" if other is None else _difference(accuracy, other),
+        f"{100 * _stack(by_seed, KINDS, is_greedy=True).mean():.1f}",
+        f"{100 * mean(run.solved_once for run in runs):.1f}",
+        *(f"{100 * _stack(by_seed, [kind]).mean():.0f}" for kind in KINDS),
+        f"{100 * _stack(by_seed, RETAINED).mean():.1f}",
+        f"{100 * _stack(by_seed, RETAINED, is_greedy=True).mean():.1f}",
+        f"{mean(run.response_tokens for run in runs):.0f}",
+        f"{mean(run.trained_tokens for run in runs):,.0f}",
+        f"{mean(run.generated_tokens for run in runs):,.0f}",
+        f"{mean(run.seconds for run in runs):.0f}",
+    ]
+
+
+def _write_plot(results: Sequence[Result], worlds: Sequence[str], path: Path) -> None:
+    """One panel a world: accuracy of each method with its interval, over its accuracy on the retained skills."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(
+        1, len(worlds), figsize=(4.2 * len(worlds), 4.2), squeeze=False, sharey=True
+    )
+    for axis, world in zip(axes[0], worlds, strict=True):
+        for number, method in enumerate(_methods(results)):
+            by_seed = _of(results, world, method)
+            if not by_seed:
+                continue
+            accuracy = _stack(by_seed, KINDS)
+            low, high = bootstrap_interval(accuracy)
+            y, x = 100 * accuracy.mean(), 100 * _stack(by_seed, RETAINED).mean()
+            spread = [[y - 100 * low], [100 * high - y]]
+            marker = "*" if method.startswith("rasft") else "o"
+            axis.errorbar(
+                [x], [y], yerr=spread, marker=marker, color=f"C{number % 10}", capsize=2, label=method
+            )
+            axis.annotate(method, (x, y), textcoords="offset points", xytext=(4, 3), fontsize=7)
+        axis.set_title(world, fontsize=10)
+        axis.set_xlabel("retained skills, %")
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("problems like the trained ones, %")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)

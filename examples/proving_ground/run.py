@@ -1,0 +1,174 @@
+"""Compares the methods in synthetic worlds that two CPU cores can hold.
+
+run.py --output DIR                                  the kept worlds, all methods, five seeds
+run.py --output DIR --worlds NAME ... --methods NAME ... --seeds N ...
+run.py --output DIR --split dev --worlds development     for looking for better rules: other problems, other worlds
+run.py --output DIR --tables-only
+
+A training runs pretrain_rasft.py, an evaluation tools/evaluate.py, as examples/benchmark_reproduction describes. After an
+interruption the same command continues. Base models that do not exist are pre-trained first, five minutes each. DIR/results.md holds the tables, DIR/results.png the plot.
+"""
+
+import argparse
+import dataclasses
+import os
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))  # lets the file run from a checkout that is not installed
+
+from examples.benchmark_reproduction import reproduce  # noqa: E402
+from examples.benchmark_reproduction.reproduce import Setting, Task  # noqa: E402
+from examples.proving_ground.make_world import write_world  # noqa: E402
+from examples.proving_ground.results import Result, read_result, write_results  # noqa: E402
+from examples.proving_ground.worlds import CORPORA, DEVELOPMENT, KEPT, KINDS, RETAINED, WORLDS  # noqa: E402
+from megatron_rasft.errors import RasftError  # noqa: E402
+from megatron_rasft.tools import cli  # noqa: E402
+
+FOLDER = Path(__file__).parent
+
+
+def make_bases(names: Iterable[str], folder: Path, num_jobs: int) -> None:
+    """Pre-trains the base models that do not exist yet, and those that they begin with.
+
+    Raises:
+        RasftError: a pre-training failed. The message names its log.
+    """
+    needed = [name for name in dict.fromkeys(names) if not _exists(name, folder)]
+    first = dict.fromkeys(CORPORA[name].begins_with or name for name in needed)
+    with ThreadPoolExecutor(num_jobs) as pool:
+        for group in (first, needed):
+            list(pool.map(lambda name: _make_base(name, folder), group))
+
+
+def _exists(name: str, folder: Path) -> bool:
+    return (folder / name / "config.json").exists()
+
+
+def _make_base(name: str, folder: Path) -> None:
+    if _exists(name, folder):
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    unfinished, log, begins_with = (
+        folder / f"{name}.unfinished",
+        folder / f"{name}.log",
+        CORPORA[name].begins_with,
+    )
+    command = [sys.executable, str(FOLDER / "pretrain_base.py"), name, "--output", str(unfinished)]
+    command += ["--begin-with", str(folder / begins_with)] if begins_with else []
+    print(f"{time.strftime('%H:%M:%S')} pre-training of {name}, see {log}", flush=True)
+    with log.open("w", encoding="utf-8") as file:
+        done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False)
+    if done.returncode:
+        raise RasftError(f"the pre-training of {name} failed, see {log}")
+    unfinished.replace(folder / name)
+
+
+def setting_of(study: dict[str, Any], world: str, folder: Path, split: str, bases: Path) -> Setting:
+    """Returns the trainings and evaluations of one world.
+
+    Args:
+        study: content of study.toml.
+        world: name of the world.
+        folder: folder of the world's data.
+        split: held-out problems to evaluate, ``test`` or ``dev``.
+        bases: folder of the base models.
+    """
+    setting = Setting(title=WORLDS[world].title, model=str(bases / WORLDS[world].base), preload=True, **study)  # type: ignore[arg-type]
+    files = [f"{kind}={folder / split / kind}.jsonl" for kind in (*KINDS, *RETAINED)]
+    return dataclasses.replace(
+        setting,
+        train={**setting.train, "--train-data": str(folder / "train-{seed}.jsonl")},
+        evaluate={**setting.evaluate, "--benchmarks": files},
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Runs what the flags select, and writes the tables of everything that is finished.
+
+    Raises:
+        ValueError: a flag is wrong, or results of other flags or data exist.
+        RasftError: a command failed.
+    """
+    study = tomllib.loads((FOLDER / "study.toml").read_text(encoding="utf-8"))
+    for name in ("methods", "seeds"):
+        study[name] = getattr(args, name) or study[name]
+    if args.limit:
+        study["evaluate"]["--limit"] = args.limit
+    if args.steps:
+        study["train"]["--train-iters"] = args.steps
+    worlds, bases = _chosen(args.worlds), (args.bases or args.output / "bases").resolve()
+    if not args.tables_only:
+        make_bases([WORLDS[world].base for world in worlds], bases, study["num_jobs"])
+    results: list[Result] = []
+    for world in worlds:
+        data = args.output / "data" / world
+        setting = setting_of(study, world, data.resolve(), args.split, bases)
+        tasks = reproduce.tasks_of(setting)
+        root = (args.output / args.split / world).resolve()
+        if not args.tables_only:
+            num_train = setting.train["--train-iters"] * setting.train["--global-batch-size"]
+            write_world(WORLDS[world], data, setting.seeds, min(num_train, args.num_train))
+            reproduce.check_results(setting, tasks, root)
+            reproduce.run_tasks(setting, tasks, root, keeps_models=False)
+        results += [read_result(world, task, root / task.name) for task in tasks if _is_done(root, task)]
+    print(write_results(results, args.output, args.against))
+
+
+def _chosen(names: Sequence[str]) -> list[str]:
+    groups = {"kept": list(KEPT), "development": list(DEVELOPMENT)}
+    return [world for name in names for world in groups.get(name, [name])]
+
+
+def _is_done(root: Path, task: Task) -> bool:
+    return (root / task.name / "done").exists()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line. Returns the exit code as ``cli.run`` defines it."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, required=True, help="folder of all results")
+    parser.add_argument(
+        "--worlds", nargs="+", default=["kept"], choices=["kept", "development", *WORLDS], metavar="NAME",
+        help=f"kept, development, or some of {', '.join(WORLDS)}; default: kept",
+    )  # fmt: skip
+    parser.add_argument(
+        "--split", choices=("test", "dev"), default="test", help="held-out problems; default: test"
+    )
+    parser.add_argument("--methods", nargs="+", metavar="NAME", help="default: those of study.toml")
+    parser.add_argument("--seeds", nargs="+", type=int, metavar="N", help="default: those of study.toml")
+    parser.add_argument(
+        "--steps", type=int, metavar="N", help="steps of a training; default: that of study.toml"
+    )
+    parser.add_argument(
+        "--num-train",
+        type=int,
+        default=960,
+        metavar="N",
+        help="training problems of a seed; default: %(default)s",
+    )
+    parser.add_argument(
+        "--limit", type=int, metavar="N", help="evaluate only N problems of each kind; default: all"
+    )
+    parser.add_argument(
+        "--bases", type=Path, metavar="DIR", help="folder of base models; default: bases in --output"
+    )
+    parser.add_argument(
+        "--against", default="rasft", metavar="NAME", help="method of comparison; default: rasft"
+    )
+    parser.add_argument("--tables-only", action="store_true", help="write the tables, and run nothing")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # each of two trainings at a time has one core
+    return cli.run(run, parser.parse_args(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,238 @@
+"""The worlds of the proving ground: what the base model knows, what its expert writes, and how both differ.
+
+``DEVELOPMENT`` worlds are for looking for better rules. ``KEPT`` worlds are for the comparison only: they were chosen before any method
+ran in them.
+"""
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from examples.proving_ground import programs
+from examples.proving_ground.chains import CLEAN, CLOCK, LABELS, TAPE, Chain, Family, Faults
+from examples.proving_ground.programs import Program
+
+KINDS = ("short", "mid", "long", "new")
+"""Kinds of the training problems: the base model solves them nearly always, often, sometimes, and (nearly) never."""
+
+RETAINED = ("sort", "rev", "add")
+"""Skills of the base model that no training problem asks for."""
+
+Row = dict[str, Any]
+"""A row of training or evaluation data: problem, response, and answer or tests."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of the base model's pre-training."""
+
+    steps: int
+    batch_tokens: int
+    muon_lr: float
+    """Peak learning rate of Muon, for the matrices."""
+    adam_lr: float
+    """Peak learning rate of AdamW, for embeddings, the output layer and norms."""
+    style_share: float
+    """Share of problems that are solved in the expert's style."""
+    style_length: int
+    """Most steps of such a problem."""
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """What a base model is trained on."""
+
+    task: "Task"
+    phases: tuple[Phase, ...]
+    begins_with: str = ""
+    """Another corpus, whose model is trained further."""
+
+
+class Task(Protocol):
+    """A sort of problems."""
+
+    def corpus_item(self, rng: random.Random, phase: Phase) -> tuple[str, str]:
+        """Returns (problem, response) for the pre-training."""
+
+    def demonstration(self, rng: random.Random, kind: str, style: str, faults: Faults) -> Row:
+        """Returns a training problem of a kind of ``KINDS`` with the expert's demonstration."""
+
+
+LENGTHS: Mapping[str, tuple[int, ...]] = {"short": (2, 3, 4), "mid": (6, 7), "long": (8, 9), "new": (2, 3)}
+"""Kind -> numbers of steps of a problem."""
+
+NUM_NEW = (1, 1, 2)
+"""New operations in a problem of kind ``new``."""
+
+CORPUS_LENGTHS = {1: 8, 2: 24, 3: 24, 4: 14, 5: 7, 6: 4, 7: 1, 8: 1}
+"""Number of steps of a problem in the corpus -> its weight."""
+
+CORPUS_NOISE = 0.02
+"""Share of steps in the corpus that have a random result."""
+
+
+def _draw_corpus_length(rng: random.Random) -> int:
+    return rng.choices(list(CORPUS_LENGTHS), list(CORPUS_LENGTHS.values()))[0]
+
+
+def _draw_training_length(rng: random.Random, kind: str) -> tuple[int, int]:
+    """Returns (steps, new operations among them)."""
+    return rng.choice(LENGTHS[kind]), rng.choice(NUM_NEW) if kind == "new" else 0
+
+
+@dataclass(frozen=True)
+class ChainTask:
+    """Problems of ``chains``."""
+
+    family: Family
+    habit: str
+    """The style of most solutions in the corpus: ``terse`` or ``spelled``."""
+    style: str
+    """The style of the others, which is the expert's: ``spelled`` or ``terse``."""
+
+    def corpus_item(self, rng: random.Random, phase: Phase) -> tuple[str, str]:
+        if rng.random() < 0.06:  # the new operation, with random results
+            chain = Chain(self.family, rng, rng.choice((2, 3)), 1)
+            return chain.problem, _write(chain, rng, chain.run(rng, CORPUS_NOISE, True), self.habit, CLEAN)
+        if rng.random() < phase.style_share:
+            chain = Chain(self.family, rng, rng.randint(1, phase.style_length))
+            return chain.problem, _write(chain, rng, chain.run(rng, CORPUS_NOISE), self.style, CLEAN)
+        chain = Chain(self.family, rng, _draw_corpus_length(rng))
+        return chain.problem, _write(chain, rng, chain.run(rng, CORPUS_NOISE), self.habit, CLEAN)
+
+    def demonstration(self, rng: random.Random, kind: str, style: str, faults: Faults) -> Row:
+        chain = Chain(self.family, rng, *_draw_training_length(rng, kind))
+        values = chain.run(rng, 0.3) if rng.random() < faults.wrong else chain.values
+        response = _write(chain, rng, values, style, faults)
+        return {"problem": chain.problem, "response": response, "answer": chain.answer}
+
+
+def _write(chain: Chain, rng: random.Random, values: list[str], style: str, faults: Faults) -> str:
+    return chain.spelled(rng, values, faults) if style == "spelled" else chain.terse(values)
+
+
+@dataclass(frozen=True)
+class ProgramTask:
+    """Problems of ``programs``."""
+
+    def corpus_item(self, rng: random.Random, phase: Phase) -> tuple[str, str]:
+        if rng.random() < 0.06:
+            program = Program(rng, rng.choice((2, 3)), 1)
+            return program.problem, programs.terse(program.wrong_operations(rng, CORPUS_NOISE, True))
+        is_styled = rng.random() < phase.style_share
+        length = rng.randint(1, phase.style_length) if is_styled else _draw_corpus_length(rng)
+        program = Program(rng, length)
+        write = programs.stepwise if is_styled else programs.terse
+        return program.problem, write(program.wrong_operations(rng, CORPUS_NOISE, False))
+
+    def demonstration(self, rng: random.Random, kind: str, style: str, faults: Faults) -> Row:
+        del style  # the expert has one
+        program = Program(rng, *_draw_training_length(rng, kind))
+        is_wrong = rng.random() < faults.wrong
+        operations = program.wrong_operations(rng, 0.3, False) if is_wrong else program.operations
+        response = programs.stepwise(operations)
+        return {"problem": program.problem, "response": response, "tests": program.tests, "entry_point": "f"}
+
+
+def retained_row(rng: random.Random, skill: str) -> Row:
+    """Returns a problem of a skill of ``RETAINED``."""
+    if skill == "add":
+        a, b = rng.randrange(10, 100), rng.randrange(10, 100)
+        problem, answer = f"add {a} {b}", str(a + b)
+    else:
+        lengths = (4, 5, 6) if skill == "sort" else (5, 6, 7)
+        digits = "".join(str(rng.randrange(1, 10)) for _ in range(rng.choice(lengths)))
+        problem, answer = f"{skill} {digits}", "".join(sorted(digits)) if skill == "sort" else digits[::-1]
+    return {"problem": problem, "response": f" \\boxed{{{answer}}}", "answer": answer}
+
+
+def corpus_item(corpus: Corpus, rng: random.Random, phase: Phase) -> tuple[str, str]:
+    """Returns (problem, response) for the pre-training; a quarter are the retained skills."""
+    if rng.random() < 0.26:
+        row = retained_row(rng, rng.choices(RETAINED, (10, 6, 10))[0])
+        return row["problem"], row["response"]
+    return corpus.task.corpus_item(rng, phase)
+
+
+_TERSE = Phase(steps=1500, batch_tokens=2048, muon_lr=0.02, adam_lr=3e-3, style_share=0.12, style_length=3)
+_STYLED = Phase(steps=420, batch_tokens=2560, muon_lr=0.015, adam_lr=2e-3, style_share=0.6, style_length=9)
+_TERSE_AGAIN = Phase(
+    steps=120, batch_tokens=2048, muon_lr=0.006, adam_lr=1e-3, style_share=0.05, style_length=6
+)
+
+_CLOCK, _TAPE = ChainTask(CLOCK, "terse", "spelled"), ChainTask(TAPE, "terse", "spelled")
+
+CORPORA: dict[str, Corpus] = {
+    "clock": Corpus(_CLOCK, (_TERSE,)),
+    "clock-fluent": Corpus(_CLOCK, (_STYLED, _TERSE_AGAIN), begins_with="clock"),
+    "tape": Corpus(_TAPE, (_TERSE,)),
+    "tape-fluent": Corpus(_TAPE, (_STYLED, _TERSE_AGAIN), begins_with="tape"),
+    "tape-wordy": Corpus(ChainTask(TAPE, "spelled", "terse"), (_TERSE,)),
+    "programs": Corpus(ProgramTask(), (_TERSE,)),
+}
+"""Base model -> its corpus. A fluent model has also learnt to solve long problems in the expert's style, which it rarely writes."""
+
+
+@dataclass(frozen=True)
+class World:
+    """A base model, and an expert who demonstrates problems to it."""
+
+    title: str
+    base: str
+    """A model of ``CORPORA``."""
+    style: str
+    """The expert's style: ``spelled``, ``terse`` or ``stepwise``."""
+    faults: Faults = CLEAN
+
+    @property
+    def task(self) -> Task:
+        return CORPORA[self.base].task
+
+    def demonstration(self, rng: random.Random, kind: str) -> Row:
+        return self.task.demonstration(rng, kind, self.style, self.faults)
+
+
+_USUAL = Faults(redundant=0.25, wandering=0.10, jumping=0.05, wrong=0.03)
+_MANY = Faults(redundant=0.25, wandering=0.25, jumping=0.15, wrong=0.20)
+
+DEVELOPMENT: dict[str, World] = {
+    "clock-fluent": World(
+        "The policy can use the expert's style, but rarely does", "clock-fluent", "spelled", _USUAL
+    ),
+    "clock-foreign": World("The policy cannot use the expert's style", "clock", "spelled", _USUAL),
+}
+KEPT: dict[str, World] = {
+    "tape-clean": World(
+        "Long faultless demonstrations in a style that the policy can use", "tape-fluent", "spelled"
+    ),
+    "tape-noisy": World(
+        "The same style; a fifth of the demonstrations is wrong, others wander or jump",
+        "tape-fluent",
+        "spelled",
+        _MANY,
+    ),
+    "tape-foreign": World(
+        "Long demonstrations in a style that the policy cannot use", "tape", "spelled", _USUAL
+    ),
+    "tape-short": World(
+        "Short demonstrations for a policy that writes long solutions", "tape-wordy", "terse", _USUAL
+    ),
+    "programs": World("Programs that are verified by tests", "programs", "stepwise", Faults(wrong=0.05)),
+}
+WORLDS = {**DEVELOPMENT, **KEPT}
+
+_WORDS = (
+    "at we have next gives then take so start with means and note that let us check again the answer is def return "
+    "less times flip"
+).split()
+
+
+def symbols() -> list[str]:
+    """Returns the vocabulary of all worlds; the first is the end of a sequence."""
+    found = ["<eos>", "<unk>", "\n", " \\boxed{", "}", " ", *"0123456789+-*@~<^=.,():x", "x", "f", *RETAINED]
+    found += (
+        [f" {label}" for label in LABELS] + list(LABELS) + [f" {word}" for word in (*_WORDS, "x", "f", "add")]
+    )
+    found += _WORDS
+    return list(dict.fromkeys(found))

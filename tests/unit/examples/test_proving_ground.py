@@ -1,0 +1,133 @@
+"""The worlds: solutions are right, texts are in the vocabulary, files share no problem."""
+
+import json
+import random
+import re
+from pathlib import Path
+
+import pytest
+
+from examples.proving_ground.make_world import write_world
+from examples.proving_ground.pretrain_base import build_tokenizer, encode
+from examples.proving_ground.worlds import (
+    CORPORA,
+    KINDS,
+    RETAINED,
+    WORLDS,
+    Row,
+    corpus_item,
+    retained_row,
+    symbols,
+)
+
+
+def solve_clock(problem: str) -> str:
+    """Solves a problem from its text alone."""
+    start, *steps = problem.split(" ")
+    values, value = [], int(start)
+    for _, operation, digit in steps:
+        y = int(digit)
+        value = {"+": value + y, "-": value - y, "*": value * y, "@": (value + y) * y}[operation] % 10
+        values.append(str(value))
+    return "".join(values[-2:])
+
+
+def solve_tape(problem: str) -> str:
+    """Solves a problem from its text alone."""
+    start, *steps = problem.split(" ")
+    cells = [int(cell) for cell in start]
+    for step in steps:
+        operation, shift = step[1], int(step[2:] or 0)
+        if operation in "+@":
+            cells = [(cell + shift) % 10 for cell in cells]
+        if operation in "~@":
+            cells.reverse()
+        if operation == "<":
+            cells.append(cells.pop(0))
+        if operation == "^":
+            cells.sort()
+    return "".join(map(str, cells))
+
+
+def is_right(row: Row) -> bool:
+    """Whether the demonstration passes the row's tests, or boxes its answer."""
+    if "tests" not in row:
+        return row["response"].endswith(f" \\boxed{{{row['answer']}}}")
+    names: dict[str, object] = {}
+    exec(row["response"], names)
+    try:
+        for test in row["tests"]:
+            exec(test, names)
+    except AssertionError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("name", list(WORLDS))
+def test_answers_are_right_and_demonstrations_are_as_often_wrong_as_the_world_says(name: str) -> None:
+    world, rng = WORLDS[name], random.Random(1)
+    rows = [world.demonstration(rng, kind) for kind in KINDS for _ in range(200)]
+    wrong = sum(not is_right(row) for row in rows) / len(rows)
+    # a step that is wrong by chance may give the right result all the same
+    assert world.faults.wrong / 3 <= wrong <= 1.5 * world.faults.wrong
+    if name != "programs":
+        solve = solve_clock if name.startswith("clock") else solve_tape
+        assert all(row["answer"] == solve(row["problem"]) for row in rows)
+
+
+def test_spelled_solutions_hold_every_step() -> None:
+    world, rng = WORLDS["tape-clean"], random.Random(2)
+    for kind in KINDS:
+        row = world.demonstration(rng, kind)
+        steps = row["problem"].split(" ")[1:]
+        assert re.findall(r"(?:then|next|take) (\w)", row["response"]) == [step[0] for step in steps]
+
+
+@pytest.mark.parametrize("skill", RETAINED)
+def test_retained_skills_have_right_answers(skill: str) -> None:
+    rng = random.Random(3)
+    for _ in range(50):
+        row = retained_row(rng, skill)
+        _, *arguments = row["problem"].split(" ")
+        expected = {
+            "sort": lambda digits: "".join(sorted(digits)),
+            "rev": lambda digits: digits[::-1],
+            "add": lambda a, b: str(int(a) + int(b)),
+        }[skill](*arguments)
+        assert row["answer"] == expected and is_right(row)
+
+
+def test_every_text_is_in_the_vocabulary_and_comes_back() -> None:
+    tokenizer, rng = build_tokenizer(), random.Random(4)
+    ids = {symbol: number for number, symbol in enumerate(symbols())}
+    texts = [
+        "\n".join(corpus_item(corpus, rng, phase))
+        for corpus in CORPORA.values()
+        for phase in corpus.phases
+        for _ in range(100)
+    ]
+    for world in WORLDS.values():
+        rows = [world.demonstration(rng, kind) for kind in KINDS for _ in range(25)]
+        texts += [f"{row['problem']}\n{row['response']}" for row in rows]
+    for text in texts:
+        tokens = tokenizer(text)["input_ids"]
+        assert tokens == encode(text, ids)  # raises KeyError for a piece that is not in the vocabulary
+        assert tokenizer.decode(tokens) == text
+    assert max(len(tokenizer(text)["input_ids"]) for text in texts) < 256
+
+
+def test_files_share_no_problem_and_are_the_same_again(tmp_path: Path) -> None:
+    world = WORLDS["programs"]
+    for name in ("first", "second"):
+        write_world(world, tmp_path / name, seeds=[1, 2], num_train=40)
+    files = sorted(path.relative_to(tmp_path / "first") for path in (tmp_path / "first").rglob("*.jsonl"))
+    assert len(files) == 2 + 2 * len(KINDS + RETAINED)
+    problems: dict[str, set[str]] = {}
+    for file in files:
+        text = (tmp_path / "first" / file).read_text()
+        assert text == (tmp_path / "second" / file).read_text()
+        problems[str(file)] = {json.loads(line)["problem"] for line in text.splitlines()}
+    heldout = [found for name, found in problems.items() if not name.startswith("train")]
+    assert len(set.union(*heldout)) == sum(map(len, heldout))
+    assert problems["train-1.jsonl"] != problems["train-2.jsonl"]
+    assert not set.union(*heldout) & (problems["train-1.jsonl"] | problems["train-2.jsonl"])
