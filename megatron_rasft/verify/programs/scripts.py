@@ -45,9 +45,15 @@ def find_fault(tests: CodeTests) -> str:
             trees.append(parse_script(source))
         except SyntaxError as error:
             return f"{name} is not valid Python: {error.msg}"
+    if tests.style == "pytest" and any(map(_is_async_test, trees[0].body)):
+        return "asynchronous test functions need a plugin of pytest"
     if not any(_can_fail(tree.body) for tree in trees):
         return "the tests cannot fail: they have no assert that can be false"
     return ""
+
+
+def _is_async_test(statement: ast.stmt) -> bool:
+    return isinstance(statement, ast.AsyncFunctionDef) and statement.name.startswith("test")
 
 
 def _named_scripts(tests: CodeTests) -> Iterator[tuple[str, str]]:

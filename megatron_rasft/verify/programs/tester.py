@@ -11,6 +11,7 @@ import os
 import re
 import socket
 import sys
+import traceback
 import types
 from collections.abc import Callable
 from functools import partial
@@ -148,7 +149,7 @@ def _compare(arguments: list[Any], expected: Any, owner: Any, entry_point: str, 
 
 def _without_tuples(value: Any) -> Any:
     """Returns a result with lists in place of tuples, also inside. JSON has no tuples, and LiveCodeBench accepts them."""
-    if type(value) in (tuple, list):
+    if isinstance(value, tuple | list):
         return [_without_tuples(item) for item in value]
     if type(value) is dict:
         return {key: _without_tuples(item) for key, item in value.items()}
@@ -208,7 +209,8 @@ def _run_by_pytest(
         return "wrong", "the tests were ended by SystemExit"
     if outcomes.failure:
         is_unrelated = outcomes.error is not None and not side.has_raised(outcomes.error)
-        if outcomes.is_before_test and is_unrelated:
+        is_failed_assert = isinstance(outcomes.error, AssertionError) and side.num_uses > 0
+        if outcomes.is_before_test and is_unrelated and not is_failed_assert:
             return "unverifiable", outcomes.failure
         return _verdict_of(outcomes.error, tests, side), outcomes.failure
     if outcomes.num_skipped:
@@ -249,6 +251,10 @@ def _plain_functions(source: str) -> list[str]:
     return names if is_plain else []
 
 
+# unittest and pytest call these before each test or before all
+_SET_UP = frozenset("setUp setUpClass setUpModule asyncSetUp setup_method setup_class setup_module".split())
+
+
 class _Outcomes:
     """A pytest plugin that collects the tests of a module in memory and keeps the first failure.
 
@@ -280,7 +286,8 @@ class _Outcomes:
     def pytest_exception_interact(self, node: Any, call: Any, report: Any) -> None:
         if self.error is None:
             self.error = call.excinfo.value
-            self.is_before_test = report.when != "call"
+            frames = {frame.name for frame in traceback.extract_tb(self.error.__traceback__)}
+            self.is_before_test = report.when != "call" or bool(frames & _SET_UP)
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         if report.failed:

@@ -152,6 +152,126 @@ RUNNABLE: dict[str, tuple[str, CodeTests, Verdict]] = {
     ),
     "const wrong": ("ANSWER = 41", asserts("assert ANSWER == 42", entry_point=""), "wrong"),
     "shared": ("from math import gcd as f", asserts("assert f(4, 6) == 2"), "correct"),
+    "async tests": (
+        ADDS,
+        in_pytest(
+            "from solution import f\nimport asyncio\ndef test_f():\n    async def g(): return f(1)\n    assert asyncio.run(g()) == 2"
+        ),
+        "correct",
+    ),
+    "unittest": (
+        ADDS,
+        in_pytest(
+            "import unittest\nfrom solution import f\nclass TestF(unittest.TestCase):\n    def test_a(self): self.assertEqual(f(1), 2)"
+        ),
+        "correct",
+    ),
+    "unittest setUp fails": (
+        ADDS,
+        in_pytest(
+            "import unittest\nfrom solution import f\nclass TestF(unittest.TestCase):\n    def setUp(self): self.d = open('/nope/x')\n    def test_a(self): self.assertEqual(f(1), 2)"
+        ),
+        "unverifiable",
+    ),
+    "unittest setUp prog raises": (
+        "def f(x): raise ValueError",
+        in_pytest(
+            "import unittest\nfrom solution import f\nclass TestF(unittest.TestCase):\n    def setUp(self): self.d = f(1)\n    def test_a(self): self.assertEqual(f(1), 2)"
+        ),
+        "wrong",
+    ),
+    "unittest no import": (
+        ADDS,
+        in_pytest(
+            "import unittest\nclass TestF(unittest.TestCase):\n    def test_a(self): self.assertEqual(f(1), 2)"
+        ),
+        "correct",
+    ),
+    "unittest assertRaises": (
+        "def f(x): raise ValueError",
+        in_pytest(
+            "import unittest\nfrom solution import f\nclass TestF(unittest.TestCase):\n    def test_a(self):\n        with self.assertRaises(ValueError): f(1)"
+        ),
+        "correct",
+    ),
+    "class Solution pytest": (
+        "class Solution:\n    def f(self, x): return x+1",
+        in_pytest("from solution import Solution\ndef test_f():\n    assert Solution().f(1) == 2", ""),
+        "correct",
+    ),
+    "relative import": (
+        ADDS,
+        in_pytest("from .solution import f\ndef test_f():\n    assert f(1) == 2", ""),
+        "unverifiable",
+    ),
+    "hypothesis missing": (
+        ADDS,
+        in_pytest(
+            "from hypothesis_nope import given\nfrom solution import f\ndef test_f():\n    assert f(1) == 2",
+            "",
+        ),
+        "unverifiable",
+    ),
+    "from main import *": (ADDS, asserts("from your_module import *\nassert f(1) == 2"), "unverifiable"),
+    "undefined fixture data": (ADDS, asserts("assert f(data) == 2"), "unverifiable"),
+    "undefined data noentry": (ADDS, asserts("assert f(data) == 2", entry_point=""), "unverifiable"),
+    "np noentry": (ADDS, asserts("assert np.isclose(f(1), 2)", entry_point=""), "unverifiable"),
+    "TreeNode noentry": (
+        "def f(x): return 1",
+        asserts("assert f(TreeNode(1)) == 1", entry_point=""),
+        "wrong",
+    ),
+    "TreeNode entry": ("def f(x): return 1", asserts("assert f(TreeNode(1)) == 1"), "unverifiable"),
+    "setup nameerror": (ADDS, asserts("assert f(1) == 2", setup="x = undefined_thing"), "unverifiable"),
+    "setup exit": (ADDS, asserts("assert f(1) == 2", setup="import sys; sys.exit(0)"), "unverifiable"),
+    "test attribute error on module": (
+        ADDS,
+        asserts("import math\nassert math.nope(f(1)) == 2"),
+        "unverifiable",
+    ),
+    "importlib import": (
+        ADDS,
+        asserts("import importlib\nm = importlib.import_module('nope_pkg')\nassert m.x(f(1))"),
+        "unverifiable",
+    ),
+    "candidate name": (ADDS, asserts("assert candidate(1) == 2"), "unverifiable"),
+    "main guard": (ADDS, asserts("if __name__ == '__main__':\n    assert f(1) == 2"), "unverifiable"),
+    "fn never called": (ADDS, asserts("def t():\n    assert f(1) == 2"), "unverifiable"),
+    "assert print": (ADDS, asserts("assert print(f(1)) is None"), "correct"),
+    "empty test": (ADDS, asserts("# nothing"), "unverifiable"),
+    "py2 tests": (ADDS, asserts("print f(1)\nassert f(1) == 2"), "unverifiable"),
+    "pytest class": (
+        ADDS,
+        in_pytest(
+            "from solution import f\nclass TestF:\n    def test_a(self): assert f(1) == 2\n    def test_b(self): assert f(2) == 3"
+        ),
+        "correct",
+    ),
+    "pytest async fn": (
+        ADDS,
+        in_pytest("from solution import f\nasync def test_a(): assert f(1) == 2"),
+        "unverifiable",
+    ),
+    "pytest bad mark arg": (
+        ADDS,
+        in_pytest(
+            "from solution import f\nimport pytest\n@pytest.mark.parametrize('x,y', [(1,)])\ndef test_f(x, y):\n    assert f(x) == y"
+        ),
+        "unverifiable",
+    ),
+    "pytest raises wrong type": (
+        "def f(x): raise KeyError",
+        in_pytest(
+            "from solution import f\nimport pytest\ndef test_f():\n    with pytest.raises(ValueError): f(1)"
+        ),
+        "wrong",
+    ),
+    "pytest plugin fixture": (
+        ADDS,
+        in_pytest("from solution import f\ndef test_f(mocker):\n    assert f(1) == 2"),
+        "unverifiable",
+    ),
+    "program infinite recursion": ("def f(x): return f(x)", asserts("assert f(1) == 2"), "wrong"),
 }
 """Whether tests can run at all, and whose fault it is. Test -> program, tests, verdict."""
 
@@ -246,6 +366,75 @@ SWALLOWING: dict[str, tuple[str, CodeTests, Verdict]] = {
         ),
         "correct",
     ),
+    "gen stop": (
+        "def f(xs):\n    for x in xs: yield x",
+        asserts("assert [x for x in f([1,2])] == [1,2]", "assert list(f([])) == []"),
+        "correct",
+    ),
+    "gen raise stop": (
+        "class f:\n    def __init__(s, *a): pass\n    def __iter__(s): return s\n    def __next__(s): raise StopIteration",
+        asserts("assert all(a == b for a, b in zip(f([1]), [1])) and list(f([1])) == [1]"),
+        "wrong",
+    ),
+    "sum map stop": ("def f(x): raise StopIteration", asserts("assert sum(map(f, [1])) == 0"), "wrong"),
+    "filter stop": (
+        "def f(x): raise StopIteration",
+        asserts("assert list(filter(f, [1, 2])) == []"),
+        "wrong",
+    ),
+    "takewhile": (
+        "def f(x): raise StopIteration",
+        asserts("import itertools\nassert not list(itertools.filterfalse(f, [1,2]))"),
+        "wrong",
+    ),
+    "dict comp": (
+        "def f(x): raise StopIteration",
+        asserts("assert dict(map(lambda x: (x, f(x)), [1])) == {}"),
+        "wrong",
+    ),
+    "any not": (
+        "def f(x): raise StopIteration",
+        asserts("assert not any(map(lambda x: f(x) != x + 1, range(4)))"),
+        "wrong",
+    ),
+    "stopasync": (
+        "def f(x): raise StopAsyncIteration",
+        asserts(
+            "import asyncio\nclass G:\n    def __aiter__(self): return self\n    async def __anext__(self): return f(1)\nasync def m():\n    return [x async for x in G()]\nassert asyncio.run(m()) == []"
+        ),
+        "wrong",
+    ),
+    "keyerror missing": (
+        "def f(x): raise KeyError",
+        asserts(
+            "class D(dict):\n    def __missing__(self, k): return f(k)\nassert D().get(1, 2) == 2 and f(1) == 2"
+        ),
+        "wrong",
+    ),
+    "future ignored": (
+        "def f(x): raise ValueError",
+        asserts(
+            "from concurrent.futures import ThreadPoolExecutor\nr = []\nwith ThreadPoolExecutor(1) as e:\n    e.submit(lambda: r.append(f(1)))\nassert all(v == 2 for v in r)"
+        ),
+        "wrong",
+    ),
+    "generatorexit": (
+        "def f(x): raise GeneratorExit",
+        asserts(
+            "def g():\n    yield 1\n    assert f(1) == 2\nx = g(); next(x)\nassert True if list(x) == [] else False"
+        ),
+        "wrong",
+    ),
+    "exit suppress": (
+        "class f:\n    def __init__(s, *a): pass\n    def __enter__(s): return lambda x: 0\n    def __exit__(s, *a): return True",
+        asserts("with f() as g:\n    assert g(1) == 2"),
+        "wrong",
+    ),
+    "cm suppress value error legit": (
+        "from contextlib import contextmanager\n@contextmanager\ndef f(*errors):\n    try: yield\n    except errors: pass",
+        asserts("with f(ValueError):\n    int('x')\nassert True, f"),
+        "unverifiable",
+    ),
 }
 """Exceptions and empty arrays that Python code between program and assert takes for success."""
 
@@ -267,6 +456,35 @@ FUNCTIONAL: dict[str, tuple[str, CodeTests, Verdict]] = {
         "correct",
     ),
     "bad json": (ADDS, functional("x", "[1]"), "unverifiable"),
+    "func tuple key": ("def f(x): return {1: (2,)}", functional("1", '{"1": [2]}'), "wrong"),
+    "func none": ("def f(x): return None", functional("1", "null"), "correct"),
+    "func float": ("def f(x): return 0.1+0.2", functional("1", "0.3"), "wrong"),
+    "func bool": ("def f(x): return 1", functional("1", "true"), "correct"),
+    "func in place": (
+        "class Solution:\n    def f(self, x: List[int]):\n        x.sort(); return x[::-1]",
+        functional("[1,2]", "[2, 1]"),
+        "correct",
+    ),
+    "func namedtuple": (
+        "from collections import namedtuple\nPt = namedtuple('Pt', 'a b')\ndef f(x): return [Pt(1, (2,))]",
+        functional("1", "[[1,[2]]]"),
+        "correct",
+    ),
+    "func cache": (
+        "class Solution:\n    def f(self, n: int) -> int:\n        @cache\n        def g(i): return i if i < 2 else g(i-1) + g(i-2)\n        return g(n)",
+        functional("10", "55"),
+        "correct",
+    ),
+    "func ListNode missing": (
+        "class Solution:\n    def f(self, n: Optional[ListNode]) -> int:\n        return 1",
+        functional("10", "1"),
+        "wrong",
+    ),
+    "func main print": (
+        "class Solution:\n    def f(self, n): return n\nprint(Solution().f(3))",
+        functional("10", "10"),
+        "correct",
+    ),
 }
 """LiveCodeBench's functional tests: its imports, and lists for tuples."""
 
