@@ -19,7 +19,7 @@ _ALLOWED = (
     "read write readv writev pread64 pwrite64 preadv pwritev preadv2 pwritev2 lseek close close_range dup dup2 dup3 "
     "pipe pipe2 sendfile copy_file_range fstat newfstatat stat lstat statx access faccessat fstatfs getcwd getdents64 "
     "ftruncate fallocate poll ppoll select pselect6 epoll_create epoll_create1 epoll_ctl epoll_wait epoll_pwait "
-    "eventfd2 timerfd_create timerfd_settime timerfd_gettime brk munmap mprotect mremap madvise futex set_robust_list "
+    "eventfd2 timerfd_create timerfd_settime timerfd_gettime brk munmap mprotect mremap set_robust_list "
     "rseq gettid getpid getppid exit exit_group sched_yield wait4 waitid rt_sigaction rt_sigprocmask rt_sigreturn "
     "rt_sigpending rt_sigtimedwait rt_sigsuspend sigaltstack restart_syscall pause alarm getitimer setitimer nanosleep "
     "gettimeofday time times getuid geteuid getgid getegid getresuid getresgid getgroups getpgrp getrlimit setrlimit "
@@ -76,6 +76,12 @@ _STARTS_THREAD = (0x3D0F00, 0x7D0F00)
 # MAP_SHARED, PRIVATE, FIXED, ANONYMOUS, GROWSDOWN, DENYWRITE, NORESERVE, POPULATE, STACK and FIXED_NOREPLACE. Others lock
 # memory or take pages from a pool that all processes share
 _MAP_FLAGS = 0x12C933
+# MADV_NORMAL, RANDOM, SEQUENTIAL, WILLNEED, DONTNEED, FREE, [NO]HUGEPAGE, DONTDUMP, DODUMP, POPULATE_READ and WRITE,
+# GUARD_INSTALL and REMOVE. Others write out pages that processes share, or merge equal pages
+_MEMORY_ADVICE = (0, 1, 2, 3, 4, 8, 14, 15, 16, 17, 22, 23, 102, 103)
+# FUTEX_WAIT, WAKE, REQUEUE, CMP_REQUEUE, WAKE_OP, WAIT_BITSET, WAKE_BITSET; not those that inherit priorities, which Python's
+# locks do not use and which have had faults in the kernel
+_FUTEX_OPERATIONS, _FUTEX_FLAGS = (0, 1, 3, 4, 5, 9, 10), 0x180  # FUTEX_PRIVATE_FLAG and CLOCK_REALTIME
 _SOCK_STREAM, _SOCK_FLAGS = 1, 0x80800  # SOCK_CLOEXEC and SOCK_NONBLOCK
 # MSG_PEEK, DONTWAIT, WAITALL, NOSIGNAL. MSG_OOB has had faults in the kernel by which a sandbox could be left
 _MESSAGE_FLAGS = 0x4142
@@ -106,6 +112,8 @@ def _allowed_in_one_form(own: int) -> dict[str, tuple[_Condition, ...]]:
     # Negative clocks measure the CPU time of any process
     is_common_clock = _without(0, _NEGATIVE)
     return {
+        "futex": (_Condition(1, _FUTEX_OPERATIONS, mask=~_FUTEX_FLAGS & 0xFFFFFFFF),),
+        "madvise": (_Condition(2, _MEMORY_ADVICE, error=errno.EINVAL),),
         "mmap": (_only(3, _MAP_FLAGS),),
         "clone": (_Condition(0, _STARTS_THREAD),),
         "kill": (_Condition(0, (own,)),),

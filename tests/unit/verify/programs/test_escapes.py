@@ -172,3 +172,11 @@ def test_python_and_numpy_work(patient_sandbox: Sandbox) -> None:
     programs = ANYWHERE | ({} if patient_sandbox.level == "limits" else WITH_FILES)
     outcome, output = patient_sandbox.run_script(f"PROGRAMS = {programs!r}\n{WORKS}", "")
     assert (outcome, output) == ("ended", "")
+
+
+def test_documents_name_the_number_of_attempts() -> None:
+    root = Path(__file__).parents[4]
+    assert f"| of the {len(ATTEMPTS)} attempts |" in (root / "docs/sandbox.md").read_text()
+    assert (
+        f"of {len(ATTEMPTS)} single steps" in (root / "megatron_rasft/verify/programs/README.md").read_text()
+    )
