@@ -43,6 +43,7 @@ _OPENS_FOR_WRITING = (
     os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND | (os.O_TMPFILE & ~os.O_DIRECTORY)
 )
 _ANY_ACCESS = range(os.O_ACCMODE + 1)
+_INSTRUCTION = struct.Struct("=HBBI")  # struct sock_filter of linux/filter.h
 _NEW_CALLS_FROM = 424
 """From this number on, system calls have the same number on every architecture."""
 
@@ -149,6 +150,25 @@ def filter_system_calls(
     Raises:
         OSError: the machine is neither x86_64 nor aarch64, or its kernel does not support seccomp.
     """
+    program = build_filter(
+        may_open=may_open,
+        may_change_files=may_change_files,
+        may_change_attributes=may_change_attributes,
+        may_truncate=may_truncate,
+    )
+    buffer = ctypes.create_string_buffer(program)
+    header = struct.pack("HxxxxxxP", len(program) // _INSTRUCTION.size, ctypes.addressof(buffer))
+    # The kernel requires this before a process without privileges may install a filter
+    kernel_calls.prctl(kernel_calls.PR_SET_NO_NEW_PRIVS, 1, "PR_SET_NO_NEW_PRIVS")
+    mode_filter = 2
+    done = kernel_calls.LIBC.prctl(kernel_calls.PR_SET_SECCOMP, mode_filter, header, 0, 0)
+    kernel_calls.check(done, "PR_SET_SECCOMP")
+
+
+def build_filter(
+    *, may_open: bool, may_change_files: bool, may_change_attributes: bool, may_truncate: bool
+) -> bytes:
+    """Returns the filter that ``filter_system_calls`` installs, as a program for the kernel's classic BPF."""
     program = _Filter()
     controls = (*_FILE_CONTROLS, *(_LOCK_CONTROLS if may_change_files else ()))
     program.allow("fcntl", _Condition(1, controls))
@@ -177,7 +197,7 @@ def filter_system_calls(
         program.answer(name, 0)
     for name in _READS_EXTENDED_ATTRIBUTES:
         program.answer(name, errno.ENOTSUP)
-    program.install()
+    return program.assemble()
 
 
 def _conditions_of_open(argument: int, may_change_files: bool, may_truncate: bool) -> list[_Condition]:
@@ -227,19 +247,12 @@ class _Filter:
         """Makes a call return at once, with the error number ``code``, or with success if it is 0."""
         self._on(name, [self._return(code)])
 
-    def install(self) -> None:
-        """Applies the filter to this process. It cannot be removed."""
+    def assemble(self) -> bytes:
+        """Returns the program. It refuses all calls that have not been entered."""
         # x86_64 also has the x32 calls, from 0x40000000 on. They are not allowed either
         is_new = (self._JUMP_AT_LEAST, 0, 1, _NEW_CALLS_FROM)
         code = [*self._code, is_new, self._return(errno.ENOSYS), self._return(errno.EPERM)]
-        packed = b"".join(struct.pack("=HBBI", *instruction) for instruction in code)
-        buffer = ctypes.create_string_buffer(packed)
-        program = struct.pack("HxxxxxxP", len(code), ctypes.addressof(buffer))
-        # The kernel requires this before a process without privileges may install a filter
-        kernel_calls.prctl(kernel_calls.PR_SET_NO_NEW_PRIVS, 1, "PR_SET_NO_NEW_PRIVS")
-        mode_filter = 2
-        done = kernel_calls.LIBC.prctl(kernel_calls.PR_SET_SECCOMP, mode_filter, program, 0, 0)
-        kernel_calls.check(done, "PR_SET_SECCOMP")
+        return b"".join(_INSTRUCTION.pack(*instruction) for instruction in code)
 
     def _require(self, condition: _Condition) -> list[tuple[int, int, int, int]]:
         # Both supported architectures are little-endian
