@@ -55,10 +55,17 @@ class Curriculum:
         config: the curriculum's flags.
         seed: --data-seed. Orders, calibration sample and choices depend on it.
         memory: --weighting-memory, 0 .. 1: the factor by which a refresh discounts the samples of earlier refreshes.
+        content: hash of the problems' rows. A checkpoint of other rows with the same ids is refused.
     """
 
     def __init__(
-        self, problem_ids: Sequence[str], config: CurriculumConfig, *, seed: int, memory: float = 0.5
+        self,
+        problem_ids: Sequence[str],
+        config: CurriculumConfig,
+        *,
+        seed: int,
+        memory: float = 0.5,
+        content: str = "",
     ) -> None:
         self._problem_ids = tuple(problem_ids)
         self._known = frozenset(self._problem_ids)
@@ -81,7 +88,7 @@ class Curriculum:
         self._solvability: dict[str, Solvability] = {}
         self._hard_pool: dict[str, None] = {}  # a dictionary, used as a set that keeps the order of insertion
         self._order = self._shuffled(f"epoch {self._epoch}")
-        self._fingerprint = _fingerprint(self._problem_ids)
+        self._fingerprint = _fingerprint(self._problem_ids, content)
 
     @property
     def epoch(self) -> int:
@@ -258,7 +265,7 @@ class Curriculum:
         if state["problems"] != self._fingerprint:
             raise CheckpointError(
                 f"the checkpoint's problems ({state['problems']}) differ from those of --train-data "
-                f"({self._fingerprint}). Resume with the same data, or start a new run from the checkpoint's weights."
+                f"({self._fingerprint}) in their number, order, text, answers, tests or prompts. Resume with the same data and --data flags, or start a new run from the checkpoint's weights."
             )
         self._seed = state["seed"]
         self._epoch = state["epoch"]
@@ -289,11 +296,11 @@ class Curriculum:
             raise ValueError(f"problem {problem_id!r} is not among the {len(self._known)} of this run.")
 
 
-def _fingerprint(problem_ids: Sequence[str]) -> str:
-    """Identifies the problems and their order."""
+def _fingerprint(problem_ids: Sequence[str], content: str) -> str:
+    """Identifies the problems, their order, and the hash of their rows, if there is one."""
     digest = hashlib.sha256()
-    for problem_id in problem_ids:
-        encoded = problem_id.encode("utf-8", "surrogatepass")
-        # Each id is preceded by its length, so that two lists of ids cannot give the same bytes.
+    for part in (*problem_ids, *filter(None, [content])):
+        encoded = part.encode("utf-8", "surrogatepass")
+        # Each part is preceded by its length, so that two lists of ids cannot give the same bytes.
         digest.update(len(encoded).to_bytes(8, "big") + encoded)
     return f"{len(problem_ids)} problems, {digest.hexdigest()[:16]}"

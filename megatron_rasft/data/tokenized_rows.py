@@ -3,6 +3,7 @@
 As Python objects they would take 17 KB each. Opening a file of a million takes as long as opening a file of ten.
 """
 
+import hashlib
 import itertools
 import json
 import os
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from megatron_rasft.data.reading import DataReport, RowFault
 from megatron_rasft.types import CodeTests, Demonstration, ProgramCase
 
-FORMAT = 1
+FORMAT = 2
 _INDEX = "rows.json"
 """Index file with the sizes of the other files and the totals of all rows. It is written last."""
 
@@ -55,6 +56,8 @@ class TokenizedRows(Sequence[Demonstration]):
         """The token ids that end a response."""
         self.num_programs: int = index["num_programs"]
         """Number of rows whose responses are checked by tests."""
+        self.fingerprint: str = index["fingerprint"]
+        """Hash of all rows; see ``fingerprint_of``."""
         self.report = _report_from(index["report"])
         self._columns = {
             name: _mapped(folder / name, index["sizes"][name], kind, width)
@@ -123,6 +126,7 @@ def write_rows(folder: Path, demonstrations: Iterable[Demonstration], report: Da
     """
     files = {name: (folder / name).open("wb") for name in _COLUMNS}
     end_ids: set[int] = set()
+    digest = hashlib.sha256()
     num_rows = num_programs = num_tokens = text_end = id_end = 0
     try:
         for d in demonstrations:
@@ -131,7 +135,8 @@ def write_rows(folder: Path, demonstrations: Iterable[Demonstration], report: Da
             files["tokens"].write(array("i", d.prompt_ids))
             files["tokens"].write(array("i", d.response_ids))
             files["token_ends"].write(array("q", [prompt_end, num_tokens]))
-            check = json.dumps([d.answer, None if d.tests is None else asdict(d.tests)])
+            check = _check_of(d)
+            _add_row(digest, d, check)
             text_ends = []
             for text in (d.problem, d.response, d.source, check):
                 text_end += files["text"].write(_encoded(text))
@@ -154,9 +159,33 @@ def write_rows(folder: Path, demonstrations: Iterable[Demonstration], report: Da
         "sizes": {name: (folder / name).stat().st_size for name in _COLUMNS},
         "end_ids": sorted(end_ids),
         "num_programs": num_programs,
+        "fingerprint": digest.hexdigest(),
         "report": asdict(report),
     }
     (folder / _INDEX).write_text(json.dumps(index), encoding="utf-8")
+
+
+def fingerprint_of(demonstrations: Sequence[Demonstration]) -> str:
+    """Returns a hash of all rows in their order: ids, texts, checks and tokens, but not the names of their files."""
+    if isinstance(demonstrations, TokenizedRows):
+        return demonstrations.fingerprint
+    digest = hashlib.sha256()
+    for demonstration in demonstrations:
+        _add_row(digest, demonstration, _check_of(demonstration))
+    return digest.hexdigest()
+
+
+def _check_of(d: Demonstration) -> str:
+    return json.dumps([d.answer, None if d.tests is None else asdict(d.tests)])
+
+
+def _add_row(digest: "hashlib._Hash", d: Demonstration, check: str) -> None:
+    for text in (d.problem_id, d.problem, d.response, check):
+        encoded = _encoded(text)
+        # each part is preceded by its length, so that two rows cannot give the same bytes
+        digest.update(len(encoded).to_bytes(8, "big") + encoded)
+    for ids in (d.prompt_ids, d.response_ids):
+        digest.update(len(ids).to_bytes(8, "big") + array("i", ids).tobytes())
 
 
 def _mapped(path: Path, size: int, kind: type, width: int) -> NDArray[Any]:

@@ -13,6 +13,7 @@ import safetensors
 import safetensors.numpy
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.optimizer.optimizer import param_group_identifier_keys
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_rasft.errors import CheckpointError, FailedElsewhere, first_line
@@ -172,7 +173,17 @@ def load_explained(resume: Resume) -> Iterator[None]:
     except AssertionError as error:
         raise CheckpointError(
             f"the checkpoint in {folder.parent} does not fit these flags: {first_line(error, 'Megatron rejects them')}. Give the "
-            "flags it was written with; --override-opt_param-scheduler accepts another length or learning rate."
+            "flags it was written with; --override-opt_param-scheduler accepts another length or schedule."
+        ) from error
+    except KeyError as error:
+        # Megatron looks up the saved parameter groups by their settings (load_state_dict in optimizer/distrib_optimizer.py)
+        if not isinstance(error.args[0], tuple):
+            raise
+        settings = dict(zip(param_group_identifier_keys, error.args[0], strict=False))
+        raise CheckpointError(
+            f"the checkpoint in {folder.parent} was written with another --lr or --min-lr than these flags give ("
+            f"{settings.get('max_lr')} and {settings.get('min_lr')}). Give those it was written with. To change the learning rate, "
+            "start a new run from exported weights (--hf-model)."
         ) from error
     except LOAD_FAILURES as error:
         raise CheckpointError(

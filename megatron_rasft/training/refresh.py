@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from megatron_rasft.config import RasftConfig
 from megatron_rasft.curriculum.curriculum import Curriculum
-from megatron_rasft.data.tokenized_rows import ByProblem
+from megatron_rasft.data.tokenized_rows import ByProblem, fingerprint_of
 from megatron_rasft.objective.groups import count_solved
 from megatron_rasft.objective.samples import make_samples
 from megatron_rasft.rollout.replay import ReplayEngine
@@ -112,6 +112,7 @@ class Refresh:
             config.curriculum,
             seed=config.data.data_seed,
             memory=config.weighting.weighting_memory,
+            content=fingerprint_of(demonstrations),
         )
         self._ahead: ProblemChoice | None = None
         """With --rollout-lag 1: the next refresh's problems, which the servers are sampling."""

@@ -320,3 +320,10 @@ def test_misuse_is_named():
         curriculum.route({"row 0": float("nan")}, 0.0)
     with pytest.raises(AssertionError, match="calibrate"):
         Curriculum(["a"], CurriculumConfig(), seed=0).route({"a": 1.0}, 0.0)
+
+
+def test_a_checkpoint_of_other_rows_with_the_same_ids_is_refused() -> None:
+    made = Curriculum(ids(5), CurriculumConfig(), seed=0, content="a").state_dict()
+    Curriculum(ids(5), CurriculumConfig(), seed=0, content="a").load_state_dict(made)
+    with pytest.raises(CheckpointError, match="--train-data"):
+        Curriculum(ids(5), CurriculumConfig(), seed=0, content="b").load_state_dict(made)

@@ -15,7 +15,7 @@ from megatron_rasft.config.data import DataConfig
 from megatron_rasft.data import row_cache
 from megatron_rasft.data.reading import DataReport, RowFault, read_rows
 from megatron_rasft.data.row_cache import tokenized
-from megatron_rasft.data.tokenized_rows import ByProblem, TokenizedRows, write_rows
+from megatron_rasft.data.tokenized_rows import ByProblem, TokenizedRows, fingerprint_of, write_rows
 from megatron_rasft.data.tokenizing import collect_demonstrations
 from megatron_rasft.errors import DataError, RasftError
 from megatron_rasft.types import CodeTests, Demonstration, ProgramCase
@@ -304,3 +304,38 @@ def test_values_are_computed_only_for_the_problems_that_are_accessed(
     assert answers["rows.jsonl:2"] == "3" and made == ["rows.jsonl:2"]
     assert answers.get("unknown") is None
     assert dict(ByProblem(list(rows), lambda d: d.answer)) == dict(answers)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"problem": "2+1?"},
+        {"response": "It is \\boxed{3}."},
+        {"answer": "3"},
+        {"answer": None, "tests": CodeTests(style="asserts", tests=("assert 1",))},
+        {"prompt_ids": [1, 2]},
+        {"response_ids": [2, 9]},
+        {"problem_id": "b"},
+    ],
+)
+def test_the_fingerprint_changes_with_every_part_of_a_row_but_its_place(
+    tmp_path: Path, change: dict[str, Any]
+) -> None:
+    row = Demonstration(
+        problem_id="a", problem="1+1?", response="It is \\boxed{2}.", answer="2", prompt_ids=[1], response_ids=[2, 3]
+    )  # fmt: skip
+    made = fingerprint_of([row, row])
+    assert made == fingerprint_of([row, replace(row, source="other.jsonl:7")])
+    assert (
+        len(
+            {
+                made,
+                fingerprint_of([row, replace(row, **change)]),
+                fingerprint_of([replace(row, **change), row]),
+            }
+        )
+        == 3
+    )
+    (tmp_path / "rows").mkdir()
+    write_rows(tmp_path / "rows", [row, row], DataReport())
+    assert fingerprint_of(TokenizedRows(tmp_path / "rows")) == made

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from megatron.core.optimizer.optimizer import param_group_identifier_keys
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_rasft.errors import CheckpointError, FailedElsewhere
@@ -173,3 +174,15 @@ def test_the_reason_of_the_first_failed_rank_is_given(monkeypatch: pytest.Monkey
     monkeypatch.setattr(checkpoints.dist, "get_rank", lambda: 1)
     with pytest.raises(FailedElsewhere):
         checkpoint_failure(CheckpointException("", {}))
+
+
+def test_another_learning_rate_is_named(tmp_path: Path) -> None:
+    """Megatron raises KeyError with the settings of a parameter group that the checkpoint does not have."""
+    settings = {"max_lr": 0.0001, "min_lr": 1e-5}
+    key = tuple(settings.get(name) for name in param_group_identifier_keys)
+    resume = Resume(folder=tmp_path, step=4)
+    with pytest.raises(CheckpointError, match=r"--lr .*0\.0001 and 1e-05") as raised, load_explained(resume):
+        raise KeyError(key)
+    assert str(tmp_path) in str(raised.value)
+    with pytest.raises(KeyError, match="other"), load_explained(resume):
+        raise KeyError("other")
