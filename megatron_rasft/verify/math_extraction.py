@@ -39,12 +39,13 @@ _NUMBER = re.compile(
     r"(?<![\w.])-?\$?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?:\.\d+|(?<=\d))(?:/\d+(?![\d.]))?\s?%?"
 )
 _CLAUSE = re.compile(
-    r"\s*,?\s*(?:\b(?:because|since|which|where|so that|as (?:required|desired|expected|we|it)|i\.e\.|rather than|instead of"
+    r"(?:\b(?:because|since|which|where|so that|as (?:required|desired|expected|we|it)|i\.e\.|rather than|instead of"
     r"|and not|but not|not)\b|，|,\s(?=(?:so|as|giving|but|and (?:we|so|thus))\b))",
     re.IGNORECASE,
 )
 _NAME_BEFORE = re.compile(r"(?<![A-Za-z\\])((?:\\?[A-Za-z]+)(?:_\{?\w{1,5}\}?)?)\s*=\s*\$?\s*$")
-_SIGN_BEFORE = re.compile(r"(?:^|[=$\s(])\s*[-−]\s*$")
+# A minus sign with a space after it at the start of a line begins an item of a list
+_SIGN_BEFORE = re.compile(r"(?:[=$(]\s{0,9}[-−]\s{0,9}|(?:^|\s)[-−])$")
 _JOIN = re.compile(
     r"(?:[\s$,;:&~*]|\\[(),;:!\[\]]|\\q?quad|\\text\s*\{|\}|\band\b|\bor\b|\balso\b|\bboth\b|\by?ields?\b"
     r"|(?:\\?[A-Za-z]+)(?:_\{?\w{1,5}\}?)?\s*=)*",
@@ -54,13 +55,13 @@ _HEDGE = re.compile(
     re.IGNORECASE,
 )
 _HEDGE_AFTER_BOX = re.compile(
-    r"[ \t$,;:)(*\\]*(?:text\s*\{\s*)?(?:(?:or|alternatively)\b|[.]?[ \t$]*(?:maybe|perhaps|possibly|or maybe|but (?:maybe|it (?:could|might)))\b)\}?"
+    r"[ \t$,;:)(*\\]{0,40}(?:text\s{0,9}\{\s{0,9})?(?:(?:or|alternatively)\b|[.]?[ \t$]{0,20}(?:maybe|perhaps|possibly|or maybe|but (?:maybe|it (?:could|might)))\b)\}?"
     r"(?P<other>[^\n]*)",
     re.IGNORECASE,
 )
 # At the start of a sentence only: explanations after the answer also contain words such as "actually"
 _RETRACTION = re.compile(
-    r"(?:^|[.!?:)\n$—-])\s*(?:(?:oh|hmm+|no|but|hold on)\b[,.!\s]+)*"
+    r"(?:^|[.!?:)\n$—-])\s{0,20}(?:(?:oh|hm{2,9}|no|but|hold on)\b[,.!\s]{1,20}){0,4}"
     r"(?:(?:wait|sorry|correction|scratch that|on second thought|i was wrong|no\b(?=[,.!]))\b|actually,? (?:no|that|this|it|the|i)\b"
     r"|i made (?:a|an) (?:mistake|error)|(?:that|this|it)(?:'s| is| was| seems) (?:wrong|incorrect|not right|not correct|a mistake))",
     re.IGNORECASE,
@@ -238,7 +239,7 @@ def _are_replaced(text: str, boxes: list[_Box]) -> bool:
 def _in_context(text: str, box: _Box) -> str:
     r"""Returns the content of a box with a sign before it and a unit after it, as in ``-\\boxed{60}\\text{ m/s}``."""
     content = _innermost(box.content)
-    if _SIGN_BEFORE.search(text, 0, box.start) and not content.startswith("-"):
+    if _SIGN_BEFORE.search(text[max(0, box.start - 40) : box.start]) and not content.startswith("-"):
         content = f"-{content}"
     after = _UNIT_AFTER_BOX.match(text, box.end)
     unit = (after[1] or after[2]) if after else ""
@@ -318,7 +319,7 @@ def _last_number(text: str) -> str | None:
     if formula is not None:
         return formula
     start, stop = _word_around(text, number)
-    if _CHANGES_NUMBER.match(text, stop) or _OPERATOR_BEFORE.search(text, 0, start):
+    if _CHANGES_NUMBER.match(text, stop) or _OPERATOR_BEFORE.search(text[max(0, start - 40) : start]):
         return None
     return text[start:stop].strip(_EDGES.rstrip("$") + ".,;!") or None
 
