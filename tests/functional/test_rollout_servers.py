@@ -152,30 +152,31 @@ def test_samples_of_a_paused_server_continue_where_they_were(
     assert report.num_finished == 80 and report.num_resumed > 0 and rollouts.said == []
 
 
-@pytest.mark.slow
-def test_a_thousand_prompts_of_eight_samples_with_random_aborts(
-    server_pool: ServerPool, served_model: Path
-) -> None:
-    """All of 8,000 samples are returned exactly once, and aborted ones continue from their tokens."""
+def test_samples_are_returned_once_despite_random_aborts(server_pool: ServerPool, served_model: Path) -> None:
+    """All of 3,200 samples are returned exactly once, and aborted ones continue from their tokens."""
     first, second = server_pool.pair(OLDEST, NEWEST, served_model)
-    requests = requests_of(1000, 8)
+    requests = requests_of(400, 8)
     stop = threading.Event()
 
-    def abort_at_random() -> None:
-        draw = random.Random(2)
+    def abort_at_random(rollouts: Rollouts) -> None:
+        """Aborts every few dozen samples, so that the number of aborts does not depend on the machine's speed."""
+        draw, due = random.Random(2), 0
         with ServerClient(first.url) as a, ServerClient(second.url) as b:
-            while not stop.wait(draw.uniform(0.2, 1.5)):
-                draw.choice((a, b)).abort_all()
+            while not stop.wait(0.02):
+                num = sum(record.num_samples for record in rollouts.fleet.records)
+                if num >= due:
+                    draw.choice((a, b)).abort_all()
+                    due = num + draw.randrange(20, 100)
 
-    aborting = threading.Thread(target=abort_at_random)
     with Rollouts(first.url, second.url) as rollouts:
+        aborting = threading.Thread(target=abort_at_random, args=(rollouts,))
         aborting.start()
         try:
             answers = rollouts.generate(requests, params(num_samples=8, max_new_tokens=4))
         finally:
             stop.set()
             aborting.join()
-    assert answers.report.num_finished == 8 * 1000
+    assert answers.report.num_finished == 8 * 400
     assert answers.report.num_resumed > 0 and set(answers.report.samples_by_server) == {first.url, second.url}
     assert rollouts.said == []
     print(answers.report.describe())
