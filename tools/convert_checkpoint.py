@@ -9,7 +9,6 @@ command continues.
 
 import argparse
 import importlib
-import json
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -34,6 +33,7 @@ from rich.progress import (
 
 from megatron_rasft.config.saved import SavedConfig
 from megatron_rasft.errors import CheckpointError, first_line
+from megatron_rasft.files import read_json_object
 from megatron_rasft.tools import cli
 from megatron_rasft.tools.conversion.conversion import (
     TEMPLATE_DIR,
@@ -214,9 +214,8 @@ def _use_bridge(args: argparse.Namespace) -> None:
         raise ValueError(
             "--bridge needs the model's Hugging Face folder: as --input, or as --hf-model for megatron-to-hf."
         )
-    known = [
-        a for a in json.loads(config.read_text(encoding="utf-8")).get("architectures") or [] if a in FAMILIES
-    ]
+    named = read_json_object(config).get("architectures")
+    known = [name for name in (named if isinstance(named, list) else ()) if name in list(FAMILIES)]
     if known:
         raise ValueError(
             f"--bridge {args.bridge} is for families without a table, and {known[0]} has a table. Leave the flag out."

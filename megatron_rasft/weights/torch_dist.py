@@ -224,6 +224,8 @@ class TorchDistFolder:
         try:
             with index.open("rb") as file:
                 metadata = _MetadataUnpickler(file).load()
+            if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
+                raise ValueError("it is not an index of torch.distributed.checkpoint")
             tensors = {
                 key: entry
                 for key, entry in metadata.state_dict_metadata.items()

@@ -1,7 +1,9 @@
 """Complete conversions on disk: bit-equal in both directions, continued after a kill, refused for wrong input."""
 
 import json
+import os
 import pickle
+import re
 import shutil
 from collections import namedtuple
 from collections.abc import Callable, Iterator
@@ -471,9 +473,38 @@ def running_index(path: Path) -> None:
     (path / "release/.metadata").write_bytes(pickle.dumps(Runs()))
 
 
+def other_pickle(path: Path) -> None:
+    (path / "release/.metadata").write_bytes(pickle.dumps({"state_dict_metadata": {}}))
+
+
+def file_elsewhere(path: Path) -> None:
+    """Moves a file out of the folder, and changes the index to find it there."""
+    index = path / "release/.metadata"
+    first_file(path).rename(path / "__1_0.distcp")
+    content = pickle.loads(index.read_bytes())
+    for place in content.storage_data.values():
+        place.relative_path = place.relative_path.replace("__1_0.distcp", "../__1_0.distcp")
+    index.write_bytes(pickle.dumps(content))
+
+
+def no_file(name: str, make: Callable[[Path], object]) -> Callable[[Path], None]:
+    def replace_file(path: Path) -> None:
+        (path / "release" / name).unlink()
+        make(path / "release" / name)
+
+    return replace_file
+
+
 @pytest.mark.parametrize(
     "damage,pattern",
     [
+        (other_pickle, r"\.metadata"),
+        (file_elsewhere, r"\.\./__1_0\.distcp.* outside"),
+        *(
+            (no_file(name, make), re.escape(name))
+            for name in ("__1_0.distcp", ".metadata", "metadata.json")
+            for make in (Path.mkdir, os.mkfifo)
+        ),
         (remove_metadata, r"\.metadata"),
         (truncate, r"__1_0.distcp .* \d+ bytes"),
         (lambda path: first_file(path).unlink(), "__1_0.distcp"),
