@@ -9,15 +9,18 @@ import builtins
 import re
 import textwrap
 import warnings
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain, islice
 
 _LEAD = r"(?P<lead>(?:[ \t]*>)*[ \t]*(?:(?:[-*+]|\d{1,3}[.)])[ \t]+)?)"
 _FENCE = re.compile(_LEAD + r"(?P<fence>`{3,}|~{3,})(?P<info>.*)")
 _FENCE_AFTER_TEXT = re.compile(r".*?[^`\s][ \t]*(?P<fence>`{3,})[ \t]*(?P<info>[\w+.#-]*)[ \t]*")
 _ONE_LINE = re.compile(r"[ \t]*(?:(?:python|py)[\d.]*[ \t]+)?(?P<code>.*?)`{3,}[^`]*", re.IGNORECASE)
-_PYTHON = re.compile(r"[{.]*(?:c?python|py)[\d.]*\b(?!-repl|-console)|\S*\.py\b", re.IGNORECASE)
+_PYTHON = re.compile(r"[{.]*(?:[ci]?python|pypy|py)[\d.]*\b(?!-repl|-console)|\S*\.py\b", re.IGNORECASE)
+_NO_LANGUAGE = frozenset({"code", "snippet", "solution", "source"})
 _THOUGHT = "think|thinking|thought|reasoning"
 _END_OF_THOUGHT = re.compile(rf"</(?:{_THOUGHT})>|\[/THINK\]")
 _OPEN_THOUGHT = re.compile(rf"^[ \t]*(?:<(?:{_THOUGHT})>|\[THINK\])", re.MULTILINE)
@@ -29,7 +32,7 @@ _READS_INPUT = re.compile(r"\binput\s*\(|\bstdin\b|\bopen\s*\(\s*0|\bfileinput\b
 _INLINE = re.compile(r"`{1,3}((?:def|class|import|from|\w+ = lambda)\b[^`\n]*)`{1,3}")
 _FUTURE = re.compile(r"^from __future__ import [^\n(]*\n?", re.MULTILINE)
 # Each parse costs time in proportion to the text, so a response of nothing but fences must not cause many
-_MAX_TRIED = 12
+_MAX_TRIED, _MAX_SEEN, _MAX_FENCES = 12, 64, 400
 _NOT_EFFECTS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom)
 _HELPERS = (*_NOT_EFFECTS, ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Try, ast.If)
 
@@ -68,11 +71,11 @@ def extract_program(
     Returns:
         The source, or None for an empty program.
     """
-    text = without_thought(text.replace("\r\n", "\n"))
+    text = without_thought(text.removeprefix("\ufeff").replace("\r\n", "\n"))
     blocks = [block for block in _blocks(text, prompt) if block.source.strip()]
     wanted = (entry_point,) if entry_point else tuple(names)
     if blocks:
-        index = _index_of_script(blocks) if reads_input else _index_of_best(blocks, wanted)
+        index = _index_of_script(blocks) if reads_input else _index_of_best(blocks, wanted, prompt)
         program = _with_helpers(blocks, index, wanted)
     else:
         program = _unfenced(text, prompt)
@@ -109,8 +112,12 @@ def _is_quoted(text: str, tag: re.Match[str]) -> bool:
 def _blocks(text: str, prompt: str) -> Iterator[_Block]:
     """Yields the fenced blocks in Python or without a language, in order. The last one may not be closed."""
     lines = text.split("\n")
+    fences = [number for number, line in enumerate(lines) if "```" in line or "~~~" in line]
+    # No answer needs more fences. Only the end of a text of nothing but fences is read
+    fences = fences[-_MAX_FENCES:]
     number = 0
-    while number < len(lines):
+    while (place := bisect_left(fences, number)) < len(fences):
+        number = fences[place]
         opening = _FENCE.fullmatch(lines[number]) or _FENCE_AFTER_TEXT.fullmatch(lines[number])
         number += 1
         if opening is None:
@@ -122,43 +129,54 @@ def _blocks(text: str, prompt: str) -> Iterator[_Block]:
                 yield _Block(code["code"].strip() + "\n", _PYTHON.match(info) is not None)
             continue
         is_python = _PYTHON.match(info) is not None
-        if not is_python and info:
-            number = next(_strict_ends(lines, number, opening["fence"]), len(lines)) + 1
+        if not is_python and info and info.lower() not in _NO_LANGUAGE:
+            number = next(_strict_ends(lines, fences[place + 1 :], opening["fence"]), len(lines)) + 1
             continue
-        content, number = _content(lines, number, opening["fence"], lead, prompt)
+        content, number = _content(
+            lines, number, fences[place + 1 :][:_MAX_SEEN], opening["fence"], lead, prompt
+        )
         yield _Block(content, is_python)
 
 
-def _content(lines: list[str], first: int, fence: str, lead: str, prompt: str) -> tuple[str, int]:
+def _content(
+    lines: list[str], first: int, fences: list[int], fence: str, lead: str, prompt: str
+) -> tuple[str, int]:
     """Returns the content of a block that begins at line ``first``, and the number of the line after the block.
 
     A line of backticks may be part of the program, for example of its docstring, and the closing fence may stand at the
     end of the last line of code. So the block ends at the first of these places before which the content is valid.
     """
-    ends: list[tuple[list[str], int]] = []
-    for number in _strict_ends(lines, first, fence):
-        ends.append((lines[first:number], number + 1))
-    for number in range(first, len(lines)):
-        before, ticks, _ = lines[number].partition(fence)
-        if ticks and _FENCE.fullmatch(lines[number]) is None:
-            ends.append(([*lines[first:number], before], number + 1))
-        elif ticks and not before.strip() and lines[number].strip() != fence:
-            # the block lacks its closing fence, and the next block opens here
-            ends.append((lines[first:number], number))
-    tried = [("".join(f"{line}\n" for line in _outdented(body, lead)), after) for body, after in ends]
-    for content, after in tried[:_MAX_TRIED] + tried[_MAX_TRIED:][-_MAX_TRIED:]:
+    strict = ((number, "", number + 1) for number in _strict_ends(lines, fences, fence))
+    loose = _loose_ends(lines, fences, fence)
+    default: tuple[str, int] | None = None
+    for end, rest_of_line, after in chain(islice(strict, _MAX_TRIED), islice(loose, _MAX_TRIED)):
+        body = [*lines[first:end], rest_of_line] if rest_of_line else lines[first:end]
+        content = "".join(f"{line}\n" for line in _outdented(body, lead))
         valid = _valid_form(content, prompt)
         if valid is not None:
             return valid, after
-    if tried:
-        return tried[0]
+        default = default or (content, after)
+    if default is not None:
+        return default
     rest = "\n".join(_outdented(lines[first:], lead))
     return _valid_form(rest, prompt) or _valid_beginning(rest, prompt) or rest, len(lines)
 
 
-def _strict_ends(lines: list[str], first: int, fence: str) -> Iterator[int]:
+def _loose_ends(lines: list[str], fences: list[int], fence: str) -> Iterator[tuple[int, str, int]]:
+    """Yields (line, its part before the fence, the next line) for lines that hold a fence and something else."""
+    for number in fences:
+        before, ticks, _ = lines[number].partition(fence)
+        if ticks and before.strip():
+            yield number, before, number + 1
+        elif ticks and lines[number].strip(" \t>").strip(fence[0]):
+            # The block lacks its closing fence and the next block opens here, or text follows the closing fence
+            is_opening = _FENCE.fullmatch(lines[number]) is not None and " " not in lines[number].strip()
+            yield number, "", number if is_opening else number + 1
+
+
+def _strict_ends(lines: list[str], fences: list[int], fence: str) -> Iterator[int]:
     """Yields the numbers of lines that hold nothing but a fence that may close ``fence``."""
-    for number in range(first, len(lines)):
+    for number in fences:
         line = lines[number].lstrip(" \t>").rstrip()
         if line.startswith(fence) and not line.strip(fence[0]):
             yield number
@@ -226,12 +244,16 @@ def _parsed(source: str) -> ast.Module | None:
         return None
 
 
-def _index_of_best(blocks: list[_Block], wanted: Sequence[str]) -> int:
-    """Returns the index of the program: the last of the blocks that define most wanted names, with a body and in Python."""
+def _index_of_best(blocks: list[_Block], wanted: Sequence[str], prompt: str) -> int:
+    """Returns the index of the program: the last of the blocks that define most wanted names, with a body and in Python.
+
+    A block that continues the prompt defines what the prompt begins.
+    """
 
     def rank(index: int) -> tuple[int, bool, bool, bool, bool, int]:
         block = blocks[index]
-        num_defined = sum(_defines(block, name) for name in wanted)
+        continues = prompt != "" and block.tree is None and _parsed(prompt + block.source) is not None
+        num_defined = len(wanted) if continues else sum(_defines(block, name) for name in wanted)
         is_stub = num_defined > 0 and block.tree is not None and _is_stub(block.tree)
         is_valid = num_defined > 0 or block.tree is not None
         has_definitions = block.tree is not None and any(

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import sys
+import time
 
 import pytest
 
@@ -51,6 +52,63 @@ def test_prompt_is_put_before_a_completion_and_before_a_whole_program() -> None:
 
 
 # In each response, the program that the response commits to returns 2 for f(1); other code in it does not
+RIGHT = "def f(x):\n    return x + 1"
+WRONG = "def f(x):\n    return 0"
+FORMS = {
+    "bold glued": f"**Solution:**{TICKS}python\n{RIGHT}\n{TICKS}",
+    "close glued with text": f"{TICKS}python\n{RIGHT}\n{TICKS} This works",
+    "close glued code+text": f"{TICKS}python\n{RIGHT}{TICKS} This works",
+    "fence not separated": f"{TICKS}python\n{RIGHT}\n{TICKS}{TICKS}python\nprint(f(1))\n{TICKS}",
+    "two fences one line": f"{TICKS}python\n{RIGHT}\n{TICKS} and {TICKS}python\nprint(f(2))\n{TICKS}",
+    "nested list": f"1. Step\n\n    {TICKS}python\n    {RIGHT.replace(chr(10), chr(10) + '    ')}\n    {TICKS}\n2. Done",
+    "indented closing only": f"{TICKS}python\n{RIGHT}\n    {TICKS}",
+    "indented open only": f"   {TICKS}python\n{RIGHT}\n{TICKS}",
+    "tabs list": f"-\t{TICKS}python\n\t{RIGHT.replace(chr(10), chr(10) + chr(9))}\n\t{TICKS}",
+    "no newline end": f"{TICKS}python\n{RIGHT}\n{TICKS}",
+    "py label caps": f"{TICKS}PYTHON\n{RIGHT}\n{TICKS}",
+    "py label attrs": f'{TICKS}python title="a.py" linenums=1\n{RIGHT}\n{TICKS}',
+    "py3.11": f"{TICKS}python3.11\n{RIGHT}\n{TICKS}",
+    "ipython": f"{TICKS}ipython\n{RIGHT}\n{TICKS}",
+    "code label": f"{TICKS}code\n{RIGHT}\n{TICKS}",
+    "plaintext fence around program only": f"{TICKS}\n{RIGHT}\n{TICKS}",
+    "docstring with python fence": f'{TICKS}python\ndef f(x):\n    """Adds.\n\n    Example:\n    {TICKS}python\n    f(1)\n    {TICKS}\n    """\n    return x + 1\n{TICKS}\n\nIt adds.',
+    "docstring fence at margin": f'{TICKS}python\ndef f(x):\n    """Adds.\n{TICKS}\nf(1)\n{TICKS}\n"""\n    return x + 1\n{TICKS}',
+    "comment fence": f"{TICKS}python\n# {TICKS}\ndef f(x):\n    return x + 1\n# {TICKS}\n{TICKS}",
+    "string fence": f"{TICKS}python\nMD = '''\n{TICKS}python\nx\n{TICKS}\n'''\n{RIGHT}\n{TICKS}",
+    "think unclosed start": f"<think>hmm {TICKS}python\n{WRONG}\n{TICKS}\n</think>\n\n{TICKS}python\n{RIGHT}\n{TICKS}",
+    "think draft no close fence": f"<think>\n{TICKS}python\n{WRONG}\n</think>\n{TICKS}python\n{RIGHT}\n{TICKS}",
+    "think two": f"<think>\n{TICKS}python\n{WRONG}\n{TICKS}</think>\n<think>more {TICKS}python\n{WRONG}\n{TICKS}</think>\n{TICKS}python\n{RIGHT}\n{TICKS}",
+    "think answer unfenced": f"<think>\n{TICKS}python\n{WRONG}\n{TICKS}\n</think>\n{RIGHT}",
+    "thought tag": f"<thought>\n{TICKS}python\n{WRONG}\n{TICKS}\n</thought>\n{TICKS}python\n{RIGHT}\n{TICKS}",
+    "draft then final": f"First:\n{TICKS}python\n{WRONG}\n{TICKS}\nBetter:\n{TICKS}python\n{RIGHT}\n{TICKS}",
+    "final then tests block": f"{TICKS}python\n{RIGHT}\n{TICKS}\nTests:\n{TICKS}python\nassert f(1) == 2\nimport unittest\nclass T(unittest.TestCase):\n    def test(self): self.assertEqual(f(1), 2)\n{TICKS}",
+    "usage redefining name": f"{TICKS}python\n{RIGHT}\n{TICKS}\nUsage:\n{TICKS}python\nfrom solution import f\nprint(f(1))\n{TICKS}",
+    "usage importing from module": f"{TICKS}python\n{RIGHT}\n{TICKS}\nUsage:\n{TICKS}python\nfrom my_module import f\nresult = f(1)\nprint(result)\n{TICKS}",
+    "alternatives after": f"{TICKS}python\n{RIGHT}\n{TICKS}\nComplexity O(1).\n{TICKS}text\nf(1) -> 2\n{TICKS}",
+    "diff": f"{TICKS}python\n{RIGHT}\n{TICKS}\n{TICKS}diff\n- a\n+ b\n{TICKS}",
+    "helper class after": f"{TICKS}python\n{RIGHT.replace('x + 1', 'H().g(x)')}\n{TICKS}\n{TICKS}python\nclass H:\n    def g(self, x): return x + 1\n{TICKS}",
+    "helper chain": f"{TICKS}python\ndef a(x): return x\n{TICKS}\n{TICKS}python\ndef b(x): return a(x) + 1\n{TICKS}\n{TICKS}python\ndef f(x): return b(x)\n{TICKS}",
+    "constant": f"{TICKS}python\nONE = 1\n{TICKS}\nand\n{TICKS}python\ndef f(x): return x + ONE\n{TICKS}",
+    "decorator": f"{TICKS}python\nfrom functools import lru_cache\n\n@lru_cache(None)\ndef h(x):\n    return x + 1\n{TICKS}\n{TICKS}python\ndef f(x):\n    return h(x)\n{TICKS}",
+    "html": f"<details>\n\n{TICKS}python\n{RIGHT}\n{TICKS}\n</details>",
+    "answer tags inline": f"<answer>{TICKS}python\n{RIGHT}\n{TICKS}</answer>",
+    "boxed": f"\\boxed{{{TICKS}python\n{RIGHT}\n{TICKS}}}",
+    "unlabelled then output": f"{TICKS}\n{RIGHT}\n{TICKS}\nprints\n{TICKS}\n2\n{TICKS}",
+    "unclosed with eos text": f"Here:\n{TICKS}python\n{RIGHT}\n",
+    "unclosed tilde": f"~~~python\n{RIGHT}",
+    "unclosed after closed": f"{TICKS}python\n{WRONG}\n{TICKS}\nFix:\n{TICKS}python\n{RIGHT}",
+    "prose with code no fence multi": f"We do this.\n\nimport math\n\n{RIGHT}\n\nprint(f(1))\n\nDone.",
+    "bom": f"\ufeff{RIGHT}",
+    "smart code in p": f"Use `{TICKS}` blocks. {TICKS}python\n{RIGHT}\n{TICKS}",
+    "longer close": f"{TICKS}python\n{RIGHT}\n{TICKS}`",
+    "four ticks": f"{TICKS}`python\n{RIGHT}\n{TICKS}`",
+    "mixed fence": f"~~~python\ndef f(x):\n    '''{TICKS}\n    '''\n    return x + 1\n~~~",
+    "blank lines in quote": f"> {TICKS}python\n> def f(x):\n>\n>     return x + 1\n> {TICKS}",
+    "async entry later": f"{TICKS}python\nclass K:\n    def f(self): pass\n{RIGHT}\n{TICKS}",
+    "entry as lambda": f"{TICKS}python\nf = lambda x: x + 1\n{TICKS}\n{TICKS}python\nprint(f(1))\n{TICKS}",
+    "entry imported": f"{TICKS}python\ndef _f(x): return x + 1\nf = _f\n{TICKS}\n{TICKS}python\n_f(2)\n{TICKS}",
+    "answer in final tag": f"Reasoning {TICKS}python\n{WRONG}\n{TICKS}\n## Final\n{TICKS}python\n{RIGHT}\n{TICKS}\nExample run:\n{TICKS}console\n>>> f(1)\n2\n{TICKS}",
+}
 RESPONSES = {
     "docstring": (
         f"{TICKS}python\ndef f(x):\n    '''\n    {TICKS}\n    f(1)\n    {TICKS}\n    '''\n    return x + 1\n{TICKS}",
@@ -147,6 +205,16 @@ def test_program_that_a_response_commits_to_is_found(text: str, entry_point: str
     assert scope["f"](1) == 2  # type: ignore[operator]
 
 
+@pytest.mark.parametrize("text", FORMS.values(), ids=FORMS)
+def test_program_is_found_in_every_form(text: str) -> None:
+    for program in (extract_program(text, "f"), extract_program(text, names=["f"])):
+        assert program is not None
+        scope: dict[str, object] = {}
+        with contextlib.redirect_stdout(io.StringIO()):
+            exec(program, scope)
+        assert scope["f"](1) == 2  # type: ignore[operator]
+
+
 # Each program prints 2 for the input 1
 SCRIPTS = {
     "samples": f"{TICKS}python\nprint(int(input()) + 1)\n{TICKS}\nInput:\n{TICKS}\n1\n{TICKS}\nOutput:\n{TICKS}\n2\n{TICKS}",
@@ -173,3 +241,24 @@ def test_thought_that_does_not_end_holds_no_program() -> None:
     assert extract_program(text, "f") is None
     assert not holds_program(text)
     assert holds_program(f"<think>a</think>{fenced('def f(x): return x + 1')}")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"{TICKS}\n" * 20_000,
+        f"{TICKS}python\nx = (\n" * 10_000,
+        f"a{TICKS}\n" * 20_000,
+        f"{TICKS}python\n" + "x = 1\n\n" * 10_000 + "(",
+        "<think>\n</think>\n" * 5_000,
+        f"{TICKS}python\n" + "(" * 50_000,
+        f"{TICKS}python\ndef g(): return h()\n{TICKS}\n" * 3_000,
+        "def f(x):\n" * 10_000,
+    ],
+    ids=lambda text: repr(text[:20]),
+)
+def test_time_of_extraction_is_bounded(text: str) -> None:
+    began = time.process_time()
+    extract_program(text, "f")
+    extract_program(text, names=["f"], reads_input=True)
+    assert time.process_time() - began < 20
