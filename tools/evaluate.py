@@ -243,7 +243,7 @@ def _megatron_flag(megatron_flags: list[str], flag: str) -> int | None:
 def _check_experts(megatron_flags: list[str]) -> None:
     size = _megatron_flag(megatron_flags, "--expert-model-parallel-size")
     if size not in (None, 1):
-        # Replicas share experts, so a replica would wait for others in steps that the others do not have
+        # Replicas share the experts: a replica with more steps would wait for replicas that have finished.
         raise ValueError(
             f"--expert-model-parallel-size must be 1 to evaluate, got {size}: replicas decode different numbers of steps. "
             "Divide the experts by --tensor-model-parallel-size, or use servers (--server)."

@@ -123,7 +123,7 @@ class _Chunks:
             yield slice(start, start + self.size)
 
     def logits(self, chunk: slice) -> tuple[Tensor, Tensor | None]:
-        """Logits [c, v/tp] of policy and reference; None instead of the reference's without a KL."""
+        """Logits [c, v/tp] of the policy, and of the reference if there is a KL, otherwise None."""
         ref = self.reference
         ref_logits = None if ref is None else ref.hidden[chunk] @ ref.weight.t()
         return self.hidden[chunk] @ self.weight.t(), ref_logits

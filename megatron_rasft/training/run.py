@@ -168,7 +168,7 @@ class Run:
         try:
             result = self._trainer.train(prepared)
         except Diverged:
-            # The user will resume from the last checkpoint, which may still be in writing.
+            # The user will resume from the last checkpoint, and a thread may still be writing it.
             self._checkpoints.finish()
             raise
         # Removed only now: if the step fails, its batch is still in the queue.

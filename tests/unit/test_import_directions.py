@@ -30,8 +30,11 @@ PACKAGES = {
     "tools",
 }
 MAY_ALSO_IMPORT = {"rollout": {"servers"}, "sync": {"servers", "weights"}, "config": {"objective"}}
-"""Package -> others it may import: weights/ lays out what sync/ sends to the servers, servers/ holds their one record and client, and
-the flags of an objective stand in its own file, which imports no torch."""
+"""Package -> other packages that it may import.
+
+servers/ has the record and the client of a server, weights/ the layout of the weights that sync/ sends. The flags of an objective
+stand in its own file, which does not import torch.
+"""
 
 JOINING_PACKAGES = {"training", "tools"}
 """May import other packages."""

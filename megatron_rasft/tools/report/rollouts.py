@@ -149,7 +149,7 @@ class RolloutStatistics:
     refreshes: dict[int, RefreshRollouts] = field(default_factory=dict)
     """Optimizer steps before the refresh -> its counts, in order."""
     num_repeated: int = 0
-    """Number of skipped rollouts, of refreshes that the run repeated later."""
+    """Number of rollouts that are left out, because the run repeated their refresh later."""
     num_unreadable: int = 0
     """Number of skipped lines, such as an incomplete last line."""
 
@@ -224,7 +224,7 @@ def parse(line: bytes) -> tuple[dict[str, Any], int]:
 
 
 def rounded_length(num_tokens: int) -> int:
-    """Rounds down to 6 significant bits: exactly below 64, within 3 % above. Keeps the number of counters small."""
+    """Rounds down to 6 significant bits, so that there are few counters. Below 64 nothing changes; above, at most 3 % is lost."""
     shift = max(0, num_tokens.bit_length() - 6)
     return num_tokens >> shift << shift
 

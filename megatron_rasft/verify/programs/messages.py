@@ -130,7 +130,7 @@ class Codec:
         raise NotImplementedError
 
     def received_array(self, array: Any) -> Any:
-        """Returns the numpy array to use for one that the other side sent."""
+        """Returns what this side uses in place of a numpy array that the other side sent."""
         return array
 
     def encode(self, value: Any) -> Any:

@@ -141,8 +141,8 @@ class Sandbox:
         """Runs a program as a script.
 
         Returns:
-            The outcome (``ended``: exit status 0, ``failed``: another one, ``timeout``, or a description) and what the
-            program wrote to standard output.
+            The outcome and the standard output. The outcome is ``ended`` (exit status 0), ``failed`` (any other exit status),
+            ``timeout``, or a description.
         """
         with _in_memory("stdin", stdin.encode()) as given, _in_memory("stdout", b"") as taken:
             with _in_memory("program", _encode(program)) as source:

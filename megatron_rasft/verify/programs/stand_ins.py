@@ -70,7 +70,7 @@ class TesterSide(Codec):
         """Whether the running test may handle StopIteration."""
 
         self.ignored: BaseException | None = None
-        """The first exception of a call that no handler of the tests can have expected. The test has to fail with it."""
+        """The first exception of a call that no handler of the tests can have expected. The test must fail with this exception."""
 
         self._is_holding = False
         # Changes that the program made to arguments, and that are held back: the argument and its new value

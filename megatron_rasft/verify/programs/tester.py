@@ -393,7 +393,7 @@ def _verdict_of(error: BaseException | None, tests: CodeTests, side: TesterSide)
 
 
 def _is_expected(name: str | None, tests: CodeTests, side: TesterSide) -> bool:
-    """Returns whether the program should define a name that is not bound, rather than the tests."""
+    """Returns whether the program, not the tests, should have defined ``name``, which is unbound."""
     if tests.entry_point:
         return name == tests.entry_point or not side.defines(tests.entry_point)
     is_common = any(hasattr(sys.modules.get(module), str(name)) for module in _COMMON_MODULES)

@@ -165,7 +165,7 @@ def test_hanging_problems_share_a_number_of_deadlines_and_others_are_graded_firs
 
 
 def test_slow_grading_within_the_deadline_gets_its_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first round cuts it off, the last does not."""
+    """The first round of grading interrupts a slow grader; the last round lets it finish."""
     # Private names, because no run needs another first round. With the real one, this test would take seconds
     monkeypatch.setattr(pool_module, "_FIRST_ROUND_MIN_S", 0.1)
     monkeypatch.setattr(pool_module, "_FIRST_ROUND_SHARE", 0.0)

@@ -21,7 +21,7 @@ NUMBERS: dict[str, tuple[int, int | None]] = {
     "shmctl": (31, 195), "shmget": (29, 194), "socket": (41, 198), "sync": (162, 81), "syncfs": (306, 267),
     "syslog": (103, 116), "timer_create": (222, 107), "unshare": (272, 97), "userfaultfd": (323, 282),
 }  # fmt: skip
-"""System call numbers on x86_64 and on aarch64, from the kernel's headers, of the calls that the attempts make."""
+"""System call of the attempts -> its numbers on x86_64 and on aarch64, from the kernel's headers."""
 
 PREAMBLE = """
 import ctypes, fcntl, os, socket, struct
