@@ -46,15 +46,12 @@ def on_rank_zero[T](work: Callable[[], T]) -> T:
     return box[0]
 
 
-def kept_by_rank_zero[T](
-    work: Callable[[], T], elsewhere: T, share: Callable[[Callable[[], None]], None] = on_rank_zero
-) -> T:
+def kept_by_rank_zero[T](work: Callable[[], T], elsewhere: T) -> T:
     """Runs ``work`` on rank 0 and keeps its result there: only success or failure is broadcast.
 
     Args:
         work: called on rank 0.
         elsewhere: returned on the other ranks.
-        share: ``on_rank_zero``, or a function with the same contract.
     """
     result = elsewhere
 
@@ -62,7 +59,7 @@ def kept_by_rank_zero[T](
         nonlocal result
         result = work()
 
-    share(run)
+    on_rank_zero(run)
     return result
 
 

@@ -214,52 +214,41 @@ class ServerClient:
         dtypes: Sequence[str],
         shapes: Sequence[Sequence[int]],
         group_name: str,
-        flush_cache: bool,
-        weight_version: int | None = None,
-        load_format: Literal["flattened_bucket"] | None = "flattened_bucket",
         deadline_s: float | None = None,
     ) -> None:
-        """Makes the server receive and load tensors from rank 0 of the group. The broadcast must run at the same time.
-
-        With ``flush_cache`` a busy server reports a failure although it has applied the weights, and a server before 0.5.21
-        dies. So flush with the last bucket only, after ``pause("abort")``.
+        """Makes the server receive and load tensors from rank 0 of the group: all of them end to end in one uint8 broadcast,
+        which must run at the same time.
 
         Args:
             names: Hugging Face names.
             dtypes: torch's names without ``torch.``, e.g. ``bfloat16``.
             shapes: unsharded shapes.
-            weight_version: sets the label once the tensors are loaded; None keeps the label.
-            load_format: ``flattened_bucket`` sends all tensors end to end in one uint8 broadcast; None sends each tensor in a
-                broadcast of its own.
         """
         body: dict[str, Any] = {
             "names": list(names),
             "dtypes": list(dtypes),
             "shapes": [list(s) for s in shapes],
             "group_name": group_name,
-            "flush_cache": flush_cache,
-            **_optional(load_format=load_format, weight_version=_label(weight_version)),
+            # With a flush a busy server reports a failure although it has applied the weights; before 0.5.21 it dies.
+            "flush_cache": False,
+            "load_format": "flattened_bucket",
         }
         self._post("/update_weights_from_distributed", body, deadline_s)
 
     def update_weights_from_tensor(
         self,
         serialized: Sequence[str],
-        *,
-        flush_cache: bool,
-        weight_version: int | None = None,
-        load_format: str | None = None,
         deadline_s: float | None = None,
     ) -> None:
         """Makes the server load tensors from the request itself, or over CUDA IPC from a process on the same GPU.
 
         Args:
-            serialized: base64, one entry per tensor-parallel rank of the server.
+            serialized: a ``flattened_bucket`` in base64 for each tensor-parallel rank of the server.
         """
         body: dict[str, Any] = {
             "serialized_named_tensors": list(serialized),
-            "flush_cache": flush_cache,
-            **_optional(load_format=load_format, weight_version=_label(weight_version)),
+            "flush_cache": False,
+            "load_format": "flattened_bucket",
         }
         self._post("/update_weights_from_tensor", body, deadline_s)
 
@@ -267,7 +256,6 @@ class ServerClient:
         self,
         folder: str | Path,
         *,
-        weight_version: int | None = None,
         flush_cache: bool = True,
         deadline_s: float | None = None,
     ) -> None:
@@ -276,11 +264,7 @@ class ServerClient:
         The cache is flushed by a request of its own, which can wait. SGLang's flush inside the update ends the server if a
         request that was just answered is still leaving its batch (flush_cache_after_weight_update).
         """
-        body: dict[str, Any] = {
-            "model_path": str(folder),
-            "flush_cache": False,
-            **_optional(weight_version=_label(weight_version)),
-        }
+        body = {"model_path": str(folder), "flush_cache": False}
         self._post("/update_weights_from_disk", body, deadline_s)
         if flush_cache:
             self.flush_cache(deadline_s)
@@ -467,14 +451,6 @@ class _Cutoff:
         if self._connection is not None:
             with suppress(OSError):  # httpx has already closed the connection
                 self._connection.shutdown(socket.SHUT_RDWR)
-
-
-def _label(weight_version: int | None) -> str | None:
-    return None if weight_version is None else version_label(weight_version)
-
-
-def _optional(**values: Any) -> dict[str, Any]:
-    return {k: v for k, v in values.items() if v is not None}
 
 
 def _count(value: Any) -> int | None:

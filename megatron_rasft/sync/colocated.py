@@ -97,9 +97,7 @@ class RequestSender:
             payloads = [
                 bytes_once or serialize_bucket(bucket, memory) for _ in range(self._tp_sizes[server.url])
             ]
-            server.update_weights_from_tensor(
-                payloads, load_format="flattened_bucket", flush_cache=False, deadline_s=self._timeout_s
-            )
+            server.update_weights_from_tensor(payloads, deadline_s=self._timeout_s)
 
         failed = call_all(self._servers, load)
         if failed:

@@ -215,7 +215,6 @@ class UpdateGroup:
                 dtypes=[str(slot.tensor.dtype).removeprefix("torch.") for slot in bucket.slots],
                 shapes=[slot.tensor.shape for slot in bucket.slots],
                 group_name=self.name,
-                flush_cache=False,
                 deadline_s=self._timeout_s + _LONGEST_GRACE_S,
             )
 

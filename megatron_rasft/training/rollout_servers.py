@@ -19,6 +19,7 @@ from megatron_rasft.servers.keys import ServerKeys, read_key
 from megatron_rasft.servers.record import ServerRecords
 from megatron_rasft.sync import SyncReport, WeightSync
 from megatron_rasft.training.logprob_probe import logprob_gap
+from megatron_rasft.training.policy import Policy
 from megatron_rasft.training.stopping import StopRequest
 from megatron_rasft.types import Request, SamplingParams, TrainingSample
 
@@ -26,11 +27,8 @@ _WAIT_S = 5.0
 """Time between two collectives of the ranks while servers sample, so that none waits longer and the run can be stopped."""
 
 
-class SyncedModel(Protocol):
+class SyncedModel(Policy, Protocol):
     """The interface of the trainer for its servers. ``Trainer`` implements it. Every method is a collective of the world."""
-
-    def score(self, samples: Sequence[TrainingSample], *, with_reference: bool) -> Sequence[Sequence[float]]:
-        """Returns the log-probabilities of each sample's response on rank 0; [] on the others, whose samples are not read."""
 
     def weight_sync(self, records: ServerRecords) -> WeightSync:
         """Returns the object that sends this model's weights to servers."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_rasft.ranks import gather_to_all, kept_by_rank_zero, on_rank_zero
+from megatron_rasft.ranks import gather_to_all, on_rank_zero
 
 
 class Stopped(Exception):
@@ -81,7 +81,3 @@ class StopRequest:
         if is_stopped:
             raise Stopped
         return result  # type: ignore[return-value]
-
-    def kept_by_rank_zero[T](self, work: Callable[[], T], elsewhere: T) -> T:
-        """Runs long work like ``on_rank_zero``, but keeps its result on rank 0; the other ranks get ``elsewhere``."""
-        return kept_by_rank_zero(work, elsewhere, self.on_rank_zero)

@@ -213,7 +213,7 @@ def test_the_cache_is_flushed_by_a_request_after_an_update_from_disk() -> None:
         is_leaving = len(asked) == 2
         return httpx.Response(400 if is_leaving else 200, json={"success": not is_leaving})
 
-    client_of(answer).update_weights_from_disk("/model", weight_version=3)
+    client_of(answer).update_weights_from_disk("/model")
     assert asked == [("/update_weights_from_disk", False), ("/flush_cache", None), ("/flush_cache", None)]
     asked.clear()
     client_of(answer).update_weights_from_disk("/model", flush_cache=False)
