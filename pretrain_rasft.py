@@ -51,7 +51,7 @@ def main() -> None:
                     choice = refresh.choose_problems()
                     refresh.sync_weights(choice)
                     groups = refresh.sample(choice)
-                    refresh.sample_ahead(choice)  # with --rollout-lag 1
+                    refresh.sample_ahead(choice)  # with --rollout-lag 1; without, servers on these GPUs sleep
                     refresh.verify(groups)
                     samples = refresh.weigh(choice, groups)
                     refresh.score_reference(samples)

@@ -11,7 +11,8 @@ Who does what in a refresh after k steps, which is followed by n steps (with --r
                         chooses some for rollouts
     sync_weights                                    send the weights   ---> load weights k
     sample              sends prompts and seeds --------------------------> sample with weights k
-                        collects responses <------------------------------- sleep (2)
+                        collects responses <------------------------------- return them
+    sample_ahead                                                            sleep (2)
     verify              sends rollouts -----------------------------------------------------------> grades in
                         sets verdicts <------------------------------------------------------------ processes
                         filters texts                                                               of rank 0
