@@ -109,10 +109,3 @@ def quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
     scales = torch.empty(scale_shape(tuple(weight.shape)), dtype=torch.float32, device=weight.device)
     quantize_blocks(weight, values, scales)
     return values, scales
-
-
-def dequantize_blocks(values: Tensor, scales: Tensor) -> Tensor:
-    """Returns the [rows, columns] fp32 weight that the values and scales represent."""
-    rows, columns = values.shape
-    spread = scales.repeat_interleave(BLOCK, 0)[:rows].repeat_interleave(BLOCK, 1)[:, :columns]
-    return values.float() * spread

@@ -51,6 +51,7 @@ def patch() -> None:
     import megatron.core.tensor_parallel.layers as layers
     import megatron.core.tensor_parallel.random as random
 
+    # Megatron has no public names for the state of the GPU's generator, and for whether the fused kernel of gradients exists.
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
     layers._grad_accum_fusion_available = True

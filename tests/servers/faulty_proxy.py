@@ -71,7 +71,7 @@ class FaultyProxy:
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                proxy._handle(self)
+                proxy.handle(self)
 
             do_POST = do_OPTIONS = do_GET
 
@@ -97,7 +97,7 @@ class FaultyProxy:
         self._server.shutdown()
         self._server.server_close()
 
-    def _handle(self, handler: BaseHTTPRequestHandler) -> None:
+    def handle(self, handler: BaseHTTPRequestHandler) -> None:
         length = int(handler.headers.get("Content-Length", 0))
         body = handler.rfile.read(length)
         fault = self.fault if handler.path == "/generate" else None

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_rasft.weights import fp8_blocks
-from megatron_rasft.weights.fp8_blocks import BLOCK, dequantize_blocks, quantized, scale_shape
+from megatron_rasft.weights.fp8_blocks import BLOCK, quantized, scale_shape
+from tests.unit.weights.dequantizing import dequantize_blocks
 
 
 @settings(deadline=None, max_examples=30, derandomize=True)
