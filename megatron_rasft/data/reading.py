@@ -248,16 +248,15 @@ def _read_lines(path: Path) -> Iterator[tuple[int, Any]]:
     try:
         # Binary mode: only a line feed ends a row, and invalid UTF-8 makes one row faulty instead of the whole file.
         with gzip.open(path, "rb") if is_gzip else open(path, "rb") as stream:
-            is_first = True
+            first = b""
             for raw in stream:
                 line += 1
                 if line == 1:
                     raw = raw.removeprefix(b"\xef\xbb\xbf")
                 if raw.strip():
                     record = _parse_json(raw)
-                    if is_first:
-                        _refuse_other_layout(path, raw.strip(), record)
-                    is_first = False
+                    _refuse_other_layout(path, first, raw, record)
+                    first = first or raw.strip()
                     yield line, record
     except (OSError, EOFError, zlib.error) as error:
         kind = "gzip file" if is_gzip else "file"
@@ -266,19 +265,30 @@ def _read_lines(path: Path) -> Iterator[tuple[int, Any]]:
         ) from error
 
 
-def _refuse_other_layout(path: Path, first_line: bytes, record: Any) -> None:
-    """Refuses a file that is a JSON array, or one value over several lines, instead of naming a fault of each line."""
-    is_array = first_line == b"[" or (
-        first_line.startswith((b"[{", b"[ {"))
-        if isinstance(record, FieldError)
-        else isinstance(record, list) and any(isinstance(row, dict) for row in record)
+def _refuse_other_layout(path: Path, first: bytes, raw: bytes, record: Any) -> None:
+    """Refuses a file that is a JSON array, or objects over several lines, instead of naming a fault of each line.
+
+    Args:
+        path: the file.
+        first: the first line that is not blank; empty while ``raw`` is this line.
+        raw: a line, and ``record`` what it holds as JSON.
+    """
+    line = raw.strip()
+    if not first and _begins_array(line, record):
+        kind, rows = "a JSON array", ".[]"
+    elif first == b"{" and raw[:1] in (b" ", b"\t", b'"'):  # the first field, usually indented
+        kind, rows = "JSON over several lines", "."
+    else:
+        return
+    raise DataError(
+        f"{path} is {kind}, but a file needs one row a line. Convert it: jq -c '{rows}' FILE > ROWS.jsonl"
     )
-    if is_array or first_line == b"{":
-        kind = "a JSON array" if is_array else "one JSON object over several lines"
-        raise DataError(
-            f"{path} is {kind}, but a file needs one row a line. Convert it: jq -c '{'.[]' if is_array else '.'}' FILE > "
-            "ROWS.jsonl"
-        )
+
+
+def _begins_array(line: bytes, record: Any) -> bool:
+    if isinstance(record, FieldError):
+        return line == b"[" or line.startswith((b"[{", b"[ {"))
+    return isinstance(record, list) and any(isinstance(row, dict) for row in record)
 
 
 def _read_parquet(path: Path, config: DataConfig) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -208,6 +208,12 @@ def test_a_file_that_is_one_json_value_is_refused_as_a_whole(
     assert path in str(error.value) and "one row a line" in str(error.value)
 
 
+@pytest.mark.parametrize("broken", ["{", "{}", '["a"]', "[1, 2", "}", "nonsense"])
+def test_a_broken_first_row_is_only_a_faulty_row(write_rows: Callable, broken: str) -> None:
+    rows = read(write_rows(broken, GOOD))
+    assert [type(row) for row in rows] == [RowFault, Row]
+
+
 def test_decimals_of_a_table_are_numbers(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     columns = {"problem": ["p"], "response": ["r"], "answer": [Decimal("0.0000025")]}
