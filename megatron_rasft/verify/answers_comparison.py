@@ -35,6 +35,7 @@ from megatron_rasft.verify.answers_values import (
     Value,
     Words,
     both_readings,
+    read_value,
 )
 
 Scalar = Number | Percent | Quantity | Expression
@@ -69,10 +70,17 @@ def values_match(gold: Value, answer: Value, rel_tolerance: float = 0.0) -> bool
     """
     if isinstance(gold, Unreadable) or isinstance(answer, Unreadable):
         return None
+    if _has_inequality(gold) or _has_inequality(answer):
+        return _regions_match(gold, answer, rel_tolerance)
     for kinds, compare in _COMPARISONS:
         if isinstance(gold, kinds) or isinstance(answer, kinds):
             return compare(gold, answer, rel_tolerance)
     return _scalars_match(gold, answer, rel_tolerance)  # type: ignore[arg-type]
+
+
+def _has_inequality(value: Value) -> bool:
+    """Returns whether a value is a list of conditions, as in ``x < 1 or x = 3``."""
+    return isinstance(value, Collection) and any(isinstance(item, Inequality) for item in value.items)
 
 
 def is_rounded_to(gold: Value, answer: Value) -> bool:
@@ -158,11 +166,17 @@ def _region_of(value: Value) -> tuple[str, Set] | None:
         return (value.name, inner[1]) if inner and inner[0] in ("", value.name) else None
     if isinstance(value, Region):
         return _combined(value)
+    if isinstance(value, Assignment) and len(value.names) == 1:
+        point = _sympy_value(value.members[-1])
+        return (value.names[0], FiniteSet(point)) if point is not None and not point.free_symbols else None
     if not isinstance(value, Collection):
         return None
     if value.brackets in ("()", "(]", "[)", "[]"):
         return _interval(value)
-    if value.items and all(isinstance(item, Inequality | Region | Membership) for item in value.items):
+    conditions = (Inequality, Region, Membership, Assignment)
+    if any(isinstance(item, Inequality) for item in value.items) and all(
+        isinstance(item, conditions) for item in value.items
+    ):
         return _joined_conditions(value)
     items = [_sympy_value(item) for item in value.items]
     return ("", FiniteSet(*items)) if all(item is not None for item in items) else None
@@ -370,7 +384,14 @@ def _sides(value: Value) -> tuple[str, str] | None:
     return None
 
 
+def _without_label(value: Value) -> Value:
+    """Returns the coordinates of a labelled point such as ``A(1, 2)``."""
+    label = re.fullmatch(r"[A-Z]'?\s*(\(.+,.+\))", value.text) if isinstance(value, Expression) else None
+    return read_value(label[1]) if label else value
+
+
 def _collections_match(gold: Value, answer: Value, rel_tolerance: float) -> bool | None:
+    gold, answer = _without_label(gold), _without_label(answer)
     if isinstance(gold, Matrix) or isinstance(answer, Matrix):
         return _matrices_match(gold, answer, rel_tolerance)
     if any(isinstance(v, Expression) and r"\begin" in v.text for v in (gold, answer)):

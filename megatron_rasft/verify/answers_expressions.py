@@ -51,6 +51,8 @@ _DEGREE_ARGUMENT = re.compile(
 )
 _CHOOSE = re.compile(r"\{?\s*\{?([A-Za-z0-9+\-]+)\}?\s*\\choose\s*\{?([A-Za-z0-9+\-]+)\}?\s*\}?")
 _COMBINATION = re.compile(r"(?:\{\}\s*)?[_^]?\{?(\d+|n)\}?\s*([CP])_\{?(\d+|[kr])\}?")
+# C_{10}^{3} and A_5^2, the notation of several countries
+_COMBINATION_ABOVE = re.compile(r"(?<![A-Za-z\\])([CAP])_\s*\{?(\d+|n)\}?\s*\^\s*\{?(\d+|[kmr])\}?")
 _UNREADABLE = re.compile(
     r"\\(?:text|mbox|def|newcommand|let|ldots|usd|approx|undefined)(?![A-Za-z])|\.\.|[\"#@`?']|_\{\}"
 )
@@ -92,7 +94,7 @@ def values_equal(x: Any, y: Any) -> bool | None:
         return fractions[0] == fractions[1]
     if x.has(sympy.nan, sympy.zoo) or y.has(sympy.nan, sympy.zoo):
         return False
-    if sympy.oo in (abs(x), abs(y)) or x.has(sympy.oo) or y.has(sympy.oo):
+    if any(e in (sympy.oo, -sympy.oo) for e in (x, y)):
         return False
     renamed = _with_constant_of(x, y)
     symbols = _symbols(x, renamed)
@@ -225,6 +227,7 @@ def _prepared(text: str) -> str | None:
     text = _FRAC_DIGITS.sub(r"\\frac{\1}{\2}", text)
     text = _FRAC_THEN.sub(lambda m: f"\\frac{{{m[1].strip('{}')}}}{{{m[2]}}}\\cdot ", text)
     text = _CHOOSE.sub(r"\\binom{\1}{\2}", text)
+    text = _COMBINATION_ABOVE.sub(lambda m: f"{m[1].replace('A', 'P')}({m[2]},{m[3]})", text)
     text = _COMBINATION.sub(lambda m: f"{m[2]}({m[1]},{m[3]})", text)
     text = _PRIME.sub(lambda m: f"_{{{'p' * len(m[1])}}}" if "_" not in text else "", text)
     text = re.sub(r"\\(?:div)(?![A-Za-z])", "/", text)

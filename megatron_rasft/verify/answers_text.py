@@ -168,7 +168,9 @@ def _plain_to_latex(answer: str) -> str:
     r"""Replaces plain notation: ``sqrt(2)``, ``2*pi``, ``x**2``, ``2^10``, ``<=``, ``+-``."""
     answer = answer.replace("**", "^").replace("<=", r"\le ").replace(">=", r"\ge ").replace("!=", r"\ne ")
     answer = answer.replace("+/-", r"\pm ").replace("+-", r"\pm ") if re.match(r".*\+/?-", answer) else answer
-    answer = re.sub(r"\(\s*mod\s*(\d+)\s*\)", r"\\pmod{\1}", answer)
+    answer = re.sub(
+        r"\\text\s*\{\s*\(?\s*mod\s*(\d+)\s*\)?\s*\}|\(\s*mod\s*(\d+)\s*\)", r"\\pmod{\1\2}", answer
+    )
     answer = _PLAIN_POWER.sub(lambda m: f"^{{{m[1] or m[2]}}}", answer)
     while match := _PLAIN_SQRT.search(answer):
         answer = _latex_root(answer, match)

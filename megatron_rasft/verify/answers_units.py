@@ -210,7 +210,10 @@ def _counted(text: str) -> Unit | None:
     if not head or len(words) > 5:
         return None
     refused = [
-        w for w in words if (w in _NOT_COUNTED or _ORDINAL_FRACTION.fullmatch(w)) and w not in _COUNTED
+        w
+        for w in words
+        if (w in _NOT_COUNTED or w.split("-")[0] in _NOT_COUNTED or _ORDINAL_FRACTION.fullmatch(w))
+        and w not in _COUNTED
     ]
     noun = head[-1]
     is_noun = (noun.endswith("s") and not noun.endswith(("ss", "ous", "us"))) or noun in _IRREGULAR_PLURALS

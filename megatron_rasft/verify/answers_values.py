@@ -168,7 +168,7 @@ _NAME = re.compile(
     rf"(?:m\s*)?(?:\\(?:angle|triangle|measuredangle|arc|overarc)\s*)?(?:{_LETTER}{_INDEX}?'*(?:\^\{{-1\}})?{_INDEX}?{_ARGUMENT}?|{_VECTOR}{_ARGUMENT}?)"
     rf"|\\(?:angle|triangle|widehat)\s*\{{?[A-Z]{{1,4}}\}}?|m\s*\\angle\s*\{{?[A-Z]{{1,4}}\}}?|[A-Z]{{2,4}}'?|\|\s*[A-Z]{{2}}\s*\||\[[A-Z]{{3,6}}\]"
     rf"|\\frac\s*\{{\s*d\s*[a-z]?\s*\}}\s*\{{\s*d\s*[a-z]\s*\}}|\\(?:Pr|det|dim|min|max|Re|Im|deg|gcd|operatorname\{{[a-z]+\}}){_ARGUMENT}"
-    r"|\\(?:min|max)"
+    r"|\\(?:min|max)|[A-Za-z]{1,3}(?:\s*:\s*[A-Za-z]{1,3})+"
 )
 _WORDY_NAME = re.compile(
     r"(?:\\(?:text|mathrm|textbf|textit|operatorname)\s*\{[A-Za-z .'()\-]+\}\s*)+(?:\([^()]*\))?"
@@ -232,10 +232,17 @@ _DOMAIN = re.compile(
 )
 _NEGATIVE = re.compile(r"(?:\\text\s*\{\s*)?(?:negative|minus)\s*\}?\s*(?=[\d\\.])", re.IGNORECASE)
 _PREFIX = re.compile(
-    r"^(?:\\text\s*\{\s*)?(?:(?:the )?(?:final |correct )?(?:answer|result|solution)s?(?: (?:is|are|equals))?\s*[:=]?|it is|it's|there are|is equal to"
-    r"|equals|approximately|about|roughly|approx\.?)\s+(?:\})?\s*|^(?:\\text\s*\{\s*(?:(?:the )?(?:final )?answer(?: is)?\s*:?|approximately|about)\s*\})\s*",
+    r"^(?:\\text\s*\{\s*)?(?:(?:so|thus|hence|therefore|then),?\s+)*"
+    r"(?:(?:the|their|its|his|her|this)\s+[A-Za-z][A-Za-z ']{0,50}?\s(?:is|are|equals|=)(?:\s+(?:equal to|therefore|thus|simply))?\s*:?"
+    r"|(?:final |correct |my )?(?:answer|result|solution)s?(?: is| are| equals)?\s*[:=]?|it is|it's|there are|is equal to|equals"
+    r"|approximately|about|approx\.?|only|exactly|just|simply|therefore|precisely|namely)(?:\s*\}\s*|\s+)",
     re.IGNORECASE,
 )
+_ONLY = re.compile(
+    r"\s*(?:\\text\s*\{\s*)?(?:only|exactly|is the (?:only |unique |smallest |largest |final )?(?:solution|answer|value|number|one))\s*\}?$",
+    re.IGNORECASE,
+)
+_NUMBER_AND_WORD = re.compile(r"(.*\d)\s*(?:\\text\s*\{)?\s*\(([A-Za-z\- ]{3,40})\)\s*\}?")
 _APPROX_MARK = re.compile(r"^(?:\\approx(?![A-Za-z])|\\sim(?![A-Za-z])|~)\s*")
 _HEDGE = re.compile(
     r"\b(?:maybe|perhaps|possibly|might|could|either|unsure|not sure|guess|probably|alternatively|unknown|or so)\b",
@@ -275,20 +282,30 @@ def read_answer(answer: str) -> Value:
     text = tidy(answer)
     if _HEDGE.search(text):
         return Unreadable(text)
+    if is_words(text):
+        return _words_or_number(text)
     wrapped = TEXT_WRAPPER.fullmatch(text)
     if wrapped and re.search(r"\d", wrapped[1]):
         text = tidy(wrapped[1])
-    stripped = _APPROX_MARK.sub("", _PREFIX.sub("", text)).strip()
-    text = stripped or text
-    return read_value(tidy(text if is_words(text) else _without_remarks(text)))
+    for rule in (_PREFIX, _APPROX_MARK, _REMARK, _DOMAIN, _CLAUSE, _ONLY):
+        text = _shortened(rule, text)
+    twice = _NUMBER_AND_WORD.fullmatch(text)
+    if twice and worded_number(twice[2]) is not None and worded_number(twice[2]) == exact_number(twice[1]):
+        text = twice[1]
+    return read_value(tidy(text))
 
 
-def _without_remarks(text: str) -> str:
-    for rule in (_REMARK, _DOMAIN, _CLAUSE):
-        shorter = rule.sub("", text).strip()
-        if shorter and shorter.count("{") == shorter.count("}"):
-            text = shorter
-    return text
+def _words_or_number(text: str) -> Value:
+    """Reads words. ``The answer is five`` is a number."""
+    value = read_value(text)
+    number = worded_number(_PREFIX.sub("", plain_words(text))) if isinstance(value, Words) else None
+    return value if number is None else Number(number, plain_words(text))
+
+
+def _shortened(rule: re.Pattern[str], text: str) -> str:
+    """Removes what a rule matches, unless nothing would be left or a brace would lose its partner."""
+    shorter = rule.sub("", text).strip()
+    return shorter if shorter and shorter.count("{") == shorter.count("}") else text
 
 
 def is_approximate(gold: str) -> bool:
@@ -307,7 +324,7 @@ def is_words(text: str) -> bool:
     bare = plain_words(text)
     if not _IS_WORDS.fullmatch(bare) or re.search(r"\\[a-z]", TEXT_WRAPPER.sub("", text)):
         return False
-    if TEXT_WRAPPER.search(text) and not re.fullmatch(r"[A-Za-z]", bare):
+    if TEXT_WRAPPER.search(text) and re.search(r"[A-Za-z]{2,}", bare):
         return True
     return bool(re.search(r"[A-Za-z]{4,}|[A-Z]{2,}|[A-Za-z]{2,}\s+[A-Za-z]{2,}|^(?:[Yy]es|[Nn]o)$", bare))
 

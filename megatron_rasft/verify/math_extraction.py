@@ -40,7 +40,7 @@ _NUMBER = re.compile(
 )
 _CLAUSE = re.compile(
     r"(?:\b(?:because|since|which|where|so that|as (?:required|desired|expected|we|it)|i\.e\.|rather than|instead of"
-    r"|and not|but not|not)\b|，|,\s(?=(?:so|as|giving|but|and (?:we|so|thus))\b))",
+    r"|and not|but not|not)\b|，|,\sI (?:think|believe|guess|hope)\b|,\s(?=(?:so|as|giving|but|and (?:we|so|thus))\b))",
     re.IGNORECASE,
 )
 _NAME_BEFORE = re.compile(r"(?<![A-Za-z\\])((?:\\?[A-Za-z]+)(?:_\{?\w{1,5}\}?)?)\s*=\s*\$?\s*$")
@@ -69,6 +69,14 @@ _RETRACTION = re.compile(
 _DENIED = re.compile(
     r"[\s$)]*(?:is|are|was|were) (?:wrong|incorrect|not (?:the |a )?(?:right|correct|valid|(?:final )?answer|solution))\b",
     re.IGNORECASE,
+)
+_DOUBT_BEFORE = re.compile(
+    r"(?:\bnot|n't|\bnever|\bcannot be|\bmaybe|\bperhaps|\bpossibly|\b(?:might|could|may) be)(?: equal(?: to)?| be)?[\s$:]*(?:\\[(\[])?[\s$]*$",
+    re.IGNORECASE,
+)
+_LATER_ANSWER = re.compile(
+    r"^\W*(?:the |final |my |correct )*answer\s{0,3}(?:is|:)|\bthe (?:final |correct )?answer (?:is|should be)\b",
+    re.IGNORECASE | re.MULTILINE,
 )
 _OPTION_IS_RIGHT = re.compile(
     r"\b(?:option|choice|statement)\s+\(?([A-J])\)?\s+is\s+(?:the\s+)?(?:correct|right|true)\b", re.IGNORECASE
@@ -204,7 +212,8 @@ def _without_box(text: str) -> str | None:
 
 def _from_boxes(text: str, boxes: list[_Box], num_values: int) -> list[str]:
     tail = text[boxes[-1].end :]
-    if _RETRACTION.search(tail) or _DENIED.match(tail):
+    before = text[max(0, boxes[-1].start - 60) : boxes[-1].start]
+    if _RETRACTION.search(tail) or _DENIED.match(tail) or _DOUBT_BEFORE.search(before):
         return []
     joined = _joined_boxes(text, boxes)
     if len(joined) == 1 and len(boxes) == num_values > 1 and not _are_replaced(text, boxes):
@@ -216,6 +225,10 @@ def _from_boxes(text: str, boxes: list[_Box], num_values: int) -> list[str]:
         contents.append(
             alternative["other"][: sentence_end.start() if sentence_end else None].strip(_EDGES + ".,;()")
         )
+    later = _LATER_ANSWER.search(tail)
+    later_answer = _after_phrase(tail[later.end() :]) if later else None
+    if later_answer and len(joined) == 1 and re.search(r"\d", later_answer):
+        contents.append(later_answer)
     return list(dict.fromkeys(contents))
 
 
@@ -287,7 +300,11 @@ def _after_phrase(rest: str) -> str | None:
         if _HEDGE.search(sentence[clause.start() :]):
             return None
         sentence = sentence[: clause.start()]
-    return sentence.strip(_EDGES + ".,;") or None
+    sentence = sentence.strip(_EDGES.rstrip("$") + ".,;")
+    # The opening sign before the answer has been removed. In "the value is $5$" the last sign has a partner
+    if sentence.endswith("$") and sentence.count("$") % 2 == 1:
+        sentence = sentence[:-1].strip(_EDGES + ".,;")
+    return sentence or None
 
 
 def _display_math(rest: str) -> str | None:
