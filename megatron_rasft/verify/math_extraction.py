@@ -75,7 +75,7 @@ _DOUBT_BEFORE = re.compile(
     re.IGNORECASE,
 )
 _LATER_ANSWER = re.compile(
-    r"^\W*(?:the |final |my |correct )*answer\s{0,3}(?:is|:)|\bthe (?:final |correct )?answer (?:is|should be)\b",
+    r"^\W{0,10}(?:the |final |my |correct )*answer\s{0,3}(?:is|:)|\bthe (?:final |correct )?answer (?:is|should be)\b",
     re.IGNORECASE | re.MULTILINE,
 )
 _OPTION_IS_RIGHT = re.compile(
