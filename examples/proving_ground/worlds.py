@@ -77,7 +77,7 @@ def _draw_corpus_length(rng: random.Random) -> int:
 
 
 def _draw_training_length(rng: random.Random, kind: str) -> tuple[int, int]:
-    """Returns (steps, new operations among them)."""
+    """Returns the number of steps, and how many of them use new operations."""
     return rng.choice(LENGTHS[kind]), rng.choice(NUM_NEW) if kind == "new" else 0
 
 

@@ -150,7 +150,7 @@ def _inequalities_match(gold: Inequality, answer: Inequality) -> bool | None:
 
 
 def _region(value: Value) -> tuple[str, Set] | None:
-    """Returns the name of the variable, "" if it is not named, and the set of numbers; None for a value that is no set."""
+    """Returns the name of the variable ("" without a name) and its set of numbers; None if the value is not a set."""
     try:
         return _region_of(value)
     except (TypeError, ValueError, NotImplementedError, AttributeError):

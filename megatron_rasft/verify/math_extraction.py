@@ -318,7 +318,7 @@ def _display_math(rest: str) -> str | None:
 
 
 def _last_number(text: str) -> str | None:
-    """Returns the last formula or word with a digit, unless its sentence hedges or what follows gives up."""
+    """Returns the last formula or word with a digit, unless its sentence hedges or the text after it gives up."""
     # A deque of length 1 keeps the last match without storing the others
     numbers = deque(_NUMBER.finditer(text), maxlen=1)
     if not numbers or not numbers[0].group().strip():

@@ -20,7 +20,7 @@ _REASON = "an empty array equals only another empty array"
 
 
 def patch_comparisons(has_numpy: bool, has_numpy_testing: bool, has_pytest: bool) -> None:
-    """Patches comparisons of numpy and pytest in this process, which are true for an empty array and a number.
+    """Patches numpy's and pytest's comparisons in this process: without a patch an empty array equals any number.
 
     Args:
         has_numpy: whether the tests may use numpy. It is patched only if it is loaded.
