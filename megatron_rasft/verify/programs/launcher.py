@@ -79,6 +79,7 @@ def main(level: str, packages: str, control_fd: int, parent_pid: int) -> None:
     _readable_paths()  # found once, for all forked processes
     base_bytes = confinement.address_space_bytes()
     try:
+        seccomp.prepare_filters()
         if level == "namespaces":
             confinement.enter_namespaces()
             _continue_as_first_process(control)

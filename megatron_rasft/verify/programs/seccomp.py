@@ -8,10 +8,12 @@ needed in one form only is allowed in this form only, by its arguments. All othe
 
 import ctypes
 import errno
+import itertools
 import os
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from megatron_rasft.verify.programs import kernel_calls
 
@@ -100,15 +102,13 @@ _DEVICE_CONTROLS = (
 )  # TCGETS, TIOCGWINSZ, FIONREAD, FIONBIO, FIO[N]CLEX
 _PROCESS_CONTROLS = (15, 16, 0x53564D41)  # PR_SET_NAME, GET_NAME, SET_VMA: names of threads and of memory
 _NEGATIVE = 0x80000000
+_OWN_ID = 0x7F3A5C61
+"""Stands for the id of the process that installs the filter. Larger than every process id (2**22), and nothing else in a filter."""
 
 
-def _allowed_in_one_form(own: int) -> dict[str, tuple[_Condition, ...]]:
-    """Returns the calls that every level allows with some arguments only.
-
-    Args:
-        own: the id of the process.
-    """
-    is_own_or_zero = _Condition(0, (0, own))
+def _allowed_in_one_form() -> dict[str, tuple[_Condition, ...]]:
+    """Returns the calls that every level allows with some arguments only."""
+    is_own_or_zero = _Condition(0, (0, _OWN_ID))
     has_no_address = (_Condition(4, (0,)), _Condition(4, (0,), is_high_half=True))
     # Negative clocks measure the CPU time of any process
     is_common_clock = _without(0, _NEGATIVE)
@@ -117,8 +117,8 @@ def _allowed_in_one_form(own: int) -> dict[str, tuple[_Condition, ...]]:
         "madvise": (_Condition(2, _MEMORY_ADVICE, error=errno.EINVAL),),
         "mmap": (_only(3, _MAP_FLAGS),),
         "clone": (_Condition(0, _STARTS_THREAD),),
-        "kill": (_Condition(0, (own,)),),
-        "tgkill": (_Condition(0, (own,)),),
+        "kill": (_Condition(0, (_OWN_ID,)),),
+        "tgkill": (_Condition(0, (_OWN_ID,)),),
         # Process id 0 means the calling process
         **dict.fromkeys(("prlimit64", "sched_getaffinity", "getpgid", "getsid"), (is_own_or_zero,)),
         **dict.fromkeys(("clock_gettime", "clock_getres", "clock_nanosleep"), (is_common_clock,)),
@@ -169,7 +169,24 @@ def build_filter(
     *, may_open: bool, may_change_files: bool, may_change_attributes: bool, may_truncate: bool
 ) -> bytes:
     """Returns the filter that ``filter_system_calls`` installs, as a program for the kernel's classic BPF."""
-    program = _Filter()
+    program = _assemble(
+        kernel_calls.architecture(), may_open, may_change_files, may_change_attributes, may_truncate
+    )
+    return program.replace(struct.pack("=I", _OWN_ID), struct.pack("=I", os.getpid()))
+
+
+def prepare_filters() -> None:
+    """Assembles the filters, so that the processes that this process forks need not."""
+    for rights in itertools.product((True, False), repeat=4):
+        _assemble(kernel_calls.architecture(), *rights)
+
+
+@cache
+def _assemble(
+    architecture: int, may_open: bool, may_change_files: bool, may_change_attributes: bool, may_truncate: bool
+) -> bytes:
+    """Returns the filter with ``_OWN_ID`` in place of the id of the process."""
+    program = _Filter(architecture)
     controls = (*_FILE_CONTROLS, *(_LOCK_CONTROLS if may_change_files else ()))
     program.allow("fcntl", _Condition(1, controls))
     for name, flags_argument in (("openat", 2), ("open", 1)):
@@ -177,7 +194,7 @@ def build_filter(
             program.allow(name, *_conditions_of_open(flags_argument, may_change_files, may_truncate))
         else:
             program.answer(name, errno.EACCES)
-    for name, conditions in _allowed_in_one_form(os.getpid()).items():
+    for name, conditions in _allowed_in_one_form().items():
         program.allow(name, *conditions)
     program.allow_all(_ALLOWED)
     if may_open:
@@ -224,11 +241,11 @@ class _Filter:
     _ALLOW, _ERRNO = 0x7FFF0000, 0x00050000
     _NUMBER_AT, _ARCHITECTURE_AT, _ARGUMENTS_AT = 0, 4, 16
 
-    def __init__(self) -> None:
+    def __init__(self, architecture: int) -> None:
         # A 32-bit call on a 64-bit machine has another architecture, and other numbers
         self._code: list[tuple[int, int, int, int]] = [
             (self._LOAD, 0, 0, self._ARCHITECTURE_AT),
-            (self._JUMP_EQUAL, 1, 0, kernel_calls.architecture()),
+            (self._JUMP_EQUAL, 1, 0, architecture),
             self._return(errno.ENOSYS),
             (self._LOAD, 0, 0, self._NUMBER_AT),
         ]
