@@ -138,10 +138,12 @@ def _end(main: types.ModuleType, status: int, has_finalizers: bool) -> int:
 
 def _flush() -> int:
     """Writes out the buffers of standard output. Returns 1 if that fails, else 0."""
+    # A program may have replaced sys.stdout, or detached the stream below it
+    with contextlib.suppress(BaseException):
+        sys.__stdout__.flush()  # type: ignore[union-attr]
     try:
-        for stream in (sys.stdout, sys.__stdout__):
-            if stream is not None and not stream.closed:
-                stream.flush()
+        if sys.stdout is not None and not sys.stdout.closed:
+            sys.stdout.flush()
     except BaseException:
         return 1
     return 0

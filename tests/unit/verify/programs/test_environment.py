@@ -115,6 +115,54 @@ SCRIPTS: dict[str, tuple[str, str, str]] = {
         "utf-8 <stdin> False 0 BufferedReader True",
     ),
     "lead blank": ("print()\nprint(4)", "", "4"),
+    "class main": (
+        "import sys\ninput = sys.stdin.readline\ndef main():\n    n = int(input())\n    print(*sorted(map(int, input().split())))\nif __name__ == '__main__': main()",
+        "3\n3 1 2\n",
+        "1 2 3\n",
+    ),
+    "name shadows": (
+        "def gcd(a, b):\n    return a if b == 0 else gcd(b, a % b)\ncount = 0\nfor _ in range(2): count += 1\nprint(gcd(4, 6), count)",
+        "",
+        "2 2",
+    ),
+    "pow2": ("print(pow(2, 3, 5), sum([1, 2]), abs(-1), max(1, 2))", "", "3 3 1 2"),
+    "empty lines": ("print('a')\nprint()\nprint('b')", "", "a\n\nb\n"),
+    "asyncio executor": (
+        "import asyncio, sys\nasync def main():\n    loop = asyncio.get_running_loop()\n    print(await loop.run_in_executor(None, sys.stdin.readline))\nasyncio.run(main())",
+        "4\n",
+        "4",
+    ),
+    "queue thread": (
+        "import threading, queue\nq = queue.Queue()\ndef w():\n    for i in range(3): q.put(i)\nt = threading.Thread(target=w); t.start()\nprint(*[q.get() for _ in range(3)])",
+        "",
+        "0 1 2",
+    ),
+    "signal alarm": ("import signal\nsignal.alarm(10)\nprint(4)", "", "4"),
+    "thread exception": (
+        "import threading\nt = threading.Thread(target=lambda: 1/0)\nt.start()\nprint(4)",
+        "",
+        "4",
+    ),
+    "stdout.write fd": ("import os\nos.write(1, b'4')", "", "4"),
+    "mix": ("import sys, os\nprint(1)\nsys.stdout.flush()\nos.write(1, b'2\\n')\nprint(3)", "", "1\n2\n3"),
+    "fdopen": ("import os\no = os.fdopen(1, 'w')\no.write('4')", "", "4"),
+    "open 1": ("import sys\nsys.stdout = open(1, 'w', buffering=1 << 20)\nprint(4)", "", "4"),
+    "detach": (
+        "import sys, io\nsys.stdout = io.TextIOWrapper(sys.stdout.detach(), write_through=False)\nprint(4)",
+        "",
+        "4",
+    ),
+    "reconfigure": ("import sys\nsys.stdout.reconfigure(line_buffering=True)\nprint(4)", "", "4"),
+    "surrogates bytes": ("import sys\nsys.stdout.buffer.write(sys.stdin.buffer.read())", "ü\n", "ü"),
+    "main module import": ("import __main__\nx = 4\nprint(__main__.x)", "", "4"),
+    "sys.modules": ("import sys\nprint(sys.modules['__main__'].__name__)", "", "__main__"),
+    "globals": ("exec('x = 4', globals())\nprint(x)", "", "4"),
+    "weakref finalize": ("import weakref\nclass A: pass\na = A()\nweakref.finalize(a, print, 4)", "", "4"),
+    "read twice": (
+        "import sys\na = sys.stdin.readline()\nb = open(0).read()\nprint(a.strip(), len(b))",
+        "4\n",
+        "4 0",
+    ),
 }
 """Name -> program, input, output under plain Python."""
 

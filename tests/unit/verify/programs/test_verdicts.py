@@ -272,6 +272,136 @@ RUNNABLE: dict[str, tuple[str, CodeTests, Verdict]] = {
         "unverifiable",
     ),
     "program infinite recursion": ("def f(x): return f(x)", asserts("assert f(1) == 2"), "wrong"),
+    "in-place mutate nested": (
+        "def f(m):\n    for r in m: r.reverse()\n    return m",
+        asserts("m = [[1, 2], [3, 4]]\nassert f(m) == [r[::-1] for r in [[1, 2], [3, 4]]]"),
+        "correct",
+    ),
+    "returns same mutated": (
+        "def f(a):\n    a.append(1)\n    return a",
+        asserts("a = []\nr = f(a)\nassert r == [1]\nassert a == [1]"),
+        "correct",
+    ),
+    "identity": (
+        "def f(a):\n    a.append(1)\n    return a",
+        asserts("a = [0]\nr = f(a)\nassert len(r) == 2 and len(a) == 2"),
+        "correct",
+    ),
+    "stack class": (
+        "class Stack:\n    def __init__(s): s.d = []\n    def push(s, x): s.d.append(x); return s\n    def pop(s): return s.d.pop()",
+        asserts("s = Stack()\ns.push(3)\nassert s.pop() == 3", entry_point="Stack"),
+        "correct",
+    ),
+    "loop ref": (
+        "def f(a):\n    a.clear(); return []",
+        in_pytest(
+            "from solution import f\nimport random\ndef test_f():\n    for _ in range(5):\n        a = [random.random() for _ in range(5)]\n        result = f(a)\n        assert result == sorted(a)"
+        ),
+        "wrong",
+    ),
+    "loop ref expected": (
+        "def f(a):\n    a.clear(); return []",
+        in_pytest(
+            "from solution import f\nimport random\ndef test_f():\n    for _ in range(5):\n        a = [random.random() for _ in range(5)]\n        actual = f(a)\n        expected = sorted(a)\n        assert actual == expected, (a, actual)"
+        ),
+        "wrong",
+    ),
+    "ref self.assertEqual": (
+        "def f(a):\n    a.clear(); return []",
+        in_pytest(
+            "import unittest\nfrom solution import f\nclass T(unittest.TestCase):\n    def test_a(self):\n        a = [3, 1]\n        self.assertEqual(f(a), sorted(a))"
+        ),
+        "wrong",
+    ),
+    "ref kw": (
+        "def f(a):\n    a.clear(); return []",
+        asserts("a = [3, 1]\nassert f(a=a) == sorted(a)"),
+        "wrong",
+    ),
+    "ref method": (
+        "class Solution:\n    def f(self, a):\n        a.clear(); return []",
+        asserts("a = [3, 1]\nassert Solution().f(a) == sorted(a)", entry_point="Solution"),
+        "wrong",
+    ),
+    "ref dict": (
+        "def f(d):\n    d.clear(); return {}",
+        asserts("d = {'a': 1}\nassert f(d) == {v: k for k, v in d.items()}"),
+        "wrong",
+    ),
+    "ref sum 0": (
+        "def f(a):\n    a.clear(); return 0",
+        asserts("a = [3, 1]\nassert f(a) == sum(a)"),
+        "wrong",
+    ),
+    "ref numpy": (
+        "def f(a):\n    a[:] = 0; return a",
+        asserts("import numpy as np\na = np.array([3., 1.])\nassert np.allclose(f(a), a * 2)"),
+        "wrong",
+    ),
+    "ref lambda list": (
+        "def f(a):\n    a.clear(); return []",
+        asserts(
+            "cases = [[3, 1], [2, 1]]\nresults = [f(c) == sorted(c) for c in cases]\nassert all(results)"
+        ),
+        "wrong",
+    ),
+    "while": (
+        "def f(a): return a[1:]",
+        asserts("a = [1, 2]\nwhile a:\n    a = f(a)\nassert a == []"),
+        "correct",
+    ),
+    "tests with global kw": (
+        "n = 0\ndef f():\n    global n\n    n += 1\n    return n",
+        asserts("assert f() == 1", "assert f() == 2"),
+        "correct",
+    ),
+    "try import": (
+        ADDS,
+        asserts("try:\n    import nopackage\nexcept ImportError:\n    nopackage = None\nassert f(1) == 2"),
+        "correct",
+    ),
+    "importorskip": (
+        ADDS,
+        in_pytest(
+            "import pytest\npytest.importorskip('nopackage')\nfrom solution import f\ndef test_f(): assert f(1) == 2"
+        ),
+        "unverifiable",
+    ),
+    "skipif": (
+        ADDS,
+        in_pytest(
+            "import pytest, sys\nfrom solution import f\n@pytest.mark.skipif(sys.version_info < (3, 8), reason='x')\ndef test_f(): assert f(1) == 2"
+        ),
+        "correct",
+    ),
+    "prints with capsys": (
+        "def f(): print('hi')",
+        in_pytest(
+            "from solution import f\ndef test_f(capsys):\n    f()\n    assert capsys.readouterr().out == 'hi\\n'"
+        ),
+        "correct",
+    ),
+    "io redirect": (
+        "def f(): print('hi')",
+        asserts(
+            "import io, contextlib\nb = io.StringIO()\nwith contextlib.redirect_stdout(b): f()\nassert b.getvalue() == 'hi\\n'"
+        ),
+        "correct",
+    ),
+    "tmp_path": (
+        "def f(p): return open(p).read()",
+        in_pytest(
+            "from solution import f\ndef test_f(tmp_path):\n    p = tmp_path / 'a'\n    p.write_text('x')\n    assert f(str(p)) == 'x'"
+        ),
+        "correct",
+    ),
+    "raises with handler swallow": (
+        "def f(x): raise TypeError",
+        asserts(
+            "ok = []\nfor x in (1, 2):\n    try:\n        ok.append(f(x) == x + 1)\n    except ValueError:\n        ok.append(False)\nassert all(ok)"
+        ),
+        "wrong",
+    ),
 }
 """Whether tests can run at all, and whose fault it is. Test -> program, tests, verdict."""
 
