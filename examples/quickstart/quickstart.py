@@ -38,7 +38,8 @@ def training_flags(args: argparse.Namespace, objective: str, output: Path) -> li
         "--rollout-num-samples": 4,
         "--rollout-max-new-tokens": 40,
         "--lr": args.lr,
-        "--lr-warmup-iters": int(args.num_train > BATCH),  # a run with a single step has no warm-up
+        # Adam's first steps are large. A warm-up must be shorter than the run.
+        "--lr-warmup-iters": min(2, -(-args.num_train // BATCH) - 1),
         "--export-hf": output / "model",
         "--tensorboard-dir": output / "tensorboard",
         "--rollout-store": output / "rollouts.jsonl",

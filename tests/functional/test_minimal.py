@@ -16,7 +16,7 @@ from tests.tiny_policy import write_model
 
 SETTINGS = [
     *("--data-system-prompt", "You solve arithmetic.", "--data-prompt-suffix", "", "--seq-length", "128"),
-    *("--micro-batch-size", "4", "--global-batch-size", "16", "--lr-warmup-iters", "1"),
+    *("--micro-batch-size", "4", "--global-batch-size", "16", "--lr-warmup-iters", "2"),
 ]
 """The flags of the quickstart. The text filters are off, because examples/minimal does not have them."""
 NO_FILTERS = ["too-short", "loop-sentences", "loop-windows"]
