@@ -46,8 +46,9 @@ _FRAC_DIGITS = re.compile(r"\\frac\s*(\d)\s*(\d)")
 _FRAC_THEN = re.compile(r"\\frac\s*(\d|\{[^{}]*\})\s*(\d)(?=\d)")
 _DECIMAL = re.compile(r"\d+\.\d*|\.\d+")
 _PRIME = re.compile(r"(?<=[A-Za-z}])('+)")
+_ANGLE = r"(\d+(?:\.\d+)?|\\frac\{\d+\}\{\d+\})\s*\^\{\\circ\}"
 _DEGREE_ARGUMENT = re.compile(
-    r"\\(sin|cos|tan|cot|sec|csc)(\s*\^\s*(?:\d|\{-?\d+\}))?\s*[({]?\s*(\d+(?:\.\d+)?|\\frac\{\d+\}\{\d+\})\s*\^\{\\circ\}\s*[)}]?"
+    rf"\\(sin|cos|tan|cot|sec|csc)(\s*\^\s*(?:\d|\{{-?\d+\}}))?\s*(?:\(\s*{_ANGLE}\s*\)|\{{\s*{_ANGLE}\s*\}}|{_ANGLE})"
 )
 _CHOOSE = re.compile(r"\{?\s*\{?([A-Za-z0-9+\-]+)\}?\s*\\choose\s*\{?([A-Za-z0-9+\-]+)\}?\s*\}?")
 _COMBINATION = re.compile(r"(?:\{\}\s*)?[_^]?\{?(\d+|n)\}?\s*([CP])_\{?(\d+|[kr])\}?")
@@ -223,8 +224,10 @@ def _prepared(text: str) -> str | None:
     )
     text = re.sub(r"\\(?:mathrm|operatorname)\{\s*(lcm|gcd|max|min)\s*\}", r"\\\1", text)
     text = re.sub(r"\\lcm", r"\\operatorname{lcm}", text)
-    text = _DEGREE_ARGUMENT.sub(r"\\\1\2{\\frac{\3 \\pi}{180}}", text).replace(r"^{\circ}", "")
+    text = _DEGREE_ARGUMENT.sub(_in_radians, text).replace(r"^{\circ}", "")
     text = _FRAC_DIGITS.sub(r"\\frac{\1}{\2}", text)
+    text = re.sub(r"\\binom\s*(\w)\s*(\w)(?!\w)", r"\\binom{\1}{\2}", text)
+    text = re.sub(r"\\(sin|cos|tan)(?=\d)", r"\\\1 ", text)
     text = _FRAC_THEN.sub(lambda m: f"\\frac{{{m[1].strip('{}')}}}{{{m[2]}}}\\cdot ", text)
     text = _CHOOSE.sub(r"\\binom{\1}{\2}", text)
     text = _COMBINATION_ABOVE.sub(lambda m: f"{m[1].replace('A', 'P')}({m[2]},{m[3]})", text)
@@ -239,6 +242,11 @@ def _prepared(text: str) -> str | None:
     if _WORD.search(_SAFE_COMMAND.sub("", text)) or _HUGE.search(text):
         return None
     return text.strip() or None
+
+
+def _in_radians(match: re.Match[str]) -> str:
+    degrees = match[3] or match[4] or match[5]
+    return f"\\{match[1]}{match[2] or ''}{{\\frac{{{degrees} \\pi}}{{180}}}}"
 
 
 def _exact(parsed: Any) -> Any:

@@ -59,6 +59,8 @@ _PLAIN_INFINITY = re.compile(r"(?<![\\A-Za-z])(?:infinity|infty|inf|Infinity)(?!
 _DECIMAL_MARK = re.compile(r"(?<=\d)\{,\}(?=\d{3})|(?<=\d),(?:\\[!,;: ]\s*)+(?=\d{3})")
 _THOUSANDS_SPACE = re.compile(r"(?<![\d.])\d{1,3}(?:[\u00a0\u2009\u202f]\d{3})+(?!\d)")
 _MONEY_SIGN = re.compile(r"(-?)\s*\\?\$\s*(?=\d)")
+# A dollar sign alone is money
+_FORMULA = re.compile(r"(?<!\\)\$([^\s$](?:[^$]{0,300}[^\s$\\])?)\$(?!\d)")
 _FRAC_SPELLING = re.compile(r"\\[dtcsx]frac(?![A-Za-z])")
 _COMMANDS = (
     (r"\lbrace", r"\{"), (r"\rbrace", r"\}"), (r"\varnothing", r"\emptyset"), (r"\leqslant", r"\le "), (r"\geqslant", r"\ge "),
@@ -93,6 +95,7 @@ def tidy(answer: str) -> str:
     answer = _unstyled(answer)
     for rule, new in _COMMAND_RULES:
         answer = rule.sub(lambda _, new=new: new, answer)  # type: ignore[misc]
+    answer = _FORMULA.sub(r" \1 ", answer)
     answer = _MONEY_SIGN.sub(r"\1\\usd ", answer)
     answer = answer.replace(r"\$", "").replace("$", "")
     for mark in (r"\(", r"\)", r"\[", r"\]"):

@@ -40,7 +40,7 @@ _SI = (
     ("Ω", "ohm", "kg m2 s-3 A-2", "1"), ("T", "tesla", "kg s-2 A-1", "1"), ("H", "henry", "kg m2 s-2 A-2", "1"),
     ("eV", "electronvolt", "eV", "1"), ("L", "liter litre", "m3", "1/1000"), ("l", "", "m3", "1/1000"),
     ("cal", "calorie", "cal", "1"), ("bit", "", "bit", "1"), ("B", "byte", "bit", "8"), ("pc", "parsec", "pc", "1"),
-    ("Bq", "becquerel", "Bq", "1"), ("Wb", "weber", "kg m2 s-2 A-1", "1"), ("erg", "", _KG_M2_S2, "1/10000000"),
+    ("Bq", "becquerel", "Bq", "1"), ("Wh", "", _KG_M2_S2, "3600"), ("Wb", "weber", "kg m2 s-2 A-1", "1"), ("erg", "", _KG_M2_S2, "1/10000000"),
     ("dyn", "dyne", "kg m s-2", "1/100000"), ("G", "gauss", "gauss", "1"), ("bar", "", "kg m-1 s-2", "100000"),
 )  # fmt: skip
 # Spellings, dimensions, scale. These take no prefix
@@ -89,6 +89,8 @@ _SINGULARS = frozenset(
 )
 # Words that count things although they end like a word that is refused
 _COUNTED = frozenset("digits points pairs options choices squares cubes factors roots zeros bits".split())
+_UNIT_NAME = r"((?:\\(?:text|mathrm|rm)\s*\{[^{}]*\}|[A-Za-z]{1,4})(?:\s*\^\s*\{?\d\}?)?)"
+_UNIT_FRACTION = re.compile(rf"\\frac\s*\{{\s*{_UNIT_NAME}\s*\}}\s*\{{\s*{_UNIT_NAME}\s*\}}")
 _TRAILING_WORDS = re.compile(
     r"\s+(?:old|long|tall|wide|high|deep|apart|away|each|total|in total|in all|left|remaining|altogether)$"
 )
@@ -132,6 +134,7 @@ def parse_unit(text: str) -> Unit | None:
 
     Text without a unit of the table counts things if it ends with a plural noun and has no word that changes a number.
     """
+    text = _UNIT_FRACTION.sub(r"\1/\2", text)
     text = TEXT_WRAPPER.sub(
         r" \1 ", re.sub(r"\\mu\s*", "μ", text).replace(r"\Omega", "Ω").replace(r"\ohm", "Ω")
     )

@@ -202,7 +202,7 @@ _TRAILING_UNIT = re.compile(
     r"|(?<=[\d)}\] ])[A-Za-zμ€£¢¥₹å][A-Za-zμ\-']*|[\u4e00-\u9fff]+)(?:[\s/*.]|\\cdot|\\times|\^\s*\{?-?\d\}?|\\(?:text|mathrm|mbox|rm)\s*\{[^{}]*\}|[A-Za-zμ][A-Za-zμ\-']*|\^\{\\circ\})*)"
 )
 _UNIT_START = re.compile(
-    r"\^\{\\circ\}|\\Omega|\\ohm|\\(?:text|math|mbox|operatorname|rm)|[A-Za-zμ€£¢¥₹\u4e00-\u9fff]|\\mu"
+    r"\^\{\\circ\}|\\Omega|\\ohm|\\frac\{\s*\\(?:text|mathrm|rm)|\\(?:text|math|mbox|operatorname|rm)|[A-Za-zμ€£¢¥₹\u4e00-\u9fff]|\\mu"
 )
 _COMPOUND = re.compile(r"(\d+(?:\.\d+)?)(\s*[A-Za-z]+\s*)")
 _TRIGONOMETRIC = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])")
@@ -298,7 +298,9 @@ def read_answer(answer: str) -> Value:
 def _words_or_number(text: str) -> Value:
     """Reads words. ``The answer is five`` is a number."""
     value = read_value(text)
-    number = worded_number(_PREFIX.sub("", plain_words(text))) if isinstance(value, Words) else None
+    number = (
+        worded_number(_PREFIX.sub("", plain_words(text)).strip(" .")) if isinstance(value, Words) else None
+    )
     return value if number is None else Number(number, plain_words(text))
 
 

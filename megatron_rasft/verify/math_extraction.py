@@ -78,6 +78,9 @@ _LATER_ANSWER = re.compile(
     r"^\W{0,10}(?:the |final |my |correct )*answer\s{0,3}(?:is|:)|\bthe (?:final |correct )?answer (?:is|should be)\b",
     re.IGNORECASE | re.MULTILINE,
 )
+_DOUBTED_PHRASE = re.compile(
+    r"\b(?:maybe|perhaps|possibly|if|whether|unsure|not sure)\b[^.!?\n]{0,40}$", re.IGNORECASE
+)
 _OPTION_IS_RIGHT = re.compile(
     r"\b(?:option|choice|statement)\s+\(?([A-J])\)?\s+is\s+(?:the\s+)?(?:correct|right|true)\b", re.IGNORECASE
 )
@@ -207,7 +210,11 @@ def _without_box(text: str) -> str | None:
     phrase = _last_answer_phrase(text)
     if phrase is None and (options := _OPTION_IS_RIGHT.findall(text)):
         return options[-1] if len(set(options)) == 1 else None
-    return _last_number(text) if phrase is None else _after_phrase(text[phrase.end() :])
+    if phrase is None:
+        return _last_number(text)
+    if _DOUBTED_PHRASE.search(text[max(0, phrase.start() - 60) : phrase.start()]):
+        return None
+    return _after_phrase(text[phrase.end() :])
 
 
 def _from_boxes(text: str, boxes: list[_Box], num_values: int) -> list[str]:

@@ -32,6 +32,7 @@ _GOLD_CHOICE_WITH_TEXT = re.compile(r"\(([A-J])\)[\s\\~].*", re.DOTALL)
 _CHOICES = re.compile(r"\(?([A-J])\)?(?:\s*(?:,|;|and|&|\s)\s*\(?([A-J])\)?)+|[A-J]{2,5}")
 _OPTION = re.compile(r"(?:\(([A-J])\)|(?<![A-Za-z\\])([A-J])(?=[.:)]|$))")
 _OPTION_WORD = re.compile(r"^(?:the )?(?:correct )?(?:option|choice|answer)s?(?: is)?\s*:?\s*", re.IGNORECASE)
+_IS_RIGHT = re.compile(r" is (?:the )?(?:correct|right|true)(?: answer| option| choice)?\.?$")
 _ALTERNATIVE = re.compile(r"\b(?:or|either|and|maybe|not)\b", re.IGNORECASE)
 
 
@@ -137,6 +138,7 @@ def _options_match(wanted: set[str], answer: str) -> bool:
             and set(re.findall(r"[A-J]", text)) == wanted
             and " or " not in text
         )
+    text = _IS_RIGHT.sub("", text)
     if bare := _CHOICE.fullmatch(text):
         return bare[1].upper() in wanted
     named = {first or second for first, second in _OPTION.findall(text)}
