@@ -1,1 +1,1 @@
-"""Checks of a data set before a run: overlap with benchmarks, and a view of a tokenized row."""
+"""Checks of a data set before a run: overlap with benchmarks, verdicts of its own demonstrations, a view of a tokenized row."""
