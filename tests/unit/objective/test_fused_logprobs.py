@@ -1,7 +1,7 @@
 """The Triton kernels in Triton's interpreter on the CPU, with a complete and a sharded vocabulary, against fp64 formulas.
 
-Triton chooses its interpreter when a kernel is defined. The cases therefore run in separate processes with TRITON_INTERPRET=1,
-and the tests compare their results.
+Triton chooses its interpreter when a kernel is defined. The cases therefore run in processes forked from tests/preloaded.py, which
+sets TRITON_INTERPRET=1, and the tests compare their results.
 """
 
 from collections.abc import Iterator
@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
 from megatron_rasft.types import KLDirection
+from tests.forking import call_on_ranks
 
 TP = 2
 KINDS: tuple[KLDirection | None, ...] = (None, "forward", "reverse")
@@ -244,10 +244,7 @@ def worker(rank: int, folder: str) -> None:
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[dict[str, Tensor]]]:
     """The results of the two ranks."""
     folder: Path = tmp_path_factory.mktemp("fused")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        patch.setenv("OMP_NUM_THREADS", "1")
-        mp.spawn(worker, args=(str(folder),), nprocs=TP)
+    call_on_ranks(worker, folder, TP)
     yield [torch.load(folder / f"rank{rank}.pt") for rank in range(TP)]
 
 

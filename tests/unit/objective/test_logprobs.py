@@ -1,6 +1,5 @@
 """Log-probabilities and KL with a complete and a sharded vocabulary, against fp64 formulas."""
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
 from megatron_rasft.objective.logprobs import (
@@ -18,6 +16,7 @@ from megatron_rasft.objective.logprobs import (
     vocab_parallel_logprobs,
 )
 from megatron_rasft.types import KLDirection
+from tests.forking import call_on_ranks
 from tests.unit.objective.thread_ranks import on_threads
 
 DIRECTIONS: tuple[KLDirection, ...] = ("forward", "reverse")
@@ -301,8 +300,7 @@ def sharded_worker(rank: int, folder: str) -> None:
 def shards(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Tensor]]:
     """The results of two ranks that are processes."""
     folder: Path = tmp_path_factory.mktemp("tp")
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    mp.spawn(sharded_worker, args=(str(folder),), nprocs=TP)
+    call_on_ranks(sharded_worker, folder, TP)
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(TP)]
 
 

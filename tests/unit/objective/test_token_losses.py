@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
 from megatron_rasft.objective.declaration import Objective
@@ -21,6 +20,7 @@ from megatron_rasft.objective.families.policy_ratio import Grpo, Psft
 from megatron_rasft.objective.families.rasft import Rasft
 from megatron_rasft.objective.families.token_selective import Gft, Profit
 from megatron_rasft.objective.token_losses import LossSums, PackedTokens, token_loss_sums
+from tests.forking import call_on_ranks
 from tests.unit.objective.thread_ranks import on_threads
 
 LENGTHS = (7, 1, 12, 4)
@@ -505,7 +505,7 @@ def test_context_parallel_ranks_add_up_to_one_process(ranks_are: str, tmp_path: 
     if ranks_are == "threads":
         ranks = on_threads(context_parallel_results, 2)
     else:
-        mp.spawn(context_parallel_worker, args=(str(tmp_path),), nprocs=2)
+        call_on_ranks(context_parallel_worker, tmp_path, 2)
         ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
     for case in FORMULAS:
         whole, grad = loss_and_gradient(batch(torch.float32), objective_of(case))
