@@ -289,7 +289,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--train-iters", type=int, help="steps; default: one epoch")
     parser.add_argument("--num-samples", type=int, default=4, help="rollouts of a problem (K)")
     parser.add_argument("--max-new-tokens", type=int, default=40, help="longest rollout")
-    parser.add_argument("--lr", type=float, default=3e-5, help="peak learning rate")
+    parser.add_argument("--lr", type=float, default=2e-5, help="peak learning rate")
     parser.add_argument("--lr-warmup-iters", type=int, default=2, help="steps of linear warm-up")
     parser.add_argument("--seed", type=int, default=1234, help="seed of the order and of sampling")
     return parser.parse_args()

@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument(
         "--num-heldout", type=int, default=50, help="held-out problems (default: %(default)s)"
     )
-    parser.add_argument("--lr", type=float, default=3e-5, help="peak learning rate (default: %(default)s)")
+    parser.add_argument("--lr", type=float, default=2e-5, help="peak learning rate (default: %(default)s)")
     parser.add_argument(
         "--compare", action="store_true", help="also train with sft and dft, for the same steps"
     )
