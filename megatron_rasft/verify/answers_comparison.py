@@ -108,7 +108,9 @@ def _words_match(gold: Value, answer: Value, _: float) -> bool | None:
     decision = re.match(r"(yes|no|true|false)\s*[,.;:-]", answer.text.casefold())
     if decision is None or wanted != [decision[1]]:
         return False
-    return not re.search(r"\b(?:or|but|maybe)\b", answer.text.casefold())
+    return not re.search(
+        r"\b(?:yes|no|or|but|maybe|sometimes|not always)\b", answer.text.casefold()[decision.end() :]
+    )
 
 
 def normal_words(text: str) -> list[str]:

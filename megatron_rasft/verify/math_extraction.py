@@ -66,6 +66,9 @@ _RETRACTION = re.compile(
     r"|i made (?:a|an) (?:mistake|error)|(?:that|this|it)(?:'s| is| was| seems) (?:wrong|incorrect|not right|not correct|a mistake))",
     re.IGNORECASE,
 )
+_OTHER_SENTENCE = re.compile(r"[.!\s]{1,9}(?:or|maybe|perhaps|possibly)\b", re.IGNORECASE)
+# The box is a part of a formula, as in \\boxed{10}^2
+_CONTINUED = re.compile(r"\s{0,3}(?:\^(?!\s{0,3}\{?\s{0,3}\\circ)|\\(?:times|cdot)(?![A-Za-z]))")
 _DENIED = re.compile(
     r"[\s$)]*(?:is|are|was|were) (?:wrong|incorrect|not (?:the |a )?(?:right|correct|valid|(?:final )?answer|solution))\b",
     re.IGNORECASE,
@@ -89,7 +92,7 @@ _REPLACED = re.compile(
     re.IGNORECASE,
 )
 _NEGATION = re.compile(
-    r"\b(?:not|n't|never|cannot|can't|isn't|wasn't|doesn't|don't|couldn't|unable|fail(?:s|ed)?|no (?:idea|answer))\b",
+    r"\b(?:not|n't|never|cannot|can't|isn't|wasn't|doesn't|don't|couldn't|unable|wrong|incorrect|fail(?:s|ed)?|no (?:idea|answer))\b",
     re.IGNORECASE,
 )
 _CHANGES_NUMBER = re.compile(
@@ -220,7 +223,12 @@ def _without_box(text: str) -> str | None:
 def _from_boxes(text: str, boxes: list[_Box], num_values: int) -> list[str]:
     tail = text[boxes[-1].end :]
     before = text[max(0, boxes[-1].start - 60) : boxes[-1].start]
-    if _RETRACTION.search(tail) or _DENIED.match(tail) or _DOUBT_BEFORE.search(before):
+    if (
+        _RETRACTION.search(tail)
+        or _DENIED.match(tail)
+        or _CONTINUED.match(tail)
+        or _DOUBT_BEFORE.search(before)
+    ):
         return []
     joined = _joined_boxes(text, boxes)
     if len(joined) == 1 and len(boxes) == num_values > 1 and not _are_replaced(text, boxes):
@@ -294,13 +302,15 @@ def _last_answer_phrase(text: str) -> re.Match[str] | None:
 
 def _after_phrase(rest: str) -> str | None:
     """Returns the answer after a phrase: the rest of the sentence without reasons that follow the answer."""
+    whole = rest
     line = rest.lstrip(_EDGES).partition("\n")[0] if not rest.lstrip(_EDGES).startswith("[") else rest
     line = _display_math(rest.lstrip(" \t\n*:`：")) or line
     sentence_end = _SENTENCE_END.search(line)
     sentence, rest = (
         (line[: sentence_end.start()], line[sentence_end.start() :]) if sentence_end else (line, "")
     )
-    if rest.startswith(("?", "？")) or _RETRACTION.search(rest):
+    after_sentence = whole[whole.find(sentence) + len(sentence) :]
+    if rest.startswith(("?", "？")) or _RETRACTION.search(after_sentence) or _OTHER_SENTENCE.match(rest):
         return None
     clause = _CLAUSE.search(sentence, 1)
     if clause and clause.start() > 0:
