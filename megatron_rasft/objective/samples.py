@@ -34,7 +34,8 @@ def make_samples(
         remembered: (solve rate, number of samples) of earlier refreshes, discounted; adaptive rasft only.
         deduplicate: finds distinct texts; rasft and raft only.
         similarity: compares two texts; published rasft only.
-        max_tokens: longest sequence that can be trained on, prompt and response; None for no limit. Longer ones are left out.
+        max_tokens: longest sequence that can be trained on, prompt and response; None for no limit. Longer ones are left out. With
+            --weighting-normalization problem a problem whose demonstration is left out is not trained on at all.
     """
     if group is not None:
         _check_group(demonstration, group)
@@ -51,15 +52,17 @@ def make_samples(
     longest = math.inf if max_tokens is None else max_tokens - len(demonstration.prompt_ids)
     lengths = {i: len(rollouts[i].response_ids) for i in weights.rollouts}
     trained = {i: weight for i, weight in weights.rollouts.items() if 0 < lengths[i] <= longest}
+    num_tokens = len(demonstration.response_ids)
+    has_demonstration = weights.demonstration is not None and 0 < num_tokens <= longest
     if weights.is_per_problem:
-        num_tokens = len(demonstration.response_ids)
-        trained = shared_by_tokens(
-            sum(weights.rollouts.values()), num_tokens, {i: lengths[i] for i in trained}
-        )
+        # Shares are relative to the tokens of the demonstration. Without it the denominator would not count them, and a batch of
+        # rollouts alone would be divided by nothing.
+        total = sum(weights.rollouts.values()) if has_demonstration else 0.0
+        trained = shared_by_tokens(total, num_tokens, {i: lengths[i] for i in trained if total > 0})
     for i, rollout in enumerate(rollouts):
         rollout.weight = trained.get(i, 0.0)
     samples = []
-    if weights.demonstration is not None and 0 < len(demonstration.response_ids) <= longest:
+    if weights.demonstration is not None and has_demonstration:
         samples.append(
             TrainingSample(
                 problem_id=demonstration.problem_id,

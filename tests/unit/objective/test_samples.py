@@ -2,7 +2,7 @@
 
 import math
 import random
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -58,6 +58,23 @@ def test_every_objective_trains_on_what_it_declares(kind: type[Objective]) -> No
         "both": {"demonstration", "rollout"},
     }
     assert kinds == expected[kind.trains_on]
+
+
+@pytest.mark.parametrize("num_tokens", [0, 8])
+@pytest.mark.parametrize("rule", ["adaptive", "published"])
+def test_no_denominator_is_without_demonstrations(
+    rule: Literal["adaptive", "published"], num_tokens: int
+) -> None:
+    problem, group = demonstration(), counted_group(2, 1)
+    problem.response_ids = [3] * num_tokens
+    for r in group.rollouts:
+        r.response_ids = [9] * 3
+    config = WeightingConfig(rasft_weighting=rule, weighting_normalization="problem")
+    assert make_samples(Rasft(), problem, group, config=config, max_tokens=9) == []
+    assert {r.weight for r in group.rollouts} == {0.0}
+    by_tokens = WeightingConfig(rasft_weighting=rule, weighting_normalization="tokens")
+    samples = make_samples(Rasft(), problem, group, config=by_tokens, max_tokens=9)
+    assert [(s.kind, s.is_counted) for s in samples] == [("rollout", True)] * 2
 
 
 @pytest.mark.parametrize("kind", [kind for kind in OBJECTIVES.values() if kind.trains_on == "demonstrations"])
