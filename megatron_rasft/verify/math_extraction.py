@@ -171,12 +171,6 @@ def _find_boxes(text: str) -> list[_Box]:
     return boxes
 
 
-def last_box_is_closed(text: str) -> bool:
-    r"""Returns whether the text has a \boxed and the last one is closed."""
-    starts = [m.start() for m in _BOX_COMMAND.finditer(text)]
-    return bool(starts) and bool(closed_boxes(text[starts[-1] :]))
-
-
 def extract_answer(text: str) -> str | None:
     """Returns the final answer of a response as it is written, or None if the response does not commit to an answer.
 

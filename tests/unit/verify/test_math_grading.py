@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_rasft.verify.math_extraction import closed_boxes, extract_answer, last_box_is_closed
+from megatron_rasft.verify.math_extraction import closed_boxes, extract_answer
 from megatron_rasft.verify.math_grading import grade_answer
 
 DATA = Path(__file__).parents[4] / "shared" / "data"
@@ -270,9 +270,6 @@ def test_answer_is_found(text: str, answer: str | None) -> None:
 
 def test_boxes_are_the_outermost_closed_ones() -> None:
     assert closed_boxes(r"\boxed{a \boxed{b}} \fbox{c} \boxed{d") == [r"a \boxed{b}", "c"]
-    assert last_box_is_closed(r"\boxed{a} \boxed{b}")
-    assert not last_box_is_closed(r"\boxed{a} \boxed{b")
-    assert not last_box_is_closed("no box")
 
 
 @pytest.mark.parametrize(
