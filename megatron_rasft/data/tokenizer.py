@@ -69,8 +69,8 @@ def check_round_trip(tokenizer: Tokenizer, folder: str | Path) -> None:
 
     raise ModelFolderError(
         f"model folder {folder}: the tokenizer changes text: {sample[:24]!r} becomes {made[:24]!r} (transformers "
-        f"{transformers.__version__}, class {type(tokenizer).__name__}). Install transformers 5.22 or later, or set tokenizer_class "
-        "in tokenizer_config.json to PreTrainedTokenizerFast."
+        f"{transformers.__version__}, class {type(tokenizer).__name__}). Install transformers 5.22 or later. If that is not the reason, "
+        "tokenizer.json does not fit the class: copy it and tokenizer_config.json from the original model once more."
     )
 
 
