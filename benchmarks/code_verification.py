@@ -4,7 +4,7 @@
     python benchmarks/code_verification.py --references          all reference solutions of the code sets
     python benchmarks/code_verification.py --references --mutants    the same after a mutation
 
-The sets are those of ../shared/data (see its README); --data names another folder. Exits with 1 if a
+--data names the folder of the sets: evaluation/*.jsonl.gz and train/*.jsonl.gz in this project's layout. Exits with 1 if a
 reference solution fails unexpectedly. Mutants that pass are counted, because some are equivalent to the original.
 """
 

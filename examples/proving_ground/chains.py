@@ -92,7 +92,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Faults:
-    """Shares of demonstrations that have a fault. At most one of the first three each; ``wrong`` is drawn separately."""
+    """Share of demonstrations with each fault. A demonstration has at most one of the first three; ``wrong`` is drawn separately."""
 
     redundant: float = 0.0
     """A step is repeated as a check, or the start is announced."""

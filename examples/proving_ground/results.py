@@ -115,7 +115,7 @@ def _stack(by_seed: Mapping[int, Result], kinds: Sequence[str], *, is_greedy: bo
 
 
 def _difference(ours: Scores, theirs: Scores) -> str:
-    """``+1.2 [-0.3, 2.8]`` in points; seeds are paired if there are equally many."""
+    """Returns a difference in points, such as ``+1.2 [-0.3, 2.8]``. Seeds are paired if there are equally many."""
     low, high = paired_interval(ours, theirs, pairs_seeds=len(ours) == len(theirs))
     return f"{100 * (ours.mean() - theirs.mean()):+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
 

@@ -41,7 +41,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class Corpus:
-    """What a base model is trained on."""
+    """The training of a base model: its problems, and the phases of the training."""
 
     task: "Task"
     phases: tuple[Phase, ...]
@@ -50,7 +50,7 @@ class Corpus:
 
 
 class Task(Protocol):
-    """A sort of problems."""
+    """The problems of a world: chains or programs."""
 
     def corpus_item(self, rng: random.Random, phase: Phase) -> tuple[str, str]:
         """Returns (problem, response) for the pre-training."""
@@ -83,7 +83,7 @@ def _draw_training_length(rng: random.Random, kind: str) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class ChainTask:
-    """Problems of ``chains``."""
+    """Problems that chains.py makes."""
 
     family: Family
     habit: str
@@ -114,7 +114,7 @@ def _write(chain: Chain, rng: random.Random, values: list[str], style: str, faul
 
 @dataclass(frozen=True)
 class ProgramTask:
-    """Problems of ``programs``."""
+    """Problems that programs.py makes."""
 
     def corpus_item(self, rng: random.Random, phase: Phase) -> tuple[str, str]:
         if rng.random() < 0.06:
@@ -127,7 +127,7 @@ class ProgramTask:
         return program.problem, write(program.wrong_operations(rng, CORPUS_NOISE, False))
 
     def demonstration(self, rng: random.Random, kind: str, style: str, faults: Faults) -> Row:
-        del style  # the expert has one
+        del style  # the expert writes programs in one style only
         program = Program(rng, *_draw_training_length(rng, kind))
         is_wrong = rng.random() < faults.wrong
         operations = program.wrong_operations(rng, 0.3, False) if is_wrong else program.operations
@@ -148,7 +148,7 @@ def retained_row(rng: random.Random, skill: str) -> Row:
 
 
 def corpus_item(corpus: Corpus, rng: random.Random, phase: Phase) -> tuple[str, str]:
-    """Returns (problem, response) for the pre-training; a quarter are the retained skills."""
+    """Returns (problem, response) for the pre-training. About a quarter of the problems are of the retained skills."""
     if rng.random() < 0.26:
         row = retained_row(rng, rng.choices(RETAINED, (10, 6, 10))[0])
         return row["problem"], row["response"]
@@ -180,7 +180,7 @@ class World:
 
     title: str
     base: str
-    """A model of ``CORPORA``."""
+    """Name of the base model in ``CORPORA``."""
     style: str
     """The expert's style: ``spelled``, ``terse`` or ``stepwise``."""
     faults: Faults = CLEAN

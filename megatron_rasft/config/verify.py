@@ -29,7 +29,8 @@ class VerifyConfig(FlagSection):
     verdict is ``timeout``. A refresh (or a benchmark) starts to count anew."""
 
     verify_max_timeouts: PositiveInt = 64
-    """Number of responses in one refresh (or benchmark) that exceed the deadline, after which all others have only a twentieth of it."""
+    """Number of responses in one refresh (or benchmark) that exceed the deadline. After it no other answer that takes more than a
+    twentieth of the deadline is graded: its verdict is ``timeout``."""
 
     verify_memory_mib: Annotated[
         int, Range(at_least=64, advice="Parsing a formula needs at least this much.")

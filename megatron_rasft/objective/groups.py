@@ -77,7 +77,7 @@ def judged_rewards(group: RolloutGroup | None) -> tuple[list[int], list[float]]:
 
 
 def standardise(rewards: Sequence[float], *, is_sample: bool) -> GroupAdvantages:
-    """(R - mean) / (std + 1e-6) over one group; zeros if all rewards are equal, as a single one is.
+    """(R - mean) / (std + 1e-6) over one group; zeros if all rewards are equal, also for a single reward.
 
     Args:
         is_sample: whether the variance is divided by K - 1, as an estimate from a sample, or by K.

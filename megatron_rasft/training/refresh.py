@@ -202,7 +202,7 @@ class Refresh:
         return [] if is_calibrated else self.demonstration_samples(self.curriculum.calibration_sample())
 
     def calibrate(self, difficulties: Mapping[str, float]) -> None:
-        """Fixes the curriculum's thresholds with the difficulties of ``calibration_samples``, unless they are fixed."""
+        """Fixes the curriculum's thresholds with the difficulties of ``calibration_samples``, unless they are fixed already."""
         if self.curriculum.thresholds is None:
             self.curriculum.calibrate(difficulties.values())
 

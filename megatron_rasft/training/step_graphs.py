@@ -25,7 +25,7 @@ def _end_capture(pool: Any) -> None:
     capture_end in torch's CUDAGraph.cpp does not do so if CUDA cannot end the capture. The allocator would then never
     again reuse the memory of tensors that several streams have used.
     """
-    # This raises if the allocator has no capture: the step failed before the capture began, or the capture has ended.
+    # Raises if the allocator has no capture, because the step failed before the capture began, or the capture has already ended.
     with contextlib.suppress(RuntimeError):
         torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
 

@@ -554,7 +554,7 @@ def _matrices_match(gold: Value, answer: Value, rel_tolerance: float) -> bool | 
 
 
 def _evaluated_matrix(value: Value) -> Value:
-    r"""Returns a product such as ``\\frac15 \\begin{pmatrix} 1 \\ 2 \end{pmatrix}`` as a matrix, any other value as it is."""
+    r"""Returns a product such as ``\frac15 \begin{pmatrix} 1 \\ 2 \end{pmatrix}`` as a matrix, any other value as it is."""
     matrix = (
         parse_expression(value.text) if isinstance(value, Expression) and r"\begin" in value.text else None
     )

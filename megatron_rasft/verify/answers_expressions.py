@@ -39,7 +39,7 @@ _QUICK_DIGITS = 150
 _NUM_POINTS = 6
 _MIN_POINTS = 2
 
-# Two numbers side by side are no product. After an index or exponent, as in \log_2 8, they are
+# Two numbers side by side are not a product, except after an index or exponent, as in \log_2 8
 _JUXTAPOSED = re.compile(r"(?<![_^\d.])[\d.]+\s+[\d.]|(?<![_^\d.}])\d+\s*\{\s*\d")
 _INDEXED = re.compile(r"\\(?:sum|prod|lim|int)[^A-Za-z]")
 _FRAC_DIGITS = re.compile(r"\\frac\s*(\d)\s*(\d)")
@@ -329,7 +329,7 @@ def _height(e: Any) -> float:
 
 
 def _magnitude(e: Any) -> float:
-    """Returns about the absolute value of an exponent; 1 for an exponent with variables."""
+    """Returns roughly the absolute value of an exponent; 1 for an exponent with variables."""
     try:
         if e.free_symbols:
             return 1.0

@@ -1,7 +1,7 @@
 r"""Reads units: physical units with prefixes, angles, money, and counted things such as ``apples``.
 
 A unit has dimensions and a scale, so that 1.5 kg equals 1500 g and 60 km/h differs from 60 m/s. Imperial and metric units have
-different dimensions: answers are not converted between the two systems. So have months and days.
+different dimensions: answers are not converted between the two systems. Months and days differ in the same way.
 """
 
 import re
@@ -67,7 +67,7 @@ _OTHER = (
 )  # fmt: skip
 _PLURALS = ("", "s", "es")
 
-# Words after a number that are no unit: they change the value, or leave it open
+# Words after a number that are not units: they change the value, or leave it open
 _NOT_COUNTED = frozenset(
     "pi sqrt or and mod plus minus over to log ln sin cos tan infinity hundred thousand million billion trillion dozen "
     "dozens score half halves third thirds quarter quarters fifths tenths percent percents base if for when where by not at is "

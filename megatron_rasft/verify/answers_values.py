@@ -61,7 +61,7 @@ class Collection:
 
 @dataclass(frozen=True)
 class Assignment:
-    """``x = a = b``: names, and the members of the chain that are no names. ``approximate`` is the member after an ``≈``."""
+    """A chain such as ``x = a = b``: its names, and its other members. ``approximate`` is the member after an ``≈``."""
 
     names: tuple[str, ...]
     members: tuple["Value", ...]
@@ -94,7 +94,7 @@ class Region:
 
 @dataclass(frozen=True)
 class Membership:
-    r"""``x \in`` a set, or a set-builder with its condition."""
+    r"""A statement that a name is in a set, ``x \in A``, or a set-builder with its condition."""
 
     name: str
     region: "Value"
@@ -110,14 +110,14 @@ class Based:
 
 @dataclass(frozen=True)
 class Ratio:
-    """``a:b:c``."""
+    """A ratio such as ``a:b:c``."""
 
     terms: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Congruence:
-    r"""``a \pmod{m}``, with or without ``x \equiv`` before it."""
+    r"""A congruence: ``a \pmod{m}``, with or without ``x \equiv`` before it."""
 
     name: str
     residues: tuple[Fraction, ...]

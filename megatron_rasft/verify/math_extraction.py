@@ -120,7 +120,7 @@ class _Box(NamedTuple):
 def without_thought(text: str) -> str:
     """Returns the reply of a response: the text without blocks such as ``<think> ... </think>``.
 
-    A closing tag without an opening one ends a thought that the prompt has opened. A thought that is not closed is a response
+    A closing tag without an opening one ends a block that the prompt has opened. A block that is not closed is a response
     without a reply, so the result is the text before it.
     """
     for opening, closing in _THOUGHT_TAGS:
@@ -182,9 +182,10 @@ def extract_answer(text: str) -> str | None:
 def extract_answers(text: str, num_values: int = 1) -> list[str]:
     r"""Returns what a response commits to, as it is written: [] for nothing, several texts for joined boxes.
 
-    The thought is removed first. The answer is the content of the last closed \boxed{}, together with the boxes that are joined
-    to it by "and", "or" or commas only. Without a box, or with empty boxes only, it is the text after the last phrase such as
-    "answer is"; else the last number of the text. A hedge or a retraction takes the commitment back.
+    The block of reasoning is removed first. The answer is the content of the last closed \boxed{}, together with the boxes that
+    are joined to it by "and", "or" or commas only. Without a box, or with empty boxes only, it is the text after the last phrase
+    such as "answer is". Without such a phrase it is the last formula or word with a digit. A hedge or a retraction takes the
+    commitment back.
 
     Args:
         text: the response.
@@ -259,7 +260,7 @@ def _are_replaced(text: str, boxes: list[_Box]) -> bool:
 
 
 def _in_context(text: str, box: _Box) -> str:
-    r"""Returns the content of a box with a sign before it and a unit after it, as in ``-\\boxed{60}\\text{ m/s}``."""
+    r"""Returns the content of a box with a sign before it and a unit after it, as in ``-\boxed{60}\text{ m/s}``."""
     content = _innermost(box.content)
     if _SIGN_BEFORE.search(text[max(0, box.start - 40) : box.start]) and not content.startswith("-"):
         content = f"-{content}"
@@ -274,7 +275,7 @@ def _in_context(text: str, box: _Box) -> str:
 
 
 def _with_name(text: str, box: _Box) -> str:
-    """Returns the content of a box with the name before it, as in ``x = \boxed{3}``."""
+    r"""Returns the content of a box with the name before it, as in ``x = \boxed{3}``."""
     content = _innermost(box.content)
     named = None if "=" in content else _NAME_BEFORE.search(text[max(0, box.start - 40) : box.start])
     return f"{named[1]} = {content}" if named else content
@@ -329,7 +330,7 @@ def _display_math(rest: str) -> str | None:
 
 
 def _last_number(text: str) -> str | None:
-    """Returns the last formula or word with a digit, unless its sentence hedges or the text after it gives up."""
+    """Returns the last formula or word with a digit; None if its sentence hedges, or if the text after it withdraws it."""
     # A deque of length 1 keeps the last match without storing the others
     numbers = deque(_NUMBER.finditer(text), maxlen=1)
     if not numbers or not numbers[0].group().strip():
@@ -364,7 +365,7 @@ def _formula_around(text: str, number: re.Match[str]) -> str | None:
 
 
 def _word_around(text: str, number: re.Match[str]) -> tuple[int, int]:
-    """Returns start and end of the text without white space around a number: ``x=5``, ``sqrt(2)``, ``3:4``."""
+    """Returns start and end of the word around a number, up to the next white space: ``x=5``, ``sqrt(2)``, ``3:4``."""
     start, stop = number.start(), number.start() + len(number.group().rstrip())
     while start > 0 and not text[start - 1].isspace() and number.start() - start < _MAX_WORD_CHARS:
         start -= 1

@@ -256,7 +256,7 @@ def _data_starts(path: Path) -> dict[str, int]:
 
 
 def _open_shard(path: Path) -> Any:
-    # opened here first, because safe_open calls every file missing that it cannot open, and waits for ever at a FIFO
+    # opened here first, because safe_open reports every file that it cannot open as missing, and waits for ever at a FIFO
     try:
         kind = path.stat().st_mode
         if not stat.S_ISREG(kind):

@@ -196,7 +196,7 @@ def _pairs(value: Any, name: str) -> list[dict[str, str]]:
 
 
 class _ForeignPickle(FieldError):
-    """A pickle that would run code."""
+    """Raised for a pickle that would run code."""
 
 
 class _NoGlobals(pickle.Unpickler):

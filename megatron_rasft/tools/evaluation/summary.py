@@ -39,7 +39,7 @@ class Summary:
     accuracy_low: float
     """Lower bound of the 95 % bootstrap interval over problems."""
     accuracy_high: float
-    """Upper bound of the same interval."""
+    """Upper bound of the 95 % bootstrap interval over problems."""
     pass_at: dict[int, float] = field(default_factory=dict)
     """k -> pass@k."""
     majority_at: dict[int, float] = field(default_factory=dict)

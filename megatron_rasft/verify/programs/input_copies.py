@@ -75,7 +75,7 @@ def _inputs(call: ast.Call) -> set[str]:
 
 
 def _operands(node: ast.AST, names: set[str]) -> list[ast.expr]:
-    """Returns the values that an expression relates to each other, without plain names where it may compare these."""
+    """Returns the values that an expression relates to each other: sides of a comparison or operator, arguments of a call."""
     if isinstance(node, ast.Compare):
         return [node.left, *node.comparators]
     if isinstance(node, ast.BinOp):

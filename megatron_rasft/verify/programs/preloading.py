@@ -1,4 +1,4 @@
-"""Loads modules in the launcher, so that the processes of a check, which it forks, need not."""
+"""Loads modules in the launcher, so that the processes that it forks for a check need not load them."""
 
 import contextlib
 import importlib

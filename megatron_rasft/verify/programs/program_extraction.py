@@ -58,7 +58,7 @@ def extract_program(
     Without an entry point it is the block that defines most of ``names``, or, for a script, the last block that reads its
     input and does something. Blocks without a language count only if no block in Python does. If other blocks define
     functions, classes or imports that the block lacks, these are put before it. Without blocks it is the text itself.
-    A reasoning trace is ignored, because it holds attempts.
+    A block of reasoning is ignored, because it holds attempts.
 
     Args:
         text: the response.
@@ -90,7 +90,7 @@ def holds_program(text: str) -> bool:
 
 
 def without_thought(text: str) -> str:
-    """Returns what follows the reasoning trace of a response. A trace that is not closed is removed with all that follows."""
+    """Returns the text after the block of reasoning of a response. A block that is not closed is removed with all that follows."""
     ends = [end for end in _END_OF_THOUGHT.finditer(text) if not _is_quoted(text, end)]
     if ends:
         text = text[ends[-1].end() :]
@@ -101,7 +101,7 @@ def without_thought(text: str) -> str:
 
 
 def _is_quoted(text: str, tag: re.Match[str]) -> bool:
-    """Returns whether a tag stands in a string or pattern of a program instead of ending a reasoning trace."""
+    """Returns whether a tag stands in a string or pattern of a program instead of ending a block of reasoning."""
     line = text[: tag.start()].rpartition("\n")[2]
     after = text[tag.end() : tag.end() + 1]
     is_opened = line.endswith(('"', "'", "`")) and not line.endswith("```")

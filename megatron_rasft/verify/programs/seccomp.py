@@ -89,7 +89,7 @@ _SOCK_STREAM, _SOCK_FLAGS = 1, 0x80800  # SOCK_CLOEXEC and SOCK_NONBLOCK
 # MSG_PEEK, DONTWAIT, WAITALL, NOSIGNAL. MSG_OOB has had faults in the kernel by which a sandbox could be left
 _MESSAGE_FLAGS = 0x4142
 _SOCKET_OPTIONS = (3, 4, 30, 38, 39)  # SO_TYPE, ERROR, ACCEPTCONN, PROTOCOL, DOMAIN
-# F_DUPFD, GETFD, SETFD, GETFL, SETFL, DUPFD_CLOEXEC. Without owners, leases, notifications, seals and pipe sizes
+# F_DUPFD, GETFD, SETFD, GETFL, SETFL, DUPFD_CLOEXEC. Not those for owners, leases, notifications, seals and pipe sizes
 _FILE_CONTROLS = (0, 1, 2, 3, 4, 1030)
 _LOCK_CONTROLS = (5, 6)  # F_GETLK, SETLK: sqlite3 needs them for files
 _DEVICE_CONTROLS = (

@@ -389,7 +389,7 @@ class RemoteObject:
         return any(item is own or item == own for own in iter(self))  # type: ignore[call-overload]
 
     def __exit__(self, kind: Any = None, error: Any = None, trace: Any = None) -> bool:
-        # A failed assert of the tests is not for the program, which could suppress it
+        # The program is not given a failed assert of the tests, because it could suppress it
         is_failure = isinstance(error, AssertionError)
         details = (None, None, None) if is_failure else (kind, error, trace)
         is_handled = bool(_operate(self, "special", "exit", *details))

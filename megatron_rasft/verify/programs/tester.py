@@ -364,9 +364,10 @@ def _bind_names_of_program(tests: CodeTests, side: TesterSide) -> dict[str, Any]
 
 
 def _is_used_by_reading(name: str, value: Any, tests: CodeTests) -> bool:
-    """Returns whether tests that read this value of the program use the program: it has no operations to count.
+    """Returns whether tests that only read this value have used the program.
 
-    A value of a library, such as ``typing.List``, is not of the program, unless the program gives it as the entry point.
+    Uses of the program's objects are counted by their operations instead. A value of a library, such as ``typing.List``, does not
+    count, unless the program gives it as the entry point.
     """
     if isinstance(value, RemoteObject):
         return False

@@ -25,7 +25,7 @@ def test_a_tokenizer_that_gives_text_back_is_opened(folder: Path) -> None:
 
 
 def lose_spaces(tokenizer: dict[str, Any]) -> None:
-    """As transformers 5.10 loads byte-level tokenizers that name LlamaTokenizerFast."""
+    """Has the effect of transformers 5.10 on byte-level tokenizers that name LlamaTokenizerFast."""
     tokenizer["pre_tokenizer"] = {"type": "WhitespaceSplit"}
 
 

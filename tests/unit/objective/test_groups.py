@@ -50,7 +50,7 @@ def test_rewards_are_standardised(rewards: list[float], is_sample: bool) -> None
     "advantages", [grpo_advantages, lambda rewards: gft_advantages(rewards[1:], rewards[0])]
 )
 def test_advantages_divide_by_the_deviation_of_the_sample(advantages: Callable[..., GroupAdvantages]) -> None:
-    # Of 1, 0, 0, 0 the squares sum to 3/4, which K - 1 = 3 divides into (1/2)^2.
+    # The squared deviations of 1, 0, 0, 0 sum to 3/4. Divided by K - 1 = 3 they give the variance (1/2)^2.
     assert advantages([1.0, 0.0, 0.0, 0.0]).values == pytest.approx([1.5, -0.5, -0.5, -0.5], abs=1e-5)
     assert advantages([1.0]).values == (0.0,), "a single reward"
 

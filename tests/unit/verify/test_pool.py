@@ -22,7 +22,7 @@ REPOSITORY = Path(__file__).parents[3]
 
 @pytest.fixture(scope="module", autouse=True)
 def fork_server_with_the_real_grader() -> None:
-    """Starts this process's fork server with sympy loaded: with another grader first, every worker would load it."""
+    """Starts this process's fork server with sympy loaded. If a test with another grader started it, every worker would load sympy."""
     with VerifierPool(VerifyConfig(verify_num_workers=1)):
         pass
 

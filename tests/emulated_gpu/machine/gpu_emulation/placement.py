@@ -82,7 +82,7 @@ def _mark_new(result: Any, given: list[Tensor]) -> None:
 
 
 class _Places(TorchDispatchMode):
-    """Passes marks on to results, and refuses operations on tensors of both sides."""
+    """Marks the results of operations on GPU tensors, and refuses operations on tensors of both CPU and GPU."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
