@@ -144,6 +144,8 @@ class BatchFacts:
     num_samples: int
     num_tokens: int
     """Prompt and response tokens of all samples, without padding."""
+    num_counted: int
+    """Response tokens in the denominator of the loss (``SampleArrays.are_counted``). profit counts some of them only."""
     squared_tokens: int
     """Sum over samples of their squared number of tokens, to which attention's operations are proportional."""
     mean_weights: dict[str, float]
@@ -207,6 +209,7 @@ def _facts(batch: Batch) -> BatchFacts:
         num_problems=batch.num_problems,
         num_samples=len(lengths),
         num_tokens=int(lengths.sum()),
+        num_counted=int(batch.samples.response_lengths[batch.samples.are_counted].sum()),
         squared_tokens=int((lengths**2).sum()),
         mean_weights={
             kind: float(batch.samples.weights[of].mean()) for kind, of in kinds.items() if of.any()

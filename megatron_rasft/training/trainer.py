@@ -164,6 +164,7 @@ class Trainer:
         """Sets the hooks that Megatron's train() sets on the model's config."""
         args, config = self.args, get_model_config(self.model[0])
         config.grad_scale_func = self.optimizer.scale_loss
+        config.moe_grad_scale_func = self._scale_of_router_losses
         config.finalize_model_grads_func = self._finalize_gradients
         config.timers = None
         if args.overlap_grad_reduce:
@@ -174,8 +175,19 @@ class Trainer:
             config.param_sync_func = _one_or_list([m.start_param_sync for m in self.model])
         self._model_config = config
         self._gradients_at = 0.0
+        self._router_share = 1.0
         for chunk in self.model:
             chunk.train()
+
+    def _scale_of_router_losses(self) -> torch.Tensor:
+        """Returns the factor of the gradients of --moe-aux-loss-coeff and --moe-z-loss-coeff.
+
+        Megatron multiplies these losses by the tokens of a micro-batch and expects a denominator of all tokens of the step (router.py).
+        The denominator here counts response tokens, or those of demonstrations. Without this factor the losses would grow with
+        the length of prompts and rollouts.
+        """
+        loss_scale: torch.Tensor = self.optimizer.scale_loss(torch.ones(1, device=self.sampler.device))
+        return loss_scale * self._router_share
 
     def _finalize_gradients(self, *args: Any, **kwargs: Any) -> None:
         """Reduces the gradients, and records the time at which they are ready."""
@@ -254,6 +266,7 @@ class Trainer:
                 self.scales.set_from(lambda: batches)
         self._run_reference(batches)
         ready = time.monotonic()
+        self._router_share = facts.num_counted / self._count_computed(batches)
         metrics, is_skipped, grad_norm = self._update(batches)
         self._count_step(facts)
         updated = time.monotonic()
@@ -311,6 +324,11 @@ class Trainer:
         self.forward.ref_hidden = {}
         # The norm is None if the optimizer found an infinite gradient (MixedPrecisionOptimizer.step).
         return metrics, bool(skipped), float(grad_norm or 0.0)
+
+    def _count_computed(self, batches: list[MicroBatch]) -> int:
+        """Returns the number of tokens that all ranks compute in a step, with padding."""
+        in_replica = sum(batch.tokens.numel() for batch in batches) * self.args.context_parallel_size
+        return in_replica * parallel_state.get_data_parallel_world_size()
 
     def _count_step(self, facts: BatchFacts) -> None:
         args = self.args

@@ -294,10 +294,11 @@ def test_padded_samples_are_dealt_in_turn(num_samples: int, multiple: int, num_m
 
 def test_facts_count_tokens_and_average_weights_per_kind() -> None:
     samples = [lone_sample(2, 3), lone_sample(1, 1), a_sample(7)]
-    samples[1].weight = 4.0
+    samples[1].weight, samples[2].is_counted = 4.0, False
     facts = shard_batch(Batch(num_problems=5, samples=SampleArrays.of(samples)), a_layout())[0].facts
     assert (facts.num_problems, facts.num_samples, facts.num_tokens) == (5, 3, 5 + 2 + 7)
     assert facts.squared_tokens == 25 + 4 + 49
+    assert facts.num_counted == sum(len(s.response_ids) for s in samples[:2])
     assert facts.mean_weights == {"rollout": 2.5, "demonstration": 1.0}
 
 

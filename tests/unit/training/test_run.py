@@ -60,7 +60,12 @@ class TrainerOfNotes:
         self.iteration += 1
         self.notes.append(f"train {prepared}")
         facts = BatchFacts(
-            num_problems=prepared, num_samples=1, num_tokens=2, squared_tokens=4, mean_weights={}
+            num_problems=prepared,
+            num_samples=1,
+            num_tokens=2,
+            num_counted=1,
+            squared_tokens=4,
+            mean_weights={},
         )
         return StepResult(metrics={}, grad_norm=1.0, learning_rate=0.1, is_skipped=False, batch=facts)
 

@@ -19,6 +19,7 @@ def result_of(
         num_problems=2,
         num_samples=num_samples,
         num_tokens=100,
+        num_counted=60,
         squared_tokens=0,
         mean_weights=mean_weights or {},
     )

@@ -9,7 +9,7 @@ import torch
 
 from megatron_rasft.types import SamplingParams, TrainingSample
 from tests.forking import call_on_ranks
-from tests.tiny_policy import write_model
+from tests.tiny_policy import write_mixture, write_model
 
 
 def sample() -> TrainingSample:
@@ -104,3 +104,41 @@ def test_the_policy_is_sampled(notes: dict[str, Any]) -> None:
 
 def test_a_gradient_that_is_not_finite_ends_the_run(notes: dict[str, Any]) -> None:
     assert notes["diverged"] == 3
+
+
+def _balance_experts(rank: int, folder: str) -> None:
+    import pretrain_rasft
+    from tests.distributed.ranks_harness import trainer
+
+    pretrain_rasft.cpu_backend.enable()
+    pretrain_rasft.cpu_backend.use_cpu_fused_adam()
+    # The learning rate is too small to change a weight.
+    flags = "--objective sft --global-batch-size 1 --micro-batch-size 1 --lr 1e-30 --moe-token-dispatcher-type alltoall"
+    flags += " --rasft-batch-layout padded --moe-aux-loss-coeff 0.1"
+
+    def batch(num_prompt: int, are_counted: list[bool]) -> list[TrainingSample]:
+        """Samples with equal tokens and the weight 0: only the loss of the routers has a gradient."""
+        ids = [3, 9, 4, 7, 5, 8, 11, 6]
+        return [
+            TrainingSample(
+                problem_id="p",
+                kind="demonstration" if is_counted else "rollout",
+                prompt_ids=ids[:num_prompt],
+                response_ids=ids[num_prompt:],
+                weight=0.0,
+                is_counted=is_counted,
+            )
+            for is_counted in are_counted
+        ]
+
+    with trainer(Path(folder, "experts"), Path(folder, "none.jsonl"), flags.split()) as run:
+        shapes = [(4, [True]), (1, [True]), (7, [True]), (4, [True, True, True]), (4, [True, False, False])]
+        norms = [run.step(batch(*shape), 1).grad_norm for shape in shapes]
+    Path(folder, "norms.json").write_text(json.dumps(norms))
+
+
+def test_the_loss_of_routers_does_not_depend_on_the_denominator(tmp_path: Path) -> None:
+    write_mixture(tmp_path / "experts", write_model(tmp_path / "model"))
+    call_on_ranks(_balance_experts, tmp_path, 1)
+    norms = json.loads((tmp_path / "norms.json").read_text())
+    assert norms[0] > 1e-4 and norms == pytest.approx([norms[0]] * 5, rel=1e-4)
