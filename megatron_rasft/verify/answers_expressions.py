@@ -76,14 +76,6 @@ class _OddRoot(sympy.Function):
     """The real root of odd degree, as in the cube root of -8, which is -2. Arguments: base, numerator, odd denominator."""
 
 
-def expressions_equal(gold: str, answer: str) -> bool | None:
-    """Compares two expressions in tidy LaTeX. Returns None if one of them cannot be read or evaluated."""
-    x, y = parse_expression(gold), parse_expression(answer)
-    if x is None or y is None:
-        return None
-    return values_equal(x, y)
-
-
 def values_equal(x: Any, y: Any) -> bool | None:
     """Compares two parsed expressions or matrices. Returns None if they cannot be evaluated."""
     if isinstance(x, MatrixBase) or isinstance(y, MatrixBase):

@@ -5,6 +5,7 @@ linear time, because they run on text that a model wrote.
 """
 
 import re
+from bisect import bisect_right
 from collections import deque
 from typing import NamedTuple
 
@@ -67,10 +68,30 @@ _RETRACTION = re.compile(
     re.IGNORECASE,
 )
 _OTHER_SENTENCE = re.compile(r"[.!\s]{1,9}(?:or|maybe|perhaps|possibly)\b", re.IGNORECASE)
-# The box is a part of a formula, as in \\boxed{10}^2
-_CONTINUED = re.compile(r"\s{0,3}(?:\^(?!\s{0,3}\{?\s{0,3}\\circ)|\\(?:times|cdot)(?![A-Za-z]))")
+# The box is a part of a formula, as in \boxed{10}^2 or \boxed{10}\sqrt{2}
+_CONTINUED = re.compile(
+    r"(?:\s|\\[,;:!]){0,3}(?:\^(?!\s{0,3}\{?\s{0,3}\\circ)|\\(?:times|cdot|div|pm|sqrt|[dt]?frac)(?![A-Za-z])"
+    r"|\+\s{0,3}[\w\\(]|\*\s{0,3}[\d(]|/\s{0,3}(?:\d|\(|\\[dts]))"
+)
+# These signs also occur in prose after a box, so they count between dollar signs only. A letter does not count: in \boxed{10}x^2
+# the coefficient is the answer
+_CONTINUED_FORMULA = re.compile(r"(?:\s|\\[,;:!]){0,3}(?:!|[+*/\-]|\(\s{0,3}[A-Za-z\d])")
+_ARGUMENTS = r"\s{0,3}\{[^{}]{1,40}\}"
+_FACTOR_BEFORE = re.compile(
+    rf"(?:(?<![\w.])\d(?:[\d.,]{{0,20}}\d)?|(?<![A-Za-z\\])[A-Za-z]|\\pi|\\[dt]?frac{_ARGUMENTS}{_ARGUMENTS}|\\sqrt{_ARGUMENTS}"
+    r"|\\(?:times|cdot|div|pm)|[+/^]|(?<!\*)\*|[\w)}]\s{0,3}-|\\sqrt\s{0,3}\{|\\[dt]?frac\s{0,3}\{|[\^_]\s{0,3}\{|\}\s{0,3}\{)"
+    r"(?:[ \t]|\\[,;:!])*\Z"
+)
+_GLUED_FACTOR_BEFORE = re.compile(r"(?:(?<![\w.,$)])\d+(?:\.\d+)?|[\d)]\s{0,3}[*/×^][ \t]{0,3})\Z")
+_COMMANDS = re.compile(r"\\(?:text|mathrm|mbox)\s{0,3}\{[^{}]*\}|\\[A-Za-z]+")
+_PROSE = re.compile(r"[A-Za-z]{3}")
+_COORDINATES = r"[-\d./]{1,12}(?:\s{0,3},\s{0,3}[-\d./]{1,12})*"
+_COORDINATES_BEFORE = re.compile(rf"\(\s{{0,3}}{_COORDINATES}\s{{0,3}},\s{{0,3}}\Z")
+_COORDINATES_AFTER = re.compile(rf"\s{{0,3}},\s{{0,3}}{_COORDINATES}\s{{0,3}}(?:\\right\s{{0,3}})?\)")
 _DENIED = re.compile(
-    r"[\s$)]*(?:is|are|was|were) (?:wrong|incorrect|not (?:the |a )?(?:right|correct|valid|(?:final )?answer|solution))\b",
+    r"[\s$)]*(?:(?:is|are|was|were)(?:n't| not)?|does(?:n't| not)|cannot|can't|then(?: it)?|which|but(?: it)?)*\b\s?(?:"
+    r"(?<=is |as )(?:wrong|incorrect|impossible|(?:only |just )?(?:an? )?(?:upper|lower) bound|(?:only |just )?a guess)\b"
+    r"|(?<=not |n't )(?:the |a )?(?:right|correct|valid|(?:final )?answer|solution|possible|work|satisfy|fit|be)\b|fails\b)",
     re.IGNORECASE,
 )
 _DOUBT_BEFORE = re.compile(
@@ -78,7 +99,9 @@ _DOUBT_BEFORE = re.compile(
     re.IGNORECASE,
 )
 _LATER_ANSWER = re.compile(
-    r"^\W{0,10}(?:the |final |my |correct )*answer\s{0,3}(?:is|:)|\bthe (?:final |correct )?answer (?:is|should be)\b",
+    r"^\W{0,10}(?:the |final |my |correct )*answer\s{0,3}(?:is|:)|\bthe (?:final |correct )?answer (?:is|should be)\b"
+    r"|\b(?:it|this|that)(?:'s| is) (?:actually|really|rather)(?=\W{1,6}\d)"
+    r"|\b(?:it|this|that) (?:actually )?(?:should|must|has to) be(?=\W{1,6}\d)",
     re.IGNORECASE | re.MULTILINE,
 )
 _DOUBTED_PHRASE = re.compile(
@@ -86,6 +109,12 @@ _DOUBTED_PHRASE = re.compile(
 )
 _OPTION_IS_RIGHT = re.compile(
     r"\b(?:option|choice|statement)\s+\(?([A-J])\)?\s+is\s+(?:the\s+)?(?:correct|right|true)\b", re.IGNORECASE
+)
+# (a), part 2:, case 3. A number alone also numbers the steps of a solution, so it must stand directly before the box
+_PART_LABEL = re.compile(
+    r"(?:\b(?:part|case|question|problem)\s{0,3}\(?(?P<named>[a-h1-9]|i{1,3}|iv|v)\)?(?=[\s:.,)])|(?<![\w)])\(?(?P<letter>[a-h]|i{1,3}|iv|v)\)\s"
+    r"|(?m:^)\s{0,9}\(?(?P<number>[1-9])[.)]\s{0,3}(?=[$\\]))",
+    re.IGNORECASE,
 )
 _REPLACED = re.compile(
     r"\b(?:but|however|instead|no|not|wrong|check(?:ing)?|mistake|guess|try|correct(?:ed|ion)?|first i|then i)\b",
@@ -95,6 +124,14 @@ _NEGATION = re.compile(
     r"\b(?:not|n't|never|cannot|can't|isn't|wasn't|doesn't|don't|couldn't|unable|wrong|incorrect|fail(?:s|ed)?|no (?:idea|answer))\b",
     re.IGNORECASE,
 )
+# Anywhere in the reply. "We cannot factor it" is a step of a solution, so the subject must be the writer
+_GIVES_UP = re.compile(
+    r"\b(?:I|we)\s(?:(?:really |just |still )?(?:do not|don't|cannot|can't|could not|couldn't|can not)\s(?:really |yet )?"
+    r"(?:know|solve|answer|determine|find the (?:answer|solution)|figure)|have no (?:idea|answer|clue))"
+    r"|\bI(?:'m| am)\s(?:not sure|unsure|not certain|unable|not able|stuck)|\bnot enough information|\bcannot be (?:determined|solved)"
+    r"|\b(?:I|we) (?:give up|am unable)|不知道|无法(?:确定|求|解)",
+    re.IGNORECASE,
+)
 _CHANGES_NUMBER = re.compile(
     r"\s*(?:hundred|thousand|million|billion|trillion|dozens?|score|percent|half|halves|thirds?|quarters?|[a-z]+ths?|fifths?"
     r"|squared|cubed|factorial|negative|minus|plus|times|divided|over|less|fewer|more than|and a|too|to the)\b",
@@ -102,6 +139,11 @@ _CHANGES_NUMBER = re.compile(
 )
 _FORMULA = re.compile(r"\$([^$\n]{1,300})\$|\\\((.{1,300}?)\\\)")
 _OPERATOR_BEFORE = re.compile(r"[+*/×÷·^<>≤≥]\s*$|(?<=\s)[-−–x]\s+$")
+_BOUND_BEFORE = re.compile(
+    r"\b(?:(?:more|less|fewer|greater|larger|smaller|higher|lower|other) than|at (?:least|most)|up to|not|about|around|roughly"
+    r"|nearly|almost|approximately|between)\s+$",
+    re.IGNORECASE,
+)
 _MAX_WORD_CHARS = 60
 _UNIT_AFTER_BOX = re.compile(
     r"(?:\s|\\[,;: ]|~)*(\\(?:text|mathrm|mbox|rm)\s*\{[^{}]{1,60}\}(?:\s*\^\s*\{?-?\d\}?)?|\^\s*\{?\s*\\circ\s*\}?|°|\\?%)"
@@ -221,13 +263,15 @@ def _from_boxes(text: str, boxes: list[_Box], num_values: int) -> list[str]:
     if (
         _RETRACTION.search(tail)
         or _DENIED.match(tail)
-        or _CONTINUED.match(tail)
+        or _is_part_of_formula(text, boxes[-1])
         or _DOUBT_BEFORE.search(before)
     ):
         return []
     joined = _joined_boxes(text, boxes)
     if len(joined) == 1 and len(boxes) == num_values > 1 and not _are_replaced(text, boxes):
         joined = boxes
+    if len(joined) == 1 and len(boxes) > 1:
+        joined = _boxes_of_parts(text, boxes) or joined
     contents = [_with_name(text, box) if len(joined) > 1 else _in_context(text, box) for box in joined]
     alternative = _HEDGE_AFTER_BOX.match(tail)
     if alternative:
@@ -242,12 +286,52 @@ def _from_boxes(text: str, boxes: list[_Box], num_values: int) -> list[str]:
     return list(dict.fromkeys(contents))
 
 
+def _is_part_of_formula(text: str, box: _Box) -> bool:
+    r"""Returns whether a box has a factor, an operator or other coordinates beside it, as in ``2\boxed{10}`` or ``\boxed{10}/3``."""
+    before, tail = text[max(0, box.start - 100) : box.start], text[box.end : box.end + 100]
+    if _CONTINUED.match(tail) or _COORDINATES_BEFORE.search(before):
+        return True
+    if before.rstrip().endswith("(") and _COORDINATES_AFTER.match(tail):
+        return True
+    if not _is_in_formula(text, box.start):
+        return bool(_GLUED_FACTOR_BEFORE.search(before))
+    return bool(_CONTINUED_FORMULA.match(tail) or _FACTOR_BEFORE.search(before))
+
+
+def _is_in_formula(text: str, position: int) -> bool:
+    r"""Returns whether a position is between dollar signs, ``\( \)`` or ``\[ \]``."""
+    before = text[max(0, text.rfind("\n\n", 0, position)) : position].replace("\\$", "")
+    brackets = max(before.rfind(r"\("), before.rfind(r"\["))
+    is_open = brackets > max(before.rfind(r"\)"), before.rfind(r"\]"))
+    before = before.replace("$$", "$")
+    # Words after the last dollar sign show that it means the currency
+    is_prose = _PROSE.search(_COMMANDS.sub("", before[before.rfind("$") + 1 :]))
+    return is_open or (before.count("$") % 2 == 1 and not is_prose)
+
+
 def _joined_boxes(text: str, boxes: list[_Box]) -> list[_Box]:
     """Returns the last box and those before it that are joined to it by connecting words only."""
     first = len(boxes) - 1
     while first > 0 and _is_join(text[boxes[first - 1].end : boxes[first].start]):
         first -= 1
     return boxes[first:]
+
+
+def _boxes_of_parts(text: str, boxes: list[_Box]) -> list[_Box]:
+    r"""Returns the last box of every labelled part if the last box belongs to another part than the first, else [].
+
+    An example is ``(a) \\boxed{3} (b) \\boxed{5}``.
+    """
+    labels = list(_PART_LABEL.finditer(text, 0, boxes[-1].start + 1))
+    ends = [label.end() for label in labels]
+    parts: dict[str, _Box] = {}
+    for box in boxes:
+        num_before = bisect_right(ends, box.start)
+        label = labels[num_before - 1] if num_before else None
+        if label and not (label["number"] and text[label.end() : box.start].strip("$ \\([")):
+            parts[label.group().strip().lower()] = box
+    is_last_labelled = bool(parts) and boxes[-1] in parts.values()
+    return list(parts.values()) if is_last_labelled and len(parts) > 1 else []
 
 
 def _is_join(between: str) -> bool:
@@ -335,6 +419,8 @@ def _last_number(text: str) -> str | None:
     numbers = deque(_NUMBER.finditer(text), maxlen=1)
     if not numbers or not numbers[0].group().strip():
         return None
+    if _GIVES_UP.search(text.replace("’", "'")):
+        return None
     number = numbers[0]
     starts = deque((m.end() for m in _SENTENCE_END.finditer(text, 0, number.start())), maxlen=1)
     sentence_start = max(starts[0] if starts else 0, text.rfind("\n", 0, number.start()) + 1)
@@ -348,7 +434,8 @@ def _last_number(text: str) -> str | None:
     if formula is not None:
         return formula
     start, stop = _word_around(text, number)
-    if _CHANGES_NUMBER.match(text, stop) or _OPERATOR_BEFORE.search(text[max(0, start - 40) : start]):
+    before = text[max(0, start - 40) : start]
+    if _CHANGES_NUMBER.match(text, stop) or _OPERATOR_BEFORE.search(before) or _BOUND_BEFORE.search(before):
         return None
     return text[start:stop].strip(_EDGES.rstrip("$") + ".,;!") or None
 

@@ -111,7 +111,8 @@ def _squeezed(text: str) -> str:
     ``{2}`` becomes 2. It keeps the braces of ``^{10}``, because ``^10`` is another power, and the space in 3 1/2.
     """
     text = re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", text)
-    return re.sub(r"(?<!\\)\{([^{}\\])\}", r"\1", text).rstrip(".")
+    text = re.sub(r"(?<!\\)\{([^{}\\])\}", r"\1", text)
+    return re.sub(r"(?<!\.)\.\Z", "", text)
 
 
 def _options(gold: str) -> set[str] | None:

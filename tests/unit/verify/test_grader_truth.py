@@ -35,6 +35,8 @@ PARTIAL_GOLD_ANSWERS = {
     "math/train/precalculus/1089",
     "math/train/precalculus/1149",
 }
+# Rows of MATH whose box is a factor or the last digits of a number. They ask for the box, but a response does not tell so
+BOXES_WITHIN_FORMULAS = {"math/train/number_theory/1258", "math/train/number_theory/7122"}
 # A time of day with 24 hours and with 12
 UNREAD_TIMES = {"math/train/number_theory/837"}
 
@@ -124,4 +126,6 @@ def test_every_demonstration_grades_correct(name: str, num_without_gold: int) ->
     missed = {row: reason for row, (verdict, reason) in reasons.items() if verdict != "correct"}
     assert Counter(missed.values())["no gold answer"] == num_without_gold
     others = {row for row, reason in missed.items() if reason != "no gold answer"}
-    assert others == (PARTIAL_GOLD_ANSWERS | UNREAD_TIMES if name == "math_train" else set())
+    assert others == (
+        PARTIAL_GOLD_ANSWERS | BOXES_WITHIN_FORMULAS | UNREAD_TIMES if name == "math_train" else set()
+    )

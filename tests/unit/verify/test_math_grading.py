@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_rasft.verify.math_extraction import closed_boxes, extract_answer
+from megatron_rasft.verify.math_extraction import closed_boxes, extract_answer, extract_answers
 from megatron_rasft.verify.math_grading import grade_answer
 
 DATA = Path(__file__).parents[4] / "shared" / "data"
@@ -266,6 +266,113 @@ def test_there_are_enough_pairs() -> None:
 )
 def test_answer_is_found(text: str, answer: str | None) -> None:
     assert extract_answer(text) == answer
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(
+            "$2\\boxed{10}$",
+            "$x\\boxed{10}$",
+            "$2 \\cdot \\boxed{10}$",
+            "$\\frac{1}{2}\\boxed{10}$",
+            "$5 + \\boxed{10}$",
+        ),
+        *(
+            "2\\boxed{10}",
+            "$\\sqrt{\\boxed{10}}$",
+            "$\\frac{\\boxed{10}}{3}$",
+            "$2^{\\boxed{10}}$",
+            "$\\boxed{10}+5$",
+        ),
+        *(
+            "\\(3 - \\boxed{10}\\)",
+            "$\\boxed{10}/5$",
+            "$\\boxed{10}\\sqrt{2}$",
+            "$\\boxed{10}!$",
+            "$(\\boxed{10}, 3)$",
+        ),
+        *(
+            "$\\boxed{10} \\pm 1$",
+            "$(3, \\boxed{10})$",
+            "\\boxed{10} is only an upper bound.",
+            "\\boxed{10} then it fails.",
+        ),
+        *("$\\boxed{10}$ does not work.", "$\\boxed{10}$ isn't right."),
+    ],
+)
+def test_box_within_a_formula_or_denied_is_no_answer(text: str) -> None:
+    assert extract_answer(text) is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(
+            "It costs $5 each, so the total is **\\boxed{10}**",
+            "It costs $5 each: \\boxed{10}!",
+            "*\\boxed{10}* is it",
+        ),
+        *(
+            "$$5+5 = 10\n\\boxed{10}$$",
+            "\\[ 5 + 5 = 10 \\\\ \\boxed{10} \\]",
+            "$x = 10$ \\boxed{10}",
+            "$\\text{so }\\boxed{10}$",
+        ),
+        *(
+            "The term is $\\boxed{10}x^3$.",
+            "$\\boxed{10}\\pi$",
+            "$\\Rightarrow\\boxed{10}$",
+            "$n = \\boxed{10}$ (using $a = 5$)",
+        ),
+        *(
+            "\\boxed{10} is the answer, not 8.",
+            "\\boxed{10} - as claimed",
+            "\\boxed{10}. It should be noted that 3 is prime.",
+        ),
+    ],
+)
+def test_box_beside_prose_is_an_answer(text: str) -> None:
+    assert extract_answer(text) == "10"
+
+
+@pytest.mark.parametrize(
+    ("text", "answers"),
+    [
+        ("(a) $\\boxed{3}$ (b) $\\boxed{5}$", ["3", "5"]),
+        ("Part (i): x is \\boxed{3}. Part (ii): x is \\boxed{5}.", ["3", "5"]),
+        ("1. $\\boxed{3}$\n2. $\\boxed{5}$", ["3", "5"]),
+        ("Case 1: then \\boxed{3}. Case 2: then \\boxed{5}.", ["3", "5"]),
+        ("1. We add to get \\boxed{3}.\n2. We double to get \\boxed{5}.", ["5"]),
+        ("(a) We get 3. (b) \\boxed{5}", ["5"]),
+        ("\\boxed{5}. Hmm, it should be 6.", ["5", "6"]),
+        ("\\boxed{5}. It's actually 6.", ["5", "6"]),
+    ],
+)
+def test_boxes_of_labelled_parts_and_later_values_all_count(text: str, answers: list[str]) -> None:
+    assert extract_answers(text) == answers
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("I do not know the answer. The train travels for 3 hours.", None),
+        ("I'm not sure how to solve this. We have 3 apples.", None),
+        ("Sorry, we can’t determine it. There were 3 apples.", None),
+        ("There is not enough information; it has 3 cars.", None),
+        ("So we need more than 3", None),
+        ("It is about 3", None),
+        ("We cannot factor it. So x = 3", "3"),
+        ("I don't need the first. It has 3.", "3"),
+    ],
+)
+def test_number_of_a_reply_that_gives_up_is_no_answer(text: str, answer: str | None) -> None:
+    assert extract_answer(text) == answer
+
+
+@pytest.mark.parametrize("answer", ["7...", "7.."])
+def test_dots_that_leave_a_number_open_are_part_of_it(answer: str) -> None:
+    assert grade_answer(f"\\boxed{{{answer}}}", "7")[0] != "correct"
 
 
 def test_boxes_are_the_outermost_closed_ones() -> None:
