@@ -326,7 +326,7 @@ def _add_flags(command: argparse.ArgumentParser) -> None:
         "--input",
         required=True,
         metavar="DIR",
-        help="Folder to convert. Of a run's --save folder, the newest checkpoint is converted.",
+        help="Folder to convert. If it is a run's --save folder, its newest checkpoint is converted.",
     )
     add("--output", required=True, metavar="DIR", help="Folder to write. It exists only when it is complete.")
     add("--dtype", choices=list(_DTYPES), help="Type of all weights (default: each weight keeps its type).")

@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None, open_engine: OpenEngine | None = None) -
 
 
 def _run_command(args: argparse.Namespace, rest: list[str]) -> int:
-    """Runs the command. Of several ranks that fail with the same error, one on each node prints it, as in a training run."""
+    """Runs the command. If several ranks fail with the same error, one on each node prints it, as in a training run."""
     try:
         args.command(args, rest)
     except (ValueError, RasftError, OSError) as error:

@@ -133,7 +133,7 @@ class Chain:
         """Returns the value after each step.
 
         Args:
-            rng: draws the errors; None for none.
+            rng: draws the errors; None: there are no errors.
             noise: probability that a step has a random result.
             is_new_random: the new operation always has a random result.
         """

@@ -6,7 +6,8 @@ run.py --output DIR --split dev --worlds development     for looking for better 
 run.py --output DIR --tables-only
 
 A training runs pretrain_rasft.py, an evaluation tools/evaluate.py, as examples/benchmark_reproduction describes. After an
-interruption the same command continues. Base models that do not exist are pre-trained first, five minutes each. DIR/results.md holds the tables, DIR/results.png the plot.
+interruption the same command continues. Base models that do not exist are pre-trained first, five minutes each.
+DIR/results.md holds the tables, DIR/results.png the plot.
 """
 
 import argparse

@@ -42,7 +42,8 @@ class OutputWeight(Protocol):
     def add_gradient(self, logits_grad: Tensor, hidden: Tensor, *, is_whole: bool) -> None:
         """Adds ``logits_grad.T @ hidden`` of one chunk, [c, v/tp] and [c, h], in fp32.
 
-        ``is_whole``: whether it is the only chunk.
+        Args:
+            is_whole: whether this is the only chunk.
         """
         ...
 

@@ -95,7 +95,7 @@ class ServerSession:
         self._sent_format: WireFormat | None = None
         """Format of the last successful sync."""
         self._syncs_since_proof: int | None = None
-        """None if the next sync must be proven."""
+        """Successful syncs since the last proof that the weights arrived; None if the next sync must have one."""
 
     def prepare(self, urls: Sequence[str], report: SyncReport) -> Attempt:
         """Pauses the servers, opens their update sessions and decides what all ranks do.

@@ -1,4 +1,4 @@
-"""Joins the other packages to Megatron. Of the packages that a run uses, only this one imports megatron.training."""
+"""Joins the other packages to Megatron. No other package that a run uses imports megatron.training."""
 
 import warnings
 

@@ -702,8 +702,8 @@ def _angles_match(
 def _percents_match(gold: Scalar, answer: Scalar, rel_tolerance: float) -> bool | None:
     """Compares where a percent sign is on one side or both.
 
-    With a sign on one side only, 25% equals 1/4. It also equals 25, as a sign that was left out, if the number is above 1: 0.5
-    is no other way to write 0.5%.
+    With a sign on one side only, 25% equals 1/4. If the number before the sign is above 1,
+    25% also equals 25, because the answer may have left out the sign. But 0.5% does not equal 0.5.
     """
     x, y = (value.value if isinstance(value, Percent) else value for value in (gold, answer))
     if isinstance(x, Quantity) or isinstance(y, Quantity):

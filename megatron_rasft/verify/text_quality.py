@@ -135,7 +135,7 @@ def breaks_format(text: str, config: VerifyConfig) -> bool:
 def _last_box(text: str) -> str | None:
     r"""Returns the content of the last \boxed{, or None if there is none or it is not closed.
 
-    Braces are counted as the published script counts them: a brace after a backslash counts too, and \fbox is no box.
+    Braces are counted as the published script counts them: a brace after a backslash counts too, and \fbox does not count as a box.
     """
     _, box, rest = text.rpartition(_BOX)
     depth = 1

@@ -154,7 +154,7 @@ def violations(root: Path) -> list[str]:
             found.append(f"{where}:1: {home}/ is an unknown package: enter it in {Path(__file__).name}")
             continue
         if len(parts) == 1 and home not in TOP_LEVEL and home != "__init__":
-            found.append(f"{where}:1: {home}.py is no shared module: it belongs in a package")
+            found.append(f"{where}:1: {home}.py is not a shared module: move it into a package")
         if VAGUE_NAMES & set(parts):
             found.append(f"{where}:1: {path.stem} is a vague name: name the module for its content")
         is_package = parts[-1] == "__init__"
@@ -258,7 +258,7 @@ def test_allowed_imports_pass(tmp_path: Path, file: str, line: str) -> None:
         ("rollout/client.py", "import sglang.srt", "never imported"),
         ("utils/strings.py", "x = 1", "is an unknown package"),
         ("data/helpers.py", "x = 1", "is a vague name"),
-        ("loop.py", "x = 1", "no shared module"),
+        ("loop.py", "x = 1", "not a shared module"),
     ],
 )
 def test_each_broken_rule_is_found(tmp_path: Path, file: str, line: str, why: str) -> None:

@@ -77,7 +77,8 @@ def _import(name: str) -> None:
 def _standard_library() -> Iterator[str]:
     """Yields the names of all modules of the standard library that a program may use, with their submodules.
 
-    Import each name before you ask for the next one, because only a loaded package can be searched for submodules. Python imports some of them on first use: ``datetime.strptime`` needs ``_strptime``, an encoding its codec.
+    Import each name before you ask for the next one, because only a loaded package can be searched for submodules. Python
+    imports some of them on first use: ``datetime.strptime`` needs ``_strptime``, an encoding its codec.
     """
     for name in sorted(sys.stdlib_module_names - _NOT_LOADED):
         yield name

@@ -1,4 +1,4 @@
-"""The worlds: solutions are right, texts are in the vocabulary, files share no problem."""
+"""The worlds: solutions are right, texts are in the vocabulary, and no problem is in two files."""
 
 import json
 import random

@@ -30,7 +30,7 @@ def test_published_weighting_brings_its_sampling_unless_a_flag_says_otherwise(pa
     )
     published = ("--rasft-weighting", "published")
     assert [getattr(parse(*published), name) for name in names] == [3, 0.9, 0.95, 1.1]
-    # Also a flag with the value that is the default without the preset.
+    # A flag counts as given also if its value is the default of runs without the preset.
     given = parse(*published, "--rollout-temperature", "1.0", "--rollout-num-samples", "4")
     assert [getattr(given, name) for name in names] == [4, 1.0, 0.95, 1.1]
     other = parse(*published, "--objective", "dft")

@@ -264,7 +264,11 @@ def test_max_seqlen_is_the_longest_distance_of_the_bounds(
         ({"width_slack": 0.5}, 7, 8),  # in steps of 2, the largest power of two that is at most half of 7
         ({"width_slack": 0.5}, 9, 12),  # in steps of 4
         ({"width_slack": 0.25}, 33, 40),  # in steps of 8
-        ({"width_slack": 0.8}, 10, 16),  # in steps of 8, exactly the slack of 0.8 * 10
+        (
+            {"width_slack": 0.8},
+            10,
+            16,
+        ),  # in steps of 8, the largest power of two that is at most 0.8 * 10 = 8
         ({"width_slack": 0.25, "token_multiple": 2}, 33, 40),  # 17 units of 2, in steps of 4
         ({"width_slack": 0.9}, 61, 64),  # at most the token budget, 2 * 32
         ({"width_slack": 0.9, "is_packed": False}, 31, 32),  # at most the length of one sample

@@ -1,7 +1,7 @@
 """Checks the list of pairs: a gold answer and a whole response, in the forms that language models write.
 
 `test_grading_kinds.py` grades them. They were written and labelled without a look at the grader. The labels follow
-these rules: a response commits to one final answer, and a box after the thought comes first. Values are exact. Units are
+these rules: a response commits to one final answer, and a box after the reasoning comes first. Values are exact. Units are
 compared where the gold answer has one. Names bind, so "y=1, x=2" is the point (2, 1).
 """
 

@@ -54,7 +54,7 @@ def test_filter_refuses_truncation_where_landlock_cannot(tmp_path: Path) -> None
     assert [p.read_text() for p in sorted(tmp_path.iterdir())] == ["x", "x"]
 
 
-# Every call number, known or not, of which the level with the most rights does not allow any form. Arguments of 0 would
+# Every call number, known or not, whose call even the level with the most rights never allows. Arguments of 0 would
 # make most of them fail anyway, but with other errors: those of the filter are EPERM and, for new calls, ENOSYS
 ALL_NUMBERS = """
 import ctypes, errno, sys
