@@ -133,7 +133,7 @@ def breaks_format(text: str, config: VerifyConfig) -> bool:
 
 
 def _last_box(text: str) -> str | None:
-    r"""Returns the content of the last \boxed{, or None if there is none or it is not closed.
+    r"""Returns the content of the last \boxed{ without white space around it, or None if there is none or it is not closed.
 
     Braces are counted as the published script counts them: a brace after a backslash counts too, and \fbox does not count as a box.
     """
@@ -142,7 +142,7 @@ def _last_box(text: str) -> str | None:
     for brace in re.finditer("[{}]", rest if box else ""):
         depth += 1 if brace.group() == "{" else -1
         if depth == 0:
-            return rest[: brace.start()]
+            return rest[: brace.start()].strip()
     return None
 
 

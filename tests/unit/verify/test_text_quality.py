@@ -70,6 +70,8 @@ def test_good_text_passes_every_filter() -> None:
         ("shortcut", "So x + x = 8, and therefore x = 4. \\boxed{4}"),
         ("shortcut", "We have x + x = 8, and therefore x = 4, which is the second of the options that the problem "
                      "gives us to choose from: \\boxed{$B$}"),
+        ("shortcut", "We have x + x = 8, and therefore x = 4, which is the second of the options that the problem "
+                     "gives us to choose from: \\boxed{\u00a0.B!\r}"),
         ("format", "Nothing here reasons about anything at all, it merely talks on and on about apples and pears."),
         ("format", GOOD.replace("\\boxed{9}", "\\boxed{9")),
     ],
