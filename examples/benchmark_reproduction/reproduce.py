@@ -62,7 +62,7 @@ class Setting:
     evaluate: dict[str, Any]
     """Flags of all evaluations."""
     greedy: dict[str, Any] = field(default_factory=dict)
-    """Other flags of a second evaluation. Empty: there is none."""
+    """Other flags of a second evaluation. If empty, there is no second evaluation."""
     prepare: list[list[str]] = field(default_factory=list)
     """Commands that make the model and the data. Every call runs them first, so they must return quickly if the files exist."""
     methods: list[str] = field(default_factory=lambda: list(METHODS))

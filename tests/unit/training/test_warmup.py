@@ -89,5 +89,5 @@ def test_an_initial_rate_of_the_user_leaves_megatrons_schedule(init: float) -> N
 
 def test_a_warm_up_that_ends_within_a_step_stays_within_its_rate() -> None:
     scheduler = schedule(1)
-    scheduler.lr_warmup_steps = 12  # samples: a step and a half
+    scheduler.lr_warmup_steps = 12  # 12 samples are one and a half steps
     assert rates(scheduler, num_steps=2) == pytest.approx([LR * 8 / 12, LR])
