@@ -26,7 +26,7 @@ RUN_BY = {
     "make quickstart ARGS=--compare": "test_quickstart_compares_objectives",
     "make test": "continuous integration, which is this command",
     "make venv": "make test",
-    "make mutants": "CONTRIBUTING.md says that it is a nightly run of hours",
+    "make mutants": "it takes ten minutes, and runs every night",
     "make PYTHON=/path/to/python3.12 ...": "test_interpreter_that_is_too_old_is_refused",
     "pip install --no-build-isolation -e '.[te]'": "test_extras_that_the_documents_name_exist",
     ".venv/bin/pytest -m gpu": "test_tests_that_continuous_integration_cannot_run_are_collected",

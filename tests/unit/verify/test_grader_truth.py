@@ -35,7 +35,8 @@ PARTIAL_GOLD_ANSWERS = {
     "math/train/precalculus/1089",
     "math/train/precalculus/1149",
 }
-# Rows of MATH whose box is a factor or the last digits of a number. The problem asks for the box only, but the response does not show this
+# Rows of MATH whose box is a factor or the last digits of a number. The problem asks for the box only, but the response does
+# not show this
 BOXES_WITHIN_FORMULAS = {"math/train/number_theory/1258", "math/train/number_theory/7122"}
 # A time of day with 24 hours and with 12
 UNREAD_TIMES = {"math/train/number_theory/837"}

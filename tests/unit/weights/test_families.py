@@ -36,7 +36,10 @@ def shape(heads: int = 4, groups: int = 2, tied: bool = False, **more: int) -> M
 
 
 def table_of(architecture: str, sizes: ModelShape) -> NameTable:
-    """Returns a table of families.py, executed again: mutmut changes functions after the first import, which has called those of FAMILIES."""
+    """Returns a table of families.py, executed again.
+
+    mutmut changes functions after the first import, which has already called those of FAMILIES.
+    """
     spec = importlib.util.spec_from_file_location(families.__name__, families.__file__)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
