@@ -491,7 +491,7 @@ def _in_order(gold: Sequence[Value], answer: Sequence[Value], rel_tolerance: flo
 
 
 def _same_sets(gold: Sequence[Value], answer: Sequence[Value], rel_tolerance: float) -> bool | None:
-    """Compares sets: an item may be written twice."""
+    """Compares sets. Repeated items count once."""
     return _same_items(_distinct(gold), _distinct(answer), rel_tolerance)
 
 

@@ -18,7 +18,7 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 def describe_overflow(source: Tensor, made: torch.dtype) -> str:
-    """Describes why a finite tensor is not finite as another type."""
+    """Describes why a finite tensor overflows as another type."""
     largest = max(abs(float(extreme)) for extreme in torch.aminmax(source))
     name = str(made).removeprefix("torch.")
     return f"has values up to {largest:.3g}, but the largest value of {name} is {torch.finfo(made).max:.3g}"
