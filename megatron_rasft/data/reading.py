@@ -211,7 +211,13 @@ def check_files(files: list[str], flag: str) -> list[Path]:
     for file in files:
         path = Path(file)
         if not path.is_file():
-            kind = "is a folder" if path.is_dir() else "does not exist"
+            kind = (
+                "is a folder"
+                if path.is_dir()
+                else "is not a regular file"
+                if path.exists()
+                else "does not exist"
+            )
             raise DataError(
                 f"{flag} must name files, but {path} {kind} (current folder: {Path.cwd()}). Correct the path."
             )

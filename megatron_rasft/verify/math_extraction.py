@@ -67,15 +67,17 @@ _HEDGE_AFTER_BOX = re.compile(
 # At the start of a sentence only: explanations after the answer also contain words such as "actually"
 _RETRACTION = re.compile(
     r"(?:^|[.!?:)\n$—-])\s{0,20}(?:(?:oh|hm{2,9}|no|but|hold on)\b[,.!\s]{1,20}){0,4}"
-    r"(?:(?:wait|sorry|correction|scratch that|on second thought|i was wrong|no\b(?=[,.!]))\b|actually,? (?:no|that|this|it|the|i)\b"
-    r"|i made (?:a|an) (?:mistake|error)|(?:that|this|it)(?:'s| is| was| seems) (?:wrong|incorrect|not right|not correct|a mistake))",
+    r"(?:(?:wait|sorry|correction|scratch that|on second thought|i was wrong|no\b(?=[,.!]))\b|actually,? (?:(?:no|that|this|it|the|i)\b|\W{0,3}\d)"
+    r"|(?:that|this|it) (?:can't|cannot|can not|couldn't) be (?:right|correct|true)|i made (?:a|an) (?:mistake|error)|(?:that|this|it)(?:'s| is| was| seems) (?:wrong|incorrect|not right|not correct|a mistake))",
     re.IGNORECASE,
 )
 _OTHER_SENTENCE = re.compile(r"[.!\s]{1,9}(?:or|maybe|perhaps|possibly)\b", re.IGNORECASE)
 # The box is a part of a formula, as in \boxed{10}^2 or \boxed{10}\sqrt{2}
 _CONTINUED = re.compile(
     r"(?:\s|\\[,;:!]){0,3}(?:\^(?!\s{0,3}\{?\s{0,3}\\circ)|\\(?:times|cdot|div|pm|sqrt|[dt]?frac)(?![A-Za-z])"
-    r"|\+\s{0,3}[\w\\(]|\*\s{0,3}[\d(]|/\s{0,3}(?:\d|\(|\\[dts]))"
+    r"|\+\s{0,3}[\w\\(]|\*\s{0,3}[\d(]|/\s{0,3}(?:\d|\(|\\[dts])|[.:]?\d"
+    r"|[$}]{0,2}\s{0,3}(?:\\text\s{0,3}\{\s{0,3})?(?:dozen|squared|cubed|factorial)\b)",
+    re.IGNORECASE,
 )
 # These signs also occur in prose after a box, so they count between dollar signs only. A letter does not count: in \boxed{10}x^2
 # the coefficient is the answer
@@ -83,20 +85,33 @@ _CONTINUED_FORMULA = re.compile(r"(?:\s|\\[,;:!]){0,3}(?:!|[+*/\-]|\(\s{0,3}[A-Z
 _ARGUMENTS = r"\s{0,3}\{[^{}]{1,40}\}"
 _FACTOR_BEFORE = re.compile(
     rf"(?:(?<![\w.])\d(?:[\d.,]{{0,20}}\d)?|(?<![A-Za-z\\])[A-Za-z]|\\pi|\\[dt]?frac{_ARGUMENTS}{_ARGUMENTS}|\\sqrt{_ARGUMENTS}"
-    r"|\\(?:times|cdot|div|pm)|[+/^]|(?<!\*)\*|[\w)}]\s{0,3}-|\\sqrt\s{0,3}\{|\\[dt]?frac\s{0,3}\{|[\^_]\s{0,3}\{|\}\s{0,3}\{)"
+    r"|\\(?:times|cdot|div|pm)|[+/^]|\d\.|(?<!\*)\*|[\w)}]\s{0,3}-|\\sqrt\s{0,3}\{|\\[dt]?frac\s{0,3}\{|[\^_]\s{0,3}\{|\}\s{0,3}\{)"
     r"(?:[ \t]|\\[,;:!])*\Z"
 )
-_GLUED_FACTOR_BEFORE = re.compile(r"(?:(?<![\w.,$)])\d+(?:\.\d+)?|[\d)]\s{0,3}[*/×^][ \t]{0,3})\Z")
+_WORD_BEFORE = re.compile(
+    r"(?:\b(?:twice|thrice|double|half|half of|minus|negative|square root of|square of)|\\(?:log|ln|lg|sin|cos|tan|exp))[\s$]{0,5}\Z",
+    re.IGNORECASE,
+)
+_GLUED_FACTOR_BEFORE = re.compile(
+    r"(?:(?<![\w.,$)])\d+(?:\.\d+)?|[\d)]\s{0,3}[*/×^][ \t]{0,3}|\d\.|\\sqrt\s{0,3}\{|\\[dt]?frac\s{0,3}\{|\^\s{0,3}\{)\Z"
+)
 _COMMANDS = re.compile(r"\\(?:text|mathrm|mbox)\s{0,3}\{[^{}]*\}|\\[A-Za-z]+")
 _PROSE = re.compile(r"[A-Za-z]{3}")
 _COORDINATES = r"[-\d./]{1,12}(?:\s{0,3},\s{0,3}[-\d./]{1,12})*"
-_COORDINATES_BEFORE = re.compile(rf"\(\s{{0,3}}{_COORDINATES}\s{{0,3}},\s{{0,3}}\Z")
-_COORDINATES_AFTER = re.compile(rf"\s{{0,3}},\s{{0,3}}{_COORDINATES}\s{{0,3}}(?:\\right\s{{0,3}})?\)")
+_COORDINATES_BEFORE = re.compile(rf"[(\[{{]\s{{0,3}}{_COORDINATES}\s{{0,3}},\s{{0,3}}\Z")
+_COORDINATES_AFTER = re.compile(rf"\s{{0,3}},\s{{0,3}}{_COORDINATES}\s{{0,3}}(?:\\right\s{{0,3}})?\\?[)\]}}]")
 _DENIED = re.compile(
     r"[\s$)]*(?:(?:is|are|was|were)(?:n't| not)?|does(?:n't| not)|cannot|can't|then(?: it)?|which|but(?: it)?)*\b\s?(?:"
     r"(?<=is |as )(?:wrong|incorrect|impossible|(?:only |just )?(?:an? )?(?:upper|lower) bound|(?:only |just )?a guess)\b"
     r"|(?<=not |n't )(?:the |a )?(?:right|correct|valid|(?:final )?answer|solution|possible|work|satisfy|fit|be)\b|fails\b)",
     re.IGNORECASE,
+)
+_DOUBT_AFTER = re.compile(
+    r"[\s$*)\]\\]{0,6}[?？]|[^.!?\n]{0,30}\b(?:not (?:entirely |completely |quite |really )?(?:sure|certain)|unsure)\b",
+    re.IGNORECASE,
+)
+_LISTED_AFTER = re.compile(
+    r"[ \t$]{0,5}(?:,|and|, and)[ \t$]{0,5}(-?\d[\d./]{0,20})(?<![./])[ \t$]{0,5}(?:[.\n]|\Z)"
 )
 _DOUBT_BEFORE = re.compile(
     r"(?:\bnot|n't|\bnever|\bcannot be|\bmaybe|\bperhaps|\bpossibly|\b(?:might|could|may) be)(?: equal(?: to)?| be)?[\s$:]*(?:\\[(\[])?[\s$]*$",
@@ -116,7 +131,7 @@ _OPTION_IS_RIGHT = re.compile(
 )
 # (a), part 2:, case 3. A number alone also numbers the steps of a solution, so it must stand directly before the box
 _PART_LABEL = re.compile(
-    r"(?:\b(?:part|case|question|problem)\s{0,3}\(?(?P<named>[a-h1-9]|i{1,3}|iv|v)\)?(?=[\s:.,)])|(?<![\w)])\(?(?P<letter>[a-h]|i{1,3}|iv|v)\)\s"
+    r"(?:\b(?:part|case|question|problem)\s{0,3}\(?(?P<named>[a-h1-9]|i{1,3}|iv|v)\)?(?=[\s:.,)])|(?<![\w)(])\(?(?P<letter>[a-h]|i{1,3}|iv|v)\)\s"
     r"|(?m:^)\s{0,9}\(?(?P<number>[1-9])[.)]\s{0,3}(?=[$\\]))",
     re.IGNORECASE,
 )
@@ -267,6 +282,7 @@ def _from_boxes(text: str, boxes: list[_Box], num_values: int) -> list[str]:
     if (
         _RETRACTION.search(tail)
         or _DENIED.match(tail)
+        or _DOUBT_AFTER.match(tail)
         or _is_part_of_formula(text, boxes[-1])
         or _DOUBT_BEFORE.search(before)
     ):
@@ -283,6 +299,8 @@ def _from_boxes(text: str, boxes: list[_Box], num_values: int) -> list[str]:
         contents.append(
             alternative["other"][: sentence_end.start() if sentence_end else None].strip(_EDGES + ".,;()")
         )
+    if listed := _LISTED_AFTER.match(tail):
+        contents.append(listed[1])
     later = _LATER_ANSWER.search(tail)
     later_answer = _after_phrase(tail[later.end() :]) if later else None
     if later_answer and len(joined) == 1 and re.search(r"\d", later_answer):
@@ -293,9 +311,9 @@ def _from_boxes(text: str, boxes: list[_Box], num_values: int) -> list[str]:
 def _is_part_of_formula(text: str, box: _Box) -> bool:
     r"""Returns whether a box has a factor, an operator or other coordinates beside it, as in ``2\boxed{10}`` or ``\boxed{10}/3``."""
     before, tail = text[max(0, box.start - 100) : box.start], text[box.end : box.end + 100]
-    if _CONTINUED.match(tail) or _COORDINATES_BEFORE.search(before):
+    if _CONTINUED.match(tail) or _COORDINATES_BEFORE.search(before) or _WORD_BEFORE.search(before):
         return True
-    if before.rstrip().endswith("(") and _COORDINATES_AFTER.match(tail):
+    if before.rstrip().endswith(("(", "[", "\\{")) and _COORDINATES_AFTER.match(tail):
         return True
     if not _is_in_formula(text, box.start):
         return bool(_GLUED_FACTOR_BEFORE.search(before))

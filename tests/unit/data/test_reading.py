@@ -1,5 +1,6 @@
 import gzip
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -277,6 +278,12 @@ def test_a_missing_file_is_reported_before_any_row_is_read(write_rows: Callable,
     config = DataConfig(train_data=[write_rows(GOOD), str(tmp_path / "gone.jsonl")])
     with pytest.raises(DataError, match=r"gone\.jsonl"):
         next(read_rows(config))
+
+
+def test_a_pipe_is_refused_as_such(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with pytest.raises(DataError, match=r"pipe\.jsonl is not a regular file"):
+        read(str(tmp_path / "pipe.jsonl"))
 
 
 def test_the_same_file_under_two_names_is_refused(write_rows: Callable, tmp_path: Path) -> None:

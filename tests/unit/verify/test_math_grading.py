@@ -299,7 +299,21 @@ def test_answer_is_found(text: str, answer: str | None) -> None:
             "\\boxed{10} is only an upper bound.",
             "\\boxed{10} then it fails.",
         ),
-        *("$\\boxed{10}$ does not work.", "$\\boxed{10}$ isn't right."),
+        *(
+            "$\\boxed{10}$ does not work.",
+            "$\\boxed{10}$ isn't right.",
+            "Is it $\\boxed{10}$?",
+            "\\boxed{10} (I'm not sure)",
+        ),
+        *(
+            "\\boxed{10} squared",
+            "$\\boxed{10}3$",
+            "$0.\\boxed{10}$",
+            "$\\boxed{10}.5$",
+            "$[3,\\boxed{10}]$",
+            "$\\{3,\\boxed{10}\\}$",
+        ),
+        *("twice \\boxed{10}", "\\sqrt{\\boxed{10}}", "negative $\\boxed{10}$", "$\\log \\boxed{10}$"),
     ],
 )
 def test_box_within_a_formula_or_denied_is_no_answer(text: str) -> None:
@@ -346,8 +360,14 @@ def test_box_beside_prose_is_an_answer(text: str) -> None:
         ("Case 1: then \\boxed{3}. Case 2: then \\boxed{5}.", ["3", "5"]),
         ("1. We add to get \\boxed{3}.\n2. We double to get \\boxed{5}.", ["5"]),
         ("(a) We get 3. (b) \\boxed{5}", ["5"]),
+        ("Let f(a) = \\boxed{3}. Then f(b) = \\boxed{5}.", ["5"]),
         ("\\boxed{5}. Hmm, it should be 6.", ["5", "6"]),
         ("\\boxed{5}. It's actually 6.", ["5", "6"]),
+        ("\\boxed{5}, 6", ["5", "6"]),
+        ("$\\boxed{5}$ and $6$.", ["5", "6"]),
+        ("\\boxed{5}, 3 of them red.", ["5"]),
+        ("The answer is 5. Actually, 6.", []),
+        ("The answer is 5. Hmm, that can't be right.", []),
     ],
 )
 def test_boxes_of_labelled_parts_and_later_values_all_count(text: str, answers: list[str]) -> None:
