@@ -135,6 +135,13 @@ _PART_LABEL = re.compile(
     r"|(?m:^)\s{0,9}\(?(?P<number>[1-9])[.)]\s{0,3}(?=[$\\]))",
     re.IGNORECASE,
 )
+_PART_WITH_NUMBER = re.compile(
+    rf"(?:{_PART_LABEL.pattern})(?:[:.]?\s{{0,3}}(?:the answer is|answer:)?\s{{0,3}}\$?(?:[A-Za-z]\s{{0,3}}=\s{{0,3}})?-?\d)",
+    re.IGNORECASE,
+)
+_NAMED_VALUE_BEFORE = re.compile(
+    r"[A-Za-z]\s{0,3}=\s{0,3}-?[\d./]{1,20}[$\s]{0,3},?\s{0,3}\band[$\s]{1,4}(?:[A-Za-z]\s{0,3}=\s{0,3})?\Z"
+)
 _REPLACED = re.compile(
     r"\b(?:but|however|instead|no|not|wrong|check(?:ing)?|mistake|guess|try|correct(?:ed|ion)?|first i|then i)\b",
     re.IGNORECASE,
@@ -266,6 +273,8 @@ def _without_box(text: str) -> str | None:
         return bare[-1][1].strip()
     if _BOX_COMMAND.search(text) and not _find_boxes(text):
         return None
+    if _ends_with_parts(text):
+        return None
     phrase = _last_answer_phrase(text)
     if phrase is None and (options := _OPTION_IS_RIGHT.findall(text)):
         return options[-1] if len(set(options)) == 1 else None
@@ -393,6 +402,14 @@ def _innermost(content: str) -> str:
     return (inner[-1].strip() or content.strip()) if inner else content.strip()
 
 
+def _ends_with_parts(text: str) -> bool:
+    """Returns whether the last number is that of a labelled part, and other parts have numbers, as in ``(a) 3 (b) 5``."""
+    parts = [part for part in _PART_WITH_NUMBER.finditer(text) if not part["number"]]
+    if not parts or re.search(r"\D\d", text[parts[-1].end() :]):
+        return False
+    return len({part["named"] or part["letter"] for part in parts}) > 1
+
+
 def _last_answer_phrase(text: str) -> re.Match[str] | None:
     """Returns the last phrase that announces the answer. "Answer" comes before "result" and "solution"."""
     phrases = list(_ANSWER_PHRASE.finditer(text))
@@ -458,6 +475,8 @@ def _last_number(text: str) -> str | None:
     start, stop = _word_around(text, number)
     before = text[max(0, start - 40) : start]
     if _CHANGES_NUMBER.match(text, stop) or _OPERATOR_BEFORE.search(before) or _BOUND_BEFORE.search(before):
+        return None
+    if _NAMED_VALUE_BEFORE.search(before):
         return None
     return text[start:stop].strip(_EDGES.rstrip("$") + ".,;!") or None
 
