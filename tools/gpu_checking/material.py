@@ -20,12 +20,13 @@ EOS = "<|endoftext|>"
 def write_tokenizer(folder: Path) -> None:
     """A tokenizer with one token per printable ASCII character. Further ids of a larger vocabulary decode to an empty string."""
     import transformers
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    symbols = [EOS, "\n", *map(chr, range(32, 127))]
-    tokenizer = Tokenizer(models.WordLevel({s: i for i, s in enumerate(symbols)}, unk_token=EOS))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    tokenizer.decoder = decoders.Fuse()
+    # GPT-2's names of the bytes. For a Qwen2, transformers loads the vocabulary into a tokenizer of bytes in any case
+    symbols = [EOS, "Ċ", "Ġ", *map(chr, range(33, 127))]
+    tokenizer = Tokenizer(models.BPE({s: i for i, s in enumerate(symbols)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
     transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS).save_pretrained(folder)
 
 
