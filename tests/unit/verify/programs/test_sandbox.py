@@ -256,10 +256,11 @@ def test_tests_can_write_files_except_at_the_lowest_level(patient_sandbox: Sandb
     assert verdict == ("wrong" if patient_sandbox.level == "limits" else "correct")
 
 
+# Fewer files than a program may have open, so that the watcher stops it and not the system
 NAMELESS = """
 import mmap, os, time
 kept = []
-for n in range(200):
+for n in range(40):
     with open("file", "w+b") as file:
         file.write(bytes(2**20))
         file.flush()
