@@ -1,13 +1,16 @@
 """The configuration that a run writes beside its checkpoints, and that tools read later."""
 
 import argparse
+import ast
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 from megatron_rasft.config import RasftConfig
 from megatron_rasft.files import write_json, written_to
+from megatron_rasft.flags import flag_name
 
 CONFIG_FILE = "config.json"
 """Name of the configuration's file in --save."""
@@ -58,8 +61,40 @@ class SavedConfig:
         with written_to(path, "--save"):
             write_json(path, {"rasft": self.rasft, "megatron": self.megatron})
 
+    def changes(self, now: "SavedConfig") -> list[str]:
+        """Describes the flags whose values differ from the present run's, such as ``--objective rasft -> sft``.
+
+        Of Megatron's arguments only those are compared that either run has on its command line, because others follow from the
+        machine.
+        """
+        ours = dict(_flags_of(self.rasft))
+        found = [
+            f"{flag_name(name)} {ours[name]} -> {value}"
+            for name, value in _flags_of(now.rasft)
+            if name in ours and ours[name] != value
+        ]
+        given = self._given_flags() | now._given_flags()
+        return found + [
+            f"{given[name]} {self.megatron[name]} -> {now.megatron[name]}"
+            for name in given
+            if name in self.megatron and name in now.megatron and name not in ours
+            if self.megatron[name] != now.megatron[name]
+        ]
+
+    def _given_flags(self) -> dict[str, str]:
+        """Megatron's argument -> its flag as typed."""
+        given: dict[str, str] = ast.literal_eval(self.megatron.get("given_flags", "{}"))
+        return given
+
     @property
     def hf_model(self) -> str | None:
         """The run's --hf-model; None if the file does not hold it."""
         path = self.rasft.get("run", {}).get("hf_model")
         return path if isinstance(path, str) else None
+
+
+def _flags_of(sections: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yields the fields of all sections with their values as JSON, in which a value that was read equals one that was not."""
+    for fields in sections.values():
+        for name, value in fields.items():
+            yield name, json.dumps(value).strip('"')

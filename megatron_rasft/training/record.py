@@ -79,8 +79,20 @@ class RunRecord:
         for line in cut_files(self._files, marks, checkpoints, self._save):
             self.say(line)
         self.mark_files()
+        now = SavedConfig.of(self._args, self._config)
+        if checkpoints is not None:
+            self._say_changes(checkpoints, now)
         if self._save is not None:
-            SavedConfig.of(self._args, self._config).write(self._save)
+            now.write(self._save)
+
+    def _say_changes(self, checkpoints: Path, now: SavedConfig) -> None:
+        try:
+            before = SavedConfig.read(checkpoints)
+        except ValueError as error:
+            self.say(f"the flags of the earlier run are not known: {error}")
+            return
+        if before is not None and (changes := before.changes(now)):
+            self.say(f"flags changed since the earlier run: {', '.join(changes)}")
 
     def mark_files(self) -> None:
         """Stores the files' lengths for the next checkpoint."""

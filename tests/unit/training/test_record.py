@@ -96,3 +96,19 @@ def test_weights_and_biases_gets_the_runs_exit_code(is_clean: bool, code: int) -
     wandb = SimpleNamespace(finish=codes.append)
     record_of(None, wandb=wandb).close(is_clean=is_clean)
     assert codes == [code]
+
+
+def test_a_resumed_run_says_which_flags_have_changed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record_of(tmp_path).open_files({}, None)
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("1")
+    record_of(tmp_path).open_files({}, tmp_path)
+    assert "flags changed" not in capsys.readouterr().out
+    config = config_of(rollout=RolloutConfig(rollout_num_samples=9))
+    record_of(tmp_path, config).open_files({}, tmp_path)
+    assert "--rollout-num-samples 4 -> 9" in capsys.readouterr().out
+    (tmp_path / "config.json").write_text("{")
+    record_of(tmp_path).open_files({}, tmp_path)
+    assert "config.json" in capsys.readouterr().out
+    assert json.loads((tmp_path / "config.json").read_text()), "it is written anew"
