@@ -527,7 +527,7 @@ def _equality(text: str, members: list[str], operators: list[str]) -> Value:
         return (
             Equation(members[0], members[1]) if len(members) == 2 and operators == ["="] else Unreadable(text)
         )
-    kept = [m for m, o in zip(rest, ["=", *operators[max(num_names, 1) :]], strict=False) if o != r"\approx"]
+    kept = [m for m, o in zip(rest, ["=", *operators[num_names:]], strict=True) if o != r"\approx"]
     approximate = read_value(rest[-1]) if len(rest) > 1 and operators[-1] == r"\approx" else None
     values = tuple(read_value(m) for m in (kept or rest[:1]))
     return Assignment(tuple(names), values, approximate)

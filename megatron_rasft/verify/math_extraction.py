@@ -170,6 +170,8 @@ _BOUND_BEFORE = re.compile(
     r"|nearly|almost|approximately|between)\s+$",
     re.IGNORECASE,
 )
+# 2+5=8 as the last word. With blanks, 2 + 5 = 8, the last word is the result too
+_CALCULATION = re.compile(r"[\d.+*/×÷·()−-]+=(-?\d+(?:\.\d+)?)")
 _MAX_WORD_CHARS = 60
 _UNIT_AFTER_BOX = re.compile(
     r"(?:\s|\\[,;: ]|~)*(\\(?:text|mathrm|mbox|rm)\s*\{[^{}]{1,60}\}(?:\s*\^\s*\{?-?\d\}?)?|\^\s*\{?\s*\\circ\s*\}?|°|\\?%)"
@@ -478,7 +480,9 @@ def _last_number(text: str) -> str | None:
         return None
     if _NAMED_VALUE_BEFORE.search(before):
         return None
-    return text[start:stop].strip(_EDGES.rstrip("$") + ".,;!") or None
+    word = text[start:stop].strip(_EDGES.rstrip("$") + ".,;!")
+    calculation = _CALCULATION.fullmatch(word)
+    return calculation[1] if calculation else word or None
 
 
 def _formula_around(text: str, number: re.Match[str]) -> str | None:

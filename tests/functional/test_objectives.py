@@ -55,7 +55,7 @@ def recorded(workshop: Workshop) -> Path:
 def test_run_leaves_its_records(workshop: Workshop, recorded: Path) -> None:
     rollouts = rollouts_of(recorded)
     assert len(rollouts) == 40 * 4
-    assert {r["verdict"] for r in rollouts} == {"correct", "wrong"}
+    assert {"correct", "wrong"} <= {r["verdict"] for r in rollouts} <= {"correct", "wrong", "unverifiable"}
     assert {r["finish_reason"] for r in rollouts} >= {"stop"}
     assert {r["weight_version"] for r in rollouts} == {0, 3}
     for refresh in refreshes_of(recorded):

@@ -497,3 +497,28 @@ def test_answers_inside_a_block_of_reasoning_do_not_count(start: str, end: str) 
     assert extract_answer(rf"{start}So \boxed{{3}}.{end}The answer is 4.") == "4"
     assert extract_answer(rf"So \boxed{{3}}.{end}I do not know.") is None, "the prompt opened the block"
     assert extract_answer(rf"{start}So \boxed{{3}}.") is None
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold", "verdict"),
+    [
+        ("2+6=8", "8", "correct"),
+        (r"\frac{16}{2}=8", "8", "correct"),
+        ("2+6=8=8", "8", "correct"),
+        ("x=2+6=8", "8", "correct"),
+        ("2+5=8", "8", "wrong"),
+        ("2+5=8", "7", "wrong"),
+        ("8=7", "8", "wrong"),
+        ("7=8", "8", "wrong"),
+        ("2+6=8=9", "8", "wrong"),
+        ("2+6=8=9", "9", "wrong"),
+    ],
+)
+def test_sides_of_a_calculation_in_a_box_are_equal(answer: str, gold: str, verdict: str) -> None:
+    assert grade_answer(rf"So \boxed{{{answer}}}", gold)[0] == verdict
+
+
+@pytest.mark.parametrize("text", ["2+5=8", "We get 2+5=8.", "2 + 5 = 8"])
+def test_prose_that_ends_with_a_calculation_commits_to_its_result(text: str) -> None:
+    assert extract_answer(text) == "8"
+    assert grade_answer(text, "8")[0] == "correct" and grade_answer(text, "7")[0] == "wrong"
