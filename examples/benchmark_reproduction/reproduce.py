@@ -169,7 +169,10 @@ def training_flags(setting: Setting, task: Task, output: Path) -> list[str]:
 
 
 def evaluations(setting: Setting) -> list[str]:
-    """Names of the evaluations of each model, which are also their folders: ``evaluation``, and ``greedy`` if it has flags."""
+    """Returns the names of a model's evaluations: ``evaluation``, and ``greedy`` if the setting has flags for it.
+
+    Each evaluation has a folder of its name.
+    """
     return ["evaluation", "greedy"] if setting.greedy else ["evaluation"]
 
 

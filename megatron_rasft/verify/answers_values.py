@@ -86,7 +86,10 @@ class Inequality:
 
 @dataclass(frozen=True)
 class Region:
-    r"""A set of numbers built of other sets: unions, intersections, differences, ``\mathbb{R}``. ``parts`` alternate with ``operators``."""
+    r"""A set of numbers, such as ``\mathbb{R}``, or a union, intersection or difference of sets.
+
+    ``operators[i]`` stands between ``parts[i]`` and ``parts[i + 1]``.
+    """
 
     parts: tuple["Value", ...]
     operators: tuple[str, ...]

@@ -351,9 +351,9 @@ def _joined_boxes(text: str, boxes: list[_Box]) -> list[_Box]:
 
 
 def _boxes_of_parts(text: str, boxes: list[_Box]) -> list[_Box]:
-    r"""Returns the last box of every labelled part if the last box belongs to another part than the first, else [].
+    r"""Returns the last box of each labelled part, such as ``(a) \boxed{3} (b) \boxed{5}``.
 
-    An example is ``(a) \boxed{3} (b) \boxed{5}``.
+    Returns [] if the last box has no label, or if all labelled boxes stand in one part.
     """
     labels = list(_PART_LABEL.finditer(text, 0, boxes[-1].start + 1))
     ends = [label.end() for label in labels]

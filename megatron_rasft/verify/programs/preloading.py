@@ -17,7 +17,7 @@ _COMMON = (
     "collections collections.abc heapq bisect typing dataclasses enum abc io time timeit hashlib base64 textwrap "
     "contextlib array numbers zlib calendar threading atexit"
 ).split()
-# These open windows or a browser, print, start something, or are the tests of Python itself
+# Modules that act when they are imported, for example open a window or print, and the tests of Python itself
 _NOT_LOADED = frozenset(
     "antigravity ensurepip idlelib lib2to3 this tkinter turtle turtledemo test venv".split()
 )
