@@ -82,6 +82,7 @@ class VerifierPool:
         self._grader = grader or _answer_grader(config)
         self._orphan_grace_s = orphan_grace_s
         self._num_workers = config.verify_num_workers or max(1, len(os.sched_getaffinity(0)) // 2)
+        self._locks: list[Any] = []
         self._pool: ProcessPool | None = None
 
     def __enter__(self) -> "VerifierPool":
@@ -97,6 +98,7 @@ class VerifierPool:
         if pool is not None:
             pool.stop()
             pool.join()
+            self._locks.clear()
 
     def verify(
         self,
@@ -258,7 +260,7 @@ class VerifierPool:
             initializer=grading_worker.prepare,
             initargs=(self._config.verify_memory_mib * 2**20,),
             context=_IsolatedContext(
-                [grading_worker.__name__, _module_of(self._grader), _module_of(grade_program)]
+                [grading_worker.__name__, _module_of(self._grader), _module_of(grade_program)], self._locks
             ),
         )
         try:
@@ -333,13 +335,21 @@ class _IsolatedContext(ForkServerContext):
 
     Args:
         preloaded: names of the modules. Ignored if this program has started the server before.
+        locks: gets the locks that the pool asks for. Python deletes a lock's file with the last reference to the lock, and pebble
+            drops its own before it kills the workers: one that is still starting would not find the file, and print a traceback.
     """
 
     Process = _IsolatedProcess  # type: ignore[assignment]
 
-    def __init__(self, preloaded: list[str]) -> None:
+    def __init__(self, preloaded: list[str], locks: list[Any]) -> None:
         super().__init__()
         self.set_forkserver_preload(preloaded)
+        self._locks = locks
+
+    def RLock(self) -> Any:
+        """Returns a lock that lasts until ``locks`` is cleared."""
+        self._locks.append(super().RLock())
+        return self._locks[-1]
 
 
 @contextlib.contextmanager

@@ -393,3 +393,24 @@ def test_forgotten_pool_does_not_hold_up_the_exit(tmp_path: Path) -> None:
     process, worker = start_script(tmp_path, "forgotten")
     assert process.wait() == 0
     wait_until_gone(worker)
+
+
+def test_closing_while_workers_start_prints_nothing() -> None:
+    script = """
+from megatron_rasft.config.verify import VerifyConfig
+from megatron_rasft.verify.pool import VerifierPool
+from tests.unit.verify import hostile_graders
+
+for _ in range(4):
+    # The pool is ready when its first worker is
+    with VerifierPool(VerifyConfig(verify_num_workers=12), hostile_graders.act_out):
+        pass
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        check=True,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+    )
+    assert done.stderr == ""
