@@ -13,6 +13,7 @@ from megatron_rasft.config.data import DataConfig
 from megatron_rasft.data.reading import Message
 from megatron_rasft.data.tokenizer import Tokenizer, tokenize
 from megatron_rasft.errors import first_line
+from megatron_rasft.reasoning_tags import closing_tag, open_tag
 
 _TEMPLATE_DATE = datetime(2024, 7, 26)
 """Date for chat templates that write one into the prompt. They write today's date by default, but a run that is resumed on
@@ -25,23 +26,13 @@ _QUESTION = "Questionprobe"
 _ANSWER = "Answerprobe"
 """Texts that no template contains. Rendering them shows the text that a template puts around a problem and a response."""
 
-_THOUGHT_TAG = re.compile(
-    r"<(?P<tag>[\w:.-]*(?:think|thought|reason|scratchpad|analysis)[\w:.-]*)>|\[(?P<mark>[A-Z_]*THINK[A-Z_]*)\]",
-    re.IGNORECASE,
-)
-_OTHER_THOUGHT_TAGS = {
-    "<|begin_of_thought|>": "<|end_of_thought|>",
-    "<|START_THINKING|>": "<|END_THINKING|>",
-    "◁think▷": "◁/think▷",
-}
-
 
 class ChatTemplateError(ValueError):
     """A chat template raised an error."""
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
-class ThoughtBlock:
+class ReasoningBlock:
     """A block of reasoning that the chat template opens at the end of every prompt, and that a response must close."""
 
     start: str
@@ -79,7 +70,7 @@ class ChatFormat:
     """Where the template comes from, for messages."""
     closing: str = ""
     """Text that the template puts after a response; "" if none."""
-    thought: ThoughtBlock | None = None
+    reasoning: ReasoningBlock | None = None
     """The block of reasoning that every prompt leaves open; None if the template opens none."""
     end_id: int
     """Token that ends responses and rollouts: the template's end-of-turn token if it has one, else end-of-sequence."""
@@ -125,13 +116,13 @@ def read_chat_format(tokenizer: Tokenizer, config: DataConfig) -> ChatFormat:
     """
     template = None if config.data_chat_template is None else _read_template(config.data_chat_template)
     has_template = template is not None or bool(tokenizer.chat_template)
-    closing, thought = "", None
+    closing, reasoning = "", None
     end_id = tokenizer.eos_token_id
     origin = "the model's own" if template is None else f"--data-chat-template {config.data_chat_template}"
     if has_template:
         template = _with_fixed_date(template, tokenizer.chat_template)
         blank = ChatFormat(template=template, has_template=True, origin=origin, end_id=-1, eos_id=None)
-        thought, closing = _probe(tokenizer, blank)
+        reasoning, closing = _probe(tokenizer, blank)
         if config.data_system_prompt is not None:
             _check_system_message(tokenizer, blank)
         known_ids = set(tokenizer.added_tokens_decoder).union(tokenizer.all_special_ids)
@@ -147,7 +138,7 @@ def read_chat_format(tokenizer: Tokenizer, config: DataConfig) -> ChatFormat:
         has_template=has_template,
         origin=origin,
         closing=closing,
-        thought=thought,
+        reasoning=reasoning,
         end_id=end_id,
         eos_id=tokenizer.eos_token_id,
     )
@@ -183,7 +174,7 @@ def _with_fixed_date(template: str | None, own: Any) -> str | None:
     return f"{{% macro strftime_now(format) %}}{{{{ format{steps} }}}}{{% endmacro +%}}{source}"
 
 
-def _probe(tokenizer: Tokenizer, chat_format: ChatFormat) -> tuple[ThoughtBlock | None, str]:
+def _probe(tokenizer: Tokenizer, chat_format: ChatFormat) -> tuple[ReasoningBlock | None, str]:
     """Returns the block of reasoning that a prompt leaves open, and the text after a response ("" if the template shows none).
 
     Raises:
@@ -209,29 +200,12 @@ def _probe(tokenizer: Tokenizer, chat_format: ChatFormat) -> tuple[ThoughtBlock 
     return _open_block(opening), closing if found else ""
 
 
-def _open_block(opening: str) -> ThoughtBlock | None:
+def _open_block(opening: str) -> ReasoningBlock | None:
     """Returns the last block of reasoning in ``opening`` if nothing closes it there."""
-    blocks = [(match.end(), match[0], _end_of(match)) for match in _THOUGHT_TAG.finditer(opening)]
-    blocks += [
-        (opening.rfind(start) + len(start), start, end)
-        for start, end in _OTHER_THOUGHT_TAGS.items()
-        if start in opening
-    ]
-    if not blocks:
+    start = open_tag(opening)
+    if not start:
         return None
-    position, start, end = max(blocks)
-    lead = opening[position:]
-    return None if end in lead else ThoughtBlock(start=start, end=end, lead=lead)
-
-
-def is_thought_tag(text: str) -> bool:
-    """Returns whether a text is a tag that opens or closes a block of reasoning."""
-    others = (*_OTHER_THOUGHT_TAGS, *_OTHER_THOUGHT_TAGS.values())
-    return text in others or bool(_THOUGHT_TAG.fullmatch(text.replace("/", "", 1)))
-
-
-def _end_of(tag: re.Match[str]) -> str:
-    return f"</{tag['tag']}>" if tag["tag"] else f"[/{tag['mark']}]"
+    return ReasoningBlock(start=start, end=closing_tag(start), lead=opening.rpartition(start)[2])
 
 
 def _check_system_message(tokenizer: Tokenizer, chat_format: ChatFormat) -> None:

@@ -2,8 +2,9 @@
 
 from collections.abc import Callable, Sequence
 
-from megatron_rasft.data.chat_format import ChatFormat, is_thought_tag
+from megatron_rasft.data.chat_format import ChatFormat
 from megatron_rasft.data.tokenizer import Tokenizer
+from megatron_rasft.reasoning_tags import is_reasoning_tag
 
 
 def response_decoder(tokenizer: Tokenizer, chat_format: ChatFormat) -> Callable[[Sequence[int]], str]:
@@ -16,9 +17,9 @@ def response_decoder(tokenizer: Tokenizer, chat_format: ChatFormat) -> Callable[
     tags = {
         token_id: str(token)
         for token_id, token in tokenizer.added_tokens_decoder.items()
-        if (token_id in special_ids or getattr(token, "special", False)) and is_thought_tag(str(token))
+        if (token_id in special_ids or getattr(token, "special", False)) and is_reasoning_tag(str(token))
     }
-    opened = "" if chat_format.thought is None else chat_format.thought.start
+    opened = "" if chat_format.reasoning is None else chat_format.reasoning.start
 
     def decode(ids: Sequence[int]) -> str:
         text = ""

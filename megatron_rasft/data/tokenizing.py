@@ -247,8 +247,8 @@ def _render_chat(
         return RowFault(
             source=row.source, reason="the chat template does not show the problem", detail=", ".join(roles)
         )
-    thought = chat_format.thought
-    response = row.response if thought is None else thought.continued(row.response)
+    reasoning = chat_format.reasoning
+    response = row.response if reasoning is None else reasoning.continued(row.response)
     rendered = _Rendered(
         row=row,
         prompt_text=prompt_text,
@@ -260,7 +260,7 @@ def _render_chat(
         body = whole_text[len(prompt_text) : len(whole_text) - len(chat_format.closing)]
         if response.strip() in body:
             rendered.response_text, rendered.is_plain_ending = body, False
-    reason = "" if thought is None else thought.fault(rendered.response_text)
+    reason = "" if reasoning is None else reasoning.fault(rendered.response_text)
     return RowFault(source=row.source, reason=reason) if reason else rendered
 
 

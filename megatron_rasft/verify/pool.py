@@ -3,7 +3,6 @@
 import contextlib
 import logging
 import os
-import re
 import signal
 import sys
 import threading
@@ -21,6 +20,7 @@ from pebble import ProcessExpired, ProcessFuture, ProcessPool
 
 from megatron_rasft.config.verify import VerifyConfig
 from megatron_rasft.errors import RasftError
+from megatron_rasft.reasoning_tags import open_tag
 from megatron_rasft.types import Check, CodeTests, Rollout, Verdict
 from megatron_rasft.verify import grading_worker
 from megatron_rasft.verify.grading_order import GIVEN_UP, GradingOrder, Turn
@@ -39,8 +39,6 @@ _FIRST_ROUND_SHARE = 0.05
 _FIRST_ROUND_MIN_S = 0.5
 # If the pool breaks more often in one call, rollouts are graded one at a time, which shows the one that breaks it
 _MAX_BROKEN_POOLS = 2
-# The tag at the start of a response. </name> closes <name>, and [/NAME] closes [NAME]
-_FIRST_TAG = re.compile(r"\s*([<\[◁])([^\s<>\[\]◁▷]{1,40}[>\]▷])")
 _MAIN_LOCK = threading.Lock()
 
 
@@ -282,17 +280,14 @@ class VerifierPool:
 
 def _answer_grader(config: VerifyConfig) -> Grader:
     # Imported here because sympy takes seconds to load, and this process never calls the grader
-    from megatron_rasft.verify.math_grading import grade_answer
+    from megatron_rasft.verify.mathematics.answer_grading import grade_answer
 
     return partial(grade_answer, rel_tolerance=config.verify_numeric_rel_tolerance)
 
 
 def end_of_response(text: str, num_chars: int) -> str:
     """Returns the end of a response. If the rest opened a block of reasoning and did not close it, the end keeps the tag."""
-    rest = text[:-num_chars]
-    tag = _FIRST_TAG.match(rest)
-    is_open = tag is not None and tag[1] + "/" + tag[2] not in rest
-    return (tag[0] if tag is not None and is_open else "") + text[-num_chars:]
+    return open_tag(text[:-num_chars]) + text[-num_chars:]
 
 
 def _module_of(grader: Any) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 from megatron_rasft.data.reading import FieldError, check_text, gold_text
 from megatron_rasft.tools.evaluation.known_sets import Kind
 from megatron_rasft.types import Check, CodeTests, ProgramCase
-from megatron_rasft.verify.math_extraction import closed_boxes, extract_answer
+from megatron_rasft.verify.mathematics.answer_extraction import closed_boxes, extract_answer
 
 TEST_FIELDS = frozenset({"tests", "test", "test_list", "public_test_cases"})
 """Names of the fields, in lower case, that hold the tests of a code problem."""

@@ -9,11 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_rasft.config.verify import VerifyConfig
+from megatron_rasft.reasoning_tags import without_reasoning
 from megatron_rasft.tools.evaluation.benchmarks import Benchmark
 from megatron_rasft.tools.evaluation.known_sets import Kind
 from megatron_rasft.tools.evaluation.statistics import bootstrap_interval, majority_at_k, pass_at_k
 from megatron_rasft.types import Rollout
-from megatron_rasft.verify.math_extraction import closed_boxes, extract_answer, without_thought
+from megatron_rasft.verify.mathematics.answer_extraction import closed_boxes, extract_answer
 from megatron_rasft.verify.pool import end_of_response
 from megatron_rasft.verify.programs.program_extraction import holds_program
 
@@ -114,7 +115,7 @@ def summarise(
         majority_at=_majorities(answers, correct, ks) if is_math else {},
         truncated_frac=share([r.finish_reason == "length" for r in rollouts]),
         no_answer_frac=share([answer is None for answer in answers]),
-        no_box_frac=share([is_math and not closed_boxes(without_thought(text)) for text in texts]),
+        no_box_frac=share([is_math and not closed_boxes(without_reasoning(text)) for text in texts]),
         unverifiable_frac=share([r.verdict == "unverifiable" for r in rollouts]),
         timeout_frac=share([r.verdict == "timeout" for r in rollouts]),
         mean_tokens=float(lengths.mean()),

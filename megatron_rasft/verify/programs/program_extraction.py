@@ -15,15 +15,14 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain, islice
 
+from megatron_rasft.reasoning_tags import without_reasoning
+
 _LEAD = r"(?P<lead>(?:[ \t]*>)*[ \t]*(?:(?:[-*+]|\d{1,3}[.)])[ \t]+)?)"
 _FENCE = re.compile(_LEAD + r"(?P<fence>`{3,}|~{3,})(?P<info>.*)")
 _FENCE_AFTER_TEXT = re.compile(r".*?[^`\s][ \t]*(?P<fence>`{3,})[ \t]*(?P<info>[\w+.#-]*)[ \t]*")
 _ONE_LINE = re.compile(r"[ \t]*(?:(?:python|py)[\d.]*[ \t]+)?(?P<code>.*?)`{3,}[^`]*", re.IGNORECASE)
 _PYTHON = re.compile(r"[{.]*(?:[ci]?python|pypy|py)[\d.]*\b(?!-repl|-console)|\S*\.py\b", re.IGNORECASE)
 _NO_LANGUAGE = frozenset({"code", "snippet", "solution", "source"})
-_THOUGHT = "think|thinking|thought|reasoning|scratchpad|analysis|seed:think"
-_END_OF_THOUGHT = re.compile(rf"</(?:{_THOUGHT})>|\[/THINK\]")
-_OPEN_THOUGHT = re.compile(rf"^[ \t]*(?:<(?:{_THOUGHT})>|\[THINK\])", re.MULTILINE)
 _MARKERS = re.compile(r"^[ \t]*(?:</?answer>|</?code>|\[/?PYTHON\]|\[BEGIN\]|\[DONE\])[ \t]*", re.MULTILINE)
 _CODE_LINE = re.compile(
     r"(?:def|class|async def|import|if|for|while|try|with)\b.*[:\w)]$|from \S+ import |@\w|\w+ = "
@@ -58,7 +57,7 @@ def extract_program(
     Without an entry point it is the block that defines most of ``names``, or, for a script, the last block that reads its
     input and does something. Blocks without a language count only if no block in Python does. If other blocks define
     functions, classes or imports that the block lacks, these are put before it. Without blocks it is the text itself.
-    A block of reasoning is ignored, because it holds attempts.
+    Blocks of reasoning are ignored, because they hold attempts.
 
     Args:
         text: the response.
@@ -71,7 +70,7 @@ def extract_program(
     Returns:
         The source, or None for an empty program.
     """
-    text = without_thought(text.removeprefix("\ufeff").replace("\r\n", "\n"))
+    text = without_reasoning(text.removeprefix("\ufeff").replace("\r\n", "\n"))
     blocks = [block for block in _blocks(text, prompt) if block.source.strip()]
     wanted = (entry_point,) if entry_point else tuple(names)
     if blocks:
@@ -86,27 +85,7 @@ def extract_program(
 
 def holds_program(text: str) -> bool:
     """Returns whether a response holds any text that may be a program, without parsing it."""
-    return bool(without_thought(text).strip())
-
-
-def without_thought(text: str) -> str:
-    """Returns the text after the block of reasoning of a response. A block that is not closed is removed with all that follows."""
-    ends = [end for end in _END_OF_THOUGHT.finditer(text) if not _is_quoted(text, end)]
-    if ends:
-        text = text[ends[-1].end() :]
-    for start in _OPEN_THOUGHT.finditer(text):
-        if text[: start.start()].count("```") % 2 == 0:
-            return text[: start.start()]
-    return text
-
-
-def _is_quoted(text: str, tag: re.Match[str]) -> bool:
-    """Returns whether a tag stands in a string or pattern of a program instead of ending a block of reasoning."""
-    line = text[: tag.start()].rpartition("\n")[2]
-    after = text[tag.end() : tag.end() + 1]
-    is_opened = line.endswith(('"', "'", "`")) and not line.endswith("```")
-    is_string = after in ('"', "'") or (is_opened and after not in ("", "\n"))
-    return is_string or re.search(r"\S.*<think", line) is not None
+    return bool(without_reasoning(text).strip())
 
 
 def _blocks(text: str, prompt: str) -> Iterator[_Block]:

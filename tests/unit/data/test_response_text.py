@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 
 from megatron_rasft.config.data import DataConfig
-from megatron_rasft.data.chat_format import is_thought_tag, read_chat_format
+from megatron_rasft.data.chat_format import read_chat_format
 from megatron_rasft.data.response_text import response_decoder
 from megatron_rasft.data.tokenizer import tokenize
 
@@ -46,15 +46,3 @@ def test_tags_of_reasoning_that_are_special_tokens_are_kept_and_others_are_not(
     tokenizer.add_special_tokens({"additional_special_tokens": ["[THINK]", "[/THINK]", "<tool>"]})
     response = "[THINK]so 5[/THINK][/THINK]It is<tool> 6.<|im_end|>"
     assert decoded(tokenizer, response) == "[THINK]so 5[/THINK][/THINK]It is 6."
-
-
-@pytest.mark.parametrize(
-    "tag", ["<think>", "</think>", "[/THINK]", "<seed:think>", "◁/think▷", "<|end_of_thought|>"]
-)
-def test_tags_of_reasoning_are_known(tag: str) -> None:
-    assert is_thought_tag(tag)
-
-
-@pytest.mark.parametrize("text", ["", "<tool>", "think", "a <think>", "<|im_end|>", "<think> 5"])
-def test_other_texts_are_no_tags(text: str) -> None:
-    assert not is_thought_tag(text)

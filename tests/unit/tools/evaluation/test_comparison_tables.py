@@ -19,7 +19,7 @@ from megatron_rasft.tools.evaluation.published import PUBLISHED_SETS, published_
 from megatron_rasft.tools.evaluation.statistics import bootstrap_interval, pass_at_k
 from megatron_rasft.tools.evaluation.summary import Summary, summarise
 from megatron_rasft.types import Rollout, Verdict
-from megatron_rasft.verify.math_grading import grade_answer
+from megatron_rasft.verify.mathematics.answer_grading import grade_answer
 from megatron_rasft.verify.pool import end_of_response
 
 # Text, verdict, number of tokens, whether it was truncated

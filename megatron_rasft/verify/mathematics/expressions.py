@@ -22,8 +22,8 @@ from sympy import Basic, Float, I, Integer, MatrixBase, Pow, Rational, Symbol
 from sympy.core.function import AppliedUndef
 from sympy.printing.pycode import MpmathPrinter
 
-from megatron_rasft.verify.answers_numbers import exact_number
-from megatron_rasft.verify.answers_text import TEXT_WRAPPER
+from megatron_rasft.verify.mathematics.exact_numbers import exact_number
+from megatron_rasft.verify.mathematics.notation import TEXT_WRAPPER
 
 # basic_latex and malformed_operators are math-verify's. Its units, nits and equations rules drop text that has a meaning
 _NORMALIZATION = NormalizationConfig(

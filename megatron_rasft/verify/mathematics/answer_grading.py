@@ -1,8 +1,6 @@
 """Compares the answer of a response with the gold answer. Runs in the pool's workers only.
 
-``math_extraction`` finds the answer, ``answers_text`` writes it in one notation, ``answers_values`` reads it as a typed value, and
-``answers_comparison`` compares two values of a kind. Formulas are parsed by latex2sympy2_extended, the parser of math-verify, and
-compared by ``answers_expressions``. docs/verification.md has the rules.
+README.md shows the steps, and docs/verification.md has the rules.
 
 Nothing here has a deadline of its own: signal alarms do not interrupt C code, and would replace the worker's own alarm. The pool
 kills the worker at the deadline instead.
@@ -11,9 +9,10 @@ kills the worker at the deadline instead.
 import re
 
 from megatron_rasft.types import Verdict
-from megatron_rasft.verify.answers_comparison import is_rounded_to, normal_words, values_match
-from megatron_rasft.verify.answers_text import TEXT_WRAPPER, plain_words, tidy
-from megatron_rasft.verify.answers_values import (
+from megatron_rasft.verify.mathematics.answer_extraction import extract_answers
+from megatron_rasft.verify.mathematics.comparison import is_rounded_to, normal_words, values_match
+from megatron_rasft.verify.mathematics.notation import TEXT_WRAPPER, plain_words, tidy
+from megatron_rasft.verify.mathematics.values import (
     Collection,
     Unreadable,
     Value,
@@ -22,7 +21,6 @@ from megatron_rasft.verify.answers_values import (
     is_words,
     read_answer,
 )
-from megatron_rasft.verify.math_extraction import extract_answers
 
 # The longest gold answer of the known sets has 210 characters
 _MAX_ANSWER_CHARS = 2000

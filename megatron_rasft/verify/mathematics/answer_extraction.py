@@ -9,27 +9,14 @@ from bisect import bisect_right
 from collections import deque
 from typing import NamedTuple
 
-from megatron_rasft.verify.answers_units import unit_is_known
+from megatron_rasft.reasoning_tags import without_reasoning
+from megatron_rasft.verify.mathematics.units import unit_is_known
 
 # Boxes, escaped characters (so that \{ does not count as a brace) and braces
 _BOX_TOKENS = re.compile(r"\\(?:boxed|fbox|framebox)\s*\{|\\.|[{}]", re.DOTALL)
 # \boxed 5 and \boxed5, without braces
 _BARE_BOX = re.compile(r"\\(?:boxed|fbox)\s*(?<!\{)([^\s{}$A-Za-z\\][^\s{}$]{0,99}|(?<=\s)[A-Za-z]\b)")
 _BOX_COMMAND = re.compile(r"\\(?:boxed|fbox|framebox)(?![A-Za-z])")
-
-_THOUGHT_TAGS = (
-    ("<think>", "</think>"),
-    ("<thinking>", "</thinking>"),
-    ("<thought>", "</thought>"),
-    ("<reasoning>", "</reasoning>"),
-    ("<scratchpad>", "</scratchpad>"),
-    ("<analysis>", "</analysis>"),
-    ("<seed:think>", "</seed:think>"),
-    ("[THINK]", "[/THINK]"),
-    ("◁think▷", "◁/think▷"),
-    ("<|begin_of_thought|>", "<|end_of_thought|>"),
-    ("<|START_THINKING|>", "<|END_THINKING|>"),
-)
 
 _ANSWER_PHRASE = re.compile(
     r"(?:answer|result|solution|option|choice)s?\s{0,5}(?:is|are|would be|equals|comes to|:|=|：)(?:\s{0,5}:)?(?![a-z])"
@@ -187,33 +174,6 @@ class _Box(NamedTuple):
     end: int
 
 
-def without_thought(text: str) -> str:
-    """Returns the reply of a response: the text without blocks such as ``<think> ... </think>``.
-
-    A closing tag without an opening one ends a block that the prompt has opened. A block that is not closed is a response
-    without a reply, so the result is the text before it.
-    """
-    for opening, closing in _THOUGHT_TAGS:
-        if closing in text or opening in text:
-            text = _without_blocks(text, opening, closing)
-    return text
-
-
-def _without_blocks(text: str, opening: str, closing: str) -> str:
-    reply = ""
-    first_closing, first_opening = text.find(closing), text.find(opening)
-    if first_closing >= 0 and (first_opening < 0 or first_closing < first_opening):
-        text = text[first_closing + len(closing) :]
-    while True:
-        before, tag, rest = text.partition(opening)
-        reply += before
-        if not tag:
-            return reply.replace(closing, "")
-        _, tag, text = rest.partition(closing)
-        if not tag:
-            return reply
-
-
 def closed_boxes(text: str) -> list[str]:
     r"""Returns the contents of every outermost \boxed{}, \fbox{} or \framebox{} that is closed, in order."""
     return [box.content for box in _find_boxes(text)]
@@ -252,7 +212,7 @@ def extract_answer(text: str) -> str | None:
 def extract_answers(text: str, num_values: int = 1) -> list[str]:
     r"""Returns what a response commits to, as it is written: [] for nothing, several texts for joined boxes.
 
-    The block of reasoning is removed first. The answer is the content of the last closed \boxed{}, together with the boxes that
+    Blocks of reasoning are removed first. The answer is the content of the last closed \boxed{}, together with the boxes that
     are joined to it by "and", "or" or commas only. Without a box, or with empty boxes only, it is the text after the last phrase
     such as "answer is". Without such a phrase it is the last formula or word with a digit. A hedge or a retraction takes the
     commitment back.
@@ -261,7 +221,7 @@ def extract_answers(text: str, num_values: int = 1) -> list[str]:
         text: the response.
         num_values: number of values of the gold answer. If it is above 1 and the reply has as many boxes, all of them count.
     """
-    text = without_thought(text)
+    text = without_reasoning(text)
     boxes = [box for box in _find_boxes(text) if box.content.strip()]
     if boxes:
         return _from_boxes(text, boxes, num_values)

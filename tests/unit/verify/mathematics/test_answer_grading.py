@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_rasft.data.chat_format import is_thought_tag
-from megatron_rasft.verify.math_extraction import closed_boxes, extract_answer, extract_answers
-from megatron_rasft.verify.math_grading import grade_answer
+from megatron_rasft.verify.mathematics.answer_extraction import closed_boxes, extract_answer, extract_answers
+from megatron_rasft.verify.mathematics.answer_grading import grade_answer
 
-DATA = Path(__file__).parents[4] / "shared" / "data"
+DATA = Path(__file__).parents[5] / "shared" / "data"
 
 # Gold answer, and another way to write it in the box
 EQUAL = [
@@ -476,27 +475,6 @@ def test_other_rows_answers_grade_wrong() -> None:
         same = float(row["answer"].replace(",", "")) == float(other["answer"].replace(",", ""))
         graded = grade_answer(f"The answer is {other['answer']}.", row["answer"])[0]
         assert (graded == "correct") == same, (row["answer"], other["answer"])
-
-
-BLOCKS_OF_REASONING = [
-    ("<think>", "</think>"),
-    ("<reasoning>", "</reasoning>"),
-    ("<scratchpad>", "</scratchpad>"),
-    ("<analysis>", "</analysis>"),
-    ("<seed:think>", "</seed:think>"),
-    ("[THINK]", "[/THINK]"),
-    ("◁think▷", "◁/think▷"),
-    ("<|begin_of_thought|>", "<|end_of_thought|>"),
-    ("<|START_THINKING|>", "<|END_THINKING|>"),
-]
-
-
-@pytest.mark.parametrize(("start", "end"), BLOCKS_OF_REASONING)
-def test_answers_inside_a_block_of_reasoning_do_not_count(start: str, end: str) -> None:
-    assert is_thought_tag(start) and is_thought_tag(end), "the reader of chat templates knows the tag too"
-    assert extract_answer(rf"{start}So \boxed{{3}}.{end}The answer is 4.") == "4"
-    assert extract_answer(rf"So \boxed{{3}}.{end}I do not know.") is None, "the prompt opened the block"
-    assert extract_answer(rf"{start}So \boxed{{3}}.") is None
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-from megatron_rasft.verify.answers_text import TEXT_WRAPPER
+from megatron_rasft.verify.mathematics.notation import TEXT_WRAPPER
 
 Dimensions = tuple[tuple[str, int], ...]
 

@@ -12,10 +12,10 @@ import pytest
 
 from megatron_rasft.config.verify import VerifyConfig
 from megatron_rasft.types import Rollout
-from megatron_rasft.verify.math_grading import grade_answer
+from megatron_rasft.verify.mathematics.answer_grading import grade_answer
 from megatron_rasft.verify.pool import VerifierPool
 
-DATA = Path(__file__).parents[4] / "shared" / "data"
+DATA = Path(__file__).parents[5] / "shared" / "data"
 HERE = Path(__file__).parent
 
 FALSE_ACCEPTS: set[tuple[str, str]] = set()

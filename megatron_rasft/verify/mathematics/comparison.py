@@ -8,14 +8,14 @@ from typing import Any
 import sympy
 from sympy import EmptySet, FiniteSet, Interval, MatrixBase, Rational, Set, Union
 
-from megatron_rasft.verify.answers_expressions import (
+from megatron_rasft.verify.mathematics.expressions import (
     constant_ratio,
     parse_expression,
     rounds_to,
     values_equal,
 )
-from megatron_rasft.verify.answers_units import Unit, is_degree, is_radian
-from megatron_rasft.verify.answers_values import (
+from megatron_rasft.verify.mathematics.units import Unit, is_degree, is_radian
+from megatron_rasft.verify.mathematics.values import (
     Assignment,
     Based,
     Cases,

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from megatron_rasft.verify.math_extraction import extract_answers
+from megatron_rasft.verify.mathematics.answer_extraction import extract_answers
 
 NUM_CHARS = 20_000
 REPEATED = [

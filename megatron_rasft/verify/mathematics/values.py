@@ -5,16 +5,16 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-from megatron_rasft.verify.answers_expressions import has_symbols
-from megatron_rasft.verify.answers_numbers import exact_number, scaled_number, worded_number
-from megatron_rasft.verify.answers_text import (
+from megatron_rasft.verify.mathematics.exact_numbers import exact_number, scaled_number, worded_number
+from megatron_rasft.verify.mathematics.expressions import has_symbols
+from megatron_rasft.verify.mathematics.notation import (
     TEXT_WRAPPER,
     closes_at_end,
     plain_words,
     split_top_level,
     tidy,
 )
-from megatron_rasft.verify.answers_units import Unit, parse_unit
+from megatron_rasft.verify.mathematics.units import Unit, parse_unit
 
 MAX_ITEMS = 64
 
