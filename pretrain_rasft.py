@@ -27,6 +27,7 @@ if __name__ != "__mp_main__":
     from megatron_rasft.training.outputs import check_outputs
     from megatron_rasft.training.problems import open_replay, read_problems, set_length
     from megatron_rasft.training.resume import find_resume
+    from megatron_rasft.training.status import finished_before
     from megatron_rasft.training.stopping import Stopped
     from megatron_rasft.training.trainer import Trainer
 
@@ -40,6 +41,8 @@ def main() -> None:
     problems, heldout = read_problems(args, config)
     replay = open_replay(config, problems)
     set_length(args, config, problems.num)
+    if finished_before(args, resume):
+        return
     trainer = Trainer(args, config, folder, resume.converted)
     with build_run(args, config, folder, problems, heldout, replay, trainer, resume) as run:
         try:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_rasft.flags import FlagSection, PositiveInt
+from megatron_rasft.flags import FlagSection, NonNegativeFloat, PositiveInt
 
 
 @dataclass(kw_only=True)
@@ -14,7 +14,8 @@ class RunConfig(FlagSection):
     """Hugging Face folder of the model: config.json sets the architecture flags, the safetensors the weights."""
 
     export_hf: str | None = None
-    """Folder for the trained model, written at the end in the format of transformers. It must not exist."""
+    """Folder for the trained model, written at the end in the format of transformers. It must not exist, unless this run has written
+    it: then the run is finished."""
 
     rasft_query_groups: int | None = None
     """Query groups of the model in training, at least as many as in config.json. The added groups are zero, get no gradient and are
@@ -27,6 +28,15 @@ class RunConfig(FlagSection):
     rasft_batch_layout: Literal["packed", "padded"] = "packed"
     """Layout of a micro-batch. packed: sequences without padding, up to --micro-batch-size x --seq-length tokens; padded:
     --micro-batch-size sequences, each padded to the longest."""
+
+    exit_before_end_s: NonNegativeFloat | None = None
+    """Seconds before the end of the Slurm allocation (SLURM_JOB_END_TIME) at which the run saves and stops with exit code 0. Unset:
+    1.5 times the longest save of the run, plus its longest step or phase of a refresh, plus 60 s; 300 s for the save before the first
+    one. 0 ignores the end."""
+
+    rasft_keep_checkpoints: PositiveInt | None = None
+    """Number of newest checkpoints that are kept in --save. Older ones are deleted after each complete save, except every
+    --save-retain-interval steps. Unset: all are kept, or with --save-retain-interval the newest one and those at its interval."""
 
     rasft_ref_cache: str | None = None
     """SQLite file of reference log-probabilities, which later runs reuse. Unset: ref_logprobs.sqlite in --save."""

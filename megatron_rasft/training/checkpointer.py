@@ -1,6 +1,7 @@
 """Saves a run's checkpoints, in the background with --async-save, and loads the one that the run resumes from."""
 
 import argparse
+import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -19,6 +20,7 @@ from megatron_rasft.training.checkpoints import (
     STATE_FILE,
     architecture_of,
     checkpoint_failure,
+    expired,
     load_explained,
     read_arrays,
     read_state,
@@ -91,7 +93,9 @@ class Checkpointer:
         with save_explained(f"the checkpoint of step {step}", folder):
             # The run's state comes first: Megatron completes the checkpoint and writes the tracker file last.
             on_rank_zero(write)
-            with trainer.parameters_gathered(), quiet():
+            # Megatron's own deletion keeps a single checkpoint besides those of the interval.
+            retain = None if args.rasft_keep_checkpoints else args.save_retain_interval
+            with trainer.parameters_gathered(), quiet(), overridden(args, save_retain_interval=retain):
                 checkpointing.save_checkpoint(
                     step,
                     trainer.model,
@@ -102,6 +106,8 @@ class Checkpointer:
                 )
         if args.async_save:
             self._saving_step = step
+        else:
+            self._delete_expired(step)
 
     def load(self) -> tuple[dict[str, Any], dict[str, Array]] | None:
         """Loads the checkpoint that the run resumes from into the trainer.
@@ -154,12 +160,27 @@ class Checkpointer:
         # With --save-retain-interval Megatron forks a process that deletes the previous checkpoint (iter_finalize_fn in
         # megatron/training/checkpointing.py). No other thread may hold a lock then: the forked process could not release it.
         self._trainer.pause_preparation()
-        with save_explained(f"the checkpoint of step {self._saving_step}", Path(self._args.save)), quiet():
+        retain = None if self._args.rasft_keep_checkpoints else self._args.save_retain_interval
+        explained = save_explained(f"the checkpoint of step {self._saving_step}", Path(self._args.save))
+        with explained, quiet(), overridden(self._args, save_retain_interval=retain):
             training.maybe_finalize_async_save(blocking=is_blocking)
         if not is_empty_async_queue():
             return None
         step, self._saving_step = self._saving_step, None
+        self._delete_expired(step)
         return step
+
+    def _delete_expired(self, newest: int) -> None:
+        """Deletes the checkpoints that --rasft-keep-checkpoints does not keep, now that ``newest`` is complete."""
+        keep = self._args.rasft_keep_checkpoints
+        if keep is None:
+            return
+
+        def delete() -> None:
+            for folder in expired(Path(self._args.save), newest, keep, self._args.save_retain_interval):
+                shutil.rmtree(folder, ignore_errors=True)
+
+        on_rank_zero(delete)
 
 
 def load_converted_weights(

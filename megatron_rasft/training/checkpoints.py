@@ -38,6 +38,9 @@ LOAD_FAILURES = (
 )
 """The errors that loading a damaged or incomplete checkpoint raises."""
 
+_LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "gloo/transport", "Broken pipe")
+"""Parts of the texts of gloo's errors about a connection to a rank that has ended."""
+
 _ARCHITECTURE = (
     "num_layers",
     "hidden_size",
@@ -154,6 +157,11 @@ def save_explained(what: str, folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, CheckpointException) as error:
+        if is_lost_peer(error):
+            raise CheckpointError(
+                f"{what} is incomplete, because another rank ended during the save ({first_line(error)}). Its log says why. Earlier "
+                "checkpoints are unchanged: start again to resume from the last one."
+            ) from error
         reason = checkpoint_failure(error).rstrip(".")
         # An error of a background writer holds only the original error's class; torch prints the rest.
         if "<class " in reason:
@@ -198,6 +206,41 @@ def load_explained(resume: Resume) -> Iterator[None]:
             f"pickle can run any code. If you trust its source, set {UNPICKLE}=1 in the environment. Otherwise start from "
             "exported weights (--hf-model)."
         ) from error
+
+
+def expired(save: Path, newest: int, keep: int, interval: int | None) -> list[Path]:
+    """Returns the checkpoints to delete, oldest first.
+
+    Args:
+        save: the folder of the checkpoints.
+        newest: step of the newest complete checkpoint. Later folders belong to a branch that --ckpt-step left; they stay.
+        keep: number of complete checkpoints to keep, with the newest one.
+        interval: checkpoints of its multiples are kept too; None: none.
+
+    Returns:
+        Folders of earlier steps. Incomplete folders, which killed saves have left, are among them.
+    """
+    steps = {
+        int(path.name.removeprefix("iter_")): path
+        for path in save.glob("iter_*")
+        if path.name.removeprefix("iter_").isdecimal() and path.is_dir() and not path.is_symlink()
+    }
+    # Megatron writes metadata.json when a checkpoint is complete.
+    complete = sorted(s for s, path in steps.items() if s <= newest and (path / "metadata.json").is_file())
+    kept = {newest, *complete[-keep:], *(s for s in complete if interval and s % interval == 0)}
+    return [steps[step] for step in sorted(steps) if step < newest and step not in kept]
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Returns whether an error of a collective, or of the ranks' store, says that another rank is gone.
+
+    gloo raises a plain RuntimeError, so its text decides. With NCCL and the store torch has classes of its own.
+    """
+    if isinstance(error, CheckpointException):
+        return any(is_lost_peer(cause) for cause, _ in error.failures.values())
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and any(sign in str(error) for sign in _LOST_PEER)
+    )
 
 
 def checkpoint_failure(error: BaseException) -> str:

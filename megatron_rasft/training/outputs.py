@@ -13,6 +13,7 @@ from megatron_rasft.files import write_json, written_to
 from megatron_rasft.ranks import on_rank_zero
 from megatron_rasft.rollout.store import whole_lines
 from megatron_rasft.training.reference import LogprobCache
+from megatron_rasft.weights.exporting import remove_partial_exports
 from megatron_rasft.weights.tracker import has_checkpoint
 
 BEGUN_FILE = "begun.json"
@@ -165,8 +166,11 @@ def check_outputs(args: Any, config: RasftConfig) -> None:
             LogprobCache(cache, fingerprint="")  # fails if an existing file is not a database
         if rows is not None:
             check_writable("--data-cache", rows, rows)
-        if args.export_hf is not None:
+        # A folder that exists is this run's own export (startup.parse); nothing is written there.
+        if args.export_hf is not None and not Path(args.export_hf).exists():
             check_writable("--export-hf", Path(args.export_hf), Path(args.export_hf).absolute().parent)
+            for partial in remove_partial_exports(Path(args.export_hf)):
+                print(f"removed {partial}: an export that was interrupted", flush=True)
 
     on_rank_zero(check)
 

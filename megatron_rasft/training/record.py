@@ -1,6 +1,7 @@
 """Everything a run writes besides checkpoints: console lines, metrics, rollouts, its configuration."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from megatron_rasft.config.saved import SavedConfig
 from megatron_rasft.ranks import on_rank_zero
 from megatron_rasft.training.outputs import cut_files, metrics_file, rollouts_file
 from megatron_rasft.training.progress import Progress, ScalarWriter
+from megatron_rasft.training.status import RunStatus, State
 from megatron_rasft.weights.model_card import run_facts
 
 
@@ -93,6 +95,27 @@ class RunRecord:
             return
         if before is not None and (changes := before.changes(now)):
             self.say(f"flags changed since the earlier run: {', '.join(changes)}")
+
+    def note_status(self, state: State, step: int | None = None, **changes: Any) -> None:
+        """Writes status.json on rank 0, if the run has --save.
+
+        Args:
+            step: steps trained so far; None keeps the number that the file holds.
+            changes: further fields of ``RunStatus``. Those that are not given keep their values.
+
+        Raises:
+            RasftError: the file cannot be written.
+        """
+        if self._is_rank_zero and self._save is not None:
+            before = RunStatus.read(self._save) or RunStatus(state=state)
+            changes = {
+                "state": state,
+                "step": before.step if step is None else step,
+                "num_steps": self._args.train_iters,
+                "reason": "",
+                **changes,
+            }
+            replace(before, **changes).write(self._save)
 
     def mark_files(self) -> None:
         """Stores the files' lengths for the next checkpoint."""

@@ -194,6 +194,8 @@ class RefreshDriver:
         stop = self._policy.stop
         with self._report.timed("verify_s"):
             stop.on_rank_zero(lambda: self.decisions.verify(groups, stop.check_here))
+        # Slurm sends a signal to the grading processes too. Their last verdicts then say that they crashed, and must not be trained on.
+        stop.check()
         self._report.count_rollouts(groups.values())
 
     def weigh(self, choice: ProblemChoice, groups: Groups) -> Samples:

@@ -1,15 +1,16 @@
 """The state of the training loop: what pretrain_rasft.py steps through, saves and resumes."""
 
+import os
 import time
 import traceback
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from typing import Any
 
 from megatron_rasft import metrics
 from megatron_rasft.config import RasftConfig
-from megatron_rasft.errors import CheckpointError
+from megatron_rasft.errors import CheckpointError, RasftError, first_line
 from megatron_rasft.ranks import on_rank_zero
 from megatron_rasft.training.batch_preparation import PreparedBatch
 from megatron_rasft.training.checkpointer import Checkpointer
@@ -78,6 +79,7 @@ class Run:
         """Verdict -> number of rollouts since the run began."""
         self._saved_step = 0
         """Step of the newest checkpoint in --save. Step 0 needs no checkpoint."""
+        self._save_began = 0.0
 
     def __enter__(self) -> "Run":
         on_rank_zero(self._start_verifier)
@@ -95,6 +97,9 @@ class Run:
             traceback.clear_frames(exc[2])
             self._servers.close(is_clean=exc[0] is None)
         self._record.close(is_clean=exc[0] is None)
+        if isinstance(exc[1], BaseException):
+            with suppress(RasftError):  # the disk may be full, which must not hide the run's own error
+                self._record.note_status("failed", self._trainer.iteration or None, reason=first_line(exc[1]))
 
     # ---- begin
 
@@ -113,6 +118,7 @@ class Run:
             self._record.say(line)
         if resumed is not None:
             self._record.say(f"going on after step {self._trainer.iteration}")
+        on_rank_zero(lambda: self._record.note_status("running", self._trainer.iteration))
 
     def _load_state(self, state: dict[str, Any], arrays: dict[str, Array]) -> None:
         on_rank_zero(lambda: self._check_reference(state))
@@ -221,17 +227,28 @@ class Run:
         if self._args.save is None or self._saved_step == self._trainer.iteration:
             return
         self._finish_saves()
-        began = time.monotonic()
+        self._save_began = time.monotonic()
         self._checkpoints.save(self._state)
         self._saved_step = self._trainer.iteration
         done = "step {} is being saved" if self._args.async_save else "saved step {}"
-        self._record.say(f"{done.format(self._saved_step)}, {time.monotonic() - began:.1f} s")
+        self._record.say(f"{done.format(self._saved_step)}, {time.monotonic() - self._save_began:.1f} s")
+        if not self._args.async_save:
+            self._note_save()
+
+    def _note_save(self) -> None:
+        """Keeps the time of a save that is now complete, for --exit-before-end-s and for the next start of the run."""
+        seconds, allocation = time.monotonic() - self._save_began, self._trainer.stop.allocation
+        if allocation is not None:
+            allocation.note_save(seconds)
+            seconds = allocation.save_s or seconds
+        on_rank_zero(lambda: self._record.note_status("running", self._saved_step, save_s=seconds))
 
     def _finish_saves(self, *, is_blocking: bool = True) -> None:
         """Completes a background save (--async-save); waits for it if asked to."""
         step = self._checkpoints.finish(is_blocking=is_blocking)
         if step is not None:
             self._record.say(f"saved step {step} in the background")
+            self._note_save()
 
     def _state(self) -> tuple[dict[str, Any], dict[str, Array]]:
         """The run's part of a checkpoint: JSON values, and the samples of the queue. Rank 0 only."""
@@ -259,15 +276,21 @@ class Run:
             outcome = f"after step {step}; --save was not given"
         else:
             outcome = f"after step {step}; saved; the same command resumes it"
+        on_rank_zero(lambda: self._record.note_status("stopped", step, reason=reason))
         self._record.say(f"stopped by {reason} {outcome}")
 
     def finish(self) -> None:
         """Waits for background saves, exports the model, and reports the verdicts of all rollouts."""
         self._finish_saves()
         self._trainer.stop.check()
+        step = self._trainer.iteration
         if self._args.export_hf is not None:
-            self._trainer.export(self._args.export_hf, self._record.facts(self._trainer.iteration))
+            # Written before the export: if the process is killed after it, the next start knows that the folder is its own.
+            folder = os.path.abspath(self._args.export_hf)
+            on_rank_zero(lambda: self._record.note_status("running", step, export_folder=folder))
+            self._trainer.export(self._args.export_hf, self._record.facts(step))
             self._record.say(f"exported to {self._args.export_hf}")
         if self._verdicts:
             counts = ", ".join(f"{count} {verdict}" for verdict, count in sorted(self._verdicts.items()))
             self._record.say(f"rollouts: {counts}")
+        on_rank_zero(lambda: self._record.note_status("finished", step))

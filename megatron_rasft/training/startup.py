@@ -25,6 +25,7 @@ from megatron_rasft.training.layout_checks import check_layout, check_sampling
 from megatron_rasft.training.megatron_calls import VERBOSE, quiet
 from megatron_rasft.training.outputs import check_writable
 from megatron_rasft.training.rollout_servers import read_keys
+from megatron_rasft.training.status import RunStatus
 from megatron_rasft.weights.architecture import megatron_args
 from megatron_rasft.weights.folder import HfFolder
 
@@ -78,6 +79,9 @@ def _check_paths(args: Any, *, needs_data: bool) -> None:
             "--train-data FILE is missing: the demonstrations to train on (.jsonl, .jsonl.gz or .parquet)."
         )
     if args.export_hf is not None and os.path.exists(args.export_hf):
+        before = RunStatus.read(args.save)
+        if before is not None and before.has_export(args.export_hf):
+            return  # finished_before decides, when the length of the run is known
         raise ValueError(
             f"--export-hf {args.export_hf} exists already. Name a folder that does not exist, or move it away."
         )

@@ -1,10 +1,12 @@
-"""Ends a run before its last step: on a signal, or after a given time.
+"""Ends a run before its last step: on a signal, after a given time, or before the end of its Slurm allocation.
 
 All ranks must stop at the same point, so the run checks at fixed points, where the ranks agree by a collective.
 """
 
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,19 +14,83 @@ import torch.distributed as dist
 
 from megatron_rasft.ranks import gather_to_all, on_rank_zero
 
+_MARGIN_S = 60.0
+"""Time left for the end of the processes, seconds, if --exit-before-end-s is not given."""
+
+_UNKNOWN_SAVE_S = 300.0
+"""Time left for a save, seconds, before the run has saved once."""
+
 
 class Stopped(Exception):
     """Ends the run. It is raised on every rank at the same place, except by ``StopRequest.check_here``."""
 
 
+@dataclass(kw_only=True)
+class Allocation:
+    """The end of a Slurm allocation, and how long before it a run must stop.
+
+    Slurm gives the times of the allocation, so container start and imports are counted, unlike in --exit-duration-in-mins.
+    """
+
+    ends_at: float
+    """``time.time()`` of the end."""
+    length_s: float
+    """Infinity if Slurm does not give the start."""
+    before_s: float | None = None
+    """--exit-before-end-s. None: calculated from measured times."""
+    save_s: float | None = None
+    """The longest save so far, seconds; None before the first one."""
+    longest_wait_s: float = 0.0
+    """The longest time between two checks, seconds: a step, or a phase of a refresh."""
+    _checked_at: float | None = None
+
+    @classmethod
+    def of_slurm(
+        cls, before_s: float | None, save_s: float | None = None, variables: Mapping[str, str] = os.environ
+    ) -> "Allocation | None":
+        """Reads the allocation from Slurm's variables; None outside of Slurm, without a time limit, or if ``before_s`` is 0."""
+        ends, starts = (
+            int(text) if (text := variables.get(f"SLURM_JOB_{name}_TIME", "")).isdecimal() else 0
+            for name in ("END", "START")
+        )
+        if not ends or before_s == 0:
+            return None
+        length_s = float(ends - starts) if 0 < starts < ends else float("inf")
+        return cls(ends_at=ends, length_s=length_s, before_s=before_s, save_s=save_s)
+
+    def note_save(self, seconds: float) -> None:
+        """Notes how long a save took."""
+        self.save_s = max(seconds, self.save_s or 0.0)
+
+    def needed_s(self) -> float:
+        """Returns how long before the end the run must stop, seconds."""
+        if self.before_s is not None:
+            return self.before_s
+        # Short allocations, as for a trial, would otherwise be over before their first step.
+        margin_s, unknown_s = min(_MARGIN_S, 0.1 * self.length_s), min(_UNKNOWN_SAVE_S, 0.1 * self.length_s)
+        save_s = unknown_s if self.save_s is None else 1.5 * self.save_s
+        return self.longest_wait_s + save_s + margin_s
+
+    def reason(self, now: float) -> str:
+        """Returns why the run is to stop at ``now``, or "". Call it at every check: the time between the calls is measured."""
+        if self._checked_at is not None:
+            self.longest_wait_s = max(self.longest_wait_s, now - self._checked_at)
+        self._checked_at = now
+        left_s, needed_s = self.ends_at - now, self.needed_s()
+        if left_s > needed_s:
+            return ""
+        return f"the end of the Slurm allocation in {left_s:.0f} s (--exit-before-end-s {needed_s:.0f})"
+
+
 class StopRequest:
-    """Checks for --exit-signal (SIGTERM) and --exit-duration-in-mins.
+    """Checks for --exit-signal (SIGTERM), --exit-duration-in-mins and the end of the Slurm allocation.
 
     Args:
         has_signal: called without arguments; returns whether this process has received the signal.
         duration_min: minutes after ``began`` at which the run ends; None for no limit.
         began: ``time.time()`` when the program started.
         device: device of the tensor that the ranks exchange.
+        allocation: the Slurm allocation of the run; None if it has no end.
     """
 
     def __init__(
@@ -33,18 +99,20 @@ class StopRequest:
         duration_min: int | None = None,
         began: float = 0.0,
         device: torch.device | str = "cpu",
+        allocation: Allocation | None = None,
     ) -> None:
         self._has_signal = has_signal
         self._duration_min = duration_min
         self._began = began
         self._device = device
+        self.allocation = allocation
 
     def _reason_here(self) -> str:
         if self._has_signal():
             return "a signal"
         if self._duration_min and time.time() - self._began > 60 * self._duration_min:
             return f"--exit-duration-in-mins {self._duration_min}"
-        return ""
+        return "" if self.allocation is None else self.allocation.reason(time.time())
 
     def reason(self) -> str:
         """Returns why the run is to stop: a reason that any rank has, or "". A collective of the world."""

@@ -49,7 +49,8 @@ from megatron_rasft.training.model import build_chunk
 from megatron_rasft.training.reference import FrozenReference
 from megatron_rasft.training.samples import Batch, SampleArrays
 from megatron_rasft.training.scoring import Scorer
-from megatron_rasft.training.stopping import StopRequest
+from megatron_rasft.training.status import RunStatus
+from megatron_rasft.training.stopping import Allocation, StopRequest
 from megatron_rasft.training.warmup import WarmUp
 from megatron_rasft.types import Request, Response, SamplingParams, TrainingSample
 from megatron_rasft.weights.folder import HfFolder
@@ -117,6 +118,7 @@ class Trainer:
             args.exit_duration_in_mins,
             training._TRAIN_START_TIME,
             self.sampler.device,
+            Allocation.of_slurm(config.run.exit_before_end_s, _measured_save_s(args)),
         )
         layout = batch_layout(args, is_packed=config.run.rasft_batch_layout == "packed")
         self._preparer = BatchPreparer(layout, replica_ranks(), self.sampler.device)
@@ -397,3 +399,9 @@ def _learning_rate(optimizer: Any) -> float:
 def _one_or_list(values: list[Any]) -> Any:
     """Returns a list with one value per model chunk, or the value itself if there is one chunk, as Megatron expects."""
     return values[0] if len(values) == 1 else values
+
+
+def _measured_save_s(args: Any) -> float | None:
+    """The longest save of the run's earlier starts, seconds; None if it has not saved."""
+    before = RunStatus.read(args.save)
+    return None if before is None else before.save_s

@@ -1,5 +1,6 @@
 """Writes model chunks as a Hugging Face folder, tensor by tensor. The folder gets its name when it is complete."""
 
+import glob
 import json
 import math
 import os
@@ -23,6 +24,9 @@ from megatron_rasft.weights.finite import NOT_FINITE, is_finite
 from megatron_rasft.weights.folder import DTYPES, INDEX_FILE, SINGLE_FILE, HfFolder
 from megatron_rasft.weights.gathering import ExpertGroups, TensorPlan, gather_tensors, plan_tensors
 from megatron_rasft.weights.model_card import write_card
+
+_PARTIAL = ".partial-"
+"""Part of the name of an export's temporary folder: .NAME.partial-RANDOM beside NAME."""
 
 _DTYPE_NAMES = {**{dtype: name for name, dtype in DTYPES.items()}, torch.float8_e4m3fn: "F8_E4M3"}
 
@@ -149,6 +153,19 @@ def _rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+def remove_partial_exports(out_dir: Path) -> list[Path]:
+    """Removes the temporary folders of exports to ``out_dir`` that were killed. No other process may be exporting to it.
+
+    Returns:
+        The removed folders.
+    """
+    pattern = f".{glob.escape(out_dir.name)}{_PARTIAL}*"
+    folders = sorted(out_dir.absolute().parent.glob(pattern))
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+    return folders
+
+
 def _begin(out_dir: Path, is_rank_zero: bool) -> Path:
     """Creates the temporary folder, or refuses an ``out_dir`` in use, with the same outcome on every rank."""
     temporary, refusal, failure = None, "", ""
@@ -159,7 +176,8 @@ def _begin(out_dir: Path, is_rank_zero: bool) -> Path:
             )
         else:
             try:
-                temporary = out_dir.absolute().parent / f".{out_dir.name}.partial-{uuid.uuid4().hex[:8]}"
+                remove_partial_exports(out_dir)
+                temporary = out_dir.absolute().parent / f".{out_dir.name}{_PARTIAL}{uuid.uuid4().hex[:8]}"
                 temporary.mkdir(parents=True)
             except OSError as error:
                 failure = f"cannot export to {out_dir}: {error}"

@@ -4,6 +4,7 @@
 other ranks when one fails, so a rank that waits forever is noticed. ``torchrun`` starts the program as a user does.
 """
 
+import contextlib
 import json
 import os
 import resource
@@ -17,6 +18,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
+
+import psutil
 
 from megatron_rasft.tools.ports import free_port
 from tests import forking
@@ -195,10 +198,19 @@ def torchrun(
     """Runs the command that a user types, in new interpreters; returns one exit code and one log.
 
     Args:
-        ended_when: torchrun gets SIGTERM, as from a scheduler, when this returns true.
+        ended_when: when this returns true, all processes get SIGTERM, as those of a Slurm step do. The command is then the one that
+            docs/training.md gives for Slurm: torchrun ignores the signal and waits for its processes.
         hides_gpu: whether the run uses the CPU even if the machine has a GPU.
     """
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(num_processes)]
+    launcher = ["-m", "torch.distributed.run", "--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT"]
+    command = [
+        "env",
+        "--ignore-signal=TERM",
+        sys.executable,
+        *launcher,
+        "--nproc-per-node",
+        str(num_processes),
+    ]
     command += ["--master-port", str(free_port()), str(PROGRAM), *flags]
     variables = os.environ | ENVIRONMENT
     if not hides_gpu:
@@ -211,13 +223,21 @@ def torchrun(
                 assert time.monotonic() < deadline, "the condition of the test was not met in time"
                 time.sleep(0.05)
             if ended_when is not None:
-                process.terminate()
+                _terminate_all(process.pid)
             process.wait(timeout_s)
         finally:
-            process.terminate()  # torchrun ends its ranks; SIGKILL would leave them behind
+            process.send_signal(signal.SIGINT)  # torchrun ends its ranks; SIGKILL would leave them behind
             process.wait(60)
         log.seek(0)
         return Outcome([process.returncode], [log.read()])
+
+
+def _terminate_all(pid: int) -> None:
+    """Sends SIGTERM to a process and all its descendants, which is how Slurm signals a step."""
+    parent = psutil.Process(pid)
+    for process in (*parent.children(recursive=True), parent):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.terminate()
 
 
 def steps(save: Path) -> dict[int, dict[str, float]]:

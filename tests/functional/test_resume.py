@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from signal import SIGKILL, SIGTERM
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from megatron_rasft.training.status import RunStatus
 from tests.functional import launching
 from tests.functional.conftest import Workshop
 from tests.functional.launching import HeldWrites, Interruption, Phase
@@ -209,6 +211,40 @@ def test_a_run_resumes_from_an_earlier_checkpoint_than_a_damaged_one(
     assert_same_run(save, unbroken)
 
 
+def test_a_resumed_run_says_which_flags_have_changed(
+    workshop: Workshop, stopped_at_7: Path, tmp_path: Path
+) -> None:
+    save = tmp_path / "save"
+    shutil.copytree(stopped_at_7, save)
+    changed = ["--objective", "sft", "--weight-decay", "0.1", "--override-opt_param-scheduler"]
+    output = workshop.train(save, [*flags_of(save), *changed]).output
+    (line,) = (line for line in output.splitlines() if line.startswith("flags changed"))
+    assert "--objective rasft -> sft" in line and "--weight-decay 0.0 -> 0.1" in line
+    assert "after step 7" in output and max(launching.steps(save)) == STEPS
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        (["--lr", "1e-4"], "--lr"),
+        (["--lr", "1e-4", "--override-opt_param-scheduler"], "--lr"),
+        (["--lr-decay-style", "cosine", "--min-lr", "1e-5"], "--lr"),
+        (["--data-prompt-suffix", " ="], "--data"),
+        (["--train-data", "OTHER"], "other problems"),
+    ],
+)
+def test_a_resumed_run_refuses_other_problems_and_another_learning_rate(
+    workshop: Workshop, stopped_at_7: Path, tmp_path: Path, changed: list[str], named: str
+) -> None:
+    other = tmp_path / "sums.jsonl"
+    other.write_text(workshop.sums.read_text().replace("+", "-"))
+    more = [str(other) if value == "OTHER" else value for value in changed]
+    flags = workshop.flags("--save", str(stopped_at_7), *flags_of(stopped_at_7), *more)
+    outcome = launching.run(tmp_path / "logs", flags)
+    (error,) = outcome.errors
+    assert outcome.codes == [1] and named in error and "Traceback" not in outcome.output
+
+
 @pytest.mark.parametrize("size", ["--tensor-model-parallel-size", "--pipeline-model-parallel-size"])
 def test_a_checkpoint_is_resumed_in_another_layout(
     workshop: Workshop, stopped_at_7: Path, tmp_path: Path, size: str
@@ -221,6 +257,38 @@ def test_a_checkpoint_is_resumed_in_another_layout(
     assert launching.losses(save) == pytest.approx(launching.losses(unbroken), abs=1e-5, rel=0)
 
 
+def test_a_finished_run_that_is_started_again_is_over_at_once(workshop: Workshop, tmp_path: Path) -> None:
+    unbroken = unbroken_run(workshop, 1)
+    before = (unbroken / "metrics.jsonl").read_bytes()
+    outcome = launching.run(tmp_path / "logs", workshop.flags("--save", str(unbroken), *flags_of(unbroken)))
+    assert outcome.codes == [0] and "finished before: step 9 of 9" in outcome.output
+    assert outcome.output.count("\n") <= 3, "nothing else is said"
+    assert (unbroken / "metrics.jsonl").read_bytes() == before
+    # A finished run can still be exported, as after a kill during its export.
+    save = tmp_path / "save"
+    shutil.copytree(unbroken, save)
+    partial = tmp_path / ".save-exported.partial-1a2b3c4d"
+    partial.mkdir()
+    assert f"removed {partial}" in workshop.train(save, flags_of(save)).output
+    assert not partial.exists()
+    assert_same_run(save, unbroken)
+
+
+def test_a_run_stops_before_the_end_of_its_slurm_allocation(
+    workshop: Workshop, stopped_at_7: Path, tmp_path: Path
+) -> None:
+    save = tmp_path / "save"
+    shutil.copytree(stopped_at_7, save)
+    flags = workshop.flags("--save", str(save), *flags_of(save), "--exit-before-end-s", "5000")
+    variables = {"SLURM_JOB_END_TIME": str(int(time.time()) + 4000)}
+    outcome = launching.run(tmp_path / "logs", flags, variables=variables)
+    assert outcome.codes == [0], outcome.output
+    status = RunStatus.read(save)
+    assert status is not None and (status.state, status.step) == ("stopped", 8)
+    assert "--exit-before-end-s 5000" in status.reason
+    assert (save / "latest_checkpointed_iteration.txt").read_text() == "8"
+
+
 def test_torchrun_stopped_by_sigterm_saves_the_last_step(workshop: Workshop, tmp_path: Path) -> None:
     save = tmp_path / "save"
     metrics = save / "metrics.jsonl"
@@ -230,7 +298,10 @@ def test_torchrun_stopped_by_sigterm_saves_the_last_step(workshop: Workshop, tmp
         ended_when=lambda: metrics.exists() and bool(launching.steps(save)),
     )
     last = max(launching.steps(save))
-    assert f"signal after step {last}" in outcome.output
+    assert outcome.codes == [0], "a clean stop, also through torchrun"
+    assert f"signal after step {last}" in outcome.output and "Traceback" not in outcome.output
+    status = RunStatus.read(save)
+    assert status is not None and (status.state, status.step, status.num_steps) == ("stopped", last, 2000)
     assert last < 2000
     assert int((save / "latest_checkpointed_iteration.txt").read_text()) == last
     assert not outcome.errors

@@ -74,6 +74,8 @@ def args_of(save: Path, **changes: Any) -> Any:
         "fp8": None,
         "fp8_recipe": "delayed",
         "ckpt_format": "torch_dist",
+        "rasft_keep_checkpoints": None,
+        "save_retain_interval": None,
     }
     return args_with_architecture(**defaults | changes)
 
@@ -145,6 +147,23 @@ def test_a_background_save_is_finished_when_all_ranks_have_written(
     assert trainer.notes == ["gathered", "paused", "paused"], "Megatron may fork when it finalizes"
     assert megatron.calls[0] == "queue"
     assert megatron.calls[2:] == [("finalize", False), ("finalize", True)]
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_old_checkpoints_are_deleted_when_the_new_one_is_complete(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, is_async: bool
+) -> None:
+    old = tmp_path / "iter_0000001"
+    old.mkdir()
+    flags = {"async_save": is_async, "distributed_timeout_minutes": 1, "optimizer_cpu_offload": False}
+    own, _, megatron = saved(monkeypatch, tmp_path, rasft_keep_checkpoints=1, **flags)
+    if is_async:
+        megatron.is_written = False
+        own.finish(is_blocking=False)
+        assert old.exists(), "the new checkpoint is incomplete"
+        megatron.is_written = True
+        own.finish()
+    assert not old.exists() and (tmp_path / "iter_0000002").exists()
 
 
 def test_converted_weights_are_loaded_into_model_and_optimizer(

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch.distributed as dist
 from megatron.core.optimizer.optimizer import param_group_identifier_keys
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -16,6 +17,7 @@ from megatron_rasft.training.checkpoints import (
     STATE_FILE,
     architecture_of,
     checkpoint_failure,
+    expired,
     load_explained,
     read_arrays,
     read_state,
@@ -186,3 +188,43 @@ def test_another_learning_rate_is_named(tmp_path: Path) -> None:
     assert str(tmp_path) in str(raised.value)
     with pytest.raises(KeyError, match="other"), load_explained(resume):
         raise KeyError("other")
+
+
+LOST_PEERS = [
+    RuntimeError(
+        "[../third_party/gloo/gloo/transport/tcp/pair.cc:538] Connection closed by peer [10.0.0.2]:4711"
+    ),
+    RuntimeError("Connection reset by peer"),
+    dist.DistBackendError("NCCL communicator was aborted on rank 1."),
+    dist.DistNetworkError("failed to recv, got 0 bytes"),
+    CheckpointException("save", {1: (dist.DistBackendError("aborted"), None)}),  # type: ignore[dict-item]
+]
+
+
+@pytest.mark.parametrize("error", LOST_PEERS, ids=str)
+def test_a_rank_lost_during_a_save_is_not_a_full_disk(error: Exception, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="another rank ended") as raised, save_explained("it", tmp_path):
+        raise error
+    assert "GiB" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("keep", "interval", "deleted"),
+    [
+        (1, None, [2, 3, 4, 6, 8]),
+        (2, None, [2, 3, 4, 6]),
+        (2, 4, [2, 3, 6]),
+        (9, None, [3]),  # 3 is the folder of a killed save
+    ],
+)
+def test_checkpoints_other_than_the_newest_expire(
+    tmp_path: Path, keep: int, interval: int | None, deleted: list[int]
+) -> None:
+    for step in (2, 3, 4, 6, 8, 10, 12):
+        (tmp_path / f"iter_{step:07d}").mkdir()
+        if step != 3:
+            (tmp_path / f"iter_{step:07d}" / "metadata.json").touch()
+    (tmp_path / "iter_old").mkdir()
+    (tmp_path / "iter_0000001").symlink_to(tmp_path / "iter_old")
+    found = expired(tmp_path, 10, keep, interval)
+    assert [path.name for path in found] == [f"iter_{step:07d}" for step in deleted]

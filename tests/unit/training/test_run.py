@@ -18,7 +18,8 @@ from megatron_rasft.training.refresh_report import RefreshReport
 from megatron_rasft.training.resume import Resume
 from megatron_rasft.training.run import Run
 from megatron_rasft.training.samples import Batch, BatchQueue, SampleArrays
-from megatron_rasft.training.stopping import Stopped, StopRequest
+from megatron_rasft.training.status import RunStatus
+from megatron_rasft.training.stopping import Allocation, Stopped, StopRequest
 from megatron_rasft.training.trainer import Diverged, StepResult
 from megatron_rasft.types import TrainingSample
 from tests.unit.training.stand_ins import config_of
@@ -370,3 +371,47 @@ def test_the_tensors_of_a_failed_step_are_freed_before_servers_wake() -> None:
         step()
     assert alive == [None]
     assert verifier.notes == ["start", "end"]
+
+
+def test_the_status_follows_the_run(tmp_path: Path) -> None:
+    args = args_of(save=str(tmp_path), save_interval=1, export_hf=str(tmp_path / "model"))
+    trainer = TrainerOfNotes()
+    record = RecordWithoutCard(args, config_of(), is_rank_zero=True)
+    run, _ = run_of(args, trainer, record=record)
+    run.begin()
+    assert RunStatus.read(tmp_path) == RunStatus(state="running", num_steps=8)
+    trainer.iteration = 1
+    run.save_if_due()
+    status = RunStatus.read(tmp_path)
+    assert status is not None and status.save_s is not None and (status.state, status.step) == ("running", 1)
+    run.stop()
+    status = RunStatus.read(tmp_path)
+    assert status is not None and (status.state, status.reason) == ("stopped", "--exit-interval None")
+    trainer.iteration = 8
+    run.finish()
+    status = RunStatus.read(tmp_path)
+    assert status is not None and (status.state, status.step, status.reason) == ("finished", 8, "")
+    assert status.export_folder == str(tmp_path / "model")
+
+
+def test_an_error_is_written_into_the_status(tmp_path: Path) -> None:
+    run, trainer = run_of(args_of(save=str(tmp_path)), TrainerOfNotes(3))
+    with pytest.raises(RuntimeError), run:
+        raise RuntimeError("out of memory\nand more")
+    assert RunStatus.read(tmp_path) == RunStatus(state="failed", step=3, num_steps=8, reason="out of memory")
+    trainer.iteration = 0
+    with pytest.raises(KeyboardInterrupt), run:
+        raise KeyboardInterrupt
+    status = RunStatus.read(tmp_path)
+    assert status is not None and (status.step, status.reason) == (3, "KeyboardInterrupt")
+
+
+def test_the_time_of_a_save_is_known_before_the_end_of_the_allocation(tmp_path: Path) -> None:
+    trainer = TrainerOfNotes(1)
+    allocation = Allocation(ends_at=1e12, length_s=1e12, save_s=100.0)
+    trainer.stop = StopRequest(lambda: False, allocation=allocation)
+    run, _ = run_of(args_of(save=str(tmp_path), save_interval=1), trainer)
+    run.save_if_due()
+    assert allocation.save_s == 100.0
+    status = RunStatus.read(tmp_path)
+    assert status is not None and status.save_s == 100.0

@@ -8,6 +8,7 @@ import torch
 
 from megatron_rasft.tools.evaluation.embedded_engine import EmbeddedEngine
 from megatron_rasft.training import startup
+from megatron_rasft.training.status import RunStatus
 from tests.unit.training.conftest import Parse
 
 
@@ -37,6 +38,18 @@ def test_a_model_that_only_samples_needs_no_data(model: Path, monkeypatch: pytes
 def test_flags_that_cannot_work_are_refused(parse: Parse, flags: tuple[str, ...], pattern: str) -> None:
     with pytest.raises(ValueError, match=pattern):
         parse(*flags)
+
+
+def test_the_runs_own_export_is_not_refused(parse: Parse, tmp_path: Path) -> None:
+    export, save = tmp_path / "hf", tmp_path / "save"
+    for folder in (export, save):
+        folder.mkdir()
+    flags = ("--save", str(save), "--export-hf", str(export))
+    RunStatus(state="running", export_folder=str(tmp_path / "other")).write(save)
+    with pytest.raises(ValueError, match="--export-hf"):
+        parse(*flags)
+    RunStatus(state="running", export_folder=str(export)).write(save)
+    assert parse(*flags).export_hf == str(export)
 
 
 def test_megatrons_own_refusal_is_one_line(parse: Parse) -> None:

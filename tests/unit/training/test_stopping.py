@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from megatron_rasft.training.stopping import Stopped, StopRequest
+from megatron_rasft.training.stopping import Allocation, Stopped, StopRequest
 
 
 @pytest.mark.parametrize(
@@ -29,3 +29,45 @@ def test_a_signal_and_the_end_of_the_time_ask_to_stop(
 
 def test_without_a_duration_a_run_has_no_time_limit() -> None:
     assert not StopRequest(lambda: False).is_asked()
+
+
+def slurm(ends: float, starts: float | None = None) -> dict[str, str]:
+    start = {} if starts is None else {"SLURM_JOB_START_TIME": str(int(starts))}
+    return {"SLURM_JOB_END_TIME": str(int(ends)), **start}
+
+
+@pytest.mark.parametrize(
+    ("before_s", "variables"),
+    [(None, {}), (0.0, slurm(10**10)), (30.0, {"SLURM_JOB_END_TIME": "NOT_SET"}), (None, slurm(0))],
+)
+def test_without_an_end_there_is_no_allocation(before_s: float | None, variables: dict[str, str]) -> None:
+    assert Allocation.of_slurm(before_s, None, variables) is None
+
+
+def test_a_run_stops_at_the_given_time_before_the_end() -> None:
+    allocation = Allocation.of_slurm(30.0, 500.0, slurm(1000))
+    assert allocation is not None
+    assert [bool(allocation.reason(now)) for now in (0.0, 969.0, 970.0, 1001.0)] == [False, False, True, True]
+    assert "--exit-before-end-s 30" in allocation.reason(970.0)
+
+
+def test_the_default_covers_a_save_the_longest_step_and_a_margin() -> None:
+    allocation = Allocation.of_slurm(None, None, slurm(100_000))
+    assert allocation is not None and allocation.needed_s() == 300 + 60
+    for now in (0.0, 40.0, 50.0):
+        assert not allocation.reason(now)
+    assert allocation.needed_s() == 40 + 300 + 60
+    allocation.note_save(20.0)
+    allocation.note_save(10.0)
+    assert allocation.needed_s() == 40 + 1.5 * 20 + 60
+
+
+def test_a_short_allocation_is_used_for_the_most_part() -> None:
+    allocation = Allocation.of_slurm(None, None, slurm(1060, 1000))
+    assert allocation is not None and allocation.needed_s() == 6 + 6
+
+
+def test_the_end_of_the_allocation_asks_to_stop() -> None:
+    near, far = (Allocation.of_slurm(60.0, None, slurm(time.time() + s)) for s in (30, 3000))
+    assert "Slurm" in StopRequest(lambda: False, allocation=near).reason()
+    assert not StopRequest(lambda: False, allocation=far).is_asked()

@@ -206,6 +206,15 @@ def test_export_refuses_a_folder_in_use(tmp_path: Path, folders: dict[str, HfFol
     assert (tmp_path / "out/config.json").stat().st_mtime_ns == before
 
 
+def test_an_export_removes_its_own_killed_predecessors(tmp_path: Path, folders: dict[str, HfFolder]) -> None:
+    chunks, offsets = load(folders["llama"])
+    for name in (".out.partial-1a2b", ".outer.partial-1a2b", "out.partial-1a2b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "stage-0000-00000.safetensors").touch()
+    export(chunks, folders["llama"], tmp_path / "out", layer_offsets=offsets)
+    assert {path.name for path in tmp_path.iterdir()} == {"out", ".outer.partial-1a2b", "out.partial-1a2b"}
+
+
 def test_failed_export_leaves_nothing(
     tmp_path: Path, folders: dict[str, HfFolder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
