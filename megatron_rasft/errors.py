@@ -56,5 +56,9 @@ class ServerTimeoutError(ServerError):
     """A rollout server did not answer a request in time. The reason begins with the path of the request."""
 
 
+class ServerUnreachableError(ServerError):
+    """Nothing accepted a connection at the address of a rollout server: its process has ended, or its machine is gone."""
+
+
 class FailedElsewhere(Exception):
     """Raised on all other ranks when a rank fails. The failing rank raises its own error."""

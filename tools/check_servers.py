@@ -23,9 +23,9 @@ from typing import NamedTuple
 import torch
 
 from megatron_rasft.config.rollout import check_address
-from megatron_rasft.errors import ServerError, ServerTimeoutError
+from megatron_rasft.errors import ServerError, ServerTimeoutError, ServerUnreachableError
 from megatron_rasft.rollout.answers import check_generation
-from megatron_rasft.servers.addresses import read_addresses
+from megatron_rasft.servers.addresses import read_addresses, remove_address
 from megatron_rasft.servers.client import ServerClient
 from megatron_rasft.servers.fit import duplicates, misfit
 from megatron_rasft.servers.info import released_memory
@@ -55,6 +55,8 @@ class Finding:
     record: ServerRecord
     facts: list[str] = field(default_factory=list)
     fault: str = ""
+    is_dead: bool = False
+    """Whether nothing listens at the address."""
 
     def line(self) -> str:
         """Returns the result in one line."""
@@ -69,6 +71,12 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--hf-model", type=Path, required=True, help="the trainer's --hf-model")
     made.add_argument("--urls", nargs="+", default=[], help="addresses of servers, http://host:port each")
     made.add_argument("--server-file", type=Path, help="file to which tools/serve_rollouts.py adds servers")
+    made.add_argument(
+        "--drop-dead",
+        action="store_true",
+        help="remove servers that cannot be reached from --server-file, instead of counting them as unfit. A server that "
+        "tools/serve_rollouts.py starts again adds itself again",
+    )
     made.add_argument("--api-key-env", help="environment variable that holds the servers' --api-key")
     made.add_argument(
         "--admin-api-key-env",
@@ -99,12 +107,33 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> int:
     """Checks all servers. Returns 0 if all are fit, otherwise 1."""
-    findings = check(parser().parse_args())
+    args = parser().parse_args()
+    findings = check(args)
+    if args.drop_dead:
+        findings = drop_dead(findings, args.server_file)
     for finding in findings:
         print(finding.line())
     num_bad = sum(bool(f.fault) for f in findings)
     print(f"{len(findings) - num_bad} of {len(findings)} servers are fit")
-    return 1 if num_bad else 0
+    return 1 if num_bad or not findings else 0
+
+
+def drop_dead(findings: Sequence[Finding], server_file: Path | None) -> list[Finding]:
+    """Removes servers that cannot be reached from the server file. Returns the findings about the others.
+
+    Raises:
+        ValueError: there is no server file.
+    """
+    if server_file is None:
+        raise ValueError("--drop-dead needs --server-file, from which it removes servers.")
+    listed, left = set(read_addresses(server_file)), []
+    for finding in findings:
+        if finding.is_dead and finding.record.url in listed:
+            remove_address(server_file, finding.record.url)
+            print(f"drop  {finding.record.url}  {finding.fault}: removed from {server_file}")
+        else:
+            left.append(finding)
+    return left
 
 
 def check(args: argparse.Namespace) -> list[Finding]:
@@ -165,6 +194,7 @@ def examine(finding: Finding, folder: HfFolder) -> None:
             finding.facts.append("its config.json cannot be read here, so only the architecture was compared")
     except ServerError as error:
         finding.fault = error.reason
+        finding.is_dead = isinstance(error, ServerUnreachableError)
         if isinstance(error, ServerTimeoutError) and error.reason.startswith("/generate"):
             finding.fault += ". If a run left the server paused, the first sync of the next run resumes it"
 

@@ -82,7 +82,10 @@ class RolloutConfig(FlagSection):
     """Attempts to sample a response before it is given up, each at another server if possible."""
 
     rollout_wait_s: NonNegativeFloat = 600.0
-    """Longest wait for the first server at the start of the run, seconds."""
+    """Longest wait for servers, seconds: for --rollout-min-servers at the start of the run, later for the first one."""
+
+    rollout_min_servers: PositiveInt = 1
+    """Number of servers for which the run waits before its first refresh. Later refreshes use the servers that answer."""
 
     rollout_without_servers: Literal["error", "demonstrations"] = "error"
     """Action of a refresh when no server answers. error: end the run with an error; demonstrations: train on the demonstrations

@@ -78,46 +78,63 @@ class Fleet:
     def find(self, check: Callable[[], None] = lambda: None) -> list[ServerRecord]:
         """Returns the servers that answer and fit, in the order of the flags and then of the file.
 
-        Waits up to --rollout-wait-s for the first one. With --rollout-without-servers demonstrations it waits only once in a
-        run, and returns [] if there is no server.
+        Waits up to --rollout-wait-s: the first call for --rollout-min-servers, later calls for one server. With
+        --rollout-without-servers demonstrations only the first call waits. It then continues with fewer servers, and returns [] if
+        there is none.
 
         Args:
             check: called repeatedly during the wait; an error from it ends the wait.
 
         Raises:
-            RolloutError: no server answered in time, and the run may not continue without servers.
+            RolloutError: too few servers answered in time, and the run may not continue without servers.
             ValueError: --rollout-server-file cannot be read, and has never been read in this run.
         """
         is_error = self.config.rollout_without_servers == "error"
+        num_needed = 1 if self._has_waited else self.config.rollout_min_servers
         waits = is_error or not self._has_waited
         ends = time.monotonic() + (self.config.rollout_wait_s if waits else 0.0)
         is_first_try = True
         while True:
             self._read_addresses()
             found = self._probe_all(is_silent=not is_first_try)
-            if found:
+            if len(found) >= num_needed:
                 self._has_waited = True
                 return found
             left = ends - time.monotonic()
             if left <= 0:
                 break
             if is_first_try:
-                self.say(f"no rollout server answers; waiting up to {left:.0f} s")
+                answer = (
+                    f"{len(found)} of {num_needed} rollout servers answer"
+                    if found
+                    else "no rollout server answers"
+                )
+                self.say(f"{answer}; waiting up to {left:.0f} s")
                 is_first_try = False
             check()
             time.sleep(min(_BETWEEN_PROBES_S, left))
         self._has_waited = True
-        reasons = "; ".join(f"{r.url} {r.fault}" for r in self.records) or (
+        reasons = "; ".join(f"{r.url} {r.fault}" for r in self.records if r.fault) or (
             f"{self.config.rollout_server_file} is empty"
             if self.config.rollout_server_file
             else "no address is given"
         )
         if is_error:
+            few = (
+                f"{len(found)} of {num_needed} rollout servers (--rollout-min-servers)"
+                if found
+                else "no rollout server"
+            )
             raise RolloutError(
-                f"no rollout server answered within {self.config.rollout_wait_s:g} s (--rollout-wait-s): {reasons}. Start one "
+                f"{few} answered within {self.config.rollout_wait_s:g} s (--rollout-wait-s): {reasons}. Start one "
                 "with tools/serve_rollouts.py, or train on demonstrations meanwhile with --rollout-without-servers "
                 "demonstrations."
             )
+        if found:
+            self.say(
+                f"{len(found)} of {num_needed} rollout servers answer (--rollout-min-servers): continuing with them"
+            )
+            return found
         self.say(f"no rollout server ({reasons}): training on demonstrations alone")
         return []
 

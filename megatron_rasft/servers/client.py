@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import httpx
 
-from megatron_rasft.errors import ServerError, ServerTimeoutError
+from megatron_rasft.errors import ServerError, ServerTimeoutError, ServerUnreachableError
 from megatron_rasft.servers.addresses import resolved
 from megatron_rasft.servers.info import ServerInfo, version_label, weight_version_of
 from megatron_rasft.types import PauseMode
@@ -407,9 +407,8 @@ class ServerClient:
                 reason = f"{path} did not answer within {waited:.1f} s"
                 raise ServerTimeoutError(self.url, reason) from error
             if isinstance(error, httpx.ConnectError):
-                reason = f"cannot be reached ({error})"
-            else:
-                reason = f"{path} broke off ({type(error).__name__}: {error})"
+                raise ServerUnreachableError(self.url, f"cannot be reached ({error})") from error
+            reason = f"{path} broke off ({type(error).__name__}: {error})"
             raise ServerError(self.url, reason) from error
         if time.monotonic() > ends:
             raise ServerError(self.url, f"{path} was still answering when its {left:.1f} s ended")

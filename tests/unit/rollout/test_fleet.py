@@ -102,6 +102,29 @@ def test_a_dead_server_is_reported_once_and_found_again() -> None:
     assert urls(fleet.find()) == [A, B] and urls(fleet.serving(1)) == [A]
 
 
+def test_the_first_refresh_waits_for_enough_servers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_rasft.rollout.fleet._BETWEEN_PROBES_S", 0.0)
+    said: list[str] = []
+    network = Network(A)
+    fleet = fleet_of(network, said, rollout_min_servers=2, rollout_wait_s=600.0)
+    assert urls(fleet.find(lambda: network.up.add(B))) == [A, B]
+    assert any("1 of 2" in line for line in said)
+    network.up.remove(B)
+    assert urls(fleet.find()) == [A], "later refreshes need one"
+
+
+@pytest.mark.parametrize("without", ["error", "demonstrations"])
+def test_too_few_servers_end_the_run_unless_it_may_go_on_without(without: str) -> None:
+    said: list[str] = []
+    fleet = fleet_of(Network(A), said, rollout_min_servers=2, rollout_without_servers=without)
+    if without == "error":
+        with pytest.raises(RolloutError, match=r"1 of 2.*--rollout-min-servers.*http://b:2"):
+            fleet.find()
+    else:
+        assert urls(fleet.find()) == [A]
+        assert "1 of 2" in said[-1] and "--rollout-min-servers" in said[-1]
+
+
 def test_no_server_is_an_error_that_names_all_of_them() -> None:
     said: list[str] = []
     fleet = fleet_of(Network(), said, rollout_wait_s=0.2)

@@ -1,5 +1,6 @@
 """The checks and the test broadcast of tools/check_servers.py against stand-ins; tests/functional uses real servers."""
 
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from megatron_rasft.errors import ServerError, ServerTimeoutError
 from megatron_rasft.rollout.answers import check_generation
 from megatron_rasft.servers.client import ServerClient
+from megatron_rasft.servers.record import ServerRecords
 from megatron_rasft.sync.buckets import Bucket, plan_buckets
 from megatron_rasft.sync.groups import GroupFailure
 from megatron_rasft.sync.wire_format import WireFormat
@@ -137,3 +139,30 @@ def test_an_aborted_generation_is_a_failure() -> None:
     client = ServerClient("http://a:1", transport=httpx.MockTransport(answer))
     with client, pytest.raises(ServerError, match=r"http://a:1.*aborted"):
         check_generation(client, 10)
+
+
+def dead_or_alive(request: httpx.Request) -> httpx.Response:
+    if request.url.host == "dead":
+        raise httpx.ConnectError("connection refused")
+    raise httpx.ReadTimeout("slow")
+
+
+def test_only_servers_that_nothing_answers_for_are_dropped_from_the_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "servers.txt"
+    file.write_text("# by hand\nhttp://dead:1\nhttp://slow:1\n")
+    records = ServerRecords(connect=partial(ServerClient, transport=httpx.MockTransport(dead_or_alive)))
+    findings = [
+        check_servers.Finding(records.get(url)) for url in ("http://dead:2", "http://dead:1", "http://slow:1")
+    ]
+    for finding in findings:
+        check_servers.examine(finding, Folder())  # type: ignore[arg-type]
+    left = check_servers.drop_dead(findings, file)
+    assert [f.record.url for f in left] == ["http://dead:2", "http://slow:1"], (
+        "the first is not from the file"
+    )
+    assert file.read_text() == "# by hand\nhttp://slow:1\n"
+    assert capsys.readouterr().out.count("http://dead:1") == 1
+    with pytest.raises(ValueError, match="--server-file"):
+        check_servers.drop_dead(findings, None)
