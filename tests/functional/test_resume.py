@@ -230,7 +230,7 @@ def test_a_resumed_run_says_which_flags_have_changed(
         (["--lr", "1e-4", "--override-opt_param-scheduler"], "--lr"),
         (["--lr-decay-style", "cosine", "--min-lr", "1e-5"], "--lr"),
         (["--data-prompt-suffix", " ="], "--data"),
-        (["--train-data", "OTHER"], "other problems"),
+        (["--train-data", "OTHER"], "--train-data"),
     ],
 )
 def test_a_resumed_run_refuses_other_problems_and_another_learning_rate(
