@@ -18,11 +18,15 @@ _BOX_TOKENS = re.compile(r"\\(?:boxed|fbox|framebox)\s*\{|\\.|[{}]", re.DOTALL)
 _BARE_BOX = re.compile(r"\\(?:boxed|fbox)\s*(?<!\{)([^\s{}$A-Za-z\\][^\s{}$]{0,99}|(?<=\s)[A-Za-z]\b)")
 _BOX_COMMAND = re.compile(r"\\(?:boxed|fbox|framebox)(?![A-Za-z])")
 
+_ANSWER_IN_OTHER_LANGUAGES = (
+    r"答案\s{0,5}(?:是|为|為|：|:|=)\s{0,5}[:：]?|答えは|\bответ\s{0,3}(?::|—|-)"
+    r"|\b(?:la|die|a|il) (?:respuesta|réponse|antwort|resposta|risposta)(?: correcta| finale?)? (?:es|est|ist|é|è)\b"
+)
 _ANSWER_PHRASE = re.compile(
     r"(?:answer|result|solution|option|choice)s?\s{0,5}(?:is|are|would be|equals|comes to|:|=|：)(?:\s{0,5}:)?(?![a-z])"
     r"|final answer\W{0,10}\n"
     r"|(?m:^)\s{0,5}####"
-    r"|答案\s{0,5}(?:是|为|為|：|:|=)\s{0,5}[:：]?",
+    rf"|{_ANSWER_IN_OTHER_LANGUAGES}",
     re.IGNORECASE,
 )
 _ANSWER_ONLY_PHRASE = re.compile(r"(?:result|solution)", re.IGNORECASE)
@@ -32,7 +36,7 @@ _NUMBER = re.compile(
 )
 _CLAUSE = re.compile(
     r"(?:\b(?:because|since|which|where|so that|as (?:required|desired|expected|we|it)|i\.e\.|rather than|instead of"
-    r"|and not|but not|not)\b|，|,\sI (?:think|believe|guess|hope)\b|,\s(?=(?:so|as|giving|but|and (?:we|so|thus))\b))",
+    r"|and not|but not|not)\b|，|\s?(?:です|である)|,\sI (?:think|believe|guess|hope)\b|,\s(?=(?:so|as|giving|but|and (?:we|so|thus))\b))",
     re.IGNORECASE,
 )
 _NAME_BEFORE = re.compile(r"(?<![A-Za-z\\])((?:\\?[A-Za-z]+)(?:_\{?\w{1,5}\}?)?)\s*=\s*\$?\s*$")
@@ -47,7 +51,7 @@ _HEDGE = re.compile(
     re.IGNORECASE,
 )
 _HEDGE_AFTER_BOX = re.compile(
-    r"[ \t$,;:)(*\\]{0,40}(?:text\s{0,9}\{\s{0,9})?(?:(?:or|alternatively)\b|[.]?[ \t$]{0,20}(?:maybe|perhaps|possibly|or maybe|but (?:maybe|it (?:could|might)))\b)\}?"
+    r"[ \t$,;:)(*\\]{0,40}(?:text\s{0,9}\{\s{0,9})?(?:(?:or|alternatively)\b(?:,? (?:equivalently|simply|just|also))?|[.]?[ \t$]{0,20}(?:maybe|perhaps|possibly|or maybe|but (?:maybe|it (?:could|might)))\b)\}?"
     r"(?P<other>[^\n]*)",
     re.IGNORECASE,
 )
@@ -55,8 +59,22 @@ _HEDGE_AFTER_BOX = re.compile(
 _RETRACTION = re.compile(
     r"(?:^|[.!?:)\n$—-])\s{0,20}(?:(?:oh|hm{2,9}|no|but|hold on)\b[,.!\s]{1,20}){0,4}"
     r"(?:(?:wait|sorry|correction|scratch that|on second thought|i was wrong|no\b(?=[,.!]))\b|actually,? (?:(?:no|that|this|it|the|i)\b|\W{0,3}\d)"
-    r"|(?:that|this|it) (?:can't|cannot|can not|couldn't) be (?:right|correct|true)|i made (?:a|an) (?:mistake|error)|(?:that|this|it)(?:'s| is| was| seems) (?:wrong|incorrect|not right|not correct|a mistake))",
+    r"|(?:that|this|it) (?:can't|cannot|can not|couldn't) be (?:right|correct|true)|i made (?:a|an) (?:mistake|error)|(?:actually,? |hm{2,9},? )?let me (?:re-?(?:compute|calculate|consider|think|count|evaluate|do)|try again|start over)\b|(?:that|this|it)(?:'s| is| was| seems) (?:wrong|incorrect|not right|not correct|a mistake))",
     re.IGNORECASE,
+)
+# Another value directly before the box: "13 or \boxed{12}". After a comma, "or" often means "that is"
+_PLAIN_VALUE = r"-?(?:\d[\d./]{0,20}|\d{0,9}\\[dt]?frac\{[^{}]{1,9}\}\{[^{}]{1,9}\}|\d{0,9}\\sqrt\{?\d{1,9}\}?|\d{0,9}\\pi)(?:\\?%|\^\{?\\circ\}?)?"
+_ALTERNATIVE_BEFORE = re.compile(
+    rf"(?:\$(?P<formula>{_PLAIN_VALUE})\$|(?<![^\s(])(?P<word>{_PLAIN_VALUE}))\s{{1,3}}or\s{{1,3}}\$?\s{{0,3}}\Z"
+)
+_NAME = r"(?:\\?[A-Za-z]+(?:_\{?\w{1,5}\}?)?)"
+# In 2x = 10 and x = 5 the first equation is a step, so the name must begin it
+_SAME_NAME_BEFORE = re.compile(
+    rf"(?:\A|[$(:]|\b(?:are|is|have|get|gives|so|thus|hence|and|or|either|then)\s)\s{{0,3}}(?P<first>{_NAME})\s{{0,3}}=\s{{0,3}}"
+    rf"(?P<value>[^\s$=,]{{1,40}})[\s$]{{0,5}}(?P<join>,|,?\s?\b(?:and|or)\b)[\s$]{{1,5}}(?P<second>{_NAME})\s{{0,3}}=[\s$]{{0,5}}\Z"
+)
+_RANGE_BEFORE = re.compile(
+    r"\b(?:between|from)\s{1,3}\$?[^\s$]{1,30}\$?\s{1,3}(?:and|to)\s{1,3}\$?\Z|\d\s{1,3}(?:out of|in)\s{1,3}\$?\Z"
 )
 _OTHER_SENTENCE = re.compile(r"[.!\s]{1,9}(?:or|maybe|perhaps|possibly)\b", re.IGNORECASE)
 # The box is a part of a formula, as in \boxed{10}^2 or \boxed{10}\sqrt{2}
@@ -82,6 +100,7 @@ _WORD_BEFORE = re.compile(
 _GLUED_FACTOR_BEFORE = re.compile(
     r"(?:(?<![\w.,$)])\d+(?:\.\d+)?|[\d)]\s{0,3}[*/×^][ \t]{0,3}|\d\.|\\sqrt\s{0,3}\{|\\[dt]?frac\s{0,3}\{|\^\s{0,3}\{)\Z"
 )
+_EMPTY_BOX = re.compile(r"\\(?:boxed|fbox|framebox)\s{0,9}\{\s{0,9}\}")
 _COMMANDS = re.compile(r"\\(?:text|mathrm|mbox)\s{0,3}\{[^{}]*\}|\\[A-Za-z]+")
 _PROSE = re.compile(r"[A-Za-z]{3}")
 _COORDINATES = r"[-\d./]{1,12}(?:\s{0,3},\s{0,3}[-\d./]{1,12})*"
@@ -107,7 +126,8 @@ _DOUBT_BEFORE = re.compile(
 _LATER_ANSWER = re.compile(
     r"^\W{0,10}(?:the |final |my |correct )*answer\s{0,3}(?:is|:)|\bthe (?:final |correct )?answer (?:is|should be)\b"
     r"|\b(?:it|this|that)(?:'s| is) (?:actually|really|rather)(?=\W{1,6}\d)"
-    r"|\b(?:it|this|that) (?:actually )?(?:should|must|has to) be(?=\W{1,6}\d)",
+    r"|\b(?:it|this|that) (?:actually )?(?:should|must|has to) be(?=\W{1,6}\d)"
+    rf"|{_ANSWER_IN_OTHER_LANGUAGES}",
     re.IGNORECASE | re.MULTILINE,
 )
 _DOUBTED_PHRASE = re.compile(
@@ -264,6 +284,8 @@ def _from_boxes(text: str, boxes: list[_Box], num_values: int) -> list[str]:
     if len(joined) == 1 and len(boxes) > 1:
         joined = _boxes_of_parts(text, boxes) or joined
     contents = [_with_name(text, box) if len(joined) > 1 else _in_context(text, box) for box in joined]
+    if len(joined) == 1:
+        contents = _with_value_before(before, contents[0])
     alternative = _HEDGE_AFTER_BOX.match(tail)
     if alternative:
         sentence_end = _SENTENCE_END.search(alternative["other"])
@@ -277,6 +299,30 @@ def _from_boxes(text: str, boxes: list[_Box], num_values: int) -> list[str]:
     if later_answer and len(joined) == 1 and re.search(r"\d", later_answer):
         contents.append(later_answer)
     return list(dict.fromkeys(contents))
+
+
+def _with_value_before(before: str, content: str) -> list[str]:
+    r"""Returns the content of a box together with a value that the text directly before it joins to it.
+
+    ``x = 3 and x = \boxed{12}`` has two values of x, and ``13 or \boxed{12}`` two answers.
+    """
+    named = _SAME_NAME_BEFORE.search(before)
+    if named and _names_one_unknown(named):
+        return [f"{named['first']} = {named['value']}", f"{named['second']} = {content}"]
+    if other := _ALTERNATIVE_BEFORE.search(before):
+        return [other["formula"] or other["word"], content]
+    return [content]
+
+
+def _names_one_unknown(named: re.Match[str]) -> bool:
+    """Returns whether two names are one, or x_1 and x_2 joined by a word. After commas, s_1 = 4, s_2 = 7 is a sequence."""
+    if named["first"] == named["second"]:
+        return True
+    return named["join"] != "," and _unindexed(named["first"]) == _unindexed(named["second"])
+
+
+def _unindexed(name: str) -> str:
+    return re.sub(r"_?\{?\d{1,5}\}?\Z", "", name)
 
 
 def _is_part_of_formula(text: str, box: _Box) -> bool:
@@ -361,7 +407,9 @@ def _with_name(text: str, box: _Box) -> str:
 def _innermost(content: str) -> str:
     r"""Returns the inner box's content for ``\boxed{x = \boxed{5}}``."""
     inner = closed_boxes(content)
-    return (inner[-1].strip() or content.strip()) if inner else content.strip()
+    if not inner:
+        return content.strip()
+    return inner[-1].strip() or _EMPTY_BOX.sub("", content).strip()
 
 
 def _ends_with_parts(text: str) -> bool:
@@ -433,9 +481,12 @@ def _last_number(text: str) -> str | None:
         return None
     formula = _formula_around(text, number)
     if formula is not None:
-        return formula
+        is_range_end = _RANGE_BEFORE.search(text[max(0, formula.start() - 60) : formula.start()])
+        return None if is_range_end else (formula[1] or formula[2]).strip()
     start, stop = _word_around(text, number)
-    before = text[max(0, start - 40) : start]
+    before = text[max(0, start - 60) : start]
+    if _RANGE_BEFORE.search(before):
+        return None
     if _CHANGES_NUMBER.match(text, stop) or _OPERATOR_BEFORE.search(before) or _BOUND_BEFORE.search(before):
         return None
     if _NAMED_VALUE_BEFORE.search(before):
@@ -445,14 +496,14 @@ def _last_number(text: str) -> str | None:
     return calculation[1] if calculation else word or None
 
 
-def _formula_around(text: str, number: re.Match[str]) -> str | None:
+def _formula_around(text: str, number: re.Match[str]) -> re.Match[str] | None:
     r"""Returns the formula between dollar signs or ``\( \)`` that contains a number, else None."""
     line_start = text.rfind("\n", 0, number.start()) + 1
     for formula in _FORMULA.finditer(text, line_start):
         if formula.start() > number.start():
             return None
         if formula.end() >= number.end():
-            return (formula[1] or formula[2]).strip()
+            return formula
     return None
 
 

@@ -26,7 +26,8 @@ from megatron_rasft.verify.mathematics.values import (
 _MAX_ANSWER_CHARS = 2000
 
 _CHOICE = re.compile(r"\(?\s*([A-Za-z])\s*\)?\s*[.:]?")
-_GOLD_CHOICE_WITH_TEXT = re.compile(r"\(([A-J])\)[\s\\~].*", re.DOTALL)
+_GOLD_CHOICE_WITH_TEXT = re.compile(r"\(([A-J])\)(?:[\s~]+|(?=\\))(.+)", re.DOTALL)
+_NAMES_OPTION = re.compile(r"\([A-J]\)|^[A-J](?![A-Za-z])|\b(?:option|choice)\b", re.IGNORECASE)
 _CHOICES = re.compile(r"\(?([A-J])\)?(?:\s*(?:,|;|and|&|\s)\s*\(?([A-J])\)?)+|[A-J]{2,5}")
 _OPTION = re.compile(r"(?:\(([A-J])\)|(?<![A-Za-z\\])([A-J])(?=[.:)]|$))")
 _OPTION_WORD = re.compile(r"^(?:the )?(?:correct )?(?:option|choice|answer)s?(?: is)?\s*:?\s*", re.IGNORECASE)
@@ -67,7 +68,13 @@ def _grade(answer: str, gold: str, gold_value: Value, rel_tolerance: float) -> t
         return "correct", "same text"
     options = _options(gold)
     if options is not None:
-        return ("correct", "same option") if _options_match(options, answer) else ("wrong", "other option")
+        if _options_match(options, answer):
+            return "correct", "same option"
+        # The text of the option alone names it too
+        with_text = _GOLD_CHOICE_WITH_TEXT.fullmatch(plain_words(tidy(gold)))
+        if with_text is None or _NAMES_OPTION.search(plain_words(tidy(answer))):
+            return "wrong", "other option"
+        return _verdict(with_text[2], read_answer(with_text[2]), read_answer(answer), rel_tolerance)
     return _verdict(gold, gold_value, read_answer(answer), rel_tolerance)
 
 

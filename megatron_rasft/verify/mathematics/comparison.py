@@ -139,7 +139,7 @@ def _regions_match(gold: Value, answer: Value, _: float) -> bool | None:
 def _inequalities_match(gold: Inequality, answer: Inequality) -> bool | None:
     """Compares inequalities of several variables by the difference of their sides. None: compare them as regions."""
     if len(gold.operators) != 1 or len(answer.operators) != 1:
-        return None
+        return _chains_match(gold, answer)
     sides = parse_expression(gold.members[0]), parse_expression(gold.members[1])
     if (
         any(s is None for s in sides)
@@ -149,6 +149,29 @@ def _inequalities_match(gold: Inequality, answer: Inequality) -> bool | None:
     ratio = constant_ratio((gold.members[0], gold.members[1]), (answer.members[0], answer.members[1]))
     flipped = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "!=": "!="}[answer.operators[0]]
     return bool(ratio) and gold.operators[0] == (answer.operators[0] if ratio == 1 else flipped)
+
+
+def _chains_match(gold: Inequality, answer: Inequality) -> bool | None:
+    """Compares chains of several variables, such as ``a < b < c`` and ``c > b > a``. None: compare them as regions."""
+    chains = [_ascending(chain) for chain in (gold, answer)]
+    if None in chains:
+        return None
+    (x, operators), (y, other_operators) = chains  # type: ignore[misc]
+    if len(set().union(*(member.free_symbols for member in x))) < 2:
+        return None
+    return operators == other_operators and bool(_all(values_equal(a, b) for a, b in zip(x, y, strict=True)))
+
+
+def _ascending(chain: Inequality) -> tuple[list[Any], list[str]] | None:
+    """Returns the members and operators of a chain from its smallest member; None if its operators point both ways."""
+    members = [parse_expression(member) for member in chain.members]
+    if any(member is None or isinstance(member, MatrixBase) for member in members):
+        return None
+    if set(chain.operators) <= {"<", "<="}:
+        return members, list(chain.operators)
+    if set(chain.operators) <= {">", ">="}:
+        return members[::-1], [operator.replace(">", "<") for operator in chain.operators[::-1]]
+    return None
 
 
 def _region(value: Value) -> tuple[str, Set] | None:
@@ -514,7 +537,9 @@ def _same_items(gold: Sequence[Value], answer: Sequence[Value], rel_tolerance: f
         left.sort(key=lambda other, wanted=item: other != wanted)  # type: ignore[misc]
         results = []
         for i, other in enumerate(left):
-            results.append(True if other == item else values_match(item, other, rel_tolerance))
+            # The sets {1} and {2} in a set are not the numbers 1 and 2
+            is_comparable = _is_set(other) == _is_set(item)
+            results.append(other == item or (is_comparable and values_match(item, other, rel_tolerance)))
             if results[-1]:
                 del left[i]
                 break
@@ -523,6 +548,10 @@ def _same_items(gold: Sequence[Value], answer: Sequence[Value], rel_tolerance: f
                 return False
             is_unknown = True
     return None if is_unknown else True
+
+
+def _is_set(value: Value) -> bool:
+    return isinstance(value, Collection) and value.brackets == "{}"
 
 
 def _matrices_match(gold: Value, answer: Value, rel_tolerance: float) -> bool | None:
@@ -648,14 +677,18 @@ def _congruences_match(gold: Value, answer: Value, _: float) -> bool | None:
     if isinstance(gold, Congruence) and isinstance(answer, Congruence):
         if gold.name and answer.name and gold.name != answer.name:
             return False
-        return gold.modulus == answer.modulus and set(gold.residues) == set(answer.residues)
+        residues = [{residue % gold.modulus for residue in value.residues} for value in (gold, answer)]
+        return gold.modulus == answer.modulus and residues[0] == residues[1]
     congruence, other = (gold, answer) if isinstance(gold, Congruence) else (answer, gold)
     if isinstance(other, Assignment):
         other = _assigned(other) or other
-    return (
-        isinstance(congruence, Congruence)
-        and isinstance(other, Number)
-        and congruence.residues == (other.value,)
+    if not isinstance(congruence, Congruence) or len(congruence.residues) > 1:
+        return False
+    number, residue = _sympy_value(other), congruence.residues[0]
+    # An answer 12 (mod 7) does not name 5
+    accepted = (residue,) if congruence is answer else (residue, residue % congruence.modulus)
+    return number is not None and any(
+        values_equal(number, Rational(r.numerator, r.denominator)) is True for r in accepted
     )
 
 

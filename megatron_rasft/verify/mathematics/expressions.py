@@ -178,6 +178,13 @@ def has_symbols(text: str) -> bool | None:
     return None if value is None else bool(value.free_symbols)
 
 
+def is_multiple(text: str, residue: Fraction, modulus: int) -> bool:
+    """Returns whether an integer expression differs from ``residue`` by a multiple of ``modulus``."""
+    value = parse_expression(text)
+    exact = None if value is None or isinstance(value, MatrixBase) else _fraction(value)
+    return exact is not None and (exact - residue) % modulus == 0
+
+
 @functools.lru_cache(maxsize=256)
 def parse_expression(text: str) -> Any | None:
     """Returns tidy LaTeX as an expression or matrix of sympy, or None if it cannot be read.

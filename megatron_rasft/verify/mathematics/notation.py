@@ -74,6 +74,11 @@ _COMMANDS = (
     (r"\lor", r"\text{ or }"), (r"\wedge", r"\text{ and }"), (r"\vee", r"\text{ or }"),
 )  # fmt: skip
 _COMMAND_RULES = tuple((re.compile(re.escape(old) + r"(?![A-Za-z])"), new) for old, new in _COMMANDS)
+# ]2,7[ is the open interval (2,7). Each bracket is read by itself, so ]2,7) is open too
+_END = r"(?:[^\[\](){},;]|\{[^{}]*\}){1,60}"
+_INTERVAL = re.compile(
+    rf"(\[|\(|(?<![\w}})\]])\])({_END}[,;]{_END})(\)|\]|\[(?=\s*(?:$|[,;)}}]|\\|or\b|and\b)))"
+)
 _QUOTES = (
     ("$$", "$$"),
     ("$", "$"),
@@ -105,8 +110,15 @@ def tidy(answer: str) -> str:
     answer = re.sub(r"\^\s*\{?\s*\\circ\s*\}?", r"^{\\circ}", answer)
     answer = re.sub(r"\\?%|\\text\s*\{\s*(?:per ?cent|\\?%)\s*\}|(?<=\d)\s*per ?cent\b", r"\\%", answer)
     answer = re.sub(r"\s+", " ", answer).strip()
-    answer = _plain_to_latex(answer)
+    answer = _plain_to_latex(answer.replace("{:}", ":"))
+    if "[" in answer or "]" in answer:
+        answer = _INTERVAL.sub(_plain_interval, answer)
     return _without_outer_braces(_without_final_mark(answer))
+
+
+def _plain_interval(match: re.Match[str]) -> str:
+    left, inner, right = match.groups()
+    return f"{left.replace(']', '(')}{inner}{right.replace('[', ')')}"
 
 
 def _plain_characters(text: str) -> str:

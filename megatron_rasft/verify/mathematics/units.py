@@ -63,7 +63,10 @@ _OTHER = (
     ("atm atmosphere atmospheres", "atm", "1"), ("au", "au", "1"), ("light-year light-years ly", "ly", "1"),
     ("å angstrom angstroms", "m", "1/10000000000"), ("celsius \\celsius", "celsius", "1"),
     ("fahrenheit \\fahrenheit", "fahrenheit", "1"), ("unit units", "", "1"), ("amps", "A", "1"), ("horsepower hp", "hp", "1"),
-    ("db decibel decibels", "dB", "1"),
+    ("db decibel decibels", "dB", "1"), ("米 公尺", "m", "1"), ("厘米", "m", "1/100"), ("毫米", "m", "1/1000"), ("千米 公里", "m", "1000"),
+    ("克", "kg", "1/1000"), ("千克 公斤", "kg", "1"), ("吨", "kg", "1000"), ("秒", "s", "1"), ("分钟", "s", "60"), ("小时", "s", "3600"),
+    ("天", "s", "86400"), ("年 岁", "month", "12"), ("度", "degree", "1"), ("升", "m3", "1/1000"), ("平方米", "m2", "1"),
+    ("平方厘米", "m2", "1/10000"), ("立方米", "m3", "1"), ("立方厘米", "m3", "1/1000000"), ("美元", "dollar", "1"), ("元", "yen", "1"),
 )  # fmt: skip
 _PLURALS = ("", "s", "es")
 

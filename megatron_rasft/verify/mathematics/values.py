@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from megatron_rasft.verify.mathematics.exact_numbers import exact_number, scaled_number, worded_number
-from megatron_rasft.verify.mathematics.expressions import has_symbols
+from megatron_rasft.verify.mathematics.expressions import has_symbols, is_multiple
 from megatron_rasft.verify.mathematics.notation import (
     TEXT_WRAPPER,
     closes_at_end,
@@ -120,7 +120,7 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Congruence:
-    r"""A congruence: ``a \pmod{m}``, with or without ``x \equiv`` before it."""
+    r"""A congruence: ``a \pmod{m}``, with or without ``x \equiv`` before it. The residues are as written, not reduced."""
 
     name: str
     residues: tuple[Fraction, ...]
@@ -222,6 +222,8 @@ _DEGREES_MINUTES = re.compile(
 _ORDINAL = re.compile(
     r"(-?\d+)\s*(?:\^?\s*\{?\s*(?:\\(?:text|mathrm)\s*\{)?\s*(?:st|nd|rd|th)\s*\}?\s*\}?)(?: (?:place|term|position|person|day|row|floor|grade|century))?"
 )
+_CHANCE = re.compile(r"(\d{1,15}) (?:out of|in) (\d{1,15})")
+_WORD_AND_NUMBER = re.compile(r"([A-Za-z][A-Za-z\- ]{2,40}?)\s*\((-?[\d.,]{1,20})\)")
 _REMARK = re.compile(
     r"\s*(?:\\text\s*\{\s*)?[(\[]\s*(?:\\text\s*\{\s*)?(?P<words>(?:not|see|because|since|as|by|from|in|rounded|to the nearest|after"
     r"|exact|exactly|approximately|which|where|for)\b[^()]*)[)\]]\s*\}?$",
@@ -256,7 +258,7 @@ _BASED = re.compile(
     r"(?P<digits>\d[0-9A-Za-z. ]*|[0-9A-F]{2,})_\s*\{?\s*(?:\\text\s*\{\s*)?(?P<base>\d{1,2}|[a-z]{3,7})\s*\}?\s*\}?"
 )
 _CONGRUENCE = re.compile(
-    r"(?:(?P<name>[A-Za-z])\s*\\equiv\s*)?(?P<residues>-?\d+(?:\s*,\s*-?\d+)*)\s*\(?\s*\\(?:pmod|mod)\s*\{?\s*(?P<modulus>\d+)\s*\}?\s*\)?"
+    r"(?:(?:(?P<name>[A-Za-z])|(?P<left>[^=<>,]{1,60}?))\s*\\equiv\s*)?(?P<residues>-?\d+(?:\s*,\s*-?\d+)*)\s*\(?\s*\\(?:pmod|mod)\s*\{?\s*(?P<modulus>\d+)\s*\}?\s*\)?"
 )
 _NO_SOLUTION = re.compile(
     r"(?:there (?:is|are|exists?) )?(?:no|none) ?(?:such |real |integer |possible |valid |positive |complex |rational )*"
@@ -292,6 +294,9 @@ def read_answer(answer: str) -> Value:
         text = tidy(wrapped[1])
     for rule in (_PREFIX, _APPROX_MARK, _REMARK, _DOMAIN, _CLAUSE, _ONLY):
         text = _shortened(rule, text)
+    swapped = _WORD_AND_NUMBER.fullmatch(plain_words(text))
+    if swapped and worded_number(swapped[1]) is not None:
+        text = f"{swapped[2]} ({swapped[1]})"
     twice = _NUMBER_AND_WORD.fullmatch(text)
     if twice and worded_number(twice[2]) is not None and worded_number(twice[2]) == exact_number(twice[1]):
         text = twice[1]
@@ -361,6 +366,15 @@ def _read_grouped(text: str) -> Value | None:
     if not match or text[:1] in "([{" or match["before"].endswith("("):
         return None
     return read_value(f"{match['before']}{match['number'].replace(',', '')}{match['after']}")
+
+
+def _read_chance(text: str) -> Value | None:
+    """Reads ``2 out of 5`` and ``2 in 5`` as a fraction."""
+    match = _CHANCE.fullmatch(plain_words(text))
+    if not match:
+        return None
+    part, whole = map(int, match.groups())
+    return Number(Fraction(part, whole), text) if 0 < part <= whole else Unreadable(text)
 
 
 def _read_words(text: str) -> Value | None:
@@ -447,12 +461,14 @@ def _read_based(text: str) -> Value | None:
 
 def _read_congruence(text: str) -> Value | None:
     match = _CONGRUENCE.fullmatch(text)
-    if not match or (not match["name"] and "pmod" not in text and "(" not in text):
+    if not match or ("\\equiv" not in text and "pmod" not in text and "(" not in text):
         return None
     modulus = Fraction(match["modulus"])
     if modulus == 0:
         return Unreadable(text)
-    residues = tuple(Fraction(part.strip()) % modulus for part in match["residues"].split(","))
+    residues = tuple(Fraction(part.strip()) for part in match["residues"].split(","))
+    if match["left"] and not is_multiple(match["left"], residues[0], int(modulus)):
+        return Unreadable(text)
     return Congruence(match["name"] or "", residues, modulus)
 
 
@@ -600,12 +616,6 @@ def _read_plus_minus(text: str) -> Value | None:
 
 
 def _read_bracketed(text: str) -> Value | None:
-    if re.fullmatch(r"\]\s*[^\[\]]+,[^\[\]]+\[", text):
-        text = f"({text[1:-1]})"
-    elif re.fullmatch(r"\]\s*[^\[\]]+,[^\[\]]+\]", text):
-        text = f"({text[1:]}"
-    elif re.fullmatch(r"\[\s*[^\[\]]+,[^\[\]]+\[", text):
-        text = f"{text[:-1]})"
     text = (
         re.sub(r"\^\s*\{?\s*(?:T|\\top|\\intercal)\s*\}?$", "", text)
         .replace(r"\langle", "(")
@@ -713,7 +723,7 @@ def _read_expression(text: str) -> Value | None:
 
 
 _READERS = (
-    _read_empty, _read_number, _read_negative, _read_grouped, _read_words, _read_based, _read_cases, _read_matrix, _read_congruence, _read_set_builder, _read_list,
+    _read_empty, _read_number, _read_negative, _read_grouped, _read_chance, _read_words, _read_based, _read_cases, _read_matrix, _read_congruence, _read_set_builder, _read_list,
     _read_relation, _read_region, _read_plus_minus, _read_percent, _read_quantity, _read_ratio, _read_bracketed,
     _read_expression,
 )  # fmt: skip
