@@ -33,6 +33,15 @@ from examples.benchmark_reproduction import preloading, records  # noqa: E402
 from examples.benchmark_reproduction.comparison import DEFAULT_REFERENCE, write_comparison  # noqa: E402
 from megatron_rasft.errors import RasftError  # noqa: E402
 from megatron_rasft.tools import cli  # noqa: E402
+from megatron_rasft.weights.tracker import has_checkpoint  # noqa: E402
+
+CHECKPOINTS = "checkpoints"
+"""Folder of a training's checkpoints, in that of its task."""
+
+
+class TrainingStopped(Exception):
+    """A training has saved its state and ended before its last step."""
+
 
 METHODS: dict[str, list[str]] = {
     "base": [],
@@ -72,6 +81,9 @@ class Setting:
     """Name -> ``of`` (a method), and flags that change it. Variants are for choosing constants by experiment. A variant runs
     only if ``methods`` names it."""
     num_processes: int = 1
+    save_interval: int = 0
+    """Steps between the checkpoints of a training; 0: none. With checkpoints, a training that is stopped or killed goes on when the
+    same command runs again. Only the newest is kept, and none after the evaluation."""
     num_jobs: int = 1
     """Trainings that run at a time on one machine. If there are several, their seconds depend on each other."""
     preload: bool = False
@@ -164,8 +176,20 @@ def training_flags(setting: Setting, task: Task, output: Path) -> list[str]:
         "--export-hf": output / "model",
         "--rasft-metrics": output / "metrics.jsonl",
         "--rollout-store": output / "rollouts.jsonl",
+        **_checkpoint_flags(setting, output),
     }
     return [*METHODS[method], *_as_flags(_with_seed(flags, task.seed))]
+
+
+def _checkpoint_flags(setting: Setting, output: Path) -> dict[str, Any]:
+    if not setting.save_interval:
+        return {}
+    # Megatron deletes each checkpoint after the next one, unless its step is a multiple of --save-retain-interval.
+    return {
+        "--save": output / CHECKPOINTS,
+        "--save-interval": setting.save_interval,
+        "--save-retain-interval": 10**9,
+    }
 
 
 def evaluations(setting: Setting) -> list[str]:
@@ -238,7 +262,7 @@ def check_results(setting: Setting, tasks: Sequence[Task], root: Path) -> None:
     for task in tasks:
         output = root / task.name
         kept = "done" if (output / "done").exists() else "begun"
-        if kept == "begun" and not _has_model(output):
+        if kept == "begun" and not _has_model(output) and not has_checkpoint(output / CHECKPOINTS):
             continue
         stored = records.read_record(output / kept)
         difference = stored and records.describe_difference(stored, record_of(setting, task))
@@ -259,6 +283,7 @@ def run_task(setting: Setting, task: Task, root: Path, keeps_models: bool) -> No
 
     Raises:
         RasftError: a command failed. The message names its log.
+        TrainingStopped: the training was stopped before its end.
     """
     output = root / task.name
     begun, done = output / "begun", output / "done"
@@ -268,14 +293,20 @@ def run_task(setting: Setting, task: Task, root: Path, keeps_models: bool) -> No
     if not _has_model(output):
         begun.write_text(json.dumps(record_of(setting, task), indent=1) + "\n", encoding="utf-8")
         if task.method != "base":
-            # A new training would otherwise append to the files of a killed training.
-            for name in ("metrics.jsonl", "rollouts.jsonl"):
-                (output / name).unlink(missing_ok=True)
+            if not has_checkpoint(output / CHECKPOINTS):
+                # A new training would otherwise append to the files of a killed training.
+                for name in ("metrics.jsonl", "rollouts.jsonl"):
+                    (output / name).unlink(missing_ok=True)
             shutil.rmtree(output / "model", ignore_errors=True)
             run_logged(setting, training_command(setting, task, output), output / "training.log")
+            if not _has_model(output):  # it exits with 0 before the end of a Slurm allocation
+                raise TrainingStopped(
+                    f"{task.name}: stopped; the same command continues it, see {output / 'training.log'}"
+                )
     for name in evaluations(setting):
         run_logged(setting, evaluation_command(setting, task, output, name), output / f"{name}.log")
     begun.replace(done)
+    shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
     if task.method != "base" and not keeps_models:
         shutil.rmtree(output / "model")
 
@@ -333,7 +364,11 @@ def reproduce(args: argparse.Namespace) -> None:
         _prepare(setting)
     check_results(setting, chosen, args.output)
     if not args.tables_only:
-        run_tasks(setting, chosen, args.output.resolve(), args.keep_models)
+        try:
+            run_tasks(setting, chosen, args.output.resolve(), args.keep_models)
+        except TrainingStopped as stopped:
+            print(stopped)
+            return
     if args.task is None:
         runs = {(task.method, task.seed): args.output / task.name for task in tasks}
         print(

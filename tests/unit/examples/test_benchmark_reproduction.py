@@ -145,6 +145,7 @@ def test_job_array_reaches_every_task_once(script: Path, tmp_path: Path) -> None
         "the plots need held-out data"
     )
     assert training[training.index("--nproc-per-node") + 1] == "8"
+    assert training[training.index("--save-interval") + 1] == "32", "it must go on after the time limit"
     assert "published" in training and evaluation[evaluation.index("--label") + 1] == "rasft_published-seed3"
     environment.pop("MODEL")
     done = subprocess.run(
@@ -261,12 +262,17 @@ class Workplace:
         monkeypatch.setattr(reproduce, "run_logged", self.run_logged)
         monkeypatch.setattr(records, "current_commit", lambda: "first")
         self.fails_in = ""
+        self.is_stopped = False
 
     def run_logged(self, setting: object, command: list[str], log: Path) -> None:
         self.begun.append(f"{log.parent.name} {log.stem}")
         if log.stem == self.fails_in:
             raise RasftError("killed")
-        if log.stem == "training":
+        if self.is_stopped:
+            (log.parent / "checkpoints").mkdir()
+            (log.parent / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("5")
+            (log.parent / "metrics.jsonl").write_text(json.dumps({"event": "kept"}) + "\n")
+        elif log.stem == "training":
             (log.parent / "model").mkdir()
             (log.parent / "model" / "config.json").touch()
         else:
@@ -276,7 +282,7 @@ class Workplace:
         self.begun.clear()
         setting = self.folder / "setting.toml"
         setting.write_text(
-            f'title = "t"\nmodel = "m"\nseeds = [1]\nmethods = ["base", "sft"]\n[train]\n--train-data = "{self.data}"\n'
+            f'title = "t"\nmodel = "m"\nseeds = [1]\nsave_interval = 2\nmethods = ["base", "sft"]\n[train]\n--train-data = "{self.data}"\n'
             f"--lr = {lr}\n[evaluate]\n--limit = {limit}\n"
         )
         return reproduce.main(["--setting", str(setting), "--output", str(self.folder / "out"), *more])
@@ -319,6 +325,22 @@ def test_failed_training_starts_again_with_other_flags_but_its_weights_are_evalu
     printed = capsys.readouterr().err
     assert "--lr 0.0001" in printed and "--lr 3e-05" in printed
     assert workplace.run("--methods", "sft", lr="1e-4") == 0 and workplace.begun == ["sft-seed1 evaluation"]
+
+
+def test_stopped_training_goes_on_with_the_same_flags_and_leaves_no_checkpoints(
+    workplace: Workplace, capsys: pytest.CaptureFixture
+) -> None:
+    workplace.is_stopped = True
+    assert workplace.run("--methods", "sft") == 0 and workplace.begun == ["sft-seed1 training"]
+    assert "sft-seed1" in capsys.readouterr().out
+    folder = workplace.folder / "out" / "sft-seed1"
+    workplace.is_stopped = False
+    assert workplace.run("--methods", "sft", lr="1e-4") == 2 and not workplace.begun
+    written = (folder / "metrics.jsonl").read_text()
+    assert "kept" in written
+    assert workplace.run("--methods", "sft") == 0
+    assert workplace.begun == ["sft-seed1 training", "sft-seed1 evaluation"]
+    assert (folder / "done").exists() and not (folder / "checkpoints").exists()
 
 
 def test_table_lists_results_of_different_commits(
