@@ -1,6 +1,7 @@
 """Estimates memory and time of every layout of a model on a cluster, before the cluster is rented.
 
     python tools/plan.py --hf-model DIR --num-gpus 64 [--gpu-memory-gib 80] [--seq-length 8192] [--bf16 | --fp8]
+    python tools/plan.py --hf-model DIR --num-gpus 64 --train-data train.jsonl --slurm runs/first    writes a Slurm job
 
 DIR needs only a config.json. The tool prints the layouts that fit with their memory and times, recommends one and prints the
 commands that start it. Sizes of parameters, gradients and optimizer states are exactly those that Megatron allocates. All other
@@ -9,6 +10,7 @@ figures are calculated from assumed speeds, which are printed with their flags. 
 
 import argparse
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_rasft.config.parser import add_flags
 from megatron_rasft.tools import cli
-from megatron_rasft.tools.capacity.choosing import disk_bytes, estimate_layouts, nothing_fits
+from megatron_rasft.tools.capacity.choosing import LayoutEstimate, disk_bytes, estimate_layouts, nothing_fits
 from megatron_rasft.tools.capacity.commands import command_lines
 from megatron_rasft.tools.capacity.config import AssumptionConfig, CapacityConfig
 from megatron_rasft.tools.capacity.layout_tables import (
@@ -33,6 +35,9 @@ from megatron_rasft.tools.capacity.layout_tables import (
     time_table,
 )
 from megatron_rasft.tools.capacity.layouts import Model
+from megatron_rasft.tools.capacity.slurm import on_whole_nodes, write_job
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -44,10 +49,12 @@ def main(argv: list[str] | None = None) -> int:
         raise ValueError(f"--top must be >= 1, got {args.top}. Use 1 for the recommended layout only.")
     model = Model.read(args.hf_model, config.rasft_query_groups)
     estimates = estimate_layouts(model, config, assumed, precision=precision)
+    if args.slurm is not None:
+        estimates = on_whole_nodes(estimates, config)
     failure = nothing_fits(estimates, model, config, assumed, precision=precision)
     fitting = [p for p in estimates if p.excess_gib(config) <= 0]
     shown = best_of_each(fitting or estimates)[: args.top]
-    commands = [] if failure else command_lines(model, shown[0], config, precision=precision)
+    commands = [] if failure else commands_for(args.slurm, model, shown[0], config, precision)
     disk = disk_bytes(model, config, assumed)
     assumptions = assumption_table(model, config, assumed, precision=precision)
     if args.json:
@@ -83,6 +90,16 @@ def main(argv: list[str] | None = None) -> int:
         )
         print("\n".join(f"    {line}" for line in commands))
     return 0
+
+
+def commands_for(
+    folder: Path | None, model: Model, estimate: LayoutEstimate, config: CapacityConfig, precision: str
+) -> list[str]:
+    """Returns the commands that start the run. With --slurm, ``folder``, it is one, and its files are written first."""
+    if folder is None:
+        return command_lines(model, estimate, config, precision=precision)
+    script = write_job(folder, model, estimate, config, precision=precision, checkout=ROOT)
+    return [f"sbatch {shlex.quote(str(script))}"]
 
 
 def show(table: Table) -> None:
@@ -122,6 +139,12 @@ def parser() -> argparse.ArgumentParser:
     kinds.add_argument("--fp8", action="store_true", help="Train the linear layers in FP8.")
     made.add_argument(
         "--top", type=int, default=8, metavar="N", help="Number of layouts to print. Default: 8"
+    )
+    made.add_argument(
+        "--slurm",
+        type=Path,
+        metavar="DIR",
+        help="Write a Slurm job for layout 1 into this folder, which all nodes must share: rasft.sbatch, settings.sh and network.sh.",
     )
     made.add_argument(
         "--json", action="store_true", help="Print one JSON object, in bytes, seconds and hours."

@@ -10,16 +10,21 @@ def training_flags(
     model: Model, estimate: LayoutEstimate, config: CapacityConfig, *, precision: str = "bf16"
 ) -> list[str]:
     """The flags of pretrain_rasft.py."""
+    flags = ["--hf-model", model.path, "--train-data", config.train_data]
+    flags += run_flags(model, estimate, config, precision=precision)
+    if config.needs.uses_rollouts():
+        flags += _engine_flags(estimate, config)
+    if config.save_interval:
+        flags += ["--save", "runs/planned/checkpoints"]
+    return [*flags, "--export-hf", "runs/planned/hf"]
+
+
+def run_flags(
+    model: Model, estimate: LayoutEstimate, config: CapacityConfig, *, precision: str = "bf16"
+) -> list[str]:
+    """The flags of pretrain_rasft.py without files, folders and the rollout engine."""
     layout = estimate.layout
-    flags = [
-        "--hf-model",
-        model.path,
-        "--train-data",
-        "train.jsonl",
-        "--objective",
-        config.objective,
-        "--bf16",
-    ]
+    flags = ["--objective", config.objective, "--bf16"]
     if precision == "fp8":
         flags += ["--fp8-format", "hybrid", "--fp8-recipe", "tensorwise"]
     sizes = {
@@ -51,8 +56,8 @@ def training_flags(
     if config.needs.uses_rollouts():
         flags += _rollout_flags(estimate, config)
     if config.save_interval:
-        flags += ["--save", "runs/planned/checkpoints", "--save-interval", str(config.save_interval)]
-    return [*flags, "--export-hf", "runs/planned/hf"]
+        flags += ["--save-interval", str(config.save_interval)]
+    return flags
 
 
 def _recompute_flags(model: Model, estimate: LayoutEstimate) -> list[str]:
@@ -72,11 +77,17 @@ def _rollout_flags(estimate: LayoutEstimate, config: CapacityConfig) -> list[str
     flags += ["--rollout-num-samples", str(config.num_samples)]
     flags += ["--rollout-max-new-tokens", str(config.max_new_tokens)]
     if estimate.rollout_gpus:
-        flags += ["--rollout-engine", "sglang", "--rollout-server-file", "runs/planned/servers.txt"]
-        flags += ["--rollout-lag", str(config.rollout_lag), "--sync-bucket-mib", str(config.sync_bucket_mib)]
+        flags += ["--sync-bucket-mib", str(config.sync_bucket_mib)]
     else:
-        flags += ["--rollout-engine", "embedded", "--rollout-batch-size", str(config.rollout_batch_size)]
+        flags += ["--rollout-batch-size", str(config.rollout_batch_size)]
     return flags
+
+
+def _engine_flags(estimate: LayoutEstimate, config: CapacityConfig) -> list[str]:
+    if not estimate.rollout_gpus:
+        return ["--rollout-engine", "embedded"]
+    flags = ["--rollout-engine", "sglang", "--rollout-server-file", "runs/planned/servers.txt"]
+    return [*flags, "--rollout-lag", str(config.rollout_lag)]
 
 
 def serving_command(model: Model, config: CapacityConfig) -> list[str]:

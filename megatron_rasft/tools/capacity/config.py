@@ -33,6 +33,9 @@ class CapacityConfig(FlagSection):
     rollout_gpus: NonNegativeInt | None = None
     """GPUs of --num-gpus for SGLang servers; 0: the trainer samples itself. Unset: the number with the shortest run."""
 
+    train_data: str = "train.jsonl"
+    """File of demonstrations in the commands."""
+
     objective: Annotated[str, OneOf(tuple(OBJECTIVES))] = "rasft"
     """The objective, as in pretrain_rasft.py. It decides whether rollouts and a reference are needed."""
 

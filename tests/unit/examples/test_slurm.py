@@ -1,0 +1,304 @@
+"""examples/slurm: each setting parses and fits, and the job script starts the right steps. tests/slurm runs it under Slurm."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_rasft.tools.capacity.choosing import LayoutEstimate, estimate_layouts
+from megatron_rasft.tools.capacity.config import AssumptionConfig, CapacityConfig
+from megatron_rasft.tools.capacity.layouts import Model
+from megatron_rasft.training import cpu_backend
+
+cpu_backend.enable()
+
+from megatron_rasft.training import startup  # noqa: E402
+from megatron_rasft.weights import HfFolder  # noqa: E402
+from tools import serve_node  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[3]
+FOLDER = ROOT / "examples" / "slurm"
+SETTINGS = sorted(FOLDER.glob("settings/*.sh"))
+MODELS: dict[str, dict[str, Any]] = json.loads(
+    Path(__file__).with_name("slurm_models.json").read_text(encoding="utf-8")
+)
+NODES = {
+    "qwen2.5-math-1.5b": (1, 0),
+    "llama-3.2-3b": (1, 0),
+    "qwen2.5-math-7b": (1, 1),
+    "qwen3-8b": (1, 1),
+    "qwen3-32b": (2, 2),
+    "llama-3.3-70b": (8, 4),
+    "qwen2.5-72b": (8, 4),
+    "qwen3-30b-a3b": (2, 2),
+}
+"""Setting -> nodes that train and nodes that serve."""
+
+
+@dataclass
+class Setting:
+    """The values of a settings file, as bash reads them."""
+
+    path: Path
+    values: dict[str, str] = field(init=False)
+    flags: list[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        names = "TRAINER_NODES SERVER_NODES NUM_GPUS SERVERS_PER_NODE SERVER_TP ROLLOUT_LAG".split()
+        shown = " ".join(f'"${{{name}}}"' for name in names)
+        program = f'set -eu; source "$0"; printf "%s\\0" {shown} "${{FLAGS[@]}}"'
+        words = subprocess.run(
+            ["bash", "-c", program, str(self.path)], capture_output=True, text=True, check=True
+        ).stdout.split("\0")[:-1]
+        self.values = dict(zip(names, words, strict=False))
+        self.flags = words[len(names) :]
+
+    def number(self, name: str) -> int:
+        return int(self.values[name])
+
+    def config(self) -> CapacityConfig:
+        """The run for capacity planning, with every size that the flags fix."""
+        given: dict[str, Any] = {
+            "num_gpus": self.number("NUM_GPUS")
+            * (self.number("TRAINER_NODES") + self.number("SERVER_NODES")),
+            "rollout_gpus": self.number("NUM_GPUS") * self.number("SERVER_NODES"),
+            "rollout_lag": self.number("ROLLOUT_LAG"),
+            "recompute": self.value("--recompute-granularity", "none"),
+        }
+        sizes = ("seq_length", "global_batch_size", "micro_batch_size", "save_interval")
+        for name in (*sizes, "tensor_model_parallel_size", "pipeline_model_parallel_size"):
+            given[name] = int(self.value(f"--{name.replace('_', '-')}", "1"))
+        for name in ("context_parallel_size", "expert_model_parallel_size"):
+            given[name] = int(self.value(f"--{name.replace('_', '-')}", "1"))
+        given["num_layers_per_virtual_pipeline_stage"] = int(
+            self.value("--num-layers-per-virtual-pipeline-stage", "0")
+        )
+        given["max_new_tokens"] = int(self.value("--rollout-max-new-tokens", ""))
+        return CapacityConfig(**given)
+
+    def value(self, flag: str, default: str) -> str:
+        return self.flags[self.flags.index(flag) + 1] if flag in self.flags else default
+
+
+def model_folder(name: str, folder: Path) -> Path:
+    (folder / "config.json").write_text(json.dumps(MODELS[name]), encoding="utf-8")
+    return folder
+
+
+def test_every_model_has_a_setting_on_its_nodes() -> None:
+    found = {path.stem: Setting(path) for path in SETTINGS}
+    assert {name: (s.number("TRAINER_NODES"), s.number("SERVER_NODES")) for name, s in found.items()} == NODES
+    large = found["llama-3.3-70b"]
+    for flag, value in (("--tensor-model-parallel-size", "8"), ("--pipeline-model-parallel-size", "4")):
+        assert large.value(flag, "") == value
+    assert {"--num-layers-per-virtual-pipeline-stage", "--sequence-parallel", "--fp8-format"} <= {
+        *large.flags
+    }
+    assert "--expert-model-parallel-size" in found["qwen3-30b-a3b"].flags
+
+
+@pytest.mark.parametrize("path", SETTINGS, ids=lambda path: path.stem)
+def test_setting_is_accepted_and_fits_80_gib(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setting = Setting(path)
+    model = Model.read(model_folder(path.stem, tmp_path))
+    config = setting.config()
+    precision = "fp8" if "--fp8-format" in setting.flags else "bf16"
+    estimate = estimate_layouts(model, config, AssumptionConfig(), precision=precision)[0]
+    assert estimate.excess_gib(config) <= 0
+    assert_parses(setting, model, estimate, monkeypatch)
+    if setting.number("SERVER_NODES"):
+        per_node, tp = setting.number("SERVERS_PER_NODE"), setting.number("SERVER_TP")
+        assert per_node * tp == setting.number("NUM_GPUS")
+        assert 2 * model.num_parameters / tp < 0.75 * 80 * 2**30, "the weights fill a server's GPUs"
+        shares = serve_node.gpu_shares(per_node, tp)
+        assert len(set(",".join(shares).split(","))) == setting.number("NUM_GPUS")
+
+
+def assert_parses(
+    setting: Setting, model: Model, estimate: LayoutEstimate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run accepts the flags and reads the planned layout from them. Without a GPU it refuses FP8 alone, as its last check."""
+    num_gpus = setting.number("TRAINER_NODES") * setting.number("NUM_GPUS")
+    monkeypatch.setattr(startup.HfFolder, "open", partial(HfFolder.open, with_weights=False))
+    monkeypatch.setenv("WORLD_SIZE", str(num_gpus))
+    monkeypatch.setattr("sys.argv", ["pretrain_rasft.py"])
+    engine = ["--rollout-engine", "embedded"]
+    if estimate.rollout_gpus:
+        engine = ["--rollout-engine", "sglang", "--rollout-server-file", "servers.txt", "--rollout-lag", "1"]
+    flags = ["--hf-model", model.path, "--train-data", "train.jsonl", *engine, *setting.flags]
+    if "--fp8-format" in flags:
+        with pytest.raises(ValueError, match="--fp8-format needs"):
+            startup.parse(flags)
+        at = flags.index("--fp8-format")
+        flags[at : at + 4] = []
+    args, _, _ = startup.parse(flags)
+    at_once = estimate.layout
+    assert (args.tensor_model_parallel_size, args.pipeline_model_parallel_size) == (at_once.tp, at_once.pp)
+    assert (args.context_parallel_size, args.expert_model_parallel_size) == (at_once.cp, at_once.ep)
+    assert (args.virtual_pipeline_model_parallel_size or 1) == at_once.chunks
+    assert args.data_parallel_size == at_once.dp and args.use_distributed_optimizer
+
+
+STAND_INS = {
+    # writes its arguments; a server step signs servers on, a trainer step writes what the test wants
+    "srun": """
+printf '%s\\0' "$@" >>"$CALLS/srun"; echo >>"$CALLS/srun"
+case "$*" in
+*serve_node.py*) for _ in $(seq "${NUM_SIGNED_ON:-4}"); do echo http://n3:1 >>"$RUN/servers.txt"; done; exec sleep 60 ;;
+*pretrain_rasft.py*) eval "$TRAINER"; exit "${TRAINER_CODE:-0}" ;;
+*check_node.py*) exit "${HEALTH_CODE:-0}" ;;
+esac""",
+    "scontrol": """
+case "$1" in
+show) tr ',' '\\n' <<<"$3" ;;
+requeue) echo "$2" >>"$CALLS/requeued" ;;
+esac""",
+    "squeue": "echo 2026-12-01T00:00:00",
+}
+"""Slurm's commands as the script uses them."""
+
+TOY = """
+TRAINER_NODES=2 SERVER_NODES=${SERVER_NODES:-0} NUM_GPUS=8 SERVERS_PER_NODE=2 SERVER_TP=4 SERVER_FLAGS=() FLAGS=(--bf16)
+"""
+
+
+CHECKPOINTS = 'mkdir -p "$RUN/checkpoints"; cd "$RUN/checkpoints"; '
+FINISHED = CHECKPOINTS + """echo '{"state": "finished"}' >status.json"""
+SAVED = (
+    CHECKPOINTS + """echo '{"state": "stopped"}' >status.json; echo 100 >latest_checkpointed_iteration.txt"""
+)
+
+
+@dataclass
+class Job:
+    """Runs the script with stand-ins for Slurm."""
+
+    folder: Path
+
+    def run(self, nodes: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        tools = self.folder / "bin"
+        tools.mkdir(exist_ok=True)
+        for name, text in STAND_INS.items():
+            (tools / name).write_text(f"#!/usr/bin/env bash\n{text}\n", encoding="utf-8")
+            (tools / name).chmod(0o755)
+        (self.folder / "toy.sh").write_text(TOY, encoding="utf-8")
+        environment = {
+            "PATH": f"{tools}:{os.environ['PATH']}",
+            "CALLS": str(self.folder),
+            "CHECKOUT": str(ROOT),
+            "MODEL": "/models/m",
+            "TRAIN_DATA": "/data/train.jsonl",
+            "RUN": str(self.folder / "run"),
+            "SLURM_JOB_ID": "1234",
+            "SLURM_JOB_NODELIST": nodes,
+            "TRAINER": FINISHED,
+            **variables,
+        }
+        return subprocess.run(
+            ["bash", str(FOLDER / "rasft.sbatch"), str(self.folder / "toy.sh"), "--lr", "1e-5"],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=120,
+        )
+
+    def steps(self) -> dict[str, list[str]]:
+        """Program -> the arguments of srun that started it."""
+        calls = [line.split("\0") for line in (self.folder / "srun").read_text().split("\0\n") if line]
+        programs = ("check_node", "serve_node", "check_servers", "pretrain_rasft")
+        return {p: c for c in calls for p in programs if any(w.endswith(f"{p}.py") for w in c)}
+
+    @property
+    def is_requeued(self) -> bool:
+        return (self.folder / "requeued").exists()
+
+
+def test_job_without_servers_starts_torchrun_on_every_node(tmp_path: Path) -> None:
+    job = Job(tmp_path)
+    done = job.run("n1,n2")
+    assert done.returncode == 0, done.stderr
+    steps = job.steps()
+    assert [*steps] == ["check_node", "pretrain_rasft"] and not job.is_requeued
+    words = steps["pretrain_rasft"]
+    assert {"--nodes=2", "--nodelist=n1,n2", "--kill-on-bad-exit=1"} <= {*words}
+    for flag, value in (("--nnodes", "2"), ("--nproc-per-node", "8"), ("--rdzv-endpoint", "n1:29734")):
+        assert words[words.index(flag) + 1] == value
+    assert words[words.index("--rollout-engine") + 1] == "embedded" and words[-2:] == ["--lr", "1e-5"]
+    assert any(re.fullmatch(r"--output=.*/run/logs/trainer-%n-%N\.log", word) for word in words)
+    assert not any(word.startswith("--container") for word in words)
+
+
+def test_servers_take_the_last_nodes_and_are_checked_before_the_trainer(tmp_path: Path) -> None:
+    job = Job(tmp_path)
+    done = job.run("n1,n2,n3,n4", SERVER_NODES="2")
+    assert done.returncode == 0, done.stderr
+    steps = job.steps()
+    assert [*steps] == ["check_node", "serve_node", "check_servers", "pretrain_rasft"]
+    assert "--nodelist=n3,n4" in steps["serve_node"] and "--kill-on-bad-exit=0" in steps["serve_node"]
+    assert {"--nodelist=n1", "--nodes=1"} <= {*steps["check_servers"]}
+    assert "--nodelist=n1,n2" in steps["pretrain_rasft"] and "sglang" in steps["pretrain_rasft"]
+
+
+def test_groups_of_a_heterogeneous_job_train_and_serve_in_their_images(tmp_path: Path) -> None:
+    job = Job(tmp_path)
+    groups = {"SLURM_JOB_NODELIST_HET_GROUP_0": "a1,a2", "SLURM_JOB_NODELIST_HET_GROUP_1": "b1"}
+    images = {"CONTAINER": "/images/nemo.sqsh", "SERVER_CONTAINER": "/images/sglang.sqsh", "MOUNTS": "/d:/d"}
+    done = job.run("a1,a2", SERVER_NODES="1", NUM_SIGNED_ON="2", **groups, **images)
+    assert done.returncode == 0, done.stderr
+    trainer, servers = job.steps()["pretrain_rasft"], job.steps()["serve_node"]
+    assert {"--het-group=0", "--nodelist=a1,a2", "--container-image=/images/nemo.sqsh"} <= {*trainer}
+    assert {"--het-group=1", "--nodelist=b1", "--container-image=/images/sglang.sqsh"} <= {*servers}
+    assert "--container-mounts=/d:/d" in trainer and f"--container-workdir={ROOT}" in trainer
+
+
+@pytest.mark.parametrize(
+    ("trainer", "code", "variables", "is_requeued"),
+    [
+        (SAVED, "0", {}, True),  # stopped
+        (SAVED, "1", {}, True),  # failed after progress
+        ("", "1", {}, False),  # failed at once, for example because of a wrong flag
+        ("", "0", {"SLURM_RESTART_COUNT": "1"}, True),  # stopped before its first step
+        ("", "0", {"SLURM_RESTART_COUNT": "3"}, False),
+    ],
+)
+def test_job_goes_on_only_after_progress(
+    tmp_path: Path, trainer: str, code: str, variables: dict[str, str], is_requeued: bool
+) -> None:
+    job = Job(tmp_path)
+    done = job.run("n1,n2", TRAINER=trainer, TRAINER_CODE=code, **variables)
+    assert done.returncode == int(code) and job.is_requeued == is_requeued, done.stdout
+
+
+@pytest.mark.parametrize(
+    ("nodes", "variables", "named"),
+    [
+        ("n1,n2,n3", {}, "--nodes=2"),
+        ("n1", {}, "--nodes=2"),
+        ("n1,n2", {"HEALTH_CODE": "1"}, "health"),
+        ("n1,n2", {"RUN": ""}, "RUN"),
+    ],
+)
+def test_fault_ends_the_job_before_the_trainer(
+    tmp_path: Path, nodes: str, variables: dict[str, str], named: str
+) -> None:
+    job = Job(tmp_path)
+    done = job.run(nodes, **variables)
+    assert done.returncode == 1 and named in done.stderr
+    assert not (tmp_path / "srun").exists() or "pretrain_rasft" not in job.steps()
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+def test_scripts_are_clean_for_shellcheck() -> None:
+    files = [str(path) for path in (*FOLDER.glob("*.s*"), *FOLDER.glob("settings/*.sh"))]
+    done = subprocess.run(["shellcheck", "-x", *files], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
