@@ -1,4 +1,4 @@
-# make quickstart [ARGS=--compare]   make test   make lint   make mutants   make venv   make servers   make gpu-check   make gpu-bundle
+# make quickstart [ARGS=--compare]   make test   make lint   make mutants   make slurm-night   make venv   make servers   make gpu-check   make gpu-bundle
 # PYTHON names the interpreter the environment is made with (>= 3.12), VENV where it goes.
 PYTHON ?= python3.12
 VENV ?= .venv
@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WHEEL := .cache/wheel
 
-.PHONY: quickstart test lint types pytest pytest-servers pytest-runs pytest-units pytest-emulated mutants wheel venv \
+.PHONY: quickstart test lint types pytest pytest-servers pytest-runs pytest-units pytest-emulated pytest-slurm mutants slurm-night wheel venv \
 	servers emulated-gpu gpu-check gpu-bundle
 .DELETE_ON_ERROR:
 
@@ -27,7 +27,7 @@ types: venv
 
 # Tests with servers partly wait for them, and unit tests of the verifier for its deadlines: three parts side by side, the longest
 # first. The last part, which runs the GPU path on an emulated GPU, takes the place of the first that ends.
-PARTS := pytest-runs pytest-servers pytest-units pytest-emulated
+PARTS := pytest-runs pytest-servers pytest-units pytest-slurm pytest-emulated
 
 pytest: venv
 	$(MAKE) --jobs=3 --output-sync=target $(PARTS)
@@ -43,7 +43,10 @@ pytest-runs: venv
 
 pytest-units: venv
 	$(BIN)/python -m pytest -m "not servers and not gpu and not bridge" -p no:cacheprovider --ignore=tests/functional --ignore=tests/distributed \
-		--ignore=tests/emulated_gpu $(ARGS)
+		--ignore=tests/emulated_gpu --ignore=tests/slurm $(ARGS)
+
+pytest-slurm: venv
+	$(BIN)/python -m pytest -m "slurm and not nightly" -p no:cacheprovider tests/slurm $(ARGS)
 
 pytest-emulated: emulated-gpu
 	$(BIN)/python -m pytest -m "not gpu" -p no:cacheprovider tests/emulated_gpu $(ARGS)
@@ -55,6 +58,10 @@ mutants: venv
 	rm -rf mutants
 	OMP_NUM_THREADS=1 $(BIN)/python -m mutmut run
 	$(BIN)/python -m tests.mutants
+
+# For every night: the scenarios of tests/slurm that take minutes, some with rollout servers.
+slurm-night: servers
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slurm and nightly" -p no:cacheprovider tests/slurm $(ARGS)
 
 # Builds the wheel, installs it by itself and imports it from there. A stale build/ would end up in it.
 wheel: venv

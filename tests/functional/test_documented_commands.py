@@ -29,6 +29,8 @@ RUN_BY = {
     "make mutants": "it takes ten minutes, and runs every night",
     "make PYTHON=/path/to/python3.12 ...": "test_interpreter_that_is_too_old_is_refused",
     "pip install --no-build-isolation -e '.[te]'": "test_extras_that_the_documents_name_exist",
+    "make slurm-night": "it takes ten minutes, and runs every night",
+    "python -m tests.slurm.cluster": "tests/slurm, which starts the same cluster",
     ".venv/bin/pytest -m gpu": "test_tests_that_continuous_integration_cannot_run_are_collected",
     "python -m pytest -m bridge": "test_tests_that_continuous_integration_cannot_run_are_collected",
     ".venv/bin/pre-commit install": "test_pre_commit_takes_its_configuration",
@@ -69,6 +71,10 @@ RUN_BY = {
     "python examples/benchmark_reproduction/reproduce.py": "test_one_command_trains_evaluates_and_compares",
     "python examples/proving_ground/run.py": "test_a_study_runs_and_goes_on",
     ".venv/bin/python examples/minimal/rasft.py": "test_losses_are_those_of_the_method_in_one_file",
+    "sbatch --nodes=8 : --nodes=4": "test_killed_server_of_a_heterogeneous_job_rejoins_the_run",
+    "sbatch --no-requeue": "test_disturbed_run_equals_the_undisturbed_one",
+    "sbatch --exclude=NODE": "docs/cluster.md says it of another machine",
+    "tools/plan.py --slurm": "test_run_that_plan_wrote_finishes_and_ends_at_once_when_submitted_again",
     "python -c pass": "test_benchmark_of_code_verification_runs",
 }
 """Beginning of a command -> the test that runs it, here or in another file."""
