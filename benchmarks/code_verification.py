@@ -2,27 +2,33 @@
 
     python benchmarks/code_verification.py                       checks per second against bare `python -c pass`
     python benchmarks/code_verification.py --references          all reference solutions of the code sets
-    python benchmarks/code_verification.py --references --mutants    the same after a mutation
+    python benchmarks/code_verification.py --references --mutants --plain --results FILE.jsonl
+                                                                 also mutants, compared with plain Python; can be continued
 
 --data names the folder of the sets: evaluation/*.jsonl.gz and train/*.jsonl.gz in this project's layout. Exits with 1 if a
-reference solution fails unexpectedly. Mutants that pass are counted, because some are equivalent to the original.
+reference solution fails unexpectedly, or, with --plain, if a verdict differs from that of a plain interpreter. Mutants that
+pass are counted, because some are equivalent to the original.
 """
 
 import argparse
 import ast
+import dataclasses
 import gzip
 import json
 import os
 import subprocess
 import sys
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.plain_execution import run_plainly
 from megatron_rasft.config.verify import VerifyConfig
 from megatron_rasft.tools.evaluation.config import EvaluationConfig
 from megatron_rasft.types import CodeTests
@@ -130,34 +136,126 @@ def mutate(reference: Reference, mutation: str) -> str | None:
 MUTATIONS = ("returns nothing", "off by one", "negated")
 
 
-def check_references(data: Path, sandbox: Sandbox, every: int, has_mutants: bool) -> bool:
-    """Prints a line per set and per failing reference. Returns whether only the expected references fail."""
-    is_right = True
-    for code_set in CODE_SETS:
-        began = time.monotonic()
-        references = list(read_references(data, code_set))[::every]
-        verdicts: Counter[str] = Counter()
-        mutants: dict[str, Counter[str]] = {mutation: Counter() for mutation in MUTATIONS}
-        for reference in references:
-            verdict, reason = run_tests(sandbox, reference.program, reference.tests)
-            verdicts[verdict] += 1
-            if verdict != "correct":
-                known = NOT_CORRECT.get(reference.name, "")
-                print(
-                    f"  {reference.name}: {verdict}, {reason}" + (f" ({known})" if known else ""), flush=True
-                )
-                is_right &= bool(known)
-                continue
-            for mutation in MUTATIONS if has_mutants else ():
-                mutant = mutate(reference, mutation)
-                if mutant is not None:
-                    mutants[mutation][run_tests(sandbox, mutant, reference.tests)[0]] += 1
-        seconds = time.monotonic() - began
-        print(f"{code_set}: {len(references)} references, {dict(verdicts)}, {seconds:.0f} s", flush=True)
-        for mutation, counts in mutants.items():
-            if counts:
-                print(f"  {mutation}: {sum(counts.values())}, of them {dict(counts)}", flush=True)
-    return is_right
+@dataclass(frozen=True)
+class Result:
+    """The verdict on a reference solution or on a mutant of it."""
+
+    code_set: str
+    reference: str
+    mutation: str
+    """Empty for the reference itself."""
+    verdict: str
+    reason: str
+    plain: str = ""
+    """``correct``, ``wrong`` or ``timeout`` of a plain interpreter; empty if it was not asked."""
+
+    @property
+    def is_expected(self) -> bool:
+        """Whether a reference is correct or is known to fail, and a verdict is the one of a plain interpreter."""
+        if self.reference in NOT_CORRECT:
+            return True
+        is_right = bool(self.mutation) or self.verdict == "correct"
+        # Which of the two exceeds a deadline depends on the machine
+        return is_right and (
+            not self.plain or "timeout" in (self.verdict, self.plain) or self.verdict == self.plain
+        )
+
+
+class Results:
+    """The results of a run, in a file with one JSON object a line, so that an interrupted run can continue.
+
+    Args:
+        path: the file, or None to keep them in memory only.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self.known: dict[tuple[str, str], Result] = {}
+        if path is not None and path.exists():
+            whole, _, _ = path.read_text().rpartition("\n")
+            for line in whole.splitlines():
+                self._enter(Result(**json.loads(line)))
+            # A run that was killed may have written half a line. The lines are ASCII
+            os.truncate(path, len(whole) + bool(whole))
+        self._stream = None if path is None else path.open("a")
+
+    def add(self, result: Result) -> None:
+        """Keeps a result, and writes it to the file at once."""
+        self._enter(result)
+        if self._stream is not None:
+            self._stream.write(json.dumps(dataclasses.asdict(result)) + "\n")
+            self._stream.flush()
+
+    def _enter(self, result: Result) -> None:
+        self.known[result.reference, result.mutation] = result
+
+
+@dataclass(frozen=True)
+class Checker:
+    """Checks references and mutants that have no result yet.
+
+    Args:
+        sandbox: runs the references.
+        mutant_sandbox: runs the mutants, of which many do not end.
+        results: where results are kept.
+        has_mutants: whether to check mutants.
+        asks_plain_python: whether to run the same in a plain interpreter.
+    """
+
+    sandbox: Sandbox
+    mutant_sandbox: Sandbox
+    results: Results
+    has_mutants: bool
+    asks_plain_python: bool
+
+    def check(self, code_set: str, reference: Reference) -> None:
+        """Checks one reference and, if it passes, its mutants."""
+        self._run(self.sandbox, code_set, reference, reference.program, "")
+        if not self.has_mutants or self.results.known[reference.name, ""].verdict != "correct":
+            return
+        for mutation in MUTATIONS:
+            mutant = mutate(reference, mutation)
+            if mutant is not None:
+                self._run(self.mutant_sandbox, code_set, reference, mutant, mutation)
+
+    def _run(
+        self, sandbox: Sandbox, code_set: str, reference: Reference, program: str, mutation: str
+    ) -> None:
+        if (reference.name, mutation) in self.results.known:
+            return
+        verdict, reason = run_tests(sandbox, program, reference.tests)
+        limits, plain = sandbox.allowance, ""
+        if self.asks_plain_python:
+            plain = run_plainly(program, reference.tests, limits.timeout_s, limits.memory_bytes)
+        result = Result(code_set, reference.name, mutation, verdict, reason, plain)
+        self.results.add(result)
+        if not result.is_expected:
+            print(
+                f"  {reference.name} {mutation}: {verdict}, {reason}"
+                + (f"; plain Python: {plain}" if plain else ""),
+                flush=True,
+            )
+
+
+def print_summary(results: Iterable[Result]) -> None:
+    """Prints the verdicts of each set and mutation, and beside them those of a plain interpreter."""
+    counts: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
+    for result in results:
+        pair = f"{result.verdict} (plain: {result.plain})" if result.plain else result.verdict
+        counts[result.code_set, result.mutation or "references"][pair] += 1
+    for (code_set, kind), verdicts in counts.items():
+        print(f"{code_set}, {kind}: {verdicts.total()}, of them {dict(verdicts)}", flush=True)
+
+
+def check_references(data: Path, checker: Checker, every: int) -> bool:
+    """Checks all sets and prints a summary. Returns whether every result is as expected."""
+    references = {code_set: list(read_references(data, code_set))[::every] for code_set in CODE_SETS}
+    for code_set, chosen in references.items():
+        for reference in chosen:
+            checker.check(code_set, reference)
+    print_summary(checker.results.known.values())
+    unexpected = [r for r in checker.results.known.values() if not r.is_expected]
+    print(f"{len(checker.results.known)} results, {len(unexpected)} unexpected")
+    return not unexpected
 
 
 def measure(num_checks: int, num_workers: int, levels: list[str]) -> None:
@@ -200,6 +298,12 @@ def main() -> int:
     )
     parser.add_argument("--references", action="store_true", help="Run the reference solutions instead.")
     parser.add_argument("--mutants", action="store_true", help="Run mutated reference solutions, too.")
+    parser.add_argument(
+        "--plain", action="store_true", help="Run the same in a plain interpreter, without protection."
+    )
+    parser.add_argument(
+        "--results", type=Path, metavar="FILE", help="Keep results here; skip those that it has."
+    )
     parser.add_argument("--every", type=int, default=1, metavar="N", help="Take every Nth reference.")
     parser.add_argument("--data", type=Path, default=DATA, metavar="DIR", help=f"Default: {DATA}")
     parser.add_argument(
@@ -211,6 +315,7 @@ def main() -> int:
     parser.add_argument(
         "--timeout-s", type=float, default=limits.code_timeout_s, help="Deadline of a reference."
     )
+    parser.add_argument("--mutant-timeout-s", type=float, default=10.0, help="Deadline of a mutant.")
     parser.add_argument("--memory-mib", type=int, default=limits.code_memory_mib)
     parser.add_argument("--output-mib", type=int, default=limits.code_output_mib)
     parser.add_argument("--num-checks", type=int, default=200, help="Checks to time.")
@@ -225,9 +330,12 @@ def main() -> int:
         verify_code_output_mib=args.output_mib,
         verify_sandbox_level="limits",
     )
-    with Sandbox(config, [args.level] if args.level else LEVELS) as sandbox:
+    brief = dataclasses.replace(config, verify_code_timeout_s=args.mutant_timeout_s)
+    levels = [args.level] if args.level else LEVELS
+    with Sandbox(config, levels) as sandbox, Sandbox(brief, levels) as mutant_sandbox:
         print(f"level {sandbox.level}, Python {sys.version.split()[0]}")
-        return 0 if check_references(args.data, sandbox, args.every, args.mutants) else 1
+        checker = Checker(sandbox, mutant_sandbox, Results(args.results), args.mutants, args.plain)
+        return 0 if check_references(args.data, checker, args.every) else 1
 
 
 if __name__ == "__main__":
