@@ -13,10 +13,8 @@ import gc
 import json
 import os
 import select
-import shutil
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -36,6 +34,7 @@ from megatron_rasft.verify.programs import (
     tester,
     usage,
 )
+from megatron_rasft.verify.programs.scratch import remove
 
 HEAVY = ("numpy", "pytest")
 """Packages that make every fork slower. A launcher loads them only if the program or the tests name them."""
@@ -59,7 +58,7 @@ class Allowance:
     """Maximum total size of the files that the program and the tests write."""
 
 
-def main(level: str, packages: str, control_fd: int, parent_pid: int) -> None:
+def main(level: str, packages: str, control_fd: int, parent_pid: int, scratch: str) -> None:
     """Runs checks until ``control_fd`` is closed. The first message to its other end reports whether ``level`` could be reached.
 
     Args:
@@ -67,6 +66,7 @@ def main(level: str, packages: str, control_fd: int, parent_pid: int) -> None:
         packages: packages to load beside the standard library, separated by spaces.
         control_fd: the socket to the process that started this one.
         parent_pid: id of that process.
+        scratch: for the level ``landlock``, the folder for the folders of the checks.
     """
     confinement.die_with_parent()
     if os.getppid() != parent_pid:
@@ -97,7 +97,7 @@ def main(level: str, packages: str, control_fd: int, parent_pid: int) -> None:
     gc.collect()
     gc.freeze()
     control.send(b"{}")
-    launcher = _Launcher(level, control, base_bytes, users)
+    launcher = _Launcher(level, control, base_bytes, users, scratch)
     while True:
         request, fds, _, _ = socket.recv_fds(control, _MAX_REQUEST_BYTES, 4)
         if not request:
@@ -143,13 +143,17 @@ class _Launcher:
         control: the socket to the parent, which forked processes must close.
         base_bytes: address space of this process.
         users: ids of users without files, for checks in namespaces. The first that exists is used.
+        scratch: for the level ``landlock``, the folder for the folders of the checks.
     """
 
-    def __init__(self, level: str, control: socket.socket, base_bytes: int, users: Sequence[int]) -> None:
+    def __init__(
+        self, level: str, control: socket.socket, base_bytes: int, users: Sequence[int], scratch: str
+    ) -> None:
         self._level = level
         self._control = control
         self._base_bytes = base_bytes
         self._users = users if level == "namespaces" else ()
+        self._scratch = scratch
 
     def run(self, request: dict[str, Any], fds: Sequence[int]) -> dict[str, Any]:
         """Runs one check within its time, and ends everything that it started.
@@ -165,7 +169,7 @@ class _Launcher:
         allowance = Allowance(**request["allowance"])
         scratch = None
         if self._level == "landlock":
-            scratch = Path(tempfile.mkdtemp(prefix=f"rasft-code-{os.getpid()}-"))
+            scratch = Path(tempfile.mkdtemp(dir=self._scratch))
         # The first process of the check reports its child's id, so that both can be killed at the deadline
         pid_reader, pid_writer = os.pipe()
         first = os.fork()
@@ -186,12 +190,13 @@ class _Launcher:
         finally:
             self._end_all(first, candidate_pid)
             if scratch is not None:
-                _remove(scratch)
+                remove(scratch)
 
     def _wait(self, pids: Sequence[int], allowance: Allowance, scratch: Path | None) -> str:
         """Waits for the first process until the deadline and returns the outcome. Does not reap it: see ``_end_all``."""
         deadline = time.monotonic() + allowance.timeout_s
         ended = os.pidfd_open(pids[0])
+        watcher = usage.Watcher(pids, scratch, allowance.scratch_bytes)
         try:
             while True:
                 left_s = max(0.0, deadline - time.monotonic())
@@ -199,7 +204,7 @@ class _Launcher:
                 if select.select([ended], [], [], interval_s)[0]:
                     break
                 if self._level != "namespaces":
-                    excess = usage.find_excess(pids, scratch, allowance.scratch_bytes)
+                    excess = watcher.find_excess()
                     if excess:
                         return f"stopped: {excess}"
                 if time.monotonic() >= deadline:
@@ -267,6 +272,7 @@ class _Check:
             # The modules that use temporary files may have been asked for their folder before
             os.environ["TMPDIR"] = tempfile.tempdir = str(scratch)
         os.chdir(self._scratch or "/")
+        _reopen_standard_streams()
         # Restricted before the candidate is forked, which then restricts itself again. A Landlock domain does not let
         # signals out, not even the death signal of a parent (Linux 6.12 and later), except to a domain inside it
         self._may_truncate = level != "landlock" or self._restrict_paths()
@@ -355,6 +361,14 @@ class _Check:
         return confinement.restrict_paths(_readable_paths(), self._scratch)
 
 
+def _reopen_standard_streams() -> None:
+    """Opens the null device anew as the standard streams. Flags of a file that several checks share would be seen by the next."""
+    null = os.open(os.devnull, os.O_RDWR)
+    for stream in (0, 1, 2):
+        os.dup2(null, stream)
+    os.close(null)
+
+
 def _read(fd: int) -> str:
     size = os.fstat(fd).st_size
     return os.pread(fd, size, 0).decode("utf-8", "surrogatepass")
@@ -363,15 +377,3 @@ def _read(fd: int) -> str:
 def _tests_from(content: dict[str, Any]) -> CodeTests:
     cases = tuple(ProgramCase(**case) for case in content["cases"])
     return CodeTests(**{**content, "tests": tuple(content["tests"]), "cases": cases})
-
-
-def _remove(folder: Path) -> None:
-    """Deletes a folder in which a program may have removed permissions or created a very deep path."""
-    for root, _, _ in os.walk(folder, topdown=True):
-        with contextlib.suppress(OSError):
-            os.chmod(root, 0o700)
-    # shutil recurses once per level; rm does not
-    with contextlib.suppress(RecursionError):
-        shutil.rmtree(folder, ignore_errors=True)
-    if folder.exists():
-        subprocess.run(["rm", "-rf", "--", str(folder)], check=False)

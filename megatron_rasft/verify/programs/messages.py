@@ -96,6 +96,8 @@ class Channel:
             message = json.loads(self._read(length))
         except (ValueError, RecursionError):
             raise CandidateEndedError("the program sent an invalid message") from None
+        except MemoryError:
+            raise CandidateEndedError("the program returned a value that needs too much memory") from None
         if not isinstance(message, list) or not message:
             raise CandidateEndedError("the program sent an invalid message")
         return message
@@ -293,4 +295,6 @@ def look_up_shared(module: str, name: str) -> Any:
     if module not in (_SHARED_NAMES_OF if name else _SHARED_MODULES):
         return None
     found = sys.modules.get(module)
-    return getattr(found, name, None) if name else found
+    value = getattr(found, name, None) if name else found
+    # A module of the list holds others that are not on it: random._os is the module os
+    return None if name and isinstance(value, types.ModuleType) else value

@@ -20,6 +20,7 @@ from megatron_rasft.config.verify import SandboxLevel, VerifyConfig
 from megatron_rasft.errors import RasftError
 from megatron_rasft.types import CodeTests, Verdict
 from megatron_rasft.verify.programs.launcher import HEAVY, Allowance
+from megatron_rasft.verify.programs.scratch import ScratchFolder
 
 LEVELS: tuple[SandboxLevel, ...] = get_args(SandboxLevel)
 """Sandbox levels, strongest first."""
@@ -29,7 +30,7 @@ _PACKAGE_PARENT = Path(__file__).resolve().parents[3]
 assert (_PACKAGE_PARENT / "megatron_rasft").is_dir(), f"{_PACKAGE_PARENT} does not hold this package"
 _START = (
     "import sys; sys.path.insert(0, sys.argv[1]); from megatron_rasft.verify.programs.launcher import main; "
-    "sys.path.pop(0); main(sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5]))"
+    "sys.path.pop(0); main(sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5]), sys.argv[6])"
 )
 _ENVIRONMENT = {
     "PATH": "/usr/bin:/bin",
@@ -55,6 +56,16 @@ class SandboxError(RasftError):
     """Raised if this machine does not allow the required sandbox level."""
 
 
+def allowance_of(config: VerifyConfig) -> Allowance:
+    """Returns the limits of a check that these flags set."""
+    return Allowance(
+        timeout_s=config.verify_code_timeout_s,
+        memory_bytes=config.verify_code_memory_mib * 2**20,
+        output_bytes=config.verify_code_output_mib * 2**20,
+        scratch_bytes=config.verify_code_output_mib * 2**20,
+    )
+
+
 class Sandbox:
     """Runs checks, one after the other, in a launcher. Use it as a context manager, or call ``close``.
 
@@ -69,12 +80,7 @@ class Sandbox:
     """
 
     def __init__(self, config: VerifyConfig, levels: Sequence[SandboxLevel] = LEVELS) -> None:
-        self.allowance = Allowance(
-            timeout_s=config.verify_code_timeout_s,
-            memory_bytes=config.verify_code_memory_mib * 2**20,
-            output_bytes=config.verify_code_output_mib * 2**20,
-            scratch_bytes=config.verify_code_output_mib * 2**20,
-        )
+        self.allowance = allowance_of(config)
         self._launchers: dict[str, _LauncherProcess] = {}
         accepted = LEVELS[: LEVELS.index(config.verify_sandbox_level) + 1]
         failures = []
@@ -169,7 +175,7 @@ def _packages_of(*sources: str) -> str:
 
 
 class _LauncherProcess:
-    """A launcher and the socket to it.
+    """A launcher, the socket to it, and the folder for its checks.
 
     Args:
         level: sandbox level to start it at.
@@ -180,9 +186,11 @@ class _LauncherProcess:
     """
 
     def __init__(self, level: SandboxLevel, packages: str) -> None:
+        self._scratch = ScratchFolder() if level == "landlock" else None
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             arguments = [str(_PACKAGE_PARENT), level, packages, str(theirs.fileno()), str(os.getpid())]
+            arguments.append(str(self._scratch.path) if self._scratch else "")
             # A new interpreter instead of a fork: this process holds tests and programs in its memory. -P keeps the
             # current folder out of sys.path, -s the user's packages
             self._process = subprocess.Popen(
@@ -222,6 +230,8 @@ class _LauncherProcess:
         with contextlib.suppress(ProcessLookupError):
             self._process.send_signal(signal.SIGKILL)
         self._process.wait()
+        if self._scratch is not None:
+            self._scratch.close()
 
 
 @contextlib.contextmanager

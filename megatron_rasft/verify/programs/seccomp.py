@@ -18,9 +18,9 @@ from functools import cache
 from megatron_rasft.verify.programs import kernel_calls
 
 _ALLOWED = (
-    "read write readv writev pread64 pwrite64 preadv pwritev preadv2 pwritev2 lseek close close_range dup dup2 dup3 "
+    "read write readv writev pread64 pwrite64 preadv pwritev preadv2 lseek close close_range dup dup2 dup3 "
     "pipe pipe2 sendfile copy_file_range fstat newfstatat stat lstat statx access faccessat fstatfs getcwd getdents64 "
-    "ftruncate fallocate poll ppoll select pselect6 epoll_create epoll_create1 epoll_ctl epoll_wait epoll_pwait "
+    "ftruncate poll ppoll select pselect6 epoll_create epoll_create1 epoll_ctl epoll_wait epoll_pwait "
     "eventfd2 timerfd_create timerfd_settime timerfd_gettime brk munmap mprotect mremap set_robust_list "
     "rseq gettid getpid getppid exit exit_group sched_yield wait4 waitid rt_sigaction rt_sigprocmask rt_sigreturn "
     "rt_sigpending rt_sigtimedwait rt_sigsuspend sigaltstack restart_syscall pause alarm getitimer setitimer nanosleep "
@@ -44,6 +44,8 @@ _OPENS_FOR_WRITING = (
     # O_TMPFILE includes the bit of O_DIRECTORY, which opens folders for reading
     os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND | (os.O_TMPFILE & ~os.O_DIRECTORY)
 )
+# O_DSYNC and __O_SYNC: every write would wait for the disk
+_OPENS_FOR_SYNCHRONOUS_WRITING = 0x101000
 _ANY_ACCESS = range(os.O_ACCMODE + 1)
 _INSTRUCTION = struct.Struct("=HBBI")  # struct sock_filter of linux/filter.h
 _NEW_CALLS_FROM = 424
@@ -88,6 +90,7 @@ _FUTEX_OPERATIONS, _FUTEX_FLAGS = (0, 1, 3, 4, 5, 9, 10), 0x180  # FUTEX_PRIVATE
 _SOCK_STREAM, _SOCK_FLAGS = 1, 0x80800  # SOCK_CLOEXEC and SOCK_NONBLOCK
 # MSG_PEEK, DONTWAIT, WAITALL, NOSIGNAL. MSG_OOB has had faults in the kernel by which a sandbox could be left
 _MESSAGE_FLAGS = 0x4142
+_WRITE_THROUGH = 0x6  # RWF_DSYNC and RWF_SYNC
 _SOCKET_OPTIONS = (3, 4, 30, 38, 39)  # SO_TYPE, ERROR, ACCEPTCONN, PROTOCOL, DOMAIN
 # F_DUPFD, GETFD, SETFD, GETFL, SETFL, DUPFD_CLOEXEC. Not those for owners, leases, notifications, seals and pipe sizes
 _FILE_CONTROLS = (0, 1, 2, 3, 4, 1030)
@@ -126,6 +129,9 @@ def _allowed_in_one_form() -> dict[str, tuple[_Condition, ...]]:
         "socketpair": (_Condition(0, (1,)), _Condition(1, (_SOCK_STREAM,), mask=~_SOCK_FLAGS & 0xFFFFFFFF)),
         "sendto": (*has_no_address, _only(3, _MESSAGE_FLAGS)),
         "recvfrom": (_only(3, _MESSAGE_FLAGS),),
+        # FALLOC_FL_KEEP_SIZE, for example, takes blocks of the disk beyond the largest size of a file
+        "fallocate": (_Condition(1, (0,), error=errno.EOPNOTSUPP),),
+        "pwritev2": (_without(5, _WRITE_THROUGH, error=errno.EOPNOTSUPP),),
         "getsockopt": (_Condition(2, _SOCKET_OPTIONS),),
         "ioctl": (_Condition(1, _DEVICE_CONTROLS, error=errno.EOPNOTSUPP),),
         "prctl": (_Condition(0, _PROCESS_CONTROLS),),
@@ -218,7 +224,7 @@ def _assemble(
 
 
 def _conditions_of_open(argument: int, may_change_files: bool, may_truncate: bool) -> list[_Condition]:
-    conditions = []
+    conditions = [_without(argument, _OPENS_FOR_SYNCHRONOUS_WRITING, error=errno.EINVAL)]
     if not may_change_files:
         conditions.append(_without(argument, _OPENS_FOR_WRITING, error=errno.EROFS))
     if not may_truncate:

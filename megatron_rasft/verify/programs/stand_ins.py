@@ -95,7 +95,15 @@ class TesterSide(Codec):
         Raises:
             AttributeError: the program does not define the name.
         """
-        value = self._ask("get", name)
+        try:
+            value = self._ask("get", name)
+        except (AttributeError, CandidateEndedError, CannotCrossError):
+            raise
+        except BaseException as error:
+            # The program raised it, for example in a property of the value's class
+            raise CandidateEndedError(
+                f"the program's {name} cannot be read: {type(error).__name__}"
+            ) from None
         self.found.add(name)
         return value
 
@@ -242,6 +250,8 @@ class TesterSide(Codec):
             return self._settle(status, rest, args, keywords)
         except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError, ArithmeticError):
             raise CandidateEndedError("the program sent an invalid message") from None
+        except MemoryError:
+            raise CandidateEndedError("the program returned a value that needs too much memory") from None
 
     def _settle(
         self, status: str, rest: list[Any], args: tuple[Any, ...], keywords: dict[str, Any]

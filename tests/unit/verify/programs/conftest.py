@@ -1,11 +1,18 @@
 """Sandboxes that all tests of this folder share: starting one takes about a second."""
 
+import copy
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from megatron_rasft.config.verify import SandboxLevel, VerifyConfig
-from megatron_rasft.verify.programs.sandbox import LEVELS, Sandbox, SandboxError
+from megatron_rasft.verify.programs.sandbox import LEVELS, Sandbox, SandboxError, allowance_of
+from tests.unit.verify.programs.escape_targets import targets
+
+__all__ = ["targets"]
+
+REPOSITORY = Path(__file__).parents[4]
 
 PATIENT = VerifyConfig(verify_code_timeout_s=120.0, verify_sandbox_level="limits")
 """Accepts every level, because the tests run on machines that allow only the weakest."""
@@ -34,19 +41,29 @@ def sandbox(request: pytest.FixtureRequest) -> Iterator[Sandbox]:
         yield made
 
 
+def with_limits(sandbox: Sandbox, config: VerifyConfig) -> Sandbox:
+    """Returns a sandbox with other limits that shares the launchers of ``sandbox``, which must be closed in its place."""
+    other = copy.copy(sandbox)
+    other.allowance = allowance_of(config)
+    return other
+
+
 @pytest.fixture(scope="session")
-def brief_sandbox(sandbox: Sandbox) -> Iterator[Sandbox]:
+def brief_sandbox(sandbox: Sandbox) -> Sandbox:
     """A sandbox of the same level with a deadline of 0.5 s, for programs that only wait for it."""
-    config = tight(0.5)
-    with Sandbox(config, [sandbox.level]) as made:
-        yield made
+    return with_limits(sandbox, tight(0.5))
 
 
 @pytest.fixture(scope="session")
-def patient_sandbox(sandbox: Sandbox) -> Iterator[Sandbox]:
+def watched_sandbox(sandbox: Sandbox) -> Sandbox:
+    """A sandbox of the same level with tight limits and a deadline of 120 s, for programs that a limit ends before it."""
+    return with_limits(sandbox, tight(120.0))
+
+
+@pytest.fixture(scope="session")
+def patient_sandbox(sandbox: Sandbox) -> Sandbox:
     """A sandbox of the same level with a deadline of 120 s, for programs that must end by themselves on a busy machine."""
-    with Sandbox(PATIENT, [sandbox.level]) as made:
-        yield made
+    return with_limits(sandbox, PATIENT)
 
 
 @pytest.fixture(scope="session")

@@ -29,6 +29,40 @@ import ctypes, os
 libc = ctypes.CDLL(None, use_errno=True)
 """
 
+LEAVES_FIRST_THREAD = """
+import ctypes, os, platform, threading, time
+def write():
+    kept = []
+    time.sleep(0.2)
+    for n in range(40):
+        with open("file", "w+b") as file:
+            file.write(bytes(2**20))
+            file.flush()
+            kept.append(os.dup(file.fileno()))
+        os.remove("file")
+    time.sleep(1000)
+threading.Thread(target=write).start()
+ctypes.CDLL(None).syscall(60 if platform.machine() == "x86_64" else 93, 0)
+"""
+"""Ends its first thread only, of which /proc/<pid>/fd then shows no file."""
+
+MOVES_FOLDERS = """
+import os
+path = "."
+for _ in range(12):
+    path += "/here"
+    os.mkdir(path)
+levels = [os.open("./" + "here/" * level, os.O_RDONLY) for level in range(12)]
+for n in range(40):
+    with open(f"{path}/{n}", "wb") as file:
+        file.write(bytes(2**19))
+while True:
+    for before, after in (("here", "there"), ("there", "here")):
+        for level in levels:
+            os.rename(before, after, src_dir_fd=level, dst_dir_fd=level)
+"""
+"""Renames all folders of a path all the time, so that nobody reaches its end."""
+
 TRICKS = {
     # Ends early: a missing verdict must not count as success
     "exit at load": "import sys; sys.exit(0)",
@@ -138,7 +172,41 @@ def f(x): return 0""",
     "claims changes": _EVERY_FD + "import json\ndef f(x):\n    d = json.dumps(['value', {'t': 'shared', 'v': ['builtins', 'eval']}, '', [[9, 1], ['x', 2]]]).encode()\n    for fd in list(every_fd())[3:]:\n        os.write(fd, len(d).to_bytes(8, 'big') + d)\n    return 0",
     "calls back": _EVERY_FD + "import json\ndef f(x):\n    for op in ('call', 'getattr', 'setattr', 'next', 'input'):\n        d = json.dumps(['call back', op, 1, ['__class__', 0], []]).encode()\n        for fd in list(every_fd())[3:]:\n            os.write(fd, len(d).to_bytes(8, 'big') + d)\n    return 0",
     "shuts the channel": _EVERY_FD + "for fd in list(every_fd())[3:]: os.close(fd)\ndef f(x): return 0",
+    **{
+        f"answers with {what}": f"""
+from megatron_rasft.verify.programs import candidate
+def answer(side, message):
+    side._channel.send(message if message[0] == "started" else {message})
+candidate._CandidateSide._reply = answer
+def f(x): return 0
+"""
+        for what, message in {
+            "an error of the tests": "['raised', ['NameError', {'t': 'tuple', 'v': []}, '', [['name', 'np']]], '', []]",
+            "an error that stops tests": "['raised', ['KeyboardInterrupt', {'t': 'tuple', 'v': []}, '', []], '', []]",
+            "an error that it names": "['raised', ['eval', {'t': 'tuple', 'v': ['1/0']}, '', []], '', []]",
+            "a reply that is too short": "['value']",
+            "values of the wrong types": "['value', 0, 5, [[0, {'t': 'sender', 'v': [1, 'object']}]]]",
+            "an object that lacks its type": "['value', {'v': 4}, '', []]",
+            "an array larger than its content": "['value', {'t': 'array', 'v': ['<f8', [1 << 40], '', False]}, '', []]",
+            "a record with strange names": "['value', {'t': 'record', 'v': ['a b', ['__eq__'] * 9, [4]]}, '', []]",
+            "a function that is not shared": "['value', {'t': 'shared', 'v': ['os', '_exit']}, '', []]",
+            "a module inside a shared module": "['value', {'t': 'shared', 'v': ['random', '_os']}, '', []]",
+        }.items()
+    },
+    "raises an error with a long name": "def f(x): raise type('A' * 10**5, (Exception,), {})('\\U0001F600' * 5000)",
+    "raises an error with half a character": "def f(x): raise type('\\ud800', (Exception,), {})('\\ud800' * 5000)",
+    "raises an error that holds itself": "def f(x):\n    e = ValueError(); e.args = (e,); e.me = e\n    raise e",
+    "returns a value that is larger than its text": "def f(x): return [()] * 10**6",
+    "is a source of many levels": "def f(x): return " + "(" * 150 + "0" + ")" * 150 + "\nx = " + "-" * 10**5 + "1",
     # Uses up resources
+    "leaves its first thread": LEAVES_FIRST_THREAD,
+    "moves folders": MOVES_FOLDERS,
+    "reserves the disk": "import ctypes, os\nfile = os.open('big', os.O_RDWR | os.O_CREAT) if os.access('.', os.W_OK) else 1\n"
+    "keeps_size = ctypes.CDLL(None).fallocate(file, 1, ctypes.c_long(0), ctypes.c_long(2**30)) == 0\n"
+    "def f(x): return x * x if keeps_size else 0",
+    "fills sockets": "import socket\nkept, total = [], 0\ntry:\n    for _ in range(25):\n        kept.append(socket.socketpair())\n"
+    "        kept[-1][0].setblocking(False)\n        try:\n            while True: total += kept[-1][0].send(bytes(65536))\n"
+    "        except OSError: pass\nexcept OSError: pass\ndef f(x): return x * x if total > 2**25 else 0",
     "uses memory": "def f(x): return len(bytearray(64 * 2**30))",
     "hoards memory": "def f(x):\n    hoard = []\n    while True: hoard.append(bytearray(2**20))",
     "returns too much": "def f(x): return 'x' * 2**28",

@@ -24,10 +24,8 @@ from megatron_rasft.types import CodeTests, ProgramCase
 from megatron_rasft.verify.programs import confinement
 from megatron_rasft.verify.programs.program_grading import run_tests
 from megatron_rasft.verify.programs.sandbox import Sandbox, SandboxError
-from tests.unit.verify.programs.conftest import PATIENT
+from tests.unit.verify.programs.conftest import PATIENT, REPOSITORY
 from tests.unit.verify.programs.hostile_programs import ENDLESS, HOSTILE_SCRIPTS, HOSTILE_TO_PYTEST, TRICKS
-
-REPOSITORY = Path(__file__).parents[4]
 
 SQUARES = ("assert f(2) == 4", "assert f(3) == 9")
 ASSERTS = CodeTests(style="asserts", tests=SQUARES, entry_point="f")
@@ -228,6 +226,13 @@ def test_one_check_leaves_nothing_to_the_next(patient_sandbox: Sandbox) -> None:
     )
     program = "import os\ndef f(x): return x * x if os.path.exists('left') else 0"
     assert patient_sandbox.judge(program, ASSERTS)[0] == "wrong"
+    # The standard streams are open files, and have flags that all their users share
+    marks = "import fcntl, os\nfor fd in range(3): fcntl.fcntl(fd, fcntl.F_SETFL, os.O_APPEND)\ndef f(x): return 0"
+    patient_sandbox.judge(marks, ASSERTS)
+    program = (
+        "import fcntl, os\ndef f(x): return x * x * any(fcntl.fcntl(fd, 3) & os.O_APPEND for fd in range(3))"
+    )
+    assert patient_sandbox.judge(program, ASSERTS)[0] == "wrong"
 
 
 def test_environment_is_cleared(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,12 +278,21 @@ time.sleep(100)
 @pytest.mark.parametrize(
     "holds", ["kept.append(os.dup(file.fileno()))", "kept.append(mmap.mmap(file.fileno(), 4096))"]
 )
-def test_files_without_a_name_count(sandbox: Sandbox, holds: str) -> None:
+def test_files_without_a_name_count(watched_sandbox: Sandbox, holds: str) -> None:
     program = NAMELESS.replace("HOLDS", holds if "dup" in holds else "file.truncate(2**20); " + holds)
-    verdict, reason = sandbox.judge(program, ASSERTS)
+    verdict, reason = watched_sandbox.judge(program, ASSERTS)
     assert verdict == "wrong"
-    if sandbox.level == "landlock":
+    if watched_sandbox.level == "landlock":
         assert reason.startswith("stopped: it wrote more than 16 MiB")
+
+
+@pytest.mark.parametrize("value", ["range(10**12)", "itertools.count()", "collections.Counter(a=10**10)"])
+def test_a_value_that_exhausts_the_memory_of_the_tests_is_wrong(sandbox: Sandbox, value: str) -> None:
+    program = f"import collections, itertools\ndef f(x): return {value}"
+    take = "f(2).elements()" if "Counter" in value else "f(2)"
+    tests = CodeTests(style="asserts", tests=(f"assert list({take}) == [4]",), entry_point="f")
+    verdict, reason = sandbox.judge(program, tests)
+    assert verdict in ("wrong", "timeout"), reason
 
 
 THREADS = """
@@ -311,15 +325,17 @@ def test_threads_of_other_sandboxes_do_not_count(strongest_sandbox: Sandbox) -> 
     assert [verdict for verdict, _ in verdicts] == ["correct", "correct"], verdicts
 
 
-@pytest.mark.parametrize("name", ["fills the disk", "digs"])
-def test_files_of_a_program_are_limited_and_removed(sandbox: Sandbox, name: str) -> None:
+@pytest.mark.parametrize("name", ["fills the disk", "digs", "moves folders", "leaves its first thread"])
+def test_files_of_a_program_are_limited_and_removed(watched_sandbox: Sandbox, name: str) -> None:
     waits = "import time\nfrom contextlib import suppress\nwith suppress(OSError): time.sleep(1)\n"
-    verdict, reason = sandbox.judge(TRICKS[name] + "\n" + waits, ASSERTS)
+    verdict, reason = watched_sandbox.judge(TRICKS[name] + "\n" + waits, ASSERTS)
     assert verdict in ("wrong", "timeout")
-    if sandbox.level == "landlock":
+    if watched_sandbox.level == "landlock":
         assert reason.startswith("stopped: it wrote more than 16 MiB")
-        folders = Path(tempfile.gettempdir())
-        assert not [f for one in launchers_of(os.getpid()) for f in folders.glob(f"rasft-code-{one.pid}-*")]
+        # The launcher removes the folder of a check before it answers
+        homes = [Path(launcher.cmdline()[-1]) for launcher in launchers_of(os.getpid())]
+        assert homes
+        assert [left for home in homes if home.is_dir() and home.name for left in home.iterdir()] == []
 
 
 def test_a_launcher_that_is_killed_costs_one_check(sandbox: Sandbox) -> None:
@@ -353,10 +369,12 @@ sandbox.judge("import time; time.sleep(10**6)", CodeTests(style="asserts", tests
 """
 
 
-def test_all_processes_end_when_the_user_of_a_sandbox_is_killed(sandbox: Sandbox) -> None:
+def test_all_processes_end_when_the_user_of_a_sandbox_is_killed(
+    sandbox: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     user = subprocess.Popen(
         [sys.executable, "-c", KILLED, sandbox.level],
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "TMPDIR": str(tmp_path)},
         stdout=subprocess.PIPE,
         text=True,
     )
@@ -372,6 +390,11 @@ def test_all_processes_end_when_the_user_of_a_sandbox_is_killed(sandbox: Sandbox
     user.wait()
     # The program sleeps, so only the death signal can end it: neither its deadline nor its CPU limit does
     wait_until_ended(running)
+    # The next sandbox of the same user removes the folder of the killed one
+    assert len(list(tmp_path.iterdir())) == (sandbox.level == "landlock")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    Sandbox(PATIENT, [sandbox.level]).close()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_level_that_is_not_available_is_refused() -> None:

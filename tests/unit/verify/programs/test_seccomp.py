@@ -105,6 +105,9 @@ FORMS: list[tuple[str, tuple[int, ...], int | None]] = [
     ("clock_gettime", (2,), None), ("clock_gettime", (0xFFFFFFFE,), errno.EPERM),
     ("mknodat", (-100, 0, 0o010600), None), ("mknodat", (-100, 0, 0o140600), errno.EPERM),
     ("mknodat", (-100, 0, 0o020600), errno.EPERM), ("openat", (-100, 0, NEW), None), ("fsync", (3,), 0),
+    ("openat", (-100, 0, NEW | 0x1000), errno.EINVAL), ("openat", (-100, 0, NEW | 0x101000), errno.EINVAL),
+    ("fallocate", (3, 0), None), ("fallocate", (3, 1), errno.EOPNOTSUPP), ("pwritev2", (3, 0, 0, 0, 0, 0), None),
+    ("pwritev2", (3, 0, 0, 0, 0, 2), errno.EOPNOTSUPP), ("pwritev2", (3, 0, 0, 0, 0, 4), errno.EOPNOTSUPP),
     ("getxattr", (), errno.ENOTSUP), ("pivot_root", (), errno.EPERM), ("move_mount", (), errno.ENOSYS),
 ]  # fmt: skip
 # The same with fewer rights: what the tester may open at the level "limits", what the program may, and an old Landlock

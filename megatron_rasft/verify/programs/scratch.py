@@ -1,0 +1,84 @@
+"""The folders on disk that checks write to, at the level ``landlock``.
+
+Each launcher has one folder, and each of its checks a folder in it. The process that starts a launcher makes its folder, holds
+a lock on it, and removes it when it closes the launcher. If that process is killed, the kernel releases the lock. The next
+process of the same user that makes such a folder removes every one that nobody has locked.
+"""
+
+import contextlib
+import fcntl
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+_PREFIX = "rasft-programs-"
+_NUM_TRIES = 10
+
+
+class ScratchFolder:
+    """A folder that is removed by ``close``, or after the end of this process by the next one that makes such a folder."""
+
+    def __init__(self) -> None:
+        parent = Path(tempfile.gettempdir())
+        _remove_abandoned(parent)
+        self.path, self._lock = _make_locked(parent)
+
+    def close(self) -> None:
+        """Removes the folder and its content."""
+        remove(self.path)
+        os.close(self._lock)
+
+
+def remove(folder: Path) -> None:
+    """Deletes a folder in which a program may have removed permissions or created a very deep path."""
+    for root, folders, _ in os.walk(folder):
+        # os.walk lists these folders afterwards
+        for path in (Path(root, name) for name in folders):
+            with contextlib.suppress(OSError):
+                if not path.is_symlink():
+                    path.chmod(0o700)
+    # shutil recurses once per level; rm does not
+    with contextlib.suppress(RecursionError):
+        shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        subprocess.run(["rm", "-rf", "--", str(folder)], check=False)
+
+
+def _make_locked(parent: Path) -> tuple[Path, int]:
+    """Makes a folder and returns it with the open file that holds its lock."""
+    for _ in range(_NUM_TRIES):
+        path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
+        # Before the folder is locked, another process may take it for abandoned
+        with contextlib.suppress(FileNotFoundError):
+            lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                is_locked = _has_locked(lock)
+            except OSError:  # this file system has no locks: the folder of a killed process stays
+                is_locked = True
+            if is_locked and path.exists():
+                return path, lock
+            os.close(lock)
+    raise OSError(
+        f"{parent} does not keep new folders: {_NUM_TRIES} of them vanished or were locked by others"
+    )
+
+
+def _remove_abandoned(parent: Path) -> None:
+    for path in parent.glob(f"{_PREFIX}*"):
+        with contextlib.suppress(OSError):
+            lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                if os.fstat(lock).st_uid == os.geteuid() and _has_locked(lock):
+                    remove(path)
+            finally:
+                os.close(lock)
+
+
+def _has_locked(file: int) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -1,0 +1,90 @@
+"""The folders of checks on disk: removed with their launcher, or after a crash by the next one."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_rasft.verify.programs import confinement, scratch
+from tests.unit.verify.programs.conftest import REPOSITORY
+
+
+@pytest.fixture
+def parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    return tmp_path
+
+
+def test_a_folder_is_removed_when_it_is_closed(parent: Path) -> None:
+    made = scratch.ScratchFolder()
+    (made.path / "check" / "deep").mkdir(parents=True)
+    (made.path / "check" / "file").touch()
+    made.close()
+    assert list(parent.iterdir()) == []
+
+
+HOLDS = """
+import sys, tempfile, time
+tempfile.tempdir = sys.argv[1]
+from megatron_rasft.verify.programs.scratch import ScratchFolder
+made = ScratchFolder()
+print(made.path, flush=True)
+time.sleep(1000)
+"""
+
+
+def test_a_folder_of_a_killed_process_is_removed_by_the_next_and_no_other(parent: Path) -> None:
+    (parent / "other").mkdir()
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDS, str(parent)], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout is not None
+    left = Path(holder.stdout.readline().strip())
+    (left / "check").mkdir()
+    scratch.ScratchFolder().close()
+    assert left.is_dir(), "its process is alive"
+    holder.kill()
+    holder.wait()
+    mine = scratch.ScratchFolder()
+    assert sorted(parent.iterdir()) == sorted([parent / "other", mine.path])
+    mine.close()
+
+
+def test_links_and_files_with_the_name_of_a_folder_are_left_alone(parent: Path, tmp_path: Path) -> None:
+    (parent / "target").mkdir()
+    (parent / "target" / "file").touch()
+    (parent / "rasft-programs-link").symlink_to(parent / "target")
+    (parent / "rasft-programs-file").touch()
+    scratch.ScratchFolder().close()
+    assert (parent / "target" / "file").exists()
+    assert (parent / "rasft-programs-file").exists()
+
+
+# Without capabilities, like an ordinary user, who cannot list a folder without permissions
+UNREADABLE = """
+import os, sys
+from pathlib import Path
+from megatron_rasft.verify.programs import scratch
+folder = Path(sys.argv[1], "own")
+os.makedirs(folder / "a" / "b" / "c")
+(folder / "a" / "b" / "file").touch()
+(folder / "outside").symlink_to(sys.argv[1])
+for name, mode in (("a/b/c", 0), ("a/b", 0o300), ("a", 0o100)):
+    (folder / name).chmod(mode)
+scratch.remove(folder)
+print(folder.exists())
+"""
+
+
+def test_folders_without_permissions_are_removed(tmp_path: Path) -> None:
+    tmp_path.chmod(0o777)
+    done = subprocess.run(
+        [sys.executable, "-c", UNREADABLE, str(tmp_path)],
+        cwd=REPOSITORY,
+        preexec_fn=confinement.drop_privileges,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == "False\n", done.stderr
+    assert tmp_path.is_dir()
