@@ -21,7 +21,7 @@ if __name__ != "__mp_main__":
 
     import torch.distributed as dist
 
-    from megatron_rasft.training import startup
+    from megatron_rasft.training import stalls, startup
     from megatron_rasft.training.assembly import build_run
     from megatron_rasft.training.background_saves import end_process
     from megatron_rasft.training.outputs import check_outputs
@@ -43,6 +43,7 @@ def main() -> None:
     set_length(args, config, problems.num)
     if finished_before(args, resume):
         return
+    stalls.start_watch(args)
     trainer = Trainer(args, config, folder, resume.converted)
     with build_run(args, config, folder, problems, heldout, replay, trainer, resume) as run:
         try:
@@ -73,6 +74,7 @@ if __name__ == "__main__":
         main()
     except (ValueError, RasftError, FailedElsewhere) as error:
         code = report_failure(error)
+    stalls.end_watch()
     if dist.is_initialized():
         dist.destroy_process_group()
     end_process(code)

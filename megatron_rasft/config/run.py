@@ -34,6 +34,11 @@ class RunConfig(FlagSection):
     1.5 times the longest save of the run, plus its longest step or phase of a refresh, plus 60 s; 300 s for the save before the first
     one. 0 ignores the end."""
 
+    stall_deadline_s: NonNegativeFloat = 600.0
+    """Seconds without progress on every rank after which the run ends, with a line that names the rank for which the others wait, its
+    phase and its Python stack. Three times as long while the model is built or loaded, weights are sent to servers, a checkpoint is
+    saved, and the model is exported. 0 waits for ever."""
+
     rasft_keep_checkpoints: PositiveInt | None = None
     """Number of newest checkpoints that are kept in --save. Older ones are deleted after each complete save, except every
     --save-retain-interval steps. Unset: all are kept, or with --save-retain-interval the newest one and those at its interval."""

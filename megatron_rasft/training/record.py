@@ -108,6 +108,8 @@ class RunRecord:
         """
         if self._is_rank_zero and self._save is not None:
             before = RunStatus.read(self._save) or RunStatus(state=state)
+            if state == before.state == "failed":
+                return  # The first error is the cause of the later ones.
             changes = {
                 "state": state,
                 "step": before.step if step is None else step,

@@ -50,6 +50,7 @@ from itertools import chain
 
 from megatron_rasft.config import RasftConfig
 from megatron_rasft.ranks import kept_by_rank_zero, on_rank_zero
+from megatron_rasft.training import stalls
 from megatron_rasft.training.policy import Policy
 from megatron_rasft.training.refresh import ProblemChoice, Refresh, difficulties
 from megatron_rasft.training.refresh_report import RefreshReport
@@ -104,6 +105,7 @@ class RefreshDriver:
         self._report = RefreshReport()
         on_rank_zero(lambda: self.decisions.begin())
 
+    @stalls.phase("choose")
     def choose_problems(self) -> ProblemChoice:
         """Chooses the problems of this refresh, unless the previous refresh has chosen them (--rollout-lag 1)."""
         ahead: ProblemChoice | None = on_rank_zero(lambda: self.decisions.take_ahead())
@@ -129,6 +131,7 @@ class RefreshDriver:
         samples = kept_by_rank_zero(lambda: self.decisions.demonstration_samples(problem_ids), [])
         return difficulties(samples, self._policy.score(samples, with_reference=False))
 
+    @stalls.phase("sync")
     def sync_weights(self, choice: ProblemChoice) -> None:
         """Sends the trainer's weights to the rollout servers, unless these are sampling ``choice`` already."""
         if self._servers is None or choice.weight_version is not None:
@@ -137,6 +140,7 @@ class RefreshDriver:
             probes: list[TrainingSample] = kept_by_rank_zero(lambda: self.decisions.probes(choice), [])
             self._report.servers |= self._servers.sync(self._iteration, probes, self._policy.stop)
 
+    @stalls.phase("sample")
     def sample(self, choice: ProblemChoice) -> Groups:
         """Collects this refresh's rollouts, not yet verified."""
         with self._report.timed("generate_s"):
@@ -170,6 +174,7 @@ class RefreshDriver:
             version = choice.weight_version = self._iteration
             on_rank_zero(lambda: servers.start(self.decisions.requests(choice), self._sampling, version))
 
+    @stalls.phase("sample")
     def sample_ahead(self, choice: ProblemChoice) -> None:
         """With --rollout-lag 1, starts the servers on the next refresh's problems; they sample while ``choice`` is trained.
 
@@ -189,6 +194,7 @@ class RefreshDriver:
             elif self._config.sync.sync_method == "tensor":
                 self._servers.sleep()
 
+    @stalls.phase("verify")
     def verify(self, groups: Groups) -> None:
         """Sets the rollouts' verdicts and marks bad texts. The other ranks wait for rank 0."""
         stop = self._policy.stop
@@ -198,6 +204,7 @@ class RefreshDriver:
         stop.check()
         self._report.count_rollouts(groups.values())
 
+    @stalls.phase("weigh")
     def weigh(self, choice: ProblemChoice, groups: Groups) -> Samples:
         """Turns demonstrations and rollouts into weighted training samples, and records the rollouts."""
         samples: Samples = kept_by_rank_zero(lambda: self.decisions.weigh(choice.problem_ids, groups), [])
@@ -205,6 +212,7 @@ class RefreshDriver:
         self._report.average_weights(chain.from_iterable(samples))
         return samples
 
+    @stalls.phase("score")
     def score_reference(self, samples: Samples) -> None:
         """Sets the log-probabilities that the objective needs: under the frozen reference, and under the current policy."""
         objective, flat = self._config.objective, list(chain.from_iterable(samples))

@@ -106,8 +106,8 @@ REFUSED_GROUPS = {
     "vision": "only language models are supported",
     "biencoder": "only language models are supported",
     "autoresume": "SIGTERM saves and ends a run, and the same command resumes it",
-    "In-process restart": "start the same command again: it resumes from the last checkpoint",
-    "ft_package": "start the same command again: it resumes from the last checkpoint",
+    "In-process restart": "--stall-deadline-s ends a run that stands still, and the same command resumes it from the last checkpoint",
+    "ft_package": "--stall-deadline-s ends a run that stands still, and the same command resumes it from the last checkpoint",
     "straggler": _LOGS,
     "workload inspector": _LOGS,
 }

@@ -12,6 +12,7 @@ from megatron_rasft import metrics
 from megatron_rasft.config import RasftConfig
 from megatron_rasft.errors import CheckpointError, RasftError, first_line
 from megatron_rasft.ranks import on_rank_zero
+from megatron_rasft.training import stalls
 from megatron_rasft.training.batch_preparation import PreparedBatch
 from megatron_rasft.training.checkpointer import Checkpointer
 from megatron_rasft.training.heldout import Heldout
@@ -103,6 +104,7 @@ class Run:
 
     # ---- begin
 
+    @stalls.phase("load")
     def begin(self) -> None:
         """Resumes from a checkpoint if there is one, opens the run's files, and prints what will be trained.
 
@@ -165,6 +167,7 @@ class Run:
 
     # ---- step
 
+    @stalls.phase("step")
     def train_step(self) -> None:
         """Trains the next batch, and records the step."""
         began = time.monotonic()
@@ -195,6 +198,7 @@ class Run:
 
     # ---- measure
 
+    @stalls.phase("measure")
     def measure_if_due(self) -> None:
         """Measures the held-out solve rate before the first step, after the last one, and every --heldout-interval steps."""
         step, interval = self._trainer.iteration, self._config.heldout.heldout_interval
@@ -222,6 +226,7 @@ class Run:
         if args.exit_interval and step % args.exit_interval == 0 and not self.is_over:
             raise Stopped
 
+    @stalls.phase("save")
     def _save_once(self) -> None:
         """Saves, unless the newest checkpoint is of this step."""
         if self._args.save is None or self._saved_step == self._trainer.iteration:
@@ -279,6 +284,7 @@ class Run:
         on_rank_zero(lambda: self._record.note_status("stopped", step, reason=reason))
         self._record.say(f"stopped by {reason} {outcome}")
 
+    @stalls.phase("export")
     def finish(self) -> None:
         """Waits for background saves, exports the model, and reports the verdicts of all rollouts."""
         self._finish_saves()

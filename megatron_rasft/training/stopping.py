@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_rasft.ranks import gather_to_all, on_rank_zero
+from megatron_rasft.training import stalls
 
 _MARGIN_S = 60.0
 """Time left for the end of the processes, seconds, if --exit-before-end-s is not given."""
@@ -108,6 +109,7 @@ class StopRequest:
         self.allocation = allocation
 
     def _reason_here(self) -> str:
+        stalls.tick()
         if self._has_signal():
             return "a signal"
         if self._duration_min and time.time() - self._began > 60 * self._duration_min:

@@ -2,6 +2,7 @@
 
 import json
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -398,7 +399,12 @@ def test_an_error_is_written_into_the_status(tmp_path: Path) -> None:
     run, trainer = run_of(args_of(save=str(tmp_path)), TrainerOfNotes(3))
     with pytest.raises(RuntimeError), run:
         raise RuntimeError("out of memory\nand more")
-    assert RunStatus.read(tmp_path) == RunStatus(state="failed", step=3, num_steps=8, reason="out of memory")
+    failed = RunStatus(state="failed", step=3, num_steps=8, reason="out of memory")
+    assert RunStatus.read(tmp_path) == failed
+    with pytest.raises(RuntimeError), run:
+        raise RuntimeError("connection closed by peer")
+    assert RunStatus.read(tmp_path) == failed, "the first error is the cause"
+    replace(failed, state="running").write(tmp_path)
     trainer.iteration = 0
     with pytest.raises(KeyboardInterrupt), run:
         raise KeyboardInterrupt

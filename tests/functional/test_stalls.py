@@ -1,0 +1,58 @@
+"""A real run in which one rank hangs ends on all ranks, and names that rank."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_rasft.training.status import RunStatus
+from tests.functional import launching
+from tests.functional.conftest import Workshop
+
+
+@dataclass(kw_only=True)
+class Hang:
+    """Makes a rank sleep for ever in its second step. From then on the run has a deadline of two seconds."""
+
+    is_hanging: bool
+
+    def __call__(self) -> None:
+        from megatron_rasft.training import stalls
+        from megatron_rasft.training.trainer import Trainer
+
+        stalls.REPORT_S = 0.2
+        start, train, watches = stalls.StallWatch.start, Trainer.train, list[stalls.StallWatch]()
+
+        def started(watch: stalls.StallWatch) -> None:
+            watches.append(watch)
+            start(watch)
+
+        def hangs(trainer: Trainer, prepared: Any) -> Any:
+            if trainer.iteration == 1:
+                watches[0].deadline_s = 2.0
+                while self.is_hanging:
+                    time.sleep(1)
+            return train(trainer, prepared)
+
+        stalls.StallWatch.start = started  # type: ignore[method-assign]
+        Trainer.train = hangs  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("hanging", [0, 1])
+def test_a_rank_that_hangs_ends_the_run_and_is_named(
+    workshop: Workshop, tmp_path: Path, hanging: int
+) -> None:
+    save = tmp_path / "save"
+    flags = workshop.flags("--save", str(save), "--objective", "sft", "--train-iters", "3")
+    outcome = launching.run(
+        tmp_path / "logs", flags, 2, prepare_rank=lambda rank: [Hang(is_hanging=rank == hanging)]
+    )
+    assert outcome.codes == [1, 1], outcome.output
+    (error,) = outcome.errors
+    for part in (f"rank {hanging} on", "phase step", "--stall-deadline-s", "hangs"):
+        assert part in error
+    status = RunStatus.read(save)
+    assert status is not None and status.state == "failed" and f"rank {hanging} on" in status.reason
+    assert max(launching.steps(save)) == 1
