@@ -1,5 +1,7 @@
 """The commands that start the run with a chosen layout."""
 
+import shlex
+
 from megatron_rasft.tools.capacity.choosing import LayoutEstimate
 from megatron_rasft.tools.capacity.config import CapacityConfig
 from megatron_rasft.tools.capacity.layouts import Model
@@ -90,41 +92,79 @@ def _engine_flags(estimate: LayoutEstimate, config: CapacityConfig) -> list[str]
     return [*flags, "--rollout-lag", str(config.rollout_lag)]
 
 
-def serving_command(model: Model, config: CapacityConfig) -> list[str]:
-    """The command that starts one rollout server."""
-    command = ["python", "tools/serve_rollouts.py", "--python", "SGLANG_PYTHON", "--model", model.path]
-    return [*command, "--tp", str(serving_tp(model, config)), "--server-file", "runs/planned/servers.txt"]
+def spans_nodes(config: CapacityConfig) -> bool:
+    """Returns whether the cluster has several nodes, so that srun starts the programs."""
+    return config.num_gpus > config.gpus_per_node
+
+
+def serving_command(model: Model, estimate: LayoutEstimate, config: CapacityConfig) -> list[str]:
+    """The command that starts the rollout servers of one node."""
+    tp = serving_tp(model, config)
+    assert tp is not None, "an estimate with servers must have servers that fit"
+    num = min(estimate.rollout_gpus, config.gpus_per_node) // tp
+    command = [
+        "python",
+        "tools/serve_node.py",
+        "--num-servers",
+        str(num),
+        "--tp",
+        str(tp),
+        "--model",
+        model.path,
+    ]
+    return [*command, "--server-file", "runs/planned/servers.txt", "--python", "${SGLANG_PYTHON:-python3}"]
 
 
 def launcher(estimate: LayoutEstimate, config: CapacityConfig) -> list[str]:
     """The command before pretrain_rasft.py: torchrun on one node, srun and torchrun on several."""
     num_gpus = estimate.layout.num_gpus
-    if num_gpus <= config.gpus_per_node:
+    if not spans_nodes(config):
         return ["torchrun", "--nproc-per-node", str(num_gpus)]
-    nodes = str(num_gpus // config.gpus_per_node)
-    torchrun = ["torchrun", "--nnodes", nodes, "--nproc-per-node", str(config.gpus_per_node)]
+    nodes = str(-(-num_gpus // config.gpus_per_node))
+    per_node = str(min(num_gpus, config.gpus_per_node))
+    torchrun = ["torchrun", "--nnodes", nodes, "--nproc-per-node", per_node, "--rdzv-backend", "c10d"]
     torchrun += [
-        "--rdzv-backend",
-        "c10d",
         "--rdzv-id",
         "$SLURM_JOB_ID",
         "--rdzv-endpoint",
-        "$HEAD_NODE:29500",
+        "$(scontrol show hostnames | head -1):29500",
     ]
     return ["srun", "--nodes", nodes, "--ntasks-per-node", "1", *torchrun]
+
+
+def _servers_line(model: Model, estimate: LayoutEstimate, config: CapacityConfig) -> str:
+    """Starts the servers of all nodes in the background: on the nodes, or the GPUs, after those of the trainer."""
+    serving = _line(serving_command(model, estimate, config))
+    num_gpus = estimate.layout.num_gpus
+    if not spans_nodes(config):
+        return f"{_gpus(num_gpus, num_gpus + estimate.rollout_gpus)} {serving} &"
+    nodes, first = estimate.rollout_gpus // config.gpus_per_node, -(-num_gpus // config.gpus_per_node)
+    return f"srun --nodes {nodes} --relative {first} --ntasks-per-node 1 {serving} &"
+
+
+def _gpus(first: int, end: int) -> str:
+    return f"CUDA_VISIBLE_DEVICES={','.join(map(str, range(first, end)))}"
+
+
+def _line(words: list[str]) -> str:
+    """Joins words for a shell, which expands those with a dollar sign."""
+    return " ".join(f'"{word}"' if "$" in word else shlex.quote(word) for word in words)
 
 
 def command_lines(
     model: Model, estimate: LayoutEstimate, config: CapacityConfig, *, precision: str = "bf16"
 ) -> list[str]:
-    """All commands as a user types them, with a comment on how many servers to start."""
-    lines = []
-    if estimate.rollout_gpus:
-        tp = serving_tp(model, config)
-        assert tp is not None, "an estimate with servers must have servers that fit"
-        num, per_node = estimate.rollout_gpus // tp, config.gpus_per_node // tp
-        once = f"# {num} servers of {tp} GPUs, at most {per_node} on a node; CUDA_VISIBLE_DEVICES assigns the GPUs"
-        lines += [once, " ".join(serving_command(model, config))]
+    """All commands as a user pastes them."""
     flags = training_flags(model, estimate, config, precision=precision)
-    lines.append(" ".join([*launcher(estimate, config), "pretrain_rasft.py", *flags]))
-    return lines
+    training = _line([*launcher(estimate, config), "pretrain_rasft.py", *flags])
+    lines = []
+    if spans_nodes(config):
+        num_nodes = -(-config.num_gpus // config.gpus_per_node)
+        lines.append(
+            f"# in `salloc --nodes {num_nodes}`; --slurm DIR writes a job script in place of these commands"
+        )
+    elif estimate.rollout_gpus:
+        training = f"{_gpus(0, estimate.layout.num_gpus)} {training}"
+    if estimate.rollout_gpus:
+        lines.append(_servers_line(model, estimate, config))
+    return [*lines, training]

@@ -47,7 +47,7 @@ def test_json_holds_every_number(capsys: pytest.CaptureFixture[str]) -> None:
     first = values["layouts"][0]
     assert first["fits"] and first["memory"]["total"] <= 80 * 2**30
     assert {"flag": "--mfu", "value": "0.4", "basis": "given"} in values["assumptions"]
-    assert any(line.startswith("python tools/serve_rollouts.py") for line in values["commands"])
+    assert any("tools/serve_node.py" in line for line in values["commands"])
 
 
 @pytest.mark.parametrize(
@@ -67,6 +67,24 @@ def test_mistake_is_one_line(
     assert run(*flags) == code
     error = capsys.readouterr().err
     assert named in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_job_for_slurm_needs_whole_nodes_for_servers_and_the_data(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "train.jsonl"
+    common = ["--hf-model", str(LLAMA_70B), "--slurm", str(tmp_path / "job")]
+    assert run(*common, "--train-data", str(data)) == 2
+    assert f"--train-data {data}" in capsys.readouterr().err
+    data.touch()
+    one_node = ["--num-gpus", "8", "--rollout-gpus", "4", "--gpu-memory-gib", "500"]
+    assert run(*common, "--train-data", str(data), *one_node) == 2
+    assert "--slurm" in capsys.readouterr().err and not (tmp_path / "job").exists()
+    assert run(*common, "--train-data", str(data), "--rollout-gpus", "32") == 0
+    assert capsys.readouterr().out.rstrip().endswith(f"sbatch {tmp_path}/job/rasft.sbatch")
+    script = (tmp_path / "job" / "rasft.sbatch").read_text()
+    assert "#SBATCH --nodes=8\n" in script and f"{data}" in script
+    assert "TRAINER_NODES=4 SERVER_NODES=4\n" in (tmp_path / "job" / "settings.sh").read_text()
 
 
 def test_family_that_is_not_supported_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,7 @@
 """The programs accept the commands that are printed for them."""
 
+import os
+import subprocess
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -7,7 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_rasft.tools.capacity.choosing import LayoutEstimate, estimate_layouts
-from megatron_rasft.tools.capacity.commands import launcher, serving_command, training_flags
+from megatron_rasft.tools.capacity.commands import command_lines, training_flags
 from megatron_rasft.tools.capacity.config import AssumptionConfig, CapacityConfig
 from megatron_rasft.tools.capacity.layouts import Model
 from megatron_rasft.training import cpu_backend
@@ -17,7 +19,7 @@ cpu_backend.enable()
 from megatron_rasft.training import startup  # noqa: E402
 from megatron_rasft.weights import HfFolder  # noqa: E402
 from tests.tiny_models import write_folder  # noqa: E402
-from tools import serve_rollouts  # noqa: E402
+from tools import serve_node, serve_rollouts  # noqa: E402
 
 
 def first(model: Model, precision: str = "bf16", **given: Any) -> tuple[LayoutEstimate, CapacityConfig]:
@@ -87,14 +89,56 @@ def test_fp8_flags_are_known(llama_70b: Model, monkeypatch: pytest.MonkeyPatch) 
         startup.parse(training_flags(llama_70b, estimate, config, precision="fp8"))
 
 
-def test_server_accepts_its_flags(llama_70b: Model) -> None:
-    estimate, config = first(llama_70b)
-    args = serve_rollouts.parser().parse_args(serving_command(llama_70b, config)[2:])
-    assert args.tp == 4 and estimate.rollout_gpus % args.tp == 0
+PROGRAMS = {
+    # each writes its arguments to a file of its name; srun runs its command, after its own flags
+    "srun": 'echo "$@" >>"$CALLS/srun"; while [ $# != 0 ]; do case $1 in python | torchrun) exec "$@" ;; esac; shift; done',
+    "torchrun": 'printf "%s\\n" "$CUDA_VISIBLE_DEVICES" "$@" >"$CALLS/torchrun"',
+    "python": 'printf "%s\\n" "$CUDA_VISIBLE_DEVICES" "$@" >"$CALLS/python"',
+    "scontrol": "echo n1; echo n2",
+}
 
 
-def test_several_nodes_are_started_by_slurm_and_one_by_torchrun(llama_70b: Model) -> None:
-    estimate, config = first(llama_70b, rollout_gpus=32)
-    assert launcher(estimate, config)[:3] == ["srun", "--nodes", "4"]
-    estimate, config = first(llama_70b, num_gpus=8, recompute="full")
-    assert launcher(estimate, config)[:2] == ["torchrun", "--nproc-per-node"]
+@pytest.mark.parametrize(
+    ("given", "sruns"),
+    [
+        (
+            {"rollout_gpus": 32},
+            ["--nodes 4 --relative 4 --ntasks-per-node 1", "--nodes 4 --ntasks-per-node 1"],
+        ),
+        ({"num_gpus": 8, "recompute": "full", "rollout_gpus": 0}, []),
+        ({"num_gpus": 16, "rollout_gpus": 8, "gpu_memory_gib": 180}, ["--nodes 1 --relative 1", "--nodes 1"]),
+        ({"num_gpus": 8, "rollout_gpus": 4, "gpu_memory_gib": 500}, []),
+    ],
+    ids=str,
+)
+def test_commands_run_when_they_are_pasted(
+    llama_70b: Model, tmp_path: Path, given: dict[str, Any], sruns: list[str]
+) -> None:
+    estimate, config = first(llama_70b, **given)
+    calls = tmp_path / "calls"
+    calls.mkdir()
+    for name, text in PROGRAMS.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    pasted = "\n".join([*command_lines(llama_70b, estimate, config), "wait"])
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "CALLS": str(calls), "SLURM_JOB_ID": "7"}
+    done = subprocess.run(
+        ["bash", "-euc", pasted], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    started = (calls / "srun").read_text().splitlines() if (calls / "srun").exists() else []
+    assert len(started) == len(sruns)
+    assert all(any(line.startswith(expected) for line in started) for expected in sruns)
+    trainer_gpus, *words = (calls / "torchrun").read_text().splitlines()
+    assert words[words.index("--nproc-per-node") + 1] == str(min(8, estimate.layout.num_gpus))
+    if config.num_gpus > 8:
+        assert words[words.index("--rdzv-endpoint") + 1] == "n1:29500"
+    if config.rollout_gpus:
+        server_gpus, program, *flags = (calls / "python").read_text().splitlines()
+        own, more = serve_node.parser().parse_known_args(flags)
+        args = serve_rollouts.parser().parse_args(more)
+        num_nodes = max(1, estimate.rollout_gpus // 8)
+        assert program == "tools/serve_node.py" and args.python == Path("python3")
+        assert own.num_servers * args.tp * num_nodes == estimate.rollout_gpus
+        if config.num_gpus == 8:
+            assert (trainer_gpus, server_gpus) == ("0,1,2,3", "4,5,6,7")
