@@ -55,6 +55,9 @@ class SampledProblem:
 
     similarity: Similarity | None
 
+    borrowed: float | None = None
+    """Another problem's solvability, which replaces this problem's own (--weighting-placebo); adaptive rasft only."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SampleWeights:

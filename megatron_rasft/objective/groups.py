@@ -52,6 +52,12 @@ def distinct_positives(group: RolloutGroup, deduplicate: Deduplicate) -> list[in
     return [positives[j] for j in deduplicate([group.rollouts[i].text for i in positives])]
 
 
+def wrong_attempts(group: RolloutGroup | None) -> list[int]:
+    """Indices into the group of the attempts that were judged and are not solved."""
+    attempts, rewards = judged_rewards(group)
+    return [i for i, reward in zip(attempts, rewards, strict=True) if reward == 0.0]
+
+
 def count_solved(group: RolloutGroup) -> tuple[int, int]:
     """(solved, attempts) of a group: the counts from which solvability is estimated.
 

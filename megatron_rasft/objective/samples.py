@@ -24,6 +24,7 @@ def make_samples(
     deduplicate: Deduplicate = distinct_texts,
     similarity: Similarity | None = None,
     max_tokens: int | None = None,
+    borrowed: float | None = None,
 ) -> list[TrainingSample]:
     """The weighted sequences of one problem, demonstration first; possibly none.
 
@@ -32,6 +33,7 @@ def make_samples(
 
     Args:
         remembered: (solve rate, number of samples) of earlier refreshes, discounted; adaptive rasft only.
+        borrowed: another problem's solvability, which replaces this problem's own; adaptive rasft only.
         deduplicate: finds distinct texts; rasft and raft only.
         similarity: compares two texts; published rasft only.
         max_tokens: longest sequence that can be trained on, prompt and response; None for no limit. Longer ones are left out. With
@@ -46,6 +48,7 @@ def make_samples(
             remembered=remembered,
             deduplicate=deduplicate,
             similarity=similarity,
+            borrowed=borrowed,
         )
     )
     rollouts = [] if group is None else group.rollouts
@@ -57,8 +60,8 @@ def make_samples(
     if weights.is_per_problem:
         # Shares are relative to the tokens of the demonstration. Without it the denominator would not count them, and a batch of
         # rollouts alone would be divided by nothing.
-        total = sum(weights.rollouts.values()) if has_demonstration else 0.0
-        trained = shared_by_tokens(total, num_tokens, {i: lengths[i] for i in trained if total > 0})
+        fitting = {i: lengths[i] for i in trained if has_demonstration}
+        trained = shared_by_tokens(weights.rollouts, num_tokens, fitting)
     for i, rollout in enumerate(rollouts):
         rollout.weight = trained.get(i, 0.0)
     samples = []
@@ -87,19 +90,27 @@ def make_samples(
     return samples
 
 
-def shared_by_tokens(total: float, num_tokens: int, lengths: Mapping[int, int]) -> dict[int, float]:
-    """Shares a weight among responses, so that weight x tokens, summed over all of them, is ``total`` x ``num_tokens``.
+def shared_by_tokens(
+    weights: Mapping[int, float], num_tokens: int, lengths: Mapping[int, int]
+) -> dict[int, float]:
+    """Shares the weights among responses by tokens, those above zero and those below zero apart.
+
+    Weight x tokens, summed over the responses of one sign, is then the sum of that sign's ``weights`` x ``num_tokens``.
 
     Args:
+        weights: rollout -> weight, not 0.
         num_tokens: response tokens of the demonstration.
-        lengths: rollout -> its response tokens, > 0.
+        lengths: rollout -> its response tokens, > 0, for those of ``weights`` that are trained on.
 
     Returns:
-        Rollout -> weight. It is the same for all rollouts, so every token has the same weight.
+        Rollout -> weight, in the order of ``lengths``. All tokens of one sign have the same weight.
     """
-    if not lengths:
-        return {}
-    return dict.fromkeys(lengths, total * num_tokens / sum(lengths.values()))
+    per_token = {}
+    for is_correct in (True, False):
+        total = sum(weight for weight in weights.values() if (weight > 0) == is_correct)
+        num = sum(length for i, length in lengths.items() if (weights[i] > 0) == is_correct)
+        per_token[is_correct] = total * num_tokens / max(1, num)
+    return {i: per_token[weights[i] > 0] for i in lengths}
 
 
 def _check_group(demonstration: Demonstration, group: RolloutGroup) -> None:

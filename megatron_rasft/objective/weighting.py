@@ -5,12 +5,19 @@ because it belongs to the package verify/.
 """
 
 import math
+import random
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from megatron_rasft.flags import FlagSection, Range, Share
 from megatron_rasft.objective.declaration import UNSAMPLED_WEIGHT, Deduplicate
-from megatron_rasft.objective.groups import count_solved, distinct_positives, distinct_texts
+from megatron_rasft.objective.groups import (
+    count_solved,
+    distinct_positives,
+    distinct_texts,
+    wrong_attempts,
+)
 from megatron_rasft.types import RolloutGroup
 
 Amount = Annotated[float, Range(at_least=0, below=math.inf, advice="0 turns it off.")]
@@ -24,7 +31,8 @@ class WeightingConfig(FlagSection):
     """Weights of the demonstration and of the policy's own correct rollouts, from solvability s.
 
     The adaptive rule is ``demonstration(s) = min + (max - min) (1 - s) ** demonstration_exponent`` and
-    ``rollouts(s) = total * s ** rollout_exponent``, which the distinct correct rollouts share. The solvability at which the
+    ``rollouts(s) = total * s ** rollout_exponent * (1 - s) ** rollout_fall``, which the distinct correct rollouts share. The wrong ones
+    share ``-wrong(s) = -wrong_total * s * (1 - s)``. The solvability at which the
     demonstration has weight 1, the weight of an unsampled problem, follows from these values (0.417 with the defaults). It is also
     the mean of the prior.
     """
@@ -72,6 +80,14 @@ class WeightingConfig(FlagSection):
     weighting_rollout_exponent: Exponent = 1.0
     """Exponent of s. Above 1 only rollouts of reliably solved problems have much weight."""
 
+    weighting_rollout_fall: Annotated[float, Range(at_least=0, below=math.inf)] = 0.0
+    """Exponent of (1 - s) in the weight that the correct rollouts share. 0: the weight rises with s up to an always solved problem. 1: it
+    falls to 0 there, because a problem that is always solved teaches nothing."""
+
+    weighting_wrong_total: Amount = 0.0
+    """Weight, below zero, that the wrong rollouts of a problem share: this times s (1 - s). A policy that solves a problem sometimes
+    learns from it what to avoid. Only for problems with a correct rollout to train on. 0 trains on no wrong rollout."""
+
     weighting_prior_strength: Amount = 1.0
     """Size of the Beta prior on s, in rollouts. Its mean is the s at which the demonstration weight is 1, so a problem with
     little evidence is treated almost like an unsampled problem. 0 uses s = correct / sampled unchanged."""
@@ -79,6 +95,10 @@ class WeightingConfig(FlagSection):
     weighting_memory: Share = 0.5
     """Share of a problem's earlier rollout counts that is carried into its next estimate of s. 0 forgets them; 1 keeps all,
     although the policy has changed in the meantime."""
+
+    weighting_placebo: bool = False
+    """Exchange the solvability of the problems at random before the weights are computed from it. A control: if the method gains as much
+    with it, the gain does not come from solvability."""
 
     @property
     def is_per_problem(self) -> bool:
@@ -114,8 +134,17 @@ def demonstration_weight(solvability: float, config: WeightingConfig) -> float:
 
 
 def rollout_total(solvability: float, config: WeightingConfig) -> float:
-    """Weight that all correct rollouts of a problem share at s. Rises from 0 at 0 to weighting_rollout_total at 1."""
-    return config.weighting_rollout_total * math.pow(solvability, config.weighting_rollout_exponent)
+    """Weight that all correct rollouts of a problem share at s: 0 at 0, and weighting_rollout_total at 1 unless weighting_rollout_fall
+    makes it 0 there too."""
+    rising = math.pow(solvability, config.weighting_rollout_exponent)
+    return (
+        config.weighting_rollout_total * rising * math.pow(1.0 - solvability, config.weighting_rollout_fall)
+    )
+
+
+def wrong_total(solvability: float, config: WeightingConfig) -> float:
+    """Weight that all wrong rollouts of a problem share at s, as a positive number: largest at 1/2, and 0 at 0 and 1."""
+    return config.weighting_wrong_total * solvability * (1.0 - solvability)
 
 
 def estimate_solvability(
@@ -148,26 +177,47 @@ def estimate_solvability(
     return (correct + prior * neutral_solvability(config)) / (samples + prior)
 
 
+def exchanged(solvability: Mapping[str, float], seed: str) -> dict[str, float]:
+    """Gives every problem the solvability of another problem (--weighting-placebo).
+
+    Args:
+        solvability: problem -> s. A single problem keeps its own.
+        seed: fixes the exchange.
+    """
+    order = list(solvability)
+    random.Random(seed).shuffle(order)
+    # Each takes the value of the next in a random circle, so nobody keeps its own and every value is used once.
+    return {order[i - 1]: solvability[order[i]] for i in range(len(order))}
+
+
 def adaptive_weights(
     group: RolloutGroup | None,
     config: WeightingConfig,
     *,
     remembered: tuple[float, float] | None = None,
     deduplicate: Deduplicate = distinct_texts,
+    borrowed: float | None = None,
 ) -> GroupWeights:
     """Weighs the demonstration less, and the policy's own solutions more, the higher the solvability is.
 
     The sum of the weights depends on the group only through s. So it does not grow with the number of rollouts, and it is at most
     weighting_demonstration_max + weighting_rollout_total. With the defaults it falls from 1.5 to 1.
+
+    Args:
+        borrowed: another problem's solvability, which replaces this problem's own (--weighting-placebo).
     """
     num_correct, num_samples = (0, 0) if group is None else count_solved(group)
     solvability = estimate_solvability(num_correct, num_samples, config, remembered)
     weights = [0.0] * (0 if group is None else len(group.rollouts))
     if solvability is None:
         return GroupWeights(demonstration=UNSAMPLED_WEIGHT, rollouts=tuple(weights), solvability=None)
+    solvability = solvability if borrowed is None else borrowed
     trained = [] if group is None else distinct_positives(group, deduplicate)
     for i in trained:
         weights[i] = rollout_total(solvability, config) / len(trained)
+    wrong = wrong_attempts(group) if trained else []
+    for i in wrong:
+        weights[i] = -wrong_total(solvability, config) / len(wrong)
     return GroupWeights(
         demonstration=demonstration_weight(solvability, config),
         rollouts=tuple(weights),

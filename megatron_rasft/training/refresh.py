@@ -15,6 +15,7 @@ from megatron_rasft.curriculum.curriculum import Curriculum
 from megatron_rasft.data.tokenized_rows import ByProblem, fingerprint_of
 from megatron_rasft.objective.groups import count_solved
 from megatron_rasft.objective.samples import make_samples
+from megatron_rasft.objective.weighting import estimate_solvability, exchanged
 from megatron_rasft.rollout.replay import ReplayEngine
 from megatron_rasft.rollout.seeds import sample_seed
 from megatron_rasft.rollout.store import RolloutStore
@@ -304,9 +305,24 @@ class Refresh:
         self, problem_ids: Iterable[str], groups: Mapping[str, RolloutGroup]
     ) -> list[list[TrainingSample]]:
         """Returns the weighted training samples of each problem, without samples that are too long or have no response."""
-        return [self._weighed(problem_id, groups.get(problem_id)) for problem_id in problem_ids]
+        problem_ids = list(problem_ids)
+        borrowed = self._borrowed(problem_ids, groups) if self._config.weighting.weighting_placebo else {}
+        return [self._weighed(i, groups.get(i), borrowed.get(i)) for i in problem_ids]
 
-    def _weighed(self, problem_id: str, group: RolloutGroup | None) -> list[TrainingSample]:
+    def _borrowed(self, problem_ids: Iterable[str], groups: Mapping[str, RolloutGroup]) -> dict[str, float]:
+        """Problem -> the solvability of another problem of the refresh, for those with any evidence."""
+        own = {i: self._solvability(i, groups.get(i)) for i in problem_ids}
+        known = {i: s for i, s in own.items() if s is not None}
+        return exchanged(known, f"placebo {self._config.data.data_seed} {self.curriculum.refresh}")
+
+    def _solvability(self, problem_id: str, group: RolloutGroup | None) -> float | None:
+        counts = (0, 0) if group is None else count_solved(group)
+        remembered = self.curriculum.remembered(problem_id)
+        return estimate_solvability(*counts, self._config.weighting, remembered)
+
+    def _weighed(
+        self, problem_id: str, group: RolloutGroup | None, borrowed: float | None
+    ) -> list[TrainingSample]:
         verify = self._config.verify
         texts: dict[str, Any] = {
             "n": verify.verify_dedup_ngram,
@@ -321,6 +337,7 @@ class Refresh:
             deduplicate=partial(deduplicate, threshold=verify.verify_dedup_threshold, **texts),
             similarity=partial(similarity, **texts),
             max_tokens=self._sampling.max_total_tokens,
+            borrowed=borrowed,
         )
 
     def record(self, groups: Mapping[str, RolloutGroup]) -> None:

@@ -66,7 +66,8 @@ class Rasft(Objective):
         return self.objective_ratio != "off"
 
     def weigh(self, problem: SampledProblem) -> SampleWeights:
-        """The demonstration and the distinct correct rollouts, weighted by --rasft-weighting."""
+        """The demonstration and the distinct correct rollouts, weighted by --rasft-weighting; with --weighting-wrong-total also the wrong
+        rollouts."""
         if problem.weighting.rasft_weighting == "published":
             weights = published_weights(
                 problem.group, deduplicate=problem.deduplicate, similarity=problem.similarity
@@ -77,10 +78,11 @@ class Rasft(Objective):
                 problem.weighting,
                 remembered=problem.remembered,
                 deduplicate=problem.deduplicate,
+                borrowed=problem.borrowed,
             )
         return SampleWeights(
             demonstration=weights.demonstration,
-            rollouts={i: weight for i, weight in enumerate(weights.rollouts) if weight > 0},
+            rollouts={i: weight for i, weight in enumerate(weights.rollouts) if weight != 0},
             is_per_problem=problem.weighting.is_per_problem,
         )
 

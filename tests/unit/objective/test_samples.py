@@ -24,6 +24,7 @@ from megatron_rasft.objective.weighting import (
     demonstration_weight,
     estimate_solvability,
     rollout_total,
+    wrong_total,
 )
 from megatron_rasft.types import Demonstration, RolloutGroup, TrainingSample
 from tests.unit.objective.sampled_groups import counted_group, demonstration, make_group, rollout
@@ -131,6 +132,22 @@ def test_mass_of_a_problem_depends_on_its_solvability_alone(
     assert mass(make_samples(Rasft(), problem, config=config)) == 1.0
     assert [s.is_counted for s in samples] == [True] + [False] * num_correct
     assert len({s.weight for s in samples[1:]}) <= 1, "every token of the rollouts has the same weight"
+
+
+@given(st.integers(1, 16), st.integers(0, 16), st.integers(0, 10_000))
+def test_mass_of_each_sign_depends_on_solvability_alone(num_correct: int, num_wrong: int, seed: int) -> None:
+    config = WeightingConfig(weighting_wrong_total=2.5, weighting_rollout_fall=0.5)
+    problem, group = sized_problem(random.Random(seed), num_correct, num_wrong)
+    first, *samples = make_samples(Rasft(), problem, group, config=config)
+    masses = {True: 0.0, False: 0.0}
+    for sample in samples:
+        masses[sample.weight > 0] += sample.weight * len(sample.response_ids) / len(first.response_ids)
+    s = estimate_solvability(num_correct, num_correct + num_wrong, config)
+    assert s is not None
+    assert masses[True] == pytest.approx(rollout_total(s, config), rel=1e-12)
+    assert masses[False] == pytest.approx(-wrong_total(s, config) if num_wrong else 0.0, rel=1e-12)
+    assert len(samples) == num_correct + num_wrong and len({s.weight for s in samples}) <= 2
+    assert not any(s.is_counted for s in samples)
 
 
 def gradient_of(problems: list[list[TrainingSample]]) -> list[float]:

@@ -1,7 +1,9 @@
 """The adaptive weights, by their properties."""
 
 import itertools
+import random
 
+import numpy as np
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -11,6 +13,7 @@ from megatron_rasft.objective.weighting import (
     adaptive_weights,
     demonstration_weight,
     estimate_solvability,
+    exchanged,
     neutral_solvability,
     rollout_total,
 )
@@ -120,6 +123,58 @@ def test_unsampled_problem_keeps_weight_one() -> None:
 def test_failed_rollouts_are_not_wrong_answers() -> None:
     weights = adaptive_weights(failed_group(), WeightingConfig())
     assert (weights.demonstration, weights.solvability) == (1.0, None)
+
+
+@pytest.mark.parametrize(("num_correct", "num_wrong"), [(0, 4), (1, 3), (2, 2), (3, 1), (4, 0), (5, 11)])
+def test_equal_totals_give_the_rollouts_the_advantages_of_their_group(
+    num_correct: int, num_wrong: int
+) -> None:
+    config = WeightingConfig(
+        weighting_prior_strength=0.0,
+        weighting_rollout_fall=1.0,
+        weighting_rollout_total=3.0,
+        weighting_wrong_total=3.0,
+    )
+    rewards = np.array([1.0] * num_correct + [0.0] * num_wrong)
+    expected = 3.0 * (rewards - rewards.mean()) / len(rewards)
+    assert adaptive_weights(counted_group(num_correct, num_wrong), config).rollouts == pytest.approx(expected)
+
+
+def test_wrong_rollouts_are_trained_on_beside_correct_ones_only() -> None:
+    config = WeightingConfig(weighting_wrong_total=2.0)
+    group = make_group(
+        rollout(0),
+        rollout(1, "wrong"),
+        rollout(2, "correct", finish="length"),
+        rollout(3, "wrong", finish="abort"),
+    )
+    weights = adaptive_weights(group, config, remembered=(0.5, 2.0))
+    s = (1 + 1 + 5 / 12) / (3 + 2 + 1)
+    assert weights.rollouts == pytest.approx([0.7 * s, -s * (1 - s), -s * (1 - s), 0.0])
+    filtered = make_group(rollout(0, filtered="loop_sentences"), rollout(1, "wrong"))
+    for unsolved in (counted_group(0, 4), filtered):
+        assert not any(adaptive_weights(unsolved, config, remembered=(0.5, 2.0)).rollouts)
+
+
+def test_another_problems_solvability_replaces_the_own() -> None:
+    group = counted_group(3, 1)
+    weights = adaptive_weights(group, NO_PRIOR, borrowed=0.25)
+    assert (weights.solvability, weights.demonstration) == (0.25, pytest.approx(1.5 - 1.2 / 4))
+    assert weights.rollouts == pytest.approx([0.7 / 4 / 3] * 3 + [0])
+    assert adaptive_weights(None, NO_PRIOR, borrowed=0.25).solvability is None
+
+
+@given(st.integers(2, 30), st.integers(0, 1000))
+def test_the_placebo_gives_every_problem_the_value_of_another(num: int, seed: int) -> None:
+    own = {f"p{i}": random.Random(seed).random() + i for i in range(num)}
+    found = exchanged(own, str(seed))
+    assert found.keys() == own.keys() and sorted(found.values()) == sorted(own.values())
+    assert all(found[i] != own[i] for i in own)
+    assert found == exchanged(own, str(seed))
+
+
+def test_a_single_problem_keeps_its_solvability() -> None:
+    assert exchanged({"p": 0.5}, "x") == {"p": 0.5} and exchanged({}, "x") == {}
 
 
 def test_near_duplicates_share_one_weight_but_count_as_draws() -> None:

@@ -14,6 +14,7 @@ from megatron_rasft.config import (
 )
 from megatron_rasft.curriculum.curriculum import Solvability
 from megatron_rasft.objective.families.kl_regularised import SftKl
+from megatron_rasft.objective.weighting import WeightingConfig
 from megatron_rasft.rollout.replay import ReplayEngine
 from megatron_rasft.rollout.store import RolloutStore, read_rollouts
 from megatron_rasft.training import refresh
@@ -213,6 +214,19 @@ def test_weights_use_the_memory_from_before_this_refresh() -> None:
     made.curriculum.record("p0", 4, 4)
     solved, unknown = (r.weigh(["p0"], verified(r, ["p0"]))[0][0].weight for r in (made, fresh))
     assert solved < unknown, "a problem that was solved before needs its demonstration less"
+
+
+def test_the_placebo_weighs_every_problem_by_the_solvability_of_another() -> None:
+    placebo = WeightingConfig(weighting_placebo=True, weighting_prior_strength=0.0)
+    made = refresh_of(config_of(weighting=placebo))
+    for problem_id, num_correct in {"p0": 0, "p1": 1, "p2": 4}.items():
+        made.curriculum.record(problem_id, num_correct, 4)
+    samples = made.weigh(["p0", "p1", "p2", "p3"], {})
+    weights = [part[0].weight for part in samples]
+    own = [1.5, 1.2, 0.3]
+    assert sorted(weights[:3]) == pytest.approx(sorted(own)) and weights[3] == 1.0
+    assert all(found != pytest.approx(mine) for found, mine in zip(weights, own, strict=False))
+    assert [part[0].weight for part in made.weigh(["p0", "p1", "p2", "p3"], {})] == weights
 
 
 def test_samples_that_do_not_fit_a_training_row_are_left_out() -> None:
