@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +36,8 @@ from megatron_rasft.tools import cli  # noqa: E402
 from megatron_rasft.weights.tracker import has_checkpoint  # noqa: E402
 
 CHECKPOINTS = "checkpoints"
+_CHECKPOINTS_OF = {"first": "first_checkpoints", "model": CHECKPOINTS}
+"""Folder of an exported model -> folder of the checkpoints of its training."""
 """Folder of a training's checkpoints, in that of its task."""
 
 
@@ -78,8 +80,9 @@ class Setting:
     method_flags: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Method -> flags for its trainings only."""
     variants: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Name -> ``of`` (a method), and flags that change it. Variants are for choosing constants by experiment. A variant runs
-    only if ``methods`` names it."""
+    """Name -> ``of`` (a method), and flags that change it. ``after`` holds the same for a training that runs first and whose model
+    the variant begins with, such as SFT before GRPO. Variants are for choosing constants by experiment. A variant runs only if
+    ``methods`` names it."""
     num_processes: int = 1
     save_interval: int = 0
     """Steps between the checkpoints of a training; 0: none. With checkpoints, a training that is stopped or killed goes on when the
@@ -92,7 +95,8 @@ class Setting:
     """Model whose published numbers are added to the table."""
 
     def __post_init__(self) -> None:
-        changed = [str(variant.get("of")) for variant in self.variants.values()]
+        firsts = [variant["after"] for variant in self.variants.values() if "after" in variant]
+        changed = [str(variant.get("of")) for variant in (*self.variants.values(), *firsts)]
         known = [*METHODS, *self.variants]
         unknown = [m for m in self.methods if m not in known]
         unknown += [m for m in [*self.method_flags, *changed] if m not in METHODS]
@@ -155,8 +159,17 @@ def tasks_of(setting: Setting) -> list[Task]:
 
 def training_command(setting: Setting, task: Task, output: Path) -> list[str]:
     """Returns the command of a training."""
-    program = str(ROOT / "pretrain_rasft.py")
-    return [*_launcher(setting), program, *training_flags(setting, task, output)]
+    return [*_trainer(setting), *training_flags(setting, task, output)]
+
+
+def first_training_command(setting: Setting, task: Task, output: Path) -> list[str]:
+    """Returns the command of the training whose model the task's training begins with; [] if it begins with the base model."""
+    flags = first_training_flags(setting, task, output)
+    return [*_trainer(setting), *flags] if flags else []
+
+
+def _trainer(setting: Setting) -> list[str]:
+    return [*_launcher(setting), str(ROOT / "pretrain_rasft.py")]
 
 
 def training_flags(setting: Setting, task: Task, output: Path) -> list[str]:
@@ -164,29 +177,43 @@ def training_flags(setting: Setting, task: Task, output: Path) -> list[str]:
     if task.method == "base":
         return []
     own = dict(setting.variants.get(task.method, {}))
-    method = own.pop("of", task.method)
+    model = output / "first" if own.pop("after", None) else setting.model
+    return _flags_of(setting, {"of": task.method, **own}, task.seed, str(model), output, "model")
+
+
+def first_training_flags(setting: Setting, task: Task, output: Path) -> list[str]:
+    """Returns the flags of the training whose model the task's training begins with; [] if it begins with the base model."""
+    first = setting.variants.get(task.method, {}).get("after")
+    return _flags_of(setting, first, task.seed, setting.model, output, "first") if first else []
+
+
+def _flags_of(
+    setting: Setting, own: Mapping[str, Any], seed: int, model: str, output: Path, export: str
+) -> list[str]:
+    own = dict(own)
+    method = own.pop("of")
     flags = {
-        "--hf-model": setting.model,
+        "--hf-model": model,
         **setting.train,
-        "--seed": task.seed,
-        "--data-seed": task.seed,
-        "--rollout-seed": task.seed,
+        "--seed": seed,
+        "--data-seed": seed,
+        "--rollout-seed": seed,
         **setting.method_flags.get(method, {}),
         **own,
-        "--export-hf": output / "model",
+        "--export-hf": output / export,
         "--rasft-metrics": output / "metrics.jsonl",
         "--rollout-store": output / "rollouts.jsonl",
-        **_checkpoint_flags(setting, output),
+        **_checkpoint_flags(setting, output / _CHECKPOINTS_OF[export]),
     }
-    return [*METHODS[method], *_as_flags(_with_seed(flags, task.seed))]
+    return [*METHODS[method], *_as_flags(_with_seed(flags, seed))]
 
 
-def _checkpoint_flags(setting: Setting, output: Path) -> dict[str, Any]:
+def _checkpoint_flags(setting: Setting, folder: Path) -> dict[str, Any]:
     if not setting.save_interval:
         return {}
     # Megatron deletes each checkpoint after the next one, unless its step is a multiple of --save-retain-interval.
     return {
-        "--save": output / CHECKPOINTS,
+        "--save": folder,
         "--save-interval": setting.save_interval,
         "--save-retain-interval": 10**9,
     }
@@ -248,9 +275,10 @@ def record_of(setting: Setting, task: Task) -> records.Record:
     """Returns the provenance of the task's result."""
     here = Path()
     flags = {name: evaluation_flags(setting, task, here, name) for name in evaluations(setting)}
-    return records.make_record(
-        {"training": training_flags(setting, task, here), **flags}, setting.num_processes
-    )
+    first = first_training_flags(setting, task, here)
+    trainings = {"first training": first} if first else {}
+    trainings["training"] = training_flags(setting, task, here)
+    return records.make_record(trainings | flags, setting.num_processes)
 
 
 def check_results(setting: Setting, tasks: Sequence[Task], root: Path) -> None:
@@ -262,7 +290,7 @@ def check_results(setting: Setting, tasks: Sequence[Task], root: Path) -> None:
     for task in tasks:
         output = root / task.name
         kept = "done" if (output / "done").exists() else "begun"
-        if kept == "begun" and not _has_model(output) and not has_checkpoint(output / CHECKPOINTS):
+        if kept == "begun" and not _has_begun(output):
             continue
         stored = records.read_record(output / kept)
         difference = stored and records.describe_difference(stored, record_of(setting, task))
@@ -272,8 +300,16 @@ def check_results(setting: Setting, tasks: Sequence[Task], root: Path) -> None:
             )
 
 
-def _has_model(output: Path) -> bool:
-    return (output / "model" / "config.json").exists()
+def _has_begun(output: Path) -> bool:
+    """Whether a training of the task has left a model or a checkpoint."""
+    return any(
+        _is_model(output / model) or has_checkpoint(output / checkpoints)
+        for model, checkpoints in _CHECKPOINTS_OF.items()
+    )
+
+
+def _is_model(folder: Path) -> bool:
+    return (folder / "config.json").exists()
 
 
 def run_task(setting: Setting, task: Task, root: Path, keeps_models: bool) -> None:
@@ -290,25 +326,43 @@ def run_task(setting: Setting, task: Task, root: Path, keeps_models: bool) -> No
     if done.exists():
         return
     output.mkdir(parents=True, exist_ok=True)
-    if not _has_model(output):
+    if not _is_model(output / "model"):
         begun.write_text(json.dumps(record_of(setting, task), indent=1) + "\n", encoding="utf-8")
         if task.method != "base":
-            if not has_checkpoint(output / CHECKPOINTS):
-                # A new training would otherwise append to the files of a killed training.
-                for name in ("metrics.jsonl", "rollouts.jsonl"):
-                    (output / name).unlink(missing_ok=True)
-            shutil.rmtree(output / "model", ignore_errors=True)
-            run_logged(setting, training_command(setting, task, output), output / "training.log")
-            if not _has_model(output):  # it exits with 0 before the end of a Slurm allocation
-                raise TrainingStopped(
-                    f"{task.name}: stopped; the same command continues it, see {output / 'training.log'}"
-                )
+            _train(setting, task, output)
     for name in evaluations(setting):
         run_logged(setting, evaluation_command(setting, task, output, name), output / f"{name}.log")
     begun.replace(done)
-    shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
+    for name in ("first", *_CHECKPOINTS_OF.values()):
+        shutil.rmtree(output / name, ignore_errors=True)
     if task.method != "base" and not keeps_models:
         shutil.rmtree(output / "model")
+
+
+def _train(setting: Setting, task: Task, output: Path) -> None:
+    """Runs the trainings of a task that are not finished.
+
+    Raises:
+        TrainingStopped: a training was stopped before its end.
+    """
+    first_checkpoints, checkpoints = (has_checkpoint(output / name) for name in _CHECKPOINTS_OF.values())
+    if not (checkpoints or (first_checkpoints and not _is_model(output / "first"))):
+        # A new training would otherwise append to the files of a killed training.
+        for name in ("metrics.jsonl", "rollouts.jsonl"):
+            (output / name).unlink(missing_ok=True)
+        for name in ("first", _CHECKPOINTS_OF["first"]):
+            shutil.rmtree(output / name, ignore_errors=True)
+    first = first_training_command(setting, task, output)
+    trainings = [("first", "first_training", first)] if first else []
+    for name, log, command in [*trainings, ("model", "training", training_command(setting, task, output))]:
+        if _is_model(output / name):
+            continue
+        shutil.rmtree(output / name, ignore_errors=True)
+        run_logged(setting, command, output / f"{log}.log")
+        if not _is_model(output / name):  # it exits with 0 before the end of a Slurm allocation
+            raise TrainingStopped(
+                f"{task.name}: stopped; the same command continues it, see {output / f'{log}.log'}"
+            )
 
 
 def run_logged(setting: Setting, command: Sequence[str], log: Path) -> None:
@@ -389,6 +443,8 @@ def commands_of(setting: Setting, tasks: Sequence[Task], root: Path) -> Iterator
     for task in tasks:
         output = root / task.name
         if task.method != "base":
+            if first := first_training_command(setting, task, output):
+                yield first
             yield training_command(setting, task, output)
         for name in evaluations(setting):
             yield evaluation_command(setting, task, output, name)

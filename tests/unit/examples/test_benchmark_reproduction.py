@@ -122,6 +122,34 @@ def test_variant_differs_from_its_method_in_its_own_flags_only() -> None:
         assert [word for word in variant if word not in added] == plain
 
 
+def flag_of(command: list[str], flag: str) -> str:
+    return command[command.index(flag) + 1]
+
+
+def test_a_variant_may_begin_with_the_model_of_another_training(tmp_path: Path) -> None:
+    first = {"of": "sft", "--train-iters": 3, "--lr": 0.5}
+    variants = {"sft_grpo": {"of": "grpo", "--train-iters": 4, "after": first}}
+    train = {"--train-iters": 7, "--lr": 0.25}
+    setting = reproduce.Setting(
+        title="t", model="base", seeds=[2], train=train, evaluate={}, methods=["sft_grpo"], variants=variants
+    )
+    (task,) = reproduce.tasks_of(setting)
+    sft, grpo, *_ = reproduce.commands_of(setting, [task], tmp_path)
+    output = tmp_path / task.name
+    for command, expected in {
+        tuple(sft): ("base", str(output / "first"), "3", "0.5", "sft"),
+        tuple(grpo): (str(output / "first"), str(output / "model"), "4", "0.25", "grpo"),
+    }.items():
+        flags = ("--hf-model", "--export-hf", "--train-iters", "--lr", "--objective")
+        assert tuple(flag_of(list(command), flag) for flag in flags) == expected
+        assert flag_of(list(command), "--rasft-metrics") == str(output / "metrics.jsonl"), (
+            "tokens of both add up"
+        )
+    assert {"first training", "training"} <= set(reproduce.record_of(setting, task)["flags"])
+    with pytest.raises(ValueError, match="'sfft'"):
+        dataclasses.replace(setting, methods=["x"], variants={"x": {"of": "grpo", "after": {"of": "sfft"}}})
+
+
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 @pytest.mark.usefixtures("users_files")
 def test_job_array_reaches_every_task_once(script: Path, tmp_path: Path) -> None:
