@@ -2,8 +2,9 @@
 
 import json
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +52,35 @@ class Result:
         return statistics.fmean(max(self.sampled[kind].pass_at.items())[1] for kind in KINDS)
 
 
+@dataclass(frozen=True)
+class Measure:
+    """A column of the table of paired differences."""
+
+    title: str
+    scale: float
+    """Factor from the values to the unit of the column."""
+    values: Callable[[Result], Scores]
+    """Values of one training; those at the same place belong together, such as the scores of a problem."""
+
+
+def _solved_once(result: Result) -> Scores:
+    return (result.scores(KINDS) > 0).astype(float)
+
+
+MEASURES = (
+    Measure("accuracy", 100, lambda result: result.scores(KINDS)),
+    Measure("greedy", 100, lambda result: result.scores(KINDS, is_greedy=True)),
+    Measure("pass@4", 100, _solved_once),
+    *(Measure(kind, 100, partial(Result.scores, kinds=[kind])) for kind in KINDS),
+    Measure("retained", 100, lambda result: result.scores(RETAINED)),
+    Measure("retained, greedy", 100, lambda result: result.scores(RETAINED, is_greedy=True)),
+    Measure("response tokens", 1, lambda r: np.array([r.sampled[kind].mean_tokens for kind in KINDS])),
+    Measure("trained tokens, thousands", 1e-3, lambda result: np.array([result.trained_tokens])),
+    Measure("generated tokens, thousands", 1e-3, lambda result: np.array([result.generated_tokens])),
+    Measure("seconds", 1, lambda result: np.array([result.seconds])),
+)
+
+
 def read_result(world: str, task: Task, folder: Path) -> Result:
     """Reads the folder of a finished task."""
     curve = read_curve(folder / "metrics.jsonl")
@@ -71,13 +101,16 @@ def _summaries(folder: Path) -> dict[str, Summary]:
     return {values["name"]: Summary.from_dict(values) for values in content["benchmarks"]}
 
 
-def write_results(results: Sequence[Result], output: Path, reference: str) -> str:
+def write_results(
+    results: Sequence[Result], output: Path, reference: str, regimes: Sequence[str] = ()
+) -> str:
     """Writes results.md and results.png.
 
     Args:
         results: everything that is finished, in the order of the tables.
         output: folder of the files.
         reference: method with which the others are compared.
+        regimes: lines about the base models.
 
     Returns:
         The text of results.md.
@@ -91,11 +124,16 @@ def write_results(results: Sequence[Result], output: Path, reference: str) -> st
     text = "\n".join(["# Proving ground", "", *_summary_table(results, worlds, reference)])
     for world in worlds:
         text += "\n".join(["", f"## {world}", "", *_world_table(results, world, reference)])
+        text += "\n".join(["", *_difference_table(results, world, reference)])
     text += (
         "\nPercent of samples at temperature 1 that are correct, mean over seeds, kinds and problems, with 95 % bootstrap intervals "
-        f"over seeds and problems. Differences from {reference} are paired by problem and seed. Tokens and seconds are means over "
-        "seeds; two trainings share the machine.\n"
+        f"over seeds and problems. Differences from {reference} are paired by problem and seed; those of accuracies are in points. "
+        "Tokens and seconds are means over seeds; two trainings share the machine.\n"
     )
+    if regimes:
+        text += "\n".join(
+            ["\nThe base models, as shares of samples at temperature 1:\n", *(f"- {r}" for r in regimes), ""]
+        )
     output.mkdir(parents=True, exist_ok=True)
     (output / "results.md").write_text(text, encoding="utf-8")
     _write_plot(results, worlds, output / "results.png")
@@ -114,10 +152,10 @@ def _stack(by_seed: Mapping[int, Result], kinds: Sequence[str], *, is_greedy: bo
     return np.stack([by_seed[seed].scores(kinds, is_greedy=is_greedy) for seed in sorted(by_seed)])
 
 
-def _difference(ours: Scores, theirs: Scores) -> str:
-    """Returns a difference in points, such as ``+1.2 [-0.3, 2.8]``. Seeds are paired if there are equally many."""
+def _difference(ours: Scores, theirs: Scores, scale: float = 100) -> str:
+    """Returns a difference such as ``+1.2 [-0.3, +2.8]``, by default in points. Seeds are paired if there are equally many."""
     low, high = paired_interval(ours, theirs, pairs_seeds=len(ours) == len(theirs))
-    return f"{100 * (ours.mean() - theirs.mean()):+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+    return f"{scale * (ours.mean() - theirs.mean()):+.1f} [{scale * low:+.1f}, {scale * high:+.1f}]"
 
 
 def _summary_table(results: Sequence[Result], worlds: Sequence[str], reference: str) -> list[str]:
@@ -165,6 +203,25 @@ def _world_table(results: Sequence[Result], world: str, reference: str) -> list[
             other = _stack(theirs, KINDS) if theirs and method != reference else None
             lines.append(f"| {' | '.join([method, *_cells(by_seed, other)])} |")
     return [*lines, ""]
+
+
+def _difference_table(results: Sequence[Result], world: str, reference: str) -> list[str]:
+    """Paired differences of every measure from the reference. Empty without the reference."""
+    theirs = _of(results, world, reference)
+    if not theirs:
+        return []
+    head = [f"difference from {reference}", *(measure.title for measure in MEASURES)]
+    lines = [f"| {' | '.join(head)} |", "| --- |" + " ---: |" * len(MEASURES)]
+    for method in _methods(results):
+        ours = _of(results, world, method)
+        if ours and method != reference:
+            pairs = [(_values(ours, m), _values(theirs, m), m.scale) for m in MEASURES]
+            lines.append(f"| {' | '.join([method, *(_difference(*pair) for pair in pairs)])} |")
+    return [*lines, ""]
+
+
+def _values(by_seed: Mapping[int, Result], measure: Measure) -> Scores:
+    return np.stack([measure.values(by_seed[seed]) for seed in sorted(by_seed)])
 
 
 def _cells(by_seed: Mapping[int, Result], other: Scores | None) -> list[str]:

@@ -25,7 +25,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # lets the file run from a checkout that is not installed
 
-from examples.benchmark_reproduction import reproduce  # noqa: E402
+from examples.benchmark_reproduction import preloading, reproduce  # noqa: E402
 from examples.benchmark_reproduction.reproduce import Setting, Task  # noqa: E402
 from examples.proving_ground.make_world import write_world  # noqa: E402
 from examples.proving_ground.results import Result, read_result, write_results  # noqa: E402
@@ -72,6 +72,33 @@ def _make_base(name: str, folder: Path) -> None:
     unfinished.replace(folder / name)
 
 
+def check_bases(worlds: Iterable[str], folder: Path, num: int) -> None:
+    """Prints whether the base models solve what their worlds say. The line is kept beside each model.
+
+    A model outside its bounds does not stop the study, but its results do not show what the world is for.
+
+    Args:
+        num: problems of each kind to sample.
+
+    Raises:
+        RasftError: a model could not be sampled. The message names the log.
+    """
+    for world in worlds:
+        kept = _regime_file(world, folder)
+        if not kept.exists():
+            arguments = [str(folder), "--worlds", world, "--num", str(num)]
+            log = folder / f"{world}.regime.log"
+            # In a process of its own: torch's threads of this process would hang in the trainings that are forked from it.
+            preloading.run_program(FOLDER / "regimes.py", arguments, log)
+            if not kept.exists():
+                raise RasftError(f"the base model of {world} could not be sampled, see {log}")
+            print(kept.read_text(encoding="utf-8"), end="", flush=True)
+
+
+def _regime_file(world: str, folder: Path) -> Path:
+    return folder / f"{world}.regime"
+
+
 def setting_of(study: dict[str, Any], world: str, folder: Path, split: str, bases: Path) -> Setting:
     """Returns the trainings and evaluations of one world.
 
@@ -99,8 +126,7 @@ def run(args: argparse.Namespace) -> None:
         RasftError: a command failed.
     """
     study = tomllib.loads((FOLDER / "study.toml").read_text(encoding="utf-8"))
-    for name in ("methods", "seeds"):
-        study[name] = getattr(args, name) or study[name]
+    groups = groups_of(study, args.methods, args.seeds)
     if args.limit:
         study["evaluate"]["--limit"] = args.limit
     if args.steps:
@@ -108,19 +134,56 @@ def run(args: argparse.Namespace) -> None:
     worlds, bases = _chosen(args.worlds), (args.bases or args.output / "bases").resolve()
     if not args.tables_only:
         make_bases([WORLDS[world].base for world in worlds], bases, study["num_jobs"])
+        check_bases(worlds, bases, args.limit or 100)
     results: list[Result] = []
     for world in worlds:
         data = args.output / "data" / world
         setting = setting_of(study, world, data.resolve(), args.split, bases)
-        tasks = reproduce.tasks_of(setting)
+        tasks = tasks_of(setting, groups)
         root = (args.output / args.split / world).resolve()
         if not args.tables_only:
             num_train = setting.train["--train-iters"] * setting.train["--global-batch-size"]
-            write_world(WORLDS[world], data, setting.seeds, min(num_train, args.num_train))
+            seeds = sorted({seed for group in groups for seed in group["seeds"]})
+            write_world(WORLDS[world], data, seeds, min(num_train, args.num_train))
             reproduce.check_results(setting, tasks, root)
             reproduce.run_tasks(setting, tasks, root, keeps_models=False)
         results += [read_result(world, task, root / task.name) for task in tasks if _is_done(root, task)]
-    print(write_results(results, args.output, args.against))
+    regimes = [_regime_file(world, bases) for world in worlds]
+    lines = [path.read_text(encoding="utf-8").strip() for path in regimes if path.exists()]
+    print(write_results(results, args.output, args.against, lines))
+
+
+def groups_of(
+    study: dict[str, Any], methods: Sequence[str] | None, seeds: Sequence[int] | None
+) -> list[dict[str, Any]]:
+    """Takes the groups out of the study, each with its methods and seeds, or makes one of the command line's.
+
+    The study gets the methods and seeds of all groups.
+
+    Args:
+        methods: given on the command line. They have the seeds of their groups, or those of the first group.
+        seeds: given on the command line. They hold for all methods.
+    """
+    groups: list[dict[str, Any]] = study.pop("groups")
+    if methods:
+        of = {method: group["seeds"] for group in groups for method in group["methods"]}
+        groups = [{"methods": [m], "seeds": of.get(m, groups[0]["seeds"])} for m in methods]
+    if seeds:
+        groups = [{"methods": group["methods"], "seeds": list(seeds)} for group in groups]
+    study["methods"] = [method for group in groups for method in group["methods"]]
+    study["seeds"] = groups[0]["seeds"]
+    return groups
+
+
+def tasks_of(setting: Setting, groups: Sequence[dict[str, Any]]) -> list[Task]:
+    """Returns the tasks of all groups, in their order."""
+    return [
+        task
+        for group in groups
+        for task in reproduce.tasks_of(
+            dataclasses.replace(setting, methods=group["methods"], seeds=group["seeds"])
+        )
+    ]
 
 
 def _chosen(names: Sequence[str]) -> list[str]:

@@ -6,7 +6,7 @@ ran in them.
 
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from examples.proving_ground import programs
@@ -59,7 +59,7 @@ class Task(Protocol):
         """Returns a training problem of a kind of ``KINDS`` with the expert's demonstration."""
 
 
-LENGTHS: Mapping[str, tuple[int, ...]] = {"short": (2, 3, 4), "mid": (6, 7), "long": (8, 9), "new": (2, 3)}
+LENGTHS: Mapping[str, tuple[int, ...]] = {"short": (2, 3, 4), "mid": (5,), "long": (6, 7), "new": (2, 3)}
 """Kind -> numbers of steps of a problem."""
 
 NUM_NEW = (1, 1, 2)
@@ -76,9 +76,11 @@ def _draw_corpus_length(rng: random.Random) -> int:
     return rng.choices(list(CORPUS_LENGTHS), list(CORPUS_LENGTHS.values()))[0]
 
 
-def _draw_training_length(rng: random.Random, kind: str) -> tuple[int, int]:
+def _draw_training_length(
+    rng: random.Random, lengths: Mapping[str, tuple[int, ...]], kind: str
+) -> tuple[int, int]:
     """Returns the number of steps, and how many of them use new operations."""
-    return rng.choice(LENGTHS[kind]), rng.choice(NUM_NEW) if kind == "new" else 0
+    return rng.choice(lengths[kind]), rng.choice(NUM_NEW) if kind == "new" else 0
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,8 @@ class ChainTask:
     """The style of most solutions in the corpus: ``terse`` or ``spelled``."""
     style: str
     """The style of the others, which is the expert's: ``spelled`` or ``terse``."""
+    lengths: Mapping[str, tuple[int, ...]] = field(default_factory=lambda: LENGTHS)
+    """Kind -> numbers of steps of a training problem, so that the base model solves each kind as often as it should."""
 
     def corpus_item(self, rng: random.Random, phase: Phase) -> tuple[str, str]:
         if rng.random() < 0.06:  # the new operation, with random results
@@ -102,7 +106,7 @@ class ChainTask:
         return chain.problem, _write(chain, rng, chain.run(rng, CORPUS_NOISE), self.habit, CLEAN)
 
     def demonstration(self, rng: random.Random, kind: str, style: str, faults: Faults) -> Row:
-        chain = Chain(self.family, rng, *_draw_training_length(rng, kind))
+        chain = Chain(self.family, rng, *_draw_training_length(rng, self.lengths, kind))
         values = chain.run(rng, 0.3) if rng.random() < faults.wrong else chain.values
         response = _write(chain, rng, values, style, faults)
         return {"problem": chain.problem, "response": response, "answer": chain.answer}
@@ -116,6 +120,9 @@ def _write(chain: Chain, rng: random.Random, values: list[str], style: str, faul
 class ProgramTask:
     """Problems that programs.py makes."""
 
+    lengths: Mapping[str, tuple[int, ...]] = field(default_factory=lambda: LENGTHS)
+    """Kind -> numbers of steps of a training problem."""
+
     def corpus_item(self, rng: random.Random, phase: Phase) -> tuple[str, str]:
         if rng.random() < 0.06:
             program = Program(rng, rng.choice((2, 3)), 1)
@@ -128,7 +135,7 @@ class ProgramTask:
 
     def demonstration(self, rng: random.Random, kind: str, style: str, faults: Faults) -> Row:
         del style  # the expert writes programs in one style only
-        program = Program(rng, *_draw_training_length(rng, kind))
+        program = Program(rng, *_draw_training_length(rng, self.lengths, kind))
         is_wrong = rng.random() < faults.wrong
         operations = program.wrong_operations(rng, 0.3, False) if is_wrong else program.operations
         response = programs.stepwise(operations)
@@ -156,7 +163,7 @@ def corpus_item(corpus: Corpus, rng: random.Random, phase: Phase) -> tuple[str, 
 
 
 _TERSE = Phase(steps=1500, batch_tokens=2048, muon_lr=0.02, adam_lr=3e-3, style_share=0.12, style_length=3)
-_STYLED = Phase(steps=420, batch_tokens=2560, muon_lr=0.015, adam_lr=2e-3, style_share=0.6, style_length=9)
+_STYLED = Phase(steps=1000, batch_tokens=2560, muon_lr=0.015, adam_lr=2e-3, style_share=0.6, style_length=9)
 _TERSE_AGAIN = Phase(
     steps=120, batch_tokens=2048, muon_lr=0.006, adam_lr=1e-3, style_share=0.05, style_length=6
 )
@@ -184,6 +191,8 @@ class World:
     style: str
     """The expert's style: ``spelled``, ``terse`` or ``stepwise``."""
     faults: Faults = CLEAN
+    is_fluent: bool = False
+    """Whether the base model can use the expert's style for long problems."""
 
     @property
     def task(self) -> Task:
@@ -198,19 +207,24 @@ _MANY = Faults(redundant=0.25, wandering=0.25, jumping=0.15, wrong=0.20)
 
 DEVELOPMENT: dict[str, World] = {
     "clock-fluent": World(
-        "The policy can use the expert's style, but rarely does", "clock-fluent", "spelled", _USUAL
+        "The policy can use the expert's style, but rarely does", "clock-fluent", "spelled", _USUAL, True
     ),
     "clock-foreign": World("The policy cannot use the expert's style", "clock", "spelled", _USUAL),
 }
 KEPT: dict[str, World] = {
     "tape-clean": World(
-        "Long faultless demonstrations in a style that the policy can use", "tape-fluent", "spelled"
+        "Long faultless demonstrations in a style that the policy can use",
+        "tape-fluent",
+        "spelled",
+        CLEAN,
+        True,
     ),
     "tape-noisy": World(
         "The same style; a fifth of the demonstrations is wrong, others wander or jump",
         "tape-fluent",
         "spelled",
         _MANY,
+        True,
     ),
     "tape-foreign": World(
         "Long demonstrations in a style that the policy cannot use", "tape", "spelled", _USUAL

@@ -3,22 +3,31 @@
 import json
 import random
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
 
+from examples.benchmark_reproduction.reproduce import Task
+from examples.proving_ground import run
 from examples.proving_ground.make_world import write_world
 from examples.proving_ground.pretrain_base import build_tokenizer, encode
+from examples.proving_ground.regimes import Regime, describe, first_step, is_in_style
+from examples.proving_ground.regimes import is_right as is_response_right
 from examples.proving_ground.worlds import (
     CORPORA,
     KINDS,
     RETAINED,
     WORLDS,
+    Phase,
     Row,
     corpus_item,
     retained_row,
     symbols,
 )
+
+HABIT = Phase(steps=1, batch_tokens=1, muon_lr=0.0, adam_lr=0.0, style_share=0.0, style_length=1)
+"""A phase in which every solution has the base model's own style."""
 
 
 def solve_clock(problem: str) -> str:
@@ -131,3 +140,51 @@ def test_files_share_no_problem_and_are_the_same_again(tmp_path: Path) -> None:
     assert len(set.union(*heldout)) == sum(map(len, heldout))
     assert problems["train-1.jsonl"] != problems["train-2.jsonl"]
     assert not set.union(*heldout) & (problems["train-1.jsonl"] | problems["train-2.jsonl"])
+
+
+def test_groups_give_their_methods_their_seeds() -> None:
+    groups = [{"methods": ["base", "sft"], "seeds": [1, 2]}, {"methods": ["dft"], "seeds": [3]}]
+
+    def tasks(methods: list[str] | None, seeds: list[int] | None) -> list[Task]:
+        study = {"groups": [dict(group) for group in groups], "train": {}, "evaluate": {}, "num_jobs": 1}
+        found = run.groups_of(study, methods, seeds)
+        return run.tasks_of(run.setting_of(study, "clock-fluent", Path("w"), "dev", Path("b")), found)
+
+    assert tasks(None, None) == [Task("base", 1), Task("sft", 1), Task("sft", 2), Task("dft", 3)]
+    assert tasks(["dft", "raft"], None) == [Task("dft", 3), Task("raft", 1), Task("raft", 2)]
+    assert tasks(["dft"], [5, 6]) == [Task("dft", 5), Task("dft", 6)]
+
+
+def test_the_study_is_one_that_runs() -> None:
+    study = tomllib.loads((run.FOLDER / "study.toml").read_text())
+    groups = run.groups_of(study, None, None)
+    for world in WORLDS:
+        tasks = run.tasks_of(run.setting_of(study, world, Path("w"), "test", Path("b")), groups)
+        assert len(set(tasks)) == len(tasks) and {task.seed for task in tasks} == {1, 2, 3, 4, 5}
+
+
+@pytest.mark.parametrize("name", list(WORLDS))
+def test_the_check_of_the_base_model_knows_right_answers_and_the_style(name: str) -> None:
+    world, rng = WORLDS[name], random.Random(6)
+    for kind in KINDS:
+        for _ in range(20):
+            row = world.demonstration(rng, kind)
+            assert is_response_right(row, row["response"]) == is_right(row)
+            assert row["response"].startswith(first_step(world, row["response"]))
+            assert is_in_style(world, row["response"])
+            problem, response = WORLDS[name].task.corpus_item(rng, HABIT)
+            assert problem and not is_in_style(world, response)
+    assert not is_response_right({"tests": ["assert f(1) == 1"]}, "def f(x):\n return 1**x")
+
+
+def test_a_base_model_outside_its_regime_is_named() -> None:
+    right = {"short": 0.9, "mid": 0.7, "long": 0.2, "new": 0.05}
+    fluent = Regime(right=right, styled=0.8, habit=0.05)
+    assert fluent.faults(WORLDS["clock-fluent"]) == []
+    assert describe("clock-fluent", fluent).endswith("habit 0.05: as intended")
+    (fault,) = fluent.faults(WORLDS["clock-foreign"])
+    assert "style" in fault
+    (fault,) = Regime(right={**right, "long": 0.9}, styled=0.8, habit=0.05).faults(WORLDS["clock-fluent"])
+    assert fault.startswith("long 0.90")
+    (fault,) = Regime(right=right, styled=0.8, habit=0.5).faults(WORLDS["clock-fluent"])
+    assert "0.50" in fault and "0.25" in fault
