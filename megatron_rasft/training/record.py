@@ -107,7 +107,7 @@ class RunRecord:
             RasftError: the file cannot be written.
         """
         if self._is_rank_zero and self._save is not None:
-            before = RunStatus.read(self._save) or RunStatus(state=state)
+            before = RunStatus.read(self._save) or RunStatus(state="running")
             if state == before.state == "failed":
                 return  # The first error is the cause of the later ones.
             changes = {
