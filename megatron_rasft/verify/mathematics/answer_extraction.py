@@ -25,18 +25,18 @@ _ANSWER_IN_OTHER_LANGUAGES = (
 _ANSWER_PHRASE = re.compile(
     r"(?:answer|result|solution|option|choice)s?\s{0,5}(?:is|are|would be|equals|comes to|:|=|：)(?:\s{0,5}:)?(?![a-z])"
     r"|final answer\W{0,10}\n"
-    r"|(?m:^)\s{0,5}####"
+    r"|(?m:^)\s{0,5}####|<answer>"
     rf"|{_ANSWER_IN_OTHER_LANGUAGES}",
     re.IGNORECASE,
 )
 _ANSWER_ONLY_PHRASE = re.compile(r"(?:result|solution)", re.IGNORECASE)
-_SENTENCE_END = re.compile(r"[.!?](?=[\s*$]|$)|[。！？]")
+_SENTENCE_END = re.compile(r"(?<!\bi\.e)(?<!\be\.g)[.!?](?=[\s*$]|$)|[。！？]")
 _NUMBER = re.compile(
     r"(?<![\w.])-?\$?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?:\.\d+|(?<=\d))(?:/\d+(?![\d.]))?\s?%?"
 )
 _CLAUSE = re.compile(
-    r"(?:\b(?:because|since|which|where|so that|as (?:required|desired|expected|we|it)|i\.e\.|rather than|instead of"
-    r"|and not|but not|not)\b|，|\s?(?:です|である)|,\sI (?:think|believe|guess|hope)\b|,\s(?=(?:so|as|giving|but|and (?:we|so|thus))\b))",
+    r"(?:\b(?:because|since|which|where|so that|as (?:required|desired|expected|we|it)|rather than|instead of"
+    r"|and not|but not|not)\b|，|\s?(?:です|である)|,?\s?\b(?:i\.e|e\.g)\.|\s?</answer>|,\sI (?:think|believe|guess|hope)\b|,\s(?=(?:so|as|giving|but|and (?:we|so|thus))\b))",
     re.IGNORECASE,
 )
 _NAME_BEFORE = re.compile(r"(?<![A-Za-z\\])((?:\\?[A-Za-z]+)(?:_\{?\w{1,5}\}?)?)\s*=\s*\$?\s*$")
@@ -124,7 +124,7 @@ _DOUBT_BEFORE = re.compile(
     re.IGNORECASE,
 )
 _LATER_ANSWER = re.compile(
-    r"^\W{0,10}(?:the |final |my |correct )*answer\s{0,3}(?:is|:)|\bthe (?:final |correct )?answer (?:is|should be)\b"
+    r"<answer>|^\W{0,10}(?:the |final |my |correct )*answer\s{0,3}(?:is|:)|\bthe (?:final |correct )?answer (?:is|should be)\b"
     r"|\b(?:it|this|that)(?:'s| is) (?:actually|really|rather)(?=\W{1,6}\d)"
     r"|\b(?:it|this|that) (?:actually )?(?:should|must|has to) be(?=\W{1,6}\d)"
     rf"|{_ANSWER_IN_OTHER_LANGUAGES}",

@@ -16,6 +16,7 @@ from megatron_rasft.verify.mathematics.expressions import (
 )
 from megatron_rasft.verify.mathematics.units import Unit, is_degree, is_radian
 from megatron_rasft.verify.mathematics.values import (
+    MAX_ITEMS,
     Assignment,
     Based,
     Cases,
@@ -252,7 +253,8 @@ def _combined(value: Region) -> tuple[str, Set] | None:
         result = {r"\cup": Union, r"\cap": sympy.Intersection, r"\setminus": sympy.Complement}[operator](
             result, part
         )
-    return "", result
+    is_finite = isinstance(result, sympy.Range) and result.size.is_finite and result.size <= MAX_ITEMS
+    return "", FiniteSet(*result) if is_finite else result
 
 
 _NUMBER_SETS = {
@@ -562,7 +564,7 @@ def _matrices_match(gold: Value, answer: Value, rel_tolerance: float) -> bool | 
             is_vector = 1 in (len(x.rows), len(x.rows[0]))
             if (
                 not is_vector
-                or y.brackets not in ("()", "")
+                or y.brackets not in ("()", "", "[]" if y is answer else "")
                 or y.joined_by == "or"
                 or len(cells) != len(y.items)
             ):
@@ -681,14 +683,34 @@ def _congruences_match(gold: Value, answer: Value, _: float) -> bool | None:
         return gold.modulus == answer.modulus and residues[0] == residues[1]
     congruence, other = (gold, answer) if isinstance(gold, Congruence) else (answer, gold)
     if isinstance(other, Assignment):
+        if isinstance(congruence, Congruence) and congruence.name and congruence.name not in other.names:
+            return False
         other = _assigned(other) or other
     if not isinstance(congruence, Congruence) or len(congruence.residues) > 1:
         return False
     number, residue = _sympy_value(other), congruence.residues[0]
+    if number is not None and number.free_symbols:
+        return _is_residue_class(number, residue, congruence.modulus)
     # An answer 12 (mod 7) does not name 5
     accepted = (residue,) if congruence is answer else (residue, residue % congruence.modulus)
     return number is not None and any(
         values_equal(number, Rational(r.numerator, r.denominator)) is True for r in accepted
+    )
+
+
+def _is_residue_class(numbers: Any, residue: Fraction, modulus: Fraction) -> bool:
+    """Returns whether an expression such as ``5k + 2`` gives the numbers that are congruent to ``residue``."""
+    symbols = numbers.free_symbols
+    if len(symbols) != 1 or not {s.name for s in symbols} <= {"k", "n", "m", "t", "j", "l", "a", "q"}:
+        return False
+    (symbol,) = symbols
+    step, start = numbers.coeff(symbol, 1), numbers.coeff(symbol, 0)
+    is_linear = sympy.expand(numbers - step * symbol - start) == 0
+    return bool(
+        is_linear
+        and step in (modulus, -modulus)
+        and start.is_Integer
+        and (int(start) - residue) % modulus == 0
     )
 
 

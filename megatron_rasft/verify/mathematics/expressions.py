@@ -62,6 +62,7 @@ _WORD = re.compile(r"[A-Za-z]{4,}")
 # latex2sympy evaluates binomials while it parses
 _HUGE = re.compile(r"\\binom[^A-Za-z]*\d{6}|\\prod(?![A-Za-z]).{0,40}\^\s*\{?\s*(?:\d{5}|10\^)")
 _INTEGER_NAMES = frozenset("n m k N M K".split())
+_CONSTANT_NAME = re.compile(r"[CcKkD](?:_\{?\w+\}?)?")
 _CALCULUS = (sympy.Integral, sympy.Limit, sympy.Derivative, sympy.Sum, sympy.Product)
 
 
@@ -298,10 +299,14 @@ def _symbols(*expressions: Any) -> list[Symbol]:
 
 def _with_constant_of(gold: Any, answer: Any) -> Any:
     """Renames the answer's constant of integration to the gold answer's, if both are added to the rest."""
-    constants = [s for s in gold.free_symbols - answer.free_symbols if s.name in ("C", "c", "K", "k")]
-    others = [s for s in answer.free_symbols - gold.free_symbols if re.fullmatch(r"[A-Za-z](_\w+)?", s.name)]
+    constants, others = (
+        [symbol for symbol in e.free_symbols - other.free_symbols if _CONSTANT_NAME.fullmatch(symbol.name)]
+        for e, other in ((gold, answer), (answer, gold))
+    )
     if len(constants) == len(others) == 1 and all(
-        sympy.diff(e, s) == 1 for e, s in ((gold, constants[0]), (answer, others[0]))
+        # The constant is added to a function. A constant alone is an answer of its own: c is not k
+        len(e.free_symbols) > 1 and sympy.diff(e, symbol) == 1
+        for e, symbol in ((gold, constants[0]), (answer, others[0]))
     ):
         return answer.xreplace({others[0]: constants[0]})
     return answer
@@ -332,7 +337,7 @@ def _magnitude(e: Any) -> float:
     try:
         if e.free_symbols:
             return 1.0
-        if _height(e) > 12:
+        if _height(e) > 60:
             return 2.0 * _MAX_DIGITS if e.is_Integer or e.args else 1.0
         return min(abs(complex(e.evalf(5))), 2.0 * _MAX_DIGITS)
     except (TypeError, ValueError, OverflowError, AttributeError):

@@ -79,6 +79,7 @@ _END = r"(?:[^\[\](){},;]|\{[^{}]*\}){1,60}"
 _INTERVAL = re.compile(
     rf"(\[|\(|(?<![\w}})\]])\])({_END}[,;]{_END})(\)|\]|\[(?=\s*(?:$|[,;)}}]|\\|or\b|and\b)))"
 )
+_CURRENCY_IN_TEXT = re.compile(r"\\(?:text|mathrm|mbox)\s*\{\s*([€£¥₹])\s*\}")
 _QUOTES = (
     ("$$", "$$"),
     ("$", "$"),
@@ -101,6 +102,7 @@ def tidy(answer: str) -> str:
     for rule, new in _COMMAND_RULES:
         answer = rule.sub(lambda _, new=new: new, answer)  # type: ignore[misc]
     answer = _FORMULA.sub(r" \1 ", answer)
+    answer = _CURRENCY_IN_TEXT.sub(r"\1", answer)
     answer = _MONEY_SIGN.sub(r"\1\\usd ", answer)
     answer = answer.replace(r"\$", "").replace("$", "")
     for mark in (r"\(", r"\)", r"\[", r"\]"):
@@ -130,6 +132,7 @@ def _plain_characters(text: str) -> str:
         text = re.sub(r"\^\{([^{}]*)\}⁄?_\{([^{}]*)\}(?=$|[^\w])", r"^{\1}_{\2}", text)
         text = _replace_roots(text.translate(_TRANSLATION))
         text = _VULGAR.sub(_mixed, unicodedata.normalize("NFKC", text)).translate(_TRANSLATION)
+        text = text.replace("⁄", "/")
     return "".join(" " if c in "\t\n\r\u2028" else c for c in text if c in "\t\n\r" or not _is_invisible(c))
 
 

@@ -94,6 +94,7 @@ _SINGULARS = frozenset(
 _COUNTED = frozenset("digits points pairs options choices squares cubes factors roots zeros bits".split())
 _UNIT_NAME = r"((?:\\(?:text|mathrm|rm)\s*\{[^{}]*\}|[A-Za-z]{1,4})(?:\s*\^\s*\{?\d\}?)?)"
 _UNIT_FRACTION = re.compile(rf"\\frac\s*\{{\s*{_UNIT_NAME}\s*\}}\s*\{{\s*{_UNIT_NAME}\s*\}}")
+_PREFIXED_OHM = re.compile(r"\\(?:text|mathrm|rm)\s*\{\s*([kMGmμun])\s*\}\s*\\(?:Omega|ohm)")
 _TRAILING_WORDS = re.compile(
     r"\s+(?:old|long|tall|wide|high|deep|apart|away|each|total|in total|in all|left|remaining|altogether)$"
 )
@@ -138,6 +139,7 @@ def parse_unit(text: str) -> Unit | None:
     Text without a unit of the table counts things if it ends with a plural noun and has no word that changes a number.
     """
     text = _UNIT_FRACTION.sub(r"\1/\2", text)
+    text = _PREFIXED_OHM.sub(r"\1Ω", text)
     text = TEXT_WRAPPER.sub(
         r" \1 ", re.sub(r"\\mu\s*", "μ", text).replace(r"\Omega", "Ω").replace(r"\ohm", "Ω")
     )

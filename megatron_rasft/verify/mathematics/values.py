@@ -186,7 +186,7 @@ _AND_WORD = re.compile(r"\\text\s*\{\s*,?\s*and\s*\}|(?<![A-Za-z\\])and(?![A-Za-
 _SET_OPERATION = re.compile(r"(\\(?:cup|cap|setminus)(?![A-Za-z]))")
 _NUMBER_SET = re.compile(r"\\mathbb\s*\{?\s*([RZNQC])\s*\}?(\^\{?[+*]\}?|_\{?[+>\d ]+\}?)?")
 _SET_BUILDER = re.compile(
-    r"\\?\{\s*(?P<name>[A-Za-z]|\\[a-z]+ ?)\s*(?:\\in\s*\\mathbb\{R\}|:)?\s*(?:\\mid|\||:|,|\\text\{ such that \})\s*(?P<condition>.+?)\s*\\?\}"
+    r"\\?\{\s*(?P<name>[A-Za-z]|\\[a-z]+ ?)\s*(?:\\in\s*\\mathbb\s*\{?(?P<domain>[RZNQ])\}?)?\s*(?:\\mid|\||:|,(?=[^{}]*(?:[<>=]|\\(?:le|ge|ne|in)(?![A-Za-z])))|\\text\{ such that \})\s*(?P<condition>.+?)\s*\\?\}"
 )
 _THOUSANDS = re.compile(r"[+-]?\d{1,3}(?:,\d{3})+")
 _PLUS_MINUS = re.compile(r"\\(pm|mp)(?![A-Za-z])")
@@ -198,6 +198,7 @@ _CASES = re.compile(
     r"\\begin\s*\{(?P<kind>d?cases|aligned|align\*?)\}(?P<body>.*)\\end\s*\{(?P=kind)\}", re.DOTALL
 )
 _CONDITION = re.compile(r"^(?:\\text\s*\{\s*,?\s*(?:if|for|when|where)\s*\}|\b(?:if|for|when|where)\b|,|\s)+")
+_IS_PROPERTY = re.compile(r"\bis (?:an? )?(?=(?:even|odd|prime|rational|irrational|an? integer|integer)\b)")
 _OTHERWISE = re.compile(r"\W*(?:\\text\s*\{\s*)?(?:otherwise|else|all other .*)\s*\}?\W*", re.IGNORECASE)
 _PERCENT_SIGN = r"\%"
 _TRAILING_UNIT = re.compile(
@@ -433,6 +434,7 @@ def _read_case(row: str) -> tuple[Value, Value | None]:
             r"\\text\s*\{\s*,?\s*(?:if|for|when|otherwise)\b|\b(?:if|for|when|otherwise)\b", row
         )
         value, condition = (row[: match.start()], row[match.start() :]) if match else (row, "")
+    condition = _IS_PROPERTY.sub("", condition)
     if _OTHERWISE.fullmatch(condition):
         return read_value(tidy(value)), None
     return read_value(tidy(value)), read_value(tidy(_CONDITION.sub("", condition.strip())))
@@ -474,7 +476,12 @@ def _read_congruence(text: str) -> Value | None:
 
 def _read_set_builder(text: str) -> Value | None:
     match = _SET_BUILDER.fullmatch(text)
-    return Membership(match["name"].strip(), read_value(match["condition"])) if match else None
+    if not match:
+        return None
+    condition = read_value(match["condition"])
+    if match["domain"] and match["domain"] != "R":
+        condition = Region((condition, Region((Words(f"\\mathbb{{{match['domain']}}}"),), ())), (r"\cap",))
+    return Membership(match["name"].strip(), condition)
 
 
 def _read_list(text: str) -> Value | None:

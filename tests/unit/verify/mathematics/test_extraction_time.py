@@ -9,7 +9,7 @@ from megatron_rasft.verify.mathematics.answer_extraction import extract_answers
 NUM_CHARS = 20_000
 REPEATED = [
     *("\n", " ", "$", "(", ")", ",", ".", "?", "*", "#", "{", "}", "1", "x", "\\", "%", "。", "- "),
-    *("1,", "1/", "1.", "1,000", "<think>", "</think>", "\\boxed{", "\\boxed{5} or ", "\\boxed{5}, x = ", "\\text{"),
+    *("1,", "1/", "1.", "1,000", "<think>", "</think>", "<answer>", "\\boxed{", "\\boxed{5} or ", "\\boxed{5}, x = ", "\\text{"),
     *("wait, ", "hmm, ", ". oh, ", ". no but ", "not ", "answer is ", "the answer is not ", "option A is ", "答案", "x = "),
     *("(a) ", "(a) \\boxed{5} ", "part 1: ", "1. $", "3, ", "(3, ", "I do not ", "$x", "\\sqrt{", "\\frac{1}", "is not "),
 ]  # fmt: skip
