@@ -19,6 +19,7 @@ program, setup, tests = json.loads(sys.stdin.read())
 names = {"__name__": "solution"}
 for source in (program, setup, *tests):
     exec(compile(source, "<source>", "exec"), names)
+open("passed", "w").close()
 """
 _CALL_CHECK = "check({})"
 
@@ -47,4 +48,6 @@ def run_plainly(program: str, tests: CodeTests, timeout_s: float, memory_bytes: 
             )
         except subprocess.TimeoutExpired:
             return "timeout"
-    return "wrong" if done.returncode else "correct"
+        # A program may end the interpreter with success before the tests are over
+        has_passed = tests.style == "pytest" or Path(folder, "passed").exists()
+    return "correct" if has_passed and not done.returncode else "wrong"

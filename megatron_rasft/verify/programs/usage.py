@@ -21,7 +21,7 @@ MAX_FILES = 1024
 _MAX_NAMELESS = 16
 # A program that moves folders while they are counted hides them, unless it is stopped during the look
 _STOPS_EVERY_S = 1.0
-_MAX_WAIT_FOR_STOP_S = 0.2
+_MAX_WAIT_FOR_STOP_S = 0.05
 
 
 class Watcher:

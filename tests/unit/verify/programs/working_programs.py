@@ -22,7 +22,7 @@ ANYWHERE = {
     "uuid": "import uuid, secrets, random\nprint(len(str(uuid.uuid4())), len(secrets.token_hex(4)), uuid.uuid5(uuid.NAMESPACE_DNS, 'a'))",
     "gc": "import gc, weakref, tracemalloc, faulthandler\ntracemalloc.start(); gc.collect(); print(tracemalloc.get_traced_memory()[0] >= 0)",
     "eventfd": "import os\nf = os.eventfd(1); print(os.eventfd_read(f))",
-    "queue": "import queue, threading, sched, time\nq = queue.Queue()\nthreading.Thread(target=q.put, args=(1,)).start()\nprint(q.get(timeout=1)); s = sched.scheduler(); s.enter(.001, 1, print, ['s']); s.run()\nc = threading.Condition()\nwith c: c.wait(.001)\nthreading.Barrier(1).wait(); print(threading.Event().wait(.001))",
+    "queue": "import queue, threading, sched, time\nq = queue.Queue()\nthreading.Thread(target=q.put, args=(1,)).start()\nprint(q.get(timeout=60)); s = sched.scheduler(); s.enter(.001, 1, print, ['s']); s.run()\nc = threading.Condition()\nwith c: c.wait(.001)\nthreading.Barrier(1).wait(); print(threading.Event().wait(.001))",
     "big integers": "assert len(str(3**10000)) == 4772",
     "refused process": "import subprocess, os, multiprocessing\nfor start in (lambda: subprocess.run(['true']), os.fork, lambda: multiprocessing.Process(target=print).start(), lambda: os.posix_spawn('/bin/true', ['true'], {})):\n    try: start()\n    except PermissionError: continue\n    raise AssertionError('started')",
 }  # fmt: skip
