@@ -100,6 +100,7 @@ class Rank:
         sys.stdout = os.fdopen(1, "w", buffering=1)
         sys.stderr = os.fdopen(2, "w", buffering=1)
         os.environ.update(self.variables)
+        _fork_workers_from_the_parent()
         for prepare in self.prepare:
             prepare()
         sys.argv = [str(self.program), *self.arguments]
@@ -148,10 +149,18 @@ def run(
     return Outcome(codes, [r.log.read_text(errors="replace") if r.log.exists() else "" for r in ranks])
 
 
+def _fork_workers_from_the_parent() -> None:
+    """Lets the verifier's workers be forked from this rank's parent, which has imported the grader.
+
+    A process that multiprocessing has forked knows its parent's address, but Python starts another fork server for its children.
+    """
+    forkserver._forkserver.ensure_running = lambda: None  # type: ignore[attr-defined]
+
+
 def run_program(program: Path, arguments: Sequence[str], log: Path) -> int:
     """Stands in for examples.benchmark_reproduction.preloading.run_program, and raises an AssertionError if the program fails."""
     rank = Rank(program=program, arguments=arguments, log=log, variables={})
-    outcome = run([rank], timeout_s=240)
+    outcome = run([rank], timeout_s=600)
     assert outcome.codes == [0], outcome.output
     return 0
 

@@ -8,6 +8,8 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401
 
+import megatron_rasft.verify.mathematics.answer_grading
+import megatron_rasft.verify.programs.program_grading  # noqa: F401
 import pretrain_rasft  # noqa: F401
 import tests.functional.launching
 import tests.tiny_models
