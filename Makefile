@@ -32,11 +32,13 @@ PARTS := pytest-runs pytest-servers pytest-units pytest-slurm pytest-emulated
 pytest: venv
 	$(MAKE) --jobs=3 --output-sync=target $(PARTS)
 
-# The parts share the cores, and their tensors are tiny: more threads only wait for each other.
+# The parts share the cores, and their tensors are tiny: more threads only wait for each other. Their many processes would compile
+# the same modules again if bytecode were not written.
 $(PARTS): export OMP_NUM_THREADS = 1
+$(PARTS): export PYTHONDONTWRITEBYTECODE =
 
 pytest-servers: servers
-	$(BIN)/python -m pytest -m "servers and not gpu" $(ARGS)
+	$(BIN)/python -m pytest -m "servers and not gpu" tests/functional tests/distributed $(ARGS)
 
 pytest-runs: venv
 	$(BIN)/python -m pytest -m "not servers and not gpu" -p no:cacheprovider tests/functional tests/distributed $(ARGS)
