@@ -104,14 +104,16 @@ def test_every_documented_command_is_run_by_a_test() -> None:
 
 
 def test_first_real_run_starts_as_the_readme_says(workshop: Workshop, tmp_path: Path) -> None:
-    """The README's own flags, on two processes and with small sizes appended, because the last value of a flag counts."""
+    """The README's own flags, on two processes and with small sizes appended, because the last value of a flag counts.
+
+    tests/emulated_gpu/test_start.py runs the same command under torchrun.
+    """
     command = next(c for c in commands(ROOT / "README.md") if c.startswith(FIRST_RUN))
     names = {"DIR": str(workshop.policy), "train.jsonl": str(workshop.sums)}
     flags = [names.get(word, word) for word in shlex.split(command)[4:]]
     flags += f"--save {tmp_path}/save --export-hf {tmp_path}/hf --train-iters 1 --seq-length 64".split()
     flags += ["--global-batch-size", "8", "--rollout-max-new-tokens", "12", "--data-prompt-suffix", ""]
-    outcome = launching.torchrun(flags, 2)
-    assert outcome.codes == [0], outcome.output
+    outcome = launching.succeed(tmp_path / "logs", flags, 2)
     assert "step 1/1" in outcome.output and "tp 2" in outcome.output
     transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
 

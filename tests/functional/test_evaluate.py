@@ -33,13 +33,10 @@ def command(workshop: Workshop, output: Path, *more: str) -> list[str]:
     ]
 
 
-def run_command(flags: list[str], num_processes: int = 1) -> str:
-    """Runs the command that a user types, in new interpreters; returns its standard output."""
-    launcher = [sys.executable]
-    if num_processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes)]
+def run_command(flags: list[str]) -> str:
+    """Runs the command that a user types, in a new interpreter; returns its standard output."""
     done = subprocess.run(
-        [*launcher, str(TOOL), *flags],
+        [sys.executable, str(TOOL), *flags],
         env=os.environ | ENVIRONMENT,
         capture_output=True,
         text=True,
@@ -50,10 +47,10 @@ def run_command(flags: list[str], num_processes: int = 1) -> str:
     return done.stdout
 
 
-def run(folder: Path, flags: list[str]) -> str:
-    """Runs the tool in a forked process, which saves ten seconds of imports; returns its output."""
-    outcome = launching.run(folder, flags, program=TOOL, has_launcher=False)
-    assert outcome.codes == [0], outcome.output
+def run(folder: Path, flags: list[str], world_size: int = 1) -> str:
+    """Runs the tool in forked processes, which saves ten seconds of imports each; returns their output."""
+    outcome = launching.run(folder, flags, world_size, program=TOOL, has_launcher=world_size > 1)
+    assert outcome.codes == [0] * world_size, outcome.output
     return outcome.output
 
 
@@ -132,8 +129,8 @@ def test_checkpoint_on_two_ranks_gives_the_samples_of_its_exported_folder(
     save, folder = tmp_path / "save", tmp_path / "folder"
     workshop.train(save, ["--train-iters", "2", "--export-hf", str(folder), "--objective", "sft"])
     run(tmp_path / "logs", command(workshop, tmp_path / "a", "--model", str(folder)))
-    parallel = ["--tensor-model-parallel-size", "2"]
-    run_command(command(workshop, tmp_path / "b", "--checkpoint", str(save), *parallel), num_processes=2)
+    parallel = ["--checkpoint", str(save), "--tensor-model-parallel-size", "2"]
+    run(tmp_path / "logs-parallel", command(workshop, tmp_path / "b", *parallel), world_size=2)
     a, b = samples(tmp_path / "a"), samples(tmp_path / "b")
     assert [(r.problem_id, r.response_ids, r.verdict) for r in a] == [
         (r.problem_id, r.response_ids, r.verdict) for r in b

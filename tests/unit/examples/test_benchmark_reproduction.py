@@ -13,6 +13,7 @@ import pytest
 from examples.benchmark_reproduction import comparison, preloading, records, reproduce
 from megatron_rasft.errors import RasftError
 from megatron_rasft.tools.evaluation.statistics import bootstrap_interval, paired_interval
+from tests.forking import call_on_ranks
 from tests.tiny_policy import write_model
 from tools import evaluate
 
@@ -32,25 +33,27 @@ def users_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, str(model if name == "MODEL" else tmp_path / f"{name.lower()}.jsonl"))
 
 
-PARSING_CHILD = """
-import json, os, sys
-from megatron_rasft.training import cpu_backend
-cpu_backend.enable()  # as the programs do
-from megatron_rasft.training import startup
-for world_size, flags in json.load(sys.stdin):
-    os.environ["WORLD_SIZE"] = world_size
-    sys.argv = ["x"]
-    args, config, _ = startup.parse(flags, needs_data=False)
-    print(json.dumps({"objective": config.objective.name, "seed": args.seed, "train_data": args.train_data,
-        "prompt": [config.data.data_system_prompt, config.data.data_prompt_suffix],
-        "seeds": [args.seed, config.data.data_seed, config.rollout.rollout_seed]}))
-"""
+def _parse_jobs(rank: int, folder: str) -> None:
+    """Reads the command lines in jobs.json as the programs do, and writes the important values to parsed.json."""
+    from megatron_rasft.training import startup
+
+    os.environ["RANK"] = "0"
+    parsed = []
+    for world_size, flags in json.loads(Path(folder, "jobs.json").read_text()):
+        os.environ["WORLD_SIZE"] = world_size
+        args, config, _ = startup.parse(flags, needs_data=False)
+        found = {"objective": config.objective.name, "train_data": args.train_data}
+        found["prompt"] = [config.data.data_system_prompt, config.data.data_prompt_suffix]
+        found["seeds"] = [args.seed, config.data.data_seed, config.rollout.rollout_seed]
+        parsed.append(found)
+    Path(folder, "parsed.json").write_text(json.dumps(parsed))
 
 
 @pytest.mark.usefixtures("users_files")
-def test_every_command_of_every_setting_parses() -> None:
+def test_every_command_of_every_setting_parses(tmp_path: Path) -> None:
     """The programs' own parsers read the commands, without building a model. Most settings are tested with two methods."""
-    jobs, expected = [], []
+    jobs: list[tuple[str, list[str]]] = []
+    expected = []
     for path in SETTINGS:
         setting = reproduce.read_setting(path)
         methods = [m for m in setting.methods if path.stem == "cpu" or m in ("rasft", "grpo")]
@@ -62,8 +65,10 @@ def test_every_command_of_every_setting_parses() -> None:
             args, megatron_flags = evaluate.build_parser().parse_known_args(command[program + 1 :])
             evaluate.EvaluationConfig.from_args(args)
             world_size = str(setting.num_processes)
-            jobs.append((world_size, ["--hf-model", os.environ["MODEL"], *megatron_flags]))
-            expected.append(None)
+            job = (world_size, ["--hf-model", os.environ["MODEL"], *megatron_flags])
+            if job not in jobs:  # the methods of a setting are evaluated with the same flags
+                jobs.append(job)
+                expected.append(None)
             if task.method == "base":
                 continue
             command = reproduce.training_command(setting, task, output)
@@ -71,20 +76,9 @@ def test_every_command_of_every_setting_parses() -> None:
             flags[flags.index("--hf-model") + 1] = os.environ["MODEL"]
             jobs.append((world_size, flags))
             expected.append((task, [args.system_prompt, args.prompt_suffix]))
-    environment = {**os.environ, "RANK": "0", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
-    child = [sys.executable, "-W", "ignore", "-c", PARSING_CHILD]
-    done = subprocess.run(
-        child,
-        cwd=reproduce.ROOT,
-        env=environment,
-        input=json.dumps(jobs),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    parsed = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert len(parsed) == len(jobs)
+    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
+    call_on_ranks(_parse_jobs, tmp_path, 1)
+    parsed = json.loads((tmp_path / "parsed.json").read_text())
     for found, wanted in zip(parsed, expected, strict=True):
         if wanted is None:
             continue
