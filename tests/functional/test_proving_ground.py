@@ -15,6 +15,12 @@ def test_a_study_runs_and_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(preloading, "run_program", forking.run_program)
+    study = (run.FOLDER / "study.toml").read_text(encoding="utf-8")
+    assert "max-new-tokens = 160" in study
+    (tmp_path / "study.toml").write_text(
+        study.replace("max-new-tokens = 160", "max-new-tokens = 24"), encoding="utf-8"
+    )
+    monkeypatch.setattr(run, "FOLDER", tmp_path)
     corpus = CORPORA["programs"]
     phase = dataclasses.replace(corpus.phases[0], steps=2)
     monkeypatch.setitem(CORPORA, "programs", dataclasses.replace(corpus, phases=(phase,)))
