@@ -41,12 +41,12 @@ def main(rank: int, world_size: int, root: Path) -> None:
     )
     results = {}
     for case in cases(world_size):
-        faulthandler.dump_traceback_later(60, exit=True)
+        faulthandler.dump_traceback_later(300, exit=True)
         print(case.key, file=sys.stderr, flush=True)
         with contextlib.redirect_stdout(io.StringIO()):
             results[case.key] = train(case, root)
     for flags in PLANNED.get(world_size, []):
-        faulthandler.dump_traceback_later(60, exit=True)
+        faulthandler.dump_traceback_later(300, exit=True)
         with contextlib.redirect_stdout(io.StringIO()):
             check_planned_bytes(flags, root)
     if rank == 0:

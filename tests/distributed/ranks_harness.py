@@ -8,7 +8,7 @@ from typing import Any
 from tests import forking
 
 
-def run_ranks(worker: Path, world_size: int, root: Path, timeout_s: int = 300) -> forking.Outcome:
+def run_ranks(worker: Path, world_size: int, root: Path, timeout_s: int = 900) -> forking.Outcome:
     """Runs ``worker RANK WORLD_SIZE ROOT`` on every rank. If one fails, the test fails with the output of all ranks."""
     ranks = [
         forking.Rank(

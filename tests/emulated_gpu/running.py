@@ -77,7 +77,7 @@ def command(
     line: Sequence[str],
     *packages: str,
     more: Mapping[str, str] | None = None,
-    timeout_s: float = 240,
+    timeout_s: float = 600,
 ) -> subprocess.CompletedProcess[str]:
     """Runs a command on the emulated machine. Standard output and standard error are both in ``stdout``."""
     environment = os.environ | variables(*packages) | (more or {})

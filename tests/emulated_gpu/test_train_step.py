@@ -25,7 +25,7 @@ def test_each_process_has_a_gpu_and_megatron_trains_the_same(tmp_path: Path) -> 
         for rank in range(2)
     ]
     outcome = forking.run(
-        ranks, timeout_s=240, ends_with_first_failure=True, parent=running.parent("transformer_engine")
+        ranks, timeout_s=600, ends_with_first_failure=True, parent=running.parent("transformer_engine")
     )
     assert outcome.codes == [0, 0], outcome.output
     report = json.loads(figures.read_text())

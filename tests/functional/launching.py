@@ -26,7 +26,7 @@ from tests import forking
 from tests.forking import ENVIRONMENT, REPOSITORY, Outcome
 
 PROGRAM = REPOSITORY / "pretrain_rasft.py"
-TIMEOUT_S = 240
+TIMEOUT_S = 600
 
 
 Phase = Literal["step", "generate", "verify", "score"]
@@ -91,7 +91,7 @@ class HeldWrites:
     step: int
     until: int
     metrics: Path
-    timeout_s: float = 20.0
+    timeout_s: float = 120.0
     """The longest delay, seconds. After it the write continues even if training waits for it, without ``evidence``."""
 
     @property
