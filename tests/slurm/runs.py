@@ -12,6 +12,7 @@ import psutil
 from safetensors.torch import load_file
 
 from megatron_rasft.tools import cli
+from megatron_rasft.tools.ports import free_port
 from tests.forking import ENVIRONMENT, REPOSITORY
 from tests.functional.launching import steps
 from tests.slurm.cluster import Cluster, wait_for
@@ -89,6 +90,7 @@ class Runs:
             "PYTHON": sys.executable,
             "PYTHONPATH": str(REPOSITORY),
             "HEAD_ADDRESS": "127.0.0.1",
+            "HEAD_PORT": str(free_port()),
             "CPU": "1",
             "RUN": str(self.folder(name)),
             **variables,
