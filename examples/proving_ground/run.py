@@ -1,13 +1,13 @@
 """Compares the methods in synthetic worlds that two CPU cores can hold.
 
-run.py --output DIR                                  the kept worlds, all methods, five seeds
+run.py --output DIR                                  the kept worlds, methods and seeds of study.toml
 run.py --output DIR --worlds NAME ... --methods NAME ... --seeds N ...
 run.py --output DIR --split dev --worlds development     for looking for better rules: other problems, other worlds
 run.py --output DIR --tables-only
 
 A training runs pretrain_rasft.py, an evaluation tools/evaluate.py, as examples/benchmark_reproduction describes. After an
-interruption the same command continues. Base models that do not exist are pre-trained first, five minutes each.
-DIR/results.md holds the tables, DIR/results.png the plot.
+interruption the same command continues. Base models that do not exist are pre-trained first, four to seven
+minutes each. DIR/results.md holds the tables, DIR/results.png the plot.
 """
 
 import argparse

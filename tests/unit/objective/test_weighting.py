@@ -16,6 +16,7 @@ from megatron_rasft.objective.weighting import (
     exchanged,
     neutral_solvability,
     rollout_total,
+    wrong_total,
 )
 from tests.unit.objective.sampled_groups import counted_group, failed_group, make_group, rollout
 
@@ -56,6 +57,24 @@ def test_ends_of_the_curve_are_the_flags(config: WeightingConfig) -> None:
     assert demonstration_weight(1.0, config) == config.weighting_demonstration_min < 1
     assert rollout_total(0.0, config) == 0.0
     assert rollout_total(1.0, config) == config.weighting_rollout_total
+
+
+@given(shares, st.floats(0.01, 3.0), st.floats(0.01, 5.0), st.floats(0.01, 5.0))
+def test_rollouts_of_problems_always_or_never_solved_have_no_weight(
+    s: float, fall: float, total: float, wrong: float
+) -> None:
+    config = WeightingConfig(
+        weighting_rollout_fall=fall, weighting_rollout_total=total, weighting_wrong_total=wrong
+    )
+    assert (
+        [rollout_total(x, config) for x in (0.0, 1.0)]
+        == [wrong_total(x, config) for x in (0.0, 1.0)]
+        == [0, 0]
+    )
+    assert rollout_total(s, config) == pytest.approx(total * s * (1 - s) ** fall)
+    assert (
+        wrong_total(s, config) == pytest.approx(wrong * s * (1 - s)) and wrong_total(s, config) <= wrong / 4
+    )
 
 
 @given(configs)
