@@ -159,7 +159,8 @@ def batches(objective: str) -> list[list[TrainingSample]]:
                     is_counted=is_counted,
                     prompt_ids=prompt,
                     response_ids=response,
-                    weight=draw.uniform(0.2, 2.0),
+                    # A wrong rollout has a weight below zero (--weighting-wrong-total).
+                    weight=draw.uniform(0.2, 2.0) * (-1 if objective == "rasft" and index == 4 else 1),
                     ref_logprobs=[draw.uniform(-5.6, -3.8) for _ in response]
                     if objective == "rasft"
                     else None,
