@@ -5,6 +5,11 @@ torchrun --nproc-per-node N pretrain_rasft.py --hf-model DIR --train-data FILE.j
 
 import sys
 
+if __name__ == "__main__":
+    from megatron_rasft.config.command_line import answer_early
+
+    answer_early(sys.argv[1:])
+
 # multiprocessing runs this file once more in every process that it spawns, for example in Megatron's checkpoint writer. These
 # processes need none of the imports below, which take ten seconds and 800 MB.
 if __name__ != "__mp_main__":

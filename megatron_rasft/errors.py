@@ -1,5 +1,7 @@
 """Errors of files, models and servers. A wrong flag or value raises ValueError instead."""
 
+import os
+
 
 class RasftError(Exception):
     """Base of this package's errors. Its message is written for the user, and tools print it without a traceback."""
@@ -62,3 +64,8 @@ class ServerUnreachableError(ServerError):
 
 class FailedElsewhere(Exception):
     """Raised on all other ranks when a rank fails. The failing rank raises its own error."""
+
+
+def is_first_of_node() -> bool:
+    """Returns whether this process is the one that prints for its node while torch.distributed is not initialized."""
+    return int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0"))) == 0

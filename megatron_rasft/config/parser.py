@@ -5,10 +5,11 @@ import difflib
 import re
 import sys
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from types import NoneType, UnionType
 from typing import Any, NoReturn, Union, get_args, get_origin
 
+from megatron_rasft.config.suggestions import suggest
 from megatron_rasft.flags import FlagSection, OneOf, Range, flag_name
 
 _BAD_CHOICE = re.compile(r"argument \S+: invalid choice: '?([^']*?)'? \(choose from (.*)\)")
@@ -44,16 +45,14 @@ class FlagParser(argparse.ArgumentParser):
         return parsed, rest
 
     def error(self, message: str) -> NoReturn:
-        mistyped, known = "", list[str]()
+        close = ""
         if message.startswith("unrecognized arguments: "):
-            mistyped = message.split()[2].partition("=")[0]
-            known = [option for action in self._actions for option in action.option_strings]
+            flags = [option for action in self._actions for option in action.option_strings]
+            close = suggest(message.split()[2].partition("=")[0], flags)
         elif match := _BAD_CHOICE.match(message):
-            mistyped, known = match[1], [name.strip("'") for name in match[2].split(", ")]
-        close = difflib.get_close_matches(mistyped, known, n=1)
-        raise ValueError(
-            f"{message}. " + (f"Did you mean {close[0]}?" if close else "--help lists the flags.")
-        )
+            choices = [name.strip("'") for name in match[2].split(", ")]
+            close = next(iter(difflib.get_close_matches(match[1], choices, n=1)), "")
+        raise ValueError(f"{message}. " + (f"Did you mean {close}?" if close else "--help lists the flags."))
 
     def _get_value(self, action: argparse.Action, text: str) -> Any:
         try:
@@ -78,10 +77,14 @@ def help_text(doc: str, rule: Range | OneOf | None, default: Any) -> str:
     return " ".join(parts).replace("%", "%%")
 
 
-def add_flags(group: argparse._ActionsContainer, section: type[FlagSection]) -> None:
-    """Adds one flag per field of ``section``."""
+def add_flags(
+    group: argparse._ActionsContainer, section: type[FlagSection], only: Collection[str] | None = None
+) -> None:
+    """Adds one flag per field of ``section``, or per field in ``only``."""
     types, rules, docs = section.types(), section.rules(), section.docs()
     for name, default in section.flag_fields().items():
+        if only is not None and name not in only:
+            continue
         rule = rules.get(name)
         options: dict[str, Any] = {"default": default, "help": help_text(docs[name], rule, default)}
         kind = types[name]

@@ -2,17 +2,20 @@
 
 import argparse
 import os
+import sys
 import warnings
 from functools import partial
 from typing import Any
 
 import torch
-from megatron.training.arguments import parse_args
+from megatron.training.arguments import add_megatron_arguments, parse_args
 
 from megatron_rasft.config import RasftConfig
+from megatron_rasft.config.command_line import asked_help
 from megatron_rasft.config.parser import FlagParser, add_flags
 from megatron_rasft.config.published import published_preset
-from megatron_rasft.training.refusals import refuse_unsupported
+from megatron_rasft.errors import is_first_of_node
+from megatron_rasft.training.refusals import reasons, refuse_unsupported
 from megatron_rasft.training.requirements import refuse_unrunnable
 
 CHANGED_DEFAULTS = {
@@ -58,7 +61,14 @@ def parse_flags() -> argparse.Namespace:
 
     Raises:
         ValueError: a flag or a value is unknown, or the flag has no effect in this program.
+        SystemExit: --help=WORD has been answered.
     """
+    word = asked_help(sys.argv[1:])
+    if word is not None:
+        text = megatron_help(word)
+        if is_first_of_node():
+            print(text)
+        sys.exit(0)
     parser: FlagParser | None = None
 
     def extended(megatron: argparse.ArgumentParser, **defaults: Any) -> argparse.ArgumentParser:
@@ -95,6 +105,41 @@ def add_arguments(megatron: argparse.ArgumentParser) -> FlagParser:
         action.help = _printable(action)
     parser.set_defaults(**defaults)
     return parser
+
+
+def megatron_help(word: str) -> str:
+    """The help on Megatron's flags, with the refused ones marked.
+
+    Args:
+        word: shows only the flags whose name or text contains it. ``megatron``: all, and the defaults that differ here.
+
+    Raises:
+        ValueError: no flag contains the word.
+    """
+    parser = add_arguments(add_megatron_arguments(argparse.ArgumentParser(add_help=False)))
+    own = {name for section in RasftConfig.sections().values() for name in section.flag_fields()}
+    word = word.lower().lstrip("-").replace("_", "-").removeprefix("megatron")
+    refused = reasons(parser)
+    shown = set()
+    for action in parser._actions:
+        text = f"{' '.join(action.option_strings)} {action.help}".lower().replace("_", "-")
+        if action.dest in own or word not in text:
+            action.help = argparse.SUPPRESS
+            continue
+        shown.add(action.dest)
+        if action.dest in refused:
+            action.help = f"[REFUSED: {refused[action.dest].replace('%', '%%')}.] {action.help or ''}"
+    if not shown:
+        raise ValueError(f"--help={word}: no flag contains this word. --help lists this project's flags.")
+    parser._action_groups = [
+        group
+        for group in parser._action_groups
+        if any(action.dest in shown for action in group._group_actions)
+    ]
+    parser.usage = "pretrain_rasft.py [flags]"
+    if word:
+        parser.epilog = None
+    return parser.format_help()
 
 
 def _as_flag(name: str, value: Any) -> str:

@@ -6,7 +6,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from megatron_rasft.errors import FailedElsewhere
+from megatron_rasft.errors import FailedElsewhere, is_first_of_node
 
 _GRACE = timedelta(seconds=5)
 """How long the other ranks of a node wait for its first rank to print the same error."""
@@ -34,7 +34,7 @@ def prints_for_node(message: str) -> bool:
     """
     node = os.environ.get("GROUP_RANK") or os.environ.get("SLURM_NODEID") or "0"
     mark = f"rasft/printed/{node}/{message}"
-    is_first = int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0"))) == 0
+    is_first = is_first_of_node()
     if not dist.is_initialized():
         return is_first
     store = dist.distributed_c10d._get_default_store()

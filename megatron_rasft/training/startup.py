@@ -16,6 +16,7 @@ from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writ
 from megatron.training.initialize import initialize_megatron
 
 from megatron_rasft.config import RasftConfig
+from megatron_rasft.config.command_line import check_given
 from megatron_rasft.errors import first_line
 from megatron_rasft.sync.broadcaster import prepare_nccl
 from megatron_rasft.training.arguments import fill_in, parse_flags
@@ -72,12 +73,7 @@ def parse(argv: Sequence[str] | None = None, *, needs_data: bool = True) -> tupl
 
 
 def _check_paths(args: Any, *, needs_data: bool) -> None:
-    if args.hf_model is None:
-        raise ValueError("--hf-model DIR is missing: the Hugging Face folder of the model to train.")
-    if needs_data and not args.train_data:
-        raise ValueError(
-            "--train-data FILE is missing: the demonstrations to train on (.jsonl, .jsonl.gz or .parquet)."
-        )
+    check_given(args, needs_data=needs_data)
     if args.export_hf is not None and os.path.exists(args.export_hf):
         before = RunStatus.read(args.save)
         if before is not None and before.has_export(args.export_hf):

@@ -1,0 +1,73 @@
+"""What ``--help`` and ``--help=WORD`` print about this package's flags. Needs neither torch nor Megatron."""
+
+import textwrap
+
+from megatron_rasft.config import RasftConfig
+from megatron_rasft.config.parser import FlagParser, add_flags
+from megatron_rasft.flags import FlagSection, flag_name
+
+_WIDTH = 130
+_NAME_WIDTH = 36
+# Groups of which --help lists only the names of the flags, or of the flags from this one on
+_NAMES_ONLY = {"verification": "verify_filter_programs"}
+_START = """\
+Rollout-Adaptive Supervised Fine-Tuning on Megatron-Core.
+
+    torchrun --nproc-per-node N pretrain_rasft.py --hf-model DIR --train-data FILE.jsonl --save DIR [flags]
+
+All flags of Megatron-Core's pretraining are accepted too, or refused with a reason: --lr, --global-batch-size, --train-iters, ...
+    --help=WORD     flags and groups with this word, with all that there is to say about them: --help=rollouts, --help=clip
+    --help=megatron Megatron's flags, with the refused ones marked, and the defaults that differ here (takes some seconds)
+"""
+
+
+def overview() -> str:
+    """The text of ``--help``: one line a flag, by groups."""
+    lines = [_START]
+    for title, section in RasftConfig.sections().items():
+        lines += [f"{title}: {_first_sentence(section.__doc__ or '')}"]
+        docs = section.docs()
+        names = list(section.flag_fields())
+        start = 0 if title.startswith("objective ") else len(names)
+        if title in _NAMES_ONLY:
+            start = names.index(_NAMES_ONLY[title])
+        lines += [_line(name, docs[name]) for name in names[:start]]
+        lines += _wrapped([flag_name(name) for name in names[start:]])
+    return "\n".join(lines)
+
+
+def _line(name: str, doc: str) -> str:
+    meaning = textwrap.shorten(_first_sentence(doc), _WIDTH - _NAME_WIDTH - 2, placeholder=" ...")
+    return f"  {flag_name(name):<{_NAME_WIDTH}}{meaning}"
+
+
+def _first_sentence(doc: str) -> str:
+    return " ".join(doc.split()).split(". ", 1)[0].rstrip(".")
+
+
+def _wrapped(flags: list[str]) -> list[str]:
+    return textwrap.wrap(
+        "  ".join(flags), _WIDTH, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False
+    )
+
+
+def about(word: str) -> str:
+    """The text of ``--help=WORD``: the groups whose title, and the flags whose name or text contains the word; "" if none does."""
+    word = word.lower().lstrip("-").replace("_", "-")
+    parser = FlagParser(usage="pretrain_rasft.py [flags]", add_help=False)
+    found = False
+    for title, section in RasftConfig.sections().items():
+        names = _names_with(word, title, section)
+        if names:
+            add_flags(parser.add_argument_group(title, section.__doc__), section, only=names)
+            found = True
+    return parser.format_help() if found else ""
+
+
+def _names_with(word: str, title: str, section: type[FlagSection]) -> set[str]:
+    docs = section.docs()
+    if word in title.replace(" ", "-"):
+        return set(docs)
+    return {
+        name for name, doc in docs.items() if word in flag_name(name) or word in doc.lower().replace("_", "-")
+    }

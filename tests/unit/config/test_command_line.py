@@ -1,0 +1,119 @@
+"""Help and wrong flags are answered before torch is imported, and no flag of Megatron is taken for a wrong one."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from megatron.training.arguments import add_megatron_arguments
+
+from megatron_rasft.config import RasftConfig, help
+from megatron_rasft.config.command_line import answer_early, check_flags
+from megatron_rasft.config.parser import FlagParser
+from megatron_rasft.config.suggestions import HUGGING_FACE, suggest
+from megatron_rasft.flags import flag_name
+from megatron_rasft.training.arguments import add_arguments, megatron_help
+
+REPOSITORY = Path(__file__).parents[3]
+OWN_FLAGS = [flag_name(name) for section in RasftConfig.sections().values() for name in section.flag_fields()]
+
+
+@pytest.fixture(scope="module")
+def full_parser() -> FlagParser:
+    """The parser of a run: Megatron's flags and this package's."""
+    return add_arguments(add_megatron_arguments(FlagParser()))
+
+
+def test_overview_names_every_own_flag_in_150_lines() -> None:
+    lines = help.overview().splitlines()
+    listed = [word for line in lines if line.startswith("  --") for word in line.split() if word[:2] == "--"]
+    assert len(lines) <= 150 and max(map(len, lines)) <= 145
+    assert set(OWN_FLAGS) <= set(listed)
+
+
+@pytest.mark.parametrize(
+    ("word", "shown", "hidden"),
+    [
+        ("rollouts", "--rollout-num-samples", "--sync-port"),  # a group
+        ("held-out-solve-rate", "--heldout-interval", "--rollout-num-samples"),  # a title of several words
+        ("clip_low", "--objective-iw-clip-low", "--rollout-num-samples"),  # a part of a name
+        ("SQLite", "--rasft-ref-cache", "--hf-model"),  # a word of a text
+    ],
+)
+def test_help_on_a_word(word: str, shown: str, hidden: str) -> None:
+    text = help.about(word)
+    assert f"  {shown}" in text and f"  {hidden}" not in text
+
+
+def test_help_on_megatron_marks_refused_flags() -> None:
+    text = " ".join(megatron_help("megatron").split())
+    assert "--skip-train [REFUSED" in text and "--lr LR" in text and "--hf-model TEXT" not in text
+    assert "[REFUSED" not in " ".join(megatron_help("lr-warmup-iters").split())
+    with pytest.raises(ValueError, match="--help=frobnicate"):
+        megatron_help("frobnicate")
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "printed"),
+    [
+        (["--help"], 0, "--rollout-num-samples"),
+        (["--hf-model", "x", "--help=dedup"], 0, "--verify-dedup-ngram"),
+        (["--rollout-num-samples", "0"], 2, "--rollout-num-samples"),
+        (["--rollout-num-sample", "4"], 2, "--rollout-num-samples"),
+    ],
+)
+def test_answers_without_torch(flags: list[str], code: int, printed: str) -> None:
+    script = (
+        "import runpy, sys; sys.argv = ['pretrain_rasft.py', *sys.argv[1:]]\n"
+        "try: runpy.run_path('pretrain_rasft.py', run_name='__main__')\n"
+        "finally: print('torch' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, *flags], check=False, capture_output=True, text=True, cwd=REPOSITORY
+    )
+    assert done.returncode == code
+    assert done.stdout.endswith("False\n")
+    assert printed in (done.stderr if code else done.stdout) and "Traceback" not in done.stderr
+
+
+def test_only_the_first_process_of_a_node_prints(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(SystemExit) as stop:
+        answer_early(["--no-such-flag"])
+    assert stop.value.code == 2 and capsys.readouterr().err == ""
+
+
+def test_every_flag_of_megatron_passes(full_parser: FlagParser) -> None:
+    own = {"--help", *OWN_FLAGS, *(flag.replace("--", "--no-", 1) for flag in OWN_FLAGS)}
+    options = {option for action in full_parser._actions for option in action.option_strings}
+    check_flags([option for option in sorted(options - own) if option.startswith("--")])
+    check_flags(
+        ["--tensor-model-parallel-size=2", "--lr", "-1", "--train-data", "a.jsonl", "b.jsonl", "--bf16"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--objective", "rasf"], "rasft"),
+        (["--rollout-top-p", "1.5"], "--rollout-top-p"),
+        (["--curriculum-low-end", "nan"], "--curriculum-low-end"),
+        (["--train-iter", "3"], "--train-iters"),
+        (["--max_steps", "3"], "--train-iters"),
+        (["--num-rollout-samples=4"], "--rollout-num-samples"),
+        (["--tensor-parallel-size", "2"], "--tensor-model-parallel-size"),
+    ],
+)
+def test_wrong_flag_is_named_with_the_way_out(flags: list[str], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        check_flags(flags)
+
+
+def test_suggestions(full_parser: FlagParser) -> None:
+    known = [option for action in full_parser._actions for option in action.option_strings]
+    assert suggest("--fp8", known) == "--fp8-format"
+    assert suggest("--frobnicate", known) == ""
+    assert set(HUGGING_FACE.values()) <= set(known)
+    assert [suggest(f"--{name}", known) for name in HUGGING_FACE] == list(HUGGING_FACE.values())
