@@ -14,7 +14,7 @@ __all__ = ["targets"]
 
 REPOSITORY = Path(__file__).parents[4]
 
-PATIENT = VerifyConfig(verify_code_timeout_s=120.0, verify_sandbox_level="limits")
+PATIENT = VerifyConfig(verify_code_timeout_s=600.0, verify_sandbox_level="limits")
 """Accepts every level, because the tests run on machines that allow only the weakest."""
 
 
@@ -56,18 +56,18 @@ def brief_sandbox(sandbox: Sandbox) -> Sandbox:
 
 @pytest.fixture(scope="session")
 def watched_sandbox(sandbox: Sandbox) -> Sandbox:
-    """A sandbox of the same level with tight limits and a deadline of 120 s, for programs that a limit ends before it."""
-    return with_limits(sandbox, tight(120.0))
+    """A sandbox of the same level with tight limits and a deadline of 600 s, for programs that a limit ends before it."""
+    return with_limits(sandbox, tight(600.0))
 
 
 @pytest.fixture(scope="session")
 def patient_sandbox(sandbox: Sandbox) -> Sandbox:
-    """A sandbox of the same level with a deadline of 120 s, for programs that must end by themselves on a busy machine."""
+    """A sandbox of the same level with a deadline of 600 s, for programs that must end by themselves on a busy machine."""
     return with_limits(sandbox, PATIENT)
 
 
 @pytest.fixture(scope="session")
 def strongest_sandbox() -> Iterator[Sandbox]:
-    """A sandbox of the strongest level with a deadline of 120 s, for tests that do not depend on the level."""
+    """A sandbox of the strongest level with a deadline of 600 s, for tests that do not depend on the level."""
     with Sandbox(PATIENT) as made:
         yield made
