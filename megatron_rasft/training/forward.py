@@ -16,6 +16,7 @@ from megatron_rasft.objective.declaration import Objective
 from megatron_rasft.objective.fused_logprobs import ReferenceLogits, fused_logprobs
 from megatron_rasft.objective.logprobs import chunked_logprobs, chunked_logprobs_and_kl
 from megatron_rasft.objective.token_losses import LossSums, PackedTokens, token_loss_sums
+from megatron_rasft.training import stalls
 from megatron_rasft.training.batches import MicroBatch
 from megatron_rasft.training.wgrad import MegatronOutputWeight
 
@@ -54,6 +55,7 @@ class Forward:
         return self._run(model, batch, self._keep_hidden), lambda out, non_loss_data=True: out
 
     def _run(self, model: Any, batch: MicroBatch, output: Callable[..., Tensor]) -> Tensor:
+        stalls.tick()  # On a CPU, a step of many micro-batches may take longer than --stall-deadline-s.
         return model(
             batch.tokens,
             batch.position_ids,

@@ -1,6 +1,6 @@
 """Ends a run in which no rank makes progress, and names the rank for which the others wait.
 
-A rank makes progress when it enters a phase, and at every check for a reason to stop. A thread of each rank publishes this in the
+A rank makes progress when it enters a phase, begins a micro-batch, or checks for a reason to stop. A thread of each rank publishes this in the
 store of torch.distributed. Collectives make all ranks wait for the slowest one, so a run stands still only if every rank does. Then
 each rank publishes its Python stack as well, one of them prints a line about the rank to blame, and all end with exit code 1.
 """
