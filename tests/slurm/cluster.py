@@ -24,6 +24,8 @@ from megatron_rasft.tools.ports import free_port
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
 NODES = ("n1", "n2", "n3", "n4")
+_START_S = 300.0
+"""The longest wait for the daemons, which take two seconds on an idle machine."""
 _NODE = "TEST_SLURM_NODE"
 """Variable of a slurmd and of its step daemons: the node's name."""
 
@@ -147,12 +149,12 @@ class Cluster:
         munged = ["munged", "--foreground", "--force", "--num-threads", "2", "--key-file", f"{at}/munge.key"]
         munged += ["--socket", socket, "--pid-file", f"{at}/munged.pid", "--log-file", f"{at}/munged.log"]
         self._launch("munged", [*munged, "--seed-file", f"{at}/munge.seed"])
-        wait_for("munged", lambda: self._succeeds("munge", "--socket", socket, "--no-input"), 60)
+        wait_for("munged", lambda: self._succeeds("munge", "--socket", socket, "--no-input"), _START_S)
         self._launch("slurmctld", ["slurmctld", "-D", "-c", "-f", f"{at}/slurm.conf"])
         for node in NODES:
             self.start_node(node)
         idle = ("sinfo", "--noheader", "--partition=batch", "--states=idle", "--format=%D")
-        wait_for("the nodes", lambda: self._output(*idle).strip() == str(len(NODES)), 60)
+        wait_for("the nodes", lambda: self._output(*idle).strip() == str(len(NODES)), _START_S)
 
     def _launch(self, name: str, command: list[str], variables: Mapping[str, str] | None = None) -> None:
         with (self.folder / f"{name}.out").open("ab") as log:
@@ -182,7 +184,7 @@ class Cluster:
             env=self.environment | dict(variables or {}),
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=300,
             check=False,
         )
         if done.returncode:
@@ -207,13 +209,16 @@ class Cluster:
         line = self._output("scontrol", "--oneliner", "show", "job", job).partition("\n")[0]
         return dict(word.split("=", 1) for word in line.split() if "=" in word)
 
-    def state(self, job: str) -> str:
-        """Returns the job's state, such as RUNNING; "" if slurmctld does not answer now."""
-        return self.facts(job).get("JobState", "")
+    def wait_until(self, job: str, *states: str, timeout_s: float = 300) -> dict[str, str]:
+        """Waits until the job is in one of the states; returns its facts."""
+        facts: dict[str, str] = {}
 
-    def wait_until(self, job: str, *states: str, timeout_s: float = 300) -> None:
-        """Waits until the job is in one of the states."""
-        wait_for(f"job {job} in {states}", lambda: self.state(job) in states, timeout_s)
+        def has_state() -> bool:
+            facts.update(self.facts(job))
+            return facts.get("JobState") in states
+
+        wait_for(f"job {job} in {states}", has_state, timeout_s)
+        return facts
 
     def start_now(self, job: str, restart: int, timeout_s: float = 120) -> None:
         """Starts a job that was requeued for the ``restart``-th time. Slurm itself would hold it for two minutes."""

@@ -108,12 +108,10 @@ class Runs:
     def wait_for_pause(self, name: str) -> None:
         wait_for(f"pause of {name}", (self.folder(name) / "paused").exists, LIMIT_S)
 
-    def wait_for_end(self, job: str, *states: str) -> dict[str, str]:
+    def wait_for_end(self, job: str) -> dict[str, str]:
         """Waits for the end of a job; returns its facts."""
-        self.cluster.wait_until(
-            job, "COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL", timeout_s=LIMIT_S
-        )
-        return self.cluster.facts(job)
+        ends = ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL")
+        return self.cluster.wait_until(job, *ends, timeout_s=LIMIT_S)
 
     def finish_after_requeue(self, job: str) -> None:
         """Starts a requeued job at once, and waits until it has succeeded."""
@@ -122,7 +120,7 @@ class Runs:
         assert (facts["JobState"], facts["ExitCode"], facts["Restarts"]) == ("COMPLETED", "0:0", "1"), facts
 
     def nodes_of(self, job: str) -> list[str]:
-        nodes = self.cluster.facts(job)["NodeList"]
+        nodes = self.cluster.wait_until(job, "RUNNING")["NodeList"]
         return self.cluster.run("scontrol", "show", "hostnames", nodes).split()
 
     def processes(self, name: str, words: str, **variables: str) -> list[psutil.Process]:

@@ -153,7 +153,7 @@ STAND_INS = {
     "srun": """
 printf '%s\\0' "$@" >>"$CALLS/srun"; echo >>"$CALLS/srun"
 case "$*" in
-*serve_node.py*) for _ in $(seq "${NUM_SIGNED_ON:-4}"); do echo http://n3:1 >>"$RUN/servers.txt"; done; exec sleep 60 ;;
+*serve_node.py*) for _ in $(seq "${NUM_SIGNED_ON:-4}"); do echo http://n3:1 >>"$RUN/servers.txt"; done; exec sleep 900 ;;
 *pretrain_rasft.py*) eval "$TRAINER"; exit "${TRAINER_CODE:-0}" ;;
 *check_node.py*) exit "${HEALTH_CODE:-0}" ;;
 esac""",
@@ -209,7 +209,7 @@ class Job:
             capture_output=True,
             text=True,
             check=False,
-            timeout=120,
+            timeout=900,
         )
 
     def steps(self) -> dict[str, list[str]]:
