@@ -3,7 +3,7 @@
     tools/serve_node.py --num-servers 2 --tp 4 --model DIR --server-file servers.txt [FLAGS of serve_rollouts.py]
 
 Each server gets --tp of the node's GPUs. A server that ends by itself is started again, up to --max-restarts times. With SIGTERM,
-SIGINT or SIGHUP all servers sign off and end, and the exit code is 0. It is 1 if no server is left. examples/slurm/rasft.sbatch
+SIGINT, SIGHUP or SIGUSR1 all servers sign off and end, and the exit code is 0. It is 1 if no server is left. examples/slurm/rasft.sbatch
 runs this tool on each node of servers.
 """
 
@@ -113,7 +113,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     def stop(number: int, frame: FrameType | None) -> None:
         stopping.append(number)
 
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    # srun forwards SIGUSR1, but kills its tasks if it gets one of the others.
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(number, stop)
     try:

@@ -153,7 +153,7 @@ STAND_INS = {
     "srun": """
 printf '%s\\0' "$@" >>"$CALLS/srun"; echo >>"$CALLS/srun"
 case "$*" in
-*serve_node.py*) for _ in $(seq "${NUM_SIGNED_ON:-4}"); do echo http://n3:1 >>"$RUN/servers.txt"; done; exec sleep 900 ;;
+*serve_node.py*) for port in $(seq "${NUM_SIGNED_ON:-4}"); do echo "http://n3:$port" >>"$RUN/servers.txt"; done; exec sleep 900 ;;
 *pretrain_rasft.py*) eval "$TRAINER"; exit "${TRAINER_CODE:-0}" ;;
 *check_node.py*) exit "${HEALTH_CODE:-0}" ;;
 esac""",
@@ -245,7 +245,7 @@ def test_servers_take_the_last_nodes_and_are_checked_before_the_trainer(tmp_path
     steps = job.steps()
     assert [*steps] == ["check_node", "serve_node", "check_servers", "pretrain_rasft"]
     assert "--nodelist=n3,n4" in steps["serve_node"] and "--kill-on-bad-exit=0" in steps["serve_node"]
-    assert {"--nodelist=n1", "--nodes=1"} <= {*steps["check_servers"]}
+    assert {"--nodelist=n1", "--nodes=1", "--ntasks=1"} <= {*steps["check_servers"]}
     assert "--nodelist=n1,n2" in steps["pretrain_rasft"] and "sglang" in steps["pretrain_rasft"]
 
 

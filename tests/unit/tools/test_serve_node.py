@@ -1,5 +1,6 @@
 """tools/serve_node.py with a stand-in for SGLang; tests/slurm uses real servers."""
 
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -49,7 +50,7 @@ def test_a_killed_server_is_started_again_and_signs_off_at_the_end(tmp_path: Pat
         killed.kill()
         wait_for(lambda: read_addresses(launcher.file) not in ([first], []))
         assert len(read_addresses(launcher.file)) == 1 and not server.is_running()
-        process.terminate()
+        process.send_signal(signal.SIGUSR1 if is_launcher else signal.SIGTERM)
         said, _ = process.communicate(timeout=60)
         assert process.returncode == 0 and "restart 1 of 3" in said
         assert read_addresses(launcher.file) == [] and not launcher.is_serving
