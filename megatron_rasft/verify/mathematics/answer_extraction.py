@@ -58,7 +58,7 @@ _HEDGE_AFTER_BOX = re.compile(
 # At the start of a sentence only: explanations after the answer also contain words such as "actually"
 _RETRACTION = re.compile(
     r"(?:^|[.!?:)\n$—-])\s{0,20}(?:(?:oh|hm{2,9}|no|but|hold on)\b[,.!\s]{1,20}){0,4}"
-    r"(?:(?:wait|sorry|correction|scratch that|on second thought|i was wrong|no\b(?=[,.!]))\b|actually,? (?:(?:no|that|this|it|the|i)\b|\W{0,3}\d)"
+    r"(?:(?:wait|sorry|correction|scratch that|on second thought|i was wrong|i mean|no\b(?=[,.!]))\b|actually,? (?:(?:no|that|this|it|the|i)\b|\W{0,3}\d)"
     r"|(?:that|this|it) (?:can't|cannot|can not|couldn't) be (?:right|correct|true)|i made (?:a|an) (?:mistake|error)|(?:actually,? |hm{2,9},? )?let me (?:re-?(?:compute|calculate|consider|think|count|evaluate|do)|try again|start over)\b|(?:that|this|it)(?:'s| is| was| seems) (?:wrong|incorrect|not right|not correct|a mistake))",
     re.IGNORECASE,
 )
@@ -74,7 +74,7 @@ _SAME_NAME_BEFORE = re.compile(
     rf"(?P<value>[^\s$=,]{{1,40}})[\s$]{{0,5}}(?P<join>,|,?\s?\b(?:and|or)\b)[\s$]{{1,5}}(?P<second>{_NAME})\s{{0,3}}=[\s$]{{0,5}}\Z"
 )
 _RANGE_BEFORE = re.compile(
-    r"\b(?:between|from)\s{1,3}\$?[^\s$]{1,30}\$?\s{1,3}(?:and|to)\s{1,3}\$?\Z|\d\s{1,3}(?:out of|in)\s{1,3}\$?\Z"
+    r"\b(?:between|from)\s{1,3}\$?[^\s$]{1,30}\$?\s{1,3}(?:and|to)\s{1,3}\$?\Z|\d\$?\s{1,3}(?:out of|in|and|or)\s{1,3}\$?\Z"
 )
 _OTHER_SENTENCE = re.compile(r"[.!\s]{1,9}(?:or|maybe|perhaps|possibly)\b", re.IGNORECASE)
 # The box is a part of a formula, as in \boxed{10}^2 or \boxed{10}\sqrt{2}
@@ -173,7 +173,7 @@ _CHANGES_NUMBER = re.compile(
 _FORMULA = re.compile(r"\$([^$\n]{1,300})\$|\\\((.{1,300}?)\\\)")
 _OPERATOR_BEFORE = re.compile(r"[+*/×÷·^<>≤≥]\s*$|(?<=\s)[-−–x]\s+$")
 _BOUND_BEFORE = re.compile(
-    r"\b(?:(?:more|less|fewer|greater|larger|smaller|higher|lower|other) than|at (?:least|most)|up to|not|about|around|roughly"
+    r"\b(?:(?:more|less|fewer|greater|larger|smaller|higher|lower|other|rather) than|instead of|at (?:least|most)|up to|not|about|around|roughly"
     r"|nearly|almost|approximately|between)\s+$",
     re.IGNORECASE,
 )
@@ -261,7 +261,8 @@ def _without_box(text: str) -> str | None:
     if phrase is None and (options := _OPTION_IS_RIGHT.findall(text)):
         return options[-1] if len(set(options)) == 1 else None
     if phrase is None:
-        return _last_number(text)
+        # An empty box announces an answer that is missing
+        return None if _find_boxes(text) else _last_number(text)
     if _DOUBTED_PHRASE.search(text[max(0, phrase.start() - 60) : phrase.start()]):
         return None
     return _after_phrase(text[phrase.end() :])
@@ -276,6 +277,7 @@ def _from_boxes(text: str, boxes: list[_Box], num_values: int) -> list[str]:
         or _DOUBT_AFTER.match(tail)
         or _is_part_of_formula(text, boxes[-1])
         or _DOUBT_BEFORE.search(before)
+        or (before.endswith("~~") and tail.startswith("~~"))
     ):
         return []
     joined = _joined_boxes(text, boxes)
