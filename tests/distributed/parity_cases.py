@@ -41,7 +41,6 @@ LAYOUTS: dict[int, dict[str, str]] = {
     },
     2: {
         "dp2": "",
-        "dp2, plain optimizer": "",
         "dp2, plain optimizer, overlapped": "--overlap-grad-reduce",
         # Small buckets, so that the forward pass waits for the weights one after the other, as in a large model.
         "dp2, overlapped": "--overlap-grad-reduce --overlap-param-gather --ddp-bucket-size 100",
@@ -62,8 +61,6 @@ LAYOUTS: dict[int, dict[str, str]] = {
         "--objective-logprob-chunk-tokens 16",
         "tp2 sp fused kernels with gradient fusion": "--tensor-model-parallel-size 2 --sequence-parallel "
         "--objective-logprob-kernels fused",
-        "tp2 sp, fused kernels in chunks of 16 tokens": "--tensor-model-parallel-size 2 --sequence-parallel "
-        "--objective-logprob-kernels fused --objective-logprob-chunk-tokens 16",
         "pp2 fused kernels with gradient fusion": "--pipeline-model-parallel-size 2 --objective-logprob-kernels fused",
         "cp2": "--context-parallel-size 2",
         "cp2, coarse widths": "--context-parallel-size 2",
@@ -118,25 +115,31 @@ class Case:
         return f"{COMMON} {adam} --objective {self.objective} {LAYOUTS[self.world_size][self.layout]}".split()
 
 
-SECOND = {
-    "tp2 pp2": "dft",
-    "tp2 sp pp2 vpp2": "sft_kl",
-    "tp2 sp cp2": "sft_kl",
-    "pp2 cp2": "sft_kl",
-    "dp2 cp2": "dft",
+MORE = {
+    "packed": ["dft", "sft_kl"],
+    "padded": ["sft_kl"],
+    "fused kernels": ["sft_kl"],
+    "fused kernels in chunks of 16 tokens with gradient fusion": ["sft_kl"],
+    "dp2": ["dft"],
+    "tp2": ["sft_kl"],
+    "tp2 sp": ["dft"],
+    "pp2": ["dft"],
+    "pp2 vpp2": ["sft_kl"],
+    "tp2 sp fused kernels with gradient fusion": ["sft_kl"],
+    "pp2 fused kernels with gradient fusion": ["dft"],
+    "cp2": ["sft_kl"],
+    "tp2 sp pp2 vpp2": ["sft_kl"],
+    "tp2 sp cp2": ["sft_kl"],
 }
-"""Layout of four processes -> the objective that it trains besides rasft."""
+"""Layout -> the objectives that it trains besides rasft, with tied embeddings: sft_kl where the loss over the whole vocabulary is
+divided or computed in another way, dft where only the tied weights are."""
 
 
 def cases(world_size: int) -> list[Case]:
-    """All layouts train rasft. Those of one or two processes train all objectives unless their name has a variation."""
+    """All layouts train rasft, and those in ``MORE`` further objectives."""
     chosen = []
     for layout in LAYOUTS[world_size]:
-        pairs = [("rasft", "untied")]
-        if world_size == 4:
-            pairs += [(SECOND[layout], "tied")] if layout in SECOND else []
-        elif "," not in layout and layout not in ("recomputed", "chunks of 16 tokens"):
-            pairs += [("dft", "tied"), ("sft_kl", "tied")]
+        pairs = [("rasft", "untied"), *((objective, "tied") for objective in MORE.get(layout, []))]
         chosen += [Case(world_size, layout, objective, model) for objective, model in pairs]
     return chosen
 
