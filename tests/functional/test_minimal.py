@@ -1,10 +1,7 @@
 """The product computes the same losses as examples/minimal, which implements the method in plain transformers."""
 
 import json
-import os
 import string
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -31,11 +28,12 @@ def test_losses_are_those_of_the_method_in_one_file(tmp_path: Path) -> None:
     learn = ["--hf-model", str(model), "--objective", "sft", "--data-epochs", "20", "--lr", "1e-2"]
     launching.succeed(tmp_path / "sft-logs", [*flags, *learn, "--export-hf", str(trained)])
 
-    command = [sys.executable, str(REPOSITORY / "examples" / "minimal" / "rasft.py"), "--lr", "1e-3"]
-    command += ["--hf-model", str(trained), "--train-data", str(data), "--rollout-store", str(store)]
-    variables = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=variables, capture_output=True, text=True, check=True)
-    expected = [json.loads(line) for line in done.stdout.splitlines()]
+    minimal = ["--hf-model", str(trained), "--train-data", str(data), "--rollout-store", str(store)]
+    minimal += ["--lr", "1e-3"]
+    program = REPOSITORY / "examples" / "minimal" / "rasft.py"
+    done = launching.run(tmp_path / "minimal-logs", minimal, program=program, has_launcher=False)
+    assert done.codes == [0], done.output
+    expected = [json.loads(line) for line in done.logs[0].splitlines() if line.startswith("{")]
     assert len(expected) == 6 and sum(step["num_samples"] for step in expected) > 6 * 16, "none was correct"
 
     replay = ["--hf-model", str(trained), "--lr", "1e-3", "--rasft-refresh-interval", "3"]
