@@ -27,6 +27,7 @@ sys.path.insert(0, str(ROOT))  # lets the file run from a checkout that is not i
 
 from examples.benchmark_reproduction import preloading, reproduce  # noqa: E402
 from examples.benchmark_reproduction.reproduce import Setting, Task  # noqa: E402
+from examples.proving_ground import regimes  # noqa: E402
 from examples.proving_ground.make_world import write_world  # noqa: E402
 from examples.proving_ground.results import Result, read_result, write_results  # noqa: E402
 from examples.proving_ground.worlds import CORPORA, DEVELOPMENT, KEPT, KINDS, RETAINED, WORLDS  # noqa: E402
@@ -89,7 +90,7 @@ def check_bases(worlds: Iterable[str], folder: Path, num: int) -> None:
             arguments = [str(folder), "--worlds", world, "--num", str(num)]
             log = folder / f"{world}.regime.log"
             # In a process of its own: torch's threads of this process would hang in the trainings that are forked from it.
-            preloading.run_program(FOLDER / "regimes.py", arguments, log)
+            preloading.run_program(Path(regimes.__file__), arguments, log)
             if not kept.exists():
                 raise RasftError(f"the base model of {world} could not be sampled, see {log}")
             print(kept.read_text(encoding="utf-8"), end="", flush=True)
@@ -148,8 +149,8 @@ def run(args: argparse.Namespace) -> None:
             reproduce.check_results(setting, tasks, root)
             reproduce.run_tasks(setting, tasks, root, keeps_models=False)
         results += [read_result(world, task, root / task.name) for task in tasks if _is_done(root, task)]
-    regimes = [_regime_file(world, bases) for world in worlds]
-    lines = [path.read_text(encoding="utf-8").strip() for path in regimes if path.exists()]
+    files = [_regime_file(world, bases) for world in worlds]
+    lines = [path.read_text(encoding="utf-8").strip() for path in files if path.exists()]
     print(write_results(results, args.output, args.against, lines))
 
 
