@@ -207,7 +207,7 @@ class Runs:
         assert (facts["JobState"], facts["ExitCode"]) == ("COMPLETED", "0:0"), facts
 
     def preempted(self) -> None:
-        """A job of a partition with priority needs the nodes. Slurm signals srun too, which kills the run, and requeues the job."""
+        """A job of a partition with priority needs the nodes. Slurm sends SIGTERM and grants a grace time."""
         job = self.submit("preempted", PAUSE_AFTER=str(PAUSED))
         self.wait_for_pause("preempted")
         urgent = self.cluster.submit(
@@ -215,6 +215,7 @@ class Runs:
         )
         self.wait_for_end(urgent)
         self.finish_after_requeue(job)
+        assert f"ended with code 0 at checkpoint {PAUSED}" in self.log("preempted")
 
     def chain(self) -> None:
         """Three jobs of one name, without requeue: the second continues the first, the third finds the run finished."""
