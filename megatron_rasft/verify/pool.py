@@ -6,8 +6,9 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, wait
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from concurrent.futures.process import BrokenProcessPool
@@ -39,6 +40,8 @@ _FIRST_ROUND_SHARE = 0.05
 _FIRST_ROUND_MIN_S = 0.5
 # If the pool breaks more often in one call, rollouts are graded one at a time, which shows the one that breaks it
 _MAX_BROKEN_POOLS = 2
+# Seconds between two calls of ``on_verdict`` while no grading ends
+_CHECK_S = 5.0
 _MAIN_LOCK = threading.Lock()
 
 
@@ -116,8 +119,8 @@ class VerifierPool:
         Args:
             rollouts: changed in place. Earlier verdicts are overwritten.
             checks: gold answer or tests of each problem, by problem id.
-            on_verdict: called before the first and after every verdict, for example to check for signals. If it raises, the
-                call ends with that exception and the gradings in progress are cancelled.
+            on_verdict: called before the first and after every verdict, and every few seconds without one, for example to check for
+                signals. If it raises, the call ends with that exception and the gradings in progress are cancelled.
 
         Raises:
             RasftError: workers cannot be started.
@@ -177,7 +180,7 @@ class VerifierPool:
                         in_flight[self._schedule(rollout, call)] = rollout
                     except RuntimeError:  # pebble raises this if the pool is broken
                         return [rollout, *in_flight.values()]
-                done, _ = wait(in_flight, timeout=stalled_s, return_when=FIRST_COMPLETED)
+                done = _wait_for_one(in_flight, stalled_s, call.on_verdict)
                 if in_flight and not done:
                     return list(in_flight.values())
                 for future in done:
@@ -276,6 +279,19 @@ class VerifierPool:
     def _restart(self) -> None:
         self.close()
         self._start()
+
+
+def _wait_for_one(
+    futures: Collection[Future[Any]], timeout_s: float, meanwhile: Callable[[], None]
+) -> set[Future[Any]]:
+    """Waits until a future has ended, and calls ``meanwhile`` every few seconds. Returns those that have ended; none after ``timeout_s``."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        left_s = deadline - time.monotonic()
+        done, _ = wait(futures, timeout=min(_CHECK_S, max(0.0, left_s)), return_when=FIRST_COMPLETED)
+        if done or left_s <= 0 or not futures:
+            return done
+        meanwhile()
 
 
 def _answer_grader(config: VerifyConfig) -> Grader:

@@ -130,6 +130,19 @@ def test_exception_of_on_verdict_ends_the_call_and_leaves_the_pool_usable() -> N
         assert pool.verify([make_rollout("equal 5")], {"p": "5"}) == Counter(correct=1)
 
 
+def test_signals_are_checked_while_a_grading_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool_module, "_CHECK_S", 0.05)
+    calls: list[None] = []
+
+    def stop_at_fifth() -> None:
+        calls.append(None)
+        if len(calls) == 5:  # without a verdict in between
+            raise InterruptedError
+
+    with hostile_pool(verify_timeout_s=600.0) as pool, pytest.raises(InterruptedError):
+        pool.verify([make_rollout("sleep")], {"p": "5"}, stop_at_fifth)
+
+
 @pytest.mark.timeout(120)
 def test_problem_whose_gradings_hang_costs_a_few_deadlines_and_no_other_verdict(
     caplog: pytest.LogCaptureFixture,
