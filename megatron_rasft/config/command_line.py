@@ -30,7 +30,7 @@ def answer_early(argv: Sequence[str]) -> None:
     text, code = "", 0
     word = asked_help(argv)
     if word is not None:
-        text = help.about(word) if word else help.overview()
+        text = help.overview() if not word else "" if word.startswith(help.MEGATRON) else help.about(word)
     else:
         try:
             check_flags(argv)

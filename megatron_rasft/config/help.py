@@ -1,10 +1,14 @@
 """What ``--help`` and ``--help=WORD`` print about this package's flags. Needs neither torch nor Megatron."""
 
+import re
 import textwrap
 
 from megatron_rasft.config import RasftConfig
 from megatron_rasft.config.parser import FlagParser, add_flags
 from megatron_rasft.flags import FlagSection, flag_name
+
+MEGATRON = "megatron"
+"""``--help=megatron`` asks for Megatron's flags, ``--help=megatron:WORD`` for those with a word."""
 
 _WIDTH = 130
 _NAME_WIDTH = 36
@@ -16,8 +20,9 @@ Rollout-Adaptive Supervised Fine-Tuning on Megatron-Core.
     torchrun --nproc-per-node N pretrain_rasft.py --hf-model DIR --train-data FILE.jsonl --save DIR [flags]
 
 All flags of Megatron-Core's pretraining are accepted too, or refused with a reason: --lr, --global-batch-size, --train-iters, ...
-    --help=WORD     flags and groups with this word, with all that there is to say about them: --help=rollouts, --help=clip
-    --help=megatron Megatron's flags, with the refused ones marked, and the defaults that differ here (takes some seconds)
+    --help=WORD            the full help of the flags and groups that contain WORD: --help=rollouts, --help=clip
+    --help=megatron        Megatron's flags, with the refused ones marked, and the defaults that differ here (takes some seconds)
+    --help=megatron:WORD   those that contain WORD: --help=megatron:lr
 """
 
 
@@ -37,7 +42,9 @@ def overview() -> str:
 
 
 def _line(name: str, doc: str) -> str:
-    meaning = textwrap.shorten(_first_sentence(doc), _WIDTH - _NAME_WIDTH - 2, placeholder=" ...")
+    meaning = textwrap.shorten(
+        _first_sentence(doc), _WIDTH - _NAME_WIDTH - 2, placeholder=" ...", break_on_hyphens=False
+    )
     return f"  {flag_name(name):<{_NAME_WIDTH}}{meaning}"
 
 
@@ -52,7 +59,10 @@ def _wrapped(flags: list[str]) -> list[str]:
 
 
 def about(word: str) -> str:
-    """The text of ``--help=WORD``: the groups whose title, and the flags whose name or text contains the word; "" if none does."""
+    """The text of ``--help=WORD``: this package's groups and flags with that word; "" if there are none.
+
+    A title or a flag may contain the word anywhere, a help text only as a whole word.
+    """
     word = word.lower().lstrip("-").replace("_", "-")
     parser = FlagParser(usage="pretrain_rasft.py [flags]", add_help=False)
     found = False
@@ -61,13 +71,18 @@ def about(word: str) -> str:
         if names:
             add_flags(parser.add_argument_group(title, section.__doc__), section, only=names)
             found = True
-    return parser.format_help() if found else ""
+    if not found:
+        return ""
+    return f"{parser.format_help()}\nMegatron's flags that contain it: --help={MEGATRON}:{word}"
 
 
 def _names_with(word: str, title: str, section: type[FlagSection]) -> set[str]:
     docs = section.docs()
     if word in title.replace(" ", "-"):
         return set(docs)
+    whole = re.compile(rf"(?<![\w-]){re.escape(word)}(?![\w-])")
     return {
-        name for name, doc in docs.items() if word in flag_name(name) or word in doc.lower().replace("_", "-")
+        name
+        for name, doc in docs.items()
+        if word in flag_name(name) or whole.search(doc.lower().replace("_", "-"))
     }

@@ -27,7 +27,7 @@ HUGGING_FACE = {
     "max_seq_length": "--seq-length",
     "logging_steps": "--log-interval",
     "save_steps": "--save-interval",
-    "save_total_limit": "--save-retain-interval",
+    "save_total_limit": "--rasft-keep-checkpoints",
     "report_to": "--wandb-project",
     "num_generations": "--rollout-num-samples",
     "max_completion_length": "--rollout-max-new-tokens",

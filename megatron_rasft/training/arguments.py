@@ -12,6 +12,7 @@ from megatron.training.arguments import add_megatron_arguments, parse_args
 
 from megatron_rasft.config import RasftConfig
 from megatron_rasft.config.command_line import asked_help
+from megatron_rasft.config.help import MEGATRON
 from megatron_rasft.config.parser import FlagParser, add_flags
 from megatron_rasft.config.published import published_preset
 from megatron_rasft.errors import is_first_of_node
@@ -111,14 +112,15 @@ def megatron_help(word: str) -> str:
     """The help on Megatron's flags, with the refused ones marked.
 
     Args:
-        word: shows only the flags whose name or text contains it. ``megatron``: all, and the defaults that differ here.
+        word: shows only the flags whose name or text contains it, also after ``megatron:``. ``megatron``: all flags, and the defaults
+            that differ here.
 
     Raises:
         ValueError: no flag contains the word.
     """
     parser = add_arguments(add_megatron_arguments(argparse.ArgumentParser(add_help=False)))
     own = {name for section in RasftConfig.sections().values() for name in section.flag_fields()}
-    word = word.lower().lstrip("-").replace("_", "-").removeprefix("megatron")
+    word = word.lower().lstrip("-").replace("_", "-").removeprefix(MEGATRON).lstrip(":")
     refused = reasons(parser)
     shown = set()
     for action in parser._actions:

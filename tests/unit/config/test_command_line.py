@@ -48,7 +48,10 @@ def test_help_on_a_word(word: str, shown: str, hidden: str) -> None:
 def test_help_on_megatron_marks_refused_flags() -> None:
     text = " ".join(megatron_help("megatron").split())
     assert "--skip-train [REFUSED" in text and "--lr LR" in text and "--hf-model TEXT" not in text
-    assert "[REFUSED" not in " ".join(megatron_help("lr-warmup-iters").split())
+    assert "[REFUSED" not in megatron_help("lr-warmup-iters")
+    assert "--lr-warmup-init" in megatron_help("megatron:lr") and "--seq-length" not in megatron_help(
+        "megatron:lr"
+    )
     with pytest.raises(ValueError, match="--help=frobnicate"):
         megatron_help("frobnicate")
 
@@ -74,6 +77,16 @@ def test_answers_without_torch(flags: list[str], code: int, printed: str) -> Non
     assert done.returncode == code
     assert done.stdout.endswith("False\n")
     assert printed in (done.stderr if code else done.stdout) and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("word", ["megatron", "megatron:lr", "sequence-parallel"])
+def test_help_on_megatron_is_left_to_its_parser(word: str, capsys: pytest.CaptureFixture) -> None:
+    answer_early(["--hf-model", "x", f"--help={word}"])
+    assert capsys.readouterr().out == ""
+
+
+def test_help_finds_whole_words_in_texts() -> None:
+    assert "--verify-filter-format" not in help.about("lr")  # its text has "already"
 
 
 def test_only_the_first_process_of_a_node_prints(
