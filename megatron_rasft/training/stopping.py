@@ -47,14 +47,28 @@ class Allocation:
 
     @classmethod
     def of_slurm(
-        cls, before_s: float | None, save_s: float | None = None, variables: Mapping[str, str] = os.environ
+        cls,
+        before_s: float | None,
+        save_s: float | None = None,
+        variables: Mapping[str, str] = os.environ,
+        now: float | None = None,
     ) -> "Allocation | None":
-        """Reads the allocation from Slurm's variables; None outside of Slurm, without a time limit, or if ``before_s`` is 0."""
+        """Reads the allocation from Slurm's variables.
+
+        Args:
+            before_s: --exit-before-end-s.
+            save_s: the longest save of an earlier start, seconds.
+            variables: the environment.
+            now: ``time.time()`` at the start of the run; None for the present.
+
+        Returns:
+            None outside of Slurm, without a time limit, if ``before_s`` is 0, or if the end has passed: such a variable is wrong.
+        """
         ends, starts = (
             int(text) if (text := variables.get(f"SLURM_JOB_{name}_TIME", "")).isdecimal() else 0
             for name in ("END", "START")
         )
-        if not ends or before_s == 0:
+        if ends <= (time.time() if now is None else now) or before_s == 0:
             return None
         length_s = float(ends - starts) if 0 < starts < ends else float("inf")
         return cls(ends_at=ends, length_s=length_s, before_s=before_s, save_s=save_s)

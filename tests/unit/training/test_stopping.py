@@ -38,21 +38,27 @@ def slurm(ends: float, starts: float | None = None) -> dict[str, str]:
 
 @pytest.mark.parametrize(
     ("before_s", "variables"),
-    [(None, {}), (0.0, slurm(10**10)), (30.0, {"SLURM_JOB_END_TIME": "NOT_SET"}), (None, slurm(0))],
+    [
+        (None, {}),
+        (0.0, slurm(10**10)),
+        (30.0, {"SLURM_JOB_END_TIME": "NOT_SET"}),
+        (None, slurm(0)),
+        (30.0, slurm(time.time() - 5)),
+    ],
 )
 def test_without_an_end_there_is_no_allocation(before_s: float | None, variables: dict[str, str]) -> None:
     assert Allocation.of_slurm(before_s, None, variables) is None
 
 
 def test_a_run_stops_at_the_given_time_before_the_end() -> None:
-    allocation = Allocation.of_slurm(30.0, 500.0, slurm(1000))
+    allocation = Allocation.of_slurm(30.0, 500.0, slurm(1000), now=0.0)
     assert allocation is not None
     assert [bool(allocation.reason(now)) for now in (0.0, 969.0, 970.0, 1001.0)] == [False, False, True, True]
     assert "--exit-before-end-s 30" in allocation.reason(970.0)
 
 
 def test_the_default_covers_a_save_the_longest_step_and_a_margin() -> None:
-    allocation = Allocation.of_slurm(None, None, slurm(100_000))
+    allocation = Allocation.of_slurm(None, None, slurm(100_000), now=0.0)
     assert allocation is not None and allocation.needed_s() == 300 + 60
     for now in (0.0, 40.0, 50.0):
         assert not allocation.reason(now)
@@ -63,7 +69,7 @@ def test_the_default_covers_a_save_the_longest_step_and_a_margin() -> None:
 
 
 def test_a_short_allocation_is_used_for_the_most_part() -> None:
-    allocation = Allocation.of_slurm(None, None, slurm(1060, 1000))
+    allocation = Allocation.of_slurm(None, None, slurm(1060, 1000), now=1000.0)
     assert allocation is not None and allocation.needed_s() == 6 + 6
 
 
