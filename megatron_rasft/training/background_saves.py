@@ -50,6 +50,8 @@ class SaveQueue:
         self.copies_cpu_tensors = copies_cpu_tensors
         self._request: AsyncRequest | None = None
         self._writer: Thread | None = None
+        self.written_at = 0.0
+        """``time.monotonic()`` at which this rank's last writer ended."""
 
     @classmethod
     def for_run(cls, args: argparse.Namespace, device: torch.device) -> "SaveQueue":
@@ -68,9 +70,13 @@ class SaveQueue:
             if request.preload_fn is not None:
                 arguments[1] = self._staged(request.preload_fn())
             # A daemon thread: a run that fails elsewhere must not wait for a checkpoint that it can no longer complete.
-            self._writer = Thread(target=_write, args=(request, arguments), name=_THREAD, daemon=True)
+            self._writer = Thread(target=self._write, args=(request, arguments), name=_THREAD, daemon=True)
             self._writer.start()
         return 0
+
+    def _write(self, request: AsyncRequest, arguments: list[Any]) -> None:
+        _write(request, arguments)
+        self.written_at = time.monotonic()
 
     def _staged(self, buckets: Sequence[Any]) -> list[Any]:
         """Returns Megatron's buckets (file, key, (bytes, tensors)) with tensors in host memory that nothing else changes."""

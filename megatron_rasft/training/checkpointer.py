@@ -70,8 +70,15 @@ class Checkpointer:
         """State that Megatron's save functions keep between two saves."""
         self._saving_step: int | None = None
         """The step of the checkpoint that is being written in the background."""
+        self._saves: SaveQueue | None = None
         if args.async_save:
-            write_in_background(SaveQueue.for_run(args, device))
+            self._saves = SaveQueue.for_run(args, device)
+            write_in_background(self._saves)
+
+    @property
+    def written_at(self) -> float:
+        """``time.monotonic()`` at which this rank's part of the last background save was written."""
+        return 0.0 if self._saves is None else self._saves.written_at
 
     def save(self, state: Callable[[], tuple[dict[str, Any], dict[str, Array]]]) -> None:
         """Writes a checkpoint and the run's state. The previous checkpoint stays the newest until this one is complete.

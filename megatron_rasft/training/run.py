@@ -81,6 +81,8 @@ class Run:
         self._saved_step = 0
         """Step of the newest checkpoint in --save. Step 0 needs no checkpoint."""
         self._save_began = 0.0
+        self._longest_save_s = 0.0
+        """The longest save of this start, seconds."""
 
     def __enter__(self) -> "Run":
         on_rank_zero(self._start_verifier)
@@ -238,14 +240,13 @@ class Run:
         done = "step {} is being saved" if self._args.async_save else "saved step {}"
         self._record.say(f"{done.format(self._saved_step)}, {time.monotonic() - self._save_began:.1f} s")
         if not self._args.async_save:
-            self._note_save()
+            self._note_save(time.monotonic())
 
-    def _note_save(self) -> None:
+    def _note_save(self, ended: float) -> None:
         """Keeps the time of a save that is now complete, for --exit-before-end-s and for the next start of the run."""
-        seconds, allocation = time.monotonic() - self._save_began, self._trainer.stop.allocation
-        if allocation is not None:
-            allocation.note_save(seconds)
-            seconds = allocation.save_s or seconds
+        seconds = self._longest_save_s = max(self._longest_save_s, ended - self._save_began)
+        if self._trainer.stop.allocation is not None:
+            self._trainer.stop.allocation.note_save(seconds)
         on_rank_zero(lambda: self._record.note_status("running", self._saved_step, save_s=seconds))
 
     def _finish_saves(self, *, is_blocking: bool = True) -> None:
@@ -253,7 +254,8 @@ class Run:
         step = self._checkpoints.finish(is_blocking=is_blocking)
         if step is not None:
             self._record.say(f"saved step {step} in the background")
-            self._note_save()
+            # Without waiting this is noticed only after the next step, before which there may be a whole refresh.
+            self._note_save(time.monotonic() if is_blocking else self._checkpoints.written_at)
 
     def _state(self) -> tuple[dict[str, Any], dict[str, Array]]:
         """The run's part of a checkpoint: JSON values, and the samples of the queue. Rank 0 only."""

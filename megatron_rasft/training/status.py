@@ -38,7 +38,7 @@ class RunStatus:
     export_folder: str | None = None
     """Absolute path of the export that the run has begun, after its last step."""
     save_s: float | None = None
-    """The longest save so far, seconds."""
+    """The longest save of the last start that has saved, seconds."""
 
     @classmethod
     def read(cls, save: Path | str | None) -> Self | None:

@@ -21,6 +21,10 @@ _MARGIN_S = 60.0
 _UNKNOWN_SAVE_S = 300.0
 """Time left for a save, seconds, before the run has saved once."""
 
+_LARGEST_SHARE = 0.25
+"""The largest share of the allocation that is left for a save. A longer measured time may come from another machine or a disk that
+hung, and would end every later start at its first check."""
+
 
 class Stopped(Exception):
     """Ends the run. It is raised on every rank at the same place, except by ``StopRequest.check_here``."""
@@ -36,7 +40,7 @@ class Allocation:
     ends_at: float
     """``time.time()`` of the end."""
     length_s: float
-    """Infinity if Slurm does not give the start."""
+    """Counted from the start of the run if Slurm does not give the start of the allocation."""
     before_s: float | None = None
     """--exit-before-end-s. None: calculated from measured times."""
     save_s: float | None = None
@@ -68,9 +72,10 @@ class Allocation:
             int(text) if (text := variables.get(f"SLURM_JOB_{name}_TIME", "")).isdecimal() else 0
             for name in ("END", "START")
         )
-        if ends <= (time.time() if now is None else now) or before_s == 0:
+        now = time.time() if now is None else now
+        if ends <= now or before_s == 0:
             return None
-        length_s = float(ends - starts) if 0 < starts < ends else float("inf")
+        length_s = ends - (starts if 0 < starts < ends else now)
         return cls(ends_at=ends, length_s=length_s, before_s=before_s, save_s=save_s)
 
     def note_save(self, seconds: float) -> None:
@@ -83,7 +88,7 @@ class Allocation:
             return self.before_s
         # Short allocations, as for a trial, would otherwise be over before their first step.
         margin_s, unknown_s = min(_MARGIN_S, 0.1 * self.length_s), min(_UNKNOWN_SAVE_S, 0.1 * self.length_s)
-        save_s = unknown_s if self.save_s is None else 1.5 * self.save_s
+        save_s = unknown_s if self.save_s is None else min(1.5 * self.save_s, _LARGEST_SHARE * self.length_s)
         return self.longest_wait_s + save_s + margin_s
 
     def reason(self, now: float) -> str:

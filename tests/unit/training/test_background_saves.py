@@ -3,6 +3,7 @@
 import atexit
 import os
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,7 @@ def test_the_written_numbers_are_those_of_the_start_of_the_save() -> None:
     disk.may_write.set()
     assert saves.maybe_finalize_async_calls(blocking=True) == [0]
     assert (saves.get_num_unfinalized_calls(), disk.finalized, disk.written) == (0, 1, [1.0, 2.0])
+    assert 0 < saves.written_at <= time.monotonic()
     assert saves.maybe_finalize_async_calls(blocking=True) == []
 
 

@@ -77,3 +77,10 @@ def test_the_end_of_the_allocation_asks_to_stop() -> None:
     near, far = (Allocation.of_slurm(60.0, None, slurm(time.time() + s)) for s in (30, 3000))
     assert "Slurm" in StopRequest(lambda: False, allocation=near).reason()
     assert not StopRequest(lambda: False, allocation=far).is_asked()
+
+
+@pytest.mark.parametrize("starts", [1000, None])
+def test_no_earlier_save_stops_a_run_at_its_first_check(starts: float | None) -> None:
+    allocation = Allocation.of_slurm(None, 1e6, slurm(5000, starts), now=1000.0)
+    assert allocation is not None and allocation.needed_s() == 1000 + 60
+    assert not allocation.reason(1100.0)
