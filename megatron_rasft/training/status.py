@@ -61,8 +61,14 @@ class RunStatus:
             write_json(path, {**dataclasses.asdict(self), "time": time.time()}, is_synced=True)
 
     def has_export(self, folder: str | None) -> bool:
-        """Returns whether ``folder`` exists and is the export of this run. The run only begins an export that does not exist."""
-        return folder is not None and self.export_folder == os.path.abspath(folder) and os.path.exists(folder)
+        """Returns whether ``folder`` is the complete export of this run, which only begins an export that does not exist."""
+        return (
+            folder is not None and self.export_folder == os.path.abspath(folder) and _is_model(Path(folder))
+        )
+
+
+def _is_model(folder: Path) -> bool:
+    return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
 
 
 def finished_before(args: argparse.Namespace, resume: Resume) -> bool:

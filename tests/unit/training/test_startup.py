@@ -49,6 +49,10 @@ def test_the_runs_own_export_is_not_refused(parse: Parse, tmp_path: Path) -> Non
     with pytest.raises(ValueError, match="--export-hf"):
         parse(*flags)
     RunStatus(state="running", export_folder=str(export)).write(save)
+    with pytest.raises(ValueError, match="--export-hf"):
+        parse(*flags)
+    for name in ("config.json", "model.safetensors"):
+        (export / name).touch()
     assert parse(*flags).export_hf == str(export)
 
 

@@ -21,6 +21,12 @@ def args_of(save: Path | None, export_hf: Path | None = None, **length: int | No
     )
 
 
+def write_model(folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    for name in ("config.json", "model-00001-of-00002.safetensors"):
+        (folder / name).touch()
+
+
 def own(save: Path, step: int) -> Resume:
     return Resume(folder=save, step=step, is_own=True)
 
@@ -88,6 +94,8 @@ def test_an_export_that_the_run_has_written_is_its_end(tmp_path: Path, state: An
         "the export was removed, or never completed"
     )
     export.mkdir()
+    assert not finished_before(args_of(save, export), own(save, 9)), "a folder of something else"
+    write_model(export)
     assert finished_before(args_of(save, export), own(save, 9))
     assert not finished_before(args_of(save, tmp_path / "other"), own(save, 9)), "another one is asked for"
 
@@ -97,7 +105,7 @@ def test_an_export_of_other_steps_is_not_overwritten(
     tmp_path: Path, step: int, length: dict[str, int]
 ) -> None:
     export = tmp_path / "hf"
-    export.mkdir()
+    write_model(export)
     before = RunStatus(state="finished", step=9, export_folder=str(export))
     before.write(tmp_path)
     with pytest.raises(ValueError, match="--export-hf"):
