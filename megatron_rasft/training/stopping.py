@@ -22,8 +22,8 @@ _UNKNOWN_SAVE_S = 300.0
 """Time left for a save, seconds, before the run has saved once."""
 
 _LARGEST_SHARE = 0.25
-"""The largest share of the allocation that is left for a save. A longer measured time may come from another machine or a disk that
-hung, and would end every later start at its first check."""
+"""The largest share of the allocation that is left for a save, and for the longest step. A longer measured time is not their own: it
+comes from a disk that hung, or from a job that was suspended. It would end the run, or every later start, far too early."""
 
 
 class Stopped(Exception):
@@ -89,7 +89,7 @@ class Allocation:
         # Short allocations, as for a trial, would otherwise be over before their first step.
         margin_s, unknown_s = min(_MARGIN_S, 0.1 * self.length_s), min(_UNKNOWN_SAVE_S, 0.1 * self.length_s)
         save_s = unknown_s if self.save_s is None else min(1.5 * self.save_s, _LARGEST_SHARE * self.length_s)
-        return self.longest_wait_s + save_s + margin_s
+        return min(self.longest_wait_s, _LARGEST_SHARE * self.length_s) + save_s + margin_s
 
     def reason(self, now: float) -> str:
         """Returns why the run is to stop at ``now``, or "". Call it at every check: the time between the calls is measured."""

@@ -84,3 +84,10 @@ def test_no_earlier_save_stops_a_run_at_its_first_check(starts: float | None) ->
     allocation = Allocation.of_slurm(None, 1e6, slurm(5000, starts), now=1000.0)
     assert allocation is not None and allocation.needed_s() == 1000 + 60
     assert not allocation.reason(1100.0)
+
+
+def test_the_time_of_a_suspended_job_is_no_step() -> None:
+    allocation = Allocation.of_slurm(None, 10.0, slurm(11_000, 1000), now=1000.0)
+    assert allocation is not None
+    assert [bool(allocation.reason(now)) for now in (1000.0, 7000.0, 8000.0)] == [False, False, False]
+    assert allocation.needed_s() == 2500 + 15 + 60
