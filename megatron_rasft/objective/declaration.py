@@ -69,6 +69,9 @@ class SampleWeights:
     rollouts: dict[int, float]
     """Index into the group -> weight, for the rollouts that are trained on."""
 
+    wrong_needs_correct: bool = False
+    """Whether rollouts of negative weight are left out if no rollout of positive weight is short enough to be trained on."""
+
     is_per_problem: bool = False
     """Whether the rollouts share the sum of their weights by tokens, scaled to the length of the demonstration, and only the
     tokens of demonstrations count in the denominator of the loss (--weighting-normalization problem)."""

@@ -55,6 +55,8 @@ def make_samples(
     longest = math.inf if max_tokens is None else max_tokens - len(demonstration.prompt_ids)
     lengths = {i: len(rollouts[i].response_ids) for i in weights.rollouts}
     trained = {i: weight for i, weight in weights.rollouts.items() if 0 < lengths[i] <= longest}
+    if weights.wrong_needs_correct and not any(weight > 0 for weight in trained.values()):
+        trained = {i: weight for i, weight in trained.items() if weight >= 0}
     num_tokens = len(demonstration.response_ids)
     has_demonstration = weights.demonstration is not None and 0 < num_tokens <= longest
     if weights.is_per_problem:

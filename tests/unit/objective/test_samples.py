@@ -224,6 +224,29 @@ def test_rollouts_that_are_too_long_leave_their_share_to_the_others() -> None:
     assert make_samples(Rasft(), demonstration(), group, config=NO_PRIOR, max_tokens=3) == []
 
 
+@pytest.mark.parametrize("normalization", ["problem", "tokens"])
+def test_wrong_rollouts_are_left_out_without_a_trained_correct_one(
+    normalization: Literal["problem", "tokens"],
+) -> None:
+    def kinds(total: float, max_tokens: int) -> list[str]:
+        group = make_group(rollout(0, num_tokens=8), rollout(1, "wrong", num_tokens=2))
+        config = WeightingConfig(
+            weighting_wrong_total=4.0, weighting_rollout_total=total, weighting_normalization=normalization
+        )
+        samples = make_samples(Rasft(), demonstration(), group, config=config, max_tokens=max_tokens)
+        assert [r.weight for r in group.rollouts if r.weight] == [s.weight for s in samples[1:]]
+        return [sample.kind for sample in samples]
+
+    assert kinds(0.7, max_tokens=10) == ["demonstration", "rollout", "rollout"]
+    assert kinds(0.7, max_tokens=9) == kinds(0.0, max_tokens=10) == ["demonstration"]
+
+
+def test_grpo_trains_wrong_rollouts_beside_a_correct_one_that_is_too_long() -> None:
+    group = make_group(rollout(0, num_tokens=8), rollout(1, "wrong", num_tokens=2))
+    (wrong,) = make_samples(Grpo(), demonstration(), group, config=WeightingConfig(), max_tokens=9)
+    assert wrong.weight < 0
+
+
 @pytest.mark.parametrize("kind", [kind for kind in OBJECTIVES.values() if kind is not Rasft])
 def test_other_objectives_count_all_their_tokens(kind: type[Objective]) -> None:
     assert all(s.is_counted for s in make_samples(kind(), demonstration(), mixed_group(), config=NO_PRIOR))
