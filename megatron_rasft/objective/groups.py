@@ -53,9 +53,12 @@ def distinct_positives(group: RolloutGroup, deduplicate: Deduplicate) -> list[in
 
 
 def wrong_attempts(group: RolloutGroup | None) -> list[int]:
-    """Indices into the group of the attempts that were judged and are not solved."""
-    attempts, rewards = judged_rewards(group)
-    return [i for i, reward in zip(attempts, rewards, strict=True) if reward == 0.0]
+    """Indices into the group of the attempts with the verdict wrong.
+
+    An unverifiable attempt is left out, because its answer may be right.
+    """
+    rollouts = [] if group is None else group.rollouts
+    return [i for i, rollout in enumerate(rollouts) if is_attempt(rollout) and rollout.verdict == "wrong"]
 
 
 def count_solved(group: RolloutGroup) -> tuple[int, int]:

@@ -166,10 +166,12 @@ def test_wrong_rollouts_are_trained_on_beside_correct_ones_only() -> None:
         rollout(1, "wrong"),
         rollout(2, "correct", finish="length"),
         rollout(3, "wrong", finish="abort"),
+        rollout(4, "wrong", finish="length"),
+        rollout(5, "unverifiable"),
     )
     weights = adaptive_weights(group, config, remembered=(0.5, 2.0))
-    s = (1 + 1 + 5 / 12) / (3 + 2 + 1)
-    assert weights.rollouts == pytest.approx([0.7 * s, -s * (1 - s), -s * (1 - s), 0.0])
+    s = (1 + 1 + 5 / 12) / (5 + 2 + 1)
+    assert weights.rollouts == pytest.approx([0.7 * s, -s * (1 - s), 0.0, 0.0, -s * (1 - s), 0.0])
     filtered = make_group(rollout(0, filtered="loop_sentences"), rollout(1, "wrong"))
     for unsolved in (counted_group(0, 4), filtered):
         assert not any(adaptive_weights(unsolved, config, remembered=(0.5, 2.0)).rollouts)
