@@ -15,7 +15,7 @@ from megatron_rasft.flags import FlagSection
 from megatron_rasft.objective.declaration import Objective
 from megatron_rasft.objective.families import OBJECTIVES, flag_sections
 from megatron_rasft.objective.families.rasft import Rasft
-from megatron_rasft.objective.weighting import WeightingConfig
+from megatron_rasft.objective.weighting import ADAPTIVE_ONLY, WeightingConfig
 
 __all__ = [
     "CurriculumConfig",
@@ -52,6 +52,30 @@ class RasftConfig:
             raise ValueError(
                 f"--objective {self.objective.name} trains on rollouts only, and --curriculum-mode off samples none. Use "
                 "--curriculum-mode all."
+            )
+        self._check_adaptive_flags()
+
+    def _check_adaptive_flags(self) -> None:
+        weighting, objective = self.weighting, self.objective
+        rule = f"--objective {objective.name}"
+        if objective.name == "rasft":
+            rule = f"--rasft-weighting {weighting.rasft_weighting}"
+        if rule != "--rasft-weighting adaptive":
+            for name in ADAPTIVE_ONLY:
+                if getattr(weighting, name) != WeightingConfig.flag_fields()[name]:
+                    raise weighting.refusal(
+                        name,
+                        f"has no effect with {rule}. Leave it out, or use --objective rasft with --rasft-weighting adaptive.",
+                    )
+        if (
+            weighting.weighting_wrong_total
+            and isinstance(objective, Rasft)
+            and not objective.objective_dft_factor
+        ):
+            raise weighting.refusal(
+                "weighting_wrong_total",
+                "needs the DFT factor: without it the loss of a wrong rollout has no lower bound. Leave out "
+                "--no-objective-dft-factor, or use --weighting-wrong-total 0.",
             )
 
     @classmethod

@@ -25,6 +25,9 @@ Exponent = Annotated[
     float, Range(above=0, below=math.inf, advice="With 0 the weight would not depend on solvability.")
 ]
 
+ADAPTIVE_ONLY = ("weighting_rollout_fall", "weighting_wrong_total", "weighting_placebo")
+"""Flags that are refused without the adaptive rule of the rasft objective."""
+
 
 @dataclass(kw_only=True)
 class WeightingConfig(FlagSection):
@@ -75,18 +78,20 @@ class WeightingConfig(FlagSection):
     """Exponent of (1 - s). Below 1 the demonstration keeps a large weight until s is near 1; above 1 its weight falls early."""
 
     weighting_rollout_total: Amount = 0.7
-    """Weight that the correct rollouts of an always solved problem share. 0 trains on demonstrations only."""
+    """Factor of the weight that the correct rollouts share; with --weighting-rollout-fall 0 it is their weight at s = 1. 0 trains on
+    demonstrations only."""
 
     weighting_rollout_exponent: Exponent = 1.0
     """Exponent of s. Above 1 only rollouts of reliably solved problems have much weight."""
 
     weighting_rollout_fall: Annotated[float, Range(at_least=0, below=math.inf)] = 0.0
-    """Exponent of (1 - s) in the weight that the correct rollouts share. 0: the weight rises with s up to an always solved problem. 1: it
-    falls to 0 there, because a problem that is always solved teaches nothing."""
+    """Exponent of (1 - s) in the weight that the correct rollouts share. 0: the weight rises with s up to an always solved problem. Any
+    value above 0 makes it 0 there, because a problem that is always solved teaches nothing."""
 
     weighting_wrong_total: Amount = 0.0
     """Weight, below zero, that the wrong rollouts of a problem share: this times s (1 - s). A policy that solves a problem sometimes
-    learns from it what to avoid. Only for problems with a correct rollout to train on. 0 trains on no wrong rollout."""
+    learns from it what to avoid. Only for problems with a correct rollout to train on. Needs the DFT factor, without which the
+    loss has no lower bound. 0 trains on no wrong rollout."""
 
     weighting_prior_strength: Amount = 1.0
     """Size of the Beta prior on s, in rollouts. Its mean is the s at which the demonstration weight is 1, so a problem with

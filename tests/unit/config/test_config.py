@@ -168,6 +168,25 @@ def test_objectives_on_rollouts_need_rollouts(objective: str) -> None:
         RasftConfig.from_args(parse("--objective", objective, "--curriculum-mode", "off"))
 
 
+@pytest.mark.parametrize("other", [["--objective", "grpo"], ["--rasft-weighting", "published"]])
+@pytest.mark.parametrize(
+    "given", [["--weighting-wrong-total", "4"], ["--weighting-rollout-fall", "0.5"], ["--weighting-placebo"]]
+)
+def test_flags_of_the_adaptive_rule_are_refused_without_it(given: list[str], other: list[str]) -> None:
+    RasftConfig.from_args(parse(*given))
+    RasftConfig.from_args(parse(*other))
+    with pytest.raises(ValueError, match=f"^{given[0]} ") as raised:
+        RasftConfig.from_args(parse(*given, *other))
+    assert " ".join(other) in str(raised.value)
+
+
+def test_wrong_rollouts_need_the_dft_factor() -> None:
+    RasftConfig.from_args(parse("--no-objective-dft-factor"))
+    with pytest.raises(ValueError, match=r"^--weighting-wrong-total 2") as raised:
+        RasftConfig.from_args(parse("--no-objective-dft-factor", "--weighting-wrong-total", "2"))
+    assert "--no-objective-dft-factor" in str(raised.value)
+
+
 # reading back
 
 
