@@ -1,11 +1,13 @@
 """Answers ``--help`` and refuses wrong flags before torch and Megatron are imported, which takes ten seconds."""
 
 import importlib.util
+import os
 import re
 import sys
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TextIO
 
 from megatron_rasft.config import RasftConfig, help
 from megatron_rasft.config.parser import FlagParser, add_flags
@@ -37,9 +39,18 @@ def answer_early(argv: Sequence[str]) -> None:
         except ValueError as error:
             text, code = f"error: {error}", 2
     if text:
-        if is_first_of_node():
-            print(text, file=sys.stderr if code else sys.stdout)
+        print_once(text, sys.stderr if code else sys.stdout)
         sys.exit(code)
+
+
+def print_once(text: str, stream: TextIO) -> None:
+    """Prints a text in the first process of a node. A reader may close its end early, as ``head`` does."""
+    if is_first_of_node():
+        try:
+            print(text, file=stream, flush=True)
+        except BrokenPipeError:
+            # Python flushes the stream again when it ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def asked_help(argv: Sequence[str]) -> str | None:

@@ -11,11 +11,10 @@ import torch
 from megatron.training.arguments import add_megatron_arguments, parse_args
 
 from megatron_rasft.config import RasftConfig
-from megatron_rasft.config.command_line import asked_help
+from megatron_rasft.config.command_line import asked_help, print_once
 from megatron_rasft.config.help import MEGATRON
 from megatron_rasft.config.parser import FlagParser, add_flags
 from megatron_rasft.config.published import published_preset
-from megatron_rasft.errors import is_first_of_node
 from megatron_rasft.training.refusals import reasons, refuse_unsupported
 from megatron_rasft.training.requirements import refuse_unrunnable
 
@@ -66,9 +65,7 @@ def parse_flags() -> argparse.Namespace:
     """
     word = asked_help(sys.argv[1:])
     if word is not None:
-        text = megatron_help(word)
-        if is_first_of_node():
-            print(text)
+        print_once(megatron_help(word), sys.stdout)
         sys.exit(0)
     parser: FlagParser | None = None
 
