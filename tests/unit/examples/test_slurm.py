@@ -26,6 +26,7 @@ from tools import serve_node  # noqa: E402
 ROOT = Path(__file__).resolve().parents[3]
 FOLDER = ROOT / "examples" / "slurm"
 SETTINGS = sorted(FOLDER.glob("settings/*.sh"))
+ARRAYS = sorted((ROOT / "examples" / "benchmark_reproduction" / "slurm").glob("*.sbatch"))
 MODELS: dict[str, dict[str, Any]] = json.loads(
     Path(__file__).with_name("slurm_models.json").read_text(encoding="utf-8")
 )
@@ -162,7 +163,7 @@ case "$1" in
 show) tr ',' '\\n' <<<"$3" ;;
 requeue) echo "$2" >>"$CALLS/requeued" ;;
 esac""",
-    "squeue": "echo 2026-12-01T00:00:00",
+    "squeue": 'echo "${SQUEUE_ANSWER-2026-12-01T00:00:00}"; exit "${SQUEUE_CODE:-0}"',
 }
 """Slurm's commands as the script uses them."""
 
@@ -178,6 +179,15 @@ SAVED = (
 )
 
 
+def stand_ins(folder: Path) -> Path:
+    """Writes Slurm's commands into a folder; returns it."""
+    folder.mkdir(exist_ok=True)
+    for name, text in STAND_INS.items():
+        (folder / name).write_text(f"#!/usr/bin/env bash\n{text}\n", encoding="utf-8")
+        (folder / name).chmod(0o755)
+    return folder
+
+
 @dataclass
 class Job:
     """Runs the script with stand-ins for Slurm."""
@@ -185,11 +195,7 @@ class Job:
     folder: Path
 
     def run(self, nodes: str, **variables: str) -> subprocess.CompletedProcess[str]:
-        tools = self.folder / "bin"
-        tools.mkdir(exist_ok=True)
-        for name, text in STAND_INS.items():
-            (tools / name).write_text(f"#!/usr/bin/env bash\n{text}\n", encoding="utf-8")
-            (tools / name).chmod(0o755)
+        tools = stand_ins(self.folder / "bin")
         (self.folder / "toy.sh").write_text(TOY, encoding="utf-8")
         environment = {
             "PATH": f"{tools}:{os.environ['PATH']}",
@@ -201,6 +207,7 @@ class Job:
             "SLURM_JOB_ID": "1234",
             "SLURM_JOB_NODELIST": nodes,
             "TRAINER": FINISHED,
+            "TZ": "UTC",
             **variables,
         }
         return subprocess.run(
@@ -259,6 +266,54 @@ def test_groups_of_a_heterogeneous_job_train_and_serve_in_their_images(tmp_path:
     assert {"--het-group=0", "--nodelist=a1,a2", "--container-image=/images/nemo.sqsh"} <= {*trainer}
     assert {"--het-group=1", "--nodelist=b1", "--container-image=/images/sglang.sqsh"} <= {*servers}
     assert "--container-mounts=/d:/d" in trainer and f"--container-workdir={ROOT}" in trainer
+
+
+END = 1796083200
+"""2026-12-01T00:00:00 in UTC, the end of the stand-in's allocation, seconds."""
+
+
+SQUEUE = pytest.mark.parametrize(
+    ("squeue", "end"),
+    [
+        ({}, END),
+        ({"SQUEUE_ANSWER": "", "SQUEUE_CODE": "1"}, END + 7),  # fails
+        ({"SQUEUE_ANSWER": " "}, END + 7),
+        ({"SQUEUE_ANSWER": "N/A"}, END + 7),
+    ],
+    ids=str,
+)
+
+
+@SQUEUE
+def test_trainer_gets_slurms_own_times_if_squeue_gives_none(
+    tmp_path: Path, squeue: dict[str, str], end: int
+) -> None:
+    note = FINISHED + '; echo "$SLURM_JOB_START_TIME $SLURM_JOB_END_TIME" >"$CALLS/times"'
+    given = {"SLURM_JOB_START_TIME": str(END + 7), "SLURM_JOB_END_TIME": str(END + 7)}
+    done = Job(tmp_path).run("n1,n2", TRAINER=note, **given, **squeue)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "times").read_text().split() == [str(end)] * 2
+
+
+@SQUEUE
+@pytest.mark.parametrize("script", ARRAYS, ids=lambda path: path.stem)
+def test_array_gets_slurms_own_end_if_squeue_gives_none(
+    tmp_path: Path, script: Path, squeue: dict[str, str], end: int
+) -> None:
+    python = tmp_path / "python"
+    python.write_text('#!/usr/bin/env bash\necho "$SLURM_JOB_END_TIME"\n', encoding="utf-8")
+    python.chmod(0o755)
+    names = ("MODEL", "TRAIN_DATA", "HELDOUT_DATA", "EVALUATION_DATA", "OUTPUT")
+    given = {"SLURM_JOB_ID": "1234", "SLURM_JOB_END_TIME": str(END + 7), "PYTHON": str(python), "TZ": "UTC"}
+    path = f"{stand_ins(tmp_path / 'bin')}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", str(script)],
+        env={"PATH": path, **dict.fromkeys(names, "x"), **given, **squeue},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, f"{end}\n"), done.stderr
 
 
 @pytest.mark.parametrize(
