@@ -323,7 +323,7 @@ def test_array_gets_slurms_own_end_if_squeue_gives_none(
         (SAVED, "1", {}, True),  # failed after progress
         ("", "1", {}, False),  # failed at once, for example because of a wrong flag
         ("", "0", {"SLURM_RESTART_COUNT": "1"}, True),  # stopped before its first step
-        ("", "0", {"SLURM_RESTART_COUNT": "3"}, False),
+        ("", "0", {"SLURM_RESTART_COUNT": "9"}, True),  # the earlier starts made progress
     ],
 )
 def test_job_goes_on_only_after_progress(
@@ -332,6 +332,18 @@ def test_job_goes_on_only_after_progress(
     job = Job(tmp_path)
     done = job.run("n1,n2", TRAINER=trainer, TRAINER_CODE=code, **variables)
     assert done.returncode == int(code) and job.is_requeued == is_requeued, done.stdout
+
+
+def test_job_that_stops_four_times_at_one_checkpoint_fails(tmp_path: Path) -> None:
+    job = Job(tmp_path)
+    saved_once = [SAVED if start == 1 else "" for start in range(6)]
+    codes = [
+        job.run("n1,n2", TRAINER=trainer, SLURM_RESTART_COUNT=str(start)).returncode
+        for start, trainer in enumerate(saved_once)
+    ]
+    assert codes == [0, 0, 0, 0, 0, 1]
+    assert (tmp_path / "requeued").read_text().split() == ["1234"] * 5
+    assert job.run("n1,n2", TRAINER="").returncode == 0, "a job that is submitted again"
 
 
 @pytest.mark.parametrize(
