@@ -149,7 +149,7 @@ class BatchFacts:
     squared_tokens: int
     """Sum over samples of their squared number of tokens, to which attention's operations are proportional."""
     mean_weights: dict[str, float]
-    """Sample kind -> mean weight; only kinds that occur in the batch."""
+    """Sample kind -> mean weight; only kinds that occur in the batch. ``wrong_rollout``: rollouts of a weight below zero."""
 
 
 @dataclass(kw_only=True)
@@ -204,7 +204,13 @@ def shard_batch(batch: Batch, layout: BatchLayout) -> list[BatchShard]:
 
 def _facts(batch: Batch) -> BatchFacts:
     lengths, are_rollouts = batch.samples.lengths, batch.samples.are_rollouts
-    kinds = {"demonstration": ~are_rollouts, "rollout": are_rollouts}
+    # The mean over both signs would say nothing about either.
+    are_wrong = are_rollouts & (batch.samples.weights < 0)
+    kinds = {
+        "demonstration": ~are_rollouts,
+        "rollout": are_rollouts & ~are_wrong,
+        "wrong_rollout": are_wrong,
+    }
     return BatchFacts(
         num_problems=batch.num_problems,
         num_samples=len(lengths),

@@ -33,7 +33,9 @@ class RefreshReport:
     demonstration_weight: float = float("nan")
     """Mean objective weight of the demonstrations."""
     rollout_weight: float = float("nan")
-    """Mean objective weight of the rollouts that are trained on."""
+    """Mean objective weight of the rollouts that are trained on, without those of a weight below zero."""
+    wrong_rollout_weight: float = float("nan")
+    """Mean objective weight of the rollouts of a weight below zero."""
     score_s: float = 0.0
     """Seconds for computing the difficulties."""
     generate_s: float = 0.0
@@ -64,12 +66,14 @@ class RefreshReport:
         self.mean_response_tokens = sum(len(r.response_ids) for r in rollouts) / max(1, len(rollouts))
 
     def average_weights(self, samples: Iterable[TrainingSample]) -> None:
-        """Averages the weights of all training samples, by kind."""
-        weights: dict[str, list[float]] = {"demonstration": [], "rollout": []}
+        """Averages the weights of all training samples, by kind, and those of rollouts by sign."""
+        weights: dict[str, list[float]] = {"demonstration": [], "rollout": [], "wrong_rollout": []}
         for sample in samples:
-            weights[sample.kind].append(sample.weight)
+            is_wrong = sample.kind == "rollout" and sample.weight < 0
+            weights["wrong_rollout" if is_wrong else sample.kind].append(sample.weight)
         self.demonstration_weight = _mean(weights["demonstration"])
         self.rollout_weight = _mean(weights["rollout"])
+        self.wrong_rollout_weight = _mean(weights["wrong_rollout"])
 
     @property
     def num_rollouts(self) -> int:
@@ -88,6 +92,7 @@ class RefreshReport:
             metrics.SOLVED_PROBLEMS: self.num_solved / self.num_sampled if self.num_sampled else float("nan"),
             metrics.DEMONSTRATION_WEIGHT: self.demonstration_weight,
             metrics.ROLLOUT_WEIGHT: self.rollout_weight,
+            metrics.WRONG_ROLLOUT_WEIGHT: self.wrong_rollout_weight,
             metrics.NUM_ROLLOUTS: self.num_rollouts,
             metrics.RESPONSE_TOKENS: self.mean_response_tokens,
             metrics.FILTERED: self.num_filtered / num_rollouts,

@@ -29,7 +29,11 @@ def step_values(result: StepResult, *, step_s: float, num_queued: int) -> dict[s
     if result.params_norm is not None:
         values[metrics.PARAMS_NORM] = result.params_norm
     # If the batch has no sample of a kind, there is no mean weight to report for it.
-    for kind, name in (("demonstration", metrics.DEMONSTRATION_WEIGHT), ("rollout", metrics.ROLLOUT_WEIGHT)):
+    for kind, name in (
+        ("demonstration", metrics.DEMONSTRATION_WEIGHT),
+        ("rollout", metrics.ROLLOUT_WEIGHT),
+        ("wrong_rollout", metrics.WRONG_ROLLOUT_WEIGHT),
+    ):
         if kind in result.batch.mean_weights:
             values[name] = result.batch.mean_weights[kind]
     return values

@@ -306,6 +306,14 @@ def test_facts_count_tokens_and_average_weights_per_kind() -> None:
     assert facts.mean_weights == {"rollout": 2.5, "demonstration": 1.0}
 
 
+def test_facts_average_weights_below_zero_apart() -> None:
+    samples = [lone_sample(2, 3) for _ in range(3)]
+    for sample, weight in zip(samples, (0.5, -0.25, -0.75), strict=True):
+        sample.kind, sample.weight = "rollout", weight
+    facts = shard_batch(Batch(num_problems=1, samples=SampleArrays.of(samples)), a_layout())[0].facts
+    assert facts.mean_weights == {"rollout": 0.5, "wrong_rollout": -0.5}
+
+
 def test_a_batch_without_samples_has_no_micro_batches() -> None:
     layout = a_layout(dp_size=3)
     shards = shard_batch(Batch(num_problems=2, samples=SampleArrays.of([])), layout)

@@ -55,6 +55,14 @@ def test_weights_are_averaged_by_kind() -> None:
     )
     assert report.values()[metrics.DEMONSTRATION_WEIGHT] == 0.75
     assert report.values()[metrics.ROLLOUT_WEIGHT] == 0.2
+    assert math.isnan(report.values()[metrics.WRONG_ROLLOUT_WEIGHT])
+
+
+def test_weights_below_zero_are_averaged_apart() -> None:
+    report = RefreshReport()
+    report.average_weights([sample("rollout", 0.5), sample("rollout", -0.25), sample("rollout", -0.75)])
+    assert report.values()[metrics.ROLLOUT_WEIGHT] == 0.5
+    assert report.values()[metrics.WRONG_ROLLOUT_WEIGHT] == -0.5
 
 
 def test_a_refresh_without_rollouts_has_no_rates() -> None:
