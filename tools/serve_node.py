@@ -1,6 +1,6 @@
 """Keeps the rollout servers of one node running: starts each with tools/serve_rollouts.py, and starts it again if it ends.
 
-    tools/serve_node.py --num-servers 2 --tp 4 --model DIR --server-file servers.txt [FLAGS of serve_rollouts.py]
+    tools/serve_node.py --num-servers 2 --tp 4 --model DIR --server-file servers.txt [FLAGS of serve_rollouts.py] [-- SGLANG FLAGS]
 
 Each server gets --tp of the node's GPUs. A server that ends by itself is started again, up to --max-restarts times. With SIGTERM,
 SIGINT, SIGHUP or SIGUSR1 all servers sign off and end, and the exit code is 0. It is 1 if no server is left. examples/slurm/rasft.sbatch
@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
@@ -70,13 +70,15 @@ class Server:
 
     name: str
     command: list[str]
-    """Without --host and --port."""
+    """Without --host, --port and SGLang's flags."""
     variables: dict[str, str]
     host: str
     port: int
     """0: another free port at each start."""
     server_file: Path | None
     log: Path | None
+    sglang_flags: list[str] = field(default_factory=list)
+    """Begin with a lone --, if there are any."""
     num_restarts: int = 0
     process: subprocess.Popen[bytes] | None = None
     url: str = ""
@@ -86,7 +88,7 @@ class Server:
         """Starts the launcher, which adds the server's address to the file when the server is ready."""
         port = self.port or free_port(self.host)
         self.url = serve_rollouts.address_of(self.host, port)
-        command = [*self.command, "--host", self.host, "--port", str(port)]
+        command = [*self.command, "--host", self.host, "--port", str(port), *self.sglang_flags]
         with open(self.log, "ab") if self.log is not None else nullcontext() as output:
             self.process = subprocess.Popen(
                 command, env=os.environ | self.variables, stdout=output, stderr=output and subprocess.STDOUT
@@ -105,8 +107,9 @@ class Server:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the node's servers until a signal, or until none is left."""
-    args, more = parser().parse_known_args(argv)
-    servers = prepared(args, more)
+    words, sglang_flags = split_at_dashes(sys.argv[1:] if argv is None else argv)
+    args, more = parser().parse_known_args(words)
+    servers = prepared(args, more, sglang_flags)
     adopt_orphans()
     stopping: list[int] = []
 
@@ -124,8 +127,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def prepared(args: argparse.Namespace, more: list[str]) -> list[Server]:
+def split_at_dashes(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Returns the words before the first lone --, and the others: the -- and SGLang's flags."""
+    at = words.index("--") if "--" in words else len(words)
+    return [*words[:at]], [*words[at:]]
+
+
+def prepared(args: argparse.Namespace, more: list[str], sglang_flags: list[str]) -> list[Server]:
     """Returns the servers, not yet started.
+
+    Args:
+        args: this tool's own flags.
+        more: flags of serve_rollouts.py.
+        sglang_flags: see ``Server``.
 
     Raises:
         ValueError: a flag is wrong.
@@ -134,7 +148,7 @@ def prepared(args: argparse.Namespace, more: list[str]) -> list[Server]:
         raise ValueError(f"--num-servers must be >= 1, got {args.num_servers}.")
     if args.max_restarts < 0:
         raise ValueError(f"--max-restarts must be >= 0, got {args.max_restarts}. Use 0 for no restart.")
-    of_server = serve_rollouts.parser().parse_args(more)
+    of_server = serve_rollouts.parser().parse_args([*more, *sglang_flags])
     if of_server.port and args.num_servers > 1:
         raise ValueError(
             f"--port {of_server.port} cannot be given to {args.num_servers} servers: leave it out, and each takes a free port."
@@ -148,6 +162,7 @@ def prepared(args: argparse.Namespace, more: list[str]) -> list[Server]:
         Server(
             name=f"server {number} of {node}",
             command=[sys.executable, str(LAUNCHER), *more],
+            sglang_flags=sglang_flags,
             host=host,
             port=of_server.port,
             server_file=of_server.server_file,

@@ -168,7 +168,7 @@ esac""",
 """Slurm's commands as the script uses them."""
 
 TOY = """
-TRAINER_NODES=2 SERVER_NODES=${SERVER_NODES:-0} NUM_GPUS=8 SERVERS_PER_NODE=2 SERVER_TP=4 SERVER_FLAGS=() FLAGS=(--bf16)
+TRAINER_NODES=2 SERVER_NODES=${SERVER_NODES:-0} NUM_GPUS=8 SERVERS_PER_NODE=2 SERVER_TP=4 SERVER_FLAGS=(${MORE:-}) FLAGS=(--bf16)
 """
 
 
@@ -254,6 +254,15 @@ def test_servers_take_the_last_nodes_and_are_checked_before_the_trainer(tmp_path
     assert "--nodelist=n3,n4" in steps["serve_node"] and "--kill-on-bad-exit=0" in steps["serve_node"]
     assert {"--nodelist=n1", "--nodes=1", "--ntasks=1"} <= {*steps["check_servers"]}
     assert "--nodelist=n1,n2" in steps["pretrain_rasft"] and "sglang" in steps["pretrain_rasft"]
+
+
+def test_cpu_is_a_flag_of_the_server_and_not_of_sglang(tmp_path: Path) -> None:
+    job = Job(tmp_path)
+    more = "--ready-s 60 -- --mem-fraction-static 0.8"
+    done = job.run("n1,n2,n3", SERVER_NODES="1", NUM_SIGNED_ON="2", CPU="1", MORE=more)
+    assert done.returncode == 0, done.stderr
+    words = job.steps()["serve_node"]
+    assert words.index("--cpu") < words.index("--") and words[-2:] == ["--mem-fraction-static", "0.8"]
 
 
 def test_groups_of_a_heterogeneous_job_train_and_serve_in_their_images(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from megatron_rasft.servers.addresses import read_addresses
 from megatron_rasft.tools import cli
 from tests.servers.faulty_proxy import wait_for
 from tests.unit.tools.test_serve_rollouts import Launcher
-from tools import serve_node
+from tools import serve_node, serve_rollouts
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -86,6 +86,27 @@ def test_servers_are_given_up_after_their_restarts(
         serve_node.watch(servers(1, 2, folder=tmp_path), 3, [])
     assert [(tmp_path / f"starts{n}").read_text() for n in (0, 1)] == ["xxxx", "xxxx"]
     assert capsys.readouterr().out.count("given up") == 2
+
+
+@pytest.mark.parametrize("port", ["0", "30000"])
+def test_address_is_the_servers_flag_and_not_sglangs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, port: str
+) -> None:
+    started = tmp_path / "started"
+    launcher = tmp_path / "launcher.py"
+    launcher.write_text(f"import sys; open({str(started)!r}, 'a').write('\\0'.join(sys.argv[1:]))")
+    monkeypatch.setattr(serve_node, "LAUNCHER", launcher)
+    monkeypatch.setattr(serve_node, "watch", lambda servers, *others: servers[0].start())
+    monkeypatch.setattr(serve_node, "kill_orphans", lambda servers: None)
+    monkeypatch.setattr(serve_node, "adopt_orphans", lambda: None)
+    monkeypatch.setattr(serve_node, "end", lambda servers: servers[0].process.wait())
+    monkeypatch.setattr(signal, "signal", lambda *handler: None)
+    sglang_flags = ["--mem-fraction-static", "0.8", "--port", "7"]
+    own = ["--model", "DIR", "--host", "127.0.0.1", "--port", port, "--num-servers", "1"]
+    assert serve_node.main([*own, "--", *sglang_flags]) == 0
+    args = serve_rollouts.parser().parse_args(started.read_text().split("\0"))
+    assert args.sglang == sglang_flags and args.host == "127.0.0.1"
+    assert args.port == int(port) if port != "0" else args.port > 1000
 
 
 @pytest.mark.parametrize(
