@@ -36,9 +36,9 @@ from megatron_rasft.tools import cli  # noqa: E402
 from megatron_rasft.weights.tracker import has_checkpoint  # noqa: E402
 
 CHECKPOINTS = "checkpoints"
+"""Folder of a training's checkpoints, in that of its task."""
 _CHECKPOINTS_OF = {"first": "first_checkpoints", "model": CHECKPOINTS}
 """Folder of an exported model -> folder of the checkpoints of its training."""
-"""Folder of a training's checkpoints, in that of its task."""
 
 
 class TrainingStopped(Exception):
