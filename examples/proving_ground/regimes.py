@@ -2,7 +2,7 @@
 
 regimes.py FOLDER [--worlds NAME ...]      FOLDER holds the base models, as run.py makes them
 
-Prints a line for each world, names what is outside its bounds, and writes the line to FOLDER/NAME.regime. Nothing is trained, so the check says nothing about methods.
+Prints a line for each world, names what is outside its bounds, and writes the line to NAME.regime in the folder of the base model. Nothing is trained, so the check says nothing about methods.
 """
 
 import argparse
@@ -65,11 +65,26 @@ class Regime:
         return found
 
 
-def describe(name: str, regime: Regime) -> str:
-    """Returns the line of a world."""
+def describe(name: str, regime: Regime, num: int) -> str:
+    """Returns the line of a world.
+
+    Args:
+        num: sampled problems of each kind.
+    """
     shares = ", ".join(f"{kind} {regime.right[kind]:.2f}" for kind in KINDS)
     faults = "; ".join(regime.faults(WORLDS[name])) or "as intended"
-    return f"{name}: {shares}, long in the expert's style {regime.styled:.2f}, habit {regime.habit:.2f}: {faults}"
+    styles = f"long in the expert's style {regime.styled:.2f}, habit {regime.habit:.2f}"
+    return f"{beginning(name, num)} {shares}, {styles}: {faults}"
+
+
+def beginning(name: str, num: int) -> str:
+    """Returns the first words of a world's line, by which a line of another number of problems is recognised."""
+    return f"{name}, {num} problems of each kind:"
+
+
+def regime_file(folder: Path, name: str) -> Path:
+    """Returns the file of a world's line. It is in the base model's folder, so it goes when the model is made anew."""
+    return folder / WORLDS[name].base / f"{name}.regime"
 
 
 def measure(folder: Path, world: World, num: int = 100, seed: int = 1) -> Regime:
@@ -165,8 +180,8 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(1)
     for name in args.worlds:
         regime = measure(args.folder / WORLDS[name].base, WORLDS[name], args.num)
-        line = describe(name, regime)
-        (args.folder / f"{name}.regime").write_text(line + "\n", encoding="utf-8")
+        line = describe(name, regime, args.num)
+        regime_file(args.folder, name).write_text(line + "\n", encoding="utf-8")
         print(line, flush=True)
 
 

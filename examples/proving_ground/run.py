@@ -74,7 +74,7 @@ def _make_base(name: str, folder: Path) -> None:
 
 
 def check_bases(worlds: Iterable[str], folder: Path, num: int) -> None:
-    """Prints whether the base models solve what their worlds say. The line is kept beside each model.
+    """Prints whether the base models solve what their worlds say. The line is kept in each model's folder.
 
     A model outside its bounds does not stop the study, but its results do not show what the world is for.
 
@@ -85,19 +85,19 @@ def check_bases(worlds: Iterable[str], folder: Path, num: int) -> None:
         RasftError: a model could not be sampled. The message names the log.
     """
     for world in worlds:
-        kept = _regime_file(world, folder)
-        if not kept.exists():
+        if not _is_measured(world, folder, num):
             arguments = [str(folder), "--worlds", world, "--num", str(num)]
             log = folder / f"{world}.regime.log"
             # In a process of its own: torch's threads of this process would hang in the trainings that are forked from it.
             preloading.run_program(Path(regimes.__file__), arguments, log)
-            if not kept.exists():
+            if not _is_measured(world, folder, num):
                 raise RasftError(f"the base model of {world} could not be sampled, see {log}")
-            print(kept.read_text(encoding="utf-8"), end="", flush=True)
+            print(regimes.regime_file(folder, world).read_text(encoding="utf-8"), end="", flush=True)
 
 
-def _regime_file(world: str, folder: Path) -> Path:
-    return folder / f"{world}.regime"
+def _is_measured(world: str, folder: Path, num: int) -> bool:
+    kept = regimes.regime_file(folder, world)
+    return kept.exists() and kept.read_text(encoding="utf-8").startswith(regimes.beginning(world, num))
 
 
 def setting_of(study: dict[str, Any], world: str, folder: Path, split: str, bases: Path) -> Setting:
@@ -147,9 +147,13 @@ def run(args: argparse.Namespace) -> None:
             seeds = sorted({seed for group in groups for seed in group["seeds"]})
             write_world(WORLDS[world], data, seeds, min(num_train, args.num_train))
             reproduce.check_results(setting, tasks, root)
-            reproduce.run_tasks(setting, tasks, root, keeps_models=False)
+            try:
+                reproduce.run_tasks(setting, tasks, root, keeps_models=False)
+            except reproduce.TrainingStopped as stopped:
+                print(stopped)
+                return
         results += [read_result(world, task, root / task.name) for task in tasks if _is_done(root, task)]
-    files = [_regime_file(world, bases) for world in worlds]
+    files = [regimes.regime_file(bases, world) for world in worlds]
     lines = [path.read_text(encoding="utf-8").strip() for path in files if path.exists()]
     print(write_results(results, args.output, args.against, lines))
 

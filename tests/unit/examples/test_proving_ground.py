@@ -3,13 +3,14 @@
 import json
 import random
 import re
+import shutil
 import tomllib
 from pathlib import Path
 
 import pytest
 
-from examples.benchmark_reproduction.reproduce import Task
-from examples.proving_ground import run
+from examples.benchmark_reproduction.reproduce import Task, TrainingStopped
+from examples.proving_ground import regimes, run
 from examples.proving_ground.make_world import write_world
 from examples.proving_ground.pretrain_base import build_tokenizer, encode
 from examples.proving_ground.regimes import Regime, describe, first_step, is_in_style
@@ -181,10 +182,48 @@ def test_a_base_model_outside_its_regime_is_named() -> None:
     right = {"short": 0.9, "mid": 0.7, "long": 0.2, "new": 0.05}
     fluent = Regime(right=right, styled=0.8, habit=0.05)
     assert fluent.faults(WORLDS["clock-fluent"]) == []
-    assert describe("clock-fluent", fluent).endswith("habit 0.05: as intended")
+    assert describe("clock-fluent", fluent, 100).endswith("habit 0.05: as intended")
     (fault,) = fluent.faults(WORLDS["clock-foreign"])
     assert "style" in fault
     (fault,) = Regime(right={**right, "long": 0.9}, styled=0.8, habit=0.05).faults(WORLDS["clock-fluent"])
     assert fault.startswith("long 0.90")
     (fault,) = Regime(right=right, styled=0.8, habit=0.5).faults(WORLDS["clock-fluent"])
     assert "0.50" in fault and "0.25" in fault
+
+
+def test_a_base_model_is_measured_again_if_it_or_the_number_of_problems_is_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[str] = []
+
+    def fake(program: Path, arguments: list[str], log: Path) -> int:
+        folder, _, world, _, num = arguments
+        measured.append(num)
+        regime = Regime(right=dict.fromkeys(KINDS, 0.1), styled=0.8, habit=0.05)
+        regimes.regime_file(Path(folder), world).write_text(describe(world, regime, int(num)) + "\n")
+        return 0
+
+    monkeypatch.setattr(run.preloading, "run_program", fake)
+    model = tmp_path / WORLDS["tape-clean"].base
+    model.mkdir()
+    for num in (10, 10, 100, 100, 10):
+        run.check_bases(["tape-clean"], tmp_path, num)
+    assert measured == ["10", "100", "10"]
+    shutil.rmtree(model)
+    model.mkdir()
+    run.check_bases(["tape-clean"], tmp_path, 10)
+    assert len(measured) == 4
+
+
+def test_a_stopped_training_ends_the_study_without_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(*args: object, **named: object) -> None:
+        raise TrainingStopped("sft/seed1: stopped")
+
+    for module, name in ((run, "make_bases"), (run, "check_bases"), (run, "write_world")):
+        monkeypatch.setattr(module, name, lambda *args: None)
+    monkeypatch.setattr(run.reproduce, "check_results", lambda *args: None)
+    monkeypatch.setattr(run.reproduce, "run_tasks", stop)
+    assert run.main(["--output", str(tmp_path), "--worlds", "clock-fluent"]) == 0
+    assert "sft/seed1: stopped" in capsys.readouterr().out
