@@ -2,7 +2,8 @@
 
     tools/check_node.py --folder RUN [--num-gpus 8]
 
-The exit code is 1 if the node is not healthy, 2 for wrong flags. examples/slurm/rasft.sbatch runs this tool on each node.
+The exit code is 1 if the node is not healthy, 2 for wrong flags. examples/slurm/rasft.sbatch runs this tool on each node of
+the trainer and of the servers.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 # lets the file run from a checkout that is not installed
@@ -109,7 +111,9 @@ def row_faults(row: Sequence[str]) -> list[str]:
 
 
 def torch_fault(num_gpus: int) -> str:
-    """Returns why torch cannot use the GPUs, or ""."""
+    """Returns why torch cannot use the GPUs, or "". An image for servers may have torch for SGLang's interpreter only."""
+    if find_spec("torch") is None:
+        return ""
     import torch
 
     num = torch.cuda.device_count()

@@ -156,7 +156,7 @@ printf '%s\\0' "$@" >>"$CALLS/srun"; echo >>"$CALLS/srun"
 case "$*" in
 *serve_node.py*) for port in $(seq "${NUM_SIGNED_ON:-4}"); do echo "http://n3:$port" >>"$RUN/servers.txt"; done; exec sleep 900 ;;
 *pretrain_rasft.py*) eval "$TRAINER"; exit "${TRAINER_CODE:-0}" ;;
-*check_node.py*) exit "${HEALTH_CODE:-0}" ;;
+*check_node.py*) case "$*" in *"${SICK:-none}"*) exit 1 ;; esac ;;
 esac""",
     "scontrol": """
 case "$1" in
@@ -251,6 +251,8 @@ def test_servers_take_the_last_nodes_and_are_checked_before_the_trainer(tmp_path
     assert done.returncode == 0, done.stderr
     steps = job.steps()
     assert [*steps] == ["check_node", "serve_node", "check_servers", "pretrain_rasft"]
+    assert "--nodelist=n3,n4" in steps["check_node"], "the trainer's nodes are checked before"
+    assert steps["check_node"][-1] == "8"
     assert "--nodelist=n3,n4" in steps["serve_node"] and "--kill-on-bad-exit=0" in steps["serve_node"]
     assert {"--nodelist=n1", "--nodes=1", "--ntasks=1"} <= {*steps["check_servers"]}
     assert "--nodelist=n1,n2" in steps["pretrain_rasft"] and "sglang" in steps["pretrain_rasft"]
@@ -360,7 +362,9 @@ def test_job_that_stops_four_times_at_one_checkpoint_fails(tmp_path: Path) -> No
     [
         ("n1,n2,n3", {}, "--nodes=2"),
         ("n1", {}, "--nodes=2"),
-        ("n1,n2", {"HEALTH_CODE": "1"}, "health"),
+        ("n1,n2", {"SICK": "nodelist=n1,n2"}, "health"),
+        ("n1,n2,n3", {"SICK": "nodelist=n3", "SERVER_NODES": "1"}, "health"),
+        ("n1,n2,n3", {"SERVER_NODES": "1", "NUM_SIGNED_ON": "1", "SERVERS_READY_S": "0"}, "of 2 servers"),
         ("n1,n2", {"RUN": ""}, "RUN"),
     ],
 )
