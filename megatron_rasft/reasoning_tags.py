@@ -19,6 +19,10 @@ _TAG = re.compile(
 _FENCE = "```"
 # The part of a line on either side of a tag that is searched for quotes. It bounds the time for one long line of tags
 _MAX_QUOTED_CHARS = 200
+# The part of a line before a closing tag in which quotes are counted
+_MAX_COUNTED_CHARS = 500
+# An apostrophe in a word is not a quote
+_QUOTES = [re.compile(pattern) for pattern in ('"', "`", r"(?<!\w)'|'(?!\w)")]
 _STRING_START = r"(?<!\w)[rRbBfFuU]{0,2}"
 
 
@@ -51,14 +55,17 @@ def _read(text: str) -> tuple[str, str]:
     """Returns the text outside of all blocks, and the tag of the block that is still open at the end ("" for none)."""
     reply: list[str] = []
     start = position = num_fences = 0
+    num_fences_left = text.count(_FENCE)
     opened = ""
     for tag in _TAG.finditer(text):
-        num_fences += text.count(_FENCE, position, tag.start())
+        num_new_fences = text.count(_FENCE, position, tag.start())
+        num_fences, num_fences_left = num_fences + num_new_fences, num_fences_left - num_new_fences
         position = tag.start()
         before, after = _line_around(text, tag)
-        # A tag on a line of its own is not code
-        is_in_code = num_fences % 2 == 1 and bool(before.strip() or after.strip())
-        if _is_quoted(before, after):
+        # Reasoning may end in the middle of code. Then a tag on a line of its own has no end of the fence after it
+        is_alone = not (before.strip() or after.strip())
+        is_in_code = num_fences % 2 == 1 and not (is_alone and num_fences_left % 2 == 0)
+        if _is_quoted(before, after) and not (_closes(tag) and _is_after_strings(text, tag)):
             continue
         if opened and tag.group() == closing_tag(opened):
             start, opened, num_fences = tag.end(), "", 0
@@ -81,6 +88,12 @@ def _line_around(text: str, tag: re.Match[str]) -> tuple[str, str]:
     before = text[max(0, tag.start() - _MAX_QUOTED_CHARS) : tag.start()].rpartition("\n")[2]
     after = text[tag.end() : tag.end() + _MAX_QUOTED_CHARS].partition("\n")[0]
     return before, after
+
+
+def _is_after_strings(text: str, tag: re.Match[str]) -> bool:
+    """Returns whether every string before a tag on its line is closed, as in ``it is "5."</think>``."""
+    before = text[max(0, tag.start() - _MAX_COUNTED_CHARS) : tag.start()].rpartition("\n")[2]
+    return all(len(quotes.findall(before)) % 2 == 0 for quotes in _QUOTES)
 
 
 def _is_quoted(before: str, after: str) -> bool:

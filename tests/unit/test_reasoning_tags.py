@@ -25,6 +25,8 @@ TAGS = [
 FENCE = "```"
 NAMES_THE_TAG = f"{FENCE}python\ndef f(s):\n    # a <think> tag\n    return s\n{FENCE}"
 
+TAGS_ON_LINES = f'{FENCE}python\nT = """\n<think>\n</think>\n"""\ndef f(s):\n    return s + T\n{FENCE}'
+
 
 @pytest.mark.parametrize(("start", "end"), TAGS)
 def test_block_of_reasoning_holds_no_answer_and_no_program(start: str, end: str) -> None:
@@ -36,6 +38,11 @@ def test_block_of_reasoning_holds_no_answer_and_no_program(start: str, end: str)
     assert extract_program(f"{start}{draft}{end}\n{final}", "f") == "def f(): return 4\n"
     assert extract_program(f"So {draft}{end}Sorry.", "f") == "Sorry."
     assert extract_program(f"{start}{draft}", "f") is None
+
+
+def test_program_keeps_tags_on_lines_of_their_own() -> None:
+    program = extract_program(TAGS_ON_LINES, "f")
+    assert program is not None and "<think>\n</think>" in program and "return s + T" in program
 
 
 @pytest.mark.parametrize("text", ["", "<tool>", "think", "a <think>", "<|im_end|>", "<think> 5", "[think]"])
@@ -61,6 +68,14 @@ def test_other_texts_are_not_tags(text: str) -> None:
         (f"<think>{FENCE}a</think>b<think>c</think>d", "bd", ""),
         (f"{FENCE}\na\n</think>\nb", "\nb", ""),
         (NAMES_THE_TAG, NAMES_THE_TAG, ""),
+        (TAGS_ON_LINES, TAGS_ON_LINES, ""),
+        (f"a</think>{TAGS_ON_LINES}", TAGS_ON_LINES, ""),
+        (f"{FENCE}\na\n</think>\n{NAMES_THE_TAG}", f"\n{NAMES_THE_TAG}", ""),
+        ('<think>it is "5."</think> So "7".', ' So "7".', ""),
+        ('<think>it is "5".</think>"7"', '"7"', ""),
+        ('<think>"5" and "</think>" too</think>7', "7", ""),
+        ('it is "5."</think>"7"', '"7"', ""),
+        ("""<think>f("a", '</think>')</think>7""", "7", ""),
         ("s.split('</think>')[-1]", "s.split('</think>')[-1]", ""),
     ],
 )
@@ -71,6 +86,15 @@ def test_reply_is_the_text_outside_of_blocks(text: str, reply: str, tag: str) ->
 
 def test_text_of_nothing_but_tags_takes_linear_time() -> None:
     began = time.process_time()
-    for part in ("<think>", "</think>", "<think></think>", "<think", "[THINK", "'<think>", f"{FENCE}<think>"):
+    for part in (
+        "<think>",
+        "</think>",
+        "<think></think>",
+        "<think",
+        "[THINK",
+        "'<think>",
+        f"{FENCE}<think>",
+        '"</think>',
+    ):
         without_reasoning(part * 50_000)
     assert time.process_time() - began < 10

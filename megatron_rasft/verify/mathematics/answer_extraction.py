@@ -62,6 +62,16 @@ _RETRACTION = re.compile(
     r"|(?:that|this|it) (?:can't|cannot|can not|couldn't) be (?:right|correct|true)|i made (?:a|an) (?:mistake|error)|(?:actually,? |hm{2,9},? )?let me (?:re-?(?:compute|calculate|consider|think|count|evaluate|do)|try again|start over)\b|(?:that|this|it)(?:'s| is| was| seems) (?:wrong|incorrect|not right|not correct|a mistake))",
     re.IGNORECASE,
 )
+_WRITTEN_NUMBER = re.compile(r"(?:(?<![\w)}])-)?\d+(?:[.,]\d+)*(?:/\d+)?")
+_PLAIN_FRACTION = re.compile(r"\\[dt]?frac\s{0,3}\{(\d{1,20})\}\s{0,3}\{(\d{1,20})\}")
+# A check alone confirms an answer as often as not, so it takes an answer back only if it ends with another number
+_RECHECK = re.compile(
+    r"(?:^|[.!?:;,)\n$—-])\s{0,20}(?:(?:oh|hm{2,9}|but|hold on|actually|so|now|upon|on|after|by|i(?:'ll| will| should| must)"
+    r"|let me|let us|let's|just|quickly|a|to)\b[,.!\s]{1,20}){0,5}"
+    r"(?:re-?(?:check|count|calculat|comput|evaluat|examin|verify|consider|do)(?:e|ing)?"
+    r"|double[- ]?check(?:ing)?|(?:check|count|verify|look|compute|calculate|go over|do)(?:ing)?(?:\s\w{1,9}){0,3}\s(?:again|once more))\b",
+    re.IGNORECASE,
+)
 # Another value directly before the box: "13 or \boxed{12}". After a comma, "or" often means "that is"
 _PLAIN_VALUE = r"-?(?:\d[\d./]{0,20}|\d{0,9}\\[dt]?frac\{[^{}]{1,9}\}\{[^{}]{1,9}\}|\d{0,9}\\sqrt\{?\d{1,9}\}?|\d{0,9}\\pi)(?:\\?%|\^\{?\\circ\}?)?"
 _ALTERNATIVE_BEFORE = re.compile(
@@ -150,7 +160,7 @@ _NAMED_VALUE_BEFORE = re.compile(
     r"[A-Za-z]\s{0,3}=\s{0,3}-?[\d./]{1,20}[$\s]{0,3},?\s{0,3}\band[$\s]{1,4}(?:[A-Za-z]\s{0,3}=\s{0,3})?\Z"
 )
 _REPLACED = re.compile(
-    r"\b(?:but|however|instead|no|not|wrong|check(?:ing)?|mistake|guess|try|correct(?:ed|ion)?|first i|then i)\b",
+    r"\b(?:but|however|instead|no|not|wrong|check(?:ing)?|re-?(?:check|count|comput|calculat)(?:e|ing)?|mistake|guess|try|correct(?:ed|ion)?|first i|then i)\b",
     re.IGNORECASE,
 )
 _NEGATION = re.compile(
@@ -273,6 +283,7 @@ def _from_boxes(text: str, boxes: list[_Box], num_values: int) -> list[str]:
     before = text[max(0, boxes[-1].start - 60) : boxes[-1].start]
     if (
         _RETRACTION.search(tail)
+        or _recheck_differs(boxes[-1].content, tail)
         or _DENIED.match(tail)
         or _DOUBT_AFTER.match(tail)
         or _is_part_of_formula(text, boxes[-1])
@@ -301,6 +312,17 @@ def _from_boxes(text: str, boxes: list[_Box], num_values: int) -> list[str]:
     if later_answer and len(joined) == 1 and re.search(r"\d", later_answer):
         contents.append(later_answer)
     return list(dict.fromkeys(contents))
+
+
+def _recheck_differs(answer: str, tail: str) -> bool:
+    """Returns whether the text after an answer checks it once more, and ends with a number that the answer does not have."""
+    recheck = _RECHECK.search(tail)
+    numbers = _written_numbers(tail[recheck.end() :]) if recheck else []
+    return bool(numbers) and numbers[-1] not in _written_numbers(answer)
+
+
+def _written_numbers(text: str) -> list[str]:
+    return _WRITTEN_NUMBER.findall(_PLAIN_FRACTION.sub(r"\1/\2", text))
 
 
 def _with_value_before(before: str, content: str) -> list[str]:
@@ -441,6 +463,8 @@ def _after_phrase(rest: str) -> str | None:
     )
     after_sentence = whole[whole.find(sentence) + len(sentence) :]
     if rest.startswith(("?", "？")) or _RETRACTION.search(after_sentence) or _OTHER_SENTENCE.match(rest):
+        return None
+    if _recheck_differs(sentence, after_sentence):
         return None
     clause = _CLAUSE.search(sentence, 1)
     if clause and clause.start() > 0:

@@ -27,7 +27,10 @@ _MAX_ANSWER_CHARS = 2000
 
 _CHOICE = re.compile(r"\(?\s*([A-Za-z])\s*\)?\s*[.:]?")
 _GOLD_CHOICE_WITH_TEXT = re.compile(r"\(([A-J])\)(?:[\s~]+|(?=\\))(.+)", re.DOTALL)
-_NAMES_OPTION = re.compile(r"\([A-J]\)|^[A-J](?![A-Za-z])|\b(?:option|choice)\b", re.IGNORECASE)
+# In a+b the small letter is a variable. Alone or before a mark it may be an option
+_NAMES_OPTION = re.compile(
+    r"\([A-J]\)|^[A-J]\s*(?:[.:)]|$)|(?-i:^[A-J])[\s=]|\b(?:option|choice)\b", re.IGNORECASE
+)
 _CHOICES = re.compile(r"\(?([A-J])\)?(?:\s*(?:,|;|and|&|\s)\s*\(?([A-J])\)?)+|[A-J]{2,5}")
 _OPTION = re.compile(r"(?:\(([A-J])\)|(?<![A-Za-z\\])([A-J])(?=[.:)]|$))")
 _OPTION_WORD = re.compile(r"^(?:the )?(?:correct )?(?:option|choice|answer)s?(?: is)?\s*:?\s*", re.IGNORECASE)

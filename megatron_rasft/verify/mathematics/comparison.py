@@ -14,7 +14,7 @@ from megatron_rasft.verify.mathematics.expressions import (
     rounds_to,
     values_equal,
 )
-from megatron_rasft.verify.mathematics.units import Unit, is_degree, is_radian
+from megatron_rasft.verify.mathematics.units import Unit, have_same_dimensions, is_degree, is_radian
 from megatron_rasft.verify.mathematics.values import (
     MAX_ITEMS,
     Assignment,
@@ -690,7 +690,11 @@ def _congruences_match(gold: Value, answer: Value, _: float) -> bool | None:
         return False
     number, residue = _sympy_value(other), congruence.residues[0]
     if number is not None and number.free_symbols:
-        return _is_residue_class(number, residue, congruence.modulus)
+        # A gold answer 4n+1 is a formula, which a congruence does not give
+        return congruence is gold and _is_residue_class(number, residue, congruence.modulus)
+    # 3 = 10 (mod 7) has two numbers. Only a remainder is the result of such a statement
+    if congruence is answer and congruence.is_statement and not 0 <= residue < congruence.modulus:
+        return False
     # An answer 12 (mod 7) does not name 5
     accepted = (residue,) if congruence is answer else (residue, residue % congruence.modulus)
     return number is not None and any(
@@ -726,7 +730,7 @@ def _scalars_match(gold: Scalar, answer: Scalar, rel_tolerance: float) -> bool |
     (x, x_unit), (y, y_unit) = _measured(gold), _measured(answer)
     assert x is not None and y is not None, f"not a scalar: {gold} or {answer}"
     if x_unit and y_unit and not is_degree(x_unit) and not is_degree(y_unit):
-        if x_unit.dimensions != y_unit.dimensions:
+        if not have_same_dimensions(x_unit, y_unit):
             return False
         return _plain_match(x, y, rel_tolerance, y_unit.scale / x_unit.scale)
     if not (is_degree(x_unit) or is_degree(y_unit)):

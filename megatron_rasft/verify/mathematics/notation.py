@@ -77,7 +77,7 @@ _COMMAND_RULES = tuple((re.compile(re.escape(old) + r"(?![A-Za-z])"), new) for o
 # ]2,7[ is the open interval (2,7). Each bracket is read by itself, so ]2,7) is open too
 _END = r"(?:[^\[\](){},;]|\{[^{}]*\}){1,60}"
 _INTERVAL = re.compile(
-    rf"(\[|\(|(?<![\w}})\]])\])({_END}[,;]{_END})(\)|\]|\[(?=\s*(?:$|[,;)}}]|\\|or\b|and\b)))"
+    rf"(\[|\(|(?:(?<![\w}})\]])|(?<=\\c[ua]p)|(?<=\\in)|(?<=\\setminus))\])({_END}[,;]{_END})(\)|\]|\[(?=\s*(?:$|[,;)}}]|\\|or\b|and\b)))"
 )
 _CURRENCY_IN_TEXT = re.compile(r"\\(?:text|mathrm|mbox)\s*\{\s*([€£¥₹])\s*\}")
 _QUOTES = (

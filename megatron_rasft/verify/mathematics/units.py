@@ -56,7 +56,8 @@ _OTHER = (
     ("mph", "inch s-1", "63360/3600"), ("kph kmph kmh", "m s-1", "1000/3600"), ("fps", "inch s-1", "12"),
     ("knot knots", "knot", "1"), ("rpm", "revolution s-1", "1/60"), ("revolution revolutions rev revs", "revolution", "1"),
     ("dollar dollars usd \\usd buck bucks", "dollar", "1"), ("cent cents ¢ penny pennies", "dollar", "1/100"),
-    ("euro euros eur €", "euro", "1"), ("£ gbp", "sterling", "1"), ("yen jpy ¥ yuan", "yen", "1"),
+    ("euro euros eur €", "euro", "1"), ("£ gbp", "sterling", "1"), ("yen jpy 日元 円", "yen", "1"),
+    ("yuan cny rmb renminbi 元 人民币 元人民币", "yuan", "1"), ("¥", "yenOrYuan", "1"), ("欧元", "euro", "1"), ("英镑", "sterling", "1"),
     ("rupee rupees rs inr ₹", "rupee", "1"), ("dime dimes", "dollar", "1/10"), ("nickel nickels", "dollar", "1/20"),
     ("degree degrees deg degs \\deg", "degree", "1"), ("arcmin arcminute arcminutes", "degree", "1/60"),
     ("arcsec arcsecond arcseconds", "degree", "1/3600"), ("rad radian radians rads", "radian", "1"),
@@ -66,7 +67,7 @@ _OTHER = (
     ("db decibel decibels", "dB", "1"), ("米 公尺", "m", "1"), ("厘米", "m", "1/100"), ("毫米", "m", "1/1000"), ("千米 公里", "m", "1000"),
     ("克", "kg", "1/1000"), ("千克 公斤", "kg", "1"), ("吨", "kg", "1000"), ("秒", "s", "1"), ("分钟", "s", "60"), ("小时", "s", "3600"),
     ("天", "s", "86400"), ("年 岁", "month", "12"), ("度", "degree", "1"), ("升", "m3", "1/1000"), ("平方米", "m2", "1"),
-    ("平方厘米", "m2", "1/10000"), ("立方米", "m3", "1"), ("立方厘米", "m3", "1/1000000"), ("美元", "dollar", "1"), ("元", "yen", "1"),
+    ("平方厘米", "m2", "1/10000"), ("立方米", "m3", "1"), ("立方厘米", "m3", "1/1000000"), ("美元", "dollar", "1"),
 )  # fmt: skip
 _PLURALS = ("", "s", "es")
 
@@ -237,6 +238,17 @@ def _singular(noun: str) -> str:
         return noun[:-2]
     return {"people": "person", "children": "child", "men": "man", "women": "woman"}.get(
         noun, noun.removesuffix("s")
+    )
+
+
+def have_same_dimensions(first: Unit, second: Unit) -> bool:
+    """Returns whether two units measure the same thing. The sign ¥ is yen and yuan, which differ from each other."""
+    return any(_with_yen_sign_as(name, first) == _with_yen_sign_as(name, second) for name in ("yen", "yuan"))
+
+
+def _with_yen_sign_as(currency: str, unit: Unit) -> Dimensions:
+    return tuple(
+        sorted((currency if name == "yenOrYuan" else name, power) for name, power in unit.dimensions)
     )
 
 

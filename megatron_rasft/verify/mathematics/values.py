@@ -125,6 +125,8 @@ class Congruence:
     name: str
     residues: tuple[Fraction, ...]
     modulus: Fraction
+    is_statement: bool = False
+    """Whether a number stands on the left, as in ``17 \\equiv 2 \\pmod 5``."""
 
 
 @dataclass(frozen=True)
@@ -471,7 +473,7 @@ def _read_congruence(text: str) -> Value | None:
     residues = tuple(Fraction(part.strip()) for part in match["residues"].split(","))
     if match["left"] and not is_multiple(match["left"], residues[0], int(modulus)):
         return Unreadable(text)
-    return Congruence(match["name"] or "", residues, modulus)
+    return Congruence(match["name"] or "", residues, modulus, is_statement=bool(match["left"]))
 
 
 def _read_set_builder(text: str) -> Value | None:
