@@ -282,7 +282,14 @@ def start_watch(args: argparse.Namespace) -> None:
     watch.start()
 
 
-def _note_failure(save: str | None, reason: str) -> None:
+def _note_failure(save: str | None, reason: str, patience_s: float = _GRACE_S) -> None:
+    """Writes the reason into status.json. A disk that hangs may be what the run waits for, and must not keep the process alive."""
+    writer = threading.Thread(target=_write_failure, args=(save, reason), name="stall reason", daemon=True)
+    writer.start()
+    writer.join(patience_s)
+
+
+def _write_failure(save: str | None, reason: str) -> None:
     before = RunStatus.read(save)
     if save is not None and before is not None:
         try:

@@ -1,7 +1,9 @@
 """A run that stands still ends with one line about the rank for which the others wait."""
 
+import threading
 from dataclasses import replace
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +11,7 @@ import torch.distributed as dist
 
 from megatron_rasft.training import stalls
 from megatron_rasft.training.stalls import Report, StallWatch, blame
+from megatron_rasft.training.status import RunStatus
 
 
 def report(rank: int, **changes: Any) -> Report:
@@ -187,3 +190,22 @@ def test_phases_are_entered_only_while_a_run_is_watched(monkeypatch: pytest.Monk
     assert not ranks.ends
     ranks.pass_time(50)
     assert "phase weigh" in ranks.lines()[0]
+
+
+def test_a_disk_that_hangs_does_not_keep_the_run_alive(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    RunStatus(state="running", step=3).write(tmp_path)
+    stalls._note_failure(str(tmp_path), "rank 1", patience_s=60)
+    assert RunStatus.read(tmp_path) == RunStatus(state="failed", step=3, reason="rank 1")
+    hangs, began = threading.Event(), threading.Event()
+
+    def write(status: RunStatus, save: str) -> None:
+        began.set()
+        hangs.wait(60)
+
+    RunStatus(state="running", step=3).write(tmp_path)
+    monkeypatch.setattr(RunStatus, "write", write)
+    stalls._note_failure(str(tmp_path), "rank 1", patience_s=0.01)
+    assert began.wait(60) and not hangs.is_set()
+    hangs.set()
