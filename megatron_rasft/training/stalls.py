@@ -165,6 +165,11 @@ class StallWatch:
         """Time between two reports."""
         return min(REPORT_S, self.deadline_s / 4)
 
+    @property
+    def is_cut_off(self) -> bool:
+        """Whether the store does not answer any more. Then the ranks cannot agree on one that reports the stall."""
+        return self._num_failed >= _SILENT_ROUNDS
+
     def look(self) -> None:
         """Publishes this rank's report, and ends the run if it stands still. Called in every interval."""
         now = self._clock()
@@ -187,7 +192,7 @@ class StallWatch:
         except RuntimeError:  # The store has ended with its process, or a rank has not reported yet.
             self._num_failed += 1
             report = self._report(self._clock())
-            if report.is_late and self._num_failed >= _SILENT_ROUNDS:
+            if report.is_late and self.is_cut_off:
                 self._end(report.line(self.deadline_s) + ". The store of torch.distributed does not answer")
 
     def _report(self, now: float) -> Report:
@@ -214,6 +219,7 @@ class StallWatch:
 
     def _read(self) -> None:
         reports = [Report(**json.loads(value)) for value in self._store.multi_get(self._keys)]
+        self._num_failed = 0
         reports = [replace(r, stack=tuple(r.stack), is_silent=self._is_silent(r)) for r in reports]
         if not all(report.is_late or report.is_silent for report in reports):
             return
@@ -269,14 +275,15 @@ def start_watch(args: argparse.Namespace) -> None:
         sys.excepthook = lambda *error: time.sleep(watch.interval_s + 2 * _GRACE_S)
         if line:
             print(f"error: {line}", file=sys.stderr, flush=True)
-            _note_failure(args.save, line)
+            if rank == 0 or not watch.is_cut_off:
+                _note_failure(args.save, line)
         # The store may belong to this process: the other ranks need it to see that the run has ended.
         time.sleep(watch.interval_s + _GRACE_S)
         os._exit(1)
 
-    is_reader = int(os.environ.get("LOCAL_RANK", "0")) == 0
+    is_reader, rank = int(os.environ.get("LOCAL_RANK", "0")) == 0, dist.get_rank()
     watch = StallWatch(
-        args.stall_deadline_s, store, dist.get_rank(), dist.get_world_size(), is_reader=is_reader, end=end
+        args.stall_deadline_s, store, rank, dist.get_world_size(), is_reader=is_reader, end=end
     )
     _watch = watch
     watch.start()
@@ -291,7 +298,8 @@ def _note_failure(save: str | None, reason: str, patience_s: float = _GRACE_S) -
 
 def _write_failure(save: str | None, reason: str) -> None:
     before = RunStatus.read(save)
-    if save is not None and before is not None:
+    # A rank that an earlier start has left behind must not change the end of the run.
+    if save is not None and before is not None and before.state == "running":
         try:
             replace(before, state="failed", reason=reason).write(save)
         except RasftError as error:

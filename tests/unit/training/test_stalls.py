@@ -160,7 +160,8 @@ def test_a_late_rank_ends_without_the_store() -> None:
     assert not ranks.ends, "it is not late, and the store may come back"
     ranks.now += 25
     watch.look_safely()
-    assert "rank 0 " in ranks.ends[0] and "store" in ranks.ends[0]
+    assert "rank 0 " in ranks.ends[0] and "store" in ranks.ends[0] and watch.is_cut_off
+    assert not ranks.watches[0].is_cut_off
 
 
 def test_the_time_of_a_suspended_process_does_not_count() -> None:
@@ -209,3 +210,11 @@ def test_a_disk_that_hangs_does_not_keep_the_run_alive(
     stalls._note_failure(str(tmp_path), "rank 1", patience_s=0.01)
     assert began.wait(60) and not hangs.is_set()
     hangs.set()
+
+
+@pytest.mark.parametrize("state", ["finished", "stopped", "failed"])
+def test_an_end_that_is_written_down_stays(tmp_path: Path, state: Any) -> None:
+    before = RunStatus(state=state, step=3, reason="earlier")
+    before.write(tmp_path)
+    stalls._note_failure(str(tmp_path), "rank 1", patience_s=60)
+    assert RunStatus.read(tmp_path) == before
