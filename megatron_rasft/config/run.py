@@ -37,7 +37,8 @@ class RunConfig(FlagSection):
     stall_deadline_s: NonNegativeFloat = 600.0
     """Seconds without progress on every rank after which the run ends, with a line that names the rank for which the others wait, its
     phase and its Python stack. Three times as long while the model is built or loaded, weights are sent to servers, a checkpoint is
-    saved, and the model is exported. 0 waits for ever."""
+    saved, and the model is exported. 0 waits for ever. A collective that waits longer than --distributed-timeout-minutes is ended by
+    torch first."""
 
     rasft_keep_checkpoints: PositiveInt | None = None
     """Number of newest checkpoints that are kept in --save. Older ones are deleted after each complete save, except every

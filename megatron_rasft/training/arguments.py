@@ -35,6 +35,8 @@ CHANGED_DEFAULTS = {
     "log_interval": 1,
     "save_interval": 100,
     "rerun_mode": "disabled",
+    # Longer than three times --stall-deadline-s: otherwise torch ends a stalled run first, without the name of the rank.
+    "distributed_timeout_minutes": 60,
     "num_workers": 0,
     "position_embedding_type": "rope",
     "tokenizer_type": "NullTokenizer",

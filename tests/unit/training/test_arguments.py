@@ -37,6 +37,11 @@ def test_published_weighting_brings_its_sampling_unless_a_flag_says_otherwise(pa
     assert [getattr(other, name) for name in names] == [4, 1.0, 1.0, 1.0]
 
 
+def test_the_stall_watch_comes_before_torchs_time_out(parse: Parse) -> None:
+    args = parse()
+    assert 60 * args.distributed_timeout_minutes > 3 * args.stall_deadline_s + 120
+
+
 def test_flags_of_a_later_megatron_get_our_defaults(parser: FlagParser) -> None:
     assert "save_tokenizer_assets" not in vars(parser.parse_args([]))
     later = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
