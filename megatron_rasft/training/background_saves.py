@@ -23,6 +23,7 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.training import async_utils
 
 from megatron_rasft.errors import first_line
+from megatron_rasft.training import stalls
 
 _POLL_S = 0.05
 """How often the ranks check whether all of them have written their parts."""
@@ -112,6 +113,7 @@ class SaveQueue:
                 raise RuntimeError(
                     f"it is still being written after {self._timeout_s:g} s (--distributed-timeout-minutes)"
                 )
+            stalls.tick()  # This wait has a limit of its own.
             time.sleep(_POLL_S)
         request, self._request, self._writer = self._request, None, None
         for finalize in request.finalize_fns:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 
+from megatron_rasft.training import stalls
 from megatron_rasft.training.background_saves import SaveQueue, end_process, write_in_process
 from tests.unit.training.conftest import Parse
 
@@ -87,6 +88,14 @@ def test_a_write_without_end_is_an_error() -> None:
         saves.maybe_finalize_async_calls(blocking=True)
     assert disk.finalized == 0, "the tracker names the earlier checkpoint"
     disk.may_write.set()
+
+
+def test_a_wait_for_the_writer_is_no_stall(monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = Disk()
+    saves = SaveQueue(20, copies_cpu_tensors=True)
+    saves.schedule_async_request(disk.request(torch.zeros(1)))
+    monkeypatch.setattr(stalls, "tick", disk.may_write.set)
+    assert saves.maybe_finalize_async_calls(blocking=True) == [0]
 
 
 def test_an_error_of_the_writer_reaches_megatrons_results() -> None:
