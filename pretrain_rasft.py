@@ -79,7 +79,8 @@ if __name__ == "__main__":
         main()
     except (ValueError, RasftError, FailedElsewhere) as error:
         code = report_failure(error)
-    stalls.end_watch()
+    finally:
+        stalls.end_watch()
     if dist.is_initialized():
         dist.destroy_process_group()
     end_process(code)
