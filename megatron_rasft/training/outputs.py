@@ -166,7 +166,7 @@ def check_outputs(args: Any, config: RasftConfig) -> None:
             LogprobCache(cache, fingerprint="")  # fails if an existing file is not a database
         if rows is not None:
             check_writable("--data-cache", rows, rows)
-        # A folder that exists is this run's own export (startup.parse); nothing is written there.
+        # A folder that exists is this run's own export: startup.parse has checked this. Nothing is written there.
         if args.export_hf is not None and not Path(args.export_hf).exists():
             check_writable("--export-hf", Path(args.export_hf), Path(args.export_hf).absolute().parent)
             for partial in remove_partial_exports(Path(args.export_hf)):

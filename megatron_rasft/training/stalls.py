@@ -54,7 +54,7 @@ class Store(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What a rank publishes about itself."""
+    """One rank's published progress."""
 
     rank: int
     host: str
@@ -87,8 +87,8 @@ class Report:
 def blame(reports: Sequence[Report]) -> Report:
     """Returns the rank for which the others most likely wait; the first of several.
 
-    In this order: a silent rank, one that is not in a collective while others are, one whose stack differs from the most common
-    stack, one that has entered fewer phases.
+    In this order: a silent rank, one that is not in a collective while others are, one that has entered fewer phases, one whose
+    stack differs from the most common stack.
     """
     rest = sorted(reports, key=lambda report: report.rank)
     common = Counter(report.stack for report in rest).most_common(1)[0][0]

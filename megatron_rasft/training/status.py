@@ -72,7 +72,7 @@ def _is_model(folder: Path) -> bool:
 
 
 def finished_before(args: argparse.Namespace, resume: Resume) -> bool:
-    """Returns whether an earlier start has finished this run, and says so. Otherwise the run is written down as running.
+    """Returns whether an earlier start has finished this run, and prints a line if so. Otherwise writes the state ``running``.
 
     A collective of the world. Heavy work comes after it: a finished run ends without loading the model.
 
