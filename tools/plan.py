@@ -95,7 +95,13 @@ def main(argv: list[str] | None = None) -> int:
 def commands_for(
     folder: Path | None, model: Model, estimate: LayoutEstimate, config: CapacityConfig, precision: str
 ) -> list[str]:
-    """Returns the commands that start the run. With --slurm, ``folder``, it is one, and its files are written first."""
+    """Returns the commands that start the run.
+
+    With --slurm it writes the job's files and returns the command that submits them.
+
+    Args:
+        folder: --slurm.
+    """
     if folder is None:
         return command_lines(model, estimate, config, precision=precision)
     script = write_job(folder, model, estimate, config, precision=precision, checkout=ROOT)

@@ -205,7 +205,7 @@ class Cluster:
         return self.run("sbatch", "--parsable", *arguments, variables=variables).strip()
 
     def facts(self, job: str) -> dict[str, str]:
-        """Returns what ``scontrol show job`` says about the job (the leader of a heterogeneous one); {} if it says nothing now."""
+        """Returns the fields of ``scontrol show job``; {} if the command fails."""
         line = self._output("scontrol", "--oneliner", "show", "job", job).partition("\n")[0]
         return dict(word.split("=", 1) for word in line.split() if "=" in word)
 
