@@ -94,7 +94,7 @@ def script_text(
         "RUN": folder,
         "NETWORK": folder / "network.sh",
     }
-    lines = [f'export {name}="${{{name}:-{path}}}"' for name, path in given.items()]
+    lines = [f"export {name}=${{{name}:-{shlex.quote(str(path))}}}" for name, path in given.items()]
     lines.append(f'set -- {shlex.quote(str(folder / "settings.sh"))} "$@"')
     return text.replace("set -euo pipefail\n", "set -euo pipefail\n" + "\n".join(lines) + "\n", 1)
 

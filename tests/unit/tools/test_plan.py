@@ -72,7 +72,7 @@ def test_mistake_is_one_line(
 def test_job_for_slurm_needs_whole_nodes_for_servers_and_the_data(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    data = tmp_path / "train.jsonl"
+    data = tmp_path / 'it\'s "$HOME" `pwd` {1}.jsonl'
     common = ["--hf-model", str(LLAMA_70B), "--slurm", str(tmp_path / "job")]
     assert run(*common, "--train-data", str(data)) == 2
     assert f"--train-data {data}" in capsys.readouterr().err
@@ -83,7 +83,11 @@ def test_job_for_slurm_needs_whole_nodes_for_servers_and_the_data(
     assert run(*common, "--train-data", str(data), "--rollout-gpus", "32") == 0
     assert capsys.readouterr().out.rstrip().endswith(f"sbatch {tmp_path}/job/rasft.sbatch")
     script = (tmp_path / "job" / "rasft.sbatch").read_text()
-    assert "#SBATCH --nodes=8\n" in script and f"{data}" in script
+    assert "#SBATCH --nodes=8\n" in script
+    (given,) = (line for line in script.splitlines() if line.startswith("export TRAIN_DATA="))
+    for variables, expected in (({}, f"{data}"), ({"TRAIN_DATA": "other file"}, "other file")):
+        command = ["bash", "-euc", f'{given}; printf %s "$TRAIN_DATA"']
+        assert subprocess.run(command, env=variables, stdout=subprocess.PIPE, text=True).stdout == expected
     assert "TRAINER_NODES=4 SERVER_NODES=4\n" in (tmp_path / "job" / "settings.sh").read_text()
 
 
