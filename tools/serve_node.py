@@ -33,6 +33,8 @@ from tools import serve_rollouts
 
 LAUNCHER = Path(serve_rollouts.__file__).resolve()
 POLL_S = 0.5
+REAP_S = 10.0
+"""The longest wait for killed processes, seconds. A process that is stuck in the driver does not end."""
 _PR_SET_CHILD_SUBREAPER = 36
 """prctl: processes whose parent dies become children of this process in place of init's."""
 
@@ -245,13 +247,13 @@ def adopt_orphans() -> None:
 def kill_orphans(servers: Sequence[Server]) -> None:
     """Kills the processes that a launcher left behind when it was killed: they hold GPUs that its next start needs."""
     running = {server.process.pid for server in servers if server.process is not None}
-    for child in psutil.Process().children():
-        if child.pid not in running:
-            for process in [*child.children(recursive=True), child]:
+    orphans = [child for child in psutil.Process().children() if child.pid not in running]
+    for orphan in orphans:
+        with suppress(psutil.Error):
+            for process in [*orphan.children(recursive=True), orphan]:
                 with suppress(psutil.Error):
                     process.kill()
-            with suppress(ChildProcessError):
-                os.waitpid(child.pid, 0)
+    psutil.wait_procs(orphans, timeout=REAP_S)
 
 
 if __name__ == "__main__":

@@ -88,6 +88,18 @@ def test_servers_are_given_up_after_their_restarts(
     assert capsys.readouterr().out.count("given up") == 2
 
 
+def test_process_that_does_not_end_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve_node, "REAP_S", 0.01)
+    # like a process that is stuck in the driver
+    monkeypatch.setattr(psutil.Process, "kill", lambda process: None)
+    with subprocess.Popen(["sleep", "600"]) as stuck:
+        try:
+            serve_node.kill_orphans(())
+            assert stuck.poll() is None
+        finally:
+            stuck.kill()
+
+
 @pytest.mark.parametrize("port", ["0", "30000"])
 def test_address_is_the_servers_flag_and_not_sglangs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, port: str
