@@ -22,7 +22,7 @@ _MAX_QUOTED_CHARS = 200
 # The part of a line before a closing tag in which quotes are counted
 _MAX_COUNTED_CHARS = 500
 # An apostrophe in a word is not a quote
-_QUOTES = [re.compile(pattern) for pattern in ('"', "`", r"(?<!\w)'|'(?!\w)")]
+_QUOTES = {'"': re.compile('"'), "`": re.compile("`"), "'": re.compile(r"(?<!\w)'|'(?!\w)")}
 _STRING_START = r"(?<!\w)[rRbBfFuU]{0,2}"
 
 
@@ -91,9 +91,10 @@ def _line_around(text: str, tag: re.Match[str]) -> tuple[str, str]:
 
 
 def _is_after_strings(text: str, tag: re.Match[str]) -> bool:
-    """Returns whether every string before a tag on its line is closed, as in ``it is "5."</think>``."""
+    """Returns whether strings with the quotes beside a tag are closed before it on its line: ``it is "5."</think>``."""
     before = text[max(0, tag.start() - _MAX_COUNTED_CHARS) : tag.start()].rpartition("\n")[2]
-    return all(len(quotes.findall(before)) % 2 == 0 for quotes in _QUOTES)
+    beside = before[-1:] + text[tag.end() : tag.end() + 1]
+    return all(len(quotes.findall(before)) % 2 == 0 for quote, quotes in _QUOTES.items() if quote in beside)
 
 
 def _is_quoted(before: str, after: str) -> bool:

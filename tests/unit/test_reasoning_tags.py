@@ -75,6 +75,7 @@ def test_other_texts_are_not_tags(text: str) -> None:
         ('<think>it is "5".</think>"7"', '"7"', ""),
         ('<think>"5" and "</think>" too</think>7', "7", ""),
         ('it is "5."</think>"7"', '"7"', ""),
+        ("""<think>the sides' sum is "5."</think>"7\"""", '"7"', ""),
         ("""<think>f("a", '</think>')</think>7""", "7", ""),
         ("s.split('</think>')[-1]", "s.split('</think>')[-1]", ""),
     ],

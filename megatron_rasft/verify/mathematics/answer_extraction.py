@@ -322,7 +322,8 @@ def _recheck_differs(answer: str, tail: str) -> bool:
 
 
 def _written_numbers(text: str) -> list[str]:
-    return _WRITTEN_NUMBER.findall(_PLAIN_FRACTION.sub(r"\1/\2", text))
+    numbers = _WRITTEN_NUMBER.findall(_PLAIN_FRACTION.sub(r"\1/\2", text))
+    return [re.sub(r",(?=\d{3}(?!\d))", "", number) for number in numbers]
 
 
 def _with_value_before(before: str, content: str) -> list[str]:
