@@ -11,9 +11,10 @@ from typing import TextIO
 
 from megatron_rasft.config import RasftConfig, help
 from megatron_rasft.config.parser import FlagParser, add_flags
-from megatron_rasft.config.published import published_preset
+from megatron_rasft.config.published import published_preset, wants_preset
 from megatron_rasft.config.suggestions import suggest
 from megatron_rasft.errors import is_first_of_node
+from megatron_rasft.flags import flag_name
 
 _ARGUMENTS = "training/arguments.py"
 _ALL = "**/*.py"
@@ -72,7 +73,7 @@ def check_flags(argv: Sequence[str]) -> None:
     for section in RasftConfig.sections().values():
         add_flags(parser, section)
     args, rest = parser.parse_known_args(list(argv))
-    if args.objective == "rasft" and args.rasft_weighting == "published":
+    if wants_preset(args):
         parser.set_defaults(**published_preset())
         args, rest = parser.parse_known_args(list(argv))
     _refuse_unknown([token for token in rest if token.startswith("--")], parser)
@@ -107,7 +108,7 @@ def _refuse_unknown(typed: Sequence[str], parser: FlagParser) -> None:
     if not known or not unknown:
         return  # without Megatron's source its own parser decides
     own = [option for action in parser._actions for option in action.option_strings]
-    close = suggest(unknown[0], [*own, *sorted("--" + name.replace("_", "-") for name in known)])
+    close = suggest(unknown[0], [*own, *sorted(map(flag_name, known))])
     raise ValueError(
         f"unrecognized arguments: {unknown[0]}. "
         + (f"Did you mean {close}?" if close else "--help lists the flags, --help=megatron Megatron's.")
@@ -124,11 +125,16 @@ def _megatron_sources(pattern: str) -> Iterator[str]:
     """The texts of the files of Megatron that declare flags. Nothing is imported."""
     package = importlib.util.find_spec("megatron")
     for root in (package.submodule_search_locations or []) if package else []:
-        arguments = Path(root, _ARGUMENTS)
-        if not arguments.exists():
+        if not Path(root, _ARGUMENTS).exists():
             continue
-        classes = "|".join(_MEGATRON_CLASS.findall(arguments.read_text(errors="replace")))
-        for path in Path(root).glob(pattern):
-            source = path.read_text(errors="replace")
-            if pattern != _ALL or re.search(rf"^class (?:{classes})\b", source, re.MULTILINE):
-                yield source
+        sources = (path.read_text(errors="replace") for path in Path(root).glob(pattern))
+        if pattern == _ALL:
+            declares = _declaration_of_flags(Path(root, _ARGUMENTS))
+            sources = (source for source in sources if declares.search(source))
+        yield from sources
+
+
+def _declaration_of_flags(arguments: Path) -> re.Pattern[str]:
+    """Matches the head of a class of which Megatron's parser makes flags."""
+    classes = "|".join(_MEGATRON_CLASS.findall(arguments.read_text(errors="replace")))
+    return re.compile(rf"^class (?:{classes})\b", re.MULTILINE)

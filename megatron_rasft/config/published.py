@@ -1,11 +1,17 @@
 """The flags that ``--rasft-weighting published`` sets: the sampling, the text filters and the de-duplication of the script."""
 
+from argparse import Namespace
 from collections.abc import Container
 from typing import Any
 
 from megatron_rasft.config.rollout import RolloutConfig
 from megatron_rasft.config.verify import VerifyConfig, published_filters
 from megatron_rasft.flags import flag_name
+
+
+def wants_preset(args: Namespace) -> bool:
+    """Returns whether parsed flags ask for the preset."""
+    return args.objective == "rasft" and args.rasft_weighting == "published"
 
 
 def published_preset() -> dict[str, Any]:

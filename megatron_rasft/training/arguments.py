@@ -14,7 +14,7 @@ from megatron_rasft.config import RasftConfig
 from megatron_rasft.config.command_line import asked_help, print_once
 from megatron_rasft.config.help import MEGATRON
 from megatron_rasft.config.parser import FlagParser, add_flags
-from megatron_rasft.config.published import published_preset
+from megatron_rasft.config.published import published_preset, wants_preset
 from megatron_rasft.training.refusals import reasons, refuse_unsupported
 from megatron_rasft.training.requirements import refuse_unrunnable
 
@@ -78,7 +78,7 @@ def parse_flags() -> argparse.Namespace:
         return parser
 
     args = parse_args(extended)
-    if args.objective == "rasft" and args.rasft_weighting == "published":
+    if wants_preset(args):
         # Parsing again makes the preset's values defaults that a flag can still change.
         args = parse_args(partial(extended, **published_preset()))
     assert parser is not None, "Megatron calls the extension"
