@@ -78,7 +78,7 @@ class WeightingConfig(FlagSection):
     """Exponent of (1 - s). Below 1 the demonstration keeps a large weight until s is near 1; above 1 its weight falls early."""
 
     weighting_rollout_total: Amount = 0.7
-    """Factor of the weight that the correct rollouts share; with --weighting-rollout-fall 0 it is their weight at s = 1. 0 trains on
+    """Factor of the weight that the correct rollouts share. With --weighting-rollout-fall 0 it is their weight at s = 1. 0 trains on
     demonstrations only."""
 
     weighting_rollout_exponent: Exponent = 1.0

@@ -34,7 +34,7 @@ def section(title: str) -> str:
 
 
 def statements(text: str) -> list[str]:
-    """The rows of tables, and the sentences of paragraphs and of lists. A head of a list, which ends with a colon, is none."""
+    """The rows of tables, and the sentences of paragraphs and of lists. The line before a list, which ends with a colon, is left out."""
     blocks = re.split(r"\n\n|\n(?=- |\| )", text.strip())
     rows = [
         block for block in blocks if block.startswith("| ") and not re.match(r"\| (\||---|call \|)", block)
