@@ -27,7 +27,7 @@ from megatron_rasft.errors import ServerError, ServerTimeoutError, ServerUnreach
 from megatron_rasft.rollout.answers import check_generation
 from megatron_rasft.servers.addresses import read_addresses, remove_address
 from megatron_rasft.servers.client import ServerClient
-from megatron_rasft.servers.fit import duplicates, misfit
+from megatron_rasft.servers.fit import STARTING, duplicates, misfit
 from megatron_rasft.servers.info import released_memory
 from megatron_rasft.servers.keys import ServerKeys, read_key
 from megatron_rasft.servers.record import ServerRecord, ServerRecords, call_all
@@ -176,6 +176,8 @@ def examine(finding: Finding, folder: HfFolder) -> None:
             finding.fault = (
                 "has released its memory, because its run was killed: the first sync of the next run wakes it"
             )
+        if not finding.fault and client.is_starting():
+            finding.fault = STARTING
         if finding.fault:
             return
         began = time.monotonic()

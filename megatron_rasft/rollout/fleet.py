@@ -20,7 +20,7 @@ from megatron_rasft.config import RolloutConfig
 from megatron_rasft.config.rollout import check_address
 from megatron_rasft.errors import RolloutError, ServerError
 from megatron_rasft.servers.addresses import read_addresses
-from megatron_rasft.servers.fit import duplicates, misfit
+from megatron_rasft.servers.fit import STARTING, duplicates, misfit
 from megatron_rasft.servers.record import ServerRecord, ServerRecords
 
 _PROBE_S = 30.0
@@ -219,6 +219,8 @@ class Fleet:
             info = record.client.probe(_PROBE_S)
         except ServerError as error:
             return error.reason
+        if record.weight_version is None and record.client.is_starting():
+            return STARTING
         fault = misfit(info, self._model_config)
         if fault:
             return fault

@@ -30,6 +30,8 @@ FULL_STATUSES = (429, 503)
 
 _FLUSH_RETRY_S = 0.2
 FULL_RETRY_S = 1.0
+_STARTING_S = 5.0
+"""Wait for /health, which a starting server answers at once, an idle one after a second and a paused one after 20 s."""
 _LONGEST_QUOTE_CHARS = 500
 """Maximum length of a quoted message, characters. It is large because NCCL puts the cause of an error at the end."""
 
@@ -119,6 +121,18 @@ class ServerClient:
     def check_health(self, deadline_s: float | None = None) -> None:
         """Raises ServerError while the server is still warming up or cannot generate."""
         self._call("GET", "/health", None, self._ends(deadline_s), is_admin=False)
+
+    def is_starting(self) -> bool:
+        """Returns whether the server is still warming up, or is about to end.
+
+        It answers other requests even then. But SGLang's own warm-up request must succeed: if other requests fill the queue, or
+        pause the server, it ends itself. A paused or busy server, which answers /health late, counts as started.
+        """
+        try:
+            self.check_health(_STARTING_S)
+        except ServerError as error:
+            return error.status == 503
+        return False
 
     def weight_label(self, deadline_s: float | None = None) -> str:
         """Returns the label of the server's current weights."""

@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from megatron_rasft.servers.addresses import endpoints
 from megatron_rasft.servers.info import ServerInfo
 
+STARTING = "is starting or about to end: /health answers 503"
+"""The fault of a server to which nothing may be sent yet (``ServerClient.is_starting``)."""
 _MUST_MATCH = (
     "vocab_size",
     "hidden_size",

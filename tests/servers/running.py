@@ -111,12 +111,13 @@ class RunningServer:
         self._pid = server_parent(self.version).fork(flags, self.log)
 
     def wait_until_ready(self, timeout_s: float = _START_S) -> None:
-        """Waits until the server has generated a token. If it does not, the test fails and shows the end of the log."""
+        """Waits until the server has warmed up and generated a token. If it does not, the test fails and shows the end of the log."""
         deadline = time.monotonic() + timeout_s
         with ServerClient(self.url) as control:
             while True:
                 try:
                     control.weight_label(deadline_s=5.0)
+                    control.check_health(deadline_s=30.0)
                     control.generate(_one_token(), deadline_s=30.0)
                     return
                 except ServerError as error:

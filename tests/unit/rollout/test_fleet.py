@@ -23,6 +23,7 @@ class Network:
 
     def __init__(self, *up: str) -> None:
         self.up = set(up)
+        self.starting: set[str] = set()
         self.info: dict[str, dict[str, Any]] = {}
 
     def __call__(self, request: httpx.Request) -> httpx.Response:
@@ -31,6 +32,8 @@ class Network:
             raise httpx.ConnectError("connection refused")
         if request.method == "OPTIONS":
             return httpx.Response(405)
+        if request.url.path == "/health" and url in self.starting:
+            return httpx.Response(503)
         return httpx.Response(
             200,
             json={"model_path": "/m", "weight_version": "default", "version": "0", **self.info.get(url, {})},
@@ -100,6 +103,18 @@ def test_a_dead_server_is_reported_once_and_found_again() -> None:
     assert len(said) == 1 and B in said[0] and "cannot be reached" in said[0]
     network.up.add(B)
     assert urls(fleet.find()) == [A, B] and urls(fleet.serving(1)) == [A]
+
+
+def test_a_server_that_is_warming_up_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_rasft.rollout.fleet._BETWEEN_PROBES_S", 0.0)
+    said: list[str] = []
+    network = Network(A, B)
+    network.starting = {A, B}
+    fleet = fleet_of(network, said, rollout_wait_s=600.0)
+    assert urls(fleet.find(lambda: network.starting.discard(A))) == [A]
+    assert any(B in line and "starting" in line for line in said)
+    network.starting.clear()
+    assert urls(fleet.find()) == [A, B]
 
 
 def test_the_first_refresh_waits_for_enough_servers(monkeypatch: pytest.MonkeyPatch) -> None:

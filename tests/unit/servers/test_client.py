@@ -49,6 +49,18 @@ def test_a_refusal_names_the_server_and_quotes_it(answer: httpx.Response, said: 
     assert (caught.value.server, caught.value.status) == ("http://server:1", answer.status_code)
 
 
+@pytest.mark.parametrize(("status", "is_starting"), [(200, False), (503, True), (404, False)])
+def test_only_a_refused_health_check_means_that_a_server_is_starting(status: int, is_starting: bool) -> None:
+    assert client_of(lambda request: httpx.Response(status)).is_starting() == is_starting
+
+
+def test_a_server_that_answers_no_health_check_has_started() -> None:
+    def paused(request: httpx.Request) -> httpx.Response:
+        raise httpx.ReadTimeout("")
+
+    assert not client_of(paused).is_starting()
+
+
 def test_endpoints_of_older_servers_are_found_and_missing_ones_noticed() -> None:
     def old(request: httpx.Request) -> httpx.Response:
         answers = {
