@@ -1,4 +1,4 @@
-# make quickstart [ARGS=--compare]   make test   make lint   make mutants   make slurm-night   make venv   make servers   make gpu-check   make gpu-bundle
+# make quickstart [ARGS=--compare]   make test   make lint   make mutants   make slurm-night   make venv   make docs   make servers   make gpu-check   make gpu-bundle
 # PYTHON names the interpreter the environment is made with (>= 3.12), VENV where it goes.
 PYTHON ?= python3.12
 VENV ?= .venv
@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WHEEL := .cache/wheel
 
-.PHONY: quickstart test lint types pytest pytest-servers pytest-runs pytest-units pytest-emulated pytest-slurm mutants slurm-night wheel venv \
+.PHONY: quickstart test lint types pytest pytest-servers pytest-runs pytest-units pytest-emulated pytest-slurm mutants slurm-night wheel venv docs \
 	servers emulated-gpu gpu-check gpu-bundle
 .DELETE_ON_ERROR:
 
@@ -72,6 +72,10 @@ wheel: venv
 	$(BIN)/python -m pip install --quiet --no-deps --no-index --target $(WHEEL)/site $(WHEEL)/*.whl
 	cd $(WHEEL)/site && test -f pretrain_rasft.py && test -f megatron_rasft/tools/report/templates/page.html && PYTHONPATH=. "$(abspath $(BIN))/python" -c \
 		"import megatron_rasft.config as c, pathlib as p; assert p.Path(c.__file__).is_relative_to(p.Path.cwd()), c.__file__"
+
+# The documentation site, in .cache/site. A link that leads to nothing is an error.
+docs: venv
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict --site-dir .cache/site
 
 venv: $(STAMP)
 

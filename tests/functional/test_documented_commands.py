@@ -26,6 +26,7 @@ RUN_BY = {
     "make quickstart ARGS=--compare": "test_quickstart_compares_objectives",
     "make test": "continuous integration, which is this command",
     "make venv": "make test",
+    "make docs": "test_every_document_is_a_page_of_the_navigation",
     "make mutants": "it takes ten minutes, and runs every night",
     "make PYTHON=/path/to/python3.12 ...": "test_interpreter_that_is_too_old_is_refused",
     "pip install --no-build-isolation -e '.[te]'": "test_extras_that_the_documents_name_exist",

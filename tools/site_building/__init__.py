@@ -1,0 +1,1 @@
+"""The hooks of mkdocs.yml, and the pages that they generate."""

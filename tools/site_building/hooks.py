@@ -1,0 +1,51 @@
+"""The events of mkdocs: which pages the site has, and where their links lead."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+# mkdocs loads this file by its path
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from tools.site_building import documents, reference
+
+ROOT = Path(__file__).resolve().parents[2]
+GENERATED = {
+    "docs/reference/flags.md": reference.flags_page,
+    "docs/reference/metrics.md": reference.metrics_page,
+}
+"""Page -> the function that writes it."""
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Replaces the files of docs/ by the pages of the whole repository."""
+    theme = [file for file in files if file.src_dir != config.docs_dir]
+    texts = {uri: (ROOT / uri).read_text(encoding="utf-8") for uri in documents.documents(ROOT)}
+    texts |= {uri: write() for uri, write in GENERATED.items()}
+    sources = {path for uri, text in texts.items() for path in documents.linked_sources(ROOT, uri, text)}
+    texts |= {f"{path}.md": documents.source_page(ROOT, path) for path in sorted(sources)}
+    return Files([*theme, *(_page(config, uri, text) for uri, text in texts.items()), *_pictures(config)])
+
+
+def _page(config: MkDocsConfig, uri: str, text: str) -> File:
+    file = File.generated(config, uri, content=text)
+    file.dest_uri = documents.address(uri)
+    return file
+
+
+def _pictures(config: MkDocsConfig) -> Iterator[File]:
+    for path in sorted((ROOT / "docs" / "pictures").glob("*.svg")):
+        yield File.generated(config, path.relative_to(ROOT).as_posix(), abs_src_path=str(path))
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Directs links to folders and source files to their pages."""
+    try:
+        return documents.with_site_links(ROOT, page.file.src_uri, markdown)
+    except documents.BrokenLink as error:
+        raise PluginError(str(error)) from None
