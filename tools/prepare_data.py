@@ -1,6 +1,7 @@
-"""Checks training data before a run: validates every row, removes rows of benchmarks, shows one row as the model sees it.
+"""Checks and converts training data before a run, removes rows of benchmarks, shows one row as the model sees it.
 
 prepare_data.py validate --train-data FILE.jsonl [--tokenizer DIR [--max-tokens N]] [any --data-* or --verify-* flag]
+prepare_data.py convert --train-data FILE_OR_FOLDER --output TRAIN.jsonl [--rename OLD=NEW ...] [--grade] [--drop-duplicates]
 prepare_data.py --decontaminate BENCHMARK... --train-data FILE.jsonl [--output CLEAN.jsonl] [--report FILE.json]
 prepare_data.py inspect --train-data FILE.jsonl --tokenizer DIR [--index N] [any --data-* flag]
 """
@@ -10,6 +11,7 @@ import dataclasses
 import json
 import os
 import sys
+from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 
@@ -19,14 +21,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from megatron_rasft.config.data import DataConfig
 from megatron_rasft.config.parser import add_flags
 from megatron_rasft.config.verify import VerifyConfig
-from megatron_rasft.data.reading import DataReport, Row, RowFault, read_records, read_rows
+from megatron_rasft.data.field_names import renamed
+from megatron_rasft.data.reading import Row, read_rows
+from megatron_rasft.data.records import read_records
+from megatron_rasft.data.row_report import DataReport, RowFault
 from megatron_rasft.data.tokenizer import Tokenizer, open_tokenizer
 from megatron_rasft.data.tokenizing import build_demonstrations, collect_demonstrations
 from megatron_rasft.errors import DataError, ModelFolderError
 from megatron_rasft.files import write_json
 from megatron_rasft.tools import cli
 from megatron_rasft.tools.data.contamination import find_contamination
+from megatron_rasft.tools.data.converting import write_rows
 from megatron_rasft.tools.data.demonstration_checks import check_demonstrations
+from megatron_rasft.tools.data.duplicates import Duplicates
 from megatron_rasft.tools.data.inspecting import render_example
 
 _NO_LIMIT = 2**62
@@ -45,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    config = DataConfig.from_args(args)
+    config = renamed(DataConfig.from_args(args), args.rename)
     if not config.train_data:
         raise ValueError("--train-data is missing. Give the files to check.")
     if args.max_tokens is not None and args.max_tokens < 1:
@@ -62,43 +69,77 @@ def validate(args: argparse.Namespace, config: DataConfig) -> int:
         raise ValueError(
             "--max-tokens needs --tokenizer, because only a tokenizer can count tokens. Give its folder."
         )
-    if not args.verification_max_s > 0:
-        raise ValueError(
-            f"--verification-max-s must be > 0, got {args.verification_max_s:g}. --no-verification grades nothing."
-        )
-    rows = read_rows(config, require_answer=not args.no_answers)
+    _check_grade_flags(args)
+    duplicates = Duplicates()
+    rows = duplicates.watch(read_rows(config, require_answer=not args.no_answers))
     if args.tokenizer is None:
-        report = DataReport()
-        for row in rows:
-            report.num_rows += 1
-            if isinstance(row, RowFault):
-                report.faults.append(row)
-        num_usable = report.num_demonstrations = report.num_rows - len(report.faults)
+        report = _count(rows)
     else:
-        demonstrations, report = collect_demonstrations(
+        _, report = collect_demonstrations(
             rows,
             _load_tokenizer(args.tokenizer),
             config,
             max_tokens=args.max_tokens or _NO_LIMIT,
             require_answer=not args.no_answers,
         )
-        num_usable = len(demonstrations)
     print(report.describe(num_named=None))
-    is_refused = report.faults or not num_usable or (report.overlong and config.data_overlong == "refuse")
-    is_unfit = not args.no_verification and _verify(args, config)
-    return 1 if is_refused or is_unfit else 0
+    print(duplicates.describe())
+    is_refused = report.overlong and config.data_overlong == "refuse"
+    is_unfit = args.grade and bool(_grade(args, config))
+    return 1 if report.faults or not report.num_demonstrations or is_refused or is_unfit else 0
 
 
-def _verify(args: argparse.Namespace, config: DataConfig) -> bool:
-    """Grades the demonstrations and prints the result. Returns whether a row fails its own answer or tests."""
+def _count(rows: Iterable[Row | RowFault]) -> DataReport:
+    report = DataReport()
+    for row in rows:
+        report.num_rows += 1
+        if isinstance(row, RowFault):
+            report.faults.append(row)
+    report.num_demonstrations = report.num_rows - len(report.faults)
+    return report
+
+
+def _check_grade_flags(args: argparse.Namespace) -> None:
+    if not args.grade_max_s > 0:
+        raise ValueError(f"--grade-max-s must be > 0, got {args.grade_max_s:g}. --no-grade grades nothing.")
+
+
+def _grade(args: argparse.Namespace, config: DataConfig) -> list[RowFault]:
+    """Grades the demonstrations and prints the result. Returns the rows that fail their own answer or tests."""
     verify_config = VerifyConfig.from_args(args)
     if not verify_config.verify_num_workers:
         verify_config = dataclasses.replace(verify_config, verify_num_workers=len(os.sched_getaffinity(0)))
     rows = read_rows(config, require_answer=not args.no_answers)
     usable = (row for row in rows if isinstance(row, Row))
-    report = check_demonstrations(usable, verify_config, args.verification_max_s)
+    report = check_demonstrations(usable, verify_config, args.grade_max_s)
     print(report.describe())
-    return bool(report.failures)
+    return report.failures
+
+
+def convert(args: argparse.Namespace, config: DataConfig) -> int:
+    """Write the usable rows of any accepted layout with the default names of their fields."""
+    _check_grade_flags(args)
+    output = Path(args.output)
+    if output.suffix != ".jsonl":
+        raise ValueError(f"--output must be a .jsonl file, got {args.output!r}. Rename it.")
+    _check_new(output)
+    duplicates = Duplicates()
+    report = _count(duplicates.watch(read_rows(config, require_answer=not args.no_answers)))
+    report.check(config)
+    print(report.describe())
+    print(duplicates.describe())
+    left_out = {fault.source for fault in _grade(args, config)} if args.grade else set()
+    if args.drop_duplicates:
+        left_out |= {row.source for row in duplicates.found}
+    rows = read_rows(config, require_answer=not args.no_answers)
+    num = write_rows((row for row in rows if isinstance(row, Row) and row.source not in left_out), output)
+    print(f"wrote           {num} rows to {output}")
+    return 0 if num else 1
+
+
+def _check_new(output: Path) -> None:
+    if output.exists():
+        raise ValueError(f"--output {output} exists already. Give the name of a new file.")
 
 
 def decontaminate(args: argparse.Namespace, config: DataConfig) -> int:
@@ -109,8 +150,8 @@ def decontaminate(args: argparse.Namespace, config: DataConfig) -> int:
         raise ValueError(
             f"--overlap-share must be in 0 .. 1, got {args.overlap_share}. 0 drops every row with an overlap."
         )
-    if args.output is not None and Path(args.output).exists():
-        raise ValueError(f"--output {args.output} exists already. Give the name of a new file.")
+    if args.output is not None:
+        _check_new(Path(args.output))
     faults = [row for row in read_rows(config, require_answer=False) if isinstance(row, RowFault)]
     if faults:
         raise DataError(
@@ -166,29 +207,40 @@ def _build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="prepare_data.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = parser.add_subparsers(required=True, metavar="validate|decontaminate|inspect")
-    for name, run in (("validate", validate), ("decontaminate", decontaminate), ("inspect", show)):
+    commands = parser.add_subparsers(required=True, metavar="validate|convert|decontaminate|inspect")
+    runs = {"validate": validate, "convert": convert, "decontaminate": decontaminate, "inspect": show}
+    for name, run in runs.items():
         command = commands.add_parser(name, help=run.__doc__, description=run.__doc__)
-        command.set_defaults(run=run)
+        command.set_defaults(run=run, max_tokens=None)
+        command.add_argument(
+            "--rename",
+            nargs="+",
+            default=[],
+            metavar="OLD=NEW",
+            help="Read the field OLD of the rows as NEW: problem, response, answer, tests, messages or id. The same as "
+            "--data-NEW-field OLD.",
+        )
         if name == "decontaminate":
             _add_overlap_flags(command)
         else:
-            command.add_argument(
-                "--tokenizer", metavar="DIR", help="Hugging Face folder of the model or its tokenizer."
-            )
-            command.add_argument(
-                "--max-tokens",
-                type=int,
-                metavar="N",
-                help="Largest number of tokens of prompt and response. Unset: no limit.",
-            )
             command.add_argument(
                 "--no-answers",
                 action="store_true",
                 help="Accept rows without answer and tests, for runs without rollouts.",
             )
-        if name == "validate":
-            _add_verification_flags(command)
+        if name in ("validate", "inspect"):
+            _add_token_flags(command)
+        if name in ("validate", "convert"):
+            _add_grade_flags(command, is_on=name == "validate")
+        if name == "convert":
+            command.add_argument(
+                "--output", metavar="FILE", required=True, help="Write the rows to this file (.jsonl)."
+            )
+            command.add_argument(
+                "--drop-duplicates",
+                action="store_true",
+                help="Leave out rows with the problem of an earlier row.",
+            )
         if name == "inspect":
             command.add_argument(
                 "--index",
@@ -201,14 +253,28 @@ def _build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_verification_flags(command: argparse.ArgumentParser) -> None:
+def _add_token_flags(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--no-verification",
-        action="store_true",
-        help="Do not grade the rows' own responses with their answers and tests. Grading runs the programs of rows with tests.",
+        "--tokenizer", metavar="DIR", help="Hugging Face folder of the model or its tokenizer."
     )
     command.add_argument(
-        "--verification-max-s",
+        "--max-tokens",
+        type=int,
+        metavar="N",
+        help="Largest number of tokens of prompt and response. Unset: no limit.",
+    )
+
+
+def _add_grade_flags(command: argparse.ArgumentParser, is_on: bool) -> None:
+    command.add_argument(
+        "--grade",
+        action=argparse.BooleanOptionalAction,
+        default=is_on,
+        help="Grade the rows' own responses with their answers and tests, which runs the programs of rows with tests. convert "
+        f"leaves out the rows that fail (default: {'on' if is_on else 'off'}).",
+    )
+    command.add_argument(
+        "--grade-max-s",
         type=float,
         default=600.0,
         metavar="X",
@@ -218,7 +284,6 @@ def _add_verification_flags(command: argparse.ArgumentParser) -> None:
 
 
 def _add_overlap_flags(command: argparse.ArgumentParser) -> None:
-    command.set_defaults(max_tokens=None)
     command.add_argument(
         "--decontaminate", nargs="+", required=True, metavar="FILE", help="Benchmark files to compare with."
     )

@@ -14,7 +14,8 @@ class DataConfig(FlagSection):
     """Demonstrations on disk."""
 
     train_data: list[str] = field(default_factory=list)
-    """Files of demonstrations, read in this order: .jsonl, .jsonl.gz or .parquet, one row per problem."""
+    """Demonstrations, read in this order: .jsonl, .jsonl.gz or .parquet files, or folders to which Hugging Face data sets were
+    saved (save_to_disk). One row per problem."""
 
     data_problem_field: str = "problem"
     """Field of a row that holds the problem text."""
@@ -31,8 +32,9 @@ class DataConfig(FlagSection):
     (asserts, check or pytest; unset, the tests decide). A row needs tests or an answer."""
 
     data_messages_field: str = "messages"
-    """Field of a row that holds a chat, [{"role", "content"}, ...]. It is read if the row lacks a problem or a response field. The
-    last message is the response of the assistant, the messages before it are the prompt."""
+    """Field of a row that holds a chat, [{"role", "content"}, ...] or [{"from", "value"}, ...]. It is read if the row lacks a problem
+    or a response field. The last message is the response of the assistant, the messages before it are the prompt. A row without
+    this field may have its chat in "conversations"."""
 
     data_id_field: str = "id"
     """Field of a row that holds its id, unique in the run. The id of a row without this field is <file name>:<line>."""
@@ -94,10 +96,10 @@ def check_data_files(section: FlagSection, name: str, advice: str) -> None:
     """
     paths: list[str] = getattr(section, name)
     for path in paths:
-        if not path.endswith(TRAIN_DATA_SUFFIXES):
+        if not path.endswith(TRAIN_DATA_SUFFIXES) and not Path(path).is_dir():
             raise ValueError(
-                f"{flag_name(name)} must be {', '.join(TRAIN_DATA_SUFFIXES)} files, got {path!r}. Convert it, or rename it if only "
-                "the ending is wrong."
+                f"{flag_name(name)} must be {', '.join(TRAIN_DATA_SUFFIXES)} files, or folders of saved data sets, got {path!r}. "
+                "Convert it, or rename it if only the ending is wrong."
             )
         if paths.count(path) > 1:
             raise ValueError(

@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from megatron_rasft.config.data import DataConfig
-from megatron_rasft.data.reading import Message
+from megatron_rasft.data.chats import Message
 from megatron_rasft.data.tokenizer import Tokenizer, tokenize
 from megatron_rasft.errors import first_line
 from megatron_rasft.reasoning_tags import closing_tag, open_tag

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 import time
@@ -12,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rasft.config.data import DataConfig
-from megatron_rasft.data import chat_format, reading, tokenized_rows, tokenizing
+from megatron_rasft.data import chat_format, chats, fields, reading, records, tokenized_rows, tokenizing
 from megatron_rasft.data import tokenizer as tokenizer_module
-from megatron_rasft.data.reading import DataReport, read_rows
+from megatron_rasft.data.reading import read_rows
+from megatron_rasft.data.records import check_files, files_of
+from megatron_rasft.data.row_report import DataReport
 from megatron_rasft.data.tokenized_rows import TokenizedRows, write_rows
 from megatron_rasft.data.tokenizer import Tokenizer
 from megatron_rasft.data.tokenizing import tokenize_rows
@@ -25,7 +26,7 @@ _BUILDING = ".building-"
 _ABANDONED_S = 3600.0
 """An unfinished folder without writes for this time was left by a killed process and may be deleted."""
 
-_CODE = (reading, tokenizer_module, chat_format, tokenizing, tokenized_rows)
+_CODE = (records, fields, chats, reading, tokenizer_module, chat_format, tokenizing, tokenized_rows)
 """The modules that make rows from files."""
 
 _NOT_IN_ROWS = (
@@ -82,7 +83,7 @@ def tokenized(
         ):
             build(Path(folder))
             return TokenizedRows(Path(folder))
-    reading.check_files(config.train_data, flag)
+    check_files(config.train_data, flag)
     seen = _stamps(config.train_data)
     found = cache / _key(config, model, max_tokens, require_answer)
     if (rows := _opened(found)) is not None:
@@ -136,7 +137,8 @@ def _remove_abandoned(cache: Path) -> None:
 
 
 def _stamps(files: list[str]) -> list[tuple[int, int]]:
-    return [(stat.st_size, stat.st_mtime_ns) for stat in map(os.stat, files)]
+    stats = (file.stat() for name in files for file in files_of(Path(name)))
+    return [(stat.st_size, stat.st_mtime_ns) for stat in stats]
 
 
 def _key(config: DataConfig, model: Path, max_tokens: int, require_answer: bool) -> str:
@@ -148,7 +150,7 @@ def _key(config: DataConfig, model: Path, max_tokens: int, require_answer: bool)
         "max_tokens": max_tokens,
         "require_answer": require_answer,
         # Paths are included because they occur in default ids and in messages.
-        "data": [(path, _digest(Path(path))) for path in config.train_data],
+        "data": [(path, [_digest(file) for file in files_of(Path(path))]) for path in config.train_data],
         "tokenizer": [
             (str(path.relative_to(model)), _digest(path))
             for path in sorted([*model.glob("*"), *model.glob("additional_chat_templates/*")])

@@ -16,7 +16,7 @@ from typing import Any, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_rasft.data.reading import DataReport, RowFault
+from megatron_rasft.data.row_report import DataReport, RowFault
 from megatron_rasft.types import CodeTests, Demonstration, ProgramCase
 
 FORMAT = 2

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron_rasft.data.reading import Message
+from megatron_rasft.data.chats import Message
 from megatron_rasft.errors import ModelFolderError, first_line
 from megatron_rasft.files import read_json_object
 

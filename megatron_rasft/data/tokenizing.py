@@ -6,7 +6,9 @@ from itertools import batched
 
 from megatron_rasft.config.data import DataConfig
 from megatron_rasft.data.chat_format import ChatFormat, ChatTemplateError, read_chat_format
-from megatron_rasft.data.reading import DataReport, Message, Row, RowFault
+from megatron_rasft.data.chats import Message
+from megatron_rasft.data.reading import Row
+from megatron_rasft.data.row_report import DataReport, RowFault
 from megatron_rasft.data.tokenizer import Tokenizer, tokenize
 from megatron_rasft.types import CodeTests, Demonstration
 

@@ -61,6 +61,7 @@ RUN_BY = {
     "python tools/evaluate.py table": "test_samples_are_graded_and_tabulated",
     "python tools/prepare_data.py validate": "test_overlong_rows_fail_only_where_they_are_refused",
     "tools/prepare_data.py validate": "test_runs_as_a_script_from_any_folder",
+    "python tools/prepare_data.py convert": "test_convert_renames_fields_and_leaves_out_rows_that_fail_their_answer",
     "python tools/prepare_data.py inspect": "test_inspect_prints_one_row_plainly_when_not_on_a_terminal",
     "python -m tests.published_groups": "test_random_groups_have_the_weights_of_the_second_implementation",
     "python solution.py": "test_scripts_behave_as_under_plain_python",

@@ -10,7 +10,7 @@ from typing import Any
 
 from nltk.util import ngrams
 
-from megatron_rasft.data.reading import read_records
+from megatron_rasft.data.records import read_records
 from megatron_rasft.errors import DataError
 
 _UNSPACED = (

@@ -9,6 +9,7 @@ from itertools import batched
 
 from megatron_rasft.config.verify import VerifyConfig
 from megatron_rasft.data.reading import Row
+from megatron_rasft.data.row_report import RowFault
 from megatron_rasft.types import Check, CodeTests, Rollout, Verdict
 from megatron_rasft.verify.pool import VerifierPool
 from megatron_rasft.verify.programs.program_grading import find_sandbox_level, program_of
@@ -30,17 +31,17 @@ class DemonstrationReport:
     """Rows with an answer or tests."""
     verdicts: Counter[Verdict] = field(default_factory=Counter)
     """Verdict -> number of demonstrations. Rows that were not graded in time are missing."""
-    failures: list[str] = field(default_factory=list)
-    """``file:line: reason`` of each row whose answer or tests do not fit its demonstration."""
+    failures: list[RowFault] = field(default_factory=list)
+    """The rows whose answer or tests do not fit their demonstration."""
     max_s: float = 0.0
     """The time limit, seconds."""
 
     def describe(self) -> str:
         """Returns the report as text, without a final line break."""
         num_graded = self.verdicts.total()
-        lines = [f"verified        {num_graded} of {self.num_rows} demonstrations"]
+        lines = [f"graded          {num_graded} of {self.num_rows} demonstrations"]
         if num_graded < self.num_rows:
-            lines[0] += f" in {self.max_s:g} s. Raise --verification-max-s to verify all."
+            lines[0] += f" in {self.max_s:g} s. Raise --grade-max-s to grade all."
         lines += [f"  {num} {verdict}" for verdict, num in self.verdicts.most_common()]
         lines.append(f"unfit checks    {len(self.failures)}")
         lines += [f"  {failure}" for failure in self.failures]
@@ -99,7 +100,7 @@ def _check_batch(
         accepted = [rollout.verdict == "correct" for rollout in trivial.get(row.problem_id, [])]
         failure = _failure_of(row, demonstration, accepts_anything=bool(accepted) and all(accepted))
         if failure:
-            report.failures.append(f"{row.source}: {failure}")
+            report.failures.append(RowFault(source=row.source, reason=failure))
 
 
 def _verify(pool: VerifierPool, rollouts: list[Rollout], checks: dict[str, Check], deadline: float) -> None:

@@ -8,7 +8,7 @@ import zlib
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_rasft.data.reading import FieldError, check_text, gold_text
+from megatron_rasft.data.fields import FieldError, check_text, gold_text
 from megatron_rasft.tools.evaluation.known_sets import Kind
 from megatron_rasft.types import Check, CodeTests, ProgramCase
 from megatron_rasft.verify.mathematics.answer_extraction import closed_boxes, extract_answer

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_rasft.data.reading import FieldError, read_records
+from megatron_rasft.data.fields import FieldError
+from megatron_rasft.data.records import read_records
 from megatron_rasft.errors import DataError
 from megatron_rasft.tools.evaluation.benchmark_rows import TEST_FIELDS, Problem, parse_row
 from megatron_rasft.tools.evaluation.known_sets import KNOWN_SETS, Kind, KnownSet

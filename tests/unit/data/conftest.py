@@ -7,6 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -82,3 +83,17 @@ def write_rows(tmp_path: Path) -> Callable[..., str]:
         return str(path)
 
     return write
+
+
+def save_to_disk(folder: Path, *shards: list[dict[str, Any]]) -> str:
+    """Writes the files of ``datasets.Dataset.save_to_disk``: Arrow streams, and state.json with their names."""
+    folder.mkdir(parents=True)
+    files = [f"data-{number:05}-of-{len(shards):05}.arrow" for number in range(len(shards))]
+    for file, rows in zip(files, shards, strict=True):
+        table = pyarrow.Table.from_pylist(rows)
+        with pyarrow.ipc.new_stream(folder / file, table.schema) as writer:
+            writer.write_table(table, max_chunksize=2)
+    state = {"_data_files": [{"filename": file} for file in files], "_fingerprint": "0", "_format_type": None}
+    (folder / "state.json").write_text(json.dumps(state))
+    (folder / "dataset_info.json").write_text("{}")
+    return str(folder)

@@ -15,8 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_rasft.config.data import DataConfig
-from megatron_rasft.data.reading import DataReport, FieldError, Row, RowFault, _parse_record, read_rows
+from megatron_rasft.data.fields import FieldError
+from megatron_rasft.data.reading import Row, _parse_record, read_rows
+from megatron_rasft.data.row_report import DataReport, RowFault
 from megatron_rasft.errors import DataError
+from tests.unit.data.conftest import save_to_disk
 
 GOOD: dict[str, Any] = {"problem": "1+1?", "response": "It is \\boxed{2}.", "answer": "2"}
 CHAT = [
@@ -64,9 +67,13 @@ def chat(*turns: tuple[str, Any]) -> dict[str, Any]:
         ({"messages": [], "answer": "2"}, '"messages" does not end'),
         (chat(("user", "p"), ("assistant", "r"), ("user", "q")), '"messages" does not end'),
         (chat(("assistant", "r")), '"messages" has no user'),
-        (chat(("human", "p"), ("assistant", "r")), "chat role"),
+        (chat(("tool", "p"), ("assistant", "r")), "chat role"),
+        (chat((["user"], "p"), ("assistant", "r")), "chat role"),
+        ({"conversations": [{"from": "human", "value": 3}], "answer": "2"}, '"conversations" is not text'),
         (chat(("user", "p"), ("assistant", "")), '"messages" is empty'),
-        (chat(("user", [{"type": "text"}]), ("assistant", "r")), '"messages" is not text'),
+        (chat(("user", [{"type": "text"}]), ("assistant", "r")), "part that is not text"),
+        (chat(("user", [{"type": "image", "text": "p"}]), ("assistant", "r")), "part that is not text"),
+        (chat(("user", [3]), ("assistant", "r")), "part that is not text"),
         ({"messages": CHAT}, 'no "answer"'),
     ],
 )
@@ -123,6 +130,84 @@ def test_problem_and_response_take_precedence_over_messages_if_both_are_present(
     )
     assert both.response == GOOD["response"]
     assert only_problem.response == "2"
+
+
+@pytest.mark.parametrize("name", ["conversations", "messages"])
+def test_sharegpt_chats_are_read_without_a_flag(write_rows: Callable, name: str) -> None:
+    speakers = {"system": "system", "user": "human", "assistant": "gpt"}
+    turns = [{"from": speakers[turn["role"]], "value": turn["content"]} for turn in CHAT]
+    (row,) = read(write_rows({name: turns, "answer": "2"}))
+    assert (row.problem, row.response, row.messages) == ("1+1?", "2", CHAT[:-1])
+
+
+def test_parts_of_a_message_are_joined(write_rows: Callable) -> None:
+    parts = [{"type": "text", "text": "1+"}, "1", {"text": "?", "image": None}]
+    (row,) = read(write_rows(chat(("user", parts), ("assistant", [{"type": "text", "text": "2"}]))))
+    assert (row.problem, row.response) == ("1+1?", "2")
+
+
+@pytest.mark.parametrize(
+    ("record", "flags"),
+    [
+        ({"question": "p", "solution": "r", "answer": "2"}, "--data-problem-field question --data-response-field solution"),
+        ({"Problem": "p", "respones": "r", "answer": "2"}, "--data-problem-field Problem --data-response-field respones"),
+        ({"problem": "p", "output": "r", "target": "2"}, "--data-response-field output --data-answer-field target"),
+        ({"problem": "p", "response": "r", "test_list": ["assert f()"]}, "--data-tests-field test_list"),
+        ({"question": "p", "answer": "the way #### 2"}, "--data-problem-field question --data-response-field NAME"),
+        ({"dialog": CHAT, "answer": "2"}, "--data-messages-field dialog"),
+        ({"messages": CHAT, "final_answer": "2"}, "--data-answer-field final_answer"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("bad_rows", ["refuse", "skip"])
+def test_wrong_field_names_are_one_error_with_the_flags_that_correct_them(
+    write_rows: Callable, record: dict[str, Any], flags: str, bad_rows: str
+) -> None:
+    path = write_rows("not JSON", record, record)
+    with pytest.raises(DataError, match=rf"{flags}\.$") as error:
+        read(path, data_bad_rows=bad_rows)
+    message = str(error.value)
+    assert path in message and "\n" not in message
+    named = flags.split()
+    if "NAME" not in named:
+        fields = dict(zip(named[::2], named[1::2], strict=True))
+        config = {flag[2:].replace("-", "_"): name for flag, name in fields.items()}
+        assert isinstance(read(path, **config)[1], Row)
+
+
+def test_names_are_not_checked_where_no_other_field_is_likely(write_rows: Callable) -> None:
+    (fault,) = read(write_rows({"problem": "p", "response": "r", "source": "web"}))
+    assert isinstance(fault, RowFault) and fault.reason == 'no "answer"'
+    (row,) = read(write_rows({"problem": "p", "response": "r", "target": "t"}), require_answer=False)
+    assert isinstance(row, Row)
+
+
+def test_saved_data_set_is_read_in_the_order_of_its_files(tmp_path: Path) -> None:
+    rows = [{**GOOD, "answer": str(n), "messages": CHAT, "image": b"x"} for n in range(5)]
+    folder = save_to_disk(tmp_path / "sets" / "train", rows[:3], rows[3:])
+    found = read(folder)
+    assert [(row.answer, row.source) for row in found] == [(str(n), f"{folder}:{n + 1}") for n in range(5)]
+    assert found[0].problem_id == "train:1"
+    first_file = next(Path(folder).glob("data-00000*"))
+    first_file.write_bytes(first_file.read_bytes()[:-300])
+    with pytest.raises(DataError, match="saved data set"):
+        read(folder)
+    first_file.unlink()
+    with pytest.raises(DataError, match=first_file.name):
+        read(folder)
+
+
+def test_folder_that_is_no_data_set_and_one_of_several_splits_are_refused(tmp_path: Path) -> None:
+    for split in ("test", "train"):
+        save_to_disk(tmp_path / "sets" / split, [GOOD])
+    (tmp_path / "sets" / "dataset_dict.json").write_text(json.dumps({"splits": ["test", "train"]}))
+    with pytest.raises(DataError, match=r"--train-data .*sets/test or .*sets/train"):
+        read(str(tmp_path / "sets"))
+    (tmp_path / "other").mkdir()
+    with pytest.raises(DataError, match=r"other is a folder without state\.json"):
+        read(str(tmp_path / "other"))
+    (tmp_path / "other" / "state.json").write_text("{}")
+    with pytest.raises(DataError, match=r"other/state\.json .*save_to_disk"):
+        read(str(tmp_path / "other"))
 
 
 def test_field_names_can_be_mapped(write_rows: Callable) -> None:

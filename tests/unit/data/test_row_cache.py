@@ -13,12 +13,14 @@ import pytest
 
 from megatron_rasft.config.data import DataConfig
 from megatron_rasft.data import row_cache
-from megatron_rasft.data.reading import DataReport, RowFault, read_rows
+from megatron_rasft.data.reading import read_rows
 from megatron_rasft.data.row_cache import tokenized
+from megatron_rasft.data.row_report import DataReport, RowFault
 from megatron_rasft.data.tokenized_rows import ByProblem, TokenizedRows, fingerprint_of, write_rows
 from megatron_rasft.data.tokenizing import collect_demonstrations
 from megatron_rasft.errors import DataError, RasftError
 from megatron_rasft.types import CodeTests, Demonstration, ProgramCase
+from tests.unit.data.conftest import save_to_disk
 
 ROWS: list[dict[str, Any]] = [
     {"id": "a", "problem": "1+1?", "response": "It is \\boxed{2}.", "answer": "2"},
@@ -106,6 +108,20 @@ def test_a_second_start_tokenizes_nothing(
     (model / "model.safetensors").write_text("other weights")
     read(counted, config, model, tmp_path / "cache")
     assert counted.num_calls == 0
+
+
+def test_changed_file_of_a_saved_data_set_is_tokenized_again(
+    tokenizer: Any, config: DataConfig, model: Path, tmp_path: Path
+) -> None:
+    counted = Counted(tokenizer)
+    for answer, is_read in (("2", True), ("2", False), ("3", True)):
+        shutil.rmtree(tmp_path / "set", ignore_errors=True)
+        folder = save_to_disk(tmp_path / "set", [{**ROWS[0], "answer": answer}])
+        counted.num_calls = 0
+        assert (
+            read(counted, replace(config, train_data=[folder]), model, tmp_path / "cache")[0].answer == answer
+        )
+        assert bool(counted.num_calls) == is_read
 
 
 def change_data(config: DataConfig, model: Path) -> DataConfig:

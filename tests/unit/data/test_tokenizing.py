@@ -6,7 +6,8 @@ import pytest
 
 from megatron_rasft.config.data import DataConfig
 from megatron_rasft.data.chat_format import read_chat_format
-from megatron_rasft.data.reading import DataReport, Row, RowFault, read_rows
+from megatron_rasft.data.reading import Row, read_rows
+from megatron_rasft.data.row_report import DataReport, RowFault
 from megatron_rasft.data.tokenizing import build_demonstrations, tokenize_prompts
 from megatron_rasft.errors import DataError
 from megatron_rasft.types import CodeTests, Demonstration

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_rasft.data.reading import DataReport
+from megatron_rasft.data.row_report import DataReport
 from megatron_rasft.data.tokenized_rows import write_rows
 from megatron_rasft.objective.declaration import SampledProblem
 from megatron_rasft.objective.families import OBJECTIVES

@@ -1,5 +1,6 @@
 """tools/prepare_data.py, called with the arguments of a command line."""
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -25,14 +26,14 @@ def tokenizer_folder(tokenizer: Any, tmp_path: Path) -> str:
 def test_validate_accepts_good_rows(write_rows: Callable, capsys: pytest.CaptureFixture) -> None:
     assert prepare_data.main(["validate", "--train-data", write_rows(GOOD, GOOD)]) == 0
     printed = capsys.readouterr().out
-    assert "rows            2" in printed and "verified        2 of 2" in printed
+    assert "rows            2" in printed and "graded          2 of 2" in printed
 
 
 def test_validate_names_faults_and_fails(
     write_rows: Callable, tokenizer_folder: str, capsys: pytest.CaptureFixture
 ) -> None:
     path = write_rows(GOOD, *["{"] * 12, *[{**GOOD, "response": "long " * 500}] * 12)
-    plain = ["validate", "--no-verification", "--train-data", path]
+    plain = ["validate", "--no-grade", "--train-data", path]
     assert prepare_data.main(plain) == 1
     assert prepare_data.main([*plain, "--tokenizer", tokenizer_folder, "--max-tokens", "200"]) == 1
     printed = capsys.readouterr().out
@@ -43,7 +44,7 @@ def test_validate_names_faults_and_fails(
 
 def test_overlong_rows_fail_only_where_they_are_refused(write_rows: Callable, tokenizer_folder: str) -> None:
     path = write_rows(GOOD, {**GOOD, "response": "long " * 500})
-    command = ["validate", "--no-verification", "--train-data", path, "--tokenizer", tokenizer_folder]
+    command = ["validate", "--no-grade", "--train-data", path, "--tokenizer", tokenizer_folder]
     command += ["--max-tokens", "200"]
     assert prepare_data.main(command) == 0
     assert prepare_data.main([*command, "--data-overlong", "refuse"]) == 1
@@ -75,7 +76,17 @@ def test_inspect_prints_one_row_plainly_when_not_on_a_terminal(
         (["inspect", "--train-data", "ROWS", "--tokenizer", "MODEL", "--index", "-1"], "--index", 2),
         (["validate", "--train-data", "ROWS", "--tokenizer", "gone"], "--tokenizer", 2),
         (["validate", "--train-data", "ROWS", "--tokenizer", "EMPTY"], "--tokenizer", 2),
-        (["validate", "--train-data", "ROWS", "--verification-max-s", "0"], "--verification-max-s", 2),
+        (["validate", "--train-data", "ROWS", "--grade-max-s", "0"], "--grade-max-s", 2),
+        (["validate", "--train-data", "ROWS", "--rename", "question=prompt"], "--rename question=prompt", 2),
+        (["validate", "--train-data", "ROWS", "--rename", "problem"], "--rename problem", 2),
+        (["inspect", "--train-data", "ROWS", "--rename", "a=id", "b=id"], "--rename b=id", 2),
+        (["convert", "--train-data", "ROWS", "--output", "rows.parquet"], "--output", 2),
+        (["convert", "--train-data", "ROWS", "--output", "ROWS"], "exists already", 2),
+        (
+            ["convert", "--train-data", "ROWS", "--output", "new.jsonl", "--rename", "q=problem"],
+            "--data-problem-field problem",
+            1,
+        ),
     ],
 )
 def test_error_is_one_line(
@@ -142,21 +153,84 @@ VERIFIED = [
 def test_validate_names_rows_that_fail_their_own_answer_or_tests(
     write_rows: Callable, capsys: pytest.CaptureFixture
 ) -> None:
-    path = write_rows(*({**row, "id": f"row {n}"} for n, (row, _) in enumerate(VERIFIED)))
+    path = write_rows(*({**row, "problem": f"Write f. {n}"} for n, (row, _) in enumerate(VERIFIED)))
     command = ["validate", "--train-data", path, "--verify-code-timeout-s", "10"]
     assert prepare_data.main(command) == 1
     lines = capsys.readouterr().out.splitlines()
-    assert f"verified        {len(VERIFIED)} of {len(VERIFIED)} demonstrations" in lines
+    assert f"graded          {len(VERIFIED)} of {len(VERIFIED)} demonstrations" in lines
     for number, (_, reason) in enumerate(VERIFIED, 1):
         named = [line for line in lines if line.startswith(f"  {path}:{number}: ")]
         assert len(named) == bool(reason), number
         assert all(reason in line for line in named)
     assert "unfit checks    7" in lines
-    assert prepare_data.main([*command, "--no-verification"]) == 0
-    assert "verified" not in capsys.readouterr().out
+    assert prepare_data.main([*command, "--no-grade"]) == 0
+    assert "graded" not in capsys.readouterr().out
 
 
 def test_verification_ends_at_its_time_limit(write_rows: Callable, capsys: pytest.CaptureFixture) -> None:
     path = write_rows(*({**GOOD, "id": f"row {n}"} for n in range(300)))
-    assert prepare_data.main(["validate", "--train-data", path, "--verification-max-s", "0.001"]) == 0
-    assert "of 300 demonstrations in 0.001 s. Raise --verification-max-s" in capsys.readouterr().out
+    assert prepare_data.main(["validate", "--train-data", path, "--grade-max-s", "0.001"]) == 0
+    assert "of 300 demonstrations in 0.001 s. Raise --grade-max-s" in capsys.readouterr().out
+
+
+def test_convert_renames_fields_and_leaves_out_rows_that_fail_their_answer(
+    write_rows: Callable, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    chat = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]
+    chat += [{"from": "human", "value": "2+2?"}, {"from": "gpt", "value": "\\boxed{4}"}]
+    path = write_rows(
+        {"question": "1+1?", "solution": "It is \\boxed{2}.", "final": 2, "source": "web"},
+        {"question": "3+3?", "solution": "It is \\boxed{5}.", "final": "6"},
+        {"conversations": chat, "final": "4", "id": "chat"},
+        {"question": "Write f.", "solution": f"```python\n{ADDS}\n```", "tests": "assert f(1) == 2", "entry_point": "f"},
+        {"question": " 1+1? ", "solution": "So \\boxed{2}.", "final": "2"},
+    )  # fmt: skip
+    output = tmp_path / "train.jsonl"
+    command = ["convert", "--train-data", path, "--output", str(output), "--grade", "--drop-duplicates"]
+    assert (
+        prepare_data.main([*command, "--rename", "question=problem", "solution=response", "final=answer"])
+        == 0
+    )
+    printed = capsys.readouterr().out
+    assert f"{path}:2: the demonstration fails its own answer" in printed
+    assert f"{path}:5: has the problem of {path}:1, but another response" in printed
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    messages = [("user", "Hi"), ("assistant", "Hello"), ("user", "2+2?"), ("assistant", "\\boxed{4}")]
+    assert rows == [
+        {"id": "rows.jsonl:1", "problem": "1+1?", "response": "It is \\boxed{2}.", "answer": "2"},
+        {
+            "id": "chat",
+            "messages": [{"role": role, "content": content} for role, content in messages],
+            "answer": "4",
+        },
+        {
+            "id": "rows.jsonl:4",
+            "problem": "Write f.",
+            "response": f"```python\n{ADDS}\n```",
+            "tests": ["assert f(1) == 2"],
+            "test_style": "asserts",
+            "entry_point": "f",
+        },
+    ]
+    assert prepare_data.main(["validate", "--train-data", str(output)]) == 0
+
+
+def test_convert_writes_nothing_if_a_row_cannot_be_used(write_rows: Callable, tmp_path: Path) -> None:
+    output = tmp_path / "train.jsonl"
+    command = ["convert", "--train-data", write_rows(GOOD, "{"), "--output", str(output)]
+    assert prepare_data.main(command) == 1 and not output.exists()
+    assert prepare_data.main([*command, "--data-bad-rows", "skip"]) == 0
+    assert len(output.read_text().splitlines()) == 1
+
+
+def test_validate_lists_rows_with_the_problem_of_an_earlier_row(
+    write_rows: Callable, capsys: pytest.CaptureFixture
+) -> None:
+    rows = [GOOD, {**GOOD, "problem": "1+1? "}, {**GOOD, "answer": "3"}, {**GOOD, "response": "2"}]
+    path = write_rows(*rows, {**GOOD, "problem": "1-1?", "answer": "0"})
+    assert prepare_data.main(["validate", "--no-grade", "--train-data", path]) == 0
+    printed = capsys.readouterr().out
+    assert "duplicates      3" in printed
+    assert f"{path}:2: repeats {path}:1" in printed
+    assert f"{path}:3: has the problem of {path}:1, but another answer" in printed
+    assert f"{path}:4: has the problem of {path}:1, but another response" in printed

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_rasft.data.reading import FieldError
+from megatron_rasft.data.fields import FieldError
 from megatron_rasft.errors import DataError
 from megatron_rasft.tools.evaluation.benchmark_rows import parse_row
 from megatron_rasft.tools.evaluation.benchmarks import chosen, find_file, read_benchmark
