@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_rasft.flags import FlagSection, NonNegativeFloat, PositiveInt
+from megatron_rasft.flags import FlagSection, NonNegativeFloat, PositiveInt, Share
 
 
 @dataclass(kw_only=True)
@@ -43,6 +43,10 @@ class RunConfig(FlagSection):
     rasft_keep_checkpoints: PositiveInt | None = None
     """Number of newest checkpoints that are kept in --save. Older ones are deleted after each complete save, except every
     --save-retain-interval steps. Unset: all are kept, or with --save-retain-interval the newest one and those at its interval."""
+
+    rasft_warn_frac: Share = 0.3
+    """Share of a refresh's rollouts above which a warning follows the refresh: rollouts that were cut by length, filtered, or
+    unverifiable. 1: no warning."""
 
     rasft_ref_cache: str | None = None
     """SQLite file of reference log-probabilities, which later runs reuse. Unset: ref_logprobs.sqlite in --save."""

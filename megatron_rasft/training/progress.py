@@ -102,6 +102,7 @@ _STEP_LINE = (
     (metrics.RATIO_CLIP_FRAC, "clipped", ".0%"),
     (metrics.DEMONSTRATION_WEIGHT, "demonstration", ".2f"),
     (metrics.ROLLOUT_WEIGHT, "rollout", ".2f"),
+    (metrics.WRONG_ROLLOUT_WEIGHT, "wrong rollout", ".2f"),
     (metrics.SOLVE_RATE, "solved", ".1%"),
     (metrics.GRAD_NORM, "grad", ".3f"),
     (metrics.LEARNING_RATE, "lr", ".2e"),

@@ -209,7 +209,7 @@ class RefreshDriver:
         """Turns demonstrations and rollouts into weighted training samples, and records the rollouts."""
         samples: Samples = kept_by_rank_zero(lambda: self.decisions.weigh(choice.problem_ids, groups), [])
         on_rank_zero(lambda: self.decisions.record(groups))
-        self._report.average_weights(chain.from_iterable(samples))
+        self._report.count_samples(samples)
         return samples
 
     @stalls.phase("score")

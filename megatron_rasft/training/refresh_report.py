@@ -2,11 +2,14 @@
 
 import time
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 
 from megatron_rasft import metrics
+from megatron_rasft.config import RasftConfig
+from megatron_rasft.flags import flag_name
 from megatron_rasft.types import RolloutGroup, TrainingSample
 from megatron_rasft.verify.grading_order import GIVEN_UP
 
@@ -21,12 +24,18 @@ class RefreshReport:
     """Problems with rollouts, including problems of the hard pool that are not trained in this refresh."""
     verdicts: Counter[str] = field(default_factory=Counter)
     """Verdict -> number of rollouts."""
-    num_filtered: int = 0
-    """Rollouts that a text filter removed."""
+    num_truncated: int = 0
+    """Rollouts that were cut by length."""
+    filters: Counter[str] = field(default_factory=Counter)
+    """Text filter -> number of rollouts that it removed."""
+    unverifiable: Counter[str] = field(default_factory=Counter)
+    """Reason -> number of rollouts that could not be verified."""
     num_given_up: int = 0
     """Rollouts that were not graded, because the gradings before them exceeded their deadlines."""
     num_solved: int = 0
     """Problems with at least one correct rollout."""
+    num_left_out: int = 0
+    """Problems of the next steps without a training sample."""
     mean_response_tokens: float = 0.0
     mean_difficulty: float = float("nan")
     """Mean cross-entropy of the demonstrations under the policy, nats per token. Only --curriculum-mode band computes it."""
@@ -60,15 +69,22 @@ class RefreshReport:
         rollouts = [rollout for group in groups for rollout in group.rollouts]
         self.num_sampled = len(groups)
         self.verdicts = Counter(rollout.verdict or "unverifiable" for rollout in rollouts)
-        self.num_filtered = sum(bool(rollout.filtered_by) for rollout in rollouts)
+        self.num_truncated = sum(rollout.finish_reason == "length" for rollout in rollouts)
+        self.filters = Counter(rollout.filtered_by for rollout in rollouts if rollout.filtered_by)
+        self.unverifiable = Counter(r.verdict_reason for r in rollouts if r.verdict in (None, "unverifiable"))
         self.num_given_up = sum(rollout.verdict_reason.startswith(GIVEN_UP) for rollout in rollouts)
         self.num_solved = sum(group.num_correct > 0 for group in groups)
         self.mean_response_tokens = sum(len(r.response_ids) for r in rollouts) / max(1, len(rollouts))
 
-    def average_weights(self, samples: Iterable[TrainingSample]) -> None:
-        """Averages the weights of all training samples, by kind, and those of rollouts by sign."""
+    def count_samples(self, samples: Collection[Collection[TrainingSample]]) -> None:
+        """Counts the problems without training samples, and averages the weights by kind, those of rollouts by sign.
+
+        Args:
+            samples: the samples of each problem.
+        """
+        self.num_left_out = sum(not part for part in samples)
         weights: dict[str, list[float]] = {"demonstration": [], "rollout": [], "wrong_rollout": []}
-        for sample in samples:
+        for sample in chain.from_iterable(samples):
             is_wrong = sample.kind == "rollout" and sample.weight < 0
             weights["wrong_rollout" if is_wrong else sample.kind].append(sample.weight)
         self.demonstration_weight = _mean(weights["demonstration"])
@@ -84,6 +100,15 @@ class RefreshReport:
         """Correct rollouts / all rollouts; NaN without rollouts."""
         return self.verdicts["correct"] / self.num_rollouts if self.num_rollouts else float("nan")
 
+    def shares(self) -> dict[str, float]:
+        """Metric name -> share of the rollouts that were cut by length, filtered, or unverifiable."""
+        counts = {
+            metrics.TRUNCATED: self.num_truncated,
+            metrics.FILTERED: self.filters.total(),
+            metrics.UNVERIFIABLE: self.verdicts["unverifiable"],
+        }
+        return {name: count / max(1, self.num_rollouts) for name, count in counts.items()}
+
     def values(self) -> dict[str, float]:
         """Metric name -> value."""
         num_rollouts = max(1, self.num_rollouts)
@@ -95,9 +120,10 @@ class RefreshReport:
             metrics.WRONG_ROLLOUT_WEIGHT: self.wrong_rollout_weight,
             metrics.NUM_ROLLOUTS: self.num_rollouts,
             metrics.RESPONSE_TOKENS: self.mean_response_tokens,
-            metrics.FILTERED: self.num_filtered / num_rollouts,
             metrics.GIVEN_UP: self.num_given_up / num_rollouts,
             **{f"verify/{verdict}_frac": n / num_rollouts for verdict, n in self.verdicts.items()},
+            **self.shares(),
+            metrics.LEFT_OUT: self.num_left_out,
             metrics.SAMPLED_PROBLEMS: self.num_sampled,
             metrics.DIFFICULTY: self.mean_difficulty,
             metrics.GENERATE_S: self.generate_s,
@@ -110,15 +136,41 @@ class RefreshReport:
     def line(self, total_s: float) -> str:
         """The console line; ``total_s`` is the duration of the whole refresh."""
         line = f"refresh: {self.num_problems} problems"
+        if self.num_left_out:
+            line += f" ({self.num_left_out} left out: no training sample)"
         if self.score_s:
             line += f", score {self.score_s:.1f} s"
         if self.num_rollouts:
+            shares = self.shares()
             line += (
                 f", {self.num_rollouts} rollouts of {self.num_sampled}, {self.solve_rate:.1%} correct, "
-                f"{self.num_solved} solved at least once, {self.num_filtered} filtered, "
+                f"{self.num_solved} solved at least once, {shares[metrics.TRUNCATED]:.1%} cut by length, "
+                f"{shares[metrics.FILTERED]:.1%} filtered, {shares[metrics.UNVERIFIABLE]:.1%} unverifiable, "
                 f"{self.mean_response_tokens:.0f} tokens each; generate {self.generate_s:.1f} s, verify {self.verify_s:.1f} s,"
             )
         return f"{line} reference {self.reference_s:.1f} s, {total_s:.1f} s in all"
+
+    def warnings(self, config: RasftConfig) -> list[str]:
+        """Console lines about each of ``shares`` above --rasft-warn-frac, with the flags that change it."""
+        limit = config.run.rasft_warn_frac
+        return [
+            f"warning: {share:.1%} of the rollouts {self._explain(name, config)} (--rasft-warn-frac {limit:g})"
+            for name, share in self.shares().items()
+            if share > limit
+        ]
+
+    def _explain(self, share: str, config: RasftConfig) -> str:
+        if share == metrics.TRUNCATED:
+            return (
+                "were cut by length, and none of them counts as solved: raise --rollout-max-new-tokens "
+                f"{config.rollout.rollout_max_new_tokens}, or --seq-length if prompts leave less room"
+            )
+        if share == metrics.FILTERED:
+            ((name, count),) = self.filters.most_common(1)
+            flag = flag_name(f"no_verify_filter_{name}")
+            return f"were dropped by text filters, {count} of them by one that {flag} turns off"
+        ((reason, count),) = self.unverifiable.most_common(1)
+        return f"could not be verified, {count} of them because: {reason or 'no reason given'}. Check the gold answers"
 
 
 def _mean(values: list[float]) -> float:

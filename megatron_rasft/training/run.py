@@ -166,6 +166,8 @@ class Run:
         self._verdicts += report.verdicts
         line = report.line(time.monotonic() - self._refresh_began)
         self._record.add_refresh(self._trainer.iteration, self._last_refresh, line)
+        for warning in report.warnings(self._config):
+            self._record.say(warning)
 
     # ---- step
 

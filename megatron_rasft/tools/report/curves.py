@@ -50,6 +50,7 @@ _OF_STEPS = (
     Curve(metrics.RATIO_CLIP_FRAC, "Clipped ratios", "share of sequences", is_share=True),
     Curve(metrics.DEMONSTRATION_WEIGHT, "Weight of a demonstration", "mean of a step's demonstrations"),
     Curve(metrics.ROLLOUT_WEIGHT, "Weight of a trained rollout", "mean of a step's rollouts"),
+    Curve(metrics.WRONG_ROLLOUT_WEIGHT, "Weight of a wrong rollout", "mean of a step's, below zero"),
 )
 _OF_REFRESHES = (
     Curve("rollout/response_tokens_mean", "Length of a rollout", "tokens, mean of a refresh"),

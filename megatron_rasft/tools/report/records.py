@@ -29,6 +29,7 @@ _OF_A_STEP = (
     metrics.RATIO_CLIP_FRAC,
     metrics.DEMONSTRATION_WEIGHT,
     metrics.ROLLOUT_WEIGHT,
+    metrics.WRONG_ROLLOUT_WEIGHT,
     metrics.CROSS_ENTROPY,
     "time",
 )

@@ -3,14 +3,16 @@
 import math
 import time
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 from megatron_rasft import metrics
+from megatron_rasft.config import RunConfig
 from megatron_rasft.training.refresh import as_rollouts
 from megatron_rasft.training.refresh_report import RefreshReport
 from megatron_rasft.types import RolloutGroup, TrainingSample, Verdict
 from megatron_rasft.verify.grading_order import GIVEN_UP
-from tests.unit.training.stand_ins import response
+from tests.unit.training.stand_ins import config_of, response
 
 
 def group(problem_id: str, *verdicts: Verdict) -> RolloutGroup:
@@ -28,7 +30,8 @@ def sample(kind: Any, weight: float) -> TrainingSample:
 
 def test_rollouts_are_counted_by_verdict_and_by_problem() -> None:
     groups = [group("a", "correct", "correct", "wrong"), group("b", "wrong"), group("c", "timeout")]
-    groups[0].rollouts[1].filtered_by = "too short"
+    groups[0].rollouts[1].filtered_by = "too_short"
+    groups[1].rollouts[0] = replace(groups[1].rollouts[0], finish_reason="length")
     groups[2].rollouts[0].verdict_reason = f"{GIVEN_UP}others hang"
     report = RefreshReport()
     report.count_rollouts(groups)
@@ -37,22 +40,20 @@ def test_rollouts_are_counted_by_verdict_and_by_problem() -> None:
     assert values[metrics.SOLVE_RATE] == 2 / 5
     assert values[metrics.SOLVED_PROBLEMS] == 1 / 3
     assert values[metrics.SAMPLED_PROBLEMS] == 3
-    assert values[metrics.FILTERED] == 1 / 5
+    assert values[metrics.FILTERED] == values[metrics.TRUNCATED] == 1 / 5
+    assert values[metrics.UNVERIFIABLE] == 0
     assert values[metrics.GIVEN_UP] == 1 / 5
     assert values[metrics.RESPONSE_TOKENS] == (1 + 2 + 3 + 1 + 1) / 5
-    verdicts = {
-        key: value for key, value in values.items() if key.endswith("_frac") and "filtered" not in key
-    }
-    verdicts.pop(metrics.SOLVED_PROBLEMS)
-    verdicts.pop(metrics.GIVEN_UP)
-    assert verdicts == {"verify/correct_frac": 0.4, "verify/wrong_frac": 0.4, "verify/timeout_frac": 0.2}
+    verdicts = [values[f"verify/{verdict}_frac"] for verdict in ("correct", "wrong", "timeout")]
+    assert verdicts == [0.4, 0.4, 0.2]
 
 
 def test_weights_are_averaged_by_kind() -> None:
     report = RefreshReport()
-    report.average_weights(
-        [sample("demonstration", 1.0), sample("rollout", 0.2), sample("demonstration", 0.5)]
+    report.count_samples(
+        [[sample("demonstration", 1.0), sample("rollout", 0.2)], [], [sample("demonstration", 0.5)]]
     )
+    assert report.values()[metrics.LEFT_OUT] == 1 and "1 left out" in report.line(1.0)
     assert report.values()[metrics.DEMONSTRATION_WEIGHT] == 0.75
     assert report.values()[metrics.ROLLOUT_WEIGHT] == 0.2
     assert math.isnan(report.values()[metrics.WRONG_ROLLOUT_WEIGHT])
@@ -60,7 +61,7 @@ def test_weights_are_averaged_by_kind() -> None:
 
 def test_weights_below_zero_are_averaged_apart() -> None:
     report = RefreshReport()
-    report.average_weights([sample("rollout", 0.5), sample("rollout", -0.25), sample("rollout", -0.75)])
+    report.count_samples([[sample("rollout", 0.5), sample("rollout", -0.25), sample("rollout", -0.75)]])
     assert report.values()[metrics.ROLLOUT_WEIGHT] == 0.5
     assert report.values()[metrics.WRONG_ROLLOUT_WEIGHT] == -0.5
 
@@ -68,8 +69,9 @@ def test_weights_below_zero_are_averaged_apart() -> None:
 def test_a_refresh_without_rollouts_has_no_rates() -> None:
     report = RefreshReport(num_problems=4)
     report.count_rollouts([])
-    report.average_weights([])
+    report.count_samples([])
     values = report.values()
+    assert report.warnings(config_of()) == []
     unknown = (
         *(metrics.SOLVE_RATE, metrics.SOLVED_PROBLEMS, metrics.DIFFICULTY),
         *(metrics.DEMONSTRATION_WEIGHT, metrics.ROLLOUT_WEIGHT),
@@ -104,3 +106,20 @@ def test_the_line_names_only_phases_that_ran() -> None:
         and "2 rollouts of 1" in line
         and "50.0% correct" in line
     )
+
+
+def test_a_share_above_the_flag_is_warned_about_with_the_flags_that_change_it() -> None:
+    cut, dropped, unclear = (group(name, *["unverifiable"] * 4) for name in "abc")
+    cut.rollouts[:] = [replace(r, finish_reason="length", verdict="wrong") for r in cut.rollouts]
+    for rollout in dropped.rollouts:
+        rollout.filtered_by, rollout.verdict = "loop_windows", "wrong"
+    for rollout in unclear.rollouts:
+        rollout.verdict_reason = "no gold answer"
+    report = RefreshReport()
+    report.count_rollouts([cut, dropped, unclear])
+    warnings = report.warnings(config_of(run=RunConfig(rasft_warn_frac=0.33)))
+    assert [line.split()[0] for line in warnings] == ["warning:"] * 3
+    expected = ("--rollout-max-new-tokens", "--no-verify-filter-loop-windows", "no gold answer")
+    assert all(word in line for word, line in zip(expected, warnings, strict=True))
+    assert all("33.3%" in line and "--rasft-warn-frac 0.33" in line for line in warnings)
+    assert report.warnings(config_of(run=RunConfig(rasft_warn_frac=0.34))) == []
