@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 FinishReason = Literal["stop", "length", "abort"]
 Verdict = Literal["correct", "wrong", "unverifiable", "timeout"]
@@ -43,8 +43,14 @@ class CodeTests:
     """Inputs and outputs of the styles ``functional`` and ``stdin``."""
 
 
-Check = str | CodeTests
-"""The check of a response: a gold answer or tests."""
+ProblemRow = dict[str, Any]
+"""A row of the data, as its file has it: every field with its JSON value. --verify-function receives it."""
+
+Check = str | CodeTests | ProblemRow
+"""The check of a response: a gold answer, tests, or the row that --verify-function receives."""
+
+Judgement = bool | float | Verdict
+"""What a function of --verify-function returns: whether a response is correct, its reward in [0, 1], or a verdict."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -68,11 +74,18 @@ class Demonstration:
     """``file:line`` of the row, for messages."""
     tests: CodeTests | None = None
     """Tests for programs; None for a problem with a gold answer."""
+    fields: ProblemRow | None = None
+    """The whole row, in a run with --verify-function; otherwise None."""
 
     @property
     def check(self) -> Check:
-        """The check of rollouts: tests or gold answer; "" if the row has neither."""
-        return self.tests or self.answer or ""
+        """The check of rollouts: see ``check_of``."""
+        return check_of(self.answer, self.tests, self.fields)
+
+
+def check_of(answer: str | None, tests: CodeTests | None, fields: ProblemRow | None) -> Check:
+    """The check of a row: the whole row if it is kept for --verify-function, else its tests or gold answer; "" for neither."""
+    return fields if fields is not None else tests or answer or ""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -96,12 +109,28 @@ class Rollout:
     """The verifier's decision; None before verification."""
     verdict_reason: str = ""
     """Short explanation of the verdict, for the rollout store and the report."""
+    reward: float | None = None
+    """The reward that --verify-function gave, 0 .. 1; None if it gave none, or without that flag."""
     filtered_by: str = ""
     """Name of the quality filter that rejected the rollout; "" if none did."""
     weight: float = 0.0
     """Objective weight A in training; 0 if the rollout is not trained on."""
     policy_age: int = 0
     """Optimizer steps between the weights that sampled the rollout and the refresh that uses it."""
+
+    @classmethod
+    def of_text(cls, problem_id: str, text: str) -> "Rollout":
+        """A complete response that no policy sampled, such as a demonstration, to be graded."""
+        return cls(
+            problem_id=problem_id,
+            sample_index=0,
+            weight_version=0,
+            prompt_ids=[],
+            response_ids=[],
+            response_logprobs=[],
+            finish_reason="stop",
+            text=text,
+        )
 
 
 def counts_as_attempt(num_tokens: int, finish_reason: str, verdict: str | None) -> bool:
@@ -117,6 +146,17 @@ def counts_as_solved(num_tokens: int, finish_reason: str, verdict: str | None) -
     """Returns whether a rollout is a complete and correct attempt. A truncated response never counts as solved."""
     is_attempt = counts_as_attempt(num_tokens, finish_reason, verdict)
     return is_attempt and verdict == "correct" and finish_reason == "stop"
+
+
+def credit_of(num_tokens: int, finish_reason: str, verdict: str | None, reward: float | None) -> float:
+    """Returns the part of a solved attempt that a rollout counts as in the solve rate: its reward, or 1 if it is solved.
+
+    A truncated response counts 0, whatever its reward.
+    """
+    if reward is None:
+        return float(counts_as_solved(num_tokens, finish_reason, verdict))
+    is_complete = counts_as_attempt(num_tokens, finish_reason, verdict) and finish_reason == "stop"
+    return reward if is_complete else 0.0
 
 
 @dataclass(kw_only=True, frozen=True)

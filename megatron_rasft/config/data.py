@@ -29,7 +29,7 @@ class DataConfig(FlagSection):
     data_tests_field: str = "tests"
     """Field of a row that holds the tests that a program in the response must pass: a script, or a list of statements. Optional
     fields of the same row are entry_point (the function that is tested), test_setup_code (run before the tests) and test_style
-    (asserts, check or pytest; unset, the tests decide). A row needs tests or an answer."""
+    (asserts, check or pytest; unset, the tests decide). A row needs tests or an answer, unless --verify-function grades it."""
 
     data_messages_field: str = "messages"
     """Field of a row that holds a chat, [{"role", "content"}, ...] or [{"from", "value"}, ...]. It is read if the row lacks a problem

@@ -1,12 +1,49 @@
 """Flags of ``megatron_rasft/verify``: grading workers and their limits, de-duplication, text filters."""
 
 from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from megatron_rasft.flags import FlagSection, NonNegativeInt, PositiveFloat, PositiveInt, Range, Share
 
 SandboxLevel = Literal["namespaces", "landlock", "limits"]
 ShortTexts = Literal["compare", "equal"]
+
+FUNCTION_GROUP = "megatron_rasft.verifiers"
+"""Entry point group of installed functions for --verify-function."""
+
+
+def file_and_name(reference: str) -> tuple[Path, str] | None:
+    """Returns file and name of ``FILE.py:NAME``; None for the name of an entry point."""
+    file, _, name = reference.rpartition(":")
+    return (Path(file), name) if file.endswith(".py") and name else None
+
+
+def check_function(reference: str) -> None:
+    """Checks a --verify-function without importing it: its file, or its entry point, exists.
+
+    Raises:
+        ValueError: the message names the flag and the way out.
+    """
+    found = file_and_name(reference)
+    if found is not None:
+        file, name = found
+        if not file.is_file():
+            raise ValueError(
+                f"--verify-function {reference}: the file {file} does not exist (current folder: {Path.cwd()}). Correct the path."
+            )
+        if not name.isidentifier():
+            raise ValueError(f"--verify-function {reference}: {name!r} is not a name. Give {file}:NAME.")
+        return
+    if reference.endswith(".py") or "/" in reference:
+        raise ValueError(f"--verify-function {reference} does not name a function. Give FILE.py:NAME.")
+    names = sorted(metadata.entry_points(group=FUNCTION_GROUP).names)
+    if reference not in names:
+        raise ValueError(
+            f"--verify-function {reference}: no installed package has this entry point in {FUNCTION_GROUP} "
+            f"(installed: {', '.join(names) or 'none'}). Give one of them, or FILE.py:NAME."
+        )
 
 
 @dataclass(kw_only=True)
@@ -17,12 +54,24 @@ class VerifyConfig(FlagSection):
     that a filter rejects is not trained on. If it is correct, it still counts as solved.
     """
 
+    verify_function: str | None = None
+    """Function that grades every response in place of the gold answer or the tests: FILE.py:NAME, or the name of an entry point in the
+    group megatron_rasft.verifiers. It is called as f(row, response) and returns a bool, a reward in [0, 1] or a verdict.
+    docs/verification.md describes it."""
+
+    verify_correct_reward: Annotated[
+        float, Range(above=0, at_most=1, advice="With 1 only a full reward is correct.")
+    ] = 1.0
+    """Smallest reward of --verify-function that counts as correct: such rollouts are trained on. The solve rate counts every reward
+    as it is."""
+
     verify_num_workers: NonNegativeInt = 0
     """Grading processes on rank 0. 0: one per two CPU cores that this process may use, at least 1."""
 
     verify_timeout_s: PositiveFloat = 10.0
     """Deadline for grading one rollout, seconds of wall time. After it the worker is killed and the verdict is ``timeout``. The
-    time for starting a worker is not counted. Answers that take more than a twentieth of it are graded after all others."""
+    time for starting a worker is not counted. Answers that take more than a twentieth of it are graded after all others. A call of
+    --verify-function has the whole deadline at once."""
 
     verify_timeouts_per_problem: PositiveInt = 4
     """Number of responses in a row to one problem that exceed the deadline, after which the next responses to it are not graded: their
@@ -85,8 +134,8 @@ class VerifyConfig(FlagSection):
     count as equal, as in the published script."""
 
     verify_filter_programs: bool = False
-    """Filter programs too, the responses to problems with tests. Off by default, because the filters are made for mathematics: a
-    good program repeats lines, and the format filter drops every program."""
+    """Filter programs too, the responses to problems with tests, and responses that --verify-function grades. Off by default, because
+    the filters are made for mathematics: a good program repeats lines, and the format filter drops every program."""
 
     verify_filter_too_short: bool = True
     """Drop responses that are shorter than --verify-min-chars."""
@@ -148,6 +197,15 @@ class VerifyConfig(FlagSection):
 
     verify_format_min_chars: NonNegativeInt = 80
     """Shortest response that --verify-filter-format keeps, characters."""
+
+    def check(self) -> None:
+        if self.verify_function is not None:
+            check_function(self.verify_function)
+        elif self.verify_correct_reward != 1.0:
+            raise self.refusal(
+                "verify_correct_reward",
+                "has no effect without --verify-function, because other verdicts have no reward. Leave it out.",
+            )
 
 
 def published_filters() -> dict[str, Any]:

@@ -201,8 +201,13 @@ class Curriculum:
         num_hard = hard_count(self._config.curriculum_hard_frac, len(by_staleness))
         return [middle[position] for position in sorted(positions)] + by_staleness[:num_hard]
 
-    def record(self, problem_id: str, num_correct: int, num_samples: int) -> None:
-        """Adds the verified rollouts of this refresh to a problem's record. Without samples the record does not change."""
+    def record(self, problem_id: str, num_correct: float, num_samples: int) -> None:
+        """Adds the verified rollouts of this refresh to a problem's record. Without samples the record does not change.
+
+        Args:
+            num_correct: solved attempts, or the sum of their rewards.
+            num_samples: attempts.
+        """
         self._check_known(problem_id)
         if not 0 <= num_correct <= num_samples:
             raise ValueError(

@@ -1,10 +1,11 @@
 """Reads single fields of a row: text, gold answer, tests and id."""
 
+import json
 import re
 from decimal import Decimal
 from typing import Any
 
-from megatron_rasft.types import CodeTests, TestStyle
+from megatron_rasft.types import CodeTests, ProblemRow, TestStyle
 
 TESTS_COMPANIONS = ("entry_point", "test_setup_code", "test_style")
 """Optional fields of a row with tests."""
@@ -122,3 +123,19 @@ def parse_id(record: dict[str, Any], name: str) -> str | None:
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     return check_text(value, f'"{name}"')
+
+
+def json_fields(record: dict[str, Any]) -> ProblemRow:
+    """Returns a row with JSON values only. A table may have others: dates and decimal numbers become text.
+
+    Raises:
+        FieldError: a field holds bytes.
+    """
+
+    def as_text(value: Any) -> str:
+        if isinstance(value, bytes):
+            raise FieldError("a field holds bytes, which --verify-function cannot get", repr(value[:20]))
+        return str(value)
+
+    fields: ProblemRow = json.loads(json.dumps(record, default=as_text))
+    return fields

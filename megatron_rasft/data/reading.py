@@ -11,6 +11,7 @@ from megatron_rasft.data.fields import (
     TESTS_COMPANIONS,
     FieldError,
     is_blank,
+    json_fields,
     parse_answer,
     parse_id,
     parse_tests,
@@ -19,7 +20,7 @@ from megatron_rasft.data.fields import (
 from megatron_rasft.data.records import check_files, field_names, read_records
 from megatron_rasft.data.row_report import RowFault
 from megatron_rasft.errors import DataError
-from megatron_rasft.types import CodeTests
+from megatron_rasft.types import Check, CodeTests, ProblemRow, check_of
 
 
 @dataclass(kw_only=True, slots=True)
@@ -35,10 +36,17 @@ class Row:
     tests: CodeTests | None = None
     messages: list[Message]
     """The chat messages before the response, unchanged. A row without messages has its problem as one user message."""
+    fields: ProblemRow | None = None
+    """The whole row, if it is kept for --verify-function."""
+
+    @property
+    def check(self) -> Check:
+        """The check of responses: see ``check_of``."""
+        return check_of(self.answer, self.tests, self.fields)
 
 
 def read_rows(
-    config: DataConfig, require_answer: bool = True, flag: str = "--train-data"
+    config: DataConfig, require_answer: bool = True, flag: str = "--train-data", keep_fields: bool = False
 ) -> Iterator[Row | RowFault]:
     """Yields the rows of ``config.train_data`` in order, with a RowFault in place of each row that cannot be used.
 
@@ -48,19 +56,21 @@ def read_rows(
         config: the files, and the names of their fields.
         require_answer: whether a row with neither gold answer nor tests is a fault. False for runs without rollouts.
         flag: the flag that named the files, for messages.
+        keep_fields: whether --verify-function grades the rows. Each row then keeps all its fields and needs neither gold answer nor
+            tests; the answer may have any type.
 
     Raises:
         DataError: a file is missing (raised before any row is read), empty or unreadable.
     """
     paths = check_files(config.train_data, flag)
     names = [path.name for path in paths]
-    columns = _columns(config)
+    columns = None if keep_fields else _columns(config)
     first_seen: dict[str, str] = {}
     for path in paths:
         # Files in different folders may have the same name. Default ids then contain the complete path, to be unique.
         label = path.name if names.count(path.name) == 1 else str(path)
         num_rows = 0
-        check_names(path, field_names(path), config, require_answer)
+        check_names(path, field_names(path), config, require_answer and not keep_fields)
         for line, record in read_records(path, columns):
             num_rows += 1
             source = f"{path}:{line}"
@@ -68,7 +78,7 @@ def read_rows(
                 if isinstance(record, FieldError):
                     raise record
                 row = _parse_record(
-                    record, config, require_answer, source=source, default_id=f"{label}:{line}"
+                    record, config, require_answer, keep_fields, source=source, default_id=f"{label}:{line}"
                 )
                 if row.problem_id in first_seen:
                     raise FieldError(
@@ -89,7 +99,15 @@ def _columns(config: DataConfig) -> set[str]:
     return {*named, SHAREGPT_FIELD, *TESTS_COMPANIONS}
 
 
-def _parse_record(record: Any, config: DataConfig, require_answer: bool, source: str, default_id: str) -> Row:
+def _parse_record(
+    record: Any,
+    config: DataConfig,
+    require_answer: bool,
+    keep_fields: bool = False,
+    *,
+    source: str,
+    default_id: str,
+) -> Row:
     if not isinstance(record, dict):
         raise FieldError("not a JSON object", f"it is a {type(record).__name__}")
 
@@ -108,17 +126,26 @@ def _parse_record(record: Any, config: DataConfig, require_answer: bool, source:
         messages = parse_messages(record[chat_field], chat_field)
         response = messages.pop()["content"]
         problem = next(message["content"] for message in reversed(messages) if message["role"] == "user")
-    tests = parse_tests(record, config.data_tests_field)
-    needs_answer = require_answer and tests is None
-    if needs_answer and is_blank(record.get(config.data_answer_field)) and config.data_tests_field in record:
-        if record[config.data_tests_field] is not None:
-            raise FieldError(f'"{config.data_tests_field}" is empty')
+    answer, tests = (None, None) if keep_fields else _parse_check(record, config, require_answer)
     return Row(
         problem_id=parse_id(record, config.data_id_field) or default_id,
         source=source,
         problem=problem,
         response=response,
-        answer=parse_answer(record, config.data_answer_field, needs_answer),
+        answer=answer,
         tests=tests,
         messages=messages,
+        fields=json_fields(record) if keep_fields else None,
     )
+
+
+def _parse_check(
+    record: dict[str, Any], config: DataConfig, require_answer: bool
+) -> tuple[str | None, CodeTests | None]:
+    """Returns gold answer and tests of a row."""
+    tests = parse_tests(record, config.data_tests_field)
+    needs_answer = require_answer and tests is None
+    if needs_answer and is_blank(record.get(config.data_answer_field)) and config.data_tests_field in record:
+        if record[config.data_tests_field] is not None:
+            raise FieldError(f'"{config.data_tests_field}" is empty')
+    return parse_answer(record, config.data_answer_field, needs_answer), tests

@@ -52,6 +52,7 @@ def tokenized(
     require_answer: bool,
     flag: str,
     cache: Path | None,
+    keep_fields: bool = False,
 ) -> TokenizedRows:
     """Returns the rows of ``config.train_data`` as demonstrations, from the cache if it has them.
 
@@ -64,6 +65,7 @@ def tokenized(
         flag: the flag that named the files, for messages.
         cache: folder for tokenized rows. None writes them to unnamed files in the temporary folder, which the system
             deletes when this process ends.
+        keep_fields: as for ``read_rows``.
 
     Raises:
         DataError: a file is missing, empty or unreadable, or changes while it is read.
@@ -72,7 +74,7 @@ def tokenized(
 
     def build(folder: Path) -> None:
         report = DataReport()
-        rows = read_rows(config, require_answer, flag)
+        rows = read_rows(config, require_answer, flag, keep_fields)
         write_rows(folder, tokenize_rows(rows, tokenizer, config, max_tokens, report, require_answer), report)
 
     if cache is None:
@@ -85,7 +87,7 @@ def tokenized(
             return TokenizedRows(Path(folder))
     check_files(config.train_data, flag)
     seen = _stamps(config.train_data)
-    found = cache / _key(config, model, max_tokens, require_answer)
+    found = cache / _key(config, model, max_tokens, require_answer, keep_fields)
     if (rows := _opened(found)) is not None:
         return rows
     with written_to(cache, "--data-cache"):
@@ -141,7 +143,7 @@ def _stamps(files: list[str]) -> list[tuple[int, int]]:
     return [(stat.st_size, stat.st_mtime_ns) for stat in stats]
 
 
-def _key(config: DataConfig, model: Path, max_tokens: int, require_answer: bool) -> str:
+def _key(config: DataConfig, model: Path, max_tokens: int, require_answer: bool, keep_fields: bool) -> str:
     """Returns the key of rows: a hash over the content of all files, flags and code from which they are made."""
     template = config.data_chat_template
     ingredients: dict[str, Any] = {
@@ -149,6 +151,7 @@ def _key(config: DataConfig, model: Path, max_tokens: int, require_answer: bool)
         "template": None if template is None else _digest(Path(template)),
         "max_tokens": max_tokens,
         "require_answer": require_answer,
+        "keep_fields": keep_fields,
         # Paths are included because they occur in default ids and in messages.
         "data": [(path, [_digest(file) for file in files_of(Path(path))]) for path in config.train_data],
         "tokenizer": [

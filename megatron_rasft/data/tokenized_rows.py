@@ -81,7 +81,7 @@ class TokenizedRows(Sequence[Demonstration]):
         tokens = self._columns["tokens"]
         begin, ends = _bounds(self._columns["text_ends"], row)
         problem, response, source, check = _texts(self._columns["text"][begin : ends[-1]], ends - begin)
-        answer, tests = json.loads(check)
+        answer, tests, *fields = json.loads(check)
         return Demonstration(
             problem_id=self.ids[row],
             problem=problem,
@@ -91,6 +91,7 @@ class TokenizedRows(Sequence[Demonstration]):
             response_ids=memoryview(tokens[prompt_end:end]),
             source=source,
             tests=None if tests is None else _tests_from(tests),
+            fields=fields[0] if fields else None,
         )
 
 
@@ -176,7 +177,9 @@ def fingerprint_of(demonstrations: Sequence[Demonstration]) -> str:
 
 
 def _check_of(d: Demonstration) -> str:
-    return json.dumps([d.answer, None if d.tests is None else asdict(d.tests)])
+    parts = [d.answer, None if d.tests is None else asdict(d.tests)]
+    # Rows without fields have the text, and so the fingerprint, of the time before --verify-function
+    return json.dumps(parts if d.fields is None else [*parts, d.fields])
 
 
 def _add_row(digest: "hashlib._Hash", d: Demonstration, check: str) -> None:

@@ -144,6 +144,7 @@ def tokenize_rows(
                 response=item.row.response,
                 answer=item.row.answer,
                 tests=item.row.tests,
+                fields=item.row.fields,
                 prompt_ids=prompt_ids,
                 response_ids=response_ids,
                 source=item.row.source,
@@ -165,7 +166,7 @@ def _render_rows(
         if isinstance(row, RowFault):
             report.faults.append(row)
             continue
-        if require_answer and row.answer is None and row.tests is None:
+        if require_answer and row.answer is None and row.tests is None and row.fields is None:
             report.faults.append(RowFault(source=row.source, reason=f'no "{config.data_answer_field}"'))
             continue
         messages = _complete_prompt(row.messages, config, row.tests)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_rasft.objective.declaration import Deduplicate
-from megatron_rasft.types import Rollout, RolloutGroup, counts_as_attempt, counts_as_solved
+from megatron_rasft.types import Rollout, RolloutGroup, counts_as_attempt, counts_as_solved, credit_of
 
 STD_EPSILON = 1e-6
 """Added to the standard deviation of a group's rewards, so that it can be divided by."""
@@ -41,6 +41,11 @@ def is_solved(rollout: Rollout) -> bool:
     return counts_as_solved(len(rollout.response_ids), rollout.finish_reason, rollout.verdict)
 
 
+def credit(rollout: Rollout) -> float:
+    """The part of a solved attempt that the rollout counts as (``types.credit_of``)."""
+    return credit_of(len(rollout.response_ids), rollout.finish_reason, rollout.verdict, rollout.reward)
+
+
 def is_positive(rollout: Rollout) -> bool:
     """Whether the rollout may be imitated: solved, and not removed by a text filter."""
     return is_solved(rollout) and not rollout.filtered_by
@@ -55,14 +60,18 @@ def distinct_positives(group: RolloutGroup, deduplicate: Deduplicate) -> list[in
 def wrong_attempts(group: RolloutGroup | None) -> list[int]:
     """Indices into the group of the attempts with the verdict wrong.
 
-    An unverifiable attempt is left out, because its answer may be right.
+    An unverifiable attempt is left out, because its answer may be right, and so is an attempt with a part of the reward.
     """
     rollouts = [] if group is None else group.rollouts
-    return [i for i, rollout in enumerate(rollouts) if is_attempt(rollout) and rollout.verdict == "wrong"]
+    return [
+        i
+        for i, rollout in enumerate(rollouts)
+        if is_attempt(rollout) and rollout.verdict == "wrong" and not rollout.reward
+    ]
 
 
-def count_solved(group: RolloutGroup) -> tuple[int, int]:
-    """(solved, attempts) of a group: the counts from which solvability is estimated.
+def count_solved(group: RolloutGroup) -> tuple[float, int]:
+    """(solved, attempts) of a group: the counts from which solvability is estimated. A reward r counts as r solved attempts.
 
     Near-duplicates count, because each is a draw from the policy. A correct response that a text filter keeps out of training counts
     as solved: the filters judge whether a text is worth imitating, not whether the policy can solve the problem. A group has no attempts if no verdict is correct or wrong and no response was
@@ -71,18 +80,18 @@ def count_solved(group: RolloutGroup) -> tuple[int, int]:
     attempts = [r for r in group.rollouts if is_attempt(r)]
     if not any(r.verdict in ("correct", "wrong") or r.finish_reason == "length" for r in attempts):
         return 0, 0
-    return sum(map(is_solved, attempts)), len(attempts)
+    return math.fsum(map(credit, attempts)), len(attempts)
 
 
 def judged_rewards(group: RolloutGroup | None) -> tuple[list[int], list[float]]:
-    """Indices of the attempts and their rewards, 1 if solved, else 0.
+    """Indices of the attempts and their rewards: those of --verify-function, otherwise 1 if solved, else 0.
 
     Both are empty if the verifier judged no attempt. No reward is known then, so the group counts as unsampled.
     """
     if group is None or count_solved(group)[1] == 0:
         return [], []
     attempts = [i for i, rollout in enumerate(group.rollouts) if is_attempt(rollout)]
-    return attempts, [1.0 if is_solved(group.rollouts[i]) else 0.0 for i in attempts]
+    return attempts, [credit(group.rollouts[i]) for i in attempts]
 
 
 def standardise(rewards: Sequence[float], *, is_sample: bool) -> GroupAdvantages:

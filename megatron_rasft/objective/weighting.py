@@ -153,12 +153,15 @@ def wrong_total(solvability: float, config: WeightingConfig) -> float:
 
 
 def estimate_solvability(
-    num_correct: int, num_samples: int, config: WeightingConfig, remembered: tuple[float, float] | None = None
+    num_correct: float,
+    num_samples: int,
+    config: WeightingConfig,
+    remembered: tuple[float, float] | None = None,
 ) -> float | None:
     """Posterior mean of s from the counts of this refresh, the discounted counts of earlier refreshes and a Beta prior.
 
     Args:
-        num_correct: solved attempts of this refresh.
+        num_correct: solved attempts of this refresh, or the sum of their rewards.
         num_samples: attempts of this refresh; 0 if the problem was not sampled.
         config: weighting_prior_strength is the size of the prior.
         remembered: (solve rate, number of rollouts) of earlier refreshes, discounted by the curriculum.

@@ -69,6 +69,7 @@ def build_run(
             replay=replay,
             store=None if record.rollouts_path is None else RolloutStore(record.rollouts_path),
             cache=open_cache(args, config, initial_weights),
+            function_digest=verifier.function.digest if verifier and verifier.function else "",
         ),
         None,
     )

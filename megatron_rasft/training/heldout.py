@@ -96,12 +96,14 @@ class Heldout:
 
 
 def heldout_values(rollouts: Sequence[Rollout]) -> dict[str, float]:
-    """Returns metric name -> value: the shares of correct and of truncated rollouts.
+    """Returns metric name -> value: the shares of correct and of truncated rollouts, and the mean reward if there are rewards.
 
     Args:
         rollouts: at least one, all verified.
     """
-    return {
+    values = {
         metrics.HELDOUT_SOLVE_RATE: sum(r.verdict == "correct" for r in rollouts) / len(rollouts),
         metrics.HELDOUT_TRUNCATED: sum(r.finish_reason == "length" for r in rollouts) / len(rollouts),
     }
+    rewards = [r.reward for r in rollouts if r.reward is not None]
+    return values | ({metrics.HELDOUT_REWARD: sum(rewards) / len(rewards)} if rewards else {})

@@ -17,6 +17,7 @@ from megatron_rasft.rollout.replay import ReplayEngine
 from megatron_rasft.training.arguments import has_own_warmup
 from megatron_rasft.training.outputs import data_cache
 from megatron_rasft.types import Demonstration
+from megatron_rasft.verify.function_trial import try_function
 from megatron_rasft.verify.programs.program_grading import find_sandbox_level
 
 
@@ -27,10 +28,16 @@ class Problems:
         config: names the files and sets how rows are read.
         needs_answers: whether a row without a gold answer, and without tests, is an error.
         flag: the flag of the files, for messages.
+        keep_fields: whether --verify-function grades the rows; they then need no answers.
     """
 
     def __init__(
-        self, args: Any, config: DataConfig, needs_answers: bool, flag: str = "--train-data"
+        self,
+        args: Any,
+        config: DataConfig,
+        needs_answers: bool,
+        flag: str = "--train-data",
+        keep_fields: bool = False,
     ) -> None:
         self.rows: TokenizedRows | None = None
         self.tokenizer: Any = None
@@ -42,7 +49,14 @@ class Problems:
             self.tokenizer = open_tokenizer(args.hf_model)
             cache = data_cache(args, config.data_cache)
             self.rows = tokenized(
-                config, self.tokenizer, Path(args.hf_model), args.seq_length, needs_answers, flag, cache
+                config,
+                self.tokenizer,
+                Path(args.hf_model),
+                args.seq_length,
+                needs_answers,
+                flag,
+                cache,
+                keep_fields,
             )
             self._decode = response_decoder(self.tokenizer, read_chat_format(self.tokenizer, config))
             report = self.rows.report
@@ -82,12 +96,15 @@ class Problems:
 
 def read_problems(args: Any, config: RasftConfig) -> tuple[Problems, Problems | None]:
     """Reads the problems of --train-data, and those of --heldout-data, if given; a collective of the world."""
-    problems = Problems(args, config.data, config.samples_rollouts)
+    by_function = config.verifies and config.verify.verify_function is not None
+    problems = Problems(args, config.data, config.samples_rollouts, keep_fields=by_function)
     heldout = None
     if config.heldout.heldout_data:
         files = replace(config.data, train_data=config.heldout.heldout_data)
-        heldout = Problems(args, files, True, "--heldout-data")
-    if config.verifies:
+        heldout = Problems(args, files, True, "--heldout-data", keep_fields=by_function)
+    if by_function:
+        on_rank_zero(lambda: _try_function(config.verify, problems))
+    elif config.verifies:
         on_rank_zero(lambda: _try_sandbox(config.verify, problems, heldout))
     return problems, heldout
 
@@ -104,6 +121,14 @@ def open_replay(config: RasftConfig, problems: Problems) -> ReplayEngine | None:
         return replay
 
     return kept_by_rank_zero(find, None)
+
+
+def _try_function(config: VerifyConfig, problems: Problems) -> None:
+    """Grades the first demonstration, so that a faulty --verify-function fails here, not at the first refresh."""
+    first = problems.demonstrations[0]
+    assert first.fields is not None, "rows are kept for --verify-function"
+    trial = try_function(config, first.fields, first.response, first.source)
+    problems.summary += f"\nverify function  {config.verify_function}, first demonstration: {trial}"
 
 
 def _try_sandbox(config: VerifyConfig, problems: Problems, heldout: Problems | None) -> None:

@@ -21,7 +21,6 @@ from megatron_rasft.rollout.seeds import sample_seed
 from megatron_rasft.rollout.store import RolloutStore
 from megatron_rasft.types import (
     Check,
-    CodeTests,
     Demonstration,
     Request,
     Response,
@@ -82,6 +81,7 @@ class Refresh:
         replay: the stored rollouts of --rollout-engine replay.
         store: stores every rollout; None if they are not stored.
         cache: log-probabilities under the reference; None if the objective has no reference.
+        function_digest: identifies the code of --verify-function; "" without this flag.
     """
 
     def __init__(
@@ -97,6 +97,7 @@ class Refresh:
         replay: ReplayEngine | None = None,
         store: RolloutStore | None = None,
         cache: ReferenceCache | None = None,
+        function_digest: str = "",
     ) -> None:
         self._config = config
         self._demonstrations = ByProblem(demonstrations, lambda d: d)
@@ -108,6 +109,7 @@ class Refresh:
         self._replay = replay
         self._store = store
         self._cache = cache
+        self._function_digest = function_digest
         self.curriculum = Curriculum(
             list(self._demonstrations),
             config.curriculum,
@@ -144,10 +146,11 @@ class Refresh:
         return {
             "curriculum": self.curriculum.state_dict(),
             "next_choice": None if ahead is None else [ahead.problem_ids, ahead.sampled_ids],
+            "verify_function": self._function_digest,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues from ``state_dict()``.
+    def load_state_dict(self, state: dict[str, Any]) -> list[str]:
+        """Continues from ``state_dict()``. Returns lines for the console about what differs from the run that made it.
 
         Responses that servers were sampling when it was taken are lost: the next refresh samples the same problems again, with
         the weights of the checkpoint.
@@ -156,6 +159,13 @@ class Refresh:
         if state["next_choice"] is not None:
             problem_ids, sampled_ids = state["next_choice"]
             self._ahead = ProblemChoice(problem_ids=problem_ids, sampled_ids=sampled_ids)
+        before, now = state.get("verify_function", ""), self._function_digest
+        if before == now:
+            return []
+        return [
+            f"warning: the code of --verify-function has changed since the checkpoint (sha256 {before or 'none'} -> "
+            f"{now or 'none'}): the next rollouts are graded by the new code, and the earlier solve rates are kept"
+        ]
 
     # ---- --rollout-lag 1
 
@@ -294,9 +304,9 @@ class Refresh:
         checks = {problem_id: self._demonstrations[problem_id].check for problem_id in groups}
         self._verifier.verify(rollouts, checks, look_up)
         for rollout in rollouts:
-            is_program = isinstance(checks[rollout.problem_id], CodeTests)
+            is_mathematics = isinstance(checks[rollout.problem_id], str)
             rollout.filtered_by = first_failed_filter(
-                rollout.text, self._config.verify, is_program=is_program
+                rollout.text, self._config.verify, is_mathematics=is_mathematics
             )
 
     # ---- weigh
@@ -316,7 +326,7 @@ class Refresh:
         return exchanged(known, f"placebo {self._config.data.data_seed} {self.curriculum.refresh}")
 
     def _solvability(self, problem_id: str, group: RolloutGroup | None) -> float | None:
-        counts = (0, 0) if group is None else count_solved(group)
+        counts: tuple[float, int] = (0, 0) if group is None else count_solved(group)
         remembered = self.curriculum.remembered(problem_id)
         return estimate_solvability(*counts, self._config.weighting, remembered)
 

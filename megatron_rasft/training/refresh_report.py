@@ -12,6 +12,7 @@ from megatron_rasft.config import RasftConfig
 from megatron_rasft.flags import flag_name
 from megatron_rasft.types import RolloutGroup, TrainingSample
 from megatron_rasft.verify.grading_order import GIVEN_UP
+from megatron_rasft.verify.own_function import FAILED
 
 
 @dataclass
@@ -32,6 +33,10 @@ class RefreshReport:
     """Reason -> number of rollouts that could not be verified."""
     num_given_up: int = 0
     """Rollouts that were not graded, because the gradings before them exceeded their deadlines."""
+    num_failed: int = 0
+    """Rollouts for which --verify-function raised or returned no judgement."""
+    mean_reward: float = float("nan")
+    """Mean of the rewards of --verify-function."""
     num_solved: int = 0
     """Problems with at least one correct rollout."""
     num_left_out: int = 0
@@ -73,6 +78,8 @@ class RefreshReport:
         self.filters = Counter(rollout.filtered_by for rollout in rollouts if rollout.filtered_by)
         self.unverifiable = Counter(r.verdict_reason for r in rollouts if r.verdict in (None, "unverifiable"))
         self.num_given_up = sum(rollout.verdict_reason.startswith(GIVEN_UP) for rollout in rollouts)
+        self.num_failed = sum(rollout.verdict_reason.startswith(FAILED) for rollout in rollouts)
+        self.mean_reward = _mean([rollout.reward for rollout in rollouts if rollout.reward is not None])
         self.num_solved = sum(group.num_correct > 0 for group in groups)
         self.mean_response_tokens = sum(len(r.response_ids) for r in rollouts) / max(1, len(rollouts))
 
@@ -121,6 +128,8 @@ class RefreshReport:
             metrics.NUM_ROLLOUTS: self.num_rollouts,
             metrics.RESPONSE_TOKENS: self.mean_response_tokens,
             metrics.GIVEN_UP: self.num_given_up / num_rollouts,
+            metrics.REWARD: self.mean_reward,
+            **({metrics.FUNCTION_FAILED: self.num_failed / num_rollouts} if self.num_failed else {}),
             **{f"verify/{verdict}_frac": n / num_rollouts for verdict, n in self.verdicts.items()},
             **self.shares(),
             metrics.LEFT_OUT: self.num_left_out,

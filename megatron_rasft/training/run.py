@@ -129,7 +129,8 @@ class Run:
         self.queue = BatchQueue(state["queue"], SampleArrays.load(arrays) if arrays else None)
         self._last_refresh = state["last_refresh"]
         self._verdicts = Counter(state["verdicts"])
-        on_rank_zero(lambda: self._refresh.decisions.load_state_dict(state["refresh"]))
+        for line in on_rank_zero(lambda: self._refresh.decisions.load_state_dict(state["refresh"])):
+            self._record.say(line)
         if self._checkpoints.resume.is_own:
             self._saved_step = self._trainer.iteration
 

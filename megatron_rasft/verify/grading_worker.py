@@ -7,30 +7,33 @@ from collections.abc import Callable
 from typing import Any, get_args
 
 from megatron_rasft.types import Check, Verdict
+from megatron_rasft.verify.own_function import OwnFunction, preload
 
 _VERDICTS = frozenset(get_args(Verdict))
 _MAX_REASON_CHARS = 200
 
 
-def prepare(memory_bytes: int) -> None:
-    """Prepares a new worker: limits its address space, makes deadlines effective, and silences its output.
+def prepare(memory_bytes: int, function: OwnFunction | None) -> None:
+    """Prepares a new worker: makes deadlines effective, silences its output, loads the user's function, and limits its address space.
 
     Args:
         memory_bytes: address space that gradings may use in addition to the worker's present size.
+        function: the function of --verify-function, if there is one.
     """
     # The default actions kill at once. Python's own handlers would run only after C code such as 10**10**10 returns
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    # sympy's and ANTLR's parsers print pages of warnings about malformed formulas
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.dup2(null, 2)
+    preload(function)
     with open("/proc/self/statm") as statm:
         own_bytes = int(statm.read().split()[0]) * resource.getpagesize()
     # Only the soft limit is set: a sandbox started from this worker sets other limits for its own processes
     hard_limit = resource.getrlimit(resource.RLIMIT_AS)[1]
     resource.setrlimit(resource.RLIMIT_AS, (own_bytes + memory_bytes, hard_limit))
-    # sympy's and ANTLR's parsers print pages of warnings about malformed formulas
-    null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 1)
-    os.dup2(null, 2)
 
 
 def is_ready() -> bool:
@@ -38,29 +41,31 @@ def is_ready() -> bool:
     return True
 
 
-def grade(grader: Callable[..., Any], text: str, check: Check, kill_after_s: float) -> tuple[str, str]:
-    """Calls the grader and returns verdict and reason, also for a grader that raises or returns something else.
+def grade(
+    grader: Callable[..., Any], text: str, check: Check, kill_after_s: float
+) -> tuple[str, str, float | None]:
+    """Calls the grader and returns verdict, reason and reward, also for a grader that raises or returns something else.
 
     Returns plain strings only: the parent may not be able to unpickle an exception of a library.
 
     Args:
-        grader: ``(text, check) -> (verdict, reason)``.
+        grader: ``(text, check) -> (verdict, reason)``, or with a reward as the third.
         text: the response.
-        check: gold answer or tests.
+        check: gold answer, tests or row.
         kill_after_s: the worker kills itself after this time, in case its parent no longer can.
     """
     # The kernel's timer with the default action also ends C code, and needs no parent
     signal.setitimer(signal.ITIMER_REAL, kill_after_s)
     try:
-        verdict, reason = grader(text, check)
+        verdict, reason, *reward = grader(text, check)
         if verdict not in _VERDICTS:
-            return "unverifiable", f"grader returned {str(verdict)[:50]!r}"
-        return str(verdict), str(reason)[:_MAX_REASON_CHARS]
+            return "unverifiable", f"grader returned {str(verdict)[:50]!r}", None
+        return str(verdict), str(reason)[:_MAX_REASON_CHARS], reward[0] if reward else None
     except MemoryError:
-        return "unverifiable", "grader ran out of memory"
+        return "unverifiable", "grader ran out of memory", None
     except RecursionError:
-        return "unverifiable", "grader recursed too deeply"
+        return "unverifiable", "grader recursed too deeply", None
     except BaseException as error:  # pebble would raise a SystemExit again in the parent
-        return "unverifiable", f"grader raised {type(error).__name__}"
+        return "unverifiable", f"grader raised {type(error).__name__}", None
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)

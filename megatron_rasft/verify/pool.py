@@ -23,14 +23,15 @@ from megatron_rasft.config.verify import VerifyConfig
 from megatron_rasft.errors import RasftError
 from megatron_rasft.reasoning_tags import open_tag
 from megatron_rasft.types import Check, CodeTests, Rollout, Verdict
-from megatron_rasft.verify import grading_worker
+from megatron_rasft.verify import grading_worker, own_function
 from megatron_rasft.verify.grading_order import GIVEN_UP, GradingOrder, Turn
 from megatron_rasft.verify.programs.program_grading import grade_program
 
 logger = logging.getLogger(__name__)
 
-Grader = Callable[[str, str], tuple[Verdict, str]]
-"""``(response text, gold answer) -> (verdict, reason)``: a module-level function or a ``functools.partial`` of one."""
+Grader = Callable[[str, Any], tuple[Verdict, str] | tuple[Verdict, str, float | None]]
+"""``(response text, gold answer or row) -> (verdict, reason)``, or with a reward as the third: a module-level function or a
+``functools.partial`` of one."""
 
 # A worker whose check runs in a sandbox is killed this long after the deadline that the sandbox itself enforces
 _SANDBOX_GRACE_S = 60.0
@@ -75,12 +76,19 @@ class VerifierPool:
         Args:
             config: limits, number of workers, sandbox.
             grader: replaces ``grade_answer``. It must be importable in a worker. Programs are always graded by
-                ``grade_program``.
+                ``grade_program``, and rows by ``verify_function``.
             orphan_grace_s: a worker kills itself this long after its deadline, seconds. Until then its parent should have
                 killed it, unless the parent has been killed.
+
+        Raises:
+            ValueError: the file or entry point of ``verify_function`` cannot be read.
         """
         self._config = config
-        self._grader = grader or _answer_grader(config)
+        self.function = (
+            None if config.verify_function is None else own_function.find_function(config.verify_function)
+        )
+        """The function of --verify-function; None without this flag."""
+        self._grader = grader or _answer_grader(config, self.function)
         self._orphan_grace_s = orphan_grace_s
         self._num_workers = config.verify_num_workers or max(1, len(os.sched_getaffinity(0)) // 2)
         self._locks: list[Any] = []
@@ -106,8 +114,9 @@ class VerifierPool:
         rollouts: Sequence[Rollout],
         checks: Mapping[str, Check],
         on_verdict: Callable[[], None] = lambda: None,
+        warns: bool = True,
     ) -> Counter[Verdict]:
-        """Sets ``verdict`` and ``verdict_reason`` of every rollout, and counts the verdicts.
+        """Sets ``verdict``, ``verdict_reason`` and ``reward`` of every rollout, and counts the verdicts.
 
         Aborted rollouts are ``wrong`` without being graded. So are truncated rollouts, unless ``verify_grade_truncated`` is set.
         A problem without gold answer gives ``unverifiable``. A grader that exceeds its deadline gives ``timeout``. A grader that
@@ -118,9 +127,10 @@ class VerifierPool:
 
         Args:
             rollouts: changed in place. Earlier verdicts are overwritten.
-            checks: gold answer or tests of each problem, by problem id.
+            checks: gold answer, tests or row of each problem, by problem id.
             on_verdict: called before the first and after every verdict, and every few seconds without one, for example to check for
                 signals. If it raises, the call ends with that exception and the gradings in progress are cancelled.
+            warns: whether to log how many gradings hang or fail.
 
         Raises:
             RasftError: workers cannot be started.
@@ -136,18 +146,20 @@ class VerifierPool:
         order.start_round([r for r in to_grade if r.verdict is None], is_last=True)
         self._grade_round(call)
         assert all(r.verdict is not None for r in rollouts), "a rollout has no verdict"
-        _warn_of_timeouts(to_grade)
+        if warns:
+            _warn_of_timeouts(to_grade)
+            _warn_of_failures(to_grade)
         return Counter(r.verdict for r in rollouts if r.verdict is not None)
 
     def _needs_grading(self, rollout: Rollout, checks: Mapping[str, Check]) -> bool:
         """Returns whether a grader must decide. If not, sets the verdict."""
         check = checks.get(rollout.problem_id, "")
-        rollout.verdict = None
+        rollout.verdict = rollout.reward = None
         if rollout.finish_reason == "abort":
             _set(rollout, "wrong", "aborted")
         elif rollout.finish_reason == "length" and not self._config.verify_grade_truncated:
             _set(rollout, "wrong", "truncated")
-        elif not isinstance(check, CodeTests) and not check.strip():
+        elif isinstance(check, str) and not check.strip():
             _set(rollout, "unverifiable", "no gold answer")
         return rollout.verdict is None
 
@@ -243,8 +255,8 @@ class VerifierPool:
         return max(_FIRST_ROUND_MIN_S, _FIRST_ROUND_SHARE * self._config.verify_timeout_s)
 
     def _has_first_round(self, check: Check) -> bool:
-        """Returns whether a check is tried with a short deadline first. Programs take long even if nothing hangs."""
-        return not isinstance(check, CodeTests) and self._first_deadline_s < self._config.verify_timeout_s
+        """Returns whether a check is tried with a short deadline first. Programs and own functions take long even if nothing hangs."""
+        return isinstance(check, str) and self._first_deadline_s < self._config.verify_timeout_s
 
     def _deadline_s(self, check: Check) -> float:
         """Returns the time after which the worker is killed. For a program, the sandbox's own deadline ends much earlier."""
@@ -259,7 +271,7 @@ class VerifierPool:
             max_workers=self._num_workers,
             max_tasks=self._config.verify_max_tasks_per_worker,
             initializer=grading_worker.prepare,
-            initargs=(self._config.verify_memory_mib * 2**20,),
+            initargs=(self._config.verify_memory_mib * 2**20, self.function),
             context=_IsolatedContext(
                 [grading_worker.__name__, _module_of(self._grader), _module_of(grade_program)], self._locks
             ),
@@ -270,7 +282,8 @@ class VerifierPool:
             self.close()
             raise RasftError(
                 f"the verifier's workers do not start ({type(error).__name__}: {error}). See the output above for the "
-                f"worker's own error. --verify-memory-mib {self._config.verify_memory_mib} may be too small."
+                f"worker's own error. --verify-memory-mib {self._config.verify_memory_mib} may be too small, or the code of "
+                "--verify-function does not end."
             ) from error
         except BaseException:
             self.close()
@@ -294,7 +307,11 @@ def _wait_for_one(
         meanwhile()
 
 
-def _answer_grader(config: VerifyConfig) -> Grader:
+def _answer_grader(config: VerifyConfig, function: own_function.OwnFunction | None) -> Grader:
+    if function is not None:
+        return partial(
+            own_function.grade_by_function, function=function, correct_reward=config.verify_correct_reward
+        )
     # Imported here because sympy takes seconds to load, and this process never calls the grader
     from megatron_rasft.verify.mathematics.answer_grading import grade_answer
 
@@ -323,8 +340,19 @@ def _warn_of_timeouts(rollouts: Sequence[Rollout]) -> None:
         )
 
 
-def _set(rollout: Rollout, verdict: Verdict, reason: str) -> None:
-    rollout.verdict, rollout.verdict_reason = verdict, reason
+def _warn_of_failures(rollouts: Sequence[Rollout]) -> None:
+    reasons = [r.verdict_reason for r in rollouts if r.verdict_reason.startswith(own_function.FAILED)]
+    if reasons:
+        logger.warning(
+            "--verify-function failed for %d of %d responses, which are unverifiable. The first: %s",
+            len(reasons),
+            len(rollouts),
+            reasons[0].removeprefix(own_function.FAILED),
+        )
+
+
+def _set(rollout: Rollout, verdict: Verdict, reason: str, reward: float | None = None) -> None:
+    rollout.verdict, rollout.verdict_reason, rollout.reward = verdict, reason, reward
 
 
 class _IsolatedProcess(ForkServerProcess):

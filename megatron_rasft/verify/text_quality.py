@@ -159,14 +159,14 @@ _FILTERS = (
 FILTER_NAMES = tuple(name for name, _, _ in _FILTERS)
 
 
-def first_failed_filter(text: str, config: VerifyConfig, *, is_program: bool = False) -> str:
+def first_failed_filter(text: str, config: VerifyConfig, *, is_mathematics: bool = True) -> str:
     """Returns the name of the first enabled filter that rejects the text (see ``FILTER_NAMES``), or an empty string.
 
     Args:
         text: the response. White space around it is ignored.
-        is_program: whether the response answers a problem with tests. It then passes, unless ``verify_filter_programs`` is set.
+        is_mathematics: whether the response answers a problem with a gold answer. Others pass, unless ``verify_filter_programs`` is set.
     """
-    if is_program and not config.verify_filter_programs:
+    if not is_mathematics and not config.verify_filter_programs:
         return ""
     text = text.strip()
     for name, switch, fires in _FILTERS:

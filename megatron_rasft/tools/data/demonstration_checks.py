@@ -53,7 +53,7 @@ class _TimeIsUpError(Exception):
 
 
 def check_demonstrations(rows: Iterable[Row], config: VerifyConfig, max_s: float) -> DemonstrationReport:
-    """Grades the demonstration of every row that has an answer or tests.
+    """Grades the demonstration of every row that has an answer or tests, or that --verify-function grades.
 
     Tests that accept the demonstration also run on programs of the same names that always return the same value. Tests that
     accept these would give every response the verdict ``correct``.
@@ -71,7 +71,7 @@ def check_demonstrations(rows: Iterable[Row], config: VerifyConfig, max_s: float
     deadline = time.monotonic() + max_s
     has_sandbox = False
     with VerifierPool(config) as pool:
-        for batch in batched((row for row in rows if row.tests or row.answer), _BATCH):
+        for batch in batched((row for row in rows if row.check), _BATCH):
             report.num_rows += len(batch)
             if not has_sandbox and any(row.tests for row in batch):
                 find_sandbox_level(config)
@@ -84,11 +84,11 @@ def check_demonstrations(rows: Iterable[Row], config: VerifyConfig, max_s: float
 def _check_batch(
     batch: tuple[Row, ...], pool: VerifierPool, deadline: float, report: DemonstrationReport
 ) -> None:
-    demonstrations = [_as_rollout(row.problem_id, row.response) for row in batch]
-    checks: dict[str, Check] = {row.problem_id: row.tests or row.answer or "" for row in batch}
+    demonstrations = [Rollout.of_text(row.problem_id, row.response) for row in batch]
+    checks: dict[str, Check] = {row.problem_id: row.check for row in batch}
     _verify(pool, demonstrations, checks, deadline)
     trivial = {
-        row.problem_id: [_as_rollout(row.problem_id, text) for text in _trivial_responses(row)]
+        row.problem_id: [Rollout.of_text(row.problem_id, text) for text in _trivial_responses(row)]
         for row, demonstration in zip(batch, demonstrations, strict=True)
         if row.tests and demonstration.verdict == "correct"
     }
@@ -124,20 +124,9 @@ def _failure_of(row: Row, demonstration: Rollout, accepts_anything: bool) -> str
     if reason is None:
         return ""
     check = "tests" if row.tests else f"answer {(row.answer or '')[:50]!r}"
+    if row.fields is not None:
+        check = "--verify-function"
     return f"{reason.format(check=check)} ({demonstration.verdict_reason})"
-
-
-def _as_rollout(problem_id: str, text: str) -> Rollout:
-    return Rollout(
-        problem_id=problem_id,
-        sample_index=0,
-        weight_version=0,
-        prompt_ids=[],
-        response_ids=[],
-        response_logprobs=[],
-        finish_reason="stop",
-        text=text,
-    )
 
 
 def _trivial_responses(row: Row) -> Iterator[str]:

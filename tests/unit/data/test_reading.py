@@ -1,3 +1,4 @@
+import datetime
 import gzip
 import json
 import os
@@ -481,3 +482,27 @@ def test_real_code_rows_are_usable(data_folder: Path) -> None:
     assert len(rows) == 374 + 224
     styles = Counter(row.tests.style for row in rows if isinstance(row, Row) and row.tests is not None)
     assert styles == Counter(asserts=374, pytest=224)
+
+
+def test_every_field_is_kept_for_an_own_function_and_no_answer_is_needed(
+    write_rows: Callable[..., str],
+) -> None:
+    row = {"problem": "p", "response": "r", "answer": {"a": [1, None]}, "tests": 3, "schema": ["x", 0.5]}
+    path = write_rows(row, {"problem": "p", "response": "r"})
+    first, second = (row for row in read_rows(DataConfig(train_data=[path]), keep_fields=True))
+    assert isinstance(first, Row) and isinstance(second, Row)
+    assert first.fields == first.check == row
+    assert (first.answer, first.tests) == (None, None)
+    assert second.check == {"problem": "p", "response": "r"}
+
+
+def test_every_column_of_a_table_is_kept_for_an_own_function(tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    columns = {"problem": ["p"], "response": ["r"], "day": [datetime.date(2026, 11, 30)], "grades": [[1, 2]]}
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    (row,) = read_rows(DataConfig(train_data=[str(path)]), keep_fields=True)
+    assert isinstance(row, Row)
+    assert row.fields == {"problem": "p", "response": "r", "day": "2026-11-30", "grades": [1, 2]}
+    pyarrow.parquet.write_table(pyarrow.table({**columns, "picture": [b"1"]}), path)
+    (fault,) = read_rows(DataConfig(train_data=[str(path)]), keep_fields=True)
+    assert isinstance(fault, RowFault) and "bytes" in fault.reason

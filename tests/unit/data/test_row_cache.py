@@ -355,3 +355,20 @@ def test_the_fingerprint_changes_with_every_part_of_a_row_but_its_place(
     (tmp_path / "rows").mkdir()
     write_rows(tmp_path / "rows", [row, row], DataReport())
     assert fingerprint_of(TokenizedRows(tmp_path / "rows")) == made
+
+
+def test_fields_for_an_own_function_are_stored_and_part_of_the_fingerprint(
+    tokenizer: Any, model: Path, tmp_path: Path
+) -> None:
+    def stored(wanted: Any, keep_fields: bool = True) -> TokenizedRows:
+        row = {"problem": "p", "response": "It is 2.", "answer": "2", "wanted": wanted}
+        (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+        config = DataConfig(train_data=[str(tmp_path / "rows.jsonl")])
+        flag = "--train-data"
+        return tokenized(config, tokenizer, model, 400, True, flag, tmp_path / "cache", keep_fields)
+
+    rows = stored({"a": 1})
+    assert rows[0].check == {"problem": "p", "response": "It is 2.", "answer": "2", "wanted": {"a": 1}}
+    assert rows.fingerprint != stored({"a": 2}).fingerprint
+    assert stored({"a": 1}, keep_fields=False)[0].check == "2"
+    assert stored({"a": 1}, False).fingerprint == stored({"a": 2}, False).fingerprint

@@ -10,6 +10,7 @@ def rollout(
     finish: FinishReason = "stop",
     filtered: str = "",
     num_tokens: int = 3,
+    reward: float | None = None,
 ) -> Rollout:
     """A rollout of problem "p", complete and correct by default."""
     return Rollout(
@@ -23,6 +24,7 @@ def rollout(
         text=f"text {index}" if text is None else text,
         verdict=verdict,
         filtered_by=filtered,
+        reward=reward,
     )
 
 

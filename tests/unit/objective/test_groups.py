@@ -10,9 +10,13 @@ from hypothesis import strategies as st
 from megatron_rasft.objective.groups import (
     GroupAdvantages,
     count_solved,
+    distinct_positives,
+    distinct_texts,
     gft_advantages,
     grpo_advantages,
+    judged_rewards,
     standardise,
+    wrong_attempts,
 )
 from megatron_rasft.types import Rollout
 from tests.unit.objective.sampled_groups import make_group, rollout
@@ -30,10 +34,27 @@ from tests.unit.objective.sampled_groups import make_group, rollout
         ([rollout(0, "unverifiable", finish="length"), rollout(1, "unverifiable")], (0, 2)),
         ([rollout(0, "timeout"), rollout(1)], (1, 1)),
         ([rollout(0, None, finish="abort"), rollout(1)], (1, 1)),
+        ([rollout(0, reward=1.0), rollout(1, "wrong", reward=0.25)], (1.25, 2)),
+        ([rollout(0, reward=0.9), rollout(1, "wrong", reward=0.0)], (0.9, 2)),
+        ([rollout(0, reward=0.9, finish="length"), rollout(1, "timeout", reward=0.5)], (0, 1)),
     ],
 )
-def test_solved_rollouts_and_attempts_are_counted(rollouts: list[Rollout], expected: tuple[int, int]) -> None:
+def test_solved_rollouts_and_attempts_are_counted(
+    rollouts: list[Rollout], expected: tuple[float, int]
+) -> None:
     assert count_solved(make_group(*rollouts)) == expected
+
+
+def test_a_part_of_the_reward_is_neither_imitated_nor_wrong() -> None:
+    group = make_group(
+        rollout(0, reward=1.0),
+        rollout(1, "wrong", reward=0.5),
+        rollout(2, "wrong", reward=0.0),
+        rollout(3, "wrong"),
+    )
+    assert distinct_positives(group, distinct_texts) == [0]
+    assert wrong_attempts(group) == [2, 3]
+    assert judged_rewards(group) == ([0, 1, 2, 3], [1.0, 0.5, 0.0, 0.0])
 
 
 @given(st.lists(st.integers(-3, 3).map(float), min_size=1, max_size=16), st.booleans())

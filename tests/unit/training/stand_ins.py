@@ -28,11 +28,17 @@ def config_of(**packages: Any) -> RasftConfig:
     return RasftConfig(**packages)
 
 
-def demonstrations(num: int) -> list[Demonstration]:
-    """Problem ``i`` has the prompt [1, i] and the response [5, 9]."""
+def demonstrations(num: int, fields: dict[str, Any] | None = None) -> list[Demonstration]:
+    """Problem ``i`` has the prompt [1, i] and the response [5, 9]. ``fields``: the row that an own function receives."""
     return [
         Demonstration(
-            problem_id=f"p{i}", problem="", response="", answer="5", prompt_ids=[1, i], response_ids=[5, 9]
+            problem_id=f"p{i}",
+            problem="",
+            response="",
+            answer="5",
+            prompt_ids=[1, i],
+            response_ids=[5, 9],
+            fields=fields,
         )
         for i in range(num)
     ]
@@ -55,8 +61,8 @@ def decode(ids: list[int]) -> str:
     return " ".join(f"{word}{token}" for token in ids for word in ("first", "second", "third", "fourth"))
 
 
-def refresh_of(config: RasftConfig, num_problems: int = 8, **changes: Any) -> Refresh:
-    """A refresh of a run with 2 problems per step and 12 steps."""
+def refresh_of(config: RasftConfig, num_problems: int = 8, judges: bool = False, **changes: Any) -> Refresh:
+    """A refresh of a run with 2 problems per step and 12 steps. ``judges``: whether an own function grades."""
     values: dict[str, Any] = {
         "batch_size": 2,
         "total_steps": 12,
@@ -65,7 +71,8 @@ def refresh_of(config: RasftConfig, num_problems: int = 8, **changes: Any) -> Re
         "verifier": FirstTokenVerifier(),
         "cache": LogprobCache(None, ""),
     }
-    return Refresh(config, demonstrations(num_problems), **values | changes)
+    problems = demonstrations(num_problems, {"problem": ""} if judges else None)
+    return Refresh(config, problems, **values | changes)
 
 
 def response(*ids: int) -> Response:

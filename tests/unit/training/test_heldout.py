@@ -87,3 +87,11 @@ def test_a_measurement_ends_when_the_run_is_to_stop() -> None:
     policy = PolicyOfNotes(is_stopped=True)
     with pytest.raises(Stopped):
         heldout_of(policy).measure(0)
+
+
+def test_rewards_of_an_own_function_are_averaged() -> None:
+    rollouts = as_rollouts("p", [1], [response(5, 9), response(6, 9), response(7, 9)], 0, decode)
+    rollouts[0].verdict, rollouts[0].reward, rollouts[1].reward = "correct", 1.0, 0.5
+    values = heldout_values(rollouts)
+    assert values[metrics.HELDOUT_REWARD] == 0.75
+    assert values[metrics.HELDOUT_SOLVE_RATE] == 1 / 3

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_rasft.config import DataConfig, HeldoutConfig, RasftConfig, RolloutConfig
+from megatron_rasft.config import DataConfig, HeldoutConfig, RasftConfig, RolloutConfig, VerifyConfig
 from megatron_rasft.errors import DataError
 from megatron_rasft.rollout.store import RolloutStore
 from megatron_rasft.training.problems import Problems, open_replay, read_problems
@@ -38,6 +38,24 @@ def test_an_unusable_file_is_named_with_its_flag(
     message = str(raised.value)
     assert "bad.jsonl" in message and flag in message
     assert message.count("-data") == 1, "the other flag is not named"
+
+
+def test_own_function_grades_the_first_demonstration_before_the_model_is_built(
+    args: SimpleNamespace, tmp_path: Path
+) -> None:
+    rows, function = tmp_path / "rows.jsonl", tmp_path / "own.py"
+    row = {"problem": "1+1=", "response": "2", "wanted": [2]}
+    rows.write_text(json.dumps(row) + "\n" + json.dumps({"problem": "?", "response": "3"}))
+    function.write_text("def grade(row, response): return int(response) in row['wanted']")
+    verify = VerifyConfig(verify_function=f"{function}:grade", verify_num_workers=1)
+    config = RasftConfig(data=DataConfig(train_data=[str(rows)]), verify=verify)
+    problems, _ = read_problems(args, config)
+    assert problems.num == 2, "rows need neither an answer nor tests"
+    assert problems.demonstrations[0].check == row
+    assert "own.py:grade" in problems.summary and "correct" in problems.summary
+    rows.write_text(json.dumps({"problem": "?", "response": "3"}))
+    with pytest.raises(ValueError, match=r"--verify-function.*rows.jsonl:1.*KeyError.*own.py:1"):
+        read_problems(args, config)
 
 
 def test_stored_rollouts_are_counted_before_the_model_is_built(args: SimpleNamespace, tmp_path: Path) -> None:

@@ -347,6 +347,49 @@ def test_a_resumed_refresh_chooses_and_weighs_like_the_unbroken_one() -> None:
         assert outcomes[0] == outcomes[1]
 
 
+@pytest.mark.parametrize("digests", [("a1", "b2"), ("", "b2"), ("a1", "")])
+def test_resuming_with_other_code_of_the_verifying_function_is_said(digests: tuple[str, str]) -> None:
+    made, same, other = (refresh_of(config_of(), function_digest=d) for d in (digests[0], *digests))
+    state = json.loads(json.dumps(made.state_dict()))
+    assert same.load_state_dict(state) == []
+    (line,) = other.load_state_dict(state)
+    assert "--verify-function" in line and all(digest in line for digest in digests)
+
+
+def test_state_of_a_run_before_there_were_functions_is_read() -> None:
+    state = refresh_of(config_of()).state_dict()
+    del state["verify_function"]
+    assert refresh_of(config_of()).load_state_dict(state) == []
+
+
+class RewardingVerifier:
+    """Gives every second response half of the reward."""
+
+    def verify(self, rollouts: Any, checks: Any, look_up: Any) -> None:
+        for rollout in rollouts:
+            rollout.reward = 1.0 if rollout.response_ids[0] == 5 else 0.5
+            rollout.verdict = "correct" if rollout.reward == 1.0 else "wrong"
+
+
+def test_rewards_enter_the_solve_rate_and_the_store_keeps_them(tmp_path: Path) -> None:
+    store = RolloutStore(tmp_path / "rollouts.jsonl")
+    made = refresh_of(config_of(), store=store, verifier=RewardingVerifier())
+    groups = verified(made, ["p0"])
+    weighed = made.weigh(["p0"], groups)
+    made.record(groups)
+    assert made.curriculum.solvability["p0"].solve_rate == 0.75
+    assert [r.reward for r in read_rollouts(store.path)] == [1.0, 0.5, 1.0, 0.5]
+    trained = [s.response_ids for s in weighed[0] if s.kind == "rollout"]
+    assert trained and all(ids[0] == 5 for ids in trained), "a part of the reward is not trained on"
+
+
+def test_text_filters_leave_responses_alone_that_an_own_function_grades() -> None:
+    made = refresh_of(config_of(), decode=lambda ids: "short")
+    assert {r.filtered_by for r in verified(made, ["p0"])["p0"].rollouts} == {"too_short"}
+    judged = refresh_of(config_of(), decode=lambda ids: "short", judges=True)
+    assert {r.filtered_by for r in verified(judged, ["p0"])["p0"].rollouts} == {""}
+
+
 def test_sampling_follows_the_flags() -> None:
     config = config_of(rollout=RolloutConfig(rollout_num_samples=3, rollout_top_p=0.5))
     params = refresh.sampling_params(config, STOP_IDS, 128)

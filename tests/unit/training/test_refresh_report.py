@@ -12,6 +12,7 @@ from megatron_rasft.training.refresh import as_rollouts
 from megatron_rasft.training.refresh_report import RefreshReport
 from megatron_rasft.types import RolloutGroup, TrainingSample, Verdict
 from megatron_rasft.verify.grading_order import GIVEN_UP
+from megatron_rasft.verify.own_function import FAILED
 from tests.unit.training.stand_ins import config_of, response
 
 
@@ -123,3 +124,13 @@ def test_a_share_above_the_flag_is_warned_about_with_the_flags_that_change_it() 
     assert all(word in line for word, line in zip(expected, warnings, strict=True))
     assert all("33.3%" in line and "--rasft-warn-frac 0.33" in line for line in warnings)
     assert report.warnings(config_of(run=RunConfig(rasft_warn_frac=0.34))) == []
+
+
+def test_rewards_and_failures_of_an_own_function_are_counted() -> None:
+    groups = [group("a", "correct", "wrong", "unverifiable"), group("b", "wrong")]
+    groups[0].rollouts[0].reward, groups[0].rollouts[1].reward = 1.0, 0.25
+    groups[0].rollouts[2].verdict_reason = f"{FAILED}raised KeyError"
+    report = RefreshReport()
+    report.count_rollouts(groups)
+    assert report.values()[metrics.REWARD] == 0.625, "a rollout without a reward does not count"
+    assert report.values()[metrics.FUNCTION_FAILED] == 1 / 4

@@ -115,8 +115,9 @@ class RefreshOfNotes:
     def state_dict(self) -> dict[str, Any]:
         return {"name": "a state"}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> list[str]:
         self.loaded = state
+        return ["a line about the state"]
 
 
 class HeldoutOfNotes:

@@ -125,9 +125,9 @@ def test_loops_of_long_texts_and_of_programs_pass_by_default() -> None:
     assert first_failed_filter(window + " ".join(map(str, range(471))), DEFAULT) == ""
     for text in (loop, "x = 1"):
         assert first_failed_filter(text, DEFAULT) and not first_failed_filter(
-            text, PUBLISHED, is_program=True
+            text, PUBLISHED, is_mathematics=False
         )
-        assert first_failed_filter(text, VerifyConfig(verify_filter_programs=True), is_program=True)
+        assert first_failed_filter(text, VerifyConfig(verify_filter_programs=True), is_mathematics=False)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5])

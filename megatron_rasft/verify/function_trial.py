@@ -1,0 +1,41 @@
+"""Calls --verify-function once before anything heavy is built, so that a faulty function fails at the start."""
+
+from dataclasses import replace
+
+from megatron_rasft.config.verify import VerifyConfig
+from megatron_rasft.types import ProblemRow, Rollout
+from megatron_rasft.verify.own_function import FAILED
+from megatron_rasft.verify.pool import VerifierPool
+
+_FAILURES = (FAILED, "grader ")
+"""Starts of reasons that the pool gives if the function raised, or ended its worker."""
+
+
+def try_function(config: VerifyConfig, row: ProblemRow, response: str, source: str) -> str:
+    """Grades one response with ``config.verify_function`` in a worker, as a run does. Returns verdict and reason as text.
+
+    Args:
+        row: all fields of a row.
+        response: usually the demonstration of the row.
+        source: place of the row, for the message.
+
+    Raises:
+        ValueError: the function cannot be loaded, takes other arguments, raises, exceeds its deadline, or returns something that is
+            not a judgement.
+        RasftError: the worker cannot be started.
+    """
+    rollout = Rollout.of_text("", response)
+    with VerifierPool(replace(config, verify_num_workers=1)) as pool:
+        pool.verify([rollout], {rollout.problem_id: row}, warns=False)
+    reason = rollout.verdict_reason
+    if rollout.verdict == "timeout":
+        raise ValueError(
+            f"--verify-function {config.verify_function} gave no verdict on the demonstration of {source}: {reason}. Make it "
+            f"faster, or raise --verify-timeout-s {config.verify_timeout_s:g}."
+        )
+    if reason.startswith(_FAILURES):
+        raise ValueError(
+            f"--verify-function {config.verify_function}, called with the row and the demonstration of {source}: "
+            f"{reason.removeprefix(FAILED)}. Correct the function."
+        )
+    return f"{rollout.verdict} ({reason})"
