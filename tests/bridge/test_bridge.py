@@ -1,4 +1,4 @@
-"""convert_checkpoint.py --bridge with the real Megatron-Bridge, for the families that need it according to the README.
+"""convert_checkpoint.py --bridge with the real Megatron-Bridge, for the families that need it according to docs/checkpoints.md.
 
 Run it in an environment with Megatron-Bridge (NVIDIA's NeMo container, or `pip install 'megatron-bridge[te]'`):
 

@@ -25,7 +25,7 @@ SMALL = (
 
 
 def first_run(bench: Bench, save: Path) -> list[str]:
-    """The flags of README's first command, with smaller sizes appended, because the last value of a flag counts."""
+    """The flags of README's command for one node, with smaller sizes appended, because the last value of a flag counts."""
     line = next(c for c in commands(REPOSITORY / "README.md") if c.startswith(FIRST_RUN))
     names = {"DIR": str(bench.model("policy")), "train.jsonl": str(bench.data)}
     flags = [names.get(word, word) for word in shlex.split(line)[4:]]

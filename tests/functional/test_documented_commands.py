@@ -15,12 +15,13 @@ import transformers
 
 from examples.quickstart import quickstart
 from tests.functional import launching
-from tests.functional.conftest import Workshop
+from tests.functional.conftest import SHORT_ANSWERS, Workshop
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/*/*.md")])
 
 FIRST_RUN = "torchrun --nproc-per-node 8 pretrain_rasft.py --hf-model DIR"
+FIRST_CPU_RUN = ".venv/bin/python pretrain_rasft.py --hf-model .cache/smollm2-135m-instruct"
 RUN_BY = {
     "make quickstart": "test_quickstart_ends_with_a_model_and_its_solve_rates",
     "make quickstart ARGS=--compare": "test_quickstart_compares_objectives",
@@ -37,6 +38,11 @@ RUN_BY = {
     ".venv/bin/pre-commit install": "test_pre_commit_takes_its_configuration",
     "pip install 'megatron-rasft[code]'": "test_extras_that_the_documents_name_exist",
     FIRST_RUN: "test_first_real_run_starts_as_the_readme_says",
+    FIRST_CPU_RUN: "test_first_run_on_a_cpu_starts_as_the_readme_says",
+    "python pretrain_rasft.py --hf-model DIR": "test_tutorial_goes_from_own_data_to_an_evaluated_model",
+    "python -m tools.site_building.pictures": "test_pictures_show_the_weights_of_the_method",
+    "sbatch runs/first/rasft.sbatch": "test_run_that_plan_wrote_finishes_and_ends_at_once_when_submitted_again",
+    "MODEL=": "test_disturbed_run_equals_the_undisturbed_one",
     "make servers": "make test",
     "make emulated-gpu": "make test",
     "make gpu-check": "test_the_program_itself_finds_no_gpu_here",
@@ -47,12 +53,10 @@ RUN_BY = {
     "tools/serve_rollouts.py --model": "test_a_tensor_parallel_server_is_started_checked_and_stopped",
     "tools/check_servers.py --hf-model": "test_a_tensor_parallel_server_is_started_checked_and_stopped",
     "torchrun ... pretrain_rasft.py --hf-model DIR --rollout-engine sglang": "test_run_samples_from_a_server_with_its_own_weights",
-    "python tools/serve_rollouts.py": "test_a_tensor_parallel_server_is_started_checked_and_stopped",
-    "python tools/check_servers.py": "test_a_tensor_parallel_server_is_started_checked_and_stopped",
     "python tools/convert_checkpoint.py hf-to-megatron": "test_there_and_back_with_proof",
     "python tools/convert_checkpoint.py megatron-to-hf": "test_there_and_back_with_proof",
     "python tools/report.py": "test_page_of_a_run_has_its_curves_settings_and_texts",
-    "python tools/plan.py": "test_readme_shows_what_the_tool_prints",
+    "python tools/plan.py": "test_document_shows_what_the_tool_prints",
     "python tools/evaluate.py run --model": "test_samples_are_graded_and_tabulated",
     "python tools/evaluate.py run --checkpoint": "test_checkpoint_on_two_ranks_gives_the_samples_of_its_exported_folder",
     "torchrun --nproc-per-node 8 tools/evaluate.py": "test_checkpoint_on_two_ranks_gives_the_samples_of_its_exported_folder",
@@ -76,12 +80,15 @@ RUN_BY = {
     "sbatch --nodes=8 : --nodes=4": "test_killed_server_of_a_heterogeneous_job_rejoins_the_run",
     "sbatch --no-requeue": "test_disturbed_run_equals_the_undisturbed_one",
     "sbatch --exclude=NODE": "docs/cluster.md says it of another machine",
+    "tools/plan.py --rollout-gpus 0": "test_smallest_machines_are_those_of_capacity_planning",
     "tools/plan.py --slurm": "test_run_that_plan_wrote_finishes_and_ends_at_once_when_submitted_again",
     "python -c pass": "test_benchmark_of_code_verification_runs",
 }
 """Beginning of a command -> the test that runs it, here or in another file."""
 
-_COMMAND = re.compile(r"(make|torchrun|python\d?|pip|\.venv/bin/\S+|tools/\S+|examples/\S+\.sh|sbatch|bash) ")
+_COMMAND = re.compile(
+    r"([A-Z_]+=\S+ )*(make|torchrun|python\d?|pip|\.venv/bin/\S+|tools/\S+|examples/\S+\.sh|sbatch|bash) "
+)
 
 
 def commands(document: Path) -> Iterator[str]:
@@ -105,19 +112,65 @@ def test_every_documented_command_is_run_by_a_test() -> None:
     assert tests <= set(re.findall(r"^def (test_\w+)", sources, re.MULTILINE))
 
 
-def test_first_real_run_starts_as_the_readme_says(workshop: Workshop, tmp_path: Path) -> None:
-    """The README's own flags, on two processes and with small sizes appended, because the last value of a flag counts.
+def small_run(beginning: str, workshop: Workshop, folder: Path) -> list[str]:
+    """The README's own flags of a run, with small sizes appended, because the last value of a flag counts."""
+    command = next(c for c in commands(ROOT / "README.md") if c.startswith(beginning))
+    names = dict.fromkeys(("DIR", ".cache/smollm2-135m-instruct"), str(workshop.policy))
+    names |= dict.fromkeys(("train.jsonl", ".cache/quickstart/data/train.jsonl"), str(workshop.sums))
+    words = shlex.split(command)
+    flags = [names.get(word, word) for word in words[words.index("pretrain_rasft.py") + 1 :]]
+    flags += f"--save {folder}/save --export-hf {folder}/hf --train-iters 1 --seq-length 64".split()
+    return [
+        *flags,
+        *"--lr-warmup-iters 0 --global-batch-size 8 --rollout-max-new-tokens 12".split(),
+        *SHORT_ANSWERS,
+    ]
 
-    tests/emulated_gpu/test_start.py runs the same command under torchrun.
-    """
-    command = next(c for c in commands(ROOT / "README.md") if c.startswith(FIRST_RUN))
-    names = {"DIR": str(workshop.policy), "train.jsonl": str(workshop.sums)}
-    flags = [names.get(word, word) for word in shlex.split(command)[4:]]
-    flags += f"--save {tmp_path}/save --export-hf {tmp_path}/hf --train-iters 1 --seq-length 64".split()
-    flags += ["--global-batch-size", "8", "--rollout-max-new-tokens", "12", "--data-prompt-suffix", ""]
-    outcome = launching.succeed(tmp_path / "logs", flags, 2)
+
+def test_first_real_run_starts_as_the_readme_says(workshop: Workshop, tmp_path: Path) -> None:
+    """On two processes. tests/emulated_gpu/test_start.py runs the same command under torchrun."""
+    outcome = launching.succeed(tmp_path / "logs", small_run(FIRST_RUN, workshop, tmp_path), 2)
     assert "step 1/1" in outcome.output and "tp 2" in outcome.output
     transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+
+
+def test_first_run_on_a_cpu_starts_as_the_readme_says(workshop: Workshop, tmp_path: Path) -> None:
+    flags = small_run(FIRST_CPU_RUN, workshop, tmp_path)
+    outcome = launching.run(tmp_path / "logs", flags, has_launcher=False)
+    assert outcome.codes == [0], outcome.output
+    assert "step 1/1" in outcome.output
+    transformers.AutoConfig.from_pretrained(tmp_path / "hf")
+
+
+SMALLER = {
+    "tools/prepare_data.py": "",
+    "pretrain_rasft.py": "--train-iters 1 --global-batch-size 8 --lr-warmup-iters 0 --seq-length 64 --rollout-max-new-tokens 12",
+    "tools/report.py": "",
+    "tools/evaluate.py": "--num-samples 2 --max-new-tokens 12 --batch-size 16 --limit 4 --prompt-suffix ''",
+}
+"""Program -> the flags that make it small."""
+
+
+def test_tutorial_goes_from_own_data_to_an_evaluated_model(
+    workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Runs every command of the tutorial in its order. The README shows the same commands."""
+    tutorial = [c for c in commands(ROOT / "docs/tutorial.md") if c.startswith("python ")]
+    assert len(tutorial) == 7
+    assert set(tutorial) <= set(commands(ROOT / "README.md"))
+    monkeypatch.chdir(tmp_path)
+    for name in ("own.jsonl", "heldout.jsonl"):
+        (tmp_path / name).write_bytes(workshop.sums.read_bytes())
+    for number, command in enumerate(tutorial):
+        _, program, *words = shlex.split(command.replace(" DIR ", f" {workshop.policy} "))
+        more = [] if words[0] == "table" else shlex.split(SMALLER[program])
+        short = SHORT_ANSWERS if program == "pretrain_rasft.py" else []
+        outcome = launching.run(
+            tmp_path / f"logs{number}", [*words, *more, *short], program=ROOT / program, has_launcher=False
+        )
+        assert outcome.codes == [0], f"{command}: {outcome.output}"
+    assert (tmp_path / "runs/own/report.html").is_file()
+    assert "| hf |" in (tmp_path / "runs/own/after/results.md").read_text()
 
 
 @pytest.mark.slow

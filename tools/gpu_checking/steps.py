@@ -173,14 +173,14 @@ README_FLAGS = """
     --lr 1e-5 --lr-decay-style cosine --rasft-metrics {folder}/metrics.jsonl
     --train-iters 3 --rasft-refresh-interval 3 --rollout-max-new-tokens {max_new_tokens}
 """.split()
-"""Flags of README's first command, with a smaller batch and only three steps.
+"""Flags of README's command for one node, with a smaller batch and only three steps.
 
 Only the first run saves, because a save takes a minute.
 """
 
 
 def training(num_processes: int, more: str = "") -> Callable[[Setting], Command]:
-    """Builds README's first command for ``num_processes`` GPUs, with the flags ``more``."""
+    """Builds README's command for one node with ``num_processes`` GPUs, with the flags ``more``."""
     return lambda setting: Command(
         program=["pretrain_rasft.py", *_filled([*README_FLAGS, *more.split()], setting)],
         num_processes=num_processes,
@@ -293,7 +293,7 @@ STEPS = [
     Step(
         name="first_run",
         number=2,
-        title="README's first command on one GPU",
+        title="README's command for one node, on one GPU",
         deadline_s=300,
         command=training(1, "--save {folder}/save --export-hf {folder}/hf"),
         figures=run_figures,
@@ -307,7 +307,7 @@ STEPS = [
     Step(
         name="first_run_tp2",
         number=2,
-        title="README's first command on two GPUs, tensor-parallel",
+        title="README's command for one node, on two GPUs, tensor-parallel",
         deadline_s=300,
         command=training(2, "--tensor-model-parallel-size 2 --sequence-parallel"),
         obstacle=few_gpus(2),

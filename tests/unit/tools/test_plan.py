@@ -20,11 +20,11 @@ def run(*flags: str) -> int:
     return cli.run(plan.main, ["--num-gpus", "64", *flags])
 
 
-def test_readme_shows_what_the_tool_prints() -> None:
+def test_document_shows_what_the_tool_prints() -> None:
     """Runs in a new process without torch and Megatron, so that importing either would fail."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    document = (ROOT / "docs/capacity.md").read_text(encoding="utf-8")
     command, shown = re.findall(
-        r"^    (python tools/plan\.py .*)\n\n((?:    .*\n|\n)+)", readme, re.MULTILINE
+        r"^    (python tools/plan\.py .*)\n\n((?:    .*\n|\n)+)", document, re.MULTILINE
     )[0]
     flags = shlex.split(command.replace("DIR", str(LLAMA_70B)))[2:]
     program = "import sys; sys.modules['torch'] = sys.modules['megatron'] = None; from megatron_rasft.tools import cli; from tools import plan; sys.exit(cli.run(plan.main))"

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_rasft.config import RasftConfig
 from megatron_rasft.flags import flag_name
-from tools.site_building import documents, reference
+from tools.site_building import documents, pictures, reference
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -78,6 +78,14 @@ def test_links_of_a_document_work_in_the_repository() -> None:
         text = (ROOT / uri).read_text(encoding="utf-8")
         for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", text):
             assert (ROOT / uri).parent.joinpath(link).exists(), f"{uri}: {link}"
+
+
+def test_pictures_show_the_weights_of_the_method() -> None:
+    for name, content in pictures.files().items():
+        path = pictures.FOLDER / name
+        assert path.read_text(encoding="utf-8") == content, (
+            f"{name}: run python -m tools.site_building.pictures"
+        )
 
 
 def test_link_to_a_function_leads_to_its_source(site: Path) -> None:
