@@ -1,9 +1,9 @@
 """Flags of the run as a whole: the folder of the model, the interval of refreshes, the layout of batches."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from megatron_rasft.flags import FlagSection, NonNegativeFloat, PositiveInt, Share
+from megatron_rasft.flags import FlagSection, NonNegativeFloat, PositiveInt, Range, Share
 
 
 @dataclass(kw_only=True)
@@ -39,6 +39,11 @@ class RunConfig(FlagSection):
     phase and its Python stack. Three times as long while the model is built or loaded, weights are sent to servers, a checkpoint is
     saved, and the model is exported. 0 waits for ever. A collective that waits longer than --distributed-timeout-minutes is ended by
     torch first."""
+
+    straggler_factor: Annotated[float, Range(above=1)] = 1.5
+    """A step's line names each rank whose forward and backward passes take longer than this factor times the median of its pipeline
+    stage, and at least 0.5 s longer. Ranks of a tensor-, context- or expert-parallel group wait for each other within their layers
+    and are named together. inf names none."""
 
     rasft_keep_checkpoints: PositiveInt | None = None
     """Number of newest checkpoints that are kept in --save. Older ones are deleted after each complete save, except every

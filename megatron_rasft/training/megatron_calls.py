@@ -25,8 +25,8 @@ def quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def overridden(args: argparse.Namespace, **values: Any) -> Iterator[None]:
-    """Sets Megatron's arguments during a call, because many of its functions read them instead of taking parameters."""
+def overridden(args: Any, **values: Any) -> Iterator[None]:
+    """Sets Megatron's arguments, or fields of a config, during a call: many functions read them instead of taking parameters."""
     before = {name: getattr(args, name) for name in values}
     vars(args).update(values)
     try:

@@ -58,8 +58,8 @@ class Progress:
         self.say(text, style="cyan")
         self._record("refresh", step, values)
 
-    def step(self, step: int, values: Mapping[str, float]) -> None:
-        """Reports a training step: records the values and prints the most important ones."""
+    def step(self, step: int, values: Mapping[str, float], note: str = "") -> None:
+        """Reports a training step: records the values and prints the most important ones, and a note after them."""
         self._record("step", step, values)
         if self._silent:
             return
@@ -70,7 +70,7 @@ class Progress:
         phases = [f"{label} {values[name]:.2f}" for name, label in _STEP_PHASES if name in values]
         if phases:
             parts[-1] += f" ({', '.join(phases)})"
-        self.say("  ".join(parts))
+        self.say("  ".join([*parts, note] if note else parts))
 
     def close(self, exit_code: int = 0) -> None:
         """Flushes the trackers' buffers to their files or servers.

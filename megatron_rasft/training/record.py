@@ -53,9 +53,9 @@ class RunRecord:
         """Prints a line on rank 0's console."""
         self._progress.say(text)
 
-    def add_step(self, iteration: int, values: Mapping[str, float]) -> None:
-        """Records a training step; a collective of the world."""
-        self._on_each_rank(lambda: self._progress.step(iteration, values))
+    def add_step(self, iteration: int, values: Mapping[str, float], note: str = "") -> None:
+        """Records a training step, and prints its line with a note at its end; a collective of the world."""
+        self._on_each_rank(lambda: self._progress.step(iteration, values, note))
         if self._is_rank_zero:
             self.mark_files()
 

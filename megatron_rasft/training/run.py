@@ -197,7 +197,8 @@ class Run:
         # The step belongs to the last refresh, whose solve rate is reported.
         if metrics.SOLVE_RATE in self._last_refresh:
             values[metrics.SOLVE_RATE] = self._last_refresh[metrics.SOLVE_RATE]
-        self._record.add_step(self._trainer.iteration, values)
+        stragglers = "" if result.rank_times is None else result.rank_times.stragglers
+        self._record.add_step(self._trainer.iteration, values, stragglers)
         if warning := step_warning(self._trainer.iteration, result):
             self._record.say(warning)
 

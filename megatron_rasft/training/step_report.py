@@ -26,6 +26,9 @@ def step_values(result: StepResult, *, step_s: float, num_queued: int) -> dict[s
         metrics.OPTIMIZER_S: result.optimizer_s,
         metrics.TOKENS_PER_S: result.num_tokens / step_s,
     }
+    if result.rank_times is not None:
+        values[metrics.SLOWEST_RANK_S] = result.rank_times.slowest_s
+        values[metrics.MEDIAN_RANK_S] = result.rank_times.median_s
     if result.params_norm is not None:
         values[metrics.PARAMS_NORM] = result.params_norm
     # If the batch has no sample of a kind, there is no mean weight to report for it.

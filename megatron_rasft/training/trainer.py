@@ -7,6 +7,7 @@ statements about Megatron were verified with 0.19.2.
 import contextlib
 import gc
 import math
+import socket
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -51,6 +52,7 @@ from megatron_rasft.training.samples import Batch, SampleArrays
 from megatron_rasft.training.scoring import Scorer
 from megatron_rasft.training.status import RunStatus
 from megatron_rasft.training.stopping import Allocation, StopRequest
+from megatron_rasft.training.stragglers import ComputeClock, RankTime, StepTimes, compare
 from megatron_rasft.training.warmup import WarmUp
 from megatron_rasft.types import Request, Response, SamplingParams, TrainingSample
 from megatron_rasft.weights.folder import HfFolder
@@ -76,6 +78,8 @@ class StepResult:
     forward_backward_s: float = 0.0
     """Time of forward and backward, including the reduction of gradients."""
     optimizer_s: float = 0.0
+    rank_times: StepTimes | None = None
+    """None after a step that trained on nothing."""
     params_norm: float | None = None
     """None without --log-params-norm."""
     floating_point_operations: float = 0.0
@@ -112,6 +116,7 @@ class Trainer:
         self._build_reference()
         self._prepare_model_config()
         self.sampler = PolicySampler(self.chunks, folder.shape.vocab_size)
+        self._clock = ComputeClock(self.sampler.device)
         # Megatron's public signals_received() gathers over all ranks at every call; StopRequest needs this rank's flag alone.
         self.stop = StopRequest(
             lambda: get_signal_handler()._signal_received,
@@ -272,8 +277,10 @@ class Trainer:
         metrics, is_skipped, grad_norm = self._update(batches)
         self._count_step(facts)
         updated = time.monotonic()
-        # Only the last pipeline stage has the metrics.
-        metrics = max(gather_to_all({k: float(v) for k, v in metrics.items()}), key=len)
+        times, gathered = zip(
+            *gather_to_all((self._rank_time(), {k: float(v) for k, v in metrics.items()})), strict=True
+        )
+        metrics = max(gathered, key=len)  # Only the last pipeline stage has the metrics.
         if self.args.check_for_nan_in_loss_and_grad:
             self._refuse_non_finite(grad_norm, metrics)
         return StepResult(
@@ -282,6 +289,7 @@ class Trainer:
             learning_rate=learning_rate,
             is_skipped=is_skipped,
             batch=facts,
+            rank_times=compare(times, self.config.run.straggler_factor),
             params_norm=calc_params_l2_norm(self.model) if self.args.log_params_norm else None,
             floating_point_operations=self._count_operations(facts),
             data_s=ready - began,
@@ -299,6 +307,10 @@ class Trainer:
             metrics={}, grad_norm=0.0, learning_rate=learning_rate, is_skipped=True, batch=facts
         )
 
+    def _rank_time(self) -> RankTime:
+        stage = parallel_state.get_pipeline_model_parallel_rank()
+        return RankTime(socket.gethostname(), stage, self._clock.seconds())
+
     def _run_reference(self, batches: list[MicroBatch]) -> None:
         """Calculates the reference's hidden states, if the objective has a KL over the whole vocabulary."""
         if not self.config.objective.needs_reference_distribution():
@@ -312,7 +324,11 @@ class Trainer:
         """Runs forward, backward and optimizer; returns metrics (last pipeline stage), is_skipped and the gradient norm."""
         rows, width = batches[0].tokens.shape
         iterators = [iter(batches) for _ in self.model]
-        with self._batch_shape(width * self.args.context_parallel_size, rows, len(batches)):
+        self._clock.restart()
+        with (
+            self._batch_shape(width * self.args.context_parallel_size, rows, len(batches)),
+            overridden(self._model_config, timers=self._clock),
+        ):
             metrics, skipped, _, _, _, grad_norm, *_ = training.train_step(
                 self.forward.train_step,
                 _one_or_list(iterators),

@@ -59,8 +59,8 @@ def _interrupt(events: Sequence[Interruption | Pause]) -> None:
     reported = Progress.step
     due: dict[Phase, signal.Signals] = {}
 
-    def step(self: Progress, number: int, values: Any) -> None:
-        reported(self, number, values)
+    def step(self: Progress, number: int, *args: Any) -> None:
+        reported(self, number, *args)
         for event in events:
             if event.step == number and isinstance(event, Interruption):
                 due[event.phase] = event.number

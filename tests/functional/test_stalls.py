@@ -1,4 +1,4 @@
-"""A real run in which one rank hangs ends on all ranks, and names that rank."""
+"""A real run names a rank that is slow. If one hangs, it ends on all ranks and names that rank."""
 
 import time
 from dataclasses import dataclass
@@ -14,22 +14,27 @@ from tests.functional.conftest import Workshop
 
 @dataclass(kw_only=True)
 class Hang:
-    """Makes a rank sleep for ever in its second step. From then on the run has a deadline of two seconds."""
+    """Makes a rank slow in its first step, and sleep for ever in its second. From then on the run has a deadline of two seconds."""
 
     is_hanging: bool
 
     def __call__(self) -> None:
         from megatron_rasft.training import stalls
+        from megatron_rasft.training.stragglers import ComputeClock
         from megatron_rasft.training.trainer import Trainer
 
         stalls.REPORT_S = 0.2
         # On a busy machine a rank may get no CPU for seconds. It must not be called silent, because its stack is asserted.
         stalls._SILENT_ROUNDS = 100
+        measured = ComputeClock.seconds
         start, train, watches = stalls.StallWatch.start, Trainer.train, list[stalls.StallWatch]()
 
         def started(watch: stalls.StallWatch) -> None:
             watches.append(watch)
             start(watch)
+
+        def seconds(clock: ComputeClock) -> float:
+            return measured(clock) + 1000 * self.is_hanging
 
         def hangs(trainer: Trainer, prepared: Any) -> Any:
             if trainer.iteration == 1:
@@ -39,11 +44,12 @@ class Hang:
             return train(trainer, prepared)
 
         stalls.StallWatch.start = started  # type: ignore[method-assign]
-        Trainer.train = hangs  # type: ignore[method-assign]
+        ComputeClock.seconds = seconds  # type: ignore[method-assign,assignment]
+        Trainer.train = hangs  # type: ignore[method-assign,assignment]
 
 
 @pytest.mark.parametrize("hanging", [0, 1])
-def test_a_rank_that_hangs_ends_the_run_and_is_named(
+def test_a_slow_rank_is_named_and_one_that_hangs_ends_the_run(
     workshop: Workshop, tmp_path: Path, hanging: int
 ) -> None:
     save = tmp_path / "save"
@@ -52,6 +58,8 @@ def test_a_rank_that_hangs_ends_the_run_and_is_named(
         tmp_path / "logs", flags, 2, prepare_rank=lambda rank: [Hang(is_hanging=rank == hanging)]
     )
     assert outcome.codes == [1, 1], outcome.output
+    (step,) = [line for line in outcome.output.splitlines() if line.startswith("step 1/3")]
+    assert f"slow: rank {hanging} on" in step and "100" in step
     (error,) = outcome.errors
     for part in (f"rank {hanging} on", "phase step", "--stall-deadline-s", "hangs"):
         assert part in error

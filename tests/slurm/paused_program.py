@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 PROGRAM = Path(os.environ["REAL_CHECKOUT"]) / "pretrain_rasft.py"
 
@@ -27,8 +28,8 @@ def pause_after(step: int, folder: Path) -> None:
     before_end = os.environ.get("PAUSE_BEFORE_END_S")
     ends_at = int(os.environ["SLURM_JOB_END_TIME"]) - float(before_end) if before_end else float("inf")
 
-    def reported_and_paused(self: Progress, number: int, values: object) -> None:
-        reported(self, number, values)  # type: ignore[arg-type]
+    def reported_and_paused(self: Progress, number: int, *args: Any) -> None:
+        reported(self, number, *args)
         if number == step:
             handler = signal.getsignal(signal.SIGTERM)
             assert callable(handler), "the run handles SIGTERM"

@@ -44,6 +44,11 @@ def test_a_step_is_one_line_and_one_record(tmp_path: Path, capsys: pytest.Captur
     assert (metrics.LOSS, 0.5, 3) in writer.seen
 
 
+def test_a_note_ends_the_line_of_a_step(capsys: pytest.CaptureFixture[str]) -> None:
+    Progress(10).step(3, {metrics.LOSS: 0.5}, "slow: rank 1")
+    assert capsys.readouterr().out.strip().endswith("0.5000  slow: rank 1")
+
+
 def test_an_error_of_metrics_jsonl_names_the_file_and_its_flag() -> None:
     with pytest.raises(RasftError, match=r"/dev/full.*--rasft-metrics"):
         Progress(10, Path("/dev/full")).step(1, {metrics.LOSS: 1.0})

@@ -8,6 +8,7 @@ import pytest
 from megatron_rasft import metrics
 from megatron_rasft.training.batches import BatchFacts
 from megatron_rasft.training.step_report import gpu_tflop_per_s, step_values, step_warning
+from megatron_rasft.training.stragglers import StepTimes
 from megatron_rasft.training.trainer import StepResult
 
 
@@ -51,6 +52,12 @@ def test_a_steps_figures_get_their_names() -> None:
         metrics.TOKENS_PER_S: 50.0,
         metrics.DEMONSTRATION_WEIGHT: 0.9,
     }
+
+
+def test_the_own_times_of_the_ranks_are_metrics() -> None:
+    times = StepTimes(slowest_s=3.0, median_s=2.0, stragglers="")
+    values = step_values(result_of(rank_times=times), step_s=4.0, num_queued=0)
+    assert (values[metrics.SLOWEST_RANK_S], values[metrics.MEDIAN_RANK_S]) == (3.0, 2.0)
 
 
 def test_the_norm_of_the_parameters_is_there_if_it_was_computed() -> None:

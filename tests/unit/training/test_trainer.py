@@ -57,6 +57,7 @@ def _train(rank: int, folder: str) -> None:
         notes["trained"] = not result.is_skipped and not torch.equal(weights(), initial)
         notes["iteration"] = run.iteration
         notes["tokens"] = result.num_tokens
+        notes["rank times"] = [skipped.rank_times is None, result.rank_times.slowest_s]
         notes["problems"] = run.args.consumed_train_samples
         (reference,) = run.score([sample()], with_reference=True)
         notes["reference stays"] = reference.tolist() == policy.tolist()
@@ -88,6 +89,11 @@ def test_a_batch_without_samples_changes_no_weight_and_counts_as_a_step(notes: d
 def test_a_step_changes_the_policy_and_not_the_reference(notes: dict[str, Any]) -> None:
     assert notes["trained"] and notes["reference stays"]
     assert (notes["iteration"], notes["problems"], notes["tokens"]) == (2, 2, 4)
+
+
+def test_megatrons_schedule_measures_the_passes_of_a_step(notes: dict[str, Any]) -> None:
+    is_none, slowest_s = notes["rank times"]
+    assert is_none and slowest_s > 0
 
 
 def test_the_warm_up_counts_from_the_first_step(notes: dict[str, Any]) -> None:
