@@ -1,12 +1,13 @@
-# make quickstart [ARGS=--compare]   make test   make lint   make mutants   make slurm-night   make venv   make docs   make servers   make gpu-check   make gpu-bundle
+# make quickstart [ARGS=--compare]   make test   make lint   make mutants   make slurm-night   make venv   make docs   make wheel   make sbom   make servers   make gpu-check   make gpu-bundle
 # PYTHON names the interpreter the environment is made with (>= 3.12), VENV where it goes.
 PYTHON ?= python3.12
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WHEEL := .cache/wheel
+SBOM := .cache/sbom
 
-.PHONY: quickstart test lint types pytest pytest-servers pytest-runs pytest-units pytest-emulated pytest-slurm mutants slurm-night wheel venv docs \
+.PHONY: quickstart test lint types pytest pytest-servers pytest-runs pytest-units pytest-emulated pytest-slurm mutants slurm-night wheel sbom venv docs \
 	servers emulated-gpu gpu-check gpu-bundle
 .DELETE_ON_ERROR:
 
@@ -16,7 +17,7 @@ quickstart:
 # Three jobs at a time, in this order, each printed when it is done. The cheap checks come first, while the servers are installed:
 # after a failure make starts no further job.
 test: venv
-	$(MAKE) --jobs=3 --output-sync=target servers lint types wheel emulated-gpu $(PARTS)
+	$(MAKE) --jobs=3 --output-sync=target servers lint types emulated-gpu $(PARTS)
 
 lint: venv
 	$(BIN)/ruff check .
@@ -65,17 +66,18 @@ mutants: venv
 slurm-night: servers
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slurm and nightly" -p no:cacheprovider tests/slurm $(ARGS)
 
-# Builds the wheel, installs it by itself and imports it from there. A stale build/ would end up in it.
+# For a release. tests/unit/test_wheel.py checks the wheel. A stale build/ would end up in it.
 wheel: venv
 	rm -rf build $(WHEEL)
-	$(BIN)/python -m build --wheel --no-isolation --outdir $(WHEEL) > /dev/null
-	$(BIN)/python -m pip install --quiet --no-deps --no-index --target $(WHEEL)/site $(WHEEL)/*.whl
-	cd $(WHEEL)/site && test -f pretrain_rasft.py && test -f megatron_rasft/tools/report/templates/page.html && PYTHONPATH=. "$(abspath $(BIN))/python" -c \
-		"import megatron_rasft.config as c, pathlib as p; assert p.Path(c.__file__).is_relative_to(p.Path.cwd()), c.__file__"
+	$(BIN)/python -m build --wheel --no-isolation --outdir $(WHEEL)
 
-# The documentation site, in .cache/site. A link that leads to nothing is an error.
-docs: venv
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict --site-dir .cache/site
+# Lists the packages of the environment with their versions, licences and dependencies, in CycloneDX's format. The tool has its own
+# environment, so that the list does not contain it.
+sbom: venv
+	"$(PYTHON)" -m venv $(SBOM)/venv
+	$(SBOM)/venv/bin/python -m pip install --disable-pip-version-check --quiet 'cyclonedx-bom>=7.5,<8'
+	$(SBOM)/venv/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible --output-format JSON \
+		--output-file $(SBOM)/sbom.cdx.json $(BIN)/python
 
 venv: $(STAMP)
 

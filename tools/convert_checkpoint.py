@@ -16,8 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-# lets the file run from a checkout that is not installed
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if __name__ == "__main__":  # lets the file run from a checkout that is not installed
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import psutil
 import torch
@@ -279,7 +279,6 @@ def _bar(what: str, num_bytes: int) -> Iterator[Callable[[int], None]]:
 
 def _build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="convert_checkpoint.py",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -15,8 +15,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-# lets the file run from a checkout that is not installed
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if __name__ == "__main__":  # lets the file run from a checkout that is not installed
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_rasft.config.parser import add_flags
 from megatron_rasft.tools import cli
@@ -128,7 +128,6 @@ def show(table: Table) -> None:
 def parser() -> argparse.ArgumentParser:
     """Builds the parser with all flags."""
     made = argparse.ArgumentParser(
-        prog="plan.py",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

@@ -15,8 +15,8 @@ from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 
-# lets the file run from a checkout that is not installed
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if __name__ == "__main__":  # lets the file run from a checkout that is not installed
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_rasft.config.data import DataConfig
 from megatron_rasft.config.parser import add_flags
@@ -205,7 +205,7 @@ def show(args: argparse.Namespace, config: DataConfig) -> int:
 
 def _build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="prepare_data.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(required=True, metavar="validate|convert|decontaminate|inspect")
     runs = {"validate": validate, "convert": convert, "decontaminate": decontaminate, "inspect": show}

@@ -10,8 +10,8 @@ import argparse
 import sys
 from pathlib import Path
 
-# lets the file run from a checkout that is not installed
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if __name__ == "__main__":  # lets the file run from a checkout that is not installed
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_rasft.files import write_text
 from megatron_rasft.tools import cli
@@ -91,7 +91,7 @@ def _check_output(output: Path, inputs: list[Path]) -> None:
 
 def _build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="report.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="*", metavar="RUN_DIR", help="the --save folder of a run")
     parser.add_argument(

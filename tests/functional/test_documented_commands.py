@@ -43,6 +43,11 @@ RUN_BY = {
     "python -m tools.site_building.pictures": "test_pictures_show_the_weights_of_the_method",
     "sbatch runs/first/rasft.sbatch": "test_run_that_plan_wrote_finishes_and_ends_at_once_when_submitted_again",
     "MODEL=": "test_disturbed_run_equals_the_undisturbed_one",
+    "make wheel": "tests/unit/test_wheel.py, which builds the same wheel",
+    "make sbom": "it fetches a package, and its list depends on the machine",
+    "pip install 'megatron_rasft-0.1.0-py3-none-any.whl[": "test_every_script_of_the_wheel_prints_its_help",
+    "rasft-": "test_every_script_of_the_wheel_prints_its_help",
+    "torchrun --nproc-per-node 8 -m pretrain_rasft": "test_every_script_of_the_wheel_prints_its_help",
     "make servers": "make test",
     "make emulated-gpu": "make test",
     "make gpu-check": "test_the_program_itself_finds_no_gpu_here",
@@ -87,7 +92,7 @@ RUN_BY = {
 """Beginning of a command -> the test that runs it, here or in another file."""
 
 _COMMAND = re.compile(
-    r"([A-Z_]+=\S+ )*(make|torchrun|python\d?|pip|\.venv/bin/\S+|tools/\S+|examples/\S+\.sh|sbatch|bash) "
+    r"([A-Z_]+=\S+ )*(make|torchrun|rasft-[a-z-]+|python\d?|pip|\.venv/bin/\S+|tools/\S+|examples/\S+\.sh|sbatch|bash) "
 )
 
 

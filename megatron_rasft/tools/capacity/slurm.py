@@ -111,15 +111,19 @@ def write_job(
     """Writes rasft.sbatch, settings.sh and network.sh into a folder. Returns the path of the script.
 
     Raises:
-        ValueError: --train-data is not a file.
+        ValueError: --train-data does not exist, or ``checkout`` is not a checkout.
         RasftError: the folder cannot be written.
     """
-    if not Path(config.train_data).is_file():
+    if not Path(config.train_data).exists():
         raise ValueError(
-            f"--train-data {config.train_data} is not a file. --slurm writes a job that reads it: name it."
+            f"--train-data {config.train_data} does not exist. --slurm writes a job that reads it: name it."
         )
     folder = folder.absolute()
     shipped = checkout / "examples" / "slurm"
+    if not shipped.is_dir():  # the installed wheel
+        raise ValueError(
+            "--slurm writes a job that runs a checkout of this repository: run its tools/plan.py."
+        )
     num_nodes = -(-config.num_gpus // config.gpus_per_node)
     script = script_text(
         (shipped / "rasft.sbatch").read_text(encoding="utf-8"), checkout, folder, num_nodes, config, model

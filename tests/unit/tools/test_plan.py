@@ -91,6 +91,17 @@ def test_job_for_slurm_needs_whole_nodes_for_servers_and_the_data(
     assert "TRAINER_NODES=4 SERVER_NODES=4\n" in (tmp_path / "job" / "settings.sh").read_text()
 
 
+def test_job_for_slurm_needs_a_checkout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The wheel has no examples/slurm."""
+    monkeypatch.setattr(plan, "ROOT", tmp_path)
+    (tmp_path / "train.jsonl").touch()
+    flags = ["--slurm", str(tmp_path / "job"), "--train-data", str(tmp_path / "train.jsonl")]
+    assert run("--hf-model", str(LLAMA_70B), *flags, "--rollout-gpus", "32") == 2
+    assert "checkout" in capsys.readouterr().err and not (tmp_path / "job").exists()
+
+
 def test_family_that_is_not_supported_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "config.json").write_text('{"architectures": ["Gemma3ForCausalLM"]}')
     assert run("--hf-model", str(tmp_path)) == 1

@@ -1,0 +1,1 @@
+"""Command lines. The wheel holds those that need no checkout, as the package megatron_rasft.commands (setup.py)."""
