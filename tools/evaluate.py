@@ -38,6 +38,7 @@ from megatron_rasft.tools.evaluation.benchmark_sampling import Engine, sample_be
 from megatron_rasft.tools.evaluation.benchmarks import Benchmark, chosen, read_benchmark
 from megatron_rasft.tools.evaluation.config import EvaluationConfig
 from megatron_rasft.tools.evaluation.output_folder import TABLE_WRITERS, OutputFolder
+from megatron_rasft.tools.evaluation.own_sets import FIELDS
 from megatron_rasft.tools.evaluation.questions import ask
 from megatron_rasft.tools.evaluation.server_engine import Servers
 from megatron_rasft.tools.evaluation.summary import Summary, summarise
@@ -99,8 +100,10 @@ def run(args: argparse.Namespace, megatron_flags: list[str]) -> None:
         args.model = _model_of_checkpoint(args.checkpoint)
     folder = None if config.data_folder is None else Path(config.data_folder)
     accepts_unknown = config.unknown_data == "accept"
+    fields = DataConfig(**{name: getattr(args, name) for name in FIELDS})
     benchmarks = [
-        read_benchmark(known, path, accepts_unknown) for known, path in chosen(config.benchmarks, folder)
+        read_benchmark(known, path, accepts_unknown, fields)
+        for known, path in chosen(config.benchmarks, folder, fields)
     ]
     resume = None
     if args.checkpoint is not None:
@@ -374,6 +377,8 @@ def _add_run(commands: Any) -> None:
         help="Type of the weights, without --server. auto: bf16 on a GPU, fp32 on a CPU.",
     )
     add_flags(command.add_argument_group("evaluation", EvaluationConfig.__doc__), EvaluationConfig)
+    data = command.add_argument_group("data", "Fields of the rows of your own benchmarks, as in training.")
+    add_flags(data, DataConfig, only=FIELDS)
 
 
 def _add_show(commands: Any) -> None:

@@ -35,6 +35,11 @@ class Problem:
         if not self.tests:
             return self.answer
         entry_point = self.tests.get("entry_point", "")
+        if "test_style" in self.tests:  # a row in the layout of training
+            style, scripts = self.tests["test_style"], tuple(self.tests["tests"])
+            return CodeTests(
+                style=style, tests=scripts, entry_point=entry_point, setup=self.tests["test_setup_code"]
+            )
         pairs = [test for test in self.tests.get("tests", ()) if isinstance(test, dict)]
         if pairs:
             is_functional = pairs[0]["testtype"] == "functional"

@@ -8,13 +8,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_rasft.config.data import DataConfig
+from megatron_rasft.data.field_names import check_names
 from megatron_rasft.data.fields import FieldError
-from megatron_rasft.data.records import read_records
+from megatron_rasft.data.records import check_files, field_names, files_of, read_records
 from megatron_rasft.errors import DataError
-from megatron_rasft.tools.evaluation.benchmark_rows import TEST_FIELDS, Problem, parse_row
+from megatron_rasft.tools.evaluation.benchmark_rows import Problem, parse_row
 from megatron_rasft.tools.evaluation.known_sets import KNOWN_SETS, Kind, KnownSet
+from megatron_rasft.tools.evaluation.own_sets import kind_of, parse_own_row
 
 _SUFFIXES = (".jsonl.gz", ".jsonl", ".parquet")
+_DEFAULT_FIELDS = DataConfig()
 
 
 @dataclass(kw_only=True, slots=True)
@@ -27,7 +31,7 @@ class Benchmark:
     path: Path
     problems: list[Problem]
     sha256: str
-    """Checksum of the uncompressed file."""
+    """Checksum of the uncompressed file, or of the problems of the user's own set."""
     is_verified: bool
     """Whether the checksum of the file, or of its content, matches the published set."""
     rel_tolerance: float = 0.0
@@ -57,26 +61,22 @@ def find_file(known: KnownSet, folder: Path) -> Path:
     return found[0]
 
 
-def _kind_of(path: Path) -> Kind:
-    """Returns ``code`` if the first row of the user's own set has tests."""
-    _, record = next(iter(read_records(path)), (0, None))
-    fields = record.items() if isinstance(record, dict) else ()
-    return "code" if any(value and str(name).lower() in TEST_FIELDS for name, value in fields) else "math"
-
-
-def read_benchmark(known: KnownSet, path: Path, accept_unknown: bool = False) -> Benchmark:
+def read_benchmark(
+    known: KnownSet, path: Path, accept_unknown: bool = False, fields: DataConfig = _DEFAULT_FIELDS
+) -> Benchmark:
     """Reads a set and compares it with the published set.
 
     Args:
         known: the set that the file should hold.
         path: a file in this project's layout or in the layout of the set's Hugging Face data set.
         accept_unknown: also accept other content and another number of rows; ``is_verified`` is then False.
+        fields: names of the fields of the user's own sets.
 
     Raises:
         DataError: a row cannot be used, or the content differs from the set's.
     """
-    problems = list(_read_problems(known, path))
-    sha256 = text_checksum(path)
+    problems = list(_read_problems(known, path, fields))
+    sha256 = text_checksum(path) if known.name in KNOWN_SETS else fingerprint(problems)
     is_verified = sha256 == known.text_sha256 or fingerprint(problems) == known.content_sha256
     if not problems:
         raise DataError(
@@ -96,7 +96,7 @@ def read_benchmark(known: KnownSet, path: Path, accept_unknown: bool = False) ->
     )
 
 
-def _read_problems(known: KnownSet, path: Path) -> Iterator[Problem]:
+def _read_problems(known: KnownSet, path: Path, fields: DataConfig) -> Iterator[Problem]:
     seen: set[str] = set()
     for line, record in read_records(path):
         try:
@@ -104,8 +104,15 @@ def _read_problems(known: KnownSet, path: Path) -> Iterator[Problem]:
                 raise record
             if not isinstance(record, dict):
                 raise FieldError("not a JSON object", f"it is a {type(record).__name__}")
-            problem = parse_row(record, known.kind, f"{known.name}/{line}")
+            default_id = f"{known.name}/{line}"
+            problem = (
+                parse_row(record, known.kind, default_id)
+                if known.name in KNOWN_SETS
+                else parse_own_row(record, known.kind, default_id, fields)
+            )
         except FieldError as error:
+            if known.name not in KNOWN_SETS:
+                check_names(path, field_names(path), fields, require_answer=True, texts=("problem",))
             raise DataError(f"{path}:{line} is not a row of {known.name}: {error}.") from error
         if problem.problem_id in seen:
             raise DataError(
@@ -127,11 +134,12 @@ def _check_content(known: KnownSet, path: Path, num_rows: int, sha256: str, is_v
 
 
 def text_checksum(path: Path) -> str:
-    """Returns the sha256 of a file, or of the uncompressed content if the name ends in .gz."""
+    """Returns the sha256 of a file or of the files of a saved data set. A .gz file is uncompressed."""
     digest = hashlib.sha256()
-    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
+    for file in files_of(path):
+        with gzip.open(file, "rb") if file.suffix == ".gz" else file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
     return digest.hexdigest()
 
 
@@ -173,8 +181,15 @@ def _split_to_evaluate(clone: Path) -> list[Path]:
     return tests or (files if len(files) == 1 else [])
 
 
-def chosen(names: list[str], folder: Path | None) -> Iterator[tuple[KnownSet, Path]]:
+def chosen(
+    names: list[str], folder: Path | None, fields: DataConfig = _DEFAULT_FIELDS
+) -> Iterator[tuple[KnownSet, Path]]:
     """Yields set and file of each NAME or NAME=FILE. An unknown name with a file is the user's own set.
+
+    Args:
+        names: the values of --benchmarks.
+        folder: --data-folder.
+        fields: names of the fields of the user's own sets.
 
     Raises:
         ValueError: a name without a file is unknown, or there is no folder to look in.
@@ -188,12 +203,9 @@ def chosen(names: list[str], folder: Path | None) -> Iterator[tuple[KnownSet, Pa
                 "NAME=FILE."
             )
         if file:
-            if not Path(file).is_file():
-                raise DataError(f"--benchmarks {entry}: the file {file} does not exist.")
-            yield (
-                KNOWN_SETS.get(name) or KnownSet(name=name, title=name, kind=_kind_of(Path(file))),
-                Path(file),
-            )
+            (path,) = check_files([file], f"--benchmarks {entry}")
+            _, first = next(iter(read_records(path)), (0, None))
+            yield KNOWN_SETS.get(name) or KnownSet(name=name, title=name, kind=kind_of(first, fields)), path
         elif folder is None:
             raise ValueError(
                 f"--benchmarks {name} needs --data-folder DIR, or its file: --benchmarks {name}=FILE"
