@@ -13,15 +13,16 @@ from pathlib import Path
 if __name__ == "__main__":  # lets the file run from a checkout that is not installed
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_rasft.files import write_text
+from megatron_rasft.files import replacing
 from megatron_rasft.tools import cli
-from megatron_rasft.tools.report import charts
-from megatron_rasft.tools.report.page import page
+from megatron_rasft.tools.report import charts, mathematics
+from megatron_rasft.tools.report.archive import Archive
+from megatron_rasft.tools.report.page import page_parts
 from megatron_rasft.tools.report.records import RunRecords, read_run
 from megatron_rasft.tools.report.views import read_view
 
 _VAGUE_NAMES = {"save", "checkpoints", "checkpoint"}
-"""Common names of --save folders, which do not identify a run."""
+"""Common names of --save folders. They do not identify a run, so the name of the parent folder is taken."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -34,23 +35,37 @@ def report(args: argparse.Namespace) -> None:
 
     Raises:
         ValueError: the arguments contradict each other, or name files that cannot be read or written.
-        RasftError: the package that draws the charts is not installed.
+        RasftError: a package that the page needs is not installed.
     """
     _check_arguments(args)
-    charts.script()  # A missing package is reported before files are read, which can take minutes.
+    # A missing package is reported before files are read, which can take minutes.
+    charts.script()
+    mathematics.check_installed()
     folders: list[Path | None] = [Path(run) for run in args.runs] or [None]
     runs = [read_run(folder, args.metrics, args.rollouts) for folder in folders]
     _set_unique_names(runs, folders)
     inputs = [path for run in runs for path in (run.metrics_path, run.rollouts_path) if path is not None]
     _check_output(args.output, inputs)
-    content = page([read_view(run, args.train_data, args.num_examples) for run in runs])
-    write_text(args.output, content)
-    print(f"wrote {args.output}, {len(content) / 1e6:.1f} MB")
+    views = [
+        read_view(
+            run,
+            args.train_data,
+            args.num_examples,
+            args.problems,
+            Archive(args.output.parent, args.max_rollouts),
+        )
+        for run in runs
+    ]
+    with replacing(args.output) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
+        file.writelines(page_parts(views))
+    print(f"wrote {args.output}, {args.output.stat().st_size / 1e6:.1f} MB")
 
 
 def _check_arguments(args: argparse.Namespace) -> None:
     if args.num_examples < 0:
         raise ValueError(f"--num-examples must be >= 0, got {args.num_examples}.")
+    if args.max_rollouts < 1:
+        raise ValueError(f"--max-rollouts must be >= 1, got {args.max_rollouts}.")
     if len(args.runs) > 1 and (args.metrics or args.rollouts):
         raise ValueError(
             f"--metrics and --rollouts belong to one run, but {len(args.runs)} RUN_DIRs are given. Give one RUN_DIR."
@@ -62,14 +77,17 @@ def _check_arguments(args: argparse.Namespace) -> None:
 
 
 def _set_unique_names(runs: list[RunRecords], folders: list[Path | None]) -> None:
-    """Names runs by their folders. Parent folders are prepended while names are equal or do not identify a run."""
+    """Names runs by their folders, or by the parents of folders with vague names. Further parents are prepended while names are equal."""
     paths = [folder.resolve() for folder in folders if folder is not None]
     if len(set(paths)) < len(paths):
         raise ValueError("the same RUN_DIR is given twice. Give each run once.")
-    length = 2 if any(path.name in _VAGUE_NAMES for path in paths) else 1
-    while len({path.parts[-length:] for path in paths}) < len(paths):
+    names = [path.parent if path.name in _VAGUE_NAMES and path.parent.name else path for path in paths]
+    if len(set(names)) < len(names):
+        names = paths
+    length = 1
+    while len({path.parts[-length:] for path in names}) < len(names):
         length += 1
-    for run, path in zip(runs, paths):
+    for run, path in zip(runs, names):
         run.name = "/".join(path.parts[-length:])
 
 
@@ -119,6 +137,20 @@ def _build_parser() -> argparse.ArgumentParser:
         default=6,
         metavar="N",
         help="maximum number of problems shown for each course (never solved, lost, newly, sometimes and always solved), >= 0; default: 6",
+    )
+    parser.add_argument(
+        "--problems",
+        nargs="+",
+        default=[],
+        metavar="ID",
+        help="problems that are examples in any case, with all their rollouts",
+    )
+    parser.add_argument(
+        "--max-rollouts",
+        type=int,
+        default=100_000,
+        metavar="N",
+        help="maximum number of rollouts of a run that the page can search, the newest ones, >= 1; default: 100000",
     )
     return parser
 

@@ -7,20 +7,8 @@ from typing import Any
 from megatron_rasft.tools.report.rollouts import Course, Example, Sample
 from megatron_rasft.tools.report.views import Problem, RunView
 
-MAX_TEXT_CHARS = 6000
-"""Maximum length of a printed text, characters. Longer texts are printed without their middle."""
 MAX_VISITS = 8
 """Maximum number of refreshes whose numbers of correct samples are listed. Earlier refreshes are left out."""
-
-
-@dataclass(frozen=True)
-class Text:
-    """A text to print: all of it, or the beginning and the end of a long text."""
-
-    head: str
-    num_left_out: int
-    """Number of characters left out between head and tail."""
-    tail: str
 
 
 @dataclass(frozen=True)
@@ -46,14 +34,6 @@ def examples(view: RunView) -> dict[str, Any]:
         "num_rollouts": view.rollouts.num_rollouts if view.rollouts else 0,
         "max_visits": MAX_VISITS,
     }
-
-
-def shortened(text: str) -> Text:
-    """Cuts the middle of a text that is longer than MAX_TEXT_CHARS."""
-    if len(text) <= MAX_TEXT_CHARS:
-        return Text(text, 0, "")
-    head, tail = MAX_TEXT_CHARS * 2 // 3, MAX_TEXT_CHARS // 3
-    return Text(text[:head], len(text) - head - tail, text[-tail:])
 
 
 def _item(example: Example, problem: Problem | None) -> Item:

@@ -3,25 +3,26 @@
 import base64
 import functools
 import hashlib
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from importlib.resources import files
 from typing import Any, NamedTuple
 
 import jinja2
 
 from megatron_rasft import __version__
-from megatron_rasft.tools.report import charts, formats
+from megatron_rasft.tools.report import charts, formats, mathematics
 from megatron_rasft.tools.report.configuration import configuration
 from megatron_rasft.tools.report.curves import curves
-from megatron_rasft.tools.report.examples import examples, shortened
+from megatron_rasft.tools.report.examples import examples
 from megatron_rasft.tools.report.overview import overview
 from megatron_rasft.tools.report.problems import problems
+from megatron_rasft.tools.report.search import search
+from megatron_rasft.tools.report.texts import printable, shortened
 from megatron_rasft.tools.report.verdicts import verdicts
 from megatron_rasft.tools.report.views import RunView
 
 _TEMPLATES = files(__package__).joinpath("templates")
-_UNPRINTABLE = dict.fromkeys((*range(9), 11, 12, *range(14, 32), 127, *range(55296, 57344)), "�")
-"""Control characters, which HTML does not allow, and lone surrogates, which UTF-8 cannot encode."""
 
 
 class Section(NamedTuple):
@@ -46,6 +47,7 @@ SECTIONS = (
     Section("Curves", of_page=curves),
     Section("Problems", of_run=problems),
     Section("Rollouts", of_run=verdicts),
+    Section("Search", of_run=search),
     Section("Examples", of_run=examples),
     Section("Configuration", of_page=configuration),
 )
@@ -54,20 +56,32 @@ SECTIONS = (
 
 def page(views: Sequence[RunView]) -> str:
     """Returns the complete HTML document."""
-    scripts = [charts.script(), _source("page.js")]
+    return "".join(page_parts(views))
+
+
+def page_parts(views: Sequence[RunView], reload_s: int | None = None) -> Iterator[str]:
+    """Yields the HTML document in parts, because a page with all rollouts of a run can be larger than the memory.
+
+    Args:
+        views: the runs.
+        reload_s: seconds after which the browser loads the page again, for a run that goes on; None for never.
+    """
+    scripts = [charts.script(), _source("page.js"), _source("search.js")]
     # Second barrier behind the escaping of texts that a model wrote: the browser may load no files and run only these scripts.
     hashes = " ".join(f"'sha256-{_sha256(script)}'" for script in scripts)
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src {hashes}; base-uri 'none'; form-action 'none'"
     return (
         _environment()
         .get_template("page.html")
-        .render(
+        .generate(
             names=[view.name for view in views],
             policy=policy,
             style=_source("page.css"),
             scripts=scripts,
             sections=[(section.title, section.parts(views)) for section in SECTIONS],
             version=__version__,
+            reload_s=reload_s,
+            written=time.strftime("%Y-%m-%d %H:%M:%S"),
         )
     )
 
@@ -78,15 +92,17 @@ def _environment() -> jinja2.Environment:
         loader=jinja2.FunctionLoader(_source),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
-        finalize=_printable,
+        finalize=printable,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.filters |= {
         "count": lambda value: f"{value:,}",
         "duration": formats.duration,
+        "has_formulas": mathematics.has_formulas,
         "number": formats.number,
         "percent": formats.percent,
+        "pieces": mathematics.pieces,
         "shortened": shortened,
         "variable": charts.variable,
     }
@@ -96,10 +112,6 @@ def _environment() -> jinja2.Environment:
 
 def _source(name: str) -> str:
     return _TEMPLATES.joinpath(name).read_text(encoding="utf-8")
-
-
-def _printable(value: Any) -> Any:
-    return value.translate(_UNPRINTABLE) if isinstance(value, str) else value
 
 
 def _sha256(script: str) -> str:

@@ -8,11 +8,12 @@ import hashlib
 import heapq
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from megatron_rasft.tools.report.archive import Archive
 from megatron_rasft.tools.report.records import lines_with_offsets
 from megatron_rasft.types import Verdict, counts_as_attempt, counts_as_solved
 
@@ -174,8 +175,8 @@ class RolloutStatistics:
         return found
 
 
-def read_statistics(path: Path) -> RolloutStatistics:
-    """Counts the rollouts of a rollouts.jsonl."""
+def read_statistics(path: Path, archive: Archive | None = None) -> RolloutStatistics:
+    """Counts the rollouts of a rollouts.jsonl, and copies them into an archive if one is given."""
     statistics = RolloutStatistics()
     refreshes = statistics.refreshes
     current, last_id, last_index = -1, "", -1
@@ -190,11 +191,21 @@ def read_statistics(path: Path) -> RolloutStatistics:
             if step < current or is_again:
                 for done_again in [s for s in refreshes if s >= step]:
                     statistics.num_repeated += refreshes.pop(done_again).num_rollouts
+                if archive is not None:
+                    archive.rollouts.discard_from(step)
             refreshes.setdefault(step, RefreshRollouts()).add(record, num_tokens, offset)
             current, last_id, last_index = step, problem_id, index
+            if archive is not None:
+                archive.add_rollout(step, record, num_tokens, _is_solved(record, num_tokens))
         except (ValueError, TypeError, KeyError):
             statistics.num_unreadable += 1
     return statistics
+
+
+def _is_solved(record: dict[str, Any], num_tokens: int) -> bool | None:
+    """Returns whether a rollout is complete and correct; None if it does not count as an attempt."""
+    outcome = num_tokens, str(record["finish_reason"]), record["verdict"]
+    return counts_as_solved(*outcome) if counts_as_attempt(*outcome) else None
 
 
 def parse(line: bytes) -> tuple[dict[str, Any], int]:
@@ -252,7 +263,11 @@ def moves(histories: Iterable[list[tuple[int, Visit]]]) -> Counter[tuple[Outcome
 
 
 def pick_examples(
-    path: Path, histories: dict[str, list[tuple[int, Visit]]], num_each: int, num_samples: int = 4
+    path: Path,
+    histories: dict[str, list[tuple[int, Visit]]],
+    num_each: int,
+    num_samples: int = 4,
+    named: Sequence[str] = (),
 ) -> list[Example]:
     """Selects problems of every course: those whose ids have the smallest SHA-256, so that all reports show the same problems.
 
@@ -261,13 +276,17 @@ def pick_examples(
         histories: problem -> (step, counts), as ``RolloutStatistics.histories`` returns it.
         num_each: maximum number of problems of a course.
         num_samples: maximum samples of a problem in a refresh. No verdict is shown twice before all verdicts are shown.
+        named: ids of problems that come first, with all samples of all refreshes.
+
+    Raises:
+        ValueError: a named problem has no rollouts.
     """
+    examples = [_named_example(path, histories, problem_id) for problem_id in dict.fromkeys(named)]
     by_course: dict[Course, list[str]] = {course: [] for course in COURSES}
     for problem_id, history in histories.items():
         by_course[course_of(history)].append(problem_id)
-    examples = []
     for course, ids in by_course.items():
-        for problem_id in heapq.nsmallest(num_each, ids, key=_draw):
+        for problem_id in heapq.nsmallest(num_each, (i for i in ids if i not in named), key=_draw):
             history = histories[problem_id]
             shown = history if len(history) == 1 else [history[0], history[-1]]
             samples = [
@@ -277,6 +296,16 @@ def pick_examples(
             ]
             examples.append(Example(problem_id, course, history, samples))
     return examples
+
+
+def _named_example(path: Path, histories: dict[str, list[tuple[int, Visit]]], problem_id: str) -> Example:
+    history = histories.get(problem_id)
+    if history is None:
+        raise ValueError(
+            f"--problems {problem_id}: {path} has no graded rollouts of this problem. Give ids that the page lists."
+        )
+    samples = [s for step, visit in history for s in _read_samples(path, problem_id, step, visit)]
+    return Example(problem_id, course_of(history), history, samples)
 
 
 def _draw(problem_id: str) -> bytes:

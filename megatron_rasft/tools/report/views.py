@@ -1,15 +1,23 @@
 """A run with all data that the page shows."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_rasft.config.data import DataConfig
 from megatron_rasft.data.reading import Row, read_rows
 from megatron_rasft.errors import DataError
+from megatron_rasft.tools.report.archive import Archive
 from megatron_rasft.tools.report.records import RunRecords
-from megatron_rasft.tools.report.rollouts import Example, RolloutStatistics, pick_examples, read_statistics
+from megatron_rasft.tools.report.rollouts import (
+    Example,
+    RolloutStatistics,
+    Visit,
+    course_of,
+    pick_examples,
+    read_statistics,
+)
 
 
 @dataclass
@@ -31,8 +39,10 @@ class RunView:
     rollouts: RolloutStatistics | None = None
     """Statistics of the stored rollouts; None if the run has none."""
     examples: list[Example] = field(default_factory=list)
-    problems: Mapping[str, Problem] = field(default_factory=dict)
+    problems: dict[str, Problem] = field(default_factory=dict)
     """Problem id -> texts, for the examples whose texts were found."""
+    archive: Archive | None = None
+    """All rollouts and problems, for the search; None if the page has no search."""
     notes: list[str] = field(default_factory=list)
     """Missing or damaged inputs, listed at the top of the page."""
 
@@ -41,8 +51,14 @@ class RunView:
         return self.records.name
 
 
-def read_view(records: RunRecords, data_files: Sequence[str] | None, num_examples: int) -> RunView:
-    """Reads a run's stored rollouts and the texts of its examples.
+def read_view(
+    records: RunRecords,
+    data_files: Sequence[str] | None,
+    num_examples: int,
+    problem_ids: Sequence[str] = (),
+    archive: Archive | None = None,
+) -> RunView:
+    """Reads a run's stored rollouts and the texts of its problems.
 
     Missing or damaged inputs become notes of the view.
 
@@ -50,24 +66,45 @@ def read_view(records: RunRecords, data_files: Sequence[str] | None, num_example
         records: the run's metrics and settings.
         data_files: files of demonstrations; None for the files that the run's settings name.
         num_examples: maximum number of examples of each course.
+        problem_ids: problems that are examples in any case.
+        archive: an empty archive, which gets all rollouts and problems; None for a page without search.
+
+    Raises:
+        ValueError: one of ``problem_ids`` has no rollouts.
     """
     view = RunView(records, notes=_notes_on_metrics(records))
     if records.rollouts_path is None:
         view.notes.append(_note_without_rollouts(records))
         return view
-    view.rollouts = read_statistics(records.rollouts_path)
+    view.rollouts, view.archive = read_statistics(records.rollouts_path, archive), archive
     view.notes += _notes_on_rollouts(records.rollouts_path, view.rollouts)
-    view.examples = pick_examples(records.rollouts_path, view.rollouts.histories(), num_examples)
-    if view.examples:
-        try:
-            view.problems = _read_problems(
-                records, data_files, {example.problem_id for example in view.examples}
-            )
-        except (DataError, ValueError, TypeError, OSError) as error:
-            view.notes.append(
-                f"The texts of the problems were not found: {error} Give the file with --train-data."
-            )
+    histories = view.rollouts.histories()
+    view.examples = pick_examples(records.rollouts_path, histories, num_examples, named=problem_ids)
+    shown = {example.problem_id for example in view.examples}
+    wanted = set(shown) if archive is None else set(histories)
+    try:
+        for row in _rows_of(records, data_files, wanted):
+            problem = Problem(row.problem, row.response, _check(row))
+            if row.problem_id in shown:
+                view.problems[row.problem_id] = problem
+            if archive is not None:
+                _add_problem(archive, row.problem_id, histories[row.problem_id], problem)
+    except (DataError, ValueError, TypeError, OSError) as error:
+        view.notes.append(
+            f"The texts of the problems were not found: {error} Give the file with --train-data."
+        )
+    if archive is not None:
+        for problem_id in sorted(wanted):
+            _add_problem(archive, problem_id, histories[problem_id], None)
     return view
+
+
+def _add_problem(
+    archive: Archive, problem_id: str, history: list[tuple[int, Visit]], problem: Problem | None
+) -> None:
+    counts = [(step, visit.num_samples, visit.num_attempts, visit.num_solved) for step, visit in history]
+    texts = None if problem is None else (problem.text, problem.check, problem.response)
+    archive.add_problem(problem_id, course_of(history), counts, texts)
 
 
 def _notes_on_metrics(records: RunRecords) -> list[str]:
@@ -103,27 +140,28 @@ def _note_without_rollouts(records: RunRecords) -> str:
     return "This run has no rollouts: it trains on demonstrations only, or has not reached its first refresh."
 
 
-def _read_problems(
-    records: RunRecords, data_files: Sequence[str] | None, wanted: set[str]
-) -> dict[str, Problem]:
-    """Reads texts of problems from the given files, or from those that config.json or the model card names.
+def _rows_of(records: RunRecords, data_files: Sequence[str] | None, wanted: set[str]) -> Iterator[Row]:
+    """Yields the rows of these problems from the given files, or from those that config.json or the model card names.
+
+    Removes each problem from ``wanted`` when it is found.
 
     Raises:
         DataError: no file is named, or a named file cannot be read.
     """
+    if not wanted:
+        return
     known = {field.name for field in dataclasses.fields(DataConfig)}
     settings = {k: v for k, v in records.config.get("rasft", {}).get("data", {}).items() if k in known}
     on_card = list(filter(None, records.card.get("Demonstrations", "").split(", ")))
     settings["train_data"] = data_files or settings.get("train_data") or on_card
     if not settings["train_data"]:
         raise DataError("neither config.json nor a model card names the run's data.")
-    found: dict[str, Problem] = {}
     for row in read_rows(DataConfig(**settings), require_answer=False):
         if isinstance(row, Row) and row.problem_id in wanted:
-            found[row.problem_id] = Problem(row.problem, row.response, _check(row))
-            if len(found) == len(wanted):
-                break
-    return found
+            wanted.remove(row.problem_id)
+            yield row
+            if not wanted:
+                return
 
 
 def _check(row: Row) -> str:

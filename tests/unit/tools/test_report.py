@@ -33,6 +33,8 @@ def page_of(tmp_path: Path, *arguments: str | Path) -> Page:
         (["{run}", "{empty}", "--metrics", "{run}/metrics.jsonl"], "--metrics"),
         (["{run}", "--rollouts", "{run}/gone.jsonl"], "--rollouts {run}/gone.jsonl"),
         (["{run}", "--num-examples", "-1"], "--num-examples"),
+        (["{run}", "--max-rollouts", "0"], "--max-rollouts"),
+        (["{run}", "--problems", "p1", "gone", "--output", "{empty}/page.html"], "--problems gone"),
         (["{run}", "--output", "{run}/metrics.jsonl"], "--output {run}/metrics.jsonl"),
         (["{run}", "--output", "{run}"], "--output {run}"),
         (["{run}", "--output", "{run}/metrics.jsonl/page.html"], "--output {run}/metrics.jsonl/page.html"),
@@ -86,9 +88,23 @@ def test_files_can_be_outside_of_the_run_folder(run: Path, tmp_path: Path) -> No
 
 def test_runs_in_folders_of_one_name_get_different_names(run: Path, tmp_path: Path) -> None:
     saved = write_run(tmp_path / "third" / "checkpoints", seed=2)
-    assert page_of(tmp_path, saved).texts["h1"] == ["third/checkpoints"]
+    assert page_of(tmp_path, saved).texts["h1"] == ["third"]
+    inside = write_run(tmp_path / "third" / "run", seed=3)
+    assert page_of(tmp_path, saved, inside).texts["h1"] == ["third, run"]
+    same = [write_run(tmp_path / "third" / name, seed=4) for name in ("save", "checkpoints")]
+    assert page_of(tmp_path, *same).texts["h1"] == ["save, checkpoints"]
     again = write_run(tmp_path / "second" / "run", seed=1)
     assert page_of(tmp_path, run, again).texts["h1"] == [f"{tmp_path.name}/run, second/run"]
+
+
+def test_named_problems_are_examples_with_all_their_rollouts(run: Path, tmp_path: Path) -> None:
+    shown = page_of(tmp_path, run, "--num-examples", "0", "--problems", "p3", "p1")
+    summaries = [a for tag, a in shown.elements if tag == "details" and a.get("class") == "example"]
+    stored = [json.loads(line) for line in (run / "rollouts.jsonl").read_text().splitlines()]
+    assert len(summaries) == 2
+    assert len([a for a in shown.tags("div") if a.get("class") == "sample"]) == sum(
+        r["problem_id"] in ("p1", "p3") for r in stored
+    )
 
 
 def test_run_on_demonstrations_only_has_its_curves(run: Path, tmp_path: Path) -> None:

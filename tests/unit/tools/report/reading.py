@@ -51,7 +51,9 @@ class Page(HTMLParser):
     def charts(self) -> dict[str, dict[str, Any]]:
         """Title -> specification of each chart."""
         scripts = zip(self.texts.get("script", []), self.tags("script"))
-        specs = [json.loads(text) for text, attributes in scripts if attributes.get("type")]
+        specs = [
+            json.loads(text) for text, attributes in scripts if attributes.get("type") == "application/json"
+        ]
         return dict(zip((figure["aria-label"] or "" for figure in self.tags("figure")), specs, strict=True))
 
     @property

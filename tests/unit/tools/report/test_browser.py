@@ -10,9 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from megatron_rasft.tools.report.archive import Archive
 from megatron_rasft.tools.report.page import page
+from megatron_rasft.tools.report.records import read_run
+from megatron_rasft.tools.report.views import read_view
 from tests.unit.tools.report.synthetic import write_run
-from tests.unit.tools.report.test_page import hostile_view, view_of
+from tests.unit.tools.report.test_page import hostile_view
 
 CHROMIUM = shutil.which("chromium")
 if not os.environ.get("REQUIRE_BROWSER"):
@@ -20,7 +23,7 @@ if not os.environ.get("REQUIRE_BROWSER"):
     if CHROMIUM is None:
         pytest.skip("chromium is not installed: apt-get install chromium", allow_module_level=True)
 
-from playwright.sync_api import Browser, Locator, Page, sync_playwright  # noqa: E402 - playwright may be missing
+from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright  # noqa: E402 - playwright may be missing
 
 DRAWN_S = 120
 """Time limit for drawing all charts. It takes 1 to 7 seconds beside other tests."""
@@ -45,7 +48,8 @@ def two_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_run(folder / "short", seed=1, lag=3),
     ]
     path = folder / "report.html"
-    path.write_text(page([view_of(run) for run in runs]), encoding="utf-8")
+    views = [read_view(read_run(run), None, 3, archive=Archive(folder, 100_000)) for run in runs]
+    path.write_text(page(views), encoding="utf-8")
     return path
 
 
@@ -61,7 +65,8 @@ class Visit:
         self.page.on("dialog", lambda dialog: (self.complaints.append(dialog.message), dialog.dismiss()))
         self.page.on("request", lambda request: self.requests.append(request.url))
         self.page.goto(path.as_uri())
-        self.page.wait_for_selector("html[data-drawn]", state="attached", timeout=1000 * DRAWN_S)
+        for mark in ("drawn", "searchable"):
+            self.page.wait_for_selector(f"html[data-{mark}]", state="attached", timeout=1000 * DRAWN_S)
 
     def figure(self, title: str) -> Locator:
         return self.page.locator(f'figure[aria-label="{title}"]').first
@@ -128,6 +133,37 @@ def test_examples_are_filtered_by_course_and_text(browser: Browser, two_runs: Pa
     assert part.locator("details.example:visible").count() == 1
 
 
+def test_search_finds_texts_sorts_them_and_opens_a_problem(browser: Browser, two_runs: Path) -> None:
+    visit = Visit(browser, two_runs)
+    part = visit.page.locator(".search").first
+    status, rows = part.locator("[role=status]"), part.locator("tbody tr:not(.snippet, .opened)")
+    total = status.inner_text().split()[0]
+    assert rows.count() == 50 and status.inner_text() == f"{total} of {total} rollouts"
+    part.locator("input").fill("answer of p3 is \\boxed{2}")
+    expect(status).to_have_text(f"10 of {total} rollouts")
+    assert part.locator("mark").all_inner_texts() == ["answer of p3 is \\boxed{2}"] * 10
+    part.locator(".sort", has_text="tokens").click()
+    tokens = [int(row.locator("td").nth(6).inner_text()) for row in rows.all()]
+    assert tokens == sorted(tokens, reverse=True) and len(set(tokens)) > 1
+    part.locator("select[name=verdict]").select_option("correct")
+    expect(status).not_to_contain_text(total)
+    assert {row.locator("td").nth(3).inner_text() for row in rows.all()} <= {"correct"}
+    part.locator("select[name=verdict]").select_option("")
+    part.locator("button.open").first.click()
+    opened = part.locator(".opened")
+    expect(opened.locator(".history span")).to_have_count(10)  # half of the 20 refreshes sample it
+    assert opened.locator(".rollouts details").count() == 39
+    opened.locator(".rollouts details summary").first.click()
+    expect(opened.locator(".rollouts details pre").first).to_contain_text("answer of p3")
+    part.locator("button", has_text="problems").click()
+    part.locator("input").fill("")
+    expect(status).to_have_text("40 of 40 problems")
+    part.locator(".sort", has_text="change").click()
+    changes = [row.locator("td").last.inner_text() for row in rows.all()]
+    assert changes[0].startswith("+") and changes[-1].startswith("−")
+    assert visit.complaints == []
+
+
 def test_narrow_page_does_not_scroll_sideways(browser: Browser, two_runs: Path) -> None:
     visit = Visit(browser, two_runs, width=400)
     assert visit.page.evaluate("document.documentElement.scrollWidth") == 400
@@ -139,5 +175,7 @@ def test_texts_of_a_model_run_nothing(browser: Browser, tmp_path: Path) -> None:
     path = tmp_path / "report.html"
     path.write_text(page([hostile_view(tmp_path)]), encoding="utf-8")
     visit = Visit(browser, path)
+    visit.page.locator(".search button.open").first.click()
+    expect(visit.page.locator(".search .rollouts pre").first).to_contain_text("<img")
     assert visit.requests == [path.as_uri()] and visit.complaints == []
     assert visit.page.locator("img").count() == 0

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-from megatron_rasft.tools.report.examples import MAX_TEXT_CHARS
+from megatron_rasft.tools.report.archive import Archive
 from megatron_rasft.tools.report.page import page
 from megatron_rasft.tools.report.records import read_run
 from megatron_rasft.tools.report.rollouts import pick_examples, read_statistics
+from megatron_rasft.tools.report.texts import MAX_TEXT_CHARS
 from megatron_rasft.tools.report.views import Problem, RunView
 from tests.unit.tools.report.reading import Page
 from tests.unit.tools.report.synthetic import write_run
@@ -23,7 +24,8 @@ def view_of(folder: Path, **problems: Problem) -> RunView:
     records = read_run(folder)
     view = RunView(records, problems=problems)
     if records.rollouts_path is not None:
-        view.rollouts = read_statistics(records.rollouts_path)
+        view.archive = Archive(folder.parent, 100_000)
+        view.rollouts = read_statistics(records.rollouts_path, view.archive)
         view.examples = pick_examples(records.rollouts_path, view.rollouts.histories(), 3)
     return view
 
@@ -85,6 +87,29 @@ def test_curve_of_the_steps_holds_the_values_of_the_file(title: str, metric: str
     assert [value for _, value in points] == pytest.approx([r[metric] for r in steps], rel=1e-5)
 
 
+def test_weight_of_wrong_rollouts_has_a_curve_if_there_are_any(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    title = "Weight of a wrong rollout"
+    assert title not in Page(page([view_of(folder)])).charts
+    records = lines_of(folder / "metrics.jsonl")
+    for record in records:
+        if record["event"] == "step":
+            record["objective/wrong_rollout_weight_mean"] = -0.25
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    ((_, points),) = Page(page([view_of(folder)])).lines[title].items()
+    assert {value for _, value in points} == {-0.25}
+
+
+def test_formulas_of_examples_are_mathml_beside_the_rollouts(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    problem = Problem(r"Find $\frac{a}{b}$.", r"\(x\) or $\frac{$.", "3")
+    shown = Page(page([view_of(folder, **{f"p{n}": problem for n in range(8)})]))
+    assert shown.tags("mfrac") and shown.tags("menclose")
+    assert any(r"$\frac{$" in text for text in shown.texts["pre"]), "broken LaTeX stays text"
+    num_examples = len([a for a in shown.tags("details") if a.get("class") == "example"])
+    assert len([a for a in shown.tags("div") if a.get("class") == "beside"]) == num_examples > 0
+
+
 def test_curve_of_held_out_measurements_holds_the_values_of_the_file(tmp_path: Path) -> None:
     lines = Page(page([view_of(write_run(tmp_path / "run"))])).lines["Held-out problems solved"]
     assert list(lines.values()) == [[(0, 0.125), (12, 0.4375)]]
@@ -94,7 +119,7 @@ def test_texts_of_a_model_stay_text(tmp_path: Path) -> None:
     shown = Page(page([hostile_view(tmp_path)]))
     assert not shown.tags("img")
     assert HOSTILE in shown.texts["pre"] and HOSTILE in shown.texts["td"]
-    assert len([a for a in shown.tags("script") if "type" not in a]) == 2, "Vega's and the page's"
+    assert len([a for a in shown.tags("script") if "type" not in a]) == 3, "Vega's and the page's two"
     names = {name for _, attributes in shown.elements for name in attributes}
     assert not {name for name in names if name.startswith("on") or name == "src"}
 
@@ -140,7 +165,7 @@ def test_several_runs_share_charts_and_their_settings_are_compared(tmp_path: Pat
         (folder / "config.json").write_text(json.dumps(config))
     shown = Page(page([view_of(folder) for folder in folders]))
     assert list(shown.lines["Loss of the objective"]) == ["first", "second"]
-    assert shown.texts["h3"].count("first") == 3, "problems, rollouts, examples"
+    assert shown.texts["h3"].count("first") == 4, "problems, rollouts, search, examples"
     compared = next(t for t in shown.texts["table"] if "--lr" in t and "--tp" not in t)
     assert "".join(compared.split()) == "flagdefaultfirstsecond--lr–1e-052e-05"
     assert "--rollout-engineembeddedsglangsglang" in shown.rows

@@ -1,0 +1,138 @@
+"""All rollouts of a run and the texts of their problems, as compressed blocks that the page's search opens.
+
+Blocks wait in a temporary file until the page is written. So memory grows with the number of blocks, and not with the texts.
+"""
+
+import base64
+import json
+import tempfile
+import zlib
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_rasft.tools.report.texts import printable, shortened
+
+MAX_BLOCK_ROWS = 256
+"""Rollouts or problems of one block. The browser decompresses whole blocks, so small ones show a single rollout faster."""
+MAX_BLOCK_CHARS = 2_000_000
+_END_OF_TEXT = "\0"
+"""Separates texts. ``printable`` removes it from them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """One block of the temporary file."""
+
+    group: int
+    """Steps before the refresh of the block's rollouts; 0 for problems."""
+    num_rows: int
+    offset: int
+    size: int
+
+
+@dataclass
+class Blocks:
+    """A sequence of blocks. Every block holds rows of one group."""
+
+    file: Any
+    """The temporary file, to which all sequences of an archive append."""
+    max_rows: int | None = None
+    """Number of rows to keep; None for all. The oldest blocks are left out first."""
+    blocks: deque[Block] = field(default_factory=deque)
+    num_rows: int = 0
+    """Rows in ``blocks``."""
+    _group: int = 0
+    _rows: list[Sequence[Any]] = field(default_factory=list)
+    _texts: list[str] = field(default_factory=list)
+    _num_chars: int = 0
+
+    def add(self, group: int, row: Sequence[Any], texts: Sequence[str]) -> None:
+        """Appends a row and its texts. Every row of a sequence must have the same number of texts."""
+        is_full = len(self._rows) >= MAX_BLOCK_ROWS or self._num_chars >= MAX_BLOCK_CHARS
+        if self._rows and (group != self._group or is_full):
+            self.flush()
+        self._group = group
+        self._rows.append([printable(cell) for cell in row])
+        self._texts += [printable(str(shortened(text))) for text in texts]
+        self._num_chars += sum(map(len, self._texts[-len(texts) :]))
+
+    def flush(self) -> None:
+        """Writes the rows that were added last."""
+        if not self._rows:
+            return
+        parts = (json.dumps(self._rows, ensure_ascii=False), _END_OF_TEXT.join(self._texts))
+        content = b" ".join(base64.b64encode(zlib.compress(part.encode())) for part in parts)
+        self.blocks.append(
+            Block(self._group, len(self._rows), self.file.seek(0, 2), self.file.write(content))
+        )
+        self.num_rows += len(self._rows)
+        self._rows, self._texts, self._num_chars = [], [], 0
+        while self.max_rows is not None and self.num_rows > self.max_rows and len(self.blocks) > 1:
+            self.num_rows -= self.blocks.popleft().num_rows
+
+    def discard_from(self, group: int) -> None:
+        """Leaves out the rows of this group and of later ones."""
+        self.flush()
+        self.blocks = deque(block for block in self.blocks if block.group < group)
+        self.num_rows = sum(block.num_rows for block in self.blocks)
+
+    def contents(self) -> Iterator[tuple[Block, str]]:
+        """Yields each block with its content: rows and texts, compressed and in base64, with a space in between."""
+        self.flush()
+        for block in self.blocks:
+            self.file.seek(block.offset)
+            yield block, self.file.read(block.size).decode("ascii")
+
+
+class Archive:
+    """The rollouts and problems of one run.
+
+    Args:
+        folder: the folder of the temporary file, which takes about as much space as the page.
+        max_rollouts: number of rollouts to keep, the newest ones.
+    """
+
+    def __init__(self, folder: Path, max_rollouts: int) -> None:
+        file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - deleted by the system when the archive is
+        self.rollouts = Blocks(file, max_rollouts)
+        self.problems = Blocks(file)
+
+    def add_rollout(self, step: int, record: dict[str, Any], num_tokens: int, is_solved: bool | None) -> None:
+        """Appends a rollout.
+
+        Args:
+            step: steps before the refresh.
+            record: line of the file, as ``rollouts.parse`` returns it.
+            num_tokens: length of the response.
+            is_solved: whether it is complete and correct; None if it does not count as an attempt.
+        """
+        row = (
+            record["problem_id"],
+            int(record["sample_index"]),
+            str(record["verdict"] or "unverified"),
+            str(record.get("verdict_reason", "")),
+            str(record["finish_reason"]),
+            str(record.get("filtered_by", "")),
+            num_tokens,
+            float(record.get("weight", 0.0)),
+            int(record.get("policy_age", 0)),
+            is_solved,
+        )
+        self.rollouts.add(step, row, [str(record.get("text", ""))])
+
+    def add_problem(
+        self, problem_id: str, course: str, history: Sequence[Sequence[int]], texts: Sequence[str] | None
+    ) -> None:
+        """Appends a problem.
+
+        Args:
+            problem_id: its id.
+            course: its course over the refreshes.
+            history: (step, number of samples, attempts, solved) of each refresh.
+            texts: problem, answer or tests, and demonstration; None if they were not found.
+        """
+        row = (problem_id, course, history, texts is not None)
+        self.problems.add(0, row, texts or ("", "", ""))

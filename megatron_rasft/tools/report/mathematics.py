@@ -1,0 +1,150 @@
+"""LaTeX in texts as MathML, which browsers draw without a script.
+
+The package latex2mathml converts a formula to a tree of elements. It copies texts, links and styles of the formula into the tree
+without escaping them, and a model wrote the formula. So this module writes the tree itself: known elements and harmless attributes
+only. A formula that cannot be converted stays text.
+"""
+
+import functools
+import html
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+from xml.etree.ElementTree import Element
+
+from markupsafe import Markup, escape
+
+from megatron_rasft.errors import RasftError
+from megatron_rasft.tools.report.texts import printable
+
+_MAX_FORMULA_CHARS = 1500
+"""Longer formulas stay text: a converter that needs minutes for a hostile formula must not stop the page."""
+_BRACES = r"\{(?:[^{}]|\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\})*\}"
+"""A pair of braces with at most three levels of braces inside."""
+_PIECES = re.compile(
+    rf"""
+      (?P<code>```.*?(?:```|\Z)|`[^`\n]+`)
+    | \$\$(?P<dollars>[^$]+)\$\$
+    | \\\[(?P<brackets>.+?)\\\]
+    | \\\((?P<parentheses>.+?)\\\)
+    | (?P<environment>\\begin\{{(?P<name>equation|align|gather|multline)(?P<star>\*?)\}}.+?\\end\{{(?P=name)(?P=star)\}})
+    # A dollar sign may also be a currency: a formula touches both of its signs, and no letter or digit follows.
+    | (?<![\\$\w])\$(?P<dollar>(?=\S)(?:[^$\n\\]|\\.)+)(?<=\S)\$(?![\w$])
+    | (?P<boxed>\\boxed\s*{_BRACES})
+    """,
+    re.DOTALL | re.VERBOSE,
+)
+_IN_LINE = ("parentheses", "dollar", "boxed")
+_ON_A_LINE = ("dollars", "brackets", "environment")
+_OTHER_NAMES = {r"{aligned}": r"{align*}", r"{gathered}": r"{align*}", r"{multline}": r"{align*}"}
+"""Environments that latex2mathml does not know -> a similar one."""
+
+_ELEMENTS = frozenset(
+    "math mrow mi mn mo mtext mspace mfrac msqrt mroot msub msup msubsup mover munder munderover mtable mtr mtd mstyle menclose "
+    "mpadded mphantom mmultiscripts mprescripts none".split()
+)
+_ATTRIBUTES = frozenset(
+    "accent columnalign columnlines columnspacing depth display displaystyle fence form height linethickness lspace mathvariant "
+    "maxsize minsize notation rowlines rowspacing rspace scriptlevel separator stretchy voffset width".split()
+)
+_HARMLESS = re.compile(r"[\w .%+-]*")
+
+
+class Piece(NamedTuple):
+    """A part of a text."""
+
+    text: str
+    """The characters of the text; for a formula with its delimiters."""
+    markup: Markup | None = None
+    """MathML of a formula. None for plain text, and for a formula that cannot be converted."""
+    is_code: bool = False
+
+
+def check_installed() -> None:
+    """Raises RasftError if the package that converts formulas is not installed."""
+    try:
+        import latex2mathml.converter  # noqa: F401 - an optional package
+    except ImportError as error:
+        raise RasftError(
+            "the report needs the package latex2mathml. Install it with: pip install 'megatron-rasft[report]'"
+        ) from error
+
+
+def pieces(text: str) -> Iterator[Piece]:
+    """Yields the parts of a text in order: plain text, code and formulas. Formulas inside code stay code."""
+    end = 0
+    for match in _PIECES.finditer(text):
+        if match.start() > end:
+            yield Piece(text[end : match.start()])
+        yield _piece(match)
+        end = match.end()
+    if end < len(text):
+        yield Piece(text[end:])
+
+
+def has_formulas(text: str) -> bool:
+    """Returns whether a part of the text looks like a formula."""
+    return any(match["code"] is None for match in _PIECES.finditer(text))
+
+
+def _piece(match: re.Match[str]) -> Piece:
+    whole = match[0]
+    if match["code"] is not None:
+        return Piece(whole, is_code=True)
+    for names, display in ((_IN_LINE, "inline"), (_ON_A_LINE, "block")):
+        for name in names:
+            if match[name] is not None:
+                return Piece(whole, to_mathml(match[name], display))
+    raise AssertionError("every alternative of _PIECES is a name of a group")
+
+
+@functools.lru_cache(maxsize=4096)
+def to_mathml(latex: str, display: str = "inline") -> Markup | None:
+    """Converts a formula without delimiters. Returns None if it is too long or not valid LaTeX."""
+    if len(latex) > _MAX_FORMULA_CHARS:
+        return None
+    try:
+        tree = _tree(latex.strip(), display)
+        written = _written(tree)
+    except Exception:  # latex2mathml raises many different exceptions for broken formulas
+        return None
+    source = Markup('<annotation encoding="application/x-tex">{}</annotation>').format(printable(latex))
+    return Markup('<math display="{}"><semantics>{}{}</semantics></math>').format(display, written, source)
+
+
+def _tree(latex: str, display: str) -> Element:
+    """Converts a formula. Line breaks outside of an environment become rows of a table, because browsers ignore them."""
+    from latex2mathml.converter import convert_to_element
+
+    for name, other in _OTHER_NAMES.items():
+        latex = latex.replace(name, other)
+    tree = convert_to_element(latex, display=display)
+    if _breaks_lines(tree):
+        tree = convert_to_element(rf"\begin{{split}}{latex}\end{{split}}", display=display)
+    if _breaks_lines(tree):
+        raise ValueError("a line break that is in no table")
+    return tree[0]  # the first element inside <math>
+
+
+def _breaks_lines(tree: Element) -> bool:
+    return any("linebreak" in element.attrib for element in tree.iter("mspace"))
+
+
+def _written(element: Element) -> Markup:
+    """Writes a tree of elements.
+
+    Raises:
+        ValueError: the tree has an unknown element, or a command that the converter does not know.
+    """
+    if element.tag not in _ELEMENTS:
+        raise ValueError(f"unknown element {element.tag}")
+    text = html.unescape(element.text or "")
+    if element.tag != "mtext" and "\\" in text:
+        raise ValueError(f"unknown command {text}")
+    attributes = Markup("").join(
+        Markup(' {}="{}"').format(name, value)
+        for name, value in element.attrib.items()
+        if name in _ATTRIBUTES and _HARMLESS.fullmatch(value)
+    )
+    content = escape(printable(text)) + Markup("").join(_written(child) for child in element)
+    return Markup("<{0}{1}>{2}</{0}>").format(element.tag, attributes, content)
