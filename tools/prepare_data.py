@@ -11,7 +11,7 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -31,7 +31,7 @@ from megatron_rasft.errors import DataError, ModelFolderError
 from megatron_rasft.files import write_json
 from megatron_rasft.tools import cli
 from megatron_rasft.tools.data.contamination import find_contamination
-from megatron_rasft.tools.data.converting import write_rows
+from megatron_rasft.tools.data.converting import with_own_answer, write_rows
 from megatron_rasft.tools.data.demonstration_checks import check_demonstrations
 from megatron_rasft.tools.data.duplicates import Duplicates
 from megatron_rasft.tools.data.inspecting import render_example
@@ -85,7 +85,7 @@ def validate(args: argparse.Namespace, config: DataConfig) -> int:
     print(report.describe(num_named=None))
     print(duplicates.describe())
     is_refused = report.overlong and config.data_overlong == "refuse"
-    is_unfit = args.grade and bool(_grade(args, config))
+    is_unfit = args.grade and bool(_grade(args, read_rows(config, require_answer=not args.no_answers)))
     return 1 if report.faults or not report.num_demonstrations or is_refused or is_unfit else 0
 
 
@@ -104,12 +104,11 @@ def _check_grade_flags(args: argparse.Namespace) -> None:
         raise ValueError(f"--grade-max-s must be > 0, got {args.grade_max_s:g}. --no-grade grades nothing.")
 
 
-def _grade(args: argparse.Namespace, config: DataConfig) -> list[RowFault]:
+def _grade(args: argparse.Namespace, rows: Iterable[Row | RowFault]) -> list[RowFault]:
     """Grades the demonstrations and prints the result. Returns the rows that fail their own answer or tests."""
     verify_config = VerifyConfig.from_args(args)
     if not verify_config.verify_num_workers:
         verify_config = dataclasses.replace(verify_config, verify_num_workers=len(os.sched_getaffinity(0)))
-    rows = read_rows(config, require_answer=not args.no_answers)
     usable = (row for row in rows if isinstance(row, Row))
     report = check_demonstrations(usable, verify_config, args.grade_max_s)
     print(report.describe())
@@ -124,17 +123,23 @@ def convert(args: argparse.Namespace, config: DataConfig) -> int:
         raise ValueError(f"--output must be a .jsonl file, got {args.output!r}. Rename it.")
     _check_new(output)
     duplicates = Duplicates()
-    report = _count(duplicates.watch(read_rows(config, require_answer=not args.no_answers)))
+    report = _count(duplicates.watch(_rows(args, config)))
     report.check(config)
     print(report.describe())
     print(duplicates.describe())
-    left_out = {fault.source for fault in _grade(args, config)} if args.grade else set()
+    left_out = {fault.source for fault in _grade(args, _rows(args, config))} if args.grade else set()
     if args.drop_duplicates:
         left_out |= {row.source for row in duplicates.found}
-    rows = read_rows(config, require_answer=not args.no_answers)
-    num = write_rows((row for row in rows if isinstance(row, Row) and row.source not in left_out), output)
+    kept = (row for row in _rows(args, config) if isinstance(row, Row) and row.source not in left_out)
+    num = write_rows(kept, output)
     print(f"wrote           {num} rows to {output}")
     return 0 if num else 1
+
+
+def _rows(args: argparse.Namespace, config: DataConfig) -> Iterator[Row | RowFault]:
+    """Yields the rows to convert."""
+    for row in read_rows(config, require_answer=not (args.no_answers or args.answers_from_responses)):
+        yield with_own_answer(row) if args.answers_from_responses and isinstance(row, Row) else row
 
 
 def _check_new(output: Path) -> None:
@@ -233,14 +238,7 @@ def _build_parser() -> argparse.ArgumentParser:
         if name in ("validate", "convert"):
             _add_grade_flags(command, is_on=name == "validate")
         if name == "convert":
-            command.add_argument(
-                "--output", metavar="FILE", required=True, help="Write the rows to this file (.jsonl)."
-            )
-            command.add_argument(
-                "--drop-duplicates",
-                action="store_true",
-                help="Leave out rows with the problem of an earlier row.",
-            )
+            _add_convert_flags(command)
         if name == "inspect":
             command.add_argument(
                 "--index",
@@ -251,6 +249,22 @@ def _build_parser() -> argparse.ArgumentParser:
             )
         add_flags(command.add_argument_group("data", DataConfig.__doc__), DataConfig)
     return parser
+
+
+def _add_convert_flags(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--output", metavar="FILE", required=True, help="Write the rows to this file (.jsonl)."
+    )
+    command.add_argument(
+        "--answers-from-responses",
+        action="store_true",
+        help="Give rows without answer and tests the final answer of their own response, in a box or after ####.",
+    )
+    command.add_argument(
+        "--drop-duplicates",
+        action="store_true",
+        help="Leave out rows with the problem of an earlier row.",
+    )
 
 
 def _add_token_flags(command: argparse.ArgumentParser) -> None:

@@ -104,4 +104,10 @@ def renamed(config: DataConfig, pairs: Sequence[str]) -> DataConfig:
         if _attribute(new) in changes:
             raise ValueError(f"--rename {pair}: {new} is given twice. Name one field for it.")
         changes[_attribute(new)] = old
+    # answer=response leaves no field for the answer: the two exchange their names, so that no field is read twice
+    by_old = {old: attribute for attribute, old in changes.items()}
+    for attribute in map(_attribute, kinds):
+        name = getattr(config, attribute)
+        if attribute not in changes and name in by_old:
+            changes[attribute] = getattr(config, by_old[name])
     return replace(config, **changes)  # type: ignore[arg-type]

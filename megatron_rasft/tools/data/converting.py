@@ -2,11 +2,31 @@
 
 import json
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from megatron_rasft.data.reading import Row
+from megatron_rasft.data.row_report import RowFault
 from megatron_rasft.files import replacing
+from megatron_rasft.verify.mathematics.answer_extraction import closed_boxes, extract_answer
+
+_ANSWER_MARK = "####"
+"""GSM8K writes the answer after this mark, at the end of the solution."""
+
+
+def with_own_answer(row: Row) -> Row | RowFault:
+    """Returns a row without answer and tests with the final answer of its response: after the mark of GSM8K, or in a box."""
+    if row.answer is not None or row.tests is not None:
+        return row
+    _, mark, answer = row.response.rpartition(_ANSWER_MARK)
+    if not mark:
+        answer = extract_answer(row.response) or "" if closed_boxes(row.response) else ""
+    if not answer.strip():
+        return RowFault(
+            source=row.source, reason=f"the response has no final answer in a box or after {_ANSWER_MARK}"
+        )
+    return replace(row, answer=answer.strip())
 
 
 def as_record(row: Row) -> dict[str, Any]:

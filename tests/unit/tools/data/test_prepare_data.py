@@ -215,6 +215,28 @@ def test_convert_renames_fields_and_leaves_out_rows_that_fail_their_answer(
     assert prepare_data.main(["validate", "--train-data", str(output)]) == 0
 
 
+def test_answers_are_taken_from_responses(
+    write_rows: Callable, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """In GSM8K the field "answer" holds the solution, so problem and response have other names, and no row has an answer."""
+    path = write_rows(
+        {"question": "1+1?", "answer": "1+1=2\n#### 2"},
+        {"question": "1+2?", "answer": "So \\boxed{3}."},
+        {"question": "1+3?", "answer": "So it is 4."},
+    )
+    output = tmp_path / "train.jsonl"
+    command = ["convert", "--train-data", path, "--output", str(output), "--rename", "question=problem"]
+    command += ["answer=response", "--answers-from-responses"]
+    assert prepare_data.main(command) == 1
+    assert f"{path}:3" in capsys.readouterr().err
+    assert prepare_data.main([*command, "--data-bad-rows", "skip"]) == 0
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [(row["response"], row["answer"]) for row in rows] == [
+        ("1+1=2\n#### 2", "2"),
+        ("So \\boxed{3}.", "3"),
+    ]
+
+
 def test_convert_writes_nothing_if_a_row_cannot_be_used(write_rows: Callable, tmp_path: Path) -> None:
     output = tmp_path / "train.jsonl"
     command = ["convert", "--train-data", write_rows(GOOD, "{"), "--output", str(output)]
