@@ -7,12 +7,13 @@ A page keeps its path in the repository as its name, so that the relative links 
 import ast
 import posixpath
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 DOCUMENTS = ("*.md", "docs/*.md", "examples/*/README.md", "megatron_rasft/verify/*/README.md")
 HOME = "README.md"
 _LINK = re.compile(r"(?<=\]\()(?!https?:|#)([^)\s#]+)(#[^)\s]*)?(?=\))")
+_PICTURE = re.compile(r'\b(src|srcset)="([^":]+)"')
 _LANGUAGES = {
     ".py": "python",
     ".sh": "bash",
@@ -68,6 +69,25 @@ def with_site_links(root: Path, uri: str, text: str) -> str:
         return f"{path}.md{anchor}"
 
     return _LINK.sub(replaced, text)
+
+
+def with_site_pictures(root: Path, uri: str, text: str, relative: Callable[[str], str]) -> str:
+    """Changes the addresses of pictures in HTML, which mkdocs leaves as they are.
+
+    Args:
+        relative: path in the repository -> address, relative to the page.
+
+    Raises:
+        BrokenLink: there is no such picture.
+    """
+
+    def replaced(match: re.Match[str]) -> str:
+        place = _place(uri, match[2])
+        if not (root / place).is_file():
+            raise BrokenLink(f"{uri}: no file {match[2]}")
+        return f'{match[1]}="{relative(place)}"'
+
+    return _PICTURE.sub(replaced, text)
 
 
 def _generated(path: str, anchor: str, message: str) -> str:

@@ -8,6 +8,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
+from mkdocs.utils import get_relative_url
 
 # mkdocs loads this file by its path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -29,7 +30,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     texts |= {uri: write() for uri, write in GENERATED.items()}
     sources = {path for uri, text in texts.items() for path in documents.linked_sources(ROOT, uri, text)}
     texts |= {f"{path}.md": documents.source_page(ROOT, path) for path in sorted(sources)}
-    return Files([*theme, *(_page(config, uri, text) for uri, text in texts.items()), *_pictures(config)])
+    return Files([*theme, *(_page(config, uri, text) for uri, text in texts.items()), *_assets(config)])
 
 
 def _page(config: MkDocsConfig, uri: str, text: str) -> File:
@@ -38,14 +39,21 @@ def _page(config: MkDocsConfig, uri: str, text: str) -> File:
     return file
 
 
-def _pictures(config: MkDocsConfig) -> Iterator[File]:
-    for path in sorted((ROOT / "docs" / "pictures").glob("*.svg")):
+def _assets(config: MkDocsConfig) -> Iterator[File]:
+    """The files of docs/ that are not documents: pictures and the style sheet."""
+    for path in [*(ROOT / "docs").glob("*.css"), *(ROOT / "docs" / "pictures").glob("*.svg")]:
         yield File.generated(config, path.relative_to(ROOT).as_posix(), abs_src_path=str(path))
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Directs links to folders and source files to their pages."""
+    """Directs links to folders and source files to their pages, and pictures to their files."""
+    uri = page.file.src_uri
     try:
-        return documents.with_site_links(ROOT, page.file.src_uri, markdown)
+        text = documents.with_site_links(ROOT, uri, markdown)
+        if uri.endswith(".md") and (ROOT / uri).is_file():
+            text = documents.with_site_pictures(
+                ROOT, uri, text, lambda place: get_relative_url(place, page.url)
+            )
+        return text
     except documents.BrokenLink as error:
         raise PluginError(str(error)) from None

@@ -88,6 +88,13 @@ def test_pictures_show_the_weights_of_the_method() -> None:
         )
 
 
+def test_pictures_of_a_page_are_files_of_the_site(site: Path) -> None:
+    for uri in ("index.html", "method/index.html"):
+        page = site / uri
+        found = re.findall(r'(?:src|srcset)="?([^" >]+\.svg)', page.read_text(encoding="utf-8"))
+        assert found and all((page.parent / name).is_file() for name in found), found
+
+
 def test_link_to_a_function_leads_to_its_source(site: Path) -> None:
     text = documents.with_site_links(ROOT, "docs/page.md", "[name](../megatron_rasft/flags.py#flag_name)")
     assert "(../megatron_rasft/flags.py.md#flag_name)" in text
