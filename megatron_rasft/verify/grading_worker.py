@@ -1,9 +1,12 @@
 """The code of a ``VerifierPool`` worker: it limits the process and calls the grader."""
 
+import fcntl
+import multiprocessing
 import os
 import resource
 import signal
 from collections.abc import Callable
+from multiprocessing.connection import wait
 from typing import Any, get_args
 
 from megatron_rasft.types import Check, Verdict
@@ -23,6 +26,7 @@ def prepare(memory_bytes: int, function: OwnFunction | None) -> None:
     # The default actions kill at once. Python's own handlers would run only after C code such as 10**10**10 returns
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    _end_with_the_run()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     # sympy's and ANTLR's parsers print pages of warnings about malformed formulas
     null = os.open(os.devnull, os.O_WRONLY)
@@ -34,6 +38,22 @@ def prepare(memory_bytes: int, function: OwnFunction | None) -> None:
     # Only the soft limit is set: a sandbox started from this worker sets other limits for its own processes
     hard_limit = resource.getrlimit(resource.RLIMIT_AS)[1]
     resource.setrlimit(resource.RLIMIT_AS, (own_bytes + memory_bytes, hard_limit))
+
+
+def _end_with_the_run() -> None:
+    """Makes the kernel end this process when the run ends, however that happens.
+
+    The parent of a worker is the fork server, which waits for its workers and so outlives a killed run. But multiprocessing gives each
+    worker the read end of a pipe, and only the run has the write end. The kernel sends SIGIO when it is closed, which also ends C code.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "a worker is started by multiprocessing"
+    pipe = parent.sentinel
+    signal.signal(signal.SIGIO, signal.SIG_DFL)
+    fcntl.fcntl(pipe, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(pipe, fcntl.F_SETFL, fcntl.fcntl(pipe, fcntl.F_GETFL) | os.O_ASYNC)
+    if wait([pipe], timeout=0):  # the run has ended before
+        os._exit(1)
 
 
 def is_ready() -> bool:

@@ -62,8 +62,8 @@ class VerifierPool:
     """Workers that grade rollouts. Each rollout has its own deadline and memory limit.
 
     Workers are forked from a server process that has loaded the grader but neither torch nor the main script. So they
-    start in milliseconds and hold none of the trainer's memory. They end with the parent, or, if it is killed while
-    they grade, a few seconds after the deadline. Programs do not run in a worker but in a sandbox that it starts.
+    start in milliseconds and hold none of the trainer's memory. They end with the parent, also if it is
+    killed while they grade. Programs do not run in a worker but in a sandbox that it starts.
 
     Use it as a context manager. It may be entered again after it was left.
     """
@@ -78,7 +78,7 @@ class VerifierPool:
             grader: replaces ``grade_answer``. It must be importable in a worker. Programs are always graded by
                 ``grade_program``, and rows by ``verify_function``.
             orphan_grace_s: a worker kills itself this long after its deadline, seconds. Until then its parent should have
-                killed it, unless the parent has been killed.
+                killed it.
 
         Raises:
             ValueError: the file or entry point of ``verify_function`` cannot be read.

@@ -352,8 +352,9 @@ from tests.unit.verify import hostile_graders
 from tests.unit.verify.test_pool import make_rollout
 
 if __name__ == "__main__":
-    config = VerifyConfig(verify_num_workers=1, verify_timeout_s=1.0)
-    pool = VerifierPool(config, hostile_graders.act_out, orphan_grace_s=0.5)
+    # No worker reaches this deadline during the test.
+    config = VerifyConfig(verify_num_workers=1, verify_timeout_s=3600.0)
+    pool = VerifierPool(config, hostile_graders.act_out)
     pool.__enter__()
     rollouts = [make_rollout("pid")]
     pool.verify(rollouts, {"p": "5"})
