@@ -13,6 +13,7 @@ from megatron_rasft.files import write_json, written_to
 from megatron_rasft.ranks import on_rank_zero
 from megatron_rasft.rollout.store import whole_lines
 from megatron_rasft.training.reference import LogprobCache
+from megatron_rasft.weights.export_lock import ExportLock
 from megatron_rasft.weights.exporting import remove_partial_exports
 from megatron_rasft.weights.tracker import has_checkpoint
 
@@ -150,7 +151,9 @@ def reference_cache(args: Any, config: RasftConfig) -> Path | None:
 
 
 def check_outputs(args: Any, config: RasftConfig) -> None:
-    """Checks that every output can be written, before anything is built. Rank 0 checks, but the call is a collective of the world.
+    """Checks that every output can be written, before anything is built, and keeps other runs from exporting to --export-hf.
+
+    Rank 0 checks, but the call is a collective of the world.
 
     Raises:
         ValueError, RasftError: an output cannot be written; the message names the flag. FailedElsewhere on the other ranks.
@@ -169,6 +172,7 @@ def check_outputs(args: Any, config: RasftConfig) -> None:
         # A folder that exists is this run's own export: startup.parse has checked this. Nothing is written there.
         if args.export_hf is not None and not Path(args.export_hf).exists():
             check_writable("--export-hf", Path(args.export_hf), Path(args.export_hf).absolute().parent)
+            ExportLock(Path(args.export_hf))
             for partial in remove_partial_exports(Path(args.export_hf)):
                 print(f"removed {partial}: an export that was interrupted", flush=True)
 

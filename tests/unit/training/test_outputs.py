@@ -1,12 +1,16 @@
 """A run that starts or resumes truncates its files to the lines that belong to it."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from megatron_rasft.config import RunConfig
 from megatron_rasft.errors import CheckpointError
-from megatron_rasft.training.outputs import AppendedFile, cut_files
+from megatron_rasft.training.outputs import AppendedFile, check_outputs, cut_files
+from megatron_rasft.weights import export_lock
+from tests.unit.training.stand_ins import config_of
 
 
 def a_file(path: Path, text: str, *, is_named: bool = False, may_be_shorter: bool = False) -> AppendedFile:
@@ -94,3 +98,17 @@ def test_a_named_file_is_appended_to_without_a_run_folder(tmp_path: Path) -> Non
     for _ in range(2):
         assert cut(file) == []
         assert file.path.read_text() == "1\n2\n"
+
+
+def test_second_run_with_the_same_export_folder_leaves_the_first_ones_files_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export_lock, "_PATIENCE_S", 0.0)
+    args = SimpleNamespace(save=None, export_hf=str(tmp_path / "hf"))
+    config = config_of(run=RunConfig(export_hf=args.export_hf))
+    check_outputs(args, config)
+    partial = tmp_path / ".hf.partial-1a2b"
+    partial.mkdir()
+    with pytest.raises(ValueError, match="--export-hf"):
+        check_outputs(args, config)
+    assert partial.exists()
