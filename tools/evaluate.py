@@ -22,8 +22,9 @@ from typing import Any
 if __name__ == "__main__":  # lets the file run from a checkout that is not installed
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from megatron_rasft.config.config_file import CONFIG_FLAG, naming_lines
 from megatron_rasft.config.data import DataConfig
-from megatron_rasft.config.parser import add_flags
+from megatron_rasft.config.parser import FlagParser, add_flags
 from megatron_rasft.config.saved import CONFIG_FILE, SavedConfig
 from megatron_rasft.data.chat_format import read_chat_format
 from megatron_rasft.data.response_text import response_decoder
@@ -66,20 +67,21 @@ def main(argv: list[str] | None = None, open_engine: OpenEngine | None = None) -
         open_engine: opens the engine; tests pass their own.
     """
     argv = sys.argv[1:] if argv is None else argv
-    parser = build_parser()
     if argv and argv[0].startswith("--") and argv[0] != "--help":
         argv = ["run", *argv]
-    args, rest = parser.parse_known_args(argv)
-    if rest and args.command is not run:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    args.open_engine = open_engine or _open_engine
-    return cli.run(_run_command, args, rest)
+    return cli.run(_run_command, argv, open_engine or _open_engine)
 
 
-def _run_command(args: argparse.Namespace, rest: list[str]) -> int:
+def _run_command(argv: list[str], open_engine: OpenEngine) -> int:
     """Runs the command. If several ranks fail with the same error, one on each node prints it, as in a training run."""
     try:
-        args.command(args, rest)
+        with naming_lines(argv):
+            parser = build_parser()
+            args, rest = parser.parse_known_args(argv)
+            if rest and args.command is not run:
+                parser.error(f"unrecognized arguments: {' '.join(rest)}")
+            args.open_engine = open_engine
+            args.command(args, rest)
     except (ValueError, RasftError, OSError) as error:
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             raise
@@ -334,7 +336,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    commands = parser.add_subparsers(required=True, metavar="run|show|table")
+    commands = parser.add_subparsers(required=True, metavar="run|show|table", parser_class=FlagParser)
     _add_run(commands)
     _add_show(commands)
     _add_table(commands)
@@ -342,8 +344,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_run(commands: Any) -> None:
-    command = commands.add_parser("run", help=run.__doc__, description=run.__doc__, allow_abbrev=False)
+    command = commands.add_parser("run", help=run.__doc__, description=run.__doc__)
     command.set_defaults(command=run)
+    command.add_argument(
+        CONFIG_FLAG,
+        nargs="+",
+        metavar="FILE.toml",
+        help="Files of flags: NAME = VALUE. Later files win, and the command line over all of them.",
+    )
     command.add_argument("--model", metavar="DIR", help="Hugging Face folder of the model.")
     command.add_argument(
         "--checkpoint",

@@ -6,9 +6,11 @@ import re
 import sys
 import textwrap
 from collections.abc import Collection, Iterable
+from itertools import starmap
 from types import NoneType, UnionType
 from typing import Any, NoReturn, Union, get_args, get_origin
 
+from megatron_rasft.config.config_file import CONFIG_FLAG, config_words
 from megatron_rasft.config.suggestions import suggest
 from megatron_rasft.flags import FlagSection, OneOf, Range, flag_name
 
@@ -31,18 +33,43 @@ class _WholeFlags(argparse.HelpFormatter):
 class FlagParser(argparse.ArgumentParser):
     """A parser that reports a mistake as a ValueError of one line, which suggests the most similar flag or choice.
 
-    The parsed namespace has an attribute ``given_flags``: attribute name -> flag as typed, for the flags on the command line.
+    The flags in the files of --config come before those on the command line, if the parser has this flag.
+
+    The parsed namespace has two more attributes. ``given_flags``: attribute name -> flag as typed, for the flags on the command line and
+    in those files. ``given_values``: name of a flag in such a file -> its value there.
     """
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"formatter_class": _WholeFlags, "allow_abbrev": False, **options})
+        self._typed_values: dict[str, list[str]] = {}
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
-        typed = [token.partition("=")[0] for token in (sys.argv[1:] if args is None else args)]
-        names = {option: action.dest for action in self._actions for option in action.option_strings}
-        parsed, rest = super().parse_known_args(args, namespace)
-        parsed.given_flags = {names[token]: token for token in typed if token in names}
+        words = list(sys.argv[1:] if args is None else args)
+        if CONFIG_FLAG in self._option_string_actions:
+            words = [*config_words(words, self._option_string_actions), *words]
+        self._typed_values = {}
+        parsed, rest = super().parse_known_args(words, namespace)
+        typed = [word.partition("=")[0] for word in words]
+        actions = self._option_string_actions
+        parsed.given_flags = {actions[word].dest: word for word in typed if word in actions}
+        parsed.given_values = dict(starmap(self._given_value, parsed.given_flags.items()))
         return parsed, rest
+
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        self._typed_values[action.dest] = list(arg_strings)
+        return super()._get_values(action, arg_strings)  # type: ignore[misc]
+
+    def _given_value(self, dest: str, flag: str) -> tuple[str, Any]:
+        """Name and value of a flag in a file of --config."""
+        action = self._option_string_actions[flag]
+        name = flag.removeprefix("--").replace("-", "_")
+        if isinstance(action, argparse.BooleanOptionalAction):
+            return name.removeprefix("no_"), not flag.startswith("--no-")
+        if action.nargs == 0:
+            return name, True
+        convert = action.type if action.type in (int, float) else str
+        values = [convert(text) for text in self._typed_values[dest]]  # type: ignore[operator]
+        return name, values[0] if action.nargs is None else values
 
     def error(self, message: str) -> NoReturn:
         close = ""

@@ -1,6 +1,6 @@
 """Flags of the run as a whole: the folder of the model, the interval of refreshes, the layout of batches."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from megatron_rasft.flags import FlagSection, NonNegativeFloat, PositiveInt, Range, Share
@@ -9,6 +9,10 @@ from megatron_rasft.flags import FlagSection, NonNegativeFloat, PositiveInt, Ran
 @dataclass(kw_only=True)
 class RunConfig(FlagSection):
     """The model, the interval of refreshes and the layout of batches."""
+
+    config: list[str] = field(default_factory=list)
+    """TOML files of flags: NAME = VALUE, with the names of the flags (examples/recipes). Later files win, and the command line over
+    all of them. --save keeps the flags of a run in such a file, config.toml."""
 
     hf_model: str | None = None
     """Hugging Face folder of the model: config.json sets the architecture flags, the safetensors the weights."""

@@ -1,19 +1,24 @@
-"""The configuration that a run writes beside its checkpoints, and that tools read later."""
+"""The configuration that a run writes beside its checkpoints: config.json, which tools read, and config.toml for --config."""
 
 import argparse
 import ast
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any, Self
 
 from megatron_rasft.config import RasftConfig
-from megatron_rasft.files import write_json, written_to
+from megatron_rasft.config.config_file import CONFIG_FLAG, flags_text
+from megatron_rasft.files import write_json, write_text, written_to
 from megatron_rasft.flags import flag_name
 
 CONFIG_FILE = "config.json"
 """Name of the configuration's file in --save."""
+
+FLAGS_FILE = "config.toml"
+"""Name of the file with a run's flags in --save."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,3 +103,30 @@ def _flags_of(sections: dict[str, Any]) -> Iterator[tuple[str, str]]:
     for fields in sections.values():
         for name, value in fields.items():
             yield name, json.dumps(value).strip('"')
+
+
+def write_flags(save: Path, given: Mapping[str, Any], config: RasftConfig) -> None:
+    """Writes a file for --config, which gives the same run again.
+
+    It has every flag of this package, so that later versions with other defaults give the same run too, and the given ones of Megatron.
+    If an earlier start had other flags, its file is kept as config.1.toml, config.2.toml, ...
+
+    Args:
+        save: the run's --save.
+        given: name of a flag -> value, for the flags on the command line and in the files of --config.
+
+    Raises:
+        RasftError: the file cannot be written.
+    """
+    path = save / FLAGS_FILE
+    ours = config.as_dict()
+    known = {name for section in RasftConfig.sections().values() for name in section.flag_fields()}
+    ours["run"] = {name: value for name, value in ours["run"].items() if flag_name(name) != CONFIG_FLAG}
+    megatron = {name: value for name, value in given.items() if name not in known}
+    text = flags_text(
+        {**ours, "megatron": megatron}, f"The flags of a run: pretrain_rasft.py {CONFIG_FLAG} {path}"
+    )
+    with written_to(path, "--save"):
+        if path.exists() and path.read_text(encoding="utf-8") != text:
+            path.rename(next(p for n in count(1) if not (p := save / f"config.{n}.toml").exists()))
+        write_text(path, text)

@@ -12,44 +12,12 @@ from megatron.training.arguments import add_megatron_arguments, parse_args
 
 from megatron_rasft.config import RasftConfig
 from megatron_rasft.config.command_line import asked_help, print_once
+from megatron_rasft.config.defaults import DEFAULT_SEQ_LENGTH, changed_defaults
 from megatron_rasft.config.help import MEGATRON
 from megatron_rasft.config.parser import FlagParser, add_flags
 from megatron_rasft.config.published import published_preset, wants_preset
-from megatron_rasft.training.refusals import reasons, refuse_unsupported
+from megatron_rasft.config.refusals import reasons, refuse_unsupported
 from megatron_rasft.training.requirements import refuse_unrunnable
-
-CHANGED_DEFAULTS = {
-    "micro_batch_size": 1,
-    "global_batch_size": 256,
-    "lr": 5e-5,
-    "min_lr": 0.0,
-    "lr_decay_style": "cosine",
-    "weight_decay": 0.0,
-    "adam_beta2": 0.95,
-    "attention_dropout": 0.0,
-    "hidden_dropout": 0.0,
-    "calculate_per_token_loss": True,
-    "use_distributed_optimizer": True,
-    "dist_ckpt_optim_fully_reshardable": True,
-    "exit_signal_handler": True,
-    "log_interval": 1,
-    "save_interval": 100,
-    "rerun_mode": "disabled",
-    # Longer than three times --stall-deadline-s: otherwise torch ends a stalled run first, without the name of the rank.
-    "distributed_timeout_minutes": 60,
-    "num_workers": 0,
-    "position_embedding_type": "rope",
-    "tokenizer_type": "NullTokenizer",
-    # Megatron's default, delayed, scales by the maxima of earlier passes, which a run's first passes do not have.
-    "fp8_recipe": "tensorwise",
-}
-"""Defaults of Megatron's own flags that suit supervised fine-tuning."""
-
-NEWER_DEFAULTS = {
-    # Since 0.20 Megatron saves its own tokenizer with a checkpoint. This program never builds that tokenizer.
-    "save_tokenizer_assets": False,
-}
-"""Like CHANGED_DEFAULTS, for flags that only later versions of Megatron-Core have."""
 
 WARMUP_STEPS = 4
 """Warm-up steps if no --lr-warmup-* flag is given. A shorter run gets fewer. ``training/warmup.py`` counts them."""
@@ -87,9 +55,8 @@ def parse_flags() -> argparse.Namespace:
 
 
 def add_arguments(megatron: argparse.ArgumentParser) -> FlagParser:
-    """Returns Megatron's parser with a group of flags for each package, and with ``CHANGED_DEFAULTS``."""
-    known = {action.dest for action in megatron._actions}
-    defaults = CHANGED_DEFAULTS | {name: v for name, v in NEWER_DEFAULTS.items() if name in known}
+    """Returns Megatron's parser with a group of flags for each package, and with this program's defaults."""
+    defaults = changed_defaults(megatron)
     changed = (_as_flag(name, value) for name, value in defaults.items())
     parser = FlagParser(
         parents=[megatron],
@@ -177,7 +144,7 @@ def fill_in(args: argparse.Namespace, architecture: dict[str, Any]) -> None:
         setattr(args, name, value)
     _set_warmup(args)
     if args.seq_length is None:
-        args.seq_length = min(args.max_position_embeddings, 2048)
+        args.seq_length = min(args.max_position_embeddings, DEFAULT_SEQ_LENGTH)
     if args.seq_length > args.max_position_embeddings:
         raise ValueError(
             f"--seq-length {args.seq_length} is longer than the {args.max_position_embeddings} positions the model "

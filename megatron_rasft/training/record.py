@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rasft.config import RasftConfig
-from megatron_rasft.config.saved import SavedConfig
+from megatron_rasft.config.saved import SavedConfig, write_flags
 from megatron_rasft.ranks import on_rank_zero
 from megatron_rasft.training.outputs import cut_files, metrics_file, rollouts_file
 from megatron_rasft.training.progress import Progress, ScalarWriter
@@ -70,7 +70,7 @@ class RunRecord:
         on_rank_zero(write)
 
     def open_files(self, marks: dict[str, Any], checkpoints: Path | None) -> None:
-        """Truncates the files to the lines that belong to this run, and writes config.json. Rank 0 only.
+        """Truncates the files to the lines that belong to this run, and writes config.json and config.toml. Rank 0 only.
 
         Args:
             marks: ``file_marks`` of the checkpoint that the run resumes from; {} without one.
@@ -86,6 +86,7 @@ class RunRecord:
             self._say_changes(checkpoints, now)
         if self._save is not None:
             now.write(self._save)
+            write_flags(self._save, self._args.given_values, self._config)
 
     def _say_changes(self, checkpoints: Path, now: SavedConfig) -> None:
         try:

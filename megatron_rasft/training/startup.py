@@ -17,6 +17,7 @@ from megatron.training.initialize import initialize_megatron
 
 from megatron_rasft.config import RasftConfig
 from megatron_rasft.config.command_line import check_given
+from megatron_rasft.config.config_file import naming_lines
 from megatron_rasft.errors import first_line
 from megatron_rasft.sync.broadcaster import prepare_nccl
 from megatron_rasft.training.arguments import fill_in, parse_flags
@@ -52,6 +53,11 @@ def parse(argv: Sequence[str] | None = None, *, needs_data: bool = True) -> tupl
     """
     if argv is not None:
         sys.argv = [sys.argv[0], *argv]  # Megatron's parse_args can read the flags only from sys.argv
+    with naming_lines(sys.argv[1:]):
+        return _parse(needs_data)
+
+
+def _parse(needs_data: bool) -> tuple[Any, RasftConfig, HfFolder]:
     args = parse_flags()
     config = RasftConfig.from_args(args)
     read_keys(config.rollout)

@@ -63,6 +63,9 @@ def test_help_on_megatron_marks_refused_flags() -> None:
         (["--hf-model", "x", "--help=dedup"], 0, "--verify-dedup-ngram"),
         (["--rollout-num-samples", "0"], 2, "--rollout-num-samples"),
         (["--rollout-num-sample", "4"], 2, "--rollout-num-samples"),
+        (["--skip-train"], 2, "--skip-train"),
+        (["--lr", "1e-5"], 2, "--hf-model"),
+        (["--config", "missing.toml"], 2, "missing.toml"),
     ],
 )
 def test_answers_without_torch(flags: list[str], code: int, printed: str) -> None:
@@ -98,13 +101,11 @@ def test_only_the_first_process_of_a_node_prints(
     assert stop.value.code == 2 and capsys.readouterr().err == ""
 
 
-def test_every_flag_of_megatron_passes(full_parser: FlagParser) -> None:
-    own = {"--help", *OWN_FLAGS, *(flag.replace("--", "--no-", 1) for flag in OWN_FLAGS)}
-    options = {option for action in full_parser._actions for option in action.option_strings}
-    check_flags([option for option in sorted(options - own) if option.startswith("--")])
+def test_flags_of_megatron_pass() -> None:
     check_flags(
         ["--tensor-model-parallel-size=2", "--lr", "-1", "--train-data", "a.jsonl", "b.jsonl", "--bf16"]
     )
+    check_flags(["--attention-backend", "flash", "--no-rope-fusion", "--tokenizer-type", "NullTokenizer"])
 
 
 @pytest.mark.parametrize(
@@ -117,6 +118,13 @@ def test_every_flag_of_megatron_passes(full_parser: FlagParser) -> None:
         (["--max_steps", "3"], "--train-iters"),
         (["--num-rollout-samples=4"], "--rollout-num-samples"),
         (["--tensor-parallel-size", "2"], "--tensor-model-parallel-size"),
+        (["--fp8", "hybrid"], "--fp8-format"),
+        (["--sample-num-rollout", "4"], "--rollout-num-samples"),  # order and number of two words
+        (["--overlap-gradient-reduction"], "--overlap-grad-reduce"),
+        (["--lr", "high"], "--lr: invalid float value"),
+        (["--micro-batch-size", "1.5"], "--micro-batch-size: invalid int value"),
+        (["--skip-train"], "--skip-train is refused"),
+        (["--tokenizer-type", "GPT2BPETokenizer"], "--tokenizer-type is refused"),
     ],
 )
 def test_wrong_flag_is_named_with_the_way_out(flags: list[str], named: str) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from megatron_rasft.config import LossConfig, RasftConfig, RunConfig
-from megatron_rasft.config.saved import CONFIG_FILE, SavedConfig
+from megatron_rasft.config.command_line import check_flags
+from megatron_rasft.config.saved import CONFIG_FILE, FLAGS_FILE, SavedConfig, write_flags
 from megatron_rasft.errors import RasftError
 from megatron_rasft.objective.families import OBJECTIVES
 
@@ -56,3 +57,34 @@ def test_changed_flags_are_named_with_both_values(tmp_path: Path) -> None:
     sft = dataclasses.replace(config, objective=OBJECTIVES["sft"](), loss=LossConfig(objective="sft"))
     now = of_run(sft, {"lr": "--lr"}, lr=5e-5, bf16=False, rank=0)
     assert before.changes(now) == ["--objective rasft -> sft", "--lr 0.0001 -> 5e-05", "--bf16 True -> False"]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--objective rasft --no-objective-dft-factor --lr 1e-5 --bf16 --train-data a.jsonl b.jsonl",
+        "--rasft-weighting published --rollout-top-p 0.9 --hf-model folder --attention-backend flash --no-rope-fusion",
+    ],
+)
+def test_flags_that_were_written_give_the_same_run(tmp_path: Path, flags: str) -> None:
+    before = vars(check_flags([*flags.split(), "--save", str(tmp_path)]))
+    config = RasftConfig.from_args(Namespace(**before))
+    write_flags(tmp_path, before["given_values"], config)
+    now = vars(check_flags(["--config", str(tmp_path / FLAGS_FILE)]))
+    own = {"config", "given_flags", "given_values"}
+    assert {name for name in before if now[name] != before[name]} <= own
+    assert now["given_flags"].keys() >= before["given_flags"].keys()
+    write_flags(tmp_path, now["given_values"], RasftConfig.from_args(Namespace(**now)))
+    assert [path.name for path in tmp_path.iterdir()] == [FLAGS_FILE], "the flags are the same"
+
+
+def test_each_start_with_other_flags_keeps_its_file(tmp_path: Path) -> None:
+    for seed in (1, 1, 2, 3):
+        write_flags(tmp_path, {"seed": seed}, RasftConfig())
+    seeds = {path.name: path.read_text().splitlines()[-1] for path in tmp_path.iterdir()}
+    assert seeds == {"config.1.toml": "seed = 1", "config.2.toml": "seed = 2", FLAGS_FILE: "seed = 3"}
+
+
+def test_flags_that_cannot_be_written_are_named(tmp_path: Path) -> None:
+    with pytest.raises(RasftError, match=r"config\.toml.*--save"):
+        write_flags(tmp_path / "missing", {}, RasftConfig())

@@ -74,6 +74,24 @@ def test_samples_are_kept_for_the_same_file_only(
     assert command(model, output, questions) == 0 and len(world.bodies) == num_drawn + 4
 
 
+def test_flags_in_a_file(
+    model: Path, world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    questions, config = write_questions(tmp_path / "sums.jsonl", "1", "3"), tmp_path / "evaluate.toml"
+    config.write_text(
+        f'prompt_suffix = ""\ntemperature = 0\nnum_samples = 1\nbenchmarks = ["sums={questions}"]\n'
+    )
+    flags = ["--model", str(model), "--output", str(tmp_path / "out"), "--server", "http://a:1"]
+    flags += ["--config", str(config), "--verify-num-workers", "1"]
+    assert evaluate.main(flags) == 0 and len(world.bodies) == 2
+    config.write_text("num_samples = 1\ntemprature = 0\n")
+    assert evaluate.main(flags) == 2
+    assert f"{config}, line 2: " in capsys.readouterr().err
+    config.write_text("num_samples = 'one'\n")
+    assert evaluate.main(["run", *flags]) == 2
+    assert f"{config}, line 1: --num-samples" in capsys.readouterr().err
+
+
 def test_deadline_of_zero_is_refused(
     model: Path, world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -15,7 +15,7 @@ from tests.unit.training.stand_ins import config_of
 
 
 def record_of(save: Path | None, config: RasftConfig | None = None, **changes: Any) -> RunRecord:
-    args = SimpleNamespace(save=None if save is None else str(save), train_iters=8)
+    args = SimpleNamespace(save=None if save is None else str(save), train_iters=8, given_values={})
     return RunRecord(args, config or config_of(), **{"is_rank_zero": True} | changes)
 
 

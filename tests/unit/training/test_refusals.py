@@ -5,7 +5,7 @@ import argparse
 import pytest
 
 from megatron_rasft.config.parser import FlagParser
-from megatron_rasft.training.refusals import REFUSED, REFUSED_GROUPS, reasons, refuse_unsupported
+from megatron_rasft.config.refusals import REFUSED, REFUSED_GROUPS, reasons, refuse_unsupported
 from tests.unit.training.conftest import Parse
 
 

@@ -30,6 +30,7 @@ def args_of(**changes: Any) -> SimpleNamespace:
     """A run of 8 steps without --save."""
     defaults: dict[str, Any] = {
         "train_iters": 8,
+        "given_values": {},
         "save": None,
         "hf_model": "folder",
         "save_interval": None,
