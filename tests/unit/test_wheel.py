@@ -22,7 +22,7 @@ SOURCES = (
 NAMES = ("train", "convert", "evaluate", "plan", "prepare-data", "report", "serve", "check-servers")
 
 PRINT_HELP = """
-import importlib.metadata, io, json, sys
+import importlib.metadata, io, json, runpy, sys
 from contextlib import redirect_stdout
 (found,) = importlib.metadata.distributions(path=[sys.argv[1]], name="megatron-rasft")
 printed = {}
@@ -34,6 +34,12 @@ for script in found.entry_points.select(group="console_scripts"):
         except SystemExit as stop:
             code = stop.code
     printed[script.name] = [code or 0, text.getvalue()]
+try:  # as torchrun -m
+    with redirect_stdout(io.StringIO()):
+        runpy.run_module("megatron_rasft.commands.prepare_data", run_name="__main__")
+except SystemExit as stop:
+    assert not stop.code
+assert not any(place.endswith("/megatron_rasft") for place in sys.path), "its modules would hide others, such as types"
 files = sorted(m.__file__ for n, m in sys.modules.items() if n.startswith("megatron_rasft.commands."))
 print(json.dumps([printed, files]))
 """
