@@ -48,6 +48,11 @@ def linked_sources(root: Path, uri: str, text: str) -> set[str]:
     return {place for place in places if (root / place).is_file() and not place.endswith((".md", ".svg"))}
 
 
+def with_nested_lists(text: str) -> str:
+    """Indents the items of nested lists by four spaces, which Python's Markdown needs, in place of two or three."""
+    return re.sub(r"^ {2,3}(?=- )", "    ", text, flags=re.MULTILINE)
+
+
 def with_site_links(root: Path, uri: str, text: str) -> str:
     """Changes links to folders and source files into links to their pages.
 

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
@@ -50,10 +51,9 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     uri = page.file.src_uri
     try:
         text = documents.with_site_links(ROOT, uri, markdown)
-        if uri.endswith(".md") and (ROOT / uri).is_file():
-            text = documents.with_site_pictures(
-                ROOT, uri, text, lambda place: get_relative_url(place, page.url)
-            )
+        if (ROOT / uri).is_file():  # not a generated page
+            text = documents.with_nested_lists(text)
+            text = documents.with_site_pictures(ROOT, uri, text, partial(get_relative_url, other=page.url))
         return text
     except documents.BrokenLink as error:
         raise PluginError(str(error)) from None

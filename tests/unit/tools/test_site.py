@@ -88,6 +88,11 @@ def test_pictures_show_the_weights_of_the_method() -> None:
         )
 
 
+def test_nested_list_stays_nested() -> None:
+    text = documents.with_nested_lists("1. one\n   - a\n     more of a\n- two\n  - b\n")
+    assert text == "1. one\n    - a\n     more of a\n- two\n    - b\n"
+
+
 def test_pictures_of_a_page_are_files_of_the_site(site: Path) -> None:
     for uri in ("index.html", "method/index.html"):
         page = site / uri
