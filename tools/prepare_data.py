@@ -179,7 +179,8 @@ def decontaminate(args: argparse.Namespace, config: DataConfig) -> int:
         return 1 if found.dropped else 0
     kept = [record for row, record in enumerate(records) if row not in found.dropped]
     with open(args.output, "w", encoding="utf-8", newline="\n") as file:
-        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
+        # dates and decimals of a table become text
+        file.writelines(json.dumps(record, ensure_ascii=False, default=str) + "\n" for record in kept)
     print(f"wrote           {len(kept)} rows to {args.output}")
     return 0
 

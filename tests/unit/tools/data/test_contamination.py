@@ -4,12 +4,15 @@ import gzip
 import json
 import re
 from collections.abc import Callable
+from datetime import date
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
 
 from megatron_rasft.errors import DataError
 from megatron_rasft.tools.data.contamination import find_contamination, words_of
+from tests.unit.data.conftest import save_to_disk
 from tools import prepare_data
 
 LONG = (
@@ -149,6 +152,20 @@ def test_tool_reports_and_writes_the_rows_that_stay(
     assert prepare_data.main([*command, "--output", str(clean)]) == 2
     assert prepare_data.main([*command, "--overlap-share", "1.5"]) == 2
     assert "--overlap-share" in capsys.readouterr().err
+
+
+def test_rows_of_a_saved_data_set_are_written_as_json(write_rows: Callable, tmp_path: Path) -> None:
+    row = {"problem": "1+1?", "response": "2", "answer": Decimal("2.5"), "day": date(2026, 1, 2)}
+    command = ["--decontaminate", write_rows({"id": "b1", "problem": LONG}, name="b.jsonl")]
+    command += [
+        "--train-data",
+        save_to_disk(tmp_path / "set", [row]),
+        "--output",
+        str(tmp_path / "clean.jsonl"),
+    ]
+    assert prepare_data.main(command) == 0
+    (written,) = map(json.loads, (tmp_path / "clean.jsonl").read_text().splitlines())
+    assert written == {**row, "answer": "2.5", "day": "2026-01-02"}
 
 
 def test_names_of_fields_may_have_capitals(write_rows: Callable) -> None:
