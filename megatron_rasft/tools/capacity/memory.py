@@ -6,7 +6,14 @@ from dataclasses import dataclass
 
 from megatron_rasft.config.loss import fused_chunk_tokens
 from megatron_rasft.tools.capacity.config import AssumptionConfig, CapacityConfig
-from megatron_rasft.tools.capacity.layouts import Layout, Model, padded_vocabulary, shards, stage_chunks
+from megatron_rasft.tools.capacity.layouts import (
+    Layout,
+    Model,
+    Recompute,
+    padded_vocabulary,
+    shards,
+    stage_chunks,
+)
 
 GIB = 2**30
 
@@ -98,7 +105,7 @@ def _stage_memory(
         weights=2 * (dense + expert) + (2 * _linear_elements(model, layout) if is_fp8 else 0),
         gradients=_FP32 * (dense + expert),
         optimizer=(_FP32 + _ADAM) * (dense / layout.num_replicas + expert / layout.num_expert_replicas),
-        activations=activation_bytes(model, layout, stage, tokens, num_microbatches),
+        activations=activation_bytes(model, layout, stage, tokens, num_microbatches, is_fp8=is_fp8),
         logits=_logits_bytes(model, layout, config, tokens) if is_last else 0.0,
         reference=_reference_bytes(model, layout, tokens, num_microbatches)
         if is_last and needs.needs_reference_distribution()
@@ -144,64 +151,98 @@ class LayerActivations:
     """Elements that one layer keeps per token for its backward pass. An fp32 element counts as two BF16 elements."""
 
     norms: float
-    """Inputs (the residual stream) and outputs of the two norms."""
+    """Inputs (the residual stream) and outputs of the two norms, but for an output that belongs to the MLP."""
     attention: float
     mlp: float
+    """The MLP. Transformer Engine's first layer of a dense MLP computes the norm before it too, whose output counts here."""
 
     @property
     def total(self) -> float:
         return self.norms + self.attention + self.mlp
 
 
-def layer_activations(model: Model, *, has_te: bool = True, element_bytes: int = 2) -> LayerActivations:
+def layer_activations(
+    model: Model, *, has_te: bool = True, is_fp8: bool = False, element_bytes: int = 2
+) -> LayerActivations:
     """Counts the activations of one layer like Korthikanti et al. 2022 (arXiv 2205.05198, section 4).
 
     Their formula, 34 sbh + 5 as^2b bytes, holds for GPT-3's layer. The layers here differ: grouped keys and values, a gated
     MLP, no dropout, and fused attention, which keeps its output and one normaliser per head instead of the matrix of scores.
+    The tests compare every term with the tensors that the layers' own code saves.
 
     Args:
-        has_te: whether the layers are Transformer Engine's fused layers. Plain layers also keep the normalised input of each norm's
-            scale, the tables of the rotary embedding, and both factors of the gated product.
+        has_te: whether the layers are Transformer Engine's fused layers. Plain layers also keep the unrotated queries, keys and
+            values, the normalised input of each norm's scale, the tables of the rotary embedding, and both factors of the gated product.
+        is_fp8: whether Transformer Engine's linear layers compute in FP8. They then keep their own inputs in one byte. Mixtures of
+            experts are counted as in BF16.
         element_bytes: bytes of one activation.
     """
     s = model.shape
+    norms = (4.0 if has_te else 6.0) * s.hidden_size
+    mlp = _mlp_activations(model, has_te, element_bytes)
+    if has_te and not s.num_experts:
+        norms, mlp = norms - s.hidden_size, mlp + s.hidden_size
+        if is_fp8:
+            norms -= s.hidden_size / 2
+            mlp -= (s.hidden_size + s.ffn_hidden_size) / 2
+    return LayerActivations(
+        norms=norms, attention=_attention_activations(model, has_te, element_bytes), mlp=mlp
+    )
+
+
+def _attention_activations(model: Model, has_te: bool, element_bytes: int) -> float:
+    s = model.shape
     q, kv = s.num_attention_heads * s.head_dim, s.num_query_groups * s.head_dim
-    f = s.ffn_hidden_size * (3 if has_te else 5)
-    if s.num_experts:
-        # tokens sent to the experts, returned by them, and restored in order; the router's probabilities are fp32
-        mlp = model.top_k * (3 * s.hidden_size + f) + s.num_experts * 2 * _FP32 / element_bytes
-    else:
-        mlp = f
-    # projections, rotated queries and keys (values are not rotated), and the output with its normalisers
-    attention = (q + 2 * kv) + (q + kv) + q + s.num_attention_heads * _FP32 / element_bytes
-    if s.has_qk_norm:
-        attention += q if has_te else 2 * q + kv
+    per_head = _FP32 / element_bytes
+    # rotated queries and keys, values, and the output with its normalisers
+    kept = (q + 2 * kv) + q + s.num_attention_heads * per_head
     if not has_te:
-        attention += 4 * s.head_dim
-    return LayerActivations(norms=(4 if has_te else 6) * s.hidden_size, attention=attention, mlp=mlp)
+        kept += q + kv + 4 * s.head_dim
+    if s.has_qk_norm and has_te:
+        kept += q + kv + (s.num_attention_heads + s.num_query_groups) * per_head
+    elif s.has_qk_norm:
+        kept += 2 * q + kv
+    return kept
 
 
-def activation_bytes(model: Model, layout: Layout, stage: int, tokens: float, num_microbatches: int) -> float:
+def _mlp_activations(model: Model, has_te: bool, element_bytes: int) -> float:
+    s = model.shape
+    gated = s.ffn_hidden_size * (3 if has_te else 5)
+    if not s.num_experts:
+        return gated
+    # tokens as the experts receive them; plain layers also keep those that the experts return, and those restored in order
+    received = s.hidden_size * (1 if has_te else 3)
+    return model.top_k * (received + gated) + s.num_experts * 2 * _FP32 / element_bytes
+
+
+def kept_elements(model: Model, layer: LayerActivations, recompute: Recompute) -> float:
+    """Elements per token that a layer keeps for its backward pass with this recomputation."""
+    return {
+        "none": layer.total,
+        "selective": layer.norms + layer.attention,
+        "full": float(model.shape.hidden_size),
+    }[recompute]
+
+
+def activation_bytes(
+    model: Model, layout: Layout, stage: int, tokens: float, num_microbatches: int, *, is_fp8: bool = False
+) -> float:
     """Bytes that a stage keeps between forward and backward passes, plus the temporary memory of one layer's backward pass.
 
     Every layout with tp > 1 uses sequence parallelism, which splits all activations of a layer over the tensor-parallel ranks.
     The 1F1B schedule has pp - stage micro-batches in flight; the interleaved schedule has more, each with the activations of
-    one model chunk (Narayanan et al. 2021, arXiv 2104.04473). FP8 keeps less, which is not counted.
+    one model chunk (Narayanan et al. 2021, arXiv 2104.04473).
     """
-    layer = layer_activations(model)
-    kept = {
-        "none": layer.total,
-        "selective": layer.norms + layer.attention,
-        "full": float(model.shape.hidden_size),
-    }[layout.recompute]
-    working = {"none": 0.0, "selective": layer.mlp, "full": layer.total}[layout.recompute] + layer.mlp
+    layer = layer_activations(model, is_fp8=is_fp8)
+    kept = kept_elements(model, layer, layout.recompute)
+    working = layer.total - kept if layout.recompute != "none" else 0.0
     num_layers = model.shape.num_layers // (layout.pp * layout.chunks)
     if layout.chunks > 1:
         ahead = (layout.pp - stage - 1) * 2 + (layout.chunks - 1) * layout.pp + 1
         under_way = min(num_microbatches * layout.chunks, ahead)
     else:
         under_way = min(num_microbatches, layout.pp - stage)
-    return 2 * tokens / layout.tp * (kept * num_layers * under_way + working)
+    return 2 * tokens / layout.tp * (kept * num_layers * under_way + working + layer.mlp)
 
 
 def logprob_chunk(model: Model, layout: Layout, config: CapacityConfig, tokens: float) -> float:

@@ -1,19 +1,16 @@
 """examples/slurm: each setting parses and fits, and the job script starts the right steps. tests/slurm runs it under Slurm."""
 
-import json
 import os
 import re
 import shutil
 import subprocess
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from megatron_rasft.tools.capacity.choosing import LayoutEstimate, estimate_layouts
-from megatron_rasft.tools.capacity.config import AssumptionConfig, CapacityConfig
+from megatron_rasft.tools.capacity.choosing import LayoutEstimate
 from megatron_rasft.tools.capacity.layouts import Model
 from megatron_rasft.training import cpu_backend
 
@@ -21,15 +18,10 @@ cpu_backend.enable()
 
 from megatron_rasft.training import startup  # noqa: E402
 from megatron_rasft.weights import HfFolder  # noqa: E402
+from tests.slurm_settings import FOLDER, ROOT, SETTINGS, Setting, model_folder  # noqa: E402
 from tools import serve_node  # noqa: E402
 
-ROOT = Path(__file__).resolve().parents[3]
-FOLDER = ROOT / "examples" / "slurm"
-SETTINGS = sorted(FOLDER.glob("settings/*.sh"))
 ARRAYS = sorted((ROOT / "examples" / "benchmark_reproduction" / "slurm").glob("*.sbatch"))
-MODELS: dict[str, dict[str, Any]] = json.loads(
-    Path(__file__).with_name("slurm_models.json").read_text(encoding="utf-8")
-)
 NODES = {
     "qwen2.5-math-1.5b": (1, 0),
     "llama-3.2-3b": (1, 0),
@@ -41,56 +33,6 @@ NODES = {
     "qwen3-30b-a3b": (2, 2),
 }
 """Setting -> nodes that train and nodes that serve."""
-
-
-@dataclass
-class Setting:
-    """The values of a settings file, as bash reads them."""
-
-    path: Path
-    values: dict[str, str] = field(init=False)
-    flags: list[str] = field(init=False)
-
-    def __post_init__(self) -> None:
-        names = "TRAINER_NODES SERVER_NODES NUM_GPUS SERVERS_PER_NODE SERVER_TP ROLLOUT_LAG".split()
-        shown = " ".join(f'"${{{name}}}"' for name in names)
-        program = f'set -eu; source "$0"; printf "%s\\0" {shown} "${{FLAGS[@]}}"'
-        words = subprocess.run(
-            ["bash", "-c", program, str(self.path)], capture_output=True, text=True, check=True
-        ).stdout.split("\0")[:-1]
-        self.values = dict(zip(names, words, strict=False))
-        self.flags = words[len(names) :]
-
-    def number(self, name: str) -> int:
-        return int(self.values[name])
-
-    def config(self) -> CapacityConfig:
-        """The run for capacity planning, with every size that the flags fix."""
-        given: dict[str, Any] = {
-            "num_gpus": self.number("NUM_GPUS")
-            * (self.number("TRAINER_NODES") + self.number("SERVER_NODES")),
-            "rollout_gpus": self.number("NUM_GPUS") * self.number("SERVER_NODES"),
-            "rollout_lag": self.number("ROLLOUT_LAG"),
-            "recompute": self.value("--recompute-granularity", "none"),
-        }
-        sizes = ("seq_length", "global_batch_size", "micro_batch_size", "save_interval")
-        for name in (*sizes, "tensor_model_parallel_size", "pipeline_model_parallel_size"):
-            given[name] = int(self.value(f"--{name.replace('_', '-')}", "1"))
-        for name in ("context_parallel_size", "expert_model_parallel_size"):
-            given[name] = int(self.value(f"--{name.replace('_', '-')}", "1"))
-        given["num_layers_per_virtual_pipeline_stage"] = int(
-            self.value("--num-layers-per-virtual-pipeline-stage", "0")
-        )
-        given["max_new_tokens"] = int(self.value("--rollout-max-new-tokens", ""))
-        return CapacityConfig(**given)
-
-    def value(self, flag: str, default: str) -> str:
-        return self.flags[self.flags.index(flag) + 1] if flag in self.flags else default
-
-
-def model_folder(name: str, folder: Path) -> Path:
-    (folder / "config.json").write_text(json.dumps(MODELS[name]), encoding="utf-8")
-    return folder
 
 
 def test_every_model_has_a_setting_on_its_nodes() -> None:
@@ -111,10 +53,8 @@ def test_setting_is_accepted_and_fits_80_gib(
 ) -> None:
     setting = Setting(path)
     model = Model.read(model_folder(path.stem, tmp_path))
-    config = setting.config()
-    precision = "fp8" if "--fp8-format" in setting.flags else "bf16"
-    estimate = estimate_layouts(model, config, AssumptionConfig(), precision=precision)[0]
-    assert estimate.excess_gib(config) <= 0
+    estimate = setting.estimate(model)
+    assert estimate.excess_gib(setting.config()) <= 0
     assert_parses(setting, model, estimate, monkeypatch)
     if setting.number("SERVER_NODES"):
         per_node, tp = setting.number("SERVERS_PER_NODE"), setting.number("SERVER_TP")
@@ -132,21 +72,21 @@ def assert_parses(
     monkeypatch.setattr(startup.HfFolder, "open", partial(HfFolder.open, with_weights=False))
     monkeypatch.setenv("WORLD_SIZE", str(num_gpus))
     monkeypatch.setattr("sys.argv", ["pretrain_rasft.py"])
-    engine = ["--rollout-engine", "embedded"]
-    if estimate.rollout_gpus:
-        engine = ["--rollout-engine", "sglang", "--rollout-server-file", "servers.txt", "--rollout-lag", "1"]
-    flags = ["--hf-model", model.path, "--train-data", "train.jsonl", *engine, *setting.flags]
-    if "--fp8-format" in flags:
+    flags = setting.command_line(model)
+    if setting.precision == "fp8":
         with pytest.raises(ValueError, match="--fp8-format needs"):
-            startup.parse(flags)
-        at = flags.index("--fp8-format")
-        flags[at : at + 4] = []
+            startup.parse([*flags, *fp8_flags(setting)])
     args, _, _ = startup.parse(flags)
     at_once = estimate.layout
     assert (args.tensor_model_parallel_size, args.pipeline_model_parallel_size) == (at_once.tp, at_once.pp)
     assert (args.context_parallel_size, args.expert_model_parallel_size) == (at_once.cp, at_once.ep)
     assert (args.virtual_pipeline_model_parallel_size or 1) == at_once.chunks
     assert args.data_parallel_size == at_once.dp and args.use_distributed_optimizer
+
+
+def fp8_flags(setting: Setting) -> list[str]:
+    at = setting.flags.index("--fp8-format")
+    return setting.flags[at : at + 4]
 
 
 STAND_INS = {

@@ -1,6 +1,6 @@
 """Compares the formula of activations with the tensors that autograd keeps for the plain layers, on the CPU in fp32.
 
-Transformer Engine's layers keep other copies. Their terms are calculated; measuring them needs a GPU.
+tests/emulated_gpu/test_activations.py compares it with those of Transformer Engine's layers.
 """
 
 import json

@@ -94,7 +94,7 @@ def test_nothing_fits_says_by_how_much_and_what_to_change(llama_70b: Model) -> N
         llama_70b,
         num_gpus=32,
         objective="sft",
-        seq_length=32768,
+        seq_length=40960,
         recompute="selective",
         context_parallel_size=1,
     )
@@ -103,7 +103,7 @@ def test_nothing_fits_says_by_how_much_and_what_to_change(llama_70b: Model) -> N
     assert f"{found[0].excess_gib(config):.1f} too much" in message
     assert "--recompute full" in message and "a shorter --seq-length" in message
     found, _ = estimates(
-        llama_70b, num_gpus=32, objective="sft", seq_length=32768, recompute="full", context_parallel_size=1
+        llama_70b, num_gpus=32, objective="sft", seq_length=40960, recompute="full", context_parallel_size=1
     )
     assert found[0].excess_gib(config) <= 0
 

@@ -40,7 +40,7 @@ def test_1f1b_keeps_a_micro_batch_for_each_stage_ahead(llama_70b: Model) -> None
     def kept(stage: int, num: int, layout: Layout = TP8_PP4) -> float:
         return activation_bytes(llama_70b, layout, stage, 8192, num)
 
-    one_layer = 2 * 8192 / 8 * (4 * 8192 + (8192 + 2048) + 9216 + 8192 + 128 + 3 * 28672)
+    one_layer = 2 * 8192 / 8 * (4 * 8192 + (8192 + 2048) + 8192 + 128 + 3 * 28672)
     assert kept(0, 16) - kept(1, 16) == pytest.approx(20 * one_layer)
     assert kept(0, 1) == kept(3, 16)
     interleaved = replace(TP8_PP4, chunks=2)
@@ -97,6 +97,16 @@ def test_fp8_keeps_two_more_bytes_of_each_linear_weight(llama_70b: Model, assume
 
     layer = 8192 * (8192 + 2 * 1024) + 8192 * 8192 + 3 * 8192 * 28672
     assert weights(True) - weights(False) == 2 * 20 * layer / 8
+
+
+def test_fp8_keeps_inputs_of_linear_layers_in_one_byte(llama_70b: Model) -> None:
+    bf16, fp8 = (
+        activation_bytes(llama_70b, replace(TP8_PP4, pp=1), 0, 8192, 1, is_fp8=is_fp8)
+        for is_fp8 in (False, True)
+    )
+    layers = 80 * (2 * 8192 + 28672) / 2
+    working = (8192 + 28672) / 2
+    assert bf16 - fp8 == pytest.approx(2 * 8192 / 8 * (layers + working))
 
 
 def test_logits_are_kept_in_bf16_up_to_three_gib(llama_70b: Model) -> None:
