@@ -19,6 +19,7 @@ from tools.site_building import documents, reference
 ROOT = Path(__file__).resolve().parents[2]
 GENERATED = {
     "docs/reference/flags.md": reference.flags_page,
+    "docs/reference/tool_flags.md": reference.tool_flags_page,
     "docs/reference/metrics.md": reference.metrics_page,
 }
 """Page -> the function that writes it."""

@@ -1,20 +1,29 @@
-"""Two generated pages: every flag of a run, from ``config/``, and every metric, from ``metrics.py``."""
+"""The generated pages: every flag of a run, from ``config/``, the flags of tools, and every metric, from ``metrics.py``."""
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from html import escape
 from typing import Any
 
 from megatron_rasft import metrics
 from megatron_rasft.config import RasftConfig
 from megatron_rasft.flags import FlagSection, flag_name
+from megatron_rasft.tools.capacity.config import AssumptionConfig, CapacityConfig
+from megatron_rasft.tools.evaluation.config import EvaluationConfig
 
 _FLAGS_START = """\
 # Flags
 
 The flags that this project adds to Megatron's. Their fields are in [config](../../megatron_rasft/config/__init__.py), and
 `pretrain_rasft.py --help=WORD` prints the same texts. Every Megatron flag either works under its own name or is refused with an error
-that names it; `--help=megatron` lists them. A switch has the form `--flag` or `--no-flag`.
+that names it; `--help=megatron` lists them. A switch has the form `--flag` or `--no-flag`. `--config FILE.toml` reads flags from a file,
+in which they have the same names.
+"""
+_TOOL_FLAGS_START = """\
+# Flags of tools
+
+The flags of `tools/plan.py` and `tools/evaluate.py` that are fields of a class, with their ranges. The other flags of these tools, and those of other
+tools, are in the output of `--help`.
 """
 _METRICS_START = """\
 # Metrics
@@ -23,6 +32,13 @@ A name consists of the package that computes the metric, the quantity, and its u
 once, from sum and count over the global batch. `metrics.jsonl` in `--save` has one line for each step, each refresh and each
 measurement of the held-out solve rate. Their names are in [metrics.py](../../megatron_rasft/metrics.py).
 """
+
+TOOL_SECTIONS: dict[str, type[FlagSection]] = {
+    "tools/plan.py: the run": CapacityConfig,
+    "tools/plan.py: assumptions": AssumptionConfig,
+    "tools/evaluate.py": EvaluationConfig,
+}
+"""Title of each group of a tool's flags -> its dataclass."""
 
 FURTHER_METRICS = {
     "objective/weight_mean": "Mean factor of -log p over the response tokens.",
@@ -50,9 +66,18 @@ FURTHER_METRICS = {
 
 def flags_page() -> str:
     """One section for each group of flags, with one table row for each flag."""
-    parts = [_FLAGS_START]
-    for title, section in RasftConfig.sections().items():
-        parts += [f"## {title.capitalize()}", " ".join((section.__doc__ or "").split())]
+    return _page(_FLAGS_START, RasftConfig.sections())
+
+
+def tool_flags_page() -> str:
+    """The same for the tools whose flags are fields."""
+    return _page(_TOOL_FLAGS_START, TOOL_SECTIONS)
+
+
+def _page(start: str, sections: Mapping[str, type[FlagSection]]) -> str:
+    parts = [start]
+    for title, section in sections.items():
+        parts += [f"## {title[:1].upper()}{title[1:]}", " ".join((section.__doc__ or "").split())]
         parts.append(
             "\n".join(["| flag | default | values | meaning |", "| --- | --- | --- | --- |", *_rows(section)])
         )

@@ -4,12 +4,13 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
 from megatron_rasft.config import RasftConfig
-from megatron_rasft.flags import flag_name
+from megatron_rasft.flags import FlagSection, flag_name
 from tools.site_building import documents, pictures, reference
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -32,12 +33,14 @@ def test_every_document_is_a_page_of_the_navigation(site: Path) -> None:
         assert f" {uri}\n" in navigation, f"{uri} is not in the navigation of mkdocs.yml"
 
 
-def test_every_flag_is_on_the_page_of_flags(site: Path) -> None:
-    page = (site / "reference/flags/index.html").read_text(encoding="utf-8")
-    for title, section in RasftConfig.sections().items():
-        assert title.capitalize() in page
+@pytest.mark.parametrize(
+    ("page", "sections"), [("flags", RasftConfig.sections()), ("tool_flags", reference.TOOL_SECTIONS)]
+)
+def test_every_flag_is_on_its_page(site: Path, page: str, sections: Mapping[str, type[FlagSection]]) -> None:
+    text = (site / f"reference/{page}/index.html").read_text(encoding="utf-8")
+    for section in sections.values():
         for name in section.flag_fields():
-            assert f"<code>{flag_name(name)}</code>" in page
+            assert f"<code>{flag_name(name)}</code>" in text
 
 
 def test_every_metric_has_a_meaning(site: Path) -> None:
