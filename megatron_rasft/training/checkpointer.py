@@ -21,6 +21,8 @@ from megatron_rasft.training.checkpoints import (
     architecture_of,
     checkpoint_failure,
     expired,
+    incomplete,
+    is_lost_peer,
     load_explained,
     read_arrays,
     read_state,
@@ -176,6 +178,19 @@ class Checkpointer:
         step, self._saving_step = self._saving_step, None
         self._delete_expired(step)
         return step
+
+    def lost_save(self, error: BaseException | None) -> CheckpointError | None:
+        """Returns the error that ends the run if another rank ended while a checkpoint was being written in the background.
+
+        Args:
+            error: raised anywhere in the run, for example by a collective of the next step; None for none.
+
+        Returns:
+            None if no checkpoint was being written, or if ``error`` has another cause.
+        """
+        if self._saving_step is None or error is None or not is_lost_peer(error):
+            return None
+        return incomplete(f"the checkpoint of step {self._saving_step}", error)
 
     def _delete_expired(self, newest: int) -> None:
         """Deletes the checkpoints that --rasft-keep-checkpoints does not keep, now that ``newest`` is complete."""

@@ -146,6 +146,19 @@ def _earlier(folder: Path) -> str:
     )
 
 
+def incomplete(what: str, error: BaseException) -> CheckpointError:
+    """Returns the error of a save during which another rank ended.
+
+    Args:
+        what: name of the saved object, with which the message begins.
+        error: what a collective raised on this rank.
+    """
+    return CheckpointError(
+        f"{what} is incomplete, because another rank ended during the save ({first_line(error)}). Its log says why. Earlier "
+        "checkpoints are unchanged: start again to resume from the last one."
+    )
+
+
 @contextlib.contextmanager
 def save_explained(what: str, folder: Path) -> Iterator[None]:
     """Raises one CheckpointError in place of any error of a save.
@@ -158,10 +171,7 @@ def save_explained(what: str, folder: Path) -> Iterator[None]:
         yield
     except (OSError, RuntimeError, CheckpointException) as error:
         if is_lost_peer(error):
-            raise CheckpointError(
-                f"{what} is incomplete, because another rank ended during the save ({first_line(error)}). Its log says why. Earlier "
-                "checkpoints are unchanged: start again to resume from the last one."
-            ) from error
+            raise incomplete(what, error) from error
         reason = checkpoint_failure(error).rstrip(".")
         # An error of a background writer holds only the original error's class; torch prints the rest.
         if "<class " in reason:

@@ -100,9 +100,12 @@ class Run:
             traceback.clear_frames(exc[2])
             self._servers.close(is_clean=exc[0] is None)
         self._record.close(is_clean=exc[0] is None)
-        if isinstance(exc[1], BaseException):
+        lost_save = self._checkpoints.lost_save(exc[1])
+        if error := lost_save or exc[1]:
             with suppress(RasftError):  # the disk may be full, which must not hide the run's own error
-                self._record.note_status("failed", self._trainer.iteration or None, reason=first_line(exc[1]))
+                self._record.note_status("failed", self._trainer.iteration or None, reason=first_line(error))
+        if lost_save is not None:
+            raise lost_save from exc[1]
 
     # ---- begin
 

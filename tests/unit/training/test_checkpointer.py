@@ -166,6 +166,19 @@ def test_old_checkpoints_are_deleted_when_the_new_one_is_complete(
     assert not old.exists() and (tmp_path / "iter_0000002").exists()
 
 
+def test_a_rank_that_ends_during_a_background_save_is_named_as_the_cause(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    flags = {"async_save": True, "distributed_timeout_minutes": 1, "optimizer_cpu_offload": False}
+    own, _, _ = saved(monkeypatch, tmp_path, **flags)
+    lost = RuntimeError("[gloo/transport/tcp/pair.cc:538] Connection closed by peer [10.0.0.2]:4711")
+    error = own.lost_save(lost)
+    assert error is not None and "step 2" in str(error) and "another rank" in str(error)
+    assert own.lost_save(RuntimeError("out of memory")) is own.lost_save(None) is None
+    own.finish()
+    assert own.lost_save(lost) is None, "the checkpoint is complete"
+
+
 def test_converted_weights_are_loaded_into_model_and_optimizer(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

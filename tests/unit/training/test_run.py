@@ -96,6 +96,9 @@ class CheckpointsOfNotes:
     def finish(self, *, is_blocking: bool = True) -> None:
         self.was_finished = True
 
+    def lost_save(self, error: BaseException | None) -> CheckpointError | None:
+        return CheckpointError("another rank ended") if "Connection reset" in str(error) else None
+
 
 class RefreshOfNotes:
     """A refresh driver that makes three batches, and its own decisions."""
@@ -412,6 +415,14 @@ def test_an_error_is_written_into_the_status(tmp_path: Path) -> None:
         raise KeyboardInterrupt
     status = RunStatus.read(tmp_path)
     assert status is not None and (status.step, status.reason) == (3, "KeyboardInterrupt")
+
+
+def test_a_rank_that_is_lost_during_a_background_save_is_the_error(tmp_path: Path) -> None:
+    run, _ = run_of(args_of(save=str(tmp_path)), TrainerOfNotes(3))
+    with pytest.raises(CheckpointError, match="another rank ended"), run:
+        raise RuntimeError("Connection reset by peer")
+    status = RunStatus.read(tmp_path)
+    assert status is not None and status.reason == "another rank ended"
 
 
 def test_the_time_of_a_save_is_known_before_the_end_of_the_allocation(tmp_path: Path) -> None:
