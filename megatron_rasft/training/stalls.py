@@ -19,12 +19,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import wraps
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch.distributed as dist
 
 from megatron_rasft.errors import RasftError
+from megatron_rasft.training.stacks import frame_name, stack_of
 from megatron_rasft.training.status import RunStatus
 
 _LONG_PHASES = frozenset({"start", "load", "sync", "save", "export"})
@@ -58,6 +58,7 @@ class Report:
 
     rank: int
     host: str
+    pid: int
     phase: str
     num_reports: int
     num_phases: int
@@ -67,7 +68,8 @@ class Report:
     is_late: bool
     """Whether this is longer than the deadline of the phase."""
     stack: tuple[str, ...] = ()
-    """The main thread's frames, innermost first, as ``file:line function``; empty unless the rank is late."""
+    """The main thread's frames, innermost first, as ``file:line function``; empty unless the rank is late. py-spy has read those of a
+    silent rank, if it is installed on its machine."""
     is_in_collective: bool = False
     """Whether the innermost frame is one of torch.distributed."""
     is_silent: bool = False
@@ -75,12 +77,18 @@ class Report:
 
     def line(self, deadline_s: float) -> str:
         """Describes the rank in one line."""
-        stack = " < ".join(self.stack[:_NUM_FRAMES]) or "not known"
-        if self.is_silent:
-            stack = "not known, because its process does not report any more: it is stopped, holds Python's lock, or its machine is gone"
+        stack = (
+            " < ".join(self.stack[:_NUM_FRAMES])
+            or "not known; py-spy, if installed on its machine, would read it"
+        )
+        silence = (
+            "Its process does not report any more: it is stopped, holds Python's lock, or its machine is gone. "
+            if self.is_silent
+            else ""
+        )
         return (
             f"rank {self.rank} on {self.host} has made no progress for {self.waited_s:.0f} s in phase {self.phase} "
-            f"(--stall-deadline-s {deadline_s:g}). Its Python stack, innermost call first: {stack}"
+            f"(--stall-deadline-s {deadline_s:g}). {silence}Its Python stack, innermost call first: {stack}"
         )
 
 
@@ -114,7 +122,7 @@ class StallWatch:
         store: shared by all ranks.
         rank: this rank.
         world_size: number of ranks.
-        is_reader: whether this rank reads the others' reports. One reader on a node is enough.
+        is_reader: whether this rank reads the others' reports. Two on a node are enough: one of them may hang itself.
         end: called with the line if this rank is the one that prints it, with "" on the others. Ends the process.
         clock: monotonic time, seconds.
     """
@@ -202,6 +210,7 @@ class StallWatch:
         report = Report(
             rank=self._rank,
             host=self._host,
+            pid=os.getpid(),
             phase=self._phase,
             num_reports=self._num_reports,
             num_phases=self._num_phases,
@@ -214,7 +223,7 @@ class StallWatch:
         frame = sys._current_frames().get(self._main_thread)
         frames = [] if frame is None else traceback.extract_stack(frame)[::-1]
         is_in_collective = bool(frames) and f"torch{os.sep}distributed{os.sep}" in frames[0].filename
-        names = tuple(f"{Path(f.filename).name}:{f.lineno} {f.name}" for f in frames[: 2 * _NUM_FRAMES])
+        names = tuple(frame_name(f.filename, f.lineno, f.name) for f in frames[: 2 * _NUM_FRAMES])
         return {"stack": names, "is_in_collective": is_in_collective}
 
     def _read(self) -> None:
@@ -224,7 +233,7 @@ class StallWatch:
         if not all(report.is_late or report.is_silent for report in reports):
             return
         if self._store.compare_set(_STALLED, "", str(self._rank)) == str(self._rank).encode():
-            self._end(blame(reports).line(self.deadline_s))
+            self._end(self._with_stack(blame(reports)).line(self.deadline_s))
         else:
             self._end("")
 
@@ -232,7 +241,14 @@ class StallWatch:
         number, rounds = self._unchanged.get(report.rank, (0, 0))
         rounds = rounds + 1 if number == report.num_reports else 0
         self._unchanged[report.rank] = report.num_reports, rounds
-        return rounds >= _SILENT_ROUNDS
+        # The readers on its machine are first, because they can read its stack.
+        return rounds >= _SILENT_ROUNDS + (report.host != self._host)
+
+    def _with_stack(self, report: Report) -> Report:
+        """Adds the stack of a silent rank, if py-spy can read it from here."""
+        if not report.is_silent or report.host != self._host:
+            return report
+        return replace(report, stack=stack_of(report.pid) or report.stack)
 
     # ---- the thread
 
@@ -281,7 +297,7 @@ def start_watch(args: argparse.Namespace) -> None:
         time.sleep(watch.interval_s + _GRACE_S)
         os._exit(1)
 
-    is_reader, rank = int(os.environ.get("LOCAL_RANK", "0")) == 0, dist.get_rank()
+    is_reader, rank = int(os.environ.get("LOCAL_RANK", "0")) < 2, dist.get_rank()
     watch = StallWatch(
         args.stall_deadline_s, store, rank, dist.get_world_size(), is_reader=is_reader, end=end
     )

@@ -1,5 +1,6 @@
 """A run that stands still ends with one line about the rank for which the others wait."""
 
+import os
 import threading
 from dataclasses import replace
 from datetime import timedelta
@@ -18,6 +19,7 @@ def report(rank: int, **changes: Any) -> Report:
     """A rank that waits in a collective."""
     values: dict[str, Any] = {
         "host": f"node{rank}",
+        "pid": 100 + rank,
         "phase": "step",
         "num_reports": 9,
         "num_phases": 7,
@@ -135,6 +137,25 @@ def test_a_rank_that_does_not_report_is_blamed(silent: int) -> None:
     ranks.pass_time(225, 1 - silent)
     (line,) = ranks.lines()
     assert f"rank {silent} " in line and "does not report" in line
+
+
+def test_a_silent_rank_is_named_with_the_stack_that_py_spy_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def stack_of(pid: int) -> tuple[str, ...]:
+        asked.append(pid)
+        return ("kernels.py:7 holds_the_lock",)
+
+    monkeypatch.setattr(stalls, "stack_of", stack_of)
+    ranks = Ranks(3)
+    for watch in ranks.watches:
+        watch.enter("step")
+    ranks.watches[2]._host = "elsewhere"
+    ranks.pass_time(25)
+    ranks.pass_time(225, 2, 1)
+    (line,) = ranks.lines()
+    assert "rank 0 " in line and "does not report" in line and "kernels.py:7 holds_the_lock" in line
+    assert asked == [os.getpid()]
 
 
 def test_a_late_rank_ends_without_the_store() -> None:
