@@ -13,12 +13,21 @@ def remarks(config: RasftConfig, given: Container[str], num_programs: int) -> li
         given: the fields whose flags are on the command line.
         num_programs: number of problems whose responses are programs.
     """
-    lines = config.objective.remarks()
+    lines = config.objective.remarks() + _function_remarks(config, given)
     if config.objective.name == "rasft" and config.weighting.rasft_weighting == "published":
         lines.append(describe_preset(given))
         if config.samples_rollouts:
             lines += _published_remarks(config, num_programs)
     return lines
+
+
+def _function_remarks(config: RasftConfig, given: Container[str]) -> list[str]:
+    if config.verify.verify_function is None or not config.verifies or "data_prompt_suffix" in given:
+        return []
+    return [
+        "warning: --verify-function grades the responses, but every prompt asks for the answer in \\boxed{}, which is the default of "
+        '--data-prompt-suffix. Give --data-prompt-suffix with your own instruction, or with "".'
+    ]
 
 
 def _published_remarks(config: RasftConfig, num_programs: int) -> list[str]:

@@ -1,5 +1,7 @@
 """The console lines about choices of the method."""
 
+from pathlib import Path
+
 import pytest
 
 from megatron_rasft.config import CurriculumConfig, RasftConfig, VerifyConfig, WeightingConfig
@@ -59,3 +61,14 @@ def test_programs_and_the_published_filters_are_warned_about(config: RasftConfig
 def test_objectives_say_where_their_sources_disagree(objective: Objective, words: str) -> None:
     (line,) = remarks(RasftConfig(objective=objective), (), 0)
     assert words in line
+
+
+def test_the_log_names_a_prompt_that_asks_for_a_box_which_an_own_function_may_not_read(
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "own.py"
+    file.write_text("")
+    config = RasftConfig(verify=VerifyConfig(verify_function=f"{file}:grade"))
+    (line,) = remarks(config, (), 0)
+    assert "--verify-function" in line and "--data-prompt-suffix" in line
+    assert remarks(config, {"data_prompt_suffix"}, 0) == []
