@@ -71,7 +71,7 @@ def validate(args: argparse.Namespace, config: DataConfig) -> int:
         )
     _check_grade_flags(args)
     duplicates = Duplicates()
-    rows = duplicates.watch(read_rows(config, require_answer=not args.no_answers))
+    rows = duplicates.watch(_read(args, config, needs_answers=not args.no_answers))
     if args.tokenizer is None:
         report = _count(rows)
     else:
@@ -85,8 +85,13 @@ def validate(args: argparse.Namespace, config: DataConfig) -> int:
     print(report.describe(num_named=None))
     print(duplicates.describe())
     is_refused = report.overlong and config.data_overlong == "refuse"
-    is_unfit = args.grade and bool(_grade(args, read_rows(config, require_answer=not args.no_answers)))
+    is_unfit = args.grade and bool(_grade(args, _read(args, config, needs_answers=not args.no_answers)))
     return 1 if report.faults or not report.num_demonstrations or is_refused or is_unfit else 0
+
+
+def _read(args: argparse.Namespace, config: DataConfig, *, needs_answers: bool) -> Iterator[Row | RowFault]:
+    by_function = args.verify_function is not None
+    return read_rows(config, require_answer=needs_answers, keep_fields=by_function)
 
 
 def _count(rows: Iterable[Row | RowFault]) -> DataReport:
@@ -102,6 +107,7 @@ def _count(rows: Iterable[Row | RowFault]) -> DataReport:
 def _check_grade_flags(args: argparse.Namespace) -> None:
     if not args.grade_max_s > 0:
         raise ValueError(f"--grade-max-s must be > 0, got {args.grade_max_s:g}. --no-grade grades nothing.")
+    VerifyConfig.from_args(args)  # refuses wrong values before the rows are read
 
 
 def _grade(args: argparse.Namespace, rows: Iterable[Row | RowFault]) -> list[RowFault]:
@@ -138,7 +144,8 @@ def convert(args: argparse.Namespace, config: DataConfig) -> int:
 
 def _rows(args: argparse.Namespace, config: DataConfig) -> Iterator[Row | RowFault]:
     """Yields the rows to convert."""
-    for row in read_rows(config, require_answer=not (args.no_answers or args.answers_from_responses)):
+    needs_answers = not (args.no_answers or args.answers_from_responses)
+    for row in _read(args, config, needs_answers=needs_answers):
         yield with_own_answer(row) if args.answers_from_responses and isinstance(row, Row) else row
 
 

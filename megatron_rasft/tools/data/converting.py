@@ -30,12 +30,12 @@ def with_own_answer(row: Row) -> Row | RowFault:
 
 
 def as_record(row: Row) -> dict[str, Any]:
-    """Returns a row as a JSON object. Only the fields that a run reads are kept."""
+    """Returns a row as a JSON object. Only the fields that a run reads are kept, or all if --verify-function reads them."""
     if len(row.messages) == 1:
         texts: dict[str, Any] = {"problem": row.problem, "response": row.response}
     else:
         texts = {"messages": [*row.messages, {"role": "assistant", "content": row.response}]}
-    return {"id": row.problem_id, **texts, **_check(row)}
+    return {**(row.fields or {}), "id": row.problem_id, **texts, **_check(row)}
 
 
 def _check(row: Row) -> dict[str, Any]:

@@ -256,3 +256,24 @@ def test_validate_lists_rows_with_the_problem_of_an_earlier_row(
     assert f"{path}:2: repeats {path}:1" in printed
     assert f"{path}:3: has the problem of {path}:1, but another answer" in printed
     assert f"{path}:4: has the problem of {path}:1, but another response" in printed
+
+
+def test_own_function_grades_the_rows_which_keep_all_their_fields(
+    write_rows: Callable, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    function, output = tmp_path / "own.py", tmp_path / "clean.jsonl"
+    function.write_text("def grade(row, response): return response == row['wanted']['text']")
+    good = {"problem": "p", "response": "r", "wanted": {"text": "r"}, "answer": ["no", "gold", "answer"]}
+    flags = [
+        "--train-data",
+        write_rows(good, {**good, "response": "s"}),
+        "--verify-function",
+        f"{function}:grade",
+    ]
+    assert prepare_data.main(["validate", *flags]) == 1
+    printed = capsys.readouterr().out
+    assert "1 correct" in printed and "rows.jsonl:2" in printed and "--verify-function" in printed
+    assert prepare_data.main(["convert", *flags, "--grade", "--output", str(output)]) == 0
+    (row,) = map(json.loads, output.read_text().splitlines())
+    assert {name: row[name] for name in good} == good
+    assert prepare_data.main(["validate", *flags[:2], "--verify-function", "absent.py:grade"]) == 2
