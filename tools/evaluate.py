@@ -34,7 +34,12 @@ from megatron_rasft.errors import CheckpointError, DataError, RasftError
 from megatron_rasft.rollout.store import read_rollouts
 from megatron_rasft.servers.keys import read_key
 from megatron_rasft.tools import cli
-from megatron_rasft.tools.evaluation.benchmark_grading import Grader, verify_config
+from megatron_rasft.tools.evaluation.benchmark_grading import (
+    Grader,
+    graded_by,
+    try_function_on,
+    verify_config,
+)
 from megatron_rasft.tools.evaluation.benchmark_sampling import Engine, sample_benchmark
 from megatron_rasft.tools.evaluation.benchmarks import Benchmark, chosen, read_benchmark
 from megatron_rasft.tools.evaluation.config import EvaluationConfig
@@ -50,9 +55,10 @@ from megatron_rasft.weights.folder import HfFolder, checkpoint_fingerprint, weig
 from megatron_rasft.weights.tracker import TRACKER_FILE, has_checkpoint
 
 DRAWN_BY = (
-    "model checkpoint weights dtype temperature top_p max_new_tokens seed prompt_suffix code_prompt_suffix system_prompt chat_template"
+    "model checkpoint weights dtype temperature top_p max_new_tokens seed prompt_suffix code_prompt_suffix system_prompt chat_template "
+    "graded_by"
 ).split()
-"""Names of all settings that influence a sample. All samples in a folder have the same values of these settings."""
+"""Names of all settings that influence a sample or its verdict. All samples in a folder have the same values of these settings."""
 
 OpenEngine = Callable[[argparse.Namespace, Servers | None, list[str]], AbstractContextManager[Engine | None]]
 """A function that opens the engine of an evaluation: (arguments, servers or None to load the weights, Megatron's flags) ->
@@ -103,9 +109,10 @@ def run(args: argparse.Namespace, megatron_flags: list[str]) -> None:
     folder = None if config.data_folder is None else Path(config.data_folder)
     accepts_unknown = config.unknown_data == "accept"
     fields = DataConfig(**{name: getattr(args, name) for name in FIELDS})
+    by_function = config.verify_function is not None
     benchmarks = [
-        read_benchmark(known, path, accepts_unknown, fields)
-        for known, path in chosen(config.benchmarks, folder, fields)
+        read_benchmark(known, path, accepts_unknown, fields, keep_fields=by_function)
+        for known, path in chosen(config.benchmarks, folder, fields, by_function)
     ]
     resume = None
     if args.checkpoint is not None:
@@ -116,7 +123,10 @@ def run(args: argparse.Namespace, megatron_flags: list[str]) -> None:
     with _open_servers(args, config) if args.server else nullcontext() as servers:
         drawn_by = _drawn_by(args, config, servers, resume)
         output.check(drawn_by, benchmarks)
-        if any(benchmark.kind == "code" for benchmark in benchmarks):
+        if by_function:
+            for benchmark in benchmarks:
+                try_function_on(benchmark, config)
+        elif any(benchmark.kind == "code" for benchmark in benchmarks):
             # fails here if the machine does not allow the sandbox
             level = find_sandbox_level(verify_config(config))
             if os.environ.get("RANK", "0") == "0":
@@ -266,7 +276,7 @@ def _drawn_by(
         weights = servers.weights
     else:
         weights = weights_fingerprint(Path(args.model), args.dtype)
-    values = {**vars(args), **asdict(config), "weights": weights}
+    values = {**vars(args), **asdict(config), "weights": weights, "graded_by": graded_by(config)}
     return {name: values[name] for name in DRAWN_BY}
 
 

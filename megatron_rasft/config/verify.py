@@ -46,6 +46,21 @@ def check_function(reference: str) -> None:
         )
 
 
+def check_verify_function(section: Any) -> None:
+    """Checks the flags --verify-function and --verify-correct-reward of a section that has both.
+
+    Raises:
+        ValueError: the function does not exist, or the reward is given without it.
+    """
+    if section.verify_function is not None:
+        check_function(section.verify_function)
+    elif section.verify_correct_reward != 1.0:
+        raise section.refusal(
+            "verify_correct_reward",
+            "has no effect without --verify-function, because other verdicts have no reward. Leave it out.",
+        )
+
+
 @dataclass(kw_only=True)
 class VerifyConfig(FlagSection):
     """Verification of rollouts: grading in killable workers, near-duplicates, text filters.
@@ -199,13 +214,7 @@ class VerifyConfig(FlagSection):
     """Shortest response that --verify-filter-format keeps, characters."""
 
     def check(self) -> None:
-        if self.verify_function is not None:
-            check_function(self.verify_function)
-        elif self.verify_correct_reward != 1.0:
-            raise self.refusal(
-                "verify_correct_reward",
-                "has no effect without --verify-function, because other verdicts have no reward. Leave it out.",
-            )
+        check_verify_function(self)
 
 
 def published_filters() -> dict[str, Any]:

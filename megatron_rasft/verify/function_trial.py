@@ -16,7 +16,7 @@ def try_function(config: VerifyConfig, row: ProblemRow, response: str, source: s
 
     Args:
         row: all fields of a row.
-        response: usually the demonstration of the row.
+        response: usually the solution in the row.
         source: place of the row, for the message.
 
     Raises:
@@ -30,12 +30,12 @@ def try_function(config: VerifyConfig, row: ProblemRow, response: str, source: s
     reason = rollout.verdict_reason
     if rollout.verdict == "timeout":
         raise ValueError(
-            f"--verify-function {config.verify_function} gave no verdict on the demonstration of {source}: {reason}. Make it "
-            f"faster, or raise --verify-timeout-s {config.verify_timeout_s:g}."
+            f"--verify-function {config.verify_function} gave no verdict on the first row ({source}): {reason}. Make it faster, or "
+            f"raise --verify-timeout-s {config.verify_timeout_s:g}."
         )
     if reason.startswith(_FAILURES):
         raise ValueError(
-            f"--verify-function {config.verify_function}, called with the row and the demonstration of {source}: "
-            f"{reason.removeprefix(FAILED)}. Correct the function."
+            f"--verify-function {config.verify_function} failed on the first row ({source}): {reason.removeprefix(FAILED)}. "
+            "Correct the function."
         )
     return f"{rollout.verdict} ({reason})"

@@ -8,6 +8,8 @@ from megatron_rasft.tools.evaluation.benchmark_rows import Problem
 from megatron_rasft.tools.evaluation.benchmarks import Benchmark
 from megatron_rasft.tools.evaluation.config import EvaluationConfig
 from megatron_rasft.types import Rollout
+from megatron_rasft.verify.function_trial import try_function
+from megatron_rasft.verify.own_function import find_function
 from megatron_rasft.verify.pool import VerifierPool
 
 
@@ -19,6 +21,8 @@ def verify_config(config: EvaluationConfig, rel_tolerance: float = 0.0) -> Verif
         rel_tolerance: relative difference up to which two plain numbers are equal.
     """
     return VerifyConfig(
+        verify_function=config.verify_function,
+        verify_correct_reward=config.verify_correct_reward,
         verify_timeout_s=config.verify_timeout_s,
         verify_num_workers=config.verify_num_workers,
         # As in the published harness, an answer counts if it was boxed before the response was truncated
@@ -29,6 +33,22 @@ def verify_config(config: EvaluationConfig, rel_tolerance: float = 0.0) -> Verif
         verify_code_memory_mib=config.code_memory_mib,
         verify_code_output_mib=config.code_output_mib,
     )
+
+
+def graded_by(config: EvaluationConfig) -> str | None:
+    """Identifies the function that grades, by its code, and its threshold; None without --verify-function."""
+    if config.verify_function is None:
+        return None
+    digest = find_function(config.verify_function).digest
+    return f"{config.verify_function} (sha256 {digest}, correct from {config.verify_correct_reward:g})"
+
+
+def try_function_on(benchmark: Benchmark, config: EvaluationConfig) -> None:
+    """Calls --verify-function with the first row and its solution, if it has one, so that a faulty function fails at the start."""
+    row = benchmark.problems[0].fields
+    assert row is not None, "rows are kept for --verify-function"
+    solution = row.get("response") or row.get("solution") or ""
+    try_function(verify_config(config), row, str(solution), str(benchmark.path))
 
 
 class Grader(AbstractContextManager["Grader"]):
@@ -51,5 +71,5 @@ class Grader(AbstractContextManager["Grader"]):
         self._exit.close()
 
     def __call__(self, rollouts: list[Rollout], problems: dict[str, Problem]) -> None:
-        """Sets ``verdict`` and ``verdict_reason`` of every rollout. ``problems`` maps ids to problems."""
+        """Sets ``verdict``, ``verdict_reason`` and ``reward`` of every rollout. ``problems`` maps ids to problems."""
         self._pool.verify(rollouts, {name: problem.check for name, problem in problems.items()})

@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_rasft.data.fields import FieldError, check_text, gold_text
 from megatron_rasft.tools.evaluation.known_sets import Kind
-from megatron_rasft.types import Check, CodeTests, ProgramCase
+from megatron_rasft.types import Check, CodeTests, ProblemRow, ProgramCase
 from megatron_rasft.verify.mathematics.answer_extraction import closed_boxes, extract_answer
 
 TEST_FIELDS = frozenset({"tests", "test", "test_list", "public_test_cases"})
@@ -28,10 +28,14 @@ class Problem:
     """Gold answer, or "" for code."""
     tests: dict[str, Any] = field(default_factory=dict)
     """Code only: tests and entry point, under the field names of the code sets (test, tests, entry_point, ...)."""
+    fields: ProblemRow | None = None
+    """The whole row, if --verify-function grades the samples."""
 
     @property
     def check(self) -> Check:
-        """The gold answer or the tests, in the form that the verifier takes."""
+        """The gold answer, the tests or the row, in the form that the verifier takes."""
+        if self.fields is not None:
+            return self.fields
         if not self.tests:
             return self.answer
         entry_point = self.tests.get("entry_point", "")
@@ -61,13 +65,13 @@ def parse_row(record: dict[str, Any], kind: Kind, default_id: str) -> Problem:
 
     Args:
         record: the row, with field names in any case.
-        kind: whether the set is mathematical or code.
+        kind: whether the set is mathematical, code, or graded by --verify-function.
         default_id: id for a row without an id.
 
     Raises:
         FieldError: a field is missing or cannot be used.
     """
-    parse = _parse_math if kind == "math" else _parse_code
+    parse = {"math": _parse_math, "code": _parse_code, "own": _parse_own}[kind]
     return parse({str(name).lower(): value for name, value in record.items()}, default_id)
 
 
@@ -98,6 +102,10 @@ def _id(record: dict[str, Any], default: str) -> str:
 def _parse_math(record: dict[str, Any], default_id: str) -> Problem:
     text = _text(record, "problem", "question")
     return Problem(problem_id=_id(record, default_id), text=text, answer=_gold(record))
+
+
+def _parse_own(record: dict[str, Any], default_id: str) -> Problem:
+    return Problem(problem_id=_id(record, default_id), text=_text(record, "problem", "question", "prompt"))
 
 
 def _gold(record: dict[str, Any]) -> str:

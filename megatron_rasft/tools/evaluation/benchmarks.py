@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megatron_rasft.config.data import DataConfig
 from megatron_rasft.data.field_names import check_names
-from megatron_rasft.data.fields import FieldError
+from megatron_rasft.data.fields import FieldError, json_fields
 from megatron_rasft.data.records import check_files, field_names, files_of, read_records
 from megatron_rasft.errors import DataError
 from megatron_rasft.tools.evaluation.benchmark_rows import Problem, parse_row
@@ -62,7 +62,11 @@ def find_file(known: KnownSet, folder: Path) -> Path:
 
 
 def read_benchmark(
-    known: KnownSet, path: Path, accept_unknown: bool = False, fields: DataConfig = _DEFAULT_FIELDS
+    known: KnownSet,
+    path: Path,
+    accept_unknown: bool = False,
+    fields: DataConfig = _DEFAULT_FIELDS,
+    keep_fields: bool = False,
 ) -> Benchmark:
     """Reads a set and compares it with the published set.
 
@@ -71,12 +75,13 @@ def read_benchmark(
         path: a file in this project's layout or in the layout of the set's Hugging Face data set.
         accept_unknown: also accept other content and another number of rows; ``is_verified`` is then False.
         fields: names of the fields of the user's own sets.
+        keep_fields: whether each problem keeps its whole row, for --verify-function.
 
     Raises:
         DataError: a row cannot be used, or the content differs from the set's.
     """
-    problems = list(_read_problems(known, path, fields))
-    sha256 = text_checksum(path) if known.name in KNOWN_SETS else fingerprint(problems)
+    problems = list(_read_problems(known, path, fields, keep_fields))
+    sha256 = text_checksum(path) if known.name in KNOWN_SETS else fingerprint(problems, with_fields=True)
     is_verified = sha256 == known.text_sha256 or fingerprint(problems) == known.content_sha256
     if not problems:
         raise DataError(
@@ -96,7 +101,7 @@ def read_benchmark(
     )
 
 
-def _read_problems(known: KnownSet, path: Path, fields: DataConfig) -> Iterator[Problem]:
+def _read_problems(known: KnownSet, path: Path, fields: DataConfig, keep_fields: bool) -> Iterator[Problem]:
     seen: set[str] = set()
     for line, record in read_records(path):
         try:
@@ -110,9 +115,11 @@ def _read_problems(known: KnownSet, path: Path, fields: DataConfig) -> Iterator[
                 if known.name in KNOWN_SETS
                 else parse_own_row(record, known.kind, default_id, fields)
             )
+            problem.fields = json_fields(record) if keep_fields else None
         except FieldError as error:
             if known.name not in KNOWN_SETS:
-                check_names(path, field_names(path), fields, require_answer=True, texts=("problem",))
+                needs_answer = not keep_fields
+                check_names(path, field_names(path), fields, needs_answer, texts=("problem",))
             raise DataError(f"{path}:{line} is not a row of {known.name}: {error}.") from error
         if problem.problem_id in seen:
             raise DataError(
@@ -143,14 +150,24 @@ def text_checksum(path: Path) -> str:
     return digest.hexdigest()
 
 
-def fingerprint(problems: list[Problem]) -> str:
+def fingerprint(problems: list[Problem], with_fields: bool = False) -> str:
     """Returns the sha256 of problems with their answers or tests.
 
     Ignores the order of rows, ids, white space, and thousands separators and leading zeros of integers, so that every
     layout of a set has the same fingerprint.
+
+    Args:
+        problems: the problems.
+        with_fields: whether the rows that --verify-function receives are included, if they are kept.
     """
     lines = sorted(
-        json.dumps([_squeeze(p.text), _whole(p.answer), _squeeze(json.dumps(p.tests, sort_keys=True))])
+        json.dumps(
+            [
+                *(_squeeze(p.text), _whole(p.answer), _squeeze(json.dumps(p.tests, sort_keys=True))),
+                *([p.fields] if with_fields and p.fields is not None else []),
+            ],
+            sort_keys=True,
+        )
         for p in problems
     )
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
@@ -182,7 +199,7 @@ def _split_to_evaluate(clone: Path) -> list[Path]:
 
 
 def chosen(
-    names: list[str], folder: Path | None, fields: DataConfig = _DEFAULT_FIELDS
+    names: list[str], folder: Path | None, fields: DataConfig = _DEFAULT_FIELDS, by_function: bool = False
 ) -> Iterator[tuple[KnownSet, Path]]:
     """Yields set and file of each NAME or NAME=FILE. An unknown name with a file is the user's own set.
 
@@ -190,6 +207,7 @@ def chosen(
         names: the values of --benchmarks.
         folder: --data-folder.
         fields: names of the fields of the user's own sets.
+        by_function: whether --verify-function grades, so that the user's own sets need neither answers nor tests.
 
     Raises:
         ValueError: a name without a file is unknown, or there is no folder to look in.
@@ -205,7 +223,8 @@ def chosen(
         if file:
             (path,) = check_files([file], f"--benchmarks {entry}")
             _, first = next(iter(read_records(path)), (0, None))
-            yield KNOWN_SETS.get(name) or KnownSet(name=name, title=name, kind=kind_of(first, fields)), path
+            kind: Kind = "own" if by_function else kind_of(first, fields)
+            yield KNOWN_SETS.get(name) or KnownSet(name=name, title=name, kind=kind), path
         elif folder is None:
             raise ValueError(
                 f"--benchmarks {name} needs --data-folder DIR, or its file: --benchmarks {name}=FILE"

@@ -164,6 +164,7 @@ def _notes(results: Results) -> list[str]:
     cut = sorted(
         {f"{s.title} {s.num_problems} of {s.num_rows}" for s in every if s.num_problems < s.num_rows}
     )
+    notes += [f"{s.title}: mean reward {s.mean_reward:.4f}." for s in every if s.mean_reward is not None]
     if cut:
         notes.append(f"Only the first problems: {', '.join(cut)}.")
     return notes

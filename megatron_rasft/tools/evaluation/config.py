@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from megatron_rasft.config.verify import SandboxLevel
+from megatron_rasft.config.verify import SandboxLevel, check_verify_function
 from megatron_rasft.flags import (
     FlagSection,
     NonNegativeFloat,
@@ -59,7 +59,7 @@ class EvaluationConfig(FlagSection):
     """k of pass@k and maj@k, at most --num-samples. Unset: the powers of two up to --num-samples."""
 
     prompt_suffix: str = "\nPlease reason step by step, and put your final answer within \\boxed{}."
-    """Appended to each mathematical problem; "" appends nothing."""
+    """Appended to each mathematical problem, and to each problem that --verify-function grades; "" appends nothing."""
 
     code_prompt_suffix: str = "\nWrite the solution in Python."
     """Appended to each problem of a code benchmark of your own, as --data-code-prompt-suffix in training. "" appends nothing."""
@@ -69,6 +69,15 @@ class EvaluationConfig(FlagSection):
 
     chat_template: str | None = None
     """Jinja file of the chat template. Unset: the template of the model; if it has none, plain text and a line break."""
+
+    verify_function: str | None = None
+    """Function that grades every sample in place of the gold answer or the tests, as in training: FILE.py:NAME, or the name of an
+    entry point in the group megatron_rasft.verifiers. The rows of a benchmark of your own then need a problem only."""
+
+    verify_correct_reward: Annotated[
+        float, Range(above=0, at_most=1, advice="With 1 only a full reward is correct.")
+    ] = 1.0
+    """Smallest reward of --verify-function that counts as correct in the tables. The mean reward is listed beside them."""
 
     verify_timeout_s: PositiveFloat = 10.0
     """Deadline for grading one sample, seconds."""
@@ -97,6 +106,7 @@ class EvaluationConfig(FlagSection):
     unverified."""
 
     def check(self) -> None:
+        check_verify_function(self)
         if self.temperature == 0 and self.num_samples > 1:
             raise self.refusal(
                 "num_samples",

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["math", "code"]
+Kind = Literal["math", "code", "own"]
+"""``own``: a set without answers or tests, which --verify-function grades."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,7 +39,7 @@ def parse_own_row(record: dict[str, Any], kind: Kind, default_id: str, config: D
     """
     record = _with_question(_with_default_names(record, config), config)
     tests = record.get("tests")
-    if kind == "math" or is_blank(tests) or (isinstance(tests, list) and isinstance(tests[0], dict)):
+    if kind != "code" or is_blank(tests) or (isinstance(tests, list) and isinstance(tests[0], dict)):
         return parse_row(record, kind, default_id)
     checks = parse_tests(record, "tests")
     assert checks is not None, "the tests are not blank"

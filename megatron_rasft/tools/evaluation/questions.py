@@ -15,10 +15,10 @@ def ask(benchmark: Benchmark, prompt_suffix: str, code_prompt_suffix: str) -> Ca
 
     Args:
         benchmark: the set.
-        prompt_suffix: appended to mathematical problems.
+        prompt_suffix: appended to mathematical problems, and to those that --verify-function grades.
         code_prompt_suffix: appended to the problems of the user's own code sets, which are asked as in training.
     """
-    if benchmark.kind == "math":
+    if benchmark.kind != "code":
         return lambda problem: problem.text + prompt_suffix
     if benchmark.name not in KNOWN_SETS:
         return lambda problem: (

@@ -47,7 +47,7 @@ class Summary:
     """k -> maj@k. Empty for code, because programs cannot be counted as equal answers."""
     truncated_frac: float = 0.0
     no_answer_frac: float = 0.0
-    """Samples in which ``extract_answer``, or ``holds_program`` for code, finds nothing."""
+    """Samples in which ``extract_answer``, or ``holds_program`` for code, finds nothing; 0 for a set of kind ``own``."""
     no_box_frac: float = 0.0
     """Samples whose reply has no closed box. Their answer, if any, was taken from the text."""
     unverifiable_frac: float = 0.0
@@ -55,6 +55,8 @@ class Summary:
     mean_tokens: float = 0.0
     median_tokens: float = 0.0
     p95_tokens: float = 0.0
+    mean_reward: float | None = None
+    """Mean reward of the samples with one; None without --verify-function."""
     mean_tokens_correct: float | None = None
     """Mean length of correct samples; None if there are none."""
     problem_ids: list[str] = field(default_factory=list)
@@ -92,7 +94,8 @@ def summarise(
     lengths = np.array([len(r.response_ids) for r in rollouts])
     is_math = benchmark.kind == "math"
     texts = [end_of_response(r.text, VerifyConfig().verify_max_response_chars) for r in rollouts]
-    answers = [extract_answer(text) if is_math else ("" if holds_program(text) else None) for text in texts]
+    answers = [_answer(benchmark.kind, text) for text in texts]
+    rewards = [r.reward for r in rollouts if r.reward is not None]
 
     def share(flags: Sequence[bool]) -> float:
         return sum(flags) / len(rollouts)
@@ -121,10 +124,18 @@ def summarise(
         mean_tokens=float(lengths.mean()),
         median_tokens=float(np.median(lengths)),
         p95_tokens=float(np.quantile(lengths, 0.95)),
+        mean_reward=float(np.mean(rewards)) if rewards else None,
         mean_tokens_correct=float(lengths[correct.ravel()].mean()) if correct.any() else None,
         problem_ids=[p.problem_id for p in benchmark.problems],
         scores=scores.tolist(),
     )
+
+
+def _answer(kind: Kind, text: str) -> str | None:
+    """Returns the answer of a mathematical response, "" for another response that holds one, and None for one without."""
+    if kind == "math":
+        return extract_answer(text)
+    return "" if kind == "own" or holds_program(text) else None
 
 
 def _majorities(

@@ -198,3 +198,32 @@ class FixedEngine:
     def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[list[Response]]:
         response = Response(token_ids=[7, 8, 9], logprobs=[-1.0] * 3, finish_reason="stop")
         return [[response] * len(request.seeds) for request in requests]
+
+
+def test_own_function_grades_samples_that_are_kept_for_the_same_code_only(
+    model: Path, world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output, questions, function = tmp_path / "out", tmp_path / "own.jsonl", tmp_path / "own.py"
+    questions.write_text(json.dumps({"problem": "1+1=", "reward": 0.4}))
+    function.write_text("def grade(row, response): return row['reward'], f'saw {len(response)}'")
+    flags = ["--verify-function", f"{function}:grade", "--verify-correct-reward", "0.4"]
+    assert command(model, output, questions, *flags) == 0
+    summary = json.loads((output / "summary.json").read_text())["benchmarks"][0]
+    assert (summary["kind"], summary["accuracy"], summary["mean_reward"]) == ("own", 1.0, 0.4)
+    assert summary["majority_at"] == {} and summary["no_answer_frac"] == 0
+    assert "mean reward 0.4" in (output / "results.md").read_text()
+    stored = [json.loads(line) for line in (output / "samples" / "sums.jsonl").read_text().splitlines()]
+    assert [row["reward"] for row in stored] == [0.4, 0.4]
+
+    num_drawn = len(world.bodies)
+    for wrong in (["--verify-correct-reward", "0.5"], []):
+        capsys.readouterr()
+        if not wrong:
+            function.write_text("def grade(row, response): return True")
+        assert command(model, output, questions, *flags, *wrong) == 2
+        said = capsys.readouterr().err
+        assert "graded_by" in said and "own.py:grade" in said and "--output" in said
+    function.write_text("def grade(row, response): return row['absent']")
+    assert command(model, tmp_path / "other", questions, *flags) == 2
+    assert "KeyError" in capsys.readouterr().err
+    assert len(world.bodies) == num_drawn, "nothing is sampled for a function that fails"
