@@ -25,6 +25,7 @@ if __name__ != "__mp_main__":
     cpu_backend.use_cpu_fused_adam()
 
     import torch.distributed as dist
+    from torch.distributed.elastic.multiprocessing.errors import record
 
     from megatron_rasft.training import stalls, startup
     from megatron_rasft.training.assembly import build_run
@@ -76,8 +77,8 @@ def main() -> None:
 if __name__ == "__main__":
     code = 0
     try:
-        main()
-    except (ValueError, RasftError, FailedElsewhere) as error:
+        record(main)()  # gives torchrun the traceback of an error that is not expected here
+    except (ValueError, RasftError, FailedElsewhere, KeyboardInterrupt) as error:
         code = report_failure(error)
     finally:
         stalls.end_watch()

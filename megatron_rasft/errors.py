@@ -1,6 +1,9 @@
 """Errors of files, models and servers. A wrong flag or value raises ValueError instead."""
 
+import json
 import os
+import time
+from pathlib import Path
 
 
 class RasftError(Exception):
@@ -64,6 +67,19 @@ class ServerUnreachableError(ServerError):
 
 class FailedElsewhere(Exception):
     """Raised on all other ranks when a rank fails. The failing rank raises its own error."""
+
+
+def tell_launcher(message: str) -> None:
+    """Gives torchrun the message that its last lines show for this process. Does nothing without torchrun.
+
+    The format is that of torch.distributed.elastic, whose own function would import torch and add a traceback.
+    """
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        extra = {"timestamp": str(int(time.time()))}
+        Path(path).write_text(
+            json.dumps({"message": {"message": message, "extraInfo": extra}}), encoding="utf-8"
+        )
 
 
 def is_first_of_node() -> bool:

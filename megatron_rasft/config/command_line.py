@@ -13,7 +13,7 @@ from megatron_rasft.config.megatron_flags import add_megatron_flags
 from megatron_rasft.config.parser import FlagParser, add_flags
 from megatron_rasft.config.published import published_preset, wants_preset
 from megatron_rasft.config.refusals import refuse_unsupported
-from megatron_rasft.errors import is_first_of_node
+from megatron_rasft.errors import is_first_of_node, tell_launcher
 
 
 def answer_early(argv: Sequence[str]) -> None:
@@ -31,6 +31,7 @@ def answer_early(argv: Sequence[str]) -> None:
                 check_given(check_flags(argv), needs_data=True)
         except ValueError as error:
             text, code = f"error: {error}", 2
+            tell_launcher(text)
     if text:
         print_once(text, sys.stderr if code else sys.stdout)
         sys.exit(code)

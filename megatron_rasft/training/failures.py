@@ -6,7 +6,10 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from megatron_rasft.errors import FailedElsewhere, is_first_of_node
+from megatron_rasft.errors import FailedElsewhere, is_first_of_node, tell_launcher
+
+_INTERRUPTED = 130
+"""Exit code after Ctrl-C, as of shells: 128 and the number of SIGINT."""
 
 _GRACE = timedelta(seconds=5)
 """How long the other ranks of a node wait for its first rank to print the same error."""
@@ -16,12 +19,16 @@ def report_failure(error: BaseException) -> int:
     """Prints the error that ends this process on stderr, unless another rank prints it.
 
     Returns:
-        The exit code: 2 for a ValueError (a flag or an input is wrong), 1 for any other error.
+        The exit code: 2 for a ValueError (a flag or an input is wrong), 130 for Ctrl-C, 1 for any other error.
     """
-    if not isinstance(error, FailedElsewhere) and prints_for_node(str(error)):
+    message = "interrupted by Ctrl-C" if isinstance(error, KeyboardInterrupt) else str(error)
+    tell_launcher(f"error: {message}")
+    if not isinstance(error, FailedElsewhere) and prints_for_node(message):
         # The rank's number shows which node's files and log to look at. Rank 0 needs no number: users look there first.
         rank = int(os.environ.get("RANK", "0"))
-        print("error: " + (f"rank {rank}: " if rank else "") + str(error), file=sys.stderr, flush=True)
+        print("error: " + (f"rank {rank}: " if rank else "") + message, file=sys.stderr, flush=True)
+    if isinstance(error, KeyboardInterrupt):
+        return _INTERRUPTED
     return 2 if isinstance(error, ValueError) else 1
 
 

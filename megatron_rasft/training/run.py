@@ -5,7 +5,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from typing import Any
 
 from megatron_rasft import metrics
@@ -69,6 +69,7 @@ class Run:
         self._servers = servers
         self._initial_weights = initial_weights
         self._introduction = introduction
+        self._open = ExitStack()
         self.queue = BatchQueue()
         """Batches that are not trained yet, including the prepared batch."""
         self._prepared: PreparedBatch | None = None
@@ -85,6 +86,7 @@ class Run:
         """The longest save of this start, seconds."""
 
     def __enter__(self) -> "Run":
+        self._open.enter_context(self._trainer.stop.catching_interrupt())
         on_rank_zero(self._start_verifier)
         return self
 
@@ -93,6 +95,7 @@ class Run:
             self._verifier.__enter__()
 
     def __exit__(self, *exc: Any) -> None:
+        self._open.close()
         if self._verifier is not None:
             self._verifier.__exit__(*exc)
         if self._servers is not None:

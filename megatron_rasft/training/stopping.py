@@ -3,15 +3,18 @@
 All ranks must stop at the same point, so the run checks at fixed points, where the ranks agree by a collective.
 """
 
+import contextlib
 import os
+import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from megatron_rasft.errors import is_first_of_node
 from megatron_rasft.ranks import gather_to_all, on_rank_zero
 from megatron_rasft.training import stalls
 
@@ -24,6 +27,12 @@ _UNKNOWN_SAVE_S = 300.0
 _LARGEST_SHARE = 0.25
 """The largest share of the allocation that is left for a save, and for the longest step. A longer measured time is not their own: it
 comes from a disk that hung, or from a job that was suspended. It would end the run, or every later start, far too early."""
+
+
+_ENDINGS = (signal.SIGINT, signal.SIGTERM)
+"""The signals of a second Ctrl-C. torchrun passes its first Ctrl-C on as SIGINT and its second one as SIGTERM."""
+
+_ON_INTERRUPT = b"Ctrl-C: the run stops as soon as it can, and saves. A second Ctrl-C ends it at once.\n"
 
 
 class Stopped(Exception):
@@ -103,7 +112,7 @@ class Allocation:
 
 
 class StopRequest:
-    """Checks for --exit-signal (SIGTERM), --exit-duration-in-mins and the end of the Slurm allocation.
+    """Checks for --exit-signal (SIGTERM), Ctrl-C, --exit-duration-in-mins and the end of the Slurm allocation.
 
     Args:
         has_signal: called without arguments; returns whether this process has received the signal.
@@ -126,9 +135,34 @@ class StopRequest:
         self._began = began
         self._device = device
         self.allocation = allocation
+        self._is_interrupted = False
+
+    @contextlib.contextmanager
+    def catching_interrupt(self) -> Iterator[None]:
+        """Makes the first Ctrl-C a request to stop, as the signal is, and lets the second one end the process at once."""
+        before = {number: signal.getsignal(number) for number in _ENDINGS}
+        if before[signal.SIGINT] == signal.SIG_IGN:
+            yield  # a background job of a shell, which the terminal's Ctrl-C must not reach
+            return
+        signal.signal(signal.SIGINT, lambda number, frame: self._note_interrupt())
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _note_interrupt(self) -> None:
+        self._is_interrupted = True
+        # The system's own action needs no Python, so it also ends a process that waits for the others in a collective.
+        for number in _ENDINGS:
+            signal.signal(number, signal.SIG_DFL)
+        if is_first_of_node():
+            os.write(2, _ON_INTERRUPT)  # not print, which may be in the middle of another line
 
     def _reason_here(self) -> str:
         stalls.tick()
+        if self._is_interrupted:
+            return "Ctrl-C"
         if self._has_signal():
             return "a signal"
         if self._duration_min and time.time() - self._began > 60 * self._duration_min:

@@ -93,12 +93,14 @@ def test_help_finds_whole_words_in_texts() -> None:
 
 
 def test_only_the_first_process_of_a_node_prints(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
     with pytest.raises(SystemExit) as stop:
         answer_early(["--no-such-flag"])
     assert stop.value.code == 2 and capsys.readouterr().err == ""
+    assert "--no-such-flag" in (tmp_path / "error.json").read_text(), "for torchrun's last lines"
 
 
 def test_flags_of_megatron_pass() -> None:

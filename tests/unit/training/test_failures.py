@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from megatron_rasft.errors import CheckpointError, FailedElsewhere
 from megatron_rasft.training.failures import prints_for_node, report_failure
@@ -18,13 +19,25 @@ from tests.forking import call_on_ranks
         (ValueError("--lr is wrong"), 2, "error: --lr is wrong\n"),
         (CheckpointError("it is damaged"), 1, "error: it is damaged\n"),
         (FailedElsewhere("rank 0 printed it"), 1, ""),
+        (KeyboardInterrupt(), 130, "error: interrupted by Ctrl-C\n"),
     ],
 )
 def test_the_exit_code_tells_a_wrong_flag_from_other_failures(
-    error: Exception, code: int, printed: str, capsys: pytest.CaptureFixture[str]
+    error: BaseException, code: int, printed: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert report_failure(error) == code
     assert capsys.readouterr().err == printed
+
+
+@pytest.mark.parametrize("error", [ValueError("--lr is wrong"), FailedElsewhere("--lr is wrong")])
+def test_torchruns_last_lines_show_the_error(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+    code = report_failure(error)
+    failure = ProcessFailure(local_rank=0, pid=1, exitcode=code, error_file=str(file))
+    assert "error: --lr is wrong" in str(ChildFailedError("pretrain_rasft.py", {0: failure}))
 
 
 def test_a_rank_other_than_0_gives_its_number(

@@ -1,5 +1,7 @@
 """A signal or the end of the given time stops a run at its next check."""
 
+import os
+import signal
 import time
 
 import pytest
@@ -71,6 +73,31 @@ def test_the_default_covers_a_save_the_longest_step_and_a_margin() -> None:
 def test_a_short_allocation_is_used_for_the_most_part() -> None:
     allocation = Allocation.of_slurm(None, None, slurm(1060, 1000), now=1000.0)
     assert allocation is not None and allocation.needed_s() == 6 + 6
+
+
+def test_the_first_ctrl_c_asks_to_stop_and_the_second_ends_the_process() -> None:
+    request, before = StopRequest(lambda: False), signal.getsignal(signal.SIGINT)
+    with request.catching_interrupt():
+        assert not request.is_asked()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert request.reason() == "Ctrl-C"
+        for second in (signal.SIGINT, signal.SIGTERM):  # SIGTERM if torchrun gets the second Ctrl-C
+            child = os.fork()
+            if not child:
+                os.kill(os.getpid(), second)
+                os._exit(0)
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -second
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_ctrl_c_that_the_process_ignores_stays_ignored() -> None:
+    request, before = StopRequest(lambda: False), signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with request.catching_interrupt():
+            os.kill(os.getpid(), signal.SIGINT)
+        assert not request.is_asked()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_the_end_of_the_allocation_asks_to_stop() -> None:
