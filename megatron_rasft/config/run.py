@@ -57,6 +57,10 @@ class RunConfig(FlagSection):
     """Share of a refresh's rollouts above which a warning follows the refresh: rollouts that were cut by length, filtered, or
     unverifiable. 1: no warning."""
 
+    rasft_live_s: NonNegativeFloat = 30.0
+    """Longest time between two lines about scoring, sampling, verification or a weight sync that goes on, seconds. On a terminal a
+    single line is kept up to date instead. 0: no such lines."""
+
     rasft_ref_cache: str | None = None
     """SQLite file of reference log-probabilities, which later runs reuse. Unset: ref_logprobs.sqlite in --save."""
 

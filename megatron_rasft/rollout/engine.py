@@ -9,7 +9,7 @@ from contextlib import suppress
 import httpx
 
 from megatron_rasft.rollout.fleet import Fleet
-from megatron_rasft.rollout.sampling import Answers, sample
+from megatron_rasft.rollout.sampling import Answers, SamplingReport, sample
 from megatron_rasft.types import Request, SamplingParams
 
 
@@ -30,6 +30,8 @@ class SglangEngine:
         self._transport = transport
         self._future: Future[Answers] | None = None
         self._cancel = threading.Event()
+        self.report = SamplingReport()
+        """The results of the last ``start`` so far."""
 
     def __enter__(self) -> "SglangEngine":
         return self
@@ -48,6 +50,7 @@ class SglangEngine:
         self._cancel.clear()
         future: Future[Answers] = Future()
         self._future = future
+        self.report = SamplingReport(num_samples=sum(len(request.seeds) for request in requests))
 
         def work() -> None:
             try:
@@ -82,7 +85,8 @@ class SglangEngine:
     async def _cancellable(
         self, requests: Sequence[Request], params: SamplingParams, weight_version: int
     ) -> Answers:
-        task = asyncio.create_task(sample(self.fleet, requests, params, weight_version, self._transport))
+        sampling = sample(self.fleet, requests, params, weight_version, self._transport, self.report)
+        task = asyncio.create_task(sampling)
         while not task.done():
             await asyncio.wait([task], timeout=0.2)
             if self._cancel.is_set():

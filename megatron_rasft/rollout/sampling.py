@@ -151,6 +151,7 @@ async def sample(
     params: SamplingParams,
     weight_version: int,
     transport: httpx.AsyncBaseTransport | None = None,
+    report: SamplingReport | None = None,
 ) -> Answers:
     """Samples every seed of every request from the servers that have weights of this version.
 
@@ -158,10 +159,14 @@ async def sample(
     up after --rollout-attempts failed requests. An aborted sample continues as long as it gains tokens. Cancelling this coroutine
     closes every connection, which makes the servers drop the requests.
 
+    Args:
+        report: counts the results while they come in; None for a new report.
+
     Raises:
         RolloutError: a prompt has token ids outside the servers' vocabulary, which would end some servers.
     """
-    return await _Sampling(fleet, requests, params, weight_version, transport).run()
+    report = SamplingReport() if report is None else report
+    return await _Sampling(fleet, requests, params, weight_version, transport, report).run()
 
 
 class _Sampling:
@@ -174,6 +179,7 @@ class _Sampling:
         params: SamplingParams,
         weight_version: int,
         transport: httpx.AsyncBaseTransport | None,
+        report: SamplingReport,
     ) -> None:
         self._fleet = fleet
         self._config = fleet.config
@@ -188,7 +194,8 @@ class _Sampling:
             for index, seed in enumerate(request.seeds):
                 self._waiting.append(_Job(number, index, request.prompt_ids, seed))
         self._results: list[list[Response | None]] = [[None] * len(r.seeds) for r in requests]
-        self._report = SamplingReport(weight_version=weight_version, num_samples=len(self._waiting))
+        self._report = report
+        report.weight_version, report.num_samples = weight_version, len(self._waiting)
         self._running: dict[asyncio.Task[Part], _Attempt] = {}
         self._max_running = self._max_connections()
         self._ended: asyncio.Queue[asyncio.Task[Part] | None] = asyncio.Queue()

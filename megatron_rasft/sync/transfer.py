@@ -64,6 +64,7 @@ class StageTransfer:
         self._stream: StageStream | None = None
         self._group: UpdateGroup | None = None
         self._group_name = ""
+        self._outcome = Outcome()
 
     def memory_plan(self) -> MemoryPlan:
         """Returns the buckets of a sync to servers that serve the trainer's own model, and the memory that they take."""
@@ -73,6 +74,18 @@ class StageTransfer:
     def num_kept_bytes(self) -> int:
         """Size in bytes of the bucket memory that is kept between syncs."""
         return 0 if self._stream is None else self._stream.num_kept_bytes
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that this rank sends in a sync; 0 if another rank sends them."""
+        if self._stream is None or not self.is_sender:
+            return 0
+        return sum(bucket.num_bytes for bucket in self._stream.memory.buckets)
+
+    @property
+    def num_sent_bytes(self) -> int:
+        """Bytes that this rank has sent in the present sync, or in the last one."""
+        return self._outcome.num_bytes
 
     def address_problem(self) -> str:
         """Returns why servers cannot reach this rank at --sync-address; empty if they can, or need not connect to it."""
@@ -95,7 +108,7 @@ class StageTransfer:
         Returns:
             The outcome on the sender; an empty outcome on the other ranks.
         """
-        outcome = Outcome()
+        outcome = self._outcome = Outcome()
         stream = self._stage_stream(attempt.wire_format)
         collector = None
         if self.is_sender and attempt.proof != "none":

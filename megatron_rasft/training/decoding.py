@@ -202,6 +202,10 @@ class Decoder:
         self._num_candidates = NUCLEUS_CANDIDATES
         self._graphs = StepGraphs(model.has_graphs, model.all_agree)
         self._done: list[dict[int, Response]] = [{} for _ in requests]
+        self.num_done = 0
+        """Finished responses."""
+        self.num_tokens = 0
+        """Tokens sampled so far, those of unfinished responses included."""
 
     def run(self) -> list[list[Response]]:
         """Samples all requests.
@@ -373,10 +377,12 @@ class Decoder:
     def _collect(self, counts: list[int], is_over: list[int]) -> None:
         """Reads the rows' counts, and turns ended responses into results."""
         for row, sample in self._samples.items():
+            self.num_tokens += counts[row] - sample.count
             sample.count = counts[row]
         ended = [row for row in self._samples if is_over[row]]
         if not ended:
             return
+        self.num_done += len(ended)
         longest = max(counts[row] for row in ended)
         tokens, logprobs = self._rows.drawn[:, self._on_device(ended), :longest].cpu()
         for row, ids, values in zip(ended, tokens, logprobs, strict=True):

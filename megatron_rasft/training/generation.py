@@ -20,6 +20,7 @@ from megatron.core.transformer.utils import set_model_to_sequence_parallel
 from torch import Tensor
 
 from megatron_rasft.ranks import gather_to_rank_zero, on_rank_zero
+from megatron_rasft.training import live
 from megatron_rasft.training.attention import SdpaCoreAttention
 from megatron_rasft.training.decoding import KEY_BUCKET, Decoder, DecoderModel
 from megatron_rasft.training.kv_cache import CachedAttention, Decode, KeyValueCache, RotaryAtPositions
@@ -177,8 +178,13 @@ class PolicySampler:
         )
         cache = KeyValueCache(num_rows, length)
         model = self.decoder_model(cache)
-        with generation_mode(self.chunks, cache):
-            return Decoder(model, cache, requests, params, should_stop).run()
+        decoder = Decoder(model, cache, requests, params, should_stop)
+        total = sum(len(r.seeds) for r in requests)
+        shown = live.work(
+            "sampling", _share_of_rollouts(), total, lambda: decoder.num_done, lambda: decoder.num_tokens
+        )
+        with generation_mode(self.chunks, cache), shown:
+            return decoder.run()
 
     def decoder_model(self, cache: KeyValueCache) -> DecoderModel:
         """Returns the model as ``Decoder`` uses it. Call this before ``generation_mode``, which replaces the rotary embedding."""
@@ -270,6 +276,11 @@ class PolicySampler:
         for chunk in self.chunks:
             chunk.set_input_tensor(None)  # the decoder would otherwise keep the last hidden states in memory
         return result
+
+
+def _share_of_rollouts() -> str:
+    num_replicas = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+    return "rollouts" if num_replicas == 1 else f"rollouts of the first of {num_replicas} replicas"
 
 
 def _decoded_logits(

@@ -6,6 +6,7 @@ from megatron_rasft import metrics
 from megatron_rasft.config import RasftConfig
 from megatron_rasft.ranks import on_rank_zero
 from megatron_rasft.rollout.seeds import sample_seed
+from megatron_rasft.training import live
 from megatron_rasft.training.policy import Policy
 from megatron_rasft.training.problems import Problems
 from megatron_rasft.training.refresh import Verifier, as_rollouts
@@ -91,7 +92,8 @@ class Heldout:
             )
         ]
         checks = {d.problem_id: d.check for d in demonstrations}
-        self._verifier.verify(rollouts, checks, self._policy.stop.check_here)
+        with live.verifying(rollouts):
+            self._verifier.verify(rollouts, checks, self._policy.stop.check_here)
         return rollouts
 
 

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from megatron_rasft import metrics
 from megatron_rasft.files import written_to
+from megatron_rasft.training import live
 
 
 class ScalarWriter(Protocol):
@@ -48,6 +49,11 @@ class Progress:
         if self._path is not None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
 
+    def show_work(self, interval_s: float) -> None:
+        """Shows long work until ``close``; see ``live.LiveLine``."""
+        if not self._silent:
+            live.start(self._console, interval_s)
+
     def say(self, text: str, style: str | None = None) -> None:
         """Prints a line."""
         if not self._silent:
@@ -73,11 +79,12 @@ class Progress:
         self.say("  ".join([*parts, note] if note else parts))
 
     def close(self, exit_code: int = 0) -> None:
-        """Flushes the trackers' buffers to their files or servers.
+        """Stops to show work, and flushes the trackers' buffers to their files or servers.
 
         Args:
             exit_code: 0 after a run without an error, for Weights & Biases.
         """
+        live.stop()
         if self._tensorboard is not None:
             self._tensorboard.flush()
         if self._wandb is not None:

@@ -50,7 +50,7 @@ from itertools import chain
 
 from megatron_rasft.config import RasftConfig
 from megatron_rasft.ranks import kept_by_rank_zero, on_rank_zero
-from megatron_rasft.training import stalls
+from megatron_rasft.training import live, stalls
 from megatron_rasft.training.policy import Policy
 from megatron_rasft.training.refresh import ProblemChoice, Refresh, difficulties
 from megatron_rasft.training.refresh_report import RefreshReport
@@ -198,7 +198,8 @@ class RefreshDriver:
     def verify(self, groups: Groups) -> None:
         """Sets the rollouts' verdicts and marks bad texts. The other ranks wait for rank 0."""
         stop = self._policy.stop
-        with self._report.timed("verify_s"):
+        rollouts = [rollout for group in groups.values() for rollout in group.rollouts]
+        with self._report.timed("verify_s"), live.verifying(rollouts):
             stop.on_rank_zero(lambda: self.decisions.verify(groups, stop.check_here))
         # Slurm sends a signal to the grading processes too. Their last verdicts then say that they crashed, and must not be trained on.
         stop.check()

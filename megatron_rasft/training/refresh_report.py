@@ -177,7 +177,7 @@ class RefreshReport:
         if share == metrics.FILTERED:
             ((name, count),) = self.filters.most_common(1)
             flag = flag_name(f"no_verify_filter_{name}")
-            return f"were dropped by text filters, {count} of them by one that {flag} turns off"
+            return f"were dropped by text filters, {count} of them by the filter that {flag} turns off"
         ((reason, count),) = self.unverifiable.most_common(1)
         return f"could not be verified, {count} of them because: {reason or 'no reason given'}. Check the gold answers"
 

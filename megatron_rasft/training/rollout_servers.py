@@ -5,7 +5,7 @@ Rank 0 alone samples from the servers. During a weight sync, other ranks send we
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any, Protocol
 
 from megatron_rasft import metrics
@@ -18,10 +18,13 @@ from megatron_rasft.rollout.sampling import Answers
 from megatron_rasft.servers.keys import ServerKeys, read_key
 from megatron_rasft.servers.record import ServerRecords
 from megatron_rasft.sync import SyncReport, WeightSync
+from megatron_rasft.training import live
 from megatron_rasft.training.logprob_probe import logprob_gap
 from megatron_rasft.training.policy import Policy
 from megatron_rasft.training.stopping import StopRequest
 from megatron_rasft.types import Request, SamplingParams, TrainingSample
+
+_MIB = 2**20
 
 _WAIT_S = 5.0
 """Time between two collectives of the ranks while servers sample, so that none waits longer and the run can be stopped."""
@@ -100,7 +103,7 @@ class RolloutServers:
         if not urls:
             return {}
         expected = self._model.score(probes, with_reference=False)
-        with self._model.parameters_gathered():
+        with self._model.parameters_gathered(), self._showing_sync(len(urls)):
             report = self._sync.push(weight_version, urls)
         return on_rank_zero(lambda: self._admit(report, probes, expected))
 
@@ -114,8 +117,22 @@ class RolloutServers:
         Args:
             check: called on every rank every few seconds; an exception that it raises ends the wait.
         """
-        while not on_rank_zero(lambda: self.engine.wait(_WAIT_S)):
-            check()
+        with self._showing_samples():
+            while not on_rank_zero(lambda: self.engine.wait(_WAIT_S)):
+                check()
+
+    def _showing_samples(self) -> AbstractContextManager[None]:
+        if self._engine_on_rank_zero is None:
+            return nullcontext()
+        report = self.engine.report
+        return live.work(
+            "sampling", "rollouts", report.num_samples, report.outcomes.total, lambda: report.num_tokens
+        )
+
+    def _showing_sync(self, num_servers: int) -> AbstractContextManager[None]:
+        transfer = self._sync.transfer
+        label = f"sending weights to {num_servers} server(s)"
+        return live.work(label, "MiB", transfer.num_bytes // _MIB, lambda: transfer.num_sent_bytes // _MIB)
 
     def result(self) -> Answers:
         """Returns the samples of the last ``start``. Rank 0 only."""

@@ -9,6 +9,7 @@ import torch
 from megatron.core import parallel_state
 
 from megatron_rasft.ranks import gather_to_rank_zero, kept_by_rank_zero, on_rank_zero
+from megatron_rasft.training import live
 from megatron_rasft.training.batch_preparation import BatchPreparer, PreparedBatch
 from megatron_rasft.training.batches import MicroBatch, response_values
 from megatron_rasft.training.fp8_scales import DelayedScales
@@ -78,14 +79,16 @@ class Scorer:
 
         # Small parts would waste time on exchanges between the ranks, large ones would delay a stop.
         size = _SCORED_BATCHES * self._global_batch_size
-        with self._gathered(), contextlib.ExitStack() as reference:
+        scored: list[memoryview] = []
+        label = "scoring under the reference" if with_reference else "scoring"
+        shown = live.work(label, "samples", num, lambda: len(scored))
+        with shown, self._gathered(), contextlib.ExitStack() as reference:
             self._scales.set_from(first_batch, is_whole=num >= self._global_batch_size)
             if with_reference:
                 assert self._reference is not None, (
                     "the objective has no reference, so nothing can be scored under it"
                 )
                 reference.enter_context(self._reference.in_place())
-            scored: list[memoryview] = []
             # While a part is scored, a thread cuts the next one.
             for prepared in self._preparer.one_ahead(part(start, size) for start in range(0, num, size)):
                 self._check_stop()

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ class Model:
 
     def __init__(self) -> None:
         self.calls: list[str] = []
+        self.transfer = SimpleNamespace(num_bytes=0, num_sent_bytes=0)
 
     def weight_sync(self, records: Any) -> Any:
         return self
