@@ -4,7 +4,7 @@ import argparse
 import ast
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any, Self
@@ -64,7 +64,7 @@ class SavedConfig:
         """
         path = save / CONFIG_FILE
         with written_to(path, "--save"):
-            write_json(path, {"rasft": self.rasft, "megatron": self.megatron})
+            write_json(path, asdict(self))
 
     def changes(self, now: "SavedConfig") -> list[str]:
         """Describes the flags whose values differ from the present run's, such as ``--objective rasft -> sft``.

@@ -22,7 +22,9 @@ from megatron_rasft.training.remarks import remarks
 from megatron_rasft.training.resume import Resume
 from megatron_rasft.training.rollout_servers import RolloutServers, read_keys
 from megatron_rasft.training.run import Run
+from megatron_rasft.training.schedule import Schedule
 from megatron_rasft.training.startup import writers
+from megatron_rasft.training.status import num_steps
 from megatron_rasft.training.trainer import Trainer
 from megatron_rasft.verify.pool import VerifierPool
 from megatron_rasft.weights.folder import HfFolder
@@ -93,8 +95,17 @@ def build_run(
         introduction=[
             describe_run(args, config, problems.num),
             *problems.summary.splitlines(),
+            *([] if heldout is None else heldout.left_out_lines()),
+            *filter(None, [schedule_of(args, config, problems.num).left_out()]),
             *remarks(config, args.given_flags, problems.num_programs),
         ],
+    )
+
+
+def schedule_of(args: Any, config: RasftConfig, num_problems: int) -> Schedule:
+    """The steps and refreshes of a run whose length is set."""
+    return Schedule.of(
+        num_problems, args.global_batch_size, num_steps(args), config.run.rasft_refresh_interval
     )
 
 

@@ -40,7 +40,10 @@ class Work:
         rate = (done - self.done_before) / seconds
         parts = [f"{self.label}: {done:,} of {self.total:,} {self.unit}"]
         if rate > 0:
-            parts += [f"{rate:.3g} per s", f"{_duration((self.total - done) / rate)} left"]
+            parts += [
+                f"{rate:,.{0 if rate >= 10 else 1}f} per s",
+                f"{_duration((self.total - done) / rate)} left",
+            ]
         if tokens := self.num_tokens() - self.tokens_before:
             parts.append(f"{tokens / seconds:,.0f} tokens/s")
         return ", ".join([*parts, f"after {_duration(seconds)}"])

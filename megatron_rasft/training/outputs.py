@@ -162,6 +162,8 @@ def check_outputs(args: Any, config: RasftConfig) -> None:
     cache, rows = reference_cache(args, config), data_cache(args, config.data.data_cache)
 
     def check() -> None:
+        if line := kept_nothing(args):
+            print(line, flush=True)
         for file in files:
             check_writable(file.flag, file.path, file.path.parent)
         if cache is not None:
@@ -177,6 +179,16 @@ def check_outputs(args: Any, config: RasftConfig) -> None:
                 print(f"removed {partial}: an export that was interrupted", flush=True)
 
     on_rank_zero(check)
+
+
+def kept_nothing(args: Any) -> str:
+    """Returns a warning if the run will keep neither checkpoints nor the trained model; otherwise ""."""
+    if args.save is not None or args.export_hf is not None:
+        return ""
+    return (
+        "warning: this run keeps neither checkpoints nor the trained model. To keep them give --save DIR, which also gets metrics and "
+        "rollouts, or --export-hf DIR."
+    )
 
 
 def check_writable(flag: str, path: Path, folder: Path) -> None:

@@ -39,6 +39,7 @@ class Problems:
         flag: str = "--train-data",
         keep_fields: bool = False,
     ) -> None:
+        self.flag = flag
         self.rows: TokenizedRows | None = None
         self.tokenizer: Any = None
         self._decode: Callable[[Sequence[int]], str]
@@ -74,6 +75,12 @@ class Problems:
     def demonstrations(self) -> Sequence[Demonstration]:
         """The demonstrations, each built when it is read from the list; [] on ranks other than 0."""
         return [] if self.rows is None else self.rows
+
+    def left_out_lines(self) -> list[str]:
+        """Console lines about rows that are left out; [] if there are none, and on ranks other than 0."""
+        if self.rows is None or not (self.rows.report.faults or self.rows.report.overlong):
+            return []
+        return [f"of {self.flag}:", *self.summary.splitlines()]
 
     @property
     def num_programs(self) -> int:

@@ -10,6 +10,7 @@ from megatron_rasft.config.saved import SavedConfig, write_flags
 from megatron_rasft.ranks import on_rank_zero
 from megatron_rasft.training.outputs import cut_files, metrics_file, rollouts_file
 from megatron_rasft.training.progress import Progress, ScalarWriter
+from megatron_rasft.training.resume import Resume
 from megatron_rasft.training.status import RunStatus, State
 from megatron_rasft.weights.model_card import run_facts
 
@@ -70,7 +71,9 @@ class RunRecord:
         on_rank_zero(write)
 
     def open_files(self, marks: dict[str, Any], checkpoints: Path | None) -> None:
-        """Truncates the files to the lines that belong to this run, and writes config.json and config.toml. Rank 0 only.
+        """Truncates the files to the lines that belong to this run, writes config.json and config.toml, and begins to show long work.
+
+        Rank 0 only.
 
         Args:
             marks: ``file_marks`` of the checkpoint that the run resumes from; {} without one.
@@ -81,21 +84,32 @@ class RunRecord:
         for line in cut_files(self._files, marks, checkpoints, self._save):
             self.say(line)
         self.mark_files()
-        now = SavedConfig.of(self._args, self._config)
-        if checkpoints is not None:
-            self._say_changes(checkpoints, now)
         if self._save is not None:
-            now.write(self._save)
+            self.configuration.write(self._save)
             write_flags(self._save, self._args.given_values, self._config)
+        self._progress.show_work(self._config.run.rasft_live_s)
 
-    def _say_changes(self, checkpoints: Path, now: SavedConfig) -> None:
+    @property
+    def configuration(self) -> SavedConfig:
+        """The configuration of this start."""
+        return SavedConfig.of(self._args, self._config)
+
+    def say_changes(self, resume: Resume, before: dict[str, Any] | None) -> None:
+        """Prints the flags that differ from those that trained a checkpoint. Rank 0 only, before ``open_files``.
+
+        Args:
+            resume: where the run resumes from, which is a checkpoint.
+            before: ``configuration`` as the checkpoint holds it; None if it holds none. Then config.json in its folder is read, which
+                a later start may have replaced.
+        """
+        assert resume.folder is not None, "the run begins at step 0"
         try:
-            before = SavedConfig.read(checkpoints)
+            known = SavedConfig.read(resume.folder) if before is None else SavedConfig(**before)
         except ValueError as error:
-            self.say(f"the flags of the earlier run are not known: {error}")
+            self.say(f"the flags until step {resume.step} are not known: {error}")
             return
-        if before is not None and (changes := before.changes(now)):
-            self.say(f"flags changed since the earlier run: {', '.join(changes)}")
+        if known is not None and (changes := known.changes(self.configuration)):
+            self.say(f"changed since step {resume.step}: {', '.join(changes)}")
 
     def note_status(self, state: State, step: int | None = None, **changes: Any) -> None:
         """Writes status.json on rank 0, if the run has --save.
@@ -126,7 +140,7 @@ class RunRecord:
 
     def facts(self, iteration: int) -> dict[str, str]:
         """The rows of an exported model's card that describe this run as of step ``iteration``."""
-        return run_facts(SavedConfig.of(self._args, self._config), self._metrics_path, iteration)
+        return run_facts(self.configuration, self._metrics_path, iteration)
 
     def close(self, *, is_clean: bool) -> None:
         """Flushes the trackers. ``is_clean``: whether the run ended without an error."""

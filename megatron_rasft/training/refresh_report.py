@@ -179,7 +179,7 @@ class RefreshReport:
             flag = flag_name(f"no_verify_filter_{name}")
             return f"were dropped by text filters, {count} of them by the filter that {flag} turns off"
         ((reason, count),) = self.unverifiable.most_common(1)
-        return f"could not be verified, {count} of them because: {reason or 'no reason given'}. Check the gold answers"
+        return f"could not be verified, {count} of them with the reason {reason!r} (verdict_reason in the stored rollouts)"
 
 
 def _mean(values: list[float]) -> float:

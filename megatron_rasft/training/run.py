@@ -6,6 +6,7 @@ import traceback
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
+from dataclasses import asdict
 from typing import Any
 
 from megatron_rasft import metrics
@@ -132,6 +133,7 @@ class Run:
 
     def _load_state(self, state: dict[str, Any], arrays: dict[str, Array]) -> None:
         on_rank_zero(lambda: self._check_reference(state))
+        on_rank_zero(lambda: self._record.say_changes(self._checkpoints.resume, state.get("config")))
         self.queue = BatchQueue(state["queue"], SampleArrays.load(arrays) if arrays else None)
         self._last_refresh = state["last_refresh"]
         self._verdicts = Counter(state["verdicts"])
@@ -273,6 +275,7 @@ class Run:
             "refresh": self._refresh.decisions.state_dict(),
             "initial_weights": self._initial_weights,
             "files": self._record.file_marks,
+            "config": asdict(self._record.configuration),
             "queue": self.queue.sizes,
             "last_refresh": self._last_refresh,
             "verdicts": self._verdicts,

@@ -87,27 +87,28 @@ def finished_before(args: argparse.Namespace, resume: Resume) -> bool:
     def check() -> bool:
         if args.save is None:
             return False
-        before, num_steps = RunStatus.read(args.save) or RunStatus(state="running"), _num_steps(args)
-        is_over = resume.is_own and resume.step >= num_steps
+        before, length = RunStatus.read(args.save) or RunStatus(state="running"), num_steps(args)
+        is_over = resume.is_own and resume.step >= length
         is_exported = before.has_export(args.export_hf)
         if is_exported and not is_over:
             raise ValueError(
                 f"--export-hf {args.export_hf} is this run's export from an earlier end, and the run goes on from step {resume.step} "
-                f"to {num_steps}. Name another folder, or move it away."
+                f"to {length}. Name another folder, or move it away."
             )
         # The export is the last act of a run, so its folder proves the end even if the process was killed right after it.
         is_finished = is_over and (is_exported if args.export_hf else before.state == "finished")
         state: State = "finished" if is_finished else "running"
-        status = dataclasses.replace(before, state=state, step=resume.step, num_steps=num_steps, reason="")
+        status = dataclasses.replace(before, state=state, step=resume.step, num_steps=length, reason="")
         status.write(args.save)
         if is_finished:
             exported = f", exported to {args.export_hf}" if args.export_hf else ""
-            print(f"finished before: step {resume.step} of {num_steps} in {args.save}{exported}", flush=True)
+            print(f"finished before: step {resume.step} of {length} in {args.save}{exported}", flush=True)
         return is_finished
 
     return on_rank_zero(check)
 
 
-def _num_steps(args: argparse.Namespace) -> int:
+def num_steps(args: argparse.Namespace) -> int:
+    """The steps of a run whose length is set."""
     # With --train-samples Megatron calculates the steps only when it builds the optimizer (update_train_iters).
     return int(args.train_iters or args.train_samples // args.global_batch_size)

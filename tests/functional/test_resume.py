@@ -218,7 +218,7 @@ def test_a_resumed_run_says_which_flags_have_changed(
     shutil.copytree(stopped_at_7, save)
     changed = ["--objective", "sft", "--weight-decay", "0.1", "--override-opt_param-scheduler"]
     output = workshop.train(save, [*flags_of(save), *changed]).output
-    (line,) = (line for line in output.splitlines() if line.startswith("flags changed"))
+    (line,) = (line for line in output.splitlines() if line.startswith("changed since step 7: "))
     assert "--objective rasft -> sft" in line and "--weight-decay 0.0 -> 0.1" in line
     assert "after step 7" in output and max(launching.steps(save)) == STEPS
 

@@ -34,7 +34,7 @@ def test_a_log_gets_a_line_at_least_every_interval_with_rate_and_time_left() -> 
             clock.now, done = 1000.0 + second, 24 + 2 * second
             line.look()
     first, *others = text.getvalue().splitlines()
-    assert first == "sampling: 82 of 2,000 rollouts, 2 per s, 16 min left, 100 tokens/s, after 29 s"
+    assert first == "sampling: 82 of 2,000 rollouts, 2.0 per s, 16 min left, 100 tokens/s, after 29 s"
     assert len(others) == 2
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from megatron_rasft.config import RunConfig
 from megatron_rasft.errors import CheckpointError
-from megatron_rasft.training.outputs import AppendedFile, check_outputs, cut_files
+from megatron_rasft.training.outputs import AppendedFile, check_outputs, cut_files, kept_nothing
 from megatron_rasft.weights import export_lock
 from tests.unit.training.stand_ins import config_of
 
@@ -112,3 +112,10 @@ def test_second_run_with_the_same_export_folder_leaves_the_first_ones_files_alon
     with pytest.raises(ValueError, match="--export-hf"):
         check_outputs(args, config)
     assert partial.exists()
+
+
+def test_a_run_that_keeps_nothing_is_warned_about() -> None:
+    line = kept_nothing(SimpleNamespace(save=None, export_hf=None))
+    assert line.startswith("warning") and "--save" in line and "--export-hf" in line
+    assert not kept_nothing(SimpleNamespace(save="runs", export_hf=None))
+    assert not kept_nothing(SimpleNamespace(save=None, export_hf="hf"))

@@ -1,6 +1,7 @@
 """The files and lines of a run: where they are written, and where a resumed run truncates them."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +12,7 @@ from megatron_rasft.config import RasftConfig, RolloutConfig, RunConfig
 from megatron_rasft.errors import CheckpointError, RasftError
 from megatron_rasft.rollout.store import RolloutStore
 from megatron_rasft.training.record import RunRecord
+from megatron_rasft.training.resume import Resume
 from tests.unit.training.stand_ins import config_of
 
 
@@ -101,14 +103,19 @@ def test_weights_and_biases_gets_the_runs_exit_code(is_clean: bool, code: int) -
 def test_a_resumed_run_says_which_flags_have_changed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    record_of(tmp_path).open_files({}, None)
-    (tmp_path / "latest_checkpointed_iteration.txt").write_text("1")
-    record_of(tmp_path).open_files({}, tmp_path)
-    assert "flags changed" not in capsys.readouterr().out
+    first, resume = record_of(tmp_path), Resume(folder=tmp_path, step=3, is_own=True)
+    first.open_files({}, None)
+    in_checkpoint = asdict(first.configuration)
     config = config_of(rollout=RolloutConfig(rollout_num_samples=9))
+    for before in (None, in_checkpoint):
+        record_of(tmp_path).say_changes(resume, before)
+        assert capsys.readouterr().out == ""
+        record_of(tmp_path, config).say_changes(resume, before)
+        assert capsys.readouterr().out == "changed since step 3: --rollout-num-samples 4 -> 9\n"
+    # A start that ended before its first checkpoint has replaced config.json.
     record_of(tmp_path, config).open_files({}, tmp_path)
+    record_of(tmp_path, config).say_changes(resume, in_checkpoint)
     assert "--rollout-num-samples 4 -> 9" in capsys.readouterr().out
     (tmp_path / "config.json").write_text("{")
-    record_of(tmp_path).open_files({}, tmp_path)
+    record_of(tmp_path).say_changes(resume, None)
     assert "config.json" in capsys.readouterr().out
-    assert json.loads((tmp_path / "config.json").read_text()), "it is written anew"
