@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from megatron_rasft import __version__
 from megatron_rasft.training.status import RunStatus
 from megatron_rasft.types import Rollout
 
@@ -53,3 +54,17 @@ def test_every_formula_of_the_method_names_its_code() -> None:
     assert len(with_formula) >= 4
     for section in with_formula:
         assert re.search(r"\]\(\.\./megatron_rasft/\S+\.py#\w+\)", section), section.splitlines()[0]
+
+
+def test_architecture_shows_the_loop_of_the_program() -> None:
+    page = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    (shown,) = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    program = (ROOT / "pretrain_rasft.py").read_text(encoding="utf-8")
+    lines = [line.partition("  #")[0].strip() for line in program.splitlines()]
+    start = lines.index(shown.splitlines()[0])
+    assert [line.strip() for line in shown.splitlines()] == lines[start : start + len(shown.splitlines())]
+
+
+def test_citation_has_the_version_of_the_package() -> None:
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"\nversion: {__version__}\n" in citation
