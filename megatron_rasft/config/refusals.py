@@ -21,6 +21,10 @@ _FIRST_WEIGHTS = (
 _WRITER = (
     "--async-save writes on a thread of the training process, so there is no worker process to configure"
 )
+_RESTART = (
+    "nvidia-resiliency-ext restarts Megatron's own training loop, which is not used here. --stall-deadline-s ends a run that stands still, "
+    "and the same command resumes it from the last checkpoint; examples/slurm/rasft.sbatch requeues its job"
+)
 
 REFUSED = {
     "skip_train": "a run only trains: tools/evaluate.py evaluates a model folder, a checkpoint or rollout servers",
@@ -33,6 +37,9 @@ REFUSED = {
     "non_persistent_ckpt_type": _ONE_KIND,
     "non_persistent_global_ckpt_dir": _ONE_KIND,
     "non_persistent_local_ckpt_dir": _ONE_KIND,
+    "replication": _ONE_KIND,
+    "replication_jump": _ONE_KIND,
+    "replication_factor": _ONE_KIND,
     "ckpt_convert_format": "checkpoints are converted by tools/convert_checkpoint.py",
     "finetune": _NEW_RUN,
     "pretrained_checkpoint": _NEW_RUN,
@@ -106,9 +113,10 @@ REFUSED_GROUPS = {
     "vision": "only language models are supported",
     "biencoder": "only language models are supported",
     "autoresume": "SIGTERM saves and ends a run, and the same command resumes it",
-    "In-process restart": "--stall-deadline-s ends a run that stands still, and the same command resumes it from the last checkpoint",
-    "ft_package": "--stall-deadline-s ends a run that stands still, and the same command resumes it from the last checkpoint",
-    "straggler": _LOGS,
+    "In-process restart": _RESTART,
+    "ft_package": _RESTART,
+    "fault injector": "faults are injected by Megatron's own training loop: kill a process, and the same command resumes the run",
+    "straggler": "--straggler-factor names slow ranks in the line of each step, without nvidia-resiliency-ext",
     "workload inspector": _LOGS,
 }
 """Title of a group of Megatron's flags -> why its flags are refused, except ``_HONOURED``."""

@@ -40,6 +40,12 @@ def test_a_flag_without_effect_is_refused_with_its_reason(parser: FlagParser, na
             "--async-strategy.*--async-save",
         ),
         ("--async-save --use-persistent-ckpt-worker", "--use-persistent-ckpt-worker"),
+        # nvidia-resiliency-ext
+        ("--inprocess-restart", "--inprocess-restart.*--stall-deadline-s"),
+        ("--enable-ft-package", "--enable-ft-package.*--stall-deadline-s"),
+        ("--log-straggler", "--log-straggler.*--straggler-factor"),
+        ("--fault-injector-num-ranks 1", "--fault-injector-num-ranks"),
+        ("--replication", "--replication.*--save-interval"),
         ("--cross-entropy-loss-fusion", "--cross-entropy-loss-fusion.*--objective"),
     ],
 )
