@@ -79,7 +79,8 @@ class DataConfig(FlagSection):
         if self.data_response_field in (self.data_problem_field, self.data_answer_field):
             raise self.refusal(
                 "data_response_field",
-                "is also the problem or the answer field. Give the name of the field with the worked solution.",
+                "is also the problem or the answer field. Give the name of the field with the worked solution. If one field holds "
+                "solution and answer, separate them: tools/prepare_data.py convert --answers-from-responses.",
             )
         if self.data_chat_template is not None and not Path(self.data_chat_template).is_file():
             raise self.refusal(

@@ -84,7 +84,13 @@ def _message(
 ) -> str:
     lacking = " or ".join(f'"{_field(kind, config)}"' for kind in missing)
     given = " ".join(f"{flag_name(_attribute(kind))} {flags.get(kind, 'NAME')}" for kind in missing)
-    return f"{path} has no field {lacking}. Its fields are {', '.join(names)}. Give {given}."
+    advice = f"Give {given}."
+    if "response" in missing and "response" not in flags and config.data_answer_field in names:
+        advice += (  # as in GSM8K's own files
+            f' If "{config.data_answer_field}" holds the whole solution: tools/prepare_data.py convert --rename '
+            f"{config.data_answer_field}=response --answers-from-responses."
+        )
+    return f"{path} has no field {lacking}. Its fields are {', '.join(names)}. {advice}"
 
 
 def renamed(config: DataConfig, pairs: Sequence[str]) -> DataConfig:

@@ -154,7 +154,7 @@ def test_parts_of_a_message_are_joined(write_rows: Callable) -> None:
         ({"Problem": "p", "respones": "r", "answer": "2"}, "--data-problem-field Problem --data-response-field respones"),
         ({"problem": "p", "output": "r", "target": "2"}, "--data-response-field output --data-answer-field target"),
         ({"problem": "p", "response": "r", "test_list": ["assert f()"]}, "--data-tests-field test_list"),
-        ({"question": "p", "answer": "the way #### 2"}, "--data-problem-field question --data-response-field NAME"),
+        ({"question": "p", "answer": "the way #### 2"}, "--rename answer=response --answers-from-responses"),
         ({"dialog": CHAT, "answer": "2"}, "--data-messages-field dialog"),
         ({"messages": CHAT, "final_answer": "2"}, "--data-answer-field final_answer"),
     ],
@@ -169,7 +169,7 @@ def test_wrong_field_names_are_one_error_with_the_flags_that_correct_them(
     message = str(error.value)
     assert path in message and "\n" not in message
     named = flags.split()
-    if "NAME" not in named:
+    if "--rename" not in named:
         fields = dict(zip(named[::2], named[1::2], strict=True))
         config = {flag[2:].replace("-", "_"): name for flag, name in fields.items()}
         assert isinstance(read(path, **config)[1], Row)
