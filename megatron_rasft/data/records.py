@@ -3,7 +3,8 @@
 import gzip
 import json
 import zlib
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,11 +76,14 @@ def files_of(path: Path) -> list[Path]:
         return [path]
     try:
         state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
-        return [path / entry["filename"] for entry in state["_data_files"]]
+        names = [entry["filename"] for entry in state["_data_files"]]
+        if not names:
+            raise ValueError("it names no file")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"{path / STATE_FILE} does not list the files of a saved data set ({error!r}). Save it again with save_to_disk."
         ) from error
+    return [path / name for name in names]
 
 
 def read_records(path: Path, columns: Collection[str] | None = None) -> Iterator[tuple[int, Any]]:
@@ -107,32 +111,50 @@ def is_table(path: Path) -> bool:
 def field_names(path: Path) -> list[str]:
     """Returns the columns of a table, or the fields that have a value in one of the first rows of a .jsonl file."""
     if is_table(path):
-        first = next(_read_batches(path, None), None)
-        return [] if first is None else list(first.schema.names)
+        with _naming(path):
+            return _column_names(files_of(path)[0], is_stream=path.is_dir())
     rows = (record for _, record in islice(_read_lines(path), _NUM_SAMPLED) if isinstance(record, dict))
     return list(dict.fromkeys(name for row in rows for name, value in row.items() if value is not None))
 
 
-def _read_batches(path: Path, columns: Collection[str] | None) -> "Iterator[pyarrow.RecordBatch]":
-    """Yields the rows of a parquet file or a saved data set in batches."""
-    # Imported here because it takes longer than reading a small .jsonl file, which does not need it.
+def _column_names(file: Path, is_stream: bool) -> list[str]:
+    """Reads the names without any row, because a first row of pictures can be large."""
+    # Imported here and below because it takes longer than reading a small .jsonl file, which does not need it.
+    import pyarrow.parquet  # type: ignore[import-untyped]
+
+    if not is_stream:
+        with pyarrow.parquet.ParquetFile(file) as table:
+            return list(table.schema_arrow.names)
+    with pyarrow.memory_map(str(file)) as source, pyarrow.ipc.open_stream(source) as reader:
+        return list(reader.schema.names)
+
+
+@contextmanager
+def _naming(path: Path, place: Callable[[], str] = lambda: "") -> Iterator[None]:
+    """Turns the errors of reading a table into a DataError that names it, and the place in it."""
     import pyarrow
 
-    num_rows = 0
     try:
+        yield
+    except (OSError, pyarrow.ArrowException, UnicodeDecodeError, OverflowError) as error:
+        kind = "saved data set" if path.is_dir() else "parquet file"
+        raise DataError(
+            f"{path} is not a readable {kind}{place()}: {error}. Copy it again, or create it again."
+        ) from error
+
+
+def _read_batches(path: Path, columns: Collection[str] | None) -> "Iterator[pyarrow.RecordBatch]":
+    """Yields the rows of a parquet file or a saved data set in batches."""
+    num_rows = 0
+    with _naming(path, lambda: f" after row {num_rows}"):
         for file in files_of(path):
             for batch in _read_stream(file, columns) if path.is_dir() else _read_parquet(file, columns):
                 yield batch
                 num_rows += batch.num_rows
-    except (OSError, pyarrow.ArrowException, UnicodeDecodeError, OverflowError) as error:
-        kind = "saved data set" if path.is_dir() else "parquet file"
-        raise DataError(
-            f"{path} is not a readable {kind} after row {num_rows}: {error}. Copy it again, or create it again."
-        ) from error
 
 
 def _read_parquet(path: Path, columns: Collection[str] | None) -> "Iterator[pyarrow.RecordBatch]":
-    import pyarrow.parquet  # type: ignore[import-untyped]
+    import pyarrow.parquet
 
     with pyarrow.parquet.ParquetFile(path) as table:
         chosen = _existing(table.schema_arrow.names, columns)

@@ -206,9 +206,10 @@ def test_folder_that_is_no_data_set_and_one_of_several_splits_are_refused(tmp_pa
     (tmp_path / "other").mkdir()
     with pytest.raises(DataError, match=r"other is a folder without state\.json"):
         read(str(tmp_path / "other"))
-    (tmp_path / "other" / "state.json").write_text("{}")
-    with pytest.raises(DataError, match=r"other/state\.json .*save_to_disk"):
-        read(str(tmp_path / "other"))
+    for state in ("{}", '{"_data_files": []}', '{"_data_files": ["a"]}', "["):
+        (tmp_path / "other" / "state.json").write_text(state)
+        with pytest.raises(DataError, match=r"other/state\.json .*save_to_disk"):
+            read(str(tmp_path / "other"))
 
 
 def test_field_names_can_be_mapped(write_rows: Callable) -> None:
