@@ -82,6 +82,8 @@ RUN_BY = {
     "python benchmarks/code_verification.py": "test_benchmark_of_code_verification_runs",
     "python examples/benchmark_reproduction/reproduce.py": "test_one_command_trains_evaluates_and_compares",
     "python examples/proving_ground/run.py": "test_a_study_runs_and_goes_on",
+    "python examples/own_verifier/make_orders.py": "test_commands_of_the_readme_write_rows_whose_responses_are_correct",
+    "torchrun --nproc-per-node 1 pretrain_rasft.py --hf-model DIR --train-data runs/orders": "test_example_grades_a_run_and_changed_code_is_said_when_it_resumes",
     ".venv/bin/python examples/minimal/rasft.py": "test_losses_are_those_of_the_method_in_one_file",
     "sbatch --nodes=8 : --nodes=4": "test_killed_server_of_a_heterogeneous_job_rejoins_the_run",
     "sbatch --no-requeue": "test_disturbed_run_equals_the_undisturbed_one",

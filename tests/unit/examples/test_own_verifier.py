@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -140,6 +141,17 @@ def test_wrong_key_of_the_judge_is_named(judge: tuple[str, list[dict[str, Any]]]
     done = validate([row], tmp_path, JUDGE_URL=judge[0], JUDGE_API_KEY="other")
     assert done.returncode == 1
     assert "401" in done.stdout and "judge.py" in done.stdout
+
+
+def test_commands_of_the_readme_write_rows_whose_responses_are_correct(tmp_path: Path) -> None:
+    text = (EXAMPLE / "README.md").read_text()
+    commands = re.findall(r"^    python (.*)$", text, re.MULTILINE)
+    assert len(commands) == 2
+    for command in commands:
+        words = command.replace("runs/orders", str(tmp_path)).split()
+        done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert "256 correct" in done.stdout
 
 
 def test_orders_are_the_same_for_a_seed_and_their_own_responses_are_correct() -> None:
