@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_rasft.tools.report.texts import printable, shortened
+from megatron_rasft.tools.report.texts import printable, reason_of, shortened
 
 MAX_BLOCK_ROWS = 256
 """Rollouts or problems of one block. The browser decompresses whole blocks, so small ones show a single rollout faster."""
@@ -113,7 +113,7 @@ class Archive:
             record["problem_id"],
             int(record["sample_index"]),
             str(record["verdict"] or "unverified"),
-            str(record.get("verdict_reason", "")),
+            reason_of(record),
             str(record["finish_reason"]),
             str(record.get("filtered_by", "")),
             num_tokens,

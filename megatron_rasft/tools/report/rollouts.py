@@ -15,7 +15,8 @@ from typing import Any, Literal, get_args
 
 from megatron_rasft.tools.report.archive import Archive
 from megatron_rasft.tools.report.records import lines_with_offsets
-from megatron_rasft.types import Verdict, counts_as_attempt, counts_as_solved
+from megatron_rasft.tools.report.texts import reason_of
+from megatron_rasft.types import Verdict, counts_as_attempt, counts_as_solved, credit_of
 
 VERDICTS: tuple[str, ...] = get_args(Verdict)
 LENGTH_KINDS = ("correct", "wrong", "truncated")
@@ -50,11 +51,13 @@ class Visit:
     """Number of samples that count as attempts: neither aborted nor timed out in the grader."""
     num_solved: int = 0
     """Number of samples that are correct and complete."""
+    total_credit: float = 0.0
+    """``num_solved``, or with --verify-function the sum of the rewards."""
 
     @property
     def solve_rate(self) -> float | None:
-        """Share of correct attempts, or None without an attempt."""
-        return self.num_solved / self.num_attempts if self.num_attempts else None
+        """Share of correct attempts, or the mean reward, as training computes it; None without an attempt."""
+        return self.total_credit / self.num_attempts if self.num_attempts else None
 
     @property
     def outcome(self) -> Outcome | None:
@@ -103,6 +106,7 @@ class RefreshRollouts:
         visit.num_samples += 1
         visit.num_attempts += counts_as_attempt(num_tokens, finish, verdict)
         visit.num_solved += counts_as_solved(num_tokens, finish, verdict)
+        visit.total_credit += credit_of(num_tokens, finish, verdict, record.get("reward"))
         self.outcomes[verdict, finish] += 1
         kind = "truncated" if finish == "length" else "correct" if verdict == "correct" else "wrong"
         self.lengths[kind, rounded_length(num_tokens)] += 1
@@ -335,7 +339,7 @@ def _read_samples(path: Path, problem_id: str, step: int, visit: Visit) -> Itera
                     step=step,
                     index=int(record["sample_index"]),
                     verdict=str(record["verdict"] or "unverified"),
-                    reason=str(record.get("verdict_reason", "")),
+                    reason=reason_of(record),
                     finish_reason=str(record["finish_reason"]),
                     filtered_by=str(record.get("filtered_by", "")),
                     weight=float(record.get("weight", 0.0)),

@@ -38,3 +38,10 @@ def printable(value: Any) -> Any:
     if not isinstance(value, str) or _UNPRINTABLE.search(value) is None:
         return value  # of the same type: markup stays markup
     return type(value)(_UNPRINTABLE.sub("�", value))
+
+
+def reason_of(record: dict[str, Any]) -> str:
+    """Returns the reason of a rollout's verdict, after its reward if --verify-function gave one."""
+    reason, reward = str(record.get("verdict_reason", "")), record.get("reward")
+    given = "" if reward is None else f"reward {reward:g}"
+    return reason if reason.startswith(given) else f"{given}: {reason}"

@@ -1,6 +1,7 @@
 """A run with all data that the page shows."""
 
 import dataclasses
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -156,7 +157,8 @@ def _rows_of(records: RunRecords, data_files: Sequence[str] | None, wanted: set[
     settings["train_data"] = data_files or settings.get("train_data") or on_card
     if not settings["train_data"]:
         raise DataError("neither config.json nor a model card names the run's data.")
-    for row in read_rows(DataConfig(**settings), require_answer=False):
+    by_function = records.setting("verify", "verify_function") is not None
+    for row in read_rows(DataConfig(**settings), require_answer=False, keep_fields=by_function):
         if isinstance(row, Row) and row.problem_id in wanted:
             wanted.remove(row.problem_id)
             yield row
@@ -165,6 +167,11 @@ def _rows_of(records: RunRecords, data_files: Sequence[str] | None, wanted: set[
 
 
 def _check(row: Row) -> str:
+    if row.fields is not None:  # the fields that only the user's function reads
+        shown = (row.problem, row.response)
+        return json.dumps(
+            {k: v for k, v in row.fields.items() if v not in shown}, ensure_ascii=False, indent=1
+        )
     if row.tests is None:
         return row.answer or ""
     return "\n".join([*row.tests.tests, *(f"{case.input} -> {case.output}" for case in row.tests.cases)])

@@ -13,7 +13,7 @@ from megatron_rasft.tools.report.page import page
 from megatron_rasft.tools.report.records import read_run
 from megatron_rasft.tools.report.rollouts import pick_examples, read_statistics
 from megatron_rasft.tools.report.texts import MAX_TEXT_CHARS
-from megatron_rasft.tools.report.views import Problem, RunView
+from megatron_rasft.tools.report.views import Problem, RunView, read_view
 from tests.unit.tools.report.reading import Page
 from tests.unit.tools.report.synthetic import write_run
 
@@ -188,3 +188,20 @@ def test_page_of_empty_files_has_no_charts(tmp_path: Path) -> None:
     for name in ("metrics.jsonl", "rollouts.jsonl"):
         (folder / name).write_text("")
     assert Page(page([view_of(folder)])).charts == {}
+
+
+def test_fields_that_an_own_function_reads_stand_beside_its_problem(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    row = {
+        "problem": "an order",
+        "response": "{}",
+        "answer": {"no": "gold answer"},
+        "wanted": {"city": "Oslo"},
+    }
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps({"id": f"p{i}", **row}) + "\n" for i in range(8)))
+    flags = {"verify": {"verify_function": "own.py:grade"}, "data": {"train_data": [str(data)]}}
+    (folder / "config.json").write_text(json.dumps({"rasft": flags, "megatron": {}}))
+    text = Page(page([read_view(read_run(folder), None, 3)])).text
+    assert "an order" in text
+    assert "Oslo" in text and "gold answer" in text

@@ -222,3 +222,22 @@ def test_examples_do_not_depend_on_the_order_and_show_each_verdict(store: Path) 
                     len(rollout["response_ids"]),
                 )
     assert pick_examples(store, histories, num_each=0) == []
+
+
+def test_rewards_of_an_own_function_make_the_solve_rate_and_are_shown(tmp_path: Path) -> None:
+    store = RolloutStore(tmp_path / "rollouts.jsonl")
+    values = [
+        ("correct", 1.0, "exact"),
+        ("wrong", 0.25, "reward 0.25"),
+        ("wrong", 0.0, "none"),
+        ("timeout", None, "late"),
+    ]
+    store.append(
+        make_rollout("a", index, verdict=verdict, reward=reward, verdict_reason=reason)
+        for index, (verdict, reward, reason) in enumerate(values)
+    )
+    histories = read_statistics(store.path).histories()
+    ((_, visit),) = histories["a"]
+    assert (visit.num_attempts, visit.num_solved, visit.solve_rate) == (3, 1, 1.25 / 3)
+    (example,) = pick_examples(store.path, histories, 1)
+    assert [s.reason for s in example.samples] == ["reward 1: exact", "reward 0.25", "reward 0: none", "late"]
