@@ -90,6 +90,7 @@ RUN_BY = {
     "sbatch --exclude=NODE": "docs/cluster.md says it of another machine",
     "tools/plan.py --rollout-gpus 0": "test_smallest_machines_are_those_of_capacity_planning",
     "tools/plan.py --slurm": "test_run_that_plan_wrote_finishes_and_ends_at_once_when_submitted_again",
+    "pip install py-spy": "test_process_that_holds_pythons_lock_shows_its_stack",
     "python -c pass": "test_benchmark_of_code_verification_runs",
 }
 """Beginning of a command -> the test that runs it, here or in another file."""
