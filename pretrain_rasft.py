@@ -10,6 +10,10 @@ if __name__ == "__main__":
 
     answer_early(sys.argv[1:])
 
+    from megatron_rasft.training.temporary_files import use_own_folder
+
+    use_own_folder()
+
 # multiprocessing runs this file once more in every process that it spawns, for example in Megatron's checkpoint writer. These
 # processes need none of the imports below, which take ten seconds and 800 MB.
 if __name__ != "__mp_main__":

@@ -2,7 +2,8 @@
 
 Each launcher has one folder, and each of its checks a folder in it. The process that starts a launcher makes its folder, holds
 a lock on it, and removes it when it closes the launcher. If that process is killed, the kernel releases the lock. The next
-process of the same user that makes such a folder removes every one that nobody has locked.
+process of the same user that makes such a folder removes every one that nobody has locked. The temporary files of a run are kept in the
+same way (training/temporary_files.py).
 """
 
 import contextlib
@@ -18,12 +19,16 @@ _NUM_TRIES = 10
 
 
 class ScratchFolder:
-    """A folder that is removed by ``close``, or after the end of this process by the next one that makes such a folder."""
+    """A folder that is removed by ``close``, or after the end of this process by the next one that makes such a folder.
 
-    def __init__(self) -> None:
+    Args:
+        prefix: begins the name of the folder. Only folders with the same prefix are removed.
+    """
+
+    def __init__(self, prefix: str = _PREFIX) -> None:
         parent = Path(tempfile.gettempdir())
-        _remove_abandoned(parent)
-        self.path, self._lock = _make_locked(parent)
+        _remove_abandoned(parent, prefix)
+        self.path, self._lock = _make_locked(parent, prefix)
 
     def close(self) -> None:
         """Removes the folder and its content."""
@@ -46,10 +51,10 @@ def remove(folder: Path) -> None:
         subprocess.run(["rm", "-rf", "--", str(folder)], check=False)
 
 
-def _make_locked(parent: Path) -> tuple[Path, int]:
+def _make_locked(parent: Path, prefix: str) -> tuple[Path, int]:
     """Makes a folder and returns it with the open file that holds its lock."""
     for _ in range(_NUM_TRIES):
-        path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
+        path = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
         # Before the folder is locked, another process may take it for abandoned
         with contextlib.suppress(FileNotFoundError):
             lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
@@ -65,8 +70,8 @@ def _make_locked(parent: Path) -> tuple[Path, int]:
     )
 
 
-def _remove_abandoned(parent: Path) -> None:
-    for path in parent.glob(f"{_PREFIX}*"):
+def _remove_abandoned(parent: Path, prefix: str) -> None:
+    for path in parent.glob(f"{prefix}*"):
         with contextlib.suppress(OSError):
             lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             try:

@@ -1,0 +1,64 @@
+"""A run leaves no temporary files: its end removes them, or the start of the next run if it is killed."""
+
+import os
+import signal
+import tempfile
+from collections.abc import Callable
+from multiprocessing import util
+from pathlib import Path
+
+import pytest
+
+from megatron_rasft.training import temporary_files
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    return tmp_path
+
+
+def forked(work: Callable[[], None]) -> None:
+    """Calls ``work`` in a forked process and waits for its end."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            work()
+        finally:
+            os._exit(0)
+    os.waitpid(pid, 0)
+
+
+def begin() -> None:
+    """The start of a run, some of its temporary files, and a check of where they are."""
+    util._finalizer_registry.clear()  # those of pytest
+    before = Path(tempfile.gettempdir())
+    temporary_files.use_own_folder()
+    own = Path(os.environ["TMPDIR"])
+    for folder in (util.get_temp_dir(), tempfile.mkdtemp(suffix="wandb-media")):
+        assert Path(folder).parent == own
+    kernels = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+    assert own.parent == kernels.parent == before
+    (before / "began").touch()
+
+
+def begin_and_end() -> None:
+    begin()
+    util._exit_function()  # as at the end of the interpreter
+
+
+def begin_and_be_killed() -> None:
+    begin()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_files_of_a_killed_run_are_removed_by_the_next(place: Path) -> None:
+    forked(begin_and_be_killed)
+    (left,) = place.glob("rasft-run-*")
+    assert len(list(left.iterdir())) == 2
+    (place / "rasft-rows-of-another").mkdir()
+    (place / "began").unlink()
+    forked(begin_and_end)
+    assert {path.name for path in place.iterdir()} == {"began", "rasft-rows-of-another"}
