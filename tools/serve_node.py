@@ -63,6 +63,12 @@ def parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="folder for one log of each server, server-NODE-NUMBER.log (default: the output of this tool)",
     )
+    made.add_argument(
+        "--given-up-file",
+        type=Path,
+        metavar="FILE",
+        help="file to which a line is added for each server that is not started again",
+    )
     return made
 
 
@@ -81,6 +87,7 @@ class Server:
     log: Path | None
     sglang_flags: list[str] = field(default_factory=list)
     """Begin with a lone --, if there are any."""
+    given_up_file: Path | None = None
     num_restarts: int = 0
     process: subprocess.Popen[bytes] | None = None
     url: str = ""
@@ -99,6 +106,14 @@ class Server:
     def sign_off(self) -> None:
         """Removes the address from the file. The launcher does so itself, unless it was killed."""
         serve_rollouts.sign_off(self.server_file, self.url)
+
+    def give_up(self, max_restarts: int) -> None:
+        """Notes that the server is not started again."""
+        text = f"{self.name} ended with status {self.exit_code} after {max_restarts} restarts"
+        print(f"{text} and is given up", flush=True)
+        if self.given_up_file is not None:
+            with self.given_up_file.open("a", encoding="utf-8") as file:
+                file.write(f"{text}\n")
 
     @property
     def exit_code(self) -> int | None:
@@ -170,6 +185,7 @@ def prepared(args: argparse.Namespace, more: list[str], sglang_flags: list[str])
             server_file=of_server.server_file,
             variables={"PYTHONPATH": str(LAUNCHER.parents[1])}
             | ({"CUDA_VISIBLE_DEVICES": shares[number]} if shares else {}),
+            given_up_file=args.given_up_file,
             log=args.log_folder and args.log_folder / f"server-{node}-{number}.log",
         )
         for number in range(args.num_servers)
@@ -211,7 +227,7 @@ def watch(servers: Sequence[Server], max_restarts: int, stopping: list[int]) -> 
             kill_orphans(servers)
             if server.num_restarts == max_restarts:
                 running.remove(server)
-                print(f"{server.name} ended with status {code} and is given up", flush=True)
+                server.give_up(max_restarts)
                 continue
             server.num_restarts += 1
             print(

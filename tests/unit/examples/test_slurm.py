@@ -94,7 +94,10 @@ STAND_INS = {
     "srun": """
 printf '%s\\0' "$@" >>"$CALLS/srun"; echo >>"$CALLS/srun"
 case "$*" in
-*serve_node.py*) for port in $(seq "${NUM_SIGNED_ON:-4}"); do echo "http://n3:$port" >>"$RUN/servers.txt"; done; exec sleep 900 ;;
+*serve_node.py*)
+    for port in $(seq "${NUM_SIGNED_ON:-4}"); do echo "http://n3:$port" >>"$RUN/servers.txt"; done
+    [ -z "${GIVEN_UP:-}" ] || echo "$GIVEN_UP" >>"$RUN/given_up_servers.txt"
+    exec sleep 900 ;;
 *pretrain_rasft.py*) eval "$TRAINER"; exit "${TRAINER_CODE:-0}" ;;
 *check_node.py*) case "$*" in *"${SICK:-none}"*) exit 1 ;; esac ;;
 esac""",
@@ -305,6 +308,11 @@ def test_job_that_stops_four_times_at_one_checkpoint_fails(tmp_path: Path) -> No
         ("n1,n2", {"SICK": "nodelist=n1,n2"}, "health"),
         ("n1,n2,n3", {"SICK": "nodelist=n3", "SERVER_NODES": "1"}, "health"),
         ("n1,n2,n3", {"SERVER_NODES": "1", "NUM_SIGNED_ON": "1", "SERVERS_READY_S": "0"}, "of 2 servers"),
+        (
+            "n1,n2,n3",
+            {"SERVER_NODES": "1", "NUM_SIGNED_ON": "1", "GIVEN_UP": "server 1 of n3"},
+            "server 1 of n3",
+        ),
         ("n1,n2", {"RUN": ""}, "RUN"),
     ],
 )

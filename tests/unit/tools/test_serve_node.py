@@ -70,6 +70,7 @@ def servers(*codes: int, folder: Path) -> list[serve_node.Server]:
             host="127.0.0.1",
             port=7,
             server_file=None,
+            given_up_file=folder / "given_up.txt",
             log=None,
         )
         for number, code in enumerate(codes)
@@ -86,6 +87,11 @@ def test_servers_are_given_up_after_their_restarts(
         serve_node.watch(servers(1, 2, folder=tmp_path), 3, [])
     assert [(tmp_path / f"starts{n}").read_text() for n in (0, 1)] == ["xxxx", "xxxx"]
     assert capsys.readouterr().out.count("given up") == 2
+    lines = (tmp_path / "given_up.txt").read_text().splitlines()
+    assert sorted(line.split(" after")[0] for line in lines) == [
+        "server 0 ended with status 1",
+        "server 1 ended with status 2",
+    ]
 
 
 def test_process_that_does_not_end_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
