@@ -12,6 +12,7 @@ import shutil
 import signal
 import stat
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -21,6 +22,7 @@ from pathlib import Path
 import psutil
 
 from megatron_rasft.tools.ports import free_port
+from tests.forking import REPOSITORY
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
 NODES = ("n1", "n2", "n3", "n4")
@@ -28,6 +30,8 @@ _START_S = 300.0
 """The longest wait for the daemons, which take two seconds on an idle machine."""
 _NODE = "TEST_SLURM_NODE"
 """Variable of a slurmd and of its step daemons: the node's name."""
+
+_GUARD = "--end-with-input"
 
 CONFIGURATION = """
 ClusterName=loopback
@@ -93,7 +97,7 @@ def wait_for(what: str, condition: Callable[[], bool], timeout_s: float, every_s
 
 
 class Cluster:
-    """The daemons and the jobs. Use it as a context: its end kills all that the cluster has started.
+    """The daemons and the jobs. Use it as a context: its end kills all that the cluster has started, and so does the end of this process.
 
     Args:
         grace_s: time that partition ``batch`` gives a preempted job.
@@ -136,6 +140,13 @@ class Cluster:
             path.touch()
 
     def __enter__(self) -> "Cluster":
+        # Its input ends with this process, also if that is killed. Then it ends the cluster.
+        self._guard = subprocess.Popen(
+            [sys.executable, "-m", "tests.slurm.cluster", _GUARD, str(self.folder)],
+            cwd=REPOSITORY,
+            stdin=subprocess.PIPE,
+            start_new_session=True,
+        )
         try:
             self._start()
         except BaseException:
@@ -254,16 +265,7 @@ class Cluster:
 
     def processes(self, node: str | None = None) -> list[psutil.Process]:
         """Returns the processes of jobs and step daemons, of one node or of all."""
-        return [process for process, home in self._members() if node in (None, home)]
-
-    def _members(self) -> Iterator[tuple[psutil.Process, str]]:
-        """Yields each process that a daemon has started, with its node. Client commands have no node."""
-        for process in psutil.process_iter():
-            with suppress(psutil.Error):
-                variables = process.environ()
-                home = variables.get(_NODE) or variables.get("SLURMD_NODENAME")
-                if variables.get("SLURM_CONF") == f"{self.folder}/slurm.conf" and home:
-                    yield process, home
+        return [process for process, home in members(self.folder) if home and node in (None, home)]
 
     def __exit__(self, *_: object) -> None:
         with suppress(subprocess.TimeoutExpired):
@@ -274,21 +276,38 @@ class Cluster:
                 timeout=5,
                 check=False,
             )
-        for daemon in reversed(self._daemons.values()):
-            daemon.kill()
+        self._guard.communicate()
+        for daemon in self._daemons.values():
             daemon.wait()
-        # A killed process can have started another one just before: until none is left.
-        ends = time.monotonic() + 30
-        while (left := self.processes()) and time.monotonic() < ends:
-            for process in left:
-                with suppress(psutil.Error):
-                    process.kill()
-            time.sleep(0.1)
-        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def end_all(folder: Path) -> None:
+    """Kills all processes of the cluster in ``folder``, and removes the folder."""
+    # A killed process can have started another one just before: until none is left.
+    ends = time.monotonic() + 30
+    while (left := [*members(folder)]) and time.monotonic() < ends:
+        for process, _ in left:
+            with suppress(psutil.Error):
+                process.kill()
+        time.sleep(0.1)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def members(folder: Path) -> Iterator[tuple[psutil.Process, str | None]]:
+    """Yields the cluster's daemons, and each process that they or Slurm's commands have started, with its node if it has one."""
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            variables = process.environ()
+            if variables.get("SLURM_CONF") == f"{folder}/slurm.conf":
+                yield process, variables.get(_NODE) or variables.get("SLURMD_NODENAME")
 
 
 if __name__ == "__main__":
-    with Cluster() as shown:
-        print(f"export SLURM_CONF={shown.folder}/slurm.conf", flush=True)
-        with suppress(KeyboardInterrupt):
-            signal.pause()
+    if _GUARD in sys.argv:
+        sys.stdin.read()
+        end_all(Path(sys.argv[-1]))
+    else:
+        with Cluster() as shown:
+            print(f"export SLURM_CONF={shown.folder}/slurm.conf", flush=True)
+            with suppress(KeyboardInterrupt):
+                signal.pause()
