@@ -2,14 +2,40 @@
 
 import atexit
 import fcntl
+import json
 import os
 import socket
 import time
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 _PATIENCE_S = 10.0
 """A run that was killed may still hold its lock for a moment: the kernel frees the memory of its GPUs first."""
 _POLL_S = 0.1
+
+
+@dataclass(frozen=True)
+class Owner:
+    """The process that has a lock."""
+
+    process: int = field(default_factory=os.getpid)
+    host: str = field(default_factory=socket.gethostname)
+    job: str = field(default_factory=lambda: os.environ.get("SLURM_JOB_ID", ""))
+    """The Slurm job; "" outside of Slurm."""
+    start: int = field(default_factory=lambda: int(os.environ.get("SLURM_RESTART_COUNT") or 0))
+    """How often Slurm has requeued the job."""
+
+    @classmethod
+    def read(cls, path: Path) -> "Owner | None":
+        """Reads the file of a lock; None if it has just been made or removed."""
+        try:
+            return cls(**json.loads(path.read_bytes()))
+        except (OSError, ValueError, TypeError):
+            return None
+
+    def is_followed_by(self, other: "Owner") -> bool:
+        """Whether ``other`` is a later start of the same job, so that this process has ended."""
+        return bool(self.job) and self.job == other.job and self.start < other.start
 
 
 class ExportLock:
@@ -30,14 +56,11 @@ class ExportLock:
         ends = time.monotonic() + _PATIENCE_S
         while (file := self._try()) is None:
             if time.monotonic() > ends:
-                raise ValueError(
-                    f"--export-hf {out_dir}: another run will write this folder, {self._owner()}. Give another folder, or start again "
-                    "after its end."
-                )
+                raise ValueError(self._refusal(out_dir))
             time.sleep(_POLL_S)
         self._file = file
         os.truncate(file, 0)
-        os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+        os.pwrite(file, json.dumps(asdict(Owner())).encode(), 0)
         atexit.register(self.release)
 
     def _try(self) -> int | None:
@@ -46,6 +69,9 @@ class ExportLock:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            owner = Owner.read(self.path)
+            if owner is not None and owner.is_followed_by(Owner()):
+                return file  # Some network file systems keep the lock of a machine that has lost its power.
             os.close(file)
             return None
         except OSError:  # This file system has no locks, and nothing keeps two runs apart.
@@ -55,11 +81,10 @@ class ExportLock:
         os.close(file)  # Its owner has removed it meanwhile.
         return None
 
-    def _owner(self) -> str:
-        try:
-            return self.path.read_text()
-        except OSError:
-            return "which has just ended"
+    def _refusal(self, out_dir: Path) -> str:
+        owner = Owner.read(self.path)
+        named = "" if owner is None else f", process {owner.process} on {owner.host}"
+        return f"--export-hf {out_dir}: another run will write this folder{named}. Give another folder, or start again after its end."
 
     def release(self) -> None:
         """Removes the file. The end of the process calls this."""

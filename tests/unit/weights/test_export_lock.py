@@ -47,3 +47,20 @@ def test_lock_of_a_killed_run_is_free(tmp_path: Path, monkeypatch: pytest.Monkey
     holder.kill()
     monkeypatch.setattr(export_lock, "_PATIENCE_S", 60.0)
     ExportLock(tmp_path / "hf").release()
+
+
+def test_job_that_slurm_requeues_takes_the_lock_of_its_earlier_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if a network file system kept the lock of a machine that is gone."""
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    first = ExportLock(tmp_path / "hf")
+    with pytest.raises(ValueError, match="--export-hf"):
+        ExportLock(tmp_path / "hf")  # a second step of the same start
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    second = ExportLock(tmp_path / "hf")
+    monkeypatch.setenv("SLURM_JOB_ID", "8")
+    with pytest.raises(ValueError, match="--export-hf"):
+        ExportLock(tmp_path / "hf")
+    first.release()
+    second.release()
