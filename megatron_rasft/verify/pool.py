@@ -1,20 +1,16 @@
 """Grades rollouts in worker processes that can be killed. The trainer itself never parses a response."""
 
-import contextlib
 import logging
 import os
 import signal
-import sys
-import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, wait
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing.context import ForkServerContext, ForkServerProcess
 from typing import Any
 
 from pebble import ProcessExpired, ProcessFuture, ProcessPool
@@ -25,6 +21,7 @@ from megatron_rasft.reasoning_tags import open_tag
 from megatron_rasft.types import Check, CodeTests, Rollout, Verdict
 from megatron_rasft.verify import grading_worker, own_function
 from megatron_rasft.verify.grading_order import GIVEN_UP, GradingOrder, Turn
+from megatron_rasft.verify.isolated_workers import IsolatedContext
 from megatron_rasft.verify.programs.program_grading import grade_program
 
 logger = logging.getLogger(__name__)
@@ -43,7 +40,6 @@ _FIRST_ROUND_MIN_S = 0.5
 _MAX_BROKEN_POOLS = 2
 # Seconds between two calls of ``on_verdict`` while no grading ends
 _CHECK_S = 5.0
-_MAIN_LOCK = threading.Lock()
 
 
 @dataclass
@@ -272,7 +268,7 @@ class VerifierPool:
             max_tasks=self._config.verify_max_tasks_per_worker,
             initializer=grading_worker.prepare,
             initargs=(self._config.verify_memory_mib * 2**20, self.function),
-            context=_IsolatedContext(
+            context=IsolatedContext(
                 [grading_worker.__name__, _module_of(self._grader), _module_of(grade_program)], self._locks
             ),
         )
@@ -353,54 +349,3 @@ def _warn_of_failures(rollouts: Sequence[Rollout]) -> None:
 
 def _set(rollout: Rollout, verdict: Verdict, reason: str, reward: float | None = None) -> None:
     rollout.verdict, rollout.verdict_reason, rollout.reward = verdict, reason, reward
-
-
-class _IsolatedProcess(ForkServerProcess):
-    """A worker process that does not import the main script again.
-
-    multiprocessing imports the parent's main script into every child that is not forked from the parent. For a trainer
-    that would be torch and Megatron in each worker. Python has no option against this, but skips the import if ``__main__`` has
-    neither a file nor a spec (multiprocessing/spawn.py, ``get_preparation_data``). So both are hidden while a child starts.
-    """
-
-    @staticmethod
-    def _Popen(process_obj: Any) -> Any:
-        with _hidden_main():
-            return ForkServerProcess._Popen(process_obj)  # type: ignore[attr-defined]
-
-
-class _IsolatedContext(ForkServerContext):
-    """A multiprocessing context whose fork server loads some modules once for all workers.
-
-    Args:
-        preloaded: names of the modules. Ignored if this program has started the server before.
-        locks: gets the locks that the pool asks for. Python deletes a lock's file with the last reference to the lock, and pebble
-            drops its own before it kills the workers: one that is still starting would not find the file, and print a traceback.
-    """
-
-    Process = _IsolatedProcess  # type: ignore[assignment]
-
-    def __init__(self, preloaded: list[str], locks: list[Any]) -> None:
-        super().__init__()
-        self.set_forkserver_preload(preloaded)
-        self._locks = locks
-
-    def RLock(self) -> Any:
-        """Returns a lock that lasts until ``locks`` is cleared."""
-        self._locks.append(super().RLock())
-        return self._locks[-1]
-
-
-@contextlib.contextmanager
-def _hidden_main() -> Iterator[None]:
-    main = sys.modules["__main__"]
-    with _MAIN_LOCK:
-        hidden: dict[str, Any] = {
-            name: vars(main)[name] for name in ("__file__", "__spec__") if name in vars(main)
-        }
-        try:
-            vars(main).pop("__file__", None)
-            main.__spec__ = None
-            yield
-        finally:
-            vars(main).update(hidden)
