@@ -1,5 +1,6 @@
 """The figures of one refresh: collected while it runs, then logged as metrics and printed as one line."""
 
+import math
 import time
 from collections import Counter
 from collections.abc import Collection, Iterator
@@ -153,7 +154,8 @@ class RefreshReport:
             shares = self.shares()
             line += (
                 f", {self.num_rollouts} rollouts of {self.num_sampled}, {self.solve_rate:.1%} correct, "
-                f"{self.num_solved} solved at least once, {shares[metrics.TRUNCATED]:.1%} cut by length, "
+                + ("" if math.isnan(self.mean_reward) else f"mean reward {self.mean_reward:.3f}, ")
+                + f"{self.num_solved} solved at least once, {shares[metrics.TRUNCATED]:.1%} cut by length, "
                 f"{shares[metrics.FILTERED]:.1%} filtered, {shares[metrics.UNVERIFIABLE]:.1%} unverifiable, "
                 f"{self.mean_response_tokens:.0f} tokens each; generate {self.generate_s:.1f} s, verify {self.verify_s:.1f} s,"
             )

@@ -22,7 +22,11 @@ def remarks(config: RasftConfig, given: Container[str], num_programs: int) -> li
 
 
 def _function_remarks(config: RasftConfig, given: Container[str]) -> list[str]:
-    if config.verify.verify_function is None or not config.verifies or "data_prompt_suffix" in given:
+    if config.verify.verify_function is None:
+        return []
+    if not config.verifies:
+        return ["--verify-function has no effect: this run grades nothing"]
+    if "data_prompt_suffix" in given:
         return []
     return [
         "warning: --verify-function grades the responses, but every prompt asks for the answer in \\boxed{}, which is the default of "

@@ -18,6 +18,8 @@ EXAMPLE = REPOSITORY / "examples" / "own_verifier"
 PARTIAL = """
 
 def share_of_fields(row, response):
+    if len(row["id"]) == len("sum0") and not grade(row, response)[0]:
+        raise KeyError("edited")
     return (1.0 if grade(row, response)[0] else 0.5), "edited"
 """
 
@@ -74,6 +76,9 @@ def test_example_grades_a_run_and_changed_code_is_said_when_it_resumes(
     second = launching.succeed(folder / "second", flags)
     assert "code of --verify-function has changed" in second.output
     later = list(read_rollouts(save / "rollouts.jsonl"))[8 * 4 :]
+    assert "KeyError: 'edited' (json_exact.py:" in second.output, "the log says that the function failed"
+    failed = [r for r in later if "KeyError" in r.verdict_reason]
+    assert failed and {r.verdict for r in failed} == {"unverifiable"}
     graded = [r for r in later if r.reward is not None]
     assert {r.reward for r in graded} == {0.5, 1.0}
     assert {r.reward for r in later if r.weight > 0} <= {1.0}, "a part of the reward is not trained on"

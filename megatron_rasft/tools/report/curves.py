@@ -32,6 +32,8 @@ class Curve(NamedTuple):
 _SOLVED = (
     Curve(metrics.HELDOUT_SOLVE_RATE, "Held-out problems solved", "share of responses", is_share=True),
     Curve(metrics.HELDOUT_TRUNCATED, "Held-out responses cut by length", "share of responses", is_share=True),
+    Curve(metrics.HELDOUT_REWARD, "Mean reward of held-out responses", "of --verify-function"),
+    Curve(metrics.REWARD, "Mean reward of the rollouts", "of --verify-function, a refresh"),
     Curve(metrics.SOLVE_RATE, "Correct rollouts", "share of a refresh's rollouts", is_share=True),
     Curve(
         metrics.SOLVED_PROBLEMS,

@@ -134,3 +134,4 @@ def test_rewards_and_failures_of_an_own_function_are_counted() -> None:
     report.count_rollouts(groups)
     assert report.values()[metrics.REWARD] == 0.625, "a rollout without a reward does not count"
     assert report.values()[metrics.FUNCTION_FAILED] == 1 / 4
+    assert "mean reward 0.625" in report.line(1.0)

@@ -1,5 +1,6 @@
 """The console lines about choices of the method."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -72,3 +73,5 @@ def test_the_log_names_a_prompt_that_asks_for_a_box_which_an_own_function_may_no
     (line,) = remarks(config, (), 0)
     assert "--verify-function" in line and "--data-prompt-suffix" in line
     assert remarks(config, {"data_prompt_suffix"}, 0) == []
+    (line,) = remarks(replace(config, curriculum=CurriculumConfig(curriculum_mode="off")), (), 0)
+    assert "--verify-function" in line and "suffix" not in line

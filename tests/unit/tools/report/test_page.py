@@ -87,17 +87,26 @@ def test_curve_of_the_steps_holds_the_values_of_the_file(title: str, metric: str
     assert [value for _, value in points] == pytest.approx([r[metric] for r in steps], rel=1e-5)
 
 
-def test_weight_of_wrong_rollouts_has_a_curve_if_there_are_any(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("title", "event", "metric"),
+    [
+        ("Weight of a wrong rollout", "step", "objective/wrong_rollout_weight_mean"),
+        ("Mean reward of the rollouts", "refresh", "verify/reward_mean"),
+        ("Mean reward of held-out responses", "refresh", "heldout/reward_mean"),
+    ],
+)
+def test_metrics_that_few_runs_have_get_a_curve_if_there_are_any(
+    title: str, event: str, metric: str, tmp_path: Path
+) -> None:
     folder = write_run(tmp_path / "run")
-    title = "Weight of a wrong rollout"
     assert title not in Page(page([view_of(folder)])).charts
     records = lines_of(folder / "metrics.jsonl")
     for record in records:
-        if record["event"] == "step":
-            record["objective/wrong_rollout_weight_mean"] = -0.25
+        if record["event"] == event:
+            record[metric] = 0.25
     (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     ((_, points),) = Page(page([view_of(folder)])).lines[title].items()
-    assert {value for _, value in points} == {-0.25}
+    assert {value for _, value in points} == {0.25}
 
 
 def test_formulas_of_examples_are_mathml_beside_the_rollouts(tmp_path: Path) -> None:
