@@ -2,12 +2,14 @@
 
 report.py RUN_DIR [RUN_DIR ...] --output report.html
 report.py [RUN_DIR] [--metrics FILE] [--rollouts FILE] [--train-data FILE ...] --output report.html
+report.py RUN_DIR --watch 30        while the run goes on
 
 Needs the extra "report": pip install 'megatron-rasft[report]'
 """
 
 import argparse
 import sys
+import time
 from pathlib import Path
 
 if not __package__:  # lets the file run from a checkout that is not installed
@@ -18,8 +20,9 @@ from megatron_rasft.tools import cli
 from megatron_rasft.tools.report import charts, mathematics
 from megatron_rasft.tools.report.archive import Archive
 from megatron_rasft.tools.report.page import page_parts
-from megatron_rasft.tools.report.records import RunRecords, read_run
-from megatron_rasft.tools.report.views import read_view
+from megatron_rasft.tools.report.records import NoRecordsError, RunRecords, has_ended, read_run
+from megatron_rasft.tools.report.tokens import read_tokens
+from megatron_rasft.tools.report.views import RunView, read_view
 
 _VAGUE_NAMES = {"save", "checkpoints", "checkpoint"}
 """Common names of --save folders. They do not identify a run, so the name of the parent folder is taken."""
@@ -27,7 +30,45 @@ _VAGUE_NAMES = {"save", "checkpoints", "checkpoint"}
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line. Returns the exit code as ``cli.run`` defines it."""
-    return cli.run(report, _build_parser().parse_args(argv))
+    args = _build_parser().parse_args(argv)
+    return cli.run(report if args.watch is None else watch, args)
+
+
+def watch(args: argparse.Namespace) -> None:
+    """Writes the page whenever files of the runs have changed, until all runs have ended. Ctrl-C ends it earlier.
+
+    Raises:
+        ValueError, RasftError: as ``report`` does.
+    """
+    _check_arguments(args)
+    inputs: list[Path] = []
+    seen: list[tuple[int, int]] | None = None
+    is_over = False
+    while not is_over:
+        # Before files are read, so that the last page has all records.
+        is_over = all(has_ended(Path(run)) for run in args.runs)
+        stamps, began = _stamps(inputs), time.monotonic()
+        if stamps is None or stamps != seen or is_over:
+            inputs, seen = _write_if_begun(args, is_over), stamps
+        if not is_over:
+            # A page of many rollouts takes a while. Writing must take only a small part of the machine's time.
+            time.sleep(max(args.watch, 9 * (time.monotonic() - began)))
+
+
+def _write_if_begun(args: argparse.Namespace, is_over: bool) -> list[Path]:
+    try:
+        return _write(args, reload_s=None if is_over else args.watch)
+    except NoRecordsError as error:
+        if is_over:
+            raise
+        print(f"waiting for the first records: {error}", flush=True)
+        return []
+
+
+def _stamps(paths: list[Path]) -> list[tuple[int, int]] | None:
+    """Size and time of change of each file; None without files."""
+    found = [path.stat() for path in paths if path.is_file()]
+    return [(stat.st_size, stat.st_mtime_ns) for stat in found] or None
 
 
 def report(args: argparse.Namespace) -> None:
@@ -38,6 +79,16 @@ def report(args: argparse.Namespace) -> None:
         RasftError: a package that the page needs is not installed.
     """
     _check_arguments(args)
+    _write(args, reload_s=None)
+
+
+def _write(args: argparse.Namespace, reload_s: int | None) -> list[Path]:
+    """Writes the page. Returns the files that it read, and that grow with the runs.
+
+    Args:
+        args: the flags.
+        reload_s: seconds after which a browser loads the page again; None for never.
+    """
     # A missing package is reported before files are read, which can take minutes.
     charts.script()
     mathematics.check_installed()
@@ -46,19 +97,18 @@ def report(args: argparse.Namespace) -> None:
     _set_unique_names(runs, folders)
     inputs = [path for run in runs for path in (run.metrics_path, run.rollouts_path) if path is not None]
     _check_output(args.output, inputs)
-    views = [
-        read_view(
-            run,
-            args.train_data,
-            args.num_examples,
-            args.problems,
-            Archive(args.output.parent, args.max_rollouts),
-        )
-        for run in runs
-    ]
+    views = [_view(run, args) for run in runs]
     with replacing(args.output) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
-        file.writelines(page_parts(views))
-    print(f"wrote {args.output}, {args.output.stat().st_size / 1e6:.1f} MB")
+        file.writelines(page_parts(views, reload_s))
+    print(f"wrote {args.output}, {args.output.stat().st_size / 1e6:.1f} MB", flush=True)
+    return inputs
+
+
+def _view(run: RunRecords, args: argparse.Namespace) -> RunView:
+    archive = Archive(args.output.parent, args.max_rollouts)
+    view = read_view(run, args.train_data, args.num_examples, args.problems, archive)
+    view.tokens = read_tokens(run, view.examples, args.tokenizer, args.reference_model)
+    return view
 
 
 def _check_arguments(args: argparse.Namespace) -> None:
@@ -66,6 +116,12 @@ def _check_arguments(args: argparse.Namespace) -> None:
         raise ValueError(f"--num-examples must be >= 0, got {args.num_examples}.")
     if args.max_rollouts < 1:
         raise ValueError(f"--max-rollouts must be >= 1, got {args.max_rollouts}.")
+    if args.watch is not None and args.watch < 1:
+        raise ValueError(f"--watch must be >= 1, got {args.watch}.")
+    if args.watch is not None and not args.runs:
+        raise ValueError(
+            "--watch needs RUN_DIR, whose status.json says when the run has ended. Give the --save folder of the run."
+        )
     if len(args.runs) > 1 and (args.metrics or args.rollouts):
         raise ValueError(
             f"--metrics and --rollouts belong to one run, but {len(args.runs)} RUN_DIRs are given. Give one RUN_DIR."
@@ -151,6 +207,26 @@ def _build_parser() -> argparse.ArgumentParser:
         default=100_000,
         metavar="N",
         help="maximum number of rollouts of a run that the page can search, the newest ones, >= 1; default: 100000",
+    )
+    parser.add_argument(
+        "--tokenizer",
+        type=Path,
+        metavar="FOLDER",
+        help="folder with the tokenizer.json of the model, to colour tokens; default: the run's --hf-model",
+    )
+    parser.add_argument(
+        "--reference-model",
+        type=Path,
+        metavar="FOLDER",
+        help="the model before training, which calculates the ratio of examples on the CPU if the run did not store it",
+    )
+    parser.add_argument(
+        "--watch",
+        type=int,
+        nargs="?",
+        const=30,
+        metavar="SECONDS",
+        help="write the page again while the run goes on, if its files have changed; the browser reloads it; default: 30 seconds",
     )
     return parser
 

@@ -15,7 +15,7 @@ from megatron_rasft.training.heldout import Heldout
 from megatron_rasft.training.outputs import reference_cache
 from megatron_rasft.training.problems import Problems
 from megatron_rasft.training.record import RunRecord
-from megatron_rasft.training.reference import LogprobCache, initial_fingerprint
+from megatron_rasft.training.reference import LogprobCache, initial_fingerprint, logprobs_fingerprint
 from megatron_rasft.training.refresh import Refresh, sampling_params
 from megatron_rasft.training.refresh_driver import RefreshDriver
 from megatron_rasft.training.remarks import remarks
@@ -116,10 +116,10 @@ def open_cache(args: Any, config: RasftConfig, initial_weights: str) -> LogprobC
     """
     if not config.objective.needs_reference_logprobs():
         return None
-    precision = f"{args.params_dtype} {args.fp8} {args.fp8_recipe if args.fp8 else ''}"
-    if has_delayed_scales(args):
-        precision += " scaled"
-    return LogprobCache(reference_cache(args, config), f"{precision} {initial_weights}")
+    fingerprint = logprobs_fingerprint(
+        initial_weights, args.params_dtype, args.fp8, args.fp8_recipe, is_scaled=has_delayed_scales(args)
+    )
+    return LogprobCache(reference_cache(args, config), fingerprint)
 
 
 def describe_run(args: Any, config: RasftConfig, num_problems: int) -> str:

@@ -78,6 +78,20 @@ def initial_fingerprint(folder: Path, converted: Path | None) -> str:
     return weights_fingerprint(folder, "") if converted is None else checkpoint_fingerprint(converted)
 
 
+def logprobs_fingerprint(
+    initial_weights: str, params_dtype: object, fp8: object, fp8_recipe: object, *, is_scaled: bool
+) -> str:
+    """Identifies log-probabilities of the reference, which depend on its weights and on the precision of its passes.
+
+    Args:
+        initial_weights: as ``initial_fingerprint`` returns it.
+        params_dtype, fp8, fp8_recipe: Megatron's arguments, or their texts in config.json.
+        is_scaled: whether tensors are scaled by the largest values of earlier passes.
+    """
+    scaled = " scaled" if is_scaled else ""
+    return f"{params_dtype} {fp8} {fp8_recipe if fp8 else ''}{scaled} {initial_weights}"
+
+
 class LogprobCache:
     """The reference's log-probabilities on disk, found by the reference's weights and a sample's tokens.
 

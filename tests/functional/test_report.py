@@ -29,3 +29,5 @@ def test_page_of_a_run_has_its_curves_settings_and_texts(workshop: Workshop, tmp
     problems = {json.loads(line)["problem"] for line in workshop.sums.read_text().splitlines()}
     assert problems & set(shown.texts["pre"])
     assert any(row.startswith("Parameters") for row in shown.rows), "the exported model's card"
+    assert "tokens by ratio × weight × p" in shown.texts["summary"], "the run's cache has the reference"
+    assert not [text for text in shown.texts["p"] if "--reference-model" in text]

@@ -5,6 +5,7 @@ from itertools import groupby
 from typing import Any
 
 from megatron_rasft.tools.report.rollouts import Course, Example, Sample
+from megatron_rasft.tools.report.tokens import MAX_TOKENS
 from megatron_rasft.tools.report.views import Problem, RunView
 
 MAX_VISITS = 8
@@ -33,6 +34,8 @@ def examples(view: RunView) -> dict[str, Any]:
         "num_problems": len(view.rollouts.histories()) if view.rollouts else 0,
         "num_rollouts": view.rollouts.num_rollouts if view.rollouts else 0,
         "max_visits": MAX_VISITS,
+        "tokens": view.tokens,
+        "max_tokens": MAX_TOKENS,
     }
 
 

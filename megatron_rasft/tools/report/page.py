@@ -66,7 +66,7 @@ def page_parts(views: Sequence[RunView], reload_s: int | None = None) -> Iterato
         views: the runs.
         reload_s: seconds after which the browser loads the page again, for a run that goes on; None for never.
     """
-    scripts = [charts.script(), _source("page.js"), _source("search.js")]
+    scripts = [charts.script(), _source("page.js"), _source("search.js"), _source("tokens.js")]
     # Second barrier behind the escaping of texts that a model wrote: the browser may load no files and run only these scripts.
     hashes = " ".join(f"'sha256-{_sha256(script)}'" for script in scripts)
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src {hashes}; base-uri 'none'; form-action 'none'"

@@ -47,6 +47,10 @@ PHASES = {
 """Phase of a run -> its name on the page."""
 
 
+class NoRecordsError(ValueError):
+    """A folder has no records of a run, or none yet."""
+
+
 @dataclass
 class RunRecords:
     """Metrics and settings of one run.
@@ -57,6 +61,8 @@ class RunRecords:
     name: str
     metrics_path: Path | None = None
     rollouts_path: Path | None = None
+    reference_cache_path: Path | None = None
+    """The run's log-probabilities of the reference, if it stored them."""
     config: dict[str, Any] = field(default_factory=dict)
     """Content of config.json. Empty if it does not exist."""
     card: dict[str, str] = field(default_factory=dict)
@@ -77,6 +83,12 @@ class RunRecords:
         """Returns one of Megatron's arguments as text, or None if it is missing or None."""
         value = self.config.get("megatron", {}).get(name)
         return None if value in (None, "None") else str(value)
+
+    @property
+    def model_folder(self) -> Path | None:
+        """The run's --hf-model; None if it is unknown."""
+        folder = self.setting("run", "hf_model") or self.megatron("hf_model") or self.card.get("Base model")
+        return Path(folder) if folder else None
 
     def points(self, name: str) -> list[tuple[float, float]]:
         """Returns (step, value) of a metric that steps record."""
@@ -132,7 +144,8 @@ def read_run(
         rollouts_path: value of --rollouts; None as for metrics_path.
 
     Raises:
-        ValueError: a given path does not exist, no file was found, or config.json is damaged.
+        NoRecordsError: no file was found.
+        ValueError: a given path does not exist, or config.json is damaged.
     """
     if folder is not None and not folder.is_dir():
         raise ValueError(f"RUN_DIR {folder} is not a folder. Give the --save folder of a run.")
@@ -148,14 +161,23 @@ def read_run(
     run.rollouts_path = rollouts_path or _find(
         folder, "rollouts.jsonl", run.setting("rollout", "rollout_store")
     )
+    run.reference_cache_path = _find(folder, "ref_logprobs.sqlite", run.setting("run", "rasft_ref_cache"))
     if run.metrics_path is None and run.rollouts_path is None:
-        raise ValueError(
+        raise NoRecordsError(
             f"RUN_DIR {folder} has neither metrics.jsonl nor rollouts.jsonl. Give the --save folder of a run, or its files with "
             "--metrics and --rollouts."
         )
     if run.metrics_path is not None:
         _read_metrics(run.metrics_path, run)
     return run
+
+
+def has_ended(folder: Path) -> bool:
+    """Returns whether the status.json of a run says that it has finished, was stopped, or failed."""
+    from megatron_rasft.training.status import RunStatus  # imported here because it takes seconds
+
+    status = RunStatus.read(folder)
+    return status is not None and status.state != "running"
 
 
 def lines_with_offsets(path: Path) -> Iterator[tuple[int, bytes]]:

@@ -7,6 +7,7 @@ length or number of responses.
 import hashlib
 import heapq
 import json
+from array import array
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -134,6 +135,10 @@ class Sample:
     policy_age: int
     num_tokens: int
     text: str
+    prompt_ids: Sequence[int] = ()
+    response_ids: Sequence[int] = ()
+    logprobs: Sequence[float] = ()
+    """Log-probability of each response token when it was sampled, in nats."""
 
 
 @dataclass
@@ -331,7 +336,9 @@ def _read_samples(path: Path, problem_id: str, step: int, visit: Visit) -> Itera
         file.seek(visit.offset)
         for _ in range(visit.num_samples):
             try:
-                record, num_tokens = parse(file.readline())
+                line = file.readline()
+                record, num_tokens = parse(line)
+                arrays = json.loads(line)
             except ValueError:
                 continue
             if record["problem_id"] == problem_id:
@@ -346,4 +353,7 @@ def _read_samples(path: Path, problem_id: str, step: int, visit: Visit) -> Itera
                     policy_age=int(record.get("policy_age", 0)),
                     num_tokens=num_tokens,
                     text=str(record["text"]),
+                    prompt_ids=array("i", arrays["prompt_ids"]),
+                    response_ids=array("i", arrays["response_ids"]),
+                    logprobs=array("f", arrays["response_logprobs"]),
                 )

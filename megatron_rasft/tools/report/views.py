@@ -19,6 +19,7 @@ from megatron_rasft.tools.report.rollouts import (
     pick_examples,
     read_statistics,
 )
+from megatron_rasft.tools.report.tokens import TokenView
 
 
 @dataclass
@@ -44,6 +45,8 @@ class RunView:
     """Problem id -> texts, for the examples whose texts were found."""
     archive: Archive | None = None
     """All rollouts and problems, for the search; None if the page has no search."""
+    tokens: TokenView = field(default_factory=TokenView)
+    """Tokens of the examples' rollouts."""
     notes: list[str] = field(default_factory=list)
     """Missing or damaged inputs, listed at the top of the page."""
 

@@ -34,6 +34,8 @@ def page_of(tmp_path: Path, *arguments: str | Path) -> Page:
         (["{run}", "--rollouts", "{run}/gone.jsonl"], "--rollouts {run}/gone.jsonl"),
         (["{run}", "--num-examples", "-1"], "--num-examples"),
         (["{run}", "--max-rollouts", "0"], "--max-rollouts"),
+        (["{run}", "--watch", "0"], "--watch"),
+        (["--metrics", "{run}/metrics.jsonl", "--watch"], "--watch"),
         (["{run}", "--problems", "p1", "gone", "--output", "{empty}/page.html"], "--problems gone"),
         (["{run}", "--output", "{run}/metrics.jsonl"], "--output {run}/metrics.jsonl"),
         (["{run}", "--output", "{run}"], "--output {run}"),
@@ -126,3 +128,45 @@ def test_unreadable_lines_and_repeated_rollouts_are_counted(run: Path, tmp_path:
     assert notes.count("1 unreadable line(s)") == 2 and "64 rollouts" in notes
     store.write_text("")
     assert str(store) in page_of(tmp_path, run).texts["li"][1]
+
+
+def test_watched_run_is_written_when_it_changes_until_it_ends(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output, metrics = tmp_path / "report.html", run / "metrics.jsonl"
+    lines, status = metrics.read_text().splitlines(keepends=True), run / "status.json"
+    kept = {name: (run / name).rename(tmp_path / name) for name in ("rollouts.jsonl", "metrics.jsonl")}
+    status.write_text('{"state": "running"}')
+    pauses, seen = [], []
+
+    def sleep(seconds: float) -> None:
+        """Goes on with the run: its first records, more records, no change, the rest and the end."""
+        pauses.append(seconds)
+        shown = Page(output.read_text(encoding="utf-8")) if output.stat().st_size else None
+        seen.append(None if shown is None else (len(first_line(shown)), "live" in ids(shown)))
+        if len(pauses) in (1, 3):
+            metrics.write_text("".join(lines[: 6 * len(pauses) - 3]))
+        if len(pauses) == 5:
+            kept["metrics.jsonl"].rename(metrics)
+            kept["rollouts.jsonl"].rename(run / "rollouts.jsonl")
+            status.write_text('{"state": "finished"}')
+
+    monkeypatch.setattr(report.time, "sleep", sleep)
+    output.touch()
+    assert report.main([str(run), "--watch", "7", "--output", str(output)]) == 0
+    last = Page(output.read_text(encoding="utf-8"))
+    assert all(pause >= 7 for pause in pauses) and len(pauses) == 5
+    assert seen[0] is None and (len(first_line(last)), "live" in ids(last)) == (12, False)
+    points = [point for point in seen[1:] if point is not None]
+    assert points[0][0] < points[-1][0] < 12 and all(is_live for _, is_live in points)
+    written = capsys.readouterr().out
+    assert written.count("waiting") == 1 and written.count("wrote") < len(pauses) + 1
+
+
+def first_line(shown: Page) -> list[tuple[float, float]]:
+    ((_, points),) = shown.lines["Loss of the objective"].items()
+    return points
+
+
+def ids(shown: Page) -> set[str | None]:
+    return {attributes.get("id") for _, attributes in shown.elements}

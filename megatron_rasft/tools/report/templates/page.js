@@ -68,6 +68,19 @@ for (const examples of document.querySelectorAll(".examples")) {
   filter();
 }
 
+// The page of a run that goes on is loaded again, but not while somebody searches it or reads a part that they opened.
+const live = document.getElementById("live");
+if (live) {
+  const isReady = () => ["drawn", "searchable"].every((mark) => mark in document.documentElement.dataset);
+  const isRead = () =>
+    document.querySelector("main details[open], tr.opened") !== null || [...document.querySelectorAll("input")].some((input) => input.value);
+  live.hidden = false;
+  live.addEventListener("click", () => live.setAttribute("aria-pressed", String(live.getAttribute("aria-pressed") !== "true")));
+  setInterval(() => {
+    if (live.getAttribute("aria-pressed") === "true" && isReady() && !isRead()) location.reload();
+  }, 1000 * live.dataset.seconds);
+}
+
 const theme = document.getElementById("theme");
 theme.hidden = false;
 theme.addEventListener("click", () => {

@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 
 from megatron_rasft.tools.report.archive import Archive
-from megatron_rasft.tools.report.page import page
+from megatron_rasft.tools.report.page import page, page_parts
 from megatron_rasft.tools.report.records import read_run
+from megatron_rasft.tools.report.tokens import Token
 from megatron_rasft.tools.report.views import read_view
 from tests.unit.tools.report.synthetic import write_run
-from tests.unit.tools.report.test_page import hostile_view
+from tests.unit.tools.report.test_page import hostile_view, view_of
 
 CHROMIUM = shutil.which("chromium")
 if not os.environ.get("REQUIRE_BROWSER"):
@@ -162,6 +163,46 @@ def test_search_finds_texts_sorts_them_and_opens_a_problem(browser: Browser, two
     changes = [row.locator("td").last.inner_text() for row in rows.all()]
     assert changes[0].startswith("+") and changes[-1].startswith("−")
     assert visit.complaints == []
+
+
+def test_tokens_of_an_example_are_coloured_by_their_weight(browser: Browser, tmp_path: Path) -> None:
+    view = view_of(write_run(tmp_path / "run"))
+    samples = [sample for example in view.examples for sample in example.samples]
+    trained = next(sample for sample in samples if sample.weight)
+    untrained = next(sample for sample in samples if not sample.weight)
+    view.tokens.largest = 0.5
+    view.tokens.tokens = {
+        id(trained): [Token("<b>", 1.0, 0.5), Token("\n", 0.2, 0.1), Token("low", 0.0, 0.0)],
+        id(untrained): [Token("grey", 0.5, 0.0)],
+    }
+    path = tmp_path / "report.html"
+    path.write_text(page([view]), encoding="utf-8")
+    visit = Visit(browser, path)
+    visit.page.locator("details.example").evaluate_all("all => all.forEach((one) => (one.open = true))")
+    tokens = visit.page.locator("details.tokens")
+    assert tokens.count() == 2
+    found = []
+    for one in tokens.all():
+        one.locator("summary").click()
+        one.locator("span").first.wait_for()
+        spans = one.locator("span").all()
+        found.append({s.text_content() or "": visit.style(s, "background-color") for s in spans})
+    (coloured,) = (shown for shown in found if "<b>" in shown)
+    assert list(coloured) == ["<b>", "\n", "low"] and len(set(coloured.values())) == 3
+    assert found.index(coloured) != found.index(next(shown for shown in found if "grey" in shown))
+    titles = tokens.locator("span").evaluate_all("all => all.map((one) => one.title)")
+    assert "p 0.200, weight in the loss 0.100" in titles and "p 0.500" in titles
+    assert visit.complaints == []
+
+
+def test_page_of_a_run_that_goes_on_is_loaded_again(browser: Browser, tmp_path: Path) -> None:
+    path, view = tmp_path / "report.html", view_of(write_run(tmp_path / "run"))
+    path.write_text("".join(page_parts([view], reload_s=1)), encoding="utf-8")
+    visit = Visit(browser, path)
+    view.records.name = "newer"
+    path.write_text("".join(page_parts([view])), encoding="utf-8")
+    expect(visit.page.locator("h1")).to_have_text("newer", timeout=1000 * DRAWN_S)
+    assert visit.page.locator("#live").count() == 0
 
 
 def test_narrow_page_does_not_scroll_sideways(browser: Browser, two_runs: Path) -> None:

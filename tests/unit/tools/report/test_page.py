@@ -128,7 +128,7 @@ def test_texts_of_a_model_stay_text(tmp_path: Path) -> None:
     shown = Page(page([hostile_view(tmp_path)]))
     assert not shown.tags("img")
     assert HOSTILE in shown.texts["pre"] and HOSTILE in shown.texts["td"]
-    assert len([a for a in shown.tags("script") if "type" not in a]) == 3, "Vega's and the page's two"
+    assert len([a for a in shown.tags("script") if "type" not in a]) == 4, "Vega's and the page's three"
     names = {name for _, attributes in shown.elements for name in attributes}
     assert not {name for name in names if name.startswith("on") or name == "src"}
 
