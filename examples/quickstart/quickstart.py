@@ -7,6 +7,7 @@ measures the solve rate on held-out problems, on which it never trains.
 import argparse
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -16,10 +17,13 @@ from rich.console import Console
 from rich.table import Table
 
 from examples.quickstart.make_arithmetic import KINDS, write_task
+from tools import report
 
 ROOT = Path(__file__).resolve().parents[2]
 OBJECTIVES = ("rasft", "sft", "dft")
 BATCH = 16
+SAVE = "checkpoints"
+"""Name of the --save folder of a run."""
 
 
 def training_flags(args: argparse.Namespace, objective: str, output: Path) -> list[str]:
@@ -40,30 +44,28 @@ def training_flags(args: argparse.Namespace, objective: str, output: Path) -> li
         "--lr": args.lr,
         # Adam's first steps are large. A warm-up must be shorter than the run.
         "--lr-warmup-iters": min(2, -(-args.num_train // BATCH) - 1),
+        "--save": output / SAVE,
         "--export-hf": output / "model",
         "--tensorboard-dir": output / "tensorboard",
-        "--rollout-store": output / "rollouts.jsonl",
     }
-    # Correct solutions are shorter than the shortest response that the filter accepts by default.
-    return [str(part) for pair in flags.items() for part in pair] + ["--no-verify-filter-too-short"]
+    # Correct solutions are shorter than the shortest response that the filter accepts by default. The optimizer's state is three times
+    # as large as the model, and the run is not continued.
+    switches = ["--no-verify-filter-too-short", "--no-save-optim"]
+    return [str(part) for pair in flags.items() for part in pair] + switches
 
 
-def run(args: argparse.Namespace, objective: str) -> tuple[float, float, float]:
+def run(args: argparse.Namespace, objective: str, output: Path) -> tuple[float, float, float]:
     """Trains with one objective. Returns the held-out solve rate before and after, and the seconds."""
-    output = args.output / f"{objective}-{time.strftime('%Y%m%d-%H%M%S')}"
     output.mkdir(parents=True)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
     command += [str(ROOT / "pretrain_rasft.py"), *training_flags(args, objective, output)]
     began = time.monotonic()
     rates: list[float] = []
     threads = {"OMP_NUM_THREADS": str(os.cpu_count() or 1), "OMP_WAIT_POLICY": "PASSIVE"}
-    metrics = output / "metrics.jsonl"
-    process = subprocess.run(
-        [*command, "--rasft-metrics", str(metrics)], env={**os.environ, **threads}, check=False
-    )
+    process = subprocess.run(command, env={**os.environ, **threads}, check=False)
     if process.returncode != 0:
         raise SystemExit(process.returncode)
-    for line in metrics.read_text(encoding="utf-8").splitlines():
+    for line in (output / SAVE / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
         values = json.loads(line)
         if "heldout/solve_rate" in values:
             rates.append(values["heldout/solve_rate"])
@@ -101,10 +103,22 @@ def main() -> None:
     table = Table(title="held-out problems solved, greedy")
     for column in ("objective", "before", "after", "minutes"):
         table.add_column(column, justify="left" if column == "objective" else "right")
+    folders = []
     for objective in OBJECTIVES if args.compare else OBJECTIVES[:1]:
-        before, after, seconds = run(args, objective)
+        output = args.output / f"{objective}-{time.strftime('%Y%m%d-%H%M%S')}"
+        folders.append(output / SAVE)
+        before, after, seconds = run(args, objective, output)
         table.add_row(objective, f"{before:.1%}", f"{after:.1%}", f"{seconds / 60:.1f}")
     Console().print(table)
+    print(write_report(folders, args.output / "report.html"))
+
+
+def write_report(runs: list[Path], output: Path) -> str:
+    """Writes the page about the runs. Returns a line with the name of the page, or with the command that writes it."""
+    arguments = [*map(str, runs), "--output", str(output)]
+    if report.main(arguments) == 0:
+        return f"curves, problems and rollouts: open {output} in a browser"
+    return f"curves, problems and rollouts: {shlex.join(['python', 'tools/report.py', *arguments])}"
 
 
 if __name__ == "__main__":

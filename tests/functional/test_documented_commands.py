@@ -192,6 +192,7 @@ def test_quickstart_ends_with_a_model_and_its_solve_rates(tmp_path: Path) -> Non
     assert_solve_rates(done.stdout, "rasft")
     (model,) = tmp_path.glob("rasft-*/model")
     transformers.AutoConfig.from_pretrained(model)
+    assert_last_line_names_the_page(done.stdout, tmp_path)
     peak_gib = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
     assert peak_gib < 6
 
@@ -216,6 +217,17 @@ def test_quickstart_compares_objectives(
     printed = capsys.readouterr().out
     for objective in ("rasft", "sft", "dft"):
         assert_solve_rates(printed, objective)
+    page = assert_last_line_names_the_page(printed, tmp_path)
+    assert all(re.search(rf"<h1>.*{objective}-\d", page) for objective in ("rasft", "sft", "dft"))
+    assert "tokens by ratio × weight × p" in page, "the page has the settings and the reference"
+
+
+def assert_last_line_names_the_page(printed: str, output: Path) -> str:
+    page = output / "report.html"
+    assert str(page) in printed.splitlines()[-1]
+    text = page.read_text(encoding="utf-8")
+    assert "<li>" not in text, "no note on a missing input"
+    return text
 
 
 def assert_solve_rates(printed: str, objective: str) -> None:
