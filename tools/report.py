@@ -223,10 +223,8 @@ def _build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--watch",
         type=int,
-        nargs="?",
-        const=30,
         metavar="SECONDS",
-        help="write the page again while the run goes on, if its files have changed; the browser reloads it; default: 30 seconds",
+        help="write the page again every SECONDS while the run goes on, if its files have changed; the browser reloads it; >= 1",
     )
     return parser
 

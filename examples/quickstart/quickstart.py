@@ -48,8 +48,8 @@ def training_flags(args: argparse.Namespace, objective: str, output: Path) -> li
         "--export-hf": output / "model",
         "--tensorboard-dir": output / "tensorboard",
     }
-    # Correct solutions are shorter than the shortest response that the filter accepts by default. The optimizer's state is three times
-    # as large as the model, and the run is not continued.
+    # Correct solutions are shorter than the shortest response that the filter accepts by default. The optimizer's state is larger than
+    # the model, and nothing continues the run.
     switches = ["--no-verify-filter-too-short", "--no-save-optim"]
     return [str(part) for pair in flags.items() for part in pair] + switches
 

@@ -353,7 +353,7 @@ def _read_samples(path: Path, problem_id: str, step: int, visit: Visit) -> Itera
                     policy_age=int(record.get("policy_age", 0)),
                     num_tokens=num_tokens,
                     text=str(record["text"]),
-                    prompt_ids=array("i", arrays["prompt_ids"]),
-                    response_ids=array("i", arrays["response_ids"]),
-                    logprobs=array("f", arrays["response_logprobs"]),
+                    prompt_ids=array("i", arrays.get("prompt_ids", [])),
+                    response_ids=array("i", arrays.get("response_ids", [])),
+                    logprobs=array("f", arrays.get("response_logprobs", [])),
                 )

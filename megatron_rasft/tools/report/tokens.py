@@ -33,7 +33,7 @@ class Token(NamedTuple):
     p: float
     """Probability at which the (last) token was sampled."""
     weight: float
-    """Weight of the token in the loss."""
+    """The product that the colour shows: the weight of the token in the loss, if all factors are known."""
 
 
 @dataclass
@@ -91,7 +91,7 @@ def read_tokens(
     for sample in samples:
         factors = [sample.weight * ratio for ratio in ratios.of(sample)]
         view.tokens[id(sample)] = tokens = list(tokens_of(sample, factors, decode))
-        view.largest = max(view.largest, *(abs(token.weight) for token in tokens))
+        view.largest = max([view.largest, *(abs(token.weight) for token in tokens)])
     return view
 
 

@@ -73,14 +73,14 @@ class Block {
     return rows;
   }
 
-  async joinedTexts() {
-    if (this.joined !== undefined) return this.joined;
-    const joined = await unpacked(this.packedTexts);
-    if (Block.numKeptChars + joined.length <= MAX_KEPT_CHARS) {
-      this.joined = joined;
-      Block.numKeptChars += joined.length;
-    }
-    return joined;
+  // The texts are kept, unless many others are kept already.
+  joinedTexts() {
+    this.joined ??= unpacked(this.packedTexts).then((text) => {
+      if (Block.numKeptChars + text.length > MAX_KEPT_CHARS) this.joined = undefined;
+      else Block.numKeptChars += text.length;
+      return text;
+    });
+    return this.joined;
   }
 
   async texts() {
@@ -134,6 +134,7 @@ class Search {
 
   listen() {
     let timer;
+    this.input.addEventListener("focus", () => this.prepare(), { once: true });
     this.input.addEventListener("input", () => {
       clearTimeout(timer);
       timer = setTimeout(() => this.run(), 200);
@@ -148,6 +149,14 @@ class Search {
       });
     }
     this.more.addEventListener("click", () => this.show(this.numShown + NUM_SHOWN));
+  }
+
+  // Unpacks the texts while somebody types.
+  async prepare() {
+    for (const block of this.archive.blocks) {
+      await block.joinedTexts();
+      if (block.joined === undefined) return; // no room for more
+    }
   }
 
   // Finds the rows that the controls select. Before texts are unpacked, rows that the other controls leave out are dropped.

@@ -9,7 +9,7 @@ for (const details of document.querySelectorAll("details.tokens")) {
     details.querySelector("pre").replaceChildren(...tokens.map(([text, p, weight]) => {
       const share = isTrained ? Math.abs(weight) / largest : p;
       const colour = isTrained ? (weight < 0 ? "--bad-token" : "--good-token") : "--base";
-      const token = element("span", { textContent: text, title: `p ${p.toPrecision(3)}` + (isTrained ? `, weight in the loss ${weight.toPrecision(3)}` : "") });
+      const token = element("span", { textContent: text, title: `p ${p.toPrecision(3)}` + (isTrained ? `, ${details.dataset.formula} ${weight.toPrecision(3)}` : "") });
       token.style.background = `color-mix(in srgb, var(${colour}) ${(isTrained ? 70 : 40) * share}%, transparent)`;
       return token;
     }));

@@ -191,7 +191,7 @@ def test_tokens_of_an_example_are_coloured_by_their_weight(browser: Browser, tmp
     assert list(coloured) == ["<b>", "\n", "low"] and len(set(coloured.values())) == 3
     assert found.index(coloured) != found.index(next(shown for shown in found if "grey" in shown))
     titles = tokens.locator("span").evaluate_all("all => all.map((one) => one.title)")
-    assert "p 0.200, weight in the loss 0.100" in titles and "p 0.500" in titles
+    assert "p 0.200, weight × p 0.100" in titles and "p 0.500" in titles
     assert visit.complaints == []
 
 
