@@ -124,14 +124,14 @@ class Archive:
         self.rollouts.add(step, row, [str(record.get("text", ""))])
 
     def add_problem(
-        self, problem_id: str, course: str, history: Sequence[Sequence[int]], texts: Sequence[str] | None
+        self, problem_id: str, course: str, history: Sequence[Sequence[float]], texts: Sequence[str] | None
     ) -> None:
         """Appends a problem.
 
         Args:
             problem_id: its id.
             course: its course over the refreshes.
-            history: (step, number of samples, attempts, solved) of each refresh.
+            history: (step, number of samples, attempts, solved, solve rate) of each refresh.
             texts: problem, answer or tests, and demonstration; None if they were not found.
         """
         row = (problem_id, course, history, texts is not None)

@@ -106,7 +106,10 @@ def read_view(
 def _add_problem(
     archive: Archive, problem_id: str, history: list[tuple[int, Visit]], problem: Problem | None
 ) -> None:
-    counts = [(step, visit.num_samples, visit.num_attempts, visit.num_solved) for step, visit in history]
+    counts = [
+        (step, visit.num_samples, visit.num_attempts, visit.num_solved, round(visit.solve_rate or 0.0, 4))
+        for step, visit in history
+    ]
     texts = None if problem is None else (problem.text, problem.check, problem.response)
     archive.add_problem(problem_id, course_of(history), counts, texts)
 

@@ -35,7 +35,7 @@ def page_of(tmp_path: Path, *arguments: str | Path) -> Page:
         (["{run}", "--num-examples", "-1"], "--num-examples"),
         (["{run}", "--max-rollouts", "0"], "--max-rollouts"),
         (["{run}", "--watch", "0"], "--watch"),
-        (["--metrics", "{run}/metrics.jsonl", "--watch"], "--watch"),
+        (["--metrics", "{run}/metrics.jsonl", "--watch", "5"], "--watch"),
         (["{run}", "--problems", "p1", "gone", "--output", "{empty}/page.html"], "--problems gone"),
         (["{run}", "--output", "{run}/metrics.jsonl"], "--output {run}/metrics.jsonl"),
         (["{run}", "--output", "{run}"], "--output {run}"),

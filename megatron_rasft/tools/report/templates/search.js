@@ -31,7 +31,7 @@ const COLUMNS = {
 };
 
 const sum = (values) => values.reduce((total, value) => total + value, 0);
-const rate = (visit) => visit[3] / visit[2]; // solved of attempts
+const rate = (visit) => visit[4]; // the mean reward, if there are rewards
 const percent = (share) => `${(100 * share).toFixed(0)}%`;
 const change = (row) => {
   const points = Math.round(100 * (rate(row.history.at(-1)) - rate(row.history[0])));

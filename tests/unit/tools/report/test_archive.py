@@ -91,7 +91,8 @@ def test_problems_have_their_texts_and_their_history(tmp_path: Path) -> None:
     assert found.keys() == histories.keys()
     for problem_id, (row, (problem, check, response)) in found.items():
         assert row[2] == [
-            [step, v.num_samples, v.num_attempts, v.num_solved] for step, v in histories[problem_id]
+            [step, v.num_samples, v.num_attempts, v.num_solved, v.solve_rate]
+            for step, v in histories[problem_id]
         ]
         number = int(problem_id[1:])
         if number < 5:
