@@ -46,6 +46,10 @@ def main() -> None:
     """One run, top to bottom."""
     args, config, folder = startup.parse()
     resume = find_resume(args)
+    if config.run.dry_run:
+        from megatron_rasft.tools.dry_run import print_dry_run  # a run itself imports nothing of tools/
+
+        return print_dry_run(args, config, resume)
     startup.start(args)
     check_outputs(args, config)
     problems, heldout = read_problems(args, config)

@@ -17,6 +17,10 @@ class RunConfig(FlagSection):
     hf_model: str | None = None
     """Hugging Face folder of the model: config.json sets the architecture flags, the safetensors the weights."""
 
+    dry_run: bool = False
+    """Print what the run would do, and exit: rows used and dropped, steps, refreshes, memory, and the files it would write. No model is
+    built, no server is asked, and nothing is written."""
+
     export_hf: str | None = None
     """Folder for the trained model, written at the end in the format of transformers. It must not exist, unless this run has written
     it: then the run is finished."""

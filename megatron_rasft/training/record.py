@@ -99,17 +99,10 @@ class RunRecord:
 
         Args:
             resume: where the run resumes from, which is a checkpoint.
-            before: ``configuration`` as the checkpoint holds it; None if it holds none. Then config.json in its folder is read, which
-                a later start may have replaced.
+            before: ``configuration`` as the checkpoint holds it; None if it holds none.
         """
-        assert resume.folder is not None, "the run begins at step 0"
-        try:
-            known = SavedConfig.read(resume.folder) if before is None else SavedConfig(**before)
-        except ValueError as error:
-            self.say(f"the flags until step {resume.step} are not known: {error}")
-            return
-        if known is not None and (changes := known.changes(self.configuration)):
-            self.say(f"changed since step {resume.step}: {', '.join(changes)}")
+        if line := describe_changes(resume, before, self.configuration):
+            self.say(line)
 
     def note_status(self, state: State, step: int | None = None, **changes: Any) -> None:
         """Writes status.json on rank 0, if the run has --save.
@@ -145,3 +138,21 @@ class RunRecord:
     def close(self, *, is_clean: bool) -> None:
         """Flushes the trackers. ``is_clean``: whether the run ended without an error."""
         self._progress.close(0 if is_clean else 1)
+
+
+def describe_changes(resume: Resume, before: dict[str, Any] | None, now: SavedConfig) -> str:
+    """Returns a line about the flags that differ from those that trained a checkpoint; "" if none do.
+
+    Args:
+        resume: where the run resumes from, which is a checkpoint.
+        before: the configuration that the checkpoint holds. None if it holds none: then config.json in its folder is read, which a
+            later start may have replaced.
+        now: the configuration of this start.
+    """
+    assert resume.folder is not None, "the run begins at step 0"
+    try:
+        known = SavedConfig.read(resume.folder) if before is None else SavedConfig(**before)
+    except ValueError as error:
+        return f"the flags until step {resume.step} are not known: {error}"
+    changes = [] if known is None else known.changes(now)
+    return f"changed since step {resume.step}: {', '.join(changes)}" if changes else ""

@@ -8,7 +8,7 @@ import pytest
 
 from megatron_rasft.config import RunConfig
 from megatron_rasft.errors import CheckpointError
-from megatron_rasft.training.outputs import AppendedFile, check_outputs, cut_files, kept_nothing
+from megatron_rasft.training.outputs import AppendedFile, check_outputs, check_place, cut_files, kept_nothing
 from megatron_rasft.weights import export_lock
 from tests.unit.training.stand_ins import config_of
 
@@ -119,3 +119,12 @@ def test_a_run_that_keeps_nothing_is_warned_about() -> None:
     assert line.startswith("warning") and "--save" in line and "--export-hf" in line
     assert not kept_nothing(SimpleNamespace(save="runs", export_hf=None))
     assert not kept_nothing(SimpleNamespace(save=None, export_hf="hf"))
+
+
+def test_a_place_that_cannot_be_written_is_found_without_writing(tmp_path: Path) -> None:
+    check_place("--save", tmp_path / "new/folder")
+    check_place("--save", tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"--save .*file/folder.*file\."):
+        check_place("--save", tmp_path / "file/folder")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

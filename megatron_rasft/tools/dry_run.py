@@ -1,0 +1,256 @@
+"""--dry-run: what a run would do, from its flags, its data and config.json. It builds no model and writes nothing.
+
+pretrain_rasft.py imports this module for --dry-run only. A run needs no other part of tools/.
+"""
+
+import argparse
+import copy
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from megatron_rasft.config import RasftConfig
+from megatron_rasft.config.saved import SavedConfig
+from megatron_rasft.objective.declaration import Objective
+from megatron_rasft.objective.families.rasft import Rasft
+from megatron_rasft.tools.capacity.choosing import checkpoint_bytes
+from megatron_rasft.tools.capacity.config import AssumptionConfig, CapacityConfig
+from megatron_rasft.tools.capacity.layouts import Layout, Model
+from megatron_rasft.tools.capacity.memory import GIB, MemoryEstimate, estimate_memory
+from megatron_rasft.training.assembly import describe_run, schedule_of
+from megatron_rasft.training.checkpoints import architecture_of, read_state
+from megatron_rasft.training.outputs import (
+    check_place,
+    data_cache,
+    kept_nothing,
+    metrics_file,
+    reference_cache,
+    rollouts_file,
+)
+from megatron_rasft.training.problems import Problems, open_replay, read_problems, set_length
+from megatron_rasft.training.record import describe_changes
+from megatron_rasft.training.remarks import remarks
+from megatron_rasft.training.resume import Resume
+from megatron_rasft.training.schedule import Schedule
+
+
+def print_dry_run(args: argparse.Namespace, config: RasftConfig, resume: Resume) -> None:
+    """Prints what the run would do, in the first process of the world.
+
+    Args:
+        args: Megatron's arguments, parsed and checked.
+        resume: where the run would resume from.
+
+    Raises:
+        ValueError, RasftError: the run would end with this error before it builds the model.
+    """
+    if os.environ.get("RANK", "0") == "0":
+        print("\n".join(describe(args, config, resume)), flush=True)
+
+
+def describe(args: argparse.Namespace, config: RasftConfig, resume: Resume) -> list[str]:
+    """Returns the lines of the dry run."""
+    config = replace(config, run=replace(config.run, dry_run=False))
+    outputs = list(_outputs(args, config))
+    for flag, path, _ in outputs:
+        check_place(flag, path)
+    problems, heldout = _read(args, config)
+    set_length(args, config, problems.num)
+    schedule = schedule_of(args, config, problems.num)
+    return [
+        *filter(None, [kept_nothing(args)]),
+        describe_run(args, config, problems.num),
+        *problems.summary.splitlines(),
+        *(
+            []
+            if heldout is None
+            else [_row("held out", f"{heldout.num} problems"), *heldout.left_out_lines()]
+        ),
+        *_schedule_lines(args, config, schedule),
+        *_resume_lines(args, config, resume, schedule),
+        *_memory_lines(args, config, problems),
+        *(_row("would write", f"{path}: {content}") for _, path, content in outputs),
+        *remarks(config, args.given_flags, problems.num_programs),
+        "dry run: no model was built and nothing was written. Without --dry-run this command starts the run.",
+    ]
+
+
+def _row(label: str, text: str) -> str:
+    return f"{label:<16}{text}"  # aligned with the lines about the data
+
+
+def _read(args: argparse.Namespace, config: RasftConfig) -> tuple[Problems, Problems | None]:
+    """Reads the data as the run would, but keeps nothing: neither tokenized rows nor the list of rows that are left out."""
+    without_save = copy.copy(args)
+    without_save.save = None
+    uncached = replace(config, data=replace(config.data, data_cache=""))
+    problems, heldout = read_problems(without_save, uncached)
+    open_replay(config, problems)
+    return problems, heldout
+
+
+def _schedule_lines(args: argparse.Namespace, config: RasftConfig, schedule: Schedule) -> Iterator[str]:
+    epochs = schedule.num_visits / schedule.num_problems
+    yield _row("steps", f"{schedule.num_steps} of {schedule.batch_size} problems: {epochs:.2f} epochs")
+    if schedule.left_out():
+        yield schedule.left_out()
+    if last := schedule.num_problems % schedule.batch_size:
+        yield _row("", f"the last step of an epoch has {last} problems")
+    yield _row(
+        "refreshes",
+        f"{len(schedule.refreshes)}, every {config.run.rasft_refresh_interval} steps{_rollouts(config, schedule)}",
+    )
+    yield _row(
+        "learning rate",
+        f"{args.lr:g}, {args.lr_decay_style}, warm-up of {args.lr_warmup_iters or args.lr_warmup_samples}"
+        f"{' steps' if args.train_samples is None else ' samples'}",
+    )
+
+
+def _rollouts(config: RasftConfig, schedule: Schedule) -> str:
+    if not config.samples_rollouts:
+        return ", without rollouts"
+    each = config.rollout.rollout_num_samples
+    if config.curriculum.curriculum_mode == "band":
+        return f", {each} rollouts of each problem in the difficulty band"
+    return f", {each} rollouts of each problem: {each * schedule.num_visits} rollouts in the whole run"
+
+
+def _resume_lines(
+    args: argparse.Namespace, config: RasftConfig, resume: Resume, schedule: Schedule
+) -> Iterator[str]:
+    if resume.folder is None:
+        start = args.hf_model if resume.converted is None else resume.converted
+        yield _row("starts", f"at step 0, with the weights in {start}")
+        return
+    left = max(0, schedule.num_steps - resume.step)
+    yield _row("resumes", f"after step {resume.step} of {resume.folder}: {left} steps are left")
+    state = read_state(resume, architecture_of(args)) or {}
+    if changes := describe_changes(resume, state.get("config"), SavedConfig.of(args, config)):
+        yield changes
+
+
+# ---- memory
+
+
+_PARTS = (
+    ("weights", "weights"),
+    ("gradients", "gradients"),
+    ("optimizer", "optimizer"),
+    ("activations", "activations"),
+    ("logits", "logits"),
+    ("reference", "reference"),
+    ("kv_cache", "key-value cache"),
+    ("sync", "weight sync"),
+    ("margin", "left free"),
+)
+"""(field of MemoryEstimate, label) of the parts of a GPU's memory. Not all of them exist at the same time."""
+
+
+@dataclass(kw_only=True)
+class _PlannedRun(CapacityConfig):
+    """A run whose objective has the flags of its command line."""
+
+    given: Objective = field(default_factory=Rasft)
+
+    @property
+    def needs(self) -> Objective:
+        return self.given
+
+
+def _memory_lines(args: argparse.Namespace, config: RasftConfig, problems: Problems) -> Iterator[str]:
+    model = Model.read(Path(args.hf_model), config.run.rasft_query_groups)
+    memory = run_memory(args, config, problems, model)
+    listed = ", ".join(f"{label} {_size(size)}" for name, label in _PARTS if (size := getattr(memory, name)))
+    yield _row(
+        "memory",
+        f"{_size(memory.total)} on the fullest GPU, in BF16 with the distributed optimizer: {listed}",
+    )
+    if memory.host:
+        yield _row("", f"{_size(memory.host)} of host memory a GPU for the reference")
+    if "bfloat16" not in str(args.params_dtype):
+        yield _row("", f"these flags train in {str(args.params_dtype)[6:]}: --bf16 trains in BF16")
+
+
+def run_memory(
+    args: argparse.Namespace, config: RasftConfig, problems: Problems, model: Model
+) -> MemoryEstimate:
+    """Estimates the memory of a GPU in the layout of the flags, by capacity planning."""
+    assert problems.rows is not None, "the first process has the rows"
+    report, data_parallel = problems.rows.report, args.data_parallel_size
+    planned = _PlannedRun(
+        given=config.objective,
+        num_gpus=args.world_size,
+        seq_length=args.seq_length,
+        micro_batch_size=args.micro_batch_size,
+        global_batch_size=args.global_batch_size,
+        max_new_tokens=min(config.rollout.rollout_max_new_tokens, args.seq_length - 1),
+        rollout_batch_size=config.rollout.rollout_batch_size or CapacityConfig.rollout_batch_size,
+        sync_bucket_mib=config.sync.sync_bucket_mib,
+        logprob_chunk_tokens=config.loss.objective_logprob_chunk_tokens,
+    )
+    assumed = AssumptionConfig(prompt_tokens=max(1, report.num_prompt_tokens // report.num_demonstrations))
+    return estimate_memory(
+        model,
+        _layout(args),
+        planned,
+        assumed,
+        num_microbatches=args.global_batch_size // (args.micro_batch_size * data_parallel),
+        is_fp8=bool(args.fp8),
+        uses_servers=config.rollout.rollout_engine != "embedded",
+        samples=config.samples_rollouts,
+    )
+
+
+def _layout(args: argparse.Namespace) -> Layout:
+    return Layout(
+        tp=args.tensor_model_parallel_size,
+        pp=args.pipeline_model_parallel_size,
+        cp=args.context_parallel_size,
+        dp=args.data_parallel_size,
+        ep=args.expert_model_parallel_size,
+        expert_tp=args.expert_tensor_parallel_size or args.tensor_model_parallel_size,
+        chunks=args.virtual_pipeline_model_parallel_size or 1,
+        recompute=args.recompute_granularity or "none",
+    )
+
+
+def _size(num_bytes: float) -> str:
+    return f"{num_bytes / GIB:.1f} GiB" if num_bytes >= GIB / 10 else f"{num_bytes / 2**20:.1f} MiB"
+
+
+# ---- files
+
+
+def _outputs(args: argparse.Namespace, config: RasftConfig) -> Iterator[tuple[str, Path, str]]:
+    """Yields (flag, path, content) of everything that the run would write."""
+    model = Model.read(Path(args.hf_model), config.run.rasft_query_groups)
+    if args.save is not None:
+        every = f"every {args.save_interval} steps and " if args.save_interval else ""
+        kept = (
+            f"the newest {config.run.rasft_keep_checkpoints} are kept"
+            if config.run.rasft_keep_checkpoints
+            else "all are kept"
+        )
+        size = f"{_size(checkpoint_bytes(model))} each in BF16"
+        yield (
+            "--save",
+            Path(args.save),
+            f"checkpoints {every}after the last one ({size}; {kept}), config.json, config.toml, status.json",
+        )
+    for file, content in (
+        (metrics_file(args, config), "all metrics"),
+        (rollouts_file(args, config), "all rollouts"),
+    ):
+        if file is not None:
+            yield file.flag, file.path, content
+    if (path := reference_cache(args, config)) is not None:
+        yield "--rasft-ref-cache", path, "log-probabilities of the reference"
+    if (path := data_cache(args, config.data.data_cache)) is not None:
+        yield "--data-cache", path, "tokenized rows"
+    if args.tensorboard_dir is not None:
+        yield "--tensorboard-dir", Path(args.tensorboard_dir), "TensorBoard's files"
+    if args.export_hf is not None:
+        size = _size(model.num_parameters * args.params_dtype.itemsize)
+        yield "--export-hf", Path(args.export_hf), f"the trained model at the end, {size}"

@@ -1,0 +1,60 @@
+"""The memory of a dry run is that of capacity planning for the run's own layout, objective and data."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from megatron_rasft.config import RasftConfig
+from megatron_rasft.objective.families import OBJECTIVES
+from megatron_rasft.tools.capacity.config import AssumptionConfig, CapacityConfig
+from megatron_rasft.tools.capacity.layouts import Layout, Model
+from megatron_rasft.tools.capacity.memory import estimate_memory
+from megatron_rasft.tools.dry_run import run_memory
+
+LLAMA_70B = Path(__file__).with_name("capacity") / "llama-3.1-70b"
+
+
+def args_of(**changes: Any) -> Any:
+    """64 GPUs: 2 replicas of 8 x 4."""
+    values: dict[str, Any] = {
+        "world_size": 64,
+        "data_parallel_size": 2,
+        "tensor_model_parallel_size": 8,
+        "pipeline_model_parallel_size": 4,
+        "context_parallel_size": 1,
+        "expert_model_parallel_size": 1,
+        "expert_tensor_parallel_size": None,
+        "virtual_pipeline_model_parallel_size": None,
+        "recompute_granularity": "full",
+        "seq_length": 4096,
+        "micro_batch_size": 1,
+        "global_batch_size": 64,
+        "fp8": None,
+    }
+    return SimpleNamespace(**values | changes)
+
+
+PROBLEMS: Any = SimpleNamespace(
+    rows=SimpleNamespace(report=SimpleNamespace(num_prompt_tokens=2000, num_demonstrations=10))
+)
+
+
+@pytest.mark.parametrize("objective", ["rasft", "sft_kl"])
+def test_memory_is_that_of_the_runs_layout(objective: str) -> None:
+    model = Model.read(LLAMA_70B)
+    config = RasftConfig(objective=OBJECTIVES[objective]())
+    expected = estimate_memory(
+        model,
+        Layout(tp=8, pp=4, cp=1, dp=2, expert_tp=8, recompute="full"),
+        CapacityConfig(
+            num_gpus=64, objective=objective, seq_length=4096, global_batch_size=64, max_new_tokens=1024
+        ),
+        AssumptionConfig(prompt_tokens=200),
+        num_microbatches=32,
+        uses_servers=False,
+        samples=objective == "rasft",
+    )
+    assert run_memory(args_of(), config, PROBLEMS, model) == expected
+    assert (expected.reference > 0) == (objective == "sft_kl")
