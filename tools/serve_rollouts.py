@@ -20,7 +20,9 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import Thread
 from types import FrameType
+from typing import IO
 
 import psutil
 
@@ -130,7 +132,7 @@ def _watch(args: argparse.Namespace, line: Sequence[str], url: str, key: str | N
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(number, stop)
     try:
-        process = subprocess.Popen(line, env=environment(), start_new_session=True)
+        process = start(line, key)
         started.append(process)
     except OSError as error:
         raise ValueError(f"--python {line[0]} cannot be started ({error.strerror}).") from error
@@ -150,6 +152,32 @@ def _watch(args: argparse.Namespace, line: Sequence[str], url: str, key: str | N
     raise RolloutError(
         f"the server at {url} ended by itself with status {process.returncode}: see its log above"
     )
+
+
+def start(line: Sequence[str], key: str | None) -> subprocess.Popen[bytes]:
+    """Starts the server. SGLang logs its own settings, so a server with a key writes to this process, which masks the key.
+
+    Raises:
+        OSError: the interpreter cannot be started.
+    """
+    if key is None:
+        return subprocess.Popen(line, env=environment(), start_new_session=True)
+    process = subprocess.Popen(
+        line, env=environment(), start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    assert process.stdout is not None
+    Thread(target=copy_masked, args=(process.stdout, key), name="server's log", daemon=True).start()
+    return process
+
+
+def copy_masked(source: IO[bytes], key: str) -> None:
+    """Copies lines to standard output, without the key in any form in which Python or JSON would print it."""
+    forms = {form.encode() for form in (key, repr(key)[1:-1], json.dumps(key)[1:-1])}
+    for line in source:
+        for form in sorted(forms, key=len, reverse=True):
+            line = line.replace(form, b"***")
+        sys.stdout.buffer.write(line)
+        sys.stdout.buffer.flush()
 
 
 def enter(file: Path | None, url: str) -> None:

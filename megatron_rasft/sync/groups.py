@@ -116,6 +116,25 @@ def is_own_address(address: str) -> bool:
     return True
 
 
+def _open_store(address: str, port: int, timeout: timedelta) -> dist.TCPStore:
+    """Opens a store that listens on this address alone. torch's own socket would listen on every interface of the machine.
+
+    Raises:
+        OSError: the address is not this machine's, or the port is taken.
+    """
+    family, *_, target = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
+    listening = socket.create_server(target[:2], family=family)
+    return dist.TCPStore(
+        address,
+        listening.getsockname()[1],
+        is_master=True,
+        wait_for_workers=False,
+        timeout=timeout,
+        multi_tenant=False,
+        master_listen_fd=listening.detach(),
+    )
+
+
 class UpdateGroup:
     """A process group of this rank and some servers, for broadcasts from this rank.
 
@@ -167,9 +186,7 @@ class UpdateGroup:
         # torch's own rendezvous cannot be used: under torchrun (TORCHELASTIC_USE_AGENT_STORE) it only connects, to a store
         # that torchrun has not opened at this address
         try:
-            store = dist.TCPStore(
-                address, port, is_master=True, wait_for_workers=False, timeout=timeout, multi_tenant=False
-            )
+            store = _open_store(address, port, timeout)
         except (RuntimeError, OSError) as error:
             raise ValueError(
                 f"--sync-address {address} --sync-port {port}: the rendezvous cannot be opened "

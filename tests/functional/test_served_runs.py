@@ -37,6 +37,15 @@ def refreshes_of(save: Path) -> list[dict[str, float]]:
     return [record for record in records if record["event"] == "refresh"]
 
 
+def assert_no_secret(folder: Path) -> None:
+    """No log, status file, metric, setting, checkpoint or rollout of a run has a key, but they have the names of their variables."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert {"rank0.log", "status.json", "metrics.jsonl", "rollouts.jsonl"} <= {path.name for path in files}
+    contents = [path.read_bytes() for path in files]
+    assert not [path for path, content in zip(files, contents, strict=True) if b"the-secret" in content]
+    assert any(b"SERVER_KEY" in content for content in contents)
+
+
 @pytest.mark.parametrize(("version", "lag", "world_size"), [(OLDEST, 0, 1), (NEWEST, 0, 2), (NEWEST, 1, 1)])
 def test_run_samples_from_a_server_with_its_own_weights(
     workshop: Workshop, server_pool: ServerPool, tmp_path: Path, version: str, lag: int, world_size: int
@@ -44,8 +53,12 @@ def test_run_samples_from_a_server_with_its_own_weights(
     server = server_pool.get(version, workshop.policy, "--dtype", "float32")
     save = tmp_path / "save"
     layout = ["--tensor-model-parallel-size", str(world_size), "--rollout-lag", str(lag)]
-    flags = flags_of(workshop, save, *layout, servers=(server,))
-    outcome = launching.succeed(tmp_path / "logs", flags, world_size)
+    keys = ["--rollout-api-key-env", "SERVER_KEY", "--rollout-admin-api-key-env", "ADMIN_KEY"]
+    flags = flags_of(workshop, save, *layout, *keys, servers=(server,))
+    secrets = {"SERVER_KEY": "the-secret-key", "ADMIN_KEY": "the-secret-admin-key"}
+    outcome = launching.run(tmp_path / "logs", flags, world_size, variables=secrets)
+    assert outcome.codes == [0] * world_size, outcome.output
+    assert_no_secret(tmp_path)
     assert "proven by checksums of every tensor" in outcome.output
     rollouts = rollouts_of(save)
     assert len(rollouts) == STEPS * 8 * 4

@@ -68,6 +68,7 @@ def test_a_tensor_parallel_server_is_started_checked_and_stopped(
                 "--hf-model", str(served_model), "--server-file", str(servers), "--api-key-env", "SERVER_KEY"
             )
             assert checked.returncode == 0, checked.stdout + checked.stderr
+            assert key not in checked.stdout + checked.stderr
             line = checked.stdout.splitlines()[0]
             for part in (f"ok    {url}", f"SGLang {NEWEST}", "tp 2", "update session", "GB/s"):
                 assert part in line
@@ -78,6 +79,7 @@ def test_a_tensor_parallel_server_is_started_checked_and_stopped(
     finally:
         process.kill()
         process.wait()
+    assert key not in log.read_text(errors="replace"), "SGLang logs its settings"
     assert read_addresses(servers) == []
     assert processes_of(f"--model-path {served_model} --host 127.0.0.1 --port {url.rpartition(':')[2]}") == []
 

@@ -11,6 +11,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -97,6 +98,19 @@ def test_an_interface_can_be_named(
     joined = group(*servers, interface="lo")
     joined.broadcast(*bucket)
     joined.close()
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "localhost"])
+def test_the_store_listens_on_its_address_alone(servers: tuple[StandIn, StandIn], address: str) -> None:
+    def listening() -> set[tuple[str, int]]:
+        found = psutil.Process().net_connections("tcp")
+        return {(c.laddr.ip, c.laddr.port) for c in found if c.status == psutil.CONN_LISTEN}
+
+    before = listening()
+    joined = group(*servers, address=address)
+    opened = listening() - before
+    joined.close()
+    assert opened and {ip for ip, _ in opened} <= {"127.0.0.1", "::1"}
 
 
 def test_a_port_in_use_names_its_flag(servers: tuple[StandIn, StandIn]) -> None:

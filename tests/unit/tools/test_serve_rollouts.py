@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 SERVER = '''#!{python}
 """Answers the launcher's requests, records its process id and the requests, and ignores SIGTERM if it is paused."""
-import os, signal, socket, sys
+import json, os, signal, socket, sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 if {is_paused}:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -42,6 +42,10 @@ class Handler(BaseHTTPRequestHandler):
 class Server(ThreadingHTTPServer):
     address_family = socket.AF_INET6 if ":" in sys.argv[sys.argv.index("--host") + 1] else socket.AF_INET
 host, port = (sys.argv[sys.argv.index(flag) + 1] for flag in ("--host", "--port"))
+if "--config" in sys.argv:  # SGLang logs its settings like this
+    key = json.loads(open(sys.argv[sys.argv.index("--config") + 1]).read().removeprefix("api-key: "))
+    print(f"ServerArgs(api_key={{key!r}})", key, json.dumps(key), flush=True)
+    print("warning:", key, file=sys.stderr, flush=True)
 open({note!r}, "w").write(str(os.getpid()))
 Server((host, int(port)), Handler).serve_forever()
 '''
@@ -173,6 +177,22 @@ def test_the_address_in_the_file_is_the_one_that_the_server_listens_on(launcher:
     port = free_port(host)
     with launcher.run("--host", host, "--port", str(port), "--server-file", str(launcher.file)) as process:
         assert launcher.wait_until_added(process) == serve_rollouts.address_of(host, port)
+
+
+def test_key_is_neither_logged_nor_in_a_title(launcher: Launcher, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a key that Python and JSON print in other forms."""
+    key = "hidden-'\"\\-key"
+    monkeypatch.setenv("SERVER_KEY", key)
+    with launcher.run("--api-key-env", "SERVER_KEY", "--server-file", str(launcher.file)) as process:
+        launcher.wait_until_added(process)
+        titles = [
+            Path(f"/proc/{pid}/cmdline").read_text() for pid in (process.pid, launcher.note.read_text())
+        ]
+        process.send_signal(signal.SIGTERM)
+        written = "".join(process.communicate(timeout=60))
+    assert written.count("***") == 4 and "ServerArgs" in written
+    for text in (*titles, written, launcher.file.read_text()):
+        assert "hidden" not in text
 
 
 def test_without_a_route_the_address_is_that_of_an_interface(monkeypatch: pytest.MonkeyPatch) -> None:
