@@ -35,7 +35,7 @@ from megatron_rasft.tools.capacity.speed import decode_tokens_per_s, response_to
 SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 SHARES = (1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4)
 PROBLEMS = 1024
-"""Problems of a step. The number is the same for all numbers of GPUs."""
+"""Problems of a step, before ``problems_of`` rounds them to a number that the trainer's replicas divide."""
 TAIL = 0.8
 """Standard deviation of the logarithm of a response's length."""
 FULL_BATCH = 256
@@ -189,6 +189,12 @@ def server_gpus(num_gpus: int) -> list[int]:
     return sorted({min(num_gpus - 8, max(8, round(num_gpus * share / 8) * 8)) for share in SHARES})
 
 
+def problems_of(trainer_gpus: int) -> int:
+    """Returns the number of problems of a step next to ``PROBLEMS`` that 128 times the odd part of the trainer's GPUs divides."""
+    unit = 128 * trainer_gpus // (trainer_gpus & -trainer_gpus)
+    return max(1, round(PROBLEMS / unit)) * unit
+
+
 def simulate_all(model: Model, assumed: AssumptionConfig, sizes: Sequence[int] = SIZES) -> list[Simulated]:
     """Simulates every number of GPUs with every share of servers for which a layout fits."""
     found = []
@@ -198,7 +204,7 @@ def simulate_all(model: Model, assumed: AssumptionConfig, sizes: Sequence[int] =
                 num_gpus=num_gpus,
                 rollout_gpus=rollout_gpus,
                 rollout_lag=1,
-                global_batch_size=PROBLEMS,
+                global_batch_size=problems_of(num_gpus - rollout_gpus),
                 refresh_interval=8,
                 recompute="any",
                 save_interval=50,
@@ -272,9 +278,11 @@ def draw(found: Sequence[Simulated], name: str, output: Path) -> None:
         xlabel="% of the GPUs that serve",
         ylabel="relative to the best (calculated)",
     )
-    shares.set_ylim(0.95, 3.0)
+    shares.set_ylim(0.95, 2.5)
     shares.legend(fontsize=7)
-    figure.suptitle(f"{name}, {PROBLEMS:,} problems a step, BF16, GPUs of 80 GiB: calculated, not measured")
+    figure.suptitle(
+        f"{name}, about {PROBLEMS:,} problems a step, BF16, GPUs of 80 GiB: calculated, not measured"
+    )
     figure.savefig(output, metadata={"Date": None})
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import cluster_simulation
-from benchmarks.cluster_simulation import PARTS, lost_s, sampling_s, server_gpus
+from benchmarks.cluster_simulation import PARTS, lost_s, problems_of, sampling_s, server_gpus
 
 
 def test_equal_responses_fill_the_batch_as_often_as_needed() -> None:
@@ -36,6 +36,10 @@ def test_failures_cost_more_on_more_gpus_and_less_with_more_saves() -> None:
 
 def test_servers_have_whole_nodes() -> None:
     assert server_gpus(32) == [8, 16, 24] and server_gpus(64) == [8, 16, 24, 32, 40, 48]
+
+
+def test_batch_divides_by_the_replicas_of_every_share() -> None:
+    assert [problems_of(gpus) for gpus in (32, 40, 48, 56, 512 * 7)] == [1024, 1280, 1152, 896, 896]
 
 
 def test_table_and_plot_are_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
