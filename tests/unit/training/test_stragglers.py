@@ -63,3 +63,26 @@ def test_only_forward_and_backward_passes_are_measured(monkeypatch: pytest.Monke
     assert clock.seconds() == 2.0
     clock.restart()
     assert clock.seconds() == 0.0
+
+
+def test_on_a_gpu_the_time_is_that_between_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Event:
+        """Event number n is at 10 * n milliseconds."""
+
+        recorded = count()
+
+        def __init__(self, *, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.number = next(self.recorded)
+
+        def elapsed_time(self, later: "Event") -> float:
+            return 10.0 * (later.number - self.number)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    clock = ComputeClock(torch.device("cuda", 0))
+    for _ in range(3):
+        clock("forward-compute", log_level=2).start()
+        clock("forward-compute").stop()
+    assert clock.seconds() == pytest.approx(0.03)
