@@ -15,7 +15,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -33,6 +32,7 @@ from megatron_rasft.servers.client import ServerClient
 from megatron_rasft.servers.keys import read_key
 from megatron_rasft.tools import cli
 from megatron_rasft.tools.ports import check_port, free_port
+from megatron_rasft.verify.programs.scratch import ScratchFolder
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU_LAUNCHER = Path(__file__).resolve().parent / "sglang_on_cpu.py"
@@ -222,14 +222,20 @@ def command(args: argparse.Namespace, host: str, port: int, secrets: Path | None
 
 @contextmanager
 def secrets_file(key: str | None) -> Iterator[Path | None]:
-    """Yields a configuration file of SGLang with the key, which only this user can read; None without a key."""
+    """Yields a configuration file of SGLang with the key, which only this user can read; None without a key.
+
+    A launcher that is killed leaves the file. The next one on this machine removes it.
+    """
     if key is None:
         yield None
         return
-    with tempfile.TemporaryDirectory(prefix="serve_rollouts-") as folder:  # mode 0700
-        path = Path(folder) / "secrets.yaml"
+    folder = ScratchFolder("rasft-serve-")  # mode 0700
+    try:
+        path = folder.path / "secrets.yaml"
         path.write_text(f"api-key: {json.dumps(key)}\n", encoding="utf-8")
         yield path
+    finally:
+        folder.close()
 
 
 def environment() -> dict[str, str]:

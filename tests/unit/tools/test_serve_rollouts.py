@@ -224,3 +224,15 @@ def no_route(*_: object) -> None:
 def test_the_address_in_the_file_is_reachable_from_other_machines(host: str, address: str) -> None:
     assert serve_rollouts.address_of(host, 7) == address
     assert "0.0.0.0" not in address
+
+
+def test_file_with_the_key_is_private_and_does_not_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    of_a_killed_launcher = tmp_path / "rasft-serve-1a2b"
+    of_a_killed_launcher.mkdir()
+    with serve_rollouts.secrets_file("a key") as path:
+        assert path is not None and "a key" in path.read_text()
+        assert path.parent.stat().st_mode & 0o077 == 0 and not of_a_killed_launcher.exists()
+    assert list(tmp_path.iterdir()) == []
