@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -77,9 +78,9 @@ def tell_launcher(message: str) -> None:
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path:
         extra = {"timestamp": str(int(time.time()))}
-        Path(path).write_text(
-            json.dumps({"message": {"message": message, "extraInfo": extra}}), encoding="utf-8"
-        )
+        text = json.dumps({"message": {"message": message, "extraInfo": extra}})
+        with suppress(OSError):  # a full disk must not hide the error itself
+            Path(path).write_text(text, encoding="utf-8")
 
 
 def is_first_of_node() -> bool:

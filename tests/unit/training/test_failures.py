@@ -38,6 +38,8 @@ def test_torchruns_last_lines_show_the_error(
     code = report_failure(error)
     failure = ProcessFailure(local_rank=0, pid=1, exitcode=code, error_file=str(file))
     assert "error: --lr is wrong" in str(ChildFailedError("pretrain_rasft.py", {0: failure}))
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "/dev/full")
+    assert report_failure(error) == code
 
 
 def test_a_rank_other_than_0_gives_its_number(

@@ -94,3 +94,15 @@ def test_every_row_that_is_left_out_is_listed_in_save(args: SimpleNamespace, tmp
     assert places == [f"{data}:{line}" for line in range(3, 26)]
     assert f"and 2 more: {left_out}" in problems.summary
     assert f"and 1 more: {left_out}" in problems.summary
+
+
+def test_held_out_rows_that_are_left_out_are_counted_on_the_console(
+    args: SimpleNamespace, tmp_path: Path
+) -> None:
+    data = write_sums(tmp_path / "rows.jsonl", 2)
+    assert Problems(args, DataConfig(train_data=[str(data)]), True, "--heldout-data").left_out_lines() == []
+    with data.open("a") as file:
+        file.write("{\n")
+    config = DataConfig(train_data=[str(data)], data_bad_rows="skip")
+    lines = Problems(args, config, True, "--heldout-data").left_out_lines()
+    assert "--heldout-data" in lines[0] and "usable          2" in lines and "faulty          1" in lines
