@@ -2,6 +2,7 @@
 
     python tools/plan.py --hf-model DIR --num-gpus 64 [--gpu-memory-gib 80] [--seq-length 8192] [--bf16 | --fp8]
     python tools/plan.py --hf-model DIR --num-gpus 64 --train-data train.jsonl --slurm runs/first    writes a Slurm job
+    python tools/plan.py --hf-model DIR --config examples/recipes/qwen3-8b.toml                      plans a recipe
 
 DIR needs only a config.json. The tool prints the layouts that fit with their memory and times, recommends one and prints the
 commands that start it. Sizes of parameters, gradients and optimizer states are exactly those that Megatron allocates. All other
@@ -18,6 +19,7 @@ from typing import Any
 if not __package__:  # lets the file run from a checkout that is not installed
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from megatron_rasft.config.config_file import naming_lines
 from megatron_rasft.config.parser import add_flags
 from megatron_rasft.tools import cli
 from megatron_rasft.tools.capacity.choosing import LayoutEstimate, disk_bytes, estimate_layouts, nothing_fits
@@ -35,6 +37,7 @@ from megatron_rasft.tools.capacity.layout_tables import (
     time_table,
 )
 from megatron_rasft.tools.capacity.layouts import Model
+from megatron_rasft.tools.capacity.recipes import PLAN_TABLE, PlanParser
 from megatron_rasft.tools.capacity.slurm import on_whole_nodes, write_job
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,7 +45,12 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0 if a layout fits, 1 if none does."""
-    args = parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    with naming_lines(argv, PLAN_TABLE):
+        return _plan(parser().parse_args(argv))
+
+
+def _plan(args: argparse.Namespace) -> int:
     config, assumed = CapacityConfig.from_args(args), AssumptionConfig.from_args(args)
     precision = "fp8" if args.fp8 else "bf16"
     if args.top < 1:
@@ -127,10 +135,9 @@ def show(table: Table) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """Builds the parser with all flags."""
-    made = argparse.ArgumentParser(
+    made = PlanParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     made.add_argument(
         "--hf-model",

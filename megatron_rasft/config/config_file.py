@@ -186,21 +186,27 @@ def _spelled_as(flag: str, options: Mapping[str, argparse.Action]) -> str:
 
 
 @contextlib.contextmanager
-def naming_lines(argv: Sequence[str]) -> Iterator[None]:
-    """Puts file and line before the message of an error about a flag that a file of --config has set."""
+def naming_lines(argv: Sequence[str], table: str = "") -> Iterator[None]:
+    """Puts file and line before the message of an error about a flag that a file of --config has set.
+
+    Args:
+        table: the table of ``TOOL_TABLES`` that is read too.
+    """
     try:
         yield
     except (ValueError, RasftError) as error:
-        place = _place_of(str(error), argv)
+        place = _place_of(str(error), argv, table)
         if place and not str(error).startswith(place):
             error.args = (f"{place}: {error}", *error.args[1:])
         raise
 
 
-def _place_of(message: str, argv: Sequence[str]) -> str:
+def _place_of(message: str, argv: Sequence[str], table: str) -> str:
     """Where the first flag of a message is written; empty if it is typed on the command line."""
     try:
-        places = {flag.name: flag.place for path in config_files(argv) for flag in read_flags(path)}
+        tables = ["", table] if table else [""]
+        read = (read_flags(path, part) for part in tables for path in config_files(argv))
+        places = {flag.name: flag.place for flags in read for flag in flags}
     except ValueError:
         return ""
     for match in _FLAG.finditer(message):

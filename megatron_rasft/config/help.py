@@ -13,7 +13,11 @@ MEGATRON = "megatron"
 _WIDTH = 130
 _NAME_WIDTH = 36
 # Groups of which --help lists only the names of the flags, or of the flags from this one on
-_NAMES_ONLY = {"verification": "verify_code_timeout_s"}
+_NAMES_ONLY = {
+    "curriculum": "curriculum_low_start",
+    "verification": "verify_code_timeout_s",
+    "weight sync": "sync_timeout_s",
+}
 _START = """\
 Rollout-Adaptive Supervised Fine-Tuning on Megatron-Core.
 

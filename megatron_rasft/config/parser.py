@@ -5,12 +5,12 @@ import difflib
 import re
 import sys
 import textwrap
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from itertools import starmap
 from types import NoneType, UnionType
 from typing import Any, NoReturn, Union, get_args, get_origin
 
-from megatron_rasft.config.config_file import CONFIG_FLAG, config_words
+from megatron_rasft.config.config_file import CONFIG_FLAG, config_files, config_words
 from megatron_rasft.config.suggestions import suggest
 from megatron_rasft.flags import FlagSection, OneOf, Range, flag_name
 
@@ -46,14 +46,20 @@ class FlagParser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
         words = list(sys.argv[1:] if args is None else args)
         if CONFIG_FLAG in self._option_string_actions:
-            words = [*config_words(words, self._option_string_actions), *words]
+            words = [*self.file_words(words), *words]
         self._typed_values = {}
         parsed, rest = super().parse_known_args(words, namespace)
         typed = [word.partition("=")[0] for word in words]
         actions = self._option_string_actions
         parsed.given_flags = {actions[word].dest: word for word in typed if word in actions}
+        if CONFIG_FLAG in actions:
+            parsed.config = config_files(words)  # also of several --config
         parsed.given_values = dict(starmap(self._given_value, parsed.given_flags.items()))
         return parsed, rest
+
+    def file_words(self, words: Sequence[str]) -> list[str]:
+        """The words that stand for the files of --config on a command line."""
+        return config_words(words, self._option_string_actions)
 
     def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
         self._typed_values[action.dest] = list(arg_strings)

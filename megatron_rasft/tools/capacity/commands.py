@@ -5,6 +5,7 @@ import shlex
 from megatron_rasft.tools.capacity.choosing import LayoutEstimate
 from megatron_rasft.tools.capacity.config import CapacityConfig
 from megatron_rasft.tools.capacity.layouts import Model
+from megatron_rasft.tools.capacity.recipes import beyond_files
 from megatron_rasft.tools.capacity.speed import serving_tp
 
 
@@ -24,7 +25,13 @@ def training_flags(
 def run_flags(
     model: Model, estimate: LayoutEstimate, config: CapacityConfig, *, precision: str = "bf16"
 ) -> list[str]:
-    """The flags of pretrain_rasft.py without files, folders and the rollout engine."""
+    """The flags of pretrain_rasft.py without files, folders and the rollout engine; of those that --config sets, only the changed ones."""
+    return beyond_files(config.config, _all_run_flags(model, estimate, config, precision))
+
+
+def _all_run_flags(
+    model: Model, estimate: LayoutEstimate, config: CapacityConfig, precision: str
+) -> list[str]:
     layout = estimate.layout
     flags = ["--objective", config.objective, "--bf16"]
     if precision == "fp8":
@@ -79,7 +86,7 @@ def _rollout_flags(estimate: LayoutEstimate, config: CapacityConfig) -> list[str
     flags += ["--rollout-num-samples", str(config.num_samples)]
     flags += ["--rollout-max-new-tokens", str(config.max_new_tokens)]
     if estimate.rollout_gpus:
-        flags += ["--sync-bucket-mib", str(config.sync_bucket_mib)]
+        flags += ["--rollout-lag", str(config.rollout_lag), "--sync-bucket-mib", str(config.sync_bucket_mib)]
     else:
         flags += ["--rollout-batch-size", str(config.rollout_batch_size)]
     return flags
@@ -87,9 +94,9 @@ def _rollout_flags(estimate: LayoutEstimate, config: CapacityConfig) -> list[str
 
 def _engine_flags(estimate: LayoutEstimate, config: CapacityConfig) -> list[str]:
     if not estimate.rollout_gpus:
-        return ["--rollout-engine", "embedded"]
-    flags = ["--rollout-engine", "sglang", "--rollout-server-file", "runs/planned/servers.txt"]
-    return [*flags, "--rollout-lag", str(config.rollout_lag)]
+        # A file of --config may be for servers
+        return ["--rollout-engine", "embedded", *(["--rollout-lag", "0"] if config.config else [])]
+    return ["--rollout-engine", "sglang", "--rollout-server-file", "runs/planned/servers.txt"]
 
 
 def spans_nodes(config: CapacityConfig) -> bool:

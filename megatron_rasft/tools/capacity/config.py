@@ -1,6 +1,6 @@
 """Flags of ``tools/plan.py``: the cluster and the run to be planned, and the assumptions about both."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from megatron_rasft.flags import (
@@ -20,6 +20,10 @@ from megatron_rasft.objective.families import OBJECTIVES
 @dataclass(kw_only=True)
 class CapacityConfig(FlagSection):
     """The cluster, and the run on it."""
+
+    config: list[str] = field(default_factory=list)
+    """TOML files of flags of pretrain_rasft.py (examples/recipes), whose layout and run are planned. Flags of this tool stand in their
+    table [plan]; those on the command line win."""
 
     num_gpus: PositiveInt = 8
     """GPUs of the cluster, including those of the rollout servers."""

@@ -3,6 +3,7 @@
 import re
 import shlex
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_rasft.files import written_to
@@ -46,7 +47,7 @@ def settings_text(
         f"# {title}",
         f"TRAINER_NODES={-(-estimate.layout.num_gpus // per_node)} SERVER_NODES={estimate.rollout_gpus // per_node}",
         f"NUM_GPUS={min(per_node, estimate.layout.num_gpus)}  # on a node",
-        f"SERVERS_PER_NODE={per_node // tp if tp else 0} SERVER_TP={tp or 1} ROLLOUT_LAG={config.rollout_lag}",
+        f"SERVERS_PER_NODE={per_node // tp if tp else 0} SERVER_TP={tp or 1}",
         "SERVER_FLAGS=()  # further flags of tools/serve_rollouts.py",
         "FLAGS=(  # of pretrain_rasft.py",
         *(f"    {line}" for line in _wrapped(flags)),
@@ -119,6 +120,8 @@ def write_job(
             f"--train-data {config.train_data} does not exist. --slurm writes a job that reads it: name it."
         )
     folder = folder.absolute()
+    # The job changes into the checkout
+    config = replace(config, config=[str(Path(file).absolute()) for file in config.config])
     shipped = checkout / "examples" / "slurm"
     if not shipped.is_dir():  # the installed wheel
         raise ValueError(

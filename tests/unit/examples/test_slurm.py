@@ -1,25 +1,17 @@
-"""examples/slurm: each setting parses and fits, and the job script starts the right steps. tests/slurm runs it under Slurm."""
+"""examples/slurm: each setting has the nodes of its recipe, and the job script starts the right steps. tests/slurm runs it under Slurm."""
 
 import os
 import re
 import shutil
 import subprocess
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import pytest
 
-from megatron_rasft.tools.capacity.choosing import LayoutEstimate
-from megatron_rasft.tools.capacity.layouts import Model
-from megatron_rasft.training import cpu_backend
-
-cpu_backend.enable()
-
-from megatron_rasft.training import startup  # noqa: E402
-from megatron_rasft.weights import HfFolder  # noqa: E402
-from tests.slurm_settings import FOLDER, ROOT, SETTINGS, Setting, model_folder  # noqa: E402
-from tools import serve_node  # noqa: E402
+from tests.slurm_settings import FOLDER, ROOT, SETTINGS, Setting
+from tests.unit.examples.test_recipes import planned
+from tools import serve_node
 
 ARRAYS = sorted((ROOT / "examples" / "benchmark_reproduction" / "slurm").glob("*.sbatch"))
 NODES = {
@@ -38,55 +30,22 @@ NODES = {
 def test_every_model_has_a_setting_on_its_nodes() -> None:
     found = {path.stem: Setting(path) for path in SETTINGS}
     assert {name: (s.number("TRAINER_NODES"), s.number("SERVER_NODES")) for name, s in found.items()} == NODES
-    large = found["llama-3.3-70b"]
-    for flag, value in (("--tensor-model-parallel-size", "8"), ("--pipeline-model-parallel-size", "4")):
-        assert large.value(flag, "") == value
-    assert {"--num-layers-per-virtual-pipeline-stage", "--sequence-parallel", "--fp8-format"} <= {
-        *large.flags
-    }
-    assert "--expert-model-parallel-size" in found["qwen3-30b-a3b"].flags
 
 
 @pytest.mark.parametrize("path", SETTINGS, ids=lambda path: path.stem)
-def test_setting_is_accepted_and_fits_80_gib(
-    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_setting_has_the_gpus_of_its_recipe(path: Path, tmp_path: Path) -> None:
     setting = Setting(path)
-    model = Model.read(model_folder(path.stem, tmp_path))
-    estimate = setting.estimate(model)
-    assert estimate.excess_gib(setting.config()) <= 0
-    assert_parses(setting, model, estimate, monkeypatch)
-    if setting.number("SERVER_NODES"):
-        per_node, tp = setting.number("SERVERS_PER_NODE"), setting.number("SERVER_TP")
-        assert per_node * tp == setting.number("NUM_GPUS")
+    assert setting.recipe == ROOT / "examples" / "recipes" / f"{path.stem}.toml"
+    model, config, _ = planned(setting.recipe, tmp_path)
+    per_node, num_servers = setting.number("NUM_GPUS"), setting.number("SERVER_NODES")
+    assert config.rollout_gpus == per_node * num_servers
+    assert config.num_gpus == per_node * (setting.number("TRAINER_NODES") + num_servers)
+    if num_servers:
+        servers_per_node, tp = setting.number("SERVERS_PER_NODE"), setting.number("SERVER_TP")
+        assert servers_per_node * tp == per_node
         assert 2 * model.num_parameters / tp < 0.75 * 80 * 2**30, "the weights fill a server's GPUs"
-        shares = serve_node.gpu_shares(per_node, tp)
-        assert len(set(",".join(shares).split(","))) == setting.number("NUM_GPUS")
-
-
-def assert_parses(
-    setting: Setting, model: Model, estimate: LayoutEstimate, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The run accepts the flags and reads the planned layout from them. Without a GPU it refuses FP8 alone, as its last check."""
-    num_gpus = setting.number("TRAINER_NODES") * setting.number("NUM_GPUS")
-    monkeypatch.setattr(startup.HfFolder, "open", partial(HfFolder.open, with_weights=False))
-    monkeypatch.setenv("WORLD_SIZE", str(num_gpus))
-    monkeypatch.setattr("sys.argv", ["pretrain_rasft.py"])
-    flags = setting.command_line(model)
-    if setting.precision == "fp8":
-        with pytest.raises(ValueError, match="--fp8-format needs"):
-            startup.parse([*flags, *fp8_flags(setting)])
-    args, _, _ = startup.parse(flags)
-    at_once = estimate.layout
-    assert (args.tensor_model_parallel_size, args.pipeline_model_parallel_size) == (at_once.tp, at_once.pp)
-    assert (args.context_parallel_size, args.expert_model_parallel_size) == (at_once.cp, at_once.ep)
-    assert (args.virtual_pipeline_model_parallel_size or 1) == at_once.chunks
-    assert args.data_parallel_size == at_once.dp and args.use_distributed_optimizer
-
-
-def fp8_flags(setting: Setting) -> list[str]:
-    at = setting.flags.index("--fp8-format")
-    return setting.flags[at : at + 4]
+        shares = serve_node.gpu_shares(servers_per_node, tp)
+        assert len(set(",".join(shares).split(","))) == per_node
 
 
 STAND_INS = {
