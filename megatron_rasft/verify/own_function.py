@@ -19,7 +19,10 @@ from typing import Any, get_args
 
 from megatron_rasft.config.verify import FUNCTION_GROUP, check_function, file_and_name
 from megatron_rasft.errors import RasftError
-from megatron_rasft.types import ProblemRow, Verdict
+from megatron_rasft.types import Judgement, ProblemRow, Verdict
+
+VerifyFunction = Callable[[ProblemRow, str], Judgement | tuple[Judgement, str]]
+"""``(row, response) -> judgement``, or a tuple of the judgement and a reason."""
 
 FAILED = "--verify-function "
 """Start of ``verdict_reason`` of a response for which the function raised, or returned something that is not a judgement."""
@@ -47,8 +50,9 @@ class OwnFunction:
     module: str
     """The module of an entry point; "" for a file, whose ``code`` is run."""
     file: str
-    """The file of the code; "" if an entry point's module is not a file."""
+    """The file of the code; "" if an entry point's module is not a file of Python."""
     code: str
+    """The text of the file; for a module without one, the version of its package."""
 
     @property
     def digest(self) -> str:
@@ -64,18 +68,31 @@ def find_function(reference: str) -> OwnFunction:
     """
     check_function(reference)
     found = file_and_name(reference)
-    module = ""
     if found is not None:
-        file, name = str(found[0].resolve()), found[1]
-    else:
-        (entry,) = {e.value: e for e in metadata.entry_points(group=FUNCTION_GROUP, name=reference)}.values()
-        module, name = entry.module, entry.attr
-        file = _file_of(module)
+        file = str(found[0].resolve())
+        return OwnFunction(
+            reference=reference, name=found[1], module="", file=file, code=_read(reference, file)
+        )
+    entry = _entry_point(reference)
+    file = _file_of(entry.module)
+    code = _read(reference, file) if file else f"version {entry.dist.version if entry.dist else ''}"
+    return OwnFunction(reference=reference, name=entry.attr, module=entry.module, file=file, code=code)
+
+
+def _read(reference: str, file: str) -> str:
     try:
-        code = Path(file).read_text(encoding="utf-8") if file else ""
+        return Path(file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"--verify-function {reference}: {file} cannot be read: {error}.") from error
-    return OwnFunction(reference=reference, name=name, module=module, file=file, code=code)
+
+
+def _entry_point(name: str) -> metadata.EntryPoint:
+    found = {entry.value: entry for entry in metadata.entry_points(group=FUNCTION_GROUP, name=name)}
+    if len(found) > 1:
+        raise ValueError(
+            f"--verify-function {name}: several installed packages have this entry point ({', '.join(found)}). Give FILE.py:NAME."
+        )
+    return next(iter(found.values()))
 
 
 def _file_of(module: str) -> str:
@@ -98,7 +115,7 @@ def _specs(module: str, path: Any) -> Iterator[ModuleSpec]:
 
 # ---- in a worker
 
-_loaded: dict[OwnFunction, Callable[..., Any]] = {}
+_loaded: dict[OwnFunction, VerifyFunction] = {}
 
 
 def preload(function: OwnFunction | None) -> None:
@@ -108,7 +125,7 @@ def preload(function: OwnFunction | None) -> None:
             load(function)
 
 
-def load(function: OwnFunction) -> Callable[..., Any]:
+def load(function: OwnFunction) -> VerifyFunction:
     """Returns the function, after it was checked.
 
     Raises:
@@ -137,7 +154,7 @@ def _run(function: OwnFunction) -> ModuleType:
     return module
 
 
-def _checked(function: OwnFunction, module: ModuleType) -> Callable[..., Any]:
+def _checked(function: OwnFunction, module: ModuleType) -> VerifyFunction:
     found: Any = module
     for part in function.name.split("."):
         found = getattr(found, part, None)
@@ -169,7 +186,7 @@ def grade_by_function(
         return judged(load(function)(row, response), correct_reward)
     except FunctionError as error:
         return "unverifiable", f"{FAILED}{error}", None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         return "unverifiable", f"{FAILED}raised {describe(error, function.file)}", None
 
 

@@ -76,6 +76,7 @@ FAULTS = [
     ("import sys\nsys.exit(3)", "SystemExit"),
     ("def grade(row, response)\n    return True", "own.py:1"),
     ("def grade(row, response):\n    return row['absent']", "KeyError: 'absent' (own.py:2)"),
+    ("def grade(row, response): raise SystemExit(3)", "SystemExit: 3 (own.py:1)"),
     ("def grade(row, response): return 1.5", "1.5"),
     ("def grade(row, response): return float('nan')", "nan"),
     ("def grade(row, response): return None", "None"),
@@ -207,3 +208,9 @@ def test_installed_function_is_found_by_its_entry_point(
     before = find_function("short").digest
     (package / "short.py").write_text("def grade(row, response): return True")
     assert find_function("short").digest != before
+    other = tmp_path / "others-1.0.dist-info"
+    other.mkdir()
+    (other / "METADATA").write_text("Metadata-Version: 2.1\nName: others\nVersion: 1.0\n")
+    (other / "entry_points.txt").write_text("[megatron_rasft.verifiers]\nshort = others:grade\n")
+    with pytest.raises(ValueError, match=r"--verify-function short.*others:grade"):
+        find_function("short")
