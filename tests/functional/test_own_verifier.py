@@ -51,18 +51,45 @@ def flags_of_the_readme(**names: Path) -> list[str]:
     return [str(paths.get(word, word)) for word in words]
 
 
-def test_example_grades_a_run_and_changed_code_is_said_when_it_resumes(
-    workshop: Workshop, rows: Path
-) -> None:
+@pytest.fixture(scope="module")
+def small_run(workshop: Workshop, rows: Path) -> tuple[Path, list[str]]:
+    """A copy of the example's function, and the flags of a run of two steps that uses it, without --save."""
     folder = workshop.root / "own-function"
     folder.mkdir()
-    function, save = Path(shutil.copy(EXAMPLE / "json_exact.py", folder)), folder / "save"
-    flags = flags_of_the_readme(model=workshop.policy, rows=rows, function=function, save=save)
+    function = Path(shutil.copy(EXAMPLE / "json_exact.py", folder))
+    flags = flags_of_the_readme(model=workshop.policy, rows=rows, function=function, save=folder / "save")
     flags += ["--seq-length", "64", "--global-batch-size", "8", "--rollout-max-new-tokens", "12"]
-    flags += [*SHORT_ANSWERS, "--rasft-refresh-interval", "1"]
+    return function, [*flags, *SHORT_ANSWERS, "--rasft-refresh-interval", "1"]
 
-    first = launching.succeed(folder / "first", [*flags, "--exit-interval", "1"])
-    assert "json_exact.py:share_of_fields, first demonstration: correct" in first.output
+
+@pytest.fixture(scope="module")
+def stopped(small_run: tuple[Path, list[str]]) -> tuple[Path, str]:
+    """The --save of that run, stopped after its first step, and its output."""
+    function, flags = small_run
+    save = function.parent / "stopped"
+    done = launching.succeed(function.parent / "first", [*flags, "--save", str(save), "--exit-interval", "1"])
+    return save, done.output
+
+
+def test_resumed_run_has_the_rewards_of_an_unbroken_run(
+    small_run: tuple[Path, list[str]], stopped: tuple[Path, str]
+) -> None:
+    function, flags = small_run
+    saves = [function.parent / name for name in ("resumed", "unbroken")]
+    shutil.copytree(stopped[0], saves[0])
+    for save in saves:
+        done = launching.succeed(save.with_name(f"{save.name}-logs"), [*flags, "--save", str(save)])
+        assert "code of --verify-function has changed" not in done.output
+    resumed, unbroken = (list(read_rollouts(save / "rollouts.jsonl")) for save in saves)
+    assert resumed == unbroken and len(resumed) == 16 * 4
+    assert launching.steps(saves[0]) == launching.steps(saves[1])
+
+
+def test_example_grades_a_run_and_changed_code_is_said_when_it_resumes(
+    small_run: tuple[Path, list[str]], stopped: tuple[Path, str], rows: Path
+) -> None:
+    (function, flags), (save, output) = small_run, stopped
+    assert "json_exact.py:share_of_fields, first demonstration: correct" in output
     wanted = {row["id"]: row["wanted"] for row in map(json.loads, rows.read_text().splitlines())}
     rollouts = list(read_rollouts(save / "rollouts.jsonl"))
     assert len(rollouts) == 8 * 4
@@ -71,12 +98,13 @@ def test_example_grades_a_run_and_changed_code_is_said_when_it_resumes(
             assert rollout.reward == (int(rollout.text[-1]) == wanted[rollout.problem_id])
     assert {r.reward for r in rollouts} >= {0.0, 1.0}
 
-    with function.open("a") as file:
-        file.write(PARTIAL)
-    second = launching.succeed(folder / "second", flags)
+    edited, save = function.with_name("edited.py"), Path(shutil.copytree(save, function.parent / "changed"))
+    edited.write_text(function.read_text() + PARTIAL)
+    flags = [*flags, "--save", str(save), "--verify-function", f"{edited}:share_of_fields"]
+    second = launching.succeed(function.parent / "second", flags)
     assert "code of --verify-function has changed" in second.output
     later = list(read_rollouts(save / "rollouts.jsonl"))[8 * 4 :]
-    assert "KeyError: 'edited' (json_exact.py:" in second.output, "the log says that the function failed"
+    assert "KeyError: 'edited' (edited.py:" in second.output, "the log says that the function failed"
     failed = [r for r in later if "KeyError" in r.verdict_reason]
     assert failed and {r.verdict for r in failed} == {"unverifiable"}
     graded = [r for r in later if r.reward is not None]
