@@ -5,8 +5,8 @@
     objective_dft_factor = false           # --no-objective-dft-factor
     train-data = ["a.jsonl", "b.jsonl"]
 
-Tables only group the flags, except those in ``TOOL_TABLES``. Each flag becomes a word of the command line, before those that are typed there.
-A later file, and the command line, therefore win.
+Tables only group the flags, except those in ``TOOL_TABLES``. Each flag becomes a word of the command line, before the typed ones. Later files,
+and the command line, therefore win.
 """
 
 import argparse
@@ -133,9 +133,10 @@ def read_flags(path: str, table: str = "") -> list[FileFlag]:
         raise ValueError(
             f"{CONFIG_FLAG} {path} is not valid TOML: {error}. Text needs quotes, and true and false are written in lower case."
         ) from error
-    top = {key: value for key, value in content.items() if key not in TOOL_TABLES}
+    of_tools = {key: content[key] for key in TOOL_TABLES if isinstance(content.get(key), dict)}
+    top = {key: value for key, value in content.items() if key not in of_tools}
     found: dict[str, FileFlag] = {}
-    for key, value in _flat(content.get(table, {}) if table else top):
+    for key, value in _flat(of_tools.get(table, {}) if table else top):
         flag = FileFlag(path, _line_of(text, key), key.lstrip("-").replace("-", "_"), value)
         _check_key(flag, found)
         found[flag.name] = flag

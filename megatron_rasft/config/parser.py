@@ -51,7 +51,9 @@ class FlagParser(argparse.ArgumentParser):
         parsed, rest = super().parse_known_args(words, namespace)
         typed = [word.partition("=")[0] for word in words]
         actions = self._option_string_actions
-        parsed.given_flags = {actions[word].dest: word for word in typed if word in actions}
+        given = {actions[word].dest: word for word in typed if word in actions}
+        # Words after a -- are no flags
+        parsed.given_flags = {dest: flag for dest, flag in given.items() if dest in self._typed_values}
         if CONFIG_FLAG in actions:
             parsed.config = config_files(words)  # also of several --config
         parsed.given_values = dict(starmap(self._given_value, parsed.given_flags.items()))

@@ -102,7 +102,8 @@ def _flags_of(sections: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """Yields the fields of all sections with their values as JSON, in which a value that was read equals one that was not."""
     for fields in sections.values():
         for name, value in fields.items():
-            yield name, json.dumps(value).strip('"')
+            if flag_name(name) != CONFIG_FLAG:  # the same flags may come from another file
+                yield name, json.dumps(value).strip('"')
 
 
 def write_flags(save: Path, given: Mapping[str, Any], config: RasftConfig) -> None:

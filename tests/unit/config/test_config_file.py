@@ -10,6 +10,7 @@ import pytest
 
 from megatron_rasft.config.command_line import check_flags, run_parser
 from megatron_rasft.config.config_file import flags_text, naming_lines, read_flags
+from megatron_rasft.config.parser import FlagParser
 from megatron_rasft.errors import DataError
 
 
@@ -84,6 +85,7 @@ def test_later_files_and_the_command_line_win(folder: Path) -> None:
         ("save = 2026-11-30", 1, "save is neither"),
         ("config = 'another.toml'", 1, "config"),
         ("fp8 = 'hybrid'", 1, "--fp8-format"),
+        ("plan = 3", 1, "--plan"),
     ],
 )
 def test_wrong_key_or_value_names_its_line(folder: Path, text: str, line: int, named: str) -> None:
@@ -144,6 +146,14 @@ def test_table_of_a_tool_is_for_that_tool(folder: Path) -> None:
 def test_written_values_are_read_back(value: Any) -> None:
     text = flags_text({"group": {"flag": value, "unset": None, "empty": []}}, "comment")
     assert tomllib.loads(text) == {"group": {"flag": value}}
+
+
+def test_words_after_two_hyphens_are_no_flags() -> None:
+    parser = FlagParser()
+    parser.add_argument("--lr", type=float)
+    parser.add_argument("others", nargs="*")
+    args = parser.parse_args(["--", "--lr", "3"])
+    assert args.lr is None and args.given_flags == {} and args.others == ["--lr", "3"]
 
 
 def test_given_values_are_those_of_a_file(folder: Path) -> None:
