@@ -65,6 +65,8 @@ class StageTransfer:
         self._group: UpdateGroup | None = None
         self._group_name = ""
         self._outcome = Outcome()
+        self._sent_before = 0
+        """Bytes sent by the transfers before the present one."""
 
     def memory_plan(self) -> MemoryPlan:
         """Returns the buckets of a sync to servers that serve the trainer's own model, and the memory that they take."""
@@ -84,8 +86,8 @@ class StageTransfer:
 
     @property
     def num_sent_bytes(self) -> int:
-        """Bytes that this rank has sent in the present sync, or in the last one."""
-        return self._outcome.num_bytes
+        """Bytes that this rank has sent so far, in all transfers. It grows while a transfer runs."""
+        return self._sent_before + self._outcome.num_bytes
 
     def address_problem(self) -> str:
         """Returns why servers cannot reach this rank at --sync-address; empty if they can, or need not connect to it."""
@@ -108,6 +110,7 @@ class StageTransfer:
         Returns:
             The outcome on the sender; an empty outcome on the other ranks.
         """
+        self._sent_before = self.num_sent_bytes
         outcome = self._outcome = Outcome()
         stream = self._stage_stream(attempt.wire_format)
         collector = None

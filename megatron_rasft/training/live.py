@@ -25,6 +25,7 @@ class Work:
     label: str
     unit: str
     total: int
+    """0 if it is not known, as for a weight sync through files."""
     done: Callable[[], int]
     """Returns how much is done. Another thread calls it, at any time."""
     num_tokens: Callable[[], int]
@@ -38,11 +39,11 @@ class Work:
         """Returns the line at the time ``now``."""
         seconds, done = max(1e-6, now - self.began), self.done()
         rate = (done - self.done_before) / seconds
-        parts = [f"{self.label}: {done:,} of {self.total:,} {self.unit}"]
+        parts = [f"{self.label}: {done:,} of {self.total:,} {self.unit}" if self.total else self.label]
         if rate > 0:
             parts += [
                 f"{rate:,.{0 if rate >= 10 else 1}f} per s",
-                f"{_duration((self.total - done) / rate)} left",
+                f"{_duration(max(0, self.total - done) / rate)} left",
             ]
         if tokens := self.num_tokens() - self.tokens_before:
             parts.append(f"{tokens / seconds:,.0f} tokens/s")

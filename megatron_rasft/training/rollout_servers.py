@@ -131,8 +131,9 @@ class RolloutServers:
 
     def _showing_sync(self, num_servers: int) -> AbstractContextManager[None]:
         transfer = self._sync.transfer
+        before, total = transfer.num_sent_bytes, transfer.num_bytes // _MIB
         label = f"sending weights to {num_servers} server(s)"
-        return live.work(label, "MiB", transfer.num_bytes // _MIB, lambda: transfer.num_sent_bytes // _MIB)
+        return live.work(label, "MiB", total, lambda: (transfer.num_sent_bytes - before) // _MIB)
 
     def result(self) -> Answers:
         """Returns the samples of the last ``start``. Rank 0 only."""

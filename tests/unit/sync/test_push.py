@@ -75,8 +75,11 @@ def test_a_sync_sends_every_tensor_over_a_group_that_is_kept() -> None:
     assert server.calls.count("update") == report.num_buckets > 1
     assert report.num_bytes == sum(2 * t.numel() for t in trainer.weights.values())
     assert report.values()[metrics.SYNC_SERVERS] == 1 and "step 7 on 1 server(s)" in report.line()
+    transfer = trainer.sync.transfer
+    assert transfer.num_sent_bytes == transfer.num_bytes == report.num_bytes
     server.calls.clear()
     trainer.push(8)
+    assert transfer.num_sent_bytes == 2 * report.num_bytes
     assert "init" not in server.calls
     trainer.sync.close()
     assert server.calls[-1] == "destroy"

@@ -47,6 +47,18 @@ def test_short_work_and_no_work_are_silent() -> None:
     assert text.getvalue() == ""
 
 
+def test_work_of_unknown_size_shows_its_time_and_repeated_work_has_no_negative_time_left() -> None:
+    line, text, clock = line_on(is_terminal=False)
+    counts = {0: iter([0, 0]), 10: iter([0, 20])}  # at the start, and when the line is shown
+    for total, done in counts.items():
+        with line.shows("sending weights", "MiB", total, done.__next__, lambda: 0):
+            clock.now += 30
+            line.look()
+    unknown, repeated = text.getvalue().splitlines()
+    assert unknown == "sending weights, after 30 s"
+    assert "20 of 10 MiB" in repeated and ", 0 s left" in repeated
+
+
 def test_work_within_work_takes_its_place() -> None:
     line, text, clock = line_on(is_terminal=False)
     with line.shows("outer", "samples", 10, lambda: 0, lambda: 0):
