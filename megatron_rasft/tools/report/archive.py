@@ -13,11 +13,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_rasft.tools.report.mathematics import Formulas
 from megatron_rasft.tools.report.texts import printable, reason_of, shortened
 
 MAX_BLOCK_ROWS = 256
 """Rollouts or problems of one block. The browser decompresses whole blocks, so small ones show a single rollout faster."""
 MAX_BLOCK_CHARS = 2_000_000
+MAX_FORMULAS = 10_000
+"""Different formulas that are drawn in the rollouts of a run, and as many in its problems."""
 _END_OF_TEXT = "\0"
 """Separates texts. ``printable`` removes it from them."""
 
@@ -44,9 +47,12 @@ class Blocks:
     blocks: deque[Block] = field(default_factory=deque)
     num_rows: int = 0
     """Rows in ``blocks``."""
+    formulas: Formulas = field(default_factory=lambda: Formulas(MAX_FORMULAS))
+    """The formulas of the texts."""
     _group: int = 0
     _rows: list[Sequence[Any]] = field(default_factory=list)
     _texts: list[str] = field(default_factory=list)
+    _formulas: list[list[int]] = field(default_factory=list)
     _num_chars: int = 0
 
     def add(self, group: int, row: Sequence[Any], texts: Sequence[str]) -> None:
@@ -57,19 +63,21 @@ class Blocks:
         self._group = group
         self._rows.append([printable(cell) for cell in row])
         self._texts += [printable(str(shortened(text))) for text in texts]
-        self._num_chars += sum(map(len, self._texts[-len(texts) :]))
+        added = self._texts[-len(texts) :]
+        self._formulas += [self.formulas.numbers(text) for text in added]
+        self._num_chars += sum(map(len, added))
 
     def flush(self) -> None:
         """Writes the rows that were added last."""
         if not self._rows:
             return
-        parts = (json.dumps(self._rows, ensure_ascii=False), _END_OF_TEXT.join(self._texts))
-        content = b" ".join(base64.b64encode(zlib.compress(part.encode())) for part in parts)
+        rows, formulas = (json.dumps(part, ensure_ascii=False) for part in (self._rows, self._formulas))
+        content = " ".join(packed(part) for part in (rows, _END_OF_TEXT.join(self._texts), formulas)).encode()
         self.blocks.append(
             Block(self._group, len(self._rows), self.file.seek(0, 2), self.file.write(content))
         )
         self.num_rows += len(self._rows)
-        self._rows, self._texts, self._num_chars = [], [], 0
+        self._rows, self._texts, self._formulas, self._num_chars = [], [], [], 0
         while self.max_rows is not None and self.num_rows > self.max_rows and len(self.blocks) > 1:
             self.num_rows -= self.blocks.popleft().num_rows
 
@@ -80,11 +88,16 @@ class Blocks:
         self.num_rows = sum(block.num_rows for block in self.blocks)
 
     def contents(self) -> Iterator[tuple[Block, str]]:
-        """Yields each block with its content: rows and texts, compressed and in base64, with a space in between."""
+        """Yields each block with its content: rows, texts and numbers of formulas, each ``packed``, with spaces in between."""
         self.flush()
         for block in self.blocks:
             self.file.seek(block.offset)
             yield block, self.file.read(block.size).decode("ascii")
+
+
+def packed(text: str) -> str:
+    """Compresses a text, and writes it in base64."""
+    return base64.b64encode(zlib.compress(text.encode())).decode("ascii")
 
 
 class Archive:

@@ -4,16 +4,15 @@ RASFT weights a token by ratio × weight × p. The rollout store has the weight 
 ratio of reference and policy needs the reference's log-probabilities, which ``ratios.py`` gets.
 """
 
-import base64
 import json
 import math
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 from megatron_rasft.errors import ModelFolderError, RasftError, first_line
+from megatron_rasft.tools.report.archive import packed
 from megatron_rasft.tools.report.records import RunRecords
 from megatron_rasft.tools.report.rollouts import Example, Sample
 from megatron_rasft.tools.report.texts import printable
@@ -57,7 +56,7 @@ class TokenView:
             [printable(token.text), round(token.p, 4), float(f"{token.weight:.3g}")]
             for token in self.tokens[id(sample)]
         ]
-        return base64.b64encode(zlib.compress(json.dumps(rows).encode())).decode("ascii")
+        return packed(json.dumps(rows))
 
 
 def read_tokens(

@@ -61,9 +61,10 @@ function unpacked(base64) {
 class Block {
   static numKeptChars = 0;
 
-  constructor(script) {
+  constructor(script, formulas) {
     this.step = Number(script.dataset.step);
-    [this.packedRows, this.packedTexts] = script.textContent.trim().split(" ");
+    this.drawn = formulas; // (formula, MathML) of all blocks of this kind
+    [this.packedRows, this.packedTexts, this.packedFormulas] = script.textContent.trim().split(" ");
     script.remove(); // the strings are kept once
   }
 
@@ -83,8 +84,11 @@ class Block {
     return this.joined;
   }
 
-  async texts() {
-    return (await this.joinedTexts()).split("\0");
+  // Texts as elements, with their formulas drawn.
+  async written(...places) {
+    const texts = (await this.joinedTexts()).split("\0");
+    const numbers = JSON.parse(await unpacked(this.packedFormulas));
+    return places.map((place) => textOf(texts[place], numbers[place].map((number) => this.drawn[number])));
   }
 }
 
@@ -92,13 +96,16 @@ class Block {
 class Archive {
   static async read(part) {
     const archive = new Archive();
-    const blocks = (kind) => [...part.querySelectorAll(`script[data-kind=${kind}]`)].map((script) => new Block(script));
-    archive.blocks = blocks("rollouts");
+    const blocks = async (kind) => {
+      const formulas = JSON.parse(await unpacked(part.querySelector(`script[data-formulas=${kind}]`).textContent.trim()));
+      return [...part.querySelectorAll(`script[data-kind=${kind}]`)].map((script) => new Block(script, formulas));
+    };
+    archive.blocks = await blocks("rollouts");
     archive.rollouts = [];
     archive.byProblem = new Map();
     for (const block of archive.blocks) archive.addRollouts(block, await block.rows());
     archive.problems = [];
-    for (const block of blocks("problems")) {
+    for (const block of await blocks("problems")) {
       block.members = (await block.rows()).map(([problem, course, history, hasTexts], place) => ({ block, place, problem, course, history, hasTexts }));
       archive.problems.push(...block.members);
     }
@@ -282,8 +289,9 @@ class Search {
     const left = element("div", { className: "demonstration" });
     if (problem) left.append(...historyOf(problem.history));
     if (problem?.hasTexts) {
-      const texts = (await problem.block.texts()).slice(3 * problem.place, 3 * problem.place + 3);
-      ["Problem", "Answer or tests", "Demonstration"].forEach((title, place) => left.append(heading(title), textOf(texts[place])));
+      const place = 3 * problem.place;
+      const texts = await problem.block.written(place, place + 1, place + 2);
+      ["Problem", "Answer or tests", "Demonstration"].forEach((title, number) => left.append(heading(title), texts[number]));
     } else {
       left.append(element("p", { className: "missing", textContent: "The problem's text was not found." }));
     }
@@ -306,7 +314,20 @@ function snippet(text, place, length) {
 }
 
 const heading = (text) => element("h5", { textContent: text });
-const textOf = (text) => (text ? element("pre", { textContent: text }) : element("pre", {}, element("span", { className: "left-out", textContent: "(empty)" })));
+
+// The MathML was written by the report from known elements, so it may be parsed. All else is text.
+function textOf(text, formulas) {
+  if (!text) return element("pre", {}, element("span", { className: "left-out", textContent: "(empty)" }));
+  const made = element("pre", { className: formulas.length ? "prose" : "" });
+  let end = 0;
+  for (const [source, markup] of formulas) {
+    const start = text.indexOf(source, end);
+    made.append(text.slice(end, start), element("template", { innerHTML: markup }).content);
+    end = start + source.length;
+  }
+  made.append(text.slice(end));
+  return made;
+}
 
 function historyOf(history) {
   const bars = history.map((visit) => {
@@ -339,14 +360,14 @@ function summaryOf(row) {
 }
 
 async function rolloutView(row) {
-  return [element("p", {}, ...summaryOf(row)), textOf((await row.block.texts())[row.place])];
+  return [element("p", {}, ...summaryOf(row)), ...(await row.block.written(row.place))];
 }
 
 // A rollout whose text is unpacked when it is opened.
 function foldedRollout(row) {
   const where = element("span", { className: "quiet", textContent: `step ${row.step}, sample ${row.sample}  ` });
   const folded = element("details", {}, element("summary", {}, where, ...summaryOf(row)));
-  folded.addEventListener("toggle", async () => folded.append(textOf((await row.block.texts())[row.place])), { once: true });
+  folded.addEventListener("toggle", async () => folded.append(...(await row.block.written(row.place))), { once: true });
   return folded;
 }
 

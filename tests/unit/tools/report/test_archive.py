@@ -18,7 +18,7 @@ def unpacked(blocks: Blocks) -> list[tuple[int, list[Any], list[str]]]:
     """(step, row, texts) of every row, in order."""
     found = []
     for block, content in blocks.contents():
-        rows, texts = (zlib.decompress(base64.b64decode(part)).decode() for part in content.split(" "))
+        rows, texts, _ = (zlib.decompress(base64.b64decode(part)).decode() for part in content.split(" "))
         parsed, separate = json.loads(rows), texts.split("\0")
         size = len(separate) // len(parsed)
         assert len(parsed) == block.num_rows <= archives.MAX_BLOCK_ROWS

@@ -156,6 +156,7 @@ def test_search_finds_texts_sorts_them_and_opens_a_problem(browser: Browser, two
     assert opened.locator(".rollouts details").count() == 39
     opened.locator(".rollouts details summary").first.click()
     expect(opened.locator(".rollouts details pre").first).to_contain_text("answer of p3")
+    assert opened.locator(".rollouts pre menclose").count() == 2, "the formula of both open rollouts is drawn"
     part.locator("button", has_text="problems").click()
     part.locator("input").fill("")
     expect(status).to_have_text("40 of 40 problems")

@@ -1,8 +1,11 @@
 """Formulas become MathML, hostile ones stay harmless, and broken ones stay text."""
 
+import sys
+
 import pytest
 
-from megatron_rasft.tools.report.mathematics import has_formulas, pieces, to_mathml
+from megatron_rasft.errors import RasftError
+from megatron_rasft.tools.report.mathematics import Formulas, check_installed, has_formulas, pieces, to_mathml
 
 
 @pytest.mark.parametrize(
@@ -63,3 +66,19 @@ def test_formula_of_a_model_adds_no_markup_of_its_own(latex: str) -> None:
         for bad in ("<img", "<script", "href", "style=", "class", "onclick=")
     )
     assert "<img" not in markup and "<script" not in markup
+
+
+def test_formulas_of_many_texts_are_numbered_up_to_a_limit() -> None:
+    formulas = Formulas(3)
+    assert formulas.numbers("$a$, $b$ and $a$") == [0, 1, 0]
+    assert formulas.numbers(r"\(\frac{\) `$c$` $b$ costs $5") == [1], "broken LaTeX and code have no number"
+    assert formulas.numbers("$a$ and $d$") == [], "a text is drawn as a whole or not at all"
+    assert formulas.numbers("$b$") == [1]
+    assert formulas.drawn == [("$a$", to_mathml("a")), ("$b$", to_mathml("b"))]
+
+
+def test_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "latex2mathml", None)
+    monkeypatch.setitem(sys.modules, "latex2mathml.converter", None)
+    with pytest.raises(RasftError, match=r"latex2mathml.*megatron-rasft\[report\]"):
+        check_installed()
