@@ -168,10 +168,10 @@ SMALLER = {
 def test_tutorial_goes_from_own_data_to_an_evaluated_model(
     workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Runs every command of the tutorial in its order. The README shows the same commands."""
+    """Runs every command of the tutorial in its order. Those of the README are among them."""
     tutorial = [c for c in commands(ROOT / "docs/tutorial.md") if c.startswith("python ")]
-    assert len(tutorial) == 7
-    assert set(tutorial) <= set(commands(ROOT / "README.md"))
+    shown = {command for command in commands(ROOT / "README.md") if "own" in command}
+    assert len(shown) == 7 and shown <= set(tutorial)
     monkeypatch.chdir(tmp_path)
     for name in ("own.jsonl", "heldout.jsonl"):
         (tmp_path / name).write_bytes(workshop.sums.read_bytes())
