@@ -49,8 +49,8 @@ class RunConfig(FlagSection):
     torch first."""
 
     straggler_factor: Annotated[float, Range(above=1)] = 1.5
-    """A step's line names each rank whose forward and backward passes take longer than this factor times the median of its pipeline
-    stage, and at least 0.5 s longer. Ranks of a tensor-, context- or expert-parallel group wait for each other within their layers
+    """A step's line names each rank whose own work (its batch, forward and backward passes) takes longer than this factor times the median
+    of its pipeline stage, and at least 0.5 s longer. Ranks of a tensor-, context- or expert-parallel group wait for each other within their layers
     and are named together. inf names none."""
 
     rasft_keep_checkpoints: PositiveInt | None = None

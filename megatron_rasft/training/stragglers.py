@@ -1,7 +1,8 @@
 """Names the ranks that compute a step more slowly than other ranks with the same work.
 
 Collectives make every rank as slow as the slowest one, so the duration of a step does not show which rank that is. Each rank measures
-its own forward and backward passes instead, without the transfers between pipeline stages and the reduction of gradients.
+its own work instead: the wait for its batch, which it cuts itself, and its forward and backward passes without the transfers between
+pipeline stages and the reduction of gradients.
 """
 
 import time

@@ -268,6 +268,7 @@ class Trainer:
         learning_rate = _learning_rate(self.optimizer)
         began = time.monotonic()
         batches = self._preparer.on_device(prepared)
+        cutting_s = time.monotonic() - began
         if self.scales.are_missing:
             with self.parameters_gathered():
                 self.scales.set_from(lambda: batches)
@@ -278,7 +279,8 @@ class Trainer:
         self._count_step(facts)
         updated = time.monotonic()
         times, gathered = zip(
-            *gather_to_all((self._rank_time(), {k: float(v) for k, v in metrics.items()})), strict=True
+            *gather_to_all((self._rank_time(cutting_s), {k: float(v) for k, v in metrics.items()})),
+            strict=True,
         )
         metrics = max(gathered, key=len)  # Only the last pipeline stage has the metrics.
         if self.args.check_for_nan_in_loss_and_grad:
@@ -307,9 +309,9 @@ class Trainer:
             metrics={}, grad_norm=0.0, learning_rate=learning_rate, is_skipped=True, batch=facts
         )
 
-    def _rank_time(self) -> RankTime:
+    def _rank_time(self, cutting_s: float) -> RankTime:
         stage = parallel_state.get_pipeline_model_parallel_rank()
-        return RankTime(socket.gethostname(), stage, self._clock.seconds())
+        return RankTime(socket.gethostname(), stage, cutting_s + self._clock.seconds())
 
     def _run_reference(self, batches: list[MicroBatch]) -> None:
         """Calculates the reference's hidden states, if the objective has a KL over the whole vocabulary."""
