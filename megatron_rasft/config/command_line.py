@@ -12,7 +12,7 @@ from megatron_rasft.config.defaults import changed_defaults
 from megatron_rasft.config.megatron_flags import add_megatron_flags
 from megatron_rasft.config.parser import FlagParser, add_flags
 from megatron_rasft.config.published import published_preset, wants_preset
-from megatron_rasft.config.refusals import refuse_unsupported
+from megatron_rasft.config.refusals import reasons, refuse_unsupported
 from megatron_rasft.errors import is_first_of_node, tell_launcher
 
 
@@ -79,6 +79,10 @@ def run_parser() -> tuple[FlagParser, bool]:
         add_flags(parser, section)
     is_complete = add_megatron_flags(parser)
     parser.set_defaults(**changed_defaults(parser))
+    refused = reasons(parser)
+    parser.never_suggested = {
+        option for option, action in parser._option_string_actions.items() if action.dest in refused
+    }
     return parser, is_complete
 
 

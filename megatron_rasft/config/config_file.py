@@ -27,6 +27,7 @@ TOOL_TABLES = ("plan",)
 """Tables with flags of a tool. Only that tool reads them."""
 
 _NUMBERS: dict[Any, str] = {int: "an integer", float: "a number"}
+_ESCAPES = {'"': '\\"', "\\": "\\\\", "\n": "\\n", "\t": "\\t"}
 _FLAG = re.compile(r"--[a-z0-9][\w-]*")
 
 
@@ -247,6 +248,6 @@ def _toml(value: Any) -> str:
 
 
 def _escaped(character: str) -> str:
-    if character in '"\\':
-        return "\\" + character
+    if character in _ESCAPES:
+        return _ESCAPES[character]
     return character if character.isprintable() or character == " " else f"\\U{ord(character):08x}"

@@ -42,6 +42,8 @@ class FlagParser(argparse.ArgumentParser):
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"formatter_class": _WholeFlags, "allow_abbrev": False, **options})
         self._typed_values: dict[str, list[str]] = {}
+        self.never_suggested: Collection[str] = ()
+        """Flags that no error suggests."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
         words = list(sys.argv[1:] if args is None else args)
@@ -58,6 +60,10 @@ class FlagParser(argparse.ArgumentParser):
             parsed.config = config_files(words)  # also of several --config
         parsed.given_values = dict(starmap(self._given_value, parsed.given_flags.items()))
         return parsed, rest
+
+    def suggestible(self) -> list[str]:
+        """The flags that errors may suggest."""
+        return [flag for flag in self._option_string_actions if flag not in self.never_suggested]
 
     def file_words(self, words: Sequence[str]) -> list[str]:
         """The words that stand for the files of --config on a command line."""
@@ -82,8 +88,7 @@ class FlagParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         close = ""
         if message.startswith("unrecognized arguments: "):
-            flags = [option for action in self._actions for option in action.option_strings]
-            close = suggest(message.split()[2].partition("=")[0], flags)
+            close = suggest(message.split()[2].partition("=")[0], self.suggestible())
         elif match := _BAD_CHOICE.match(message):
             choices = [name.strip("'") for name in match[2].split(", ")]
             close = next(iter(difflib.get_close_matches(match[1], choices, n=1)), "")

@@ -36,8 +36,25 @@ HUGGING_FACE = {
     "beta": "--objective-grpo-beta",
     "loss_type": "--objective",
     "gradient_checkpointing": "--recompute-granularity",
+    "tp": "--tensor-model-parallel-size",
+    "tp_size": "--tensor-model-parallel-size",
+    "pp": "--pipeline-model-parallel-size",
+    "cp": "--context-parallel-size",
+    "ep": "--expert-model-parallel-size",
+    "model": "--hf-model",
+    "model_dir": "--hf-model",
+    "train_file": "--train-data",
+    "data_file": "--train-data",
+    "config_file": "--config",
+    "steps": "--train-iters",
+    "iters": "--train-iters",
+    "resume": "--load",
+    "save_dir": "--save",
+    "save_every": "--save-interval",
+    "lr_scheduler": "--lr-decay-style",
+    "warmup_iterations": "--lr-warmup-iters",
 }
-"""Argument of transformers or TRL -> the flag with that meaning."""
+"""Argument of transformers, TRL or another program -> the flag with that meaning."""
 
 _MIN_LIKENESS = 0.72
 
@@ -55,9 +72,10 @@ def suggest(typed: str, known: Iterable[str]) -> str:
     if meant in known:
         return meant
     spelled = flag_name(name)
-    longer = [flag for flag in known if flag.startswith(spelled + "-")]
+    words = set(_words(spelled))
+    longer = [flag for flag in known if words < set(_words(flag))]
     if longer:
-        return min(longer, key=len)
+        return min(longer, key=lambda flag: (len(_words(flag)), not flag.startswith(spelled), len(flag)))
     best = max(known, key=lambda flag: _likeness(spelled, flag), default="")
     return best if best and _likeness(spelled, best) >= _MIN_LIKENESS else ""
 

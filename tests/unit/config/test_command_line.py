@@ -8,7 +8,7 @@ import pytest
 from megatron.training.arguments import add_megatron_arguments
 
 from megatron_rasft.config import RasftConfig, help
-from megatron_rasft.config.command_line import answer_early, check_flags
+from megatron_rasft.config.command_line import answer_early, check_flags, run_parser
 from megatron_rasft.config.parser import FlagParser
 from megatron_rasft.config.suggestions import HUGGING_FACE, suggest
 from megatron_rasft.flags import flag_name
@@ -123,6 +123,8 @@ def test_flags_of_megatron_pass() -> None:
         (["--fp8", "hybrid"], "--fp8-format"),
         (["--sample-num-rollout", "4"], "--rollout-num-samples"),  # order and number of two words
         (["--overlap-gradient-reduction"], "--overlap-grad-reduce"),
+        (["--chat-template", "a.jinja"], "--chat-template is refused"),
+        (["--chat-templates", "a.jinja"], "--data-chat-template"),  # not the refused one
         (["--lr", "high"], "--lr: invalid float value"),
         (["--micro-batch-size", "1.5"], "--micro-batch-size: invalid int value"),
         (["--skip-train"], "--skip-train is refused"),
@@ -136,7 +138,16 @@ def test_wrong_flag_is_named_with_the_way_out(flags: list[str], named: str) -> N
 
 def test_suggestions(full_parser: FlagParser) -> None:
     known = [option for action in full_parser._actions for option in action.option_strings]
-    assert suggest("--fp8", known) == "--fp8-format"
+    for typed, meant in (
+        ("--fp8", "--fp8-format"),
+        ("--tensor-parallel", "--tensor-model-parallel-size"),  # the fewest missing words
+        ("--num-samples", "--rollout-num-samples"),
+        ("--server-file", "--rollout-server-file"),
+        ("--dft-factor", "--objective-dft-factor"),
+        ("--sandbox", "--verify-sandbox-level"),
+        ("--keep-checkpoints", "--rasft-keep-checkpoints"),
+    ):
+        assert suggest(typed, run_parser()[0].suggestible()) == meant
     assert suggest("--frobnicate", known) == ""
     assert set(HUGGING_FACE.values()) <= set(known)
     assert [suggest(f"--{name}", known) for name in HUGGING_FACE] == list(HUGGING_FACE.values())
