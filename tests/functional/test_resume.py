@@ -217,6 +217,9 @@ def test_a_resumed_run_says_which_flags_have_changed(
     save = tmp_path / "save"
     shutil.copytree(stopped_at_7, save)
     changed = ["--objective", "sft", "--weight-decay", "0.1", "--override-opt_param-scheduler"]
+    flags = workshop.flags("--save", str(save), *flags_of(save), *changed)
+    dry = launching.run(tmp_path / "logs", [*flags, "--dry-run"])
+    assert dry.codes == [0] and "changed since step 7: " in dry.output and "2 steps are left" in dry.output
     output = workshop.train(save, [*flags_of(save), *changed]).output
     (line,) = (line for line in output.splitlines() if line.startswith("changed since step 7: "))
     assert "--objective rasft -> sft" in line and "--weight-decay 0.0 -> 0.1" in line
