@@ -183,7 +183,7 @@ class Local:
 
     def _start(self, save: Path, round_: Round, strike: Strike | None = None) -> forking.Outcome:
         more = ["--async-save"] if round_.moment == "async save" else []
-        flags = self.workshop.flags("--save", str(save), *flags_of(save), *more)
+        flags = self.workshop.flags("--save", str(save), *_flags(save, round_.num_processes), *more)
         logs = save.with_name(f"{save.name}-logs")
         logs.mkdir(exist_ok=True)
         hit = range(round_.num_processes) if round_.hits_all else [round_.num_processes - 1]
@@ -202,8 +202,13 @@ class Local:
     def _unbroken(self, num_processes: int) -> Path:
         save = self.workshop.root / f"unbroken{num_processes}"
         if not save.exists():
-            self.workshop.train(save, flags_of(save), num_processes)
+            self.workshop.train(save, _flags(save, num_processes), num_processes)
         return save
+
+
+def _flags(save: Path, num_processes: int) -> list[str]:
+    """Two replicas of two processes, if there are four: a batch of the tiny model has two micro-batches."""
+    return [*flags_of(save), "--tensor-model-parallel-size", "2" if num_processes == 4 else "1"]
 
 
 @dataclass(frozen=True)
