@@ -10,8 +10,8 @@ call with the same file runs only the rounds that it lacks. The model is tiny an
 time, and under --slurm, where each start imports everything anew, about two minutes. --slurm starts a Slurm cluster of four nodes on
 this machine (root and Debian's slurm-wlm and munge) and submits the job script of examples/slurm; there the runs have two processes.
 
-A round is identical, different, refused (the resumed run ends with an error), hung (it does not end), or missed (the run was over
-before the signal).
+A round is identical, different, refused (the resumed run ends with an error), hung (it does not end), or missed (the run was over before
+the signal, or in spite of it: SIGTERM does not interrupt an export).
 """
 
 import argparse
@@ -280,7 +280,7 @@ def judged(
 
     Args:
         began_at: start of the resumed run, seconds since 1970.
-        is_missed: whether the run was over before the signal.
+        is_missed: whether the run was over before the signal or in spite of it.
     """
     try:
         compare()

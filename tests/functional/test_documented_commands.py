@@ -80,6 +80,7 @@ RUN_BY = {
     "python tools/prepare_data.py --decontaminate": "test_tool_reports_and_writes_the_rows_that_stay",
     "python benchmarks/planned_memory.py": "test_fullest_rank_holds_what_is_calculated",
     "python benchmarks/cluster_simulation.py": "test_table_and_plot_are_made",
+    "python benchmarks/kill_and_resume.py": "test_rounds_are_counted_and_continued",
     "python benchmarks/host_work.py": "test_a_refresh_is_measured_on_two_ranks",
     "python benchmarks/data_start.py": "test_a_start_is_measured_without_and_with_the_cache",
     "python benchmarks/logprobs.py": "test_fused_logprobs_stay_under_the_bar_and_plain_ones_do_not",
