@@ -12,6 +12,8 @@ from pathlib import Path
 
 DOCUMENTS = ("*.md", "docs/*.md", "examples/*/README.md", "megatron_rasft/verify/*/README.md")
 HOME = "README.md"
+ASSETS = (".svg", ".png", ".css")
+"""Suffixes of the files in docs/ that are copied as they are."""
 _LINK = re.compile(r"(?<=\]\()(?!https?:|#)([^)\s#]+)(#[^)\s]*)?(?=\))")
 _PICTURE = re.compile(r'\b(src|srcset)="([^":]+)"')
 _LANGUAGES = {
@@ -45,7 +47,7 @@ def address(uri: str) -> str:
 def linked_sources(root: Path, uri: str, text: str) -> set[str]:
     """The files of the repository, other than documents and pictures, to which a document links."""
     places = {_place(uri, path) for path, _ in _LINK.findall(text)}
-    return {place for place in places if (root / place).is_file() and not place.endswith((".md", ".svg"))}
+    return {place for place in places if (root / place).is_file() and not place.endswith((".md", *ASSETS))}
 
 
 def with_nested_lists(text: str) -> str:
@@ -65,10 +67,10 @@ def with_site_links(root: Path, uri: str, text: str) -> str:
         target = root / _place(uri, path)
         if target.is_dir():
             return f"{path.rstrip('/')}/README.md{anchor}"
-        if not target.is_file():
-            return _generated(path, anchor, f"{uri}: no file {path}")
-        if target.suffix in (".md", ".svg"):
+        if target.suffix in (".md", *ASSETS):  # perhaps a generated page: mkdocs checks it
             return match[0]
+        if not target.is_file():
+            raise BrokenLink(f"{uri}: no file {path}")
         if anchor and anchor[1:] not in _definitions(target):
             raise BrokenLink(f"{uri}: {path} defines no {anchor[1:]}")
         return f"{path}.md{anchor}"
@@ -93,12 +95,6 @@ def with_site_pictures(root: Path, uri: str, text: str, relative: Callable[[str]
         return f'{match[1]}="{relative(place)}"'
 
     return _PICTURE.sub(replaced, text)
-
-
-def _generated(path: str, anchor: str, message: str) -> str:
-    if not path.endswith(".md"):
-        raise BrokenLink(message)
-    return path + anchor  # perhaps a generated page, which mkdocs knows
 
 
 def _place(uri: str, path: str) -> str:

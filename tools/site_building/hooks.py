@@ -43,8 +43,9 @@ def _page(config: MkDocsConfig, uri: str, text: str) -> File:
 
 def _assets(config: MkDocsConfig) -> Iterator[File]:
     """The files of docs/ that are not documents: pictures and the style sheet."""
-    for path in [*(ROOT / "docs").glob("*.css"), *(ROOT / "docs" / "pictures").glob("*.svg")]:
-        yield File.generated(config, path.relative_to(ROOT).as_posix(), abs_src_path=str(path))
+    for path in sorted((ROOT / "docs").rglob("*")):
+        if path.suffix in documents.ASSETS:
+            yield File.generated(config, path.relative_to(ROOT).as_posix(), abs_src_path=str(path))
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
