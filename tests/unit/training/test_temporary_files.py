@@ -4,7 +4,7 @@ import os
 import signal
 import tempfile
 from collections.abc import Callable
-from multiprocessing import util
+from multiprocessing import process, util
 from pathlib import Path
 
 import pytest
@@ -33,7 +33,9 @@ def forked(work: Callable[[], None]) -> None:
 
 def begin() -> None:
     """The start of a run, some of its temporary files, and a check of where they are."""
-    util._finalizer_registry.clear()  # those of pytest
+    # What earlier tests have left in this process.
+    util._finalizer_registry.clear()
+    process.current_process()._config.pop("tempdir", None)  # type: ignore[attr-defined]
     before = Path(tempfile.gettempdir())
     temporary_files.use_own_folder()
     own = Path(os.environ["TMPDIR"])
@@ -46,7 +48,7 @@ def begin() -> None:
 
 def begin_and_end() -> None:
     begin()
-    util._exit_function()  # as at the end of the interpreter
+    util._run_finalizers()  # as at the end of the interpreter
 
 
 def begin_and_be_killed() -> None:
