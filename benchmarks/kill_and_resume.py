@@ -27,7 +27,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
@@ -79,14 +79,18 @@ def draw(number: int, seed: int, *, is_slurm: bool = False) -> Round:
     moments: list[Moment] = list(get_args(Moment))
     random.Random(f"{seed}-{number // len(moments)}").shuffle(moments)
     choose = random.Random(f"{seed}-{number}-round")
-    return Round(
+    drawn = Round(
         number=number,
-        num_processes=2 if is_slurm else choose.choice((1, 2, 4)),
+        num_processes=choose.choice((1, 2, 4)),
         moment=moments[number % len(moments)],
         signal=choose.choice(("TERM", "KILL")),
         hits_all=choose.random() < 0.5,
         share=choose.random(),
     )
+    if not is_slurm:
+        return drawn
+    # two nodes with a process each; Slurm sends SIGTERM to every process of a step
+    return replace(drawn, num_processes=2, hits_all=drawn.hits_all or drawn.signal == "TERM")
 
 
 @dataclass(frozen=True, kw_only=True)
