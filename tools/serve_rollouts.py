@@ -38,6 +38,8 @@ ROOT = Path(__file__).resolve().parent.parent
 CPU_LAUNCHER = Path(__file__).resolve().parent / "sglang_on_cpu.py"
 DRAIN_S = 30.0
 """Time after SIGTERM until the server is killed, seconds. It finishes its requests first, which never ends if it is paused."""
+LOG_S = 5.0
+"""The longest wait for the rest of an ended server's log, seconds. A process that has left its session may still have it open."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -132,7 +134,7 @@ def _watch(args: argparse.Namespace, line: Sequence[str], url: str, key: str | N
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(number, stop)
     try:
-        process = start(line, key)
+        process, log = start(line, key)
         started.append(process)
     except OSError as error:
         raise ValueError(f"--python {line[0]} cannot be started ({error.strerror}).") from error
@@ -147,6 +149,8 @@ def _watch(args: argparse.Namespace, line: Sequence[str], url: str, key: str | N
             sign_off(args.server_file, url)
         finally:
             end(process)
+            if log is not None:
+                log.join(LOG_S)  # the last lines say why the server ended
     if stopping:
         return 0
     raise RolloutError(
@@ -154,20 +158,24 @@ def _watch(args: argparse.Namespace, line: Sequence[str], url: str, key: str | N
     )
 
 
-def start(line: Sequence[str], key: str | None) -> subprocess.Popen[bytes]:
+def start(line: Sequence[str], key: str | None) -> tuple[subprocess.Popen[bytes], Thread | None]:
     """Starts the server. SGLang logs its own settings, so a server with a key writes to this process, which masks the key.
+
+    Returns:
+        The server, and the thread that copies its log; None without a key.
 
     Raises:
         OSError: the interpreter cannot be started.
     """
     if key is None:
-        return subprocess.Popen(line, env=environment(), start_new_session=True)
+        return subprocess.Popen(line, env=environment(), start_new_session=True), None
     process = subprocess.Popen(
         line, env=environment(), start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
     assert process.stdout is not None
-    Thread(target=copy_masked, args=(process.stdout, key), name="server's log", daemon=True).start()
-    return process
+    log = Thread(target=copy_masked, args=(process.stdout, key), name="server's log", daemon=True)
+    log.start()
+    return process, log
 
 
 def copy_masked(source: IO[bytes], key: str) -> None:
@@ -176,8 +184,8 @@ def copy_masked(source: IO[bytes], key: str) -> None:
     for line in source:
         for form in sorted(forms, key=len, reverse=True):
             line = line.replace(form, b"***")
-        sys.stdout.buffer.write(line)
-        sys.stdout.buffer.flush()
+        with suppress(OSError):  # if the disk is full, the server would wait for ever for a reader of its log
+            os.write(1, line)
 
 
 def enter(file: Path | None, url: str) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -236,3 +237,28 @@ def test_file_with_the_key_is_private_and_does_not_stay(
         assert path is not None and "a key" in path.read_text()
         assert path.parent.stat().st_mode & 0o077 == 0 and not of_a_killed_launcher.exists()
     assert list(tmp_path.iterdir()) == []
+
+
+def in_new_interpreter(work: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    program = f"import sys, time; from tools import serve_rollouts as s; {work}"
+    return subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, text=True, stderr=subprocess.PIPE, timeout=300, **options
+    )
+
+
+def test_last_lines_of_a_server_with_a_key_are_copied(
+    launcher: Launcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SERVER_KEY", "hidden")
+    launcher.python.write_text(f"#!{sys.executable}\nraise SystemExit('the cause')\n")
+    flags = ["--model", str(launcher.model), "--python", str(launcher.python), "--api-key-env", "SERVER_KEY"]
+    late = "copy = s.copy_masked; s.copy_masked = lambda *given: (time.sleep(3), copy(*given)); s.LOG_S = 200"
+    ended = in_new_interpreter(f"{late}; sys.argv[1:] = {flags}; s.main()", stdout=subprocess.PIPE)
+    assert "the cause" in ended.stdout and "status 1" in ended.stderr
+
+
+def test_server_goes_on_if_its_log_cannot_be_written() -> None:
+    writer = [sys.executable, "-c", "print('many lines\\n' * 20_000)"]
+    with Path("/dev/full").open("wb") as full:
+        ended = in_new_interpreter(f"sys.exit(s.start({writer}, 'key')[0].wait(100))", stdout=full)
+    assert ended.returncode == 0, ended.stderr
