@@ -14,6 +14,8 @@ HOLDER = """
 import ctypes
 
 def holds_the_lock():
+    # PR_SET_PTRACER: Yama lets every process read this one, also without CAP_SYS_PTRACE.
+    ctypes.CDLL(None).prctl(0x59616D61, ctypes.c_ulong(-1), 0, 0, 0)
     print("began", flush=True)
     ctypes.PyDLL(None).sleep(600)
 
