@@ -54,7 +54,7 @@ def describe(args: argparse.Namespace, config: RasftConfig, resume: Resume) -> l
     config = replace(config, run=replace(config.run, dry_run=False))
     outputs = list(_outputs(args, config))
     for flag, path, _ in outputs:
-        check_place(flag, path)
+        check_place(flag, path, is_folder=flag in _FOLDERS)
     problems, heldout = _read(args, config)
     set_length(args, config, problems.num)
     schedule = schedule_of(args, config, problems.num)
@@ -221,6 +221,9 @@ def _size(num_bytes: float) -> str:
 
 
 # ---- files
+
+_FOLDERS = frozenset({"--save", "--data-cache", "--tensorboard-dir", "--export-hf"})
+"""Flags whose outputs are folders; the others are files."""
 
 
 def _outputs(args: argparse.Namespace, config: RasftConfig) -> Iterator[tuple[str, Path, str]]:

@@ -122,9 +122,14 @@ def test_a_run_that_keeps_nothing_is_warned_about() -> None:
 
 
 def test_a_place_that_cannot_be_written_is_found_without_writing(tmp_path: Path) -> None:
-    check_place("--save", tmp_path / "new/folder")
-    check_place("--save", tmp_path)
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match=r"--save .*file/folder.*file\."):
-        check_place("--save", tmp_path / "file/folder")
+    for path in ("new/folder", ""):
+        check_place("--save", tmp_path / path, is_folder=True)
+    for path in ("new/file", "file"):
+        check_place("--rasft-metrics", tmp_path / path, is_folder=False)
+    for flag, path in (("--save", "file/folder"), ("--save", "file"), ("--rasft-metrics", "file/new")):
+        with pytest.raises(ValueError, match=rf"{flag} .*{path}.*file\."):
+            check_place(flag, tmp_path / path, is_folder=flag == "--save")
+    with pytest.raises(ValueError, match="--rasft-metrics"):
+        check_place("--rasft-metrics", tmp_path, is_folder=False)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
