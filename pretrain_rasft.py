@@ -4,6 +4,7 @@ torchrun --nproc-per-node N pretrain_rasft.py --hf-model DIR --train-data FILE.j
 """
 
 import sys
+import traceback
 
 if __name__ == "__main__":
     from megatron_rasft.config.command_line import answer_early
@@ -17,7 +18,7 @@ if __name__ == "__main__":
 # multiprocessing runs this file once more in every process that it spawns, for example in Megatron's checkpoint writer. These
 # processes need none of the imports below, which take ten seconds and 800 MB.
 if __name__ != "__mp_main__":
-    from megatron_rasft.errors import FailedElsewhere, RasftError
+    from megatron_rasft.errors import FailedElsewhere, RasftError, tell_launcher
     from megatron_rasft.training import cpu_backend, gpu_kernels
     from megatron_rasft.training.failures import report_failure
 
@@ -29,7 +30,6 @@ if __name__ != "__mp_main__":
     cpu_backend.use_cpu_fused_adam()
 
     import torch.distributed as dist
-    from torch.distributed.elastic.multiprocessing.errors import record
 
     from megatron_rasft.training import stalls, startup
     from megatron_rasft.training.assembly import build_run
@@ -85,9 +85,12 @@ def main() -> None:
 if __name__ == "__main__":
     code = 0
     try:
-        record(main)()  # gives torchrun the traceback of an error that is not expected here
+        main()
     except (ValueError, RasftError, FailedElsewhere, KeyboardInterrupt) as error:
         code = report_failure(error)
+    except Exception:
+        tell_launcher(traceback.format_exc())  # of an error that is not expected here
+        raise
     finally:
         stalls.end_watch()
     if dist.is_initialized():

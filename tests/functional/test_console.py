@@ -1,8 +1,11 @@
 """What a user sees of a run: its plan before it starts, lines during long work, warnings, and the answer to Ctrl-C."""
 
 import json
+import time
+from collections.abc import Callable
 from pathlib import Path
 from signal import SIGINT
+from typing import Any
 
 import pytest
 
@@ -43,10 +46,33 @@ def test_a_dry_run_describes_the_run_and_writes_nothing(
 
 def test_a_dry_run_meets_the_errors_that_the_run_would_meet(workshop: Workshop, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    flags = workshop.flags("--save", str(tmp_path / "file/save"), "--dry-run", model=workshop.random)
-    outcome = launching.run(tmp_path / "logs", flags)
+    flags = workshop.flags("--save", str(tmp_path / "file"), "--dry-run", model=workshop.random)
+    # The file in which torchrun expects the error cannot be written.
+    full = {"TORCHELASTIC_ERROR_FILE": "/dev/full"}
+    outcome = launching.run(tmp_path / "logs", flags, variables=full)
     (error,) = outcome.errors
     assert outcome.codes == [2] and "--save" in error and str(tmp_path / "file") in error
+    assert "Traceback" not in outcome.output
+
+
+def last_until_shown() -> None:
+    """Makes sampling and verification, which take milliseconds here, last until a line about them is shown."""
+    from megatron_rasft.training import live
+    from megatron_rasft.training.decoding import Decoder
+    from megatron_rasft.verify.pool import VerifierPool
+
+    def unhurried(work: Callable[..., Any]) -> Callable[..., Any]:
+        def waits(*args: Any, **kwargs: Any) -> Any:
+            line = live._live
+            said_at = None if line is None else line._said_at
+            while line is not None and line._said_at == said_at:
+                time.sleep(0.001)
+            return work(*args, **kwargs)
+
+        return waits
+
+    Decoder.run = unhurried(Decoder.run)  # type: ignore[method-assign]
+    VerifierPool.verify = unhurried(VerifierPool.verify)  # type: ignore[method-assign]
 
 
 def test_long_work_is_shown_and_the_first_ctrl_c_saves(workshop: Workshop, tmp_path: Path) -> None:
@@ -56,7 +82,11 @@ def test_long_work_is_shown_and_the_first_ctrl_c_saves(workshop: Workshop, tmp_p
         *("--rollout-max-new-tokens", "2"),  # cuts every response
     )
     interruption = Interruption(step=2, number=SIGINT)
-    outcome = launching.run(tmp_path / "logs", flags, 2, interruption=interruption)
+    outcome = launching.run(
+        *(tmp_path / "logs", flags, 2),
+        interruption=interruption,
+        prepare_rank=lambda rank: [last_until_shown],
+    )
     assert outcome.codes == [0, 0], outcome.output
     first, second = outcome.logs
     for label in ("sampling: ", "scoring: ", "verifying: "):
