@@ -112,8 +112,8 @@ class Server:
         text = f"{self.name} ended with status {self.exit_code} after {max_restarts} restarts"
         print(f"{text} and is given up", flush=True)
         if self.given_up_file is not None:
-            with self.given_up_file.open("a", encoding="utf-8") as file:
-                file.write(f"{text}\n")
+            with suppress(OSError), self.given_up_file.open("a", encoding="utf-8") as file:
+                file.write(f"{text}\n")  # a full disk must not end the other servers
 
     @property
     def exit_code(self) -> int | None:

@@ -94,6 +94,15 @@ def test_servers_are_given_up_after_their_restarts(
     ]
 
 
+def test_other_servers_go_on_if_the_file_of_given_up_ones_cannot_be_written(tmp_path: Path) -> None:
+    (given_up,) = servers(1, folder=tmp_path)
+    given_up.given_up_file = Path("/dev/full")
+    given_up.start()
+    assert given_up.process is not None
+    given_up.process.wait()
+    given_up.give_up(3)
+
+
 def test_process_that_does_not_end_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serve_node, "REAP_S", 0.01)
     # like a process that is stuck in the driver
