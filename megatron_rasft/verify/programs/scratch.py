@@ -2,16 +2,18 @@
 
 Each launcher has one folder, and each of its checks a folder in it. The process that starts a launcher makes its folder, holds
 a lock on it, and removes it when it closes the launcher. If that process is killed, the kernel releases the lock. The next
-process of the same user that makes such a folder removes every one that nobody has locked. The temporary files of a run are kept in the
-same way (training/temporary_files.py).
+process of the same user and machine that makes such a folder removes every one that nobody has locked. The temporary files of a run are
+kept in the same way (training/temporary_files.py).
 """
 
 import contextlib
 import fcntl
 import os
 import shutil
+import socket
 import subprocess
 import tempfile
+import zlib
 from pathlib import Path
 
 _PREFIX = "rasft-programs-"
@@ -27,6 +29,9 @@ class ScratchFolder:
 
     def __init__(self, prefix: str = _PREFIX) -> None:
         parent = Path(tempfile.gettempdir())
+        # If the nodes share this folder, each may see its own locks only (localflock of Lustre, local_lock of NFS). The name is short,
+        # because paths of sockets are limited to 107 bytes.
+        prefix = f"{prefix}{zlib.crc32(socket.gethostname().encode()):08x}-"
         _remove_abandoned(parent, prefix)
         self.path, self._lock = _make_locked(parent, prefix)
 

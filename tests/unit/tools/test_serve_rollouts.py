@@ -16,6 +16,7 @@ import pytest
 
 from megatron_rasft.servers.addresses import read_addresses
 from megatron_rasft.tools.ports import free_port
+from megatron_rasft.verify.programs.scratch import ScratchFolder
 from tests.servers.faulty_proxy import wait_for
 from tools import serve_rollouts
 
@@ -231,11 +232,11 @@ def test_file_with_the_key_is_private_and_does_not_stay(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    of_a_killed_launcher = tmp_path / "rasft-serve-1a2b"
-    of_a_killed_launcher.mkdir()
+    killed = ScratchFolder("rasft-serve-")
+    os.close(killed._lock)
     with serve_rollouts.secrets_file("a key") as path:
         assert path is not None and "a key" in path.read_text()
-        assert path.parent.stat().st_mode & 0o077 == 0 and not of_a_killed_launcher.exists()
+        assert path.parent.stat().st_mode & 0o077 == 0 and not killed.path.exists()
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,5 +1,6 @@
 """The folders of checks on disk: removed with their launcher, or after a crash by the next one."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -54,11 +55,27 @@ def test_a_folder_of_a_killed_process_is_removed_by_the_next_and_no_other(parent
 def test_links_and_files_with_the_name_of_a_folder_are_left_alone(parent: Path, tmp_path: Path) -> None:
     (parent / "target").mkdir()
     (parent / "target" / "file").touch()
-    (parent / "rasft-programs-link").symlink_to(parent / "target")
-    (parent / "rasft-programs-file").touch()
+    own = scratch.ScratchFolder()
+    prefix = own.path.name.rpartition("-")[0]
+    (parent / f"{prefix}-link").symlink_to(parent / "target")
+    (parent / f"{prefix}-file").touch()
     scratch.ScratchFolder().close()
     assert (parent / "target" / "file").exists()
-    assert (parent / "rasft-programs-file").exists()
+    assert (parent / f"{prefix}-file").exists()
+    own.close()
+
+
+def test_folders_of_other_machines_are_left_alone(parent: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shared file system may show no locks of other machines."""
+    monkeypatch.setattr("socket.gethostname", lambda: "n1")
+    other = scratch.ScratchFolder()
+    os.close(other._lock)
+    monkeypatch.setattr("socket.gethostname", lambda: "n2")
+    scratch.ScratchFolder().close()
+    assert other.path.is_dir()
+    monkeypatch.setattr("socket.gethostname", lambda: "n1")
+    scratch.ScratchFolder().close()
+    assert not other.path.exists()
 
 
 # Without capabilities, like an ordinary user, who cannot list a folder without permissions
