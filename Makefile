@@ -71,6 +71,10 @@ wheel: venv
 	rm -rf build $(WHEEL)
 	$(BIN)/python -m build --wheel --no-isolation --outdir $(WHEEL)
 
+# The documentation site, in .cache/site. A link that leads to nothing is an error.
+docs: venv
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict --site-dir .cache/site
+
 # Lists the packages of the environment with their versions, licences and dependencies, in CycloneDX's format. The tool has its own
 # environment, so that the list does not contain it.
 sbom: venv

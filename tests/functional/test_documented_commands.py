@@ -127,6 +127,14 @@ def test_every_documented_command_is_run_by_a_test() -> None:
     assert tests <= set(re.findall(r"^def (test_\w+)", sources, re.MULTILINE))
 
 
+def test_documented_targets_of_make_have_rules() -> None:
+    """make takes a phony target without a rule for done."""
+    found = [command.split() for document in DOCUMENTS for command in commands(document)]
+    targets = {words[1] for words in found if words[0] == "make" and "=" not in words[1]}
+    rules = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert {"docs", "test", "wheel"} <= targets <= rules
+
+
 def small_run(beginning: str, workshop: Workshop, folder: Path) -> list[str]:
     """The README's own flags of a run, with small sizes appended, because the last value of a flag counts."""
     command = next(c for c in commands(ROOT / "README.md") if c.startswith(beginning))
