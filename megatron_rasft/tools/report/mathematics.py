@@ -23,11 +23,12 @@ _BRACES = r"\{(?:[^{}]|\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\})*\}"
 """A pair of braces with at most three levels of braces inside."""
 _PIECES = re.compile(
     rf"""
+      # A formula does not open another one of its kind: the end of each of thousands that are never closed is found at once.
       (?P<code>```.*?(?:```|\Z)|`[^`\n]+`)
     | \$\$(?P<dollars>[^$]+)\$\$
-    | \\\[(?P<brackets>.+?)\\\]
-    | \\\((?P<parentheses>.+?)\\\)
-    | (?P<environment>\\begin\{{(?P<name>equation|align|gather|multline)(?P<star>\*?)\}}.+?\\end\{{(?P=name)(?P=star)\}})
+    | \\\[(?P<brackets>(?:[^\\]|\\\\|\\(?![][\\]))++)\\\]
+    | \\\((?P<parentheses>(?:[^\\]|\\\\|\\(?![()\\]))++)\\\)
+    | (?P<environment>\\begin\{{(?P<name>equation|align|gather|multline)(?P<star>\*?)\}}(?:[^\\]|\\(?!(?:begin|end)\{{(?P=name)(?P=star)\}}))++\\end\{{(?P=name)(?P=star)\}})
     # A dollar sign may also be a currency: a formula touches both of its signs, and no letter or digit follows.
     | (?<![\\$\w])\$(?P<dollar>(?=\S)(?:[^$\n\\]|\\.)+)(?<=\S)\$(?![\w$])
     | (?P<boxed>\\boxed\s*{_BRACES})

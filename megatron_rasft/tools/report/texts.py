@@ -44,4 +44,4 @@ def reason_of(record: dict[str, Any]) -> str:
     """Returns the reason of a rollout's verdict, after its reward if --verify-function gave one."""
     reason, reward = str(record.get("verdict_reason", "")), record.get("reward")
     given = "" if reward is None else f"reward {reward:g}"
-    return reason if reason.startswith(given) else f"{given}: {reason}"
+    return reason if reason.startswith(given) else ": ".join(filter(None, [given, reason]))

@@ -68,6 +68,19 @@ def test_formula_of_a_model_adds_no_markup_of_its_own(latex: str) -> None:
     assert "<img" not in markup and "<script" not in markup
 
 
+def test_formulas_that_are_opened_again_and_again_are_text() -> None:
+    """Without the rule a response of 100,000 characters takes minutes, as each formula's end is looked for in the whole text."""
+    for begin, end in ((r"\[", r"\]"), (r"\(", r"\)"), (r"\begin{align}", r"\end{align}")):
+        opened = 20_000 * begin
+        assert not has_formulas(opened)
+        assert [p.text for p in pieces(f"{opened}x{end}") if p.markup] == [f"{begin}x{end}"]
+
+
+def test_line_break_with_a_distance_does_not_open_a_formula() -> None:
+    text = r"\[\begin{matrix}a\\[2pt]b\end{matrix}\]"
+    assert [piece.text for piece in pieces(text) if piece.markup] == [text]
+
+
 def test_formulas_of_many_texts_are_numbered_up_to_a_limit() -> None:
     formulas = Formulas(3)
     assert formulas.numbers("$a$, $b$ and $a$") == [0, 1, 0]

@@ -17,6 +17,7 @@ from megatron_rasft.tools.report.rollouts import (
     read_statistics,
     rounded_length,
 )
+from megatron_rasft.tools.report.texts import reason_of
 from megatron_rasft.types import Rollout
 from tests.unit.tools.report.synthetic import write_run
 
@@ -240,4 +241,6 @@ def test_rewards_of_an_own_function_make_the_solve_rate_and_are_shown(tmp_path: 
     ((_, visit),) = histories["a"]
     assert (visit.num_attempts, visit.num_solved, visit.solve_rate) == (3, 1, 1.25 / 3)
     (example,) = pick_examples(store.path, histories, 1)
-    assert [s.reason for s in example.samples] == ["reward 1: exact", "reward 0.25", "reward 0: none", "late"]
+    reasons = [s.reason for s in example.samples]
+    assert reasons == ["reward 1: exact", "reward 0.25", "reward 0: none", "late"]
+    assert reason_of({"verdict_reason": "", "reward": 1.0}) == "reward 1"
