@@ -154,8 +154,8 @@ def grade(row, response):
 
 
 def test_time_of_imports_does_not_count(tmp_path: Path) -> None:
-    code = "import time\ntime.sleep(1.5)\ndef grade(row, response): return True"
-    (rollout,) = graded(config(tmp_path / "own.py", code, verify_timeout_s=1.0), ["r"])
+    code = "import time\ntime.sleep(3.5)\ndef grade(row, response): return True"
+    (rollout,) = graded(config(tmp_path / "own.py", code, verify_timeout_s=3.0), ["r"])
     assert rollout.verdict == "correct"
 
 

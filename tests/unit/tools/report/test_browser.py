@@ -28,6 +28,7 @@ from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright 
 
 DRAWN_S = 120
 """Time limit for drawing all charts. It takes 1 to 7 seconds beside other tests."""
+expect.set_options(timeout=1000 * DRAWN_S)  # playwright's 5 seconds are short beside other tests
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +60,7 @@ class Visit:
 
     def __init__(self, browser: Browser, path: Path, *, width: int = 1280, scheme: str = "light") -> None:
         self.page: Page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)  # type: ignore[arg-type]
+        self.page.set_default_timeout(1000 * DRAWN_S)
         self.complaints: list[str] = []
         self.requests: list[str] = []
         self.page.on("console", lambda message: self.complaints.append(message.text))
@@ -67,7 +69,7 @@ class Visit:
         self.page.on("request", lambda request: self.requests.append(request.url))
         self.page.goto(path.as_uri())
         for mark in ("drawn", "searchable"):
-            self.page.wait_for_selector(f"html[data-{mark}]", state="attached", timeout=1000 * DRAWN_S)
+            self.page.wait_for_selector(f"html[data-{mark}]", state="attached")
 
     def figure(self, title: str) -> Locator:
         return self.page.locator(f'figure[aria-label="{title}"]').first
@@ -148,8 +150,10 @@ def test_search_finds_texts_sorts_them_and_opens_a_problem(browser: Browser, two
     assert tokens == sorted(tokens, reverse=True) and len(set(tokens)) > 1
     part.locator("select[name=verdict]").select_option("correct")
     expect(status).not_to_contain_text(total)
+    expect(status).to_contain_text(" of ")  # while a search goes on, the line is a percentage
     assert {row.locator("td").nth(3).inner_text() for row in rows.all()} <= {"correct"}
     part.locator("select[name=verdict]").select_option("")
+    expect(status).to_have_text(f"10 of {total} rollouts")
     part.locator("button.open").first.click()
     opened = part.locator(".opened")
     expect(opened.locator(".history span")).to_have_count(10)  # half of the 20 refreshes sample it
@@ -202,7 +206,7 @@ def test_page_of_a_run_that_goes_on_is_loaded_again(browser: Browser, tmp_path: 
     visit = Visit(browser, path)
     view.records.name = "newer"
     path.write_text("".join(page_parts([view])), encoding="utf-8")
-    expect(visit.page.locator("h1")).to_have_text("newer", timeout=1000 * DRAWN_S)
+    expect(visit.page.locator("h1")).to_have_text("newer")
     assert visit.page.locator("#live").count() == 0
 
 
