@@ -77,8 +77,8 @@ class VerifyConfig(FlagSection):
     verify_correct_reward: Annotated[
         float, Range(above=0, at_most=1, advice="With 1 only a full reward is correct.")
     ] = 1.0
-    """Smallest reward of --verify-function that counts as correct: such rollouts are trained on. The solve rate counts every reward
-    as it is."""
+    """Smallest reward of --verify-function that counts as correct: such rollouts are trained on. A problem's solvability is the
+    mean of all its rewards."""
 
     verify_num_workers: NonNegativeInt = 0
     """Grading processes on rank 0. 0: one per two CPU cores that this process may use, at least 1."""
