@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import suppress
 from datetime import timedelta
+from ipaddress import ip_address
 from itertools import accumulate
 from threading import Thread
 from typing import Any
@@ -116,14 +117,29 @@ def is_own_address(address: str) -> bool:
     return True
 
 
+def listening_address(address: str) -> tuple[int, str]:
+    """Returns the family and the address on which a store listens that servers find at ``address``; "" for all addresses.
+
+    Debian's /etc/hosts has 127.0.1.1 for the machine's own name. Servers on other machines reach it by this name at another address.
+
+    Raises:
+        OSError: the name is not known.
+    """
+    family, *_, target = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM)[0]
+    host = str(target[0])
+    is_loopback = ip_address(host).is_loopback
+    is_literal = address.replace(".", "").isdigit() or ":" in address
+    return family, "" if is_loopback and not is_literal and address != "localhost" else host
+
+
 def _open_store(address: str, port: int, timeout: timedelta) -> dist.TCPStore:
-    """Opens a store that listens on this address alone. torch's own socket would listen on every interface of the machine.
+    """Opens a store that listens on its ``listening_address`` alone. torch's own socket would listen on every interface of the machine.
 
     Raises:
         OSError: the address is not this machine's, or the port is taken.
     """
-    family, *_, target = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
-    listening = socket.create_server(target[:2], family=family)
+    family, host = listening_address(address)
+    listening = socket.create_server((host, port), family=family)
     return dist.TCPStore(
         address,
         listening.getsockname()[1],

@@ -1,6 +1,7 @@
 """Update groups: the rendezvous, and which server a failed broadcast names."""
 
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -23,6 +24,7 @@ from megatron_rasft.sync.groups import (
     UpdateGroup,
     error_with_cause,
     is_own_address,
+    listening_address,
     local_address,
 )
 from megatron_rasft.sync.wire_format import WireFormat
@@ -113,9 +115,25 @@ def test_the_store_listens_on_its_address_alone(servers: tuple[StandIn, StandIn]
     assert opened and {ip for ip, _ in opened} <= {"127.0.0.1", "::1"}
 
 
-def test_a_port_in_use_names_its_flag(servers: tuple[StandIn, StandIn]) -> None:
-    import socket
+@pytest.mark.parametrize(
+    ("address", "resolved", "host"),
+    [
+        ("127.0.0.1", "127.0.0.1", "127.0.0.1"),
+        ("::1", "::1", "::1"),
+        ("localhost", "127.0.0.1", "127.0.0.1"),
+        ("node1", "10.0.0.7", "10.0.0.7"),
+        ("node1", "127.0.1.1", ""),
+    ],
+)
+def test_a_machines_own_name_is_reachable_from_other_machines(
+    monkeypatch: pytest.MonkeyPatch, address: str, resolved: str, host: str
+) -> None:
+    found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (resolved, 0))]
+    monkeypatch.setattr("socket.getaddrinfo", lambda *args, **kwargs: found)
+    assert listening_address(address) == (socket.AF_INET, host)
 
+
+def test_a_port_in_use_names_its_flag(servers: tuple[StandIn, StandIn]) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
