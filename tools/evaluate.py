@@ -332,7 +332,8 @@ class _Progress:
         now = time.monotonic()
         if self._at_start is None:
             self._at_start = done
-            print(f"{self._title}: {done} of {total} samples are stored already", flush=True)
+            if done:
+                print(f"{self._title}: {done} of {total} samples are stored already", flush=True)
         elif done == total or now - self._last >= 10:
             self._last = now
             per_s = (done - self._at_start) / max(now - self._began, 1e-9)

@@ -82,7 +82,7 @@ def validate(args: argparse.Namespace, config: DataConfig) -> int:
             max_tokens=args.max_tokens or _NO_LIMIT,
             require_answer=not args.no_answers,
         )
-    print(report.describe(num_named=None))
+    print(report.describe(num_named=None) + report.advice(config))
     print(duplicates.describe())
     is_refused = report.overlong and config.data_overlong == "refuse"
     is_unfit = args.grade and bool(_grade(args, _read(args, config, needs_answers=not args.no_answers)))

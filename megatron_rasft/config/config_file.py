@@ -132,7 +132,8 @@ def read_flags(path: str, table: str = "") -> list[FileFlag]:
         content = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ValueError(
-            f"{CONFIG_FLAG} {path} is not valid TOML: {error}. Text needs quotes, and true and false are written in lower case."
+            f"{CONFIG_FLAG} {path} is not valid TOML: {error}. Text needs quotes, true and false are written in lower case, "
+            "and each key may occur once."
         ) from error
     of_tools = {key: content[key] for key in TOOL_TABLES if isinstance(content.get(key), dict)}
     top = {key: value for key, value in content.items() if key not in of_tools}

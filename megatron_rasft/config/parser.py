@@ -88,11 +88,20 @@ class FlagParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         close = ""
         if message.startswith("unrecognized arguments: "):
-            close = suggest(message.split()[2].partition("=")[0], self.suggestible())
+            close = self._meant(message.split()[2:])
         elif match := _BAD_CHOICE.match(message):
             choices = [name.strip("'") for name in match[2].split(", ")]
             close = next(iter(difflib.get_close_matches(match[1], choices, n=1)), "")
         raise ValueError(f"{message}. " + (f"Did you mean {close}?" if close else "--help lists the flags."))
+
+    def _meant(self, words: Sequence[str]) -> str:
+        """The flags that unknown ones probably mean. If there are several, each has its unknown flag beside it."""
+        known = self.suggestible()
+        unknown = [word.partition("=")[0] for word in words if word.startswith("-")]
+        close = {flag: meant for flag in unknown if (meant := suggest(flag, known))}
+        if len(unknown) == 1:
+            return "".join(close.values())
+        return ", ".join(f"{meant} for {flag}" for flag, meant in close.items())
 
     def _get_value(self, action: argparse.Action, text: str) -> Any:
         try:

@@ -72,6 +72,8 @@ def suggest(typed: str, known: Iterable[str]) -> str:
     if meant in known:
         return meant
     spelled = flag_name(name)
+    if spelled in known:  # -lr
+        return spelled
     words = set(_words(spelled))
     longer = [flag for flag in known if words < set(_words(flag))]
     if longer:

@@ -26,7 +26,8 @@ def parse_text(record: dict[str, Any], name: str) -> str:
     """Returns a field that every row must have."""
     value = record.get(name)
     if value is None:
-        raise FieldError(f'no "{name}"', f"the row has {', '.join(map(str, record)) or 'no fields'}")
+        found = ", ".join(map(str, record)) or "no fields"
+        raise FieldError(f'no "{name}"', "it is null" if name in record else f"the row has {found}")
     return check_text(value, f'"{name}"')
 
 

@@ -226,11 +226,12 @@ def _begins_array(line: bytes, record: Any) -> bool:
 
 def _parse_json(raw: bytes) -> Any:
     try:
-        return json.loads(raw.decode("utf-8"))
+        return json.loads(raw.decode("utf-8").rstrip("\r\n"))
     except UnicodeDecodeError as error:
         return FieldError("not UTF-8", f"byte {error.start} of the line")
     except json.JSONDecodeError as error:
-        return FieldError("not JSON", f"{error.msg}, character {error.colno} of the line")
+        problem = error.msg.removesuffix(" at")
+        return FieldError("not JSON", f"{problem} at character {error.colno} of the line")
     # raised for numbers with more than 4,300 digits and for deep nesting
     except (ValueError, RecursionError):
         return FieldError("not JSON", "a number or nesting exceeds Python's limits")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from megatron_rasft.config.data import DataConfig
 from megatron_rasft.errors import DataError
+from megatron_rasft.flags import flag_name
 
 _NUM_NAMED = 10
 """Maximum number of rows of one kind that a message lists. It only counts the rest and names a complete list."""
@@ -58,7 +59,7 @@ class DataReport:
         if self.faults and config.data_bad_rows == "refuse":
             raise DataError(
                 f"{len(self.faults)} of {self.num_rows} rows cannot be used:\n{self._named(self.faults)}\n"
-                "Correct them, or leave them out with --data-bad-rows skip."
+                f"Correct them, or leave them out with --data-bad-rows skip.{self.advice(config)}"
             )
         if self.overlong and config.data_overlong == "refuse":
             raise DataError(
@@ -71,6 +72,15 @@ class DataReport:
                 f"{len(self.overlong)} too long:\n{self._named(self.faults + self.overlong)}\n"
                 "Check --data-problem-field, --data-response-field, --data-answer-field, --data-tests-field and --seq-length."
             )
+
+    def advice(self, config: DataConfig) -> str:
+        """Returns a line break and the flag for a field that no row has under its name. Empty if rows can be used."""
+        names = {name: value for name, value in vars(config).items() if name.endswith("_field")}
+        lacking = [name for name, value in names.items() if f'no "{value}"' in self.num_faults_by_reason]
+        if self.num_demonstrations or not lacking:
+            return ""
+        flags = " ".join(f"{flag_name(name)} NAME" for name in lacking)
+        return f"\nIf the rows have it under another name, give {flags}."
 
     def write_left_out(self, path: Path) -> None:
         """Writes the rows that are not trained on to ``path``, one per line. Later messages refer to this file."""

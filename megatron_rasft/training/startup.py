@@ -34,8 +34,15 @@ from megatron_rasft.weights.folder import HfFolder
 _KNOWN_WARNINGS: tuple[tuple[str, type[Warning]], ...] = (
     (r"`torch\.distributed\.\w+` is deprecated", FutureWarning),
     (r"The \.grad attribute of a Tensor that is not a leaf", UserWarning),
+    (
+        r"torch\.distributed is disabled, unavailable or uninitialized, assuming the intent is to load",
+        UserWarning,
+    ),
+    (r"The argument order of load has been changed", UserWarning),
+    (r"Please use DTensor instead and we are deprecating ShardedTensor", FutureWarning),
 )
-"""Warnings of torch (the first since 2.14, the second since 2.11) about calls in Megatron 0.19, which a user cannot change."""
+"""Warnings of torch about calls in Megatron 0.19, which a user cannot change. The first two are printed since torch 2.14 and
+2.11, the others when a checkpoint is loaded."""
 
 
 def parse(argv: Sequence[str] | None = None, *, needs_data: bool = True) -> tuple[Any, RasftConfig, HfFolder]:

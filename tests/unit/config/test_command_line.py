@@ -128,6 +128,11 @@ def test_flags_of_megatron_pass() -> None:
         (["--lr", "high"], "--lr: invalid float value"),
         (["--micro-batch-size", "1.5"], "--micro-batch-size: invalid int value"),
         (["--skip-train"], "--skip-train is refused"),
+        (["-lr", "3"], "mean --lr[?]"),
+        (
+            ["--num-epochs", "3", "--learning-rate=1"],
+            "--data-epochs for --num-epochs, --lr for --learning-rate",
+        ),
         (["--tokenizer-type", "GPT2BPETokenizer"], "--tokenizer-type is refused"),
     ],
 )

@@ -398,6 +398,24 @@ def test_refusal_names_ten_rows_and_counts_all() -> None:
     assert report.num_faults_by_reason == {"not JSON": 13}
 
 
+def test_refusal_names_the_flag_of_a_field_that_no_row_has() -> None:
+    faults = [RowFault(source=f"a.jsonl:{n}", reason='no "gold"') for n in (1, 2)]
+    config = DataConfig(data_answer_field="gold")
+    with pytest.raises(DataError, match="give --data-answer-field NAME"):
+        DataReport(num_rows=2, faults=faults).check(config)
+    assert not DataReport(num_rows=3, num_demonstrations=1, faults=faults).advice(config)
+
+
+def test_details_of_a_fault_tell_null_from_missing_and_a_cut_line_from_a_wrong_one(
+    write_rows: Callable,
+) -> None:
+    null, missing, cut = read(
+        write_rows({**GOOD, "answer": None}, {"problem": "p", "response": "r"}, '{"id": "3')
+    )
+    assert null.detail == "it is null" and missing.detail == "the row has problem, response"
+    assert cut.detail.startswith("Unterminated string") and "at character 8 of" in cut.detail
+
+
 @pytest.mark.parametrize(
     ("name", "num_rows", "faults"),
     [

@@ -1,6 +1,7 @@
 """From the command line to Megatron's groups: missing paths, background saves, warnings and the launcher's variables."""
 
 import os
+import warnings
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,22 @@ def test_nccl_is_prepared_for_the_servers_before_anything_uses_it(
     )
     startup.start(args)
     assert found == [cumem]
+
+
+def test_warnings_about_calls_in_megatron_are_not_shown(
+    parse: Parse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = parse()
+    monkeypatch.setattr(os, "environ", {})
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(startup, "set_global_variables", lambda args, build_tokenizer: None)
+    monkeypatch.setattr(startup, "initialize_megatron", lambda **_: None)
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        startup.start(args)
+        warnings.warn("The argument order of load has been changed.", UserWarning, stacklevel=1)
+        warnings.warn("another", UserWarning, stacklevel=1)
+    assert [str(warning.message) for warning in shown] == ["another"]
 
 
 def test_an_evaluation_takes_no_checkpoint_to_go_on_from(model: Path, tmp_path: Path) -> None:

@@ -42,6 +42,14 @@ def test_validate_names_faults_and_fails(
         assert f"{path}:{line + 12}: longer than 200 tokens" in printed
 
 
+def test_validate_names_the_flag_of_a_field_that_no_row_has(
+    write_rows: Callable, capsys: pytest.CaptureFixture
+) -> None:
+    path = write_rows({"problem": "p", "response": "r", "mark": "2"}, "{")
+    assert prepare_data.main(["validate", "--no-grade", "--train-data", path]) == 1
+    assert "--data-answer-field NAME" in capsys.readouterr().out
+
+
 def test_overlong_rows_fail_only_where_they_are_refused(write_rows: Callable, tokenizer_folder: str) -> None:
     path = write_rows(GOOD, {**GOOD, "response": "long " * 500})
     command = ["validate", "--no-grade", "--train-data", path, "--tokenizer", tokenizer_folder]
