@@ -89,7 +89,7 @@ class SavedConfig:
     def _given_flags(self) -> dict[str, str]:
         """Megatron's argument -> its flag as typed."""
         given: dict[str, str] = ast.literal_eval(self.megatron.get("given_flags", "{}"))
-        return given
+        return {name: flag for name, flag in given.items() if flag != CONFIG_FLAG}
 
     @property
     def hf_model(self) -> str | None:

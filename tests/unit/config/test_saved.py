@@ -57,6 +57,10 @@ def test_changed_flags_are_named_with_both_values(tmp_path: Path) -> None:
     sft = dataclasses.replace(config, objective=OBJECTIVES["sft"](), loss=LossConfig(objective="sft"))
     moved = dataclasses.replace(config, run=RunConfig(config=["another.toml"]))
     assert before.changes(of_run(moved, given, lr=1e-4, bf16=True, rank=0)) == []
+    by_file = [
+        SavedConfig.of(Namespace(given_flags={"config": "--config"}, config=[name]), config) for name in "ab"
+    ]
+    assert by_file[0].changes(by_file[1]) == []
     now = of_run(sft, {"lr": "--lr"}, lr=5e-5, bf16=False, rank=0)
     assert before.changes(now) == ["--objective rasft -> sft", "--lr 0.0001 -> 5e-05", "--bf16 True -> False"]
 
