@@ -1,12 +1,17 @@
 """Fixtures for tests of every kind."""
 
 import gc
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.servers.running import ServerPool
+
+# A shell starts its background jobs with Ctrl-C switched off, and their children inherit this.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -27,12 +27,12 @@ import psutil
 
 from megatron_rasft.config.rollout import check_address
 from megatron_rasft.errors import RolloutError, ServerError
+from megatron_rasft.scratch import ScratchFolder
 from megatron_rasft.servers.addresses import add_address, check_writable, remove_address
 from megatron_rasft.servers.client import ServerClient
 from megatron_rasft.servers.keys import read_key
 from megatron_rasft.tools import cli
 from megatron_rasft.tools.ports import check_port, free_port
-from megatron_rasft.verify.programs.scratch import ScratchFolder
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU_LAUNCHER = Path(__file__).resolve().parent / "sglang_on_cpu.py"

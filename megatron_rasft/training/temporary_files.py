@@ -8,7 +8,7 @@ import os
 import tempfile
 from multiprocessing.util import Finalize
 
-from megatron_rasft.verify.programs.scratch import ScratchFolder
+from megatron_rasft.scratch import ScratchFolder
 
 _PREFIX = "rasft-run-"
 

@@ -24,6 +24,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NoReturn
 
+from megatron_rasft.scratch import remove
 from megatron_rasft.types import CodeTests, ProgramCase
 from megatron_rasft.verify.programs import (
     candidate,
@@ -34,7 +35,6 @@ from megatron_rasft.verify.programs import (
     tester,
     usage,
 )
-from megatron_rasft.verify.programs.scratch import remove
 
 HEAVY = ("numpy", "pytest")
 """Packages that make every fork slower. A launcher loads them only if the program or the tests name them."""

@@ -18,9 +18,9 @@ from typing import Any, get_args
 
 from megatron_rasft.config.verify import SandboxLevel, VerifyConfig
 from megatron_rasft.errors import RasftError
+from megatron_rasft.scratch import ScratchFolder
 from megatron_rasft.types import CodeTests, Verdict
 from megatron_rasft.verify.programs.launcher import HEAVY, Allowance
-from megatron_rasft.verify.programs.scratch import ScratchFolder
 
 LEVELS: tuple[SandboxLevel, ...] = get_args(SandboxLevel)
 """Sandbox levels, strongest first."""
@@ -186,7 +186,7 @@ class _LauncherProcess:
     """
 
     def __init__(self, level: SandboxLevel, packages: str) -> None:
-        self._scratch = ScratchFolder() if level == "landlock" else None
+        self._scratch = ScratchFolder("rasft-programs-") if level == "landlock" else None
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             arguments = [str(_PACKAGE_PARENT), level, packages, str(theirs.fileno()), str(os.getpid())]

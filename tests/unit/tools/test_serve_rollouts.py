@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
+from megatron_rasft.scratch import ScratchFolder
 from megatron_rasft.servers.addresses import read_addresses
 from megatron_rasft.tools.ports import free_port
-from megatron_rasft.verify.programs.scratch import ScratchFolder
 from tests.servers.faulty_proxy import wait_for
 from tools import serve_rollouts
 

@@ -384,7 +384,7 @@ LEVEL_CLAIMS: list[tuple[str, list[Trial]]] = [
     ("The folders of `landlock` are removed after each check", [TestedBy("test_sandbox.test_files_of_a_program_are_limited_and_removed")]),
     ("After a run that was killed, the next run of the same user removes them", [
         TestedBy("test_sandbox.test_all_processes_end_when_the_user_of_a_sandbox_is_killed"),
-        TestedBy("test_scratch.test_a_folder_of_a_killed_process_is_removed_by_the_next_and_no_other"),
+        TestedBy("tests.unit.test_scratch.test_a_folder_of_a_killed_process_is_removed_by_the_next_and_no_other"),
     ]),
     ("At `landlock`, programs that change modes or times fail (`shutil.copy`)", [
         Tried("import shutil; open('mine', 'w').close(); shutil.copy('mine', 'copy')", ("namespaces",)),

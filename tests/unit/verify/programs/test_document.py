@@ -67,10 +67,9 @@ def test_trials_elsewhere_exist() -> None:
         if isinstance(trial, TestedBy)
     }
     for name in names:
-        module, _, function = name.partition(".")
-        assert callable(getattr(importlib.import_module(f"tests.unit.verify.programs.{module}"), function)), (
-            name
-        )
+        module, _, function = name.rpartition(".")
+        path = module if module.startswith("tests.") else f"tests.unit.verify.programs.{module}"
+        assert callable(getattr(importlib.import_module(path), function)), name
 
 
 def test_verdicts_are_those_of_the_document(strongest_sandbox: Sandbox) -> None:

@@ -1,4 +1,4 @@
-"""The folders of checks on disk: removed with their launcher, or after a crash by the next one."""
+"""Folders for temporary files: removed by their process, or after a crash by the next one."""
 
 import os
 import subprocess
@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_rasft.verify.programs import confinement, scratch
-from tests.unit.verify.programs.conftest import REPOSITORY
+from megatron_rasft import scratch
+from megatron_rasft.verify.programs import confinement
+from tests.forking import REPOSITORY
 
 
 @pytest.fixture
@@ -18,7 +19,7 @@ def parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_folder_is_removed_when_it_is_closed(parent: Path) -> None:
-    made = scratch.ScratchFolder()
+    made = scratch.ScratchFolder("rasft-test-")
     (made.path / "check" / "deep").mkdir(parents=True)
     (made.path / "check" / "file").touch()
     made.close()
@@ -28,8 +29,8 @@ def test_a_folder_is_removed_when_it_is_closed(parent: Path) -> None:
 HOLDS = """
 import sys, tempfile, time
 tempfile.tempdir = sys.argv[1]
-from megatron_rasft.verify.programs.scratch import ScratchFolder
-made = ScratchFolder()
+from megatron_rasft.scratch import ScratchFolder
+made = ScratchFolder("rasft-test-")
 print(made.path, flush=True)
 time.sleep(1000)
 """
@@ -43,11 +44,11 @@ def test_a_folder_of_a_killed_process_is_removed_by_the_next_and_no_other(parent
     assert holder.stdout is not None
     left = Path(holder.stdout.readline().strip())
     (left / "check").mkdir()
-    scratch.ScratchFolder().close()
+    scratch.ScratchFolder("rasft-test-").close()
     assert left.is_dir(), "its process is alive"
     holder.kill()
     holder.wait()
-    mine = scratch.ScratchFolder()
+    mine = scratch.ScratchFolder("rasft-test-")
     assert sorted(parent.iterdir()) == sorted([parent / "other", mine.path])
     mine.close()
 
@@ -55,11 +56,11 @@ def test_a_folder_of_a_killed_process_is_removed_by_the_next_and_no_other(parent
 def test_links_and_files_with_the_name_of_a_folder_are_left_alone(parent: Path, tmp_path: Path) -> None:
     (parent / "target").mkdir()
     (parent / "target" / "file").touch()
-    own = scratch.ScratchFolder()
+    own = scratch.ScratchFolder("rasft-test-")
     prefix = own.path.name.rpartition("-")[0]
     (parent / f"{prefix}-link").symlink_to(parent / "target")
     (parent / f"{prefix}-file").touch()
-    scratch.ScratchFolder().close()
+    scratch.ScratchFolder("rasft-test-").close()
     assert (parent / "target" / "file").exists()
     assert (parent / f"{prefix}-file").exists()
     own.close()
@@ -68,13 +69,13 @@ def test_links_and_files_with_the_name_of_a_folder_are_left_alone(parent: Path, 
 def test_folders_of_other_machines_are_left_alone(parent: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A shared file system may show no locks of other machines."""
     monkeypatch.setattr("socket.gethostname", lambda: "n1")
-    other = scratch.ScratchFolder()
+    other = scratch.ScratchFolder("rasft-test-")
     os.close(other._lock)
     monkeypatch.setattr("socket.gethostname", lambda: "n2")
-    scratch.ScratchFolder().close()
+    scratch.ScratchFolder("rasft-test-").close()
     assert other.path.is_dir()
     monkeypatch.setattr("socket.gethostname", lambda: "n1")
-    scratch.ScratchFolder().close()
+    scratch.ScratchFolder("rasft-test-").close()
     assert not other.path.exists()
 
 
@@ -82,7 +83,7 @@ def test_folders_of_other_machines_are_left_alone(parent: Path, monkeypatch: pyt
 UNREADABLE = """
 import os, sys
 from pathlib import Path
-from megatron_rasft.verify.programs import scratch
+from megatron_rasft import scratch
 folder = Path(sys.argv[1], "own")
 os.makedirs(folder / "a" / "b" / "c")
 (folder / "a" / "b" / "file").touch()

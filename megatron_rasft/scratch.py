@@ -1,9 +1,7 @@
-"""The folders on disk that checks write to, at the level ``landlock``.
+"""Folders for temporary files that do not outlive their process for long.
 
-Each launcher has one folder, and each of its checks a folder in it. The process that starts a launcher makes its folder, holds
-a lock on it, and removes it when it closes the launcher. If that process is killed, the kernel releases the lock. The next
-process of the same user and machine that makes such a folder removes every one that nobody has locked. The temporary files of a run are
-kept in the same way (training/temporary_files.py).
+A process makes its folder, holds a lock on it, and removes it at its end. If the process is killed, the kernel releases the lock. The
+next process of the same user and machine that makes a folder of this kind removes every one that nobody has locked.
 """
 
 import contextlib
@@ -16,7 +14,6 @@ import tempfile
 import zlib
 from pathlib import Path
 
-_PREFIX = "rasft-programs-"
 _NUM_TRIES = 10
 
 
@@ -27,7 +24,7 @@ class ScratchFolder:
         prefix: begins the name of the folder. Only folders with the same prefix are removed.
     """
 
-    def __init__(self, prefix: str = _PREFIX) -> None:
+    def __init__(self, prefix: str) -> None:
         parent = Path(tempfile.gettempdir())
         # If the nodes share this folder, each may see its own locks only (localflock of Lustre, local_lock of NFS). The name is short,
         # because paths of sockets are limited to 107 bytes.
