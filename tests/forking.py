@@ -15,7 +15,7 @@ from multiprocessing import forkserver
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
-from megatron_rasft.tools.ports import free_port
+from tests.ports import new_port
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -130,7 +130,7 @@ def run(
     common = {
         "WORLD_SIZE": str(len(ranks)),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
+        "MASTER_PORT": str(new_port()),
     }
     processes: list[ForkServerProcess] = []
     for number, rank in enumerate(ranks):

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_rasft.tools.ports import free_port
 from tests.emulated_gpu import running
 from tests.forking import REPOSITORY, Rank
+from tests.ports import new_port
 from tools import gpu_check
 from tools.gpu_checking import report
 from tools.gpu_checking.processes import Command, Started
@@ -59,7 +59,7 @@ def begin(command: Command, log: Path) -> Started:
     variables = {"LOCAL_WORLD_SIZE": "1", **command.variables}
     if command.num_processes:
         variables |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-        variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(new_port())}
     leader = Leader(
         program=REPOSITORY / command.program[0],
         arguments=command.program[1:],

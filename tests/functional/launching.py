@@ -21,9 +21,9 @@ from typing import Any, Literal
 
 import psutil
 
-from megatron_rasft.tools.ports import free_port
 from tests import forking
 from tests.forking import ENVIRONMENT, REPOSITORY, Outcome
+from tests.ports import new_port
 
 PROGRAM = REPOSITORY / "pretrain_rasft.py"
 TIMEOUT_S = 600
@@ -211,7 +211,7 @@ def torchrun(
         "--nproc-per-node",
         str(num_processes),
     ]
-    command += ["--master-port", str(free_port()), str(PROGRAM), *flags]
+    command += ["--master-port", str(new_port()), str(PROGRAM), *flags]
     variables = os.environ | ENVIRONMENT
     if not hides_gpu:
         del variables["CUDA_VISIBLE_DEVICES"]

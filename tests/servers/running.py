@@ -29,7 +29,7 @@ import pytest
 
 from megatron_rasft.errors import ServerError
 from megatron_rasft.servers.client import ServerClient
-from megatron_rasft.tools.ports import free_port
+from tests.ports import new_port
 
 ROOT = Path(__file__).resolve().parents[2]
 VERSIONS = ("0.5.17", "0.5.23")
@@ -98,14 +98,14 @@ class RunningServer:
         self.model = model
         self.log = log
         self.flags = flags
-        self.port = free_port()
+        self.port = new_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._pid: int | None = None
 
     def start(self) -> None:
         """Starts the processes and returns at once. After a stop the same port is used again."""
         flags = ["--model-path", str(self.model), "--port", str(self.port)]
-        flags += ["--nccl-port", str(free_port()), *self.flags]
+        flags += ["--nccl-port", str(new_port()), *self.flags]
         if not (self.model / "tokenizer.json").exists() and "--skip-tokenizer-init" not in self.flags:
             flags.append("--skip-tokenizer-init")
         self._pid = server_parent(self.version).fork(flags, self.log)

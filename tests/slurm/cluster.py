@@ -21,8 +21,8 @@ from pathlib import Path
 
 import psutil
 
-from megatron_rasft.tools.ports import free_port
 from tests.forking import REPOSITORY
+from tests.ports import new_port
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
 NODES = ("n1", "n2", "n3", "n4")
@@ -109,7 +109,7 @@ class Cluster:
             tempfile.mkdtemp(prefix="slurm-")
         )  # short: the path of a socket has 107 characters
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
-        ports = {name: free_port() for name in ("ctld", *NODES)}
+        ports = {name: new_port() for name in ("ctld", *NODES)}
         nodes = (
             f"NodeName={name} NodeAddr=127.0.0.1 NodeHostname=localhost Port={ports[name]} CPUs=64 RealMemory=100000 "
             "Gres=gpu:8 State=UNKNOWN"

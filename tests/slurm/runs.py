@@ -12,9 +12,9 @@ import psutil
 from safetensors.torch import load_file
 
 from megatron_rasft.tools import cli
-from megatron_rasft.tools.ports import free_port
 from tests.forking import ENVIRONMENT, REPOSITORY
 from tests.functional.launching import steps
+from tests.ports import new_port
 from tests.slurm.cluster import Cluster, wait_for
 from tests.tiny_policy import write_model, write_sums
 from tools import plan
@@ -90,7 +90,7 @@ class Runs:
             "PYTHON": sys.executable,
             "PYTHONPATH": str(REPOSITORY),
             "HEAD_ADDRESS": "127.0.0.1",
-            "HEAD_PORT": str(free_port()),
+            "HEAD_PORT": str(new_port()),
             "CPU": "1",
             "RUN": str(self.folder(name)),
             **variables,
