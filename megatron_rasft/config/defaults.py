@@ -31,7 +31,7 @@ CHANGED_DEFAULTS = {
     # Megatron's default, delayed, scales by the maxima of earlier passes, which a run's first passes do not have.
     "fp8_recipe": "tensorwise",
 }
-"""Defaults of Megatron's own flags that suit supervised fine-tuning."""
+"""Flag of Megatron -> its default in this program, chosen for supervised fine-tuning."""
 
 NEWER_DEFAULTS = {
     # Since 0.20 Megatron saves its own tokenizer with a checkpoint. This program never builds that tokenizer.

@@ -50,7 +50,7 @@ class RefreshReport:
     rollout_weight: float = float("nan")
     """Mean objective weight of the rollouts that are trained on, without those of a weight below zero."""
     wrong_rollout_weight: float = float("nan")
-    """Mean objective weight of the rollouts of a weight below zero."""
+    """Mean objective weight of the rollouts whose weight is below zero."""
     score_s: float = 0.0
     """Seconds for computing the difficulties."""
     generate_s: float = 0.0

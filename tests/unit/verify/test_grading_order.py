@@ -11,19 +11,6 @@ from megatron_rasft.verify.grading_order import GradingOrder
 HANG, SLOW, FAST = "hang", "slow", "fast"
 
 
-def make_rollout(problem_id: str, text: str) -> Rollout:
-    return Rollout(
-        problem_id=problem_id,
-        sample_index=0,
-        weight_version=0,
-        prompt_ids=[],
-        response_ids=[],
-        response_logprobs=[],
-        finish_reason="stop",
-        text=text,
-    )
-
-
 def run(
     rollouts: list[Rollout],
     *,
@@ -81,7 +68,7 @@ def test_given_up_are_those_that_the_rule_names_whatever_the_workers_do(seed: in
     choice = random.Random(seed)
     weights = [choice.random() * 3, choice.random(), choice.random()]
     rollouts = [
-        make_rollout(f"problem {choice.randrange(5)}", choice.choices([HANG, SLOW, FAST], weights)[0])
+        Rollout.of_text(f"problem {choice.randrange(5)}", choice.choices([HANG, SLOW, FAST], weights)[0])
         for _ in range(choice.randrange(1, 60))
     ]
     in_a_row = choice.randrange(1, 5)
@@ -103,7 +90,7 @@ def test_given_up_are_those_that_the_rule_names_whatever_the_workers_do(seed: in
 def test_timeouts_of_a_call_are_bounded_and_the_same_ones_with_any_workers(seed: int) -> None:
     choice = random.Random(seed)
     rollouts = [
-        make_rollout(f"problem {choice.randrange(40)}", choice.choice([HANG, HANG, SLOW, FAST]))
+        Rollout.of_text(f"problem {choice.randrange(40)}", choice.choice([HANG, HANG, SLOW, FAST]))
         for _ in range(80)
     ]
     first, *others = (
@@ -116,14 +103,14 @@ def test_timeouts_of_a_call_are_bounded_and_the_same_ones_with_any_workers(seed:
 
 
 def test_fast_rollouts_are_graded_however_many_others_hang() -> None:
-    rollouts = [make_rollout(str(n), FAST if n % 10 == 0 else HANG) for n in range(1000)]
+    rollouts = [Rollout.of_text(str(n), FAST if n % 10 == 0 else HANG) for n in range(1000)]
     happened = run(rollouts, in_a_row=4, in_call=8, num_workers=3, seed=0)
     assert Counter(happened) == {"graded": 100, "timeout": 8, "give up all": 892}
 
 
 def test_problem_that_hangs_costs_a_few_deadlines_and_no_other_problem() -> None:
     rollouts = [
-        make_rollout("hangs" if n % 2 else f"fine {n % 6}", HANG if n % 2 else SLOW) for n in range(400)
+        Rollout.of_text("hangs" if n % 2 else f"fine {n % 6}", HANG if n % 2 else SLOW) for n in range(400)
     ]
     happened = run(rollouts, in_a_row=4, in_call=64, num_workers=2, seed=0)
     assert Counter(happened) == {"graded": 200, "timeout": 4, "give up": 196}
@@ -131,6 +118,6 @@ def test_problem_that_hangs_costs_a_few_deadlines_and_no_other_problem() -> None
 
 def test_one_rollout_in_time_keeps_its_problem_graded() -> None:
     texts = [HANG, HANG, HANG, SLOW] * 5
-    rollouts = [make_rollout("p", text) for text in texts]
+    rollouts = [Rollout.of_text("p", text) for text in texts]
     happened = run(rollouts, in_a_row=4, in_call=64, num_workers=2, seed=0)
     assert happened == ["timeout", "timeout", "timeout", "graded"] * 5

@@ -24,19 +24,7 @@ def read_pairs(name: str) -> list[dict[str, Any]]:
 
 def grade_in_pool(pairs: list[dict[str, Any]]) -> list[Rollout]:
     """Grades pairs as a run does. The deadline is long because other tests may use the same cores."""
-    rollouts = [
-        Rollout(
-            problem_id=str(i),
-            sample_index=0,
-            weight_version=0,
-            prompt_ids=[],
-            response_ids=[],
-            response_logprobs=[],
-            finish_reason="stop",
-            text=pair["response"],
-        )
-        for i, pair in enumerate(pairs)
-    ]
+    rollouts = [Rollout.of_text(str(i), pair["response"]) for i, pair in enumerate(pairs)]
     with VerifierPool(VerifyConfig(verify_num_workers=1, verify_timeout_s=60)) as pool:
         pool.verify(rollouts, {str(i): pair["gold"] for i, pair in enumerate(pairs)})
     return rollouts
