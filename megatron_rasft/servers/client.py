@@ -164,21 +164,16 @@ class ServerClient:
     def flush_cache(self, deadline_s: float | None = None) -> None:
         """Empties the prefix cache. Retries while the server refuses because requests are still finishing."""
         limit = deadline_s or self.deadline_s
-        ends = time.monotonic() + limit
-        while True:
-            try:
-                self._call("POST", "/flush_cache", None, ends)
-                return
-            except ServerError as error:
-                if error.status != 400:
-                    raise
-                if time.monotonic() + _FLUSH_RETRY_S >= ends:
-                    raise ServerError(
-                        self.url,
-                        f"still refuses /flush_cache after {limit:g} s ({error.reason}): requests are still running",
-                        error.status,
-                    ) from error
-            time.sleep(_FLUSH_RETRY_S)
+        try:
+            self._retried("/flush_cache", None, limit, (400,), _FLUSH_RETRY_S)
+        except ServerError as error:
+            if error.status != 400:
+                raise
+            raise ServerError(
+                self.url,
+                f"still refuses /flush_cache after {limit:g} s ({error.reason}): requests are still running",
+                error.status,
+            ) from error
 
     def begin_weight_update(self, deadline_s: float | None = None) -> None:
         """Opens an update session. Only servers with ``ServerInfo.has_update_session`` have this endpoint."""
@@ -321,14 +316,33 @@ class ServerClient:
 
         Retries until the deadline while the server is full.
         """
-        ends = self._ends(deadline_s)
+        limit = deadline_s or self.deadline_s
+        return self._retried("/generate", body, limit, FULL_STATUSES, FULL_RETRY_S, is_admin=False)
+
+    def _retried(
+        self,
+        path: str,
+        body: dict[str, Any] | None,
+        limit_s: float,
+        refusals: Sequence[int],
+        wait_s: float,
+        is_admin: bool = True,
+    ) -> Any:
+        """Posts a request until its answer has none of the statuses ``refusals``; raises the last refusal at the deadline."""
+        ends = time.monotonic() + limit_s
+        refusal: ServerError | None = None
         while True:
             try:
-                return self._call("POST", "/generate", body, ends, is_admin=False)
+                return self._call("POST", path, body, ends, is_admin)
             except ServerError as error:
-                if error.status not in FULL_STATUSES or time.monotonic() + FULL_RETRY_S > ends:
+                if error.status in refusals:
+                    refusal = error
+                elif refusal is None or time.monotonic() < ends:
                     raise
-            time.sleep(FULL_RETRY_S)
+                # else the last attempt had too little time, and the refusal before it says more than its time-out
+                if time.monotonic() + wait_s > ends:
+                    raise refusal from None
+            time.sleep(wait_s)
 
     @cached_property
     def _num_addresses(self) -> int:

@@ -130,6 +130,21 @@ def test_a_generation_is_retried_on_a_full_server_until_the_deadline(
         client_of(lambda request: httpx.Response(500)).generate({})
 
 
+def test_a_full_server_that_answers_too_late_at_last_is_reported_as_full(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(client, "FULL_RETRY_S", 0.05)
+    answers = iter([0.0, 0.5])
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        time.sleep(next(answers))
+        return httpx.Response(503, json={"error": {"message": "The request queue is full."}})
+
+    with pytest.raises(ServerError) as caught:
+        client_of(answer).generate({}, deadline_s=0.4)
+    assert caught.value.status == 503
+
+
 def test_a_connection_that_opens_after_the_deadline_is_closed_at_once() -> None:
     ours, theirs = socket.socketpair()
 
