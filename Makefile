@@ -17,7 +17,7 @@ quickstart:
 # Three jobs at a time, in this order, each printed when it is done. The cheap checks come first, while the servers are installed:
 # after a failure make starts no further job.
 test: venv
-	$(MAKE) --jobs=3 --output-sync=target servers lint types emulated-gpu $(PARTS)
+	$(MAKE) --jobs=3 --output-sync=target AFTER=servers servers lint types emulated-gpu $(PARTS)
 
 lint: venv
 	$(BIN)/ruff check .
@@ -32,6 +32,9 @@ PARTS := pytest-runs pytest-servers pytest-units pytest-slurm pytest-emulated
 
 pytest: venv
 	$(MAKE) --jobs=3 --output-sync=target $(PARTS)
+
+# While the servers are installed, the short parts leave the third place to the tests with servers, which wait the longest.
+pytest-slurm pytest-emulated: | $(AFTER)
 
 # The parts share the cores, and their tensors are tiny: more threads only wait for each other. Their many processes would compile
 # the same modules again if bytecode were not written.
