@@ -316,7 +316,7 @@ def _open_engine(
 def _open_servers(args: argparse.Namespace, config: EvaluationConfig) -> Servers:
     folder = HfFolder.open(args.model)
     api_key = read_key("--api-key-env", args.api_key_env)
-    positions = folder.config.get("max_position_embeddings") or folder.family.default_max_position_embeddings
+    positions = folder.family.longest(folder.config)
     return Servers(args.server, folder.config, positions, api_key, config.deadline_s)
 
 

@@ -3,29 +3,18 @@
 This module refuses every setting with which Megatron would compute another result than transformers.
 """
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_rasft.errors import ModelFolderError
 from megatron_rasft.files import read_json_object
+from megatron_rasft.weights.config_values import flag, list_of, positive_int, positive_number, refusal, short
 from megatron_rasft.weights.families import FAMILIES, REFUSED, Family, ModelShape
+from megatron_rasft.weights.rope import Rope, read_rope
 
-_MEGATRON_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-"""Values that are fixed in Megatron's RotaryEmbedding._apply_scaling (core/models/common/embeddings)."""
-
-_LARGEST_SIZE = 2**31 - 1
 _MOST_LAYERS = 1_000_000
 """Largest number of layers times experts. The table of their names is built in memory before anything else is checked."""
-
-
-@dataclass(frozen=True)
-class Rope:
-    """Rotary embedding: the base, and Llama 3's scaling factor (None: no scaling)."""
-
-    theta: float
-    llama3_factor: float | None
 
 
 class Described(Protocol):
@@ -83,7 +72,7 @@ def _describe_missing_config(path: Path) -> str:
 
 def read_family(config: dict[str, Any]) -> Family:
     """Returns the family of a config.json; raises ModelFolderError with the supported families if it has no table."""
-    named = _list(config, "architectures", str)
+    named = list_of(config, "architectures", str)
     for architecture in named:
         if architecture in FAMILIES:
             return FAMILIES[architecture]
@@ -92,58 +81,16 @@ def read_family(config: dict[str, Any]) -> Family:
             raise ModelFolderError(
                 f"architecture {architecture} cannot be converted: {REFUSED[architecture]}"
             )
-    found = ", ".join(named) or f"none (model_type {_short(config.get('model_type'))})"
+    found = ", ".join(named) or f"none (model_type {short(config.get('model_type'))})"
     raise ModelFolderError(f"architecture {found} is not supported; supported are {', '.join(FAMILIES)}")
-
-
-def _refusal(key: str, wanted: str, found: Any) -> ModelFolderError:
-    return ModelFolderError(f"config.json must have {wanted} {key}, found {_short(found)}")
-
-
-def _short(value: Any) -> str:
-    return repr(value)[:80]
-
-
-def _positive_int(config: dict[str, Any], key: str, default: int | None = None) -> int:
-    value = config.get(key)
-    value = default if value is None else value
-    if type(value) is not int or not 0 < value <= _LARGEST_SIZE:
-        raise _refusal(key, "a positive integer", value)
-    return value
-
-
-def _positive_number(config: dict[str, Any], key: str, default: float) -> float:
-    """Returns a number. JSON of Python also has NaN and Infinity, which are refused."""
-    value = config.get(key)
-    value = default if value is None else value
-    if type(value) not in (int, float) or not 0 < value <= sys.float_info.max:
-        raise _refusal(key, "a positive number as", value)
-    return float(value)
-
-
-def _flag(config: dict[str, Any], key: str, default: bool = False) -> bool:
-    value = config.get(key)
-    value = default if value is None else value
-    if not isinstance(value, bool):
-        raise _refusal(key, "true or false as", value)
-    return value
-
-
-def _list(config: dict[str, Any], key: str, kind: type) -> list[Any]:
-    """Returns a list, empty if the key is missing or null."""
-    value = config.get(key)
-    value = [] if value is None else value
-    if not isinstance(value, list) or not all(type(item) is kind for item in value):
-        raise _refusal(key, f"a list of {'names' if kind is str else 'integers'} as", value)
-    return value
 
 
 def read_shape(config: dict[str, Any], family: Family) -> ModelShape:
     """Reads the model's sizes; raises ModelFolderError for features that Megatron's GPTModel lacks."""
     _refuse_unsupported(config, family)
-    hidden_size = _positive_int(config, "hidden_size")
-    heads = _positive_int(config, "num_attention_heads")
-    groups = _positive_int(config, "num_key_value_heads", default=heads)
+    hidden_size = positive_int(config, "hidden_size")
+    heads = positive_int(config, "num_attention_heads")
+    groups = positive_int(config, "num_key_value_heads", default=heads)
     if heads % groups:
         raise ModelFolderError(
             f"num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}"
@@ -154,37 +101,27 @@ def read_shape(config: dict[str, Any], family: Family) -> ModelShape:
             f"config.json has no head_dim, and num_attention_heads {heads} does not divide "
             f"hidden_size {hidden_size}"
         )
-    num_layers = _positive_int(config, "num_hidden_layers")
-    num_experts = _num_experts(config) if family.has_experts else 0
+    num_layers = positive_int(config, "num_hidden_layers")
+    own = family.own_sizes(config)
+    num_experts = own.get("num_experts", 0)
     if num_layers * max(1, num_experts) > _MOST_LAYERS:
         raise ModelFolderError(
             f"config.json has {num_layers} layers of {num_experts} experts, which is a mistake"
         )
-    return ModelShape(
-        num_layers=num_layers,
-        hidden_size=hidden_size,
-        ffn_hidden_size=_ffn_hidden_size(config),
-        num_attention_heads=heads,
-        num_query_groups=groups,
-        head_dim=_positive_int(config, "head_dim", default=family.default_head_dim or hidden_size // heads),
-        vocab_size=_positive_int(config, "vocab_size"),
-        is_tied=_flag(config, "tie_word_embeddings"),
-        has_qkv_bias=family.has_qkv_bias,
-        has_qk_norm=family.has_qk_norm,
-        num_experts=num_experts,
-    )
-
-
-def _ffn_hidden_size(config: dict[str, Any]) -> int:
-    """Inner size of the MLP or of one expert. If the key moe_intermediate_size exists, intermediate_size belongs to layers without
-    experts."""
-    key = "moe_intermediate_size" if "moe_intermediate_size" in config else "intermediate_size"
-    return _positive_int(config, key)
-
-
-def _num_experts(config: dict[str, Any]) -> int:
-    key = "num_experts" if config.get("num_experts") is not None else "num_local_experts"
-    return _positive_int(config, key)
+    sizes = {
+        "num_layers": num_layers,
+        "hidden_size": hidden_size,
+        "num_attention_heads": heads,
+        "num_query_groups": groups,
+        "head_dim": positive_int(config, "head_dim", default=family.default_head_dim or hidden_size // heads),
+        "vocab_size": positive_int(config, "vocab_size"),
+        "is_tied": flag(config, "tie_word_embeddings"),
+        "has_qkv_bias": family.has_qkv_bias,
+        "has_qk_norm": family.has_qk_norm,
+    }
+    if "ffn_hidden_size" not in own:
+        sizes["ffn_hidden_size"] = positive_int(config, "intermediate_size")
+    return ModelShape(**{**sizes, **own})
 
 
 def _refuse_unsupported(config: dict[str, Any], family: Family) -> None:
@@ -195,23 +132,17 @@ def _refuse_unsupported(config: dict[str, Any], family: Family) -> None:
             "fp32 weights"
         )
     for key in ("attention_bias", "mlp_bias"):
-        if _flag(config, key):
+        if flag(config, key):
             raise ModelFolderError(f"{key} is true, which is not supported for {family.architecture}")
     activation = config.get("hidden_act", "silu")
     if activation != "silu":
-        raise ModelFolderError(f"hidden_act {_short(activation)} is not supported; supported is 'silu'")
+        raise ModelFolderError(f"hidden_act {short(activation)} is not supported; supported is 'silu'")
     _refuse_window(config, family)
-    sparse_step = _positive_int(config, "decoder_sparse_step", default=1)
-    if family.has_experts and (_list(config, "mlp_only_layers", int) or sparse_step != 1):
-        raise ModelFolderError(
-            f"only some layers have experts (mlp_only_layers {config.get('mlp_only_layers')}, decoder_sparse_step "
-            f"{sparse_step}), which is not supported"
-        )
 
 
 def _refuse_window(config: dict[str, Any], family: Family) -> None:
     """Refuses attention that is not full. The advice also names layer_types, which transformers reads before all other keys."""
-    kinds = set(_list(config, "layer_types", str)) - {"full_attention"}
+    kinds = set(list_of(config, "layer_types", str)) - {"full_attention"}
     if other := sorted(kinds - {"sliding_attention"}):
         raise ModelFolderError(f"layers of type {', '.join(other)} (layer_types) are not supported")
     if not _uses_sliding_window(config, family):
@@ -225,15 +156,14 @@ def _refuse_window(config: dict[str, Any], family: Family) -> None:
 
 
 def _uses_sliding_window(config: dict[str, Any], family: Family) -> bool:
-    if "sliding_attention" in _list(config, "layer_types", str):
+    if "sliding_attention" in list_of(config, "layer_types", str):
         return True
     window = config.get("sliding_window", family.default_sliding_window)
     if window is not None:
-        window = _positive_int(config, "sliding_window", default=window)
-    longest = _longest(config, family)
+        window = positive_int(config, "sliding_window", default=window)
     if not family.has_window_switch:
-        return window is not None and window < longest
-    if not _flag(config, "use_sliding_window") or window is None:
+        return window is not None and window < family.longest(config)
+    if not flag(config, "use_sliding_window") or window is None:
         return False
     if not family.has_max_window_layers:
         return True
@@ -241,55 +171,8 @@ def _uses_sliding_window(config: dict[str, Any], family: Family) -> bool:
     first_windowed = config.get("max_window_layers")
     first_windowed = 28 if first_windowed is None else first_windowed
     if type(first_windowed) is not int:
-        raise _refusal("max_window_layers", "an integer as", first_windowed)
-    return first_windowed < _positive_int(config, "num_hidden_layers")
-
-
-def _longest(config: dict[str, Any], family: Family) -> int:
-    return _positive_int(config, "max_position_embeddings", default=family.default_max_position_embeddings)
-
-
-def read_rope(config: dict[str, Any], family: Family) -> Rope:
-    """Reads the rotary embedding, in the form of transformers 5 (rope_parameters) or of earlier releases (rope_theta,
-    rope_scaling)."""
-    rope = _rope_settings(config)
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    own_theta = _positive_number(config, "rope_theta", family.default_rope_theta)
-    theta = _positive_number(rope, "rope_theta", own_theta)
-    own_partial = _positive_number(config, "partial_rotary_factor", 1.0)
-    partial = _positive_number(rope, "partial_rotary_factor", own_partial)
-    if partial != 1.0:
-        raise ModelFolderError(f"partial_rotary_factor {partial} is not supported; supported is 1.0")
-    if theta != int(theta):
-        raise ModelFolderError(f"rope_theta {theta} is not an integer, as Megatron's --rotary-base must be")
-    if kind == "default":
-        return Rope(theta, None)
-    if kind != "llama3":
-        raise ModelFolderError(
-            f"rope scaling type {_short(kind)} is not supported; supported are 'default' and 'llama3'"
-        )
-    rope.setdefault("original_max_position_embeddings", _longest(config, family))
-    for key, value in _MEGATRON_LLAMA3.items():
-        if rope.get(key) != value:
-            raise ModelFolderError(
-                f"llama3 rope scaling with {key} {_short(rope.get(key))} is not supported: Megatron fixes it at {value:g}"
-            )
-    if rope.get("factor") is None:
-        raise ModelFolderError("llama3 rope scaling has no factor")
-    return Rope(theta, _positive_number(rope, "factor", 0.0))
-
-
-def _rope_settings(config: dict[str, Any]) -> dict[str, Any]:
-    """Returns a copy of the settings of the rotary embedding. If both keys exist, transformers uses rope_scaling."""
-    key = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
-    rope = config.get(key) or {}
-    if not isinstance(rope, dict):
-        raise _refusal(key, "an object as", rope)
-    if any(isinstance(value, dict) for value in rope.values()):
-        raise ModelFolderError(
-            f"{key} differs between kinds of layers ({_short(list(rope))}), which is not supported"
-        )
-    return dict(rope)
+        raise refusal("max_window_layers", "an integer as", first_windowed)
+    return first_windowed < positive_int(config, "num_hidden_layers")
 
 
 def megatron_args(folder: Described, query_groups: int | None = None) -> dict[str, Any]:
@@ -316,7 +199,7 @@ def megatron_args(folder: Described, query_groups: int | None = None) -> dict[st
         "group_query_attention": True,
         "num_query_groups": groups,
         "kv_channels": shape.head_dim,
-        "max_position_embeddings": _longest(config, family),
+        "max_position_embeddings": family.longest(config),
         "position_embedding_type": "rope",
         "rotary_base": int(folder.rope.theta),
         "rotary_percent": 1.0,
@@ -324,7 +207,7 @@ def megatron_args(folder: Described, query_groups: int | None = None) -> dict[st
         "use_rope_scaling": folder.rope.llama3_factor is not None,
         "rope_scaling_factor": folder.rope.llama3_factor or 8.0,
         "normalization": "RMSNorm",
-        "layernorm_epsilon": _positive_number(config, "rms_norm_eps", family.default_norm_eps),
+        "layernorm_epsilon": positive_number(config, "rms_norm_eps", family.default_norm_eps),
         "swiglu": True,
         "add_bias_linear": False,
         "add_qkv_bias": shape.has_qkv_bias,
@@ -333,20 +216,7 @@ def megatron_args(folder: Described, query_groups: int | None = None) -> dict[st
         "vocab_size": shape.vocab_size,
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,
-        "init_method_std": _positive_number(config, "initializer_range", 0.02),
-        **(_expert_args(shape, config, family) if shape.num_experts else {"num_experts": None}),
-    }
-
-
-def _expert_args(shape: ModelShape, config: dict[str, Any], family: Family) -> dict[str, Any]:
-    """Megatron's arguments for the experts.
-
-    If transformers normalises the weights of the chosen experts, Megatron must take the softmax over these experts alone.
-    """
-    is_normalized = family.always_normalizes_experts or _flag(config, "norm_topk_prob")
-    return {
-        "num_experts": shape.num_experts,
-        "moe_router_topk": _positive_int(config, "num_experts_per_tok"),
-        "moe_ffn_hidden_size": shape.ffn_hidden_size,
-        "moe_router_pre_softmax": not is_normalized,
+        "init_method_std": positive_number(config, "initializer_range", 0.02),
+        "num_experts": None,
+        **family.own_args(config, shape),
     }

@@ -72,19 +72,18 @@ def test_verifier_gives_partial_credit(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("one_process")
-def test_family_computes_the_logits_of_transformers(tmp_path: Path) -> None:
+def test_family_computes_the_logits_of_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Qwen2 has these layers, so a Qwen2 folder with another name is a folder of the example's family."""
-    try:
-        exec(example("A model family"), vars(families))
-        path = tiny_models.write_folder("qwen2_one_group", tmp_path / "acme")
-        config: dict[str, Any] = json.loads((path / "config.json").read_text())
-        config["architectures"] = ["AcmeForCausalLM"]
-        (path / "config.json").write_text(json.dumps(config))
-        folder = HfFolder.open(path)
-        chunks, offsets = tiny_models.build_chunks(folder, padded_vocab_size=128)
-        load_into(chunks, folder, tp_rank=0, tp_size=1, layer_offsets=offsets)
-    finally:
-        families.FAMILIES.pop("AcmeForCausalLM", None)
+    space: dict[str, Any] = {}
+    exec(example("A model family"), space)
+    monkeypatch.setitem(families.FAMILIES, "AcmeForCausalLM", space["ACME"])
+    path = tiny_models.write_folder("qwen2_one_group", tmp_path / "acme")
+    config: dict[str, Any] = json.loads((path / "config.json").read_text())
+    config["architectures"] = ["AcmeForCausalLM"]
+    (path / "config.json").write_text(json.dumps(config))
+    folder = HfFolder.open(path)
+    chunks, offsets = tiny_models.build_chunks(folder, padded_vocab_size=128)
+    load_into(chunks, folder, tp_rank=0, tp_size=1, layer_offsets=offsets)
     tokens = tiny_models.some_tokens()
     with torch.no_grad():
         expected = transformers.Qwen2ForCausalLM.from_pretrained(path, dtype=torch.float32)(tokens).logits

@@ -73,14 +73,15 @@ class Model:
         return self._count(self.top_k)
 
     def _count(self, num_experts: int) -> int:
-        layer = sum(
+        layers = sum(
             sum(math.prod(size) for size in entry.hf_shape(self.stored))
             * (num_experts if entry.is_expert else 1)
-            for entry in self.family.layer_entries
+            for layer in range(self.stored.num_layers)
+            for entry in self.family.entries(self.stored, layer)
         )
         embedding = self.stored.vocab_size * self.stored.hidden_size
         ends = embedding * (1 if self.stored.is_tied else 2) + self.stored.hidden_size
-        return layer * self.stored.num_layers + ends
+        return layers + ends
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,6 @@
 """Computes a model's logits from a Megatron checkpoint, one layer at a time, in plain torch and fp32.
 
-It interprets the checkpoint's layouts independently, without the tables of weights/families.py, so that comparing the logits with
+It interprets the checkpoint's layouts independently, without the tables of weights/families/, so that comparing the logits with
 transformers' tests the tables.
 """
 

@@ -49,7 +49,6 @@ def test_defaults_are_those_of_transformers(architecture: str) -> None:
     assert family.has_window_switch == has_switch
     assert family.has_max_window_layers == hasattr(config, "max_window_layers")
     assert family.has_experts == hasattr(config, "num_experts_per_tok")
-    assert family.always_normalizes_experts == (family.has_experts and not hasattr(config, "norm_topk_prob"))
 
 
 @pytest.mark.parametrize("architecture", FAMILIES)

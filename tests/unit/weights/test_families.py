@@ -1,7 +1,8 @@
 """Compares the tables and layouts with independent formulas."""
 
-import importlib.util
+import importlib
 import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -36,14 +37,18 @@ def shape(heads: int = 4, groups: int = 2, tied: bool = False, **more: int) -> M
 
 
 def table_of(architecture: str, sizes: ModelShape) -> NameTable:
-    """Returns a table of families.py, executed again.
+    """Returns a table of the package families, executed again.
 
     mutmut changes functions after the first import, which has already called those of FAMILIES.
     """
-    spec = importlib.util.spec_from_file_location(families.__name__, families.__file__)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    name = families.__name__
+    first = {
+        key: sys.modules.pop(key) for key in list(sys.modules) if key == name or key.startswith(name + ".")
+    }
+    try:
+        module = importlib.import_module(name)
+    finally:
+        sys.modules.update(first)
     return module.NameTable(module.FAMILIES[architecture], sizes)
 
 

@@ -1,0 +1,50 @@
+"""Reads typed values of a config.json, and refuses values of another type or range."""
+
+import sys
+from typing import Any
+
+from megatron_rasft.errors import ModelFolderError
+
+_LARGEST_SIZE = 2**31 - 1
+
+
+def refusal(key: str, wanted: str, found: Any) -> ModelFolderError:
+    return ModelFolderError(f"config.json must have {wanted} {key}, found {short(found)}")
+
+
+def short(value: Any) -> str:
+    return repr(value)[:80]
+
+
+def positive_int(config: dict[str, Any], key: str, default: int | None = None) -> int:
+    value = config.get(key)
+    value = default if value is None else value
+    if type(value) is not int or not 0 < value <= _LARGEST_SIZE:
+        raise refusal(key, "a positive integer", value)
+    return value
+
+
+def positive_number(config: dict[str, Any], key: str, default: float) -> float:
+    """Returns a number. JSON of Python also has NaN and Infinity, which are refused."""
+    value = config.get(key)
+    value = default if value is None else value
+    if type(value) not in (int, float) or not 0 < value <= sys.float_info.max:
+        raise refusal(key, "a positive number as", value)
+    return float(value)
+
+
+def flag(config: dict[str, Any], key: str, default: bool = False) -> bool:
+    value = config.get(key)
+    value = default if value is None else value
+    if not isinstance(value, bool):
+        raise refusal(key, "true or false as", value)
+    return value
+
+
+def list_of(config: dict[str, Any], key: str, kind: type) -> list[Any]:
+    """Returns a list, empty if the key is missing or null."""
+    value = config.get(key)
+    value = [] if value is None else value
+    if not isinstance(value, list) or not all(type(item) is kind for item in value):
+        raise refusal(key, f"a list of {'names' if kind is str else 'integers'} as", value)
+    return value

@@ -1,0 +1,66 @@
+"""The declaration of a model family."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_rasft.weights.config_values import positive_int
+from megatron_rasft.weights.families.entries import ATTENTION, MLP, QK_NORM, QKV_BIAS, Entry
+from megatron_rasft.weights.families.shape import ModelShape
+
+Config = dict[str, Any]
+"""The content of a config.json."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """A model family: its name in transformers, and its differences from the other families.
+
+    The defaults are those of transformers' configuration classes, because a config.json may omit keys that equal them.
+    tests/unit/weights/test_architecture.py compares the two.
+    """
+
+    architecture: str
+    attention: tuple[Entry, ...] = ATTENTION
+    mlp: tuple[Entry, ...] = MLP
+    mixed_layers: Callable[[ModelShape, int], tuple[Entry, ...]] | None = None
+    """Returns the entries of a layer, if the layers of a model differ; None: ``attention`` and ``mlp`` are in every layer."""
+    default_head_dim: int | None = None
+    """head_dim if config.json omits it; None means hidden_size / num_attention_heads."""
+    default_max_position_embeddings: int
+    default_rope_theta: float = 10000.0
+    default_norm_eps: float = 1e-6
+    default_sliding_window: int | None = None
+    has_window_switch: bool = False
+    """True if config.json's sliding_window applies only when use_sliding_window is true."""
+    has_max_window_layers: bool = False
+    """True if the first max_window_layers layers have no window; False: all layers have it."""
+    own_sizes: Callable[[Config], dict[str, Any]] = lambda config: {}
+    """Returns the fields of ModelShape that only this family has, and refuses what only its config.json can ask for."""
+    own_args: Callable[[Config, ModelShape], dict[str, Any]] = lambda config, shape: {}
+    """Returns Megatron's arguments that only this family has, or has otherwise than ``megatron_args``."""
+
+    @property
+    def layer_entries(self) -> tuple[Entry, ...]:
+        """The entries of a layer, for families whose layers do not differ."""
+        return self.attention + self.mlp
+
+    def entries(self, shape: ModelShape, layer: int) -> tuple[Entry, ...]:
+        """The entries of a layer of a model."""
+        return self.layer_entries if self.mixed_layers is None else self.mixed_layers(shape, layer)
+
+    def longest(self, config: Config) -> int:
+        """The largest number of positions of a model."""
+        return positive_int(config, "max_position_embeddings", default=self.default_max_position_embeddings)
+
+    @property
+    def has_qkv_bias(self) -> bool:
+        return any(entry in self.attention for entry in QKV_BIAS)
+
+    @property
+    def has_qk_norm(self) -> bool:
+        return any(entry in self.attention for entry in QK_NORM)
+
+    @property
+    def has_experts(self) -> bool:
+        return any(entry.is_expert for entry in self.mlp)

@@ -1,0 +1,96 @@
+"""Entries of the tables: the Megatron parameters that several families share, with their Hugging Face tensors."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from megatron_rasft.weights.families.layouts import (
+    Layout,
+    gate_then_up,
+    input_split,
+    query_key_value,
+    replicated,
+)
+from megatron_rasft.weights.families.shape import ModelShape
+
+
+class Entry(NamedTuple):
+    """One Megatron parameter and the Hugging Face tensors that it consists of.
+
+    Names within a layer do not include the layer's prefix. Names within an expert contain {e} in place of its number.
+    """
+
+    megatron: tuple[str, ...]
+    """Names in GPTModel: first the name in plain layers, then the name in Transformer Engine's fused layers. Checkpoints use
+    the last name."""
+    hf: tuple[str, ...]
+    hf_shape: Callable[[ModelShape], tuple[tuple[int, ...], ...]]
+    layout: Layout
+    is_sharded: bool = True
+    """False if every tensor-parallel rank holds the complete tensor."""
+    is_expert: bool = False
+
+
+def norm_entry(megatron: tuple[str, ...], hf: str, size: Callable[[ModelShape], int]) -> Entry:
+    return Entry(megatron, (hf,), lambda s: ((size(s),),), replicated(size), is_sharded=False)
+
+
+def q_size(s: ModelShape) -> int:
+    return s.num_attention_heads * s.head_dim
+
+
+def kv_size(s: ModelShape) -> int:
+    return s.num_query_groups * s.head_dim
+
+
+ATTENTION = (
+    norm_entry(
+        ("input_layernorm.weight", "self_attention.linear_qkv.layer_norm_weight"),
+        "input_layernorm.weight",
+        lambda s: s.hidden_size,
+    ),
+    Entry(
+        ("self_attention.linear_qkv.weight",),
+        ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
+        lambda s: ((q_size(s), s.hidden_size), (kv_size(s), s.hidden_size), (kv_size(s), s.hidden_size)),
+        query_key_value,
+    ),
+    Entry(
+        ("self_attention.linear_proj.weight",),
+        ("self_attn.o_proj.weight",),
+        lambda s: ((s.hidden_size, q_size(s)),),
+        input_split(q_size),
+    ),
+)
+MLP = (
+    norm_entry(
+        ("pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"),
+        "post_attention_layernorm.weight",
+        lambda s: s.hidden_size,
+    ),
+    Entry(
+        ("mlp.linear_fc1.weight",),
+        ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
+        lambda s: ((s.ffn_hidden_size, s.hidden_size),) * 2,
+        gate_then_up,
+    ),
+    Entry(
+        ("mlp.linear_fc2.weight",),
+        ("mlp.down_proj.weight",),
+        lambda s: ((s.hidden_size, s.ffn_hidden_size),),
+        input_split(lambda s: s.ffn_hidden_size),
+    ),
+)
+
+
+QKV_BIAS = (
+    Entry(
+        ("self_attention.linear_qkv.bias",),
+        ("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"),
+        lambda s: ((q_size(s),), (kv_size(s),), (kv_size(s),)),
+        query_key_value,
+    ),
+)
+QK_NORM = (
+    norm_entry(("self_attention.q_layernorm.weight",), "self_attn.q_norm.weight", lambda s: s.head_dim),
+    norm_entry(("self_attention.k_layernorm.weight",), "self_attn.k_norm.weight", lambda s: s.head_dim),
+)

@@ -1,0 +1,89 @@
+"""Families whose layers all have a router and experts."""
+
+from typing import Any
+
+from megatron_rasft.errors import ModelFolderError
+from megatron_rasft.weights.config_values import flag, list_of, positive_int
+from megatron_rasft.weights.families.declaration import Config, Family
+from megatron_rasft.weights.families.entries import ATTENTION, MLP, QK_NORM, Entry
+from megatron_rasft.weights.families.layouts import replicated
+from megatron_rasft.weights.families.shape import ModelShape
+
+
+def mixture(block: str, gate: str, up: str, down: str) -> tuple[Entry, ...]:
+    """Entries of a router and its experts, which replace the MLP. Families name the tensors of an expert differently."""
+    norm, fc1, fc2 = MLP
+    return (
+        norm._replace(megatron=("pre_mlp_layernorm.weight",)),
+        Entry(
+            ("mlp.router.weight",),
+            (f"{block}.gate.weight",),
+            lambda s: ((s.num_experts, s.hidden_size),),
+            replicated(lambda s: s.num_experts),
+            is_sharded=False,
+        ),
+        fc1._replace(
+            megatron=(
+                "mlp.experts.local_experts.{e}.linear_fc1.weight",
+                "mlp.experts.linear_fc1.weight{e}",
+            ),
+            hf=(f"{block}.experts.{{e}}.{gate}.weight", f"{block}.experts.{{e}}.{up}.weight"),
+            is_expert=True,
+        ),
+        fc2._replace(
+            megatron=(
+                "mlp.experts.local_experts.{e}.linear_fc2.weight",
+                "mlp.experts.linear_fc2.weight{e}",
+            ),
+            hf=(f"{block}.experts.{{e}}.{down}.weight",),
+            is_expert=True,
+        ),
+    )
+
+
+def expert_sizes(config: Config) -> dict[str, Any]:
+    """Reads the sizes of the experts. If the key moe_intermediate_size exists, intermediate_size belongs to layers without experts."""
+    sparse_step = positive_int(config, "decoder_sparse_step", default=1)
+    if list_of(config, "mlp_only_layers", int) or sparse_step != 1:
+        raise ModelFolderError(
+            f"only some layers have experts (mlp_only_layers {config.get('mlp_only_layers')}, decoder_sparse_step "
+            f"{sparse_step}), which is not supported"
+        )
+    size = "moe_intermediate_size" if "moe_intermediate_size" in config else "intermediate_size"
+    number = "num_experts" if config.get("num_experts") is not None else "num_local_experts"
+    return {"ffn_hidden_size": positive_int(config, size), "num_experts": positive_int(config, number)}
+
+
+def router_args(config: Config, shape: ModelShape, *, is_normalized: bool) -> dict[str, Any]:
+    """Returns Megatron's arguments for the experts.
+
+    If transformers normalises the weights of the chosen experts, Megatron must take the softmax over these experts alone.
+    """
+    return {
+        "num_experts": shape.num_experts,
+        "moe_router_topk": positive_int(config, "num_experts_per_tok"),
+        "moe_ffn_hidden_size": shape.ffn_hidden_size,
+        "moe_router_pre_softmax": not is_normalized,
+    }
+
+
+MIXTRAL = Family(
+    architecture="MixtralForCausalLM",
+    mlp=mixture("block_sparse_moe", gate="w1", up="w3", down="w2"),
+    default_max_position_embeddings=131072,
+    default_rope_theta=1e6,
+    default_norm_eps=1e-5,
+    own_sizes=expert_sizes,
+    own_args=lambda config, shape: router_args(config, shape, is_normalized=True),
+)
+
+QWEN3_MOE = Family(
+    architecture="Qwen3MoeForCausalLM",
+    attention=ATTENTION + QK_NORM,
+    mlp=mixture("mlp", gate="gate_proj", up="up_proj", down="down_proj"),
+    default_max_position_embeddings=32768,
+    default_sliding_window=4096,
+    has_window_switch=True,
+    own_sizes=expert_sizes,
+    own_args=lambda config, shape: router_args(config, shape, is_normalized=flag(config, "norm_topk_prob")),
+)

@@ -1,0 +1,24 @@
+"""The sizes of a model."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """The sizes of a model, as its config.json gives them."""
+
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    """Inner size of the MLP, or of one expert."""
+    num_attention_heads: int
+    num_query_groups: int
+    head_dim: int
+    vocab_size: int
+    """Rows of the embedding in the folder. Megatron's embedding may have more rows, as padding."""
+    is_tied: bool
+    """Whether the output layer shares the embedding's weights. If so, the folder has no lm_head."""
+    has_qkv_bias: bool
+    has_qk_norm: bool
+    num_experts: int = 0
+    """Number of experts per layer; 0 if every layer has a single MLP."""
