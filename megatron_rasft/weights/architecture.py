@@ -9,7 +9,15 @@ from typing import Any, Protocol
 
 from megatron_rasft.errors import ModelFolderError
 from megatron_rasft.files import read_json_object
-from megatron_rasft.weights.config_values import flag, list_of, positive_int, positive_number, refusal, short
+from megatron_rasft.weights.config_values import (
+    flag,
+    list_of,
+    positive_int,
+    positive_number,
+    refusal,
+    short,
+    unsupported,
+)
 from megatron_rasft.weights.families import FAMILIES, REFUSED, Family, ModelShape
 from megatron_rasft.weights.rope import Rope, read_rope
 
@@ -78,11 +86,9 @@ def read_family(config: dict[str, Any]) -> Family:
             return FAMILIES[architecture]
     for architecture in named:
         if architecture in REFUSED:
-            raise ModelFolderError(
-                f"architecture {architecture} cannot be converted: {REFUSED[architecture]}"
-            )
+            raise unsupported(f"architecture {architecture} is not supported: {REFUSED[architecture]}")
     found = ", ".join(named) or f"none (model_type {short(config.get('model_type'))})"
-    raise ModelFolderError(f"architecture {found} is not supported; supported are {', '.join(FAMILIES)}")
+    raise unsupported(f"architecture {found} is not supported; supported are {', '.join(FAMILIES)}")
 
 
 def read_shape(config: dict[str, Any], family: Family) -> ModelShape:
@@ -90,7 +96,8 @@ def read_shape(config: dict[str, Any], family: Family) -> ModelShape:
     _refuse_unsupported(config, family)
     hidden_size = positive_int(config, "hidden_size")
     heads = positive_int(config, "num_attention_heads")
-    groups = positive_int(config, "num_key_value_heads", default=heads)
+    absent = "num_key_value_heads" not in config  # null means as many as heads, in every family
+    groups = positive_int(config, "num_key_value_heads", (absent and family.default_query_groups) or heads)
     if heads % groups:
         raise ModelFolderError(
             f"num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}"
@@ -133,10 +140,10 @@ def _refuse_unsupported(config: dict[str, Any], family: Family) -> None:
         )
     for key in ("attention_bias", "mlp_bias"):
         if flag(config, key):
-            raise ModelFolderError(f"{key} is true, which is not supported for {family.architecture}")
+            raise unsupported(f"{key} is true, which is not supported for {family.architecture}")
     activation = config.get("hidden_act", "silu")
     if activation != "silu":
-        raise ModelFolderError(f"hidden_act {short(activation)} is not supported; supported is 'silu'")
+        raise unsupported(f"hidden_act {short(activation)} is not supported; supported is 'silu'")
     _refuse_window(config, family)
 
 
@@ -144,7 +151,7 @@ def _refuse_window(config: dict[str, Any], family: Family) -> None:
     """Refuses attention that is not full. The advice also names layer_types, which transformers reads before all other keys."""
     kinds = set(list_of(config, "layer_types", str)) - {"full_attention"}
     if other := sorted(kinds - {"sliding_attention"}):
-        raise ModelFolderError(f"layers of type {', '.join(other)} (layer_types) are not supported")
+        raise unsupported(f"layers of type {', '.join(other)} (layer_types) are not supported")
     if not _uses_sliding_window(config, family):
         return
     key, value = ("use_sliding_window", "false") if family.has_window_switch else ("sliding_window", "null")

@@ -5,11 +5,18 @@ from typing import Any
 
 from megatron_rasft.errors import ModelFolderError
 
+BRIDGE = "--model-source bridge trains it if NVIDIA's Megatron-Bridge supports it"
+
 _LARGEST_SIZE = 2**31 - 1
 
 
 def refusal(key: str, wanted: str, found: Any) -> ModelFolderError:
     return ModelFolderError(f"config.json must have {wanted} {key}, found {short(found)}")
+
+
+def unsupported(feature: str) -> ModelFolderError:
+    """The refusal of a model for a feature that the tables, or Megatron's GPTModel, do not have."""
+    return ModelFolderError(f"{feature}; {BRIDGE}")
 
 
 def short(value: Any) -> str:

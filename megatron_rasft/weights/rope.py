@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_rasft.errors import ModelFolderError
-from megatron_rasft.weights.config_values import positive_number, refusal, short
+from megatron_rasft.weights.config_values import positive_number, refusal, short, unsupported
 from megatron_rasft.weights.families import Family
 
 _MEGATRON_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -29,19 +29,19 @@ def read_rope(config: dict[str, Any], family: Family) -> Rope:
     own_partial = positive_number(config, "partial_rotary_factor", 1.0)
     partial = positive_number(rope, "partial_rotary_factor", own_partial)
     if partial != 1.0:
-        raise ModelFolderError(f"partial_rotary_factor {partial} is not supported; supported is 1.0")
+        raise unsupported(f"partial_rotary_factor {partial} is not supported; supported is 1.0")
     if theta != int(theta):
         raise ModelFolderError(f"rope_theta {theta} is not an integer, as Megatron's --rotary-base must be")
     if kind == "default":
         return Rope(theta, None)
     if kind != "llama3":
-        raise ModelFolderError(
+        raise unsupported(
             f"rope scaling type {short(kind)} is not supported; supported are 'default' and 'llama3'"
         )
     rope.setdefault("original_max_position_embeddings", family.longest(config))
     for key, value in _MEGATRON_LLAMA3.items():
         if rope.get(key) != value:
-            raise ModelFolderError(
+            raise unsupported(
                 f"llama3 rope scaling with {key} {short(rope.get(key))} is not supported: Megatron fixes it at {value:g}"
             )
     if rope.get("factor") is None:
@@ -56,7 +56,7 @@ def _rope_settings(config: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(rope, dict):
         raise refusal(key, "an object as", rope)
     if any(isinstance(value, dict) for value in rope.values()):
-        raise ModelFolderError(
+        raise unsupported(
             f"{key} differs between kinds of layers ({short(list(rope))}), which is not supported"
         )
     return dict(rope)

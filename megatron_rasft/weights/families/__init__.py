@@ -8,6 +8,7 @@ from megatron_rasft.weights.families.declaration import Family
 from megatron_rasft.weights.families.entries import Entry
 from megatron_rasft.weights.families.layouts import Piece, ShardLayout
 from megatron_rasft.weights.families.name_table import Binding, NameTable, StoredParameter
+from megatron_rasft.weights.families.refused import REFUSED
 from megatron_rasft.weights.families.shape import ModelShape
 
 __all__ = [
@@ -35,13 +36,3 @@ FAMILIES = {
         experts.QWEN3_MOE,
     )
 }
-
-REFUSED = {
-    "Gemma2ForCausalLM": "its attention and output logits are capped softly, its layers have norms after attention "
-    "and MLP, and every other layer has a sliding window; Megatron's GPTModel has no such caps and norms",
-    "Gemma3ForCausalLM": "its layers have norms after attention and MLP, and two rotary bases; Megatron's GPTModel "
-    "has neither",
-    "Qwen2MoeForCausalLM": "its shared expert is gated, and only its successor Qwen3-MoE has a table",
-    "DeepseekV3ForCausalLM": "there is no table for its latent attention and grouped routing",
-}
-"""Well-known families that cannot be converted, each with the reason."""

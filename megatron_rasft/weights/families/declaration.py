@@ -27,6 +27,8 @@ class Family:
     """Returns the entries of a layer, if the layers of a model differ; None: ``attention`` and ``mlp`` are in every layer."""
     default_head_dim: int | None = None
     """head_dim if config.json omits it; None means hidden_size / num_attention_heads."""
+    default_query_groups: int | None = None
+    """num_key_value_heads if config.json omits it; None means num_attention_heads."""
     default_max_position_embeddings: int
     default_rope_theta: float = 10000.0
     default_norm_eps: float = 1e-6

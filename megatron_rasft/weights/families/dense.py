@@ -8,6 +8,7 @@ LLAMA = Family(architecture="LlamaForCausalLM", default_max_position_embeddings=
 
 MISTRAL = Family(
     architecture="MistralForCausalLM",
+    default_query_groups=8,
     default_max_position_embeddings=131072,
     default_sliding_window=4096,
 )

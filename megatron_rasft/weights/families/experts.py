@@ -2,8 +2,7 @@
 
 from typing import Any
 
-from megatron_rasft.errors import ModelFolderError
-from megatron_rasft.weights.config_values import flag, list_of, positive_int
+from megatron_rasft.weights.config_values import flag, list_of, positive_int, unsupported
 from megatron_rasft.weights.families.declaration import Config, Family
 from megatron_rasft.weights.families.entries import ATTENTION, MLP, QK_NORM, Entry
 from megatron_rasft.weights.families.layouts import replicated
@@ -41,27 +40,38 @@ def mixture(block: str, gate: str, up: str, down: str) -> tuple[Entry, ...]:
     )
 
 
-def expert_sizes(config: Config) -> dict[str, Any]:
-    """Reads the sizes of the experts. If the key moe_intermediate_size exists, intermediate_size belongs to layers without experts."""
+def _mixtral_sizes(config: Config) -> dict[str, Any]:
+    return {"num_experts": _num_experts(config, 8)}
+
+
+def _qwen3_sizes(config: Config) -> dict[str, Any]:
+    """Reads the sizes of the experts; intermediate_size belongs to layers without experts."""
     sparse_step = positive_int(config, "decoder_sparse_step", default=1)
     if list_of(config, "mlp_only_layers", int) or sparse_step != 1:
-        raise ModelFolderError(
+        raise unsupported(
             f"only some layers have experts (mlp_only_layers {config.get('mlp_only_layers')}, decoder_sparse_step "
             f"{sparse_step}), which is not supported"
         )
-    size = "moe_intermediate_size" if "moe_intermediate_size" in config else "intermediate_size"
-    number = "num_experts" if config.get("num_experts") is not None else "num_local_experts"
-    return {"ffn_hidden_size": positive_int(config, size), "num_experts": positive_int(config, number)}
+    return {
+        "ffn_hidden_size": positive_int(config, "moe_intermediate_size", default=768),
+        "num_experts": _num_experts(config, 128),
+    }
 
 
-def router_args(config: Config, shape: ModelShape, *, is_normalized: bool) -> dict[str, Any]:
+def _num_experts(config: Config, default: int) -> int:
+    """Reads the number of experts, which transformers 5 writes as num_local_experts in every family."""
+    key = "num_experts" if config.get("num_experts") is not None else "num_local_experts"
+    return positive_int(config, key, default)
+
+
+def router_args(config: Config, shape: ModelShape, default_top_k: int, is_normalized: bool) -> dict[str, Any]:
     """Returns Megatron's arguments for the experts.
 
     If transformers normalises the weights of the chosen experts, Megatron must take the softmax over these experts alone.
     """
     return {
         "num_experts": shape.num_experts,
-        "moe_router_topk": positive_int(config, "num_experts_per_tok"),
+        "moe_router_topk": positive_int(config, "num_experts_per_tok", default_top_k),
         "moe_ffn_hidden_size": shape.ffn_hidden_size,
         "moe_router_pre_softmax": not is_normalized,
     }
@@ -69,21 +79,25 @@ def router_args(config: Config, shape: ModelShape, *, is_normalized: bool) -> di
 
 MIXTRAL = Family(
     architecture="MixtralForCausalLM",
+    default_query_groups=8,
     mlp=mixture("block_sparse_moe", gate="w1", up="w3", down="w2"),
     default_max_position_embeddings=131072,
     default_rope_theta=1e6,
     default_norm_eps=1e-5,
-    own_sizes=expert_sizes,
-    own_args=lambda config, shape: router_args(config, shape, is_normalized=True),
+    own_sizes=_mixtral_sizes,
+    own_args=lambda config, shape: router_args(config, shape, 2, is_normalized=True),
 )
 
 QWEN3_MOE = Family(
     architecture="Qwen3MoeForCausalLM",
+    default_query_groups=4,
     attention=ATTENTION + QK_NORM,
     mlp=mixture("mlp", gate="gate_proj", up="up_proj", down="down_proj"),
     default_max_position_embeddings=32768,
     default_sliding_window=4096,
     has_window_switch=True,
-    own_sizes=expert_sizes,
-    own_args=lambda config, shape: router_args(config, shape, is_normalized=flag(config, "norm_topk_prob")),
+    own_sizes=_qwen3_sizes,
+    own_args=lambda config, shape: router_args(
+        config, shape, 8, is_normalized=flag(config, "norm_topk_prob")
+    ),
 )

@@ -16,10 +16,11 @@ from megatron_rasft.weights.architecture import (
     ModelDescription,
     _uses_sliding_window,
     megatron_args,
+    read_family,
     read_rope,
     read_shape,
 )
-from megatron_rasft.weights.families import FAMILIES
+from megatron_rasft.weights.families import FAMILIES, REFUSED
 
 
 def transformers_config(architecture: str, **values: Any) -> Any:
@@ -29,11 +30,7 @@ def transformers_config(architecture: str, **values: Any) -> Any:
 
 @pytest.mark.parametrize("architecture", FAMILIES)
 def test_defaults_are_those_of_transformers(architecture: str) -> None:
-    """Folders may omit keys that equal the defaults of transformers' configuration class.
-
-    num_key_value_heads is not compared: Mistral, Mixtral and Qwen3-MoE have their own default there, but read_shape uses
-    as many groups as heads. Published folders of these families have the key.
-    """
+    """Folders may omit keys that equal the defaults of transformers' configuration class."""
     family = FAMILIES[architecture]
     # in families with a switch transformers drops the window unless the switch is on; a hidden size other than
     # the default distinguishes a fixed head_dim from a computed one
@@ -49,6 +46,43 @@ def test_defaults_are_those_of_transformers(architecture: str) -> None:
     assert family.has_window_switch == has_switch
     assert family.has_max_window_layers == hasattr(config, "max_window_layers")
     assert family.has_experts == hasattr(config, "num_experts_per_tok")
+
+
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+)
+"""Keys that every config.json must have."""
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_absent_keys_mean_what_the_class_built_without_arguments_means(architecture: str) -> None:
+    stored = transformers_config(architecture).to_dict()
+    family = FAMILIES[architecture]
+    described = []
+    for config in (stored, {key: stored[key] for key in SIZES}):
+        config["sliding_window"] = None
+        shape = read_shape(config, family)
+        described.append(ModelDescription(config, family, shape, read_rope(config, family)))
+    full, sparse = described
+    assert sparse.shape == full.shape and sparse.rope == full.rope
+    assert megatron_args(sparse) == megatron_args(full)
+
+
+def test_null_means_as_many_query_groups_as_heads() -> None:
+    config = base("MistralForCausalLM") | {"num_key_value_heads": None}
+    assert read_shape(config, FAMILIES["MistralForCausalLM"]).num_query_groups == 4
+
+
+@pytest.mark.parametrize("architecture", [*sorted(REFUSED), "UnheardOfForCausalLM"])
+def test_refused_families_are_named_with_a_way_out(architecture: str) -> None:
+    with pytest.raises(ModelFolderError, match=architecture) as error:
+        read_family({"architectures": [architecture]})
+    assert "--model-source bridge" in str(error.value)
+    assert REFUSED.get(architecture, ", ".join(FAMILIES)) in str(error.value)
 
 
 @pytest.mark.parametrize("architecture", FAMILIES)

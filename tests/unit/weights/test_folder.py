@@ -289,7 +289,7 @@ def test_stored_output_of_a_tied_model_must_be_the_embedding(folder: Callable[..
         ("phi3", {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "'longrope'"),
         ("qwen3_moe", {"mlp_only_layers": [0]}, "mlp_only_layers [0]"),
         ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step 2"),
-        ("mixtral", {"num_local_experts": None}, "num_local_experts"),
+        ("mixtral", {"num_local_experts": 0}, "num_local_experts"),
         ("llama", {"attention_bias": True}, "attention_bias"),
         ("qwen3", {"attention_bias": True}, "attention_bias"),
         ("llama", {"mlp_bias": True}, "mlp_bias"),

@@ -1,0 +1,46 @@
+"""Well-known families without a table, each with the feature that is missing."""
+
+_CAPPED = "its attention and output logits are capped softly, its layers have norms after attention and MLP, and every other layer "
+_CAPPED += "has a sliding window; Megatron's GPTModel has no such caps and norms"
+_GEMMA3 = (
+    "its layers have norms after attention and MLP, and two rotary bases; Megatron's GPTModel has neither"
+)
+_OLMO = "its norms stand after attention and MLP, and its norms of queries and keys span all heads"
+_MAMBA = "some of its layers are Mamba layers, which need Megatron's HybridModel"
+_INTERLEAVED = "its rotary embedding rotates neighbouring channels, and only a part of them"
+
+REFUSED = {
+    "ApertusForCausalLM": "its activation xIELU and its MLP without a gate are not in Megatron's GPTModel",
+    "ChatGLMModel": "its model is code in the folder, which is not run",
+    "DeciLMForCausalLM": "its layers have different sizes, and some have no attention",
+    "DeepseekV32ForCausalLM": "there is no table for its sparse attention",
+    "DeepseekV3ForCausalLM": "there is no table for its latent attention and grouped routing",
+    "Ernie4_5ForCausalLM": "its rotary embedding rotates neighbouring channels",
+    "Ernie4_5_ForCausalLM": "its rotary embedding rotates neighbouring channels",
+    "Ernie4_5_MoeForCausalLM": "its rotary embedding rotates neighbouring channels, and there is no table for its shared experts",
+    "Exaone4ForCausalLM": "its norms stand after attention and MLP, and its layers with full attention have no positions",
+    "Gemma2ForCausalLM": _CAPPED,
+    "Gemma3ForCausalLM": _GEMMA3,
+    "Gemma3ForConditionalGeneration": _GEMMA3,
+    "Gemma4ForConditionalGeneration": "its embeddings per layer, its shared keys and values, and its norms are not in Megatron's GPTModel",
+    "Glm4ForCausalLM": "its layers have norms after attention and MLP, and " + _INTERLEAVED,
+    "Glm4MoeForCausalLM": "there is no table for its shared experts, its routing and its dense first layers",
+    "Glm4MoeLiteForCausalLM": "there is no table for its latent attention and grouped routing",
+    "GlmForCausalLM": _INTERLEAVED,
+    "GptOssForCausalLM": "there is no table for its attention sinks and its clamped activation",
+    "GraniteForCausalLM": "it multiplies embeddings, attention, residuals and logits by constants that Megatron's GPTModel does not have",
+    "GraniteMoeHybridForCausalLM": _MAMBA,
+    "HunYuanDenseV1ForCausalLM": "it normalises queries and keys after the rotary embedding, Megatron before it",
+    "InternLM3ForCausalLM": "its model is code in the folder, which is not run",
+    "KimiK25ForConditionalGeneration": "there is no table for its latent attention and grouped routing",
+    "Llama4ForConditionalGeneration": "there is no table for its attention in chunks and its scaled queries",
+    "MiniMaxM2ForCausalLM": "its norms of queries and keys span all heads",
+    "NemotronHForCausalLM": _MAMBA,
+    "Olmo2ForCausalLM": _OLMO,
+    "Olmo3ForCausalLM": _OLMO,
+    "Qwen2MoeForCausalLM": "its shared expert is gated, and only its successor Qwen3-MoE has a table",
+    "Qwen2_5_VLForConditionalGeneration": "its positions have three dimensions, for images and videos",
+    "Qwen3NextForCausalLM": "there is no table for its linear attention",
+    "Qwen3_5ForConditionalGeneration": "there is no table for its linear attention",
+    "Qwen3_5MoeForConditionalGeneration": "there is no table for its linear attention",
+}  # fmt: skip
