@@ -1,6 +1,7 @@
 """Tiny Hugging Face models of every supported family, and the Megatron models with the same weights."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ _LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+
+_YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 32}
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {"num_attention_heads": 4, "num_key_value_heads": 2}),
@@ -45,6 +48,15 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "qwen2_one_group": ("Qwen2", {"num_attention_heads": 4, "num_key_value_heads": 1, "vocab_size": 128}),
     "qwen3": ("Qwen3", {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}),
+    "qwen2_yarn": (
+        "Qwen2",
+        {
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "rope_parameters": _YARN | {"beta_fast": 4.0, "attention_factor": 0.9},
+            "max_position_embeddings": 128,
+        },
+    ),
     "mistral": ("Mistral", {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": None}),
     "phi3": (
         "Phi3",
@@ -139,6 +151,7 @@ def transformer_config(folder: HfFolder, **overrides: Any) -> Any:
     import torch.nn.functional as F
     from megatron.core import parallel_state as ps
     from megatron.core.transformer.transformer_config import TransformerConfig
+    from megatron.training.argument_utils import _apply_yarn_config_from_args
 
     args = megatron_args(folder)
     assert args["swiglu"] and args["group_query_attention"]
@@ -163,7 +176,9 @@ def transformer_config(folder: HfFolder, **overrides: Any) -> Any:
         "moe_token_dispatcher_type": "alltoall",
         **overrides,
     }
-    return TransformerConfig(**values)
+    config = TransformerConfig(**values)
+    _apply_yarn_config_from_args(config, SimpleNamespace(**args))
+    return config
 
 
 def build_chunks(

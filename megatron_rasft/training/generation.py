@@ -23,7 +23,13 @@ from megatron_rasft.ranks import gather_to_rank_zero, on_rank_zero
 from megatron_rasft.training import live
 from megatron_rasft.training.attention import SdpaCoreAttention
 from megatron_rasft.training.decoding import KEY_BUCKET, Decoder, DecoderModel
-from megatron_rasft.training.kv_cache import CachedAttention, Decode, KeyValueCache, RotaryAtPositions
+from megatron_rasft.training.kv_cache import (
+    CachedAttention,
+    Decode,
+    KeyValueCache,
+    RotaryAtPositions,
+    rotary_frequencies,
+)
 from megatron_rasft.training.stopping import Stopped
 from megatron_rasft.types import FinishReason, Request, Response, SamplingParams
 
@@ -76,7 +82,7 @@ def generation_mode(chunks: Sequence[torch.nn.Module], cache: KeyValueCache) -> 
             for name in ("fp8", "fp4"):
                 if getattr(config, name, None):
                     change(config, name, None)
-            change(chunk, "rotary_pos_emb", RotaryAtPositions(cache))
+            change(chunk, "rotary_pos_emb", RotaryAtPositions(chunk.rotary_pos_emb, cache))
             for module in self_attentions(chunk):
                 plain = module.core_attention
                 # CachedAttention calls SdpaCoreAttention.attend, which Transformer Engine's attention lacks.
@@ -203,9 +209,7 @@ class PolicySampler:
         is_static = group.size() == 1 and not self.config.num_moe_experts
         return DecoderModel(
             forward=partial(self._forward, cache),
-            # RotaryEmbedding.forward (rotary_pos_embedding.py) would cut the frequencies for one context-parallel rank
-            # and cache the result by length. get_emb returns those of every position and caches nothing.
-            frequencies=self.chunks[0].rotary_pos_emb.get_emb(cache.length),
+            frequencies=rotary_frequencies(self.chunks[0].rotary_pos_emb, cache.length),
             broadcast_from_last_stage=broadcast_from_last_stage,
             all_agree=all_agree,
             dtype=self.config.params_dtype,

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import YarnRotaryEmbedding
 from torch import Tensor
 
 from megatron_rasft.training.attention import SdpaCoreAttention
@@ -137,17 +138,36 @@ class RotaryAtPositions(torch.nn.Module):
 
     RotaryEmbedding caches results by length alone (rotary_pos_embedding.py). Under context parallelism training needs
     frequencies cut for one rank and sampling needs all of them, so each would get the other's cached results.
+
+    Args:
+        rotary: the module to replace.
+        cache: has the frequencies of the next forward pass.
     """
 
-    def __init__(self, cache: KeyValueCache) -> None:
+    def __init__(self, rotary: Any, cache: KeyValueCache) -> None:
         super().__init__()
+        self._is_yarn = isinstance(rotary, YarnRotaryEmbedding)
         self._cache = cache
 
     def get_rotary_seq_len(self, *unused: Any, **also_unused: Any) -> int:
         """Returns a placeholder. GPTModel passes the length to ``forward``, which ignores it."""
         return 0
 
-    def forward(self, *unused: Any, **also_unused: Any) -> Tensor:
-        """Returns [s, 1, 1, d]: the frequencies of the input tokens."""
+    def forward(self, *unused: Any, **also_unused: Any) -> Tensor | tuple[Tensor, float]:
+        """Returns [s, 1, 1, d]: the frequencies of the input tokens.
+
+        GPTModel expects a pair from YaRN's module, and ignores its second element: the attention layers have the factor.
+        """
         assert self._cache.step is not None, "KeyValueCache.step must be set before a forward pass"
-        return self._cache.step.frequencies
+        frequencies = self._cache.step.frequencies
+        return (frequencies, 1.0) if self._is_yarn else frequencies
+
+
+def rotary_frequencies(rotary: Any, length: int) -> Tensor:
+    """Returns [length, 1, 1, d]: the frequencies of all positions.
+
+    RotaryEmbedding.forward (rotary_pos_embedding.py) would cut them for one context-parallel rank and cache the result by
+    length. get_emb does neither. YaRN's also returns its factor.
+    """
+    found = rotary.get_emb(length)
+    return found[0] if isinstance(found, tuple) else found

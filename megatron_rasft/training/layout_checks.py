@@ -1,9 +1,11 @@
 """Checks that a run's parallel layout fits the processes, the model and the run's kind of sampling."""
 
 import argparse
+import math
 
 from megatron_rasft.config import RasftConfig
 from megatron_rasft.weights.architecture import splits_attention
+from megatron_rasft.weights.rope import Rope
 
 
 def check_layout(args: argparse.Namespace) -> None:
@@ -58,4 +60,22 @@ def check_sampling(args: argparse.Namespace, config: RasftConfig) -> None:
         raise ValueError(
             f"{flag} cannot be combined with --heldout-data, which the trainer samples itself. Evaluate checkpoints with "
             "tools/evaluate.py instead, or keep every expert on each rank (--expert-model-parallel-size 1)."
+        )
+
+
+def check_served_rope(rope: Rope, config: RasftConfig) -> None:
+    """Refuses rollouts of SGLang for a YaRN model that SGLang would compute with another attention factor than transformers.
+
+    Raises:
+        ValueError: the factors differ; the message names both and the keys of config.json.
+    """
+    yarn = rope.yarn
+    if yarn is None or not config.samples_rollouts or config.rollout.rollout_engine != "sglang":
+        return
+    if not math.isclose(yarn.served_factor, yarn.attention_factor, rel_tol=1e-6):
+        raise ValueError(
+            f"--rollout-engine sglang would sample from another model: SGLang multiplies the rotary embedding by "
+            f"{yarn.served_factor:.6g}, transformers and the trainer by {yarn.attention_factor:.6g} (rope_scaling in "
+            f"config.json: SGLang reads attn_factor, transformers attention_factor). To train the model that SGLang serves, "
+            f"set attention_factor to {yarn.served_factor:.6g}. Otherwise use --rollout-engine embedded."
         )

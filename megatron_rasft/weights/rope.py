@@ -1,22 +1,75 @@
 """Reads the rotary embedding of a config.json."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 from megatron_rasft.errors import ModelFolderError
-from megatron_rasft.weights.config_values import positive_number, refusal, short, unsupported
+from megatron_rasft.weights.config_values import (
+    flag,
+    positive_int,
+    positive_number,
+    refusal,
+    short,
+    unsupported,
+)
 from megatron_rasft.weights.families import Family
 
 _MEGATRON_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 """Values that are fixed in Megatron's RotaryEmbedding._apply_scaling (core/models/common/embeddings)."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Yarn:
+    """YaRN (arXiv 2309.00071): long wavelengths are stretched, and cosine and sine are multiplied by a factor."""
+
+    factor: float
+    original_positions: int
+    beta_fast: float
+    beta_slow: float
+    truncates: bool
+    """Whether the range of channels between both betas is rounded to whole channels."""
+    attention_factor: float
+    served_factor: float
+    """The attention factor that SGLang computes from the same config.json (layers/rotary_embedding/yarn.py)."""
+
+    @property
+    def mscale(self) -> float:
+        """Megatron's mscale. With mscale_all_dim 0 its attention factor is 0.1 mscale ln(factor) + 1."""
+        return (self.attention_factor - 1) / (0.1 * math.log(self.factor)) if self.factor > 1 else 1.0
+
+
 @dataclass(frozen=True)
 class Rope:
-    """Rotary embedding: the base, and Llama 3's scaling factor (None: no scaling)."""
+    """Rotary embedding: the base, and Llama 3's scaling factor or YaRN (None: no scaling)."""
 
     theta: float
     llama3_factor: float | None
+    yarn: Yarn | None = None
+
+    def megatron_args(self) -> dict[str, Any]:
+        """Returns the values of Megatron's arguments."""
+        args = {
+            "position_embedding_type": "rope" if self.yarn is None else "yarn",
+            "rotary_base": int(self.theta),
+            "rotary_percent": 1.0,
+            "rotary_interleaved": False,
+            "use_rope_scaling": self.llama3_factor is not None,
+            "rope_scaling_factor": self.llama3_factor or 8.0,
+        }
+        if self.yarn is None:
+            return args
+        return args | {
+            "rotary_scaling_factor": self.yarn.factor,
+            "yarn_original_max_position_embeddings": self.yarn.original_positions,
+            "yarn_beta_fast": self.yarn.beta_fast,
+            "yarn_beta_slow": self.yarn.beta_slow,
+            "yarn_correction_range_round_to_int": self.yarn.truncates,
+            "mscale": self.yarn.mscale,
+            "mscale_all_dim": 0.0,
+            # Transformer Engine's kernel for packed sequences ignores the attention factor (rope_utils.py).
+            "apply_rope_fusion": False,
+        }
 
 
 def read_rope(config: dict[str, Any], family: Family) -> Rope:
@@ -34,11 +87,13 @@ def read_rope(config: dict[str, Any], family: Family) -> Rope:
         raise ModelFolderError(f"rope_theta {theta} is not an integer, as Megatron's --rotary-base must be")
     if kind == "default":
         return Rope(theta, None)
-    if kind != "llama3":
+    if kind not in ("llama3", "yarn"):
         raise unsupported(
-            f"rope scaling type {short(kind)} is not supported; supported are 'default' and 'llama3'"
+            f"rope scaling type {short(kind)} is not supported; supported are 'default', 'llama3' and 'yarn'"
         )
     rope.setdefault("original_max_position_embeddings", family.longest(config))
+    if kind == "yarn":
+        return Rope(theta, None, _read_yarn(rope, family.longest(config)))
     for key, value in _MEGATRON_LLAMA3.items():
         if rope.get(key) != value:
             raise unsupported(
@@ -47,6 +102,38 @@ def read_rope(config: dict[str, Any], family: Family) -> Rope:
     if rope.get("factor") is None:
         raise ModelFolderError("llama3 rope scaling has no factor")
     return Rope(theta, positive_number(rope, "factor", 0.0))
+
+
+def _read_yarn(rope: dict[str, Any], longest: int) -> Yarn:
+    """Reads YaRN's settings as transformers does (_compute_yarn_parameters in modeling_rope_utils.py)."""
+    original = positive_int(rope, "original_max_position_embeddings")
+    if "factor" not in rope:
+        raise ModelFolderError("yarn rope scaling has no factor")
+    factor = positive_number(rope, "factor", longest / original)
+    computed = _yarn_factor(rope, factor)
+    attention_factor = positive_number(rope, "attention_factor", computed)
+    if factor <= 1 and attention_factor != 1:
+        raise unsupported(f"yarn rope scaling with factor {factor} and attention_factor {attention_factor}")
+    return Yarn(
+        factor=factor,
+        original_positions=original,
+        beta_fast=positive_number(rope, "beta_fast", 32.0),
+        beta_slow=positive_number(rope, "beta_slow", 1.0),
+        truncates=flag(rope, "truncate", default=True),
+        attention_factor=attention_factor,
+        served_factor=computed * positive_number(rope, "attn_factor", 1.0),
+    )
+
+
+def _yarn_factor(rope: dict[str, Any], factor: float) -> float:
+    """The attention factor that follows from the other settings."""
+
+    def scaled(mscale: float) -> float:
+        return 0.1 * mscale * math.log(factor) + 1 if factor > 1 else 1.0
+
+    if not rope.get("mscale") or not rope.get("mscale_all_dim"):
+        return scaled(1.0)
+    return scaled(positive_number(rope, "mscale", 1.0)) / scaled(positive_number(rope, "mscale_all_dim", 1.0))
 
 
 def _rope_settings(config: dict[str, Any]) -> dict[str, Any]:

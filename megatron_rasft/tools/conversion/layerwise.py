@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_rasft.weights.architecture import Rope, megatron_args
+from megatron_rasft.weights.architecture import megatron_args
 from megatron_rasft.weights.folder import HfFolder
+from megatron_rasft.weights.rope import Rope, Yarn
 from megatron_rasft.weights.torch_dist import TorchDistFolder
 
 
@@ -87,7 +88,8 @@ class _Forward:
         if self.shape.has_qk_norm:
             query = self._norm(query, "self_attention.q_layernorm.weight", layer)
             key = self._norm(key, "self_attention.k_layernorm.weight", layer)
-        query, key = rotate(query, angles), rotate(key, angles)
+        factor = 1.0 if self.rope.yarn is None else self.rope.yarn.attention_factor
+        query, key = rotate(query, angles, factor), rotate(key, angles, factor)
         query, key, value = (t.transpose(1, 2) for t in (query, key, value))  # [b, heads, s, d]
         x = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
         x = x.transpose(1, 2).flatten(2)
@@ -123,18 +125,38 @@ def _gated(x: Tensor, fc1: Tensor, fc2: Tensor) -> Tensor:
 
 
 def rotary_angles(length: int, head_dim: int, rope: Rope) -> Tensor:
-    """Returns the [s, d / 2] fp32 angle of each position and frequency, with Llama 3.1's scaling if the model has it."""
+    """Returns the [s, d / 2] fp32 angle of each position and frequency, with Llama 3.1's scaling or YaRN if the model has it."""
     frequencies = rope.theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
     if rope.llama3_factor is not None:
         # frequencies whose wavelength is within the original context
         turns = 8192 * frequencies / (2 * math.pi)
         smooth = ((turns - 1.0) / (4.0 - 1.0)).clamp(0, 1)
         frequencies = (1 - smooth) * frequencies / rope.llama3_factor + smooth * frequencies
+    if rope.yarn is not None:
+        kept = _yarn_kept(head_dim, rope.theta, rope.yarn)
+        frequencies = (1 - kept) * frequencies / rope.yarn.factor + kept * frequencies
     return torch.arange(length, dtype=torch.float32)[:, None] * frequencies
 
 
-def rotate(x: Tensor, angles: Tensor) -> Tensor:
+def _yarn_kept(head_dim: int, theta: float, yarn: Yarn) -> Tensor:
+    """Returns [d / 2]: the share of each frequency that YaRN keeps, 1 for short wavelengths and 0 for long ones."""
+
+    def channel(num_turns: float) -> float:
+        """The channel that turns ``num_turns`` times within the original positions."""
+        return (
+            head_dim * math.log(yarn.original_positions / (num_turns * 2 * math.pi)) / (2 * math.log(theta))
+        )
+
+    low, high = channel(yarn.beta_fast), channel(yarn.beta_slow)
+    if yarn.truncates:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    width = high - low or 0.001
+    return 1 - ((torch.arange(head_dim // 2, dtype=torch.float32) - low) / width).clamp(0, 1)
+
+
+def rotate(x: Tensor, angles: Tensor, factor: float = 1.0) -> Tensor:
     """Rotates [b, s, heads, d]; element i of the first half and element i of the second half form a pair."""
-    cos, sin = angles.cos()[:, None], angles.sin()[:, None]
+    cos, sin = factor * angles.cos()[:, None], factor * angles.sin()[:, None]
     first, second = x.chunk(2, -1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)

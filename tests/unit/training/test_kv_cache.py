@@ -124,7 +124,7 @@ def test_every_layer_is_moved_and_freed() -> None:
 
 def test_the_model_gets_the_frequencies_of_the_next_forward_pass() -> None:
     cache = KeyValueCache(ROWS, LENGTH)
-    rotary = RotaryAtPositions(cache)
+    rotary = RotaryAtPositions(torch.nn.Identity(), cache)
     with pytest.raises(AssertionError, match="step"):
         rotary(rotary.get_rotary_seq_len(None), packed_seq=False)
     frequencies = torch.arange(4.0)[:, None, None, None]

@@ -6,7 +6,9 @@ from typing import Any
 import pytest
 
 from megatron_rasft.config import HeldoutConfig, RolloutConfig
-from megatron_rasft.training.layout_checks import check_layout, check_sampling
+from megatron_rasft.training.layout_checks import check_layout, check_sampling, check_served_rope
+from megatron_rasft.weights.families import FAMILIES
+from megatron_rasft.weights.rope import read_rope
 from tests.unit.training.stand_ins import config_of
 
 
@@ -70,3 +72,26 @@ def test_experts_on_other_ranks_are_refused_if_the_trainer_samples(
 def test_experts_on_other_ranks_are_accepted_if_servers_sample() -> None:
     config = config_of(rollout=RolloutConfig(rollout_engine="sglang", rollout_urls=["http://a:1"]))
     check_sampling(args_of(expert_model_parallel_size=2), config)
+
+
+@pytest.mark.parametrize(
+    ("keys", "is_served"),
+    [
+        ({}, True),
+        ({"attn_factor": 0.8782488562869419}, False),
+        ({"attn_factor": 0.8782488562869419, "attention_factor": 1.0}, True),
+        ({"attention_factor": 1.0}, False),
+    ],
+)
+def test_yarn_that_sglang_computes_differently_is_refused(keys: dict[str, float], is_served: bool) -> None:
+    """0.8782 is that of DeepSeek-R1-0528-Qwen3-8B: with it SGLang's factor is 1, transformers' 1.1386."""
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768, **keys}
+    rope = read_rope({"rope_scaling": scaling}, FAMILIES["Qwen3ForCausalLM"])
+    sglang = config_of(rollout=RolloutConfig(rollout_engine="sglang", rollout_urls=["http://a:1"]))
+    embedded = config_of(rollout=RolloutConfig(rollout_engine="embedded"))
+    check_served_rope(rope, embedded)
+    if is_served:
+        check_served_rope(rope, sglang)
+    else:
+        with pytest.raises(ValueError, match=r"--rollout-engine sglang.*attention_factor"):
+            check_served_rope(rope, sglang)

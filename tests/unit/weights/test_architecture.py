@@ -134,6 +134,11 @@ ROPE_KEYS = [
     "low_freq_factor",
     "original_max_position_embeddings",
     "partial_rotary_factor",
+    "beta_fast",
+    "attention_factor",
+    "mscale",
+    "mscale_all_dim",
+    "truncate",
 ]
 WRONG = [
     float("nan"),
@@ -155,7 +160,7 @@ WRONG = [
     ["x"],
 ]
 ANYTHING = st.sampled_from(
-    [*WRONG, None, False, 1, 2, 8, 64, 1e4, "llama3", "silu", ["full_attention"], 1.0, 4.0, 8192]
+    [*WRONG, None, False, 1, 2, 8, 64, 1e4, "llama3", "yarn", "silu", ["full_attention"], 1.0, 4.0, 8192]
 )
 
 

@@ -299,7 +299,19 @@ def test_stored_output_of_a_tied_model_must_be_the_embedding(folder: Callable[..
         ("llama", {"rope_parameters": {"rope_theta": "1e4"}}, "rope_theta, found '1e4'"),
         ("llama", {"hidden_size": None}, "hidden_size"),
         ("llama", {"num_key_value_heads": 3}, "num_key_value_heads 3"),
-        ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "'yarn'"),
+        ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}, "'linear'"),
+        (
+            "llama",
+            {
+                "rope_parameters": {
+                    "rope_type": "yarn",
+                    "rope_theta": 1e4,
+                    "factor": 0.5,
+                    "attention_factor": 2.0,
+                }
+            },
+            "attention_factor",
+        ),
         ("llama", {"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic'"),
         ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.5}}, "--rotary-base"),
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
