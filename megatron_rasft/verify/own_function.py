@@ -7,7 +7,7 @@ import hashlib
 import inspect
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module, metadata
@@ -20,6 +20,7 @@ from typing import Any, get_args
 from megatron_rasft.config.verify import FUNCTION_GROUP, check_function, file_and_name
 from megatron_rasft.errors import RasftError
 from megatron_rasft.types import Judgement, ProblemRow, Verdict
+from megatron_rasft.verify.imported_sources import imported_sources
 
 VerifyFunction = Callable[[ProblemRow, str], Judgement | tuple[Judgement, str]]
 """``(row, response) -> judgement``, or a tuple of the judgement and a reason."""
@@ -53,11 +54,8 @@ class OwnFunction:
     """The file of the code; "" if an entry point's module is not a file of Python."""
     code: str
     """The text of the file; for a module without one, the version of its package."""
-
-    @property
-    def digest(self) -> str:
-        """Identifies the code of the function's file. The modules that it imports are not part of it."""
-        return hashlib.sha256(self.code.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+    digest: str
+    """Identifies the code of the file, and of the modules that it imports from its own folder or package."""
 
 
 def find_function(reference: str) -> OwnFunction:
@@ -69,14 +67,20 @@ def find_function(reference: str) -> OwnFunction:
     check_function(reference)
     found = file_and_name(reference)
     if found is not None:
-        file = str(found[0].resolve())
-        return OwnFunction(
-            reference=reference, name=found[1], module="", file=file, code=_read(reference, file)
-        )
-    entry = _entry_point(reference)
-    file = _file_of(entry.module)
+        name, module, file = found[1], "", str(found[0].resolve())
+    else:
+        entry = _entry_point(reference)
+        name, module, file = entry.attr, entry.module, _file_of(entry.module)
     code = _read(reference, file) if file else f"version {entry.dist.version if entry.dist else ''}"
-    return OwnFunction(reference=reference, name=entry.attr, module=entry.module, file=file, code=code)
+    digest = _digest(code, imported_sources(Path(file), module) if file else {})
+    return OwnFunction(reference=reference, name=name, module=module, file=file, code=code, digest=digest)
+
+
+def _digest(code: str, imported: Mapping[str, bytes]) -> str:
+    digest = hashlib.sha256(code.encode("utf-8", "surrogateescape"))
+    for path, content in imported.items():
+        digest.update(f"\0{path}\0".encode("utf-8", "surrogateescape") + content)
+    return digest.hexdigest()[:16]
 
 
 def _read(reference: str, file: str) -> str:
@@ -173,7 +177,7 @@ def _checked(function: OwnFunction, module: ModuleType) -> VerifyFunction:
             signature.bind({}, "")
         except TypeError:
             raise FunctionError(
-                f"{function.name}{signature} must take two arguments, (row, response)"
+                f"{function.name}{signature}{_place(found)} must take two arguments, (row, response)"
             ) from None
     return found  # type: ignore[no-any-return]
 
@@ -183,19 +187,21 @@ def grade_by_function(
 ) -> tuple[Verdict, str, float | None]:
     """Calls the function. Returns verdict, reason and reward; ``unverifiable`` and no reward if it raises."""
     try:
-        return judged(load(function)(row, response), correct_reward)
+        check = load(function)
+        return judged(check(row, response), correct_reward, _place(check))
     except FunctionError as error:
         return "unverifiable", f"{FAILED}{error}", None
     except (Exception, SystemExit) as error:
         return "unverifiable", f"{FAILED}raised {describe(error, function.file)}", None
 
 
-def judged(returned: Any, correct_reward: float) -> tuple[Verdict, str, float | None]:
+def judged(returned: Any, correct_reward: float, place: str = "") -> tuple[Verdict, str, float | None]:
     """Reads what the function returned.
 
     Args:
         returned: a judgement, or a tuple of a judgement and a reason.
         correct_reward: smallest reward of the verdict ``correct``.
+        place: where the function is defined, for the message.
 
     Raises:
         FunctionError: it is something else.
@@ -205,7 +211,7 @@ def judged(returned: Any, correct_reward: float) -> tuple[Verdict, str, float | 
         return judgement, str(reason), _REWARDS.get(judgement)
     reward = _number(judgement)
     if reward is None or not 0 <= reward <= 1:  # NaN is not in the range
-        raise FunctionError(f"returned {repr(returned)[:60]}. It must return {_WANTED}")
+        raise FunctionError(f"returned {repr(returned)[:60]}{place}. It must return {_WANTED}")
     verdict: Verdict = "correct" if reward >= correct_reward else "wrong"
     return verdict, str(reason) or f"reward {reward:g}", reward
 
@@ -215,6 +221,12 @@ def _number(value: Any) -> float | None:
         with suppress(ValueError, RuntimeError):
             value = value.item()
     return float(value) if isinstance(value, Real) else None
+
+
+def _place(function: VerifyFunction) -> str:
+    """Returns where a function is defined, as `` (grade.py:12)``; "" if Python does not know it."""
+    code = getattr(function, "__code__", None) or getattr(type(function).__call__, "__code__", None)
+    return f" ({Path(code.co_filename).name}:{code.co_firstlineno})" if code else ""
 
 
 def describe(error: BaseException, file: str) -> str:

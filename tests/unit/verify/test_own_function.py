@@ -189,6 +189,27 @@ def test_edit_during_a_run_has_no_effect_until_the_next_start(tmp_path: Path) ->
         assert pool.function.digest != find_function(f"{file}:grade").digest
 
 
+def test_digest_changes_with_the_modules_that_the_file_imports(tmp_path: Path) -> None:
+    file, neighbour = tmp_path / "own.py", tmp_path / "rules.py"
+    file.write_text("from rules import limit\ndef grade(row, response): return len(response) < limit")
+    neighbour.write_text("limit = 3")
+    before = find_function(f"{file}:grade").digest
+    assert find_function(f"{file}:grade").digest == before
+    neighbour.write_text("limit = 4")
+    assert find_function(f"{file}:grade").digest != before
+
+
+def test_a_failure_names_the_line_of_the_function(tmp_path: Path) -> None:
+    for code, line in {
+        "\ndef grade(row, response): return 5": 2,
+        "\n\nclass Grader:\n    def __call__(self, row, response): return 5\ngrade = Grader()": 4,
+        "def grade(row): return 1": 1,
+        "def grade(row, response):\n    return row['absent']": 2,
+    }.items():
+        (rollout,) = graded(config(tmp_path / "own.py", code), ["r"])
+        assert rollout.verdict_reason.startswith(FAILED) and f"(own.py:{line})" in rollout.verdict_reason
+
+
 def test_installed_function_is_found_by_its_entry_point(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
