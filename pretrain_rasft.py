@@ -11,7 +11,7 @@ if __name__ == "__main__":
 
     answer_early(sys.argv[1:])
 
-    from megatron_rasft.training.temporary_files import use_own_folder
+    from megatron_rasft.scratch import use_own_folder
 
     use_own_folder()
 

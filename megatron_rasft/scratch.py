@@ -6,15 +6,26 @@ next process of the same user and machine that makes a folder of this kind remov
 
 import contextlib
 import fcntl
+import getpass
 import os
 import shutil
 import socket
 import subprocess
 import tempfile
 import zlib
+from multiprocessing.util import Finalize
 from pathlib import Path
 
 _NUM_TRIES = 10
+
+_RUN_PREFIX = "rasft-run-"
+
+_MAX_PARENT_BYTES = 47
+"""Longest path in which ``use_own_folder`` makes its folder: with the names of this folder (28 bytes), of multiprocessing's (14) and of
+a socket in it (18) the path of the socket has the 107 bytes that Linux allows."""
+
+_REMOVED_LAST = -200
+"""Priority among the finalizers of multiprocessing, whose own folder has -100."""
 
 
 class ScratchFolder:
@@ -36,6 +47,29 @@ class ScratchFolder:
         """Removes the folder and its content."""
         remove(self.path)
         os.close(self._lock)
+
+
+def use_own_folder() -> None:
+    """Makes this process and its children create temporary files in a new folder, which is removed as a ``ScratchFolder`` is.
+
+    multiprocessing, wandb and other libraries leave their folders in /tmp for ever if their process is killed. Call it once in a
+    program, before wandb is imported. It does nothing if the path of the folder for temporary files is too long.
+    """
+    if len(os.fsencode(tempfile.gettempdir())) > _MAX_PARENT_BYTES:
+        return
+    _keep_compiled_kernels()
+    folder = ScratchFolder(_RUN_PREFIX)
+    os.environ["TMPDIR"] = tempfile.tempdir = str(folder.path)
+    Finalize(None, folder.close, exitpriority=_REMOVED_LAST)
+
+
+def _keep_compiled_kernels() -> None:
+    """Leaves the kernels that torch.compile has compiled where later runs find them, which is where torch keeps them by default."""
+    try:
+        user = getpass.getuser()
+    except (OSError, KeyError):  # a container whose user has no name
+        user = str(os.getuid())
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torchinductor_{user}")
 
 
 def remove(folder: Path) -> None:

@@ -29,6 +29,7 @@ from megatron_rasft.data.tokenizer import Tokenizer, open_tokenizer
 from megatron_rasft.data.tokenizing import build_demonstrations, collect_demonstrations
 from megatron_rasft.errors import DataError, ModelFolderError
 from megatron_rasft.files import write_json
+from megatron_rasft.scratch import use_own_folder
 from megatron_rasft.tools import cli
 from megatron_rasft.tools.data.contamination import find_contamination
 from megatron_rasft.tools.data.converting import with_own_answer, write_rows
@@ -45,7 +46,9 @@ def main(argv: list[str] | None = None) -> int:
     Returns the exit code: 0 if all rows can be used, 1 if some cannot, if a demonstration fails its own answer or tests, or if
     a file is faulty, 2 for a wrong flag.
     """
-    argv = sys.argv[1:] if argv is None else argv
+    if argv is None:  # in a process of its own
+        use_own_folder()
+        argv = sys.argv[1:]
     if argv and argv[0].startswith("--") and "--decontaminate" in argv:
         argv = ["decontaminate", *argv]
     return cli.run(_run, _build_parser().parse_args(argv))

@@ -33,9 +33,14 @@ def try_function(config: VerifyConfig, row: ProblemRow, response: str, source: s
             f"--verify-function {config.verify_function} gave no verdict on the first row ({source}): {reason}. Make it faster, or "
             f"raise --verify-timeout-s {config.verify_timeout_s:g}."
         )
-    if reason.startswith(_FAILURES):
+    if failed(rollout):
         raise ValueError(
             f"--verify-function {config.verify_function} failed on the first row ({source}): {reason.removeprefix(FAILED)}. "
             "Correct the function."
         )
     return f"{rollout.verdict} ({reason})"
+
+
+def failed(rollout: Rollout) -> bool:
+    """Returns whether --verify-function raised, returned something that is not a judgement, or ended its worker."""
+    return rollout.verdict_reason.startswith(_FAILURES)

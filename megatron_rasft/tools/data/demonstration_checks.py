@@ -1,19 +1,24 @@
 """Grades each row's demonstration with the row's own answer or tests, to find rows whose verdicts would be wrong in a run."""
 
 import ast
+import re
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import batched
+from itertools import islice
 
 from megatron_rasft.config.verify import VerifyConfig
 from megatron_rasft.data.reading import Row
 from megatron_rasft.data.row_report import RowFault
 from megatron_rasft.types import Check, CodeTests, Rollout, Verdict
+from megatron_rasft.verify.function_trial import failed
+from megatron_rasft.verify.own_function import FAILED
 from megatron_rasft.verify.pool import VerifierPool
 from megatron_rasft.verify.programs.program_grading import find_sandbox_level, program_of
 
+_FIRST_BATCH = 8
+"""Rows after which a --verify-function that has failed on all of them is not called again."""
 _BATCH = 128
 _NOT_RESULTS = (None, "not a result of any program")
 _FAILURES: dict[Verdict, str] = {
@@ -44,8 +49,24 @@ class DemonstrationReport:
             lines[0] += f" in {self.max_s:g} s. Raise --grade-max-s to grade all."
         lines += [f"  {num} {verdict}" for verdict, num in self.verdicts.most_common()]
         lines.append(f"unfit checks    {len(self.failures)}")
-        lines += [f"  {failure}" for failure in self.failures]
+        lines += [f"  {failure}" for failure in self.failures if not failure.reason.startswith(FAILED)]
+        lines += _counted_once(self.function_failures)
         return "\n".join(lines)
+
+    @property
+    def function_failures(self) -> list[RowFault]:
+        """The failures of rows for which --verify-function itself failed."""
+        return [failure for failure in self.failures if failure.reason.startswith(FAILED)]
+
+
+def _counted_once(failures: Iterable[RowFault]) -> Iterator[str]:
+    """Yields a line for each line of code at which --verify-function failed, instead of one for each row."""
+    rows: dict[str, list[RowFault]] = {}
+    for failure in failures:
+        place = re.search(r"\(\S+:\d+\)", failure.reason)
+        rows.setdefault(place[0] if place else failure.reason, []).append(failure)
+    for first, *others in rows.values():
+        yield f"  {first.reason}, rows: {1 + len(others)}, first: {first.source}"
 
 
 class _TimeIsUpError(Exception):
@@ -64,6 +85,7 @@ def check_demonstrations(rows: Iterable[Row], config: VerifyConfig, max_s: float
         max_s: time limit for all rows, seconds.
 
     Raises:
+        ValueError: --verify-function failed on every row so far.
         SandboxError: a row has tests, and the machine does not allow ``verify_sandbox_level``.
         RasftError: grading processes cannot be started.
     """
@@ -71,14 +93,29 @@ def check_demonstrations(rows: Iterable[Row], config: VerifyConfig, max_s: float
     deadline = time.monotonic() + max_s
     has_sandbox = False
     with VerifierPool(config) as pool:
-        for batch in batched((row for row in rows if row.check), _BATCH):
+        for batch in _batches(row for row in rows if row.check):
             report.num_rows += len(batch)
             if not has_sandbox and any(row.tests for row in batch):
                 find_sandbox_level(config)
                 has_sandbox = True
             if time.monotonic() < deadline:
                 _check_batch(batch, pool, deadline, report)
+                _refuse_broken_function(report, config)
     return report
+
+
+def _batches(rows: Iterator[Row]) -> Iterator[tuple[Row, ...]]:
+    yield tuple(islice(rows, _FIRST_BATCH))
+    yield from iter(lambda: tuple(islice(rows, _BATCH)), ())
+
+
+def _refuse_broken_function(report: DemonstrationReport, config: VerifyConfig) -> None:
+    failures = report.function_failures
+    if failures and len(failures) == report.num_rows:
+        raise ValueError(
+            f"--verify-function {config.verify_function} failed on each of the first {len(failures)} rows. On "
+            f"{failures[0].source}: {failures[0].reason.removeprefix(FAILED)}. No other row was graded. Correct the function."
+        )
 
 
 def _check_batch(
@@ -111,7 +148,7 @@ def _verify(pool: VerifierPool, rollouts: list[Rollout], checks: dict[str, Check
             raise _TimeIsUpError
 
     try:
-        pool.verify(rollouts, checks, stop_at_deadline)
+        pool.verify(rollouts, checks, stop_at_deadline, warns=False)
     except _TimeIsUpError:
         return
 
@@ -120,6 +157,8 @@ def _failure_of(row: Row, demonstration: Rollout, accepts_anything: bool) -> str
     if accepts_anything:
         return "its tests cannot fail: they accept a program that returns the same value for every input"
     assert demonstration.verdict is not None
+    if row.fields is not None and failed(demonstration):
+        return FAILED + demonstration.verdict_reason.removeprefix(FAILED)
     reason = _FAILURES.get(demonstration.verdict)
     if reason is None:
         return ""

@@ -1,9 +1,12 @@
 """tools/prepare_data.py, called with the arguments of a command line."""
 
 import json
+import os
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -285,3 +288,67 @@ def test_own_function_grades_the_rows_which_keep_all_their_fields(
     (row,) = map(json.loads, output.read_text().splitlines())
     assert {name: row[name] for name in good} == good
     assert prepare_data.main(["validate", *flags[:2], "--verify-function", "absent.py:grade"]) == 2
+
+
+def test_a_broken_function_is_reported_once_and_not_called_for_every_row(
+    write_rows: Callable, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    function, calls = tmp_path / "own.py", tmp_path / "calls"
+    function.write_text(
+        f"def grade(row, response):\n    open({str(calls)!r}, 'a').write('.')\n    return row['absent'] > 1\n"
+    )
+    flags = ["--train-data", write_rows(*[GOOD] * 300), "--verify-function", f"{function}:grade"]
+    assert prepare_data.main(["validate", *flags]) == 2
+    printed = capsys.readouterr()
+    assert (printed.out + printed.err).count("KeyError") == 1
+    assert "own.py:3" in printed.err and "rows.jsonl:1" in printed.err and "--verify-function" in printed.err
+    assert 0 < len(calls.read_text()) < 300
+    output = tmp_path / "out.jsonl"
+    assert prepare_data.main(["convert", *flags, "--grade", "--output", str(output)]) == 2
+    assert not output.exists()
+
+
+def test_a_function_that_fails_on_some_rows_is_reported_with_their_number(
+    write_rows: Callable, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    function = tmp_path / "own.py"
+    function.write_text("def grade(row, response):\n    return row['mark'] / 2\n")
+    rows = [{**GOOD, "problem": f"p{i}", "mark": mark} for i, mark in enumerate((2, "x", 0, None, 2))]
+    flags = ["--train-data", write_rows(*rows), "--verify-function", f"{function}:grade"]
+    assert prepare_data.main(["validate", *flags]) == 1
+    printed = capsys.readouterr().out
+    assert printed.count("TypeError") == 1 and "own.py:2), rows: 2, first: " in printed
+    assert "rows.jsonl:2" in printed and "rows.jsonl:4" not in printed
+    assert "rows.jsonl:3: the demonstration fails" in printed
+    output = tmp_path / "out.jsonl"
+    assert prepare_data.main(["convert", *flags, "--grade", "--output", str(output)]) == 0
+    assert len(output.read_text().splitlines()) == 2
+
+
+@pytest.fixture
+def place() -> Iterator[Path]:
+    """An empty folder with a short path, because paths of sockets are limited."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        yield Path(folder)
+
+
+def test_a_killed_check_leaves_one_folder_which_the_next_removes(
+    write_rows: Callable, tmp_path: Path, place: Path
+) -> None:
+    function, seen = tmp_path / "own.py", tmp_path / "seen"
+    function.write_text(
+        "import tempfile, time\n"
+        f"def grade(row, response):\n    open({str(seen)!r}, 'w').write(tempfile.gettempdir())\n    time.sleep(600)\n"
+    )
+    flags = ["--train-data", write_rows(GOOD), "--verify-function", f"{function}:grade"]
+    command = [sys.executable, str(TOOL), "validate", *flags, "--verify-timeout-s", "600"]
+    environment = os.environ | {"TMPDIR": str(place)}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) as process:
+        while not (seen.exists() and seen.read_text()):
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.kill()
+    (left,) = place.glob("rasft-run-*")
+    assert seen.read_text() == str(left) and not list(place.glob("pymp-*"))
+    subprocess.run([*command, "--no-grade"], env=environment, check=True)
+    assert not list(place.glob("rasft-run-*"))

@@ -3,21 +3,23 @@
 import os
 import signal
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing import process, util
 from pathlib import Path
 
 import pytest
 
-from megatron_rasft.training import temporary_files
+from megatron_rasft import scratch
 
 
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+def place(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The folder for temporary files: a short path, because those of sockets are limited."""
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    return tmp_path
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        monkeypatch.setattr("tempfile.tempdir", folder)
+        monkeypatch.setenv("TMPDIR", folder)
+        yield Path(folder)
 
 
 def forked(work: Callable[[], None]) -> None:
@@ -37,7 +39,7 @@ def begin() -> None:
     util._finalizer_registry.clear()
     process.current_process()._config.pop("tempdir", None)  # type: ignore[attr-defined]
     before = Path(tempfile.gettempdir())
-    temporary_files.use_own_folder()
+    scratch.use_own_folder()
     own = Path(os.environ["TMPDIR"])
     for folder in (util.get_temp_dir(), tempfile.mkdtemp(suffix="wandb-media")):
         assert Path(folder).parent == own
@@ -64,3 +66,11 @@ def test_files_of_a_killed_run_are_removed_by_the_next(place: Path) -> None:
     (place / "began").unlink()
     forked(begin_and_end)
     assert {path.name for path in place.iterdir()} == {"began", "rasft-rows-of-another"}
+
+
+def test_no_folder_is_made_where_sockets_in_it_would_have_too_long_paths(place: Path) -> None:
+    long = place / ("long" * 12)
+    long.mkdir()
+    tempfile.tempdir = str(long)
+    scratch.use_own_folder()
+    assert os.environ["TMPDIR"] == str(place) and not list(long.iterdir())
