@@ -12,12 +12,14 @@ After an interruption, the same command continues. torchrun distributes the work
 import argparse
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from rich.console import Console
 
 if not __package__:  # lets the file run from a checkout that is not installed
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -32,6 +34,7 @@ from megatron_rasft.data.tokenizer import end_ids, open_tokenizer
 from megatron_rasft.data.tokenizing import tokenize_prompts
 from megatron_rasft.errors import CheckpointError, DataError, RasftError
 from megatron_rasft.rollout.store import read_rollouts
+from megatron_rasft.scratch import use_own_folder
 from megatron_rasft.servers.keys import read_key
 from megatron_rasft.tools import cli
 from megatron_rasft.tools.evaluation.benchmark_grading import (
@@ -48,6 +51,7 @@ from megatron_rasft.tools.evaluation.own_sets import FIELDS
 from megatron_rasft.tools.evaluation.questions import ask
 from megatron_rasft.tools.evaluation.server_engine import Servers
 from megatron_rasft.tools.evaluation.summary import Summary, summarise
+from megatron_rasft.training import live
 from megatron_rasft.training.resume import Resume
 from megatron_rasft.types import SamplingParams
 from megatron_rasft.verify.programs.program_grading import find_sandbox_level
@@ -69,10 +73,12 @@ def main(argv: list[str] | None = None, open_engine: OpenEngine | None = None) -
     """Runs the command. Returns the exit code: 0 success, 1 failure, 2 a wrong flag or input.
 
     Args:
-        argv: the command line.
+        argv: the command line; None for that of the process, which then has a folder of its own for temporary files.
         open_engine: opens the engine; tests pass their own.
     """
-    argv = sys.argv[1:] if argv is None else argv
+    if argv is None:  # in a process of its own
+        use_own_folder()
+        argv = sys.argv[1:]
     if argv and argv[0].startswith("--") and argv[0] != "--help":
         argv = ["run", *argv]
     return cli.run(_run_command, argv, open_engine or _open_engine)
@@ -135,7 +141,8 @@ def run(args: argparse.Namespace, megatron_flags: list[str]) -> None:
             if engine is None:  # only rank 0 does the following
                 return
             output.write_protocol(drawn_by, config, benchmarks)
-            _sample_all(args, config, engine, benchmarks, output)
+            with live.shown(Console(highlight=False, soft_wrap=True), config.live_s):
+                _sample_all(args, config, engine, benchmarks, output)
     print(output.markdown.read_text(encoding="utf-8"))
 
 
@@ -181,7 +188,7 @@ def _sample_all(
                 seed=config.seed,
                 params=params,
                 decode=response_decoder(tokenizer, chat_format),
-                on_progress=_Progress(benchmark.title),
+                say=partial(print, flush=True),
             )
         summary = summarise(benchmark, rollouts, config.num_samples, config.ks(), num_rows)
         output.add_summary(args.label or Path(args.model).name, args.compare_with or args.model, summary)
@@ -189,9 +196,9 @@ def _sample_all(
 
 def show(args: argparse.Namespace, _: list[str]) -> None:
     """Print stored samples, in the order in which they were drawn."""
-    from rich.console import Console
-
-    stores = sorted((Path(args.output) / "samples").glob("*.jsonl"))
+    output = OutputFolder(Path(args.output))
+    output.check_exists()
+    stores = output.stores()
     if args.benchmark is not None:
         stores = [store for store in stores if store.stem == args.benchmark]
     if not stores:
@@ -318,27 +325,6 @@ def _open_servers(args: argparse.Namespace, config: EvaluationConfig) -> Servers
     api_key = read_key("--api-key-env", args.api_key_env)
     positions = folder.family.longest(folder.config)
     return Servers(args.server, folder.config, positions, api_key, config.deadline_s)
-
-
-class _Progress:
-    """Prints the progress of a benchmark with the estimated remaining time, at most every ten seconds."""
-
-    def __init__(self, title: str) -> None:
-        self._title = title
-        self._began = self._last = time.monotonic()
-        self._at_start: int | None = None
-
-    def __call__(self, done: int, total: int) -> None:
-        now = time.monotonic()
-        if self._at_start is None:
-            self._at_start = done
-            if done:
-                print(f"{self._title}: {done} of {total} samples are stored already", flush=True)
-        elif done == total or now - self._last >= 10:
-            self._last = now
-            per_s = (done - self._at_start) / max(now - self._began, 1e-9)
-            left = f", {(total - done) / per_s:.0f} s left" if done < total and per_s else ""
-            print(f"{self._title}: {done} of {total} samples, {per_s:.2f} samples/s{left}", flush=True)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -39,10 +39,16 @@ class SglangEngine:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def generate(self, requests: Sequence[Request], params: SamplingParams, weight_version: int) -> Answers:
-        """Samples every seed of every request and returns the answers."""
+    def generate(
+        self,
+        requests: Sequence[Request],
+        params: SamplingParams,
+        weight_version: int,
+        report: SamplingReport | None = None,
+    ) -> Answers:
+        """Samples every seed of every request and returns the answers. ``report`` counts them while they are sampled."""
         assert self._future is None, "samples of an earlier start() were not taken by result()"
-        return asyncio.run(sample(self.fleet, requests, params, weight_version, self._transport))
+        return asyncio.run(sample(self.fleet, requests, params, weight_version, self._transport, report))
 
     def start(self, requests: Sequence[Request], params: SamplingParams, weight_version: int) -> None:
         """Starts sampling in a thread. The servers' weights must not be synced before ``result``."""
@@ -50,7 +56,7 @@ class SglangEngine:
         self._cancel.clear()
         future: Future[Answers] = Future()
         self._future = future
-        self.report = SamplingReport(num_samples=sum(len(request.seeds) for request in requests))
+        self.report = SamplingReport.of(requests)
 
         def work() -> None:
             try:

@@ -75,6 +75,11 @@ class SamplingReport:
     samples_by_server: Counter[str] = field(default_factory=Counter)
     """Address -> samples that the server finished."""
 
+    @classmethod
+    def of(cls, requests: Sequence[Request]) -> "SamplingReport":
+        """Returns the report before the first result."""
+        return cls(num_samples=sum(len(request.seeds) for request in requests))
+
     @property
     def num_finished(self) -> int:
         return self.outcomes["stop"] + self.outcomes["length"]

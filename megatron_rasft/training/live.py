@@ -1,4 +1,4 @@
-"""The live line: how far a long phase of a refresh is, with its rate and the time that is left. Only rank 0 shows it.
+"""The live line: how far long work is, such as a phase of a refresh, with its rate and the time that is left. Only rank 0 shows it.
 
 A thread reads the count of the present work, so the line also appears while the main thread is inside one long call.
 """
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.status import Status
 
+from megatron_rasft.rollout.sampling import SamplingReport
 from megatron_rasft.types import Rollout
 
 _LOOK_S = 1.0
@@ -37,17 +38,28 @@ class Work:
 
     def line(self, now: float) -> str:
         """Returns the line at the time ``now``."""
-        seconds, done = max(1e-6, now - self.began), self.done()
-        rate = (done - self.done_before) / seconds
-        parts = [f"{self.label}: {done:,} of {self.total:,} {self.unit}" if self.total else self.label]
-        if rate > 0:
-            parts += [
-                f"{rate:,.{0 if rate >= 10 else 1}f} per s",
-                f"{_duration(max(0, self.total - done) / rate)} left",
-            ]
-        if tokens := self.num_tokens() - self.tokens_before:
+        seconds, tokens = self._seconds(now), self.num_tokens() - self.tokens_before
+        parts = self._counts(now, has_rate=True)
+        if tokens:
             parts.append(f"{tokens / seconds:,.0f} tokens/s")
         return ", ".join([*parts, f"after {_duration(seconds)}"])
+
+    def brief(self, now: float) -> str:
+        """Returns the start of a line that shows work within this work."""
+        return ", ".join(self._counts(now, has_rate=False))
+
+    def _counts(self, now: float, has_rate: bool) -> list[str]:
+        done = self.done()
+        rate = (done - self.done_before) / self._seconds(now)
+        parts = [f"{self.label}: {done:,} of {self.total:,} {self.unit}" if self.total else self.label]
+        if rate > 0 and has_rate:
+            parts.append(f"{rate:,.{0 if rate >= 10 else 1}f} per s")
+        if rate > 0:
+            parts.append(f"{_duration(max(0, self.total - done) / rate)} left")
+        return parts
+
+    def _seconds(self, now: float) -> float:
+        return max(1e-6, now - self.began)
 
 
 def _duration(seconds: float) -> str:
@@ -73,7 +85,7 @@ class LiveLine:
         self._look_s = min(_LOOK_S, interval_s / 2)
         self._clock = clock
         self._works: list[Work] = []
-        """Work within work; the last one is shown."""
+        """Work within work: each is done within the one before it."""
         self._said_at = 0.0
         self._status: Status | None = None
         self._lock = threading.Lock()
@@ -109,13 +121,17 @@ class LiveLine:
         with self._lock:
             if not self._works:
                 return
-            work, now = self._works[-1], self._clock()
+            now = self._clock()
             if self._console.is_terminal:
-                self._update(work.line(now))
+                self._update(self._line(now))
             # The next look would be too late.
-            elif now + self._look_s >= max(work.began, self._said_at) + self._interval_s:
+            elif now + self._look_s >= max(self._works[0].began, self._said_at) + self._interval_s:
                 self._said_at = now
-                self._console.print(work.line(now), markup=False)
+                self._console.print(self._line(now), markup=False)
+
+    def _line(self, now: float) -> str:
+        *around, work = self._works
+        return "; ".join([*(outer.brief(now) for outer in around), work.line(now)])
 
     def _update(self, line: str) -> None:
         if self._status is None:
@@ -163,6 +179,16 @@ def stop() -> None:
 
 
 @contextmanager
+def shown(console: Console, interval_s: float) -> Iterator[None]:
+    """Shows work of this process until the end of the context."""
+    start(console, interval_s)
+    try:
+        yield
+    finally:
+        stop()
+
+
+@contextmanager
 def work(
     label: str, unit: str, total: int, done: Callable[[], int], num_tokens: Callable[[], int] = lambda: 0
 ) -> Iterator[None]:
@@ -172,6 +198,11 @@ def work(
         return
     with _live.shows(label, unit, total, done, num_tokens):
         yield
+
+
+def sampling(report: SamplingReport) -> AbstractContextManager[None]:
+    """Shows the sampling by servers that ``report`` counts."""
+    return work("sampling", "rollouts", report.num_samples, report.outcomes.total, lambda: report.num_tokens)
 
 
 def verifying(rollouts: Sequence[Rollout]) -> AbstractContextManager[None]:

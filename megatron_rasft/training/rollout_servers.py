@@ -124,10 +124,7 @@ class RolloutServers:
     def _showing_samples(self) -> AbstractContextManager[None]:
         if self._engine_on_rank_zero is None:
             return nullcontext()
-        report = self.engine.report
-        return live.work(
-            "sampling", "rollouts", report.num_samples, report.outcomes.total, lambda: report.num_tokens
-        )
+        return live.sampling(self.engine.report)
 
     def _showing_sync(self, num_servers: int) -> AbstractContextManager[None]:
         transfer = self._sync.transfer

@@ -178,6 +178,6 @@ def test_missing_model_results_and_checkpoint_are_named(
     assert evaluate.main([*flags, "--checkpoint", str(tmp_path), "--model", str(tmp_path)]) == 1
     assert f"--checkpoint {tmp_path}" in capsys.readouterr().err
     assert evaluate.main(["table", str(tmp_path)]) == 1
-    assert f"{tmp_path} holds no results" in capsys.readouterr().err
+    assert f"{tmp_path} is not a folder of an evaluation" in capsys.readouterr().err
     assert evaluate.main(["show", str(tmp_path)]) == 1
-    assert f"{tmp_path} holds no samples" in capsys.readouterr().err
+    assert f"{tmp_path} is not a folder of an evaluation" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """Draws the samples of a benchmark that are not stored yet, grades them and stores them."""
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import batched
@@ -11,6 +12,7 @@ from megatron_rasft.rollout.seeds import sample_seed
 from megatron_rasft.rollout.store import RolloutStore, read_rollouts, whole_lines
 from megatron_rasft.tools.evaluation.benchmark_rows import Problem
 from megatron_rasft.tools.evaluation.benchmarks import Benchmark
+from megatron_rasft.training import live
 from megatron_rasft.types import Request, Response, Rollout, SamplingParams
 
 _SEED_BITS = 31
@@ -46,7 +48,7 @@ def sample_benchmark(
     seed: int,
     params: SamplingParams,
     decode: Callable[[list[int]], str],
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> list[Rollout]:
     """Returns every sample of a benchmark. Reads stored samples, and draws, grades and stores the missing ones.
 
@@ -62,7 +64,7 @@ def sample_benchmark(
         seed: seed of the evaluation.
         params: sampling parameters.
         decode: converts token ids to text without special tokens.
-        on_progress: called with the number of finished samples and of all samples.
+        say: prints a line, at the beginning and at the end. ``live`` shows the progress between them.
 
     Returns:
         [problems x num_samples] samples, in the order of the problems.
@@ -85,21 +87,26 @@ def sample_benchmark(
     ]
     store = RolloutStore(path)
     total = len(problems) * num_samples
-    on_progress(len(finished), total)
-    # The samples of a problem share the prefill of its prompt, so they stay in one batch
-    for batch in batched(missing, max(1, params.max_batch_size // num_samples)):
-        requests = [Request(prompt_ids=m.prompt_ids, seeds=m.seeds(seed, benchmark.name)) for m in batch]
-        rollouts = _as_rollouts(batch, engine.generate(requests, params), decode)
-        grade(rollouts, problems)
-        store.append(r for r in rollouts if r.finish_reason != "abort")
-        finished.update({(r.problem_id, r.sample_index): r for r in rollouts})
-        on_progress(len(finished), total)
+    if finished:
+        say(f"{benchmark.title}: {len(finished)} of {total} samples are stored already")
+    began = time.monotonic()
+    with live.work(benchmark.title, "samples", total, lambda: len(finished)):
+        # The samples of a problem share the prefill of its prompt, so they stay in one batch
+        for batch in batched(missing, max(1, params.max_batch_size // num_samples)):
+            requests = [Request(prompt_ids=m.prompt_ids, seeds=m.seeds(seed, benchmark.name)) for m in batch]
+            rollouts = _as_rollouts(batch, engine.generate(requests, params), decode)
+            with live.verifying(rollouts):
+                grade(rollouts, problems)
+            store.append(r for r in rollouts if r.finish_reason != "abort")
+            finished.update({(r.problem_id, r.sample_index): r for r in rollouts})
     aborted = sum(r.finish_reason == "abort" for r in finished.values())
     if aborted:
         raise RolloutError(
             f"{benchmark.title}: {aborted} of {total} samples could not be drawn. The others are stored in {path}. Run the "
             "same command again to draw the missing ones."
         )
+    if missing:
+        say(f"{benchmark.title}: {total} of {total} samples, after {time.monotonic() - began:.0f} s")
     return [finished[problem_id, i] for problem_id in problems for i in range(num_samples)]
 
 

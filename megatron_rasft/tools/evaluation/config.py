@@ -105,6 +105,10 @@ class EvaluationConfig(FlagSection):
     """Treatment of a file with unknown content or an unexpected number of rows. refuse: stop; accept: mark its results as
     unverified."""
 
+    live_s: NonNegativeFloat = 30.0
+    """Longest time between two lines about samples that are drawn or graded, seconds. On a terminal a single line is kept up to
+    date instead. 0: no such lines."""
+
     def check(self) -> None:
         check_verify_function(self)
         if self.temperature == 0 and self.num_samples > 1:

@@ -1,5 +1,6 @@
 """The output folder of an evaluation: its protocol, its samples and its results."""
 
+import difflib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -20,6 +21,8 @@ TABLE_WRITERS: dict[str, Callable[[comparison_tables.Results, str], str]] = {
     "latex": comparison_tables.latex,
 }
 _TABLE_FILES = {"markdown": "results.md", "csv": "results.csv", "latex": "results.tex"}
+_NUM_NEAR = 3
+"""Maximum number of other evaluations that an error lists."""
 
 
 class OutputFolder:
@@ -30,10 +33,15 @@ class OutputFolder:
         self.markdown = path / _TABLE_FILES["markdown"]
         self._protocol = path / "protocol.json"
         self._summary = path / "summary.json"
+        self._samples = path / "samples"
 
     def samples_of(self, benchmark: Benchmark) -> Path:
         """Returns the file of a benchmark's samples."""
-        return self.path / "samples" / f"{benchmark.name}.jsonl"
+        return self._samples / f"{benchmark.name}.jsonl"
+
+    def stores(self) -> list[Path]:
+        """Returns the files of samples of all benchmarks, sorted by name."""
+        return sorted(self._samples.glob("*.jsonl"))
 
     def check(self, drawn_by: dict[str, Any], benchmarks: Sequence[Benchmark]) -> None:
         """Checks that stored samples belong to this evaluation. Called before a model is loaded.
@@ -75,12 +83,38 @@ class OutputFolder:
             files[b.name] = {"path": str(b.path), "sha256": b.sha256, "verified": b.is_verified}
         write_json(self._protocol, {"drawn_by": drawn_by, "config": asdict(config), "files": files})
 
+    def check_exists(self) -> None:
+        """Checks that an evaluation wrote this folder.
+
+        Raises:
+            DataError: it does not exist, or holds something else.
+        """
+        if not self.path.is_dir():
+            raise DataError(
+                f"the folder {self.path} does not exist. Give the folder that was --output of `evaluate.py run`{self._near()}."
+            )
+        if not self._protocol.is_file() and not self._summary.is_file():
+            raise DataError(
+                f"{self.path} is not a folder of an evaluation: it holds neither {self._protocol.name} nor "
+                f"{self._summary.name}. Give the folder that was --output of `evaluate.py run`{self._near()}."
+            )
+
+    def _near(self) -> str:
+        """Returns the evaluations in and beside this folder as a clause; "" if there are none."""
+        others = [
+            file.parent for place in (self.path, self.path.parent) for file in place.glob("*/protocol.json")
+        ]
+        by_path = {str(folder): folder for folder in others if folder != self.path}
+        nearest = difflib.get_close_matches(str(self.path), by_path, n=_NUM_NEAR, cutoff=0.0)
+        return f", for example {', '.join(nearest)}" if nearest else ""
+
     def read_summaries(self) -> tuple[str, list[Summary]]:
         """Returns the label and the summaries of a finished evaluation.
 
         Raises:
-            DataError: the folder holds no results.
+            DataError: the folder does not exist, or holds no results.
         """
+        self.check_exists()
         if not self._summary.is_file():
             raise DataError(
                 f"{self.path} holds no results: {self._summary.name} does not exist. Run the evaluation to its end."

@@ -14,10 +14,12 @@ from megatron_rasft.config.rollout import RolloutConfig
 from megatron_rasft.errors import RolloutError
 from megatron_rasft.rollout.engine import SglangEngine
 from megatron_rasft.rollout.fleet import Fleet
+from megatron_rasft.rollout.sampling import SamplingReport
 from megatron_rasft.servers.client import ServerClient
 from megatron_rasft.servers.info import ServerInfo, version_label
 from megatron_rasft.servers.keys import ServerKeys
 from megatron_rasft.servers.record import ServerRecord, ServerRecords
+from megatron_rasft.training import live
 from megatron_rasft.types import Request, Response, SamplingParams
 
 
@@ -92,7 +94,9 @@ class Servers(AbstractContextManager["Servers"]):
             RolloutError: no server with the weights of the evaluation is left.
         """
         self._readmit()
-        answers = self._engine.generate(requests, params, self.weight_version)
+        report = SamplingReport.of(requests)
+        with live.sampling(report):
+            answers = self._engine.generate(requests, params, self.weight_version, report)
         lost = Response(token_ids=[], logprobs=[], finish_reason="abort")
         return [[lost if response is None else response for response in group] for group in answers.responses]
 

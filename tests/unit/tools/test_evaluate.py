@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -227,3 +229,60 @@ def test_own_function_grades_samples_that_are_kept_for_the_same_code_only(
     assert command(model, tmp_path / "other", questions, *flags) == 2
     assert "KeyError" in capsys.readouterr().err
     assert len(world.bodies) == num_drawn, "nothing is sampled for a function that fails"
+
+
+class WatchedEngine(FixedEngine):
+    """An engine that returns its responses after the live line was printed."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
+        self.capsys = capsys
+        self.seen = ""
+
+    def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[list[Response]]:
+        line = ""
+        while " of 4 samples" not in line:
+            time.sleep(0.01)
+            line += self.capsys.readouterr().out
+        self.seen += line
+        return super().generate(requests, params)
+
+
+def test_progress_is_shown_while_a_batch_is_sampled(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine = WatchedEngine(capsys)
+
+    @contextmanager
+    def open_engine(args: Any, servers: Any, megatron_flags: list[str]) -> Iterator[Engine]:
+        yield engine
+
+    questions = write_questions(tmp_path / "sums.jsonl", "1", "2")
+    flags = ["--model", str(model), "--benchmarks", f"sums={questions}", "--output", str(tmp_path / "out")]
+    flags += ["--num-samples", "2", "--verify-num-workers", "1", "--batch-size", "2", "--live-s", "0.01"]
+    assert evaluate.main(flags, open_engine) == 0
+    assert "sums: 0 of 4 samples" in engine.seen and "sums: 2 of 4 samples" in engine.seen
+    assert "sums: 4 of 4 samples" in capsys.readouterr().out
+
+
+def test_a_folder_that_is_missing_or_not_of_an_evaluation_is_said_with_others_near_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("before", "after"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "protocol.json").touch()
+    (tmp_path / "checkpoints").mkdir()
+    for command in ("table", "show"):
+        for wrong in ("befor", "checkpoints", "."):
+            assert evaluate.main([command, str(tmp_path / wrong)]) == 1
+            said = capsys.readouterr().err
+            assert str(tmp_path / wrong) in said and "--output" in said and str(tmp_path / "before") in said
+            assert "summary.json does not exist" not in said
+    assert evaluate.main(["table", str(tmp_path / "before")]) == 1
+    assert "summary.json does not exist" in capsys.readouterr().err
+
+
+def test_a_command_has_its_own_folder_for_temporary_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[bool] = []
+    monkeypatch.setattr(evaluate, "use_own_folder", lambda: made.append(True))
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "table", "absent"])
+    assert evaluate.main() == 1 and made == [True]

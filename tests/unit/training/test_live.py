@@ -59,16 +59,18 @@ def test_work_of_unknown_size_shows_its_time_and_repeated_work_has_no_negative_t
     assert "20 of 10 MiB" in repeated and ", 0 s left" in repeated
 
 
-def test_work_within_work_takes_its_place() -> None:
+def test_work_within_work_is_shown_after_it() -> None:
     line, text, clock = line_on(is_terminal=False)
-    with line.shows("outer", "samples", 10, lambda: 0, lambda: 0):
-        with line.shows("inner", "samples", 10, lambda: 0, lambda: 0):
-            clock.now += 40
+    done = 4
+    with line.shows("outer", "samples", 10, lambda: done, lambda: 0):
+        clock.now, done = clock.now + 20, 6
+        with line.shows("inner", "rollouts", 2, lambda: 0, lambda: 0):
+            clock.now += 20
             line.look()
         clock.now += 40
         line.look()
     inner, outer = text.getvalue().splitlines()
-    assert inner.startswith("inner: 0 of 10") and "left" not in inner, "no rate is known yet"
+    assert inner == "outer: 6 of 10 samples, 80 s left; inner: 0 of 2 rollouts, after 20 s"
     assert outer.startswith("outer") and outer.endswith("after 80 s")
 
 

@@ -1,12 +1,15 @@
 """Servers as the engine of an evaluation, without a network: labels, equal weights, lost samples."""
 
 import asyncio
+import io
 
 import httpx
 import pytest
+from rich.console import Console
 
 from megatron_rasft.errors import RolloutError
 from megatron_rasft.tools.evaluation.server_engine import Servers
+from megatron_rasft.training import live
 from megatron_rasft.types import Request, SamplingParams
 from tests.unit.tools.evaluation.conftest import MODEL, URLS, World
 
@@ -122,3 +125,12 @@ def test_no_answering_server_is_an_error() -> None:
 
     with pytest.raises(RolloutError, match=r"--server.* http://a:1 cannot be reached.*; http://b:2"):
         Servers(URLS, MODEL, 4096, wait_s=0.0, transport=httpx.MockTransport(nobody))
+
+
+def test_finished_samples_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = io.StringIO()
+    line = live.LiveLine(Console(file=text, soft_wrap=True), interval_s=0.0)
+    monkeypatch.setattr(live, "_live", line)
+    with World(["1"], refuses=lambda body: bool(line.look())).open() as servers:
+        servers.generate([Request(prompt_ids=[1], seeds=[5, 6])], PARAMS)
+    assert "sampling: 0 of 2 rollouts" in text.getvalue()
