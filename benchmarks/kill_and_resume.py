@@ -6,18 +6,23 @@ Usage:
 
 A round has 1, 2 or 4 processes, SIGTERM or SIGKILL, for all processes or for one, and a moment: in a step, a refresh, a save, a save in
 the background, the export, or the start. It is drawn from --seed and its number. Its result is one line of --results, and a second
-call with the same file runs only the rounds that it lacks. The model is tiny and needs no GPU; a round takes about half a minute of CPU
-time, and under --slurm, where each start imports everything anew, about two minutes. --slurm starts a Slurm cluster of four nodes on
-this machine (root and Debian's slurm-wlm and munge) and submits the job script of examples/slurm; there the runs have two processes.
+call with the same file runs only the rounds that it lacks. The model is tiny and needs no GPU. --slurm starts a Slurm cluster of four
+nodes on this machine (root and Debian's slurm-wlm and munge) and submits the job script of examples/slurm: one node with a process, or
+two nodes with one or two. A round takes about half a minute of CPU time, and under --slurm, where each start imports everything anew,
+about a minute.
 
 A round is identical, different, refused (the resumed run ends with an error), hung (it does not end), or missed (the run was over before
-the signal, or in spite of it: SIGTERM does not interrupt an export).
+the signal, or in spite of it: SIGTERM does not interrupt an export). Files of a round that is different, refused or hung are kept beside
+--results. --table prints the counts of several files of results, without running anything:
+
+    python benchmarks/kill_and_resume.py --table rounds.jsonl rounds_slurm.jsonl
 """
 
 import argparse
 import json
 import os
 import random
+import shutil
 import signal
 import statistics
 import sys
@@ -25,12 +30,13 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import psutil
 
@@ -42,10 +48,13 @@ from tests.functional import launching
 from tests.functional.conftest import Workshop, build_workshop
 from tests.functional.test_resume import assert_same_run, flags_of
 from tests.slurm.cluster import Cluster, missing
-from tests.slurm.runs import LIMIT_S, Runs
+from tests.slurm.runs import Runs
 
 Moment = Literal["step", "refresh", "save", "async save", "export", "start"]
 Outcome = Literal["identical", "different", "refused", "hung", "missed"]
+Line = dict[str, Any]
+"""A line of --results: the fields of ``Result``."""
+FAILURES: tuple[Outcome, ...] = ("different", "refused", "hung")
 
 _WINDOWS_S: dict[Moment, float] = {
     "step": 0.1,
@@ -56,8 +65,20 @@ _WINDOWS_S: dict[Moment, float] = {
     "start": 3.0,
 }
 """The longest delay between the beginning of a moment and the signal, seconds. Under Slurm a start takes longer."""
-_SLURM_START_S = 30.0
+_SLURM_START_S = 20.0
 _TIMEOUT_S = 300.0
+_SLURM_TIMEOUT_S = 1800.0
+"""The longest wait for a job, of which several run at the same time. A run that stands still ends itself much earlier."""
+_CHECK_S = 1.0
+"""Time between two questions to Slurm about a job."""
+_ENDS = ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL")
+"""Slurm's states of a job that is over."""
+_LAYOUTS = {
+    1: "--num-gpus 1 --gpus-per-node 1",
+    2: "--num-gpus 2 --gpus-per-node 1",
+    4: "--num-gpus 4 --gpus-per-node 2 --micro-batch-size 2",
+}
+"""Number of processes -> flags of tools/plan.py for a run under Slurm."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,13 +94,17 @@ class Round:
     share: float
     """The place inside the moment, from 0 to 1; it also draws the step."""
 
+    @property
+    def name(self) -> str:
+        return f"round{self.number:04d}"
 
-def draw(number: int, seed: int, *, is_slurm: bool = False) -> Round:
+
+def draw(number: int, seed: int) -> Round:
     """Returns the round of this number. Six rounds in a row have all moments."""
     moments: list[Moment] = list(get_args(Moment))
     random.Random(f"{seed}-{number // len(moments)}").shuffle(moments)
     choose = random.Random(f"{seed}-{number}-round")
-    drawn = Round(
+    return Round(
         number=number,
         num_processes=choose.choice((1, 2, 4)),
         moment=moments[number % len(moments)],
@@ -87,10 +112,6 @@ def draw(number: int, seed: int, *, is_slurm: bool = False) -> Round:
         hits_all=choose.random() < 0.5,
         share=choose.random(),
     )
-    if not is_slurm:
-        return drawn
-    # two nodes with a process each; Slurm sends SIGTERM to every process of a step
-    return replace(drawn, num_processes=2, hits_all=drawn.hits_all or drawn.signal == "TERM")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,12 +126,17 @@ class Strike:
     last_steps: tuple[int, ...]
     """The last steps before the refreshes."""
     start_s: float
+    logs: Path | None = None
+    """Folder in which the trainer's logs begin with the start; None for a run that has started."""
 
     def wait(self, is_over: Callable[[], bool] = lambda: False) -> bool:
         """Returns at the time of the signal; False if the run was over before."""
+        check_at = time.monotonic()
         while not self.has_begun():
-            if is_over():
-                return False
+            if time.monotonic() >= check_at:
+                if is_over():
+                    return False
+                check_at = time.monotonic() + _CHECK_S
             time.sleep(0.002)
         window = self.start_s if self.round.moment == "start" else _WINDOWS_S[self.round.moment]
         time.sleep(window * self.round.share)
@@ -120,7 +146,7 @@ class Strike:
         """Whether the moment has begun."""
         moment = self.round.moment
         if moment == "start":
-            return True
+            return self.logs is None or any(self.logs.glob("trainer-*.log"))
         if moment == "export":
             return self.export.exists() or any(self.export.parent.glob(f".{self.export.name}.partial-*"))
         if moment in ("save", "async save"):
@@ -156,14 +182,27 @@ class Result:
     """Seconds from the start of the resumed run to its first new step; None if no step was left, or it failed."""
 
 
+class Rounds(Protocol):
+    """A way to run rounds."""
+
+    def run(self, round_: Round) -> Result:
+        """Interrupts a run, resumes it, and compares it."""
+
+    def root(self, round_: Round) -> Path:
+        """The folder in which the names of this round's files begin with the round's name."""
+
+
 @dataclass(frozen=True)
 class Local:
     """Rounds whose processes are forked on this machine, as if torchrun had started them."""
 
     workshop: Workshop
 
+    def root(self, round_: Round) -> Path:
+        return self.workshop.root
+
     def run(self, round_: Round) -> Result:
-        unbroken, save = self._unbroken(round_.num_processes), self.workshop.root / f"round{round_.number}"
+        unbroken, save = self._unbroken(round_.num_processes), self.workshop.root / round_.name
         strike = Strike(
             round=round_,
             save=save,
@@ -217,64 +256,88 @@ def _flags(save: Path, num_processes: int) -> list[str]:
 
 @dataclass(frozen=True)
 class UnderSlurm:
-    """Rounds of the job script of examples/slurm on a Slurm cluster of this machine."""
+    """Rounds of the job script of examples/slurm on a Slurm cluster of this machine. Several may run at the same time."""
 
-    runs: Runs
+    cluster: Cluster
+    folder: Path
+    runs: dict[int, Runs] = field(default_factory=dict)
+    """Number of processes -> the runs with this number, which are compared with their run ``undisturbed``."""
+
+    def prepare(self) -> None:
+        """Runs the undisturbed run of each number of processes."""
+        for num, layout in _LAYOUTS.items():
+            root = self.folder / str(num)
+            root.mkdir()
+            self.runs[num] = Runs(self.cluster, root, layout)
+        for job in [runs.submit("undisturbed") for runs in self.runs.values()]:
+            if self._finish(job)["JobState"] != "COMPLETED":
+                raise RuntimeError("".join(runs.log("undisturbed") for runs in self.runs.values()))
+
+    def root(self, round_: Round) -> Path:
+        return self.runs[round_.num_processes].root
 
     def run(self, round_: Round) -> Result:
-        name, cluster = f"round{round_.number}", self.runs.cluster
-        if not self.runs.folder("undisturbed").exists():
-            self.runs.undisturbed()
+        runs, name = self.runs[round_.num_processes], round_.name
         flags = "--async-save" if round_.moment == "async save" else ""
-        job = self.runs.submit(name, flags=flags)
-        save = self.runs.folder(name) / "checkpoints"
+        job, save = runs.submit(name, flags=flags), runs.folder(name) / "checkpoints"
         strike = Strike(
             round=round_,
             save=save,
-            export=self.runs.folder(name) / "hf",
+            export=runs.folder(name) / "hf",
             saved_steps=(3, 6, 9),
             last_steps=(4, 5, 9),
             start_s=_SLURM_START_S,
+            logs=runs.folder(name) / "logs",
         )
-        cluster.wait_until(job, "RUNNING", timeout_s=LIMIT_S)
-        is_hit = strike.wait(lambda: cluster.facts(job).get("JobState") != "RUNNING")
-        if is_hit:
-            self._send(round_, name, job)
-        began_at = time.time()
         try:
+            self._wait_for(job, "RUNNING", *_ENDS)
+            is_missed = not strike.wait(lambda: self.cluster.facts(job).get("JobState") in _ENDS)
+            if not is_missed:
+                self._send(round_, job)
+            began_at = time.time()
             facts = self._finish(job)
+            is_missed = is_missed or (facts["JobState"] == "COMPLETED" and facts["Restarts"] == "0")
             if facts["JobState"] == "FAILED":  # before its first checkpoint a job is not requeued
                 began_at = time.time()
-                facts = self.runs.wait_for_end(self.runs.submit(name, flags=flags))
+                job = runs.submit(name, flags=flags)
+                facts = self._finish(job)
         except TimeoutError as error:
-            return Result(round=round_, outcome="hung", detail=str(error))
+            self.cluster.run("scancel", "--signal=KILL", "--full", job)
+            return Result(round=round_, outcome="hung", detail=f"{error}\n{runs.log(name)[-2000:]}")
         if facts["JobState"] != "COMPLETED":
-            return Result(round=round_, outcome="refused", detail=self.runs.log(name)[-2000:])
-        return judged(round_, partial(self.runs.assert_same, name), save, began_at, is_missed=not is_hit)
+            return Result(round=round_, outcome="refused", detail=runs.log(name)[-2000:])
+        return judged(round_, partial(runs.assert_same, name), save, began_at, is_missed=is_missed)
 
-    def _send(self, round_: Round, name: str, job: str) -> None:
-        if round_.signal == "TERM":
-            self.runs.cluster.run("scancel", "--signal=TERM", job)
+    def _send(self, round_: Round, job: str) -> None:
+        if round_.signal == "TERM" and round_.hits_all:
+            self.cluster.run("scancel", "--signal=TERM", job)
             return
-        ranks = {"RANK": "1"} if not round_.hits_all else {}
-        for process in self.runs.processes(name, "pretrain_rasft.py", **ranks):
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
+        for process in self._targets(round_):
+            with suppress(psutil.Error):
+                process.send_signal(signal.Signals[f"SIG{round_.signal}"])
+
+    def _targets(self, round_: Round) -> list[psutil.Process]:
+        """The ranks that the signal hits; before there are ranks, torchrun's agents."""
+        find = self.runs[round_.num_processes].processes
+        number = {} if round_.hits_all else {"RANK": str(round_.num_processes - 1)}
+        if ranks := find(round_.name, "pretrain_rasft.py", WORLD_SIZE=str(round_.num_processes), **number):
+            return ranks
+        agents = find(round_.name, " -m torch.distributed.run")
+        return agents if round_.hits_all else agents[-1:]
+
+    def _wait_for(self, job: str, *states: str) -> dict[str, str]:
+        return self.cluster.wait_until(job, *states, timeout_s=_SLURM_TIMEOUT_S, every_s=_CHECK_S)
 
     def _finish(self, job: str) -> dict[str, str]:
         """Starts the job again as often as it is requeued, and waits for its end."""
         restarts = 0
-        deadline = time.monotonic() + LIMIT_S
-        while True:
-            facts = self.runs.cluster.facts(job)
-            if facts.get("JobState") in ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED"):
-                return facts
-            if int(facts.get("Restarts", 0)) > restarts:
-                restarts += 1
-                self.runs.cluster.start_now(job, restarts, LIMIT_S)
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"job {job} does not end: {facts}")
-            time.sleep(1.0)
+        while (facts := self._wait_for(job, *_ENDS, "PENDING"))["JobState"] == "PENDING":
+            restarts = max(restarts, int(facts["Restarts"]))
+            if restarts:
+                self.cluster.start_now(job, restarts, _SLURM_TIMEOUT_S)
+            else:
+                self._wait_for(job, "RUNNING", *_ENDS)
+        return facts
 
 
 def judged(
@@ -299,7 +362,7 @@ def judged(
     )
 
 
-def known_results(file: Path | None) -> dict[int, dict[str, object]]:
+def known_results(file: Path | None) -> dict[int, Line]:
     """Reads the results of an earlier call: number of a round -> its line.
 
     Raises:
@@ -319,38 +382,94 @@ def known_results(file: Path | None) -> dict[int, dict[str, object]]:
     return found
 
 
-def summary(results: Sequence[dict[str, object]]) -> str:
+def summary(results: Sequence[Line]) -> str:
     """Returns the counts of the outcomes, and the times to the first new step."""
-    counts = Counter(str(result["outcome"]) for result in results)
+    counts = Counter(result["outcome"] for result in results)
     shown = ", ".join(f"{counts[name]} {name}" for name in get_args(Outcome))
-    times = [float(str(t)) for result in results if (t := result["first_step_s"]) is not None]
     line = f"{len(results)} rounds: {shown}"
-    if times:
+    if times := _times(results):
         line += (
             f"; first new step after {statistics.median(times):.1f} s (median), {max(times):.1f} s (longest)"
         )
     return line
 
 
-def run_rounds(
-    run: Callable[[Round], Result], args: argparse.Namespace, known: dict[int, dict[str, object]]
-) -> list[dict[str, object]]:
-    """Runs the rounds that are not known, and appends each to --results."""
-    for number in range(args.rounds):
-        if number in known:
-            continue
-        result = run(draw(number, args.seed, is_slurm=args.slurm))
-        known[number] = asdict(result)
-        if args.results is not None:
-            with args.results.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(known[number]) + "\n")
-        at = result.round
-        whom = "all" if at.hits_all else "one"
-        print(
-            f"{number}: {at.num_processes} processes, {at.signal} to {whom} in {at.moment}: {result.outcome}",
-            flush=True,
-        )
-    return [known[number] for number in range(args.rounds)]
+def _times(results: Sequence[Line]) -> list[float]:
+    return [time_s for result in results if (time_s := result["first_step_s"]) is not None]
+
+
+_GROUPS: tuple[tuple[str, Callable[[Line], str]], ...] = (
+    ("all", lambda round_: ""),
+    ("processes", lambda round_: str(round_["num_processes"])),
+    ("signal", lambda round_: f"SIG{round_['signal']} to {'all' if round_['hits_all'] else 'one'}"),
+    ("moment", lambda round_: round_["moment"]),
+)
+"""The lines of the table: a word, and the part of a round whose values have a line each."""
+
+
+def table(results: Sequence[Line]) -> str:
+    """Returns a Markdown table with the outcomes of all rounds, and by processes, signal and moment."""
+    heads = ["rounds", "", *get_args(Outcome), "first new step, s (median)", "(longest)"]
+    lines = [heads, ["---", "---", *["---:"] * (len(heads) - 2)]]
+    for word, part in _GROUPS:
+        for value in sorted({part(result["round"]) for result in results}):
+            chosen = [result for result in results if part(result["round"]) == value]
+            lines.append([word, value, *_cells(chosen)])
+    return "\n".join(f"| {' | '.join(cells)} |".replace("|  |", "| |") for cells in lines)
+
+
+def _cells(results: Sequence[Line]) -> list[str]:
+    counts = Counter(result["outcome"] for result in results)
+    times = _times(results)
+    measured = [f"{statistics.median(times):.1f}", f"{max(times):.1f}"] if times else ["", ""]
+    return [*(str(counts[name]) for name in get_args(Outcome)), *measured]
+
+
+def run_rounds(rounds: Rounds, args: argparse.Namespace, known: dict[int, Line]) -> None:
+    """Runs the rounds that are not known, ``--at-once`` at a time, and appends each to --results."""
+    with _pool(args.at_once) as pool:
+        lacking = [draw(number, args.seed) for number in range(args.rounds) if number not in known]
+        for done in as_completed([pool.submit(rounds.run, round_) for round_ in lacking]):
+            result = done.result()
+            known[result.round.number] = asdict(result)
+            _report(result, args.results)
+            _clear(result, rounds.root(result.round), args.results)
+
+
+@contextmanager
+def _pool(num_threads: int) -> Iterator[ThreadPoolExecutor]:
+    """Yields a pool. An error ends it without the rounds that have not begun."""
+    pool = ThreadPoolExecutor(num_threads)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _report(result: Result, file: Path | None) -> None:
+    if file is not None:
+        with file.open("a", encoding="utf-8") as opened:
+            opened.write(json.dumps(asdict(result)) + "\n")
+    at = result.round
+    whom = "all" if at.hits_all else "one"
+    print(
+        f"{at.number}: {at.num_processes} processes, {at.signal} to {whom} in {at.moment}: {result.outcome}",
+        flush=True,
+    )
+
+
+def _clear(result: Result, root: Path, file: Path | None) -> None:
+    """Removes the files of a round, or moves those of a failed one beside --results."""
+    is_kept = file is not None and result.outcome in FAILURES
+    for path in root.glob(f"{result.round.name}*"):
+        if file is not None and is_kept:
+            kept = file.with_name(f"{file.stem}-failed")
+            kept.mkdir(exist_ok=True)
+            shutil.move(path, kept / path.name)
+        elif path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -361,11 +480,27 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="draws the rounds (default: %(default)s)")
     parser.add_argument("--results", type=Path, metavar="FILE", help="file of results, which is continued")
     parser.add_argument("--slurm", action="store_true", help="run under a Slurm cluster on this machine")
+    parser.add_argument(
+        "--at-once",
+        type=int,
+        default=1,
+        metavar="N",
+        help="rounds at the same time, with --slurm (default: 1)",
+    )
+    parser.add_argument(
+        "--table", type=Path, nargs="+", metavar="FILE", help="print the counts of these results"
+    )
     args = parser.parse_args(argv)
     if args.rounds < 1:
         parser.error(f"--rounds must be >= 1, got {args.rounds}. Use 6 to see each moment once.")
+    if args.at_once < 1 or (args.at_once > 1 and not args.slurm):
+        parser.error(
+            f"--at-once must be 1, or more with --slurm, got {args.at_once}. Add --slurm, or leave it out."
+        )
     if args.slurm and (reason := missing()):
         parser.error(f"--slurm: {reason}. Or leave the flag out.")
+    if absent := [str(file) for file in args.table or [] if not file.is_file()]:
+        parser.error(f"--table: {', '.join(absent)} not found. Name files of --results.")
     if args.results is not None and not args.results.absolute().parent.is_dir():
         parser.error(f"--results {args.results}: its folder does not exist. Make it, or name another file.")
     return args
@@ -374,15 +509,21 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 1 if a round is different, refused or hung."""
     args = parse(argv)
+    if args.table:
+        print(table([line for file in args.table for line in known_results(file).values()]))
+        return 0
     known = known_results(args.results)
     with tempfile.TemporaryDirectory() as folder:
         if args.slurm:
             with Cluster() as cluster:
-                results = run_rounds(UnderSlurm(Runs(cluster, Path(folder))).run, args, known)
+                under_slurm = UnderSlurm(cluster, Path(folder))
+                under_slurm.prepare()
+                run_rounds(under_slurm, args, known)
         else:
-            results = run_rounds(Local(build_workshop(Path(folder))).run, args, known)
+            run_rounds(Local(build_workshop(Path(folder))), args, known)
+    results = [known[number] for number in range(args.rounds)]
     print(summary(results))
-    return int(any(result["outcome"] in ("different", "refused", "hung") for result in results))
+    return int(any(result["outcome"] in FAILURES for result in results))
 
 
 if __name__ == "__main__":

@@ -87,6 +87,23 @@ is_enabled = False
 """Whether ``enable`` has replaced torch.cuda's functions in this process."""
 
 
+def _not_compiled(function: Any = None, **options: Any) -> Any:
+    """Replaces torch.compile, also as a decorator with options."""
+    return (lambda decorated: decorated) if function is None else function
+
+
+def _avoid_compiler() -> None:
+    """Keeps torch's compiler from being imported, which takes three seconds of CPU time in each process.
+
+    Megatron decorates functions with torch.compile, which a tiny model on a CPU does not need. Methods of optimizers, at their first
+    call, import the compiler to exclude themselves from compilation (torch/_compile.py).
+    """
+    torch.compile = _not_compiled
+    for name in ("add_param_group", "load_state_dict", "state_dict", "zero_grad"):
+        method = getattr(torch.optim.Optimizer, name)
+        setattr(torch.optim.Optimizer, name, getattr(method, "__wrapped__", method))
+
+
 def enable() -> bool:
     """Replaces torch.cuda's functions on a machine without CUDA. Call this before importing Megatron.
 
@@ -101,6 +118,7 @@ def enable() -> bool:
     is_enabled = True
     for name in _GPU_KERNELS:
         sys.modules.setdefault(name, None)  # type: ignore[arg-type]
+    _avoid_compiler()
     stream = _NullStream()
     answers = {
         "current_device": lambda: _CPU,

@@ -220,7 +220,9 @@ class Cluster:
         line = self._output("scontrol", "--oneliner", "show", "job", job).partition("\n")[0]
         return dict(word.split("=", 1) for word in line.split() if "=" in word)
 
-    def wait_until(self, job: str, *states: str, timeout_s: float = 300) -> dict[str, str]:
+    def wait_until(
+        self, job: str, *states: str, timeout_s: float = 300, every_s: float = 0.2
+    ) -> dict[str, str]:
         """Waits until the job is in one of the states; returns its facts."""
         facts: dict[str, str] = {}
 
@@ -228,7 +230,7 @@ class Cluster:
             facts.update(self.facts(job))
             return facts.get("JobState") in states
 
-        wait_for(f"job {job} in {states}", has_state, timeout_s)
+        wait_for(f"job {job} in {states}", has_state, timeout_s, every_s)
         return facts
 
     def start_now(self, job: str, restart: int, timeout_s: float = 120) -> None:

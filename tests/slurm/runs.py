@@ -45,6 +45,8 @@ class Runs:
 
     cluster: Cluster
     root: Path
+    more_planned: str = ""
+    """Further flags of tools/plan.py, which replace those of ``PLAN``."""
     jobs: dict[str, str] = field(default_factory=dict)
     """Name of a run -> the number of its newest job."""
     script: Path = field(init=False)
@@ -54,7 +56,8 @@ class Runs:
         model = write_model(self.root / "model")
         data = write_sums(self.root / "sums.jsonl", 40)
         planned = self.root / "planned"
-        words = ["--hf-model", str(model), "--train-data", str(data), "--slurm", str(planned), *PLAN.split()]
+        words = ["--hf-model", str(model), "--train-data", str(data), "--slurm", str(planned)]
+        words += [*PLAN.split(), *self.more_planned.split()]
         assert cli.run(plan.main, words) == 0
         self.script = planned / "rasft.sbatch"
         checkout = self.root / "checkout"

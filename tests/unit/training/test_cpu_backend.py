@@ -65,6 +65,16 @@ def test_cuda_means_the_cpu() -> None:
     )
 
 
+@needs_cpu
+def test_program_does_not_import_the_compiler() -> None:
+    """The import takes three seconds of CPU time in each process of a run."""
+    run(
+        "import sys, torch, pretrain_rasft\n"
+        "assert 'torch._dynamo' not in sys.modules and 'torch._inductor.compile_fx' not in sys.modules\n"
+        "assert [torch.compile(abs)(-1), torch.compile(dynamic=True)(abs)(-1)] == [1, 1]\n"
+    )
+
+
 def adam_step(
     weight: torch.Tensor, grads: list[torch.Tensor], decay: float, is_decoupled: bool
 ) -> torch.Tensor:
