@@ -98,7 +98,7 @@ def _avoid_compiler() -> None:
     Megatron decorates functions with torch.compile, which a tiny model on a CPU does not need. Methods of optimizers, at their first
     call, import the compiler to exclude themselves from compilation (torch/_compile.py).
     """
-    torch.compile = _not_compiled
+    torch.compile = _not_compiled  # type: ignore[assignment]
     for name in ("add_param_group", "load_state_dict", "state_dict", "zero_grad"):
         method = getattr(torch.optim.Optimizer, name)
         setattr(torch.optim.Optimizer, name, getattr(method, "__wrapped__", method))

@@ -2,13 +2,16 @@
 
 import json
 import threading
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import get_args
+from typing import cast, get_args
 
 import pytest
 
 from benchmarks import kill_and_resume
-from benchmarks.kill_and_resume import Moment, Result, Round, Strike, draw, judged
+from benchmarks.interruptions import Moment, Outcome, Result, Round, Strike, draw, judged
+from benchmarks.interruptions_under_slurm import UnderSlurm
+from tests.slurm.cluster import Cluster
 
 
 def test_six_rounds_in_a_row_have_every_moment_and_a_seed_repeats_them() -> None:
@@ -20,10 +23,6 @@ def test_six_rounds_in_a_row_have_every_moment_and_a_seed_repeats_them() -> None
     assert {(r.signal, r.hits_all) for r in rounds} == {
         (s, a) for s in ("TERM", "KILL") for a in (True, False)
     }
-    under_slurm = {
-        (r.num_processes, r.signal, r.hits_all) for n in range(60) if (r := draw(n, 3, is_slurm=True))
-    }
-    assert under_slurm == {(2, "TERM", True), (2, "KILL", True), (2, "KILL", False)}
 
 
 def strike(folder: Path, moment: Moment) -> Strike:
@@ -50,6 +49,50 @@ def test_moment_begins_with_the_files_of_the_run(tmp_path: Path, moment: Moment)
     waiting.start()
     waiting.join(60)
     assert not waiting.is_alive()
+
+
+def test_start_under_slurm_begins_with_the_log_of_the_trainer(tmp_path: Path) -> None:
+    at = replace(strike(tmp_path, "start"), logs=tmp_path / "logs")
+    assert not at.has_begun()
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "health-0-n1.log").touch()
+    assert not at.has_begun()
+    (tmp_path / "logs" / "trainer-0-n1.log").touch()
+    assert at.has_begun()
+
+
+@dataclass
+class Facts:
+    """Stands for the cluster: the answers to questions about a job, one after the other."""
+
+    answers: list[tuple[str, int]]
+    """States of the job, with its restarts."""
+    started: list[int] = field(default_factory=list)
+    """The restarts that the round asked for."""
+
+    def wait_until(self, job: str, *states: str, timeout_s: float, every_s: float) -> dict[str, str]:
+        state, restarts = next(answer for answer in iter(self._next, None) if answer[0] in states)
+        return {"JobState": state, "Restarts": str(restarts)}
+
+    def _next(self) -> tuple[str, int]:
+        return self.answers.pop(0)
+
+    def start_now(self, job: str, restart: int, timeout_s: float) -> None:
+        self.started.append(restart)
+
+
+def test_requeued_job_is_started_again_as_often_as_needed(tmp_path: Path) -> None:
+    answers = [
+        ("PENDING", 0),
+        ("RUNNING", 0),
+        ("COMPLETING", 0),
+        ("PENDING", 1),
+        ("RUNNING", 1),
+        ("PENDING", 2),
+    ]
+    cluster = Facts([*answers, ("COMPLETED", 2)])
+    facts = UnderSlurm(cast(Cluster, cluster), tmp_path)._finish("1")
+    assert (facts["JobState"], cluster.started, cluster.answers) == ("COMPLETED", [1, 2], [])
 
 
 def test_equal_run_is_identical_and_its_first_new_step_is_timed(tmp_path: Path) -> None:
@@ -81,12 +124,43 @@ def test_rounds_are_counted_and_continued(
         )
 
     monkeypatch.setattr(kill_and_resume, "build_workshop", lambda folder: None)
+    monkeypatch.setattr(kill_and_resume.Local, "root", lambda self, round_: tmp_path / "runs")
     monkeypatch.setattr(kill_and_resume.Local, "run", run)
     flags = ["--results", str(tmp_path / "rounds.jsonl"), "--rounds"]
     assert kill_and_resume.main([*flags, "2"]) == 0
     assert kill_and_resume.main([*flags, "3"]) == 1
     assert ran == [0, 1, 2]
     assert "3 rounds: 2 identical, 0 different, 1 refused, 0 hung" in capsys.readouterr().out
+    assert kill_and_resume.main(["--table", str(tmp_path / "rounds.jsonl")]) == 0
+    shown = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines()]
+    cells = {tuple(cell.strip() for cell in line[:2]): [*map(str.strip, line[2:])] for line in shown}
+    assert cells["all", ""] == ["2", "0", "1", "0", "0", "2.5", "2.5"]
+    moments = {value: counts for (word, value), counts in cells.items() if word == "moment"}
+    assert {value: sum(map(int, counts[:5])) for value, counts in moments.items()} == {
+        draw(number, 0).moment: 1 for number in range(3)
+    }
     (tmp_path / "rounds.jsonl").write_text("{}\n")
     with pytest.raises(ValueError, match=r"--results .* line 1"):
         kill_and_resume.main([*flags, "3"])
+
+
+@pytest.mark.parametrize("outcome", ["identical", "missed", "different", "refused", "hung"])
+def test_files_of_a_failed_round_are_kept_beside_its_results(tmp_path: Path, outcome: Outcome) -> None:
+    root, results = tmp_path / "runs", tmp_path / "rounds.jsonl"
+    result = Result(round=draw(1, 0), outcome=outcome)
+    names = [result.round.name, f"{result.round.name}.log"]
+    (root / names[0] / "logs").mkdir(parents=True)
+    (root / names[1]).touch()
+    (root / draw(10, 0).name).mkdir()
+    kill_and_resume._clear(result, root, results)
+    assert [path.name for path in root.iterdir()] == [draw(10, 0).name]
+    kept = tmp_path / "rounds-failed"
+    is_failed = outcome in ("different", "refused", "hung")
+    assert sorted(path.name for path in kept.glob("*")) == (names if is_failed else [])
+
+
+@pytest.mark.parametrize("flags", [["--at-once", "2"], ["--at-once", "0"], ["--table", "absent.jsonl"]])
+def test_wrong_flag_is_refused_by_name(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        kill_and_resume.main(flags)
+    assert flags[0] in capsys.readouterr().err.splitlines()[-1]
