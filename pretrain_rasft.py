@@ -12,8 +12,10 @@ if __name__ == "__main__":
     answer_early(sys.argv[1:])
 
     from megatron_rasft.scratch import use_own_folder
+    from megatron_rasft.training import early_stop
 
     use_own_folder()
+    early_stop.remember()
 
 # multiprocessing runs this file once more in every process that it spawns, for example in Megatron's checkpoint writer. These
 # processes need none of the imports below, which take ten seconds and 800 MB.

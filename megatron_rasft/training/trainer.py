@@ -32,7 +32,7 @@ from megatron_rasft.errors import RasftError
 from megatron_rasft.ranks import gather_to_all, kept_by_rank_zero
 from megatron_rasft.servers.record import ServerRecords
 from megatron_rasft.sync import WeightSync
-from megatron_rasft.training import megatron_calls
+from megatron_rasft.training import early_stop, megatron_calls
 from megatron_rasft.training.batch_preparation import (
     BatchPreparer,
     PreparedBatch,
@@ -119,7 +119,7 @@ class Trainer:
         self._clock = ComputeClock(self.sampler.device)
         # Megatron's public signals_received() gathers over all ranks at every call; StopRequest needs this rank's flag alone.
         self.stop = StopRequest(
-            lambda: get_signal_handler()._signal_received,
+            lambda: get_signal_handler()._signal_received or early_stop.has_come(),
             args.exit_duration_in_mins,
             training._TRAIN_START_TIME,
             self.sampler.device,

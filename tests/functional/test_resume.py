@@ -1,7 +1,9 @@
 """A run that is interrupted and resumed equals the uninterrupted run, bit for bit."""
 
 import json
+import os
 import shutil
+import signal
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -290,6 +292,33 @@ def test_a_run_stops_before_the_end_of_its_slurm_allocation(
     assert status is not None and (status.state, status.step) == ("stopped", 8)
     assert "--exit-before-end-s 5000" in status.reason
     assert (save / "latest_checkpointed_iteration.txt").read_text() == "8"
+
+
+def _receive_sigterm_at_the_start() -> None:
+    """Ignores SIGTERM, as a rank of the job script does, and receives it when the program checks its flags."""
+    from megatron_rasft.training import startup
+
+    signal.signal(SIGTERM, signal.SIG_IGN)
+    parse = startup.parse
+
+    def parse_and_receive(*args: Any, **kwargs: Any) -> Any:
+        os.kill(os.getpid(), SIGTERM)
+        return parse(*args, **kwargs)
+
+    startup.parse = parse_and_receive
+
+
+def test_sigterm_that_comes_while_the_run_starts_stops_it_before_the_first_step(
+    workshop: Workshop, tmp_path: Path
+) -> None:
+    save = tmp_path / "save"
+    flags = workshop.flags("--save", str(save), *flags_of(save))
+    outcome = launching.run(
+        tmp_path / "logs", flags, 2, prepare_rank=lambda rank: [_receive_sigterm_at_the_start] if rank else []
+    )
+    assert outcome.codes == [0, 0], outcome.output
+    status = RunStatus.read(save)
+    assert status is not None and (status.state, status.step) == ("stopped", 0)
 
 
 def test_torchrun_stopped_by_sigterm_saves_the_last_step(workshop: Workshop, tmp_path: Path) -> None:
