@@ -57,6 +57,17 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "max_position_embeddings": 128,
         },
     ),
+    "seed_oss": ("SeedOss", {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}),
+    "smollm3": (
+        "SmolLM3",
+        {
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "no_rope_layers": [1, 0, 1, 1],
+            "pad_token_id": 0,
+            "eos_token_id": 1,
+        },
+    ),
     "mistral": ("Mistral", {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": None}),
     "phi3": (
         "Phi3",

@@ -122,7 +122,7 @@ def read_shape(config: dict[str, Any], family: Family) -> ModelShape:
         "num_query_groups": groups,
         "head_dim": positive_int(config, "head_dim", default=family.default_head_dim or hidden_size // heads),
         "vocab_size": positive_int(config, "vocab_size"),
-        "is_tied": flag(config, "tie_word_embeddings"),
+        "is_tied": flag(config, "tie_word_embeddings", family.default_is_tied),
         "has_qkv_bias": family.has_qkv_bias,
         "has_qk_norm": family.has_qk_norm,
     }
@@ -138,9 +138,11 @@ def _refuse_unsupported(config: dict[str, Any], family: Family) -> None:
             f"the model is quantized (quantization_config, {str(method)[:80]}); use a folder with plain bf16, fp16 or "
             "fp32 weights"
         )
-    for key in ("attention_bias", "mlp_bias"):
-        if flag(config, key):
-            raise unsupported(f"{key} is true, which is not supported for {family.architecture}")
+    for key, default, supported in family.fixed_flags:
+        if (found := flag(config, key, default)) != supported:
+            raise unsupported(
+                f"{key} is {str(found).lower()}, which is not supported for {family.architecture}"
+            )
     activation = config.get("hidden_act", "silu")
     if activation != "silu":
         raise unsupported(f"hidden_act {short(activation)} is not supported; supported is 'silu'")

@@ -88,8 +88,9 @@ class _Forward:
         if self.shape.has_qk_norm:
             query = self._norm(query, "self_attention.q_layernorm.weight", layer)
             key = self._norm(key, "self_attention.k_layernorm.weight", layer)
-        factor = 1.0 if self.rope.yarn is None else self.rope.yarn.attention_factor
-        query, key = rotate(query, angles, factor), rotate(key, angles, factor)
+        if not self.args.get("no_rope_freq") or not self.args["no_rope_freq"][layer]:
+            factor = 1.0 if self.rope.yarn is None else self.rope.yarn.attention_factor
+            query, key = rotate(query, angles, factor), rotate(key, angles, factor)
         query, key, value = (t.transpose(1, 2) for t in (query, key, value))  # [b, heads, s, d]
         x = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
         x = x.transpose(1, 2).flatten(2)

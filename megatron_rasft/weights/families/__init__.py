@@ -32,6 +32,8 @@ FAMILIES = {
         dense.QWEN2,
         dense.QWEN3,
         dense.PHI3,
+        dense.SEED_OSS,
+        dense.SMOLLM3,
         experts.MIXTRAL,
         experts.QWEN3_MOE,
     )

@@ -30,6 +30,7 @@ class Family:
     default_query_groups: int | None = None
     """num_key_value_heads if config.json omits it; None means num_attention_heads."""
     default_max_position_embeddings: int
+    default_is_tied: bool = False
     default_rope_theta: float = 10000.0
     default_norm_eps: float = 1e-6
     default_sliding_window: int | None = None
@@ -37,6 +38,11 @@ class Family:
     """True if config.json's sliding_window applies only when use_sliding_window is true."""
     has_max_window_layers: bool = False
     """True if the first max_window_layers layers have no window; False: all layers have it."""
+    fixed_flags: tuple[tuple[str, bool, bool], ...] = (
+        ("attention_bias", False, False),
+        ("mlp_bias", False, False),
+    )
+    """Flags of config.json for which the table has one value only: key, value if the key is omitted, value of the table."""
     own_sizes: Callable[[Config], dict[str, Any]] = lambda config: {}
     """Returns the fields of ModelShape that only this family has, and refuses what only its config.json can ask for."""
     own_args: Callable[[Config, ModelShape], dict[str, Any]] = lambda config, shape: {}

@@ -1,8 +1,12 @@
 """Families whose layers have one MLP and full attention."""
 
-from megatron_rasft.weights.families.declaration import Family
+from typing import Any
+
+from megatron_rasft.weights.config_values import list_of, positive_int, refusal
+from megatron_rasft.weights.families.declaration import Config, Family
 from megatron_rasft.weights.families.entries import ATTENTION, MLP, QK_NORM, QKV_BIAS, kv_size, q_size
 from megatron_rasft.weights.families.layouts import gate_then_up, query_key_value, stacked
+from megatron_rasft.weights.families.shape import ModelShape
 
 LLAMA = Family(architecture="LlamaForCausalLM", default_max_position_embeddings=2048)
 
@@ -49,4 +53,39 @@ PHI3 = Family(
     mlp=(MLP[0], _STACKED_GATE_UP, MLP[2]),
     default_max_position_embeddings=4096,
     default_norm_eps=1e-5,
+)
+
+SEED_OSS = Family(
+    architecture="SeedOssForCausalLM",
+    attention=ATTENTION + QKV_BIAS,
+    default_head_dim=128,
+    default_query_groups=8,
+    default_max_position_embeddings=524288,
+    fixed_flags=(
+        ("attention_bias", True, True),
+        ("attention_out_bias", False, False),
+        ("mlp_bias", False, False),
+    ),
+)
+
+
+def _layers_without_positions(config: Config, shape: ModelShape) -> dict[str, Any]:
+    """Reads the layers that have no rotary embedding. config.json has 0 for them, Megatron 1."""
+    rotates = list_of(config, "no_rope_layers", int)
+    if config.get("no_rope_layers") is None:
+        interval = positive_int(config, "no_rope_layer_interval", 4)
+        rotates = [int((layer + 1) % interval != 0) for layer in range(shape.num_layers)]
+    if len(rotates) < shape.num_layers or not set(rotates) <= {0, 1}:
+        raise refusal("no_rope_layers", f"a list of {shape.num_layers} values 0 or 1 as", rotates)
+    return {"no_rope_freq": [1 - rotated for rotated in rotates[: shape.num_layers]]}
+
+
+SMOLLM3 = Family(
+    architecture="SmolLM3ForCausalLM",
+    default_query_groups=4,
+    default_is_tied=True,
+    default_max_position_embeddings=32768,
+    default_rope_theta=2000000.0,
+    has_window_switch=True,
+    own_args=_layers_without_positions,
 )

@@ -125,6 +125,7 @@ KEYS = [
     "hidden_act", "layer_types", "sliding_window", "use_sliding_window", "max_window_layers", "max_position_embeddings",
     "rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "rms_norm_eps", "initializer_range",
     "num_experts", "num_local_experts", "num_experts_per_tok", "norm_topk_prob", "mlp_only_layers", "decoder_sparse_step",
+    "attention_out_bias", "no_rope_layers", "no_rope_layer_interval",
 ]  # fmt: skip
 ROPE_KEYS = [
     "rope_type",
@@ -219,4 +220,4 @@ def test_any_config_is_read_or_refused_with_one_line(
         return
     for key, value in made.items():
         assert not isinstance(value, float) or math.isfinite(value), key
-        assert value is None or isinstance(value, int | float | str), key
+        assert value is None or isinstance(value, int | float | str | list), key

@@ -21,7 +21,7 @@ WEIGHTS = "model.safetensors"
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("folders")
-    cases = ("llama", "qwen2_tied", "qwen3", "mistral", "phi3", "mixtral", "qwen3_moe")
+    cases = ("llama", "qwen2_tied", "qwen3", "mistral", "phi3", "mixtral", "seed_oss", "smollm3", "qwen3_moe")
     folders = {case: write_folder(case, root / case) for case in cases}
     folders["sharded"] = write_folder("llama", root / "sharded", max_shard_size="60KB")
     return folders
@@ -299,6 +299,10 @@ def test_stored_output_of_a_tied_model_must_be_the_embedding(folder: Callable[..
         ("llama", {"rope_parameters": {"rope_theta": "1e4"}}, "rope_theta, found '1e4'"),
         ("llama", {"hidden_size": None}, "hidden_size"),
         ("llama", {"num_key_value_heads": 3}, "num_key_value_heads 3"),
+        ("seed_oss", {"attention_out_bias": True}, "attention_out_bias"),
+        ("seed_oss", {"attention_bias": False}, "attention_bias"),
+        ("smollm3", {"no_rope_layers": [1, 0, 1]}, "no_rope_layers"),
+        ("smollm3", {"no_rope_layers": [1, 0, 1, 2]}, "no_rope_layers"),
         ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}, "'linear'"),
         (
             "llama",
