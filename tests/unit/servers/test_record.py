@@ -44,7 +44,7 @@ def test_closing_the_records_closes_every_client() -> None:
 
 
 def test_servers_are_called_at_the_same_time_and_failures_are_returned() -> None:
-    barrier = threading.Barrier(3, timeout=10)
+    barrier = threading.Barrier(3, timeout=600)
     servers = [StandIn(f"http://{name}:1") for name in "abc"]
 
     def call(server: StandIn) -> None:
