@@ -11,6 +11,7 @@ import pytest
 
 from megatron_rasft.config.verify import VerifyConfig
 from megatron_rasft.types import ProblemRow, Rollout
+from megatron_rasft.verify import pool as pool_module
 from megatron_rasft.verify.function_trial import try_function
 from megatron_rasft.verify.own_function import FAILED, FunctionError, find_function, judged
 from megatron_rasft.verify.pool import VerifierPool
@@ -20,7 +21,8 @@ ROW: ProblemRow = {"problem": "p", "response": "r", "wanted": {"a": 1}}
 
 def config(file: Path, code: str, name: str = "grade", **values: Any) -> VerifyConfig:
     file.write_text(code)
-    return VerifyConfig(verify_function=f"{file}:{name}", verify_num_workers=1, **values)
+    limits = {"verify_num_workers": 1, "verify_timeout_s": 600.0}  # no function is late on a busy machine
+    return VerifyConfig(verify_function=f"{file}:{name}", **{**limits, **values})
 
 
 def graded(config: VerifyConfig, texts: list[str], row: ProblemRow = ROW) -> list[Rollout]:
@@ -140,7 +142,10 @@ def test_failure_in_a_run_is_unverifiable_and_said(tmp_path: Path, caplog: pytes
     assert "--verify-function" in said and "1 of 3" in said and "ZeroDivisionError" in said
 
 
-def test_slow_function_is_called_once_with_the_whole_deadline(tmp_path: Path) -> None:
+def test_slow_function_is_called_once_with_the_whole_deadline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool_module, "_FIRST_ROUND_SHARE", 0.0)  # a first round would interrupt the function
     calls = tmp_path / "calls"
     code = f"""import time
 def grade(row, response):
@@ -148,14 +153,18 @@ def grade(row, response):
     time.sleep(0.8)
     return True
 """
-    (rollout,) = graded(config(tmp_path / "own.py", code, verify_timeout_s=8.0), ["r"])
+    (rollout,) = graded(config(tmp_path / "own.py", code), ["r"])
     assert rollout.verdict == "correct"
     assert calls.read_text() == "x"
 
 
 def test_time_of_imports_does_not_count(tmp_path: Path) -> None:
-    code = "import time\ntime.sleep(3.5)\ndef grade(row, response): return True"
-    (rollout,) = graded(config(tmp_path / "own.py", code, verify_timeout_s=3.0), ["r"])
+    """A grading runs under a timer of the worker, which must not run yet while the file is imported."""
+    code = """import signal
+LEFT_S = signal.getitimer(signal.ITIMER_REAL)[0]
+def grade(row, response): return LEFT_S == 0 < signal.getitimer(signal.ITIMER_REAL)[0]
+"""
+    (rollout,) = graded(config(tmp_path / "own.py", code), ["r"])
     assert rollout.verdict == "correct"
 
 
@@ -223,7 +232,7 @@ def test_installed_function_is_found_by_its_entry_point(
     entry = "[megatron_rasft.verifiers]\nshort = graders_of_a_team.short:grade\n"
     (info / "entry_points.txt").write_text(entry)
     monkeypatch.syspath_prepend(str(tmp_path))
-    installed = VerifyConfig(verify_function="short", verify_num_workers=1)
+    installed = VerifyConfig(verify_function="short", verify_num_workers=1, verify_timeout_s=600.0)
     assert [r.verdict for r in graded(installed, ["ab", "abc"])] == ["correct", "wrong"]
     assert "graders_of_a_team" not in sys.modules, "the trainer does not import the user's code"
     before = find_function("short").digest
