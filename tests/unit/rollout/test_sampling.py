@@ -6,6 +6,7 @@ import random
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -20,6 +21,11 @@ from megatron_rasft.rollout.fleet import Fleet
 from megatron_rasft.servers.client import ServerClient
 from megatron_rasft.servers.record import ServerRecords
 from megatron_rasft.types import Request, Response, SamplingParams
+from tests.deadlines import Deadlines, deadlines
+
+__all__ = ["deadlines"]
+
+pytestmark = pytest.mark.usefixtures("deadlines")  # no server is slow because the machine is busy
 
 A, B = "http://a:1", "http://b:2"
 VERSION = 5
@@ -117,6 +123,8 @@ class Servers:
         try:
             await asyncio.sleep(0)
             answer = self.generate(url, body)
+            if isinstance(answer, dict) and "is_late" in answer:
+                await answer["is_late"].pass_now()
             if isinstance(answer, dict) and answer.get("hangs"):
                 await asyncio.sleep(answer["hangs"])
                 answer = answer_of(body)
@@ -315,10 +323,18 @@ def test_a_full_server_gets_no_request_for_as_long_as_it_asks() -> None:
 
 
 def test_a_server_that_stays_full_is_left_out_at_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampling, "MIN_BACKOFF_S", 0.05)
-    servers = Servers(lambda url, body: FULL, rollout_urls=[B], rollout_deadline_s=0.3)
+    now = [0.0]
+    monkeypatch.setattr(sampling, "MIN_BACKOFF_S", 0.0)
+    monkeypatch.setattr(sampling, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def refuse(url: str, body: dict[str, Any]) -> httpx.Response:
+        now[0] += 10.0
+        return FULL
+
+    servers = Servers(refuse, rollout_urls=[B], rollout_deadline_s=300.0, rollout_concurrency=1)
     _, report = servers.sample(requests_of(4))
     assert report.outcomes["failed"] == 8 and report.num_quarantined == 1
+    assert len(servers.asked) == 32, "the first, those within 300 s, and the one after them"
     assert "The request queue is full" in servers.said[0]
 
 
@@ -333,7 +349,7 @@ def test_a_server_that_works_for_this_run_is_not_quarantined_as_full(
         lambda url, body: FULL if servers.running[url] > num_places else {"hangs": 0.8},
         rollout_urls=[B],
         rollout_watch_s=1.0,
-        rollout_deadline_s=2.0,  # shorter than all samples together, far longer than a sample on a busy machine
+        rollout_deadline_s=2.0,  # shorter than all samples together
     )
     for found in servers.fleet.find():
         servers.fleet.admit(found.url, VERSION)
@@ -405,13 +421,16 @@ def test_a_sample_waits_for_a_busy_server_instead_of_failing_again_at_a_broken_o
     assert report.num_finished == 2 and report.num_retried == 1
 
 
-def test_a_hung_server_is_left_out_at_the_deadline_and_its_requests_are_repeated() -> None:
+def test_a_hung_server_is_left_out_at_the_deadline_and_its_requests_are_repeated(
+    deadlines: Deadlines,
+) -> None:
     servers = Servers(
-        lambda url, body: {"hangs": 60} if url == B else answer_of(body), rollout_deadline_s=0.3
+        lambda url, body: {"is_late": deadlines} if url == B else answer_of(body), rollout_deadline_s=300.0
     )
     _, report = servers.sample(requests_of(20))
     assert report.num_finished == 40 and report.num_quarantined == 1
-    assert len(servers.said) == 1 and "deadline of 0.3 s" in servers.said[0]
+    assert len(servers.said) == 1 and "deadline of 300 s" in servers.said[0]
+    assert set(deadlines.limits_s) == {300.0}
 
 
 def test_a_restarted_server_is_noticed_by_the_watch() -> None:

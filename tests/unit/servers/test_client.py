@@ -133,7 +133,9 @@ def test_flushing_waits_for_requests_to_leave_and_gives_up_in_time(clock: Clock)
     client_of(lambda request: httpx.Response(next(busy))).flush_cache(deadline_s=30.0)
     began = clock.now
     with pytest.raises(ServerError, match="requests are still running"):
-        client_of(lambda request: httpx.Response(400, text="Flush cache failed.")).flush_cache(deadline_s=30.0)
+        client_of(lambda request: httpx.Response(400, text="Flush cache failed.")).flush_cache(
+            deadline_s=30.0
+        )
     assert 29 < clock.now - began <= 30
 
 
@@ -173,9 +175,7 @@ def test_a_connection_that_opens_after_the_deadline_is_closed_at_once() -> None:
         assert theirs.recv(1) == b""
 
 
-def test_a_host_of_several_addresses_has_one_deadline(
-    monkeypatch: pytest.MonkeyPatch, clock: Clock
-) -> None:
+def test_a_host_of_several_addresses_has_one_deadline(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
     found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (f"192.0.2.{i}", 1)) for i in (1, 2, 3)]
     tried_s: list[float] = []
 

@@ -125,7 +125,7 @@ class StandIn(ServerClient):
         **_: Any,
     ) -> None:
         self._note("init")
-        timeout = timedelta(seconds=10)
+        timeout = timedelta(seconds=600)
         # like torch's _new_process_group_helper on a server
         store: Any = dist.TCPStore(master_address, master_port, is_master=False, timeout=timeout)
         for prefix in (group_name, f"{group_name}/", "cpu/"):

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -32,7 +32,7 @@ from tests.unit.sync.stand_ins import StandIn
 from tests.unit.sync.test_buckets import model
 
 
-def group(*servers: StandIn, timeout_s: float = 20.0, **options: object) -> UpdateGroup:
+def group(*servers: StandIn, timeout_s: float = 600.0, **options: object) -> UpdateGroup:
     values = {"address": "127.0.0.1", "port": 0, "interface": None, **options}
     return UpdateGroup(
         servers,
@@ -78,7 +78,7 @@ def test_servers_and_trainer_leave_a_group_together(
     abort = joined.abort
     monkeypatch.setattr(joined, "abort", lambda: (abort(), has_left.set()))
     found = []
-    servers[0].before["destroy"] = lambda: found.append(has_left.wait(30))
+    servers[0].before["destroy"] = lambda: found.append(has_left.wait(600))
     joined.close()
     assert found == [True]
 
@@ -147,29 +147,30 @@ def test_a_port_in_use_names_its_flag(servers: tuple[StandIn, StandIn]) -> None:
 def test_a_server_that_fails_is_named_at_once(
     status: int | None, says: str, servers: tuple[StandIn, StandIn], bucket: tuple[Bucket, torch.Tensor]
 ) -> None:
-    joined = group(*servers, timeout_s=10.0)
+    joined = group(*servers, timeout_s=10_000.0)  # longer than a test may take
     servers[1].before["update"] = lambda: servers[1].fail(says, status)
-    began = time.monotonic()
     with pytest.raises(GroupFailure, match=says) as caught:
         joined.broadcast(*bucket)
     assert list(caught.value.servers) == ["http://b:1"]
-    assert time.monotonic() - began < 9, "the deadline was waited for"
 
 
 def test_a_stuck_server_is_named_at_the_deadline(
-    servers: tuple[StandIn, StandIn], bucket: tuple[Bucket, torch.Tensor]
+    servers: tuple[StandIn, StandIn], bucket: tuple[Bucket, torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    joined = group(*servers, timeout_s=5.0)
-    servers[0].before["update"] = hang_for(14)
-    with pytest.raises(GroupFailure, match="within 5 s") as caught:
+    joined = group(*servers)
+    has_ended = threading.Event()
+    servers[0].before["update"] = lambda: (has_ended.wait(900), servers[0].fail())
+    monkeypatch.setattr(joined, "_timeout_s", 4.0)  # joining must succeed, so it has more time
+    with pytest.raises(GroupFailure, match="within 4 s") as caught:
         joined.broadcast(*bucket)
+    has_ended.set()
     assert list(caught.value.servers) == ["http://a:1"]
 
 
 def test_a_server_that_does_not_join_is_named(servers: tuple[StandIn, StandIn]) -> None:
     servers[1].before["init"] = lambda: servers[1].fail("no NCCL here")
     with pytest.raises(GroupFailure, match="no NCCL here") as caught:
-        group(*servers, timeout_s=5.0)
+        group(*servers)
     assert list(caught.value.servers) == ["http://b:1"]
 
 
@@ -185,7 +186,7 @@ from megatron_rasft.sync.buckets import plan_buckets
 from megatron_rasft.sync.wire_format import WireFormat
 
 server = StandIn("http://a:1", False)
-joined = group(server, timeout_s=5.0)
+joined = group(server)
 Broadcaster.send = lambda self, memory: time.sleep(3600)  # like NCCL while it connects: no abort ends it
 server.before["update"] = lambda: server.fail("is gone", None)
 (bucket,) = plan_buckets(model(), WireFormat(torch.bfloat16), 10**9)
@@ -202,7 +203,7 @@ def test_a_collective_that_never_ends_does_not_keep_the_process_alive() -> None:
         [sys.executable, "-c", STUCK],
         cwd=root,
         env={**os.environ, "PYTHONPATH": str(root)},
-        timeout=120,  # otherwise the process would run for an hour
+        timeout=900,  # otherwise the process would run for an hour
         capture_output=True,
         text=True,
     )
@@ -327,7 +328,3 @@ def test_a_named_interface_decides_on_the_address() -> None:
 def test_addresses_of_this_machine_are_recognised() -> None:
     assert is_own_address("127.0.0.1") and is_own_address("localhost")
     assert not is_own_address("192.0.2.1") and not is_own_address("no.such.host.invalid")
-
-
-def hang_for(seconds: float) -> Callable[[], None]:
-    return lambda: time.sleep(seconds)

@@ -31,7 +31,7 @@ class Trainer:
         self.weights = {t.name: torch.randn(t.shape) for t in self.tensors}
         self.sync = WeightSync(
             SyncConfig(
-                **{"sync_bucket_mib": 1, "sync_timeout_s": 20.0, "sync_address": "127.0.0.1", **flags}
+                **{"sync_bucket_mib": 1, "sync_timeout_s": 600.0, "sync_address": "127.0.0.1", **flags}
             ),
             plan=self._plan,
             gather=self._gather,

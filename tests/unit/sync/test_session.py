@@ -31,7 +31,7 @@ class Syncs:
         self.servers = servers
         self.urls = [server.url for server in servers]
         self.groups: list[str] = []
-        config = SyncConfig(**{"sync_timeout_s": 20.0, **flags})
+        config = SyncConfig(**{"sync_timeout_s": 600.0, **flags})
         self.session = ServerSession(config, records_of(*servers), CONFIG, device, nccl)
 
     def run(self, version: int, *outcomes: Outcome, urls: Sequence[str] | None = None) -> SyncReport:

@@ -1,6 +1,5 @@
 """Servers as the engine of an evaluation, without a network: labels, equal weights, lost samples."""
 
-import asyncio
 import io
 
 import httpx
@@ -11,7 +10,10 @@ from megatron_rasft.errors import RolloutError
 from megatron_rasft.tools.evaluation.server_engine import Servers
 from megatron_rasft.training import live
 from megatron_rasft.types import Request, SamplingParams
+from tests.deadlines import Deadlines, deadlines
 from tests.unit.tools.evaluation.conftest import MODEL, URLS, World
+
+__all__ = ["deadlines"]
 
 PARAMS = SamplingParams(
     num_samples=2, max_new_tokens=3, temperature=1.0, top_p=1.0, repetition_penalty=1.0, stop_ids=frozenset({9}),
@@ -73,7 +75,7 @@ def drawn(engine: Servers) -> list[str]:
 
 def test_a_failed_server_is_used_again(capsys: pytest.CaptureFixture[str]) -> None:
     world = World(["12", "12"])
-    with world.open(2) as servers:
+    with world.open(2, probe_interval_s=3600.0) as servers:
         world.down = {"b"}
         assert drawn(servers) == ["stop", "stop"]
         world.down = {"a"}
@@ -89,22 +91,22 @@ def test_a_failed_server_is_used_again(capsys: pytest.CaptureFixture[str]) -> No
     assert "a:1 is back" in said and "b:2 is back" in said and "sync" not in said
 
 
-def test_a_server_that_hung_is_used_again(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_server_that_hung_is_used_again(capsys: pytest.CaptureFixture[str], deadlines: Deadlines) -> None:
     world = World(["12"])
     is_hung = True
 
     async def answer(request: httpx.Request) -> httpx.Response:
         if is_hung:
-            await asyncio.sleep(60)
+            await deadlines.pass_now()
         return world(request)
 
     transports = {"transport": httpx.MockTransport(world), "async_transport": httpx.MockTransport(answer)}
-    with Servers(URLS[:1], MODEL, 4096, deadline_s=0.2, wait_s=0.0, **transports) as servers:
+    with Servers(URLS[:1], MODEL, 4096, deadline_s=300.0, wait_s=0.0, **transports) as servers:
         assert drawn(servers) == ["abort", "abort"]
         is_hung = False
         assert drawn(servers) == ["stop", "stop"]
     said = capsys.readouterr().out
-    assert "deadline of 0.2 s" in said and "is back" in said
+    assert "deadline of 300 s" in said and "is back" in said
 
 
 @pytest.mark.parametrize(("label", "path"), [("default", "/far"), ("13", "/far"), ("12", "/near")])
