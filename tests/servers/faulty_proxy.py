@@ -103,7 +103,7 @@ class FaultyProxy:
         fault = self.fault if handler.path == "/generate" else None
         if self.fault == "silent":
             self.num_faults += 1
-            self._stop.wait(600)
+            self._stop.wait(3600)
             return
         status, content = self._ask(handler.command, handler.path, body)
         if fault is not None:
@@ -119,7 +119,7 @@ class FaultyProxy:
         handler.wfile.write(content)
 
     def _ask(self, method: str, path: str, body: bytes) -> tuple[int, bytes]:
-        connection = http.client.HTTPConnection(self._target.hostname or "", self._target.port, timeout=300)
+        connection = http.client.HTTPConnection(self._target.hostname or "", self._target.port, timeout=900)
         try:
             connection.request(method, path, body, {"Content-Type": "application/json"})
             answer = connection.getresponse()
@@ -142,7 +142,7 @@ def _corrupted(fault: str, status: int, content: bytes) -> tuple[int, bytes]:
     return status, json.dumps(answer).encode()
 
 
-def wait_for(condition: Callable[[], bool], timeout_s: float = 120.0) -> None:
+def wait_for(condition: Callable[[], bool], timeout_s: float = 900.0) -> None:
     """Waits until a condition that another thread or process brings about is true."""
     deadline = time.monotonic() + timeout_s
     while not condition():

@@ -62,16 +62,11 @@ def _rank(rank: int, folder: str) -> None:
 
 
 def _late_rank(rank: int, folder: str) -> None:
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/store",
-        rank=rank,
-        world_size=2,
-        timeout=timedelta(seconds=5),
-    )
-    assert on_rank_zero(lambda: time.sleep(6) or "late") == "late"
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=0.5))  # not earlier: both ranks must join in time
+    assert on_rank_zero(lambda: time.sleep(2) or "late") == "late"
     if rank == 1:
-        time.sleep(6)
+        time.sleep(2)
     assert gather_to_rank_zero(rank) == ([0, 1] if rank == 0 else [])
     Path(folder, f"done{rank}").touch()
 

@@ -47,7 +47,7 @@ def test_moment_begins_with_the_files_of_the_run(tmp_path: Path, moment: Moment)
     (tmp_path / ".hf.partial-1").mkdir()
     waiting = threading.Thread(target=at.wait, daemon=True)
     waiting.start()
-    waiting.join(60)
+    waiting.join(600)
     assert not waiting.is_alive()
 
 

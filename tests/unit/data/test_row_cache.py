@@ -200,7 +200,7 @@ def test_two_runs_that_start_together_both_get_the_rows(
 
     def write_together(*args: Any) -> None:
         write_rows(*args)
-        together.wait(20)  # both runs have written their rows before either renames its folder
+        together.wait(600)  # both runs have written their rows before either renames its folder
 
     monkeypatch.setattr(row_cache, "write_rows", write_together)
     found: list[list[Demonstration]] = []

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_TIMEOUT_S = 60
+_TIMEOUT_S = 600
 """A rank waits this long for the others; they never come if one of them has failed."""
 
 

@@ -51,10 +51,12 @@ def test_a_closed_pipe_ends_a_tool_silently() -> None:
     )
     for lines in (1, 100_000):  # fails once when stdout is flushed at the end, and once within print
         tool = subprocess.Popen(
-            [sys.executable, "-c", "import time; time.sleep(0.5);" + program.format(lines=lines)],
+            [sys.executable, "-c", "import sys; sys.stdin.read(); " + program.format(lines=lines)],
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
         )
-        assert tool.stdout is not None and tool.stderr is not None
+        assert tool.stdin is not None and tool.stdout is not None and tool.stderr is not None
         tool.stdout.close()
+        tool.stdin.close()  # only now the tool prints
         assert tool.stderr.read() == b"" and tool.wait() == 141

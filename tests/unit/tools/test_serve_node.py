@@ -51,7 +51,7 @@ def test_a_killed_server_is_started_again_and_signs_off_at_the_end(tmp_path: Pat
         wait_for(lambda: read_addresses(launcher.file) not in ([first], []))
         assert len(read_addresses(launcher.file)) == 1 and not server.is_running()
         process.send_signal(signal.SIGUSR1 if is_launcher else signal.SIGTERM)
-        said, _ = process.communicate(timeout=60)
+        said, _ = process.communicate(timeout=600)
         assert process.returncode == 0 and "restart 1 of 3" in said
         assert read_addresses(launcher.file) == [] and not launcher.is_serving
     (log,) = (tmp_path / "logs").iterdir()

@@ -43,7 +43,7 @@ class Disk:
         buckets = [(Path("file"), "key", ([], [("item", tensor)]))]
 
         def write(rank: int, buckets: Any, results: Any) -> None:
-            assert self.may_write.wait(20)
+            assert self.may_write.wait(600)
             ((_, _, (_, ((_, kept),))),) = buckets
             self.written = kept.tolist()
 
@@ -56,13 +56,13 @@ class Disk:
 
 def test_the_written_numbers_are_those_of_the_start_of_the_save() -> None:
     disk, weights = Disk(), torch.tensor([1.0, 2.0])
-    saves = SaveQueue(20, copies_cpu_tensors=True)
-    children = psutil.Process().children(recursive=True)
+    saves = SaveQueue(600, copies_cpu_tensors=True)
+    before = psutil.Process().children(recursive=True)
     saves.schedule_async_request(disk.request(weights))
     weights += 100  # as the optimizer's next step does
     assert saves.maybe_finalize_async_calls() == []
     assert (saves.get_num_unfinalized_calls(), disk.finalized, disk.written) == (1, 0, [])
-    assert psutil.Process().children(recursive=True) == children
+    assert {*psutil.Process().children(recursive=True)} <= {*before}, "no new process"
     disk.may_write.set()
     assert saves.maybe_finalize_async_calls(blocking=True) == [0]
     assert (saves.get_num_unfinalized_calls(), disk.finalized, disk.written) == (0, 1, [1.0, 2.0])
@@ -72,7 +72,7 @@ def test_the_written_numbers_are_those_of_the_start_of_the_save() -> None:
 
 def test_tensors_that_nothing_changes_are_not_copied() -> None:
     disk, gathered = Disk(), torch.tensor([1.0])
-    saves = SaveQueue(20, copies_cpu_tensors=False)
+    saves = SaveQueue(600, copies_cpu_tensors=False)
     saves.schedule_async_request(disk.request(gathered))
     gathered += 1
     disk.may_write.set()
@@ -92,7 +92,7 @@ def test_a_write_without_end_is_an_error() -> None:
 
 def test_a_wait_for_the_writer_is_no_stall(monkeypatch: pytest.MonkeyPatch) -> None:
     disk = Disk()
-    saves = SaveQueue(20, copies_cpu_tensors=True)
+    saves = SaveQueue(600, copies_cpu_tensors=True)
     saves.schedule_async_request(disk.request(torch.zeros(1)))
     monkeypatch.setattr(stalls, "tick", disk.may_write.set)
     assert saves.maybe_finalize_async_calls(blocking=True) == [0]
@@ -103,7 +103,7 @@ def test_an_error_of_the_writer_reaches_megatrons_results() -> None:
         raise OSError("the disk is gone")
 
     found = []
-    saves = SaveQueue(20, copies_cpu_tensors=True)
+    saves = SaveQueue(600, copies_cpu_tensors=True)
     results = filesystem_async._results_queue
     request = AsyncRequest(write, (0, [], results), [lambda: found.append(results.get_nowait())])
     saves.schedule_async_request(request)
@@ -113,7 +113,7 @@ def test_an_error_of_the_writer_reaches_megatrons_results() -> None:
 
 def test_a_rank_with_nothing_to_write_takes_part() -> None:
     done = []
-    saves = SaveQueue(20, copies_cpu_tensors=True)
+    saves = SaveQueue(600, copies_cpu_tensors=True)
     saves.schedule_async_request(AsyncRequest(None, (), [lambda: done.append(True)]))
     assert saves.maybe_finalize_async_calls() == [0]
     assert done == [True]
@@ -134,7 +134,7 @@ def test_a_program_that_fails_during_a_save_ends_with_its_own_code(monkeypatch: 
         end_process(2)
     assert done == []
     disk = Disk()
-    saves = SaveQueue(20, copies_cpu_tensors=True)
+    saves = SaveQueue(600, copies_cpu_tensors=True)
     saves.schedule_async_request(disk.request(torch.zeros(1)))
     with pytest.raises(InterruptedError):
         end_process(2)

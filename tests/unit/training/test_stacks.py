@@ -26,7 +26,8 @@ holds_the_lock()
 @pytest.mark.skipif(
     shutil.which("py-spy", path=str(Path(sys.executable).parent)) is None, reason="py-spy is not installed"
 )
-def test_process_that_holds_pythons_lock_shows_its_stack() -> None:
+def test_process_that_holds_pythons_lock_shows_its_stack(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stacks, "_PATIENCE_S", 600.0)
     holder = subprocess.Popen([sys.executable, "-c", HOLDER], stdout=subprocess.PIPE)
     try:
         assert holder.stdout is not None and holder.stdout.readline() == b"began\n"

@@ -127,7 +127,7 @@ def test_every_field_is_a_flag_with_help(capsys: pytest.CaptureFixture) -> None:
 
 def test_runs_as_a_script_from_any_folder(write_rows: Callable, tmp_path: Path) -> None:
     command = [sys.executable, str(TOOL), "validate", "--train-data", write_rows(GOOD, "{")]
-    done = subprocess.run(command, check=False, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, check=False, cwd=tmp_path, capture_output=True, text=True, timeout=900)
     assert done.returncode == 1 and "not JSON" in done.stdout and "Traceback" not in done.stderr
 
 
@@ -157,7 +157,6 @@ VERIFIED = [
     (program_row(ADDS, "assert f(1) == f(1)"), "cannot fail"),
     (program_row(ADDS, "assert f(1) = 2"), "not valid Python"),
     (program_row(ADDS, "import no_such_package", "assert f(1) == 2"), "no_such_package"),
-    (program_row("def f(x):\n    while True: pass", "assert f(1) == 2"), "deadline"),
 ]
 
 
@@ -165,7 +164,7 @@ def test_validate_names_rows_that_fail_their_own_answer_or_tests(
     write_rows: Callable, capsys: pytest.CaptureFixture
 ) -> None:
     path = write_rows(*({**row, "problem": f"Write f. {n}"} for n, (row, _) in enumerate(VERIFIED)))
-    command = ["validate", "--train-data", path, "--verify-code-timeout-s", "10"]
+    command = ["validate", "--train-data", path, "--verify-code-timeout-s", "600"]
     assert prepare_data.main(command) == 1
     lines = capsys.readouterr().out.splitlines()
     assert f"graded          {len(VERIFIED)} of {len(VERIFIED)} demonstrations" in lines
@@ -173,9 +172,17 @@ def test_validate_names_rows_that_fail_their_own_answer_or_tests(
         named = [line for line in lines if line.startswith(f"  {path}:{number}: ")]
         assert len(named) == bool(reason), number
         assert all(reason in line for line in named)
-    assert "unfit checks    7" in lines
+    assert "unfit checks    6" in lines
     assert prepare_data.main([*command, "--no-grade"]) == 0
     assert "graded" not in capsys.readouterr().out
+
+
+def test_program_that_does_not_end_fails_its_own_tests(
+    write_rows: Callable, capsys: pytest.CaptureFixture
+) -> None:
+    path = write_rows(program_row("def f(x):\n    while True: pass", "assert f(1) == 2"))
+    assert prepare_data.main(["validate", "--train-data", path, "--verify-code-timeout-s", "1"]) == 1
+    assert "deadline" in capsys.readouterr().out
 
 
 def test_verification_ends_at_its_time_limit(write_rows: Callable, capsys: pytest.CaptureFixture) -> None:
