@@ -49,28 +49,28 @@ def _times(results: Sequence[Line]) -> list[float]:
     return [time_s for result in results if (time_s := result["first_step_s"]) is not None]
 
 
-_GROUPS: tuple[tuple[str, Callable[[Line], str]], ...] = (
-    ("all", lambda round_: ""),
-    ("processes", lambda round_: str(round_["num_processes"])),
-    ("signal", lambda round_: f"SIG{round_['signal']} to {'all' if round_['hits_all'] else 'one'}"),
-    ("moment", lambda round_: round_["moment"]),
+_GROUPS: tuple[Callable[[Line], str], ...] = (
+    lambda round_: "all",
+    lambda round_: f"{round_['num_processes']} process{'' if round_['num_processes'] == 1 else 'es'}",
+    lambda round_: f"SIG{round_['signal']} to {'all' if round_['hits_all'] else 'one'}",
+    lambda round_: round_["moment"],
 )
-"""The lines of the table: a word, and the part of a round whose values have a line each."""
+"""Parts of a round. Each value of a part has a line in the table."""
 
 
 def table(results: Sequence[Line]) -> str:
     """Returns a Markdown table with the outcomes of all rounds, and by processes, signal and moment."""
-    heads = ["rounds", "", *get_args(Outcome), "first new step, s (median)", "(longest)"]
-    lines = [heads, ["---", "---", *["---:"] * (len(heads) - 2)]]
-    for word, part in _GROUPS:
+    heads = ["rounds", "number", *get_args(Outcome), "first new step, s (median)", "(longest)"]
+    lines = [heads, ["---", *["---:"] * (len(heads) - 1)]]
+    for part in _GROUPS:
         for value in sorted({part(result["round"]) for result in results}):
             chosen = [result for result in results if part(result["round"]) == value]
-            lines.append([word, value, *_cells(chosen)])
-    return "\n".join(f"| {' | '.join(cells)} |".replace("|  |", "| |") for cells in lines)
+            lines.append([value, *_cells(chosen)])
+    return "\n".join(f"| {' | '.join(cells)} |".replace("|  ", "| ") for cells in lines)
 
 
 def _cells(results: Sequence[Line]) -> list[str]:
     counts = Counter(result["outcome"] for result in results)
     times = _times(results)
     measured = [f"{statistics.median(times):.1f}", f"{max(times):.1f}"] if times else ["", ""]
-    return [*(str(counts[name]) for name in get_args(Outcome)), *measured]
+    return [str(len(results)), *(str(counts[name]) for name in get_args(Outcome)), *measured]

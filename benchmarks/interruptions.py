@@ -126,16 +126,24 @@ class Result:
     outcome: Outcome
     detail: str = ""
     first_step_s: float | None = None
-    """Seconds from the start of the resumed run to its first new step; None if no step was left, or it failed."""
+    """Seconds to the first new step of the resumed run, from its start, or under Slurm from the signal; None if no step was left, or it
+    failed."""
 
 
 def judged(
-    round_: Round, compare: Callable[[], None], save: Path, began_at: float, *, is_missed: bool
+    round_: Round,
+    compare: Callable[[], None],
+    save: Path,
+    began_at: float,
+    *,
+    resumed_at: float | None = None,
+    is_missed: bool,
 ) -> Result:
     """Compares the resumed run with the undisturbed one.
 
     Args:
-        began_at: start of the resumed run, seconds since 1970.
+        began_at: the time from which the first new step is measured, seconds since 1970.
+        resumed_at: start of the resumed run; None for ``began_at``. Steps between the two are the interrupted run's.
         is_missed: whether the run was over before the signal or in spite of it.
     """
     try:
@@ -143,7 +151,7 @@ def judged(
     except AssertionError as error:
         return Result(round=round_, outcome="different", detail=str(error)[:2000])
     records = [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]
-    times = [r["time"] for r in records if r["event"] == "step" and r["time"] > began_at]
+    times = [r["time"] for r in records if r["event"] == "step" and r["time"] > (resumed_at or began_at)]
     return Result(
         round=round_,
         outcome="missed" if is_missed else "identical",

@@ -4,6 +4,7 @@ import signal
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 
@@ -79,7 +80,9 @@ class UnderSlurm:
             return Result(round=round_, outcome="hung", detail=f"{error}\n{runs.log(name)[-2000:]}")
         if facts["JobState"] != "COMPLETED":
             return Result(round=round_, outcome="refused", detail=runs.log(name)[-2000:])
-        return judged(round_, partial(runs.assert_same, name), save, began_at, is_missed=is_missed)
+        resumed_at = datetime.fromisoformat(facts["StartTime"]).timestamp()  # in local time, without a zone
+        compare = partial(runs.assert_same, name)
+        return judged(round_, compare, save, began_at, resumed_at=resumed_at, is_missed=is_missed)
 
     def _send(self, round_: Round, job: str) -> None:
         if round_.signal == "TERM" and round_.hits_all:

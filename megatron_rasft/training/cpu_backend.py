@@ -93,7 +93,7 @@ def _not_compiled(function: Any = None, **options: Any) -> Any:
 
 
 def _avoid_compiler() -> None:
-    """Keeps torch's compiler from being imported, which takes three seconds of CPU time in each process.
+    """Keeps torch's compiler from being imported, which takes 2.5 seconds of CPU time in each process.
 
     Megatron decorates functions with torch.compile, which a tiny model on a CPU does not need. Methods of optimizers, at their first
     call, import the compiler to exclude themselves from compilation (torch/_compile.py).

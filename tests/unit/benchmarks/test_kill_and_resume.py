@@ -108,6 +108,8 @@ def test_equal_run_is_identical_and_its_first_new_step_is_timed(tmp_path: Path) 
 
     result = judged(draw(0, 0), lambda: None, tmp_path, 100.0, is_missed=False)
     assert (result.outcome, result.first_step_s) == ("identical", 4.0)
+    late = judged(draw(0, 0), lambda: None, tmp_path, 80.0, resumed_at=100.0, is_missed=False)
+    assert late.first_step_s == 24.0, "the step at 90 is the interrupted run's"
     assert judged(draw(0, 0), lambda: None, tmp_path, 100.0, is_missed=True).outcome == "missed"
     assert judged(draw(0, 0), differ, tmp_path, 100.0, is_missed=False).outcome == "different"
 
@@ -132,13 +134,11 @@ def test_rounds_are_counted_and_continued(
     assert ran == [0, 1, 2]
     assert "3 rounds: 2 identical, 0 different, 1 refused, 0 hung" in capsys.readouterr().out
     assert kill_and_resume.main(["--table", str(tmp_path / "rounds.jsonl")]) == 0
-    shown = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines()]
-    cells = {tuple(cell.strip() for cell in line[:2]): [*map(str.strip, line[2:])] for line in shown}
-    assert cells["all", ""] == ["2", "0", "1", "0", "0", "2.5", "2.5"]
-    moments = {value: counts for (word, value), counts in cells.items() if word == "moment"}
-    assert {value: sum(map(int, counts[:5])) for value, counts in moments.items()} == {
-        draw(number, 0).moment: 1 for number in range(3)
-    }
+    lines = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines()]
+    cells = {name.strip(): [*map(str.strip, values)] for name, *values in lines}
+    assert cells["all"] == ["3", "2", "0", "1", "0", "0", "2.5", "2.5"]
+    for part in (get_args(Moment), ("1 process", "2 processes", "4 processes")):
+        assert sum(int(cells[name][0]) for name in part if name in cells) == 3
     (tmp_path / "rounds.jsonl").write_text("{}\n")
     with pytest.raises(ValueError, match=r"--results .* line 1"):
         kill_and_resume.main([*flags, "3"])

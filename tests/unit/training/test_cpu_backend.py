@@ -67,7 +67,7 @@ def test_cuda_means_the_cpu() -> None:
 
 @needs_cpu
 def test_program_does_not_import_the_compiler() -> None:
-    """The import takes three seconds of CPU time in each process of a run."""
+    """The import takes 2.5 seconds of CPU time in each process of a run."""
     run(
         "import sys, torch, pretrain_rasft\n"
         "assert 'torch._dynamo' not in sys.modules and 'torch._inductor.compile_fx' not in sys.modules\n"
