@@ -106,6 +106,37 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "tie_word_embeddings": True,
         },
     ),
+    "glm4_moe": (
+        "Glm4Moe",
+        {
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "attention_bias": True,
+            "use_qk_norm": True,
+            "first_k_dense_replace": 1,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 24,
+            "n_shared_experts": 2,
+            "routed_scaling_factor": 2.5,
+        },
+    ),
+    "glm4_moe_groups": (
+        "Glm4Moe",
+        {
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "head_dim": 8,
+            "first_k_dense_replace": 2,
+            "n_routed_experts": 12,
+            "num_experts_per_tok": 4,
+            "moe_intermediate_size": 16,
+            "n_group": 4,
+            "topk_group": 2,
+            "tie_word_embeddings": True,
+        },
+    ),
     "qwen3_tied": (
         "Qwen3",
         {
@@ -137,6 +168,8 @@ def hf_model(case: str, sizes: dict[str, Any] | None = None) -> transformers.Pre
     with torch.no_grad():
         for param in model.parameters():
             param.add_(0.1 * torch.randn_like(param)) if param.ndim == 1 else param.normal_(0, 0.08)
+        for buffer in (b for name, b in model.named_buffers() if name.endswith("e_score_correction_bias")):
+            buffer.normal_(0, 0.1)
     return model
 
 

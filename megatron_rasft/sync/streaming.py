@@ -111,8 +111,8 @@ class StageStream:
         self._is_shared = is_shared
         self._arena: Arena | None = None
         own = plan()
-        self._dtypes = dict.fromkeys((tensor.name for tensor in own), wire_format.dtype)
-        is_copied = self._ranks is not None or any(tensor.dtype != wire_format.dtype for tensor in own)
+        self._dtypes = {tensor.name: wire_format.type_of(tensor.name) for tensor in own}
+        is_copied = self._ranks is not None or any(t.dtype != self._dtypes[t.name] for t in own)
         num_copies = int(is_copied) + int(wire_format.is_block_fp8)
         self.memory = MemoryPlan.make(plan(dtypes=self._dtypes), wire_format, bucket_bytes, num_copies)
 
@@ -220,8 +220,7 @@ class StageStream:
     ) -> None:
         """Gathers a bucket's tensors into its memory. Tensors that need no conversion are gathered in place, without a copy."""
         places = bucket.views(memory)
-        dtype = self.wire_format.dtype
-        views.update({n: v for n, v in places.items() if n in self._dtypes and v.dtype == dtype})
+        views.update({n: v for n, v in places.items() if v.dtype == self._dtypes.get(n)})
         for expected in bucket.hf_names:
             name, tensor = next(tensors)
             assert name == expected and tensor is not None, (

@@ -31,6 +31,9 @@ _EXPERTS = {
 }
 """Linear layer of an expert -> the tensor in which SGLang stacks this layer of all experts, ordered by expert number."""
 
+_KEPT_IN_FP32 = ".e_score_correction_bias"
+"""End of the names of routers' biases, which SGLang keeps in fp32 whatever its --dtype: a rounded bias would choose other experts."""
+
 _DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
@@ -127,10 +130,14 @@ class WireFormat:
         # compared in whole parts of dotted names, as SGLang does: mlp.gate does not match mlp.gate_proj
         return not any(f".{kept.rstrip('.')}." in f".{module}." for kept in self.kept_modules)
 
+    def type_of(self, name: str) -> torch.dtype:
+        """Data type of a Hugging Face tensor that is not quantized."""
+        return torch.float32 if name.endswith(_KEPT_IN_FP32) else self.dtype
+
     def wire_tensors(self, name: str, shape: tuple[int, ...]) -> tuple[WireTensor, ...]:
         """Returns the tensors that are sent for one Hugging Face tensor."""
         if not self.is_quantized(name, shape):
-            return (WireTensor(name, shape, self.dtype),)
+            return (WireTensor(name, shape, self.type_of(name)),)
         return (
             WireTensor(name, shape, torch.float8_e4m3fn),
             WireTensor(name + SCALE_SUFFIX, scale_shape(shape), torch.float32),

@@ -3,13 +3,11 @@
 from typing import Any
 
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import (
-    get_gpt_layer_local_spec,
-    get_gpt_layer_with_transformer_engine_spec,
-)
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_layer_local_spec
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from megatron.training.argument_utils import core_transformer_config_from_args
 
 from megatron_rasft.training.attention import RMSNorm, SdpaCoreAttention
@@ -41,25 +39,40 @@ def build_chunk(
     )
 
 
-def layer_spec(
-    config: TransformerConfig, vp_stage: int | None = None
-) -> ModuleSpec | TransformerBlockSubmodules:
+def layer_spec(config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
     """Returns the specification of the decoder block for GPTModel.
 
     With ``config.transformer_impl`` "transformer_engine" the layers are Megatron's own TE layers, otherwise the same layers with
     this package's RMSNorm and SdpaCoreAttention. Parameter names in a checkpoint are the same for both.
     """
-    kind: dict[str, Any] = {
-        "qk_layernorm": config.qk_layernorm,
-        "num_experts": config.num_moe_experts,
-        "moe_grouped_gemm": config.moe_grouped_gemm,
-    }
     if config.transformer_impl == "transformer_engine":
-        return get_gpt_layer_with_transformer_engine_spec(**kind)
-    spec = get_gpt_layer_local_spec(normalization="RMSNorm", **kind)
+        return get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
+    first = get_transformer_layer_offset(config, vp_stage=vp_stage)
+    has_experts = layers_with_experts(config)[first : first + get_num_layers_to_build(config, vp_stage)]
+    specs = {kind: _plain_layer(config, has_experts=kind) for kind in set(has_experts)}
+    return TransformerBlockSubmodules(layer_specs=[specs[kind] for kind in has_experts], layer_norm=RMSNorm)
+
+
+def layers_with_experts(config: TransformerConfig) -> list[bool]:
+    """Returns for each layer of the model whether it has experts, as Megatron reads --moe-layer-freq."""
+    if config.num_moe_experts is None:
+        return [False] * config.num_layers
+    frequency = config.moe_layer_freq
+    if isinstance(frequency, int):
+        return [layer % frequency == 0 for layer in range(config.num_layers)]
+    return [has_experts == 1 for has_experts in frequency]
+
+
+def _plain_layer(config: TransformerConfig, *, has_experts: bool) -> ModuleSpec:
+    spec = get_gpt_layer_local_spec(
+        normalization="RMSNorm",
+        qk_layernorm=config.qk_layernorm,
+        num_experts=config.num_moe_experts if has_experts else None,
+        moe_grouped_gemm=config.moe_grouped_gemm and has_experts,
+    )
     layer = spec.submodules
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
-    if config.num_moe_experts:
+    if has_experts:
         # Megatron renames this norm in checkpoints as if it were fused with a dense MLP, which an MoE layer does not have.
         names = layer.sharded_state_dict_keys_map
         layer.sharded_state_dict_keys_map = {k: v for k, v in names.items() if k != "pre_mlp_layernorm."}
@@ -67,5 +80,4 @@ def layer_spec(
     attention.core_attention = SdpaCoreAttention
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
-    num_layers = get_num_layers_to_build(config, vp_stage)
-    return TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=RMSNorm)
+    return spec

@@ -47,6 +47,10 @@ class ModelDescription:
     shape: ModelShape
     rope: Rope
 
+    def is_carried(self, name: str) -> bool:
+        """Returns whether a stored tensor is not part of the trained model."""
+        return self.family.is_carried(name, self.shape)
+
     @classmethod
     def read(cls, path: Path) -> "ModelDescription":
         """Reads config.json; raises ModelFolderError with one line that names the folder and the mistake."""

@@ -31,6 +31,15 @@ def positive_int(config: dict[str, Any], key: str, default: int | None = None) -
     return value
 
 
+def count(config: dict[str, Any], key: str, default: int) -> int:
+    """Returns a number of things, which may be 0."""
+    value = config.get(key)
+    value = default if value is None else value
+    if type(value) is not int or not 0 <= value <= _LARGEST_SIZE:
+        raise refusal(key, "an integer of at least 0 as", value)
+    return value
+
+
 def positive_number(config: dict[str, Any], key: str, default: float) -> float:
     """Returns a number. JSON of Python also has NaN and Infinity, which are refused."""
     value = config.get(key)

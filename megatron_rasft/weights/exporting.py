@@ -3,77 +3,29 @@
 import glob
 import json
 import math
-import os
 import shutil
-import struct
 import uuid
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_rasft.errors import CheckpointError, ModelFolderError, WeightsError
 from megatron_rasft.ranks import gather_to_all
+from megatron_rasft.weights.carried import write_carried_files
 from megatron_rasft.weights.companions import copy_companions
 from megatron_rasft.weights.finite import NOT_FINITE, is_finite
-from megatron_rasft.weights.folder import DTYPES, INDEX_FILE, SINGLE_FILE, HfFolder
-from megatron_rasft.weights.gathering import ExpertGroups, TensorPlan, gather_tensors, plan_tensors
+from megatron_rasft.weights.folder import INDEX_FILE, SINGLE_FILE, HfFolder
+from megatron_rasft.weights.gathering import ExpertGroups, gather_tensors, plan_tensors
 from megatron_rasft.weights.model_card import write_card
+from megatron_rasft.weights.shard_writer import ShardWriter, split_plans
 
 _PARTIAL = ".partial-"
 """Part of the name of an export's temporary folder: .NAME.partial-RANDOM beside NAME."""
-
-_DTYPE_NAMES = {**{dtype: name for name, dtype in DTYPES.items()}, torch.float8_e4m3fn: "F8_E4M3"}
-
-
-class ShardWriter:
-    """Writes one safetensors file tensor by tensor, without keeping tensors in memory.
-
-    The header is written first, from the planned sizes.
-    """
-
-    def __init__(self, path: Path, plans: Sequence[TensorPlan]) -> None:
-        # wide types come first, so that every tensor is aligned to its element size
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        self._spans: dict[str, tuple[int, int]] = {}
-        position = 0
-        for name, shape, dtype in sorted(plans, key=lambda plan: -plan.dtype.itemsize):
-            end = position + math.prod(shape) * dtype.itemsize
-            header[name] = {
-                "dtype": _DTYPE_NAMES[dtype],
-                "shape": list(shape),
-                "data_offsets": [position, end],
-            }
-            self._spans[name] = (position, end)
-            position = end
-        encoded = json.dumps(header, separators=(",", ":")).encode()
-        encoded += b" " * (-len(encoded) % 8)
-        self.num_bytes = position
-        self._data_start = 8 + len(encoded)
-        self._file: BinaryIO = path.open("wb")
-        self._file.write(struct.pack("<Q", len(encoded)) + encoded)
-
-    def write(self, name: str, tensor: Tensor) -> None:
-        """Writes a CPU tensor at its offset. The last tensor also flushes the file to the disk and closes it."""
-        start, end = self._spans.pop(name)
-        raw = tensor.contiguous().reshape(-1).view(torch.uint8)
-        assert raw.numel() == end - start, (
-            f"{name} has {raw.numel()} bytes instead of the planned {end - start}"
-        )
-        self._file.seek(self._data_start + start)
-        self._file.write(memoryview(raw.numpy()))
-        if not self._spans:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
-
-    def close(self) -> None:
-        self._file.close()
 
 
 def export(
@@ -139,7 +91,8 @@ def export(
     if is_rank_zero:
         try:
             if not failure:
-                _finish(reports, template, temporary, out_dir, dtype, facts)
+                carried = write_carried_files(template, temporary, max_shard_bytes)
+                _finish([*reports, (*carried, "")], template, temporary, out_dir, dtype, facts)
         except (OSError, ModelFolderError) as error:
             failure = str(error)
         if failure:
@@ -207,7 +160,7 @@ def _write_stage(
     Returns:
         File name -> tensor names, and the bytes of all tensors; empty and 0 on ranks that write nothing.
     """
-    dtypes = {name: dtype or stored.dtype for name, stored in template.tensors.items()}
+    dtypes = _written_types(template, dtype)
     plans = plan_tensors(
         chunks,
         template.table,
@@ -216,7 +169,7 @@ def _write_stage(
         dtypes=dtypes,
         experts=experts,
     )
-    shards = _split(plans, max_shard_bytes)
+    shards = split_plans(plans, max_shard_bytes)
     paths = [folder / f"stage-{pp_rank:04d}-{i:05d}.safetensors" for i in range(len(shards))]
     shard_of = {plan.name: i for i, shard in enumerate(shards) for plan in shard}
     writers: dict[int, ShardWriter] = {}
@@ -251,23 +204,18 @@ def _write_stage(
     return files, sum(writer.num_bytes for writer in writers.values())
 
 
+def _written_types(template: HfFolder, dtype: torch.dtype | None) -> dict[str, torch.dtype]:
+    """Returns the type of each exported tensor: ``dtype``, or the stored type of buffers and if ``dtype`` is None."""
+    table = template.table
+    return {
+        name: stored.dtype if dtype is None or name in table.buffers else dtype
+        for name, stored in template.tensors.items()
+    }
+
+
 def file_name(i: int, num_files: int) -> str:
     """Name of a folder's i-th safetensors file (from 0), as transformers names it."""
     return SINGLE_FILE if num_files == 1 else f"model-{i + 1:05d}-of-{num_files:05d}.safetensors"
-
-
-def _split(plans: list[TensorPlan], max_shard_bytes: int) -> list[list[TensorPlan]]:
-    """Splits the tensors into files of at most ``max_shard_bytes``; a larger tensor gets its own file."""
-    shards: list[list[TensorPlan]] = []
-    num_free = 0
-    for plan in plans:
-        size = math.prod(plan.shape) * plan.dtype.itemsize
-        if not shards or size > num_free:
-            shards.append([])
-            num_free = max_shard_bytes
-        shards[-1].append(plan)
-        num_free -= size
-    return shards
 
 
 def _finish(
@@ -280,7 +228,7 @@ def _finish(
 ) -> None:
     """Gives the files their names, writes index, configuration and card, and renames the folder."""
     files = {file: names for stage_files, _, _ in reports for file, names in stage_files.items()}
-    written = [name for names in files.values() for name in names]
+    written = [name for names in files.values() for name in names if name not in template.carried]
     _check_complete(written, template)
     weight_map: dict[str, str] = {}
     for i, file in enumerate(sorted(files)):
@@ -295,9 +243,8 @@ def _finish(
         total_size = sum(num_bytes for _, num_bytes, _ in reports)
         write_index(temporary, weight_map, total_size)
     copy_companions(template.path, temporary)
-    types = types_by_size(
-        (shape, dtype or template.tensors[name].dtype) for name, shape in template.table.hf_shapes.items()
-    )
+    written_types = _written_types(template, dtype)
+    types = types_by_size((shape, written_types[name]) for name, shape in template.table.hf_shapes.items())
     write_config(template, temporary, types[0])
     if facts is not None:
         write_card(temporary, template, out_dir.name, {"Weights": type_names(types), **facts})

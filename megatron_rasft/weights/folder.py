@@ -22,6 +22,8 @@ from megatron_rasft.weights.families import Family, ModelShape, NameTable
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+CARRIED_FILE = "carried.safetensors"
+"""File with the carried tensors of a model, in the description that lies beside a converted checkpoint."""
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 """Name of a type in safetensors files -> the torch type, for the types that can be loaded."""
@@ -55,6 +57,8 @@ class HfFolder:
     tensors: dict[str, StoredTensor]
     """Hugging Face name -> tensor, exactly the tensors of ``table``; empty if opened without weights."""
     _shards: dict[str, Any] = field(repr=False)
+    carried: dict[str, StoredTensor] = field(default_factory=dict)
+    """Tensors that are not part of the trained model, such as layers for multi-token prediction. Exports get a copy of them."""
 
     @classmethod
     def open(cls, path: str | Path, *, with_weights: bool = True) -> "HfFolder":
@@ -71,8 +75,13 @@ class HfFolder:
         known = ModelDescription.read(path)
         try:
             table = NameTable(known.family, known.shape)
-            shards, stored = _open_shards(path) if with_weights else ({}, {})
-            folder = cls(path, known.config, known.family, known.shape, known.rope, table, stored, shards)
+            files = _shard_files(path) if with_weights else _carried_files(path, known)
+            shards, stored = _open_shards(path, files)
+            carried = {name: stored.pop(name) for name in list(stored) if known.is_carried(name)}
+            if not with_weights:
+                stored = {}
+            described = (known.config, known.family, known.shape, known.rope)
+            folder = cls(path, *described, table, stored, shards, carried)
             if with_weights:
                 folder._check_tensors()
             _check_tokenizer(path, known.shape.vocab_size)
@@ -88,16 +97,14 @@ class HfFolder:
 
     def read(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> Tensor:
         """Reads tensor ``name``, or its range ``start:stop`` along ``dim``, in its stored type onto the CPU."""
-        stored = self.tensors[name]
+        stored = self.tensors.get(name) or self.carried[name]
         try:
             if dim == 0:
                 return self._read_rows(stored, start, stored.shape[0] if stop is None else stop)
             view = self._shards[stored.file].get_slice(name)
             return view[(slice(None),) * dim + (slice(start, stop),)]
         except (SafetensorError, OSError, EOFError) as error:
-            raise ModelFolderError(
-                f"{self.path / self.tensors[name].file}: cannot read {name}: {error}"
-            ) from error
+            raise ModelFolderError(f"{self.path / stored.file}: cannot read {name}: {error}") from error
 
     def _read_rows(self, stored: StoredTensor, start: int, stop: int) -> Tensor:
         """Reads consecutive rows in one read. The memory map would fetch them page by page, which is slower."""
@@ -222,10 +229,24 @@ def _indexed_files(index: dict[str, Any]) -> dict[str, list[str]]:
     return files
 
 
-def _open_shards(path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
+def _carried_files(path: Path, known: ModelDescription) -> dict[str, list[str] | None]:
+    """Returns the files that have carried tensors, with their names as in ``_shard_files``; empty if the folder has no weights."""
+    if (path / CARRIED_FILE).is_file():
+        return {CARRIED_FILE: None}
+    if (path / SINGLE_FILE).is_file():
+        return {SINGLE_FILE: None}
+    if not (path / INDEX_FILE).is_file():
+        return {}
+    files = _indexed_files(read_json_object(path / INDEX_FILE))
+    return {file: names for file, names in files.items() if any(map(known.is_carried, names))}
+
+
+def _open_shards(
+    path: Path, files: dict[str, list[str] | None]
+) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
     shards: dict[str, Any] = {}
     stored: dict[str, StoredTensor] = {}
-    for file, promised in _shard_files(path).items():
+    for file, promised in files.items():
         shards[file] = shard = _open_shard(path / file)
         present = list(shard.keys())
         starts = _data_starts(path / file)

@@ -1,5 +1,6 @@
 """Gathers Hugging Face tensors from the model chunks of all ranks, one parameter at a time."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from typing import NamedTuple
@@ -19,6 +20,10 @@ class TensorPlan(NamedTuple):
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class ExpertGroups(NamedTuple):

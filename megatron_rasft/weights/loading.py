@@ -42,7 +42,8 @@ def bound_parameters(
 ) -> Iterator[tuple[Tensor, Binding, ShardLayout]]:
     """Yields every parameter of the chunks with its entry in the table and the layout of its shard.
 
-    The prefixes of wrapper modules (DistributedDataParallel, Float16Module) are ignored.
+    Also yields the buffers that the table knows, such as the bias of a router. They are converted back to fp32, because
+    Megatron's Float16Module rounds all buffers. The prefixes of wrapper modules (DistributedDataParallel, Float16Module) are ignored.
 
     Raises:
         ModelFolderError: a parameter has no entry, or its shape differs from the entry's.
@@ -54,10 +55,13 @@ def bound_parameters(
     experts = experts or ExpertRanks(etp_rank=tp_rank, etp_size=tp_size)
     expert_offset = experts.ep_rank * experts.num_local(table.shape.num_experts)
     for chunk, layer_offset in zip(chunks, layer_offsets, strict=True):
-        for full_name, param in chunk.named_parameters():
+        parameters = dict(chunk.named_parameters())
+        for full_name, param in (*parameters.items(), *chunk.named_buffers()):
             name = _unwrapped(full_name)
             binding = table.bind(name, layer_offset, expert_offset)
             if binding is None:
+                if full_name not in parameters:
+                    continue
                 raise ModelFolderError(
                     f"parameter {name} (layer offset {layer_offset}) has no counterpart in the Hugging Face "
                     "model; the model was not built with the arguments that its config.json implies"
@@ -72,6 +76,8 @@ def bound_parameters(
                     f"parameter {name} has shape {list(param.shape)} on tensor-parallel rank {rank} of "
                     f"{size}, config.json implies {list(expected)}"
                 )
+            if binding.entry.is_buffer:
+                param.data = param.data.float()
             yield param, binding, layout
 
 

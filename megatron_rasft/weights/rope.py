@@ -46,13 +46,15 @@ class Rope:
     theta: float
     llama3_factor: float | None
     yarn: Yarn | None = None
+    partial: float = 1.0
+    """Share of each head's dimensions that are rotated: the first ones."""
 
     def megatron_args(self) -> dict[str, Any]:
         """Returns the values of Megatron's arguments."""
         args = {
             "position_embedding_type": "rope" if self.yarn is None else "yarn",
             "rotary_base": int(self.theta),
-            "rotary_percent": 1.0,
+            "rotary_percent": self.partial,
             "rotary_interleaved": False,
             "use_rope_scaling": self.llama3_factor is not None,
             "rope_scaling_factor": self.llama3_factor or 8.0,
@@ -79,19 +81,23 @@ def read_rope(config: dict[str, Any], family: Family) -> Rope:
     kind = rope.get("rope_type", rope.get("type", "default"))
     own_theta = positive_number(config, "rope_theta", family.default_rope_theta)
     theta = positive_number(rope, "rope_theta", own_theta)
-    own_partial = positive_number(config, "partial_rotary_factor", 1.0)
+    own_partial = positive_number(config, "partial_rotary_factor", family.default_partial_rotary)
     partial = positive_number(rope, "partial_rotary_factor", own_partial)
-    if partial != 1.0:
+    if partial != 1.0 and family.default_partial_rotary == 1.0:
         raise unsupported(f"partial_rotary_factor {partial} is not supported; supported is 1.0")
     if theta != int(theta):
         raise ModelFolderError(f"rope_theta {theta} is not an integer, as Megatron's --rotary-base must be")
     if kind == "default":
-        return Rope(theta, None)
+        return Rope(theta, None, partial=partial)
     if kind not in ("llama3", "yarn"):
         raise unsupported(
             f"rope scaling type {short(kind)} is not supported; supported are 'default', 'llama3' and 'yarn'"
         )
     rope.setdefault("original_max_position_embeddings", family.longest(config))
+    if kind == "yarn" and partial != 1.0:
+        raise unsupported(
+            f"yarn rope scaling with partial_rotary_factor {partial}: Megatron would rotate whole heads"
+        )
     if kind == "yarn":
         return Rope(theta, None, _read_yarn(rope, family.longest(config)))
     for key, value in _MEGATRON_LLAMA3.items():
@@ -101,7 +107,7 @@ def read_rope(config: dict[str, Any], family: Family) -> Rope:
             )
     if rope.get("factor") is None:
         raise ModelFolderError("llama3 rope scaling has no factor")
-    return Rope(theta, positive_number(rope, "factor", 0.0))
+    return Rope(theta, positive_number(rope, "factor", 0.0), partial=partial)
 
 
 def _read_yarn(rope: dict[str, Any], longest: int) -> Yarn:

@@ -75,8 +75,9 @@ def _recompute_flags(model: Model, estimate: LayoutEstimate) -> list[str]:
             flags = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
             return flags.split()
         case "selective":
-            module = "moe" if model.shape.num_experts else "mlp"
-            return ["--recompute-granularity", "selective", "--recompute-modules", module]
+            num_mixtures = len(model.layers_with_experts)
+            modules = ["moe"] * (num_mixtures > 0) + ["mlp"] * (num_mixtures < model.shape.num_layers)
+            return ["--recompute-granularity", "selective", "--recompute-modules", *modules]
         case _:
             return []
 

@@ -38,6 +38,8 @@ class Model:
     top_k: int
     """Number of experts per token; 0 for a model without experts."""
     max_positions: int
+    rotary_percent: float = 1.0
+    """Share of a head's elements that is rotated."""
 
     @classmethod
     def read(cls, path: Path, query_groups: int | None = None) -> "Model":
@@ -60,12 +62,19 @@ class Model:
             shape=shape,
             top_k=args.get("moe_router_topk", 0),
             max_positions=args["max_position_embeddings"],
+            rotary_percent=args["rotary_percent"],
         )
 
     @property
     def num_parameters(self) -> int:
         """Number of parameters in the folder."""
         return self._count(self.stored.num_experts)
+
+    @property
+    def layers_with_experts(self) -> range:
+        """The layers that have experts; the layers before them, or all, have one MLP."""
+        num_layers = self.shape.num_layers
+        return range(self.shape.num_dense_layers if self.shape.num_experts else num_layers, num_layers)
 
     @property
     def num_active_parameters(self) -> int:
@@ -113,38 +122,52 @@ class Layout:
         return self.num_gpus // (self.pp * self.ep * self.expert_tp)
 
 
+class LayerShards(NamedTuple):
+    """Number of elements of each parameter of a layer on one rank."""
+
+    plain: tuple[int, ...]
+    """Parameters of the layer, without its experts."""
+    expert: tuple[int, ...]
+    """Parameters of one expert; empty if the layer has none."""
+    linear: int
+    """Sum over the matrices of the layer, without its experts."""
+
+
 class Shards(NamedTuple):
     """Number of elements of each parameter on one rank."""
 
-    layer: tuple[int, ...]
-    """Parameters of one layer, without its experts."""
-    expert: tuple[int, ...]
-    """Parameters of one expert."""
+    layers: tuple[LayerShards, ...]
     embedding: int
     final_norm: int
-    linear: int
-    """Sum over the matrices of one layer, without its experts."""
 
 
 @lru_cache(maxsize=64)
 def shards(model: Model, tp: int, expert_tp: int) -> Shards:
-    """The parameters that one of ``tp`` ranks holds of a layer, the embedding and the final norm.
+    """The parameters that one of ``tp`` ranks holds of each layer, the embedding and the final norm.
 
     Raises:
         ValueError: a weight does not divide by ``tp``.
     """
-    shape = replace(model.shape, vocab_size=padded_vocabulary(model, tp), num_layers=1)
-    top = NameTable(model.family, shape)
+    shape = replace(model.shape, vocab_size=padded_vocabulary(model, tp))
+    top = NameTable(model.family, replace(shape, num_layers=1))
     embedding = top.bind("embedding.word_embeddings.weight", 0)
     final_norm = top.bind("decoder.final_layernorm.weight", 0)
     assert embedding is not None and final_norm is not None, "every model has them"
-    entries = model.family.layer_entries
-    plain = [e for e in entries if not e.is_expert]
+    kinds = [model.family.entries(shape, layer) for layer in range(shape.num_layers)]
+    held = {entries: _layer_shards(entries, shape, tp, expert_tp) for entries in set(kinds)}
     return Shards(
-        layer=tuple(_numel(e, shape, tp) for e in plain),
-        expert=tuple(_numel(e, shape, expert_tp) for e in entries if e.is_expert),
+        layers=tuple(held[entries] for entries in kinds),
         embedding=_numel(embedding.entry, shape, tp),
         final_norm=_numel(final_norm.entry, shape, tp),
+    )
+
+
+def _layer_shards(entries: tuple[Entry, ...], shape: ModelShape, tp: int, expert_tp: int) -> LayerShards:
+    parameters = [e for e in entries if not e.is_buffer]
+    plain = [e for e in parameters if not e.is_expert]
+    return LayerShards(
+        plain=tuple(_numel(e, shape, tp) for e in plain),
+        expert=tuple(_numel(e, shape, expert_tp) for e in parameters if e.is_expert),
         linear=sum(_numel(e, shape, tp) for e in plain if e.is_sharded and len(e.hf_shape(shape)[0]) == 2),
     )
 
@@ -165,7 +188,8 @@ def padded_vocabulary(model: Model, tp: int) -> int:
 class Chunk(NamedTuple):
     """Parameters of one model chunk on one rank: number of elements of a parameter -> number of such parameters."""
 
-    num_layers: int
+    layers: range
+    """Global indices of the layers."""
     dense: Counter[int]
     expert: Counter[int]
 
@@ -183,24 +207,30 @@ class Chunk(NamedTuple):
 def stage_chunks(model: Model, layout: Layout, stage: int) -> list[Chunk]:
     """The model chunks of a rank of this pipeline stage."""
     held = shards(model, layout.tp, layout.expert_tp)
-    num_layers = model.shape.num_layers // (layout.pp * layout.chunks)
     num_experts = model.shape.num_experts // layout.ep
     last_stage = layout.pp - 1
     made = []
-    for place in range(layout.chunks):
+    for place, layers in enumerate(chunk_layers(model, layout, stage)):
         is_first = stage == 0 and place == 0
         is_last = stage == last_stage and place == layout.chunks - 1
         # Megatron keeps a second copy of a tied embedding on the last stage unless the embedding is on it too
         has_output = is_last and not (model.shape.is_tied and is_first)
         dense, expert = Counter[int](), Counter[int]()
-        for size in held.layer:
-            dense[size] += num_layers
-        for size in held.expert:
-            expert[size] += num_layers * num_experts
+        for layer in layers:
+            dense.update(held.layers[layer].plain)
+            for size in held.layers[layer].expert:
+                expert[size] += num_experts
         dense[held.embedding] += is_first + has_output
         dense[held.final_norm] += is_last
-        made.append(Chunk(num_layers, +dense, expert))
+        made.append(Chunk(layers, +dense, expert))
     return made
+
+
+def chunk_layers(model: Model, layout: Layout, stage: int) -> list[range]:
+    """The layers of each model chunk of a pipeline stage. Consecutive chunks of the model are on consecutive stages."""
+    length = model.shape.num_layers // (layout.pp * layout.chunks)
+    starts = ((place * layout.pp + stage) * length for place in range(layout.chunks))
+    return [range(start, start + length) for start in starts]
 
 
 def candidates(model: Model, config: CapacityConfig, num_gpus: int) -> Iterator[Layout]:
@@ -245,7 +275,9 @@ def _context_sizes(config: CapacityConfig) -> list[int]:
 def splits_heads(model: Model, tp: int) -> bool:
     """Whether Megatron can split the attention, and the MLP, over ``tp`` ranks."""
     heads, groups = model.shape.num_attention_heads, model.shape.num_query_groups
-    if not splits_attention(heads, groups, tp) or model.shape.ffn_hidden_size % tp:
+    s = model.shape
+    inner = (s.ffn_hidden_size, s.dense_ffn_hidden_size, s.shared_ffn_hidden_size)
+    if not splits_attention(heads, groups, tp) or any(size % tp for size in inner):
         return False
     return (groups * (heads // groups + 2) * model.shape.head_dim) % tp == 0
 

@@ -10,6 +10,7 @@ from megatron_rasft.tools.capacity.layouts import (
     Layout,
     Model,
     Recompute,
+    chunk_layers,
     padded_vocabulary,
     shards,
     stage_chunks,
@@ -102,7 +103,7 @@ def _stage_memory(
     tokens = config.micro_batch_size * config.seq_length / layout.cp
     return MemoryEstimate(
         stage=stage,
-        weights=2 * (dense + expert) + (2 * _linear_elements(model, layout) if is_fp8 else 0),
+        weights=2 * (dense + expert) + (2 * _linear_elements(model, layout, stage) if is_fp8 else 0),
         gradients=_FP32 * (dense + expert),
         optimizer=(_FP32 + _ADAM) * (dense / layout.num_replicas + expert / layout.num_expert_replicas),
         activations=activation_bytes(model, layout, stage, tokens, num_microbatches, is_fp8=is_fp8),
@@ -140,10 +141,11 @@ def _padded(sizes: Counter[int], num_replicas: int) -> int:
     return -(-sum(-(-size // 64) * 64 * count for size, count in sizes.items()) // unit) * unit
 
 
-def _linear_elements(model: Model, layout: Layout) -> int:
-    held = shards(model, layout.tp, layout.expert_tp)
-    experts = sum(held.expert) * model.shape.num_experts // layout.ep
-    return (held.linear + experts) * model.shape.num_layers // layout.pp
+def _linear_elements(model: Model, layout: Layout, stage: int) -> int:
+    held = shards(model, layout.tp, layout.expert_tp).layers
+    num_experts = model.shape.num_experts // layout.ep
+    layers = (held[layer] for chunk in chunk_layers(model, layout, stage) for layer in chunk)
+    return sum(layer.linear + sum(layer.expert) * num_experts for layer in layers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +164,12 @@ class LayerActivations:
 
 
 def layer_activations(
-    model: Model, *, has_te: bool = True, is_fp8: bool = False, element_bytes: int = 2
+    model: Model,
+    *,
+    has_experts: bool | None = None,
+    has_te: bool = True,
+    is_fp8: bool = False,
+    element_bytes: int = 2,
 ) -> LayerActivations:
     """Counts the activations of one layer like Korthikanti et al. 2022 (arXiv 2205.05198, section 4).
 
@@ -171,6 +178,7 @@ def layer_activations(
     The tests compare every term with the tensors that the layers' own code saves.
 
     Args:
+        has_experts: whether the layer has experts; None: as the model's last layer.
         has_te: whether the layers are Transformer Engine's fused layers. Plain layers also keep the unrotated queries, keys and
             values, the normalised input of each norm's scale, the tables of the rotary embedding, and both factors of the gated product.
         is_fp8: whether Transformer Engine's linear layers compute in FP8. They then keep their own inputs in one byte. Mixtures of
@@ -179,12 +187,13 @@ def layer_activations(
     """
     s = model.shape
     norms = (4.0 if has_te else 6.0) * s.hidden_size
-    mlp = _mlp_activations(model, has_te, element_bytes)
-    if has_te and not s.num_experts:
+    has_experts = bool(s.num_experts) if has_experts is None else has_experts
+    mlp = _mixture_activations(model, has_te, element_bytes) if has_experts else _gated(s.mlp_size, has_te)
+    if has_te and not has_experts:
         norms, mlp = norms - s.hidden_size, mlp + s.hidden_size
         if is_fp8:
             norms -= s.hidden_size / 2
-            mlp -= (s.hidden_size + s.ffn_hidden_size) / 2
+            mlp -= (s.hidden_size + s.mlp_size) / 2
     return LayerActivations(
         norms=norms, attention=_attention_activations(model, has_te, element_bytes), mlp=mlp
     )
@@ -197,7 +206,7 @@ def _attention_activations(model: Model, has_te: bool, element_bytes: int) -> fl
     # rotated queries and keys, values, and the output with its normalisers
     kept = (q + 2 * kv) + q + s.num_attention_heads * per_head
     if not has_te:
-        kept += q + kv + 4 * s.head_dim
+        kept += q + kv + 4 * s.head_dim * model.rotary_percent
     if s.has_qk_norm and has_te:
         kept += q + kv + (s.num_attention_heads + s.num_query_groups) * per_head
     elif s.has_qk_norm:
@@ -205,14 +214,17 @@ def _attention_activations(model: Model, has_te: bool, element_bytes: int) -> fl
     return kept
 
 
-def _mlp_activations(model: Model, has_te: bool, element_bytes: int) -> float:
+def _gated(size: int, has_te: bool) -> float:
+    """Elements that a gated MLP of this inner size keeps, without its input."""
+    return size * (3 if has_te else 5)
+
+
+def _mixture_activations(model: Model, has_te: bool, element_bytes: int) -> float:
     s = model.shape
-    gated = s.ffn_hidden_size * (3 if has_te else 5)
-    if not s.num_experts:
-        return gated
     # tokens as the experts receive them; plain layers also keep those that the experts return, and those restored in order
     received = s.hidden_size * (1 if has_te else 3)
-    return model.top_k * (received + gated) + s.num_experts * 2 * _FP32 / element_bytes
+    experts = model.top_k * (received + _gated(s.ffn_hidden_size, has_te))
+    return experts + _gated(s.shared_ffn_hidden_size, has_te) + s.num_experts * 2 * _FP32 / element_bytes
 
 
 def kept_elements(model: Model, layer: LayerActivations, recompute: Recompute) -> float:
@@ -233,16 +245,22 @@ def activation_bytes(
     The 1F1B schedule has pp - stage micro-batches in flight; the interleaved schedule has more, each with the activations of
     one model chunk (Narayanan et al. 2021, arXiv 2104.04473).
     """
-    layer = layer_activations(model, is_fp8=is_fp8)
-    kept = kept_elements(model, layer, layout.recompute)
-    working = layer.total - kept if layout.recompute != "none" else 0.0
-    num_layers = model.shape.num_layers // (layout.pp * layout.chunks)
+    kinds = {has: layer_activations(model, has_experts=has, is_fp8=is_fp8) for has in (False, True)}
+    kept = {has: kept_elements(model, layer, layout.recompute) for has, layer in kinds.items()}
+    chunks = [
+        [layer in model.layers_with_experts for layer in layers]
+        for layers in chunk_layers(model, layout, stage)
+    ]
+    held = max(sum(kept[has] for has in layers) for layers in chunks)
+    present = set().union(*chunks)
+    recomputes = layout.recompute != "none"
+    working = max((kinds[has].total - kept[has]) * recomputes + kinds[has].mlp for has in present)
     if layout.chunks > 1:
         ahead = (layout.pp - stage - 1) * 2 + (layout.chunks - 1) * layout.pp + 1
         under_way = min(num_microbatches * layout.chunks, ahead)
     else:
         under_way = min(num_microbatches, layout.pp - stage)
-    return 2 * tokens / layout.tp * (kept * num_layers * under_way + working + layer.mlp)
+    return 2 * tokens / layout.tp * (held * under_way + working)
 
 
 def logprob_chunk(model: Model, layout: Layout, config: CapacityConfig, tokens: float) -> float:
@@ -271,7 +289,7 @@ def _reference_bytes(model: Model, layout: Layout, tokens: float, num_microbatch
 def sync_bytes(model: Model, layout: Layout, stage: int, bucket_bytes: int) -> float:
     """Peak memory of a weight sync on the sending rank, in BF16: the bound that sync.buckets.MemoryPlan keeps."""
     s = model.stored
-    gate_up = 2 * s.ffn_hidden_size * s.hidden_size
+    gate_up = 2 * max(s.ffn_hidden_size, s.dense_ffn_hidden_size, s.shared_ffn_hidden_size) * s.hidden_size
     qkv = (s.num_attention_heads + 2 * s.num_query_groups) * s.head_dim * s.hidden_size
     ends = s.vocab_size * s.hidden_size if stage in (0, layout.pp - 1) else 0
     largest = 2 * max(gate_up, qkv, ends)

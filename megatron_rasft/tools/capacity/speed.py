@@ -127,7 +127,7 @@ class ForwardFlops:
     attention: float
     """Attention of one layer: projections, scores, weighted values."""
     mlp: float
-    """MLP of one layer, or the token's experts and the router."""
+    """MLP of one layer, or the token's experts and the router; the mean over the layers if they differ."""
     output: float
 
 
@@ -135,10 +135,12 @@ def forward_flops(model: Model, length: float) -> ForwardFlops:
     """Counts two FLOPs per weight, and causal attention in a sequence of ``length`` tokens."""
     s = model.shape
     q, kv = s.num_attention_heads * s.head_dim, s.num_query_groups * s.head_dim
-    mlp = 3 * s.hidden_size * s.ffn_hidden_size * max(1, model.top_k)
+    share = len(model.layers_with_experts) / s.num_layers
+    sparse = 3 * (s.ffn_hidden_size * model.top_k + s.shared_ffn_hidden_size) + s.num_experts
+    mlp = s.hidden_size * (share * sparse + (1 - share) * 3 * s.mlp_size)
     return ForwardFlops(
         attention=2 * s.hidden_size * (2 * q + 2 * kv) + 2 * length * q,
-        mlp=2 * (mlp + s.hidden_size * s.num_experts),
+        mlp=2 * mlp,
         output=2 * s.hidden_size * s.vocab_size,
     )
 
@@ -224,7 +226,8 @@ def _communication(
     inside = layers * passes * hidden * (tp - 1) / tp / _bandwidth(assumed, config, tp)
     forwards = {"none": 2, "selective": 3, "full": 3}[layout.recompute]
     sent = 2 * hidden / tp * model.top_k * (ep - 1) / ep  # tokens are sent to the experts and back
-    inside += layers * forwards * sent / _bandwidth(assumed, config, tp * cp * layout.dp if ep > 1 else 1)
+    mixtures = len(model.layers_with_experts) / layout.pp
+    inside += mixtures * forwards * sent / _bandwidth(assumed, config, tp * cp * layout.dp if ep > 1 else 1)
     if layout.pp > 1:
         inside += 2 * layout.chunks * hidden / tp / _bandwidth(assumed, config, layout.num_gpus)
     keys = 2 * 2 * width / cp * max(1, s.num_query_groups / tp) * s.head_dim

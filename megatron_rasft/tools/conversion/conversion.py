@@ -16,18 +16,18 @@ from megatron_rasft.errors import CheckpointError, WeightsError
 from megatron_rasft.files import replacing
 from megatron_rasft.tools.conversion.staging import StagedFolder
 from megatron_rasft.weights.architecture import megatron_args
+from megatron_rasft.weights.carried import carried_plans, write_carried
 from megatron_rasft.weights.companions import copy_companions
 from megatron_rasft.weights.exporting import (
-    ShardWriter,
     file_name,
     type_names,
     types_by_size,
     write_config,
     write_index,
 )
-from megatron_rasft.weights.families import NameTable, Piece, ShardLayout, StoredParameter
+from megatron_rasft.weights.families import Entry, NameTable, Piece, ShardLayout, StoredParameter
 from megatron_rasft.weights.finite import NOT_FINITE, describe_overflow, is_finite
-from megatron_rasft.weights.folder import HfFolder
+from megatron_rasft.weights.folder import CARRIED_FILE, HfFolder
 from megatron_rasft.weights.fp8_blocks import (
     SCALE_SUFFIX,
     is_linear_layer,
@@ -39,6 +39,7 @@ from megatron_rasft.weights.fp8_blocks import (
 from megatron_rasft.weights.gathering import TensorPlan, assemble
 from megatron_rasft.weights.loading import read_shard
 from megatron_rasft.weights.model_card import saved_run_facts, write_card
+from megatron_rasft.weights.shard_writer import ShardWriter, split_plans
 from megatron_rasft.weights.torch_dist import (
     COMMON_STATE,
     DistcpFile,
@@ -157,7 +158,13 @@ def hf_to_megatron(
         template = staged.path / TEMPLATE_DIR
         template.mkdir(exist_ok=True)
         copy_companions(source.path, template)
-        types = types_by_size((t.shape, dtype or t.dtype) for t in source.tensors.values())
+        if source.carried:
+            write_carried(source, template / CARRIED_FILE, carried_plans(source))
+        kept = source.table.buffers
+        types = types_by_size(
+            (t.shape, t.dtype if dtype is None or name in kept else dtype)
+            for name, t in source.tensors.items()
+        )
         write_config(source, template, types[0])
         (staged.path / TRACKER_FILE).write_text(RELEASE, encoding="utf-8")
         staged.finish()
@@ -170,14 +177,14 @@ def _wholes(source: HfFolder, table: NameTable, dtype: torch.dtype | None) -> di
         stored = reduce(torch.promote_types, (source.tensors[name].dtype for name in p.binding.hf_names))
         if p.key not in wholes:
             shape = p.binding.shard_shape(p.binding.entry.layout(table.shape, 0, 1, None))
-            wholes[p.key] = _Whole(shape, dtype or stored)
+            wholes[p.key] = _Whole(shape, written_type(p.binding.entry, stored, dtype, is_fp8=False))
         elif dtype is None:
             wholes[p.key] = wholes[p.key]._replace(dtype=torch.promote_types(wholes[p.key].dtype, stored))
     return wholes
 
 
 def _layer_parts(source: HfFolder, wholes: dict[str, _Whole]) -> Iterator[_LayerPart]:
-    groups = groupby(source.table.stored_parameters(), key=lambda p: p.position[:1])
+    groups = groupby(source.table.stored_parameters(), key=lambda p: p.binding.prefix)
     for i, (_, group) in enumerate(groups):
         parameters = tuple(group)
         num_bytes = sum(wholes[p.key].num_bytes for p in parameters)
@@ -309,12 +316,19 @@ def megatron_to_hf(
         on_progress: called with the bytes that were written since the last call.
 
     Raises:
-        ValueError: ``out_dir`` is in use.
+        ValueError: ``out_dir`` is in use, or ``is_fp8`` does not fit the model.
         CheckpointError: the checkpoint does not fit the template, or the disk is full. Finished files are kept.
         WeightsError: a tensor has NaN or infinity, or overflows as ``dtype``. No file is kept.
     """
     check_parameters(source, template.table)
-    parts = _file_parts(source, template, dtype, is_fp8, max_shard_bytes)
+    if is_fp8 and template.carried:
+        raise ValueError(
+            f"--fp8: {next(iter(template.carried))} and {len(template.carried) - 1} more tensors are not part of the trained model and stay "
+            "in 16 bits, which engines would read as FP8. Leave --fp8 out, and serve this model in bfloat16."
+        )
+    carried = split_plans(carried_plans(template), max_shard_bytes)
+    parts = _file_parts(source, template, dtype, is_fp8, max_shard_bytes, len(carried))
+    num_files = len(parts) + len(carried)
     work = {
         "input": _fingerprint([source.path / ".metadata", *source.path.glob("*.distcp")]),
         "template": hashlib.sha256((template.path / "config.json").read_bytes()).hexdigest(),
@@ -332,8 +346,14 @@ def megatron_to_hf(
         weight_map = {
             plan.name: part.name for part in parts for _, plans in part.parameters for plan in plans
         }
-        if len(parts) > 1:
-            write_index(staged.path, weight_map, sum(part.num_bytes for part in parts))
+        for i, shard in enumerate(carried, start=len(parts)):
+            with replacing(staged.path / file_name(i, num_files)) as temporary:
+                write_carried(template, temporary, shard)
+            weight_map.update((plan.name, file_name(i, num_files)) for plan in shard)
+        if num_files > 1:
+            num_bytes = sum(part.num_bytes for part in parts)
+            num_bytes += sum(plan.num_bytes for shard in carried for plan in shard)
+            write_index(staged.path, weight_map, num_bytes)
         copy_companions(template.path, staged.path)
         more = {"quantization_config": quantization_config(template.table.hf_shapes)} if is_fp8 else {}
         types = types_by_size(_plain_weights(parts))
@@ -419,13 +439,14 @@ def _file_parts(
     dtype: torch.dtype | None,
     is_fp8: bool,
     max_shard_bytes: int,
+    num_more: int,
 ) -> list[_FilePart]:
-    """Splits the model into files. The tensors of one parameter stay in one file."""
+    """Splits the model into files. The tensors of one parameter stay in one file. ``num_more`` files follow these."""
     files: list[list[tuple[StoredParameter, list[TensorPlan]]]] = []
     sizes: list[int] = []
     for parameter in template.table.stored_parameters():
         stored = source.tensors[place(source, parameter)[0]].properties.dtype
-        plans = _plan(parameter, dtype or (unquantized_type(stored) if is_fp8 else stored), is_fp8)
+        plans = _plan(parameter, written_type(parameter.binding.entry, stored, dtype, is_fp8=is_fp8), is_fp8)
         num_bytes = sum(_size(plan.shape, plan.dtype) for plan in plans)
         if not files or sizes[-1] + num_bytes > max_shard_bytes:
             files.append([])
@@ -433,9 +454,18 @@ def _file_parts(
         files[-1].append((parameter, plans))
         sizes[-1] += num_bytes
     return [
-        _FilePart(file_name(i, len(files)), size, parameters)
+        _FilePart(file_name(i, len(files) + num_more), size, parameters)
         for i, (parameters, size) in enumerate(zip(files, sizes, strict=True))
     ]
+
+
+def written_type(
+    entry: Entry, stored: torch.dtype, dtype: torch.dtype | None, *, is_fp8: bool
+) -> torch.dtype:
+    """Returns the type of an exported tensor that is not quantized; the arguments are those of ``megatron_to_hf``."""
+    if entry.is_buffer:
+        return stored
+    return dtype or (unquantized_type(stored) if is_fp8 else stored)
 
 
 def _plain_weights(parts: Sequence[_FilePart]) -> Iterator[tuple[tuple[int, ...], torch.dtype]]:

@@ -65,10 +65,11 @@ class _Forward:
         x = embedding[tokens]  # [b, s, h]
         if not self.shape.is_tied:
             del embedding
-        angles = rotary_angles(tokens.shape[1], self.shape.head_dim, self.rope)
+        angles = rotary_angles(tokens.shape[1], int(self.shape.head_dim * self.rope.partial), self.rope)
         for layer in range(self.shape.num_layers):
             x = x + self._attention(x, angles, layer)
-            x = x + (self._experts(x, layer) if self.shape.num_experts else self._mlp(x, layer))
+            has_experts = self.shape.num_experts and layer >= self.shape.num_dense_layers
+            x = x + (self._experts(x, layer) if has_experts else self._mlp(x, layer))
         x = self._norm(x, "decoder.final_layernorm.weight")
         output = embedding if self.shape.is_tied else self._weight("output_layer.weight")
         return x @ output[: self.shape.vocab_size].T
@@ -104,19 +105,44 @@ class _Forward:
 
     def _experts(self, x: Tensor, layer: int) -> Tensor:
         x = self._norm(x, "pre_mlp_layernorm.weight", layer)
-        scores = x @ self._weight("mlp.router.weight", layer).T  # [b, s, experts]
-        if self.args["moe_router_pre_softmax"]:
-            weights, chosen = scores.softmax(-1).topk(self.args["moe_router_topk"], -1)
-        else:
-            weights, chosen = scores.topk(self.args["moe_router_topk"], -1)
-            weights = weights.softmax(-1)
+        weights, chosen = self._route(x @ self._weight("mlp.router.weight", layer).T, layer)
         total = torch.zeros_like(x)
         for expert in chosen.unique().tolist():
             fc1 = self._weight("mlp.experts.experts.linear_fc1.weight", layer, expert)
             fc2 = self._weight("mlp.experts.experts.linear_fc2.weight", layer, expert)
             weight = (weights * (chosen == expert)).sum(-1, keepdim=True)
             total += weight * _gated(x, fc1, fc2)
+        if self.shape.shared_ffn_hidden_size:
+            names = (f"mlp.shared_experts.linear_fc{i}.weight" for i in (1, 2))
+            total += _gated(x, *(self._weight(name, layer) for name in names))
         return total
+
+    def _route(self, scores: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """Returns weights and numbers of the experts, both [b, s, k], for the router's outputs [b, s, experts]."""
+        top_k = self.args["moe_router_topk"]
+        if self.args.get("moe_router_score_function") == "sigmoid":
+            scores = scores.sigmoid()
+            biased = scores + self._weight("mlp.router.expert_bias", layer)
+            chosen = self._keep_best_groups(biased).topk(top_k, -1).indices
+            weights = scores.gather(-1, chosen)
+            return self.args["moe_router_topk_scaling_factor"] * weights / weights.sum(
+                -1, keepdim=True
+            ), chosen
+        if self.args["moe_router_pre_softmax"]:
+            weights, chosen = scores.softmax(-1).topk(top_k, -1)
+            return weights, chosen
+        weights, chosen = scores.topk(top_k, -1)
+        return weights.softmax(-1), chosen
+
+    def _keep_best_groups(self, scores: Tensor) -> Tensor:
+        """Replaces scores by -inf outside the best groups of experts, which are those with the largest sum of two scores."""
+        num_groups = self.args["moe_router_num_groups"]
+        if num_groups is None:
+            return scores
+        grouped = scores.unflatten(-1, (num_groups, -1))
+        best = grouped.topk(2, -1).values.sum(-1).topk(self.args["moe_router_group_topk"], -1).indices
+        is_kept = torch.zeros(grouped.shape[:-1], dtype=torch.bool).scatter(-1, best, True)
+        return grouped.masked_fill(~is_kept[..., None], float("-inf")).flatten(-2)
 
 
 def _gated(x: Tensor, fc1: Tensor, fc2: Tensor) -> Tensor:
@@ -157,7 +183,11 @@ def _yarn_kept(head_dim: int, theta: float, yarn: Yarn) -> Tensor:
 
 
 def rotate(x: Tensor, angles: Tensor, factor: float = 1.0) -> Tensor:
-    """Rotates [b, s, heads, d]; element i of the first half and element i of the second half form a pair."""
+    """Rotates the first elements of [b, s, heads, d], two for each angle.
+
+    Of these, element i of the first half and element i of the second half form a pair.
+    """
     cos, sin = factor * angles.cos()[:, None], factor * angles.sin()[:, None]
-    first, second = x.chunk(2, -1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+    rotated, rest = x.split([2 * angles.shape[-1], x.shape[-1] - 2 * angles.shape[-1]], -1)
+    first, second = rotated.chunk(2, -1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], -1)

@@ -11,12 +11,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from megatron_rasft.tools.conversion.conversion import place, read_parameter
+from megatron_rasft.tools.conversion.conversion import place, read_parameter, written_type
 from megatron_rasft.weights.exporting import type_names
 from megatron_rasft.weights.families import StoredParameter
 from megatron_rasft.weights.finite import NOT_FINITE, is_finite
 from megatron_rasft.weights.folder import HfFolder
-from megatron_rasft.weights.fp8_blocks import SCALE_SUFFIX, is_linear_layer, quantized, unquantized_type
+from megatron_rasft.weights.fp8_blocks import SCALE_SUFFIX, is_linear_layer, quantized
 from megatron_rasft.weights.torch_dist import TorchDistFolder
 
 BLOCK_BYTES = 4 << 20
@@ -80,7 +80,10 @@ def prove(
             num_elements += ours.numel()
             pairs = ((ours[rows], folder.read(name, 0, rows.start, rows.stop)) for rows in _blocks(ours))
             digest, found = _compare(
-                name, ours.shape, pairs if is_export else ((made, source) for source, made in pairs), dtype
+                name,
+                ours.shape,
+                pairs if is_export else ((made, source) for source, made in pairs),
+                None if parameter.binding.entry.is_buffer else dtype,
             )
             digests.append(digest)
             faults += found
@@ -108,7 +111,8 @@ def prove_fp8(checkpoint: TorchDistFolder, template: HfFolder, exported: Path) -
         tensors = read_parameter(checkpoint, template.table, parameter)
         for name, tensor in zip(parameter.binding.hf_names, tensors, strict=True):
             num_elements += tensor.numel()
-            expected = {name: tensor.to(unquantized_type(tensor.dtype))}
+            made_type = written_type(parameter.binding.entry, tensor.dtype, None, is_fp8=True)
+            expected = {name: tensor.to(made_type)}
             if is_linear_layer(name, tuple(tensor.shape)):
                 # checked before rounding, because e4m3 cannot represent infinity
                 if not is_finite(tensor):

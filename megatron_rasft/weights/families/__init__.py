@@ -3,7 +3,7 @@
 A file of this package declares a kind of family. FAMILIES has an entry for each family.
 """
 
-from megatron_rasft.weights.families import dense, experts
+from megatron_rasft.weights.families import dense, experts, glm4_moe
 from megatron_rasft.weights.families.declaration import Family
 from megatron_rasft.weights.families.entries import Entry
 from megatron_rasft.weights.families.layouts import Piece, ShardLayout
@@ -36,5 +36,6 @@ FAMILIES = {
         dense.SMOLLM3,
         experts.MIXTRAL,
         experts.QWEN3_MOE,
+        glm4_moe.GLM4_MOE,
     )
 }

@@ -43,6 +43,10 @@ class Family:
         ("mlp_bias", False, False),
     )
     """Flags of config.json for which the table has one value only: key, value if the key is omitted, value of the table."""
+    default_partial_rotary: float = 1.0
+    """Share of each head's dimensions that the rotary embedding rotates, if config.json omits it."""
+    is_carried: Callable[[str, ModelShape], bool] = lambda name, shape: False
+    """Returns whether a stored tensor is not part of the trained model, so that exports get a copy of it."""
     own_sizes: Callable[[Config], dict[str, Any]] = lambda config: {}
     """Returns the fields of ModelShape that only this family has, and refuses what only its config.json can ask for."""
     own_args: Callable[[Config, ModelShape], dict[str, Any]] = lambda config, shape: {}

@@ -44,7 +44,9 @@ _STACKED_QKV = ATTENTION[1]._replace(
 _STACKED_GATE_UP = MLP[1]._replace(
     hf=("mlp.gate_up_proj.weight",),
     hf_shape=lambda s: ((2 * s.ffn_hidden_size, s.hidden_size),),
-    layout=stacked(gate_then_up, lambda s: (s.ffn_hidden_size, s.ffn_hidden_size)),
+    layout=stacked(
+        gate_then_up(lambda s: s.ffn_hidden_size), lambda s: (s.ffn_hidden_size, s.ffn_hidden_size)
+    ),
 )
 
 PHI3 = Family(

@@ -28,6 +28,8 @@ class Entry(NamedTuple):
     is_sharded: bool = True
     """False if every tensor-parallel rank holds the complete tensor."""
     is_expert: bool = False
+    is_buffer: bool = False
+    """True if it is a buffer of the module, which training does not change and which stays in fp32."""
 
 
 def norm_entry(megatron: tuple[str, ...], hf: str, size: Callable[[ModelShape], int]) -> Entry:
@@ -61,26 +63,38 @@ ATTENTION = (
         input_split(q_size),
     ),
 )
-MLP = (
-    norm_entry(
-        ("pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"),
-        "post_attention_layernorm.weight",
-        lambda s: s.hidden_size,
-    ),
-    Entry(
-        ("mlp.linear_fc1.weight",),
-        ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
-        lambda s: ((s.ffn_hidden_size, s.hidden_size),) * 2,
-        gate_then_up,
-    ),
-    Entry(
-        ("mlp.linear_fc2.weight",),
-        ("mlp.down_proj.weight",),
-        lambda s: ((s.hidden_size, s.ffn_hidden_size),),
-        input_split(lambda s: s.ffn_hidden_size),
-    ),
-)
 
+
+def gated_mlp(megatron: str, hf: str, size: Callable[[ModelShape], int]) -> tuple[Entry, Entry]:
+    """Entries of the two layers of a gated MLP.
+
+    Args:
+        megatron: name of the module in Megatron's layer.
+        hf: name of the module in the Hugging Face layer.
+        size: inner size of the MLP.
+    """
+    return (
+        Entry(
+            (f"{megatron}.linear_fc1.weight",),
+            (f"{hf}.gate_proj.weight", f"{hf}.up_proj.weight"),
+            lambda s: ((size(s), s.hidden_size),) * 2,
+            gate_then_up(size),
+        ),
+        Entry(
+            (f"{megatron}.linear_fc2.weight",),
+            (f"{hf}.down_proj.weight",),
+            lambda s: ((s.hidden_size, size(s)),),
+            input_split(size),
+        ),
+    )
+
+
+MLP_NORM = norm_entry(
+    ("pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"),
+    "post_attention_layernorm.weight",
+    lambda s: s.hidden_size,
+)
+MLP = (MLP_NORM, *gated_mlp("mlp", "mlp", lambda s: s.ffn_hidden_size))
 
 QKV_BIAS = (
     Entry(

@@ -73,10 +73,14 @@ def input_split(size: Callable[[ModelShape], int]) -> Layout:
     return layout
 
 
-def gate_then_up(shape: ModelShape, tp_rank: int, tp_size: int, shard: Sequence[int] | None) -> ShardLayout:
+def gate_then_up(size: Callable[[ModelShape], int]) -> Layout:
     """The rank's rows of the gate projection, followed by its rows of the up projection."""
-    start, stop = share(shape.ffn_hidden_size, tp_rank, tp_size)
-    return ShardLayout(0, 2 * (stop - start), (Piece(0, start, stop), Piece(1, start, stop)))
+
+    def layout(shape: ModelShape, tp_rank: int, tp_size: int, shard: Sequence[int] | None) -> ShardLayout:
+        start, stop = share(size(shape), tp_rank, tp_size)
+        return ShardLayout(0, 2 * (stop - start), (Piece(0, start, stop), Piece(1, start, stop)))
+
+    return layout
 
 
 def query_key_value(

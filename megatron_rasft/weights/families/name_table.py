@@ -80,6 +80,10 @@ class NameTable:
             for name, size in zip(parameter.binding.hf_names, parameter.binding.hf_shapes, strict=True)
         }
         """Every tensor that the folder must contain, in the order of the model."""
+        self.buffers = frozenset(
+            name for p in self.stored_parameters() if p.binding.entry.is_buffer for name in p.binding.hf_names
+        )
+        """The tensors of ``hf_shapes`` that are buffers. They keep their type when all weights are converted to another."""
 
     def bind(self, megatron_name: str, layer_offset: int, expert_offset: int = 0) -> Binding | None:
         """Returns the entry of a parameter, or None if this family has no such parameter.

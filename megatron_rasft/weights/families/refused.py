@@ -24,7 +24,6 @@ REFUSED = {
     "Gemma3ForConditionalGeneration": _GEMMA3,
     "Gemma4ForConditionalGeneration": "its embeddings per layer, its shared keys and values, and its norms are not in Megatron's GPTModel",
     "Glm4ForCausalLM": "its layers have norms after attention and MLP, and " + _INTERLEAVED,
-    "Glm4MoeForCausalLM": "there is no table for its shared experts, its routing and its dense first layers",
     "Glm4MoeLiteForCausalLM": "there is no table for its latent attention and grouped routing",
     "GlmForCausalLM": _INTERLEAVED,
     "GptOssForCausalLM": "there is no table for its attention sinks and its clamped activation",

@@ -22,3 +22,14 @@ class ModelShape:
     has_qk_norm: bool
     num_experts: int = 0
     """Number of experts per layer; 0 if every layer has a single MLP."""
+    num_dense_layers: int = 0
+    """Number of first layers that have a single MLP, in a model whose other layers have experts."""
+    dense_ffn_hidden_size: int = 0
+    """Inner size of the MLP of these layers."""
+    shared_ffn_hidden_size: int = 0
+    """Inner size of the shared experts of a layer together, through which every token passes; 0 if there are none."""
+
+    @property
+    def mlp_size(self) -> int:
+        """Inner size of the MLP in layers without experts."""
+        return self.dense_ffn_hidden_size or self.ffn_hidden_size

@@ -127,3 +127,10 @@ def test_a_quantization_that_the_trainer_cannot_produce_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=named):
         WireFormat.read({"quantization_config": {**FP8, **change}})
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_biases_of_routers_are_sent_in_fp32(dtype: str) -> None:
+    bias = "model.layers.3.mlp.gate.e_score_correction_bias"
+    (wire,) = WireFormat.read({"dtype": dtype}).wire_tensors(bias, (8,))
+    assert wire.dtype == torch.float32

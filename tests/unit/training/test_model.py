@@ -11,9 +11,13 @@ from megatron_rasft.training.model import layer_spec
 
 
 def config_of(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> Any:
+    """A configuration whose second pipeline stage, the present one, has three of five layers."""
     monkeypatch.setattr(model_module, "get_num_layers_to_build", lambda config, vp_stage: 3)
+    monkeypatch.setattr(model_module, "get_transformer_layer_offset", lambda config, vp_stage: 2)
     values = {
         "transformer_impl": "local",
+        "num_layers": 5,
+        "moe_layer_freq": 1,
         "qk_layernorm": False,
         "num_moe_experts": None,
         "moe_grouped_gemm": False,
@@ -44,9 +48,19 @@ def test_the_norm_before_experts_keeps_its_name_in_a_checkpoint(
     assert ("pre_mlp_layernorm." in names) == is_renamed
 
 
+@pytest.mark.parametrize(
+    ("frequency", "expected"), [([0, 0, 0, 1, 1], [False, True, True]), (3, [False, True, False])]
+)
+def test_a_stage_has_experts_in_its_own_layers(
+    frequency: list[int] | int, expected: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block: Any = layer_spec(config_of(monkeypatch, num_moe_experts=4, moe_layer_freq=frequency))
+    made = [spec.submodules.sharded_state_dict_keys_map for spec in block.layer_specs]
+    assert ["pre_mlp_layernorm." not in names for names in made] == expected
+
+
 def test_transformer_engines_layers_are_megatrons_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        model_module, "get_gpt_layer_with_transformer_engine_spec", lambda **kind: ("TE", kind)
-    )
-    spec: Any = layer_spec(config_of(monkeypatch, transformer_impl="transformer_engine", qk_layernorm=True))
-    assert spec == ("TE", {"qk_layernorm": True, "num_experts": None, "moe_grouped_gemm": False})
+    monkeypatch.setattr(model_module, "get_gpt_decoder_block_spec", lambda *args, **kind: (args, kind))
+    config = config_of(monkeypatch, transformer_impl="transformer_engine")
+    spec: Any = layer_spec(config, 1)
+    assert spec == ((config,), {"use_transformer_engine": True, "vp_stage": 1})

@@ -20,7 +20,7 @@ from megatron_rasft.weights.architecture import (
     read_rope,
     read_shape,
 )
-from megatron_rasft.weights.families import FAMILIES, REFUSED
+from megatron_rasft.weights.families import FAMILIES, REFUSED, Family
 
 
 def transformers_config(architecture: str, **values: Any) -> Any:
@@ -39,6 +39,7 @@ def test_defaults_are_those_of_transformers(architecture: str) -> None:
     config = transformers_config(architecture, hidden_size=1024, **switch)
     assert family.default_max_position_embeddings == config.max_position_embeddings
     assert family.default_rope_theta == config.rope_parameters["rope_theta"]
+    assert family.default_partial_rotary == config.rope_parameters.get("partial_rotary_factor", 1.0)
     assert family.default_norm_eps == config.rms_norm_eps
     assert family.default_sliding_window == getattr(config, "sliding_window", None)
     computed = 1024 // config.num_attention_heads
@@ -65,6 +66,8 @@ def test_absent_keys_mean_what_the_class_built_without_arguments_means(architect
     described = []
     for config in (stored, {key: stored[key] for key in SIZES}):
         config["sliding_window"] = None
+        if stored["hidden_size"] % stored["num_attention_heads"]:
+            config["head_dim"] = 64  # the class divides and drops the rest, which is refused
         shape = read_shape(config, family)
         described.append(ModelDescription(config, family, shape, read_rope(config, family)))
     full, sparse = described
@@ -97,6 +100,8 @@ def test_config_with_sizes_only_means_what_transformers_reads(architecture: str)
     }
     if FAMILIES[architecture].has_experts:
         sizes |= {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2}
+        if hasattr(transformers_config(architecture), "moe_intermediate_size"):
+            sizes["moe_intermediate_size"] = 16
     switched_off = {"sliding_window": None}  # Mistral's default window is refused
     config = transformers_config(architecture, **sizes)
     family = FAMILIES[architecture]
@@ -109,6 +114,10 @@ def test_config_with_sizes_only_means_what_transformers_reads(architecture: str)
     assert args["max_position_embeddings"] == config.max_position_embeddings
     if family.has_experts:
         assert args["moe_router_pre_softmax"] is not getattr(config, "norm_topk_prob", True)
+    if args.get("moe_router_score_function") == "sigmoid":
+        assert args["moe_router_topk_scaling_factor"] == config.routed_scaling_factor
+        assert args["moe_layer_freq"].count(0) == config.first_k_dense_replace
+        assert args["moe_shared_expert_intermediate_size"] == 16 * config.n_shared_experts
 
 
 @pytest.mark.parametrize("architecture", [name for name, f in FAMILIES.items() if f.has_max_window_layers])
@@ -126,6 +135,7 @@ KEYS = [
     "rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "rms_norm_eps", "initializer_range",
     "num_experts", "num_local_experts", "num_experts_per_tok", "norm_topk_prob", "mlp_only_layers", "decoder_sparse_step",
     "attention_out_bias", "no_rope_layers", "no_rope_layer_interval",
+    "n_routed_experts", "n_shared_experts", "first_k_dense_replace", "n_group", "topk_group", "routed_scaling_factor",
 ]  # fmt: skip
 ROPE_KEYS = [
     "rope_type",
@@ -165,9 +175,15 @@ ANYTHING = st.sampled_from(
 )
 
 
+def has_shared_experts(family: Family) -> bool:
+    return any("shared_experts" in name for entry in family.mlp for name in entry.megatron)
+
+
 def base(architecture: str) -> dict[str, Any]:
     """A config.json with every key, so that a wrong value of one key is the only mistake."""
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "norm_topk_prob": True}
+    if has_shared_experts(FAMILIES[architecture]):
+        experts["n_routed_experts"] = experts.pop("num_experts")
     return {
         "architectures": [architecture], "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 32,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 96, "tie_word_embeddings": False,
@@ -185,7 +201,9 @@ def read_back(path: Path, config: Any) -> dict[str, Any] | str:
         return str(error)
 
 
-@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3MoeForCausalLM"])
+@pytest.mark.parametrize(
+    "architecture", ["LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3MoeForCausalLM", "Glm4MoeForCausalLM"]
+)
 def test_wrong_values_are_refused_with_one_line_that_names_the_key(architecture: str, tmp_path: Path) -> None:
     config = base(architecture)
     assert isinstance(read_back(tmp_path, config), dict)
@@ -201,6 +219,25 @@ def test_wrong_values_are_refused_with_one_line_that_names_the_key(architecture:
         elif key in numbers and key != "intermediate_size":
             fits = type(value) in (int, float) and math.isfinite(value) and value > 0
             assert fits, (key, value)
+
+
+SIGMOID_ROUTING: dict[str, tuple[dict[str, Any], str]] = {
+    "no layer with experts": ({"first_k_dense_replace": 2}, "layers"),
+    "weights that do not sum to 1": ({"norm_topk_prob": False}, "norm_topk_prob"),
+    "one normalised expert": ({"num_experts_per_tok": 1}, "norm_topk_prob"),
+    "groups of unequal size": ({"n_group": 3}, "n_group"),
+    "more groups than there are": ({"n_group": 2, "topk_group": 3}, "topk_group"),
+    "groups with too few experts": ({"n_group": 4, "topk_group": 1, "num_experts_per_tok": 3}, "topk_group"),
+    "groups scored by one expert": ({"n_group": 4, "topk_group": 2}, "topk_group"),
+}
+
+
+@pytest.mark.parametrize("changes,key", SIGMOID_ROUTING.values(), ids=SIGMOID_ROUTING)
+def test_sigmoid_routing_that_megatron_lacks_is_refused(
+    changes: dict[str, Any], key: str, tmp_path: Path
+) -> None:
+    made = read_back(tmp_path, base("Glm4MoeForCausalLM") | changes)
+    assert isinstance(made, str) and key in made
 
 
 @given(

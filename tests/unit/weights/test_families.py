@@ -145,7 +145,7 @@ def test_every_hf_tensor_has_exactly_one_parameter(architecture: str, is_tied: b
         layers = [
             f"decoder.layers.{layer}.{entry.megatron[which].format(e=expert)}"
             for layer in range(3)
-            for entry in family.layer_entries
+            for entry in family.entries(table.shape, layer)
             for expert in (range(num_experts) if entry.is_expert else (0,))
         ]
         bound = [hf for name in names + layers for hf in bind(table, name).hf_names]
@@ -219,7 +219,9 @@ def test_tables_have_the_names_and_shapes_that_transformers_saves(
     )
     MODELS[architecture](config).save_pretrained(tmp_path)
     saved = {name: tuple(t.shape) for name, t in load_file(tmp_path / "model.safetensors").items()}
-    table = table_of(architecture, shape(tied=is_tied, hidden_size=16, num_experts=num_experts))
+    more = {"dense_ffn_hidden_size": 12, "shared_ffn_hidden_size": 12}
+    more["num_dense_layers"] = getattr(config, "first_k_dense_replace", 0)
+    table = table_of(architecture, shape(tied=is_tied, hidden_size=16, num_experts=num_experts, **more))
     assert table.hf_shapes == saved
 
 

@@ -28,11 +28,15 @@ _QUIET = settings(deadline=None, suppress_health_check=list(HealthCheck), derand
 @st.composite
 def shapes(draw: st.DrawFn, family: Family, tp_size: int = 1) -> ModelShape:
     """Draws sizes, including odd sizes wherever ``tp_size`` need not divide them."""
-    groups = draw(st.integers(1, 5))
+    groups, num_layers, ffn = (
+        draw(st.integers(1, 5)),
+        draw(st.integers(1, 3)),
+        tp_size * draw(st.integers(1, 7)),
+    )
     return ModelShape(
-        num_layers=draw(st.integers(1, 3)),
+        num_layers=num_layers,
         hidden_size=draw(st.integers(1, 9)),
-        ffn_hidden_size=tp_size * draw(st.integers(1, 7)),
+        ffn_hidden_size=ffn,
         num_attention_heads=groups * draw(st.integers(1, 4)),
         num_query_groups=groups,
         head_dim=2 * draw(st.integers(1, 4)),
@@ -41,7 +45,22 @@ def shapes(draw: st.DrawFn, family: Family, tp_size: int = 1) -> ModelShape:
         has_qkv_bias=family.has_qkv_bias,
         has_qk_norm=family.has_qk_norm,
         num_experts=draw(st.integers(1, 6)) if family.has_experts else 0,
+        **draw(shared_sizes(tp_size, num_layers, ffn)) if has_shared_experts(family) else {},
     )
+
+
+def has_shared_experts(family: Family) -> bool:
+    return any("shared_experts" in name for entry in family.mlp for name in entry.megatron)
+
+
+@st.composite
+def shared_sizes(draw: st.DrawFn, tp_size: int, num_layers: int, ffn: int) -> dict[str, int]:
+    """Draws the sizes of shared experts, and of the MLP in first layers without experts."""
+    return {
+        "num_dense_layers": draw(st.integers(0, num_layers - 1)),
+        "dense_ffn_hidden_size": tp_size * draw(st.integers(1, 7)),
+        "shared_ffn_hidden_size": ffn * draw(st.integers(1, 2)),
+    }
 
 
 def distinct_tensors(table: NameTable) -> dict[str, Tensor]:
@@ -110,6 +129,9 @@ class Chunk:
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
         yield from self._parameters.items()
 
+    def named_buffers(self) -> Iterator[tuple[str, Tensor]]:
+        yield from ()
+
 
 class Folder:
     """Replaces an opened folder."""
@@ -121,11 +143,13 @@ class Folder:
         return self.tensors[name].narrow(dim, start, stop - start)
 
 
-def names_of(family: Family, num_layers: int, num_local_experts: int, is_grouped: bool) -> list[str]:
+def names_of(
+    family: Family, shape: ModelShape, layers: range, num_local_experts: int, is_grouped: bool
+) -> list[str]:
     """Names of the parameters in a middle chunk, as Megatron names them on the rank."""
     names = []
-    for layer in range(num_layers):
-        for entry in family.layer_entries:
+    for layer, index in enumerate(layers):
+        for entry in family.entries(shape, index):
             name = entry.megatron[-1 if is_grouped or not entry.is_expert else 0]
             numbers = range(num_local_experts) if entry.is_expert else (0,)
             names += [f"decoder.layers.{layer}.{name.format(e=number)}" for number in numbers]
@@ -149,7 +173,7 @@ def test_every_split_over_ranks_loads_all_and_gives_it_back(architecture: str, d
     shards: dict[tuple[str, ...], dict[int, Tensor]] = {}
     bindings: dict[tuple[str, ...], Binding] = {}
     for first, last in zip([0, *cuts], [*cuts, shape.num_layers], strict=True):
-        names = names_of(family, last - first, num_local, is_grouped)
+        names = names_of(family, shape, range(first, last), num_local, is_grouped)
         names += ["embedding.word_embeddings.weight"] * (first == 0)
         names += ["decoder.final_layernorm.weight"] * (last == shape.num_layers)
         names += ["output_layer.weight"] * (last == shape.num_layers and not shape.is_tied)
@@ -192,6 +216,16 @@ def config_of(family: Family, shape: ModelShape) -> dict:
     }
     if family.has_experts:
         config |= {"num_local_experts": shape.num_experts, "num_experts_per_tok": 1}
+    if has_shared_experts(family):
+        config |= {
+            "intermediate_size": shape.dense_ffn_hidden_size,
+            "moe_intermediate_size": shape.ffn_hidden_size,
+            "first_k_dense_replace": shape.num_dense_layers,
+            "n_shared_experts": shape.shared_ffn_hidden_size // shape.ffn_hidden_size,
+            "norm_topk_prob": False,  # there is one expert per token
+            "attention_bias": shape.has_qkv_bias,
+            "use_qk_norm": shape.has_qk_norm,
+        }
     return config
 
 

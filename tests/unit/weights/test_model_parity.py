@@ -134,6 +134,23 @@ def test_wrapped_bf16_model_round_trips(tmp_path: Path) -> None:
     assert_same_tensors(HfFolder.open(tmp_path / "out"), folder)
 
 
+def test_biases_of_routers_stay_in_fp32(tmp_path: Path) -> None:
+    """A rounded bias would choose other experts. Megatron's Float16Module rounds all buffers."""
+    from megatron.core.transformer.module import Float16Module
+
+    folder = HfFolder.open(write_folder("glm4_moe", tmp_path / "in"))
+    chunks, offsets = build_chunks(folder, 128, params_dtype=torch.bfloat16, bf16=True)
+    wrapped = [Float16Module(chunks[0].config, chunks[0])]
+    load_into(wrapped, folder, tp_rank=0, tp_size=1, layer_offsets=offsets)
+    export(wrapped, folder, tmp_path / "out", layer_offsets=offsets, dtype=torch.bfloat16)
+    out = HfFolder.open(tmp_path / "out")
+    biases = [name for name in out.tensors if name.endswith("e_score_correction_bias")]
+    assert len(biases) == 3
+    for name in out.tensors:
+        expected = folder.read(name)
+        assert torch.equal(out.read(name), expected if name in biases else expected.bfloat16()), name
+
+
 def test_export_in_another_dtype_says_so_in_the_config(tmp_path: Path, folders: dict[str, HfFolder]) -> None:
     folder = folders["llama"]
     chunks, offsets = load(folder)

@@ -36,6 +36,13 @@ KINDS = {
     "LlamaForCausalLM": {},
     "Qwen3ForCausalLM": {"head_dim": 64},
     "MixtralForCausalLM": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "Glm4MoeForCausalLM": {
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 512,
+        "n_shared_experts": 2,
+        "first_k_dense_replace": 0,
+    },
 }
 RECOMPUTE: dict[str, dict[str, Any]] = {
     "none": {},

@@ -1,0 +1,75 @@
+"""Writes a safetensors file tensor by tensor, without keeping tensors in memory."""
+
+import json
+import math
+import os
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from megatron_rasft.weights.folder import DTYPES
+from megatron_rasft.weights.gathering import TensorPlan
+
+_DTYPE_NAMES = {**{dtype: name for name, dtype in DTYPES.items()}, torch.float8_e4m3fn: "F8_E4M3"}
+
+
+class ShardWriter:
+    """Writes one safetensors file tensor by tensor, without keeping tensors in memory.
+
+    The header is written first, from the planned sizes.
+    """
+
+    def __init__(self, path: Path, plans: Sequence[TensorPlan]) -> None:
+        # wide types come first, so that every tensor is aligned to its element size
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        self._spans: dict[str, tuple[int, int]] = {}
+        position = 0
+        for name, shape, dtype in sorted(plans, key=lambda plan: -plan.dtype.itemsize):
+            end = position + math.prod(shape) * dtype.itemsize
+            header[name] = {
+                "dtype": _DTYPE_NAMES[dtype],
+                "shape": list(shape),
+                "data_offsets": [position, end],
+            }
+            self._spans[name] = (position, end)
+            position = end
+        encoded = json.dumps(header, separators=(",", ":")).encode()
+        encoded += b" " * (-len(encoded) % 8)
+        self.num_bytes = position
+        self._data_start = 8 + len(encoded)
+        self._file: BinaryIO = path.open("wb")
+        self._file.write(struct.pack("<Q", len(encoded)) + encoded)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Writes a CPU tensor at its offset. The last tensor also flushes the file to the disk and closes it."""
+        start, end = self._spans.pop(name)
+        raw = tensor.contiguous().reshape(-1).view(torch.uint8)
+        assert raw.numel() == end - start, (
+            f"{name} has {raw.numel()} bytes instead of the planned {end - start}"
+        )
+        self._file.seek(self._data_start + start)
+        self._file.write(memoryview(raw.numpy()))
+        if not self._spans:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def split_plans(plans: Sequence[TensorPlan], max_shard_bytes: int) -> list[list[TensorPlan]]:
+    """Splits the tensors into files of at most ``max_shard_bytes``; a larger tensor gets its own file."""
+    shards: list[list[TensorPlan]] = []
+    num_free = 0
+    for plan in plans:
+        if not shards or plan.num_bytes > num_free:
+            shards.append([])
+            num_free = max_shard_bytes
+        shards[-1].append(plan)
+        num_free -= plan.num_bytes
+    return shards
