@@ -49,9 +49,9 @@ def check_names(
         missing, flags = ["messages"], {"messages": chat}
     if require_answer and not {config.data_answer_field, config.data_tests_field}.intersection(names):
         free = [name for name in free if name not in flags.values()]
-        kind = next((kind for kind in ("answer", "tests") if _likely(kind, free, config)), None)
-        if kind is not None:
-            missing, flags = [*missing, kind], {**flags, kind: _likely(kind, free, config)}
+        kind = next((kind for kind in ("answer", "tests") if _likely(kind, free, config)), "answer")
+        if missing or _likely(kind, free, config):
+            missing, flags = [*missing, kind], {**flags, kind: _likely(kind, free, config) or "NAME"}
     if missing:
         raise DataError(_message(path, names, missing, flags, config))
 

@@ -175,6 +175,15 @@ def test_wrong_field_names_are_one_error_with_the_flags_that_correct_them(
         assert isinstance(read(path, **config)[1], Row)
 
 
+def test_an_answer_of_unknown_name_is_asked_for_with_the_other_fields(write_rows: Callable) -> None:
+    record = {"question": "p", "solution": "r", "final": "2"}
+    flags = "--data-problem-field question --data-response-field solution"
+    with pytest.raises(DataError, match=rf'"answer".* {flags} --data-answer-field NAME\.$'):
+        read(write_rows(record, record))
+    without = read(write_rows(record), data_problem_field="question", data_response_field="solution")
+    assert isinstance(without[0], RowFault)
+
+
 def test_names_are_not_checked_where_no_other_field_is_likely(write_rows: Callable) -> None:
     (fault,) = read(write_rows({"problem": "p", "response": "r", "source": "web"}))
     assert isinstance(fault, RowFault) and fault.reason == 'no "answer"'
