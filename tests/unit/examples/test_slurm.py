@@ -142,6 +142,10 @@ def test_job_without_servers_starts_torchrun_on_every_node(tmp_path: Path) -> No
     assert {"--nodes=2", "--nodelist=n1,n2", "--kill-on-bad-exit=1"} <= {*words}
     for flag, value in (("--nnodes", "2"), ("--nproc-per-node", "8"), ("--rdzv-endpoint", "n1:29734")):
         assert words[words.index(flag) + 1] == value
+    log_dir = words[words.index("--log-dir") + 1]
+    assert Path(log_dir).parent.parent.name == "run", (
+        "by default torchrun leaves a folder in /tmp for each start"
+    )
     assert words[words.index("--rollout-engine") + 1] == "embedded" and words[-2:] == ["--lr", "1e-5"]
     assert any(re.fullmatch(r"--output=.*/run/logs/trainer-%n-%N\.log", word) for word in words)
     assert not any(word.startswith("--container") for word in words)
