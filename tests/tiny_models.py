@@ -69,6 +69,16 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "mistral": ("Mistral", {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": None}),
+    "mistral3": (
+        "Mistral3",
+        {
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "sliding_window": None,
+            "tie_word_embeddings": False,
+        },
+    ),
     "phi3": (
         "Phi3",
         {"num_attention_heads": 6, "num_key_value_heads": 2, "pad_token_id": 0, "eos_token_id": 1},
@@ -159,12 +169,36 @@ def whole_blocks(case: str) -> dict[str, Any]:
     return sizes | ({"moe_intermediate_size": 128} if "moe_intermediate_size" in overrides else {})
 
 
+_KIND = {"Mistral3": "ConditionalGeneration"}
+"""Families whose models also see images -> end of the class's name."""
+_VISION = {
+    "model_type": "pixtral",
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "head_dim": 16,
+    "image_size": 28,
+    "patch_size": 14,
+}
+
+
+def hf_config(family: str, values: dict[str, Any]) -> Any:
+    """Returns transformers' configuration. ``values`` are those of the language model."""
+    kind = getattr(transformers, f"{family}Config")
+    if family not in _KIND:
+        return kind(**values)
+    text = {"model_type": "mistral", **values}
+    is_tied = values.get("tie_word_embeddings", False)
+    return kind(text_config=text, vision_config=_VISION, tie_word_embeddings=is_tied)
+
+
 def hf_model(case: str, sizes: dict[str, Any] | None = None) -> transformers.PreTrainedModel:
     """A random fp32 model whose norms and biases do not have their initial ones and zeros; ``sizes`` replace the case's."""
     family, overrides = CASES[case]
-    config = getattr(transformers, family + "Config")(**{**_SIZES, **overrides, **(sizes or {})})
+    config = hf_config(family, {**_SIZES, **overrides, **(sizes or {})})
     torch.manual_seed(1234)
-    model = getattr(transformers, family + "ForCausalLM")(config).float().eval()
+    model = getattr(transformers, f"{family}For{_KIND.get(family, 'CausalLM')}")(config).float().eval()
     with torch.no_grad():
         for param in model.parameters():
             param.add_(0.1 * torch.randn_like(param)) if param.ndim == 1 else param.normal_(0, 0.08)

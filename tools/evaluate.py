@@ -323,7 +323,7 @@ def _open_engine(
 def _open_servers(args: argparse.Namespace, config: EvaluationConfig) -> Servers:
     folder = HfFolder.open(args.model)
     api_key = read_key("--api-key-env", args.api_key_env)
-    positions = folder.family.longest(folder.config)
+    positions = folder.family.longest(folder.family.text_config(folder.config))
     return Servers(args.server, folder.config, positions, api_key, config.deadline_s)
 
 

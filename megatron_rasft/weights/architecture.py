@@ -57,7 +57,8 @@ class ModelDescription:
         try:
             config = read_config(path)
             family = read_family(config)
-            known = cls(config, family, read_shape(config, family), read_rope(config, family))
+            text = family.text_config(config)
+            known = cls(config, family, read_shape(text, family), read_rope(text, family))
             megatron_args(known)  # checks the other keys
             return known
         except ModelFolderError as error:
@@ -197,7 +198,8 @@ def megatron_args(folder: Described, query_groups: int | None = None) -> dict[st
     ``use_rope_scaling`` and ``rope_scaling_factor`` are arguments of GPTModel too. megatron.training 0.19 passes on the
     first but not the second, so the code that builds the model must pass both.
     """
-    shape, config, family = folder.shape, folder.config, folder.family
+    shape, family = folder.shape, folder.family
+    config = family.text_config(folder.config)
     groups = query_groups or shape.num_query_groups
     if groups < shape.num_query_groups:
         raise ValueError(

@@ -124,13 +124,14 @@ class HfFolder:
         expected = self.table.hf_shapes
         for name in [n for n in self.tensors if n.endswith(_NOT_WEIGHTS)]:
             del self.tensors[name]
-        if self.shape.is_tied and "lm_head.weight" in self.tensors:
+        output = self.table.output_name
+        if self.shape.is_tied and output in self.tensors:
             self._drop_stored_tied_output()
         missing = [name for name in expected if name not in self.tensors]
         extra = [name for name in self.tensors if name not in expected]
-        if missing == ["lm_head.weight"]:
+        if missing == [output]:
             raise ModelFolderError(
-                "lm_head.weight is missing; if the model uses its embedding as output layer, set tie_word_embeddings to true in "
+                f"{output} is missing; if the model uses its embedding as output layer, set tie_word_embeddings to true in "
                 "config.json"
             )
         if missing:
@@ -150,21 +151,19 @@ class HfFolder:
 
     def _drop_stored_tied_output(self) -> None:
         """Drops the stored output layer of a tied model, which some folders have; refuses one that differs from the embedding."""
-        embedding = self.tensors.get("model.embed_tokens.weight")
-        output = self.tensors["lm_head.weight"]
+        names = self.table.output_name, self.table.embedding_name
+        embedding = self.tensors.get(names[1])
+        output = self.tensors[names[0]]
         is_same = embedding is not None and output[1:3] == embedding[1:3]
         for start in range(0, output.shape[0] if is_same else 0, _COMPARE_ROWS):
-            rows = (
-                self.read(n, 0, start, start + _COMPARE_ROWS)
-                for n in ("lm_head.weight", "model.embed_tokens.weight")
-            )
+            rows = (self.read(n, 0, start, start + _COMPARE_ROWS) for n in names)
             is_same = is_same and torch.equal(*rows)
         if not is_same:
             raise ModelFolderError(
-                "tie_word_embeddings is true but the stored lm_head.weight is not the embedding; "
+                f"tie_word_embeddings is true but the stored {names[0]} is not the embedding; "
                 "set tie_word_embeddings to false in config.json, or delete the tensor"
             )
-        del self.tensors["lm_head.weight"]
+        del self.tensors[names[0]]
 
 
 def weights_fingerprint(folder: Path, precision: str) -> str:

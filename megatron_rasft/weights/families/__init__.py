@@ -29,6 +29,7 @@ FAMILIES = {
     for family in (
         dense.LLAMA,
         dense.MISTRAL,
+        dense.MISTRAL3,
         dense.QWEN2,
         dense.QWEN3,
         dense.PHI3,

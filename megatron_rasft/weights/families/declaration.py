@@ -4,12 +4,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_rasft.weights.config_values import positive_int
+from megatron_rasft.weights.config_values import positive_int, refusal, short, unsupported
 from megatron_rasft.weights.families.entries import ATTENTION, MLP, QK_NORM, QKV_BIAS, Entry
 from megatron_rasft.weights.families.shape import ModelShape
 
 Config = dict[str, Any]
 """The content of a config.json."""
+
+_WHOLE_MODEL = ("tie_word_embeddings", "quantization_config")
+"""Keys outside of text_config that apply to the language model too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +24,12 @@ class Family:
     """
 
     architecture: str
+    text_model_type: str | None = None
+    """For a model that also sees images: model_type of the language model in config.json's text_config. None: no text_config."""
+    prefix: str = "model."
+    """Start of the language model's names, except the output layer's."""
+    output: str = "lm_head.weight"
+    """Name of the output layer."""
     attention: tuple[Entry, ...] = ATTENTION
     mlp: tuple[Entry, ...] = MLP
     mixed_layers: Callable[[ModelShape, int], tuple[Entry, ...]] | None = None
@@ -60,6 +69,20 @@ class Family:
     def entries(self, shape: ModelShape, layer: int) -> tuple[Entry, ...]:
         """The entries of a layer of a model."""
         return self.layer_entries if self.mixed_layers is None else self.mixed_layers(shape, layer)
+
+    def text_config(self, config: Config) -> Config:
+        """The language model's part of a config.json."""
+        if self.text_model_type is None:
+            return config
+        text = config.get("text_config")
+        if not isinstance(text, dict):
+            raise refusal("text_config", "an object as", text)
+        found = text.get("model_type", self.text_model_type)
+        if found != self.text_model_type:
+            raise unsupported(
+                f"a text_config of model_type {short(found)} is not supported for {self.architecture}"
+            )
+        return text | {key: config[key] for key in _WHOLE_MODEL if key in config}
 
     def longest(self, config: Config) -> int:
         """The largest number of positions of a model."""

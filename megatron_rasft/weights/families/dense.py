@@ -1,5 +1,6 @@
 """Families whose layers have one MLP and full attention."""
 
+from dataclasses import replace
 from typing import Any
 
 from megatron_rasft.weights.config_values import list_of, positive_int, refusal
@@ -16,6 +17,16 @@ MISTRAL = Family(
     default_max_position_embeddings=131072,
     default_sliding_window=4096,
 )
+
+MISTRAL3 = replace(
+    MISTRAL,
+    architecture="Mistral3ForConditionalGeneration",
+    text_model_type="mistral",
+    prefix="language_model.model.",
+    output="language_model.lm_head.weight",
+    is_carried=lambda name, shape: name.startswith(("vision_tower.", "multi_modal_projector.")),
+)
+"""The language model of Mistral-Small 3.1 and later ones, which also see images."""
 
 QWEN2 = Family(
     architecture="Qwen2ForCausalLM",

@@ -11,13 +11,11 @@ from megatron_rasft.weights.families.shape import ModelShape
 
 _EMBEDDING = Entry(
     ("embedding.word_embeddings.weight",),
-    ("model.embed_tokens.weight",),
+    ("embed_tokens.weight",),
     lambda s: ((s.vocab_size, s.hidden_size),),
     vocabulary,
 )
-_FINAL_NORM = norm_entry(("decoder.final_layernorm.weight",), "model.norm.weight", lambda s: s.hidden_size)
-_OUTPUT = _EMBEDDING._replace(megatron=("output_layer.weight",), hf=("lm_head.weight",))
-_TIED_OUTPUT = _EMBEDDING._replace(megatron=("output_layer.weight",))
+_FINAL_NORM = norm_entry(("decoder.final_layernorm.weight",), "norm.weight", lambda s: s.hidden_size)
 
 
 _IN_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
@@ -62,6 +60,13 @@ class NameTable:
 
     def __init__(self, family: Family, shape: ModelShape) -> None:
         self.shape = shape
+        self._prefix = family.prefix
+        self.embedding_name = f"{family.prefix}embed_tokens.weight"
+        self.output_name = family.output
+        self._embedding = _EMBEDDING._replace(hf=(self.embedding_name,))
+        self._final_norm = _FINAL_NORM._replace(hf=(f"{family.prefix}norm.weight",))
+        output = self.embedding_name if shape.is_tied else family.output
+        self._output = _EMBEDDING._replace(megatron=("output_layer.weight",), hf=(output,))
         self._is_mixed = family.mixed_layers is not None
         self._entries = [family.entries(shape, layer) for layer in range(shape.num_layers)]
         by_name = {
@@ -69,11 +74,7 @@ class NameTable:
             for entries in set(self._entries)
         }
         self._layers = [by_name[entries] for entries in self._entries]
-        self._top = {
-            "embedding.word_embeddings.weight": _EMBEDDING,
-            "decoder.final_layernorm.weight": _FINAL_NORM,
-        }
-        self._top["output_layer.weight"] = _TIED_OUTPUT if shape.is_tied else _OUTPUT
+        self._top = {entry.megatron[0]: entry for entry in (self._embedding, self._final_norm, self._output)}
         self.hf_shapes: dict[str, tuple[int, ...]] = {
             name: size
             for parameter in self.stored_parameters()
@@ -107,18 +108,18 @@ class NameTable:
             return None
         if entry.is_expert and not 0 <= expert < self.shape.num_experts:
             return None
-        return self._bind(entry, f"model.layers.{layer}.", expert)
+        return self._bind(entry, f"{self._prefix}layers.{layer}.", expert)
 
     def stored_parameters(self) -> Iterator[StoredParameter]:
         """Yields every parameter with its location in a checkpoint, in the order of the model."""
-        yield self._store_top(_EMBEDDING)
+        yield self._store_top(self._embedding)
         for layer in range(self.shape.num_layers):
             for entry in self._entries[layer]:
                 for expert in range(self.shape.num_experts) if entry.is_expert else (0,):
                     yield self._store(entry, layer, expert)
-        yield self._store_top(_FINAL_NORM)
+        yield self._store_top(self._final_norm)
         if not self.shape.is_tied:
-            yield self._store_top(_OUTPUT)
+            yield self._store_top(self._output)
 
     def _store_top(self, entry: Entry) -> StoredParameter:
         return StoredParameter(entry.megatron[0], entry.megatron[0], (), (), self._bind(entry, "", 0))
@@ -136,12 +137,19 @@ class NameTable:
             single_key,
             position,
             stack,
-            self._bind(entry, f"model.layers.{layer}.", expert),
+            self._bind(entry, f"{self._prefix}layers.{layer}.", expert),
         )
 
     def _bind(self, entry: Entry, prefix: str, expert: int) -> Binding:
         names = tuple(prefix + name.format(e=expert) for name in entry.hf)
-        return Binding(entry, names, entry.hf_shape(self.shape), entry is _TIED_OUTPUT, prefix, expert)
+        return Binding(
+            entry,
+            names,
+            entry.hf_shape(self.shape),
+            self.shape.is_tied and entry is self._output,
+            prefix,
+            expert,
+        )
 
     def same_on(self, binding: Binding, expert: int) -> Binding:
         """Returns the binding of the same parameter in another expert of the layer."""

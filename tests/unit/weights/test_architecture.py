@@ -25,7 +25,14 @@ from megatron_rasft.weights.families import FAMILIES, REFUSED, Family
 
 def transformers_config(architecture: str, **values: Any) -> Any:
     """Builds transformers' configuration for a config.json with only these values."""
+    if FAMILIES[architecture].text_model_type is not None:
+        return transformers.AutoConfig.for_model(FAMILIES[architecture].text_model_type, **values)
     return getattr(transformers, architecture.replace("ForCausalLM", "Config"))(**values)
+
+
+def whole_config(family: Family, text: dict[str, Any]) -> dict[str, Any]:
+    """The config.json whose language model is ``text``."""
+    return text if family.text_model_type is None else {"text_config": text}
 
 
 @pytest.mark.parametrize("architecture", FAMILIES)
@@ -69,7 +76,8 @@ def test_absent_keys_mean_what_the_class_built_without_arguments_means(architect
         if stored["hidden_size"] % stored["num_attention_heads"]:
             config["head_dim"] = 64  # the class divides and drops the rest, which is refused
         shape = read_shape(config, family)
-        described.append(ModelDescription(config, family, shape, read_rope(config, family)))
+        rope = read_rope(config, family)
+        described.append(ModelDescription(whole_config(family, config), family, shape, rope))
     full, sparse = described
     assert sparse.shape == full.shape and sparse.rope == full.rope
     assert megatron_args(sparse) == megatron_args(full)
@@ -106,7 +114,8 @@ def test_config_with_sizes_only_means_what_transformers_reads(architecture: str)
     config = transformers_config(architecture, **sizes)
     family = FAMILIES[architecture]
     stored = {**sizes, **switched_off}
-    described = ModelDescription(stored, family, read_shape(stored, family), read_rope(stored, family))
+    shape, rope = read_shape(stored, family), read_rope(stored, family)
+    described = ModelDescription(whole_config(family, stored), family, shape, rope)
     args = megatron_args(described)
     assert args["init_method_std"] == config.initializer_range
     assert args["untie_embeddings_and_output_weights"] is not config.tie_word_embeddings
@@ -194,6 +203,8 @@ def base(architecture: str) -> dict[str, Any]:
 
 def read_back(path: Path, config: Any) -> dict[str, Any] | str:
     """Returns Megatron's arguments, or the message of the refusal."""
+    if config["architectures"] == ["Mistral3ForConditionalGeneration"]:
+        config = {"architectures": config["architectures"], "text_config": config}
     (path / "config.json").write_text(json.dumps(config))
     try:
         return megatron_args(ModelDescription.read(path))

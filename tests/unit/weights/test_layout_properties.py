@@ -201,7 +201,7 @@ def test_every_split_over_ranks_loads_all_and_gives_it_back(architecture: str, d
 
 
 def config_of(family: Family, shape: ModelShape) -> dict:
-    config = {
+    config: dict = {
         "architectures": [family.architecture],
         "hidden_size": shape.hidden_size,
         "intermediate_size": shape.ffn_hidden_size,
@@ -216,6 +216,7 @@ def config_of(family: Family, shape: ModelShape) -> dict:
     }
     if family.has_experts:
         config |= {"num_local_experts": shape.num_experts, "num_experts_per_tok": 1}
+        config["moe_intermediate_size"] = shape.ffn_hidden_size
     if has_shared_experts(family):
         config |= {
             "intermediate_size": shape.dense_ffn_hidden_size,
@@ -226,6 +227,8 @@ def config_of(family: Family, shape: ModelShape) -> dict:
             "attention_bias": shape.has_qkv_bias,
             "use_qk_norm": shape.has_qk_norm,
         }
+    if family.text_model_type is not None:
+        config = {"architectures": config.pop("architectures"), "text_config": config}
     return config
 
 

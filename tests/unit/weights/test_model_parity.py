@@ -17,6 +17,7 @@ from megatron.core import dist_checkpointing, parallel_state  # noqa: E402
 
 from megatron_rasft.tools.conversion.conversion import hf_to_megatron  # noqa: E402
 from megatron_rasft.weights import HfFolder, export, gather_tensors, load_into  # noqa: E402
+from megatron_rasft.weights.folder import INDEX_FILE  # noqa: E402
 from tests.tiny_models import CASES, build_chunks, hf_model, some_tokens, write_folder  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_process")
@@ -105,13 +106,16 @@ def test_round_trip_is_bit_equal(tmp_path: Path, case: str, dtype: torch.dtype) 
     chunks, offsets = load(folder)  # fp32 represents bf16 values exactly
     export(chunks, folder, tmp_path / "out", layer_offsets=offsets)
     assert_same_tensors(HfFolder.open(tmp_path / "out"), folder)
+    carried = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", INDEX_FILE]
+    files = carried if folder.carried else ["model.safetensors"]
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
         "config.json",
         "generation_config.json",
-        "model.safetensors",
+        *files,
     ]
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    expected = hf_model(case).to(dtype).state_dict()
+    reference = hf_model(case).to(dtype)
+    loaded = type(reference).from_pretrained(tmp_path / "out")
+    expected = reference.state_dict()
     assert loaded.dtype == dtype
     assert all(torch.equal(value, expected[name]) for name, value in loaded.state_dict().items())
 
