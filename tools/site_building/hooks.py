@@ -14,10 +14,11 @@ from mkdocs.utils import get_relative_url
 # mkdocs loads this file by its path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tools.site_building import documents, reference
+from tools.site_building import documents, models, reference
 
 ROOT = Path(__file__).resolve().parents[2]
 GENERATED = {
+    "docs/models.md": models.models_page,
     "docs/reference/flags.md": reference.flags_page,
     "docs/reference/tool_flags.md": reference.tool_flags_page,
     "docs/reference/metrics.md": reference.metrics_page,

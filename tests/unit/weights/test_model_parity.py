@@ -16,7 +16,14 @@ cpu_backend.enable()
 from megatron.core import dist_checkpointing, parallel_state  # noqa: E402
 
 from megatron_rasft.tools.conversion.conversion import hf_to_megatron  # noqa: E402
-from megatron_rasft.weights import HfFolder, export, gather_tensors, load_into  # noqa: E402
+from megatron_rasft.training.generation import generation_mode  # noqa: E402
+from megatron_rasft.training.kv_cache import (  # noqa: E402
+    Decode,
+    KeyValueCache,
+    Prefill,
+    rotary_frequencies,
+)
+from megatron_rasft.weights import HfFolder, export, gather_tensors, load_into, megatron_args  # noqa: E402
 from megatron_rasft.weights.folder import INDEX_FILE  # noqa: E402
 from tests.tiny_models import CASES, build_chunks, hf_model, some_tokens, write_folder  # noqa: E402
 
@@ -54,7 +61,7 @@ def logits(chunks: list, tokens: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("case", CASES)
 def test_logits_equal_those_of_transformers(folders: dict[str, HfFolder], case: str) -> None:
     chunks, _ = load(folders[case])
-    tokens = some_tokens()
+    tokens = some_tokens(length=min(128, megatron_args(folders[case])["max_position_embeddings"]))
     with torch.no_grad():
         expected = hf_model(case)(tokens).logits
     vocab = expected.shape[-1]
@@ -85,6 +92,25 @@ def test_megatron_loads_what_was_converted(folders: dict[str, HfFolder], tmp_pat
     got = logits(chunks, some_tokens())
     assert (got[..., : expected.shape[-1]] - expected).abs().max() < 1e-5
     assert state["checkpoint_version"] == 3.0 and state["args"].num_layers == 4
+
+
+@pytest.mark.parametrize("case", ["qwen2_yarn", "smollm3"])
+def test_sampling_computes_the_logits_of_training(folders: dict[str, HfFolder], case: str) -> None:
+    """The tokens of two prompts in one pass, then one further token of each from the cache."""
+    chunks, _ = load(folders[case])
+    tokens, length = some_tokens(), some_tokens().shape[1]
+    expected = logits(chunks, tokens)
+    frequencies, rows = rotary_frequencies(chunks[0].rotary_pos_emb, length), torch.arange(2)
+    last = torch.full((2,), length - 1)
+    cache = KeyValueCache(2, length)
+    with generation_mode(chunks, cache):
+        cache.step = Prefill(frequencies=frequencies[:-1], prompts=rows, rows=rows)
+        first = chunks[0](tokens[:, :-1], None, None)
+        mask = torch.zeros(2, 1, 1, length)
+        cache.step = Decode(frequencies=frequencies[last], rows=rows, positions=last, mask=mask)
+        following = chunks[0](tokens[None, :, -1], None, None)
+    assert (first - expected[:, :-1]).abs().max() < 1e-5
+    assert (following[0] - expected[:, -1]).abs().max() < 1e-5
 
 
 def test_llama3_scaling_changes_the_logits(folders: dict[str, HfFolder]) -> None:
@@ -289,8 +315,10 @@ def test_model_of_another_architecture_is_refused(
         load_into(chunks, folders[loaded], tp_rank=0, tp_size=1, layer_offsets=offsets)
 
 
-def test_gathered_tensors_cover_the_table(folders: dict[str, HfFolder]) -> None:
-    folder = folders["qwen3_tied"]
+@pytest.mark.parametrize("case", CASES)
+def test_gathered_tensors_are_those_of_the_table(folders: dict[str, HfFolder], case: str) -> None:
+    """Weight sync and export send these tensors, under these names."""
+    folder = folders[case]
     chunks, offsets = load(folder)
     got = dict(gather_tensors(chunks, folder.table, layer_offsets=offsets, tp_group=None))
     assert sorted(got) == sorted(folder.table.hf_shapes)

@@ -1,0 +1,81 @@
+"""110 published configurations are accepted or refused, each refusal with its reason."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_rasft.tools.capacity.layouts import Model
+from megatron_rasft.weights.families import FAMILIES, REFUSED
+from tools.site_building.models import models_page, read_configs, refusal_of
+
+CONFIGS = read_configs()
+
+REASONS = {
+    "Qwen3-8B-FP8": "quantization_config",
+    "deepseek-coder-6.7b (linear rope)": "'linear'",
+    "Ministral-3-8B-Reasoning-2512": "ministral3",
+    "Mistral-7B-v0.1": "sliding_window",
+    "Mixtral-8x7B-Instruct-v0.1 (sliding_window 4096 in early revision)": "sliding_window",
+    "Phi-3-mini-4k-instruct": "sliding_window",
+    "Phi-3-mini-128k-instruct": "'longrope'",
+    "Phi-3.5-mini-instruct": "'longrope'",
+    "Phi-4-mini-instruct": "partial_rotary_factor",
+    "Phi-4-mini-reasoning": "partial_rotary_factor",
+}
+"""Model of a family with a table -> part of the reason why it is refused."""
+
+BILLIONS = {
+    "Qwen2.5-0.5B-Instruct": 0.494,
+    "Qwen2.5-7B-Instruct+YaRN (model card recipe)": 7.616,
+    "Qwen2.5-72B-Instruct": 72.706,
+    "Qwen3-0.6B": 0.596,
+    "DeepSeek-R1-0528-Qwen3-8B": 8.191,
+    "Qwen3-32B": 32.762,
+    "Qwen3-30B-A3B": 30.532,
+    "Qwen3-235B-A22B": 235.094,
+    "Llama-3.1-8B-Instruct": 8.030,
+    "Llama-3.2-1B-Instruct": 1.236,
+    "Llama-3.1-405B-Instruct": 405.853,
+    "Mistral-Nemo-2407": 12.248,
+    "Mixtral-8x7B-v0.1": 46.703,
+    "phi-4": 14.660,
+    "Seed-OSS-36B-Instruct": 36.151,
+    "SmolLM3-3B": 3.075,
+}
+"""Number of parameters in 1e9, as the model cards or the folders of these models give it."""
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_published_configuration_is_accepted_or_refused_with_its_reason(name: str) -> None:
+    (architecture,) = CONFIGS[name]["architectures"]
+    reason = refusal_of(CONFIGS[name])
+    if architecture not in FAMILIES:
+        assert reason is not None and architecture in reason and REFUSED[architecture] in reason
+        assert "--model-source bridge" in reason
+    elif name in REASONS:
+        assert reason is not None and REASONS[name] in reason
+    else:
+        assert reason is None
+
+
+@pytest.mark.parametrize("name", BILLIONS)
+def test_an_accepted_model_has_its_published_size(name: str, tmp_path: Path) -> None:
+    assert size_of(CONFIGS[name], tmp_path) == pytest.approx(BILLIONS[name], abs=0.001)
+
+
+def size_of(config: dict[str, Any], folder: Path) -> float:
+    (folder / "config.json").write_text(json.dumps(config))
+    return Model.read(folder).num_parameters / 1e9
+
+
+def test_the_page_has_every_family_and_every_model_once() -> None:
+    page = models_page()
+    for architecture in FAMILIES:
+        assert f"\n| {architecture} |" in page
+    cells = [
+        cell.strip() for line in page.splitlines() for part in line.split("|") for cell in part.split(",")
+    ]
+    for name in CONFIGS:
+        assert cells.count(name) == 1, name

@@ -1,0 +1,92 @@
+"""The generated page about models: families with a table, published models that they take, and what is refused and why."""
+
+import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from megatron_rasft.errors import ModelFolderError
+from megatron_rasft.weights.architecture import ModelDescription
+from megatron_rasft.weights.config_values import BRIDGE
+from megatron_rasft.weights.families import FAMILIES, REFUSED, Family
+
+CONFIGS = Path(__file__).resolve().parents[2] / "tests/unit/weights/model_configs.json"
+"""Sizes and settings of published models: name -> config.json."""
+
+_START = """\
+# Models
+
+Which models `--hf-model` takes. The tables are made from [the families](../megatron_rasft/weights/families/__init__.py) and from the
+configurations of {number} published models, of which {accepted} are accepted. Tests read these configurations, in
+[model_configs.json](../tests/unit/weights/model_configs.json). The weights of these models were not loaded: the tests compare a small
+random model of every family with transformers (logits within 1e-5).
+
+TP, PP, CP, DP and EP are tensor, pipeline, context, data and expert parallelism. FP8 is `tools/convert_checkpoint.py --fp8`.
+Weight sync sends the tensors that are trained, under the names of an export. [Checkpoints](checkpoints.md) has the limits of each family.
+"""
+_REFUSED = """\
+## Refused
+
+An error names the missing feature before anything is loaded. {bridge}.
+"""
+
+
+def read_configs() -> dict[str, dict[str, Any]]:
+    """Name of a published model -> its config.json."""
+    configs: dict[str, dict[str, Any]] = json.loads(CONFIGS.read_text(encoding="utf-8"))
+    return configs
+
+
+def refusal_of(config: dict[str, Any]) -> str | None:
+    """Returns why a config.json is refused; None if it is accepted."""
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "config.json").write_text(json.dumps(config))
+        try:
+            ModelDescription.read(folder)
+        except ModelFolderError as error:
+            return str(error).removeprefix(f"model folder {folder}: ")
+    return None
+
+
+def models_page() -> str:
+    """One row for each family, then one for each refused model."""
+    configs = read_configs()
+    refusals = {name: refusal_of(config) for name, config in configs.items()}
+    names: dict[str, list[str]] = {architecture: [] for architecture in FAMILIES}
+    for name, config in configs.items():
+        if refusals[name] is None:
+            names[config["architectures"][0]].append(name)
+    known = sum(map(len, names.values()))
+    rows = [_family_row(family, names[architecture]) for architecture, family in FAMILIES.items()]
+    refused = [f"| {name} | {_reason(reason)} |" for name, reason in refusals.items() if reason is not None]
+    seen = {architecture for config in configs.values() for architecture in config["architectures"]}
+    refused += [f"| {name} | {reason} |" for name, reason in REFUSED.items() if name not in seen]
+    return "\n".join(
+        [
+            _START.format(number=len(configs), accepted=known),
+            "| family | published models that are accepted | layouts | weight sync | FP8 |",
+            "| --- | --- | --- | --- | --- |",
+            *rows,
+            "",
+            _REFUSED.format(bridge=f"`{BRIDGE[:21]}`{BRIDGE[21:]}"),
+            "| model | reason |",
+            "| --- | --- |",
+            *refused,
+            "",
+        ]
+    )
+
+
+def _family_row(family: Family, names: list[str]) -> str:
+    layouts = "TP, PP, CP, DP" + (", EP" if family.has_experts else "")
+    sync = "yes" if family.text_model_type is None else "a server was not tried"
+    fp8 = (
+        "yes" if family.is_carried is Family.is_carried else "not of a folder with tensors that exports copy"
+    )
+    return f"| {family.architecture} | {', '.join(names) or '-'} | {layouts} | {sync} | {fp8} |"
+
+
+def _reason(text: str) -> str:
+    """A refusal without the advice that all have."""
+    return text.removesuffix(f"; {BRIDGE}").replace("|", "\\|")
