@@ -19,7 +19,7 @@ if not __package__:  # lets the file run from a checkout that is not installed
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_rasft.config.data import DataConfig
-from megatron_rasft.config.parser import add_flags
+from megatron_rasft.config.parser import FlagParser, add_flags
 from megatron_rasft.config.verify import VerifyConfig
 from megatron_rasft.data.field_names import renamed
 from megatron_rasft.data.reading import Row, read_rows
@@ -51,10 +51,13 @@ def main(argv: list[str] | None = None) -> int:
         argv = sys.argv[1:]
     if argv and argv[0].startswith("--") and "--decontaminate" in argv:
         argv = ["decontaminate", *argv]
-    return cli.run(_run, _build_parser().parse_args(argv))
+    return cli.run(_run, argv)
 
 
-def _run(args: argparse.Namespace) -> int:
+def _run(argv: list[str]) -> int:
+    args, rest = _build_parser().parse_known_args(argv)
+    if rest:
+        args.parser.error(f"unrecognized arguments: {' '.join(rest)}")  # suggests a flag of this command
     config = renamed(DataConfig.from_args(args), args.rename)
     if not config.train_data:
         raise ValueError("--train-data is missing. Give the files to check.")
@@ -219,15 +222,13 @@ def show(args: argparse.Namespace, config: DataConfig) -> int:
     return 0
 
 
-def _build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def _build_parser() -> FlagParser:
+    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="validate|convert|decontaminate|inspect")
     runs = {"validate": validate, "convert": convert, "decontaminate": decontaminate, "inspect": show}
     for name, run in runs.items():
         command = commands.add_parser(name, help=run.__doc__, description=run.__doc__)
-        command.set_defaults(run=run, max_tokens=None)
+        command.set_defaults(run=run, parser=command, max_tokens=None)
         command.add_argument(
             "--rename",
             nargs="+",

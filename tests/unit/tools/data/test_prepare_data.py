@@ -78,6 +78,9 @@ def test_inspect_prints_one_row_plainly_when_not_on_a_terminal(
     ("arguments", "cause", "exit_code"),
     [
         (["validate"], "--train-data", 2),
+        (["validat"], "Did you mean validate?", 2),
+        (["validate", "--train_data", "rows.jsonl"], "Did you mean --train-data?", 2),
+        (["convert", "--train-data", "ROWS", "--out", "new.jsonl"], "--output", 2),
         (["validate", "--train-data", "gone.jsonl"], "gone.jsonl", 1),
         (["validate", "--train-data", "rows.csv"], "--train-data", 2),
         (["validate", "--train-data", "gone.jsonl", "--data-epochs", "0"], "--data-epochs", 2),
