@@ -74,7 +74,7 @@ class Strike:
     start_s: float
     """The longest delay between the beginning of a start and the signal."""
     logs: Path | None = None
-    """Folder in which the trainer's logs begin with the start; None for a run that has started."""
+    """Folder in which logs and torchrun's folders appear with the start; None for a run that has started."""
 
     def wait(self, is_over: Callable[[], bool] = lambda: False) -> bool:
         """Returns at the time of the signal; False if the run was over before."""
@@ -93,7 +93,9 @@ class Strike:
         """Whether the moment has begun."""
         moment = self.round.moment
         if moment == "start":
-            return self.logs is None or any(self.logs.glob("trainer-*.log"))
+            # torchrun itself ignores SIGTERM in the job script. It makes the folders of an attempt just before the ranks.
+            begun = "torchrun/*/attempt_*" if self.round.signal == "TERM" else "trainer-*.log"
+            return self.logs is None or any(self.logs.glob(begun))
         if moment == "export":
             return self.export.exists() or any(self.export.parent.glob(f".{self.export.name}.partial-*"))
         if moment in ("save", "async save"):

@@ -4,7 +4,7 @@ import json
 import threading
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import cast, get_args
+from typing import Literal, cast, get_args
 
 import pytest
 
@@ -51,13 +51,22 @@ def test_moment_begins_with_the_files_of_the_run(tmp_path: Path, moment: Moment)
     assert not waiting.is_alive()
 
 
-def test_start_under_slurm_begins_with_the_log_of_the_trainer(tmp_path: Path) -> None:
-    at = replace(strike(tmp_path, "start"), logs=tmp_path / "logs")
+@pytest.mark.parametrize(
+    ("number", "before", "begin"),
+    [
+        ("KILL", "health-0-n1.log", "trainer-0-n1.log"),
+        ("TERM", "trainer-0-n1.log", "torchrun/1-0_abcdefgh/attempt_0"),
+    ],
+)
+def test_start_under_slurm_begins_with_files_of_its_programs(
+    tmp_path: Path, number: Literal["TERM", "KILL"], before: str, begin: str
+) -> None:
+    at = strike(tmp_path, "start")
+    at = replace(at, round=replace(at.round, signal=number), logs=tmp_path / "logs")
     assert not at.has_begun()
-    (tmp_path / "logs").mkdir()
-    (tmp_path / "logs" / "health-0-n1.log").touch()
+    (tmp_path / "logs" / before).mkdir(parents=True)
     assert not at.has_begun()
-    (tmp_path / "logs" / "trainer-0-n1.log").touch()
+    (tmp_path / "logs" / begin).mkdir(parents=True)
     assert at.has_begun()
 
 
