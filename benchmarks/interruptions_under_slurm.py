@@ -71,7 +71,8 @@ class UnderSlurm:
             began_at = time.time()
             facts = self._finish(job)
             is_missed = is_missed or (facts["JobState"] == "COMPLETED" and facts["Restarts"] == "0")
-            if facts["JobState"] == "FAILED":  # before its first checkpoint a job is not requeued
+            # before its first checkpoint a job is not requeued
+            if (facts["JobState"], facts["Restarts"]) == ("FAILED", "0"):
                 began_at = time.time()
                 job = runs.submit(name, flags=flags)
                 facts = self._finish(job)

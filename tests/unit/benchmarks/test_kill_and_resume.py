@@ -6,12 +6,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, cast, get_args
 
+import psutil
 import pytest
 
 from benchmarks import kill_and_resume
 from benchmarks.interruptions import Moment, Outcome, Result, Round, Strike, draw, judged
 from benchmarks.interruptions_under_slurm import UnderSlurm
 from tests.slurm.cluster import Cluster
+from tests.slurm.runs import Runs
 
 
 def test_six_rounds_in_a_row_have_every_moment_and_a_seed_repeats_them() -> None:
@@ -81,7 +83,10 @@ class Facts:
 
     def wait_until(self, job: str, *states: str, timeout_s: float, every_s: float) -> dict[str, str]:
         state, restarts = next(answer for answer in iter(self._next, None) if answer[0] in states)
-        return {"JobState": state, "Restarts": str(restarts)}
+        return {"JobState": state, "Restarts": str(restarts), "StartTime": "2026-11-30T12:00:00"}
+
+    def facts(self, job: str) -> dict[str, str]:
+        return {"JobState": "RUNNING"}
 
     def _next(self) -> tuple[str, int]:
         return self.answers.pop(0)
@@ -102,6 +107,52 @@ def test_requeued_job_is_started_again_as_often_as_needed(tmp_path: Path) -> Non
     cluster = Facts([*answers, ("COMPLETED", 2)])
     facts = UnderSlurm(cast(Cluster, cluster), tmp_path)._finish("1")
     assert (facts["JobState"], cluster.started, cluster.answers) == ("COMPLETED", [1, 2], [])
+
+
+@dataclass
+class Folder:
+    """Stands for the runs of a layout: their folder, in which a trainer has begun, and the jobs that were submitted."""
+
+    root: Path
+    jobs: list[str] = field(default_factory=list)
+
+    def submit(self, name: str, flags: str) -> str:
+        (self.root / name / "logs").mkdir(parents=True, exist_ok=True)
+        (self.root / name / "logs" / "trainer-0-n1.log").touch()
+        (self.root / name / "checkpoints").mkdir(exist_ok=True)
+        (self.root / name / "checkpoints" / "metrics.jsonl").touch()
+        self.jobs.append(name)
+        return str(len(self.jobs))
+
+    def folder(self, name: str) -> Path:
+        return self.root / name
+
+    def processes(self, name: str, words: str, **variables: str) -> list[psutil.Process]:
+        return []
+
+    def log(self, name: str) -> str:
+        return "log"
+
+    def assert_same(self, name: str) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("answers", "num_jobs", "outcome"),
+    [
+        ([("RUNNING", 0), ("PENDING", 1), ("COMPLETED", 1)], 1, "identical"),
+        ([("RUNNING", 0), ("FAILED", 0), ("COMPLETED", 0)], 2, "identical"),
+        ([("RUNNING", 0), ("FAILED", 0), ("FAILED", 0)], 2, "refused"),
+        ([("RUNNING", 0), ("PENDING", 1), ("FAILED", 1)], 1, "refused"),
+        ([("RUNNING", 0), ("COMPLETED", 0)], 1, "missed"),
+    ],
+)
+def test_job_is_submitted_again_only_if_it_failed_before_a_checkpoint(
+    tmp_path: Path, answers: list[tuple[str, int]], num_jobs: int, outcome: Outcome
+) -> None:
+    cluster, runs = cast(Cluster, Facts(answers)), Folder(tmp_path)
+    round_ = Round(number=0, num_processes=1, moment="start", signal="KILL", hits_all=True, share=0.0)
+    result = UnderSlurm(cluster, tmp_path, {1: cast(Runs, runs)}).run(round_)
+    assert (result.outcome, len(runs.jobs)) == (outcome, num_jobs)
 
 
 def test_equal_run_is_identical_and_its_first_new_step_is_timed(tmp_path: Path) -> None:
