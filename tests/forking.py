@@ -160,7 +160,7 @@ def _fork_workers_from_the_parent() -> None:
 def run_program(program: Path, arguments: Sequence[str], log: Path) -> int:
     """Stands in for examples.benchmark_reproduction.preloading.run_program, and raises an AssertionError if the program fails."""
     rank = Rank(program=program, arguments=arguments, log=log, variables={})
-    outcome = run([rank], timeout_s=600)
+    outcome = run([rank], timeout_s=1100)
     assert outcome.codes == [0], outcome.output
     return 0
 

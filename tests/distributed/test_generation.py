@@ -206,7 +206,7 @@ def test_kernels_and_traffic_of_a_decode_step_allow_the_required_speed(tmp_path:
     program = forking.REPOSITORY / "benchmarks" / "generation.py"
     flags = ["--shape", "qwen2.5-1.5b", "--rows", "256", "--bf16", "--json", str(figures)]
     rank = forking.Rank(program=program, arguments=flags, log=tmp_path / "log", variables={})
-    outcome = forking.run([rank], timeout_s=300)
+    outcome = forking.run([rank], timeout_s=900)
     assert outcome.codes == [0], outcome.output
     counted = json.loads(figures.read_text())["counted"]
     assert counted["host_reads_per_token_of_all_rows"] <= 1 / 8

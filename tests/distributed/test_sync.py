@@ -61,7 +61,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 def run_job(root: Path, world_size: int, **job: Any) -> None:
     (root / "job.json").write_text(json.dumps(job))
-    run_ranks(WORKER, world_size, root, timeout_s=500)
+    run_ranks(WORKER, world_size, root, timeout_s=1000)
 
 
 TP2, PP2, TP2_PP2 = (2, 1, None), (1, 2, None), (2, 2, None)
@@ -89,7 +89,7 @@ def test_a_server_that_fails_during_a_sync_is_left_out_and_synced_later(
             model=str(model),
             urls=[other.url, victim.url],
             victim=victim.url,
-            timeout_s=12,
+            timeout_s=60,
         )
 
 

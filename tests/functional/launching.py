@@ -91,7 +91,7 @@ class HeldWrites:
     step: int
     until: int
     metrics: Path
-    timeout_s: float = 120.0
+    timeout_s: float = 400.0
     """The longest delay, seconds. After it the write continues even if training waits for it, without ``evidence``."""
 
     @property
@@ -215,7 +215,9 @@ def torchrun(
     variables = os.environ | ENVIRONMENT
     if not hides_gpu:
         del variables["CUDA_VISIBLE_DEVICES"]
-    with tempfile.TemporaryFile("w+") as log:
+    own_folder = tempfile.TemporaryDirectory(prefix="torchrun-", ignore_cleanup_errors=True)
+    with tempfile.TemporaryFile("w+") as log, own_folder as folder:
+        variables["TMPDIR"] = folder  # torchrun leaves its own folder there
         process = subprocess.Popen(command, env=variables, stdout=log, stderr=subprocess.STDOUT)
         try:
             deadline = time.monotonic() + timeout_s
@@ -227,7 +229,7 @@ def torchrun(
             process.wait(timeout_s)
         finally:
             process.send_signal(signal.SIGINT)  # torchrun ends its ranks; SIGKILL would leave them behind
-            process.wait(60)
+            process.wait(300)
         log.seek(0)
         return Outcome([process.returncode], [log.read()])
 
@@ -241,9 +243,13 @@ def _terminate_all(pid: int) -> None:
 
 
 def steps(save: Path) -> dict[int, dict[str, float]]:
-    """Returns each step's record in metrics.jsonl without times. For a step that ran twice it is the last record."""
+    """Returns each step's record in metrics.jsonl without times. For a step that ran twice it is the last record.
+
+    The run may be writing the last line at this moment, which is then left out.
+    """
     records: dict[int, dict[str, float]] = {}
-    for line in (save / "metrics.jsonl").read_text().splitlines():
+    text = (save / "metrics.jsonl").read_text()
+    for line in text[: text.rfind("\n") + 1].splitlines():
         record = json.loads(line)
         if record.pop("event") == "step":
             records[record["step"]] = {

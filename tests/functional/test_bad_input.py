@@ -18,7 +18,7 @@ from tests.functional import launching
 from tests.functional.conftest import Workshop
 from tests.tiny_policy import write_mixture, write_model
 
-BAD_INPUT_TIMEOUT_S = 300
+BAD_INPUT_TIMEOUT_S = 600
 
 
 @dataclass(frozen=True)

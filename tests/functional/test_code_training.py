@@ -16,7 +16,7 @@ DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 CHARACTERS = string.printable[:97]
 FLAGS = [
     *("--data-prompt-suffix", "", "--data-code-prompt-suffix", "", "--no-verify-filter-too-short"),
-    *("--verify-num-workers", "1", "--verify-code-timeout-s", "60", "--rasft-refresh-interval", "3"),
+    *("--verify-num-workers", "1", "--verify-code-timeout-s", "600", "--rasft-refresh-interval", "3"),
     *("--lr-decay-style", "constant", "--lr-warmup-iters", "0", "--verify-sandbox-level", "limits"),
 ]
 

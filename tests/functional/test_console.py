@@ -2,7 +2,8 @@
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from signal import SIGINT
 from typing import Any
@@ -55,24 +56,21 @@ def test_a_dry_run_meets_the_errors_that_the_run_would_meet(workshop: Workshop, 
     assert "Traceback" not in outcome.output
 
 
-def last_until_shown() -> None:
-    """Makes sampling and verification, which take milliseconds here, last until a line about them is shown."""
-    from megatron_rasft.training import live
-    from megatron_rasft.training.decoding import Decoder
-    from megatron_rasft.verify.pool import VerifierPool
+def begin_when_shown() -> None:
+    """Makes long work, which takes milliseconds here, begin only when a line about it has been shown."""
+    from megatron_rasft.training.live import LiveLine
 
-    def unhurried(work: Callable[..., Any]) -> Callable[..., Any]:
-        def waits(*args: Any, **kwargs: Any) -> Any:
-            line = live._live
-            said_at = None if line is None else line._said_at
-            while line is not None and line._said_at == said_at:
+    shows = LiveLine.shows
+
+    @contextmanager
+    def shows_first(line: LiveLine, *work: Any) -> Iterator[None]:
+        with shows(line, *work):
+            said_at = line._said_at
+            while line._said_at == said_at:
                 time.sleep(0.001)
-            return work(*args, **kwargs)
+            yield
 
-        return waits
-
-    Decoder.run = unhurried(Decoder.run)  # type: ignore[method-assign]
-    VerifierPool.verify = unhurried(VerifierPool.verify)  # type: ignore[method-assign]
+    LiveLine.shows = shows_first  # type: ignore[method-assign,assignment]
 
 
 def test_long_work_is_shown_and_the_first_ctrl_c_saves(workshop: Workshop, tmp_path: Path) -> None:
@@ -85,7 +83,7 @@ def test_long_work_is_shown_and_the_first_ctrl_c_saves(workshop: Workshop, tmp_p
     outcome = launching.run(
         *(tmp_path / "logs", flags, 2),
         interruption=interruption,
-        prepare_rank=lambda rank: [last_until_shown],
+        prepare_rank=lambda rank: [begin_when_shown],
     )
     assert outcome.codes == [0, 0], outcome.output
     first, second = outcome.logs

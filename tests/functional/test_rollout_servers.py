@@ -12,7 +12,9 @@ import pytest
 import torch
 import transformers
 
+from megatron_rasft.rollout.sampling import _Sampling
 from megatron_rasft.servers.client import ServerClient
+from megatron_rasft.servers.record import ServerRecord
 from megatron_rasft.types import Request
 from tests.servers.faulty_proxy import FAULTS, FaultyProxy
 from tests.servers.rollouts import (
@@ -91,11 +93,22 @@ def faulty_pair(pool: ServerPool, model: Path, **flags: Any) -> Iterator[tuple[R
         yield stack.enter_context(Rollouts(good.url, proxy.url, **flags)), proxy
 
 
+def watch_only(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Switches the watch of other servers off: on a busy machine a healthy one may be late as well."""
+    watch_one = _Sampling._watch_one
+
+    async def watch(self: _Sampling, client: Any, server: ServerRecord) -> str:
+        return await watch_one(self, client, server) if server.url == url else ""
+
+    monkeypatch.setattr(_Sampling, "_watch_one", watch)
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_corrupted_answer_costs_no_sample_and_quarantines_the_server(
-    server_pool: ServerPool, served_model: Path, fault: str
+    server_pool: ServerPool, served_model: Path, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with faulty_pair(server_pool, served_model, rollout_watch_s=8.0) as (rollouts, proxy):
+        watch_only(proxy.url, monkeypatch)
         proxy.fault = fault
         answers = rollouts.generate(requests_of(10))
         assert answers.report.num_finished == 20 and set(answers.report.samples_by_server) != {proxy.url}
@@ -103,6 +116,7 @@ def test_a_corrupted_answer_costs_no_sample_and_quarantines_the_server(
         assert len(rollouts.said) == 1 and proxy.url in rollouts.said[0] and "left out" in rollouts.said[0]
 
         proxy.fault = None
+        rollouts.fleet.config.rollout_watch_s = 600.0
         assert [r.url for r in rollouts.fleet.find()][1] == proxy.url
         assert len(rollouts.fleet.serving(VERSION)) == 1
         again = rollouts.generate(requests_of(10)).report
@@ -113,9 +127,10 @@ def test_a_corrupted_answer_costs_no_sample_and_quarantines_the_server(
 
 
 def test_a_server_that_freezes_while_sampling_is_quarantined(
-    server_pool: ServerPool, served_model: Path
+    server_pool: ServerPool, served_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, second = server_pool.pair(OLDEST, NEWEST, served_model)
+    watch_only(first.url, monkeypatch)
     with Rollouts(first.url, second.url, rollout_watch_s=10.0) as rollouts:
         in_mid_rollout(rollouts, (first.url, second.url), requests_of(80))
         first.freeze()

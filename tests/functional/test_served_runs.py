@@ -109,7 +109,7 @@ def test_server_that_dies_and_returns_costs_rollouts_not_the_run(
     faults = threading.Thread(target=play)
     faults.start()
     pauses = [Pause(step=2, until=dead), Pause(step=4, until=alive)]
-    outcome = launching.run(tmp_path / "logs", flags, pauses=pauses, timeout_s=500)
+    outcome = launching.run(tmp_path / "logs", flags, pauses=pauses, timeout_s=1000)
     faults.join()
     assert outcome.codes == [0], outcome.output
     assert f"rollout server {dies.url} is back, with the weights of step" in outcome.output
@@ -140,7 +140,7 @@ def step_numbers(save: Path) -> list[int]:
     return list(launching.steps(save)) if (save / "metrics.jsonl").exists() else []
 
 
-def wait_for(is_so: Callable[[], bool], timeout_s: float = 300) -> None:
+def wait_for(is_so: Callable[[], bool], timeout_s: float = 900) -> None:
     deadline = time.monotonic() + timeout_s
     while not is_so():
         assert time.monotonic() < deadline, "what the test waits for has not come"

@@ -74,7 +74,7 @@ def test_a_request_to_a_frozen_server_ends_at_its_deadline(
     try:
         with (
             ServerClient(server.url) as client,
-            pytest.raises(ServerError, match="did not answer within 1"),
+            pytest.raises(ServerError, match=r"did not answer within|the deadline ended"),
         ):
             client.weight_version(deadline_s=1.0)
     finally:

@@ -20,6 +20,7 @@ import json
 import os
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -36,7 +37,7 @@ VERSIONS = ("0.5.17", "0.5.23")
 """The oldest and the newest version that is tested. Only the newest has update sessions and reports spans of versions."""
 OLDEST, NEWEST = VERSIONS
 
-_START_S = 400.0
+_START_S = 900.0
 _MOST_AT_ONCE = 2
 
 
@@ -59,9 +60,11 @@ class ServerParent:
         # Bytecode is written, because the packages were installed without.
         left_out = ("PYTHONPATH", "VIRTUAL_ENV", "PYTHONDONTWRITEBYTECODE")
         environment = {k: v for k, v in os.environ.items() if k not in left_out}
+        # SGLang leaves the files of its sockets and locks there.
+        self._folder = tempfile.TemporaryDirectory(prefix="sglang-", ignore_cleanup_errors=True)
         self._process = subprocess.Popen(
             command,
-            env=environment | {"PYTHONWARNINGS": "ignore"},
+            env=environment | {"PYTHONWARNINGS": "ignore", "TMPDIR": self._folder.name},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -116,7 +119,7 @@ class RunningServer:
         with ServerClient(self.url) as control:
             while True:
                 try:
-                    control.weight_label(deadline_s=5.0)
+                    control.weight_label(deadline_s=30.0)
                     control.check_health(deadline_s=30.0)
                     control.generate(_one_token(), deadline_s=30.0)
                     return
@@ -142,7 +145,7 @@ class RunningServer:
         if not self.is_alive:
             return False
         try:
-            with ServerClient(self.url, deadline_s=20.0) as control:
+            with ServerClient(self.url, deadline_s=60.0) as control:
                 control.resume()
                 control.generate(_one_token())
         except ServerError:
@@ -151,7 +154,7 @@ class RunningServer:
 
     def reset(self) -> None:
         """Resets the server to the model's own weights and the label of a fresh start, and resumes it."""
-        with ServerClient(self.url, deadline_s=60.0) as control:
+        with ServerClient(self.url, deadline_s=600.0) as control:
             control.pause("abort")
             control.update_weights_from_disk(self.model)
             control.set_weight_label("default")
@@ -167,7 +170,7 @@ class RunningServer:
     def kill(self) -> None:
         """Kills the server and its children, and returns when the server has ended."""
         self._signal(signal.SIGKILL)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 600
         while self.is_alive:
             assert time.monotonic() < deadline, f"process {self._pid} survives SIGKILL"
             time.sleep(0.01)

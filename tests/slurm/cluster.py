@@ -63,9 +63,11 @@ PreemptMode=REQUEUE
 JobRequeue=1
 PropagatePrioProcess=1
 ReturnToService=2
-SlurmdTimeout=10
+SlurmdTimeout=60
+MessageTimeout=30
+BatchStartTimeout=300
 KillWait={kill_wait_s}
-UnkillableStepTimeout=20
+UnkillableStepTimeout=60
 MinJobAge=3600
 GresTypes=gpu
 {nodes}
@@ -124,7 +126,8 @@ class Cluster:
         )
         (self.folder / "slurm.conf").write_text(text)
         (self.folder / "gres.conf").write_text(f"Name=gpu File={self.folder}/gpu[0-7]\n")
-        (self.folder / "state").mkdir()
+        for name in ("state", "tmp"):
+            (self.folder / name).mkdir()
         for number in range(8):
             self._make_device(self.folder / f"gpu{number}")
         key = self.folder / "munge.key"
@@ -182,7 +185,7 @@ class Cluster:
     def environment(self) -> dict[str, str]:
         """The environment of Slurm's commands."""
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SBATCH"))}
-        return kept | {"SLURM_CONF": f"{self.folder}/slurm.conf"}
+        return kept | {"SLURM_CONF": f"{self.folder}/slurm.conf", "TMPDIR": f"{self.folder}/tmp"}
 
     def run(self, *command: str, variables: Mapping[str, str] | None = None) -> str:
         """Runs one of Slurm's commands; returns its output.

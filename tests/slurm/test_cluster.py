@@ -26,5 +26,5 @@ def test_no_daemon_and_no_folder_outlives_the_tests(number: int) -> None:
     assert len(daemons) >= 6
     holder.send_signal(number)
     holder.wait()
-    cluster.wait_for("the end of the daemons", lambda: not [*cluster.members(folder)], 120)
-    cluster.wait_for("the end of the folder", lambda: not folder.exists(), 120)
+    cluster.wait_for("the end of the daemons", lambda: not [*cluster.members(folder)], 600)
+    cluster.wait_for("the end of the folder", lambda: not folder.exists(), 600)

@@ -9,6 +9,7 @@ from tests.slurm.runs import Runs, run_all
 
 pytestmark = [
     pytest.mark.slurm,
+    pytest.mark.timeout(3600),  # the first test waits for all runs
     pytest.mark.skipif(bool(cluster.missing()), reason=cluster.missing() or "no Slurm"),
 ]
 
