@@ -5,6 +5,7 @@ import math
 
 from megatron_rasft.config import RasftConfig
 from megatron_rasft.weights.architecture import splits_attention
+from megatron_rasft.weights.families import Family
 from megatron_rasft.weights.rope import Rope
 
 
@@ -63,16 +64,21 @@ def check_sampling(args: argparse.Namespace, config: RasftConfig) -> None:
         )
 
 
-def check_served_rope(rope: Rope, config: RasftConfig) -> None:
-    """Refuses rollouts of SGLang for a YaRN model that SGLang would compute with another attention factor than transformers.
+def check_served(family: Family, rope: Rope, config: RasftConfig) -> None:
+    """Refuses rollouts of SGLang for a model that SGLang computes differently, or whose weights it has not been sent before.
 
     Raises:
-        ValueError: the factors differ; the message names both and the keys of config.json.
+        ValueError: the model also sees images, or SGLang multiplies YaRN's embedding by another factor than transformers.
     """
-    yarn = rope.yarn
-    if yarn is None or not config.samples_rollouts or config.rollout.rollout_engine != "sglang":
+    if not config.samples_rollouts or config.rollout.rollout_engine != "sglang":
         return
-    if not math.isclose(yarn.served_factor, yarn.attention_factor, rel_tol=1e-6):
+    if family.text_model_type is not None:
+        raise ValueError(
+            f"--rollout-engine sglang is not supported for {family.architecture}: SGLang has other names for the weights of its "
+            "language model. Use --rollout-engine embedded."
+        )
+    yarn = rope.yarn
+    if yarn is not None and not math.isclose(yarn.served_factor, yarn.attention_factor, rel_tol=1e-6):
         raise ValueError(
             f"--rollout-engine sglang would sample from another model: SGLang multiplies the rotary embedding by "
             f"{yarn.served_factor:.6g}, transformers and the trainer by {yarn.attention_factor:.6g} (rope_scaling in "

@@ -23,7 +23,7 @@ from megatron_rasft.sync.broadcaster import prepare_nccl
 from megatron_rasft.training.arguments import fill_in, parse_flags
 from megatron_rasft.training.background_saves import write_in_process
 from megatron_rasft.training.gpu_kernels import report_missing_transformer_engine
-from megatron_rasft.training.layout_checks import check_layout, check_sampling, check_served_rope
+from megatron_rasft.training.layout_checks import check_layout, check_sampling, check_served
 from megatron_rasft.training.megatron_calls import VERBOSE, quiet
 from megatron_rasft.training.outputs import check_writable
 from megatron_rasft.training.rollout_servers import read_keys
@@ -74,7 +74,7 @@ def _parse(needs_data: bool) -> tuple[Any, RasftConfig, HfFolder]:
             "--fp16 is not supported: it skips steps until the loss scale fits. Use --bf16, which needs no loss scale."
         )
     folder = HfFolder.open(args.hf_model)
-    check_served_rope(folder.rope, config)
+    check_served(folder.family, folder.rope, config)
     fill_in(args, megatron_args(folder, config.run.rasft_query_groups))
     check_layout(args)
     _validate(args)

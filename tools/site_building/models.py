@@ -80,7 +80,7 @@ def models_page() -> str:
 
 def _family_row(family: Family, names: list[str]) -> str:
     layouts = "TP, PP, CP, DP" + (", EP" if family.has_experts else "")
-    sync = "yes" if family.text_model_type is None else "a server was not tried"
+    sync = "yes" if family.text_model_type is None else "no: samples with `--rollout-engine embedded`"
     fp8 = (
         "yes" if family.is_carried is Family.is_carried else "not of a folder with tensors that exports copy"
     )

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from megatron_rasft.config import HeldoutConfig, RolloutConfig
-from megatron_rasft.training.layout_checks import check_layout, check_sampling, check_served_rope
+from megatron_rasft.training.layout_checks import check_layout, check_sampling, check_served
 from megatron_rasft.weights.families import FAMILIES
 from megatron_rasft.weights.rope import read_rope
 from tests.unit.training.stand_ins import config_of
@@ -86,12 +86,22 @@ def test_experts_on_other_ranks_are_accepted_if_servers_sample() -> None:
 def test_yarn_that_sglang_computes_differently_is_refused(keys: dict[str, float], is_served: bool) -> None:
     """0.8782 is that of DeepSeek-R1-0528-Qwen3-8B: with it SGLang's factor is 1, transformers' 1.1386."""
     scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768, **keys}
-    rope = read_rope({"rope_scaling": scaling}, FAMILIES["Qwen3ForCausalLM"])
+    qwen3 = FAMILIES["Qwen3ForCausalLM"]
+    rope = read_rope({"rope_scaling": scaling}, qwen3)
     sglang = config_of(rollout=RolloutConfig(rollout_engine="sglang", rollout_urls=["http://a:1"]))
     embedded = config_of(rollout=RolloutConfig(rollout_engine="embedded"))
-    check_served_rope(rope, embedded)
+    check_served(qwen3, rope, embedded)
     if is_served:
-        check_served_rope(rope, sglang)
+        check_served(qwen3, rope, sglang)
     else:
         with pytest.raises(ValueError, match=r"--rollout-engine sglang.*attention_factor"):
-            check_served_rope(rope, sglang)
+            check_served(qwen3, rope, sglang)
+
+
+def test_a_model_that_also_sees_images_is_not_sampled_by_sglang() -> None:
+    family = FAMILIES["Mistral3ForConditionalGeneration"]
+    rope = read_rope({}, family)
+    check_served(family, rope, config_of(rollout=RolloutConfig(rollout_engine="embedded")))
+    sglang = config_of(rollout=RolloutConfig(rollout_engine="sglang", rollout_urls=["http://a:1"]))
+    with pytest.raises(ValueError, match="--rollout-engine sglang"):
+        check_served(family, rope, sglang)
