@@ -1,7 +1,9 @@
 """Well-known families without a table, each with the feature that is missing."""
 
-_CAPPED = "its attention and output logits are capped softly, its layers have norms after attention and MLP, and every other layer "
-_CAPPED += "has a sliding window; Megatron's GPTModel has no such caps and norms"
+_CAPPED = (
+    "its attention and output logits are capped softly, its layers have norms after attention and MLP, and every other layer "
+    "has a sliding window; Megatron's GPTModel has no such caps and norms"
+)
 _GEMMA3 = (
     "its layers have norms after attention and MLP, and two rotary bases; Megatron's GPTModel has neither"
 )
