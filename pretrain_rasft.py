@@ -33,12 +33,14 @@ if __name__ != "__mp_main__":
 
     import torch.distributed as dist
 
+    from megatron_rasft.ranks import on_rank_zero
     from megatron_rasft.training import stalls, startup
     from megatron_rasft.training.assembly import build_run
     from megatron_rasft.training.background_saves import end_process
     from megatron_rasft.training.outputs import check_outputs
     from megatron_rasft.training.problems import open_replay, read_problems, set_length
     from megatron_rasft.training.resume import find_resume
+    from megatron_rasft.training.resume_checks import check_resume
     from megatron_rasft.training.status import finished_before
     from megatron_rasft.training.stopping import Stopped
     from megatron_rasft.training.trainer import Trainer
@@ -57,6 +59,7 @@ def main() -> None:
     problems, heldout = read_problems(args, config)
     replay = open_replay(config, problems)
     set_length(args, config, problems.num)
+    on_rank_zero(lambda: check_resume(args, config, resume, problems))
     if finished_before(args, resume):
         return
     stalls.start_watch(args)

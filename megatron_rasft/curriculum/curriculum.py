@@ -88,7 +88,7 @@ class Curriculum:
         self._solvability: dict[str, Solvability] = {}
         self._hard_pool: dict[str, None] = {}  # a dictionary, used as a set that keeps the order of insertion
         self._order = self._shuffled(f"epoch {self._epoch}")
-        self._fingerprint = _fingerprint(self._problem_ids, content)
+        self._fingerprint = problems_fingerprint(self._problem_ids, content)
 
     @property
     def epoch(self) -> int:
@@ -262,16 +262,7 @@ class Curriculum:
         Raises:
             CheckpointError: the state has another format or belongs to other problems. The curriculum is then unchanged.
         """
-        if state.get("version") != STATE_VERSION:
-            raise CheckpointError(
-                f"the checkpoint's curriculum has format {state.get('version')!r}, and this program reads format "
-                f"{STATE_VERSION}. Resume with the program version that wrote it."
-            )
-        if state["problems"] != self._fingerprint:
-            raise CheckpointError(
-                f"the checkpoint's problems ({state['problems']}) differ from those of --train-data "
-                f"({self._fingerprint}) in their number, order, text, answers, tests or prompts. Resume with the same data and --data flags, or start a new run from the checkpoint's weights."
-            )
+        check_state(state, self._fingerprint)
         self._seed = state["seed"]
         self._epoch = state["epoch"]
         self._cursor = state["cursor"]
@@ -301,7 +292,30 @@ class Curriculum:
             raise ValueError(f"problem {problem_id!r} is not among the {len(self._known)} of this run.")
 
 
-def _fingerprint(problem_ids: Sequence[str], content: str) -> str:
+def check_state(state: Mapping[str, Any], fingerprint: str) -> None:
+    """Refuses a state that a curriculum of these problems cannot continue.
+
+    Args:
+        state: ``Curriculum.state_dict()``.
+        fingerprint: ``problems_fingerprint`` of the problems.
+
+    Raises:
+        CheckpointError: the state has another format or belongs to other problems.
+    """
+    if state.get("version") != STATE_VERSION:
+        raise CheckpointError(
+            f"the checkpoint's curriculum has format {state.get('version')!r}, and this program reads format "
+            f"{STATE_VERSION}. Resume with the program version that wrote it."
+        )
+    if state["problems"] != fingerprint:
+        raise CheckpointError(
+            f"the checkpoint's problems ({state['problems']}) differ from those of --train-data ({fingerprint}) in their number, "
+            "order, text, answers, tests or prompts. Resume with the same data and --data flags, or start a new run from the "
+            "checkpoint's weights."
+        )
+
+
+def problems_fingerprint(problem_ids: Sequence[str], content: str) -> str:
     """Identifies the problems, their order, and the hash of their rows, if there is one."""
     digest = hashlib.sha256()
     for part in (*problem_ids, *filter(None, [content])):

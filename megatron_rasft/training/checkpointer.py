@@ -1,8 +1,9 @@
 """Saves a run's checkpoints, in the background with --async-save, and loads the one that the run resumes from."""
 
 import argparse
+import contextlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,7 +18,6 @@ from megatron_rasft.ranks import kept_by_rank_zero, on_rank_zero
 from megatron_rasft.training.background_saves import SaveQueue, write_in_background
 from megatron_rasft.training.checkpoints import (
     LOAD_FAILURES,
-    STATE_FILE,
     architecture_of,
     checkpoint_failure,
     expired,
@@ -131,17 +131,13 @@ class Checkpointer:
         folder = resume.checkpoint
         if folder is None:
             return None
-        state: dict[str, Any] | None = on_rank_zero(lambda: read_state(resume, architecture_of(args)))
-        if state is None:
-            raise CheckpointError(
-                f"checkpoint {folder} has no {STATE_FILE}: it was not written by this program. Use "
-                "--hf-model with an exported folder to start from those weights."
-            )
+        state: dict[str, Any] = on_rank_zero(lambda: read_state(resume, architecture_of(args)))
         # Only rank 0 has the queue of batches, so the arrays of its samples are not broadcast.
         arrays: dict[str, Array] = kept_by_rank_zero(lambda: read_arrays(folder, state), {})
         with (
             load_explained(resume),
             own_scales_loaded(args, is_own=resume.is_own),
+            _rates_replaced(args, trainer, folder),
             overridden(args, load=str(resume.folder), ckpt_step=resume.step),
             quiet(),
         ):
@@ -203,6 +199,32 @@ class Checkpointer:
                 shutil.rmtree(folder, ignore_errors=True)
 
         on_rank_zero(delete)
+
+
+@contextlib.contextmanager
+def _rates_replaced(args: argparse.Namespace, trainer: Trained, checkpoint: Path) -> Iterator[None]:
+    """Allows a checkpoint to be loaded with another --lr and --min-lr, which --override-opt_param-scheduler and its opposite permit.
+
+    Megatron finds the parameter groups of a checkpoint by their settings, among them the learning rates (load_state_dict in
+    core/optimizer/distrib_optimizer.py). While it loads, the groups therefore have the rates of the checkpoint.
+    """
+    if not (args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler):
+        yield
+        return
+    schedule = dist_checkpointing.load_common_state_dict(str(checkpoint))["opt_param_scheduler"]
+    before = {name: schedule[name] for name in ("max_lr", "min_lr")}
+    now = {"max_lr": args.lr, "min_lr": args.min_lr}
+    _replace_rates(trainer.optimizer.param_groups, now, before)
+    yield
+    if args.override_opt_param_scheduler:
+        _replace_rates(trainer.optimizer.param_groups, before, now)
+        trainer.scheduler.step(0)  # sets the rate of the next step
+
+
+def _replace_rates(groups: Iterable[dict[str, Any]], old: dict[str, float], new: dict[str, float]) -> None:
+    """Replaces the rates of all groups except those with rates of their own (--decoupled-lr)."""
+    for group in groups:
+        group.update({name: new[name] for name in old if group.get(name) == old[name]})
 
 
 def load_converted_weights(

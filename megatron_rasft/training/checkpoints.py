@@ -13,7 +13,6 @@ import safetensors
 import safetensors.numpy
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.optimizer.optimizer import param_group_identifier_keys
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_rasft.errors import CheckpointError, FailedElsewhere, first_line
@@ -68,15 +67,15 @@ def refuse_other_model(checkpoint: Path, saved: dict[str, Any], expected: dict[s
         )
 
 
-def read_state(resume: Resume, architecture: dict[str, Any]) -> dict[str, Any] | None:
-    """Reads the state that a run saved with a checkpoint; None if another program wrote the checkpoint.
+def read_state(resume: Resume, architecture: dict[str, Any]) -> dict[str, Any]:
+    """Reads the state that a run saved with a checkpoint.
 
     Args:
         resume: names the checkpoint.
         architecture: this run's architecture. Without this check Megatron would fail later, at the shape of a tensor.
 
     Raises:
-        CheckpointError: the checkpoint is missing, damaged, or of another model.
+        CheckpointError: the checkpoint is missing, damaged, of another model, or was not written by this program.
     """
     folder = _checkpoint(resume)
     if not folder.is_dir():
@@ -84,7 +83,10 @@ def read_state(resume: Resume, architecture: dict[str, Any]) -> dict[str, Any] |
         raise CheckpointError(f"checkpoint {folder}, which {named_by} names, is missing. {_earlier(folder)}")
     path = folder / STATE_FILE
     if not path.is_file():
-        return None
+        raise CheckpointError(
+            f"checkpoint {folder} has no {STATE_FILE}: it was not written by this program. Use "
+            "--hf-model with an exported folder to start from those weights."
+        )
     try:
         state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -189,19 +191,10 @@ def load_explained(resume: Resume) -> Iterator[None]:
     try:
         yield
     except AssertionError as error:
+        # check_resume has compared the flags, except for other formats than torch_dist
         raise CheckpointError(
-            f"the checkpoint in {folder.parent} does not fit these flags: {first_line(error, 'Megatron rejects them')}. Give the "
-            "flags it was written with; --override-opt_param-scheduler accepts another length or schedule."
-        ) from error
-    except KeyError as error:
-        # Megatron looks up the saved parameter groups by their settings (load_state_dict in optimizer/distrib_optimizer.py)
-        if not isinstance(error.args[0], tuple):
-            raise
-        settings = dict(zip(param_group_identifier_keys, error.args[0], strict=False))
-        raise CheckpointError(
-            f"the checkpoint in {folder.parent} was written with another --lr or --min-lr than these flags give ("
-            f"{settings.get('max_lr')} and {settings.get('min_lr')}). Give those it was written with. To change the learning rate, "
-            "start a new run from exported weights (--hf-model)."
+            f"the checkpoint in {folder.parent} was trained with another schedule or length. Give the --lr, --lr-* and --train-iters "
+            "that it was trained with, or add --override-opt_param-scheduler to go on with the new ones."
         ) from error
     except LOAD_FAILURES as error:
         raise CheckpointError(
@@ -211,11 +204,16 @@ def load_explained(resume: Resume) -> Iterator[None]:
     except RuntimeError as error:  # after LOAD_FAILURES, because one of those is a subclass of RuntimeError
         if UNPICKLE not in str(error):
             raise
-        raise CheckpointError(
-            f"checkpoint {folder} has the scales of --fp8-recipe delayed, which Transformer Engine saves as a pickle, and a "
-            f"pickle can run any code. If you trust its source, set {UNPICKLE}=1 in the environment. Otherwise start from "
-            "exported weights (--hf-model)."
-        ) from error
+        raise refused_scales(resume) from error
+
+
+def refused_scales(resume: Resume) -> CheckpointError:
+    """Returns the error of a checkpoint whose FP8 scales are a pickle that the run has not written itself."""
+    return CheckpointError(
+        f"checkpoint {resume.checkpoint} has the scales of --fp8-recipe delayed, which Transformer Engine saves as a pickle, and a "
+        f"pickle can run any code. If you trust its source, set {UNPICKLE}=1 in the environment. Otherwise start from "
+        "exported weights (--hf-model)."
+    )
 
 
 def expired(save: Path, newest: int, keep: int, interval: int | None) -> list[Path]:

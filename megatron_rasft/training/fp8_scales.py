@@ -85,6 +85,18 @@ def set_delayed_scales(forward: Callable[[], object]) -> None:
         FP8GlobalStateManager.reduce_and_update_fp8_tensors(forward=True)
 
 
+def needs_unpickling(args: argparse.Namespace, state: dict[str, Any], *, is_own: bool) -> bool:
+    """Returns whether Transformer Engine would refuse the scales of a checkpoint.
+
+    Args:
+        args: Megatron's.
+        state: the run's part of the checkpoint.
+        is_own: see ``own_scales_loaded``.
+    """
+    has_scales = has_delayed_scales(args) and state.get(_STATE_KEY, False)
+    return has_scales and not is_own and UNPICKLE not in os.environ
+
+
 @contextlib.contextmanager
 def own_scales_loaded(args: argparse.Namespace, *, is_own: bool) -> Iterator[None]:
     """Allows Transformer Engine to unpickle the scales in a checkpoint that the run itself saved.

@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_rasft import metrics
 from megatron_rasft.config import RasftConfig
-from megatron_rasft.errors import CheckpointError, RasftError, first_line
+from megatron_rasft.errors import RasftError, first_line
 from megatron_rasft.ranks import on_rank_zero
 from megatron_rasft.training import stalls
 from megatron_rasft.training.batch_preparation import PreparedBatch
@@ -132,7 +132,6 @@ class Run:
         on_rank_zero(lambda: self._record.note_status("running", self._trainer.iteration))
 
     def _load_state(self, state: dict[str, Any], arrays: dict[str, Array]) -> None:
-        on_rank_zero(lambda: self._check_reference(state))
         on_rank_zero(lambda: self._record.say_changes(self._checkpoints.resume, state.get("config")))
         self.queue = BatchQueue(state["queue"], SampleArrays.load(arrays) if arrays else None)
         self._last_refresh = state["last_refresh"]
@@ -141,15 +140,6 @@ class Run:
             self._record.say(line)
         if self._checkpoints.resume.is_own:
             self._saved_step = self._trainer.iteration
-
-    def _check_reference(self, state: dict[str, Any]) -> None:
-        """Refuses to resume with other initial weights if these are the objective's reference."""
-        if self._config.objective.needs_reference() and state["initial_weights"] != self._initial_weights:
-            weights = self._checkpoints.resume.converted or self._args.hf_model
-            raise CheckpointError(
-                f"the run began with other weights than those of {weights}, which would now become its "
-                "reference. Give the --hf-model, and the --load of converted weights, that it began with."
-            )
 
     # ---- refresh
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from megatron_rasft import metrics
 from megatron_rasft.training.status import RunStatus
 from tests.functional import launching
 from tests.functional.conftest import Workshop
@@ -221,7 +222,7 @@ def test_a_resumed_run_says_which_flags_have_changed(
     changed = ["--objective", "sft", "--weight-decay", "0.1", "--override-opt_param-scheduler"]
     flags = workshop.flags("--save", str(save), *flags_of(save), *changed)
     dry = launching.run(tmp_path / "logs", [*flags, "--dry-run"])
-    assert dry.codes == [0] and "changed since step 7: " in dry.output and "2 steps are left" in dry.output
+    assert dry.codes == [0] and "changed since step 7: " in dry.output and "2 steps left" in dry.output
     output = workshop.train(save, [*flags_of(save), *changed]).output
     (line,) = (line for line in output.splitlines() if line.startswith("changed since step 7: "))
     assert "--objective rasft -> sft" in line and "--weight-decay 0.0 -> 0.1" in line
@@ -231,9 +232,8 @@ def test_a_resumed_run_says_which_flags_have_changed(
 @pytest.mark.parametrize(
     ("changed", "named"),
     [
-        (["--lr", "1e-4"], "--lr"),
-        (["--lr", "1e-4", "--override-opt_param-scheduler"], "--lr"),
-        (["--lr-decay-style", "cosine", "--min-lr", "1e-5"], "--lr"),
+        (["--lr", "1e-4"], "--lr 0.001 (now 0.0001)"),
+        (["--lr-decay-style", "cosine", "--min-lr", "1e-5"], "--lr-decay-style constant (now cosine)"),
         (["--data-prompt-suffix", " ="], "--data"),
         (["--train-data", "OTHER"], "--train-data"),
     ],
@@ -248,6 +248,18 @@ def test_a_resumed_run_refuses_other_problems_and_another_learning_rate(
     outcome = launching.run(tmp_path / "logs", flags)
     (error,) = outcome.errors
     assert outcome.codes == [1] and named in error and "Traceback" not in outcome.output
+    dry = launching.run(tmp_path / "dry-logs", [*flags, "--dry-run"])
+    assert dry.codes == [1] and dry.errors == [error]
+
+
+def test_a_resumed_run_takes_another_learning_rate_if_it_is_told_to(
+    workshop: Workshop, stopped_at_7: Path, tmp_path: Path
+) -> None:
+    save = tmp_path / "save"
+    shutil.copytree(stopped_at_7, save)
+    workshop.train(save, [*flags_of(save), "--lr", "1e-4", "--override-opt_param-scheduler"])
+    rates = [values[metrics.LEARNING_RATE] for values in launching.steps(save).values()]
+    assert rates == pytest.approx([1e-3] * 7 + [1e-4] * 2)
 
 
 @pytest.mark.parametrize("size", ["--tensor-model-parallel-size", "--pipeline-model-parallel-size"])
@@ -269,6 +281,9 @@ def test_a_finished_run_that_is_started_again_is_over_at_once(workshop: Workshop
     assert outcome.codes == [0] and "finished before: step 9 of 9" in outcome.output
     assert outcome.output.count("\n") <= 3, "nothing else is said"
     assert (unbroken / "metrics.jsonl").read_bytes() == before
+    flags = workshop.flags("--save", str(unbroken), *flags_of(unbroken), "--dry-run")
+    dry = launching.run(tmp_path / "dry-logs", flags)
+    assert dry.codes == [0] and "finished before: step 9 of 9" in dry.output and "memory" not in dry.output
     # A finished run can still be exported, as after a kill during its export.
     save = tmp_path / "save"
     shutil.copytree(unbroken, save)

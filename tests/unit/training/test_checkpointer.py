@@ -76,6 +76,10 @@ def args_of(save: Path, **changes: Any) -> Any:
         "ckpt_format": "torch_dist",
         "rasft_keep_checkpoints": None,
         "save_retain_interval": None,
+        "override_opt_param_scheduler": False,
+        "use_checkpoint_opt_param_scheduler": False,
+        "lr": 1e-4,
+        "min_lr": 1e-6,
     }
     return args_with_architecture(**defaults | changes)
 
@@ -117,6 +121,33 @@ def test_megatron_loads_the_chosen_checkpoint_and_the_flags_stay_as_given(
     Checkpointer(megatron.args, trainer, resume, torch.device("cpu")).load()
     assert megatron.calls[-1] == ("load", str(tmp_path), 2, [], "optimizer", "scheduler")
     assert (megatron.args.load, megatron.args.ckpt_step) == ("given", None)
+
+
+@pytest.mark.parametrize(
+    ("flag", "after"),
+    [("override_opt_param_scheduler", (1e-4, 1e-6)), ("use_checkpoint_opt_param_scheduler", (1e-3, 0.0))],
+)
+def test_parameter_groups_have_the_saved_rates_while_they_are_loaded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, flag: str, after: tuple[float, float]
+) -> None:
+    _, trainer, megatron = saved(monkeypatch, tmp_path, **{flag: True})
+    groups = [{"max_lr": 1e-4, "min_lr": 1e-6}, {"max_lr": 5e-3, "min_lr": 1e-6}]
+    steps: list[int] = []
+    trainer.optimizer = SimpleNamespace(param_groups=groups)
+    trainer.scheduler = SimpleNamespace(step=steps.append)
+    common = {"opt_param_scheduler": {"max_lr": 1e-3, "min_lr": 0.0}}
+    monkeypatch.setattr(checkpointer.dist_checkpointing, "load_common_state_dict", lambda folder: common)
+
+    def load(*parts: Any, checkpointing_context: Any = None) -> tuple[int, float]:
+        assert groups == [{"max_lr": 1e-3, "min_lr": 0.0}, {"max_lr": 5e-3, "min_lr": 0.0}]
+        trainer.optimizer = SimpleNamespace(param_groups=[dict(group) for group in groups])
+        return 2, 7.0
+
+    monkeypatch.setattr(checkpointer.checkpointing, "load_checkpoint", load)
+    Checkpointer(megatron.args, trainer, Resume(folder=tmp_path, step=2), torch.device("cpu")).load()
+    usual, own_rate = trainer.optimizer.param_groups
+    assert (usual["max_lr"], usual["min_lr"]) == after and own_rate["max_lr"] == 5e-3
+    assert steps == [0] * (flag == "override_opt_param_scheduler"), "the next step has the new rate"
 
 
 def test_a_run_without_a_checkpoint_loads_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
