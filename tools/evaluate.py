@@ -24,6 +24,7 @@ from rich.console import Console
 if not __package__:  # lets the file run from a checkout that is not installed
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from megatron_rasft.config.command_line import run_parser
 from megatron_rasft.config.config_file import CONFIG_FLAG, naming_lines
 from megatron_rasft.config.data import DataConfig
 from megatron_rasft.config.parser import FlagParser, add_flags
@@ -57,6 +58,7 @@ from megatron_rasft.types import SamplingParams
 from megatron_rasft.verify.programs.program_grading import find_sandbox_level
 from megatron_rasft.weights.folder import HfFolder, checkpoint_fingerprint, weights_fingerprint
 from megatron_rasft.weights.tracker import TRACKER_FILE, has_checkpoint
+from megatron_rasft.wording import counted
 
 DRAWN_BY = (
     "model checkpoint weights dtype temperature top_p max_new_tokens seed prompt_suffix code_prompt_suffix system_prompt chat_template "
@@ -90,8 +92,8 @@ def _run_command(argv: list[str], open_engine: OpenEngine) -> int:
         with naming_lines(argv):
             parser = build_parser()
             args, rest = parser.parse_known_args(argv)
-            if rest and args.command is not run:
-                parser.error(f"unrecognized arguments: {' '.join(rest)}")
+            if rest:
+                _refuse_unknown(args, rest)
             args.open_engine = open_engine
             args.command(args, rest)
     except (ValueError, RasftError, OSError) as error:
@@ -102,6 +104,16 @@ def _run_command(argv: list[str], open_engine: OpenEngine) -> int:
 
         return report_failure(error)
     return 0
+
+
+def _refuse_unknown(args: argparse.Namespace, rest: list[str]) -> None:
+    """Refuses words that are neither flags of the command nor, for run, flags of the engine, which is not started for this."""
+    if args.command is not run:
+        args.parser.refuse_unknown(rest)
+    engine, is_complete = run_parser()
+    _, unknown = engine.parse_known_args(rest)
+    if unknown and (is_complete or args.server):
+        args.parser.refuse_unknown(unknown, engine.suggestible())
 
 
 def run(args: argparse.Namespace, megatron_flags: list[str]) -> None:
@@ -215,7 +227,7 @@ def show(args: argparse.Namespace, _: list[str]) -> None:
             style = "green" if rollout.verdict == "correct" else "red"
             console.print(
                 f"{store.stem} {rollout.problem_id} sample {rollout.sample_index}: {rollout.verdict} "
-                f"({rollout.verdict_reason}), {len(rollout.response_ids)} tokens, {rollout.finish_reason}",
+                f"({rollout.verdict_reason}), {counted(len(rollout.response_ids), 'token')}, {rollout.finish_reason}",
                 style=style,
                 markup=False,
             )
@@ -342,7 +354,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_run(commands: Any) -> None:
     command = commands.add_parser("run", help=run.__doc__, description=run.__doc__)
-    command.set_defaults(command=run)
+    command.set_defaults(command=run, parser=command)
     command.add_argument(
         CONFIG_FLAG,
         nargs="+",
@@ -388,7 +400,7 @@ def _add_run(commands: Any) -> None:
 
 def _add_show(commands: Any) -> None:
     command = commands.add_parser("show", help=show.__doc__, description=show.__doc__)
-    command.set_defaults(command=show)
+    command.set_defaults(command=show, parser=command)
     command.add_argument("output", help="--output of an evaluation.")
     command.add_argument("--benchmark", help="Only samples of this benchmark.")
     command.add_argument("--problem", metavar="ID", help="Only samples of this problem.")
@@ -402,7 +414,7 @@ def _add_show(commands: Any) -> None:
 
 def _add_table(commands: Any) -> None:
     command = commands.add_parser("table", help=table.__doc__, description=table.__doc__)
-    command.set_defaults(command=table)
+    command.set_defaults(command=table, parser=command)
     command.add_argument("output", nargs="+", help="--output of the evaluations.")
     command.add_argument(
         "--format",

@@ -26,6 +26,9 @@ CONFIG_FLAG = "--config"
 TOOL_TABLES = ("plan",)
 """Tables with flags of a tool. Only that tool reads them."""
 
+VALUE_MARK = "\0"
+"""First character of a word that is a value of a list, even if it begins with a hyphen. The parser removes it."""
+
 _NUMBERS: dict[Any, str] = {int: "an integer", float: "a number"}
 _ESCAPES = {'"': '\\"', "\\": "\\\\", "\n": "\\n", "\t": "\\t"}
 _FLAG = re.compile(r"--[a-z0-9][\w-]*")
@@ -62,7 +65,7 @@ class FileFlag:
         if action is not None:
             self._check(flag, action)
         if isinstance(self.value, list):
-            return [flag, *map(str, self.value)]
+            return [flag, *(_as_value(str(value)) if action else str(value) for value in self.value)]
         return [f"{flag}={self.value}"]
 
     def _switch(self, flag: str, action: argparse.Action | None) -> str:
@@ -92,6 +95,11 @@ class FileFlag:
 
     def _refusal(self, reason: str) -> ValueError:
         return ValueError(f"{self.place}: {reason}")
+
+
+def _as_value(text: str) -> str:
+    """The word of the command line for a value of a list."""
+    return VALUE_MARK + text if text.startswith("-") else text
 
 
 def config_words(argv: Sequence[str], options: Mapping[str, argparse.Action]) -> list[str]:

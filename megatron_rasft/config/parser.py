@@ -10,10 +10,11 @@ from itertools import starmap
 from types import NoneType, UnionType
 from typing import Any, NoReturn, Union, get_args, get_origin
 
-from megatron_rasft.config.config_file import CONFIG_FLAG, config_files, config_words
-from megatron_rasft.config.suggestions import suggest
+from megatron_rasft.config.config_file import CONFIG_FLAG, VALUE_MARK, config_files, config_words
+from megatron_rasft.config.suggestions import other_name, suggest
 from megatron_rasft.flags import FlagSection, OneOf, Range, flag_name
 
+_UNKNOWN = "unrecognized arguments: "
 _BAD_CHOICE = re.compile(r"argument \S+: invalid choice: '?([^']*?)'? \(choose from (.*)\)")
 
 
@@ -42,6 +43,8 @@ class FlagParser(argparse.ArgumentParser):
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"formatter_class": _WholeFlags, "allow_abbrev": False, **options})
         self._typed_values: dict[str, list[str]] = {}
+        self._words: list[str] = []
+        self._unknown: list[str] = []
         self.never_suggested: Collection[str] = ()
         """Flags that no error suggests."""
 
@@ -49,8 +52,8 @@ class FlagParser(argparse.ArgumentParser):
         words = list(sys.argv[1:] if args is None else args)
         if CONFIG_FLAG in self._option_string_actions:
             words = [*self.file_words(words), *words]
-        self._typed_values = {}
-        parsed, rest = super().parse_known_args(words, namespace)
+        self._typed_values, self._words = {}, words
+        parsed, self._unknown = super().parse_known_args(words, namespace)
         typed = [word.partition("=")[0] for word in words]
         actions = self._option_string_actions
         given = {actions[word].dest: word for word in typed if word in actions}
@@ -59,7 +62,7 @@ class FlagParser(argparse.ArgumentParser):
         if CONFIG_FLAG in actions:
             parsed.config = config_files(words)  # also of several --config
         parsed.given_values = dict(starmap(self._given_value, parsed.given_flags.items()))
-        return parsed, rest
+        return parsed, self._unknown
 
     def suggestible(self) -> list[str]:
         """The flags that errors may suggest."""
@@ -70,7 +73,8 @@ class FlagParser(argparse.ArgumentParser):
         return config_words(words, self._option_string_actions)
 
     def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
-        self._typed_values[action.dest] = list(arg_strings)
+        arg_strings = [text.removeprefix(VALUE_MARK) for text in arg_strings]
+        self._typed_values[action.dest] = arg_strings
         return super()._get_values(action, arg_strings)  # type: ignore[misc]
 
     def _given_value(self, dest: str, flag: str) -> tuple[str, Any]:
@@ -87,21 +91,56 @@ class FlagParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         close = ""
-        if message.startswith("unrecognized arguments: "):
-            close = self._meant(message.split()[2:])
-        elif match := _BAD_CHOICE.match(message):
+        if message.startswith(_UNKNOWN):
+            self.refuse_unknown(self._unknown)
+        if match := _BAD_CHOICE.match(message):
             choices = [name.strip("'") for name in match[2].split(", ")]
             close = next(iter(difflib.get_close_matches(match[1], choices, n=1)), "")
         raise ValueError(f"{message}. " + (f"Did you mean {close}?" if close else "--help lists the flags."))
 
-    def _meant(self, words: Sequence[str]) -> str:
-        """The flags that unknown ones probably mean. If there are several, each has its unknown flag beside it."""
-        known = self.suggestible()
-        unknown = [word.partition("=")[0] for word in words if word.startswith("-")]
-        close = {flag: meant for flag in unknown if (meant := suggest(flag, known))}
-        if len(unknown) == 1:
-            return "".join(close.values())
-        return ", ".join(f"{meant} for {flag}" for flag, meant in close.items())
+    def refuse_unknown(self, words: Sequence[str], others: Collection[str] = ()) -> NoReturn:
+        """Refuses words that belong to no flag, with the flags that they probably mean.
+
+        Args:
+            words: in their order on the command line. A word that follows an unknown flag is its value.
+            others: flags of another parser that are accepted too. They are suggested if none of this parser is meant.
+
+        Raises:
+            ValueError: always.
+        """
+        found = [self._closest(words[i:], others) for i, word in enumerate(words) if word.startswith("-")]
+        close = {typed: meant for typed, meant in found if meant}
+        hints = [f"Did you mean {meant}?" for meant in close.values()]
+        if len(found) > 1 and close:
+            hints = [f"Did you mean {', '.join(f'{meant} for {typed}' for typed, meant in close.items())}?"]
+        hints += self._stray(words)
+        raise ValueError(f"{_UNKNOWN}{' '.join(words)}. {' '.join(hints) or '--help lists the flags.'}")
+
+    def _closest(self, words: Sequence[str], others: Collection[str]) -> tuple[str, str]:
+        """The unknown flag that ``words`` begins with, and the flag that it probably means."""
+        typed, known = words[0].partition("=")[0], self.suggestible()
+        if len(words) > 1 and not words[1].startswith("-"):
+            joined = f"{typed}-{words[1]}"  # --learning rate
+            if meant := other_name(joined, known) or other_name(joined, others):
+                return f"{typed} {words[1]}", meant
+        return typed, suggest(typed, known) or suggest(typed, others)
+
+    def _stray(self, words: Sequence[str]) -> list[str]:
+        """A sentence for each flag that is followed by more words than it takes."""
+        lines, flags = [], self._option_string_actions
+        left, last = list(words), ""
+        for word in self._words:
+            is_unknown = bool(left) and word == left[0]
+            if is_unknown:
+                left.pop(0)
+            if word.startswith("-") and (is_unknown or word.partition("=")[0] in flags):
+                last = word.partition("=")[0]
+            elif is_unknown and last in flags:
+                number = "no value" if flags[last].nargs == 0 else "a single value"
+                lines.append(f"{last} takes {number}, so {word!r} belongs to no flag.")
+            elif is_unknown and not last:
+                lines.append(f"{word!r} stands before the first flag.")
+        return lines
 
     def _get_value(self, action: argparse.Action, text: str) -> Any:
         try:

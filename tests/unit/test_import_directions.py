@@ -14,7 +14,18 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "megatron_rasft"
-TOP_LEVEL = {"types", "flags", "config", "errors", "files", "metrics", "ranks", "reasoning_tags", "scratch"}
+TOP_LEVEL = {
+    "types",
+    "flags",
+    "config",
+    "errors",
+    "files",
+    "metrics",
+    "ranks",
+    "reasoning_tags",
+    "scratch",
+    "wording",
+}
 """Modules (config: a package) that every package may import; they import each other only, and types nothing."""
 
 PACKAGES = {

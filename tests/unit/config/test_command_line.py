@@ -9,9 +9,10 @@ from megatron.training.arguments import add_megatron_arguments
 
 from megatron_rasft.config import RasftConfig, help
 from megatron_rasft.config.command_line import answer_early, check_flags, run_parser
-from megatron_rasft.config.parser import FlagParser
-from megatron_rasft.config.suggestions import HUGGING_FACE, suggest
+from megatron_rasft.config.parser import FlagParser, add_flags
+from megatron_rasft.config.suggestions import OTHER_NAMES, suggest
 from megatron_rasft.flags import flag_name
+from megatron_rasft.tools.evaluation.config import EvaluationConfig
 from megatron_rasft.training.arguments import add_arguments, megatron_help
 
 REPOSITORY = Path(__file__).parents[3]
@@ -129,6 +130,14 @@ def test_flags_of_megatron_pass() -> None:
         (["--micro-batch-size", "1.5"], "--micro-batch-size: invalid int value"),
         (["--skip-train"], "--skip-train is refused"),
         (["-lr", "3"], "mean --lr[?]"),
+        (["--learning-rate", "1e-5"], "mean --lr[?]"),
+        (["--learning", "rate", "3"], "mean --lr[?]"),
+        (["--global", "batch-size", "3"], "mean --global-batch-size[?]"),
+        (["--gradient_checkpointing"], "mean --recompute-granularity[?]"),
+        (["--lr", "1e-5", "1e-4"], "--lr takes a single value, so '1e-4'"),
+        (["--bf16", "True"], "--bf16 takes no value, so 'True'"),
+        (["--seed", "3", "two words"], "--seed takes a single value, so 'two words'"),
+        (["own.jsonl", "--bf16"], "'own.jsonl' stands before"),
         (
             ["--num-epochs", "3", "--learning-rate=1"],
             "--data-epochs for --num-epochs, --lr for --learning-rate",
@@ -154,5 +163,10 @@ def test_suggestions(full_parser: FlagParser) -> None:
     ):
         assert suggest(typed, run_parser()[0].suggestible()) == meant
     assert suggest("--frobnicate", known) == ""
-    assert set(HUGGING_FACE.values()) <= set(known)
-    assert [suggest(f"--{name}", known) for name in HUGGING_FACE] == list(HUGGING_FACE.values())
+    tool = FlagParser(add_help=False)
+    add_flags(tool, EvaluationConfig)
+    of_evaluation = {*tool.suggestible(), "--model", "--dtype", "--output", "--checkpoint", "--server"}
+    for name, flags in OTHER_NAMES.items():
+        in_training = [flag for flag in flags.split() if flag in run_parser()[0].suggestible()]
+        assert set(flags.split()) <= {*in_training, *of_evaluation}, name
+        assert suggest(f"--{name}", known) == (in_training or [suggest(f"--{name}", known)])[0]

@@ -95,6 +95,15 @@ def test_wrong_key_or_value_names_its_line(folder: Path, text: str, line: int, n
     assert message.startswith(f"run.toml, line {line}: ") and named in message
 
 
+def test_value_of_a_list_may_begin_with_a_hyphen(folder: Path) -> None:
+    args = parse(folder, "train_data = ['-a.jsonl', '--lr=5.jsonl', 'b.jsonl']\nseed = 3")
+    assert args.train_data == ["-a.jsonl", "--lr=5.jsonl", "b.jsonl"] and args.seed == 3
+    assert "lr" not in args.given_flags and args.given_values["train_data"] == args.train_data
+    with pytest.raises(ValueError, match=r"^run\.toml, line 1: .*--curriculum") as raised:
+        parse(folder, "curriculum_mode = '-off'")
+    assert "\0" not in str(raised.value)
+
+
 def test_wrong_file_is_named(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"missing\.toml"):
         check_flags(["--config", "missing.toml"])

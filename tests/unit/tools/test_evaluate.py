@@ -1,6 +1,7 @@
 """The command with servers that need no network: the stored samples from which it continues, and those it refuses."""
 
 import json
+import re
 import shutil
 import sys
 import time
@@ -285,3 +286,21 @@ def test_a_command_has_its_own_folder_for_temporary_files(monkeypatch: pytest.Mo
     monkeypatch.setattr(evaluate, "use_own_folder", lambda: made.append(True))
     monkeypatch.setattr(sys, "argv", ["evaluate.py", "table", "absent"])
     assert evaluate.main() == 1 and made == [True]
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        ("run --output out --samples 4", "--num-samples"),
+        ("run --output out --server http://a:1 --model-name-or-path x", "--model[?]"),
+        ("run --output out --max-tokens 4", "--max-new-tokens"),
+        ("run --output out --tensor-parallel-size 2", "--tensor-model-parallel-size"),
+        ("run --output out --num-samples 4 5", "--num-samples takes a single value"),
+        ("show out --limt 3", "--limit"),
+    ],
+)
+def test_a_wrong_flag_is_met_by_the_commands_own_flags(
+    capsys: pytest.CaptureFixture[str], words: str, meant: str
+) -> None:
+    assert evaluate.main(words.split()) == 2
+    assert re.search(meant, capsys.readouterr().err)
