@@ -4,7 +4,7 @@ import argparse
 import ast
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from itertools import count
 from pathlib import Path
 from typing import Any, Self
@@ -25,9 +25,9 @@ FLAGS_FILE = "config.toml"
 class SavedConfig:
     """The value of every flag of one run."""
 
-    rasft: dict[str, Any]
+    rasft: dict[str, Any] = field(default_factory=dict)
     """Group of this package's flags -> flag -> value."""
-    megatron: dict[str, str]
+    megatron: dict[str, str] = field(default_factory=dict)
     """Megatron's argument -> value as text."""
 
     @classmethod
@@ -46,15 +46,27 @@ class SavedConfig:
         if not path.is_file():
             return None
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            if all(isinstance(content[part], dict) for part in ("rasft", "megatron")):
-                return cls(rasft=content["rasft"], megatron=content["megatron"])
-        except (ValueError, KeyError, TypeError):
-            pass
-        raise ValueError(
-            f"{path} does not hold the configuration of a run. Give the --save folder of a run, or delete this file to continue "
-            "without it."
+            return cls.from_json(json.loads(path.read_text(encoding="utf-8")))
+        except ValueError:
+            raise ValueError(
+                f"{path} does not hold the configuration of a run. Give the --save folder of a run, or delete this file to "
+                "continue without it."
+            ) from None
+
+    @classmethod
+    def from_json(cls, content: Any) -> Self:
+        """Reads a configuration that this or another version has written. Parts that this version does not know are left out.
+
+        Raises:
+            ValueError: the content is not a configuration.
+        """
+        parts = [part.name for part in fields(cls)]
+        found = (
+            {name: content[name] for name in parts if name in content} if isinstance(content, dict) else {}
         )
+        if not found or not all(isinstance(part, dict) for part in found.values()):
+            raise ValueError(f"it has no objects {' and '.join(parts)}")
+        return cls(**found)
 
     def write(self, save: Path) -> None:
         """Writes the configuration into a run's folder.
@@ -69,10 +81,12 @@ class SavedConfig:
     def changes(self, now: "SavedConfig") -> list[str]:
         """Describes the flags whose values differ from the present run's, such as ``--objective rasft -> sft``.
 
+        A flag that the writing version did not have had this version's default.
+
         Of Megatron's arguments only those are compared that either run has on its command line, because others follow from the
         machine.
         """
-        ours = dict(_flags_of(self.rasft))
+        ours = {**_defaults(), **dict(_flags_of(self.rasft))}
         found = [
             f"{flag_name(name)} {ours[name]} -> {value}"
             for name, value in _flags_of(now.rasft)
@@ -84,6 +98,12 @@ class SavedConfig:
             for name in given
             if name in self.megatron and name in now.megatron and name not in ours
             if self.megatron[name] != now.megatron[name]
+        ]
+
+    def unknown_flags(self) -> list[str]:
+        """The flags that this version does not have, with their values."""
+        return [
+            f"{flag_name(name)} {value}" for name, value in _flags_of(self.rasft) if name not in _defaults()
         ]
 
     def _given_flags(self) -> dict[str, str]:
@@ -98,10 +118,15 @@ class SavedConfig:
         return path if isinstance(path, str) else None
 
 
+def _defaults() -> dict[str, str]:
+    """Every flag of this package with its default, as ``_flags_of`` yields them."""
+    return dict(_flags_of({title: kind.flag_fields() for title, kind in RasftConfig.sections().items()}))
+
+
 def _flags_of(sections: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """Yields the fields of all sections with their values as JSON, in which a value that was read equals one that was not."""
-    for fields in sections.values():
-        for name, value in fields.items():
+    for flags in sections.values():
+        for name, value in flags.items():
             if flag_name(name) != CONFIG_FLAG:  # the same flags may come from another file
                 yield name, json.dumps(value).strip('"')
 

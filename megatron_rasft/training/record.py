@@ -101,7 +101,7 @@ class RunRecord:
             resume: where the run resumes from, which is a checkpoint.
             before: ``configuration`` as the checkpoint holds it; None if it holds none.
         """
-        if line := describe_changes(resume, before, self.configuration):
+        for line in describe_changes(resume, before, self.configuration):
             self.say(line)
 
     def note_status(self, state: State, step: int | None = None, **changes: Any) -> None:
@@ -140,8 +140,8 @@ class RunRecord:
         self._progress.close(0 if is_clean else 1)
 
 
-def describe_changes(resume: Resume, before: dict[str, Any] | None, now: SavedConfig) -> str:
-    """Returns a line about the flags that differ from those that trained a checkpoint; "" if none do.
+def describe_changes(resume: Resume, before: dict[str, Any] | None, now: SavedConfig) -> list[str]:
+    """Returns lines about the flags that differ from those that trained a checkpoint; [] if none do.
 
     Args:
         resume: where the run resumes from, which is a checkpoint.
@@ -151,8 +151,16 @@ def describe_changes(resume: Resume, before: dict[str, Any] | None, now: SavedCo
     """
     assert resume.folder is not None, "the run begins at step 0"
     try:
-        known = SavedConfig.read(resume.folder) if before is None else SavedConfig(**before)
+        known = SavedConfig.read(resume.folder) if before is None else SavedConfig.from_json(before)
     except ValueError as error:
-        return f"the flags until step {resume.step} are not known: {error}"
-    changes = [] if known is None else known.changes(now)
-    return f"changed since step {resume.step}: {', '.join(changes)}" if changes else ""
+        return [f"the flags until step {resume.step} are not known: {error}"]
+    if known is None:
+        return []
+    changes, unknown = known.changes(now), known.unknown_flags()
+    lines = [f"changed since step {resume.step}: {', '.join(changes)}"] if changes else []
+    if unknown:
+        lines.append(
+            f"warning: step {resume.step} was trained with flags that this version does not have, so they have no effect now: "
+            f"{', '.join(unknown)}"
+        )
+    return lines

@@ -28,6 +28,17 @@ def test_a_configuration_comes_back_as_it_was_written(tmp_path: Path) -> None:
     assert read.megatron == {"load": "None", "lr": "0.001", "train_iters": "8"}
 
 
+def test_parts_that_another_version_wrote_are_left_out_and_missing_ones_are_empty() -> None:
+    known = SavedConfig.from_json({"rasft": {"run": {}}, "machine": {"gpus": 8}})
+    assert known == SavedConfig(rasft={"run": {}}, megatron={})
+    assert saved().unknown_flags() == []
+    for objective in OBJECTIVES:
+        chosen = RasftConfig(objective=OBJECTIVES[objective](), loss=LossConfig(objective=objective))
+        assert of_run(chosen, {}).unknown_flags() == []
+    newer = SavedConfig(rasft={"sync": {"sync_colour": ["red"], "sync_bucket_mib": 3}})
+    assert newer.unknown_flags() == ['--sync-colour ["red"]']
+
+
 def test_a_folder_without_a_run_has_no_configuration(tmp_path: Path) -> None:
     assert SavedConfig.read(tmp_path) is None
 

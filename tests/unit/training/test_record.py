@@ -116,6 +116,18 @@ def test_a_resumed_run_says_which_flags_have_changed(
     record_of(tmp_path, config).open_files({}, tmp_path)
     record_of(tmp_path, config).say_changes(resume, in_checkpoint)
     assert "--rollout-num-samples 4 -> 9" in capsys.readouterr().out
+    newer = {**in_checkpoint, "machine": {"gpus": 8}}
+    newer["rasft"] = {**newer["rasft"], "sync": {**newer["rasft"]["sync"], "sync_colour": "red"}}
+    record_of(tmp_path).say_changes(resume, newer)
+    printed = capsys.readouterr().out
+    assert printed.startswith("warning: ") and "--sync-colour red" in printed and printed.count("\n") == 1
+    older = {**in_checkpoint, "rasft": {**in_checkpoint["rasft"], "rollout": {}}}
+    record_of(tmp_path).say_changes(resume, older)
+    assert capsys.readouterr().out == "", "a flag that was not saved had its default"
+    record_of(tmp_path, config).say_changes(resume, older)
+    assert capsys.readouterr().out == "changed since step 3: --rollout-num-samples 4 -> 9\n"
+    record_of(tmp_path).say_changes(resume, {"rasft": in_checkpoint["rasft"]})
+    assert capsys.readouterr().out == "", "nothing is known of Megatron's flags"
     (tmp_path / "config.json").write_text("{")
     record_of(tmp_path).say_changes(resume, None)
     assert "config.json" in capsys.readouterr().out
