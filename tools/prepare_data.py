@@ -3,7 +3,7 @@
 prepare_data.py validate --train-data FILE.jsonl [--tokenizer DIR [--max-tokens N]] [any --data-* or --verify-* flag]
 prepare_data.py convert --train-data FILE_OR_FOLDER --output TRAIN.jsonl [--rename OLD=NEW ...] [--grade] [--drop-duplicates]
 prepare_data.py --decontaminate BENCHMARK... --train-data FILE.jsonl [--output CLEAN.jsonl] [--report FILE.json]
-prepare_data.py inspect --train-data FILE.jsonl --tokenizer DIR [--index N] [any --data-* flag]
+prepare_data.py inspect --train-data FILE.jsonl --tokenizer DIR [--index N | --line N] [any --data-* flag]
 """
 
 import argparse
@@ -12,7 +12,6 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Iterator
-from itertools import islice
 from pathlib import Path
 
 if not __package__:  # lets the file run from a checkout that is not installed
@@ -26,7 +25,7 @@ from megatron_rasft.data.reading import Row, read_rows
 from megatron_rasft.data.records import read_records
 from megatron_rasft.data.row_report import DataReport, RowFault
 from megatron_rasft.data.tokenizer import Tokenizer, open_tokenizer
-from megatron_rasft.data.tokenizing import build_demonstrations, collect_demonstrations
+from megatron_rasft.data.tokenizing import collect_demonstrations
 from megatron_rasft.errors import DataError, ModelFolderError
 from megatron_rasft.files import write_json
 from megatron_rasft.scratch import use_own_folder
@@ -36,6 +35,7 @@ from megatron_rasft.tools.data.converting import with_own_answer, write_rows
 from megatron_rasft.tools.data.demonstration_checks import check_demonstrations
 from megatron_rasft.tools.data.duplicates import Duplicates
 from megatron_rasft.tools.data.inspecting import render_example
+from megatron_rasft.wording import counted
 
 _NO_LIMIT = 2**62
 
@@ -144,7 +144,7 @@ def convert(args: argparse.Namespace, config: DataConfig) -> int:
         left_out |= {row.source for row in duplicates.found}
     kept = (row for row in _rows(args, config) if isinstance(row, Row) and row.source not in left_out)
     num = write_rows(kept, output)
-    print(f"wrote           {num} rows to {output}")
+    print(f"wrote           {counted(num, 'row')} to {output}")
     return 0 if num else 1
 
 
@@ -173,7 +173,7 @@ def decontaminate(args: argparse.Namespace, config: DataConfig) -> int:
     faults = [row for row in read_rows(config, require_answer=False) if isinstance(row, RowFault)]
     if faults:
         raise DataError(
-            f"{faults[0]}. This is the first of {len(faults)} faulty rows. Run validate to see them, and correct them first."
+            f"{faults[0]}. This is the first of {counted(len(faults), 'faulty row')}. Run validate to see them, and correct them first."
         )
     records = [record for file in config.train_data for _, record in read_records(Path(file))]
     rows = read_rows(config, require_answer=False)
@@ -194,7 +194,7 @@ def decontaminate(args: argparse.Namespace, config: DataConfig) -> int:
     with open(args.output, "w", encoding="utf-8", newline="\n") as file:
         # dates and decimals of a table become text
         file.writelines(json.dumps(record, ensure_ascii=False, default=str) + "\n" for record in kept)
-    print(f"wrote           {len(kept)} rows to {args.output}")
+    print(f"wrote           {counted(len(kept), 'row')} to {args.output}")
     return 0
 
 
@@ -204,22 +204,38 @@ def show(args: argparse.Namespace, config: DataConfig) -> int:
 
     if args.tokenizer is None:
         raise ValueError("inspect needs --tokenizer, because it shows tokens. Give the folder of the model.")
-    if args.index < 0:
-        raise ValueError(f"--index must be >= 0, got {args.index}. 0 is the first usable row.")
-    require_answer = not args.no_answers
-    usable = (row for row in read_rows(config, require_answer) if isinstance(row, Row))
-    rows = list(islice(usable, args.index, args.index + 1))
-    if not rows:
-        raise DataError(
-            f"--index {args.index} is too large: fewer rows can be used. The first row is 0. Run validate to see them."
-        )
-    strict = dataclasses.replace(config, data_bad_rows="refuse", data_overlong="refuse")
+    row = _chosen_row(args, config)
     tokenizer = _load_tokenizer(args.tokenizer)
-    demonstrations, _ = build_demonstrations(
-        rows, tokenizer, strict, args.max_tokens or _NO_LIMIT, require_answer
-    )
+    limit = args.max_tokens or _NO_LIMIT
+    demonstrations, report = collect_demonstrations([row], tokenizer, config, limit, not args.no_answers)
+    for fault in report.faults + report.overlong:
+        raise _unusable(fault)
     Console(soft_wrap=True, highlight=False).print(render_example(demonstrations[0], tokenizer))
     return 0
+
+
+def _chosen_row(args: argparse.Namespace, config: DataConfig) -> Row:
+    """Returns the row of --index or --line. Both count all rows, also those that cannot be used."""
+    if args.index < 0:
+        raise ValueError(f"--index must be >= 0, got {args.index}. 0 is the first row.")
+    if args.line is not None and len(config.train_data) > 1:
+        raise ValueError(
+            f"--line {args.line} needs a single file, and --train-data names {len(config.train_data)}. Name one."
+        )
+    number = -1
+    for number, row in enumerate(read_rows(config, not args.no_answers)):
+        if number == args.index if args.line is None else row.source.endswith(f":{args.line}"):
+            if isinstance(row, RowFault):
+                raise _unusable(row)
+            return row
+    flag = f"--index {args.index}" if args.line is None else f"--line {args.line}"
+    raise DataError(
+        f"{flag} names no row: --train-data has {counted(number + 1, 'row')}. --index counts from 0, --line from 1, as messages do."
+    )
+
+
+def _unusable(fault: RowFault) -> DataError:
+    return DataError(f"{fault}. A run cannot use this row. Run validate to list all such rows.")
 
 
 def _build_parser() -> FlagParser:
@@ -257,7 +273,13 @@ def _build_parser() -> FlagParser:
                 type=int,
                 default=0,
                 metavar="N",
-                help="Number of the row, from 0, counting rows that can be used (default: 0).",
+                help="Number of the row, from 0, counting all rows (default: 0).",
+            )
+            command.add_argument(
+                "--line",
+                type=int,
+                metavar="N",
+                help="Number of the row's line, from 1, as messages name it: 3 in FILE.jsonl:3. In place of --index.",
             )
         add_flags(command.add_argument_group("data", DataConfig.__doc__), DataConfig)
     return parser

@@ -65,13 +65,27 @@ def test_inspect_prints_one_row_plainly_when_not_on_a_terminal(
     write_rows: Callable, tokenizer_folder: str, capsys: pytest.CaptureFixture
 ) -> None:
     path = write_rows(GOOD, "{", {**GOOD, "problem": "the [bold]second[/bold]", "id": "x"})
-    assert (
-        prepare_data.main(["inspect", "--train-data", path, "--tokenizer", tokenizer_folder, "--index", "1"])
-        == 0
-    )
-    printed = capsys.readouterr().out
-    assert "the [bold]second[/bold]" in printed and "It is \\boxed{2}.<|im_end|>" in printed
-    assert "\x1b" not in printed
+    command = ["inspect", "--train-data", path, "--tokenizer", tokenizer_folder]
+    for place in (["--index", "2"], ["--line", "3"]):
+        assert prepare_data.main([*command, *place]) == 0
+        printed = capsys.readouterr().out
+        assert "the [bold]second[/bold]" in printed and "It is \\boxed{2}.<|im_end|>" in printed
+        assert "\x1b" not in printed and f"{path}:3" in printed
+
+
+def test_inspect_says_why_a_row_cannot_be_used(
+    write_rows: Callable, tokenizer_folder: str, capsys: pytest.CaptureFixture
+) -> None:
+    path = write_rows(GOOD, "{", {**GOOD, "response": "long " * 500})
+    command = ["inspect", "--train-data", path, "--tokenizer", tokenizer_folder, "--max-tokens", "200"]
+    for place, named in (
+        (["--index", "1"], f"{path}:2: not JSON"),
+        (["--line", "2"], f"{path}:2: not JSON"),
+        (["--index", "2"], f"{path}:3: longer than 200 tokens"),
+        (["--line", "4"], "3 rows"),
+    ):
+        assert prepare_data.main([*command, *place]) == 1
+        assert named in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
