@@ -21,6 +21,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_rasft.tools import cli
+from megatron_rasft.wording import counted
 
 FIELDS = ("index", "memory.used", "ecc.errors.uncorrected.volatile.total")
 MAX_USED_MIB = 2048
@@ -61,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"FAIL  {node}  {'; '.join(found)}", flush=True)
         return 1
     free = shutil.disk_usage(args.folder).free / GIB
-    print(f"ok    {node}  {args.num_gpus} GPUs, {free:,.0f} GiB free in {args.folder}", flush=True)
+    print(f"ok    {node}  {counted(args.num_gpus, 'GPU')}, {free:,.0f} GiB free in {args.folder}", flush=True)
     return 0
 
 
@@ -94,7 +95,7 @@ def gpu_faults(num_gpus: int) -> list[str]:
     rows = [[cell.strip() for cell in line.split(",")] for line in done.stdout.splitlines() if line.strip()]
     faults = [fault for row in rows for fault in row_faults(row)]
     if len(rows) < num_gpus:
-        faults.append(f"{len(rows)} GPUs, but --num-gpus {num_gpus}")
+        faults.append(f"{counted(len(rows), 'GPU')}, but --num-gpus {num_gpus}")
     return faults or [torch_fault(num_gpus)]
 
 

@@ -38,6 +38,7 @@ from megatron_rasft.sync.nccl_versions import objection, own_pair, pair_of_sglan
 from megatron_rasft.sync.wire_format import WireFormat
 from megatron_rasft.tools import cli
 from megatron_rasft.weights import HfFolder
+from megatron_rasft.wording import counted
 
 
 class Planned(NamedTuple):
@@ -114,7 +115,7 @@ def main() -> int:
     for finding in findings:
         print(finding.line())
     num_bad = sum(bool(f.fault) for f in findings)
-    print(f"{len(findings) - num_bad} of {len(findings)} servers are fit")
+    print(f"fit: {len(findings) - num_bad} of {counted(len(findings), 'server')}")
     return 1 if num_bad or not findings else 0
 
 
@@ -252,7 +253,7 @@ def broadcast(findings: Sequence[Finding], folder: HfFolder, args: argparse.Name
     num_bytes = sum(b.num_bytes for b in buckets)
     for finding in findings:
         finding.facts.append(
-            f"{num_bytes / 1e6:,.1f} MB broadcast to {len(findings)} server(s) at {num_bytes / 1e9 / seconds:.2f} GB/s"
+            f"{num_bytes / 1e6:,.1f} MB broadcast to {counted(len(findings), 'server')} at {num_bytes / 1e9 / seconds:.2f} GB/s"
         )
 
 

@@ -39,6 +39,7 @@ from megatron_rasft.tools.capacity.layout_tables import (
 from megatron_rasft.tools.capacity.layouts import Model
 from megatron_rasft.tools.capacity.recipes import PLAN_TABLE, PlanParser
 from megatron_rasft.tools.capacity.slurm import on_whole_nodes, write_job
+from megatron_rasft.wording import counted
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -93,7 +94,7 @@ def _plan(args: argparse.Namespace) -> int:
     if not args.json:
         run = shown[0].run
         print(
-            f"\nTake layout 1: {run.num_steps} steps and {run.num_refreshes} refreshes, {run.hours:.1f} hours, "
+            f"\nTake layout 1: {counted(run.num_steps, 'step')} and {counted(run.num_refreshes, 'refresh', 'refreshes')}, {run.hours:.1f} hours, "
             f"{run.gpu_hours:.0f} GPU-hours"
         )
         print("\n".join(f"    {line}" for line in commands))

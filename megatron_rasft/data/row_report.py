@@ -7,6 +7,7 @@ from pathlib import Path
 from megatron_rasft.config.data import DataConfig
 from megatron_rasft.errors import DataError
 from megatron_rasft.flags import flag_name
+from megatron_rasft.wording import counted
 
 _NUM_NAMED = 10
 """Maximum number of rows of one kind that a message lists. It only counts the rest and names a complete list."""
@@ -58,17 +59,17 @@ class DataReport:
         """Raises DataError if ``config`` refuses rows of the report, or if no rows are left to train on."""
         if self.faults and config.data_bad_rows == "refuse":
             raise DataError(
-                f"{len(self.faults)} of {self.num_rows} rows cannot be used:\n{self._named(self.faults)}\n"
+                f"cannot use {len(self.faults)} of {counted(self.num_rows, 'row')}:\n{self._named(self.faults)}\n"
                 f"Correct them, or leave them out with --data-bad-rows skip.{self.advice(config)}"
             )
         if self.overlong and config.data_overlong == "refuse":
             raise DataError(
-                f"{len(self.overlong)} of {self.num_rows} rows are too long:\n{self._named(self.overlong)}\n"
+                f"too long: {len(self.overlong)} of {counted(self.num_rows, 'row')}:\n{self._named(self.overlong)}\n"
                 "Raise --seq-length, or leave them out with --data-overlong drop."
             )
         if not self.num_demonstrations:
             raise DataError(
-                f"none of the {self.num_rows} rows can be trained on: {len(self.faults)} faulty, "
+                f"nothing to train on in {counted(self.num_rows, 'row')}: {len(self.faults)} faulty, "
                 f"{len(self.overlong)} too long:\n{self._named(self.faults + self.overlong)}\n"
                 "Check --data-problem-field, --data-response-field, --data-answer-field, --data-tests-field and --seq-length."
             )
@@ -109,7 +110,7 @@ class DataReport:
         if self.max_tokens_found:
             lines.append(f"prompt tokens   {self.num_prompt_tokens}")
             lines.append(f"response tokens {self.num_response_tokens} (trained)")
-            lines.append(f"longest row     {self.max_tokens_found} tokens")
+            lines.append(f"longest row     {counted(self.max_tokens_found, 'token')}")
         if self.num_plain_endings:
             lines.append(
                 f"kept as they are {self.num_plain_endings} (the chat template would change their response)"

@@ -33,6 +33,7 @@ from megatron_rasft.servers.client import FULL_STATUSES
 from megatron_rasft.servers.info import version_label
 from megatron_rasft.servers.record import ServerRecord
 from megatron_rasft.types import Request, Response, SamplingParams
+from megatron_rasft.wording import counted
 
 _FAILURES_IN_ROW = 3
 _ABORTS_WITHOUT_GAIN = 20
@@ -90,8 +91,8 @@ class SamplingReport:
 
     def describe(self) -> str:
         """Returns the report in one line."""
-        line = f"{self.num_finished} of {self.num_samples} samples, {self.tokens_per_s:,.0f} tokens/s from "
-        line += f"{len(self.samples_by_server)} server(s)"
+        line = f"{self.num_finished} of {counted(self.num_samples, 'sample')}, {self.tokens_per_s:,.0f} tokens/s from "
+        line += counted(len(self.samples_by_server), "server")
         extra = {
             "failed": self.outcomes["failed"],
             "refused": self.outcomes["refused"],
@@ -249,7 +250,7 @@ class _Sampling:
         allowed = allow_open_files(wanted + len(self._servers)) - len(self._servers)
         if allowed < wanted:
             self._fleet.say(
-                f"the limit of open files allows {max(1, allowed)} requests at once instead of {wanted}: raise it with ulimit -n"
+                f"the limit of open files allows {counted(max(1, allowed), 'request')} at once instead of {wanted}: raise it with ulimit -n"
             )
         return max(1, allowed)
 
@@ -474,13 +475,13 @@ class _Sampling:
         """Counts jobs as failed if no server is left for them, and reports failures and refusals."""
         if self._waiting:
             self._fleet.say(
-                f"no rollout server is left: {len(self._waiting)} of {self._report.num_samples} samples were not made"
+                f"no rollout server is left: {len(self._waiting)} of {counted(self._report.num_samples, 'sample')} not made"
             )
         self._report.outcomes["failed"] += len(self._waiting)
         self._waiting.clear()
         if self._report.outcomes["refused"]:
             self._fleet.say(
-                f"{self._report.outcomes['refused']} samples were refused by the servers: {self._refusal}"
+                f"the servers refused {counted(self._report.outcomes['refused'], 'sample')}: {self._refusal}"
             )
 
     async def _watch(self, client: httpx.AsyncClient) -> None:

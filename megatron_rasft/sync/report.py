@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from megatron_rasft import metrics
+from megatron_rasft.wording import counted
 
 _GIB = 2**30
 
@@ -55,8 +56,8 @@ class SyncReport:
         """Returns the report in one line."""
         phases = " ".join(f"{phase} {value:.2f}" for phase, value in self.seconds.items() if phase != "total")
         text = (
-            f"weights of step {self.weight_version} on {len(self.synced)} server(s) in {self.seconds.get('total', 0.0):.2f} s "
-            f"({phases}): {self.num_bytes / 1e9:.3f} GB in {self.num_buckets} bucket(s), {self.gb_per_s:.2f} GB/s, "
+            f"weights of step {self.weight_version} on {counted(len(self.synced), 'server')} in {self.seconds.get('total', 0.0):.2f} s "
+            f"({phases}): {self.num_bytes / 1e9:.3f} GB in {counted(self.num_buckets, 'bucket')}, {self.gb_per_s:.2f} GB/s, "
             f"peak {self.peak_bytes / _GIB:.2f} GiB"
         )
         if self.proof:

@@ -17,8 +17,8 @@ from megatron_rasft.objective.families.rasft import Rasft
 from megatron_rasft.tools.capacity.choosing import checkpoint_bytes
 from megatron_rasft.tools.capacity.config import AssumptionConfig, CapacityConfig
 from megatron_rasft.tools.capacity.layouts import Layout, Model
-from megatron_rasft.tools.capacity.memory import GIB, MemoryEstimate, estimate_memory
-from megatron_rasft.training.assembly import describe_run, schedule_of
+from megatron_rasft.tools.capacity.memory import MemoryEstimate, estimate_memory
+from megatron_rasft.training.assembly import describe_run, runs_on_gpu, schedule_of
 from megatron_rasft.training.checkpoints import architecture_of, read_state
 from megatron_rasft.training.outputs import (
     check_place,
@@ -32,7 +32,10 @@ from megatron_rasft.training.problems import Problems, open_replay, read_problem
 from megatron_rasft.training.record import describe_changes
 from megatron_rasft.training.remarks import remarks
 from megatron_rasft.training.resume import Resume
+from megatron_rasft.training.resume_checks import check_resume
 from megatron_rasft.training.schedule import Schedule
+from megatron_rasft.training.status import describe_finished, is_finished
+from megatron_rasft.wording import counted, size_text
 
 
 def print_dry_run(args: argparse.Namespace, config: RasftConfig, resume: Resume) -> None:
@@ -57,6 +60,9 @@ def describe(args: argparse.Namespace, config: RasftConfig, resume: Resume) -> l
         check_place(flag, path, is_folder=flag in _FOLDERS)
     problems, heldout = _read(args, config)
     set_length(args, config, problems.num)
+    if args.save is not None and is_finished(args, resume):
+        return [describe_finished(args, resume), _LAST_LINE.format("would do nothing")]
+    check_resume(args, config, resume, problems)
     schedule = schedule_of(args, config, problems.num)
     return [
         *filter(None, [kept_nothing(args)]),
@@ -65,15 +71,18 @@ def describe(args: argparse.Namespace, config: RasftConfig, resume: Resume) -> l
         *(
             []
             if heldout is None
-            else [_row("held out", f"{heldout.num} problems"), *heldout.left_out_lines()]
+            else [_row("held out", counted(heldout.num, "problem")), *heldout.left_out_lines()]
         ),
         *_schedule_lines(args, config, schedule),
         *_resume_lines(args, config, resume, schedule),
         *_memory_lines(args, config, problems),
         *(_row("would write", f"{path}: {content}") for _, path, content in outputs),
         *remarks(config, args.given_flags, problems.num_programs),
-        "dry run: no model was built and nothing was written. Without --dry-run this command starts the run.",
+        _LAST_LINE.format("starts the run"),
     ]
+
+
+_LAST_LINE = "dry run: no model was built and nothing was written. Without --dry-run this command {}."
 
 
 def _row(label: str, text: str) -> str:
@@ -92,29 +101,33 @@ def _read(args: argparse.Namespace, config: RasftConfig) -> tuple[Problems, Prob
 
 def _schedule_lines(args: argparse.Namespace, config: RasftConfig, schedule: Schedule) -> Iterator[str]:
     epochs = schedule.num_visits / schedule.num_problems
-    yield _row("steps", f"{schedule.num_steps} of {schedule.batch_size} problems: {epochs:.2f} epochs")
+    yield _row(
+        "steps",
+        f"{schedule.num_steps} of {counted(schedule.batch_size, 'problem')}: {counted(epochs, 'epoch', form='.2f')}",
+    )
     if schedule.left_out():
         yield schedule.left_out()
     if last := schedule.num_problems % schedule.batch_size:
-        yield _row("", f"the last step of an epoch has {last} problems")
+        yield _row("", f"the last step of an epoch has {counted(last, 'problem')}")
     yield _row(
         "refreshes",
-        f"{len(schedule.refreshes)}, every {config.run.rasft_refresh_interval} steps{_rollouts(config, schedule)}",
+        f"{len(schedule.refreshes)}, every {counted(config.run.rasft_refresh_interval, 'step')}{_rollouts(config, schedule)}",
     )
-    yield _row(
-        "learning rate",
-        f"{args.lr:g}, {args.lr_decay_style}, warm-up of {args.lr_warmup_iters or args.lr_warmup_samples}"
-        f"{' steps' if args.train_samples is None else ' samples'}",
-    )
+    unit = "step" if args.train_samples is None else "sample"
+    warmup = counted(args.lr_warmup_iters or args.lr_warmup_samples, unit)
+    if args.lr_warmup_fraction is not None:
+        warmup = f"{args.lr_warmup_fraction:.0%} of its decay"
+    yield _row("learning rate", f"{args.lr:g}, {args.lr_decay_style}, warm-up of {warmup}")
 
 
 def _rollouts(config: RasftConfig, schedule: Schedule) -> str:
     if not config.samples_rollouts:
         return ", without rollouts"
     each = config.rollout.rollout_num_samples
+    text = f", {counted(each, 'rollout')} of each problem"
     if config.curriculum.curriculum_mode == "band":
-        return f", {each} rollouts of each problem in the difficulty band"
-    return f", {each} rollouts of each problem: {each * schedule.num_visits} rollouts in the whole run"
+        return f"{text} in the difficulty band"
+    return f"{text}: {counted(each * schedule.num_visits, 'rollout')} in the whole run"
 
 
 def _resume_lines(
@@ -125,10 +138,9 @@ def _resume_lines(
         yield _row("starts", f"at step 0, with the weights in {start}")
         return
     left = max(0, schedule.num_steps - resume.step)
-    yield _row("resumes", f"after step {resume.step} of {resume.folder}: {left} steps are left")
-    state = read_state(resume, architecture_of(args)) or {}
-    if changes := describe_changes(resume, state.get("config"), SavedConfig.of(args, config)):
-        yield changes
+    yield _row("resumes", f"after step {resume.step} of {resume.folder}: {counted(left, 'step')} left")
+    state = read_state(resume, architecture_of(args))
+    yield from describe_changes(resume, state.get("config"), SavedConfig.of(args, config))
 
 
 # ---- memory
@@ -145,7 +157,7 @@ _PARTS = (
     ("sync", "weight sync"),
     ("margin", "left free"),
 )
-"""(field of MemoryEstimate, label) of the parts of a GPU's memory. Not all of them exist at the same time."""
+"""(field of MemoryEstimate, label) of the parts of a process's memory. Not all of them exist at the same time."""
 
 
 @dataclass(kw_only=True)
@@ -162,21 +174,34 @@ class _PlannedRun(CapacityConfig):
 def _memory_lines(args: argparse.Namespace, config: RasftConfig, problems: Problems) -> Iterator[str]:
     model = Model.read(Path(args.hf_model), config.run.rasft_query_groups)
     memory = run_memory(args, config, problems, model)
-    listed = ", ".join(f"{label} {_size(size)}" for name, label in _PARTS if (size := getattr(memory, name)))
-    yield _row(
-        "memory",
-        f"{_size(memory.total)} on the fullest GPU, in BF16 with the distributed optimizer: {listed}",
-    )
-    if memory.host:
-        yield _row("", f"{_size(memory.host)} of host memory a GPU for the reference")
+    parts = [(label, size) for name, label in _PARTS if (size := getattr(memory, name))]
+    if runs_on_gpu(args):
+        yield _row("memory", _sum_of_parts(memory.total, "on the fullest GPU", parts))
+        if memory.host:
+            yield _row("", f"{size_text(memory.host)} of host memory a GPU for the reference")
+    else:
+        total = memory.total + memory.host
+        parts += [("copies for the reference", memory.host)] * bool(memory.host)
+        yield _row("memory", _sum_of_parts(total, "in the largest process, without Python and torch", parts))
+        if args.world_size > 1:
+            yield _row("", f"{args.world_size} processes: up to {size_text(total * args.world_size)}")
     if "bfloat16" not in str(args.params_dtype):
-        yield _row("", f"these flags train in {str(args.params_dtype)[6:]}: --bf16 trains in BF16")
+        way_out = " (--bf16 trains in BF16)" if runs_on_gpu(args) else ""
+        yield _row(
+            "",
+            f"these flags train in {str(args.params_dtype)[6:]}: weights, activations and logits are twice as large{way_out}",
+        )
+
+
+def _sum_of_parts(total: float, where: str, parts: list[tuple[str, float]]) -> str:
+    listed = ", ".join(f"{label} {size_text(size)}" for label, size in parts)
+    return f"{size_text(total)} {where}, in BF16 with the distributed optimizer: {listed}"
 
 
 def run_memory(
     args: argparse.Namespace, config: RasftConfig, problems: Problems, model: Model
 ) -> MemoryEstimate:
-    """Estimates the memory of a GPU in the layout of the flags, by capacity planning."""
+    """Estimates the memory of a process in the layout of the flags, by capacity planning. A CPU needs no margin for CUDA and NCCL."""
     assert problems.rows is not None, "the first process has the rows"
     report, data_parallel = problems.rows.report, args.data_parallel_size
     planned = _PlannedRun(
@@ -191,6 +216,8 @@ def run_memory(
         logprob_chunk_tokens=config.loss.objective_logprob_chunk_tokens,
     )
     assumed = AssumptionConfig(prompt_tokens=max(1, report.num_prompt_tokens // report.num_demonstrations))
+    if not runs_on_gpu(args):
+        assumed = replace(assumed, margin_gib=0.0)
     return estimate_memory(
         model,
         _layout(args),
@@ -216,10 +243,6 @@ def _layout(args: argparse.Namespace) -> Layout:
     )
 
 
-def _size(num_bytes: float) -> str:
-    return f"{num_bytes / GIB:.1f} GiB" if num_bytes >= GIB / 10 else f"{num_bytes / 2**20:.1f} MiB"
-
-
 # ---- files
 
 _FOLDERS = frozenset({"--save", "--data-cache", "--tensorboard-dir", "--export-hf"})
@@ -230,13 +253,15 @@ def _outputs(args: argparse.Namespace, config: RasftConfig) -> Iterator[tuple[st
     """Yields (flag, path, content) of everything that the run would write."""
     model = Model.read(Path(args.hf_model), config.run.rasft_query_groups)
     if args.save is not None:
-        every = f"every {args.save_interval} steps and " if args.save_interval else ""
+        every = f"every {counted(args.save_interval, 'step')} and " if args.save_interval else ""
         kept = (
-            f"the newest {config.run.rasft_keep_checkpoints} are kept"
+            "the newest is kept"
+            if config.run.rasft_keep_checkpoints == 1
+            else f"the newest {config.run.rasft_keep_checkpoints} are kept"
             if config.run.rasft_keep_checkpoints
             else "all are kept"
         )
-        size = f"{_size(checkpoint_bytes(model))} each in BF16"
+        size = f"{size_text(checkpoint_bytes(model))} each in BF16"
         yield (
             "--save",
             Path(args.save),
@@ -255,5 +280,5 @@ def _outputs(args: argparse.Namespace, config: RasftConfig) -> Iterator[tuple[st
     if args.tensorboard_dir is not None:
         yield "--tensorboard-dir", Path(args.tensorboard_dir), "TensorBoard's files"
     if args.export_hf is not None:
-        size = _size(model.num_parameters * args.params_dtype.itemsize)
+        size = size_text(model.num_parameters * args.params_dtype.itemsize)
         yield "--export-hf", Path(args.export_hf), f"the trained model at the end, {size}"

@@ -28,6 +28,7 @@ from megatron_rasft.training.status import num_steps
 from megatron_rasft.training.trainer import Trainer
 from megatron_rasft.verify.pool import VerifierPool
 from megatron_rasft.weights.folder import HfFolder
+from megatron_rasft.wording import counted
 
 
 def build_run(
@@ -122,11 +123,16 @@ def open_cache(args: Any, config: RasftConfig, initial_weights: str) -> LogprobC
     return LogprobCache(reference_cache(args, config), fingerprint)
 
 
+def runs_on_gpu(args: Any) -> bool:
+    """Returns whether a run trains on GPUs, by its parsed arguments."""
+    return args.distributed_backend == "nccl"
+
+
 def describe_run(args: Any, config: RasftConfig, num_problems: int) -> str:
     """The first line of a run: objective, model, length, processes, layout and precision."""
-    device = "GPU" if args.distributed_backend == "nccl" else "CPU"
+    device = "GPU" if runs_on_gpu(args) else "CPU"
     return (
-        f"{config.objective.name} on {args.hf_model}: {num_problems} problems, {args.train_iters} steps of "
-        f"{args.global_batch_size}, {args.world_size} {device} process(es), tp {args.tensor_model_parallel_size} pp "
+        f"{config.objective.name} on {args.hf_model}: {counted(num_problems, 'problem')}, {counted(num_steps(args), 'step')} of "
+        f"{args.global_batch_size}, {counted(args.world_size, device + ' process', device + ' processes')}, tp {args.tensor_model_parallel_size} pp "
         f"{args.pipeline_model_parallel_size} cp {args.context_parallel_size}, {str(args.params_dtype)[6:]}"
     )

@@ -11,6 +11,7 @@ from megatron_rasft.training.policy import Policy
 from megatron_rasft.training.problems import Problems
 from megatron_rasft.training.refresh import Verifier, as_rollouts
 from megatron_rasft.types import Request, Response, Rollout, SamplingParams
+from megatron_rasft.wording import counted
 
 
 class Heldout:
@@ -61,7 +62,7 @@ class Heldout:
     def line(self, iteration: int, values: dict[str, float], seconds: float) -> str:
         """Returns the console line of a measurement that took ``seconds``."""
         return (
-            f"held out: {values[metrics.HELDOUT_SOLVE_RATE]:.1%} of {self._problems.num} problems solved after "
+            f"held out: {values[metrics.HELDOUT_SOLVE_RATE]:.1%} of {counted(self._problems.num, 'problem')} solved after "
             f"step {iteration}, {seconds:.1f} s"
         )
 

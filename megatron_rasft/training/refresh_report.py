@@ -14,6 +14,7 @@ from megatron_rasft.flags import flag_name
 from megatron_rasft.types import RolloutGroup, TrainingSample
 from megatron_rasft.verify.grading_order import GIVEN_UP
 from megatron_rasft.verify.own_function import FAILED
+from megatron_rasft.wording import counted
 
 
 @dataclass
@@ -145,7 +146,7 @@ class RefreshReport:
 
     def line(self, total_s: float) -> str:
         """The console line; ``total_s`` is the duration of the whole refresh."""
-        line = f"refresh: {self.num_problems} problems"
+        line = f"refresh: {counted(self.num_problems, 'problem')}"
         if self.num_left_out:
             line += f" ({self.num_left_out} left out: no training sample)"
         if self.score_s:
@@ -153,11 +154,11 @@ class RefreshReport:
         if self.num_rollouts:
             shares = self.shares()
             line += (
-                f", {self.num_rollouts} rollouts of {self.num_sampled}, {self.solve_rate:.1%} correct, "
+                f", {counted(self.num_rollouts, 'rollout')} of {self.num_sampled}, {self.solve_rate:.1%} correct, "
                 + ("" if math.isnan(self.mean_reward) else f"mean reward {self.mean_reward:.3f}, ")
                 + f"{self.num_solved} solved at least once, {shares[metrics.TRUNCATED]:.1%} cut by length, "
                 f"{shares[metrics.FILTERED]:.1%} filtered, {shares[metrics.UNVERIFIABLE]:.1%} unverifiable, "
-                f"{self.mean_response_tokens:.0f} tokens each; generate {self.generate_s:.1f} s, verify {self.verify_s:.1f} s,"
+                f"{counted(round(self.mean_response_tokens), 'token')} each; generate {self.generate_s:.1f} s, verify {self.verify_s:.1f} s,"
             )
         return f"{line} reference {self.reference_s:.1f} s, {total_s:.1f} s in all"
 

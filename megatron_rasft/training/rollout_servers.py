@@ -23,6 +23,7 @@ from megatron_rasft.training.logprob_probe import logprob_gap
 from megatron_rasft.training.policy import Policy
 from megatron_rasft.training.stopping import StopRequest
 from megatron_rasft.types import Request, SamplingParams, TrainingSample
+from megatron_rasft.wording import counted
 
 _MIB = 2**20
 
@@ -129,7 +130,7 @@ class RolloutServers:
     def _showing_sync(self, num_servers: int) -> AbstractContextManager[None]:
         transfer = self._sync.transfer
         before, total = transfer.num_sent_bytes, transfer.num_bytes // _MIB
-        label = f"sending weights to {num_servers} server(s)"
+        label = f"sending weights to {counted(num_servers, 'server')}"
         return live.work(label, "MiB", total, lambda: (transfer.num_sent_bytes - before) // _MIB)
 
     def result(self) -> Answers:

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from megatron_rasft.wording import counted
+
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
@@ -43,7 +45,7 @@ class Schedule:
         if num <= 0:
             return ""
         return (
-            f"warning: {num} of the {self.num_problems} problems are never trained on, because the run ends after "
-            f"{self.num_steps} steps of {self.batch_size}. {-(-self.num_problems // self.batch_size)} steps "
-            "(--train-iters) reach all of them."
+            f"warning: the run never trains on {num} of {counted(self.num_problems, 'problem')}, because it ends after "
+            f"{counted(self.num_steps, 'step')} of {self.batch_size}. --train-iters {-(-self.num_problems // self.batch_size)} reaches "
+            "all of them."
         )

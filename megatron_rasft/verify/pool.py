@@ -23,6 +23,7 @@ from megatron_rasft.verify import grading_worker, own_function
 from megatron_rasft.verify.grading_order import GIVEN_UP, GradingOrder, Turn
 from megatron_rasft.verify.isolated_workers import IsolatedContext
 from megatron_rasft.verify.programs.program_grading import grade_program
+from megatron_rasft.wording import counted
 
 logger = logging.getLogger(__name__)
 
@@ -219,7 +220,7 @@ class VerifierPool:
     def _why(self, turn: Turn) -> str:
         if turn == "give up":
             return f"the {self._config.verify_timeouts_per_problem} responses before it exceeded the deadline"
-        return f"{self._config.verify_max_timeouts} responses exceeded the deadline"
+        return f"{counted(self._config.verify_max_timeouts, 'response')} exceeded the deadline"
 
     def _settle(self, rollout: Rollout, call: "_Call", future: Future[Any]) -> None:
         """Sets the verdict, unless the rollout was slow in the first round."""

@@ -23,6 +23,7 @@ from megatron_rasft.weights.folder import INDEX_FILE, SINGLE_FILE, HfFolder
 from megatron_rasft.weights.gathering import ExpertGroups, gather_tensors, plan_tensors
 from megatron_rasft.weights.model_card import write_card
 from megatron_rasft.weights.shard_writer import ShardWriter, split_plans
+from megatron_rasft.wording import counted
 
 _PARTIAL = ".partial-"
 """Part of the name of an export's temporary folder: .NAME.partial-RANDOM beside NAME."""
@@ -262,7 +263,7 @@ def _check_complete(written: list[str], template: HfFolder) -> None:
     missing = [name for name in template.table.hf_shapes if name not in distinct]
     if missing:
         raise ModelFolderError(
-            f"{len(missing)} tensors were not written by any rank; the first is {missing[0]}"
+            f"no rank has written {counted(len(missing), 'tensor')}; the first is {missing[0]}"
         )
     if len(written) != len(distinct):
         twice = next(name for name in written if written.count(name) > 1)

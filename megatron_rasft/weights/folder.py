@@ -19,6 +19,7 @@ from megatron_rasft.errors import ModelFolderError, first_line
 from megatron_rasft.files import read_json_object
 from megatron_rasft.weights.architecture import ModelDescription, Rope
 from megatron_rasft.weights.families import Family, ModelShape, NameTable
+from megatron_rasft.wording import counted
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -136,11 +137,11 @@ class HfFolder:
             )
         if missing:
             raise ModelFolderError(
-                f"{len(missing)} tensors of the model are missing, the first is {missing[0]}"
+                f"it lacks {counted(len(missing), 'tensor')} of the model, the first is {missing[0]}"
             )
         if extra:
             raise ModelFolderError(
-                f"{len(extra)} tensors are unknown to {self.family.architecture}, the first is {extra[0]}"
+                f"it has {counted(len(extra), 'tensor')} that {self.family.architecture} does not know, the first is {extra[0]}"
             )
         for name, size in expected.items():
             if self.tensors[name].shape != size:

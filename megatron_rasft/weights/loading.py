@@ -13,6 +13,7 @@ from megatron_rasft.errors import ModelFolderError, WeightsError
 from megatron_rasft.weights.families import Binding, NameTable, ShardLayout
 from megatron_rasft.weights.finite import NOT_FINITE, is_finite
 from megatron_rasft.weights.folder import HfFolder
+from megatron_rasft.wording import counted
 
 
 class ExpertRanks(NamedTuple):
@@ -150,7 +151,7 @@ def load_into(
     ]
     if left:
         raise ModelFolderError(
-            f"model folder {folder.path}: {len(left)} tensors have no parameter in the model, the first is "
+            f"model folder {folder.path}: {counted(len(left), 'tensor')} without a parameter in the model, the first is "
             f"{left[0]}; "
             "the model was not built with the arguments that its config.json implies"
         )

@@ -151,7 +151,7 @@ def test_a_prompt_too_long_for_the_server_is_refused_and_quoted(
         responses, report = rollouts.generate(requests)
     assert report.outcomes["refused"] == 2 and responses[0] == [None, None]
     assert not any(None in group for group in responses[1:])
-    assert "2 samples were refused" in rollouts.said[0] and "128 tokens" in rollouts.said[0]
+    assert "2 samples" in rollouts.said[0] and "128 tokens" in rollouts.said[0]
 
 
 def test_samples_of_a_paused_server_continue_where_they_were(

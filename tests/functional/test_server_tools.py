@@ -100,7 +100,7 @@ def test_every_unfit_server_is_named_with_its_fault(
     assert dead.startswith("FAIL  http://127.0.0.1:1  cannot be reached")
     assert lying.startswith(f"FAIL  {liar.url}") and "outside the vocabulary" in lying
     assert double.startswith(f"FAIL  {again}") and server.url in double
-    assert count == "1 of 4 servers are fit"
+    assert count == "fit: 1 of 4 servers"
 
     other = write_model(tmp_path / "other", hidden_size=32)
     done = run_check("--hf-model", str(other), "--urls", server.url)

@@ -15,6 +15,7 @@ from megatron_rasft.tools.capacity.speed import (
     response_tokens,
     serving_tp,
 )
+from megatron_rasft.wording import counted
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def layout_table(estimates: Sequence[LayoutEstimate], config: CapacityConfig) ->
         )
     header = "# servers tp pp cp ep dp chunks recompute GiB fits step_s MFU refresh_s hours GPU-hours".split()
     return Table(
-        f"Layouts of {config.num_gpus} GPUs (servers: GPUs that run rollout servers)",
+        f"Layouts of {counted(config.num_gpus, 'GPU')} (servers: GPUs that run rollout servers)",
         tuple(header),
         tuple(rows),
         frozenset({"recompute", "fits"}),
@@ -175,7 +176,7 @@ def summary(model: Model, config: CapacityConfig, *, precision: str = "bf16") ->
     servers = f"; a server needs {tp} of them" if tp else ""
     return (
         f"{model.path}: {model.family.architecture}, {size}, {precision.upper()}\n"
-        f"{config.num_gpus} GPUs of {config.gpu_memory_gib:g} GiB, {config.gpus_per_node} to a node{servers}"
+        f"{counted(config.num_gpus, 'GPU')} of {config.gpu_memory_gib:g} GiB, {config.gpus_per_node} to a node{servers}"
     )
 
 

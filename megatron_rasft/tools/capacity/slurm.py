@@ -12,6 +12,7 @@ from megatron_rasft.tools.capacity.commands import run_flags
 from megatron_rasft.tools.capacity.config import CapacityConfig
 from megatron_rasft.tools.capacity.layouts import Model
 from megatron_rasft.tools.capacity.speed import serving_tp
+from megatron_rasft.wording import counted
 
 _COLUMNS = 110
 
@@ -131,7 +132,7 @@ def write_job(
     script = script_text(
         (shipped / "rasft.sbatch").read_text(encoding="utf-8"), checkout, folder, num_nodes, config, model
     )
-    title = f"{Path(model.path).name} on {num_nodes} node(s), chosen by tools/plan.py: {estimate.memory.total / 2**30:.1f} GiB a GPU"
+    title = f"{Path(model.path).name} on {counted(num_nodes, 'node')}, chosen by tools/plan.py: {estimate.memory.total / 2**30:.1f} GiB a GPU"
     with written_to(folder, "--slurm"):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "rasft.sbatch").write_text(script, encoding="utf-8")

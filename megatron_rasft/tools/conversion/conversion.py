@@ -49,6 +49,7 @@ from megatron_rasft.weights.torch_dist import (
     write_checkpoint_index,
 )
 from megatron_rasft.weights.tracker import RELEASE, TRACKER_FILE
+from megatron_rasft.wording import counted
 
 TEMPLATE_DIR = "hugging_face"
 """Subfolder of a converted checkpoint with the folder's other files: config, tokenizer and so on."""
@@ -388,7 +389,7 @@ def check_parameters(source: TorchDistFolder, table: NameTable) -> None:
     extra = [key for key in source.tensors if key not in known and not key.startswith("optimizer.")]
     if extra:
         raise CheckpointError(
-            f"checkpoint {source.path}: {len(extra)} tensors are unknown to the model of config.json, the first is "
+            f"checkpoint {source.path}: {counted(len(extra), 'tensor')} unknown to the model of config.json, the first is "
             f"{extra[0]}; give the --hf-model that the run was started with"
         )
 

@@ -16,6 +16,7 @@ from megatron_rasft.verify.function_trial import failed
 from megatron_rasft.verify.own_function import FAILED
 from megatron_rasft.verify.pool import VerifierPool
 from megatron_rasft.verify.programs.program_grading import find_sandbox_level, program_of
+from megatron_rasft.wording import counted
 
 _FIRST_BATCH = 8
 """Rows after which a --verify-function that has failed on all of them is not called again."""
@@ -44,7 +45,7 @@ class DemonstrationReport:
     def describe(self) -> str:
         """Returns the report as text, without a final line break."""
         num_graded = self.verdicts.total()
-        lines = [f"graded          {num_graded} of {self.num_rows} demonstrations"]
+        lines = [f"graded          {num_graded} of {counted(self.num_rows, 'demonstration')}"]
         if num_graded < self.num_rows:
             lines[0] += f" in {self.max_s:g} s. Raise --grade-max-s to grade all."
         lines += [f"  {num} {verdict}" for verdict, num in self.verdicts.most_common()]

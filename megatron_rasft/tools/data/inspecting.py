@@ -4,6 +4,7 @@ from rich.text import Text
 
 from megatron_rasft.data.tokenizer import Tokenizer
 from megatron_rasft.types import Demonstration
+from megatron_rasft.wording import counted
 
 PROMPT_STYLE = "dim cyan"
 TRAINED_STYLE = "bold green"
@@ -18,8 +19,10 @@ def render_example(demonstration: Demonstration, tokenizer: Tokenizer) -> Text:
     tests = demonstration.tests
     checked = f"tests: {len(tests.tests)} ({tests.style})" if tests else f"answer: {demonstration.answer}"
     text.append(f"{demonstration.problem_id}  {demonstration.source}  {checked}\n", style="bold")
-    text.append(f"--- prompt, {len(demonstration.prompt_ids)} tokens, not trained\n", style="dim")
+    text.append(f"--- prompt, {counted(len(demonstration.prompt_ids), 'token')}, not trained\n", style="dim")
     text.append(tokenizer.decode(demonstration.prompt_ids, skip_special_tokens=False), style=PROMPT_STYLE)
-    text.append(f"\n--- response, {len(demonstration.response_ids)} tokens, trained\n", style="dim")
+    text.append(
+        f"\n--- response, {counted(len(demonstration.response_ids), 'token')}, trained\n", style="dim"
+    )
     text.append(tokenizer.decode(demonstration.response_ids, skip_special_tokens=False), style=TRAINED_STYLE)
     return text

@@ -14,6 +14,7 @@ from megatron_rasft.tools.evaluation.benchmark_rows import Problem
 from megatron_rasft.tools.evaluation.benchmarks import Benchmark
 from megatron_rasft.training import live
 from megatron_rasft.types import Request, Response, Rollout, SamplingParams
+from megatron_rasft.wording import counted
 
 _SEED_BITS = 31
 """Servers accept seeds that fit a signed 32-bit integer."""
@@ -102,7 +103,7 @@ def sample_benchmark(
     aborted = sum(r.finish_reason == "abort" for r in finished.values())
     if aborted:
         raise RolloutError(
-            f"{benchmark.title}: {aborted} of {total} samples could not be drawn. The others are stored in {path}. Run the "
+            f"{benchmark.title}: {aborted} of {counted(total, 'sample')} could not be drawn. The others are stored in {path}. Run the "
             "same command again to draw the missing ones."
         )
     if missing:

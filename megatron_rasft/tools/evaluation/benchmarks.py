@@ -16,6 +16,7 @@ from megatron_rasft.errors import DataError
 from megatron_rasft.tools.evaluation.benchmark_rows import Problem, parse_row
 from megatron_rasft.tools.evaluation.known_sets import KNOWN_SETS, Kind, KnownSet
 from megatron_rasft.tools.evaluation.own_sets import kind_of, parse_own_row
+from megatron_rasft.wording import counted
 
 _SUFFIXES = (".jsonl.gz", ".jsonl", ".parquet")
 _DEFAULT_FIELDS = DataConfig()
@@ -132,7 +133,9 @@ def _read_problems(known: KnownSet, path: Path, fields: DataConfig, keep_fields:
 def _check_content(known: KnownSet, path: Path, num_rows: int, sha256: str, is_verified: bool) -> None:
     way_out = "Download the set again, or give --unknown-data accept, which marks its results as unverified."
     if num_rows != known.num_rows:
-        raise DataError(f"{path} has {num_rows} rows, but {known.title} has {known.num_rows}. {way_out}")
+        raise DataError(
+            f"{path} has {counted(num_rows, 'row')}, but {known.title} has {known.num_rows}. {way_out}"
+        )
     if not is_verified:
         raise DataError(
             f"{path} is not the published {known.title}: its sha256 is {sha256[:12]}..., not {known.text_sha256[:12]}..., "

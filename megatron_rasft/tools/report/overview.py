@@ -7,6 +7,7 @@ from megatron_rasft import metrics
 from megatron_rasft.tools.report.formats import duration, number, percent, short_count
 from megatron_rasft.tools.report.records import PHASES, RunRecords
 from megatron_rasft.tools.report.views import RunView
+from megatron_rasft.wording import counted
 
 
 def overview(views: Sequence[RunView]) -> dict[str, Any]:
@@ -86,12 +87,14 @@ def _rollouts(view: RunView) -> dict[str, Any]:
     if view.rollouts is not None and view.rollouts.refreshes:
         tokens = sum(refresh.num_tokens for refresh in view.rollouts.refreshes.values())
         facts["Rollouts"] = (
-            f"{view.rollouts.num_rollouts:,} in {len(view.rollouts.refreshes)} refreshes, {tokens:,} tokens"
+            f"{view.rollouts.num_rollouts:,} in {counted(len(view.rollouts.refreshes), 'refresh', 'refreshes')}, {tokens:,} tokens"
         )
     elif sampled:
         counts = [(r["rollout/num_rollouts"], r.get("rollout/response_tokens_mean", 0.0)) for r in sampled]
         total, tokens_mean = sum(n for n, _ in counts), sum(n * mean for n, mean in counts)
-        facts["Rollouts"] = f"{total:,.0f} in {len(sampled)} refreshes, {tokens_mean:,.0f} tokens"
+        facts["Rollouts"] = (
+            f"{total:,.0f} in {counted(len(sampled), 'refresh', 'refreshes')}, {tokens_mean:,.0f} tokens"
+        )
     solved = records.refresh_points(metrics.SOLVE_RATE)
     if solved:
         facts["Rollouts correct"] = (
@@ -128,7 +131,9 @@ def _layout(records: RunRecords) -> str | None:
     device = {"nccl": "GPU", "gloo": "CPU"}.get(records.megatron("distributed_backend") or "", "")
     precision = (records.megatron("params_dtype") or "").removeprefix("torch.")
     fp8 = records.megatron("fp8")
-    count = " ".join(filter(None, [records.megatron("world_size") or "?", device, "process(es)"]))
+    size = records.megatron("world_size") or "?"
+    noun = f"{device} process".strip()
+    count = counted(int(size), noun, f"{noun}es") if size.isdecimal() else f"{size} {noun}es"
     return ", ".join(filter(None, [count, " ".join(parts), precision, f"FP8 {fp8}" if fp8 else ""]))
 
 

@@ -20,6 +20,7 @@ from megatron_rasft.tools.report.rollouts import (
     read_statistics,
 )
 from megatron_rasft.tools.report.tokens import TokenView
+from megatron_rasft.wording import counted
 
 
 @dataclass
@@ -121,7 +122,9 @@ def _notes_on_metrics(records: RunRecords) -> list[str]:
     elif not records.steps:
         notes.append(f"{records.metrics_path} has no record of a step yet.")
     if records.num_unreadable:
-        notes.append(f"Skipped {records.num_unreadable} unreadable line(s) of {records.metrics_path}.")
+        notes.append(
+            f"Skipped {counted(records.num_unreadable, 'unreadable line')} of {records.metrics_path}."
+        )
     return notes
 
 
@@ -130,9 +133,11 @@ def _notes_on_rollouts(path: Path, rollouts: RolloutStatistics) -> list[str]:
     if not rollouts.refreshes:
         notes.append(f"{path} has no rollouts.")
     if rollouts.num_unreadable:
-        notes.append(f"Skipped {rollouts.num_unreadable} unreadable line(s) of {path}.")
+        notes.append(f"Skipped {counted(rollouts.num_unreadable, 'unreadable line')} of {path}.")
     if rollouts.num_repeated:
-        notes.append(f"Skipped {rollouts.num_repeated:,} rollouts of refreshes that the run repeated later.")
+        notes.append(
+            f"Skipped {counted(rollouts.num_repeated, 'rollout', form=',')} of refreshes that the run repeated later."
+        )
     return notes
 
 

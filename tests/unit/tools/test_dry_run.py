@@ -8,6 +8,7 @@ import pytest
 
 from megatron_rasft.config import RasftConfig
 from megatron_rasft.objective.families import OBJECTIVES
+from megatron_rasft.tools import dry_run
 from megatron_rasft.tools.capacity.config import AssumptionConfig, CapacityConfig
 from megatron_rasft.tools.capacity.layouts import Layout, Model
 from megatron_rasft.tools.capacity.memory import estimate_memory
@@ -32,6 +33,8 @@ def args_of(**changes: Any) -> Any:
         "micro_batch_size": 1,
         "global_batch_size": 64,
         "fp8": None,
+        "distributed_backend": "nccl",
+        "params_dtype": "torch.bfloat16",
     }
     return SimpleNamespace(**values | changes)
 
@@ -58,3 +61,17 @@ def test_memory_is_that_of_the_runs_layout(objective: str) -> None:
     )
     assert run_memory(args_of(), config, PROBLEMS, model) == expected
     assert (expected.reference > 0) == (objective == "sft_kl")
+
+
+def test_memory_on_a_cpu_is_that_of_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Model.read(LLAMA_70B)
+    on_gpu = run_memory(args_of(), RasftConfig(), PROBLEMS, model)
+    on_cpu = run_memory(args_of(distributed_backend="gloo"), RasftConfig(), PROBLEMS, model)
+    assert on_cpu.margin == 0 < on_gpu.margin and on_cpu.total == on_gpu.total - on_gpu.margin
+    monkeypatch.setattr(Model, "read", classmethod(lambda *_: model))
+    first, *others = dry_run._memory_lines(
+        args_of(distributed_backend="gloo", hf_model="model"), RasftConfig(), PROBLEMS
+    )
+    assert "GPU" not in first and "left free" not in first and "largest process" in first
+    assert any("64 processes" in line for line in others)
+    assert "GPU" in next(dry_run._memory_lines(args_of(hf_model="model"), RasftConfig(), PROBLEMS))

@@ -125,7 +125,7 @@ def test_unreadable_lines_and_repeated_rollouts_are_counted(run: Path, tmp_path:
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"event"')
     notes = " ".join(page_of(tmp_path, run).texts["li"])
-    assert notes.count("1 unreadable line(s)") == 2 and "64 rollouts" in notes
+    assert notes.count("1 unreadable line ") == 2 and "64 rollouts" in notes
     store.write_text("")
     assert str(store) in page_of(tmp_path, run).texts["li"][1]
 

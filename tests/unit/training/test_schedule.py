@@ -25,5 +25,5 @@ def test_refreshes_are_those_of_the_run(num_problems: int, interval: int, num_st
 
 def test_problems_that_no_step_reaches_are_counted() -> None:
     line = Schedule.of(40, 8, 3, 2).left_out()
-    assert line.startswith("warning: 16 of the 40") and "5 steps (--train-iters)" in line
+    assert line.startswith("warning: ") and "16 of 40 problems" in line and "--train-iters 5" in line
     assert Schedule.of(40, 8, 5, 2).left_out() == ""
