@@ -22,6 +22,8 @@ _LLAMA3 = {
 
 _YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 32}
 
+_LATENT = {"kv_lora_rank": 20, "qk_nope_head_dim": 10, "qk_rope_head_dim": 8, "v_head_dim": 12}
+
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {"num_attention_heads": 4, "num_key_value_heads": 2}),
     "llama_scaled_tied": (
@@ -147,6 +149,55 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "tie_word_embeddings": True,
         },
     ),
+    "deepseek_v3": (
+        "DeepseekV3",
+        {
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "q_lora_rank": 28,
+            **_LATENT,
+            "first_k_dense_replace": 1,
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 4,
+            "moe_intermediate_size": 24,
+            "n_group": 4,
+            "topk_group": 2,
+            "max_position_embeddings": 64,
+            "rope_parameters": _YARN
+            | {"rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 8}
+            | {"mscale": 0.7, "mscale_all_dim": 1.1},
+        },
+    ),
+    "moonlight": (
+        "DeepseekV3",
+        {
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "q_lora_rank": None,
+            **_LATENT,
+            "first_k_dense_replace": 2,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 16,
+            "n_shared_experts": 2,
+            "n_group": 1,
+            "topk_group": 1,
+            "rms_norm_eps": 1e-3,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "glm4_moe_lite": (
+        "Glm4MoeLite",
+        {
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "q_lora_rank": 28,
+            **_LATENT,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+        },
+    ),
     "qwen3_tied": (
         "Qwen3",
         {
@@ -228,12 +279,13 @@ def transformer_config(folder: HfFolder, **overrides: Any) -> Any:
     """Returns Megatron's TransformerConfig for a model folder. Model parallelism must be initialised."""
     import torch.nn.functional as F
     from megatron.core import parallel_state as ps
-    from megatron.core.transformer.transformer_config import TransformerConfig
+    from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
     from megatron.training.argument_utils import _apply_yarn_config_from_args
 
     args = megatron_args(folder)
-    assert args["swiglu"] and args["group_query_attention"]
-    same = {k: v for k, v in args.items() if k in TransformerConfig.__dataclass_fields__}
+    assert args["swiglu"]
+    kind = MLATransformerConfig if args.get("multi_latent_attention") else TransformerConfig
+    same = {k: v for k, v in args.items() if k in kind.__dataclass_fields__}
     values = {
         **same,
         "num_moe_experts": args.get("num_experts"),
@@ -254,7 +306,7 @@ def transformer_config(folder: HfFolder, **overrides: Any) -> Any:
         "moe_token_dispatcher_type": "alltoall",
         **overrides,
     }
-    config = TransformerConfig(**values)
+    config = kind(**values)
     _apply_yarn_config_from_args(config, SimpleNamespace(**args))
     return config
 

@@ -175,7 +175,7 @@ def fill_in(args: argparse.Namespace, architecture: dict[str, Any]) -> None:
 def _check_architecture(args: argparse.Namespace, architecture: dict[str, Any]) -> None:
     """Refuses a flag that contradicts config.json. ``fill_in`` would overwrite its value."""
     for name, value in architecture.items():
-        given = getattr(args, name)
+        given = getattr(args, name, None)
         if name not in args.given_flags or given == value:
             continue
         reason = f"{args.hf_model}/config.json has {value}"

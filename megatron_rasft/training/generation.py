@@ -16,6 +16,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.utils import set_model_to_sequence_parallel
 from torch import Tensor
 
@@ -82,7 +83,8 @@ def generation_mode(chunks: Sequence[torch.nn.Module], cache: KeyValueCache) -> 
             for name in ("fp8", "fp4"):
                 if getattr(config, name, None):
                     change(config, name, None)
-            change(chunk, "rotary_pos_emb", RotaryAtPositions(chunk.rotary_pos_emb, cache))
+            for owner in rotary_owners(chunk):
+                change(owner, "rotary_pos_emb", RotaryAtPositions(owner.rotary_pos_emb, cache))
             for module in self_attentions(chunk):
                 plain = module.core_attention
                 # CachedAttention calls SdpaCoreAttention.attend, which Transformer Engine's attention lacks.
@@ -91,7 +93,7 @@ def generation_mode(chunks: Sequence[torch.nn.Module], cache: KeyValueCache) -> 
                         config,
                         module.layer_number,
                         attention_dropout=0.0,
-                        softmax_scale=config.softmax_scale,
+                        softmax_scale=getattr(module, "softmax_scale", config.softmax_scale),
                         pg_collection=module.pg_collection,
                     )
                 change(module, "core_attention", CachedAttention(plain, cache))
@@ -100,7 +102,21 @@ def generation_mode(chunks: Sequence[torch.nn.Module], cache: KeyValueCache) -> 
 
 def self_attentions(chunk: torch.nn.Module) -> list[Any]:
     """Returns the attention layers of a chunk."""
-    return [module for module in chunk.modules() if isinstance(module, SelfAttention)]
+    return [module for module in chunk.modules() if isinstance(module, SelfAttention | MLASelfAttention)]
+
+
+def rotary_owners(chunk: Any) -> list[Any]:
+    """Returns the modules that have a rotary embedding: the chunk, or each layer with multi-latent attention."""
+    return [chunk] if hasattr(chunk, "rotary_pos_emb") else self_attentions(chunk)
+
+
+def _cached_elements(attention: Any) -> int:
+    """Elements of a token's key and value on this rank."""
+    if isinstance(attention, MLASelfAttention):
+        return attention.num_attention_heads_per_partition * (
+            attention.q_head_dim + attention.config.v_head_dim
+        )
+    return 2 * attention.num_query_groups_per_partition * attention.hidden_size_per_attention_head
 
 
 def rows_that_fit(free_bytes: float, row_bytes: float) -> int:
@@ -209,7 +225,7 @@ class PolicySampler:
         is_static = group.size() == 1 and not self.config.num_moe_experts
         return DecoderModel(
             forward=partial(self._forward, cache),
-            frequencies=rotary_frequencies(self.chunks[0].rotary_pos_emb, cache.length),
+            frequencies=rotary_frequencies(rotary_owners(self.chunks[0])[0].rotary_pos_emb, cache.length),
             broadcast_from_last_stage=broadcast_from_last_stage,
             all_agree=all_agree,
             dtype=self.config.params_dtype,
@@ -235,15 +251,10 @@ class PolicySampler:
 
     def row_bytes(self, length: int) -> int:
         """Memory of one row on this rank: keys and values, and on the last pipeline stage logits."""
-        head_bytes = sum(
-            module.num_query_groups_per_partition * module.hidden_size_per_attention_head
-            for chunk in self.chunks
-            for module in self_attentions(chunk)
-        )
+        cached = sum(_cached_elements(module) for chunk in self.chunks for module in self_attentions(chunk))
         has_logits = any(chunk.post_process for chunk in self.chunks)
         return (
-            2 * self.config.params_dtype.itemsize * head_bytes * length
-            + has_logits * _LOGIT_BYTES * self.vocab_size
+            self.config.params_dtype.itemsize * cached * length + has_logits * _LOGIT_BYTES * self.vocab_size
         )
 
     def _forward(self, cache: KeyValueCache, tokens: Tensor) -> Tensor | None:

@@ -104,8 +104,10 @@ class CachedAttention(torch.nn.Module):
         """[s, p, n, d] -> [s, p, n * d] for a Prefill; [rows, 1, n, d] -> [rows, 1, n * d] for a Decode."""
         if self.keys is None or self.values is None:
             # Zeros instead of uninitialised memory: the weight 0 of a masked key times a NaN value would be NaN.
-            shape = (self._cache.num_rows, key.shape[2], self._cache.length, key.shape[3])
-            self.keys, self.values = key.new_zeros(shape), key.new_zeros(shape)
+            num_rows, length = self._cache.num_rows, self._cache.length
+            self.keys, self.values = (
+                new.new_zeros(num_rows, new.shape[2], length, new.shape[3]) for new in (key, value)
+            )
         step = self._cache.step
         if isinstance(step, Prefill):
             for stored, new in ((self.keys, key), (self.values, value)):
@@ -146,7 +148,7 @@ class RotaryAtPositions(torch.nn.Module):
 
     def __init__(self, rotary: Any, cache: KeyValueCache) -> None:
         super().__init__()
-        self._is_yarn = isinstance(rotary, YarnRotaryEmbedding)
+        self._factor = rotary.get_emb(1)[1] if isinstance(rotary, YarnRotaryEmbedding) else None
         self._cache = cache
 
     def get_rotary_seq_len(self, *unused: Any, **also_unused: Any) -> int:
@@ -156,11 +158,11 @@ class RotaryAtPositions(torch.nn.Module):
     def forward(self, *unused: Any, **also_unused: Any) -> Tensor | tuple[Tensor, float]:
         """Returns [s, 1, 1, d]: the frequencies of the input tokens.
 
-        GPTModel expects a pair from YaRN's module, and ignores its second element: the attention layers have the factor.
+        YaRN's module returns a pair with its factor. GPTModel ignores the factor, because its attention layers have it.
         """
         assert self._cache.step is not None, "KeyValueCache.step must be set before a forward pass"
         frequencies = self._cache.step.frequencies
-        return (frequencies, 1.0) if self._is_yarn else frequencies
+        return frequencies if self._factor is None else (frequencies, self._factor)
 
 
 def rotary_frequencies(rotary: Any, length: int) -> Tensor:

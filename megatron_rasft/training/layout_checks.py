@@ -68,7 +68,7 @@ def check_served(family: Family, rope: Rope, config: RasftConfig) -> None:
     """Refuses rollouts of SGLang for a model that SGLang computes differently, or whose weights it has not been sent before.
 
     Raises:
-        ValueError: the model also sees images, or SGLang multiplies YaRN's embedding by another factor than transformers.
+        ValueError: the model also sees images, it has multi-latent attention, or SGLang multiplies YaRN's embedding by another factor than transformers.
     """
     if not config.samples_rollouts or config.rollout.rollout_engine != "sglang":
         return
@@ -76,6 +76,12 @@ def check_served(family: Family, rope: Rope, config: RasftConfig) -> None:
         raise ValueError(
             f"--rollout-engine sglang is not supported for {family.architecture}: SGLang has other names for the weights of its "
             "language model. Use --rollout-engine embedded."
+        )
+    if family.has_latent_attention:
+        # SGLang stacks q_a_proj and kv_a_proj_with_mqa in one parameter, and ignores an update that has only one of them.
+        raise ValueError(
+            f"--rollout-engine sglang is not supported for {family.architecture}: the weights of its latent attention cannot be sent to "
+            "servers yet. Use --rollout-engine embedded or replay, or an --objective without rollouts."
         )
     yarn = rope.yarn
     if yarn is not None and not math.isclose(yarn.served_factor, yarn.attention_factor, rel_tol=1e-6):

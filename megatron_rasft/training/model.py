@@ -11,6 +11,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from megatron.training.argument_utils import core_transformer_config_from_args
 
 from megatron_rasft.training.attention import RMSNorm, SdpaCoreAttention
+from megatron_rasft.training.latent_attention import LatentAttention
 
 
 def build_chunk(
@@ -46,7 +47,11 @@ def layer_spec(config: TransformerConfig, vp_stage: int | None = None) -> Transf
     this package's RMSNorm and SdpaCoreAttention. Parameter names in a checkpoint are the same for both.
     """
     if config.transformer_impl == "transformer_engine":
-        return get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
+        block = get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
+        if config.multi_latent_attention:
+            for spec in block.layer_specs:
+                spec.submodules.self_attention.module = LatentAttention
+        return block
     first = get_transformer_layer_offset(config, vp_stage=vp_stage)
     has_experts = layers_with_experts(config)[first : first + get_num_layers_to_build(config, vp_stage)]
     specs = {kind: _plain_layer(config, has_experts=kind) for kind in set(has_experts)}
@@ -67,17 +72,23 @@ def _plain_layer(config: TransformerConfig, *, has_experts: bool) -> ModuleSpec:
     spec = get_gpt_layer_local_spec(
         normalization="RMSNorm",
         qk_layernorm=config.qk_layernorm,
+        multi_latent_attention=config.multi_latent_attention,
         num_experts=config.num_moe_experts if has_experts else None,
         moe_grouped_gemm=config.moe_grouped_gemm and has_experts,
     )
     layer = spec.submodules
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
+    if config.multi_latent_attention:
+        # As in Transformer Engine's layers, only the norm before a dense MLP is fused with it.
+        layer.sharded_state_dict_keys_map = {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
     if has_experts:
         # Megatron renames this norm in checkpoints as if it were fused with a dense MLP, which an MoE layer does not have.
         names = layer.sharded_state_dict_keys_map
         layer.sharded_state_dict_keys_map = {k: v for k, v in names.items() if k != "pre_mlp_layernorm."}
     attention = layer.self_attention.submodules
     attention.core_attention = SdpaCoreAttention
-    if config.qk_layernorm:
+    if config.multi_latent_attention:
+        layer.self_attention.module = LatentAttention
+    elif config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     return spec

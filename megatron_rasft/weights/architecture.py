@@ -100,6 +100,30 @@ def read_shape(config: dict[str, Any], family: Family) -> ModelShape:
     """Reads the model's sizes; raises ModelFolderError for features that Megatron's GPTModel lacks."""
     _refuse_unsupported(config, family)
     hidden_size = positive_int(config, "hidden_size")
+    attention = {} if family.has_latent_attention else _grouped_attention(config, family, hidden_size)
+    num_layers = positive_int(config, "num_hidden_layers")
+    own = family.own_sizes(config)
+    num_experts = own.get("num_experts", 0)
+    if num_layers * max(1, num_experts) > _MOST_LAYERS:
+        raise ModelFolderError(
+            f"config.json has {num_layers} layers of {num_experts} experts, which is a mistake"
+        )
+    sizes = {
+        "num_layers": num_layers,
+        "hidden_size": hidden_size,
+        "num_attention_heads": positive_int(config, "num_attention_heads"),
+        **attention,
+        "vocab_size": positive_int(config, "vocab_size"),
+        "is_tied": flag(config, "tie_word_embeddings", family.default_is_tied),
+        "has_qkv_bias": family.has_qkv_bias,
+        "has_qk_norm": family.has_qk_norm,
+    }
+    if "ffn_hidden_size" not in own:
+        sizes["ffn_hidden_size"] = positive_int(config, "intermediate_size")
+    return ModelShape(**{**sizes, **own})
+
+
+def _grouped_attention(config: dict[str, Any], family: Family, hidden_size: int) -> dict[str, int]:
     heads = positive_int(config, "num_attention_heads")
     absent = "num_key_value_heads" not in config  # null means as many as heads, in every family
     groups = positive_int(config, "num_key_value_heads", (absent and family.default_query_groups) or heads)
@@ -113,27 +137,8 @@ def read_shape(config: dict[str, Any], family: Family) -> ModelShape:
             f"config.json has no head_dim, and num_attention_heads {heads} does not divide "
             f"hidden_size {hidden_size}"
         )
-    num_layers = positive_int(config, "num_hidden_layers")
-    own = family.own_sizes(config)
-    num_experts = own.get("num_experts", 0)
-    if num_layers * max(1, num_experts) > _MOST_LAYERS:
-        raise ModelFolderError(
-            f"config.json has {num_layers} layers of {num_experts} experts, which is a mistake"
-        )
-    sizes = {
-        "num_layers": num_layers,
-        "hidden_size": hidden_size,
-        "num_attention_heads": heads,
-        "num_query_groups": groups,
-        "head_dim": positive_int(config, "head_dim", default=family.default_head_dim or hidden_size // heads),
-        "vocab_size": positive_int(config, "vocab_size"),
-        "is_tied": flag(config, "tie_word_embeddings", family.default_is_tied),
-        "has_qkv_bias": family.has_qkv_bias,
-        "has_qk_norm": family.has_qk_norm,
-    }
-    if "ffn_hidden_size" not in own:
-        sizes["ffn_hidden_size"] = positive_int(config, "intermediate_size")
-    return ModelShape(**{**sizes, **own})
+    head_dim = positive_int(config, "head_dim", default=family.default_head_dim or hidden_size // heads)
+    return {"num_query_groups": groups, "head_dim": head_dim}
 
 
 def _refuse_unsupported(config: dict[str, Any], family: Family) -> None:
@@ -201,6 +206,10 @@ def megatron_args(folder: Described, query_groups: int | None = None) -> dict[st
     shape, family = folder.shape, folder.family
     config = family.text_config(folder.config)
     groups = query_groups or shape.num_query_groups
+    if shape.latent is not None and groups != shape.num_query_groups:
+        raise ValueError(
+            f"--rasft-query-groups {groups} does not fit {family.architecture}, whose heads share one latent. Leave it out."
+        )
     if groups < shape.num_query_groups:
         raise ValueError(
             f"--rasft-query-groups {groups} is less than the model's {shape.num_query_groups}. "
@@ -215,7 +224,7 @@ def megatron_args(folder: Described, query_groups: int | None = None) -> dict[st
         "num_query_groups": groups,
         "kv_channels": shape.head_dim,
         "max_position_embeddings": family.longest(config),
-        **folder.rope.megatron_args(),
+        **(folder.rope.megatron_args() if shape.latent is None else folder.rope.latent_args()),
         "normalization": "RMSNorm",
         "layernorm_epsilon": positive_number(config, "rms_norm_eps", family.default_norm_eps),
         "swiglu": True,

@@ -133,7 +133,7 @@ def gather_tensors(
             if experts.is_first_replica:
                 tensors = _gather_expert(param, dtype, binding, table, experts, ep_rank, device, out)
         elif is_first_replica:
-            shards = _gather_shards(param, dtype, tp_group if binding.entry.is_sharded else None)
+            shards = _gather_shards(param, dtype, tp_group if binding.is_split(param.shape) else None)
             if shards is not None and _rank_and_size(tp_group)[0] == 0:
                 tensors = assemble(shards, binding, table, device, out)
             del shards

@@ -30,6 +30,8 @@ class Yarn:
     truncates: bool
     """Whether the range of channels between both betas is rounded to whole channels."""
     attention_factor: float
+    mscale_all_dim: float
+    """Multi-latent attention multiplies its scores by (0.1 mscale_all_dim ln(factor) + 1)^2."""
     served_factor: float
     """The attention factor that SGLang computes from the same config.json (layers/rotary_embedding/yarn.py)."""
 
@@ -37,6 +39,15 @@ class Yarn:
     def mscale(self) -> float:
         """Megatron's mscale. With mscale_all_dim 0 its attention factor is 0.1 mscale ln(factor) + 1."""
         return (self.attention_factor - 1) / (0.1 * math.log(self.factor)) if self.factor > 1 else 1.0
+
+    @property
+    def latent_mscale(self) -> float:
+        """Megatron's mscale of multi-latent attention, whose attention factor is
+        (0.1 mscale ln(factor) + 1) / (0.1 mscale_all_dim ln(factor) + 1)."""
+        if self.factor <= 1:
+            return 1.0
+        step = 0.1 * math.log(self.factor)
+        return (self.attention_factor * (step * self.mscale_all_dim + 1) - 1) / step
 
 
 @dataclass(frozen=True)
@@ -71,6 +82,27 @@ class Rope:
             "mscale_all_dim": 0.0,
             # Transformer Engine's kernel for packed sequences ignores the attention factor (rope_utils.py).
             "apply_rope_fusion": False,
+        }
+
+    def latent_args(self) -> dict[str, Any]:
+        """Returns the values of Megatron's arguments for a model with multi-latent attention, whose layers rotate themselves."""
+        if self.llama3_factor is not None or (self.yarn is not None and not self.yarn.truncates):
+            raise unsupported(
+                "multi-latent attention with llama3 rope scaling, or with yarn's truncate false, is not supported"
+            )
+        args = Rope(self.theta, None).megatron_args()
+        args |= {"rope_type": "rope", "rotary_scaling_factor": 1.0, "mscale": 1.0, "mscale_all_dim": 0.0}
+        args["apply_rope_fusion"] = False
+        if self.yarn is None:
+            return args
+        return args | {
+            "rope_type": "yarn",
+            "rotary_scaling_factor": self.yarn.factor,
+            "original_max_position_embeddings": self.yarn.original_positions,
+            "beta_fast": self.yarn.beta_fast,
+            "beta_slow": self.yarn.beta_slow,
+            "mscale": self.yarn.latent_mscale,
+            "mscale_all_dim": self.yarn.mscale_all_dim,
         }
 
 
@@ -127,6 +159,7 @@ def _read_yarn(rope: dict[str, Any], longest: int) -> Yarn:
         beta_slow=positive_number(rope, "beta_slow", 1.0),
         truncates=flag(rope, "truncate", default=True),
         attention_factor=attention_factor,
+        mscale_all_dim=positive_number(rope, "mscale_all_dim", 0.0) if rope.get("mscale_all_dim") else 0.0,
         served_factor=computed * positive_number(rope, "attn_factor", 1.0),
     )
 

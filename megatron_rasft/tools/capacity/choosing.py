@@ -198,6 +198,12 @@ def _rollout_shares(model: Model, config: CapacityConfig) -> list[int]:
                 f"--objective {config.objective} uses no rollouts, so the servers of --rollout-gpus {config.rollout_gpus} would be idle. Use 0."
             )
         return [0]
+    if model.shape.latent is not None:
+        if config.rollout_gpus:
+            raise ValueError(
+                f"--rollout-gpus {config.rollout_gpus}: models with multi-latent attention cannot be sent to servers yet. Use 0."
+            )
+        return [0]
     tp = serving_tp(model, config)
     if config.rollout_gpus is not None:
         if config.rollout_gpus and tp is None:

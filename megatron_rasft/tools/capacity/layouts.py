@@ -173,7 +173,7 @@ def _layer_shards(entries: tuple[Entry, ...], shape: ModelShape, tp: int, expert
 
 
 def _numel(entry: Entry, shape: ModelShape, tp: int) -> int:
-    layout = entry.layout(shape, 0, tp, None)
+    layout = entry.layout(shape, 0, 1 if entry.may_be_whole else tp, None)
     sizes = list(entry.hf_shape(shape)[0])
     sizes[layout.dim] = layout.length
     return math.prod(sizes)

@@ -15,6 +15,7 @@ from megatron_rasft.tools.capacity.layouts import (
     shards,
     stage_chunks,
 )
+from megatron_rasft.weights.families.shape import LatentShape, ModelShape
 
 GIB = 2**30
 
@@ -201,6 +202,8 @@ def layer_activations(
 
 def _attention_activations(model: Model, has_te: bool, element_bytes: int) -> float:
     s = model.shape
+    if s.latent is not None:
+        return _latent_activations(s.num_attention_heads, s.latent, _FP32 / element_bytes)
     q, kv = s.num_attention_heads * s.head_dim, s.num_query_groups * s.head_dim
     per_head = _FP32 / element_bytes
     # rotated queries and keys, values, and the output with its normalisers
@@ -212,6 +215,16 @@ def _attention_activations(model: Model, has_te: bool, element_bytes: int) -> fl
     elif s.has_qk_norm:
         kept += 2 * q + kv
     return kept
+
+
+def _latent_activations(heads: int, latent: LatentShape, fp32: float) -> float:
+    """Elements that multi-latent attention keeps, without its input. An fp32 element counts ``fp32`` times.
+
+    Its norms and its rotation are plain torch in Transformer Engine's layers too.
+    """
+    norms = ((latent.query_rank or 0) + latent.key_value_rank) * (fp32 + 2)
+    tables = 4 * latent.rotary_dim  # of the rotary embedding
+    return norms + tables + latent.rotary_dim + heads * (2 * latent.key_dim + 2 * latent.value_dim + fp32)
 
 
 def _gated(size: int, has_te: bool) -> float:
@@ -290,11 +303,20 @@ def sync_bytes(model: Model, layout: Layout, stage: int, bucket_bytes: int) -> f
     """Peak memory of a weight sync on the sending rank, in BF16: the bound that sync.buckets.MemoryPlan keeps."""
     s = model.stored
     gate_up = 2 * max(s.ffn_hidden_size, s.dense_ffn_hidden_size, s.shared_ffn_hidden_size) * s.hidden_size
-    qkv = (s.num_attention_heads + 2 * s.num_query_groups) * s.head_dim * s.hidden_size
+    qkv = _largest_projection(s)
     ends = s.vocab_size * s.hidden_size if stage in (0, layout.pp - 1) else 0
     largest = 2 * max(gate_up, qkv, ends)
     gathered = largest if layout.tp > 1 else 0
     return max(2 * bucket_bytes - gathered, largest) + gathered
+
+
+def _largest_projection(s: ModelShape) -> int:
+    """Elements of the largest parameter of a layer's attention."""
+    if s.latent is None:
+        return (s.num_attention_heads + 2 * s.num_query_groups) * s.head_dim * s.hidden_size
+    query = s.latent.key_dim * (s.latent.query_rank or s.hidden_size)
+    key_value = (s.latent.plain_dim + s.latent.value_dim) * s.latent.key_value_rank
+    return s.num_attention_heads * max(query, key_value, s.latent.value_dim * s.hidden_size)
 
 
 def _kv_cache_bytes(
@@ -309,5 +331,4 @@ def _kv_cache_bytes(
 
 def cached_token_bytes(model: Model, tp: int) -> int:
     """Bytes of one token's keys and values in BF16, summed over the stages."""
-    s = model.shape
-    return 2 * 2 * max(1, s.num_query_groups // tp) * s.head_dim * s.num_layers
+    return 2 * model.shape.cached_elements(tp) * model.shape.num_layers

@@ -7,6 +7,7 @@ from megatron_rasft.tools.capacity.config import AssumptionConfig, CapacityConfi
 from megatron_rasft.tools.capacity.layouts import Layout, Model, stage_chunks
 from megatron_rasft.tools.capacity.memory import cached_token_bytes, logprob_chunk
 from megatron_rasft.tools.capacity.sync_time import SyncCosts, estimate_sync
+from megatron_rasft.weights.families.shape import ModelShape
 
 PEAK_TFLOPS = {"bf16": 989.0, "fp8": 1979.0}
 """Dense peak of an H100 SXM."""
@@ -134,15 +135,33 @@ class ForwardFlops:
 def forward_flops(model: Model, length: float) -> ForwardFlops:
     """Counts two FLOPs per weight, and causal attention in a sequence of ``length`` tokens."""
     s = model.shape
-    q, kv = s.num_attention_heads * s.head_dim, s.num_query_groups * s.head_dim
     share = len(model.layers_with_experts) / s.num_layers
     sparse = 3 * (s.ffn_hidden_size * model.top_k + s.shared_ffn_hidden_size) + s.num_experts
     mlp = s.hidden_size * (share * sparse + (1 - share) * 3 * s.mlp_size)
     return ForwardFlops(
-        attention=2 * s.hidden_size * (2 * q + 2 * kv) + 2 * length * q,
+        attention=2 * _attention_weights(s) + length * _scored_elements(s),
         mlp=2 * mlp,
         output=2 * s.hidden_size * s.vocab_size,
     )
+
+
+def _attention_weights(s: ModelShape) -> int:
+    """Elements of the matrices of one layer's attention."""
+    heads = s.num_attention_heads
+    if s.latent is None:
+        return 2 * s.hidden_size * s.head_dim * (heads + s.num_query_groups)
+    a = s.latent
+    query = heads * a.key_dim * (a.query_rank or s.hidden_size) + s.hidden_size * (a.query_rank or 0)
+    key_value = s.hidden_size * (a.key_value_rank + a.rotary_dim)
+    key_value += heads * (a.plain_dim + a.value_dim) * a.key_value_rank
+    return query + key_value + heads * a.value_dim * s.hidden_size
+
+
+def _scored_elements(s: ModelShape) -> int:
+    """Elements of a token's queries and of its weighted values."""
+    if s.latent is None:
+        return 2 * s.num_attention_heads * s.head_dim
+    return s.num_attention_heads * (s.latent.key_dim + s.latent.value_dim)
 
 
 def estimate_step(
@@ -230,7 +249,7 @@ def _communication(
     inside += mixtures * forwards * sent / _bandwidth(assumed, config, tp * cp * layout.dp if ep > 1 else 1)
     if layout.pp > 1:
         inside += 2 * layout.chunks * hidden / tp / _bandwidth(assumed, config, layout.num_gpus)
-    keys = 2 * 2 * width / cp * max(1, s.num_query_groups / tp) * s.head_dim
+    keys = 2 * width / cp * s.cached_elements(tp)
     context = layers * (3 + (layout.recompute == "full")) * keys * (cp - 1)
     return inside, context / _bandwidth(assumed, config, tp * cp)
 

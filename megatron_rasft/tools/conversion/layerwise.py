@@ -56,18 +56,22 @@ class _Forward:
         weight = self.checkpoint.read(key, index)
         return (weight if self.weight_dtype is None else weight.to(self.weight_dtype)).float()
 
-    def _norm(self, x: Tensor, name: str, *index: int) -> Tensor:
+    def _norm(self, x: Tensor, name: str, *index: int, eps: float | None = None) -> Tensor:
         weight = self._weight(name, *index)
-        return weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.args["layernorm_epsilon"])
+        eps = self.args["layernorm_epsilon"] if eps is None else eps
+        return weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
 
     def logits(self, tokens: Tensor) -> Tensor:
         embedding = self._weight("embedding.word_embeddings.weight")
         x = embedding[tokens]  # [b, s, h]
         if not self.shape.is_tied:
             del embedding
-        angles = rotary_angles(tokens.shape[1], int(self.shape.head_dim * self.rope.partial), self.rope)
+        latent = self.shape.latent
+        rotated = int(self.shape.head_dim * self.rope.partial) if latent is None else latent.rotary_dim
+        attention = self._attention if latent is None else self._latent_attention
+        angles = rotary_angles(tokens.shape[1], rotated, self.rope)
         for layer in range(self.shape.num_layers):
-            x = x + self._attention(x, angles, layer)
+            x = x + attention(x, angles, layer)
             has_experts = self.shape.num_experts and layer >= self.shape.num_dense_layers
             x = x + (self._experts(x, layer) if has_experts else self._mlp(x, layer))
         x = self._norm(x, "decoder.final_layernorm.weight")
@@ -96,6 +100,42 @@ class _Forward:
         x = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
         x = x.transpose(1, 2).flatten(2)
         return x @ self._weight("self_attention.linear_proj.weight", layer)[:, : x.shape[-1]].T
+
+    def _latent_attention(self, x: Tensor, angles: Tensor, layer: int) -> Tensor:
+        """Computes queries, keys and values from latents. Neighbouring dimensions form a rotated pair."""
+        latent = self.shape.latent
+        assert latent is not None, "called for such models only"
+        x = self._norm(x, "input_layernorm.weight", layer)
+        key_value, shared_key = self._project(x, "linear_kv_down_proj", layer).split(
+            [latent.key_value_rank, latent.rotary_dim], -1
+        )
+        key_value = self._norm(key_value, "self_attention.kv_layernorm.weight", layer, eps=1e-6)
+        key_value = self._project(key_value, "linear_kv_up_proj", layer)
+        if latent.query_rank is None:
+            query = self._project(x, "linear_q_proj", layer)
+        else:
+            query = self._project(x, "linear_q_down_proj", layer)
+            query = self._norm(query, "self_attention.q_layernorm.weight", layer, eps=1e-6)
+            query = self._project(query, "linear_q_up_proj", layer)
+        heads = (self.shape.num_attention_heads, -1)
+        key, value = key_value.unflatten(-1, heads).split([latent.plain_dim, latent.value_dim], -1)
+        query, rotated = query.unflatten(-1, heads).split([latent.plain_dim, latent.rotary_dim], -1)
+        yarn = self.rope.yarn
+        factor = 1.0 if yarn is None else yarn.attention_factor
+        rotated, shared = (
+            rotate(torch.cat([t[..., ::2], t[..., 1::2]], -1), angles, factor)
+            for t in (rotated, shared_key[:, :, None])
+        )
+        query, key = torch.cat([query, rotated], -1), torch.cat([key, shared.expand_as(rotated)], -1)
+        query, key, value = (t.transpose(1, 2) for t in (query, key, value))  # [b, heads, s, *]
+        scale = latent.key_dim**-0.5
+        if yarn is not None and yarn.factor > 1:
+            scale *= (0.1 * yarn.mscale_all_dim * math.log(yarn.factor) + 1) ** 2
+        x = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
+        return self._project(x.transpose(1, 2).flatten(2), "linear_proj", layer)
+
+    def _project(self, x: Tensor, name: str, layer: int) -> Tensor:
+        return x @ self._weight(f"self_attention.{name}.weight", layer).T
 
     def _mlp(self, x: Tensor, layer: int) -> Tensor:
         x = self._norm(x, "mlp.linear_fc1.layer_norm_weight", layer)

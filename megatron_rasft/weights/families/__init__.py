@@ -3,7 +3,7 @@
 A file of this package declares a kind of family. FAMILIES has an entry for each family.
 """
 
-from megatron_rasft.weights.families import dense, experts, glm4_moe
+from megatron_rasft.weights.families import dense, experts, glm4_moe, latent
 from megatron_rasft.weights.families.declaration import Family
 from megatron_rasft.weights.families.entries import Entry
 from megatron_rasft.weights.families.layouts import Piece, ShardLayout
@@ -38,5 +38,7 @@ FAMILIES = {
         experts.MIXTRAL,
         experts.QWEN3_MOE,
         glm4_moe.GLM4_MOE,
+        latent.DEEPSEEK_V3,
+        latent.GLM4_MOE_LITE,
     )
 }

@@ -97,5 +97,9 @@ class Family:
         return any(entry in self.attention for entry in QK_NORM)
 
     @property
+    def has_latent_attention(self) -> bool:
+        return any("kv_down_proj" in name for entry in self.attention for name in entry.megatron)
+
+    @property
     def has_experts(self) -> bool:
         return any(entry.is_expert for entry in self.mlp)

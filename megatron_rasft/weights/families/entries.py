@@ -27,6 +27,8 @@ class Entry(NamedTuple):
     layout: Layout
     is_sharded: bool = True
     """False if every tensor-parallel rank holds the complete tensor."""
+    may_be_whole: bool = False
+    """True if every tensor-parallel rank of Transformer Engine's layers holds the complete tensor, and plain layers split it."""
     is_expert: bool = False
     is_buffer: bool = False
     """True if it is a buffer of the module, which training does not change and which stays in fp32."""

@@ -62,6 +62,18 @@ def replicated(size: Callable[[ModelShape], int]) -> Layout:
     return layout
 
 
+def output_split(size: Callable[[ModelShape], int]) -> Layout:
+    """A column-parallel weight: every rank holds a range of rows, or all of them."""
+
+    def layout(shape: ModelShape, tp_rank: int, tp_size: int, shard: Sequence[int] | None) -> ShardLayout:
+        if shard is not None and shard[0] == size(shape):
+            return ShardLayout(0, size(shape), (Piece(0, 0, size(shape)),))
+        start, stop = share(size(shape), tp_rank, tp_size)
+        return ShardLayout(0, stop - start, (Piece(0, start, stop),))
+
+    return layout
+
+
 def input_split(size: Callable[[ModelShape], int]) -> Layout:
     """A row-parallel weight: every rank holds a range of columns. The columns of added query groups come last."""
 

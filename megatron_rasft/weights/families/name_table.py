@@ -1,7 +1,7 @@
 """The table of one model: every Hugging Face tensor, and the Megatron parameter that it belongs to."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from megatron_rasft.weights.families.declaration import Family
@@ -34,6 +34,11 @@ class Binding(NamedTuple):
     """Prefix of the layer in the Hugging Face names; empty outside layers."""
     expert: int
     """Index of the expert among all experts of the layer; 0 outside experts."""
+
+    def is_split(self, shard: Sequence[int]) -> bool:
+        """Returns whether the tensor-parallel ranks hold different parts of a parameter, of which one has the shape ``shard``."""
+        is_whole = self.entry.may_be_whole and tuple(shard) == self.hf_shapes[0]
+        return self.entry.is_sharded and not is_whole
 
     def shard_shape(self, layout: ShardLayout) -> tuple[int, ...]:
         """Shape of the Megatron parameter on the rank that ``layout`` belongs to."""

@@ -4,6 +4,26 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True)
+class LatentShape:
+    """The sizes of multi-latent attention. Its keys and values are computed from a latent, and one key with positions is shared."""
+
+    query_rank: int | None
+    """Size of the queries' latent; None if queries are computed from the hidden state."""
+    key_value_rank: int
+    """Size of the latent of keys and values."""
+    plain_dim: int
+    """Dimensions of a query and of a key without positions."""
+    rotary_dim: int
+    """Further dimensions of a query and of the shared key, which are rotated."""
+    value_dim: int
+
+    @property
+    def key_dim(self) -> int:
+        """Dimensions of a query and of a key."""
+        return self.plain_dim + self.rotary_dim
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelShape:
     """The sizes of a model, as its config.json gives them."""
 
@@ -28,6 +48,14 @@ class ModelShape:
     """Inner size of the MLP of these layers."""
     shared_ffn_hidden_size: int = 0
     """Inner size of the shared experts of a layer together, through which every token passes; 0 if there are none."""
+    latent: LatentShape | None = None
+    """The sizes of multi-latent attention; None if attention is grouped. head_dim is then the size of a value."""
+
+    def cached_elements(self, tp: int) -> int:
+        """Elements of a token's keys and values in one layer, on one of ``tp`` tensor-parallel ranks."""
+        if self.latent is not None:
+            return self.num_attention_heads // tp * (self.latent.key_dim + self.latent.value_dim)
+        return 2 * max(1, self.num_query_groups // tp) * self.head_dim
 
     @property
     def mlp_size(self) -> int:

@@ -98,8 +98,9 @@ def test_yarn_that_sglang_computes_differently_is_refused(keys: dict[str, float]
             check_served(qwen3, rope, sglang)
 
 
-def test_a_model_that_also_sees_images_is_not_sampled_by_sglang() -> None:
-    family = FAMILIES["Mistral3ForConditionalGeneration"]
+@pytest.mark.parametrize("architecture", ["Mistral3ForConditionalGeneration", "DeepseekV3ForCausalLM"])
+def test_a_model_whose_weights_sglang_arranges_otherwise_is_not_sampled_by_it(architecture: str) -> None:
+    family = FAMILIES[architecture]
     rope = read_rope({}, family)
     check_served(family, rope, config_of(rollout=RolloutConfig(rollout_engine="embedded")))
     sglang = config_of(rollout=RolloutConfig(rollout_engine="sglang", rollout_urls=["http://a:1"]))

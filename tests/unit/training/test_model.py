@@ -19,6 +19,7 @@ def config_of(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> Any:
         "num_layers": 5,
         "moe_layer_freq": 1,
         "qk_layernorm": False,
+        "multi_latent_attention": False,
         "num_moe_experts": None,
         "moe_grouped_gemm": False,
     }

@@ -50,7 +50,9 @@ def test_defaults_are_those_of_transformers(architecture: str) -> None:
     assert family.default_norm_eps == config.rms_norm_eps
     assert family.default_sliding_window == getattr(config, "sliding_window", None)
     computed = 1024 // config.num_attention_heads
-    assert (family.default_head_dim or computed) == (getattr(config, "head_dim", None) or computed)
+    assert family.has_latent_attention or (family.default_head_dim or computed) == (
+        getattr(config, "head_dim", None) or computed
+    )
     assert family.has_window_switch == has_switch
     assert family.has_max_window_layers == hasattr(config, "max_window_layers")
     assert family.has_experts == hasattr(config, "num_experts_per_tok")
@@ -110,6 +112,8 @@ def test_config_with_sizes_only_means_what_transformers_reads(architecture: str)
         sizes |= {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2}
         if hasattr(transformers_config(architecture), "moe_intermediate_size"):
             sizes["moe_intermediate_size"] = 16
+        if has_shared_experts(FAMILIES[architecture]):
+            sizes |= {"first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}
     switched_off = {"sliding_window": None}  # Mistral's default window is refused
     config = transformers_config(architecture, **sizes)
     family = FAMILIES[architecture]
@@ -125,7 +129,7 @@ def test_config_with_sizes_only_means_what_transformers_reads(architecture: str)
         assert args["moe_router_pre_softmax"] is not getattr(config, "norm_topk_prob", True)
     if args.get("moe_router_score_function") == "sigmoid":
         assert args["moe_router_topk_scaling_factor"] == config.routed_scaling_factor
-        assert args["moe_layer_freq"].count(0) == config.first_k_dense_replace
+        assert args["moe_layer_freq"] == [0, 1]
         assert args["moe_shared_expert_intermediate_size"] == 16 * config.n_shared_experts
 
 
@@ -193,6 +197,8 @@ def base(architecture: str) -> dict[str, Any]:
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "norm_topk_prob": True}
     if has_shared_experts(FAMILIES[architecture]):
         experts["n_routed_experts"] = experts.pop("num_experts")
+    if FAMILIES[architecture].has_latent_attention:
+        experts |= {"first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}
     return {
         "architectures": [architecture], "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 32,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 96, "tie_word_embeddings": False,
@@ -226,7 +232,7 @@ def test_wrong_values_are_refused_with_one_line_that_names_the_key(architecture:
     for key, value in product(KEYS, WRONG):
         made = read_back(tmp_path, config | {key: value})
         if isinstance(made, str):
-            assert "\n" not in made and str(tmp_path) in made and len(made) < 400 + len(str(tmp_path))
+            assert "\n" not in made and str(tmp_path) in made and len(made) < 600 + len(str(tmp_path))
         elif key in numbers and key != "intermediate_size":
             fits = type(value) in (int, float) and math.isfinite(value) and value > 0
             assert fits, (key, value)
@@ -249,6 +255,36 @@ def test_sigmoid_routing_that_megatron_lacks_is_refused(
 ) -> None:
     made = read_back(tmp_path, base("Glm4MoeForCausalLM") | changes)
     assert isinstance(made, str) and key in made
+
+
+LATENT_ATTENTION: dict[str, tuple[dict[str, Any], str]] = {
+    "halves that form pairs": ({"rope_interleave": False}, "rope_interleave"),
+    "a bias": ({"attention_bias": True}, "attention_bias"),
+    "llama3 scaling": (
+        {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+         | {"original_max_position_embeddings": 8192}},
+        "llama3",
+    ),
+    "yarn of fractions of channels": (
+        {"rope_scaling": {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64, "truncate": False}},
+        "truncate",
+    ),
+    "dense layers between sparse ones": ({"mlp_layer_types": ["sparse", "dense"]}, "mlp_layer_types"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("changes,key", LATENT_ATTENTION.values(), ids=LATENT_ATTENTION)
+def test_latent_attention_that_megatron_lacks_is_refused(
+    changes: dict[str, Any], key: str, tmp_path: Path
+) -> None:
+    made = read_back(tmp_path, base("Glm4MoeLiteForCausalLM") | changes)
+    assert isinstance(made, str) and key in made
+
+
+def test_query_groups_cannot_be_added_to_latent_attention(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(base("DeepseekV3ForCausalLM")))
+    with pytest.raises(ValueError, match="--rasft-query-groups 8"):
+        megatron_args(ModelDescription.read(tmp_path), query_groups=8)
 
 
 @given(

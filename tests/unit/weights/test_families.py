@@ -4,6 +4,7 @@ import importlib
 import math
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ from safetensors.torch import load_file
 
 from megatron_rasft.weights import families
 from megatron_rasft.weights.families import FAMILIES, Binding, ModelShape, NameTable
+from megatron_rasft.weights.families.shape import LatentShape
 from tests.tiny_models import hf_config
 
 MODELS = {architecture: getattr(transformers, architecture) for architecture in FAMILIES}
+LATENT = LatentShape(query_rank=6, key_value_rank=4, plain_dim=3, rotary_dim=4, value_dim=4)
 LAYER = "decoder.layers.1."
 
 
@@ -52,7 +55,8 @@ def table_of(architecture: str, sizes: ModelShape) -> NameTable:
         module = importlib.import_module(name)
     finally:
         sys.modules.update(first)
-    return module.NameTable(module.FAMILIES[architecture], sizes)
+    family = module.FAMILIES[architecture]
+    return module.NameTable(family, replace(sizes, latent=LATENT) if family.has_latent_attention else sizes)
 
 
 def bind(table: NameTable, name: str, layer_offset: int = 0) -> Binding:
@@ -217,6 +221,11 @@ def test_tables_have_the_names_and_shapes_that_transformers_saves(
         "num_experts": num_experts,
         "num_local_experts": num_experts,
         "num_experts_per_tok": 2,
+        "q_lora_rank": LATENT.query_rank,
+        "kv_lora_rank": LATENT.key_value_rank,
+        "qk_nope_head_dim": LATENT.plain_dim,
+        "qk_rope_head_dim": LATENT.rotary_dim,
+        "v_head_dim": LATENT.value_dim,
         "pad_token_id": None,
         "tie_word_embeddings": is_tied,
     }
@@ -225,7 +234,8 @@ def test_tables_have_the_names_and_shapes_that_transformers_saves(
     family = FAMILIES[architecture]
     tensors = load_file(tmp_path / "model.safetensors").items()
     more = {"dense_ffn_hidden_size": 12, "shared_ffn_hidden_size": 12}
-    more["num_dense_layers"] = getattr(config, "first_k_dense_replace", 0)
+    more["num_dense_layers"] = getattr(config, "mlp_layer_types", []).count("dense")
+    more["num_dense_layers"] += getattr(config, "first_k_dense_replace", 0)
     sizes = shape(tied=is_tied, hidden_size=16, num_experts=num_experts, **more)
     saved = {name: tuple(t.shape) for name, t in tensors if not family.is_carried(name, sizes)}
     assert (len(saved) < len(tensors)) is (family.text_model_type is not None)
@@ -245,7 +255,7 @@ def test_shards_of_all_ranks_are_the_whole_tensors(architecture: str, tp_size: i
         assert entry.is_sharded is not is_whole, parameter.key
         counts = [torch.zeros(size) for size in shapes]
         for rank in range(tp_size):
-            layout = entry.layout(sizes, rank, tp_size, None)
+            layout = entry.layout(table.shape, rank, tp_size, None)
             held = torch.zeros(parameter.binding.shard_shape(layout))
             assert layout.length == sum(piece.stop - piece.start for piece in layout.pieces)
             assert held.numel() == sum(map(math.prod, shapes)) / (1 if is_whole else tp_size)

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,6 +19,7 @@ from megatron_rasft.tools.conversion.conversion import hf_to_megatron, megatron_
 from megatron_rasft.tools.conversion.round_trip import prove
 from megatron_rasft.weights import HfFolder
 from megatron_rasft.weights.families import FAMILIES, Binding, Family, ModelShape, NameTable
+from megatron_rasft.weights.families.shape import LatentShape
 from megatron_rasft.weights.gathering import assemble
 from megatron_rasft.weights.loading import ExpertRanks, bound_parameters, read_shard
 from megatron_rasft.weights.torch_dist import TorchDistFolder
@@ -33,7 +35,7 @@ def shapes(draw: st.DrawFn, family: Family, tp_size: int = 1) -> ModelShape:
         draw(st.integers(1, 3)),
         tp_size * draw(st.integers(1, 7)),
     )
-    return ModelShape(
+    shape = ModelShape(
         num_layers=num_layers,
         hidden_size=draw(st.integers(1, 9)),
         ffn_hidden_size=ffn,
@@ -46,6 +48,23 @@ def shapes(draw: st.DrawFn, family: Family, tp_size: int = 1) -> ModelShape:
         has_qk_norm=family.has_qk_norm,
         num_experts=draw(st.integers(1, 6)) if family.has_experts else 0,
         **draw(shared_sizes(tp_size, num_layers, ffn)) if has_shared_experts(family) else {},
+    )
+    return draw(latent_sizes(shape, tp_size)) if family.has_latent_attention else shape
+
+
+@st.composite
+def latent_sizes(draw: st.DrawFn, shape: ModelShape, tp_size: int) -> ModelShape:
+    """Replaces grouped attention by multi-latent attention, whose heads and latents ``tp_size`` divides."""
+    heads, value_dim = tp_size * draw(st.integers(1, 3)), draw(st.integers(1, 4))
+    latent = LatentShape(
+        query_rank=draw(st.none() | st.integers(1, 3).map(lambda n: n * tp_size)),
+        key_value_rank=tp_size * draw(st.integers(1, 3)),
+        plain_dim=draw(st.integers(1, 4)),
+        rotary_dim=2 * tp_size * draw(st.integers(1, 2)),
+        value_dim=value_dim,
+    )
+    return replace(
+        shape, num_attention_heads=heads, num_query_groups=heads, head_dim=value_dim, latent=latent
     )
 
 
@@ -92,7 +111,7 @@ def shard_of(binding: Binding, table: NameTable, tensors: dict[str, Tensor], ran
 
 def padded_length(binding: Binding, shape: ModelShape, length: int, size: int) -> int:
     name = binding.entry.megatron[0]
-    if "self_attention.linear" in name:  # as with --rasft-query-groups
+    if "self_attention.linear" in name and shape.latent is None:  # as with --rasft-query-groups
         return length // shape.num_query_groups * (-(-shape.num_query_groups // size) * size)
     if name in ("embedding.word_embeddings.weight", "output_layer.weight"):
         return -(-length // size) * size
@@ -227,6 +246,18 @@ def config_of(family: Family, shape: ModelShape) -> dict:
             "attention_bias": shape.has_qkv_bias,
             "use_qk_norm": shape.has_qk_norm,
         }
+    if shape.latent is not None:
+        dense = shape.num_dense_layers
+        config |= {
+            "q_lora_rank": shape.latent.query_rank,
+            "kv_lora_rank": shape.latent.key_value_rank,
+            "qk_nope_head_dim": shape.latent.plain_dim,
+            "qk_rope_head_dim": shape.latent.rotary_dim,
+            "v_head_dim": shape.latent.value_dim,
+            "n_group": 1,
+            "topk_group": 1,
+            "mlp_layer_types": ["dense"] * dense + ["sparse"] * (shape.num_layers - dense),
+        }
     if family.text_model_type is not None:
         config = {"architectures": config.pop("architectures"), "text_config": config}
     return config
@@ -240,7 +271,7 @@ def test_random_models_come_back_from_the_disk_bit_equal(architecture: str, data
     shape = data.draw(shapes(family), "shape")
     types = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
     dtype, vector_dtype = data.draw(types, "dtype"), data.draw(types, "type of norms and biases")
-    more_groups = data.draw(st.integers(0, 3), "added query groups")
+    more_groups = 0 if shape.latent else data.draw(st.integers(0, 3), "added query groups")
     with TemporaryDirectory() as name:
         root = Path(name)
         (root / "hf").mkdir()

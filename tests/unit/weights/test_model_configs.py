@@ -14,6 +14,8 @@ CONFIGS = read_configs()
 
 REASONS = {
     "Qwen3-8B-FP8": "quantization_config",
+    "DeepSeek-V3/R1": "quantization_config",
+    "Kimi-K2-Thinking": "quantization_config",
     "deepseek-coder-6.7b (linear rope)": "'linear'",
     "Ministral-3-8B-Reasoning-2512": "ministral3",
     "Mistral-7B-v0.1": "sliding_window",
