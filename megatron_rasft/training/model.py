@@ -13,6 +13,9 @@ from megatron.training.argument_utils import core_transformer_config_from_args
 from megatron_rasft.training.attention import RMSNorm, SdpaCoreAttention
 from megatron_rasft.training.latent_attention import LatentAttention
 
+MODEL_CLASS = GPTModel
+"""Megatron's class of the model. docs/architecture.md says what a move to HybridModel takes."""
+
 
 def build_chunk(
     args: Any, pre_process: bool = True, post_process: bool = True, vp_stage: int | None = None, **_: Any
@@ -23,7 +26,7 @@ def build_chunk(
     if args.distributed_backend == "gloo":
         # gloo sends asynchronously and reads the tensor later, but Megatron would free its storage after the call.
         config.deallocate_pipeline_outputs = False
-    return GPTModel(
+    return MODEL_CLASS(
         config,
         layer_spec(config, vp_stage),
         args.padded_vocab_size,
