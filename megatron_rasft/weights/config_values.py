@@ -5,7 +5,7 @@ from typing import Any
 
 from megatron_rasft.errors import ModelFolderError
 
-BRIDGE = "--model-source bridge trains it if NVIDIA's Megatron-Bridge supports it"
+BRIDGE = "tools/convert_checkpoint.py --bridge converts it if NVIDIA's Megatron-Bridge supports it"
 
 _LARGEST_SIZE = 2**31 - 1
 

@@ -69,7 +69,7 @@ def models_page() -> str:
             "| --- | --- | --- | --- | --- |",
             *rows,
             "",
-            _REFUSED.format(bridge=f"`{BRIDGE[:21]}`{BRIDGE[21:]}"),
+            _REFUSED.format(bridge=BRIDGE[:1].upper() + BRIDGE[1:]),
             "| model | reason |",
             "| --- | --- |",
             *refused,

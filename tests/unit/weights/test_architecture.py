@@ -20,6 +20,7 @@ from megatron_rasft.weights.architecture import (
     read_rope,
     read_shape,
 )
+from megatron_rasft.weights.config_values import BRIDGE
 from megatron_rasft.weights.families import FAMILIES, REFUSED, Family
 
 
@@ -94,7 +95,7 @@ def test_null_means_as_many_query_groups_as_heads() -> None:
 def test_refused_families_are_named_with_a_way_out(architecture: str) -> None:
     with pytest.raises(ModelFolderError, match=architecture) as error:
         read_family({"architectures": [architecture]})
-    assert "--model-source bridge" in str(error.value)
+    assert BRIDGE in str(error.value)
     assert REFUSED.get(architecture, ", ".join(FAMILIES)) in str(error.value)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from megatron_rasft.tools.capacity.layouts import Model
+from megatron_rasft.weights.config_values import BRIDGE
 from megatron_rasft.weights.families import FAMILIES, REFUSED
 from tools.site_building.models import models_page, read_configs, refusal_of
 
@@ -55,7 +56,7 @@ def test_a_published_configuration_is_accepted_or_refused_with_its_reason(name: 
     reason = refusal_of(CONFIGS[name])
     if architecture not in FAMILIES:
         assert reason is not None and architecture in reason and REFUSED[architecture] in reason
-        assert "--model-source bridge" in reason
+        assert BRIDGE in reason
     elif name in REASONS:
         assert reason is not None and REASONS[name] in reason
     else:
