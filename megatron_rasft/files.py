@@ -1,6 +1,7 @@
 """Files that are replaced in one step: after a crash a file holds its old content or its new content, never a part."""
 
 import contextlib
+import difflib
 import json
 import os
 import shutil
@@ -51,6 +52,13 @@ def write_json(path: Path, value: Any, *, indent: int | None = 1, is_synced: boo
     """Replaces a file's content by ``value`` as JSON and a newline in one step; see ``replacing``."""
     # json.dumps runs in C, json.dump in Python at half its speed: a run's state is tens of megabytes
     write_text(path, json.dumps(value, indent=indent) + "\n", is_synced=is_synced)
+
+
+def similar_file(path: Path) -> Path | None:
+    """Returns the file beside ``path`` that has the most similar name; None if no name is similar."""
+    names = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
+    similar = difflib.get_close_matches(path.name, names, n=1, cutoff=0.8)
+    return path.with_name(similar[0]) if similar else None
 
 
 def read_json_object(path: Path, missing: str | None = None) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from megatron_rasft.files import similar_file
 from megatron_rasft.flags import FlagSection, NonNegativeInt, PositiveInt, flag_name
 
 TRAIN_DATA_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
@@ -98,6 +99,8 @@ def check_data_files(section: FlagSection, name: str, advice: str) -> None:
     paths: list[str] = getattr(section, name)
     for path in paths:
         if not path.endswith(TRAIN_DATA_SUFFIXES) and not Path(path).is_dir():
+            if not Path(path).exists() and (similar := similar_file(Path(path))):
+                raise ValueError(f"{flag_name(name)}: {path} does not exist. Did you mean {similar}?")
             raise ValueError(
                 f"{flag_name(name)} must be {', '.join(TRAIN_DATA_SUFFIXES)} files, or folders of saved data sets, got {path!r}. "
                 "Convert it, or rename it if only the ending is wrong."

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_rasft.data.fields import FieldError
 from megatron_rasft.errors import DataError
+from megatron_rasft.files import similar_file
 
 if TYPE_CHECKING:
     import pyarrow  # type: ignore[import-untyped]
@@ -59,8 +60,10 @@ def _check_file(path: Path, flag: str) -> None:
                 if file.exists()
                 else "does not exist"
             )
+            similar = similar_file(file) if not file.exists() else None
+            advice = f"Did you mean {similar}?" if similar else "Correct the path."
             raise DataError(
-                f"{flag} must name files or saved data sets, but {file} {kind} (current folder: {Path.cwd()}). Correct the path."
+                f"{flag} must name files or saved data sets, but {file} {kind} (current folder: {Path.cwd()}). {advice}"
             )
         if not file.stat().st_size:
             raise DataError(f"{file} is empty. Write demonstrations to it, or remove it from {flag}.")

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from megatron_rasft.errors import RasftError
-from megatron_rasft.files import replacing, write_json, write_text, written_to
+from megatron_rasft.files import replacing, similar_file, write_json, write_text, written_to
 
 
 @pytest.mark.parametrize("is_synced", [False, True])
@@ -58,3 +58,11 @@ def test_a_failed_write_names_file_flag_and_reason(tmp_path: Path) -> None:
     with pytest.raises(RasftError) as caught, written_to(path, "--save"):
         write_text(path, "x")
     assert all(part in str(caught.value) for part in (str(path), "--save", "No such file"))
+
+
+def test_the_file_with_the_most_similar_name_is_found(tmp_path: Path) -> None:
+    for name in ("train.jsonl", "test.jsonl", "notes.txt"):
+        (tmp_path / name).touch()
+    assert similar_file(tmp_path / "trian.jsonl") == tmp_path / "train.jsonl"
+    assert similar_file(tmp_path / "other.parquet") is None
+    assert similar_file(tmp_path / "nowhere" / "train.jsonl") is None

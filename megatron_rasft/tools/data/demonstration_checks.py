@@ -114,8 +114,8 @@ def _refuse_broken_function(report: DemonstrationReport, config: VerifyConfig) -
     failures = report.function_failures
     if failures and len(failures) == report.num_rows:
         raise ValueError(
-            f"--verify-function {config.verify_function} failed on each of the first {len(failures)} rows. On "
-            f"{failures[0].source}: {failures[0].reason.removeprefix(FAILED)}. No other row was graded. Correct the function."
+            f"--verify-function {config.verify_function} failed on every row that was graded "
+            f"({counted(len(failures), 'row')}). On {failures[0].source}: {failures[0].reason.removeprefix(FAILED)}. Correct the function."
         )
 
 

@@ -30,3 +30,9 @@ def test_defaults_and_empty_suffix_are_valid(tmp_path: Path) -> None:
     template.write_text("x")
     assert DataConfig().train_data == []
     assert DataConfig(data_prompt_suffix="", data_chat_template=str(template)).data_prompt_suffix == ""
+
+
+def test_missing_file_with_another_ending_is_suggested(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("{}")
+    with pytest.raises(ValueError, match=r"--train-data.*rows\.jsonl\?"):
+        DataConfig(train_data=[str(tmp_path / "rows.json")])

@@ -376,6 +376,11 @@ def test_a_missing_file_is_reported_before_any_row_is_read(write_rows: Callable,
         next(read_rows(config))
 
 
+def test_the_file_that_was_probably_meant_is_named(write_rows: Callable) -> None:
+    with pytest.raises(DataError, match=r"rows\.jsonl\?"):
+        read(write_rows(GOOD).replace("rows.jsonl", "row.jsonl"))
+
+
 def test_a_pipe_is_refused_as_such(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.jsonl")
     with pytest.raises(DataError, match=r"pipe\.jsonl is not a regular file"):
