@@ -75,6 +75,7 @@ def describe(args: argparse.Namespace, config: RasftConfig, resume: Resume) -> l
         ),
         *_schedule_lines(args, config, schedule),
         *_resume_lines(args, config, resume, schedule),
+        *_server_lines(config),
         *_memory_lines(args, config, problems),
         *(_row("would write", f"{path}: {content}") for _, path, content in outputs),
         *remarks(config, args.given_flags, problems.num_programs),
@@ -141,6 +142,11 @@ def _resume_lines(
     yield _row("resumes", f"after step {resume.step} of {resume.folder}: {counted(left, 'step')} left")
     state = read_state(resume, architecture_of(args))
     yield from describe_changes(resume, state.get("config"), SavedConfig.of(args, config))
+
+
+def _server_lines(config: RasftConfig) -> Iterator[str]:
+    if config.samples_rollouts and config.rollout.rollout_engine == "sglang":
+        yield _row("servers", "were not asked. tools/check_servers.py tests them.")
 
 
 # ---- memory

@@ -1,4 +1,4 @@
-"""The memory of a dry run is that of capacity planning for the run's own layout, objective and data."""
+"""A dry run: its memory is that of capacity planning for the run's own layout, objective and data. It asks no server."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from megatron_rasft.config import RasftConfig
+from megatron_rasft.config.rollout import RolloutConfig
 from megatron_rasft.objective.families import OBJECTIVES
 from megatron_rasft.tools import dry_run
 from megatron_rasft.tools.capacity.config import AssumptionConfig, CapacityConfig
@@ -75,3 +76,9 @@ def test_memory_on_a_cpu_is_that_of_a_process(monkeypatch: pytest.MonkeyPatch) -
     assert "GPU" not in first and "left free" not in first and "largest process" in first
     assert any("64 processes" in line for line in others)
     assert "GPU" in next(dry_run._memory_lines(args_of(hf_model="model"), RasftConfig(), PROBLEMS))
+
+
+def test_servers_are_said_to_be_left_alone() -> None:
+    served = RasftConfig(rollout=RolloutConfig(rollout_engine="sglang", rollout_urls=["http://server:1"]))
+    assert any("check_servers.py" in line for line in dry_run._server_lines(served))
+    assert not [*dry_run._server_lines(RasftConfig())]
