@@ -72,7 +72,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "mistral": ("Mistral", {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": None}),
     "mistral3": (
-        "Mistral3",
+        "Mistral3ForConditionalGeneration",
         {
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
@@ -149,6 +149,34 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "tie_word_embeddings": True,
         },
     ),
+    "qwen3_5": (
+        "Qwen3_5",
+        {
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "head_dim": 16,
+            "linear_num_key_heads": 4,
+            "linear_num_value_heads": 8,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 12,
+            "layer_types": ["linear_attention", "full_attention", "linear_attention", "linear_attention"],
+            # The norm of an output close to zero divides its rounding error by sqrt(eps).
+            "rms_norm_eps": 1e-3,
+        },
+    ),
+    "qwen3_5_vision": (
+        "Qwen3_5ForConditionalGeneration",
+        {
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "head_dim": 16,
+            "linear_num_key_heads": 4,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+            "layer_types": ["linear_attention", "full_attention"] * 2,
+        },
+    ),
     "deepseek_v3": (
         "DeepseekV3",
         {
@@ -186,6 +214,44 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "tie_word_embeddings": True,
         },
     ),
+    "qwen3_5_moe": (
+        "Qwen3_5Moe",
+        {
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "head_dim": 8,
+            "linear_num_key_heads": 4,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+            "layer_types": ["linear_attention", "full_attention"] * 2,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "shared_expert_intermediate_size": 16,
+            "tie_word_embeddings": True,
+            "rms_norm_eps": 1e-3,
+        },
+    ),
+    "qwen3_next": (
+        "Qwen3Next",
+        {
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "head_dim": 16,
+            "linear_num_key_heads": 4,
+            "linear_num_value_heads": 12,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 12,
+            "layer_types": ["linear_attention", "full_attention", "linear_attention", "linear_attention"],
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "shared_expert_intermediate_size": 24,
+            "norm_topk_prob": False,
+            "rms_norm_eps": 1e-3,
+        },
+    ),
     "glm4_moe_lite": (
         "Glm4MoeLite",
         {
@@ -217,12 +283,14 @@ def whole_blocks(case: str) -> dict[str, Any]:
     sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 256, "intermediate_size": 384}
     sizes |= {"num_hidden_layers": 1}
     sizes |= {"head_dim": 64} if family != "Phi3" else {}
+    if "linear_key_head_dim" in overrides:
+        sizes |= {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
+        sizes |= {"linear_num_key_heads": 2, "linear_key_head_dim": 64, "linear_value_head_dim": 64}
+        sizes |= {"linear_num_value_heads": 4}
     return sizes | ({"moe_intermediate_size": 128} if "moe_intermediate_size" in overrides else {})
 
 
-_KIND = {"Mistral3": "ConditionalGeneration"}
-"""Families whose models also see images -> end of the class's name."""
-_VISION = {
+_PIXTRAL = {
     "model_type": "pixtral",
     "hidden_size": 32,
     "intermediate_size": 32,
@@ -232,16 +300,36 @@ _VISION = {
     "image_size": 28,
     "patch_size": 14,
 }
+_QWEN_VISION = {
+    "depth": 1,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_heads": 2,
+    "out_hidden_size": 48,
+    "patch_size": 4,
+    "num_position_embeddings": 16,
+}
+_VISION: dict[str, tuple[str, dict[str, Any]]] = {
+    "Mistral3ForConditionalGeneration": ("mistral", _PIXTRAL),
+    "Qwen3_5ForConditionalGeneration": ("qwen3_5_text", _QWEN_VISION),
+}
+"""Classes of models that also see images -> model_type of the language model, configuration of the other one."""
+
+
+def config_class(family: str) -> Any:
+    """Returns the class of transformers for the configuration of a family's language model."""
+    return getattr(transformers, family + "TextConfig", None) or getattr(transformers, family + "Config")
 
 
 def hf_config(family: str, values: dict[str, Any]) -> Any:
     """Returns transformers' configuration. ``values`` are those of the language model."""
-    kind = getattr(transformers, f"{family}Config")
-    if family not in _KIND:
-        return kind(**values)
-    text = {"model_type": "mistral", **values}
+    if family not in _VISION:
+        return config_class(family)(**values)
+    kind = getattr(transformers, family.replace("ForConditionalGeneration", "Config"))
+    text_type, vision = _VISION[family]
     is_tied = values.get("tie_word_embeddings", False)
-    return kind(text_config=text, vision_config=_VISION, tie_word_embeddings=is_tied)
+    text = {"model_type": text_type, **values}
+    return kind(text_config=text, vision_config=vision, tie_word_embeddings=is_tied)
 
 
 def hf_model(case: str, sizes: dict[str, Any] | None = None) -> transformers.PreTrainedModel:
@@ -249,10 +337,16 @@ def hf_model(case: str, sizes: dict[str, Any] | None = None) -> transformers.Pre
     family, overrides = CASES[case]
     config = hf_config(family, {**_SIZES, **overrides, **(sizes or {})})
     torch.manual_seed(1234)
-    model = getattr(transformers, f"{family}For{_KIND.get(family, 'CausalLM')}")(config).float().eval()
+    name = family if family in _VISION else f"{family}ForCausalLM"
+    model = getattr(transformers, name)(config).float().eval()
     with torch.no_grad():
-        for param in model.parameters():
-            param.add_(0.1 * torch.randn_like(param)) if param.ndim == 1 else param.normal_(0, 0.08)
+        for name, param in model.named_parameters():
+            if name.endswith("A_log"):
+                # With the initial decay a chunk's logarithms would sum to about 1,000, rounded to 1e-4.
+                param.fill_(-2.0)
+            # With a kernel as small as the matrices the delta rule's norms would divide by their epsilons.
+            scale = 0.5 if "conv1d" in name else 0.08
+            param.add_(0.1 * torch.randn_like(param)) if param.ndim == 1 else param.normal_(0, scale)
         for buffer in (b for name, b in model.named_buffers() if name.endswith("e_score_correction_bias")):
             buffer.normal_(0, 0.1)
     return model

@@ -19,20 +19,42 @@ from torch import Tensor
 
 
 class RMSNorm(torch.nn.Module):
-    """Root-mean-square norm whose weight is marked for Megatron's gradient sum under sequence parallelism."""
+    """Root-mean-square norm whose weight is marked for Megatron's gradient sum under sequence parallelism.
 
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any) -> None:
+    Args:
+        is_zero_centered: whether the factor is 1 + weight; None: as the config says.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        hidden_size: int,
+        eps: float = 1e-5,
+        is_zero_centered: bool | None = None,
+        **unused: Any,
+    ) -> None:
         super().__init__()
         self.eps = eps
+        if is_zero_centered is None:
+            is_zero_centered = config.layernorm_zero_centered_gamma
+        self.is_zero_centered = is_zero_centered
         device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
-        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device))
+        start = torch.full((hidden_size,), float(not is_zero_centered), device=device)
+        self.weight = torch.nn.Parameter(start.to(config.params_dtype))
         # Each tensor-parallel rank sees a part of the tokens. finalize_model_grads.py sums the gradients of weights
         # with this attribute over the tensor-parallel group.
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., h] -> [..., h], normalised in fp32."""
-        return F.rms_norm(x.float(), (x.shape[-1],), None, self.eps).to(x.dtype) * self.weight
+        normed = F.rms_norm(x.float(), (x.shape[-1],), None, self.eps)
+        if self.is_zero_centered:  # multiplied in fp32, because 1 + weight has too many digits for BF16
+            return (normed * (1 + self.scale().float())).to(x.dtype)
+        return normed.to(x.dtype) * self.scale()
+
+    def scale(self) -> Tensor:
+        """Returns the weight as the forward pass uses it."""
+        return self.weight
 
 
 def zigzag_positions(length: int, rank: int, size: int) -> Tensor:

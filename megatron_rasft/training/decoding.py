@@ -244,6 +244,8 @@ class Decoder:
             num = max(1, PREFILL_TOKENS // max(1, width))
             if width:
                 self._prefill(prompts[:num], width)
+            else:
+                self._cache.clear(self._on_device([row for group in prompts[:num] for row, _ in group]))
             prompts = prompts[num:]
         self._start([row for row, _ in taken], [sample for _, sample in taken])
 
@@ -255,6 +257,7 @@ class Decoder:
             frequencies=self._model.frequencies[:width],
             prompts=self._on_device([i for i, group in enumerate(prompts) for _ in group]),
             rows=self._on_device([row for group in prompts for row, _ in group]),
+            lengths=self._on_device([len(group[0][1].prompt_ids) - 1 for group in prompts]),
         )
         self._model.forward(torch.tensor(tokens, device=self._device))
 
@@ -316,7 +319,7 @@ class Decoder:
             and self._params.top_p < 1
             and self._num_candidates < self._model.vocab_size
         )
-        restore = self._rows.save() if is_cut else None
+        restores = [self._rows.save(), self._cache.save()] if is_cut else []
         while True:
             is_exact = torch.ones(self._num_rows, dtype=torch.bool, device=self._device)
             for _ in range(num_steps):
@@ -328,8 +331,9 @@ class Decoder:
             counts, is_over, exact = status.tolist()
             if all(exact):
                 break
-            assert restore is not None, "only a limited number of candidates can make a draw inexact"
-            restore()
+            assert restores, "only a limited number of candidates can make a draw inexact"
+            for restore in restores:
+                restore()
             self._num_candidates *= 8
         self._collect(counts, is_over)
         return num_steps

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.ssm.gated_delta_net import GatedDeltaNet
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
@@ -24,6 +25,7 @@ from megatron_rasft.ranks import gather_to_rank_zero, on_rank_zero
 from megatron_rasft.training import live
 from megatron_rasft.training.attention import SdpaCoreAttention
 from megatron_rasft.training.decoding import KEY_BUCKET, Decoder, DecoderModel
+from megatron_rasft.training.delta_cache import CachedDeltaNet
 from megatron_rasft.training.kv_cache import (
     CachedAttention,
     Decode,
@@ -97,7 +99,14 @@ def generation_mode(chunks: Sequence[torch.nn.Module], cache: KeyValueCache) -> 
                         pg_collection=module.pg_collection,
                     )
                 change(module, "core_attention", CachedAttention(plain, cache))
+            for layer in delta_layers(chunk):
+                change(layer, "self_attention", CachedDeltaNet(layer.self_attention, cache))
         yield
+
+
+def delta_layers(chunk: torch.nn.Module) -> list[Any]:
+    """Returns the layers of a chunk that have a gated delta net in place of attention."""
+    return [m for m in chunk.modules() if isinstance(getattr(m, "self_attention", None), GatedDeltaNet)]
 
 
 def self_attentions(chunk: torch.nn.Module) -> list[Any]:
@@ -252,9 +261,13 @@ class PolicySampler:
     def row_bytes(self, length: int) -> int:
         """Memory of one row on this rank: keys and values, and on the last pipeline stage logits."""
         cached = sum(_cached_elements(module) for chunk in self.chunks for module in self_attentions(chunk))
+        nets = [layer.self_attention for chunk in self.chunks for layer in delta_layers(chunk)]
+        states = sum(n.num_v_heads_local_tp * n.key_head_dim * n.value_head_dim for n in nets)
         has_logits = any(chunk.post_process for chunk in self.chunks)
         return (
-            self.config.params_dtype.itemsize * cached * length + has_logits * _LOGIT_BYTES * self.vocab_size
+            self.config.params_dtype.itemsize * cached * length
+            + 4 * states
+            + has_logits * _LOGIT_BYTES * self.vocab_size
         )
 
     def _forward(self, cache: KeyValueCache, tokens: Tensor) -> Tensor | None:

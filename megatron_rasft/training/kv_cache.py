@@ -7,8 +7,9 @@ rotates only these, and the core attention stores keys that are already rotated.
 A row of the cache is one sequence. Rows have different lengths, so a row can start a new sequence while others continue.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,8 @@ class Prefill:
     """[m] int64 in 0 .. p - 1: the prompt of each row in ``rows``. Several samples of a prompt share its prefill."""
     rows: Tensor
     """[m] int64 rows of the cache, each at most once."""
+    lengths: Tensor
+    """[p] int64 number of tokens of each prompt, without the padding."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +55,17 @@ class Decode:
     """[n, 1, 1, length] in the model's dtype: 0 at keys of the row's sequence, -inf elsewhere."""
 
 
+class CachedLayer(Protocol):
+    """The part of the cache that belongs to one layer."""
+
+    def clear(self, rows: Tensor) -> None: ...
+    def save(self) -> Callable[[], None]: ...
+    def move(self, sources: Tensor, targets: Tensor, length: int) -> None: ...
+    def free(self) -> None: ...
+
+
 class KeyValueCache:
-    """Keys and values of all layers of this rank.
+    """Keys and values, or states, of all layers of this rank.
 
     Args:
         num_rows: number of sequences that are sampled at once.
@@ -63,24 +75,34 @@ class KeyValueCache:
     def __init__(self, num_rows: int, length: int) -> None:
         self.num_rows = num_rows
         self.length = length
-        self.layers: list[CachedAttention] = []
+        self.layers: list[CachedLayer] = []
         self.step: Prefill | Decode | None = None
         """The kind of the next forward pass. The caller sets it before each pass."""
 
     def move(self, sources: Tensor, targets: Tensor, length: int) -> None:
-        """Copies the first ``length`` keys and values of rows ``sources`` to rows ``targets``.
-
-        No row may occur in both.
-        """
+        """Copies the first ``length`` tokens of rows ``sources`` to rows ``targets``. No row may occur in both."""
         for layer in self.layers:
-            for stored in (layer.keys, layer.values):
-                if stored is not None:
-                    stored[targets, :, :length] = stored[sources, :, :length]
+            layer.move(sources, targets, length)
+
+    def clear(self, rows: Tensor) -> None:
+        """Makes rows start new sequences. A Prefill does it too."""
+        for layer in self.layers:
+            layer.clear(rows)
+
+    def save(self) -> Callable[[], None]:
+        """Saves what repeated decode steps would not overwrite, and returns a function that restores it."""
+        restores = [layer.save() for layer in self.layers]
+
+        def restore() -> None:
+            for undo in restores:
+                undo()
+
+        return restore
 
     def free(self) -> None:
         """Frees the memory at once. Cache and layers form a reference cycle, which Python would collect much later."""
         for layer in self.layers:
-            layer.keys = layer.values = None
+            layer.free()
 
 
 class CachedAttention(torch.nn.Module):
@@ -115,6 +137,22 @@ class CachedAttention(torch.nn.Module):
             return self._attention.attend(query, key, value).flatten(2)
         assert step is not None, "KeyValueCache.step must be set before a forward pass"
         return self._decode(query, key, value, step)
+
+    def clear(self, rows: Tensor) -> None:
+        """Does nothing: decode steps mask keys beyond a row's position."""
+
+    def save(self) -> Callable[[], None]:
+        """Saves nothing: repeated steps overwrite the same keys."""
+        return lambda: None
+
+    def move(self, sources: Tensor, targets: Tensor, length: int) -> None:
+        """Copies the first ``length`` keys and values of rows ``sources`` to rows ``targets``."""
+        for stored in (self.keys, self.values):
+            if stored is not None:
+                stored[targets, :, :length] = stored[sources, :, :length]
+
+    def free(self) -> None:
+        self.keys = self.values = None
 
     def _decode(self, query: Tensor, key: Tensor, value: Tensor, step: Decode) -> Tensor:
         assert self.keys is not None and self.values is not None

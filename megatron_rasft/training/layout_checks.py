@@ -32,12 +32,31 @@ def check_layout(args: argparse.Namespace) -> None:
             f"--tensor-model-parallel-size {tp} does not divide the model's {heads} heads in {groups} query groups. Use "
             f"another size, or --rasft-query-groups {-(-groups // tp) * tp}, which adds groups of zeros."
         )
+    _check_delta_heads(args)
     dp = args.world_size // size
     per_step = args.micro_batch_size * dp
     if args.global_batch_size % per_step:
         raise ValueError(
             f"--global-batch-size {args.global_batch_size} is not a multiple of micro batch size x data parallel = "
             f"{args.micro_batch_size} x {dp} = {per_step}. Use a multiple."
+        )
+
+
+def _check_delta_heads(args: argparse.Namespace) -> None:
+    """Refuses a layout that cuts the heads of gated delta nets, which Megatron spreads over context-parallel ranks too."""
+    if args.experimental_attention_variant != "gated_delta_net":
+        return
+    tp, cp = args.tensor_model_parallel_size, args.context_parallel_size
+    keys, values = args.linear_num_key_heads, args.linear_num_value_heads
+    if keys % (tp * cp) or values % (tp * cp):
+        raise ValueError(
+            f"--tensor-model-parallel-size {tp} times --context-parallel-size {cp} does not divide the {keys} key heads and "
+            f"{values} value heads of the model's gated delta nets. Choose smaller sizes, or --pipeline-model-parallel-size."
+        )
+    if args.deterministic_mode:
+        raise ValueError(
+            "--deterministic-mode is refused: Megatron's gated delta nets then compute without packed sequences. Leave the flag "
+            "out."
         )
 
 

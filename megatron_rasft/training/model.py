@@ -11,6 +11,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from megatron.training.argument_utils import core_transformer_config_from_args
 
 from megatron_rasft.training.attention import RMSNorm, SdpaCoreAttention
+from megatron_rasft.training.delta_net import delta_pattern, engine_block, plain_delta_layer
 from megatron_rasft.training.latent_attention import LatentAttention
 
 MODEL_CLASS = GPTModel
@@ -50,15 +51,18 @@ def layer_spec(config: TransformerConfig, vp_stage: int | None = None) -> Transf
     this package's RMSNorm and SdpaCoreAttention. Parameter names in a checkpoint are the same for both.
     """
     if config.transformer_impl == "transformer_engine":
+        if config.experimental_attention_variant is not None:
+            return engine_block(config, vp_stage)
         block = get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
         if config.multi_latent_attention:
             for spec in block.layer_specs:
                 spec.submodules.self_attention.module = LatentAttention
         return block
     first = get_transformer_layer_offset(config, vp_stage=vp_stage)
-    has_experts = layers_with_experts(config)[first : first + get_num_layers_to_build(config, vp_stage)]
-    specs = {kind: _plain_layer(config, has_experts=kind) for kind in set(has_experts)}
-    return TransformerBlockSubmodules(layer_specs=[specs[kind] for kind in has_experts], layer_norm=RMSNorm)
+    last = first + get_num_layers_to_build(config, vp_stage)
+    kinds = list(zip(layers_with_experts(config), delta_pattern(config), strict=True))[first:last]
+    specs = {kind: _plain_layer(config, has_experts=kind[0], is_delta=kind[1]) for kind in set(kinds)}
+    return TransformerBlockSubmodules(layer_specs=[specs[kind] for kind in kinds], layer_norm=RMSNorm)
 
 
 def layers_with_experts(config: TransformerConfig) -> list[bool]:
@@ -71,7 +75,7 @@ def layers_with_experts(config: TransformerConfig) -> list[bool]:
     return [has_experts == 1 for has_experts in frequency]
 
 
-def _plain_layer(config: TransformerConfig, *, has_experts: bool) -> ModuleSpec:
+def _plain_layer(config: TransformerConfig, *, has_experts: bool, is_delta: bool) -> ModuleSpec:
     spec = get_gpt_layer_local_spec(
         normalization="RMSNorm",
         qk_layernorm=config.qk_layernorm,
@@ -94,4 +98,4 @@ def _plain_layer(config: TransformerConfig, *, has_experts: bool) -> ModuleSpec:
         layer.self_attention.module = LatentAttention
     elif config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
-    return spec
+    return plain_delta_layer(spec) if is_delta else spec

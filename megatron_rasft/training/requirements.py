@@ -1,6 +1,7 @@
 """Refuses flags that this machine cannot run, before the model is loaded."""
 
 import argparse
+import importlib.util
 import os
 
 _TRANSFORMER_ENGINE_FLAGS = (
@@ -37,6 +38,7 @@ def refuse_unrunnable(args: argparse.Namespace, *, has_gpu: bool, has_transforme
         ValueError: this machine cannot run a flag; the message names the flag, the reason and the way out.
     """
     _refuse_fused_logprobs(args, has_gpu=has_gpu)
+    _require_delta_kernels(args, has_gpu=has_gpu)
     for name, format_flag in _FORMATS.items():
         recipe = args.given_flags.get(f"{name}_recipe")
         if recipe and getattr(args, name) is None:
@@ -75,6 +77,16 @@ def _refuse_fused_logprobs(args: argparse.Namespace, *, has_gpu: bool) -> None:
         raise ValueError(
             "--objective-logprob-kernels fused cannot be combined with --use-megatron-fsdp, which shards the output layer's weight: "
             "the kernels need all of it. Leave the flag out."
+        )
+
+
+def _require_delta_kernels(args: argparse.Namespace, *, has_gpu: bool) -> None:
+    if args.experimental_attention_variant != "gated_delta_net" or not has_gpu:
+        return
+    if importlib.util.find_spec("fla") is None:
+        raise ValueError(
+            f"the model in --hf-model {args.hf_model} has gated delta nets, which need flash-linear-attention on a GPU. Install it: "
+            "pip install 'megatron-rasft[delta]'."
         )
 
 

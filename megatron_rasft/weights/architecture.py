@@ -161,7 +161,7 @@ def _refuse_unsupported(config: dict[str, Any], family: Family) -> None:
 
 def _refuse_window(config: dict[str, Any], family: Family) -> None:
     """Refuses attention that is not full. The advice also names layer_types, which transformers reads before all other keys."""
-    kinds = set(list_of(config, "layer_types", str)) - {"full_attention"}
+    kinds = set(list_of(config, "layer_types", str)).difference(family.layer_types)
     if other := sorted(kinds - {"sliding_attention"}):
         raise unsupported(f"layers of type {', '.join(other)} (layer_types) are not supported")
     if not _uses_sliding_window(config, family):

@@ -11,8 +11,20 @@ BLOCK = 128
 SCALE_SUFFIX = "_scale_inv"
 """Suffix of the name of a weight's scales. Despite the name, weight = e4m3 value * scale."""
 
-_KEPT_LAYERS = ("embed_tokens", "lm_head", "gate")
-"""Pattern of the layers that engines keep in 16 bits: embedding, output and router (but not gate_proj)."""
+_KEPT_LAYERS = (
+    "embed_tokens",
+    "lm_head",
+    "gate",
+    "shared_expert_gate",
+    "in_proj_a",
+    "in_proj_b",
+    "in_proj_ba",
+)
+"""The layers that engines keep in 16 bits: embedding, output, router (but not gate_proj), the gate of a shared expert, and the
+projections of a gated delta net that have one row per head."""
+
+_ENGINES_KEEP = ("embed_tokens", "lm_head")
+"""The layers of these that every engine keeps by itself."""
 
 _ROWS_OF_BLOCKS = {"cpu": 1, "cuda": 8}
 """Device type -> number of rows of blocks that are rounded at once. A CPU's cache holds one row of blocks. A GPU rounds
@@ -35,19 +47,20 @@ def unquantized_type(stored: torch.dtype) -> torch.dtype:
 def quantization_config(names: Iterable[str]) -> dict[str, Any]:
     """Returns the entry quantization_config of config.json for a model in FP8, as transformers, SGLang and vLLM read it.
 
-    A model without routers needs no exceptions, because every engine keeps embedding and output unquantized by itself. The
-    list of a model with routers contains lm_head too.
+    A model without routers and gated delta nets needs no exceptions, because every engine keeps embedding and output unquantized
+    by itself. The list of another model contains lm_head too.
 
     Args:
         names: the Hugging Face names of all tensors.
     """
-    routers = [name.removesuffix(".weight") for name in names if name.endswith(".gate.weight")]
+    modules = [name.removesuffix(".weight") for name in names if name.endswith(".weight")]
+    kept = [m for m in modules if m.rpartition(".")[2] in set(_KEPT_LAYERS).difference(_ENGINES_KEEP)]
     return {
         "quant_method": "fp8",
         "fmt": "e4m3",
         "activation_scheme": "dynamic",
         "weight_block_size": [BLOCK, BLOCK],
-        **({"modules_to_not_convert": [*routers, "lm_head"]} if routers else {}),
+        **({"modules_to_not_convert": [*kept, "lm_head"]} if kept else {}),
     }
 
 

@@ -81,6 +81,8 @@ def models_page() -> str:
 def _family_row(family: Family, names: list[str]) -> str:
     layouts = "TP, PP, CP, DP" + (", EP" if family.has_experts else "")
     sync = "yes" if family.text_model_type is None else "no: samples with `--rollout-engine embedded`"
+    if family.text_model_type is None and family.layer_types != Family.layer_types:
+        sync = "a server was not tried"
     fp8 = (
         "yes" if family.is_carried is Family.is_carried else "not of a folder with tensors that exports copy"
     )

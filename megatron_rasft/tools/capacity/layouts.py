@@ -261,6 +261,8 @@ def _sizes(model: Model, config: CapacityConfig, num_gpus: int) -> Iterator[tupl
             for cp in _context_sizes(config):
                 if num_gpus % (tp * pp * cp) or (cp > 1 and config.seq_length % (2 * cp * tp)):
                     continue
+                if not splits_delta_heads(model, tp * cp):
+                    continue
                 dp = num_gpus // (tp * pp * cp)
                 if config.global_batch_size % (config.micro_batch_size * dp) == 0:
                     yield tp, pp, cp
@@ -280,6 +282,12 @@ def splits_heads(model: Model, tp: int) -> bool:
     if not splits_attention(heads, groups, tp) or any(size % tp for size in inner):
         return False
     return (groups * (heads // groups + 2) * model.shape.head_dim) % tp == 0
+
+
+def splits_delta_heads(model: Model, num_ranks: int) -> bool:
+    """Whether Megatron can spread the heads of gated delta nets over the tensor- and context-parallel ranks."""
+    delta = model.shape.delta
+    return delta is None or (delta.num_key_heads % num_ranks == delta.num_value_heads % num_ranks == 0)
 
 
 def _divisors(number: int, fixed: int | None) -> list[int]:

@@ -168,6 +168,7 @@ def layer_activations(
     model: Model,
     *,
     has_experts: bool | None = None,
+    is_delta: bool = False,
     has_te: bool = True,
     is_fp8: bool = False,
     element_bytes: int = 2,
@@ -180,6 +181,7 @@ def layer_activations(
 
     Args:
         has_experts: whether the layer has experts; None: as the model's last layer.
+        is_delta: whether the layer has a gated delta net in place of attention. Its count is calculated, not compared.
         has_te: whether the layers are Transformer Engine's fused layers. Plain layers also keep the unrotated queries, keys and
             values, the normalised input of each norm's scale, the tables of the rotary embedding, and both factors of the gated product.
         is_fp8: whether Transformer Engine's linear layers compute in FP8. They then keep their own inputs in one byte. Mixtures of
@@ -195,9 +197,11 @@ def layer_activations(
         if is_fp8:
             norms -= s.hidden_size / 2
             mlp -= (s.hidden_size + s.mlp_size) / 2
-    return LayerActivations(
-        norms=norms, attention=_attention_activations(model, has_te, element_bytes), mlp=mlp
-    )
+    if is_delta:
+        attention = _delta_activations(model, element_bytes)
+    else:
+        attention = _attention_activations(model, has_te, element_bytes)
+    return LayerActivations(norms=norms, attention=attention, mlp=mlp)
 
 
 def _attention_activations(model: Model, has_te: bool, element_bytes: int) -> float:
@@ -214,7 +218,18 @@ def _attention_activations(model: Model, has_te: bool, element_bytes: int) -> fl
         kept += q + kv + (s.num_attention_heads + s.num_query_groups) * per_head
     elif s.has_qk_norm:
         kept += 2 * q + kv
-    return kept
+    # the gate, and the output before it is multiplied by the gate
+    return kept + (2 * q if s.delta is not None else 0)
+
+
+def _delta_activations(model: Model, element_bytes: int) -> float:
+    """Elements that a gated delta net keeps: inputs and outputs of projection, convolution, delta rule and gated norm."""
+    delta = model.shape.delta
+    assert delta is not None, "the model has gated delta nets"
+    keys = delta.num_value_heads * delta.key_dim  # repeated for every value head
+    projected = 2 * delta.keys + 2 * delta.values
+    rule = 2 * keys + 2 * delta.values + 3 * delta.num_value_heads * _FP32 / element_bytes
+    return projected + 2 * delta.keys + delta.values + rule + delta.values
 
 
 def _latent_activations(heads: int, latent: LatentShape, fp32: float) -> float:
@@ -258,16 +273,18 @@ def activation_bytes(
     The 1F1B schedule has pp - stage micro-batches in flight; the interleaved schedule has more, each with the activations of
     one model chunk (Narayanan et al. 2021, arXiv 2104.04473).
     """
-    kinds = {has: layer_activations(model, has_experts=has, is_fp8=is_fp8) for has in (False, True)}
-    kept = {has: kept_elements(model, layer, layout.recompute) for has, layer in kinds.items()}
     chunks = [
-        [layer in model.layers_with_experts for layer in layers]
+        [(layer in model.layers_with_experts, model.shape.delta_layers[layer]) for layer in layers]
         for layers in chunk_layers(model, layout, stage)
     ]
-    held = max(sum(kept[has] for has in layers) for layers in chunks)
-    present = set().union(*chunks)
+    kinds = {
+        (has, is_delta): layer_activations(model, has_experts=has, is_delta=is_delta, is_fp8=is_fp8)
+        for has, is_delta in set().union(*chunks)
+    }
+    kept = {kind: kept_elements(model, layer, layout.recompute) for kind, layer in kinds.items()}
+    held = max(sum(kept[kind] for kind in layers) for layers in chunks)
     recomputes = layout.recompute != "none"
-    working = max((kinds[has].total - kept[has]) * recomputes + kinds[has].mlp for has in present)
+    working = max((layer.total - kept[kind]) * recomputes + layer.mlp for kind, layer in kinds.items())
     if layout.chunks > 1:
         ahead = (layout.pp - stage - 1) * 2 + (layout.chunks - 1) * layout.pp + 1
         under_way = min(num_microbatches * layout.chunks, ahead)
@@ -304,6 +321,9 @@ def sync_bytes(model: Model, layout: Layout, stage: int, bucket_bytes: int) -> f
     s = model.stored
     gate_up = 2 * max(s.ffn_hidden_size, s.dense_ffn_hidden_size, s.shared_ffn_hidden_size) * s.hidden_size
     qkv = _largest_projection(s)
+    if s.delta is not None:
+        gates = s.num_attention_heads * s.head_dim * s.hidden_size
+        qkv = max(qkv + gates, 2 * (s.delta.keys + s.delta.values + s.delta.num_value_heads) * s.hidden_size)
     ends = s.vocab_size * s.hidden_size if stage in (0, layout.pp - 1) else 0
     largest = 2 * max(gate_up, qkv, ends)
     gathered = largest if layout.tp > 1 else 0
@@ -324,11 +344,18 @@ def _kv_cache_bytes(
 ) -> float:
     """The key-value cache of all sequences that the trainer decodes at once, and the logits while it draws a token."""
     length = min(config.seq_length, assumed.prompt_tokens + config.max_new_tokens)
-    row = cached_token_bytes(model, layout.tp) * length // layout.pp
+    row = (cached_token_bytes(model, layout.tp) * length + state_bytes(model, layout.tp)) // layout.pp
     logits = _LOGIT_BYTES * model.shape.vocab_size if is_last else 0
     return config.rollout_batch_size * (row + logits)
 
 
 def cached_token_bytes(model: Model, tp: int) -> int:
     """Bytes of one token's keys and values in BF16, summed over the stages."""
-    return 2 * model.shape.cached_elements(tp) * model.shape.num_layers
+    s = model.shape
+    return 2 * s.cached_elements(tp) * (s.num_layers - sum(s.delta_layers))
+
+
+def state_bytes(model: Model, tp: int) -> int:
+    """Bytes of one sequence's states of gated delta nets in fp32, summed over the stages. They do not grow with the sequence."""
+    delta = model.shape.delta
+    return 0 if delta is None else _FP32 * delta.values // tp * delta.key_dim * sum(delta.is_delta)

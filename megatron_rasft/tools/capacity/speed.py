@@ -126,7 +126,7 @@ class ForwardFlops:
     """FLOPs of one token's forward pass, summed over all ranks."""
 
     attention: float
-    """Attention of one layer: projections, scores, weighted values."""
+    """Attention of one layer: projections, scores, weighted values; the mean over the layers if some have gated delta nets."""
     mlp: float
     """MLP of one layer, or the token's experts and the router; the mean over the layers if they differ."""
     output: float
@@ -138,8 +138,11 @@ def forward_flops(model: Model, length: float) -> ForwardFlops:
     share = len(model.layers_with_experts) / s.num_layers
     sparse = 3 * (s.ffn_hidden_size * model.top_k + s.shared_ffn_hidden_size) + s.num_experts
     mlp = s.hidden_size * (share * sparse + (1 - share) * 3 * s.mlp_size)
+    gate = s.num_attention_heads * s.head_dim if s.delta is not None else 0
+    attention = 2 * (_attention_weights(s) + s.hidden_size * gate) + length * _scored_elements(s)
+    delta_share = sum(s.delta_layers) / s.num_layers
     return ForwardFlops(
-        attention=2 * _attention_weights(s) + length * _scored_elements(s),
+        attention=(1 - delta_share) * attention + delta_share * _delta_flops(model),
         mlp=2 * mlp,
         output=2 * s.hidden_size * s.vocab_size,
     )
@@ -162,6 +165,15 @@ def _scored_elements(s: ModelShape) -> int:
     if s.latent is None:
         return 2 * s.num_attention_heads * s.head_dim
     return s.num_attention_heads * (s.latent.key_dim + s.latent.value_dim)
+
+
+def _delta_flops(model: Model) -> float:
+    """FLOPs of one token in a gated delta net: projections, and reading, correcting and querying the state."""
+    delta = model.shape.delta
+    if delta is None:
+        return 0.0
+    projections = 2 * delta.keys + 3 * delta.values + 2 * delta.num_value_heads
+    return 2 * (model.shape.hidden_size * projections + 3 * delta.values * delta.key_dim)
 
 
 def estimate_step(

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import reduce
-from itertools import accumulate, groupby, zip_longest
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,6 +55,9 @@ TEMPLATE_DIR = "hugging_face"
 """Subfolder of a converted checkpoint with the folder's other files: config, tokenizer and so on."""
 
 _WIDER_TYPE = "Give --dtype bfloat16 or float32."
+
+_WITH_EXTRA_STATE = (".in_proj", ".out_proj")
+"""Modules that may have an FP8 state, besides those that are named linear or layernorm."""
 
 _MAX_CHUNKS = 16
 _MIN_CHUNK_BYTES = 1 << 20
@@ -200,39 +203,58 @@ def write_layer(
 ) -> None:
     modules = {}
     for parameter in parameters:
-        size = wholes[parameter.key].shape
-        dim = parameter.binding.entry.layout(source.shape, 0, 1, size).dim
-        leading = (1,) * len(parameter.position)
+        whole = wholes[parameter.key]
+        layout = parameter.binding.entry.layout(source.shape, 0, 1, whole.shape)
         position = 0
-        for stored in _read_chunks(source, parameter, wholes[parameter.key]):
-            chunk = stored.to(wholes[parameter.key].dtype)
-            if not is_finite(chunk):
-                raise WeightsError(
-                    f"model folder {source.path}: {_describe_not_finite(source, parameter, chunk.dtype)}"
-                )
-            offsets = [0] * len(size)
-            offsets[dim] = position
-            position += chunk.shape[dim]
-            file.write_chunk(
-                parameter.key,
-                chunk.reshape(*leading, *chunk.shape),
-                (*parameter.position, *offsets),
-                (*parameter.stack, *size),
-            )
+        for suffix, length in parameter.sections or (("", layout.length),):
+            section = _clip(layout, position, position + length) if parameter.sections else layout
+            _write_tensor(file, source, parameter, suffix, section, whole)
+            position += length
         modules[parameter.key.rpartition(".")[0], parameter.position] = parameter.stack
     for (module, index), stack in modules.items():
-        if "linear" in module or "layernorm" in module:
+        if module.endswith(_WITH_EXTRA_STATE) or "linear" in module or "layernorm" in module:
             file.write_object(_extra_state_key(module, index, stack), None)
 
 
-def _read_chunks(source: HfFolder, parameter: StoredParameter, whole: _Whole) -> Iterator[Tensor]:
-    """Yields a parameter in equal chunks along the dimension that ranks split, so that a rank can read only its own part.
+def _write_tensor(
+    file: DistcpFile,
+    source: HfFolder,
+    parameter: StoredParameter,
+    suffix: str,
+    layout: ShardLayout,
+    whole: _Whole,
+) -> None:
+    """Writes a parameter, or the section of it that ``layout`` describes."""
+    size = list(whole.shape)
+    size[layout.dim] = layout.length
+    leading = (1,) * len(parameter.position)
+    position = 0
+    for stored in _read_chunks(source, parameter, layout, _size(size, whole.dtype)):
+        chunk = stored.to(whole.dtype)
+        if not is_finite(chunk):
+            raise WeightsError(
+                f"model folder {source.path}: {_describe_not_finite(source, parameter, chunk.dtype)}"
+            )
+        offsets = [0] * len(size)
+        offsets[layout.dim] = position
+        position += chunk.shape[layout.dim]
+        file.write_chunk(
+            parameter.key + suffix,
+            chunk.reshape(*leading, *chunk.shape),
+            (*parameter.position, *offsets),
+            (*parameter.stack, *size),
+        )
+
+
+def _read_chunks(
+    source: HfFolder, parameter: StoredParameter, layout: ShardLayout, num_bytes: int
+) -> Iterator[Tensor]:
+    """Yields a tensor of a checkpoint in equal chunks along the dimension that ranks split, so that a rank can read only its own
+    part.
 
     The chunks have the stored type.
     """
-    entry = parameter.binding.entry
-    layout = entry.layout(source.shape, 0, 1, whole.shape)
-    num = num_chunks(whole.shape[layout.dim], whole.num_bytes) if entry.is_sharded else 1
+    num = num_chunks(layout.length, num_bytes) if parameter.binding.entry.is_sharded else 1
     length = layout.length // num
     if layout.dim == 0:
         parts = (_clip(layout, i * length, (i + 1) * length) for i in range(num))
@@ -369,22 +391,15 @@ def check_parameters(source: TorchDistFolder, table: NameTable) -> None:
     """Refuses a checkpoint with missing, additional or differently shaped parameters."""
     known = set()
     for parameter in table.stored_parameters():
-        key, index = place(source, parameter)
-        stack, size = source.tensors[key].size[: len(index)], source.tensors[key].size[len(index) :]
-        try:
-            layout = parameter.binding.entry.layout(table.shape, 0, 1, size)
-        except (ValueError, IndexError):
-            layout = parameter.binding.entry.layout(table.shape, 0, 1, None)
-        expected = (
-            *parameter.stack[len(parameter.stack) - len(index) :],
-            *parameter.binding.shard_shape(layout),
-        )
-        if (*stack, *size) != expected:
-            raise CheckpointError(
-                f"checkpoint {source.path}: {key} has shape {[*stack, *size]}, config.json implies {list(expected)}; "
-                "give the --hf-model that the run was started with"
-            )
-        known.add(key)
+        found = places(source, parameter)
+        for (key, index), shape in zip(found, _section_shapes(source, table, parameter), strict=True):
+            expected = (*parameter.stack[len(parameter.stack) - len(index) :], *shape)
+            if tuple(source.tensors[key].size) != expected:
+                raise CheckpointError(
+                    f"checkpoint {source.path}: {key} has shape {list(source.tensors[key].size)}, config.json implies "
+                    f"{list(expected)}; give the --hf-model that the run was started with"
+                )
+            known.add(key)
     _check_query_groups(source, table)
     extra = [key for key in source.tensors if key not in known and not key.startswith("optimizer.")]
     if extra:
@@ -394,15 +409,30 @@ def check_parameters(source: TorchDistFolder, table: NameTable) -> None:
         )
 
 
+def _section_shapes(
+    source: TorchDistFolder, table: NameTable, parameter: StoredParameter
+) -> list[tuple[int, ...]]:
+    """Returns the shape that each tensor of a parameter should have, with as much padding as this checkpoint has."""
+    key, index = places(source, parameter)[0]
+    size = None if parameter.sections else source.tensors[key].size[len(index) :]
+    try:
+        layout = parameter.binding.entry.layout(table.shape, 0, 1, size)
+    except (ValueError, IndexError):
+        layout = parameter.binding.entry.layout(table.shape, 0, 1, None)
+    shape = parameter.binding.shard_shape(layout)
+    return [(rows, *shape[1:]) for _, rows in parameter.sections] or [shape]
+
+
 def _check_query_groups(source: TorchDistFolder, table: NameTable) -> None:
     """Refuses a checkpoint whose projections before and after attention have different numbers of query groups."""
     shape = table.shape
     heads = shape.num_attention_heads // shape.num_query_groups * shape.head_dim
     found = {}
     for parameter in table.stored_parameters():
-        for name, size in (("linear_qkv.weight", heads + 2 * shape.head_dim), ("linear_proj.weight", heads)):
+        rows = sum(size[0] for size in parameter.binding.hf_shapes) // shape.num_query_groups
+        for name, size in (("linear_qkv.weight", rows), ("linear_proj.weight", heads)):
             if parameter.key.endswith(name):
-                key, index = place(source, parameter)
+                ((key, index),) = places(source, parameter)
                 dim = len(index) + (name == "linear_proj.weight")
                 found[name] = source.tensors[key].size[dim] / size
     if len(set(found.values())) > 1 or any(groups % 1 for groups in found.values()):
@@ -412,19 +442,26 @@ def _check_query_groups(source: TorchDistFolder, table: NameTable) -> None:
         )
 
 
-def place(source: TorchDistFolder, parameter: StoredParameter) -> tuple[str, tuple[int, ...]]:
-    """Returns key and index of a parameter in this checkpoint, whether its layers are stacked or not."""
-    for key, index in ((parameter.key, parameter.position), (parameter.single_key, parameter.position[1:])):
+def places(source: TorchDistFolder, parameter: StoredParameter) -> list[tuple[str, tuple[int, ...]]]:
+    """Returns key and index of each tensor of a parameter in this checkpoint. Most parameters are one tensor."""
+    return [_place(source, parameter, suffix) for suffix, _ in parameter.sections or (("", 0),)]
+
+
+def _place(source: TorchDistFolder, parameter: StoredParameter, suffix: str) -> tuple[str, tuple[int, ...]]:
+    """Returns key and index of a tensor, whether layers are stacked or not."""
+    stacked, single = parameter.key + suffix, parameter.single_key + suffix
+    for key, index in ((stacked, parameter.position), (single, parameter.position[1:])):
         if key in source.tensors:
             return key, index
     raise CheckpointError(
-        f"checkpoint {source.path} has no {parameter.key}; give the --hf-model that the run was started with"
+        f"checkpoint {source.path} has no {stacked}; give the --hf-model that the run was started with"
     )
 
 
 def read_parameter(source: TorchDistFolder, table: NameTable, parameter: StoredParameter) -> list[Tensor]:
     """Reads the Hugging Face tensors of a parameter, in the order of its names, in the checkpoint's type."""
-    whole = source.read(*place(source, parameter))
+    sections = [source.read(*place) for place in places(source, parameter)]
+    whole = sections[0] if len(sections) == 1 else torch.cat(sections)
     layout = parameter.binding.entry.layout(table.shape, 0, 1, whole.shape)
     if len(layout.pieces) > len(parameter.binding.hf_names):
         return assemble([whole], parameter.binding, table)
@@ -446,7 +483,7 @@ def _file_parts(
     files: list[list[tuple[StoredParameter, list[TensorPlan]]]] = []
     sizes: list[int] = []
     for parameter in template.table.stored_parameters():
-        stored = source.tensors[place(source, parameter)[0]].properties.dtype
+        stored = source.tensors[places(source, parameter)[0][0]].properties.dtype
         plans = _plan(parameter, written_type(parameter.binding.entry, stored, dtype, is_fp8=is_fp8), is_fp8)
         num_bytes = sum(_size(plan.shape, plan.dtype) for plan in plans)
         if not files or sizes[-1] + num_bytes > max_shard_bytes:
@@ -491,10 +528,10 @@ def _plan(parameter: StoredParameter, dtype: torch.dtype, is_fp8: bool) -> list[
 def write_file(path: Path, source: TorchDistFolder, table: NameTable, part: _FilePart) -> None:
     writer = ShardWriter(path, [plan for _, plans in part.parameters for plan in plans])
     try:
-        following = [place(source, parameter) for parameter, _ in part.parameters[1:]]
-        for (parameter, plans), ahead in zip_longest(part.parameters, following):
-            if ahead is not None:
-                source.read_ahead(*ahead)
+        following = [places(source, parameter) for parameter, _ in part.parameters[1:]]
+        for (parameter, plans), ahead in zip(part.parameters, [*following, []], strict=True):
+            for key, index in ahead:
+                source.read_ahead(key, index)
             dtypes = {plan.name: plan.dtype for plan in plans}
             for name, tensor in zip(
                 parameter.binding.hf_names, read_parameter(source, table, parameter), strict=True

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_rasft.tools.conversion.layerwise_delta import delta_net
 from megatron_rasft.weights.architecture import megatron_args
 from megatron_rasft.weights.folder import HfFolder
 from megatron_rasft.weights.rope import Rope, Yarn
@@ -48,6 +49,7 @@ class _Forward:
         self.args = megatron_args(folder)
         self.rope = folder.rope
         self.groups = self.shape.num_query_groups
+        self.is_centered = bool(self.args.get("layernorm_zero_centered_gamma"))
 
     def _weight(self, name: str, *index: int) -> Tensor:
         key = f"decoder.layers.{name}" if index else name
@@ -57,7 +59,7 @@ class _Forward:
         return (weight if self.weight_dtype is None else weight.to(self.weight_dtype)).float()
 
     def _norm(self, x: Tensor, name: str, *index: int, eps: float | None = None) -> Tensor:
-        weight = self._weight(name, *index)
+        weight = self._weight(name, *index) + self.is_centered
         eps = self.args["layernorm_epsilon"] if eps is None else eps
         return weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
 
@@ -71,7 +73,8 @@ class _Forward:
         attention = self._attention if latent is None else self._latent_attention
         angles = rotary_angles(tokens.shape[1], rotated, self.rope)
         for layer in range(self.shape.num_layers):
-            x = x + attention(x, angles, layer)
+            is_delta = self.shape.delta_layers[layer]
+            x = x + (self._delta_net(x, layer) if is_delta else attention(x, angles, layer))
             has_experts = self.shape.num_experts and layer >= self.shape.num_dense_layers
             x = x + (self._experts(x, layer) if has_experts else self._mlp(x, layer))
         x = self._norm(x, "decoder.final_layernorm.weight")
@@ -85,9 +88,10 @@ class _Forward:
         if self.shape.has_qkv_bias:
             x = x + self._weight("self_attention.linear_qkv.bias", layer)
         per_group = self.shape.num_attention_heads // self.groups
-        # a group consists of its queries, its key and its value; groups added by --rasft-query-groups come last
-        x = x.view(batch, length, -1, per_group + 2, d)[:, :, : self.groups]
-        query, key, value = x.split([per_group, 1, 1], 3)  # [b, s, g, *, d]
+        gates = per_group * bool(self.args.get("attention_output_gate"))
+        # a group consists of its queries, their gates, its key and its value; groups added by --rasft-query-groups come last
+        x = x.view(batch, length, -1, per_group + gates + 2, d)[:, :, : self.groups]
+        query, gate, key, value = x.split([per_group, gates, 1, 1], 3)  # [b, s, g, *, d]
         query = query.flatten(2, 3)
         key, value = (t.flatten(2, 3) for t in (key, value))
         if self.shape.has_qk_norm:
@@ -99,6 +103,8 @@ class _Forward:
         query, key, value = (t.transpose(1, 2) for t in (query, key, value))  # [b, heads, s, d]
         x = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
         x = x.transpose(1, 2).flatten(2)
+        if gates:
+            x = x * gate.flatten(2).sigmoid()
         return x @ self._weight("self_attention.linear_proj.weight", layer)[:, : x.shape[-1]].T
 
     def _latent_attention(self, x: Tensor, angles: Tensor, layer: int) -> Tensor:
@@ -137,6 +143,13 @@ class _Forward:
     def _project(self, x: Tensor, name: str, layer: int) -> Tensor:
         return x @ self._weight(f"self_attention.{name}.weight", layer).T
 
+    def _delta_net(self, x: Tensor, layer: int) -> Tensor:
+        delta = self.shape.delta
+        assert delta is not None
+        x = self._norm(x, "self_attention.in_proj.layer_norm_weight", layer)
+        eps = self.args["layernorm_epsilon"]
+        return delta_net(x, lambda name: self._weight(f"self_attention.{name}", layer), delta, eps)
+
     def _mlp(self, x: Tensor, layer: int) -> Tensor:
         x = self._norm(x, "mlp.linear_fc1.layer_norm_weight", layer)
         return _gated(
@@ -154,7 +167,10 @@ class _Forward:
             total += weight * _gated(x, fc1, fc2)
         if self.shape.shared_ffn_hidden_size:
             names = (f"mlp.shared_experts.linear_fc{i}.weight" for i in (1, 2))
-            total += _gated(x, *(self._weight(name, layer) for name in names))
+            shared = _gated(x, *(self._weight(name, layer) for name in names))
+            if self.args.get("moe_shared_expert_gate"):
+                shared = shared * (x @ self._weight("mlp.shared_experts.gate_weight", layer).T).sigmoid()
+            total += shared
         return total
 
     def _route(self, scores: Tensor, layer: int) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from megatron_rasft.tools.conversion.conversion import place, read_parameter, written_type
+from megatron_rasft.tools.conversion.conversion import places, read_parameter, written_type
 from megatron_rasft.weights.exporting import type_names
 from megatron_rasft.weights.families import StoredParameter
 from megatron_rasft.weights.finite import NOT_FINITE, is_finite
@@ -182,7 +182,7 @@ def _summary(
         for digest in digests:
             whole.update(digest)
     num_elements = sum(count for _, _, count in results)
-    keys = {place(checkpoint, parameter)[0] for parameter in folder.table.stored_parameters()}
+    keys = {key for p in folder.table.stored_parameters() for key, _ in places(checkpoint, p)}
     stored = sum(math.prod(checkpoint.tensors[key].size) for key in keys)
     faults = [fault for _, found, _ in results for fault in found]
     expected = sum(math.prod(shape) for shape in folder.table.hf_shapes.values())

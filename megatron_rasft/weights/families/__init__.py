@@ -3,7 +3,7 @@
 A file of this package declares a kind of family. FAMILIES has an entry for each family.
 """
 
-from megatron_rasft.weights.families import dense, experts, glm4_moe, latent
+from megatron_rasft.weights.families import delta_net, dense, experts, glm4_moe, latent
 from megatron_rasft.weights.families.declaration import Family
 from megatron_rasft.weights.families.entries import Entry
 from megatron_rasft.weights.families.layouts import Piece, ShardLayout
@@ -40,5 +40,9 @@ FAMILIES = {
         glm4_moe.GLM4_MOE,
         latent.DEEPSEEK_V3,
         latent.GLM4_MOE_LITE,
+        delta_net.QWEN3_5,
+        delta_net.QWEN3_5_VISION,
+        delta_net.QWEN3_5_MOE,
+        delta_net.QWEN3_NEXT,
     )
 }

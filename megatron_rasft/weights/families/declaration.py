@@ -42,6 +42,8 @@ class Family:
     default_is_tied: bool = False
     default_rope_theta: float = 10000.0
     default_norm_eps: float = 1e-6
+    layer_types: tuple[str, ...] = ("full_attention",)
+    """Kinds of layers in config.json's layer_types that the table has."""
     default_sliding_window: int | None = None
     has_window_switch: bool = False
     """True if config.json's sliding_window applies only when use_sliding_window is true."""

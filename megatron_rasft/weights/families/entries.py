@@ -32,6 +32,8 @@ class Entry(NamedTuple):
     is_expert: bool = False
     is_buffer: bool = False
     """True if it is a buffer of the module, which training does not change and which stays in fp32."""
+    sections: Callable[[ModelShape], tuple[tuple[str, int], ...]] | None = None
+    """Returns suffix and rows of the tensors into which Megatron's checkpoints cut the parameter; None: it is one tensor there."""
 
 
 def norm_entry(megatron: tuple[str, ...], hf: str, size: Callable[[ModelShape], int]) -> Entry:

@@ -44,8 +44,11 @@ def _mixtral_sizes(config: Config) -> dict[str, Any]:
     return {"num_experts": _num_experts(config, 8)}
 
 
-def _qwen3_sizes(config: Config) -> dict[str, Any]:
-    """Reads the sizes of the experts; intermediate_size belongs to layers without experts."""
+def expert_sizes(config: Config, *, size: int, num_experts: int) -> dict[str, Any]:
+    """Reads the sizes of the experts; intermediate_size belongs to layers without experts.
+
+    ``size`` and ``num_experts`` are transformers' defaults.
+    """
     sparse_step = positive_int(config, "decoder_sparse_step", default=1)
     if list_of(config, "mlp_only_layers", int) or sparse_step != 1:
         raise unsupported(
@@ -53,8 +56,8 @@ def _qwen3_sizes(config: Config) -> dict[str, Any]:
             f"{sparse_step}), which is not supported"
         )
     return {
-        "ffn_hidden_size": positive_int(config, "moe_intermediate_size", default=768),
-        "num_experts": _num_experts(config, 128),
+        "ffn_hidden_size": positive_int(config, "moe_intermediate_size", default=size),
+        "num_experts": _num_experts(config, num_experts),
     }
 
 
@@ -96,7 +99,7 @@ QWEN3_MOE = Family(
     default_max_position_embeddings=32768,
     default_sliding_window=4096,
     has_window_switch=True,
-    own_sizes=_qwen3_sizes,
+    own_sizes=lambda config: expert_sizes(config, size=768, num_experts=128),
     own_args=lambda config, shape: router_args(
         config, shape, 8, is_normalized=flag(config, "norm_topk_prob")
     ),

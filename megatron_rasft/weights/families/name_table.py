@@ -58,6 +58,8 @@ class StoredParameter(NamedTuple):
     stack: tuple[int, ...]
     """Sizes of the dimensions that ``position`` indexes."""
     binding: Binding
+    sections: tuple[tuple[str, int], ...] = ()
+    """Suffix of the key, and rows, of each tensor into which the parameter is cut; empty if it is one tensor."""
 
 
 class NameTable:
@@ -143,6 +145,7 @@ class NameTable:
             position,
             stack,
             self._bind(entry, f"{self._prefix}layers.{layer}.", expert),
+            () if entry.sections is None else entry.sections(self.shape),
         )
 
     def _bind(self, entry: Entry, prefix: str, expert: int) -> Binding:

@@ -24,6 +24,28 @@ class LatentShape:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DeltaShape:
+    """The sizes of gated delta nets, which replace the attention of some layers."""
+
+    num_key_heads: int
+    num_value_heads: int
+    key_dim: int
+    value_dim: int
+    kernel_size: int
+    """Tokens that the short convolution before the delta rule sees."""
+    is_delta: tuple[bool, ...]
+    """Whether each layer of the model has a gated delta net."""
+
+    @property
+    def keys(self) -> int:
+        return self.num_key_heads * self.key_dim
+
+    @property
+    def values(self) -> int:
+        return self.num_value_heads * self.value_dim
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelShape:
     """The sizes of a model, as its config.json gives them."""
 
@@ -48,6 +70,9 @@ class ModelShape:
     """Inner size of the MLP of these layers."""
     shared_ffn_hidden_size: int = 0
     """Inner size of the shared experts of a layer together, through which every token passes; 0 if there are none."""
+    delta: DeltaShape | None = None
+    """None if every layer has attention."""
+
     latent: LatentShape | None = None
     """The sizes of multi-latent attention; None if attention is grouped. head_dim is then the size of a value."""
 
@@ -56,6 +81,11 @@ class ModelShape:
         if self.latent is not None:
             return self.num_attention_heads // tp * (self.latent.key_dim + self.latent.value_dim)
         return 2 * max(1, self.num_query_groups // tp) * self.head_dim
+
+    @property
+    def delta_layers(self) -> tuple[bool, ...]:
+        """Whether each layer has a gated delta net in place of attention."""
+        return (False,) * self.num_layers if self.delta is None else self.delta.is_delta
 
     @property
     def mlp_size(self) -> int:

@@ -139,16 +139,23 @@ def test_dropout_is_refused() -> None:
         core_attention(dropout=0.1)
 
 
+@pytest.mark.parametrize("is_centered", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rms_norm_divides_by_the_root_mean_square_in_fp32(dtype: torch.dtype) -> None:
-    config: Any = SimpleNamespace(use_cpu_initialization=True, params_dtype=dtype, sequence_parallel=True)
+def test_rms_norm_divides_by_the_root_mean_square_in_fp32(dtype: torch.dtype, is_centered: bool) -> None:
+    config: Any = SimpleNamespace(
+        use_cpu_initialization=True,
+        params_dtype=dtype,
+        sequence_parallel=True,
+        layernorm_zero_centered_gamma=is_centered,
+    )
     norm = RMSNorm(config, 6, eps=1e-3)
+    assert torch.equal(norm.weight + is_centered, torch.ones(6)), "the initial factor is 1"
     assert norm.weight.sequence_parallel, "finalize_model_grads sums the gradients of marked weights"
     with torch.no_grad():
         norm.weight.copy_(torch.arange(6) / 4)
     x = torch.randn(5, 6, generator=torch.Generator().manual_seed(2)).to(dtype)
     root = (x.double().pow(2).mean(-1, keepdim=True) + 1e-3).sqrt()
-    expected = x.double() / root * norm.weight.double()
+    expected = x.double() / root * (norm.weight.double() + is_centered)
     assert norm(x).dtype == dtype
     rtol = 1e-5 if dtype == torch.float32 else 2**-7
     torch.testing.assert_close(norm(x).double(), expected, atol=1e-5, rtol=rtol)

@@ -42,7 +42,13 @@ def attended(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
 
 
 def prefill(cache: KeyValueCache, prompts: list[int], rows: list[int]) -> None:
-    cache.step = Prefill(frequencies=NO_FREQUENCIES, prompts=torch.tensor(prompts), rows=torch.tensor(rows))
+    lengths = torch.full((max(prompts) + 1,), LENGTH)
+    cache.step = Prefill(
+        frequencies=NO_FREQUENCIES,
+        prompts=torch.tensor(prompts),
+        rows=torch.tensor(rows),
+        lengths=lengths,
+    )
 
 
 def decode(cache: KeyValueCache, positions: list[int]) -> None:
@@ -128,7 +134,8 @@ def test_the_model_gets_the_frequencies_of_the_next_forward_pass() -> None:
     with pytest.raises(AssertionError, match="step"):
         rotary(rotary.get_rotary_seq_len(None), packed_seq=False)
     frequencies = torch.arange(4.0)[:, None, None, None]
-    cache.step = Prefill(frequencies=frequencies, prompts=torch.tensor([0]), rows=torch.tensor([0]))
+    zero = torch.tensor([0])
+    cache.step = Prefill(frequencies=frequencies, prompts=zero, rows=zero, lengths=zero)
     assert rotary(7, packed_seq=False) is frequencies
 
 

@@ -12,7 +12,7 @@ from megatron_rasft.weights.rope import read_rope
 from tests.unit.training.stand_ins import config_of
 
 
-def args_of(**changes: int) -> Any:
+def args_of(**changes: Any) -> Any:
     """8 processes, a model of 8 heads in 4 query groups."""
     sizes = {
         "world_size": 8,
@@ -24,6 +24,7 @@ def args_of(**changes: int) -> Any:
         "num_query_groups": 4,
         "micro_batch_size": 2,
         "global_batch_size": 8,
+        "experimental_attention_variant": None,
     }
     return SimpleNamespace(**sizes | changes)
 
@@ -44,6 +45,21 @@ def test_a_layout_that_fits_is_accepted() -> None:
 def test_a_layout_that_does_not_fit_is_refused(changes: dict[str, int], pattern: str) -> None:
     with pytest.raises(ValueError, match=pattern):
         check_layout(args_of(**changes))
+
+
+def delta_args_of(**changes: Any) -> Any:
+    heads = {"linear_num_key_heads": 4, "linear_num_value_heads": 8, "deterministic_mode": False}
+    return args_of(experimental_attention_variant="gated_delta_net", **heads | changes)
+
+
+def test_heads_of_delta_nets_are_spread_over_tensor_and_context_parallel_ranks() -> None:
+    check_layout(delta_args_of(context_parallel_size=2))
+    with pytest.raises(ValueError, match=r"parallel-size 2 .*--context-parallel-size 2 .* 2 key heads"):
+        check_layout(delta_args_of(context_parallel_size=2, linear_num_key_heads=2))
+    with pytest.raises(ValueError, match=r"parallel-size 2 .* 3 value heads"):
+        check_layout(delta_args_of(linear_num_value_heads=3))
+    with pytest.raises(ValueError, match="--deterministic-mode"):
+        check_layout(delta_args_of(deterministic_mode=True))
 
 
 @pytest.mark.parametrize(

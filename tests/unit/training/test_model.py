@@ -4,9 +4,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from megatron.core.ssm.gated_delta_net import GatedDeltaNet
+from megatron.core.transformer.attention import SelfAttention
 
+from megatron_rasft.training import delta_net
 from megatron_rasft.training import model as model_module
 from megatron_rasft.training.attention import RMSNorm, SdpaCoreAttention
+from megatron_rasft.training.delta_net import HeadNorm
 from megatron_rasft.training.model import layer_spec
 
 
@@ -22,6 +26,7 @@ def config_of(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> Any:
         "multi_latent_attention": False,
         "num_moe_experts": None,
         "moe_grouped_gemm": False,
+        "experimental_attention_variant": None,
     }
     return SimpleNamespace(**values | changes)
 
@@ -65,3 +70,37 @@ def test_transformer_engines_layers_are_megatrons_own(monkeypatch: pytest.Monkey
     config = config_of(monkeypatch, transformer_impl="transformer_engine")
     spec: Any = layer_spec(config, 1)
     assert spec == ((config,), {"use_transformer_engine": True, "vp_stage": 1})
+
+
+DELTA = {"experimental_attention_variant": "gated_delta_net", "linear_attention_freq": [0, 0, 1, 0, 1]}
+
+
+def test_gated_delta_nets_replace_the_attention_of_their_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    block: Any = layer_spec(config_of(monkeypatch, qk_layernorm=True, **DELTA))
+    layers = [layer.submodules for layer in block.layer_specs]
+    assert [layer.self_attention.module is GatedDeltaNet for layer in layers] == [True, False, True]
+    assert layers[0].self_attention.submodules.out_norm is HeadNorm
+    fused = [layer.sharded_state_dict_keys_map["input_layernorm."].split(".")[1] for layer in layers]
+    assert fused == ["in_proj", "linear_qkv", "in_proj"], "the norm is fused with what follows it"
+
+
+def test_transformer_engines_delta_nets_get_the_norm_that_is_not_zero_centred(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    kinds = [GatedDeltaNet, SelfAttention]
+    specs = [
+        SimpleNamespace(
+            submodules=SimpleNamespace(
+                self_attention=SimpleNamespace(module=kind, submodules=SimpleNamespace(out_norm="TENorm"))
+            )
+        )
+        for kind in kinds
+    ]
+    monkeypatch.setattr(
+        delta_net,
+        "get_transformer_block_with_experimental_attention_variant_spec",
+        lambda config, vp_stage: SimpleNamespace(layer_specs=specs),
+    )
+    block: Any = layer_spec(config_of(monkeypatch, transformer_impl="transformer_engine", **DELTA))
+    norms = [layer.submodules.self_attention.submodules.out_norm for layer in block.layer_specs]
+    assert norms == [HeadNorm, "TENorm"]

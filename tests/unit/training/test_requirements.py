@@ -21,6 +21,8 @@ def parsed(flags: str) -> argparse.Namespace:
     parser.add_argument("--moe-permute-fusion", action="store_true")
     parser.add_argument("--objective-logprob-kernels", default="auto")
     parser.add_argument("--use-megatron-fsdp", action="store_true")
+    parser.add_argument("--experimental-attention-variant")
+    parser.add_argument("--hf-model", default="DIR")
     return parser.parse_args(flags.split())
 
 
@@ -40,6 +42,16 @@ def test_kernels_of_transformer_engine_need_it_and_a_gpu(flags: str) -> None:
         refuse_unrunnable(parsed(flags), has_gpu=False, has_transformer_engine=False)
     with pytest.raises(ValueError, match=rf"^{flag} .*megatron-rasft\[te\]"):
         refuse_unrunnable(parsed(flags), has_gpu=True, has_transformer_engine=False)
+
+
+def test_gated_delta_nets_need_their_kernels_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    args = parsed("--experimental-attention-variant gated_delta_net")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    refuse_unrunnable(args, has_gpu=False, has_transformer_engine=False)
+    with pytest.raises(ValueError, match=r"--hf-model DIR .*megatron-rasft\[delta\]"):
+        refuse_unrunnable(args, has_gpu=True, has_transformer_engine=False)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    refuse_unrunnable(args, has_gpu=True, has_transformer_engine=False)
 
 
 def test_defaults_need_nothing() -> None:

@@ -22,13 +22,14 @@ from megatron_rasft.weights.architecture import (
 )
 from megatron_rasft.weights.config_values import BRIDGE
 from megatron_rasft.weights.families import FAMILIES, REFUSED, Family
+from tests.tiny_models import config_class
 
 
 def transformers_config(architecture: str, **values: Any) -> Any:
     """Builds transformers' configuration for a config.json with only these values."""
     if FAMILIES[architecture].text_model_type is not None:
         return transformers.AutoConfig.for_model(FAMILIES[architecture].text_model_type, **values)
-    return getattr(transformers, architecture.replace("ForCausalLM", "Config"))(**values)
+    return config_class(architecture.removesuffix("ForCausalLM"))(**values)
 
 
 def whole_config(family: Family, text: dict[str, Any]) -> dict[str, Any]:
@@ -74,7 +75,7 @@ def test_absent_keys_mean_what_the_class_built_without_arguments_means(architect
     stored = transformers_config(architecture).to_dict()
     family = FAMILIES[architecture]
     described = []
-    for config in (stored, {key: stored[key] for key in SIZES}):
+    for config in (stored, {key: stored[key] for key in SIZES if key in stored}):
         config["sliding_window"] = None
         if stored["hidden_size"] % stored["num_attention_heads"]:
             config["head_dim"] = 64  # the class divides and drops the rest, which is refused
@@ -190,7 +191,9 @@ ANYTHING = st.sampled_from(
 
 
 def has_shared_experts(family: Family) -> bool:
-    return any("shared_experts" in name for entry in family.mlp for name in entry.megatron)
+    """Whether a family has GLM's shared experts, which have no gate."""
+    names = [name for entry in family.mlp for name in entry.megatron]
+    return any("shared_experts" in name for name in names) and "linear_attention" not in family.layer_types
 
 
 def base(architecture: str) -> dict[str, Any]:
@@ -286,6 +289,28 @@ def test_query_groups_cannot_be_added_to_latent_attention(tmp_path: Path) -> Non
     (tmp_path / "config.json").write_text(json.dumps(base("DeepseekV3ForCausalLM")))
     with pytest.raises(ValueError, match="--rasft-query-groups 8"):
         megatron_args(ModelDescription.read(tmp_path), query_groups=8)
+
+
+DELTA: dict[str, tuple[dict[str, Any], str]] = {
+    "heads that cannot be shared": (
+        {"linear_num_value_heads": 6, "linear_num_key_heads": 4},
+        "linear_num_key_heads",
+    ),
+    "a kind of layer too few": ({"layer_types": ["linear_attention"]}, "layer_types"),
+    "a kind of layer that is unknown": ({"layer_types": ["linear_attention", "mamba"]}, "mamba"),
+    "partly rotated YaRN": ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "partial_rotary_factor"),
+    "half a size": ({"linear_key_head_dim": 0.5}, "linear_key_head_dim"),
+}
+
+
+@pytest.mark.parametrize("changes,key", DELTA.values(), ids=DELTA)
+def test_gated_delta_nets_that_megatron_lacks_are_refused(
+    changes: dict[str, Any], key: str, tmp_path: Path
+) -> None:
+    config = base("Qwen3_5ForCausalLM")
+    assert isinstance(read_back(tmp_path, config), dict)
+    made = read_back(tmp_path, config | changes)
+    assert isinstance(made, str) and key in made
 
 
 @given(

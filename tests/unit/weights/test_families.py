@@ -2,7 +2,6 @@
 
 import importlib
 import math
-import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -15,15 +14,29 @@ from safetensors.torch import load_file
 
 from megatron_rasft.weights import families
 from megatron_rasft.weights.families import FAMILIES, Binding, ModelShape, NameTable
-from megatron_rasft.weights.families.shape import LatentShape
+from megatron_rasft.weights.families.shape import DeltaShape, LatentShape
 from tests.tiny_models import hf_config
 
 MODELS = {architecture: getattr(transformers, architecture) for architecture in FAMILIES}
 LATENT = LatentShape(query_rank=6, key_value_rank=4, plain_dim=3, rotary_dim=4, value_dim=4)
 LAYER = "decoder.layers.1."
+LAYER_TYPES = ["linear_attention", "full_attention", "linear_attention"]
 
 
-def shape(heads: int = 4, groups: int = 2, tied: bool = False, **more: int) -> ModelShape:
+DELTA = DeltaShape(
+    num_key_heads=2, num_value_heads=4, key_dim=4, value_dim=3, kernel_size=4, is_delta=(True, False, True)
+)
+
+
+def own_sizes(architecture: str) -> dict[str, Any]:
+    """Sizes that only some families have."""
+    family = FAMILIES[architecture]
+    if "linear_attention" not in family.layer_types:
+        return {}
+    return {"delta": DELTA, "shared_ffn_hidden_size": 12 * family.has_experts}
+
+
+def shape(heads: int = 4, groups: int = 2, tied: bool = False, **more: Any) -> ModelShape:
     sizes = {
         "num_layers": 3,
         "hidden_size": 8,
@@ -145,7 +158,7 @@ def test_padded_vocabulary_may_not_be_smaller_than_the_model() -> None:
 def test_every_hf_tensor_has_exactly_one_parameter(architecture: str, is_tied: bool) -> None:
     family = FAMILIES[architecture]
     num_experts = 5 if family.has_experts else 0
-    table = table_of(architecture, shape(tied=is_tied, num_experts=num_experts))
+    table = table_of(architecture, shape(tied=is_tied, num_experts=num_experts, **own_sizes(architecture)))
     names = ["embedding.word_embeddings.weight", "decoder.final_layernorm.weight"]
     names += [] if is_tied else ["output_layer.weight"]
     for which in (0, -1):  # plain layers, fused layers
@@ -226,14 +239,20 @@ def test_tables_have_the_names_and_shapes_that_transformers_saves(
         "qk_nope_head_dim": LATENT.plain_dim,
         "qk_rope_head_dim": LATENT.rotary_dim,
         "v_head_dim": LATENT.value_dim,
+        "shared_expert_intermediate_size": 12,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 4,
+        "linear_value_head_dim": 3,
+        "layer_types": LAYER_TYPES if own_sizes(architecture) else None,
         "pad_token_id": None,
         "tie_word_embeddings": is_tied,
     }
-    config = hf_config(re.sub("For.*", "", architecture), values)
+    config = hf_config(architecture.removesuffix("ForCausalLM"), values)
     MODELS[architecture](config).save_pretrained(tmp_path)
     family = FAMILIES[architecture]
     tensors = load_file(tmp_path / "model.safetensors").items()
-    more = {"dense_ffn_hidden_size": 12, "shared_ffn_hidden_size": 12}
+    more = {"dense_ffn_hidden_size": 12, "shared_ffn_hidden_size": 12, **own_sizes(architecture)}
     more["num_dense_layers"] = getattr(config, "mlp_layer_types", []).count("dense")
     more["num_dense_layers"] += getattr(config, "first_k_dense_replace", 0)
     sizes = shape(tied=is_tied, hidden_size=16, num_experts=num_experts, **more)
@@ -247,11 +266,12 @@ def test_tables_have_the_names_and_shapes_that_transformers_saves(
 @pytest.mark.parametrize("tp_size", [1, 2])
 def test_shards_of_all_ranks_are_the_whole_tensors(architecture: str, tp_size: int) -> None:
     """Norms and routers are whole on every rank; every element of the others is on exactly one."""
-    sizes = shape(vocab_size=12, num_experts=5 if FAMILIES[architecture].has_experts else 0)
+    num_experts = 5 if FAMILIES[architecture].has_experts else 0
+    sizes = shape(vocab_size=12, num_experts=num_experts, **own_sizes(architecture))
     table = table_of(architecture, sizes)
     for parameter in table.stored_parameters():
         entry, shapes = parameter.binding.entry, parameter.binding.hf_shapes
-        is_whole = "norm" in parameter.key or "router" in parameter.key
+        is_whole = any(name in parameter.key for name in ("norm", "router", "gate_weight"))
         assert entry.is_sharded is not is_whole, parameter.key
         counts = [torch.zeros(size) for size in shapes]
         for rank in range(tp_size):
@@ -302,3 +322,11 @@ def test_stored_parameters_are_stacked_by_layer_and_expert(
     (top,) = [p for p in table.stored_parameters() if p.key == "decoder.final_layernorm.weight"]
     assert (top.single_key, top.position, top.stack) == (top.key, (), ())
     assert (top.binding.prefix, top.binding.expert) == ("", 0)
+
+
+@pytest.mark.parametrize("architecture", ["Qwen3_5ForCausalLM", "Qwen3NextForCausalLM"])
+def test_layers_for_multi_token_prediction_are_carried(architecture: str) -> None:
+    sizes = shape(**own_sizes(architecture), num_experts=2)
+    assert FAMILIES[architecture].is_carried("mtp.fc.weight", sizes)
+    table = table_of(architecture, sizes)
+    assert not any(FAMILIES[architecture].is_carried(name, sizes) for name in table.hf_shapes)

@@ -6,7 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_rasft.weights import fp8_blocks
-from megatron_rasft.weights.fp8_blocks import BLOCK, quantized, scale_shape
+from megatron_rasft.weights.fp8_blocks import (
+    BLOCK,
+    is_linear_layer,
+    quantization_config,
+    quantized,
+    scale_shape,
+)
 from tests.unit.weights.dequantizing import dequantize_blocks
 
 
@@ -83,3 +89,19 @@ def test_many_rows_at_once_as_on_a_gpu_give_the_same(
     values, scales = quantized(weight)
     assert torch.equal(scales, one_by_one[1])
     assert torch.equal(values.view(torch.uint8), one_by_one[0].view(torch.uint8))
+
+
+def test_projections_with_one_row_per_head_stay_in_16_bits() -> None:
+    layer = "model.layers.0"
+    kept = [f"{layer}.linear_attn.in_proj_{name}" for name in ("a", "b", "ba")]
+    kept += [f"{layer}.mlp.shared_expert_gate", f"{layer}.mlp.gate"]
+    quantized = [
+        f"{layer}.linear_attn.in_proj_qkv",
+        f"{layer}.linear_attn.out_proj",
+        f"{layer}.mlp.gate_proj",
+    ]
+    assert not any(is_linear_layer(f"{name}.weight", (4, 128)) for name in kept)
+    assert all(is_linear_layer(f"{name}.weight", (128, 128)) for name in quantized)
+    assert not is_linear_layer(f"{layer}.linear_attn.conv1d.weight", (384, 1, 4))
+    names = [f"{name}.weight" for name in [*kept, *quantized, "lm_head", "model.embed_tokens"]]
+    assert quantization_config(names)["modules_to_not_convert"] == [*kept, "lm_head"]

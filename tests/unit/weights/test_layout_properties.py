@@ -19,7 +19,7 @@ from megatron_rasft.tools.conversion.conversion import hf_to_megatron, megatron_
 from megatron_rasft.tools.conversion.round_trip import prove
 from megatron_rasft.weights import HfFolder
 from megatron_rasft.weights.families import FAMILIES, Binding, Family, ModelShape, NameTable
-from megatron_rasft.weights.families.shape import LatentShape
+from megatron_rasft.weights.families.shape import DeltaShape, LatentShape
 from megatron_rasft.weights.gathering import assemble
 from megatron_rasft.weights.loading import ExpertRanks, bound_parameters, read_shard
 from megatron_rasft.weights.torch_dist import TorchDistFolder
@@ -48,8 +48,23 @@ def shapes(draw: st.DrawFn, family: Family, tp_size: int = 1) -> ModelShape:
         has_qk_norm=family.has_qk_norm,
         num_experts=draw(st.integers(1, 6)) if family.has_experts else 0,
         **draw(shared_sizes(tp_size, num_layers, ffn)) if has_shared_experts(family) else {},
+        **{"shared_ffn_hidden_size": ffn} if has_delta(family) and family.has_experts else {},
+        delta=draw(delta_shapes(tp_size, num_layers)) if has_delta(family) else None,
     )
     return draw(latent_sizes(shape, tp_size)) if family.has_latent_attention else shape
+
+
+@st.composite
+def delta_shapes(draw: st.DrawFn, tp_size: int, num_layers: int) -> DeltaShape:
+    key_heads = tp_size * draw(st.integers(1, 2))
+    return DeltaShape(
+        num_key_heads=key_heads,
+        num_value_heads=key_heads * draw(st.integers(1, 3)),
+        key_dim=draw(st.integers(1, 4)),
+        value_dim=draw(st.integers(1, 4)),
+        kernel_size=draw(st.integers(1, 4)),
+        is_delta=tuple(draw(st.booleans()) for _ in range(num_layers)),
+    )
 
 
 @st.composite
@@ -69,7 +84,14 @@ def latent_sizes(draw: st.DrawFn, shape: ModelShape, tp_size: int) -> ModelShape
 
 
 def has_shared_experts(family: Family) -> bool:
-    return any("shared_experts" in name for entry in family.mlp for name in entry.megatron)
+    """Whether a family has GLM's shared experts, which have no gate."""
+    return any("shared_experts" in name for entry in family.mlp for name in entry.megatron) and not has_delta(
+        family
+    )
+
+
+def has_delta(family: Family) -> bool:
+    return "linear_attention" in family.layer_types
 
 
 @st.composite
@@ -258,9 +280,27 @@ def config_of(family: Family, shape: ModelShape) -> dict:
             "topk_group": 1,
             "mlp_layer_types": ["dense"] * dense + ["sparse"] * (shape.num_layers - dense),
         }
+    if shape.delta is not None and family.has_experts:
+        config |= {
+            "moe_intermediate_size": shape.ffn_hidden_size,
+            "shared_expert_intermediate_size": shape.shared_ffn_hidden_size,
+        }
+    if shape.delta is not None:
+        config |= delta_config_of(shape.delta)
     if family.text_model_type is not None:
         config = {"architectures": config.pop("architectures"), "text_config": config}
     return config
+
+
+def delta_config_of(delta: DeltaShape) -> dict:
+    return {
+        "linear_num_key_heads": delta.num_key_heads,
+        "linear_num_value_heads": delta.num_value_heads,
+        "linear_key_head_dim": delta.key_dim,
+        "linear_value_head_dim": delta.value_dim,
+        "linear_conv_kernel_dim": delta.kernel_size,
+        "layer_types": ["linear_attention" if is_delta else "full_attention" for is_delta in delta.is_delta],
+    }
 
 
 @pytest.mark.parametrize("architecture", FAMILIES)

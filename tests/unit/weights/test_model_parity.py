@@ -94,7 +94,7 @@ def test_megatron_loads_what_was_converted(folders: dict[str, HfFolder], tmp_pat
     assert state["checkpoint_version"] == 3.0 and state["args"].num_layers == 4
 
 
-@pytest.mark.parametrize("case", ["qwen2_yarn", "smollm3"])
+@pytest.mark.parametrize("case", ["qwen2_yarn", "smollm3", "qwen3_5"])
 def test_sampling_computes_the_logits_of_training(folders: dict[str, HfFolder], case: str) -> None:
     """The tokens of two prompts in one pass, then one further token of each from the cache."""
     chunks, _ = load(folders[case])
@@ -104,7 +104,7 @@ def test_sampling_computes_the_logits_of_training(folders: dict[str, HfFolder], 
     last = torch.full((2,), length - 1)
     cache = KeyValueCache(2, length)
     with generation_mode(chunks, cache):
-        cache.step = Prefill(frequencies=frequencies[:-1], prompts=rows, rows=rows)
+        cache.step = Prefill(frequencies=frequencies[:-1], prompts=rows, rows=rows, lengths=last)
         first = chunks[0](tokens[:, :-1], None, None)
         mask = torch.zeros(2, 1, 1, length)
         cache.step = Decode(frequencies=frequencies[last], rows=rows, positions=last, mask=mask)

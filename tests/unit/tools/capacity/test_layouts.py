@@ -1,6 +1,7 @@
 """Counts of parameters, and the layouts that are considered. tests/distributed compares the shares of ranks with Megatron's."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ def test_count_is_that_of_the_folder(tmp_path: Path, case: str) -> None:
     model = Model.read(write_folder(case, tmp_path / case))
     described = ModelDescription.read(tmp_path / case)
     sizes = NameTable(described.family, described.shape).hf_shapes.values()
-    assert model.num_parameters == sum(a * (b[0] if b else 1) for a, *b in sizes)
+    assert model.num_parameters == sum(map(math.prod, sizes))
     assert (model.num_active_parameters < model.num_parameters) == (model.top_k > 0)
 
 
