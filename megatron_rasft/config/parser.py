@@ -120,7 +120,7 @@ class FlagParser(argparse.ArgumentParser):
         """The unknown flag that ``words`` begins with, and the flag that it probably means."""
         typed, known = words[0].partition("=")[0], self.suggestible()
         if len(words) > 1 and not words[1].startswith("-"):
-            joined = f"{typed}-{words[1]}"  # --learning rate
+            joined = f"{typed}-{words[1]}"  # "learning rate" in two words
             if meant := other_name(joined, known) or other_name(joined, others):
                 return f"{typed} {words[1]}", meant
         return typed, suggest(typed, known) or suggest(typed, others)

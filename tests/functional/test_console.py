@@ -40,7 +40,7 @@ def test_a_dry_run_describes_the_run_and_writes_nothing(
     assert rows["rows"] == "41" and rows["usable"] == "40" and f'{data}:41: no "answer"' in first
     assert rows["steps"].startswith("4 of 8 problems") and rows["refreshes"].startswith("2, every 3 steps")
     assert "never trains on 8 of 40 problems" in first and "128 rollouts" in first
-    assert "GiB" in rows["memory"] and "step 0" in rows["starts"]
+    assert "iB" in rows["memory"] and "step 0" in rows["starts"]
     for name in (save, save / "metrics.jsonl", save / "rollouts.jsonl", export):
         assert f"would write     {name}: " in first
 

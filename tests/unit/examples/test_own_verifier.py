@@ -141,8 +141,8 @@ def test_judge_scores_what_is_not_exact(judge: tuple[str, list[dict[str, Any]]],
 def test_wrong_key_of_the_judge_is_named(judge: tuple[str, list[dict[str, Any]]], tmp_path: Path) -> None:
     row = {"problem": "An order.", "response": json.dumps(ORDER), "wanted": ORDER}
     done = validate([row], tmp_path, JUDGE_URL=judge[0], JUDGE_API_KEY="other")
-    assert done.returncode == 1
-    assert "401" in done.stdout and "judge.py" in done.stdout
+    assert done.returncode == 2
+    assert "401" in done.stderr and "judge.py" in done.stderr
 
 
 def test_commands_of_the_readme_write_rows_whose_responses_are_correct(tmp_path: Path) -> None:

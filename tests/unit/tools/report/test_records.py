@@ -66,7 +66,7 @@ def test_files_are_found_where_the_configuration_names_them(tmp_path: Path) -> N
 
 def test_damaged_configuration_is_named(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run")
-    for content in ("{", "[]", '{"rasft": {}}'):
+    for content in ("{", "[]", '{"rasft": []}'):
         (folder / "config.json").write_text(content)
         with pytest.raises(ValueError, match=r"config\.json"):
             read_run(folder)
