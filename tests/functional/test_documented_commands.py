@@ -38,6 +38,7 @@ RUN_BY = {
     "python -m pytest -m bridge": "test_tests_that_continuous_integration_cannot_run_are_collected",
     ".venv/bin/pre-commit install": "test_pre_commit_takes_its_configuration",
     "pip install 'megatron-rasft[code]'": "test_extras_that_the_documents_name_exist",
+    "pip install 'megatron-rasft[delta]'": "test_extras_that_the_documents_name_exist",
     FIRST_RUN: "test_first_real_run_starts_as_the_readme_says",
     FIRST_CPU_RUN: "test_first_run_on_a_cpu_starts_as_the_readme_says",
     "python pretrain_rasft.py --hf-model DIR": "test_tutorial_goes_from_own_data_to_an_evaluated_model",
