@@ -19,6 +19,7 @@ from megatron_rasft.weights.config_values import (
     unsupported,
 )
 from megatron_rasft.weights.families import FAMILIES, REFUSED, Family, ModelShape
+from megatron_rasft.weights.quantization import read_quantization
 from megatron_rasft.weights.rope import Rope, read_rope
 
 _MOST_LAYERS = 1_000_000
@@ -142,12 +143,7 @@ def _grouped_attention(config: dict[str, Any], family: Family, hidden_size: int)
 
 
 def _refuse_unsupported(config: dict[str, Any], family: Family) -> None:
-    if quantization := config.get("quantization_config"):
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        raise ModelFolderError(
-            f"the model is quantized (quantization_config, {str(method)[:80]}); use a folder with plain bf16, fp16 or "
-            "fp32 weights"
-        )
+    read_quantization(config)
     for key, default, supported in family.fixed_flags:
         if (found := flag(config, key, default)) != supported:
             raise unsupported(

@@ -22,6 +22,7 @@ from megatron_rasft.weights.finite import NOT_FINITE, is_finite
 from megatron_rasft.weights.folder import INDEX_FILE, SINGLE_FILE, HfFolder
 from megatron_rasft.weights.gathering import ExpertGroups, gather_tensors, plan_tensors
 from megatron_rasft.weights.model_card import write_card
+from megatron_rasft.weights.quantization import CONFIG_KEY
 from megatron_rasft.weights.shard_writer import ShardWriter, split_plans
 from megatron_rasft.wording import counted
 
@@ -289,14 +290,24 @@ def write_config(template: HfFolder, target: Path, dtype: torch.dtype, **more: A
     """Writes config.json for weights of type ``dtype``, with further keys ``more``.
 
     "auto_map" is left out. It refers to code beside the weights, but transformers has its own class for every family.
+    "quantization_config" is left out, because quantized weights were dequantized when they were read.
     """
-    if dtype == template.dtype and not more and "auto_map" not in template.config:
+    kept = _without_sources(template.config)
+    if dtype == template.dtype and not more and kept == template.config:
         shutil.copyfile(template.path / "config.json", target / "config.json")
         return
-    config = {**template.config, **more}
-    config.pop("auto_map", None)
+    config = kept | more
     # transformers 5 reads and writes "dtype", earlier releases "torch_dtype"
     config["dtype" if "dtype" in config else "torch_dtype"] = str(dtype).removeprefix("torch.")
     (target / "config.json").write_text(
         json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
     )
+
+
+def _without_sources(config: dict[str, Any]) -> dict[str, Any]:
+    """Returns a config.json, and the parts of it, without the keys that describe code and quantized weights of the folder."""
+    kept = {key: value for key, value in config.items() if key not in ("auto_map", CONFIG_KEY)}
+    return {
+        key: _without_sources(value) if key == "text_config" and isinstance(value, dict) else value
+        for key, value in kept.items()
+    }

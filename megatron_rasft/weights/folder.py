@@ -18,7 +18,16 @@ from torch import Tensor
 from megatron_rasft.errors import ModelFolderError, first_line
 from megatron_rasft.files import read_json_object
 from megatron_rasft.weights.architecture import ModelDescription, Rope
+from megatron_rasft.weights.dequantizing import (
+    PLAIN,
+    QUANTIZED_DTYPES,
+    QuantizedWeight,
+    find_quantized,
+    read_dequantized,
+    unused_scales,
+)
 from megatron_rasft.weights.families import Family, ModelShape, NameTable
+from megatron_rasft.weights.quantization import CONFIG_KEY, read_quantization
 from megatron_rasft.wording import counted
 
 SINGLE_FILE = "model.safetensors"
@@ -60,6 +69,10 @@ class HfFolder:
     _shards: dict[str, Any] = field(repr=False)
     carried: dict[str, StoredTensor] = field(default_factory=dict)
     """Tensors that are not part of the trained model, such as layers for multi-token prediction. Exports get a copy of them."""
+    _quantized: dict[str, QuantizedWeight] = field(default_factory=dict, repr=False)
+    """The weights that are dequantized when they are read. ``tensors`` and ``carried`` have their shape and type after that."""
+    _sources: dict[str, StoredTensor] = field(default_factory=dict, repr=False)
+    """The stored tensors of quantized weights."""
 
     @classmethod
     def open(cls, path: str | Path, *, with_weights: bool = True) -> "HfFolder":
@@ -78,11 +91,12 @@ class HfFolder:
             table = NameTable(known.family, known.shape)
             files = _shard_files(path) if with_weights else _carried_files(path, known)
             shards, stored = _open_shards(path, files)
+            quantized, sources = _take_quantized(stored, known)
             carried = {name: stored.pop(name) for name in list(stored) if known.is_carried(name)}
             if not with_weights:
                 stored = {}
             described = (known.config, known.family, known.shape, known.rope)
-            folder = cls(path, *described, table, stored, shards, carried)
+            folder = cls(path, *described, table, stored, shards, carried, quantized, sources)
             if with_weights:
                 folder._check_tensors()
             _check_tokenizer(path, known.shape.vocab_size)
@@ -96,10 +110,27 @@ class HfFolder:
         name = str(self.config.get("dtype", self.config.get("torch_dtype")))
         return {str(t).removeprefix("torch."): t for t in DTYPES.values()}.get(name)
 
+    @property
+    def is_quantized(self) -> bool:
+        """Whether weights are dequantized when they are read."""
+        return bool(self._quantized)
+
     def read(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> Tensor:
-        """Reads tensor ``name``, or its range ``start:stop`` along ``dim``, in its stored type onto the CPU."""
-        stored = self.tensors.get(name) or self.carried[name]
+        """Reads tensor ``name``, or its range ``start:stop`` along ``dim``, onto the CPU.
+
+        The result has the stored type, or bfloat16 if the tensor is stored quantized.
+        """
+        if name in self._quantized:
+            return read_dequantized(self._quantized[name], self._read_source, dim, start, stop)
+        return self._read_stored(name, self.tensors.get(name) or self.carried[name], dim, start, stop)
+
+    def _read_source(self, name: str, dim: int, start: int, stop: int | None) -> Tensor:
+        return self._read_stored(name, self._sources[name], dim, start, stop)
+
+    def _read_stored(self, name: str, stored: StoredTensor, dim: int, start: int, stop: int | None) -> Tensor:
         try:
+            if not stored.shape:
+                return self._shards[stored.file].get_tensor(name)
             if dim == 0:
                 return self._read_rows(stored, start, stored.shape[0] if stop is None else stop)
             view = self._shards[stored.file].get_slice(name)
@@ -259,12 +290,44 @@ def _open_shards(
             if name in stored:
                 raise ModelFolderError(f"tensor {name} is in both {stored[name].file} and {file}")
             view = shard.get_slice(name)
-            if view.get_dtype() not in DTYPES:
-                raise ModelFolderError(
-                    f"tensor {name} is stored as {view.get_dtype()}; supported are {', '.join(DTYPES)}"
-                )
-            stored[name] = StoredTensor(file, tuple(view.get_shape()), DTYPES[view.get_dtype()], starts[name])
+            dtype = (DTYPES | QUANTIZED_DTYPES).get(view.get_dtype())
+            if dtype is None:
+                raise _unsupported_type(name, view.get_dtype())
+            stored[name] = StoredTensor(file, tuple(view.get_shape()), dtype, starts[name])
     return shards, stored
+
+
+def _unsupported_type(name: str, dtype: str) -> ModelFolderError:
+    return ModelFolderError(
+        f"tensor {name} is stored as {dtype}; supported are {', '.join(DTYPES)}, and weights that are quantized as "
+        f"{CONFIG_KEY} in config.json says"
+    )
+
+
+def _take_quantized(
+    stored: dict[str, StoredTensor], known: ModelDescription
+) -> tuple[dict[str, QuantizedWeight], dict[str, StoredTensor]]:
+    """Replaces the values and scales of quantized weights in ``stored`` by the weights.
+
+    Returns:
+        The quantized weights by name, and the stored tensors that they are read from.
+    """
+    quantization = read_quantization(known.family.text_config(known.config))
+    weights: dict[str, QuantizedWeight] = {}
+    if quantization is not None:
+        weights = find_quantized(stored, quantization)
+        for name in unused_scales(stored):
+            del stored[name]
+    sources = {name: stored[name] for weight in weights.values() for name in weight[:2]}
+    for name in sources:
+        del stored[name]
+    for name, weight in weights.items():
+        stored[name] = sources[weight.values]._replace(shape=weight.shape, dtype=PLAIN)
+    names = {dtype: name for name, dtype in QUANTIZED_DTYPES.items()}
+    for name, tensor in stored.items():
+        if tensor.dtype in names:
+            raise _unsupported_type(name, names[tensor.dtype])
+    return weights, sources
 
 
 def _data_starts(path: Path) -> dict[str, int]:

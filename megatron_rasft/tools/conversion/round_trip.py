@@ -101,7 +101,7 @@ def prove_fp8(checkpoint: TorchDistFolder, template: HfFolder, exported: Path) -
     Args:
         checkpoint: the checkpoint that the folder was made from.
         template: the model's description.
-        exported: the FP8 folder, which ``HfFolder`` cannot open.
+        exported: the FP8 folder. ``HfFolder`` would dequantize its weights, so its files are read here.
     """
     files = {path: safe_open(path, framework="pt") for path in sorted(exported.glob("*.safetensors"))}
     where = {name: file for file in files.values() for name in file.keys()}  # noqa: SIM118 (no mapping)

@@ -14,9 +14,7 @@ from tools.site_building.models import models_page, read_configs, refusal_of
 CONFIGS = read_configs()
 
 REASONS = {
-    "Qwen3-8B-FP8": "quantization_config",
-    "DeepSeek-V3/R1": "quantization_config",
-    "Kimi-K2-Thinking": "quantization_config",
+    "Kimi-K2-Thinking": "'pack-quantized'",
     "deepseek-coder-6.7b (linear rope)": "'linear'",
     "Ministral-3-8B-Reasoning-2512": "ministral3",
     "Mistral-7B-v0.1": "sliding_window",
@@ -35,9 +33,11 @@ BILLIONS = {
     "Qwen2.5-72B-Instruct": 72.706,
     "Qwen3-0.6B": 0.596,
     "DeepSeek-R1-0528-Qwen3-8B": 8.191,
+    "Qwen3-8B-FP8": 8.191,
     "Qwen3-32B": 32.762,
     "Qwen3-30B-A3B": 30.532,
     "Qwen3-235B-A22B": 235.094,
+    "DeepSeek-V3/R1": 671.026,
     "Llama-3.1-8B-Instruct": 8.030,
     "Llama-3.2-1B-Instruct": 1.236,
     "Llama-3.1-405B-Instruct": 405.853,

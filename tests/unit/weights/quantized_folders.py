@@ -1,0 +1,58 @@
+"""Makes quantized Hugging Face folders from plain ones."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from megatron_rasft.weights.fp8_blocks import is_linear_layer, quantized
+
+WEIGHTS = "model.safetensors"
+FP8_BLOCKS = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}  # fmt: skip
+LARGEST = 448.0
+
+Quantize = Callable[[str, Tensor], dict[str, Tensor]]
+"""Returns the stored tensors of a weight: a function of its name and value."""
+
+
+def in_blocks(scale_type: torch.dtype, suffix: str = "_scale_inv") -> Quantize:
+    def quantize(name: str, weight: Tensor) -> dict[str, Tensor]:
+        values, scales = quantized(weight)
+        return {name: values, name + suffix: scales.to(scale_type)}
+
+    return quantize
+
+
+def with_rows(name: str, weight: Tensor) -> dict[str, Tensor]:
+    """One scale for each row, as compressed-tensors stores them."""
+    scales = (weight.float().abs().amax(1, keepdim=True) / LARGEST).bfloat16()
+    return {name: (weight.float() / scales).to(torch.float8_e4m3fn), name + "_scale": scales}
+
+
+def with_one_scale(suffix: str, activation: str, shape: tuple[int, ...]) -> Quantize:
+    def quantize(name: str, weight: Tensor) -> dict[str, Tensor]:
+        scale = (weight.float().abs().amax() / LARGEST).bfloat16()
+        values = (weight.float() / scale).to(torch.float8_e4m3fn)
+        module = name.removesuffix("weight")
+        return {
+            name: values,
+            name + suffix: scale.reshape(shape),
+            module + activation: torch.ones(shape, dtype=torch.bfloat16),
+        }
+
+    return quantize
+
+
+def quantize_folder(path: Path, config: dict[str, Any], quantize: Quantize) -> Path:
+    """Replaces the matrices of the layers by quantized ones, and enters ``config`` as quantization_config."""
+    state: dict[str, Tensor] = {}
+    for name, weight in load_file(path / WEIGHTS).items():
+        state |= quantize(name, weight) if is_linear_layer(name, tuple(weight.shape)) else {name: weight}
+    save_file(state, path / WEIGHTS, {"format": "pt"})
+    content = json.loads((path / "config.json").read_text()) | {"quantization_config": config}
+    (path / "config.json").write_text(json.dumps(content))
+    return path
