@@ -66,11 +66,13 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
             "no_rope_layers": [1, 0, 1, 1],
+            "use_sliding_window": True,
+            "sliding_window": 9,
             "pad_token_id": 0,
             "eos_token_id": 1,
         },
     ),
-    "mistral": ("Mistral", {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": None}),
+    "mistral": ("Mistral", {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 24}),
     "mistral3": (
         "Mistral3ForConditionalGeneration",
         {
@@ -272,6 +274,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "head_dim": 8,
             "tie_word_embeddings": True,
             "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+            "use_sliding_window": True,
+            "sliding_window": 5,
+            "max_window_layers": 2,
         },
     ),
 }

@@ -15,6 +15,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
 
@@ -75,8 +76,35 @@ def zigzag_positions(length: int, rank: int, size: int) -> Tensor:
     return torch.cat([torch.arange(first, first + chunk), torch.arange(last, last + chunk)])
 
 
+def _window_of(config: TransformerConfig, layer_number: int) -> int | None:
+    """Returns the window of a layer, whose number starts at 1. Megatron's window_size has the tokens before and after a query."""
+    if not is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number):
+        return None
+    assert config.window_size is not None, "Megatron has just checked it"
+    before, after = config.window_size
+    assert after == 0, "a causal model sees no later tokens"
+    return before + 1
+
+
+def visible_keys(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
+    """Returns which keys causal attention sees.
+
+    Args:
+        queries: [n] int64 positions.
+        keys: [k] int64 positions.
+        window: number of latest tokens that a query sees, its own included; None: all.
+
+    Returns:
+        [n, k] bool.
+    """
+    is_visible = keys[None, :] <= queries[:, None]
+    if window is not None:
+        is_visible &= keys[None, :] > queries[:, None] - window
+    return is_visible
+
+
 class SdpaCoreAttention(MegatronModule):
-    """Causal grouped-query attention with torch's scaled_dot_product_attention.
+    """Causal grouped-query attention with torch's scaled_dot_product_attention, in some layers within a sliding window.
 
     Under context parallelism each rank gathers all keys and values of the group and computes its own queries. Packed
     sequences attend only to themselves.
@@ -97,6 +125,8 @@ class SdpaCoreAttention(MegatronModule):
         super().__init__(config=config)
         self.cp_group = (pg_collection or ProcessGroupCollection.use_mpu_process_groups(["tp", "cp"])).cp
         self.softmax_scale = softmax_scale
+        self.window = _window_of(config, layer_number)
+        """Number of latest tokens that a query attends to, its own included; None: all."""
         # Torch prefers cuDNN's attention on Hopper. For each new length cuDNN prepares an execution plan, which takes
         # tens of milliseconds and is never freed. Here almost every micro-batch has a new length.
         torch.backends.cuda.enable_cudnn_sdp(False)
@@ -138,17 +168,19 @@ class SdpaCoreAttention(MegatronModule):
         return out.reshape(out.shape[0], out.shape[1], -1)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Computes attention without communication.
+        """Computes attention without communication, within the layer's window.
 
         Args:
             query: [s, b, n, d].
             key: [s_kv, b, n_kv, d].
             value: like key.
-            mask: [s, s_kv] bool, True for keys to attend to. None is causal and needs s = s_kv.
+            mask: [s, s_kv] bool, True for keys to attend to. None is causal, within the window, and needs s = s_kv.
 
         Returns:
             [s, b, n, d].
         """
+        if mask is None and self.window is not None and query.shape[0] > self.window:
+            return self._attend_in_blocks(query, key, value, self.window)
         query, key, value = (
             x.permute(1, 2, 0, 3) for x in (query, key, value)
         )  # [s, b, n, d] -> [b, n, s, d]
@@ -163,6 +195,16 @@ class SdpaCoreAttention(MegatronModule):
         )
         return out.permute(2, 0, 1, 3)
 
+    def _attend_in_blocks(self, query: Tensor, key: Tensor, value: Tensor, window: int) -> Tensor:
+        """Computes causal attention within a window, for a block of queries at a time, which see the keys of at most two blocks."""
+        outs = []
+        for begin in range(0, query.shape[0], window):
+            end, first = min(begin + window, query.shape[0]), max(0, begin - window + 1)
+            places = torch.arange(first, end, device=query.device)
+            mask = visible_keys(places[begin - first :], places, window)
+            outs.append(self.attend(query[begin:end], key[first:end], value[first:end], mask))
+        return torch.cat(outs)
+
     def _causal(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         size, rank = self.cp_group.size(), self.cp_group.rank()
         if size == 1:
@@ -176,7 +218,7 @@ class SdpaCoreAttention(MegatronModule):
         length = key.shape[0]
         query_positions = zigzag_positions(length, rank, size)
         key_positions = torch.cat([zigzag_positions(length, r, size) for r in range(size)])
-        mask = (key_positions[None, :] <= query_positions[:, None]).to(query.device)
+        mask = visible_keys(query_positions, key_positions, self.window).to(query.device)
         return self.attend(query, key, value, mask)
 
     def _packed(self, query: Tensor, key: Tensor, value: Tensor, params: PackedSeqParams) -> Tensor:

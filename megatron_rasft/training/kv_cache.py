@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import YarnRotaryEmbedding
 from torch import Tensor
 
-from megatron_rasft.training.attention import SdpaCoreAttention
+from megatron_rasft.training.attention import SdpaCoreAttention, visible_keys
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +159,11 @@ class CachedAttention(torch.nn.Module):
         num_rows, num_groups = key.shape[0], key.shape[2]
         self.keys[step.rows, :, step.positions] = key[:, 0]
         self.values[step.rows, :, step.positions] = value[:, 0]
-        length = step.mask.shape[-1]
+        mask, length, window = step.mask, step.mask.shape[-1], self._attention.window
+        if window is not None:
+            places = torch.arange(length, device=mask.device)
+            is_visible = visible_keys(step.positions, places, window)
+            mask = mask.masked_fill(~is_visible[:, None, None], float("-inf"))
         # The query heads of a group become several queries of its one key head. Then each key is read once, and the
         # kernel needs no support for grouped queries, which torch's kernels with a mask do not have.
         grouped = query[:, 0].unflatten(1, (num_groups, -1))  # [rows, n, d] -> [rows, n_kv, n / n_kv, d]
@@ -167,7 +171,7 @@ class CachedAttention(torch.nn.Module):
             grouped,
             self.keys[:num_rows, :, :length],
             self.values[:num_rows, :, :length],
-            attn_mask=step.mask,
+            attn_mask=mask,
             scale=self._attention.softmax_scale,
         )
         return out.reshape(num_rows, 1, -1)

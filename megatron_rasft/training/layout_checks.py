@@ -83,6 +83,30 @@ def check_sampling(args: argparse.Namespace, config: RasftConfig) -> None:
         )
 
 
+def check_windows(args: argparse.Namespace, family: Family, config: RasftConfig) -> None:
+    """Refuses sliding windows where Transformer Engine or SGLang does not have them.
+
+    Raises:
+        ValueError: the message names the flag.
+    """
+    if args.window_size is None:
+        return
+    exchanges = {"p2p", "a2a+p2p"}.intersection(args.cp_comm_type)
+    if args.context_parallel_size > 1 and args.transformer_impl == "transformer_engine" and exchanges:
+        raise ValueError(
+            f"--cp-comm-type {exchanges.pop()} cannot be combined with the sliding windows of {family.architecture}: Transformer Engine "
+            "does not have them in a ring of keys. Use --cp-comm-type a2a, or --context-parallel-size 1."
+        )
+    window = args.window_size[0] + 1
+    is_sampled = config.samples_rollouts and config.rollout.rollout_engine == "sglang"
+    if is_sampled and not family.is_window_served and args.seq_length > window:
+        raise ValueError(
+            f"--rollout-engine sglang would sample from another model: SGLang's {family.architecture} attends to all tokens, the trainer "
+            f"to the latest {window} (sliding_window in config.json), which --seq-length {args.seq_length} exceeds. Use "
+            f"--rollout-engine embedded, or --seq-length {window}."
+        )
+
+
 def check_served(family: Family, rope: Rope, config: RasftConfig) -> None:
     """Refuses rollouts of SGLang for a model that SGLang computes differently, or whose weights it has not been sent before.
 

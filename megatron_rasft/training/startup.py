@@ -23,7 +23,12 @@ from megatron_rasft.sync.broadcaster import prepare_nccl
 from megatron_rasft.training.arguments import fill_in, parse_flags
 from megatron_rasft.training.background_saves import write_in_process
 from megatron_rasft.training.gpu_kernels import report_missing_transformer_engine
-from megatron_rasft.training.layout_checks import check_layout, check_sampling, check_served
+from megatron_rasft.training.layout_checks import (
+    check_layout,
+    check_sampling,
+    check_served,
+    check_windows,
+)
 from megatron_rasft.training.megatron_calls import VERBOSE, quiet
 from megatron_rasft.training.outputs import check_writable
 from megatron_rasft.training.rollout_servers import read_keys
@@ -77,6 +82,7 @@ def _parse(needs_data: bool) -> tuple[Any, RasftConfig, HfFolder]:
     check_served(folder.family, folder.rope, config)
     fill_in(args, megatron_args(folder, config.run.rasft_query_groups))
     check_layout(args)
+    check_windows(args, folder.family, config)
     _validate(args)
     check_sampling(args, config)
     if args.vocab_size is not None and args.padded_vocab_size is None:

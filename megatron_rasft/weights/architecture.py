@@ -14,13 +14,13 @@ from megatron_rasft.weights.config_values import (
     list_of,
     positive_int,
     positive_number,
-    refusal,
     short,
     unsupported,
 )
 from megatron_rasft.weights.families import FAMILIES, REFUSED, Family, ModelShape
 from megatron_rasft.weights.quantization import read_quantization
 from megatron_rasft.weights.rope import Rope, read_rope
+from megatron_rasft.weights.windows import window_args
 
 _MOST_LAYERS = 1_000_000
 """Largest number of layers times experts. The table of their names is built in memory before anything else is checked."""
@@ -152,42 +152,6 @@ def _refuse_unsupported(config: dict[str, Any], family: Family) -> None:
     activation = config.get("hidden_act", "silu")
     if activation != "silu":
         raise unsupported(f"hidden_act {short(activation)} is not supported; supported is 'silu'")
-    _refuse_window(config, family)
-
-
-def _refuse_window(config: dict[str, Any], family: Family) -> None:
-    """Refuses attention that is not full. The advice also names layer_types, which transformers reads before all other keys."""
-    kinds = set(list_of(config, "layer_types", str)).difference(family.layer_types)
-    if other := sorted(kinds - {"sliding_attention"}):
-        raise unsupported(f"layers of type {', '.join(other)} (layer_types) are not supported")
-    if not _uses_sliding_window(config, family):
-        return
-    key, value = ("use_sliding_window", "false") if family.has_window_switch else ("sliding_window", "null")
-    more = " and remove layer_types" if kinds else ""
-    raise ModelFolderError(
-        "sliding-window attention is in use, which is not supported; if the model was trained with full "
-        f"attention, or if your sequences fit in the window, set {key} to {value}{more} in config.json"
-    )
-
-
-def _uses_sliding_window(config: dict[str, Any], family: Family) -> bool:
-    if "sliding_attention" in list_of(config, "layer_types", str):
-        return True
-    window = config.get("sliding_window", family.default_sliding_window)
-    if window is not None:
-        window = positive_int(config, "sliding_window", default=window)
-    if not family.has_window_switch:
-        return window is not None and window < family.longest(config)
-    if not flag(config, "use_sliding_window") or window is None:
-        return False
-    if not family.has_max_window_layers:
-        return True
-    # transformers applies the window to layers from max_window_layers on; its default is 28
-    first_windowed = config.get("max_window_layers")
-    first_windowed = 28 if first_windowed is None else first_windowed
-    if type(first_windowed) is not int:
-        raise refusal("max_window_layers", "an integer as", first_windowed)
-    return first_windowed < positive_int(config, "num_hidden_layers")
 
 
 def megatron_args(folder: Described, query_groups: int | None = None) -> dict[str, Any]:
@@ -233,5 +197,6 @@ def megatron_args(folder: Described, query_groups: int | None = None) -> dict[st
         "hidden_dropout": 0.0,
         "init_method_std": positive_number(config, "initializer_range", 0.02),
         "num_experts": None,
+        **window_args(config, family),
         **family.own_args(config, shape),
     }

@@ -53,6 +53,9 @@ CASES = {
     "recompute_selective": Case(flags="--recompute-granularity selective --recompute-modules core_attn mlp"),
     "qwen2": Case(flags="", model="qwen2_tied"),
     "qwen3": Case(flags="", model="qwen3"),
+    "cp2_windows": Case(
+        flags="--context-parallel-size 2 --cp-comm-type a2a", model="qwen3_tied", ranks=2
+    ),  # half of the layers have a window
     "mixture": Case(flags="", model="qwen3_moe"),
     "asft": Case(flags="", objective="--objective asft"),
     "sft_kl_tp2": Case(flags="--tensor-model-parallel-size 2", objective="--objective sft_kl", ranks=2),

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from megatron_rasft.tools.capacity.config import CapacityConfig
 from megatron_rasft.weights.architecture import ModelDescription, megatron_args, splits_attention
@@ -40,6 +40,8 @@ class Model:
     max_positions: int
     rotary_percent: float = 1.0
     """Share of a head's elements that is rotated."""
+    windows: tuple[int | None, ...] = ()
+    """Tokens that each layer sees, if layers have a sliding window; None in a layer without. Empty: no layer has one."""
 
     @classmethod
     def read(cls, path: Path, query_groups: int | None = None) -> "Model":
@@ -63,6 +65,7 @@ class Model:
             top_k=args.get("moe_router_topk", 0),
             max_positions=args["max_position_embeddings"],
             rotary_percent=args["rotary_percent"],
+            windows=_windows(args),
         )
 
     @property
@@ -91,6 +94,12 @@ class Model:
         embedding = self.stored.vocab_size * self.stored.hidden_size
         ends = embedding * (1 if self.stored.is_tied else 2) + self.stored.hidden_size
         return layers + ends
+
+
+def _windows(args: dict[str, Any]) -> tuple[int | None, ...]:
+    if args["window_size"] is None:
+        return ()
+    return tuple(args["window_size"][0] + 1 if on else None for on in args["window_attn_skip_freq"])
 
 
 @dataclass(frozen=True, kw_only=True)

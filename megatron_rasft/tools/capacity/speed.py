@@ -139,13 +139,20 @@ def forward_flops(model: Model, length: float) -> ForwardFlops:
     sparse = 3 * (s.ffn_hidden_size * model.top_k + s.shared_ffn_hidden_size) + s.num_experts
     mlp = s.hidden_size * (share * sparse + (1 - share) * 3 * s.mlp_size)
     gate = s.num_attention_heads * s.head_dim if s.delta is not None else 0
-    attention = 2 * (_attention_weights(s) + s.hidden_size * gate) + length * _scored_elements(s)
+    scores = _seen_length(model, length) * _scored_elements(s)
+    attention = 2 * (_attention_weights(s) + s.hidden_size * gate) + scores
     delta_share = sum(s.delta_layers) / s.num_layers
     return ForwardFlops(
         attention=(1 - delta_share) * attention + delta_share * _delta_flops(model),
         mlp=2 * mlp,
         output=2 * s.hidden_size * s.vocab_size,
     )
+
+
+def _seen_length(model: Model, length: float) -> float:
+    """Twice the mean number of tokens that a token of a sequence sees, in the mean of all layers."""
+    windows = [length if window is None else min(window, length) for window in model.windows] or [length]
+    return sum(window * (2 - window / length) if length else 0.0 for window in windows) / len(windows)
 
 
 def _attention_weights(s: ModelShape) -> int:

@@ -101,11 +101,19 @@ class _Forward:
             factor = 1.0 if self.rope.yarn is None else self.rope.yarn.attention_factor
             query, key = rotate(query, angles, factor), rotate(key, angles, factor)
         query, key, value = (t.transpose(1, 2) for t in (query, key, value))  # [b, heads, s, d]
-        x = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+        mask = self._mask(length, layer)
+        x = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
         x = x.transpose(1, 2).flatten(2)
         if gates:
             x = x * gate.flatten(2).sigmoid()
         return x @ self._weight("self_attention.linear_proj.weight", layer)[:, : x.shape[-1]].T
+
+    def _mask(self, length: int, layer: int) -> Tensor:
+        """[s, s] bool: the keys that each query of a layer sees."""
+        mask = torch.ones(length, length, dtype=torch.bool).tril()
+        if self.args["window_size"] is not None and self.args["window_attn_skip_freq"][layer]:
+            mask = mask.triu(-self.args["window_size"][0])
+        return mask
 
     def _latent_attention(self, x: Tensor, angles: Tensor, layer: int) -> Tensor:
         """Computes queries, keys and values from latents. Neighbouring dimensions form a rotated pair."""

@@ -43,12 +43,18 @@ class Family:
     default_rope_theta: float = 10000.0
     default_norm_eps: float = 1e-6
     layer_types: tuple[str, ...] = ("full_attention",)
-    """Kinds of layers in config.json's layer_types that the table has."""
+    """Kinds of layers in config.json's layer_types that the table has, besides sliding_attention."""
     default_sliding_window: int | None = None
     has_window_switch: bool = False
     """True if config.json's sliding_window applies only when use_sliding_window is true."""
-    has_max_window_layers: bool = False
-    """True if the first max_window_layers layers have no window; False: all layers have it."""
+    reads_layer_types: bool = False
+    """True if sliding_attention in config.json's layer_types gives a layer the window; False: transformers ignores that list."""
+    windowed_layers: Callable[[Config], list[bool]] = lambda config: (
+        [True] * positive_int(config, "num_hidden_layers")
+    )
+    """Returns for each layer of a model with a window whether it has the window, if config.json has no layer_types."""
+    is_window_served: bool = False
+    """Whether SGLang's model of this family has the window; False: it attends to all tokens."""
     fixed_flags: tuple[tuple[str, bool, bool], ...] = (
         ("attention_bias", False, False),
         ("mlp_bias", False, False),

@@ -1,13 +1,11 @@
 """Families whose layers have one MLP and full attention."""
 
 from dataclasses import replace
-from typing import Any
 
-from megatron_rasft.weights.config_values import list_of, positive_int, refusal
+from megatron_rasft.weights.config_values import count, list_of, positive_int, refusal
 from megatron_rasft.weights.families.declaration import Config, Family
 from megatron_rasft.weights.families.entries import ATTENTION, MLP, QK_NORM, QKV_BIAS, kv_size, q_size
 from megatron_rasft.weights.families.layouts import gate_then_up, query_key_value, stacked
-from megatron_rasft.weights.families.shape import ModelShape
 
 LLAMA = Family(architecture="LlamaForCausalLM", default_max_position_embeddings=2048)
 
@@ -28,13 +26,21 @@ MISTRAL3 = replace(
 )
 """The language model of Mistral-Small 3.1 and later ones, which also see images."""
 
+
+def after_max_window_layers(config: Config) -> list[bool]:
+    """Returns which layers have the window of Qwen2 and Qwen3: those after the first max_window_layers."""
+    first = count(config, "max_window_layers", default=28)
+    return [layer >= first for layer in range(positive_int(config, "num_hidden_layers"))]
+
+
 QWEN2 = Family(
     architecture="Qwen2ForCausalLM",
     attention=ATTENTION + QKV_BIAS,
     default_max_position_embeddings=32768,
     default_sliding_window=4096,
     has_window_switch=True,
-    has_max_window_layers=True,
+    reads_layer_types=True,
+    windowed_layers=after_max_window_layers,
 )
 
 QWEN3 = Family(
@@ -44,7 +50,8 @@ QWEN3 = Family(
     default_max_position_embeddings=32768,
     default_sliding_window=4096,
     has_window_switch=True,
-    has_max_window_layers=True,
+    reads_layer_types=True,
+    windowed_layers=after_max_window_layers,
 )
 
 _STACKED_QKV = ATTENTION[1]._replace(
@@ -82,15 +89,16 @@ SEED_OSS = Family(
 )
 
 
-def _layers_without_positions(config: Config, shape: ModelShape) -> dict[str, Any]:
-    """Reads the layers that have no rotary embedding. config.json has 0 for them, Megatron 1."""
+def _rotated_layers(config: Config) -> list[bool]:
+    """Reads for each layer whether it has a rotary embedding. config.json has 1 for such layers."""
+    num_layers = positive_int(config, "num_hidden_layers")
     rotates = list_of(config, "no_rope_layers", int)
     if config.get("no_rope_layers") is None:
         interval = positive_int(config, "no_rope_layer_interval", 4)
-        rotates = [int((layer + 1) % interval != 0) for layer in range(shape.num_layers)]
-    if len(rotates) < shape.num_layers or not set(rotates) <= {0, 1}:
-        raise refusal("no_rope_layers", f"a list of {shape.num_layers} values 0 or 1 as", rotates)
-    return {"no_rope_freq": [1 - rotated for rotated in rotates[: shape.num_layers]]}
+        rotates = [int((layer + 1) % interval != 0) for layer in range(num_layers)]
+    if len(rotates) < num_layers or not set(rotates) <= {0, 1}:
+        raise refusal("no_rope_layers", f"a list of {num_layers} values 0 or 1 as", rotates)
+    return [bool(rotated) for rotated in rotates[:num_layers]]
 
 
 SMOLLM3 = Family(
@@ -100,5 +108,11 @@ SMOLLM3 = Family(
     default_max_position_embeddings=32768,
     default_rope_theta=2000000.0,
     has_window_switch=True,
-    own_args=_layers_without_positions,
+    reads_layer_types=True,
+    windowed_layers=lambda config: [not rotated for rotated in _rotated_layers(config)],
+    own_args=lambda config, shape: {
+        "no_rope_freq": [
+            int(not rotated) for rotated in _rotated_layers(config)
+        ]  # Megatron has 1 for layers without
+    },
 )

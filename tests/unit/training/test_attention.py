@@ -44,8 +44,11 @@ class Group:
         self.size = lambda: size
 
 
-def core_attention(rank: int = 0, size: int = 1, dropout: float = 0.0) -> SdpaCoreAttention:
-    config: Any = SimpleNamespace(attention_dropout=dropout)
+def core_attention(
+    rank: int = 0, size: int = 1, dropout: float = 0.0, window: int | None = None
+) -> SdpaCoreAttention:
+    before = None if window is None else (window - 1, 0)
+    config: Any = SimpleNamespace(attention_dropout=dropout, window_size=before, window_attn_skip_freq=[1, 0])
     return SdpaCoreAttention(config, 1, pg_collection=SimpleNamespace(cp=Group(rank, size)))  # type: ignore[arg-type]
 
 
@@ -55,12 +58,12 @@ def random_heads(*shape: int) -> list[Tensor]:
     return [torch.randn(*shape, heads, DIM, generator=generator) for heads in (HEADS, GROUPS, GROUPS)]
 
 
-def attended(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """[s, b, n * d] causal attention of complete sequences by its formula, in fp64."""
+def attended(query: Tensor, key: Tensor, value: Tensor, window: int | None = None) -> Tensor:
+    """[s, b, n * d] causal attention of complete sequences, within a window, by its formula, in fp64."""
     key, value = (x.repeat_interleave(HEADS // GROUPS, 2).double() for x in (key, value))
     scores = torch.einsum("qbnd,kbnd->bnqk", query.double(), key) / DIM**0.5
-    is_later = ~torch.ones(len(query), len(query)).tril().bool()
-    weights = scores.masked_fill(is_later, float("-inf")).softmax(-1)
+    is_hidden = ~torch.ones(len(query), len(query)).tril().triu(1 - (window or len(query))).bool()
+    weights = scores.masked_fill(is_hidden, float("-inf")).softmax(-1)
     return torch.einsum("bnqk,kbnd->qbnd", weights, value).flatten(2)
 
 
@@ -70,25 +73,33 @@ def gather_from(monkeypatch: pytest.MonkeyPatch, gathered: list[Tensor]) -> None
     monkeypatch.setattr(attention, "gather_from_sequence_parallel_region", lambda mine, group: next(answers))
 
 
-def test_one_rank_attends_causally() -> None:
+@pytest.mark.parametrize("window", [None, 1, 3, 7, 8])
+def test_one_rank_attends_causally(window: int | None) -> None:
     heads = random_heads(7, 2)
-    torch.testing.assert_close(
-        core_attention()(*heads, None).double(), attended(*heads), atol=1e-6, rtol=1e-5
-    )
+    found = core_attention(window=window)(*heads, None)
+    torch.testing.assert_close(found.double(), attended(*heads, window), atol=1e-6, rtol=1e-5)
 
 
+def test_only_some_layers_have_the_window() -> None:
+    config: Any = SimpleNamespace(attention_dropout=0.0, window_size=(4, 0), window_attn_skip_freq=[1, 0, 1])
+    group: Any = SimpleNamespace(cp=Group())
+    layers = [SdpaCoreAttention(config, number, pg_collection=group) for number in (1, 2, 3)]
+    assert [layer.window for layer in layers] == [5, None, 5]
+
+
+@pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("size", [2, 4])
 def test_context_parallel_ranks_compute_causal_attention_of_the_whole_sequence(
-    size: int, monkeypatch: pytest.MonkeyPatch
+    size: int, window: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     length = 16
     query, key, value = random_heads(length, 2)
-    expected = attended(query, key, value)
+    expected = attended(query, key, value, window)
     order = torch.cat([zigzag_positions(length, rank, size) for rank in range(size)])
     for rank in range(size):
         mine = zigzag_positions(length, rank, size)
         gather_from(monkeypatch, [key[order], value[order]])
-        found = core_attention(rank, size)(query[mine], key[mine], value[mine], None)
+        found = core_attention(rank, size, window=window)(query[mine], key[mine], value[mine], None)
         torch.testing.assert_close(found.double(), expected[mine], atol=1e-6, rtol=1e-5)
 
 
@@ -97,13 +108,19 @@ def packed(bounds: list[int]) -> PackedSeqParams:
     return PackedSeqParams(qkv_format="thd", cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens)
 
 
+@pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("size", [1, 2])
-def test_packed_sequences_attend_only_to_themselves(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packed_sequences_attend_only_to_themselves(
+    size: int, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     bounds = [0, 4, 4, 12, 20]  # the second sequence is empty
     query, key, value = random_heads(bounds[-1])
     segments = list(itertools.pairwise(bounds))
     expected = torch.cat(
-        [attended(*(x[begin:end, None] for x in (query, key, value)))[:, 0] for begin, end in segments]
+        [
+            attended(*(x[begin:end, None] for x in (query, key, value)), window)[:, 0]
+            for begin, end in segments
+        ]
     )
     places = [
         torch.cat([begin + zigzag_positions(end - begin, rank, size) for begin, end in segments])
@@ -112,7 +129,7 @@ def test_packed_sequences_attend_only_to_themselves(size: int, monkeypatch: pyte
     for rank, mine in enumerate(places):
         gather_from(monkeypatch, [key[torch.cat(places)], value[torch.cat(places)]])
         heads = (x[mine] for x in (query, key, value))
-        found = core_attention(rank, size)(*heads, None, packed_seq_params=packed(bounds))
+        found = core_attention(rank, size, window=window)(*heads, None, packed_seq_params=packed(bounds))
         torch.testing.assert_close(found.double(), expected[mine], atol=1e-6, rtol=1e-5)
 
 

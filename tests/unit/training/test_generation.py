@@ -44,6 +44,8 @@ class Chunk(torch.nn.Module):
             fp4=None,
             softmax_scale=None,
             attention_dropout=0.0,
+            window_size=None,
+            window_attn_skip_freq=None,
             params_dtype=dtype,
             num_moe_experts=None,
         )

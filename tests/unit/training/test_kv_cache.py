@@ -20,8 +20,9 @@ HEADS, GROUPS, DIM, LENGTH, ROWS = 4, 2, 8, 12, 3
 NO_FREQUENCIES = torch.zeros(1, 1, 1, DIM)
 
 
-def cached_attention() -> tuple[CachedAttention, KeyValueCache]:
-    config: Any = SimpleNamespace(attention_dropout=0.0)
+def cached_attention(window: int | None = None) -> tuple[CachedAttention, KeyValueCache]:
+    before = None if window is None else (window - 1, 0)
+    config: Any = SimpleNamespace(attention_dropout=0.0, window_size=before, window_attn_skip_freq=None)
     cache = KeyValueCache(ROWS, LENGTH)
     attention = SdpaCoreAttention(config, 1, softmax_scale=0.3, pg_collection=SimpleNamespace(cp=None))  # type: ignore[arg-type]
     return CachedAttention(attention, cache), cache
@@ -63,8 +64,9 @@ def decode(cache: KeyValueCache, positions: list[int]) -> None:
     )
 
 
-def test_a_prefill_attends_causally_and_stores_keys_in_the_rows_of_each_prompt() -> None:
-    layer, cache = cached_attention()
+@pytest.mark.parametrize("window", [LENGTH, 2])
+def test_a_prefill_attends_causally_and_stores_keys_in_the_rows_of_each_prompt(window: int) -> None:
+    layer, cache = cached_attention(window)
     query = random_heads(4, 2, HEADS, seed=1)
     key, value = random_heads(4, 2, GROUPS, seed=2), random_heads(4, 2, GROUPS, seed=3)
     prefill(cache, prompts=[0, 1, 1], rows=[1, 0, 2])
@@ -72,7 +74,8 @@ def test_a_prefill_attends_causally_and_stores_keys_in_the_rows_of_each_prompt()
     assert out.shape == (4, 2, HEADS * DIM)
     for prompt in range(2):
         for place in range(4):
-            expected = attended(query[place, prompt], key[: place + 1, prompt], value[: place + 1, prompt])
+            seen = slice(max(0, place + 1 - window), place + 1)
+            expected = attended(query[place, prompt], key[seen, prompt], value[seen, prompt])
             torch.testing.assert_close(out[place, prompt], expected)
     assert layer.keys is not None and layer.values is not None
     for row, prompt in {1: 0, 0: 1, 2: 1}.items():
@@ -81,8 +84,9 @@ def test_a_prefill_attends_causally_and_stores_keys_in_the_rows_of_each_prompt()
     assert not layer.keys[:, :, 4:].any(), "memory after the prompt must be zero, because 0 * NaN is NaN"
 
 
-def test_a_decode_step_attends_to_the_keys_of_its_row_up_to_its_position() -> None:
-    layer, cache = cached_attention()
+@pytest.mark.parametrize("window", [None, 4])
+def test_a_decode_step_attends_to_the_keys_of_its_row_up_to_its_position(window: int | None) -> None:
+    layer, cache = cached_attention(window)
     key, value = random_heads(5, 2, GROUPS, seed=2), random_heads(5, 2, GROUPS, seed=3)
     prefill(cache, prompts=[0, 1], rows=[0, 1])
     layer(random_heads(5, 2, HEADS, seed=1), key, value, None)
@@ -93,8 +97,8 @@ def test_a_decode_step_attends_to_the_keys_of_its_row_up_to_its_position() -> No
     out = layer(query, new_key, new_value, None)
     assert out.shape == (2, 1, HEADS * DIM)
     for row, length in enumerate((5, 2)):
-        keys = torch.cat([key[:length, row], new_key[row]])
-        values = torch.cat([value[:length, row], new_value[row]])
+        keys = torch.cat([key[:length, row], new_key[row]])[-(window or LENGTH) :]
+        values = torch.cat([value[:length, row], new_value[row]])[-(window or LENGTH) :]
         torch.testing.assert_close(out[row, 0], attended(query[row, 0], keys, values))
     assert layer.keys is not None and torch.equal(layer.keys[1, :, 2], new_key[1, 0])
 

@@ -1,12 +1,13 @@
 """A parallel layout that does not fit is refused by its flag."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from megatron_rasft.config import HeldoutConfig, RolloutConfig
-from megatron_rasft.training.layout_checks import check_layout, check_sampling, check_served
+from megatron_rasft.training.layout_checks import check_layout, check_sampling, check_served, check_windows
 from megatron_rasft.weights.families import FAMILIES
 from megatron_rasft.weights.rope import read_rope
 from tests.unit.training.stand_ins import config_of
@@ -122,3 +123,33 @@ def test_a_model_whose_weights_sglang_arranges_otherwise_is_not_sampled_by_it(ar
     sglang = config_of(rollout=RolloutConfig(rollout_engine="sglang", rollout_urls=["http://a:1"]))
     with pytest.raises(ValueError, match="--rollout-engine sglang"):
         check_served(family, rope, sglang)
+
+
+def window_args_of(**changes: Any) -> Any:
+    """A model with a window of 4,096 tokens."""
+    more = {"window_size": (4095, 0), "cp_comm_type": ["p2p"], "seq_length": 8192}
+    return args_of(**more | {"transformer_impl": "local", "context_parallel_size": 2} | changes)
+
+
+def test_windows_are_refused_in_a_ring_of_transformer_engine() -> None:
+    mistral, config = (
+        FAMILIES["MistralForCausalLM"],
+        config_of(rollout=RolloutConfig(rollout_engine="embedded")),
+    )
+    engine = {"transformer_impl": "transformer_engine"}
+    check_windows(window_args_of(), mistral, config)
+    check_windows(window_args_of(**engine, cp_comm_type=["a2a"]), mistral, config)
+    check_windows(window_args_of(**engine, context_parallel_size=1), mistral, config)
+    check_windows(window_args_of(**engine, window_size=None), mistral, config)
+    with pytest.raises(ValueError, match=r"--cp-comm-type p2p .*MistralForCausalLM"):
+        check_windows(window_args_of(**engine), mistral, config)
+
+
+def test_windows_that_sglang_ignores_are_refused_if_sequences_are_longer() -> None:
+    mistral = FAMILIES["MistralForCausalLM"]
+    sglang = config_of(rollout=RolloutConfig(rollout_engine="sglang", rollout_urls=["http://a:1"]))
+    check_windows(window_args_of(seq_length=4096), mistral, sglang)
+    check_windows(window_args_of(window_size=None), mistral, sglang)
+    check_windows(window_args_of(), replace(mistral, is_window_served=True), sglang)
+    with pytest.raises(ValueError, match=r"--rollout-engine sglang .*4096 .*--seq-length 8192"):
+        check_windows(window_args_of(), mistral, sglang)

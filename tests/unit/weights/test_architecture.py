@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from megatron_rasft.errors import ModelFolderError
 from megatron_rasft.weights.architecture import (
     ModelDescription,
-    _uses_sliding_window,
     megatron_args,
     read_family,
     read_rope,
@@ -22,6 +21,7 @@ from megatron_rasft.weights.architecture import (
 )
 from megatron_rasft.weights.config_values import BRIDGE
 from megatron_rasft.weights.families import FAMILIES, REFUSED, Family
+from megatron_rasft.weights.windows import window_args
 from tests.tiny_models import config_class
 
 
@@ -30,6 +30,11 @@ def transformers_config(architecture: str, **values: Any) -> Any:
     if FAMILIES[architecture].text_model_type is not None:
         return transformers.AutoConfig.for_model(FAMILIES[architecture].text_model_type, **values)
     return config_class(architecture.removesuffix("ForCausalLM"))(**values)
+
+
+def has_window(family: Family) -> bool:
+    """Whether a family's configuration class has a sliding window."""
+    return hasattr(transformers_config(family.architecture), "sliding_window")
 
 
 def whole_config(family: Family, text: dict[str, Any]) -> dict[str, Any]:
@@ -56,7 +61,7 @@ def test_defaults_are_those_of_transformers(architecture: str) -> None:
         getattr(config, "head_dim", None) or computed
     )
     assert family.has_window_switch == has_switch
-    assert family.has_max_window_layers == hasattr(config, "max_window_layers")
+    assert family.reads_layer_types == (has_switch and hasattr(config, "layer_types"))
     assert family.has_experts == hasattr(config, "num_experts_per_tok")
 
 
@@ -135,12 +140,63 @@ def test_config_with_sizes_only_means_what_transformers_reads(architecture: str)
         assert args["moe_shared_expert_intermediate_size"] == 16 * config.n_shared_experts
 
 
-@pytest.mark.parametrize("architecture", [name for name, f in FAMILIES.items() if f.has_max_window_layers])
-@pytest.mark.parametrize("num_layers", [28, 29])
-def test_window_starts_at_the_layer_where_transformers_starts_it(architecture: str, num_layers: int) -> None:
-    values = {"num_hidden_layers": num_layers, "use_sliding_window": True}
-    kinds = transformers_config(architecture, **values).layer_types
-    assert _uses_sliding_window(values, FAMILIES[architecture]) is ("sliding_attention" in kinds)
+WINDOWS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "none": {"sliding_window": None, "use_sliding_window": True},
+    "switched on": {"sliding_window": 48, "use_sliding_window": True},
+    "switched off": {"sliding_window": 48, "use_sliding_window": False},
+    "later layers": {"sliding_window": 48, "use_sliding_window": True, "max_window_layers": 3},
+    "one layer less": {"use_sliding_window": True, "num_hidden_layers": 29},
+    "no layer": {"use_sliding_window": True, "num_hidden_layers": 28},
+    "named layers": {
+        "sliding_window": 48, "use_sliding_window": True, "max_window_layers": 5,
+        "layer_types": ["full_attention", "sliding_attention"] * 2 + ["sliding_attention"],
+    },
+    "as long as the positions": {"sliding_window": 128, "use_sliding_window": True, "max_window_layers": 0},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", WINDOWS.values(), ids=WINDOWS)
+@pytest.mark.parametrize("architecture", [name for name, f in FAMILIES.items() if has_window(f)])
+def test_layers_have_the_window_that_transformers_gives_them(
+    architecture: str, changes: dict[str, Any]
+) -> None:
+    family = FAMILIES[architecture]
+    values = {"num_hidden_layers": 5, "max_position_embeddings": 128} | changes
+    if "layer_types" in changes and not family.reads_layer_types:
+        del values["layer_types"]
+    config = transformers_config(architecture, **values)
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+    size = config.sliding_window
+    expected = [
+        size is not None and size < config.max_position_embeddings and kind == "sliding_attention"
+        for kind in kinds
+    ]
+    args = window_args(values, family)
+    if not any(expected):
+        assert args == {"window_size": None, "window_attn_skip_freq": None}
+    else:
+        assert args == {"window_size": (size - 1, 0), "window_attn_skip_freq": [int(on) for on in expected]}
+
+
+REFUSED_WINDOWS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "layers with a window that is switched off": (
+        "Qwen3ForCausalLM", {"layer_types": ["sliding_attention", "full_attention"]}, "use_sliding_window",
+    ),
+    "a kind of layer too few": ("Qwen2ForCausalLM", {"layer_types": ["full_attention"]}, "num_hidden_layers"),
+    "an unknown kind of layer": ("Qwen2ForCausalLM", {"layer_types": ["full_attention", "mamba"]}, "mamba"),
+    "a list that transformers ignores": (
+        "MistralForCausalLM", {"layer_types": ["sliding_attention", "full_attention"]}, "layer_types",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("architecture,changes,key", REFUSED_WINDOWS.values(), ids=REFUSED_WINDOWS)
+def test_windows_without_a_clear_meaning_are_refused(
+    architecture: str, changes: dict[str, Any], key: str, tmp_path: Path
+) -> None:
+    made = read_back(tmp_path, base(architecture) | changes)
+    assert isinstance(made, str) and key in made
 
 
 KEYS = [
@@ -330,4 +386,4 @@ def test_any_config_is_read_or_refused_with_one_line(
         return
     for key, value in made.items():
         assert not isinstance(value, float) or math.isfinite(value), key
-        assert value is None or isinstance(value, int | float | str | list), key
+        assert value is None or isinstance(value, int | float | str | list | tuple), key

@@ -18,12 +18,16 @@ Piece = tuple[Any, Any]
 """Index of the queries, and index of the keys, of one sequence."""
 
 
-def _mask(mask_type: Any, bottom_right: bool, num_queries: int, num_keys: int) -> Tensor | None:
-    """[sq, sk] bool: True where a query may attend to a key. None allows all."""
+def _mask(mask_type: Any, bottom_right: bool, num_queries: int, num_keys: int, window: Any) -> Tensor | None:
+    """[sq, sk] bool: True where a query may attend to a key. None allows all.
+
+    ``window`` is the number of visible tokens before and after the query, -1 for all.
+    """
     if "CAUSAL" not in mask_type.name:
         return None
     shift = num_keys - num_queries if bottom_right or "BOTTOM_RIGHT" in mask_type.name else 0
-    return torch.ones(num_queries, num_keys, dtype=torch.bool).tril(shift)
+    mask = torch.ones(num_queries, num_keys, dtype=torch.bool).tril(shift)
+    return mask if window[0] < 0 else mask.triu(shift - window[0])
 
 
 def _pieces(
@@ -104,7 +108,7 @@ def fused_attn_fwd(
     sums = []
     for of_q, of_k in _pieces(name, q, k, cu_q, cu_kv, padded_q, padded_kv):
         queries = q[of_q].float()
-        mask = _mask(mask_type, bottom_right, queries.shape[0], k[of_k].shape[0])
+        mask = _mask(mask_type, bottom_right, queries.shape[0], k[of_k].shape[0], window)
         scores = _scores(queries, _wide(k[of_k], heads), scale, mask)
         log_sum = scores.logsumexp(-1)
         probs = (scores - log_sum.unsqueeze(-1)).exp()
@@ -160,7 +164,7 @@ def fused_attn_bwd(
         queries, keys, values = q[of_q].float(), _wide(k[of_k], heads), _wide(v[of_k], heads)
         grad, result = d_out[of_q].float(), out[of_q].float()
         log_sum = saved[0][of_q, :, 0].t() if is_packed else saved[0][row, :, :, 0]  # [n, sq]
-        mask = _mask(mask_type, bottom_right, queries.shape[0], keys.shape[0])
+        mask = _mask(mask_type, bottom_right, queries.shape[0], keys.shape[0], window)
         probs = (_scores(queries, keys, scale, mask) - log_sum.unsqueeze(-1)).exp()
         d_probs = torch.einsum("qnd,knd->nqk", grad, values)
         d_scores = scale * probs * (d_probs - (grad * result).sum(-1).t().unsqueeze(-1))

@@ -56,6 +56,15 @@ def test_flops_are_six_per_weight_and_token_with_causal_attention(llama_70b: Mod
     assert total == pytest.approx(2 * weights + 80 * 4 * (4096 / 2) * 8192)
 
 
+def test_a_window_limits_the_tokens_that_attention_counts(llama_70b: Model) -> None:
+    length, window = 64, 10
+    half = replace(llama_70b, windows=(window, None))
+    seen = sum(min(place + 1, window) for place in range(length)) / length
+    plain, windowed = (speed.forward_flops(model, length).attention for model in (llama_70b, half))
+    assert plain - windowed == pytest.approx((length / 2 - seen) / 2 * 4 * 8192, rel=0.1)
+    assert speed.forward_flops(half, window).attention == speed.forward_flops(llama_70b, window).attention
+
+
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_an_objective_declares_the_samples_that_its_weights_train(
     name: str, assumed: AssumptionConfig
