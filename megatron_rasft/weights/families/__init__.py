@@ -3,7 +3,7 @@
 A file of this package declares a kind of family. FAMILIES has an entry for each family.
 """
 
-from megatron_rasft.weights.families import delta_net, dense, experts, glm4_moe, latent
+from megatron_rasft.weights.families import delta_net, dense, experts, glm4_moe, latent, qwen2_moe
 from megatron_rasft.weights.families.declaration import Family
 from megatron_rasft.weights.families.entries import Entry
 from megatron_rasft.weights.families.layouts import Piece, ShardLayout
@@ -37,6 +37,7 @@ FAMILIES = {
         dense.SMOLLM3,
         experts.MIXTRAL,
         experts.QWEN3_MOE,
+        qwen2_moe.QWEN2_MOE,
         glm4_moe.GLM4_MOE,
         latent.DEEPSEEK_V3,
         latent.GLM4_MOE_LITE,

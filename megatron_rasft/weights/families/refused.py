@@ -38,7 +38,6 @@ REFUSED = {
     "NemotronHForCausalLM": _MAMBA,
     "Olmo2ForCausalLM": _OLMO,
     "Olmo3ForCausalLM": _OLMO,
-    "Qwen2MoeForCausalLM": "its shared expert is gated, and only its successor Qwen3-MoE has a table",
     "Qwen2_5_VLForConditionalGeneration": "its positions have three dimensions, for images and videos",
     "Qwen3_5MoeForConditionalGeneration": "its folders have the experts of a layer in one tensor, and there is no table for that",
 }  # fmt: skip

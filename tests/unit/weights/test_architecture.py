@@ -249,7 +249,7 @@ ANYTHING = st.sampled_from(
 def has_shared_experts(family: Family) -> bool:
     """Whether a family has GLM's shared experts, which have no gate."""
     names = [name for entry in family.mlp for name in entry.megatron]
-    return any("shared_experts" in name for name in names) and "linear_attention" not in family.layer_types
+    return any("shared_experts.linear" in n for n in names) and not any("gate_weight" in n for n in names)
 
 
 def base(architecture: str) -> dict[str, Any]:

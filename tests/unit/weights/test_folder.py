@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -277,15 +276,8 @@ def test_stored_output_of_a_tied_model_must_be_the_embedding(folder: Callable[..
             {"architectures": ["Gemma3ForCausalLM"]},
             "Gemma3ForCausalLM",
         ),
-        ("llama", {"architectures": ["Qwen2MoeForCausalLM"]}, "Qwen2MoeForCausalLM"),
+        ("llama", {"architectures": ["Gemma2ForCausalLM"]}, "Gemma2ForCausalLM"),
         ("llama", {"architectures": ["DeepseekV32ForCausalLM"]}, "DeepseekV32ForCausalLM"),
-        (
-            "llama",
-            {"architectures": ["MistralForCausalLM"], "max_position_embeddings": 8192},
-            "sliding_window to null",
-        ),
-        ("mistral", {"sliding_window": 1024, "max_position_embeddings": 1025}, "sliding_window to null"),
-        ("phi3", {"sliding_window": 2047}, "sliding_window to null"),
         ("phi3", {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "'longrope'"),
         ("qwen3_moe", {"mlp_only_layers": [0]}, "mlp_only_layers [0]"),
         ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step 2"),
@@ -321,18 +313,6 @@ def test_stored_output_of_a_tied_model_must_be_the_embedding(folder: Callable[..
         ("llama", {"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic'"),
         ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.5}}, "--rotary-base"),
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
-        (
-            "qwen2_tied",
-            {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 2, "layer_types": None},
-            "sliding-window",
-        ),
-        # in this family transformers applies the window to all layers
-        (
-            "qwen3_moe",
-            {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 4},
-            "use_sliding_window to false",
-        ),
-        ("qwen3", {"layer_types": ["full_attention"] * 3 + ["sliding_attention"]}, "sliding-window"),
         ("qwen3", {"layer_types": ["full_attention"] * 3 + ["linear_attention"]}, "linear_attention"),
         ("llama", {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "full_attention"),
         ("llama", {"tie_word_embeddings": True, "num_hidden_layers": 10**12}, "num_hidden_layers"),
@@ -341,48 +321,6 @@ def test_stored_output_of_a_tied_model_must_be_the_embedding(folder: Callable[..
 )
 def test_unsupported_features(folder: Callable[..., Path], case: str, config: dict, named: str) -> None:
     assert named in refusal(folder(case, config))
-
-
-@pytest.mark.parametrize(
-    ("case", "config"),
-    [
-        ("qwen2_tied", {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 2, "layer_types": None}),
-        ("qwen2_tied", {"use_sliding_window": True, "sliding_window": 64, "layer_types": ["sliding_attention"] * 4}),
-        ("qwen3", {"use_sliding_window": False, "layer_types": ["full_attention"] * 3 + ["sliding_attention"]}),
-        ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 64}),
-        ("mistral", {"sliding_window": 64}),
-        ("mistral", {"sliding_window": 64, "layer_types": ["sliding_attention"] * 4}),
-        ("phi3", {"sliding_window": 64, "layer_types": ["sliding_attention"] * 4}),
-    ],
-)  # fmt: skip
-def test_the_advice_about_a_window_makes_the_folder_usable(
-    folder: Callable[..., Path], case: str, config: dict
-) -> None:
-    path = folder(case, config)
-    advice = re.search(r"set (\w+) to (false|null)( and remove layer_types)? in config", refusal(path))
-    assert advice is not None
-    changed = json.loads((path / "config.json").read_text()) | {advice[1]: json.loads(advice[2])}
-    if advice[3]:
-        del changed["layer_types"]
-    (path / "config.json").write_text(json.dumps(changed))
-    HfFolder.open(path)
-
-
-def test_sliding_window_that_no_layer_uses_is_accepted(folder: Callable[..., Path]) -> None:
-    unused = {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 4, "layer_types": None}
-    HfFolder.open(folder("qwen2_tied", unused))
-
-
-def test_sliding_window_of_the_default_size_is_refused(folder: Callable[..., Path]) -> None:
-    path = folder("qwen2_tied", {"use_sliding_window": True, "max_window_layers": 2, "layer_types": None})
-    config = json.loads((path / "config.json").read_text())
-    del config["sliding_window"]
-    (path / "config.json").write_text(json.dumps(config))
-    assert "use_sliding_window to false" in refusal(path)
-
-
-def test_sliding_window_as_long_as_the_positions_is_accepted(folder: Callable[..., Path]) -> None:
-    HfFolder.open(folder("mistral", {"sliding_window": 1024, "max_position_embeddings": 1024}))
 
 
 def test_experts_are_arguments_of_megatron(made: dict[str, Path], folder: Callable[..., Path]) -> None:

@@ -48,7 +48,7 @@ def shapes(draw: st.DrawFn, family: Family, tp_size: int = 1) -> ModelShape:
         has_qk_norm=family.has_qk_norm,
         num_experts=draw(st.integers(1, 6)) if family.has_experts else 0,
         **draw(shared_sizes(tp_size, num_layers, ffn)) if has_shared_experts(family) else {},
-        **{"shared_ffn_hidden_size": ffn} if has_delta(family) and family.has_experts else {},
+        **{"shared_ffn_hidden_size": ffn} if has_gated_expert(family) else {},
         delta=draw(delta_shapes(tp_size, num_layers)) if has_delta(family) else None,
     )
     return draw(latent_sizes(shape, tp_size)) if family.has_latent_attention else shape
@@ -85,9 +85,13 @@ def latent_sizes(draw: st.DrawFn, shape: ModelShape, tp_size: int) -> ModelShape
 
 def has_shared_experts(family: Family) -> bool:
     """Whether a family has GLM's shared experts, which have no gate."""
-    return any("shared_experts" in name for entry in family.mlp for name in entry.megatron) and not has_delta(
-        family
-    )
+    has_shared = any("shared_experts.linear" in name for entry in family.mlp for name in entry.megatron)
+    return has_shared and not has_gated_expert(family)
+
+
+def has_gated_expert(family: Family) -> bool:
+    """Whether a family has Qwen's shared expert, which has a gate."""
+    return any("shared_experts.gate_weight" in entry.megatron for entry in family.mlp)
 
 
 def has_delta(family: Family) -> bool:
@@ -280,7 +284,7 @@ def config_of(family: Family, shape: ModelShape) -> dict:
             "topk_group": 1,
             "mlp_layer_types": ["dense"] * dense + ["sparse"] * (shape.num_layers - dense),
         }
-    if shape.delta is not None and family.has_experts:
+    if has_gated_expert(family):
         config |= {
             "moe_intermediate_size": shape.ffn_hidden_size,
             "shared_expert_intermediate_size": shape.shared_ffn_hidden_size,
