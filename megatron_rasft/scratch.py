@@ -24,6 +24,9 @@ _MAX_PARENT_BYTES = 47
 """Longest path in which ``use_own_folder`` makes its folder: with the names of this folder (28 bytes), of multiprocessing's (14) and of
 a socket in it (18) the path of the socket has the 107 bytes that Linux allows."""
 
+_MAX_SOCKET_FOLDER_BYTES = 88
+"""Longest path of a folder in which a socket with a name of up to 18 bytes has a path of the 107 bytes that Linux allows."""
+
 _REMOVED_LAST = -200
 """Priority among the finalizers of multiprocessing, whose own folder has -100."""
 
@@ -41,12 +44,18 @@ class ScratchFolder:
         # because paths of sockets are limited to 107 bytes.
         prefix = f"{prefix}{zlib.crc32(socket.gethostname().encode()):08x}-"
         _remove_abandoned(parent, prefix)
-        self.path, self._lock = _make_locked(parent, prefix)
+        self.path, self.lock = _make_locked(parent, prefix)
+        """The open file ``lock`` holds the lock, also in a child that inherits it and outlives this process."""
+
+    @property
+    def holds_sockets(self) -> bool:
+        """Whether the path of a socket in the folder is short enough."""
+        return len(os.fsencode(self.path)) <= _MAX_SOCKET_FOLDER_BYTES
 
     def close(self) -> None:
         """Removes the folder and its content."""
         remove(self.path)
-        os.close(self._lock)
+        os.close(self.lock)
 
 
 def use_own_folder() -> None:

@@ -16,8 +16,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import closing, suppress
 from pathlib import Path
 from threading import Thread
 from types import FrameType
@@ -117,11 +117,14 @@ def serve(args: argparse.Namespace) -> int:
         raise ValueError(
             "--api-key-env cannot be combined with SGLang's --config: write api-key into that file instead."
         )
-    with secrets_file(key) as secrets:
-        return _watch(args, command(args, host, port, secrets), url, key)
+    with closing(ScratchFolder("rasft-serve-")) as scratch:
+        line = command(args, host, port, write_secrets(scratch, key))
+        return _watch(args, line, url, key, scratch)
 
 
-def _watch(args: argparse.Namespace, line: Sequence[str], url: str, key: str | None) -> int:
+def _watch(
+    args: argparse.Namespace, line: Sequence[str], url: str, key: str | None, scratch: ScratchFolder
+) -> int:
     stopping: list[int] = []
     started: list[subprocess.Popen[bytes]] = []
 
@@ -134,7 +137,7 @@ def _watch(args: argparse.Namespace, line: Sequence[str], url: str, key: str | N
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(number, stop)
     try:
-        process, log = start(line, key)
+        process, log = start(line, key, scratch)
         started.append(process)
     except OSError as error:
         raise ValueError(f"--python {line[0]} cannot be started ({error.strerror}).") from error
@@ -158,8 +161,16 @@ def _watch(args: argparse.Namespace, line: Sequence[str], url: str, key: str | N
     )
 
 
-def start(line: Sequence[str], key: str | None) -> tuple[subprocess.Popen[bytes], Thread | None]:
+def start(
+    line: Sequence[str], key: str | None, scratch: ScratchFolder
+) -> tuple[subprocess.Popen[bytes], Thread | None]:
     """Starts the server. SGLang logs its own settings, so a server with a key writes to this process, which masks the key.
+
+    Args:
+        line: its command line.
+        key: its key; None for none.
+        scratch: where it makes its sockets, which SGLang never removes. They stay as long as the server, even if this process is
+            killed.
 
     Returns:
         The server, and the thread that copies its log; None without a key.
@@ -167,11 +178,17 @@ def start(line: Sequence[str], key: str | None) -> tuple[subprocess.Popen[bytes]
     Raises:
         OSError: the interpreter cannot be started.
     """
-    if key is None:
-        return subprocess.Popen(line, env=environment(), start_new_session=True), None
+    output = None if key is None else subprocess.PIPE
     process = subprocess.Popen(
-        line, env=environment(), start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        line,
+        env=environment(scratch),
+        start_new_session=True,
+        pass_fds=[scratch.lock],
+        stdout=output,
+        stderr=output and subprocess.STDOUT,
     )
+    if key is None:
+        return process, None
     assert process.stdout is not None
     log = Thread(target=copy_masked, args=(process.stdout, key), name="server's log", daemon=True)
     log.start()
@@ -228,27 +245,19 @@ def command(args: argparse.Namespace, host: str, port: int, secrets: Path | None
     return line + list(args.sglang)
 
 
-@contextmanager
-def secrets_file(key: str | None) -> Iterator[Path | None]:
-    """Yields a configuration file of SGLang with the key, which only this user can read; None without a key.
-
-    A launcher that is killed leaves the file. The next one on this machine removes it.
-    """
+def write_secrets(scratch: ScratchFolder, key: str | None) -> Path | None:
+    """Writes a configuration file of SGLang with the key, which only this user can read. Returns None without a key."""
     if key is None:
-        yield None
-        return
-    folder = ScratchFolder("rasft-serve-")  # mode 0700
-    try:
-        path = folder.path / "secrets.yaml"
-        path.write_text(f"api-key: {json.dumps(key)}\n", encoding="utf-8")
-        yield path
-    finally:
-        folder.close()
+        return None
+    path = scratch.path / "secrets.yaml"  # the mode of the folder is 0700
+    path.write_text(f"api-key: {json.dumps(key)}\n", encoding="utf-8")
+    return path
 
 
-def environment() -> dict[str, str]:
+def environment(scratch: ScratchFolder) -> dict[str, str]:
     """Returns the environment variables, without those that make the server's interpreter load this environment's packages."""
-    return {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
+    own = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
+    return {**own, "TMPDIR": str(scratch.path)} if scratch.holds_sockets else own
 
 
 def cpu_python() -> Path:

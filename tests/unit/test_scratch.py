@@ -70,7 +70,7 @@ def test_folders_of_other_machines_are_left_alone(parent: Path, monkeypatch: pyt
     """A shared file system may show no locks of other machines."""
     monkeypatch.setattr("socket.gethostname", lambda: "n1")
     other = scratch.ScratchFolder("rasft-test-")
-    os.close(other._lock)
+    os.close(other.lock)
     monkeypatch.setattr("socket.gethostname", lambda: "n2")
     scratch.ScratchFolder("rasft-test-").close()
     assert other.path.is_dir()

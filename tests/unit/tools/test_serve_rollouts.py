@@ -7,8 +7,9 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 SERVER = '''#!{python}
 """Answers the launcher's requests, records its process id and the requests, and ignores SIGTERM if it is paused."""
-import json, os, signal, socket, sys
+import json, os, signal, socket, sys, tempfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 if {is_paused}:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -49,6 +50,7 @@ if "--config" in sys.argv:  # SGLang logs its settings like this
     key = json.loads(open(sys.argv[sys.argv.index("--config") + 1]).read().removeprefix("api-key: "))
     print(f"ServerArgs(api_key={{key!r}})", key, json.dumps(key), flush=True)
     print("warning:", key, file=sys.stderr, flush=True)
+open({note!r} + ".made", "w").write(tempfile.mkstemp()[1])
 open({note!r}, "w").write(str(os.getpid()))
 Server((host, int(port)), Handler).serve_forever()
 '''
@@ -229,16 +231,30 @@ def test_the_address_in_the_file_is_reachable_from_other_machines(host: str, add
     assert "0.0.0.0" not in address
 
 
-def test_file_with_the_key_is_private_and_does_not_stay(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    killed = ScratchFolder("rasft-serve-")
-    os.close(killed._lock)
-    with serve_rollouts.secrets_file("a key") as path:
+def test_file_with_the_key_is_private() -> None:
+    with closing(ScratchFolder("rasft-serve-")) as scratch:
+        path = serve_rollouts.write_secrets(scratch, "a key")
         assert path is not None and "a key" in path.read_text()
-        assert path.parent.stat().st_mode & 0o077 == 0 and not killed.path.exists()
-    assert list(tmp_path.iterdir()) == []
+        assert path.parent.stat().st_mode & 0o077 == 0
+
+
+def test_temporary_files_of_a_server_stay_as_long_as_the_server(
+    launcher: Launcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with TemporaryDirectory() as own:  # tmp_path is too long for a socket in it
+        monkeypatch.setenv("TMPDIR", own)
+        monkeypatch.setattr("tempfile.tempdir", own)
+        with launcher.run("--server-file", str(launcher.file)) as process:
+            launcher.wait_until_added(process)
+            made = Path(launcher.note.with_suffix(".made").read_text())
+            assert made.exists() and made.parent.parent == Path(own)
+            process.kill()
+            process.wait()
+            ScratchFolder("rasft-serve-").close()
+            assert made.exists(), "the server lives"
+        wait_for(lambda: not launcher.is_serving)
+        ScratchFolder("rasft-serve-").close()
+        assert list(Path(own).iterdir()) == []
 
 
 def in_new_interpreter(work: str, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -262,5 +278,8 @@ def test_last_lines_of_a_server_with_a_key_are_copied(
 def test_server_goes_on_if_its_log_cannot_be_written() -> None:
     writer = [sys.executable, "-c", "print('many lines\\n' * 20_000)"]
     with Path("/dev/full").open("wb") as full:
-        ended = in_new_interpreter(f"sys.exit(s.start({writer}, 'key')[0].wait(600))", stdout=full)
+        ended = in_new_interpreter(
+            f"scratch = s.ScratchFolder('rasft-serve-'); sys.exit(s.start({writer}, 'key', scratch)[0].wait(600))",
+            stdout=full,
+        )
     assert ended.returncode == 0, ended.stderr
