@@ -33,7 +33,7 @@ def own_sizes(architecture: str) -> dict[str, Any]:
     family, sizes = FAMILIES[architecture], {}
     if "linear_attention" in family.layer_types:
         sizes["delta"] = DELTA
-    if any("shared_experts.gate_weight" in entry.megatron for entry in family.mlp):
+    if any("mlp.shared_experts.gate_weight" in entry.megatron for entry in family.mlp):
         sizes["shared_ffn_hidden_size"] = 12
     return sizes
 

@@ -91,7 +91,7 @@ def has_shared_experts(family: Family) -> bool:
 
 def has_gated_expert(family: Family) -> bool:
     """Whether a family has Qwen's shared expert, which has a gate."""
-    return any("shared_experts.gate_weight" in entry.megatron for entry in family.mlp)
+    return any("mlp.shared_experts.gate_weight" in entry.megatron for entry in family.mlp)
 
 
 def has_delta(family: Family) -> bool:
