@@ -9,6 +9,7 @@ import transformers
 from torch import Tensor
 
 from megatron_rasft.weights import HfFolder, megatron_args
+from megatron_rasft.weights.families import FAMILIES
 
 _SIZES = {"hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": 4, "vocab_size": 101}
 _LLAMA3 = {
@@ -250,6 +251,24 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "rms_norm_eps": 1e-3,
         },
     ),
+    "qwen3_5_moe_vision": (
+        "Qwen3_5MoeForConditionalGeneration",
+        {
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "head_dim": 16,
+            "linear_num_key_heads": 4,
+            "linear_num_value_heads": 8,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+            "layer_types": ["linear_attention", "full_attention"] * 2,
+            "num_experts": 6,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 24,
+            "shared_expert_intermediate_size": 16,
+            "rms_norm_eps": 1e-3,
+        },
+    ),
     "qwen3_next": (
         "Qwen3Next",
         {
@@ -332,6 +351,7 @@ _QWEN_VISION = {
 _VISION: dict[str, tuple[str, dict[str, Any]]] = {
     "Mistral3ForConditionalGeneration": ("mistral", _PIXTRAL),
     "Qwen3_5ForConditionalGeneration": ("qwen3_5_text", _QWEN_VISION),
+    "Qwen3_5MoeForConditionalGeneration": ("qwen3_5_moe_text", _QWEN_VISION),
 }
 """Classes of models that also see images -> model_type of the language model, configuration of the other one."""
 
@@ -380,8 +400,14 @@ def write_folder(
     **save: Any,
 ) -> Path:
     """Saves the model of a case with transformers."""
-    hf_model(case, sizes).to(dtype).save_pretrained(path, **save)
+    save_model(hf_model(case, sizes).to(dtype), path, **save)
     return path
+
+
+def save_model(model: transformers.PreTrainedModel, path: Path, **save: Any) -> None:
+    """Saves a model as its authors do. They join the experts of a layer in some families, which transformers would split."""
+    family = FAMILIES[type(model).__name__]
+    model.save_pretrained(path, save_original_format=not family.writes_joined_experts, **save)
 
 
 def some_tokens(batch: int = 2, length: int = 64) -> Tensor:

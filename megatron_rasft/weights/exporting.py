@@ -20,7 +20,7 @@ from megatron_rasft.weights.carried import write_carried_files
 from megatron_rasft.weights.companions import copy_companions
 from megatron_rasft.weights.finite import NOT_FINITE, is_finite
 from megatron_rasft.weights.folder import INDEX_FILE, SINGLE_FILE, HfFolder
-from megatron_rasft.weights.gathering import ExpertGroups, gather_tensors, plan_tensors
+from megatron_rasft.weights.gathering import ExpertGroups, gather_tensors, join_plans, plan_tensors
 from megatron_rasft.weights.model_card import write_card
 from megatron_rasft.weights.quantization import CONFIG_KEY
 from megatron_rasft.weights.shard_writer import ShardWriter, split_plans
@@ -171,9 +171,9 @@ def _write_stage(
         dtypes=dtypes,
         experts=experts,
     )
-    shards = split_plans(plans, max_shard_bytes)
+    shards = split_plans(join_plans(plans, template.joined), max_shard_bytes)
     paths = [folder / f"stage-{pp_rank:04d}-{i:05d}.safetensors" for i in range(len(shards))]
-    shard_of = {plan.name: i for i, shard in enumerate(shards) for plan in shard}
+    shard_of = {name: i for i, shard in enumerate(shards) for plan in shard for name in plan.written}
     writers: dict[int, ShardWriter] = {}
     failure: OSError | WeightsError | None = None
     tensors = gather_tensors(
@@ -230,8 +230,7 @@ def _finish(
 ) -> None:
     """Gives the files their names, writes index, configuration and card, and renames the folder."""
     files = {file: names for stage_files, _, _ in reports for file, names in stage_files.items()}
-    written = [name for names in files.values() for name in names if name not in template.carried]
-    _check_complete(written, template)
+    _check_complete([name for names in files.values() for name in names], template)
     weight_map: dict[str, str] = {}
     for i, file in enumerate(sorted(files)):
         final = file_name(i, len(files))
@@ -259,7 +258,14 @@ def write_index(folder: Path, weight_map: dict[str, str], total_size: int) -> No
     (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _check_complete(written: list[str], template: HfFolder) -> None:
+def _check_complete(tensors: list[str], template: HfFolder) -> None:
+    joined = template.joined
+    written = [
+        part
+        for name in tensors
+        if name not in template.carried
+        for part in (joined[name].parts if name in joined else (name,))
+    ]
     distinct = set(written)
     missing = [name for name in template.table.hf_shapes if name not in distinct]
     if missing:

@@ -6,7 +6,7 @@ import math
 import os
 import stat
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +26,7 @@ from megatron_rasft.weights.dequantizing import (
     read_dequantized,
     unused_scales,
 )
-from megatron_rasft.weights.families import Family, ModelShape, NameTable
+from megatron_rasft.weights.families import Family, JoinedTensor, ModelShape, NameTable
 from megatron_rasft.weights.quantization import CONFIG_KEY, read_quantization
 from megatron_rasft.wording import counted
 
@@ -44,6 +44,14 @@ _NOT_WEIGHTS = ".rotary_emb.inv_freq"
 _COMPARE_ROWS = 4096
 
 
+class Within(NamedTuple):
+    """Location of a tensor in a tensor with all experts of a layer."""
+
+    name: str
+    expert: int
+    first_row: int
+
+
 class StoredTensor(NamedTuple):
     """Location, shape and type of a stored tensor."""
 
@@ -52,6 +60,24 @@ class StoredTensor(NamedTuple):
     dtype: torch.dtype
     start: int
     """Offset of the tensor's first byte in the file."""
+    within: Within | None = None
+    """The location in the tensor of which this is a part; None if it is a tensor of its own in the file."""
+
+    def split(self, name: str, joined: JoinedTensor) -> dict[str, "StoredTensor"]:
+        """Returns the parts of a tensor with all experts of a layer."""
+        if self.shape != joined.shape:
+            raise _wrong_shape(name, self.shape, joined.shape)
+        per_expert = len(joined.parts) // self.shape[0]
+        shape = (self.shape[1] // per_expert, *self.shape[2:])
+        num_bytes = math.prod(shape) * self.dtype.itemsize
+        return {
+            part: self._replace(
+                shape=shape,
+                start=self.start + i * num_bytes,
+                within=Within(name, i // per_expert, i % per_expert * shape[0]),
+            )
+            for i, part in enumerate(joined.parts)
+        }
 
 
 @dataclass(frozen=True)
@@ -73,6 +99,8 @@ class HfFolder:
     """The weights that are dequantized when they are read. ``tensors`` and ``carried`` have their shape and type after that."""
     _sources: dict[str, StoredTensor] = field(default_factory=dict, repr=False)
     """The stored tensors of quantized weights."""
+    joined: dict[str, JoinedTensor] = field(default_factory=dict)
+    """The tensors that the folder has in place of their parts, which are in ``tensors``. Exports have them too."""
 
     @classmethod
     def open(cls, path: str | Path, *, with_weights: bool = True) -> "HfFolder":
@@ -93,10 +121,12 @@ class HfFolder:
             shards, stored = _open_shards(path, files)
             quantized, sources = _take_quantized(stored, known)
             carried = {name: stored.pop(name) for name in list(stored) if known.is_carried(name)}
-            if not with_weights:
-                stored = {}
+            joined = table.joined if known.family.writes_joined_experts else {}
+            if with_weights:
+                joined = {name: tensor for name, tensor in table.joined.items() if name in stored}
+            stored = _split_joined(stored, joined) if with_weights else {}
             described = (known.config, known.family, known.shape, known.rope)
-            folder = cls(path, *described, table, stored, shards, carried, quantized, sources)
+            folder = cls(path, *described, table, stored, shards, carried, quantized, sources, joined)
             if with_weights:
                 folder._check_tensors()
             _check_tokenizer(path, known.shape.vocab_size)
@@ -133,6 +163,11 @@ class HfFolder:
                 return self._shards[stored.file].get_tensor(name)
             if dim == 0:
                 return self._read_rows(stored, start, stored.shape[0] if stop is None else stop)
+            if stored.within is not None:
+                assert dim == 1, "a part has rows and columns"
+                whole, expert, row = stored.within
+                rows = slice(row, row + stored.shape[0])
+                return self._shards[stored.file].get_slice(whole)[expert, rows, start:stop]
             view = self._shards[stored.file].get_slice(name)
             return view[(slice(None),) * dim + (slice(start, stop),)]
         except (SafetensorError, OSError, EOFError) as error:
@@ -176,10 +211,7 @@ class HfFolder:
             )
         for name, size in expected.items():
             if self.tensors[name].shape != size:
-                raise ModelFolderError(
-                    f"tensor {name} has shape {list(self.tensors[name].shape)}, "
-                    f"config.json implies {list(size)}"
-                )
+                raise _wrong_shape(name, self.tensors[name].shape, size)
 
     def _drop_stored_tied_output(self) -> None:
         """Drops the stored output layer of a tied model, which some folders have; refuses one that differs from the embedding."""
@@ -368,6 +400,25 @@ def _open_shard(path: Path) -> Any:
         raise ModelFolderError(
             f"{path.name} ({size} bytes) is truncated or not safetensors: {first_line(error)}"
         ) from error
+
+
+def _split_joined(
+    stored: dict[str, StoredTensor], joined: dict[str, JoinedTensor]
+) -> dict[str, StoredTensor]:
+    """Replaces tensors with all experts of a layer by their parts."""
+    split: dict[str, StoredTensor] = {}
+    for name, tensor in stored.items():
+        parts = tensor.split(name, joined[name]) if name in joined else {name: tensor}
+        if twice := next((part for part in parts if part in split), None):
+            raise ModelFolderError(
+                f"{twice} is stored twice, in tensors of one and of all experts; delete one"
+            )
+        split |= parts
+    return split
+
+
+def _wrong_shape(name: str, found: Sequence[int], expected: Sequence[int]) -> ModelFolderError:
+    return ModelFolderError(f"tensor {name} has shape {list(found)}, config.json implies {list(expected)}")
 
 
 def _check_tokenizer(path: Path, vocab_size: int) -> None:

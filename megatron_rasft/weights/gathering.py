@@ -1,7 +1,7 @@
 """Gathers Hugging Face tensors from the model chunks of all ranks, one parameter at a time."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_rasft.weights.families import Binding, NameTable
+from megatron_rasft.weights.families import Binding, JoinedTensor, NameTable
 from megatron_rasft.weights.loading import ExpertRanks, bound_parameters
 
 
@@ -20,10 +20,30 @@ class TensorPlan(NamedTuple):
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+    parts: tuple[str, ...] = ()
+    """Names of the tensors that lie in this one, one after the other, and are written one by one; empty if it is written at once."""
+
+    @property
+    def written(self) -> tuple[str, ...]:
+        """The names under which the tensor's content is written."""
+        return self.parts or (self.name,)
 
     @property
     def num_bytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
+
+
+def join_plans(plans: Iterable[TensorPlan], joined: dict[str, JoinedTensor]) -> list[TensorPlan]:
+    """Replaces the parts of each joined tensor by that tensor. All parts of it must be in ``plans``."""
+    whole_of = {part: name for name, tensor in joined.items() for part in tensor.parts}
+    result: dict[str, TensorPlan] = {}
+    for plan in plans:
+        name = whole_of.get(plan.name)
+        if name is None:
+            result[plan.name] = plan
+        else:
+            result.setdefault(name, TensorPlan(name, joined[name].shape, plan.dtype, joined[name].parts))
+    return list(result.values())
 
 
 class ExpertGroups(NamedTuple):

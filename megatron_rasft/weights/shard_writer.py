@@ -1,7 +1,6 @@
 """Writes a safetensors file tensor by tensor, without keeping tensors in memory."""
 
 import json
-import math
 import os
 import struct
 from collections.abc import Sequence
@@ -28,15 +27,17 @@ class ShardWriter:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         self._spans: dict[str, tuple[int, int]] = {}
         position = 0
-        for name, shape, dtype in sorted(plans, key=lambda plan: -plan.dtype.itemsize):
-            end = position + math.prod(shape) * dtype.itemsize
-            header[name] = {
-                "dtype": _DTYPE_NAMES[dtype],
-                "shape": list(shape),
+        for plan in sorted(plans, key=lambda plan: -plan.dtype.itemsize):
+            end = position + plan.num_bytes
+            header[plan.name] = {
+                "dtype": _DTYPE_NAMES[plan.dtype],
+                "shape": list(plan.shape),
                 "data_offsets": [position, end],
             }
-            self._spans[name] = (position, end)
-            position = end
+            size = plan.num_bytes // len(plan.written)
+            for part in plan.written:
+                self._spans[part] = (position, position + size)
+                position += size
         encoded = json.dumps(header, separators=(",", ":")).encode()
         encoded += b" " * (-len(encoded) % 8)
         self.num_bytes = position
@@ -45,7 +46,7 @@ class ShardWriter:
         self._file.write(struct.pack("<Q", len(encoded)) + encoded)
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Writes a CPU tensor at its offset. The last tensor also flushes the file to the disk and closes it."""
+        """Writes a CPU tensor, or a part of a planned tensor, at its offset. The last tensor also flushes the file to the disk and closes it."""
         start, end = self._spans.pop(name)
         raw = tensor.contiguous().reshape(-1).view(torch.uint8)
         assert raw.numel() == end - start, (

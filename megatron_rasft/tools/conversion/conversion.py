@@ -25,7 +25,14 @@ from megatron_rasft.weights.exporting import (
     write_config,
     write_index,
 )
-from megatron_rasft.weights.families import Entry, NameTable, Piece, ShardLayout, StoredParameter
+from megatron_rasft.weights.families import (
+    Entry,
+    JoinedTensor,
+    NameTable,
+    Piece,
+    ShardLayout,
+    StoredParameter,
+)
 from megatron_rasft.weights.finite import NOT_FINITE, describe_overflow, is_finite
 from megatron_rasft.weights.folder import CARRIED_FILE, HfFolder
 from megatron_rasft.weights.fp8_blocks import (
@@ -36,7 +43,7 @@ from megatron_rasft.weights.fp8_blocks import (
     scale_shape,
     unquantized_type,
 )
-from megatron_rasft.weights.gathering import TensorPlan, assemble
+from megatron_rasft.weights.gathering import TensorPlan, assemble, join_plans
 from megatron_rasft.weights.loading import read_shard
 from megatron_rasft.weights.model_card import saved_run_facts, write_card
 from megatron_rasft.weights.shard_writer import ShardWriter, split_plans
@@ -310,6 +317,12 @@ class _FilePart(NamedTuple):
     name: str
     num_bytes: int
     parameters: list[tuple[StoredParameter, list[TensorPlan]]]
+    joined: dict[str, JoinedTensor]
+
+    @property
+    def planned(self) -> list[TensorPlan]:
+        """The tensors of the file."""
+        return join_plans((plan for _, plans in self.parameters for plan in plans), self.joined)
 
 
 def megatron_to_hf(
@@ -366,9 +379,7 @@ def megatron_to_hf(
                 write_file(temporary, source, template.table, part)
 
         staged.do(parts, make, num_workers=num_workers, on_progress=on_progress)
-        weight_map = {
-            plan.name: part.name for part in parts for _, plans in part.parameters for plan in plans
-        }
+        weight_map = {plan.name: part.name for part in parts for plan in part.planned}
         for i, shard in enumerate(carried, start=len(parts)):
             with replacing(staged.path / file_name(i, num_files)) as temporary:
                 write_carried(template, temporary, shard)
@@ -479,22 +490,42 @@ def _file_parts(
     max_shard_bytes: int,
     num_more: int,
 ) -> list[_FilePart]:
-    """Splits the model into files. The tensors of one parameter stay in one file. ``num_more`` files follow these."""
+    """Splits the model into files. The tensors of one parameter, and of a joined tensor, stay in one file.
+
+    ``num_more`` files follow these. Engines read the experts of an FP8 model one by one.
+    """
+    joined = {} if is_fp8 else template.joined
     files: list[list[tuple[StoredParameter, list[TensorPlan]]]] = []
     sizes: list[int] = []
-    for parameter in template.table.stored_parameters():
-        stored = source.tensors[places(source, parameter)[0][0]].properties.dtype
-        plans = _plan(parameter, written_type(parameter.binding.entry, stored, dtype, is_fp8=is_fp8), is_fp8)
-        num_bytes = sum(_size(plan.shape, plan.dtype) for plan in plans)
+    for group in _joined_parameters(template.table, joined):
+        planned = []
+        for parameter in group:
+            stored = source.tensors[places(source, parameter)[0][0]].properties.dtype
+            kind = written_type(parameter.binding.entry, stored, dtype, is_fp8=is_fp8)
+            planned.append((parameter, _plan(parameter, kind, is_fp8)))
+        num_bytes = sum(_size(plan.shape, plan.dtype) for _, plans in planned for plan in plans)
         if not files or sizes[-1] + num_bytes > max_shard_bytes:
             files.append([])
             sizes.append(0)
-        files[-1].append((parameter, plans))
+        files[-1] += planned
         sizes[-1] += num_bytes
     return [
-        _FilePart(file_name(i, len(files) + num_more), size, parameters)
+        _FilePart(file_name(i, len(files) + num_more), size, parameters, joined)
         for i, (parameters, size) in enumerate(zip(files, sizes, strict=True))
     ]
+
+
+def _joined_parameters(
+    table: NameTable, joined: dict[str, JoinedTensor]
+) -> Iterator[tuple[StoredParameter, ...]]:
+    """Yields the parameters whose tensors are parts of one joined tensor together, and the others alone."""
+    whole_of = {part: name for name, tensor in joined.items() for part in tensor.parts}
+
+    def whole(parameter: StoredParameter) -> str:
+        name = parameter.binding.hf_names[0]
+        return whole_of.get(name, name)
+
+    yield from (tuple(group) for _, group in groupby(table.stored_parameters(), key=whole))
 
 
 def written_type(
@@ -511,7 +542,8 @@ def _plain_weights(parts: Sequence[_FilePart]) -> Iterator[tuple[tuple[int, ...]
     for part in parts:
         for parameter, plans in part.parameters:
             names = parameter.binding.hf_names
-            yield from (p[1:] for p in plans if p.name in names and p.dtype is not torch.float8_e4m3fn)
+            plain = (p for p in plans if p.name in names and p.dtype is not torch.float8_e4m3fn)
+            yield from ((plan.shape, plan.dtype) for plan in plain)
 
 
 def _plan(parameter: StoredParameter, dtype: torch.dtype, is_fp8: bool) -> list[TensorPlan]:
@@ -526,7 +558,7 @@ def _plan(parameter: StoredParameter, dtype: torch.dtype, is_fp8: bool) -> list[
 
 
 def write_file(path: Path, source: TorchDistFolder, table: NameTable, part: _FilePart) -> None:
-    writer = ShardWriter(path, [plan for _, plans in part.parameters for plan in plans])
+    writer = ShardWriter(path, part.planned)
     try:
         following = [places(source, parameter) for parameter, _ in part.parameters[1:]]
         for (parameter, plans), ahead in zip(part.parameters, [*following, []], strict=True):

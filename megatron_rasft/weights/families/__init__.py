@@ -7,7 +7,7 @@ from megatron_rasft.weights.families import delta_net, dense, experts, glm4_moe,
 from megatron_rasft.weights.families.declaration import Family
 from megatron_rasft.weights.families.entries import Entry
 from megatron_rasft.weights.families.layouts import Piece, ShardLayout
-from megatron_rasft.weights.families.name_table import Binding, NameTable, StoredParameter
+from megatron_rasft.weights.families.name_table import Binding, JoinedTensor, NameTable, StoredParameter
 from megatron_rasft.weights.families.refused import REFUSED
 from megatron_rasft.weights.families.shape import ModelShape
 
@@ -17,6 +17,7 @@ __all__ = [
     "Binding",
     "Entry",
     "Family",
+    "JoinedTensor",
     "ModelShape",
     "NameTable",
     "Piece",
@@ -44,6 +45,7 @@ FAMILIES = {
         delta_net.QWEN3_5,
         delta_net.QWEN3_5_VISION,
         delta_net.QWEN3_5_MOE,
+        delta_net.QWEN3_5_MOE_VISION,
         delta_net.QWEN3_NEXT,
     )
 }

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_rasft.weights.config_values import positive_int, refusal, short, unsupported
-from megatron_rasft.weights.families.entries import ATTENTION, MLP, QK_NORM, QKV_BIAS, Entry
+from megatron_rasft.weights.families.entries import ATTENTION, MLP, QK_NORM, QKV_BIAS, Entry, JoinedExperts
 from megatron_rasft.weights.families.shape import ModelShape
 
 Config = dict[str, Any]
@@ -34,6 +34,10 @@ class Family:
     mlp: tuple[Entry, ...] = MLP
     mixed_layers: Callable[[ModelShape, int], tuple[Entry, ...]] | None = None
     """Returns the entries of a layer, if the layers of a model differ; None: ``attention`` and ``mlp`` are in every layer."""
+    joined_experts: tuple[JoinedExperts, ...] = ()
+    """Tensors that may take the place of the experts' own tensors in a folder."""
+    writes_joined_experts: bool = False
+    """Whether a folder is written with these tensors if the template has no weights to imitate."""
     default_head_dim: int | None = None
     """head_dim if config.json omits it; None means hidden_size / num_attention_heads."""
     default_query_groups: int | None = None

@@ -12,6 +12,7 @@ from megatron_rasft.weights.families.entries import (
     MLP,
     QK_NORM,
     Entry,
+    JoinedExperts,
     gated_mlp,
     kv_size,
     norm_entry,
@@ -317,14 +318,31 @@ QWEN3_5_MOE = replace(
     architecture="Qwen3_5MoeForCausalLM",
     mlp=MIXTURE,
     mixed_layers=mixed(DELTA_NET, MIXTURE),
+    joined_experts=(
+        JoinedExperts(
+            "mlp.experts.gate_up_proj",
+            parts=("mlp.experts.{e}.gate_proj.weight", "mlp.experts.{e}.up_proj.weight"),
+        ),
+        JoinedExperts("mlp.experts.down_proj", parts=("mlp.experts.{e}.down_proj.weight",)),
+    ),
     default_query_groups=2,
     own_sizes=lambda config: _mixture_sizes(config, num_experts=256),
     own_args=lambda config, shape: _mixture_args(config, shape, 8, is_normalized=True),
 )
 
+QWEN3_5_MOE_VISION = replace(
+    QWEN3_5_MOE,
+    architecture="Qwen3_5MoeForConditionalGeneration",
+    text_model_type="qwen3_5_moe_text",
+    prefix=QWEN3_5_VISION.prefix,
+    is_carried=QWEN3_5_VISION.is_carried,
+    writes_joined_experts=True,
+)
+
 QWEN3_NEXT = replace(
     QWEN3_5_MOE,
     architecture="Qwen3NextForCausalLM",
+    joined_experts=(),
     mixed_layers=mixed(GROUPED_DELTA_NET, MIXTURE),
     own_sizes=_mixture_sizes,
     own_args=lambda config, shape: _mixture_args(

@@ -36,6 +36,19 @@ class Entry(NamedTuple):
     """Returns suffix and rows of the tensors into which Megatron's checkpoints cut the parameter; None: it is one tensor there."""
 
 
+class JoinedExperts(NamedTuple):
+    """A tensor of a folder that has all experts of a layer, one after the other."""
+
+    name: str
+    """Name within the layer."""
+    parts: tuple[str, ...]
+    """The Hugging Face names, in the entries, of the matrices that lie below each other in each expert. They have equal sizes."""
+
+    def part_names(self, prefix: str, num_experts: int) -> tuple[str, ...]:
+        """The names of all parts in their order, with ``prefix`` for the layer."""
+        return tuple(prefix + part.format(e=expert) for expert in range(num_experts) for part in self.parts)
+
+
 def norm_entry(megatron: tuple[str, ...], hf: str, size: Callable[[ModelShape], int]) -> Entry:
     return Entry(megatron, (hf,), lambda s: ((size(s),),), replicated(size), is_sharded=False)
 

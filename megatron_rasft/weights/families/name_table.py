@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from megatron_rasft.weights.families.declaration import Family
-from megatron_rasft.weights.families.entries import Entry, norm_entry
+from megatron_rasft.weights.families.entries import Entry, JoinedExperts, norm_entry
 from megatron_rasft.weights.families.layouts import ShardLayout, vocabulary
 from megatron_rasft.weights.families.shape import ModelShape
 
@@ -45,6 +45,14 @@ class Binding(NamedTuple):
         sizes = list(self.hf_shapes[0])
         sizes[layout.dim] = layout.length
         return tuple(sizes)
+
+
+class JoinedTensor(NamedTuple):
+    """A tensor that a folder may have in place of the tensors ``parts``, which lie in it one after the other."""
+
+    shape: tuple[int, ...]
+    """The first dimension is the expert."""
+    parts: tuple[str, ...]
 
 
 class StoredParameter(NamedTuple):
@@ -92,6 +100,18 @@ class NameTable:
             name for p in self.stored_parameters() if p.binding.entry.is_buffer for name in p.binding.hf_names
         )
         """The tensors of ``hf_shapes`` that are buffers. They keep their type when all weights are converted to another."""
+        self.joined: dict[str, JoinedTensor] = {
+            f"{prefix}{experts.name}": self._join(experts, prefix)
+            for prefix in (f"{family.prefix}layers.{layer}." for layer in range(shape.num_layers))
+            for experts in family.joined_experts
+            if experts.part_names(prefix, 1)[0] in self.hf_shapes
+        }
+        """The tensors that a folder may have in place of tensors of ``hf_shapes``."""
+
+    def _join(self, experts: JoinedExperts, prefix: str) -> JoinedTensor:
+        parts = experts.part_names(prefix, self.shape.num_experts)
+        rows, *columns = self.hf_shapes[parts[0]]
+        return JoinedTensor((self.shape.num_experts, rows * len(experts.parts), *columns), parts)
 
     def bind(self, megatron_name: str, layer_offset: int, expert_offset: int = 0) -> Binding | None:
         """Returns the entry of a parameter, or None if this family has no such parameter.

@@ -39,5 +39,4 @@ REFUSED = {
     "Olmo2ForCausalLM": _OLMO,
     "Olmo3ForCausalLM": _OLMO,
     "Qwen2_5_VLForConditionalGeneration": "its positions have three dimensions, for images and videos",
-    "Qwen3_5MoeForConditionalGeneration": "its folders have the experts of a layer in one tensor, and there is no table for that",
 }  # fmt: skip

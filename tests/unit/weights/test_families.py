@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from megatron_rasft.weights import families
 from megatron_rasft.weights.families import FAMILIES, Binding, ModelShape, NameTable
 from megatron_rasft.weights.families.shape import DeltaShape, LatentShape
-from tests.tiny_models import hf_config
+from tests.tiny_models import hf_config, save_model
 
 MODELS = {architecture: getattr(transformers, architecture) for architecture in FAMILIES}
 LATENT = LatentShape(query_rank=6, key_value_rank=4, plain_dim=3, rotary_dim=4, value_dim=4)
@@ -251,7 +251,7 @@ def test_tables_have_the_names_and_shapes_that_transformers_saves(
         "tie_word_embeddings": is_tied,
     }
     config = hf_config(architecture.removesuffix("ForCausalLM"), values)
-    MODELS[architecture](config).save_pretrained(tmp_path)
+    save_model(MODELS[architecture](config), tmp_path)
     family = FAMILIES[architecture]
     tensors = load_file(tmp_path / "model.safetensors").items()
     more = {"dense_ffn_hidden_size": 12, "shared_ffn_hidden_size": 12, **own_sizes(architecture)}
@@ -261,6 +261,11 @@ def test_tables_have_the_names_and_shapes_that_transformers_saves(
     saved = {name: tuple(t.shape) for name, t in tensors if not family.is_carried(name, sizes)}
     assert (len(saved) < len(tensors)) is (family.text_model_type is not None)
     table = table_of(architecture, sizes)
+    joined = {name: tensor for name, tensor in table.joined.items() if name in saved}
+    assert bool(joined) is family.writes_joined_experts
+    for name, tensor in joined.items():
+        assert tensor.shape == saved.pop(name)
+        saved |= {part: table.hf_shapes[part] for part in tensor.parts}
     assert table.hf_shapes == saved
 
 
