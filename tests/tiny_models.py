@@ -21,6 +21,32 @@ _LLAMA3 = {
     "original_max_position_embeddings": 8192,
 }
 
+
+class MiMoConfig(transformers.Qwen2Config):
+    """The configuration of MiMo-7B, which transformers does not have."""
+
+    model_type = "mimo"
+
+
+class MiMoForCausalLM(transformers.Qwen2ForCausalLM):
+    """MiMo-7B as the code in its folder: Qwen2, and layers for multi-token prediction that forward() does not use."""
+
+    config_class = MiMoConfig
+
+    def __init__(self, config: MiMoConfig) -> None:
+        super().__init__(config)
+        layer = torch.nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
+        self.model.mtp_layers = torch.nn.ModuleList([torch.nn.ModuleDict({"input_proj": layer})])
+
+
+_OWN_CLASSES = {kind.__name__: kind for kind in (MiMoConfig, MiMoForCausalLM)}
+
+
+def hf_class(name: str) -> Any:
+    """Returns a class of transformers, or of the code in a model's folder; None if there is none of this name."""
+    return _OWN_CLASSES.get(name) or getattr(transformers, name, None)
+
+
 _YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 32}
 
 _LATENT = {"kv_lora_rank": 20, "qk_nope_head_dim": 10, "qk_rope_head_dim": 8, "v_head_dim": 12}
@@ -82,6 +108,29 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "head_dim": 16,
             "sliding_window": None,
             "tie_word_embeddings": False,
+        },
+    ),
+    "ministral3": (
+        "Mistral3ForConditionalGeneration",
+        {
+            "model_type": "ministral3",
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "max_position_embeddings": 256,
+            "rope_parameters": _YARN
+            | {"original_max_position_embeddings": 64, "mscale": 1.0, "mscale_all_dim": 1.0}
+            | {"llama_4_scaling_beta": 0.1},
+        },
+    ),
+    "mimo": (
+        "MiMo",
+        {
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 640000.0},
+            "rms_norm_eps": 1e-5,
         },
     ),
     "phi3": (
@@ -358,7 +407,7 @@ _VISION: dict[str, tuple[str, dict[str, Any]]] = {
 
 def config_class(family: str) -> Any:
     """Returns the class of transformers for the configuration of a family's language model."""
-    return getattr(transformers, family + "TextConfig", None) or getattr(transformers, family + "Config")
+    return hf_class(f"{family}TextConfig") or hf_class(f"{family}Config")
 
 
 def hf_config(family: str, values: dict[str, Any]) -> Any:
@@ -378,7 +427,7 @@ def hf_model(case: str, sizes: dict[str, Any] | None = None) -> transformers.Pre
     config = hf_config(family, {**_SIZES, **overrides, **(sizes or {})})
     torch.manual_seed(1234)
     name = family if family in _VISION else f"{family}ForCausalLM"
-    model = getattr(transformers, name)(config).float().eval()
+    model = hf_class(name)(config).float().eval()
     with torch.no_grad():
         for name, param in model.named_parameters():
             if name.endswith("A_log"):

@@ -3,6 +3,7 @@
 This module refuses every setting with which Megatron would compute another result than transformers.
 """
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -89,7 +90,7 @@ def read_family(config: dict[str, Any]) -> Family:
     named = list_of(config, "architectures", str)
     for architecture in named:
         if architecture in FAMILIES:
-            return FAMILIES[architecture]
+            return FAMILIES[architecture].variant(config)
     for architecture in named:
         if architecture in REFUSED:
             raise unsupported(f"architecture {architecture} is not supported: {REFUSED[architecture]}")
@@ -183,7 +184,7 @@ def megatron_args(folder: Described, query_groups: int | None = None) -> dict[st
         "group_query_attention": True,
         "num_query_groups": groups,
         "kv_channels": shape.head_dim,
-        "max_position_embeddings": family.longest(config),
+        "max_position_embeddings": min(family.longest(config), folder.rope.last_plain or sys.maxsize),
         **(folder.rope.megatron_args() if shape.latent is None else folder.rope.latent_args()),
         "normalization": "RMSNorm",
         "layernorm_epsilon": positive_number(config, "rms_norm_eps", family.default_norm_eps),

@@ -56,10 +56,7 @@ def _copy_code(config: Path, target: Path) -> None:
         content = read_json_object(config)
     except ModelFolderError:
         return
-    modules = set(_local_modules(content.get("auto_map")))
-    if not modules:
-        return
-    code = _with_imports(config.parent, modules)
+    code = find_code(config.parent, content)
     if code is None:
         del content["auto_map"]
         (target / config.name).write_text(
@@ -67,6 +64,11 @@ def _copy_code(config: Path, target: Path) -> None:
         )
     for path in code or ():
         shutil.copyfile(path, target / path.name)
+
+
+def find_code(folder: Path, content: dict[str, Any]) -> list[Path] | None:
+    """Returns the files of code to which the "auto_map" of a file in ``folder`` refers; None if one is missing."""
+    return _with_imports(folder, set(_local_modules(content.get("auto_map"))))
 
 
 def _local_modules(value: Any) -> Iterator[str]:

@@ -17,7 +17,7 @@ from torch.distributed import ProcessGroup
 from megatron_rasft.errors import CheckpointError, ModelFolderError, WeightsError
 from megatron_rasft.ranks import gather_to_all
 from megatron_rasft.weights.carried import write_carried_files
-from megatron_rasft.weights.companions import copy_companions
+from megatron_rasft.weights.companions import copy_companions, find_code
 from megatron_rasft.weights.finite import NOT_FINITE, is_finite
 from megatron_rasft.weights.folder import INDEX_FILE, SINGLE_FILE, HfFolder
 from megatron_rasft.weights.gathering import ExpertGroups, gather_tensors, join_plans, plan_tensors
@@ -295,10 +295,15 @@ def type_names(types: Iterable[torch.dtype]) -> str:
 def write_config(template: HfFolder, target: Path, dtype: torch.dtype, **more: Any) -> None:
     """Writes config.json for weights of type ``dtype``, with further keys ``more``.
 
-    "auto_map" is left out. It refers to code beside the weights, but transformers has its own class for every family.
+    "auto_map" is left out if transformers has a class for the family. If not, the code beside the weights is copied too.
     "quantization_config" is left out, because quantized weights were dequantized when they were read.
     """
     kept = _without_sources(template.config)
+    code = find_code(template.path, template.config) if template.family.is_own_code else None
+    if code:
+        kept["auto_map"] = template.config["auto_map"]
+    for path in code or ():
+        shutil.copyfile(path, target / path.name)
     if dtype == template.dtype and not more and kept == template.config:
         shutil.copyfile(template.path / "config.json", target / "config.json")
         return

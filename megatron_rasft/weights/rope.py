@@ -59,6 +59,8 @@ class Rope:
     yarn: Yarn | None = None
     partial: float = 1.0
     """Share of each head's dimensions that are rotated: the first ones."""
+    last_plain: int | None = None
+    """Number of first positions whose queries are not multiplied by a factor, which Megatron does not have. None: all positions."""
 
     def megatron_args(self) -> dict[str, Any]:
         """Returns the values of Megatron's arguments."""
@@ -109,7 +111,7 @@ class Rope:
 def read_rope(config: dict[str, Any], family: Family) -> Rope:
     """Reads the rotary embedding, in the form of transformers 5 (rope_parameters) or of earlier releases (rope_theta,
     rope_scaling)."""
-    rope = _rope_settings(config)
+    rope = _rope_settings(config, family.default_rope)
     kind = rope.get("rope_type", rope.get("type", "default"))
     own_theta = positive_number(config, "rope_theta", family.default_rope_theta)
     theta = positive_number(rope, "rope_theta", own_theta)
@@ -131,7 +133,9 @@ def read_rope(config: dict[str, Any], family: Family) -> Rope:
             f"yarn rope scaling with partial_rotary_factor {partial}: Megatron would rotate whole heads"
         )
     if kind == "yarn":
-        return Rope(theta, None, _read_yarn(rope, family.longest(config)))
+        yarn = _read_yarn(rope, family.longest(config))
+        has_scale = family.scales_late_queries and rope.get("llama_4_scaling_beta")
+        return Rope(theta, None, yarn, last_plain=yarn.original_positions if has_scale else None)
     for key, value in _MEGATRON_LLAMA3.items():
         if rope.get(key) != value:
             raise unsupported(
@@ -175,10 +179,10 @@ def _yarn_factor(rope: dict[str, Any], factor: float) -> float:
     return scaled(positive_number(rope, "mscale", 1.0)) / scaled(positive_number(rope, "mscale_all_dim", 1.0))
 
 
-def _rope_settings(config: dict[str, Any]) -> dict[str, Any]:
+def _rope_settings(config: dict[str, Any], default: dict[str, Any] | None) -> dict[str, Any]:
     """Returns a copy of the settings of the rotary embedding. If both keys exist, transformers uses rope_scaling."""
     key = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
-    rope = config.get(key) or {}
+    rope = config.get(key) or default or {}
     if not isinstance(rope, dict):
         raise refusal(key, "an object as", rope)
     if any(isinstance(value, dict) for value in rope.values()):

@@ -31,6 +31,8 @@ FAMILIES = {
         dense.LLAMA,
         dense.MISTRAL,
         dense.MISTRAL3,
+        dense.MINISTRAL3,
+        dense.MIMO,
         dense.QWEN2,
         dense.QWEN3,
         dense.PHI3,

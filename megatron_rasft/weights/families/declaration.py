@@ -26,6 +26,10 @@ class Family:
     architecture: str
     text_model_type: str | None = None
     """For a model that also sees images: model_type of the language model in config.json's text_config. None: no text_config."""
+    text_variants: "tuple[Family, ...]" = ()
+    """Families of the same architecture with another text_model_type."""
+    is_own_code: bool = False
+    """Whether the model's classes are Python code in its folder, and not in transformers. Exports get a copy of that code."""
     prefix: str = "model."
     """Start of the language model's names, except the output layer's."""
     output: str = "lm_head.weight"
@@ -45,6 +49,10 @@ class Family:
     default_max_position_embeddings: int
     default_is_tied: bool = False
     default_rope_theta: float = 10000.0
+    default_rope: Config | None = None
+    """rope_parameters if config.json omits them; None: no scaling."""
+    scales_late_queries: bool = False
+    """True if queries from original_max_position_embeddings on are multiplied by a factor that llama_4_scaling_beta gives."""
     default_norm_eps: float = 1e-6
     layer_types: tuple[str, ...] = ("full_attention",)
     """Kinds of layers in config.json's layer_types that the table has, besides sliding_attention."""
@@ -81,6 +89,12 @@ class Family:
     def entries(self, shape: ModelShape, layer: int) -> tuple[Entry, ...]:
         """The entries of a layer of a model."""
         return self.layer_entries if self.mixed_layers is None else self.mixed_layers(shape, layer)
+
+    def variant(self, config: Config) -> "Family":
+        """The family of the language model in a config.json."""
+        text = config.get("text_config")
+        found = text.get("model_type") if isinstance(text, dict) else None
+        return next((family for family in self.text_variants if family.text_model_type == found), self)
 
     def text_config(self, config: Config) -> Config:
         """The language model's part of a config.json."""

@@ -6,6 +6,7 @@ from megatron_rasft.weights.config_values import count, list_of, positive_int, r
 from megatron_rasft.weights.families.declaration import Config, Family
 from megatron_rasft.weights.families.entries import ATTENTION, MLP, QK_NORM, QKV_BIAS, kv_size, q_size
 from megatron_rasft.weights.families.layouts import gate_then_up, query_key_value, stacked
+from megatron_rasft.weights.families.shape import ModelShape
 
 LLAMA = Family(architecture="LlamaForCausalLM", default_max_position_embeddings=2048)
 
@@ -16,15 +17,48 @@ MISTRAL = Family(
     default_sliding_window=4096,
 )
 
+MINISTRAL3 = Family(
+    architecture="Ministral3ForCausalLM",
+    default_query_groups=8,
+    default_head_dim=128,
+    default_max_position_embeddings=262144,
+    default_norm_eps=1e-5,
+    default_rope={
+        "rope_type": "yarn",
+        "rope_theta": 1e6,
+        "factor": 16.0,
+        "original_max_position_embeddings": 16384,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "llama_4_scaling_beta": 0.1,
+    },
+    scales_late_queries=True,
+)
+
+
+def _is_of_vision(name: str, shape: ModelShape) -> bool:
+    return name.startswith(("vision_tower.", "multi_modal_projector."))
+
+
 MISTRAL3 = replace(
     MISTRAL,
     architecture="Mistral3ForConditionalGeneration",
     text_model_type="mistral",
     prefix="language_model.model.",
     output="language_model.lm_head.weight",
-    is_carried=lambda name, shape: name.startswith(("vision_tower.", "multi_modal_projector.")),
+    is_carried=_is_of_vision,
+    text_variants=(
+        replace(
+            MINISTRAL3,
+            architecture="Mistral3ForConditionalGeneration",
+            text_model_type="ministral3",
+            prefix="language_model.model.",
+            output="language_model.lm_head.weight",
+            is_carried=_is_of_vision,
+        ),
+    ),
 )
-"""The language model of Mistral-Small 3.1 and later ones, which also see images."""
+"""The language model of Mistral-Small 3.1 and later ones, which also see images, and that of Ministral 3."""
 
 
 def after_max_window_layers(config: Config) -> list[bool]:
@@ -42,6 +76,15 @@ QWEN2 = Family(
     reads_layer_types=True,
     windowed_layers=after_max_window_layers,
 )
+
+MIMO = replace(
+    QWEN2,
+    architecture="MiMoForCausalLM",
+    is_own_code=True,
+    is_carried=lambda name, shape: name.startswith("model.mtp_layers."),
+    fixed_flags=(("attention_bias", True, True), ("mlp_bias", False, False)),
+)
+"""MiMo-7B: Qwen2, and layers for multi-token prediction."""
 
 QWEN3 = Family(
     architecture="Qwen3ForCausalLM",

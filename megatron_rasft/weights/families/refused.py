@@ -33,7 +33,6 @@ REFUSED = {
     "InternLM3ForCausalLM": "its model is code in the folder, which is not run",
     "KimiK25ForConditionalGeneration": "there is no table for its latent attention and grouped routing",
     "Llama4ForConditionalGeneration": "there is no table for its attention in chunks and its scaled queries",
-    "MiMoForCausalLM": "its model is code in the folder, which is not run",
     "MiniMaxM2ForCausalLM": "its norms of queries and keys span all heads",
     "NemotronHForCausalLM": _MAMBA,
     "Olmo2ForCausalLM": _OLMO,

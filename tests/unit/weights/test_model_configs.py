@@ -16,7 +16,6 @@ CONFIGS = read_configs()
 REASONS = {
     "Kimi-K2-Thinking": "'pack-quantized'",
     "deepseek-coder-6.7b (linear rope)": "'linear'",
-    "Ministral-3-8B-Reasoning-2512": "ministral3",
     "Phi-3-mini-128k-instruct": "'longrope'",
     "Phi-3.5-mini-instruct": "'longrope'",
     "Phi-4-mini-instruct": "partial_rotary_factor",

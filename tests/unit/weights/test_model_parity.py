@@ -243,6 +243,28 @@ def test_companion_files_travel_and_pickles_do_not(tmp_path: Path) -> None:
     assert not (out / "training_args.bin").exists() and not (out / "modeling_custom.py").exists()
 
 
+@pytest.mark.parametrize("has_code", [True, False])
+def test_code_of_a_family_without_classes_in_transformers_travels(tmp_path: Path, has_code: bool) -> None:
+    """A model that transformers has no classes for cannot be loaded without it."""
+    path = write_folder("mimo", tmp_path / "in")
+    config = json.loads((path / "config.json").read_text())
+    auto_map = {
+        "AutoConfig": "configuration_mimo.MiMoConfig",
+        "AutoModelForCausalLM": "modeling_mimo.MiMoForCausalLM",
+    }
+    (path / "config.json").write_text(json.dumps(config | {"auto_map": auto_map}))
+    code = {"configuration_mimo.py": "", "modeling_mimo.py": "from .configuration_mimo import MiMoConfig"}
+    for name, text in code.items() if has_code else ():
+        (path / name).write_text(text)
+    folder = HfFolder.open(path)
+    chunks, offsets = load(folder)
+    export(chunks, folder, tmp_path / "out", layer_offsets=offsets)
+    assert json.loads((tmp_path / "out/config.json").read_text()).get("auto_map") == (
+        auto_map if has_code else None
+    )
+    assert {p.name for p in (tmp_path / "out").glob("*.py")} == (set(code) if has_code else set())
+
+
 def test_export_refuses_a_folder_in_use(tmp_path: Path, folders: dict[str, HfFolder]) -> None:
     chunks, offsets = load(folders["llama"])
     (tmp_path / "out").mkdir()
