@@ -1,7 +1,7 @@
 """The declaration of a model family."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_rasft.weights.config_values import positive_int, refusal, short, unsupported
@@ -49,7 +49,7 @@ class Family:
     default_max_position_embeddings: int
     default_is_tied: bool = False
     default_rope_theta: float = 10000.0
-    default_rope: Config | None = None
+    default_rope: Config | None = field(default=None, hash=False)
     """rope_parameters if config.json omits them; None: no scaling."""
     scales_late_queries: bool = False
     """True if queries from original_max_position_embeddings on are multiplied by a factor that llama_4_scaling_beta gives."""

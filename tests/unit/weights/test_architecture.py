@@ -76,6 +76,14 @@ SIZES = (
 """Keys that every config.json must have."""
 
 
+def test_families_can_be_keys() -> None:
+    """Caches of tables have them as keys."""
+    assert (
+        len({*FAMILIES.values(), *FAMILIES["Mistral3ForConditionalGeneration"].text_variants})
+        == len(FAMILIES) + 1
+    )
+
+
 @pytest.mark.parametrize("architecture", FAMILIES)
 def test_absent_keys_mean_what_the_class_built_without_arguments_means(architecture: str) -> None:
     stored = transformers_config(architecture).to_dict()
