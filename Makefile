@@ -1,4 +1,4 @@
-# make quickstart [ARGS=--compare]   make test   make lint   make mutants   make slurm-night   make venv   make docs   make wheel   make sbom   make servers   make gpu-check   make gpu-bundle
+# make quickstart [ARGS=--compare]   make test   make lint   make mutants   make slurm-night   make venv   make docs   make wheel   make sbom   make servers   make bridge   make gpu-check   make gpu-bundle
 # PYTHON names the interpreter the environment is made with (>= 3.12), VENV where it goes.
 PYTHON ?= python3.12
 VENV ?= .venv
@@ -8,7 +8,7 @@ WHEEL := .cache/wheel
 SBOM := .cache/sbom
 
 .PHONY: quickstart test lint types pytest pytest-servers pytest-runs pytest-units pytest-emulated pytest-slurm mutants slurm-night wheel sbom venv docs \
-	servers emulated-gpu gpu-check gpu-bundle
+	servers bridge emulated-gpu gpu-check gpu-bundle
 .DELETE_ON_ERROR:
 
 quickstart:
@@ -102,6 +102,10 @@ $(STAMP): pyproject.toml
 # which is not needed: without one they run on the trainer's Python and torch.
 servers: venv
 	VENV="$(VENV)" tools/install_servers.sh
+
+# Megatron-Bridge, for --model-source bridge and its tests (.venv-bridge/bin/python -m pytest -m bridge).
+bridge: venv emulated-gpu
+	VENV="$(VENV)" tools/install_bridge.sh
 
 # Python files of Transformer Engine, with which the tests in tests/emulated_gpu run the GPU path on a CPU.
 emulated-gpu: venv

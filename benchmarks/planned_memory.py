@@ -45,7 +45,7 @@ from megatron_rasft.tools.capacity.choosing import LayoutEstimate  # noqa: E402
 from megatron_rasft.tools.capacity.layout_tables import Table  # noqa: E402
 from megatron_rasft.tools.capacity.layouts import Model  # noqa: E402
 from megatron_rasft.tools.capacity.memory import GIB  # noqa: E402
-from megatron_rasft.training import startup  # noqa: E402
+from megatron_rasft.training import model_source, startup  # noqa: E402
 from megatron_rasft.training.megatron_calls import quiet  # noqa: E402
 from megatron_rasft.training.model import build_chunk  # noqa: E402
 from megatron_rasft.weights import HfFolder  # noqa: E402
@@ -139,7 +139,9 @@ def _one_of_many_ranks(rank: int, world_size: int) -> Iterator[None]:
     """Makes this process a rank of a world whose other ranks do not exist."""
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK="0")
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
-    without_weights = mock.patch.object(startup.HfFolder, "open", partial(HfFolder.open, with_weights=False))
+    without_weights = mock.patch.object(
+        model_source.HfFolder, "open", partial(HfFolder.open, with_weights=False)
+    )
     with (
         without_weights,
         mock.patch.object(dist, "all_gather_object", _gather_own),

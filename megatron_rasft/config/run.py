@@ -17,6 +17,10 @@ class RunConfig(FlagSection):
     hf_model: str | None = None
     """Hugging Face folder of the model: config.json sets the architecture flags, the safetensors the weights."""
 
+    model_source: Literal["tables", "bridge"] = "tables"
+    """Who builds the model and names its weights. tables: this program, for the families in docs/checkpoints.md. bridge: NVIDIA's
+    Megatron-Bridge, for other families, in an environment of its own (`make bridge`); rollouts then come from servers or a file."""
+
     dry_run: bool = False
     """Print what the run would do, and exit: rows used and dropped, steps, refreshes, memory, and the files it would write. No model is
     built, no server is asked, and nothing is written."""

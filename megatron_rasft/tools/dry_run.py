@@ -5,6 +5,7 @@ pretrain_rasft.py imports this module for --dry-run only. A run needs no other p
 
 import argparse
 import copy
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -35,6 +36,7 @@ from megatron_rasft.training.resume import Resume
 from megatron_rasft.training.resume_checks import check_resume
 from megatron_rasft.training.schedule import Schedule
 from megatron_rasft.training.status import describe_finished, is_finished
+from megatron_rasft.weights.folder import open_shards, shard_files
 from megatron_rasft.wording import counted, size_text
 
 
@@ -166,6 +168,10 @@ _PARTS = (
 """(field of MemoryEstimate, label) of the parts of a process's memory. Not all of them exist at the same time."""
 
 
+_STATE_BYTES = 18
+"""Bytes per parameter of weights in BF16, gradients, master weights and two moments in fp32."""
+
+
 @dataclass(kw_only=True)
 class _PlannedRun(CapacityConfig):
     """A run whose objective has the flags of its command line."""
@@ -177,7 +183,24 @@ class _PlannedRun(CapacityConfig):
         return self.given
 
 
+def _num_parameters(args: argparse.Namespace, config: RasftConfig) -> int:
+    """Number of parameters in the folder --hf-model."""
+    if config.run.model_source == "tables":
+        return Model.read(Path(args.hf_model), config.run.rasft_query_groups).num_parameters
+    path = Path(args.hf_model)
+    _, stored = open_shards(path, shard_files(path))
+    return sum(math.prod(tensor.shape) for tensor in stored.values())
+
+
 def _memory_lines(args: argparse.Namespace, config: RasftConfig, problems: Problems) -> Iterator[str]:
+    if config.run.model_source == "bridge":
+        states = _STATE_BYTES * _num_parameters(args, config)
+        yield _row(
+            "memory",
+            f"not estimated, because Megatron-Bridge builds the layers. Weights, gradients and optimizer states in BF16 have "
+            f"{size_text(states)} in one replica",
+        )
+        return
     model = Model.read(Path(args.hf_model), config.run.rasft_query_groups)
     memory = run_memory(args, config, problems, model)
     parts = [(label, size) for name, label in _PARTS if (size := getattr(memory, name))]
@@ -257,7 +280,7 @@ _FOLDERS = frozenset({"--save", "--data-cache", "--tensorboard-dir", "--export-h
 
 def _outputs(args: argparse.Namespace, config: RasftConfig) -> Iterator[tuple[str, Path, str]]:
     """Yields (flag, path, content) of everything that the run would write."""
-    model = Model.read(Path(args.hf_model), config.run.rasft_query_groups)
+    num_parameters = _num_parameters(args, config)
     if args.save is not None:
         every = f"every {counted(args.save_interval, 'step')} and " if args.save_interval else ""
         kept = (
@@ -267,7 +290,7 @@ def _outputs(args: argparse.Namespace, config: RasftConfig) -> Iterator[tuple[st
             if config.run.rasft_keep_checkpoints
             else "all are kept"
         )
-        size = f"{size_text(checkpoint_bytes(model))} each in BF16"
+        size = f"{size_text(checkpoint_bytes(num_parameters))} each in BF16"
         yield (
             "--save",
             Path(args.save),
@@ -286,5 +309,5 @@ def _outputs(args: argparse.Namespace, config: RasftConfig) -> Iterator[tuple[st
     if args.tensorboard_dir is not None:
         yield "--tensorboard-dir", Path(args.tensorboard_dir), "TensorBoard's files"
     if args.export_hf is not None:
-        size = size_text(model.num_parameters * args.params_dtype.itemsize)
+        size = size_text(num_parameters * args.params_dtype.itemsize)
         yield "--export-hf", Path(args.export_hf), f"the trained model at the end, {size}"

@@ -27,14 +27,14 @@ from megatron_rasft.training.startup import writers
 from megatron_rasft.training.status import num_steps
 from megatron_rasft.training.trainer import Trainer
 from megatron_rasft.verify.pool import VerifierPool
-from megatron_rasft.weights.folder import HfFolder
+from megatron_rasft.weights.folder import ModelFolder
 from megatron_rasft.wording import counted
 
 
 def build_run(
     args: Any,
     config: RasftConfig,
-    folder: HfFolder,
+    folder: ModelFolder,
     problems: Problems,
     heldout: Problems | None,
     replay: ReplayEngine | None,

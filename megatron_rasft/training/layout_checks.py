@@ -28,9 +28,10 @@ def check_layout(args: argparse.Namespace) -> None:
         )
     heads, groups = args.num_attention_heads, args.num_query_groups
     if not splits_attention(heads, groups, tp):
+        more = f", or --rasft-query-groups {-(-groups // tp) * tp}, which adds groups of zeros"
         raise ValueError(
             f"--tensor-model-parallel-size {tp} does not divide the model's {heads} heads in {groups} query groups. Use "
-            f"another size, or --rasft-query-groups {-(-groups // tp) * tp}, which adds groups of zeros."
+            f"another size{more if args.model_source == 'tables' else ''}."
         )
     _check_delta_heads(args)
     dp = args.world_size // size

@@ -22,11 +22,7 @@ def build_chunk(
     args: Any, pre_process: bool = True, post_process: bool = True, vp_stage: int | None = None, **_: Any
 ) -> GPTModel:
     """Builds one chunk of the model with random weights. Megatron's set-up functions call it with these arguments."""
-    config = core_transformer_config_from_args(args)
-    config.variable_seq_lengths = False  # all micro-batches of a step have one shape
-    if args.distributed_backend == "gloo":
-        # gloo sends asynchronously and reads the tensor later, but Megatron would free its storage after the call.
-        config.deallocate_pipeline_outputs = False
+    config = run_config(args)
     return MODEL_CLASS(
         config,
         layer_spec(config, vp_stage),
@@ -42,6 +38,16 @@ def build_chunk(
         rope_scaling_factor=args.rope_scaling_factor,
         vp_stage=vp_stage,
     )
+
+
+def run_config(args: Any) -> TransformerConfig:
+    """Returns Megatron's configuration of the layers for a run's arguments."""
+    config: TransformerConfig = core_transformer_config_from_args(args)
+    config.variable_seq_lengths = False  # all micro-batches of a step have one shape
+    if args.distributed_backend == "gloo":
+        # gloo sends asynchronously and reads the tensor later, but Megatron would free its storage after the call.
+        config.deallocate_pipeline_outputs = False
+    return config
 
 
 def layer_spec(config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:

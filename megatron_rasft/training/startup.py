@@ -23,18 +23,13 @@ from megatron_rasft.sync.broadcaster import prepare_nccl
 from megatron_rasft.training.arguments import fill_in, parse_flags
 from megatron_rasft.training.background_saves import write_in_process
 from megatron_rasft.training.gpu_kernels import report_missing_transformer_engine
-from megatron_rasft.training.layout_checks import (
-    check_layout,
-    check_sampling,
-    check_served,
-    check_windows,
-)
+from megatron_rasft.training.layout_checks import check_layout, check_sampling, check_windows
 from megatron_rasft.training.megatron_calls import VERBOSE, quiet
+from megatron_rasft.training.model_source import architecture_args, open_folder
 from megatron_rasft.training.outputs import check_writable
 from megatron_rasft.training.rollout_servers import read_keys
 from megatron_rasft.training.status import RunStatus
-from megatron_rasft.weights.architecture import megatron_args
-from megatron_rasft.weights.folder import HfFolder
+from megatron_rasft.weights.folder import HfFolder, ModelFolder
 
 _KNOWN_WARNINGS: tuple[tuple[str, type[Warning]], ...] = (
     (r"`torch\.distributed\.\w+` is deprecated", FutureWarning),
@@ -50,7 +45,9 @@ _KNOWN_WARNINGS: tuple[tuple[str, type[Warning]], ...] = (
 2.11, the others when a checkpoint is loaded."""
 
 
-def parse(argv: Sequence[str] | None = None, *, needs_data: bool = True) -> tuple[Any, RasftConfig, HfFolder]:
+def parse(
+    argv: Sequence[str] | None = None, *, needs_data: bool = True
+) -> tuple[Any, RasftConfig, ModelFolder]:
     """Parses and checks the command line. Nothing is initialized, and no weights are read.
 
     Args:
@@ -69,7 +66,7 @@ def parse(argv: Sequence[str] | None = None, *, needs_data: bool = True) -> tupl
         return _parse(needs_data)
 
 
-def _parse(needs_data: bool) -> tuple[Any, RasftConfig, HfFolder]:
+def _parse(needs_data: bool) -> tuple[Any, RasftConfig, ModelFolder]:
     args = parse_flags()
     config = RasftConfig.from_args(args)
     read_keys(config.rollout)
@@ -78,11 +75,11 @@ def _parse(needs_data: bool) -> tuple[Any, RasftConfig, HfFolder]:
         raise ValueError(
             "--fp16 is not supported: it skips steps until the loss scale fits. Use --bf16, which needs no loss scale."
         )
-    folder = HfFolder.open(args.hf_model)
-    check_served(folder.family, folder.rope, config)
-    fill_in(args, megatron_args(folder, config.run.rasft_query_groups))
+    folder = open_folder(args, config, only_samples=not needs_data)
+    fill_in(args, architecture_args(folder, config.run.rasft_query_groups))
     check_layout(args)
-    check_windows(args, folder.family, config)
+    if isinstance(folder, HfFolder):
+        check_windows(args, folder.family, config)
     _validate(args)
     check_sampling(args, config)
     if args.vocab_size is not None and args.padded_vocab_size is None:

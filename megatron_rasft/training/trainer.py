@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +43,8 @@ from megatron_rasft.training.checkpointer import load_converted_weights
 from megatron_rasft.training.forward import Forward, run_forward_only
 from megatron_rasft.training.fp8_scales import DelayedScales, has_delayed_scales
 from megatron_rasft.training.generation import PolicySampler
-from megatron_rasft.training.hf_weights import HfWeights
 from megatron_rasft.training.megatron_calls import overridden, quiet
-from megatron_rasft.training.model import build_chunk
+from megatron_rasft.training.model_source import chunk_builder, hf_weights
 from megatron_rasft.training.reference import FrozenReference
 from megatron_rasft.training.samples import Batch, SampleArrays
 from megatron_rasft.training.scoring import Scorer
@@ -55,7 +53,7 @@ from megatron_rasft.training.stopping import Allocation, StopRequest
 from megatron_rasft.training.stragglers import ComputeClock, RankTime, StepTimes, compare
 from megatron_rasft.training.warmup import WarmUp
 from megatron_rasft.types import Request, Response, SamplingParams, TrainingSample
-from megatron_rasft.weights.folder import HfFolder
+from megatron_rasft.weights.folder import ModelFolder
 
 
 class Diverged(RasftError):
@@ -102,7 +100,7 @@ class Trainer:
     """
 
     def __init__(
-        self, args: Any, config: RasftConfig, folder: HfFolder, converted: Path | None = None
+        self, args: Any, config: RasftConfig, folder: ModelFolder, converted: Path | None = None
     ) -> None:
         self.args = args
         self.config = config
@@ -148,10 +146,10 @@ class Trainer:
         # that see the NaN, and the others would wait for them; ``train`` checks on all ranks instead.
         with quiet(), overridden(args, load=None, check_for_nan_in_loss_and_grad=False):
             self.model, self.optimizer, self.scheduler = training.setup_model_and_optimizer(
-                ModelType.encoder_or_decoder, partial(build_chunk, args)
+                ModelType.encoder_or_decoder, chunk_builder(args, self.folder)
             )
         self.chunks = unwrap_model(self.model)
-        self.weights = HfWeights(self.model, self.folder)
+        self.weights = hf_weights(self.model, self.folder)
         self.weights.load()
         # The optimizer was built on random weights, and its fp32 main parameters are still copies of them.
         self.optimizer.reload_model_params()

@@ -2,17 +2,17 @@
 
 from pathlib import Path
 
-from megatron_rasft.weights.folder import HfFolder
+from megatron_rasft.weights.folder import ModelFolder
 from megatron_rasft.weights.gathering import TensorPlan
 from megatron_rasft.weights.shard_writer import ShardWriter, split_plans
 
 
-def carried_plans(folder: HfFolder) -> list[TensorPlan]:
+def carried_plans(folder: ModelFolder) -> list[TensorPlan]:
     """Returns name, shape and type of the carried tensors."""
     return [TensorPlan(name, tensor.shape, tensor.dtype) for name, tensor in folder.carried.items()]
 
 
-def write_carried(folder: HfFolder, path: Path, plans: list[TensorPlan]) -> None:
+def write_carried(folder: ModelFolder, path: Path, plans: list[TensorPlan]) -> None:
     """Copies carried tensors of ``folder`` into a new safetensors file, one tensor at a time."""
     writer = ShardWriter(path, plans)
     try:
@@ -23,7 +23,7 @@ def write_carried(folder: HfFolder, path: Path, plans: list[TensorPlan]) -> None
 
 
 def write_carried_files(
-    folder: HfFolder, out_dir: Path, max_shard_bytes: int
+    folder: ModelFolder, out_dir: Path, max_shard_bytes: int
 ) -> tuple[dict[str, list[str]], int]:
     """Copies all carried tensors into ``out_dir``. The names of the files come after those of pipeline stages.
 

@@ -5,7 +5,8 @@ from typing import Any
 
 from megatron_rasft.errors import ModelFolderError
 
-BRIDGE = "tools/convert_checkpoint.py --bridge converts it if NVIDIA's Megatron-Bridge supports it"
+BRIDGE = "--model-source bridge trains it if NVIDIA's Megatron-Bridge supports it"
+"""The way out of a refusal."""
 
 _LARGEST_SIZE = 2**31 - 1
 

@@ -6,12 +6,14 @@ import math
 import shutil
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_rasft.errors import CheckpointError, ModelFolderError, WeightsError
@@ -19,8 +21,14 @@ from megatron_rasft.ranks import gather_to_all
 from megatron_rasft.weights.carried import write_carried_files
 from megatron_rasft.weights.companions import copy_companions, find_code
 from megatron_rasft.weights.finite import NOT_FINITE, is_finite
-from megatron_rasft.weights.folder import INDEX_FILE, SINGLE_FILE, HfFolder
-from megatron_rasft.weights.gathering import ExpertGroups, gather_tensors, join_plans, plan_tensors
+from megatron_rasft.weights.folder import INDEX_FILE, SINGLE_FILE, HfFolder, ModelFolder
+from megatron_rasft.weights.gathering import (
+    ExpertGroups,
+    TensorPlan,
+    gather_tensors,
+    join_plans,
+    plan_tensors,
+)
 from megatron_rasft.weights.model_card import write_card
 from megatron_rasft.weights.quantization import CONFIG_KEY
 from megatron_rasft.weights.shard_writer import ShardWriter, split_plans
@@ -28,6 +36,20 @@ from megatron_rasft.wording import counted
 
 _PARTIAL = ".partial-"
 """Part of the name of an export's temporary folder: .NAME.partial-RANDOM beside NAME."""
+
+
+class PlanStage(Protocol):
+    """``plan_tensors`` with all arguments but ``dtypes`` bound."""
+
+    def __call__(self, *, dtypes: dict[str, torch.dtype] | None = None) -> Sequence[TensorPlan]: ...
+
+
+class GatherStage(Protocol):
+    """``gather_tensors`` with all arguments but these bound."""
+
+    def __call__(
+        self, *, dtypes: dict[str, torch.dtype], device: torch.device | str
+    ) -> Iterator[tuple[str, Tensor | None]]: ...
 
 
 def export(
@@ -67,25 +89,48 @@ def export(
         ValueError: ``out_dir`` is in use.
         CheckpointError: the folder could not be written. ``out_dir`` then does not exist.
     """
+    bound: dict[str, Any] = {"layer_offsets": layer_offsets, "tp_group": tp_group, "experts": experts}
+    export_tensors(
+        partial(plan_tensors, chunks, template.table, **bound),
+        partial(gather_tensors, chunks, template.table, is_first_replica=is_first_replica, **bound),
+        template,
+        out_dir,
+        stage=pp_rank,
+        takes_part=is_first_replica or (experts is not None and experts.is_first_replica),
+        dtype=dtype,
+        facts=facts,
+        max_shard_bytes=max_shard_bytes,
+    )
+
+
+def export_tensors(
+    plan: PlanStage,
+    gather: GatherStage,
+    template: ModelFolder,
+    out_dir: str | Path,
+    *,
+    stage: int,
+    takes_part: bool,
+    dtype: torch.dtype | None = None,
+    facts: dict[str, str] | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Writes the tensors that ``gather`` yields as a folder that transformers loads; see ``export``.
+
+    Args:
+        plan: the tensors of this rank's stage.
+        gather: yields them, complete on the rank that writes them; a collective of the ranks that take part.
+        stage: pipeline stage of this rank. Its files are named after it until the folder is complete.
+        takes_part: whether this rank calls ``gather``.
+    """
     out_dir = Path(out_dir)
     is_rank_zero = _rank() == 0
     temporary = _begin(out_dir, is_rank_zero)
     files: dict[str, list[str]] = {}
     num_bytes, failure = 0, ""
-    if is_first_replica or (experts is not None and experts.is_first_replica):
+    if takes_part:
         try:
-            files, num_bytes = _write_stage(
-                chunks,
-                template,
-                temporary,
-                layer_offsets,
-                tp_group,
-                pp_rank,
-                dtype,
-                max_shard_bytes,
-                experts,
-                is_first_replica,
-            )
+            files, num_bytes = _write_stage(plan, gather, template, temporary, stage, dtype, max_shard_bytes)
         except (OSError, ModelFolderError, WeightsError, ValueError) as error:
             failure = str(error)
     reports = gather_to_all((files, num_bytes, failure))
@@ -146,16 +191,13 @@ def _begin(out_dir: Path, is_rank_zero: bool) -> Path:
 
 
 def _write_stage(
-    chunks: Sequence[torch.nn.Module],
-    template: HfFolder,
+    plan: PlanStage,
+    gather: GatherStage,
+    template: ModelFolder,
     folder: Path,
-    layer_offsets: Sequence[int],
-    tp_group: ProcessGroup | None,
-    pp_rank: int,
+    stage: int,
     dtype: torch.dtype | None,
     max_shard_bytes: int,
-    experts: ExpertGroups | None,
-    is_first_replica: bool,
 ) -> tuple[dict[str, list[str]], int]:
     """Writes the files of this stage.
 
@@ -163,30 +205,12 @@ def _write_stage(
         File name -> tensor names, and the bytes of all tensors; empty and 0 on ranks that write nothing.
     """
     dtypes = _written_types(template, dtype)
-    plans = plan_tensors(
-        chunks,
-        template.table,
-        layer_offsets=layer_offsets,
-        tp_group=tp_group,
-        dtypes=dtypes,
-        experts=experts,
-    )
-    shards = split_plans(join_plans(plans, template.joined), max_shard_bytes)
-    paths = [folder / f"stage-{pp_rank:04d}-{i:05d}.safetensors" for i in range(len(shards))]
+    shards = split_plans(join_plans(plan(dtypes=dtypes), template.joined), max_shard_bytes)
+    paths = [folder / f"stage-{stage:04d}-{i:05d}.safetensors" for i in range(len(shards))]
     shard_of = {name: i for i, shard in enumerate(shards) for plan in shard for name in plan.written}
     writers: dict[int, ShardWriter] = {}
     failure: OSError | WeightsError | None = None
-    tensors = gather_tensors(
-        chunks,
-        template.table,
-        layer_offsets=layer_offsets,
-        tp_group=tp_group,
-        dtypes=dtypes,
-        device="cpu",
-        experts=experts,
-        is_first_replica=is_first_replica,
-    )
-    for name, tensor in tensors:
+    for name, tensor in gather(dtypes=dtypes, device="cpu"):
         if tensor is None or failure is not None:
             continue  # continues after a failure, because other ranks wait in the same gathers
         i = shard_of[name]
@@ -206,11 +230,10 @@ def _write_stage(
     return files, sum(writer.num_bytes for writer in writers.values())
 
 
-def _written_types(template: HfFolder, dtype: torch.dtype | None) -> dict[str, torch.dtype]:
+def _written_types(template: ModelFolder, dtype: torch.dtype | None) -> dict[str, torch.dtype]:
     """Returns the type of each exported tensor: ``dtype``, or the stored type of buffers and if ``dtype`` is None."""
-    table = template.table
     return {
-        name: stored.dtype if dtype is None or name in table.buffers else dtype
+        name: stored.dtype if dtype is None or name in template.buffers else dtype
         for name, stored in template.tensors.items()
     }
 
@@ -222,7 +245,7 @@ def file_name(i: int, num_files: int) -> str:
 
 def _finish(
     reports: list[tuple[dict[str, list[str]], int, str]],
-    template: HfFolder,
+    template: ModelFolder,
     temporary: Path,
     out_dir: Path,
     dtype: torch.dtype | None,
@@ -245,7 +268,7 @@ def _finish(
         write_index(temporary, weight_map, total_size)
     copy_companions(template.path, temporary)
     written_types = _written_types(template, dtype)
-    types = types_by_size((shape, written_types[name]) for name, shape in template.table.hf_shapes.items())
+    types = types_by_size((shape, written_types[name]) for name, shape in template.hf_shapes.items())
     write_config(template, temporary, types[0])
     if facts is not None:
         write_card(temporary, template, out_dir.name, {"Weights": type_names(types), **facts})
@@ -258,7 +281,7 @@ def write_index(folder: Path, weight_map: dict[str, str], total_size: int) -> No
     (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _check_complete(tensors: list[str], template: HfFolder) -> None:
+def _check_complete(tensors: list[str], template: ModelFolder) -> None:
     joined = template.joined
     written = [
         part
@@ -267,7 +290,7 @@ def _check_complete(tensors: list[str], template: HfFolder) -> None:
         for part in (joined[name].parts if name in joined else (name,))
     ]
     distinct = set(written)
-    missing = [name for name in template.table.hf_shapes if name not in distinct]
+    missing = [name for name in template.hf_shapes if name not in distinct]
     if missing:
         raise ModelFolderError(
             f"no rank has written {counted(len(missing), 'tensor')}; the first is {missing[0]}"
@@ -292,14 +315,14 @@ def type_names(types: Iterable[torch.dtype]) -> str:
     return ", ".join(str(dtype).removeprefix("torch.") for dtype in types)
 
 
-def write_config(template: HfFolder, target: Path, dtype: torch.dtype, **more: Any) -> None:
+def write_config(template: ModelFolder, target: Path, dtype: torch.dtype, **more: Any) -> None:
     """Writes config.json for weights of type ``dtype``, with further keys ``more``.
 
     "auto_map" is left out if transformers has a class for the family. If not, the code beside the weights is copied too.
     "quantization_config" is left out, because quantized weights were dequantized when they were read.
     """
     kept = _without_sources(template.config)
-    code = find_code(template.path, template.config) if template.family.is_own_code else None
+    code = find_code(template.path, template.config) if template.is_own_code else None
     if code:
         kept["auto_map"] = template.config["auto_map"]
     for path in code or ():

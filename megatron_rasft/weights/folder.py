@@ -6,7 +6,8 @@ import math
 import os
 import stat
 import struct
-from collections.abc import Iterable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -80,18 +81,17 @@ class StoredTensor(NamedTuple):
         }
 
 
-@dataclass(frozen=True)
-class HfFolder:
-    """A folder opened by ``HfFolder.open``. It holds headers and memory maps, no weights."""
+@dataclass(frozen=True, kw_only=True)
+class ModelFolder(ABC):
+    """A folder with a model. It holds headers and memory maps, no weights."""
 
     path: Path
     config: dict[str, Any]
-    family: Family
     shape: ModelShape
-    rope: Rope
-    table: NameTable
     tensors: dict[str, StoredTensor]
-    """Hugging Face name -> tensor, exactly the tensors of ``table``; empty if opened without weights."""
+    """Hugging Face name -> tensor."""
+    buffers: Set[str]
+    """Names of tensors that training does not change. Exports keep their types."""
     _shards: dict[str, Any] = field(repr=False)
     carried: dict[str, StoredTensor] = field(default_factory=dict)
     """Tensors that are not part of the trained model, such as layers for multi-token prediction. Exports get a copy of them."""
@@ -102,37 +102,20 @@ class HfFolder:
     joined: dict[str, JoinedTensor] = field(default_factory=dict)
     """The tensors that the folder has in place of their parts, which are in ``tensors``. Exports have them too."""
 
-    @classmethod
-    def open(cls, path: str | Path, *, with_weights: bool = True) -> "HfFolder":
-        """Opens a folder and checks it against the table of its family.
+    @property
+    @abstractmethod
+    def architecture(self) -> str:
+        """The model's class in transformers."""
 
-        Args:
-            path: the folder.
-            with_weights: False reads only the model's description, for which the folder needs no weights.
+    @property
+    @abstractmethod
+    def hf_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of every tensor of the model."""
 
-        Raises:
-            ModelFolderError: one line with the folder, the mistake and, if possible, a way out.
-        """
-        path = Path(path)
-        known = ModelDescription.read(path)
-        try:
-            table = NameTable(known.family, known.shape)
-            files = _shard_files(path) if with_weights else _carried_files(path, known)
-            shards, stored = _open_shards(path, files)
-            quantized, sources = _take_quantized(stored, known)
-            carried = {name: stored.pop(name) for name in list(stored) if known.is_carried(name)}
-            joined = table.joined if known.family.writes_joined_experts else {}
-            if with_weights:
-                joined = {name: tensor for name, tensor in table.joined.items() if name in stored}
-            stored = _split_joined(stored, joined) if with_weights else {}
-            described = (known.config, known.family, known.shape, known.rope)
-            folder = cls(path, *described, table, stored, shards, carried, quantized, sources, joined)
-            if with_weights:
-                folder._check_tensors()
-            _check_tokenizer(path, known.shape.vocab_size)
-        except ModelFolderError as error:
-            raise ModelFolderError(f"model folder {path}: {error}") from error.__cause__
-        return folder
+    @property
+    def is_own_code(self) -> bool:
+        """Whether transformers has no class for the model, so that exports need the folder's code."""
+        return False
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -187,10 +170,74 @@ class HfFolder:
                 raw = raw[count:]
         return rows
 
+
+@dataclass(frozen=True, kw_only=True)
+class HfFolder(ModelFolder):
+    """A folder opened by ``HfFolder.open``. ``tensors`` are exactly those of ``table``, or empty if opened without weights."""
+
+    family: Family
+    rope: Rope
+    table: NameTable
+
+    @classmethod
+    def open(cls, path: str | Path, *, with_weights: bool = True) -> "HfFolder":
+        """Opens a folder and checks it against the table of its family.
+
+        Args:
+            path: the folder.
+            with_weights: False reads only the model's description, for which the folder needs no weights.
+
+        Raises:
+            ModelFolderError: one line with the folder, the mistake and, if possible, a way out.
+        """
+        path = Path(path)
+        known = ModelDescription.read(path)
+        try:
+            table = NameTable(known.family, known.shape)
+            files = shard_files(path) if with_weights else _carried_files(path, known)
+            shards, stored = open_shards(path, files)
+            quantized, sources = _take_quantized(stored, known)
+            carried = {name: stored.pop(name) for name in list(stored) if known.is_carried(name)}
+            joined = table.joined if known.family.writes_joined_experts else {}
+            if with_weights:
+                joined = {name: tensor for name, tensor in table.joined.items() if name in stored}
+            stored = _split_joined(stored, joined) if with_weights else {}
+            folder = cls(
+                path=path,
+                config=known.config,
+                shape=known.shape,
+                tensors=stored,
+                buffers=table.buffers,
+                _shards=shards,
+                carried=carried,
+                _quantized=quantized,
+                _sources=sources,
+                joined=joined,
+                family=known.family,
+                rope=known.rope,
+                table=table,
+            )
+            if with_weights:
+                folder._check_tensors()
+            check_tokenizer(path, known.shape.vocab_size)
+        except ModelFolderError as error:
+            raise ModelFolderError(f"model folder {path}: {error}") from error.__cause__
+        return folder
+
+    @property
+    def architecture(self) -> str:
+        return self.family.architecture
+
+    @property
+    def hf_shapes(self) -> dict[str, tuple[int, ...]]:
+        return self.table.hf_shapes
+
+    @property
+    def is_own_code(self) -> bool:
+        return self.family.is_own_code
+
     def _check_tensors(self) -> None:
         expected = self.table.hf_shapes
-        for name in [n for n in self.tensors if n.endswith(_NOT_WEIGHTS)]:
-            del self.tensors[name]
         output = self.table.output_name
         if self.shape.is_tied and output in self.tensors:
             self._drop_stored_tied_output()
@@ -258,7 +305,7 @@ def _fingerprint(start: bytes, paths: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
-def _shard_files(path: Path) -> dict[str, list[str] | None]:
+def shard_files(path: Path) -> dict[str, list[str] | None]:
     """Returns file name -> names of its tensors in the index (None without an index: all tensors of the file)."""
     # transformers also prefers this file to an index; a broken link exists for lexists only
     if os.path.lexists(path / SINGLE_FILE):
@@ -293,7 +340,7 @@ def _indexed_files(index: dict[str, Any]) -> dict[str, list[str]]:
 
 
 def _carried_files(path: Path, known: ModelDescription) -> dict[str, list[str] | None]:
-    """Returns the files that have carried tensors, with their names as in ``_shard_files``; empty if the folder has no weights."""
+    """Returns the files that have carried tensors, with their names as in ``shard_files``; empty if the folder has no weights."""
     if (path / CARRIED_FILE).is_file():
         return {CARRIED_FILE: None}
     if (path / SINGLE_FILE).is_file():
@@ -304,9 +351,10 @@ def _carried_files(path: Path, known: ModelDescription) -> dict[str, list[str] |
     return {file: names for file, names in files.items() if any(map(known.is_carried, names))}
 
 
-def _open_shards(
+def open_shards(
     path: Path, files: dict[str, list[str] | None]
 ) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
+    """Opens the files of ``shard_files``; returns file name -> open file, and Hugging Face name -> tensor."""
     shards: dict[str, Any] = {}
     stored: dict[str, StoredTensor] = {}
     for file, promised in files.items():
@@ -326,6 +374,8 @@ def _open_shards(
             if dtype is None:
                 raise _unsupported_type(name, view.get_dtype())
             stored[name] = StoredTensor(file, tuple(view.get_shape()), dtype, starts[name])
+    for name in [n for n in stored if n.endswith(_NOT_WEIGHTS)]:
+        del stored[name]
     return shards, stored
 
 
@@ -355,11 +405,16 @@ def _take_quantized(
         del stored[name]
     for name, weight in weights.items():
         stored[name] = sources[weight.values]._replace(shape=weight.shape, dtype=PLAIN)
+    refuse_quantized(stored)
+    return weights, sources
+
+
+def refuse_quantized(stored: dict[str, StoredTensor]) -> None:
+    """Refuses tensors of a type that only quantized weights have."""
     names = {dtype: name for name, dtype in QUANTIZED_DTYPES.items()}
     for name, tensor in stored.items():
         if tensor.dtype in names:
             raise _unsupported_type(name, names[tensor.dtype])
-    return weights, sources
 
 
 def _data_starts(path: Path) -> dict[str, int]:
@@ -421,7 +476,7 @@ def _wrong_shape(name: str, found: Sequence[int], expected: Sequence[int]) -> Mo
     return ModelFolderError(f"tensor {name} has shape {list(found)}, config.json implies {list(expected)}")
 
 
-def _check_tokenizer(path: Path, vocab_size: int) -> None:
+def check_tokenizer(path: Path, vocab_size: int) -> None:
     """Refuses a tokenizer whose largest id is beyond the rows of the embedding."""
     if not (path / "tokenizer.json").exists():
         return

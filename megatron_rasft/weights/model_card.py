@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 
 from megatron_rasft.config.saved import SavedConfig
-from megatron_rasft.weights.folder import HfFolder
+from megatron_rasft.weights.folder import ModelFolder
 
 CARD_FILE = "README.md"
 
@@ -59,7 +59,7 @@ def _last_metrics(path: Path, iteration: int) -> dict[str, str]:
     return facts
 
 
-def write_card(folder: Path, template: HfFolder, title: str, facts: dict[str, str]) -> None:
+def write_card(folder: Path, template: ModelFolder, title: str, facts: dict[str, str]) -> None:
     """Writes README.md into ``folder``.
 
     Args:
@@ -69,10 +69,10 @@ def write_card(folder: Path, template: HfFolder, title: str, facts: dict[str, st
         facts: further rows of the table, after those about the model.
     """
     shape = template.shape
-    num_parameters = sum(math.prod(size) for size in template.table.hf_shapes.values())
+    num_parameters = sum(math.prod(size) for size in template.hf_shapes.values())
     experts = f", {shape.num_experts} experts" if shape.num_experts else ""
     rows = {
-        "Architecture": template.family.architecture,
+        "Architecture": template.architecture,
         "Parameters": f"{num_parameters:,}",
         "Layers": f"{shape.num_layers} of width {shape.hidden_size}{experts}",
         "Vocabulary": f"{shape.vocab_size:,}",

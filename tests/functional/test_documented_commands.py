@@ -36,6 +36,9 @@ RUN_BY = {
     "python -m tests.slurm.cluster": "tests/slurm, which starts the same cluster",
     ".venv/bin/pytest -m gpu": "test_tests_that_continuous_integration_cannot_run_are_collected",
     "python -m pytest -m bridge": "test_tests_that_continuous_integration_cannot_run_are_collected",
+    ".venv-bridge/bin/python -m pytest -m bridge": "test_tests_that_continuous_integration_cannot_run_are_collected",
+    "make bridge": "it fetches packages, for the tests that are marked bridge",
+    ".venv-bridge/bin/python -m torch.distributed.run": "test_two_steps_train_on_demonstrations_and_rollouts",
     ".venv/bin/pre-commit install": "test_pre_commit_takes_its_configuration",
     "pip install 'megatron-rasft[code]'": "test_extras_that_the_documents_name_exist",
     "pip install 'megatron-rasft[delta]'": "test_extras_that_the_documents_name_exist",
@@ -103,7 +106,7 @@ RUN_BY = {
 """Beginning of a command -> the test that runs it, here or in another file."""
 
 _COMMAND = re.compile(
-    r"([A-Z_]+=\S+ )*(make|torchrun|rasft-[a-z-]+|python\d?|pip|\.venv/bin/\S+|tools/\S+|examples/\S+\.sh|sbatch|bash) "
+    r"([A-Z_]+=\S+ )*(make|torchrun|rasft-[a-z-]+|python\d?|pip|\.venv(-bridge)?/bin/\S+|tools/\S+|examples/\S+\.sh|sbatch|bash) "
 )
 
 

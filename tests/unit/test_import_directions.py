@@ -29,6 +29,7 @@ TOP_LEVEL = {
 """Modules (config: a package) that every package may import; they import each other only, and types nothing."""
 
 PACKAGES = {
+    "bridge",
     "data",
     "curriculum",
     "servers",
@@ -40,7 +41,12 @@ PACKAGES = {
     "training",
     "tools",
 }
-MAY_ALSO_IMPORT = {"rollout": {"servers"}, "sync": {"servers", "weights"}, "config": {"objective"}}
+MAY_ALSO_IMPORT = {
+    "bridge": {"weights"},
+    "rollout": {"servers"},
+    "sync": {"servers", "weights"},
+    "config": {"objective"},
+}
 """Package -> other packages that it may import.
 
 servers/ has the record and the client of a server, weights/ the layout of the weights that sync/ sends. The flags of an objective
@@ -50,11 +56,11 @@ stand in its own file, which does not import torch.
 JOINING_PACKAGES = {"training", "tools"}
 """May import other packages."""
 
-MAY_IMPORT_TORCH = {"ranks", "objective", "weights", "sync", "training", "tools"}
+MAY_IMPORT_TORCH = {"bridge", "ranks", "objective", "weights", "sync", "training", "tools"}
 LIGHT_TOOLS = ["tools/capacity", "tools/cli", "tools/data"]
 """The parts of tools/ that work on a machine without torch, such as a laptop."""
 
-MAY_IMPORT_MEGATRON = {"training", "tools"}
+MAY_IMPORT_MEGATRON = {"bridge", "training", "tools"}
 """The others take tensors and process groups as arguments."""
 MAY_SPEAK_HTTP = {"servers", "rollout"}
 MAY_CALL_DEVICES = {"sync", "training"}

@@ -57,15 +57,15 @@ class LayoutEstimate:
         return self.memory.total / GIB - config.gpu_memory_gib
 
 
-def checkpoint_bytes(model: Model) -> float:
+def checkpoint_bytes(num_parameters: int) -> float:
     """Bytes of a checkpoint: weights in BF16, and master weights and two moments in fp32."""
-    return 14.0 * model.num_parameters
+    return 14.0 * num_parameters
 
 
 def disk_bytes(model: Model, config: CapacityConfig, assumed: AssumptionConfig) -> DiskEstimate:
     """Estimates the sizes of all files of a run."""
     needs = config.needs
-    checkpoint = checkpoint_bytes(model)
+    checkpoint = checkpoint_bytes(model.num_parameters)
     problems = config.num_problems * config.epochs
     rollouts = problems * config.num_samples if needs.uses_rollouts() else 0
     response = response_tokens(config, assumed)
@@ -137,7 +137,9 @@ def _estimate(
         ),
         step=step,
         refresh=refresh,
-        run=estimate_run(config, step, refresh, checkpoint_bytes=checkpoint_bytes(model), assumed=assumed),
+        run=estimate_run(
+            config, step, refresh, checkpoint_bytes=checkpoint_bytes(model.num_parameters), assumed=assumed
+        ),
     )
 
 

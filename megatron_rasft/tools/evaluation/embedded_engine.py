@@ -4,7 +4,6 @@ Rank 0 calls ``generate``; the other ranks run ``follow``. Every parallel layout
 """
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch.distributed as dist
@@ -16,9 +15,8 @@ from megatron_rasft.errors import CheckpointError
 from megatron_rasft.ranks import on_rank_zero
 from megatron_rasft.training import checkpoints, startup
 from megatron_rasft.training.generation import PolicySampler
-from megatron_rasft.training.hf_weights import HfWeights
 from megatron_rasft.training.megatron_calls import overridden, quiet
-from megatron_rasft.training.model import build_chunk
+from megatron_rasft.training.model_source import chunk_builder, hf_weights
 from megatron_rasft.training.resume import Resume
 from megatron_rasft.types import Request, Response, SamplingParams
 
@@ -49,13 +47,13 @@ class EmbeddedEngine:
         self._args = args
         with quiet():
             self._model = training.get_model(
-                partial(build_chunk, args), ModelType.encoder_or_decoder, wrap_with_ddp=False
+                chunk_builder(args, folder), ModelType.encoder_or_decoder, wrap_with_ddp=False
             )
         self._chunks = unwrap_model(self._model)
         for chunk in self._chunks:
             chunk.requires_grad_(False)
         if checkpoint is None:
-            HfWeights(self._model, folder).load()
+            hf_weights(self._model, folder).load()
         else:
             self._load_checkpoint(checkpoint)
         self._sampler = PolicySampler(self._chunks, folder.shape.vocab_size)

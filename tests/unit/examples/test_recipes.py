@@ -16,7 +16,7 @@ from megatron_rasft.training import cpu_backend
 
 cpu_backend.enable()
 
-from megatron_rasft.training import startup  # noqa: E402
+from megatron_rasft.training import model_source, startup  # noqa: E402
 from megatron_rasft.weights import HfFolder  # noqa: E402
 from tests import slurm_settings  # noqa: E402
 from tools import plan  # noqa: E402
@@ -58,7 +58,7 @@ def planned(recipe: Path, folder: Path, *flags: str) -> tuple[Model, CapacityCon
 
 
 def run_args(flags: list[str], num_gpus: int, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(startup.HfFolder, "open", partial(HfFolder.open, with_weights=False))
+    monkeypatch.setattr(model_source.HfFolder, "open", partial(HfFolder.open, with_weights=False))
     monkeypatch.setenv("WORLD_SIZE", str(num_gpus))
     monkeypatch.setattr("sys.argv", ["pretrain_rasft.py"])
     return startup.parse(flags)[0]

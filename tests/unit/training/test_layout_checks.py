@@ -26,12 +26,19 @@ def args_of(**changes: Any) -> Any:
         "micro_batch_size": 2,
         "global_batch_size": 8,
         "experimental_attention_variant": None,
+        "model_source": "tables",
     }
     return SimpleNamespace(**sizes | changes)
 
 
 def test_a_layout_that_fits_is_accepted() -> None:
     check_layout(args_of())
+
+
+def test_a_bridged_model_is_not_offered_more_query_groups() -> None:
+    with pytest.raises(ValueError, match="parallel-size 2") as refused:
+        check_layout(args_of(num_attention_heads=9, num_query_groups=3, model_source="bridge"))
+    assert "--rasft-query-groups" not in str(refused.value)
 
 
 @pytest.mark.parametrize(

@@ -33,12 +33,13 @@ def rmsnorm_fwd(
     margin: int,
     centered: bool,
 ) -> tuple[Tensor, None, Tensor]:
-    """Returns the output, None for the mean, and the reciprocal root mean square of each row."""
-    assert quantizer is None and not centered
+    """Returns the output, None for the mean, and the reciprocal root mean square of each row. A centered weight is stored as its
+    difference from 1."""
+    assert quantizer is None
     CALLS["rmsnorm_fwd"] += 1
     rows = x.float()
     scale = torch.rsqrt(rows.pow(2).mean(-1) + eps)
-    y = (rows * scale.unsqueeze(-1) * weight.float()).to(x.dtype)
+    y = (rows * scale.unsqueeze(-1) * (weight.float() + centered)).to(x.dtype)
     return (y if out is None else out.copy_(y)), None, scale
 
 
@@ -50,7 +51,7 @@ def rmsnorm_bwd(
     scale = scale.reshape(*x.shape[:-1], 1)
     normed = x.float() * scale
     grad = dy.reshape(x.shape).float()
-    through = grad * weight.float()
+    through = grad * (weight.float() + centered)
     dx = scale * (through - normed * (through * normed).mean(-1, keepdim=True))
     dw = (grad * normed).reshape(-1, x.shape[-1]).sum(0)
     return dx.to(x.dtype), dw.to(weight.dtype)

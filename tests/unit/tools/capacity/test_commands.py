@@ -16,7 +16,7 @@ from megatron_rasft.training import cpu_backend
 
 cpu_backend.enable()
 
-from megatron_rasft.training import startup  # noqa: E402
+from megatron_rasft.training import model_source, startup  # noqa: E402
 from megatron_rasft.weights import HfFolder  # noqa: E402
 from tests.tiny_models import write_folder  # noqa: E402
 from tools import serve_node, serve_rollouts  # noqa: E402
@@ -63,7 +63,7 @@ def accepted(
     model: Model, estimate: LayoutEstimate, config: CapacityConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Checks that startup.parse accepts the flags and reads the same layout from them."""
-    monkeypatch.setattr(startup.HfFolder, "open", partial(HfFolder.open, with_weights=False))
+    monkeypatch.setattr(model_source.HfFolder, "open", partial(HfFolder.open, with_weights=False))
     monkeypatch.setenv("WORLD_SIZE", str(estimate.layout.num_gpus))
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setattr("sys.argv", ["pretrain_rasft.py"])
@@ -82,7 +82,7 @@ def accepted(
 def test_fp8_flags_are_known(llama_70b: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a GPU startup.parse refuses FP8, but only after it has parsed all flags."""
     estimate, config = first(llama_70b, "fp8")
-    monkeypatch.setattr(startup.HfFolder, "open", partial(HfFolder.open, with_weights=False))
+    monkeypatch.setattr(model_source.HfFolder, "open", partial(HfFolder.open, with_weights=False))
     monkeypatch.setenv("WORLD_SIZE", str(estimate.layout.num_gpus))
     monkeypatch.setattr("sys.argv", ["pretrain_rasft.py"])
     with pytest.raises(ValueError, match="--fp8-format needs"):
