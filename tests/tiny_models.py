@@ -137,6 +137,51 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "Phi3",
         {"num_attention_heads": 6, "num_key_value_heads": 2, "pad_token_id": 0, "eos_token_id": 1},
     ),
+    "phi4_mini": (
+        "Phi3",
+        {
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "hidden_size": 64,
+            "tie_word_embeddings": True,
+            "pad_token_id": 0,
+            "eos_token_id": 1,
+            "max_position_embeddings": 512,
+            "original_max_position_embeddings": 64,
+            "partial_rotary_factor": 0.75,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 1e4,
+                "short_factor": [1.0, 1.1, 1.2, 1.5, 2.0, 3.0],
+                "long_factor": [1.0, 1.5, 4.0, 10.0, 30.0, 60.0],
+            },
+        },
+    ),
+    "gemma3": (
+        "Gemma3",
+        {
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "query_pre_attn_scalar": 20,
+            "sliding_window": 12,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 5e4},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
+            },
+        },
+    ),
+    "gemma3_vision": (
+        "Gemma3ForConditionalGeneration",
+        {
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "head_dim": 16,
+            "sliding_window": 64,
+            "tie_word_embeddings": True,
+        },
+    ),
     "mixtral": (
         "Mixtral",
         {
@@ -397,7 +442,16 @@ _QWEN_VISION = {
     "patch_size": 4,
     "num_position_embeddings": 16,
 }
+_SIGLIP = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
 _VISION: dict[str, tuple[str, dict[str, Any]]] = {
+    "Gemma3ForConditionalGeneration": ("gemma3_text", _SIGLIP),
     "Mistral3ForConditionalGeneration": ("mistral", _PIXTRAL),
     "Qwen3_5ForConditionalGeneration": ("qwen3_5_text", _QWEN_VISION),
     "Qwen3_5MoeForConditionalGeneration": ("qwen3_5_moe_text", _QWEN_VISION),
@@ -405,7 +459,7 @@ _VISION: dict[str, tuple[str, dict[str, Any]]] = {
 """Classes of models that also see images -> model_type of the language model, configuration of the other one."""
 
 
-def config_class(family: str) -> Any:
+def hf_config_class(family: str) -> Any:
     """Returns the class of transformers for the configuration of a family's language model."""
     return hf_class(f"{family}TextConfig") or hf_class(f"{family}Config")
 
@@ -413,7 +467,7 @@ def config_class(family: str) -> Any:
 def hf_config(family: str, values: dict[str, Any]) -> Any:
     """Returns transformers' configuration. ``values`` are those of the language model."""
     if family not in _VISION:
-        return config_class(family)(**values)
+        return hf_config_class(family)(**values)
     kind = getattr(transformers, family.replace("ForConditionalGeneration", "Config"))
     text_type, vision = _VISION[family]
     is_tied = values.get("tie_word_embeddings", False)
@@ -471,9 +525,12 @@ def transformer_config(folder: HfFolder, **overrides: Any) -> Any:
     from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
     from megatron.training.argument_utils import _apply_yarn_config_from_args
 
+    from megatron_rasft.training.model import config_class
+
     args = megatron_args(folder)
-    assert args["swiglu"]
-    kind = MLATransformerConfig if args.get("multi_latent_attention") else TransformerConfig
+    kind = config_class(SimpleNamespace(**args))
+    kind = MLATransformerConfig if args.get("multi_latent_attention") else kind
+    assert args["swiglu"] or kind is not TransformerConfig
     same = {k: v for k, v in args.items() if k in kind.__dataclass_fields__}
     values = {
         **same,
@@ -505,10 +562,9 @@ def build_chunks(
 ) -> tuple[list[Any], list[int]]:
     """Builds this rank's GPTModel chunks with random weights, and returns them with their layer offsets."""
     from megatron.core import parallel_state as ps
-    from megatron.core.models.gpt import GPTModel
     from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
-    from megatron_rasft.training.model import layer_spec
+    from megatron_rasft.training.model import layer_spec, model_class
 
     args = megatron_args(folder)
     config = transformer_config(folder, virtual_pipeline_model_parallel_size=vpp, **overrides)
@@ -516,8 +572,8 @@ def build_chunks(
     for stage in [None] if vpp is None else range(vpp):
         first = ps.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage)
         last = ps.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage)
-        chunk = GPTModel(
-            config=config,
+        chunk = model_class(config)(
+            config,
             transformer_layer_spec=layer_spec(config, stage),
             vocab_size=padded_vocab_size,
             max_sequence_length=args["max_position_embeddings"],
@@ -527,6 +583,7 @@ def build_chunks(
             position_embedding_type=args["position_embedding_type"],
             rotary_base=args["rotary_base"],
             rotary_percent=args["rotary_percent"],
+            seq_len_interpolation_factor=args["rotary_seq_len_interpolation_factor"],
             rope_scaling=args["use_rope_scaling"],
             rope_scaling_factor=args["rope_scaling_factor"],
             share_embeddings_and_output_weights=not args["untie_embeddings_and_output_weights"],

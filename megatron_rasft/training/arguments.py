@@ -148,8 +148,8 @@ def fill_in(args: argparse.Namespace, architecture: dict[str, Any]) -> None:
     if args.seq_length > args.max_position_embeddings:
         raise ValueError(
             f"--seq-length {args.seq_length} is longer than the {args.max_position_embeddings} positions the model "
-            "was made for (config.json: max_position_embeddings, or with llama_4_scaling_beta original_max_position_embeddings). "
-            "Give a smaller value."
+            "was made for (config.json: max_position_embeddings, or with longrope or llama_4_scaling_beta "
+            "original_max_position_embeddings). Give a smaller value."
         )
     args.decoder_seq_length = None
     has_gpu, has_te = torch.cuda.is_available() and _has_device(), has_transformer_engine()

@@ -12,10 +12,18 @@ from megatron.training.argument_utils import core_transformer_config_from_args
 
 from megatron_rasft.training.attention import RMSNorm, SdpaCoreAttention
 from megatron_rasft.training.delta_net import delta_pattern, engine_block, plain_delta_layer
+from megatron_rasft.training.extended_model import EXTENSIONS, ExtendedConfig, ExtendedModel, extend_layer
 from megatron_rasft.training.latent_attention import LatentAttention
 
-MODEL_CLASS = GPTModel
-"""Megatron's class of the model. docs/architecture.md says what a move to HybridModel takes."""
+
+def config_class(args: Any) -> type[TransformerConfig]:
+    """Returns the class of the configuration for a model's arguments."""
+    return ExtendedConfig if EXTENSIONS & vars(args).keys() else TransformerConfig
+
+
+def model_class(config: TransformerConfig) -> type[GPTModel]:
+    """Returns the class of the model. docs/architecture.md says what a move to HybridModel takes."""
+    return ExtendedModel if isinstance(config, ExtendedConfig) else GPTModel
 
 
 def build_chunk(
@@ -23,7 +31,7 @@ def build_chunk(
 ) -> GPTModel:
     """Builds one chunk of the model with random weights. Megatron's set-up functions call it with these arguments."""
     config = run_config(args)
-    return MODEL_CLASS(
+    return model_class(config)(
         config,
         layer_spec(config, vp_stage),
         args.padded_vocab_size,
@@ -34,6 +42,7 @@ def build_chunk(
         position_embedding_type=args.position_embedding_type,
         rotary_percent=args.rotary_percent,
         rotary_base=args.rotary_base,
+        seq_len_interpolation_factor=args.rotary_seq_len_interpolation_factor,
         rope_scaling=args.use_rope_scaling,
         rope_scaling_factor=args.rope_scaling_factor,
         vp_stage=vp_stage,
@@ -42,7 +51,7 @@ def build_chunk(
 
 def run_config(args: Any) -> TransformerConfig:
     """Returns Megatron's configuration of the layers for a run's arguments."""
-    config: TransformerConfig = core_transformer_config_from_args(args)
+    config: TransformerConfig = core_transformer_config_from_args(args, config_class(args))
     config.variable_seq_lengths = False  # all micro-batches of a step have one shape
     if args.distributed_backend == "gloo":
         # gloo sends asynchronously and reads the tensor later, but Megatron would free its storage after the call.
@@ -63,6 +72,11 @@ def layer_spec(config: TransformerConfig, vp_stage: int | None = None) -> Transf
         if config.multi_latent_attention:
             for spec in block.layer_specs:
                 spec.submodules.self_attention.module = LatentAttention
+        elif isinstance(config, ExtendedConfig):
+            for spec in {
+                id(spec): spec for spec in block.layer_specs
+            }.values():  # layers share a specification
+                extend_layer(spec, config)
         return block
     first = get_transformer_layer_offset(config, vp_stage=vp_stage)
     last = first + get_num_layers_to_build(config, vp_stage)
@@ -104,4 +118,6 @@ def _plain_layer(config: TransformerConfig, *, has_experts: bool, is_delta: bool
         layer.self_attention.module = LatentAttention
     elif config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
+    if isinstance(config, ExtendedConfig):
+        extend_layer(spec, config)
     return plain_delta_layer(spec) if is_delta else spec

@@ -150,9 +150,9 @@ def _refuse_unsupported(config: dict[str, Any], family: Family) -> None:
             raise unsupported(
                 f"{key} is {str(found).lower()}, which is not supported for {family.architecture}"
             )
-    activation = config.get("hidden_act", "silu")
-    if activation != "silu":
-        raise unsupported(f"hidden_act {short(activation)} is not supported; supported is 'silu'")
+    key, activation = family.activation
+    if (found := config.get(key, activation)) != activation:
+        raise unsupported(f"{key} {short(found)} is not supported; supported is '{activation}'")
 
 
 def megatron_args(folder: Described, query_groups: int | None = None) -> dict[str, Any]:

@@ -50,6 +50,20 @@ class Yarn:
         return (self.attention_factor * (step * self.mscale_all_dim + 1) - 1) / step
 
 
+@dataclass(frozen=True, kw_only=True)
+class LongRope:
+    """LongRoPE (arXiv 2402.13753) for sequences within the original positions. Longer ones would need other divisors.
+
+    transformers and SGLang choose the divisors of a sequence by its length, so its length would change its first tokens.
+    """
+
+    divisors: tuple[float, ...]
+    """Number by which the frequency of each pair of channels is divided."""
+    attention_factor: float
+    """Factor of cosine and sine."""
+    original_positions: int
+
+
 @dataclass(frozen=True)
 class Rope:
     """Rotary embedding: the base, and Llama 3's scaling factor or YaRN (None: no scaling)."""
@@ -60,18 +74,38 @@ class Rope:
     partial: float = 1.0
     """Share of each head's dimensions that are rotated: the first ones."""
     last_plain: int | None = None
-    """Number of first positions whose queries are not multiplied by a factor, which Megatron does not have. None: all positions."""
+    """Number of first positions that Megatron computes as transformers does; None: all. LongRoPE has other frequencies for longer
+    sequences, and Ministral 3 multiplies later queries by a factor."""
+    linear_factor: float | None = None
+    """Number by which positions are divided, in layers without an own base; None: not divided."""
+    local_theta: float | None = None
+    """Base in layers with a sliding window, if they have their own."""
+    long: LongRope | None = None
+
+    @property
+    def attention_factor(self) -> float:
+        """Factor of cosine and sine."""
+        scaling = self.yarn or self.long
+        return 1.0 if scaling is None else scaling.attention_factor
 
     def megatron_args(self) -> dict[str, Any]:
         """Returns the values of Megatron's arguments."""
-        args = {
+        args: dict[str, Any] = {
             "position_embedding_type": "rope" if self.yarn is None else "yarn",
             "rotary_base": int(self.theta),
             "rotary_percent": self.partial,
             "rotary_interleaved": False,
             "use_rope_scaling": self.llama3_factor is not None,
             "rope_scaling_factor": self.llama3_factor or 8.0,
+            "rotary_seq_len_interpolation_factor": self.linear_factor,
         }
+        if self.local_theta is not None:
+            args["local_rotary_base"] = int(self.local_theta)
+        if self.long is not None:
+            args["rotary_divisors"] = self.long.divisors
+            args["rotary_factor"] = self.long.attention_factor
+            # Transformer Engine's kernel for packed sequences ignores the attention factor (rope_utils.py).
+            args["apply_rope_fusion"] = False
         if self.yarn is None:
             return args
         return args | {
@@ -88,9 +122,10 @@ class Rope:
 
     def latent_args(self) -> dict[str, Any]:
         """Returns the values of Megatron's arguments for a model with multi-latent attention, whose layers rotate themselves."""
-        if self.llama3_factor is not None or (self.yarn is not None and not self.yarn.truncates):
+        is_scaled = self.llama3_factor is not None or self.linear_factor is not None
+        if is_scaled or (self.yarn is not None and not self.yarn.truncates):
             raise unsupported(
-                "multi-latent attention with llama3 rope scaling, or with yarn's truncate false, is not supported"
+                "multi-latent attention with llama3 or linear rope scaling, or with yarn's truncate false, is not supported"
             )
         args = Rope(self.theta, None).megatron_args()
         args |= {"rope_type": "rope", "rotary_scaling_factor": 1.0, "mscale": 1.0, "mscale_all_dim": 0.0}
@@ -111,21 +146,33 @@ class Rope:
 def read_rope(config: dict[str, Any], family: Family) -> Rope:
     """Reads the rotary embedding, in the form of transformers 5 (rope_parameters) or of earlier releases (rope_theta,
     rope_scaling)."""
-    rope = _rope_settings(config, family.default_rope)
+    rope, local_theta = _rope_settings(config, family)
     kind = rope.get("rope_type", rope.get("type", "default"))
     own_theta = positive_number(config, "rope_theta", family.default_rope_theta)
     theta = positive_number(rope, "rope_theta", own_theta)
     own_partial = positive_number(config, "partial_rotary_factor", family.default_partial_rotary)
     partial = positive_number(rope, "partial_rotary_factor", own_partial)
-    if partial != 1.0 and family.default_partial_rotary == 1.0:
+    if partial != 1.0 and not family.has_partial_rotary:
         raise unsupported(f"partial_rotary_factor {partial} is not supported; supported is 1.0")
-    if theta != int(theta):
-        raise ModelFolderError(f"rope_theta {theta} is not an integer, as Megatron's --rotary-base must be")
+    if partial > 1.0:
+        raise refusal("partial_rotary_factor", "a number of at most 1 as", partial)
+    for base in (theta, local_theta or theta):
+        if base != int(base):
+            raise ModelFolderError(
+                f"rope_theta {base} is not an integer, as Megatron's --rotary-base must be"
+            )
     if kind == "default":
-        return Rope(theta, None, partial=partial)
-    if kind not in ("llama3", "yarn"):
+        return Rope(theta, None, partial=partial, local_theta=local_theta)
+    if kind in family.long_rope_types:
+        long = _read_long_rope(config, rope, family, partial)
+        return Rope(theta, None, partial=partial, long=long, last_plain=long.original_positions)
+    if kind == "linear":
+        factor = positive_number(rope, "factor", 0.0)
+        return Rope(theta, None, partial=partial, linear_factor=factor, local_theta=local_theta)
+    if kind not in ("llama3", "yarn") or local_theta is not None:
         raise unsupported(
-            f"rope scaling type {short(kind)} is not supported; supported are 'default', 'llama3' and 'yarn'"
+            f"rope scaling type {short(kind)} is not supported for {family.architecture}; other types are 'default', 'linear', and "
+            "mostly 'llama3' and 'yarn'"
         )
     rope.setdefault("original_max_position_embeddings", family.longest(config))
     if kind == "yarn" and partial != 1.0:
@@ -144,6 +191,27 @@ def read_rope(config: dict[str, Any], family: Family) -> Rope:
     if rope.get("factor") is None:
         raise ModelFolderError("llama3 rope scaling has no factor")
     return Rope(theta, positive_number(rope, "factor", 0.0), partial=partial)
+
+
+def _read_long_rope(config: dict[str, Any], rope: dict[str, Any], family: Family, partial: float) -> LongRope:
+    """Reads LongRoPE's settings as transformers does (_compute_longrope_parameters in modeling_rope_utils.py)."""
+    longest = family.longest(config)
+    default = positive_int(config, "original_max_position_embeddings", default=longest)
+    original = positive_int(rope, "original_max_position_embeddings", default=default)
+    if original == 1:
+        raise refusal("original_max_position_embeddings", "an integer above 1 as", original)
+    factor = positive_number(rope, "factor", longest / original)
+    computed = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    divisors = rope.get("short_factor")
+    heads = positive_int(config, "num_attention_heads")
+    num_pairs = int(positive_int(config, "hidden_size") // heads * partial) // 2
+    if not isinstance(divisors, list) or len(divisors) != num_pairs:
+        raise refusal("short_factor", f"a list of {num_pairs} numbers as", divisors)
+    return LongRope(
+        divisors=tuple(positive_number({"short_factor": d}, "short_factor", 0.0) for d in divisors),
+        attention_factor=positive_number(rope, "attention_factor", computed),
+        original_positions=original,
+    )
 
 
 def _read_yarn(rope: dict[str, Any], longest: int) -> Yarn:
@@ -179,14 +247,37 @@ def _yarn_factor(rope: dict[str, Any], factor: float) -> float:
     return scaled(positive_number(rope, "mscale", 1.0)) / scaled(positive_number(rope, "mscale_all_dim", 1.0))
 
 
-def _rope_settings(config: dict[str, Any], default: dict[str, Any] | None) -> dict[str, Any]:
-    """Returns a copy of the settings of the rotary embedding. If both keys exist, transformers uses rope_scaling."""
+def _rope_settings(config: dict[str, Any], family: Family) -> tuple[dict[str, Any], float | None]:
+    """Returns a copy of the settings of the rotary embedding, and the base in layers with a window, if they have their own.
+
+    If both keys exist, transformers uses rope_scaling.
+    """
     key = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
-    rope = config.get(key) or default or {}
+    rope = config.get(key) or family.default_rope or {}
     if not isinstance(rope, dict):
         raise refusal(key, "an object as", rope)
+    if family.default_local_rope_theta is not None:
+        return _two_settings(config, rope, family.default_local_rope_theta)
     if any(isinstance(value, dict) for value in rope.values()):
         raise unsupported(
             f"{key} differs between kinds of layers ({short(list(rope))}), which is not supported"
         )
-    return dict(rope)
+    return dict(rope), None
+
+
+def _two_settings(
+    config: dict[str, Any], rope: dict[str, Any], default: float
+) -> tuple[dict[str, Any], float]:
+    """Reads the settings of models whose layers with a window have their own base, which is rope_local_base_freq in earlier releases."""
+    kinds = ("full_attention", "sliding_attention")
+    theta = positive_number(config, "rope_local_base_freq", default)
+    if not any(isinstance(value, dict) for value in rope.values()):
+        return dict(rope), theta
+    distant, local = (rope.get(kind) or {} for kind in kinds)
+    if not isinstance(distant, dict) or not isinstance(local, dict):
+        raise refusal("rope_parameters", "an object for each kind of layers in", rope)
+    if local.get("rope_type", "default") != "default":
+        raise unsupported(
+            f"rope scaling type {short(local['rope_type'])} in layers with a window is not supported"
+        )
+    return dict(distant), positive_number(local, "rope_theta", theta)

@@ -17,7 +17,7 @@ def window_args(config: dict[str, Any], family: Family) -> dict[str, Any]:
     """
     size = window_of(config, family)
     layers = [] if size is None else windowed_layers(config, family)
-    if size is None or not any(layers) or size >= family.longest(config):
+    if size is None or not any(layers) or _is_without_effect(size, config, family):
         return {"window_size": None, "window_attn_skip_freq": None}
     return {
         "window_size": (size - 1, 0),
@@ -25,13 +25,18 @@ def window_args(config: dict[str, Any], family: Family) -> dict[str, Any]:
     }
 
 
+def _is_without_effect(size: int, config: dict[str, Any], family: Family) -> bool:
+    return size >= family.longest(config) and family.default_local_rope_theta is None
+
+
 def window_of(config: dict[str, Any], family: Family) -> int | None:
     """Returns the number of tokens that a layer with a window sees; None: the model has no window."""
     kinds = _layer_types(config, family)
     size = config.get("sliding_window", family.default_sliding_window)
-    size = None if size is None else positive_int(config, "sliding_window", default=size)
     if family.has_window_switch and not flag(config, "use_sliding_window"):
-        size = None
+        size = None  # transformers saves 0 or null then
+    elif size is not None:
+        size = positive_int(config, "sliding_window", default=size)
     if size is None and _WINDOWED in kinds:
         switch = " with use_sliding_window true" if family.has_window_switch else ""
         raise ModelFolderError(

@@ -56,6 +56,7 @@ CASES = {
     "cp2_windows": Case(
         flags="--context-parallel-size 2 --cp-comm-type a2a", model="qwen3_tied", ranks=2
     ),  # half of the layers have a window
+    "gemma3": Case(flags="--tensor-model-parallel-size 2 --sequence-parallel", model="gemma3", ranks=2),
     "mixture": Case(flags="", model="qwen3_moe"),
     "asft": Case(flags="", objective="--objective asft"),
     "sft_kl_tp2": Case(flags="--tensor-model-parallel-size 2", objective="--objective sft_kl", ranks=2),

@@ -197,6 +197,11 @@ def layer_activations(
         if is_fp8:
             norms -= s.hidden_size / 2
             mlp -= (s.hidden_size + s.mlp_size) / 2
+    if (
+        model.family.has_post_norms
+    ):  # plain torch in Transformer Engine's layers too: they keep input and result in fp32
+        kept = 2 * s.hidden_size * _FP32 / element_bytes
+        norms, mlp = norms + kept, mlp + kept
     if is_delta:
         attention = _delta_activations(model, element_bytes)
     else:

@@ -5,6 +5,8 @@ transformers' tests the tables.
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +41,12 @@ def layerwise_logits(
     return _Forward(checkpoint, folder, weight_dtype).logits(tokens)
 
 
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+}
+
+
 class _Forward:
     def __init__(
         self, checkpoint: TorchDistFolder, folder: HfFolder, weight_dtype: torch.dtype | None
@@ -50,6 +58,8 @@ class _Forward:
         self.rope = folder.rope
         self.groups = self.shape.num_query_groups
         self.is_centered = bool(self.args.get("layernorm_zero_centered_gamma"))
+        self.has_post_norms = folder.family.has_post_norms
+        self.activation = _ACTIVATIONS[folder.family.activation[1]]
 
     def _weight(self, name: str, *index: int) -> Tensor:
         key = f"decoder.layers.{name}" if index else name
@@ -65,21 +75,28 @@ class _Forward:
 
     def logits(self, tokens: Tensor) -> Tensor:
         embedding = self._weight("embedding.word_embeddings.weight")
-        x = embedding[tokens]  # [b, s, h]
+        x = embedding[tokens] * self.args.get("embedding_scale", 1.0)  # [b, s, h]
         if not self.shape.is_tied:
             del embedding
         latent = self.shape.latent
         rotated = int(self.shape.head_dim * self.rope.partial) if latent is None else latent.rotary_dim
         attention = self._attention if latent is None else self._latent_attention
-        angles = rotary_angles(tokens.shape[1], rotated, self.rope)
+        distant = rotary_angles(tokens.shape[1], rotated, self.rope)
+        local = distant if self.rope.local_theta is None else self._local_angles(tokens.shape[1], rotated)
         for layer in range(self.shape.num_layers):
             is_delta = self.shape.delta_layers[layer]
+            angles = local if self._has_window(layer) else distant
             x = x + (self._delta_net(x, layer) if is_delta else attention(x, angles, layer))
             has_experts = self.shape.num_experts and layer >= self.shape.num_dense_layers
             x = x + (self._experts(x, layer) if has_experts else self._mlp(x, layer))
         x = self._norm(x, "decoder.final_layernorm.weight")
         output = embedding if self.shape.is_tied else self._weight("output_layer.weight")
         return x @ output[: self.shape.vocab_size].T
+
+    def _local_angles(self, length: int, rotated: int) -> Tensor:
+        """The angles of layers with a window, if their rotary embedding has its own base."""
+        assert self.rope.local_theta is not None, "called for such models only"
+        return rotary_angles(length, rotated, Rope(self.rope.local_theta, None))
 
     def _attention(self, x: Tensor, angles: Tensor, layer: int) -> Tensor:
         batch, length, d = *x.shape[:2], self.shape.head_dim
@@ -98,20 +115,28 @@ class _Forward:
             query = self._norm(query, "self_attention.q_layernorm.weight", layer)
             key = self._norm(key, "self_attention.k_layernorm.weight", layer)
         if not self.args.get("no_rope_freq") or not self.args["no_rope_freq"][layer]:
-            factor = 1.0 if self.rope.yarn is None else self.rope.yarn.attention_factor
-            query, key = rotate(query, angles, factor), rotate(key, angles, factor)
+            query, key = (rotate(x, angles, self.rope.attention_factor) for x in (query, key))
         query, key, value = (t.transpose(1, 2) for t in (query, key, value))  # [b, heads, s, d]
         mask = self._mask(length, layer)
-        x = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
+        scale = self.args.get("softmax_scale")
+        x = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=True)
         x = x.transpose(1, 2).flatten(2)
         if gates:
             x = x * gate.flatten(2).sigmoid()
-        return x @ self._weight("self_attention.linear_proj.weight", layer)[:, : x.shape[-1]].T
+        x = x @ self._weight("self_attention.linear_proj.weight", layer)[:, : x.shape[-1]].T
+        return self._post_norm(x, "self_attention.linear_proj", layer)
+
+    def _post_norm(self, x: Tensor, name: str, layer: int) -> Tensor:
+        """Normalises the output of a projection, if the model does."""
+        return self._norm(x, f"{name}.post_norm.weight", layer) if self.has_post_norms else x
+
+    def _has_window(self, layer: int) -> bool:
+        return self.args["window_size"] is not None and bool(self.args["window_attn_skip_freq"][layer])
 
     def _mask(self, length: int, layer: int) -> Tensor:
         """[s, s] bool: the keys that each query of a layer sees."""
         mask = torch.ones(length, length, dtype=torch.bool).tril()
-        if self.args["window_size"] is not None and self.args["window_attn_skip_freq"][layer]:
+        if self._has_window(layer):
             mask = mask.triu(-self.args["window_size"][0])
         return mask
 
@@ -160,9 +185,10 @@ class _Forward:
 
     def _mlp(self, x: Tensor, layer: int) -> Tensor:
         x = self._norm(x, "mlp.linear_fc1.layer_norm_weight", layer)
-        return _gated(
+        x = self._gated(
             x, self._weight("mlp.linear_fc1.weight", layer), self._weight("mlp.linear_fc2.weight", layer)
         )
+        return self._post_norm(x, "mlp.linear_fc2", layer)
 
     def _experts(self, x: Tensor, layer: int) -> Tensor:
         x = self._norm(x, "pre_mlp_layernorm.weight", layer)
@@ -172,14 +198,19 @@ class _Forward:
             fc1 = self._weight("mlp.experts.experts.linear_fc1.weight", layer, expert)
             fc2 = self._weight("mlp.experts.experts.linear_fc2.weight", layer, expert)
             weight = (weights * (chosen == expert)).sum(-1, keepdim=True)
-            total += weight * _gated(x, fc1, fc2)
+            total += weight * self._gated(x, fc1, fc2)
         if self.shape.shared_ffn_hidden_size:
             names = (f"mlp.shared_experts.linear_fc{i}.weight" for i in (1, 2))
-            shared = _gated(x, *(self._weight(name, layer) for name in names))
+            shared = self._gated(x, *(self._weight(name, layer) for name in names))
             if self.args.get("moe_shared_expert_gate"):
                 shared = shared * (x @ self._weight("mlp.shared_experts.gate_weight", layer).T).sigmoid()
             total += shared
         return total
+
+    def _gated(self, x: Tensor, fc1: Tensor, fc2: Tensor) -> Tensor:
+        """Computes a gated MLP. The first half of fc1's rows is the gate projection, the second half the up projection."""
+        gate, up = (x @ fc1.T).chunk(2, -1)
+        return (self.activation(gate) * up) @ fc2.T
 
     def _route(self, scores: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """Returns weights and numbers of the experts, both [b, s, k], for the router's outputs [b, s, experts]."""
@@ -209,15 +240,13 @@ class _Forward:
         return grouped.masked_fill(~is_kept[..., None], float("-inf")).flatten(-2)
 
 
-def _gated(x: Tensor, fc1: Tensor, fc2: Tensor) -> Tensor:
-    """Computes a gated MLP. The first half of fc1's rows is the gate projection, the second half the up projection."""
-    gate, up = (x @ fc1.T).chunk(2, -1)
-    return (F.silu(gate) * up) @ fc2.T
-
-
 def rotary_angles(length: int, head_dim: int, rope: Rope) -> Tensor:
-    """Returns the [s, d / 2] fp32 angle of each position and frequency, with Llama 3.1's scaling or YaRN if the model has it."""
+    """Returns the [s, d / 2] fp32 angle of each position and frequency, with the model's scaling."""
     frequencies = rope.theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    if rope.long is not None:
+        frequencies = frequencies / torch.tensor(rope.long.divisors)
+    if rope.linear_factor is not None:
+        frequencies = frequencies / rope.linear_factor
     if rope.llama3_factor is not None:
         # frequencies whose wavelength is within the original context
         turns = 8192 * frequencies / (2 * math.pi)

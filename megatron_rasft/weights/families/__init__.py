@@ -3,7 +3,7 @@
 A file of this package declares a kind of family. FAMILIES has an entry for each family.
 """
 
-from megatron_rasft.weights.families import delta_net, dense, experts, glm4_moe, latent, qwen2_moe
+from megatron_rasft.weights.families import delta_net, dense, experts, gemma3, glm4_moe, latent, qwen2_moe
 from megatron_rasft.weights.families.declaration import Family
 from megatron_rasft.weights.families.entries import Entry
 from megatron_rasft.weights.families.layouts import Piece, ShardLayout
@@ -38,6 +38,8 @@ FAMILIES = {
         dense.PHI3,
         dense.SEED_OSS,
         dense.SMOLLM3,
+        gemma3.GEMMA3,
+        gemma3.GEMMA3_VISION,
         experts.MIXTRAL,
         experts.QWEN3_MOE,
         qwen2_moe.QWEN2_MOE,

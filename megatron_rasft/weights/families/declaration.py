@@ -34,6 +34,10 @@ class Family:
     """Start of the language model's names, except the output layer's."""
     output: str = "lm_head.weight"
     """Name of the output layer."""
+    more_defaults: tuple[tuple[str, int], ...] = ()
+    """Keys that config.json may omit, and their values, if this class has no field for them."""
+    activation: tuple[str, str] = ("hidden_act", "silu")
+    """Key and value of the activation in config.json."""
     attention: tuple[Entry, ...] = ATTENTION
     mlp: tuple[Entry, ...] = MLP
     mixed_layers: Callable[[ModelShape, int], tuple[Entry, ...]] | None = None
@@ -49,6 +53,8 @@ class Family:
     default_max_position_embeddings: int
     default_is_tied: bool = False
     default_rope_theta: float = 10000.0
+    default_local_rope_theta: float | None = None
+    """Base of the rotary embedding in layers with a sliding window, if they have their own; None: all layers have the same."""
     default_rope: Config | None = field(default=None, hash=False)
     """rope_parameters if config.json omits them; None: no scaling."""
     scales_late_queries: bool = False
@@ -74,6 +80,10 @@ class Family:
     """Flags of config.json for which the table has one value only: key, value if the key is omitted, value of the table."""
     default_partial_rotary: float = 1.0
     """Share of each head's dimensions that the rotary embedding rotates, if config.json omits it."""
+    reads_partial_rotary: bool = False
+    """Whether transformers reads that share although its default is 1."""
+    long_rope_types: tuple[str, ...] = ()
+    """Names of LongRoPE among config.json's types of rope scaling."""
     is_carried: Callable[[str, ModelShape], bool] = lambda name, shape: False
     """Returns whether a stored tensor is not part of the trained model, so that exports get a copy of it."""
     own_sizes: Callable[[Config], dict[str, Any]] = lambda config: {}
@@ -99,7 +109,7 @@ class Family:
     def text_config(self, config: Config) -> Config:
         """The language model's part of a config.json."""
         if self.text_model_type is None:
-            return config
+            return dict(self.more_defaults) | config
         text = config.get("text_config")
         if not isinstance(text, dict):
             raise refusal("text_config", "an object as", text)
@@ -108,7 +118,7 @@ class Family:
             raise unsupported(
                 f"a text_config of model_type {short(found)} is not supported for {self.architecture}"
             )
-        return text | {key: config[key] for key in _WHOLE_MODEL if key in config}
+        return dict(self.more_defaults) | text | {key: config[key] for key in _WHOLE_MODEL if key in config}
 
     def longest(self, config: Config) -> int:
         """The largest number of positions of a model."""
@@ -121,6 +131,16 @@ class Family:
     @property
     def has_qk_norm(self) -> bool:
         return any(entry in self.attention for entry in QK_NORM)
+
+    @property
+    def has_partial_rotary(self) -> bool:
+        """Whether config.json's partial_rotary_factor has a meaning."""
+        return self.reads_partial_rotary or self.default_partial_rotary != 1.0
+
+    @property
+    def has_post_norms(self) -> bool:
+        """Whether layers also have norms behind attention and MLP."""
+        return any("post_norm" in name for entry in self.attention for name in entry.megatron)
 
     @property
     def has_latent_attention(self) -> bool:

@@ -116,6 +116,12 @@ PHI3 = Family(
     mlp=(MLP[0], _STACKED_GATE_UP, MLP[2]),
     default_max_position_embeddings=4096,
     default_norm_eps=1e-5,
+    reads_partial_rotary=True,
+    long_rope_types=(
+        "longrope",
+        "su",
+        "yarn",
+    ),  # transformers takes the last two, of early folders, for the first
 )
 
 SEED_OSS = Family(

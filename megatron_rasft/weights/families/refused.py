@@ -4,9 +4,6 @@ _CAPPED = (
     "its attention and output logits are capped softly, its layers have norms after attention and MLP, and every other layer "
     "has a sliding window; Megatron's GPTModel has no such caps and norms"
 )
-_GEMMA3 = (
-    "its layers have norms after attention and MLP, and two rotary bases; Megatron's GPTModel has neither"
-)
 _OLMO = "its norms stand after attention and MLP, and its norms of queries and keys span all heads"
 _MAMBA = "some of its layers are Mamba layers, which need Megatron's HybridModel"
 _INTERLEAVED = "its rotary embedding rotates neighbouring channels, and only a part of them"
@@ -21,8 +18,6 @@ REFUSED = {
     "Ernie4_5_MoeForCausalLM": "its rotary embedding rotates neighbouring channels, and there is no table for its shared experts",
     "Exaone4ForCausalLM": "its norms stand after attention and MLP, and its layers with full attention have no positions",
     "Gemma2ForCausalLM": _CAPPED,
-    "Gemma3ForCausalLM": _GEMMA3,
-    "Gemma3ForConditionalGeneration": _GEMMA3,
     "Gemma4ForConditionalGeneration": "its embeddings per layer, its shared keys and values, and its norms are not in Megatron's GPTModel",
     "Glm4ForCausalLM": "its layers have norms after attention and MLP, and " + _INTERLEAVED,
     "GlmForCausalLM": _INTERLEAVED,

@@ -22,14 +22,14 @@ from megatron_rasft.weights.architecture import (
 from megatron_rasft.weights.config_values import BRIDGE
 from megatron_rasft.weights.families import FAMILIES, REFUSED, Family
 from megatron_rasft.weights.windows import window_args
-from tests.tiny_models import config_class
+from tests.tiny_models import hf_config_class
 
 
 def transformers_config(architecture: str, **values: Any) -> Any:
     """Builds transformers' configuration for a config.json with only these values."""
     if FAMILIES[architecture].text_model_type is not None:
         return transformers.AutoConfig.for_model(FAMILIES[architecture].text_model_type, **values)
-    return config_class(architecture.removesuffix("ForCausalLM"))(**values)
+    return hf_config_class(architecture.removesuffix("ForCausalLM"))(**values)
 
 
 def has_window(family: Family) -> bool:
@@ -52,9 +52,12 @@ def test_defaults_are_those_of_transformers(architecture: str) -> None:
     switch = {"use_sliding_window": True} if has_switch else {}
     config = transformers_config(architecture, hidden_size=1024, **switch)
     assert family.default_max_position_embeddings == config.max_position_embeddings
+    rope = config.rope_parameters.get("full_attention", config.rope_parameters)
     theta = (family.default_rope or {}).get("rope_theta", family.default_rope_theta)
-    assert theta == config.rope_parameters["rope_theta"]
-    assert family.default_partial_rotary == config.rope_parameters.get("partial_rotary_factor", 1.0)
+    assert theta == rope["rope_theta"]
+    local = config.rope_parameters.get("sliding_attention", {})
+    assert family.default_local_rope_theta == local.get("rope_theta")
+    assert family.default_partial_rotary == rope.get("partial_rotary_factor", 1.0)
     assert family.default_norm_eps == config.rms_norm_eps
     assert family.default_sliding_window == getattr(config, "sliding_window", None)
     computed = 1024 // config.num_attention_heads
@@ -62,7 +65,7 @@ def test_defaults_are_those_of_transformers(architecture: str) -> None:
         getattr(config, "head_dim", None) or computed
     )
     assert family.has_window_switch == has_switch
-    assert family.reads_layer_types == (has_switch and hasattr(config, "layer_types"))
+    assert family.reads_layer_types == (has_window(family) and hasattr(config, "layer_types"))
     assert family.has_experts == hasattr(config, "num_experts_per_tok")
 
 
@@ -90,11 +93,10 @@ def test_absent_keys_mean_what_the_class_built_without_arguments_means(architect
     family = FAMILIES[architecture]
     described = []
     for config in (stored, {key: stored[key] for key in SIZES if key in stored}):
-        config["sliding_window"] = None
         if stored["hidden_size"] % stored["num_attention_heads"]:
             config["head_dim"] = 64  # the class divides and drops the rest, which is refused
-        shape = read_shape(config, family)
-        rope = read_rope(config, family)
+        text = family.text_config(whole_config(family, config))
+        shape, rope = read_shape(text, family), read_rope(text, family)
         described.append(ModelDescription(whole_config(family, config), family, shape, rope))
     full, sparse = described
     assert sparse.shape == full.shape and sparse.rope == full.rope
@@ -130,12 +132,10 @@ def test_config_with_sizes_only_means_what_transformers_reads(architecture: str)
             sizes["moe_intermediate_size"] = 16
         if has_shared_experts(FAMILIES[architecture]):
             sizes |= {"first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}
-    switched_off = {"sliding_window": None}  # Mistral's default window is refused
     config = transformers_config(architecture, **sizes)
     family = FAMILIES[architecture]
-    stored = {**sizes, **switched_off}
-    shape, rope = read_shape(stored, family), read_rope(stored, family)
-    described = ModelDescription(whole_config(family, stored), family, shape, rope)
+    shape, rope = read_shape(sizes, family), read_rope(sizes, family)
+    described = ModelDescription(whole_config(family, sizes), family, shape, rope)
     args = megatron_args(described)
     assert args["init_method_std"] == config.initializer_range
     assert args["untie_embeddings_and_output_weights"] is not config.tie_word_embeddings
@@ -176,13 +176,14 @@ def test_layers_have_the_window_that_transformers_gives_them(
     values = {"num_hidden_layers": 5, "max_position_embeddings": 128} | changes
     if "layer_types" in changes and not family.reads_layer_types:
         del values["layer_types"]
+    if family.default_local_rope_theta is not None and changes.get("sliding_window", 1) is None:
+        values["sliding_window"] = 48  # its layers with a window have one
     config = transformers_config(architecture, **values)
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
     size = config.sliding_window
-    expected = [
-        size is not None and size < config.max_position_embeddings and kind == "sliding_attention"
-        for kind in kinds
-    ]
+    # layers with an own rotary base must be named even if their window is as long as the positions
+    longest = config.max_position_embeddings + (family.default_local_rope_theta is not None) * 10**9
+    expected = [size is not None and size < longest and kind == "sliding_attention" for kind in kinds]
     args = window_args(values, family)
     if not any(expected):
         assert args == {"window_size": None, "window_attn_skip_freq": None}

@@ -20,7 +20,18 @@ WEIGHTS = "model.safetensors"
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("folders")
-    cases = ("llama", "qwen2_tied", "qwen3", "mistral", "phi3", "mixtral", "seed_oss", "smollm3", "qwen3_moe")
+    cases = (
+        "llama",
+        "qwen2_tied",
+        "qwen3",
+        "mistral",
+        "phi3",
+        "mixtral",
+        "seed_oss",
+        "smollm3",
+        "qwen3_moe",
+        "gemma3",
+    )
     folders = {case: write_folder(case, root / case) for case in cases}
     folders["sharded"] = write_folder("llama", root / "sharded", max_shard_size="60KB")
     return folders
@@ -271,14 +282,16 @@ def test_stored_output_of_a_tied_model_must_be_the_embedding(folder: Callable[..
             {"architectures": ["Gemma2ForCausalLM"]},
             "Gemma2ForCausalLM",
         ),
-        (
-            "llama",
-            {"architectures": ["Gemma3ForCausalLM"]},
-            "Gemma3ForCausalLM",
-        ),
+        ("gemma3", {"final_logit_softcapping": 30.0}, "final_logit_softcapping 30.0"),
+        ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        ("gemma3", {"hidden_activation": "silu"}, "hidden_activation 'silu'"),
+        ("gemma3", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "'yarn'"),
+        ("gemma3", {"rope_parameters": {"sliding_attention": {"rope_type": "linear"}}}, "'linear'"),
+        ("gemma3", {"rope_local_base_freq": 10000.5, "rope_parameters": None}, "--rotary-base"),
         ("llama", {"architectures": ["Gemma2ForCausalLM"]}, "Gemma2ForCausalLM"),
         ("llama", {"architectures": ["DeepseekV32ForCausalLM"]}, "DeepseekV32ForCausalLM"),
-        ("phi3", {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "'longrope'"),
+        ("phi3", {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "short_factor"),
+        ("llama", {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "'longrope'"),
         ("qwen3_moe", {"mlp_only_layers": [0]}, "mlp_only_layers [0]"),
         ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step 2"),
         ("mixtral", {"num_local_experts": 0}, "num_local_experts"),
@@ -297,7 +310,7 @@ def test_stored_output_of_a_tied_model_must_be_the_embedding(folder: Callable[..
         ("seed_oss", {"attention_bias": False}, "attention_bias"),
         ("smollm3", {"no_rope_layers": [1, 0, 1]}, "no_rope_layers"),
         ("smollm3", {"no_rope_layers": [1, 0, 1, 2]}, "no_rope_layers"),
-        ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}, "'linear'"),
+        ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "factor"),
         (
             "llama",
             {

@@ -15,11 +15,6 @@ CONFIGS = read_configs()
 
 REASONS = {
     "Kimi-K2-Thinking": "'pack-quantized'",
-    "deepseek-coder-6.7b (linear rope)": "'linear'",
-    "Phi-3-mini-128k-instruct": "'longrope'",
-    "Phi-3.5-mini-instruct": "'longrope'",
-    "Phi-4-mini-instruct": "partial_rotary_factor",
-    "Phi-4-mini-reasoning": "partial_rotary_factor",
 }
 """Model of a family with a table -> part of the reason why it is refused."""
 
@@ -41,7 +36,12 @@ BILLIONS = {
     "Mistral-7B-v0.1": 7.242,
     "Mixtral-8x7B-v0.1": 46.703,
     "Phi-3-mini-4k-instruct": 3.821,
+    "Phi-3.5-mini-instruct": 3.821,
+    "Phi-4-mini-instruct": 3.836,
     "phi-4": 14.660,
+    "deepseek-coder-6.7b (linear rope)": 6.740,
+    "gemma-3-1b-it": 1.000,
+    "gemma-3-4b-it": 3.880,
     "Seed-OSS-36B-Instruct": 36.151,
     "SmolLM3-3B": 3.075,
 }

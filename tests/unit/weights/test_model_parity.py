@@ -94,7 +94,7 @@ def test_megatron_loads_what_was_converted(folders: dict[str, HfFolder], tmp_pat
     assert state["checkpoint_version"] == 3.0 and state["args"].num_layers == 4
 
 
-@pytest.mark.parametrize("case", ["qwen2_yarn", "smollm3", "qwen3_5", "mistral"])
+@pytest.mark.parametrize("case", ["qwen2_yarn", "smollm3", "qwen3_5", "mistral", "gemma3"])
 def test_sampling_computes_the_logits_of_training(folders: dict[str, HfFolder], case: str) -> None:
     """The tokens of two prompts in one pass, then one further token of each from the cache."""
     chunks, _ = load(folders[case])

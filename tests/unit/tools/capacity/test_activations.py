@@ -35,6 +35,7 @@ SIZES = {
 KINDS = {
     "LlamaForCausalLM": {},
     "Qwen3ForCausalLM": {"head_dim": 64},
+    "Gemma3ForCausalLM": {"head_dim": 64},
     "MixtralForCausalLM": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "DeepseekV3ForCausalLM": {
         "q_lora_rank": 96,

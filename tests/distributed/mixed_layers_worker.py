@@ -1,6 +1,6 @@
-"""One rank of test_delta_net.py: trains, exports and samples a model with gated delta nets in every layout.
+"""One rank of test_mixed_layers.py: trains, exports and samples a model in every layout.
 
-Usage: delta_net_worker.py RANK WORLD_SIZE ROOT, where ROOT contains the model folder "model".
+Usage: mixed_layers_worker.py RANK WORLD_SIZE ROOT, where ROOT contains the model folder "model".
 """
 
 import contextlib

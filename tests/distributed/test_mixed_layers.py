@@ -1,4 +1,7 @@
-"""A model with gated delta nets trains and samples the same in every layout, packed or not, over gloo."""
+"""Models whose layers differ train and sample the same in every layout, packed or not, over gloo.
+
+qwen3_5 has gated delta nets. gemma3 has windows, two rotary bases, and norms behind attention and MLP.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -6,18 +9,23 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed.delta_net_worker import LAYOUTS, MODES, NEW_TOKENS, PROMPTS
+from tests.distributed.mixed_layers_worker import LAYOUTS, MODES, NEW_TOKENS, PROMPTS
 from tests.distributed.ranks_harness import run_ranks
 from tests.tiny_models import hf_model, write_folder
 
 NEAR_TIE = 1e-5
 
 
+@pytest.fixture(scope="module", params=["qwen3_5", "gemma3"])
+def case(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    root = tmp_path_factory.mktemp("delta_net")
-    write_folder("qwen3_5", root / "model")
-    run_ranks(Path(__file__).with_name("delta_net_worker.py"), 2, root)
+def results(case: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    root = tmp_path_factory.mktemp(case)
+    write_folder(case, root / "model")
+    run_ranks(Path(__file__).with_name("mixed_layers_worker.py"), 2, root)
     return torch.load(root / "results.pt")
 
 
@@ -52,8 +60,10 @@ def test_scoring_of_packed_samples_gives_the_logprobs_of_sampling(
         assert mine == pytest.approx(scored, abs=1e-4)
 
 
-def test_greedy_sampling_returns_the_tokens_of_transformers(results: dict[str, dict[str, Any]]) -> None:
-    model = hf_model("qwen3_5")
+def test_greedy_sampling_returns_the_tokens_of_transformers(
+    case: str, results: dict[str, dict[str, Any]]
+) -> None:
+    model = hf_model(case)
     for prompt, ((found, logprobs),) in zip(PROMPTS, results["dp2"]["greedy"], strict=True):
         assert len(found) == NEW_TOKENS
         with torch.no_grad():
