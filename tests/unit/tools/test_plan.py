@@ -103,6 +103,6 @@ def test_job_for_slurm_needs_a_checkout(
 
 
 def test_family_that_is_not_supported_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "config.json").write_text('{"architectures": ["Gemma3ForCausalLM"]}')
+    (tmp_path / "config.json").write_text('{"architectures": ["Gemma2ForCausalLM"]}')
     assert run("--hf-model", str(tmp_path)) == 1
-    assert "Gemma3ForCausalLM is not supported" in capsys.readouterr().err
+    assert "Gemma2ForCausalLM is not supported" in capsys.readouterr().err
