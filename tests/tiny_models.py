@@ -382,6 +382,21 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "rms_norm_eps": 1e-3,
         },
     ),
+    "gpt_oss": (
+        "GptOss",
+        {
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "head_dim": 16,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "sliding_window": 24,
+            "swiglu_limit": 0.5,
+            "max_position_embeddings": 128,
+            "rope_parameters": _YARN
+            | {"factor": 16.0, "original_max_position_embeddings": 8, "truncate": False},
+        },
+    ),
     "glm4_moe_lite": (
         "Glm4MoeLite",
         {
@@ -522,7 +537,8 @@ def transformer_config(folder: HfFolder, **overrides: Any) -> Any:
     """Returns Megatron's TransformerConfig for a model folder. Model parallelism must be initialised."""
     import torch.nn.functional as F
     from megatron.core import parallel_state as ps
-    from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+    from megatron.core.fusions.fused_bias_geglu import quick_gelu
+    from megatron.core.transformer.transformer_config import MLATransformerConfig
     from megatron.training.argument_utils import _apply_yarn_config_from_args
 
     from megatron_rasft.training.model import config_class
@@ -530,13 +546,12 @@ def transformer_config(folder: HfFolder, **overrides: Any) -> Any:
     args = megatron_args(folder)
     kind = config_class(SimpleNamespace(**args))
     kind = MLATransformerConfig if args.get("multi_latent_attention") else kind
-    assert args["swiglu"] or kind is not TransformerConfig
     same = {k: v for k, v in args.items() if k in kind.__dataclass_fields__}
     values = {
         **same,
         "num_moe_experts": args.get("num_experts"),
         "gated_linear_unit": True,
-        "activation_func": F.silu,
+        "activation_func": F.silu if args["swiglu"] else quick_gelu,
         "gradient_accumulation_fusion": False,
         "bias_activation_fusion": False,
         "bias_dropout_fusion": False,

@@ -14,10 +14,10 @@ from megatron_rasft.weights.folder import (
     ModelFolder,
     check_tokenizer,
     open_shards,
-    refuse_quantized,
     shard_files,
 )
 from megatron_rasft.weights.quantization import CONFIG_KEY
+from megatron_rasft.weights.stored_tensors import refuse_quantized
 
 FLAG = "--model-source bridge"
 

@@ -182,6 +182,8 @@ def _check_architecture(args: argparse.Namespace, architecture: dict[str, Any]) 
         reason = f"{args.hf_model}/config.json has {value}"
         if name.endswith("dropout"):
             reason = "dropout makes log-probabilities random, so policy and reference would differ before the first step"
+        if name == "expert_tensor_parallel_size":
+            reason = "Megatron does not split experts that have biases"
         raise ValueError(f"{args.given_flags[name]} {given} is refused: {reason}. Leave the flag out.")
 
 

@@ -15,8 +15,15 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.utils import is_layer_window_attention
+from megatron.core.transformer.utils import (
+    ensure_metadata_has_dp_cp_group,
+    is_layer_window_attention,
+    make_sharded_tensors_for_checkpoint,
+)
 from torch import Tensor
+
+_SINK_DIMS = 8
+"""Dimensions of queries and keys that are added for the sinks. One is used. Kernels want a multiple of 8."""
 
 
 class RMSNorm(torch.nn.Module):
@@ -39,8 +46,7 @@ class RMSNorm(torch.nn.Module):
         if is_zero_centered is None:
             is_zero_centered = config.layernorm_zero_centered_gamma
         self.is_zero_centered = is_zero_centered
-        device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
-        start = torch.full((hidden_size,), float(not is_zero_centered), device=device)
+        start = torch.full((hidden_size,), float(not is_zero_centered), device=_device(config))
         self.weight = torch.nn.Parameter(start.to(config.params_dtype))
         # Each tensor-parallel rank sees a part of the tokens. finalize_model_grads.py sums the gradients of weights
         # with this attribute over the tensor-parallel group.
@@ -56,6 +62,10 @@ class RMSNorm(torch.nn.Module):
     def scale(self) -> Tensor:
         """Returns the weight as the forward pass uses it."""
         return self.weight
+
+
+def _device(config: TransformerConfig) -> Any:
+    return "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
 
 
 def zigzag_positions(length: int, rank: int, size: int) -> Tensor:
@@ -103,8 +113,39 @@ def visible_keys(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
     return is_visible
 
 
+def with_sink_key(
+    query: Tensor, key: Tensor, value: Tensor, sinks: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Adds a first key to which every query of a head gives the head's sink as score, and whose value is zero.
+
+    In an added dimension queries have sink / scale, the new key has 1, and the other keys have 0. So every kernel of attention
+    computes sinks, and their gradients.
+
+    Args:
+        query: [s, b, n, d].
+        key: [s_kv, b, n_kv, d].
+        value: like key.
+        sinks: [n].
+        scale: factor of the scores.
+
+    Returns:
+        [s, b, n, d + 8], [s_kv + 1, b, n_kv, d + 8] and the same.
+    """
+    one_hot = torch.zeros(_SINK_DIMS, dtype=query.dtype, device=query.device)
+    one_hot[0] = 1
+    of_heads = (sinks.to(query.dtype) / scale)[:, None] * one_hot  # [n, 8]
+    query = torch.cat([query, of_heads.expand(*query.shape[:2], -1, -1)], -1)
+    key, value = (F.pad(x, (0, _SINK_DIMS, 0, 0, 0, 0, 1, 0)) for x in (key, value))
+    is_sink = torch.zeros_like(key)
+    is_sink[0, ..., -_SINK_DIMS] = 1
+    return query, key + is_sink, value
+
+
 class SdpaCoreAttention(MegatronModule):
     """Causal grouped-query attention with torch's scaled_dot_product_attention, in some layers within a sliding window.
+
+    If the config says so, each head has a learned sink: a score that takes a share of every softmax, but adds nothing to the
+    output. It has the name that it has in Megatron's and Transformer Engine's modules.
 
     Under context parallelism each rank gathers all keys and values of the group and computes its own queries. Packed
     sequences attend only to themselves.
@@ -123,8 +164,14 @@ class SdpaCoreAttention(MegatronModule):
         **unused: Any,
     ) -> None:
         super().__init__(config=config)
-        self.cp_group = (pg_collection or ProcessGroupCollection.use_mpu_process_groups(["tp", "cp"])).cp
+        self._groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups(["tp", "cp"])
+        self.cp_group = self._groups.cp
         self.softmax_scale = softmax_scale
+        self.softmax_offset: torch.nn.Parameter | None = None
+        """[n/tp], the sinks; None if the model has none."""
+        if config.softmax_type == "learnable":
+            sinks = torch.zeros(config.num_attention_heads // self._groups.tp.size(), device=_device(config))
+            self.softmax_offset = torch.nn.Parameter(sinks.to(config.params_dtype))
         self.window = _window_of(config, layer_number)
         """Number of latest tokens that a query attends to, its own included; None: all."""
         # Torch prefers cuDNN's attention on Hopper. For each new length cuDNN prepares an execution plan, which takes
@@ -181,19 +228,15 @@ class SdpaCoreAttention(MegatronModule):
         """
         if mask is None and self.window is not None and query.shape[0] > self.window:
             return self._attend_in_blocks(query, key, value, self.window)
-        query, key, value = (
-            x.permute(1, 2, 0, 3) for x in (query, key, value)
-        )  # [s, b, n, d] -> [b, n, s, d]
-        out = F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=mask,
-            is_causal=mask is None,
-            scale=self.softmax_scale,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
-        return out.permute(2, 0, 1, 3)
+        if self.softmax_offset is None:
+            return _scaled_dot_product(query, key, value, mask, self.softmax_scale)
+        dim, scale = query.shape[-1], self.softmax_scale or query.shape[-1] ** -0.5
+        query, key, value = with_sink_key(query, key, value, self.softmax_offset, scale)
+        if mask is not None:
+            return _scaled_dot_product(query, key, value, F.pad(mask, (1, 0), value=True), scale)[..., :dim]
+        # A first query for the first key keeps attention causal.
+        query = F.pad(query, (0, 0, 0, 0, 0, 0, 1, 0))
+        return _scaled_dot_product(query, key, value, None, scale)[1:, ..., :dim]
 
     def _attend_in_blocks(self, query: Tensor, key: Tensor, value: Tensor, window: int) -> Tensor:
         """Computes causal attention within a window, for a block of queries at a time, which see the keys of at most two blocks."""
@@ -204,6 +247,19 @@ class SdpaCoreAttention(MegatronModule):
             mask = visible_keys(places[begin - first :], places, window)
             outs.append(self.attend(query[begin:end], key[first:end], value[first:end], mask))
         return torch.cat(outs)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: Any = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Describes the sinks, which tensor-parallel ranks split, for Megatron's checkpoints."""
+        return make_sharded_tensors_for_checkpoint(
+            self.state_dict(prefix="", keep_vars=True),
+            prefix,
+            {"softmax_offset": 0},
+            sharded_offsets,
+            tp_group=self._groups.tp,
+            dp_cp_group=ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"],
+        )
 
     def _causal(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         size, rank = self.cp_group.size(), self.cp_group.rank()
@@ -246,3 +302,20 @@ class SdpaCoreAttention(MegatronModule):
                 out = self._attend_zigzag(q, k, v, rank, size)
             outs.append(out[:, 0])
         return torch.cat(outs)
+
+
+def _scaled_dot_product(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None
+) -> Tensor:
+    """Computes attention of [s, b, n, d]; causal if ``mask`` is None."""
+    query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [s, b, n, d] -> [b, n, s, d]
+    out = F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=scale,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return out.permute(2, 0, 1, 3)

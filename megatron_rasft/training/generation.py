@@ -98,6 +98,7 @@ def generation_mode(chunks: Sequence[torch.nn.Module], cache: KeyValueCache) -> 
                         softmax_scale=getattr(module, "softmax_scale", config.softmax_scale),
                         pg_collection=module.pg_collection,
                     )
+                    plain.softmax_offset = getattr(module.core_attention, "softmax_offset", None)
                 change(module, "core_attention", CachedAttention(plain, cache))
             for layer in delta_layers(chunk):
                 change(layer, "self_attention", CachedDeltaNet(layer.self_attention, cache))

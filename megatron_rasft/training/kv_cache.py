@@ -167,14 +167,23 @@ class CachedAttention(torch.nn.Module):
         # The query heads of a group become several queries of its one key head. Then each key is read once, and the
         # kernel needs no support for grouped queries, which torch's kernels with a mask do not have.
         grouped = query[:, 0].unflatten(1, (num_groups, -1))  # [rows, n, d] -> [rows, n_kv, n / n_kv, d]
-        out = F.scaled_dot_product_attention(
-            grouped,
-            self.keys[:num_rows, :, :length],
-            self.values[:num_rows, :, :length],
-            attn_mask=mask,
-            scale=self._attention.softmax_scale,
-        )
+        keys, values = self.keys[:num_rows, :, :length], self.values[:num_rows, :, :length]
+        if self._attention.softmax_offset is None:
+            scale = self._attention.softmax_scale
+            out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scale)
+        else:
+            out = self._attend_with_sinks(grouped, keys, values, mask, self._attention.softmax_offset)
         return out.reshape(num_rows, 1, -1)
+
+    def _attend_with_sinks(
+        self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, sinks: Tensor
+    ) -> Tensor:
+        """Computes the softmax itself, because torch's kernels would need a copy of the cache with one more key."""
+        scale = self._attention.softmax_scale or query.shape[-1] ** -0.5
+        scores = query @ keys.transpose(-1, -2) * scale + mask  # [rows, n_kv, n / n_kv, length]
+        of_heads = sinks.to(scores.dtype).view(1, *query.shape[1:3], 1).expand(len(query), -1, -1, -1)
+        weights = torch.cat([of_heads, scores], -1).softmax(-1, dtype=torch.float32)[..., 1:]
+        return weights.to(values.dtype) @ values
 
 
 class RotaryAtPositions(torch.nn.Module):

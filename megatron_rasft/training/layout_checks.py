@@ -108,11 +108,26 @@ def check_windows(args: argparse.Namespace, family: Family, config: RasftConfig)
         )
 
 
+def check_sinks(args: argparse.Namespace, family: Family) -> None:
+    """Refuses context parallelism in which Transformer Engine does not compute attention sinks.
+
+    Raises:
+        ValueError: the message names the flag.
+    """
+    others = [kind for kind in args.cp_comm_type if kind != "a2a"]
+    is_split = args.context_parallel_size > 1 and args.transformer_impl == "transformer_engine"
+    if family.has_sinks and is_split and others:
+        raise ValueError(
+            f"--cp-comm-type {others[0]} cannot be combined with the attention sinks of {family.architecture}: Transformer Engine "
+            "has them only with a2a. Use --cp-comm-type a2a, or --context-parallel-size 1."
+        )
+
+
 def check_served(family: Family, rope: Rope, config: RasftConfig) -> None:
     """Refuses rollouts of SGLang for a model that SGLang computes differently, or whose weights it has not been sent before.
 
     Raises:
-        ValueError: the model also sees images, it has multi-latent attention, or SGLang multiplies YaRN's embedding by another factor than transformers.
+        ValueError: the model also sees images, it has multi-latent attention or experts with biases, or SGLang multiplies YaRN's embedding by another factor than transformers.
     """
     if not config.samples_rollouts or config.rollout.rollout_engine != "sglang":
         return
@@ -120,6 +135,11 @@ def check_served(family: Family, rope: Rope, config: RasftConfig) -> None:
         raise ValueError(
             f"--rollout-engine sglang is not supported for {family.architecture}: SGLang has other names for the weights of its "
             "language model. Use --rollout-engine embedded."
+        )
+    if family.has_expert_biases:
+        raise ValueError(
+            f"--rollout-engine sglang is not supported for {family.architecture}: SGLang loads the experts of a layer only together, "
+            "and the trainer sends them one by one. Use --rollout-engine embedded or replay, or an --objective without rollouts."
         )
     if family.has_latent_attention:
         # SGLang stacks q_a_proj and kv_a_proj_with_mqa in one parameter, and ignores an update that has only one of them.

@@ -4,11 +4,13 @@ from typing import Any
 
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_layer_local_spec
+from megatron.core.tensor_parallel import RowParallelLinear
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from megatron.training.argument_utils import core_transformer_config_from_args
+from torch import Tensor
 
 from megatron_rasft.training.attention import RMSNorm, SdpaCoreAttention
 from megatron_rasft.training.delta_net import delta_pattern, engine_block, plain_delta_layer
@@ -26,12 +28,25 @@ def model_class(config: TransformerConfig) -> type[GPTModel]:
     return ExtendedModel if isinstance(config, ExtendedConfig) else GPTModel
 
 
+class ExpertOutput(RowParallelLinear):
+    """The second layer of an expert with biases, in plain torch.
+
+    Megatron adds the bias to the result in place (MLP.forward in transformer/mlp.py). autograd forbids this for the result of the
+    reduction over ranks, which is the layer's own product if there is one rank.
+    """
+
+    def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
+        """[t, f] -> ([t, h], bias)."""
+        output, bias = super().forward(input_)
+        return output.clone(), bias
+
+
 def build_chunk(
     args: Any, pre_process: bool = True, post_process: bool = True, vp_stage: int | None = None, **_: Any
 ) -> GPTModel:
     """Builds one chunk of the model with random weights. Megatron's set-up functions call it with these arguments."""
     config = run_config(args)
-    return model_class(config)(
+    chunk = model_class(config)(
         config,
         layer_spec(config, vp_stage),
         args.padded_vocab_size,
@@ -47,6 +62,11 @@ def build_chunk(
         rope_scaling_factor=args.rope_scaling_factor,
         vp_stage=vp_stage,
     )
+    for name, parameter in chunk.named_parameters():
+        if name.endswith("softmax_offset"):
+            # Tensor-parallel ranks split the sinks. Without this mark the gradient's norm would have those of one rank only.
+            parameter.tensor_model_parallel = True
+    return chunk
 
 
 def run_config(args: Any) -> TransformerConfig:
@@ -112,6 +132,9 @@ def _plain_layer(config: TransformerConfig, *, has_experts: bool, is_delta: bool
         # Megatron renames this norm in checkpoints as if it were fused with a dense MLP, which an MoE layer does not have.
         names = layer.sharded_state_dict_keys_map
         layer.sharded_state_dict_keys_map = {k: v for k, v in names.items() if k != "pre_mlp_layernorm."}
+    if has_experts and config.add_bias_linear:
+        experts: Any = layer.mlp.keywords["submodules"].experts
+        experts.keywords["submodules"].linear_fc2 = ExpertOutput
     attention = layer.self_attention.submodules
     attention.core_attention = SdpaCoreAttention
     if config.multi_latent_attention:

@@ -23,7 +23,7 @@ from megatron_rasft.sync.broadcaster import prepare_nccl
 from megatron_rasft.training.arguments import fill_in, parse_flags
 from megatron_rasft.training.background_saves import write_in_process
 from megatron_rasft.training.gpu_kernels import report_missing_transformer_engine
-from megatron_rasft.training.layout_checks import check_layout, check_sampling, check_windows
+from megatron_rasft.training.layout_checks import check_layout, check_sampling, check_sinks, check_windows
 from megatron_rasft.training.megatron_calls import VERBOSE, quiet
 from megatron_rasft.training.model_source import architecture_args, open_folder
 from megatron_rasft.training.outputs import check_writable
@@ -80,6 +80,7 @@ def _parse(needs_data: bool) -> tuple[Any, RasftConfig, ModelFolder]:
     check_layout(args)
     if isinstance(folder, HfFolder):
         check_windows(args, folder.family, config)
+        check_sinks(args, folder.family)
     _validate(args)
     check_sampling(args, config)
     if args.vocab_size is not None and args.padded_vocab_size is None:

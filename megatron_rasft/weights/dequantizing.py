@@ -105,7 +105,7 @@ def _two_dimensions(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _mxfp4_weight(blocks: str, stored: Mapping[str, Stored]) -> QuantizedWeight:
-    """The stored blocks are [experts, columns, blocks of a column, 16], of two values a byte; the weight is [experts, rows, columns]."""
+    """Describes a weight [experts, rows, columns], stored as [experts, columns, blocks of a column, 16]."""
     name = blocks.removesuffix(_BLOCKS)
     shape, scales = stored[blocks].shape, name + _BLOCK_SCALES
     if scales not in stored:
@@ -123,8 +123,7 @@ def read_dequantized(
     weight: QuantizedWeight, read: ReadStored, dim: int, start: int, stop: int | None
 ) -> Tensor:
     """Reads a weight, or its range ``start:stop`` along ``dim``, in bfloat16."""
-    if weight.block is None:
-        return _read_mxfp4(weight, read, dim, start, stop)
+    assert weight.block is not None, "the experts of an MXFP4 folder are read one by one"
     scales = read(weight.scales, 0, 0, None)
     grid = scales.float().reshape(_two_dimensions(tuple(scales.shape)))
     first = (start, 0) if dim == 0 else (0, start)
@@ -153,32 +152,19 @@ def dequantize(values: Tensor, scales: Tensor, block: tuple[int, int], first: tu
     return made
 
 
-def _read_mxfp4(weight: QuantizedWeight, read: ReadStored, dim: int, start: int, stop: int | None) -> Tensor:
-    rows = (start, stop) if dim == 0 else (0, None)
-    made = dequantize_mxfp4(read(weight.values, 0, *rows), read(weight.scales, 0, *rows))
-    if dim == 0:
-        return made
-    stop = weight.shape[dim] if stop is None else stop
-    return made.narrow(dim, start, stop - start)
-
-
-def dequantize_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
-    """Returns the weight of MXFP4 blocks (OCP Microscaling Formats 1.0: 4-bit values e2m1, and an 8-bit exponent for each 32).
+def dequantize_mxfp4(packed: Tensor, exponents: Tensor) -> Tensor:
+    """Returns the values of MXFP4 blocks (OCP Microscaling Formats 1.0: 4-bit values e2m1, and an 8-bit exponent for each 32).
 
     The lower half of a byte comes first.
 
     Args:
-        blocks: [experts, columns, blocks of a column, 16] uint8, of two values a byte.
-        scales: [experts, columns, blocks of a column] uint8, exponents with bias 127.
+        packed: [rows, blocks of a row, 16] uint8, of two values a byte.
+        exponents: [rows, blocks of a row] uint8, with bias 127.
 
     Returns:
-        [experts, rows, columns] bfloat16.
+        [rows, 32 * blocks] bfloat16.
     """
-    table = torch.tensor([*_MXFP4_VALUES, *(-value for value in _MXFP4_VALUES)], dtype=PLAIN)
-    experts, columns, num_blocks, half = blocks.shape
-    made = torch.empty((experts, num_blocks * 2 * half, columns), dtype=PLAIN)
-    for expert, packed, exponents in zip(made, blocks, scales, strict=True):
-        halves = torch.stack((packed & 0xF, packed >> 4), dim=-1).flatten(-2)  # [columns, blocks, 32]
-        values = torch.ldexp(table[halves.int()].float(), exponents.int()[..., None] - _MXFP4_BIAS)
-        expert.copy_(values.flatten(1).t())
-    return made
+    table = torch.tensor([*_MXFP4_VALUES, *(-value for value in _MXFP4_VALUES)])
+    halves = torch.stack((packed & 0xF, packed >> 4), dim=-1).flatten(-2)  # [rows, blocks, 32]
+    values = torch.ldexp(table[halves.int()], exponents.int()[..., None] - _MXFP4_BIAS)
+    return values.flatten(1).to(PLAIN)

@@ -7,10 +7,10 @@ import os
 import stat
 import struct
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Iterable, Set
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,15 +20,22 @@ from megatron_rasft.errors import ModelFolderError, first_line
 from megatron_rasft.files import read_json_object
 from megatron_rasft.weights.architecture import ModelDescription, Rope
 from megatron_rasft.weights.dequantizing import (
-    PLAIN,
     QUANTIZED_DTYPES,
     QuantizedWeight,
-    find_quantized,
+    dequantize_mxfp4,
     read_dequantized,
-    unused_scales,
 )
 from megatron_rasft.weights.families import Family, JoinedTensor, ModelShape, NameTable
-from megatron_rasft.weights.quantization import CONFIG_KEY, read_quantization
+from megatron_rasft.weights.quantization import read_quantization
+from megatron_rasft.weights.stored_tensors import (
+    DTYPES,
+    StoredTensor,
+    Within,
+    split_joined,
+    take_quantized,
+    unsupported_type,
+    wrong_shape,
+)
 from megatron_rasft.wording import counted
 
 SINGLE_FILE = "model.safetensors"
@@ -36,49 +43,10 @@ INDEX_FILE = "model.safetensors.index.json"
 CARRIED_FILE = "carried.safetensors"
 """File with the carried tensors of a model, in the description that lies beside a converted checkpoint."""
 
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
-"""Name of a type in safetensors files -> the torch type, for the types that can be loaded."""
-
 _NOT_WEIGHTS = ".rotary_emb.inv_freq"
 """Buffers in old Llama folders, which transformers ignores too."""
 
 _COMPARE_ROWS = 4096
-
-
-class Within(NamedTuple):
-    """Location of a tensor in a tensor with all experts of a layer."""
-
-    name: str
-    expert: int
-    first_row: int
-
-
-class StoredTensor(NamedTuple):
-    """Location, shape and type of a stored tensor."""
-
-    file: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    start: int
-    """Offset of the tensor's first byte in the file."""
-    within: Within | None = None
-    """The location in the tensor of which this is a part; None if it is a tensor of its own in the file."""
-
-    def split(self, name: str, joined: JoinedTensor) -> dict[str, "StoredTensor"]:
-        """Returns the parts of a tensor with all experts of a layer."""
-        if self.shape != joined.shape:
-            raise _wrong_shape(name, self.shape, joined.shape)
-        per_expert = len(joined.parts) // self.shape[0]
-        shape = (self.shape[1] // per_expert, *self.shape[2:])
-        num_bytes = math.prod(shape) * self.dtype.itemsize
-        return {
-            part: self._replace(
-                shape=shape,
-                start=self.start + i * num_bytes,
-                within=Within(name, i // per_expert, i % per_expert * shape[0]),
-            )
-            for i, part in enumerate(joined.parts)
-        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,19 +110,39 @@ class ModelFolder(ABC):
 
     def _read_stored(self, name: str, stored: StoredTensor, dim: int, start: int, stop: int | None) -> Tensor:
         try:
+            if stored.within is not None and stored.within.step:
+                return self._read_columns(stored, stored.within, dim, start, stop)
             if not stored.shape:
                 return self._shards[stored.file].get_tensor(name)
             if dim == 0:
                 return self._read_rows(stored, start, stored.shape[0] if stop is None else stop)
             if stored.within is not None:
                 assert dim == 1, "a part has rows and columns"
-                whole, expert, row = stored.within
+                whole, expert, row, _ = stored.within
                 rows = slice(row, row + stored.shape[0])
                 return self._shards[stored.file].get_slice(whole)[expert, rows, start:stop]
             view = self._shards[stored.file].get_slice(name)
             return view[(slice(None),) * dim + (slice(start, stop),)]
         except (SafetensorError, OSError, EOFError) as error:
             raise ModelFolderError(f"{self.path / stored.file}: cannot read {name}: {error}") from error
+
+    def _read_columns(
+        self, stored: StoredTensor, within: Within, dim: int, start: int, stop: int | None
+    ) -> Tensor:
+        """Reads alternating columns of an expert, as rows. MXFP4 stores them as rows."""
+        chosen = [slice(0, size) for size in stored.shape]
+        chosen[dim] = slice(start, stored.shape[dim] if stop is None else min(stop, stored.shape[dim]))
+        columns = slice(within.step * chosen[0].start, within.step * chosen[0].stop)
+        picked = slice(within.first, None, within.step)
+        weight = self._quantized.get(within.name)
+        if weight is not None:
+            packed, exponents = (
+                self._shards[self._sources[name].file].get_slice(name)[within.expert, columns][picked]
+                for name in (weight.values, weight.scales)
+            )
+            return dequantize_mxfp4(packed, exponents)[:, *chosen[1:]]
+        view = self._shards[stored.file].get_slice(within.name)
+        return view[(within.expert, *chosen[1:], columns)][..., picked].t().contiguous()
 
     def _read_rows(self, stored: StoredTensor, start: int, stop: int) -> Tensor:
         """Reads consecutive rows in one read. The memory map would fetch them page by page, which is slower."""
@@ -196,12 +184,14 @@ class HfFolder(ModelFolder):
             table = NameTable(known.family, known.shape)
             files = shard_files(path) if with_weights else _carried_files(path, known)
             shards, stored = open_shards(path, files)
-            quantized, sources = _take_quantized(stored, known)
+            quantized, sources = take_quantized(
+                stored, read_quantization(known.family.text_config(known.config))
+            )
             carried = {name: stored.pop(name) for name in list(stored) if known.is_carried(name)}
             joined = table.joined if known.family.writes_joined_experts else {}
             if with_weights:
                 joined = {name: tensor for name, tensor in table.joined.items() if name in stored}
-            stored = _split_joined(stored, joined) if with_weights else {}
+            stored = split_joined(stored, joined) if with_weights else {}
             folder = cls(
                 path=path,
                 config=known.config,
@@ -258,7 +248,7 @@ class HfFolder(ModelFolder):
             )
         for name, size in expected.items():
             if self.tensors[name].shape != size:
-                raise _wrong_shape(name, self.tensors[name].shape, size)
+                raise wrong_shape(name, self.tensors[name].shape, size)
 
     def _drop_stored_tied_output(self) -> None:
         """Drops the stored output layer of a tied model, which some folders have; refuses one that differs from the embedding."""
@@ -372,49 +362,11 @@ def open_shards(
             view = shard.get_slice(name)
             dtype = (DTYPES | QUANTIZED_DTYPES).get(view.get_dtype())
             if dtype is None:
-                raise _unsupported_type(name, view.get_dtype())
+                raise unsupported_type(name, view.get_dtype())
             stored[name] = StoredTensor(file, tuple(view.get_shape()), dtype, starts[name])
     for name in [n for n in stored if n.endswith(_NOT_WEIGHTS)]:
         del stored[name]
     return shards, stored
-
-
-def _unsupported_type(name: str, dtype: str) -> ModelFolderError:
-    return ModelFolderError(
-        f"tensor {name} is stored as {dtype}; supported are {', '.join(DTYPES)}, and weights that are quantized as "
-        f"{CONFIG_KEY} in config.json says"
-    )
-
-
-def _take_quantized(
-    stored: dict[str, StoredTensor], known: ModelDescription
-) -> tuple[dict[str, QuantizedWeight], dict[str, StoredTensor]]:
-    """Replaces the values and scales of quantized weights in ``stored`` by the weights.
-
-    Returns:
-        The quantized weights by name, and the stored tensors that they are read from.
-    """
-    quantization = read_quantization(known.family.text_config(known.config))
-    weights: dict[str, QuantizedWeight] = {}
-    if quantization is not None:
-        weights = find_quantized(stored, quantization)
-        for name in unused_scales(stored):
-            del stored[name]
-    sources = {name: stored[name] for weight in weights.values() for name in weight[:2]}
-    for name in sources:
-        del stored[name]
-    for name, weight in weights.items():
-        stored[name] = sources[weight.values]._replace(shape=weight.shape, dtype=PLAIN)
-    refuse_quantized(stored)
-    return weights, sources
-
-
-def refuse_quantized(stored: dict[str, StoredTensor]) -> None:
-    """Refuses tensors of a type that only quantized weights have."""
-    names = {dtype: name for name, dtype in QUANTIZED_DTYPES.items()}
-    for name, tensor in stored.items():
-        if tensor.dtype in names:
-            raise _unsupported_type(name, names[tensor.dtype])
 
 
 def _data_starts(path: Path) -> dict[str, int]:
@@ -455,25 +407,6 @@ def _open_shard(path: Path) -> Any:
         raise ModelFolderError(
             f"{path.name} ({size} bytes) is truncated or not safetensors: {first_line(error)}"
         ) from error
-
-
-def _split_joined(
-    stored: dict[str, StoredTensor], joined: dict[str, JoinedTensor]
-) -> dict[str, StoredTensor]:
-    """Replaces tensors with all experts of a layer by their parts."""
-    split: dict[str, StoredTensor] = {}
-    for name, tensor in stored.items():
-        parts = tensor.split(name, joined[name]) if name in joined else {name: tensor}
-        if twice := next((part for part in parts if part in split), None):
-            raise ModelFolderError(
-                f"{twice} is stored twice, in tensors of one and of all experts; delete one"
-            )
-        split |= parts
-    return split
-
-
-def _wrong_shape(name: str, found: Sequence[int], expected: Sequence[int]) -> ModelFolderError:
-    return ModelFolderError(f"tensor {name} has shape {list(found)}, config.json implies {list(expected)}")
 
 
 def check_tokenizer(path: Path, vocab_size: int) -> None:

@@ -20,13 +20,18 @@ class TensorPlan(NamedTuple):
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    parts: tuple[str, ...] = ()
-    """Names of the tensors that lie in this one, one after the other, and are written one by one; empty if it is written at once."""
+    joined: JoinedTensor | None = None
+    """The tensors that lie in this one, and are written one by one; None if it is written at once."""
+
+    @property
+    def blocks(self) -> tuple[tuple[str, ...], ...]:
+        """The names under which the tensor's content is written, in groups that lie in one piece. The pieces have equal sizes."""
+        return ((self.name,),) if self.joined is None else self.joined.blocks
 
     @property
     def written(self) -> tuple[str, ...]:
         """The names under which the tensor's content is written."""
-        return self.parts or (self.name,)
+        return tuple(name for block in self.blocks for name in block)
 
     @property
     def num_bytes(self) -> int:
@@ -42,7 +47,7 @@ def join_plans(plans: Iterable[TensorPlan], joined: dict[str, JoinedTensor]) -> 
         if name is None:
             result[plan.name] = plan
         else:
-            result.setdefault(name, TensorPlan(name, joined[name].shape, plan.dtype, joined[name].parts))
+            result.setdefault(name, TensorPlan(name, joined[name].shape, plan.dtype, joined[name]))
     return list(result.values())
 
 

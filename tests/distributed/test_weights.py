@@ -24,7 +24,8 @@ def test_every_layout_loads_computes_and_exports_the_same(
     root: Path, world_size: int, layouts: int, expert_layouts: int
 ) -> None:
     outcome = run_ranks(Path(__file__).with_name("weights_worker.py"), world_size, root)
-    skipped = 3 if world_size == 4 else 0
+    # On four ranks: three models of six heads, and gpt-oss has two layouts less, because its experts are not split.
+    skipped = 3 + 2 if world_size == 4 else 0
     with_experts = sum("num_experts_per_tok" in overrides for _, overrides in CASES.values())
     expected = layouts * len(CASES) - skipped + expert_layouts * with_experts
     assert outcome.logs[0].count("round trip") == expected

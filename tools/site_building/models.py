@@ -80,12 +80,15 @@ def models_page() -> str:
 
 def _family_row(family: Family, names: list[str]) -> str:
     layouts = "TP, PP, CP, DP" + (", EP" if family.has_experts else "")
-    sync = "yes" if family.text_model_type is None else "no: samples with `--rollout-engine embedded`"
+    is_unsent = family.has_latent_attention or family.has_expert_biases or family.text_model_type is not None
+    sync = "no: samples with `--rollout-engine embedded`" if is_unsent else "yes"
     if family.text_model_type is None and family.layer_types != Family.layer_types:
         sync = "a server was not tried"
-    fp8 = (
-        "yes" if family.is_carried is Family.is_carried else "not of a folder with tensors that exports copy"
-    )
+    fp8 = "yes"
+    if family.has_expert_biases:
+        fp8 = "no"
+    elif family.is_carried is not Family.is_carried:
+        fp8 = "not of a folder with tensors that exports copy"
     return f"| {family.architecture} | {', '.join(names) or '-'} | {layouts} | {sync} | {fp8} |"
 
 

@@ -255,7 +255,7 @@ def candidates(model: Model, config: CapacityConfig, num_gpus: int) -> Iterator[
                         cp=cp,
                         dp=dp,
                         ep=ep,
-                        expert_tp=tp if ep == 1 else 1,
+                        expert_tp=tp if ep == 1 and not model.family.has_expert_biases else 1,
                         chunks=chunks,
                         recompute=recompute,
                     )

@@ -357,6 +357,11 @@ def megatron_to_hf(
         WeightsError: a tensor has NaN or infinity, or overflows as ``dtype``. No file is kept.
     """
     check_parameters(source, template.table)
+    if is_fp8 and template.family.has_expert_biases:
+        raise ValueError(
+            f"--fp8: engines do not read the experts of {template.family.architecture} in FP8. Leave --fp8 out, and serve this model in "
+            "bfloat16."
+        )
     if is_fp8 and template.carried:
         raise ValueError(
             f"--fp8: {next(iter(template.carried))} and {len(template.carried) - 1} more tensors are not part of the trained model and stay "

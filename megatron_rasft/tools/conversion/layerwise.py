@@ -117,14 +117,28 @@ class _Forward:
         if not self.args.get("no_rope_freq") or not self.args["no_rope_freq"][layer]:
             query, key = (rotate(x, angles, self.rope.attention_factor) for x in (query, key))
         query, key, value = (t.transpose(1, 2) for t in (query, key, value))  # [b, heads, s, d]
-        mask = self._mask(length, layer)
-        scale = self.args.get("softmax_scale")
-        x = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=True)
-        x = x.transpose(1, 2).flatten(2)
+        x = self._attend(query, key, value, layer).transpose(1, 2).flatten(2)
         if gates:
             x = x * gate.flatten(2).sigmoid()
         x = x @ self._weight("self_attention.linear_proj.weight", layer)[:, : x.shape[-1]].T
+        if self.args["add_bias_linear"]:
+            x = x + self._weight("self_attention.linear_proj.bias", layer)
         return self._post_norm(x, "self_attention.linear_proj", layer)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, layer: int) -> Tensor:
+        """Computes attention of [b, heads, s, d]. A sink is a further score of its head, whose value is zero."""
+        mask, scale = self._mask(query.shape[2], layer), self.args.get("softmax_scale")
+        if self.args.get("softmax_type") != "learnable":
+            return F.scaled_dot_product_attention(
+                query, key, value, attn_mask=mask, scale=scale, enable_gqa=True
+            )
+        heads = query.shape[1]
+        sinks = self._weight("self_attention.core_attention.softmax_offset", layer)[:heads, None, None]
+        key, value = (t.repeat_interleave(heads // t.shape[1], 1) for t in (key, value))
+        scores = query @ key.transpose(2, 3) * (scale or query.shape[-1] ** -0.5)
+        scores = scores.masked_fill(~mask, float("-inf"))
+        total = scores.logsumexp(-1, keepdim=True).logaddexp(sinks)
+        return (scores - total).exp() @ value
 
     def _post_norm(self, x: Tensor, name: str, layer: int) -> Tensor:
         """Normalises the output of a projection, if the model does."""
@@ -192,13 +206,14 @@ class _Forward:
 
     def _experts(self, x: Tensor, layer: int) -> Tensor:
         x = self._norm(x, "pre_mlp_layernorm.weight", layer)
-        weights, chosen = self._route(x @ self._weight("mlp.router.weight", layer).T, layer)
+        scores = x @ self._weight("mlp.router.weight", layer).T
+        if self.args["add_bias_linear"]:
+            scores = scores + self._weight("mlp.router.bias", layer)
+        weights, chosen = self._route(scores, layer)
         total = torch.zeros_like(x)
         for expert in chosen.unique().tolist():
-            fc1 = self._weight("mlp.experts.experts.linear_fc1.weight", layer, expert)
-            fc2 = self._weight("mlp.experts.experts.linear_fc2.weight", layer, expert)
             weight = (weights * (chosen == expert)).sum(-1, keepdim=True)
-            total += weight * self._gated(x, fc1, fc2)
+            total += weight * self._expert(x, layer, expert)
         if self.shape.shared_ffn_hidden_size:
             names = (f"mlp.shared_experts.linear_fc{i}.weight" for i in (1, 2))
             shared = self._gated(x, *(self._weight(name, layer) for name in names))
@@ -211,6 +226,18 @@ class _Forward:
         """Computes a gated MLP. The first half of fc1's rows is the gate projection, the second half the up projection."""
         gate, up = (x @ fc1.T).chunk(2, -1)
         return (self.activation(gate) * up) @ fc2.T
+
+    def _expert(self, x: Tensor, layer: int, expert: int) -> Tensor:
+        def read(name: str) -> Tensor:
+            return self._weight(f"mlp.experts.experts.{name}", layer, expert)
+
+        fc1, fc2 = read("linear_fc1.weight"), read("linear_fc2.weight")
+        if not self.args["add_bias_linear"]:
+            return self._gated(x, fc1, fc2)
+        gate, up = (x @ fc1.T + read("linear_fc1.bias")).chunk(2, -1)
+        limit = self.args["activation_func_clamp_value"]
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+        return (gate * (1.702 * gate).sigmoid() * (up + 1)) @ fc2.T + read("linear_fc2.bias")
 
     def _route(self, scores: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """Returns weights and numbers of the experts, both [b, s, k], for the router's outputs [b, s, experts]."""

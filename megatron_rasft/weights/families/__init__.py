@@ -3,7 +3,16 @@
 A file of this package declares a kind of family. FAMILIES has an entry for each family.
 """
 
-from megatron_rasft.weights.families import delta_net, dense, experts, gemma3, glm4_moe, latent, qwen2_moe
+from megatron_rasft.weights.families import (
+    delta_net,
+    dense,
+    experts,
+    gemma3,
+    glm4_moe,
+    gpt_oss,
+    latent,
+    qwen2_moe,
+)
 from megatron_rasft.weights.families.declaration import Family
 from megatron_rasft.weights.families.entries import Entry
 from megatron_rasft.weights.families.layouts import Piece, ShardLayout
@@ -44,6 +53,7 @@ FAMILIES = {
         experts.QWEN3_MOE,
         qwen2_moe.QWEN2_MOE,
         glm4_moe.GLM4_MOE,
+        gpt_oss.GPT_OSS,
         latent.DEEPSEEK_V3,
         latent.GLM4_MOE_LITE,
         delta_net.QWEN3_5,

@@ -147,5 +147,15 @@ class Family:
         return any("kv_down_proj" in name for entry in self.attention for name in entry.megatron)
 
     @property
+    def has_sinks(self) -> bool:
+        """Whether heads have sinks: learned scores that take a share of each softmax."""
+        return any(name.endswith("softmax_offset") for entry in self.attention for name in entry.megatron)
+
+    @property
+    def has_expert_biases(self) -> bool:
+        """Whether experts have biases. Megatron does not split such experts over tensor-parallel ranks."""
+        return any(entry.is_expert and ".bias" in name for entry in self.mlp for name in entry.megatron)
+
+    @property
     def has_experts(self) -> bool:
         return any(entry.is_expert for entry in self.mlp)

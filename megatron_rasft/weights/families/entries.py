@@ -43,6 +43,8 @@ class JoinedExperts(NamedTuple):
     """Name within the layer."""
     parts: tuple[str, ...]
     """The Hugging Face names, in the entries, of the matrices that lie below each other in each expert. They have equal sizes."""
+    is_alternating: bool = False
+    """True if the matrices are transposed and their columns alternate, instead."""
 
     def part_names(self, prefix: str, num_experts: int) -> tuple[str, ...]:
         """The names of all parts in their order, with ``prefix`` for the layer."""

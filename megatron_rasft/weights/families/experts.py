@@ -41,7 +41,7 @@ def mixture(block: str, gate: str, up: str, down: str) -> tuple[Entry, ...]:
 
 
 def _mixtral_sizes(config: Config) -> dict[str, Any]:
-    return {"num_experts": _num_experts(config, 8)}
+    return {"num_experts": read_num_experts(config, 8)}
 
 
 def expert_sizes(config: Config, *, size: int, num_experts: int) -> dict[str, Any]:
@@ -57,11 +57,11 @@ def expert_sizes(config: Config, *, size: int, num_experts: int) -> dict[str, An
         )
     return {
         "ffn_hidden_size": positive_int(config, "moe_intermediate_size", default=size),
-        "num_experts": _num_experts(config, num_experts),
+        "num_experts": read_num_experts(config, num_experts),
     }
 
 
-def _num_experts(config: Config, default: int) -> int:
+def read_num_experts(config: Config, default: int) -> int:
     """Reads the number of experts, which transformers 5 writes as num_local_experts in every family."""
     key = "num_experts" if config.get("num_experts") is not None else "num_local_experts"
     return positive_int(config, key, default)

@@ -19,7 +19,9 @@ _FINAL_NORM = norm_entry(("decoder.final_layernorm.weight",), "norm.weight", lam
 
 
 _IN_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
-_IN_EXPERT = re.compile(r"(mlp\.experts\.)(?:local_experts\.(\d+)\.(.+)|(linear_fc[12]\.weight)(\d+))")
+_IN_EXPERT = re.compile(
+    r"(mlp\.experts\.)(?:local_experts\.(\d+)\.(.+)|(linear_fc[12]\.(?:weight|bias))(\d+))"
+)
 
 
 class Binding(NamedTuple):
@@ -53,6 +55,14 @@ class JoinedTensor(NamedTuple):
     shape: tuple[int, ...]
     """The first dimension is the expert."""
     parts: tuple[str, ...]
+    is_alternating: bool = False
+    """True if the parts of an expert are transposed and their columns alternate, instead."""
+
+    @property
+    def blocks(self) -> tuple[tuple[str, ...], ...]:
+        """The parts in groups that lie in one piece."""
+        size = len(self.parts) // self.shape[0] if self.is_alternating else 1
+        return tuple(self.parts[i : i + size] for i in range(0, len(self.parts), size))
 
 
 class StoredParameter(NamedTuple):
@@ -111,7 +121,9 @@ class NameTable:
     def _join(self, experts: JoinedExperts, prefix: str) -> JoinedTensor:
         parts = experts.part_names(prefix, self.shape.num_experts)
         rows, *columns = self.hf_shapes[parts[0]]
-        return JoinedTensor((self.shape.num_experts, rows * len(experts.parts), *columns), parts)
+        rows *= len(experts.parts)
+        size = (*columns, rows) if experts.is_alternating else (rows, *columns)
+        return JoinedTensor((self.shape.num_experts, *size), parts, experts.is_alternating)
 
     def bind(self, megatron_name: str, layer_offset: int, expert_offset: int = 0) -> Binding | None:
         """Returns the entry of a parameter, or None if this family has no such parameter.

@@ -21,7 +21,6 @@ REFUSED = {
     "Gemma4ForConditionalGeneration": "its embeddings per layer, its shared keys and values, and its norms are not in Megatron's GPTModel",
     "Glm4ForCausalLM": "its layers have norms after attention and MLP, and " + _INTERLEAVED,
     "GlmForCausalLM": _INTERLEAVED,
-    "GptOssForCausalLM": "there is no table for its attention sinks and its clamped activation",
     "GraniteForCausalLM": "it multiplies embeddings, attention, residuals and logits by constants that Megatron's GPTModel does not have",
     "GraniteMoeHybridForCausalLM": _MAMBA,
     "HunYuanDenseV1ForCausalLM": "it normalises queries and keys after the rotary embedding, Megatron before it",

@@ -13,6 +13,7 @@ from megatron_rasft.training import attention
 from megatron_rasft.training.attention import RMSNorm, SdpaCoreAttention, zigzag_positions
 
 HEADS, GROUPS, DIM = 4, 2, 8
+SINKS = torch.tensor([0.5, -1.0, 2.0, 0.0])
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
@@ -45,11 +46,26 @@ class Group:
 
 
 def core_attention(
-    rank: int = 0, size: int = 1, dropout: float = 0.0, window: int | None = None
+    rank: int = 0,
+    size: int = 1,
+    dropout: float = 0.0,
+    window: int | None = None,
+    sinks: Tensor | None = None,
 ) -> SdpaCoreAttention:
-    before = None if window is None else (window - 1, 0)
-    config: Any = SimpleNamespace(attention_dropout=dropout, window_size=before, window_attn_skip_freq=[1, 0])
-    return SdpaCoreAttention(config, 1, pg_collection=SimpleNamespace(cp=Group(rank, size)))  # type: ignore[arg-type]
+    config: Any = SimpleNamespace(
+        attention_dropout=dropout,
+        window_size=None if window is None else (window - 1, 0),
+        window_attn_skip_freq=[1, 0],
+        softmax_type="vanilla" if sinks is None else "learnable",
+        num_attention_heads=HEADS,
+        params_dtype=torch.float32,
+        use_cpu_initialization=True,
+    )
+    groups: Any = SimpleNamespace(cp=Group(rank, size), tp=Group())
+    made = SdpaCoreAttention(config, 1, pg_collection=groups)
+    if sinks is not None:
+        made.load_state_dict({"softmax_offset": sinks})
+    return made
 
 
 def random_heads(*shape: int) -> list[Tensor]:
@@ -58,12 +74,22 @@ def random_heads(*shape: int) -> list[Tensor]:
     return [torch.randn(*shape, heads, DIM, generator=generator) for heads in (HEADS, GROUPS, GROUPS)]
 
 
-def attended(query: Tensor, key: Tensor, value: Tensor, window: int | None = None) -> Tensor:
-    """[s, b, n * d] causal attention of complete sequences, within a window, by its formula, in fp64."""
+def attended(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    window: int | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """[s, b, n * d] causal attention of complete sequences, within a window and with sinks, by its formula, in fp64."""
     key, value = (x.repeat_interleave(HEADS // GROUPS, 2).double() for x in (key, value))
     scores = torch.einsum("qbnd,kbnd->bnqk", query.double(), key) / DIM**0.5
     is_hidden = ~torch.ones(len(query), len(query)).tril().triu(1 - (window or len(query))).bool()
-    weights = scores.masked_fill(is_hidden, float("-inf")).softmax(-1)
+    scores = scores.masked_fill(is_hidden, float("-inf"))
+    weights = scores.softmax(-1)
+    if sinks is not None:
+        total = scores.exp().sum(-1, keepdim=True) + sinks.double().exp()[:, None, None]
+        weights = scores.exp() / total
     return torch.einsum("bnqk,kbnd->qbnd", weights, value).flatten(2)
 
 
@@ -81,7 +107,8 @@ def test_one_rank_attends_causally(window: int | None) -> None:
 
 
 def test_only_some_layers_have_the_window() -> None:
-    config: Any = SimpleNamespace(attention_dropout=0.0, window_size=(4, 0), window_attn_skip_freq=[1, 0, 1])
+    windows = {"window_size": (4, 0), "window_attn_skip_freq": [1, 0, 1]}
+    config: Any = SimpleNamespace(attention_dropout=0.0, softmax_type="vanilla", **windows)
     group: Any = SimpleNamespace(cp=Group())
     layers = [SdpaCoreAttention(config, number, pg_collection=group) for number in (1, 2, 3)]
     assert [layer.window for layer in layers] == [5, None, 5]
@@ -108,17 +135,18 @@ def packed(bounds: list[int]) -> PackedSeqParams:
     return PackedSeqParams(qkv_format="thd", cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens)
 
 
+@pytest.mark.parametrize("sinks", [None, SINKS])
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("size", [1, 2])
 def test_packed_sequences_attend_only_to_themselves(
-    size: int, window: int | None, monkeypatch: pytest.MonkeyPatch
+    size: int, window: int | None, sinks: Tensor | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bounds = [0, 4, 4, 12, 20]  # the second sequence is empty
     query, key, value = random_heads(bounds[-1])
     segments = list(itertools.pairwise(bounds))
     expected = torch.cat(
         [
-            attended(*(x[begin:end, None] for x in (query, key, value)), window)[:, 0]
+            attended(*(x[begin:end, None] for x in (query, key, value)), window, sinks)[:, 0]
             for begin, end in segments
         ]
     )
@@ -129,8 +157,24 @@ def test_packed_sequences_attend_only_to_themselves(
     for rank, mine in enumerate(places):
         gather_from(monkeypatch, [key[torch.cat(places)], value[torch.cat(places)]])
         heads = (x[mine] for x in (query, key, value))
-        found = core_attention(rank, size, window=window)(*heads, None, packed_seq_params=packed(bounds))
+        layer = core_attention(rank, size, window=window, sinks=sinks)
+        found = layer(*heads, None, packed_seq_params=packed(bounds))
         torch.testing.assert_close(found.double(), expected[mine], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_sinks_have_the_gradient_of_the_formula(window: int | None) -> None:
+    heads = random_heads(7, 2)
+    layer = core_attention(window=window, sinks=SINKS)
+    found = layer(*heads, None)
+    factors = torch.randn(found.shape, generator=torch.Generator().manual_seed(3))
+    (found * factors).sum().backward()
+    sinks = SINKS.double().requires_grad_()
+    (attended(*heads, window, sinks) * factors).sum().backward()
+    assert (
+        layer.softmax_offset is not None and layer.softmax_offset.grad is not None and sinks.grad is not None
+    )
+    torch.testing.assert_close(layer.softmax_offset.grad.double(), sinks.grad, atol=1e-5, rtol=1e-5)
 
 
 def test_padded_bounds_take_precedence_over_unpadded_ones() -> None:

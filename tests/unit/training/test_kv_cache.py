@@ -20,11 +20,15 @@ HEADS, GROUPS, DIM, LENGTH, ROWS = 4, 2, 8, 12, 3
 NO_FREQUENCIES = torch.zeros(1, 1, 1, DIM)
 
 
-def cached_attention(window: int | None = None) -> tuple[CachedAttention, KeyValueCache]:
+def cached_attention(
+    window: int | None = None, sinks: Tensor | None = None
+) -> tuple[CachedAttention, KeyValueCache]:
     before = None if window is None else (window - 1, 0)
-    config: Any = SimpleNamespace(attention_dropout=0.0, window_size=before, window_attn_skip_freq=None)
+    windows = {"window_size": before, "window_attn_skip_freq": None}
+    config: Any = SimpleNamespace(attention_dropout=0.0, softmax_type="vanilla", **windows)
     cache = KeyValueCache(ROWS, LENGTH)
     attention = SdpaCoreAttention(config, 1, softmax_scale=0.3, pg_collection=SimpleNamespace(cp=None))  # type: ignore[arg-type]
+    attention.softmax_offset = None if sinks is None else torch.nn.Parameter(sinks, requires_grad=False)
     return CachedAttention(attention, cache), cache
 
 
@@ -32,12 +36,14 @@ def random_heads(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, DIM, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def attended(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """[n * d] output of one query [n, d] over keys and values [s, n_kv, d], head by head."""
+def attended(query: Tensor, keys: Tensor, values: Tensor, sinks: Tensor | None = None) -> Tensor:
+    """[n * d] output of one query [n, d] over keys and values [s, n_kv, d], head by head; ``sinks`` are further scores."""
     out = []
     for head in range(HEADS):
         group = head // (HEADS // GROUPS)
-        weights = torch.softmax(0.3 * keys[:, group] @ query[head], 0)
+        scores = 0.3 * keys[:, group] @ query[head]
+        weights = torch.softmax(scores if sinks is None else torch.cat([scores, sinks[head : head + 1]]), 0)
+        weights = weights[: len(keys)]
         out.append(weights @ values[:, group])
     return torch.cat(out)
 
@@ -84,9 +90,12 @@ def test_a_prefill_attends_causally_and_stores_keys_in_the_rows_of_each_prompt(w
     assert not layer.keys[:, :, 4:].any(), "memory after the prompt must be zero, because 0 * NaN is NaN"
 
 
+@pytest.mark.parametrize("sinks", [None, torch.tensor([0.5, -1.0, 2.0, 0.0], dtype=torch.float64)])
 @pytest.mark.parametrize("window", [None, 4])
-def test_a_decode_step_attends_to_the_keys_of_its_row_up_to_its_position(window: int | None) -> None:
-    layer, cache = cached_attention(window)
+def test_a_decode_step_attends_to_the_keys_of_its_row_up_to_its_position(
+    window: int | None, sinks: Tensor | None
+) -> None:
+    layer, cache = cached_attention(window, sinks)
     key, value = random_heads(5, 2, GROUPS, seed=2), random_heads(5, 2, GROUPS, seed=3)
     prefill(cache, prompts=[0, 1], rows=[0, 1])
     layer(random_heads(5, 2, HEADS, seed=1), key, value, None)
@@ -99,7 +108,7 @@ def test_a_decode_step_attends_to_the_keys_of_its_row_up_to_its_position(window:
     for row, length in enumerate((5, 2)):
         keys = torch.cat([key[:length, row], new_key[row]])[-(window or LENGTH) :]
         values = torch.cat([value[:length, row], new_value[row]])[-(window or LENGTH) :]
-        torch.testing.assert_close(out[row, 0], attended(query[row, 0], keys, values))
+        torch.testing.assert_close(out[row, 0], attended(query[row, 0], keys, values, sinks))
     assert layer.keys is not None and torch.equal(layer.keys[1, :, 2], new_key[1, 0])
 
 

@@ -1,5 +1,6 @@
 """A parallel layout that does not fit is refused by its flag."""
 
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -7,7 +8,13 @@ from typing import Any
 import pytest
 
 from megatron_rasft.config import HeldoutConfig, RolloutConfig
-from megatron_rasft.training.layout_checks import check_layout, check_sampling, check_served, check_windows
+from megatron_rasft.training.layout_checks import (
+    check_layout,
+    check_sampling,
+    check_served,
+    check_sinks,
+    check_windows,
+)
 from megatron_rasft.weights.families import FAMILIES
 from megatron_rasft.weights.rope import read_rope
 from tests.unit.training.stand_ins import config_of
@@ -122,7 +129,9 @@ def test_yarn_that_sglang_computes_differently_is_refused(keys: dict[str, float]
             check_served(qwen3, rope, sglang)
 
 
-@pytest.mark.parametrize("architecture", ["Mistral3ForConditionalGeneration", "DeepseekV3ForCausalLM"])
+@pytest.mark.parametrize(
+    "architecture", ["Mistral3ForConditionalGeneration", "DeepseekV3ForCausalLM", "GptOssForCausalLM"]
+)
 def test_a_model_whose_weights_sglang_arranges_otherwise_is_not_sampled_by_it(architecture: str) -> None:
     family = FAMILIES[architecture]
     rope = read_rope({}, family)
@@ -150,6 +159,17 @@ def test_windows_are_refused_in_a_ring_of_transformer_engine() -> None:
     check_windows(window_args_of(**engine, window_size=None), mistral, config)
     with pytest.raises(ValueError, match=r"--cp-comm-type p2p .*MistralForCausalLM"):
         check_windows(window_args_of(**engine), mistral, config)
+
+
+@pytest.mark.parametrize("kind", ["p2p", "all_gather", "a2a+p2p"])
+def test_sinks_need_an_exchange_of_heads_in_transformer_engine(kind: str) -> None:
+    family, engine = FAMILIES["GptOssForCausalLM"], {"transformer_impl": "transformer_engine"}
+    check_sinks(window_args_of(cp_comm_type=[kind]), family)
+    check_sinks(window_args_of(**engine, cp_comm_type=["a2a"]), family)
+    check_sinks(window_args_of(**engine, cp_comm_type=[kind], context_parallel_size=1), family)
+    check_sinks(window_args_of(**engine, cp_comm_type=[kind]), FAMILIES["MistralForCausalLM"])
+    with pytest.raises(ValueError, match=rf"--cp-comm-type {re.escape(kind)} .*GptOssForCausalLM"):
+        check_sinks(window_args_of(**engine, cp_comm_type=[kind]), family)
 
 
 def test_windows_that_sglang_ignores_are_refused_if_sequences_are_longer() -> None:

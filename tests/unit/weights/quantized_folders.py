@@ -47,12 +47,30 @@ def with_one_scale(suffix: str, activation: str, shape: tuple[int, ...]) -> Quan
     return quantize
 
 
+def make_mxfp4_folder(path: Path) -> Path:
+    """Replaces the experts of a gpt-oss folder by random MXFP4 blocks."""
+    generator = torch.Generator().manual_seed(5)
+    state = load_file(path / WEIGHTS)
+    for name in [n for n in state if n.endswith(("gate_up_proj", "down_proj"))]:
+        experts, rows, columns = state.pop(name).shape
+        shape = (experts, columns, rows // 32)
+        state[f"{name}_blocks"] = torch.randint(256, (*shape, 16), dtype=torch.uint8, generator=generator)
+        state[f"{name}_scales"] = torch.randint(118, 124, shape, dtype=torch.uint8, generator=generator)
+    save_file(state, path / WEIGHTS, {"format": "pt"})
+    _enter(path, {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]})
+    return path
+
+
 def quantize_folder(path: Path, config: dict[str, Any], quantize: Quantize) -> Path:
     """Replaces the matrices of the layers by quantized ones, and enters ``config`` as quantization_config."""
     state: dict[str, Tensor] = {}
     for name, weight in load_file(path / WEIGHTS).items():
         state |= quantize(name, weight) if is_linear_layer(name, tuple(weight.shape)) else {name: weight}
     save_file(state, path / WEIGHTS, {"format": "pt"})
+    _enter(path, config)
+    return path
+
+
+def _enter(path: Path, config: dict[str, Any]) -> None:
     content = json.loads((path / "config.json").read_text()) | {"quantization_config": config}
     (path / "config.json").write_text(json.dumps(content))
-    return path

@@ -268,16 +268,20 @@ def test_tables_have_the_names_and_shapes_that_transformers_saves(
     assert table.hf_shapes == saved
 
 
+WHOLE = ("norm", "router", "gate_weight", "linear_proj.bias", "linear_fc2.bias")
+"""Parts of the names of parameters that every rank holds."""
+
+
 @pytest.mark.parametrize("architecture", FAMILIES)
 @pytest.mark.parametrize("tp_size", [1, 2])
 def test_shards_of_all_ranks_are_the_whole_tensors(architecture: str, tp_size: int) -> None:
-    """Norms and routers are whole on every rank; every element of the others is on exactly one."""
+    """Norms, routers and some biases are whole on every rank; every element of the others is on exactly one."""
     num_experts = 5 if FAMILIES[architecture].has_experts else 0
     sizes = shape(vocab_size=12, num_experts=num_experts, **own_sizes(architecture))
     table = table_of(architecture, sizes)
     for parameter in table.stored_parameters():
         entry, shapes = parameter.binding.entry, parameter.binding.hf_shapes
-        is_whole = any(name in parameter.key for name in ("norm", "router", "gate_weight"))
+        is_whole = any(name in parameter.key for name in WHOLE)
         assert entry.is_sharded is not is_whole, parameter.key
         counts = [torch.zeros(size) for size in shapes]
         for rank in range(tp_size):

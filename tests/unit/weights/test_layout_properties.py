@@ -137,7 +137,9 @@ def shard_of(binding: Binding, table: NameTable, tensors: dict[str, Tensor], ran
 
 def padded_length(binding: Binding, shape: ModelShape, length: int, size: int) -> int:
     name = binding.entry.megatron[0]
-    if "self_attention.linear" in name and shape.latent is None:  # as with --rasft-query-groups
+    if (
+        name.startswith(("self_attention.linear", "self_attention.core_attention")) and shape.latent is None
+    ):  # as with --rasft-query-groups
         return length // shape.num_query_groups * (-(-shape.num_query_groups // size) * size)
     if name in ("embedding.word_embeddings.weight", "output_layer.weight"):
         return -(-length // size) * size

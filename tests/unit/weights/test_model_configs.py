@@ -43,6 +43,8 @@ BILLIONS = {
     "gemma-3-1b-it": 1.000,
     "gemma-3-4b-it": 3.880,
     "Seed-OSS-36B-Instruct": 36.151,
+    "gpt-oss-20b": 20.915,
+    "gpt-oss-120b": 116.829,
     "SmolLM3-3B": 3.075,
 }
 """Number of parameters in 1e9, as the model cards or the folders of these models give it."""

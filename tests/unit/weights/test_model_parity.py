@@ -2,9 +2,11 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from safetensors import safe_open
 
@@ -94,7 +96,7 @@ def test_megatron_loads_what_was_converted(folders: dict[str, HfFolder], tmp_pat
     assert state["checkpoint_version"] == 3.0 and state["args"].num_layers == 4
 
 
-@pytest.mark.parametrize("case", ["qwen2_yarn", "smollm3", "qwen3_5", "mistral", "gemma3"])
+@pytest.mark.parametrize("case", ["qwen2_yarn", "smollm3", "qwen3_5", "mistral", "gemma3", "gpt_oss"])
 def test_sampling_computes_the_logits_of_training(folders: dict[str, HfFolder], case: str) -> None:
     """The tokens of two prompts in one pass, then one further token of each from the cache."""
     chunks, _ = load(folders[case])
@@ -123,6 +125,50 @@ def test_llama3_scaling_changes_the_logits(folders: dict[str, HfFolder]) -> None
     model.rotary_pos_emb.inv_freq = 1.0 / 500000.0**freqs
     type(model.rotary_pos_emb).forward.cache_clear()
     assert (logits(chunks, tokens) - scaled).abs().max() > 1e-4
+
+
+def test_gradients_of_gpt_oss_equal_those_of_transformers(folders: dict[str, HfFolder]) -> None:
+    """Of sinks, interleaved experts and biases, which no other family has."""
+    chunks, _ = load(folders["gpt_oss"])
+    model, tokens = hf_model("gpt_oss"), some_tokens()
+    positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+    for logits in (chunks[0](tokens, positions, None)[..., :101], model(tokens).logits):
+        F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
+    ours = {name: p.grad for name, p in chunks[0].named_parameters()}
+    theirs = {name: p.grad for name, p in model.named_parameters()}
+    layer, experts = "decoder.layers.1.", theirs["model.layers.1.mlp.experts.gate_up_proj"]
+    expected = {
+        "self_attention.core_attention.softmax_offset": theirs["model.layers.1.self_attn.sinks"],
+        "self_attention.linear_proj.bias": theirs["model.layers.1.self_attn.o_proj.bias"],
+        "mlp.router.bias": theirs["model.layers.1.mlp.router.bias"],
+        "mlp.experts.local_experts.2.linear_fc1.weight": torch.cat(
+            [experts[2, :, ::2].T, experts[2, :, 1::2].T]
+        ),
+        "mlp.experts.local_experts.2.linear_fc2.bias": theirs["model.layers.1.mlp.experts.down_proj_bias"][2],
+    }
+    for name, gradient in expected.items():
+        assert gradient.abs().max() > 1e-4, name
+        assert (ours[layer + name] - gradient).abs().max() < 1e-7, name
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("window_size", (40, 0)),
+        ("activation_func_clamp_value", None),
+        ("glu_linear_offset", 0.0),
+        ("softmax_type", "vanilla"),
+    ],
+)
+def test_each_part_of_gpt_oss_changes_the_logits(
+    folders: dict[str, HfFolder], setting: str, value: Any
+) -> None:
+    """Shows that the case tests something."""
+    chunks, _ = load(folders["gpt_oss"])
+    expected = logits(chunks, some_tokens())
+    changed, _ = build_chunks(folders["gpt_oss"], 128, **{setting: value})
+    changed[0].load_state_dict(chunks[0].state_dict(), strict=setting != "softmax_type")
+    assert (logits(changed, some_tokens()) - expected).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -30,6 +30,7 @@ from tests.unit.weights.quantized_folders import (  # noqa: E402
     WEIGHTS,
     Quantize,
     in_blocks,
+    make_mxfp4_folder,
     quantize_folder,
     with_one_scale,
     with_rows,
@@ -167,12 +168,75 @@ def test_other_schemes_of_compressed_tensors_are_refused(change: dict[str, Any],
 
 
 def test_mxfp4_equals_that_of_transformers() -> None:
-    generator = torch.Generator().manual_seed(1)
-    blocks = torch.randint(256, (3, 10, 2, 16), dtype=torch.uint8, generator=generator)
-    scales = torch.randint(100, 140, (3, 10, 2), dtype=torch.uint8, generator=generator)
-    expected = convert_moe_packed_tensors(blocks, scales)
-    made = dequantize_mxfp4(blocks, scales)
-    assert made.dtype == expected.dtype and torch.equal(made, expected)
+    """Of all 256 bytes, and of scales up to infinity."""
+    blocks = torch.arange(256, dtype=torch.uint8).view(1, 4, 4, 16)
+    scales = torch.tensor([0, 1, 2, 100, 120, 126, 127, 128, 130, 140, 200, 250, 251, 252, 253, 254])
+    scales = scales.to(torch.uint8).view(1, 4, 4)
+    expected = convert_moe_packed_tensors(blocks, scales)[0].t()
+    made = dequantize_mxfp4(blocks[0], scales[0])
+    assert made.dtype == expected.dtype == torch.bfloat16 and torch.equal(made, expected)
+
+
+@pytest.fixture
+def mxfp4_path(tmp_path: Path) -> Path:
+    sizes = {"hidden_size": 64, "intermediate_size": 96}
+    return make_mxfp4_folder(write_folder("gpt_oss", tmp_path / "in", torch.bfloat16, sizes))
+
+
+@pytest.mark.usefixtures("one_process")
+def test_an_mxfp4_folder_is_exported_as_transformers_dequantizes_it(mxfp4_path: Path, tmp_path: Path) -> None:
+    stored = load_file(mxfp4_path / WEIGHTS)
+    expected = {
+        name.removesuffix("_blocks"): convert_moe_packed_tensors(
+            tensor, stored[name.replace("_blocks", "_scales")]
+        )
+        if name.endswith("_blocks")
+        else tensor
+        for name, tensor in stored.items()
+        if not name.endswith("_scales")
+    }
+    folder = HfFolder.open(mxfp4_path)
+    convert(folder, tmp_path / "exported")
+    hf_to_megatron(folder, tmp_path / "megatron")
+    template = HfFolder.open(tmp_path / "megatron/hugging_face", with_weights=False)
+    megatron_to_hf(TorchDistFolder.open(tmp_path / "megatron"), template, tmp_path / "converted")
+    for out in ("exported", "converted"):
+        made = load_file(tmp_path / out / WEIGHTS)
+        assert made.keys() == expected.keys()
+        assert all(torch.equal(made[name], expected[name]) for name in made)
+        assert "quantization_config" not in json.loads((tmp_path / out / "config.json").read_text())
+    with pytest.raises(ValueError, match="--fp8"):
+        megatron_to_hf(TorchDistFolder.open(tmp_path / "megatron"), template, tmp_path / "fp8", is_fp8=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
+    source = transformers.AutoModelForCausalLM.from_pretrained(mxfp4_path).state_dict()
+    assert all(torch.equal(tensor, source[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("part", ["gate_proj", "up_proj", "down_proj"])
+def test_rows_and_columns_of_an_mxfp4_expert_are_read(mxfp4_path: Path, part: str) -> None:
+    folder, name = HfFolder.open(mxfp4_path), f"model.layers.1.mlp.experts.2.{part}.weight"
+    whole = folder.read(name)
+    assert torch.equal(folder.read(name, 0, 5, 30), whole[5:30])
+    assert torch.equal(folder.read(name, 1, 5, 30), whole[:, 5:30])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda s, name: s.pop(f"{name}_scales"),
+        lambda s, name: s.update({f"{name}_scales": s[f"{name}_scales"][:, :3].clone()}),
+        lambda s, name: s.update({f"{name}_blocks": s[f"{name}_blocks"].int()}),
+        lambda s, name: s.update({f"{name}_blocks": s[f"{name}_blocks"][..., :8].clone()}),
+    ],
+)
+def test_mxfp4_scales_that_do_not_fit_are_named(
+    mxfp4_path: Path, change: Callable[[dict[str, Tensor], str], Any]
+) -> None:
+    name = "model.layers.1.mlp.experts.down_proj"
+    damage(lambda state: change(state, name))(mxfp4_path)
+    with pytest.raises(ModelFolderError) as caught:
+        HfFolder.open(mxfp4_path)
+    assert f"{name}_blocks" in str(caught.value) and str(mxfp4_path) in str(caught.value)
 
 
 def damage(change: Callable[[dict[str, Tensor]], Any]) -> Callable[[Path], None]:
