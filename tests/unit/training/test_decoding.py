@@ -63,7 +63,9 @@ class OneLayer:
 
     def decoder_model(self, num_rows: int, **changes: Any) -> tuple[DecoderModel, KeyValueCache]:
         cache = KeyValueCache(num_rows, LENGTH)
-        config: Any = SimpleNamespace(attention_dropout=0.0, window_size=None, window_attn_skip_freq=None)
+        config: Any = SimpleNamespace(
+            attention_dropout=0.0, softmax_type="vanilla", window_size=None, window_attn_skip_freq=None
+        )
         layer = CachedAttention(SdpaCoreAttention(config, 1, pg_collection=SimpleNamespace(cp=None)), cache)  # type: ignore[arg-type]
         values: dict[str, Any] = {
             "forward": partial(self.forward, layer, cache),

@@ -46,6 +46,7 @@ class Chunk(torch.nn.Module):
             attention_dropout=0.0,
             window_size=None,
             window_attn_skip_freq=None,
+            softmax_type="vanilla",
             params_dtype=dtype,
             num_moe_experts=None,
         )
