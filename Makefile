@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 WHEEL := .cache/wheel
 SBOM := .cache/sbom
 
-.PHONY: quickstart test lint types pytest pytest-servers pytest-runs pytest-units pytest-emulated pytest-slurm mutants slurm-night wheel sbom venv docs \
+.PHONY: quickstart test lint types pytest pytest-servers pytest-runs pytest-units pytest-emulated pytest-slurm pytest-bridge mutants slurm-night wheel sbom venv docs \
 	servers bridge emulated-gpu gpu-check gpu-bundle
 .DELETE_ON_ERROR:
 
@@ -27,14 +27,14 @@ types: venv
 	$(BIN)/mypy
 
 # Tests with servers partly wait for them, and unit tests of the verifier for its deadlines: three parts side by side, the longest
-# first. The last part, which runs the GPU path on an emulated GPU, takes the place of the first that ends.
-PARTS := pytest-runs pytest-servers pytest-units pytest-slurm pytest-emulated
+# first. The last parts, which run the GPU path on emulated GPUs, take the places of the first that end.
+PARTS := pytest-runs pytest-servers pytest-units pytest-slurm pytest-emulated pytest-bridge
 
 pytest: venv
 	$(MAKE) --jobs=3 --output-sync=target $(PARTS)
 
 # While the servers are installed, the short parts leave the third place to the tests with servers, which wait the longest.
-pytest-slurm pytest-emulated: | $(AFTER)
+pytest-slurm pytest-emulated pytest-bridge: | $(AFTER)
 
 # The parts share the cores, and their tensors are tiny: more threads only wait for each other. Their many processes would compile
 # the same modules again if bytecode were not written.
@@ -56,6 +56,11 @@ pytest-slurm: venv
 
 pytest-emulated: emulated-gpu
 	$(BIN)/python -m pytest -m "not gpu" -p no:cacheprovider tests/emulated_gpu $(ARGS)
+
+# With Megatron-Bridge, on emulated GPUs: its environment takes 78 MB.
+pytest-bridge: bridge
+	.venv-bridge/bin/python -m pytest -m "bridge and not nightly" -p no:cacheprovider tests/bridge/test_training.py tests/bridge/test_answers.py \
+		$(ARGS)
 
 # For every night: changes the method's functions, one operator or value at a time, and runs their unit tests on each change. The
 # old results are removed, because mutmut would keep those of functions whose tests have changed.

@@ -3,12 +3,13 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_rasft.bridge.package import import_auto_bridge
-from megatron_rasft.bridge.settings import refuse_lost_settings
+from megatron_rasft.bridge.settings import refuse_other_model
 from megatron_rasft.errors import ModelFolderError, first_line
 from megatron_rasft.weights.architecture import ModelDescription, read_config
+from megatron_rasft.weights.config_values import list_of, positive_int
 from megatron_rasft.weights.families import ModelShape
 from megatron_rasft.weights.folder import (
     ModelFolder,
@@ -43,28 +44,22 @@ class BridgedFolder(ModelFolder):
         """
         path = Path(path)
         try:
-            config = read_config(path)
             _refuse_model_with_table(path)
-            _refuse_quantized(config)
-            vocab_size = _vocab_size(config)
-            auto_bridge = import_auto_bridge(FLAG)
+            described = describe(path)
             shards, stored = open_shards(path, shard_files(path))
             refuse_quantized(stored)
-            bridge = _call(lambda: auto_bridge.from_hf_pretrained(str(path)))
-            provider = _call(lambda: bridge.to_megatron_provider(load_weights=False))
-            refuse_lost_settings(config, provider)
-            check_tokenizer(path, vocab_size)
+            check_tokenizer(path, described.vocab_size)
         except ModelFolderError as error:
             raise ModelFolderError(f"model folder {path}: {error}") from error.__cause__
         return cls(
             path=path,
-            config=config,
-            shape=_shape(provider, vocab_size),
+            config=described.config,
+            shape=_shape(described.provider, described.vocab_size),
             tensors=stored,
             buffers=set(),
             _shards=shards,
-            bridge=bridge,
-            provider=provider,
+            bridge=described.bridge,
+            provider=described.provider,
         )
 
     @property
@@ -112,6 +107,33 @@ class BridgedFolder(ModelFolder):
         return args
 
 
+class _Description(NamedTuple):
+    """What Megatron-Bridge makes of a config.json."""
+
+    config: dict[str, Any]
+    vocab_size: int
+    bridge: Any
+    provider: Any
+
+
+def describe(path: Path) -> _Description:
+    """Describes a model by its config.json alone.
+
+    Raises:
+        ValueError: Megatron-Bridge is missing.
+        ModelFolderError: Megatron-Bridge does not support the model, or this program cannot train it.
+    """
+    config = read_config(path)
+    _refuse_parts(config)
+    _refuse_quantized(config)
+    vocab_size = positive_int(config, "vocab_size")
+    auto_bridge = import_auto_bridge(FLAG)
+    bridge = _call(lambda: auto_bridge.from_hf_pretrained(str(path)))
+    provider = _call(lambda: bridge.to_megatron_provider(load_weights=False))
+    refuse_other_model(bridge.hf_pretrained.config.to_dict() | config, provider)
+    return _Description(config, vocab_size, bridge, provider)
+
+
 def _refuse_model_with_table(path: Path) -> None:
     """Refuses a model that our tables can build: they are tested in every layout, and the trainer can sample from it."""
     try:
@@ -130,13 +152,12 @@ def _refuse_quantized(config: dict[str, Any]) -> None:
         )
 
 
-def _vocab_size(config: dict[str, Any]) -> int:
-    size = config.get("vocab_size")
-    if type(size) is not int or size < 1:
-        raise ModelFolderError(
-            "config.json has no vocab_size at its top level: models of several parts (text and vision) cannot be trained here"
-        )
-    return size
+def _refuse_parts(config: dict[str, Any]) -> None:
+    for architecture in list_of(config, "architectures", str):
+        if architecture.endswith("ForConditionalGeneration"):
+            raise ModelFolderError(
+                f"architecture {architecture} is not supported by {FLAG}: models of several parts, such as text and vision"
+            )
 
 
 def _call[T](work: Callable[[], T]) -> T:
@@ -144,7 +165,8 @@ def _call[T](work: Callable[[], T]) -> T:
         return work()
     except Exception as error:
         # Megatron-Bridge raises many kinds of errors for models that it does not support.
-        raise ModelFolderError(f"Megatron-Bridge cannot describe the model: {first_line(error)}") from error
+        reason = first_line(error).removeprefix("✗ ").rpartition("Last error: ")[2]
+        raise ModelFolderError(f"Megatron-Bridge cannot describe the model: {reason}") from error
 
 
 def _shape(provider: Any, vocab_size: int) -> ModelShape:

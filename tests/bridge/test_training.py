@@ -112,7 +112,10 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     return Bench(tmp_path_factory.mktemp("bridge"))
 
 
-@pytest.fixture(scope="module", params=LAYOUTS)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=[] if name == "tp2_fp32" else pytest.mark.nightly) for name in LAYOUTS],
+)
 def trained(request: pytest.FixtureRequest, bench: Bench) -> Path:
     """The folder of a run that has trained two steps with rasft on two ranks, with what ``observing`` has recorded."""
     folder = bench.root / request.param
@@ -167,7 +170,7 @@ REFUSED = {
     "vocabulary": ("odd", ["--tensor-model-parallel-size", "2"], ("--tensor-model-parallel-size", "33")),
     "table": ("policy", [], ("--model-source", "LlamaForCausalLM")),
     "packing": ("exaone", ["--rasft-batch-layout", "packed"], ("Exaone4ForCausalLM", "--rasft-batch-layout")),
-    "soft_caps": ("gemma2", [], ("--model-source", "Gemma2ForCausalLM", "output layer")),
+    "soft_caps": ("gemma2", [], ("gemma2", "final_logit_softcapping")),
 }
 
 

@@ -37,7 +37,7 @@ RUN_BY = {
     ".venv/bin/pytest -m gpu": "test_tests_that_continuous_integration_cannot_run_are_collected",
     "python -m pytest -m bridge": "test_tests_that_continuous_integration_cannot_run_are_collected",
     ".venv-bridge/bin/python -m pytest -m bridge": "test_tests_that_continuous_integration_cannot_run_are_collected",
-    "make bridge": "it fetches packages, for the tests that are marked bridge",
+    "make bridge": "make test",
     ".venv-bridge/bin/python -m torch.distributed.run": "test_two_steps_train_on_demonstrations_and_rollouts",
     ".venv/bin/pre-commit install": "test_pre_commit_takes_its_configuration",
     "pip install 'megatron-rasft[code]'": "test_extras_that_the_documents_name_exist",

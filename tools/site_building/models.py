@@ -13,12 +13,15 @@ from megatron_rasft.weights.families import FAMILIES, REFUSED, Family
 CONFIGS = Path(__file__).resolve().parents[2] / "tests/unit/weights/model_configs.json"
 """Sizes and settings of published models: name -> config.json."""
 
+BRIDGE_ANSWERS = CONFIGS.with_name("bridge_answers.json")
+"""The version of Megatron-Bridge, and why it refuses models that the tables refuse; null if it trains them."""
+
 _START = """\
 # Models
 
 Which models `--hf-model` takes. The tables are made from [the families](../megatron_rasft/weights/families/__init__.py) and from the
-configurations of {number} published models, of which {accepted} are accepted. Tests read these configurations, in
-[model_configs.json](../tests/unit/weights/model_configs.json). The weights of these models were not loaded: the tests compare a small
+configurations of {number} published models. The tables accept {accepted} of them, and Megatron-Bridge {version} accepts {bridged} more
+(`--model-source bridge`). Tests read these configurations, in [model_configs.json](../tests/unit/weights/model_configs.json). The weights of these models were not loaded: the tests compare a small
 random model of every family with transformers (logits within 1e-5).
 
 TP, PP, CP, DP and EP are tensor, pipeline, context, data and expert parallelism. FP8 is `tools/convert_checkpoint.py --fp8`.
@@ -27,7 +30,7 @@ Weight sync sends the tensors that are trained, under the names of an export. [C
 _REFUSED = """\
 ## Refused
 
-An error names the missing feature before anything is loaded. {bridge}.
+An error names the missing feature before anything is loaded. {bridge}: the last column has its answers.
 """
 
 
@@ -35,6 +38,12 @@ def read_configs() -> dict[str, dict[str, Any]]:
     """Name of a published model -> its config.json."""
     configs: dict[str, dict[str, Any]] = json.loads(CONFIGS.read_text(encoding="utf-8"))
     return configs
+
+
+def read_bridge_answers() -> dict[str, Any]:
+    """The content of BRIDGE_ANSWERS."""
+    answers: dict[str, Any] = json.loads(BRIDGE_ANSWERS.read_text(encoding="utf-8"))
+    return answers
 
 
 def refusal_of(config: dict[str, Any]) -> str | None:
@@ -51,7 +60,7 @@ def refusal_of(config: dict[str, Any]) -> str | None:
 
 def models_page() -> str:
     """One row for each family, then one for each refused model."""
-    configs = read_configs()
+    configs, bridge = read_configs(), read_bridge_answers()
     refusals = {name: refusal_of(config) for name, config in configs.items()}
     names: dict[str, list[str]] = {architecture: [] for architecture in FAMILIES}
     for name, config in configs.items():
@@ -59,19 +68,26 @@ def models_page() -> str:
             names[config["architectures"][0]].append(name)
     known = sum(map(len, names.values()))
     rows = [_family_row(family, names[architecture]) for architecture, family in FAMILIES.items()]
-    refused = [f"| {name} | {_reason(reason)} |" for name, reason in refusals.items() if reason is not None]
+    refused = [
+        f"| {name} | {_reason(reason)} | {_cell(bridge['reasons'][name] or 'trains it')} |"
+        for name, reason in refusals.items()
+        if reason is not None
+    ]
+    bridged = [name for name, reason in refusals.items() if reason and bridge["reasons"][name] is None]
     seen = {architecture for config in configs.values() for architecture in config["architectures"]}
-    refused += [f"| {name} | {reason} |" for name, reason in REFUSED.items() if name not in seen]
+    refused += [f"| {name} | {reason} | not asked |" for name, reason in REFUSED.items() if name not in seen]
     return "\n".join(
         [
-            _START.format(number=len(configs), accepted=known),
+            _START.format(
+                number=len(configs), accepted=known, version=bridge["megatron-bridge"], bridged=len(bridged)
+            ),
             "| family | published models that are accepted | layouts | weight sync | FP8 |",
             "| --- | --- | --- | --- | --- |",
             *rows,
             "",
             _REFUSED.format(bridge=BRIDGE[:1].upper() + BRIDGE[1:]),
-            "| model | reason |",
-            "| --- | --- |",
+            "| model | reason | Megatron-Bridge |",
+            "| --- | --- | --- |",
             *refused,
             "",
         ]
@@ -94,4 +110,8 @@ def _family_row(family: Family, names: list[str]) -> str:
 
 def _reason(text: str) -> str:
     """A refusal without the advice that all have."""
-    return text.removesuffix(f"; {BRIDGE}").replace("|", "\\|")
+    return _cell(text.removesuffix(f"; {BRIDGE}"))
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")

@@ -41,20 +41,22 @@ def provider() -> SimpleNamespace:
         share_embeddings_and_output_weights=True,
         num_moe_experts=None,
         window_size=512,
+        transformer_layer_spec=None,
     )
 
 
 class StandInBridge:
     """Has the methods of AutoBridge that this project calls. ``streamed`` is what it writes."""
 
-    def __init__(self) -> None:
+    def __init__(self, config: dict[str, Any]) -> None:
+        self.hf_pretrained = SimpleNamespace(config=SimpleNamespace(to_dict=lambda: config))
         self.streamed = dict(TENSORS)
         self.parameter = torch.nn.Parameter(torch.zeros(2))
         self.loaded = [self.parameter]
 
     @classmethod
     def from_hf_pretrained(cls, path: str) -> "StandInBridge":
-        return cls()
+        return cls(json.loads((Path(path) / "config.json").read_text()))
 
     def to_megatron_provider(self, load_weights: bool) -> SimpleNamespace:
         assert not load_weights
