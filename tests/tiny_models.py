@@ -137,6 +137,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "Phi3",
         {"num_attention_heads": 6, "num_key_value_heads": 2, "pad_token_id": 0, "eos_token_id": 1},
     ),
+    "glm": ("Glm", {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 12, "pad_token_id": 0}),
+    "glm4": ("Glm4", {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "pad_token_id": 0}),
+    "ernie4_5": ("Ernie4_5", {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}),
     "phi4_mini": (
         "Phi3",
         {

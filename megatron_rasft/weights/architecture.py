@@ -18,7 +18,7 @@ from megatron_rasft.weights.config_values import (
     short,
     unsupported,
 )
-from megatron_rasft.weights.families import FAMILIES, REFUSED, Family, ModelShape
+from megatron_rasft.weights.families import FAMILIES, OTHER_NAMES, REFUSED, Family, ModelShape
 from megatron_rasft.weights.quantization import read_quantization
 from megatron_rasft.weights.rope import Rope, read_rope
 from megatron_rasft.weights.windows import window_args
@@ -87,7 +87,7 @@ def _describe_missing_config(path: Path) -> str:
 
 def read_family(config: dict[str, Any]) -> Family:
     """Returns the family of a config.json; raises ModelFolderError with the supported families if it has no table."""
-    named = list_of(config, "architectures", str)
+    named = [OTHER_NAMES.get(name, name) for name in list_of(config, "architectures", str)]
     for architecture in named:
         if architecture in FAMILIES:
             return FAMILIES[architecture].variant(config)

@@ -81,6 +81,8 @@ class Rope:
     local_theta: float | None = None
     """Base in layers with a sliding window, if they have their own."""
     long: LongRope | None = None
+    is_interleaved: bool = False
+    """Whether neighbouring dimensions form a rotated pair."""
 
     @property
     def attention_factor(self) -> float:
@@ -94,7 +96,7 @@ class Rope:
             "position_embedding_type": "rope" if self.yarn is None else "yarn",
             "rotary_base": int(self.theta),
             "rotary_percent": self.partial,
-            "rotary_interleaved": False,
+            "rotary_interleaved": self.is_interleaved,
             "use_rope_scaling": self.llama3_factor is not None,
             "rope_scaling_factor": self.llama3_factor or 8.0,
             "rotary_seq_len_interpolation_factor": self.linear_factor,
@@ -106,6 +108,8 @@ class Rope:
             args["rotary_factor"] = self.long.attention_factor
             # Transformer Engine's kernel for packed sequences ignores the attention factor (rope_utils.py).
             args["apply_rope_fusion"] = False
+        if self.is_interleaved:
+            args["apply_rope_fusion"] = False  # the fused kernel for packed sequences was not tried
         if self.yarn is None:
             return args
         return args | {
@@ -162,7 +166,10 @@ def read_rope(config: dict[str, Any], family: Family) -> Rope:
                 f"rope_theta {base} is not an integer, as Megatron's --rotary-base must be"
             )
     if kind == "default":
-        return Rope(theta, None, partial=partial, local_theta=local_theta)
+        pairs = family.rotates_neighbours
+        return Rope(theta, None, partial=partial, local_theta=local_theta, is_interleaved=pairs)
+    if family.rotates_neighbours:
+        raise unsupported(f"rope scaling type {short(kind)} is not supported for {family.architecture}")
     if kind in family.long_rope_types:
         long = _read_long_rope(config, rope, family, partial)
         return Rope(theta, None, partial=partial, long=long, last_plain=long.original_positions)

@@ -8,7 +8,7 @@ from typing import Any
 from megatron_rasft.errors import ModelFolderError
 from megatron_rasft.weights.architecture import ModelDescription
 from megatron_rasft.weights.config_values import BRIDGE
-from megatron_rasft.weights.families import FAMILIES, REFUSED, Family
+from megatron_rasft.weights.families import FAMILIES, OTHER_NAMES, REFUSED, Family
 
 CONFIGS = Path(__file__).resolve().parents[2] / "tests/unit/weights/model_configs.json"
 """Sizes and settings of published models: name -> config.json."""
@@ -65,7 +65,8 @@ def models_page() -> str:
     names: dict[str, list[str]] = {architecture: [] for architecture in FAMILIES}
     for name, config in configs.items():
         if refusals[name] is None:
-            names[config["architectures"][0]].append(name)
+            (architecture,) = config["architectures"]
+            names[OTHER_NAMES.get(architecture, architecture)].append(name)
     known = sum(map(len, names.values()))
     rows = [_family_row(family, names[architecture]) for architecture, family in FAMILIES.items()]
     refused = [

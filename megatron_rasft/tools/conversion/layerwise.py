@@ -115,7 +115,7 @@ class _Forward:
             query = self._norm(query, "self_attention.q_layernorm.weight", layer)
             key = self._norm(key, "self_attention.k_layernorm.weight", layer)
         if not self.args.get("no_rope_freq") or not self.args["no_rope_freq"][layer]:
-            query, key = (rotate(x, angles, self.rope.attention_factor) for x in (query, key))
+            query, key = (self._rotate(x, angles) for x in (query, key))
         query, key, value = (t.transpose(1, 2) for t in (query, key, value))  # [b, heads, s, d]
         x = self._attend(query, key, value, layer).transpose(1, 2).flatten(2)
         if gates:
@@ -139,6 +139,13 @@ class _Forward:
         scores = scores.masked_fill(~mask, float("-inf"))
         total = scores.logsumexp(-1, keepdim=True).logaddexp(sinks)
         return (scores - total).exp() @ value
+
+    def _rotate(self, x: Tensor, angles: Tensor) -> Tensor:
+        """Rotates queries or keys. If neighbours form pairs, it reorders the dimensions of both, which changes no score."""
+        if self.rope.is_interleaved:
+            rotated, rest = x.split([2 * angles.shape[-1], x.shape[-1] - 2 * angles.shape[-1]], -1)
+            x = torch.cat([rotated[..., ::2], rotated[..., 1::2], rest], -1)
+        return rotate(x, angles, self.rope.attention_factor)
 
     def _post_norm(self, x: Tensor, name: str, layer: int) -> Tensor:
         """Normalises the output of a projection, if the model does."""

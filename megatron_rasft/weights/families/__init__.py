@@ -8,6 +8,7 @@ from megatron_rasft.weights.families import (
     dense,
     experts,
     gemma3,
+    glm4,
     glm4_moe,
     gpt_oss,
     latent,
@@ -22,6 +23,7 @@ from megatron_rasft.weights.families.shape import ModelShape
 
 __all__ = [
     "FAMILIES",
+    "OTHER_NAMES",
     "REFUSED",
     "Binding",
     "Entry",
@@ -45,6 +47,9 @@ FAMILIES = {
         dense.QWEN2,
         dense.QWEN3,
         dense.PHI3,
+        dense.ERNIE4_5,
+        glm4.GLM,
+        glm4.GLM4,
         dense.SEED_OSS,
         dense.SMOLLM3,
         gemma3.GEMMA3,
@@ -63,3 +68,6 @@ FAMILIES = {
         delta_net.QWEN3_NEXT,
     )
 }
+
+OTHER_NAMES = {"Ernie4_5_ForCausalLM": "Ernie4_5ForCausalLM"}
+"""Architectures in published folders -> the same architectures in transformers."""

@@ -82,6 +82,8 @@ class Family:
     """Share of each head's dimensions that the rotary embedding rotates, if config.json omits it."""
     reads_partial_rotary: bool = False
     """Whether transformers reads that share although its default is 1."""
+    rotates_neighbours: bool = False
+    """Whether the rotary embedding rotates pairs of neighbouring dimensions; False: of dimensions in both halves."""
     long_rope_types: tuple[str, ...] = ()
     """Names of LongRoPE among config.json's types of rope scaling."""
     is_carried: Callable[[str, ModelShape], bool] = lambda name, shape: False

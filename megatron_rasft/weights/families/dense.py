@@ -109,11 +109,13 @@ _STACKED_GATE_UP = MLP[1]._replace(
         gate_then_up(lambda s: s.ffn_hidden_size), lambda s: (s.ffn_hidden_size, s.ffn_hidden_size)
     ),
 )
+STACKED_MLP = (MLP[0], _STACKED_GATE_UP, MLP[2])
+"""An MLP whose gate and up projection are one tensor."""
 
 PHI3 = Family(
     architecture="Phi3ForCausalLM",
     attention=(ATTENTION[0], _STACKED_QKV, ATTENTION[2]),
-    mlp=(MLP[0], _STACKED_GATE_UP, MLP[2]),
+    mlp=STACKED_MLP,
     default_max_position_embeddings=4096,
     default_norm_eps=1e-5,
     reads_partial_rotary=True,
@@ -122,6 +124,18 @@ PHI3 = Family(
         "su",
         "yarn",
     ),  # transformers takes the last two, of early folders, for the first
+)
+
+ERNIE4_5 = Family(
+    architecture="Ernie4_5ForCausalLM",
+    default_head_dim=128,
+    default_query_groups=2,
+    default_is_tied=True,
+    default_max_position_embeddings=131072,
+    default_rope_theta=500000.0,
+    default_norm_eps=1e-5,
+    rotates_neighbours=True,
+    fixed_flags=(("use_bias", False, False),),
 )
 
 SEED_OSS = Family(

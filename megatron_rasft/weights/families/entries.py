@@ -55,6 +55,11 @@ def norm_entry(megatron: tuple[str, ...], hf: str, size: Callable[[ModelShape], 
     return Entry(megatron, (hf,), lambda s: ((size(s),),), replicated(size), is_sharded=False)
 
 
+def post_norm_entry(linear: str, hf: str) -> Entry:
+    """The norm of the output of a linear layer (training/extended_model.py)."""
+    return norm_entry((f"{linear}.post_norm.weight",), hf, lambda s: s.hidden_size)
+
+
 def q_size(s: ModelShape) -> int:
     return s.num_attention_heads * s.head_dim
 

@@ -5,24 +5,18 @@ from typing import Any
 
 from megatron_rasft.weights.config_values import positive_int, positive_number, short, unsupported
 from megatron_rasft.weights.families.declaration import Config, Family
-from megatron_rasft.weights.families.entries import ATTENTION, MLP, QK_NORM, norm_entry
+from megatron_rasft.weights.families.entries import ATTENTION, MLP, QK_NORM, post_norm_entry
 from megatron_rasft.weights.families.shape import ModelShape
 
 _ATTENTION = (
     *ATTENTION,
     *QK_NORM,
-    norm_entry(
-        ("self_attention.linear_proj.post_norm.weight",),
-        "post_attention_layernorm.weight",
-        lambda s: s.hidden_size,
-    ),
+    post_norm_entry("self_attention.linear_proj", "post_attention_layernorm.weight"),
 )
 _MLP = (
     MLP[0]._replace(hf=("pre_feedforward_layernorm.weight",)),
     *MLP[1:],
-    norm_entry(
-        ("mlp.linear_fc2.post_norm.weight",), "post_feedforward_layernorm.weight", lambda s: s.hidden_size
-    ),
+    post_norm_entry("mlp.linear_fc2", "post_feedforward_layernorm.weight"),
 )
 
 

@@ -6,21 +6,16 @@ _CAPPED = (
 )
 _OLMO = "its norms stand after attention and MLP, and its norms of queries and keys span all heads"
 _MAMBA = "some of its layers are Mamba layers, which need Megatron's HybridModel"
-_INTERLEAVED = "its rotary embedding rotates neighbouring channels, and only a part of them"
 
 REFUSED = {
     "ApertusForCausalLM": "its activation xIELU and its MLP without a gate are not in Megatron's GPTModel",
     "ChatGLMModel": "its model is code in the folder, which is not run",
     "DeciLMForCausalLM": "its layers have different sizes, and some have no attention",
     "DeepseekV32ForCausalLM": "there is no table for its sparse attention",
-    "Ernie4_5ForCausalLM": "its rotary embedding rotates neighbouring channels",
-    "Ernie4_5_ForCausalLM": "its rotary embedding rotates neighbouring channels",
-    "Ernie4_5_MoeForCausalLM": "its rotary embedding rotates neighbouring channels, and there is no table for its shared experts",
+    "Ernie4_5_MoeForCausalLM": "there is no table for its routing and its shared experts",
     "Exaone4ForCausalLM": "its norms stand after attention and MLP, and its layers with full attention have no positions",
     "Gemma2ForCausalLM": _CAPPED,
     "Gemma4ForConditionalGeneration": "its embeddings per layer, its shared keys and values, and its norms are not in Megatron's GPTModel",
-    "Glm4ForCausalLM": "its layers have norms after attention and MLP, and " + _INTERLEAVED,
-    "GlmForCausalLM": _INTERLEAVED,
     "GraniteForCausalLM": "it multiplies embeddings, attention, residuals and logits by constants that Megatron's GPTModel does not have",
     "GraniteMoeHybridForCausalLM": _MAMBA,
     "HunYuanDenseV1ForCausalLM": "it normalises queries and keys after the rotary embedding, Megatron before it",
