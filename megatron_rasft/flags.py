@@ -142,7 +142,7 @@ class FlagSection:
         found: dict[str, str] = {}
         for kind in reversed(cls.__mro__):
             if issubclass(kind, FlagSection):
-                found |= _field_docs(kind)
+                found |= _field_docs(kind)  # type: ignore[arg-type] # a class is hashable, also one with instances that are not
         return {name: found[name] for name in cls.flag_fields() if name in found}
 
     def _default_advice(self, name: str) -> str:
@@ -167,6 +167,7 @@ def _rule(hint: Any) -> Range | OneOf | None:
     return _rule(parts[0]) if parts else None
 
 
+@cache
 def _field_docs(kind: type) -> dict[str, str]:
     """Field name -> the string literal that follows the field in the source of the class."""
     (tree,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body

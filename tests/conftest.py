@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from tests import kept_sources
 from tests.servers.running import ServerPool
+
+kept_sources.keep()
 
 # A shell starts its background jobs with Ctrl-C switched off, and their children inherit this.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:

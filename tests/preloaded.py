@@ -14,6 +14,10 @@ import pretrain_rasft  # noqa: F401
 import tests.functional.launching
 import tests.tiny_models
 import tests.tiny_policy  # noqa: F401
+from tests import kept_sources
+
+kept_sources.keep()
+kept_sources.read_all()
 
 gc.collect()
 gc.freeze()  # garbage collection in the ranks then skips these objects and leaves their memory shared

@@ -10,7 +10,7 @@ import importlib.util
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -50,13 +50,8 @@ class _Declarations:
 
     @cached_property
     def functions(self) -> dict[str, ast.FunctionDef]:
-        tree = ast.parse((self.root / _ARGUMENTS).read_text(encoding="utf-8"))
-        return {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
-
-    @cached_property
-    def class_sources(self) -> list[str]:
-        paths = (path for pattern in _CLASS_FILES for path in sorted(self.root.glob(pattern)))
-        return [path.read_text(encoding="utf-8") for path in paths]
+        nodes = _parsed(_text(self.root / _ARGUMENTS))
+        return {node.name: node for node in nodes if isinstance(node, ast.FunctionDef)}
 
     def add(self) -> bool:
         for statement in ast.walk(self.functions["add_megatron_arguments"]):
@@ -130,11 +125,25 @@ class _Declarations:
 
     def _class(self, name: str) -> ast.ClassDef | None:
         head = re.compile(rf"^class {name}\b", re.MULTILINE)
-        for source in self.class_sources:
+        for source in map(_text, _class_files(self.root)):
             if head.search(source):
-                nodes = ast.parse(source).body
-                return next(n for n in nodes if isinstance(n, ast.ClassDef) and n.name == name)
+                return next(n for n in _parsed(source) if isinstance(n, ast.ClassDef) and n.name == name)
         return None
+
+
+@cache
+def _class_files(root: Path) -> list[Path]:
+    return [path for pattern in _CLASS_FILES for path in sorted(root.glob(pattern))]
+
+
+@cache
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+@cache
+def _parsed(source: str) -> list[ast.stmt]:
+    return ast.parse(source).body
 
 
 def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:

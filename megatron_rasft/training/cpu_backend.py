@@ -30,6 +30,10 @@ def _is_cuda(device: Any) -> bool:
     )
 
 
+_REPLACED = frozenset((torch.Tensor.cuda, torch.Tensor.to, torch.Tensor.type))
+"""Methods that get other arguments or results on a CPU."""
+
+
 class _CudaToCpu(TorchFunctionMode):
     """Replaces device='cuda' by the CPU in every torch call, makes .cuda() return the tensor, and ignores pin_memory.
 
@@ -38,17 +42,20 @@ class _CudaToCpu(TorchFunctionMode):
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is torch.Tensor.cuda:
-            return args[0]
-        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
-            return func(args[0]).replace("torch.", "torch.cuda.", 1)
+        # A tiny model's step makes thousands of these calls, most of them without keyword arguments.
+        if func in _REPLACED:
+            if func is torch.Tensor.cuda:
+                return args[0]
+            if func is torch.Tensor.to:
+                args = tuple(_CPU if _is_cuda(a) else a for a in args)
+            elif len(args) == 1 and not kwargs:
+                return func(args[0]).replace("torch.", "torch.cuda.", 1)
+        if not kwargs:
+            return func(*args)
         if _is_cuda(kwargs.get("device")):
             kwargs = {**kwargs, "device": _CPU}
         if kwargs.get("pin_memory"):
             kwargs = {**kwargs, "pin_memory": False}
-        if func is torch.Tensor.to:
-            args = tuple(_CPU if _is_cuda(a) else a for a in args)
         return func(*args, **kwargs)
 
 
