@@ -95,9 +95,9 @@ def make_samples(
 def shared_by_tokens(
     weights: Mapping[int, float], num_tokens: int, lengths: Mapping[int, int]
 ) -> dict[int, float]:
-    """Shares the weights among responses by tokens, those above zero and those below zero apart.
+    """Divides the weights of each sign among the responses, so that all tokens of one sign have the same weight.
 
-    Weight x tokens, summed over the responses of one sign, is then the sum of that sign's ``weights`` x ``num_tokens``.
+    For each sign, the sum of weight x tokens over the responses becomes the sum of that sign's ``weights``, times ``num_tokens``.
 
     Args:
         weights: rollout -> weight, not 0.
@@ -105,7 +105,7 @@ def shared_by_tokens(
         lengths: rollout -> its response tokens, > 0, for those of ``weights`` that are trained on.
 
     Returns:
-        Rollout -> weight, in the order of ``lengths``. All tokens of one sign have the same weight.
+        Rollout -> weight, in the order of ``lengths``.
     """
     per_token = {}
     for is_correct in (True, False):

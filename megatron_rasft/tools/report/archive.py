@@ -88,7 +88,7 @@ class Blocks:
         self.num_rows = sum(block.num_rows for block in self.blocks)
 
     def contents(self) -> Iterator[tuple[Block, str]]:
-        """Yields each block with its content: rows, texts and numbers of formulas, each ``packed``, with spaces in between."""
+        """Yields each block with its content: rows, texts and numbers of formulas. Each is ``packed``; spaces separate them."""
         self.flush()
         for block in self.blocks:
             self.file.seek(block.offset)

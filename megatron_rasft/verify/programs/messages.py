@@ -296,5 +296,5 @@ def look_up_shared(module: str, name: str) -> Any:
         return None
     found = sys.modules.get(module)
     value = getattr(found, name, None) if name else found
-    # A module of the list holds others that are not on it: random._os is the module os
+    # A module on the list can contain a module that is not on it: random._os is the module os
     return None if name and isinstance(value, types.ModuleType) else value
