@@ -14,10 +14,10 @@ SBOM := .cache/sbom
 quickstart:
 	PYTHON="$(PYTHON)" VENV="$(VENV)" examples/quickstart/run.sh $(ARGS)
 
-# Three jobs at a time, in this order, each printed when it is done. The cheap checks come first, while the servers are installed:
+# Four jobs at a time, in this order, each printed when it is done. The cheap checks come first, while the servers are installed:
 # after a failure make starts no further job.
 test: venv
-	$(MAKE) --jobs=3 --output-sync=target AFTER=servers servers lint types emulated-gpu $(PARTS)
+	$(MAKE) --jobs=4 --output-sync=target servers lint types emulated-gpu $(PARTS)
 
 lint: venv
 	$(BIN)/ruff check .
@@ -26,15 +26,12 @@ lint: venv
 types: venv
 	$(BIN)/mypy
 
-# Tests with servers partly wait for them, and unit tests of the verifier for its deadlines: three parts side by side, the longest
-# first. The last parts, which run the GPU path on emulated GPUs, take the places of the first that end.
-PARTS := pytest-runs pytest-servers pytest-units pytest-slurm pytest-emulated pytest-bridge
+# Parts wait for servers, for the verifier's deadlines and, most of its time, for Slurm: four parts side by side keep two cores busy.
+# The longest come first. The last parts, which run the GPU path on emulated GPUs, take the places of the first that end.
+PARTS := pytest-runs pytest-units pytest-servers pytest-slurm pytest-emulated pytest-bridge
 
 pytest: venv
-	$(MAKE) --jobs=3 --output-sync=target $(PARTS)
-
-# While the servers are installed, the short parts leave the third place to the tests with servers, which wait the longest.
-pytest-slurm pytest-emulated pytest-bridge: | $(AFTER)
+	$(MAKE) --jobs=4 --output-sync=target $(PARTS)
 
 # The parts share the cores, and their tensors are tiny: more threads only wait for each other. Their many processes would compile
 # the same modules again if bytecode were not written.
