@@ -43,14 +43,21 @@ class RecordedGraph:
         with torch.no_grad():
             for func, args, kwargs, recorded in self.calls:
                 again = func(*args, **kwargs)
+                if isinstance(again, Tensor):  # the usual case, for which tree_leaves is slow
+                    _overwrite(recorded, again)
+                    continue
                 for value in tree_leaves(again):
                     if isinstance(
                         value, torch.ScriptObject
                     ):  # a collective, which gloo runs in the background
                         value.wait()
                 for target, made in zip(tensors(recorded), tensors(again), strict=True):
-                    if made.data_ptr() != target.data_ptr():
-                        target.copy_(made)
+                    _overwrite(target, made)
+
+
+def _overwrite(target: Tensor, made: Tensor) -> None:
+    if made.data_ptr() != target.data_ptr():
+        target.copy_(made)
 
 
 def tensors(values: Any) -> list[Tensor]:
