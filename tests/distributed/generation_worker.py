@@ -100,9 +100,12 @@ def modes_of(layout: str) -> list[str]:
     """The modes that a layout samples in.
 
     Only one process samples in small batches that are looked at after every step: batches of the same size with rare looks are
-    harder. The limit of a row's length is the same on every rank.
+    harder. The limit of a row's length is the same on every rank. Only context parallelism shares positions with training.
     """
-    return [mode for mode in MODES if layout == "one" or mode not in ("small batches", "little room")]
+    left_out = {"small batches", "little room"} | (
+        set() if layout.startswith("cp2") else {"half a training row"}
+    )
+    return [mode for mode in MODES if layout == "one" or mode not in left_out]
 
 
 def requests(num_samples: int) -> list[Request]:

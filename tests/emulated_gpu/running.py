@@ -53,7 +53,7 @@ def parent(*packages: str) -> forking.Parent:
     return _parents[packages]
 
 
-def _add_paths() -> None:
+def add_paths() -> None:
     """Adds the machine's folders to sys.path again. multiprocessing replaces a forked process's path by the requester's."""
     sys.path += [str(MACHINE), os.environ["EMULATED_GPU_TE"]]
 
@@ -68,7 +68,7 @@ def run(
     **options: Any,
 ) -> Outcome:
     """Calls ``launching.run`` on the emulated machine."""
-    options["prepare_rank"] = lambda rank: [_add_paths, *prepare_rank(rank)]
+    options["prepare_rank"] = lambda rank: [add_paths, *prepare_rank(rank)]
     local = {"LOCAL_WORLD_SIZE": str(world_size)} | dict(options.pop("variables", {}))
     return launching.run(folder, flags, world_size, parent=parent(*packages), variables=local, **options)
 

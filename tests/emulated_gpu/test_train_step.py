@@ -1,7 +1,6 @@
 """The benchmarks of a training step and of the log-probabilities on emulated GPUs."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -47,8 +46,17 @@ def test_each_process_has_a_gpu_and_megatron_trains_the_same(tmp_path: Path) -> 
 def test_logprobs_are_timed_beside_megatron_and_transformer_engine(tmp_path: Path) -> None:
     figures = tmp_path / "figures.json"
     flags = ["--shapes", "tiny", "--tokens", "24", "--repeats", "1", "--json", str(figures)]
-    done = running.command([sys.executable, "benchmarks/logprobs.py", *flags], "transformer_engine")
-    assert done.returncode == 0, done.stdout
+    rank = forking.Rank(
+        program=PROGRAM.with_name("logprobs.py"),
+        arguments=flags,
+        log=tmp_path / "log",
+        variables={},
+        prepare=[running.add_paths],
+    )
+    outcome = forking.run(
+        [rank], timeout_s=600, parent=running.parent("transformer_engine"), has_launcher=False
+    )
+    assert outcome.codes == [0], outcome.output
     timed = json.loads(figures.read_text())["timed"]["tiny"]
     assert {
         "Megatron's fused cross-entropy",

@@ -1,11 +1,14 @@
 """A small policy that solves some problems and ends its responses, and the flags that its runs share."""
 
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from tests.forking import REPOSITORY
 from tests.functional import launching
 from tests.tiny_policy import write_model, write_sums
 
@@ -74,3 +77,17 @@ def build_workshop(root: Path) -> Workshop:
         ],
     )
     return shop
+
+
+@pytest.fixture(scope="session")
+def shallow_smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of SmolLM2-135M with two of its thirty layers, which saves most of the computing."""
+    import transformers
+
+    source, target = REPOSITORY / ".cache" / "smollm2-135m-instruct", tmp_path_factory.mktemp("smollm2")
+    fetch = [sys.executable, "tools/fetch_smollm2.py", "--output", str(source)]
+    subprocess.run(fetch, cwd=REPOSITORY, check=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(source, num_hidden_layers=2)
+    model.save_pretrained(target)
+    transformers.AutoTokenizer.from_pretrained(source).save_pretrained(target)
+    return target

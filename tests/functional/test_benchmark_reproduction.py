@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import transformers
 
 from examples.benchmark_reproduction import comparison, preloading, reproduce
 from tests import forking
@@ -19,27 +18,20 @@ from tests.tiny_policy import write_model, write_sums
 EXAMPLE = REPOSITORY / "examples" / "benchmark_reproduction"
 
 
-def shallow_setting(root: Path) -> Path:
-    """Writes the smallest setting with two of SmolLM2's thirty layers, which saves most of the computing."""
-    target, source = root / "smollm2", REPOSITORY / ".cache" / "smollm2-135m-instruct"
-    subprocess.run(
-        [sys.executable, "tools/fetch_smollm2.py", "--output", str(source)], cwd=REPOSITORY, check=True
-    )
-    model = transformers.AutoModelForCausalLM.from_pretrained(source, num_hidden_layers=2)
-    model.save_pretrained(target)
-    transformers.AutoTokenizer.from_pretrained(source).save_pretrained(target)
+def shallow_setting(root: Path, model: Path) -> Path:
+    """Writes the smallest setting with another model."""
     setting = (EXAMPLE / "settings" / "ci.toml").read_text(encoding="utf-8")
     whole = 'model = ".cache/smollm2-135m-instruct"\n'
     assert whole in setting
     path = root / "shallow.toml"
-    path.write_text(setting.replace(whole, f'model = "{target}"\n'), encoding="utf-8")
+    path.write_text(setting.replace(whole, f'model = "{model}"\n'), encoding="utf-8")
     return path
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_one_command_trains_evaluates_and_compares(tmp_path: Path) -> None:
-    setting = shallow_setting(tmp_path)
+def test_one_command_trains_evaluates_and_compares(tmp_path: Path, shallow_smollm2: Path) -> None:
+    setting = shallow_setting(tmp_path, shallow_smollm2)
     command = [sys.executable, str(EXAMPLE / "reproduce.py"), "--setting", str(setting)]
     command += ["--output", str(tmp_path), "--methods", "sft", "rasft"]
     done = subprocess.run(

@@ -126,21 +126,20 @@ def test_check_servers_refuses_wrong_flags(
 
 
 @pytest.mark.parametrize(
-    ("flags", "code", "named"),
+    ("flags", "named"),
     [
-        (["--model", "/nothing"], 2, "error: --model /nothing"),
-        (["--model", "MODEL", "--tp", "0"], 2, "error: --tp"),
-        (["--model", "MODEL", "--host", "192.0.2.1"], 2, "error: --host 192.0.2.1"),
-        (["--model", "MODEL", "--cpu", "--python", "/nothing/python"], 2, "error: --python /nothing/python"),
-        (["--model", "MODEL", "--cpu", "--", "--no-such-flag"], 1, "error: the server ended with status"),
-        (["--model", "MODEL", "--api-key-env", "HOME", "--", "--config", "x"], 2, "error: --api-key-env"),
+        (["--model", "/nothing"], "error: --model /nothing"),
+        (["--model", "MODEL", "--tp", "0"], "error: --tp"),
+        (["--model", "MODEL", "--host", "192.0.2.1"], "error: --host 192.0.2.1"),
+        (["--model", "MODEL", "--cpu", "--python", "/nothing/python"], "error: --python /nothing/python"),
+        (["--model", "MODEL", "--api-key-env", "HOME", "--", "--config", "x"], "error: --api-key-env"),
     ],
 )
 def test_serve_rollouts_refuses_wrong_flags(
-    served_model: Path, tmp_path: Path, flags: list[str], code: int, named: str
+    served_model: Path, tmp_path: Path, flags: list[str], named: str
 ) -> None:
     server_python(NEWEST)
     log = tmp_path / "log"
     process = start_serving(log, *[str(served_model) if f == "MODEL" else f for f in flags])
-    assert process.wait(900) == code
+    assert process.wait(900) == 2
     assert named in log.read_text().splitlines()[-1]

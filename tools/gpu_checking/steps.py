@@ -48,12 +48,12 @@ class Sizes:
 SIZES = {
     "tiny": Sizes(
         seq_length=512,
-        micro_batch_size=2,
-        global_batch_size=4,
+        micro_batch_size=1,
+        global_batch_size=2,
         max_new_tokens=8,
-        packed_length=256,
-        num_samples=4,
-        mean_tokens=64,
+        packed_length=128,
+        num_samples=2,
+        mean_tokens=32,
         rows=4,
         generated_tokens=8,
         mean_generated_tokens=6,

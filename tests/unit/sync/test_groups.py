@@ -133,14 +133,6 @@ def test_a_machines_own_name_is_reachable_from_other_machines(
     assert listening_address(address) == (socket.AF_INET, host)
 
 
-def test_a_port_in_use_names_its_flag(servers: tuple[StandIn, StandIn]) -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        with pytest.raises(ValueError, match="--sync-port"):
-            group(*servers, port=taken.getsockname()[1])
-
-
 @pytest.mark.parametrize(
     ("status", "says"), [(400, "out of memory"), (None, "connection reset")], ids=["refuses", "is gone"]
 )

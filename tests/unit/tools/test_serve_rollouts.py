@@ -139,6 +139,16 @@ def test_a_server_is_added_only_after_it_has_warmed_up(launcher: Launcher) -> No
     assert [path for path in asked if path != "/model_info"] == ["/health", "/health", "/health", "/generate"]
 
 
+def test_a_server_that_ends_while_starting_gives_its_status(launcher: Launcher) -> None:
+    launcher.python.write_text("#!/bin/sh\nexit 3\n")
+    with launcher.run("--server-file", str(launcher.file)) as process:
+        _, printed = process.communicate()
+    assert (
+        process.returncode == 1 and printed.splitlines()[-1].startswith("error: ") and " status 3 " in printed
+    )
+    assert read_addresses(launcher.file) == []
+
+
 def test_the_server_ends_even_if_the_file_has_become_unwritable(launcher: Launcher) -> None:
     with launcher.run("--host", "127.0.0.1", "--server-file", str(launcher.file)) as process:
         url = launcher.wait_until_added(process)
