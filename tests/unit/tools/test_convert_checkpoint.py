@@ -16,6 +16,13 @@ from megatron_rasft.tools.conversion import conversion
 from megatron_rasft.weights import HfFolder
 from megatron_rasft.weights.torch_dist import TorchDistFolder
 from tests.tiny_models import whole_blocks, write_folder
+from tests.unit.weights.quantized_folders import (
+    COMPRESSED_ROWS,
+    FP8_BLOCKS,
+    quantize_folder,
+    with_rows,
+)
+from tests.unit.weights.quantized_folders import in_blocks as in_blocks_of
 from tools import convert_checkpoint
 
 
@@ -57,6 +64,18 @@ def test_dtype_and_fp8_are_proven_too(in_blocks: Path, tmp_path: Path) -> None:
     assert HfFolder.open(tmp_path / "half").dtype == torch.float16
     assert command("megatron-to-hf", tmp_path / "megatron", tmp_path / "fp8", "--fp8", "--verify") == 0
     assert "quantization_config" in json.loads((tmp_path / "fp8/config.json").read_text())
+
+
+def test_a_folder_with_fp8_weights_is_proven(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """transformers multiplies the scales of blocks itself. For those of rows it needs compressed-tensors, which is not installed."""
+    source = write_folder("qwen3", tmp_path / "hf", torch.bfloat16, sizes=whole_blocks("qwen3"))
+    blocks, rows = (shutil.copytree(source, tmp_path / name) for name in ("blocks", "rows"))
+    quantize_folder(blocks, FP8_BLOCKS, in_blocks_of(torch.float32))
+    quantize_folder(rows, COMPRESSED_ROWS, with_rows)
+    assert command("hf-to-megatron", blocks, tmp_path / "one", "--verify") == 0
+    assert "logits of " in capsys.readouterr().out
+    assert command("hf-to-megatron", rows, tmp_path / "two", "--verify") == 0
+    assert "logits not compared" in capsys.readouterr().out
 
 
 def test_fp8_of_a_model_that_is_not_whole_blocks_is_refused(

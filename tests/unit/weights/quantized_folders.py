@@ -15,6 +15,20 @@ WEIGHTS = "model.safetensors"
 FP8_BLOCKS = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}  # fmt: skip
 LARGEST = 448.0
 
+
+def compressed(strategy: str, **weights: Any) -> dict[str, Any]:
+    """The configuration of the library compressed-tensors for FP8 weights."""
+    group = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": strategy, **weights}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": group, "input_activations": None}},
+        "ignore": ["lm_head"],
+    }
+
+
+COMPRESSED_ROWS = compressed("channel")
+
 Quantize = Callable[[str, Tensor], dict[str, Tensor]]
 """Returns the stored tensors of a weight: a function of its name and value."""
 

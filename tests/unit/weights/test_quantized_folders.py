@@ -26,9 +26,11 @@ from megatron_rasft.weights.torch_dist import TorchDistFolder  # noqa: E402
 from tests.tiny_models import build_chunks, whole_blocks, write_folder  # noqa: E402
 from tests.unit.weights.dequantizing import dequantize_blocks  # noqa: E402
 from tests.unit.weights.quantized_folders import (  # noqa: E402
+    COMPRESSED_ROWS,
     FP8_BLOCKS,
     WEIGHTS,
     Quantize,
+    compressed,
     in_blocks,
     make_mxfp4_folder,
     quantize_folder,
@@ -44,22 +46,12 @@ FP8_WHOLE = {
 }
 
 
-def compressed(strategy: str, **weights: Any) -> dict[str, Any]:
-    group = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": strategy, **weights}
-    return {
-        "quant_method": "compressed-tensors",
-        "format": "float-quantized",
-        "config_groups": {"group_0": {"targets": ["Linear"], "weights": group, "input_activations": None}},
-        "ignore": ["lm_head"],
-    }
-
-
 COMPRESSED_BLOCKS = compressed("block", block_structure=[128, 128])
 KINDS: dict[str, tuple[dict[str, Any], Quantize]] = {
     "blocks": (FP8_BLOCKS, in_blocks(torch.float32)),
     "blocks with bf16 scales": (FP8_BLOCKS, in_blocks(torch.bfloat16)),
     "one scale": (FP8_WHOLE, with_one_scale("_scale_inv", "activation_scale", ())),
-    "compressed rows": (compressed("channel"), with_rows),
+    "compressed rows": (COMPRESSED_ROWS, with_rows),
     "compressed one scale": (compressed("tensor"), with_one_scale("_scale", "input_scale", (1,))),
     "compressed blocks": (COMPRESSED_BLOCKS, in_blocks(torch.bfloat16, "_scale")),
 }
