@@ -65,6 +65,7 @@ case "$1" in
 show) tr ',' '\\n' <<<"$3" ;;
 requeue) echo "$2" >>"$CALLS/requeued" ;;
 esac""",
+    "scancel": 'echo "$@" >>"$CALLS/cancelled"; touch "$CALLS/passed_on"',
     "squeue": 'echo "${SQUEUE_ANSWER-2026-12-01T00:00:00}"; exit "${SQUEUE_CODE:-0}"',
 }
 """Slurm's commands as the script uses them."""
@@ -249,6 +250,14 @@ def test_job_goes_on_only_after_progress(
     job = Job(tmp_path)
     done = job.run("n1,n2", TRAINER=trainer, TRAINER_CODE=code, **variables)
     assert done.returncode == int(code) and job.is_requeued == is_requeued, done.stdout
+
+
+def test_signal_to_the_script_is_passed_on_and_the_trainers_code_counts(tmp_path: Path) -> None:
+    job = Job(tmp_path)
+    stops = 'kill -TERM $PPID; until [ -e "$CALLS/passed_on" ]; do sleep 0.1; done; sleep 0.5; '
+    done = job.run("n1,n2", TRAINER=stops + SAVED, TRAINER_CODE="3")
+    assert done.returncode == 3 and job.is_requeued, done.stderr
+    assert (tmp_path / "cancelled").read_text().split() == ["--signal=TERM", "1234"]
 
 
 def test_job_that_stops_four_times_at_one_checkpoint_fails(tmp_path: Path) -> None:
