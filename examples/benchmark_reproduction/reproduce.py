@@ -211,11 +211,12 @@ def _flags_of(
 def _checkpoint_flags(setting: Setting, folder: Path) -> dict[str, Any]:
     if not setting.save_interval:
         return {}
-    # Megatron deletes each checkpoint after the next one, unless its step is a multiple of --save-retain-interval.
+    # Megatron deletes each checkpoint after the next one, unless its step is a multiple of --save-retain-interval, which must itself
+    # be a multiple of --save-interval.
     return {
         "--save": folder,
         "--save-interval": setting.save_interval,
-        "--save-retain-interval": 10**9,
+        "--save-retain-interval": 10**9 // setting.save_interval * setting.save_interval,
     }
 
 

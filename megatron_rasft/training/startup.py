@@ -5,6 +5,7 @@ import io
 import logging
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -115,7 +116,8 @@ def _validate(args: Any) -> None:
         with contextlib.redirect_stdout(io.StringIO()):
             validate_args(args, {})
     except AssertionError as error:
-        raise ValueError(first_line(error, "Megatron rejects these arguments")) from error
+        check = traceback.extract_tb(error.__traceback__)[-1].line  # many have no message
+        raise ValueError(first_line(error, f"Megatron rejects these arguments: {check}")) from error
     args.use_persistent_ckpt_worker = False
 
 

@@ -365,6 +365,15 @@ def test_stopped_training_goes_on_with_the_same_flags_and_leaves_no_checkpoints(
     assert (folder / "done").exists() and not (folder / "checkpoints").exists()
 
 
+@pytest.mark.parametrize("interval", [3, 32])
+def test_megatron_accepts_the_checkpoints_of_any_interval(interval: int, tmp_path: Path) -> None:
+    setting = reproduce.Setting(
+        title="t", model="m", seeds=[1], train={}, evaluate={}, save_interval=interval
+    )
+    flags = reproduce.training_flags(setting, reproduce.Task("sft", 1), tmp_path)
+    assert int(flags[flags.index("--save-retain-interval") + 1]) % interval == 0
+
+
 def test_table_lists_results_of_different_commits(
     workplace: Workplace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

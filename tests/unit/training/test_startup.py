@@ -63,6 +63,12 @@ def test_megatrons_own_refusal_is_one_line(parse: Parse) -> None:
     assert "\n" not in str(raised.value)
 
 
+def test_megatrons_refusal_without_a_message_shows_its_check(parse: Parse, tmp_path: Path) -> None:
+    flags = ("--save", str(tmp_path / "save"), "--save-interval", "3", "--save-retain-interval", "10")
+    with pytest.raises(ValueError, match=r"save_retain_interval % args\.save_interval"):
+        parse(*flags)
+
+
 def test_background_saves_need_no_worker_process(parse: Parse) -> None:
     args = parse("--async-save")
     assert args.async_save and not args.use_persistent_ckpt_worker
