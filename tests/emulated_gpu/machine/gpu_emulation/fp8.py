@@ -14,6 +14,7 @@ from gpu_emulation import kernels
 
 KERNELS = (
     "bgrad_quantize",
+    "create_empty_quantized_tensor",
     "dequantize",
     "fp8_transpose",
     "fused_amax_and_scale_update_after_reduction",
@@ -62,6 +63,8 @@ def quantize(tensor: Tensor, quantizer: Any, output: Any = None, noop: Tensor | 
         quantizer.amax.copy_(torch.maximum(quantizer.amax, amax))
         scale = quantizer.scale.reshape(())
     else:
+        if quantizer.with_amax_reduction:  # ranks that gather their parts of a tensor share its scale
+            torch.distributed.all_reduce(amax, torch.distributed.ReduceOp.MAX, quantizer.amax_reduction_group)
         scale = largest / amax if amax > 0 else torch.ones(())
     data = (values * scale).clamp(-largest, largest).to(dtype).view(torch.uint8)
     inverse = (1 / scale).reshape(1)
@@ -76,6 +79,17 @@ def quantize(tensor: Tensor, quantizer: Any, output: Any = None, noop: Tensor | 
     if quantizer.columnwise_usage:
         made._transpose = fp8_transpose(data, quantizer.dtype)
     made._transpose_invalid = not quantizer.columnwise_usage
+    return made
+
+
+def create_empty_quantized_tensor(
+    quantizer: Any, shape: list[int], dtype: torch.dtype, device: Any, pin_memory: bool
+) -> Any:
+    """Returns an FP8 tensor without values, to which an all-gather writes."""
+    data = torch.zeros(shape, dtype=torch.uint8)
+    made = quantizer.create_tensor_from_data(data, fake_dtype=dtype, internal=quantizer.internal)
+    made._scale_inv = torch.ones(1)
+    made._transpose, made._transpose_invalid = None, True
     return made
 
 
