@@ -48,7 +48,7 @@ pytest-units: venv
 	$(BIN)/python -m pytest -m "not servers and not gpu and not bridge" -p no:cacheprovider --ignore=tests/functional --ignore=tests/distributed \
 		--ignore=tests/emulated_gpu --ignore=tests/slurm $(ARGS)
 
-pytest-slurm: venv
+pytest-slurm: emulated-gpu
 	$(BIN)/python -m pytest -m "slurm and not nightly" -p no:cacheprovider tests/slurm $(ARGS)
 
 pytest-emulated: emulated-gpu
@@ -67,7 +67,7 @@ mutants: venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m mutmut run
 	$(BIN)/python -m tests.mutants
 
-# For every night: the scenarios of tests/slurm that take minutes, some with rollout servers.
+# For every night: the scenarios of tests/slurm with programs that start as they do for a user, and with real rollout servers.
 slurm-night: servers
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slurm and nightly" -p no:cacheprovider tests/slurm $(ARGS)
 

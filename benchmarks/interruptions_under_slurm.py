@@ -12,14 +12,12 @@ import psutil
 
 from benchmarks.interruptions import CHECK_S, Result, Round, Strike, judged
 from tests.slurm.cluster import Cluster
-from tests.slurm.runs import Runs
+from tests.slurm.runs import ENDS, Runs
 
 _START_S = 20.0
 """A start under Slurm takes longer than a local one."""
 _TIMEOUT_S = 1800.0
 """The longest wait for a job, of which several run at the same time. A run that stands still ends itself much earlier."""
-_ENDS = ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL")
-"""Slurm's states of a job that is over."""
 _LAYOUTS = {
     1: "--num-gpus 1 --gpus-per-node 1",
     2: "--num-gpus 2 --gpus-per-node 1",
@@ -64,8 +62,8 @@ class UnderSlurm:
             logs=runs.folder(name) / "logs",
         )
         try:
-            self._wait_for(job, "RUNNING", *_ENDS)
-            is_missed = not strike.wait(lambda: self.cluster.facts(job).get("JobState") in _ENDS)
+            self._wait_for(job, "RUNNING", *ENDS)
+            is_missed = not strike.wait(lambda: self.cluster.facts(job).get("JobState") in ENDS)
             if not is_missed:
                 self._send(round_, job)
             began_at = time.time()
@@ -108,10 +106,10 @@ class UnderSlurm:
     def _finish(self, job: str) -> dict[str, str]:
         """Starts the job again as often as it is requeued, and waits for its end."""
         restarts = 0
-        while (facts := self._wait_for(job, *_ENDS, "PENDING"))["JobState"] == "PENDING":
+        while (facts := self._wait_for(job, *ENDS, "PENDING"))["JobState"] == "PENDING":
             restarts = max(restarts, int(facts["Restarts"]))
             if restarts:
                 self.cluster.start_now(job, restarts, _TIMEOUT_S)
             else:
-                self._wait_for(job, "RUNNING", *_ENDS)
+                self._wait_for(job, "RUNNING", *ENDS)
         return facts

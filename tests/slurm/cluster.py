@@ -14,6 +14,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -25,9 +26,10 @@ from tests.forking import REPOSITORY
 from tests.ports import new_port
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
-NODES = ("n1", "n2", "n3", "n4")
 _START_S = 300.0
 """The longest wait for the daemons, which take two seconds on an idle machine."""
+_FACTS_S = 0.5
+"""Age of the answers to questions about jobs."""
 _NODE = "TEST_SLURM_NODE"
 """Variable of a slurmd and of its step daemons: the node's name."""
 
@@ -102,20 +104,26 @@ class Cluster:
     """The daemons and the jobs. Use it as a context: its end kills all that the cluster has started, and so does the end of this process.
 
     Args:
+        num_nodes: the nodes are n1, n2 and so on.
         grace_s: time that partition ``batch`` gives a preempted job.
         kill_wait_s: time from SIGTERM to SIGKILL.
     """
 
-    def __init__(self, grace_s: int = 60, kill_wait_s: int = 5) -> None:
+    def __init__(self, num_nodes: int = 4, grace_s: int = 600, kill_wait_s: int = 5) -> None:
         self.folder = Path(
             tempfile.mkdtemp(prefix="slurm-")
         )  # short: the path of a socket has 107 characters
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
-        ports = {name: new_port() for name in ("ctld", *NODES)}
+        self._asking = threading.Lock()
+        self._asked_at = float("-inf")
+        self._jobs: dict[str, dict[str, str]] = {}
+        """Number of a job -> its newest fields."""
+        self.nodes = [f"n{number}" for number in range(1, num_nodes + 1)]
+        ports = {name: new_port() for name in ("ctld", *self.nodes)}
         nodes = (
             f"NodeName={name} NodeAddr=127.0.0.1 NodeHostname=localhost Port={ports[name]} CPUs=64 RealMemory=100000 "
             "Gres=gpu:8 State=UNKNOWN"
-            for name in NODES
+            for name in self.nodes
         )
         text = CONFIGURATION.format(
             folder=self.folder,
@@ -165,10 +173,10 @@ class Cluster:
         self._launch("munged", [*munged, "--seed-file", f"{at}/munge.seed"])
         wait_for("munged", lambda: self._succeeds("munge", "--socket", socket, "--no-input"), _START_S)
         self._launch("slurmctld", ["slurmctld", "-D", "-c", "-f", f"{at}/slurm.conf"])
-        for node in NODES:
+        for node in self.nodes:
             self.start_node(node)
         idle = ("sinfo", "--noheader", "--partition=batch", "--states=idle", "--format=%D")
-        wait_for("the nodes", lambda: self._output(*idle).strip() == str(len(NODES)), _START_S)
+        wait_for("the nodes", lambda: self._output(*idle).strip() == str(len(self.nodes)), _START_S)
 
     def _launch(self, name: str, command: list[str], variables: Mapping[str, str] | None = None) -> None:
         with (self.folder / f"{name}.out").open("ab") as log:
@@ -187,7 +195,9 @@ class Cluster:
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SBATCH"))}
         return kept | {"SLURM_CONF": f"{self.folder}/slurm.conf", "TMPDIR": f"{self.folder}/tmp"}
 
-    def run(self, *command: str, variables: Mapping[str, str] | None = None) -> str:
+    def run(
+        self, *command: str, variables: Mapping[str, str] | None = None, folder: Path = REPOSITORY
+    ) -> str:
         """Runs one of Slurm's commands; returns its output.
 
         Raises:
@@ -195,6 +205,7 @@ class Cluster:
         """
         done = subprocess.run(
             command,
+            cwd=folder,
             env=self.environment | dict(variables or {}),
             capture_output=True,
             text=True,
@@ -214,14 +225,27 @@ class Cluster:
     def _succeeds(self, *command: str) -> bool:
         return subprocess.run(command, env=self.environment, capture_output=True, check=False).returncode == 0
 
-    def submit(self, *arguments: str, variables: Mapping[str, str] | None = None) -> str:
-        """Submits a job; returns its number."""
-        return self.run("sbatch", "--parsable", *arguments, variables=variables).strip()
+    def submit(
+        self, *arguments: str, variables: Mapping[str, str] | None = None, folder: Path = REPOSITORY
+    ) -> str:
+        """Submits a job from a folder; returns its number."""
+        return self.run("sbatch", "--parsable", *arguments, variables=variables, folder=folder).strip()
 
     def facts(self, job: str) -> dict[str, str]:
-        """Returns the fields of ``scontrol show job``; {} if the command fails."""
-        line = self._output("scontrol", "--oneliner", "show", "job", job).partition("\n")[0]
-        return dict(word.split("=", 1) for word in line.split() if "=" in word)
+        """Returns the fields of ``scontrol show job``, at most ``_FACTS_S`` old; {} if the command fails, or the job is newer.
+
+        Many threads ask at the same time, so that one command answers all of them.
+        """
+        with self._asking:
+            if time.monotonic() - self._asked_at > _FACTS_S:
+                self._jobs = {}
+                for line in self._output("scontrol", "--oneliner", "show", "jobs").splitlines():
+                    record = dict(word.split("=", 1) for word in line.split() if "=" in word)
+                    # the first component of a heterogeneous job stands for it
+                    number = record.get("HetJobId") or record.get("ArrayJobId") or record.get("JobId", "")
+                    self._jobs.setdefault(number, record)
+                self._asked_at = time.monotonic()
+            return self._jobs.get(job, {})
 
     def wait_until(
         self, job: str, *states: str, timeout_s: float = 300, every_s: float = 0.2
@@ -250,7 +274,8 @@ class Cluster:
                 # Slurm kills a job that it starts again within two seconds ("Job credential revoked").
                 if seen[-1] - seen[0] > 5:
                     self._output("scontrol", "update", f"jobid={job}", "StartTime=now")
-            return facts["JobState"] != "PENDING"
+            # A job is completing before it is pending, and again at its end.
+            return facts["JobState"] not in ("PENDING", "COMPLETING")
 
         wait_for(f"restart {restart} of job {job}", has_started, timeout_s, every_s=1.0)
 

@@ -1,8 +1,8 @@
 """Stands for pretrain_rasft.py in the checkout of the tests: the same program, but its first start pauses after a step.
 
 ``PAUSE_AFTER`` is the step. Rank 0 then writes the file ``paused`` into ``RUN`` and waits for SIGTERM, which the run receives as it
-would without the pause, for the file ``go``, or for the time ``PAUSE_BEFORE_END_S`` before the end of the allocation. A test that kills
-the run needs no end of the pause.
+would without the pause, for the file ``go``, or for the time ``PAUSE_BEFORE_END_S`` before the end of the allocation. With
+``PAUSE_FOR_EVER`` the step has no end, and the run must be killed.
 """
 
 import os
@@ -25,6 +25,7 @@ def pause_after(step: int, folder: Path) -> None:
 
     reported = Progress.step
     received: list[int] = []
+    for_ever = "PAUSE_FOR_EVER" in os.environ
     before_end = os.environ.get("PAUSE_BEFORE_END_S")
     ends_at = int(os.environ["SLURM_JOB_END_TIME"]) - float(before_end) if before_end else float("inf")
 
@@ -40,7 +41,7 @@ def pause_after(step: int, folder: Path) -> None:
 
             signal.signal(signal.SIGTERM, receive)
             (folder / "paused").touch()
-            while not received and not (folder / "go").exists() and time.time() < ends_at:
+            while for_ever or not (received or (folder / "go").exists() or time.time() >= ends_at):
                 time.sleep(0.05)
 
     Progress.step = reported_and_paused  # type: ignore[method-assign,assignment]
