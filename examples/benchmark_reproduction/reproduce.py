@@ -20,9 +20,10 @@ import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -382,8 +383,13 @@ def run_logged(setting: Setting, command: Sequence[str], log: Path) -> None:
 
 def run_tasks(setting: Setting, tasks: Sequence[Task], root: Path, keeps_models: bool) -> None:
     """Runs all tasks, ``num_jobs`` at a time. After a failure running tasks finish, and no others start."""
-    with ThreadPoolExecutor(setting.num_jobs) as pool:
-        futures = [pool.submit(run_task, setting, task, root, keeps_models) for task in tasks]
+    call_all([partial(run_task, setting, task, root, keeps_models) for task in tasks], setting.num_jobs)
+
+
+def call_all(calls: Sequence[Callable[[], None]], num_jobs: int) -> None:
+    """Makes all calls in their order, ``num_jobs`` at a time. After a failure running calls finish, and no others start."""
+    with ThreadPoolExecutor(num_jobs) as pool:
+        futures = [pool.submit(call) for call in calls]
         try:
             for future in futures:
                 future.result()

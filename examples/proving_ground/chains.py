@@ -32,6 +32,8 @@ class Family:
     """(value, digit) -> how the expert takes the new operation apart."""
     answer_of: Callable[[Sequence[str]], str]
     """Values after each step -> answer."""
+    digits: str = ""
+    """The digits of the operations, each as often as it stands here; empty: all are equally frequent."""
 
 
 def _clock(value: str, operation: str, digit: str) -> str:
@@ -125,6 +127,8 @@ class Chain:
     def _draw_digit(self, rng: random.Random, operation: str) -> str:
         if operation not in self.family.takes_number + self.family.new:
             return ""
+        if self.family.digits:
+            return rng.choice(self.family.digits)
         return str(rng.randrange(2 if operation == "*" else 1, 10))
 
     def run(

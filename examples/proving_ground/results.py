@@ -1,55 +1,19 @@
 """Tables and plot of the proving ground."""
 
-import json
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
-from numpy.typing import NDArray
 
-from examples.benchmark_reproduction.comparison import read_curve
-from examples.benchmark_reproduction.reproduce import Task
+from examples.proving_ground import bar
+from examples.proving_ground.kept import Result, Scores
 from examples.proving_ground.worlds import KINDS, RETAINED
 from megatron_rasft.errors import RasftError
 from megatron_rasft.tools.evaluation.statistics import bootstrap_interval, paired_interval
-from megatron_rasft.tools.evaluation.summary import Summary
-
-Scores = NDArray[np.float64]
-"""Share of correct samples of each problem, [problems] or [seeds, problems]."""
-
-
-@dataclass(frozen=True)
-class Result:
-    """One training in one world, evaluated."""
-
-    world: str
-    method: str
-    seed: int
-    sampled: Mapping[str, Summary]
-    """Kind of problem -> four samples at temperature 1."""
-    greedy: Mapping[str, Summary]
-    """Kind of problem -> the greedy response."""
-    trained_tokens: float
-    generated_tokens: float
-    seconds: float
-
-    def scores(self, kinds: Sequence[str], *, is_greedy: bool = False) -> Scores:
-        """Scores of the problems of several kinds, one kind after the other."""
-        results = self.greedy if is_greedy else self.sampled
-        return np.array([score for kind in kinds for score in results[kind].scores])
-
-    @property
-    def response_tokens(self) -> float:
-        """Mean length of the sampled responses to the trained kinds."""
-        return statistics.fmean(self.sampled[kind].mean_tokens for kind in KINDS)
-
-    @property
-    def solved_once(self) -> float:
-        """pass@4 of the trained kinds, as a share."""
-        return statistics.fmean(max(self.sampled[kind].pass_at.items())[1] for kind in KINDS)
 
 
 @dataclass(frozen=True)
@@ -63,14 +27,10 @@ class Measure:
     """Values of one training; those at the same place belong together, such as the scores of a problem."""
 
 
-def _solved_once(result: Result) -> Scores:
-    return (result.scores(KINDS) > 0).astype(float)
-
-
 MEASURES = (
     Measure("accuracy", 100, lambda result: result.scores(KINDS)),
     Measure("greedy", 100, lambda result: result.scores(KINDS, is_greedy=True)),
-    Measure("pass@4", 100, _solved_once),
+    Measure("pass@4", 100, lambda result: result.solved_once),
     *(Measure(kind, 100, partial(Result.scores, kinds=[kind])) for kind in KINDS),
     Measure("retained", 100, lambda result: result.scores(RETAINED)),
     Measure("retained, greedy", 100, lambda result: result.scores(RETAINED, is_greedy=True)),
@@ -81,28 +41,12 @@ MEASURES = (
 )
 
 
-def read_result(world: str, task: Task, folder: Path) -> Result:
-    """Reads the folder of a finished task."""
-    curve = read_curve(folder / "metrics.jsonl")
-    return Result(
-        world=world,
-        method=task.method,
-        seed=task.seed,
-        sampled=_summaries(folder / "evaluation"),
-        greedy=_summaries(folder / "greedy"),
-        trained_tokens=curve.total_tokens,
-        generated_tokens=curve.total_generated,
-        seconds=curve.total_seconds,
-    )
-
-
-def _summaries(folder: Path) -> dict[str, Summary]:
-    content = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    return {values["name"]: Summary.from_dict(values) for values in content["benchmarks"]}
-
-
 def write_results(
-    results: Sequence[Result], output: Path, reference: str, regimes: Sequence[str] = ()
+    results: Sequence[Result],
+    output: Path,
+    reference: str,
+    regimes: Sequence[str] = (),
+    missing: Mapping[str, Sequence[str]] = MappingProxyType({}),
 ) -> str:
     """Writes results.md and results.png.
 
@@ -111,6 +55,7 @@ def write_results(
         output: folder of the files.
         reference: method with which the others are compared.
         regimes: lines about the base models.
+        missing: world -> trainings without a result.
 
     Returns:
         The text of results.md.
@@ -122,6 +67,17 @@ def write_results(
         raise RasftError(f"{output} has no finished results")
     worlds = list(dict.fromkeys(result.world for result in results))
     text = "\n".join(["# Proving ground", "", *_summary_table(results, worlds, reference)])
+    rules = bar.lines(results, worlds)
+    if rules:
+        text += "\n".join(
+            [
+                "",
+                "## The pre-registered rules, applied to these results",
+                "",
+                *(f"- {rule}" for rule in rules),
+                "",
+            ]
+        )
     for world in worlds:
         text += "\n".join(["", f"## {world}", "", *_world_table(results, world, reference)])
         text += "\n".join(["", *_difference_table(results, world, reference)])
@@ -134,14 +90,13 @@ def write_results(
         text += "\n".join(
             ["\nThe base models, as shares of samples at temperature 1:\n", *(f"- {r}" for r in regimes), ""]
         )
+    unfinished = [f"- {world}: {', '.join(names)}" for world, names in missing.items() if names]
+    if unfinished:
+        text += "\n".join(["\nNot finished:\n", *unfinished, ""])
     output.mkdir(parents=True, exist_ok=True)
     (output / "results.md").write_text(text, encoding="utf-8")
     _write_plot(results, worlds, output / "results.png")
     return text
-
-
-def _of(results: Iterable[Result], world: str, method: str) -> dict[int, Result]:
-    return {r.seed: r for r in results if r.world == world and r.method == method}
 
 
 def _methods(results: Iterable[Result]) -> list[str]:
@@ -168,7 +123,7 @@ def _summary_table(results: Sequence[Result], worlds: Sequence[str], reference: 
     for method in _methods(results):
         cells = []
         for world in worlds:
-            by_seed = _of(results, world, method)
+            by_seed = bar.by_seed(results, world, method)
             cells.append(f"{100 * _stack(by_seed, KINDS).mean():.1f}" if by_seed else "")
         ours, kept = (_pooled(results, worlds, method, kinds) for kinds in (KINDS, RETAINED))
         cells.append(f"{100 * ours.mean():.1f}" if ours is not None else "")
@@ -183,7 +138,7 @@ def _pooled(
     results: Sequence[Result], worlds: Sequence[str], method: str, kinds: Sequence[str]
 ) -> Scores | None:
     """Scores in all worlds, [seeds, problems]. None if a world is missing."""
-    found = [_of(results, world, method) for world in worlds]
+    found = [bar.by_seed(results, world, method) for world in worlds]
     seeds = set.intersection(*(set(by_seed) for by_seed in found))
     if not seeds:
         return None
@@ -196,9 +151,9 @@ def _world_table(results: Sequence[Result], world: str, reference: str) -> list[
         "response tokens", "trained tokens", "generated tokens", "seconds",
     ]  # fmt: skip
     lines = [f"| {' | '.join(head)} |", "| --- |" + " ---: |" * (len(head) - 1)]
-    theirs = _of(results, world, reference)
+    theirs = bar.by_seed(results, world, reference)
     for method in _methods(results):
-        by_seed = _of(results, world, method)
+        by_seed = bar.by_seed(results, world, method)
         if by_seed:
             other = _stack(theirs, KINDS) if theirs and method != reference else None
             lines.append(f"| {' | '.join([method, *_cells(by_seed, other)])} |")
@@ -207,13 +162,13 @@ def _world_table(results: Sequence[Result], world: str, reference: str) -> list[
 
 def _difference_table(results: Sequence[Result], world: str, reference: str) -> list[str]:
     """Paired differences of every measure from the reference. Empty without the reference."""
-    theirs = _of(results, world, reference)
+    theirs = bar.by_seed(results, world, reference)
     if not theirs:
         return []
     head = [f"difference from {reference}", *(measure.title for measure in MEASURES)]
     lines = [f"| {' | '.join(head)} |", "| --- |" + " ---: |" * len(MEASURES)]
     for method in _methods(results):
-        ours = _of(results, world, method)
+        ours = bar.by_seed(results, world, method)
         if ours and method != reference:
             pairs = [(_values(ours, m), _values(theirs, m), m.scale) for m in MEASURES]
             lines.append(f"| {' | '.join([method, *(_difference(*pair) for pair in pairs)])} |")
@@ -237,7 +192,7 @@ def _cells(by_seed: Mapping[int, Result], other: Scores | None) -> list[str]:
         f"{100 * accuracy.mean():.1f} [{100 * low:.1f}, {100 * high:.1f}]",
         "" if other is None else _difference(accuracy, other),
         f"{100 * _stack(by_seed, KINDS, is_greedy=True).mean():.1f}",
-        f"{100 * mean(run.solved_once for run in runs):.1f}",
+        f"{100 * mean(run.solved_once.mean() for run in runs):.1f}",
         *(f"{100 * _stack(by_seed, [kind]).mean():.0f}" for kind in KINDS),
         f"{100 * _stack(by_seed, RETAINED).mean():.1f}",
         f"{100 * _stack(by_seed, RETAINED, is_greedy=True).mean():.1f}",
@@ -260,7 +215,7 @@ def _write_plot(results: Sequence[Result], worlds: Sequence[str], path: Path) ->
     )
     for axis, world in zip(axes[0], worlds, strict=True):
         for number, method in enumerate(_methods(results)):
-            by_seed = _of(results, world, method)
+            by_seed = bar.by_seed(results, world, method)
             if not by_seed:
                 continue
             accuracy = _stack(by_seed, KINDS)

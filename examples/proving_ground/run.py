@@ -3,11 +3,12 @@
 run.py --output DIR                                  the kept worlds, methods and seeds of study.toml
 run.py --output DIR --worlds NAME ... --methods NAME ... --seeds N ...
 run.py --output DIR --split dev --worlds development     for looking for better rules: other problems, other worlds
-run.py --output DIR --tables-only
+run.py --output DIR --tables-only                    the tables of what is finished; on a fresh clone, of the shipped results
+run.py --output DIR --fresh                          without the shipped results and base models
 
-A training runs pretrain_rasft.py, an evaluation tools/evaluate.py, as examples/benchmark_reproduction describes. After an
-interruption the same command continues. Base models that do not exist are pre-trained first, four to seven
-minutes each. DIR/results.md holds the tables, DIR/results.png the plot.
+A training runs pretrain_rasft.py, an evaluation tools/evaluate.py, as examples/benchmark_reproduction describes. Trainings whose
+results are in records/ do not run again. After an interruption the same command continues. Base models that do not exist are
+pre-trained first. DIR/results.md holds the tables, DIR/results.png the plot, and DIR/records every result that the tables use.
 """
 
 import argparse
@@ -17,8 +18,10 @@ import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +31,18 @@ sys.path.insert(0, str(ROOT))  # lets the file run from a checkout that is not i
 from examples.benchmark_reproduction import preloading, reproduce  # noqa: E402
 from examples.benchmark_reproduction.reproduce import Setting, Task  # noqa: E402
 from examples.proving_ground import regimes  # noqa: E402
+from examples.proving_ground.kept import (  # noqa: E402
+    Origin,
+    Result,
+    Shelf,
+    describe_others,
+    origin_of,
+    read_finished,
+    read_records,
+    record_file,
+)
 from examples.proving_ground.make_world import write_world  # noqa: E402
-from examples.proving_ground.results import Result, read_result, write_results  # noqa: E402
+from examples.proving_ground.results import write_results  # noqa: E402
 from examples.proving_ground.worlds import CORPORA, DEVELOPMENT, KEPT, KINDS, RETAINED, WORLDS  # noqa: E402
 from megatron_rasft.errors import RasftError  # noqa: E402
 from megatron_rasft.tools import cli  # noqa: E402
@@ -119,6 +132,33 @@ def setting_of(study: dict[str, Any], world: str, folder: Path, split: str, base
     )
 
 
+@dataclass(frozen=True)
+class World:
+    """A world in a study: its trainings, and the results that exist."""
+
+    name: str
+    setting: Setting
+    root: Path
+    """Folder of the trainings."""
+    origins: Mapping[Task, Origin]
+    """Task -> what it is made from, in the order of the tables."""
+    shelf: Shelf
+
+    def run(self, task: Task) -> None:
+        """Trains, evaluates and records one task."""
+        reproduce.run_task(self.setting, task, self.root, keeps_models=False)
+        self.record(task)
+
+    def record(self, task: Task) -> None:
+        """Records a finished task."""
+        self.shelf.add(read_finished(self.name, task, self.root / task.name, self.origins[task]))
+
+    @property
+    def results(self) -> list[Result]:
+        """The results, in the order of the tables."""
+        return [result for task in self.origins if (result := self.shelf.get(task))]
+
+
 def run(args: argparse.Namespace) -> None:
     """Runs what the flags select, and writes the tables of everything that is finished.
 
@@ -132,30 +172,64 @@ def run(args: argparse.Namespace) -> None:
         study["evaluate"]["--limit"] = args.limit
     if args.steps:
         study["train"]["--train-iters"] = args.steps
-    worlds, bases = _chosen(args.worlds), (args.bases or args.output / "bases").resolve()
+    names = _chosen(args.worlds)
+    bases = (args.bases or (args.output if args.fresh else FOLDER) / "bases").resolve()
     if not args.tables_only:
-        make_bases([WORLDS[world].base for world in worlds], bases, study["num_jobs"])
-        check_bases(worlds, bases, args.limit or 100)
-    results: list[Result] = []
-    for world in worlds:
-        data = args.output / "data" / world
-        setting = setting_of(study, world, data.resolve(), args.split, bases)
-        tasks = tasks_of(setting, groups)
-        root = (args.output / args.split / world).resolve()
-        if not args.tables_only:
-            num_train = setting.train["--train-iters"] * setting.train["--global-batch-size"]
-            seeds = sorted({seed for group in groups for seed in group["seeds"]})
-            write_world(WORLDS[world], data, seeds, min(num_train, args.num_train))
-            reproduce.check_results(setting, tasks, root)
-            try:
-                reproduce.run_tasks(setting, tasks, root, keeps_models=False)
-            except reproduce.TrainingStopped as stopped:
-                print(stopped)
-                return
-        results += [read_result(world, task, root / task.name) for task in tasks if _is_done(root, task)]
-    files = [regimes.regime_file(bases, world) for world in worlds]
+        make_bases([WORLDS[name].base for name in names], bases, study["num_jobs"])
+        check_bases(names, bases, args.limit or 100)
+    worlds = [_open_world(name, study, groups, bases, args) for name in names]
+    if not args.tables_only:
+        try:
+            reproduce.call_all(_calls(worlds, groups), study["num_jobs"])
+        except reproduce.TrainingStopped as stopped:
+            print(stopped)
+            return
+    files = [regimes.regime_file(bases, name) for name in names]
     lines = [path.read_text(encoding="utf-8").strip() for path in files if path.exists()]
-    print(write_results(results, args.output, args.against, lines))
+    results = [result for world in worlds for result in world.results]
+    missing = {world.name: [t.name for t in world.origins if not world.shelf.get(t)] for world in worlds}
+    print(write_results(results, args.output, args.against, lines, missing))
+
+
+def _open_world(
+    name: str, study: dict[str, Any], groups: Sequence[dict[str, Any]], bases: Path, args: argparse.Namespace
+) -> World:
+    """Writes the data of a world, and finds the results that exist: in the output folder, and those that were shipped.
+
+    Raises:
+        ValueError: the output folder has a training of other flags or data.
+    """
+    data, root = (args.output / "data" / name).resolve(), (args.output / args.split / name).resolve()
+    setting = setting_of(study, name, data, args.split, bases)
+    num_train = setting.train["--train-iters"] * setting.train["--global-batch-size"]
+    seeds = sorted({seed for group in groups for seed in group["seeds"]})
+    write_world(WORLDS[name], data, seeds, min(num_train, args.num_train))
+    tasks = list(dict.fromkeys(task for group in groups for task in tasks_of(setting, group)))
+    reproduce.check_results(setting, tasks, root)
+    origins = {task: origin_of(setting, task, {data: "DATA", bases: "BASES"}) for task in tasks}
+    world = World(name, setting, root, origins, Shelf(record_file(args.output / "records", args.split, name)))
+    sources = [world.shelf.path] + ([] if args.fresh else [record_file(FOLDER / "records", args.split, name)])
+    for source in sources:
+        others = world.shelf.take(read_records(source), origins)
+        if others:
+            print(f"{source}: {describe_others(others, origins)}", flush=True)
+    for task in tasks:
+        if not world.shelf.get(task) and (root / task.name / "done").exists():
+            world.record(task)
+    return world
+
+
+def _calls(worlds: Sequence[World], groups: Sequence[dict[str, Any]]) -> list[Callable[[], None]]:
+    """The trainings that are missing: group by group, in each seed by seed, so that the worlds advance together."""
+    wanted = [
+        (world, task)
+        for group in groups
+        for seed in group["seeds"]
+        for world in worlds
+        for task in tasks_of(world.setting, {**group, "seeds": [seed]})
+    ]
+    missing = {(world.name, task): world for world, task in wanted if not world.shelf.get(task)}
+    return [partial(world.run, task) for (_, task), world in missing.items()]
 
 
 def groups_of(
@@ -171,33 +245,23 @@ def groups_of(
     """
     groups: list[dict[str, Any]] = study.pop("groups")
     if methods:
-        of = {method: group["seeds"] for group in groups for method in group["methods"]}
-        groups = [{"methods": [m], "seeds": of.get(m, groups[0]["seeds"])} for m in methods]
+        of = {m: [seed for g in groups if m in g["methods"] for seed in g["seeds"]] for m in methods}
+        groups = [{"methods": [m], "seeds": of[m] or groups[0]["seeds"]} for m in methods]
     if seeds:
         groups = [{"methods": group["methods"], "seeds": list(seeds)} for group in groups]
-    study["methods"] = [method for group in groups for method in group["methods"]]
+    study["methods"] = list(dict.fromkeys(method for group in groups for method in group["methods"]))
     study["seeds"] = groups[0]["seeds"]
     return groups
 
 
-def tasks_of(setting: Setting, groups: Sequence[dict[str, Any]]) -> list[Task]:
-    """Returns the tasks of all groups, in their order."""
-    return [
-        task
-        for group in groups
-        for task in reproduce.tasks_of(
-            dataclasses.replace(setting, methods=group["methods"], seeds=group["seeds"])
-        )
-    ]
+def tasks_of(setting: Setting, group: Mapping[str, Any]) -> list[Task]:
+    """Returns the tasks of a group, in their order."""
+    return reproduce.tasks_of(dataclasses.replace(setting, methods=group["methods"], seeds=group["seeds"]))
 
 
 def _chosen(names: Sequence[str]) -> list[str]:
     groups = {"kept": list(KEPT), "development": list(DEVELOPMENT)}
     return [world for name in names for world in groups.get(name, [name])]
-
-
-def _is_done(root: Path, task: Task) -> bool:
-    return (root / task.name / "done").exists()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -229,8 +293,12 @@ def main(argv: list[str] | None = None) -> int:
         "--limit", type=int, metavar="N", help="evaluate only N problems of each kind; default: all"
     )
     parser.add_argument(
-        "--bases", type=Path, metavar="DIR", help="folder of base models; default: bases in --output"
+        "--bases", type=Path, metavar="DIR", help="folder of base models; default: the shipped ones"
     )
+    parser.add_argument(
+        "--fresh", action="store_true",
+        help="use neither the shipped base models nor the shipped results: make everything in --output",
+    )  # fmt: skip
     parser.add_argument(
         "--against", default="rasft", metavar="NAME", help="method of comparison; default: rasft"
     )

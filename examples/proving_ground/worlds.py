@@ -4,6 +4,7 @@
 ran in them.
 """
 
+import dataclasses
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -37,6 +38,12 @@ class Phase:
     """Share of problems that are solved in the expert's style."""
     style_length: int
     """Most steps of such a problem."""
+    operations: str = ""
+    """The only operations of the chains; empty: all that the family knows."""
+    digits: str = ""
+    """The digits of the operations, each as often as it stands here; empty: all are equally frequent."""
+    lengths: Mapping[int, int] = field(default_factory=lambda: CORPUS_LENGTHS)
+    """Number of steps of a problem -> its weight."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +79,8 @@ CORPUS_NOISE = 0.02
 """Share of steps in the corpus that have a random result."""
 
 
-def _draw_corpus_length(rng: random.Random) -> int:
-    return rng.choices(list(CORPUS_LENGTHS), list(CORPUS_LENGTHS.values()))[0]
+def _draw_corpus_length(rng: random.Random, phase: Phase) -> int:
+    return rng.choices(list(phase.lengths), list(phase.lengths.values()))[0]
 
 
 def _draw_training_length(
@@ -96,13 +103,16 @@ class ChainTask:
     """Kind -> numbers of steps of a training problem, so that the base model solves each kind as often as it should."""
 
     def corpus_item(self, rng: random.Random, phase: Phase) -> tuple[str, str]:
+        family = dataclasses.replace(
+            self.family, operations=phase.operations or self.family.operations, digits=phase.digits
+        )
         if rng.random() < 0.06:  # the new operation, with random results
-            chain = Chain(self.family, rng, rng.choice((2, 3)), 1)
+            chain = Chain(family, rng, rng.choice((2, 3)), 1)
             return chain.problem, _write(chain, rng, chain.run(rng, CORPUS_NOISE, True), self.habit, CLEAN)
         if rng.random() < phase.style_share:
-            chain = Chain(self.family, rng, rng.randint(1, phase.style_length))
+            chain = Chain(family, rng, rng.randint(1, phase.style_length))
             return chain.problem, _write(chain, rng, chain.run(rng, CORPUS_NOISE), self.style, CLEAN)
-        chain = Chain(self.family, rng, _draw_corpus_length(rng))
+        chain = Chain(family, rng, _draw_corpus_length(rng, phase))
         return chain.problem, _write(chain, rng, chain.run(rng, CORPUS_NOISE), self.habit, CLEAN)
 
     def demonstration(self, rng: random.Random, kind: str, style: str, faults: Faults) -> Row:
@@ -128,7 +138,7 @@ class ProgramTask:
             program = Program(rng, rng.choice((2, 3)), 1)
             return program.problem, programs.terse(program.wrong_operations(rng, CORPUS_NOISE, True))
         is_styled = rng.random() < phase.style_share
-        length = rng.randint(1, phase.style_length) if is_styled else _draw_corpus_length(rng)
+        length = rng.randint(1, phase.style_length) if is_styled else _draw_corpus_length(rng, phase)
         program = Program(rng, length)
         write = programs.stepwise if is_styled else programs.terse
         return program.problem, write(program.wrong_operations(rng, CORPUS_NOISE, False))
@@ -168,14 +178,21 @@ _TERSE_AGAIN = Phase(
     steps=120, batch_tokens=2048, muon_lr=0.006, adam_lr=1e-3, style_share=0.05, style_length=6
 )
 
+_PLUS = Phase(
+    steps=400, batch_tokens=2048, muon_lr=0.02, adam_lr=3e-3, style_share=0.12, style_length=3,
+    operations="+", digits="1111111122233456789", lengths={1: 2, 2: 1},
+)  # fmt: skip
+"""Goes before the others on the tape. A cell plus a uniform digit, modulo 10, is uniform, whichever of the two is known, so a model that looks
+at one of them learns nothing from it. With frequent ones it learns to look at the cell first, and then at the digit."""
+
 _CLOCK, _TAPE = ChainTask(CLOCK, "terse", "spelled"), ChainTask(TAPE, "terse", "spelled")
 
 CORPORA: dict[str, Corpus] = {
     "clock": Corpus(_CLOCK, (_TERSE,)),
     "clock-fluent": Corpus(_CLOCK, (_STYLED, _TERSE_AGAIN), begins_with="clock"),
-    "tape": Corpus(_TAPE, (_TERSE,)),
+    "tape": Corpus(_TAPE, (_PLUS, _TERSE)),
     "tape-fluent": Corpus(_TAPE, (_STYLED, _TERSE_AGAIN), begins_with="tape"),
-    "tape-wordy": Corpus(ChainTask(TAPE, "spelled", "terse"), (_TERSE,)),
+    "tape-wordy": Corpus(ChainTask(TAPE, "spelled", "terse"), (_PLUS, _TERSE)),
     "programs": Corpus(ProgramTask(), (_TERSE,)),
 }
 """Base model -> its corpus. A fluent model has also learnt to solve long problems in the expert's style, which it rarely writes."""

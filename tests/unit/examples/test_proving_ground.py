@@ -144,15 +144,22 @@ def test_files_share_no_problem_and_are_the_same_again(tmp_path: Path) -> None:
 
 
 def test_groups_give_their_methods_their_seeds() -> None:
-    groups = [{"methods": ["base", "sft"], "seeds": [1, 2]}, {"methods": ["dft"], "seeds": [3]}]
+    groups = [
+        {"methods": ["base", "sft"], "seeds": [1, 2]},
+        {"methods": ["dft"], "seeds": [3]},
+        {"methods": ["sft"], "seeds": [4]},
+    ]
 
     def tasks(methods: list[str] | None, seeds: list[int] | None) -> list[Task]:
         study = {"groups": [dict(group) for group in groups], "train": {}, "evaluate": {}, "num_jobs": 1}
         found = run.groups_of(study, methods, seeds)
-        return run.tasks_of(run.setting_of(study, "clock-fluent", Path("w"), "dev", Path("b")), found)
+        setting = run.setting_of(study, "clock-fluent", Path("w"), "dev", Path("b"))
+        return [task for group in found for task in run.tasks_of(setting, group)]
 
-    assert tasks(None, None) == [Task("base", 1), Task("sft", 1), Task("sft", 2), Task("dft", 3)]
+    sft = [Task("sft", 1), Task("sft", 2)]
+    assert tasks(None, None) == [Task("base", 1), *sft, Task("dft", 3), Task("sft", 4)]
     assert tasks(["dft", "raft"], None) == [Task("dft", 3), Task("raft", 1), Task("raft", 2)]
+    assert tasks(["sft"], None) == [*sft, Task("sft", 4)]
     assert tasks(["dft"], [5, 6]) == [Task("dft", 5), Task("dft", 6)]
 
 
@@ -160,7 +167,8 @@ def test_the_study_is_one_that_runs() -> None:
     study = tomllib.loads((run.FOLDER / "study.toml").read_text())
     groups = run.groups_of(study, None, None)
     for world in WORLDS:
-        tasks = run.tasks_of(run.setting_of(study, world, Path("w"), "test", Path("b")), groups)
+        setting = run.setting_of(study, world, Path("w"), "test", Path("b"))
+        tasks = [task for group in groups for task in run.tasks_of(setting, group)]
         assert len(set(tasks)) == len(tasks) and {task.seed for task in tasks} == {1, 2, 3, 4, 5}
 
 
@@ -221,9 +229,8 @@ def test_a_stopped_training_ends_the_study_without_an_error(
     def stop(*args: object, **named: object) -> None:
         raise TrainingStopped("sft/seed1: stopped")
 
-    for module, name in ((run, "make_bases"), (run, "check_bases"), (run, "write_world")):
-        monkeypatch.setattr(module, name, lambda *args: None)
-    monkeypatch.setattr(run.reproduce, "check_results", lambda *args: None)
-    monkeypatch.setattr(run.reproduce, "run_tasks", stop)
+    for name in ("make_bases", "check_bases", "write_world"):
+        monkeypatch.setattr(run, name, lambda *args: None)
+    monkeypatch.setattr(run.reproduce, "run_task", stop)
     assert run.main(["--output", str(tmp_path), "--worlds", "clock-fluent"]) == 0
     assert "sft/seed1: stopped" in capsys.readouterr().out

@@ -1,0 +1,129 @@
+"""The pre-registered rules of README.md, applied to the results that exist."""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+
+from examples.proving_ground.kept import Result, Scores
+from examples.proving_ground.worlds import KINDS, RETAINED
+from megatron_rasft.tools.evaluation.statistics import paired_interval
+
+CANDIDATE = "rasft_advantage"
+RIVALS = ("dft", "raft", "sft_grpo")
+DEFAULT = "rasft"
+PLACEBO = "advantage_placebo"
+
+LOWEST_DIFFERENCE = -1.0
+"""In each world the interval of the difference from the best rival is above this, in points."""
+SMALLEST_GAIN = 3.0
+"""The mean over the worlds is this much above each rival, in points."""
+
+BySeed = Mapping[int, Result]
+
+
+def lines(results: Sequence[Result], worlds: Sequence[str]) -> list[str]:
+    """Returns a line for each rule, with its numbers. Each comparison uses the seeds that both methods have.
+
+    Empty without a world in which the candidate and all rivals have a seed in common.
+    """
+    complete = [world for world in worlds if _shared(results, world, (CANDIDATE, *RIVALS))]
+    if not complete:
+        return []
+    return [
+        *(_rule_1(results, world) for world in complete),
+        *(_rule_2(results, complete, rival) for rival in RIVALS),
+        *_rule_3(results, complete),
+        *_placebo_rule(results, complete),
+    ]
+
+
+def by_seed(results: Iterable[Result], world: str, method: str) -> dict[int, Result]:
+    """Returns the results of a method in a world."""
+    return {r.seed: r for r in results if r.world == world and r.method == method}
+
+
+def _shared(results: Sequence[Result], world: str, methods: Sequence[str]) -> list[int]:
+    """Seeds that all methods have in a world."""
+    return sorted(set.intersection(*(set(by_seed(results, world, method)) for method in methods)))
+
+
+def _scores(
+    results: Sequence[Result], world: str, method: str, seeds: Sequence[int], kinds: Sequence[str]
+) -> Scores:
+    found = by_seed(results, world, method)
+    return np.stack([found[seed].scores(kinds) for seed in seeds])
+
+
+def _rule_1(results: Sequence[Result], world: str) -> str:
+    seeds = _shared(results, world, (CANDIDATE, *RIVALS))
+    scores = {method: _scores(results, world, method, seeds, KINDS) for method in (CANDIDATE, *RIVALS)}
+    best = max(RIVALS, key=lambda rival: scores[rival].mean())
+    low, high = paired_interval(scores[CANDIDATE], scores[best], pairs_seeds=True)
+    mean = 100 * (scores[CANDIDATE].mean() - scores[best].mean())
+    return (
+        f"1. {world}: {mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}] from the best, {best}, with {_seeds(seeds)}. "
+        f"{_verdict(100 * low > LOWEST_DIFFERENCE)}: the lower end must be above {LOWEST_DIFFERENCE:g}."
+    )
+
+
+def _rule_2(results: Sequence[Result], worlds: Sequence[str], rival: str) -> str:
+    mean = 100 * _pooled_difference(results, worlds, CANDIDATE, rival, KINDS).mean()
+    return (
+        f"2. Mean over {_worlds(worlds)}: {mean:+.1f} from {rival}. {_verdict(mean >= SMALLEST_GAIN)}: "
+        f"it must be at least {SMALLEST_GAIN:+g}."
+    )
+
+
+def _rule_3(results: Sequence[Result], worlds: Sequence[str]) -> list[str]:
+    found = [world for world in worlds if _shared(results, world, (CANDIDATE, DEFAULT))]
+    if not found:
+        return []
+    mean = 100 * _pooled_difference(results, found, CANDIDATE, DEFAULT, RETAINED).mean()
+    return [
+        f"3. Retained skills, mean over {_worlds(found)}: {mean:+.1f} from {DEFAULT}. {_verdict(mean >= 0)}: "
+        "it must not be below 0."
+    ]
+
+
+def _placebo_rule(results: Sequence[Result], worlds: Sequence[str]) -> list[str]:
+    found = [world for world in worlds if _shared(results, world, (CANDIDATE, PLACEBO))]
+    if not found:
+        return []
+    shared = set.intersection(*(set(_shared(results, world, (CANDIDATE, PLACEBO))) for world in found))
+    if not shared:
+        return []
+    seeds = sorted(shared)
+    both = [
+        np.concatenate([_scores(results, world, method, seeds, KINDS) for world in found], axis=1)
+        for method in (PLACEBO, CANDIDATE)
+    ]
+    low, high = paired_interval(*both, pairs_seeds=True)
+    mean = 100 * (both[0].mean() - both[1].mean())
+    return [
+        f"Placebo, over {_worlds(found)}: {mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}] from {CANDIDATE}, with "
+        f"{_seeds(seeds)}. {_verdict(high < 0)}: the interval must be below 0."
+    ]
+
+
+def _pooled_difference(
+    results: Sequence[Result], worlds: Sequence[str], ours: str, theirs: str, kinds: Sequence[str]
+) -> Scores:
+    """Mean difference of two methods in each world."""
+    means = []
+    for world in worlds:
+        seeds = _shared(results, world, (ours, theirs))
+        pair = [_scores(results, world, method, seeds, kinds).mean() for method in (ours, theirs)]
+        means.append(pair[0] - pair[1])
+    return np.array(means)
+
+
+def _verdict(is_met: bool) -> str:
+    return "Met" if is_met else "Not met"
+
+
+def _seeds(seeds: Sequence[int]) -> str:
+    return f"{'seed' if len(seeds) == 1 else 'seeds'} {', '.join(map(str, seeds))}"
+
+
+def _worlds(worlds: Sequence[str]) -> str:
+    return f"{len(worlds)} {'world' if len(worlds) == 1 else 'worlds'}"
