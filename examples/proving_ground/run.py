@@ -13,6 +13,7 @@ pre-trained first. DIR/results.md holds the tables, DIR/results.png the plot, an
 
 import argparse
 import dataclasses
+import itertools
 import os
 import subprocess
 import sys
@@ -56,11 +57,17 @@ def make_bases(names: Iterable[str], folder: Path, num_jobs: int) -> None:
     Raises:
         RasftError: a pre-training failed. The message names its log.
     """
-    needed = [name for name in dict.fromkeys(names) if not _exists(name, folder)]
-    first = dict.fromkeys(CORPORA[name].begins_with or name for name in needed)
+    lineages = [_missing_lineage(name, folder) for name in dict.fromkeys(names)]
     with ThreadPoolExecutor(num_jobs) as pool:
-        for group in (first, needed):
-            list(pool.map(lambda name: _make_base(name, folder), group))
+        for level in itertools.zip_longest(*lineages):
+            list(pool.map(lambda name: _make_base(name, folder), dict.fromkeys(filter(None, level))))
+
+
+def _missing_lineage(name: str, folder: Path) -> list[str]:
+    """Returns a base model that does not exist, after those that it begins with and that do not exist either."""
+    if not name or _exists(name, folder):
+        return []
+    return [*_missing_lineage(CORPORA[name].begins_with, folder), name]
 
 
 def _exists(name: str, folder: Path) -> bool:

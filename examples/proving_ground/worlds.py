@@ -185,12 +185,18 @@ _PLUS = Phase(
 """Goes before the others on the tape. A cell plus a uniform digit, modulo 10, is uniform, whichever of the two is known, so a model that looks
 at one of them learns nothing from it. With frequent ones it learns to look at the cell first, and then at the digit."""
 
+_MORE_PLUS = Phase(
+    steps=700, batch_tokens=2048, muon_lr=0.012, adam_lr=2e-3, style_share=0.12, style_length=3, operations="++~<^",
+)  # fmt: skip
+"""The same operation, twice as often as the others: after the first 1,900 steps a quarter of its results is still wrong."""
+
 _CLOCK, _TAPE = ChainTask(CLOCK, "terse", "spelled"), ChainTask(TAPE, "terse", "spelled")
 
 CORPORA: dict[str, Corpus] = {
     "clock": Corpus(_CLOCK, (_TERSE,)),
     "clock-fluent": Corpus(_CLOCK, (_STYLED, _TERSE_AGAIN), begins_with="clock"),
-    "tape": Corpus(_TAPE, (_PLUS, _TERSE)),
+    "tape-start": Corpus(_TAPE, (_PLUS, _TERSE)),
+    "tape": Corpus(_TAPE, (_MORE_PLUS,), begins_with="tape-start"),
     "tape-fluent": Corpus(_TAPE, (_STYLED, _TERSE_AGAIN), begins_with="tape"),
     "tape-wordy": Corpus(ChainTask(TAPE, "spelled", "terse"), (_PLUS, _TERSE)),
     "programs": Corpus(ProgramTask(), (_TERSE,)),

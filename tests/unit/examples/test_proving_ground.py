@@ -234,3 +234,18 @@ def test_a_stopped_training_ends_the_study_without_an_error(
     monkeypatch.setattr(run.reproduce, "run_task", stop)
     assert run.main(["--output", str(tmp_path), "--worlds", "clock-fluent"]) == 0
     assert "sft/seed1: stopped" in capsys.readouterr().out
+
+
+def test_missing_base_models_are_made_after_those_that_they_begin_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[str] = []
+    monkeypatch.setattr(run, "_make_base", lambda name, folder: made.append(name))
+    run.make_bases(["tape-fluent", "programs", "tape", "tape-fluent"], tmp_path, 1)
+    assert sorted(made) == ["programs", "tape", "tape-fluent", "tape-start"]
+    assert made.index("tape-start") < made.index("tape") < made.index("tape-fluent")
+    made.clear()
+    (tmp_path / "tape").mkdir()
+    (tmp_path / "tape" / "config.json").write_text("{}")
+    run.make_bases(["tape-fluent", "tape"], tmp_path, 1)
+    assert made == ["tape-fluent"]
