@@ -74,12 +74,12 @@ def describe(name: str, regime: Regime, num: int) -> str:
     shares = ", ".join(f"{kind} {regime.right[kind]:.2f}" for kind in KINDS)
     faults = "; ".join(regime.faults(WORLDS[name])) or "as intended"
     styles = f"long in the expert's style {regime.styled:.2f}, habit {regime.habit:.2f}"
-    return f"{beginning(name, num)} {shares}, {styles}: {faults}"
+    return f"{name}, {num} problems of each kind: {shares}, {styles}: {faults}"
 
 
-def beginning(name: str, num: int) -> str:
-    """Returns the first words of a world's line, by which a line of another number of problems is recognised."""
-    return f"{name}, {num} problems of each kind:"
+def num_measured(line: str) -> int:
+    """Returns the number of problems of each kind from a world's line."""
+    return int(line.split(", ")[1].split(" ")[0])
 
 
 def regime_file(folder: Path, name: str) -> Path:

@@ -117,7 +117,7 @@ def check_bases(worlds: Iterable[str], folder: Path, num: int) -> None:
 
 def _is_measured(world: str, folder: Path, num: int) -> bool:
     kept = regimes.regime_file(folder, world)
-    return kept.exists() and kept.read_text(encoding="utf-8").startswith(regimes.beginning(world, num))
+    return kept.exists() and regimes.num_measured(kept.read_text(encoding="utf-8")) >= num
 
 
 def setting_of(study: dict[str, Any], world: str, folder: Path, split: str, bases: Path) -> Setting:

@@ -20,7 +20,10 @@ from megatron_rasft.training.stopping import Stopped
 from megatron_rasft.types import Request, Response, SamplingParams
 
 KEY_BUCKET = 128
-"""The number of keys that attention reads is a multiple of this. Each number needs its own CUDA graph, so there should be few."""
+"""With CUDA graphs the number of keys that attention reads is a multiple of this. Each number needs its own graph, so there should be few."""
+
+PLAIN_KEY_BUCKET = 16
+"""The same without CUDA graphs, where another number costs nothing and each key does."""
 
 NUCLEUS_CANDIDATES = 4096
 """How many of the most likely tokens are sorted for top-p sampling. If the nucleus of a row has more tokens, the step is repeated
@@ -313,7 +316,8 @@ class Decoder:
         left = max(s.limit - s.count for s in self._samples.values())
         num_steps = min(self._model.steps_per_read, left)
         farthest = max(s.position for s in self._samples.values())
-        length = min(-(-(farthest + num_steps) // KEY_BUCKET) * KEY_BUCKET, self._cache.length)
+        bucket = KEY_BUCKET if self._model.has_graphs else PLAIN_KEY_BUCKET
+        length = min(-(-(farthest + num_steps) // bucket) * bucket, self._cache.length)
         is_cut = (
             self._params.temperature > 0
             and self._params.top_p < 1

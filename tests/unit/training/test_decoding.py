@@ -155,6 +155,7 @@ def sample(model: OneLayer, params: SamplingParams, num_rows: int, **changes: An
 @pytest.fixture(autouse=True)
 def small_key_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoding, "KEY_BUCKET", 8)
+    monkeypatch.setattr(decoding, "PLAIN_KEY_BUCKET", 4)
 
 
 @pytest.fixture(scope="module")
@@ -274,6 +275,21 @@ def test_steps_of_one_graph_use_the_same_tensors_and_shapes_are_few(
     assert all(len(addresses) == 1 for addresses in used.values())
     assert {8} < {num for num, _ in used} <= {8, 4, 2}
     assert {length % 8 for _, length in used} == {0}
+
+
+def test_without_graphs_few_more_keys_are_read_than_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+    plain = CachedAttention.forward
+
+    def recorded(layer: CachedAttention, *args: Any) -> Tensor:
+        step = layer._cache.step
+        if isinstance(step, Decode):
+            read.append(step.mask.shape[-1] - int(step.positions.max()))
+        return plain(layer, *args)
+
+    monkeypatch.setattr(CachedAttention, "forward", recorded)
+    sample(OneLayer(), PARAMS["plain"], 5)
+    assert read and min(read) >= 1 and max(read) <= 4
 
 
 def test_samples_of_a_prompt_share_its_prefill_and_prefills_are_limited_in_tokens(
