@@ -76,6 +76,11 @@ class Result:
         return np.array([score for kind in kinds for score in outcomes[kind].scores])
 
     @property
+    def samples(self) -> tuple[Any, ...]:
+        """What another run of the same training has again, if it computes the same numbers."""
+        return self.sampled, self.greedy, self.trained_tokens, self.generated_tokens
+
+    @property
     def response_tokens(self) -> float:
         """Mean length of the sampled responses to the trained kinds."""
         return statistics.fmean(self.sampled[kind].mean_tokens for kind in KINDS)
@@ -218,6 +223,19 @@ class Shelf:
 
     def get(self, task: Task) -> Result | None:
         return self._results.get(task)
+
+
+def describe_agreement(results: Sequence[Result], shipped: Iterable[Result]) -> str:
+    """Says how many results have the same samples as the shipped ones of the same training."""
+    by_task = {result.task: result for result in shipped}
+    pairs = [
+        (r, by_task[r.task])
+        for r in results
+        if r.task in by_task and r.made_from == by_task[r.task].made_from
+    ]
+    different = [ours.task.name for ours, theirs in pairs if ours.samples != theirs.samples]
+    text = f"{len(pairs) - len(different)} of {len(pairs)} trainings that were shipped have the same samples again"
+    return f"{text}, not {', '.join(different)}." if different else f"{text}."
 
 
 def describe_others(others: Sequence[Result], origins: Mapping[Task, Origin]) -> str:

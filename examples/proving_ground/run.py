@@ -36,6 +36,7 @@ from examples.proving_ground.kept import (  # noqa: E402
     Origin,
     Result,
     Shelf,
+    describe_agreement,
     describe_others,
     origin_of,
     read_finished,
@@ -196,6 +197,10 @@ def run(args: argparse.Namespace) -> None:
     results = [result for world in worlds for result in world.results]
     missing = {world.name: [t.name for t in world.origins if not world.shelf.get(t)] for world in worlds}
     print(write_results(results, args.output, args.against, lines, missing))
+    if args.fresh:
+        for world in worlds:
+            shipped = read_records(record_file(FOLDER / "records", args.split, world.name))
+            print(f"{world.name}: {describe_agreement(world.results, shipped)}")
 
 
 def _open_world(

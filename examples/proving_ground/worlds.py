@@ -20,6 +20,9 @@ KINDS = ("short", "mid", "long", "new")
 RETAINED = ("sort", "rev", "add")
 """Skills of the base model that no training problem asks for."""
 
+CORPUS_LENGTHS: Mapping[int, int] = {1: 8, 2: 24, 3: 24, 4: 14, 5: 7, 6: 4, 7: 1, 8: 1}
+"""Number of steps of a problem in the corpus -> its weight."""
+
 Row = dict[str, Any]
 """A row of training or evaluation data: problem, response, and answer or tests."""
 
@@ -71,9 +74,6 @@ LENGTHS: Mapping[str, tuple[int, ...]] = {"short": (2, 3, 4), "mid": (5,), "long
 
 NUM_NEW = (1, 1, 2)
 """New operations in a problem of kind ``new``."""
-
-CORPUS_LENGTHS = {1: 8, 2: 24, 3: 24, 4: 14, 5: 7, 6: 4, 7: 1, 8: 1}
-"""Number of steps of a problem in the corpus -> its weight."""
 
 CORPUS_NOISE = 0.02
 """Share of steps in the corpus that have a random result."""

@@ -114,6 +114,20 @@ def test_fresh_uses_nothing_that_was_shipped(
     assert len(TRAINED) == 2 and made == [tmp_path / "second" / "bases"]
 
 
+def test_a_fresh_study_says_whether_it_has_the_shipped_samples_again(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(tmp_path / "first") == 0
+    shutil.copytree(tmp_path / "first" / "records", folder / "records")
+    shipped = folder / "records" / "test" / f"{WORLD}.jsonl"
+    dft, sft = kept.read_records(shipped)
+    kept.write_records([dft, dataclasses.replace(sft, sampled=outcomes(3, 4), seconds=9.0)], shipped)
+    capsys.readouterr()
+    assert call(tmp_path / "second", "--fresh", "--bases", str(folder / "bases")) == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.startswith(f"{WORLD}: 1 of 2 ") and "sft-seed1" in line and "dft" not in line
+
+
 @pytest.mark.parametrize(
     ("flags", "part"), [(["--steps", "7"], "training"), (["--limit", "3"], "evaluation"), ([], "base")]
 )
