@@ -129,6 +129,12 @@ def _share_of_peak(step: int, total: int) -> float:
     return min(1.0, (step + 1) / 50) * decay
 
 
+def depth_of(name: str) -> int:
+    """Returns how many models a base model begins with, one after the other."""
+    begins_with = CORPORA[name].begins_with
+    return 1 + depth_of(begins_with) if begins_with else 0
+
+
 def main(argv: list[str] | None = None) -> None:
     """Runs the command line."""
     parser = argparse.ArgumentParser(
@@ -147,11 +153,12 @@ def main(argv: list[str] | None = None) -> None:
             f"--begin-with must be {f'the model {corpus.begins_with}' if corpus.begins_with else 'left out'}"
         )
     torch.set_num_threads(1)  # sums up in the same order on machines with more cores
+    transformers.utils.logging.disable_progress_bar()  # the log is kept
     torch.manual_seed(args.seed)
     model = transformers.LlamaForCausalLM.from_pretrained(args.begin_with) if args.begin_with else new_model()
     model.float()
     for number, phase in enumerate(corpus.phases):
-        train(model, corpus, phase, seed=100 * args.seed + number + 10 * bool(corpus.begins_with))
+        train(model, corpus, phase, seed=100 * args.seed + 10 * depth_of(args.name) + number)
     model.half().save_pretrained(args.output)
     build_tokenizer().save_pretrained(args.output)
     weights = (args.output / "model.safetensors").read_bytes()

@@ -190,14 +190,18 @@ _MORE_PLUS = Phase(
 )  # fmt: skip
 """The same operation, twice as often as the others: after the first 1,900 steps a quarter of its results is still wrong."""
 
+_SLOWLY = dataclasses.replace(_MORE_PLUS, steps=400, muon_lr=0.006, adam_lr=1e-3)
+"""The same at half the rate: before it the model solves 0.76 of the short problems, after it as many as it should."""
+
 _CLOCK, _TAPE = ChainTask(CLOCK, "terse", "spelled"), ChainTask(TAPE, "terse", "spelled")
 
 CORPORA: dict[str, Corpus] = {
     "clock": Corpus(_CLOCK, (_TERSE,)),
     "clock-fluent": Corpus(_CLOCK, (_STYLED, _TERSE_AGAIN), begins_with="clock"),
-    "tape-start": Corpus(_TAPE, (_PLUS, _TERSE)),
-    "tape": Corpus(_TAPE, (_MORE_PLUS,), begins_with="tape-start"),
-    "tape-fluent": Corpus(_TAPE, (_STYLED, _TERSE_AGAIN), begins_with="tape"),
+    "tape-1": Corpus(_TAPE, (_PLUS, _TERSE)),
+    "tape-2": Corpus(_TAPE, (_MORE_PLUS,), begins_with="tape-1"),
+    "tape": Corpus(_TAPE, (_SLOWLY,), begins_with="tape-2"),
+    "tape-fluent": Corpus(_TAPE, (_STYLED, _TERSE_AGAIN), begins_with="tape-2"),
     "tape-wordy": Corpus(ChainTask(TAPE, "spelled", "terse"), (_PLUS, _TERSE)),
     "programs": Corpus(ProgramTask(), (_TERSE,)),
 }

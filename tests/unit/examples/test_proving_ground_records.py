@@ -72,9 +72,8 @@ def fake_task(setting: Setting, task: Task, root: Path, keeps_models: bool) -> N
 
 
 def call(output: Path, *flags: str) -> int:
-    return run.main(
-        ["--output", str(output), "--worlds", WORLD, "--methods", "sft", "dft", "--seeds", "1", *flags]
-    )
+    command = ["--output", str(output), "--worlds", WORLD, "--methods", "sft", "dft", "--seeds", "1"]
+    return run.main([*command, "--num-train", "16", *flags])
 
 
 def test_shipped_records_take_the_place_of_trainings(
@@ -149,7 +148,7 @@ def test_records_of_other_data_are_not_used(folder: Path, tmp_path: Path) -> Non
     assert call(tmp_path / "first") == 0
     shutil.copytree(tmp_path / "first" / "records", folder / "records")
     TRAINED.clear()
-    assert call(tmp_path / "second", "--num-train", "40") == 0
+    assert call(tmp_path / "second", "--num-train", "20") == 0
     assert len(TRAINED) == 2
 
 
