@@ -32,7 +32,7 @@ def make_record(flags: Mapping[str, Sequence[str]], num_processes: int) -> Recor
     return {
         "flags": {name: list(values) for name, values in flags.items()},
         "num_processes": num_processes,
-        "files": {name: _checksum(path, path.stat().st_mtime_ns) for name, path in files.items()},
+        "files": {name: checksum(path) for name, path in files.items()},
         "commit": current_commit(),
     }
 
@@ -85,9 +85,13 @@ def _text(flag: str, flags: dict[str, list[str]]) -> str:
     return " ".join([flag, *flags[flag]]) if flag in flags else f"without {flag}"
 
 
+def checksum(path: Path) -> str:
+    """Returns the SHA-256 of a file, which is read only once if it does not change."""
+    return _checksum(path, path.stat().st_mtime_ns)
+
+
 @cache
 def _checksum(path: Path, changed_ns: int) -> str:
-    """Returns the SHA-256 of a file. The cache's key includes the time of the file's last change."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -9,7 +9,6 @@ import statistics
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from examples.benchmark_reproduction.comparison import read_curve
+from examples.benchmark_reproduction.records import checksum
 from examples.benchmark_reproduction.reproduce import Setting, Task, record_of
 from examples.proving_ground.worlds import KINDS
 from megatron_rasft import files
@@ -125,12 +125,7 @@ def _digest(value: Any) -> str:
 def weights_checksum(model: Path) -> str:
     """Returns the beginning of the SHA-256 of a model's weights, or an empty text without them."""
     path = model / "model.safetensors"
-    return _file_checksum(path, path.stat().st_mtime_ns)[:16] if path.is_file() else ""
-
-
-@cache
-def _file_checksum(path: Path, changed_ns: int) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    return checksum(path)[:16] if path.is_file() else ""
 
 
 def read_finished(world: str, task: Task, folder: Path, made_from: Origin) -> Result:
