@@ -289,7 +289,7 @@ def test_without_graphs_few_more_keys_are_read_than_exist(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(CachedAttention, "forward", recorded)
     sample(OneLayer(), PARAMS["plain"], 5)
-    assert read and min(read) >= 1 and max(read) <= 4
+    assert read and max(read) <= 4
 
 
 def test_samples_of_a_prompt_share_its_prefill_and_prefills_are_limited_in_tokens(
