@@ -27,14 +27,18 @@ def make_record(flags: Mapping[str, Sequence[str]], num_processes: int) -> Recor
             be moved.
         num_processes: processes of the training and of the evaluations.
     """
-    names = [value.rpartition("=")[2] for values in flags.values() for value in values]
-    files = {name: ROOT / name for name in names if os.path.isfile(ROOT / name)}
     return {
         "flags": {name: list(values) for name, values in flags.items()},
         "num_processes": num_processes,
-        "files": {name: checksum(path) for name, path in files.items()},
+        "files": checksums_of(flags),
         "commit": current_commit(),
     }
+
+
+def checksums_of(flags: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """Returns the files that flags name, with their SHA-256."""
+    names = [value.rpartition("=")[2] for values in flags.values() for value in values]
+    return {name: checksum(ROOT / name) for name in names if os.path.isfile(ROOT / name)}
 
 
 def read_record(path: Path) -> Record | None:

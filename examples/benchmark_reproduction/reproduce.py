@@ -275,12 +275,17 @@ def _as_flags(flags: dict[str, Any]) -> Iterator[str]:
 
 def record_of(setting: Setting, task: Task) -> records.Record:
     """Returns the provenance of the task's result."""
+    return records.make_record(flags_of(setting, task), setting.num_processes)
+
+
+def flags_of(setting: Setting, task: Task) -> dict[str, list[str]]:
+    """Returns the flags of the task's trainings and evaluations, with ``.`` for the task's folder."""
     here = Path()
     flags = {name: evaluation_flags(setting, task, here, name) for name in evaluations(setting)}
     first = first_training_flags(setting, task, here)
     trainings = {"first training": first} if first else {}
     trainings["training"] = training_flags(setting, task, here)
-    return records.make_record(trainings | flags, setting.num_processes)
+    return trainings | flags
 
 
 def check_results(setting: Setting, tasks: Sequence[Task], root: Path) -> None:

@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from examples.benchmark_reproduction.comparison import read_curve
-from examples.benchmark_reproduction.records import checksum
-from examples.benchmark_reproduction.reproduce import Setting, Task, record_of
+from examples.benchmark_reproduction.records import checksum, checksums_of
+from examples.benchmark_reproduction.reproduce import Setting, Task, evaluations, flags_of
 from examples.proving_ground.worlds import KINDS
 from megatron_rasft import files
 
@@ -99,15 +99,14 @@ def origin_of(setting: Setting, task: Task, names: Mapping[Path, str]) -> Origin
         task: the task.
         names: folder that paths begin with -> its name.
     """
-    record = record_of(setting, task)
-    parts = record["flags"]
-    is_evaluation = {name: name in ("evaluation", "greedy") for name in parts}
-    checksums = {_renamed(file, names): checksum for file, checksum in record["files"].items()}
-    flags = {name: [_renamed(flag, names) for flag in flags] for name, flags in parts.items()}
+    plain = flags_of(setting, task)
+    flags = {part: [_renamed(word, names) for word in words] for part, words in plain.items()}
+    data = {_renamed(file, names): digest for file, digest in checksums_of(plain).items()}
+    judged = evaluations(setting)
     return {
-        "training": _digest({name: flags[name] for name in flags if not is_evaluation[name]}),
-        "evaluation": _digest({name: flags[name] for name in flags if is_evaluation[name]}),
-        "data": _digest(checksums),
+        "training": _digest({part: words for part, words in flags.items() if part not in judged}),
+        "evaluation": _digest({part: words for part, words in flags.items() if part in judged}),
+        "data": _digest(data),
         "base": weights_checksum(Path(setting.model)),
     }
 
