@@ -1,5 +1,6 @@
 """The pre-registered rules of README.md, applied to the results that exist."""
 
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -59,7 +60,7 @@ def _rule_1(results: Sequence[Result], world: str) -> str:
     scores = {method: _scores(results, world, method, seeds, KINDS) for method in (CANDIDATE, *RIVALS)}
     best = max(RIVALS, key=lambda rival: scores[rival].mean())
     low, high = paired_interval(scores[CANDIDATE], scores[best], pairs_seeds=True)
-    mean = 100 * (scores[CANDIDATE].mean() - scores[best].mean())
+    mean = 100 * float(scores[CANDIDATE].mean() - scores[best].mean())
     return (
         f"1. {world}: {mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}] from the best, {best}, with {_seeds(seeds)}. "
         f"{_verdict(100 * low > LOWEST_DIFFERENCE)}: the lower end must be above {LOWEST_DIFFERENCE:g}."
@@ -67,7 +68,7 @@ def _rule_1(results: Sequence[Result], world: str) -> str:
 
 
 def _rule_2(results: Sequence[Result], worlds: Sequence[str], rival: str) -> str:
-    mean = 100 * _pooled_difference(results, worlds, CANDIDATE, rival, KINDS).mean()
+    mean = 100 * _mean_difference(results, worlds, CANDIDATE, rival, KINDS)
     return (
         f"2. Mean over {_worlds(worlds)}: {mean:+.1f} from {rival}. {_verdict(mean >= SMALLEST_GAIN)}: "
         f"it must be at least {SMALLEST_GAIN:+g}."
@@ -78,7 +79,7 @@ def _rule_3(results: Sequence[Result], worlds: Sequence[str]) -> list[str]:
     found = [world for world in worlds if _shared(results, world, (CANDIDATE, DEFAULT))]
     if not found:
         return []
-    mean = 100 * _pooled_difference(results, found, CANDIDATE, DEFAULT, RETAINED).mean()
+    mean = 100 * _mean_difference(results, found, CANDIDATE, DEFAULT, RETAINED)
     return [
         f"3. Retained skills, mean over {_worlds(found)}: {mean:+.1f} from {DEFAULT}. {_verdict(mean >= 0)}: "
         "it must not be below 0."
@@ -87,34 +88,32 @@ def _rule_3(results: Sequence[Result], worlds: Sequence[str]) -> list[str]:
 
 def _placebo_rule(results: Sequence[Result], worlds: Sequence[str]) -> list[str]:
     found = [world for world in worlds if _shared(results, world, (CANDIDATE, PLACEBO))]
-    if not found:
+    shared = [set(_shared(results, world, (CANDIDATE, PLACEBO))) for world in found]
+    seeds = sorted(set.intersection(*shared)) if shared else []
+    if not seeds:
         return []
-    shared = set.intersection(*(set(_shared(results, world, (CANDIDATE, PLACEBO))) for world in found))
-    if not shared:
-        return []
-    seeds = sorted(shared)
-    both = [
+    placebo, candidate = (
         np.concatenate([_scores(results, world, method, seeds, KINDS) for world in found], axis=1)
         for method in (PLACEBO, CANDIDATE)
-    ]
-    low, high = paired_interval(*both, pairs_seeds=True)
-    mean = 100 * (both[0].mean() - both[1].mean())
+    )
+    low, high = paired_interval(placebo, candidate, pairs_seeds=True)
+    mean = 100 * (placebo.mean() - candidate.mean())
     return [
         f"Placebo, over {_worlds(found)}: {mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}] from {CANDIDATE}, with "
         f"{_seeds(seeds)}. {_verdict(high < 0)}: the interval must be below 0."
     ]
 
 
-def _pooled_difference(
+def _mean_difference(
     results: Sequence[Result], worlds: Sequence[str], ours: str, theirs: str, kinds: Sequence[str]
-) -> Scores:
-    """Mean difference of two methods in each world."""
-    means = []
+) -> float:
+    """Mean over the worlds of the difference of two methods."""
+    differences = []
     for world in worlds:
         seeds = _shared(results, world, (ours, theirs))
-        pair = [_scores(results, world, method, seeds, kinds).mean() for method in (ours, theirs)]
-        means.append(pair[0] - pair[1])
-    return np.array(means)
+        means = [float(_scores(results, world, name, seeds, kinds).mean()) for name in (ours, theirs)]
+        differences.append(means[0] - means[1])
+    return statistics.fmean(differences)
 
 
 def _verdict(is_met: bool) -> str:
