@@ -74,6 +74,8 @@ def write_results(
                 "",
                 "## The pre-registered rules, applied to these results",
                 "",
+                "They decide once all kept worlds have all seeds.",
+                "",
                 *(f"- {rule}" for rule in rules),
                 "",
             ]
