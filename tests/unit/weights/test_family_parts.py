@@ -4,9 +4,11 @@ from typing import Any
 
 import pytest
 
+from megatron_rasft.weights.architecture import read_shape
 from megatron_rasft.weights.families import FAMILIES, NameTable
-from megatron_rasft.weights.families.shape import LatentShape
-from tests.unit.weights.test_families import LATENT, LAYER, bind, shape
+from megatron_rasft.weights.families.shape import DeltaShape, LatentShape
+from tests.unit.weights.test_architecture import transformers_config
+from tests.unit.weights.test_families import LATENT, LAYER, LAYER_TYPES, bind, shape
 
 
 @pytest.mark.parametrize(
@@ -50,3 +52,160 @@ def test_parameters_that_every_rank_holds_are_not_split() -> None:
     latent = NameTable(FAMILIES["DeepseekV3ForCausalLM"], shape(latent=LATENT))
     down = bind(latent, LAYER + "self_attention.linear_q_down_proj.weight")
     assert not down.is_split((6, 8)) and down.is_split((3, 8))
+
+
+SIZES = {
+    "num_hidden_layers": 8,
+    "hidden_size": 32,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 11,
+}
+LATENT_SIZES = {
+    "q_lora_rank": 24,
+    "kv_lora_rank": 20,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 10,
+}
+EXPERT_SIZES = {
+    "moe_intermediate_size": 14,
+    "n_routed_experts": 16,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 4,
+}
+ROUTING = {"n_group": 4, "topk_group": 2, "routed_scaling_factor": 1.25}
+DELTA_SIZES = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 6,
+    "linear_key_head_dim": 12,
+    "linear_value_head_dim": 10,
+    "linear_conv_kernel_dim": 3,
+    "full_attention_interval": 3,
+}
+
+
+def sigmoid_args(config: Any, layers: list[int]) -> dict[str, Any]:
+    """Megatron's arguments for experts that are chosen by sigmoid scores, from transformers' configuration."""
+    has_groups = config.topk_group < config.n_group
+    return {
+        "num_experts": config.n_routed_experts,
+        "moe_router_topk": config.num_experts_per_tok,
+        "ffn_hidden_size": config.intermediate_size,
+        "moe_ffn_hidden_size": config.moe_intermediate_size,
+        "moe_shared_expert_intermediate_size": config.n_shared_experts * config.moe_intermediate_size,
+        "moe_layer_freq": layers,
+        "moe_router_score_function": "sigmoid",
+        "moe_router_pre_softmax": False,
+        "moe_router_enable_expert_bias": True,
+        "moe_router_bias_update_rate": 0.0,
+        "moe_router_dtype": "fp32",
+        "moe_router_topk_scaling_factor": config.routed_scaling_factor,
+        "moe_router_num_groups": config.n_group if has_groups else None,
+        "moe_router_group_topk": config.topk_group if has_groups else None,
+    }
+
+
+@pytest.mark.parametrize(
+    "values", [{}, EXPERT_SIZES | ROUTING | {"first_k_dense_replace": 2}], ids=["absent", "given"]
+)
+def test_experts_of_glm4_moe_are_those_of_transformers(values: dict[str, Any]) -> None:
+    family, given = FAMILIES["Glm4MoeForCausalLM"], SIZES | values
+    config = transformers_config(family.architecture, **given)
+    dense = config.first_k_dense_replace
+    sizes = read_shape(given, family)
+    assert (sizes.ffn_hidden_size, sizes.num_experts) == (
+        config.moe_intermediate_size,
+        config.n_routed_experts,
+    )
+    assert (sizes.has_qkv_bias, sizes.has_qk_norm) == (config.attention_bias, config.use_qk_norm)
+    assert family.own_args(given, sizes) == sigmoid_args(config, [0] * dense + [1] * (8 - dense))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{}, LATENT_SIZES | EXPERT_SIZES | ROUTING, LATENT_SIZES | {"q_lora_rank": None}],
+    ids=["absent", "given", "no latent of queries"],
+)
+@pytest.mark.parametrize(
+    ("architecture", "dense"),
+    [
+        ("DeepseekV3ForCausalLM", {"first_k_dense_replace": 2}),
+        ("Glm4MoeLiteForCausalLM", {"mlp_layer_types": ["dense"] * 2 + ["sparse"] * 6}),
+    ],
+)
+def test_latent_attention_is_that_of_transformers(
+    architecture: str, dense: dict[str, Any], values: dict[str, Any]
+) -> None:
+    family, given = FAMILIES[architecture], SIZES | values | (dense if "n_group" in values else {})
+    config = transformers_config(architecture, **given)
+    sizes = read_shape(given, family)
+    assert sizes.latent == LatentShape(
+        query_rank=config.q_lora_rank,
+        key_value_rank=config.kv_lora_rank,
+        plain_dim=config.qk_nope_head_dim,
+        rotary_dim=config.qk_rope_head_dim,
+        value_dim=config.v_head_dim,
+    )
+    assert (sizes.head_dim, sizes.num_query_groups) == (config.v_head_dim, 4)
+    kinds = getattr(config, "mlp_layer_types", None)
+    first = getattr(config, "first_k_dense_replace", 0) if kinds is None else kinds.count("dense")
+    assert family.own_args(given, sizes) == {
+        "multi_latent_attention": True,
+        "group_query_attention": False,
+        "qk_layernorm": True,
+        "q_lora_rank": config.q_lora_rank,
+        "kv_lora_rank": config.kv_lora_rank,
+        "qk_head_dim": config.qk_nope_head_dim,
+        "qk_pos_emb_head_dim": config.qk_rope_head_dim,
+        "v_head_dim": config.v_head_dim,
+        **sigmoid_args(config, [0] * first + [1] * (8 - first)),
+    }
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{}, DELTA_SIZES, {"layer_types": LAYER_TYPES * 2 + LAYER_TYPES[:2]}],
+    ids=["absent", "given", "layers"],
+)
+@pytest.mark.parametrize(
+    "architecture", ["Qwen3_5ForCausalLM", "Qwen3_5MoeForCausalLM", "Qwen3NextForCausalLM"]
+)
+def test_gated_delta_nets_are_those_of_transformers(architecture: str, values: dict[str, Any]) -> None:
+    family, given = FAMILIES[architecture], SIZES | values
+    if family.has_experts and values:
+        given |= {"moe_intermediate_size": 14, "num_experts": 16, "shared_expert_intermediate_size": 18}
+    config = transformers_config(architecture, **given)
+    is_delta = [kind == "linear_attention" for kind in config.layer_types]
+    sizes = read_shape(given, family)
+    assert sizes.delta == DeltaShape(
+        num_key_heads=config.linear_num_key_heads,
+        num_value_heads=config.linear_num_value_heads,
+        key_dim=config.linear_key_head_dim,
+        value_dim=config.linear_value_head_dim,
+        kernel_size=config.linear_conv_kernel_dim,
+        is_delta=tuple(is_delta),
+    )
+    expected = {
+        "experimental_attention_variant": "gated_delta_net",
+        "linear_attention_freq": list(map(int, is_delta)),
+        "linear_num_key_heads": config.linear_num_key_heads,
+        "linear_num_value_heads": config.linear_num_value_heads,
+        "linear_key_head_dim": config.linear_key_head_dim,
+        "linear_value_head_dim": config.linear_value_head_dim,
+        "linear_conv_kernel_dim": config.linear_conv_kernel_dim,
+        "attention_output_gate": True,
+        "layernorm_zero_centered_gamma": True,
+    }
+    args = family.own_args(given, sizes)
+    assert expected.items() <= args.items()
+    if family.has_experts:
+        assert (sizes.num_experts, sizes.ffn_hidden_size) == (
+            config.num_experts,
+            config.moe_intermediate_size,
+        )
+        assert args["moe_shared_expert_intermediate_size"] == config.shared_expert_intermediate_size
+        assert args["moe_shared_expert_gate"] is True
+    else:
+        assert args == expected
