@@ -108,8 +108,10 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     return Bench(root, write_sums(root / "sums.jsonl", 40))
 
 
-def assert_gpu_path(found: list[facts.Facts], *, kernels: set[str]) -> None:
-    """Checks that every rank used only the modules for GPUs, and called these kernels."""
+def assert_gpu_path(
+    found: list[facts.Facts], *, kernels: set[str], own: frozenset[str] = frozenset()
+) -> None:
+    """Checks that every rank used only the modules for GPUs, and this project's classes ``own``, and called these kernels."""
     for rank in found:
         assert (rank.backend, rank.distributed_backend) == ("nccl", "nccl")
         assert rank.transformer_impl == "transformer_engine"
@@ -117,6 +119,8 @@ def assert_gpu_path(found: list[facts.Facts], *, kernels: set[str]) -> None:
         assert not rank.cpu_backend_is_on
         assert rank.gradient_accumulation_fusion
         assert rank.core_attention == ["megatron.core.extensions.transformer_engine.TEDotProductAttention"]
-        assert not [layer for layer in rank.layers if layer.startswith("megatron_rasft.")]
+        assert own == {
+            layer.rpartition(".")[2] for layer in rank.layers if layer.startswith("megatron_rasft.")
+        }
         assert kernels <= rank.kernels.keys(), rank.kernels
     assert sum(rank.kernels.get("fused_logprobs", 0) for rank in found) > 0
