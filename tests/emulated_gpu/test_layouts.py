@@ -55,9 +55,12 @@ CASES = {
     "recompute_selective": Case(flags="--recompute-granularity selective --recompute-modules core_attn mlp"),
     "qwen2": Case(flags="", model="qwen2_tied"),
     "qwen3": Case(flags="", model="qwen3"),
-    "cp2_windows": Case(
-        flags="--context-parallel-size 2 --cp-comm-type a2a", model="qwen3_tied", ranks=2
-    ),  # half of the layers have a window
+    "cp2_windows": Case(  # half of the layers have a window
+        flags="--context-parallel-size 2 --cp-comm-type a2a --rasft-batch-layout padded",
+        model="qwen3_tied",
+        ranks=2,
+        kernels=PADDED,
+    ),
     "gemma3": Case(
         flags="--tensor-model-parallel-size 2 --sequence-parallel",
         model="gemma3",
