@@ -43,7 +43,7 @@ class Layout:
     on_emulated_gpus: bool = False
 
 
-_INTERLEAVED = "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1"
+_INTERLEAVED = "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1 --rollout-max-new-tokens 4"
 LAYOUTS = {
     "qwen2.5-math-1.5b": Layout("qwen2_one_group"),
     "llama-3.2-3b": Layout("llama"),
