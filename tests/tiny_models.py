@@ -178,7 +178,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3_vision": (
         "Gemma3ForConditionalGeneration",
         {
-            "num_attention_heads": 2,
+            "num_attention_heads": 4,
             "num_key_value_heads": 1,
             "head_dim": 16,
             "sliding_window": 64,
