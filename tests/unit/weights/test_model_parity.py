@@ -27,7 +27,7 @@ from megatron_rasft.training.kv_cache import (  # noqa: E402
 )
 from megatron_rasft.weights import HfFolder, export, gather_tensors, load_into, megatron_args  # noqa: E402
 from megatron_rasft.weights.folder import INDEX_FILE  # noqa: E402
-from tests.tiny_models import CASES, build_chunks, hf_model, some_tokens, write_folder  # noqa: E402
+from tests.tiny_models import CASES, build_chunks, hf_model, save_model, some_tokens, write_folder  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
@@ -71,6 +71,44 @@ def test_logits_equal_those_of_transformers(folders: dict[str, HfFolder], case: 
     assert expected.std() > 0.1
     assert (got[..., :vocab] - expected).abs().max() < 1e-5
     assert (got[..., vocab:] == 0).all()
+
+
+def next_token_loss(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+
+
+def become_gradients(model: torch.nn.Module) -> None:
+    """Puts the gradient of each parameter in its place, so that it gets the parameter's name and layout in a folder."""
+    with torch.no_grad():
+        for param in model.parameters():
+            param.copy_(torch.zeros_like(param) if param.grad is None else param.grad)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_loss_and_gradients_equal_those_of_transformers(
+    folders: dict[str, HfFolder], tmp_path: Path, case: str
+) -> None:
+    """The first step of training: the backward pass of every kind of layer."""
+    folder, tokens, reference = folders[case], some_tokens(length=32), hf_model(case)
+    reference.get_input_embeddings().padding_idx = None  # training does not know padding tokens
+    chunks, offsets = load(folder)
+    chunks[0].train()
+    positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+    vocab = folder.shape.vocab_size
+    losses = (
+        next_token_loss(chunks[0](tokens, positions, None)[..., :vocab], tokens),
+        next_token_loss(reference(tokens).logits, tokens),
+    )
+    for loss, model in zip(losses, (chunks[0], reference), strict=True):
+        loss.backward()
+        become_gradients(model)
+    assert (losses[0] - losses[1]).abs() < 1e-5
+    save_model(reference, tmp_path / "gradients")
+    expected = HfFolder.open(tmp_path / "gradients")
+    largest = max(expected.read(name).abs().max().item() for name in expected.tensors)
+    for name, tensor in gather_tensors(chunks, folder.table, layer_offsets=offsets, tp_group=None):
+        if tensor is not None and name not in folder.table.buffers:
+            assert (tensor - expected.read(name)).abs().max() < 1e-4 * largest, name
 
 
 @pytest.mark.parametrize("case", CASES)
