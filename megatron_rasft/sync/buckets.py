@@ -5,7 +5,7 @@ import mmap
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import NamedTuple, Protocol
 
 import torch
@@ -67,13 +67,15 @@ def _num_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
 
 
 def related_sets(tensors: Iterable[Planned]) -> list[list[Planned]]:
-    """Returns the tensors in sets that must be in one bucket, because the server fuses q, k, v and gate, up."""
+    """Returns the tensors in sets that must be in one bucket, because the server fuses q, k, v and gate, up.
+
+    Tensors that lie between two of a set belong to the set too, because the trainer's order is kept.
+    """
     sets: list[list[Planned]] = []
+    place: dict[str, int] = {}
     for tensor in tensors:
-        if sets and fused_name(sets[-1][0].name) == fused_name(tensor.name):
-            sets[-1].append(tensor)
-        else:
-            sets.append([tensor])
+        first = place.setdefault(fused_name(tensor.name), len(sets))
+        sets[first:] = [[*chain.from_iterable(sets[first:]), tensor]]
     return sets
 
 

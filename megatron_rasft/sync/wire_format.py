@@ -18,6 +18,8 @@ _FUSED = {
     "up_proj": "gate_up_proj",
     "w1": "w13",
     "w3": "w13",
+    "q_a_proj": "fused_qkv_a_proj_with_mqa",
+    "kv_a_proj_with_mqa": "fused_qkv_a_proj_with_mqa",
 }
 """Linear layer -> the layer into which SGLang fuses it, with the rows in the order of this table."""
 

@@ -127,25 +127,19 @@ def check_served(family: Family, rope: Rope, config: RasftConfig) -> None:
     """Refuses rollouts of SGLang for a model that SGLang computes differently, or whose weights it has not been sent before.
 
     Raises:
-        ValueError: the model also sees images, it has multi-latent attention or experts with biases, or SGLang multiplies YaRN's embedding by another factor than transformers.
+        ValueError: no server has taken weights of the family, its experts have biases, or SGLang multiplies YaRN's embedding by another factor than transformers.
     """
     if not config.samples_rollouts or config.rollout.rollout_engine != "sglang":
         return
-    if family.text_model_type is not None:
+    if not family.is_served:
         raise ValueError(
-            f"--rollout-engine sglang is not supported for {family.architecture}: SGLang has other names for the weights of its "
-            "language model. Use --rollout-engine embedded."
+            f"--rollout-engine sglang is not supported for {family.architecture}: its weights have not been sent to a server yet. Use "
+            "--rollout-engine embedded."
         )
     if family.has_expert_biases:
         raise ValueError(
             f"--rollout-engine sglang is not supported for {family.architecture}: SGLang loads the experts of a layer only together, "
             "and the trainer sends them one by one. Use --rollout-engine embedded or replay, or an --objective without rollouts."
-        )
-    if family.has_latent_attention:
-        # SGLang stacks q_a_proj and kv_a_proj_with_mqa in one parameter, and ignores an update that has only one of them.
-        raise ValueError(
-            f"--rollout-engine sglang is not supported for {family.architecture}: the weights of its latent attention cannot be sent to "
-            "servers yet. Use --rollout-engine embedded or replay, or an --objective without rollouts."
         )
     yarn = rope.yarn
     if yarn is not None and not math.isclose(yarn.served_factor, yarn.attention_factor, rel_tol=1e-6):

@@ -71,6 +71,8 @@ class Family:
         [True] * positive_int(config, "num_hidden_layers")
     )
     """Returns for each layer of a model with a window whether it has the window, if config.json has no layer_types."""
+    is_served: bool = True
+    """Whether a server of SGLang has taken the weights of this family (benchmarks/served_families.py)."""
     is_window_served: bool = False
     """Whether SGLang's model of this family has the window; False: it attends to all tokens."""
     fixed_flags: tuple[tuple[str, bool, bool], ...] = (

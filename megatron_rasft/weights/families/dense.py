@@ -47,6 +47,7 @@ MISTRAL3 = replace(
     prefix="language_model.model.",
     output="language_model.lm_head.weight",
     is_carried=_is_of_vision,
+    is_served=False,
     text_variants=(
         replace(
             MINISTRAL3,
@@ -55,6 +56,7 @@ MISTRAL3 = replace(
             prefix="language_model.model.",
             output="language_model.lm_head.weight",
             is_carried=_is_of_vision,
+            is_served=False,
         ),
     ),
 )

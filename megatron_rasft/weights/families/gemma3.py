@@ -81,5 +81,6 @@ GEMMA3_VISION = replace(
     prefix="language_model.model.",
     output="language_model.lm_head.weight",
     is_carried=lambda name, shape: name.startswith(("vision_tower.", "multi_modal_projector.")),
+    is_served=False,
 )
 """The language model of Gemma 3 as it is published: the model also sees images, which this project does not train."""

@@ -261,3 +261,20 @@ def test_the_arena_holds_the_largest_neighbours_and_their_alignment() -> None:
     plan = MemoryPlan.make(tensors, BF16, 100, 0)
     assert [bucket.num_bytes for bucket in plan.buckets] == [66, 70, 74]
     assert plan.arena_bytes == 70 + 74 + 2 * 16
+
+
+@pytest.mark.parametrize("limit", [1, 3_000, 10**9])
+def test_tensors_between_two_fused_ones_are_in_their_bucket(limit: int) -> None:
+    """The trainer has the projection from the queries' latent between those to both latents."""
+    names = ["q_a_proj", "q_a_layernorm", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"]
+    tensors = [
+        Planned(f"model.layers.{layer}.self_attn.{name}.weight", (16, 16), torch.bfloat16)
+        for layer in range(2)
+        for name in names
+    ]
+    buckets = plan_buckets(tensors, BF16, limit)
+    assert [name for bucket in buckets for name in bucket.hf_names] == [t.name for t in tensors]
+    for layer in range(2):
+        fused = {tensors[5 * layer].name, tensors[5 * layer + 3].name}
+        assert any(fused <= set(bucket.hf_names) for bucket in buckets)
+    assert len(buckets) == (4 if limit == 1 else 1 if limit == 10**9 else len(buckets))

@@ -42,6 +42,13 @@ def test_experts_are_stacked_but_sent_one_by_one(block: str, gate: str, up: str,
     assert name_on_server(router) == fused_name(router) == router
 
 
+def test_projections_to_latents_share_a_name() -> None:
+    """SGLang ignores an update that has only one of them."""
+    at = "model.layers.2.self_attn"
+    assert fused_name(f"{at}.q_a_proj.weight") == fused_name(f"{at}.kv_a_proj_with_mqa.weight")
+    assert fused_name(f"{at}.q_b_proj.weight") == f"{at}.q_b_proj.weight"
+
+
 @pytest.mark.parametrize(
     ("config", "flag", "dtype"),
     [
