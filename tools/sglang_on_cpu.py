@@ -30,6 +30,17 @@ import torch
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 """Parameters of mallopt, from glibc's malloc.h."""
 
+_LOOKED_UP = (
+    "fused_gdn_gating_cpu",
+    "fused_qk_gemma_rmsnorm_cpu",
+    "fused_qk_gemma_rmsnorm_with_gate_cpu",
+    "fused_qkvzba_split_reshape_cat_contiguous_cpu",
+    "fused_qkvzba_split_reshape_cat_cpu",
+    "fused_sigmoid_gating_delta_rule_update_cpu",
+    "fused_sigmoid_mul_cpu",
+)
+"""Operators that models look up when they are imported (Qwen3-Next, Qwen3.5). Without AMX there is no kernel, so calling them is an error."""
+
 DEFAULTS = {
     "--device": "cpu",
     "--attention-backend": "torch_native",
@@ -88,6 +99,9 @@ def bridge() -> None:
     kernels.assign_req_to_token_pool_cpu = assign_req_to_token_pool_cpu
     kernels.__getattr__ = missing_kernel
     sys.modules.setdefault("sgl_kernel", kernels)
+    recurrent: Any = types.ModuleType("sgl_kernel.mamba")
+    recurrent.__getattr__ = missing_kernel
+    sys.modules.setdefault("sgl_kernel.mamba", recurrent)
     try:
         importlib.import_module("torchvision")
     except RuntimeError:
@@ -97,6 +111,8 @@ def bridge() -> None:
             torch.library.define(
                 f"torchvision::{operator}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
             )
+    for operator in _LOOKED_UP:
+        torch.library.define(f"sgl_kernel::{operator}", "() -> ()")
     # /weights_checker calls both of these.
     torch.cuda.synchronize = lambda *args, **kwargs: None  # type: ignore[assignment]
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]

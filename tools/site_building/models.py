@@ -16,6 +16,17 @@ CONFIGS = Path(__file__).resolve().parents[2] / "tests/unit/weights/model_config
 BRIDGE_ANSWERS = CONFIGS.with_name("bridge_answers.json")
 """The version of Megatron-Bridge, and why it refuses models that the tables refuse; null if it trains them."""
 
+SERVED = Path(__file__).with_name("served_families.json")
+"""Results of benchmarks/served_families.py."""
+
+_STEPS = {
+    "all": "computed",
+    "compute": "loaded",
+    "load": "failed",
+    "start": "not started",
+}
+"""Step of benchmarks/served_families.py that failed -> the word for it, the best first."""
+
 _START = """\
 # Models
 
@@ -27,15 +38,25 @@ random model of every family with transformers (logits within 1e-5).
 TP, PP, CP, DP and EP are tensor, pipeline, context, data and expert parallelism. FP8 is `tools/convert_checkpoint.py --fp8`.
 Weight sync sends the tensors that are trained, under the names of an export. [Checkpoints](checkpoints.md) has the limits of each family.
 """
-_UNTRIED = {
-    "Ernie4_5ForCausalLM",
-    "Gemma3ForCausalLM",
-    "Glm4ForCausalLM",
-    "GlmForCausalLM",
-    "Qwen2MoeForCausalLM",
-}
-"""Families whose weights were not sent to a real server yet, although SGLang has them."""
+_SERVED = """\
+## Weight sync
 
+The weights of a small random model of each family were sent to a real server of SGLang {version} on a CPU, which had started with other
+weights (`python -m benchmarks.served_families`). The table above has the result:
+
+- computed: the served log-probabilities are those of transformers (within {tolerance} nats, float32).
+- loaded: the server has the same weights, bit for bit, as after it has read them from a folder. On a CPU it cannot compute with them.
+- failed: the server does not have the weights that were sent.
+- not started: SGLang cannot start the model on a CPU, so nothing is known.
+
+SGLang serves Seed-OSS, SmolLM3 and others by transformers' classes, with other names of weights than its own classes have, and so do classes
+that see images. `--sync-proof checksum` does not know these names: with servers of such models on a CPU, set `--sync-proof off`.
+
+The first error of each server that did not compute follows. A run refuses qwen2_yarn: SGLang ignores the attention factor of its config.json.
+
+| model | error |
+| --- | --- |
+"""
 _REFUSED = """\
 ## Refused
 
@@ -77,7 +98,8 @@ def models_page() -> str:
             (architecture,) = config["architectures"]
             names[OTHER_NAMES.get(architecture, architecture)].append(name)
     known = sum(map(len, names.values()))
-    rows = [_family_row(family, names[architecture]) for architecture, family in FAMILIES.items()]
+    results = json.loads(SERVED.read_text(encoding="utf-8"))
+    rows = [_family_row(family, names[architecture], results) for architecture, family in FAMILIES.items()]
     refused = [
         f"| {name} | {_reason(reason)} | {_cell(bridge['reasons'][name] or 'trains it')} |"
         for name, reason in refusals.items()
@@ -95,6 +117,7 @@ def models_page() -> str:
             "| --- | --- | --- | --- | --- |",
             *rows,
             "",
+            *_served_section(results),
             _REFUSED.format(bridge=BRIDGE[:1].upper() + BRIDGE[1:]),
             "| model | reason | Megatron-Bridge |",
             "| --- | --- | --- |",
@@ -104,13 +127,22 @@ def models_page() -> str:
     )
 
 
-def _family_row(family: Family, names: list[str]) -> str:
+def _served_section(results: dict[str, Any]) -> list[str]:
+    """What servers did with small models, and why some of them computed nothing."""
+    start = _SERVED.format(version=results["version"], tolerance=results["tolerance"]).rstrip()
+    failed = {case: found for case, found in results["cases"].items() if found["step"] != "all"}
+    return [start, *(f"| {case} | {_reason(found['reason'])} |" for case, found in failed.items()), ""]
+
+
+def _sync_cell(architecture: str, results: dict[str, Any]) -> str:
+    """The furthest that a server came with a model of a family."""
+    steps = {case["step"] for case in results["cases"].values() if case["architecture"] == architecture}
+    return next((words for step, words in _STEPS.items() if step in steps), "not tried")
+
+
+def _family_row(family: Family, names: list[str], results: dict[str, Any]) -> str:
     layouts = "TP, PP, CP, DP" + (", EP" if family.has_experts else "")
-    is_unsent = family.has_latent_attention or family.has_expert_biases or family.text_model_type is not None
-    sync = "no: samples with `--rollout-engine embedded`" if is_unsent else "yes"
-    is_tried = family.layer_types == Family.layer_types and family.architecture not in _UNTRIED
-    if family.text_model_type is None and not is_tried:
-        sync = "a server was not tried"
+    sync = _sync_cell(family.architecture, results)
     fp8 = "yes"
     if family.has_expert_biases:
         fp8 = "no"
