@@ -156,6 +156,9 @@ def fill_in(args: argparse.Namespace, architecture: dict[str, Any]) -> None:
     refuse_unrunnable(args, has_gpu=has_gpu, has_transformer_engine=has_te)
     if not has_te:
         _without_transformer_engine(args)
+    elif args.add_bias_linear:
+        # Otherwise Megatron adds the biases of experts in place to a view, which autograd forbids (MLP.forward in transformer/mlp.py).
+        args.moe_grouped_gemm = True
     if not has_gpu:
         if args.given_flags.get("distributed_backend") and args.distributed_backend != "gloo":
             raise ValueError(

@@ -66,6 +66,9 @@ def build_chunk(
         if name.endswith("softmax_offset"):
             # Tensor-parallel ranks split the sinks. Without this mark the gradient's norm would have those of one rank only.
             parameter.tensor_model_parallel = True
+        elif ".experts." in name and ".bias" in name:
+            # Experts are not split, so each rank has the whole gradient of its own tokens. Megatron would sum it over ranks twice.
+            parameter.sequence_parallel = False
     return chunk
 
 

@@ -68,7 +68,6 @@ CASES = {
         own=frozenset({"RMSNorm", "NormedLinear"}),
     ),
     "mixture": Case(flags="", model="qwen3_moe"),
-    "sinks": Case(flags="", model="gpt_oss", kernels=PACKED - {"rope_thd"} | {"sinks"}),
     "asft": Case(flags="", objective="--objective asft"),
     "sft_kl_tp2": Case(flags="--tensor-model-parallel-size 2", objective="--objective sft_kl", ranks=2),
 }

@@ -92,19 +92,9 @@ def fused_attn_fwd(
     dtype: Any,
     padded_q: Tensor | None,
     padded_kv: Tensor | None,
-    page_table_k: Any = None,
-    page_table_v: Any = None,
-    s_quantizer: Any = None,
-    o_quantizer: Any = None,
-    bias: Any = None,
-    sinks: Tensor | None = None,
     *unused: Any,
 ) -> list[Tensor]:
-    """Returns the output (shaped like q), the fp32 log-sum-exp [b, n, sq, 1] (packed: [t, n, 1]), the random state, and ``sinks``.
-
-    ``sinks`` [1, n, 1, 1] are further scores of each head, whose values are zero; None: there are none.
-    """
-    assert (sinks is None) == ("VANILLA" in softmax_type.name)
+    """Returns the output (shaped like q), the fp32 log-sum-exp [b, n, sq, 1] (packed: [t, n, 1]), and the random state."""
     assert dropout == 0.0
     name = _layout(layout)
     is_packed = name.startswith("THD")
@@ -121,9 +111,6 @@ def fused_attn_fwd(
         mask = _mask(mask_type, bottom_right, queries.shape[0], k[of_k].shape[0], window)
         scores = _scores(queries, _wide(k[of_k], heads), scale, mask)
         log_sum = scores.logsumexp(-1)
-        if sinks is not None:
-            CALLS["sinks"] += 1
-            log_sum = log_sum.logaddexp(sinks.view(-1, 1))
         probs = (scores - log_sum.unsqueeze(-1)).exp()
         out[of_q] = torch.einsum("nqk,knd->qnd", probs, _wide(v[of_k], heads)).to(q.dtype)
         sums.append((of_q, log_sum))
@@ -133,7 +120,7 @@ def fused_attn_fwd(
             stats[of_q, :, 0] = log_sum.t()
     else:
         stats = torch.stack([log_sum for _, log_sum in sums]).unsqueeze(-1)
-    return [out, stats, torch.zeros(2, dtype=torch.int64), *(() if sinks is None else (sinks,))]
+    return [out, stats, torch.zeros(2, dtype=torch.int64)]
 
 
 def fused_attn_bwd(
@@ -167,14 +154,12 @@ def fused_attn_bwd(
     padded_kv: Tensor | None,
     *unused: Any,
 ) -> list[Tensor | None]:
-    """Gradients of q, k, v and the sinks from the output and the log-sum-exp in ``saved``."""
+    """Gradients of q, k and v from the output and the log-sum-exp in ``saved``."""
     name = _layout(layout)
     is_packed = name.startswith("THD")
     heads, groups = q.shape[-2], k.shape[-2]
     d_q, d_k, d_v = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     out, d_out = out.reshape(q.shape), d_out.reshape(q.shape)
-    sinks = None if "VANILLA" in softmax_type.name else saved[-1]
-    d_sinks = None if sinks is None else torch.zeros_like(sinks)
     for row, (of_q, of_k) in enumerate(_pieces(name, q, k, cu_q, cu_kv, padded_q, padded_kv)):
         queries, keys, values = q[of_q].float(), _wide(k[of_k], heads), _wide(v[of_k], heads)
         grad, result = d_out[of_q].float(), out[of_q].float()
@@ -182,10 +167,7 @@ def fused_attn_bwd(
         mask = _mask(mask_type, bottom_right, queries.shape[0], keys.shape[0], window)
         probs = (_scores(queries, keys, scale, mask) - log_sum.unsqueeze(-1)).exp()
         d_probs = torch.einsum("qnd,knd->nqk", grad, values)
-        share = (grad * result).sum(-1).t()  # [n, sq]
-        d_scores = scale * probs * (d_probs - share.unsqueeze(-1))
-        if sinks is not None and d_sinks is not None:
-            d_sinks -= ((sinks.view(-1, 1) - log_sum).exp() * share).sum(-1).view_as(d_sinks)
+        d_scores = scale * probs * (d_probs - (grad * result).sum(-1).t().unsqueeze(-1))
         d_q[of_q] = torch.einsum("nqk,knd->qnd", d_scores, keys).to(q.dtype)
         for target, of_heads in (
             (d_k, torch.einsum("nqk,qnd->knd", d_scores, queries)),
@@ -193,4 +175,4 @@ def fused_attn_bwd(
         ):
             of_groups = of_heads.reshape(of_heads.shape[0], groups, heads // groups, -1).sum(2)
             target[of_k] = of_groups.to(target.dtype)
-    return [d_q, d_k, d_v, None, d_sinks]
+    return [d_q, d_k, d_v, None, None]
