@@ -1,9 +1,6 @@
 """Well-known families without a table, each with the feature that is missing."""
 
-_CAPPED = (
-    "its attention and output logits are capped softly, its layers have norms after attention and MLP, and every other layer "
-    "has a sliding window; Megatron's GPTModel has no such caps and norms"
-)
+_CAPPED = "its attention scores and output logits are capped softly, which Megatron's GPTModel does not have"
 _OLMO = "its norms stand after attention and MLP, and its norms of queries and keys span all heads"
 _MAMBA = "some of its layers are Mamba layers, which need Megatron's HybridModel"
 
