@@ -1,9 +1,11 @@
 """Parts that several families share: layers behind the last one, layers without positions, sizes of the cache, whole parameters."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from megatron_rasft.errors import ModelFolderError
 from megatron_rasft.weights.architecture import read_shape
 from megatron_rasft.weights.families import FAMILIES, NameTable
 from megatron_rasft.weights.families.shape import DeltaShape, LatentShape
@@ -108,7 +110,9 @@ def sigmoid_args(config: Any, layers: list[int]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "values", [{}, EXPERT_SIZES | ROUTING | {"first_k_dense_replace": 2}], ids=["absent", "given"]
+    "values",
+    [{}, EXPERT_SIZES | ROUTING | {"first_k_dense_replace": 2, "attention_bias": True, "use_qk_norm": True}],
+    ids=["absent", "given"],
 )
 def test_experts_of_glm4_moe_are_those_of_transformers(values: dict[str, Any]) -> None:
     family, given = FAMILIES["Glm4MoeForCausalLM"], SIZES | values
@@ -209,3 +213,48 @@ def test_gated_delta_nets_are_those_of_transformers(architecture: str, values: d
         assert args["moe_shared_expert_gate"] is True
     else:
         assert args == expected
+
+
+def test_queries_without_a_latent_have_one_projection() -> None:
+    family = FAMILIES["DeepseekV3ForCausalLM"]
+    with_latent = NameTable(family, shape(latent=LATENT)).hf_shapes
+    without = NameTable(family, shape(latent=replace(LATENT, query_rank=None))).hf_shapes
+    assert with_latent.keys() - without.keys() and all(
+        name.endswith(("q_a_proj.weight", "q_a_layernorm.weight", "q_b_proj.weight"))
+        for name in with_latent.keys() - without.keys()
+    )
+    assert {name.split(".", 3)[3] for name in without.keys() - with_latent.keys()} == {
+        "self_attn.q_proj.weight"
+    }
+
+
+def test_experts_may_have_the_name_of_other_families() -> None:
+    sizes = read_shape(SIZES | {"num_local_experts": 16}, FAMILIES["DeepseekV3ForCausalLM"])
+    assert sizes.num_experts == 16
+
+
+def groups_of(num_groups: int, top_groups: int, top_k: int) -> dict[str, Any]:
+    given = SIZES | {"n_routed_experts": 16, "first_k_dense_replace": 1, "num_experts_per_tok": top_k}
+    given |= {"n_group": num_groups, "topk_group": top_groups}
+    family = FAMILIES["DeepseekV3ForCausalLM"]
+    return family.own_args(given, read_shape(given, family))
+
+
+@pytest.mark.parametrize("groups", [(3, 3, 4), (4, 5, 4), (4, 1, 5)])
+def test_groups_that_do_not_fit_the_experts_are_refused(groups: tuple[int, int, int]) -> None:
+    with pytest.raises(ModelFolderError, match="n_group"):
+        groups_of(*groups)
+
+
+@pytest.mark.parametrize("groups", [(8, 1, 2), (4, 2, 5)])
+def test_groups_scored_by_two_experts_are_accepted(groups: tuple[int, int, int]) -> None:
+    """Megatron scores a group by the integer part of experts per group. In the first case a token takes all experts of its groups."""
+    args = groups_of(*groups)
+    assert (args["moe_router_num_groups"], args["moe_router_group_topk"]) == groups[:2]
+
+
+@pytest.mark.parametrize("layers", [[1, 0, 1], [1, 0, 1, 2]])
+def test_wrong_layers_without_positions_are_refused(layers: list[int]) -> None:
+    with pytest.raises(ModelFolderError, match="no_rope_layers"):
+        own = FAMILIES["SmolLM3ForCausalLM"].own_args
+        own({"num_hidden_layers": 4, "no_rope_layers": layers}, shape(num_layers=4))
