@@ -258,3 +258,29 @@ def test_wrong_layers_without_positions_are_refused(layers: list[int]) -> None:
     with pytest.raises(ModelFolderError, match="no_rope_layers"):
         own = FAMILIES["SmolLM3ForCausalLM"].own_args
         own({"num_hidden_layers": 4, "no_rope_layers": layers}, shape(num_layers=4))
+
+
+@pytest.mark.parametrize(
+    "values", [{}, {"num_experts_per_tok": 3, "norm_topk_prob": True}], ids=["absent", "given"]
+)
+@pytest.mark.parametrize("architecture", ["MixtralForCausalLM", "Qwen3MoeForCausalLM"])
+@pytest.mark.parametrize("number", ["num_experts", "num_local_experts"])
+def test_experts_with_softmax_are_those_of_transformers(
+    architecture: str, number: str, values: dict[str, Any]
+) -> None:
+    family, given = FAMILIES[architecture], SIZES | values
+    if values:
+        given |= {number: 16, "moe_intermediate_size": 14}
+    config = transformers_config(architecture, **given)
+    sizes = read_shape(given, family)
+    is_mixtral = architecture.startswith("Mixtral")
+    size = config.intermediate_size if is_mixtral else config.moe_intermediate_size
+    total = 16 if values else config.num_local_experts if is_mixtral else config.num_experts
+    assert (sizes.ffn_hidden_size, sizes.num_experts) == (size, total)
+    expected = {
+        "num_experts": total,
+        "moe_router_topk": config.num_experts_per_tok,
+        "moe_ffn_hidden_size": size,
+        "moe_router_pre_softmax": not (is_mixtral or config.norm_topk_prob),
+    }
+    assert expected.items() <= family.own_args(given, sizes).items()
