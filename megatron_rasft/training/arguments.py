@@ -156,7 +156,7 @@ def fill_in(args: argparse.Namespace, architecture: dict[str, Any]) -> None:
     refuse_unrunnable(args, has_gpu=has_gpu, has_transformer_engine=has_te)
     if not has_te:
         _without_transformer_engine(args)
-    elif args.add_bias_linear:
+    elif architecture.get("add_bias_linear") and architecture.get("num_experts"):
         # Otherwise Megatron adds the biases of experts in place to a view, which autograd forbids (MLP.forward in transformer/mlp.py).
         args.moe_grouped_gemm = True
     if not has_gpu:
