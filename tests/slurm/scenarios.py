@@ -45,8 +45,11 @@ def killed_rank(runs: Runs) -> None:
 
 
 def killed_agent(runs: Runs) -> None:
-    """The torchrun of the second node is killed, and leaves its rank behind."""
-    job = runs.submit("killed_agent", **PAUSE, **REAL_TORCHRUN)
+    """The torchrun of the second node is killed, and leaves its rank behind.
+
+    Slurm then stops the other node with SIGTERM. If that rank could save in time, the checkpoint would be another one.
+    """
+    job = runs.submit("killed_agent", **PAUSE, **REAL_TORCHRUN, PAUSE_FOR_EVER="1")
     runs.wait_for_pause("killed_agent")
     for agent in runs.processes("killed_agent", "torch.distributed.run", SLURM_NODEID="1"):
         if "RANK" not in agent.environ():
