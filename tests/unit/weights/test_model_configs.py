@@ -9,7 +9,7 @@ import pytest
 from megatron_rasft.tools.capacity.layouts import Model
 from megatron_rasft.weights.config_values import BRIDGE
 from megatron_rasft.weights.families import FAMILIES, OTHER_NAMES, REFUSED
-from tools.site_building.models import models_page, read_configs, refusal_of
+from tools.site_building.models import models_page, read_bridge_answers, read_configs, refusal_of
 
 CONFIGS = read_configs()
 
@@ -64,6 +64,12 @@ def test_a_published_configuration_is_accepted_or_refused_with_its_reason(name: 
         assert reason is not None and REASONS[name] in reason
     else:
         assert reason is None
+
+
+def test_90_configurations_are_accepted_by_the_tables_or_by_megatron_bridge() -> None:
+    refused = [name for name, config in CONFIGS.items() if refusal_of(config) is not None]
+    by_neither = [name for name in refused if read_bridge_answers()["reasons"][name] is not None]
+    assert len(CONFIGS) - len(by_neither) >= 90, by_neither
 
 
 @pytest.mark.parametrize("name", BILLIONS)
