@@ -32,8 +32,9 @@ _START = """\
 
 Which models `--hf-model` takes. The tables are made from [the families](../megatron_rasft/weights/families/__init__.py) and from the
 configurations of {number} published models. The tables accept {accepted} of them, and Megatron-Bridge {version} accepts {bridged} more
-(`--model-source bridge`). Tests read these configurations, in [model_configs.json](../tests/unit/weights/model_configs.json). The weights of these models were not loaded: the tests compare a small
-random model of every family with transformers (logits within 1e-5).
+(`--model-source bridge`). Tests read these configurations, in [model_configs.json](../tests/unit/weights/model_configs.json), and the answers of
+Megatron-Bridge to them. The weights of these models were not loaded: the tests compare a small random model of every family with
+transformers (logits within 1e-5).
 
 TP, PP, CP, DP and EP are tensor, pipeline, context, data and expert parallelism. FP8 is `tools/convert_checkpoint.py --fp8`.
 Weight sync sends the tensors that are trained, under the names of an export. [Checkpoints](checkpoints.md) has the limits of each family.
