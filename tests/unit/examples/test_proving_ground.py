@@ -242,10 +242,12 @@ def test_missing_base_models_are_made_after_those_that_they_begin_with(
     made: list[str] = []
     monkeypatch.setattr(run, "_make_base", lambda name, folder: made.append(name))
     run.make_bases(["tape-fluent", "programs", "tape", "tape-fluent"], tmp_path, 1)
-    assert sorted(made) == ["programs", "tape", "tape-1", "tape-2", "tape-fluent"]
-    assert made.index("tape-1") < made.index("tape-2") < min(made.index("tape"), made.index("tape-fluent"))
+    assert sorted(made) == ["programs", "tape", "tape-1", "tape-2", "tape-fluent", "tape-fluent-1"]
+    assert made.index("tape-1") < made.index("tape-2") < min(made.index("tape"), made.index("tape-fluent-1"))
+    assert made.index("tape-fluent-1") < made.index("tape-fluent")
     made.clear()
-    (tmp_path / "tape-2").mkdir()
-    (tmp_path / "tape-2" / "config.json").write_text("{}")
+    for name in ("tape-2", "tape-fluent-1"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
     run.make_bases(["tape-fluent", "tape"], tmp_path, 1)
     assert sorted(made) == ["tape", "tape-fluent"]
