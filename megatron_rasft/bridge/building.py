@@ -77,6 +77,8 @@ def build_chunk(
     provider.vocab_size, provider.should_pad_vocab = folder.shape.vocab_size, False
     provider.mtp_num_layers = None  # the objective has no loss for them
     provider.moe_router_bias_update_rate = 0.0  # as in our tables, so that the reference has the same bias
+    # Its kernels are Apex's, and Megatron's own attention (EXAONE 4) asks for them in 16 bits.
+    provider.masked_softmax_fusion = False
     provider._pg_collection = ProcessGroupCollection.use_mpu_process_groups()
     try:
         provider.finalize()
