@@ -242,11 +242,19 @@ def test_missing_base_models_are_made_after_those_that_they_begin_with(
     made: list[str] = []
     monkeypatch.setattr(run, "_make_base", lambda name, folder: made.append(name))
     run.make_bases(["tape-fluent", "programs", "tape", "tape-fluent"], tmp_path, 1)
-    assert sorted(made) == ["programs", "tape", "tape-1", "tape-2", "tape-fluent", "tape-fluent-1"]
+    assert sorted(made) == [
+        "programs",
+        "tape",
+        "tape-1",
+        "tape-2",
+        "tape-fluent",
+        "tape-fluent-1",
+        "tape-fluent-2",
+    ]
     assert made.index("tape-1") < made.index("tape-2") < min(made.index("tape"), made.index("tape-fluent-1"))
-    assert made.index("tape-fluent-1") < made.index("tape-fluent")
+    assert made.index("tape-fluent-1") < made.index("tape-fluent-2") < made.index("tape-fluent")
     made.clear()
-    for name in ("tape-2", "tape-fluent-1"):
+    for name in ("tape-2", "tape-fluent-2"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text("{}")
     run.make_bases(["tape-fluent", "tape"], tmp_path, 1)
