@@ -28,14 +28,26 @@ def record(folder: Path) -> None:
 
 def _write_logits(chunks: Sequence[Any], path: Path) -> None:
     import torch
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+    from megatron.core.utils import unwrap_model
 
-    (chunk,) = chunks
+    (chunk,) = unwrap_model(chunks)
     tokens = torch.tensor([TOKENS], device="cuda")
     positions = torch.arange(len(TOKENS), device="cuda")[None]
+    if not chunk.pre_process:
+        hidden = torch.empty(
+            len(TOKENS), 1, chunk.config.hidden_size, dtype=chunk.config.params_dtype, device="cuda"
+        )
+        dist.recv(hidden, parallel_state.get_pipeline_model_parallel_prev_rank())
+        chunk.set_input_tensor(hidden)
     chunk.eval()
     with torch.no_grad():
-        logits = chunk(tokens, positions, None, runtime_gather_output=True)
-    torch.save(logits.float().cpu(), path)
+        output = chunk(tokens, positions, None, runtime_gather_output=True)
+    if chunk.post_process:
+        torch.save(output.float().cpu(), path)
+    else:
+        dist.send(output.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank())
 
 
 def _write_sync(trainer: Any, path: Path) -> None:
