@@ -47,6 +47,7 @@ RUN_BY = {
     "python pretrain_rasft.py --hf-model DIR": "test_tutorial_goes_from_own_data_to_an_evaluated_model",
     "python -m tools.site_building.pictures": "test_pictures_show_the_weights_of_the_method",
     "sbatch runs/first/rasft.sbatch": "test_run_that_plan_wrote_finishes_and_ends_at_once_when_submitted_again",
+    "sbatch --signal=B:TERM@300": "test_disturbed_run_equals_the_undisturbed_one",
     "MODEL=": "test_disturbed_run_equals_the_undisturbed_one",
     "make wheel": "tests/unit/test_wheel.py, which builds the same wheel",
     "make sbom": "it fetches a package, and its list depends on the machine",
