@@ -26,6 +26,7 @@ def config_of(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> Any:
         "multi_latent_attention": False,
         "num_moe_experts": None,
         "moe_grouped_gemm": False,
+        "add_bias_linear": False,
         "experimental_attention_variant": None,
     }
     return SimpleNamespace(**values | changes)
