@@ -68,7 +68,7 @@ class ModelFolder(ABC):
     _sources: dict[str, StoredTensor] = field(default_factory=dict, repr=False)
     """The stored tensors of quantized weights."""
     joined: dict[str, JoinedTensor] = field(default_factory=dict)
-    """The tensors that the folder has in place of their parts, which are in ``tensors``. Exports have them too."""
+    """Name -> tensor with all experts of a layer. ``tensors`` lists its parts instead. An export has the same joined tensors."""
 
     @property
     @abstractmethod

@@ -53,7 +53,7 @@ class Runs:
     interpreter: dict[str, str] = field(default_factory=lambda: {"PYTHON": sys.executable})
     """The variables that choose the interpreter of a job's programs."""
     on_emulated_gpus: dict[str, str] = field(default_factory=dict)
-    """The same for programs that have emulated GPUs."""
+    """The variables that choose an interpreter whose programs have emulated GPUs."""
     jobs: dict[str, str] = field(default_factory=dict)
     """Name of a run -> the number of its newest job."""
     script: Path = field(init=False)

@@ -136,7 +136,7 @@ def _served_section(results: dict[str, Any]) -> list[str]:
 
 
 def _sync_cell(architecture: str, results: dict[str, Any]) -> str:
-    """The furthest that a server came with a model of a family."""
+    """Returns the last step that succeeded on a server with a model of the family."""
     steps = {case["step"] for case in results["cases"].values() if case["architecture"] == architecture}
     return next((words for step, words in _STEPS.items() if step in steps), "not tried")
 

@@ -1,6 +1,7 @@
 """Families whose layers have one MLP and full attention."""
 
 from dataclasses import replace
+from typing import Any
 
 from megatron_rasft.weights.config_values import count, list_of, positive_int, refusal
 from megatron_rasft.weights.families.declaration import Config, Family
@@ -40,25 +41,19 @@ def _is_of_vision(name: str, shape: ModelShape) -> bool:
     return name.startswith(("vision_tower.", "multi_modal_projector."))
 
 
+_WITH_VISION: dict[str, Any] = {
+    "architecture": "Mistral3ForConditionalGeneration",
+    "prefix": "language_model.model.",
+    "output": "language_model.lm_head.weight",
+    "is_carried": _is_of_vision,
+    "is_served": False,
+}
+
 MISTRAL3 = replace(
     MISTRAL,
-    architecture="Mistral3ForConditionalGeneration",
     text_model_type="mistral",
-    prefix="language_model.model.",
-    output="language_model.lm_head.weight",
-    is_carried=_is_of_vision,
-    is_served=False,
-    text_variants=(
-        replace(
-            MINISTRAL3,
-            architecture="Mistral3ForConditionalGeneration",
-            text_model_type="ministral3",
-            prefix="language_model.model.",
-            output="language_model.lm_head.weight",
-            is_carried=_is_of_vision,
-            is_served=False,
-        ),
-    ),
+    text_variants=(replace(MINISTRAL3, text_model_type="ministral3", **_WITH_VISION),),
+    **_WITH_VISION,
 )
 """The language model of Mistral-Small 3.1 and later ones, which also see images, and that of Ministral 3."""
 

@@ -244,7 +244,7 @@ def test_flags_named_in_help_and_messages_exist() -> None:
         parser = ArgumentParser()
         add_flags(parser, kind)
         known |= set(parser._option_string_actions)
-    # these flags belong to other tools than those, SGLang, torchrun and nsys
+    # these are flags of SGLang, torchrun and nsys
     known |= {"--server", "--api-key", "--answers-from-responses"}
     known |= {"--checkpoint", "--dtype", "--model", "--output"}
     known |= {"--admin-api-key", "--nproc-per-node", "--cuda-memory-usage"}
