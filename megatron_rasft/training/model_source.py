@@ -95,8 +95,8 @@ def _refuse_flags(args: argparse.Namespace, config: RasftConfig, only_samples: b
     """Refuses flags whose code knows only the models of our tables."""
     if only_samples:
         raise ValueError(
-            f"{FLAG} cannot be combined with --engine embedded: the trainer's own sampling knows only the attention of the "
-            "families with a table. Evaluate exported folders on servers (--engine sglang)."
+            f"{FLAG} cannot be evaluated without --server: the trainer's own sampling knows only the attention of the families "
+            "with a table. Evaluate exported folders on servers (--server URL)."
         )
     if config.samples_rollouts and config.rollout.rollout_engine == "embedded":
         raise ValueError(

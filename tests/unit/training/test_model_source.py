@@ -43,7 +43,7 @@ def test_flags_that_need_a_table_are_refused(args: Any, config: dict[str, Any], 
 
 
 def test_an_evaluation_that_samples_itself_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"--model-source bridge.*--engine embedded"):
+    with pytest.raises(ValueError, match=r"--model-source bridge.*--server URL"):
         open_folder(args_of(), RasftConfig(run=BRIDGE, rollout=SERVERS), only_samples=True)
 
 
