@@ -119,7 +119,7 @@ class VerifierPool:
         A problem without gold answer gives ``unverifiable``. A grader that exceeds its deadline gives ``timeout``. A grader that
         crashes gives ``unverifiable``. Other rollouts are not affected.
 
-        Answers whose grading is slow are graded after all others. A rollout is not graded but gets ``timeout`` if the gradings
+        Equal responses to a problem are graded once and get the same verdict. Answers whose grading is slow are graded after all others. A rollout is not graded but gets ``timeout`` if the gradings
         before it hang: ``GradingOrder`` has the rules.
 
         Args:
@@ -132,7 +132,11 @@ class VerifierPool:
         Raises:
             RasftError: workers cannot be started.
         """
-        to_grade = [rollout for rollout in rollouts if self._needs_grading(rollout, checks)]
+        graded = [rollout for rollout in rollouts if self._needs_grading(rollout, checks)]
+        first_of: dict[tuple[str, str], Rollout] = {}
+        for rollout in graded:
+            first_of.setdefault((rollout.problem_id, rollout.text), rollout)
+        to_grade = list(first_of.values())
         order = GradingOrder(
             to_grade, self._config.verify_timeouts_per_problem, self._config.verify_max_timeouts
         )
@@ -142,10 +146,13 @@ class VerifierPool:
         call.is_last_round = True
         order.start_round([r for r in to_grade if r.verdict is None], is_last=True)
         self._grade_round(call)
-        assert all(r.verdict is not None for r in rollouts), "a rollout has no verdict"
+        for rollout in graded:
+            first = first_of[rollout.problem_id, rollout.text]
+            assert first.verdict is not None, "a rollout has no verdict"
+            _set(rollout, first.verdict, first.verdict_reason, first.reward)
         if warns:
-            _warn_of_timeouts(to_grade)
-            _warn_of_failures(to_grade)
+            _warn_of_timeouts(graded)
+            _warn_of_failures(graded)
         return Counter(r.verdict for r in rollouts if r.verdict is not None)
 
     def _needs_grading(self, rollout: Rollout, checks: Mapping[str, Check]) -> bool:

@@ -72,10 +72,10 @@ MISBEHAVIOUR = [
 def test_misbehaving_grader_costs_its_own_rollout_only() -> None:
     rollouts, wanted = [], []
     for text, verdict in MISBEHAVIOUR:
-        rollouts += [make_rollout(text), make_rollout("equal 5")]
+        rollouts += [make_rollout(text), make_rollout("equal 5", problem_id=f"beside {text}")]
         wanted += [verdict, "correct"]
     with hostile_pool() as pool:
-        counts = pool.verify(rollouts, {"p": "5"})
+        counts = pool.verify(rollouts, {r.problem_id: "5" for r in rollouts})
         assert sum(counts.values()) == len(rollouts)
         assert counts == Counter(r.verdict for r in rollouts)
         crashed = {"exit 3", "kill", "segfault"}
@@ -89,12 +89,24 @@ def test_misbehaving_grader_costs_its_own_rollout_only() -> None:
 
 
 def test_crashes_only_still_end_with_a_verdict_each() -> None:
-    rollouts = [make_rollout("exit 3") for _ in range(8)] + [make_rollout("equal 5")]
+    rollouts = [make_rollout(f"exit {code}") for code in range(3, 11)] + [make_rollout("equal 5")]
     with hostile_pool(verify_num_workers=1) as pool:
         counts = pool.verify(rollouts, {"p": "5"})
     assert sum(counts.values()) == 9
     assert rollouts[-1].verdict == "correct"
     assert counts["correct"] == 1
+
+
+def test_equal_responses_to_a_problem_are_graded_once() -> None:
+    rollouts = [
+        make_rollout(text, problem_id=problem) for text in ("pid 1", "pid 2", "pid 1") for problem in "pq"
+    ]
+    with hostile_pool(verify_num_workers=1, verify_max_tasks_per_worker=1) as pool:
+        counts = pool.verify(rollouts, {"p": "5", "q": "5"})
+    assert counts == Counter(correct=6)
+    graders = [rollout.verdict_reason for rollout in rollouts]
+    assert graders[:2] == graders[4:]  # one process for a response and the one that equals it
+    assert len(set(graders)) == 4
 
 
 def test_unfinished_responses_are_wrong_without_being_graded() -> None:
@@ -149,10 +161,10 @@ def test_problem_whose_gradings_hang_costs_a_few_deadlines_and_no_other_verdict(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     # A worker that ends as if at its deadline: with a short deadline, a busy machine would make the others late too
-    hanging = [make_rollout("alarm", problem_id="hangs") for _ in range(2000)]
-    fine = [make_rollout("equal 5") for _ in range(20)]
+    hanging = [make_rollout(f"alarm {n}", problem_id="hangs") for n in range(2000)]
+    fine = [make_rollout("equal 5", problem_id=str(n)) for n in range(20)]
     with hostile_pool(verify_timeout_s=60.0) as pool:
-        counts = pool.verify([*hanging, *fine], {"hangs": "5", "p": "5"})
+        counts = pool.verify([*hanging, *fine], {"hangs": "5"} | {r.problem_id: "5" for r in fine})
     assert counts == Counter(timeout=2000, correct=20)
     assert [r.verdict_reason for r in hanging[:4]] == ["deadline of 60 s"] * 4
     assert all(r.verdict_reason.startswith(GIVEN_UP) for r in hanging[4:])
@@ -162,7 +174,7 @@ def test_problem_whose_gradings_hang_costs_a_few_deadlines_and_no_other_verdict(
 
 def test_hanging_problems_share_a_number_of_deadlines_and_others_are_graded_first() -> None:
     hanging = [make_rollout("alarm", problem_id=str(n)) for n in range(6)]
-    fine = [make_rollout("equal 5", problem_id="p") for _ in range(6)]
+    fine = [make_rollout("equal 5", problem_id=f"p{n}") for n in range(6)]
     rollouts = [rollout for pair in zip(hanging, fine, strict=True) for rollout in pair]
     fine_when_first_hanging_has_verdict = []
 
@@ -171,7 +183,7 @@ def test_hanging_problems_share_a_number_of_deadlines_and_others_are_graded_firs
             fine_when_first_hanging_has_verdict.append(sum(r.verdict == "correct" for r in fine))
 
     with hostile_pool(verify_max_timeouts=2, verify_timeout_s=60.0) as pool:
-        pool.verify(rollouts, {"p": "5"} | {str(n): "5" for n in range(6)}, look)
+        pool.verify(rollouts, {r.problem_id: "5" for r in rollouts}, look)
     assert {r.verdict for r in hanging} == {"timeout"}
     assert {r.verdict for r in fine} == {"correct"}
     assert [r.verdict_reason.startswith(GIVEN_UP) for r in hanging] == [False] * 2 + [True] * 4
@@ -209,7 +221,7 @@ def test_reasons_are_short() -> None:
 
 
 def test_workers_are_replaced_after_their_tasks() -> None:
-    rollouts = [make_rollout("pid") for _ in range(6)]
+    rollouts = [make_rollout(f"pid {n}") for n in range(6)]
     with hostile_pool(verify_num_workers=1, verify_max_tasks_per_worker=2) as pool:
         pool.verify(rollouts, {"p": "5"})
     assert len({r.verdict_reason for r in rollouts}) >= 3
