@@ -99,9 +99,9 @@ class Rollout:
     """Version (optimizer steps) of the weights that sampled the rollout."""
     prompt_ids: list[int]
     response_ids: list[int]
-    """Sampled token ids. The last token is end-of-sequence only if the policy produced it."""
+    """Sampled token ids, after those of the guide. The last token is end-of-sequence only if the policy produced it."""
     response_logprobs: list[float]
-    """Log-probability of each response token under softmax(logits / temperature), before top-p, in nats."""
+    """Log-probability of each sampled token under softmax(logits / temperature), before top-p, in nats."""
     finish_reason: FinishReason
     text: str
     """Decoded response without special tokens, as the verifier reads it."""
@@ -117,6 +117,8 @@ class Rollout:
     """Objective weight A in training; 0 if the rollout is not trained on."""
     policy_age: int = 0
     """Optimizer steps between the weights that sampled the rollout and the refresh that uses it."""
+    num_guide_tokens: int = 0
+    """First tokens of ``response_ids`` that are the demonstration's; 0 for a rollout of the prompt alone."""
 
     @classmethod
     def of_text(cls, problem_id: str, text: str) -> "Rollout":
@@ -208,6 +210,14 @@ class RolloutGroup:
 
     problem_id: str
     rollouts: list[Rollout] = field(default_factory=list)
+    """Rollouts of the prompt alone."""
+    guided: list[Rollout] = field(default_factory=list)
+    """Rollouts that continue the beginning of the demonstration (--rollout-guided-samples)."""
+
+    @property
+    def all_rollouts(self) -> list[Rollout]:
+        """Both kinds."""
+        return [*self.rollouts, *self.guided]
 
     @property
     def num_correct(self) -> int:

@@ -9,10 +9,10 @@ from examples.proving_ground.kept import Result, Scores
 from examples.proving_ground.worlds import KINDS, RETAINED
 from megatron_rasft.tools.evaluation.statistics import paired_interval
 
-CANDIDATE = "rasft_advantage"
+CANDIDATES = {"rasft_guided": "", "rasft_advantage": "advantage_placebo"}
+"""Candidate -> its control; "" for none."""
 RIVALS = ("dft", "raft", "sft_grpo")
 DEFAULT = "rasft"
-PLACEBO = "advantage_placebo"
 
 LOWEST_DIFFERENCE = -1.0
 """In each world the interval of the difference from the best rival is above this, in points."""
@@ -23,19 +23,22 @@ BySeed = Mapping[int, Result]
 
 
 def lines(results: Sequence[Result], worlds: Sequence[str]) -> list[str]:
-    """Returns a line for each rule, with its numbers. Each comparison uses the seeds that both methods have.
+    """Returns a line for each candidate and rule, with its numbers. Each comparison uses the seeds that both methods have.
 
-    Empty without a world in which the candidate and all rivals have a seed in common.
+    None for a candidate without a world in which it and all rivals have a seed in common.
     """
-    complete = [world for world in worlds if _shared(results, world, (CANDIDATE, *RIVALS))]
-    if not complete:
-        return []
-    return [
-        *(_rule_1(results, world) for world in complete),
-        *(_rule_2(results, complete, rival) for rival in RIVALS),
-        *_rule_3(results, complete),
-        *_placebo_rule(results, complete),
-    ]
+    found = []
+    for candidate, control in CANDIDATES.items():
+        complete = [world for world in worlds if _shared(results, world, (candidate, *RIVALS))]
+        if complete:
+            rules = [
+                *(_rule_1(results, candidate, world) for world in complete),
+                *(_rule_2(results, candidate, complete, rival) for rival in RIVALS),
+                *_rule_3(results, candidate, complete),
+                *(_control_rule(results, candidate, control, complete) if control else []),
+            ]
+            found += [f"{candidate}: {rule}" for rule in rules]
+    return found
 
 
 def by_seed(results: Iterable[Result], world: str, method: str) -> dict[int, Result]:
@@ -55,51 +58,53 @@ def _scores(
     return np.stack([found[seed].scores(kinds) for seed in seeds])
 
 
-def _rule_1(results: Sequence[Result], world: str) -> str:
-    seeds = _shared(results, world, (CANDIDATE, *RIVALS))
-    scores = {method: _scores(results, world, method, seeds, KINDS) for method in (CANDIDATE, *RIVALS)}
+def _rule_1(results: Sequence[Result], candidate: str, world: str) -> str:
+    seeds = _shared(results, world, (candidate, *RIVALS))
+    scores = {method: _scores(results, world, method, seeds, KINDS) for method in (candidate, *RIVALS)}
     best = max(RIVALS, key=lambda rival: scores[rival].mean())
-    low, high = paired_interval(scores[CANDIDATE], scores[best], pairs_seeds=True)
-    mean = 100 * float(scores[CANDIDATE].mean() - scores[best].mean())
+    low, high = paired_interval(scores[candidate], scores[best], pairs_seeds=True)
+    mean = 100 * float(scores[candidate].mean() - scores[best].mean())
     return (
         f"1. {world}: {mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}] from the best, {best}, with {_seeds(seeds)}. "
         f"{_verdict(100 * low > LOWEST_DIFFERENCE)}: the lower end must be above {LOWEST_DIFFERENCE:g}."
     )
 
 
-def _rule_2(results: Sequence[Result], worlds: Sequence[str], rival: str) -> str:
-    mean = 100 * _mean_difference(results, worlds, CANDIDATE, rival, KINDS)
+def _rule_2(results: Sequence[Result], candidate: str, worlds: Sequence[str], rival: str) -> str:
+    mean = 100 * _mean_difference(results, worlds, candidate, rival, KINDS)
     return (
         f"2. Mean over {_worlds(worlds)}: {mean:+.1f} from {rival}. {_verdict(mean >= SMALLEST_GAIN)}: "
         f"it must be at least {SMALLEST_GAIN:+g}."
     )
 
 
-def _rule_3(results: Sequence[Result], worlds: Sequence[str]) -> list[str]:
-    found = [world for world in worlds if _shared(results, world, (CANDIDATE, DEFAULT))]
+def _rule_3(results: Sequence[Result], candidate: str, worlds: Sequence[str]) -> list[str]:
+    found = [world for world in worlds if _shared(results, world, (candidate, DEFAULT))]
     if not found:
         return []
-    mean = 100 * _mean_difference(results, found, CANDIDATE, DEFAULT, RETAINED)
+    mean = 100 * _mean_difference(results, found, candidate, DEFAULT, RETAINED)
     return [
         f"3. Retained skills, mean over {_worlds(found)}: {mean:+.1f} from {DEFAULT}. {_verdict(mean >= 0)}: "
         "it must not be below 0."
     ]
 
 
-def _placebo_rule(results: Sequence[Result], worlds: Sequence[str]) -> list[str]:
-    found = [world for world in worlds if _shared(results, world, (CANDIDATE, PLACEBO))]
-    shared = [set(_shared(results, world, (CANDIDATE, PLACEBO))) for world in found]
+def _control_rule(
+    results: Sequence[Result], candidate: str, control: str, worlds: Sequence[str]
+) -> list[str]:
+    found = [world for world in worlds if _shared(results, world, (candidate, control))]
+    shared = [set(_shared(results, world, (candidate, control))) for world in found]
     seeds = sorted(set.intersection(*shared)) if shared else []
     if not seeds:
         return []
-    placebo, candidate = (
+    of_control, of_candidate = (
         np.concatenate([_scores(results, world, method, seeds, KINDS) for world in found], axis=1)
-        for method in (PLACEBO, CANDIDATE)
+        for method in (control, candidate)
     )
-    low, high = paired_interval(placebo, candidate, pairs_seeds=True)
-    mean = 100 * (placebo.mean() - candidate.mean())
+    low, high = paired_interval(of_control, of_candidate, pairs_seeds=True)
+    mean = 100 * (of_control.mean() - of_candidate.mean())
     return [
-        f"Placebo, over {_worlds(found)}: {mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}] from {CANDIDATE}, with "
+        f"{control}, over {_worlds(found)}: {mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}] from {candidate}, with "
         f"{_seeds(seeds)}. {_verdict(high < 0)}: the interval must be below 0."
     ]
 

@@ -67,6 +67,11 @@ class RasftConfig:
                         name,
                         f"has no effect with {rule}. Leave it out, or use --objective rasft with --rasft-weighting adaptive.",
                     )
+            if self.rollout.rollout_guided_samples:
+                raise self.rollout.refusal(
+                    "rollout_guided_samples",
+                    f"has no effect with {rule}. Leave it out, or use --objective rasft with --rasft-weighting adaptive.",
+                )
         if (
             weighting.weighting_wrong_total
             and isinstance(objective, Rasft)

@@ -28,6 +28,14 @@ class RolloutConfig(FlagSection):
     ] = 4
     """Responses per sampled problem (K)."""
 
+    rollout_guided_samples: NonNegativeInt = 0
+    """Further responses per sampled problem that continue the beginning of its demonstration. They are graded, but not trained on. They
+    show whether the policy, where it fails, does better if it begins like the demonstration. While it does, the steps train on
+    demonstrations only, otherwise on the policy's own solutions only. 0 trains on both."""
+
+    rollout_guided_share: Annotated[float, Range(above=0, below=1)] = 0.15
+    """Share of a demonstration's tokens with which its guided responses begin, rounded down, but at least one token."""
+
     rollout_temperature: NonNegativeFloat = 1.0
     """Sampling temperature; 0 takes the most likely token."""
 
@@ -105,6 +113,12 @@ class RolloutConfig(FlagSection):
     def check(self) -> None:
         for url in self.rollout_urls:
             check_address(url, flag_name("rollout_urls"))
+        if self.rollout_guided_samples and self.rollout_num_samples < 2:
+            raise self.refusal(
+                "rollout_guided_samples",
+                f"needs --rollout-num-samples of at least 2, got {self.rollout_num_samples}: the other attempts at a problem show how "
+                "often the policy solves it where one attempt has failed.",
+            )
         has_servers = bool(self.rollout_urls) or self.rollout_server_file is not None
         if self.rollout_engine == "sglang" and not has_servers:
             raise self.refusal(

@@ -58,6 +58,9 @@ class SampledProblem:
     borrowed: float | None = None
     """Another problem's solvability, which replaces this problem's own (--weighting-placebo); adaptive rasft only."""
 
+    guidance: float | None = None
+    """``Guidance.confidence``; None without evidence; adaptive rasft only."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SampleWeights:

@@ -51,10 +51,11 @@ def is_positive(rollout: Rollout) -> bool:
     return is_solved(rollout) and not rollout.filtered_by
 
 
-def distinct_positives(group: RolloutGroup, deduplicate: Deduplicate) -> list[int]:
-    """Indices into the group of the rollouts that may be imitated, without near-duplicates."""
-    positives = [i for i, rollout in enumerate(group.rollouts) if is_positive(rollout)]
-    return [positives[j] for j in deduplicate([group.rollouts[i].text for i in positives])]
+def distinct_positives(rollouts: Sequence[Rollout], deduplicate: Deduplicate) -> list[int]:
+    """Indices of the rollouts that may be imitated, without near-duplicates."""
+    positives = [i for i, rollout in enumerate(rollouts) if is_positive(rollout)]
+    distinct = deduplicate([rollouts[i].text for i in positives]) if positives else []
+    return [positives[j] for j in distinct]
 
 
 def wrong_attempts(group: RolloutGroup | None) -> list[int]:
@@ -70,14 +71,14 @@ def wrong_attempts(group: RolloutGroup | None) -> list[int]:
     ]
 
 
-def count_solved(group: RolloutGroup) -> tuple[float, int]:
-    """(solved, attempts) of a group: the counts from which solvability is estimated. A reward r counts as r solved attempts.
+def count_solved(rollouts: Sequence[Rollout]) -> tuple[float, int]:
+    """(solved, attempts) of a problem's rollouts: the counts from which solvability is estimated. A reward r counts as r solved attempts.
 
     Near-duplicates count, because each is a draw from the policy. A correct response that a text filter keeps out of training counts
-    as solved: the filters judge whether a text is worth imitating, not whether the policy can solve the problem. A group has no attempts if no verdict is correct or wrong and no response was
+    as solved: the filters judge whether a text is worth imitating, not whether the policy can solve the problem. There are no attempts if no verdict is correct or wrong and no response was
     truncated by the length limit: the gold answer is then more likely at fault than the policy.
     """
-    attempts = [r for r in group.rollouts if is_attempt(r)]
+    attempts = [r for r in rollouts if is_attempt(r)]
     if not any(r.verdict in ("correct", "wrong") or r.finish_reason == "length" for r in attempts):
         return 0, 0
     return math.fsum(map(credit, attempts)), len(attempts)
@@ -88,7 +89,7 @@ def judged_rewards(group: RolloutGroup | None) -> tuple[list[int], list[float]]:
 
     Both are empty if the verifier judged no attempt. No reward is known then, so the group counts as unsampled.
     """
-    if group is None or count_solved(group)[1] == 0:
+    if group is None or count_solved(group.rollouts)[1] == 0:
         return [], []
     attempts = [i for i, rollout in enumerate(group.rollouts) if is_attempt(rollout)]
     return attempts, [credit(group.rollouts[i]) for i in attempts]

@@ -25,6 +25,7 @@ def make_samples(
     similarity: Similarity | None = None,
     max_tokens: int | None = None,
     borrowed: float | None = None,
+    guidance: float | None = None,
 ) -> list[TrainingSample]:
     """The weighted sequences of one problem, demonstration first; possibly none.
 
@@ -34,6 +35,7 @@ def make_samples(
     Args:
         remembered: (solve rate, number of samples) of earlier refreshes, discounted; adaptive rasft only.
         borrowed: another problem's solvability, which replaces this problem's own; adaptive rasft only.
+        guidance: ``Guidance.confidence``; adaptive rasft only.
         deduplicate: finds distinct texts; rasft and raft only.
         similarity: compares two texts; published rasft only.
         max_tokens: longest sequence that can be trained on, prompt and response; None for no limit. Longer ones are left out. With
@@ -49,6 +51,7 @@ def make_samples(
             deduplicate=deduplicate,
             similarity=similarity,
             borrowed=borrowed,
+            guidance=guidance,
         )
     )
     rollouts = [] if group is None else group.rollouts
@@ -119,5 +122,5 @@ def _check_group(demonstration: Demonstration, group: RolloutGroup) -> None:
     assert group.problem_id == demonstration.problem_id, (
         f"rollouts of problem {group.problem_id!r} were given with the demonstration of {demonstration.problem_id!r}"
     )
-    unverified = [r.sample_index for r in group.rollouts if is_attempt(r) and r.verdict is None]
+    unverified = [r.sample_index for r in group.all_rollouts if is_attempt(r) and r.verdict is None]
     assert not unverified, f"problem {group.problem_id!r}: rollouts {unverified} have no verdict yet"

@@ -205,6 +205,7 @@ def adaptive_weights(
     remembered: tuple[float, float] | None = None,
     deduplicate: Deduplicate = distinct_texts,
     borrowed: float | None = None,
+    guidance: float | None = None,
 ) -> GroupWeights:
     """Weighs the demonstration less, and the policy's own solutions more, the higher the solvability is.
 
@@ -213,21 +214,26 @@ def adaptive_weights(
 
     Args:
         borrowed: another problem's solvability, which replaces this problem's own (--weighting-placebo).
+        guidance: probability that imitation helps (``Guidance.confidence``). From 1/2 on no rollout is trained on, below no
+            demonstration. None without evidence: both are trained on.
     """
-    num_correct, num_samples = (0, 0) if group is None else count_solved(group)
-    solvability = estimate_solvability(num_correct, num_samples, config, remembered)
-    weights = [0.0] * (0 if group is None else len(group.rollouts))
+    rollouts = [] if group is None else group.rollouts
+    solvability = estimate_solvability(*count_solved(rollouts), config, remembered)
+    weights = [0.0] * len(rollouts)
+    imitates, practises = guidance is None or guidance >= 0.5, guidance is None or guidance < 0.5
     if solvability is None:
-        return GroupWeights(demonstration=UNSAMPLED_WEIGHT, rollouts=tuple(weights), solvability=None)
+        return GroupWeights(
+            demonstration=imitates * UNSAMPLED_WEIGHT, rollouts=tuple(weights), solvability=None
+        )
     solvability = solvability if borrowed is None else borrowed
-    trained = [] if group is None else distinct_positives(group, deduplicate)
+    trained = distinct_positives(rollouts, deduplicate) if practises else []
     for i in trained:
         weights[i] = rollout_total(solvability, config) / len(trained)
     wrong = wrong_attempts(group) if trained else []
     for i in wrong:
         weights[i] = -wrong_total(solvability, config) / len(wrong)
     return GroupWeights(
-        demonstration=demonstration_weight(solvability, config),
+        demonstration=imitates * demonstration_weight(solvability, config),
         rollouts=tuple(weights),
         solvability=solvability,
     )

@@ -23,7 +23,8 @@ class ReplayEngine:
     """
 
     def __init__(self, paths: Sequence[str | Path], prompts: Mapping[str, Sequence[int]]) -> None:
-        self._positions: dict[str, list[tuple[Path, int]]] = {}
+        self._positions: dict[tuple[str, bool], list[tuple[Path, int]]] = {}
+        """Problem and whether the rollouts are guided -> store and offset of each."""
         # One example of each, for the error message.
         unknown_problem = other_prompt = ""
         for path in map(Path, paths):
@@ -34,7 +35,8 @@ class ReplayEngine:
                 elif list(prompt_ids) != rollout.prompt_ids:
                     other_prompt = other_prompt or rollout.problem_id
                 else:
-                    self._positions.setdefault(rollout.problem_id, []).append((path, offset))
+                    kind = rollout.problem_id, rollout.num_guide_tokens > 0
+                    self._positions.setdefault(kind, []).append((path, offset))
         if not self._positions:
             raise RolloutError(
                 _explain_empty(", ".join(map(str, paths)), next(iter(prompts)), unknown_problem, other_prompt)
@@ -43,15 +45,16 @@ class ReplayEngine:
     @property
     def num_problems(self) -> int:
         """Problems of this run that have stored rollouts."""
-        return len(self._positions)
+        return len({problem_id for problem_id, _ in self._positions})
 
-    def take(self, problem_id: str, num_samples: int, visit: int) -> list[Rollout]:
+    def take(self, problem_id: str, num_samples: int, visit: int, is_guided: bool = False) -> list[Rollout]:
         """Returns at most ``num_samples`` rollouts of a problem, without repeats.
 
         Args:
             visit: how many refreshes have sampled the problem before. The next visit continues after this visit's rollouts.
+            is_guided: whether to return guided rollouts, or those of the prompt alone.
         """
-        positions = self._positions.get(problem_id, [])
+        positions = self._positions.get((problem_id, is_guided), [])
         start = visit * num_samples
         taken = []
         for index in range(min(num_samples, len(positions))):

@@ -4,6 +4,7 @@ This module is plain Python: it needs neither torch nor Megatron nor another ran
 rank 0, joins it to the model and the rollout servers, and shows the order of the calls in a diagram.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +15,7 @@ from megatron_rasft.config import RasftConfig
 from megatron_rasft.curriculum.curriculum import Curriculum
 from megatron_rasft.data.tokenized_rows import ByProblem, fingerprint_of
 from megatron_rasft.objective.groups import count_solved
+from megatron_rasft.objective.guidance import Guidance
 from megatron_rasft.objective.samples import make_samples
 from megatron_rasft.objective.weighting import estimate_solvability, exchanged
 from megatron_rasft.rollout.replay import ReplayEngine
@@ -117,10 +119,17 @@ class Refresh:
             memory=config.weighting.weighting_memory,
             content=fingerprint_of(demonstrations),
         )
+        self._guidance = Guidance()
         self._ahead: ProblemChoice | None = None
         """With --rollout-lag 1: the next refresh's problems, which the servers are sampling."""
         self._state_at_start: dict[str, Any] | None = None
         """``state_dict()`` from before the refresh that is running. If it is interrupted, the resumed run repeats it."""
+
+    @property
+    def guidance(self) -> float:
+        """``Guidance.confidence``; NaN without evidence."""
+        confidence = self._guidance.confidence
+        return math.nan if confidence is None else confidence
 
     # ---- begin and end, checkpoints
 
@@ -147,6 +156,7 @@ class Refresh:
             "curriculum": self.curriculum.state_dict(),
             "next_choice": None if ahead is None else [ahead.problem_ids, ahead.sampled_ids],
             "verify_function": self._function_digest,
+            "guidance": self._guidance.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> list[str]:
@@ -156,6 +166,7 @@ class Refresh:
         the weights of the checkpoint.
         """
         self.curriculum.load_state_dict(state["curriculum"])
+        self._guidance = Guidance(*state.get("guidance", ()))
         if state["next_choice"] is not None:
             problem_ids, sampled_ids = state["next_choice"]
             self._ahead = ProblemChoice(problem_ids=problem_ids, sampled_ids=sampled_ids)
@@ -242,19 +253,31 @@ class Refresh:
         return self.demonstration_samples(choice.problem_ids[:_NUM_PROBES])
 
     def requests(self, choice: ProblemChoice) -> list[Request]:
-        """Each sampled problem's prompt, with a seed for each of its samples."""
+        """Each sampled problem's prompt, with a seed for each of its samples; then the same with the guides."""
         assert choice.weight_version is not None, "seeds depend on the weights that sample"
+        num, num_guided = self._sampling.num_samples, self._config.rollout.rollout_guided_samples
+        requests = [self._request(i, choice.weight_version, [], range(num)) for i in choice.sampled_ids]
+        if num_guided:
+            indices = range(num, num + num_guided)
+            requests += [
+                self._request(i, choice.weight_version, self._guide(i), indices) for i in choice.sampled_ids
+            ]
+        return requests
+
+    def _request(
+        self, problem_id: str, weight_version: int, guide: list[int], indices: Iterable[int]
+    ) -> Request:
+        seed = self._config.rollout.rollout_seed
         # Lists, because requests are pickled on their way to other ranks, and memoryviews of the row cache cannot be.
-        return [
-            Request(
-                prompt_ids=list(self._demonstrations[problem_id].prompt_ids),
-                seeds=[
-                    sample_seed(self._config.rollout.rollout_seed, problem_id, choice.weight_version, index)
-                    for index in range(self._sampling.num_samples)
-                ],
-            )
-            for problem_id in choice.sampled_ids
-        ]
+        return Request(
+            prompt_ids=[*self._demonstrations[problem_id].prompt_ids, *guide],
+            seeds=[sample_seed(seed, problem_id, weight_version, index) for index in indices],
+        )
+
+    def _guide(self, problem_id: str) -> list[int]:
+        """The beginning of the demonstration that guided rollouts continue."""
+        response = self._demonstrations[problem_id].response_ids
+        return list(response[: max(1, int(self._config.rollout.rollout_guided_share * len(response)))])
 
     def group(
         self, choice: ProblemChoice, responses: Sequence[Sequence[Response | None]], iteration: int
@@ -262,19 +285,33 @@ class Refresh:
         """Problem id -> its rollouts, not yet verified. Problems without any response are left out.
 
         Args:
-            responses: of each sampled problem, in the order of its seeds; None where servers failed to deliver one.
+            responses: of each request, in the order of its seeds; None where servers failed to deliver one.
             iteration: optimizer steps done at this refresh, for the rollouts' age.
         """
         weight_version = choice.weight_version
         assert weight_version is not None, "responses have been sampled with some weights"
         groups = {}
-        for problem_id, answers in zip(choice.sampled_ids, responses, strict=True):
+        num = len(choice.sampled_ids)
+        guided = responses[num:] or [()] * num
+        for problem_id, own, continued in zip(choice.sampled_ids, responses[:num], guided, strict=True):
             prompt_ids = list(self._demonstrations[problem_id].prompt_ids)
-            rollouts = as_rollouts(problem_id, prompt_ids, answers, weight_version, self._decode)
-            for rollout in rollouts:
+            group = RolloutGroup(
+                problem_id=problem_id,
+                rollouts=as_rollouts(problem_id, prompt_ids, own, weight_version, self._decode),
+                guided=as_rollouts(
+                    problem_id,
+                    prompt_ids,
+                    continued,
+                    weight_version,
+                    self._decode,
+                    guide=self._guide(problem_id) if continued else [],
+                    first_index=self._sampling.num_samples,
+                ),
+            )
+            for rollout in group.all_rollouts:
                 rollout.policy_age = iteration - weight_version
-            if rollouts:
-                groups[problem_id] = RolloutGroup(problem_id=problem_id, rollouts=rollouts)
+            if group.all_rollouts:
+                groups[problem_id] = group
         return groups
 
     def replay(self, choice: ProblemChoice) -> dict[str, RolloutGroup]:
@@ -284,9 +321,14 @@ class Refresh:
         for problem_id in choice.sampled_ids:
             known = self.curriculum.solvability.get(problem_id)
             visit = 0 if known is None else known.num_refreshes
-            rollouts = self._replay.take(problem_id, self._sampling.num_samples, visit)
-            if rollouts:
-                groups[problem_id] = RolloutGroup(problem_id=problem_id, rollouts=rollouts)
+            num, num_guided = self._sampling.num_samples, self._config.rollout.rollout_guided_samples
+            group = RolloutGroup(
+                problem_id=problem_id,
+                rollouts=self._replay.take(problem_id, num, visit),
+                guided=self._replay.take(problem_id, num_guided, visit, is_guided=True),
+            )
+            if group.all_rollouts:
+                groups[problem_id] = group
         return groups
 
     # ---- verify
@@ -300,7 +342,7 @@ class Refresh:
         if not groups:
             return
         assert self._verifier is not None, "a run that samples rollouts needs a verifier"
-        rollouts = [rollout for group in groups.values() for rollout in group.rollouts]
+        rollouts = [rollout for group in groups.values() for rollout in group.all_rollouts]
         checks = {problem_id: self._demonstrations[problem_id].check for problem_id in groups}
         self._verifier.verify(rollouts, checks, look_up)
         for rollout in rollouts:
@@ -316,6 +358,7 @@ class Refresh:
     ) -> list[list[TrainingSample]]:
         """Returns the weighted training samples of each problem, without samples that are too long or have no response."""
         problem_ids = list(problem_ids)
+        self._guidance.add(groups.values(), self._config.weighting.weighting_memory)
         borrowed = self._borrowed(problem_ids, groups) if self._config.weighting.weighting_placebo else {}
         return [self._weighed(i, groups.get(i), borrowed.get(i)) for i in problem_ids]
 
@@ -326,7 +369,7 @@ class Refresh:
         return exchanged(known, f"placebo {self._config.data.data_seed} {self.curriculum.refresh}")
 
     def _solvability(self, problem_id: str, group: RolloutGroup | None) -> float | None:
-        counts: tuple[float, int] = (0, 0) if group is None else count_solved(group)
+        counts: tuple[float, int] = (0, 0) if group is None else count_solved(group.rollouts)
         remembered = self.curriculum.remembered(problem_id)
         return estimate_solvability(*counts, self._config.weighting, remembered)
 
@@ -348,6 +391,7 @@ class Refresh:
             similarity=partial(similarity, **texts),
             max_tokens=self._sampling.max_total_tokens,
             borrowed=borrowed,
+            guidance=self._guidance.confidence,
         )
 
     def record(self, groups: Mapping[str, RolloutGroup]) -> None:
@@ -357,9 +401,9 @@ class Refresh:
         """
         # Problems of the hard pool that this refresh does not train are recorded too, for when they are trained.
         for problem_id, group in groups.items():
-            self.curriculum.record(problem_id, *count_solved(group))
+            self.curriculum.record(problem_id, *count_solved(group.rollouts))
         if self._store is not None:
-            self._store.append(rollout for group in groups.values() for rollout in group.rollouts)
+            self._store.append(rollout for group in groups.values() for rollout in group.all_rollouts)
 
     # ---- score under the reference
 
@@ -394,6 +438,8 @@ def as_rollouts(
     responses: Sequence[Response | None],
     weight_version: int,
     decode: Callable[[list[int]], str],
+    guide: Sequence[int] = (),
+    first_index: int = 0,
 ) -> list[Rollout]:
     """One problem's responses as rollouts that are not yet verified; a missing response (None) gives none."""
     return [
@@ -402,12 +448,13 @@ def as_rollouts(
             sample_index=index,
             weight_version=weight_version,
             prompt_ids=prompt_ids,
-            response_ids=response.token_ids,
+            response_ids=[*guide, *response.token_ids],
             response_logprobs=response.logprobs,
             finish_reason=response.finish_reason,
-            text=decode(response.token_ids),
+            text=decode([*guide, *response.token_ids]),
+            num_guide_tokens=len(guide),
         )
-        for index, response in enumerate(responses)
+        for index, response in enumerate(responses, first_index)
         if response is not None
     ]
 

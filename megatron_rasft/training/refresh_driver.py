@@ -45,6 +45,7 @@ Who waits for whom. A, B and C are the problems of three refreshes; a column end
 Without servers, sync_weights does nothing and ``sample`` uses the trainer's own weights, or the store of --rollout-engine replay.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import chain
 
@@ -198,7 +199,7 @@ class RefreshDriver:
     def verify(self, groups: Groups) -> None:
         """Sets the rollouts' verdicts and marks bad texts. The other ranks wait for rank 0."""
         stop = self._policy.stop
-        rollouts = [rollout for group in groups.values() for rollout in group.rollouts]
+        rollouts = [rollout for group in groups.values() for rollout in group.all_rollouts]
         with self._report.timed("verify_s"), live.verifying(rollouts):
             stop.on_rank_zero(lambda: self.decisions.verify(groups, stop.check_here))
         # Slurm sends a signal to the grading processes too. Their last verdicts then say that they crashed, and must not be trained on.
@@ -210,6 +211,7 @@ class RefreshDriver:
         """Turns demonstrations and rollouts into weighted training samples, and records the rollouts."""
         samples: Samples = kept_by_rank_zero(lambda: self.decisions.weigh(choice.problem_ids, groups), [])
         on_rank_zero(lambda: self.decisions.record(groups))
+        self._report.guidance = kept_by_rank_zero(lambda: self.decisions.guidance, math.nan)
         self._report.count_samples(samples)
         return samples
 

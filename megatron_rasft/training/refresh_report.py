@@ -39,6 +39,10 @@ class RefreshReport:
     """Rollouts for which --verify-function raised or returned no judgement."""
     mean_reward: float = float("nan")
     """Mean of the rewards of --verify-function."""
+    guided_solve_rate: float = float("nan")
+    """Correct guided rollouts / guided rollouts. No other figure counts guided rollouts."""
+    guidance: float = float("nan")
+    """``Guidance.confidence`` after this refresh."""
     num_solved: int = 0
     """Problems with at least one correct rollout."""
     num_left_out: int = 0
@@ -82,6 +86,8 @@ class RefreshReport:
         self.num_given_up = sum(rollout.verdict_reason.startswith(GIVEN_UP) for rollout in rollouts)
         self.num_failed = sum(rollout.verdict_reason.startswith(FAILED) for rollout in rollouts)
         self.mean_reward = _mean([rollout.reward for rollout in rollouts if rollout.reward is not None])
+        guided = [rollout for group in groups for rollout in group.guided]
+        self.guided_solve_rate = _mean([float(rollout.verdict == "correct") for rollout in guided])
         self.num_solved = sum(group.num_correct > 0 for group in groups)
         self.mean_response_tokens = sum(len(r.response_ids) for r in rollouts) / max(1, len(rollouts))
 
@@ -131,6 +137,8 @@ class RefreshReport:
             metrics.RESPONSE_TOKENS: self.mean_response_tokens,
             metrics.GIVEN_UP: self.num_given_up / num_rollouts,
             metrics.REWARD: self.mean_reward,
+            metrics.GUIDED_SOLVE_RATE: self.guided_solve_rate,
+            metrics.GUIDANCE: self.guidance,
             **({metrics.FUNCTION_FAILED: self.num_failed / num_rollouts} if self.num_failed else {}),
             **{f"verify/{verdict}_frac": n / num_rollouts for verdict, n in self.verdicts.items()},
             **self.shares(),
@@ -156,11 +164,17 @@ class RefreshReport:
             line += (
                 f", {counted(self.num_rollouts, 'rollout')} of {self.num_sampled}, {self.solve_rate:.1%} correct, "
                 + ("" if math.isnan(self.mean_reward) else f"mean reward {self.mean_reward:.3f}, ")
+                + self._describe_guidance()
                 + f"{self.num_solved} solved at least once, {shares[metrics.TRUNCATED]:.1%} cut by length, "
                 f"{shares[metrics.FILTERED]:.1%} filtered, {shares[metrics.UNVERIFIABLE]:.1%} unverifiable, "
                 f"{counted(round(self.mean_response_tokens), 'token')} each; generate {self.generate_s:.1f} s, verify {self.verify_s:.1f} s,"
             )
         return f"{line} reference {self.reference_s:.1f} s, {total_s:.1f} s in all"
+
+    def _describe_guidance(self) -> str:
+        if math.isnan(self.guided_solve_rate):
+            return ""
+        return f"{self.guided_solve_rate:.1%} with a guide (guidance {self.guidance:.2f}), "
 
     def warnings(self, config: RasftConfig) -> list[str]:
         """Console lines about each of ``shares`` above --rasft-warn-frac, with the flags that change it."""

@@ -44,7 +44,9 @@ class Raft(Objective):
 
     def weigh(self, problem: SampledProblem) -> SampleWeights:
         """The distinct correct rollouts. A problem without correct rollouts contributes nothing."""
-        positives = [] if problem.group is None else distinct_positives(problem.group, problem.deduplicate)
+        positives = (
+            [] if problem.group is None else distinct_positives(problem.group.rollouts, problem.deduplicate)
+        )
         return SampleWeights(demonstration=None, rollouts=dict.fromkeys(positives, 1.0))
 
     def token_terms(self, tokens: "PackedTokens") -> "TokenTerms":

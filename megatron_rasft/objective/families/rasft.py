@@ -79,6 +79,7 @@ class Rasft(Objective):
                 remembered=problem.remembered,
                 deduplicate=problem.deduplicate,
                 borrowed=problem.borrowed,
+                guidance=problem.guidance,
             )
         return SampleWeights(
             demonstration=weights.demonstration,

@@ -36,6 +36,18 @@ _SOLVED = (
     Curve(metrics.REWARD, "Mean reward of the rollouts", "of --verify-function, a refresh"),
     Curve(metrics.SOLVE_RATE, "Correct rollouts", "share of a refresh's rollouts", is_share=True),
     Curve(
+        metrics.GUIDED_SOLVE_RATE,
+        "Correct guided rollouts",
+        "share of a refresh's guided rollouts",
+        is_share=True,
+    ),
+    Curve(
+        metrics.GUIDANCE,
+        "Imitation helps where the policy fails",
+        "probability, from guided rollouts",
+        is_share=True,
+    ),
+    Curve(
         metrics.SOLVED_PROBLEMS,
         "Problems solved at least once",
         "share of a refresh's problems",

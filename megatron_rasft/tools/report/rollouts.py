@@ -185,13 +185,15 @@ class RolloutStatistics:
 
 
 def read_statistics(path: Path, archive: Archive | None = None) -> RolloutStatistics:
-    """Counts the rollouts of a rollouts.jsonl, and copies them into an archive if one is given."""
+    """Counts the rollouts of a rollouts.jsonl, except guided ones, and copies them into an archive if one is given."""
     statistics = RolloutStatistics()
     refreshes = statistics.refreshes
     current, last_id, last_index = -1, "", -1
     for offset, line in lines_with_offsets(path):
         try:
             record, num_tokens = parse(line)
+            if record.get("num_guide_tokens"):
+                continue  # a test of the demonstrations, not of the policy alone
             step = int(record["weight_version"]) + int(record.get("policy_age", 0))
             problem_id, index = record["problem_id"], int(record["sample_index"])
             # The samples of a problem are written together and in order. A sample out of order shows that the refresh was repeated.

@@ -170,7 +170,13 @@ def test_objectives_on_rollouts_need_rollouts(objective: str) -> None:
 
 @pytest.mark.parametrize("other", [["--objective", "grpo"], ["--rasft-weighting", "published"]])
 @pytest.mark.parametrize(
-    "given", [["--weighting-wrong-total", "4"], ["--weighting-rollout-fall", "0.5"], ["--weighting-placebo"]]
+    "given",
+    [
+        ["--weighting-wrong-total", "4"],
+        ["--weighting-rollout-fall", "0.5"],
+        ["--weighting-placebo"],
+        ["--rollout-guided-samples", "1"],
+    ],
 )
 def test_flags_of_the_adaptive_rule_are_refused_without_it(given: list[str], other: list[str]) -> None:
     RasftConfig.from_args(parse(*given))

@@ -42,7 +42,7 @@ from tests.unit.objective.sampled_groups import make_group, rollout
 def test_solved_rollouts_and_attempts_are_counted(
     rollouts: list[Rollout], expected: tuple[float, int]
 ) -> None:
-    assert count_solved(make_group(*rollouts)) == expected
+    assert count_solved(make_group(*rollouts).rollouts) == expected
 
 
 def test_a_part_of_the_reward_is_neither_imitated_nor_wrong() -> None:
@@ -52,7 +52,7 @@ def test_a_part_of_the_reward_is_neither_imitated_nor_wrong() -> None:
         rollout(2, "wrong", reward=0.0),
         rollout(3, "wrong"),
     )
-    assert distinct_positives(group, distinct_texts) == [0]
+    assert distinct_positives(group.rollouts, distinct_texts) == [0]
     assert wrong_attempts(group) == [2, 3]
     assert judged_rewards(group) == ([0, 1, 2, 3], [1.0, 0.5, 0.0, 0.0])
 

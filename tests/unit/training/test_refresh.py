@@ -186,6 +186,70 @@ def test_servers_are_probed_on_the_first_demonstrations() -> None:
     assert [s.problem_id for s in made.probes(choice)] == ["p5", "p4", "p3", "p2"]
 
 
+def guided(num_samples: int = 2, num_guided: int = 1) -> RolloutConfig:
+    return RolloutConfig(
+        rollout_num_samples=num_samples, rollout_guided_samples=num_guided, rollout_guided_share=0.5
+    )
+
+
+def test_guided_rollouts_continue_the_beginning_of_the_demonstration() -> None:
+    made = refresh_of(config_of(rollout=guided()))
+    choice = sampled("p1", "p2", weight_version=4)
+    requests = made.requests(choice)
+    assert [r.prompt_ids for r in requests] == [[1, 1], [1, 2], [1, 1, 5], [1, 2, 5]]
+    assert [len(r.seeds) for r in requests] == [2, 2, 1, 1]
+    assert len({seed for r in requests for seed in r.seeds}) == 6, "each response has a seed of its own"
+    group = made.group(choice, [answers(request) for request in requests], 4)["p2"]
+    assert [r.num_guide_tokens for r in group.all_rollouts] == [0, 0, 1]
+    assert [r.sample_index for r in group.all_rollouts] == [0, 1, 2]
+    (continued,) = group.guided
+    assert (continued.prompt_ids, continued.response_ids) == ([1, 2], [5, 5, 0, 9])
+    assert continued.text == decode([5, 5, 0, 9]), "the verifier reads the guide too"
+
+
+def test_a_problem_keeps_the_kind_of_rollouts_that_servers_delivered() -> None:
+    made = refresh_of(config_of(rollout=guided()))
+    choice = sampled("p1", "p2", "p3", weight_version=0)
+    groups = made.group(
+        choice, [[None, None], [None, None], [response(5), None], [response(5)], [None], [None]], 0
+    )
+    assert {i: (len(g.rollouts), len(g.guided)) for i, g in groups.items()} == {"p1": (0, 1), "p3": (1, 0)}
+
+
+@pytest.mark.parametrize(("own", "continued", "kind"), [(6, 5, "demonstration"), (5, 6, "rollout")])
+def test_guided_rollouts_decide_what_is_trained_on(own: int, continued: int, kind: str) -> None:
+    """The stand-in verifier reads the first token, so a group's guide of one token is replaced here."""
+    made = refresh_of(config_of(rollout=guided()))
+    ids = ["p1", "p2", "p3"]
+    responses = [[response(own, i, 9), response(6, i, 9)] for i in range(3)]
+    responses += [[response(continued, i, 9)] for i in range(3)]
+    groups = made.group(sampled(*ids, weight_version=0), responses, 0)
+    for group in groups.values():
+        group.guided[0].response_ids = group.guided[0].response_ids[1:]
+    made.verify(groups)
+    samples = [sample for part in made.weigh(ids, groups) for sample in part]
+    assert {s.kind for s in samples if s.weight} == {kind}
+    assert all(group.guided[0].weight == 0 for group in groups.values())
+    assert (made.guidance > 0.5) == (kind == "demonstration")
+    again = refresh_of(config_of(rollout=guided()))
+    again.load_state_dict(json.loads(json.dumps(made.state_dict())))
+    assert again.guidance == made.guidance
+
+
+def test_the_store_replays_guided_rollouts_as_guided(tmp_path: Path) -> None:
+    store = RolloutStore(tmp_path / "rollouts.jsonl")
+    made = refresh_of(config_of(rollout=guided()), store=store)
+    groups = verified(made, ["p1"])
+    made.record(groups)
+    assert made.curriculum.solvability["p1"].num_samples == 2, (
+        "guided rollouts are not part of the solve rate"
+    )
+    replay = ReplayEngine([store.path], {"p1": [1, 1]})
+    (group,) = refresh_of(config_of(rollout=guided()), replay=replay).replay(sampled("p1")).values()
+    assert [r.response_ids for r in group.guided] == [r.response_ids for r in groups["p1"].guided]
+    assert [r.response_ids for r in group.rollouts] == [r.response_ids for r in groups["p1"].rollouts]
+
+
 # ---- verify, weigh, record
 
 
