@@ -60,12 +60,12 @@ pytest-bridge: bridge
 		$(ARGS)
 
 # For every night: changes the method's functions, one operator or value at a time, and runs their unit tests on each change. The
-# old results are removed, because mutmut would keep those of functions whose tests have changed.
+# old results are removed, because mutmut would keep those of functions whose tests have changed. ARGS="--sample 60 --seed 1" runs 60
+# random changes of each entry of mutmut's only_mutate.
 mutants: venv
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --editable '.[mutants]'
 	rm -rf mutants
-	OMP_NUM_THREADS=1 $(BIN)/python -m mutmut run
-	$(BIN)/python -m tests.mutants
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutants $(ARGS)
 
 # For every night: the scenarios of tests/slurm with programs that start as they do for a user, and with real rollout servers.
 slurm-night: servers
