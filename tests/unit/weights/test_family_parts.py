@@ -284,3 +284,42 @@ def test_experts_with_softmax_are_those_of_transformers(
         "moe_router_pre_softmax": not (is_mixtral or config.norm_topk_prob),
     }
     assert expected.items() <= family.own_args(given, sizes).items()
+
+
+@pytest.mark.parametrize(
+    ("values", "softmax_scale"),
+    [({}, 1 / 16), ({"query_pre_attn_scalar": 144}, 1 / 12)],
+    ids=["absent", "given"],
+)
+def test_arguments_of_gemma3(values: dict[str, Any], softmax_scale: float) -> None:
+    assert FAMILIES["Gemma3ForCausalLM"].own_args(values, shape(hidden_size=36)) == {
+        "swiglu": False,
+        "softmax_scale": pytest.approx(softmax_scale),
+        "layernorm_zero_centered_gamma": True,
+        "has_post_norms": True,
+        "has_gelu": True,
+        "embedding_scale": 6.0,
+    }
+
+
+@pytest.mark.parametrize(
+    ("values", "top_k", "limit"),
+    [({}, 4, 7.0), ({"num_experts_per_tok": 2, "swiglu_limit": 5.5, "swiglu_alpha": 1.702}, 2, 5.5)],
+    ids=["absent", "given"],
+)
+def test_arguments_of_gpt_oss(values: dict[str, Any], top_k: int, limit: float) -> None:
+    assert FAMILIES["GptOssForCausalLM"].own_args(values, shape(num_experts=8)) == {
+        "num_experts": 8,
+        "moe_router_topk": top_k,
+        "moe_ffn_hidden_size": 12,
+        "moe_router_pre_softmax": False,
+        "add_bias_linear": True,
+        "expert_tensor_parallel_size": 1,
+        "softmax_type": "learnable",
+        "swiglu": False,
+        "quick_geglu": True,
+        "glu_linear_offset": 1.0,
+        "activation_func_clamp_value": limit,
+        "bias_dropout_fusion": False,
+        "bias_gelu_fusion": False,
+    }
