@@ -187,17 +187,19 @@ def study_results(candidate: int, rival: int, placebo: int) -> list[Result]:
     found = []
     for world in KEPT:
         for seed in (1, 2):
-            found.append(result(bar.CANDIDATE, seed, world=world, correct=candidate))
+            found += [result(name, seed, world=world, correct=candidate) for name in bar.CANDIDATES]
             found += [result(name, seed, world=world, correct=rival) for name in bar.RIVALS]
             found.append(result(bar.DEFAULT, seed, world=world, correct=2))
-            found.append(result(bar.PLACEBO, seed, world=world, correct=placebo))
+            controls = filter(None, bar.CANDIDATES.values())
+            found += [result(name, seed, world=world, correct=placebo) for name in controls]
     return found
 
 
 @pytest.mark.parametrize(("candidate", "is_met"), [(3, True), (1, False)])
 def test_the_rules_say_whether_they_are_met(candidate: int, is_met: bool) -> None:
     lines = bar.lines(study_results(candidate, rival=2, placebo=2), list(KEPT))
-    assert len(lines) == len(KEPT) + len(bar.RIVALS) + 2
+    controls = [control for control in bar.CANDIDATES.values() if control]
+    assert len(lines) == len(bar.CANDIDATES) * (len(KEPT) + len(bar.RIVALS) + 1) + len(controls)
     assert all((". Met" in line) == is_met for line in lines)
 
 
@@ -205,8 +207,9 @@ def test_the_rules_need_the_candidate_and_its_rivals() -> None:
     results = study_results(3, 2, 2)
     assert bar.lines([r for r in results if r.method != "raft"], list(KEPT)) == []
     one = [r for r in results if r.world == "programs" or r.method != "raft"]
-    (line,) = [line for line in bar.lines(one, list(KEPT)) if line.startswith("1.")]
-    assert "programs" in line
+    lines = [line for line in bar.lines(one, list(KEPT)) if ": 1." in line]
+    assert [line.split(":")[0] for line in lines] == list(bar.CANDIDATES)
+    assert all("programs" in line for line in lines)
 
 
 @pytest.mark.parametrize("name", list(KEPT))
