@@ -96,6 +96,10 @@ MODES: dict[str, SamplingParams] = {
 }
 
 
+SAMPLED_ALIKE = ("tp2, query groups added", "pp2 vpp2", "cp2 padded")
+"""Layouts in which ranks choose tokens together exactly as in tp2, pp2 or cp2. Only their logits are computed in another way."""
+
+
 def modes_of(layout: str) -> list[str]:
     """The modes that a layout samples in.
 
@@ -105,6 +109,8 @@ def modes_of(layout: str) -> list[str]:
     left_out = {"small batches", "little room"} | (
         set() if layout.startswith("cp2") else {"half a training row"}
     )
+    if layout in SAMPLED_ALIKE:
+        left_out |= {"nucleus", "penalised"}
     return [mode for mode in MODES if layout == "one" or mode not in left_out]
 
 

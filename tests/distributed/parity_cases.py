@@ -67,7 +67,6 @@ LAYOUTS: dict[int, dict[str, str]] = {
         "cp2, padded": "--context-parallel-size 2 --rasft-batch-layout padded --micro-batch-size 2",
     },
     4: {
-        "tp2 pp2": "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2",
         "tp2 sp pp2 vpp2": "--tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 2 "
         "--num-layers-per-virtual-pipeline-stage 1",
         "tp2 sp cp2": "--tensor-model-parallel-size 2 --sequence-parallel --context-parallel-size 2",
@@ -118,7 +117,6 @@ class Case:
 MORE = {
     "packed": ["dft", "sft_kl"],
     "padded": ["sft_kl"],
-    "fused kernels": ["sft_kl"],
     "fused kernels in chunks of 16 tokens with gradient fusion": ["sft_kl"],
     "dp2": ["dft"],
     "tp2": ["sft_kl"],
@@ -129,7 +127,6 @@ MORE = {
     "pp2 fused kernels with gradient fusion": ["dft"],
     "cp2": ["sft_kl"],
     "tp2 sp pp2 vpp2": ["sft_kl"],
-    "tp2 sp cp2": ["sft_kl"],
 }
 """Layout -> the objectives that it trains besides rasft, with tied embeddings: sft_kl where the loss over the whole vocabulary is
 divided or computed in another way, dft where only the tied weights are."""
