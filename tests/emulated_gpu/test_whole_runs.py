@@ -17,7 +17,6 @@ STEPS = 4
 
 KERNELS = {"gemm", "rmsnorm_fwd", "rmsnorm_bwd", "rope_thd", "attention_thd", "adam"}
 LAYOUTS = {
-    "one_gpu": ("", 1),
     "tp2_sp": ("--tensor-model-parallel-size 2 --sequence-parallel", 2),
     "pp2_interleaved": ("--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1", 2),
 }
