@@ -23,14 +23,16 @@ STEPS = 9
 """Nearly two epochs of 5 steps. A refresh covers 3 steps of one epoch, so refreshes come before steps 1, 4, 6 and 9."""
 
 
-def flags_of(save: Path) -> list[str]:
-    return ["--train-iters", str(STEPS), "--save-interval", "2", "--export-hf", str(save) + "-exported"]
+def flags_of(save: Path, world_size: int = 1) -> list[str]:
+    """The flags of a run. Runs of two processes have guided rollouts, whose sums are part of the state."""
+    flags = ["--train-iters", str(STEPS), "--save-interval", "2", "--export-hf", str(save) + "-exported"]
+    return [*flags, "--rollout-guided-samples", "1"] if world_size == 2 else flags
 
 
 def unbroken_run(workshop: Workshop, world_size: int) -> Path:
     save = workshop.root / f"unbroken{world_size}"
     if not save.exists():
-        workshop.train(save, flags_of(save), world_size)
+        workshop.train(save, flags_of(save, world_size), world_size)
     return save
 
 
@@ -44,7 +46,7 @@ def interrupted_run(
 ) -> launching.Outcome:
     return launching.run(
         save.with_name(f"{save.name}-broken-logs"),
-        workshop.flags("--save", str(save), *flags_of(save), *more),
+        workshop.flags("--save", str(save), *flags_of(save, world_size), *more),
         world_size,
         interruption=interruption,
         held_writes=held_writes,
@@ -78,22 +80,17 @@ def assert_same_run(save: Path, unbroken: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("world_size", "phase", "step", "more"),
-    [
-        (1, "step", 7, ()),
-        (2, "generate", 3, ()),
-        (1, "verify", 5, ()),
-        (1, "score", 8, ()),
-    ],
+    ("world_size", "phase", "step"),
+    [(1, "step", 7), (2, "generate", 3), (1, "verify", 5), (1, "score", 8)],
 )
 def test_a_run_stopped_by_sigterm_resumes_as_if_uninterrupted(
-    workshop: Workshop, tmp_path: Path, world_size: int, phase: Phase, step: int, more: tuple[str, ...]
+    workshop: Workshop, tmp_path: Path, world_size: int, phase: Phase, step: int
 ) -> None:
     unbroken = unbroken_run(workshop, world_size)
     save = tmp_path / "save"
     # Only one rank receives the signal, but all must stop after the same step.
     term = Interruption(step=step, number=SIGTERM, only_rank=world_size - 1, phase=phase)
-    outcome = interrupted_run(workshop, save, term, world_size, *more)
+    outcome = interrupted_run(workshop, save, term, world_size)
     assert outcome.codes == [0] * world_size, outcome.output
     assert f"signal after step {step}" in outcome.output
     assert "Traceback" not in outcome.output
@@ -102,7 +99,7 @@ def test_a_run_stopped_by_sigterm_resumes_as_if_uninterrupted(
     assert not Path(f"{save}-exported").exists()
     num_left = 1 if phase == "step" else 0  # between two steps of a refresh, or in the refresh after them
     assert len(state_of(save, step)["queue"]) == num_left
-    resumed = workshop.train(save, [*flags_of(save), *more], world_size)
+    resumed = workshop.train(save, flags_of(save, world_size), world_size)
     assert f"after step {step}" in resumed.output
     assert_same_run(save, unbroken)
 
@@ -118,7 +115,7 @@ def test_a_killed_run_resumes_from_its_last_checkpoint(
     outcome = interrupted_run(workshop, save, kill, world_size)
     assert outcome.codes == [-SIGKILL] * world_size, outcome.output
     assert state_of(save, 8)["files"]["rollouts"]["size"] < (save / "rollouts.jsonl").stat().st_size
-    assert "after step 8" in workshop.train(save, flags_of(save), world_size).output
+    assert "after step 8" in workshop.train(save, flags_of(save, world_size), world_size).output
     assert_same_run(save, unbroken)
 
 
@@ -141,7 +138,7 @@ def test_async_save_writes_beside_the_steps_and_survives_a_kill(workshop: Worksh
     assert json.loads(first.evidence.read_text()) == {"newest": ""}, "step 3 was over before step 2 was saved"
     assert (save / "latest_checkpointed_iteration.txt").read_text() == "2"
     assert state_of(save, 4) and not is_complete(save, 4), "its save was begun"
-    resumed = workshop.train(save, [*flags_of(save), "--async-save"], 2)
+    resumed = workshop.train(save, [*flags_of(save, 2), "--async-save"], 2)
     assert "after step 2" in resumed.output
     assert "step 4 in the background" in resumed.output
     assert_same_run(save, unbroken)
@@ -159,7 +156,7 @@ def test_sigterm_completes_a_save_in_the_background(workshop: Workshop, tmp_path
     assert "signal after step 7" in outcome.output
     assert is_complete(save, 6) and is_complete(save, 7)
     assert (save / "latest_checkpointed_iteration.txt").read_text() == "7"
-    resumed = workshop.train(save, [*flags_of(save), "--async-save"], 2)
+    resumed = workshop.train(save, [*flags_of(save, 2), "--async-save"], 2)
     assert "after step 7" in resumed.output
     assert_same_run(save, unbroken)
 

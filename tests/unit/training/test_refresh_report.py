@@ -6,6 +6,8 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
+import pytest
+
 from megatron_rasft import metrics
 from megatron_rasft.config import RunConfig
 from megatron_rasft.training.refresh import as_rollouts
@@ -79,6 +81,17 @@ def test_a_refresh_without_rollouts_has_no_rates() -> None:
     )
     assert all(math.isnan(values[name]) for name in unknown)
     assert values[metrics.RESPONSE_TOKENS] == values[metrics.FILTERED] == 0
+
+
+def test_guided_rollouts_are_counted_apart() -> None:
+    report, both = RefreshReport(), group("a", "correct", "wrong")
+    both.guided = group("a", "correct", "correct", "correct", "wrong").rollouts
+    report.count_rollouts([both, group("b", "wrong")])
+    report.guidance = 0.75
+    values = report.values()
+    assert (values[metrics.GUIDED_SOLVE_RATE], values[metrics.GUIDANCE]) == (0.75, 0.75)
+    assert values[metrics.SOLVE_RATE] == pytest.approx(1 / 3)
+    assert "75.0%" in report.line(1.0)
 
 
 def test_the_servers_figures_are_logged_under_their_own_names() -> None:

@@ -73,6 +73,16 @@ def test_counts_are_those_of_the_lines(store: Path) -> None:
             assert visit.num_solved == sum(r["verdict"] == "correct" for r in judged)
 
 
+def test_guided_rollouts_are_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "rollouts.jsonl"
+    own, guided = make_rollout("a"), make_rollout("a", 1, verdict="correct", num_guide_tokens=1)
+    RolloutStore(path).append([own, guided, make_rollout("b", verdict="correct")])
+    statistics = read_statistics(path)
+    assert statistics.num_rollouts == 2
+    assert {i: history[0][1].num_solved for i, history in statistics.histories().items()} == {"a": 0, "b": 1}
+    assert statistics.num_repeated == statistics.num_unreadable == 0
+
+
 def test_lengths_are_rounded_by_three_percent_at_most() -> None:
     assert [rounded_length(n) for n in range(64)] == list(range(64))
     assert all(0 <= n - rounded_length(n) < n / 32 for n in range(1, 70_000))
