@@ -18,7 +18,7 @@ ROLLOUT_WEIGHT = "objective/rollout_weight_mean"
 WRONG_ROLLOUT_WEIGHT = "objective/wrong_rollout_weight_mean"
 """Rollouts of a weight below zero; logged only if there are any."""
 GUIDANCE = "objective/guidance"
-"""Probability that the policy, where it fails, does better if it begins like the demonstration; only with --rollout-guided-samples."""
+"""Probability that the policy does better if it begins like the demonstration (``Guidance.confidence``); only with --rollout-guided-samples."""
 
 GRAD_NORM = "training/grad_norm"
 """Norm of the gradient before --clip-grad."""

@@ -9,7 +9,7 @@ from examples.proving_ground.kept import Result, Scores
 from examples.proving_ground.worlds import KINDS, RETAINED
 from megatron_rasft.tools.evaluation.statistics import paired_interval
 
-CANDIDATES = {"rasft_guided": "", "rasft_advantage": "advantage_placebo"}
+CANDIDATES = {"rasft_guided": "", "guided_failures": "", "rasft_advantage": "advantage_placebo"}
 """Candidate -> its control; "" for none."""
 RIVALS = ("dft", "raft", "sft_grpo")
 DEFAULT = "rasft"

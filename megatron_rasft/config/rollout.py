@@ -30,8 +30,8 @@ class RolloutConfig(FlagSection):
 
     rollout_guided_samples: NonNegativeInt = 0
     """Further responses per sampled problem that continue the beginning of its demonstration. They are graded, but not trained on. They
-    show whether the policy, where it fails, does better if it begins like the demonstration. While it does, the steps train on
-    demonstrations only, otherwise on the policy's own solutions only. 0 trains on both."""
+    show whether the policy does better if it begins like the demonstration, above all where it fails (--weighting-guidance-solved). While
+    it does, the steps train on demonstrations only, otherwise on the policy's own solutions only. 0 trains on both."""
 
     rollout_guided_share: Annotated[float, Range(above=0, below=1)] = 0.15
     """Share of a demonstration's tokens with which its guided responses begin, rounded down, but at least one token."""

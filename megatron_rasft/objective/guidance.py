@@ -1,4 +1,4 @@
-"""Evidence about imitation: where the policy fails, does it do better if it begins like the demonstration?
+"""Evidence about imitation: does the policy do better if it begins like the demonstration, above all where it fails?
 
 Guided rollouts continue the beginning of a demonstration. Their solve rate is compared with that of the rollouts of the prompt alone,
 problem by problem.
@@ -20,13 +20,14 @@ class Guidance:
     total: float = 0.0
     squares: float = 0.0
 
-    def add(self, groups: Iterable[RolloutGroup], memory: float) -> None:
+    def add(self, groups: Iterable[RolloutGroup], memory: float, solved_share: float) -> None:
         """Adds the verified rollouts of a refresh.
 
         Args:
             memory: share of the earlier sums that is kept.
+            solved_share: see ``gain``.
         """
-        gains = [value for group in groups if (value := gain(group)) is not None]
+        gains = [value for group in groups if (value := gain(group, solved_share)) is not None]
         self.num = memory * self.num + len(gains)
         self.total = memory * self.total + math.fsum(gains)
         self.squares = memory * self.squares + math.fsum(value * value for value in gains)
@@ -46,14 +47,23 @@ class Guidance:
         return [self.num, self.total, self.squares]
 
 
-def gain(group: RolloutGroup) -> float | None:
-    """Estimate of (1 - s) (g - s), where s and g are the solve rates without and with a guide; None with too few attempts.
+def gain(group: RolloutGroup, solved_share: float) -> float | None:
+    """Estimate of (1 - s + solved_share s) (g - s), where s and g are the solve rates without and with a guide.
 
-    A problem counts as much as the policy fails in it. The rate s beside a failed attempt is that of the other attempts, so the estimate
-    has no bias, although the same attempts say where the policy fails.
+    A problem counts fully as often as the policy fails in it, and with ``solved_share`` as often as it succeeds. The rate s beside an
+    attempt is that of the other attempts. So the estimate has no bias, although the same attempts say where the policy fails.
+
+    Args:
+        solved_share: weight of a success, 0 .. 1.
+
+    Returns:
+        None with fewer than two attempts, or without a guided one.
     """
     solved, attempts = count_solved(group.rollouts)
     guided_solved, guided_attempts = count_solved(group.guided)
     if attempts < 2 or not guided_attempts:
         return None
-    return (1 - solved / attempts) * (guided_solved / guided_attempts - solved / (attempts - 1))
+    guided_rate, others = guided_solved / guided_attempts, attempts - 1
+    in_failures = (1 - solved / attempts) * (guided_rate - solved / others)
+    in_successes = solved / attempts * (guided_rate - max(0.0, solved - 1) / others)
+    return in_failures + solved_share * in_successes

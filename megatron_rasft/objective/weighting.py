@@ -25,7 +25,12 @@ Exponent = Annotated[
     float, Range(above=0, below=math.inf, advice="With 0 the weight would not depend on solvability.")
 ]
 
-ADAPTIVE_ONLY = ("weighting_rollout_fall", "weighting_wrong_total", "weighting_placebo")
+ADAPTIVE_ONLY = (
+    "weighting_rollout_fall",
+    "weighting_wrong_total",
+    "weighting_guidance_solved",
+    "weighting_placebo",
+)
 """Flags that are refused without the adaptive rule of the rasft objective."""
 
 
@@ -92,6 +97,10 @@ class WeightingConfig(FlagSection):
     """Weight, below zero, that the wrong rollouts of a problem share: this times s (1 - s). A policy that solves a problem sometimes
     learns from it what to avoid. Only for problems with a correct rollout to train on. Needs the DFT factor, without which the
     loss has no lower bound. 0 trains on no wrong rollout."""
+
+    weighting_guidance_solved: Share = 0.25
+    """Weight of the attempts that the policy solves, in the decision by guided rollouts (--rollout-guided-samples). With 0 imitation must
+    only help where the policy fails. With 1 it must raise the solve rate as a whole."""
 
     weighting_prior_strength: Amount = 1.0
     """Size of the Beta prior on s, in rollouts. Its mean is the s at which the demonstration weight is 1, so a problem with

@@ -358,7 +358,8 @@ class Refresh:
     ) -> list[list[TrainingSample]]:
         """Returns the weighted training samples of each problem, without samples that are too long or have no response."""
         problem_ids = list(problem_ids)
-        self._guidance.add(groups.values(), self._config.weighting.weighting_memory)
+        config = self._config.weighting
+        self._guidance.add(groups.values(), config.weighting_memory, config.weighting_guidance_solved)
         borrowed = self._borrowed(problem_ids, groups) if self._config.weighting.weighting_placebo else {}
         return [self._weighed(i, groups.get(i), borrowed.get(i)) for i in problem_ids]
 

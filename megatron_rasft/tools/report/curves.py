@@ -43,7 +43,7 @@ _SOLVED = (
     ),
     Curve(
         metrics.GUIDANCE,
-        "Imitation helps where the policy fails",
+        "Imitation helps",
         "probability, from guided rollouts",
         is_share=True,
     ),
