@@ -1,4 +1,7 @@
-"""Every layout, model family and flag on the GPU path gives the losses of one process on the CPU path."""
+"""Every layout, model family and flag on the GPU path gives the losses of one process on the CPU path.
+
+A case may combine a layout, a model and an objective, because a fault in any of them changes the losses.
+"""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,8 +32,14 @@ class Case:
 
 CASES = {
     "packed": Case(flags=""),
-    "padded": Case(flags="--rasft-batch-layout padded", kernels=PADDED),
-    "two_replicas": Case(flags="", ranks=2),
+    "asft_padded": Case(flags="--rasft-batch-layout padded", objective="--objective asft", kernels=PADDED),
+    "qwen2_recompute_full": Case(
+        flags="--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
+        model="qwen2_tied",
+    ),
+    "qwen3_recompute_selective": Case(
+        flags="--recompute-granularity selective --recompute-modules core_attn mlp", model="qwen3"
+    ),
     "overlap": Case(flags="--overlap-grad-reduce --overlap-param-gather", ranks=2),
     "tp2_sp": Case(flags="--tensor-model-parallel-size 2 --sequence-parallel", ranks=2),
     "tp2_sp_padded": Case(
@@ -49,12 +58,6 @@ CASES = {
     "ep2": Case(
         flags="--expert-model-parallel-size 2", objective="--objective iw_sft", model="mixtral", ranks=2
     ),
-    "recompute_full": Case(
-        flags="--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
-    ),
-    "recompute_selective": Case(flags="--recompute-granularity selective --recompute-modules core_attn mlp"),
-    "qwen2": Case(flags="", model="qwen2_tied"),
-    "qwen3": Case(flags="", model="qwen3"),
     "cp2_windows": Case(  # half of the layers have a window
         flags="--context-parallel-size 2 --cp-comm-type a2a --rasft-batch-layout padded",
         model="qwen3_tied",
@@ -68,7 +71,6 @@ CASES = {
         own=frozenset({"RMSNorm", "NormedLinear"}),
     ),
     "mixture": Case(flags="", model="qwen3_moe"),
-    "asft": Case(flags="", objective="--objective asft"),
     "sft_kl_tp2": Case(flags="--tensor-model-parallel-size 2", objective="--objective sft_kl", ranks=2),
 }
 
