@@ -76,6 +76,13 @@ class Demonstration:
     """Tests for programs; None for a problem with a gold answer."""
     fields: ProblemRow | None = None
     """The whole row, in a run with --verify-function; otherwise None."""
+    teacher_prompt_ids: Sequence[int] = field(default_factory=list)
+    """All tokens before the response in the teacher's prompt, which holds the demonstration; empty for objectives without a teacher."""
+
+    @property
+    def longest_prompt(self) -> int:
+        """Tokens of the longer of the two prompts after which a response is computed."""
+        return max(len(self.prompt_ids), len(self.teacher_prompt_ids))
 
     @property
     def check(self) -> Check:
@@ -244,6 +251,8 @@ class TrainingSample:
     """Log-probability of each response token under the frozen reference, in nats; None if not scored."""
     old_logprobs: Sequence[float] | None = None
     """Log-probability of each response token under the policy at the last refresh, in nats; psft and grpo only."""
+    teacher_logprobs: Sequence[float] | None = None
+    """Log-probability of each response token under the teacher, in nats; sdft only."""
 
     @property
     def num_tokens(self) -> int:

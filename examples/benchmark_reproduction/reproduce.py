@@ -56,6 +56,7 @@ METHODS: dict[str, list[str]] = {
     "iw_sft": ["--objective", "iw_sft"],
     "raft": ["--objective", "raft", "--curriculum-mode", "all"],
     "grpo": ["--objective", "grpo", "--curriculum-mode", "all"],
+    "sdft": ["--objective", "sdft", "--curriculum-mode", "all"],
     "rasft": ["--objective", "rasft", "--rasft-weighting", "adaptive"],
     "rasft_published": ["--objective", "rasft", "--rasft-weighting", "published"],
 }

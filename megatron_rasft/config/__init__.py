@@ -53,6 +53,12 @@ class RasftConfig:
                 f"--objective {self.objective.name} trains on rollouts only, and --curriculum-mode off samples none. Use "
                 "--curriculum-mode all."
             )
+        if self.objective.teacher() is not None and self.rollout.rollout_temperature == 0:
+            raise self.rollout.refusal(
+                "rollout_temperature",
+                f"must be above 0 with --objective {self.objective.name}, whose gradient is that of a KL only on responses that are "
+                "drawn from the policy. The default is 1.",
+            )
         self._check_adaptive_flags()
 
     def _check_adaptive_flags(self) -> None:
@@ -128,9 +134,14 @@ class RasftConfig:
         return self.objective.uses_rollouts() and self.curriculum.curriculum_mode != "off"
 
     @property
+    def grades_rollouts(self) -> bool:
+        """Whether this run grades its rollouts, so that its rows need an answer or tests."""
+        return self.samples_rollouts and self.objective.needs_verdicts
+
+    @property
     def verifies(self) -> bool:
         """Whether this run grades anything: rollouts or held-out problems."""
-        return self.samples_rollouts or bool(self.heldout.heldout_data)
+        return self.grades_rollouts or bool(self.heldout.heldout_data)
 
     def as_dict(self) -> dict[str, Any]:
         """The values of the flags by section. Only the chosen objective's flags are included."""

@@ -109,7 +109,8 @@ REFUSED_GROUPS = {
     "tokenizer": "the tokenizer is that of --hf-model; --data-chat-template replaces its chat template",
     "validation": "held-out problems are given as --heldout-data and measured every --heldout-interval steps",
     "inference": "the --rollout-* flags configure how rollouts are sampled",
-    "Logits Distillation": "there is no distillation; --objective sft_kl and asft keep the policy near a reference",
+    "Logits Distillation": "there is no distillation from another model; --objective sft_kl and asft keep the policy near a "
+    "reference, and --objective sdft distils the model with the demonstration in its prompt",
     "vision": "only language models are supported",
     "biencoder": "only language models are supported",
     "autoresume": "SIGTERM saves and ends a run, and the same command resumes it",

@@ -11,7 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rasft.config.data import DataConfig
-from megatron_rasft.data import chat_format, chats, fields, reading, records, tokenized_rows, tokenizing
+from megatron_rasft.data import (
+    chat_format,
+    chats,
+    fields,
+    reading,
+    records,
+    teacher_prompt,
+    tokenized_rows,
+    tokenizing,
+)
 from megatron_rasft.data import tokenizer as tokenizer_module
 from megatron_rasft.data.reading import read_rows
 from megatron_rasft.data.records import check_files, files_of
@@ -26,7 +35,17 @@ _BUILDING = ".building-"
 _ABANDONED_S = 3600.0
 """An unfinished folder without writes for this time was left by a killed process and may be deleted."""
 
-_CODE = (records, fields, chats, reading, tokenizer_module, chat_format, tokenizing, tokenized_rows)
+_CODE = (
+    records,
+    fields,
+    chats,
+    reading,
+    tokenizer_module,
+    chat_format,
+    teacher_prompt,
+    tokenizing,
+    tokenized_rows,
+)
 """The modules that make rows from files."""
 
 _NOT_IN_ROWS = (
@@ -53,6 +72,7 @@ def tokenized(
     flag: str,
     cache: Path | None,
     keep_fields: bool = False,
+    teacher_template: str | None = None,
 ) -> TokenizedRows:
     """Returns the rows of ``config.train_data`` as demonstrations, from the cache if it has them.
 
@@ -66,6 +86,7 @@ def tokenized(
         cache: folder for tokenized rows. None writes them to unnamed files in the temporary folder, which the system
             deletes when this process ends.
         keep_fields: as for ``read_rows``.
+        teacher_template: as for ``tokenize_rows``.
 
     Raises:
         DataError: a file is missing, empty or unreadable, or changes while it is read.
@@ -75,7 +96,10 @@ def tokenized(
     def build(folder: Path) -> None:
         report = DataReport()
         rows = read_rows(config, require_answer, flag, keep_fields)
-        write_rows(folder, tokenize_rows(rows, tokenizer, config, max_tokens, report, require_answer), report)
+        demonstrations = tokenize_rows(
+            rows, tokenizer, config, max_tokens, report, require_answer, teacher_template
+        )
+        write_rows(folder, demonstrations, report)
 
     if cache is None:
         place = Path(tempfile.gettempdir())
@@ -87,7 +111,7 @@ def tokenized(
             return TokenizedRows(Path(folder))
     check_files(config.train_data, flag)
     seen = _stamps(config.train_data)
-    found = cache / _key(config, model, max_tokens, require_answer, keep_fields)
+    found = cache / _key(config, model, max_tokens, require_answer, keep_fields, teacher_template)
     if (rows := _opened(found)) is not None:
         return rows
     with written_to(cache, "--data-cache"):
@@ -143,7 +167,14 @@ def _stamps(files: list[str]) -> list[tuple[int, int]]:
     return [(stat.st_size, stat.st_mtime_ns) for stat in stats]
 
 
-def _key(config: DataConfig, model: Path, max_tokens: int, require_answer: bool, keep_fields: bool) -> str:
+def _key(
+    config: DataConfig,
+    model: Path,
+    max_tokens: int,
+    require_answer: bool,
+    keep_fields: bool,
+    teacher_template: str | None,
+) -> str:
     """Returns the key of rows: a hash over the content of all files, flags and code from which they are made."""
     template = config.data_chat_template
     ingredients: dict[str, Any] = {
@@ -152,6 +183,7 @@ def _key(config: DataConfig, model: Path, max_tokens: int, require_answer: bool,
         "max_tokens": max_tokens,
         "require_answer": require_answer,
         "keep_fields": keep_fields,
+        "teacher_template": teacher_template,
         # Paths are included because they occur in default ids and in messages.
         "data": [(path, [_digest(file) for file in files_of(Path(path))]) for path in config.train_data],
         "tokenizer": [

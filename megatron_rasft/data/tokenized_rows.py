@@ -19,13 +19,13 @@ from numpy.typing import NDArray
 from megatron_rasft.data.row_report import DataReport, RowFault
 from megatron_rasft.types import CodeTests, Demonstration, ProgramCase
 
-FORMAT = 2
+FORMAT = 3
 _INDEX = "rows.json"
 """Index file with the sizes of the other files and the totals of all rows. It is written last."""
 
 _COLUMNS: dict[str, tuple[type, int]] = {
     "tokens": (np.int32, 0),
-    "token_ends": (np.int64, 2),
+    "token_ends": (np.int64, 3),
     "text": (np.uint8, 0),
     "text_ends": (np.int64, 4),
     "ids": (np.uint8, 0),
@@ -33,7 +33,7 @@ _COLUMNS: dict[str, tuple[type, int]] = {
 }
 """File -> type of its numbers, and how many a row has (0 if this varies).
 
-``token_ends`` has the end of each row's prompt and response in ``tokens``. ``text_ends`` has the ends of its problem,
+``token_ends`` has the end of each row's prompt, response and teacher's prompt in ``tokens``. ``text_ends`` has the ends of its problem,
 response, source and check in ``text``, and ``id_ends`` the end of its id in ``ids``.
 """
 
@@ -77,7 +77,7 @@ class TokenizedRows(Sequence[Demonstration]):
         if isinstance(place, slice):
             return [self[i] for i in range(*place.indices(self._num))]
         row = range(self._num)[place]
-        start, (prompt_end, end) = _bounds(self._columns["token_ends"], row)
+        start, (prompt_end, response_end, end) = _bounds(self._columns["token_ends"], row)
         tokens = self._columns["tokens"]
         begin, ends = _bounds(self._columns["text_ends"], row)
         problem, response, source, check = _texts(self._columns["text"][begin : ends[-1]], ends - begin)
@@ -88,10 +88,11 @@ class TokenizedRows(Sequence[Demonstration]):
             response=response,
             answer=answer,
             prompt_ids=memoryview(tokens[start:prompt_end]),
-            response_ids=memoryview(tokens[prompt_end:end]),
+            response_ids=memoryview(tokens[prompt_end:response_end]),
             source=source,
             tests=None if tests is None else _tests_from(tests),
             fields=fields[0] if fields else None,
+            teacher_prompt_ids=memoryview(tokens[response_end:end]),
         )
 
 
@@ -132,10 +133,11 @@ def write_rows(folder: Path, demonstrations: Iterable[Demonstration], report: Da
     try:
         for d in demonstrations:
             prompt_end = num_tokens + len(d.prompt_ids)
-            num_tokens = prompt_end + len(d.response_ids)
-            files["tokens"].write(array("i", d.prompt_ids))
-            files["tokens"].write(array("i", d.response_ids))
-            files["token_ends"].write(array("q", [prompt_end, num_tokens]))
+            response_end = prompt_end + len(d.response_ids)
+            num_tokens = response_end + len(d.teacher_prompt_ids)
+            for ids in (d.prompt_ids, d.response_ids, d.teacher_prompt_ids):
+                files["tokens"].write(array("i", ids))
+            files["token_ends"].write(array("q", [prompt_end, response_end, num_tokens]))
             check = _check_of(d)
             _add_row(digest, d, check)
             text_ends = []

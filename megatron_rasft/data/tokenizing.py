@@ -9,6 +9,7 @@ from megatron_rasft.data.chat_format import ChatFormat, ChatTemplateError, read_
 from megatron_rasft.data.chats import Message
 from megatron_rasft.data.reading import Row
 from megatron_rasft.data.row_report import DataReport, RowFault
+from megatron_rasft.data.teacher_prompt import teacher_messages
 from megatron_rasft.data.tokenizer import Tokenizer, tokenize
 from megatron_rasft.types import CodeTests, Demonstration
 
@@ -21,6 +22,8 @@ class _Rendered:
     row: Row
     prompt_text: str
     response_text: str
+    teacher_text: str = ""
+    """The teacher's prompt, for objectives with a teacher."""
     is_plain_ending: bool = False
     is_continued: bool = False
     """Whether the opening tag of the reasoning was removed from the response, because the prompt ends with it."""
@@ -64,17 +67,14 @@ def tokenize_prompts(problems: Sequence[str], tokenizer: Tokenizer, config: Data
     texts = []
     for problem in problems:
         messages = _complete_prompt([{"role": "user", "content": problem}], config)
-        if chat_format.has_template:
-            texts.append(_render_prompt(chat_format, tokenizer, messages))
-        else:
-            texts.append(_plain_prompt(messages))
-    if not texts:
-        return []
-    prompts = tokenize(tokenizer, texts, add_special_tokens=not chat_format.has_template)
-    return [_opened(ids, chat_format) for ids in prompts]
+        texts.append(_render_prompt(chat_format, tokenizer, messages))
+    return _tokenize_prompts(texts, tokenizer, chat_format) if texts else []
 
 
 def _render_prompt(chat_format: ChatFormat, tokenizer: Tokenizer, messages: list[Message]) -> str:
+    """Renders a prompt by the chat template, or as plain text if there is none."""
+    if not chat_format.has_template:
+        return _plain_prompt(messages)
     try:
         return chat_format.render(tokenizer, messages, is_prompt=True)
     except ChatTemplateError as error:
@@ -102,34 +102,42 @@ def tokenize_rows(
     max_tokens: int,
     report: DataReport,
     require_answer: bool = True,
+    teacher_template: str | None = None,
 ) -> Iterator[Demonstration]:
     """Yields the demonstrations of ``rows`` one by one, and adds to ``report``, which is complete after the last one.
 
-    Rows that cannot be used, or have more than ``max_tokens`` tokens, are left out and reported.
+    Rows that cannot be used, or have more than ``max_tokens`` tokens, are left out and reported. With ``teacher_template`` so are rows
+    whose teacher's prompt leaves no room for a response.
     """
     chat_format = read_chat_format(tokenizer, config)
     for batch in batched(
-        _render_rows(rows, tokenizer, chat_format, config, report, require_answer), _BATCH_SIZE
+        _render_rows(rows, tokenizer, chat_format, config, report, require_answer, teacher_template),
+        _BATCH_SIZE,
     ):
-        # A chat template writes all special tokens itself. Without one the tokenizer adds its own.
-        prompts = tokenize(
-            tokenizer, [item.prompt_text for item in batch], add_special_tokens=not chat_format.has_template
-        )
+        prompts = _tokenize_prompts([item.prompt_text for item in batch], tokenizer, chat_format)
+        teachers: list[list[int]] = [[]] * len(batch)
+        if teacher_template is not None:
+            teachers = _tokenize_prompts([item.teacher_text for item in batch], tokenizer, chat_format)
         responses = tokenize(tokenizer, [item.response_text for item in batch], add_special_tokens=False)
-        for item, prompt_ids, response_ids in zip(batch, prompts, responses, strict=True):
-            prompt_ids = _opened(prompt_ids, chat_format)
+        for item, prompt_ids, response_ids, teacher_ids in zip(
+            batch, prompts, responses, teachers, strict=True
+        ):
             reason = _close(response_ids, chat_format) if prompt_ids else "the prompt has no tokens"
             if reason:
                 report.faults.append(RowFault(source=item.row.source, reason=reason))
                 continue
+            detail = f"prompt {len(prompt_ids)} + response {len(response_ids)}"
             num_tokens = len(prompt_ids) + len(response_ids)
+            if len(teacher_ids) >= num_tokens:
+                detail = f"teacher's prompt {len(teacher_ids)} + a response of at least 1"
+                num_tokens = len(teacher_ids) + 1
             report.max_tokens_found = max(report.max_tokens_found, num_tokens)
             if num_tokens > max_tokens:
                 report.overlong.append(
                     RowFault(
                         source=item.row.source,
                         reason=f"longer than {max_tokens} tokens",
-                        detail=f"prompt {len(prompt_ids)} + response {len(response_ids)}",
+                        detail=detail,
                     )
                 )
                 continue
@@ -148,7 +156,15 @@ def tokenize_rows(
                 prompt_ids=prompt_ids,
                 response_ids=response_ids,
                 source=item.row.source,
+                teacher_prompt_ids=teacher_ids,
             )
+
+
+def _tokenize_prompts(texts: list[str], tokenizer: Tokenizer, chat_format: ChatFormat) -> list[list[int]]:
+    """Tokenizes rendered prompts, without an end token after them."""
+    # A chat template writes all special tokens itself. Without one the tokenizer adds its own.
+    prompts = tokenize(tokenizer, texts, add_special_tokens=not chat_format.has_template)
+    return [_opened(ids, chat_format) for ids in prompts]
 
 
 def _render_rows(
@@ -158,9 +174,11 @@ def _render_rows(
     config: DataConfig,
     report: DataReport,
     require_answer: bool,
+    teacher_template: str | None,
 ) -> Iterator[_Rendered]:
     """Counts every row in ``report``, and yields the usable ones as text."""
     shown: dict[tuple[str, ...], bool] = {}
+    end_texts = [tokenizer.decode([i]) for i in (chat_format.end_id, chat_format.eos_id) if i is not None]
     for row in rows:
         report.num_rows += 1
         if isinstance(row, RowFault):
@@ -177,8 +195,11 @@ def _render_rows(
         )
         if isinstance(rendered, RowFault):
             report.faults.append(rendered)
-        else:
-            yield rendered
+            continue
+        if teacher_template is not None:
+            asked = teacher_messages(messages, row.response, teacher_template, end_texts)
+            rendered.teacher_text = _render_prompt(chat_format, tokenizer, asked)
+        yield rendered
 
 
 def _render_plain(row: Row, messages: list[Message]) -> _Rendered | RowFault:

@@ -28,6 +28,15 @@ class KLTerm(NamedTuple):
     direction: KLDirection
 
 
+class Teacher(NamedTuple):
+    """The model with the demonstration in its prompt, which scores every rollout."""
+
+    template: str
+    """The last user message of its prompt, with {problem} and {demonstration}."""
+    is_reference: bool
+    """Whether it has the weights of the frozen reference; otherwise those of the policy at the last refresh."""
+
+
 class RatioRule(NamedTuple):
     """How an importance ratio is computed: clip(exp(power * difference of log-probabilities), clip_low, clip_high)."""
 
@@ -96,6 +105,9 @@ class Objective(FlagSection):
     trains_on_wrong_rollouts: ClassVar[bool] = False
     """Whether wrong rollouts are trained on too. Capacity planning counts the tokens of a step with it."""
 
+    needs_verdicts: ClassVar[bool] = True
+    """Whether rollouts are graded and filtered. Without verdicts a row needs neither an answer nor tests."""
+
     def uses_rollouts(self) -> bool:
         """Whether this objective needs rollouts."""
         return self.trains_on != "demonstrations"
@@ -108,6 +120,10 @@ class Objective(FlagSection):
         """Whether each response token's log-probability under the policy at the last refresh is needed."""
         return False
 
+    def teacher(self) -> Teacher | None:
+        """The teacher under which each response token's log-probability is needed; None for an objective without one."""
+        return None
+
     def kl_term(self) -> KLTerm | None:
         """The full-vocabulary KL to the reference; None for an objective without this term."""
         return None
@@ -116,9 +132,14 @@ class Objective(FlagSection):
         """Whether the reference's full next-token distribution is needed: a reference forward pass in every step."""
         return self.kl_term() is not None
 
+    def scores_under_reference(self) -> bool:
+        """Whether a refresh scores responses under the frozen reference, after the plain prompt or after the teacher's."""
+        teacher = self.teacher()
+        return self.needs_reference_logprobs() or (teacher is not None and teacher.is_reference)
+
     def needs_reference(self) -> bool:
         """Whether the frozen reference is needed for anything."""
-        return self.needs_reference_logprobs() or self.needs_reference_distribution()
+        return self.scores_under_reference() or self.needs_reference_distribution()
 
     def remarks(self) -> list[str]:
         """Console lines about choices of this objective that its sources make differently."""

@@ -38,11 +38,12 @@ def make_samples(
         guidance: ``Guidance.confidence``; adaptive rasft only.
         deduplicate: finds distinct texts; rasft and raft only.
         similarity: compares two texts; published rasft only.
-        max_tokens: longest sequence that can be trained on, prompt and response; None for no limit. Longer ones are left out. With
+        max_tokens: longest sequence that can be trained on, prompt and response; None for no limit. Longer ones are left out, and so
+            are responses that exceed it after the teacher's prompt. With
             --weighting-normalization problem a problem whose demonstration is left out is not trained on at all.
     """
     if group is not None:
-        _check_group(demonstration, group)
+        _check_group(demonstration, group, needs_verdicts=objective.needs_verdicts)
     weights = objective.weigh(
         SampledProblem(
             group=group,
@@ -55,7 +56,7 @@ def make_samples(
         )
     )
     rollouts = [] if group is None else group.rollouts
-    longest = math.inf if max_tokens is None else max_tokens - len(demonstration.prompt_ids)
+    longest = math.inf if max_tokens is None else max_tokens - demonstration.longest_prompt
     lengths = {i: len(rollouts[i].response_ids) for i in weights.rollouts}
     trained = {i: weight for i, weight in weights.rollouts.items() if 0 < lengths[i] <= longest}
     if weights.wrong_needs_correct and not any(weight > 0 for weight in trained.values()):
@@ -118,9 +119,11 @@ def shared_by_tokens(
     return {i: per_token[weights[i] > 0] for i in lengths}
 
 
-def _check_group(demonstration: Demonstration, group: RolloutGroup) -> None:
+def _check_group(demonstration: Demonstration, group: RolloutGroup, *, needs_verdicts: bool) -> None:
     assert group.problem_id == demonstration.problem_id, (
         f"rollouts of problem {group.problem_id!r} were given with the demonstration of {demonstration.problem_id!r}"
     )
     unverified = [r.sample_index for r in group.all_rollouts if is_attempt(r) and r.verdict is None]
-    assert not unverified, f"problem {group.problem_id!r}: rollouts {unverified} have no verdict yet"
+    assert not (needs_verdicts and unverified), (
+        f"problem {group.problem_id!r}: rollouts {unverified} have no verdict yet"
+    )

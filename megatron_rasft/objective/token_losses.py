@@ -79,6 +79,9 @@ class PackedTokens:
     old_logprobs: Tensor | None = None
     """[t] float, nats: log p of each label under the policy at the last refresh."""
 
+    teacher_logprobs: Tensor | None = None
+    """[t] float, nats: log p of each label under the teacher."""
+
     kl: Tensor | None = None
     """[t] float, nats: full-vocabulary KL between policy and reference, with its graph."""
 
@@ -86,7 +89,7 @@ class PackedTokens:
     """Group over which each sequence's tokens are divided; None if every sequence is complete on this rank."""
 
     def __post_init__(self) -> None:
-        for name in ("loss_mask", "segment_ids", "ref_logprobs", "old_logprobs", "kl"):
+        for name in ("loss_mask", "segment_ids", "ref_logprobs", "old_logprobs", "teacher_logprobs", "kl"):
             values = getattr(self, name)
             assert values is None or values.shape == self.logprobs.shape, (
                 f"{name} has shape {tuple(values.shape)}, logprobs {tuple(self.logprobs.shape)}"
@@ -102,15 +105,18 @@ class PackedTokens:
         def masked(values: Tensor) -> Tensor:
             return torch.where(mask, values, values.new_zeros(()))
 
-        ref_logprobs, old_logprobs, kl = self.ref_logprobs, self.old_logprobs, self.kl
+        def constant(values: Tensor | None) -> Tensor | None:
+            return None if values is None else masked(values).detach()
+
         return replace(
             self,
             logprobs=masked(self.logprobs),
             loss_mask=mask,
             weights=self.weights.detach(),
-            ref_logprobs=None if ref_logprobs is None else masked(ref_logprobs).detach(),
-            old_logprobs=None if old_logprobs is None else masked(old_logprobs).detach(),
-            kl=None if kl is None else masked(kl),
+            ref_logprobs=constant(self.ref_logprobs),
+            old_logprobs=constant(self.old_logprobs),
+            teacher_logprobs=constant(self.teacher_logprobs),
+            kl=None if self.kl is None else masked(self.kl),
         )
 
     def token_weights(self) -> Tensor:
@@ -138,6 +144,17 @@ class PackedTokens:
         metrics = {"kl_nats": self.sum_and_count(kl.detach())}
         loss = terms.loss + coef * self.token_weights() * kl
         return replace(terms, loss=loss, metrics=terms.metrics | metrics)
+
+    def teacher_distance(self) -> TokenTerms:
+        """A (l - t)^2 / 2 per token, with l under the policy and the constant t under the teacher.
+
+        Its gradient in l is A (l - t). On tokens that the policy samples, the mean of (l - t) grad l is the gradient of the reverse KL
+        of the policy to the teacher at that position, because the mean of grad l is 0.
+        """
+        distance = self.logprobs - _given(self.teacher_logprobs, "teacher_logprobs")
+        metrics = {"teacher_kl_nats": self.sum_and_count(distance.detach())}
+        loss = self.token_weights() * distance.square() / 2
+        return TokenTerms(loss=loss, counted=self.loss_mask, metrics=metrics)
 
     def clipped_surrogate(
         self, clip_low: float, clip_high: float, dual_clip: float | None = None

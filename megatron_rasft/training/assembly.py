@@ -115,7 +115,7 @@ def open_cache(args: Any, config: RasftConfig, initial_weights: str) -> LogprobC
 
     Log-probabilities depend on the reference's weights and on the precision, so both name the cache's entries.
     """
-    if not config.objective.needs_reference_logprobs():
+    if not config.objective.scores_under_reference():
         return None
     fingerprint = logprobs_fingerprint(
         initial_weights, args.params_dtype, args.fp8, args.fp8_recipe, is_scaled=has_delayed_scales(args)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_rasft.data.packing import pack
 from megatron_rasft.training.attention import zigzag_positions
-from megatron_rasft.training.samples import Array, Batch, SampleArrays
+from megatron_rasft.training.samples import LOGPROBS, Array, Batch, SampleArrays
 
 WIDTH_SLACK = 0.03
 """Largest share of a micro-batch's width that rounding may add on GPUs, so that few different widths occur.
@@ -108,6 +108,8 @@ class MicroBatch:
     """[b * s/cp] fp32 under the frozen reference; None if any sample of the batch lacks them."""
     old_logprobs: Tensor | None
     """[b * s/cp] fp32 under the policy at the last refresh; None if any sample of the batch lacks them."""
+    teacher_logprobs: Tensor | None
+    """[b * s/cp] fp32 under the teacher; None if any sample of the batch lacks them."""
     packed_seq_params: PackedSeqParams | None
     """Bounds of the sequences for Megatron's attention; None in the padded layout."""
     sample_indices: list[int]
@@ -275,6 +277,7 @@ def _build(
         are_counted=torch.tensor(samples.are_counted.tolist() or [True]),
         ref_logprobs=local.get("ref_logprobs"),
         old_logprobs=local.get("old_logprobs"),
+        teacher_logprobs=local.get("teacher_logprobs"),
         packed_seq_params=params,
         sample_indices=indices,
     )
@@ -294,7 +297,7 @@ def _flat_fields(samples: SampleArrays, bounds: list[int]) -> dict[str, Array]:
     total = bounds[-1]
     flat = {name: np.zeros(total, np.int64) for name in ("tokens", "labels", "position_ids", "segment_ids")}
     flat["loss_mask"] = np.zeros(total, np.float32)
-    logprobs = {"ref_logprobs": samples.ref_logprobs, "old_logprobs": samples.old_logprobs}
+    logprobs = {name: getattr(samples, name) for name in LOGPROBS}
     flat |= {name: np.zeros(total, np.float32) for name, values in logprobs.items() if values is not None}
     positions = np.arange(total)
     for start, end in itertools.pairwise(bounds):

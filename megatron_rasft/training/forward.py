@@ -173,6 +173,7 @@ class Forward:
                 are_counted=batch.are_counted,
                 ref_logprobs=batch.ref_logprobs,
                 old_logprobs=batch.old_logprobs,
+                teacher_logprobs=batch.teacher_logprobs,
                 kl=kl,
                 cp_group=parallel_state.get_context_parallel_group(),
             ),

@@ -143,7 +143,7 @@ def data_cache(args: Any, named: str | None) -> Path | None:
 
 def reference_cache(args: Any, config: RasftConfig) -> Path | None:
     """The file of the reference's log-probabilities; None if they stay in memory, or if the objective needs none."""
-    if not config.objective.needs_reference_logprobs():
+    if not config.objective.scores_under_reference():
         return None
     if config.run.rasft_ref_cache is not None:
         return Path(config.run.rasft_ref_cache)

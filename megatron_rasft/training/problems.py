@@ -29,6 +29,7 @@ class Problems:
         needs_answers: whether a row without a gold answer, and without tests, is an error.
         flag: the flag of the files, for messages.
         keep_fields: whether --verify-function grades the rows; they then need no answers.
+        teacher_template: the template of the teacher's prompts; None for an objective without a teacher.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class Problems:
         needs_answers: bool,
         flag: str = "--train-data",
         keep_fields: bool = False,
+        teacher_template: str | None = None,
     ) -> None:
         self.flag = flag
         self.rows: TokenizedRows | None = None
@@ -58,6 +60,7 @@ class Problems:
                 flag,
                 cache,
                 keep_fields,
+                teacher_template,
             )
             self._decode = response_decoder(self.tokenizer, read_chat_format(self.tokenizer, config))
             report = self.rows.report
@@ -104,7 +107,14 @@ class Problems:
 def read_problems(args: Any, config: RasftConfig) -> tuple[Problems, Problems | None]:
     """Reads the problems of --train-data, and those of --heldout-data, if given; a collective of the world."""
     by_function = config.verifies and config.verify.verify_function is not None
-    problems = Problems(args, config.data, config.samples_rollouts, keep_fields=by_function)
+    teacher = config.objective.teacher()
+    problems = Problems(
+        args,
+        config.data,
+        config.grades_rollouts,
+        keep_fields=by_function,
+        teacher_template=None if teacher is None else teacher.template,
+    )
     heldout = None
     if config.heldout.heldout_data:
         files = replace(config.data, train_data=config.heldout.heldout_data)

@@ -6,7 +6,7 @@ rank 0, joins it to the model and the rollout servers, and shows the order of th
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import batched
 from typing import Any, Protocol
@@ -79,7 +79,7 @@ class Refresh:
         total_steps: steps of the whole run; they fix the curriculum's pace and the length of the last refresh.
         sampling: how responses are drawn; ``max_total_tokens`` also bounds the samples that are trained on.
         decode: token ids -> text.
-        verifier: None if the run samples no rollouts.
+        verifier: None if the run grades no rollouts.
         replay: the stored rollouts of --rollout-engine replay.
         store: stores every rollout; None if they are not stored.
         cache: log-probabilities under the reference; None if the objective has no reference.
@@ -319,8 +319,7 @@ class Refresh:
         assert self._replay is not None, "a run with --rollout-engine replay must have opened its stores"
         groups = {}
         for problem_id in choice.sampled_ids:
-            known = self.curriculum.solvability.get(problem_id)
-            visit = 0 if known is None else known.num_refreshes
+            visit = self._num_visits(problem_id)
             num, num_guided = self._sampling.num_samples, self._config.rollout.rollout_guided_samples
             group = RolloutGroup(
                 problem_id=problem_id,
@@ -331,17 +330,26 @@ class Refresh:
                 groups[problem_id] = group
         return groups
 
+    def _num_visits(self, problem_id: str) -> int:
+        """How many refreshes have sampled the problem before. Without verdicts there is no record, but each epoch is a visit."""
+        if not self._config.grades_rollouts:
+            return self.curriculum.epoch
+        known = self.curriculum.solvability.get(problem_id)
+        return 0 if known is None else known.num_refreshes
+
     # ---- verify
 
     def verify(self, groups: Mapping[str, RolloutGroup], look_up: Callable[[], None] = lambda: None) -> None:
         """Sets each rollout's verdict, and the name of the text filter that removes it, if any.
 
+        Does nothing for an objective that needs no verdicts.
+
         Args:
             look_up: called at intervals; an exception from it ends the call.
         """
-        if not groups:
+        if not groups or not self._config.grades_rollouts:
             return
-        assert self._verifier is not None, "a run that samples rollouts needs a verifier"
+        assert self._verifier is not None, "a run that grades rollouts needs a verifier"
         rollouts = [rollout for group in groups.values() for rollout in group.all_rollouts]
         checks = {problem_id: self._demonstrations[problem_id].check for problem_id in groups}
         self._verifier.verify(rollouts, checks, look_up)
@@ -401,12 +409,27 @@ class Refresh:
         Call it after ``weigh``, which combines this refresh's rollouts with the memory of earlier refreshes.
         """
         # Problems of the hard pool that this refresh does not train are recorded too, for when they are trained.
-        for problem_id, group in groups.items():
+        for problem_id, group in groups.items() if self._config.grades_rollouts else ():
             self.curriculum.record(problem_id, *count_solved(group.rollouts))
         if self._store is not None:
             self._store.append(rollout for group in groups.values() for rollout in group.all_rollouts)
 
-    # ---- score under the reference
+    # ---- score under the reference and the teacher
+
+    def count_too_long(self, groups: Mapping[str, RolloutGroup]) -> int:
+        """Number of rollouts that are not trained on because they exceed the sequence length after the teacher's prompt."""
+        longest = self._sampling.max_total_tokens
+        if longest is None or self._config.objective.teacher() is None:
+            return 0
+        return sum(
+            len(self._demonstrations[problem_id].teacher_prompt_ids) + len(rollout.response_ids) > longest
+            for problem_id, group in groups.items()
+            for rollout in group.rollouts
+        )
+
+    def teacher_samples(self, samples: Iterable[TrainingSample]) -> list[TrainingSample]:
+        """The samples' responses after the teacher's prompts, to be scored."""
+        return [replace(s, prompt_ids=self._demonstrations[s.problem_id].teacher_prompt_ids) for s in samples]
 
     def fill_reference(self, samples: Iterable[TrainingSample]) -> list[TrainingSample]:
         """Sets the cached reference log-probabilities. Returns the samples still to be scored, without duplicates."""

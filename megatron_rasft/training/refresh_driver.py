@@ -23,7 +23,7 @@ Who does what in a refresh after k steps, which is followed by n steps (with --r
 
     (1) --curriculum-mode band only.
     (2) Servers on the trainer's own GPUs (--sync-method tensor) free their memory for the training steps.
-    (3) Objectives with a reference or with old log-probabilities only.
+    (3) Objectives with a reference, with old log-probabilities or with a teacher only.
 
 Who waits for whom. A, B and C are the problems of three refreshes; a column ends when everything in it has finished:
 
@@ -47,9 +47,11 @@ Without servers, sync_weights does nothing and ``sample`` uses the trainer's own
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from itertools import chain
 
 from megatron_rasft.config import RasftConfig
+from megatron_rasft.objective.declaration import Teacher
 from megatron_rasft.ranks import kept_by_rank_zero, on_rank_zero
 from megatron_rasft.training import live, stalls
 from megatron_rasft.training.policy import Policy
@@ -197,14 +199,15 @@ class RefreshDriver:
 
     @stalls.phase("verify")
     def verify(self, groups: Groups) -> None:
-        """Sets the rollouts' verdicts and marks bad texts. The other ranks wait for rank 0."""
+        """Sets the rollouts' verdicts and marks bad texts, if the objective needs it. The other ranks wait for rank 0."""
         stop = self._policy.stop
         rollouts = [rollout for group in groups.values() for rollout in group.all_rollouts]
-        with self._report.timed("verify_s"), live.verifying(rollouts):
+        shown = live.verifying(rollouts) if self._config.grades_rollouts else nullcontext()
+        with self._report.timed("verify_s"), shown:
             stop.on_rank_zero(lambda: self.decisions.verify(groups, stop.check_here))
         # Slurm sends a signal to the grading processes too. Their last verdicts then say that they crashed, and must not be trained on.
         stop.check()
-        self._report.count_rollouts(groups.values())
+        self._report.count_rollouts(groups.values(), are_graded=self._config.grades_rollouts)
 
     @stalls.phase("weigh")
     def weigh(self, choice: ProblemChoice, groups: Groups) -> Samples:
@@ -213,11 +216,12 @@ class RefreshDriver:
         on_rank_zero(lambda: self.decisions.record(groups))
         self._report.guidance = kept_by_rank_zero(lambda: self.decisions.guidance, math.nan)
         self._report.count_samples(samples)
+        self._report.num_too_long = kept_by_rank_zero(lambda: self.decisions.count_too_long(groups), 0)
         return samples
 
     @stalls.phase("score")
     def score_reference(self, samples: Samples) -> None:
-        """Sets the log-probabilities that the objective needs: under the frozen reference, and under the current policy."""
+        """Sets the log-probabilities that the objective needs: under the frozen reference, the current policy and the teacher."""
         objective, flat = self._config.objective, list(chain.from_iterable(samples))
         with self._report.timed("reference_s"):
             if objective.needs_reference_logprobs():
@@ -226,6 +230,19 @@ class RefreshDriver:
                 old = self._policy.score(flat, with_reference=False)
                 for sample, values in zip(flat, old, strict=True):
                     sample.old_logprobs = values
+            if (teacher := objective.teacher()) is not None:
+                self._set_teacher_logprobs(flat, teacher)
+
+    def _set_teacher_logprobs(self, samples: list[TrainingSample], teacher: Teacher) -> None:
+        asked: list[TrainingSample] = kept_by_rank_zero(lambda: self.decisions.teacher_samples(samples), [])
+        if teacher.is_reference:
+            self._set_reference_logprobs(asked)
+            for sample, scored in zip(samples, asked, strict=True):
+                sample.teacher_logprobs = scored.ref_logprobs
+        else:
+            values = self._policy.score(asked, with_reference=False)
+            for sample, logprobs in zip(samples, values, strict=True):
+                sample.teacher_logprobs = logprobs
 
     def _set_reference_logprobs(self, samples: list[TrainingSample]) -> None:
         unknown: list[TrainingSample] = kept_by_rank_zero(lambda: self.decisions.fill_reference(samples), [])

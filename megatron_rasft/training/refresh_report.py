@@ -11,7 +11,7 @@ from itertools import chain
 from megatron_rasft import metrics
 from megatron_rasft.config import RasftConfig
 from megatron_rasft.flags import flag_name
-from megatron_rasft.types import RolloutGroup, TrainingSample
+from megatron_rasft.types import Rollout, RolloutGroup, TrainingSample
 from megatron_rasft.verify.grading_order import GIVEN_UP
 from megatron_rasft.verify.own_function import FAILED
 from megatron_rasft.wording import counted
@@ -23,12 +23,16 @@ class RefreshReport:
 
     num_problems: int = 0
     """Problems that the next steps train on."""
+    num_rollouts: int = 0
+    """All rollouts, graded or not."""
     num_sampled: int = 0
     """Problems with rollouts, including problems of the hard pool that are not trained in this refresh."""
     verdicts: Counter[str] = field(default_factory=Counter)
-    """Verdict -> number of rollouts."""
+    """Verdict -> number of rollouts; empty if the objective needs no verdicts."""
     num_truncated: int = 0
     """Rollouts that were cut by length."""
+    num_too_long: int = 0
+    """Rollouts that exceed the sequence length after the teacher's prompt, and are not trained on."""
     filters: Counter[str] = field(default_factory=Counter)
     """Text filter -> number of rollouts that it removed."""
     unverifiable: Counter[str] = field(default_factory=Counter)
@@ -62,7 +66,7 @@ class RefreshReport:
     """Seconds for sampling, including the weight sync before it."""
     verify_s: float = 0.0
     reference_s: float = 0.0
-    """Seconds for computing the log-probabilities under the reference and the old policy."""
+    """Seconds for computing the log-probabilities under the reference, the old policy and the teacher."""
     servers: dict[str, float] = field(default_factory=dict)
     """Metric name -> value, for the weight sync and the sampling of rollout servers."""
 
@@ -75,12 +79,18 @@ class RefreshReport:
         finally:
             setattr(self, name, before + time.monotonic() - began)
 
-    def count_rollouts(self, groups: Collection[RolloutGroup]) -> None:
-        """Counts verified and filtered rollouts."""
+    def count_rollouts(self, groups: Collection[RolloutGroup], *, are_graded: bool = True) -> None:
+        """Counts the rollouts, and if ``are_graded`` their verdicts and filters."""
         rollouts = [rollout for group in groups for rollout in group.rollouts]
+        self.num_rollouts = len(rollouts)
         self.num_sampled = len(groups)
-        self.verdicts = Counter(rollout.verdict or "unverifiable" for rollout in rollouts)
         self.num_truncated = sum(rollout.finish_reason == "length" for rollout in rollouts)
+        self.mean_response_tokens = sum(len(r.response_ids) for r in rollouts) / max(1, len(rollouts))
+        if are_graded:
+            self._count_verdicts(groups, rollouts)
+
+    def _count_verdicts(self, groups: Collection[RolloutGroup], rollouts: list[Rollout]) -> None:
+        self.verdicts = Counter(rollout.verdict or "unverifiable" for rollout in rollouts)
         self.filters = Counter(rollout.filtered_by for rollout in rollouts if rollout.filtered_by)
         self.unverifiable = Counter(r.verdict_reason for r in rollouts if r.verdict in (None, "unverifiable"))
         self.num_given_up = sum(rollout.verdict_reason.startswith(GIVEN_UP) for rollout in rollouts)
@@ -89,7 +99,6 @@ class RefreshReport:
         guided = [rollout for group in groups for rollout in group.guided]
         self.guided_solve_rate = _mean([float(rollout.verdict == "correct") for rollout in guided])
         self.num_solved = sum(group.num_correct > 0 for group in groups)
-        self.mean_response_tokens = sum(len(r.response_ids) for r in rollouts) / max(1, len(rollouts))
 
     def count_samples(self, samples: Collection[Collection[TrainingSample]]) -> None:
         """Counts the problems without training samples, and averages the weights by kind, those of rollouts by sign.
@@ -107,21 +116,23 @@ class RefreshReport:
         self.wrong_rollout_weight = _mean(weights["wrong_rollout"])
 
     @property
-    def num_rollouts(self) -> int:
-        return sum(self.verdicts.values())
+    def solve_rate(self) -> float:
+        """Correct rollouts / all rollouts; NaN without graded rollouts."""
+        return self.verdicts["correct"] / self.num_rollouts if self.verdicts else float("nan")
 
     @property
-    def solve_rate(self) -> float:
-        """Correct rollouts / all rollouts; NaN without rollouts."""
-        return self.verdicts["correct"] / self.num_rollouts if self.num_rollouts else float("nan")
+    def has_ungraded(self) -> bool:
+        """Whether there are rollouts, and the objective needs no verdicts."""
+        return bool(self.num_rollouts) and not self.verdicts
 
     def shares(self) -> dict[str, float]:
-        """Metric name -> share of the rollouts that were cut by length, filtered, or unverifiable."""
-        counts = {
-            metrics.TRUNCATED: self.num_truncated,
-            metrics.FILTERED: self.filters.total(),
-            metrics.UNVERIFIABLE: self.verdicts["unverifiable"],
-        }
+        """Metric name -> share of the rollouts that were cut by length, filtered, unverifiable, or too long for the teacher."""
+        counts = {metrics.TRUNCATED: self.num_truncated}
+        if self.has_ungraded:
+            counts[metrics.TOO_LONG] = self.num_too_long
+        else:
+            counts[metrics.FILTERED] = self.filters.total()
+            counts[metrics.UNVERIFIABLE] = self.verdicts["unverifiable"]
         return {name: count / max(1, self.num_rollouts) for name, count in counts.items()}
 
     def values(self) -> dict[str, float]:
@@ -129,13 +140,13 @@ class RefreshReport:
         num_rollouts = max(1, self.num_rollouts)
         return {
             metrics.SOLVE_RATE: self.solve_rate,
-            metrics.SOLVED_PROBLEMS: self.num_solved / self.num_sampled if self.num_sampled else float("nan"),
+            metrics.SOLVED_PROBLEMS: self.num_solved / self.num_sampled if self.verdicts else float("nan"),
             metrics.DEMONSTRATION_WEIGHT: self.demonstration_weight,
             metrics.ROLLOUT_WEIGHT: self.rollout_weight,
             metrics.WRONG_ROLLOUT_WEIGHT: self.wrong_rollout_weight,
             metrics.NUM_ROLLOUTS: self.num_rollouts,
             metrics.RESPONSE_TOKENS: self.mean_response_tokens,
-            metrics.GIVEN_UP: self.num_given_up / num_rollouts,
+            metrics.GIVEN_UP: float("nan") if self.has_ungraded else self.num_given_up / num_rollouts,
             metrics.REWARD: self.mean_reward,
             metrics.GUIDED_SOLVE_RATE: self.guided_solve_rate,
             metrics.GUIDANCE: self.guidance,
@@ -146,7 +157,7 @@ class RefreshReport:
             metrics.SAMPLED_PROBLEMS: self.num_sampled,
             metrics.DIFFICULTY: self.mean_difficulty,
             metrics.GENERATE_S: self.generate_s,
-            metrics.VERIFY_S: self.verify_s,
+            metrics.VERIFY_S: float("nan") if self.has_ungraded else self.verify_s,
             metrics.SCORE_S: self.score_s,
             metrics.REFERENCE_S: self.reference_s,
             **self.servers,
@@ -160,16 +171,24 @@ class RefreshReport:
         if self.score_s:
             line += f", score {self.score_s:.1f} s"
         if self.num_rollouts:
-            shares = self.shares()
+            graded, failed = self._verdict_texts()
             line += (
-                f", {counted(self.num_rollouts, 'rollout')} of {self.num_sampled}, {self.solve_rate:.1%} correct, "
-                + ("" if math.isnan(self.mean_reward) else f"mean reward {self.mean_reward:.3f}, ")
-                + self._describe_guidance()
-                + f"{self.num_solved} solved at least once, {shares[metrics.TRUNCATED]:.1%} cut by length, "
-                f"{shares[metrics.FILTERED]:.1%} filtered, {shares[metrics.UNVERIFIABLE]:.1%} unverifiable, "
-                f"{counted(round(self.mean_response_tokens), 'token')} each; generate {self.generate_s:.1f} s, verify {self.verify_s:.1f} s,"
+                f", {counted(self.num_rollouts, 'rollout')} of {self.num_sampled}, {graded}{self.shares()[metrics.TRUNCATED]:.1%} cut "
+                f"by length, {failed}, {counted(round(self.mean_response_tokens), 'token')} each; generate {self.generate_s:.1f} s,"
+                + ("" if self.has_ungraded else f" verify {self.verify_s:.1f} s,")
             )
         return f"{line} reference {self.reference_s:.1f} s, {total_s:.1f} s in all"
+
+    def _verdict_texts(self) -> tuple[str, str]:
+        """The parts of the line about solved rollouts, and about those that are not trained on."""
+        shares = self.shares()
+        if self.has_ungraded:
+            return "", f"{self.num_too_long} too long after the teacher's prompt"
+        reward = "" if math.isnan(self.mean_reward) else f"mean reward {self.mean_reward:.3f}, "
+        return (
+            f"{self.solve_rate:.1%} correct, {reward}{self._describe_guidance()}{self.num_solved} solved at least once, ",
+            f"{shares[metrics.FILTERED]:.1%} filtered, {shares[metrics.UNVERIFIABLE]:.1%} unverifiable",
+        )
 
     def _describe_guidance(self) -> str:
         if math.isnan(self.guided_solve_rate):
@@ -186,9 +205,15 @@ class RefreshReport:
         ]
 
     def _explain(self, share: str, config: RasftConfig) -> str:
-        if share == metrics.TRUNCATED:
+        if share == metrics.TOO_LONG:
             return (
-                "were cut by length, and none of them counts as solved: raise --rollout-max-new-tokens "
+                "exceed the sequence length after the teacher's prompt, and are not trained on: raise --seq-length, or lower "
+                f"--rollout-max-new-tokens {config.rollout.rollout_max_new_tokens}"
+            )
+        if share == metrics.TRUNCATED:
+            unsolved = ", and none of them counts as solved" if config.grades_rollouts else ""
+            return (
+                f"were cut by length{unsolved}: raise --rollout-max-new-tokens "
                 f"{config.rollout.rollout_max_new_tokens}, or --seq-length if prompts leave less room"
             )
         if share == metrics.FILTERED:

@@ -4,6 +4,7 @@ from collections.abc import Container
 
 from megatron_rasft.config import RasftConfig
 from megatron_rasft.config.published import describe_preset
+from megatron_rasft.flags import flag_name
 
 
 def remarks(config: RasftConfig, given: Container[str], num_programs: int) -> list[str]:
@@ -13,12 +14,26 @@ def remarks(config: RasftConfig, given: Container[str], num_programs: int) -> li
         given: the fields whose flags are on the command line.
         num_programs: number of problems whose responses are programs.
     """
-    lines = config.objective.remarks() + _function_remarks(config, given)
+    lines = config.objective.remarks() + _distillation_remarks(config) + _function_remarks(config, given)
     if config.objective.name == "rasft" and config.weighting.rasft_weighting == "published":
         lines.append(describe_preset(given))
         if config.samples_rollouts:
             lines += _published_remarks(config, num_programs)
     return lines
+
+
+def _distillation_remarks(config: RasftConfig) -> list[str]:
+    if config.objective.teacher() is None:
+        return []
+    names = ("rollout_temperature", "rollout_top_p", "rollout_repetition_penalty")
+    values = {name: getattr(config.rollout, name) for name in names}
+    changed = [f"{flag_name(name)} {value:g}" for name, value in values.items() if value != 1]
+    if not changed:
+        return []
+    return [
+        f"warning: with {', '.join(changed)} the rollouts are not samples of the policy itself, so the gradient of "
+        f"--objective {config.objective.name} is not that of its KL to the teacher. Give 1 for each, which is the default."
+    ]
 
 
 def _function_remarks(config: RasftConfig, given: Container[str]) -> list[str]:

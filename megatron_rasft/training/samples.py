@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from megatron_rasft.types import TrainingSample
 
 Array = NDArray[Any]
-LOGPROBS = ("ref_logprobs", "old_logprobs")
+LOGPROBS = ("ref_logprobs", "old_logprobs", "teacher_logprobs")
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -43,6 +43,8 @@ class SampleArrays:
     """[r] fp32 under the frozen reference; None if any sample lacks them."""
     old_logprobs: Array | None = None
     """[r] fp32 under the policy at the last refresh; None if any sample lacks them."""
+    teacher_logprobs: Array | None = None
+    """[r] fp32 under the teacher; None if any sample lacks them."""
 
     @classmethod
     def of(cls, samples: Sequence[TrainingSample], *, with_logprobs: bool = True) -> "SampleArrays":
@@ -85,6 +87,10 @@ class SampleArrays:
         """[n] int64: prompt and response tokens of each sample."""
         return self.prompt_lengths.astype(np.int64) + self.response_lengths
 
+    def _logprobs(self) -> list[tuple[str, Array | None]]:
+        """Name and values of each kind of log-probabilities."""
+        return [(name, getattr(self, name)) for name in LOGPROBS]
+
     def slice(self, start: int, stop: int) -> "SampleArrays":
         """Samples ``start`` to ``stop`` - 1, as views of these arrays."""
         tokens, responses = _starts(self.lengths), _starts(self.response_lengths)
@@ -96,8 +102,7 @@ class SampleArrays:
             weights=self.weights[start:stop],
             are_rollouts=self.are_rollouts[start:stop],
             are_counted=self.are_counted[start:stop],
-            ref_logprobs=None if self.ref_logprobs is None else self.ref_logprobs[in_responses],
-            old_logprobs=None if self.old_logprobs is None else self.old_logprobs[in_responses],
+            **{name: None if flat is None else flat[in_responses] for name, flat in self._logprobs()},
         )
 
     def take(self, indices: Sequence[int]) -> "SampleArrays":
@@ -120,8 +125,7 @@ class SampleArrays:
             weights=self.weights[chosen],
             are_rollouts=self.are_rollouts[chosen],
             are_counted=self.are_counted[chosen],
-            ref_logprobs=picked(self.ref_logprobs, responses),
-            old_logprobs=picked(self.old_logprobs, responses),
+            **{name: picked(flat, responses) for name, flat in self._logprobs()},
         )
 
 

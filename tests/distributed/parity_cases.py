@@ -11,11 +11,11 @@ LEARNING_RATE = 0.1
 BETAS = (0.9, 0.95)
 WEIGHT_DECAY = 0.01
 
-EPSILON = {"rasft": 1e-3, "dft": 1e-3, "sft_kl": 1e-1}
+EPSILON = {"rasft": 1e-3, "dft": 1e-3, "sft_kl": 1e-1, "sdft": 1e-1}
 """Adam's eps for each objective, larger than the gradients. The first update, lr * g / (|g| + eps), is then smooth in the
 gradient g, so equal weights imply equal gradients."""
 
-CLIP = {"rasft": 1e-3, "dft": 1e-3, "sft_kl": 0.3}
+CLIP = {"rasft": 1e-3, "dft": 1e-3, "sft_kl": 0.3, "sdft": 0.3}
 """Gradient clipping below the gradients' norm, so that the norm over all ranks affects every weight."""
 
 COMMON = (
@@ -115,7 +115,7 @@ class Case:
 
 
 MORE = {
-    "packed": ["dft", "sft_kl"],
+    "packed": ["dft", "sft_kl", "sdft"],
     "padded": ["sft_kl"],
     "fused kernels in chunks of 16 tokens with gradient fusion": ["sft_kl"],
     "dp2": ["dft"],
@@ -126,10 +126,11 @@ MORE = {
     "tp2 sp fused kernels with gradient fusion": ["sft_kl"],
     "pp2 fused kernels with gradient fusion": ["dft"],
     "cp2": ["sft_kl"],
-    "tp2 sp pp2 vpp2": ["sft_kl"],
+    "dp2 cp2": ["sdft"],
+    "tp2 sp pp2 vpp2": ["sft_kl", "sdft"],
 }
 """Layout -> the objectives that it trains besides rasft, with tied embeddings: sft_kl where the loss over the whole vocabulary is
-divided or computed in another way, dft where only the tied weights are."""
+divided or computed in another way, dft where only the tied weights are, sdft where a sample's log-probabilities travel differently."""
 
 
 def cases(world_size: int) -> list[Case]:
@@ -163,6 +164,9 @@ def batches(objective: str) -> list[list[TrainingSample]]:
                     weight=draw.uniform(0.2, 2.0) * (-1 if objective == "rasft" and index == 4 else 1),
                     ref_logprobs=[draw.uniform(-5.6, -3.8) for _ in response]
                     if objective == "rasft"
+                    else None,
+                    teacher_logprobs=[draw.uniform(-5.6, -3.8) for _ in response]
+                    if objective == "sdft"
                     else None,
                 )
             )

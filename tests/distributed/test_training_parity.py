@@ -141,6 +141,10 @@ def sequence_loss(
         with torch.no_grad():
             ref = torch.log_softmax(reference(ids).logits[0, start - 1 : -1], -1)
         return sample.weight * (-logprobs.sum() + KL_COEF * (ref.exp() * (ref - full)).sum())
+    if objective == "sdft":
+        gap = torch.tensor(sample.teacher_logprobs, dtype=torch.float64) - logprobs.detach()
+        # The gradient of a token is its detached gap times that of log p; the value is that of the squares.
+        return sample.weight * (-(gap * logprobs) + (gap * (gap / 2 + logprobs)).detach()).sum()
     weight = sample.weight * logprobs.detach().exp()
     if objective == "rasft":
         assert sample.ref_logprobs is not None

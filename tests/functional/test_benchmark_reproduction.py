@@ -72,5 +72,5 @@ def test_every_method_trains_and_is_evaluated(tmp_path: Path, monkeypatch: pytes
     assert list(rows) == list(reproduce.METHODS) and "Not finished" not in text
     assert {row["steps"] for row in rows.values()} == {"0", "1"}
     assert {method for method, row in rows.items() if float(row["generated_tokens"])} == {
-        "raft", "grpo", "rasft", "rasft_published",
+        "raft", "grpo", "sdft", "rasft", "rasft_published",
     }  # fmt: skip

@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from signal import SIGTERM
 
 import pytest
 
@@ -10,7 +11,9 @@ from megatron_rasft.objective.families import OBJECTIVES
 from tests.functional import launching
 from tests.functional.conftest import Workshop
 
-USES_ROLLOUTS = ("rasft", "gft", "raft", "grpo")
+USES_ROLLOUTS = ("rasft", "gft", "raft", "grpo", "sdft")
+FLAGS = {"sdft": ["--objective-sdft-template", "{demonstration}{problem}"]}
+"""Objective -> flags that its run needs. The words of sdft's default template are not in the policy's vocabulary."""
 
 
 def rollouts_of(save: Path) -> list[dict[str, object]]:
@@ -27,6 +30,7 @@ def refreshes_of(save: Path) -> list[dict[str, float]]:
 def test_objective_trains(workshop: Workshop, tmp_path: Path, objective: str) -> None:
     save = tmp_path / "save"
     flags = ["--objective", objective, "--train-iters", "3", "--rasft-refresh-interval", "2"]
+    flags += FLAGS.get(objective, [])
     workshop.train(save, flags)
     records = launching.steps(save)
     assert list(records) == [1, 2, 3]
@@ -34,6 +38,23 @@ def test_objective_trains(workshop: Workshop, tmp_path: Path, objective: str) ->
         assert math.isfinite(record["objective/loss"])
         assert record["training/grad_norm"] > 0
     assert bool(rollouts_of(save)) == (objective in USES_ROLLOUTS)
+
+
+def test_sdft_goes_on_with_the_teachers_log_probabilities_in_the_middle_of_a_refresh(
+    workshop: Workshop, tmp_path: Path
+) -> None:
+    flags = ["--objective", "sdft", *FLAGS["sdft"], "--train-iters", "3", "--rasft-refresh-interval", "2"]
+    unbroken, save = tmp_path / "unbroken", tmp_path / "save"
+    workshop.train(unbroken, flags)
+    interrupted = workshop.flags("--save", str(save), *flags)
+    stop = launching.Interruption(step=1, number=SIGTERM)
+    assert launching.run(tmp_path / "logs", interrupted, 1, interruption=stop).codes == [0]
+    assert list(launching.steps(save)) == [1]
+    workshop.train(save, flags)
+    assert launching.steps(save) == launching.steps(unbroken)
+    assert {rollout["verdict"] for rollout in rollouts_of(save)} == {None}
+    for refresh in refreshes_of(save):
+        assert refresh["rollout/num_rollouts"] > 0 and "verify/solve_rate" not in refresh
 
 
 def test_untrained_model_learns_the_form_of_an_answer(workshop: Workshop, tmp_path: Path) -> None:

@@ -45,6 +45,7 @@ FURTHER_METRICS = {
     "objective/p_mean": "Mean probability of the response tokens.",
     "objective/ref_logprob_gap_nats": "Mean difference of the policy's and the reference's log-probabilities.",
     "objective/kl_nats": "Mean KL between policy and reference; objectives with a KL.",
+    "objective/teacher_kl_nats": "Mean of log p minus the teacher's on rollouts, an estimate of the KL from policy to teacher; sdft.",
     "objective/policy_ratio_mean": "Mean ratio of the policy to the policy at the last refresh; psft and grpo.",
     "objective/clip_frac": "Share of tokens whose ratio the clip changed; psft and grpo.",
     "objective/dual_clip_frac": "Share of tokens that --objective-grpo-dual-clip limited.",

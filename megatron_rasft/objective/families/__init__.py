@@ -8,10 +8,11 @@ from megatron_rasft.objective.families.kl_regularised import Asft, SftKl
 from megatron_rasft.objective.families.likelihood import Dft, Raft, Sft
 from megatron_rasft.objective.families.policy_ratio import Grpo, Psft
 from megatron_rasft.objective.families.rasft import Rasft
+from megatron_rasft.objective.families.self_distillation import Sdft
 from megatron_rasft.objective.families.token_selective import Gft, Profit
 
 OBJECTIVES: dict[str, type[Objective]] = {
-    kind.name: kind for kind in (Rasft, Sft, SftKl, Dft, Asft, Profit, IwSft, Psft, Gft, Raft, Grpo)
+    kind.name: kind for kind in (Rasft, Sft, SftKl, Dft, Asft, Profit, IwSft, Psft, Gft, Raft, Grpo, Sdft)
 }
 """Value of --objective -> its class, in the order in which --help lists them."""
 

@@ -79,8 +79,10 @@ def disk_bytes(model: Model, config: CapacityConfig, assumed: AssumptionConfig) 
         checkpoints=checkpoint * num_saves(config),
         export=2.0 * model.num_parameters,
         rollout_store=rollouts * (35 * response + 6 * assumed.prompt_tokens + 400),
-        reference_cache=cached if needs.needs_reference_logprobs() else 0.0,
-        data_cache=config.num_problems * (8 * assumed.demonstration_tokens + 150),
+        reference_cache=cached if needs.scores_under_reference() else 0.0,
+        # the teacher's prompt holds problem and demonstration once more
+        data_cache=config.num_problems
+        * ((8 if needs.teacher() is None else 12) * assumed.demonstration_tokens + 150),
     )
 
 

@@ -351,16 +351,18 @@ def estimate_refresh(
         # a finished row is refilled at once; when no sample waits any more, rows end one after the other
         positions = tokens / config.rollout_batch_size + config.max_new_tokens
         rollouts_s = positions * _embedded_position_s(model, layout, config, assumed)
-    num_scored = needs.needs_reference_logprobs() + needs.needs_old_logprobs()
     budget = config.micro_batch_size * config.seq_length
     num_batches = num_steps * step.tokens / PACKING / layout.dp / budget
+    scored = [num_batches] * (needs.needs_reference_logprobs() + needs.needs_old_logprobs())
+    if needs.teacher() is not None:
+        # The teacher's prompt holds the demonstration too.
+        scored.append(num_batches * (1 + assumed.demonstration_tokens / rollout_tokens(config, assumed)))
     return RefreshEstimate(
         rollouts_s=rollouts_s,
-        verification_s=num_samples / assumed.verifications_per_s,
-        scoring_s=num_scored
-        * _forward_s(model, layout, config, assumed, precision, max(1.0, num_batches), budget)
-        if num_scored
-        else 0.0,
+        verification_s=num_samples / assumed.verifications_per_s if needs.needs_verdicts else 0.0,
+        scoring_s=sum(
+            _forward_s(model, layout, config, assumed, precision, max(1.0, num), budget) for num in scored
+        ),
         sync_s=sync_s,
     )
 

@@ -105,7 +105,7 @@ class RefreshRollouts:
         verdict, finish = str(record["verdict"] or "unverified"), str(record["finish_reason"])
         visit = self.visits.setdefault(record["problem_id"], Visit(offset))
         visit.num_samples += 1
-        visit.num_attempts += counts_as_attempt(num_tokens, finish, verdict)
+        visit.num_attempts += _is_solved(record, num_tokens) is not None
         visit.num_solved += counts_as_solved(num_tokens, finish, verdict)
         visit.total_credit += credit_of(num_tokens, finish, verdict, record.get("reward"))
         self.outcomes[verdict, finish] += 1
@@ -214,7 +214,9 @@ def read_statistics(path: Path, archive: Archive | None = None) -> RolloutStatis
 
 
 def _is_solved(record: dict[str, Any], num_tokens: int) -> bool | None:
-    """Returns whether a rollout is complete and correct; None if it does not count as an attempt."""
+    """Returns whether a rollout is complete and correct; None if it does not count as an attempt, or was not graded."""
+    if record["verdict"] is None:
+        return None
     outcome = num_tokens, str(record["finish_reason"]), record["verdict"]
     return counts_as_solved(*outcome) if counts_as_attempt(*outcome) else None
 

@@ -162,7 +162,7 @@ def test_a_broken_rule_between_flags_names_them(
     assert all(flag in str(raised.value) for flag in flags)
 
 
-@pytest.mark.parametrize("objective", ["raft", "grpo"])
+@pytest.mark.parametrize("objective", ["raft", "grpo", "sdft"])
 def test_objectives_on_rollouts_need_rollouts(objective: str) -> None:
     with pytest.raises(ValueError, match="--curriculum-mode"):
         RasftConfig.from_args(parse("--objective", objective, "--curriculum-mode", "off"))
@@ -207,6 +207,21 @@ def test_flags_read_back_from_arguments() -> None:
 
 def test_without_flags_every_section_has_its_defaults() -> None:
     assert RasftConfig.from_args(parse()) == RasftConfig()
+
+
+@pytest.mark.parametrize("template", ["{problem}", "{demonstration}", "{problem}{problem}{demonstration}"])
+def test_a_teachers_template_needs_problem_and_demonstration(template: str) -> None:
+    with pytest.raises(ValueError, match=r"--objective-sdft-template.*\{(problem|demonstration)\}"):
+        RasftConfig.from_args(parse("--objective-sdft-template", template))
+
+
+def test_sdft_refuses_greedy_rollouts_and_grades_nothing_but_held_out_problems() -> None:
+    with pytest.raises(ValueError, match=r"--rollout-temperature.*--objective sdft"):
+        RasftConfig.from_args(parse("--objective", "sdft", "--rollout-temperature", "0"))
+    config = RasftConfig.from_args(parse("--objective", "sdft"))
+    assert config.samples_rollouts and not config.grades_rollouts and not config.verifies
+    measured = RasftConfig.from_args(parse("--objective", "sdft", "--heldout-data", "rows.jsonl"))
+    assert measured.verifies and not measured.grades_rollouts
 
 
 def test_flags_of_an_objective_that_is_not_used_are_checked_too() -> None:

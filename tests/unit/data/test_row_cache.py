@@ -65,7 +65,8 @@ class Counted:
 
 
 def plain(d: Demonstration) -> Demonstration:
-    return replace(d, prompt_ids=list(d.prompt_ids), response_ids=list(d.response_ids))
+    names = ("prompt_ids", "response_ids", "teacher_prompt_ids")
+    return replace(d, **{name: list(getattr(d, name)) for name in names})
 
 
 def read(

@@ -90,7 +90,7 @@ def test_every_command_of_every_setting_parses(tmp_path: Path) -> None:
 
 
 def test_gpu_setting_runs_its_methods_on_the_same_data_steps_and_learning_rate() -> None:
-    assert len(SETTINGS) == 7 and len(SCRIPTS) == 4 and len(reproduce.METHODS) == 11
+    assert len(SETTINGS) == 7 and len(SCRIPTS) == 4 and len(reproduce.METHODS) == 12
     os.environ.setdefault("DATA", "/data")
     setting = reproduce.read_setting(FOLDER / "settings" / "gpu.toml")
     assert setting.methods == ["base", "sft", "dft", "raft", "grpo", "rasft", "rasft_advantage"]

@@ -6,6 +6,7 @@ from megatron_rasft.objective.families.kl_regularised import KLRegularised
 from megatron_rasft.objective.families.likelihood import Raft
 from megatron_rasft.objective.families.policy_ratio import Grpo, Psft
 from megatron_rasft.objective.families.rasft import Rasft
+from megatron_rasft.objective.families.self_distillation import Sdft
 from megatron_rasft.objective.families.token_selective import Gft, Profit
 
 
@@ -19,6 +20,7 @@ def test_flags_are_grouped_by_the_objectives_that_share_them() -> None:
         ("gft", Gft),
         ("raft", Raft),
         ("grpo", Grpo),
+        ("sdft", Sdft),
     ]
 
 

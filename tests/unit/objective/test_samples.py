@@ -2,6 +2,7 @@
 
 import math
 import random
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -15,6 +16,7 @@ from megatron_rasft.objective.families import OBJECTIVES
 from megatron_rasft.objective.families.likelihood import Raft
 from megatron_rasft.objective.families.policy_ratio import Grpo
 from megatron_rasft.objective.families.rasft import Rasft
+from megatron_rasft.objective.families.self_distillation import Sdft
 from megatron_rasft.objective.families.token_selective import Gft
 from megatron_rasft.objective.groups import distinct_texts
 from megatron_rasft.objective.samples import make_samples
@@ -383,3 +385,27 @@ def test_misuse_is_named() -> None:
         make_samples(Rasft(), demonstration(), RolloutGroup(problem_id="other"), config=WeightingConfig())
     with pytest.raises(AssertionError, match="no verdict"):
         make_samples(Rasft(), demonstration(), make_group(rollout(0, None)), config=WeightingConfig())
+
+
+# ---- sdft
+
+
+def test_sdft_trains_on_every_attempt_without_a_verdict() -> None:
+    group = mixed_group()
+    for attempt in group.rollouts:
+        attempt.verdict = None
+    samples = make_samples(Sdft(), demonstration(), group, config=NO_PRIOR)
+    assert [(s.kind, s.weight, s.is_counted) for s in samples] == [("rollout", 1.0, True)] * 4
+    assert [r.weight for r in group.rollouts] == [1.0, 1.0, 1.0, 0.0, 0.0, 1.0], "aborted and empty ones"
+    assert make_samples(Sdft(), demonstration(), None, config=NO_PRIOR) == []
+
+
+@pytest.mark.parametrize(("num_teacher", "num_trained"), [(0, 2), (7, 2), (8, 1), (15, 0)])
+def test_a_rollout_that_does_not_fit_behind_the_teachers_prompt_is_left_out(
+    num_teacher: int, num_trained: int
+) -> None:
+    problem = replace(demonstration(), prompt_ids=[1], teacher_prompt_ids=[1] * num_teacher)
+    group = make_group(rollout(index=0, num_tokens=2), rollout(index=1, num_tokens=3))
+    samples = make_samples(Sdft(), problem, group, config=NO_PRIOR, max_tokens=10)
+    assert [len(s.response_ids) for s in samples] == [2, 3][:num_trained]
+    assert sum(r.weight for r in group.rollouts) == num_trained

@@ -18,6 +18,7 @@ from megatron_rasft.objective.families.kl_regularised import Asft, SftKl
 from megatron_rasft.objective.families.likelihood import Dft, Raft, Sft
 from megatron_rasft.objective.families.policy_ratio import Grpo, Psft
 from megatron_rasft.objective.families.rasft import Rasft
+from megatron_rasft.objective.families.self_distillation import Sdft
 from megatron_rasft.objective.families.token_selective import Gft, Profit
 from megatron_rasft.objective.token_losses import LossSums, PackedTokens, token_loss_sums
 from tests.forking import call_on_ranks
@@ -56,6 +57,7 @@ def batch(
         ref_logprobs=-values(4.0),
         old_logprobs=logprobs.detach() + values(0.8) - 0.4,
         kl=values(0.5).requires_grad_(),
+        teacher_logprobs=-values(4.0),
     )
 
 
@@ -156,6 +158,32 @@ def test_a_kl_coefficient_of_zero_changes_nothing() -> None:
     assert_same_bits(tokens, SftKl(objective_kl_coef=0.0), Sft())
 
 
+def test_sdft_with_teacher_equal_to_policy_has_no_gradient() -> None:
+    tokens = batch()
+    tokens = replace(tokens, teacher_logprobs=tokens.logprobs.detach().clone())
+    sums, grad = loss_and_gradient(tokens, Sdft())
+    assert sums.loss_sum == 0 and not grad.any()
+
+
+def test_the_mean_gradient_of_sdft_over_the_policys_tokens_is_that_of_the_reverse_kl() -> None:
+    generator = torch.Generator().manual_seed(3)
+    logits, teacher = (torch.randn(6, generator=generator, dtype=torch.float64) * 2 for _ in range(2))
+    logits.requires_grad_()
+    policy, teacher = logits.log_softmax(0), teacher.log_softmax(0)
+    (expected,) = torch.autograd.grad((policy.exp() * (policy - teacher)).sum(), logits, retain_graph=True)
+    # Each token of the vocabulary is a sequence of its own, weighted by its probability of being sampled.
+    tokens = PackedTokens(
+        logprobs=policy,
+        loss_mask=torch.ones(6),
+        segment_ids=torch.arange(6),
+        num_segments=6,
+        weights=policy.detach().exp(),
+        teacher_logprobs=teacher,
+    )
+    (found,) = torch.autograd.grad(token_loss_sums(tokens, Sdft()).loss_sum, logits)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+
+
 def test_profit_with_threshold_zero_is_sft() -> None:
     assert_same_bits(batch(torch.float32), Profit(objective_profit_threshold=0.0), Sft())
 
@@ -163,7 +191,7 @@ def test_profit_with_threshold_zero_is_sft() -> None:
 # each objective against a formula written token by token
 
 Formula = Callable[[float, float, float, float, float, float], tuple[float, float]]
-"""(l, r, old, A, mean l, mean r) -> loss and d loss / d l of one token, without the KL term."""
+"""(l, r, old, A, mean l, mean r) -> loss and d loss / d l of one token, without the KL term. For sdft, old is under the teacher."""
 
 
 def clip(x: float, low: float, high: float) -> float:
@@ -192,6 +220,10 @@ def surrogate(
         return loss + beta * kl, (0.0 if acts else -q * a) + beta * kl_grad
 
     return formula
+
+
+def squared(lp: float, r: float, teacher: float, a: float, lm: float, rm: float) -> tuple[float, float]:
+    return a * (lp - teacher) ** 2 / 2, a * (lp - teacher)
 
 
 P = math.exp
@@ -236,6 +268,7 @@ FORMULAS: dict[str, tuple[dict[str, Any], Formula]] = {
         {"objective_grpo_dual_clip": 1.1, "objective_grpo_beta": 0.3, "objective_grpo_kl_cap": 0.5},
         surrogate(0.8, 1.2, beta=0.3, most=1.1, kl_cap=0.5),
     ),
+    "sdft": ({}, squared),
 }
 KL_COEF = {"sft_kl": 0.1, "asft": 0.05}
 
@@ -257,10 +290,12 @@ def test_loss_and_gradient_equal_the_formula(case: str, weights: tuple[float, ..
     for i in range(tokens.num_segments):
         mine = tokens.loss_mask & (tokens.segment_ids == i)
         means.append((tokens.logprobs[mine].mean().item(), tokens.ref_logprobs[mine].mean().item()))
+    old = tokens.teacher_logprobs if objective.teacher() else tokens.old_logprobs
+    assert old is not None
     total, expected_grad, coef = 0.0, torch.zeros_like(tokens.logprobs), KL_COEF.get(objective.name, 0.0)
     for t in tokens.loss_mask.nonzero().flatten().tolist():
         i = int(tokens.segment_ids[t])
-        given = (tokens.logprobs[t].item(), tokens.ref_logprobs[t].item(), tokens.old_logprobs[t].item())
+        given = (tokens.logprobs[t].item(), tokens.ref_logprobs[t].item(), old[t].item())
         loss, expected_grad[t] = formula(*given, weights[i], *means[i])
         total += loss + coef * weights[i] * tokens.kl[t].item()
 
@@ -280,7 +315,9 @@ def test_loss_and_gradient_equal_the_formula(case: str, weights: tuple[float, ..
         torch.testing.assert_close(kl_grad, expected_kl_grad, rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("case", ["sft", "sft_kl", "profit", "psft", "grpo", "grpo beta", "grpo dapo"])
+@pytest.mark.parametrize(
+    "case", ["sft", "sft_kl", "profit", "psft", "grpo", "grpo beta", "grpo dapo", "sdft"]
+)
 def test_objectives_without_detached_parts_pass_gradcheck(case: str) -> None:
     tokens = batch(weights=(1.2, -0.7, -1.1, 0.4))
     mask, objective = tokens.loss_mask, objective_of(case)
@@ -316,6 +353,7 @@ def select(
         weights=tokens.weights[sequences],
         ref_logprobs=at(tokens.ref_logprobs),
         old_logprobs=at(tokens.old_logprobs),
+        teacher_logprobs=at(tokens.teacher_logprobs),
         kl=at(tokens.kl),
         cp_group=tokens.cp_group,
     )
@@ -396,8 +434,9 @@ def test_token_certain_or_hopeless_stays_finite() -> None:
 
 
 def test_missing_input_is_named() -> None:
-    tokens = replace(batch(), ref_logprobs=None, old_logprobs=None, kl=None)
-    for case, name in (("rasft", "ref_logprobs"), ("psft", "old_logprobs"), ("asft", "kl")):
+    tokens = replace(batch(), ref_logprobs=None, old_logprobs=None, teacher_logprobs=None, kl=None)
+    inputs = {"rasft": "ref_logprobs", "psft": "old_logprobs", "asft": "kl", "sdft": "teacher_logprobs"}
+    for case, name in inputs.items():
         with pytest.raises(AssertionError, match=f"needs {name}"):
             token_loss_sums(tokens, objective_of(case))
     for case in ("sft", "dft", "profit", "gft", "raft"):
@@ -438,6 +477,7 @@ def test_each_objective_has_these_metrics() -> None:
         "grpo": surrogates | {"kl_nats", "ref_logprob_gap_nats"},
         "grpo dapo": surrogates,
         "grpo limited": surrogates | {"kl_nats", "ref_logprob_gap_nats", "dual_clip_frac"},
+        "sdft": every | {"teacher_kl_nats"},
     }
     for case, names in expected.items():
         assert set(token_loss_sums(batch(), objective_of(case)).metrics) == names, case
@@ -447,8 +487,10 @@ def test_metrics_equal_the_formulas() -> None:
     tokens = batch()
     mask = tokens.loss_mask
     assert tokens.ref_logprobs is not None and tokens.old_logprobs is not None and tokens.kl is not None
-    logprobs, ref, old = (
-        v.detach()[mask] for v in (tokens.logprobs, tokens.ref_logprobs, tokens.old_logprobs)
+    assert tokens.teacher_logprobs is not None
+    logprobs, ref, old, teacher = (
+        v.detach()[mask]
+        for v in (tokens.logprobs, tokens.ref_logprobs, tokens.old_logprobs, tokens.teacher_logprobs)
     )
     expected = {
         ("sft", "weight_mean"): tokens.weights[tokens.segment_ids][mask],
@@ -459,6 +501,7 @@ def test_metrics_equal_the_formulas() -> None:
         ("grpo", "kl_nats"): (ref - logprobs).exp() - (ref - logprobs) - 1,
         ("rasft", "ref_logprob_gap_nats"): logprobs - ref,
         ("rasft token", "ratio_mean"): (ref - logprobs).exp().clamp(0.4, 1.2),
+        ("sdft", "teacher_kl_nats"): logprobs - teacher,
     }
     for (case, name), values in expected.items():
         total, count = token_loss_sums(tokens, objective_of(case)).metrics[name].tolist()
@@ -623,21 +666,24 @@ def test_objectives_declare_what_they_need() -> None:
             "d": objective.needs_reference_distribution(),
             "f": objective.needs_reference(),
             "s": objective.uses_rollouts(),
+            "t": objective.teacher() is not None,
+            "v": objective.needs_verdicts and objective.uses_rollouts(),
         }
         return "".join(letter for letter, answer in answers.items() if answer)
 
     table = {
-        "rasft": "rfs",
+        "rasft": "rfsv",
         "iw_sft": "rf",
         "sft_kl": "df",
         "asft": "df",
         "psft": "o",
-        "gft": "s",
-        "raft": "s",
+        "gft": "sv",
+        "raft": "sv",
     }
-    table |= {"sft": "", "dft": "", "profit": "", "grpo": "rofs"}
+    table |= {"sft": "", "dft": "", "profit": "", "grpo": "rofsv", "sdft": "fst"}
     assert {name: needs(kind()) for name, kind in OBJECTIVES.items()} == table
-    assert needs(Rasft(objective_ratio="off")) == "s"
-    assert needs(Grpo(objective_grpo_dapo=True)) == "os"
+    assert needs(Rasft(objective_ratio="off")) == "sv"
+    assert needs(Grpo(objective_grpo_dapo=True)) == "osv"
+    assert needs(Sdft(objective_sdft_teacher="refresh")) == "st"
     assert Asft().kl_term() == (0.05, "reverse")
     assert SftKl(objective_kl_direction="reverse").kl_term() == (0.1, "reverse")

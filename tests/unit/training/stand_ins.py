@@ -28,8 +28,14 @@ def config_of(**packages: Any) -> RasftConfig:
     return RasftConfig(**packages)
 
 
-def demonstrations(num: int, fields: dict[str, Any] | None = None) -> list[Demonstration]:
-    """Problem ``i`` has the prompt [1, i] and the response [5, 9]. ``fields``: the row that an own function receives."""
+def demonstrations(
+    num: int, fields: dict[str, Any] | None = None, has_teacher: bool = False
+) -> list[Demonstration]:
+    """Problem ``i`` has the prompt [1, i], the response [5, 9], and the prompt [2, 5, 1, i] of a teacher.
+
+    Args:
+        fields: the row that an own function receives.
+    """
     return [
         Demonstration(
             problem_id=f"p{i}",
@@ -39,6 +45,7 @@ def demonstrations(num: int, fields: dict[str, Any] | None = None) -> list[Demon
             prompt_ids=[1, i],
             response_ids=[5, 9],
             fields=fields,
+            teacher_prompt_ids=[2, 5, 1, i] if has_teacher else [],
         )
         for i in range(num)
     ]
@@ -71,7 +78,8 @@ def refresh_of(config: RasftConfig, num_problems: int = 8, judges: bool = False,
         "verifier": FirstTokenVerifier(),
         "cache": LogprobCache(None, ""),
     }
-    problems = demonstrations(num_problems, {"problem": ""} if judges else None)
+    has_teacher = config.objective.teacher() is not None
+    problems = demonstrations(num_problems, {"problem": ""} if judges else None, has_teacher)
     return Refresh(config, problems, **values | changes)
 
 

@@ -44,6 +44,7 @@ def some_samples(num: int, has_logprobs: bool = True) -> list[TrainingSample]:
                 is_counted=index % 3 != 1,
                 ref_logprobs=[-index - t / 64 for t in range(len(response))] if has_logprobs else None,
                 old_logprobs=[-index - t / 32 for t in range(len(response))] if has_logprobs else None,
+                teacher_logprobs=[-index - t / 16 for t in range(len(response))] if has_logprobs else None,
             )
         )
     return out
@@ -82,6 +83,7 @@ def whole(shards: list[MicroBatch]) -> dict[str, torch.Tensor]:
         "segment_ids",
         "ref_logprobs",
         "old_logprobs",
+        "teacher_logprobs",
     ):
         parts = [getattr(shard, name).flatten() for shard in shards]
         put = torch.full((bounds[-1],), -12345.0, dtype=torch.float64)
@@ -332,6 +334,7 @@ def check_micro_batch(shards: list[MicroBatch], samples: list[TrainingSample], i
         start = start if is_packed else place * width
         ids = [*sample.prompt_ids, *sample.response_ids]
         assert sample.ref_logprobs is not None and sample.old_logprobs is not None
+        assert sample.teacher_logprobs is not None
         for t, token in enumerate(ids):
             at = start + t
             assert fields["tokens"][at] == token
@@ -345,6 +348,8 @@ def check_micro_batch(shards: list[MicroBatch], samples: list[TrainingSample], i
                 assert fields["labels"][at] == sample.response_ids[answer]
                 assert fields["ref_logprobs"][at] == pytest.approx(sample.ref_logprobs[answer], abs=1e-6)
                 assert fields["old_logprobs"][at] == pytest.approx(sample.old_logprobs[answer], abs=1e-6)
+                teacher = pytest.approx(sample.teacher_logprobs[answer], abs=1e-6)
+                assert fields["teacher_logprobs"][at] == teacher
         if is_packed:
             assert batch.packed_seq_params is not None
             params = batch.packed_seq_params
@@ -376,7 +381,7 @@ def test_pinning_copies_every_tensor_unchanged(is_packed: bool, monkeypatch: pyt
     batch = micro_batches(some_samples(3), a_layout(is_packed=is_packed))[0]
     moved = batch.pinned()
     tensors = {name: value for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
-    assert len(tensors) == 9 and {id(tensor) for tensor in tensors.values()} <= set(pinned)
+    assert len(tensors) == 10 and {id(tensor) for tensor in tensors.values()} <= set(pinned)
     for name, tensor in tensors.items():
         assert torch.equal(getattr(moved, name), tensor) and getattr(moved, name) is not tensor
     assert moved.sample_indices == batch.sample_indices

@@ -82,6 +82,7 @@ def batch() -> MicroBatch:
         are_counted=torch.tensor([True, True]),
         ref_logprobs=torch.linspace(-3.0, -1.0, num_tokens),
         old_logprobs=None,
+        teacher_logprobs=None,
         packed_seq_params=None,
         sample_indices=[0, 1],
     )

@@ -8,6 +8,8 @@ import pytest
 
 from megatron_rasft.config import DataConfig, HeldoutConfig, RasftConfig, RolloutConfig, VerifyConfig
 from megatron_rasft.errors import DataError
+from megatron_rasft.objective.families.likelihood import Sft
+from megatron_rasft.objective.families.self_distillation import Sdft
 from megatron_rasft.rollout.store import RolloutStore
 from megatron_rasft.training.problems import Problems, open_replay, read_problems
 from megatron_rasft.types import Rollout
@@ -55,6 +57,28 @@ def test_own_function_grades_the_first_demonstration_before_the_model_is_built(
     assert "own.py:grade" in problems.summary and "correct" in problems.summary
     rows.write_text(json.dumps({"problem": "?", "response": "3"}))
     with pytest.raises(ValueError, match=r"--verify-function.*rows.jsonl:1.*KeyError.*own.py:1"):
+        read_problems(args, config)
+
+
+def test_sdft_needs_demonstrations_without_answers_and_gives_them_to_the_teacher(
+    args: SimpleNamespace, tmp_path: Path
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"problem": "1+1=", "response": "2"}))
+    config = RasftConfig(
+        data=DataConfig(train_data=[str(rows)], data_prompt_suffix=""),
+        objective=Sdft(objective_sdft_template="{demonstration}-{problem}"),
+    )
+    problems, _ = read_problems(args, config)
+    (row,) = problems.demonstrations
+    assert problems.decode(list(row.teacher_prompt_ids)) == "2-1+1=\n"
+    assert (
+        not read_problems(args, RasftConfig(data=config.data, objective=Sft()))[0]
+        .demonstrations[0]
+        .teacher_prompt_ids
+    )
+    rows.write_text(json.dumps({"problem": "1+1="}))
+    with pytest.raises(DataError, match="response"):
         read_problems(args, config)
 
 

@@ -1,6 +1,7 @@
 """The order of a refresh's phases on one rank: with the trainer's own weights, with servers, sampled ahead, interrupted."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +16,13 @@ from megatron_rasft.config import (
 )
 from megatron_rasft.objective.families.likelihood import Sft
 from megatron_rasft.objective.families.policy_ratio import Psft
+from megatron_rasft.objective.families.self_distillation import Sdft
 from megatron_rasft.training.refresh import ProblemChoice, sampling_params
 from megatron_rasft.training.refresh_driver import RefreshDriver
 from megatron_rasft.training.refresh_report import RefreshReport
 from megatron_rasft.training.samples import BatchQueue
 from megatron_rasft.training.stopping import Stopped
+from megatron_rasft.types import TrainingSample
 from tests.unit.training.stand_ins import (
     BAND,
     STOP_IDS,
@@ -234,3 +237,54 @@ def test_a_choice_that_servers_sample_already_is_not_sent_again() -> None:
     parts.driver.start(4)
     parts.driver.sync_weights(ProblemChoice(problem_ids=["p0"], sampled_ids=["p0"], weight_version=2))
     assert parts.servers.calls == []
+
+
+# ---- self-distillation
+
+
+class PromptReader(PolicyOfNotes):
+    """A policy under which every token has the log-probability -(tokens of the prompt)."""
+
+    def score(self, samples: Sequence[TrainingSample], *, with_reference: bool) -> list[list[float]]:
+        super().score(samples, with_reference=with_reference)
+        for sample in samples:
+            assert list(sample.prompt_ids)[:3] == [2, 5, 1], "the teacher's prompt"
+        return [[-float(len(s.prompt_ids))] * len(s.response_ids) for s in samples]
+
+
+def distilled(iteration: int, max_tokens: int = 64, **flags: Any) -> tuple[Parts, BatchQueue, RefreshReport]:
+    config = config_of(run=RUN, objective=Sdft(**flags), rollout=RolloutConfig(rollout_num_samples=2))
+    sampling = sampling_params(config, STOP_IDS, max_tokens)
+    parts = parts_of(config, verifier=None, sampling=sampling)
+    parts.policy = PromptReader()
+    parts.driver._policy = parts.policy
+    return parts, *parts.refresh(iteration)
+
+
+@pytest.mark.parametrize(
+    ("iteration", "teacher", "weights"),
+    [(0, "reference", "policy"), (2, "reference", "reference"), (2, "refresh", "policy")],
+)
+def test_every_rollout_is_scored_after_the_teachers_prompt_without_a_verdict(
+    iteration: int, teacher: str, weights: str
+) -> None:
+    parts, queue, report = distilled(iteration, objective_sdft_teacher=teacher)
+    assert parts.policy.calls == ["generate 4", f"score 8 {weights}"]
+    assert queue.sizes == [(2, 4), (2, 4)]
+    arrays = queue.arrays()
+    assert arrays["teacher_logprobs"].tolist() == [-4.0] * len(arrays["teacher_logprobs"])
+    assert arrays["prompt_lengths"].tolist() == [2] * 8, "the policy is trained on the plain prompt"
+    assert "ref_logprobs" not in arrays and "old_logprobs" not in arrays
+    values = report.values()
+    assert values["rollout/num_rollouts"] == 8 and values["rollout/too_long_frac"] == 0
+    assert not [name for name, value in values.items() if name.startswith("verify/") and value > 0]
+    assert not parts.driver.decisions.curriculum.solvability, "an ungraded rollout is no evidence"
+
+
+def test_rollouts_that_are_too_long_for_the_teacher_are_counted() -> None:
+    _, queue, report = distilled(0, max_tokens=6)
+    assert queue.sizes == [(2, 0), (2, 0)] and report.num_left_out == 4
+    assert report.values()["rollout/too_long_frac"] == 1
+    assert "8 too long" in report.line(1.0)
+    (warning,) = report.warnings(config_of())
+    assert "--seq-length" in warning

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from megatron_rasft.config import CurriculumConfig, RasftConfig, VerifyConfig, WeightingConfig
+from megatron_rasft.config import CurriculumConfig, RasftConfig, RolloutConfig, VerifyConfig, WeightingConfig
 from megatron_rasft.config.published import describe_preset, published_preset
 from megatron_rasft.objective.declaration import Objective
 from megatron_rasft.objective.families.importance_weighted import IwSft
+from megatron_rasft.objective.families.self_distillation import Sdft
 from megatron_rasft.objective.families.token_selective import Profit
 from megatron_rasft.training.remarks import remarks
 
@@ -75,3 +76,13 @@ def test_the_log_names_a_prompt_that_asks_for_a_box_which_an_own_function_may_no
     assert remarks(config, {"data_prompt_suffix"}, 0) == []
     (line,) = remarks(replace(config, curriculum=CurriculumConfig(curriculum_mode="off")), (), 0)
     assert "--verify-function" in line and "suffix" not in line
+
+
+def test_the_log_says_whose_weights_the_teacher_has_and_that_other_samples_are_not_the_policys() -> None:
+    (first,) = remarks(RasftConfig(objective=Sdft()), (), 0)
+    (last,) = remarks(RasftConfig(objective=Sdft(objective_sdft_teacher="refresh")), (), 0)
+    assert first != last and "--objective-sdft-teacher" in first
+    rollout = RolloutConfig(rollout_temperature=0.7, rollout_repetition_penalty=1.1)
+    _, warning = remarks(RasftConfig(objective=Sdft(), rollout=rollout), (), 0)
+    assert "--rollout-temperature 0.7, --rollout-repetition-penalty 1.1" in warning and "top-p" not in warning
+    assert remarks(RasftConfig(rollout=rollout), (), 0) == []

@@ -29,6 +29,7 @@ def some_samples(num: int, *, has_old: bool = True) -> list[TrainingSample]:
                 is_counted=index % 4 != 1,
                 ref_logprobs=memoryview(np.array(ref, np.float32)) if index % 2 else ref,  # type: ignore[arg-type]
                 old_logprobs=[v / 2 for v in ref] if has_old else None,
+                teacher_logprobs=[v / 4 for v in ref],
             )
         )
     return samples
@@ -42,7 +43,7 @@ def plain(samples: SampleArrays) -> list[tuple]:
         ids = samples.tokens[token : token + num_prompt + num_response].tolist()
         logprobs = [
             None if flat is None else flat[answer : answer + num_response].tolist()
-            for flat in (samples.ref_logprobs, samples.old_logprobs)
+            for flat in (samples.ref_logprobs, samples.old_logprobs, samples.teacher_logprobs)
         ]
         kind = "rollout" if samples.are_rollouts[i] else "demonstration"
         rows.append(
@@ -69,6 +70,7 @@ def expected(samples: list[TrainingSample]) -> list[tuple]:
             s.is_counted,
             list(s.ref_logprobs or ()),
             None if s.old_logprobs is None else list(s.old_logprobs),
+            None if s.teacher_logprobs is None else list(s.teacher_logprobs),
         )
         for s in samples
     ]

@@ -125,6 +125,20 @@ def test_rollouts_of_servers_scale_with_gpus_and_size(llama_70b: Model, assumed:
     assert 5 < many.sync_s < 15  # the same figure as benchmarks/weight_sync.py --cluster
 
 
+def test_a_teacher_scores_longer_sequences_and_nothing_is_graded(
+    llama_70b: Model, assumed: AssumptionConfig
+) -> None:
+    def refresh(name: str) -> speed.RefreshEstimate:
+        config = CapacityConfig(num_gpus=64, objective=name, max_new_tokens=1024)
+        step = speed.estimate_step(llama_70b, TP8_PP2, config, assumed)
+        return speed.estimate_refresh(llama_70b, TP8_PP2, config, assumed, step, rollout_gpus=16)
+
+    sdft, grpo = refresh("sdft"), refresh("grpo")
+    assert sdft.rollouts_s == grpo.rollouts_s and sdft.verification_s == 0 < grpo.verification_s
+    # grpo scores prompt and response (256 + 512) under two policies, sdft also the demonstration (1,024) under one
+    assert sdft.scoring_s / grpo.scoring_s == pytest.approx((1 + 1024 / 768) / 2, rel=0.1)
+
+
 @pytest.mark.parametrize(("pp", "layer_s"), [(1, 0.034e-3), (2, 0.5e-3)])
 def test_the_embedded_engine_refills_its_rows(
     llama_70b: Model, assumed: AssumptionConfig, pp: int, layer_s: float

@@ -138,6 +138,7 @@ def test_correct_but_cut_or_aborted_samples_solve_nothing(tmp_path: Path) -> Non
         make_rollout("cut", verdict="correct", finish_reason="length"),
         make_rollout("aborted", verdict="correct", finish_reason="abort"),
         make_rollout("empty", response_ids=[]),
+        make_rollout("ungraded", verdict=None),  # of sdft
     ]
     RolloutStore(path).append(rollouts)
     statistics = read_statistics(path)
