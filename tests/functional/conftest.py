@@ -80,14 +80,17 @@ def build_workshop(root: Path) -> Workshop:
 
 
 @pytest.fixture(scope="session")
-def shallow_smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of SmolLM2-135M with two of its thirty layers, which saves most of the computing."""
+def tiny_smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a random model with the tokenizer of SmolLM2-135M, and two narrow layers, which saves most of the computing."""
     import transformers
 
     source, target = REPOSITORY / ".cache" / "smollm2-135m-instruct", tmp_path_factory.mktemp("smollm2")
     fetch = [sys.executable, "tools/fetch_smollm2.py", "--output", str(source)]
     subprocess.run(fetch, cwd=REPOSITORY, check=True)
-    model = transformers.AutoModelForCausalLM.from_pretrained(source, num_hidden_layers=2)
-    model.save_pretrained(target)
+    config = transformers.AutoConfig.from_pretrained(source)
+    config.update({"num_hidden_layers": 2, "hidden_size": 96, "intermediate_size": 192, "head_dim": 32})
+    config.update({"num_attention_heads": 3, "num_key_value_heads": 3})
+    transformers.set_seed(5)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(target)
     transformers.AutoTokenizer.from_pretrained(source).save_pretrained(target)
     return target

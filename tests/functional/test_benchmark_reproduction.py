@@ -30,8 +30,8 @@ def shallow_setting(root: Path, model: Path) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_one_command_trains_evaluates_and_compares(tmp_path: Path, shallow_smollm2: Path) -> None:
-    setting = shallow_setting(tmp_path, shallow_smollm2)
+def test_one_command_trains_evaluates_and_compares(tmp_path: Path, tiny_smollm2: Path) -> None:
+    setting = shallow_setting(tmp_path, tiny_smollm2)
     command = [sys.executable, str(EXAMPLE / "reproduce.py"), "--setting", str(setting)]
     command += ["--output", str(tmp_path), "--methods", "sft", "rasft"]
     done = subprocess.run(
