@@ -1,12 +1,12 @@
 """Collectives of Python objects: rank 0 decides, and its result or its failure reaches every rank."""
 
+import io
 import pickle
 import weakref
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -132,36 +132,15 @@ def hand_out[T](work: Callable[[], Sequence[T]], replicas: Sequence[Sequence[int
 
 
 def _packed(value: Any) -> torch.Tensor:
-    """[bytes] uint8: a pickle, followed by the memory of the arrays in it, which is copied only once."""
-    buffers: list[Any] = []
-    pickled = pickle.dumps(value, protocol=5, buffer_callback=buffers.append)
-    parts: list[Any] = [memoryview(pickled), *(buffer.raw() for buffer in buffers)]
-    head = np.array([len(parts), *map(len, parts)], np.int64)
-    # np.empty does not clear the memory, which would cost as much as the copy.
-    packed = np.empty(head.nbytes + sum(map(_aligned, head[1:].tolist())), np.uint8)
-    end = 0
-    for part in (head.view(np.uint8), *parts):
-        packed[end : end + len(part)] = part
-        end += _aligned(len(part))
-    return torch.from_numpy(packed)
+    """[bytes] uint8: a pickle of protocol 5, which copies the memory of arrays once."""
+    pickled = io.BytesIO()
+    pickle.dump(value, pickled, protocol=5)
+    return torch.frombuffer(pickled.getbuffer(), dtype=torch.uint8)
 
 
 def _unpacked(packed: torch.Tensor) -> Any:
-    """The inverse of ``_packed``; arrays are views of ``packed``."""
-    memory = memoryview(packed.numpy())
-    num_parts = int(np.frombuffer(memory[:8], np.int64)[0])
-    lengths = np.frombuffer(memory[8 : 8 * (1 + num_parts)], np.int64).tolist()
-    parts: list[memoryview] = []
-    end = 8 * (1 + num_parts)
-    for length in lengths:
-        parts.append(memory[end : end + length])
-        end += _aligned(length)
-    return pickle.loads(parts[0], buffers=parts[1:])
-
-
-def _aligned(num_bytes: int) -> int:
-    """``num_bytes`` rounded up to 8, so that every array begins at an address that suits its type."""
-    return -(-num_bytes // 8) * 8
+    """The inverse of ``_packed``."""
+    return pickle.loads(packed.numpy())
 
 
 def _pass_on(value: torch.Tensor, ranks: Sequence[int], group: Any) -> None:
