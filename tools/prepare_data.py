@@ -81,13 +81,8 @@ def validate(args: argparse.Namespace, config: DataConfig) -> int:
     if args.tokenizer is None:
         report = _count(rows)
     else:
-        _, report = collect_demonstrations(
-            rows,
-            _load_tokenizer(args.tokenizer),
-            config,
-            max_tokens=args.max_tokens or _NO_LIMIT,
-            require_answer=not args.no_answers,
-        )
+        tokenizer = _load_tokenizer(args.tokenizer)
+        _, report = collect_demonstrations(rows, tokenizer, config, args.max_tokens or _NO_LIMIT)
     print(report.describe(num_named=None) + report.advice(config))
     print(duplicates.describe())
     is_refused = report.overlong and config.data_overlong == "refuse"
@@ -207,7 +202,7 @@ def show(args: argparse.Namespace, config: DataConfig) -> int:
     row = _chosen_row(args, config)
     tokenizer = _load_tokenizer(args.tokenizer)
     limit = args.max_tokens or _NO_LIMIT
-    demonstrations, report = collect_demonstrations([row], tokenizer, config, limit, not args.no_answers)
+    demonstrations, report = collect_demonstrations([row], tokenizer, config, limit)
     for fault in report.faults + report.overlong:
         raise _unusable(fault)
     Console(soft_wrap=True, highlight=False).print(render_example(demonstrations[0], tokenizer))

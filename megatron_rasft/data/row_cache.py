@@ -96,9 +96,7 @@ def tokenized(
     def build(folder: Path) -> None:
         report = DataReport()
         rows = read_rows(config, require_answer, flag, keep_fields)
-        demonstrations = tokenize_rows(
-            rows, tokenizer, config, max_tokens, report, require_answer, teacher_template
-        )
+        demonstrations = tokenize_rows(rows, tokenizer, config, max_tokens, report, teacher_template)
         write_rows(folder, demonstrations, report)
 
     if cache is None:

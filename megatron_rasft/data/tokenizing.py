@@ -29,34 +29,6 @@ class _Rendered:
     """Whether the opening tag of the reasoning was removed from the response, because the prompt ends with it."""
 
 
-def build_demonstrations(
-    rows: Iterable[Row | RowFault],
-    tokenizer: Tokenizer,
-    config: DataConfig,
-    max_tokens: int,
-    require_answer: bool = True,
-) -> tuple[list[Demonstration], DataReport]:
-    """Tokenizes rows into demonstrations, and refuses or leaves out unusable rows as ``config`` demands.
-
-    Prompt and response are tokenized separately. Rollouts are sampled after ``prompt_ids``, so demonstrations and
-    rollouts of a problem follow exactly the same tokens. ``response_ids`` ends with one end token.
-
-    Args:
-        rows: the output of ``read_rows``.
-        tokenizer: a tokenizer of transformers; a fast one takes seconds for 10,000 rows.
-        config: chat template, prompt, and treatment of unusable rows.
-        max_tokens: maximum number of tokens of prompt plus response.
-        require_answer: as for ``read_rows``.
-
-    Raises:
-        DataError: ``config`` refuses rows that were found, or no row is left.
-        ValueError: the chat template cannot be used.
-    """
-    demonstrations, report = collect_demonstrations(rows, tokenizer, config, max_tokens, require_answer)
-    report.check(config)
-    return demonstrations, report
-
-
 def tokenize_prompts(problems: Sequence[str], tokenizer: Tokenizer, config: DataConfig) -> list[list[int]]:
     """Tokenizes problems into the prompts that their demonstrations would have.
 
@@ -84,15 +56,11 @@ def _render_prompt(chat_format: ChatFormat, tokenizer: Tokenizer, messages: list
 
 
 def collect_demonstrations(
-    rows: Iterable[Row | RowFault],
-    tokenizer: Tokenizer,
-    config: DataConfig,
-    max_tokens: int,
-    require_answer: bool = True,
+    rows: Iterable[Row | RowFault], tokenizer: Tokenizer, config: DataConfig, max_tokens: int
 ) -> tuple[list[Demonstration], DataReport]:
-    """Like ``build_demonstrations``, but does not raise DataError for unusable rows."""
+    """Returns all demonstrations of ``tokenize_rows``, and their report."""
     report = DataReport()
-    return list(tokenize_rows(rows, tokenizer, config, max_tokens, report, require_answer)), report
+    return list(tokenize_rows(rows, tokenizer, config, max_tokens, report)), report
 
 
 def tokenize_rows(
@@ -101,18 +69,27 @@ def tokenize_rows(
     config: DataConfig,
     max_tokens: int,
     report: DataReport,
-    require_answer: bool = True,
     teacher_template: str | None = None,
 ) -> Iterator[Demonstration]:
     """Yields the demonstrations of ``rows`` one by one, and adds to ``report``, which is complete after the last one.
 
-    Rows that cannot be used, or have more than ``max_tokens`` tokens, are left out and reported. With ``teacher_template`` so are rows
-    whose teacher's prompt leaves no room for a response.
+    Prompt and response are tokenized separately. Rollouts are sampled after ``prompt_ids``, so demonstrations and
+    rollouts of a problem follow exactly the same tokens. ``response_ids`` ends with one end token.
+
+    Args:
+        rows: the output of ``read_rows``.
+        tokenizer: a tokenizer of transformers; a fast one takes seconds for 10,000 rows.
+        config: chat template and prompt.
+        max_tokens: maximum number of tokens of prompt plus response.
+        report: gets the rows that cannot be used, or have more tokens. They are left out.
+        teacher_template: if given, rows whose teacher's prompt leaves no room for a response are left out too.
+
+    Raises:
+        ValueError: the chat template cannot be used.
     """
     chat_format = read_chat_format(tokenizer, config)
     for batch in batched(
-        _render_rows(rows, tokenizer, chat_format, config, report, require_answer, teacher_template),
-        _BATCH_SIZE,
+        _render_rows(rows, tokenizer, chat_format, config, report, teacher_template), _BATCH_SIZE
     ):
         prompts = _tokenize_prompts([item.prompt_text for item in batch], tokenizer, chat_format)
         teachers: list[list[int]] = [[]] * len(batch)
@@ -173,7 +150,6 @@ def _render_rows(
     chat_format: ChatFormat,
     config: DataConfig,
     report: DataReport,
-    require_answer: bool,
     teacher_template: str | None,
 ) -> Iterator[_Rendered]:
     """Counts every row in ``report``, and yields the usable ones as text."""
@@ -183,9 +159,6 @@ def _render_rows(
         report.num_rows += 1
         if isinstance(row, RowFault):
             report.faults.append(row)
-            continue
-        if require_answer and row.answer is None and row.tests is None and row.fields is None:
-            report.faults.append(RowFault(source=row.source, reason=f'no "{config.data_answer_field}"'))
             continue
         messages = _complete_prompt(row.messages, config, row.tests)
         rendered = (

@@ -26,7 +26,7 @@ def built(
     report = DataReport()
     rows = [Row(problem_id="p", source="a.jsonl:1", **fields)]
     config = DataConfig(data_prompt_suffix="\nReason.")
-    return list(tokenize_rows(rows, tokenizer, config, max_tokens, report, False, template)), report
+    return list(tokenize_rows(rows, tokenizer, config, max_tokens, report, template)), report
 
 
 @pytest.mark.parametrize("end", ["", "<|im_end|>", "<|im_end|><|endoftext|>"])

@@ -8,7 +8,7 @@ from megatron_rasft.config.data import DataConfig
 from megatron_rasft.data.chat_format import read_chat_format
 from megatron_rasft.data.reading import Row, read_rows
 from megatron_rasft.data.row_report import DataReport, RowFault
-from megatron_rasft.data.tokenizing import build_demonstrations, tokenize_prompts
+from megatron_rasft.data.tokenizing import collect_demonstrations, tokenize_prompts
 from megatron_rasft.errors import DataError
 from megatron_rasft.types import CodeTests, Demonstration
 
@@ -49,9 +49,10 @@ def build(
     *rows: Row | RowFault,
     config: DataConfig = NO_SUFFIX,
     max_tokens: int = 4096,
-    **values: Any,
 ) -> tuple[list[Demonstration], DataReport]:
-    return build_demonstrations(rows, tokenizer, config, max_tokens, **values)
+    demonstrations, report = collect_demonstrations(rows, tokenizer, config, max_tokens)
+    report.check(config)
+    return demonstrations, report
 
 
 def spell(tokenizer: Any, demonstration: Demonstration) -> tuple[str, str]:
@@ -230,7 +231,6 @@ def test_an_end_token_that_the_tokenizer_appends_to_the_prompt_is_removed(make_t
     [
         (LLAMA_LIKE, make_row(response="a<|im_end|>b"), "inside the response"),
         (LLAMA_LIKE, make_row(response="<|im_end|>"), "no tokens"),
-        (LLAMA_LIKE, make_row(answer=None), 'no "answer"'),
         (
             NO_SYSTEM,
             make_row(messages=[{"role": r, "content": "x"} for r in ("system", "user")]),
@@ -269,7 +269,7 @@ def test_a_row_that_cannot_be_tokenized_is_a_fault(
 
 
 def test_a_missing_answer_is_allowed_without_rollouts(tokenizer: Any) -> None:
-    assert build(tokenizer, make_row(answer=None), require_answer=False)[0][0].answer is None
+    assert build(tokenizer, make_row(answer=None))[0][0].answer is None
 
 
 def test_faults_of_reading_and_tokenizing_are_refused_together(tokenizer: Any) -> None:
@@ -357,7 +357,7 @@ def test_a_question_that_the_template_refuses_is_named(make_tokenizer: Callable)
 def test_tokens_of_real_rows_decode_to_their_text(data_folder: Path, tokenizer: Any) -> None:
     files = [str(data_folder / "train" / f"{name}_train.jsonl.gz") for name in ("gsm8k", "math")]
     config = DataConfig(train_data=files, data_bad_rows="skip")
-    demonstrations, report = build_demonstrations(read_rows(config), tokenizer, config, max_tokens=100_000)
+    demonstrations, report = collect_demonstrations(read_rows(config), tokenizer, config, 100_000)
     assert (len(demonstrations), len(report.faults), report.num_plain_endings) == (7473 + 7498, 2, 0)
     for demonstration in demonstrations[::97]:
         prompt, response = spell(tokenizer, demonstration)
