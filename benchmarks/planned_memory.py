@@ -48,7 +48,7 @@ from megatron_rasft.tools.capacity.memory import GIB  # noqa: E402
 from megatron_rasft.training import model_source, startup  # noqa: E402
 from megatron_rasft.training.megatron_calls import quiet  # noqa: E402
 from megatron_rasft.training.model import build_chunk  # noqa: E402
-from megatron_rasft.weights import HfFolder  # noqa: E402
+from megatron_rasft.weights.folder import HfFolder  # noqa: E402
 from tests.emulated_gpu.traced_layers import Trace, is_installed, trace_settings  # noqa: E402
 from tests.slurm_settings import SETTINGS, Setting, model_folder  # noqa: E402
 

@@ -28,7 +28,7 @@ from megatron_rasft.files import write_json
 from megatron_rasft.servers.client import ServerClient
 from megatron_rasft.servers.record import ServerRecords
 from megatron_rasft.sync import WeightSync, buckets
-from megatron_rasft.weights import HfFolder
+from megatron_rasft.weights.folder import HfFolder
 from megatron_rasft.weights.gathering import TensorPlan
 from tests.servers.running import NEWEST, VERSIONS, RunningServer
 from tests.tiny_models import CASES, hf_model, save_model, some_tokens
@@ -72,6 +72,10 @@ _LINEAR_FLAGS = ("--mamba-radix-cache-strategy", "no_buffer", "--disable-overlap
 class FolderWeights:
     """Plans and gathers the weights of a folder as a trainer of one rank does."""
 
+    stage = 0
+    num_stages = 1
+    takes_part = True
+
     def __init__(self, folder: HfFolder) -> None:
         self._folder = folder
 
@@ -89,17 +93,12 @@ class FolderWeights:
 
 def sync_of(folder: HfFolder) -> WeightSync:
     """A weight sync of a folder's weights."""
-    weights = FolderWeights(folder)
     return WeightSync(
         SyncConfig(sync_bucket_mib=1, sync_proof="off"),
-        plan=weights.plan,
-        gather=weights.gather,
+        FolderWeights(folder),  # type: ignore[arg-type]
         records=ServerRecords(),
         model_config=folder.config,
         device=torch.device("cpu"),
-        stage=0,
-        num_stages=1,
-        takes_part=True,
     )
 
 

@@ -23,7 +23,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -166,14 +165,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         with server(options.version, folder, Path(scratch) / "server.log") as url:
             sync = WeightSync(
                 SyncConfig(sync_bucket_mib=options.bucket_mib, sync_proof_interval=0),
-                plan=partial(plan, weights),
-                gather=partial(gather, weights, copies=not options.no_gather),
+                Weights(weights, copies=not options.no_gather),  # type: ignore[arg-type]
                 records=ServerRecords(),
                 model_config=config,
                 device=torch.device("cpu"),
-                stage=0,
-                num_stages=1,
-                takes_part=True,
             )
             proven = sync.push(0, [url])
             reports, bare = [], []
@@ -242,22 +237,29 @@ def in_megatron_order(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
     return {name: weights[name] for name in sorted(weights, key=place)}
 
 
-def plan(weights: dict[str, torch.Tensor], *, dtypes: dict[str, torch.dtype] | None = None) -> list[Any]:
-    """Plans the weights like those of a pipeline stage."""
-    from megatron_rasft.weights.gathering import TensorPlan
+class Weights:
+    """Weights that are planned and gathered like those of a model of one rank; with --no-gather without copies into the buckets."""
 
-    return [TensorPlan(n, tuple(t.shape), (dtypes or {}).get(n, t.dtype)) for n, t in weights.items()]
+    stage = 0
+    num_stages = 1
+    takes_part = True
 
+    def __init__(self, weights: dict[str, torch.Tensor], *, copies: bool) -> None:
+        self._weights = weights
+        self._copies = copies
 
-def gather(
-    weights: dict[str, torch.Tensor], *, copies: bool, dtypes: dict[str, torch.dtype], out: Any
-) -> Iterator[Any]:
-    """Yields the weights as a stage of one rank gathers them; with --no-gather without copying them into the bucket."""
-    for name, tensor in weights.items():
-        memory = out(name)
-        if memory is not None and copies:
-            memory.copy_(tensor)
-        yield name, tensor if memory is None else memory
+    def plan(self, *, dtypes: dict[str, torch.dtype] | None = None) -> list[Any]:
+        from megatron_rasft.weights.gathering import TensorPlan
+
+        wanted = dtypes or {}
+        return [TensorPlan(n, tuple(t.shape), wanted.get(n, t.dtype)) for n, t in self._weights.items()]
+
+    def gather(self, *, dtypes: dict[str, torch.dtype], out: Any) -> Iterator[Any]:
+        for name, tensor in self._weights.items():
+            memory = out(name)
+            if memory is not None and self._copies:
+                memory.copy_(tensor)
+            yield name, tensor if memory is None else memory
 
 
 def cluster_figures() -> dict[str, Any]:

@@ -8,8 +8,9 @@ import torch
 import transformers
 from torch import Tensor
 
-from megatron_rasft.weights import HfFolder, megatron_args
+from megatron_rasft.weights.architecture import megatron_args
 from megatron_rasft.weights.families import FAMILIES
+from megatron_rasft.weights.folder import HfFolder
 
 _SIZES = {"hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": 4, "vocab_size": 101}
 _LLAMA3 = {

@@ -18,7 +18,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
@@ -37,16 +36,9 @@ from megatron_rasft.sync.groups import GroupFailure, UpdateGroup, local_address
 from megatron_rasft.sync.nccl_versions import objection, own_pair, pair_of_sglang
 from megatron_rasft.sync.wire_format import WireFormat
 from megatron_rasft.tools import cli
-from megatron_rasft.weights import HfFolder
+from megatron_rasft.weights.folder import HfFolder
+from megatron_rasft.weights.gathering import TensorPlan
 from megatron_rasft.wording import counted
-
-
-class Planned(NamedTuple):
-    """A tensor of the folder, in the form that ``plan_buckets`` takes."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
 
 
 @dataclass
@@ -259,13 +251,13 @@ def broadcast(findings: Sequence[Finding], folder: HfFolder, args: argparse.Name
 
 def first_buckets(folder: HfFolder, wire_format: WireFormat, limit: int) -> list[Bucket]:
     """Returns the first tensors of the model, up to ``limit`` bytes but at least one, in buckets of an eighth of the limit."""
-    chosen: list[Planned] = []
+    chosen: list[TensorPlan] = []
     total = 0
     for name, stored in folder.tensors.items():
         total += math.prod(stored.shape) * wire_format.dtype.itemsize
         if chosen and total > limit:
             break
-        chosen.append(Planned(name, stored.shape, wire_format.dtype))
+        chosen.append(TensorPlan(name, stored.shape, wire_format.dtype))
     return plan_buckets(chosen, wire_format, max(1, limit // 8))
 
 

@@ -6,12 +6,13 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain, pairwise
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from megatron_rasft.sync.wire_format import WireFormat, WireTensor, fused_name
+from megatron_rasft.weights.gathering import TensorPlan
 
 _ALIGNMENT = 16
 """Buckets start at multiples of this many bytes. It is a multiple of every element size, as a view of the bucket needs."""
@@ -19,17 +20,6 @@ _ALIGNMENT = 16
 _FIRST_BUCKET_BYTES = 64 * 2**20
 """Size of the first bucket. It is small, because nothing is sent until it is full; each later bucket is up to twice as large.
 A smaller first bucket would not save time, because a request costs a server about 10 ms."""
-
-
-class Planned(Protocol):
-    """A tensor that the trainer will gather (``weights.gathering.TensorPlan``)."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-    @property
-    def dtype(self) -> torch.dtype: ...
 
 
 class Slot(NamedTuple):
@@ -66,12 +56,12 @@ def _num_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
     return math.prod(shape) * dtype.itemsize
 
 
-def related_sets(tensors: Iterable[Planned]) -> list[list[Planned]]:
+def related_sets(tensors: Iterable[TensorPlan]) -> list[list[TensorPlan]]:
     """Returns the tensors in sets that must be in one bucket, because the server fuses q, k, v and gate, up.
 
     Tensors that lie between two of a set belong to the set too, because the trainer's order is kept.
     """
-    sets: list[list[Planned]] = []
+    sets: list[list[TensorPlan]] = []
     place: dict[str, int] = {}
     for tensor in tensors:
         first = place.setdefault(fused_name(tensor.name), len(sets))
@@ -79,13 +69,13 @@ def related_sets(tensors: Iterable[Planned]) -> list[list[Planned]]:
     return sets
 
 
-def plan_buckets(tensors: Sequence[Planned], wire_format: WireFormat, limit: int) -> list[Bucket]:
+def plan_buckets(tensors: Sequence[TensorPlan], wire_format: WireFormat, limit: int) -> list[Bucket]:
     """Returns buckets of at most ``limit`` bytes, the first ones smaller, that hold the tensors in their order.
 
     A related set is never split. A set larger than the limit gets a bucket of its own.
     """
     buckets: list[Bucket] = []
-    pending: list[list[Planned]] = []
+    pending: list[list[TensorPlan]] = []
     left = allowed = min(limit, _FIRST_BUCKET_BYTES)
     for related in related_sets(tensors):
         size = sum(
@@ -100,7 +90,7 @@ def plan_buckets(tensors: Sequence[Planned], wire_format: WireFormat, limit: int
     return [*buckets, _bucket(pending, wire_format)] if pending else buckets
 
 
-def _bucket(sets: list[list[Planned]], wire_format: WireFormat) -> Bucket:
+def _bucket(sets: list[list[TensorPlan]], wire_format: WireFormat) -> Bucket:
     tensors = [tensor for related in sets for tensor in related]
     wired = [wire for tensor in tensors for wire in wire_format.wire_tensors(tensor.name, tensor.shape)]
     slots, position = [], 0
@@ -128,7 +118,7 @@ class MemoryPlan:
 
     @classmethod
     def make(
-        cls, tensors: Sequence[Planned], wire_format: WireFormat, bucket_bytes: int, copies: int
+        cls, tensors: Sequence[TensorPlan], wire_format: WireFormat, bucket_bytes: int, copies: int
     ) -> "MemoryPlan":
         """Plans buckets so that arena and gathering together stay within two ``bucket_bytes``, if the tensors allow it.
 

@@ -24,8 +24,9 @@ from megatron_rasft.ranks import gather_to_all, on_rank_zero, patient_group
 from megatron_rasft.servers.record import ServerRecords
 from megatron_rasft.sync.report import PeakMemory, SyncReport
 from megatron_rasft.sync.session import Attempt, ServerSession
-from megatron_rasft.sync.streaming import GatherTensors, Outcome, PlanTensors, timed
+from megatron_rasft.sync.streaming import Outcome, timed
 from megatron_rasft.sync.transfer import StageTransfer
+from megatron_rasft.weights.gathering import ModelTensors
 
 _MIB = 2**20
 
@@ -35,15 +36,10 @@ class WeightSync:
 
     Args:
         config: the sync flags.
-        plan: returns names, shapes and types of the tensors that ``gather`` yields; runs no collective.
-        gather: yields the stage's Hugging Face tensors, complete on the sender; a collective of the ranks that take part.
+        tensors: the model's tensors. The first rank of a stage that takes part is its sender.
         records: the servers' records of this process, on rank 0 shared with the fleet.
         model_config: config.json of the model.
         device: the device of the parameters.
-        stage: pipeline stage of this rank.
-        num_stages: number of pipeline stages.
-        takes_part: whether this rank's weights are gathered. Ranks of other replicas only wait. The first rank of a stage that
-            takes part is its sender.
         export: writes the model as a Hugging Face folder; a collective of all ranks. Needed for --sync-method disk.
 
     Raises:
@@ -53,15 +49,11 @@ class WeightSync:
     def __init__(
         self,
         config: SyncConfig,
+        tensors: ModelTensors,
         *,
-        plan: PlanTensors,
-        gather: GatherTensors,
         records: ServerRecords,
         model_config: dict[str, Any],
         device: torch.device,
-        stage: int,
-        num_stages: int,
-        takes_part: bool,
         export: Callable[[str], None] | None = None,
     ) -> None:
         if config.sync_method == "disk" and export is None:
@@ -74,20 +66,16 @@ class WeightSync:
             )
         self._config = config
         self._device = device
-        self._stage = stage
-        self._num_stages = num_stages
+        self._tensors = tensors
         self._export = export
         self._session = ServerSession(config, records, model_config, device.type)
         self.transfer = StageTransfer(
             config,
-            plan=plan,
-            gather=gather,
+            tensors,
             records=records,
             model_config=model_config,
             device=device,
-            stage=stage,
-            ranks=_stage_group(config, stage, num_stages, takes_part),
-            takes_part=takes_part,
+            ranks=_stage_group(config, tensors),
         )
         problem = next(filter(None, _gather(self.transfer.address_problem())), "")
         if problem:
@@ -154,9 +142,9 @@ class WeightSync:
             total.merge(self._load_from_disk(attempt, weight_version))
             if total.reason or attempt.proof == "none":
                 return total
-        for stage in range(self._num_stages):
+        for stage in range(self._tensors.num_stages):
             mine = None
-            if self.transfer.takes_part and self._stage == stage:
+            if self._tensors.takes_part and self._tensors.stage == stage:
                 mine = self.transfer.run(attempt)
             for outcome in _gather(mine if self.transfer.is_sender else None):
                 if outcome is not None:
@@ -210,23 +198,23 @@ class WeightSync:
 
     def close(self) -> None:
         """Leaves the servers' update groups, one stage after the other. A collective of the world."""
-        for stage in range(self._num_stages):
-            if self._stage == stage:
+        for stage in range(self._tensors.num_stages):
+            if self._tensors.stage == stage:
                 self.transfer.leave_group()
             _gather(None)
 
 
-def _stage_group(config: SyncConfig, stage: int, num_stages: int, takes_part: bool) -> ProcessGroup | None:
+def _stage_group(config: SyncConfig, tensors: ModelTensors) -> ProcessGroup | None:
     """Returns the gloo group of the ranks that gather this rank's stage; None if this rank does not gather, or gathers alone.
 
     A collective of the world. The ranks of a stage wait in this group for their sender, each of whose steps has a deadline.
     """
     patience = timedelta(seconds=max(1800.0, 60 * config.sync_timeout_s))
-    places = _gather((stage, takes_part))
+    places = _gather((tensors.stage, tensors.takes_part))
     if len(places) == 1:
         return None
     own: ProcessGroup | None = None
-    for number in range(num_stages):
+    for number in range(tensors.num_stages):
         ranks = [rank for rank, place in enumerate(places) if place == (number, True)]
         group: Any = dist.new_group(ranks, backend="gloo", timeout=patience)
         if dist.get_rank() in ranks:

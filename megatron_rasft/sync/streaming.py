@@ -1,37 +1,23 @@
 """Streams one pipeline stage's tensors: the next bucket is gathered while the previous bucket is being sent."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_rasft.sync.buckets import Arena, Bucket, MemoryPlan, Planned
+from megatron_rasft.sync.buckets import Arena, Bucket, MemoryPlan
 from megatron_rasft.sync.groups import GroupFailure
 from megatron_rasft.sync.weight_checks import Evidence, EvidenceCollector
 from megatron_rasft.sync.wire_format import WireFormat
 from megatron_rasft.weights.fp8_blocks import SCALE_SUFFIX, quantize_blocks
-
-
-class PlanTensors(Protocol):
-    """``weights.plan_tensors`` with all arguments but ``dtypes`` bound: names, shapes and types of the stage's tensors."""
-
-    def __call__(self, *, dtypes: dict[str, torch.dtype] | None = None) -> Sequence[Planned]: ...
-
-
-class GatherTensors(Protocol):
-    """``weights.gather_tensors`` with all arguments but these bound: yields the stage's tensors, complete on the sender."""
-
-    def __call__(
-        self, *, dtypes: dict[str, torch.dtype], out: Callable[[str], Tensor | None]
-    ) -> Iterator[tuple[str, Tensor | None]]: ...
-
+from megatron_rasft.weights.gathering import ModelTensors
 
 Send = Callable[[Bucket, Tensor], None]
 """Makes every server load a bucket ([num_bytes] uint8), or raises GroupFailure."""
@@ -85,7 +71,7 @@ class StageStream:
     """Gathers a stage's tensors from all ranks that hold parts of them, and sends them from the first of these ranks.
 
     Args:
-        plan, gather: the stage's tensors.
+        tensors: the stage's tensors.
         ranks: gloo group of the gathering ranks; None if this rank is the only one.
         device: the device of the parameters.
         wire_format: the format in which the servers need the tensors.
@@ -95,8 +81,7 @@ class StageStream:
 
     def __init__(
         self,
-        plan: PlanTensors,
-        gather: GatherTensors,
+        tensors: ModelTensors,
         *,
         ranks: ProcessGroup | None,
         device: torch.device,
@@ -105,16 +90,18 @@ class StageStream:
         is_shared: bool = False,
     ) -> None:
         self.wire_format = wire_format
-        self._gather = gather
+        self._gather = tensors.gather
         self._ranks = ranks if ranks is not None and ranks.size() > 1 else None
         self._device = device
         self._is_shared = is_shared
         self._arena: Arena | None = None
-        own = plan()
+        own = tensors.plan()
         self._dtypes = {tensor.name: wire_format.type_of(tensor.name) for tensor in own}
         is_copied = self._ranks is not None or any(t.dtype != self._dtypes[t.name] for t in own)
         num_copies = int(is_copied) + int(wire_format.is_block_fp8)
-        self.memory = MemoryPlan.make(plan(dtypes=self._dtypes), wire_format, bucket_bytes, num_copies)
+        self.memory = MemoryPlan.make(
+            tensors.plan(dtypes=self._dtypes), wire_format, bucket_bytes, num_copies
+        )
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:

@@ -16,9 +16,10 @@ from megatron_rasft.sync.buckets import MemoryPlan
 from megatron_rasft.sync.colocated import RequestSender
 from megatron_rasft.sync.groups import GroupFailure, UpdateGroup, is_own_address, local_address
 from megatron_rasft.sync.session import Attempt
-from megatron_rasft.sync.streaming import GatherTensors, Outcome, PlanTensors, Send, StageStream, timed
+from megatron_rasft.sync.streaming import Outcome, Send, StageStream, timed
 from megatron_rasft.sync.weight_checks import EvidenceCollector
 from megatron_rasft.sync.wire_format import WireFormat
+from megatron_rasft.weights.gathering import ModelTensors
 
 _MIB = 2**20
 
@@ -28,39 +29,33 @@ class StageTransfer:
 
     Args:
         config: the sync flags.
-        plan, gather: the stage's tensors, see ``WeightSync``.
+        tensors: the stage's tensors.
         records: the servers' records; the sender uses their clients.
         model_config: config.json of the trainer's model.
         device: the device of the parameters.
-        stage: pipeline stage of this rank.
         ranks: gloo group of the ranks that gather the stage's tensors, None if this rank is not in the group. Its first rank is
             the stage's sender.
-        takes_part: whether this rank gathers; needed because a world of one rank has no groups.
     """
 
     def __init__(
         self,
         config: SyncConfig,
+        tensors: ModelTensors,
         *,
-        plan: PlanTensors,
-        gather: GatherTensors,
         records: ServerRecords,
         model_config: dict[str, Any],
         device: torch.device,
-        stage: int,
         ranks: ProcessGroup | None,
-        takes_part: bool,
     ) -> None:
         self._config = config
-        self._plan = plan
-        self._gather = gather
+        self._tensors = tensors
         self._records = records
         self._model_config = model_config
         self._device = device
-        self._stage = stage
+        self._stage = tensors.stage
         self._ranks = ranks
-        self.takes_part = takes_part
-        self.is_sender = takes_part and (ranks is None or ranks.rank() == 0)
+        # A world of one rank has no groups.
+        self.is_sender = tensors.takes_part and (ranks is None or ranks.rank() == 0)
         self._stream: StageStream | None = None
         self._group: UpdateGroup | None = None
         self._group_name = ""
@@ -146,8 +141,7 @@ class StageTransfer:
         """Returns the stage's planned tensors. The plan is made again only if the servers need another format."""
         if self._stream is None or self._stream.wire_format != wire_format:
             self._stream = StageStream(
-                self._plan,
-                self._gather,
+                self._tensors,
                 ranks=self._ranks,
                 device=self._device,
                 wire_format=wire_format,

@@ -12,11 +12,12 @@ from megatron_rasft.bridge import building
 from megatron_rasft.bridge.folder import FLAG, BridgedFolder
 from megatron_rasft.bridge.tensors import BridgedTensors
 from megatron_rasft.config import RasftConfig
-from megatron_rasft.training.hf_weights import HfWeights, TableTensors
 from megatron_rasft.training.layout_checks import check_served
 from megatron_rasft.training.model import build_chunk, run_config
+from megatron_rasft.training.table_tensors import TableTensors
 from megatron_rasft.weights.architecture import megatron_args
 from megatron_rasft.weights.folder import HfFolder, ModelFolder
+from megatron_rasft.weights.gathering import ModelTensors
 
 
 def open_folder(args: argparse.Namespace, config: RasftConfig, *, only_samples: bool = False) -> ModelFolder:
@@ -73,12 +74,12 @@ def _build_bridged_chunk(
     )
 
 
-def hf_weights(model: Sequence[torch.nn.Module], folder: ModelFolder) -> HfWeights:
-    """Returns the weights of this rank's chunks, wrapped or not, under the names of the folder."""
+def model_tensors(model: Sequence[torch.nn.Module], folder: ModelFolder) -> ModelTensors:
+    """Returns the tensors of this rank's chunks, wrapped or not, under the names of the folder."""
     if isinstance(folder, BridgedFolder):
-        return HfWeights(BridgedTensors(unwrap_model(model), folder), folder)
+        return BridgedTensors(unwrap_model(model), folder)
     assert isinstance(folder, HfFolder)
-    return HfWeights(TableTensors(model, folder), folder)
+    return TableTensors(model, folder)
 
 
 def _refuse_servers(folder: BridgedFolder, config: RasftConfig) -> None:

@@ -44,7 +44,7 @@ from megatron_rasft.training.forward import Forward, run_forward_only
 from megatron_rasft.training.fp8_scales import DelayedScales, has_delayed_scales
 from megatron_rasft.training.generation import PolicySampler
 from megatron_rasft.training.megatron_calls import overridden, quiet
-from megatron_rasft.training.model_source import chunk_builder, hf_weights
+from megatron_rasft.training.model_source import chunk_builder, model_tensors
 from megatron_rasft.training.reference import FrozenReference
 from megatron_rasft.training.samples import Batch, SampleArrays
 from megatron_rasft.training.scoring import Scorer
@@ -53,6 +53,7 @@ from megatron_rasft.training.stopping import Allocation, StopRequest
 from megatron_rasft.training.stragglers import ComputeClock, RankTime, StepTimes, compare
 from megatron_rasft.training.warmup import WarmUp
 from megatron_rasft.types import Request, Response, SamplingParams, TrainingSample
+from megatron_rasft.weights.exporting import export
 from megatron_rasft.weights.folder import ModelFolder
 
 
@@ -149,8 +150,8 @@ class Trainer:
                 ModelType.encoder_or_decoder, chunk_builder(args, self.folder)
             )
         self.chunks = unwrap_model(self.model)
-        self.weights = hf_weights(self.model, self.folder)
-        self.weights.load()
+        self.tensors = model_tensors(self.model, self.folder)
+        self.tensors.load()
         # The optimizer was built on random weights, and its fp32 main parameters are still copies of them.
         self.optimizer.reload_model_params()
         if converted is not None:
@@ -223,8 +224,15 @@ class Trainer:
     # ---- the weights
 
     def weight_sync(self, records: ServerRecords) -> WeightSync:
-        """Returns the object that sends this model's weights to rollout servers; see HfWeights.sync."""
-        return self.weights.sync(self.config.sync, records, self.sampler.device, self.export)
+        """Returns the object that sends this model's weights to the rollout servers that this process knows."""
+        return WeightSync(
+            self.config.sync,
+            self.tensors,
+            records=records,
+            model_config=self.folder.config,
+            device=self.sampler.device,
+            export=self.export,
+        )
 
     def export(self, path: str, facts: dict[str, str] | None = None) -> None:
         """Writes the model as a Hugging Face folder, in the type it is trained in, so that no update is rounded away.
@@ -234,7 +242,7 @@ class Trainer:
             facts: rows of the model card that describe the run; None writes no card.
         """
         with self.parameters_gathered():
-            self.weights.export(path, self.args.params_dtype, facts)
+            export(self.tensors, self.folder, path, dtype=self.args.params_dtype, facts=facts)
 
     # ---- training steps
 

@@ -6,29 +6,20 @@ import math
 import shutil
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from megatron_rasft.errors import CheckpointError, ModelFolderError, WeightsError
 from megatron_rasft.ranks import gather_to_all
 from megatron_rasft.weights.carried import write_carried_files
 from megatron_rasft.weights.companions import copy_companions, find_code
 from megatron_rasft.weights.finite import NOT_FINITE, is_finite
-from megatron_rasft.weights.folder import INDEX_FILE, SINGLE_FILE, HfFolder, ModelFolder
-from megatron_rasft.weights.gathering import (
-    ExpertGroups,
-    TensorPlan,
-    gather_tensors,
-    join_plans,
-    plan_tensors,
-)
+from megatron_rasft.weights.folder import INDEX_FILE, SINGLE_FILE, ModelFolder
+from megatron_rasft.weights.gathering import ModelTensors, join_plans
 from megatron_rasft.weights.model_card import write_card
 from megatron_rasft.weights.quantization import CONFIG_KEY
 from megatron_rasft.weights.shard_writer import ShardWriter, split_plans
@@ -38,49 +29,25 @@ _PARTIAL = ".partial-"
 """Part of the name of an export's temporary folder: .NAME.partial-RANDOM beside NAME."""
 
 
-class PlanStage(Protocol):
-    """``plan_tensors`` with all arguments but ``dtypes`` bound."""
-
-    def __call__(self, *, dtypes: dict[str, torch.dtype] | None = None) -> Sequence[TensorPlan]: ...
-
-
-class GatherStage(Protocol):
-    """``gather_tensors`` with all arguments but these bound."""
-
-    def __call__(
-        self, *, dtypes: dict[str, torch.dtype], device: torch.device | str
-    ) -> Iterator[tuple[str, Tensor | None]]: ...
-
-
 def export(
-    chunks: Sequence[torch.nn.Module],
-    template: HfFolder,
+    tensors: ModelTensors,
+    template: ModelFolder,
     out_dir: str | Path,
     *,
-    layer_offsets: Sequence[int],
-    tp_group: ProcessGroup | None = None,
-    pp_rank: int = 0,
-    is_first_replica: bool = True,
-    experts: ExpertGroups | None = None,
     dtype: torch.dtype | None = None,
     facts: dict[str, str] | None = None,
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
     """Writes the model as a folder that transformers loads. Every rank of the default group must call it.
 
-    Rank 0 of each stage's ``tp_group`` writes the files of the stage into a temporary folder next to ``out_dir``, so all nodes
-    must share a file system. Rank 0 renames the folder when it is complete. Runs one gather per sharded parameter on
-    ``tp_group``, and a few object gathers on the default group. An error on one rank is raised on all.
+    The sender of each stage writes the files of the stage into a temporary folder next to ``out_dir``, so all nodes must share a
+    file system. Rank 0 renames the folder when it is complete. Besides the collectives of ``tensors`` it runs a few object gathers
+    on the default group. An error on one rank is raised on all.
 
     Args:
-        chunks: the model chunks of this rank, wrapped or not.
+        tensors: the tensors of this rank's chunks.
         template: the folder that the model was built from; gives config, tokenizer, chat template and types.
         out_dir: the folder to write; must not exist, or be empty.
-        layer_offsets: global index of the first decoder layer of each chunk.
-        tp_group: the tensor-parallel group; None without tensor parallelism.
-        pp_rank: this rank's pipeline stage.
-        is_first_replica: True if the data- and context-parallel ranks are 0. Other ranks send at most their experts.
-        experts: the groups of the experts; None: each rank holds a shard of every expert, like other parameters.
         dtype: type of all weights; None keeps each tensor's type in ``template``.
         facts: further rows of the model card (README.md); None: write no card.
         max_shard_bytes: largest size of a file, bytes.
@@ -89,48 +56,14 @@ def export(
         ValueError: ``out_dir`` is in use.
         CheckpointError: the folder could not be written. ``out_dir`` then does not exist.
     """
-    bound: dict[str, Any] = {"layer_offsets": layer_offsets, "tp_group": tp_group, "experts": experts}
-    export_tensors(
-        partial(plan_tensors, chunks, template.table, **bound),
-        partial(gather_tensors, chunks, template.table, is_first_replica=is_first_replica, **bound),
-        template,
-        out_dir,
-        stage=pp_rank,
-        takes_part=is_first_replica or (experts is not None and experts.is_first_replica),
-        dtype=dtype,
-        facts=facts,
-        max_shard_bytes=max_shard_bytes,
-    )
-
-
-def export_tensors(
-    plan: PlanStage,
-    gather: GatherStage,
-    template: ModelFolder,
-    out_dir: str | Path,
-    *,
-    stage: int,
-    takes_part: bool,
-    dtype: torch.dtype | None = None,
-    facts: dict[str, str] | None = None,
-    max_shard_bytes: int = 5_000_000_000,
-) -> None:
-    """Writes the tensors that ``gather`` yields as a folder that transformers loads; see ``export``.
-
-    Args:
-        plan: the tensors of this rank's stage.
-        gather: yields them, complete on the rank that writes them; a collective of the ranks that take part.
-        stage: pipeline stage of this rank. Its files are named after it until the folder is complete.
-        takes_part: whether this rank calls ``gather``.
-    """
     out_dir = Path(out_dir)
     is_rank_zero = _rank() == 0
     temporary = _begin(out_dir, is_rank_zero)
     files: dict[str, list[str]] = {}
     num_bytes, failure = 0, ""
-    if takes_part:
+    if tensors.takes_part:
         try:
-            files, num_bytes = _write_stage(plan, gather, template, temporary, stage, dtype, max_shard_bytes)
+            files, num_bytes = _write_stage(tensors, template, temporary, dtype, max_shard_bytes)
         except (OSError, ModelFolderError, WeightsError, ValueError) as error:
             failure = str(error)
     reports = gather_to_all((files, num_bytes, failure))
@@ -191,11 +124,9 @@ def _begin(out_dir: Path, is_rank_zero: bool) -> Path:
 
 
 def _write_stage(
-    plan: PlanStage,
-    gather: GatherStage,
+    tensors: ModelTensors,
     template: ModelFolder,
     folder: Path,
-    stage: int,
     dtype: torch.dtype | None,
     max_shard_bytes: int,
 ) -> tuple[dict[str, list[str]], int]:
@@ -205,12 +136,12 @@ def _write_stage(
         File name -> tensor names, and the bytes of all tensors; empty and 0 on ranks that write nothing.
     """
     dtypes = _written_types(template, dtype)
-    shards = split_plans(join_plans(plan(dtypes=dtypes), template.joined), max_shard_bytes)
-    paths = [folder / f"stage-{stage:04d}-{i:05d}.safetensors" for i in range(len(shards))]
+    shards = split_plans(join_plans(tensors.plan(dtypes=dtypes), template.joined), max_shard_bytes)
+    paths = [folder / f"stage-{tensors.stage:04d}-{i:05d}.safetensors" for i in range(len(shards))]
     shard_of = {name: i for i, shard in enumerate(shards) for plan in shard for name in plan.written}
     writers: dict[int, ShardWriter] = {}
     failure: OSError | WeightsError | None = None
-    for name, tensor in gather(dtypes=dtypes, device="cpu"):
+    for name, tensor in tensors.gather(dtypes=dtypes, device="cpu"):
         if tensor is None or failure is not None:
             continue  # continues after a failure, because other ranks wait in the same gathers
         i = shard_of[name]

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -36,6 +36,35 @@ class TensorPlan(NamedTuple):
     @property
     def num_bytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
+
+
+class ModelTensors(Protocol):
+    """The tensors of this rank's model chunks under their Hugging Face names: from our tables, or from Megatron-Bridge."""
+
+    stage: int
+    """Which of ``num_stages`` parts of the tensors ``plan`` and ``gather`` yield. Each part has a sender of its own."""
+    num_stages: int
+    takes_part: bool
+    """Whether this rank calls ``gather``. Ranks of other replicas do not."""
+
+    def load(self) -> None:
+        """Copies the folder's weights into the model. A collective of the world.
+
+        Raises:
+            WeightsError, ModelFolderError: the weights cannot be loaded. Ranks other than 0 raise FailedElsewhere.
+        """
+
+    def plan(self, *, dtypes: dict[str, torch.dtype] | None = None) -> Sequence[TensorPlan]:
+        """Returns the tensors that ``gather`` yields, in its order. Runs no collective."""
+
+    def gather(
+        self,
+        *,
+        dtypes: dict[str, torch.dtype] | None = None,
+        device: torch.device | str | None = None,
+        out: Callable[[str], Tensor | None] | None = None,
+    ) -> Iterator[tuple[str, Tensor | None]]:
+        """Yields (name, tensor) on the sender and (name, None) on the other ranks; see ``gather_tensors``."""
 
 
 def join_plans(plans: Iterable[TensorPlan], joined: dict[str, JoinedTensor]) -> list[TensorPlan]:

@@ -54,23 +54,14 @@ def _write_sync(trainer: Any, path: Path) -> None:
     """Runs the stream of a weight sync, with a dictionary in the place of servers."""
     import torch
 
-    from megatron_rasft.config import SyncConfig
     from megatron_rasft.ranks import patient_group
-    from megatron_rasft.servers.record import ServerRecords
     from megatron_rasft.sync.buckets import Bucket
     from megatron_rasft.sync.streaming import Outcome, StageStream
     from megatron_rasft.sync.wire_format import WireFormat
-    from megatron_rasft.training import hf_weights
 
-    parts: dict[str, Any] = {}
-    sync = hf_weights.WeightSync
-    hf_weights.WeightSync = lambda config, **given: parts.update(given)  # type: ignore[misc,assignment]
-    trainer.weights.sync(SyncConfig(), ServerRecords({}), trainer.sampler.device, trainer.export)
-    hf_weights.WeightSync = sync  # type: ignore[misc]
-    assert (parts["num_stages"], parts["takes_part"]) == (1, True)
+    assert (trainer.tensors.num_stages, trainer.tensors.takes_part) == (1, True)
     stream = StageStream(
-        parts["plan"],
-        parts["gather"],
+        trainer.tensors,
         ranks=patient_group(),
         device=trainer.sampler.device,
         wire_format=WireFormat(trainer.args.params_dtype),

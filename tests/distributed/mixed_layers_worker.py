@@ -20,7 +20,7 @@ cpu_backend.enable()
 cpu_backend.use_cpu_fused_adam()
 
 from megatron_rasft.types import Request, SamplingParams, TrainingSample  # noqa: E402
-from megatron_rasft.weights import HfFolder  # noqa: E402
+from megatron_rasft.weights.folder import HfFolder  # noqa: E402
 from tests.distributed.parity_cases import COMMON, batches  # noqa: E402
 from tests.distributed.ranks_harness import trainer  # noqa: E402
 

@@ -26,7 +26,7 @@ from megatron.core import parallel_state  # noqa: E402
 from megatron_rasft.tools.capacity.config import AssumptionConfig, CapacityConfig  # noqa: E402
 from megatron_rasft.tools.capacity.layouts import Layout, Model  # noqa: E402
 from megatron_rasft.tools.capacity.memory import estimate_memory  # noqa: E402
-from megatron_rasft.weights import HfFolder  # noqa: E402
+from megatron_rasft.weights.folder import HfFolder  # noqa: E402
 from tests.distributed.parity_cases import COMMON, MODELS, NUM_STEPS, Case, batches, cases  # noqa: E402
 from tests.distributed.ranks_harness import trainer  # noqa: E402
 

@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +28,11 @@ from megatron_rasft.config.sync import SyncConfig  # noqa: E402
 from megatron_rasft.servers.client import ServerClient  # noqa: E402
 from megatron_rasft.servers.record import ServerRecords  # noqa: E402
 from megatron_rasft.sync import SyncReport, WeightSync  # noqa: E402
-from megatron_rasft.weights import (  # noqa: E402
-    ExpertGroups,
-    HfFolder,
-    export,
-    gather_tensors,
-    load_into,
-    plan_tensors,
-)
+from megatron_rasft.weights.exporting import export  # noqa: E402
+from megatron_rasft.weights.folder import HfFolder  # noqa: E402
+from megatron_rasft.weights.gathering import ExpertGroups  # noqa: E402
+from megatron_rasft.weights.loading import load_into  # noqa: E402
+from tests.chunk_tensors import ChunkTensors  # noqa: E402
 from tests.tiny_models import build_chunks  # noqa: E402
 
 PADDED_VOCAB_SIZE = 128
@@ -59,7 +55,6 @@ class SyncedModel:
             ps.get_expert_tensor_parallel_group(),
             ps.get_expert_data_parallel_rank() == 0,
         )
-        self.is_first_replica = ps.get_data_parallel_rank(with_context_parallel=True) == 0
         load_into(
             self.chunks,
             folder,
@@ -69,18 +64,22 @@ class SyncedModel:
             pp_group=ps.get_pipeline_model_parallel_group(),
             experts=self.experts.ranks,
         )
-        bound = {"layer_offsets": self.offsets, "tp_group": self.tp_group, "experts": self.experts}
-        is_first = self.is_first_replica
+        self.tensors = ChunkTensors(
+            chunks=self.chunks,
+            folder=folder,
+            layer_offsets=self.offsets,
+            tp_group=self.tp_group,
+            experts=self.experts,
+            is_first_replica=ps.get_data_parallel_rank(with_context_parallel=True) == 0,
+            stage=ps.get_pipeline_model_parallel_rank(),
+            num_stages=ps.get_pipeline_model_parallel_world_size(),
+        )
         self.sync = WeightSync(
             config,
-            plan=partial(plan_tensors, self.chunks, folder.table, **bound),
-            gather=partial(gather_tensors, self.chunks, folder.table, is_first_replica=is_first, **bound),
+            self.tensors,
             records=ServerRecords(connect=connect),
             model_config=folder.config,
             device=torch.device("cpu"),
-            stage=ps.get_pipeline_model_parallel_rank(),
-            num_stages=ps.get_pipeline_model_parallel_world_size(),
-            takes_part=is_first or self.experts.is_first_replica,
             export=self.export,
         )
 
@@ -92,16 +91,7 @@ class SyncedModel:
                     param.mul_((-0.9375) ** times)
 
     def export(self, path: str) -> None:
-        export(
-            self.chunks,
-            self.folder,
-            path,
-            layer_offsets=self.offsets,
-            tp_group=self.tp_group,
-            pp_rank=ps.get_pipeline_model_parallel_rank(),
-            is_first_replica=self.is_first_replica,
-            experts=self.experts,
-        )
+        export(self.tensors, self.folder, path)
 
 
 @contextmanager

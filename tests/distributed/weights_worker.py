@@ -21,7 +21,10 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed  # noq
 
 from megatron_rasft.errors import CheckpointError  # noqa: E402
 from megatron_rasft.tools.capacity.layouts import Layout, Model, padded_vocabulary, stage_chunks  # noqa: E402
-from megatron_rasft.weights import ExpertGroups, HfFolder, export, load_into  # noqa: E402
+from megatron_rasft.weights.folder import HfFolder  # noqa: E402
+from megatron_rasft.weights.gathering import ExpertGroups  # noqa: E402
+from megatron_rasft.weights.loading import load_into  # noqa: E402
+from tests.chunk_tensors import export  # noqa: E402
 from tests.tiny_models import CASES, build_chunks, some_tokens  # noqa: E402
 
 LAYOUTS: dict[int, list[tuple[int, int, int | None]]] = {
@@ -102,7 +105,7 @@ def check(case: str, root: Path, layout: str, vpp: int | None) -> None:
         out,
         layer_offsets=offsets,
         tp_group=ps.get_tensor_model_parallel_group(),
-        pp_rank=ps.get_pipeline_model_parallel_rank(),
+        stage=ps.get_pipeline_model_parallel_rank(),
         is_first_replica=ps.get_data_parallel_rank(with_context_parallel=True) == 0,
         experts=experts,
     )
@@ -199,7 +202,7 @@ def check_shared_failure(root: Path) -> None:
             folder,
             out,
             layer_offsets=offsets,
-            pp_rank=ps.get_pipeline_model_parallel_rank(),
+            stage=ps.get_pipeline_model_parallel_rank(),
             is_first_replica=ps.get_data_parallel_rank() == 0,
         )
     except CheckpointError as error:

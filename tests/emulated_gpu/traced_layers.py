@@ -132,7 +132,7 @@ def _kept(folder: Path, setting: Setting) -> tuple[int, float]:
     """Returns the bytes that a model's forward pass keeps, and the bytes of FP8 copies per element of its layers' matrices."""
     from megatron.core.packed_seq_params import PackedSeqParams
 
-    from megatron_rasft.weights import HfFolder
+    from megatron_rasft.weights.folder import HfFolder
     from tests.tiny_models import build_chunks
 
     fp8 = {"fp8": "hybrid", "fp8_recipe": "tensorwise"} if setting.precision == "fp8" else {}

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_rasft.weights import HfFolder
+from megatron_rasft.weights.folder import HfFolder
 from tests.functional import launching
 from tests.functional.conftest import Workshop
 from tests.tiny_policy import write_mixture

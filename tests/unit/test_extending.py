@@ -21,7 +21,9 @@ from megatron_rasft.verify.pool import VerifierPool
 
 cpu_backend.enable()
 
-from megatron_rasft.weights import HfFolder, families, load_into  # noqa: E402
+from megatron_rasft.weights import families  # noqa: E402
+from megatron_rasft.weights.folder import HfFolder  # noqa: E402
+from megatron_rasft.weights.loading import load_into  # noqa: E402
 from tests import tiny_models  # noqa: E402
 from tests.unit.training.stand_ins import STOP_IDS, PolicyOfNotes, refresh_of, response  # noqa: E402
 

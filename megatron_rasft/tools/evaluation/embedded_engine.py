@@ -16,7 +16,7 @@ from megatron_rasft.ranks import on_rank_zero
 from megatron_rasft.training import checkpoints, startup
 from megatron_rasft.training.generation import PolicySampler
 from megatron_rasft.training.megatron_calls import overridden, quiet
-from megatron_rasft.training.model_source import chunk_builder, hf_weights
+from megatron_rasft.training.model_source import chunk_builder, model_tensors
 from megatron_rasft.training.resume import Resume
 from megatron_rasft.types import Request, Response, SamplingParams
 
@@ -53,7 +53,7 @@ class EmbeddedEngine:
         for chunk in self._chunks:
             chunk.requires_grad_(False)
         if checkpoint is None:
-            hf_weights(self._model, folder).load()
+            model_tensors(self._model, folder).load()
         else:
             self._load_checkpoint(checkpoint)
         self._sampler = PolicySampler(self._chunks, folder.shape.vocab_size)

@@ -24,6 +24,10 @@ from tests.unit.sync.test_session import CONFIG
 class Trainer:
     """Random weights, and a sync of them to stand-ins."""
 
+    stage = 0
+    num_stages = 1
+    takes_part = True
+
     def __init__(self, *servers: StandIn, export: Any = None, vocab: int = 1000, **flags: Any) -> None:
         self.urls = [server.url for server in servers]
         torch.manual_seed(2)
@@ -33,21 +37,17 @@ class Trainer:
             SyncConfig(
                 **{"sync_bucket_mib": 1, "sync_timeout_s": 600.0, "sync_address": "127.0.0.1", **flags}
             ),
-            plan=self._plan,
-            gather=self._gather,
+            self,
             records=records_of(*servers),
             model_config=CONFIG,
             device=torch.device("cpu"),
-            stage=0,
-            num_stages=1,
-            takes_part=True,
             export=export,
         )
 
-    def _plan(self, *, dtypes: dict[str, torch.dtype] | None = None) -> list[Planned]:
+    def plan(self, *, dtypes: dict[str, torch.dtype] | None = None) -> list[Planned]:
         return [t._replace(dtype=(dtypes or {}).get(t.name, torch.float32)) for t in self.tensors]
 
-    def _gather(
+    def gather(
         self, *, dtypes: dict[str, torch.dtype], out: Callable[[str], Tensor | None]
     ) -> Iterator[tuple[str, Tensor | None]]:
         for name, tensor in self.weights.items():
@@ -224,14 +224,10 @@ def test_checksums_on_a_gpu_are_refused() -> None:
     with pytest.raises(ValueError, match="--sync-proof checksum"):
         WeightSync(
             SyncConfig(sync_proof="checksum"),
-            plan=list,  # type: ignore[arg-type]
-            gather=iter,  # type: ignore[arg-type]
+            object(),
             records=records_of(),
             model_config=CONFIG,
             device=torch.device("cuda", 0),
-            stage=0,
-            num_stages=1,
-            takes_part=True,
         )
 
 

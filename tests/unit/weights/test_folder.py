@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_rasft.errors import ModelFolderError
-from megatron_rasft.weights import HfFolder, megatron_args
+from megatron_rasft.weights.architecture import megatron_args
+from megatron_rasft.weights.folder import HfFolder
 from tests.tiny_models import write_folder
 
 WEIGHTS = "model.safetensors"

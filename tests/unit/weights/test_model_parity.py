@@ -25,8 +25,11 @@ from megatron_rasft.training.kv_cache import (  # noqa: E402
     Prefill,
     rotary_frequencies,
 )
-from megatron_rasft.weights import HfFolder, export, gather_tensors, load_into, megatron_args  # noqa: E402
-from megatron_rasft.weights.folder import INDEX_FILE  # noqa: E402
+from megatron_rasft.weights.architecture import megatron_args  # noqa: E402
+from megatron_rasft.weights.folder import INDEX_FILE, HfFolder  # noqa: E402
+from megatron_rasft.weights.gathering import gather_tensors  # noqa: E402
+from megatron_rasft.weights.loading import load_into  # noqa: E402
+from tests.chunk_tensors import export  # noqa: E402
 from tests.tiny_models import CASES, build_chunks, hf_model, save_model, some_tokens, write_folder  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_process")

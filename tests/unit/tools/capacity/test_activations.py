@@ -17,7 +17,7 @@ cpu_backend.enable()
 
 from megatron_rasft.tools.capacity.layouts import Model  # noqa: E402
 from megatron_rasft.tools.capacity.memory import layer_activations  # noqa: E402
-from megatron_rasft.weights import HfFolder  # noqa: E402
+from megatron_rasft.weights.folder import HfFolder  # noqa: E402
 from tests.tiny_models import build_chunks  # noqa: E402
 
 TOKENS = 96

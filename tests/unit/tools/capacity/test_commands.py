@@ -17,7 +17,7 @@ from megatron_rasft.training import cpu_backend
 cpu_backend.enable()
 
 from megatron_rasft.training import model_source, startup  # noqa: E402
-from megatron_rasft.weights import HfFolder  # noqa: E402
+from megatron_rasft.weights.folder import HfFolder  # noqa: E402
 from tests.tiny_models import write_folder  # noqa: E402
 from tools import serve_node, serve_rollouts  # noqa: E402
 

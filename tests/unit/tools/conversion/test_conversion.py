@@ -24,8 +24,8 @@ from megatron_rasft.tools.conversion.conversion import check_parameters, hf_to_m
 from megatron_rasft.tools.conversion.layerwise import layerwise_logits
 from megatron_rasft.tools.conversion.round_trip import prove, prove_fp8
 from megatron_rasft.tools.conversion.staging import StagedFolder
-from megatron_rasft.weights import HfFolder
 from megatron_rasft.weights.families import FAMILIES, NameTable
+from megatron_rasft.weights.folder import HfFolder
 from megatron_rasft.weights.torch_dist import DistcpFile, TorchDistFolder, write_checkpoint_index
 from tests.tiny_models import CASES, hf_model, some_tokens, whole_blocks, write_folder
 from tests.unit.weights.dequantizing import dequantize_blocks

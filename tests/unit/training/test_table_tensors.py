@@ -14,7 +14,7 @@ from tests.tiny_policy import write_model
 
 def _use(rank: int, folder: str) -> None:
     import pretrain_rasft
-    from megatron_rasft.config import SyncConfig
+    from megatron_rasft.weights.exporting import export
     from tests.distributed.ranks_harness import trainer
 
     pretrain_rasft.cpu_backend.enable()
@@ -22,15 +22,13 @@ def _use(rank: int, folder: str) -> None:
     found: dict[str, Any] = {}
     flags = ["--objective", "sft", "--global-batch-size", "1"]
     with trainer(Path(folder, "model"), Path(folder, "none.jsonl"), flags) as run:
-        run.weights.export(f"{folder}/exported", torch.float32, {"Objective": "sft"})
+        export(run.tensors, run.folder, f"{folder}/exported", dtype=torch.float32, facts={"Objective": "sft"})
         with torch.no_grad():
             for parameter in run.chunks[0].parameters():
                 parameter.zero_()
-        run.weights.load()
-        run.weights.export(f"{folder}/loaded", torch.float32)
-        sync = run.weights.sync(
-            SyncConfig(), lambda url: pytest.fail("no server is asked"), torch.device("cpu"), run.export
-        )
+        run.tensors.load()
+        export(run.tensors, run.folder, f"{folder}/loaded", dtype=torch.float32)
+        sync = run.weight_sync(lambda url: pytest.fail("no server is asked"))
         found["sync"] = type(sync).__name__
         sync.close()
     Path(folder, "found.json").write_text(json.dumps(found))
