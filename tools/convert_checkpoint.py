@@ -8,7 +8,6 @@ command continues.
 """
 
 import argparse
-import importlib
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -31,6 +30,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from megatron_rasft.bridge.package import import_auto_bridge
 from megatron_rasft.config.saved import SavedConfig
 from megatron_rasft.errors import CheckpointError, first_line
 from megatron_rasft.files import read_json_object
@@ -258,21 +258,13 @@ def _use_bridge(args: argparse.Namespace) -> None:
 
 def _megatron_bridge(flag: str) -> Any:
     """Imports Megatron-Bridge's AutoBridge; raises ValueError if a package or a GPU is missing."""
-    try:
-        from megatron.bridge import AutoBridge
-
-        # AutoBridge imports this module, which reads and writes checkpoints, only when it saves, and hides an ImportError
-        importlib.import_module("megatron.bridge.training.model_load_save")
-    except ImportError as error:
-        raise ValueError(
-            f"--bridge {flag} needs NVIDIA's Megatron-Bridge, which cannot be imported ({error}). Install it with its "
-            "dependencies: pip install 'megatron-bridge[te]', in an environment of its own"
-        ) from error
+    # this module reads and writes checkpoints
+    auto_bridge = import_auto_bridge(f"--bridge {flag}", "megatron.bridge.training.model_load_save")
     if not torch.cuda.is_available():
         raise ValueError(
             f"--bridge {flag}: Megatron-Bridge needs an NVIDIA GPU, which this machine does not have. Convert on a machine with a GPU."
         )
-    return AutoBridge
+    return auto_bridge
 
 
 @contextmanager

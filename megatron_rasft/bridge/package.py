@@ -8,17 +8,20 @@ INSTALL = "make bridge (docs/extending.md#megatron-bridge)"
 """The command that makes the environment."""
 
 
-def import_auto_bridge(flag: str) -> Any:
+def import_auto_bridge(flag: str, *modules: str) -> Any:
     """Imports Megatron-Bridge's AutoBridge.
 
     Args:
         flag: the flag that needs it, with its value; for the message.
+        modules: further modules that are needed later. AutoBridge imports some only when it uses them, and hides an ImportError.
 
     Raises:
         ValueError: Megatron-Bridge or a package that it needs is missing.
     """
     logging.getLogger("megatron.bridge").setLevel(logging.ERROR)  # it logs its choices at every import
     try:
+        for module in modules:
+            importlib.import_module(module)
         return importlib.import_module("megatron.bridge").AutoBridge
     except ImportError as error:
         raise ValueError(

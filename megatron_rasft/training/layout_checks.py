@@ -69,18 +69,30 @@ def check_sampling(args: argparse.Namespace, config: RasftConfig) -> None:
     Raises:
         ValueError: a size does not fit; the message names the flag.
     """
-    if args.expert_model_parallel_size == 1:
-        return
-    flag = f"--expert-model-parallel-size {args.expert_model_parallel_size}"
+    if args.expert_model_parallel_size > 1:
+        flag = f"--expert-model-parallel-size {args.expert_model_parallel_size}"
+        refuse_own_sampling(config, flag, "the ranks that share a layer's experts sample at their own pace")
+
+
+def refuse_own_sampling(config: RasftConfig, flag: str, reason: str) -> None:
+    """Refuses a run in which the trainer itself would sample, rollouts or held-out problems.
+
+    Args:
+        flag: the flag with which it cannot sample.
+        reason: why it cannot.
+
+    Raises:
+        ValueError: the message names both flags.
+    """
     if config.samples_rollouts and config.rollout.rollout_engine == "embedded":
         raise ValueError(
-            f"{flag} cannot be combined with --rollout-engine embedded: data-parallel ranks sample at their own pace. Sample "
-            "from servers (--rollout-engine sglang), or keep every expert on each rank (--expert-model-parallel-size 1)."
+            f"--rollout-engine embedded cannot be combined with {flag}: {reason}. Sample from servers (--rollout-engine sglang), "
+            "replay rollouts (--rollout-engine replay), or leave that flag out."
         )
     if config.heldout.heldout_data:
         raise ValueError(
-            f"{flag} cannot be combined with --heldout-data, which the trainer samples itself. Evaluate checkpoints with "
-            "tools/evaluate.py instead, or keep every expert on each rank (--expert-model-parallel-size 1)."
+            f"--heldout-data, which the trainer samples itself, cannot be combined with {flag}: {reason}. Evaluate exported folders "
+            "with tools/evaluate.py instead, or leave that flag out."
         )
 
 

@@ -12,12 +12,14 @@ from megatron_rasft.bridge import building
 from megatron_rasft.bridge.folder import FLAG, BridgedFolder
 from megatron_rasft.bridge.tensors import BridgedTensors
 from megatron_rasft.config import RasftConfig
-from megatron_rasft.training.layout_checks import check_served
+from megatron_rasft.training.layout_checks import check_served, refuse_own_sampling
 from megatron_rasft.training.model import build_chunk, run_config
 from megatron_rasft.training.table_tensors import TableTensors
 from megatron_rasft.weights.architecture import megatron_args
 from megatron_rasft.weights.folder import HfFolder, ModelFolder
 from megatron_rasft.weights.gathering import ModelTensors
+
+_OWN_SAMPLING = "the trainer's own sampling knows only the attention of the families with a table"
 
 
 def open_folder(args: argparse.Namespace, config: RasftConfig, *, only_samples: bool = False) -> ModelFolder:
@@ -96,19 +98,9 @@ def _refuse_flags(args: argparse.Namespace, config: RasftConfig, only_samples: b
     """Refuses flags whose code knows only the models of our tables."""
     if only_samples:
         raise ValueError(
-            f"{FLAG} cannot be evaluated without --server: the trainer's own sampling knows only the attention of the families "
-            "with a table. Evaluate exported folders on servers (--server URL)."
+            f"{FLAG} cannot be evaluated without --server: {_OWN_SAMPLING}. Evaluate exported folders on servers (--server URL)."
         )
-    if config.samples_rollouts and config.rollout.rollout_engine == "embedded":
-        raise ValueError(
-            f"--rollout-engine embedded cannot be combined with {FLAG}: the trainer's own sampling knows only the attention of the "
-            "families with a table. Sample from servers (--rollout-engine sglang), or replay rollouts (--rollout-engine replay)."
-        )
-    if config.heldout.heldout_data:
-        raise ValueError(
-            f"--heldout-data, which the trainer samples itself, cannot be combined with {FLAG}. Evaluate exported folders on servers "
-            "with tools/evaluate.py instead."
-        )
+    refuse_own_sampling(config, FLAG, _OWN_SAMPLING)
     for name in ("rasft_query_groups", "use_megatron_fsdp", "use_torch_fsdp2"):
         if getattr(args, name, None):
             flag = args.given_flags.get(name, f"--{name.replace('_', '-')}")
