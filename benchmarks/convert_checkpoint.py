@@ -33,12 +33,12 @@ from megatron_rasft.tools.conversion.conversion import (
     num_chunks,
 )
 from megatron_rasft.tools.conversion.round_trip import BLOCK_BYTES
+from megatron_rasft.tools.conversion.torch_dist import TorchDistFolder
 from megatron_rasft.weights.architecture import read_shape
 from megatron_rasft.weights.exporting import ShardWriter, file_name, write_index
 from megatron_rasft.weights.families import FAMILIES, NameTable
 from megatron_rasft.weights.folder import HfFolder
 from megatron_rasft.weights.gathering import TensorPlan
-from megatron_rasft.weights.torch_dist import TorchDistFolder
 
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4,

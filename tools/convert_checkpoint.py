@@ -41,12 +41,12 @@ from megatron_rasft.tools.conversion.conversion import (
     hf_to_megatron,
     megatron_to_hf,
 )
+from megatron_rasft.tools.conversion.fp8_folders import check_whole_blocks
 from megatron_rasft.tools.conversion.layerwise import layerwise_logits
 from megatron_rasft.tools.conversion.round_trip import Proof, prove, prove_fp8
+from megatron_rasft.tools.conversion.torch_dist import TorchDistFolder
 from megatron_rasft.weights.families import FAMILIES
 from megatron_rasft.weights.folder import HfFolder
-from megatron_rasft.weights.fp8_blocks import check_whole_blocks
-from megatron_rasft.weights.torch_dist import TorchDistFolder
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _LOGIT_TOLERANCE = 1e-4

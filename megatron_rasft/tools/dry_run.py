@@ -22,7 +22,6 @@ from megatron_rasft.tools.capacity.memory import MemoryEstimate, estimate_memory
 from megatron_rasft.training.assembly import describe_run, runs_on_gpu, schedule_of
 from megatron_rasft.training.checkpoints import architecture_of, read_state
 from megatron_rasft.training.outputs import (
-    check_place,
     data_cache,
     kept_nothing,
     metrics_file,
@@ -311,3 +310,15 @@ def _outputs(args: argparse.Namespace, config: RasftConfig) -> Iterator[tuple[st
     if args.export_hf is not None:
         size = size_text(num_parameters * args.params_dtype.itemsize)
         yield "--export-hf", Path(args.export_hf), f"the trained model at the end, {size}"
+
+
+def check_place(flag: str, path: Path, *, is_folder: bool) -> None:
+    """Checks, without writing, that a file or folder could be created at a path or is writable.
+
+    Raises:
+        ValueError: it could not; the message names the flag.
+    """
+    existing = next(place for place in (path, *path.absolute().parents) if os.path.exists(place))
+    must_be_folder = is_folder or existing != path
+    if not os.access(existing, os.W_OK) or existing.is_dir() != must_be_folder:
+        raise ValueError(f"{flag} {path} cannot be written, because of {existing}. Name another place.")

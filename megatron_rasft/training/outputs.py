@@ -191,18 +191,6 @@ def kept_nothing(args: Any) -> str:
     )
 
 
-def check_place(flag: str, path: Path, *, is_folder: bool) -> None:
-    """Checks, without writing, that a file or folder could be created at a path or is writable.
-
-    Raises:
-        ValueError: it could not; the message names the flag.
-    """
-    existing = next(place for place in (path, *path.absolute().parents) if os.path.exists(place))
-    must_be_folder = is_folder or existing != path
-    if not os.access(existing, os.W_OK) or existing.is_dir() != must_be_folder:
-        raise ValueError(f"{flag} {path} cannot be written, because of {existing}. Name another place.")
-
-
 def check_writable(flag: str, path: Path, folder: Path) -> None:
     """Checks that a path can be written.
 

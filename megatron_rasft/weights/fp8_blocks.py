@@ -1,8 +1,5 @@
 """FP8 weights in blocks, as serving engines read them: e4m3 values, and one scale per 128 x 128 block."""
 
-from collections.abc import Iterable, Mapping
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -11,7 +8,7 @@ BLOCK = 128
 SCALE_SUFFIX = "_scale_inv"
 """Suffix of the name of a weight's scales. Despite the name, weight = e4m3 value * scale."""
 
-_KEPT_LAYERS = (
+KEPT_LAYERS = (
     "embed_tokens",
     "lm_head",
     "gate",
@@ -23,9 +20,6 @@ _KEPT_LAYERS = (
 """The layers that engines keep in 16 bits: embedding, output, router (but not gate_proj), the gate of a shared expert, and the
 projections of a gated delta net that have one row per head."""
 
-_ENGINES_KEEP = ("embed_tokens", "lm_head")
-"""The layers of these that every engine keeps by itself."""
-
 _ROWS_OF_BLOCKS = {"cpu": 1, "cuda": 8}
 """Device type -> number of rows of blocks that are rounded at once. A CPU's cache holds one row of blocks. A GPU rounds
 several, because launching kernels row by row would take 5 s for a 70B model (calculated)."""
@@ -36,55 +30,13 @@ _LARGEST = torch.finfo(torch.float8_e4m3fn).max
 def is_linear_layer(name: str, shape: tuple[int, ...]) -> bool:
     """Returns whether serving engines read a Hugging Face tensor in FP8: all matrices of the layers except routers."""
     module, _, leaf = name.rpartition(".")
-    return leaf == "weight" and len(shape) == 2 and module.rpartition(".")[2] not in _KEPT_LAYERS
-
-
-def unquantized_type(stored: torch.dtype) -> torch.dtype:
-    """Type of tensors that are not quantized: at most 16 bits, because SGLang would turn float32 into float16."""
-    return torch.bfloat16 if stored.itemsize > 2 else stored
-
-
-def quantization_config(names: Iterable[str]) -> dict[str, Any]:
-    """Returns the entry quantization_config of config.json for a model in FP8, as transformers, SGLang and vLLM read it.
-
-    A model without routers and gated delta nets needs no exceptions, because every engine keeps embedding and output unquantized
-    by itself. The list of another model contains lm_head too.
-
-    Args:
-        names: the Hugging Face names of all tensors.
-    """
-    modules = [name.removesuffix(".weight") for name in names if name.endswith(".weight")]
-    kept = [m for m in modules if m.rpartition(".")[2] in set(_KEPT_LAYERS).difference(_ENGINES_KEEP)]
-    return {
-        "quant_method": "fp8",
-        "fmt": "e4m3",
-        "activation_scheme": "dynamic",
-        "weight_block_size": [BLOCK, BLOCK],
-        **({"modules_to_not_convert": [*kept, "lm_head"]} if kept else {}),
-    }
+    return leaf == "weight" and len(shape) == 2 and module.rpartition(".")[2] not in KEPT_LAYERS
 
 
 def scale_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     """Shape of the scales of a [rows, columns] weight. The last block of a row or column may be incomplete."""
     rows, columns = shape
     return -(-rows // BLOCK), -(-columns // BLOCK)
-
-
-def check_whole_blocks(shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Refuses a model that engines would not load in FP8, because their kernels need complete blocks.
-
-    Args:
-        shapes: Hugging Face name -> shape of every tensor.
-
-    Raises:
-        ValueError: a side of a weight is not a multiple of 128; the message names the first such weight.
-    """
-    for name, shape in shapes.items():
-        if is_linear_layer(name, shape) and any(size % BLOCK for size in shape):
-            raise ValueError(
-                f"{name} is {shape[0]} x {shape[1]}: serving engines read FP8 only in complete blocks of {BLOCK} x {BLOCK}. "
-                "Leave --fp8 out, and serve this model in bfloat16."
-            )
 
 
 @torch.no_grad()
@@ -114,11 +66,3 @@ def quantize_blocks(weight: Tensor, values: Tensor, scales: Tensor) -> None:
         # Rounding can slightly exceed the largest value. e4m3fn has no infinity, so the result would be NaN
         scaled = (blocks / part_scales[:, None, :, None]).clamp(-_LARGEST, _LARGEST).view(padded.shape)
         part_values.copy_(scaled[:rows, :columns])
-
-
-def quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns new tensors with the values and scales of a weight; see ``quantize_blocks``."""
-    values = torch.empty(weight.shape, dtype=torch.float8_e4m3fn, device=weight.device)
-    scales = torch.empty(scale_shape(tuple(weight.shape)), dtype=torch.float32, device=weight.device)
-    quantize_blocks(weight, values, scales)
-    return values, scales

@@ -14,7 +14,16 @@ from torch import Tensor
 
 from megatron_rasft.errors import CheckpointError, WeightsError
 from megatron_rasft.files import replacing
+from megatron_rasft.tools.conversion.fp8_folders import quantization_config, quantized, unquantized_type
 from megatron_rasft.tools.conversion.staging import StagedFolder
+from megatron_rasft.tools.conversion.torch_dist import (
+    COMMON_STATE,
+    DistcpFile,
+    Record,
+    TorchDistFolder,
+    common_state,
+    write_checkpoint_index,
+)
 from megatron_rasft.weights.architecture import megatron_args
 from megatron_rasft.weights.carried import carried_plans, write_carried
 from megatron_rasft.weights.companions import copy_companions
@@ -35,26 +44,11 @@ from megatron_rasft.weights.families import (
 )
 from megatron_rasft.weights.finite import NOT_FINITE, describe_overflow, is_finite
 from megatron_rasft.weights.folder import CARRIED_FILE, HfFolder
-from megatron_rasft.weights.fp8_blocks import (
-    SCALE_SUFFIX,
-    is_linear_layer,
-    quantization_config,
-    quantized,
-    scale_shape,
-    unquantized_type,
-)
+from megatron_rasft.weights.fp8_blocks import SCALE_SUFFIX, is_linear_layer, scale_shape
 from megatron_rasft.weights.gathering import TensorPlan, assemble, join_plans
 from megatron_rasft.weights.loading import read_shard
 from megatron_rasft.weights.model_card import saved_run_facts, write_card
 from megatron_rasft.weights.shard_writer import ShardWriter, split_plans
-from megatron_rasft.weights.torch_dist import (
-    COMMON_STATE,
-    DistcpFile,
-    Record,
-    TorchDistFolder,
-    common_state,
-    write_checkpoint_index,
-)
 from megatron_rasft.weights.tracker import RELEASE, TRACKER_FILE
 from megatron_rasft.wording import counted
 

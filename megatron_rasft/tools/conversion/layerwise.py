@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_rasft.tools.conversion.layerwise_delta import delta_net
+from megatron_rasft.tools.conversion.torch_dist import TorchDistFolder
 from megatron_rasft.weights.architecture import megatron_args
 from megatron_rasft.weights.folder import HfFolder
 from megatron_rasft.weights.rope import Rope, Yarn
-from megatron_rasft.weights.torch_dist import TorchDistFolder
 
 
 @torch.no_grad()

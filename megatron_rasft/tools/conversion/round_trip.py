@@ -12,12 +12,13 @@ from safetensors import safe_open
 from torch import Tensor
 
 from megatron_rasft.tools.conversion.conversion import places, read_parameter, written_type
+from megatron_rasft.tools.conversion.fp8_folders import quantized
+from megatron_rasft.tools.conversion.torch_dist import TorchDistFolder
 from megatron_rasft.weights.exporting import type_names
 from megatron_rasft.weights.families import StoredParameter
 from megatron_rasft.weights.finite import NOT_FINITE, is_finite
 from megatron_rasft.weights.folder import HfFolder
-from megatron_rasft.weights.fp8_blocks import SCALE_SUFFIX, is_linear_layer, quantized
-from megatron_rasft.weights.torch_dist import TorchDistFolder
+from megatron_rasft.weights.fp8_blocks import SCALE_SUFFIX, is_linear_layer
 
 BLOCK_BYTES = 4 << 20
 """Number of bytes of rows that are compared at a time."""

@@ -15,7 +15,7 @@ from megatron_rasft import metrics
 from megatron_rasft.config import SyncConfig
 from megatron_rasft.sync import WeightSync, streaming
 from megatron_rasft.sync.buckets import Arena
-from megatron_rasft.weights.fp8_blocks import quantization_config
+from megatron_rasft.tools.conversion.fp8_folders import quantization_config
 from tests.unit.sync.stand_ins import StandIn, records_of
 from tests.unit.sync.test_buckets import Planned, model
 from tests.unit.sync.test_session import CONFIG

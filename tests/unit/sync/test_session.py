@@ -12,7 +12,7 @@ from megatron_rasft.sync.nccl_versions import Pair
 from megatron_rasft.sync.report import SyncReport
 from megatron_rasft.sync.session import ServerSession
 from megatron_rasft.sync.streaming import Outcome
-from megatron_rasft.weights.fp8_blocks import quantization_config
+from megatron_rasft.tools.conversion.fp8_folders import quantization_config
 from tests.unit.sync.stand_ins import StandIn, records_of
 
 CONFIG = {

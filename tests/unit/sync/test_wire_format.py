@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from megatron_rasft.sync.wire_format import WireFormat, WireTensor, fused_name, name_on_server
+from megatron_rasft.tools.conversion.fp8_folders import quantization_config
 from megatron_rasft.weights.folder import HfFolder
-from megatron_rasft.weights.fp8_blocks import is_linear_layer, quantization_config
+from megatron_rasft.weights.fp8_blocks import is_linear_layer
 from tests.tiny_models import write_folder
 
 FP8: dict[str, Any] = {

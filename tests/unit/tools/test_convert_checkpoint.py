@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from megatron_rasft.tools import cli
 from megatron_rasft.tools.conversion import conversion
+from megatron_rasft.tools.conversion.torch_dist import TorchDistFolder
 from megatron_rasft.weights.folder import HfFolder
-from megatron_rasft.weights.torch_dist import TorchDistFolder
 from tests.tiny_models import whole_blocks, write_folder
 from tests.unit.weights.quantized_folders import (
     COMPRESSED_ROWS,

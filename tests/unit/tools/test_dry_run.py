@@ -13,7 +13,7 @@ from megatron_rasft.tools import dry_run
 from megatron_rasft.tools.capacity.config import AssumptionConfig, CapacityConfig
 from megatron_rasft.tools.capacity.layouts import Layout, Model
 from megatron_rasft.tools.capacity.memory import estimate_memory
-from megatron_rasft.tools.dry_run import run_memory
+from megatron_rasft.tools.dry_run import check_place, run_memory
 
 LLAMA_70B = Path(__file__).with_name("capacity") / "llama-3.1-70b"
 
@@ -82,3 +82,17 @@ def test_servers_are_said_to_be_left_alone() -> None:
     served = RasftConfig(rollout=RolloutConfig(rollout_engine="sglang", rollout_urls=["http://server:1"]))
     assert any("check_servers.py" in line for line in dry_run._server_lines(served))
     assert not [*dry_run._server_lines(RasftConfig())]
+
+
+def test_a_place_that_cannot_be_written_is_found_without_writing(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path in ("new/folder", ""):
+        check_place("--save", tmp_path / path, is_folder=True)
+    for path in ("new/file", "file"):
+        check_place("--rasft-metrics", tmp_path / path, is_folder=False)
+    for flag, path in (("--save", "file/folder"), ("--save", "file"), ("--rasft-metrics", "file/new")):
+        with pytest.raises(ValueError, match=rf"{flag} .*{path}.*file\."):
+            check_place(flag, tmp_path / path, is_folder=flag == "--save")
+    with pytest.raises(ValueError, match="--rasft-metrics"):
+        check_place("--rasft-metrics", tmp_path, is_folder=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

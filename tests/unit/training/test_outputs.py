@@ -8,7 +8,7 @@ import pytest
 
 from megatron_rasft.config import RunConfig
 from megatron_rasft.errors import CheckpointError
-from megatron_rasft.training.outputs import AppendedFile, check_outputs, check_place, cut_files, kept_nothing
+from megatron_rasft.training.outputs import AppendedFile, check_outputs, cut_files, kept_nothing
 from megatron_rasft.weights import export_lock
 from tests.unit.training.stand_ins import config_of
 
@@ -119,17 +119,3 @@ def test_a_run_that_keeps_nothing_is_warned_about() -> None:
     assert line.startswith("warning") and "--save" in line and "--export-hf" in line
     assert not kept_nothing(SimpleNamespace(save="runs", export_hf=None))
     assert not kept_nothing(SimpleNamespace(save=None, export_hf="hf"))
-
-
-def test_a_place_that_cannot_be_written_is_found_without_writing(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    for path in ("new/folder", ""):
-        check_place("--save", tmp_path / path, is_folder=True)
-    for path in ("new/file", "file"):
-        check_place("--rasft-metrics", tmp_path / path, is_folder=False)
-    for flag, path in (("--save", "file/folder"), ("--save", "file"), ("--rasft-metrics", "file/new")):
-        with pytest.raises(ValueError, match=rf"{flag} .*{path}.*file\."):
-            check_place(flag, tmp_path / path, is_folder=flag == "--save")
-    with pytest.raises(ValueError, match="--rasft-metrics"):
-        check_place("--rasft-metrics", tmp_path, is_folder=False)
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megatron_rasft.weights.fp8_blocks import is_linear_layer, quantized
+from megatron_rasft.tools.conversion.fp8_folders import quantized
+from megatron_rasft.weights.fp8_blocks import is_linear_layer
 
 WEIGHTS = "model.safetensors"
 FP8_BLOCKS = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}  # fmt: skip

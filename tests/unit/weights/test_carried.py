@@ -12,9 +12,9 @@ from megatron_rasft.training import cpu_backend
 cpu_backend.enable()
 
 from megatron_rasft.tools.conversion.conversion import TEMPLATE_DIR, hf_to_megatron, megatron_to_hf  # noqa: E402
+from megatron_rasft.tools.conversion.torch_dist import TorchDistFolder  # noqa: E402
 from megatron_rasft.weights.folder import HfFolder  # noqa: E402
 from megatron_rasft.weights.loading import load_into  # noqa: E402
-from megatron_rasft.weights.torch_dist import TorchDistFolder  # noqa: E402
 from tests.chunk_tensors import export  # noqa: E402
 from tests.tiny_models import build_chunks, write_folder  # noqa: E402
 

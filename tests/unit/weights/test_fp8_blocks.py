@@ -5,12 +5,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_rasft.tools.conversion.fp8_folders import quantization_config, quantized
 from megatron_rasft.weights import fp8_blocks
 from megatron_rasft.weights.fp8_blocks import (
     BLOCK,
     is_linear_layer,
-    quantization_config,
-    quantized,
     scale_shape,
 )
 from tests.unit.weights.dequantizing import dequantize_blocks

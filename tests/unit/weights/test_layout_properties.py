@@ -17,12 +17,12 @@ from torch import Tensor
 
 from megatron_rasft.tools.conversion.conversion import hf_to_megatron, megatron_to_hf
 from megatron_rasft.tools.conversion.round_trip import prove
+from megatron_rasft.tools.conversion.torch_dist import TorchDistFolder
 from megatron_rasft.weights.families import FAMILIES, Binding, Family, ModelShape, NameTable
 from megatron_rasft.weights.families.shape import DeltaShape, LatentShape
 from megatron_rasft.weights.folder import HfFolder
 from megatron_rasft.weights.gathering import assemble
 from megatron_rasft.weights.loading import ExpertRanks, bound_parameters, read_shard
-from megatron_rasft.weights.torch_dist import TorchDistFolder
 
 _QUIET = settings(deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 

@@ -19,11 +19,11 @@ from megatron_rasft.training import cpu_backend
 cpu_backend.enable()
 
 from megatron_rasft.tools.conversion.conversion import hf_to_megatron, megatron_to_hf  # noqa: E402
+from megatron_rasft.tools.conversion.torch_dist import TorchDistFolder  # noqa: E402
 from megatron_rasft.weights.dequantizing import dequantize_mxfp4  # noqa: E402
 from megatron_rasft.weights.folder import HfFolder  # noqa: E402
 from megatron_rasft.weights.loading import load_into  # noqa: E402
 from megatron_rasft.weights.quantization import read_quantization  # noqa: E402
-from megatron_rasft.weights.torch_dist import TorchDistFolder  # noqa: E402
 from tests.chunk_tensors import export  # noqa: E402
 from tests.tiny_models import build_chunks, whole_blocks, write_folder  # noqa: E402
 from tests.unit.weights.dequantizing import dequantize_blocks  # noqa: E402

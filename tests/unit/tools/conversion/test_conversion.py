@@ -24,9 +24,9 @@ from megatron_rasft.tools.conversion.conversion import check_parameters, hf_to_m
 from megatron_rasft.tools.conversion.layerwise import layerwise_logits
 from megatron_rasft.tools.conversion.round_trip import prove, prove_fp8
 from megatron_rasft.tools.conversion.staging import StagedFolder
+from megatron_rasft.tools.conversion.torch_dist import DistcpFile, TorchDistFolder, write_checkpoint_index
 from megatron_rasft.weights.families import FAMILIES, NameTable
 from megatron_rasft.weights.folder import HfFolder
-from megatron_rasft.weights.torch_dist import DistcpFile, TorchDistFolder, write_checkpoint_index
 from tests.tiny_models import CASES, hf_model, some_tokens, whole_blocks, write_folder
 from tests.unit.weights.dequantizing import dequantize_blocks
 
@@ -392,7 +392,7 @@ def test_too_little_disk_space_is_reported_before_anything_is_written(
 @pytest.mark.parametrize(
     "where,num_kept",
     [
-        ("weights.torch_dist.DistcpFile.write_chunk", 0),
+        ("tools.conversion.torch_dist.DistcpFile.write_chunk", 0),
         ("tools.conversion.staging.write_json", 0),
         ("tools.conversion.conversion.write_checkpoint_index", 6),
         ("tools.conversion.conversion.copy_companions", 6),

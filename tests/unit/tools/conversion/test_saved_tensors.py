@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_rasft.weights.saved_tensors import find_plain_tensor, read_whole
+from megatron_rasft.tools.conversion.saved_tensors import find_plain_tensor, read_whole
 
 
 def record_of(value: Any) -> io.BytesIO:

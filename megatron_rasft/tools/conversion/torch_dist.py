@@ -48,7 +48,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from megatron_rasft.errors import CheckpointError, first_line
 from megatron_rasft.files import replacing, write_bytes, write_json
-from megatron_rasft.weights.saved_tensors import find_plain_tensor, read_whole
+from megatron_rasft.tools.conversion.saved_tensors import find_plain_tensor, read_whole
 from megatron_rasft.weights.tracker import TRACKER_FILE, has_checkpoint, newest_step, step_folder
 
 _METADATA_FILE = ".metadata"
