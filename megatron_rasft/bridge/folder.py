@@ -11,13 +11,9 @@ from megatron_rasft.errors import ModelFolderError, first_line
 from megatron_rasft.weights.architecture import ModelDescription, read_config
 from megatron_rasft.weights.config_values import list_of, positive_int
 from megatron_rasft.weights.families import ModelShape
-from megatron_rasft.weights.folder import (
-    ModelFolder,
-    check_tokenizer,
-    open_shards,
-    shard_files,
-)
+from megatron_rasft.weights.folder import ModelFolder, check_tokenizer
 from megatron_rasft.weights.quantization import CONFIG_KEY
+from megatron_rasft.weights.shard_files import open_shards, shard_files
 from megatron_rasft.weights.stored_tensors import refuse_quantized
 
 FLAG = "--model-source bridge"

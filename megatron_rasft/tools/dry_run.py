@@ -35,7 +35,7 @@ from megatron_rasft.training.resume import Resume
 from megatron_rasft.training.resume_checks import check_resume
 from megatron_rasft.training.schedule import Schedule
 from megatron_rasft.training.status import describe_finished, is_finished
-from megatron_rasft.weights.folder import open_shards, shard_files
+from megatron_rasft.weights.shard_files import open_shards, shard_files
 from megatron_rasft.wording import counted, size_text
 
 

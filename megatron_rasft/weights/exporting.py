@@ -18,10 +18,11 @@ from megatron_rasft.ranks import gather_to_all
 from megatron_rasft.weights.carried import write_carried_files
 from megatron_rasft.weights.companions import copy_companions, find_code
 from megatron_rasft.weights.finite import NOT_FINITE, is_finite
-from megatron_rasft.weights.folder import INDEX_FILE, SINGLE_FILE, ModelFolder
+from megatron_rasft.weights.folder import ModelFolder
 from megatron_rasft.weights.gathering import ModelTensors, join_plans
 from megatron_rasft.weights.model_card import write_card
 from megatron_rasft.weights.quantization import CONFIG_KEY
+from megatron_rasft.weights.shard_files import INDEX_FILE, SINGLE_FILE
 from megatron_rasft.weights.shard_writer import ShardWriter, split_plans
 from megatron_rasft.wording import counted
 

@@ -26,9 +26,10 @@ from megatron_rasft.training.kv_cache import (  # noqa: E402
     rotary_frequencies,
 )
 from megatron_rasft.weights.architecture import megatron_args  # noqa: E402
-from megatron_rasft.weights.folder import INDEX_FILE, HfFolder  # noqa: E402
+from megatron_rasft.weights.folder import HfFolder  # noqa: E402
 from megatron_rasft.weights.gathering import gather_tensors  # noqa: E402
 from megatron_rasft.weights.loading import load_into  # noqa: E402
+from megatron_rasft.weights.shard_files import INDEX_FILE  # noqa: E402
 from tests.chunk_tensors import export  # noqa: E402
 from tests.tiny_models import CASES, build_chunks, hf_model, save_model, some_tokens, write_folder  # noqa: E402
 
