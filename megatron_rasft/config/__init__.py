@@ -139,6 +139,11 @@ class RasftConfig:
         return self.samples_rollouts and self.objective.needs_verdicts
 
     @property
+    def samples_from_servers(self) -> bool:
+        """Whether rollout servers sample this run's rollouts."""
+        return self.samples_rollouts and self.rollout.rollout_engine == "sglang"
+
+    @property
     def verifies(self) -> bool:
         """Whether this run grades anything: rollouts or held-out problems."""
         return self.grades_rollouts or bool(self.heldout.heldout_data)

@@ -146,7 +146,7 @@ def _resume_lines(
 
 
 def _server_lines(config: RasftConfig) -> Iterator[str]:
-    if config.samples_rollouts and config.rollout.rollout_engine == "sglang":
+    if config.samples_from_servers:
         yield _row("servers", "were not asked. tools/check_servers.py tests them.")
 
 

@@ -54,7 +54,7 @@ def build_run(
     record = RunRecord(args, config, is_rank_zero=is_rank_zero, tensorboard=tensorboard, wandb=wandb)
     initial_weights: str = on_rank_zero(lambda: initial_fingerprint(folder.path, resume.converted))
     servers = None
-    if config.rollout.rollout_engine == "sglang" and config.samples_rollouts:
+    if config.samples_from_servers:
         known = ServerRecords(read_keys(config.rollout))
         servers = RolloutServers(config.rollout, trainer, folder.config, known, record.say, is_rank_zero)
     stop_ids = problems.stop_ids(args)

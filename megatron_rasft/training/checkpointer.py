@@ -102,9 +102,7 @@ class Checkpointer:
         with save_explained(f"the checkpoint of step {step}", folder):
             # The run's state comes first: Megatron completes the checkpoint and writes the tracker file last.
             on_rank_zero(write)
-            # Megatron's own deletion keeps a single checkpoint besides those of the interval.
-            retain = None if args.rasft_keep_checkpoints else args.save_retain_interval
-            with trainer.parameters_gathered(), quiet(), overridden(args, save_retain_interval=retain):
+            with trainer.parameters_gathered(), quiet(), self._own_deletion():
                 checkpointing.save_checkpoint(
                     step,
                     trainer.model,
@@ -165,15 +163,20 @@ class Checkpointer:
         # With --save-retain-interval Megatron forks a process that deletes the previous checkpoint (iter_finalize_fn in
         # megatron/training/checkpointing.py). No other thread may hold a lock then: the forked process could not release it.
         self._trainer.pause_preparation()
-        retain = None if self._args.rasft_keep_checkpoints else self._args.save_retain_interval
         explained = save_explained(f"the checkpoint of step {self._saving_step}", Path(self._args.save))
-        with explained, quiet(), overridden(self._args, save_retain_interval=retain):
+        with explained, quiet(), self._own_deletion():
             training.maybe_finalize_async_save(blocking=is_blocking)
         if not is_empty_async_queue():
             return None
         step, self._saving_step = self._saving_step, None
         self._delete_expired(step)
         return step
+
+    def _own_deletion(self) -> AbstractContextManager[None]:
+        """With --rasft-keep-checkpoints switches off Megatron's deletion, which keeps one checkpoint besides those of the interval."""
+        args = self._args
+        retain = None if args.rasft_keep_checkpoints else args.save_retain_interval
+        return overridden(args, save_retain_interval=retain)
 
     def lost_save(self, error: BaseException | None) -> CheckpointError | None:
         """Returns the error that ends the run if another rank ended while a checkpoint was being written in the background.

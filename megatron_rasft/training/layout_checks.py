@@ -111,8 +111,7 @@ def check_windows(args: argparse.Namespace, family: Family, config: RasftConfig)
             "does not have them in a ring of keys. Use --cp-comm-type a2a, or --context-parallel-size 1."
         )
     window = args.window_size[0] + 1
-    is_sampled = config.samples_rollouts and config.rollout.rollout_engine == "sglang"
-    if is_sampled and not family.is_window_served and args.seq_length > window:
+    if config.samples_from_servers and not family.is_window_served and args.seq_length > window:
         raise ValueError(
             f"--rollout-engine sglang would sample from another model: SGLang's {family.architecture} attends to all tokens, the trainer "
             f"to the latest {window} (sliding_window in config.json), which --seq-length {args.seq_length} exceeds. Use "
@@ -141,7 +140,7 @@ def check_served(family: Family, rope: Rope, config: RasftConfig) -> None:
     Raises:
         ValueError: no server has taken weights of the family, its experts have biases, or SGLang multiplies YaRN's embedding by another factor than transformers.
     """
-    if not config.samples_rollouts or config.rollout.rollout_engine != "sglang":
+    if not config.samples_from_servers:
         return
     if not family.is_served:
         raise ValueError(

@@ -86,8 +86,7 @@ def model_tensors(model: Sequence[torch.nn.Module], folder: ModelFolder) -> Mode
 
 def _refuse_servers(folder: BridgedFolder, config: RasftConfig) -> None:
     """Refuses weight sync for latent attention, as ``check_served`` does for our tables."""
-    is_sampled = config.samples_rollouts and config.rollout.rollout_engine == "sglang"
-    if is_sampled and getattr(folder.provider, "multi_latent_attention", False):
+    if config.samples_from_servers and getattr(folder.provider, "multi_latent_attention", False):
         raise ValueError(
             f"--rollout-engine sglang is not supported for {folder.architecture}: the weights of its latent attention cannot be sent to "
             "servers yet. Use --rollout-engine replay, or an --objective without rollouts."
