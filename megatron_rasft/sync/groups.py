@@ -231,9 +231,7 @@ class UpdateGroup:
         # closing the store ends the rendezvous of waiting servers with an error, so this is its only reference
         self._store: dist.Store | None = store
         del store
-        self._broadcaster = self._watch(
-            joining, posts, self.abort, "joining the update group", _SETTLE_JOIN_S
-        )
+        self._broadcaster = self._watch(joining, posts, "joining the update group", _SETTLE_JOIN_S)
 
     def broadcast(self, bucket: Bucket, memory: Tensor) -> None:
         """Sends a bucket ([num_bytes] uint8). Returns when every server has loaded it.
@@ -254,13 +252,12 @@ class UpdateGroup:
         posts = {_in_thread(load, server): server.url for server in self.servers}
         assert self._broadcaster is not None, "the group was aborted"
         sending = _in_thread(self._broadcaster.send, memory)
-        self._watch(sending, posts, self.abort, f"the bucket of {bucket.hf_names[0]}")
+        self._watch(sending, posts, f"the bucket of {bucket.hf_names[0]}")
 
     def _watch(
         self,
         collective: Future[Any],
         posts: dict[Future[None], str],
-        give_up: Callable[[], None],
         what: str,
         settle_s: float = _SETTLE_S,
     ) -> Any:
@@ -278,7 +275,7 @@ class UpdateGroup:
         if not is_late:
             wait(posts, settle_s)
         before = {url: future.exception() for future, url in posts.items() if future.done()}
-        give_up()
+        self.abort()
         # Healthy servers notice the abort and answer with a failure; a server that does not answer is stuck. A gloo
         # collective cannot be interrupted: its thread ends at its own deadline.
         wait(posts, min(self._timeout_s, _LONGEST_GRACE_S))

@@ -76,7 +76,12 @@ class SaveQueue:
         return 0
 
     def _write(self, request: AsyncRequest, arguments: list[Any]) -> None:
-        _write(request, arguments)
+        """Runs Megatron's writer, which puts its result, or most of its errors, into the results queue. Adds the other errors to it."""
+        assert request.async_fn is not None
+        try:
+            request.async_fn(*arguments, **request.async_fn_kwargs)
+        except BaseException as error:
+            filesystem_async._results_queue.put(RuntimeError(first_line(error)))
         self.written_at = time.monotonic()
 
     def _staged(self, buckets: Sequence[Any]) -> list[Any]:
@@ -137,15 +142,6 @@ class SaveQueue:
         if abort:
             self._request = None
         self.maybe_finalize_async_calls(blocking=True)
-
-
-def _write(request: AsyncRequest, arguments: list[Any]) -> None:
-    """Runs Megatron's writer, which puts its result, or most of its errors, into the results queue. Adds the other errors to it."""
-    assert request.async_fn is not None
-    try:
-        request.async_fn(*arguments, **request.async_fn_kwargs)
-    except BaseException as error:
-        filesystem_async._results_queue.put(RuntimeError(first_line(error)))
 
 
 def end_process(code: int) -> NoReturn:
