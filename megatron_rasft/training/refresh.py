@@ -364,7 +364,10 @@ class Refresh:
     def weigh(
         self, problem_ids: Iterable[str], groups: Mapping[str, RolloutGroup]
     ) -> list[list[TrainingSample]]:
-        """Returns the weighted training samples of each problem, without samples that are too long or have no response."""
+        """Returns the weighted training samples of each problem, without samples that are too long or have no response.
+
+        Call it once in a refresh: it also adds the guided rollouts to the evidence about imitation.
+        """
         problem_ids = list(problem_ids)
         config = self._config.weighting
         self._guidance.add(groups.values(), config.weighting_memory, config.weighting_guidance_solved)
