@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -210,6 +211,21 @@ def test_the_rules_need_the_candidate_and_its_rivals() -> None:
     lines = [line for line in bar.lines(one, list(KEPT)) if ": 1." in line]
     assert [line.split(":")[0] for line in lines] == list(bar.CANDIDATES)
     assert all("programs" in line for line in lines)
+
+
+def test_published_accuracies_are_those_of_the_shipped_records() -> None:
+    document = (run.ROOT / "docs/results.md").read_text(encoding="utf-8")
+    section = document.partition("## Proving ground: the kept worlds\n")[2].partition("\n## ")[0]
+    header, _, *lines = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("|")]
+    columns = {cell.strip(): place for place, cell in enumerate(header)}
+    worlds = [world for world in KEPT if world in columns]
+    assert len(worlds) >= 4
+    for world in worlds:
+        records = kept.read_records(kept.record_file(run.FOLDER / "records", "test", world))
+        for line in lines:
+            method, published = line[0].strip(), line[columns[world]].strip()
+            scores = [r.scores(KINDS).mean() for r in records if r.method == method]
+            assert published == (f"{100 * statistics.fmean(scores):.1f}" if scores else "")
 
 
 @pytest.mark.parametrize("name", list(KEPT))
