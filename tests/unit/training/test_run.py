@@ -112,7 +112,7 @@ class RefreshOfNotes:
 
     def finish(self, samples: Any) -> tuple[BatchQueue, RefreshReport]:
         report = RefreshReport(num_problems=18)
-        report.num_rollouts = 4
+        report.num_rollouts, report.num_sampled = 4, 1
         report.verdicts.update({"correct": 1, "wrong": 3})
         return three_batches(), report
 
