@@ -7,8 +7,7 @@ STAMP := $(VENV)/.installed
 WHEEL := .cache/wheel
 SBOM := .cache/sbom
 
-.PHONY: quickstart test lint types pytest pytest-servers pytest-runs pytest-layouts pytest-units pytest-verifier pytest-emulated pytest-slurm pytest-bridge \
-	mutants slurm-night wheel sbom venv docs \
+.PHONY: quickstart test lint types pytest pytest-servers pytest-runs pytest-units pytest-emulated pytest-slurm pytest-bridge mutants slurm-night wheel sbom venv docs \
 	servers bridge emulated-gpu gpu-check gpu-bundle
 .DELETE_ON_ERROR:
 
@@ -28,9 +27,8 @@ types: venv
 	$(BIN)/mypy
 
 # Parts wait for servers, for the verifier's deadlines and, most of its time, for Slurm: four parts side by side keep two cores busy.
-# The longest come first. The short ones at the end take the places of those that end first, so that at no time a single part is left
-# for two cores.
-PARTS := pytest-units pytest-runs pytest-servers pytest-emulated pytest-slurm pytest-layouts pytest-verifier pytest-bridge
+# The longest come first. The last parts, which run the GPU path on emulated GPUs, take the places of the first that end.
+PARTS := pytest-runs pytest-units pytest-servers pytest-slurm pytest-emulated pytest-bridge
 
 pytest: venv
 	$(MAKE) --jobs=4 --output-sync=target $(PARTS)
@@ -44,17 +42,11 @@ pytest-servers: servers
 	$(BIN)/python -m pytest -m "servers and not gpu" tests/functional tests/distributed $(ARGS)
 
 pytest-runs: venv
-	$(BIN)/python -m pytest -m "not servers and not gpu" -p no:cacheprovider tests/functional $(ARGS)
-
-pytest-layouts: venv
-	$(BIN)/python -m pytest -m "not servers and not gpu" -p no:cacheprovider tests/distributed $(ARGS)
-
-pytest-verifier: venv
-	$(BIN)/python -m pytest -p no:cacheprovider tests/unit/verify $(ARGS)
+	$(BIN)/python -m pytest -m "not servers and not gpu" -p no:cacheprovider tests/functional tests/distributed $(ARGS)
 
 pytest-units: venv
 	$(BIN)/python -m pytest -m "not servers and not gpu and not bridge" -p no:cacheprovider --ignore=tests/functional --ignore=tests/distributed \
-		--ignore=tests/emulated_gpu --ignore=tests/slurm --ignore=tests/unit/verify $(ARGS)
+		--ignore=tests/emulated_gpu --ignore=tests/slurm $(ARGS)
 
 pytest-slurm: emulated-gpu
 	$(BIN)/python -m pytest -m "slurm and not nightly" -p no:cacheprovider tests/slurm $(ARGS)
