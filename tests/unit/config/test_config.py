@@ -128,6 +128,11 @@ def test_help_shows_range_and_default() -> None:
         (RolloutConfig, {"rollout_engine": "sglang"}, ["--rollout-engine", "--rollout-urls"]),
         (RolloutConfig, {"rollout_lag": 1}, ["--rollout-lag", "--rollout-engine"]),
         (RolloutConfig, {"rollout_urls": ["localhost"]}, ["--rollout-urls"]),
+        (
+            RolloutConfig,
+            {"rollout_guided_samples": 1, "rollout_num_samples": 1},
+            ["--rollout-guided-samples", "--rollout-num-samples"],
+        ),
         (SyncConfig, {"sync_method": "disk"}, ["--sync-method", "--sync-disk-folder"]),
         (HeldoutConfig, {"heldout_num_samples": 4}, ["--heldout-num-samples", "--heldout-temperature"]),
         (HeldoutConfig, {"heldout_data": ["rows.csv"]}, ["--heldout-data"]),
@@ -174,6 +179,7 @@ def test_objectives_on_rollouts_need_rollouts(objective: str) -> None:
     [
         ["--weighting-wrong-total", "4"],
         ["--weighting-rollout-fall", "0.5"],
+        ["--weighting-guidance-solved", "1"],
         ["--weighting-placebo"],
         ["--rollout-guided-samples", "1"],
     ],
