@@ -38,7 +38,7 @@ class Guidance:
         if self.num == 0:
             return None
         mean = self.total / self.num
-        # With one problem more whose gain is 1 and one whose gain is -1, so that equal gains do not make it certain.
+        # Two problems with the gains 1 and -1 are added. Without them, equal gains of a few problems would give certainty.
         variance = max(0.0, self.squares / self.num - mean * mean) + 2 / self.num
         return 0.5 * (1 + math.erf(mean / math.sqrt(2 * variance / self.num)))
 

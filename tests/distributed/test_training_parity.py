@@ -143,7 +143,7 @@ def sequence_loss(
         return sample.weight * (-logprobs.sum() + KL_COEF * (ref.exp() * (ref - full)).sum())
     if objective == "sdft":
         gap = torch.tensor(sample.teacher_logprobs, dtype=torch.float64) - logprobs.detach()
-        # The gradient of a token is its detached gap times that of log p; the value is that of the squares.
+        # The gap is detached, so the gradient is the gap times the gradient of log p. The value is half of the squared gap.
         return sample.weight * (-(gap * logprobs) + (gap * (gap / 2 + logprobs)).detach()).sum()
     weight = sample.weight * logprobs.detach().exp()
     if objective == "rasft":

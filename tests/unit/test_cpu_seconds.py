@@ -1,4 +1,4 @@
-"""The plugin that measures tests counts processes that outlive their test, and none of an earlier one."""
+"""The plugin counts the CPU seconds of processes that outlive their test. It leaves out processes of earlier tests."""
 
 import os
 import subprocess

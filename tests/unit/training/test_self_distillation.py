@@ -96,7 +96,7 @@ def test_a_step_has_the_loss_and_the_gradient_of_transformers(
         teacher = torch.cat(logprobs(opened(folder / "model"), TEACHER_PROMPTS))
     mine = torch.cat(logprobs(policy, PROMPTS))
     gap = teacher - mine.detach()
-    # Each token's log p with the detached weight log p_teacher - log p, as the papers' sampled form has it.
+    # Each token's log p is multiplied by log p_teacher - log p, which is detached.
     (-(gap * mine).sum() / len(mine)).backward()
     norm = torch.stack([p.grad.norm() for p in policy.parameters() if p.grad is not None]).norm()
     assert notes["grad_norm"][step] == pytest.approx(norm.item(), rel=1e-4)
