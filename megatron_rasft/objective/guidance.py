@@ -27,7 +27,8 @@ class Guidance:
             memory: share of the earlier sums that is kept.
             solved_share: see ``gain``.
         """
-        gains = [value for group in groups if (value := gain(group, solved_share)) is not None]
+        guided = [group for group in groups if group.guided]
+        gains = [value for group in guided if (value := gain(group, solved_share)) is not None]
         self.num = memory * self.num + len(gains)
         self.total = memory * self.total + math.fsum(gains)
         self.squares = memory * self.squares + math.fsum(value * value for value in gains)
