@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from itertools import chain
+from typing import Any, Literal, NamedTuple
 
 FinishReason = Literal["stop", "length", "abort"]
 Verdict = Literal["correct", "wrong", "unverifiable", "timeout"]
@@ -247,6 +248,8 @@ class TrainingSample:
     """Objective weight A, which multiplies the loss of every response token. Negative only for gft and grpo."""
     is_counted: bool = True
     """Whether the response tokens count in the denominator of the loss. False for rollouts under --weighting-normalization problem."""
+    is_computed: bool = True
+    """Whether the model computes the sample. False for a demonstration of weight 0, whose tokens only count in the denominator."""
     ref_logprobs: Sequence[float] | None = None
     """Log-probability of each response token under the frozen reference, in nats; None if not scored."""
     old_logprobs: Sequence[float] | None = None
@@ -257,3 +260,23 @@ class TrainingSample:
     @property
     def num_tokens(self) -> int:
         return len(self.prompt_ids) + len(self.response_ids)
+
+
+class BatchSize(NamedTuple):
+    """What a batch consists of."""
+
+    num_problems: int
+    num_samples: int
+    """Samples that the model computes."""
+    num_uncomputed: int = 0
+    """Response tokens of the other samples (``TrainingSample.is_computed``). They count in the denominator of the loss."""
+
+    @classmethod
+    def of(cls, problems: Sequence[Sequence[TrainingSample]]) -> "BatchSize":
+        """The size of a batch that consists of the samples of these problems."""
+        samples = list(chain.from_iterable(problems))
+        return cls(
+            num_problems=len(problems),
+            num_samples=sum(sample.is_computed for sample in samples),
+            num_uncomputed=sum(len(sample.response_ids) for sample in samples if not sample.is_computed),
+        )

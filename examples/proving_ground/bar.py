@@ -9,10 +9,11 @@ from examples.proving_ground.kept import Result, Scores
 from examples.proving_ground.worlds import KINDS, RETAINED
 from megatron_rasft.tools.evaluation.statistics import paired_interval
 
-CANDIDATES = {"rasft_guided": "", "guided_failures": "", "rasft_advantage": "advantage_placebo"}
+CANDIDATES = {"rasft": "", "guided_short": "", "guided_failures": "", "rasft_advantage": "advantage_placebo"}
 """Candidate -> its control; "" for none."""
 RIVALS = ("dft", "raft", "sft_grpo")
-DEFAULT = "rasft"
+PLAIN = "rasft_unguided"
+"""The rule whose retained skills a candidate must reach."""
 
 LOWEST_DIFFERENCE = -1.0
 """In each world the interval of the difference from the best rival is above this, in points."""
@@ -79,12 +80,12 @@ def _rule_2(results: Sequence[Result], candidate: str, worlds: Sequence[str], ri
 
 
 def _rule_3(results: Sequence[Result], candidate: str, worlds: Sequence[str]) -> list[str]:
-    found = [world for world in worlds if _shared(results, world, (candidate, DEFAULT))]
+    found = [world for world in worlds if _shared(results, world, (candidate, PLAIN))]
     if not found:
         return []
-    mean = 100 * _mean_difference(results, found, candidate, DEFAULT, RETAINED)
+    mean = 100 * _mean_difference(results, found, candidate, PLAIN, RETAINED)
     return [
-        f"3. Retained skills, mean over {_worlds(found)}: {mean:+.1f} from {DEFAULT}. {_verdict(mean >= 0)}: "
+        f"3. Retained skills, mean over {_worlds(found)}: {mean:+.1f} from {PLAIN}. {_verdict(mean >= 0)}: "
         "it must not be below 0."
     ]
 

@@ -66,7 +66,7 @@ class RasftConfig:
         rule = f"--objective {objective.name}"
         if objective.name == "rasft":
             rule = f"--rasft-weighting {weighting.rasft_weighting}"
-        if rule != "--rasft-weighting adaptive":
+        if not self._is_adaptive:
             for name in ADAPTIVE_ONLY:
                 if getattr(weighting, name) != WeightingConfig.flag_fields()[name]:
                     raise weighting.refusal(
@@ -78,6 +78,12 @@ class RasftConfig:
                     "rollout_guided_samples",
                     f"has no effect with {rule}. Leave it out, or use --objective rasft with --rasft-weighting adaptive.",
                 )
+        elif self.rollout.rollout_guided_samples and not weighting.weighting_rollout_total:
+            raise self.rollout.refusal(
+                "rollout_guided_samples",
+                "chooses between demonstrations and the policy's own solutions, and --weighting-rollout-total 0 trains on no own solution. "
+                "Leave out one of them.",
+            )
         if (
             weighting.weighting_wrong_total
             and isinstance(objective, Rasft)
@@ -127,6 +133,19 @@ class RasftConfig:
             objective=objectives[args.objective],
             heldout=HeldoutConfig.from_args(args),
         )
+
+    @property
+    def _is_adaptive(self) -> bool:
+        return self.objective.name == "rasft" and self.weighting.rasft_weighting == "adaptive"
+
+    @property
+    def num_guided_samples(self) -> int:
+        """--rollout-guided-samples, or its default for this objective and K."""
+        given = self.rollout.rollout_guided_samples
+        if given is not None:
+            return given
+        has_choice = self._is_adaptive and self.weighting.weighting_rollout_total > 0
+        return min(int(has_choice), self.rollout.most_guided_samples)
 
     @property
     def samples_rollouts(self) -> bool:

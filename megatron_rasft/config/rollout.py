@@ -14,6 +14,9 @@ from megatron_rasft.flags import (
     flag_name,
 )
 
+_MIN_UNGUIDED = 2
+"""Responses of the prompt alone without which guided ones have nothing to be compared with (``objective.guidance.gain``)."""
+
 
 @dataclass(kw_only=True)
 class RolloutConfig(FlagSection):
@@ -26,14 +29,15 @@ class RolloutConfig(FlagSection):
     rollout_num_samples: Annotated[
         int, Range(at_least=1, advice="To train without rollouts use --curriculum-mode off.")
     ] = 4
-    """Responses per sampled problem (K)."""
+    """Responses per sampled problem (K), guided ones included."""
 
-    rollout_guided_samples: NonNegativeInt = 0
-    """Further responses per sampled problem that continue the beginning of its demonstration. They are graded, but not trained on. They
-    show whether the policy does better if it begins like the demonstration, above all where it fails (--weighting-guidance-solved). While
-    it does, the steps train on demonstrations only, otherwise on the policy's own solutions only. 0 trains on both."""
+    rollout_guided_samples: NonNegativeInt | None = None
+    """How many of the K responses continue the beginning of the demonstration. They are graded, but not trained on. They show whether the
+    policy does worse if it begins like the demonstration, above all where it fails (--weighting-guidance-solved). If it does
+    (--weighting-guidance-threshold), the steps train on the policy's own solutions only, otherwise on demonstrations only. 0: they train on
+    both. Unset: 1 with the adaptive rule of the rasft objective if K is 3 or more and --weighting-rollout-total is not 0; otherwise 0."""
 
-    rollout_guided_share: Annotated[float, Range(above=0, below=1)] = 0.15
+    rollout_guided_share: Annotated[float, Range(above=0, below=1)] = 0.3
     """Share of a demonstration's tokens with which its guided responses begin, rounded down, but at least one token."""
 
     rollout_temperature: NonNegativeFloat = 1.0
@@ -110,14 +114,20 @@ class RolloutConfig(FlagSection):
     """0: the steps wait for rollouts of the current weights; 1: servers sample the rollouts of the next refresh during the steps of
     this refresh, so the rollouts are one refresh old."""
 
+    @property
+    def most_guided_samples(self) -> int:
+        """The largest --rollout-guided-samples."""
+        return max(0, self.rollout_num_samples - _MIN_UNGUIDED)
+
     def check(self) -> None:
         for url in self.rollout_urls:
             check_address(url, flag_name("rollout_urls"))
-        if self.rollout_guided_samples and self.rollout_num_samples < 2:
+        if self.rollout_guided_samples and self.rollout_guided_samples > self.most_guided_samples:
             raise self.refusal(
                 "rollout_guided_samples",
-                f"needs --rollout-num-samples of at least 2, got {self.rollout_num_samples}: the other attempts at a problem show how "
-                "often the policy solves it where one attempt has failed.",
+                f"leaves fewer than {_MIN_UNGUIDED} of --rollout-num-samples {self.rollout_num_samples} without a guide: where one of them "
+                "has failed, the other ones show how often the policy solves the problem. The largest value is "
+                f"{self.most_guided_samples}.",
             )
         has_servers = bool(self.rollout_urls) or self.rollout_server_file is not None
         if self.rollout_engine == "sglang" and not has_servers:

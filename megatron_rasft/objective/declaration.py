@@ -81,6 +81,9 @@ class SampleWeights:
     rollouts: dict[int, float]
     """Index into the group -> weight, for the rollouts that are trained on."""
 
+    is_proportional: bool = False
+    """Whether a sequence's loss is proportional to its weight, so that one of weight 0 need not be computed."""
+
     wrong_needs_correct: bool = False
     """Whether rollouts of negative weight are left out if no rollout of positive weight is short enough to be trained on."""
 

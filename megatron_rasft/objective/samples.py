@@ -79,6 +79,7 @@ def make_samples(
                 prompt_ids=demonstration.prompt_ids,
                 response_ids=demonstration.response_ids,
                 weight=weights.demonstration,
+                is_computed=weights.demonstration != 0 or not weights.is_proportional,
             )
         )
     samples += [

@@ -29,6 +29,7 @@ ADAPTIVE_ONLY = (
     "weighting_rollout_fall",
     "weighting_wrong_total",
     "weighting_guidance_solved",
+    "weighting_guidance_threshold",
     "weighting_placebo",
 )
 """Flags that are refused without the adaptive rule of the rasft objective."""
@@ -101,6 +102,11 @@ class WeightingConfig(FlagSection):
     weighting_guidance_solved: Share = 0.25
     """Weight of the attempts that the policy solves, in the decision by guided rollouts (--rollout-guided-samples). With 0 imitation must
     only help where the policy fails. With 1 it must raise the solve rate as a whole."""
+
+    weighting_guidance_threshold: Annotated[float, Range(above=0, below=1)] = 0.05
+    """Guidance below which the steps train on the policy's own solutions only. Guidance is the probability that the policy does better if
+    it begins like the demonstration. With a small threshold the demonstrations are trained on unless there is evidence that they
+    harm, as it must be for a policy that solves too little to learn from itself."""
 
     weighting_prior_strength: Amount = 1.0
     """Size of the Beta prior on s, in rollouts. Its mean is the s at which the demonstration weight is 1, so a problem with
@@ -223,13 +229,14 @@ def adaptive_weights(
 
     Args:
         borrowed: another problem's solvability, which replaces this problem's own (--weighting-placebo).
-        guidance: probability that imitation helps (``Guidance.confidence``). From 1/2 on no rollout is trained on, below no
-            demonstration. None without evidence: both are trained on.
+        guidance: probability that imitation helps (``Guidance.confidence``). From weighting_guidance_threshold on no rollout is trained on,
+            below no demonstration. None without evidence: both are trained on.
     """
     rollouts = [] if group is None else group.rollouts
     solvability = estimate_solvability(*count_solved(rollouts), config, remembered)
     weights = [0.0] * len(rollouts)
-    imitates, practises = guidance is None or guidance >= 0.5, guidance is None or guidance < 0.5
+    imitates = guidance is None or guidance >= config.weighting_guidance_threshold
+    practises = guidance is None or not imitates
     if solvability is None:
         return GroupWeights(
             demonstration=imitates * UNSAMPLED_WEIGHT, rollouts=tuple(weights), solvability=None

@@ -104,6 +104,9 @@ class MicroBatch:
     """[n] fp32: objective weight A of each sample; a micro-batch without samples has a single 0."""
     are_counted: Tensor
     """[n] bool: whether each sample's tokens count in the denominator of the loss."""
+    num_uncomputed: Tensor
+    """Scalar int64: response tokens that are in no micro-batch, but count in the denominator of the loss. Only one micro-batch of the
+    global batch, on one context-parallel rank, has another value than 0."""
     ref_logprobs: Tensor | None
     """[b * s/cp] fp32 under the frozen reference; None if any sample of the batch lacks them."""
     old_logprobs: Tensor | None
@@ -147,7 +150,8 @@ class BatchFacts:
     num_tokens: int
     """Prompt and response tokens of all samples, without padding."""
     num_counted: int
-    """Response tokens in the denominator of the loss (``SampleArrays.are_counted``). profit counts some of them only."""
+    """Response tokens in the denominator of the loss (``SampleArrays.are_counted``, ``Batch.num_uncomputed``). profit counts some
+    of them only."""
     squared_tokens: int
     """Sum over samples of their squared number of tokens, to which attention's operations are proportional."""
     mean_weights: dict[str, float]
@@ -164,6 +168,8 @@ class BatchShard:
     micro_batches: MicroBatchIndices
     samples: SampleArrays
     """The samples of all micro-batches, ordered as in ``micro_batches``."""
+    num_uncomputed: int = 0
+    """``Batch.num_uncomputed`` for one replica, 0 for the others."""
 
 
 def shard_batch(batch: Batch, layout: BatchLayout) -> list[BatchShard]:
@@ -199,8 +205,9 @@ def shard_batch(batch: Batch, layout: BatchLayout) -> list[BatchShard]:
             shape=shape,
             micro_batches=micro_batches,
             samples=samples.take(list(itertools.chain.from_iterable(micro_batches))),
+            num_uncomputed=batch.num_uncomputed if replica == 0 else 0,
         )
-        for micro_batches in replicas
+        for replica, micro_batches in enumerate(replicas)
     ]
 
 
@@ -217,7 +224,7 @@ def _facts(batch: Batch) -> BatchFacts:
         num_problems=batch.num_problems,
         num_samples=len(lengths),
         num_tokens=int(lengths.sum()),
-        num_counted=int(batch.samples.response_lengths[batch.samples.are_counted].sum()),
+        num_counted=int(batch.samples.response_lengths[batch.samples.are_counted].sum()) + batch.num_uncomputed,
         squared_tokens=int((lengths**2).sum()),
         mean_weights={
             kind: float(batch.samples.weights[of].mean()) for kind, of in kinds.items() if of.any()
@@ -232,10 +239,13 @@ def build_micro_batches(shard: BatchShard, layout: BatchLayout) -> list[MicroBat
         The micro-batches, the same number on every rank; [] for a batch without samples.
     """
     starts = [0, *itertools.accumulate(len(indices) for indices in shard.micro_batches)]
-    return [
+    made = [
         _build(shard.samples.slice(start, end), indices, shard.shape, layout)
         for (start, end), indices in zip(itertools.pairwise(starts), shard.micro_batches, strict=True)
     ]
+    if made and layout.cp_rank == 0:
+        made[0].num_uncomputed += shard.num_uncomputed
+    return made
 
 
 def _assign_packed(lengths: list[int], layout: BatchLayout) -> list[MicroBatchIndices]:
@@ -275,6 +285,7 @@ def _build(
         segment_ids=local["segment_ids"],
         weights=torch.tensor(samples.weights.tolist() or [0.0]),
         are_counted=torch.tensor(samples.are_counted.tolist() or [True]),
+        num_uncomputed=torch.tensor(0),
         ref_logprobs=local.get("ref_logprobs"),
         old_logprobs=local.get("old_logprobs"),
         teacher_logprobs=local.get("teacher_logprobs"),

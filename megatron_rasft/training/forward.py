@@ -179,7 +179,7 @@ class Forward:
             ),
             self.objective,
         )
-        count = sums.denominator.detach()
+        count = sums.denominator.detach() + batch.num_uncomputed
         report = {"loss": torch.stack([sums.loss_sum.detach().float(), count.float()]), **sums.metrics}
         return sums.loss_sum, count.to(torch.int), report
 

@@ -22,6 +22,7 @@ from megatron_rasft.rollout.replay import ReplayEngine
 from megatron_rasft.rollout.seeds import sample_seed
 from megatron_rasft.rollout.store import RolloutStore
 from megatron_rasft.types import (
+    BatchSize,
     Check,
     Demonstration,
     Request,
@@ -138,14 +139,14 @@ class Refresh:
         # next_problems advances the curriculum: a checkpoint that is written during the refresh needs the state from before.
         self._state_at_start = self.state_dict()
 
-    def end(self, samples: Sequence[Sequence[TrainingSample]]) -> list[tuple[int, int]]:
-        """Ends the refresh. Returns its batches, one per step, each as (problems, samples).
+    def end(self, samples: Sequence[Sequence[TrainingSample]]) -> list[BatchSize]:
+        """Ends the refresh. Returns the sizes of its batches, one per step.
 
         Args:
             samples: the samples of each problem.
         """
         self._state_at_start = None
-        return [(len(part), sum(map(len, part))) for part in batched(samples, self._batch_size)]
+        return [BatchSize.of(part) for part in batched(samples, self._batch_size)]
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the JSON values from which a resumed run continues."""
@@ -255,7 +256,7 @@ class Refresh:
     def requests(self, choice: ProblemChoice) -> list[Request]:
         """Each sampled problem's prompt, with a seed for each of its samples; then the same with the guides."""
         assert choice.weight_version is not None, "seeds depend on the weights that sample"
-        num, num_guided = self._sampling.num_samples, self._config.rollout.rollout_guided_samples
+        num, num_guided = self._sampling.num_samples, self._config.num_guided_samples
         requests = [self._request(i, choice.weight_version, [], range(num)) for i in choice.sampled_ids]
         if num_guided:
             indices = range(num, num + num_guided)
@@ -320,7 +321,7 @@ class Refresh:
         groups = {}
         for problem_id in choice.sampled_ids:
             visit = self._num_visits(problem_id)
-            num, num_guided = self._sampling.num_samples, self._config.rollout.rollout_guided_samples
+            num, num_guided = self._sampling.num_samples, self._config.num_guided_samples
             group = RolloutGroup(
                 problem_id=problem_id,
                 rollouts=self._replay.take(problem_id, num, visit),
@@ -487,7 +488,7 @@ def as_rollouts(
 
 
 def sampling_params(config: RasftConfig, stop_ids: frozenset[int], max_total_tokens: int) -> SamplingParams:
-    """How a run draws its rollouts.
+    """How a run draws its rollouts of the prompt alone.
 
     Args:
         stop_ids: token ids that end a response.
@@ -495,7 +496,7 @@ def sampling_params(config: RasftConfig, stop_ids: frozenset[int], max_total_tok
     """
     rollout = config.rollout
     return SamplingParams(
-        num_samples=rollout.rollout_num_samples,
+        num_samples=rollout.rollout_num_samples - config.num_guided_samples,
         max_new_tokens=rollout.rollout_max_new_tokens,
         temperature=rollout.rollout_temperature,
         top_p=rollout.rollout_top_p,

@@ -59,7 +59,7 @@ from megatron_rasft.training.refresh import ProblemChoice, Refresh, difficulties
 from megatron_rasft.training.refresh_report import RefreshReport
 from megatron_rasft.training.rollout_servers import RolloutServers
 from megatron_rasft.training.samples import BatchQueue, SampleArrays
-from megatron_rasft.types import Request, RolloutGroup, SamplingParams, TrainingSample
+from megatron_rasft.types import BatchSize, Request, RolloutGroup, SamplingParams, TrainingSample
 
 Groups = Mapping[str, RolloutGroup]
 """Problem id -> rollouts of the problem; empty on ranks other than 0."""
@@ -222,7 +222,7 @@ class RefreshDriver:
     @stalls.phase("score")
     def score_reference(self, samples: Samples) -> None:
         """Sets the log-probabilities that the objective needs: under the frozen reference, the current policy and the teacher."""
-        objective, flat = self._config.objective, list(chain.from_iterable(samples))
+        objective, flat = self._config.objective, _computed(samples)
         with self._report.timed("reference_s"):
             if objective.needs_reference_logprobs():
                 self._set_reference_logprobs(flat)
@@ -252,8 +252,13 @@ class RefreshDriver:
 
     def finish(self, samples: Samples) -> tuple[BatchQueue, RefreshReport]:
         """Ends the refresh. Returns its report and its batches on every rank; only rank 0 has the samples."""
-        sizes: list[tuple[int, int]] = on_rank_zero(lambda: self.decisions.end(samples))
+        sizes: list[BatchSize] = on_rank_zero(lambda: self.decisions.end(samples))
         # The report goes to every rank, because the trackers' writers are on the last rank.
         report: RefreshReport = on_rank_zero(lambda: self._report)
-        arrays = kept_by_rank_zero(lambda: SampleArrays.of(list(chain.from_iterable(samples))), None)
+        arrays = kept_by_rank_zero(lambda: SampleArrays.of(_computed(samples)), None)
         return BatchQueue(sizes, arrays), report
+
+
+def _computed(samples: Samples) -> list[TrainingSample]:
+    """The samples that go through the model."""
+    return [sample for sample in chain.from_iterable(samples) if sample.is_computed]

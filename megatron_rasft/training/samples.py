@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_rasft.types import TrainingSample
+from megatron_rasft.types import BatchSize, TrainingSample
 
 Array = NDArray[Any]
 LOGPROBS = ("ref_logprobs", "old_logprobs", "teacher_logprobs")
@@ -135,18 +135,30 @@ class Batch:
 
     num_problems: int
     samples: SampleArrays
+    num_uncomputed: int = 0
+    """See ``BatchSize``."""
+
+    @classmethod
+    def of(cls, samples: Iterable[TrainingSample], num_problems: int) -> "Batch":
+        """The batch of all samples of these problems."""
+        made = list(samples)
+        return cls(
+            num_problems=num_problems,
+            samples=SampleArrays.of([sample for sample in made if sample.is_computed]),
+            num_uncomputed=BatchSize.of([made]).num_uncomputed,
+        )
 
 
 class BatchQueue:
     """The global batches that are not trained on yet. Only rank 0 has the samples; all ranks know the sizes.
 
     Args:
-        sizes: number of problems and number of samples of each batch, the same on every rank.
+        sizes: size of each batch, the same on every rank, as ``BatchSize`` or as a checkpoint's list of its numbers.
         samples: the samples of all batches, in order; None on ranks other than 0.
     """
 
     def __init__(self, sizes: Iterable[Sequence[int]] = (), samples: SampleArrays | None = None) -> None:
-        self._sizes = deque((problems, num) for problems, num in sizes)
+        self._sizes = deque(BatchSize(*size) for size in sizes)
         self._samples = samples
 
     def __len__(self) -> int:
@@ -156,19 +168,23 @@ class BatchQueue:
         """The batch at ``place`` of the queue, counted from 0; None on ranks other than 0."""
         if self._samples is None:
             return None
-        start = sum(num for _, num in list(self._sizes)[:place])
-        num_problems, num = self._sizes[place]
-        return Batch(num_problems=num_problems, samples=self._samples.slice(start, start + num))
+        start = sum(size.num_samples for size in list(self._sizes)[:place])
+        size = self._sizes[place]
+        return Batch(
+            num_problems=size.num_problems,
+            samples=self._samples.slice(start, start + size.num_samples),
+            num_uncomputed=size.num_uncomputed,
+        )
 
     def popleft(self) -> None:
         """Removes the first batch."""
-        _, num = self._sizes.popleft()
+        num = self._sizes.popleft().num_samples
         if self._samples is not None:
             self._samples = self._samples.slice(num, len(self._samples))
 
     @property
-    def sizes(self) -> list[tuple[int, int]]:
-        """Number of problems and number of samples of each batch, as a checkpoint's JSON file stores them."""
+    def sizes(self) -> list[BatchSize]:
+        """The size of each batch, as a checkpoint's JSON file stores them."""
         return list(self._sizes)
 
     def arrays(self) -> dict[str, Array]:

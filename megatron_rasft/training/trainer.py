@@ -46,7 +46,7 @@ from megatron_rasft.training.generation import PolicySampler
 from megatron_rasft.training.megatron_calls import overridden, quiet
 from megatron_rasft.training.model_source import chunk_builder, model_tensors
 from megatron_rasft.training.reference import FrozenReference
-from megatron_rasft.training.samples import Batch, SampleArrays
+from megatron_rasft.training.samples import Batch
 from megatron_rasft.training.scoring import Scorer
 from megatron_rasft.training.status import RunStatus
 from megatron_rasft.training.stopping import Allocation, StopRequest
@@ -256,9 +256,7 @@ class Trainer:
 
     def step(self, samples: Sequence[TrainingSample], num_problems: int) -> StepResult:
         """Prepares rank 0's samples as a batch and trains on it at once."""
-        batch = kept_by_rank_zero(
-            lambda: Batch(num_problems=num_problems, samples=SampleArrays.of(samples)), None
-        )
+        batch = kept_by_rank_zero(lambda: Batch.of(samples, num_problems), None)
         return self.train(self.prepare(batch))
 
     def train(self, prepared: PreparedBatch) -> StepResult:

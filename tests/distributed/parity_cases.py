@@ -143,7 +143,10 @@ def cases(world_size: int) -> list[Case]:
 
 
 def batches(objective: str) -> list[list[TrainingSample]]:
-    """Global batches of 6, 4 and 1 samples with different lengths and weights. The last one leaves replicas idle."""
+    """Global batches of 6, 4 and 1 samples with different lengths and weights. The last one leaves replicas idle.
+
+    Those of rasft have one more sample, which is not computed.
+    """
     draw = random.Random(11)
     out = []
     for size in (6, 4, 1):
@@ -168,6 +171,18 @@ def batches(objective: str) -> list[list[TrainingSample]]:
                     teacher_logprobs=[draw.uniform(-5.6, -3.8) for _ in response]
                     if objective == "sdft"
                     else None,
+                )
+            )
+        if objective == "rasft":
+            # A demonstration of weight 0 (--rollout-guided-samples): its 17 tokens count in the denominator and nowhere else.
+            batch.append(
+                TrainingSample(
+                    problem_id="uncomputed",
+                    kind="demonstration",
+                    is_computed=False,
+                    prompt_ids=[1, 2],
+                    response_ids=[3] * 17,
+                    weight=0.0,
                 )
             )
         out.append(batch)

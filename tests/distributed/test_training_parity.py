@@ -117,7 +117,8 @@ def independent_training(
     for batch in batches(objective):
         optimizer.zero_grad()
         total = sum(len(s.response_ids) for s in batch if s.is_counted)
-        loss = sum((sequence_loss(objective, model, reference, s) for s in batch), torch.tensor(0.0)) / total
+        computed = [s for s in batch if s.is_computed]
+        loss = sum((sequence_loss(objective, model, reference, s) for s in computed), torch.tensor(0.0)) / total
         loss.backward()
         losses.append(float(loss.detach()))
         norms.append(float(torch.nn.utils.clip_grad_norm_(parameters, CLIP[objective])))

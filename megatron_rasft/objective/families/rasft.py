@@ -84,6 +84,7 @@ class Rasft(Objective):
         return SampleWeights(
             demonstration=weights.demonstration,
             rollouts={i: weight for i, weight in enumerate(weights.rollouts) if weight != 0},
+            is_proportional=True,
             wrong_needs_correct=True,
             is_per_problem=problem.weighting.is_per_problem,
         )

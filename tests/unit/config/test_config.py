@@ -24,6 +24,7 @@ from megatron_rasft.objective.families.policy_ratio import Grpo
 from megatron_rasft.tools.capacity.config import AssumptionConfig, CapacityConfig
 from megatron_rasft.tools.evaluation.config import EvaluationConfig
 from megatron_rasft.training.arguments import add_arguments
+from megatron_rasft.training.refresh import sampling_params
 
 SECTIONS = {
     **RasftConfig.sections(),
@@ -130,7 +131,7 @@ def test_help_shows_range_and_default() -> None:
         (RolloutConfig, {"rollout_urls": ["localhost"]}, ["--rollout-urls"]),
         (
             RolloutConfig,
-            {"rollout_guided_samples": 1, "rollout_num_samples": 1},
+            {"rollout_guided_samples": 1, "rollout_num_samples": 2},
             ["--rollout-guided-samples", "--rollout-num-samples"],
         ),
         (SyncConfig, {"sync_method": "disk"}, ["--sync-method", "--sync-disk-folder"]),
@@ -197,6 +198,32 @@ def test_wrong_rollouts_need_the_dft_factor() -> None:
     with pytest.raises(ValueError, match=r"^--weighting-wrong-total 2") as raised:
         RasftConfig.from_args(parse("--no-objective-dft-factor", "--weighting-wrong-total", "2"))
     assert "--no-objective-dft-factor" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ([], 1),
+        (["--rollout-num-samples", "3"], 1),
+        (["--rollout-num-samples", "2"], 0),
+        (["--rollout-guided-samples", "2"], 2),
+        (["--rollout-guided-samples", "0"], 0),
+        (["--weighting-rollout-total", "0"], 0),
+        (["--rasft-weighting", "published"], 0),
+        (["--objective", "grpo"], 0),
+    ],
+)
+def test_one_rollout_is_guided_where_it_can_decide_something(flags: list[str], expected: int) -> None:
+    config = RasftConfig.from_args(parse(*flags))
+    assert config.num_guided_samples == expected
+    own = sampling_params(config, frozenset(), 64).num_samples
+    assert own + expected == config.rollout.rollout_num_samples
+
+
+def test_guided_rollouts_need_own_solutions_to_choose() -> None:
+    with pytest.raises(ValueError, match=r"^--rollout-guided-samples 1") as raised:
+        RasftConfig.from_args(parse("--rollout-guided-samples", "1", "--weighting-rollout-total", "0"))
+    assert "--weighting-rollout-total" in str(raised.value)
 
 
 # reading back

@@ -190,7 +190,7 @@ def study_results(candidate: int, rival: int, placebo: int) -> list[Result]:
         for seed in (1, 2):
             found += [result(name, seed, world=world, correct=candidate) for name in bar.CANDIDATES]
             found += [result(name, seed, world=world, correct=rival) for name in bar.RIVALS]
-            found.append(result(bar.DEFAULT, seed, world=world, correct=2))
+            found.append(result(bar.PLAIN, seed, world=world, correct=2))
             controls = filter(None, bar.CANDIDATES.values())
             found += [result(name, seed, world=world, correct=placebo) for name in controls]
     return found

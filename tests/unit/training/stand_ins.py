@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
-from megatron_rasft.config import CurriculumConfig, RasftConfig
+from megatron_rasft.config import CurriculumConfig, RasftConfig, RolloutConfig
 from megatron_rasft.rollout.sampling import Answers, SamplingReport
 from megatron_rasft.training.reference import LogprobCache
 from megatron_rasft.training.refresh import Refresh, sampling_params
@@ -24,8 +24,8 @@ STOP_IDS = frozenset({9})
 
 
 def config_of(**packages: Any) -> RasftConfig:
-    """The default configuration, with some sections replaced, such as ``rollout=RolloutConfig(...)``."""
-    return RasftConfig(**packages)
+    """The default configuration without guided rollouts, with some sections replaced, such as ``rollout=RolloutConfig(...)``."""
+    return RasftConfig(**{"rollout": RolloutConfig(rollout_guided_samples=0)} | packages)
 
 
 def demonstrations(

@@ -1,5 +1,6 @@
 """Micro-batches have the same tokens, labels, masks and log-probabilities as a slow, simple construction."""
 
+import itertools
 import pickle
 import random
 from itertools import pairwise
@@ -308,6 +309,19 @@ def test_facts_count_tokens_and_average_weights_per_kind() -> None:
     assert facts.mean_weights == {"rollout": 2.5, "demonstration": 1.0}
 
 
+@pytest.mark.parametrize("cp_size", [1, 2])
+def test_tokens_that_are_not_computed_enter_one_denominator(cp_size: int) -> None:
+    batch = Batch(num_problems=9, samples=SampleArrays.of(some_samples(9)), num_uncomputed=17)
+    counted = []
+    for dp_rank, cp_rank in itertools.product(range(2), range(cp_size)):
+        layout = a_layout(dp_size=2, dp_rank=dp_rank, cp_size=cp_size, cp_rank=cp_rank)
+        shard = shard_batch(batch, layout)[dp_rank]
+        counted += [int(made.num_uncomputed) for made in build_micro_batches(shard, layout)]
+    assert sorted(counted)[-2:] == [0, 17] and sum(counted) == 17
+    samples = batch.samples
+    assert shard.facts.num_counted == int(samples.response_lengths[samples.are_counted].sum()) + 17
+
+
 def test_facts_average_weights_below_zero_apart() -> None:
     samples = [lone_sample(2, 3) for _ in range(3)]
     for sample, weight in zip(samples, (0.5, -0.25, -0.75), strict=True):
@@ -381,7 +395,7 @@ def test_pinning_copies_every_tensor_unchanged(is_packed: bool, monkeypatch: pyt
     batch = micro_batches(some_samples(3), a_layout(is_packed=is_packed))[0]
     moved = batch.pinned()
     tensors = {name: value for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
-    assert len(tensors) == 10 and {id(tensor) for tensor in tensors.values()} <= set(pinned)
+    assert len(tensors) == 11 and {id(tensor) for tensor in tensors.values()} <= set(pinned)
     for name, tensor in tensors.items():
         assert torch.equal(getattr(moved, name), tensor) and getattr(moved, name) is not tensor
     assert moved.sample_indices == batch.sample_indices

@@ -80,6 +80,7 @@ def batch() -> MicroBatch:
         segment_ids=torch.arange(num_tokens) // 4,
         weights=torch.tensor([0.5, 2.0]),
         are_counted=torch.tensor([True, True]),
+        num_uncomputed=torch.tensor(0),
         ref_logprobs=torch.linspace(-3.0, -1.0, num_tokens),
         old_logprobs=None,
         teacher_logprobs=None,

@@ -18,7 +18,7 @@ from tests.unit.training.stand_ins import config_of
 
 def record_of(save: Path | None, config: RasftConfig | None = None, **changes: Any) -> RunRecord:
     args = SimpleNamespace(save=None if save is None else str(save), train_iters=8, given_values={})
-    return RunRecord(args, config or config_of(), **{"is_rank_zero": True} | changes)
+    return RunRecord(args, config or RasftConfig(), **{"is_rank_zero": True} | changes)
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -106,7 +106,7 @@ def test_a_resumed_run_says_which_flags_have_changed(
     first, resume = record_of(tmp_path), Resume(folder=tmp_path, step=3, is_own=True)
     first.open_files({}, None)
     in_checkpoint = asdict(first.configuration)
-    config = config_of(rollout=RolloutConfig(rollout_num_samples=9))
+    config = RasftConfig(rollout=RolloutConfig(rollout_num_samples=9))
     for before in (None, in_checkpoint):
         record_of(tmp_path).say_changes(resume, before)
         assert capsys.readouterr().out == ""

@@ -132,7 +132,7 @@ def test_difficulty_is_the_mean_cross_entropy_of_a_demonstration() -> None:
 
 
 def test_every_sample_of_every_refresh_has_a_seed_of_its_own() -> None:
-    made = refresh_of(config_of(rollout=RolloutConfig(rollout_num_samples=3)))
+    made = refresh_of(config_of(rollout=RolloutConfig(rollout_num_samples=3, rollout_guided_samples=0)))
     seeds = [
         seed
         for version in (0, 4)
@@ -186,10 +186,9 @@ def test_servers_are_probed_on_the_first_demonstrations() -> None:
     assert [s.problem_id for s in made.probes(choice)] == ["p5", "p4", "p3", "p2"]
 
 
-def guided(num_samples: int = 2, num_guided: int = 1) -> RolloutConfig:
-    return RolloutConfig(
-        rollout_num_samples=num_samples, rollout_guided_samples=num_guided, rollout_guided_share=0.5
-    )
+def guided() -> RolloutConfig:
+    """Two rollouts of the prompt alone and one with a guide of one token."""
+    return RolloutConfig(rollout_num_samples=3, rollout_guided_samples=1, rollout_guided_share=0.5)
 
 
 def test_guided_rollouts_continue_the_beginning_of_the_demonstration() -> None:
@@ -229,6 +228,9 @@ def test_guided_rollouts_decide_what_is_trained_on(own: int, continued: int, kin
     made.verify(groups)
     samples = [sample for part in made.weigh(ids, groups) for sample in part]
     assert {s.kind for s in samples if s.weight} == {kind}
+    assert {s.kind for s in samples if s.is_computed} == {kind}
+    uncomputed = sum(len(s.response_ids) for s in samples if s.weight == 0)
+    assert made.end([samples])[0].num_uncomputed == uncomputed
     assert all(group.guided[0].weight == 0 for group in groups.values())
     assert (made.guidance > 0.5) == (kind == "demonstration")
     again = refresh_of(config_of(rollout=guided()))
@@ -318,7 +320,7 @@ def test_every_group_is_remembered_and_stored(tmp_path: Path) -> None:
 def test_batches_follow_the_order_of_the_problems() -> None:
     made = refresh_of(config_of())
     samples = made.weigh(["p0", "p1", "p2"], verified(made, ["p2"]))
-    assert made.end(samples) == [(2, 2), (1, 3)]
+    assert made.end(samples) == [(2, 2, 0), (1, 3, 0)]
 
 
 # ---- score under the reference
@@ -455,7 +457,7 @@ def test_text_filters_leave_responses_alone_that_an_own_function_grades() -> Non
 
 
 def test_sampling_follows_the_flags() -> None:
-    config = config_of(rollout=RolloutConfig(rollout_num_samples=3, rollout_top_p=0.5))
+    config = config_of(rollout=RolloutConfig(rollout_num_samples=4, rollout_top_p=0.5))
     params = refresh.sampling_params(config, STOP_IDS, 128)
     assert (params.num_samples, params.top_p, params.stop_ids, params.max_response_tokens(120)) == (
         3,

@@ -88,10 +88,23 @@ def test_a_refresh_samples_its_problems_and_queues_their_batches() -> None:
     parts = parts_of(config_of(run=RUN, rollout=RolloutConfig(rollout_num_samples=2)))
     queue, report = parts.refresh(0)
     assert parts.policy.calls == ["generate 4", "score 8 policy"]
-    assert queue.sizes == [(2, 4), (2, 4)], "a demonstration and a correct rollout of each problem"
+    assert queue.sizes == [(2, 4, 0), (2, 4, 0)], "a demonstration and a correct rollout of each problem"
     assert (report.num_problems, report.num_sampled, report.num_rollouts) == (4, 4, 8)
     assert (report.solve_rate, report.num_solved) == (0.5, 4)
     assert parts.servers.calls == []
+
+
+def test_demonstrations_of_weight_0_are_neither_scored_nor_queued() -> None:
+    config = config_of(run=RUN, rollout=RolloutConfig(rollout_num_samples=3, rollout_guided_samples=1))
+    parts = parts_of(config)
+    against_imitation = [100.0, -100.0, 100.0]
+    decisions = parts.driver.decisions
+    decisions.load_state_dict(decisions.state_dict() | {"guidance": against_imitation})
+    queue, report = parts.refresh(0)
+    assert report.guidance < 0.5 and report.demonstration_weight == 0.0 and report.num_left_out == 0
+    assert parts.policy.calls == ["generate 8", "score 4 policy"]
+    assert queue.sizes == [(2, 2, 4), (2, 2, 4)], "rollouts, and the tokens of two demonstrations"
+    assert all(queue.batch(place).samples.are_rollouts.all() for place in range(2))  # type: ignore[union-attr]
 
 
 def test_without_rollouts_only_demonstrations_are_trained() -> None:
@@ -103,7 +116,7 @@ def test_without_rollouts_only_demonstrations_are_trained() -> None:
     parts = parts_of(config, verifier=None)
     queue, report = parts.refresh(0)
     assert parts.policy.calls == []
-    assert queue.sizes == [(2, 2), (2, 2)]
+    assert queue.sizes == [(2, 2, 0), (2, 2, 0)]
     assert (report.num_problems, report.num_rollouts, report.demonstration_weight) == (4, 0, 1.0)
 
 
@@ -270,7 +283,7 @@ def test_every_rollout_is_scored_after_the_teachers_prompt_without_a_verdict(
 ) -> None:
     parts, queue, report = distilled(iteration, objective_sdft_teacher=teacher)
     assert parts.policy.calls == ["generate 4", f"score 8 {weights}"]
-    assert queue.sizes == [(2, 4), (2, 4)]
+    assert queue.sizes == [(2, 4, 0), (2, 4, 0)]
     arrays = queue.arrays()
     assert arrays["teacher_logprobs"].tolist() == [-4.0] * len(arrays["teacher_logprobs"])
     assert arrays["prompt_lengths"].tolist() == [2] * 8, "the policy is trained on the plain prompt"
@@ -283,7 +296,7 @@ def test_every_rollout_is_scored_after_the_teachers_prompt_without_a_verdict(
 
 def test_rollouts_that_are_too_long_for_the_teacher_are_counted() -> None:
     _, queue, report = distilled(0, max_tokens=6)
-    assert queue.sizes == [(2, 0), (2, 0)] and report.num_left_out == 4
+    assert queue.sizes == [(2, 0, 0), (2, 0, 0)] and report.num_left_out == 4
     assert report.values()["rollout/too_long_frac"] == 1
     assert "8 too long" in report.line(1.0)
     (warning,) = report.warnings(config_of())

@@ -194,7 +194,7 @@ def test_a_step_that_fails_leaves_its_batch_in_the_queue() -> None:
     trainer.error = RuntimeError("out of memory")
     with pytest.raises(RuntimeError):
         run.train_step()
-    assert run.queue.sizes == [(5, 1), (6, 1), (7, 1)]
+    assert run.queue.sizes == [(5, 1, 0), (6, 1, 0), (7, 1, 0)]
 
 
 @pytest.mark.parametrize(("error", "is_finished"), [(Diverged(), True), (RuntimeError(), False)])
@@ -264,7 +264,7 @@ def test_a_run_resumes_in_the_middle_of_a_refresh(tmp_path: Path) -> None:
         run.save_if_due()
     run.stop()
     state, arrays = checkpoints.saved
-    assert state["queue"] == [(6, 1), (7, 1)], "the batch that is prepared is still queued"
+    assert state["queue"] == [(6, 1, 0), (7, 1, 0)], "the batch that is prepared is still queued"
     refresh, after = RefreshOfNotes(), TrainerOfNotes(1)
     loading = CheckpointsOfNotes(after, (json.loads(json.dumps(state)), arrays), own(tmp_path))
     resumed, _ = run_of(args, after, refresh=refresh, checkpoints=loading)

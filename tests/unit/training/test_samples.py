@@ -1,5 +1,6 @@
 """SampleArrays keep every value of the samples when they are sliced, selected and saved."""
 
+import json
 import random
 import tracemalloc
 from array import array
@@ -7,8 +8,8 @@ from array import array
 import numpy as np
 import pytest
 
-from megatron_rasft.training.samples import BatchQueue, SampleArrays, views
-from megatron_rasft.types import TrainingSample
+from megatron_rasft.training.samples import Batch, BatchQueue, SampleArrays, views
+from megatron_rasft.types import BatchSize, TrainingSample
 
 
 def some_samples(num: int, *, has_old: bool = True) -> list[TrainingSample]:
@@ -132,22 +133,32 @@ def test_a_slice_copies_nothing() -> None:
 
 def test_the_queue_yields_each_batch_once_and_saves_the_remaining_ones() -> None:
     samples = some_samples(9)
-    sizes = [(3, 4), (2, 0), (3, 5)]
+    sizes = [(3, 4, 0), (2, 0, 7), (3, 5, 20)]
     queue = BatchQueue(sizes, SampleArrays.of(samples))
     elsewhere = BatchQueue(sizes)
     ahead = queue.batch(2)
     assert ahead is not None and plain(ahead.samples) == expected(samples[4:])
-    for start, (num_problems, num) in zip((0, 4, 4), sizes, strict=True):
-        resumed = BatchQueue(queue.sizes, SampleArrays.load(queue.arrays()))
+    for start, (num_problems, num, num_uncomputed) in zip((0, 4, 4), sizes, strict=True):
+        resumed = BatchQueue(json.loads(json.dumps(queue.sizes)), SampleArrays.load(queue.arrays()))
         for one in (queue, resumed):
             batch = one.batch(0)
-            assert batch is not None and batch.num_problems == num_problems
+            assert batch is not None
+            assert (batch.num_problems, batch.num_uncomputed) == (num_problems, num_uncomputed)
             assert plain(batch.samples) == expected(samples[start : start + num])
         assert elsewhere.batch(0) is None and len(elsewhere) == len(queue) == len(resumed)
         queue.popleft()
         elsewhere.popleft()
     assert len(queue) == len(elsewhere) == 0
     assert queue.arrays() == {}, "batches that have been trained on are not saved"
+
+
+def test_samples_that_are_not_computed_are_counted_by_their_response_tokens() -> None:
+    samples = some_samples(3)
+    samples[1].is_computed = False
+    batch = Batch.of(samples, 2)
+    assert plain(batch.samples) == expected([samples[0], samples[2]])
+    assert (batch.num_problems, batch.num_uncomputed) == (2, len(samples[1].response_ids))
+    assert BatchSize.of([samples, []]) == (2, 2, batch.num_uncomputed)
 
 
 def test_a_queued_token_takes_at_most_twelve_bytes() -> None:
