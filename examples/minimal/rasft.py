@@ -34,11 +34,12 @@ class Problem:
 
 @dataclass
 class Rollout:
-    """A response that the policy sampled, and its verdict."""
+    """A response that the policy sampled, and its verdict. It begins with ``num_guide_tokens`` of the demonstration."""
 
     response_ids: list[int]
     text: str
     is_correct: bool
+    num_guide_tokens: int
 
 
 @dataclass
@@ -49,7 +50,7 @@ class Sample:
     response_ids: list[int]
     weight: float
     is_demonstration: bool = False
-    ref_logprobs: Tensor | None = None  # [response tokens] fp32, nats, under the frozen reference
+    ref_logprobs: Any = None  # [response tokens] fp32, nats, under the frozen reference
 
 
 # ---- the data
@@ -64,23 +65,14 @@ def read_problems(path: Path, tokenizer: Any, system_prompt: str) -> list[Proble
     for row in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
         messages = [{"role": "system", "content": system_prompt}] if system_prompt else []
         messages.append({"role": "user", "content": row["problem"]})
+        prompt = "\n\n".join(message["content"] for message in messages) + "\n"
         if tokenizer.chat_template:
             prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        else:
-            prompt = "\n\n".join(message["content"] for message in messages) + "\n"
         prompt_ids = tokenizer(prompt, add_special_tokens=not tokenizer.chat_template)["input_ids"]
         response_ids = tokenizer(row["response"], add_special_tokens=False)["input_ids"]
-        problems.append(
-            Problem(row["id"], number(row["answer"]), prompt_ids, [*response_ids, tokenizer.eos_token_id])
-        )
+        response_ids.append(tokenizer.eos_token_id)
+        problems.append(Problem(row["id"], number(row["answer"]), prompt_ids, response_ids))
     return problems
-
-
-def in_order(problems: list[Problem], seed: int, epoch: int) -> list[Problem]:
-    """Shuffles the problems for an epoch, in the order of the product's --data-seed."""
-    order = list(problems)
-    random.Random(f"curriculum {seed} epoch {epoch}").shuffle(order)
-    return order
 
 
 # ---- rollouts and their verdicts
@@ -88,20 +80,22 @@ def in_order(problems: list[Problem], seed: int, epoch: int) -> list[Problem]:
 
 @torch.no_grad()
 def sample(model: Any, tokenizer: Any, problem: Problem, args: argparse.Namespace) -> list[Rollout]:
-    """Samples K responses of the current policy and verifies them."""
-    prompt = torch.tensor([problem.prompt_ids])
-    end_id = tokenizer.eos_token_id
+    """Samples and verifies K responses of the current policy. The last one continues the beginning of the demonstration."""
+    end_id, demonstration = tokenizer.eos_token_id, problem.demonstration_ids
     settings = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "eos_token_id": end_id}
-    settings |= {"num_return_sequences": args.num_samples, "max_new_tokens": args.max_new_tokens}
-    outputs = model.generate(prompt, attention_mask=torch.ones_like(prompt), pad_token_id=end_id, **settings)
-    rollouts = []
-    for ids in outputs[:, prompt.shape[1] :].tolist():
-        is_complete = end_id in ids
-        if is_complete:
-            ids = ids[: ids.index(end_id) + 1]
-        text = tokenizer.decode(ids, skip_special_tokens=True)
-        # A response that was truncated by the length limit never counts as solved.
-        rollouts.append(Rollout(ids, text, is_complete and given_answer(text) == problem.answer))
+    settings |= {"max_new_tokens": args.max_new_tokens, "pad_token_id": end_id}
+    rollouts, beginning = [], demonstration[: max(1, int(GUIDED_SHARE * len(demonstration)))]
+    for num, guide in ((args.num_samples - 1, []), (1, beginning)):
+        prompt = torch.tensor([problem.prompt_ids + guide])
+        mask = torch.ones_like(prompt)
+        outputs = model.generate(prompt, attention_mask=mask, num_return_sequences=num, **settings)
+        for ids in outputs[:, len(problem.prompt_ids) :].tolist():
+            is_complete = end_id in ids
+            ids = ids[: ids.index(end_id) + 1] if is_complete else ids
+            text = tokenizer.decode(ids, skip_special_tokens=True)
+            # A response that was truncated by the length limit never counts as solved.
+            is_correct = is_complete and given_answer(text) == problem.answer
+            rollouts.append(Rollout(ids, text, is_correct, len(guide)))
     return rollouts
 
 
@@ -134,34 +128,50 @@ def distinct(rollouts: list[Rollout]) -> list[Rollout]:
 
 # ---- from the solve rate to weights
 
-DEMONSTRATION_MAX, DEMONSTRATION_MIN = 1.5, 0.3
-ROLLOUT_TOTAL = 0.7
+DEMONSTRATION_MAX, DEMONSTRATION_MIN, ROLLOUT_TOTAL = 1.5, 0.3, 0.7
 NEUTRAL = 1 - (1 - DEMONSTRATION_MIN) / (DEMONSTRATION_MAX - DEMONSTRATION_MIN)
 """The solvability at which a demonstration has weight 1, like the demonstration of an unsampled problem."""
+GUIDED_SHARE, SOLVED_SHARE, THRESHOLD = 0.3, 0.25, 0.05
 MEMORY = 0.5  # share of earlier counts that is kept: old rollouts describe the changed policy less well
 
 
-class Solvability:
-    """The policy's solve rate on each problem, smoothed over refreshes and by one pseudo-rollout at ``NEUTRAL``."""
-
-    def __init__(self) -> None:
-        self._counts: dict[str, tuple[float, float]] = {}
-
-    def update(self, problem_id: str, rollouts: list[Rollout]) -> float:
-        """Adds a problem's new rollouts and returns the estimate of s, 0 .. 1."""
-        solved, sampled = self._counts.get(problem_id, (0.0, 0.0))
-        solved = MEMORY * solved + sum(r.is_correct for r in rollouts)
-        sampled = MEMORY * sampled + len(rollouts)
-        self._counts[problem_id] = solved, sampled
-        return (solved + NEUTRAL) / (sampled + 1)
+def solvability(counts: dict[str, tuple[float, float]], problem_id: str, rollouts: list[Rollout]) -> float:
+    """Adds a problem's new rollouts to the counts of solved and of all. Returns the estimate of s, with one pseudo-rollout at NEUTRAL."""
+    solved, sampled = counts.get(problem_id, (0.0, 0.0))
+    solved = MEMORY * solved + sum(r.is_correct for r in rollouts)
+    sampled = MEMORY * sampled + len(rollouts)
+    counts[problem_id] = solved, sampled
+    return (solved + NEUTRAL) / (sampled + 1)
 
 
-def weigh(problem: Problem, rollouts: list[Rollout], s: float) -> list[Sample]:
-    """Weighs the demonstration more for a hard problem, and the policy's own solutions more for an easy problem."""
-    weight = DEMONSTRATION_MIN + (DEMONSTRATION_MAX - DEMONSTRATION_MIN) * (1 - s)
+def gain(alone: list[Rollout], guided: Rollout) -> float:
+    """How much better the policy does on a problem if it begins like the demonstration, above all where it fails.
+
+    A failed attempt counts fully, a solved one a quarter. The other attempts say how often the policy solves the problem.
+    """
+    num, solved = len(alone), sum(r.is_correct for r in alone)
+    in_failures = (1 - solved / num) * (guided.is_correct - solved / (num - 1))
+    in_successes = solved / num * (guided.is_correct - max(0, solved - 1) / (num - 1))
+    return in_failures + SOLVED_SHARE * in_successes
+
+
+def guidance(sums: list[float], gains: list[float]) -> float:
+    """Adds the gains to the discounted sums of their number, values and squares. Returns the probability that their mean is above 0."""
+    new = (len(gains), sum(gains), sum(value * value for value in gains))
+    sums[:] = [MEMORY * old + added for old, added in zip(sums, new, strict=True)]
+    num, total, squares = sums
+    variance = (
+        max(0.0, squares / num - (total / num) ** 2) + 2 / num
+    )  # as if the gains 1 and -1 were among them
+    return 0.5 * (1 + math.erf(total / math.sqrt(2 * variance * num)))
+
+
+def weigh(problem: Problem, alone: list[Rollout], s: float, imitates: bool) -> list[Sample]:
+    """Weighs the demonstration more for a hard problem, or the policy's own solutions more for an easy problem."""
+    weight = imitates * (DEMONSTRATION_MIN + (DEMONSTRATION_MAX - DEMONSTRATION_MIN) * (1 - s))
     demonstration = Sample(problem.prompt_ids, problem.demonstration_ids, weight, is_demonstration=True)
     # Solutions share their weight by tokens: weight x tokens of a problem does not depend on their number and lengths.
-    solutions = distinct([r for r in rollouts if r.is_correct])
+    solutions = [] if imitates else distinct([r for r in alone if r.is_correct])
     num_tokens = sum(len(r.response_ids) for r in solutions)
     each = ROLLOUT_TOTAL * s * len(problem.demonstration_ids) / max(1, num_tokens)
     return [demonstration, *(Sample(problem.prompt_ids, r.response_ids, each) for r in solutions)]
@@ -188,23 +198,22 @@ def token_loss_sum(logprobs: Tensor, ref_logprobs: Tensor, weight: float) -> Ten
     return (ratio * weight * policy.exp() * -logprobs).sum()
 
 
-def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, samples: list[Sample]) -> float:
-    """One optimizer step on the samples of a batch of problems; returns the loss.
+def train_step(model: nn.Module, optimizer: Any, samples: list[Sample]) -> tuple[float, int]:
+    """One optimizer step on the samples of a batch of problems. Returns the loss and the number of samples with a gradient.
 
     The sum is divided once, by the number of demonstration tokens of the batch: neither the split into forward passes nor the
     length of the rollouts changes the gradient of a demonstration.
     """
     num_tokens = sum(len(s.response_ids) for s in samples if s.is_demonstration)
-    total = 0.0
+    total, computed = 0.0, [s for s in samples if s.weight]
     optimizer.zero_grad()
-    for item in samples:
-        assert item.ref_logprobs is not None
+    for item in computed:
         loss = token_loss_sum(response_logprobs(model, item), item.ref_logprobs, item.weight) / num_tokens
         loss.backward()
         total += loss.item()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
-    return total
+    return total, len(computed)
 
 
 def learning_rate(step: int, total: int, args: argparse.Namespace) -> float:
@@ -223,56 +232,49 @@ def main() -> None:
     args = parse()
     torch.manual_seed(args.seed)
     tokenizer = AutoTokenizer.from_pretrained(args.hf_model)
-    policy, reference = (
-        AutoModelForCausalLM.from_pretrained(args.hf_model, dtype=torch.float32).eval() for _ in range(2)
-    )
+    load = AutoModelForCausalLM.from_pretrained
+    policy, reference = (load(args.hf_model, dtype=torch.float32).eval() for _ in range(2))
     reference.requires_grad_(False)
     optimizer = torch.optim.Adam(policy.parameters(), betas=(0.9, 0.95), eps=1e-8)
     problems = read_problems(args.train_data, tokenizer, args.system_prompt)
-    solvability = Solvability()
+    counts: dict[str, tuple[float, float]] = {}
     total = args.train_iters or -(-len(problems) // args.batch_size)
     step = epoch = 0
+    evidence = [0.0, 0.0, 0.0]
     while step < total:
-        order = in_order(problems, args.seed, epoch)
+        order = list(problems)
+        random.Random(f"curriculum {args.seed} epoch {epoch}").shuffle(order)  # the product's order
         epoch += 1
         while order and step < total:
             num = min(args.refresh_interval, total - step) * args.batch_size
             chosen, order = order[:num], order[num:]
-            batches: dict[str, list[Sample]] = {}
-            for problem in chosen:
-                rollouts = sample(policy, tokenizer, problem, args)
-                samples = weigh(problem, rollouts, solvability.update(problem.problem_id, rollouts))
-                for item in samples:
+            groups = [sample(policy, tokenizer, problem, args) for problem in chosen]
+            helps = guidance(evidence, [gain(alone, guided) for *alone, guided in groups])
+            weighed = []
+            for problem, (*alone, guided) in zip(chosen, groups, strict=True):
+                s = solvability(counts, problem.problem_id, alone)
+                weighed.append(weigh(problem, alone, s, imitates=helps >= THRESHOLD))
+                for item in weighed[-1]:
                     item.ref_logprobs = response_logprobs(reference, item).detach()
-                batches[problem.problem_id] = samples
-                if args.rollout_store is not None:
-                    store(args.rollout_store, problem, rollouts, step, tokenizer.eos_token_id)
+                store(args.rollout_store, problem, [*alone, guided], step, tokenizer.eos_token_id)
             for start in range(0, len(chosen), args.batch_size):
-                batch = [s for p in chosen[start : start + args.batch_size] for s in batches[p.problem_id]]
+                batch = [item for samples in weighed[start : start + args.batch_size] for item in samples]
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(step, total, args)
-                loss = train_step(policy, optimizer, batch)
+                loss, num_computed = train_step(policy, optimizer, batch)
                 step += 1
-                print(json.dumps({"step": step, "loss": loss, "num_samples": len(batch)}), flush=True)
-    if args.output is not None:
-        policy.save_pretrained(args.output)
-        tokenizer.save_pretrained(args.output)
+                print(json.dumps({"step": step, "loss": loss, "num_samples": num_computed}), flush=True)
 
 
 def store(path: Path, problem: Problem, rollouts: list[Rollout], step: int, eos_id: int) -> None:
     """Appends rollouts in the product's format, for its ``--rollout-engine replay --rollout-replay FILE``."""
     with path.open("a", encoding="utf-8") as file:
         for index, rollout in enumerate(rollouts):
-            row = {
-                "problem_id": problem.problem_id,
-                "sample_index": index,
-                "weight_version": step,
-                "prompt_ids": problem.prompt_ids,
-                "response_ids": rollout.response_ids,
-                "response_logprobs": [0.0] * len(rollout.response_ids),
-                "finish_reason": "stop" if rollout.response_ids[-1] == eos_id else "length",
-                "text": rollout.text,
-            }
+            row = {name: value for name, value in vars(rollout).items() if name != "is_correct"}
+            row |= {"problem_id": problem.problem_id, "sample_index": index, "weight_version": step}
+            row["prompt_ids"] = problem.prompt_ids
+            row["response_logprobs"] = [0.0] * (len(rollout.response_ids) - rollout.num_guide_tokens)
+            row["finish_reason"] = "stop" if rollout.response_ids[-1] == eos_id else "length"
             file.write(json.dumps(row) + "\n")
 
 
@@ -281,13 +283,12 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="RASFT in one file, on plain transformers.")
     parser.add_argument("--hf-model", type=Path, required=True, metavar="DIR", help="model folder")
     parser.add_argument("--train-data", type=Path, required=True, metavar="FILE", help="rows in JSON lines")
-    parser.add_argument("--rollout-store", type=Path, metavar="FILE", help="file to append rollouts to")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="folder for the trained model")
+    parser.add_argument("--rollout-store", type=Path, required=True, metavar="FILE", help="file to append to")
     parser.add_argument("--system-prompt", default="You solve arithmetic.")
     parser.add_argument("--batch-size", type=int, default=16, help="problems in a step")
     parser.add_argument("--refresh-interval", type=int, default=3, help="steps between rollouts")
     parser.add_argument("--train-iters", type=int, help="steps; default: one epoch")
-    parser.add_argument("--num-samples", type=int, default=4, help="rollouts of a problem (K)")
+    parser.add_argument("--num-samples", type=int, default=4, help="rollouts of a problem (K), at least 3")
     parser.add_argument("--max-new-tokens", type=int, default=40, help="longest rollout")
     parser.add_argument("--lr", type=float, default=2e-5, help="peak learning rate")
     parser.add_argument("--lr-warmup-iters", type=int, default=2, help="steps of linear warm-up")
