@@ -225,7 +225,9 @@ def test_published_accuracies_are_those_of_the_shipped_records() -> None:
         for line in lines:
             method, published = line[0].strip(), line[columns[world]].strip()
             scores = [r.scores(KINDS).mean() for r in records if r.method == method]
-            assert published == (f"{100 * statistics.fmean(scores):.1f}" if scores else "")
+            assert bool(published) == bool(scores)
+            # A mean such as 48.25 rounds either way, by the order of the sum.
+            assert not scores or abs(float(published) - 100 * statistics.fmean(scores)) <= 0.05 + 1e-9
 
 
 @pytest.mark.parametrize("name", list(KEPT))
