@@ -224,7 +224,8 @@ def _facts(batch: Batch) -> BatchFacts:
         num_problems=batch.num_problems,
         num_samples=len(lengths),
         num_tokens=int(lengths.sum()),
-        num_counted=int(batch.samples.response_lengths[batch.samples.are_counted].sum()) + batch.num_uncomputed,
+        num_counted=int(batch.samples.response_lengths[batch.samples.are_counted].sum())
+        + batch.num_uncomputed,
         squared_tokens=int((lengths**2).sum()),
         mean_weights={
             kind: float(batch.samples.weights[of].mean()) for kind, of in kinds.items() if of.any()

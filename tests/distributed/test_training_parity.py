@@ -118,7 +118,9 @@ def independent_training(
         optimizer.zero_grad()
         total = sum(len(s.response_ids) for s in batch if s.is_counted)
         computed = [s for s in batch if s.is_computed]
-        loss = sum((sequence_loss(objective, model, reference, s) for s in computed), torch.tensor(0.0)) / total
+        loss = (
+            sum((sequence_loss(objective, model, reference, s) for s in computed), torch.tensor(0.0)) / total
+        )
         loss.backward()
         losses.append(float(loss.detach()))
         norms.append(float(torch.nn.utils.clip_grad_norm_(parameters, CLIP[objective])))

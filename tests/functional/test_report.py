@@ -23,7 +23,8 @@ def test_page_of_a_run_has_its_curves_settings_and_texts(workshop: Workshop, tmp
     assert not shown.texts.get("li"), "no note on a missing input"
     ((_, points),) = shown.lines["Loss of the objective"].items()
     assert [value for _, value in points] == pytest.approx(launching.losses(save), rel=1e-4)
-    num_rollouts = len((save / "rollouts.jsonl").read_text().splitlines())
+    rollouts = map(json.loads, (save / "rollouts.jsonl").read_text().splitlines())
+    num_rollouts = sum(not rollout["num_guide_tokens"] for rollout in rollouts)
     assert any(row.startswith(f"Rollouts{num_rollouts} in ") for row in shown.rows)
     assert f"Model{workshop.policy}" in shown.rows
     problems = {json.loads(line)["problem"] for line in workshop.sums.read_text().splitlines()}
