@@ -249,3 +249,17 @@ def test_impossible_evidence_is_refused(
 ) -> None:
     with pytest.raises(ValueError):
         estimate_solvability(num_correct, num_samples, WeightingConfig(), remembered)
+
+
+@pytest.mark.parametrize(
+    ("guidance", "imitates", "practises"),
+    [(None, True, True), (0.05, True, False), (1.0, True, False), (0.0499, False, True), (0.0, False, True)],
+)
+def test_guidance_below_its_threshold_leaves_demonstrations_out(
+    guidance: float | None, imitates: bool, practises: bool
+) -> None:
+    both = adaptive_weights(counted_group(2, 1), WeightingConfig())
+    weights = adaptive_weights(counted_group(2, 1), WeightingConfig(), guidance=guidance)
+    assert weights.demonstration == imitates * both.demonstration
+    assert weights.rollouts == tuple(practises * weight for weight in both.rollouts)
+    assert weights.solvability == both.solvability

@@ -218,7 +218,9 @@ def test_a_problem_keeps_the_kind_of_rollouts_that_servers_delivered() -> None:
 @pytest.mark.parametrize(("own", "continued", "kind"), [(6, 5, "demonstration"), (5, 6, "rollout")])
 def test_guided_rollouts_decide_what_is_trained_on(own: int, continued: int, kind: str) -> None:
     """The stand-in verifier reads the first token, so a group's guide of one token is replaced here."""
-    made = refresh_of(config_of(rollout=guided()))
+    made = refresh_of(
+        config_of(rollout=guided(), weighting=WeightingConfig(weighting_guidance_threshold=0.5))
+    )
     ids = ["p1", "p2", "p3"]
     responses = [[response(own, i, 9), response(6, i, 9)] for i in range(3)]
     responses += [[response(continued, i, 9)] for i in range(3)]
