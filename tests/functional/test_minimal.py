@@ -23,16 +23,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that solves most of the problems of ``write_rows``."""
     folder = tmp_path_factory.mktemp("trained")
     model = write_model(folder / "random", string.printable[:97])
-    learn = [
-        "--objective",
-        "sft",
-        "--data-epochs",
-        "20",
-        "--lr",
-        "1e-2",
-        "--export-hf",
-        str(folder / "model"),
-    ]
+    learn = [*"--objective sft --data-epochs 20 --lr 1e-2 --export-hf".split(), str(folder / "model")]
     flags = ["--hf-model", str(model), "--train-data", str(write_rows(folder / "rows.jsonl")), *SETTINGS]
     launching.succeed(folder / "logs", [*flags, *learn])
     return folder / "model"
@@ -66,14 +57,8 @@ def test_losses_are_those_of_the_method_in_one_file(
     assert len(expected) == 4 and min(step["num_samples"] for step in expected) > 8, "too few were correct"
 
     replay = [*given, *SETTINGS, "--rasft-refresh-interval", "2", "--save", str(tmp_path / "save")]
-    replay += [
-        "--weighting-guidance-threshold",
-        threshold,
-        "--rollout-engine",
-        "replay",
-        "--rollout-replay",
-        str(store),
-    ]
+    replay += ["--weighting-guidance-threshold", threshold]
+    replay += ["--rollout-engine", "replay", "--rollout-replay", str(store)]
     replay += [f"--no-verify-filter-{name}" for name in NO_FILTERS]
     launching.succeed(tmp_path / "replay-logs", replay)
     steps = launching.steps(tmp_path / "save")

@@ -1,9 +1,8 @@
 """Micro-batches have the same tokens, labels, masks and log-probabilities as a slow, simple construction."""
 
-import itertools
 import pickle
 import random
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
 import pytest
@@ -313,7 +312,7 @@ def test_facts_count_tokens_and_average_weights_per_kind() -> None:
 def test_tokens_that_are_not_computed_enter_one_denominator(cp_size: int) -> None:
     batch = Batch(num_problems=9, samples=SampleArrays.of(some_samples(9)), num_uncomputed=17)
     counted = []
-    for dp_rank, cp_rank in itertools.product(range(2), range(cp_size)):
+    for dp_rank, cp_rank in product(range(2), range(cp_size)):
         layout = a_layout(dp_size=2, dp_rank=dp_rank, cp_size=cp_size, cp_rank=cp_rank)
         shard = shard_batch(batch, layout)[dp_rank]
         counted += [int(made.num_uncomputed) for made in build_micro_batches(shard, layout)]
