@@ -131,12 +131,13 @@ def distinct(rollouts: list[Rollout]) -> list[Rollout]:
 DEMONSTRATION_MAX, DEMONSTRATION_MIN, ROLLOUT_TOTAL = 1.5, 0.3, 0.7
 NEUTRAL = 1 - (1 - DEMONSTRATION_MIN) / (DEMONSTRATION_MAX - DEMONSTRATION_MIN)
 """The solvability at which a demonstration has weight 1, like the demonstration of an unsampled problem."""
+# length of a guide, weight of a solved attempt in a gain, probability below which demonstrations are left out
 GUIDED_SHARE, SOLVED_SHARE, THRESHOLD = 0.3, 0.25, 0.05
 MEMORY = 0.5  # share of earlier counts that is kept: old rollouts describe the changed policy less well
 
 
 def solvability(counts: dict[str, tuple[float, float]], problem_id: str, rollouts: list[Rollout]) -> float:
-    """Adds a problem's new rollouts to the counts of solved and of all. Returns the estimate of s, with one pseudo-rollout at NEUTRAL."""
+    """The solve rate s of a problem, with one pseudo-rollout at NEUTRAL. Adds its new rollouts to ``counts``: how many solved, how many in all."""
     solved, sampled = counts.get(problem_id, (0.0, 0.0))
     solved = MEMORY * solved + sum(r.is_correct for r in rollouts)
     sampled = MEMORY * sampled + len(rollouts)
@@ -156,13 +157,12 @@ def gain(alone: list[Rollout], guided: Rollout) -> float:
 
 
 def guidance(sums: list[float], gains: list[float]) -> float:
-    """Adds the gains to the discounted sums of their number, values and squares. Returns the probability that their mean is above 0."""
+    """The probability that the mean gain is above 0. ``sums`` are its number, sum and sum of squares over all refreshes, discounted."""
     new = (len(gains), sum(gains), sum(value * value for value in gains))
     sums[:] = [MEMORY * old + added for old, added in zip(sums, new, strict=True)]
     num, total, squares = sums
-    variance = (
-        max(0.0, squares / num - (total / num) ** 2) + 2 / num
-    )  # as if the gains 1 and -1 were among them
+    # 2 / num: as if the gains 1 and -1 were among them. Equal gains of a few problems are not yet certainty.
+    variance = max(0.0, squares / num - (total / num) ** 2) + 2 / num
     return 0.5 * (1 + math.erf(total / math.sqrt(2 * variance * num)))
 
 
@@ -239,8 +239,7 @@ def main() -> None:
     problems = read_problems(args.train_data, tokenizer, args.system_prompt)
     counts: dict[str, tuple[float, float]] = {}
     total = args.train_iters or -(-len(problems) // args.batch_size)
-    step = epoch = 0
-    evidence = [0.0, 0.0, 0.0]
+    step, epoch, evidence = 0, 0, [0.0, 0.0, 0.0]
     while step < total:
         order = list(problems)
         random.Random(f"curriculum {args.seed} epoch {epoch}").shuffle(order)  # the product's order
@@ -255,7 +254,8 @@ def main() -> None:
                 s = solvability(counts, problem.problem_id, alone)
                 weighed.append(weigh(problem, alone, s, imitates=helps >= THRESHOLD))
                 for item in weighed[-1]:
-                    item.ref_logprobs = response_logprobs(reference, item).detach()
+                    if item.weight:
+                        item.ref_logprobs = response_logprobs(reference, item).detach()
                 store(args.rollout_store, problem, [*alone, guided], step, tokenizer.eos_token_id)
             for start in range(0, len(chosen), args.batch_size):
                 batch = [item for samples in weighed[start : start + args.batch_size] for item in samples]
