@@ -15,7 +15,7 @@ from megatron_rasft.flags import (
 )
 
 _MIN_UNGUIDED = 2
-"""Responses of the prompt alone without which guided ones have nothing to be compared with (``objective.guidance.gain``)."""
+"""Smallest number of unguided responses to a problem with guided ones. ``objective.guidance.gain`` compares the two kinds."""
 
 
 @dataclass(kw_only=True)
@@ -32,7 +32,7 @@ class RolloutConfig(FlagSection):
     """Responses per sampled problem (K), guided ones included."""
 
     rollout_guided_samples: NonNegativeInt | None = None
-    """How many of the K responses continue the beginning of the demonstration. They are graded, but not trained on. They show whether the
+    """Number of the K responses that continue the beginning of the demonstration. They are graded, but not trained on. They show whether the
     policy does worse if it begins like the demonstration, above all where it fails (--weighting-guidance-solved). If it does
     (--weighting-guidance-threshold), the steps train on the policy's own solutions only, otherwise on demonstrations only. 0: they train on
     both. Unset: 1 with the adaptive rule of the rasft objective if K is 3 or more and --weighting-rollout-total is not 0; otherwise 0."""

@@ -104,9 +104,9 @@ class WeightingConfig(FlagSection):
     only help where the policy fails. With 1 it must raise the solve rate as a whole."""
 
     weighting_guidance_threshold: Annotated[float, Range(above=0, below=1)] = 0.05
-    """Guidance below which the steps train on the policy's own solutions only. Guidance is the probability that the policy does better if
-    it begins like the demonstration. With a small threshold the demonstrations are trained on unless there is evidence that they
-    harm, as it must be for a policy that solves too little to learn from itself."""
+    """The guidance is the probability that the policy does better if it begins like the demonstration. Below this threshold the steps train
+    on the policy's own solutions only. A small threshold keeps the demonstrations until there is evidence that they harm: a policy that
+    solves nearly nothing cannot learn from itself."""
 
     weighting_prior_strength: Amount = 1.0
     """Size of the Beta prior on s, in rollouts. Its mean is the s at which the demonstration weight is 1, so a problem with

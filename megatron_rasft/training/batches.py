@@ -105,8 +105,8 @@ class MicroBatch:
     are_counted: Tensor
     """[n] bool: whether each sample's tokens count in the denominator of the loss."""
     num_uncomputed: Tensor
-    """Scalar int64: response tokens that are in no micro-batch, but count in the denominator of the loss. Only one micro-batch of the
-    global batch, on one context-parallel rank, has another value than 0."""
+    """Scalar int64: response tokens that are in no micro-batch, but count in the denominator of the loss. One micro-batch of the global
+    batch has all of them, on one context-parallel rank. The others have 0."""
     ref_logprobs: Tensor | None
     """[b * s/cp] fp32 under the frozen reference; None if any sample of the batch lacks them."""
     old_logprobs: Tensor | None
