@@ -370,7 +370,8 @@ class Decoder:
 
         CUDA graphs capture this function, so it reads and writes the same tensors at every call.
         """
-        positions = self._rows.position[:num]
+        # An ended row may be longer than all others. What is computed for it is not used.
+        positions = self._rows.position[:num].clamp(max=length - 1)
         keys = torch.arange(length, device=self._device)
         seen = keys[None, :] <= positions[:, None]
         mask = torch.zeros(seen.shape, dtype=self._model.dtype, device=self._device)

@@ -118,21 +118,19 @@ class CachedAttention(torch.nn.Module):
         self._attention = attention
         self._cache = cache
         self.keys: Tensor | None = None
-        """[rows, n_kv, length, d], after the rotary embedding; None until the first forward pass shows the shape."""
+        """[rows, n_kv, length, d], after the rotary embedding; None until the first forward pass shows the shape. On a CPU
+        ``length`` is that of the last pass, otherwise that of the cache."""
         self.values: Tensor | None = None
         cache.layers.append(self)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *unused: Any, **also_unused: Any) -> Tensor:
         """[s, p, n, d] -> [s, p, n * d] for a Prefill; [rows, 1, n, d] -> [rows, 1, n * d] for a Decode."""
-        if self.keys is None or self.values is None:
-            # Zeros instead of uninitialised memory: the weight 0 of a masked key times a NaN value would be NaN.
-            num_rows, length = self._cache.num_rows, self._cache.length
-            self.keys, self.values = (
-                new.new_zeros(num_rows, new.shape[2], length, new.shape[3]) for new in (key, value)
-            )
         step = self._cache.step
         if isinstance(step, Prefill):
+            longest = max(key.shape[0], 0 if self.keys is None else self.keys.shape[2])
+            self._make_room(key, value, self._cache.num_rows, longest)
             for stored, new in ((self.keys, key), (self.values, value)):
+                assert stored is not None, "_make_room has allocated them"
                 stored[step.rows, :, : new.shape[0]] = new.permute(1, 2, 0, 3)[step.prompts]
             return self._attention.attend(query, key, value).flatten(2)
         assert step is not None, "KeyValueCache.step must be set before a forward pass"
@@ -154,9 +152,27 @@ class CachedAttention(torch.nn.Module):
     def free(self) -> None:
         self.keys = self.values = None
 
+    def _make_room(self, key: Tensor, value: Tensor, num_rows: int, length: int) -> None:
+        """Allocates keys and values, or gives them another length.
+
+        On a GPU they are allocated once, because CUDA graphs hold their addresses. On a CPU they are as long as a decode
+        step reads: torch's attention needs half the time or less if keys are contiguous.
+        """
+        if self.keys is None or self.values is None:
+            if key.device.type != "cpu":
+                length = self._cache.length
+            num_rows = self._cache.num_rows
+            # Zeros instead of uninitialised memory: the weight 0 of a masked key times a NaN value would be NaN.
+            self.keys, self.values = (
+                new.new_zeros(num_rows, new.shape[2], length, new.shape[3]) for new in (key, value)
+            )
+        elif key.device.type == "cpu" and self.keys.shape[2] != length:
+            self.keys, self.values = (_resized(stored, num_rows, length) for stored in (self.keys, self.values))
+
     def _decode(self, query: Tensor, key: Tensor, value: Tensor, step: Decode) -> Tensor:
-        assert self.keys is not None and self.values is not None
         num_rows, num_groups = key.shape[0], key.shape[2]
+        self._make_room(key, value, num_rows, step.mask.shape[-1])
+        assert self.keys is not None and self.values is not None
         self.keys[step.rows, :, step.positions] = key[:, 0]
         self.values[step.rows, :, step.positions] = value[:, 0]
         mask, length, window = step.mask, step.mask.shape[-1], self._attention.window
@@ -184,6 +200,15 @@ class CachedAttention(torch.nn.Module):
         of_heads = sinks.to(scores.dtype).view(1, *query.shape[1:3], 1).expand(len(query), -1, -1, -1)
         weights = torch.cat([of_heads, scores], -1).softmax(-1, dtype=torch.float32)[..., 1:]
         return weights.to(values.dtype) @ values
+
+
+def _resized(stored: Tensor, num_rows: int, length: int) -> Tensor:
+    """Copies [rows, n_kv, old length, d] to [num_rows, n_kv, length, d]. New places are 0."""
+    resized = stored.new_empty(num_rows, stored.shape[1], length, stored.shape[3])
+    num_kept = min(length, stored.shape[2])
+    resized[:, :, :num_kept] = stored[:num_rows, :, :num_kept]
+    resized[:, :, num_kept:] = 0
+    return resized
 
 
 class RotaryAtPositions(torch.nn.Module):
