@@ -44,7 +44,7 @@ from megatron_rasft.tools.evaluation.benchmark_grading import (
     try_function_on,
     verify_config,
 )
-from megatron_rasft.tools.evaluation.benchmark_sampling import Engine, sample_benchmark
+from megatron_rasft.tools.evaluation.benchmark_sampling import Engine, Order, sample_benchmarks
 from megatron_rasft.tools.evaluation.benchmarks import Benchmark, chosen, read_benchmark
 from megatron_rasft.tools.evaluation.config import EvaluationConfig
 from megatron_rasft.tools.evaluation.output_folder import TABLE_WRITERS, OutputFolder
@@ -165,7 +165,7 @@ def _sample_all(
     benchmarks: list[Benchmark],
     output: OutputFolder,
 ) -> None:
-    """Evaluates one benchmark after the other. The tables are written after each."""
+    """Evaluates the benchmarks. The tables are written after each."""
     tokenizer = open_tokenizer(args.model)
     prompt_config = DataConfig(
         data_prompt_suffix="",
@@ -183,26 +183,28 @@ def _sample_all(
         stop_ids=frozenset(stop_ids),
         max_batch_size=config.batch_size,
     )
+    num_rows = [len(benchmark.problems) for benchmark in benchmarks]
+    orders = []
     for benchmark in benchmarks:
-        num_rows = len(benchmark.problems)
         if config.limit:
             benchmark.problems = benchmark.problems[: config.limit]
         write_question = ask(benchmark, config.prompt_suffix, config.code_prompt_suffix)
         questions = [write_question(problem) for problem in benchmark.problems]
-        with Grader(benchmark, config) as grade:
-            rollouts = sample_benchmark(
-                benchmark,
-                tokenize_prompts(questions, tokenizer, prompt_config),
-                engine,
-                grade,
-                output.samples_of(benchmark),
-                num_samples=config.num_samples,
-                seed=config.seed,
-                params=params,
-                decode=response_decoder(tokenizer, chat_format),
-                say=partial(print, flush=True),
-            )
-        summary = summarise(benchmark, rollouts, config.num_samples, config.ks(), num_rows)
+        prompts = tokenize_prompts(questions, tokenizer, prompt_config)
+        orders.append(
+            Order(benchmark, prompts, output.samples_of(benchmark), partial(Grader, benchmark, config))
+        )
+    sampled = sample_benchmarks(
+        orders,
+        engine,
+        num_samples=config.num_samples,
+        seed=config.seed,
+        params=params,
+        decode=response_decoder(tokenizer, chat_format),
+        say=partial(print, flush=True),
+    )
+    for benchmark, rollouts, num in zip(benchmarks, sampled, num_rows, strict=True):
+        summary = summarise(benchmark, rollouts, config.num_samples, config.ks(), num)
         output.add_summary(args.label or Path(args.model).name, args.compare_with or args.model, summary)
 
 

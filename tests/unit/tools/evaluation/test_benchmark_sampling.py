@@ -1,6 +1,8 @@
 """Sampling continues after a kill and keeps every sample. A sample depends only on seed, problem and number."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,10 +12,7 @@ import pytest
 from megatron_rasft.errors import RolloutError
 from megatron_rasft.rollout.store import read_rollouts
 from megatron_rasft.tools.evaluation.benchmark_rows import Problem
-from megatron_rasft.tools.evaluation.benchmark_sampling import (
-    fit_to_positions,
-    sample_benchmark,
-)
+from megatron_rasft.tools.evaluation.benchmark_sampling import Grade, Order, sample_benchmarks
 from megatron_rasft.tools.evaluation.benchmarks import Benchmark
 from megatron_rasft.types import Response, Rollout, SamplingParams
 from tests.unit.tools.evaluation.conftest import CountingEngine, grade_even
@@ -29,11 +28,11 @@ PARAMS = SamplingParams(
 )
 
 
-def make_benchmark(num_problems: int = 5) -> Benchmark:
+def make_benchmark(num_problems: int = 5, name: str = "own") -> Benchmark:
     problems = [Problem(problem_id=f"p{i}", text=f"{i}?", answer=str(i)) for i in range(num_problems)]
     return Benchmark(
-        name="own",
-        title="Own",
+        name=name,
+        title=name.title(),
         kind="math",
         path=Path("own.jsonl"),
         problems=problems,
@@ -42,20 +41,22 @@ def make_benchmark(num_problems: int = 5) -> Benchmark:
     )
 
 
-def sample(path: Path, engine: Any, num_samples: int = 4, **options: Any) -> list[Rollout]:
-    benchmark = options.pop("benchmark", make_benchmark())
-    return sample_benchmark(
-        benchmark,
-        [[i] for i in range(len(benchmark.problems))],
-        engine,
-        grade_even,
-        path,
-        num_samples=num_samples,
-        seed=options.pop("seed", 1),
-        params=options.pop("params", PARAMS),
-        decode=str,
-        **options,
+def order_of(path: Path, benchmark: Benchmark | None = None, grade: Grade = grade_even) -> Order:
+    benchmark = benchmark or make_benchmark()
+    prompts = [[i] for i in range(len(benchmark.problems))]
+    return Order(benchmark, prompts, path, lambda: nullcontext(grade))
+
+
+def draw(orders: list[Order], engine: Any, **options: Any) -> Iterator[list[Rollout]]:
+    """Draws with 4 samples, seed 1 and PARAMS, unless ``options`` say otherwise."""
+    return sample_benchmarks(
+        orders, engine, **{"num_samples": 4, "seed": 1, "params": PARAMS, "decode": str, **options}
     )
+
+
+def sample(path: Path, engine: Any, benchmark: Benchmark | None = None, **options: Any) -> list[Rollout]:
+    [rollouts] = draw([order_of(path, benchmark)], engine, **options)
+    return rollouts
 
 
 def test_every_sample_is_drawn_once_stored_and_in_order(tmp_path: Path, engine: CountingEngine) -> None:
@@ -115,11 +116,70 @@ def test_batch_does_not_change_a_sample(tmp_path: Path, engine: CountingEngine) 
     assert sample(tmp_path / "c.jsonl", CountingEngine(), seed=2) != wide
 
 
-def test_responses_are_limited_to_the_context_of_the_model() -> None:
-    params = fit_to_positions(PARAMS, [[1] * 95, [1]], 100)
-    assert [params.max_response_tokens(length) for length in (1, 90, 92, 95, 99)] == [8, 8, 8, 5, 1]
-    with pytest.raises(ValueError, match="a prompt has 100 tokens"):
-        fit_to_positions(PARAMS, [[1] * 100], 100)
+def test_a_batch_goes_on_with_the_next_benchmark(tmp_path: Path, engine: CountingEngine) -> None:
+    """Otherwise every benchmark would wait for its longest responses with nearly empty batches."""
+    graders: list[str] = []
+
+    def order(name: str, num_problems: int) -> Order:
+        @contextmanager
+        def open_grader() -> Iterator[Grade]:
+            graders.append(f"{name} opens")
+            yield grade_even
+            graders.append(f"{name} closes")
+
+        plain = order_of(tmp_path / f"{name}.jsonl", make_benchmark(num_problems, name))
+        return replace(plain, open_grader=open_grader)
+
+    orders = [order("one", 3), order("two", 1), order("three", 3)]
+    lines: list[str] = []
+    found = list(draw(orders, engine, say=lines.append))
+    assert engine.num_prompts == [2, 2, 2, 1]
+    shared_batch = ["one opens", "two opens", "one closes", "two closes"]
+    assert graders == [*shared_batch, "three opens", "three closes"]
+    assert [line.split(" samples")[0] for line in lines] == [
+        "One: 12 of 12",
+        "Two: 4 of 4",
+        "Three: 12 of 12",
+    ]
+    for name, num_problems, rollouts in zip(("one", "two", "three"), (3, 1, 3), found, strict=True):
+        alone = sample(tmp_path / f"{name}-alone.jsonl", CountingEngine(), make_benchmark(num_problems, name))
+        assert rollouts == alone == list(read_rollouts(tmp_path / f"{name}.jsonl"))
+    resumed = CountingEngine()
+    assert list(draw(orders, resumed)) == found and resumed.seeds == []
+
+
+def test_graders_are_closed_if_the_engine_fails(tmp_path: Path) -> None:
+    is_open = False
+
+    @contextmanager
+    def open_grader() -> Iterator[Grade]:
+        nonlocal is_open
+        is_open = True
+        try:
+            yield grade_even
+        finally:
+            is_open = False
+
+    order = replace(order_of(tmp_path / "s.jsonl"), open_grader=open_grader)
+    with pytest.raises(KeyboardInterrupt):
+        list(draw([order], CountingEngine(fails_after=1)))
+    assert not is_open and len(list(read_rollouts(tmp_path / "s.jsonl"))) == 8
+
+
+def test_responses_are_limited_to_the_context_of_the_model(tmp_path: Path) -> None:
+    class Recording(CountingEngine):
+        def generate(self, requests: Any, params: SamplingParams) -> list[list[Response]]:
+            limits.extend(params.max_response_tokens(length) for length in (1, 90, 92, 95, 99))
+            return super().generate(requests, params)
+
+    limits: list[int] = []
+    sample(tmp_path / "s.jsonl", Recording(), make_benchmark(1))
+    assert limits == [8, 8, 8, 5, 1]
+    engine = CountingEngine()
+    long = replace(order_of(tmp_path / "long.jsonl", make_benchmark(1, "long")), prompts=[[1] * 100])
+    with pytest.raises(ValueError, match=r"Long has 100 tokens.*--benchmarks"):
+        list(draw([order_of(tmp_path / "t.jsonl"), long], engine))
+    assert engine.seeds == [], "refused before the first benchmark is sampled"
 
 
 def test_aborted_samples_are_not_stored_and_stop_the_evaluation_at_its_end(tmp_path: Path) -> None:
@@ -133,14 +193,12 @@ def test_aborted_samples_are_not_stored_and_stop_the_evaluation_at_its_end(tmp_p
     def grade(rollouts: list[Rollout], problems: dict[str, Problem]) -> None:
         grade_even([r for r in rollouts if r.response_ids], problems)
 
-    path, benchmark = tmp_path / "s.jsonl", make_benchmark()
-    options: dict[str, Any] = {"num_samples": 4, "seed": 1, "params": PARAMS, "decode": str}
-    prompts = [[i] for i in range(5)]
+    path = tmp_path / "s.jsonl"
     with pytest.raises(RolloutError, match=r"Own: 1 of 20 samples .*s\.jsonl"):
-        sample_benchmark(benchmark, prompts, Flaky(), grade, path, **options)
+        list(draw([order_of(path, grade=grade)], Flaky()))
     assert len(path.read_text().splitlines()) == 19
     repaired = CountingEngine()
-    assert sample_benchmark(benchmark, prompts, repaired, grade_even, path, **options)
+    assert sample(path, repaired)
     assert len(repaired.seeds) == 1
 
 
