@@ -208,7 +208,7 @@ class PolicySampler:
         num_rows = min(
             params.max_batch_size or self.num_rows_that_fit(length), sum(len(r.seeds) for r in requests)
         )
-        cache = KeyValueCache(num_rows, length)
+        cache = KeyValueCache(num_rows, length, is_fitted=self.device.type == "cpu")
         model = self.decoder_model(cache)
         decoder = Decoder(model, cache, requests, params, should_stop)
         total = sum(len(r.seeds) for r in requests)

@@ -70,11 +70,14 @@ class KeyValueCache:
     Args:
         num_rows: number of sequences that are sampled at once.
         length: maximum number of tokens of prompt plus response.
+        is_fitted: whether the memory is only as long as each decode step reads. On a CPU attention then takes half the time or
+            less, because keys are contiguous. CUDA graphs need memory that stays in its place.
     """
 
-    def __init__(self, num_rows: int, length: int) -> None:
+    def __init__(self, num_rows: int, length: int, is_fitted: bool = False) -> None:
         self.num_rows = num_rows
         self.length = length
+        self.is_fitted = is_fitted
         self.layers: list[CachedLayer] = []
         self.step: Prefill | Decode | None = None
         """The kind of the next forward pass. The caller sets it before each pass."""
@@ -118,8 +121,7 @@ class CachedAttention(torch.nn.Module):
         self._attention = attention
         self._cache = cache
         self.keys: Tensor | None = None
-        """[rows, n_kv, length, d], after the rotary embedding; None until the first forward pass shows the shape. On a CPU
-        ``length`` is that of the last pass, otherwise that of the cache."""
+        """[rows, n_kv, length, d], after the rotary embedding; None until the first forward pass shows the shape."""
         self.values: Tensor | None = None
         cache.layers.append(self)
 
@@ -153,21 +155,16 @@ class CachedAttention(torch.nn.Module):
         self.keys = self.values = None
 
     def _make_room(self, key: Tensor, value: Tensor, num_rows: int, length: int) -> None:
-        """Allocates keys and values, or gives them another length.
-
-        On a GPU they are allocated once, because CUDA graphs hold their addresses. On a CPU they are as long as a decode
-        step reads: torch's attention needs half the time or less if keys are contiguous.
-        """
+        """Allocates keys and values. If the cache is fitted, gives them this number of rows and length in later calls."""
         if self.keys is None or self.values is None:
-            if key.device.type != "cpu":
-                length = self._cache.length
-            num_rows = self._cache.num_rows
+            num_rows, full = self._cache.num_rows, self._cache.length
             # Zeros instead of uninitialised memory: the weight 0 of a masked key times a NaN value would be NaN.
             self.keys, self.values = (
-                new.new_zeros(num_rows, new.shape[2], length, new.shape[3]) for new in (key, value)
+                new.new_zeros(num_rows, new.shape[2], length if self._cache.is_fitted else full, new.shape[3])
+                for new in (key, value)
             )
-        elif key.device.type == "cpu" and self.keys.shape[2] != length:
-            self.keys, self.values = (_resized(stored, num_rows, length) for stored in (self.keys, self.values))
+        elif self._cache.is_fitted and self.keys.shape[2] != length:
+            self.keys, self.values = (_resized(kept, num_rows, length) for kept in (self.keys, self.values))
 
     def _decode(self, query: Tensor, key: Tensor, value: Tensor, step: Decode) -> Tensor:
         num_rows, num_groups = key.shape[0], key.shape[2]

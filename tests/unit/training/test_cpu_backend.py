@@ -119,3 +119,26 @@ def test_cpu_fused_adam_counts_steps_per_group_like_fused_adam() -> None:
     assert [group["step"] for group in optimizer.param_groups] == [2, 2]
     assert sorted(optimizer.state[weight]) == ["exp_avg", "exp_avg_sq"]
     assert idle not in optimizer.state and idle.tolist() == [1.0, 1.0]
+
+
+@needs_cpu
+def test_rotary_positions_of_a_pack_are_those_of_each_sequence() -> None:
+    run(
+        "import torch\n"
+        "from types import SimpleNamespace\n"
+        "from megatron_rasft.training import cpu_backend\n"
+        "assert cpu_backend.enable()\n"
+        "from megatron.core.models.common.embeddings import rope_utils\n"
+        "heads, freqs = torch.randn(12, 2, 8), torch.randn(9, 1, 1, 8)\n"
+        "for size in (1, 2):\n"
+        "    group = SimpleNamespace(size=lambda: size, rank=lambda: size - 1)\n"
+        "    bounds = size * torch.tensor([0, 4, 4, 6, 8])\n"
+        "    found = rope_utils._apply_rotary_pos_emb_thd(heads[:8], bounds, freqs, cp_group=group)\n"
+        "    for begin, end in ((0, 4), (4, 6), (6, 8)):\n"
+        "        own = freqs[:4]\n"
+        "        if size == 2:\n"
+        "            half = (end - begin) // 2\n"
+        "            own = freqs[half:3 * half]\n"
+        "        alone = rope_utils._apply_rotary_pos_emb_bshd(heads[begin:end, None], own[:end - begin])[:, 0]\n"
+        "        assert torch.equal(found[begin:end], alone), (size, begin)\n"
+    )

@@ -61,8 +61,10 @@ class OneLayer:
         self.frequencies = torch.cat([angles, angles], -1)[:, None, None]
         self.passes: list[tuple[str, tuple[int, ...]]] = []
 
-    def decoder_model(self, num_rows: int, **changes: Any) -> tuple[DecoderModel, KeyValueCache]:
-        cache = KeyValueCache(num_rows, LENGTH)
+    def decoder_model(
+        self, num_rows: int, is_fitted: bool = False, **changes: Any
+    ) -> tuple[DecoderModel, KeyValueCache]:
+        cache = KeyValueCache(num_rows, LENGTH, is_fitted)
         config: Any = SimpleNamespace(
             attention_dropout=0.0, softmax_type="vanilla", window_size=None, window_attn_skip_freq=None
         )
@@ -167,13 +169,14 @@ def expected() -> Iterator[dict[str, list[list[tuple[list[int], list[float]]]]]]
     }
 
 
+@pytest.mark.parametrize("is_fitted", [False, True])
 @pytest.mark.parametrize("num_rows,steps_per_read", [(18, 1), (18, 16), (5, 1), (5, 7), (1, 16)])
 @pytest.mark.parametrize("name", PARAMS)
 def test_rows_sample_the_tokens_of_each_sequence_alone(
-    expected: dict, name: str, num_rows: int, steps_per_read: int
+    expected: dict, name: str, num_rows: int, steps_per_read: int, is_fitted: bool
 ) -> None:
     params = PARAMS[name]
-    found = sample(OneLayer(), params, num_rows, steps_per_read=steps_per_read)
+    found = sample(OneLayer(), params, num_rows, steps_per_read=steps_per_read, is_fitted=is_fitted)
     for group, others in zip(found, expected[name], strict=True):
         assert [r.token_ids for r in group] == [tokens for tokens, _ in others]
         for response, (tokens, logprobs) in zip(group, others, strict=True):

@@ -21,12 +21,12 @@ NO_FREQUENCIES = torch.zeros(1, 1, 1, DIM)
 
 
 def cached_attention(
-    window: int | None = None, sinks: Tensor | None = None
+    window: int | None = None, sinks: Tensor | None = None, is_fitted: bool = False
 ) -> tuple[CachedAttention, KeyValueCache]:
     before = None if window is None else (window - 1, 0)
     windows = {"window_size": before, "window_attn_skip_freq": None}
     config: Any = SimpleNamespace(attention_dropout=0.0, softmax_type="vanilla", **windows)
-    cache = KeyValueCache(ROWS, LENGTH)
+    cache = KeyValueCache(ROWS, LENGTH, is_fitted)
     attention = SdpaCoreAttention(config, 1, softmax_scale=0.3, pg_collection=SimpleNamespace(cp=None))  # type: ignore[arg-type]
     attention.softmax_offset = None if sinks is None else torch.nn.Parameter(sinks, requires_grad=False)
     return CachedAttention(attention, cache), cache
@@ -58,10 +58,10 @@ def prefill(cache: KeyValueCache, prompts: list[int], rows: list[int]) -> None:
     )
 
 
-def decode(cache: KeyValueCache, positions: list[int]) -> None:
+def decode(cache: KeyValueCache, positions: list[int], length: int = LENGTH) -> None:
     places = torch.tensor(positions)
-    is_masked = torch.arange(LENGTH)[None] > places[:, None]
-    mask = torch.zeros(len(positions), LENGTH, dtype=torch.float64).masked_fill(is_masked, float("-inf"))
+    is_masked = torch.arange(length)[None] > places[:, None]
+    mask = torch.zeros(len(positions), length, dtype=torch.float64).masked_fill(is_masked, float("-inf"))
     cache.step = Decode(
         frequencies=NO_FREQUENCIES,
         rows=torch.arange(len(positions)),
@@ -124,6 +124,27 @@ def test_moved_rows_continue_with_their_keys() -> None:
     out = layer(query, new_key, new_value, None)
     keys, values = torch.cat([key[:, 2], new_key[0]]), torch.cat([value[:, 2], new_value[0]])
     torch.testing.assert_close(out[0, 0], attended(query[0, 0], keys, values))
+
+
+def test_a_fitted_cache_is_as_long_as_the_steps_read_and_keeps_its_keys() -> None:
+    layer, cache = cached_attention(is_fitted=True)
+    key, value = random_heads(3, 3, GROUPS, seed=2), random_heads(3, 3, GROUPS, seed=3)
+    prefill(cache, prompts=[0, 1, 2], rows=[0, 1, 2])
+    layer(random_heads(3, 3, HEADS, seed=1), key, value, None)
+    keys, values = list(key.unbind(1)), list(value.unbind(1))
+    for position, (num_rows, length) in enumerate([(3, 4), (3, 9), (2, 9), (2, 7)], 3):
+        query = random_heads(num_rows, 1, HEADS, seed=position)
+        new_key, new_value = (random_heads(num_rows, 1, GROUPS, seed=10 * position + i) for i in range(2))
+        decode(cache, [position] * num_rows, length)
+        out = layer(query, new_key, new_value, None)
+        assert layer.keys is not None and layer.keys.shape[2] == length
+        assert layer.keys[:num_rows].is_contiguous(), "attention over other keys is slower"
+        for row in range(num_rows):
+            keys[row], values[row] = (
+                torch.cat([keys[row], new_key[row]]),
+                torch.cat([values[row], new_value[row]]),
+            )
+            torch.testing.assert_close(out[row, 0], attended(query[row, 0], keys[row], values[row]))
 
 
 def test_every_layer_is_moved_and_freed() -> None:
