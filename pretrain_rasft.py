@@ -21,7 +21,7 @@ if __name__ == "__main__":
 # processes need none of the imports below, which take ten seconds and 800 MB.
 if __name__ != "__mp_main__":
     from megatron_rasft.errors import FailedElsewhere, RasftError, tell_launcher
-    from megatron_rasft.training import cpu_backend, gpu_kernels
+    from megatron_rasft.machine import cpu_backend, gpu_kernels
     from megatron_rasft.training.failures import report_failure
 
     try:

@@ -22,7 +22,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_rasft.training import cpu_backend
+from megatron_rasft.machine import cpu_backend
 
 cpu_backend.enable()
 
@@ -31,9 +31,9 @@ from torch import Tensor  # noqa: E402
 
 from benchmarks.traffic import Traffic  # noqa: E402
 from megatron_rasft.config.loss import fused_chunk_tokens  # noqa: E402
+from megatron_rasft.machine.wgrad import MegatronOutputWeight  # noqa: E402
 from megatron_rasft.objective.fused_logprobs import ReferenceLogits, fused_logprobs  # noqa: E402
 from megatron_rasft.objective.logprobs import chunked_logprobs, chunked_logprobs_and_kl  # noqa: E402
-from megatron_rasft.training.wgrad import MegatronOutputWeight  # noqa: E402
 from megatron_rasft.types import KLDirection  # noqa: E402
 
 MAX_BYTES_PER_LOGIT = 12

@@ -33,7 +33,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 # lets the file run from a checkout that is not installed
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_rasft.training import cpu_backend
+from megatron_rasft.machine import cpu_backend
 
 cpu_backend.enable()
 cpu_backend.use_cpu_fused_adam()
@@ -41,12 +41,12 @@ cpu_backend.use_cpu_fused_adam()
 from megatron.core.enums import ModelType  # noqa: E402
 from megatron.training import training  # noqa: E402
 
+from megatron_rasft.machine.megatron_calls import quiet  # noqa: E402
 from megatron_rasft.tools.capacity.choosing import LayoutEstimate  # noqa: E402
 from megatron_rasft.tools.capacity.layout_tables import Table  # noqa: E402
 from megatron_rasft.tools.capacity.layouts import Model  # noqa: E402
 from megatron_rasft.tools.capacity.memory import GIB  # noqa: E402
 from megatron_rasft.training import model_source, startup  # noqa: E402
-from megatron_rasft.training.megatron_calls import quiet  # noqa: E402
 from megatron_rasft.training.model import build_chunk  # noqa: E402
 from megatron_rasft.weights.folder import HfFolder  # noqa: E402
 from tests.emulated_gpu.traced_layers import Trace, is_installed, trace_settings  # noqa: E402

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_rasft.training import cpu_backend
+from megatron_rasft.machine import cpu_backend
 
 cpu_backend.enable()
 cpu_backend.use_cpu_fused_adam()

@@ -309,7 +309,7 @@ def _open_engine(
     if servers is not None:
         yield servers
         return
-    from megatron_rasft.training import cpu_backend, gpu_kernels
+    from megatron_rasft.machine import cpu_backend, gpu_kernels
 
     gpu_kernels.check_transformer_engine()
     # Before Megatron is imported: on a machine without a GPU, its imports call CUDA

@@ -17,7 +17,7 @@ from megatron_rasft.config.help import MEGATRON
 from megatron_rasft.config.parser import FlagParser, add_flags
 from megatron_rasft.config.published import published_preset, wants_preset
 from megatron_rasft.config.refusals import reasons, refuse_unsupported
-from megatron_rasft.training.requirements import refuse_unrunnable
+from megatron_rasft.machine.requirements import refuse_unrunnable
 
 WARMUP_STEPS = 4
 """Warm-up steps if no --lr-warmup-* flag is given. A shorter run gets fewer. ``training/warmup.py`` counts them."""

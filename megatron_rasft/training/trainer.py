@@ -28,10 +28,12 @@ from megatron.training.utils import calc_params_l2_norm
 
 from megatron_rasft.config import RasftConfig
 from megatron_rasft.errors import RasftError
+from megatron_rasft.machine import megatron_calls
+from megatron_rasft.machine.megatron_calls import overridden, quiet
 from megatron_rasft.ranks import gather_to_all, kept_by_rank_zero
 from megatron_rasft.servers.record import ServerRecords
 from megatron_rasft.sync import WeightSync
-from megatron_rasft.training import early_stop, megatron_calls
+from megatron_rasft.training import early_stop
 from megatron_rasft.training.batch_preparation import (
     BatchPreparer,
     PreparedBatch,
@@ -43,7 +45,6 @@ from megatron_rasft.training.checkpointer import load_converted_weights
 from megatron_rasft.training.forward import Forward, run_forward_only
 from megatron_rasft.training.fp8_scales import DelayedScales, has_delayed_scales
 from megatron_rasft.training.generation import PolicySampler
-from megatron_rasft.training.megatron_calls import overridden, quiet
 from megatron_rasft.training.model_source import chunk_builder, model_tensors
 from megatron_rasft.training.reference import FrozenReference
 from megatron_rasft.training.samples import Batch

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_rasft.training import cpu_backend
+from megatron_rasft.machine import cpu_backend
 
 cpu_backend.enable()
 

@@ -65,7 +65,7 @@ def _of(trainer: Any) -> dict[str, Any]:
     import torch.distributed as dist
     from megatron.core import optimizer
 
-    from megatron_rasft.training import cpu_backend
+    from megatron_rasft.machine import cpu_backend
 
     modules = [m for chunk in trainer.chunks for m in chunk.modules()]
     attention = [m.core_attention for m in modules if hasattr(m, "core_attention")]

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_rasft.machine.wgrad import MegatronOutputWeight, write_product
 from megatron_rasft.objective.fused_logprobs import ReferenceLogits, fused_logprobs
-from megatron_rasft.training.wgrad import MegatronOutputWeight, write_product
 from megatron_rasft.types import KLDirection
 
 pytestmark = pytest.mark.gpu
@@ -91,7 +91,7 @@ def test_weight_gradient_is_summed_in_fp32(
     if has_transformer_engine:
         pytest.importorskip("transformer_engine.pytorch")
     else:
-        monkeypatch.setattr("megatron_rasft.training.wgrad.transformer_engine_gemm", lambda: None)
+        monkeypatch.setattr("megatron_rasft.machine.wgrad.transformer_engine_gemm", lambda: None)
     hidden, grad = torch.randn(TOKENS, HIDDEN).bfloat16(), torch.randn(TOKENS, 128).bfloat16()
     into = torch.full((128, HIDDEN), 1000.0)
     write_product(hidden, grad, into, accumulate=accumulate)

@@ -11,9 +11,9 @@ import transformers
 
 from megatron_rasft.config import RasftConfig, RolloutConfig, RunConfig
 from megatron_rasft.config.verify import VerifyConfig
+from megatron_rasft.machine import cpu_backend
 from megatron_rasft.objective.families import OBJECTIVES
 from megatron_rasft.objective.token_losses import PackedTokens, token_loss_sums
-from megatron_rasft.training import cpu_backend
 from megatron_rasft.training.refresh import sampling_params
 from megatron_rasft.training.refresh_driver import RefreshDriver
 from megatron_rasft.types import ProblemRow, Response, Rollout

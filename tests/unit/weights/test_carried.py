@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_rasft.training import cpu_backend
+from megatron_rasft.machine import cpu_backend
 
 cpu_backend.enable()
 

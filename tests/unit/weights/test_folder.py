@@ -395,7 +395,7 @@ def test_tokenizer_must_fit_the_embedding(folder: Callable[..., Path]) -> None:
 def test_megatron_has_all_arguments_of_a_folder(made: dict[str, Path]) -> None:
     import argparse
 
-    from megatron_rasft.training import cpu_backend
+    from megatron_rasft.machine import cpu_backend
 
     cpu_backend.enable()
     from megatron.training.arguments import add_megatron_arguments

@@ -11,7 +11,7 @@ import transformers
 from safetensors import safe_open
 
 from megatron_rasft.errors import CheckpointError, ModelFolderError, WeightsError
-from megatron_rasft.training import cpu_backend
+from megatron_rasft.machine import cpu_backend
 
 cpu_backend.enable()
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from megatron_rasft.errors import ModelFolderError
-from megatron_rasft.training import cpu_backend
+from megatron_rasft.machine import cpu_backend
 
 cpu_backend.enable()
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_rasft.training import cpu_backend
+from megatron_rasft.machine import cpu_backend
 
 cpu_backend.enable()
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
+from megatron_rasft.machine import cpu_backend
 from megatron_rasft.tools.capacity.choosing import LayoutEstimate, estimate_layouts
 from megatron_rasft.tools.capacity.commands import command_lines, training_flags
 from megatron_rasft.tools.capacity.config import AssumptionConfig, CapacityConfig
 from megatron_rasft.tools.capacity.layouts import Model
-from megatron_rasft.training import cpu_backend
 
 cpu_backend.enable()
 

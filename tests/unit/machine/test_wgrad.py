@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_rasft.training import wgrad
-from megatron_rasft.training.wgrad import MegatronOutputWeight
+from megatron_rasft.machine import wgrad
+from megatron_rasft.machine.wgrad import MegatronOutputWeight
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -100,7 +100,7 @@ def test_a_bf16_main_grad_gets_the_fp32_sum_from_the_hook() -> None:
 
 def test_megatron_finds_the_fused_weight_gradient_without_apex() -> None:
     program = (
-        "import megatron_rasft.training; from megatron_rasft.training import cpu_backend; cpu_backend.enable();"
+        "from megatron_rasft.machine import cpu_backend; cpu_backend.enable();"
         "from megatron.core.tensor_parallel import layers; print(layers._grad_accum_fusion_available)"
     )
     done = subprocess.run(

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_rasft.errors import RasftError
-from megatron_rasft.training.gpu_kernels import (
+from megatron_rasft.machine.gpu_kernels import (
     check_transformer_engine,
     report_missing_transformer_engine,
 )

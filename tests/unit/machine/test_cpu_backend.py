@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_rasft.training.cpu_backend import CpuFusedAdam
+from megatron_rasft.machine.cpu_backend import CpuFusedAdam
 
 ROOT = Path(__file__).parents[3]
 needs_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
@@ -33,7 +33,7 @@ def test_installed_gpu_kernels_are_not_imported(tmp_path: Path) -> None:
     for name in ("transformer_engine", "apex"):
         (tmp_path / f"{name}.py").write_text("raise RuntimeError('needs a GPU')")
     run(
-        "from megatron_rasft.training import cpu_backend\n"
+        "from megatron_rasft.machine import cpu_backend\n"
         "assert cpu_backend.enable() and cpu_backend.use_cpu_fused_adam()\n"
         "import megatron.core.optimizer.clip_grads, megatron.core.models.gpt.gpt_layer_specs as specs\n"
         "assert not specs.HAVE_TE\n",
@@ -45,7 +45,7 @@ def test_installed_gpu_kernels_are_not_imported(tmp_path: Path) -> None:
 def test_cuda_means_the_cpu() -> None:
     run(
         "import torch\n"
-        "from megatron_rasft.training import cpu_backend\n"
+        "from megatron_rasft.machine import cpu_backend\n"
         "assert cpu_backend.enable() and cpu_backend.enable(), 'a second call changes nothing'\n"
         "x = torch.ones(3, device='cuda', pin_memory=True)\n"
         "assert x.device.type == 'cpu' and x.cuda() is x and x.to('cuda:0') is x\n"
@@ -126,7 +126,7 @@ def test_rotary_positions_of_a_pack_are_those_of_each_sequence() -> None:
     run(
         "import torch\n"
         "from types import SimpleNamespace\n"
-        "from megatron_rasft.training import cpu_backend\n"
+        "from megatron_rasft.machine import cpu_backend\n"
         "assert cpu_backend.enable()\n"
         "from megatron.core.models.common.embeddings import rope_utils\n"
         "heads, freqs = torch.randn(12, 2, 8), torch.randn(9, 1, 1, 8)\n"

@@ -7,8 +7,8 @@ from types import ModuleType
 import pytest
 
 from megatron_rasft.config.parser import FlagParser
-from megatron_rasft.training import requirements
-from megatron_rasft.training.requirements import refuse_unrunnable
+from megatron_rasft.machine import requirements
+from megatron_rasft.machine.requirements import refuse_unrunnable
 
 
 def parsed(flags: str) -> argparse.Namespace:

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from megatron_rasft.training import megatron_calls
-from megatron_rasft.training.megatron_calls import VERBOSE, overridden, parameters_gathered, quiet
+from megatron_rasft.machine import megatron_calls
+from megatron_rasft.machine.megatron_calls import VERBOSE, overridden, parameters_gathered, quiet
 
 
 @pytest.mark.parametrize("is_verbose", [False, True])

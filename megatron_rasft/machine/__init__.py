@@ -1,0 +1,14 @@
+"""Fits Megatron to the machine: a backend for CPUs, checks of GPU kernels, and the fused weight gradient without Apex.
+
+Every package that imports Megatron imports this one first.
+"""
+
+import warnings
+
+from megatron_rasft.machine import wgrad
+
+# Megatron warns at import about every optional kernel library that is missing. A run reports the kernels that it uses instead.
+warnings.filterwarnings("ignore", module=r"megatron\..*")
+
+# Must come before the import of Megatron's layers, which look for this module once.
+wgrad.register()
